@@ -1,0 +1,14 @@
+"""qdist: fine-tune quantized language models on whatever GPUs are there, with one command."""
+
+from pathlib import Path
+from typing import Any
+
+
+def load(run_or_model: str | Path, *, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+    """A run with its adapter on, or any model, as `(model, tokenizer)`; see `qdist.runtime.load.load`."""
+    from qdist.runtime.load import load as heavy_load
+
+    return heavy_load(run_or_model, dtype=dtype, device=device)
+
+
+__all__ = ["load"]

@@ -1,0 +1,20 @@
+"""`qdist gather`: write a run's adapter from a checkpoint."""
+
+import click
+
+from qdist.core.errors import RunError
+from qdist.host.modules import run_module
+from qdist.host.rundir import RunDir
+
+
+@click.command()
+@click.argument("run")
+@click.option("--checkpoint", default="last", show_default=True, help="last, best, or a step.")
+@click.pass_context
+def gather(context: click.Context, run: str, checkpoint: str) -> None:
+    """Write RUN/adapter, a plain PEFT adapter, from a checkpoint; refuse one that is empty, NaN or unmoved."""
+    folder = RunDir(run)
+    folder.plan()
+    if not folder.checkpoint_steps():
+        raise RunError(f"{run} has no whole checkpoint yet", try_=f"qdist launch --resume --run {run}")
+    context.exit(run_module("qdist.runtime.export", ("gather", run, "--checkpoint", checkpoint)))

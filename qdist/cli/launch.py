@@ -1,0 +1,80 @@
+"""`qdist launch`: plan a run, write its directory, start the ranks, watch them to the end."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qdist.cli.planned import plan_lines
+from qdist.cli.watch import Watch, ending
+from qdist.core.errors import SpecError
+from qdist.core.spec import nest, parse_assignment, resolve
+from qdist.host import launcher, templates
+from qdist.host.rundir import RunDir
+
+DEMO = "demo"
+
+
+@click.command()
+@click.argument("recipe", required=False)
+@click.option("--model", help="Alias, folder, GGUF file or hub id.")
+@click.option("--bits", help="4, 8 or 16.")
+@click.option("--method", help="qlora.")
+@click.option("--data", help="JSON, JSONL, CSV, TSV or Parquet file, folder, hub id, or demo.")
+@click.option("--gpus", type=click.IntRange(min=1), help="Ranks; CPU processes where there is no GPU.")
+@click.option("--max-memory", help="Cap on each GPU, such as 24GiB.")
+@click.option("--load-format", help="auto, or dummy for random weights.")
+@click.option("--run", "run", help="Run directory; runs/MODEL-METHOD-DATA by default.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any other setting, such as lora.r=16.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --run from its newest checkpoint.")
+@click.option("--dry-run", is_flag=True, help="Plan and print; start nothing.")
+def launch(recipe: str | None, assignments: tuple[str, ...], resume: bool, dry_run: bool, **flags: Any) -> None:
+    """Fine-tune a quantized model: flags over RECIPE (a TOML file) over QLoRA's defaults."""
+    given = nest({key: value for key, value in flags.items() if value is not None} | dict(map(parse_assignment, assignments)))
+    if resume:
+        job = _resumed(recipe, given)
+        if job is None:
+            return
+    else:
+        recipe = recipe or (DEMO if given.get("data") == DEMO else None)
+        layers = [templates.read_recipe(recipe)] if recipe else []
+        job = launcher.prepare(resolve(*layers, given))
+        if recipe:
+            click.echo(f"recipe   {recipe}" + (" (chosen because of --data demo)" if recipe == DEMO else ""))
+    click.echo("\n".join(plan_lines(job.plan, notes=job.notes)))
+    if dry_run:
+        click.echo(f"run      {job.run.path}, not created")
+        click.echo(job.files["launch.sh"])
+        return
+    launcher.write(job)
+    click.echo(f"run      {job.run.path}")
+    with Watch(job.plan, width=shutil.get_terminal_size().columns) as watch:
+        try:
+            launcher.start(job, show=watch.show, say=watch.say)
+        except KeyboardInterrupt:
+            _say_stopped(job.run)
+            raise
+    ending(job.run, job.plan)
+
+
+def _resumed(recipe: str | None, given: dict[str, Any]) -> launcher.Job | None:
+    """The rest of a run, or None when there is none."""
+    path = given.pop("run", None)
+    if recipe or not path:
+        raise SpecError("--resume goes with --run DIR alone: the run knows its recipe", try_="qdist launch --resume --run runs/NAME")
+    run = RunDir(Path(path))
+    result = run.result()
+    if result is not None:
+        click.echo(f"{run.path} is finished: {result['steps']} steps, adapter in {run.adapter}")
+        return None
+    job = launcher.prepare_resume(run, given)
+    steps = run.checkpoint_steps()
+    click.echo(f"resuming {run.path} " + (f"from step {steps[-1]}" if steps else "from the start: it has no checkpoint"))
+    return job
+
+
+def _say_stopped(run: RunDir) -> None:
+    steps = run.checkpoint_steps()
+    kept = f"the checkpoint of step {steps[-1]} is whole" if steps else "there is no checkpoint yet"
+    click.echo(f"stopped; {kept}\n  go on: qdist launch --resume --run {run.path}", err=True)

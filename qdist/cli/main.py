@@ -1,0 +1,78 @@
+"""The `qdist` command: a table of subcommands, each imported only when it is run."""
+
+from importlib import import_module
+
+import click
+
+from qdist.core.errors import QdistError, SpecError, nearest
+
+COMMANDS = {
+    "launch": ("qdist.cli.launch:launch", "Fine-tune a quantized model on the GPUs that are here."),
+    "plan": ("qdist.cli.plan:plan", "Show what launch would do, for this machine or another."),
+    "gather": ("qdist.cli.gather:gather", "Write a run's adapter from its last checkpoint."),
+    "merge": ("qdist.cli.merge:merge", "Merge an adapter into its quantized model."),
+    "generate": ("qdist.cli.generate:generate", "Complete prompts with a run's model."),
+    "chat": ("qdist.cli.chat:chat", "Talk to a run's model."),
+    "doctor": ("qdist.cli.doctor:doctor", "Check driver, GPUs, packages, memory and disk."),
+}
+"""Name -> where the click command is, and its line in `qdist --help`, which must not import it."""
+
+
+class LazyGroup(click.Group):
+    """A group that imports a subcommand to run it, not to list it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_line) for name, (_, help_line) in COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Names the nearest command; click looks only among the commands already imported."""
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            close = nearest(name, COMMANDS)
+            hint = f"Did you mean {close!r}?" if close else f"There are {', '.join(COMMANDS)}."
+            ctx.fail(f"No such command {name!r}. {hint}")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the subcommand. What the user can put right is said in two lines; a bug keeps its traceback."""
+        try:
+            return super().invoke(ctx)
+        except QdistError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(2 if isinstance(error, SpecError) else 1)
+        except KeyboardInterrupt:
+            click.echo("stopped", err=True)
+            ctx.exit(130)
+
+
+def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted or ctx.resilient_parsing:
+        return
+    from importlib import metadata  # costs a tenth of the time that --help may take
+
+    try:
+        click.echo(f"qdist {metadata.version('qdist')}")
+    except metadata.PackageNotFoundError:
+        click.echo("qdist, from a checkout that is not installed")
+    ctx.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version."
+)
+def main() -> None:
+    """Fine-tune quantized language models on whatever GPUs are there, with one command."""

@@ -1,0 +1,86 @@
+"""Shows a run while it runs: a live view on a terminal, a plain line a step elsewhere; and its ending."""
+
+import sys
+from types import TracebackType
+
+import click
+from rich.console import Console
+from rich.live import Live
+
+from qdist.cli.views import answers, comparison, live_view, plain_line
+from qdist.core.demo import SYSTEM
+from qdist.core.events import Event, RunState, advance
+from qdist.core.plan import Plan
+from qdist.core.units import format_bytes, format_count
+from qdist.host.follow import Follower
+from qdist.host.rundir import RunDir
+
+
+class Watch:
+    """A context in which events are shown as they come."""
+
+    def __init__(self, plan: Plan, *, width: int) -> None:
+        self._expected = tuple(rank.expected[0].total for rank in plan.ranks)
+        kind = f"{plan.world_size} {'GPU' if plan.device == 'cuda' else 'CPU'} rank{'s' if plan.world_size > 1 else ''}"
+        self._header = f"{plan.spec.model}  {plan.spec.bits}-bit {plan.spec.method}  {kind}"
+        self._state = RunState(total_steps=plan.steps)
+        self._width = width
+        self._live = Live(self._view(), refresh_per_second=4, transient=False) if sys.stdout.isatty() else None
+
+    def __enter__(self) -> "Watch":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+
+    def show(self, events: list[Event]) -> None:
+        """Take note of what the ranks said."""
+        self._state = advance(self._state, events)
+        if self._live:
+            self._live.update(self._view())
+            return
+        for event in events:
+            if event.rank == 0:
+                click.echo(plain_line(event))
+
+    def say(self, text: str) -> None:
+        """A line for the user, above the live view."""
+        if self._live:
+            self._live.console.print(text, markup=False)
+        else:
+            click.echo(text)
+
+    def _view(self):  # type: ignore[no-untyped-def]
+        return live_view(self._state, self._header, self._expected, self._width)
+
+
+def ending(run: RunDir, plan: Plan) -> None:
+    """Held-out loss and answers before and after, memory predicted and measured, and what to do next."""
+    result = run.result() or {}
+    state = advance(RunState(), Follower(run.path).new_events())
+    console = Console()
+    rows = []
+    if len(result.get("held_out", [])) > 1:
+        (_, before), (_, after) = result["held_out"][0], result["held_out"][-1]
+        rows.append(("held-out loss", f"{before:.3f}", f"{after:.3f}"))
+    if rows:
+        console.print()
+        console.print(comparison(rows, ("", "before", "after")))
+    memory = [
+        (f"memory of rank {rank.rank}", format_bytes(rank.expected[0].total), format_bytes(state.memory_bytes.get(rank.rank, 0)))
+        for rank in plan.ranks
+    ]
+    console.print()
+    console.print(comparison(memory, ("", "predicted", "measured")))
+    if result.get("answers"):
+        console.print()
+        console.print(answers([(row["question"], row["before"], row["after"], row["expected"]) for row in result["answers"]]))
+    speed = f", {format_count(state.tokens_per_s)} tok/s" if state.tokens_per_s else ""
+    click.echo(f"\nadapter  {run.adapter}: {format_count(result['adapter_parameters'])} parameters, {format_bytes(result['adapter_bytes'])}{speed}")
+    system = f' --system "{SYSTEM}"' if plan.spec.data == "demo" else ""
+    if plan.source.tokenizer:
+        click.echo(f"chat     qdist chat {run.path}{system}")
+    click.echo(f"merge    qdist merge {run.path} --out {run.path}/merged")

@@ -1,0 +1,53 @@
+"""What machine is there, or would be there."""
+
+from typing import Literal
+
+import msgspec
+
+from qdist.core.errors import SpecError
+from qdist.core.units import GIB
+
+
+class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One GPU as CUDA numbers it for this process, so after CUDA_VISIBLE_DEVICES and in PCI bus order."""
+
+    index: int
+    name: str
+    total_bytes: int
+    """What programs can have: physical memory less what driver and firmware keep."""
+    free_bytes: int
+
+
+class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One machine. `gpus` is empty exactly when `device` is 'cpu'."""
+
+    device: Literal["cuda", "cpu"]
+    gpus: tuple[Gpu, ...]
+    cpu_count: int
+    """Cores that this process may run on, not cores of the machine."""
+    memory_bytes: int
+    """Host memory, capped by the cgroup."""
+    memory_free_bytes: int
+
+
+def hypothetical(gpus: int, gpu_memory_bytes: int) -> Cluster:
+    """A machine that one does not have, to plan for. Each GPU is empty and brings 8 cores and twice its memory.
+
+    Raises SpecError when the machine would have no GPU or no memory.
+    """
+    if gpus < 1:
+        raise SpecError(f"a machine to plan for needs at least 1 GPU, not {gpus}", try_="--gpus 4 --gpu-memory 48GiB")
+    if gpu_memory_bytes < GIB:
+        raise SpecError(f"a GPU of {gpu_memory_bytes:,} bytes is too small to plan for", try_="--gpu-memory 48GiB")
+    name = "hypothetical GPU"
+    host_bytes = 2 * gpus * gpu_memory_bytes
+    return Cluster(
+        device="cuda",
+        gpus=tuple(
+            Gpu(index=index, name=name, total_bytes=gpu_memory_bytes, free_bytes=gpu_memory_bytes)
+            for index in range(gpus)
+        ),
+        cpu_count=8 * gpus,
+        memory_bytes=host_bytes,
+        memory_free_bytes=host_bytes,
+    )

@@ -1,0 +1,325 @@
+"""Every decision of a run, made once from what the user wants and what the machine is."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+from qdist.core.cluster import Cluster
+from qdist.core.errors import PlanError, SpecError
+from qdist.core.facts import ModelFacts
+from qdist.core.memory import MemoryBudget, budget
+from qdist.core.spec import RunSpec, max_memory_bytes
+from qdist.core.units import GIB, MIB, format_bytes
+
+VERSION = 1
+
+CUDA_CONTEXT_BYTES = 560 * MIB
+"""CUDA context, cuBLAS workspaces and NCCL buffers of one rank on an H200 (measured: docs/decisions.md)."""
+CPU_CONTEXT_BYTES = 900 * MIB
+"""Resident memory of a CPU rank that has imported torch, transformers, peft and DeepSpeed and loaded nothing."""
+HEADROOM = 0.95
+"""Share of a GPU that a plan may fill."""
+SATURATING_TOKENS = 2048
+"""Tokens of a micro-batch above which a current GPU's matrix units are busy."""
+MAX_MICRO_BATCH_TOKENS = 8192
+"""Tokens of a micro-batch beyond which throughput no longer grows, only memory."""
+MAX_CPU_MICRO_BATCH_TOKENS = 2048
+
+Expected = Callable[[int, bool], MemoryBudget]
+"""Peak memory of a rank for (micro_batch, checkpointing)."""
+
+
+class DataFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The tokenized data set. Lengths in tokens."""
+
+    path: str
+    """The token cache; empty for synthetic data."""
+    samples: int
+    train_samples: int
+    held_out_samples: int
+    tokens: int
+    longest: int
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the backbone comes from."""
+
+    kind: Literal["folder", "dummy"]
+    path: str
+    """The folder of a pretrained model; empty for random weights."""
+    config: dict[str, object]
+    """transformers' configuration, from which random weights are made."""
+    tokenizer: str
+    """The folder of the repaired tokenizer; empty where there is none."""
+    new_token_ids: tuple[int, ...] = ()
+    """Vocabulary rows that the repair added."""
+    vocab_rows: int | None = None
+    """Rows of the embedding after the repair, where it added any."""
+
+
+class Prepared(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What must be there before a plan: the model as a folder, its tokenizer, the tokenized data."""
+
+    source: Source
+    data: DataFacts | None
+    notes: tuple[str, ...] = ()
+    """What was repaired, cut or dropped, for the user."""
+
+
+class RankPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one process owns. `expected` is aligned with `gpus`; a CPU rank has one entry and no GPU."""
+
+    rank: int
+    node: int
+    gpus: tuple[int, ...]
+    expected: tuple[MemoryBudget, ...]
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A run, decided. Encodings (DeepSpeed, Accelerate, the launch script) are derived from it."""
+
+    version: int = VERSION
+    spec: RunSpec
+    source: Source
+    facts: ModelFacts
+    data: DataFacts | None
+    device: Literal["cuda", "cpu"]
+    placement: Literal["replicate"] = "replicate"
+    world_size: int
+    micro_batch: int
+    gradient_accumulation: int
+    steps: int
+    seq_len: int
+    """Longest sequence that the ranks will see: `spec.seq_len`, or less where the data are shorter."""
+    checkpointing: bool
+    compute_dtype: Literal["bfloat16", "float16", "float32"]
+    optimizer: Literal["adamw", "paged-adamw"]
+    engine: Literal["torch", "deepspeed"]
+    zero_stage: int
+    liger: bool
+    threads_per_rank: int
+    memory_cap_bytes: int | None
+    ranks: tuple[RankPlan, ...]
+    notes: tuple[str, ...]
+    """What was decided for the user, and why; the alternatives that lost."""
+
+
+def digest(plan: Plan) -> str:
+    """SHA-256 of the plan's canonical JSON, in hexadecimal."""
+    return hashlib.sha256(msgspec.json.encode(plan, order="sorted")).hexdigest()
+
+
+def make_plan(
+    spec: RunSpec,
+    source: Source,
+    facts: ModelFacts,
+    cluster: Cluster,
+    data: DataFacts | None,
+    *,
+    has_liger: bool = False,
+) -> Plan:
+    """Decide placement, batches, precision and engine.
+
+    Raises PlanError, with the missing bytes and the nearest settings that fit, when the run does not fit, and
+    SpecError where the batch arithmetic cannot work out.
+    """
+    world_size = _world_size(spec, cluster)
+    dtype = spec.dtype or ("bfloat16" if cluster.device == "cuda" else "float32")
+    longest = min(spec.seq_len, data.longest) if data else spec.seq_len
+    stage = _zero_stage(spec, world_size)
+    liger = _liger(spec, cluster, has_liger)
+    optimizer = spec.optim.name or ("paged-adamw" if cluster.device == "cuda" else "adamw")
+    if optimizer == "paged-adamw" and cluster.device == "cpu":
+        raise SpecError(
+            "optim.name=paged-adamw needs a GPU: it pages optimizer state out of GPU memory", try_="optim.name=adamw"
+        )
+    capacity = _capacity(spec, cluster)
+
+    def expected(micro_batch: int, checkpointing: bool) -> MemoryBudget:
+        return budget(
+            facts,
+            bits=spec.bits,
+            double_quant=spec.quant.double,
+            compute_bytes=4 if dtype == "float32" else 2,
+            rank_r=spec.lora.r,
+            targets=spec.lora.targets,
+            micro_batch=micro_batch,
+            seq_len=longest,
+            checkpointing=checkpointing,
+            zero_stage=stage,
+            world_size=world_size,
+            optimizer_on_gpu=optimizer != "paged-adamw" and spec.zero.offload == "none",
+            gradient_accumulation=max(1, spec.global_batch // (micro_batch * world_size)),
+            fused_loss=liger,
+            fused_layers=liger,
+            lora_dropout=spec.lora.dropout > 0,
+            context_bytes=CUDA_CONTEXT_BYTES if cluster.device == "cuda" else CPU_CONTEXT_BYTES,
+        )
+
+    micro_batch, checkpointing, notes = _batches(spec, world_size, capacity, expected)
+    peak = expected(micro_batch, checkpointing)
+    if capacity is not None and peak.total > capacity:
+        raise _too_big(spec, capacity, peak, expected)
+    return Plan(
+        spec=spec,
+        source=source,
+        facts=facts,
+        data=data,
+        device=cluster.device,
+        world_size=world_size,
+        micro_batch=micro_batch,
+        gradient_accumulation=spec.global_batch // (micro_batch * world_size),
+        steps=_steps(spec, data),
+        seq_len=longest,
+        checkpointing=checkpointing,
+        compute_dtype=dtype,
+        optimizer=optimizer,
+        engine="deepspeed" if world_size > 1 or spec.zero.stage or spec.zero.offload == "cpu" else "torch",
+        zero_stage=stage,
+        liger=liger,
+        threads_per_rank=max(1, cluster.cpu_count // world_size),
+        memory_cap_bytes=max_memory_bytes(spec),
+        ranks=tuple(
+            RankPlan(rank=rank, node=0, gpus=(rank,) if cluster.device == "cuda" else (), expected=(peak,))
+            for rank in range(world_size)
+        ),
+        notes=notes,
+    )
+
+
+def _world_size(spec: RunSpec, cluster: Cluster) -> int:
+    if cluster.device == "cpu":
+        return spec.gpus or 1
+    if spec.gpus is not None and spec.gpus > len(cluster.gpus):
+        raise PlanError(
+            f"--gpus {spec.gpus}, but this machine has {len(cluster.gpus)}", try_=f"--gpus {len(cluster.gpus)}"
+        )
+    return spec.gpus or len(cluster.gpus)
+
+
+def _zero_stage(spec: RunSpec, world_size: int) -> int:
+    if spec.zero.stage is not None:
+        return spec.zero.stage
+    return 2 if world_size > 1 or spec.zero.offload == "cpu" else 0
+
+
+def _liger(spec: RunSpec, cluster: Cluster, has_liger: bool) -> bool:
+    if spec.liger and cluster.device == "cpu":
+        raise SpecError("liger=true needs a GPU: its kernels are written in Triton", try_="liger=false")
+    if spec.liger and not has_liger:
+        raise SpecError("liger=true, but the package liger-kernel is not installed", try_="pip install liger-kernel")
+    return cluster.device == "cuda" and has_liger if spec.liger is None else spec.liger
+
+
+def _capacity(spec: RunSpec, cluster: Cluster) -> int | None:
+    """Bytes that one rank may fill; None on CPU, where ranks share the machine's memory."""
+    if cluster.device == "cpu":
+        if spec.max_memory is not None:
+            raise SpecError("--max-memory caps GPUs, and this machine has none", try_="leave --max-memory out")
+        return None
+    smallest = min(gpu.total_bytes for gpu in cluster.gpus)
+    cap = max_memory_bytes(spec)
+    if cap is not None and cap > smallest:
+        raise PlanError(
+            f"--max-memory {format_bytes(cap)}, but the smallest GPU has {format_bytes(smallest)}",
+            try_=f"--max-memory {smallest // GIB}GiB or less",
+        )
+    return int(HEADROOM * (cap or smallest))
+
+
+def _batches(
+    spec: RunSpec, world_size: int, capacity: int | None, expected: Expected
+) -> tuple[int, bool, tuple[str, ...]]:
+    """(micro_batch, checkpointing, notes): the fastest pair that fits, or the smallest where none does.
+
+    Storing activations costs 4 multiplications a weight and token instead of 6, so it wins wherever a micro-batch
+    of SATURATING_TOKENS still fits; below that the GPU idles and recomputing with a larger micro-batch wins.
+    """
+    if spec.global_batch % world_size:
+        raise SpecError(
+            f"global_batch={spec.global_batch} cannot be spread over {world_size} ranks",
+            try_=f"--set global_batch={-(-spec.global_batch // world_size) * world_size}",
+        )
+    per_rank = spec.global_batch // world_size
+    if spec.micro_batch is not None and per_rank % spec.micro_batch:
+        raise SpecError(
+            f"{world_size} ranks x micro_batch={spec.micro_batch} does not divide global_batch={spec.global_batch}",
+            try_=f"--set micro_batch={_largest_divisor(per_rank, spec.micro_batch)}",
+        )
+    sizes = [spec.micro_batch] if spec.micro_batch else [n for n in range(per_rank, 0, -1) if per_rank % n == 0]
+    modes = [False, True] if spec.train.checkpointing is None else [spec.train.checkpointing]
+    seq_len = spec.seq_len
+    if spec.micro_batch is None:
+        ceiling = MAX_MICRO_BATCH_TOKENS if capacity is not None else MAX_CPU_MICRO_BATCH_TOKENS
+        sizes = [n for n in sizes if n * seq_len <= ceiling] or [1]
+
+    def fits(size: int, checkpointing: bool) -> bool:
+        return capacity is None or expected(size, checkpointing).total <= capacity
+
+    saturating = min(sizes[0], max(1, SATURATING_TOKENS // seq_len))
+    order = [(n, mode) for mode in modes for n in sizes if n >= saturating or mode == modes[-1]]
+    order += [(n, mode) for mode in modes for n in sizes]
+    for size, checkpointing in order:
+        if fits(size, checkpointing):
+            return size, checkpointing, _batch_notes(spec, size, checkpointing, order, expected, capacity)
+    return sizes[-1], modes[-1], ()
+
+
+def _batch_notes(
+    spec: RunSpec,
+    size: int,
+    checkpointing: bool,
+    order: list[tuple[int, bool]],
+    expected: Expected,
+    capacity: int | None,
+) -> tuple[str, ...]:
+    """Why what was tried before the chosen pair lost."""
+    if capacity is None or order[0] == (size, checkpointing):
+        return ()
+    first_size, first_mode = order[0]
+    return (
+        f"micro_batch {first_size} {'with' if first_mode else 'without'} checkpointing needs "
+        f"{format_bytes(expected(first_size, first_mode).total)} a GPU, more than {format_bytes(capacity)}: "
+        f"micro_batch {size} {'with' if checkpointing else 'without'} checkpointing",
+    )
+
+
+def _largest_divisor(number: int, at_most: int) -> int:
+    return next(n for n in range(min(number, at_most), 0, -1) if number % n == 0)
+
+
+def _steps(spec: RunSpec, data: DataFacts | None) -> int:
+    """Steps of the run: as told, or the epochs (one, unless told) over the training samples, rounded up."""
+    if spec.steps is not None:
+        return spec.steps
+    if data is None or data.train_samples == 0:
+        raise SpecError("synthetic data have no epochs", try_="--set steps=20")
+    return math.ceil((spec.epochs or 1.0) * data.train_samples / spec.global_batch)
+
+
+def _too_big(spec: RunSpec, capacity: int, peak: MemoryBudget, expected: Expected) -> PlanError:
+    missing = peak.total - capacity
+    cap = (
+        f"--max-memory {format_bytes(capacity / HEADROOM)}"
+        if spec.max_memory
+        else f"{format_bytes(capacity / HEADROOM)} GPU"
+    )
+    message = (
+        f"{spec.model} at {spec.bits} bits needs {format_bytes(peak.total)} on every GPU; "
+        f"95 % of the {cap} is {format_bytes(capacity)}, {format_bytes(missing)} short"
+    )
+    smallest = expected(1, True).total
+    if smallest <= capacity:
+        settings = "--set micro_batch=1" + (
+            " --set train.checkpointing=true" if spec.train.checkpointing is False else ""
+        )
+        return PlanError(message, try_=f"{settings} ({format_bytes(smallest)})")
+    if spec.bits > 4:
+        return PlanError(message, try_="--bits 4")
+    needed = math.ceil(smallest / HEADROOM / GIB)
+    return PlanError(
+        message, try_=f"GPUs of {needed} GiB: even micro_batch=1 with checkpointing takes {format_bytes(smallest)}"
+    )

@@ -1,0 +1,85 @@
+"""The plan as the files that the ranks use: DeepSpeed, Accelerate, the launch script. Pure text and dicts."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from qdist.core.errors import SpecError
+from qdist.core.plan import Plan, digest
+
+DEEPSPEED_FILE = "deepspeed.json"
+ACCELERATE_FILE = "accelerate.json"
+
+
+def deepspeed_policy(plan: Plan) -> str:
+    """The file of `ds_configs/` that the plan calls for."""
+    return f"zero{plan.zero_stage}{'_offload' if plan.spec.zero.offload == 'cpu' else ''}.json"
+
+
+def deepspeed_config(plan: Plan, policy: Mapping[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's configuration: the policy with the plan's numbers in it, and no 'auto' left.
+
+    Precision stays float32 on purpose: only the float32 adapter is DeepSpeed's, the backbone computes under
+    autocast, and fp16 losses are scaled by the loop.
+    """
+    if "auto" in _leaves(policy):
+        raise SpecError(
+            f"{deepspeed_policy(plan)} holds 'auto', which only transformers' Trainer can fill in", try_="a number"
+        )
+    return {
+        **policy,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.gradient_accumulation,
+        "train_batch_size": plan.micro_batch * plan.gradient_accumulation * plan.world_size,
+        # Stage 0 has no optimizer of DeepSpeed's own to clip in; the engine clips there.
+        "gradient_clipping": plan.spec.optim.clip if plan.zero_stage else 0.0,
+    }
+
+
+def accelerate_config(plan: Plan) -> dict[str, Any]:
+    """Accelerate's configuration file, as `accelerate config` would write it for this run."""
+    config: dict[str, Any] = {
+        "compute_environment": "LOCAL_MACHINE",
+        "debug": False,
+        "distributed_type": "DEEPSPEED" if plan.engine == "deepspeed" else "NO",
+        "downcast_bf16": "no",
+        "machine_rank": 0,
+        "main_training_function": "main",
+        "mixed_precision": "no",
+        "num_machines": 1,
+        "num_processes": plan.world_size,
+        "rdzv_backend": "static",
+        "same_network": True,
+        "use_cpu": plan.device == "cpu",
+    }
+    if plan.engine == "deepspeed":
+        config["deepspeed_config"] = {"deepspeed_config_file": DEEPSPEED_FILE, "zero3_init_flag": False}
+    return config
+
+
+def launch_script(plan: Plan, *, python: str) -> str:
+    """The shell script that starts the ranks; it finds its run directory beside itself.
+
+    python: the interpreter of the environment that planned the run.
+    """
+    exports = {"OMP_NUM_THREADS": str(plan.threads_per_rank), "TOKENIZERS_PARALLELISM": "false"}
+    if plan.device == "cpu":
+        # An empty list hides GPUs from a run that was planned for CPUs; DeepSpeed must be told as well.
+        exports |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    else:
+        exports |= {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    lines = [
+        "#!/bin/sh",
+        f"# {plan.spec.model}: {plan.world_size} {'GPU' if plan.device == 'cuda' else 'CPU'} rank(s), written by qdist",
+        'run=$(cd "$(dirname "$0")" && pwd)',
+        *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
+        f"exec {shlex.quote(python)} -m torch.distributed.run --standalone --nproc-per-node {plan.world_size} \\",
+        f'  -m qdist.runtime.worker "$run" --digest {digest(plan)}',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return [leaf for inner in value.values() for leaf in _leaves(inner)]
+    return [value]

@@ -1,0 +1,287 @@
+"""What the user wants: one frozen `RunSpec`, built from flags over a recipe over defaults.
+
+The defaults are QLoRA's (Dettmers et al. 2023, appendix B): r 64, alpha 16, NF4 with double quantization,
+paged 32-bit AdamW on CUDA, learning rate 2e-4 held constant, gradients clipped at 0.3. `None` means that the
+plan decides.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from qdist.core.errors import SpecError, nearest
+from qdist.core.units import parse_bytes
+
+Positive = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=0)]
+Fraction = Annotated[float, Meta(ge=0, lt=1)]
+Rate = Annotated[float, Meta(gt=0)]
+
+
+class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The adapter (Hu et al. 2021): W + alpha / r * B A."""
+
+    r: Positive = 64
+    alpha: Rate = 16.0
+    dropout: Fraction = 0.0
+    targets: tuple[str, ...] = ("all-linear",)
+    """Leaf names of the linear modules that get an adapter; `all-linear` is every one inside the decoder layers."""
+
+
+class Quant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a 4-bit backbone is packed. Ignored at 8 and 16 bits, where only the defaults are accepted."""
+
+    type: Literal["nf4", "fp4"] = "nf4"
+    double: bool = True
+
+
+class Optim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """AdamW and its schedule."""
+
+    name: Literal["adamw", "paged-adamw"] | None = None
+    lr: Rate = 2e-4
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Count = 0
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    eps: Rate = 1e-8
+    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
+    clip: Annotated[float, Meta(ge=0)] = 0.3
+    """Largest global gradient norm; 0 leaves gradients as they are."""
+
+
+class Zero(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What DeepSpeed partitions of the adapter state (Rajbhandari et al. 2020)."""
+
+    stage: Literal[0, 1, 2, 3] | None = None
+    offload: Literal["none", "cpu"] = "none"
+
+
+class Train(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the loop does between two steps, and on what it takes its loss."""
+
+    checkpointing: bool | None = None
+    """Recompute activations in the backward pass instead of storing them."""
+    held_out: Fraction = 0.1
+    eval_steps: Count = 0
+    """Evaluate every so many steps; 0: only before the first and after the last."""
+    save_steps: Positive = 50
+    keep: Positive = 2
+    """Checkpoints kept beside the best one."""
+    train_on_source: bool = False
+    answers: Count = 0
+    """Held-out questions answered before and after, at the end of the run."""
+
+
+class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One fine-tuning job as the user wants it."""
+
+    model: str = ""
+    method: Literal["qlora"] = "qlora"
+    bits: Literal[4, 8, 16] = 4
+    data: str = ""
+    format: Literal["auto", "alpaca", "input-output", "oasst", "sharegpt", "messages", "self-instruct", "text"] = "auto"
+    run: str | None = None
+    gpus: Positive | None = None
+    """Ranks. On a machine without GPUs they are CPU processes."""
+    max_memory: str | None = None
+    """Cap on each GPU, enforced in the ranks."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Arithmetic of the backbone; the adapter is always float32."""
+    seq_len: Annotated[int, Meta(ge=8)] = 512
+    micro_batch: Positive | None = None
+    global_batch: Positive = 16
+    steps: Positive | None = None
+    epochs: Rate | None = None
+    seed: Count = 0
+    liger: bool | None = None
+    new_tokens: tuple[str, ...] = ()
+    """Special tokens to add to the vocabulary; their rows start at the mean and are saved with the adapter."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    lora: Lora = Lora()
+    quant: Quant = Quant()
+    optim: Optim = Optim()
+    zero: Zero = Zero()
+    train: Train = Train()
+
+
+def max_memory_bytes(spec: RunSpec) -> int | None:
+    """The cap on each GPU in bytes, or None."""
+    return None if spec.max_memory is None else parse_bytes(spec.max_memory)
+
+
+def known_keys(kind: type[msgspec.Struct] = RunSpec, prefix: str = "") -> dict[str, type[msgspec.Struct] | None]:
+    """Every dotted key of a spec; a section maps to its type, a setting to None."""
+    keys: dict[str, type[msgspec.Struct] | None] = {}
+    for field in msgspec.structs.fields(kind):
+        section = field.type if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct) else None
+        keys[prefix + field.name] = section
+        if section is not None:
+            keys.update(known_keys(section, f"{prefix}{field.name}."))
+    return keys
+
+
+def resolve(*layers: Mapping[str, Any]) -> RunSpec:
+    """The spec that layers of nested settings give; a later layer wins over an earlier one.
+
+    Raises SpecError naming the key, what is wrong with its value, and the nearest real key or value.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = _merge(merged, layer, "")
+    try:
+        spec = msgspec.convert(merged, RunSpec, strict=False)
+    except msgspec.ValidationError as error:
+        raise _value_error(str(error), merged) from None
+    return _check(spec)
+
+
+def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
+    """{'lora.r': 8} -> {'lora': {'r': 8}}. Raises SpecError for an unknown key."""
+    nested: dict[str, Any] = {}
+    keys = known_keys()
+    for key, value in dotted.items():
+        if key not in keys:
+            raise unknown_key(key)
+        if keys[key] is not None:
+            raise SpecError(f"{key!r} is a section, not a setting", try_=_settings_of(key))
+        *sections, leaf = key.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[leaf] = value
+    return nested
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """'lora.r=32' -> ('lora.r', '32'). A value with commas becomes a tuple where the setting is a list."""
+    key, separator, value = text.partition("=")
+    key, value = key.strip(), value.strip()
+    if not separator or not key:
+        raise SpecError(f"{text!r} is not key=value", try_="--set lora.r=32")
+    if key not in known_keys():
+        raise unknown_key(key)
+    if key in ("lora.targets", "trackers", "new_tokens"):
+        return key, [part.strip() for part in value.split(",") if part.strip()]
+    return key, None if value.lower() in ("none", "auto") and key != "format" else value
+
+
+def unknown_key(key: str) -> SpecError:
+    """The error for a setting that does not exist, naming the nearest that does."""
+    settings = [name for name, section in known_keys().items() if section is None]
+    by_leaf = {name.rpartition(".")[2]: name for name in settings}
+    leaf = key.rpartition(".")[2]
+    guess = (
+        by_leaf.get(leaf) or _SYNONYMS.get(leaf) or nearest(key, settings) or by_leaf.get(nearest(leaf, by_leaf) or "")
+    )
+    return SpecError(f"unknown setting {key!r}", try_=guess or "a setting that `qdist launch --help` lists")
+
+
+_SYNONYMS = {
+    "learning_rate": "optim.lr", "batch_size": "global_batch", "per_device_train_batch_size": "micro_batch",
+    "lora_r": "lora.r", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout", "max_grad_norm": "optim.clip",
+    "max_steps": "steps", "num_train_epochs": "epochs", "max_seq_length": "seq_len", "cutoff_len": "seq_len",
+    "target_modules": "lora.targets", "gradient_checkpointing": "train.checkpointing", "rank": "lora.r",
+    "lr_scheduler_type": "optim.schedule", "quant_type": "quant.type", "double_quant": "quant.double",
+    "adam_beta2": "optim.beta2", "warmup": "optim.warmup_steps", "val_set_size": "train.held_out",
+    "source_max_len": "seq_len", "report_to": "trackers", "stage": "zero.stage", "zero_stage": "zero.stage",
+}  # fmt: skip
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    keys = known_keys()
+    merged = dict(base)
+    for name, value in over.items():
+        key = prefix + name
+        if key not in keys:
+            raise unknown_key(key)
+        if keys[key] is None:
+            merged[name] = value
+        elif isinstance(value, Mapping):
+            merged[name] = _merge(merged.get(name, {}), value, f"{key}.")
+        else:
+            raise SpecError(f"{key!r} is a section, not a setting", try_=_settings_of(key))
+    return merged
+
+
+def _settings_of(section: str) -> str:
+    return ", ".join(key for key in known_keys() if key.startswith(f"{section}."))
+
+
+def _value_error(message: str, merged: Mapping[str, Any]) -> SpecError:
+    """msgspec's 'Expected ... - at `$.lora.r`' with the value that was given and the nearest choice."""
+    reason, _, where = message.partition(" - at `$.")
+    key = where.rstrip("`").partition("[")[0]
+    value: Any = merged
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else value
+    choices = _choices(key)
+    if choices:
+        guess = nearest(str(value), choices)
+        return SpecError(
+            f"{key} cannot be {value!r}: it is one of {', '.join(choices)}", try_=f"{key}={guess or choices[0]}"
+        )
+    return SpecError(f"{key} cannot be {value!r}: {reason[:1].lower()}{reason[1:]}", try_=f"another value for {key}")
+
+
+def _choices(key: str) -> list[str]:
+    kind: Any = RunSpec
+    for part in key.split("."):
+        fields = {field.name: field.type for field in msgspec.structs.fields(kind)} if isinstance(kind, type) else {}
+        kind = fields.get(part)
+    info = msgspec.inspect.type_info(kind) if kind is not None else None
+    inner: list[Any] = list(info.types) if isinstance(info, msgspec.inspect.UnionType) else [info]
+    if isinstance(info, msgspec.inspect.VarTupleType):
+        inner = [info.item_type]
+    return [str(value) for part in inner if isinstance(part, msgspec.inspect.LiteralType) for value in part.values]
+
+
+def _check(spec: RunSpec) -> RunSpec:
+    """Refuse settings that contradict each other, so that none is ever ignored."""
+    max_memory_bytes(spec)
+    if spec.bits != 4 and spec.quant != Quant():
+        raise SpecError(
+            f"quant.* describes 4-bit backbones; this one has {spec.bits} bits", try_="--bits 4, or drop quant.*"
+        )
+    if spec.steps is not None and spec.epochs is not None:
+        raise SpecError(
+            f"steps={spec.steps} and epochs={spec.epochs:g} both say how long to train", try_="give one of the two"
+        )
+    if spec.micro_batch is not None and spec.global_batch % spec.micro_batch:
+        raise SpecError(
+            f"global_batch={spec.global_batch} is not a multiple of micro_batch={spec.micro_batch}",
+            try_=f"global_batch={-(-spec.global_batch // spec.micro_batch) * spec.micro_batch}",
+        )
+    if spec.zero.offload == "cpu" and spec.zero.stage not in (None, 2):
+        raise SpecError(f"zero.offload=cpu comes with ZeRO stage 2, not {spec.zero.stage}", try_="zero.stage=2")
+    if spec.optim.warmup_steps and spec.optim.schedule == "constant":
+        raise SpecError(
+            f"optim.warmup_steps={spec.optim.warmup_steps} has no effect on a constant schedule",
+            try_="optim.schedule=linear",
+        )
+    if spec.train.held_out == 0 and (spec.train.eval_steps or spec.train.answers):
+        raise SpecError("train.eval_steps and train.answers need held-out records", try_="train.held_out=0.1")
+    return spec
+
+
+def to_toml(spec: RunSpec) -> str:
+    """The spec as a recipe that `qdist launch` reads back; what the plan decides is left out."""
+    plain = msgspec.to_builtins(spec)
+    lines = [
+        f"{key} = {_toml_value(value)}"
+        for key, value in plain.items()
+        if not isinstance(value, dict) and value is not None
+    ]
+    for section, settings in plain.items():
+        if isinstance(settings, dict):
+            lines += ["", f"[{section}]"]
+            lines += [f"{key} = {_toml_value(value)}" for key, value in settings.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    """TOML's strings, numbers, booleans and arrays of strings are JSON's."""
+    return msgspec.json.encode(value).decode()

@@ -1,0 +1,69 @@
+"""Files that are either whole or absent, and where qdist keeps its caches."""
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qdist.core.errors import RunError
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
+    data = content.encode() if isinstance(content, str) else content
+    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(beside, 0o644)
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+
+
+def publish_folder(beside: Path, final: Path) -> None:
+    """Rename a finished folder into place, its files flushed to disk first. `final` must not exist."""
+    for file in [path for path in beside.rglob("*") if path.is_file()]:
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    _sync_folder(beside)
+    os.rename(beside, final)
+    _sync_folder(final.parent)
+
+
+def cache_dir() -> Path:
+    """`$QDIST_CACHE`, else `qdist` in the user's cache folder."""
+    explicit = os.environ.get("QDIST_CACHE")
+    root = Path(explicit) if explicit else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdist"
+    root.mkdir(parents=True, exist_ok=True)
+    return root
+
+
+@contextmanager
+def locked(path: Path, *, busy: str = "") -> Iterator[int]:
+    """Hold an exclusive lock on a file; it ends with the process, however the process ends. Yields its descriptor.
+
+    busy: the message of the RunError raised when another process holds it; empty waits instead.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            raise RunError(busy, try_="wait for it to end, or choose another --run") from None
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,228 @@
+"""From a spec to running ranks: prepare, plan, write the run directory, start, watch, report how it ended."""
+
+import ctypes
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import msgspec
+
+from qdist.core.errors import RunError, SpecError
+from qdist.core.events import Event
+from qdist.core.facts import from_config
+from qdist.core.plan import Plan, Prepared, Source, make_plan
+from qdist.core.render import ACCELERATE_FILE, DEEPSPEED_FILE, accelerate_config, deepspeed_config, deepspeed_policy, launch_script
+from qdist.core.spec import RunSpec, resolve, to_toml
+from qdist.host import modules, probe, templates
+from qdist.host.files import locked, write_atomic
+from qdist.host.follow import Follower
+from qdist.host.rundir import LOCK, PLAN, STOP, RunDir, free_name
+from qdist.host.sources import shape
+
+RESUMABLE = ("gpus", "micro_batch", "max_memory", "zero", "steps", "train", "trackers", "liger")
+"""Settings that may change when a run goes on: none of them changes what a step computes."""
+
+
+class Job(NamedTuple):
+    """A planned run and the files that its directory will hold."""
+
+    run: RunDir
+    plan: Plan
+    files: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def prepare(spec: RunSpec) -> Job:
+    """Plan a new run; writes nothing but caches.
+
+    Raises SpecError, ModelError, DataError or PlanError for what the user can put right.
+    """
+    if not spec.model:
+        raise SpecError("no model was named", try_="--model smollm2-135m")
+    run = RunDir(spec.run) if spec.run else RunDir(free_name(Path("runs"), _stem(spec)))
+    _refuse_used(run)
+    prepared = _synthetic(spec) if spec.load_format == "dummy" else _real(spec)
+    return _job(run, spec, prepared)
+
+
+def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Job:
+    """Plan the rest of a run, on what is here now; its model, data and arithmetic stay as they were.
+
+    changes: settings given again, nested. Raises SpecError when one of them would make it another run.
+    """
+    old = run.plan()
+    spec = resolve(msgspec.to_builtins(old.spec), changes)
+    for name in msgspec.structs.fields(RunSpec):
+        before, now = getattr(old.spec, name.name), getattr(spec, name.name)
+        if before != now and name.name not in (*RESUMABLE, "run"):
+            raise SpecError(
+                f"{run.path} was started with {name.name}={_shown(before)}, not {_shown(now)}; a resumed run keeps it",
+                try_=f"leave {name.name} out, or start a new run",
+            )
+    if spec.train.held_out != old.spec.train.held_out or spec.train.train_on_source != old.spec.train.train_on_source:
+        raise SpecError("train.held_out and train.train_on_source decide what a run trains on and stay as they were")
+    prepared = Prepared(source=old.source, data=old.data)
+    for path in filter(None, (old.source.path, old.source.tokenizer, old.data.path if old.data else "")):
+        if not os.path.exists(path):
+            prepared = _real(spec)
+            break
+    return _job(run, spec, prepared)
+
+
+def write(job: Job) -> None:
+    """Create the run directory, the plan last: a directory without it is not a run."""
+    job.run.path.mkdir(parents=True, exist_ok=True)
+    for folder in (job.run.events, job.run.logs, job.run.checkpoints):
+        folder.mkdir(exist_ok=True)
+    for name, text in job.files.items():
+        write_atomic(job.run.path / name, text)
+
+
+def start(job: Job, *, show: Callable[[list[Event]], None], say: Callable[[str], None]) -> None:
+    """Start the ranks and stay until they have ended.
+
+    show: called a few times a second with what the ranks said since.
+    say: called with a line for the user.
+    Raises KeyboardInterrupt when the run was stopped and saved, RunError when a rank died.
+    """
+    run = job.run
+    with locked(run.path / LOCK, busy=f"{run.path} is being trained by another process") as lock:
+        (run.path / STOP).unlink(missing_ok=True)
+        launcher_log = run.logs / "launcher.log"
+        with open(launcher_log, "ab") as log:
+            began = log.tell()
+            ranks = subprocess.Popen(
+                ["sh", str(run.path / "launch.sh")],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=(lock,),
+                preexec_fn=_end_with_parent,
+            )
+        stopped = _watch(run, ranks, show, say)
+        if run.result() is not None and ranks.returncode == 0:
+            return
+        if stopped:
+            raise KeyboardInterrupt
+        raise _how_it_died(job, launcher_log, began, ranks.returncode)
+
+
+def _watch(run: RunDir, ranks: subprocess.Popen[bytes], show: Callable[[list[Event]], None], say: Callable[[str], None]) -> bool:
+    """Follow the ranks to their end; True when the user or a scheduler asked them to stop."""
+    asked = 0
+
+    def ask(*_: int | FrameType | None) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            (run.path / STOP).touch()
+            say("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
+        else:
+            os.killpg(ranks.pid, signal.SIGKILL)
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    follower = Follower(run.path)
+    try:
+        while ranks.poll() is None:
+            show(follower.new_events())
+            time.sleep(0.2)
+        show(follower.new_events())
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if ranks.poll() is None:
+            os.killpg(ranks.pid, signal.SIGKILL)
+            ranks.wait()
+        (run.path / STOP).unlink(missing_ok=True)
+    return asked > 0
+
+
+def _how_it_died(job: Job, launcher_log: Path, began: int, code: int) -> RunError:
+    """The rank that torch.distributed.run saw die first, and the last lines of its log."""
+    with open(launcher_log, "rb") as log:
+        log.seek(began)
+        summary = log.read().decode(errors="replace")
+    root = re.search(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", summary, re.DOTALL)
+    if root is None:
+        return RunError(f"the ranks ended with exit code {code}:\n{_tail(summary.splitlines())}", try_=f"read {launcher_log}")
+    rank, exit_code = int(root[1]), int(root[2])
+    path = job.run.log_file(rank)
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
+    hint = f"qdist launch --resume --run {job.run.path}" if job.run.checkpoint_steps() else f"read {path}"
+    if exit_code == -signal.SIGKILL:
+        how += ", which is what Linux does to a process when memory runs out"
+    return RunError(f"rank {rank} {how}; the last lines of {path}:\n{_tail(lines)}", try_=hint)
+
+
+def _tail(lines: list[str], count: int = 12) -> str:
+    return "\n".join(f"  | {line}" for line in deque(lines, count))
+
+
+def _job(run: RunDir, spec: RunSpec, prepared: Prepared) -> Job:
+    facts = from_config(prepared.source.config, name=spec.model)
+    has_liger = find_spec("liger_kernel") is not None
+    plan = make_plan(spec, prepared.source, facts, probe.cluster(), prepared.data, has_liger=has_liger)
+    files = {"recipe.toml": to_toml(spec), "versions.json": json.dumps(probe.versions(), indent=2) + "\n"}
+    if plan.engine == "deepspeed":
+        config = deepspeed_config(plan, templates.policy(deepspeed_policy(plan)))
+        files[DEEPSPEED_FILE] = json.dumps(config, indent=2) + "\n"
+    files[ACCELERATE_FILE] = json.dumps(accelerate_config(plan), indent=2) + "\n"
+    files["launch.sh"] = launch_script(plan, python=sys.executable)
+    files[PLAN] = msgspec.json.format(msgspec.json.encode(plan), indent=1).decode() + "\n"
+    return Job(run, plan, files, prepared.notes)
+
+
+def _real(spec: RunSpec) -> Prepared:
+    if not spec.data:
+        raise SpecError("no data was named", try_="--data FILE, a hub id, or --data demo")
+    return modules.prepare(spec)
+
+
+def _synthetic(spec: RunSpec) -> Prepared:
+    """Random weights and random tokens: nothing to convert or tokenize."""
+    if spec.data:
+        raise SpecError(f"random weights train on random tokens, not on {spec.data!r}", try_="leave --data out")
+    if spec.train.answers or spec.new_tokens:
+        raise SpecError("train.answers and new_tokens need a tokenizer, and random weights have none")
+    config, _ = shape(spec.model)
+    return Prepared(source=Source(kind="dummy", path="", config=config, tokenizer=""), data=None)
+
+
+def _refuse_used(run: RunDir) -> None:
+    if run.result() is not None:
+        raise RunError(f"{run.path} holds a finished run", try_="another --run")
+    if run.exists():
+        steps = run.checkpoint_steps()
+        where = f"a checkpoint of step {steps[-1]}" if steps else "no checkpoint yet"
+        raise RunError(f"{run.path} holds an unfinished run with {where}", try_=f"qdist launch --resume --run {run.path}, or another --run")
+    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        raise RunError(f"{run.path} exists and is not a run", try_="another --run")
+
+
+def _stem(spec: RunSpec) -> str:
+    model = re.sub(r"[^\w.-]+", "-", Path(spec.model).stem if spec.model.endswith(".gguf") else Path(spec.model).name)
+    data = re.sub(r"[^\w.-]+", "-", Path(spec.data).stem) if spec.data else "dummy"
+    return f"{model}-{spec.method}-{data}".lower()
+
+
+def _shown(value: object) -> str:
+    return json.dumps(msgspec.to_builtins(value), ensure_ascii=False)
+
+
+def _end_with_parent() -> None:
+    """In the child, before it becomes the ranks' parent: SIGTERM when this process dies (Linux)."""
+    pr_set_pdeathsig = 1
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -1,0 +1,37 @@
+"""Runs one of qdist's torch-side modules in a process of its own, with its errors as our errors."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from qdist.core import errors
+from qdist.core.plan import Prepared
+from qdist.core.spec import RunSpec
+
+
+def prepare(spec: RunSpec) -> Prepared:
+    """Convert, repair and tokenize in a separate process, so that the launcher stays free of torch.
+
+    Raises whatever QdistError the process ended with.
+    """
+    with tempfile.TemporaryDirectory(prefix="qdist-") as folder:
+        given, wanted = Path(folder, "spec.json"), Path(folder, "prepared.json")
+        given.write_bytes(msgspec.json.encode(spec))
+        code = run_module("qdist.runtime.prepare", (str(given), str(wanted)))
+        error = wanted.with_suffix(".error")
+        if error.is_file():
+            record = json.loads(error.read_text())
+            raise getattr(errors, record["kind"])(record["message"], try_=record["try"])
+        if code:
+            raise errors.RunError(f"preparing model and data ended with exit code {code}", try_="the traceback above")
+        return msgspec.json.decode(wanted.read_bytes(), type=Prepared)
+
+
+def run_module(module: str, arguments: Sequence[str]) -> int:
+    """Run `python -m module` on this terminal; its exit code."""
+    return subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode

@@ -1,0 +1,99 @@
+"""What the NVIDIA driver says of itself and its GPUs. No CUDA context is made, so asking costs no GPU memory."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from qdist.core.errors import MachineError
+
+_NVML_MEMORY_V2 = 0x02000028
+
+
+class Card(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole GPU, or one MIG slice of a GPU (`uuid` then begins with 'MIG-' and `position` is None)."""
+
+    uuid: str
+    position: int | None
+    """What nvidia-smi calls it."""
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+class Driver(msgspec.Struct, frozen=True, kw_only=True):
+    """A driver that answers."""
+
+    version: str
+    cuda: tuple[int, int]
+    """The newest CUDA it runs."""
+    cards: tuple[Card, ...]
+
+
+def read() -> Driver | None:
+    """Ask NVML; None when this machine has no NVML library or no driver.
+
+    Raises MachineError when a driver is there but cannot be used, so that no run falls back to the CPU unnoticed.
+    """
+    try:
+        import pynvml
+    except ModuleNotFoundError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
+        return None
+    except pynvml.NVMLError as error:
+        raise MachineError(
+            f"the NVIDIA driver is there but does not answer: {error}",
+            try_="nvidia-smi; a reboot mends a driver that was updated under a running kernel",
+        ) from error
+    try:
+        cuda: int = pynvml.nvmlSystemGetCudaDriverVersion()
+        return Driver(
+            version=str(pynvml.nvmlSystemGetDriverVersion()),
+            cuda=(cuda // 1000, cuda % 1000 // 10),
+            cards=tuple(cards(pynvml)),
+        )
+    except pynvml.NVMLError as error:
+        raise MachineError(f"the NVIDIA driver cannot describe its GPUs: {error}", try_="nvidia-smi") from error
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def cards(nvml: Any) -> Iterator[Card]:
+    """Every GPU in PCI bus order; a GPU cut by MIG gives its slices instead."""
+    for position in range(nvml.nvmlDeviceGetCount()):
+        handle = nvml.nvmlDeviceGetHandleByIndex(position)
+        if _is_cut(nvml, handle):
+            for part in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+                try:
+                    slice_handle = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, part)
+                except nvml.NVMLError_NotFound:
+                    continue
+                yield _card(nvml, slice_handle, None)
+        else:
+            yield _card(nvml, handle, position)
+
+
+def _is_cut(nvml: Any, handle: Any) -> bool:
+    try:
+        return bool(nvml.nvmlDeviceGetMigMode(handle)[0])
+    except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):
+        return False
+
+
+def _card(nvml: Any, handle: Any, position: int | None) -> Card:
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=_NVML_MEMORY_V2)
+        total_bytes = memory.total - memory.reserved
+    except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):  # drivers before R510
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        total_bytes = memory.total
+    return Card(
+        uuid=str(nvml.nvmlDeviceGetUUID(handle)),
+        position=position,
+        name=str(nvml.nvmlDeviceGetName(handle)),
+        total_bytes=int(total_bytes),
+        free_bytes=int(memory.free),
+    )

@@ -1,0 +1,94 @@
+"""The run directory: the contract between the launcher, the ranks and every later command."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from qdist.core.errors import RunError
+from qdist.core.plan import VERSION, Plan, digest
+
+PLAN, RESULT, STOP, LOCK = "plan.json", "result.json", "stop", ".lock"
+
+
+class RunDir:
+    """Paths and small facts of one run. Making one touches nothing."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    def event_file(self, rank: int) -> Path:
+        return self.events / f"rank{rank:03d}.jsonl"
+
+    def log_file(self, rank: int) -> Path:
+        return self.logs / f"rank{rank:03d}.log"
+
+    def exists(self) -> bool:
+        return (self.path / PLAN).is_file()
+
+    def plan(self) -> Plan:
+        """The plan of this run. Raises RunError where there is none or it is of another version."""
+        try:
+            raw = (self.path / PLAN).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise RunError(f"{self.path} is not a run: it has no {PLAN}", try_="qdist launch --run " + str(self.path)) from None
+        version = json.loads(raw).get("version")
+        if version != VERSION:
+            raise RunError(f"{self.path} was planned by another qdist (plan version {version}, this one reads {VERSION})")
+        return msgspec.json.decode(raw, type=Plan)
+
+    def checked_plan(self, expected_digest: str) -> Plan:
+        """The plan, refused when it is not the one that was launched."""
+        plan = self.plan()
+        found = digest(plan)
+        if found != expected_digest:
+            raise RunError(
+                f"{self.path / PLAN} has digest {found[:12]}, but this run was launched with {expected_digest[:12]}",
+                try_="start it with `qdist launch --resume`, which renders plan and script together",
+            )
+        return plan
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending; one without DONE does not count."""
+        if not self.checkpoints.is_dir():
+            return []
+        done = [path for path in self.checkpoints.glob("step_*") if (path / "DONE").is_file()]
+        return sorted(int(path.name.removeprefix("step_")) for path in done)
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:06d}"
+
+    def result(self) -> dict[str, Any] | None:
+        """What a finished run wrote last, or None while it is unfinished."""
+        path = self.path / RESULT
+        return json.loads(path.read_bytes()) if path.is_file() else None
+
+    def stop_requested(self) -> bool:
+        return (self.path / STOP).exists()
+
+
+def free_name(parent: Path, stem: str) -> Path:
+    """`parent/stem`, or the first of `stem-2`, `stem-3`, ... that does not exist."""
+    candidate, number = parent / stem, 1
+    while os.path.lexists(candidate):
+        number += 1
+        candidate = parent / f"{stem}-{number}"
+    return candidate

@@ -1,0 +1,101 @@
+"""Checkpoints free of the world size: whole on disk or absent, read back on any number of ranks."""
+
+import os
+import shutil
+from pathlib import Path
+
+import msgspec
+import torch
+
+from qdist.core.errors import RunError
+from qdist.host.files import publish_folder
+from qdist.host.rundir import RunDir
+from qdist.runtime.engine import State
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a run stands after `step` optimizer steps. Generators need no state: they are seeded from (seed, step)."""
+
+    step: int
+    samples: int
+    """Position in the endless stream of training samples."""
+    optimizer_steps: int = 0
+    loss_scale: float = 1.0
+    finite_steps: int = 0
+    """Steps since the loss scale last changed."""
+    held_out: tuple[tuple[int, float], ...] = ()
+    """(step, loss) of every evaluation so far."""
+
+    @property
+    def best_step(self) -> int | None:
+        """The evaluated step with the lowest held-out loss, the start of the run left out."""
+        trained = [(loss, step) for step, loss in self.held_out if step > 0]
+        return min(trained)[1] if trained else None
+
+
+def save(run: RunDir, progress: Progress, state: State, *, keep: int) -> Path:
+    """Write one checkpoint, then delete the oldest beyond `keep` and the best. For one rank only."""
+    final = run.checkpoint(progress.step)
+    if (final / "DONE").is_file():
+        return final
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    _remove(final)
+    beside = run.checkpoints / f".{final.name}.{os.getpid()}"
+    beside.mkdir()
+    _save_tensors(state.parameters, beside / "adapter.safetensors")
+    flat = {f"{moment}.{name}": tensor for moment, tensors in state.moments.items() for name, tensor in tensors.items()}
+    _save_tensors(flat, beside / "optimizer.safetensors")
+    (beside / "state.json").write_bytes(msgspec.json.format(msgspec.json.encode(progress), indent=2) + b"\n")
+    (beside / "DONE").touch()
+    publish_folder(beside, final)
+    _prune(run, keep=keep, best=progress.best_step)
+    return final
+
+
+def load(path: Path) -> tuple[Progress, State]:
+    """Read a checkpoint. Raises RunError when it is not whole."""
+    if not (path / "DONE").is_file():
+        raise RunError(f"{path} has no DONE: it was not finished", try_="an earlier checkpoint beside it")
+    try:
+        progress = msgspec.json.decode((path / "state.json").read_bytes(), type=Progress)
+    except msgspec.DecodeError as error:
+        raise RunError(f"{path / 'state.json'}: {error}", try_="an earlier checkpoint beside it") from None
+    moments: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_tensors(path / "optimizer.safetensors").items():
+        moment, _, name = key.partition(".")
+        moments.setdefault(moment, {})[name] = tensor
+    return progress, State(load_tensors(path / "adapter.safetensors"), moments, progress.optimizer_steps)
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file, whole. Raises RunError when it is cut short."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise RunError(f"{path} cannot be read: {error}", try_="an earlier checkpoint beside it") from error
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _prune(run: RunDir, *, keep: int, best: int | None) -> None:
+    for step in run.checkpoint_steps()[:-keep]:
+        if step != best:
+            _remove(run.checkpoint(step))
+    for leftover in run.checkpoints.glob(".step_*"):
+        shutil.rmtree(leftover)
+
+
+def _remove(folder: Path) -> None:
+    """DONE goes first, so that a kill in the middle leaves no half checkpoint that looks whole."""
+    if folder.exists():
+        (folder / "DONE").unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+

@@ -1,0 +1,172 @@
+"""Gradients and optimizer steps of the adapter, by plain torch or by DeepSpeed; the loop cannot tell which.
+
+Only the adapter's parameters are handed to an engine. The backbone stays out of its sight, so DeepSpeed neither
+moves, casts nor broadcasts packed weights, and a backbone may span GPUs.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_BNB_NAMES = {"exp_avg": "state1", "exp_avg_sq": "state2"}
+"""bitsandbytes' names for Adam's moments."""
+
+
+class StepResult(NamedTuple):
+    """One optimizer step. `skipped` when the gradients were not finite; the norm is before clipping."""
+
+    gradient_norm: float
+    skipped: bool
+
+
+class State(NamedTuple):
+    """Everything of the adapter that a checkpoint holds, on no particular number of ranks."""
+
+    parameters: dict[str, torch.Tensor]
+    moments: dict[str, dict[str, torch.Tensor]]
+    """{'exp_avg': {name: tensor}, ...}; empty before the first step."""
+    optimizer_steps: int
+
+
+class Engine(Protocol):
+    """What the loop needs of either engine."""
+
+    def backward(self, batch: Any, *, weight: float, loss_scale: float, last: bool) -> torch.Tensor:
+        """Forward and backward of one micro-batch; gradients of weight x summed loss add up over ranks.
+
+        loss_scale: the factor that keeps fp16 gradients above underflow; undone in `step`.
+        last: no further micro-batch before `step`.
+        Returns the summed loss, detached.
+        """
+
+    def step(self, learning_rate: float, loss_scale: float) -> StepResult:
+        """Clip and apply the accumulated gradients."""
+
+    def state(self) -> State:
+        """The full state, on the CPU. Collective: every rank must call it."""
+
+    def restore(self, state: State) -> None:
+        """Take over a full state. Collective."""
+
+
+class Adapter(nn.Module):
+    """The trainable parameters of a model under names without dots, and its loss as `forward`."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[Any], torch.Tensor]) -> None:
+        super().__init__()
+        self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        trainable = dict(model.named_parameters())
+        for name in self.names:
+            self.register_parameter(name.replace(".", "/"), trainable[name])  # type: ignore[arg-type]
+        self._loss = loss
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        return self._loss(batch)
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """Parameters by their names in the model."""
+        return {name.replace("/", "."): parameter for name, parameter in self.named_parameters()}
+
+
+class TorchEngine:
+    """One rank: torch's own backward and optimizer."""
+
+    def __init__(self, adapter: Adapter, optimizer: torch.optim.Optimizer, *, clip: float) -> None:
+        self.adapter, self.optimizer, self.clip = adapter, optimizer, clip
+
+    def backward(self, batch: Any, *, weight: float, loss_scale: float, last: bool) -> torch.Tensor:
+        loss = self.adapter(batch)
+        (loss * (weight * loss_scale)).backward()
+        return loss.detach()
+
+    def step(self, learning_rate: float, loss_scale: float) -> StepResult:
+        result = finish_gradients(list(self.adapter.parameters()), clip=self.clip, loss_scale=loss_scale)
+        if not result.skipped:
+            set_rate(self.optimizer, learning_rate)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return result
+
+    def state(self) -> State:
+        named = self.adapter.named()
+        moments = {}
+        if self.optimizer.state:
+            for moment in MOMENTS:
+                moments[moment] = {
+                    name: to_cpu(moment_of(self.optimizer.state[parameter], moment)) for name, parameter in named.items()
+                }
+        return State({name: to_cpu(value) for name, value in named.items()}, moments, optimizer_steps(self.optimizer))
+
+    def restore(self, state: State) -> None:
+        named = self.adapter.named()
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(state.parameters[name])
+        if state.moments:
+            allocate_moments(self.optimizer, state.optimizer_steps)
+            for moment, tensors in state.moments.items():
+                for name, parameter in named.items():
+                    moment_of(self.optimizer.state[parameter], moment).copy_(tensors[name])
+
+
+def finish_gradients(parameters: list[nn.Parameter], *, clip: float, loss_scale: float) -> StepResult:
+    """Unscale and clip gradients in place; not finite means skip."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients)) / loss_scale
+    if not math.isfinite(norm):
+        return StepResult(norm, True)
+    factor = (1.0 / loss_scale) * (min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0)
+    if factor != 1.0:
+        torch._foreach_mul_(gradients, factor)
+    return StepResult(norm, False)
+
+
+def set_rate(optimizer: Any, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+def allocate_moments(optimizer: Any, steps: int) -> None:
+    """Make Adam's state as it is after `steps` steps, with moments still zero."""
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            if hasattr(optimizer, "init_state"):  # bitsandbytes
+                optimizer.init_state(group, parameter, group_index, index)
+                optimizer.state[parameter]["step"] = steps
+            else:
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(steps), device=parameter.device if group.get("fused") else "cpu"),
+                    **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
+                }
+
+
+def optimizer_steps(optimizer: Any) -> int:
+    """Steps that Adam has counted; skipped ones are not among them."""
+    states = [state for state in optimizer.state.values() if "step" in state]
+    return int(states[0]["step"]) if states else 0
+
+
+def moment_of(state: Mapping[str, Any], moment: str) -> torch.Tensor:
+    """Adam's first or second moment, under torch's name or bitsandbytes'."""
+    found = state[moment] if moment in state else state[_BNB_NAMES[moment]]
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def build_optimizer(
+    parameters: list[nn.Parameter], *, name: str, fused: bool, betas: tuple[float, float], eps: float, weight_decay: float
+) -> Any:
+    """AdamW over float32 parameters: torch's, or bitsandbytes' paged 32-bit one. The loop sets the rate."""
+    if name == "paged-adamw":
+        from bitsandbytes.optim import PagedAdamW32bit
+
+        return PagedAdamW32bit(parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay)
+    return torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)

@@ -1,0 +1,151 @@
+"""Gathers a checkpoint's adapter into a plain PEFT folder, checked, and writes what a finished run ends with."""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qdist.core.errors import QdistError, RunError
+from qdist.core.plan import Plan
+from qdist.host.files import publish_folder, write_atomic
+from qdist.host.rundir import RESULT, RunDir
+from qdist.runtime.checkpoint import load, load_tensors
+from qdist.runtime.engine import Adapter
+
+_CHECKSUM_WORDS = 1 << 24
+
+
+def adapter_checksum(adapter: Adapter) -> tuple[int, ...]:
+    """Two exact sums over the bits of all parameters; equal on ranks that hold the same adapter.
+
+    Sums of 32-bit words modulo 2**64, the second weighted by position, computed where the parameters are.
+    """
+    plain = torch.zeros((), dtype=torch.int64, device=next(adapter.parameters()).device)
+    weighted = plain.clone()
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            for words in parameter.data.contiguous().view(torch.int32).flatten().split(_CHECKSUM_WORDS):
+                wide = words.to(torch.int64)
+                plain += wide.sum()
+                weighted += (wide * torch.arange(1, wide.numel() + 1, device=wide.device)).sum()
+    return int(plain), int(weighted)
+
+
+def gather(run: RunDir, *, step: int) -> Path:
+    """Write `adapter/` from the checkpoint of a step: what `PeftModel.from_pretrained` loads.
+
+    Raises RunError when the adapter is empty, not finite, or never moved.
+    """
+    plan = run.plan()
+    _, state = load(run.checkpoint(step))
+    tensors = {_peft_name(name): tensor for name, tensor in state.parameters.items()}
+    check_adapter(tensors, where=str(run.checkpoint(step)))
+    beside = run.path / f".adapter.{os.getpid()}"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    from safetensors.torch import save_file
+
+    save_file(tensors, beside / "adapter_model.safetensors", metadata={"format": "pt"})
+    (beside / "adapter_config.json").write_text(_adapter_config(plan))
+    if plan.source.tokenizer:
+        for file in sorted(Path(plan.source.tokenizer).iterdir()):
+            shutil.copyfile(file, beside / file.name)
+    _replace_folder(beside, run.adapter)
+    return run.adapter
+
+
+def check_adapter(tensors: dict[str, torch.Tensor], *, where: str) -> None:
+    """Refuse an adapter that cannot have learnt anything."""
+    if not tensors:
+        raise RunError(f"the adapter in {where} has no tensors", try_="another checkpoint")
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise RunError(f"{bad} of {tensor.numel()} values of {name} in {where} are NaN or infinite", try_="an earlier checkpoint")
+    outputs = [tensor for name, tensor in tensors.items() if "lora_B" in name]
+    if outputs and not any(bool(tensor.any()) for tensor in outputs):
+        raise RunError(f"every lora_B in {where} is zero: the adapter changes nothing", try_="more steps, or a larger optim.lr")
+
+
+def _peft_name(name: str) -> str:
+    """A parameter's name as PEFT stores it: without the adapter's own name."""
+    return (
+        name.replace(".lora_A.default.", ".lora_A.")
+        .replace(".lora_B.default.", ".lora_B.")
+        .replace(".token_adapter.trainable_tokens_delta.default", ".token_adapter.trainable_tokens_delta")
+    )
+
+
+def _adapter_config(plan: Plan) -> str:
+    """PEFT's adapter_config.json, written by PEFT."""
+    from qdist.runtime.methods.lora import lora_config
+
+    config = lora_config(plan)
+    config.inference_mode = True
+    settings = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    return json.dumps(settings, indent=2, default=str) + "\n"
+
+
+def _replace_folder(beside: Path, final: Path) -> None:
+    """Swap a finished folder in; the one it replaces was made by the same run."""
+    old = final.with_name(f".{final.name}.old.{os.getpid()}")
+    if final.exists():
+        os.rename(final, old)
+    publish_folder(beside, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_result(run: RunDir, plan: Plan, *, held_out: tuple[tuple[int, float], ...], answers: list[dict[str, str]]) -> None:
+    """Write `result.json`, which makes the run finished."""
+    adapter_bytes = sum(file.stat().st_size for file in run.adapter.glob("adapter_model*"))
+    result = {
+        "steps": plan.steps,
+        "held_out": [list(point) for point in held_out],
+        "answers": answers,
+        "adapter_bytes": adapter_bytes,
+        "adapter_parameters": sum(tensor.numel() for tensor in load_tensors(run.adapter / "adapter_model.safetensors").values()),
+        "host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    write_atomic(run.path / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+
+
+def choose_step(run: RunDir, which: str) -> int:
+    """The step that `last`, `best` or a number names. Raises RunError listing the steps there are."""
+    steps = run.checkpoint_steps()
+    if which == "best":
+        progress, _ = load(run.checkpoint(steps[-1]))
+        best = progress.best_step
+        if best in steps:
+            return best
+        raise RunError(f"{run.path} was never evaluated at a checkpoint", try_="--checkpoint last")
+    if which != "last" and (not which.isdigit() or int(which) not in steps):
+        raise RunError(f"{run.path} has no checkpoint {which!r}", try_=f"last, best, or one of {', '.join(map(str, steps))}")
+    return steps[-1] if which == "last" else int(which)
+
+
+def main() -> None:
+    """`python -m qdist.runtime.export gather RUN`, started by the command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=("gather",))
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--checkpoint", default="last")
+    arguments = parser.parse_args()
+    run = RunDir(arguments.run)
+    try:
+        step = choose_step(run, arguments.checkpoint)
+        folder = gather(run, step=step)
+    except QdistError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    tensors = load_tensors(folder / "adapter_model.safetensors")
+    print(f"{folder}: step {step}, {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} parameters")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The training loop, top to bottom."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from qdist.core.errors import RunError
+from qdist.core.events import Event
+from qdist.core.plan import Plan
+from qdist.host.rundir import RunDir
+from qdist.runtime import checkpoint
+from qdist.runtime.checkpoint import Progress
+from qdist.runtime.comm import Comm
+from qdist.runtime.engine import Engine
+from qdist.runtime.loss_scale import LossScale
+from qdist.runtime.samples import Samples, micro_batch_seed
+from qdist.runtime.schedule import learning_rate
+
+Report = Callable[[Event], None]
+"""Writes an event; fills in this rank, the time and its memory."""
+
+
+class Trainer:
+    """One rank's part of a run. `evaluate` gives this rank's (summed loss, learned tokens) over micro-batches."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        run: RunDir,
+        engine: Engine,
+        samples: Samples,
+        comm: Comm,
+        *,
+        evaluate: Callable[[list[list[int]]], tuple[float, int]],
+        checksum: Callable[[], tuple[int, ...]],
+        report: Report,
+        stopping: Callable[[], bool],
+    ) -> None:
+        self.plan, self.run, self.engine, self.samples, self.comm = plan, run, engine, samples, comm
+        self._evaluate, self._checksum, self._report, self._stopping = evaluate, checksum, report, stopping
+        self.scale = LossScale(dynamic=plan.compute_dtype == "float16")
+        self.held_out: tuple[tuple[int, float], ...] = ()
+
+    def train(self) -> bool:
+        """Train from the newest checkpoint to the last step. False when it was asked to stop before."""
+        plan, train = self.plan, self.plan.spec.train
+        step = self._resume()
+        if not self.held_out:
+            self._judge(step)
+        while step < plan.steps:
+            stop = self._step(step)
+            step += 1
+            if step == plan.steps or (train.eval_steps and step % train.eval_steps == 0):
+                self._judge(step)
+            if stop or step == plan.steps or step % train.save_steps == 0 or self._is_best(step):
+                self._save(step)
+            if stop and step < plan.steps:
+                return False
+        return True
+
+    def _step(self, step: int) -> bool:
+        """One optimizer step over the global batch; True when any rank was asked to stop."""
+        plan, began = self.plan, time.perf_counter()
+        batches = self.samples.step(step)
+        learned = sum(map(self.samples.learned, batches))
+        if learned == 0:
+            raise RunError(f"no token of step {step + 1} has a loss", try_="a larger seq_len")
+        mine = range(self.comm.rank, len(batches), plan.world_size)
+        total = torch.zeros((), dtype=torch.float64, device=self.comm.device)
+        for index in mine:
+            torch.manual_seed(micro_batch_seed(plan.spec.seed, step, index))
+            # Tokens weigh the same wherever they are: each micro-batch is divided by the tokens of the whole step.
+            total += self.engine.backward(
+                self.samples.batch(batches[index]),
+                weight=1.0 / learned,
+                loss_scale=self.scale.value,
+                last=index == mine[-1],
+            )
+        rate = learning_rate(plan.spec.optim, step=step, steps=plan.steps)
+        result = self.engine.step(rate, self.scale.value)
+        loss, stops = self.comm.sum(total, float(self._stopping()))
+        self._report(
+            Event(
+                kind="step",
+                step=step + 1,
+                total_steps=plan.steps,
+                loss=loss / learned,
+                learning_rate=rate,
+                gradient_norm=result.gradient_norm,
+                tokens=sum(map(self.samples.tokens, batches)),
+                seconds=time.perf_counter() - began,
+                skipped=result.skipped,
+                note=f"loss scale {self.scale.value:g}" if result.skipped else "",
+            )
+        )
+        self.scale.update(skipped=result.skipped, step=step + 1)
+        return stops > 0
+
+    def _judge(self, step: int) -> None:
+        """The held-out loss, weighted by tokens over all ranks."""
+        if not self.samples.held_out:
+            return
+        mine = self.samples.held_out_batches()[self.comm.rank :: self.plan.world_size]
+        loss, tokens = self.comm.sum(*self._evaluate(mine))
+        self.held_out = (*self.held_out, (step, loss / tokens))
+        self._report(Event(kind="eval", step=step, total_steps=self.plan.steps, held_out_loss=loss / tokens))
+
+    def _is_best(self, step: int) -> bool:
+        return bool(step and self.held_out and self.held_out[-1][0] == step and self._progress(step).best_step == step)
+
+    def _progress(self, step: int, *, optimizer_steps: int = 0) -> Progress:
+        return Progress(
+            step=step,
+            samples=step * self.plan.spec.global_batch,
+            optimizer_steps=optimizer_steps,
+            loss_scale=self.scale.value,
+            finite_steps=self.scale.finite_steps,
+            held_out=self.held_out,
+        )
+
+    def _save(self, step: int) -> Path:
+        """Write a checkpoint, after all ranks have shown that they hold the same adapter."""
+        checksums = self.comm.gather(self._checksum())
+        if len(set(checksums)) > 1:
+            differing = [rank for rank, checksum in enumerate(checksums) if checksum != checksums[0]]
+            raise RunError(f"the adapter of rank(s) {differing} differs from rank 0's at step {step}", try_="--resume")
+        state = self.engine.state()
+        if self.comm.rank == 0:
+            progress = self._progress(step, optimizer_steps=state.optimizer_steps)
+            checkpoint.save(self.run, progress, state, keep=self.plan.spec.train.keep)
+            self._report(Event(kind="checkpoint", step=step, total_steps=self.plan.steps))
+        self.comm.barrier()
+        return self.run.checkpoint(step)
+
+    def _resume(self) -> int:
+        """Take over the newest whole checkpoint; the step to go on from."""
+        steps = self.run.checkpoint_steps()
+        if not steps:
+            self._report(Event(kind="start", step=0, total_steps=self.plan.steps))
+            return 0
+        progress, state = checkpoint.load(self.run.checkpoint(steps[-1]))
+        self.engine.restore(state)
+        self.scale.value, self.scale.finite_steps = progress.loss_scale, progress.finite_steps
+        self.held_out = progress.held_out
+        self._report(Event(kind="resume", step=progress.step, total_steps=self.plan.steps))
+        return progress.samples // self.plan.spec.global_batch

@@ -1,0 +1,74 @@
+"""Makes a model a local folder that transformers opens: converts GGUF once, downloads hub ids once."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from qdist.core.errors import ModelError
+from qdist.host.files import cache_dir, locked, publish_folder
+from qdist.host.sources import Located
+
+_CONVERSION = 1
+"""Raise it whenever the same GGUF file would become another folder."""
+
+
+def materialize(located: Located) -> Path:
+    """The local folder of a located model. Processes that race for a conversion wait for the first."""
+    if located.kind == "folder":
+        return Path(located.path)
+    return _download(located.path) if located.kind == "hub" else _converted(Path(located.path))
+
+
+def _converted(file: Path) -> Path:
+    models = cache_dir() / "models"
+    models.mkdir(exist_ok=True)
+    status = file.stat()
+    identity = f"{_CONVERSION} {file.name} {status.st_size} {_head_digest(file)}"
+    folder = models / f"{file.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    if not folder.is_dir():
+        with locked(models / f".{folder.name}.lock"):
+            if not folder.is_dir():
+                _convert(file, folder)
+    return folder
+
+
+def _head_digest(file: Path) -> str:
+    """SHA-256 of the first 16 MiB: metadata, tokenizer and the first tensors."""
+    with open(file, "rb") as handle:
+        return hashlib.sha256(handle.read(1 << 24)).hexdigest()
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Dequantize a GGUF file to bfloat16 safetensors, with its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    print(f"converting {file.name}, once: the result is cached", flush=True)
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"{file} cannot be converted: {error}", try_="a GGUF file of a Llama, Mistral or Qwen model") from error
+    # transformers keeps calling the model GGUF-quantized and refuses to save it.
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    model.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    publish_folder(beside, folder)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"{hub_id} cannot be fetched from the hub: {str(error).splitlines()[0]}",
+            try_="a local folder, --load-format dummy, or HF_TOKEN for a gated model",
+        ) from error

@@ -1,0 +1,180 @@
+"""Folds a run's adapter into a 16-bit model, onto the weights it was trained on or the original ones."""
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from qdist.core.errors import QdistError, RunError
+from qdist.core.plan import Plan
+from qdist.host.files import publish_folder
+from qdist.host.rundir import RunDir
+from qdist.runtime.forward import Forward
+from qdist.runtime.load import load_run_backbone, load_tokenizer
+from qdist.runtime.methods.backbone import DTYPES, load_plain
+from qdist.runtime.samples import Samples, read_samples
+from qdist.runtime.special_tokens import add_rows, align_config
+
+
+class Losses(NamedTuple):
+    """Held-out losses, or NaN where the run holds nothing out."""
+
+    adapter: float
+    merged: float
+
+
+def merge(run: RunDir, out: Path, *, onto: str, dtype: torch.dtype) -> Losses:
+    """Write a merged model that plain transformers loads; measure what merging cost.
+
+    The sum W + alpha / r * B A is taken in float32 and rounded once. One layer at a time is unpacked.
+    Raises RunError when the merged model is further from the adapter than from the backbone.
+    """
+    from peft import PeftModel
+
+    plan = run.plan()
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    compute = DTYPES[plan.compute_dtype]
+    tokenizer = load_tokenizer(plan.source)
+    samples = read_samples(plan, pad_id=tokenizer.pad_token_id if tokenizer else 0)
+    model = PeftModel.from_pretrained(load_run_backbone(plan, compute, device), str(run.adapter)).eval()
+    before = _held_out(model, samples, compute)
+    weights = _merged_weights(model, _originals(plan, onto, device), dtype)
+    config = model.get_base_model().config
+    del model
+    plain = _plain_model(config, weights, dtype)
+    if tokenizer is not None:
+        align_config(plain, tokenizer)
+    beside = out.with_name(f".{out.name}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        plain.save_pretrained(beside)
+        if plan.source.tokenizer:
+            tokenizer.save_pretrained(beside)
+        merged = _held_out(load_plain(str(beside), dtype=_evaluated_in(dtype, device), device=device).eval(), samples, compute)
+        publish_folder(beside, out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return Losses(before, merged)
+
+
+def _evaluated_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """16-bit weights are evaluated in float32 on CPUs, most of which emulate 16-bit arithmetic."""
+    return torch.float32 if device.type == "cpu" else dtype
+
+
+def _held_out(model: Any, samples: Samples, dtype: torch.dtype) -> float:
+    if not samples.held_out:
+        return float("nan")
+    forward = Forward(model, samples, dtype=dtype, fused=False)
+    loss, tokens = forward.evaluate(samples.held_out_batches())
+    return loss / tokens
+
+
+def _originals(plan: Plan, onto: str, device: torch.device) -> Any | None:
+    """The backbone before quantization, or None to merge onto the dequantized one."""
+    if onto == "dequantized":
+        return None
+    if plan.source.kind == "dummy":
+        raise RunError("random weights have no original to merge onto", try_="--onto dequantized")
+    model = load_plain(plan.source.path, dtype="auto", device=device)
+    add_rows(model, plan.source.new_token_ids, plan.source.vocab_rows)
+    return model
+
+
+def _merged_weights(model: Any, originals: Any | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The state dict of the merged model, on the CPU in `dtype`."""
+    base = model.get_base_model()
+    original = dict(originals.named_parameters()) if originals is not None else {}
+    weights: dict[str, torch.Tensor] = {}
+    adapted = {name: module for name, module in base.named_modules() if hasattr(module, "base_layer")}
+    for name, parameter in base.named_parameters():
+        owner = next((adapter for adapter in adapted if name.startswith(f"{adapter}.")), None)
+        plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        if any(part in name for part in (".lora_", "token_adapter.", "modules_to_save.")):
+            continue
+        value = original[plain].float() if plain in original else _dequantized(base, name, parameter)
+        if owner is not None and name == f"{owner}.base_layer.weight":
+            value = value + _delta(adapted[owner]).to(value.device)
+        weights[plain] = value.to("cpu", dtype)
+    _put_rows(base, weights, dtype)
+    return weights
+
+
+def _dequantized(base: Any, name: str, parameter: nn.Parameter) -> torch.Tensor:
+    """A parameter in float32, unpacked where it is packed."""
+    import bitsandbytes as bnb
+
+    if isinstance(parameter, bnb.nn.Params4bit):
+        unpacked: torch.Tensor = bnb.functional.dequantize_4bit(parameter.data, parameter.quant_state)
+        return unpacked.float()
+    if parameter.dtype == torch.int8:
+        state = base.get_submodule(name.rpartition(".")[0]).state
+        scale = parameter.SCB if getattr(parameter, "SCB", None) is not None else state.SCB
+        return parameter.data.float() * scale.float().view(-1, 1) / 127.0
+    return parameter.detach().float()
+
+
+def _delta(layer: Any) -> torch.Tensor:
+    """alpha / r * B A of a LoRA layer in float32, [out, in]."""
+    up, down = layer.lora_B["default"].weight.detach().float(), layer.lora_A["default"].weight.detach().float()
+    product: torch.Tensor = layer.scaling["default"] * (up @ down)
+    return product
+
+
+def _put_rows(base: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Trained rows of new tokens into their tables."""
+    for name, module in base.named_modules():
+        if hasattr(module, "trainable_tokens_delta") and "default" in module.trainable_tokens_delta:
+            table = weights[f"{name.removesuffix('.token_adapter')}.weight"]
+            rows = torch.tensor(module.token_indices["default"])
+            table[rows] = module.trainable_tokens_delta["default"].detach().to("cpu", dtype)
+
+
+def _plain_model(config: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
+    """A model without a trace of quantization or adapter that holds exactly these weights."""
+    import copy
+
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.use_cache, config.dtype = True, dtype
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    if unexpected or set(missing) - tied:
+        raise RunError(f"the merged weights do not fit the model: missing {sorted(set(missing) - tied)[:3]}, unexpected {unexpected[:3]}")
+    return model
+
+
+def main() -> None:
+    """`python -m qdist.runtime.merge RUN OUT`, started by the command line."""
+    from transformers.utils import logging
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--onto", default="dequantized")
+    parser.add_argument("--dtype", default="bfloat16")
+    arguments = parser.parse_args()
+    logging.disable_progress_bar()
+    try:
+        losses = merge(RunDir(arguments.run), arguments.out, onto=arguments.onto, dtype=DTYPES[arguments.dtype])
+    except QdistError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    print(f"{arguments.out}: adapter merged onto the {arguments.onto} backbone, {arguments.dtype}")
+    print(f"held-out loss  adapter {losses.adapter:.4f}  merged {losses.merged:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Puts a LoRA adapter on a backbone through PEFT, and takes it off again as plain tensors."""
+
+from typing import Any
+
+import torch
+
+from qdist.core.plan import Plan
+
+_TABLES = {"bloom": ("word_embeddings", "lm_head"), "gpt_neox": ("embed_in", "embed_out")}
+"""Leaf names of the input and output embeddings where they are not embed_tokens and lm_head."""
+
+
+def lora_config(plan: Plan) -> Any:
+    """PEFT's configuration of the plan's adapter."""
+    from peft import LoraConfig
+
+    spec = plan.spec
+    return LoraConfig(
+        r=spec.lora.r,
+        lora_alpha=spec.lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=spec.lora.dropout,
+        target_modules=sorted(linear.name for linear in plan.facts.targeted(spec.lora.targets)),
+        bias="none",
+        task_type="CAUSAL_LM",
+        trainable_token_indices=_token_rows(plan),
+        base_model_name_or_path=plan.source.path or spec.model,
+    )
+
+
+def add_adapter(model: Any, plan: Plan) -> Any:
+    """A PEFT model whose float32 LoRA matrices, and rows of new tokens, are all that trains.
+
+    The initial A depends on the seed alone: every rank, and every number of ranks, starts from the same one.
+    """
+    from peft import get_peft_model
+
+    torch.manual_seed(plan.spec.seed)
+    return get_peft_model(model, lora_config(plan))
+
+
+def _token_rows(plan: Plan) -> dict[str, list[int]] | None:
+    """New rows to train, by the leaf name of the table that holds them."""
+    if not plan.source.new_token_ids:
+        return None
+    rows = list(plan.source.new_token_ids)
+    tables = _TABLES.get(plan.facts.family, ("embed_tokens", "lm_head"))
+    return {name: rows for name in (tables[:1] if plan.facts.tied_embeddings else tables)}
+
+
+def prepare_for_training(model: Any, plan: Plan) -> None:
+    """Gradient checkpointing (non-reentrant) and fused kernels, as planned."""
+    if plan.liger:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        # The loss is fused in qdist.runtime.loss, on learned tokens only.
+        _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False)
+    if plan.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()

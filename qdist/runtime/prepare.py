@@ -1,0 +1,116 @@
+"""Converts, repairs and tokenizes, once, before any process group exists: `python -m qdist.runtime.prepare IN OUT`."""
+
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from qdist.core.errors import ModelError, QdistError
+from qdist.core.plan import DataFacts, Prepared, Source
+from qdist.core.spec import RunSpec
+from qdist.host.files import cache_dir, locked, publish_folder, write_atomic
+from qdist.host.sources import locate
+from qdist.runtime.tokenized import Summary
+
+
+def main() -> None:
+    """Read a RunSpec, write a Prepared; a QdistError goes to OUT.error for the launcher to show."""
+    given, wanted = Path(sys.argv[1]), Path(sys.argv[2])
+    spec = msgspec.json.decode(given.read_bytes(), type=RunSpec)
+    try:
+        prepared = prepare(spec)
+    except QdistError as error:
+        record = {"kind": type(error).__name__, "message": error.message, "try": error.try_}
+        write_atomic(wanted.with_suffix(".error"), json.dumps(record))
+        raise SystemExit(1) from None
+    write_atomic(wanted, msgspec.json.encode(prepared))
+
+
+def prepare(spec: RunSpec) -> Prepared:
+    """The model as a local folder, its tokenizer repaired, the data tokenized and cached."""
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils import logging
+
+    from qdist.runtime.batches import split
+    from qdist.runtime.data import cache_key, cached_tokenize
+    from qdist.runtime.materialize import materialize
+    from qdist.runtime.special_tokens import repair
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    folder = materialize(locate(spec.model))
+    try:
+        config: dict[str, Any] = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: {str(error).splitlines()[0]}", try_="a folder with config.json and a tokenizer") from error
+    repaired = repair(tokenizer, config, new_tokens=spec.new_tokens)
+    tokenized, _ = cached_tokenize(
+        spec.data,
+        tokenizer,
+        seq_len=spec.seq_len,
+        train_on_source=spec.train.train_on_source,
+        folder=cache_dir() / "tokens",
+        data_format=None if spec.format == "auto" else spec.format,
+    )
+    key = cache_key(spec.data, tokenizer, seq_len=spec.seq_len, train_on_source=spec.train.train_on_source, data_format=None if spec.format == "auto" else spec.format)
+    path = cache_dir() / "tokens" / f"{key}.safetensors"
+    train, held_out = split(len(tokenized), held_out=spec.train.held_out, seed=spec.seed)
+    lengths = tokenized.offsets.diff()
+    return Prepared(
+        source=Source(
+            kind="folder",
+            path=str(folder),
+            config=config,
+            tokenizer=str(_keep_tokenizer(tokenizer)),
+            new_token_ids=repaired.new_ids,
+            vocab_rows=repaired.rows,
+        ),
+        data=DataFacts(
+            path=str(path),
+            samples=len(tokenized),
+            train_samples=len(train),
+            held_out_samples=len(held_out),
+            tokens=int(lengths.sum()),
+            longest=int(lengths.max()),
+        ),
+        notes=(*repaired.notes, *_data_notes(tokenized.summary, spec)),
+    )
+
+
+def _keep_tokenizer(tokenizer: Any) -> Path:
+    """The repaired tokenizer in a folder of the cache that its contents name."""
+    tokenizers = cache_dir() / "tokenizers"
+    tokenizers.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=tokenizers) as beside:
+        tokenizer.save_pretrained(beside)
+        files = sorted(path for path in Path(beside).rglob("*") if path.is_file())
+        contents = hashlib.sha256()
+        for file in files:
+            contents.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+        folder = tokenizers / contents.hexdigest()[:16]
+        with locked(tokenizers / ".lock"):
+            if not folder.is_dir():
+                staged = tokenizers / f".{folder.name}"
+                shutil.rmtree(staged, ignore_errors=True)
+                shutil.copytree(beside, staged)
+                publish_folder(staged, folder)
+    return folder
+
+
+def _data_notes(summary: Summary, spec: RunSpec) -> tuple[str, ...]:
+    notes = []
+    if summary.truncated:
+        notes.append(f"{summary.truncated:,} of {summary.records:,} records were cut at seq_len={spec.seq_len}")
+    if summary.dropped:
+        notes.append(f"{summary.dropped:,} of {summary.records:,} records were dropped: nothing to learn within seq_len={spec.seq_len}")
+    return tuple(notes)
+
+
+if __name__ == "__main__":
+    main()

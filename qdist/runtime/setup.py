@@ -1,0 +1,96 @@
+"""Brings up one rank from the rendered files: Accelerate's state, the process group, the engine, the trackers."""
+
+import datetime
+import json
+from typing import Any
+
+import torch
+
+from qdist.core.errors import RunError
+from qdist.core.plan import Plan
+from qdist.core.render import ACCELERATE_FILE
+from qdist.host.rundir import RunDir
+from qdist.runtime.deepspeed_engine import DeepSpeedEngine
+from qdist.runtime.engine import Adapter, Engine, TorchEngine, build_optimizer
+
+PROCESS_GROUP_TIMEOUT = datetime.timedelta(minutes=30)
+"""Long enough for rank 0 to write answers and checkpoints while the others wait."""
+
+
+def make_accelerator(plan: Plan, run: RunDir) -> Any:
+    """Accelerate's `Accelerator`, from the run's accelerate.json and the deepspeed.json that it names.
+
+    Naming the backend matters on the CPU: left to itself, Accelerate 1.15 sees one process of DeepSpeed's many.
+    """
+    from accelerate import Accelerator
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+
+    path = run.path / ACCELERATE_FILE
+    config = load_config_from_file(str(path))
+    options: dict[str, Any] = {"mixed_precision": config.mixed_precision, "project_dir": str(run.path)}
+    if plan.spec.trackers:
+        options["log_with"] = list(plan.spec.trackers)
+    if str(config.distributed_type).endswith("DEEPSPEED"):
+        policy = json.loads((run.path / config.deepspeed_config["deepspeed_config_file"]).read_text())
+        options["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=policy)
+        options["gradient_accumulation_steps"] = policy["gradient_accumulation_steps"]
+        backend = "gloo" if config.use_cpu else "nccl"
+        options["kwargs_handlers"] = [InitProcessGroupKwargs(backend=backend, timeout=PROCESS_GROUP_TIMEOUT)]
+    else:
+        options["cpu"] = config.use_cpu
+    accelerator = Accelerator(**options)
+    if accelerator.num_processes != config.num_processes:
+        raise RunError(f"{path} says {config.num_processes} processes, this run has {accelerator.num_processes}", try_="--resume")
+    return accelerator
+
+
+def make_engine(plan: Plan, accelerator: Any, adapter: Adapter) -> Engine:
+    """The engine that the plan names, over the adapter's parameters alone."""
+    optim = plan.spec.optim
+    optimizer = build_optimizer(
+        list(adapter.parameters()),
+        name=plan.optimizer,
+        fused=plan.device == "cuda" and plan.spec.zero.offload == "none",
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+    )
+    if plan.engine == "torch":
+        return TorchEngine(adapter, optimizer, clip=optim.clip)
+    engine, _ = accelerator.prepare(adapter, optimizer)
+    return DeepSpeedEngine(adapter, engine, clip=optim.clip)
+
+
+def pick_device(plan: Plan, local_rank: int) -> torch.device:
+    """This rank's device, its memory capped as planned."""
+    if plan.device == "cpu":
+        torch.set_num_threads(plan.threads_per_rank)
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    if plan.memory_cap_bytes is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, plan.memory_cap_bytes / total), device)
+    return device
+
+
+def start_trackers(plan: Plan, accelerator: Any, run: RunDir) -> None:
+    """TensorBoard and W&B through Accelerate's trackers; nothing without them."""
+    if plan.spec.trackers:
+        accelerator.init_trackers(run.path.name, config=_flat(plan))
+
+
+def _flat(plan: Plan) -> dict[str, Any]:
+    import msgspec
+
+    flat: dict[str, Any] = {}
+    for key, value in msgspec.to_builtins(plan.spec).items():
+        inner = value if isinstance(value, dict) else {"": value}
+        for leaf, setting in inner.items():
+            name = f"{key}.{leaf}".rstrip(".")
+            flat[name] = setting if isinstance(setting, (int, float, str, bool)) else str(setting)
+    return flat
+
+

@@ -1,0 +1,102 @@
+"""What a tokenized data set is, in memory and as a file."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from qdist.core.errors import DataError
+
+IGNORED = -100
+"""The label of a token without loss, as transformers and torch have it."""
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of the records."""
+
+    records: int
+    dropped: int
+    """Nothing to learn was left of them after truncation; not in the set."""
+    truncated: int
+    """Cut at seq_len, dropped ones included."""
+    tokens: int
+    learned_tokens: int
+
+
+class TokenizedSet(NamedTuple):
+    """Samples laid end to end; sample i is `offsets[i]:offsets[i + 1]`.
+
+    tokens, labels: int32 [tokens]. A label is aligned with its token, as transformers has it: the loss of position
+    p - 1 is taken against label p, so the first label of a sample never counts.
+    offsets: int64 [samples + 1].
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    offsets: torch.Tensor
+    summary: Summary
+
+    def __len__(self) -> int:
+        return self.offsets.numel() - 1
+
+    def span(self, index: int) -> slice:
+        """Where sample `index` lies in `tokens` and `labels`."""
+        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+
+def learned_tokens(tokenized: TokenizedSet, indices: Iterable[int]) -> int:
+    """How many tokens of these samples have a loss: the first of a sample has nothing before it to predict it."""
+    spans = (tokenized.span(index) for index in indices)
+    return sum(int((tokenized.labels[span.start + 1 : span.stop] != IGNORED).sum()) for span in spans)
+
+
+def save(tokenized: TokenizedSet, path: Path, *, key: str) -> None:
+    """Write the set beside `path` and rename it there, so that no reader ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    arrays = {"tokens": tokenized.tokens, "labels": tokenized.labels, "offsets": tokenized.offsets}
+    summary = msgspec.json.encode(tokenized.summary).decode()
+    try:
+        save_file(arrays, beside, metadata={"key": key, "summary": summary})
+        _sync(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def load(path: Path, *, key: str) -> TokenizedSet:
+    """Map the set at `path` into memory; nothing is read before it is used.
+
+    Raises DataError when the file is damaged or was written for another key.
+    """
+    with _readable(path), safe_open(path, framework="pt", device="cpu") as stored:
+        found = stored.metadata() or {}
+        if found.get("key") != key:
+            raise DataError(f"{path} holds key {found.get('key')}, not {key}", try_=f"rm {path}")
+        summary = msgspec.json.decode(found["summary"], type=Summary)
+        tokens, labels, offsets = (stored.get_tensor(name) for name in ("tokens", "labels", "offsets"))
+    return TokenizedSet(tokens, labels, offsets, summary)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise DataError(f"{path} is damaged: {error}", try_=f"rm {path}") from error
+
+
+def _sync(path: Path) -> None:
+    """Make the file, or the folder's list of names, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,178 @@
+"""One rank of a run: `python -m qdist.runtime.worker RUN --digest D`, started by torch.distributed.run."""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from qdist.core.errors import QdistError, RunError
+from qdist.core.events import Event, encode, whole_length
+from qdist.core.plan import Plan, digest
+from qdist.host.rundir import RunDir
+
+
+def main() -> None:
+    """Redirect output to the rank's log, train, and leave with 0 only when everything was written."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--digest", required=True)
+    arguments = parser.parse_args()
+    run = RunDir(arguments.run)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    _log_to(run.log_file(rank))
+    _die_with_parent()
+    try:
+        plan = run.checked_plan(arguments.digest)
+        if plan.world_size != world_size:
+            raise RunError(
+                f"planned for {plan.world_size} ranks, started with {world_size}", try_=f"--nproc-per-node {plan.world_size}"
+            )
+        _work(plan, run)
+    except QdistError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # Other ranks may be inside a collective that never ends: leave without their goodbye.
+        os._exit(1)
+
+
+def _work(plan: Plan, run: RunDir) -> None:
+    stop = _StopRequest(run)
+    import torch
+    from transformers.utils import logging
+
+    from qdist.runtime.comm import Comm
+    from qdist.runtime.engine import Adapter
+    from qdist.runtime.export import adapter_checksum, gather, write_result
+    from qdist.runtime.forward import Forward
+    from qdist.runtime.generate import before_and_after
+    from qdist.runtime.load import load_tokenizer
+    from qdist.runtime.loop import Trainer
+    from qdist.runtime.methods.backbone import DTYPES, load_backbone
+    from qdist.runtime.methods.lora import add_adapter, prepare_for_training
+    from qdist.runtime.samples import read_samples
+    from qdist.runtime.setup import make_accelerator, make_engine, pick_device, start_trackers
+
+    logging.disable_progress_bar()
+    device = pick_device(plan, int(os.environ["LOCAL_RANK"]))
+    accelerator = make_accelerator(plan, run)
+    comm = Comm(device)
+    if len(set(comm.gather(digest(plan)))) > 1:
+        raise RunError("the ranks of this run read different plans", try_="a run directory that all nodes share")
+    tokenizer = load_tokenizer(plan.source)
+    backbone = load_backbone(
+        plan.source,
+        bits=plan.spec.bits,
+        quant=plan.spec.quant,
+        dtype=DTYPES[plan.compute_dtype],
+        device=device,
+        linear_names=plan.facts.linear_names,
+    )
+    model = add_adapter(backbone, plan)
+    prepare_for_training(model, plan)
+    samples = read_samples(plan, pad_id=tokenizer.pad_token_id if tokenizer else 0)
+    forward = Forward(model, samples, dtype=DTYPES[plan.compute_dtype], fused=plan.liger)
+    adapter = Adapter(model, forward.loss)
+    engine = make_engine(plan, accelerator, adapter)
+    start_trackers(plan, accelerator, run)
+    report = _Reporter(run, comm.rank, device, accelerator if plan.spec.trackers else None)
+    trainer = Trainer(
+        plan,
+        run,
+        engine,
+        samples,
+        comm,
+        evaluate=forward.evaluate,
+        checksum=lambda: adapter_checksum(adapter) if plan.zero_stage < 3 else (),
+        report=report,
+        stopping=stop,
+    )
+    finished = trainer.train()
+    if finished:
+        if comm.rank == 0:
+            gather(run, step=plan.steps)
+            answers = before_and_after(plan, model, tokenizer, samples) if plan.spec.train.answers else []
+            write_result(run, plan, held_out=trainer.held_out, answers=answers)
+        comm.barrier()
+        report(Event(kind="end", step=plan.steps, total_steps=plan.steps))
+    accelerator.end_training()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+class _StopRequest:
+    """True once the launcher left a stop file or the scheduler sent SIGTERM; the loop then saves and ends."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run, self._signalled = run, False
+        signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def _note(self, *_: Any) -> None:
+        self._signalled = True
+
+    def __call__(self) -> bool:
+        return self._signalled or self._run.stop_requested()
+
+
+class _Reporter:
+    """Appends events to this rank's file, one write a line, and hands numbers to the trackers."""
+
+    def __init__(self, run: RunDir, rank: int, device: Any, accelerator: Any | None) -> None:
+        self._rank, self._device, self._accelerator = rank, device, accelerator
+        path = run.event_file(rank)
+        path.parent.mkdir(exist_ok=True)
+        # A killed rank may have left half a line behind.
+        if path.exists():
+            with open(path, "r+b") as torn:
+                torn.truncate(whole_length(torn.read()))
+        self._file = open(path, "ab", buffering=0)
+        self._context_bytes: int | None = None
+
+    def __call__(self, event: Event) -> None:
+        import msgspec
+
+        complete = msgspec.structs.replace(event, rank=self._rank, time=time.time(), memory_bytes=self._memory())
+        self._file.write(encode(complete))
+        if self._accelerator is not None:
+            names = ("loss", "held_out_loss", "learning_rate", "gradient_norm")
+            values = {name: getattr(event, name) for name in names if getattr(event, name) is not None}
+            if event.seconds:
+                values["tokens_per_second"] = event.tokens / event.seconds
+            if values:
+                self._accelerator.log(values, step=event.step)
+
+    def _memory(self) -> int:
+        """Peak of this rank: on a GPU, torch's peak and the CUDA context; on the CPU, the largest resident set."""
+        import resource
+
+        import torch
+
+        if self._device.type == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self._context_bytes is None:
+            free, total = torch.cuda.mem_get_info(self._device)
+            self._context_bytes = max(0, total - free - torch.cuda.memory_reserved(self._device))
+        return torch.cuda.max_memory_allocated(self._device) + self._context_bytes
+
+
+def _log_to(path: Path) -> None:
+    """Everything that this process or its libraries print, from now on, into the rank's log."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+
+def _die_with_parent() -> None:
+    """Have the kernel kill this rank when its launcher dies (Linux), so that no process is left behind."""
+    with contextlib.suppress(OSError, AttributeError):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+import math
+
+import pytest
+
+from qdist.core.errors import RunError
+from qdist.core.events import Event, RunState, advance, decode_lines, encode, losses, whole_length
+
+
+def step(
+    number: int, loss: float | None = None, *, rank: int = 0, memory_bytes: int = 0, seconds: float = 2.0
+) -> Event:
+    return Event(
+        kind="step", step=number, total_steps=60, loss=loss, tokens=1000, seconds=seconds,
+        rank=rank, memory_bytes=memory_bytes,
+    )  # fmt: skip
+
+
+def test_an_event_is_one_line_that_holds_only_what_matters() -> None:
+    assert encode(Event(kind="step", step=3, loss=1.5)) == b'{"kind":"step","step":3,"loss":1.5}\n'
+
+
+def test_events_come_back_as_they_were_written() -> None:
+    events = [
+        Event(kind="start", total_steps=2, note="nf4 on 2 GPUs\nand a newline", time=12.5),
+        Event(kind="step", step=1, loss=2.0, learning_rate=2e-4, gradient_norm=0.5, tokens=7, seconds=0.1, rank=3),
+        Event(kind="eval", step=1, held_out_loss=2.25, skipped=True, memory_bytes=2**40),
+    ]
+    assert decode_lines(b"".join(map(encode, events))) == events
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_a_number_does_not_read_as_absent(value: float) -> None:
+    (event,) = decode_lines(encode(Event(kind="step", step=3, loss=value)))
+    assert event.loss is not None and math.isnan(event.loss)
+    assert event.gradient_norm is None
+
+
+def test_a_line_torn_by_a_kill_is_left_out_wherever_it_is_torn() -> None:
+    whole = encode(step(1, 2.0))
+    torn = encode(step(2, 1.9))
+    for length in range(len(torn)):
+        data = whole + torn[:length]
+        assert [event.step for event in decode_lines(data)] == [1]
+        assert whole_length(data) == len(whole)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[1]",
+        b"\xff\xfe",
+        b"\0\0\0",
+        b'{"kind":"stop"}',
+        b'{"kind":"step","stepp":1}',
+        b'{"step":1}',
+    ],
+)
+def test_garbage_in_the_middle_is_an_error_that_names_its_line(garbage: bytes) -> None:
+    data = encode(step(1)) + garbage + b"\n" + encode(step(2))
+    with pytest.raises(RunError, match="line 2 "):
+        decode_lines(data)
+    with pytest.raises(RunError, match="line 42 "):
+        decode_lines(data, first_line=41)
+
+
+def test_nothing_written_yet_is_no_events() -> None:
+    assert decode_lines(b"") == []
+
+
+def test_the_last_word_on_a_step_counts() -> None:
+    assert losses([step(1, 3.0), step(2, 2.0), step(2, 1.5), step(3)]) == {1: 3.0, 2: 1.5}
+
+
+def test_a_resume_takes_back_the_steps_after_its_checkpoint() -> None:
+    events = [step(1, 3.0), step(2, 2.5), step(3, 2.0), Event(kind="resume", step=1), step(2, 2.4)]
+    assert losses(events) == {1: 3.0, 2: 2.4}
+    state = advance(RunState(), events)
+    assert (state.step, state.losses, state.finished) == (2, ((1, 3.0), (2, 2.4)), False)
+
+
+def test_a_state_does_not_depend_on_how_its_events_were_cut_up() -> None:
+    events = [
+        Event(kind="start", total_steps=60),
+        *(step(number, 3.0 - number / 10, seconds=number) for number in range(1, 16)),
+        Event(kind="eval", step=15, held_out_loss=2.0),
+        Event(kind="resume", step=12),
+        *(step(number, 2.0, rank=rank, memory_bytes=number + rank) for number in (13, 14) for rank in (0, 1)),
+        Event(kind="end", step=14),
+    ]
+    state = RunState()
+    for event in events:
+        state = advance(state, [event])
+    assert state == advance(RunState(), events)
+
+
+def test_speed_and_time_left_come_from_the_last_ten_steps() -> None:
+    slow_start = [step(number, seconds=100.0) for number in (1, 2, 3)]
+    state = advance(RunState(), [*slow_start, *(step(number) for number in range(4, 14))])
+    assert state.tokens_per_s == 500.0
+    assert state.seconds_left == (60 - 13) * 2.0
+
+
+def test_one_slow_step_does_not_change_the_pace() -> None:
+    state = advance(RunState(), [step(1, seconds=300.0), *(step(number) for number in range(2, 6))])
+    assert (state.tokens_per_s, state.seconds_left) == (500.0, 110.0)
+
+
+def test_the_pace_is_unknown_before_the_first_step_and_nothing_is_left_after_the_end() -> None:
+    started = advance(RunState(), [Event(kind="start", total_steps=60)])
+    assert (started.total_steps, started.tokens_per_s, started.seconds_left, started.loss) == (60, None, None, None)
+    ended = advance(started, [step(40), Event(kind="end", step=40)])
+    assert (ended.finished, ended.seconds_left) == (True, 0.0)
+
+
+def test_memory_is_the_peak_of_each_rank_and_losses_are_those_of_rank_0() -> None:
+    events = [step(1, 2.0, memory_bytes=5), step(1, 9.0, rank=1, memory_bytes=8), step(2, 9.0, rank=1, memory_bytes=6)]
+    state = advance(RunState(), events)
+    assert state.memory_bytes == {0: 5, 1: 8}
+    assert (state.step, state.loss) == (1, 2.0)
+
+
+def test_smoothed_loss_passes_over_what_is_not_a_number() -> None:
+    state = advance(RunState(), [step(1, 2.0), step(2, math.nan), step(3, 4.0)])
+    assert state.smoothed_loss == 3.0
+    assert advance(RunState(), [step(1, math.nan)]).smoothed_loss is None
+
+
+def test_held_out_losses_and_skipped_steps_are_kept() -> None:
+    events = [
+        Event(kind="eval", step=0, held_out_loss=3.0),
+        Event(kind="step", step=1, skipped=True),
+        Event(kind="eval", step=1, held_out_loss=2.0),
+    ]
+    state = advance(RunState(), events)
+    assert state.held_out == ((0, 3.0), (1, 2.0))
+    assert state.skipped_steps == (1,)

@@ -1,0 +1,108 @@
+"""What is a model made of? Counts against published ones, and shapes against transformers' own modules."""
+
+from typing import Any
+
+import pytest
+
+from qdist.core.errors import ModelError
+from qdist.core.facts import from_config
+from qdist.core.models import ALIASES, config_of
+
+NO_CLASS = {alias for alias in ALIASES if alias.startswith("baichuan")}
+"""Baichuan's classes are in its repositories, not in transformers; PUBLISHED below checks its totals."""
+
+PUBLISHED = {
+    "smollm2-135m": 134_515_008,
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-33b": 32_528_943_616,
+    "llama-65b": 65_285_660_672,
+    "llama2-70b": 68_976_648_192,
+    "llama3-8b": 8_030_261_248,
+    "llama3.2-1b": 1_235_814_400,
+    "mistral-7b": 7_248_023_552,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
+    "opt-6.7b": 6_658_473_984,
+    "bloom-7b1": 7_069_016_064,
+    "bloom-176b": 176_247_271_424,
+    "pythia-6.9b": 6_857_302_016,
+    "glm-4-9b": 9_399_951_360,
+    "baichuan-7b": 7_000_559_616,
+    "baichuan-13b": 13_264_901_120,
+    "baichuan2-7b": 7_505_973_248,
+    "baichuan2-13b": 13_896_668_160,
+}
+
+
+@pytest.mark.parametrize(("alias", "parameters"), PUBLISHED.items())
+def test_parameter_totals_are_the_published_ones(alias: str, parameters: int) -> None:
+    assert from_config(config_of(alias), name=alias).parameters == parameters
+
+
+@pytest.mark.parametrize(
+    ("alias", "millions"), [("llama-7b", 159.9), ("llama-13b", 250.3), ("llama-33b", 487.6), ("llama-65b", 799.5)]
+)
+def test_adapters_at_rank_64_have_the_size_that_qlora_published(alias: str, millions: float) -> None:
+    facts = from_config(config_of(alias), name=alias)
+    assert facts.adapter_parameters(64, facts.linear_names) / 1e6 == pytest.approx(millions, abs=0.1)
+    assert facts.adapter_parameters(64, ("all-linear",)) == facts.adapter_parameters(64, facts.linear_names)
+
+
+@pytest.mark.parametrize("alias", sorted(ALIASES.keys() - NO_CLASS))
+def test_facts_agree_with_the_modules_that_transformers_builds(alias: str) -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(**config_of(alias))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    facts = from_config(config_of(alias), name=alias)
+    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    linears = [
+        (path.rpartition(".")[2], module.in_features, module.out_features, module.bias is not None)
+        for path, module in layers[0].named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    assert model.num_parameters() == facts.parameters
+    assert len(layers) == facts.layers
+    assert sum(weight.numel() for weight in layers[0].parameters()) == facts.layer_parameters
+    assert linears == [(linear.name, linear.inputs, linear.outputs, linear.bias) for linear in facts.linears]
+
+
+def test_the_config_that_transformers_writes_back_gives_the_same_facts() -> None:
+    transformers = pytest.importorskip("transformers")
+    for alias in ("llama3.2-1b", "qwen3-8b", "bloom-7b1", "opt-6.7b", "pythia-6.9b", "glm-4-9b"):
+        written = transformers.AutoConfig.for_model(**config_of(alias)).to_dict()
+        assert from_config(written, name=alias) == from_config(config_of(alias), name=alias)
+
+
+def test_glm4_has_four_norms_a_layer() -> None:
+    glm = config_of("glm-4-9b")
+    four, two = from_config(glm | {"model_type": "glm4"}, name="glm4"), from_config(glm, name="glm")
+    assert four.parameters - two.parameters == 40 * 2 * 4096
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": None}, "config.json has no hidden_size"),
+        ({"model_type": None}, "config.json has no model_type"),
+        ({"model_type": "mamba"}, "model_type 'mamba'.*\n.*bloom, .*glm4, .*qwen3"),
+        ({"num_hidden_layers": "32"}, "num_hidden_layers = '32'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers = 0"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_refused_by_its_key(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        from_config(config_of("llama-7b") | change, name="llama-7b")
+
+
+def test_an_opt_with_projected_embeddings_is_refused() -> None:
+    with pytest.raises(ModelError, match="projected embedding"):
+        from_config(config_of("opt-125m") | {"word_embed_proj_dim": 512}, name="opt-350m")
+
+
+def test_a_target_that_is_no_linear_is_refused_with_the_nearest_one() -> None:
+    facts = from_config(config_of("llama-7b"), name="llama-7b")
+    with pytest.raises(ModelError, match=r"no linear 'qproj'(.|\n)*try: q_proj"):
+        facts.targeted(("qproj",))

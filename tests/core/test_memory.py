@@ -1,0 +1,225 @@
+"""How many bytes will a GPU need? Predictions against peaks measured on H200s, terms against what torch saves."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from qdist.core.facts import ModelFacts, from_config
+from qdist.core.memory import MemoryBudget, budget, saved_bytes_per_token
+from qdist.core.models import config_of
+from qdist.core.units import GIB
+
+LIGER = {"fused_loss": True, "fused_layers": True}
+NO_CHECKPOINTS, PAGED = {"checkpointing": False}, {"optimizer_on_gpu": False}
+FOUR = {"world_size": 4}
+
+ANCHORS: list[tuple[str, str, float, dict[str, Any]]] = [
+    # shared/ANCHORS.md: peak GiB that torch allocated; 16x512 tokens a GPU unless said. It does not say which AdamW the
+    # stock 7B rows had: they are paged, as in the stock 65B row, since its state alone (1.2 GiB) would overshoot.
+    ("stock, checkpointing", "llama-7b", 9.3, PAGED),
+    ("stock", "llama-7b", 49.3, NO_CHECKPOINTS | PAGED),
+    ("Liger, checkpointing", "llama-7b", 9.1, LIGER),
+    ("Liger", "llama-7b", 38.8, NO_CHECKPOINTS | LIGER),
+    ("stock, checkpointing, 4x512", "llama-65b", 39.9, PAGED | {"micro_batch": 4}),
+    ("Liger, checkpointing, 4x512, paged", "llama-65b", 39.8, LIGER | PAGED | {"micro_batch": 4}),
+    ("Liger, checkpointing, 4x512, fused AdamW", "llama-65b", 45.8, LIGER | {"micro_batch": 4}),
+    ("ZeRO-2, checkpointing, 4 GPUs", "llama-7b", 9.5, FOUR | {"zero_stage": 2}),
+    ("DDP + Liger, 4 GPUs", "llama-7b", 39.1, FOUR | NO_CHECKPOINTS | LIGER),
+    ("DDP + Liger, checkpointing, 4 GPUs", "llama-65b", 57.2, FOUR | LIGER),
+    ("FSDP2 + Liger, checkpointing, 4 GPUs", "llama-7b", 5.6, FOUR | LIGER | {"shards": 4}),
+    ("FSDP2 + Liger, 4 GPUs", "llama-7b", 35.0, FOUR | NO_CHECKPOINTS | LIGER | {"shards": 4}),
+    ("FSDP2 + Liger, checkpointing, 4 GPUs", "llama-65b", 24.9, FOUR | LIGER | {"shards": 4}),
+]
+
+
+def facts_of(alias: str) -> ModelFacts:
+    return from_config(config_of(alias), name=alias)
+
+
+def predict(alias: str, **settings: Any) -> MemoryBudget:
+    usual: dict[str, Any] = {
+        "bits": 4, "double_quant": True, "compute_bytes": 2, "rank_r": 64, "targets": ("all-linear",),
+        "micro_batch": 16, "seq_len": 512, "checkpointing": True, "zero_stage": 0, "world_size": 1,
+        "fused_loss": False, "context_bytes": 0,
+    }  # fmt: skip
+    return budget(facts_of(alias), **(usual | settings))
+
+
+def test_predicted_peaks_are_within_a_tenth_of_the_measured_ones() -> None:
+    rows = [(alias, case, gib, predict(alias, **how).total / GIB) for case, alias, gib, how in ANCHORS]
+    table = [f"{a:10} {case:42} {gib:5.1f} {own:5.1f} GiB {own / gib - 1:+6.1%}" for a, case, gib, own in rows]
+    print("", f"{'model':10} {'case':42} {'seen':>5} {'predicted':>9}", *table, sep="\n")
+    assert all(abs(own / gib - 1) < 0.10 for _, _, gib, own in rows), "\n".join(table)
+
+
+def test_packed_weights_have_the_bytes_of_their_format() -> None:
+    facts = facts_of("llama-7b")
+    linear, other = 6_476_005_376, facts.parameters - 6_476_005_376
+    rows = sum(layer.outputs for layer in facts.linears) * facts.layers
+    matrices = facts.layers * len(facts.linears)
+    expected = {
+        (4, False): linear // 2 + linear // 64 * 4,
+        (4, True): linear // 2 + linear // 64 + linear // (64 * 256) * 4 + 4 * matrices,
+        (8, False): linear + 4 * rows,
+        (16, False): 2 * linear,
+    }
+    for (bits, double), size in expected.items():
+        assert predict("llama-7b", bits=bits, double_quant=double).weights == size + 2 * other
+
+
+def test_a_tied_head_costs_nothing() -> None:
+    tied, untied = facts_of("qwen3-4b"), msgspec.structs.replace(facts_of("qwen3-4b"), tied_embeddings=False)
+    assert untied.embedding_parameters == 2 * tied.embedding_parameters
+
+
+@pytest.mark.parametrize(
+    ("stage", "gradients", "optimizer", "bucket"),
+    [(0, 4.0, 8.0, 0.0), (1, 4.0, 12 / 4, 0.0), (2, 4 / 4, 12 / 4, 50e6 * 4), (3, 4 / 4, 12 / 4, 50e6 * 4)],
+)
+def test_zero_divides_what_its_stage_divides(stage: int, gradients: float, optimizer: float, bucket: float) -> None:
+    trained = facts_of("llama-7b").adapter_parameters(64, ("all-linear",))
+    own = predict("llama-7b", zero_stage=stage, world_size=4)
+    assert (own.adapter, own.gradients) == (4 * trained, gradients * trained)
+    assert (own.optimizer, own.gathers) == (optimizer * trained, bucket)
+
+
+def test_gradients_count_in_full_when_they_outlive_a_micro_batch() -> None:
+    """Alone on a GPU they replace activations as the backward pass goes; accumulated, they stand beside them."""
+    once, accumulated = predict("llama-7b"), predict("llama-7b", gradient_accumulation=2)
+    assert once.gradients == 0
+    assert accumulated.gradients == accumulated.adapter
+
+
+def test_paged_moments_leave_the_gpu_and_the_fp32_copy_of_zero_stays() -> None:
+    trained = facts_of("llama-7b").adapter_parameters(64, ("all-linear",))
+    assert predict("llama-7b", optimizer_on_gpu=False).optimizer == 0
+    assert predict("llama-7b", optimizer_on_gpu=False, zero_stage=2, world_size=4).optimizer == trained
+
+
+def test_gradients_beyond_the_activations_they_replace_count() -> None:
+    own = predict("llama-65b", micro_batch=4, fused_loss=True)
+    kept = 80 * 4 * 512 * 8192 * 2
+    assert own.gradients == own.adapter - kept - own.logits
+
+
+@pytest.mark.parametrize("alias", ["llama-7b", "bloom-7b1", "opt-6.7b", "pythia-6.9b", "qwen3-8b", "glm-4-9b"])
+def test_what_saves_memory_saves_memory(alias: str) -> None:
+    base = predict(alias, checkpointing=False).total
+    assert predict(alias, checkpointing=True).total < base
+    assert predict(alias, checkpointing=False, fused_loss=True).total < base
+    assert predict(alias, checkpointing=False, micro_batch=8).total < base
+    assert predict(alias, checkpointing=False, optimizer_on_gpu=False).total < base
+    assert predict(alias, checkpointing=False, bits=16).total > predict(alias, checkpointing=False, bits=8).total > base
+    assert predict(alias, checkpointing=False, lora_dropout=True).total > base
+
+
+def test_the_total_is_the_sum_of_the_fields_and_fields_are_whole_bytes() -> None:
+    own = predict("bloom-560m", context_bytes=5, zero_stage=2, world_size=3, shards=1)
+    assert own.total == sum(msgspec.structs.asdict(own).values())
+    assert all(type(size) is int and size >= 0 for size in msgspec.structs.asdict(own).values())
+    assert own.context == 5
+
+
+LLAMA_SHAPE = {
+    "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "vocab_size": 128, "max_position_embeddings": 256, "pad_token_id": 0,
+}  # fmt: skip
+TINY: dict[str, dict[str, Any]] = {
+    **{family: LLAMA_SHAPE | {"model_type": family} for family in ("llama", "qwen2", "qwen3", "glm", "glm4")},
+    "mistral": LLAMA_SHAPE | {"model_type": "mistral", "sliding_window": None},
+    "bloom": {"model_type": "bloom", "hidden_size": 64, "n_head": 4, "vocab_size": 128},
+    "opt": {
+        "model_type": "opt", "hidden_size": 64, "ffn_dim": 160, "num_attention_heads": 4, "vocab_size": 128,
+        "max_position_embeddings": 256, "dropout": 0.0,
+    },
+    "gpt_neox": {
+        "model_type": "gpt_neox", "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4,
+        "vocab_size": 128, "max_position_embeddings": 256,
+    },
+}  # fmt: skip
+BATCH, LENGTH, RANK = 2, 64, 8
+
+
+@pytest.mark.parametrize("which", ["all linears", "the first"])
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.1])
+@pytest.mark.parametrize("family", TINY)
+def test_autograd_saves_what_the_terms_say(family: str, lora_dropout: float, which: str) -> None:
+    """In fp32, where a CPU saves what a GPU does. GPT-NeoX: without autocast its two norms share their input."""
+    facts = from_config(layered(family, 1), name=family)
+    targets = facts.linear_names if which == "all linears" else facts.linear_names[:1]
+    three, two = (saved_bytes(family, layers, targets, lora_dropout, bits=16) for layers in (3, 2))
+    shared_input = 4 * facts.hidden if family == "gpt_neox" else 0
+    own = saved_bytes_per_token(
+        facts, bits=16, compute_bytes=4, rank_r=RANK, targets=targets, seq_len=LENGTH,
+        fused_layers=False, lora_dropout=lora_dropout > 0,
+    )  # fmt: skip
+    assert own - shared_input == pytest.approx((three - two) / (BATCH * LENGTH), rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "glm", "glm4"])
+@pytest.mark.parametrize("bits", [4, 16])
+def test_autograd_saves_under_autocast_what_the_terms_say(
+    family: str, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """peft asks whether autocast is on without saying for which device, so that on a CPU it hears no."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
+    facts = from_config(layered(family, 1), name=family)
+    targets = facts.linear_names
+    three, two = (saved_bytes(family, layers, targets, 0.0, bits=bits, autocast=True) for layers in (3, 2))
+    casts = 2 * facts.adapter_parameters(RANK, targets)
+    own = saved_bytes_per_token(
+        facts, bits=bits, compute_bytes=2, rank_r=RANK, targets=targets, seq_len=LENGTH,
+        fused_layers=False, lora_dropout=False,
+    )  # fmt: skip
+    assert own == pytest.approx((three - two - casts) / (BATCH * LENGTH), rel=0.02)
+
+
+def layered(family: str, layers: int) -> dict[str, Any]:
+    return TINY[family] | {"n_layer" if family == "bloom" else "num_hidden_layers": layers}
+
+
+def saved_bytes(
+    family: str, layers: int, targets: tuple[str, ...], dropout: float, *, bits: int, autocast: bool = False
+) -> int:
+    """Bytes of the distinct storages that a forward pass saves for the backward one, parameters left out."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**layered(family, layers)),
+        dtype=torch.bfloat16 if autocast else torch.float32,
+    )
+    if bits == 4:
+        pack_linears(model)
+    lora = peft.LoraConfig(r=RANK, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, lora).train()
+    model.enable_input_require_grads()
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Any) -> Any:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.randint(3, 128, (BATCH, LENGTH))
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(input_ids=ids, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def pack_linears(model: Any) -> None:
+    """Put NF4 linears of bitsandbytes in place of the plain ones in decoder layers."""
+    torch, bnb = pytest.importorskip("torch"), pytest.importorskip("bitsandbytes")
+    for module in list(model.modules()):
+        for leaf, linear in list(module.named_children()):
+            if isinstance(linear, torch.nn.Linear) and leaf != "lm_head":
+                packed = bnb.nn.Linear4bit(
+                    linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=torch.bfloat16
+                )
+                packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+                packed.bias = linear.bias
+                setattr(module, leaf, packed.to("cpu"))
+    model.is_loaded_in_4bit = True

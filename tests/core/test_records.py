@@ -1,0 +1,147 @@
+"""Raw records become the conversations they describe, or an error that says where and why."""
+
+import pytest
+
+from qdist.core.errors import DataError
+from qdist.core.records import FORMATS, Conversation, Turn, conversations, detect
+
+ALPACA_PLAIN = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\nAdd.\n\n### Response:"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+    "\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:"
+)
+
+
+def exchange(user: str, assistant: str) -> tuple[Turn, ...]:
+    return (Turn("user", user, False), Turn("assistant", assistant, True))
+
+
+def only(record: dict[str, object], data_format: str | None = None) -> Conversation:
+    (conversation,) = conversations(record, where="f.jsonl:3", data_format=data_format)
+    return conversation
+
+
+@pytest.mark.parametrize(
+    ("record", "turns", "prompt", "verbatim"),
+    [
+        ({"instruction": "Add.", "output": "3"}, exchange("Add.", "3"), ALPACA_PLAIN, False),
+        ({"instruction": "Add.", "input": "", "output": "3"}, exchange("Add.", "3"), ALPACA_PLAIN, False),
+        ({"instruction": "Add.", "input": None, "output": "3"}, exchange("Add.", "3"), ALPACA_PLAIN, False),
+        (
+            {"instruction": "Add.", "input": "1 2", "output": "3"},
+            exchange("Add.\n\n1 2", "3"),
+            ALPACA_WITH_INPUT,
+            False,
+        ),
+        ({"input": "a", "output": "b", "id": 1}, exchange("a", "b"), "a", False),
+        ({"prompt": "a", "completion": "b"}, exchange("a", "b"), "a", False),
+        ({"question": "a", "answer": "b"}, exchange("a", "b"), "a", False),
+        (
+            {"input": "### Human: a ### Assistant:", "output": "b", "text": "c"},
+            exchange("### Human: a ### Assistant:", "b"),
+            "### Human: a ### Assistant:",
+            True,
+        ),
+        ({"text": "a"}, (Turn("assistant", "a", True),), "", True),
+    ],
+)
+def test_a_pair_keeps_its_texts_and_learns_the_answer(
+    record: dict[str, object], turns: tuple[Turn, ...], prompt: str, verbatim: bool
+) -> None:
+    expected = Conversation(turns=turns, where="f.jsonl:3", prompt=prompt, verbatim=verbatim)
+    assert only(record) == expected
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {
+            "conversations": [
+                {"from": "system", "value": "s"},
+                {"from": "human", "value": "u"},
+                {"from": "gpt", "value": "a"},
+            ]
+        },
+        {"messages": [{"role": role, "content": role[0]} for role in ("system", "user", "assistant")]},
+    ],
+)
+def test_a_dialogue_learns_the_assistant_only(record: dict[str, object]) -> None:
+    assert only(record).turns == (Turn("system", "s", False), Turn("user", "u", False), Turn("assistant", "a", True))
+
+
+def test_self_instruct_gives_one_conversation_an_instance() -> None:
+    record: dict[str, object] = {
+        "instruction": "Add.",
+        "instances": [{"input": "", "output": "0"}, {"input": "1 2", "output": "3"}],
+    }
+    first, second = conversations(record, where="f.jsonl:3")
+    assert first.turns == exchange("Add.", "0")
+    assert (second.turns, second.prompt) == (exchange("Add.\n\n1 2", "3"), ALPACA_WITH_INPUT)
+    assert second.where == "f.jsonl:3, instance 2"
+
+
+def test_a_format_can_be_forced() -> None:
+    assert only({"input": "a", "output": "b", "text": "c"}, "text").turns == (Turn("assistant", "c", True),)
+
+
+def test_an_empty_answer_is_an_answer() -> None:
+    assert only({"instruction": "Say nothing.", "output": ""}).turns[1].text == ""
+
+
+def test_every_format_has_a_record_that_shows_it() -> None:
+    shown: dict[str, dict[str, object]] = {
+        "alpaca": {"instruction": ""},
+        "input-output": {"input": "", "output": ""},
+        "oasst": {"input": "### Human: ### Assistant:", "output": ""},
+        "sharegpt": {"conversations": []},
+        "messages": {"messages": []},
+        "self-instruct": {"instruction": "", "instances": []},
+        "text": {"text": ""},
+    }
+    assert {name: detect(record, where="") for name, record in shown.items()} == {name: name for name in FORMATS}
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"instruction": "a", "inputs": "b"}, "f.jsonl:3: 'output' is missing; keys found: instruction, inputs"),
+        ({"instruction": "a", "output": None}, "f.jsonl:3: 'output' must be text, not null"),
+        ({"input": "a", "answer": "b"}, "f.jsonl:3: keys input, answer fit no known record format"),
+        ({}, "f.jsonl:3: keys none fit no known record format"),
+        ({"text": 5}, "f.jsonl:3: 'text' must be text, not a number"),
+        ({"messages": []}, "f.jsonl:3: 'messages' must be a list with at least one object, not an empty list"),
+        ({"messages": ["a"]}, "f.jsonl:3: 'messages' item 1 must be an object, not str"),
+        ({"messages": [{"role": "user"}]}, "f.jsonl:3, turn 1: 'content' is missing; keys found: role"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "f.jsonl:3, turn 1: 'role' is 'tool'"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "f.jsonl:3: 1 turns, none of them the assistant's"),
+        ({"conversations": [{"from": "gpt", "value": "a"}]}, "f.jsonl:3: the first turn is the assistant's"),
+        ({"instruction": "a", "instances": [{"input": "b"}]}, "f.jsonl:3, instance 1: 'output' is missing"),
+    ],
+)
+def test_a_bad_record_is_refused_with_its_place_and_the_keys_found(record: dict[str, object], said: str) -> None:
+    with pytest.raises(DataError) as caught:
+        conversations(record, where="f.jsonl:3")
+    assert said in caught.value.message
+
+
+def test_a_mistyped_format_names_the_nearest() -> None:
+    with pytest.raises(DataError) as caught:
+        only({"text": "a"}, "share-gpt")
+    assert caught.value.try_ == "sharegpt"
+
+
+def test_without_a_chat_template_turns_stand_under_headings() -> None:
+    roles = ("system", "user", "assistant", "user", "assistant")
+    dialogue = only({"messages": [{"role": role, "content": f"{role}!"} for role in roles]})
+    pieces = [(segment.text, segment.learn) for segment in dialogue.segments()]
+    assert pieces == [
+        ("system!\n", False),
+        ("\n### Human: user!\n### Assistant:", False),
+        (" assistant!", True),
+        ("\n### Human: user!\n### Assistant:", False),
+        (" assistant!", True),
+    ]
