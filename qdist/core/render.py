@@ -67,7 +67,8 @@ def launch_script(plan: Plan, *, python: str) -> str:
         # An empty list hides GPUs from a run that was planned for CPUs; DeepSpeed must be told as well.
         exports |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     else:
-        exports |= {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+        # NVML numbers cards by bus, CUDA fastest first unless told; the plan speaks NVML.
+        exports |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     lines = [
         "#!/bin/sh",
         f"# {plan.spec.model}: {plan.world_size} {'GPU' if plan.device == 'cuda' else 'CPU'} rank(s), written by qdist",

@@ -29,6 +29,9 @@ class DeepSpeedEngine:
         self.world_size = dist.get_world_size()
         self.optimizer = engine.optimizer.optimizer if self.stage else engine.optimizer
         """Adam itself, over flat partitions where ZeRO made them."""
+        if self.stage == 3:
+            parameters: list[Any] = list(adapter.parameters())
+            parameters[0].all_gather(param_list=parameters)
 
     def backward(self, batch: Any, *, weight: float, loss_scale: float, last: bool) -> torch.Tensor:
         if self.stage:
@@ -115,7 +118,11 @@ class DeepSpeedEngine:
 
 
 class _Shard:
-    """ZeRO 3: this rank's equal share of one parameter, the last ranks' padded with zeros."""
+    """ZeRO 3: this rank's equal share of one parameter, the last rank's padded with zeros.
+
+    DeepSpeed gathers a parameter in a hook of the module that owns it, and the adapter's modules are not in its
+    sight; ds_configs/zero3.json therefore keeps parameters persistent, and gradients and moments are what it shards.
+    """
 
     def __init__(self, zero: Any, parameter: Any, adam: Any) -> None:
         self.parameter, self.adam, self.shape = parameter, adam, parameter.ds_shape
@@ -139,3 +146,5 @@ class _Shard:
         self._part(moment).copy_(mine)
         if moment is None:
             self.parameter.ds_tensor.data.copy_(mine)
+            if self.parameter.data.numel() == value.numel():  # persistent: every rank holds it whole as well
+                self.parameter.data.copy_(value.reshape(self.parameter.shape))

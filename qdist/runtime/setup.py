@@ -26,20 +26,25 @@ def make_accelerator(plan: Plan, run: RunDir) -> Any:
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     path = run.path / ACCELERATE_FILE
     config = load_config_from_file(str(path))
     options: dict[str, Any] = {"mixed_precision": config.mixed_precision, "project_dir": str(run.path)}
     if plan.spec.trackers:
         options["log_with"] = list(plan.spec.trackers)
     if str(config.distributed_type).endswith("DEEPSPEED"):
-        policy = json.loads((run.path / config.deepspeed_config["deepspeed_config_file"]).read_text())
-        options["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=policy)
+        section = config.deepspeed_config
+        policy = json.loads((run.path / section["deepspeed_config_file"]).read_text())
+        options["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=policy, zero3_init_flag=section["zero3_init_flag"])
         options["gradient_accumulation_steps"] = policy["gradient_accumulation_steps"]
         backend = "gloo" if config.use_cpu else "nccl"
         options["kwargs_handlers"] = [InitProcessGroupKwargs(backend=backend, timeout=PROCESS_GROUP_TIMEOUT)]
     else:
         options["cpu"] = config.use_cpu
     accelerator = Accelerator(**options)
+    # ZeRO-3 partitions the adapter alone: transformers, told of it, would partition the backbone while loading.
+    unset_hf_deepspeed_config()
     if accelerator.num_processes != config.num_processes:
         raise RunError(f"{path} says {config.num_processes} processes, this run has {accelerator.num_processes}", try_="--resume")
     return accelerator
