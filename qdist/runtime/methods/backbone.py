@@ -74,7 +74,8 @@ def _random(source: Source, quantization: Any, *, dtype: torch.dtype, device: to
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     generator = torch.Generator(device).manual_seed(0)
-    for path, module in list(model.named_modules()):
+    for path in [path for path, _ in model.named_modules()]:
+        module = model.get_submodule(path)
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(_values(name, parameter, dtype, device, generator), requires_grad=False))
         leaf = path.rpartition(".")[2]

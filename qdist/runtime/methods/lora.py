@@ -23,7 +23,7 @@ def lora_config(plan: Plan) -> Any:
         bias="none",
         task_type="CAUSAL_LM",
         trainable_token_indices=_token_rows(plan),
-        base_model_name_or_path=plan.source.path or spec.model,
+        base_model_name_or_path=plan.source.path or None,
     )
 
 
@@ -53,7 +53,7 @@ def prepare_for_training(model: Any, plan: Plan) -> None:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         # The loss is fused in qdist.runtime.loss, on learned tokens only.
-        _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False)
+        _apply_liger_kernel_to_instance(model.get_base_model(), fused_linear_cross_entropy=False)
     if plan.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
