@@ -27,7 +27,9 @@ def main() -> None:
     model = load_backbone(source, bits=4, quant=Quant(), dtype=torch.bfloat16, device=device, linear_names=NAMES)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = get_peft_model(model, LoraConfig(r=64, lora_alpha=16, target_modules=list(NAMES), task_type="CAUSAL_LM")).train()
+    model = get_peft_model(
+        model, LoraConfig(r=64, lora_alpha=16, target_modules=list(NAMES), task_type="CAUSAL_LM")
+    ).train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = PagedAdamW32bit(trainable, lr=2e-4)
     seconds = []
@@ -45,7 +47,18 @@ def main() -> None:
         seconds.append(time.perf_counter() - began)
     peak = torch.cuda.max_memory_allocated() / 2**30
     case = f"stock{'' if checkpointing else '-none'}"
-    print(json.dumps({"case": case, "tok_s": 8192 / median(seconds[3:]), "peak": peak, "planned": 0.0, "allocated": 0.0, "start_s": 0.0}))
+    print(
+        json.dumps(
+            {
+                "case": case,
+                "tok_s": 8192 / median(seconds[3:]),
+                "peak": peak,
+                "planned": 0.0,
+                "allocated": 0.0,
+                "start_s": 0.0,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

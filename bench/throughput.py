@@ -26,7 +26,11 @@ CASES = {
     "7b-fp16": ("llama-7b", 1, ["global_batch=16", "micro_batch=16", "train.checkpointing=true", "dtype=float16"]),
     "7b-2": ("llama-7b", 2, ["global_batch=32", "micro_batch=16", "train.checkpointing=true"]),
     "7b-2-none": ("llama-7b", 2, ["global_batch=32", "micro_batch=16", "train.checkpointing=false"]),
-    "7b-2-offload": ("llama-7b", 2, ["global_batch=32", "micro_batch=16", "train.checkpointing=true", "zero.offload=cpu"]),
+    "7b-2-offload": (
+        "llama-7b",
+        2,
+        ["global_batch=32", "micro_batch=16", "train.checkpointing=true", "zero.offload=cpu"],
+    ),
     "7b-2-z3": ("llama-7b", 2, ["global_batch=32", "micro_batch=16", "train.checkpointing=true", "zero.stage=3"]),
     "65b-48": ("llama-65b --max-memory 48GiB", 1, ["global_batch=4", "micro_batch=4", "train.checkpointing=true"]),
 }
@@ -52,18 +56,40 @@ def main() -> None:
         arguments.out.write_text(json.dumps(rows, indent=1))
     print(f"{'case':16} {'tok/s':>8} {'peak GiB':>9} {'planned':>8} {'allocated':>9}  {'start s':>7}")
     for row in rows:
-        print(f"{row['case']:16} {row['tok_s']:8,.0f} {row['peak']:9.2f} {row['planned']:8.2f} {row['allocated']:9.2f}  {row['start_s']:7.1f}")
+        figures = (row["peak"], row["planned"], row["allocated"])
+        print(
+            f"{row['case']:16} {row['tok_s']:8,.0f}" + "".join(f"{x:10.2f}" for x in figures) + f"{row['start_s']:9.1f}"
+        )
 
 
 def run(case: str, model: str, gpus: int, settings: list[str], *, steps: int) -> dict:
     """One `qdist launch`; figures from its events."""
     folder = Path(tempfile.mkdtemp(prefix="qdist-bench-")) / case
-    command = [sys.executable, "-m", "qdist", "launch", "--gpus", str(gpus), "--model", *model.split(), "--load-format", "dummy"]
+    command = [
+        sys.executable,
+        "-m",
+        "qdist",
+        "launch",
+        "--gpus",
+        str(gpus),
+        "--model",
+        *model.split(),
+        "--load-format",
+        "dummy",
+    ]
     for setting in [*SHAPE, *settings, f"steps={steps}"]:
         command += ["--set", setting]
     began = time.time()
     done = subprocess.run([*command, "--run", str(folder)], capture_output=True, text=True, check=False)
-    row = {"case": case, "tok_s": 0.0, "peak": 0.0, "planned": 0.0, "allocated": 0.0, "start_s": 0.0, "rc": done.returncode}
+    row = {
+        "case": case,
+        "tok_s": 0.0,
+        "peak": 0.0,
+        "planned": 0.0,
+        "allocated": 0.0,
+        "start_s": 0.0,
+        "rc": done.returncode,
+    }
     if done.returncode:
         print(done.stdout[-1500:], done.stderr[-3000:])
         for log in sorted((folder / "logs").glob("rank*.log")):
@@ -86,7 +112,13 @@ def run(case: str, model: str, gpus: int, settings: list[str], *, steps: int) ->
 def stock(checkpointing: bool) -> dict:
     """The plain loop of transformers, peft and bitsandbytes on the same shape, in a process of its own."""
     script = Path(__file__).with_name("stock.py")
-    done = subprocess.run([sys.executable, str(script), str(int(checkpointing))], capture_output=True, text=True, check=False, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, str(script), str(int(checkpointing))],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ,
+    )
     if done.returncode:
         print(done.stderr[-2000:])
         return {"case": "stock", "tok_s": 0.0, "peak": 0.0, "planned": 0.0, "allocated": 0.0, "start_s": 0.0}

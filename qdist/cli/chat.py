@@ -12,4 +12,6 @@ from qdist.host.modules import run_module
 @click.pass_context
 def chat(context: click.Context, run: str, system: str, max_new_tokens: int) -> None:
     """Talk to RUN's adapter, or to any model; answers stream."""
-    context.exit(run_module("qdist.runtime.generate", ("chat", run, "--system", system, "--max-new-tokens", str(max_new_tokens))))
+    context.exit(
+        run_module("qdist.runtime.generate", ("chat", run, "--system", system, "--max-new-tokens", str(max_new_tokens)))
+    )

@@ -31,7 +31,9 @@ DEMO = "demo"
 @click.option("--dry-run", is_flag=True, help="Plan and print; start nothing.")
 def launch(recipe: str | None, assignments: tuple[str, ...], resume: bool, dry_run: bool, **flags: Any) -> None:
     """Fine-tune a quantized model: flags over RECIPE (a TOML file) over QLoRA's defaults."""
-    given = nest({key: value for key, value in flags.items() if value is not None} | dict(map(parse_assignment, assignments)))
+    given = nest(
+        {key: value for key, value in flags.items() if value is not None} | dict(map(parse_assignment, assignments))
+    )
     if resume:
         job = _resumed(recipe, given)
         if job is None:
@@ -62,7 +64,9 @@ def _resumed(recipe: str | None, given: dict[str, Any]) -> launcher.Job | None:
     """The rest of a run, or None when there is none."""
     path = given.pop("run", None)
     if recipe or not path:
-        raise SpecError("--resume goes with --run DIR alone: the run knows its recipe", try_="qdist launch --resume --run runs/NAME")
+        raise SpecError(
+            "--resume goes with --run DIR alone: the run knows its recipe", try_="qdist launch --resume --run runs/NAME"
+        )
     run = RunDir(Path(path))
     result = run.result()
     if result is not None:
@@ -70,7 +74,9 @@ def _resumed(recipe: str | None, given: dict[str, Any]) -> launcher.Job | None:
         return None
     job = launcher.prepare_resume(run, given)
     steps = run.checkpoint_steps()
-    click.echo(f"resuming {run.path} " + (f"from step {steps[-1]}" if steps else "from the start: it has no checkpoint"))
+    click.echo(
+        f"resuming {run.path} " + (f"from step {steps[-1]}" if steps else "from the start: it has no checkpoint")
+    )
     return job
 
 

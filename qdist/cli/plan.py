@@ -21,11 +21,15 @@ from qdist.host.sources import shape
 @click.option("--gpus", type=click.IntRange(min=1), help="How many GPUs.")
 @click.option("--gpu-memory", help="Memory of each, such as 48GiB; this machine's GPUs by default.")
 @click.option("--max-memory", help="Cap on each GPU, such as 24GiB.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any other setting, such as seq_len=1024.")
+@click.option(
+    "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any other setting, such as seq_len=1024."
+)
 @click.option("--json", "as_json", is_flag=True, help="The whole plan as JSON.")
 def plan(recipe: str | None, gpu_memory: str | None, assignments: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     """Show how a run would lie in memory; exit 1 when it does not fit."""
-    given = nest({key: value for key, value in flags.items() if value is not None} | dict(map(parse_assignment, assignments)))
+    given = nest(
+        {key: value for key, value in flags.items() if value is not None} | dict(map(parse_assignment, assignments))
+    )
     spec = resolve({"steps": 1}, *([templates.read_recipe(recipe)] if recipe else []), given)
     if not spec.model:
         raise SpecError("no model was named", try_="--model llama-65b")

@@ -4,7 +4,7 @@ import sys
 from types import TracebackType
 
 import click
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 
 from qdist.cli.views import answers, comparison, live_view, plain_line
@@ -32,7 +32,9 @@ class Watch:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live:
             self._live.stop()
 
@@ -53,7 +55,7 @@ class Watch:
         else:
             click.echo(text)
 
-    def _view(self):  # type: ignore[no-untyped-def]
+    def _view(self) -> RenderableType:
         return live_view(self._state, self._header, self._expected, self._width)
 
 
@@ -70,16 +72,25 @@ def ending(run: RunDir, plan: Plan) -> None:
         console.print()
         console.print(comparison(rows, ("", "before", "after")))
     memory = [
-        (f"memory of rank {rank.rank}", format_bytes(rank.expected[0].total), format_bytes(state.memory_bytes.get(rank.rank, 0)))
+        (
+            f"memory of rank {rank.rank}",
+            format_bytes(rank.expected[0].total),
+            format_bytes(state.memory_bytes.get(rank.rank, 0)),
+        )
         for rank in plan.ranks
     ]
     console.print()
     console.print(comparison(memory, ("", "predicted", "measured")))
     if result.get("answers"):
         console.print()
-        console.print(answers([(row["question"], row["before"], row["after"], row["expected"]) for row in result["answers"]]))
+        console.print(
+            answers([(row["question"], row["before"], row["after"], row["expected"]) for row in result["answers"]])
+        )
     speed = f", {format_count(state.tokens_per_s)} tok/s" if state.tokens_per_s else ""
-    click.echo(f"\nadapter  {run.adapter}: {format_count(result['adapter_parameters'])} parameters, {format_bytes(result['adapter_bytes'])}{speed}")
+    click.echo(
+        f"\nadapter  {run.adapter}: {format_count(result['adapter_parameters'])} parameters, "
+        f"{format_bytes(result['adapter_bytes'])}{speed}"
+    )
     system = f' --system "{SYSTEM}"' if plan.spec.data == "demo" else ""
     if plan.source.tokenizer:
         click.echo(f"chat     qdist chat {run.path}{system}")

@@ -21,7 +21,14 @@ from qdist.core.errors import RunError, SpecError
 from qdist.core.events import Event
 from qdist.core.facts import from_config
 from qdist.core.plan import Plan, Prepared, Source, make_plan
-from qdist.core.render import ACCELERATE_FILE, DEEPSPEED_FILE, accelerate_config, deepspeed_config, deepspeed_policy, launch_script
+from qdist.core.render import (
+    ACCELERATE_FILE,
+    DEEPSPEED_FILE,
+    accelerate_config,
+    deepspeed_config,
+    deepspeed_policy,
+    launch_script,
+)
 from qdist.core.spec import RunSpec, resolve, to_toml
 from qdist.host import modules, probe, templates
 from qdist.host.files import locked, write_atomic
@@ -118,7 +125,9 @@ def start(job: Job, *, show: Callable[[list[Event]], None], say: Callable[[str],
         raise _how_it_died(job, launcher_log, began, ranks.returncode)
 
 
-def _watch(run: RunDir, ranks: subprocess.Popen[bytes], show: Callable[[list[Event]], None], say: Callable[[str], None]) -> bool:
+def _watch(
+    run: RunDir, ranks: subprocess.Popen[bytes], show: Callable[[list[Event]], None], say: Callable[[str], None]
+) -> bool:
     """Follow the ranks to their end; True when the user or a scheduler asked them to stop."""
     asked = 0
 
@@ -155,7 +164,9 @@ def _how_it_died(job: Job, launcher_log: Path, began: int, code: int) -> RunErro
         summary = log.read().decode(errors="replace")
     root = re.search(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", summary, re.DOTALL)
     if root is None:
-        return RunError(f"the ranks ended with exit code {code}:\n{_tail(summary.splitlines())}", try_=f"read {launcher_log}")
+        return RunError(
+            f"the ranks ended with exit code {code}:\n{_tail(summary.splitlines())}", try_=f"read {launcher_log}"
+        )
     rank, exit_code = int(root[1]), int(root[2])
     path = job.run.log_file(rank)
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
@@ -206,7 +217,10 @@ def _refuse_used(run: RunDir) -> None:
     if run.exists():
         steps = run.checkpoint_steps()
         where = f"a checkpoint of step {steps[-1]}" if steps else "no checkpoint yet"
-        raise RunError(f"{run.path} holds an unfinished run with {where}", try_=f"qdist launch --resume --run {run.path}, or another --run")
+        raise RunError(
+            f"{run.path} holds an unfinished run with {where}",
+            try_=f"qdist launch --resume --run {run.path}, or another --run",
+        )
     if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise RunError(f"{run.path} exists and is not a run", try_="another --run")
 

@@ -49,10 +49,14 @@ class RunDir:
         try:
             raw = (self.path / PLAN).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            raise RunError(f"{self.path} is not a run: it has no {PLAN}", try_="qdist launch --run " + str(self.path)) from None
+            raise RunError(
+                f"{self.path} is not a run: it has no {PLAN}", try_="qdist launch --run " + str(self.path)
+            ) from None
         version = json.loads(raw).get("version")
         if version != VERSION:
-            raise RunError(f"{self.path} was planned by another qdist (plan version {version}, this one reads {VERSION})")
+            raise RunError(
+                f"{self.path} was planned by another qdist (plan version {version}, this one reads {VERSION})"
+            )
         return msgspec.json.decode(raw, type=Plan)
 
     def checked_plan(self, expected_digest: str) -> Plan:

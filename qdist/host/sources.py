@@ -62,7 +62,9 @@ def shape(name: str) -> tuple[dict[str, Any], ModelFacts]:
         if located.config is None:
             known = {alias.hub_id.lower(): alias.config for alias in ALIASES.values()}
             if located.path.lower() not in known:
-                raise ModelError(f"the shape of {name} is not known offline", try_="a local folder, or an alias such as llama-7b")
+                raise ModelError(
+                    f"the shape of {name} is not known offline", try_="a local folder, or an alias such as llama-7b"
+                )
             config = known[located.path.lower()]
         else:
             config = located.config

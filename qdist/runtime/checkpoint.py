@@ -97,5 +97,3 @@ def _remove(folder: Path) -> None:
     if folder.exists():
         (folder / "DONE").unlink(missing_ok=True)
         shutil.rmtree(folder)
-
-

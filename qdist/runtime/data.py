@@ -21,8 +21,8 @@ _VERSION = 1
 
 def cached_tokenize(
     source: str, tokenizer: Any, *, seq_len: int, train_on_source: bool, folder: Path, data_format: str | None = None
-) -> tuple[TokenizedSet, bool]:
-    """The tokenized set of `source`, from `folder` when it is there, and whether it was.
+) -> tuple[TokenizedSet, Path]:
+    """The tokenized set of `source` and its file in `folder`, written unless it is there.
 
     source: 'demo', a file, a folder or a hub data set, as `read_records` takes them.
     folder: where sets are kept, each under its key; ranks may race for it, the files are equal.
@@ -32,11 +32,11 @@ def cached_tokenize(
     key = cache_key(source, tokenizer, seq_len=seq_len, train_on_source=train_on_source, data_format=data_format)
     path = folder / f"{key}.safetensors"
     if path.is_file():
-        return load(path, key=key), True
+        return load(path, key=key), path
     found = read_conversations(source, data_format=data_format)
     tokenized = tokenize(found, tokenizer, seq_len=seq_len, train_on_source=train_on_source)
     save(tokenized, path, key=key)
-    return tokenized, False
+    return tokenized, path
 
 
 def cache_key(

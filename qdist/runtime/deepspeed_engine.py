@@ -63,7 +63,9 @@ class DeepSpeedEngine:
         if self.optimizer.state:
             moments = {moment: {name: self._full(p, moment) for name, p in named.items()} for moment in MOMENTS}
         return State(
-            {name: self._full(parameter, None) for name, parameter in named.items()}, moments, optimizer_steps(self.optimizer)
+            {name: self._full(parameter, None) for name, parameter in named.items()},
+            moments,
+            optimizer_steps(self.optimizer),
         )
 
     def restore(self, state: State) -> None:

@@ -61,7 +61,7 @@ class Adapter(nn.Module):
         self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         trainable = dict(model.named_parameters())
         for name in self.names:
-            self.register_parameter(name.replace(".", "/"), trainable[name])  # type: ignore[arg-type]
+            self.register_parameter(name.replace(".", "/"), trainable[name])
         self._loss = loss
 
     def forward(self, batch: Any) -> torch.Tensor:
@@ -97,7 +97,8 @@ class TorchEngine:
         if self.optimizer.state:
             for moment in MOMENTS:
                 moments[moment] = {
-                    name: to_cpu(moment_of(self.optimizer.state[parameter], moment)) for name, parameter in named.items()
+                    name: to_cpu(moment_of(self.optimizer.state[parameter], moment))
+                    for name, parameter in named.items()
                 }
         return State({name: to_cpu(value) for name, value in named.items()}, moments, optimizer_steps(self.optimizer))
 
@@ -126,11 +127,13 @@ def finish_gradients(parameters: list[nn.Parameter], *, clip: float, loss_scale:
 
 
 def set_rate(optimizer: Any, learning_rate: float) -> None:
+    """Give every parameter group this rate."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 
 
 def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """A float32 copy on the CPU."""
     return tensor.detach().to("cpu", torch.float32, copy=True)
 
 
@@ -162,7 +165,13 @@ def moment_of(state: Mapping[str, Any], moment: str) -> torch.Tensor:
 
 
 def build_optimizer(
-    parameters: list[nn.Parameter], *, name: str, fused: bool, betas: tuple[float, float], eps: float, weight_decay: float
+    parameters: list[nn.Parameter],
+    *,
+    name: str,
+    fused: bool,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
 ) -> Any:
     """AdamW over float32 parameters: torch's, or bitsandbytes' paged 32-bit one. The loop sets the rate."""
     if name == "paged-adamw":

@@ -7,7 +7,6 @@ import resource
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -67,10 +66,15 @@ def check_adapter(tensors: dict[str, torch.Tensor], *, where: str) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
-            raise RunError(f"{bad} of {tensor.numel()} values of {name} in {where} are NaN or infinite", try_="an earlier checkpoint")
+            raise RunError(
+                f"{bad} of {tensor.numel()} values of {name} in {where} are NaN or infinite",
+                try_="an earlier checkpoint",
+            )
     outputs = [tensor for name, tensor in tensors.items() if "lora_B" in name]
     if outputs and not any(bool(tensor.any()) for tensor in outputs):
-        raise RunError(f"every lora_B in {where} is zero: the adapter changes nothing", try_="more steps, or a larger optim.lr")
+        raise RunError(
+            f"every lora_B in {where} is zero: the adapter changes nothing", try_="more steps, or a larger optim.lr"
+        )
 
 
 def _peft_name(name: str) -> str:
@@ -101,7 +105,9 @@ def _replace_folder(beside: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_result(run: RunDir, plan: Plan, *, held_out: tuple[tuple[int, float], ...], answers: list[dict[str, str]]) -> None:
+def write_result(
+    run: RunDir, plan: Plan, *, held_out: tuple[tuple[int, float], ...], answers: list[dict[str, str]]
+) -> None:
     """Write `result.json`, which makes the run finished."""
     adapter_bytes = sum(file.stat().st_size for file in run.adapter.glob("adapter_model*"))
     result = {
@@ -109,7 +115,9 @@ def write_result(run: RunDir, plan: Plan, *, held_out: tuple[tuple[int, float], 
         "held_out": [list(point) for point in held_out],
         "answers": answers,
         "adapter_bytes": adapter_bytes,
-        "adapter_parameters": sum(tensor.numel() for tensor in load_tensors(run.adapter / "adapter_model.safetensors").values()),
+        "adapter_parameters": sum(
+            tensor.numel() for tensor in load_tensors(run.adapter / "adapter_model.safetensors").values()
+        ),
         "host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     write_atomic(run.path / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
@@ -125,7 +133,9 @@ def choose_step(run: RunDir, which: str) -> int:
             return best
         raise RunError(f"{run.path} was never evaluated at a checkpoint", try_="--checkpoint last")
     if which != "last" and (not which.isdigit() or int(which) not in steps):
-        raise RunError(f"{run.path} has no checkpoint {which!r}", try_=f"last, best, or one of {', '.join(map(str, steps))}")
+        raise RunError(
+            f"{run.path} has no checkpoint {which!r}", try_=f"last, best, or one of {', '.join(map(str, steps))}"
+        )
     return steps[-1] if which == "last" else int(which)
 
 

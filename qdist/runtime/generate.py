@@ -19,7 +19,15 @@ from qdist.runtime.samples import Samples
 from qdist.runtime.tokenized import IGNORED
 
 
-def complete(model: Any, tokenizer: Any, prompts: Sequence[list[int]], *, max_new_tokens: int, streamer: Any = None, **sampling: Any) -> list[list[int]]:
+def complete(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    streamer: Any = None,
+    **sampling: Any,
+) -> list[list[int]]:
     """The new token ids after each prompt, up to and without the end of the turn; greedy unless told otherwise.
 
     prompts: token ids; padded on the left, so that every row's next token is at the same place.
@@ -77,7 +85,10 @@ def before_and_after(plan: Plan, model: Any, tokenizer: Any, samples: Samples) -
     prompts = [prompt for _, prompt, _ in questions]
 
     def answers() -> list[str]:
-        return [tokenizer.decode(ids).strip() for ids in complete(model, tokenizer, prompts, max_new_tokens=min(96, 2 * longest + 8))]
+        return [
+            tokenizer.decode(ids).strip()
+            for ids in complete(model, tokenizer, prompts, max_new_tokens=min(96, 2 * longest + 8))
+        ]
 
     after = answers()
     with model.disable_adapter():
@@ -147,11 +158,14 @@ def generate_file(target: str, prompts: Path, out: Path, *, max_new_tokens: int,
     answers: dict[int, str] = {}
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        for index, ids in zip(chosen, complete(model, tokenizer, [encoded[i] for i in chosen], max_new_tokens=max_new_tokens), strict=True):
+        for index, ids in zip(
+            chosen, complete(model, tokenizer, [encoded[i] for i in chosen], max_new_tokens=max_new_tokens), strict=True
+        ):
             answers[index] = tokenizer.decode(ids).strip()
         print(f"{min(start + batch, len(order))}/{len(order)} answered", file=sys.stderr, flush=True)
     lines = [
-        json.dumps({"messages": conversations[index], "answer": answers[index]}, ensure_ascii=False) for index in range(len(encoded))
+        json.dumps({"messages": conversations[index], "answer": answers[index]}, ensure_ascii=False)
+        for index in range(len(encoded))
     ]
     write_atomic(out, "\n".join(lines) + "\n")
     return len(lines)
@@ -182,7 +196,9 @@ def chat(target: str, *, max_new_tokens: int, system: str) -> None:
             continue
         messages.append({"role": "user", "content": text})
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        ids = complete(model, tokenizer, [encode_chat(tokenizer, messages)], max_new_tokens=max_new_tokens, streamer=streamer)[0]
+        ids = complete(
+            model, tokenizer, [encode_chat(tokenizer, messages)], max_new_tokens=max_new_tokens, streamer=streamer
+        )[0]
         messages.append({"role": "assistant", "content": tokenizer.decode(ids).strip()})
 
 
@@ -202,7 +218,11 @@ def main() -> None:
             chat(arguments.target, max_new_tokens=arguments.max_new_tokens, system=arguments.system)
         else:
             count = generate_file(
-                arguments.target, arguments.prompts, arguments.out, max_new_tokens=arguments.max_new_tokens, batch=arguments.batch
+                arguments.target,
+                arguments.prompts,
+                arguments.out,
+                max_new_tokens=arguments.max_new_tokens,
+                batch=arguments.batch,
             )
             print(f"{count} answers in {arguments.out}")
     except QdistError as error:

@@ -26,7 +26,9 @@ def summed_loss(model: Any, batch: Mapping[str, torch.Tensor], *, fused: bool) -
     if fused:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-        total = LigerFusedLinearCrossEntropyLoss(reduction="sum")(head.weight, picked.to(head.weight.dtype), wanted, head.bias)
+        total = LigerFusedLinearCrossEntropyLoss(reduction="sum")(
+            head.weight, picked.to(head.weight.dtype), wanted, head.bias
+        )
     else:
         total = functional.cross_entropy(head(picked).float(), wanted, reduction="sum")
     return total

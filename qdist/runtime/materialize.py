@@ -51,7 +51,9 @@ def _convert(file: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     except (ValueError, OSError, KeyError) as error:
-        raise ModelError(f"{file} cannot be converted: {error}", try_="a GGUF file of a Llama, Mistral or Qwen model") from error
+        raise ModelError(
+            f"{file} cannot be converted: {error}", try_="a GGUF file of a Llama, Mistral or Qwen model"
+        ) from error
     # transformers keeps calling the model GGUF-quantized and refuses to save it.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False

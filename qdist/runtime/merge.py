@@ -55,7 +55,9 @@ def merge(run: RunDir, out: Path, *, onto: str, dtype: torch.dtype) -> Losses:
         plain.save_pretrained(beside)
         if plan.source.tokenizer:
             tokenizer.save_pretrained(beside)
-        merged = _held_out(load_plain(str(beside), dtype=_evaluated_in(dtype, device), device=device).eval(), samples, compute)
+        merged = _held_out(
+            load_plain(str(beside), dtype=_evaluated_in(dtype, device), device=device).eval(), samples, compute
+        )
         publish_folder(beside, out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -151,8 +153,9 @@ def _plain_model(config: Any, weights: dict[str, torch.Tensor], dtype: torch.dty
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    if unexpected or set(missing) - tied:
-        raise RunError(f"the merged weights do not fit the model: missing {sorted(set(missing) - tied)[:3]}, unexpected {unexpected[:3]}")
+    absent = sorted(set(missing) - tied)
+    if unexpected or absent:
+        raise RunError(f"the merged weights do not fit the model: missing {absent[:3]}, unexpected {unexpected[:3]}")
     return model
 
 

@@ -37,7 +37,7 @@ def prepare(spec: RunSpec) -> Prepared:
     from transformers.utils import logging
 
     from qdist.runtime.batches import split
-    from qdist.runtime.data import cache_key, cached_tokenize
+    from qdist.runtime.data import cached_tokenize
     from qdist.runtime.materialize import materialize
     from qdist.runtime.special_tokens import repair
 
@@ -48,9 +48,11 @@ def prepare(spec: RunSpec) -> Prepared:
         config: dict[str, Any] = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: {str(error).splitlines()[0]}", try_="a folder with config.json and a tokenizer") from error
+        raise ModelError(
+            f"{folder}: {str(error).splitlines()[0]}", try_="a folder with config.json and a tokenizer"
+        ) from error
     repaired = repair(tokenizer, config, new_tokens=spec.new_tokens)
-    tokenized, _ = cached_tokenize(
+    tokenized, path = cached_tokenize(
         spec.data,
         tokenizer,
         seq_len=spec.seq_len,
@@ -58,8 +60,6 @@ def prepare(spec: RunSpec) -> Prepared:
         folder=cache_dir() / "tokens",
         data_format=None if spec.format == "auto" else spec.format,
     )
-    key = cache_key(spec.data, tokenizer, seq_len=spec.seq_len, train_on_source=spec.train.train_on_source, data_format=None if spec.format == "auto" else spec.format)
-    path = cache_dir() / "tokens" / f"{key}.safetensors"
     train, held_out = split(len(tokenized), held_out=spec.train.held_out, seed=spec.seed)
     lengths = tokenized.offsets.diff()
     return Prepared(
@@ -108,7 +108,10 @@ def _data_notes(summary: Summary, spec: RunSpec) -> tuple[str, ...]:
     if summary.truncated:
         notes.append(f"{summary.truncated:,} of {summary.records:,} records were cut at seq_len={spec.seq_len}")
     if summary.dropped:
-        notes.append(f"{summary.dropped:,} of {summary.records:,} records were dropped: nothing to learn within seq_len={spec.seq_len}")
+        notes.append(
+            f"{summary.dropped:,} of {summary.records:,} records were dropped: "
+            f"nothing to learn within seq_len={spec.seq_len}"
+        )
     return tuple(notes)
 
 

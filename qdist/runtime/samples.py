@@ -55,7 +55,13 @@ def read_samples(plan: Plan, *, pad_id: int) -> Samples:
 def _random_tokens(plan: Plan) -> TokenizedSet:
     """Full-length random samples, enough for 8 different steps, to try a model's shape without data."""
     count, length = 8 * plan.spec.global_batch, plan.spec.seq_len
-    tokens = torch.randint(0, plan.facts.vocab, (count * length,), dtype=torch.int32, generator=torch.Generator().manual_seed(plan.spec.seed))
+    tokens = torch.randint(
+        0,
+        plan.facts.vocab,
+        (count * length,),
+        dtype=torch.int32,
+        generator=torch.Generator().manual_seed(plan.spec.seed),
+    )
     summary = Summary(records=count, dropped=0, truncated=0, tokens=count * length, learned_tokens=count * (length - 1))
     return TokenizedSet(tokens, tokens.clone(), torch.arange(count + 1) * length, summary)
 

@@ -25,7 +25,6 @@ def make_accelerator(plan: Plan, run: RunDir) -> Any:
     from accelerate import Accelerator
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
-
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     path = run.path / ACCELERATE_FILE
@@ -46,7 +45,9 @@ def make_accelerator(plan: Plan, run: RunDir) -> Any:
     # ZeRO-3 partitions the adapter alone: transformers, told of it, would partition the backbone while loading.
     unset_hf_deepspeed_config()
     if accelerator.num_processes != config.num_processes:
-        raise RunError(f"{path} says {config.num_processes} processes, this run has {accelerator.num_processes}", try_="--resume")
+        raise RunError(
+            f"{path} says {config.num_processes} processes, this run has {accelerator.num_processes}", try_="--resume"
+        )
     return accelerator
 
 
@@ -97,5 +98,3 @@ def _flat(plan: Plan) -> dict[str, Any]:
             name = f"{key}.{leaf}".rstrip(".")
             flat[name] = setting if isinstance(setting, (int, float, str, bool)) else str(setting)
     return flat
-
-

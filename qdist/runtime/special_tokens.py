@@ -44,7 +44,9 @@ def repair(tokenizer: Any, config: dict[str, Any], *, new_tokens: tuple[str, ...
         tokenizer.add_special_tokens({"pad_token": pad})
         notes.append(f"pad was missing: now {pad}")
     if new_tokens:
-        tokenizer.add_special_tokens({"additional_special_tokens": list(new_tokens)}, replace_extra_special_tokens=False)
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": list(new_tokens)}, replace_extra_special_tokens=False
+        )
     added = sorted(index for token, index in tokenizer.get_vocab().items() if token not in known)
     if added:
         notes.append(f"{len(added)} new vocabulary row(s), starting at the mean and saved with the adapter")

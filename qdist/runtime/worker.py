@@ -30,7 +30,8 @@ def main() -> None:
         plan = run.checked_plan(arguments.digest)
         if plan.world_size != world_size:
             raise RunError(
-                f"planned for {plan.world_size} ranks, started with {world_size}", try_=f"--nproc-per-node {plan.world_size}"
+                f"planned for {plan.world_size} ranks, started with {world_size}",
+                try_=f"--nproc-per-node {plan.world_size}",
             )
         _work(plan, run)
     except QdistError as error:
@@ -129,14 +130,14 @@ class _Reporter:
         if path.exists():
             with open(path, "r+b") as torn:
                 torn.truncate(whole_length(torn.read()))
-        self._file = open(path, "ab", buffering=0)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._context_bytes: int | None = None
 
     def __call__(self, event: Event) -> None:
         import msgspec
 
         complete = msgspec.structs.replace(event, rank=self._rank, time=time.time(), memory_bytes=self._memory())
-        self._file.write(encode(complete))
+        os.write(self._descriptor, encode(complete))
         if self._accelerator is not None:
             names = ("loss", "held_out_loss", "learning_rate", "gradient_norm")
             values = {name: getattr(event, name) for name in names if getattr(event, name) is not None}

@@ -203,8 +203,10 @@ def source_file(tmp_path: Path, text: str = '{"input": "a", "output": "b"}\n') -
 def test_a_set_is_tokenized_once_and_mapped_afterwards(tmp_path: Path) -> None:
     source, tokenizer = source_file(tmp_path), tiny_tokenizer()
     options: dict[str, Any] = {"seq_len": 16, "train_on_source": False, "folder": tmp_path / "cache"}
-    (first, missed), (second, hit) = (cached_tokenize(source, tokenizer, **options) for _ in range(2))
-    assert (missed, hit) == (False, True)
+    first, path = cached_tokenize(source, tokenizer, **options)
+    written = path.stat().st_mtime_ns
+    second, again = cached_tokenize(source, tokenizer, **options)
+    assert (again, again.stat().st_mtime_ns) == (path, written)
     assert all(torch.equal(one, two) for one, two in zip(first[:3], second[:3], strict=True))
     assert first.summary == second.summary
     assert [tensor.dtype for tensor in second[:3]] == [torch.int32, torch.int32, torch.int64]

@@ -61,7 +61,9 @@ def _pretrained(path: str, quantization: Any, *, dtype: torch.dtype | str, devic
         raise ModelError(f"{path}: {error}", try_="a folder with config.json and *.safetensors") from error
 
 
-def _random(source: Source, quantization: Any, *, dtype: torch.dtype, device: torch.device, linear_names: tuple[str, ...]) -> Any:
+def _random(
+    source: Source, quantization: Any, *, dtype: torch.dtype, device: torch.device, linear_names: tuple[str, ...]
+) -> Any:
     """A model of the given shape with random weights, no more than one unpacked matrix in memory at a time.
 
     Matrices are N(0, 0.02), norms 1, biases 0: activations stay finite however deep the model.
@@ -91,7 +93,9 @@ def _random(source: Source, quantization: Any, *, dtype: torch.dtype, device: to
     return model.eval()
 
 
-def _values(name: str, parameter: torch.Tensor, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> torch.Tensor:
+def _values(
+    name: str, parameter: torch.Tensor, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> torch.Tensor:
     if parameter.dim() < 2:
         return torch.full(parameter.shape, 0.0 if name == "bias" else 1.0, dtype=dtype, device=device)
     return torch.empty(parameter.shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
@@ -121,7 +125,9 @@ def _packed(linear: nn.Linear, quantization: Any, dtype: torch.dtype, device: to
             module=layer,
         )
     else:
-        layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, bias=bias, has_fp16_weights=False, device="meta")
+        layer = bnb.nn.Linear8bitLt(
+            linear.in_features, linear.out_features, bias=bias, has_fp16_weights=False, device="meta"
+        )
         layer.weight = bnb.nn.Int8Params(linear.weight.data.to("cpu"), requires_grad=False, has_fp16_weights=False)
     layer.bias = linear.bias
     return layer.to(device)

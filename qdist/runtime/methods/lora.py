@@ -17,7 +17,7 @@ def lora_config(plan: Plan) -> Any:
     spec = plan.spec
     return LoraConfig(
         r=spec.lora.r,
-        lora_alpha=spec.lora.alpha,  # type: ignore[arg-type]
+        lora_alpha=spec.lora.alpha,
         lora_dropout=spec.lora.dropout,
         target_modules=sorted(linear.name for linear in plan.facts.targeted(spec.lora.targets)),
         bias="none",
@@ -44,7 +44,7 @@ def _token_rows(plan: Plan) -> dict[str, list[int]] | None:
         return None
     rows = list(plan.source.new_token_ids)
     tables = _TABLES.get(plan.facts.family, ("embed_tokens", "lm_head"))
-    return {name: rows for name in (tables[:1] if plan.facts.tied_embeddings else tables)}
+    return dict.fromkeys(tables[:1] if plan.facts.tied_embeddings else tables, rows)
 
 
 def prepare_for_training(model: Any, plan: Plan) -> None:
