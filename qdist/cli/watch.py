@@ -21,8 +21,7 @@ class Watch:
 
     def __init__(self, plan: Plan, *, width: int) -> None:
         self._expected = tuple(rank.expected[0].total for rank in plan.ranks)
-        kind = f"{plan.world_size} {'GPU' if plan.device == 'cuda' else 'CPU'} rank{'s' if plan.world_size > 1 else ''}"
-        self._header = f"{plan.spec.model}  {plan.spec.bits}-bit {plan.spec.method}  {kind}"
+        self._header = header_of(plan)
         self._state = RunState(total_steps=plan.steps)
         self._width = width
         self._live = Live(self._view(), refresh_per_second=4, transient=False) if sys.stdout.isatty() else None
@@ -57,6 +56,12 @@ class Watch:
 
     def _view(self) -> RenderableType:
         return live_view(self._state, self._header, self._expected, self._width)
+
+
+def header_of(plan: Plan) -> str:
+    """Model, method and ranks in one line."""
+    kind = f"{plan.world_size} {'GPU' if plan.device == 'cuda' else 'CPU'} rank{'s' if plan.world_size > 1 else ''}"
+    return f"{plan.spec.model}  {plan.spec.bits}-bit {plan.spec.method}  {kind}"
 
 
 def ending(run: RunDir, plan: Plan) -> None:

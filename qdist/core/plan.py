@@ -28,8 +28,8 @@ MAX_MICRO_BATCH_TOKENS = 8192
 """Tokens of a micro-batch beyond which throughput no longer grows, only memory."""
 MAX_CPU_MICRO_BATCH_TOKENS = 2048
 
-Expected = Callable[[int, bool], MemoryBudget]
-"""Peak memory of a rank for (micro_batch, checkpointing)."""
+Expected = Callable[[int, bool, int], MemoryBudget]
+"""Peak memory of a rank for (micro_batch, checkpointing, bits)."""
 
 
 class DataFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -138,10 +138,10 @@ def make_plan(
         )
     capacity = _capacity(spec, cluster)
 
-    def expected(micro_batch: int, checkpointing: bool) -> MemoryBudget:
+    def expected(micro_batch: int, checkpointing: bool, bits: int) -> MemoryBudget:
         return budget(
             facts,
-            bits=spec.bits,
+            bits=bits,
             double_quant=spec.quant.double,
             compute_bytes=4 if dtype == "float32" else 2,
             rank_r=spec.lora.r,
@@ -160,7 +160,7 @@ def make_plan(
         )
 
     micro_batch, checkpointing, notes = _batches(spec, world_size, capacity, expected)
-    peak = expected(micro_batch, checkpointing)
+    peak = expected(micro_batch, checkpointing, spec.bits)
     if capacity is not None and peak.total > capacity:
         raise _too_big(spec, capacity, peak, expected)
     return Plan(
@@ -257,7 +257,7 @@ def _batches(
         sizes = [n for n in sizes if n * seq_len <= ceiling] or [1]
 
     def fits(size: int, checkpointing: bool) -> bool:
-        return capacity is None or expected(size, checkpointing).total <= capacity
+        return capacity is None or expected(size, checkpointing, spec.bits).total <= capacity
 
     saturating = min(sizes[0], max(1, SATURATING_TOKENS // seq_len))
     order = [(n, mode) for mode in modes for n in sizes if n >= saturating or mode == modes[-1]]
@@ -282,7 +282,7 @@ def _batch_notes(
     first_size, first_mode = order[0]
     return (
         f"micro_batch {first_size} {'with' if first_mode else 'without'} checkpointing needs "
-        f"{format_bytes(expected(first_size, first_mode).total)} a GPU, more than {format_bytes(capacity)}: "
+        f"{format_bytes(expected(first_size, first_mode, spec.bits).total)} a GPU, more than {format_bytes(capacity)}: "
         f"micro_batch {size} {'with' if checkpointing else 'without'} checkpointing",
     )
 
@@ -301,25 +301,17 @@ def _steps(spec: RunSpec, data: DataFacts | None) -> int:
 
 
 def _too_big(spec: RunSpec, capacity: int, peak: MemoryBudget, expected: Expected) -> PlanError:
-    missing = peak.total - capacity
-    cap = (
-        f"--max-memory {format_bytes(capacity / HEADROOM)}"
-        if spec.max_memory
-        else f"{format_bytes(capacity / HEADROOM)} GPU"
-    )
+    cap = f"{'--max-memory ' if spec.max_memory else ''}{format_bytes(capacity / HEADROOM)}"
     message = (
-        f"{spec.model} at {spec.bits} bits needs {format_bytes(peak.total)} on every GPU; "
-        f"95 % of the {cap} is {format_bytes(capacity)}, {format_bytes(missing)} short"
+        f"{spec.model} at {spec.bits} bits needs {format_bytes(peak.total)} on every GPU; 95 % of "
+        f"{cap} is {format_bytes(capacity)}, {format_bytes(peak.total - capacity)} short"
     )
-    smallest = expected(1, True).total
-    if smallest <= capacity:
-        settings = "--set micro_batch=1" + (
-            " --set train.checkpointing=true" if spec.train.checkpointing is False else ""
-        )
-        return PlanError(message, try_=f"{settings} ({format_bytes(smallest)})")
-    if spec.bits > 4:
-        return PlanError(message, try_="--bits 4")
-    needed = math.ceil(smallest / HEADROOM / GIB)
-    return PlanError(
-        message, try_=f"GPUs of {needed} GiB: even micro_batch=1 with checkpointing takes {format_bytes(smallest)}"
-    )
+    settings = ["--set micro_batch=1"] if spec.micro_batch not in (None, 1) else []
+    settings += ["--set train.checkpointing=true"] if spec.train.checkpointing is False else []
+    smallest = expected(1, True, spec.bits).total
+    if smallest > capacity and spec.bits > 4:
+        settings, smallest = ["--bits 4", *settings], expected(1, True, 4).total
+    if smallest > capacity:
+        needed = math.ceil(smallest / HEADROOM / GIB)
+        settings = [f"--max-memory {needed}GiB" if spec.max_memory else f"GPUs of {needed} GiB", *settings]
+    return PlanError(message, try_=f"{' '.join(settings)} ({format_bytes(smallest)})")

@@ -6,6 +6,7 @@ plan decides.
 """
 
 from collections.abc import Mapping
+from math import inf
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -14,10 +15,11 @@ from msgspec import Meta
 from qdist.core.errors import SpecError, nearest
 from qdist.core.units import parse_bytes
 
-Positive = Annotated[int, Meta(ge=1)]
-Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
-Rate = Annotated[float, Meta(gt=0)]
+Rate = Annotated[float, Meta(gt=0, lt=inf)]
+Amount = Annotated[float, Meta(ge=0, lt=inf)]
 
 
 class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -26,7 +28,7 @@ class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     r: Positive = 64
     alpha: Rate = 16.0
     dropout: Fraction = 0.0
-    targets: tuple[str, ...] = ("all-linear",)
+    targets: Annotated[tuple[str, ...], Meta(min_length=1)] = ("all-linear",)
     """Leaf names of the linear modules that get an adapter; `all-linear` is every one inside the decoder layers."""
 
 
@@ -47,8 +49,8 @@ class Optim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     beta1: Fraction = 0.9
     beta2: Fraction = 0.999
     eps: Rate = 1e-8
-    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
-    clip: Annotated[float, Meta(ge=0)] = 0.3
+    weight_decay: Amount = 0.0
+    clip: Amount = 0.3
     """Largest global gradient norm; 0 leaves gradients as they are."""
 
 
@@ -166,7 +168,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         raise unknown_key(key)
     if key in ("lora.targets", "trackers", "new_tokens"):
         return key, [part.strip() for part in value.split(",") if part.strip()]
-    return key, None if value.lower() in ("none", "auto") and key != "format" else value
+    return key, None if value.lower() in ("none", "auto") and _optional(key) else value
 
 
 def unknown_key(key: str) -> SpecError:
@@ -224,19 +226,28 @@ def _value_error(message: str, merged: Mapping[str, Any]) -> SpecError:
         return SpecError(
             f"{key} cannot be {value!r}: it is one of {', '.join(choices)}", try_=f"{key}={guess or choices[0]}"
         )
-    return SpecError(f"{key} cannot be {value!r}: {reason[:1].lower()}{reason[1:]}", try_=f"another value for {key}")
+    # What was got shows already, and as a flag's or recipe's text it is a `str` whatever it looks like.
+    wanted = reason.partition(", got ")[0].replace(" | null", "")
+    return SpecError(f"{key} cannot be {value!r}: {wanted[:1].lower()}{wanted[1:]}", try_=f"another value for {key}")
 
 
 def _choices(key: str) -> list[str]:
+    inner = [kind.item_type if isinstance(kind, msgspec.inspect.VarTupleType) else kind for kind in _kinds(key)]
+    return [str(value) for kind in inner if isinstance(kind, msgspec.inspect.LiteralType) for value in kind.values]
+
+
+def _optional(key: str) -> bool:
+    """Whether the plan decides where the setting is absent."""
+    return any(isinstance(kind, msgspec.inspect.NoneType) for kind in _kinds(key))
+
+
+def _kinds(key: str) -> tuple[msgspec.inspect.Type, ...]:
+    """The types that a setting may have."""
     kind: Any = RunSpec
     for part in key.split("."):
-        fields = {field.name: field.type for field in msgspec.structs.fields(kind)} if isinstance(kind, type) else {}
-        kind = fields.get(part)
-    info = msgspec.inspect.type_info(kind) if kind is not None else None
-    inner: list[Any] = list(info.types) if isinstance(info, msgspec.inspect.UnionType) else [info]
-    if isinstance(info, msgspec.inspect.VarTupleType):
-        inner = [info.item_type]
-    return [str(value) for part in inner if isinstance(part, msgspec.inspect.LiteralType) for value in part.values]
+        kind = {field.name: field.type for field in msgspec.structs.fields(kind)}[part]
+    info = msgspec.inspect.type_info(kind)
+    return info.types if isinstance(info, msgspec.inspect.UnionType) else (info,)
 
 
 def _check(spec: RunSpec) -> RunSpec:

@@ -1,6 +1,7 @@
 """Runs one of qdist's torch-side modules in a process of its own, with its errors as our errors."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ import msgspec
 from qdist.core import errors
 from qdist.core.plan import Prepared
 from qdist.core.spec import RunSpec
+from qdist.host import probe
 
 
 def prepare(spec: RunSpec) -> Prepared:
@@ -34,4 +36,7 @@ def prepare(spec: RunSpec) -> Prepared:
 
 def run_module(module: str, arguments: Sequence[str]) -> int:
     """Run `python -m module` on this terminal; its exit code."""
-    return subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
+    environment = dict(os.environ)
+    if probe.cluster().device == "cpu":
+        environment["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed, once imported, warns that it found no GPU
+    return subprocess.run([sys.executable, "-m", module, *arguments], check=False, env=environment).returncode

@@ -1,5 +1,6 @@
 """Makes a model a local folder that transformers opens: converts GGUF once, downloads hub ids once."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -48,8 +49,9 @@ def _convert(file: Path, folder: Path) -> None:
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # a progress bar of 272 lines
+            model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.bfloat16)
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(
             f"{file} cannot be converted: {error}", try_="a GGUF file of a Llama, Mistral or Qwen model"

@@ -1,0 +1,28 @@
+"""Draws the live view of a run, as it was at a step, into an SVG: `python bench/live_picture.py RUN STEP OUT`."""
+
+import sys
+from io import StringIO
+from pathlib import Path
+
+from rich.console import Console
+
+from qdist.cli.views import live_view
+from qdist.cli.watch import header_of
+from qdist.core.events import RunState, advance
+from qdist.host.follow import Follower
+from qdist.host.rundir import RunDir
+
+
+def main() -> None:
+    """Fold the events up to the step, draw, save."""
+    run, step, out = RunDir(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    plan = run.plan()
+    events = [event for event in Follower(run.path).new_events() if event.step <= step and event.kind != "end"]
+    state = advance(RunState(total_steps=plan.steps), events)
+    console = Console(record=True, width=88, force_terminal=True, file=StringIO())
+    console.print(live_view(state, header_of(plan), tuple(rank.expected[0].total for rank in plan.ranks), 88))
+    out.write_text(console.export_svg(title="qdist launch --gpus 2 --model smollm2-135m --bits 4 --data demo"))
+
+
+if __name__ == "__main__":
+    main()

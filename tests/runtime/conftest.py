@@ -1,0 +1,52 @@
+"""Tiny models, ranks that start at once, and a cache that is thrown away."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from qdist.core.plan import digest
+from qdist.host import launcher
+from qdist.host.rundir import RunDir
+
+TrainRun = Callable[[launcher.Job], RunDir]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def throwaway_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QDIST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("TOKENIZERS_PARALLELISM", "false")
+        yield
+
+
+@pytest.fixture(scope="session")
+def train() -> Iterator[TrainRun]:
+    """Writes a job's run directory and trains it on forked CPU ranks; every rank must end well."""
+    script = Path(__file__).with_name("ranks.py")
+    server = subprocess.Popen(
+        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ}
+    )
+
+    def run(job: launcher.Job) -> RunDir:
+        launcher.write(job)
+        assert server.stdin is not None
+        assert server.stdout is not None
+        order = {"run": str(job.run.path), "world_size": job.plan.world_size, "digest": digest(job.plan)}
+        server.stdin.write(json.dumps(order) + "\n")
+        server.stdin.flush()
+        codes = json.loads(server.stdout.readline())
+        logs = "\n".join(job.run.log_file(rank).read_text()[-2000:] for rank, code in enumerate(codes) if code)
+        assert not any(codes), f"ranks ended with {codes}\n{logs}"
+        return job.run
+
+    yield run
+    assert server.stdin is not None
+    server.stdin.close()
+    server.wait(30)
+    if server.stdout is not None:
+        server.stdout.close()

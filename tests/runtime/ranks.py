@@ -1,0 +1,66 @@
+"""A process that has imported everything once and forks ranks: what a rank's imports cost is paid once a suite.
+
+Reads one JSON job a line, {"run": ..., "world_size": ..., "digest": ...}; writes the exit codes of its ranks.
+"""
+
+import json
+import os
+import socket
+import sys
+
+
+def main() -> None:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    import bitsandbytes  # noqa: F401
+    import deepspeed  # noqa: F401
+    import peft  # noqa: F401
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    print("ready", file=sys.__stderr__)
+    for line in sys.stdin:
+        job = json.loads(line)
+        print(json.dumps(_run(job)), flush=True)
+
+
+def _run(job: dict[str, object]) -> list[int]:
+    world_size = int(str(job["world_size"]))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [_fork(job, rank, world_size, port) for rank in range(world_size)]
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def _fork(job: dict[str, object], rank: int, world_size: int, port: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    code = 1
+    try:
+        from qdist.runtime import worker
+
+        sys.argv = ["worker", str(job["run"]), "--digest", str(job["digest"])]
+        worker.main()
+        code = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

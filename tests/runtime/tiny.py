@@ -1,0 +1,166 @@
+"""Models of two narrow layers, made in a moment, and runs over them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from qdist.core.plan import Plan, Source
+from qdist.core.spec import RunSpec, nest, resolve
+from qdist.host import launcher, modules
+from qdist.host.rundir import RunDir
+from qdist.runtime.batches import collate
+from qdist.runtime.engine import Adapter
+from qdist.runtime.forward import Forward
+from qdist.runtime.methods.backbone import DTYPES, load_backbone
+from qdist.runtime.methods.lora import add_adapter, prepare_for_training
+from qdist.runtime.prepare import prepare
+from qdist.runtime.samples import Samples, read_samples
+from qdist.runtime.tokenized import IGNORED, Summary, TokenizedSet
+from tests.runtime.test_data import tiny_tokenizer
+
+VOCAB = 320
+_GROUPED: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _GROUPED,
+    "mistral": _GROUPED,
+    "qwen2": _GROUPED,
+    "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
+    "opt": {
+        "hidden_size": 64,
+        "word_embed_proj_dim": 64,
+        "ffn_dim": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "dropout": 0.0,
+        "pad_token_id": 2,
+    },
+    "gpt_neox": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    },
+}
+FAMILIES = tuple(_FAMILIES)
+_TIED = ("bloom", "opt")
+
+
+def tiny_config(family: str = "llama", **changes: Any) -> dict[str, Any]:
+    """A config.json. Weights are drawn wide, so that a model prefers some tokens clearly."""
+    common = {"model_type": family, "vocab_size": VOCAB, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 1}
+    return {**common, "tie_word_embeddings": family in _TIED, **_FAMILIES[family], **changes}
+
+
+def tiny_model(family: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
+    """A float32 model with weights of its own."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = tiny_config(family, **changes)
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings)).eval()
+
+
+def save_config(folder: Path, family: str = "llama", **changes: Any) -> Path:
+    """A folder with nothing but a config.json: enough for random weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(tiny_config(family, **changes)))
+    return folder
+
+
+def save_model(folder: Path, family: str = "llama", *, tokenizer: Any = None, **changes: Any) -> Path:
+    """A folder as `save_pretrained` leaves it, with a tokenizer that lacks a pad."""
+    tiny_model(family, **changes).save_pretrained(folder)
+    (tokenizer or tiny_tokenizer(bos=False)).save_pretrained(folder)
+    return folder
+
+
+def save_data(path: Path, count: int = 40) -> Path:
+    """Questions of different lengths and short answers."""
+    records = [
+        {"prompt": f"hello {'there ' * (n % 4)}{n}", "completion": f"system {n % 3} {'a' * (n % 5)}"}
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def dummy_job(model: Path, run: Path, **settings: Any) -> launcher.Job:
+    """A run over random weights and tokens, planned and not yet written. Settings are dotted, with `__` for the dot."""
+    return launcher.prepare(_spec(settings, model=str(model), run=str(run), load_format="dummy"))
+
+
+def real_job(model: Path, data: Path, run: Path, **settings: Any) -> launcher.Job:
+    """A run over a saved model and data, prepared in this process."""
+    spec = _spec(settings, model=str(model), run=str(run), data=str(data))
+    with mock.patch.object(modules, "prepare", prepare):
+        return launcher.prepare(spec)
+
+
+def _spec(settings: Mapping[str, Any], **more: Any) -> RunSpec:
+    defaults = {"seq_len": 16, "global_batch": 4, "lora.r": 4, "optim.lr": 1e-2, "steps": 4}
+    return resolve(nest({**defaults, **more, **{key.replace("__", "."): value for key, value in settings.items()}}))
+
+
+def plan_of(model: Path, run: Path, **settings: Any) -> Plan:
+    return dummy_job(model, run, **settings).plan
+
+
+def backbone_of(plan: Plan) -> Any:
+    return load_backbone(
+        plan.source,
+        bits=plan.spec.bits,
+        quant=plan.spec.quant,
+        dtype=DTYPES[plan.compute_dtype],
+        device=torch.device("cpu"),
+        linear_names=plan.facts.linear_names,
+    )
+
+
+def trainable(plan: Plan) -> tuple[Any, Adapter, Samples]:
+    """The model with its adapter, the adapter as engines see it, the samples: what a rank builds."""
+    model = add_adapter(backbone_of(plan), plan)
+    prepare_for_training(model, plan)
+    samples = read_samples(plan, pad_id=0)
+    forward = Forward(model, samples, dtype=DTYPES[plan.compute_dtype], fused=False)
+    return model, Adapter(model, forward.loss), samples
+
+
+def written(job: launcher.Job) -> RunDir:
+    launcher.write(job)
+    return job.run
+
+
+def samples_of(lengths: list[int], *, prompt: int = 2, seed: int = 0, low: int = 5) -> TokenizedSet:
+    """Random samples whose first `prompt` tokens have no loss."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(low, VOCAB, (sum(lengths),), dtype=torch.int32, generator=generator)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    labels = tokens.clone()
+    for start in offsets[:-1].tolist():
+        labels[start : start + prompt] = IGNORED
+    learned = sum(length - prompt for length in lengths)
+    summary = Summary(records=len(lengths), dropped=0, truncated=0, tokens=len(tokens), learned_tokens=learned)
+    return TokenizedSet(tokens, labels, offsets, summary)
+
+
+def padded(lengths: list[int], *, pad_id: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A right-padded micro-batch of random samples with masked prompts."""
+    return collate(range(len(lengths)), samples_of(lengths, seed=seed), pad_id=pad_id)
+
+
+def source_of(folder: Path, config: dict[str, Any], **more: Any) -> Source:
+    return Source(kind="folder", path=str(folder), config=config, tokenizer="", **more)
