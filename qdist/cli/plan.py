@@ -3,6 +3,7 @@
 from typing import Any
 
 import click
+import msgspec
 
 from qdist.cli.planned import plan_lines
 from qdist.core.cluster import hypothetical
@@ -30,16 +31,16 @@ def plan(recipe: str | None, gpu_memory: str | None, assignments: tuple[str, ...
     given = nest(
         {key: value for key, value in flags.items() if value is not None} | dict(map(parse_assignment, assignments))
     )
-    spec = resolve({"steps": 1}, *([templates.read_recipe(recipe)] if recipe else []), given)
+    spec = resolve(*([templates.read_recipe(recipe)] if recipe else []), given)
     if not spec.model:
         raise SpecError("no model was named", try_="--model llama-65b")
+    # Epochs cannot be counted without the data, and steps have no weight.
+    spec = spec if spec.steps else msgspec.structs.replace(spec, steps=1, epochs=None)
     config, facts = shape(spec.model)
     cluster = hypothetical(spec.gpus or 1, parse_bytes(gpu_memory)) if gpu_memory else probe.cluster()
     source = Source(kind="dummy", path="", config=config, tokenizer="")
     decided = make_plan(spec, source, facts, cluster, None, has_liger=False)
     if as_json:
-        import msgspec
-
         click.echo(msgspec.json.format(msgspec.json.encode(decided), indent=2).decode())
         return
     click.echo("\n".join(line for line in plan_lines(decided) if not line.startswith("steps")))

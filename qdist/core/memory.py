@@ -151,7 +151,7 @@ def saved_bytes_per_token(
 ) -> int:
     """What autograd keeps of one token in one decoder layer: each distinct tensor once.
 
-    A frozen linear keeps nothing of its input (int8 does), LoRA's A keeps its input and B the rank-wide product.
+    A frozen linear keeps nothing of its input, LoRA's A keeps its input and B the rank-wide product.
     tests/core/test_memory.py holds these terms against the tensors that torch saves.
     """
     adapted = facts.targeted(targets)
@@ -198,16 +198,15 @@ def _saved_linear_inputs(
     """Inputs that LoRA's A matrices keep. One tensor serves all that read it, except that
 
     dropout gives each reader its own masked copy and a mask (bytes on a GPU, floats on a CPU); peft casts the input
-    of a 16-bit linear to fp32, and a layer norm leaves autocast in fp32, so each reader casts its own back;
-    bitsandbytes' int8 keeps the input of every linear, adapted or not.
+    of a 16-bit linear to fp32, and a layer norm leaves autocast in fp32, so each reader casts its own back.
     """
     autocast = compute_bytes < 4
     own = sum(linear.inputs for linear in adapted)
-    widths = {linear.reads: linear.inputs for linear in facts.linears if bits == 8 or linear in adapted}
+    widths = {linear.reads: linear.inputs for linear in adapted}
     if facts.attention == "flash":
         widths.pop("attention_out", None)  # attention has kept it already
     if lora_dropout:
-        kept = sum(widths.values()) if bits == 8 else facts.intermediate * (facts.mlp == "relu")
+        kept = facts.intermediate * (facts.mlp == "relu")
         return (own + kept) * compute_bytes + own * (1 if autocast else 4)
     if autocast and bits == 16:
         return own * compute_bytes

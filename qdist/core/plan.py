@@ -313,5 +313,6 @@ def _too_big(spec: RunSpec, capacity: int, peak: MemoryBudget, expected: Expecte
         settings, smallest = ["--bits 4", *settings], expected(1, True, 4).total
     if smallest > capacity:
         needed = math.ceil(smallest / HEADROOM / GIB)
-        settings = [f"--max-memory {needed}GiB" if spec.max_memory else f"GPUs of {needed} GiB", *settings]
+        larger = f"--max-memory {needed}GiB" if spec.max_memory else f"GPUs of {needed} GiB"
+        settings = [larger, *(["with"] if settings and not spec.max_memory else []), *settings]
     return PlanError(message, try_=f"{' '.join(settings)} ({format_bytes(smallest)})")

@@ -71,7 +71,7 @@ def launch_script(plan: Plan, *, python: str) -> str:
         exports |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     lines = [
         "#!/bin/sh",
-        f"# {' '.join(plan.spec.model.split())}: {plan.world_size} {'GPU' if plan.device == 'cuda' else 'CPU'} rank(s), written by qdist",
+        f"# {' '.join(plan.spec.model.split())}: {plan.world_size} {plan.device} rank(s), written by qdist",
         'run=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)',
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
         f"exec {shlex.quote(python)} -m torch.distributed.run --standalone --nproc-per-node {plan.world_size} \\",

@@ -6,7 +6,6 @@ plan decides.
 """
 
 from collections.abc import Mapping
-from math import inf
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -18,8 +17,8 @@ from qdist.core.units import parse_bytes
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
-Rate = Annotated[float, Meta(gt=0, lt=inf)]
-Amount = Annotated[float, Meta(ge=0, lt=inf)]
+Rate = Annotated[float, Meta(gt=0, le=1e300)]
+Amount = Annotated[float, Meta(ge=0, le=1e300)]
 
 
 class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -294,5 +293,5 @@ def to_toml(spec: RunSpec) -> str:
 
 
 def _toml_value(value: Any) -> str:
-    """TOML's strings, numbers, booleans and arrays of strings are JSON's."""
-    return msgspec.json.encode(value).decode()
+    """TOML's strings, numbers, booleans and arrays of strings are JSON's, but for DEL, which TOML wants escaped."""
+    return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")

@@ -55,7 +55,7 @@ def shape(name: str) -> tuple[dict[str, Any], ModelFacts]:
 
     Raises ModelError when only its weights or a hub could tell.
     """
-    if not os.path.exists(name) and "/" not in name:
+    if not os.path.exists(name) and "/" not in name and not name.lower().endswith(".gguf"):
         config: Mapping[str, Any] = lookup(name).config
     else:
         located = locate(name)

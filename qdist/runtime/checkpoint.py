@@ -41,6 +41,7 @@ def save(run: RunDir, progress: Progress, state: State, *, keep: int) -> Path:
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     _remove(final)
     beside = run.checkpoints / f".{final.name}.{os.getpid()}"
+    shutil.rmtree(beside, ignore_errors=True)  # a killed rank of the same process id, as in a restarted container
     beside.mkdir()
     _save_tensors(state.parameters, beside / "adapter.safetensors")
     flat = {f"{moment}.{name}": tensor for moment, tensors in state.moments.items() for name, tensor in tensors.items()}
@@ -58,7 +59,7 @@ def load(path: Path) -> tuple[Progress, State]:
         raise RunError(f"{path} has no DONE: it was not finished", try_="an earlier checkpoint beside it")
     try:
         progress = msgspec.json.decode((path / "state.json").read_bytes(), type=Progress)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, FileNotFoundError) as error:
         raise RunError(f"{path / 'state.json'}: {error}", try_="an earlier checkpoint beside it") from None
     moments: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in load_tensors(path / "optimizer.safetensors").items():

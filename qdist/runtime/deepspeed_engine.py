@@ -136,7 +136,7 @@ class _Shard:
         return whole.narrow(0, self.start, self.numel)
 
     def gather(self, moment: str | None) -> torch.Tensor:
-        part = self._part(moment).contiguous()
+        part = self._part(moment).to(self.parameter.device).contiguous()  # paged moments look like CPU tensors
         parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, part)
         return torch.cat(parts)[: self.parameter.ds_numel]

@@ -27,12 +27,14 @@ def adapter_checksum(adapter: Adapter) -> tuple[int, ...]:
     """
     plain = torch.zeros((), dtype=torch.int64, device=next(adapter.parameters()).device)
     weighted = plain.clone()
+    position = 1
     with torch.no_grad():
         for parameter in adapter.parameters():
             for words in parameter.data.contiguous().view(torch.int32).flatten().split(_CHECKSUM_WORDS):
                 wide = words.to(torch.int64)
                 plain += wide.sum()
-                weighted += (wide * torch.arange(1, wide.numel() + 1, device=wide.device)).sum()
+                weighted += (wide * torch.arange(position, position + wide.numel(), device=wide.device)).sum()
+                position += wide.numel()
     return int(plain), int(weighted)
 
 

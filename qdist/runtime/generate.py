@@ -106,15 +106,32 @@ def _questions(plan: Plan, tokenizer: Any, samples: Samples) -> list[tuple[str, 
     count = plan.spec.train.answers
     if plan.spec.data == "demo":
         return [(item.order, encode_chat(tokenizer, item.messages()), item.answer) for item in demo.questions()[:count]]
-    found = []
-    for index in samples.held_out[:count]:
+    found: list[tuple[str, list[int], str]] = []
+    for index in samples.held_out:
+        if len(found) == count:
+            break
         span = samples.tokenized.span(index)
         tokens, labels = samples.tokenized.tokens[span].tolist(), samples.tokenized.labels[span].tolist()
         start = next(place for place, label in enumerate(labels) if label != IGNORED)
         end = next((place for place in range(start, len(labels)) if labels[place] == IGNORED), len(labels))
         expected = tokenizer.decode(tokens[start:end], skip_special_tokens=True).strip()
-        found.append((tokenizer.decode(tokens[:start], skip_special_tokens=True).strip(), tokens[:start], expected))
+        if expected not in {known for _, _, known in found}:
+            found.append((_last_turn(tokens[:start], tokenizer), tokens[:start], expected))
     return found
+
+
+def _last_turn(prompt: list[int], tokenizer: Any) -> str:
+    """What the user said last: of the pieces between special tokens, the one before the assistant's header."""
+    special = set(tokenizer.all_special_ids)
+    pieces: list[list[int]] = [[]]
+    for token in prompt:
+        if token in special:
+            pieces.append([])
+        else:
+            pieces[-1].append(token)
+    texts = [text for text in (tokenizer.decode(piece).strip() for piece in pieces) if text]
+    said = texts[-2] if len(texts) > 1 else texts[-1] if texts else ""
+    return said.removeprefix("user\n").strip()
 
 
 def read_prompts(path: Path) -> list[list[dict[str, str]]]:
@@ -204,6 +221,8 @@ def chat(target: str, *, max_new_tokens: int, system: str) -> None:
 
 def main() -> None:
     """`python -m qdist.runtime.generate file|chat TARGET ...`, started by the command line."""
+    from transformers.utils import logging
+
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=("file", "chat"))
     parser.add_argument("target")
@@ -213,6 +232,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--system", default="")
     arguments = parser.parse_args()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         if arguments.what == "chat":
             chat(arguments.target, max_new_tokens=arguments.max_new_tokens, system=arguments.system)

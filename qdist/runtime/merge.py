@@ -22,46 +22,53 @@ from qdist.runtime.special_tokens import add_rows, align_config
 
 
 class Losses(NamedTuple):
-    """Held-out losses, or NaN where the run holds nothing out."""
+    """Held-out losses; NaN where the run holds nothing out, None where there is no such backbone."""
 
     adapter: float
-    merged: float
+    dequantized: float
+    original: float | None
 
 
 def merge(run: RunDir, out: Path, *, onto: str, dtype: torch.dtype) -> Losses:
-    """Write a merged model that plain transformers loads; measure what merging cost.
+    """Write a merged model that plain transformers loads; measure what merging onto either backbone costs.
 
     The sum W + alpha / r * B A is taken in float32 and rounded once. One layer at a time is unpacked.
-    Raises RunError when the merged model is further from the adapter than from the backbone.
     """
     from peft import PeftModel
 
     plan = run.plan()
+    if onto == "original" and plan.source.kind == "dummy":
+        raise RunError("random weights have no original to merge onto", try_="--onto dequantized")
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     compute = DTYPES[plan.compute_dtype]
     tokenizer = load_tokenizer(plan.source)
     samples = read_samples(plan, pad_id=tokenizer.pad_token_id if tokenizer else 0)
     model = PeftModel.from_pretrained(load_run_backbone(plan, compute, device), str(run.adapter)).eval()
-    before = _held_out(model, samples, compute)
-    weights = _merged_weights(model, _originals(plan, onto, device), dtype)
-    config = model.get_base_model().config
-    del model
-    plain = _plain_model(config, weights, dtype)
+    adapter_loss = _held_out(model, samples, compute)
+    losses: dict[str, float] = {}
+    for backbone in ("dequantized", "original") if plan.source.kind == "folder" else ("dequantized",):
+        originals = _originals(plan, device) if backbone == "original" else None
+        plain = _plain_model(model.get_base_model().config, _merged_weights(model, originals, dtype), dtype)
+        if backbone == onto:
+            _write(plain, tokenizer, out)
+            plain = load_plain(str(out), dtype=dtype, device=torch.device("cpu"))
+        losses[backbone] = _held_out(plain.to(device, _evaluated_in(dtype, device)).eval(), samples, compute)
+    return Losses(adapter_loss, losses["dequantized"], losses.get("original"))
+
+
+def _write(plain: Any, tokenizer: Any, out: Path) -> None:
+    """The model and its tokenizer, whole or not at all."""
     if tokenizer is not None:
         align_config(plain, tokenizer)
     beside = out.with_name(f".{out.name}.{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     try:
         plain.save_pretrained(beside)
-        if plan.source.tokenizer:
+        if tokenizer is not None:
             tokenizer.save_pretrained(beside)
-        merged = _held_out(
-            load_plain(str(beside), dtype=_evaluated_in(dtype, device), device=device).eval(), samples, compute
-        )
         publish_folder(beside, out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return Losses(before, merged)
 
 
 def _evaluated_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -77,12 +84,8 @@ def _held_out(model: Any, samples: Samples, dtype: torch.dtype) -> float:
     return loss / tokens
 
 
-def _originals(plan: Plan, onto: str, device: torch.device) -> Any | None:
-    """The backbone before quantization, or None to merge onto the dequantized one."""
-    if onto == "dequantized":
-        return None
-    if plan.source.kind == "dummy":
-        raise RunError("random weights have no original to merge onto", try_="--onto dequantized")
+def _originals(plan: Plan, device: torch.device) -> Any:
+    """The backbone before quantization."""
     model = load_plain(plan.source.path, dtype="auto", device=device)
     add_rows(model, plan.source.new_token_ids, plan.source.vocab_rows)
     return model
@@ -93,12 +96,14 @@ def _merged_weights(model: Any, originals: Any | None, dtype: torch.dtype) -> di
     base = model.get_base_model()
     original = dict(originals.named_parameters()) if originals is not None else {}
     weights: dict[str, torch.Tensor] = {}
-    adapted = {name: module for name, module in base.named_modules() if hasattr(module, "base_layer")}
+    adapted = {name: module for name, module in base.named_modules() if "default" in getattr(module, "lora_B", ())}
     for name, parameter in base.named_parameters():
         owner = next((adapter for adapter in adapted if name.startswith(f"{adapter}.")), None)
-        plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
-        if any(part in name for part in (".lora_", "token_adapter.", "modules_to_save.")):
+        if any(part in name for part in (".lora_", ".trainable_tokens_", ".modules_to_save.")):
             continue
+        plain = name
+        for wrapper in (".token_adapter", ".base_layer", ".original_module"):
+            plain = plain.replace(f"{wrapper}.", ".")
         value = original[plain].float() if plain in original else _dequantized(base, name, parameter)
         if owner is not None and name == f"{owner}.base_layer.weight":
             value = value + _delta(adapted[owner]).to(value.device)
@@ -132,7 +137,9 @@ def _put_rows(base: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype) -
     """Trained rows of new tokens into their tables."""
     for name, module in base.named_modules():
         if hasattr(module, "trainable_tokens_delta") and "default" in module.trainable_tokens_delta:
-            table = weights[f"{name.removesuffix('.token_adapter')}.weight"]
+            table = weights.get(f"{name.removesuffix('.token_adapter')}.weight")
+            if table is None:  # tied: the other name of a table that has its rows already
+                continue
             rows = torch.tensor(module.token_indices["default"])
             table[rows] = module.trainable_tokens_delta["default"].detach().to("cpu", dtype)
 
@@ -170,13 +177,17 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         losses = merge(RunDir(arguments.run), arguments.out, onto=arguments.onto, dtype=DTYPES[arguments.dtype])
     except QdistError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     print(f"{arguments.out}: adapter merged onto the {arguments.onto} backbone, {arguments.dtype}")
-    print(f"held-out loss  adapter {losses.adapter:.4f}  merged {losses.merged:.4f}")
+    print(f"held-out loss  adapter                   {losses.adapter:.4f}")
+    print(f"               merged onto dequantized   {losses.dequantized:.4f}")
+    if losses.original is not None:
+        print(f"               merged onto original      {losses.original:.4f}")
 
 
 if __name__ == "__main__":

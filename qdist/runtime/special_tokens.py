@@ -47,10 +47,12 @@ def repair(tokenizer: Any, config: dict[str, Any], *, new_tokens: tuple[str, ...
         tokenizer.add_special_tokens(
             {"additional_special_tokens": list(new_tokens)}, replace_extra_special_tokens=False
         )
-    added = sorted(index for token, index in tokenizer.get_vocab().items() if token not in known)
+    # A token of the tokenizer's own beyond the embedding's end is as new to the model as an added one.
+    rows_there = int(config["vocab_size"])
+    added = sorted(i for token, i in tokenizer.get_vocab().items() if token not in known or i >= rows_there)
     if added:
         notes.append(f"{len(added)} new vocabulary row(s), starting at the mean and saved with the adapter")
-    rows = max(int(config["vocab_size"]), added[-1] + 1) if added else None
+    rows = max(rows_there, added[-1] + 1) if added else None
     return Repair(tuple(notes), tuple(added), rows)
 
 
@@ -82,13 +84,14 @@ def add_rows(model: Any, new_ids: tuple[int, ...], rows: int | None) -> None:
     tables = [model.get_input_embeddings()]
     if model.get_output_embeddings() is not None and not model.config.tie_word_embeddings:
         tables.append(model.get_output_embeddings())
-    fresh = set(new_ids)
-    kept = [index for index in range(old_rows) if index not in fresh]
+    # Rows that no token names are drawn at random otherwise, anew on each rank.
+    fresh = sorted({*new_ids, *range(old_rows, rows)})
+    kept = sorted(set(range(old_rows)) - set(fresh))
     with torch.no_grad():
         for table in tables:
             weight = table.weight
             mean = weight[torch.tensor(kept, device=weight.device)].float().mean(dim=0)
-            weight[torch.tensor(new_ids, device=weight.device)] = mean.to(weight.dtype)
+            weight[torch.tensor(fresh, device=weight.device)] = mean.to(weight.dtype)
 
 
 def align_config(model: Any, tokenizer: Any) -> None:

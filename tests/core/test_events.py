@@ -31,7 +31,8 @@ def test_events_come_back_as_they_were_written() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_a_number_does_not_read_as_absent(value: float) -> None:
     (event,) = decode_lines(encode(Event(kind="step", step=3, loss=value)))
-    assert event.loss is not None and math.isnan(event.loss)
+    assert event.loss is not None
+    assert math.isnan(event.loss)
     assert event.gradient_norm is None
 
 

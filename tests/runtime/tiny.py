@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import msgspec
 import torch
 
-from qdist.core.plan import Plan, Source
+from qdist.core.plan import Plan, Prepared
 from qdist.core.spec import RunSpec, nest, resolve
 from qdist.host import launcher, modules
 from qdist.host.rundir import RunDir
+from qdist.runtime import checkpoint
 from qdist.runtime.batches import collate
-from qdist.runtime.engine import Adapter
+from qdist.runtime.engine import Adapter, State, to_cpu
+from qdist.runtime.export import gather
 from qdist.runtime.forward import Forward
 from qdist.runtime.methods.backbone import DTYPES, load_backbone
 from qdist.runtime.methods.lora import add_adapter, prepare_for_training
@@ -106,8 +109,12 @@ def dummy_job(model: Path, run: Path, **settings: Any) -> launcher.Job:
 def real_job(model: Path, data: Path, run: Path, **settings: Any) -> launcher.Job:
     """A run over a saved model and data, prepared in this process."""
     spec = _spec(settings, model=str(model), run=str(run), data=str(data))
-    with mock.patch.object(modules, "prepare", prepare):
+    with mock.patch.object(modules, "prepare", _prepared):
         return launcher.prepare(spec)
+
+
+def _prepared(spec: RunSpec) -> Prepared:
+    return msgspec.json.decode(msgspec.json.encode(prepare(spec)), type=Prepared)
 
 
 def _spec(settings: Mapping[str, Any], **more: Any) -> RunSpec:
@@ -162,5 +169,25 @@ def padded(lengths: list[int], *, pad_id: int = 2, seed: int = 0) -> dict[str, t
     return collate(range(len(lengths)), samples_of(lengths, seed=seed), pad_id=pad_id)
 
 
-def source_of(folder: Path, config: dict[str, Any], **more: Any) -> Source:
-    return Source(kind="folder", path=str(folder), config=config, tokenizer="", **more)
+def adapted_run(job: launcher.Job, *, scale: float = 0.05) -> tuple[RunDir, Any]:
+    """A run as it is after its last step, with random numbers in place of training; and the model that 'trained'."""
+    run = written(job)
+    model, adapter, _ = trainable(job.plan)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+    state = State({name: to_cpu(value) for name, value in adapter.named().items()}, {}, job.plan.steps)
+    progress = checkpoint.Progress(step=job.plan.steps, samples=0)
+    checkpoint.save(run, progress, state, keep=1)
+    gather(run, step=job.plan.steps)
+    return run, model.eval()
+
+
+def logits_of(model: Any, *, high: int = VOCAB, seed: int = 0) -> torch.Tensor:
+    """Float32 logits over random tokens below `high`, the last tokens of the vocabulary always among them."""
+    ids = torch.randint(0, high, (2, 16), generator=torch.Generator().manual_seed(seed))
+    ids[0, 1:5] = torch.arange(high - 4, high)
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=ids).logits.float()
+    return logits

@@ -8,6 +8,7 @@ from torch import nn
 from qdist.core.errors import ModelError
 from qdist.core.plan import Source
 from qdist.core.spec import Quant
+from qdist.runtime.methods.int8 import forget_inputs
 from qdist.runtime.special_tokens import add_rows
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -28,6 +29,7 @@ def load_backbone(
         model = _pretrained(source.path, config, dtype=dtype, device=device)
     add_rows(model, source.new_token_ids, source.vocab_rows)
     model.requires_grad_(False)
+    forget_inputs(model)
     model.config.use_cache = False
     return model
 
@@ -126,7 +128,7 @@ def _packed(linear: nn.Linear, quantization: Any, dtype: torch.dtype, device: to
         )
     else:
         layer = bnb.nn.Linear8bitLt(
-            linear.in_features, linear.out_features, bias=bias, has_fp16_weights=False, device="meta"
+            linear.in_features, linear.out_features, bias=bias, has_fp16_weights=False, threshold=6.0, device="meta"
         )
         layer.weight = bnb.nn.Int8Params(linear.weight.data.to("cpu"), requires_grad=False, has_fp16_weights=False)
     layer.bias = linear.bias

@@ -6,7 +6,7 @@ import torch
 
 from qdist.core.plan import Plan
 
-_TABLES = {"bloom": ("word_embeddings", "lm_head"), "gpt_neox": ("embed_in", "embed_out")}
+_TABLES = {"bloom": ("word_embeddings", "lm_head"), "gpt_neox": ("embed_in", "lm_head")}
 """Leaf names of the input and output embeddings where they are not embed_tokens and lm_head."""
 
 

@@ -1,0 +1,128 @@
+"""Does `qdist launch` print what it would do, refuse in two lines, and touch nothing until it starts?"""
+
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from qdist.cli.main import main
+from qdist.core.spec import RunSpec
+from qdist.host import launcher
+
+SMALL = ("--model", "smollm2-135m", "--load-format", "dummy", "--gpus", "2", "--set", "seq_len=64")
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder on a machine without GPUs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return tmp_path
+
+
+def qdist(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments, prog_name="qdist")
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(str(path) for path in folder.rglob("*"))
+
+
+def written(name: str) -> launcher.Job:
+    job = launcher.prepare(RunSpec(model="smollm2-135m", load_format="dummy", steps=5, seq_len=64, run=name))
+    launcher.write(job)
+    return job
+
+
+def test_a_dry_run_prints_the_plan_and_the_script_and_writes_nothing(here: Path) -> None:
+    (here / "runs").mkdir()
+    before = listing(here)
+    result = qdist("launch", *SMALL, "--set", "steps=5", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert listing(here) == before
+    heads = [line.split()[0] for line in result.stdout.splitlines()[:8]]
+    assert heads == ["model", "adapter", "ranks", "engine", "batch", "steps", "memory", "run"]
+    assert "2 CPU processes" in result.stdout
+    assert "run      runs/smollm2-135m-qlora-dummy, not created\n#!/bin/sh\n" in result.stdout
+    assert " -m torch.distributed.run --standalone --nproc-per-node 2 " in result.stdout
+
+
+def test_flags_win_over_a_recipe(here: Path) -> None:
+    (here / "mine.toml").write_text("model = 'smollm2-135m'\nload_format = 'dummy'\nsteps = 5\n[lora]\nr = 8\n")
+    result = qdist("launch", "mine.toml", "--gpus", "1", "--set", "lora.alpha=3", "--set", "steps=7", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "recipe   mine.toml\n" in result.stdout
+    assert "LoRA r=8 alpha=3:" in result.stdout
+    assert "steps    7\n" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "error: no model was named\n  try: --model smollm2-135m\n"),
+        ((*SMALL, "--set", "lora.rank=3"), "error: unknown setting 'lora.rank'\n  try: lora.r\n"),
+        ((*SMALL, "--set", "learning_rate=1e-3"), "error: unknown setting 'learning_rate'\n  try: optim.lr\n"),
+        ((*SMALL, "--set", "lora.r"), "error: 'lora.r' is not key=value\n  try: --set lora.r=32\n"),
+        ((*SMALL, "--bits", "5"), "error: bits cannot be '5': it is one of 4, 8, 16\n  try: bits=4\n"),
+        ((*SMALL, "--max-memory", "1GiB", "--set", "steps=1"), "error: --max-memory caps GPUs, and this machine has "
+         "none\n  try: leave --max-memory out\n"),
+        (("guanaco-7", "--dry-run"), "error: no recipe 'guanaco-7'\n  try: guanaco-7b\n"),
+        (("--resume",), "error: --resume goes with --run DIR alone: the run knows its recipe\n"
+         "  try: qdist launch --resume --run runs/NAME\n"),
+        (("demo", "--resume", "--run", "run"), "error: --resume goes with --run DIR alone: the run knows its recipe\n"
+         "  try: qdist launch --resume --run runs/NAME\n"),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_ends_in_two_lines_and_code_2(arguments: tuple[str, ...], message: str, here: Path) -> None:
+    result = qdist("launch", *arguments)
+    assert (result.exit_code, result.stderr) == (2, message)
+    assert listing(here) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--run", "run", *SMALL), "error: run holds an unfinished run with no checkpoint yet\n"),
+        (("--run", "gone", "--resume"), "error: gone is not a run: it has no plan.json\n"),
+        (("--model", "lama-7b", "--load-format", "dummy"), "error: no model is called 'lama-7b'\n  try: llama-7b\n"),
+    ],
+)
+def test_what_is_not_as_it_must_be_ends_with_code_1(arguments: tuple[str, ...], message: str, here: Path) -> None:
+    written("run")
+    before = listing(here)
+    result = qdist("launch", *arguments)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(message)
+    assert listing(here) == before
+
+
+def test_resuming_says_from_where_and_a_dry_run_changes_nothing(here: Path) -> None:
+    job = written("run")
+    job.run.checkpoint(20).mkdir()
+    (job.run.checkpoint(20) / "DONE").touch()
+    contents = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+    result = qdist("launch", "--resume", "--run", "run", "--gpus", "2", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("resuming run from step 20\n")
+    assert "2 CPU processes" in result.stdout
+    assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == contents
+
+
+def test_a_finished_run_is_not_resumed() -> None:
+    job = written("run")
+    (job.run.path / "result.json").write_text('{"steps": 5}')
+    result = qdist("launch", "--resume", "--run", "run")
+    assert (result.exit_code, result.stdout) == (0, "run is finished: 5 steps, adapter in run/adapter\n")
+
+
+def test_a_run_that_dies_says_why_and_keeps_its_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks cannot start where `sh` finds no interpreter at the path that planned the run."""
+    monkeypatch.setattr("sys.executable", "/no/such/python")
+    result = qdist("launch", *SMALL, "--set", "steps=5", "--run", "run")
+    assert result.exit_code == 1
+    assert "error: the ranks ended with exit code 127:\n  | " in result.stderr
+    assert "/no/such/python" in result.stderr
+    assert os.path.exists(here / "run/plan.json")

@@ -1,0 +1,97 @@
+"""Does `qdist plan` say how a run would lie in memory, on any machine, without torch?"""
+
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import click
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+
+from qdist.cli.main import COMMANDS, main
+from qdist.core.plan import HEADROOM, Plan
+from qdist.core.units import GIB
+
+BIG = ("--model", "llama-65b", "--bits", "4", "--gpus", "4", "--gpu-memory")
+HEAVY = ("torch", "transformers", "numpy", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
+
+
+def plan(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["plan", *arguments], prog_name="qdist")
+
+
+def test_a_plan_is_a_few_lines() -> None:
+    result = plan(*BIG, "48GiB")
+    assert result.exit_code == 0, result.output
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert list(lines) == ["model", "adapter", "ranks", "engine", "batch", "memory", "note"]
+    assert lines["model"].startswith("llama-65b: 65.3 B parameters, 4 bits nf4, double quantization, bfloat16")
+    assert lines["ranks"] == "4 GPUs"
+    assert lines["engine"] == "DeepSpeed ZeRO-2, paged-adamw"
+    assert "GiB a rank: weights " in lines["memory"]
+
+
+def test_a_plan_as_json_is_the_plan() -> None:
+    result = plan(*BIG, "48GiB", "--json")
+    decided = msgspec.json.decode(result.stdout, type=Plan)
+    assert (decided.spec.model, decided.world_size, decided.device) == ("llama-65b", 4, "cuda")
+    assert decided.ranks[3].expected[0].total <= HEADROOM * 48 * GIB
+
+
+def test_what_does_not_fit_ends_with_code_1_and_the_missing_bytes() -> None:
+    result = plan(*BIG, "24GiB")
+    assert (result.exit_code, result.stdout) == (1, "")
+    first, second = result.stderr.splitlines()
+    assert first.startswith("error: llama-65b at 4 bits needs ")
+    assert first.endswith(" GiB short")
+    assert second.startswith("  try: GPUs of ")
+    assert plan(*BIG, second.split()[3] + "GiB").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "error: no model was named\n  try: --model llama-65b\n"),
+        ((*BIG, "48"), "error: a GPU of 48 bytes is too small to plan for\n  try: --gpu-memory 48GiB\n"),
+        ((*BIG, "48 GX"), "error: '48 GX' is not an amount of memory\n  try: 24GiB, or 24GB for 24 * 10**9 bytes\n"),
+        ((*BIG, "48GiB", "--set", "seqlen=3"), "error: unknown setting 'seqlen'\n  try: seq_len\n"),
+        ((*BIG, "48GiB", "--bits", "3"), "error: bits cannot be '3': it is one of 4, 8, 16\n  try: bits=4\n"),
+        ((*BIG, "48GiB", "--gpus", "3"), "error: global_batch=16 cannot be spread over 3 ranks\n"
+         "  try: --set global_batch=18\n"),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_ends_with_code_2(arguments: tuple[str, ...], message: str) -> None:
+    result = plan(*arguments)
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", message)
+
+
+@pytest.mark.parametrize("recipe", ["guanaco-7b", "demo"])
+def test_a_recipe_can_be_planned(recipe: str) -> None:
+    assert plan(recipe, "--gpus", "1", "--gpu-memory", "48GiB").exit_code == 0
+
+
+def test_a_recipe_that_trains_for_epochs_can_be_planned(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("model = 'llama-7b'\nepochs = 3\n")
+    result = plan(str(tmp_path / "mine.toml"), "--gpus", "1", "--gpu-memory", "48GiB")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_command_in_the_table_is_there(name: str) -> None:
+    module, _, attribute = COMMANDS[name][0].partition(":")
+    command = getattr(import_module(module), attribute)
+    assert isinstance(command, click.Command)
+    assert command.name == name
+    assert CliRunner().invoke(main, [name, "--help"]).exit_code == 0
+
+
+def test_planning_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom qdist.cli.main import main\n"
+        f"main(['plan', *{BIG!r}, '48GiB'], prog_name='qdist', standalone_mode=False)\n"
+        f"print(sorted(set({HEAVY!r}) & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

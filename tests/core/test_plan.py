@@ -1,0 +1,217 @@
+"""Does a plan fit, use what is there, and say what would fit where it does not?"""
+
+import re
+from typing import Any
+
+import msgspec
+import pytest
+
+from qdist.core.cluster import Cluster, Gpu
+from qdist.core.errors import PlanError, QdistError, SpecError
+from qdist.core.plan import HEADROOM, DataFacts, Plan, digest
+from qdist.core.spec import Train
+from qdist.core.units import GIB, format_bytes
+from tests.plans import CPU, gpus, planned
+
+DATA = DataFacts(path="cache", samples=110, train_samples=100, held_out_samples=10, tokens=9000, longest=120)
+ONE_CARD_OF_80 = gpus(1, 80)
+BIG = ("llama-65b", 1)
+SHORT = {"seq_len": 64, "global_batch": 8}
+
+TABLE: list[tuple[str, int, float, dict[str, Any], tuple[int, int, bool, int, str]]] = [
+    # model, GPUs, GiB of each, settings -> micro_batch, accumulation, checkpointing, ZeRO stage, engine
+    ("llama-7b", 1, 80, {}, (16, 1, False, 0, "torch")),
+    ("llama-7b", 1, 24, {}, (8, 2, False, 0, "torch")),
+    ("llama-7b", 1, 12, {}, (16, 1, True, 0, "torch")),
+    ("llama-7b", 1, 8, {}, (8, 2, True, 0, "torch")),
+    ("llama-7b", 4, 24, {}, (4, 1, False, 2, "deepspeed")),
+    ("llama-7b", 1, 24, {"train.checkpointing": False}, (8, 2, False, 0, "torch")),
+    ("llama-7b", 2, 24, {"train.checkpointing": True}, (8, 1, True, 2, "deepspeed")),
+    ("llama-7b", 2, 24, {"micro_batch": 2}, (2, 4, False, 2, "deepspeed")),
+    ("llama-7b", 4, 24, {"gpus": 1}, (8, 2, False, 0, "torch")),
+    ("llama-7b", 1, 80, {"seq_len": 4096}, (2, 8, False, 0, "torch")),
+    ("llama-7b", 1, 80, {"seq_len": 16_384, "train.checkpointing": True}, (1, 16, True, 0, "torch")),
+    ("llama-7b", 1, 80, {"global_batch": 128}, (16, 8, False, 0, "torch")),
+    ("llama-7b", 1, 80, {"max_memory": "12GiB"}, (16, 1, True, 0, "torch")),
+    ("llama-7b", 1, 80, {"bits": 16, "max_memory": "24GiB"}, (16, 1, True, 0, "torch")),
+    ("llama-7b", 1, 80, {"zero.stage": 0}, (16, 1, False, 0, "torch")),
+    ("llama-7b", 1, 80, {"zero.stage": 1}, (16, 1, False, 1, "deepspeed")),
+    ("llama-7b", 1, 80, {"zero.offload": "cpu"}, (16, 1, False, 2, "deepspeed")),
+    ("llama-7b", 2, 80, {"zero.stage": 0}, (8, 1, False, 0, "deepspeed")),
+    ("llama-65b", 1, 48, {}, (4, 4, True, 0, "torch")),
+    ("llama-65b", 4, 48, {}, (4, 1, True, 2, "deepspeed")),
+    ("llama-65b", 4, 48, {"zero.stage": 3}, (4, 1, True, 3, "deepspeed")),
+    ("smollm2-135m", 0, 0, {}, (4, 4, False, 0, "torch")),
+    ("smollm2-135m", 0, 0, {"gpus": 2, **SHORT}, (4, 1, False, 2, "deepspeed")),
+    ("smollm2-135m", 0, 0, {"bits": 16, "train.checkpointing": True, **SHORT}, (8, 1, True, 0, "torch")),
+]
+
+
+@pytest.mark.parametrize(("model", "cards", "gib", "settings", "expected"), TABLE)
+def test_a_machine_and_a_spec_decide_batches_memory_and_engine(
+    model: str, cards: int, gib: float, settings: dict[str, Any], expected: tuple[int, int, bool, int, str]
+) -> None:
+    plan = planned(model, gpus(cards, gib) if cards else CPU, settings)
+    found = (plan.micro_batch, plan.gradient_accumulation, plan.checkpointing, plan.zero_stage, plan.engine)
+    assert found == expected
+
+
+@pytest.mark.parametrize(("model", "cards", "gib", "settings", "_"), TABLE)
+def test_every_plan_keeps_the_global_batch_and_its_place_in_memory(
+    model: str, cards: int, gib: float, settings: dict[str, Any], _: object
+) -> None:
+    plan = planned(model, gpus(cards, gib) if cards else CPU, settings)
+    assert plan.micro_batch * plan.gradient_accumulation * plan.world_size == plan.spec.global_batch
+    assert [rank.rank for rank in plan.ranks] == list(range(plan.world_size))
+    assert [rank.gpus for rank in plan.ranks] == [(rank,) if cards else () for rank in range(plan.world_size)]
+    if cards:
+        cap = 12 if settings.get("max_memory") == "12GiB" else 24 if "max_memory" in settings else gib
+        assert all(rank.expected[0].total <= HEADROOM * cap * GIB for rank in plan.ranks)
+
+
+def test_one_rank_needs_no_deepspeed_and_two_do() -> None:
+    assert [planned("llama-7b", gpus(count, 80)).engine for count in (1, 2)] == ["torch", "deepspeed"]
+
+
+def test_a_cpu_plan_has_no_gpu_and_shares_the_cores() -> None:
+    plan = planned("smollm2-135m", CPU, {"gpus": 4})
+    assert (plan.device, plan.world_size, plan.threads_per_rank) == ("cpu", 4, 2)
+    assert (plan.compute_dtype, plan.optimizer, plan.liger) == ("float32", "adamw", False)
+    assert plan.memory_cap_bytes is None
+    assert planned("smollm2-135m", CPU, {"gpus": 16}).threads_per_rank == 1
+
+
+def test_a_gpu_plan_uses_what_gpus_have() -> None:
+    plan = planned("llama-7b", gpus(2, 80))
+    assert (plan.device, plan.world_size, plan.threads_per_rank) == ("cuda", 2, 8)
+    assert (plan.compute_dtype, plan.optimizer, plan.liger) == ("bfloat16", "paged-adamw", True)
+    assert not planned("llama-7b", gpus(2, 80), has_liger=False).liger
+    assert planned("llama-7b", gpus(2, 80), {"dtype": "float16", "optim.name": "adamw"}).compute_dtype == "float16"
+
+
+def test_the_smallest_card_decides() -> None:
+    cards = [Gpu(index=i, name="", total_bytes=gib * GIB, free_bytes=gib * GIB) for i, gib in enumerate((80, 24))]
+    uneven = Cluster(device="cuda", gpus=tuple(cards), cpu_count=8, memory_bytes=GIB, memory_free_bytes=GIB)
+    assert planned("llama-13b", uneven).ranks == planned("llama-13b", gpus(2, 24)).ranks
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [({"steps": 7}, 7), ({"steps": None}, 7), ({"steps": None, "epochs": 3}, 19), ({"steps": None, "epochs": 0.1}, 1)],
+)
+def test_steps_are_given_or_follow_from_the_data(settings: dict[str, Any], steps: int) -> None:
+    assert planned("llama-7b", ONE_CARD_OF_80, settings, data=DATA).steps == steps
+
+
+def test_sequences_are_no_longer_than_the_data() -> None:
+    assert planned("llama-7b", ONE_CARD_OF_80, data=DATA).seq_len == 120
+    assert planned("llama-7b", ONE_CARD_OF_80, {"seq_len": 100}, data=DATA).seq_len == 100
+
+
+REFUSALS: list[tuple[str, Cluster, dict[str, Any], type[QdistError], str, str]] = [
+    ("smollm2-135m", CPU, {"optim.name": "paged-adamw"}, SpecError, "paged-adamw needs a GPU", "optim.name=adamw"),
+    ("smollm2-135m", CPU, {"liger": True}, SpecError, "liger=true needs a GPU", "liger=false"),
+    ("smollm2-135m", CPU, {"max_memory": "1GiB"}, SpecError, "--max-memory caps GPUs, and this machine has none",
+     "leave --max-memory out"),
+    ("llama-7b", gpus(2, 80), {"gpus": 4}, PlanError, "--gpus 4, but this machine has 2", "--gpus 2"),
+    ("llama-7b", gpus(1, 24), {"max_memory": "48GiB"}, PlanError,
+     r"--max-memory 48\.0 GiB, but the smallest GPU has 24\.0 GiB", "--max-memory 24GiB or less"),
+    ("llama-7b", gpus(3, 80), {}, SpecError, "global_batch=16 cannot be spread over 3 ranks", "--set global_batch=18"),
+    ("llama-7b", gpus(4, 80), {"micro_batch": 8}, SpecError,
+     "4 ranks x micro_batch=8 does not divide global_batch=16", "--set micro_batch=4"),
+    ("llama-7b", ONE_CARD_OF_80, {"steps": None}, SpecError, "synthetic data have no epochs", "--set steps=20"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "cluster", "settings", "kind", "message", "attempt"), REFUSALS)
+def test_what_cannot_work_is_refused_and_the_way_out_works(
+    model: str, cluster: Cluster, settings: dict[str, Any], kind: type[QdistError], message: str, attempt: str
+) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        planned(model, cluster, settings)
+    assert caught.value.try_ == attempt
+    out = {"max_memory": None} if "leave" in attempt else followed(attempt.replace(" or less", ""))
+    planned(model, cluster, settings | out)
+
+
+def test_liger_that_is_not_installed_is_refused() -> None:
+    with pytest.raises(SpecError, match="liger-kernel is not installed") as caught:
+        planned("llama-7b", ONE_CARD_OF_80, {"liger": True}, has_liger=False)
+    assert caught.value.try_ == "pip install liger-kernel"
+
+
+def followed(attempt: str) -> dict[str, str]:
+    """Settings from '--set micro_batch=1 --bits 4 (9.1 GiB)'; flags are settings of the same name."""
+    words = attempt.partition(" (")[0].replace("--set ", "")
+    flags = re.findall(r"--([\w-]+) (\S+)", words)
+    pairs = re.findall(r"(?<!\S)([\w.]+)=(\S+)", words)
+    return {name.replace("-", "_"): value for name, value in [*flags, *pairs]}
+
+
+TOO_BIG: list[tuple[str, int, dict[str, Any], str]] = [
+    ("llama-65b", 24, {}, "GPUs of 43 GiB"),
+    ("llama-65b", 40, {"bits": 16}, "GPUs of 43 GiB with --bits 4"),
+    ("llama-65b", 24, {"bits": 16, "micro_batch": 8}, "GPUs of 43 GiB with --bits 4 --set micro_batch=1"),
+    ("llama-65b", 48, {"bits": 16}, "--bits 4"),
+    ("llama-65b", 48, {"micro_batch": 16}, "--set micro_batch=1"),
+    ("llama-65b", 80, {"bits": 8, "micro_batch": 8, "train.checkpointing": False},
+     "--set micro_batch=1 --set train.checkpointing=true"),
+    ("llama-7b", 8, {"seq_len": 2048, "train.checkpointing": False}, "--set train.checkpointing=true"),
+    ("llama-7b", 80, {"max_memory": "4GiB"}, "--max-memory 7GiB"),
+    ("llama-7b", 80, {"max_memory": "4GiB", "bits": 16, "micro_batch": 16},
+     "--max-memory 7GiB --bits 4 --set micro_batch=1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "gib", "settings", "attempt"), TOO_BIG)
+def test_a_run_that_does_not_fit_says_by_how_much_and_what_would(
+    model: str, gib: int, settings: dict[str, Any], attempt: str
+) -> None:
+    with pytest.raises(PlanError, match=f"{model} at .* bits needs .* GiB short") as caught:
+        planned(model, gpus(1, gib), settings)
+    assert re.sub(r" \([\d.]+ GiB\)$", "", caught.value.try_) == attempt
+    larger = re.match(r"GPUs of (\d+) GiB", attempt)
+    plan = planned(model, gpus(1, int(larger[1]) if larger else gib), settings | followed(attempt))
+    assert plan.ranks[0].expected[0].total <= HEADROOM * (int(larger[1]) if larger else gib) * GIB
+
+
+def test_the_missing_bytes_are_what_is_needed_less_what_is_there() -> None:
+    with pytest.raises(PlanError) as caught:
+        planned("llama-7b", gpus(1, 4))
+    needed = planned("llama-7b", gpus(1, 80), {"micro_batch": 1, "train.checkpointing": True}).ranks[0].expected[0]
+    assert caught.value.message == (
+        f"llama-7b at 4 bits needs {format_bytes(needed.total)} on every GPU; 95 % of 4.0 GiB is 3.8 GiB, "
+        f"{format_bytes(needed.total - HEADROOM * 4 * GIB)} short"
+    )
+
+
+def test_a_note_says_why_a_larger_batch_lost() -> None:
+    (note,) = planned("llama-7b", gpus(1, 24)).notes
+    assert note == (
+        "micro_batch 16 without checkpointing needs 38.1 GiB a GPU, more than 22.8 GiB: "
+        "micro_batch 8 without checkpointing"
+    )
+    assert planned("llama-7b", ONE_CARD_OF_80).notes == ()
+
+
+def test_a_plan_survives_json_with_its_digest() -> None:
+    plan = planned("llama3.1-8b", gpus(2, 80), {"zero.offload": "cpu", "lora.dropout": 0.1}, data=DATA)
+    read = msgspec.json.decode(msgspec.json.encode(plan), type=Plan)
+    assert read == plan
+    assert digest(read) == digest(plan) == digest(planned("llama3.1-8b", gpus(2, 80), {
+        "zero.offload": "cpu", "lora.dropout": 0.1}, data=DATA))  # fmt: skip
+
+
+def test_the_digest_changes_with_every_field() -> None:
+    plan = planned("llama-7b", gpus(2, 80), data=DATA)
+    other: dict[str, Any] = {
+        "spec": msgspec.structs.replace(plan.spec, train=Train(keep=3)), "data": None, "device": "cpu",
+        "source": msgspec.structs.replace(plan.source, config=plan.source.config | {"rope_theta": 1.0}),
+        "facts": msgspec.structs.replace(plan.facts, vocab=7), "compute_dtype": "float16", "optimizer": "adamw",
+        "engine": "torch", "placement": "split", "checkpointing": not plan.checkpointing, "liger": not plan.liger,
+        "memory_cap_bytes": GIB, "ranks": plan.ranks[:1], "notes": ("a note",),
+    }  # fmt: skip
+    fields = [field.name for field in msgspec.structs.fields(Plan)]
+    other |= {name: getattr(plan, name) + 1 for name in fields if name not in other}
+    digests = {digest(msgspec.structs.replace(plan, **{name: other[name]})) for name in fields}
+    assert len(digests | {digest(plan)}) == len(fields) + 1

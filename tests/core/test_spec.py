@@ -1,0 +1,286 @@
+"""Is every setting honoured or refused, by a message that helps?"""
+
+import tomllib
+from typing import Any
+
+import msgspec
+import pytest
+
+from qdist.core.errors import SpecError
+from qdist.core.spec import (
+    Lora,
+    Optim,
+    Quant,
+    RunSpec,
+    Train,
+    Zero,
+    known_keys,
+    max_memory_bytes,
+    nest,
+    parse_assignment,
+    resolve,
+    to_toml,
+    unknown_key,
+)
+from qdist.core.units import GIB
+
+OTHER = RunSpec(
+    model='a "quoted" \\ folder/Modèle 模型\t',
+    bits=4,
+    data="C:\\data\nfile\u007f.jsonl",
+    format="sharegpt",
+    run="runs/naïve 'one'",
+    gpus=3,
+    max_memory="23.5GiB",
+    load_format="dummy",
+    dtype="float16",
+    seq_len=1000,
+    micro_batch=4,
+    global_batch=24,
+    steps=7,
+    seed=2**63 - 1,
+    liger=False,
+    new_tokens=("<|a b|>", 'say "ü"', "\\n"),
+    trackers=("wandb", "tensorboard"),
+    lora=Lora(r=8, alpha=0.1, dropout=0.05, targets=("q_proj", "v_proj")),
+    quant=Quant(type="fp4", double=False),
+    optim=Optim(
+        name="adamw", lr=1e-30, schedule="cosine", warmup_steps=5, beta1=0.85, beta2=0.95, eps=1e16,
+        weight_decay=0.01, clip=0.0,
+    ),
+    zero=Zero(stage=2, offload="cpu"),
+    train=Train(
+        checkpointing=False, held_out=0.25, eval_steps=11, save_steps=13, keep=5, train_on_source=True, answers=3
+    ),
+)  # fmt: skip
+"""Every field is another than its default, but for `epochs`, which contradicts `steps`, and `method`, which has one."""
+
+
+def dotted(spec: RunSpec) -> dict[str, Any]:
+    """Each setting's value under its dotted key."""
+    plain = msgspec.to_builtins(spec)
+    return {
+        key: plain[key] if "." not in key else plain[key.split(".")[0]][key.split(".")[1]]
+        for key, section in known_keys().items()
+        if section is None
+    }
+
+
+def settings() -> list[str]:
+    return list(dotted(RunSpec()))
+
+
+def refusal(*layers: dict[str, Any]) -> SpecError:
+    with pytest.raises(SpecError) as caught:
+        resolve(*layers)
+    return caught.value
+
+
+def test_no_layer_at_all_gives_the_defaults() -> None:
+    assert resolve() == RunSpec()
+
+
+def test_the_defaults_are_qloras() -> None:
+    spec = RunSpec()
+    assert (spec.bits, spec.quant.type, spec.quant.double, spec.lora.r, spec.lora.alpha) == (4, "nf4", True, 64, 16)
+    assert (spec.optim.lr, spec.optim.schedule, spec.optim.clip, spec.optim.beta2) == (2e-4, "constant", 0.3, 0.999)
+
+
+def test_a_later_layer_wins_setting_by_setting() -> None:
+    recipe = {"seq_len": 64, "lora": {"r": 16, "alpha": 32}, "optim": {"lr": 1e-3}}
+    flags = {"lora": {"r": "8"}, "seed": "3"}
+    spec = resolve(recipe, flags)
+    assert (spec.seq_len, spec.seed, spec.optim.lr) == (64, 3, 1e-3)
+    assert spec.lora == Lora(r=8, alpha=32)
+    assert resolve(flags, recipe).lora == Lora(r=16, alpha=32)
+
+
+def test_layers_are_left_as_they_were() -> None:
+    recipe: dict[str, Any] = {"lora": {"r": 16}}
+    resolve(recipe, {"lora": {"alpha": 1}})
+    assert recipe == {"lora": {"r": 16}}
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("micro_bach", "micro_batch"), ("lora.rr", "lora.r"), ("lora.dropuot", "lora.dropout"), ("lr", "optim.lr"),
+        ("train.lr", "optim.lr"), ("optim.lora_alpha", "lora.alpha"), ("held_out", "train.held_out"),
+        ("learning_rate", "optim.lr"), ("batch_size", "global_batch"), ("per_device_train_batch_size", "micro_batch"),
+        ("lora_r", "lora.r"), ("rank", "lora.r"), ("lora_dropout", "lora.dropout"), ("max_grad_norm", "optim.clip"),
+        ("max_steps", "steps"), ("num_train_epochs", "epochs"), ("max_seq_length", "seq_len"),
+        ("cutoff_len", "seq_len"), ("source_max_len", "seq_len"), ("target_modules", "lora.targets"),
+        ("gradient_checkpointing", "train.checkpointing"), ("lr_scheduler_type", "optim.schedule"),
+        ("quant_type", "quant.type"), ("double_quant", "quant.double"), ("adam_beta2", "optim.beta2"),
+        ("warmup", "optim.warmup_steps"), ("val_set_size", "train.held_out"), ("report_to", "trackers"),
+        ("zero_stage", "zero.stage"), ("stage", "zero.stage"), ("offload", "zero.offload"),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_names_the_nearest_or_what_it_is_called_here(key: str, nearest: str) -> None:
+    for error in (unknown_key(key), refusal(nested(key, 1))):
+        assert (error.message, error.try_) == (f"unknown setting {key!r}", nearest)
+
+
+def nested(key: str, value: object) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def test_a_key_like_no_other_points_to_the_list() -> None:
+    assert unknown_key("zzzzzz").try_ == "a setting that `qdist launch --help` lists"
+
+
+@pytest.mark.parametrize(
+    ("layer", "message", "attempt"),
+    [
+        ({"bits": "5"}, "bits cannot be '5': it is one of 4, 8, 16", "bits=4"),
+        ({"bits": "four"}, "bits cannot be 'four': it is one of 4, 8, 16", "bits=4"),
+        ({"dtype": "bf16"}, "dtype cannot be 'bf16': it is one of bfloat16, float16, float32", "dtype=bfloat16"),
+        ({"quant": {"type": "nf"}}, "quant.type cannot be 'nf': it is one of fp4, nf4", "quant.type=nf4"),
+        ({"zero": {"stage": 4}}, "zero.stage cannot be 4: it is one of 0, 1, 2, 3", "zero.stage=0"),
+        ({"zero": {"offload": "nvme"}}, "zero.offload cannot be 'nvme': it is one of cpu, none", "zero.offload=none"),
+        ({"method": "qlorra"}, "method cannot be 'qlorra': it is one of qlora", "method=qlora"),
+        ({"optim": {"schedule": "cosin"}}, "optim.schedule cannot be 'cosin': it is one of constant, cosine, linear",
+         "optim.schedule=cosine"),
+        ({"trackers": ["tensorbord"]}, "trackers cannot be ['tensorbord']: it is one of tensorboard, wandb",
+         "trackers=tensorboard"),
+        ({"lora": {"r": 0}}, "lora.r cannot be 0: expected `int` >= 1", "another value for lora.r"),
+        ({"lora": {"r": "0.5"}}, "lora.r cannot be '0.5': expected `int`", "another value for lora.r"),
+        ({"lora": {"r": None}}, "lora.r cannot be None: expected `int`", "another value for lora.r"),
+        ({"lora": {"dropout": 1}}, "lora.dropout cannot be 1: expected `float` < 1.0",
+         "another value for lora.dropout"),
+        ({"lora": {"targets": []}}, "lora.targets cannot be []: expected `array` of length >= 1",
+         "another value for lora.targets"),
+        ({"lora": {"targets": ["q", 3]}}, "lora.targets cannot be ['q', 3]: expected `str`",
+         "another value for lora.targets"),
+        ({"seq_len": 7}, "seq_len cannot be 7: expected `int` >= 8", "another value for seq_len"),
+        ({"steps": True}, "steps cannot be True: expected `int`", "another value for steps"),
+        ({"seed": -1}, "seed cannot be -1: expected `int` >= 0", "another value for seed"),
+        ({"seed": 2**63}, f"seed cannot be {2**63}: expected `int` <= {2**63 - 1}", "another value for seed"),
+        ({"optim": {"lr": float("nan")}}, "optim.lr cannot be nan: expected `float` > 0.0",
+         "another value for optim.lr"),
+        ({"optim": {"clip": float("inf")}}, "optim.clip cannot be inf: expected `float` <= 1e+300",
+         "another value for optim.clip"),
+        ({"epochs": float("inf")}, "epochs cannot be inf: expected `float` <= 1e+300", "another value for epochs"),
+        ({"train": {"checkpointing": "maybe"}}, "train.checkpointing cannot be 'maybe': expected `bool`",
+         "another value for train.checkpointing"),
+        ({"max_memory": "24GX"}, "'24GX' is not an amount of memory", "24GiB, or 24GB for 24 * 10**9 bytes"),
+        ({"lora": 3}, "'lora' is a section, not a setting", "lora.r, lora.alpha, lora.dropout, lora.targets"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_refused_with_its_key_and_the_choices(layer: dict[str, Any], message: str, attempt: str) -> None:
+    error = refusal(layer)
+    assert (error.message, error.try_) == (message, attempt)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message", "attempt"),
+    [
+        ({"bits": 8, "quant": {"type": "fp4"}}, "quant.* describes 4-bit backbones; this one has 8 bits",
+         "--bits 4, or drop quant.*"),
+        ({"bits": 16, "quant": {"double": False}}, "quant.* describes 4-bit backbones; this one has 16 bits",
+         "--bits 4, or drop quant.*"),
+        ({"steps": 10, "epochs": 3}, "steps=10 and epochs=3 both say how long to train", "give one of the two"),
+        ({"micro_batch": 5, "global_batch": 16}, "global_batch=16 is not a multiple of micro_batch=5",
+         "global_batch=20"),
+        ({"zero": {"stage": 3, "offload": "cpu"}}, "zero.offload=cpu comes with ZeRO stage 2, not 3", "zero.stage=2"),
+        ({"zero": {"stage": 0, "offload": "cpu"}}, "zero.offload=cpu comes with ZeRO stage 2, not 0", "zero.stage=2"),
+        ({"optim": {"warmup_steps": 3}}, "optim.warmup_steps=3 has no effect on a constant schedule",
+         "optim.schedule=linear"),
+        ({"train": {"held_out": 0, "answers": 3}}, "train.eval_steps and train.answers need held-out records",
+         "train.held_out=0.1"),
+        ({"train": {"held_out": 0, "eval_steps": 3}}, "train.eval_steps and train.answers need held-out records",
+         "train.held_out=0.1"),
+    ],
+)  # fmt: skip
+def test_settings_that_contradict_each_other_are_refused(layer: dict[str, Any], message: str, attempt: str) -> None:
+    error = refusal(layer)
+    assert (error.message, error.try_) == (message, attempt)
+    key, _, value = attempt.partition("=")
+    if value:
+        resolve(layer, nest({key: value}))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {"bits": 8, "quant": {"type": "nf4", "double": True}},
+        {"zero": {"offload": "cpu"}},
+        {"zero": {"stage": 2, "offload": "cpu"}},
+        {"optim": {"warmup_steps": 3, "schedule": "linear"}},
+        {"train": {"held_out": 0}},
+        {"micro_batch": 4, "global_batch": 16},
+    ],
+)
+def test_settings_that_agree_are_accepted(layer: dict[str, Any]) -> None:
+    resolve(layer)
+
+
+def test_the_spec_with_other_values_leaves_nothing_out() -> None:
+    default, other = dotted(RunSpec()), dotted(OTHER)
+    same = {key for key in default if default[key] == other[key]}
+    assert same == {"bits", "method", "epochs"}
+
+
+@pytest.mark.parametrize("spec", [RunSpec(), OTHER, RunSpec(epochs=2.5, bits=16, zero=Zero(stage=0))])
+def test_a_recipe_reads_back_as_the_spec_it_was_written_from(spec: RunSpec) -> None:
+    assert resolve(tomllib.loads(to_toml(spec))) == spec
+
+
+@pytest.mark.parametrize("key", settings())
+def test_every_setting_can_be_assigned(key: str) -> None:
+    value = {"epochs": 1.5, "bits": 8, "data": "a.jsonl", "model": "m=1"}.get(key, dotted(OTHER)[key])
+    text = ",".join(value) if isinstance(value, tuple) else str(value)
+    base = {"optim": {"schedule": "linear"}} if key == "optim.warmup_steps" else {}
+    spec = resolve(base, nest(dict([parse_assignment(f"{key}={text}")])))
+    assert dotted(spec)[key] == (value.strip() if isinstance(value, str) else value)
+
+
+@pytest.mark.parametrize("key", settings())
+def test_every_setting_can_be_given_its_default_again(key: str) -> None:
+    value = dotted(RunSpec())[key]
+    text = ",".join(value) if isinstance(value, tuple) else "auto" if value is None else str(value)
+    assert resolve(nest(dict([parse_assignment(f"{key}={text}")]))) == RunSpec()
+
+
+@pytest.mark.parametrize(
+    ("text", "pair"),
+    [
+        ("lora.r=32", ("lora.r", "32")),
+        (" lora.r = 32 ", ("lora.r", "32")),
+        ("data=a=b.jsonl", ("data", "a=b.jsonl")),
+        ("micro_batch=auto", ("micro_batch", None)),
+        ("optim.name=None", ("optim.name", None)),
+        ("format=auto", ("format", "auto")),
+        ("zero.offload=none", ("zero.offload", "none")),
+        ("lora.targets=q_proj, v_proj,", ("lora.targets", ["q_proj", "v_proj"])),
+        ("trackers=", ("trackers", [])),
+    ],
+)
+def test_an_assignment_is_a_key_and_a_value(text: str, pair: tuple[str, object]) -> None:
+    assert parse_assignment(text) == pair
+
+
+@pytest.mark.parametrize("text", ["lora.r", "", "=3", "lora.r:3"])
+def test_what_is_no_assignment_is_refused(text: str) -> None:
+    with pytest.raises(SpecError, match="is not key=value"):
+        parse_assignment(text)
+
+
+def test_a_section_is_not_assigned() -> None:
+    with pytest.raises(SpecError, match="'zero' is a section, not a setting") as caught:
+        nest({"zero": 3})
+    assert caught.value.try_ == "zero.stage, zero.offload"
+
+
+@pytest.mark.parametrize("call", [lambda key: parse_assignment(f"{key}=1"), lambda key: nest({key: 1})])
+def test_an_unknown_key_is_refused_wherever_it_enters(call: Any) -> None:
+    with pytest.raises(SpecError, match=r"unknown setting 'lora\.rank'"):
+        call("lora.rank")
+
+
+def test_the_memory_cap_is_read_in_its_unit() -> None:
+    assert max_memory_bytes(RunSpec()) is None
+    assert max_memory_bytes(RunSpec(max_memory="24GiB")) == 24 * GIB

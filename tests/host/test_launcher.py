@@ -1,0 +1,361 @@
+"""Does a launch refuse what it must, write whole run directories, and say how its ranks ended?"""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from qdist.core.errors import QdistError, RunError, SpecError
+from qdist.core.events import Event, encode
+from qdist.core.plan import Plan
+from qdist.core.spec import RunSpec, nest, resolve
+from qdist.host import launcher
+from qdist.host.launcher import Job
+from qdist.host.rundir import RunDir
+
+SMALL = {"model": "smollm2-135m", "load_format": "dummy", "steps": 5, "seq_len": 64, "global_batch": 8, "gpus": 2}
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder on a machine without GPUs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return tmp_path
+
+
+def spec(**settings: Any) -> RunSpec:
+    return resolve(SMALL, {"run": "run"}, settings)
+
+
+def job_with_script(script: str) -> Job:
+    """A written job whose ranks are a shell script."""
+    job = launcher.prepare(spec())
+    job = job._replace(files={**job.files, "launch.sh": f"cd run || exit 9\n{script}"})
+    launcher.write(job)
+    return job
+
+
+def started(job: Job, show: Callable[[list[Event]], None] = lambda events: None) -> list[str]:
+    """Run it to its end; what was said to the user."""
+    said: list[str] = []
+    launcher.start(job, show=show, say=said.append)
+    return said
+
+
+def is_running(pid_file: str) -> bool:
+    try:
+        os.kill(int(Path(pid_file).read_text()), 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_preparing_random_weights_writes_nothing(here: Path) -> None:
+    job = launcher.prepare(spec())
+    assert list(here.iterdir()) == []
+    assert (job.plan.world_size, job.plan.device, job.plan.data, job.plan.source.kind) == (2, "cpu", None, "dummy")
+    assert list(job.files) == [
+        "recipe.toml", "versions.json", "deepspeed.json", "accelerate.json", "launch.sh", "plan.json",
+    ]  # fmt: skip
+
+
+def test_one_rank_gets_no_deepspeed_file() -> None:
+    assert "deepspeed.json" not in launcher.prepare(spec(gpus=1)).files
+
+
+def test_writing_leaves_every_file_and_the_plan_last() -> None:
+    job = launcher.prepare(spec())
+    launcher.write(job)
+    assert list(job.files)[-1] == "plan.json"
+    times = {name: (job.run.path / name).stat().st_mtime_ns for name in job.files}
+    assert max(times, key=lambda name: (times[name], name == "plan.json")) == "plan.json"
+    assert {path.name for path in job.run.path.iterdir()} == {*job.files, "events", "logs", "checkpoints"}
+    assert job.run.plan() == job.plan
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"run": None}, "runs/smollm2-135m-qlora-dummy"),
+        ({"run": None, "model": "huggyllama/llama-7b"}, "runs/llama-7b-qlora-dummy"),
+        ({"run": "mine"}, "mine"),
+    ],
+)
+def test_a_run_is_named_for_its_model_and_data(settings: dict[str, Any], name: str) -> None:
+    assert str(launcher.prepare(spec(**settings)).run.path) == name
+
+
+def test_a_run_without_a_name_finds_a_free_one(here: Path) -> None:
+    (here / "runs/smollm2-135m-qlora-dummy").mkdir(parents=True)
+    assert launcher.prepare(spec(run=None)).run.path.name == "smollm2-135m-qlora-dummy-2"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "attempt"),
+    [
+        ({"model": ""}, "no model was named", "--model smollm2-135m"),
+        ({"load_format": "auto"}, "no data was named", "--data FILE, a hub id, or --data demo"),
+        ({"data": "demo"}, "random weights train on random tokens, not on 'demo'", "leave --data out"),
+        ({"train": {"answers": 3}}, "need a tokenizer, and random weights have none", ""),
+        ({"new_tokens": ["<x>"]}, "need a tokenizer, and random weights have none", ""),
+        ({"steps": None}, "synthetic data have no epochs", "--set steps=20"),
+    ],
+)
+def test_a_spec_that_lacks_something_is_refused(settings: dict[str, Any], message: str, attempt: str) -> None:
+    with pytest.raises(SpecError, match=message) as caught:
+        launcher.prepare(spec(**settings))
+    assert caught.value.try_ == attempt
+
+
+@pytest.mark.parametrize(
+    ("files", "message", "attempt"),
+    [
+        (["plan.json", "result.json"], "run holds a finished run", "another --run"),
+        (["plan.json"], "run holds an unfinished run with no checkpoint yet",
+         "qdist launch --resume --run run, or another --run"),
+        (["plan.json", "checkpoints/step_000020/DONE", "checkpoints/step_000040/state.json"],
+         "run holds an unfinished run with a checkpoint of step 20",
+         "qdist launch --resume --run run, or another --run"),
+        (["notes.txt"], "run exists and is not a run", "another --run"),
+    ],
+)  # fmt: skip
+def test_a_directory_that_is_in_use_is_left_alone(files: list[str], message: str, attempt: str, here: Path) -> None:
+    for name in files:
+        (here / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / "run" / name).write_text("{}")
+    with pytest.raises(RunError, match=message) as caught:
+        launcher.prepare(spec())
+    assert caught.value.try_ == attempt
+
+
+def test_a_file_is_no_run_directory(here: Path) -> None:
+    (here / "run").touch()
+    with pytest.raises(RunError, match="run exists and is not a run"):
+        launcher.prepare(spec())
+
+
+def test_an_empty_directory_may_become_a_run(here: Path) -> None:
+    (here / "run").mkdir()
+    launcher.prepare(spec())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gpus": 1},
+        {"gpus": 4, "micro_batch": 2},
+        {"zero.stage": 3},
+        {"zero.offload": "cpu"},
+        {"steps": 9},
+        {"train.save_steps": 7, "train.keep": 1},
+        {"liger": False},
+        {"trackers": ["tensorboard"]},
+        {"optim.lr": "0.0002"},
+        {},
+    ],
+)
+def test_a_resumed_run_may_change_what_no_step_computes(changes: dict[str, Any]) -> None:
+    old = launcher.prepare(spec())
+    launcher.write(old)
+    new = launcher.prepare_resume(old.run, nest(changes))
+    assert new.plan.spec == resolve(msgspec.to_builtins(old.plan.spec), nest(changes))
+    assert new.plan.source == old.plan.source
+    launcher.write(new)
+    assert new.run.plan() == new.plan
+
+
+@pytest.mark.parametrize(
+    ("changes", "message", "attempt"),
+    [
+        ({"optim.lr": 1e-3}, r"run was started with optim=.*0\.0002.*, not .*0\.001.*; a resumed run keeps it",
+         "leave optim out, or start a new run"),
+        ({"bits": 8}, "run was started with bits=4, not 8", "leave bits out, or start a new run"),
+        ({"lora.r": 8}, "run was started with lora=", "leave lora out, or start a new run"),
+        ({"seed": 3}, "run was started with seed=0, not 3", "leave seed out, or start a new run"),
+        ({"global_batch": 16}, "run was started with global_batch=8, not 16",
+         "leave global_batch out, or start a new run"),
+        ({"model": "llama-7b"}, 'run was started with model="smollm2-135m"', "leave model out, or start a new run"),
+        ({"train.held_out": 0.2}, "train.held_out and train.train_on_source decide what a run trains on", ""),
+    ],
+)  # fmt: skip
+def test_a_resumed_run_keeps_what_its_steps_compute(changes: dict[str, Any], message: str, attempt: str) -> None:
+    job = launcher.prepare(spec())
+    launcher.write(job)
+    with pytest.raises(SpecError, match=message) as caught:
+        launcher.prepare_resume(job.run, nest(changes))
+    assert caught.value.try_ == attempt
+
+
+def test_what_is_no_run_cannot_be_resumed() -> None:
+    with pytest.raises(RunError, match=r"run is not a run: it has no plan\.json"):
+        launcher.prepare_resume(RunDir("run"), {})
+
+
+def test_a_run_that_ends_well_ends_quietly_and_shows_what_its_ranks_said() -> None:
+    event = Event(kind="step", step=1, total_steps=5, loss=2.0)
+    Path("event").write_bytes(encode(event))
+    job = job_with_script("cat ../event > events/rank000.jsonl; echo '{\"steps\": 5}' > result.json")
+    shown: list[Event] = []
+    assert started(job, shown.extend) == []
+    assert shown == [event]
+
+
+def test_the_ranks_get_no_input_and_their_words_go_to_a_log(capfd: pytest.CaptureFixture[str]) -> None:
+    job = job_with_script("cat; echo out; echo err >&2; echo '{}' > result.json")
+    started(job)
+    assert (job.run.logs / "launcher.log").read_text() == "out\nerr\n"
+    assert capfd.readouterr() == ("", "")
+
+
+def torchrun_failure(rank: int, exit_code: int, named: str) -> str:
+    """What torch.distributed.run 2.13 prints when a rank of two dies: the other one is listed first."""
+    return f"""W1123 01:26:02.182000 9322 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 9365
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+======================================================
+qdist.runtime.worker FAILED
+------------------------------------------------------
+Failures:
+[1]:
+  time      : 2026-11-23_01:26:02
+  host      : localhost
+  rank      : {1 - rank} (local_rank: {1 - rank})
+  exitcode  : -15 (pid: 9365)  (SIGTERM)
+  error_file: <N/A>
+  traceback : Signal 15 (SIGTERM) received by PID 9365
+------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-23_01:26:02
+  host      : localhost
+  rank      : {rank} (local_rank: {rank})
+  exitcode  : {exit_code} (pid: 9366){named}
+  error_file: <N/A>
+  traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html
+======================================================
+"""
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "named", "how"),
+    [
+        (1, "", "rank 1 ended with exit code 1; the last lines of run/logs/rank001.log:"),
+        (-9, "  (SIGKILL)", "rank 1 was killed by SIGKILL, which is what Linux does to a process when memory runs out; "
+         "the last lines of run/logs/rank001.log:"),
+        (-11, "  (SIGSEGV)", "rank 1 was killed by SIGSEGV; the last lines of run/logs/rank001.log:"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_dead_rank_is_named_with_its_last_words(exit_code: int, named: str, how: str, checkpoint: bool) -> None:
+    Path("summary").write_text(torchrun_failure(1, exit_code, named))
+    if checkpoint:
+        done = "mkdir checkpoints/step_000020; touch checkpoints/step_000020/DONE"
+    job = job_with_script(
+        f"{done if checkpoint else ':'}\nseq 1 40 > logs/rank001.log; echo 'CUDA out of memory' >> logs/rank001.log\n"
+        "echo innocent > logs/rank000.log; cat ../summary; exit 1"
+    )
+    with pytest.raises(RunError) as caught:
+        started(job)
+    lines = caught.value.message.splitlines()
+    assert lines[0] == how
+    assert lines[1:] == [*(f"  | {number}" for number in range(30, 41)), "  | CUDA out of memory"]
+    assert caught.value.try_ == ("qdist launch --resume --run run" if checkpoint else "read run/logs/rank001.log")
+
+
+def test_ranks_that_never_started_are_told_from_the_launchers_own_log() -> None:
+    job = job_with_script("echo 'No module named torch' >&2; exit 3")
+    (job.run.logs / "launcher.log").write_text(torchrun_failure(0, 1, ""))
+    with pytest.raises(RunError) as caught:
+        started(job)
+    assert caught.value.message == "the ranks ended with exit code 3:\n  | No module named torch"
+    assert caught.value.try_ == "read run/logs/launcher.log"
+
+
+def test_a_dead_rank_without_a_log_is_still_named() -> None:
+    Path("summary").write_text(torchrun_failure(0, 1, ""))
+    with pytest.raises(RunError, match="rank 0 ended with exit code 1"):
+        started(job_with_script("cat ../summary; exit 1"))
+
+
+def test_ranks_that_leave_no_result_did_not_end_well() -> None:
+    with pytest.raises(RunError, match="the ranks ended with exit code 0"):
+        started(job_with_script("exit 0"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_the_ranks_to_stop_and_waits_for_them(number: signal.Signals) -> None:
+    job = job_with_script("echo $$ > pid; until [ -e stop ]; do sleep 0.05; done; echo saved > saved; exit 0")
+    handler = signal.getsignal(number)
+    calls: list[object] = []
+    said: list[str] = []
+
+    def show(events: list[Event]) -> None:
+        if not calls and Path("run/pid").is_file():
+            calls.append(events)
+            signal.raise_signal(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        launcher.start(job, show=show, say=said.append)
+    assert said == ["stopping after this step, with a checkpoint; Ctrl-C again stops at once"]
+    assert Path("run/saved").is_file()
+    assert not is_running("run/pid")
+    assert not job.run.stop_requested()
+    assert signal.getsignal(number) is handler
+
+
+def test_the_second_signal_kills_every_process_at_once() -> None:
+    job = job_with_script("sleep 60 & echo $! > child; echo $$ > pid; wait")
+
+    def show(events: list[Event]) -> None:
+        if Path("run/pid").is_file():
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        launcher.start(job, show=show, say=lambda line: None)
+    assert not is_running("run/pid")
+    assert not is_running("run/child") or "Z" in Path(f"/proc/{Path('run/child').read_text().strip()}/stat").read_text()
+
+
+def test_ranks_do_not_outlive_a_view_that_fails() -> None:
+    job = job_with_script("echo $$ > pid; sleep 60")
+
+    def show(events: list[Event]) -> None:
+        if Path("run/pid").is_file():
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        launcher.start(job, show=show, say=lambda line: None)
+    assert not is_running("run/pid")
+
+
+def test_a_request_to_stop_from_before_does_not_stop_a_new_start() -> None:
+    job = job_with_script("[ -e stop ] || echo '{}' > result.json")
+    (job.run.path / "stop").touch()
+    started(job)
+
+
+def test_a_run_in_training_is_not_started_twice() -> None:
+    """The ranks inherit the lock, so it holds even when their launcher is gone."""
+    job = job_with_script("echo $$ > pid; until [ -e stop ]; do sleep 0.05; done; echo '{}' > result.json")
+    refused: list[QdistError] = []
+
+    def show(events: list[Event]) -> None:
+        if not refused:
+            with pytest.raises(RunError, match="run is being trained by another process") as caught:
+                started(job)
+            refused.append(caught.value)
+            (job.run.path / "stop").touch()
+
+    started(job, show)
+    assert [error.try_ for error in refused] == ["wait for it to end, or choose another --run"]
+
+
+def test_the_plan_that_ranks_read_is_the_one_in_the_script() -> None:
+    job = launcher.prepare(spec())
+    assert msgspec.json.decode(job.files["plan.json"], type=Plan) == job.plan

@@ -1,0 +1,77 @@
+"""What does a run directory say about its run?"""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from qdist.core.errors import RunError
+from qdist.core.plan import VERSION, digest
+from qdist.host.rundir import RunDir, free_name
+from tests.plans import CPU, planned
+
+PLAN = planned("smollm2-135m", CPU)
+
+
+def test_making_a_run_directory_touches_nothing(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    assert not run.exists()
+    assert (run.result(), run.checkpoint_steps(), run.stop_requested()) == (None, [], False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_is_read_back_as_it_was_launched(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_bytes(msgspec.json.format(msgspec.json.encode(PLAN)))
+    assert RunDir(tmp_path).exists()
+    assert RunDir(tmp_path).checked_plan(digest(PLAN)) == PLAN
+
+
+def test_a_plan_that_was_changed_after_the_launch_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(PLAN, steps=PLAN.steps + 1)))
+    with pytest.raises(RunError, match="but this run was launched with " + digest(PLAN)[:12]):
+        RunDir(tmp_path).checked_plan(digest(PLAN))
+
+
+@pytest.mark.parametrize("name", ["missing", "a_file", "empty"])
+def test_what_is_not_a_run_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a_file").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match=r"is not a run: it has no plan\.json") as caught:
+        RunDir(tmp_path / name).plan()
+    assert caught.value.try_ == f"qdist launch --run {tmp_path / name}"
+
+
+@pytest.mark.parametrize("version", [0, VERSION + 1])
+def test_a_plan_of_another_version_is_refused_before_its_fields_are_read(version: int, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(f'{{"version": {version}, "unheard_of": 1}}')
+    with pytest.raises(RunError, match=f"plan version {version}, this one reads {VERSION}"):
+        RunDir(tmp_path).plan()
+
+
+def test_checkpoints_count_once_they_are_whole_and_in_order_of_steps(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for step in (20, 5, 1_000_000):
+        run.checkpoint(step).mkdir(parents=True)
+        (run.checkpoint(step) / "DONE").touch()
+    run.checkpoint(40).mkdir()
+    assert run.checkpoint_steps() == [5, 20, 1_000_000]
+
+
+def test_files_of_a_rank_sort_by_rank() -> None:
+    run = RunDir("runs/a")
+    assert str(run.event_file(7)) == "runs/a/events/rank007.jsonl"
+    assert str(run.log_file(12)) == "runs/a/logs/rank012.log"
+
+
+def test_a_result_and_a_request_to_stop_are_seen(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text('{"steps": 3}')
+    (tmp_path / "stop").touch()
+    assert RunDir(tmp_path).result() == {"steps": 3}
+    assert RunDir(tmp_path).stop_requested()
+
+
+def test_a_free_name_is_one_that_nothing_has_not_even_a_broken_link(tmp_path: Path) -> None:
+    assert free_name(tmp_path, "a") == tmp_path / "a"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a-2").symlink_to("nowhere")
+    assert free_name(tmp_path, "a") == tmp_path / "a-3"

@@ -1,0 +1,37 @@
+"""Plans for tests: any known model with random weights, on any machine."""
+
+from typing import Any
+
+from qdist.core.cluster import Cluster, hypothetical
+from qdist.core.facts import from_config
+from qdist.core.models import config_of
+from qdist.core.plan import DataFacts, Plan, Source, make_plan
+from qdist.core.spec import nest, resolve
+from qdist.core.units import GIB
+
+CPU = Cluster(device="cpu", gpus=(), cpu_count=8, memory_bytes=32 * GIB, memory_free_bytes=30 * GIB)
+
+
+def planned(
+    model: str,
+    cluster: Cluster,
+    settings: dict[str, Any] | None = None,
+    *,
+    data: DataFacts | None = None,
+    has_liger: bool = True,
+) -> Plan:
+    """The plan of a model on a machine; `settings` are dotted."""
+    config = config_of(model)
+    return make_plan(
+        resolve({"steps": 5, "model": model}, nest(settings or {})),
+        Source(kind="dummy", path="", config=config, tokenizer=""),
+        from_config(config, name=model),
+        cluster,
+        data,
+        has_liger=has_liger,
+    )
+
+
+def gpus(count: int, gib: float) -> Cluster:
+    """A machine of empty GPUs."""
+    return hypothetical(count, int(gib * GIB))

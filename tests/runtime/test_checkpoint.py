@@ -1,0 +1,152 @@
+"""Checkpoints are whole or absent, and the right ones are kept."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qdist.core.errors import RunError
+from qdist.host.rundir import RunDir
+from qdist.runtime.checkpoint import Progress, load, save
+from qdist.runtime.engine import MOMENTS, State
+
+
+def state_of(step: int) -> State:
+    generator = torch.Generator().manual_seed(step)
+    parameters = {name: torch.randn(3, 5, generator=generator) for name in ("layer.a.weight", "layer.b.weight")}
+    moments = {
+        moment: {name: torch.randn(3, 5, generator=generator) for name in parameters} if step else {}
+        for moment in MOMENTS
+    }
+    return State(parameters, moments if step else {}, step)
+
+
+def progress_of(step: int, held_out: tuple[tuple[int, float], ...] = ()) -> Progress:
+    return Progress(step=step, samples=step * 16, optimizer_steps=step, held_out=held_out)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path)
+
+
+@pytest.mark.parametrize("step", [0, 1, 250])
+def test_what_is_saved_is_what_is_loaded(run: RunDir, step: int) -> None:
+    progress = Progress(
+        step=step, samples=7, optimizer_steps=step, loss_scale=2.0**13, finite_steps=4, held_out=((0, 2.5), (1, 1 / 3))
+    )
+    saved = state_of(step)
+    found, state = load(save(run, progress, saved, keep=2))
+    assert found == progress
+    assert state.optimizer_steps == step
+    assert state.parameters.keys() == saved.parameters.keys()
+    assert all(torch.equal(state.parameters[name], saved.parameters[name]) for name in saved.parameters)
+    assert state.moments.keys() == saved.moments.keys()
+    for moment, named in saved.moments.items():
+        assert all(torch.equal(state.moments[moment][name], value) for name, value in named.items())
+
+
+def test_a_checkpoint_holds_four_files_and_no_sign_of_a_world_size(run: RunDir) -> None:
+    folder = save(run, progress_of(3), state_of(3), keep=2)
+    assert folder.name == "step_000003"
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "DONE", "adapter.safetensors", "optimizer.safetensors", "state.json",
+    ]  # fmt: skip
+    assert "world" not in (folder / "state.json").read_text()
+
+
+def test_one_without_done_is_refused_and_not_counted(run: RunDir) -> None:
+    save(run, progress_of(1), state_of(1), keep=5)
+    folder = save(run, progress_of(2), state_of(2), keep=5)
+    (folder / "DONE").unlink()
+    with pytest.raises(RunError, match=r"step_000002 has no DONE"):
+        load(folder)
+    assert run.checkpoint_steps() == [1]
+
+
+def test_one_without_done_is_written_again(run: RunDir) -> None:
+    folder = save(run, progress_of(2), state_of(1), keep=5)
+    (folder / "DONE").unlink()
+    save(run, progress_of(2), state_of(2), keep=5)
+    assert torch.equal(load(folder)[1].parameters["layer.a.weight"], state_of(2).parameters["layer.a.weight"])
+
+
+def test_a_whole_one_is_not_written_again(run: RunDir) -> None:
+    folder = save(run, progress_of(2), state_of(1), keep=5)
+    before = (folder / "adapter.safetensors").stat().st_mtime_ns
+    save(run, progress_of(2), state_of(2), keep=5)
+    assert (folder / "adapter.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("kept", [0, 1, 50])
+def test_a_torn_file_is_an_error_that_names_it(run: RunDir, name: str, kept: int) -> None:
+    folder = save(run, progress_of(2), state_of(2), keep=5)
+    (folder / name).write_bytes((folder / name).read_bytes()[:kept])
+    with pytest.raises(RunError, match=name):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_missing_file_is_an_error_that_names_it(run: RunDir, name: str) -> None:
+    folder = save(run, progress_of(2), state_of(2), keep=5)
+    (folder / name).unlink()
+    with pytest.raises(RunError, match=name):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("keep", "held_out", "kept"),
+    [
+        (1, (), [5]),
+        (2, (), [4, 5]),
+        (9, (), [1, 2, 3, 4, 5]),
+        (2, ((0, 0.1), (2, 1.0), (4, 1.5)), [2, 4, 5]),
+        (2, ((0, 0.1), (1, 2.0), (5, 1.0)), [4, 5]),
+        (1, ((2, 1.0), (4, 1.0)), [2, 5]),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(
+    run: RunDir, keep: int, held_out: tuple[tuple[int, float], ...], kept: list[int]
+) -> None:
+    for step in range(1, 6):
+        so_far = tuple(point for point in held_out if point[0] <= step)
+        save(run, progress_of(step, so_far), state_of(step), keep=keep)
+    assert run.checkpoint_steps() == kept
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == [f"step_{step:06d}" for step in kept]
+
+
+def test_what_a_kill_left_hidden_is_ignored_and_then_cleaned(run: RunDir) -> None:
+    save(run, progress_of(1), state_of(1), keep=5)
+    leftover = run.checkpoints / ".step_000002.4711"
+    leftover.mkdir()
+    (leftover / "adapter.safetensors").write_bytes(b"half")
+    (leftover / "DONE").touch()
+    assert run.checkpoint_steps() == [1]
+    save(run, progress_of(2), state_of(2), keep=5)
+    assert not leftover.exists()
+    assert run.checkpoint_steps() == [1, 2]
+
+
+def test_a_leftover_of_this_very_process_does_not_stand_in_the_way(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container gives a restarted rank the same process id."""
+    run.checkpoints.mkdir()
+    monkeypatch.setattr("os.getpid", lambda: 4711)
+    (run.checkpoints / ".step_000002.4711").mkdir()
+    save(run, progress_of(2), state_of(2), keep=5)
+    assert run.checkpoint_steps() == [2]
+
+
+def test_a_kill_while_an_old_one_is_deleted_leaves_none_that_looks_whole(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(run, progress_of(1), state_of(1), keep=1)
+
+    def killed(folder: Path, **_: object) -> None:
+        if not folder.name.startswith("."):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(run, progress_of(2), state_of(2), keep=1)
+    assert run.checkpoint_steps() == [2]

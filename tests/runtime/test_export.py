@@ -1,0 +1,158 @@
+"""Adapters that leave a run are plain PEFT, and never empty, broken or unmoved."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qdist.core.errors import RunError
+from qdist.host.rundir import RunDir
+from qdist.runtime import checkpoint
+from qdist.runtime.engine import Adapter, State
+from qdist.runtime.export import adapter_checksum, check_adapter, choose_step, gather
+from qdist.runtime.methods.backbone import load_plain
+from tests.runtime.tiny import (
+    VOCAB,
+    adapted_run,
+    dummy_job,
+    logits_of,
+    real_job,
+    save_config,
+    save_data,
+    save_model,
+    written,
+)
+
+GOOD = {"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(3, 2)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({}, "the adapter in HERE has no tensors"),
+        ({**GOOD, "a.lora_A.weight": torch.tensor([1.0, torch.nan, torch.inf])}, "2 of 3 values of a.lora_A.weight"),
+        ({**GOOD, "a.lora_B.weight": torch.zeros(3, 2)}, "every lora_B in HERE is zero"),
+    ],
+)
+def test_an_adapter_that_cannot_have_learnt_is_refused(tensors: dict[str, torch.Tensor], said: str) -> None:
+    with pytest.raises(RunError) as caught:
+        check_adapter(tensors, where="HERE")
+    assert caught.value.message.startswith(said)
+
+
+def test_one_lora_b_that_moved_is_enough() -> None:
+    check_adapter({**GOOD, "b.lora_B.weight": torch.zeros(3, 2)}, where="HERE")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return written(dummy_job(save_config(tmp_path / "model"), tmp_path / "run"))
+
+
+@pytest.mark.parametrize("wrong", [0.0, float("nan")])
+def test_a_refused_adapter_leaves_the_folder_as_it_was(run: RunDir, wrong: float) -> None:
+    state = State({"m.lora_B.default.weight": torch.full((2, 2), wrong)}, {}, 1)
+    checkpoint.save(run, checkpoint.Progress(step=1, samples=4), state, keep=1)
+    run.adapter.mkdir()
+    (run.adapter / "older").touch()
+    with pytest.raises(RunError):
+        gather(run, step=1)
+    assert [file.name for file in run.adapter.iterdir()] == ["older"]
+    assert not list(run.path.glob(".adapter*"))
+
+
+def test_a_second_gather_replaces_the_first(run: RunDir) -> None:
+    for step in (1, 2):
+        state = State({"m.lora_B.default.weight": torch.full((2, 2), float(step))}, {}, step)
+        checkpoint.save(run, checkpoint.Progress(step=step, samples=4), state, keep=2)
+        gather(run, step=step)
+    assert float(checkpoint.load_tensors(run.adapter / "adapter_model.safetensors")["m.lora_B.weight"][0, 0]) == 2.0
+    assert not list(run.path.glob(".adapter*"))
+
+
+@pytest.mark.parametrize(("which", "step"), [("last", 3), ("best", 1), ("1", 1), ("3", 3)])
+def test_a_checkpoint_is_chosen_by_word_or_number(run: RunDir, which: str, step: int) -> None:
+    for number, held_out in ((1, ((1, 0.5),)), (3, ((1, 0.5), (3, 0.9)))):
+        state = State({"m.lora_B.default.weight": torch.ones(2, 2)}, {}, number)
+        checkpoint.save(run, checkpoint.Progress(step=number, samples=4, held_out=held_out), state, keep=3)
+    assert choose_step(run, which) == step
+
+
+@pytest.mark.parametrize("which", ["2", "best", "newest"])
+def test_a_checkpoint_that_is_not_there_is_refused(run: RunDir, which: str) -> None:
+    state = State({"m.lora_B.default.weight": torch.ones(2, 2)}, {}, 1)
+    checkpoint.save(run, checkpoint.Progress(step=1, samples=4), state, keep=3)
+    with pytest.raises(RunError):
+        choose_step(run, which)
+
+
+def peft_over(base: Any, run: RunDir) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, str(run.adapter)).eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "gpt_neox", "opt"])
+def test_peft_alone_loads_the_adapter_and_gives_the_same_logits(tmp_path: Path, family: str) -> None:
+    folder = save_model(tmp_path / "model", family)
+    job = real_job(folder, save_data(tmp_path / "d.jsonl"), tmp_path / "run", bits=16, seq_len=64)
+    run, trained = adapted_run(job)
+    base = load_plain(str(folder), dtype=torch.float32, device=torch.device("cpu"))
+    bare = logits_of(base, high=250)
+    wrapped = logits_of(peft_over(base, run), high=250)
+    assert torch.equal(wrapped, logits_of(trained, high=250))
+    assert not torch.allclose(wrapped, bare, atol=0.1)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "gpt_neox"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("vocab", [VOCAB, 270], ids=["spare rows", "added rows"])
+def test_new_tokens_travel_with_the_adapter(tmp_path: Path, family: str, tied: bool, vocab: int) -> None:
+    folder = save_model(tmp_path / "model", family, vocab_size=vocab, tie_word_embeddings=tied)
+    data = save_data(tmp_path / "d.jsonl")
+    job = real_job(folder, data, tmp_path / "run", bits=16, seq_len=64, new_tokens=["<call>", "<return>"])
+    run, trained = adapted_run(job)
+    rows = job.plan.source.vocab_rows
+    assert rows is not None
+    base = load_plain(str(folder), dtype=torch.float32, device=torch.device("cpu"))
+    if vocab < rows:
+        base.resize_token_embeddings(rows, mean_resizing=False)
+    high = job.plan.source.new_token_ids[-1] + 1
+    used = [index for index in range(rows) if index < high]
+    wrapped = logits_of(peft_over(base, run), high=high)
+    assert torch.allclose(wrapped[..., used], logits_of(trained, high=high)[..., used], atol=1e-5)
+
+
+def adapter_of(*shapes: tuple[int, ...]) -> Adapter:
+    torch.manual_seed(0)
+    return Adapter(nn.ParameterList(torch.randn(shape) for shape in shapes), lambda batch: batch)
+
+
+def test_adapters_that_are_equal_have_one_checksum() -> None:
+    assert adapter_checksum(adapter_of((5, 3), (7,))) == adapter_checksum(adapter_of((5, 3), (7,)))
+
+
+@pytest.mark.parametrize("bit", range(32))
+def test_one_bit_changes_the_checksum(bit: int) -> None:
+    adapter = adapter_of((5, 3), (7,))
+    before = adapter_checksum(adapter)
+    words = list(adapter.parameters())[1].data.view(torch.int32)
+    words[3] ^= torch.tensor(1, dtype=torch.int32) << bit
+    assert adapter_checksum(adapter) != before
+
+
+def test_two_numbers_in_each_others_place_change_the_checksum() -> None:
+    adapter = adapter_of((5, 3), (7,))
+    before = adapter_checksum(adapter)
+    values = list(adapter.parameters())[0].data
+    values[[0, 1]] = values[[1, 0]]
+    assert adapter_checksum(adapter) != before
+
+
+def test_equal_tensors_in_each_others_place_change_the_checksum() -> None:
+    one, other = adapter_of((5,), (5,)), adapter_of((5,), (5,))
+    first, second = other.parameters()
+    first.data, second.data = second.data, first.data
+    assert adapter_checksum(one) != adapter_checksum(other)

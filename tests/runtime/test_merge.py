@@ -1,0 +1,146 @@
+"""A merged model is plain transformers and says what the adapter said."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qdist.core.errors import RunError
+from qdist.host.rundir import RunDir
+from qdist.runtime import merge as merging
+from qdist.runtime.load import load
+from qdist.runtime.merge import merge
+from tests.runtime.tiny import adapted_run, dummy_job, logits_of, real_job, save_config, save_data, save_model
+
+BF16 = 2.0**-8
+"""Largest relative error of rounding to bfloat16: 8 bits of significand, the first one implied."""
+
+
+def run_over(folder: Path, family: str = "llama", model: dict[str, Any] | None = None, **settings: Any) -> RunDir:
+    source = save_model(folder / "model", family, **(model or {}))
+    data = save_data(folder / "d.jsonl")
+    return adapted_run(real_job(source, data, folder / "run", seq_len=64, **settings))[0]
+
+
+def plain(folder: Path) -> Any:
+    """What transformers makes of a folder, told nothing but where it is and to compute in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "gpt_neox", "opt", "qwen2"])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_a_merged_model_says_what_the_adapter_says(tmp_path: Path, family: str, bits: int) -> None:
+    """Logits within four times bfloat16's rounding, int8's within sixteen: it rounds activations too."""
+    run = run_over(tmp_path, family, bits=bits)
+    losses = merge(run, tmp_path / "merged", onto="dequantized", dtype=torch.bfloat16)
+    adapter = logits_of(load(run.path)[0], high=250)
+    error = relative(logits_of(plain(tmp_path / "merged"), high=250), adapter)
+    assert error < (16 if bits == 8 else 4) * BF16
+    assert losses.merged == pytest.approx(losses.adapter, rel=0.02)
+
+
+def test_every_merged_weight_is_the_float32_sum_rounded_once(tmp_path: Path) -> None:
+    run = run_over(tmp_path)
+    merge(run, tmp_path / "merged", onto="dequantized", dtype=torch.bfloat16)
+    merged = dict(plain(tmp_path / "merged").named_parameters())
+    for name, (base, delta) in linears(load(run.path)[0]).items():
+        assert torch.equal(merged[f"{name}.weight"], (base + delta).bfloat16().float()), name
+
+
+def linears(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Dequantized weight and alpha / r * B A of each adapted linear."""
+    import bitsandbytes as bnb
+
+    found = {}
+    for name, module in model.get_base_model().named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            packed = module.base_layer.weight
+            base = bnb.functional.dequantize_4bit(packed.data, packed.quant_state).float()
+            found[name] = (base, module.get_delta_weight("default").detach())
+    assert len(found) == 14
+    return found
+
+
+def test_onto_the_original_is_the_original_and_the_delta_exactly(tmp_path: Path) -> None:
+    run = run_over(tmp_path)
+    merge(run, tmp_path / "dequantized", onto="dequantized", dtype=torch.bfloat16)
+    merge(run, tmp_path / "original", onto="original", dtype=torch.bfloat16)
+    merged, other = (dict(plain(tmp_path / name).named_parameters()) for name in ("original", "dequantized"))
+    original = dict(plain(tmp_path / "model").named_parameters())
+    deltas, fresh = linears(load(run.path)[0]), run.plan().source.new_token_ids
+    for name, weight in original.items():
+        linear = name.removesuffix(".weight")
+        if linear in deltas:
+            assert torch.equal(merged[name], (weight + deltas[linear][1]).bfloat16().float()), name
+            assert not torch.equal(merged[name], other[name]), name
+        else:
+            old = [row for row in range(len(weight)) if row not in fresh]
+            assert torch.equal(merged[name][old], weight[old].bfloat16().float()), name
+            assert torch.equal(merged[name], other[name]), name
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "gpt_neox"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("onto", ["dequantized", "original"])
+def test_rows_of_new_tokens_are_merged_too(tmp_path: Path, family: str, tied: bool, onto: str) -> None:
+    """At 16 bits both backbones are the same one."""
+    shape = {"tie_word_embeddings": tied, "vocab_size": 270}
+    run = run_over(tmp_path, family, shape, bits=16, new_tokens=["<call>", "<return>"])
+    merge(run, tmp_path / "merged", onto=onto, dtype=torch.bfloat16)
+    merged = plain(tmp_path / "merged")
+    rows = run.plan().source.vocab_rows or 0
+    assert merged.config.vocab_size == merged.get_input_embeddings().weight.shape[0] == rows > 270
+    high = run.plan().source.new_token_ids[-1] + 1
+    assert relative(logits_of(merged, high=high), logits_of(load(run.path)[0], high=high)) < 4 * BF16
+
+
+def test_float16_is_written_where_it_is_asked_for(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    run = run_over(tmp_path)
+    merge(run, tmp_path / "merged", onto="dequantized", dtype=torch.float16)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.float16}
+
+
+def test_a_merged_model_keeps_no_trace_of_quantization_and_brings_its_tokenizer(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    run = run_over(tmp_path)
+    merge(run, tmp_path / "merged", onto="dequantized", dtype=torch.bfloat16)
+    config = AutoConfig.from_pretrained(tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert not hasattr(config, "quantization_config")
+    assert config.pad_token_id == tokenizer.pad_token_id is not None
+    assert config.use_cache
+
+
+def test_random_weights_are_merged_and_have_no_original(tmp_path: Path) -> None:
+    job = dummy_job(save_config(tmp_path / "model"), tmp_path / "run", train__held_out=0.0)
+    run, _ = adapted_run(job)
+    with pytest.raises(RunError, match="no original"):
+        merge(run, tmp_path / "merged", onto="original", dtype=torch.bfloat16)
+    assert not (tmp_path / "merged").exists()
+    losses = merge(run, tmp_path / "merged", onto="dequantized", dtype=torch.bfloat16)
+    assert math.isnan(losses.merged)
+    assert relative(logits_of(plain(tmp_path / "merged")), logits_of(load(run.path)[0])) < 4 * BF16
+
+
+def test_nothing_half_written_is_left_when_merging_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_over(tmp_path)
+    before = sorted(tmp_path.iterdir())
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(merging, "publish_folder", full)
+    with pytest.raises(OSError, match="No space"):
+        merge(run, tmp_path / "merged", onto="dequantized", dtype=torch.bfloat16)
+    assert sorted(tmp_path.iterdir()) == before

@@ -1,0 +1,87 @@
+"""Does the code keep the rules of its own architecture?"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qdist
+
+ROOT = Path(str(qdist.__file__)).parent
+MODULES = sorted(path for path in ROOT.rglob("*.py") if path.read_text().strip())
+LIGHT = ("cli", "core", "host")
+MOST_LINES = 320
+
+
+def named(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def in_folders(*folders: str) -> list[Path]:
+    return [path for path in MODULES if path.relative_to(ROOT).parts[0] in folders]
+
+
+every_module = pytest.mark.parametrize("path", MODULES, ids=named)
+
+
+def test_nothing_outside_the_runtime_imports_torch() -> None:
+    names = [named(path) for path in in_folders(*LIGHT)]
+    assert len(names) > 20
+    code = (
+        f"import sys\nfrom importlib import import_module\nfor name in {names!r}: import_module(name)\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'deepspeed', 'accelerate'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"
+
+
+@every_module
+def test_a_module_says_first_what_it_is_for(path: Path) -> None:
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert docstring
+    assert docstring.splitlines()[0].endswith((".", "?", ":"))
+
+
+@every_module
+def test_a_module_answers_one_question(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MOST_LINES
+
+
+@every_module
+def test_no_error_is_swallowed(path: Path) -> None:
+    """Catching everything is for cleaning up on the way out: such a handler ends in a bare `raise`."""
+    handlers = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ExceptHandler)]
+    assert [node.lineno for node in handlers if catches_everything(node) and not raises_again(node)] == []
+
+
+def catches_everything(handler: ast.ExceptHandler) -> bool:
+    kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+    return any(
+        kind is None or (isinstance(kind, ast.Name) and kind.id in ("Exception", "BaseException")) for kind in kinds
+    )
+
+
+def raises_again(handler: ast.ExceptHandler) -> bool:
+    last = handler.body[-1]
+    return isinstance(last, ast.Raise) and last.exc is None
+
+
+@pytest.mark.parametrize("path", in_folders("core", "host"), ids=named)
+def test_only_the_command_line_prints(path: Path) -> None:
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    assert [node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"] == []
+
+
+@pytest.mark.parametrize("path", in_folders("core"), ids=named)
+def test_the_core_is_pure(path: Path) -> None:
+    """No files, clock, environment, processes or unseeded randomness: what follows from arguments alone."""
+    tree = ast.parse(path.read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    banned = {"os", "pathlib", "io", "time", "datetime", "subprocess", "sys", "shutil", "tempfile", "socket", "uuid"}
+    assert banned & {name.partition(".")[0] for name in imported} == set()
+    calls = [node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    assert {"open", "input", "print"} & set(calls) == set()
