@@ -5,7 +5,8 @@ from typing import Any
 from qdist.core.cluster import Cluster, hypothetical
 from qdist.core.facts import from_config
 from qdist.core.models import config_of
-from qdist.core.plan import DataFacts, Plan, Source, make_plan
+from qdist.core.plan import DataFacts, Plan, Source
+from qdist.core.planner import make_plan
 from qdist.core.spec import nest, resolve
 from qdist.core.units import GIB
 

@@ -8,7 +8,7 @@ import click
 
 from qdist.cli.planned import plan_lines
 from qdist.cli.watch import Watch, ending
-from qdist.core.errors import SpecError
+from qdist.core.errors import RunError, SpecError
 from qdist.core.spec import nest, parse_assignment, resolve
 from qdist.host import launcher, templates
 from qdist.host.rundir import RunDir
@@ -69,6 +69,8 @@ def _resumed(recipe: str | None, given: dict[str, Any]) -> launcher.Job | None:
         )
     run = RunDir(Path(path))
     result = run.result()
+    if result is not None and given:
+        raise RunError(f"{run.path} is finished after {result['steps']} steps and cannot be changed", try_="a new run")
     if result is not None:
         click.echo(f"{run.path} is finished: {result['steps']} steps, adapter in {run.adapter}")
         return None

@@ -8,7 +8,8 @@ import msgspec
 from qdist.cli.planned import plan_lines
 from qdist.core.cluster import hypothetical
 from qdist.core.errors import SpecError
-from qdist.core.plan import Source, make_plan
+from qdist.core.plan import Source
+from qdist.core.planner import make_plan
 from qdist.core.spec import nest, parse_assignment, resolve
 from qdist.core.units import parse_bytes
 from qdist.host import probe, templates

@@ -27,8 +27,6 @@ class Watch:
         self._live = Live(self._view(), refresh_per_second=4, transient=False) if sys.stdout.isatty() else None
 
     def __enter__(self) -> "Watch":
-        if self._live:
-            self._live.start()
         return self
 
     def __exit__(
@@ -41,6 +39,8 @@ class Watch:
         """Take note of what the ranks said."""
         self._state = advance(self._state, events)
         if self._live:
+            # Not before: its thread must not be there when the launcher forks.
+            self._live.start()
             self._live.update(self._view())
             return
         for event in events:

@@ -6,6 +6,7 @@ plan decides.
 """
 
 from collections.abc import Mapping
+from functools import reduce
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -275,6 +276,16 @@ def _check(spec: RunSpec) -> RunSpec:
     if spec.train.held_out == 0 and (spec.train.eval_steps or spec.train.answers):
         raise SpecError("train.eval_steps and train.answers need held-out records", try_="train.held_out=0.1")
     return spec
+
+
+def flatten(spec: RunSpec) -> dict[str, Any]:
+    """Every setting by its dotted key."""
+    plain = msgspec.to_builtins(spec)
+    return {
+        key: reduce(lambda place, part: place[part], key.split("."), plain)
+        for key, section in known_keys().items()
+        if section is None
+    }
 
 
 def to_toml(spec: RunSpec) -> str:

@@ -26,6 +26,8 @@ def parse_bytes(text: str | int) -> int:
     count = int(float(match[1]) * _FACTORS[match[2].lower()])
     if count <= 0:
         raise SpecError(f"{text!r} is not a positive amount of memory", try_="24GiB")
+    if not match[2] and count < MIB:
+        raise SpecError(f"{text!r} without a unit is {count} bytes", try_=f"{text.strip()}GiB")
     return count
 
 

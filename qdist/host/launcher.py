@@ -20,7 +20,8 @@ import msgspec
 from qdist.core.errors import RunError, SpecError
 from qdist.core.events import Event
 from qdist.core.facts import from_config
-from qdist.core.plan import Plan, Prepared, Source, make_plan
+from qdist.core.plan import Plan, Prepared, Source
+from qdist.core.planner import make_plan
 from qdist.core.render import (
     ACCELERATE_FILE,
     DEEPSPEED_FILE,
@@ -29,14 +30,17 @@ from qdist.core.render import (
     deepspeed_policy,
     launch_script,
 )
-from qdist.core.spec import RunSpec, resolve, to_toml
+from qdist.core.spec import RunSpec, flatten, resolve, to_toml
 from qdist.host import modules, probe, templates
 from qdist.host.files import locked, write_atomic
 from qdist.host.follow import Follower
 from qdist.host.rundir import LOCK, PLAN, STOP, RunDir, free_name
 from qdist.host.sources import shape
 
-RESUMABLE = ("gpus", "micro_batch", "max_memory", "zero", "steps", "train", "trackers", "liger")
+RESUMABLE = frozenset((
+    "run", "gpus", "micro_batch", "max_memory", "trackers", "liger", "zero.stage", "zero.offload",
+    "train.checkpointing", "train.eval_steps", "train.save_steps", "train.keep", "train.answers",
+))  # fmt: skip
 """Settings that may change when a run goes on: none of them changes what a step computes."""
 
 
@@ -68,16 +72,17 @@ def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Job:
     changes: settings given again, nested. Raises SpecError when one of them would make it another run.
     """
     old = run.plan()
-    spec = resolve(msgspec.to_builtins(old.spec), changes)
-    for name in msgspec.structs.fields(RunSpec):
-        before, now = getattr(old.spec, name.name), getattr(spec, name.name)
-        if before != now and name.name not in (*RESUMABLE, "run"):
+    before = msgspec.to_builtins(old.spec)
+    if "steps" in changes or "epochs" in changes:  # two ways to say how long: the newer one counts
+        before |= {"steps": None, "epochs": None}
+    spec = resolve(before, changes)
+    was, now = flatten(old.spec), flatten(spec)
+    for key in was:
+        if was[key] != now[key] and not _resumable(key, spec):
             raise SpecError(
-                f"{run.path} was started with {name.name}={_shown(before)}, not {_shown(now)}; a resumed run keeps it",
-                try_=f"leave {name.name} out, or start a new run",
+                f"{run.path} was started with {key}={_shown(was[key])}, not {_shown(now[key])}; a resumed run keeps it",
+                try_=f"leave {key} out, or start a new run",
             )
-    if spec.train.held_out != old.spec.train.held_out or spec.train.train_on_source != old.spec.train.train_on_source:
-        raise SpecError("train.held_out and train.train_on_source decide what a run trains on and stay as they were")
     prepared = Prepared(source=old.source, data=old.data)
     for path in filter(None, (old.source.path, old.source.tokenizer, old.data.path if old.data else "")):
         if not os.path.exists(path):
@@ -120,7 +125,7 @@ def start(job: Job, *, show: Callable[[list[Event]], None], say: Callable[[str],
         stopped = _watch(run, ranks, show, say)
         if run.result() is not None and ranks.returncode == 0:
             return
-        if stopped:
+        if stopped and ranks.returncode in (0, -signal.SIGKILL):
             raise KeyboardInterrupt
         raise _how_it_died(job, launcher_log, began, ranks.returncode)
 
@@ -164,9 +169,8 @@ def _how_it_died(job: Job, launcher_log: Path, began: int, code: int) -> RunErro
         summary = log.read().decode(errors="replace")
     root = re.search(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", summary, re.DOTALL)
     if root is None:
-        return RunError(
-            f"the ranks ended with exit code {code}:\n{_tail(summary.splitlines())}", try_=f"read {launcher_log}"
-        )
+        ended = "without finishing the run" if code == 0 else f"with exit code {code}"
+        return RunError(f"the ranks ended {ended}:\n{_tail(summary.splitlines())}", try_=f"read {job.run.logs}")
     rank, exit_code = int(root[1]), int(root[2])
     path = job.run.log_file(rank)
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
@@ -209,6 +213,11 @@ def _synthetic(spec: RunSpec) -> Prepared:
         raise SpecError("train.answers and new_tokens need a tokenizer, and random weights have none")
     config, _ = shape(spec.model)
     return Prepared(source=Source(kind="dummy", path="", config=config, tokenizer=""), data=None)
+
+
+def _resumable(key: str, spec: RunSpec) -> bool:
+    """Whether a run may go on with another value; the length only where the learning rate does not follow it."""
+    return key in RESUMABLE or (key in ("steps", "epochs") and spec.optim.schedule == "constant")
 
 
 def _refuse_used(run: RunDir) -> None:

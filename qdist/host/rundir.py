@@ -52,12 +52,15 @@ class RunDir:
             raise RunError(
                 f"{self.path} is not a run: it has no {PLAN}", try_="qdist launch --run " + str(self.path)
             ) from None
-        version = json.loads(raw).get("version")
+        version = _json(raw, self.path / PLAN).get("version")
         if version != VERSION:
             raise RunError(
                 f"{self.path} was planned by another qdist (plan version {version}, this one reads {VERSION})"
             )
-        return msgspec.json.decode(raw, type=Plan)
+        try:
+            return msgspec.json.decode(raw, type=Plan)
+        except msgspec.DecodeError as error:
+            raise RunError(f"{self.path / PLAN} is not a plan: {error}", try_="start the run again") from None
 
     def checked_plan(self, expected_digest: str) -> Plan:
         """The plan, refused when it is not the one that was launched."""
@@ -83,10 +86,18 @@ class RunDir:
     def result(self) -> dict[str, Any] | None:
         """What a finished run wrote last, or None while it is unfinished."""
         path = self.path / RESULT
-        return json.loads(path.read_bytes()) if path.is_file() else None
+        return _json(path.read_bytes(), path) if path.is_file() else None
 
     def stop_requested(self) -> bool:
         return (self.path / STOP).exists()
+
+
+def _json(raw: bytes, path: Path) -> dict[str, Any]:
+    try:
+        loaded: dict[str, Any] = json.loads(raw)
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path} is not JSON: {error}", try_="start the run again") from None
+    return loaded
 
 
 def free_name(parent: Path, stem: str) -> Path:

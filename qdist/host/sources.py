@@ -33,7 +33,7 @@ def locate(name: str) -> Located:
 
     Raises ModelError naming the nearest alias, MachineError when the embedded model's package is missing.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_dir():
         return Located(kind="folder", path=str(path.resolve()), config=_read_config(path))
     if path.suffix.lower() == ".gguf":

@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qdist.cli.main import COMMANDS, main
-from qdist.core.plan import HEADROOM, Plan
+from qdist.core.plan import Plan
+from qdist.core.planner import HEADROOM
 from qdist.core.units import GIB
 
 BIG = ("--model", "llama-65b", "--bits", "4", "--gpus", "4", "--gpu-memory")
@@ -54,7 +55,7 @@ def test_what_does_not_fit_ends_with_code_1_and_the_missing_bytes() -> None:
     ("arguments", "message"),
     [
         ((), "error: no model was named\n  try: --model llama-65b\n"),
-        ((*BIG, "48"), "error: a GPU of 48 bytes is too small to plan for\n  try: --gpu-memory 48GiB\n"),
+        ((*BIG, "48"), "error: '48' without a unit is 48 bytes\n  try: 48GiB\n"),
         ((*BIG, "48 GX"), "error: '48 GX' is not an amount of memory\n  try: 24GiB, or 24GB for 24 * 10**9 bytes\n"),
         ((*BIG, "48GiB", "--set", "seqlen=3"), "error: unknown setting 'seqlen'\n  try: seq_len\n"),
         ((*BIG, "48GiB", "--bits", "3"), "error: bits cannot be '3': it is one of 4, 8, 16\n  try: bits=4\n"),

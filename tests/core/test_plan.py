@@ -8,7 +8,8 @@ import pytest
 
 from qdist.core.cluster import Cluster, Gpu
 from qdist.core.errors import PlanError, QdistError, SpecError
-from qdist.core.plan import HEADROOM, DataFacts, Plan, digest
+from qdist.core.plan import DataFacts, Plan, digest
+from qdist.core.planner import HEADROOM
 from qdist.core.spec import Train
 from qdist.core.units import GIB, format_bytes
 from tests.plans import CPU, gpus, planned

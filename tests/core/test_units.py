@@ -17,9 +17,9 @@ from qdist.core.units import GIB, KIB, MIB, format_bytes, format_count, format_d
         ("4KiB", 4 * KIB),
         ("1TiB", 1024 * GIB),
         ("2tb", 2 * 10**12),
-        ("7", 7),
         ("7b", 7),
-        (7, 7),
+        ("25769803776", 24 * GIB),
+        (24 * GIB, 24 * GIB),
     ],
 )
 def test_an_amount_of_memory_is_read_in_its_own_unit(text: str | int, count: int) -> None:
@@ -31,6 +31,12 @@ def test_what_is_no_amount_of_memory_is_refused(text: str | int) -> None:
     with pytest.raises(SpecError, match="is not an amount of memory") as caught:
         parse_bytes(text)
     assert "24GiB" in caught.value.try_
+
+
+def test_a_number_without_a_unit_is_taken_for_a_forgotten_unit() -> None:
+    with pytest.raises(SpecError, match="'24' without a unit is 24 bytes") as caught:
+        parse_bytes("24")
+    assert caught.value.try_ == "24GiB"
 
 
 @pytest.mark.parametrize("text", ["0", "0GiB", "0.4", 0])

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from qdist.core.errors import SpecError
-from qdist.core.plan import Source, make_plan
+from qdist.core.plan import Source
+from qdist.core.planner import make_plan
 from qdist.core.spec import RunSpec, resolve
 from qdist.host.sources import shape
 from qdist.host.templates import folder, policy, read_recipe

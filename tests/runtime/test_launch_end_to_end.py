@@ -1,0 +1,291 @@
+"""Whole runs on CPU ranks: any number of them, killed anywhere, end with the same adapter and the same losses."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qdist.core.events import Event, losses
+from qdist.host import launcher
+from qdist.host.follow import Follower
+from qdist.host.rundir import RunDir
+from qdist.runtime.checkpoint import load, load_tensors
+from tests.runtime.tiny import dummy_job, save_config
+
+pytestmark = pytest.mark.slow
+TrainRun = Callable[[launcher.Job], RunDir]
+
+SHAPE = {
+    "seq_len": 16, "global_batch": 8, "steps": 6, "lora.r": 4, "lora.dropout": 0.1, "optim.lr": 3e-3,
+    "train.held_out": 0.1, "train.save_steps": 2, "train.keep": 9,
+}  # fmt: skip
+DOTTED = {key.replace(".", "__"): value for key, value in SHAPE.items()}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_config(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def one(train: TrainRun, model: Path, folder: Path) -> RunDir:
+    """The run that others must equal: one rank, plain torch."""
+    return train(dummy_job(model, folder / "one", gpus=1, **DOTTED))
+
+
+@pytest.fixture(scope="module")
+def two(train: TrainRun, model: Path, folder: Path) -> RunDir:
+    """Two ranks, never killed."""
+    return train(dummy_job(model, folder / "two", gpus=2, **DOTTED))
+
+
+def adapter(run: RunDir) -> dict[str, torch.Tensor]:
+    return load_tensors(run.adapter / "adapter_model.safetensors")
+
+
+def furthest(one: RunDir, other: RunDir) -> float:
+    first, second = adapter(one), adapter(other)
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def events(run: RunDir, rank: int = 0) -> list[Event]:
+    return [event for event in Follower(run.path).new_events() if event.rank == rank]
+
+
+def losses_of(run: RunDir) -> dict[int, float]:
+    return losses(events(run))
+
+
+# --- any number of ranks, any stage -------------------------------------------------------------------------------
+
+
+def test_training_moves_the_adapter_and_lowers_the_loss(one: RunDir) -> None:
+    found = losses_of(one)
+    assert list(found) == [1, 2, 3, 4, 5, 6]
+    assert found[6] < found[1]
+    assert max(float(tensor.abs().max()) for name, tensor in adapter(one).items() if "lora_B" in name) > 1e-3
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_any_number_of_ranks_trains_the_same_adapter(
+    train: TrainRun, model: Path, folder: Path, one: RunDir, ranks: int
+) -> None:
+    """Micro-batches of the same size, so that dropout draws the same numbers."""
+    size = {"micro_batch": 2}
+    alone = train(dummy_job(model, folder / f"alone-{ranks}", gpus=1, **DOTTED, **size))
+    several = train(dummy_job(model, folder / f"several-{ranks}", gpus=ranks, **DOTTED, **size))
+    assert furthest(alone, several) < 1e-4
+    assert list(losses_of(several).values()) == pytest.approx(list(losses_of(alone).values()), rel=1e-5)
+    assert several.plan().world_size == ranks
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(0, "none"), (1, "none"), (3, "none"), (2, "cpu")])
+def test_every_zero_stage_trains_the_same_adapter(
+    train: TrainRun, model: Path, folder: Path, two: RunDir, stage: int, offload: str
+) -> None:
+    settings = {**DOTTED, "zero__stage": stage, "zero__offload": offload}
+    run = train(dummy_job(model, folder / f"zero{stage}-{offload}", gpus=2, **settings))
+    assert two.plan().zero_stage == 2
+    assert furthest(run, two) < 1e-4
+    _, state = load(run.checkpoint(6))
+    _, wanted = load(two.checkpoint(6))
+    assert state.optimizer_steps == wanted.optimizer_steps == 6
+    for moment, named in wanted.moments.items():
+        for name, value in named.items():
+            assert torch.allclose(state.moments[moment][name], value, atol=1e-4), (moment, name)
+
+
+def test_ranks_in_half_precision_train_finitely(train: TrainRun, model: Path, folder: Path) -> None:
+    run = train(dummy_job(model, folder / "half", gpus=2, **DOTTED, dtype="float16"))
+    found = losses_of(run)
+    skipped = [event.step for event in events(run) if event.skipped]
+    assert all(loss < 100 for loss in found.values())
+    assert len(skipped) < 4
+    assert load(run.checkpoint(6))[0].optimizer_steps == 6 - len(skipped)
+
+
+# --- resuming -----------------------------------------------------------------------------------------------------
+
+
+def copied(run: RunDir, path: Path, *, up_to: int) -> RunDir:
+    """What a run that was killed behind a checkpoint leaves."""
+    import shutil
+
+    shutil.copytree(run.path, path)
+    (path / "result.json").unlink()
+    shutil.rmtree(path / "adapter")
+    copy = RunDir(path)
+    for step in copy.checkpoint_steps():
+        if step > up_to:
+            shutil.rmtree(copy.checkpoint(step))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("ranks", "zero"),
+    [(2, {}), (2, {"stage": 0}), (2, {"stage": 1}), (2, {"stage": 3}), (1, {}), (4, {})],
+    ids=["as it was", "ZeRO-0", "ZeRO-1", "ZeRO-3", "1 rank", "4 ranks"],
+)
+def test_a_run_goes_on_with_any_ranks_and_stage(
+    train: TrainRun, folder: Path, two: RunDir, ranks: int, zero: dict[str, int]
+) -> None:
+    run = copied(two, folder / f"resumed-{ranks}-{zero.get('stage')}", up_to=2)
+    changes = {"gpus": ranks, "zero": zero, "micro_batch": 2 if ranks == 4 else 4}
+    train(launcher.prepare_resume(run, changes))
+    assert losses_of(run).keys() == losses_of(two).keys()
+    if changes == {"gpus": 2, "zero": {}, "micro_batch": 4}:
+        assert losses_of(run) == losses_of(two)
+        assert furthest(run, two) == 0.0
+    elif ranks != 4:  # dropout draws by micro-batch; four ranks have smaller ones
+        assert furthest(run, two) < 1e-5
+
+
+# --- real processes -----------------------------------------------------------------------------------------------
+
+
+Launch = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def launch() -> Iterator[Launch]:
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(*arguments: str | Path) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "qdist", "launch", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "COLUMNS": "120"},
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def flags(model: Path, run: Path, **more: Any) -> list[str]:
+    settings = [f"--set={key}={value}" for key, value in {**SHAPE, **more}.items()]
+    return ["--model", str(model), "--load-format", "dummy", "--gpus", "2", "--run", str(run), *settings]
+
+
+def processes(run: Path) -> dict[int, str]:
+    """Command lines of all processes that name the run directory."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if str(run) in line and int(path.parent.name) != os.getpid():
+            found[int(path.parent.name)] = line
+    return found
+
+
+def rank_process(run: Path, rank: int) -> int:
+    for process, line in processes(run).items():
+        if "torch.distributed.run" in line or "qdist.runtime.worker" not in line:
+            continue
+        environment = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+        if f"RANK={rank}".encode() in environment:
+            return process
+    raise AssertionError(f"no process of rank {rank} among {processes(run)}")
+
+
+def wait_until(true: Callable[[], bool], what: str, *, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, what
+        time.sleep(0.02)
+
+
+def nothing_left(run: Path) -> None:
+    wait_until(lambda: not processes(run), f"left behind: {processes(run)}", seconds=10)
+
+
+LONG = {"steps": 400, "train.save_steps": 3}
+"""Long enough that a kill comes before the end."""
+
+
+@pytest.fixture(scope="module")
+def never_killed(train: TrainRun, model: Path, folder: Path) -> RunDir:
+    return train(dummy_job(model, folder / "never-killed", gpus=2, **{**DOTTED, "steps": 400, "train__save_steps": 100}))
+
+
+@pytest.mark.parametrize("victim", ["every rank", "rank 1", "the launcher"])
+def test_a_killed_run_leaves_nothing_behind_and_resumes_with_the_same_losses(
+    launch: Launch, train: TrainRun, model: Path, folder: Path, never_killed: RunDir, victim: str
+) -> None:
+    run = RunDir(folder / f"killed-{victim.replace(' ', '-')}")
+    process = launch(*flags(model, run.path, **LONG))
+    wait_until(lambda: bool(run.checkpoint_steps()), "no checkpoint came")
+    if victim == "every rank":
+        for each in [rank_process(run.path, rank) for rank in (0, 1)]:
+            os.kill(each, signal.SIGKILL)
+    elif victim == "rank 1":
+        os.kill(rank_process(run.path, 1), signal.SIGKILL)
+    else:
+        process.kill()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode not in (0, 130)
+    nothing_left(run.path)
+    assert run.result() is None
+    assert losses_of(run)
+    if victim == "rank 1":
+        assert "rank 1 was killed by SIGKILL" in said
+    if victim != "the launcher":
+        assert f"qdist launch --resume --run {run.path}" in said
+    train(launcher.prepare_resume(run, {}))
+    assert losses_of(run) == losses_of(never_killed)
+    assert furthest(run, never_killed) == 0.0
+
+
+def test_ctrl_c_saves_and_the_rest_runs_to_its_end_and_says_when_it_is_finished(
+    launch: Launch, model: Path, folder: Path, never_killed: RunDir
+) -> None:
+    run = RunDir(folder / "interrupted")
+    process = launch(*flags(model, run.path, **{**LONG, "train.save_steps": 1000}))
+    wait_until(lambda: len(losses_of(run)) > 3, "no step came")
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    nothing_left(run.path)
+    (step,) = run.checkpoint_steps()
+    assert f"the checkpoint of step {step} is whole" in said
+    resumed = launch("--resume", "--run", run.path)
+    said, _ = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, said
+    assert f"from step {step}" in said
+    assert losses_of(run) == losses_of(never_killed)
+    again = launch("--resume", "--run", run.path)
+    said, _ = again.communicate(timeout=60)
+    assert again.returncode == 0
+    assert "is finished: 400 steps" in said
+
+
+def test_a_rank_that_fails_shows_its_last_lines(launch: Launch, model: Path, folder: Path) -> None:
+    """A learning rate that no adapter survives."""
+    run = folder / "broken"
+    process = launch(*flags(model, run, **{"optim.lr": 1e30, "optim.clip": 0}))
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "gradients are NaN or infinite at step" in said
+    assert "  | error: " in said
+    nothing_left(run)
