@@ -46,12 +46,15 @@ def main() -> None:
     length = time.monotonic() - began
     wanted, same = outcome(whole), 0
     print(f"never killed: {length:.0f} s, {len(wanted[0])} losses, adapter {wanted[1][:12]}", flush=True)
-    for number in range(arguments.times):
-        run = folder / f"killed{number:02d}"
+    number = 0
+    while number < arguments.times:
+        run = folder / f"killed{number:02d}-{draw.randrange(10**6):06d}"
         process = subprocess.Popen(
             launch(folder, run, arguments.ranks), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         time.sleep(draw.uniform(0.25, 1.0) * length)
+        if process.poll() is not None:
+            continue  # it had ended: nothing to kill
         victim = draw.choice(("launcher", "agent", "one rank", "everything"))
         step = newest_step(run)
         killed = kill(run, process, victim, draw)
@@ -63,8 +66,9 @@ def main() -> None:
             finish(subprocess.Popen(command, stdout=subprocess.DEVNULL))
         equal = outcome(run) == wanted
         same += equal
+        number += 1
         verdict = "identical" if equal else "DIFFERENT"
-        print(f"{number + 1:2}  {victim:10} {killed} killed at step {step:3}  left {left}  {verdict}", flush=True)
+        print(f"{number:2}  {victim:10} {killed} killed at step {step:3}  left {left}  {verdict}", flush=True)
     print(json.dumps({"times": arguments.times, "identical": same, "ranks": arguments.ranks, "seed": arguments.seed}))
     raise SystemExit(same != arguments.times)
 

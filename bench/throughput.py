@@ -102,7 +102,9 @@ def run(case: str, model: str, gpus: int, settings: list[str], *, steps: int) ->
     row["tok_s"] = median(event["tokens"] / event["seconds"] for event in steps_seen[3:])
     row["peak"] = max(event.get("memory_bytes", 0) for event in events) / 2**30
     row["planned"] = sum(expected.values()) / 2**30
-    row["allocated"] = row["planned"] - expected["context"] / 2**30
+    parts = json.loads((folder / "result.json").read_text())["peak_bytes"]
+    row["allocated"] = parts["allocated"] / 2**30
+    row["context"] = parts["context"] / 2**30
     row["start_s"] = steps_seen[0]["time"] - began
     row["loss"] = [round(steps_seen[0]["loss"], 3), round(steps_seen[-1]["loss"], 3)]
     shutil.rmtree(folder.parent)

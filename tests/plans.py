@@ -10,7 +10,7 @@ from qdist.core.planner import make_plan
 from qdist.core.spec import nest, resolve
 from qdist.core.units import GIB
 
-CPU = Cluster(device="cpu", gpus=(), cpu_count=8, memory_bytes=32 * GIB, memory_free_bytes=30 * GIB)
+CPU = Cluster(device="cpu", gpus=(), cpu_count=8, memory_bytes=256 * GIB, memory_free_bytes=250 * GIB)
 
 
 def planned(

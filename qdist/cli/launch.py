@@ -11,9 +11,8 @@ from qdist.cli.watch import Watch, ending
 from qdist.core.errors import RunError, SpecError
 from qdist.core.spec import nest, parse_assignment, resolve
 from qdist.host import launcher, templates
+from qdist.host.launcher import DEMO
 from qdist.host.rundir import RunDir
-
-DEMO = "demo"
 
 
 @click.command()
@@ -51,12 +50,12 @@ def launch(recipe: str | None, assignments: tuple[str, ...], resume: bool, dry_r
         return
     launcher.write(job)
     click.echo(f"run      {job.run.path}")
-    with Watch(job.plan, width=shutil.get_terminal_size().columns) as watch:
-        try:
+    try:
+        with Watch(job.plan, width=shutil.get_terminal_size().columns) as watch:
             launcher.start(job, show=watch.show, say=watch.say)
-        except KeyboardInterrupt:
-            _say_stopped(job.run)
-            raise
+    except KeyboardInterrupt:
+        _say_stopped(job.run)
+        raise
     ending(job.run, job.plan)
 
 

@@ -38,12 +38,19 @@ class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     gathers: int
     """Communication buffers, and layers of a sharded backbone gathered to be used."""
     context: int
-    """CUDA context and libraries, which torch does not count."""
+    """CUDA context, libraries and NCCL's buffers, which torch does not count."""
+    pageable: int = 0
+    """Moments in paged memory: on the GPU while there is room, in host memory where there is none."""
 
     @property
     def total(self) -> int:
-        """The peak that is expected, CUDA context included."""
+        """The peak that is expected where there is room, CUDA context included."""
         return sum(msgspec.structs.astuple(self))
+
+    @property
+    def required(self) -> int:
+        """The least that the run needs: what can be paged out left out."""
+        return self.total - self.pageable
 
 
 def budget(
@@ -66,6 +73,7 @@ def budget(
     gradient_accumulation: int = 1,
     optimizer_bytes_per_param: int = 8,
     optimizer_on_gpu: bool = True,
+    paged: bool = False,
     shards: int = 1,
 ) -> MemoryBudget:
     """What one GPU holds at the peak of a training step with AdamW on LoRA parameters.
@@ -73,7 +81,8 @@ def budget(
     bits: 4, 8 or 16. compute_bytes: 2 under bf16 autocast, 4 on a CPU. targets: leaf names that LoRA adapts.
     fused_loss: cross entropy from hidden states in chunks. fused_layers: fused RMS norm and gated activation (Liger).
     gradient_accumulation: above 1, as with DDP's and DeepSpeed's buffers, gradients live on through the next forward.
-    optimizer_on_gpu: False when the moments are paged or offloaded; ZeRO's fp32 copy is counted all the same.
+    optimizer_on_gpu: False when the moments are offloaded; ZeRO's fp32 copy is counted all the same.
+    paged: the moments are in paged memory; needs optimizer_on_gpu.
     shards: GPUs, out of `world_size`, that hold one copy of backbone and adapter between them (FSDP2).
 
     Raises ModelError when a target is no linear of the model.
@@ -107,11 +116,14 @@ def budget(
     if shards > 1:
         weights = ceil(weights / shards)
         gathers += 2 * (layer_bytes + 4 * trained * shards // facts.layers)  # the layer in use and the next one
+    held = _optimizer_bytes(trained, optimizer_bytes_per_param, zero_stage, world_size)
+    moments = held - _optimizer_bytes(trained, 0, zero_stage, world_size)
     return MemoryBudget(
         weights=weights,
         adapter=4 * trained,
         gradients=gradients,
-        optimizer=_optimizer_bytes(trained, optimizer_bytes_per_param * optimizer_on_gpu, zero_stage, world_size),
+        optimizer=held - moments * (paged or not optimizer_on_gpu),
+        pageable=moments * (paged and optimizer_on_gpu),
         activations=kept + work,
         logits=logits,
         gathers=gathers,

@@ -12,9 +12,11 @@ from qdist.core.plan import DataFacts, Plan, RankPlan, Source
 from qdist.core.spec import RunSpec, max_memory_bytes
 from qdist.core.units import GIB, MIB, format_bytes
 
-CUDA_CONTEXT_BYTES = 560 * MIB
-"""CUDA context, cuBLAS workspaces and NCCL buffers of one rank on an H200 (measured: docs/decisions.md)."""
-CPU_CONTEXT_BYTES = 440 * MIB
+CUDA_CONTEXT_BYTES = 830 * MIB
+"""CUDA context, kernels and cuBLAS workspaces of one rank (H200: used less what torch reserved)."""
+NCCL_BYTES = 1270 * MIB
+"""What NCCL takes of each GPU of an NVLink pair (2 H200s: the same, less one GPU's context and paged moments)."""
+CPU_CONTEXT_BYTES = 460 * MIB
 """Resident memory of a CPU rank that has imported torch, transformers, peft and DeepSpeed and loaded nothing."""
 CPU_LOADING_BYTES = 4
 """A parameter of a CPU rank: its 16-bit file stays mapped, and as much again is what the allocator keeps of packing."""
@@ -65,18 +67,25 @@ def make_plan(
             checkpointing=checkpointing,
             zero_stage=stage,
             world_size=world_size,
-            optimizer_on_gpu=optimizer != "paged-adamw" and spec.zero.offload == "none",
+            optimizer_on_gpu=spec.zero.offload == "none",
+            paged=optimizer == "paged-adamw",
             gradient_accumulation=max(1, spec.global_batch // (micro_batch * world_size)),
             fused_loss=liger,
             fused_layers=liger,
             lora_dropout=spec.lora.dropout > 0,
-            context_bytes=_context_bytes(cluster, facts),
+            context_bytes=_context_bytes(cluster, facts, world_size),
         )
 
     micro_batch, checkpointing, notes = _batches(spec, world_size, capacity, expected)
     peak = expected(micro_batch, checkpointing, spec.bits)
-    if capacity is not None and peak.total > capacity:
+    if capacity is not None and peak.required > capacity:
         raise _too_big(spec, capacity, peak, expected)
+    if cluster.device == "cpu" and peak.total * world_size > cluster.memory_bytes:
+        raise PlanError(
+            f"{world_size} CPU ranks of {spec.model} at {spec.bits} bits need {format_bytes(peak.total * world_size)}; "
+            f"this machine has {format_bytes(cluster.memory_bytes)}",
+            try_=f"--gpus {fitting}" if (fitting := cluster.memory_bytes // peak.total) else "a smaller model",
+        )
     return Plan(
         spec=spec,
         source=source,
@@ -125,11 +134,11 @@ def _optimizer(spec: RunSpec, cluster: Cluster) -> Literal["adamw", "paged-adamw
     return spec.optim.name or ("paged-adamw" if on_gpu else "adamw")
 
 
-def _context_bytes(cluster: Cluster, facts: ModelFacts) -> int:
+def _context_bytes(cluster: Cluster, facts: ModelFacts, world_size: int) -> int:
     """What a rank holds beside what the budget counts."""
     if cluster.device == "cpu":
         return CPU_CONTEXT_BYTES + CPU_LOADING_BYTES * facts.parameters
-    return CUDA_CONTEXT_BYTES
+    return CUDA_CONTEXT_BYTES + (NCCL_BYTES if world_size > 1 else 0)
 
 
 def _zero_stage(spec: RunSpec, world_size: int) -> int:
@@ -189,7 +198,7 @@ def _batches(
         sizes = [n for n in sizes if n * seq_len <= ceiling] or [1]
 
     def fits(size: int, checkpointing: bool) -> bool:
-        return capacity is None or expected(size, checkpointing, spec.bits).total <= capacity
+        return capacity is None or expected(size, checkpointing, spec.bits).required <= capacity
 
     saturating = min(sizes[0], max(1, SATURATING_TOKENS // seq_len))
     order = [(n, mode) for mode in modes for n in sizes if n >= saturating or mode == modes[-1]]
@@ -214,7 +223,7 @@ def _batch_notes(
     first_size, first_mode = order[0]
     return (
         f"micro_batch {first_size} {'with' if first_mode else 'without'} checkpointing needs "
-        f"{format_bytes(expected(first_size, first_mode, spec.bits).total)} a GPU, more than {format_bytes(capacity)}: "
+        f"{format_bytes(expected(first_size, first_mode, spec.bits).required)} a GPU, more than {format_bytes(capacity)}: "
         f"micro_batch {size} {'with' if checkpointing else 'without'} checkpointing",
     )
 
@@ -235,14 +244,14 @@ def _steps(spec: RunSpec, data: DataFacts | None) -> int:
 def _too_big(spec: RunSpec, capacity: int, peak: MemoryBudget, expected: Expected) -> PlanError:
     cap = f"{'--max-memory ' if spec.max_memory else ''}{format_bytes(capacity / HEADROOM)}"
     message = (
-        f"{spec.model} at {spec.bits} bits needs {format_bytes(peak.total)} on every GPU; 95 % of "
-        f"{cap} is {format_bytes(capacity)}, {format_bytes(peak.total - capacity)} short"
+        f"{spec.model} at {spec.bits} bits needs {format_bytes(peak.required)} on every GPU; 95 % of "
+        f"{cap} is {format_bytes(capacity)}, {format_bytes(peak.required - capacity)} short"
     )
     settings = ["--set micro_batch=1"] if spec.micro_batch not in (None, 1) else []
     settings += ["--set train.checkpointing=true"] if spec.train.checkpointing is False else []
-    smallest = expected(1, True, spec.bits).total
+    smallest = expected(1, True, spec.bits).required
     if smallest > capacity and spec.bits > 4:
-        settings, smallest = ["--bits 4", *settings], expected(1, True, 4).total
+        settings, smallest = ["--bits 4", *settings], expected(1, True, 4).required
     if smallest > capacity:
         needed = math.ceil(smallest / HEADROOM / GIB)
         larger = f"--max-memory {needed}GiB" if spec.max_memory else f"GPUs of {needed} GiB"

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from qdist.core.errors import RunError, SpecError
+from qdist.core.errors import ModelError, RunError, SpecError
 from qdist.core.events import Event
 from qdist.core.facts import from_config
-from qdist.core.plan import Plan, Prepared, Source
+from qdist.core.plan import DataFacts, Plan, Prepared, Source
 from qdist.core.planner import make_plan
 from qdist.core.render import (
     ACCELERATE_FILE,
@@ -34,9 +34,12 @@ from qdist.core.spec import RunSpec, flatten, resolve, to_toml
 from qdist.host import modules, probe, templates
 from qdist.host.files import locked, write_atomic
 from qdist.host.follow import Follower
+from qdist.host.records import check_source
 from qdist.host.rundir import LOCK, PLAN, STOP, RunDir, free_name
-from qdist.host.sources import shape
+from qdist.host.sources import locate, shape
 
+DEMO = "demo"
+"""The data that qdist makes itself, and the recipe that goes with it."""
 RESUMABLE = frozenset((
     "run", "gpus", "micro_batch", "max_memory", "trackers", "liger", "zero.stage", "zero.offload",
     "train.checkpointing", "train.eval_steps", "train.save_steps", "train.keep", "train.answers",
@@ -202,7 +205,22 @@ def _job(run: RunDir, spec: RunSpec, prepared: Prepared) -> Job:
 def _real(spec: RunSpec) -> Prepared:
     if not spec.data:
         raise SpecError("no data was named", try_="--data FILE, a hub id, or --data demo")
+    if spec.data != DEMO:
+        check_source(spec.data)
+    _rehearse(spec)
     return modules.prepare(spec)
+
+
+def _rehearse(spec: RunSpec) -> None:
+    """Plan with the shortest data there could be, so that what cannot work fails before a download or conversion."""
+    try:
+        config, facts = shape(spec.model)
+    except ModelError:
+        locate(spec.model)  # a model whose shape only its weights tell; one that does not exist is refused here
+        return
+    shortest = DataFacts(path="", samples=2, train_samples=1, held_out_samples=1, tokens=2, longest=8)
+    source = Source(kind="dummy", path="", config=config, tokenizer="")
+    make_plan(spec, source, facts, probe.cluster(), shortest, has_liger=find_spec("liger_kernel") is not None)
 
 
 def _synthetic(spec: RunSpec) -> Prepared:
@@ -211,7 +229,11 @@ def _synthetic(spec: RunSpec) -> Prepared:
         raise SpecError(f"random weights train on random tokens, not on {spec.data!r}", try_="leave --data out")
     if spec.train.answers or spec.new_tokens:
         raise SpecError("train.answers and new_tokens need a tokenizer, and random weights have none")
-    config, _ = shape(spec.model)
+    config, facts = shape(spec.model)
+    if facts.family == "baichuan":
+        raise ModelError(
+            f"transformers has no class to build {spec.model} from random weights", try_="--model llama-7b"
+        )
     return Prepared(source=Source(kind="dummy", path="", config=config, tokenizer=""), data=None)
 
 

@@ -26,6 +26,11 @@ def read_records(source: str) -> Iterator[Located]:
     return (located for path in files for located in _file_records(path))
 
 
+def check_source(source: str) -> None:
+    """Raise DataError now for files that are missing or of an unknown kind; a hub data set is asked for later."""
+    _files(source)
+
+
 def source_digest(source: str) -> str:
     """The sha256 of the files' contents, or of the hub data set's name and revision: equal means equal records."""
     digest = hashlib.sha256()

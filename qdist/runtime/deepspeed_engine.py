@@ -70,11 +70,19 @@ class DeepSpeedEngine:
 
     def restore(self, state: State) -> None:
         if state.moments:
+            self._show_partitions()
             allocate_moments(self.optimizer, state.optimizer_steps)
+            self._show_partitions(hide=True)
         for name, parameter in self.adapter.named().items():
             self._take(parameter, None, state.parameters[name])
             for moment, tensors in state.moments.items():
                 self._take(parameter, moment, tensors[name])
+
+    def _show_partitions(self, *, hide: bool = False) -> None:
+        """ZeRO 3 puts its flat partitions into Adam's groups for the length of a step only."""
+        if self.stage == 3:
+            for index, group in enumerate(self.optimizer.param_groups):
+                group["params"] = [] if hide else [self.engine.optimizer.fp32_partitioned_groups_flat[index]]
 
     def _full(self, parameter: nn.Parameter, moment: str | None) -> torch.Tensor:
         """The whole of a parameter or moment, from the partitions of all ranks."""

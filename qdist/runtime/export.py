@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import resource
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from qdist.host.files import publish_folder, write_atomic
 from qdist.host.rundir import RESULT, RunDir
 from qdist.runtime.checkpoint import load, load_tensors
 from qdist.runtime.engine import Adapter
+from qdist.runtime.measure import Peak
 
 _CHECKSUM_WORDS = 1 << 24
 
@@ -108,19 +108,17 @@ def _replace_folder(beside: Path, final: Path) -> None:
 
 
 def write_result(
-    run: RunDir, plan: Plan, *, held_out: tuple[tuple[int, float], ...], answers: list[dict[str, str]]
+    run: RunDir, plan: Plan, *, held_out: tuple[tuple[int, float], ...], answers: list[dict[str, str]], peak: Peak
 ) -> None:
-    """Write `result.json`, which makes the run finished."""
-    adapter_bytes = sum(file.stat().st_size for file in run.adapter.glob("adapter_model*"))
+    """Write `result.json`, which makes the run finished. peak: of rank 0."""
+    tensors = load_tensors(run.adapter / "adapter_model.safetensors")
     result = {
         "steps": plan.steps,
         "held_out": [list(point) for point in held_out],
         "answers": answers,
-        "adapter_bytes": adapter_bytes,
-        "adapter_parameters": sum(
-            tensor.numel() for tensor in load_tensors(run.adapter / "adapter_model.safetensors").values()
-        ),
-        "host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "adapter_bytes": (run.adapter / "adapter_model.safetensors").stat().st_size,
+        "adapter_parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "peak_bytes": peak._asdict(),
     }
     write_atomic(run.path / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 

@@ -152,13 +152,25 @@ def read_prompts(path: Path) -> list[list[dict[str, str]]]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{number}: {error}", try_="one JSON object a line") from None
-        if isinstance(record, dict) and isinstance(record.get("messages"), list):
+        if isinstance(record, dict) and _is_conversation(record.get("messages")):
             found.append(record["messages"])
         elif isinstance(record, dict) and isinstance(record.get("prompt"), str):
             found.append([{"role": "user", "content": record["prompt"]}])
         else:
-            raise DataError(f"{path}:{number}: neither 'prompt' nor 'messages'", try_='{"prompt": "..."}')
+            raise DataError(
+                f"{path}:{number}: neither 'prompt' nor 'messages' with role and content", try_='{"prompt": "..."}'
+            )
     return found
+
+
+def _is_conversation(messages: object) -> bool:
+    """A list with at least one message, each with its role and content as text."""
+    if not isinstance(messages, list) or not messages:
+        return False
+    return all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in messages
+    )
 
 
 def generate_file(target: str, prompts: Path, out: Path, *, max_new_tokens: int, batch: int) -> int:

@@ -77,8 +77,10 @@ def pick_device(plan: Plan, local_rank: int) -> torch.device:
     torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = True
     if plan.memory_cap_bytes is not None:
+        # The cap is on the whole rank; torch can only be held to what the CUDA context and NCCL leave of it.
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, plan.memory_cap_bytes / total), device)
+        allowed = plan.memory_cap_bytes - plan.ranks[0].expected[0].context
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
     return device
 
 

@@ -52,6 +52,7 @@ def _work(plan: Plan, run: RunDir) -> None:
     from qdist.runtime.generate import before_and_after
     from qdist.runtime.load import load_tokenizer
     from qdist.runtime.loop import Trainer
+    from qdist.runtime.measure import peak
     from qdist.runtime.methods.backbone import DTYPES, load_backbone
     from qdist.runtime.methods.lora import add_adapter, prepare_for_training
     from qdist.runtime.samples import read_samples
@@ -96,7 +97,7 @@ def _work(plan: Plan, run: RunDir) -> None:
         if comm.rank == 0:
             gather(run, step=plan.steps)
             answers = before_and_after(plan, model, tokenizer, samples) if plan.spec.train.answers else []
-            write_result(run, plan, held_out=trainer.held_out, answers=answers)
+            write_result(run, plan, held_out=trainer.held_out, answers=answers, peak=peak(device))
         comm.barrier()
         report(Event(kind="end", step=plan.steps, total_steps=plan.steps))
     accelerator.end_training()
@@ -131,12 +132,15 @@ class _Reporter:
             with open(path, "r+b") as torn:
                 torn.truncate(whole_length(torn.read()))
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        self._context_bytes: int | None = None
 
     def __call__(self, event: Event) -> None:
         import msgspec
 
-        complete = msgspec.structs.replace(event, rank=self._rank, time=time.time(), memory_bytes=self._memory())
+        from qdist.runtime.measure import peak
+
+        complete = msgspec.structs.replace(
+            event, rank=self._rank, time=time.time(), memory_bytes=peak(self._device).total
+        )
         os.write(self._descriptor, encode(complete))
         if self._accelerator is not None:
             names = ("loss", "held_out_loss", "learning_rate", "gradient_norm")
@@ -145,19 +149,6 @@ class _Reporter:
                 values["tokens_per_second"] = event.tokens / event.seconds
             if values:
                 self._accelerator.log(values, step=event.step)
-
-    def _memory(self) -> int:
-        """Peak of this rank: on a GPU, torch's peak and the CUDA context; on the CPU, the largest resident set."""
-        import resource
-
-        import torch
-
-        if self._device.type == "cpu":
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if self._context_bytes is None:
-            free, total = torch.cuda.mem_get_info(self._device)
-            self._context_bytes = max(0, total - free - torch.cuda.memory_reserved(self._device))
-        return torch.cuda.max_memory_allocated(self._device) + self._context_bytes
 
 
 def _log_to(path: Path) -> None:

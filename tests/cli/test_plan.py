@@ -31,7 +31,7 @@ def test_a_plan_is_a_few_lines() -> None:
     assert lines["model"].startswith("llama-65b: 65.3 B parameters, 4 bits nf4, double quantization, bfloat16")
     assert lines["ranks"] == "4 GPUs"
     assert lines["engine"] == "DeepSpeed ZeRO-2, paged-adamw"
-    assert "GiB a rank: weights " in lines["memory"]
+    assert "only while there is room: weights " in lines["memory"]
 
 
 def test_a_plan_as_json_is_the_plan() -> None:

@@ -67,7 +67,7 @@ def test_every_plan_keeps_the_global_batch_and_its_place_in_memory(
     assert [rank.gpus for rank in plan.ranks] == [(rank,) if cards else () for rank in range(plan.world_size)]
     if cards:
         cap = 12 if settings.get("max_memory") == "12GiB" else 24 if "max_memory" in settings else gib
-        assert all(rank.expected[0].total <= HEADROOM * cap * GIB for rank in plan.ranks)
+        assert all(rank.expected[0].required <= HEADROOM * cap * GIB for rank in plan.ranks)
 
 
 def test_one_rank_needs_no_deepspeed_and_two_do() -> None:
@@ -173,7 +173,7 @@ def test_a_run_that_does_not_fit_says_by_how_much_and_what_would(
     assert re.sub(r" \([\d.]+ GiB\)$", "", caught.value.try_) == attempt
     larger = re.match(r"GPUs of (\d+) GiB", attempt)
     plan = planned(model, gpus(1, int(larger[1]) if larger else gib), settings | followed(attempt))
-    assert plan.ranks[0].expected[0].total <= HEADROOM * (int(larger[1]) if larger else gib) * GIB
+    assert plan.ranks[0].expected[0].required <= HEADROOM * (int(larger[1]) if larger else gib) * GIB
 
 
 def test_the_missing_bytes_are_what_is_needed_less_what_is_there() -> None:
@@ -181,15 +181,15 @@ def test_the_missing_bytes_are_what_is_needed_less_what_is_there() -> None:
         planned("llama-7b", gpus(1, 4))
     needed = planned("llama-7b", gpus(1, 80), {"micro_batch": 1, "train.checkpointing": True}).ranks[0].expected[0]
     assert caught.value.message == (
-        f"llama-7b at 4 bits needs {format_bytes(needed.total)} on every GPU; 95 % of 4.0 GiB is 3.8 GiB, "
-        f"{format_bytes(needed.total - HEADROOM * 4 * GIB)} short"
+        f"llama-7b at 4 bits needs {format_bytes(needed.required)} on every GPU; 95 % of 4.0 GiB is 3.8 GiB, "
+        f"{format_bytes(needed.required - HEADROOM * 4 * GIB)} short"
     )
 
 
 def test_a_note_says_why_a_larger_batch_lost() -> None:
     (note,) = planned("llama-7b", gpus(1, 24)).notes
     assert note == (
-        "micro_batch 16 without checkpointing needs 38.1 GiB a GPU, more than 22.8 GiB: "
+        "micro_batch 16 without checkpointing needs 38.4 GiB a GPU, more than 22.8 GiB: "
         "micro_batch 8 without checkpointing"
     )
     assert planned("llama-7b", ONE_CARD_OF_80).notes == ()

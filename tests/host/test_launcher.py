@@ -84,7 +84,7 @@ def test_writing_leaves_every_file_and_the_plan_last() -> None:
     ("settings", "name"),
     [
         ({"run": None}, "runs/smollm2-135m-qlora-dummy"),
-        ({"run": None, "model": "huggyllama/llama-7b"}, "runs/llama-7b-qlora-dummy"),
+        ({"run": None, "model": "EleutherAI/pythia-160m"}, "runs/pythia-160m-qlora-dummy"),
         ({"run": "mine"}, "mine"),
     ],
 )

@@ -128,7 +128,9 @@ def test_what_a_kill_left_hidden_is_ignored_and_then_cleaned(run: RunDir) -> Non
     assert run.checkpoint_steps() == [1, 2]
 
 
-def test_a_leftover_of_this_very_process_does_not_stand_in_the_way(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leftover_of_this_very_process_does_not_stand_in_the_way(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A container gives a restarted rank the same process id."""
     run.checkpoints.mkdir()
     monkeypatch.setattr("os.getpid", lambda: 4711)

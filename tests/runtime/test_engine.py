@@ -1,7 +1,6 @@
 """One rank's engine: exact to restore, exact to clip, and untouched by what is not finite."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch

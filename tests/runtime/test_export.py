@@ -146,7 +146,7 @@ def test_one_bit_changes_the_checksum(bit: int) -> None:
 def test_two_numbers_in_each_others_place_change_the_checksum() -> None:
     adapter = adapter_of((5, 3), (7,))
     before = adapter_checksum(adapter)
-    values = list(adapter.parameters())[0].data
+    values = next(iter(adapter.parameters())).data
     values[[0, 1]] = values[[1, 0]]
     assert adapter_checksum(adapter) != before
 

@@ -40,9 +40,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one(train: TrainRun, model: Path, folder: Path) -> RunDir:
-    """The run that others must equal: one rank, plain torch."""
-    return train(dummy_job(model, folder / "one", gpus=1, **DOTTED))
+def alone(train: TrainRun, model: Path, folder: Path) -> RunDir:
+    """One rank, plain torch."""
+    run = train(dummy_job(model, folder / "alone", gpus=1, **DOTTED, micro_batch=2))
+    assert run.plan().engine == "torch"
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -72,21 +74,19 @@ def losses_of(run: RunDir) -> dict[int, float]:
 # --- any number of ranks, any stage -------------------------------------------------------------------------------
 
 
-def test_training_moves_the_adapter_and_lowers_the_loss(one: RunDir) -> None:
-    found = losses_of(one)
-    assert list(found) == [1, 2, 3, 4, 5, 6]
-    assert found[6] < found[1]
-    assert max(float(tensor.abs().max()) for name, tensor in adapter(one).items() if "lora_B" in name) > 1e-3
+def test_training_moves_the_adapter_and_lowers_the_loss(never_killed: RunDir) -> None:
+    found = list(losses_of(never_killed).values())
+    assert len(found) == STEPS
+    assert sum(found[-8:]) < 0.9 * sum(found[:8])  # eight different steps make an epoch
+    assert max(float(tensor.abs().max()) for name, tensor in adapter(never_killed).items() if "lora_B" in name) > 1e-2
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_any_number_of_ranks_trains_the_same_adapter(
-    train: TrainRun, model: Path, folder: Path, one: RunDir, ranks: int
+    train: TrainRun, model: Path, folder: Path, alone: RunDir, ranks: int
 ) -> None:
     """Micro-batches of the same size, so that dropout draws the same numbers."""
-    size = {"micro_batch": 2}
-    alone = train(dummy_job(model, folder / f"alone-{ranks}", gpus=1, **DOTTED, **size))
-    several = train(dummy_job(model, folder / f"several-{ranks}", gpus=ranks, **DOTTED, **size))
+    several = train(dummy_job(model, folder / f"several-{ranks}", gpus=ranks, **DOTTED, micro_batch=2))
     assert furthest(alone, several) < 1e-4
     assert list(losses_of(several).values()) == pytest.approx(list(losses_of(alone).values()), rel=1e-5)
     assert several.plan().world_size == ranks
@@ -209,9 +209,14 @@ def rank_process(run: Path, rank: int) -> int:
     raise AssertionError(f"no process of rank {rank} among {processes(run)}")
 
 
-def wait_until(true: Callable[[], bool], what: str, *, seconds: float = 90) -> None:
+def wait_until(
+    true: Callable[[], bool], what: str, *, process: subprocess.Popen[str] | None = None, seconds: float = 120
+) -> None:
+    """Poll; a process that ends before `true` holds has failed, and shows what it said."""
     end = time.monotonic() + seconds
     while not true():
+        if process is not None and process.poll() is not None:
+            raise AssertionError(f"{what}: exit code {process.returncode}\n{process.communicate()[0]}")
         assert time.monotonic() < end, what
         time.sleep(0.02)
 
@@ -220,13 +225,16 @@ def nothing_left(run: Path) -> None:
     wait_until(lambda: not processes(run), f"left behind: {processes(run)}", seconds=10)
 
 
-LONG = {"steps": 400, "train.save_steps": 3}
-"""Long enough that a kill comes before the end."""
+STEPS = 200
+"""Enough that a kill comes long before the end."""
+LONG = {"steps": STEPS, "train.save_steps": 3}
 
 
 @pytest.fixture(scope="module")
 def never_killed(train: TrainRun, model: Path, folder: Path) -> RunDir:
-    return train(dummy_job(model, folder / "never-killed", gpus=2, **{**DOTTED, "steps": 400, "train__save_steps": 100}))
+    return train(
+        dummy_job(model, folder / "never-killed", gpus=2, **{**DOTTED, "steps": STEPS, "train__save_steps": 100})
+    )
 
 
 @pytest.mark.parametrize("victim", ["every rank", "rank 1", "the launcher"])
@@ -235,7 +243,7 @@ def test_a_killed_run_leaves_nothing_behind_and_resumes_with_the_same_losses(
 ) -> None:
     run = RunDir(folder / f"killed-{victim.replace(' ', '-')}")
     process = launch(*flags(model, run.path, **LONG))
-    wait_until(lambda: bool(run.checkpoint_steps()), "no checkpoint came")
+    wait_until(lambda: bool(run.checkpoint_steps()), "no checkpoint came", process=process)
     if victim == "every rank":
         for each in [rank_process(run.path, rank) for rank in (0, 1)]:
             os.kill(each, signal.SIGKILL)
@@ -262,7 +270,7 @@ def test_ctrl_c_saves_and_the_rest_runs_to_its_end_and_says_when_it_is_finished(
 ) -> None:
     run = RunDir(folder / "interrupted")
     process = launch(*flags(model, run.path, **{**LONG, "train.save_steps": 1000}))
-    wait_until(lambda: len(losses_of(run)) > 3, "no step came")
+    wait_until(lambda: len(losses_of(run)) > 3, "no step came", process=process)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
@@ -277,7 +285,7 @@ def test_ctrl_c_saves_and_the_rest_runs_to_its_end_and_says_when_it_is_finished(
     again = launch("--resume", "--run", run.path)
     said, _ = again.communicate(timeout=60)
     assert again.returncode == 0
-    assert "is finished: 400 steps" in said
+    assert f"is finished: {STEPS} steps" in said
 
 
 def test_a_rank_that_fails_shows_its_last_lines(launch: Launch, model: Path, folder: Path) -> None:

@@ -1,7 +1,5 @@
 """What a step trains on follows from the plan and the step, however it is cut."""
 
-from pathlib import Path
-
 import msgspec
 import pytest
 
