@@ -223,7 +223,8 @@ def _batch_notes(
     first_size, first_mode = order[0]
     return (
         f"micro_batch {first_size} {'with' if first_mode else 'without'} checkpointing needs "
-        f"{format_bytes(expected(first_size, first_mode, spec.bits).required)} a GPU, more than {format_bytes(capacity)}: "
+        f"{format_bytes(expected(first_size, first_mode, spec.bits).required)} a GPU, "
+        f"more than {format_bytes(capacity)}: "
         f"micro_batch {size} {'with' if checkpointing else 'without'} checkpointing",
     )
 

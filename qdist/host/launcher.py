@@ -192,7 +192,10 @@ def _job(run: RunDir, spec: RunSpec, prepared: Prepared) -> Job:
     facts = from_config(prepared.source.config, name=spec.model)
     has_liger = find_spec("liger_kernel") is not None
     plan = make_plan(spec, prepared.source, facts, probe.cluster(), prepared.data, has_liger=has_liger)
-    files = {"recipe.toml": to_toml(spec), "versions.json": json.dumps(probe.versions(), indent=2) + "\n"}
+    files = {
+        "recipe.toml": to_toml(msgspec.structs.replace(spec, run=None)),
+        "versions.json": json.dumps(probe.versions(), indent=2) + "\n",
+    }
     if plan.engine == "deepspeed":
         config = deepspeed_config(plan, templates.policy(deepspeed_policy(plan)))
         files[DEEPSPEED_FILE] = json.dumps(config, indent=2) + "\n"

@@ -29,7 +29,7 @@ def make_accelerator(plan: Plan, run: RunDir) -> Any:
 
     path = run.path / ACCELERATE_FILE
     config = load_config_from_file(str(path))
-    options: dict[str, Any] = {"mixed_precision": config.mixed_precision, "project_dir": str(run.path)}
+    options: dict[str, Any] = {"mixed_precision": config.mixed_precision, "project_dir": str(run.path / "trackers")}
     if plan.spec.trackers:
         options["log_with"] = list(plan.spec.trackers)
     if str(config.distributed_type).endswith("DEEPSPEED"):

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import sys
+import traceback
 
 
 def main() -> None:
@@ -52,11 +53,9 @@ def _fork(job: dict[str, object], rank: int, world_size: int, port: int) -> int:
         sys.argv = ["worker", str(job["run"]), "--digest", str(job["digest"])]
         worker.main()
         code = 0
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
     finally:
+        if code:
+            traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
