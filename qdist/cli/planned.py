@@ -30,7 +30,8 @@ def plan_lines(plan: Plan, *, notes: tuple[str, ...] = ()) -> list[str]:
         f"steps    {plan.steps:,}"
         + (f" over {plan.data.train_samples:,} samples, {plan.data.held_out_samples:,} held out" if plan.data else ""),
         f"memory   {format_bytes(budget.total)} a rank"
-        + (f", {format_bytes(budget.pageable)} of it only while there is room: " if budget.pageable else ": ")
+        + (f", {format_bytes(budget.pageable)} of it only while there is room" if budget.pageable else ""),
+        "         "
         + ", ".join(f"{name} {format_bytes(getattr(budget, name))}" for name in _PARTS if getattr(budget, name)),
     ]
     return lines + [f"note     {note}" for note in (*notes, *plan.notes)]
