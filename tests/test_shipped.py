@@ -19,9 +19,7 @@ DATA = {
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The content of the wheel that the checkout builds."""
-    wheel = pytest.importorskip(
-        "hatchling.builders.wheel", reason="hatchling, which builds wheels, is not installed"
-    )
+    wheel = pytest.importorskip("hatchling.builders.wheel", reason="hatchling, which builds wheels, is not installed")
     folder = tmp_path_factory.mktemp("wheel")
     (built,) = wheel.WheelBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"])
     with zipfile.ZipFile(built) as archive:

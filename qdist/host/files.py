@@ -29,11 +29,10 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 def publish_folder(beside: Path, final: Path) -> None:
     """Rename a finished folder into place, its files flushed to disk first. `final` must not exist."""
     for file in [path for path in beside.rglob("*") if path.is_file()]:
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    _sync_folder(beside)
+        sync(file)
+    sync(beside)
     os.rename(beside, final)
-    _sync_folder(final.parent)
+    sync(final.parent)
 
 
 def cache_dir() -> Path:
@@ -61,8 +60,9 @@ def locked(path: Path, *, busy: str = "") -> Iterator[int]:
         os.close(descriptor)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

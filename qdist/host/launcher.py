@@ -91,7 +91,11 @@ def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Job:
         if not os.path.exists(path):
             prepared = _real(spec)
             break
-    return _job(run, spec, prepared)
+    job = _job(run, spec, prepared)
+    if spec.micro_batch is None and spec.global_batch % (old.micro_batch * job.plan.world_size) == 0:
+        # Dropout is drawn per micro-batch: the same ones give the same draws on any number of ranks.
+        job = _job(run, msgspec.structs.replace(spec, micro_batch=old.micro_batch), prepared)
+    return job
 
 
 def write(job: Job) -> None:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qdist.core.errors import DataError
+from qdist.host.files import sync
 
 IGNORED = -100
 """The label of a token without loss, as transformers and torch have it."""
@@ -64,11 +65,11 @@ def save(tokenized: TokenizedSet, path: Path, *, key: str) -> None:
     summary = msgspec.json.encode(tokenized.summary).decode()
     try:
         save_file(arrays, beside, metadata={"key": key, "summary": summary})
-        _sync(beside)
+        sync(beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def load(path: Path, *, key: str) -> TokenizedSet:
@@ -91,12 +92,3 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise DataError(f"{path} is damaged: {error}", try_=f"rm {path}") from error
-
-
-def _sync(path: Path) -> None:
-    """Make the file, or the folder's list of names, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

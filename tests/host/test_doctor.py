@@ -35,7 +35,7 @@ HEALTHY = Facts(
     requires_python=">=3.11",
     requirements=("torch>=2.6", "bitsandbytes<0.60,>=0.46", "liger-kernel>=0.5; extra == 'fast'",
                   "gguf>=0.10; extra == 'gguf'", "pytest; extra == 'dev'", "colorama; sys_platform == 'win32'"),
-    disk_free_bytes=(("disk here", Path("/work"), 200 * GIB), ("model cache", Path("/cache"), 200 * GIB)),
+    disk_free_bytes=(("disk here", Path("/data"), 200 * GIB), ("model cache", Path("/cache"), 200 * GIB)),
     shm_bytes=8 * GIB,
     open_files=65536,
 )  # fmt: skip
