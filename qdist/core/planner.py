@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
+import msgspec
+
 from qdist.core.cluster import Cluster
 from qdist.core.errors import PlanError, SpecError
 from qdist.core.facts import ModelFacts
@@ -40,8 +42,12 @@ def make_plan(
     data: DataFacts | None,
     *,
     has_liger: bool = False,
+    usual_micro_batch: int | None = None,
 ) -> Plan:
     """Decide placement, batches, precision and engine.
+
+    usual_micro_batch: what the run had before it was resumed. It is kept where the ranks allow, since dropout is drawn
+    for each micro-batch.
 
     Raises PlanError, with the missing bytes and the nearest settings that fit, when the run does not fit, and
     SpecError where the batch arithmetic cannot work out.
@@ -76,7 +82,11 @@ def make_plan(
             context_bytes=_context_bytes(cluster, facts, world_size),
         )
 
-    micro_batch, checkpointing, notes = _batches(spec, world_size, capacity, expected)
+    if usual_micro_batch and not spec.micro_batch and spec.global_batch % (usual_micro_batch * world_size) == 0:
+        wanted = msgspec.structs.replace(spec, micro_batch=usual_micro_batch)
+    else:
+        wanted = spec
+    micro_batch, checkpointing, notes = _batches(wanted, world_size, capacity, expected)
     peak = expected(micro_batch, checkpointing, spec.bits)
     if capacity is not None and peak.required > capacity:
         raise _too_big(spec, capacity, peak, expected)

@@ -91,11 +91,7 @@ def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Job:
         if not os.path.exists(path):
             prepared = _real(spec)
             break
-    job = _job(run, spec, prepared)
-    if spec.micro_batch is None and spec.global_batch % (old.micro_batch * job.plan.world_size) == 0:
-        # Dropout is drawn per micro-batch: the same ones give the same draws on any number of ranks.
-        job = _job(run, msgspec.structs.replace(spec, micro_batch=old.micro_batch), prepared)
-    return job
+    return _job(run, spec, prepared, usual_micro_batch=old.micro_batch)
 
 
 def write(job: Job) -> None:
@@ -192,10 +188,18 @@ def _tail(lines: list[str], count: int = 12) -> str:
     return "\n".join(f"  | {line}" for line in deque(lines, count))
 
 
-def _job(run: RunDir, spec: RunSpec, prepared: Prepared) -> Job:
+def _job(run: RunDir, spec: RunSpec, prepared: Prepared, *, usual_micro_batch: int | None = None) -> Job:
     facts = from_config(prepared.source.config, name=spec.model)
     has_liger = find_spec("liger_kernel") is not None
-    plan = make_plan(spec, prepared.source, facts, probe.cluster(), prepared.data, has_liger=has_liger)
+    plan = make_plan(
+        spec,
+        prepared.source,
+        facts,
+        probe.cluster(),
+        prepared.data,
+        has_liger=has_liger,
+        usual_micro_batch=usual_micro_batch,
+    )
     files = {
         "recipe.toml": to_toml(msgspec.structs.replace(spec, run=None)),
         "versions.json": json.dumps(probe.versions(), indent=2) + "\n",
