@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qdist.core.errors import QdistError, RunError
+from qdist.core.errors import PlanError, QdistError, RunError
 from qdist.core.events import Event, encode, whole_length
 from qdist.core.plan import Plan, digest
+from qdist.core.units import format_bytes
 from qdist.host.rundir import RunDir
 
 
@@ -92,7 +93,10 @@ def _work(plan: Plan, run: RunDir) -> None:
         report=report,
         stopping=stop,
     )
-    finished = trainer.train()
+    try:
+        finished = trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(plan, run, comm.rank, peak(device).total, error) from error
     if finished:
         if comm.rank == 0:
             gather(run, step=plan.steps)
@@ -103,6 +107,16 @@ def _work(plan: Plan, run: RunDir) -> None:
     accelerator.end_training()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _out_of_memory(plan: Plan, run: RunDir, rank: int, reached_bytes: int, error: Exception) -> PlanError:
+    """What a GPU that ran full has to say to the user."""
+    smaller = max(1, plan.micro_batch // 2)
+    return PlanError(
+        f"rank {rank} ran out of GPU memory at {format_bytes(reached_bytes)}, where "
+        f"{format_bytes(plan.ranks[rank].expected[0].total)} were planned: {str(error).split('. ')[0]}",
+        try_=f"qdist launch --resume --run {run.path} --set micro_batch={smaller} --set train.checkpointing=true",
+    )
 
 
 class _StopRequest:
