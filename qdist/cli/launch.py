@@ -45,17 +45,17 @@ def launch(recipe: str | None, assignments: tuple[str, ...], resume: bool, dry_r
             click.echo(f"recipe   {recipe}" + (" (chosen because of --data demo)" if recipe == DEMO else ""))
     click.echo("\n".join(plan_lines(job.plan, notes=job.notes)))
     if dry_run:
-        click.echo(f"run      {job.run.path}, not created")
+        click.echo(f"run      {job.run.path}, not created; its launch.sh:\n")
         click.echo(job.files["launch.sh"])
         return
     launcher.write(job)
     click.echo(f"run      {job.run.path}")
     try:
         with Watch(job.plan, width=shutil.get_terminal_size().columns) as watch:
-            launcher.start(job, show=watch.show, say=watch.say)
+            launcher.start(job, show=watch.show, say=watch.say, recall=watch.recall)
     except KeyboardInterrupt:
         _say_stopped(job.run)
-        raise
+        raise SystemExit(130) from None
     ending(job.run, job.plan)
 
 

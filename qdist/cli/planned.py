@@ -3,7 +3,7 @@
 from qdist.core.plan import Plan
 from qdist.core.units import format_bytes, format_count
 
-_PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "gathers", "context", "pageable")
+_PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "gathers", "context")
 
 
 def plan_lines(plan: Plan, *, notes: tuple[str, ...] = ()) -> list[str]:
@@ -29,9 +29,9 @@ def plan_lines(plan: Plan, *, notes: tuple[str, ...] = ()) -> list[str]:
         + (", Liger kernels" if plan.liger else ""),
         f"steps    {plan.steps:,}"
         + (f" over {plan.data.train_samples:,} samples, {plan.data.held_out_samples:,} held out" if plan.data else ""),
-        f"memory   {format_bytes(budget.total)} a rank"
-        + (f", {format_bytes(budget.pageable)} of it only while there is room" if budget.pageable else ""),
-        "         "
+        f"memory   {format_bytes(budget.required)} a rank"
+        + (f", and {format_bytes(budget.pageable)} of optimizer state where there is room" if budget.pageable else ""),
+        "         at the peak: "
         + ", ".join(f"{name} {format_bytes(getattr(budget, name))}" for name in _PARTS if getattr(budget, name)),
     ]
     return lines + [f"note     {note}" for note in (*notes, *plan.notes)]

@@ -35,6 +35,10 @@ class Watch:
         if self._live:
             self._live.stop()
 
+    def recall(self, events: list[Event]) -> None:
+        """Take note of what was said before the run was resumed, without saying it again."""
+        self._state = advance(self._state, events)
+
     def show(self, events: list[Event]) -> None:
         """Take note of what the ranks said."""
         self._state = advance(self._state, events)

@@ -55,6 +55,11 @@ def make_plan(
     world_size = _world_size(spec, cluster)
     dtype = spec.dtype or ("bfloat16" if cluster.device == "cuda" else "float32")
     longest = min(spec.seq_len, data.longest) if data else spec.seq_len
+    if longest > facts.max_positions:
+        raise SpecError(
+            f"seq_len={longest}, but {spec.model} has {facts.max_positions} positions",
+            try_=f"seq_len={facts.max_positions}",
+        )
     stage = _zero_stage(spec, world_size)
     liger = _liger(spec, cluster, has_liger)
     optimizer = _optimizer(spec, cluster)
@@ -92,9 +97,9 @@ def make_plan(
         raise _too_big(spec, capacity, peak, expected)
     if cluster.device == "cpu" and peak.total * world_size > cluster.memory_bytes:
         raise PlanError(
-            f"{world_size} CPU ranks of {spec.model} at {spec.bits} bits need {format_bytes(peak.total * world_size)}; "
-            f"this machine has {format_bytes(cluster.memory_bytes)}",
-            try_=f"--gpus {fitting}" if (fitting := cluster.memory_bytes // peak.total) else "a smaller model",
+            f"{spec.model} at {spec.bits} bits on {world_size} CPU rank{'s' if world_size > 1 else ''} needs "
+            f"{format_bytes(peak.total * world_size)}; this machine has {format_bytes(cluster.memory_bytes)}, no GPU",
+            try_=f"--gpus {fitting}" if (fitting := cluster.memory_bytes // peak.total) else _elsewhere(spec),
         )
     return Plan(
         spec=spec,
@@ -149,6 +154,11 @@ def _context_bytes(cluster: Cluster, facts: ModelFacts, world_size: int) -> int:
     if cluster.device == "cpu":
         return CPU_CONTEXT_BYTES + CPU_LOADING_BYTES * facts.parameters
     return CUDA_CONTEXT_BYTES + (NCCL_BYTES if world_size > 1 else 0)
+
+
+def _elsewhere(spec: RunSpec) -> str:
+    """What to do when not even one CPU rank fits."""
+    return f"a smaller model; for another machine: qdist plan --model {spec.model} --gpus 1 --gpu-memory 24GiB"
 
 
 def _zero_stage(spec: RunSpec, world_size: int) -> int:
@@ -267,4 +277,5 @@ def _too_big(spec: RunSpec, capacity: int, peak: MemoryBudget, expected: Expecte
         needed = math.ceil(smallest / HEADROOM / GIB)
         larger = f"--max-memory {needed}GiB" if spec.max_memory else f"GPUs of {needed} GiB"
         settings = [larger, *(["with"] if settings and not spec.max_memory else []), *settings]
+        message += "; every GPU holds the whole model, so more of them do not help"
     return PlanError(message, try_=f"{' '.join(settings)} ({format_bytes(smallest)})")

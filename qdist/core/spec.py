@@ -228,7 +228,11 @@ def _value_error(message: str, merged: Mapping[str, Any]) -> SpecError:
         )
     # What was got shows already, and as a flag's or recipe's text it is a `str` whatever it looks like.
     wanted = reason.partition(", got ")[0].replace(" | null", "")
-    return SpecError(f"{key} cannot be {value!r}: {wanted[:1].lower()}{wanted[1:]}", try_=f"another value for {key}")
+    for kind, words in (("`int`", "a whole number"), ("`float`", "a number"), ("`bool`", "true or false")):
+        wanted = wanted.replace(kind, words)
+    usual = flatten(RunSpec()).get(key)
+    hint = f"another value for {key}" if usual in (None, "", (), []) else f"{key}={json_text(usual)}"
+    return SpecError(f"{key} cannot be {value!r}: {wanted[:1].lower()}{wanted[1:]}", try_=hint)
 
 
 def _choices(key: str) -> list[str]:
@@ -288,21 +292,10 @@ def flatten(spec: RunSpec) -> dict[str, Any]:
     }
 
 
-def to_toml(spec: RunSpec) -> str:
-    """The spec as a recipe that `qdist launch` reads back; what the plan decides is left out."""
-    plain = msgspec.to_builtins(spec)
-    lines = [
-        f"{key} = {_toml_value(value)}"
-        for key, value in plain.items()
-        if not isinstance(value, dict) and value is not None
-    ]
-    for section, settings in plain.items():
-        if isinstance(settings, dict):
-            lines += ["", f"[{section}]"]
-            lines += [f"{key} = {_toml_value(value)}" for key, value in settings.items() if value is not None]
-    return "\n".join(lines) + "\n"
-
-
-def _toml_value(value: Any) -> str:
-    """TOML's strings, numbers, booleans and arrays of strings are JSON's, but for DEL, which TOML wants escaped."""
-    return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
+def json_text(value: Any) -> str:
+    """A setting as one types it."""
+    return (
+        ",".join(map(str, value))
+        if isinstance(value, (list, tuple))
+        else msgspec.json.encode(value).decode().strip('"')
+    )

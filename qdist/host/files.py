@@ -29,6 +29,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 def publish_folder(beside: Path, final: Path) -> None:
     """Rename a finished folder into place, its files flushed to disk first. `final` must not exist."""
     for file in [path for path in beside.rglob("*") if path.is_file()]:
+        file.chmod(0o644)  # safetensors writes 0600, and adapters are made to be shared
         sync(file)
     sync(beside)
     os.rename(beside, final)

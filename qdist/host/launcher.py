@@ -22,6 +22,7 @@ from qdist.core.events import Event
 from qdist.core.facts import from_config
 from qdist.core.plan import DataFacts, Plan, Prepared, Source
 from qdist.core.planner import make_plan
+from qdist.core.recipe import to_toml
 from qdist.core.render import (
     ACCELERATE_FILE,
     DEEPSPEED_FILE,
@@ -30,7 +31,7 @@ from qdist.core.render import (
     deepspeed_policy,
     launch_script,
 )
-from qdist.core.spec import RunSpec, flatten, resolve, to_toml
+from qdist.core.spec import RunSpec, flatten, resolve
 from qdist.host import modules, probe, templates
 from qdist.host.files import locked, write_atomic
 from qdist.host.follow import Follower
@@ -45,6 +46,9 @@ RESUMABLE = frozenset((
     "train.checkpointing", "train.eval_steps", "train.save_steps", "train.keep", "train.answers",
 ))  # fmt: skip
 """Settings that may change when a run goes on: none of them changes what a step computes."""
+
+
+Show = Callable[[list[Event]], None]
 
 
 class Job(NamedTuple):
@@ -103,16 +107,21 @@ def write(job: Job) -> None:
         write_atomic(job.run.path / name, text)
 
 
-def start(job: Job, *, show: Callable[[list[Event]], None], say: Callable[[str], None]) -> None:
+def start(job: Job, *, show: Show, say: Callable[[str], None], recall: Show | None = None) -> None:
     """Start the ranks and stay until they have ended.
 
     show: called a few times a second with what the ranks said since.
+    recall: called once before, with what they said before the run was resumed.
     say: called with a line for the user.
     Raises KeyboardInterrupt when the run was stopped and saved, RunError when a rank died.
     """
     run = job.run
     with locked(run.path / LOCK, busy=f"{run.path} is being trained by another process") as lock:
         (run.path / STOP).unlink(missing_ok=True)
+        follower = Follower(run.path)
+        past = follower.new_events()
+        if recall:
+            recall(past)
         launcher_log = run.logs / "launcher.log"
         with open(launcher_log, "ab") as log:
             began = log.tell()
@@ -125,7 +134,7 @@ def start(job: Job, *, show: Callable[[list[Event]], None], say: Callable[[str],
                 pass_fds=(lock,),
                 preexec_fn=_end_with_parent,
             )
-        stopped = _watch(run, ranks, show, say)
+        stopped = _watch(run, ranks, follower, show, say)
         if run.result() is not None and ranks.returncode == 0:
             return
         if stopped and ranks.returncode in (0, -signal.SIGKILL):
@@ -134,7 +143,7 @@ def start(job: Job, *, show: Callable[[list[Event]], None], say: Callable[[str],
 
 
 def _watch(
-    run: RunDir, ranks: subprocess.Popen[bytes], show: Callable[[list[Event]], None], say: Callable[[str], None]
+    run: RunDir, ranks: subprocess.Popen[bytes], follower: Follower, show: Show, say: Callable[[str], None]
 ) -> bool:
     """Follow the ranks to their end; True when the user or a scheduler asked them to stop."""
     asked = 0
@@ -144,12 +153,11 @@ def _watch(
         asked += 1
         if asked == 1:
             (run.path / STOP).touch()
-            say("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
+            say("stopping after this step, with a checkpoint; a second Ctrl-C stops at once")
         else:
             os.killpg(ranks.pid, signal.SIGKILL)
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    follower = Follower(run.path)
     try:
         while ranks.poll() is None:
             show(follower.new_events())

@@ -53,6 +53,8 @@ def _files(source: str) -> list[Path] | None:
         return _folder_files(path)
     if path.is_file():
         _reader(path)
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} holds no record (0 bytes)")
         return [path]
     if _means_a_file(source, path):
         raise _missing(path)
@@ -121,7 +123,10 @@ def _parse(text: str, path: Path, *, first_line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"{path}:{first_line + error.lineno - 1}:{error.colno}"
-        raise DataError(f"{where}: invalid JSON: {error.msg}") from error
+        reason = error.msg.removesuffix(" at")  # json's own sentence ends with the position
+        raise DataError(
+            f"{where}: invalid JSON: {reason}", try_="one whole JSON value there, its strings closed"
+        ) from error
 
 
 def _object(item: object, where: str) -> Record:

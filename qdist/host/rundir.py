@@ -49,9 +49,7 @@ class RunDir:
         try:
             raw = (self.path / PLAN).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            raise RunError(
-                f"{self.path} is not a run: it has no {PLAN}", try_="qdist launch --run " + str(self.path)
-            ) from None
+            raise RunError(f"{self.path} is not a run: it has no {PLAN}", try_=self._runs_nearby()) from None
         version = _json(raw, self.path / PLAN).get("version")
         if version != VERSION:
             raise RunError(
@@ -61,6 +59,14 @@ class RunDir:
             return msgspec.json.decode(raw, type=Plan)
         except msgspec.DecodeError as error:
             raise RunError(f"{self.path / PLAN} is not a plan: {error}", try_="start the run again") from None
+
+    def _runs_nearby(self) -> str:
+        """Runs inside this folder, beside it, or in `runs/`: what the user may have meant."""
+        for folder in (self.path, self.path.parent, Path("runs")):
+            found = sorted(str(plan.parent) for plan in folder.glob(f"*/{PLAN}"))
+            if found:
+                return ", ".join(found[:5])
+        return "a folder that `qdist launch` made"
 
     def checked_plan(self, expected_digest: str) -> Plan:
         """The plan, refused when it is not the one that was launched."""

@@ -23,7 +23,7 @@ def split(n: int, *, held_out: float, seed: int) -> tuple[torch.Tensor, torch.Te
     if not 0 <= held_out < 1:
         raise DataError(f"the held-out share is {held_out}", try_="at least 0 and below 1, such as 0.05")
     if held_out and n < 2:
-        raise DataError(f"{n} sample cannot be split into training and held-out data", try_="held_out=0")
+        raise DataError(f"{n} sample cannot be split into training and held-out data", try_="--set train.held_out=0")
     count = min(max(round(n * held_out), 1), n - 1) if held_out else 0
     order = _permutation(n, _derived(seed, "split"))
     return order[count:].sort().values, order[:count].sort().values

@@ -131,7 +131,10 @@ def choose_step(run: RunDir, which: str) -> int:
         best = progress.best_step
         if best in steps:
             return best
-        raise RunError(f"{run.path} was never evaluated at a checkpoint", try_="--checkpoint last")
+        raise RunError(
+            f"{run.path} was never evaluated at a checkpoint",
+            try_="--checkpoint last; `best` needs --set train.eval_steps=N at launch",
+        )
     if which != "last" and (not which.isdigit() or int(which) not in steps):
         raise RunError(
             f"{run.path} has no checkpoint {which!r}", try_=f"last, best, or one of {', '.join(map(str, steps))}"
@@ -154,7 +157,8 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     tensors = load_tensors(folder / "adapter_model.safetensors")
-    print(f"{folder}: step {step}, {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} parameters")
+    total, parameters = run.plan().steps, sum(tensor.numel() for tensor in tensors.values())
+    print(f"{folder}: step {step} of {total}, {len(tensors)} tensors, {parameters:,} parameters")
 
 
 if __name__ == "__main__":

@@ -27,12 +27,12 @@ def test_a_plan_is_a_few_lines() -> None:
     result = plan(*BIG, "48GiB")
     assert result.exit_code == 0, result.output
     lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
-    assert list(lines) == ["model", "adapter", "ranks", "engine", "batch", "memory", "weights", "note"]
+    assert list(lines) == ["model", "adapter", "ranks", "engine", "batch", "memory", "at", "note"]
     assert lines["model"].startswith("llama-65b: 65.3 B parameters, 4 bits nf4, double quantization, bfloat16")
     assert lines["ranks"] == "4 GPUs"
     assert lines["engine"] == "DeepSpeed ZeRO-2, paged-adamw"
-    assert lines["memory"].endswith("only while there is room")
-    assert "context" in lines["weights"]
+    assert lines["memory"].endswith("of optimizer state where there is room")
+    assert "context" in lines["at"]
 
 
 def test_a_plan_as_json_is_the_plan() -> None:
@@ -47,7 +47,7 @@ def test_what_does_not_fit_ends_with_code_1_and_the_missing_bytes() -> None:
     assert (result.exit_code, result.stdout) == (1, "")
     first, second = result.stderr.splitlines()
     assert first.startswith("error: llama-65b at 4 bits needs ")
-    assert first.endswith(" GiB short")
+    assert first.endswith(" GiB short; every GPU holds the whole model, so more of them do not help")
     assert second.startswith("  try: GPUs of ")
     assert plan(*BIG, second.split()[3] + "GiB").exit_code == 0
 

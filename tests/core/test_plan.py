@@ -30,8 +30,8 @@ TABLE: list[tuple[str, int, float, dict[str, Any], tuple[int, int, bool, int, st
     ("llama-7b", 2, 24, {"train.checkpointing": True}, (8, 1, True, 2, "deepspeed")),
     ("llama-7b", 2, 24, {"micro_batch": 2}, (2, 4, False, 2, "deepspeed")),
     ("llama-7b", 4, 24, {"gpus": 1}, (8, 2, False, 0, "torch")),
-    ("llama-7b", 1, 80, {"seq_len": 4096}, (2, 8, False, 0, "torch")),
-    ("llama-7b", 1, 80, {"seq_len": 16_384, "train.checkpointing": True}, (1, 16, True, 0, "torch")),
+    ("llama3-8b", 1, 80, {"seq_len": 4096}, (2, 8, False, 0, "torch")),
+    ("llama3.1-8b", 1, 80, {"seq_len": 16_384, "train.checkpointing": True}, (1, 16, True, 0, "torch")),
     ("llama-7b", 1, 80, {"global_batch": 128}, (16, 8, False, 0, "torch")),
     ("llama-7b", 1, 80, {"max_memory": "12GiB"}, (16, 1, True, 0, "torch")),
     ("llama-7b", 1, 80, {"bits": 16, "max_memory": "24GiB"}, (16, 1, True, 0, "torch")),
@@ -182,7 +182,8 @@ def test_the_missing_bytes_are_what_is_needed_less_what_is_there() -> None:
     needed = planned("llama-7b", gpus(1, 80), {"micro_batch": 1, "train.checkpointing": True}).ranks[0].expected[0]
     assert caught.value.message == (
         f"llama-7b at 4 bits needs {format_bytes(needed.required)} on every GPU; 95 % of 4.0 GiB is 3.8 GiB, "
-        f"{format_bytes(needed.required - HEADROOM * 4 * GIB)} short"
+        f"{format_bytes(needed.required - HEADROOM * 4 * GIB)} short; "
+        "every GPU holds the whole model, so more of them do not help"
     )
 
 

@@ -303,7 +303,7 @@ def test_the_first_signal_asks_the_ranks_to_stop_and_waits_for_them(number: sign
 
     with pytest.raises(KeyboardInterrupt):
         launcher.start(job, show=show, say=said.append)
-    assert said == ["stopping after this step, with a checkpoint; Ctrl-C again stops at once"]
+    assert said == ["stopping after this step, with a checkpoint; a second Ctrl-C stops at once"]
     assert Path("run/saved").is_file()
     assert not is_running("run/pid")
     assert not job.run.stop_requested()

@@ -38,7 +38,7 @@ def test_what_is_not_a_run_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunError, match=r"is not a run: it has no plan\.json") as caught:
         RunDir(tmp_path / name).plan()
-    assert caught.value.try_ == f"qdist launch --run {tmp_path / name}"
+    assert caught.value.try_ == "a folder that `qdist launch` made"
 
 
 @pytest.mark.parametrize("version", [0, VERSION + 1])
