@@ -35,6 +35,7 @@ def make_accelerator(plan: Plan, run: RunDir) -> Any:
     if str(config.distributed_type).endswith("DEEPSPEED"):
         section = config.deepspeed_config
         policy = json.loads((run.path / section["deepspeed_config_file"]).read_text())
+        _compile_nothing()
         options["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=policy, zero3_init_flag=section["zero3_init_flag"])
         options["gradient_accumulation_steps"] = policy["gradient_accumulation_steps"]
         backend = "gloo" if config.use_cpu else "nccl"
@@ -49,6 +50,16 @@ def make_accelerator(plan: Plan, run: RunDir) -> Any:
             f"{path} says {config.num_processes} processes, this run has {accelerator.num_processes}", try_="--resume"
         )
     return accelerator
+
+
+def _compile_nothing() -> None:
+    """Keep DeepSpeed from building its shared-memory all-reduce for CPU ranks on the first run.
+
+    That takes over a minute and a C++ compiler, which a machine with Python alone does not have; gloo does without.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def make_engine(plan: Plan, accelerator: Any, adapter: Adapter) -> Engine:
