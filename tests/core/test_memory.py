@@ -164,7 +164,9 @@ def test_autograd_saves_under_autocast_what_the_terms_say(
 ) -> None:
     """peft asks whether autocast is on without saying for which device, so that on a CPU it hears no."""
     torch = pytest.importorskip("torch")
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
+    # torch.autocast asks with a device and must hear the truth, or it leaves autocast on behind it.
+    truth = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: truth(*device) if device else True)
     facts = from_config(layered(family, 1), name=family)
     targets = facts.linear_names
     three, two = (saved_bytes(family, layers, targets, 0.0, bits=bits, autocast=True) for layers in (3, 2))
