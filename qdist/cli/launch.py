@@ -8,10 +8,10 @@ import click
 
 from qdist.cli.planned import plan_lines
 from qdist.cli.watch import Watch, ending
+from qdist.core.demo import NAME as DEMO
 from qdist.core.errors import RunError, SpecError
 from qdist.core.spec import nest, parse_assignment, resolve
 from qdist.host import launcher, templates
-from qdist.host.launcher import DEMO
 from qdist.host.rundir import RunDir
 
 

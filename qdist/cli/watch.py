@@ -8,7 +8,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 
 from qdist.cli.views import answers, comparison, live_view, plain_line
-from qdist.core.demo import SYSTEM
+from qdist.core import demo
 from qdist.core.events import Event, RunState, advance
 from qdist.core.plan import Plan
 from qdist.core.units import format_bytes, format_count
@@ -100,7 +100,7 @@ def ending(run: RunDir, plan: Plan) -> None:
         f"\nadapter  {run.adapter}: {format_count(result['adapter_parameters'])} parameters, "
         f"{format_bytes(result['adapter_bytes'])}{speed}"
     )
-    system = f' --system "{SYSTEM}"' if plan.spec.data == "demo" else ""
+    system = f' --system "{demo.SYSTEM}"' if plan.spec.data == demo.NAME else ""
     if plan.source.tokenizer:
         click.echo(f"chat     qdist chat {run.path}{system}")
     click.echo(f"merge    qdist merge {run.path} --out {run.path}/merged")

@@ -11,6 +11,8 @@ import msgspec
 
 from qdist.core.errors import DataError
 
+NAME = "demo"
+"""What the data set and the recipe that goes with it are called."""
 SYSTEM = "Turn the order into a command."
 
 _PLACES = ("Luigi", "Rosa", "Marco", "Anna", "Oscar", "Bella", "Hugo", "Nina", "Felix", "Clara", "Max", "Emma")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from qdist.core import demo
 from qdist.core.errors import ModelError, RunError, SpecError
 from qdist.core.events import Event
 from qdist.core.facts import from_config
@@ -39,8 +40,6 @@ from qdist.host.records import check_source
 from qdist.host.rundir import LOCK, PLAN, STOP, RunDir, free_name
 from qdist.host.sources import locate, shape
 
-DEMO = "demo"
-"""The data that qdist makes itself, and the recipe that goes with it."""
 RESUMABLE = frozenset((
     "run", "gpus", "micro_batch", "max_memory", "trackers", "liger", "zero.stage", "zero.offload",
     "train.checkpointing", "train.eval_steps", "train.save_steps", "train.keep", "train.answers",
@@ -224,7 +223,7 @@ def _job(run: RunDir, spec: RunSpec, prepared: Prepared, *, usual_micro_batch: i
 def _real(spec: RunSpec) -> Prepared:
     if not spec.data:
         raise SpecError("no data was named", try_="--data FILE, a hub id, or --data demo")
-    if spec.data != DEMO:
+    if spec.data != demo.NAME:
         check_source(spec.data)
     _rehearse(spec)
     return modules.prepare(spec)

@@ -12,7 +12,7 @@ from qdist.host.records import read_records, source_digest
 from qdist.runtime.encode import tokenize
 from qdist.runtime.tokenized import TokenizedSet, load, save
 
-DEMO = "demo"
+DEMO = demo.NAME
 """The source that names the generated data set of `qdist.core.demo`."""
 
 _VERSION = 1

@@ -104,7 +104,7 @@ def before_and_after(plan: Plan, model: Any, tokenizer: Any, samples: Samples) -
 def _questions(plan: Plan, tokenizer: Any, samples: Samples) -> list[tuple[str, list[int], str]]:
     """(question, prompt tokens, expected answer): the demo's fixed ones, else the first held-out samples."""
     count = plan.spec.train.answers
-    if plan.spec.data == "demo":
+    if plan.spec.data == demo.NAME:
         return [(item.order, encode_chat(tokenizer, item.messages()), item.answer) for item in demo.questions()[:count]]
     found: list[tuple[str, list[int], str]] = []
     for index in samples.held_out:
