@@ -8,6 +8,21 @@ from qdist.core.errors import SpecError
 from qdist.core.units import GIB
 
 
+class Rates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How fast a GPU and its links are. Bytes count once for each direction in which they move."""
+
+    matmul_flops_s: float
+    """Dense 16-bit matrix products."""
+    memory_bytes_s: float
+    """Device memory, bytes read plus bytes written."""
+    link_bytes_s: float
+    """All-gather over the GPUs of the machine: bytes that one GPU receives."""
+    host_bytes_s: float
+    """Pinned host memory to one GPU."""
+    source: str
+    """Where the figures come from: 'measured' and the date, or 'table'."""
+
+
 class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One GPU as CUDA numbers it for this process, so after CUDA_VISIBLE_DEVICES and in PCI bus order."""
 
@@ -28,6 +43,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     memory_bytes: int
     """Host memory, capped by the cgroup."""
     memory_free_bytes: int
+    rates: Rates | None = None
+    """Of the slowest GPU; None on CPU, and where nothing is known of the card."""
 
 
 def hypothetical(gpus: int, gpu_memory_bytes: int) -> Cluster:

@@ -9,7 +9,12 @@ from qdist.core.facts import ModelFacts
 from qdist.core.memory import MemoryBudget
 from qdist.core.spec import RunSpec
 
-VERSION = 1
+VERSION = 2
+
+Placement = Literal["replicate", "shard", "split"]
+"""How the GPUs of a group hold the backbone: each all of it, each a part of every layer, each some whole layers."""
+Schedule = Literal["1f1b", "sequential"]
+"""Of a split backbone: a rank a stage with micro-batches in flight, or one process that visits GPU after GPU."""
 
 
 class DataFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,6 +35,8 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     kind: Literal["folder", "dummy"]
     path: str
     """The folder of a pretrained model; empty for random weights."""
+    packed: str = ""
+    """The folder of safetensors that ranks read: packed to the run's bits, under the names of the modules."""
     config: dict[str, object]
     """transformers' configuration, from which random weights are made."""
     tokenizer: str
@@ -56,6 +63,26 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     node: int
     gpus: tuple[int, ...]
     expected: tuple[MemoryBudget, ...]
+    group: int = 0
+    """The ranks of a group hold one backbone between them; ranks are numbered group by group."""
+    position: int = 0
+    """Place within the group: the shard of a sharded backbone, the stage of a split one."""
+
+
+class Alternative(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A way to run that lost, and why."""
+
+    placement: Placement
+    schedule: Schedule | None = None
+    groups: int
+    gpus_per_group: int
+    micro_batch: int
+    checkpointed_layers: int
+    tokens_per_second: float
+    """Predicted, all ranks together; 0 where it does not fit."""
+    required_bytes: int
+    """Of the fullest GPU."""
+    reason: str
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -67,14 +94,23 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     facts: ModelFacts
     data: DataFacts | None
     device: Literal["cuda", "cpu"]
-    placement: Literal["replicate"] = "replicate"
+    placement: Placement = "replicate"
+    schedule: Schedule | None = None
+    """None unless the backbone is split."""
+    groups: int
+    gpus_per_group: int
+    layer_map: tuple[int, ...] = ()
+    """Of a split backbone: each decoder layer's position in its group, never decreasing. Empty otherwise."""
+    offloaded_layers: tuple[int, ...] = ()
+    """Decoder layers whose packed weights wait in host memory and visit the GPU for each use."""
     world_size: int
     micro_batch: int
     gradient_accumulation: int
     steps: int
     seq_len: int
     """Longest sequence that the ranks will see: `spec.seq_len`, or less where the data are shorter."""
-    checkpointing: bool
+    checkpointed_layers: int
+    """Decoder layers, from the first, that are recomputed in the backward pass; the others keep what they computed."""
     compute_dtype: Literal["bfloat16", "float16", "float32"]
     optimizer: Literal["adamw", "paged-adamw"]
     engine: Literal["torch", "deepspeed"]
@@ -83,8 +119,23 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     threads_per_rank: int
     memory_cap_bytes: int | None
     ranks: tuple[RankPlan, ...]
+    tokens_per_second: float = 0.0
+    """Predicted, all ranks together; 0 where nothing is known of the device."""
+    load_peak_bytes: int = 0
+    """Predicted peak of a GPU while the backbone is loaded."""
+    alternatives: tuple[Alternative, ...] = ()
     notes: tuple[str, ...]
-    """What was decided for the user, and why; the alternatives that lost."""
+    """What was decided for the user, and why."""
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether any layer is recomputed in the backward pass."""
+        return self.checkpointed_layers > 0
+
+    @property
+    def data_parallel(self) -> int:
+        """Micro-batches that are computed at a time, on different samples: a pipeline's stages share theirs."""
+        return self.groups if self.placement == "split" else self.world_size
 
 
 def digest(plan: Plan) -> str:

@@ -107,12 +107,14 @@ def make_plan(
         facts=facts,
         data=data,
         device=cluster.device,
+        groups=world_size,
+        gpus_per_group=1,
         world_size=world_size,
         micro_batch=micro_batch,
         gradient_accumulation=spec.global_batch // (micro_batch * world_size),
         steps=_steps(spec, data),
         seq_len=longest,
-        checkpointing=checkpointing,
+        checkpointed_layers=facts.layers if checkpointing else 0,
         compute_dtype=dtype,
         optimizer=optimizer,
         engine="deepspeed" if world_size > 1 or spec.zero.stage or spec.zero.offload == "cpu" else "torch",
@@ -121,7 +123,7 @@ def make_plan(
         threads_per_rank=max(1, cluster.cpu_count // world_size),
         memory_cap_bytes=max_memory_bytes(spec),
         ranks=tuple(
-            RankPlan(rank=rank, node=0, gpus=(rank,) if cluster.device == "cuda" else (), expected=(peak,))
+            RankPlan(rank=rank, node=0, gpus=(rank,) if cluster.device == "cuda" else (), expected=(peak,), group=rank)
             for rank in range(world_size)
         ),
         notes=notes,

@@ -30,7 +30,7 @@ def deepspeed_config(plan: Plan, policy: Mapping[str, Any]) -> dict[str, Any]:
         **policy,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.gradient_accumulation,
-        "train_batch_size": plan.micro_batch * plan.gradient_accumulation * plan.world_size,
+        "train_batch_size": plan.micro_batch * plan.gradient_accumulation * plan.data_parallel,
         # Stage 0 has no optimizer of DeepSpeed's own to clip in; the engine clips there.
         "gradient_clipping": plan.spec.optim.clip if plan.zero_stage else 0.0,
     }

@@ -61,6 +61,15 @@ class Zero(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     offload: Literal["none", "cpu"] = "none"
 
 
+class Split(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a backbone of which each GPU holds some whole layers is trained."""
+
+    schedule: Literal["1f1b", "sequential"] | None = None
+    """1f1b: a rank a stage, micro-batches in flight. sequential: one process that visits GPU after GPU."""
+    offload_layers: Count | None = None
+    """Layers whose packed weights wait in host memory; by default as many as do not fit, the last resort."""
+
+
 class Train(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the loop does between two steps, and on what it takes its loss."""
 
@@ -88,6 +97,10 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     run: str | None = None
     gpus: Positive | None = None
     """Ranks. On a machine without GPUs they are CPU processes."""
+    placement: Literal["replicate", "shard", "split"] | None = None
+    """How the GPUs of a group hold the backbone: each all of it, each a part of every layer, each some whole layers."""
+    gpus_per_group: Positive | None = None
+    """GPUs that hold one backbone between them; groups work on different samples."""
     max_memory: str | None = None
     """Cap on each GPU, enforced in the ranks."""
     load_format: Literal["auto", "dummy"] = "auto"
@@ -107,6 +120,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     quant: Quant = Quant()
     optim: Optim = Optim()
     zero: Zero = Zero()
+    split: Split = Split()
     train: Train = Train()
 
 
