@@ -41,7 +41,8 @@ from qdist.host.rundir import LOCK, PLAN, STOP, RunDir, free_name
 from qdist.host.sources import locate, shape
 
 RESUMABLE = frozenset((
-    "run", "gpus", "placement", "gpus_per_group", "split.schedule", "split.offload_layers", "micro_batch", "max_memory", "trackers", "liger", "zero.stage", "zero.offload",
+    "run", "gpus", "placement", "gpus_per_group", "split.schedule", "split.offload_layers", "micro_batch",
+    "max_memory", "trackers", "liger", "zero.stage", "zero.offload",
     "train.checkpointing", "train.eval_steps", "train.save_steps", "train.keep", "train.answers",
 ))  # fmt: skip
 """Settings that may change when a run goes on: none of them changes what a step computes."""
