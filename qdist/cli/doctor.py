@@ -1,30 +1,110 @@
 """`qdist doctor`: say whether this machine is ready, and what to mend if not."""
 
+import os
+import time
+from collections.abc import Sequence
+
 import click
 
+from qdist.core.errors import MachineError
+from qdist.core.measured import CardRates, slowest
+from qdist.host import links, measuring, nvml, probe, rates
 from qdist.host.doctor import Check, diagnose, look
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 @click.command()
+@click.option("--gpus", is_flag=True, help="Measure the GPUs and their links, for the planner. Under a minute.")
 @click.pass_context
-def doctor(context: click.Context) -> None:
+def doctor(context: click.Context, gpus: bool) -> None:
     """Check driver, GPUs, packages, memory and disk; exit 1 when a run cannot work."""
     checks = diagnose(look())
-    click.echo(report(checks))
+    failed = tuple(check for check in checks if check.status == "fail")
+    if gpus and not failed:
+        checks = _measure()
+    else:
+        click.echo(report(failed if gpus else checks))
     context.exit(1 if any(check.status == "fail" for check in checks) else 0)
+
+
+def _measure() -> tuple[Check, ...]:
+    """Measure, print, keep the rates; the findings."""
+    driver, cluster = nvml.read(), probe.cluster()
+    measuring.check_room(cluster)
+    if driver is None:
+        raise MachineError("the NVIDIA driver stopped answering", try_="nvidia-smi")
+    chosen = probe.visible_cards(driver.cards, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    click.echo(f"measuring {len(chosen)} x {chosen[0].name}")
+    found = measuring.measure(len(chosen))
+    checks = measuring.judge(found, cluster, links.read([card.uuid for card in chosen]))
+    if found.cards:
+        click.echo("\n" + rates_table(found.cards) + "\n")
+    click.echo(findings(checks))
+    kept = slowest(found.cards, source=time.strftime("measured %Y-%m-%d"))
+    click.echo("\n" + verdict(checks, found.seconds))
+    if kept is not None and not any(check.status == "fail" for check in checks):
+        path = rates.keep([card.name for card in chosen], driver.version, kept)
+        click.echo(f"plans use these rates from now on: {path}")
+    return checks
+
+
+def rates_table(cards: Sequence[CardRates]) -> str:
+    """A row a GPU."""
+    rows = [("GPU", f"{_kind(cards[0].dtype)} products", "memory", "from host", "all-gather", "all-reduce", "copies")]
+    for card in cards:
+        link = card.links
+        rows.append((
+            str(card.rank),
+            f"{card.matmul_flops_s / 1e12:.0f} TFLOP/s",
+            _speed(card.memory_bytes_s),
+            _speed(card.host_bytes_s),
+            _speed(link.gather_bytes_s if link else None),
+            _speed(link.reduce_bytes_s if link else None),
+            _speed(link.peer_bytes_s if link else None),
+        ))  # fmt: skip
+    shown = [column for column in zip(*rows, strict=True) if set(column[1:]) != {"-"}]
+    widths = [max(map(len, column)) for column in shown]
+    lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in zip(*shown, strict=True)]
+    return "\n".join("  ".join(line) for line in lines)
+
+
+def _kind(dtype: str) -> str:
+    return {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
+
+
+def _speed(bytes_s: float | None) -> str:
+    if bytes_s is None:
+        return "-"
+    return f"{bytes_s / 1e9:.0f} GB/s" if bytes_s >= 1e10 else f"{bytes_s / 1e9:.1f} GB/s"
+
+
+def verdict(checks: Sequence[Check], seconds: float) -> str:
+    """Whether these GPUs can be trained on, in a sentence."""
+    failed = [check.name for check in checks if check.status == "fail"]
+    warned = [check.name for check in checks if check.status == "warn"]
+    took = f"measured in {seconds:.0f} s"
+    if "bytes" in failed:
+        return f"these GPUs alter what they send each other: train on one of them until that is mended ({took})"
+    if failed:
+        return f"not fit for training until mended: {', '.join(failed)} ({took})"
+    return f"fit for training{', but look at: ' + ', '.join(warned) if warned else ''} ({took})"
 
 
 def report(checks: tuple[Check, ...]) -> str:
     """One line a check, its remedy below it, and a line of sums."""
+    return findings(checks) + "\n\n" + _sums(checks)
+
+
+def findings(checks: Sequence[Check]) -> str:
+    """One line a check, its remedy below it."""
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:
         lines.append(f"{_status(check)}  {check.name:<{width}}  {check.detail}")
         if check.remedy:
             lines.append(f"{'':<{width + 8}}try: {check.remedy}")
-    return "\n".join((*lines, "", _sums(checks)))
+    return "\n".join(lines)
 
 
 def _status(check: Check) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from qdist.core.cluster import Cluster, Gpu
+from qdist.core.cluster import Cluster, Gpu, Rates
 from qdist.core.errors import MachineError
-from qdist.host import nvml
+from qdist.host import nvml, rates
 
 PACKAGES = (
     "qdist", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed", "datasets", "safetensors",
@@ -16,11 +16,14 @@ PACKAGES = (
 )  # fmt: skip
 
 ReadDriver = Callable[[], nvml.Driver | None]
+ReadRates = Callable[[Sequence[str], str], Rates | None]
+"""From the names of the GPUs and the driver's version."""
 
 
 def cluster(
     *,
     read_driver: ReadDriver = nvml.read,
+    read_rates: ReadRates = rates.known,
     environment: Mapping[str, str] = os.environ,
     root: Path = Path("/"),
 ) -> Cluster:
@@ -37,6 +40,7 @@ def cluster(
         cpu_count=len(os.sched_getaffinity(0)),
         memory_bytes=total,
         memory_free_bytes=free,
+        rates=read_rates([gpu.name for gpu in gpus], found.version) if found and gpus else None,
     )
 
 
@@ -69,13 +73,18 @@ def visible(cards: Sequence[nvml.Card], setting: str | None) -> tuple[Gpu, ...]:
 
     Raises MachineError when a GPU is named twice, at which CUDA itself fails to start (error 101).
     """
+    return tuple(
+        Gpu(index=index, name=card.name, total_bytes=card.total_bytes, free_bytes=card.free_bytes)
+        for index, card in enumerate(visible_cards(cards, setting))
+    )
+
+
+def visible_cards(cards: Sequence[nvml.Card], setting: str | None) -> list[nvml.Card]:
+    """As `visible`, as the driver knows them."""
     chosen = _default(cards) if setting is None else list(_named(cards, setting))
     if len({card.uuid for card in chosen}) < len(chosen):
         raise MachineError(f"CUDA_VISIBLE_DEVICES={setting} names a GPU twice", try_="name each GPU once")
-    return tuple(
-        Gpu(index=index, name=card.name, total_bytes=card.total_bytes, free_bytes=card.free_bytes)
-        for index, card in enumerate(chosen)
-    )
+    return chosen
 
 
 def _default(cards: Sequence[nvml.Card]) -> list[nvml.Card]:

@@ -1,10 +1,11 @@
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from qdist.core.cluster import Gpu
+from qdist.core.cluster import Cluster, Gpu, Rates
 from qdist.core.errors import MachineError
 from qdist.core.units import GIB
 from qdist.host import probe
@@ -93,6 +94,24 @@ def test_a_driver_makes_a_cuda_cluster_unless_every_gpu_is_hidden(tmp_path: Path
     assert (hidden.device, hidden.gpus) == ("cpu", ())
     assert probe.driver(read_driver=lambda: driver) == "580.1"
     assert probe.driver(read_driver=lambda: None) is None
+
+
+def test_rates_are_asked_for_the_visible_gpus_and_never_for_a_cpu(tmp_path: Path) -> None:
+    driver, root = Driver(version="580.1", cuda=(13, 0), cards=CARDS), machine(tmp_path, {})
+    asked: list[tuple[list[str], str]] = []
+    rates = Rates(matmul_flops_s=1, memory_bytes_s=1, link_bytes_s=1, host_bytes_s=1, source="measured")
+
+    def read_rates(names: Sequence[str], version: str) -> Rates:
+        asked.append((list(names), version))
+        return rates
+
+    def found(visible: str) -> Cluster:
+        environment = {"CUDA_VISIBLE_DEVICES": visible}
+        return probe.cluster(read_driver=lambda: driver, read_rates=read_rates, environment=environment, root=root)
+
+    assert found("1,2").rates == rates
+    assert found("").rates is None
+    assert asked == [(["H200", "H200"], "580.1")]
 
 
 V1, V2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"

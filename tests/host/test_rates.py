@@ -1,0 +1,40 @@
+from pathlib import Path
+
+import pytest
+
+from qdist.core.cluster import Rates
+from qdist.host import rates
+
+H200 = Rates(matmul_flops_s=790e12, memory_bytes_s=4e12, link_bytes_s=3e11, host_bytes_s=5e10, source="measured now")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QDIST_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_what_is_kept_is_found_again_for_the_same_cards_and_driver_alone() -> None:
+    path = rates.keep(["NVIDIA H200/x"] * 2, "580.65", H200)
+    assert path.name == "NVIDIA-H200-x_x2_580.65.json"
+    assert rates.measured(["NVIDIA H200/x"] * 2, "580.65") == H200
+    assert rates.known(["NVIDIA H200/x"] * 2, "580.65") == H200
+    assert rates.measured(["NVIDIA H200/x"], "580.65") is None
+    assert rates.measured(["NVIDIA H200/x"] * 2, "580.66") is None
+
+
+@pytest.mark.parametrize("content", [b"", b'{"matmul_flops_s": 1', b'{"flops": 1}', b"\xff"])
+def test_a_file_that_is_no_rates_is_as_if_it_were_not_there(content: bytes) -> None:
+    rates.keep(["H200"], "1", H200).write_bytes(content)
+    assert rates.measured(["H200"], "1") is None
+
+
+def test_nothing_is_known_of_a_card_that_nobody_has_heard_of() -> None:
+    assert rates.known(["Some Unheard-of Card"], "1") is None
+    assert rates.tabled([]) is None
+
+
+def test_a_cache_that_cannot_be_made_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QDIST_CACHE", str(tmp_path / "file" / "cache"))
+    assert rates.measured(["H200"], "1") is None
