@@ -7,7 +7,6 @@ import msgspec
 
 from qdist.core.facts import ModelFacts
 from qdist.core.lessons import Correction
-from qdist.core.lessons import Correction
 from qdist.core.memory import MemoryBudget
 from qdist.core.spec import RunSpec
 
@@ -125,8 +124,6 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Predicted, all ranks together; 0 where nothing is known of the device."""
     load_peak_bytes: int = 0
     """Predicted peak of a GPU while the backbone is loaded."""
-    correction: Correction | None = None
-    """What earlier runs taught, already in the predictions; kept so that the next lesson can leave it out."""
     alternatives: tuple[Alternative, ...] = ()
     correction: Correction | None = None
     """What earlier runs on this machine had taught, and is in the predictions."""
