@@ -47,8 +47,10 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Of the slowest GPU; None on CPU, and where nothing is known of the card."""
 
 
-def hypothetical(gpus: int, gpu_memory_bytes: int) -> Cluster:
+def hypothetical(gpus: int, gpu_memory_bytes: int, *, name: str = "hypothetical GPU") -> Cluster:
     """A machine that one does not have, to plan for. Each GPU is empty and brings 8 cores and twice its memory.
+
+    name: of the card, from which the plan knows how fast it is.
 
     Raises SpecError when the machine would have no GPU or no memory.
     """
@@ -56,7 +58,6 @@ def hypothetical(gpus: int, gpu_memory_bytes: int) -> Cluster:
         raise SpecError(f"a machine to plan for needs at least 1 GPU, not {gpus}", try_="--gpus 4 --gpu-memory 48GiB")
     if gpu_memory_bytes < GIB:
         raise SpecError(f"a GPU of {gpu_memory_bytes:,} bytes is too small to plan for", try_="--gpu-memory 48GiB")
-    name = "hypothetical GPU"
     host_bytes = 2 * gpus * gpu_memory_bytes
     return Cluster(
         device="cuda",

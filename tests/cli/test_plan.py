@@ -43,13 +43,12 @@ def test_a_plan_as_json_is_the_plan() -> None:
 
 
 def test_what_does_not_fit_ends_with_code_1_and_the_missing_bytes() -> None:
-    result = plan(*BIG, "24GiB")
+    result = plan(*BIG, "24GiB", "--set", "placement=replicate")
     assert (result.exit_code, result.stdout) == (1, "")
     first, second = result.stderr.splitlines()
-    assert first.startswith("error: llama-65b at 4 bits needs ")
-    assert first.endswith(" GiB short; every GPU holds the whole model, so more of them do not help")
-    assert second.startswith("  try: GPUs of ")
-    assert plan(*BIG, second.split()[3] + "GiB").exit_code == 0
+    assert first.startswith("error: llama-65b at 4 bits needs 40.3 GiB on every GPU, 17.5 GiB more than 95 % of 24.0")
+    assert second.startswith("  try: --placement shard (")
+    assert plan(*BIG, "24GiB", "--set", "placement=shard").exit_code == 0
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ PYTHON = "/opt/my venv/bin/python"
 
 
 def for_policy(name: str) -> Plan:
-    return planned("llama-7b", gpus(2, 24), {"optim.clip": 0.5, **POLICIES[name]})
+    return planned("llama-7b", gpus(2, 24), {"optim.clip": 0.5, "micro_batch": 4, **POLICIES[name]})
 
 
 def rendered() -> dict[str, str]:

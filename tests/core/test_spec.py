@@ -13,6 +13,7 @@ from qdist.core.spec import (
     Optim,
     Quant,
     RunSpec,
+    Split,
     Train,
     Zero,
     known_keys,
@@ -30,7 +31,9 @@ OTHER = RunSpec(
     data="C:\\data\nfile\u007f.jsonl",
     format="sharegpt",
     run="runs/naïve 'one'",
-    gpus=3,
+    gpus=4,
+    placement="split",
+    gpus_per_group=2,
     max_memory="23.5GiB",
     load_format="dummy",
     dtype="float16",
@@ -49,6 +52,7 @@ OTHER = RunSpec(
         weight_decay=0.01, clip=0.0,
     ),
     zero=Zero(stage=2, offload="cpu"),
+    split=Split(schedule="sequential", offload_layers=3),
     train=Train(
         checkpointing=False, held_out=0.25, eval_steps=11, save_steps=13, keep=5, train_on_source=True, answers=3
     ),

@@ -1,0 +1,90 @@
+"""How much does autograd keep of one token in one decoder layer? Counted tensor by tensor."""
+
+from qdist.core.facts import Linear, ModelFacts
+
+
+def saved_bytes_per_token(
+    facts: ModelFacts,
+    *,
+    bits: int,
+    compute_bytes: int,
+    rank_r: int,
+    targets: tuple[str, ...],
+    seq_len: int,
+    fused_layers: bool,
+    fused_lora: bool,
+    lora_dropout: bool,
+) -> int:
+    """What autograd keeps of one token in one decoder layer: each distinct tensor once.
+
+    A frozen linear keeps nothing of its input, LoRA's A keeps its input and B the rank-wide product.
+    fused_lora: our own adapted linears, which cast nothing; peft's otherwise.
+    tests/core/test_memory.py holds these terms against the tensors that torch saves.
+    """
+    adapted = facts.targeted(targets)
+    fused = fused_layers and facts.norm == "rms"
+    return (
+        _saved_by_norms(facts, compute_bytes, fused)
+        + _saved_by_attention(facts, compute_bytes, seq_len)
+        + _saved_by_activation(facts, compute_bytes, fused)
+        + _saved_linear_inputs(facts, adapted, bits, compute_bytes, fused_lora, lora_dropout)
+        + len(adapted) * rank_r * compute_bytes
+    )
+
+
+def _saved_by_norms(facts: ModelFacts, compute_bytes: int, fused: bool) -> int:
+    """A norm computes in fp32 and keeps its upcast input; a fused one keeps the input as it is."""
+    width = compute_bytes if fused else 4
+    heads = (facts.heads + facts.kv_heads) * facts.head_dim * facts.qk_norm
+    return width * (facts.norms_per_layer * facts.hidden + heads)
+
+
+def _saved_by_attention(facts: ModelFacts, compute_bytes: int, seq_len: int) -> int:
+    """Flash: q, k, v, the output, and a log-sum-exp for each head. Eager: q, k, v, the fp32 softmax and its cast."""
+    queries, keys = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
+    saved = compute_bytes * (queries + 2 * keys)
+    if facts.attention == "eager":
+        return saved + facts.heads * seq_len * (4 + (compute_bytes if compute_bytes < 4 else 0))
+    if sum(linear.reads == "attention_in" for linear in facts.linears) == 1:
+        saved += compute_bytes * (queries + keys)  # v is a view, and keeps all of the fused projection alive
+    return saved + compute_bytes * queries + 4 * facts.heads
+
+
+def _saved_by_activation(facts: ModelFacts, compute_bytes: int, fused: bool) -> int:
+    """Gated: gate, activation(gate) and up (fused: gate and up). GELU: its input. ReLU: its output.
+
+    `_saved_linear_inputs` counts what the last linear reads; ReLU's output is that very tensor.
+    """
+    tensors = {"gated": 2 if fused else 3, "gelu": 1, "relu": 0}[facts.mlp]
+    return tensors * facts.intermediate * compute_bytes
+
+
+def _saved_linear_inputs(
+    facts: ModelFacts,
+    adapted: tuple[Linear, ...],
+    bits: int,
+    compute_bytes: int,
+    fused_lora: bool,
+    lora_dropout: bool,
+) -> int:
+    """Inputs that LoRA's A matrices keep. One tensor serves all that read it, except that
+
+    dropout gives each reader its own masked copy and a mask (bytes on a GPU, floats on a CPU); peft casts the input
+    of a 16-bit linear to fp32, and a layer norm leaves autocast in fp32, so each reader casts its own back.
+    """
+    autocast = compute_bytes < 4
+    own = sum(linear.inputs for linear in adapted)
+    widths = {linear.reads: linear.inputs for linear in adapted}
+    if facts.attention == "flash":
+        widths.pop("attention_out", None)  # attention has kept it already
+    if lora_dropout:
+        kept = facts.intermediate * (facts.mlp == "relu")
+        return (own + kept) * compute_bytes + own * (1 if autocast else 4)
+    if autocast and bits == 16 and not fused_lora:
+        return own * compute_bytes
+    if facts.mlp == "relu":
+        widths["mlp_out"] = facts.intermediate
+    behind_norms = [linear for linear in adapted if linear.reads in ("attention_in", "mlp_in")]
+    copies = len(behind_norms) - len({linear.reads for linear in behind_norms})
+    extra = copies * facts.hidden if autocast and facts.norm == "layer" else 0
+    return (sum(widths.values()) + extra) * compute_bytes

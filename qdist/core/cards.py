@@ -1,0 +1,92 @@
+"""How fast are common cards? Data sheets, scaled to what programs reach; for where nothing has been measured."""
+
+import re
+
+import msgspec
+
+from qdist.core.cluster import Rates
+from qdist.core.units import GIB
+
+MATMUL_SHARE = 0.80
+"""Of the sheet's dense 16-bit rate: an H200 multiplies 8192-wide bf16 matrices at 790 to 796 TFLOP/s of 989."""
+MEMORY_SHARE = 0.90
+"""Of the sheet's bandwidth: 4.3 TB/s of 4.8 on an H200, reads and writes together."""
+NVLINK_SHARE = 0.78
+"""Of one direction: about 350 GB/s of 450 in all-gathers over NVLink 4."""
+PCIE_LINK_SHARE = 0.40
+"""Of one direction: without NVLink, rings cross the host, most often without peer access."""
+HOST_SHARE = 0.80
+"""Of one direction of PCI Express, from pinned memory: 52 GB/s of 64."""
+
+
+class Card(msgspec.Struct, frozen=True):
+    """One card's data sheet. Rates in TFLOP/s, GB/s; dense, with 32-bit accumulation; links in one direction."""
+
+    name: str
+    """A pattern in NVML's name, in lower case with single spaces."""
+    gib: int
+    tflops: float
+    memory_gb_s: float
+    pcie_gb_s: float
+    nvlink_gb_s: float = 0.0
+
+
+CARDS = (
+    # The first that matches wins: a form with fewer words comes after those with more.
+    Card(r"g?b200|b100", 180, 2250, 8000, 64, 900),
+    Card(r"h200 nvl", 140, 835, 4800, 64, 300),
+    Card(r"h200|gh200", 140, 989, 4800, 64, 450),
+    Card(r"h100 nvl", 94, 835, 3900, 64, 300),
+    Card(r"h100 pcie", 80, 756, 2039, 64),
+    Card(r"h100", 80, 989, 3350, 64, 450),
+    Card(r"a100.*sxm.*80gb", 80, 312, 2039, 32, 300),
+    Card(r"a100.*80gb", 80, 312, 1935, 32),
+    Card(r"a100.*sxm\d", 40, 312, 1555, 32, 300),
+    Card(r"a100", 40, 312, 1555, 32),
+    Card(r"rtx 6000 ada", 48, 364, 960, 32),
+    Card(r"l40s", 48, 362, 864, 32),
+    Card(r"l40", 48, 181, 864, 32),
+    Card(r"l4", 24, 121, 300, 32),
+    Card(r"a40", 48, 150, 696, 32),
+    Card(r"a10g", 24, 70, 600, 32),
+    Card(r"a10", 24, 125, 600, 32),
+    Card(r"a6000", 48, 155, 768, 32),
+    Card(r"rtx 5090", 32, 209, 1792, 64),
+    Card(r"rtx 4090", 24, 165, 1008, 32),
+    Card(r"rtx 3090", 24, 71, 936, 32),
+    Card(r"v100.*sxm.*32gb", 32, 125, 900, 16, 150),
+    Card(r"v100.*sxm\d", 16, 125, 900, 16, 150),
+    Card(r"v100", 16, 112, 900, 16),
+    Card(r"t4", 16, 65, 320, 16),
+    Card(r"2080 ti", 11, 54, 616, 16),
+)
+_USUAL = (
+    (12, "RTX 2080 Ti"), (17, "T4"), (26, "RTX 4090"), (34, "RTX 5090"), (44, "A100-SXM4-40GB"), (52, "RTX A6000"),
+    (85, "A100-SXM4-80GB"), (100, "H100 NVL"), (150, "H200"),
+)  # fmt: skip
+"""GiB up to which a card that nobody named is taken for one."""
+
+
+def rates_of(name: str) -> Rates | None:
+    """The rates of a card as NVML prints its name, such as 'NVIDIA H100 80GB HBM3'; None for an unknown one."""
+    folded = re.sub(r"[\s_-]+", " ", name.lower())
+    for card in CARDS:
+        if re.search(rf"\b(?:{card.name})\b", folded):
+            return _rates(card, name)
+    return None
+
+
+def usual_card(memory_bytes: int) -> str:
+    """A card that people have with that much memory."""
+    return next((name for gib, name in _USUAL if memory_bytes <= gib * GIB), "B200")
+
+
+def _rates(card: Card, name: str) -> Rates:
+    link = card.nvlink_gb_s * NVLINK_SHARE or card.pcie_gb_s * PCIE_LINK_SHARE
+    return Rates(
+        matmul_flops_s=card.tflops * 1e12 * MATMUL_SHARE,
+        memory_bytes_s=card.memory_gb_s * 1e9 * MEMORY_SHARE,
+        link_bytes_s=link * 1e9,
+        host_bytes_s=card.pcie_gb_s * 1e9 * HOST_SHARE,
+        source=f"table: {name.removeprefix('NVIDIA ')}",
+    )

@@ -1,0 +1,142 @@
+"""Which ways are there to lay a backbone on so many GPUs, given what the user fixed?"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import msgspec
+
+from qdist.core.errors import SpecError
+from qdist.core.plan import Placement, Schedule
+from qdist.core.spec import RunSpec, Split
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A grid of `groups` x `gpus_per_group`, and who keeps the adapter's state."""
+
+    placement: Placement
+    schedule: Schedule | None = None
+    groups: int
+    gpus_per_group: int
+    zero_stage: int
+    engine: Literal["torch", "deepspeed"]
+
+    @property
+    def world_size(self) -> int:
+        """Processes: one that visits GPU after GPU counts once."""
+        return 1 if self.schedule == "sequential" else self.groups * self.gpus_per_group
+
+    @property
+    def data_parallel(self) -> int:
+        """Micro-batches that are computed at a time on different samples; ZeRO divides among as many."""
+        return self.groups if self.placement == "split" else self.world_size
+
+    @property
+    def simplicity(self) -> int:
+        """Smaller is simpler."""
+        return ("replicate", "shard", "split").index(self.placement) + (self.schedule == "sequential")
+
+
+def layouts(spec: RunSpec, count: int, *, device: Literal["cuda", "cpu"]) -> tuple[Layout, ...]:
+    """Every layout of `count` GPUs or CPU ranks that the spec allows, the simplest first.
+
+    CPU ranks share their memory: nothing is gained by spreading a backbone, unless one asks for it.
+
+    Raises SpecError where settings contradict each other or the number of GPUs.
+    """
+    _check(spec, count, device)
+    found: list[Layout] = []
+    refused: SpecError | None = None
+    for placement, schedule, size in _grid(spec, count, device):
+        try:
+            found.append(_layout(spec, placement, schedule, count, size))
+        except SpecError as error:
+            refused = refused or error
+    if not found:
+        assert refused is not None
+        raise refused
+    return tuple(sorted(found, key=lambda layout: layout.simplicity))
+
+
+def _grid(
+    spec: RunSpec, count: int, device: Literal["cuda", "cpu"]
+) -> Iterator[tuple[Placement, Schedule | None, int]]:
+    """(placement, schedule, GPUs a group) of all that is worth a try."""
+    split, size = spec.split, spec.gpus_per_group
+    named = spec.placement or ("split" if split != Split() else None)
+    if not named and device == "cpu" and size in (None, 1):
+        named = "replicate"
+    if named in (None, "replicate") and size in (None, 1):
+        yield "replicate", None, 1
+    divisors = [number for number in range(2, count + 1) if count % number == 0]
+    for each in [size] if size else [count] if named else divisors:
+        if named == "shard" or (not named and each > 1):
+            yield "shard", None, each
+        if named in (None, "split"):
+            if split.schedule == "1f1b" or (split.schedule is None and not split.offload_layers and each > 1):
+                yield "split", "1f1b", each
+            if split.schedule == "sequential" or (split.schedule is None and (named or each == count > 1)):
+                yield "split", "sequential", each
+
+
+def one_process(spec: RunSpec, count: int) -> Layout:
+    """One process over all GPUs: the only form that can leave layers in host memory."""
+    return _layout(spec, "split", "sequential", count, count)
+
+
+def _layout(spec: RunSpec, placement: Placement, schedule: Schedule | None, count: int, size: int) -> Layout:
+    groups = count // size
+    if schedule == "sequential" and groups > 1:
+        raise SpecError(
+            f"split.schedule=sequential is one process over all GPUs, not {groups} groups of {size}",
+            try_=f"gpus_per_group={count}, or split.schedule=1f1b",
+        )
+    if size == 1 and (placement == "shard" or schedule == "1f1b"):
+        raise SpecError(
+            f"{'placement=shard' if placement == 'shard' else 'split.schedule=1f1b'} needs at least 2 GPUs in a group",
+            try_="--gpus 2" if count == 1 else f"gpus_per_group={count}",
+        )
+    shape = Layout(
+        placement=placement, schedule=schedule, groups=groups, gpus_per_group=size, zero_stage=0, engine="torch"
+    )
+    return msgspec.structs.replace(shape, **_state(spec, shape))
+
+
+def _state(spec: RunSpec, shape: Layout) -> dict[str, object]:
+    """ZeRO's stage and the engine: 2 wherever the adapter's state can be divided, torch where one rank has it all."""
+    stage, offload = spec.zero.stage, spec.zero.offload == "cpu"
+    if shape.placement == "split":
+        if offload or stage == 3:
+            what = "zero.offload=cpu" if offload else "zero.stage=3"
+            raise SpecError(f"{what} does not go with a split backbone", try_="--set placement=shard")
+        if stage and shape.groups == 1:
+            raise SpecError(
+                f"zero.stage={stage} divides the adapter's state among groups, and a split over "
+                f"{shape.gpus_per_group} GPU{'s' if shape.gpus_per_group > 1 else ''} is one group",
+                try_="zero.stage=0",
+            )
+    many = shape.data_parallel > 1
+    if stage is None:
+        stage = 2 if many or offload else 0
+    return {"zero_stage": stage, "engine": "deepspeed" if many or stage or offload else "torch"}
+
+
+def _check(spec: RunSpec, count: int, device: Literal["cuda", "cpu"]) -> None:
+    """Refuse what contradicts itself, so that no setting is ignored."""
+    size = spec.gpus_per_group
+    if size is not None and (size > count or count % size):
+        what = "GPUs" if device == "cuda" else "CPU ranks"
+        raise SpecError(
+            f"gpus_per_group={size}, but {count} {what} cannot be divided so",
+            try_=f"gpus_per_group={next(n for n in range(min(size, count), 0, -1) if count % n == 0)}",
+        )
+    if spec.placement == "replicate" and size not in (None, 1):
+        raise SpecError(
+            f"gpus_per_group={size}, but placement=replicate puts the whole backbone on each GPU",
+            try_="placement=shard",
+        )
+    if spec.split != Split() and spec.placement not in (None, "split"):
+        raise SpecError(f"split.* describes placement=split, not {spec.placement}", try_="placement=split")
+    if spec.split.offload_layers and spec.split.schedule == "1f1b":
+        raise SpecError("split.offload_layers goes with one process, not with 1f1b", try_="split.schedule=sequential")
+    if spec.split.offload_layers and device == "cpu":
+        raise SpecError("split.offload_layers needs a GPU to copy layers to", try_="split.offload_layers=0")

@@ -1,0 +1,146 @@
+"""Which candidate is best, and why did each of the others lose?"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from qdist.core.candidates import HEADROOM, Candidate, Setting, offloading, options
+from qdist.core.errors import SpecError
+from qdist.core.layouts import Layout, one_process
+from qdist.core.plan import Alternative
+from qdist.core.units import format_bytes
+
+TIE = 0.02
+"""Difference in speed that no prediction can tell: the simpler layout wins, then the one that needs less memory."""
+
+
+def check_batches(setting: Setting, layout: Layout) -> None:
+    """Raises SpecError when the batch cannot be spread over a layout."""
+    spec, ranks = setting.spec, layout.data_parallel
+    noun = "groups" if layout.placement == "split" else "ranks"
+    if spec.global_batch % ranks:
+        raise SpecError(
+            f"global_batch={spec.global_batch} cannot be spread over {ranks} {noun}",
+            try_=f"--set global_batch={-(-spec.global_batch // ranks) * ranks}",
+        )
+    each = spec.global_batch // ranks
+    if spec.micro_batch is not None and each % spec.micro_batch:
+        raise SpecError(
+            f"{ranks} {noun} x micro_batch={spec.micro_batch} does not divide global_batch={spec.global_batch}",
+            try_=f"--set micro_batch={_largest_divisor(each, spec.micro_batch)}",
+        )
+    if layout.schedule != "1f1b":
+        return
+    stages, size = layout.gpus_per_group, spec.micro_batch or 1
+    if each // size < stages:
+        smaller = _largest_divisor(each, each // stages) if each >= stages else 0
+        raise SpecError(
+            f"{stages} stages need at least {stages} micro-batches a step; global_batch={spec.global_batch} has "
+            f"{each // size} of {size} for each group",
+            try_=f"--set micro_batch={smaller}" if smaller else f"--set global_batch={stages * ranks * size}",
+        )
+
+
+def contenders(setting: Setting, found: Sequence[Layout]) -> list[list[Candidate]]:
+    """The candidates of each layout whose batch arithmetic works out.
+
+    Raises SpecError where that is not so for the simplest, which is what was asked for, or none.
+    """
+    check_batches(setting, found[0])
+    return [list(options(setting, layout)) for layout in found if _works(setting, layout)]
+
+
+def choose(candidates: Iterable[Candidate]) -> Candidate | None:
+    """The fastest that fits. Where speed is unknown the first: the simplest layout and the largest micro-batch."""
+    fitting = [candidate for candidate in candidates if candidate.fits]
+    if not fitting or not fitting[0].seconds:
+        return fitting[0] if fitting else None
+    fastest = min(candidate.seconds for candidate in fitting)
+    tied = [candidate for candidate in fitting if candidate.seconds * (1 - TIE) <= fastest]
+    return min(tied, key=lambda candidate: (candidate.layout.simplicity, candidate.required_bytes))
+
+
+def last_resort(setting: Setting, count: int) -> Candidate | None:
+    """Layers in host memory, where nothing else fits and nothing speaks against it."""
+    spec = setting.spec
+    if setting.rooms is None or spec.placement not in (None, "split") or spec.gpus_per_group not in (None, count):
+        return None
+    if spec.split.schedule == "1f1b" or spec.split.offload_layers is not None:
+        return None
+    try:
+        layout = one_process(spec, count)
+        check_batches(setting, layout)
+    except SpecError:
+        return None
+    return choose(offloading(setting, layout))
+
+
+def closest(candidates: Iterable[Candidate]) -> Candidate:
+    """Of those that do not fit, the one that misses least."""
+    return min(candidates, key=lambda candidate: (candidate.missing, candidate.layout.simplicity))
+
+
+def alternatives(
+    winner: Candidate, rows: Sequence[Sequence[Candidate]], tokens_s: Callable[[Candidate], float]
+) -> tuple[Alternative, ...]:
+    """The best of every other layout, and in words why it lost."""
+    lost = []
+    for row in rows:
+        if row[0].layout == winner.layout:
+            continue
+        best = choose(row)
+        own = best or closest(row)
+        lost.append(
+            Alternative(
+                placement=own.layout.placement,
+                schedule=own.layout.schedule,
+                groups=own.layout.groups,
+                gpus_per_group=own.layout.gpus_per_group,
+                micro_batch=own.micro_batch,
+                checkpointed_layers=own.checkpointed,
+                tokens_per_second=tokens_s(own) if best else 0.0,
+                required_bytes=own.required_bytes,
+                reason=_slower(own, winner) if best else shortage(own),
+            )
+        )
+    return tuple(lost)
+
+
+def shortage(candidate: Candidate) -> str:
+    """'needs 31.2 GiB on every GPU, 9.6 GiB more than 95 % of 24.0 GiB'."""
+    missing, at = candidate.missing
+    assert candidate.rooms is not None
+    where = "every GPU" if len(candidate.rooms) == 1 else f"GPU {at} of each group"
+    where = f"GPU {at}" if len(candidate.rooms) > 1 and candidate.layout.groups == 1 else where
+    room = candidate.rooms[at]
+    return (
+        f"needs {format_bytes(candidate.needs[at])} on {where}, {format_bytes(missing)} more than "
+        f"{HEADROOM * 100:.0f} % of {format_bytes(room / HEADROOM)}"
+    )
+
+
+def _slower(own: Candidate, winner: Candidate) -> str:
+    if not own.seconds:
+        return "no faster, and more to go wrong"
+    ratio = 1 - winner.seconds / own.seconds
+    if ratio < TIE:
+        if own.layout.simplicity > winner.layout.simplicity:
+            return "no faster, and less simple"
+        return f"no faster, and needs {format_bytes(own.required_bytes)} where {format_bytes(winner.required_bytes)} do"
+    why = {
+        "replicate": "recomputes more, or in smaller micro-batches",
+        "shard": "gathers every layer for every pass",
+        "1f1b": f"stages wait for each other: {own.micro_batches} micro-batches in {own.layout.gpus_per_group} stages",
+        "sequential": "one GPU works at a time",
+    }[own.layout.schedule or own.layout.placement]
+    return f"{ratio:.0%} slower: {why}".replace("%", " %")
+
+
+def _works(setting: Setting, layout: Layout) -> bool:
+    try:
+        check_batches(setting, layout)
+    except SpecError:
+        return False
+    return True
+
+
+def _largest_divisor(number: int, at_most: int) -> int:
+    return next(n for n in range(min(number, at_most), 0, -1) if number % n == 0)
