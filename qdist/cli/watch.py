@@ -7,12 +7,12 @@ import click
 from rich.console import Console, RenderableType
 from rich.live import Live
 
+from qdist.cli.outcome import outcome_rows, start_line
 from qdist.cli.views import answers, comparison, live_view, plain_line
 from qdist.core import demo
 from qdist.core.events import Event, RunState, advance
 from qdist.core.plan import Plan
 from qdist.core.units import format_bytes, format_count
-from qdist.host.follow import Follower
 from qdist.host.rundir import RunDir
 
 
@@ -69,9 +69,8 @@ def header_of(plan: Plan) -> str:
 
 
 def ending(run: RunDir, plan: Plan) -> None:
-    """Held-out loss and answers before and after, memory predicted and measured, and what to do next."""
+    """Held-out loss and answers before and after, memory and speed predicted and measured, and what to do next."""
     result = run.result() or {}
-    state = advance(RunState(), Follower(run.path).new_events())
     console = Console()
     rows = []
     if len(result.get("held_out", [])) > 1:
@@ -80,22 +79,17 @@ def ending(run: RunDir, plan: Plan) -> None:
     if rows:
         console.print()
         console.print(comparison(rows, ("", "before", "after")))
-    memory = [
-        (
-            f"memory of rank {rank.rank}",
-            format_bytes(rank.expected[0].total),
-            format_bytes(state.memory_bytes.get(rank.rank, 0)),
-        )
-        for rank in plan.ranks
-    ]
     console.print()
-    console.print(comparison(memory, ("", "predicted", "measured")))
+    console.print(comparison(outcome_rows(plan, result), ("", "predicted", "measured", "error")))
+    if started := start_line(result):
+        click.echo(started)
     if result.get("answers"):
         console.print()
         console.print(
             answers([(row["question"], row["before"], row["after"], row["expected"]) for row in result["answers"]])
         )
-    speed = f", {format_count(state.tokens_per_s)} tok/s" if state.tokens_per_s else ""
+    measured = result["tokens_per_s"]["measured"]
+    speed = f", {format_count(measured)} tok/s" if measured else ""
     click.echo(
         f"\nadapter  {run.adapter}: {format_count(result['adapter_parameters'])} parameters, "
         f"{format_bytes(result['adapter_bytes'])}{speed}"

@@ -9,8 +9,10 @@ import msgspec
 
 from qdist.core.errors import RunError
 
-Kind = Literal["start", "step", "eval", "checkpoint", "resume", "end"]
+Kind = Literal["load", "start", "step", "eval", "checkpoint", "resume", "end"]
 
+_UNSTEADY = 3
+"""First steps of a run, in which kernels are chosen and memory grows."""
 _WINDOW = 10
 """Steps over which speed and smoothed loss are taken."""
 
@@ -32,7 +34,9 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     tokens: int = 0
     """Of all ranks, in this step."""
     seconds: float = 0.0
-    """Of this step."""
+    """Of this step; for `load`, of loading the backbone."""
+    read_bytes: int = 0
+    """For `load`: what this rank had from the disk, pages that were in memory already not counted."""
     memory_bytes: int = 0
     """This rank's peak so far; on the CPU, its largest resident set."""
     rank: int = 0
@@ -131,6 +135,43 @@ def losses(events: Iterable[Event]) -> dict[int, float]:
         elif event.kind == "step" and event.loss is not None:
             found[event.step] = event.loss
     return dict(sorted(found.items()))
+
+
+def steady_tokens_s(events: Iterable[Event]) -> float | None:
+    """Median speed of the last stretch, from one rank's events: without its first steps where it has more."""
+    speeds: list[float] = []
+    for event in events:
+        if event.kind in ("start", "resume"):
+            speeds = []
+        elif event.kind == "step" and event.seconds > 0:
+            speeds.append(event.tokens / event.seconds)
+    return median(speeds[_UNSTEADY:] or speeds) if speeds else None
+
+
+class Start(msgspec.Struct, frozen=True, kw_only=True):
+    """How a run came to its first step. Seconds are from when its plan was written; None where nobody said."""
+
+    load_s: float | None
+    """Until the last rank had its backbone."""
+    first_step_s: float | None
+    """Until the first step was done."""
+    loading_s: float
+    """What the slowest rank spent on loading; 0 where nobody said."""
+    read_bytes: int
+    """From disk while loading, all ranks together."""
+
+
+def start_of(events: Iterable[Event], *, planned_at: float) -> Start:
+    """From the events of all ranks; those from before the plan are of an earlier launch."""
+    since = [event for event in events if event.time >= planned_at]
+    loads = {event.rank: event for event in since if event.kind == "load"}
+    steps = [event.time for event in since if event.kind == "step"]
+    return Start(
+        load_s=max(event.time for event in loads.values()) - planned_at if loads else None,
+        first_step_s=min(steps) - planned_at if steps else None,
+        loading_s=max((event.seconds for event in loads.values()), default=0.0),
+        read_bytes=sum(event.read_bytes for event in loads.values()),
+    )
 
 
 def advance(state: RunState, events: Sequence[Event]) -> RunState:

@@ -5,14 +5,17 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from qdist.core.errors import QdistError, RunError
+from qdist.core.events import start_of, steady_tokens_s
 from qdist.core.plan import Plan
 from qdist.host.files import publish_folder, write_atomic
-from qdist.host.rundir import RESULT, RunDir
+from qdist.host.follow import Follower
+from qdist.host.rundir import PLAN, RESULT, RunDir
 from qdist.runtime.checkpoint import load, load_tensors
 from qdist.runtime.engine import Adapter
 from qdist.runtime.measure import Peak
@@ -108,17 +111,31 @@ def _replace_folder(beside: Path, final: Path) -> None:
 
 
 def write_result(
-    run: RunDir, plan: Plan, *, held_out: tuple[tuple[int, float], ...], answers: list[dict[str, str]], peak: Peak
+    run: RunDir,
+    plan: Plan,
+    *,
+    held_out: tuple[tuple[int, float], ...],
+    answers: list[dict[str, str]],
+    peaks: Sequence[Sequence[Peak]],
 ) -> None:
-    """Write `result.json`, which makes the run finished. peak: of rank 0."""
+    """Write `result.json`, which makes the run finished. peaks: of each rank, on each of its GPUs."""
     tensors = load_tensors(run.adapter / "adapter_model.safetensors")
+    events = Follower(run.path).new_events()
+    start = start_of(events, planned_at=(run.path / PLAN).stat().st_mtime)
     result = {
         "steps": plan.steps,
         "held_out": [list(point) for point in held_out],
         "answers": answers,
         "adapter_bytes": (run.adapter / "adapter_model.safetensors").stat().st_size,
         "adapter_parameters": sum(tensor.numel() for tensor in tensors.values()),
-        "peak_bytes": peak._asdict(),
+        "peak_bytes": peaks[0][0]._asdict(),
+        "peaks": [[peak._asdict() for peak in of_rank] for of_rank in peaks],
+        "tokens_per_s": {
+            "predicted": plan.tokens_per_second,
+            "measured": steady_tokens_s(event for event in events if event.rank == 0),
+        },
+        "start_seconds": {"load": start.load_s, "first_step": start.first_step_s},
+        "loading": {"seconds": start.loading_s, "read_bytes": start.read_bytes},
     }
     write_atomic(run.path / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 

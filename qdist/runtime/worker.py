@@ -53,7 +53,7 @@ def _work(plan: Plan, run: RunDir) -> None:
     from qdist.runtime.generate import before_and_after
     from qdist.runtime.load import load_tokenizer
     from qdist.runtime.loop import Trainer
-    from qdist.runtime.measure import peak
+    from qdist.runtime.measure import disk_read_bytes, load_peak, peak
     from qdist.runtime.methods.backbone import DTYPES, load_backbone
     from qdist.runtime.methods.lora import add_adapter, prepare_for_training
     from qdist.runtime.samples import read_samples
@@ -65,7 +65,9 @@ def _work(plan: Plan, run: RunDir) -> None:
     comm = Comm(device)
     if len(set(comm.gather(digest(plan)))) > 1:
         raise RunError("the ranks of this run read different plans", try_="a run directory that all nodes share")
+    report = _Reporter(run, comm.rank, device, accelerator if plan.spec.trackers else None)
     tokenizer = load_tokenizer(plan.source)
+    began, read_before = time.perf_counter(), disk_read_bytes()
     backbone = load_backbone(
         plan.source,
         bits=plan.spec.bits,
@@ -74,6 +76,9 @@ def _work(plan: Plan, run: RunDir) -> None:
         device=device,
         linear_names=plan.facts.linear_names,
     )
+    seconds, read = time.perf_counter() - began, disk_read_bytes() - read_before
+    report(Event(kind="load", total_steps=plan.steps, seconds=seconds, read_bytes=read))
+    loading = load_peak(device)
     model = add_adapter(backbone, plan)
     prepare_for_training(model, plan)
     samples = read_samples(plan, pad_id=tokenizer.pad_token_id if tokenizer else 0)
@@ -81,7 +86,6 @@ def _work(plan: Plan, run: RunDir) -> None:
     adapter = Adapter(model, forward.loss)
     engine = make_engine(plan, accelerator, adapter)
     start_trackers(plan, accelerator, run)
-    report = _Reporter(run, comm.rank, device, accelerator if plan.spec.trackers else None)
     trainer = Trainer(
         plan,
         run,
@@ -98,10 +102,11 @@ def _work(plan: Plan, run: RunDir) -> None:
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(plan, run, comm.rank, peak(device).total, error) from error
     if finished:
+        peaks = comm.gather((peak(device, load=loading),))
         if comm.rank == 0:
             gather(run, step=plan.steps)
             answers = before_and_after(plan, model, tokenizer, samples) if plan.spec.train.answers else []
-            write_result(run, plan, held_out=trainer.held_out, answers=answers, peak=peak(device))
+            write_result(run, plan, held_out=trainer.held_out, answers=answers, peaks=peaks)
         comm.barrier()
         report(Event(kind="end", step=plan.steps, total_steps=plan.steps))
     accelerator.end_training()
@@ -159,7 +164,7 @@ class _Reporter:
         if self._accelerator is not None:
             names = ("loss", "held_out_loss", "learning_rate", "gradient_norm")
             values = {name: getattr(event, name) for name in names if getattr(event, name) is not None}
-            if event.seconds:
+            if event.tokens:
                 values["tokens_per_second"] = event.tokens / event.seconds
             if values:
                 self._accelerator.log(values, step=event.step)

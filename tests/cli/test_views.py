@@ -119,11 +119,14 @@ STEP = Event(
         (Event(kind="start", total_steps=60, note="nf4"), "started at step 0/60  nf4"),
         (Event(kind="eval", step=12, total_steps=60, held_out_loss=1.5), "step 12/60  held-out 1.500"),
         (Event(kind="checkpoint", step=12), "step 12  checkpoint written"),
+        (Event(kind="load", seconds=31.2, read_bytes=36 * 10**9, memory_bytes=9 * GIB),
+         "backbone loaded  31 s, 33.5 GiB read at 1.2 GB/s  rank0 9.0 GiB"),
+        (Event(kind="load", seconds=2), "backbone loaded  2 s"),
         (Event(kind="resume", step=12, total_steps=60), "resumed at step 12/60"),
         (Event(kind="end", step=60, total_steps=60), "finished at step 60/60"),
         (Event(kind="end", step=1, note="two\nlines\x1b[2J"), "finished at step 1  two lines [2J"),
     ],
-)
+)  # fmt: skip
 def test_an_event_is_one_line_of_a_log(event: Event, line: str) -> None:
     assert plain_line(event) == line
 

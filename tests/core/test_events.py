@@ -3,15 +3,32 @@ import math
 import pytest
 
 from qdist.core.errors import RunError
-from qdist.core.events import Event, RunState, advance, decode_lines, encode, losses, whole_length
+from qdist.core.events import (
+    Event,
+    RunState,
+    Start,
+    advance,
+    decode_lines,
+    encode,
+    losses,
+    start_of,
+    steady_tokens_s,
+    whole_length,
+)
 
 
 def step(
-    number: int, loss: float | None = None, *, rank: int = 0, memory_bytes: int = 0, seconds: float = 2.0
+    number: int,
+    loss: float | None = None,
+    *,
+    rank: int = 0,
+    memory_bytes: int = 0,
+    seconds: float = 2.0,
+    time: float = 0.0,
 ) -> Event:
     return Event(
         kind="step", step=number, total_steps=60, loss=loss, tokens=1000, seconds=seconds,
-        rank=rank, memory_bytes=memory_bytes,
+        rank=rank, memory_bytes=memory_bytes, time=time,
     )  # fmt: skip
 
 
@@ -138,3 +155,33 @@ def test_held_out_losses_and_skipped_steps_are_kept() -> None:
     state = advance(RunState(), events)
     assert state.held_out == ((0, 3.0), (1, 2.0))
     assert state.skipped_steps == (1,)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "speed"), [((8, 4, 4, 2, 1, 2), 500.0), ((8, 4, 2), 250.0), ((8,), 125.0), ((), None)]
+)
+def test_steady_speed_leaves_the_first_steps_out_where_there_are_more(
+    seconds: tuple[float, ...], speed: float | None
+) -> None:
+    before = [Event(kind="start"), *(step(number, seconds=0.1) for number in range(9)), Event(kind="resume")]
+    steps = [step(number, seconds=took) for number, took in enumerate(seconds, 1)]
+    assert steady_tokens_s([*before, *steps]) == speed
+
+
+def load(rank: int, *, time: float, seconds: float = 1.0, read_bytes: int = 0) -> Event:
+    return Event(kind="load", rank=rank, time=time, seconds=seconds, read_bytes=read_bytes)
+
+
+def test_a_start_is_counted_from_the_plan_of_this_launch() -> None:
+    earlier = [load(0, time=50.0, seconds=90.0, read_bytes=7), step(1, time=60.0)]
+    now = [
+        load(0, time=110.0, seconds=5.0, read_bytes=10), load(1, time=112.0, seconds=6.5, read_bytes=20),
+        Event(kind="resume", step=1, time=113.0), step(2, time=120.0), step(3, time=125.0),
+    ]  # fmt: skip
+    assert start_of([*earlier, *now], planned_at=100.0) == Start(
+        load_s=12.0, first_step_s=20.0, loading_s=6.5, read_bytes=30
+    )
+
+
+def test_a_start_of_which_nobody_spoke_is_unknown() -> None:
+    assert start_of([], planned_at=100.0) == Start(load_s=None, first_step_s=None, loading_s=0.0, read_bytes=0)

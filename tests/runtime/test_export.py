@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from qdist.core.errors import RunError
-from qdist.host.rundir import RunDir
+from qdist.core.events import Event, encode
+from qdist.host.rundir import PLAN, RunDir
 from qdist.runtime import checkpoint
 from qdist.runtime.engine import Adapter, State
-from qdist.runtime.export import adapter_checksum, check_adapter, choose_step, gather
+from qdist.runtime.export import adapter_checksum, check_adapter, choose_step, gather, write_result
+from qdist.runtime.measure import Peak
 from qdist.runtime.methods.backbone import load_plain
 from tests.runtime.tiny import (
     VOCAB,
@@ -86,6 +88,33 @@ def test_a_checkpoint_that_is_not_there_is_refused(run: RunDir, which: str) -> N
     checkpoint.save(run, checkpoint.Progress(step=1, samples=4), state, keep=3)
     with pytest.raises(RunError):
         choose_step(run, which)
+
+
+def test_a_result_holds_every_ranks_peaks_and_speed_and_start_beside_the_predictions(run: RunDir) -> None:
+    state = State({"m.lora_B.default.weight": torch.ones(2, 3)}, {}, 1)
+    checkpoint.save(run, checkpoint.Progress(step=1, samples=4), state, keep=1)
+    gather(run, step=1)
+    planned = (run.path / PLAN).stat().st_mtime
+    for rank in (0, 1):
+        said = [
+            Event(kind="load", rank=rank, seconds=2.0 + rank, read_bytes=100, time=planned + 3 + rank),
+            Event(kind="start", rank=rank, time=planned + 5),
+            *(Event(kind="step", step=step, rank=rank, tokens=64, seconds=[8, 8, 8, 2, 1, 2][step],
+                    time=planned + 10 + step) for step in range(6)),
+        ]  # fmt: skip
+        run.event_file(rank).write_bytes(b"".join(map(encode, said)))
+    peaks = [[Peak(100, 20, 130, 90)], [Peak(101, 21, 131, 91)]]
+    write_result(run, run.plan(), held_out=((0, 2.0),), answers=[], peaks=peaks)
+    result = run.result()
+    assert result is not None
+    assert result["adapter_parameters"] == 6
+    assert result["peak_bytes"] == result["peaks"][0][0] == {
+        "allocated": 100, "context": 20, "reserved": 130, "load": 90
+    }  # fmt: skip
+    assert result["peaks"][1][0]["load"] == 91
+    assert result["tokens_per_s"] == {"predicted": run.plan().tokens_per_second, "measured": 32.0}
+    assert result["start_seconds"] == pytest.approx({"load": 4.0, "first_step": 10.0}, abs=1e-3)
+    assert result["loading"] == {"seconds": 3.0, "read_bytes": 200}
 
 
 def peft_over(base: Any, run: RunDir) -> Any:
