@@ -68,9 +68,13 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        folder = Path(
+            snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+        )
+        if not any(folder.glob("*.safetensors")):  # older models have torch's own files alone
+            snapshot_download(hub_id, allow_patterns=["*.bin"])
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"{hub_id} cannot be fetched from the hub: {str(error).splitlines()[0]}",

@@ -1,4 +1,4 @@
-"""Converts, repairs and tokenizes, once, before any process group exists: `python -m qdist.runtime.prepare IN OUT`."""
+"""Converts, repairs, tokenizes, packs, once, before any process group exists: `python -m qdist.runtime.prepare`."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from qdist.runtime.tokenized import Summary
 
 
 def main() -> None:
-    """Read a RunSpec, write a Prepared; a QdistError goes to OUT.error for the launcher to show."""
+    """Read a RunSpec (IN), write a Prepared (OUT); a QdistError goes to OUT.error for the launcher to show."""
     given, wanted = Path(sys.argv[1]), Path(sys.argv[2])
     spec = msgspec.json.decode(given.read_bytes(), type=RunSpec)
     try:
@@ -32,13 +32,15 @@ def main() -> None:
 
 
 def prepare(spec: RunSpec) -> Prepared:
-    """The model as a local folder, its tokenizer repaired, the data tokenized and cached."""
+    """The model as a local folder, packed; its tokenizer repaired; the data tokenized. All of it cached."""
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 
     from qdist.runtime.batches import split
     from qdist.runtime.data import cached_tokenize
     from qdist.runtime.materialize import materialize
+    from qdist.runtime.packed_folder import Packing
+    from qdist.runtime.quantize import packed_folder
     from qdist.runtime.special_tokens import repair
 
     logging.disable_progress_bar()
@@ -62,10 +64,13 @@ def prepare(spec: RunSpec) -> Prepared:
     )
     train, held_out = split(len(tokenized), held_out=spec.train.held_out, seed=spec.seed)
     lengths = tokenized.offsets.diff()
+    packing = Packing(bits=spec.bits, type=spec.quant.type, double=spec.quant.double)
+    packed = packed_folder(folder, packing, name=spec.model)
     return Prepared(
         source=Source(
             kind="folder",
             path=str(folder),
+            packed=str(packed.folder),
             config=config,
             tokenizer=str(_keep_tokenizer(tokenizer)),
             new_token_ids=repaired.new_ids,
@@ -79,7 +84,7 @@ def prepare(spec: RunSpec) -> Prepared:
             tokens=int(lengths.sum()),
             longest=int(lengths.max()),
         ),
-        notes=(*repaired.notes, *_data_notes(tokenized.summary, spec)),
+        notes=(*repaired.notes, *filter(None, (packed.note,)), *_data_notes(tokenized.summary, spec)),
     )
 
 

@@ -1,0 +1,198 @@
+"""The folder that packed weights lie in: a file a decoder layer and one for the rest, an index, `qdist.json`.
+
+config.json                         with transformers' `quantization_config`
+model-00001-of-00031.safetensors    decoder layer 0, ..., the last file holds everything outside the layers
+model.safetensors.index.json        which tensor is in which file
+qdist.json                          a `Manifest`: where it came from, and a checksum of each tensor
+tokenizer and generation files      as the source has them
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import msgspec
+import torch
+
+from qdist.core.errors import ModelError
+from qdist.host.files import sync, write_atomic
+from qdist.runtime.checksum import tensor_checksum
+
+FORMAT = 1
+"""Raise it whenever the same source would be packed to other bytes or files."""
+MANIFEST, INDEX = "qdist.json", "model.safetensors.index.json"
+_NAMES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.uint8: "U8",
+    torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+class Packing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the weights are packed to."""
+
+    bits: Literal[4, 8, 16]
+    type: Literal["nf4", "fp4"] = "nf4"
+    """Of 4 bits; the defaults otherwise, so that equal packings are equal."""
+    double: bool = True
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Of what is not packed; auto leaves every tensor as the source has it."""
+
+    @property
+    def method(self) -> str:
+        """nf4, fp4, int8 or 16-bit."""
+        return {4: self.type, 8: "int8", 16: "16-bit"}[self.bits]
+
+    def __str__(self) -> str:
+        plain = self.bits == 4 and not self.double
+        return f"{self.method} without double quantization" if plain else self.method
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `qdist.json` says."""
+
+    format: int = FORMAT
+    packing: Packing
+    source: str
+    """The folder that was packed."""
+    source_identity: str
+    """SHA-256 of its files' names, sizes and times, and of the packing."""
+    layers: int
+    bytes: int
+    """Of all tensors."""
+    files: dict[str, int]
+    """Bytes of each file of tensors."""
+    checksums: dict[str, tuple[int, int]]
+    """`qdist.runtime.checksum` of the bytes of each tensor."""
+    versions: dict[str, str]
+
+
+class Entry(NamedTuple):
+    """A tensor that is written when its turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
+
+    @property
+    def bytes(self) -> int:
+        count = self.dtype.itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class Written(msgspec.Struct, frozen=True):
+    """A finished file."""
+
+    bytes: int
+    tensor_bytes: int
+    checksums: dict[str, tuple[int, int]]
+
+
+def entries_of(tensors: Mapping[str, torch.Tensor]) -> list[Entry]:
+    """Tensors that are there already."""
+    return [
+        Entry(name, value.dtype, tuple(value.shape), partial(torch.Tensor.detach, value))
+        for name, value in tensors.items()
+    ]
+
+
+def file_name(position: int, layers: int) -> str:
+    """The file of decoder layer `position`; that of everything else for `position == layers`."""
+    return f"model-{position + 1:05d}-of-{layers + 1:05d}.safetensors"
+
+
+def finished(folder: Path, name: str) -> Written | None:
+    """What an earlier process wrote to the end, or None."""
+    record = folder / f".{name}.json"
+    if not record.is_file():
+        return None
+    written = msgspec.json.decode(record.read_bytes(), type=Written)
+    return written if (folder / name).is_file() and (folder / name).stat().st_size == written.bytes else None
+
+
+def write_tensors(folder: Path, name: str, entries: Iterable[Entry]) -> Written:
+    """A safetensors file, one tensor in memory at a time; a record of it beside, once it is whole.
+
+    safetensors' own `save_file` first copies every tensor into memory.
+    """
+    ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
+    header, checksums = _header(ordered), {}
+    beside = folder / f".{name}.unfinished"
+    with open(beside, "wb") as file:
+        file.write(header)
+        for entry in ordered:
+            value = entry.make().detach().to("cpu", entry.dtype).contiguous()
+            if tuple(value.shape) != entry.shape:
+                raise ModelError(f"{entry.name} has shape {list(value.shape)}, not {list(entry.shape)}")
+            checksums[entry.name] = tensor_checksum(value)
+            file.write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+    sync(beside)
+    os.replace(beside, folder / name)
+    tensor_bytes = sum(entry.bytes for entry in ordered)
+    written = Written(len(header) + tensor_bytes, tensor_bytes, checksums)
+    write_atomic(folder / f".{name}.json", msgspec.json.encode(written))
+    return written
+
+
+def _header(entries: list[Entry]) -> bytes:
+    """safetensors' header: its length in 8 bytes, then JSON padded with spaces to a multiple of 8."""
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for entry in entries:
+        offsets = [start, start + entry.bytes]
+        table[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+        start += entry.bytes
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def finish(folder: Path, written: Mapping[str, Written], manifest: Manifest) -> None:
+    """Write index and manifest, and remove the records of finished files."""
+    weight_map = {name: file for file, part in written.items() for name in part.checksums}
+    index = {"metadata": {"total_size": manifest.bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+    for name in written:
+        (folder / f".{name}.json").unlink(missing_ok=True)
+
+
+def read_manifest(folder: str | Path) -> Manifest | None:
+    """What qdist wrote about a folder, or None where it is not one of qdist's.
+
+    Raises ModelError for a manifest of another format.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        return None
+    raw = path.read_bytes()
+    try:
+        found = json.loads(raw)["format"]
+        if found == FORMAT:
+            return msgspec.json.decode(raw, type=Manifest)
+    except (ValueError, KeyError, msgspec.DecodeError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", try_="pack the model again") from None
+    raise ModelError(f"{folder} has packing format {found}, this qdist reads {FORMAT}", try_="pack the model again")
+
+
+def tensor_files(folder: Path) -> dict[str, str]:
+    """The file of each tensor of a folder of safetensors; empty where there are none."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / INDEX
+    if index.is_file():
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return weight_map
+    names: dict[str, str] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names.update(dict.fromkeys(opened.keys(), file.name))
+        except SafetensorError as error:
+            raise ModelError(f"{file}: {error}", try_="download the model again") from error
+    return names

@@ -1,0 +1,149 @@
+"""Finds or makes the packed form of a model: `python -m qdist.runtime.quantize MODEL OUT --method nf4`."""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from qdist.core.errors import ModelError, QdistError, RunError
+from qdist.core.units import format_bytes, format_duration
+from qdist.host.files import cache_dir, locked
+from qdist.host.sources import locate
+from qdist.runtime.packed_folder import Manifest, Packing
+from qdist.runtime.quantize_pack import pack, source_identity
+from qdist.runtime.quantize_source import blueprint, check_packed, quantized_as, streamed
+
+
+class Packed(NamedTuple):
+    """A folder that ranks read, and what to tell the user about it."""
+
+    folder: Path
+    note: str = ""
+
+
+def packed_folder(folder: Path, packing: Packing, *, name: str) -> Packed:
+    """The folder that holds a model packed as asked: its own, one from the cache, or one packed now.
+
+    folder: a materialized model. name: what the user calls it.
+    Raises ModelError when it is packed otherwise already, PlanError when the disk is too small.
+    """
+    there = _already(folder, name)
+    if there is not None:
+        _require_same(name, there, packing)
+        check_packed(folder, blueprint(folder), there)
+        return Packed(folder)
+    if packing.bits == 16 and (tensors := streamed(folder, blueprint(folder))) and tensors.canonical:
+        return Packed(folder)
+    stem = re.sub(r"[^\w.-]+", "-", Path(name).name.removesuffix(".gguf")).lower()
+    out = _cache() / f"{stem}-{packing.method}-{source_identity(folder, packing)[:16]}"
+    if out.is_dir():
+        return Packed(out)
+    with _alone(out, name):
+        if out.is_dir():
+            return Packed(out)
+        began = time.monotonic()
+        manifest = pack(folder, out, packing, name=name)
+    took = format_duration(time.monotonic() - began)
+    return Packed(out, f"packed {name} to {packing}, once: {format_bytes(manifest.bytes)} in {took}")
+
+
+def quantize(model: str, out: Path, packing: Packing) -> Manifest:
+    """Write a packed model to a folder of the user's. Raises RunError where something is there already."""
+    from qdist.runtime.materialize import materialize
+
+    folder = materialize(locate(model))
+    there = _already(folder, model)
+    if there is not None:
+        raise ModelError(f"{model} is packed to {there} already", try_=f"qdist launch --model {model}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(out, model):
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+        if os.path.lexists(out):
+            raise RunError(f"{out} exists", try_="another --out")
+        return pack(folder, out, packing, name=model)
+
+
+def _already(folder: Path, name: str) -> Packing | None:
+    return quantized_as(json.loads((folder / "config.json").read_text()), name=name)
+
+
+def _require_same(name: str, there: Packing, wanted: Packing) -> None:
+    if (there.bits, there.type, there.double) == (wanted.bits, wanted.type, wanted.double):
+        return
+    flags = f"--bits {there.bits}"
+    if there.bits == 4:
+        flags += f" --set quant.type={there.type} --set quant.double={str(there.double).lower()}"
+    raise ModelError(
+        f"{name} is packed to {there} ({there.bits} bits); this run wants {wanted} ({wanted.bits} bits)",
+        try_=f"{flags}, or the model it was packed from",
+    )
+
+
+def _cache() -> Path:
+    folder = cache_dir() / "packed"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@contextmanager
+def _alone(out: Path, name: str) -> Iterator[None]:
+    """One process at a time packs to a folder; another waits, and says so."""
+    lock = _cache() / f".{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]}.lock"
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock, busy=f"{out} is being packed"))
+        except RunError:
+            print(f"waiting: another process is packing {name}", file=sys.stderr, flush=True)
+            stack.enter_context(locked(lock))
+        yield
+
+
+def main() -> None:
+    """Started by the command line."""
+    from transformers.utils import logging
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--method", choices=("nf4", "fp4", "int8"), required=True)
+    parser.add_argument("--single", action="store_true")
+    parser.add_argument("--dtype", default="auto")
+    given = parser.parse_args()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    packing = (
+        Packing(bits=8, dtype=given.dtype)
+        if given.method == "int8"
+        else Packing(bits=4, type=given.method, double=not given.single, dtype=given.dtype)
+    )
+    began = time.monotonic()
+    try:
+        manifest = quantize(given.model, given.out, packing)
+    except QdistError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    took = format_duration(time.monotonic() - began)
+    print(f"{given.out}: {packing}, {manifest.layers} layers, {format_bytes(manifest.bytes)}, {took}")
+    print(f"use it  qdist launch --model {given.out} {_flags(packing)}")
+
+
+def _flags(packing: Packing) -> str:
+    """What a run over such a backbone is told, where it differs from the defaults."""
+    flags = [f"--bits {packing.bits}"]
+    if packing.bits == 4 and packing.type != "nf4":
+        flags.append(f"--set quant.type={packing.type}")
+    if packing.bits == 4 and not packing.double:
+        flags.append("--set quant.double=false")
+    return " ".join(flags)
+
+
+if __name__ == "__main__":
+    main()

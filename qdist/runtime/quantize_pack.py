@@ -1,0 +1,219 @@
+"""Packs a model folder into another, a decoder layer at a time; killed, it goes on where it was."""
+
+import hashlib
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Collection
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+
+from qdist.core.errors import PlanError
+from qdist.core.units import format_bytes
+from qdist.host.files import publish_folder
+from qdist.runtime.packed_folder import (
+    FORMAT,
+    MANIFEST,
+    Entry,
+    Manifest,
+    Packing,
+    entries_of,
+    file_name,
+    finish,
+    finished,
+    write_tensors,
+)
+from qdist.runtime.quantize_linear import pack_matrix, packed_bytes
+from qdist.runtime.quantize_source import Blueprint, Tensors, blueprint, tensors_of
+
+_WEIGHTS = (".safetensors", ".bin")
+_BESIDE = (".json", ".jinja", ".model", ".txt")
+"""Endings of the files that make weights a model: tokenizer, chat template, generation settings."""
+_HEADER_BYTES = 1 << 10
+"""Of a packed linear in a file's header, at most."""
+
+
+class Job(NamedTuple):
+    """A model folder, read, and what it is to become."""
+
+    folder: Path
+    packing: Packing
+    shape: Blueprint
+    tensors: Tensors
+
+    def names(self, position: int) -> list[str]:
+        """The tensors of a decoder layer, or of everything else."""
+        return [name for name in self.shape.shapes if self.shape.layer(name) == position]
+
+    def packs(self, name: str) -> bool:
+        return self.packing.bits < 16 and name in self.shape.linears
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What a tensor is stored in, or packed from."""
+        stored = self.tensors.dtype(name)
+        plain: torch.dtype = getattr(torch, self.packing.dtype) if self.packing.dtype != "auto" else stored
+        return plain if stored.is_floating_point else stored
+
+    def source_bytes(self, position: int) -> int:
+        return sum(math.prod(self.shape.shapes[name]) * self.tensors.dtype(name).itemsize
+                   for name in self.names(position))  # fmt: skip
+
+    def bytes(self, position: int) -> int:
+        """Of a file that is not there yet: a little too many."""
+        total = 0
+        for name in self.names(position):
+            size = self.shape.shapes[name]
+            plain = math.prod(size) * self.dtype(name).itemsize
+            total += _HEADER_BYTES + (packed_bytes(size, self.packing) if self.packs(name) else plain)
+        return total
+
+
+def source_identity(folder: Path, packing: Packing) -> str:
+    """SHA-256 of what decides the packed bytes: the folder's files by name, size and time, and the packing."""
+    files = [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix in (*_WEIGHTS, *_BESIDE) and not path.name.startswith(".")
+    ]
+    contents = [FORMAT, str(folder.resolve()), files, msgspec.to_builtins(packing)]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+
+def pack(folder: Path, out: Path, packing: Packing, *, name: str) -> Manifest:
+    """Write `out`, which must not exist: into a folder beside, which outlives a kill, renamed at the end.
+
+    name: what the user calls the model.
+    Raises ModelError for a model that cannot be read, PlanError when the disk is too small.
+    """
+    shape = blueprint(folder)
+    job = Job(folder, packing, shape, tensors_of(folder, shape))
+    identity = source_identity(folder, packing)
+    work = _work_folder(out, identity)
+    files = {file_name(position, shape.layers): position for position in range(shape.layers + 1)}
+    written = {file: there for file in files if (there := finished(work, file))}
+    others = [path for path in sorted(folder.iterdir()) if _goes_along(path)]
+    _require_space(job, [files[file] for file in files if file not in written], others, out, name)
+    work.mkdir(exist_ok=True)
+    (work / ".identity").write_text(identity)
+    progress = _Progress(job, files, written, name)
+    for file, position in files.items():
+        if file not in written:
+            written[file] = write_tensors(work, file, _entries(job, position))
+            progress.done(position)
+    for path in others:
+        shutil.copyfile(path, work / path.name)
+    _write_config(job, work)
+    manifest = Manifest(
+        packing=packing,
+        source=str(folder.resolve()),
+        source_identity=identity,
+        layers=shape.layers,
+        bytes=sum(part.tensor_bytes for part in written.values()),
+        files={file: written[file].bytes for file in files},
+        checksums={tensor: sums for file in files for tensor, sums in written[file].checksums.items()},
+        versions={package: metadata.version(package) for package in ("bitsandbytes", "torch", "transformers")},
+    )
+    (work / ".identity").unlink()
+    finish(work, written, manifest)
+    publish_folder(work, out)
+    return manifest
+
+
+def _work_folder(out: Path, identity: str) -> Path:
+    """The folder beside `out` with what an earlier process finished, if it packed the same."""
+    work = out.with_name(f".{out.name}.packing")
+    mark = work / ".identity"
+    if work.is_dir() and (not mark.is_file() or mark.read_text() != identity):
+        shutil.rmtree(work)
+    for leftover in work.glob(".*.unfinished"):
+        leftover.unlink()
+    return work
+
+
+def _require_space(job: Job, positions: list[int], others: list[Path], out: Path, name: str) -> None:
+    needed = sum(job.bytes(position) for position in positions) + sum(path.stat().st_size for path in others)
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise PlanError(
+            f"packing {name} to {job.packing} needs {format_bytes(needed)} in {out.parent}, "
+            f"which has {format_bytes(free)} free: {format_bytes(needed - free)} are missing",
+            try_="another disk: --out FOLDER, or QDIST_CACHE=FOLDER for what `launch` keeps",
+        )
+
+
+def _entries(job: Job, position: int) -> list[Entry]:
+    """A file's tensors: linears packed now, the others read when their turn comes."""
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    entries = []
+    for name in job.names(position):
+        if job.packs(name):
+            value = job.tensors.read(name).to(job.dtype(name))
+            packed = pack_matrix(value, job.packing, device)
+            path = name.removesuffix("weight")
+            entries += entries_of({path + leaf: part for leaf, part in packed.items()})
+        else:
+            entries.append(Entry(name, job.dtype(name), job.shape.shapes[name], partial(job.tensors.read, name)))
+    return entries
+
+
+def _write_config(job: Job, work: Path) -> None:
+    """config.json, as transformers' `save_pretrained` writes it for a bitsandbytes model."""
+    config = job.shape.config
+    config.architectures = [job.shape.architecture]
+    config.dtype = job.dtype(min(job.shape.linears))
+    if job.packing.bits < 16:
+        config.quantization_config = _quantization(job.packing, config.dtype, job.shape.skipped)
+    config.save_pretrained(work)
+
+
+def _quantization(packing: Packing, dtype: torch.dtype, skipped: tuple[str, ...] | None) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    skip = None if skipped is None else list(skipped)
+    if packing.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=packing.type,
+        bnb_4bit_use_double_quant=packing.double,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skip,
+    )
+
+
+def _goes_along(path: Path) -> bool:
+    ours = path.name in ("config.json", MANIFEST) or path.name.endswith(".index.json") or path.name.startswith(".")
+    return path.is_file() and path.suffix in _BESIDE and not ours
+
+
+class _Progress:
+    """Says on stderr how far packing is: one line that changes on a terminal, else one every tenth."""
+
+    def __init__(self, job: Job, files: dict[str, int], written: Collection[str], name: str) -> None:
+        self._sizes = {position: job.source_bytes(position) for position in files.values()}
+        self._before = sum(self._sizes[files[file]] for file in written)
+        self._done, self._total, self._layers = self._before, sum(self._sizes.values()), job.shape.layers
+        self._began, self._tenth = time.monotonic(), 10 * self._before // max(1, self._total)
+        self._live = sys.stderr.isatty()
+        size = format_bytes(sum(job.bytes(position) for position in files.values()))
+        again = f"; {len(written)} of {len(files)} files are there already" if written else ""
+        print(f"packing {name} to {job.packing}, once: {size}{again}", file=sys.stderr, flush=True)
+
+    def done(self, position: int) -> None:
+        self._done += self._sizes[position]
+        tenth = 10 * self._done // self._total
+        last = self._done == self._total
+        if self._live or tenth > self._tenth:
+            self._tenth = tenth
+            rate = (self._done - self._before) / 1e6 / max(1e-9, time.monotonic() - self._began)
+            layer = f"layer {min(position + 1, self._layers)} of {self._layers}"
+            line = f"  {layer}, {format_bytes(self._done)} of {format_bytes(self._total)} read, {rate:.0f} MB/s"
+            start, end = ("\r\033[K", "\n" if last else "") if self._live else ("", "\n")
+            print(f"{start}{line}", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,201 @@
+"""What is to be packed: the tensors of a model folder under the names of transformers' modules, read one at a time."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from qdist.core.errors import ModelError
+from qdist.core.facts import from_config
+from qdist.runtime.packed_folder import Packing, tensor_files
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_OLD_NAMES = {"lm_head.weight": "embed_out.weight"}
+"""Pythia's files keep a name that transformers' class has given up."""
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+class Blueprint(NamedTuple):
+    """A model's tensors as transformers' class names them, without their values."""
+
+    config: Any
+    architecture: str
+    prefix: str
+    """Of the backbone's modules, which older files leave out."""
+    layers: int
+    shapes: dict[str, tuple[int, ...]]
+    """Of every parameter and stored buffer; a tied one has one name."""
+    linears: frozenset[str]
+    """Names of the weights that are packed: the linears of decoder layers."""
+    skipped: tuple[str, ...] | None
+    """Linears that transformers must be told not to pack; None where it leaves them by itself."""
+
+    def layer(self, name: str) -> int:
+        """The decoder layer that a tensor belongs to; `layers` for what lies outside."""
+        found = _LAYER.search(name)
+        return int(found[1]) if found else self.layers
+
+
+class Tensors(Protocol):
+    """A model's weights in 16 or 32 bits, by the names of its modules."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What a tensor is stored in."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor, on the CPU; its memory is free again when it is dropped."""
+
+
+def blueprint(folder: Path) -> Blueprint:
+    """The shape of a model folder. Raises ModelError for a family that qdist does not know."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: {str(error).splitlines()[0]}", try_="a folder with config.json") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    facts = from_config(config.to_dict(), name=str(folder))
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config)
+    tied = set(model.all_tied_weights_keys)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    packed = [path for path in paths if _LAYER.search(path) and path.rpartition(".")[2] in facts.linear_names]
+    head = [path for path in paths if model.get_submodule(path) is model.get_output_embeddings()]
+    left = [path for path in paths if path not in packed]
+    linears = frozenset(f"{path}.weight" for path in packed)
+    if len(linears) != facts.layers * len(facts.linears):
+        raise ModelError(
+            f"{folder} has {len(linears)} linears in decoder layers, not {facts.layers} x {len(facts.linears)}",
+            try_="qdist doctor: transformers may be of another version",
+        )
+    skipped = tuple(left) if set(left) - set(head) else None
+    return Blueprint(config, type(model).__name__, str(model.base_model_prefix), facts.layers, shapes, linears, skipped)
+
+
+class StreamedTensors:
+    """Safetensors, read through mmap; nothing is kept."""
+
+    def __init__(self, folder: Path, stored: Mapping[str, tuple[str, str]]) -> None:
+        """stored: the file of each of the model's tensors, and its name there."""
+        from safetensors import safe_open
+
+        self._folder, self._stored = folder, stored
+        self._dtypes: dict[str, str] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in sorted({file for file, _ in stored.values()}):
+            with safe_open(folder / file, framework="pt") as opened:
+                for name, (where, there) in stored.items():
+                    if where == file:
+                        part = opened.get_slice(there)
+                        self._dtypes[name], self.shapes[name] = part.get_dtype(), tuple(part.get_shape())
+
+    @property
+    def canonical(self) -> bool:
+        """Whether every tensor is stored under the name of its module."""
+        return all(name == there for name, (_, there) in self._stored.items())
+
+    def dtype(self, name: str) -> torch.dtype:
+        stored = self._dtypes[name]
+        if stored not in _DTYPES:
+            raise ModelError(
+                f"{self._folder}: {name} is stored as {stored}, not in 16 or 32 bits",
+                try_="the model that it was made from",
+            )
+        return _DTYPES[stored]
+
+    def read(self, name: str) -> torch.Tensor:
+        from safetensors import safe_open
+
+        # Opened anew each time: the pages of a mapping that stays open count as memory of this process.
+        file, there = self._stored[name]
+        with safe_open(self._folder / file, framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(there)
+        return tensor
+
+
+class LoadedTensors:
+    """A model that transformers loaded whole: `.bin` files, names that only transformers knows."""
+
+    def __init__(self, folder: Path, names: set[str]) -> None:
+        from transformers import AutoModelForCausalLM
+
+        try:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", local_files_only=True, output_loading_info=True
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"{folder}: {str(error).splitlines()[0]}", try_="a folder with config.json and *.safetensors"
+            ) from error
+        missing = sorted(set(loading["missing_keys"]) & names)
+        if missing:
+            raise ModelError(
+                f"{folder} lacks {len(missing)} of {len(names)} tensors, such as {missing[0]}",
+                try_="download the model again",
+            )
+        self._values: dict[str, torch.Tensor] = model.state_dict()
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._values[name].dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._values[name]
+
+
+def streamed(folder: Path, shape: Blueprint) -> StreamedTensors | None:
+    """The folder's tensors, where there is one of the right shape for every tensor of the model."""
+    files = tensor_files(folder)
+    stored: dict[str, tuple[str, str]] = {}
+    for name in shape.shapes:
+        names = (name, name.removeprefix(f"{shape.prefix}."), _OLD_NAMES.get(name, name))
+        there = next((candidate for candidate in names if candidate in files), None)
+        if there is None:
+            return None
+        stored[name] = (files[there], there)
+    tensors = StreamedTensors(folder, stored)
+    return tensors if all(tensors.shapes[name] == size for name, size in shape.shapes.items()) else None
+
+
+def tensors_of(folder: Path, shape: Blueprint) -> Tensors:
+    """The folder's tensors, streamed where that can be, else through transformers."""
+    return streamed(folder, shape) or LoadedTensors(folder, set(shape.shapes))
+
+
+def quantized_as(config: Mapping[str, Any], *, name: str) -> Packing | None:
+    """How a model is packed already, from its config.json; None where it is not.
+
+    Raises ModelError for a packing that is not bitsandbytes'.
+    """
+    stored = config.get("quantization_config")
+    if not stored:
+        return None
+    method = stored.get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        raise ModelError(f"{name} is quantized with {method}, which qdist does not read yet", try_="a 16-bit model")
+    if stored.get("load_in_8bit"):
+        return Packing(bits=8)
+    kind, storage = stored.get("bnb_4bit_quant_type", "fp4"), stored.get("bnb_4bit_quant_storage", "uint8")
+    if storage != "uint8":
+        raise ModelError(f"{name} stores its packed weights as {storage}, not uint8", try_="a 16-bit model")
+    return Packing(bits=4, type=kind, double=bool(stored.get("bnb_4bit_use_double_quant")))
+
+
+def check_packed(folder: Path, shape: Blueprint, packing: Packing) -> None:
+    """Refuse a packed folder whose tensors are not exactly those that qdist would have written."""
+    names = set(tensor_files(folder))
+    ending = ".SCB" if packing.bits == 8 else f".weight.quant_state.bitsandbytes__{packing.type}"
+    wanted = {*shape.shapes, *(f"{linear.removesuffix('.weight')}{ending}" for linear in shape.linears)}
+    missing = sorted(wanted - names)
+    if missing:
+        raise ModelError(
+            f"{folder} is packed to {packing}, but {len(missing)} of {len(wanted)} tensors are not where qdist "
+            f"looks for them, such as {missing[0]}",
+            try_="the model that it was made from",
+        )
