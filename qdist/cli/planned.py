@@ -1,40 +1,131 @@
 """A plan as lines for a person."""
 
-from qdist.core.plan import Plan
-from qdist.core.units import format_bytes, format_count
+from collections.abc import Iterator
+from itertools import groupby
+
+from qdist.core.memory import MemoryBudget
+from qdist.core.plan import Alternative, Plan
+from qdist.core.units import format_bytes, format_count, format_duration
 
 _PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "gathers", "context")
 
 
 def plan_lines(plan: Plan, *, notes: tuple[str, ...] = ()) -> list[str]:
-    """What will run, where, and what each rank will hold."""
-    spec, budget = plan.spec, plan.ranks[0].expected[0]
-    where = _count(plan.world_size, "GPU", "s")
-    if plan.device == "cpu":
-        threads = _count(plan.threads_per_rank, "thread", "s")
-        where = f"{_count(plan.world_size, 'CPU process', 'es')} of {threads}: no GPU here"
+    """What will run, where, how fast, what each GPU will hold, and why it is not done otherwise."""
+    spec = plan.spec
     weights = f"{spec.bits} bits" + (
         f" {spec.quant.type}{', double quantization' if spec.quant.double else ''}" if spec.bits == 4 else ""
     )
     trained = plan.facts.adapter_parameters(spec.lora.r, spec.lora.targets)
-    lines = [
+    return [
         f"model    {spec.model}: {format_count(plan.facts.parameters)} parameters, {weights}, "
         f"{plan.compute_dtype} arithmetic",
         f"adapter  LoRA r={spec.lora.r} alpha={spec.lora.alpha:g}: {format_count(trained)} parameters",
-        f"ranks    {where}",
+        f"ranks    {_where(plan)}",
+        f"layout   {_layout(plan)}",
         f"engine   {_engine(plan)}, {plan.optimizer}",
-        f"batch    {spec.global_batch} = {_count(plan.world_size, 'rank', 's')} x {plan.gradient_accumulation} x "
-        f"{_count(plan.micro_batch, 'sample', 's')} of up to {plan.seq_len} tokens"
-        + (", checkpointing" if plan.checkpointing else "")
+        f"batch    {spec.global_batch} = {_batch(plan)} of up to {plan.seq_len} tokens"
+        + _checkpointing(plan)
         + (", Liger kernels" if plan.liger else ""),
         f"steps    {plan.steps:,}"
         + (f" over {plan.data.train_samples:,} samples, {plan.data.held_out_samples:,} held out" if plan.data else ""),
-        f"memory   {format_bytes(budget.required)} a rank"
-        + (f", and {format_bytes(budget.pageable)} of optimizer state where there is room" if budget.pageable else ""),
-        "         at the peak: "
-        + ", ".join(f"{name} {format_bytes(getattr(budget, name))}" for name in _PARTS if getattr(budget, name)),
+        *_speed(plan),
+        *_memory(plan),
+        *_lost(plan),
+        *(f"note     {note}" for note in (*notes, *plan.notes)),
     ]
-    return lines + [f"note     {note}" for note in (*notes, *plan.notes)]
+
+
+def _where(plan: Plan) -> str:
+    if plan.device == "cpu":
+        threads = _count(plan.threads_per_rank, "thread", "s")
+        return f"{_count(plan.world_size, 'CPU process', 'es')} of {threads}: no GPU here"
+    gpus = _count(plan.groups * plan.gpus_per_group, "GPU", "s")
+    return f"one process on {gpus}" if plan.schedule == "sequential" else gpus
+
+
+def _layout(plan: Plan) -> str:
+    """The placement in words."""
+    size, unit = plan.gpus_per_group, "GPU" if plan.device == "cuda" else "rank"
+    if plan.placement == "replicate":
+        return f"replicate: each {unit} holds the whole backbone"
+    groups = f"{plan.groups} groups of {size}" if plan.groups > 1 else f"the {size} {unit}s"
+    if plan.placement == "shard":
+        return f"shard: {groups}; each {unit} holds 1/{size} of every layer and gathers it for use"
+    spans = ", ".join(_span(layers) for layers in _stages(plan))
+    if plan.schedule == "1f1b":
+        return f"split: {groups}; each {unit} a stage of layers ({spans}), micro-batches in flight (1F1B)"
+    away = f"; {_count(len(plan.offloaded_layers), 'layer', 's')} in host memory" if plan.offloaded_layers else ""
+    visited = f"{unit} after {unit}, layers {spans}" if size > 1 else f"one {unit}"
+    return f"split: {visited}{away}"
+
+
+def _stages(plan: Plan) -> list[list[int]]:
+    numbered = groupby(range(len(plan.layer_map)), key=lambda layer: plan.layer_map[layer])
+    return [list(layers) for _, layers in numbered]
+
+
+def _span(layers: list[int]) -> str:
+    return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
+
+
+def _batch(plan: Plan) -> str:
+    samples = _count(plan.micro_batch, "sample", "s")
+    if plan.placement == "split":
+        groups = f"{plan.groups} groups x " if plan.groups > 1 else ""
+        return f"{groups}{_count(plan.gradient_accumulation, 'micro-batch', 'es')} of {samples}"
+    return f"{_count(plan.world_size, 'rank', 's')} x {plan.gradient_accumulation} x {samples}"
+
+
+def _checkpointing(plan: Plan) -> str:
+    if not plan.checkpointing:
+        return ""
+    every = plan.checkpointed_layers == plan.facts.layers
+    return ", checkpointing" + ("" if every else f" {plan.checkpointed_layers} of {plan.facts.layers} layers")
+
+
+def _speed(plan: Plan) -> Iterator[str]:
+    if plan.tokens_per_second:
+        seconds = plan.spec.global_batch * plan.seq_len / plan.tokens_per_second
+        took = f"{seconds:.1f} s" if seconds < 60 else format_duration(seconds)
+        yield f"speed    {format_count(plan.tokens_per_second)} tokens/s predicted, {took} a step"
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    """What each GPU holds at the peak, GPUs that hold the same together."""
+    held: dict[MemoryBudget, list[int]] = {}
+    for rank in plan.ranks:
+        for gpu, budget in zip(rank.gpus or (rank.rank,), rank.expected, strict=True):
+            held.setdefault(budget, []).append(gpu)
+    unit = "GPU" if plan.device == "cuda" else "rank"
+    for index, (budget, gpus) in enumerate(held.items()):
+        where = f"a {unit}" if len(held) == 1 else f"on {unit} {', '.join(map(str, gpus))}"
+        yield (
+            f"{'' if index else 'memory':8} {format_bytes(budget.required)} {where}"
+            + (
+                f", and {format_bytes(budget.pageable)} of optimizer state where there is room"
+                if budget.pageable
+                else ""
+            )
+        )
+        parts = (f"{name} {format_bytes(getattr(budget, name))}" for name in _PARTS if getattr(budget, name))
+        yield f"         at the peak: {', '.join(parts)}"
+    yield f"load     at most {format_bytes(plan.load_peak_bytes)} a {unit} while the backbone is loaded"
+
+
+def _lost(plan: Plan) -> Iterator[str]:
+    """A row for every other layout: what it would give and need, and why it lost."""
+    for index, other in enumerate(plan.alternatives):
+        speed = f"{format_count(other.tokens_per_second)} tok/s" if other.tokens_per_second else ""
+        yield (
+            f"{'' if index else 'not':8} {_named(other):24} {speed:>12} {format_bytes(other.required_bytes):>9}  "
+            f"{other.reason}"
+        )
+
+
+def _named(other: Alternative) -> str:
+    how = f"{other.placement} {other.schedule}" if other.schedule else other.placement
+    return f"{how}, {other.groups} x {other.gpus_per_group}"
 
 
 def _count(number: int, name: str, plural: str) -> str:
@@ -43,5 +134,5 @@ def _count(number: int, name: str, plural: str) -> str:
 
 def _engine(plan: Plan) -> str:
     if plan.engine == "torch":
-        return "torch, one rank"
+        return "torch" if plan.world_size > 1 else "torch, one rank"
     return f"DeepSpeed ZeRO-{plan.zero_stage}" + (" with CPU offload" if plan.spec.zero.offload == "cpu" else "")

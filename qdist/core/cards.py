@@ -5,6 +5,7 @@ import re
 import msgspec
 
 from qdist.core.cluster import Rates
+from qdist.core.errors import SpecError
 from qdist.core.units import GIB
 
 MATMUL_SHARE = 0.80
@@ -69,16 +70,26 @@ _USUAL = (
 
 def rates_of(name: str) -> Rates | None:
     """The rates of a card as NVML prints its name, such as 'NVIDIA H100 80GB HBM3'; None for an unknown one."""
-    folded = re.sub(r"[\s_-]+", " ", name.lower())
-    for card in CARDS:
-        if re.search(rf"\b(?:{card.name})\b", folded):
-            return _rates(card, name)
-    return None
+    card = _card(name)
+    return _rates(card, name) if card else None
+
+
+def memory_of(name: str) -> int:
+    """Bytes of a known card. Raises SpecError for another."""
+    card = _card(name)
+    if card is None:
+        raise SpecError(f"no card is known as {name!r}", try_="--gpu-name 'RTX 4090', or --gpu-memory alone")
+    return card.gib * GIB
 
 
 def usual_card(memory_bytes: int) -> str:
     """A card that people have with that much memory."""
     return next((name for gib, name in _USUAL if memory_bytes <= gib * GIB), "B200")
+
+
+def _card(name: str) -> Card | None:
+    folded = re.sub(r"[\s_-]+", " ", name.lower())
+    return next((card for card in CARDS if re.search(rf"\b(?:{card.name})\b", folded)), None)
 
 
 def _rates(card: Card, name: str) -> Rates:

@@ -7,6 +7,9 @@ import msgspec
 from qdist.core.errors import SpecError
 from qdist.core.units import GIB
 
+UNNAMED = "hypothetical GPU"
+"""Name of a card that nobody named."""
+
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How fast a GPU and its links are. Bytes count once for each direction in which they move."""
@@ -47,7 +50,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Of the slowest GPU; None on CPU, and where nothing is known of the card."""
 
 
-def hypothetical(gpus: int, gpu_memory_bytes: int, *, name: str = "hypothetical GPU") -> Cluster:
+def hypothetical(gpus: int, gpu_memory_bytes: int, *, name: str = UNNAMED) -> Cluster:
     """A machine that one does not have, to plan for. Each GPU is empty and brings 8 cores and twice its memory.
 
     name: of the card, from which the plan knows how fast it is.

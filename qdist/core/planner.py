@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 from qdist.core.candidates import HEADROOM, Candidate, Setting
 from qdist.core.cards import rates_of, usual_card
-from qdist.core.cluster import Cluster, Rates
+from qdist.core.cluster import UNNAMED, Cluster, Rates
 from qdist.core.errors import PlanError, SpecError
 from qdist.core.facts import ModelFacts
 from qdist.core.layouts import layouts
@@ -209,7 +209,9 @@ def _rates(cluster: Cluster) -> tuple[Rates | None, tuple[str, ...]]:
         slowest = min(known, key=lambda rates: rates.matmul_flops_s)
         return slowest, (f"speed is predicted from the {slowest.source}; qdist doctor --gpus measures it",)
     card = usual_card(min(gpu.total_bytes for gpu in cluster.gpus))
-    return rates_of(card), (f"nothing is known of {cluster.gpus[0].name}: speed is predicted as of an {card}",)
+    unknown = next(gpu.name for gpu in cluster.gpus if rates_of(gpu.name) is None)
+    why = "no card was named" if unknown == UNNAMED else f"nothing is known of {unknown}"
+    return rates_of(card), (f"{why}: speed is predicted as of the {card}",)
 
 
 def _check_host_memory(inputs: _Inputs, winner: Candidate) -> None:

@@ -23,16 +23,49 @@ def plan(*arguments: str) -> Result:
     return CliRunner().invoke(main, ["plan", *arguments], prog_name="qdist")
 
 
+def labels(output: str) -> dict[str, str]:
+    """The first line of each label; the rows below it have none."""
+    return {line[:9].strip(): line[9:] for line in reversed(output.splitlines())}
+
+
 def test_a_plan_is_a_few_lines() -> None:
-    result = plan(*BIG, "48GiB")
+    result = plan(*BIG, "48GiB", "--placement", "replicate", "--set", "liger=true")
     assert result.exit_code == 0, result.output
-    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
-    assert list(lines) == ["model", "adapter", "ranks", "engine", "batch", "memory", "at", "note"]
+    lines = labels(result.stdout)
+    assert set(lines) == {
+        "model", "adapter", "ranks", "layout", "engine", "batch", "speed", "memory", "", "load", "note"
+    }  # fmt: skip
     assert lines["model"].startswith("llama-65b: 65.3 B parameters, 4 bits nf4, double quantization, bfloat16")
     assert lines["ranks"] == "4 GPUs"
+    assert lines["layout"] == "replicate: each GPU holds the whole backbone"
     assert lines["engine"] == "DeepSpeed ZeRO-2, paged-adamw"
+    assert lines["batch"].endswith("of up to 512 tokens, checkpointing 73 of 80 layers, Liger kernels")
     assert lines["memory"].endswith("of optimizer state where there is room")
-    assert "context" in lines["at"]
+    assert "context" in lines[""]
+
+
+def test_a_plan_says_how_the_bytes_lie_and_why_the_other_layouts_lost() -> None:
+    result = plan(*BIG, "24GiB", "--set", "liger=true", "--gpu-name", "NVIDIA H200")
+    lines = labels(result.stdout)
+    assert lines["layout"] == "shard: the 4 GPUs; each GPU holds 1/4 of every layer and gathers it for use"
+    assert lines["speed"].endswith(" a step")
+    assert lines["not"].startswith("replicate, 4 x 1 ")
+    assert lines["not"].endswith("17.5 GiB more than 95 % of 24.0 GiB")
+    assert "stages wait for each other" in result.stdout
+    assert "table: H200" in result.stdout
+
+
+def test_each_stage_of_a_split_shows_its_own_memory() -> None:
+    result = plan(*BIG, "24GiB", "--placement", "split", "--set", "liger=true")
+    assert "layers (0-19, 20-39, 40-59, 60-79)" in labels(result.stdout)["layout"]
+    assert all(f" GiB on GPU {gpu}" in result.stdout for gpu in range(4))
+
+
+def test_a_card_can_be_named_instead_of_its_memory() -> None:
+    result = plan("--model", "llama-7b", "--gpu-name", "rtx 3090", "--json")
+    decided = msgspec.json.decode(result.stdout, type=Plan)
+    assert decided.ranks[0].expected[0].required <= HEADROOM * 24 * GIB
+    assert plan("--model", "llama-7b", "--gpu-name", "abacus").exit_code == 2
 
 
 def test_a_plan_as_json_is_the_plan() -> None:

@@ -198,7 +198,7 @@ def test_the_missing_bytes_are_what_is_needed_less_what_is_there() -> None:
 def test_a_note_says_what_is_recomputed_and_where_rates_come_from() -> None:
     assert planned("llama-65b", gpus(1, 48)).notes == (
         "what 73 of 80 layers would keep for the backward pass does not fit, and is computed anew",
-        "nothing is known of hypothetical GPU: speed is predicted as of an RTX A6000",
+        "no card was named: speed is predicted as of the RTX A6000",
     )
 
 
