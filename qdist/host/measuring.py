@@ -1,6 +1,7 @@
 """Has this machine's GPUs measured, a process a card, and judges what came of it."""
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,8 @@ from qdist.host import links, rates
 from qdist.host.doctor import Check
 from qdist.host.files import cache_dir
 
-_ROOM_BYTES = 4 * GIB
+_ROOM_BYTES, _ROOM_PER_PEER_BYTES = 4 * GIB, 768 * MIB
+"""Buffers and a CUDA context; and what a peer gathers here, and the context that it needs to copy here."""
 _ROUND_TRIP_ERROR, _ROUND_TRIP_DIFFERS = 0.16, 1e-3
 _MUCH_SLOWER, _FAR_BELOW_TABLE = 0.85, 0.6
 _SLOW_NVLINK_BYTES_S, _SLOW_DISK_BYTES_S = 20e9, 200e6
@@ -41,16 +43,16 @@ def check_room(cluster: Cluster) -> None:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         why = f" (CUDA_VISIBLE_DEVICES={hidden})" if hidden is not None else ""
         raise MachineError(f"there is no GPU to measure{why}", try_="qdist doctor, which says why")
+    room = _ROOM_BYTES + (len(cluster.gpus) - 1) * _ROOM_PER_PEER_BYTES
     for gpu in cluster.gpus:
-        if gpu.free_bytes < _ROOM_BYTES:
+        if gpu.free_bytes < room:
             raise MachineError(
-                f"GPU {gpu.index} has {format_bytes(gpu.free_bytes)} free, and measuring takes "
-                f"{format_bytes(_ROOM_BYTES)}",
+                f"GPU {gpu.index} has {format_bytes(gpu.free_bytes)} free, and measuring takes {format_bytes(room)}",
                 try_="end the program that holds it (nvidia-smi), or leave it out with CUDA_VISIBLE_DEVICES",
             )
 
 
-def measure(ranks: int, *, device: str = "cuda", timeout_s: float = 150.0) -> Measured:
+def measure(ranks: int, *, device: str = "cuda", timeout_s: float = 200.0) -> Measured:
     """Measure disk and cards. Ranks that fail or hang are a finding; what was measured before is kept.
 
     The environment is passed on as it is, NCCL's settings included: what is measured is what a run would get.
@@ -104,7 +106,8 @@ def _wait(processes: Sequence["subprocess.Popen[bytes]"], folder: Path, timeout_
 
 def _last_words(log: Path) -> str:
     """The last line that names an error, else the last line."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    said = re.sub(r"^\[rank\d+\]:", "", log.read_text(errors="replace"), flags=re.MULTILINE)
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line.split(":")[0]]
     return (errors or lines or ["it said nothing"])[-1][:400]
 

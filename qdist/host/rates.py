@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 
 import msgspec
 
+from qdist.core.cards import rates_of
 from qdist.core.cluster import Rates
 from qdist.core.measured import least, machine_key
 from qdist.host.files import cache_dir, write_atomic
@@ -27,10 +27,6 @@ def measured(names: Sequence[str], driver: str) -> Rates | None:
 
 def tabled(names: Sequence[str]) -> Rates | None:
     """What the table of cards says of the slowest of them; None where it lacks one."""
-    try:
-        rates_of = import_module("qdist.core.cards").rates_of
-    except ModuleNotFoundError:
-        return None
     found = [rates for name in dict.fromkeys(names) if (rates := rates_of(name)) is not None]
     return least(found) if found and len(found) == len(set(names)) else None
 

@@ -22,7 +22,8 @@ from qdist.core.measured import CardRates, LinkRates
 from qdist.core.units import MIB
 from qdist.host.files import write_atomic
 
-_TIMEOUT = datetime.timedelta(seconds=60)
+_TIMEOUT = datetime.timedelta(seconds=100)
+"""Ranks wait for each other to import torch, which a cold network disk makes slow."""
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """torch 2.13 renamed it."""
 

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from qdist.core.cluster import Rates
@@ -32,6 +33,18 @@ def test_a_file_that_is_no_rates_is_as_if_it_were_not_there(content: bytes) -> N
 def test_nothing_is_known_of_a_card_that_nobody_has_heard_of() -> None:
     assert rates.known(["Some Unheard-of Card"], "1") is None
     assert rates.tabled([]) is None
+
+
+def test_cards_of_the_table_are_as_slow_as_the_slowest_and_all_must_be_known() -> None:
+    fast, slow = rates.tabled(["NVIDIA H200"]), rates.tabled(["NVIDIA A10"])
+    assert fast is not None
+    assert slow is not None
+    assert fast.matmul_flops_s > slow.matmul_flops_s
+    assert rates.tabled(["NVIDIA H200", "NVIDIA A10", "NVIDIA H200"]) == msgspec.structs.replace(
+        slow, source=fast.source
+    )
+    assert rates.tabled(["NVIDIA H200", "Some Unheard-of Card"]) is None
+    assert rates.known(["NVIDIA H200"], "1") == fast
 
 
 def test_a_cache_that_cannot_be_made_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

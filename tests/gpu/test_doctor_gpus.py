@@ -1,0 +1,55 @@
+"""What `qdist doctor --gpus` measures on real cards: complete, plausible, exact, and under a minute."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from qdist.cli.main import main
+from qdist.core.measured import slowest
+from qdist.host import measuring, probe
+from qdist.runtime.rates import pattern
+
+
+def need(gpus: int) -> None:
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPU(s), and this machine has {torch.cuda.device_count()}")
+
+
+@pytest.mark.gpu
+def test_a_pattern_is_the_same_on_a_gpu_as_on_the_cpu() -> None:
+    need(1)
+    there, here = (pattern(1 << 22, seed=3, device=torch.device(name)) for name in ("cuda", "cpu"))
+    assert torch.equal(there.cpu(), here)
+
+
+@pytest.mark.gpu
+def test_one_gpu_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    need(1)
+    monkeypatch.setenv("QDIST_CACHE", str(tmp_path))
+    found = measuring.measure(1)
+    assert found.problem == ""
+    (card,) = found.cards
+    assert 1e13 < card.matmul_flops_s < 1e16
+    assert 1e11 < card.memory_bytes_s < 1e14
+    assert (card.round_trip_error < 0.16, card.round_trip_differs < 1e-3) == (True, True), card
+    assert slowest(found.cards, source="measured") is not None
+
+
+@pytest.mark.gpu2
+def test_all_gpus_are_measured_in_under_a_minute_and_plans_use_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    need(2)
+    monkeypatch.setenv("QDIST_CACHE", str(tmp_path))
+    began = time.monotonic()
+    result = CliRunner().invoke(main, ["doctor", "--gpus"], prog_name="qdist")
+    assert result.exit_code == 0, result.output
+    assert time.monotonic() - began < 60, result.output
+    assert "exact: " in result.output
+    rates = probe.cluster().rates
+    assert rates is not None
+    assert rates.source.startswith("measured ")
+    assert rates.link_bytes_s > 1e9
