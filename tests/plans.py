@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from qdist.core.cluster import Cluster, hypothetical
+from qdist.core.cluster import Cluster, Gpu, hypothetical
 from qdist.core.facts import from_config
 from qdist.core.models import config_of
 from qdist.core.plan import DataFacts, Plan, Source
@@ -20,19 +20,31 @@ def planned(
     *,
     data: DataFacts | None = None,
     has_liger: bool = True,
+    vocab_rows: int | None = None,
+    **more: Any,
 ) -> Plan:
     """The plan of a model on a machine; `settings` are dotted."""
     config = config_of(model)
     return make_plan(
         resolve({"steps": 5, "model": model}, nest(settings or {})),
-        Source(kind="dummy", path="", config=config, tokenizer=""),
+        Source(kind="dummy", path="", config=config, tokenizer="", vocab_rows=vocab_rows),
         from_config(config, name=model),
         cluster,
         data,
         has_liger=has_liger,
+        **more,
     )
 
 
 def gpus(count: int, gib: float) -> Cluster:
     """A machine of empty GPUs."""
     return hypothetical(count, int(gib * GIB))
+
+
+def machine(*gibs: int) -> Cluster:
+    """A machine of uneven H200s."""
+    cards = tuple(
+        Gpu(index=index, name="NVIDIA H200", total_bytes=gib * GIB, free_bytes=gib * GIB)
+        for index, gib in enumerate(gibs)
+    )
+    return Cluster(device="cuda", gpus=cards, cpu_count=8, memory_bytes=256 * GIB, memory_free_bytes=256 * GIB)

@@ -124,7 +124,7 @@ def _fewest_recomputed(setting: Setting, layout: Layout, size: int) -> Candidate
         return with_(layers if wanted else 0)
     if (free := with_(0)).fits:
         return free
-    if layout.placement == "split":
+    if layout.placement == "split" and layout.gpus_per_group > 1:
         return with_(layers)  # the slowest stage sets the pace: all recompute, or none
     return with_(_least(lambda count: with_(count).fits, 1, layers))
 
@@ -216,7 +216,7 @@ class _Arrangement:
         neighbours = (position > 0) + (position < last)
         return Share(
             layers=count,
-            checkpointed=count if self.split and self.recomputed else min(count, self.recomputed),
+            checkpointed=count if self.positions > 1 and self.recomputed else min(count, self.recomputed),
             micro_batch=self.size,
             gradient_accumulation=self.micro_batches,
             embedding=position == 0,

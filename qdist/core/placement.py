@@ -14,7 +14,7 @@ def place_layers(layer_bytes: Sequence[int], budget_bytes: Sequence[int]) -> tup
 
     layer_bytes: packed weights, adapter state and activations of each layer.
     budget_bytes: what each GPU may hold of them.
-    Returns positions, never decreasing; every GPU gets a layer where there are enough.
+    Returns positions, never decreasing; a GPU without room for a layer gets none.
 
     Raises PlanError, naming the missing bytes and the GPU, when no assignment fits.
     """
@@ -47,16 +47,12 @@ def spread_layers(layer_bytes: Sequence[int], budget_bytes: Sequence[int]) -> tu
 
 
 def _fill(layer_bytes: Sequence[int], rooms: Sequence[int], fill: float) -> tuple[int, ...] | None:
-    """GPU after GPU, each up to `fill` of its room, while the others still get a layer; None when some are left."""
+    """GPU after GPU, each up to `fill` of its room; None when some layers are left."""
     layer_map: list[int] = []
     for gpu, room in enumerate(rooms):
-        held, waiting = 0, len(rooms) - gpu - 1
-        taken = 0
-        while len(layer_map) < len(layer_bytes):
-            size, left = layer_bytes[len(layer_map)], len(layer_bytes) - len(layer_map)
-            if held + size > fill * room or (taken and left <= waiting):
-                break
-            held, taken = held + size, taken + 1
+        held = 0
+        while len(layer_map) < len(layer_bytes) and held + layer_bytes[len(layer_map)] <= fill * room:
+            held += layer_bytes[len(layer_map)]
             layer_map.append(gpu)
     return tuple(layer_map) if len(layer_map) == len(layer_bytes) else None
 

@@ -1,0 +1,65 @@
+"""Does a card's name, as NVML prints it, give its rates?"""
+
+import pytest
+
+from qdist.core.cards import CARDS, memory_of, rates_of, usual_card
+from qdist.core.errors import SpecError
+from qdist.core.units import GIB
+
+NAMES = [
+    # NVML's name -> 16-bit TFLOP/s and GB/s of memory on the data sheet, and whether it has NVLink
+    ("NVIDIA H200", 989, 4800, True),
+    ("NVIDIA H200 NVL", 835, 4800, True),
+    ("NVIDIA GH200 480GB", 989, 4800, True),
+    ("NVIDIA B200", 2250, 8000, True),
+    ("NVIDIA H100 80GB HBM3", 989, 3350, True),
+    ("NVIDIA H100 PCIe", 756, 2039, False),
+    ("NVIDIA H100 NVL", 835, 3900, True),
+    ("NVIDIA A100-SXM4-80GB", 312, 2039, True),
+    ("NVIDIA A100-SXM4-40GB", 312, 1555, True),
+    ("NVIDIA A100 80GB PCIe", 312, 1935, False),
+    ("NVIDIA A100-PCIE-40GB", 312, 1555, False),
+    ("NVIDIA L40S", 362, 864, False),
+    ("NVIDIA L4", 121, 300, False),
+    ("NVIDIA A10", 125, 600, False),
+    ("NVIDIA A10G", 70, 600, False),
+    ("NVIDIA A40", 150, 696, False),
+    ("NVIDIA RTX A6000", 155, 768, False),
+    ("NVIDIA RTX 6000 Ada Generation", 364, 960, False),
+    ("NVIDIA GeForce RTX 3090", 71, 936, False),
+    ("NVIDIA GeForce RTX 4090", 165, 1008, False),
+    ("NVIDIA GeForce RTX 5090", 209, 1792, False),
+    ("Tesla V100-SXM2-32GB", 125, 900, True),
+    ("Tesla V100-SXM2-16GB", 125, 900, True),
+    ("Tesla V100-PCIE-16GB", 112, 900, False),
+    ("Tesla T4", 65, 320, False),
+    ("NVIDIA GeForce RTX 2080 Ti", 54, 616, False),
+]
+
+
+@pytest.mark.parametrize(("name", "tflops", "memory", "nvlink"), NAMES)
+def test_a_name_gives_the_rates_of_its_card(name: str, tflops: float, memory: float, nvlink: bool) -> None:
+    rates = rates_of(name)
+    assert rates is not None
+    assert rates.matmul_flops_s == pytest.approx(0.8 * tflops * 1e12)
+    assert rates.memory_bytes_s == pytest.approx(0.9 * memory * 1e9)
+    assert (rates.link_bytes_s > 100e9) == nvlink
+    assert rates.source.startswith("table: ")
+
+
+@pytest.mark.parametrize("name", ["NVIDIA GeForce GTX 1080", "", "hypothetical GPU", "Radeon Pro V1004", "A1000"])
+def test_an_unknown_card_has_no_rates(name: str) -> None:
+    assert rates_of(name) is None
+    with pytest.raises(SpecError, match="no card is known"):
+        memory_of(name)
+
+
+def test_each_card_in_the_table_can_be_reached() -> None:
+    reached = {rates_of(name) for name, *_ in NAMES}
+    assert len(reached) >= len(CARDS) - 1  # L40 alone is not among the names above
+
+
+@pytest.mark.parametrize("gib", [8, 11, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180, 400])
+def test_every_size_of_memory_has_a_usual_card_in_the_table(gib: int) -> None:
+    assert rates_of(usual_card(gib * GIB)) is not None
+    assert memory_of(usual_card(gib * GIB)) >= gib * GIB * 0.9 or gib in (12, 96, 400)

@@ -1,0 +1,227 @@
+"""Is every plan of a grid of models, machines and placements one that can run?"""
+
+import time
+from typing import Any
+
+import msgspec
+import pytest
+
+from qdist.core.candidates import HEADROOM
+from qdist.core.cluster import Cluster, Gpu, Rates
+from qdist.core.errors import PlanError, QdistError, SpecError
+from qdist.core.lessons import Correction
+from qdist.core.plan import Plan
+from qdist.core.units import GIB
+from tests.plans import CPU, gpus, machine, planned
+
+FAST = Rates(matmul_flops_s=790e12, memory_bytes_s=4.3e12, link_bytes_s=350e9, host_bytes_s=50e9, source="measured")
+SHARD, SPLIT = {"placement": "shard"}, {"placement": "split"}
+TWO = {"gpus_per_group": 2}
+MODELS = ["llama-7b", "llama-65b", "llama3-8b", "bloom-7b1", "opt-6.7b", "pythia-6.9b", "qwen3-4b", "glm-4-9b"]
+
+
+def check(plan: Plan, cluster: Cluster) -> None:
+    """What must hold of any plan."""
+    assert plan.micro_batch * plan.gradient_accumulation * plan.data_parallel == plan.spec.global_batch
+    assert [rank.rank for rank in plan.ranks] == list(range(plan.world_size))
+    size = plan.gpus_per_group
+    if plan.schedule == "sequential":
+        assert (plan.world_size, plan.groups, plan.engine) == (1, 1, "torch")
+    else:
+        assert plan.world_size == plan.groups * size
+        assert [(rank.group, rank.position) for rank in plan.ranks] == [divmod(i, size) for i in range(plan.world_size)]
+    if plan.schedule == "1f1b":
+        assert plan.gradient_accumulation >= size
+        assert plan.zero_stage <= 2
+        assert set(plan.layer_map) == set(range(size))
+        assert plan.checkpointed_layers in (0, plan.facts.layers)
+    assert len(plan.layer_map) == (plan.facts.layers if plan.placement == "split" else 0)
+    assert list(plan.layer_map) == sorted(plan.layer_map)
+    assert 0 <= plan.checkpointed_layers <= plan.facts.layers
+    used = [gpu for rank in plan.ranks for gpu in rank.gpus]
+    assert used == (list(range(plan.groups * size)) if cluster.gpus else [])
+    for rank in plan.ranks:
+        assert len(rank.expected) == max(1, len(rank.gpus))
+        for gpu, own in zip(rank.gpus, rank.expected, strict=False):
+            room = HEADROOM * min(cluster.gpus[gpu].total_bytes, plan.memory_cap_bytes or cluster.gpus[gpu].total_bytes)
+            assert own.required <= room
+            assert all(part >= 0 for part in msgspec.structs.astuple(own))
+    assert (plan.tokens_per_second > 0) == bool(cluster.gpus)
+    assert msgspec.json.decode(msgspec.json.encode(plan), type=Plan) == plan
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, SHARD, SHARD | TWO, SPLIT, SPLIT | TWO, SPLIT | {"split.schedule": "sequential"}]
+)
+@pytest.mark.parametrize(("count", "gib"), [(2, 24), (4, 24), (4, 80), (8, 16)])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_plan_that_is_made_can_run(model: str, count: int, gib: int, settings: dict[str, Any]) -> None:
+    cluster = gpus(count, gib)
+    refused: PlanError | None = None
+    try:
+        plan = planned(model, cluster, settings | {"global_batch": 32})
+    except PlanError as error:
+        refused = error
+    if refused:
+        assert "iB more than 95 % of " in refused.message
+        assert refused.try_
+        return
+    check(plan, cluster)
+    assert plan.placement == settings.get("placement", plan.placement)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize(
+    "settings",
+    [SHARD, SHARD | TWO | {"gpus": 4}, SPLIT, SPLIT | TWO | {"gpus": 4}, SPLIT | {"split.schedule": "sequential"}],
+)
+def test_cpu_ranks_can_shard_and_split(settings: dict[str, Any], bits: int) -> None:
+    plan = planned("smollm2-135m", CPU, {"gpus": 2, "bits": bits} | settings)
+    check(plan, CPU)
+    assert plan.placement == settings["placement"]
+
+
+UNEVEN: list[tuple[tuple[int, ...], dict[str, Any], tuple[int, ...]]] = [
+    # GiB of each card, settings -> layers on each position
+    ((24, 48), SPLIT, (38, 42)),
+    ((48, 24), SPLIT | {"split.schedule": "sequential"}, (54, 26)),
+    ((16, 24, 40), SPLIT | {"global_batch": 24}, (22, 29, 29)),
+    ((24, 48, 24, 48), SPLIT | TWO | {"train.checkpointing": True}, (36, 44)),
+]
+
+
+@pytest.mark.parametrize(("gibs", "settings", "counts"), UNEVEN)
+def test_uneven_cards_hold_what_they_have_room_for(
+    gibs: tuple[int, ...], settings: dict[str, Any], counts: tuple[int, ...]
+) -> None:
+    cluster = machine(*gibs)
+    plan = planned("llama-65b", cluster, settings)
+    check(plan, cluster)
+    assert tuple(plan.layer_map.count(position) for position in range(plan.gpus_per_group)) == counts
+
+
+def test_all_cards_are_capped() -> None:
+    cluster = machine(48, 80)
+    plan = planned("llama-65b", cluster, {"max_memory": "64GiB"})
+    check(plan, cluster)
+    with pytest.raises(PlanError, match=r"the largest GPU has 80\.0 GiB"):
+        planned("llama-65b", cluster, {"max_memory": "96GiB"})
+
+
+BEST: list[tuple[str, int, int, dict[str, Any], tuple[str, str | None, int]]] = [
+    # model, GPUs, GiB, settings -> placement, schedule, GPUs a group
+    ("llama-7b", 1, 24, {}, ("replicate", None, 1)),
+    ("llama-7b", 4, 80, {}, ("replicate", None, 1)),
+    ("llama-65b", 1, 48, {}, ("replicate", None, 1)),
+    ("llama-65b", 4, 24, {}, ("shard", None, 4)),
+    ("llama-65b", 4, 24, {"placement": "split"}, ("split", "1f1b", 4)),
+    ("llama-65b", 2, 24, {}, ("split", "1f1b", 2)),
+    ("llama-65b", 1, 24, {}, ("split", "sequential", 1)),
+    ("llama-65b", 4, 140, {"global_batch": 64}, ("replicate", None, 1)),
+]
+
+
+@pytest.mark.parametrize(("model", "count", "gib", "settings", "expected"), BEST)
+def test_the_fastest_layout_that_fits_is_chosen_and_every_other_has_its_reason(
+    model: str, count: int, gib: int, settings: dict[str, Any], expected: tuple[str, str | None, int]
+) -> None:
+    plan = planned(model, gpus(count, gib), settings)
+    assert (plan.placement, plan.schedule, plan.gpus_per_group) == expected
+    for other in plan.alternatives:
+        assert other.reason
+        assert (other.placement, other.schedule, other.gpus_per_group) != expected
+        assert other.tokens_per_second <= plan.tokens_per_second / 0.98
+        assert (other.tokens_per_second == 0) == (" more than 95 % of " in other.reason)
+    ways = {(other.placement, other.schedule, other.gpus_per_group) for other in plan.alternatives}
+    assert len(ways) == len(plan.alternatives)
+
+
+def test_of_equals_the_simpler_wins() -> None:
+    """7B with room to spare: sharding over NVLink costs next to nothing, and gains nothing."""
+    plan = planned("llama-7b", gpus(4, 80), {"global_batch": 64})
+    reasons = {(other.placement, other.gpus_per_group): other.reason for other in plan.alternatives}
+    assert plan.placement == "replicate"
+    assert reasons["shard", 4] == reasons["shard", 2] == "no faster, and less simple"
+
+
+def test_slow_links_make_a_split_faster_than_shards() -> None:
+    slow = msgspec.structs.replace(FAST, link_bytes_s=4e9)
+    cluster = gpus(4, 24)
+    plans = [
+        planned("llama-65b", msgspec.structs.replace(cluster, rates=rates), {"global_batch": 64})
+        for rates in (FAST, slow)
+    ]
+    assert [(plan.placement, plan.schedule) for plan in plans] == [("shard", None), ("split", "1f1b")]
+
+
+def test_layers_go_to_host_memory_only_where_nothing_else_fits() -> None:
+    plan = planned("llama-65b", gpus(1, 24))
+    assert len(plan.offloaded_layers) == 71
+    assert any("71 of 80 layers wait in host memory, since nothing else fits" in note for note in plan.notes)
+    assert planned("llama-65b", gpus(1, 24), {"split.offload_layers": 75}).offloaded_layers[0] == 0
+    assert planned("llama-65b", gpus(2, 24), SPLIT | {"split.offload_layers": 4}).offloaded_layers == (10, 30, 50, 70)
+    poor = msgspec.structs.replace(gpus(1, 24), memory_bytes=8 * GIB)
+    with pytest.raises(PlanError, match=r"needs 40\.\d GiB on every GPU"):
+        planned("llama-65b", poor)
+    poor = msgspec.structs.replace(gpus(1, 48), memory_bytes=8 * GIB)
+    with pytest.raises(PlanError, match=r"40 offloaded layers need 15\.\d GiB of host memory"):
+        planned("llama-65b", poor, {"split.offload_layers": 40})
+
+
+def test_what_was_learnt_scales_speed_and_replaces_the_context() -> None:
+    plain = planned("llama-7b", gpus(2, 80))
+    learnt = Correction(speed=0.8, speeds=(("shard", 0.5),), context_bytes=3 * GIB)
+    corrected = planned("llama-7b", gpus(2, 80), correction=learnt)
+    assert corrected.tokens_per_second == pytest.approx(0.8 * plain.tokens_per_second, rel=1e-3)
+    assert corrected.ranks[0].expected[0].context == 3 * GIB
+    assert corrected.correction == learnt
+    by_name = {other.placement: other.tokens_per_second for other in corrected.alternatives}
+    usual = {other.placement: other.tokens_per_second for other in plain.alternatives}
+    assert by_name["shard"] == pytest.approx(0.5 * usual["shard"], rel=1e-2)
+
+
+def test_a_resumed_run_keeps_its_micro_batch_where_it_can() -> None:
+    usual = planned("llama-7b", gpus(2, 80), {"global_batch": 24}, usual_micro_batch=3)
+    assert (usual.micro_batch, usual.gradient_accumulation) == (3, 4)
+    assert planned("llama-7b", gpus(2, 80), usual_micro_batch=3).micro_batch in (1, 2, 4, 8)
+
+
+def test_rows_added_to_the_vocabulary_keep_the_tables_whole() -> None:
+    whole = planned("llama3-8b", gpus(4, 24), SHARD, vocab_rows=128_300).ranks[0].expected[0].weights
+    parts = planned("llama3-8b", gpus(4, 24), SHARD).ranks[0].expected[0].weights
+    assert whole - parts == pytest.approx(0.75 * 2 * 2 * 128_256 * 4096, rel=1e-3)
+
+
+def test_measured_rates_win_over_the_table_and_say_nothing() -> None:
+    slow, fast = (
+        planned("llama-7b", msgspec.structs.replace(gpus(1, 80), rates=rates))
+        for rates in (msgspec.structs.replace(FAST, matmul_flops_s=1e14), FAST)
+    )
+    assert slow.tokens_per_second < fast.tokens_per_second
+    assert not slow.notes
+    odd = Gpu(index=0, name="Abacus 9", total_bytes=80 * GIB, free_bytes=80 * GIB)
+    unknown = planned("llama-7b", msgspec.structs.replace(gpus(1, 80), gpus=(odd,)))
+    assert unknown.notes == ("nothing is known of Abacus 9: speed is predicted as of the A100-SXM4-80GB",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        (SPLIT | {"micro_batch": 8}, SpecError, "4 stages need at least 4 micro-batches a step"),
+        (SPLIT | TWO | {"global_batch": 3}, SpecError, "cannot be spread over 2 groups"),
+        (SHARD | {"global_batch": 6}, SpecError, "cannot be spread over 4 ranks"),
+    ],
+)
+def test_batches_that_do_not_fit_the_grid_are_refused(
+    settings: dict[str, Any], kind: type[QdistError], message: str
+) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        planned("llama-7b", gpus(4, 80), settings)
+    key, value = caught.value.try_.removeprefix("--set ").split("=")
+    check(planned("llama-7b", gpus(4, 80), settings | {key: value}), gpus(4, 80))
+
+
+def test_planning_65b_takes_a_fraction_of_a_second() -> None:
+    began = time.process_time()
+    planned("llama-65b", gpus(4, 24))
+    assert time.process_time() - began < 0.3

@@ -1,0 +1,119 @@
+"""How long does a step take? Predictions against what was measured; add a row for each new measurement."""
+
+from statistics import median
+from typing import Any
+
+import msgspec
+import pytest
+
+from qdist.core.cluster import Rates
+from qdist.core.facts import from_config
+from qdist.core.memory import Job, sizes
+from qdist.core.models import config_of
+from qdist.core.speed import Step, passes, step_seconds
+
+H200 = Rates(matmul_flops_s=790e12, memory_bytes_s=4.3e12, link_bytes_s=350e9, host_bytes_s=50e9, source="measured")
+LIGER = {"fused_loss": True, "fused_layers": True}
+PEFT = LIGER | {"fused_lora": False}
+ALL = {"checkpointed": 1.0}
+
+MEASURED: list[tuple[str, str, dict[str, Any], float]] = [
+    # case, model, what it ran with -> tokens/s, all GPUs. r=64 on all linears, seq_len 512; 16 sequences unless said.
+    # docs/decisions.md (2026-11-23) and shared/ANCHORS.md; peft's LoRA layers.
+    ("checkpointing", "llama-7b", PEFT | ALL, 11_209),
+    ("no checkpointing", "llama-7b", PEFT, 16_183),
+    ("int8, checkpointing", "llama-7b", PEFT | ALL | {"bits": 8}, 6_900),
+    ("16 bits, checkpointing", "llama-7b", PEFT | ALL | {"bits": 16}, 10_200),
+    ("stock, checkpointing", "llama-7b", ALL, 8_832),
+    ("stock", "llama-7b", {}, 12_686),
+    ("65B, 4x512", "llama-65b", PEFT | ALL | {"micro_batch": 4}, 1_155),
+    ("ZeRO-2 on 2, checkpointing", "llama-7b", PEFT | ALL | {"ranks": 2, "zero_stage": 2}, 21_976),
+    ("ZeRO-2 on 2", "llama-7b", PEFT | {"ranks": 2, "zero_stage": 2}, 31_928),
+    ("ZeRO-3 on 2, checkpointing", "llama-7b", PEFT | ALL | {"ranks": 2, "zero_stage": 3}, 18_517),
+    ("ZeRO-2 on 2, offload", "llama-7b", PEFT | ALL | {"ranks": 2, "zero_stage": 2, "optimizer_on_gpu": False}, 15_486),
+    ("DDP on 4", "llama-7b", PEFT | {"ranks": 4}, 64_956),
+    ("DDP on 4, checkpointing", "llama-65b", PEFT | ALL | {"ranks": 4}, 5_312),
+    ("FSDP2 on 4, checkpointing", "llama-7b", PEFT | ALL | {"ranks": 4, "shards": 4, "zero_stage": 2}, 43_093),
+    ("FSDP2 on 4", "llama-7b", PEFT | {"ranks": 4, "shards": 4, "zero_stage": 2}, 62_606),
+    ("FSDP2 on 4, checkpointing", "llama-65b", PEFT | ALL | {"ranks": 4, "shards": 4, "zero_stage": 2}, 5_206),
+    ("1F1B, 16 of 8x512", "llama-65b", PEFT | ALL | {"stages": 4, "micro_batch": 8, "micro_batches": 16}, 4_348),
+    ("1F1B, 8 of 4x512", "llama-65b", PEFT | ALL | {"stages": 4, "micro_batch": 4, "micro_batches": 8}, 3_320),
+    ("1F1B, 32 of 4x512", "llama-65b", PEFT | ALL | {"stages": 4, "micro_batch": 4, "micro_batches": 32}, 4_159),
+    ("device_map on 4", "llama-65b", ALL | {"sequential": True}, 1_173),
+]
+
+
+def predicted(model: str, how: dict[str, Any], rates: Rates = H200) -> float:
+    """Tokens a second."""
+    facts = from_config(config_of(model), name=model)
+    given = {"micro_batch": 16, "micro_batches": 1, "stages": 1, "checkpointed": 0.0} | how
+    job = Job(**(
+        {"bits": 4, "rank_r": 64, "targets": ("all-linear",), "seq_len": 512, "paged": True}
+        | {key: value for key, value in given.items() if key in Job.__struct_fields__}
+    ))  # fmt: skip
+    own = sizes(facts, job)
+    one = passes(own, rates, given["micro_batch"])
+    step = Step(
+        counts=(facts.layers // given["stages"],) * given["stages"],
+        checkpointed=int(given["checkpointed"] * facts.layers),
+        zero_stage=given.get("zero_stage", 0),
+        ranks=given.get("ranks", 1),
+        **{key: given[key] for key in ("shards", "sequential", "offloaded", "micro_batches") if key in given},
+    )
+    samples = given["micro_batch"] * given["micro_batches"] * given.get("ranks", 1)
+    return samples * job.seq_len / step_seconds(own, rates, one, step)
+
+
+def test_predicted_speeds_are_near_the_measured_ones() -> None:
+    rows = [(case, model, seen, predicted(model, how)) for case, model, how, seen in MEASURED]
+    table = [f"{m:10} {case:28} {seen:8,.0f} {own:8,.0f} tok/s {own / seen - 1:+6.1%}" for case, m, seen, own in rows]
+    print("", *table, sep="\n")
+    errors = [abs(own / seen - 1) for _, _, seen, own in rows]
+    assert median(errors) < 0.04, "\n".join(table)
+    assert max(errors) < 0.15, "\n".join(table)
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        (ALL, {}),
+        (ALL, {"checkpointed": 0.5}),
+        (PEFT, LIGER | {"fused_lora": True}),
+        ({}, LIGER),
+        ({"lora_dropout": True}, {}),
+        ({"bits": 8}, {"bits": 4}),
+        (LIGER | {"micro_batch": 1}, LIGER | {"micro_batch": 8}),
+        ({"ranks": 4, "shards": 4}, {"ranks": 4}),
+        ({"sequential": True, "offloaded": 20, "micro_batch": 1}, {"sequential": True, "micro_batch": 1}),
+        ({"stages": 4, "micro_batches": 8}, {"stages": 4, "micro_batches": 64}),
+        ({"zero_stage": 3, "ranks": 2}, {"zero_stage": 2, "ranks": 2}),
+        ({"optimizer_on_gpu": False}, {}),
+        ({"compute_bytes": 4, "bits": 16}, {"bits": 16}),
+    ],
+)
+def test_what_costs_time_costs_time(less: dict[str, Any], more: dict[str, Any]) -> None:
+    assert predicted("llama-7b", less) < predicted("llama-7b", more)
+
+
+@pytest.mark.parametrize("part", ["matmul_flops_s", "memory_bytes_s", "link_bytes_s", "host_bytes_s"])
+def test_a_faster_machine_is_no_slower(part: str) -> None:
+    faster = msgspec.structs.replace(H200, **{part: 2 * getattr(H200, part)})
+    for how in (
+        PEFT,
+        ALL | {"ranks": 4, "shards": 4},
+        {"stages": 4, "micro_batches": 8},
+        {"sequential": True, "offloaded": 9},
+    ):
+        assert predicted("llama-7b", how, faster) >= predicted("llama-7b", how)
+
+
+def test_slow_links_make_shards_slow() -> None:
+    slow = msgspec.structs.replace(H200, link_bytes_s=5e9)
+    sharded = {"ranks": 4, "shards": 4, "micro_batch": 1}
+    assert predicted("llama-7b", sharded, slow) < predicted("llama-7b", sharded) / 2
+
+
+def test_kernels_are_launched_one_by_one() -> None:
+    """A micro-batch that a card could do in no time still takes the launches of its kernels."""
+    times = [1 / predicted("llama-7b", {"seq_len": length, "micro_batch": 1}) * length for length in (8, 16)]
+    assert times[1] == pytest.approx(times[0], rel=0.35)
