@@ -1,6 +1,8 @@
 """Which layers lie on which GPU of a split backbone?"""
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 from qdist.core.errors import PlanError
 from qdist.core.units import format_bytes
@@ -37,24 +39,26 @@ def place_layers(layer_bytes: Sequence[int], budget_bytes: Sequence[int]) -> tup
 def spread_layers(layer_bytes: Sequence[int], budget_bytes: Sequence[int]) -> tuple[int, ...]:
     """As `place_layers`, but where nothing fits every GPU overflows alike."""
     rooms = [max(1, room) for room in budget_bytes]
-    low, high = 0.0, sum(layer_bytes) / min(rooms) + 1
+    before = list(accumulate(layer_bytes, initial=0))
+    low, high = 0.0, before[-1] / min(rooms) + 1
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        low, high = (low, middle) if _fill(layer_bytes, rooms, middle) else (middle, high)
-    layer_map = _fill(layer_bytes, rooms, high)
-    assert layer_map is not None
-    return layer_map
+        low, high = (low, middle) if _ends(before, rooms, middle)[-1] == len(layer_bytes) else (middle, high)
+    ends = _ends(before, rooms, high)
+    return map_of([end - start for start, end in pairwise([0, *ends])])
 
 
-def _fill(layer_bytes: Sequence[int], rooms: Sequence[int], fill: float) -> tuple[int, ...] | None:
-    """GPU after GPU, each up to `fill` of its room; None when some layers are left."""
-    layer_map: list[int] = []
-    for gpu, room in enumerate(rooms):
-        held = 0
-        while len(layer_map) < len(layer_bytes) and held + layer_bytes[len(layer_map)] <= fill * room:
-            held += layer_bytes[len(layer_map)]
-            layer_map.append(gpu)
-    return tuple(layer_map) if len(layer_map) == len(layer_bytes) else None
+def _ends(before: Sequence[int], rooms: Sequence[int], fill: float) -> list[int]:
+    """The layer after the last of each GPU, when GPU after GPU is filled up to `fill` of its room.
+
+    before: bytes of all layers before each, and of all.
+    """
+    ends: list[int] = []
+    start = 0
+    for room in rooms:
+        start = max(start, bisect_right(before, before[start] + fill * room) - 1)
+        ends.append(start)
+    return ends
 
 
 def balance(layers: int, most: Sequence[int], extra: Sequence[float]) -> tuple[int, ...] | None:
