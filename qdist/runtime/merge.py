@@ -17,6 +17,7 @@ from qdist.host.rundir import RunDir
 from qdist.runtime.forward import Forward
 from qdist.runtime.load import load_run_backbone, load_tokenizer
 from qdist.runtime.methods.backbone import DTYPES, load_plain
+from qdist.runtime.methods.packed import PACKING, PackedLinear
 from qdist.runtime.samples import Samples, read_samples
 from qdist.runtime.special_tokens import add_rows, align_config
 
@@ -101,6 +102,8 @@ def _merged_weights(model: Any, originals: Any | None, dtype: torch.dtype) -> di
         owner = next((adapter for adapter in adapted if name.startswith(f"{adapter}.")), None)
         if any(part in name for part in (".lora_", ".trainable_tokens_", ".modules_to_save.")):
             continue
+        if name.endswith(PACKING):  # what unpacks a weight, not a weight
+            continue
         plain = name
         for wrapper in (".token_adapter", ".base_layer", ".original_module"):
             plain = plain.replace(f"{wrapper}.", ".")
@@ -114,15 +117,10 @@ def _merged_weights(model: Any, originals: Any | None, dtype: torch.dtype) -> di
 
 def _dequantized(base: Any, name: str, parameter: nn.Parameter) -> torch.Tensor:
     """A parameter in float32, unpacked where it is packed."""
-    import bitsandbytes as bnb
-
-    if isinstance(parameter, bnb.nn.Params4bit):
-        unpacked: torch.Tensor = bnb.functional.dequantize_4bit(parameter.data, parameter.quant_state)
-        return unpacked.float()
-    if parameter.dtype == torch.int8:
-        state = base.get_submodule(name.rpartition(".")[0]).state
-        scale = parameter.SCB if getattr(parameter, "SCB", None) is not None else state.SCB
-        return parameter.data.float() * scale.float().view(-1, 1) / 127.0
+    path, _, leaf = name.rpartition(".")
+    module = base.get_submodule(path)
+    if isinstance(module, PackedLinear) and leaf == "weight":
+        return module.matrix(module.compute_dtype, parameter.device).float()
     return parameter.detach().float()
 
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import pytest
 import torch
 
 from qdist.core.memory import packed_layer_bytes
+from qdist.runtime.methods.packed import Packed4bit, Packed8bit
 from tests.runtime.tiny import FAMILIES, backbone_of, plan_of, save_config, save_model
 
 KINDS = [("nf4", 4, True), ("nf4", 4, False), ("fp4", 4, True), ("int8", 8, True), ("16-bit", 16, True)]
@@ -24,18 +24,8 @@ def random_backbone(folder: Path, family: str, kind: tuple[str, int, bool], **mo
 
 def held_bytes(module: torch.nn.Module) -> int:
     """Weights, and what their quantization needs to undo itself."""
-    total = 0
-    for parameter in module.parameters():
-        total += parameter.numel() * parameter.element_size()
-        state = getattr(parameter, "quant_state", None)
-        for part in (state, getattr(state, "state2", None)):
-            if part is not None:
-                total += part.absmax.numel() * part.absmax.element_size()
-        if getattr(state, "offset", None) is not None:
-            total += state.offset.numel() * state.offset.element_size()
-        if isinstance(parameter, bnb.nn.Int8Params):
-            total += parameter.SCB.numel() * parameter.SCB.element_size()
-    return total
+    nested = [buffer for name, buffer in module.named_buffers() if ".nested_" in name]
+    return sum(tensor.numel() * tensor.element_size() for tensor in [*module.parameters(), *nested])
 
 
 def layers(model: Any) -> Any:
@@ -49,14 +39,14 @@ def test_every_decoder_linear_is_packed_and_nothing_else_is(
     tmp_path: Path, family: str, kind: tuple[str, int, bool]
 ) -> None:
     model, plan = random_backbone(tmp_path, family, kind)
-    packed_type = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt, 16: torch.nn.Linear}[plan.spec.bits]
+    packed_type = {4: Packed4bit, 8: Packed8bit, 16: torch.nn.Linear}[plan.spec.bits]
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     inside = {name for name in linears if name.rpartition(".")[2] in plan.facts.linear_names}
     assert len(inside) == 2 * len(plan.facts.linears)
     assert all(type(linears[name]) is packed_type for name in inside)
     assert all(type(linears[name]) is torch.nn.Linear for name in linears.keys() - inside)
     if plan.spec.bits == 4:
-        assert {linears[name].weight.quant_state.quant_type for name in inside} == {kind[0]}
+        assert {linears[name].kind for name in inside} == {kind[0]}
         assert {linears[name].weight.dtype for name in inside} == {torch.uint8}
     assert not any(parameter.requires_grad for parameter in model.parameters())
 

@@ -57,13 +57,11 @@ def test_every_merged_weight_is_the_float32_sum_rounded_once(tmp_path: Path) -> 
 
 def linears(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Dequantized weight and alpha / r * B A of each adapted linear."""
-    import bitsandbytes as bnb
-
     found = {}
     for name, module in model.get_base_model().named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
-            packed = module.base_layer.weight
-            base = bnb.functional.dequantize_4bit(packed.data, packed.quant_state).float()
+            packed = module.base_layer
+            base = packed.matrix(packed.compute_dtype, torch.device("cpu")).float()
             found[name] = (base, module.get_delta_weight("default").detach())
     assert len(found) == 14
     return found

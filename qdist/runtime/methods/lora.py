@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from qdist.core.plan import Plan
+from qdist.runtime.methods.skeleton import decoder_layers
 
 _TABLES = {"bloom": ("word_embeddings", "lm_head"), "gpt_neox": ("embed_in", "lm_head")}
 """Leaf names of the input and output embeddings where they are not embed_tokens and lm_head."""
@@ -34,8 +36,12 @@ def add_adapter(model: Any, plan: Plan) -> Any:
     """
     from peft import get_peft_model
 
+    from qdist.runtime.methods.fused_lora import FusedLora
+
     torch.manual_seed(plan.spec.seed)
-    return get_peft_model(model, lora_config(plan))
+    config = lora_config(plan)
+    config._register_custom_module({nn.Linear: FusedLora})
+    return get_peft_model(model, config)
 
 
 def _token_rows(plan: Plan) -> dict[str, list[int]] | None:
@@ -56,4 +62,6 @@ def prepare_for_training(model: Any, plan: Plan) -> None:
         _apply_liger_kernel_to_instance(model.get_base_model(), fused_linear_cross_entropy=False)
     if plan.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in decoder_layers(model.get_base_model())[plan.checkpointed_layers :]:
+            layer.gradient_checkpointing = False
     model.train()

@@ -1,0 +1,98 @@
+"""A model without its weights: on the meta device, its decoder linears ready to hold packed bytes; and filling it."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from qdist.core.errors import ModelError
+from qdist.core.plan import Source
+from qdist.core.spec import Quant
+from qdist.runtime.methods.packed import Packed4bit, Packed8bit, PackedLinear, Slices
+from qdist.runtime.methods.weights import Weights
+
+
+def skeleton(source: Source, *, bits: int, quant: Quant, dtype: torch.dtype, linear_names: tuple[str, ...]) -> Any:
+    """A causal language model whose parameters are on the meta device; its buffers are real.
+
+    linear_names: leaf names of the linears inside decoder layers, which are packed to `bits`.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = (
+            AutoConfig.from_pretrained(source.path, local_files_only=True)
+            if source.path
+            else AutoConfig.for_model(str(source.config["model_type"]), **_without_type(source.config))
+        )
+    except OSError as error:
+        raise ModelError(f"{source.path}: {error}", try_="a folder with config.json and *.safetensors") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and path.rpartition(".")[2] in linear_names and bits < 16:
+            model.set_submodule(path, _packed(module, bits, quant, dtype))
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def _without_type(config: dict[str, object]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "model_type"}
+
+
+def _packed(linear: nn.Linear, bits: int, quant: Quant, dtype: torch.dtype) -> PackedLinear:
+    bias = linear.bias is not None
+    if bits == 4:
+        return Packed4bit(linear.in_features, linear.out_features, bias=bias, dtype=dtype, quant=quant)
+    return Packed8bit(linear.in_features, linear.out_features, bias=bias, dtype=dtype)
+
+
+def fill(model: nn.Module, weights: Weights, *, device: torch.device) -> None:
+    """Give every parameter its values, and move the buffers; no more than one module's tensors at a time.
+
+    A parameter that is sharded already (a DTensor) takes its own rows and no others.
+    """
+    filled: dict[nn.Parameter, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+        if not own:
+            continue
+        # A tied head finds its table filled already, and need not be in the folder.
+        tensors = weights.of(path, module) if any(parameter not in filled for parameter in own.values()) else {}
+        for name, parameter in own.items():
+            if parameter not in filled:
+                filled[parameter] = _filled(parameter, tensors[name], device)
+            module.register_parameter(name, filled[parameter])
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                module._buffers[name] = tensors[name][:].to(device, buffer.dtype)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder layers of a causal language model, in order."""
+    count = model.config.num_hidden_layers
+    return next(found for found in model.modules() if isinstance(found, nn.ModuleList) and len(found) == count)
+
+
+def _filled(parameter: nn.Parameter, values: Slices, device: torch.device) -> nn.Parameter:
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(parameter, DTensor):
+        return nn.Parameter(values[:].to(device, parameter.dtype), requires_grad=False)
+    local = parameter.to_local()
+    mine = torch.zeros(local.shape, dtype=local.dtype, device=device)
+    first = parameter.device_mesh.get_local_rank() * -(-parameter.shape[0] // parameter.device_mesh.size())
+    if local.shape[0]:
+        mine.copy_(values[first : first + local.shape[0]])
+    sharded = DTensor.from_local(
+        mine, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    )
+    return nn.Parameter(sharded, requires_grad=False)

@@ -1,0 +1,125 @@
+"""Where a backbone's tensors come from: a folder of safetensors read through mmap, or random numbers by name."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from qdist.core.errors import ModelError
+from qdist.runtime.methods.packed import PackedLinear, Slices
+
+
+class Weights(Protocol):
+    """Tensors by module; whoever reads takes the rows it owns."""
+
+    def of(self, path: str, module: nn.Module) -> Mapping[str, Slices]:
+        """The parameters and buffers that a module holds itself, by their names in it."""
+
+
+class ModelWeights:
+    """Another model's, of the same modules and not packed. Linears are packed here, on `device`, one at a time."""
+
+    def __init__(self, model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.model, self.device, self.dtype = model, device, dtype
+
+    def of(self, path: str, module: nn.Module) -> Mapping[str, Slices]:
+        tensors: dict[str, Any] = dict(self.model.get_submodule(path).named_parameters(recurse=False))
+        if isinstance(module, PackedLinear):
+            tensors |= module.pack(tensors["weight"].detach().to(self.device, self.dtype))
+        return tensors
+
+
+class FolderWeights:
+    """A folder of safetensors under module names, linears packed as bitsandbytes stores them; see `qdist quantize`."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @cached_property
+    def _files(self) -> dict[str, str]:
+        """The file of each tensor."""
+        from safetensors import safe_open
+
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            return files
+        names = {}
+        for file in sorted(self.folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as opened:
+                names.update(dict.fromkeys(opened.keys(), file.name))
+        return names
+
+    def of(self, path: str, module: nn.Module) -> Mapping[str, Slices]:
+        file = _Prefixed(self, path)
+        if not isinstance(module, PackedLinear):
+            return file
+        tensors = module.stored(file)
+        if module.bias is not None:
+            tensors["bias"] = file["bias"]
+        return tensors
+
+    def open(self, name: str) -> Slices:
+        """A tensor of which nothing is read yet. Raises ModelError where there is none."""
+        from safetensors import SafetensorError, safe_open
+
+        if name not in self._files:
+            raise ModelError(f"{self.folder} has no tensor {name}", try_="another folder, or pack the model again")
+        try:
+            with safe_open(self.folder / self._files[name], framework="pt") as file:
+                tensor: Slices = file.get_slice(name)
+        except (SafetensorError, FileNotFoundError) as error:
+            raise ModelError(f"{self.folder / self._files[name]}: {error}", try_="pack the model again") from error
+        return tensor
+
+
+class _Prefixed(Mapping[str, Slices]):
+    """The tensors of one module by their names in it, opened on use."""
+
+    def __init__(self, folder: FolderWeights, path: str) -> None:
+        self._folder, self._path = folder, path
+
+    def __getitem__(self, name: str) -> Slices:
+        return self._folder.open(f"{self._path}.{name}")
+
+    def __iter__(self) -> Iterator[str]:
+        prefix = f"{self._path}."
+        return (name.removeprefix(prefix) for name in self._folder._files if name.startswith(prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class RandomWeights:
+    """Matrices are N(0, 0.02), norms 1, biases 0: activations stay finite however deep the model.
+
+    A tensor depends on its name alone, so any rank can make any part of the same model.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+
+    def of(self, path: str, module: nn.Module) -> Mapping[str, Slices]:
+        tensors: dict[str, Any] = {}
+        if isinstance(module, PackedLinear):
+            matrix = self._matrix(f"{path}.weight", (module.out_features, module.in_features))
+            tensors |= module.pack(matrix)
+        for name, parameter in module.named_parameters(recurse=False):
+            if name not in tensors:
+                tensors[name] = self._values(f"{path}.{name}", tuple(parameter.shape))
+        return tensors
+
+    def _values(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if len(shape) < 2:
+            return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=self.dtype, device=self.device)
+        return self._matrix(name, shape)
+
+    def _matrix(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(0.0, 0.02, generator=generator)

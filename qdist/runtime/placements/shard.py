@@ -1,0 +1,115 @@
+"""A backbone sharded over the ranks of a group with FSDP2: packed bytes gathered layer by layer, just in time."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from qdist.core.errors import RunError
+from qdist.core.plan import Plan
+from qdist.runtime.checksum import add_checksums, slice_checksum
+from qdist.runtime.methods.skeleton import decoder_layers
+
+
+def shard(model: Any, plan: Plan) -> None:
+    """Shard a model on the meta device: each decoder layer a unit, and the embeddings where nothing else needs them.
+
+    Only the frozen backbone is FSDP's. Adapters are put on later and stay out of its sight.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    _allow_integers()
+    mesh = _group_mesh(plan)
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    whole: set[nn.Parameter] = set()
+    for table in (embedding, head):
+        if shards_embeddings(plan):
+            fully_shard(table, mesh=mesh, reshard_after_forward=True)
+        else:
+            whole.update(table.parameters())
+    fully_shard(model.get_decoder(), mesh=mesh, reshard_after_forward=False, ignored_params=whole)
+
+
+def shards_embeddings(plan: Plan) -> bool:
+    """Tied tables and those with added rows stay whole on every rank: two modules use them, or they are resized."""
+    return not plan.facts.tied_embeddings and plan.source.vocab_rows is None
+
+
+def _group_mesh(plan: Plan) -> DeviceMesh:
+    """The ranks that hold one backbone between them."""
+    mesh = init_device_mesh(plan.device, (plan.groups, plan.gpus_per_group), mesh_dim_names=("group", "shard"))
+    return mesh["shard"]
+
+
+def settle(model: Any) -> None:
+    """Have FSDP take over the shards that were filled in after it had seen the model without bytes."""
+    # Loading a state dict makes every unit look at its parameters again; an empty one changes none.
+    model.load_state_dict({}, strict=False)
+
+
+def check_gathered_bytes(model: Any) -> int:
+    """Gather every unit once and compare its packed bytes with what the ranks hold; the bytes compared.
+
+    FSDP2 with bf16 or fp16 storage, as is often advised, changes packed bytes: CUDA copies rewrite NaN patterns.
+    Raises RunError naming the tensor. Collective.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    checked = 0
+    for path, unit in model.named_modules():
+        if not isinstance(unit, FSDPModule):
+            continue
+        held = {name: parameter for name, parameter in unit.named_parameters() if isinstance(parameter, DTensor)}
+        unit.unshard()
+        for name, parameter in unit.named_parameters():
+            if name not in held or isinstance(parameter, DTensor):  # whole anyway, or of a unit inside this one
+                continue
+            gathered = parameter.detach().contiguous().view(-1).view(torch.uint8)
+            if slice_checksum(gathered, 0) != _held_checksum(held[name]):
+                raise RunError(
+                    f"{path}.{name}: the bytes gathered from the ranks are not the bytes that they hold",
+                    try_="--placement replicate or split, and report this with the output of qdist doctor",
+                )
+            checked += gathered.numel()
+        unit.reshard()
+    return checked
+
+
+def _held_checksum(parameter: DTensor) -> tuple[int, int]:
+    """Checksum of a sharded parameter's bytes from each rank's own rows, added up over the group."""
+    local, mesh = parameter.to_local(), parameter.device_mesh
+    row_bytes = local.element_size() * (parameter.numel() // parameter.shape[0])
+    first = min(mesh.get_local_rank() * -(-parameter.shape[0] // mesh.size()), parameter.shape[0]) * row_bytes
+    own = slice_checksum(local.contiguous().view(torch.uint8).flatten(), first)
+    sums: list[Any] = [None] * mesh.size()
+    dist.all_gather_object(sums, own, group=mesh.get_group())
+    return add_checksums(*sums)
+
+
+def _allow_integers() -> None:
+    """torch 2.11's FSDP2 makes its sharded parameters without `requires_grad`, which integer tensors refuse.
+
+    Mended in torch 2.13 (`requires_grad=param.requires_grad` in `FSDPParam._init_sharded_param`).
+    """
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    if torch.__version__ >= torch.torch_version.TorchVersion("2.12") or isinstance(_fsdp_param.nn, _IntegerNn):
+        return
+    _fsdp_param.nn = _IntegerNn()
+
+
+class _IntegerNn:
+    """`torch.nn`, whose `Parameter` asks for gradients only of tensors that can have them."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(nn, name)
+
+    @staticmethod
+    def Parameter(data: torch.Tensor, requires_grad: bool | None = None) -> nn.Parameter:
+        wanted = data.is_floating_point() if requires_grad is None else requires_grad
+        return nn.Parameter(data, requires_grad=wanted)
