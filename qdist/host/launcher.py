@@ -1,5 +1,6 @@
 """From a spec to running ranks: prepare, plan, write the run directory, start, watch, report how it ended."""
 
+import contextlib
 import ctypes
 import json
 import os
@@ -33,7 +34,7 @@ from qdist.core.render import (
     launch_script,
 )
 from qdist.core.spec import RunSpec, flatten, resolve
-from qdist.host import modules, probe, templates
+from qdist.host import lessons, modules, probe, templates
 from qdist.host.files import locked, write_atomic
 from qdist.host.follow import Follower
 from qdist.host.records import check_source
@@ -136,6 +137,8 @@ def start(job: Job, *, show: Show, say: Callable[[str], None], recall: Show | No
             )
         stopped = _watch(run, ranks, follower, show, say)
         if run.result() is not None and ranks.returncode == 0:
+            with contextlib.suppress(OSError):  # a cache that cannot be written to makes no run fail
+                lessons.learn(run)
             return
         if stopped and ranks.returncode in (0, -signal.SIGKILL):
             raise KeyboardInterrupt
@@ -198,15 +201,16 @@ def _tail(lines: list[str], count: int = 12) -> str:
 
 def _job(run: RunDir, spec: RunSpec, prepared: Prepared, *, usual_micro_batch: int | None = None) -> Job:
     facts = from_config(prepared.source.config, name=spec.model)
-    has_liger = find_spec("liger_kernel") is not None
+    cluster = probe.cluster()
     plan = make_plan(
         spec,
         prepared.source,
         facts,
-        probe.cluster(),
+        cluster,
         prepared.data,
-        has_liger=has_liger,
+        has_liger=find_spec("liger_kernel") is not None,
         usual_micro_batch=usual_micro_batch,
+        correction=lessons.correction_for(cluster, world_size=spec.gpus, bits=spec.bits),
     )
     files = {
         "recipe.toml": to_toml(msgspec.structs.replace(spec, run=None)),
