@@ -21,6 +21,9 @@ CPU_CONTEXT_BYTES = 460 * MIB
 """Resident memory of a CPU rank that has imported torch, transformers, peft and DeepSpeed and loaded nothing."""
 CPU_LOADING_BYTES = 4
 """A parameter of a CPU rank: its 16-bit file stays mapped, and as much again is what the allocator keeps of packing."""
+RECEIVED_AHEAD = 1
+"""Micro-batches that each neighbour of a stage has sent, or is sending, before they are used. What is in use counts as
+activations: the runtime's stages hold receive buffers only that long."""
 HEADROOM = 0.95
 """Share of a GPU, or of host memory, that a plan may fill."""
 MAX_MICRO_BATCH_TOKENS = 8192
@@ -227,7 +230,7 @@ class _Arrangement:
             data_parallel=layout.data_parallel,
             pipelined=pipelined,
             in_flight=min(self.micro_batches, self.positions - position) if pipelined else 1,
-            received=neighbours * self.micro_batches if pipelined else 0,
+            received=RECEIVED_AHEAD * neighbours if pipelined else 0,
             sends=pipelined and position < last,
             offloaded=away,
             context_bytes=self._context_bytes(count),

@@ -111,7 +111,7 @@ class Share(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     in_flight: int = 1
     """Micro-batches of which activations are kept at a time."""
     received: int = 0
-    """Buffers, each for the hidden states of a micro-batch, into which a stage's neighbours send."""
+    """Buffers, each for the hidden states of a micro-batch, into which a stage's neighbours send ahead."""
     sends: bool = False
     """A later stage reads its output, which is kept with the other activations."""
     offloaded: int = 0
@@ -250,8 +250,7 @@ def _kept(sizes: Sizes, share: Share, tokens: int) -> tuple[int, int]:
     saved, entering = tokens * sizes.saved_token, tokens * sizes.entering_token
     plain = share.layers - share.checkpointed
     once = share.checkpointed * entering + plain * (saved + sizes.casts)
-    # A stage's output is kept too; what it received lies in the receive buffers.
-    once += entering * share.sends - entering * (not share.embedding and share.received > 0)
+    once += entering * share.sends
     return share.in_flight * once, saved
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from qdist.core.activations import saved_bytes_per_token
 from qdist.core.facts import ModelFacts, from_config
-from qdist.core.memory import Job, MemoryBudget, Share, Sizes, budget, sizes
+from qdist.core.memory import GATHERED_LAYERS, Job, MemoryBudget, Share, Sizes, budget, load_peak_bytes, sizes
 from qdist.core.models import config_of
 from qdist.core.units import GIB
 
@@ -134,6 +134,66 @@ def test_the_total_is_the_sum_of_the_fields_and_fields_are_whole_bytes() -> None
     assert own.context == 5
 
 
+def test_partial_checkpointing_lies_between_all_and_none() -> None:
+    """All but the last layer cost as much as all: the last is whole when the backward pass begins, either way."""
+    needs = [predict("llama-7b", checkpointed=count, fused_lora=True).activations for count in range(33)]
+    assert needs[:32] == sorted(needs[:32], reverse=True)
+    entering = 16 * 512 * 4096 * 2
+    assert needs[31] == needs[32] - entering
+    assert needs[0] - needs[1] == needs[10] - needs[11]
+
+
+@pytest.mark.parametrize("alias", ["llama-65b", "qwen3-4b"])
+def test_shards_divide_the_backbone_and_nothing_else(alias: str) -> None:
+    whole, part = predict(alias, data_parallel=4, zero_stage=2), predict(alias, **SHARDED)
+    tied = facts_of(alias).tied_embeddings
+    table = described(alias)[0].table
+    assert part.weights == pytest.approx((whole.weights - table * tied) / 4 + table * tied, rel=1e-5)
+    assert (part.adapter, part.gradients, part.optimizer) == (whole.adapter, whole.gradients, whole.optimizer)
+    assert part.gathers - whole.gathers == GATHERED_LAYERS * described(alias)[0].layer
+    kept_whole = predict(alias, **SHARDED, whole_tables=True)
+    assert kept_whole.weights > part.weights or tied
+
+
+@pytest.mark.parametrize("alias", ["llama-65b", "qwen3-4b", "bloom-7b1"])
+def test_stages_hold_between_them_what_one_gpu_holds(alias: str) -> None:
+    facts = facts_of(alias)
+    counts = (facts.layers // 3, facts.layers // 3, facts.layers - 2 * (facts.layers // 3))
+    stages = [
+        predict(alias, layers=count, checkpointed=count, embedding=at == 0, head=at == 2, pipelined=True)
+        for at, count in enumerate(counts)
+    ]
+    tied = described(alias)[0].table * facts.tied_embeddings
+    assert sum(own.weights for own in stages) == predict(alias).weights + tied
+    assert sum(own.adapter for own in stages) == predict(alias).adapter
+
+
+def test_a_stage_keeps_as_many_micro_batches_as_are_in_flight() -> None:
+    stage: dict[str, Any] = {"layers": 20, "checkpointed": 20, "micro_batch": 4, "head": False, "pipelined": True}
+    one, four = (predict("llama-65b", **stage, in_flight=count, sends=True) for count in (1, 4))
+    hidden = 4 * 512 * 8192 * 2
+    assert four.activations - one.activations == 3 * 21 * hidden
+    assert predict("llama-65b", **stage, received=2).gathers == 2 * hidden
+    divided = predict("llama-65b", **stage, zero_stage=2, data_parallel=2)
+    assert divided.gradients == divided.adapter
+    assert divided.optimizer == 12 * divided.adapter // 4 // 2
+
+
+def test_offloaded_layers_leave_the_gpu_but_for_the_two_in_transit() -> None:
+    own, away = predict("llama-65b"), predict("llama-65b", offloaded=30)
+    layer = described("llama-65b")[0].layer
+    assert own.weights - away.weights == 30 * layer
+    assert away.gathers - own.gathers == 2 * layer
+
+
+def test_loading_takes_its_part_and_one_matrix_at_a_time() -> None:
+    whole, part = load_peak_bytes(*described("llama-65b")), load_peak_bytes(*described("llama-65b", **SHARDED))
+    matrix = 8192 * 22_016
+    assert whole == pytest.approx(predict("llama-65b").weights + matrix * 2.516, rel=1e-3)
+    assert whole - part == predict("llama-65b").weights - predict("llama-65b", **SHARDED).weights
+    assert part < 10 * GIB
+
+
 LLAMA_SHAPE = {
     "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     "vocab_size": 128, "max_position_embeddings": 256, "pad_token_id": 0,
@@ -191,12 +251,44 @@ def test_autograd_saves_under_autocast_what_the_terms_say(
     assert own == pytest.approx((three - two - casts) / (BATCH * LENGTH), rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("family", "autocast"),
+    [
+        *((family, False) for family in TINY),
+        *((family, True) for family in TINY if TINY[family].get("num_key_value_heads")),
+    ],
+)
+def test_our_adapted_linears_save_what_the_terms_say(family: str, autocast: bool) -> None:
+    """They cast nothing that is kept: neither inputs to fp32 nor the LoRA matrices to 16 bits.
+
+    Under autocast only with RMS norms: a CPU's layer norm stays in 16 bits, where a GPU's does not.
+    """
+    facts = from_config(layered(family, 1), name=family)
+    targets = facts.linear_names
+    three, two = (
+        saved_bytes(family, layers, targets, 0.0, bits=16, autocast=autocast, fused_lora=True) for layers in (3, 2)
+    )
+    own = saved_bytes_per_token(
+        facts, bits=16, compute_bytes=2 if autocast else 4, rank_r=RANK, targets=targets, seq_len=LENGTH,
+        fused_layers=False, fused_lora=True, lora_dropout=False,
+    )  # fmt: skip
+    shared_input = 4 * facts.hidden if family == "gpt_neox" and not autocast else 0
+    assert own - shared_input == pytest.approx((three - two) / (BATCH * LENGTH), rel=0.02)
+
+
 def layered(family: str, layers: int) -> dict[str, Any]:
     return TINY[family] | {"n_layer" if family == "bloom" else "num_hidden_layers": layers}
 
 
 def saved_bytes(
-    family: str, layers: int, targets: tuple[str, ...], dropout: float, *, bits: int, autocast: bool = False
+    family: str,
+    layers: int,
+    targets: tuple[str, ...],
+    dropout: float,
+    *,
+    bits: int,
+    autocast: bool = False,
+    fused_lora: bool = False,
 ) -> int:
     """Bytes of the distinct storages that a forward pass saves for the backward one, parameters left out."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
@@ -208,6 +300,9 @@ def saved_bytes(
     if bits == 4:
         pack_linears(model)
     lora = peft.LoraConfig(r=RANK, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM")
+    if fused_lora:
+        fused = pytest.importorskip("qdist.runtime.methods.fused_lora")
+        lora._register_custom_module({torch.nn.Linear: fused.FusedLora})
     model = peft.get_peft_model(model, lora).train()
     model.enable_input_require_grads()
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
