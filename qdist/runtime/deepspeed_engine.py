@@ -1,5 +1,6 @@
 """Adapter gradients and optimizer state under DeepSpeed's ZeRO, and their full form for checkpoints."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,9 @@ from torch import nn
 
 from qdist.runtime.engine import (
     MOMENTS,
+    Across,
     Adapter,
+    MicroBatch,
     State,
     StepResult,
     allocate_moments,
@@ -21,19 +24,35 @@ from qdist.runtime.engine import (
 
 
 class DeepSpeedEngine:
-    """Several ranks, or offloaded optimizer state. `engine` is what accelerate prepared from deepspeed.json."""
+    """Several ranks, or offloaded optimizer state. `engine` is what DeepSpeed made from deepspeed.json.
 
-    def __init__(self, adapter: Adapter, engine: Any, *, clip: float) -> None:
-        self.adapter, self.engine, self.clip = adapter, engine, clip
+    group: the ranks that hold the same parameters; None for all.
+    across: over the stages of a pipeline.
+    """
+
+    def __init__(
+        self, adapter: Adapter, engine: Any, *, clip: float, group: Any = None, across: Across | None = None
+    ) -> None:
+        self.adapter, self.engine, self.clip, self.group, self.across = adapter, engine, clip, group, across
         self.stage = engine.zero_optimization_stage()
-        self.world_size = dist.get_world_size()
+        self.world_size = dist.get_world_size(group)
         self.optimizer = engine.optimizer.optimizer if self.stage else engine.optimizer
         """Adam itself, over flat partitions where ZeRO made them."""
         if self.stage == 3:
             parameters: list[Any] = list(adapter.parameters())
             parameters[0].all_gather(param_list=parameters)
 
+    def accumulate(self, micro_batches: Sequence[MicroBatch], *, weight: float, loss_scale: float) -> torch.Tensor:
+        losses = []
+        for micro_batch in micro_batches:
+            torch.manual_seed(micro_batch.seed)
+            last = micro_batch is micro_batches[-1]
+            loss = self.backward(micro_batch.load(), weight=weight, loss_scale=loss_scale, last=last)
+            losses.append(loss.double())
+        return torch.stack(losses).sum()
+
     def backward(self, batch: Any, *, weight: float, loss_scale: float, last: bool) -> torch.Tensor:
+        """One micro-batch. last: no further one before `step`. Returns its summed loss, detached."""
         if self.stage:
             self.engine.optimizer.override_loss_scale(loss_scale)
         else:
@@ -47,7 +66,9 @@ class DeepSpeedEngine:
     def step(self, learning_rate: float, loss_scale: float) -> StepResult:
         set_rate(self.optimizer, learning_rate)
         if self.stage == 0:
-            result = finish_gradients(list(self.adapter.parameters()), clip=self.clip, loss_scale=loss_scale)
+            result = finish_gradients(
+                list(self.adapter.parameters()), clip=self.clip, loss_scale=loss_scale, across=self.across
+            )
             if result.skipped:
                 self.engine.zero_grad()
                 return result
@@ -99,7 +120,7 @@ class DeepSpeedEngine:
             inside, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
             source = self._flat(moment).narrow(0, flat.start, flat.numel)
             whole.narrow(0, inside.start, inside.numel).copy_(source)
-        dist.all_reduce(whole)
+        dist.all_reduce(whole, group=self.group)
         return to_cpu(whole).reshape(parameter.shape)
 
     def _take(self, parameter: nn.Parameter, moment: str | None, value: torch.Tensor) -> None:

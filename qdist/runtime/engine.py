@@ -5,7 +5,7 @@ moves, casts nor broadcasts packed weights, and a backbone may span GPUs.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,6 +14,17 @@ from torch import nn
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _BNB_NAMES = {"exp_avg": "state1", "exp_avg_sq": "state2"}
 """bitsandbytes' names for Adam's moments."""
+
+
+class MicroBatch(NamedTuple):
+    """One micro-batch of a step, made when it is needed. `seed` decides its dropout, whichever rank computes it."""
+
+    load: Callable[[], Mapping[str, torch.Tensor]]
+    seed: int
+
+
+Across = Callable[[torch.Tensor], torch.Tensor]
+"""Adds a scalar up over the ranks that hold the other parts of the adapter."""
 
 
 class StepResult(NamedTuple):
@@ -35,12 +46,12 @@ class State(NamedTuple):
 class Engine(Protocol):
     """What the loop needs of either engine."""
 
-    def backward(self, batch: Any, *, weight: float, loss_scale: float, last: bool) -> torch.Tensor:
-        """Forward and backward of one micro-batch; gradients of weight x summed loss add up over ranks.
+    def accumulate(self, micro_batches: Sequence[MicroBatch], *, weight: float, loss_scale: float) -> torch.Tensor:
+        """Forward and backward of this rank's micro-batches of a step, all of them.
 
+        Gradients of weight x summed loss add up over micro-batches and ranks.
         loss_scale: the factor that keeps fp16 gradients above underflow; undone in `step`.
-        last: no further micro-batch before `step`.
-        Returns the summed loss, detached.
+        Returns the summed loss as a float64 scalar, detached; 0 where another rank of the group has it.
         """
 
     def step(self, learning_rate: float, loss_scale: float) -> StepResult:
@@ -73,18 +84,26 @@ class Adapter(nn.Module):
 
 
 class TorchEngine:
-    """One rank: torch's own backward and optimizer."""
+    """No data parallelism: torch's own backward and optimizer. `across`: over the stages of a pipeline."""
 
-    def __init__(self, adapter: Adapter, optimizer: torch.optim.Optimizer, *, clip: float) -> None:
-        self.adapter, self.optimizer, self.clip = adapter, optimizer, clip
+    def __init__(
+        self, adapter: Adapter, optimizer: torch.optim.Optimizer, *, clip: float, across: Across | None = None
+    ) -> None:
+        self.adapter, self.optimizer, self.clip, self.across = adapter, optimizer, clip, across
 
-    def backward(self, batch: Any, *, weight: float, loss_scale: float, last: bool) -> torch.Tensor:
-        loss = self.adapter(batch)
-        (loss * (weight * loss_scale)).backward()
-        return loss.detach()
+    def accumulate(self, micro_batches: Sequence[MicroBatch], *, weight: float, loss_scale: float) -> torch.Tensor:
+        losses = []
+        for micro_batch in micro_batches:
+            torch.manual_seed(micro_batch.seed)
+            loss = self.adapter(micro_batch.load())
+            (loss * (weight * loss_scale)).backward()
+            losses.append(loss.detach().double())
+        return torch.stack(losses).sum()
 
     def step(self, learning_rate: float, loss_scale: float) -> StepResult:
-        result = finish_gradients(list(self.adapter.parameters()), clip=self.clip, loss_scale=loss_scale)
+        result = finish_gradients(
+            list(self.adapter.parameters()), clip=self.clip, loss_scale=loss_scale, across=self.across
+        )
         if not result.skipped:
             set_rate(self.optimizer, learning_rate)
             self.optimizer.step()
@@ -114,15 +133,19 @@ class TorchEngine:
                     moment_of(self.optimizer.state[parameter], moment).copy_(tensors[name])
 
 
-def finish_gradients(parameters: list[nn.Parameter], *, clip: float, loss_scale: float) -> StepResult:
-    """Unscale and clip gradients in place; not finite means skip."""
+def finish_gradients(
+    parameters: list[nn.Parameter], *, clip: float, loss_scale: float, across: Across | None = None
+) -> StepResult:
+    """Unscale and clip gradients in place; not finite, here or on a rank that `across` asks, means skip."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients)) / loss_scale
+    here = torch.nn.utils.get_total_norm(gradients)
+    norm = float(here if across is None else across(here.double().square()).sqrt()) / loss_scale
     if not math.isfinite(norm):
         return StepResult(norm, True)
     factor = (1.0 / loss_scale) * (min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0)
     if factor != 1.0:
-        torch._foreach_mul_(gradients, factor)
+        for device in {gradient.device for gradient in gradients}:
+            torch._foreach_mul_([gradient for gradient in gradients if gradient.device == device], factor)
     return StepResult(norm, False)
 
 

@@ -2,9 +2,8 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-
-import torch
 
 from qdist.core.errors import RunError
 from qdist.core.events import Event
@@ -13,7 +12,7 @@ from qdist.host.rundir import RunDir
 from qdist.runtime import checkpoint
 from qdist.runtime.checkpoint import Progress
 from qdist.runtime.comm import Comm
-from qdist.runtime.engine import Engine
+from qdist.runtime.engine import Engine, MicroBatch
 from qdist.runtime.loss_scale import LossScale
 from qdist.runtime.samples import Samples, micro_batch_seed
 from qdist.runtime.schedule import learning_rate
@@ -42,6 +41,8 @@ class Trainer:
         self._evaluate, self._checksum, self._report, self._stopping = evaluate, checksum, report, stopping
         self.scale = LossScale(dynamic=plan.compute_dtype == "float16")
         self.held_out: tuple[tuple[int, float], ...] = ()
+        self._shard = plan.ranks[comm.rank].group if plan.placement == "split" else comm.rank
+        """Which of the data-parallel shares is this rank's; the stages of a pipeline have the same."""
 
     def train(self) -> bool:
         """Train from the newest checkpoint to the last step. False when it was asked to stop before."""
@@ -67,17 +68,12 @@ class Trainer:
         learned = sum(map(self.samples.learned, batches))
         if learned == 0:
             raise RunError(f"no token of step {step + 1} has a loss", try_="a larger seq_len")
-        mine = range(self.comm.rank, len(batches), plan.world_size)
-        total = torch.zeros((), dtype=torch.float64, device=self.comm.device)
-        for index in mine:
-            torch.manual_seed(micro_batch_seed(plan.spec.seed, step, index))
-            # Tokens weigh the same wherever they are: each micro-batch is divided by the tokens of the whole step.
-            total += self.engine.backward(
-                self.samples.batch(batches[index]),
-                weight=1.0 / learned,
-                loss_scale=self.scale.value,
-                last=index == mine[-1],
-            )
+        mine = [
+            MicroBatch(partial(self.samples.batch, batches[index]), micro_batch_seed(plan.spec.seed, step, index))
+            for index in range(self._shard, len(batches), plan.data_parallel)
+        ]
+        # Tokens weigh the same wherever they are: each micro-batch is divided by the tokens of the whole step.
+        total = self.engine.accumulate(mine, weight=1.0 / learned, loss_scale=self.scale.value)
         rate = learning_rate(plan.spec.optim, step=step, steps=plan.steps)
         result = self.engine.step(rate, self.scale.value)
         loss, stops = self.comm.sum(total, float(self._stopping()))
@@ -102,10 +98,15 @@ class Trainer:
         """The held-out loss, weighted by tokens over all ranks."""
         if not self.samples.held_out:
             return
-        mine = self.samples.held_out_batches()[self.comm.rank :: self.plan.world_size]
+        mine = self.samples.held_out_batches()[self._shard :: self.plan.data_parallel]
         loss, tokens = self.comm.sum(*self._evaluate(mine))
         self.held_out = (*self.held_out, (step, loss / tokens))
         self._report(Event(kind="eval", step=step, total_steps=self.plan.steps, held_out_loss=loss / tokens))
+
+    @property
+    def _different_adapters(self) -> int:
+        """Ranks are numbered group by group, and each stage of a pipeline has its own part of the adapter."""
+        return self.plan.gpus_per_group if self.plan.schedule == "1f1b" else 1
 
     def _is_best(self, step: int) -> bool:
         return bool(step and self.held_out and self.held_out[-1][0] == step and self._progress(step).best_step == step)
@@ -121,11 +122,17 @@ class Trainer:
         )
 
     def _save(self, step: int) -> Path:
-        """Write a checkpoint, after all ranks have shown that they hold the same adapter."""
+        """Write a checkpoint, after all ranks of the same stage have shown that they hold the same adapter."""
         checksums = self.comm.gather(self._checksum())
-        if len(set(checksums)) > 1:
-            differing = [rank for rank, checksum in enumerate(checksums) if checksum != checksums[0]]
-            raise RunError(f"the adapter of rank(s) {differing} differs from rank 0's at step {step}", try_="--resume")
+        differing = [
+            rank for rank, checksum in enumerate(checksums) if checksum != checksums[rank % self._different_adapters]
+        ]
+        if differing:
+            raise RunError(
+                f"the adapter of rank(s) {differing} differs from that of the first {self._different_adapters} "
+                f"rank(s) at step {step}",
+                try_="--resume",
+            )
         state = self.engine.state()
         if self.comm.rank == 0:
             progress = self._progress(step, optimizer_steps=state.optimizer_steps)

@@ -1,13 +1,14 @@
 """One rank's engine: exact to restore, exact to clip, and untouched by what is not finite."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from qdist.core.plan import Plan
-from qdist.runtime.engine import Adapter, State, TorchEngine, build_optimizer, finish_gradients
+from qdist.runtime.engine import Adapter, MicroBatch, State, TorchEngine, build_optimizer, finish_gradients
 from qdist.runtime.samples import Samples
 from tests.runtime.tiny import plan_of, save_config, trainable
 
@@ -31,10 +32,8 @@ def advance(engine: TorchEngine, samples: Samples, steps: range, *, loss_scale: 
     for step in steps:
         batches = samples.step(step)
         learned = sum(map(samples.learned, batches))
-        losses += [
-            float(engine.backward(samples.batch(b), weight=1 / learned, loss_scale=loss_scale, last=False))
-            for b in batches
-        ]
+        micro_batches = [MicroBatch(partial(samples.batch, batch), seed) for seed, batch in enumerate(batches)]
+        losses.append(float(engine.accumulate(micro_batches, weight=1 / learned, loss_scale=loss_scale)))
         engine.step(1e-2, loss_scale)
     return losses
 
