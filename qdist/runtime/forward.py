@@ -1,12 +1,12 @@
 """The model's loss on a micro-batch, under the arithmetic that was planned."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from qdist.runtime.loss import summed_loss
+from qdist.runtime.loss import hidden_states, loss_of, summed_loss
 from qdist.runtime.samples import Samples
 
 
@@ -22,18 +22,32 @@ class Forward:
         with self._autocast():
             return summed_loss(self._base, batch, fused=self.fused)
 
+    def part(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The decoder layers that are here: token ids, or the hidden states of the stage before, to hidden states."""
+        with self._autocast():
+            return hidden_states(self._base, inputs)
+
+    def loss_of(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The last stage's end: the summed loss of what `part` gave."""
+        with self._autocast():
+            return loss_of(self._base, hidden, labels, fused=self.fused)
+
     @torch.no_grad()
     def evaluate(self, batches: list[list[int]]) -> tuple[float, int]:
         """(summed loss, learned tokens) over micro-batches of sample indices, without dropout."""
+        with self.without_dropout():
+            losses = [self.loss(self.samples.batch(indices)).double() for indices in batches]
+        return float(sum(losses)), sum(map(self.samples.learned, batches))
+
+    @contextlib.contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """The model as it judges; then as it was."""
         training = self.model.training
         self.model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self._base.device)
-        tokens = 0
-        for indices in batches:
-            total += self.loss(self.samples.batch(indices))
-            tokens += self.samples.learned(indices)
-        self.model.train(training)
-        return float(total), tokens
+        try:
+            yield
+        finally:
+            self.model.train(training)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.dtype == torch.float32:

@@ -16,13 +16,26 @@ def summed_loss(model: Any, batch: Mapping[str, torch.Tensor], *, fused: bool) -
     unnecessary: no real token attends to the padding behind it.
     fused: use Liger's fused linear cross entropy (Hsu et al. 2024), which never holds all logits.
     """
-    device = model.device
-    targets = batch["labels"][:, 1:].reshape(-1)
-    learned = (targets != IGNORED).nonzero().squeeze(1)
-    hidden = model.get_decoder()(input_ids=batch["input_ids"].to(device, non_blocking=True), use_cache=False)[0]
-    picked = hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, learned.to(device, non_blocking=True))
-    wanted = targets[learned].to(device, non_blocking=True)
+    inputs = batch["input_ids"].to(model.device, non_blocking=True)
+    return loss_of(model, hidden_states(model, inputs), batch["labels"], fused=fused)
+
+
+def hidden_states(model: Any, inputs: torch.Tensor) -> torch.Tensor:
+    """What the decoder makes of token ids, int64 [batch, length], or of hidden states, [batch, length, hidden]."""
+    name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
+    hidden: torch.Tensor = model.get_decoder()(**{name: inputs}, use_cache=False)[0]
+    return hidden
+
+
+def loss_of(model: Any, hidden: torch.Tensor, labels: torch.Tensor, *, fused: bool) -> torch.Tensor:
+    """The summed loss, from hidden states behind the final norm and labels on the CPU, both [batch, length, ...]."""
     head = model.get_output_embeddings()
+    device = next(head.parameters()).device  # of a model spread over GPUs, not always where the hidden states are
+    targets = labels[:, 1:].reshape(-1)
+    learned = (targets != IGNORED).nonzero().squeeze(1)
+    flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    picked = flat.index_select(0, learned.to(hidden.device, non_blocking=True)).to(device)
+    wanted = targets[learned].to(device, non_blocking=True)
     if fused:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 

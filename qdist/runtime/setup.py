@@ -2,16 +2,18 @@
 
 import datetime
 import json
+from functools import partial
 from typing import Any
 
 import torch
 
-from qdist.core.errors import RunError
+from qdist.core.errors import PlanError, RunError
 from qdist.core.plan import Plan
 from qdist.core.render import ACCELERATE_FILE
 from qdist.host.rundir import RunDir
 from qdist.runtime.deepspeed_engine import DeepSpeedEngine
 from qdist.runtime.engine import Adapter, Engine, TorchEngine, build_optimizer
+from qdist.runtime.forward import Forward
 
 PROCESS_GROUP_TIMEOUT = datetime.timedelta(minutes=30)
 """Long enough for rank 0 to write answers and checkpoints while the others wait."""
@@ -64,19 +66,48 @@ def _compile_nothing() -> None:
 
 def make_engine(plan: Plan, accelerator: Any, adapter: Adapter) -> Engine:
     """The engine that the plan names, over the adapter's parameters alone."""
+    clip, optimizer_of = plan.spec.optim.clip, _optimizer_of(plan)
+    if plan.engine == "torch":
+        return TorchEngine(adapter, optimizer_of(list(adapter.parameters())), clip=clip)
+    engine, _ = accelerator.prepare(adapter, optimizer_of(list(adapter.parameters())))
+    return DeepSpeedEngine(adapter, engine, clip=clip)
+
+
+def make_pipeline(plan: Plan, accelerator: Any, adapter: Adapter, forward: Forward, device: torch.device) -> Any:
+    """The `PipelineEngine` of a rank of a split plan whose ranks are stages. Collective.
+
+    forward: over a model that holds this rank's stage alone; see `stages.arrange_stage`.
+    """
+    from qdist.runtime.placements.pipeline import Pipeline
+    from qdist.runtime.placements.split import make_grid
+    from qdist.runtime.placements.split_engine import PipelineEngine, deepspeed_over_stage
+
+    if plan.zero_stage == 3:
+        raise PlanError("ZeRO-3 does not go with split: the stages share no parameters", try_="--set zero.stage=2")
+    grid = make_grid(plan, timeout=PROCESS_GROUP_TIMEOUT)
+    pipeline = Pipeline(forward, grid, hidden_size=plan.facts.hidden, pad_id=forward.samples.pad_id, device=device)
+    clip, optimizer_of = plan.spec.optim.clip, _optimizer_of(plan)
+    inner: TorchEngine | DeepSpeedEngine
+    if plan.engine == "torch":
+        inner = TorchEngine(adapter, optimizer_of(list(adapter.parameters())), clip=clip, across=grid.over_stages)
+    else:
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        twins, engine = deepspeed_over_stage(adapter, optimizer_of, config, grid)
+        inner = DeepSpeedEngine(twins, engine, clip=clip, group=grid.peers, across=grid.over_stages)
+    return PipelineEngine(pipeline, adapter, inner)
+
+
+def _optimizer_of(plan: Plan) -> Any:
+    """What makes the planned optimizer over a list of parameters."""
     optim = plan.spec.optim
-    optimizer = build_optimizer(
-        list(adapter.parameters()),
+    return partial(
+        build_optimizer,
         name=plan.optimizer,
         fused=plan.device == "cuda" and plan.spec.zero.offload == "none",
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
         weight_decay=optim.weight_decay,
     )
-    if plan.engine == "torch":
-        return TorchEngine(adapter, optimizer, clip=optim.clip)
-    engine, _ = accelerator.prepare(adapter, optimizer)
-    return DeepSpeedEngine(adapter, engine, clip=optim.clip)
 
 
 def pick_device(plan: Plan, local_rank: int) -> torch.device:

@@ -65,7 +65,7 @@ _TIED = ("bloom", "opt")
 def tiny_config(family: str = "llama", **changes: Any) -> dict[str, Any]:
     """A config.json. Weights are drawn wide, so that a model prefers some tokens clearly."""
     common = {"model_type": family, "vocab_size": VOCAB, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 1}
-    return {**common, "tie_word_embeddings": family in _TIED, **_FAMILIES[family], **changes}
+    return {**common, "tie_word_embeddings": family in _TIED, **_FAMILIES.get(family, {}), **changes}
 
 
 def tiny_model(family: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
