@@ -9,10 +9,11 @@ tokenizer and generation files      as the source has them
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import torch
@@ -180,19 +181,26 @@ def read_manifest(folder: str | Path) -> Manifest | None:
     raise ModelError(f"{folder} has packing format {found}, this qdist reads {FORMAT}", try_="pack the model again")
 
 
-def tensor_files(folder: Path) -> dict[str, str]:
-    """The file of each tensor of a folder of safetensors; empty where there are none."""
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, mapped; its pages are given back at the end. Raises ModelError where it is not whole."""
     from safetensors import SafetensorError, safe_open
 
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ModelError(f"{file}: {error}", try_="download or pack the model again") from error
+
+
+def tensor_files(folder: Path) -> dict[str, str]:
+    """The file of each tensor of a folder of safetensors; empty where there are none."""
     index = folder / INDEX
     if index.is_file():
         weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
         return weight_map
     names: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                names.update(dict.fromkeys(opened.keys(), file.name))
-        except SafetensorError as error:
-            raise ModelError(f"{file}: {error}", try_="download the model again") from error
+        with opened(file) as handle:
+            names.update(dict.fromkeys(handle.keys(), file.name))
     return names

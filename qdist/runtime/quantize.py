@@ -72,7 +72,9 @@ def quantize(model: str, out: Path, packing: Packing) -> Manifest:
 
 
 def _already(folder: Path, name: str) -> Packing | None:
-    return quantized_as(json.loads((folder / "config.json").read_text()), name=name)
+    """How the model is packed as it comes, or None. A folder without config.json is refused where it is read."""
+    config = folder / "config.json"
+    return quantized_as(json.loads(config.read_text()), name=name) if config.is_file() else None
 
 
 def _require_same(name: str, there: Packing, wanted: Packing) -> None:

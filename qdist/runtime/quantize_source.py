@@ -10,7 +10,7 @@ from torch import nn
 
 from qdist.core.errors import ModelError
 from qdist.core.facts import from_config
-from qdist.runtime.packed_folder import Packing, tensor_files
+from qdist.runtime.packed_folder import Packing, opened, tensor_files
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OLD_NAMES = {"lm_head.weight": "embed_out.weight"}
@@ -84,16 +84,14 @@ class StreamedTensors:
 
     def __init__(self, folder: Path, stored: Mapping[str, tuple[str, str]]) -> None:
         """stored: the file of each of the model's tensors, and its name there."""
-        from safetensors import safe_open
-
         self._folder, self._stored = folder, stored
         self._dtypes: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in sorted({file for file, _ in stored.values()}):
-            with safe_open(folder / file, framework="pt") as opened:
+            with opened(folder / file) as handle:
                 for name, (where, there) in stored.items():
                     if where == file:
-                        part = opened.get_slice(there)
+                        part = handle.get_slice(there)
                         self._dtypes[name], self.shapes[name] = part.get_dtype(), tuple(part.get_shape())
 
     @property
@@ -111,12 +109,10 @@ class StreamedTensors:
         return _DTYPES[stored]
 
     def read(self, name: str) -> torch.Tensor:
-        from safetensors import safe_open
-
         # Opened anew each time: the pages of a mapping that stays open count as memory of this process.
         file, there = self._stored[name]
-        with safe_open(self._folder / file, framework="pt") as opened:
-            tensor: torch.Tensor = opened.get_tensor(there)
+        with opened(self._folder / file) as handle:
+            tensor: torch.Tensor = handle.get_tensor(there)
         return tensor
 
 

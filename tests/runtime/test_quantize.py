@@ -3,7 +3,10 @@
 import json
 import os
 import shutil
+import threading
+import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,10 @@ import pytest
 import torch
 
 from qdist.core.errors import ModelError, PlanError, RunError
+from qdist.host.sources import Located
 from qdist.runtime import quantize_pack
 from qdist.runtime.checksum import tensor_checksum
+from qdist.runtime.materialize import materialize
 from qdist.runtime.packed_folder import Packing, read_manifest, tensor_files
 from qdist.runtime.quantize import packed_folder, quantize
 from qdist.runtime.quantize_linear import pack_matrix, packed_bytes
@@ -29,7 +34,7 @@ each_packing = pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKING
 Usage = namedtuple("Usage", "total used free")
 
 
-def by_transformers(folder: Path, packing: Packing, dtype: torch.dtype = torch.float32) -> Any:
+def by_transformers(folder: Path, packing: Packing, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """The model as transformers packs it itself."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -40,15 +45,15 @@ def by_transformers(folder: Path, packing: Packing, dtype: torch.dtype = torch.f
         bnb_4bit_use_double_quant=packing.bits == 4 and packing.double,
         bnb_4bit_compute_dtype=dtype if packing.bits == 4 else None,
     )
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=wanted, dtype=dtype, device_map="cpu")
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=wanted, dtype=dtype, device_map=device)
     return model.eval()
 
 
-def loaded(folder: Path) -> Any:
+def loaded(folder: Path, device: str = "cpu") -> Any:
     """What plain transformers makes of a folder, told nothing."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu").eval()
+    return AutoModelForCausalLM.from_pretrained(folder, device_map=device).eval()
 
 
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -154,6 +159,29 @@ def test_a_source_without_a_tensor_is_refused_by_its_name(tmp_path: Path) -> Non
         quantize(str(source), tmp_path / "packed", PACKINGS["nf4"])
 
 
+def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source")
+    os.truncate(source / "model.safetensors", 100_000)
+    with pytest.raises(ModelError, match=r"model.safetensors: .*"):
+        quantize(str(source), tmp_path / "packed", PACKINGS["nf4"])
+
+
+def test_a_hub_model_without_safetensors_is_fetched_with_its_torch_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked: list[list[str]] = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda _, allow_patterns: asked.append(allow_patterns) or str(tmp_path)
+    )
+    materialize(Located(kind="hub", path="some/model", config=None))
+    assert [("*.safetensors" in patterns, "*.bin" in patterns) for patterns in asked] == [(True, False), (False, True)]
+    (tmp_path / "model.safetensors").touch()
+    materialize(Located(kind="hub", path="some/model", config=None))
+    assert len(asked) == 3
+
+
 class Killed(Exception):
     pass
 
@@ -217,6 +245,31 @@ def test_two_runs_share_the_cache_and_a_changed_source_does_not(tmp_path: Path) 
     file = source / "model.safetensors"
     os.utime(file, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns + 1))
     assert packed_folder(source, PACKINGS["nf4"], name="tiny").folder != first.folder
+
+
+def test_of_two_that_pack_at_once_one_waits_and_uses_what_the_other_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_model(tmp_path / "source")
+    written: list[str] = []
+    write, both = quantize_pack.write_tensors, threading.Barrier(2)
+
+    def slowly(folder: Path, name: str, entries: Any) -> Any:
+        written.append(name)
+        time.sleep(0.2)
+        return write(folder, name, entries)
+
+    def one(_: int) -> Any:
+        both.wait()
+        return packed_folder(source, PACKINGS["int8"], name="tiny")
+
+    monkeypatch.setattr(quantize_pack, "write_tensors", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(one, range(2))
+    assert first.folder == second.folder
+    assert len(written) == 3
+    assert sorted(map(bool, (first.note, second.note))) == [False, True]
+    assert "waiting: another process is packing tiny" in capsys.readouterr().err
 
 
 def test_sixteen_bits_under_an_old_name_are_written_once(tmp_path: Path) -> None:
