@@ -4,7 +4,7 @@ import re
 
 import msgspec
 
-from qdist.core.cluster import Rates
+from qdist.core.cluster import UNNAMED, Cluster, Rates
 from qdist.core.errors import SpecError
 from qdist.core.units import GIB
 
@@ -30,6 +30,8 @@ class Card(msgspec.Struct, frozen=True):
     memory_gb_s: float
     pcie_gb_s: float
     nvlink_gb_s: float = 0.0
+    bfloat16: bool = True
+    """Whether its matrix units take bfloat16: from Ampere (2020) on."""
 
 
 CARDS = (
@@ -55,12 +57,14 @@ CARDS = (
     Card(r"rtx 5090", 32, 209, 1792, 64),
     Card(r"rtx 4090", 24, 165, 1008, 32),
     Card(r"rtx 3090", 24, 71, 936, 32),
-    Card(r"v100.*sxm.*32gb", 32, 125, 900, 16, 150),
-    Card(r"v100.*sxm\d", 16, 125, 900, 16, 150),
-    Card(r"v100", 16, 112, 900, 16),
-    Card(r"t4", 16, 65, 320, 16),
-    Card(r"2080 ti", 11, 54, 616, 16),
+    Card(r"v100.*sxm.*32gb", 32, 125, 900, 16, 150, bfloat16=False),
+    Card(r"v100.*sxm\d", 16, 125, 900, 16, 150, bfloat16=False),
+    Card(r"v100", 16, 112, 900, 16, bfloat16=False),
+    Card(r"t4", 16, 65, 320, 16, bfloat16=False),
+    Card(r"2080 ti", 11, 54, 616, 16, bfloat16=False),
 )
+TABLE = "table"
+"""How the source of rates that nobody measured begins."""
 _USUAL = (
     (12, "RTX 2080 Ti"), (17, "T4"), (26, "RTX 4090"), (34, "RTX 5090"), (44, "A100-SXM4-40GB"), (52, "RTX A6000"),
     (85, "A100-SXM4-80GB"), (100, "H100 NVL"), (150, "H200"),
@@ -74,12 +78,37 @@ def rates_of(name: str) -> Rates | None:
     return _rates(card, name) if card else None
 
 
+def rates_for(cluster: Cluster) -> tuple[Rates | None, tuple[str, ...]]:
+    """What a plan calculates with, and what to say of it: measured, of the slowest card in the table, or a guess.
+
+    None for CPU ranks, whose speed nobody predicts.
+    """
+    if cluster.device == "cpu":
+        return None, ()
+    if cluster.rates is not None and not cluster.rates.source.startswith(TABLE):
+        return cluster.rates, ()
+    known = [rates for gpu in cluster.gpus if (rates := rates_of(gpu.name)) is not None]
+    if len(known) == len(cluster.gpus):
+        slowest = min(known, key=lambda rates: rates.matmul_flops_s)
+        return slowest, (f"speed is predicted from the {slowest.source}; qdist doctor --gpus measures it",)
+    card = usual_card(min(gpu.total_bytes for gpu in cluster.gpus))
+    unknown = next(gpu.name for gpu in cluster.gpus if rates_of(gpu.name) is None)
+    why = "no card was named" if unknown == UNNAMED else f"nothing is known of {unknown}"
+    return rates_of(card), (f"{why}: speed is predicted as of the {card}",)
+
+
 def memory_of(name: str) -> int:
     """Bytes of a known card. Raises SpecError for another."""
     card = _card(name)
     if card is None:
         raise SpecError(f"no card is known as {name!r}", try_="--gpu-name 'RTX 4090', or --gpu-memory alone")
     return card.gib * GIB
+
+
+def has_bfloat16(name: str) -> bool:
+    """Whether a card multiplies in bfloat16, as an unknown one is taken to."""
+    card = _card(name)
+    return card is None or card.bfloat16
 
 
 def usual_card(memory_bytes: int) -> str:
@@ -99,5 +128,5 @@ def _rates(card: Card, name: str) -> Rates:
         memory_bytes_s=card.memory_gb_s * 1e9 * MEMORY_SHARE,
         link_bytes_s=link * 1e9,
         host_bytes_s=card.pcie_gb_s * 1e9 * HOST_SHARE,
-        source=f"table: {name.removeprefix('NVIDIA ')}",
+        source=f"{TABLE}: {name.removeprefix('NVIDIA ')}",
     )

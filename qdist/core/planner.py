@@ -4,8 +4,8 @@ import math
 from typing import Literal, NamedTuple
 
 from qdist.core.candidates import HEADROOM, Candidate, Setting
-from qdist.core.cards import rates_of, usual_card
-from qdist.core.cluster import UNNAMED, Cluster, Rates
+from qdist.core.cards import has_bfloat16, rates_for
+from qdist.core.cluster import Cluster, Rates
 from qdist.core.errors import PlanError, SpecError
 from qdist.core.facts import ModelFacts
 from qdist.core.layouts import layouts
@@ -69,14 +69,14 @@ def make_plan(
             f"seq_len={longest}, but {spec.model} has {facts.max_positions} positions",
             try_=f"seq_len={facts.max_positions}",
         )
-    rates, rate_notes = _rates(cluster)
+    rates, rate_notes = rates_for(cluster)
     inputs = _Inputs(
         spec=spec,
         source=source,
         facts=facts,
         cluster=cluster,
         longest=longest,
-        dtype=spec.dtype or ("bfloat16" if cluster.device == "cuda" else "float32"),
+        dtype=_dtype(spec, cluster),
         liger=_liger(spec, cluster, has_liger),
         optimizer=_optimizer(spec, cluster),
         rates=rates,
@@ -141,7 +141,9 @@ def _decide(inputs: _Inputs) -> _Decision:
             return fitting
 
         raise too_big(spec, cluster, closest(tried), attempt)
-    _check_host_memory(inputs, winner)
+    _check_offloaded(setting, winner)
+    if cluster.device == "cpu":
+        _check_cpu_ranks(spec, cluster, winner)
     return _Decision(winner, rows)
 
 
@@ -198,34 +200,19 @@ def _ranks(winner: Candidate, count: int, device: str) -> tuple[RankPlan, ...]:
     )
 
 
-def _rates(cluster: Cluster) -> tuple[Rates | None, tuple[str, ...]]:
-    """The machine's rates, measured or of the slowest card in the table; and what to say of them."""
-    if cluster.device == "cpu":
-        return None, ()
-    if cluster.rates is not None:
-        return cluster.rates, ()
-    known = [rates for gpu in cluster.gpus if (rates := rates_of(gpu.name)) is not None]
-    if len(known) == len(cluster.gpus):
-        slowest = min(known, key=lambda rates: rates.matmul_flops_s)
-        return slowest, (f"speed is predicted from the {slowest.source}; qdist doctor --gpus measures it",)
-    card = usual_card(min(gpu.total_bytes for gpu in cluster.gpus))
-    unknown = next(gpu.name for gpu in cluster.gpus if rates_of(gpu.name) is None)
-    why = "no card was named" if unknown == UNNAMED else f"nothing is known of {unknown}"
-    return rates_of(card), (f"{why}: speed is predicted as of the {card}",)
-
-
-def _check_host_memory(inputs: _Inputs, winner: Candidate) -> None:
-    """Host memory holds CPU ranks, or the layers that were offloaded."""
-    spec, cluster = inputs.spec, inputs.cluster
-    if winner.offloaded and len(winner.offloaded) * _setting(inputs, 1).sizes.layer > HEADROOM * cluster.memory_bytes:
-        needed = len(winner.offloaded) * _setting(inputs, 1).sizes.layer
+def _check_offloaded(setting: Setting, winner: Candidate) -> None:
+    """Host memory holds the layers that were taken off the GPUs."""
+    needed, room = len(winner.offloaded) * setting.sizes.layer, int(HEADROOM * setting.host_bytes)
+    if needed > room:
         raise PlanError(
-            f"{len(winner.offloaded)} offloaded layers need {format_bytes(needed)} of host memory; 95 % of this "
-            f"machine's is {format_bytes(HEADROOM * cluster.memory_bytes)}",
-            try_="fewer split.offload_layers",
+            f"{len(winner.offloaded)} offloaded layers need {format_bytes(needed)} of host memory; "
+            f"{HEADROOM * 100:.0f} % of this machine's is {format_bytes(room)}",
+            try_=f"split.offload_layers={room // setting.sizes.layer}",
         )
-    if cluster.device == "cuda":
-        return
+
+
+def _check_cpu_ranks(spec: RunSpec, cluster: Cluster, winner: Candidate) -> None:
+    """Host memory holds all ranks where there is no GPU."""
     ranks = winner.layout.world_size
     own = [winner.budgets[rank % len(winner.budgets)].total for rank in range(ranks)]
     if sum(own) > cluster.memory_bytes:
@@ -246,6 +233,13 @@ def _count(spec: RunSpec, cluster: Cluster) -> int:
             f"--gpus {spec.gpus}, but this machine has {len(cluster.gpus)}", try_=f"--gpus {len(cluster.gpus)}"
         )
     return spec.gpus or len(cluster.gpus)
+
+
+def _dtype(spec: RunSpec, cluster: Cluster) -> Literal["bfloat16", "float16", "float32"]:
+    """16 bits on GPUs, in the form that all of them have; 32 on CPUs, which emulate bfloat16 (docs/decisions.md)."""
+    if spec.dtype or cluster.device == "cpu":
+        return spec.dtype or "float32"
+    return "bfloat16" if all(has_bfloat16(gpu.name) for gpu in cluster.gpus) else "float16"
 
 
 def _optimizer(spec: RunSpec, cluster: Cluster) -> Literal["adamw", "paged-adamw"]:

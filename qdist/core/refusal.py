@@ -1,7 +1,7 @@
 """What does a run that does not fit lack, and what is the nearest that fits?"""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -17,6 +17,10 @@ _LARGER_GIB = (8, 11, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180)
 
 Attempt = Callable[[RunSpec, Cluster], Candidate]
 """The best candidate for a spec on a machine; raises QdistError when there is none."""
+
+
+Change = tuple[str, dict[str, Any]]
+"""Words, and the settings that they change."""
 
 
 class Way(NamedTuple):
@@ -46,14 +50,13 @@ def _named(found: Candidate) -> str:
 
 def _ways(spec: RunSpec, cluster: Cluster) -> Iterator[Way]:
     """Settings first, each alone and then all together; then GPUs."""
-    free = list(_freed(spec))
-    for words, changes in free:
+    for words, changes in (*_eased(spec), *_placed(spec)):
         yield Way(words, msgspec.structs.replace(spec, **changes), cluster)
     together: dict[str, object] = {}
     words = ""
-    for word, changes in free:
+    for word, changes in (*_eased(spec), *_left_open(spec)):
         together |= changes
-        words = f"{words} {word}".strip()
+        words = _join(words, word)
         yield Way(words, msgspec.structs.replace(spec, **together), cluster)
     eased = msgspec.structs.replace(spec, **together)
     smallest = min(gpu.total_bytes for gpu in cluster.gpus)
@@ -73,20 +76,31 @@ def _join(*parts: str) -> str:
     return " ".join(part for part in parts if part)
 
 
-def _freed(spec: RunSpec) -> Iterator[tuple[str, dict[str, object]]]:
-    """What the user fixed and could give up, the cheapest first."""
+def _eased(spec: RunSpec) -> Iterator[Change]:
+    """What the user fixed that takes memory, the cheapest to give up first."""
     if spec.micro_batch not in (None, 1):
         yield "--set micro_batch=1", {"micro_batch": 1}
     if spec.train.checkpointing is False:
         yield "--set train.checkpointing=true", {"train": msgspec.structs.replace(spec.train, checkpointing=True)}
-    if spec.placement == "replicate" or (spec.placement and spec.gpus_per_group):
-        yield "--placement shard", {"placement": "shard", "gpus_per_group": None, "split": Split()}
-    if spec.placement == "shard":
-        yield "--placement split", {"placement": "split", "gpus_per_group": None}
-    if spec.split.schedule == "1f1b":
-        yield "--set split.schedule=sequential", {"split": msgspec.structs.replace(spec.split, schedule="sequential")}
     if spec.bits > 4:
         yield "--bits 4", {"bits": 4}
+
+
+def _placed(spec: RunSpec) -> Iterator[Change]:
+    """Another placement than the one that was named."""
+    for other in ("shard", "split"):
+        if spec.placement and (other != spec.placement or spec.gpus_per_group):
+            words = f"--placement {other}" + (" --set gpus_per_group=auto" if spec.gpus_per_group else "")
+            yield words, {"placement": other, "gpus_per_group": None, "split": Split()}
+
+
+def _left_open(spec: RunSpec) -> Iterator[Change]:
+    """The layout left to the planner."""
+    if spec.placement or spec.gpus_per_group or spec.split != Split():
+        keys = [f"{key}=auto" for key in ("placement", "gpus_per_group") if getattr(spec, key)]
+        keys += [f"split.{key}=auto" for key, value in msgspec.structs.asdict(spec.split).items() if value is not None]
+        words = " ".join(f"--set {key}" for key in keys)
+        yield words, {"placement": None, "gpus_per_group": None, "split": Split()}
 
 
 def _with_gpus(spec: RunSpec, count: int) -> RunSpec:

@@ -43,8 +43,8 @@ def test_a_dry_run_prints_the_plan_and_the_script_and_writes_nothing(here: Path)
     result = qdist("launch", *SMALL, "--set", "steps=5", "--dry-run")
     assert result.exit_code == 0, result.output
     assert listing(here) == before
-    heads = [line.split()[0] for line in result.stdout.splitlines()[:9]]
-    assert heads == ["model", "adapter", "ranks", "engine", "batch", "steps", "memory", "at", "run"]
+    heads = [line.split()[0] for line in result.stdout.splitlines()[:11]]
+    assert heads == ["model", "adapter", "ranks", "layout", "engine", "batch", "steps", "memory", "at", "load", "run"]
     assert "2 CPU processes" in result.stdout
     assert "run      runs/smollm2-135m-qlora-dummy, not created; its launch.sh:\n\n#!/bin/sh\n" in result.stdout
     assert " -m torch.distributed.run --standalone --nproc-per-node 2 " in result.stdout

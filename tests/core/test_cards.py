@@ -2,7 +2,7 @@
 
 import pytest
 
-from qdist.core.cards import CARDS, memory_of, rates_of, usual_card
+from qdist.core.cards import CARDS, has_bfloat16, memory_of, rates_of, usual_card
 from qdist.core.errors import SpecError
 from qdist.core.units import GIB
 
@@ -63,3 +63,9 @@ def test_each_card_in_the_table_can_be_reached() -> None:
 def test_every_size_of_memory_has_a_usual_card_in_the_table(gib: int) -> None:
     assert rates_of(usual_card(gib * GIB)) is not None
     assert memory_of(usual_card(gib * GIB)) >= gib * GIB * 0.9 or gib in (12, 96, 400)
+
+
+def test_cards_before_ampere_have_no_bfloat16() -> None:
+    without = {name for name, *_ in NAMES if not has_bfloat16(name)}
+    assert all(word in name for name, word in zip(sorted(without), ("2080", "T4", "V100", "V100", "V100"), strict=True))
+    assert has_bfloat16("Abacus 9")

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from qdist.core.cluster import Cluster, Gpu
+from qdist.core.cluster import Cluster, Gpu, hypothetical
 from qdist.core.errors import PlanError, QdistError, SpecError
 from qdist.core.lessons import Correction
 from qdist.core.plan import DataFacts, Plan, digest
@@ -91,6 +91,12 @@ def test_a_gpu_plan_uses_what_gpus_have() -> None:
     assert planned("llama-7b", gpus(2, 80), {"dtype": "float16", "optim.name": "adamw"}).compute_dtype == "float16"
 
 
+def test_cards_without_bfloat16_compute_in_float16() -> None:
+    t4 = hypothetical(1, 16 * GIB, name="Tesla T4")
+    assert planned("llama-7b", t4).compute_dtype == "float16"
+    assert planned("llama-7b", t4, {"dtype": "bfloat16"}).compute_dtype == "bfloat16"
+
+
 def test_the_smallest_card_decides() -> None:
     cards = [Gpu(index=i, name="", total_bytes=gib * GIB, free_bytes=gib * GIB) for i, gib in enumerate((80, 24))]
     uneven = Cluster(device="cuda", gpus=tuple(cards), cpu_count=8, memory_bytes=GIB, memory_free_bytes=GIB)
@@ -142,12 +148,12 @@ def test_liger_that_is_not_installed_is_refused() -> None:
     assert caught.value.try_ == "pip install liger-kernel"
 
 
-def followed(attempt: str) -> dict[str, str]:
+def followed(attempt: str) -> dict[str, Any]:
     """Settings from '--set micro_batch=1 --bits 4 (9.1 GiB)'; flags are settings of the same name."""
     words = attempt.partition(" (")[0].replace("--set ", "")
     flags = re.findall(r"--([\w-]+) (\S+)", words)
     pairs = re.findall(r"(?<!\S)([\w.]+)=(\S+)", words)
-    return {name.replace("-", "_"): value for name, value in [*flags, *pairs]}
+    return {name.replace("-", "_"): None if value == "auto" else value for name, value in [*flags, *pairs]}
 
 
 TOO_BIG: list[tuple[str, int, int, dict[str, Any], str]] = [
@@ -161,10 +167,13 @@ TOO_BIG: list[tuple[str, int, int, dict[str, Any], str]] = [
     ("llama-65b", 2, 4, {}, "GPUs of 16 GiB"),
     ("llama-65b", 4, 24, {"placement": "replicate"}, "--placement shard"),
     ("llama-65b", 2, 24, {"placement": "shard"}, "--placement split"),
-    ("llama-65b", 4, 24, {"placement": "shard", "gpus_per_group": 2}, "--placement shard"),
+    ("llama-65b", 4, 24, {"placement": "shard", "gpus_per_group": 2},
+     "--placement shard --set gpus_per_group=auto"),
     ("llama-65b", 1, 80, {"split.schedule": "sequential", "split.offload_layers": 0, "max_memory": "24GiB"},
-     "--max-memory 48GiB"),
-    ("llama-65b", 1, 24, {"placement": "replicate"}, "--gpus 4 --placement shard"),
+     "--set split.schedule=auto --set split.offload_layers=auto"),
+    ("llama-65b", 1, 80, {"zero.offload": "cpu", "max_memory": "24GiB"}, "--max-memory 48GiB"),
+    ("llama-65b", 1, 24, {"placement": "replicate"}, "--placement split"),
+    ("llama-65b", 1, 8, {"placement": "replicate"}, "--gpus 8 --set placement=auto"),
 ]  # fmt: skip
 
 
@@ -176,10 +185,9 @@ def test_a_run_that_does_not_fit_says_by_how_much_and_what_would(
         planned(model, gpus(cards, gib), settings)
     assert re.sub(r" \([\d.]+ GiB a GPU, .*\)$", "", caught.value.try_) == attempt
     changes = followed(attempt)
-    free = {"gpus_per_group": None} if "placement" in changes else {}
     larger = re.match(r"GPUs of (\d+) GiB", attempt)
     gib = int(larger[1]) if larger else gib
-    plan = planned(model, gpus(max(cards, int(changes.get("gpus", 1))), gib), settings | changes | free)
+    plan = planned(model, gpus(max(cards, int(changes.get("gpus", 1))), gib), settings | changes)
     assert all(own.required <= HEADROOM * gib * GIB for rank in plan.ranks for own in rank.expected)
 
 
