@@ -56,8 +56,9 @@ def _work(plan: Plan, run: RunDir) -> None:
     from qdist.runtime.measure import disk_read_bytes, load_peak, peak
     from qdist.runtime.methods.backbone import DTYPES, load_backbone
     from qdist.runtime.methods.lora import add_adapter, prepare_for_training
+    from qdist.runtime.placements.stages import arrange_stage
     from qdist.runtime.samples import read_samples
-    from qdist.runtime.setup import make_accelerator, make_engine, pick_device, start_trackers
+    from qdist.runtime.setup import make_accelerator, make_engine, make_pipeline, pick_device, start_trackers
 
     logging.disable_progress_bar()
     device = pick_device(plan, int(os.environ["LOCAL_RANK"]))
@@ -75,6 +76,7 @@ def _work(plan: Plan, run: RunDir) -> None:
         dtype=DTYPES[plan.compute_dtype],
         device=device,
         linear_names=plan.facts.linear_names,
+        arrange=arrange_stage(plan, comm.rank) if plan.schedule == "1f1b" else None,
     )
     seconds, read = time.perf_counter() - began, disk_read_bytes() - read_before
     report(Event(kind="load", total_steps=plan.steps, seconds=seconds, read_bytes=read))
@@ -84,7 +86,12 @@ def _work(plan: Plan, run: RunDir) -> None:
     samples = read_samples(plan, pad_id=tokenizer.pad_token_id if tokenizer else 0)
     forward = Forward(model, samples, dtype=DTYPES[plan.compute_dtype], fused=plan.liger)
     adapter = Adapter(model, forward.loss)
-    engine = make_engine(plan, accelerator, adapter)
+    evaluate = forward.evaluate
+    if plan.schedule == "1f1b":
+        engine = make_pipeline(plan, accelerator, adapter, forward, device)
+        evaluate = engine.evaluate
+    else:
+        engine = make_engine(plan, accelerator, adapter)
     start_trackers(plan, accelerator, run)
     trainer = Trainer(
         plan,
@@ -92,7 +99,7 @@ def _work(plan: Plan, run: RunDir) -> None:
         engine,
         samples,
         comm,
-        evaluate=forward.evaluate,
+        evaluate=evaluate,
         checksum=lambda: adapter_checksum(adapter) if plan.zero_stage < 3 else (),
         report=report,
         stopping=stop,
@@ -105,7 +112,8 @@ def _work(plan: Plan, run: RunDir) -> None:
         peaks = comm.gather((peak(device, load=loading),))
         if comm.rank == 0:
             gather(run, step=plan.steps)
-            answers = before_and_after(plan, model, tokenizer, samples) if plan.spec.train.answers else []
+            whole = plan.schedule != "1f1b"  # a stage cannot answer alone
+            answers = before_and_after(plan, model, tokenizer, samples) if plan.spec.train.answers and whole else []
             write_result(run, plan, held_out=trainer.held_out, answers=answers, peaks=peaks)
         comm.barrier()
         report(Event(kind="end", step=plan.steps, total_steps=plan.steps))

@@ -23,6 +23,7 @@ from qdist.host import launcher, templates
 from qdist.host.follow import Follower
 from qdist.host.rundir import PLAN, RunDir
 from qdist.runtime.checkpoint import load, load_tensors
+from tests.runtime.test_data import tiny_tokenizer
 from tests.runtime.tiny import dummy_job, real_job, save_config, save_data, save_model
 
 pytestmark = pytest.mark.slow
@@ -148,7 +149,9 @@ def test_a_run_moves_into_stages_and_out_of_them(
 
 def test_samples_of_different_lengths_pass_through_stages(train: TrainRun, folder: Path) -> None:
     data = save_data(folder / "data.jsonl", 60)
-    real = save_model(folder / "real", num_hidden_layers=4, max_position_embeddings=256)
+    tokenizer = tiny_tokenizer(bos=False)
+    tokenizer.pad_token = "<|im_end|>"
+    real = save_model(folder / "real", tokenizer=tokenizer, num_hidden_layers=4, max_position_embeddings=256)
     shape = {**SHAPE, "seq_len": 192, "global_batch": 4, "train__answers": 0}
     one = train(real_job(real, data, folder / "real-alone", gpus=1, **shape))
     agree(train(split(real_job(real, data, folder / "real-stages", gpus=1, **shape), (0, 1, 1, 1))), one)

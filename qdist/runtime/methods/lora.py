@@ -1,5 +1,7 @@
 """Puts a LoRA adapter on a backbone through PEFT, and takes it off again as plain tensors."""
 
+import hashlib
+import math
 from typing import Any
 
 import torch
@@ -41,7 +43,23 @@ def add_adapter(model: Any, plan: Plan) -> Any:
     torch.manual_seed(plan.spec.seed)
     config = lora_config(plan)
     config._register_custom_module({nn.Linear: FusedLora})
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    _draw_by_name(adapted, plan.spec.seed)
+    return adapted
+
+
+def _draw_by_name(model: nn.Module, seed: int) -> None:
+    """PEFT's initial A (He et al. 2015, as nn.Linear), drawn for each layer from the seed and its name.
+
+    So a rank that holds some of the layers starts from the same numbers as one that holds them all.
+    """
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+            values = torch.empty(parameter.shape, dtype=parameter.dtype)
+            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+            parameter.data.copy_(values)
 
 
 def _token_rows(plan: Plan) -> dict[str, list[int]] | None:
@@ -58,8 +76,11 @@ def prepare_for_training(model: Any, plan: Plan) -> None:
     if plan.liger:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
+        from qdist.runtime.placements.stages import only_present
+
         # The loss is fused in qdist.runtime.loss, on learned tokens only.
-        _apply_liger_kernel_to_instance(model.get_base_model(), fused_linear_cross_entropy=False)
+        with only_present(model.get_base_model()):
+            _apply_liger_kernel_to_instance(model.get_base_model(), fused_linear_cross_entropy=False)
     if plan.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in decoder_layers(model.get_base_model())[plan.checkpointed_layers :]:
