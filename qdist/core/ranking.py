@@ -119,7 +119,7 @@ def shortage(candidate: Candidate) -> str:
 
 def _slower(own: Candidate, winner: Candidate) -> str:
     if not own.seconds:
-        return "no faster, and more to go wrong"
+        return "not known to be faster, and less simple"
     ratio = 1 - winner.seconds / own.seconds
     if ratio < TIE:
         if own.layout.simplicity > winner.layout.simplicity:
