@@ -26,7 +26,7 @@ finding outliers, scaling the result. Chosen on one row: H200, 7B, 16x512, check
 PEFT_ACCESSES = 5.0
 """16-bit accesses for each output of an adapted linear, in each pass, that peft's scaling, adding and casting cost."""
 KERNELS, LAUNCH_S = 60, 6e-6
-"""Kernels that Python launches for a layer in one pass, and seconds for each. Estimates: no step bound by it was timed."""
+"""Kernels that Python launches for a layer and pass, and seconds for each. Guesses: no step bound by them was timed."""
 PAGED_SHARE = 0.5
 """Of the memory rate, for AdamW on moments in paged memory that lie on the GPU. An estimate, a hundredth of a step."""
 OPTIMIZER_ACCESS_BYTES = 40
