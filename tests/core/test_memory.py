@@ -29,7 +29,7 @@ ANCHORS: list[tuple[str, str, float, dict[str, Any]]] = [
     ("ZeRO-2, checkpointing, 4 GPUs", "llama-7b", 9.5, FOUR | {"zero_stage": 2}),
     ("DDP + Liger, 4 GPUs", "llama-7b", 39.1, FOUR | NO_CHECKPOINTS | LIGER),
     ("DDP + Liger, checkpointing, 4 GPUs", "llama-65b", 57.2, FOUR | LIGER),
-    # Not as measured: FSDP2 sharded the adapter's parameters too, where ours stay whole beside ZeRO's fp32 copy: 4 bytes
+    # Not as measured: FSDP2 sharded the adapter too, where ours stay whole beside ZeRO's fp32 copy: 4 bytes
     # a parameter, of which each rank had a quarter and ours has a whole and a quarter, and a bucket.
     ("FSDP2 + Liger, checkpointing, 4 GPUs", "llama-7b", 5.6 + 0.8, SHARDED | LIGER),
     ("FSDP2 + Liger, 4 GPUs", "llama-7b", 35.0 + 0.8, SHARDED | NO_CHECKPOINTS | LIGER),
