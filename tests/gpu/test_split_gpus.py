@@ -7,7 +7,14 @@ from tests.gpu.test_gpu import Launch, adapter, enough_gpus, events, launch
 
 __all__ = ["enough_gpus", "launch"]
 
-SHAPE = {"dtype": "bfloat16", "steps": 20, "micro_batch": 1, "train.held_out": 0.1, "train.eval_steps": 10}
+SHAPE = {
+    "dtype": "bfloat16",
+    "steps": 20,
+    "micro_batch": 1,
+    "lora.dropout": 0.0,
+    "train.held_out": 0.1,
+    "train.eval_steps": 10,
+}
 
 
 @pytest.mark.gpu2

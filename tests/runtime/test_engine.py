@@ -132,6 +132,20 @@ def test_clipping_is_torchs(scale: float, clip: float, loss_scale: float) -> Non
         assert torch.allclose(gradient(one), gradient(other), rtol=1e-5)
 
 
+def test_the_norm_is_over_all_stages() -> None:
+    whole, part = parameters_with_gradients(10.0), parameters_with_gradients(10.0)[:2]
+    rest = float(gradient(whole[2]).double().square().sum())
+    wanted = finish_gradients(whole, clip=0.3, loss_scale=4.0)
+    result = finish_gradients(part, clip=0.3, loss_scale=4.0, across=lambda square: square + rest)
+    assert result.gradient_norm == pytest.approx(wanted.gradient_norm, rel=1e-6)
+    assert all(torch.allclose(gradient(a), gradient(b)) for a, b in zip(part, whole[:2], strict=True))
+
+
+def test_what_is_not_finite_on_another_stage_skips_the_step_here() -> None:
+    ours = parameters_with_gradients(1.0)
+    assert finish_gradients(ours, clip=0.3, loss_scale=1.0, across=lambda square: square + float("inf")).skipped
+
+
 def test_a_clip_of_zero_leaves_gradients_as_they_are() -> None:
     ours, before = parameters_with_gradients(100.0), parameters_with_gradients(100.0)
     finish_gradients(ours, clip=0.0, loss_scale=1.0)

@@ -125,6 +125,24 @@ def test_groups_of_stages_train_the_adapter_of_one_process(
     agree(run, alone)
 
 
+def test_groups_of_stages_keep_their_optimizer_in_host_memory(
+    train: TrainRun, model: Path, folder: Path, alone: RunDir
+) -> None:
+    job = dummy_job(model, folder / "offload", gpus=2, **SHAPE, zero__offload="cpu")
+    agree(train(split(job, (0, 0, 1, 1), groups=2, zero=2)), alone)
+
+
+def test_stages_in_half_precision_skip_the_same_steps(train: TrainRun, model: Path, folder: Path) -> None:
+    """A loss scale that is too large overflows on some stage, and none may step."""
+    shape = {**SHAPE, "dtype": "float16", "optim__lr": 1e-3}
+    one = train(dummy_job(model, folder / "half-alone", gpus=1, **shape))
+    two = train(split(dummy_job(model, folder / "half", gpus=2, **shape), (0, 1, 1, 1), groups=2, zero=2))
+    assert list(losses(events(two)).values()) == pytest.approx(list(losses(events(one)).values()), rel=1e-2)
+    (_, state), skipped = load(two.checkpoint(20)), sum(event.skipped for event in events(two))
+    assert state.optimizer_steps == 20 - skipped
+    assert skipped == sum(event.skipped for event in events(one))
+
+
 def stopped(run: RunDir, path: Path, *, step: int) -> RunDir:
     """What a run that was killed behind a checkpoint leaves."""
     shutil.copytree(run.path, path)
