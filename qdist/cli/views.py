@@ -172,6 +172,7 @@ def _plain_head(event: Event) -> str:
         "load": "backbone loaded",
         "step": where,
         "eval": where,
+        "verify": f"{where}  backbone verified",
         "checkpoint": f"{where}  checkpoint written",
         "resume": f"resumed at {where}",
     }

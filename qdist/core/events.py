@@ -9,7 +9,7 @@ import msgspec
 
 from qdist.core.errors import RunError
 
-Kind = Literal["load", "start", "step", "eval", "checkpoint", "resume", "end"]
+Kind = Literal["load", "start", "step", "eval", "verify", "checkpoint", "resume", "end"]
 
 _UNSTEADY = 3
 """First steps of a run, in which kernels are chosen and memory grows."""

@@ -81,6 +81,8 @@ class Train(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     save_steps: Positive = 50
     keep: Positive = 2
     """Checkpoints kept beside the best one."""
+    verify_steps: Count = 0
+    """Gather a sharded backbone and compare its bytes again every so many steps; at the start it is always done."""
     train_on_source: bool = False
     answers: Count = 0
     """Held-out questions answered before and after, at the end of the run."""
@@ -290,6 +292,11 @@ def _check(spec: RunSpec) -> RunSpec:
         raise SpecError(
             f"optim.warmup_steps={spec.optim.warmup_steps} has no effect on a constant schedule",
             try_="optim.schedule=linear",
+        )
+    if spec.train.verify_steps and spec.placement != "shard":
+        raise SpecError(
+            f"train.verify_steps={spec.train.verify_steps} compares the bytes of a sharded backbone",
+            try_="--placement shard, or leave it out",
         )
     if spec.train.held_out == 0 and (spec.train.eval_steps or spec.train.answers):
         raise SpecError("train.eval_steps and train.answers need held-out records", try_="train.held_out=0.1")

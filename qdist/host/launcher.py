@@ -45,6 +45,7 @@ RESUMABLE = frozenset((
     "run", "gpus", "placement", "gpus_per_group", "split.schedule", "split.offload_layers", "micro_batch",
     "max_memory", "trackers", "liger", "zero.stage", "zero.offload",
     "train.checkpointing", "train.eval_steps", "train.save_steps", "train.keep", "train.answers",
+    "train.verify_steps",
 ))  # fmt: skip
 """Settings that may change when a run goes on: none of them changes what a step computes."""
 
@@ -92,7 +93,9 @@ def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Job:
                 try_=f"leave {key} out, or start a new run",
             )
     prepared = Prepared(source=old.source, data=old.data)
-    for path in filter(None, (old.source.path, old.source.tokenizer, old.data.path if old.data else "")):
+    for path in filter(
+        None, (old.source.path, old.source.packed, old.source.tokenizer, old.data.path if old.data else "")
+    ):
         if not os.path.exists(path):
             prepared = _real(spec)
             break

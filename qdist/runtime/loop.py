@@ -22,7 +22,10 @@ Report = Callable[[Event], None]
 
 
 class Trainer:
-    """One rank's part of a run. `evaluate` gives this rank's (summed loss, learned tokens) over micro-batches."""
+    """One rank's part of a run. `evaluate` gives this rank's (summed loss, learned tokens) over micro-batches.
+
+    verify: compares a sharded backbone's bytes once more and says so in words.
+    """
 
     def __init__(
         self,
@@ -34,11 +37,13 @@ class Trainer:
         *,
         evaluate: Callable[[list[list[int]]], tuple[float, int]],
         checksum: Callable[[], tuple[int, ...]],
+        verify: Callable[[], str],
         report: Report,
         stopping: Callable[[], bool],
     ) -> None:
         self.plan, self.run, self.engine, self.samples, self.comm = plan, run, engine, samples, comm
-        self._evaluate, self._checksum, self._report, self._stopping = evaluate, checksum, report, stopping
+        self._evaluate, self._checksum, self._verify = evaluate, checksum, verify
+        self._report, self._stopping = report, stopping
         self.scale = LossScale(dynamic=plan.compute_dtype == "float16")
         self.held_out: tuple[tuple[int, float], ...] = ()
         self._shard = plan.ranks[comm.rank].group if plan.placement == "split" else comm.rank
@@ -53,6 +58,8 @@ class Trainer:
         while step < plan.steps:
             stop = self._step(step)
             step += 1
+            if train.verify_steps and step % train.verify_steps == 0:
+                self._report(Event(kind="verify", step=step, total_steps=plan.steps, note=self._verify()))
             if step == plan.steps or (train.eval_steps and step % train.eval_steps == 0):
                 self._judge(step)
             if stop or step == plan.steps or step % train.save_steps == 0 or self._is_best(step):
@@ -98,8 +105,12 @@ class Trainer:
         """The held-out loss, weighted by tokens over all ranks."""
         if not self.samples.held_out:
             return
-        mine = self.samples.held_out_batches()[self._shard :: self.plan.data_parallel]
-        loss, tokens = self.comm.sum(*self._evaluate(mine))
+        batches = self.samples.held_out_batches()
+        mine = batches[self._shard :: self.plan.data_parallel]
+        own = self._evaluate(mine)
+        if self.plan.placement == "shard" and len(mine) < -(-len(batches) // self.plan.data_parallel):
+            self._evaluate(batches[:1])  # others have one more, and shards are gathered only by all together
+        loss, tokens = self.comm.sum(*own)
         self.held_out = (*self.held_out, (step, loss / tokens))
         self._report(Event(kind="eval", step=step, total_steps=self.plan.steps, held_out_loss=loss / tokens))
 

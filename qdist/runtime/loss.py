@@ -1,6 +1,7 @@
 """The loss: cross entropy summed over learned tokens, with logits computed for those tokens alone."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,12 +37,18 @@ def loss_of(model: Any, hidden: torch.Tensor, labels: torch.Tensor, *, fused: bo
     flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     picked = flat.index_select(0, learned.to(hidden.device, non_blocking=True)).to(device)
     wanted = targets[learned].to(device, non_blocking=True)
+    # A sharded head brings the method itself, so that FSDP gathers its weights around it.
+    entropy = getattr(head, "cross_entropy", None) or partial(cross_entropy, head)
+    total: torch.Tensor = entropy(picked, wanted, fused=fused)
+    return total
+
+
+def cross_entropy(head: Any, hidden: torch.Tensor, wanted: torch.Tensor, *, fused: bool) -> torch.Tensor:
+    """Summed cross entropy of an output embedding on hidden states [tokens, hidden], where `wanted` is right."""
     if fused:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-        total = LigerFusedLinearCrossEntropyLoss(reduction="sum")(
-            head.weight, picked.to(head.weight.dtype), wanted, head.bias
-        )
-    else:
-        total = functional.cross_entropy(head(picked).float(), wanted, reduction="sum")
-    return total
+        fused_loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+        total: torch.Tensor = fused_loss(head.weight, hidden.to(head.weight.dtype), wanted, head.bias)
+        return total
+    return functional.cross_entropy(head(hidden).float(), wanted, reduction="sum")

@@ -110,20 +110,22 @@ def _optimizer_of(plan: Plan) -> Any:
     )
 
 
-def pick_device(plan: Plan, local_rank: int) -> torch.device:
-    """This rank's device, its memory capped as planned."""
+def pick_devices(plan: Plan, local_rank: int) -> tuple[torch.device, ...]:
+    """This rank's devices in the order of its plan, the memory of each capped as planned."""
     if plan.device == "cpu":
         torch.set_num_threads(plan.threads_per_rank)
-        return torch.device("cpu")
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
+        return (torch.device("cpu"),)
     torch.backends.cuda.matmul.allow_tf32 = True
+    rank = plan.ranks[local_rank]
+    devices = tuple(torch.device("cuda", gpu) for gpu in rank.gpus)
+    torch.cuda.set_device(devices[0])
     if plan.memory_cap_bytes is not None:
-        # The cap is on the whole rank; torch can only be held to what the CUDA context and NCCL leave of it.
-        total = torch.cuda.get_device_properties(device).total_memory
-        allowed = plan.memory_cap_bytes - plan.ranks[0].expected[0].context
-        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
-    return device
+        for device, expected in zip(devices, rank.expected, strict=True):
+            # The cap is on the whole GPU; torch can only be held to what the CUDA context and NCCL leave of it.
+            total = torch.cuda.get_device_properties(device).total_memory
+            allowed = plan.memory_cap_bytes - expected.context
+            torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
+    return devices
 
 
 def start_trackers(plan: Plan, accelerator: Any, run: RunDir) -> None:

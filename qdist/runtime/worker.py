@@ -46,80 +46,73 @@ def _work(plan: Plan, run: RunDir) -> None:
     import torch
     from transformers.utils import logging
 
+    from qdist.runtime.assemble import assemble, load_part
     from qdist.runtime.comm import Comm
-    from qdist.runtime.engine import Adapter
     from qdist.runtime.export import adapter_checksum, gather, write_result
-    from qdist.runtime.forward import Forward
     from qdist.runtime.generate import before_and_after
     from qdist.runtime.load import load_tokenizer
     from qdist.runtime.loop import Trainer
-    from qdist.runtime.measure import disk_read_bytes, load_peak, peak
-    from qdist.runtime.methods.backbone import DTYPES, load_backbone
-    from qdist.runtime.methods.lora import add_adapter, prepare_for_training
-    from qdist.runtime.placements.stages import arrange_stage
-    from qdist.runtime.samples import read_samples
-    from qdist.runtime.setup import make_accelerator, make_engine, make_pipeline, pick_device, start_trackers
+    from qdist.runtime.measure import load_peak, peak
+    from qdist.runtime.setup import make_accelerator, pick_devices, start_trackers
 
     logging.disable_progress_bar()
-    device = pick_device(plan, int(os.environ["LOCAL_RANK"]))
+    devices = pick_devices(plan, int(os.environ["LOCAL_RANK"]))
     accelerator = make_accelerator(plan, run)
-    comm = Comm(device)
+    comm = Comm(devices[0])
     if len(set(comm.gather(digest(plan)))) > 1:
         raise RunError("the ranks of this run read different plans", try_="a run directory that all nodes share")
-    report = _Reporter(run, comm.rank, device, accelerator if plan.spec.trackers else None)
+    report = _Reporter(run, comm.rank, devices, accelerator if plan.spec.trackers else None)
     tokenizer = load_tokenizer(plan.source)
-    began, read_before = time.perf_counter(), disk_read_bytes()
-    backbone = load_backbone(
-        plan.source,
-        bits=plan.spec.bits,
-        quant=plan.spec.quant,
-        dtype=DTYPES[plan.compute_dtype],
-        device=device,
-        linear_names=plan.facts.linear_names,
-        arrange=arrange_stage(plan, comm.rank) if plan.schedule == "1f1b" else None,
-    )
-    seconds, read = time.perf_counter() - began, disk_read_bytes() - read_before
-    report(Event(kind="load", total_steps=plan.steps, seconds=seconds, read_bytes=read))
-    loading = load_peak(device)
-    model = add_adapter(backbone, plan)
-    prepare_for_training(model, plan)
-    samples = read_samples(plan, pad_id=tokenizer.pad_token_id if tokenizer else 0)
-    forward = Forward(model, samples, dtype=DTYPES[plan.compute_dtype], fused=plan.liger)
-    adapter = Adapter(model, forward.loss)
-    evaluate = forward.evaluate
-    if plan.schedule == "1f1b":
-        engine = make_pipeline(plan, accelerator, adapter, forward, device)
-        evaluate = engine.evaluate
-    else:
-        engine = make_engine(plan, accelerator, adapter)
-    start_trackers(plan, accelerator, run)
-    trainer = Trainer(
-        plan,
-        run,
-        engine,
-        samples,
-        comm,
-        evaluate=evaluate,
-        checksum=lambda: adapter_checksum(adapter) if plan.zero_stage < 3 else (),
-        report=report,
-        stopping=stop,
-    )
     try:
+        loaded = load_part(plan, comm, devices)
+        report(
+            Event(
+                kind="load",
+                total_steps=plan.steps,
+                seconds=loaded.seconds,
+                read_bytes=loaded.read_bytes,
+                note=_verified(loaded.verified_bytes) if loaded.verify else "",
+            )
+        )
+        loading = tuple(map(load_peak, devices))
+        pad_id = tokenizer.pad_token_id if tokenizer else 0
+        parts = assemble(plan, accelerator, loaded.backbone, devices[0], pad_id=pad_id)
+        start_trackers(plan, accelerator, run)
+        trainer = Trainer(
+            plan,
+            run,
+            parts.engine,
+            parts.forward.samples,
+            comm,
+            evaluate=parts.evaluate,
+            checksum=lambda: adapter_checksum(parts.adapter) if plan.zero_stage < 3 else (),
+            verify=lambda: _verified(loaded.verify()) if loaded.verify else "",
+            report=report,
+            stopping=stop,
+        )
         finished = trainer.train()
     except torch.OutOfMemoryError as error:
-        raise _out_of_memory(plan, run, comm.rank, peak(device).total, error) from error
+        raise _out_of_memory(plan, run, comm.rank, max(peak(device).total for device in devices), error) from error
     if finished:
-        peaks = comm.gather((peak(device, load=loading),))
+        reached = tuple(peak(device, load=load) for device, load in zip(devices, loading, strict=True))
+        peaks = comm.gather(reached)
+        # A shard answers only together with the others; a stage of a pipeline cannot at all.
+        answering = plan.placement == "shard" or comm.rank == 0
+        wanted = plan.spec.train.answers and plan.schedule != "1f1b"
         if comm.rank == 0:
             gather(run, step=plan.steps)
-            whole = plan.schedule != "1f1b"  # a stage cannot answer alone
-            answers = before_and_after(plan, model, tokenizer, samples) if plan.spec.train.answers and whole else []
+        answers = before_and_after(plan, parts.model, tokenizer, parts.forward.samples) if answering and wanted else []
+        if comm.rank == 0:
             write_result(run, plan, held_out=trainer.held_out, answers=answers, peaks=peaks)
         comm.barrier()
         report(Event(kind="end", step=plan.steps, total_steps=plan.steps))
     accelerator.end_training()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _verified(count: int) -> str:
+    return f"the {format_bytes(count)} gathered are the bytes that the ranks hold"
 
 
 def _out_of_memory(plan: Plan, run: RunDir, rank: int, reached_bytes: int, error: Exception) -> PlanError:
@@ -150,8 +143,8 @@ class _StopRequest:
 class _Reporter:
     """Appends events to this rank's file, one write a line, and hands numbers to the trackers."""
 
-    def __init__(self, run: RunDir, rank: int, device: Any, accelerator: Any | None) -> None:
-        self._rank, self._device, self._accelerator = rank, device, accelerator
+    def __init__(self, run: RunDir, rank: int, devices: tuple[Any, ...], accelerator: Any | None) -> None:
+        self._rank, self._devices, self._accelerator = rank, devices, accelerator
         path = run.event_file(rank)
         path.parent.mkdir(exist_ok=True)
         # A killed rank may have left half a line behind.
@@ -166,7 +159,10 @@ class _Reporter:
         from qdist.runtime.measure import peak
 
         complete = msgspec.structs.replace(
-            event, rank=self._rank, time=time.time(), memory_bytes=peak(self._device).total
+            event,
+            rank=self._rank,
+            time=time.time(),
+            memory_bytes=max(peak(device).total for device in self._devices),
         )
         os.write(self._descriptor, encode(complete))
         if self._accelerator is not None:

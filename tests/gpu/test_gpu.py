@@ -122,11 +122,11 @@ import os, sys
 import torch
 from qdist.host.rundir import RunDir
 from qdist.runtime.engine import Adapter
-from qdist.runtime.setup import make_accelerator, make_engine, pick_device
+from qdist.runtime.setup import make_accelerator, make_engine, pick_devices
 
 run = RunDir(sys.argv[1])
 plan = run.plan()
-device = pick_device(plan, int(os.environ["LOCAL_RANK"]))
+(device,) = pick_devices(plan, int(os.environ["LOCAL_RANK"]))
 accelerator = make_accelerator(plan, run)
 layer = torch.nn.Linear(64, 64, bias=False, device=device)
 adapter = Adapter(layer, lambda batch: layer(batch).square().sum())

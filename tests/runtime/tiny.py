@@ -126,7 +126,7 @@ def plan_of(model: Path, run: Path, **settings: Any) -> Plan:
     return dummy_job(model, run, **settings).plan
 
 
-def backbone_of(plan: Plan) -> Any:
+def backbone_of(plan: Plan, **more: Any) -> Any:
     return load_backbone(
         plan.source,
         bits=plan.spec.bits,
@@ -134,6 +134,7 @@ def backbone_of(plan: Plan) -> Any:
         dtype=DTYPES[plan.compute_dtype],
         device=torch.device("cpu"),
         linear_names=plan.facts.linear_names,
+        **more,
     )
 
 

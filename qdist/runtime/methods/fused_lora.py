@@ -7,7 +7,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from torch.nn import functional
 
-from qdist.runtime.methods.packed import PackedLinear, compute_dtype
+from qdist.runtime.methods.packed import PackedLinear, compute_dtype, is_offloaded
 
 
 class FusedLora(LoraLinear):
@@ -18,6 +18,9 @@ class FusedLora(LoraLinear):
         base = self.get_base_layer()
         self.in_features, self.out_features = base.in_features, base.out_features
         super().update_layer(*args, **kwargs)
+        if is_offloaded(base):  # PEFT has put the adapter where the weights wait
+            self.lora_A.to(base.runs_on)
+            self.lora_B.to(base.runs_on)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         active = self.active_adapters
@@ -73,15 +76,15 @@ def frozen_product(layer: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
     """inputs [tokens, in] times the weights of a frozen linear, plus its bias."""
     if isinstance(layer, PackedLinear):
         return layer.product(inputs)
-    bias = None if layer.bias is None else layer.bias.to(inputs.dtype)
-    return functional.linear(inputs, layer.weight.to(inputs.dtype), bias)
+    bias = None if layer.bias is None else layer.bias.to(inputs.device, inputs.dtype)
+    return functional.linear(inputs, layer.weight.to(inputs.device, inputs.dtype, non_blocking=True), bias)
 
 
 def frozen_input_gradient(layer: nn.Linear, gradient: torch.Tensor) -> torch.Tensor:
     """The gradient of a frozen linear's inputs, [tokens, in]."""
     if isinstance(layer, PackedLinear):
         return layer.input_gradient(gradient)
-    return gradient @ layer.weight.to(gradient.dtype)
+    return gradient @ layer.weight.to(gradient.device, gradient.dtype, non_blocking=True)
 
 
 def _product_in(dtype: torch.dtype, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

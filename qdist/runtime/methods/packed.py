@@ -35,7 +35,6 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.compute_dtype = in_features, out_features, dtype
         self.register_parameter("bias", _empty((out_features,), dtype) if bias else None)
-        self.offloaded = False
 
     def matrix(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The weights unpacked, [out_features, in_features]."""
@@ -43,7 +42,7 @@ class PackedLinear(nn.Linear):
 
     def product(self, inputs: torch.Tensor) -> torch.Tensor:
         """inputs [tokens, in_features] times the weights, plus bias: a tensor of its own, [tokens, out_features]."""
-        bias = None if self.bias is None else self.bias.to(inputs.dtype)
+        bias = None if self.bias is None else self.bias.to(inputs.device, inputs.dtype)
         return functional.linear(inputs, self.matrix(inputs.dtype, inputs.device), bias)
 
     def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -93,7 +92,7 @@ class Packed4bit(PackedLinear):
         )
 
     def product(self, inputs: torch.Tensor) -> torch.Tensor:
-        if not inputs.is_cuda or inputs.shape[0] > FEW_TOKENS or self.offloaded:
+        if not inputs.is_cuda or inputs.shape[0] > FEW_TOKENS or is_offloaded(self):
             return super().product(inputs)
         scales = (
             {"absmax_8bit": self.absmax, "absmax_code": absmax_code_book(inputs.device)} if self.quant.double else {}
@@ -158,7 +157,7 @@ class Packed8bit(PackedLinear):
         state.is_training = inputs.device.type == "cpu"  # there bitsandbytes multiplies unpacked weights
         weight = self.weight.to(inputs.device, non_blocking=True)
         state.CB, state.SCB = weight, self.scale.to(inputs.device)
-        bias = None if self.bias is None else self.bias.to(inputs.dtype)
+        bias = None if self.bias is None else self.bias.to(inputs.device, inputs.dtype)
         with torch.no_grad():
             product: torch.Tensor = bnb.matmul(inputs, weight, bias=bias, threshold=self.threshold, state=state)
         return product
@@ -195,6 +194,11 @@ def compute_dtype(inputs: torch.Tensor) -> torch.dtype:
     """What a linear computes in: autocast's type where it is on, else the inputs' own."""
     kind = inputs.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs.dtype
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether a linear's weights wait in host memory; its attribute `runs_on` says where it computes."""
+    return getattr(module, "offloaded", False)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:

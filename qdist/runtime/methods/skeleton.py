@@ -8,7 +8,7 @@ from torch import nn
 from qdist.core.errors import ModelError
 from qdist.core.plan import Source
 from qdist.core.spec import Quant
-from qdist.runtime.methods.packed import Packed4bit, Packed8bit, PackedLinear, Slices
+from qdist.runtime.methods.packed import Packed4bit, Packed8bit, PackedLinear, Slices, is_offloaded
 from qdist.runtime.methods.weights import Weights
 
 
@@ -55,25 +55,38 @@ def _packed(linear: nn.Linear, bits: int, quant: Quant, dtype: torch.dtype) -> P
 def fill(model: nn.Module, weights: Weights, *, device: torch.device) -> None:
     """Give every parameter its values, and move the buffers; no more than one module's tensors at a time.
 
-    A parameter that is sharded already (a DTensor) takes its own rows and no others.
+    A parameter that is sharded already (a DTensor) takes its own rows and no others. The weights of a linear that is
+    marked `offloaded` stay in pinned host memory.
+    device: where modules lie that do not say so themselves, with an attribute `runs_on`.
     """
     filled: dict[nn.Parameter, nn.Parameter] = {}
     for path, module in model.named_modules():
+        place = getattr(module, "runs_on", device)
         own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
-        if not own:
-            continue
         # A tied head finds its table filled already, and need not be in the folder.
         tensors = weights.of(path, module) if any(parameter not in filled for parameter in own.values()) else {}
         for name, parameter in own.items():
             if parameter not in filled:
-                filled[parameter] = _filled(parameter, tensors[name], device)
+                filled[parameter] = _filled(parameter, tensors[name], place)
+                if is_offloaded(module) and name != "bias":
+                    filled[parameter] = _in_host_memory(filled[parameter], place)
             module.register_parameter(name, filled[parameter])
         for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:
-                module._buffers[name] = tensors[name][:].to(device, buffer.dtype)
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(device)
+            module._buffers[name] = (tensors[name][:] if buffer.is_meta else buffer).to(place, buffer.dtype)
+        if is_offloaded(module):
+            module.runs_on = place
+
+
+def offload(layer: nn.Module) -> None:
+    """Mark the linears of a decoder layer: their weights wait in host memory and visit the GPU for each use."""
+    for module in layer.modules():
+        if isinstance(module, nn.Linear):
+            module.offloaded = True
+
+
+def _in_host_memory(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+    held = parameter.detach().cpu()
+    return nn.Parameter(held.pin_memory() if device.type == "cuda" else held, requires_grad=False)
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

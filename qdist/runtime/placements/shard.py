@@ -1,5 +1,6 @@
 """A backbone sharded over the ranks of a group with FSDP2: packed bytes gathered layer by layer, just in time."""
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from qdist.core.errors import RunError
 from qdist.core.plan import Plan
 from qdist.runtime.checksum import add_checksums, slice_checksum
+from qdist.runtime.loss import cross_entropy
 from qdist.runtime.methods.skeleton import decoder_layers
 
 
@@ -19,7 +21,7 @@ def shard(model: Any, plan: Plan) -> None:
 
     Only the frozen backbone is FSDP's. Adapters are put on later and stay out of its sight.
     """
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     _allow_integers()
     mesh = _group_mesh(plan)
@@ -27,11 +29,13 @@ def shard(model: Any, plan: Plan) -> None:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     whole: set[nn.Parameter] = set()
-    for table in (embedding, head):
-        if shards_embeddings(plan):
+    if shards_embeddings(plan):
+        for table in (embedding, head):
             fully_shard(table, mesh=mesh, reshard_after_forward=True)
-        else:
-            whole.update(table.parameters())
+        head.cross_entropy = MethodType(cross_entropy, head)
+        register_fsdp_forward_method(head, "cross_entropy")
+    else:
+        whole.update(embedding.parameters(), head.parameters())
     fully_shard(model.get_decoder(), mesh=mesh, reshard_after_forward=False, ignored_params=whole)
 
 

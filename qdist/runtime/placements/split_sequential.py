@@ -12,10 +12,11 @@ from qdist.runtime.placements.stages import FINAL_NORMS
 
 
 def spread(model: Any, layer_devices: Sequence[torch.device]) -> None:
-    """Move a causal language model's parts to devices, and have every part fetch what it is given.
+    """Say on which device each part of a causal language model lies, and have every part fetch what it is given.
 
+    The parts get their weights there afterwards (`fill`), and adapters follow them.
     layer_devices: of each decoder layer. What comes before the layers goes to the first device, final norm and head
-    to the last; a head that is tied to the embedding stays with it. Adapters that are put on afterwards follow.
+    to the last; a head that is tied to the embedding stays with it.
     """
     decoder, layers = model.get_decoder(), decoder_layers(model)
     first, last = layer_devices[0], layer_devices[-1]
@@ -30,11 +31,14 @@ def spread(model: Any, layer_devices: Sequence[torch.device]) -> None:
     _put(head, first if head.weight is model.get_input_embeddings().weight else last)
 
 
-def _put(module: nn.Module, device: torch.device) -> None:
-    """Move a module, and before each of its passes the tensors that it is given: hidden states, masks, positions."""
+def _put(part: nn.Module, device: torch.device) -> None:
+    """Before each pass of a part, move the tensors that it is given: hidden states, masks, positions."""
 
     def fetch(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton launches its kernels there, wherever their arguments are
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), (inputs, named))
 
-    module.to(device)
-    module.register_forward_pre_hook(fetch, with_kwargs=True)
+    for module in part.modules():
+        module.runs_on = device
+    part.register_forward_pre_hook(fetch, with_kwargs=True)

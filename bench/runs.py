@@ -1,0 +1,196 @@
+"""Predicted and measured memory and speed of many different runs on this machine's GPUs, as one Markdown table.
+
+    python bench/runs.py [--only NAME,NAME] [--skip NAME] [--steps 8] [--out FOLDER]
+
+Random weights, random tokens, nothing to download. Runs of one GPU are started side by side, one on each GPU; runs
+that need more GPUs than there are, are left out and named. Each run is one `qdist launch`, and its figures are those
+of its own result.json.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+from statistics import median
+
+from qdist.host.files import cache_dir
+
+GIB = 2**30
+SHAPE = "seq_len=512 train.held_out=0.0 train.save_steps=1000"
+CKPT, NONE = "train.checkpointing=true", "train.checkpointing=false"
+RUNS: dict[str, tuple[int, str, str]] = {
+    # name: GPUs, flags, settings
+    "7b ckpt 16x512": (1, "llama-7b", f"global_batch=16 micro_batch=16 {CKPT}"),
+    "7b none 16x512": (1, "llama-7b", f"global_batch=16 micro_batch=16 {NONE}"),
+    "7b auto 40GiB": (1, "llama-7b --max-memory 40GiB", "global_batch=32"),
+    "7b auto 16GiB": (1, "llama-7b --max-memory 16GiB", "global_batch=16"),
+    "7b 4x2048": (1, "llama-7b", f"global_batch=4 micro_batch=4 seq_len=2048 {CKPT}"),
+    "7b 2x512 x8 none": (1, "llama-7b", f"global_batch=16 micro_batch=2 {NONE}"),
+    "7b int8 ckpt": (1, "llama-7b --bits 8", f"global_batch=16 micro_batch=16 {CKPT}"),
+    "7b 16-bit ckpt": (1, "llama-7b --bits 16", f"global_batch=16 micro_batch=16 {CKPT}"),
+    "7b fp16 r=16": (1, "llama-7b", f"global_batch=16 micro_batch=8 lora.r=16 dtype=float16 {CKPT}"),
+    "8b llama3 none": (1, "llama3-8b", f"global_batch=8 micro_batch=8 {NONE}"),
+    "7b qwen2.5": (1, "qwen2.5-7b", f"global_batch=8 micro_batch=8 {CKPT}"),
+    "13b auto 24GiB": (1, "llama-13b --max-memory 24GiB", "global_batch=16"),
+    "33b ckpt 8x512": (1, "llama-33b", f"global_batch=8 micro_batch=8 {CKPT}"),
+    "65b 48GiB 4x512": (1, "llama-65b --max-memory 48GiB", "global_batch=4 micro_batch=4"),
+    "7b x2 replicate none": (2, "llama-7b --placement replicate", f"global_batch=32 micro_batch=16 {NONE}"),
+    "7b x2 zero0 ckpt": (2, "llama-7b --placement replicate", f"global_batch=32 micro_batch=16 zero.stage=0 {CKPT}"),
+    "7b x2 zero3 ckpt": (2, "llama-7b --placement replicate", f"global_batch=32 micro_batch=16 zero.stage=3 {CKPT}"),
+    "13b x2 auto 16GiB": (2, "llama-13b --max-memory 16GiB", "global_batch=32"),
+    "7b x2 shard none": (2, "llama-7b --placement shard", f"global_batch=32 micro_batch=16 {NONE}"),
+    "7b x2 shard int8": (2, "llama-7b --placement shard --bits 8", f"global_batch=16 micro_batch=8 {CKPT}"),
+    "65b x2 shard 32GiB": (2, "llama-65b --placement shard --max-memory 32GiB", "global_batch=32"),
+    "33b x2 shard 24GiB": (2, "llama-33b --placement shard --max-memory 24GiB", "global_batch=32"),
+    "7b x2 split": (2, "llama-7b --placement split", f"global_batch=64 micro_batch=8 {CKPT}"),
+    "13b x2 split none": (2, "llama-13b --placement split", f"global_batch=64 micro_batch=4 {NONE}"),
+    "65b x2 split 32GiB": (2, "llama-65b --placement split --max-memory 32GiB", "global_batch=64"),
+    "65b x2 auto 40GiB": (2, "llama-65b --max-memory 40GiB", "global_batch=32"),
+    "13b sequential": (2, "llama-13b --placement split", f"split.schedule=sequential global_batch=8 {CKPT}"),
+    "65b x4 shard 24GiB": (4, "llama-65b --placement shard --max-memory 24GiB", "global_batch=64"),
+    "65b x4 split 24GiB": (4, "llama-65b --placement split --max-memory 24GiB", "global_batch=128"),
+    "65b 2x2 shard 32GiB": (4, "llama-65b --placement shard --gpus-per-group 2 --max-memory 32GiB", "global_batch=64"),
+    "65b 2x2 split 32GiB": (4, "llama-65b --placement split --gpus-per-group 2 --max-memory 32GiB", "global_batch=64"),
+    "7b x4 replicate none": (4, "llama-7b --placement replicate", f"global_batch=64 micro_batch=16 {NONE}"),
+    "65b x4 zero2": (4, "llama-65b --placement replicate", f"global_batch=16 micro_batch=4 {CKPT}"),
+}
+
+
+def main() -> None:
+    """Run them and print the table and its medians."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="")
+    parser.add_argument("--skip", default="")
+    parser.add_argument("--gpus", type=int, help="GPUs of this machine; by default as NVML counts them")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    present = arguments.gpus or count_gpus()
+    names = [name for name in RUNS if not arguments.only or name in arguments.only.split(",")]
+    names = [name for name in names if name not in arguments.skip.split(",")]
+    absent = [name for name in names if RUNS[name][0] > present]
+    rows = []
+    free: Queue[int] = Queue()
+    for index in range(present):
+        free.put(index)
+
+    def alone(name: str) -> dict:
+        index = free.get()
+        try:
+            return run(name, arguments.steps, gpu=index)
+        finally:
+            free.put(index)
+
+    with ThreadPoolExecutor(present) as pool:
+        for row in pool.map(alone, [name for name in names if RUNS[name][0] == 1]):
+            rows.append(row)
+            print(line(row), flush=True)
+    for name in names:
+        if 1 < RUNS[name][0] <= present:
+            rows.append(run(name, arguments.steps, gpu=None))
+            print(line(rows[-1]), flush=True)
+    if arguments.out:
+        (arguments.out / "runs.json").write_text(json.dumps(rows, indent=1))
+    report(rows, absent)
+
+
+def count_gpus() -> int:
+    """GPUs that NVML shows."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    return int(pynvml.nvmlDeviceGetCount())
+
+
+def run(name: str, steps: int, *, gpu: int | None) -> dict:
+    """One `qdist launch`, and what its result says."""
+    gpus, flags, settings = RUNS[name]
+    folder = Path(tempfile.mkdtemp(prefix="qdist-bench-"))
+    command = [sys.executable, "-m", "qdist", "launch", "--gpus", str(gpus), "--model", *flags.split()]
+    command += ["--load-format", "dummy", "--run", str(folder / "run")]
+    for setting in [*SHAPE.split(), *settings.split(), f"steps={steps}"]:
+        command += ["--set", setting]
+    # Lessons of earlier runs would flatter later predictions: each run knows the rates of the cards and no more.
+    environment = {**os.environ, "QDIST_CACHE": str(folder / "cache")}
+    if (cache_dir() / "rates").is_dir():
+        shutil.copytree(cache_dir() / "rates", folder / "cache" / "rates")
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    began = time.time()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    row = {"name": name, "gpus": gpus, "wall_s": time.time() - began, "rc": done.returncode}
+    if done.returncode == 0:
+        row |= figures(folder / "run")
+    else:
+        row["error"] = done.stdout[-1500:] + done.stderr[-2500:]
+    shutil.rmtree(folder)
+    return row
+
+
+def figures(run_path: Path) -> dict:
+    """Of the GPU that was fullest."""
+    plan, result = (json.loads((run_path / file).read_text()) for file in ("plan.json", "result.json"))
+    pairs = [
+        (peak["allocated"] + peak["context"], sum(expected.values()), peak, expected)
+        for rank, of_rank in zip(plan["ranks"], result["peaks"], strict=True)
+        for peak, expected in zip(of_rank, rank["expected"], strict=True)
+    ]
+    measured, predicted, peak, expected = max(pairs, key=lambda pair: pair[0])
+    speed = result["tokens_per_s"]
+    return {
+        "placement": plan["placement"], "grid": f"{plan['groups']}x{plan['gpus_per_group']}",
+        "schedule": plan["schedule"], "zero": plan["zero_stage"], "micro_batch": plan["micro_batch"],
+        "accumulation": plan["gradient_accumulation"], "checkpointed": plan["checkpointed_layers"],
+        "optimizer": plan["optimizer"], "predicted": predicted, "measured": measured, "peak": peak,
+        "expected": expected, "predicted_tok_s": speed["predicted"], "measured_tok_s": speed["measured"],
+        "load_predicted": plan["load_peak_bytes"], "start_s": result["start_seconds"], "loading": result["loading"],
+    }  # fmt: skip
+
+
+def line(row: dict) -> str:
+    """A row of the table."""
+    if row["rc"]:
+        return f"| {row['name']} | failed ({row['rc']}): {row['error'][-700:]} |"
+    memory, speed = errors(row)
+    return (
+        f"| {row['name']} | {row['placement']} {row['grid']} | {row['micro_batch']} x {row['accumulation']} | "
+        f"{row['checkpointed']} | {row['predicted'] / GIB:.2f} | {row['measured'] / GIB:.2f} | {memory:+.1f} % | "
+        f"{row['predicted_tok_s']:,.0f} | {row['measured_tok_s']:,.0f} | {speed:+.1f} % | "
+        f"{row['load_predicted'] / GIB:.1f} / {row['peak']['load'] / GIB:.1f} | {row['start_s']['first_step']:.0f} |"
+    )
+
+
+def errors(row: dict) -> tuple[float, float]:
+    """Predicted against measured, in percent: memory, tokens/s."""
+    return (
+        100 * (row["predicted"] / row["measured"] - 1),
+        100 * (row["predicted_tok_s"] / row["measured_tok_s"] - 1),
+    )
+
+
+def report(rows: list[dict], absent: list[str]) -> None:
+    """The table, and how far off the predictions were."""
+    print()
+    print("| run | placement | micro-batch | recomputed | GiB planned | measured | error | tok/s planned | measured | "
+          "error | load GiB planned / measured | s to step 1 |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        print(line(row) if row["rc"] == 0 else f"| {row['name']} | failed |")
+    good = [row for row in rows if row["rc"] == 0]
+    if good:
+        memory, speed = zip(*map(errors, good), strict=True)
+        print(f"\n{len(good)} of {len(rows)} runs. Memory: median error {median(map(abs, memory)):.1f} %, worst "
+              f"{max(memory, key=abs):+.1f} %. Speed: median error {median(map(abs, speed)):.1f} %.")  # fmt: skip
+    if absent:
+        print(f"Left out for want of GPUs: {', '.join(absent)}.")
+
+
+if __name__ == "__main__":
+    main()
