@@ -7,7 +7,7 @@ from typing import NamedTuple
 from qdist.core.cluster import Rates
 from qdist.core.layouts import Layout
 from qdist.core.lessons import Correction
-from qdist.core.memory import MemoryBudget, Share, Sizes, budget, load_peak_bytes
+from qdist.core.memory import MemoryBudget, Share, Sizes, budget, load_peak_bytes, resident
 from qdist.core.placement import balance, map_of, scattered, spread_layers
 from qdist.core.spec import RunSpec
 from qdist.core.speed import Step, passes, step_seconds
@@ -59,6 +59,8 @@ class Candidate(NamedTuple):
     rooms: tuple[int, ...] | None
     seconds: float
     """Of a step; 0 where nothing is known of the device."""
+    paged: bool
+    """The optimizer's moments are in paged memory: by request, or because they would not fit otherwise."""
 
     @property
     def required_bytes(self) -> int:
@@ -80,6 +82,15 @@ class Candidate(NamedTuple):
     def fits(self) -> bool:
         """Whether every GPU has room for it."""
         return self.rooms is None or self.missing[0] <= 0
+
+    @property
+    def roomy(self) -> bool:
+        """Whether every GPU has room for all of it: moments that could leave as well."""
+        return self.fits and _hold(self.rooms, self.budgets)
+
+
+def _hold(rooms: tuple[int, ...] | None, budgets: tuple[MemoryBudget, ...]) -> bool:
+    return rooms is None or all(own.total <= room for own, room in zip(budgets, rooms, strict=True))
 
 
 def options(setting: Setting, layout: Layout) -> Iterator[Candidate]:
@@ -125,11 +136,12 @@ def _fewest_recomputed(setting: Setting, layout: Layout, size: int) -> Candidate
 
     if wanted is not None:
         return with_(layers if wanted else 0)
-    if (free := with_(0)).fits:
+    if (free := with_(0)).roomy:
         return free
     if layout.placement == "split" and layout.gpus_per_group > 1:
         return with_(layers)  # the slowest stage sets the pace: all recompute, or none
-    return with_(_least(lambda count: with_(count).fits, 1, layers))
+    # Moments that leave the GPU cross the bus twice a step, which costs more than recomputing saves.
+    return with_(_least(lambda count: with_(count).roomy, 1, layers))
 
 
 def _least(fits: Callable[[int], bool], low: int, high: int) -> int:
@@ -163,6 +175,9 @@ class _Arrangement:
         if self.setting.rooms is None and self.layout.schedule == "sequential":
             shares = [self._alone()]
         budgets = tuple(budget(self.setting.sizes, share) for share in shares)
+        paged = self.setting.sizes.job.paged
+        if paged and self.setting.spec.optim.name is None and _hold(self.rooms, budgets):
+            budgets, paged = tuple(map(resident, budgets)), False
         return Candidate(
             layout=self.layout,
             micro_batch=self.size,
@@ -173,7 +188,8 @@ class _Arrangement:
             budgets=budgets,
             load_peaks=tuple(load_peak_bytes(self.setting.sizes, share) for share in shares),
             rooms=self.rooms,
-            seconds=self._seconds(counts, budgets),
+            seconds=self._seconds(counts, budgets, paged=paged),
+            paged=paged,
         )
 
     @cached_property
@@ -264,7 +280,7 @@ class _Arrangement:
         one = passes(self.setting.sizes, self.setting.rates, self.size)
         return one.head_s / (one.backward_s + one.forward_s * (2 if self.recomputed else 1))
 
-    def _seconds(self, counts: list[int], budgets: tuple[MemoryBudget, ...]) -> float:
+    def _seconds(self, counts: list[int], budgets: tuple[MemoryBudget, ...], *, paged: bool) -> float:
         rates, layout = self.setting.rates, self.layout
         if rates is None or self.rooms is None:
             return 0.0
@@ -278,6 +294,7 @@ class _Arrangement:
             shards=layout.gpus_per_group if layout.placement == "shard" else 1,
             sequential=layout.schedule == "sequential",
             offloaded=len(self.offloaded),
+            paged=paged,
             paged_out_bytes=max(0, min(over, max(own.pageable for own in budgets))),
         )
         one = passes(self.setting.sizes, rates, self.size)

@@ -200,6 +200,11 @@ def budget(sizes: Sizes, share: Share) -> MemoryBudget:
     )
 
 
+def resident(own: MemoryBudget) -> MemoryBudget:
+    """The same with moments that stay on the GPU."""
+    return msgspec.structs.replace(own, optimizer=own.optimizer + own.pageable, pageable=0)
+
+
 def load_peak_bytes(sizes: Sizes, share: Share) -> int:
     """Peak of a GPU while its part of the backbone is loaded: one matrix at a time comes whole and is packed."""
     job = sizes.job

@@ -108,7 +108,7 @@ def make_plan(
         seq_len=longest,
         checkpointed_layers=winner.checkpointed,
         compute_dtype=inputs.dtype,
-        optimizer=inputs.optimizer,
+        optimizer="paged-adamw" if winner.paged else "adamw",
         engine=layout.engine,
         zero_stage=layout.zero_stage,
         liger=inputs.liger,
@@ -243,7 +243,7 @@ def _dtype(spec: RunSpec, cluster: Cluster) -> Literal["bfloat16", "float16", "f
 
 
 def _optimizer(spec: RunSpec, cluster: Cluster) -> Literal["adamw", "paged-adamw"]:
-    """Paged AdamW on GPUs, whose state may leave them under pressure; plain AdamW where it lies on the CPU anyway."""
+    """Paged AdamW on GPUs, unless a candidate has room for its state; plain AdamW where it lies on the CPU anyway."""
     on_gpu = cluster.device == "cuda" and spec.zero.offload == "none"
     if spec.optim.name == "paged-adamw" and not on_gpu:
         where = "a GPU" if cluster.device == "cpu" else "zero.offload=none"

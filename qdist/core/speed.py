@@ -27,8 +27,8 @@ PEFT_ACCESSES = 5.0
 """16-bit accesses for each output of an adapted linear, in each pass, that peft's scaling, adding and casting cost."""
 KERNELS, LAUNCH_S = 60, 6e-6
 """Kernels that Python launches for a layer and pass, and seconds for each. Guesses: no step bound by them was timed."""
-PAGED_SHARE = 0.5
-"""Of the memory rate, for AdamW on moments in paged memory that lie on the GPU. An estimate, a hundredth of a step."""
+PAGED_SHARE = 0.09
+"""Of the memory rate, for AdamW on moments in paged memory that lie on the GPU. 65B on an H200: 78 ms a step more."""
 OPTIMIZER_ACCESS_BYTES = 40
 """A trained parameter and step: gradient read for the norm, scaled, read; parameter and moments read and written."""
 ZERO3_MATRIX_S = 0.3e-3
@@ -111,12 +111,14 @@ def _loss_traffic(sizes: Sizes, tokens: int) -> float:
     return tokens * sizes.facts.vocab * (12 if sizes.job.fused_loss else 40)
 
 
-def _adapter_step_s(sizes: Sizes, rates: Rates, *, layers: int, stage: int, ranks: int, micro_batches: int) -> float:
+def _adapter_step_s(
+    sizes: Sizes, rates: Rates, *, layers: int, stage: int, ranks: int, micro_batches: int, paged: bool
+) -> float:
     """The optimizer's step and what ZeRO exchanges, for the adapter of so many layers."""
     trained, job = sizes.trained * layers, sizes.job
     own = ceil(trained / ranks) if stage else trained
     if job.optimizer_on_gpu:
-        seconds = own * OPTIMIZER_ACCESS_BYTES / (rates.memory_bytes_s * (PAGED_SHARE if job.paged else 1))
+        seconds = own * OPTIMIZER_ACCESS_BYTES / (rates.memory_bytes_s * (PAGED_SHARE if paged else 1))
     else:
         seconds = own / CPU_ADAM_PARAMETERS_S
     if stage == 3:
@@ -139,6 +141,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     shards: int = 1
     sequential: bool = False
     offloaded: int = 0
+    paged: bool = False
     paged_out_bytes: int = 0
     """Moments of the fullest GPU that have no room there and cross the bus twice a step."""
 
@@ -149,7 +152,7 @@ def step_seconds(sizes: Sizes, rates: Rates, one: Passes, step: Step) -> float:
     recomputed = step.checkpointed / layers
     end = _adapter_step_s(
         sizes, rates, layers=max(step.counts) if not step.sequential else layers, stage=step.zero_stage,
-        ranks=step.ranks, micro_batches=step.micro_batches,
+        ranks=step.ranks, micro_batches=step.micro_batches, paged=step.paged,
     ) + 2 * step.paged_out_bytes / rates.host_bytes_s  # fmt: skip
     forward, backward = one.forward_s, one.backward_s
     if step.shards > 1:

@@ -46,6 +46,8 @@ def shards_embeddings(plan: Plan) -> bool:
 
 def _group_mesh(plan: Plan) -> DeviceMesh:
     """The ranks that hold one backbone between them."""
+    if plan.groups == 1:  # the ranks of the run, whose communicator there is already
+        return init_device_mesh(plan.device, (plan.gpus_per_group,), mesh_dim_names=("shard",))
     mesh = init_device_mesh(plan.device, (plan.groups, plan.gpus_per_group), mesh_dim_names=("group", "shard"))
     return mesh["shard"]
 
