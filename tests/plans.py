@@ -21,13 +21,14 @@ def planned(
     data: DataFacts | None = None,
     has_liger: bool = True,
     vocab_rows: int | None = None,
+    new_token_ids: tuple[int, ...] = (),
     **more: Any,
 ) -> Plan:
     """The plan of a model on a machine; `settings` are dotted."""
     config = config_of(model)
     return make_plan(
         resolve({"steps": 5, "model": model}, nest(settings or {})),
-        Source(kind="dummy", path="", config=config, tokenizer="", vocab_rows=vocab_rows),
+        Source(kind="dummy", path="", config=config, tokenizer="", vocab_rows=vocab_rows, new_token_ids=new_token_ids),
         from_config(config, name=model),
         cluster,
         data,

@@ -43,6 +43,8 @@ class Setting(NamedTuple):
     whole_tables: bool
     correction: Correction | None
     usual_micro_batch: int | None = None
+    new_rows: int = 0
+    """Of the vocabulary, to be trained."""
 
 
 class Candidate(NamedTuple):

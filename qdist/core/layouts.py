@@ -78,6 +78,27 @@ def _grid(
                 yield "split", "sequential", each
 
 
+def unable(spec: RunSpec, layout: Layout, new_rows: int) -> SpecError | None:
+    """What the run wants that the ranks of a layout cannot do, or None. A stage has no whole model.
+
+    new_rows: of the vocabulary, to be trained.
+    """
+    if layout.schedule != "1f1b":
+        return None
+    if new_rows:
+        rows = "a new row" if new_rows == 1 else f"{new_rows} new rows"
+        return SpecError(
+            f"the stages of a 1f1b split cannot train {rows} of the vocabulary",
+            try_="--placement shard" + (" --set split.schedule=auto" if spec.split.schedule else ""),
+        )
+    if spec.train.answers:
+        return SpecError(
+            f"the stages of a 1f1b split cannot generate the answers of train.answers={spec.train.answers}",
+            try_="--set train.answers=0 (and qdist generate RUN afterwards)",
+        )
+    return None
+
+
 def one_process(spec: RunSpec, count: int) -> Layout:
     """One process over all GPUs: the only form that can leave layers in host memory."""
     return _layout(spec, "split", "sequential", count, count)

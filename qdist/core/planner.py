@@ -13,7 +13,7 @@ from qdist.core.lessons import Correction
 from qdist.core.memory import Job, sizes
 from qdist.core.notes import notes
 from qdist.core.plan import DataFacts, Plan, RankPlan, Source
-from qdist.core.ranking import alternatives, choose, closest, contenders, last_resort
+from qdist.core.ranking import alternatives, choose, closest, contenders, eligible, last_resort
 from qdist.core.refusal import too_big
 from qdist.core.spec import RunSpec, max_memory_bytes
 from qdist.core.units import GIB, format_bytes
@@ -38,6 +38,7 @@ class _Inputs(NamedTuple):
 
 
 class _Decision(NamedTuple):
+    setting: Setting
     winner: Candidate
     rows: list[list[Candidate]]
 
@@ -117,7 +118,7 @@ def make_plan(
         ranks=_ranks(winner, count, cluster.device),
         tokens_per_second=round(tokens_s(winner), 1),
         load_peak_bytes=max(winner.load_peaks),
-        alternatives=alternatives(winner, decision.rows, tokens_s),
+        alternatives=alternatives(decision.setting, winner, decision.rows, tokens_s),
         correction=correction,
         notes=(*notes(spec, winner, layers=facts.layers), *rate_notes),
     )
@@ -129,7 +130,7 @@ def _decide(inputs: _Inputs) -> _Decision:
     count = _count(spec, cluster)
     setting = _setting(inputs, count)
     rows = contenders(setting, layouts(spec, count, device=cluster.device))
-    tried = [candidate for row in rows for candidate in row]
+    tried = eligible(setting, rows)
     winner = choose(tried) or last_resort(setting, count)
     if winner is None:
 
@@ -144,13 +145,13 @@ def _decide(inputs: _Inputs) -> _Decision:
     _check_offloaded(setting, winner)
     if cluster.device == "cpu":
         _check_cpu_ranks(spec, cluster, winner)
-    return _Decision(winner, rows)
+    return _Decision(setting, winner, rows)
 
 
 def _tried(inputs: _Inputs) -> list[Candidate]:
     count = _count(inputs.spec, inputs.cluster)
-    found = layouts(inputs.spec, count, device=inputs.cluster.device)
-    return [candidate for row in contenders(_setting(inputs, count), found) for candidate in row]
+    setting = _setting(inputs, count)
+    return eligible(setting, contenders(setting, layouts(inputs.spec, count, device=inputs.cluster.device)))
 
 
 def _setting(inputs: _Inputs, count: int) -> Setting:
@@ -178,6 +179,7 @@ def _setting(inputs: _Inputs, count: int) -> Setting:
         whole_tables=inputs.source.vocab_rows is not None,
         correction=inputs.correction,
         usual_micro_batch=inputs.usual_micro_batch,
+        new_rows=len(inputs.source.new_token_ids),
     )
 
 

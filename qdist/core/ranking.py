@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 from qdist.core.candidates import HEADROOM, Candidate, Setting, offloading, options
 from qdist.core.errors import SpecError
-from qdist.core.layouts import Layout, one_process
+from qdist.core.layouts import Layout, one_process, unable
 from qdist.core.plan import Alternative
 from qdist.core.units import format_bytes
 
 TIE = 0.02
-"""Difference in speed that no prediction can tell: the simpler layout wins, then the one that needs less memory."""
+"""Difference in speed that no prediction can tell: the simpler layout wins, then one with room for the optimizer's
+moments, then the one that needs less memory."""
 
 
 def check_batches(setting: Setting, layout: Layout) -> None:
@@ -31,21 +32,29 @@ def check_batches(setting: Setting, layout: Layout) -> None:
         return
     stages, size = layout.gpus_per_group, spec.micro_batch or 1
     if each // size < stages:
-        smaller = _largest_divisor(each, each // stages) if each >= stages else 0
+        smaller = f"--set micro_batch={_largest_divisor(each, each // stages)}, or " if each >= stages else ""
         raise SpecError(
             f"{stages} stages need at least {stages} micro-batches a step; global_batch={spec.global_batch} has "
             f"{each // size} of {size} for each group",
-            try_=f"--set micro_batch={smaller}" if smaller else f"--set global_batch={stages * ranks * size}",
+            try_=f"{smaller}--set global_batch={stages * ranks * size}",
         )
 
 
 def contenders(setting: Setting, found: Sequence[Layout]) -> list[list[Candidate]]:
-    """The candidates of each layout whose batch arithmetic works out.
+    """The candidates of each layout whose batch arithmetic works out, whether or not its ranks are `unable`.
 
-    Raises SpecError where that is not so for the simplest, which is what was asked for, or none.
+    Raises SpecError where no layout can, or the batch does not work out for the simplest that can: it was asked for.
     """
-    check_batches(setting, found[0])
+    simplest = next((layout for layout in found if not unable(setting.spec, layout, setting.new_rows)), found[0])
+    if refused := unable(setting.spec, simplest, setting.new_rows):
+        raise refused
+    check_batches(setting, simplest)
     return [list(options(setting, layout)) for layout in found if _works(setting, layout)]
+
+
+def eligible(setting: Setting, rows: Iterable[Iterable[Candidate]]) -> list[Candidate]:
+    """The candidates whose ranks can do all that is wanted."""
+    return [own for row in rows for own in row if not unable(setting.spec, own.layout, setting.new_rows)]
 
 
 def choose(candidates: Iterable[Candidate]) -> Candidate | None:
@@ -55,7 +64,7 @@ def choose(candidates: Iterable[Candidate]) -> Candidate | None:
         return fitting[0] if fitting else None
     fastest = min(candidate.seconds for candidate in fitting)
     tied = [candidate for candidate in fitting if candidate.seconds * (1 - TIE) <= fastest]
-    return min(tied, key=lambda candidate: (candidate.layout.simplicity, candidate.required_bytes))
+    return min(tied, key=lambda own: (own.layout.simplicity, own.paged, own.required_bytes))
 
 
 def last_resort(setting: Setting, count: int) -> Candidate | None:
@@ -79,7 +88,10 @@ def closest(candidates: Iterable[Candidate]) -> Candidate:
 
 
 def alternatives(
-    winner: Candidate, rows: Sequence[Sequence[Candidate]], tokens_s: Callable[[Candidate], float]
+    setting: Setting,
+    winner: Candidate,
+    rows: Sequence[Sequence[Candidate]],
+    tokens_s: Callable[[Candidate], float],
 ) -> tuple[Alternative, ...]:
     """The best of every other layout, and in words why it lost."""
     lost = []
@@ -88,6 +100,7 @@ def alternatives(
             continue
         best = choose(row)
         own = best or closest(row)
+        barred = unable(setting.spec, own.layout, setting.new_rows)
         lost.append(
             Alternative(
                 placement=own.layout.placement,
@@ -98,7 +111,7 @@ def alternatives(
                 checkpointed_layers=own.checkpointed,
                 tokens_per_second=tokens_s(own) if best else 0.0,
                 required_bytes=own.required_bytes,
-                reason=_slower(own, winner) if best else shortage(own),
+                reason=shortage(own) if not best else barred.message if barred else _slower(own, winner),
             )
         )
     return tuple(lost)
@@ -124,6 +137,8 @@ def _slower(own: Candidate, winner: Candidate) -> str:
     if ratio < TIE:
         if own.layout.simplicity > winner.layout.simplicity:
             return "no faster, and less simple"
+        if own.paged > winner.paged:
+            return "no faster, and has no room for the optimizer's moments"
         return f"no faster, and needs {format_bytes(own.required_bytes)} where {format_bytes(winner.required_bytes)} do"
     why = {
         "replicate": "recomputes more, or in smaller micro-batches",

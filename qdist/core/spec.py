@@ -315,8 +315,6 @@ def flatten(spec: RunSpec) -> dict[str, Any]:
 
 def json_text(value: Any) -> str:
     """A setting as one types it."""
-    return (
-        ",".join(map(str, value))
-        if isinstance(value, (list, tuple))
-        else msgspec.json.encode(value).decode().strip('"')
-    )
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return msgspec.json.encode(value).decode().strip('"')

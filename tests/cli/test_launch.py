@@ -60,6 +60,21 @@ def test_flags_win_over_a_recipe(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "layout"),
+    [
+        (("--placement", "shard"), "shard: 2 groups of 2; each rank holds 1/2 of every layer and gathers it for use"),
+        (("--placement", "split"), "split: 2 groups of 2; each rank a stage of layers (0-"),
+    ],
+)  # fmt: skip
+def test_the_placement_can_be_named(arguments: tuple[str, ...], layout: str) -> None:
+    result = qdist(
+        "launch", *SMALL, "--gpus", "4", "--gpus-per-group", "2", "--set", "steps=5", *arguments, "--dry-run"
+    )
+    assert result.exit_code == 0, result.output
+    assert f"layout   {layout}" in result.stdout
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "error: no model was named\n  try: --model smollm2-135m\n"),
@@ -69,6 +84,12 @@ def test_flags_win_over_a_recipe(here: Path) -> None:
         ((*SMALL, "--bits", "5"), "error: bits cannot be '5': it is one of 4, 8, 16\n  try: bits=4\n"),
         ((*SMALL, "--max-memory", "1GiB", "--set", "steps=1"), "error: --max-memory caps GPUs, and this machine has "
          "none\n  try: leave --max-memory out\n"),
+        ((*SMALL, "--placement", "shards"), "error: placement cannot be 'shards': it is one of replicate, shard, "
+         "split\n  try: placement=shard\n"),
+        ((*SMALL, "--gpus-per-group", "3", "--set", "steps=1"), "error: gpus_per_group=3, but 2 CPU ranks cannot be "
+         "divided so\n  try: gpus_per_group=2\n"),
+        ((*SMALL, "--set", "train.verify_steps=5"), "error: train.verify_steps=5 compares the bytes of a sharded "
+         "backbone\n  try: --placement shard, or leave it out\n"),
         (("guanaco-7", "--dry-run"), "error: no recipe 'guanaco-7'\n  try: guanaco-7b\n"),
         (("--resume",), "error: --resume goes with --run DIR alone: the run knows its recipe\n"
          "  try: qdist launch --resume --run runs/NAME\n"),
@@ -109,6 +130,18 @@ def test_resuming_says_from_where_and_a_dry_run_changes_nothing(here: Path) -> N
     assert result.stdout.startswith("resuming run from step 20\n")
     assert "2 CPU processes" in result.stdout
     assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == contents
+
+
+def test_a_run_goes_on_as_shards_that_are_verified(here: Path) -> None:
+    written("run")
+    result = qdist(
+        "launch", "--resume", "--run", "run", "--gpus", "2", "--placement", "shard", "--set", "train.verify_steps=2",
+        "--dry-run",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "layout   shard: the 2 ranks; each rank holds 1/2 of every layer" in result.stdout
+    refused = qdist("launch", "--resume", "--run", "run", "--set", "train.verify_steps=2", "--dry-run")
+    assert (refused.exit_code, refused.stderr.splitlines()[1]) == (2, "  try: --placement shard, or leave it out")
 
 
 def test_a_finished_run_is_not_resumed() -> None:

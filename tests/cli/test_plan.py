@@ -38,10 +38,16 @@ def test_a_plan_is_a_few_lines() -> None:
     assert lines["model"].startswith("llama-65b: 65.3 B parameters, 4 bits nf4, double quantization, bfloat16")
     assert lines["ranks"] == "4 GPUs"
     assert lines["layout"] == "replicate: each GPU holds the whole backbone"
-    assert lines["engine"] == "DeepSpeed ZeRO-2, paged-adamw"
-    assert lines["batch"].endswith("of up to 512 tokens, checkpointing 73 of 80 layers, Liger kernels")
-    assert lines["memory"].endswith("of optimizer state where there is room")
+    assert lines["engine"] == "DeepSpeed ZeRO-2, adamw"
+    assert lines["batch"].endswith("of up to 512 tokens, checkpointing 77 of 80 layers, Liger kernels")
+    assert lines["memory"].endswith(" GiB a GPU")
     assert "context" in lines[""]
+
+
+def test_moments_without_room_are_told_apart() -> None:
+    lines = labels(plan("--model", "llama-65b", "--gpus", "1", "--gpu-memory", "48GiB").stdout)
+    assert lines["engine"] == "torch, one rank, paged-adamw"
+    assert lines["memory"].endswith("GiB a GPU, and 6.0 GiB of optimizer state where there is room")
 
 
 def test_a_plan_says_how_the_bytes_lie_and_why_the_other_layouts_lost() -> None:

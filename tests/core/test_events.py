@@ -92,6 +92,14 @@ def test_the_last_word_on_a_step_counts() -> None:
     assert losses([step(1, 3.0), step(2, 2.0), step(2, 1.5), step(3)]) == {1: 3.0, 2: 1.5}
 
 
+def test_a_backbone_that_was_verified_changes_nothing_of_a_state() -> None:
+    verified = Event(kind="verify", step=2, total_steps=60, note="1.9 GiB unchanged")
+    assert decode_lines(encode(verified)) == [verified]
+    events = [Event(kind="start", total_steps=60), step(1, 3.0), step(2, 2.0)]
+    assert advance(RunState(), [*events, verified]) == advance(RunState(), events)
+    assert losses([*events, verified]) == {1: 3.0, 2: 2.0}
+
+
 def test_a_resume_takes_back_the_steps_after_its_checkpoint() -> None:
     events = [step(1, 3.0), step(2, 2.5), step(3, 2.0), Event(kind="resume", step=1), step(2, 2.4)]
     assert losses(events) == {1: 3.0, 2: 2.4}

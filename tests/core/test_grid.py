@@ -6,11 +6,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from qdist.core.candidates import HEADROOM
+from qdist.core.candidates import HEADROOM, Candidate
 from qdist.core.cluster import Cluster, Gpu, Rates
 from qdist.core.errors import PlanError, QdistError, SpecError
+from qdist.core.layouts import layouts
 from qdist.core.lessons import Correction
+from qdist.core.memory import MemoryBudget, resident
 from qdist.core.plan import Plan
+from qdist.core.ranking import choose
+from qdist.core.spec import resolve
 from qdist.core.units import GIB
 from tests.plans import CPU, gpus, machine, planned
 
@@ -208,6 +212,9 @@ def test_measured_rates_win_over_the_table_and_say_nothing() -> None:
     ("settings", "kind", "message"),
     [
         (SPLIT | {"micro_batch": 8}, SpecError, "4 stages need at least 4 micro-batches a step"),
+        (SPLIT | {"micro_batch": 8, "split.schedule": "1f1b"}, SpecError, "global_batch=16 has 2 of 8 for each group"),
+        (SPLIT | TWO | {"micro_batch": 8}, SpecError, "2 stages need at least 2 micro-batches a step"),
+        (SPLIT | {"global_batch": 3}, SpecError, "global_batch=3 has 3 of 1 for each group"),
         (SPLIT | TWO | {"global_batch": 3}, SpecError, "cannot be spread over 2 groups"),
         (SHARD | {"global_batch": 6}, SpecError, "cannot be spread over 4 ranks"),
     ],
@@ -217,8 +224,91 @@ def test_batches_that_do_not_fit_the_grid_are_refused(
 ) -> None:
     with pytest.raises(kind, match=message) as caught:
         planned("llama-7b", gpus(4, 80), settings)
-    key, value = caught.value.try_.removeprefix("--set ").split("=")
-    check(planned("llama-7b", gpus(4, 80), settings | {key: value}), gpus(4, 80))
+    for attempt in caught.value.try_.split(", or "):
+        key, value = attempt.removeprefix("--set ").split("=")
+        check(planned("llama-7b", gpus(4, 80), settings | {key: value}), gpus(4, 80))
+
+
+def test_the_global_batch_that_a_pipeline_needs_is_named() -> None:
+    with pytest.raises(SpecError) as caught:
+        planned("llama-7b", gpus(4, 80), SPLIT | {"micro_batch": 8})
+    assert caught.value.try_ == "--set micro_batch=4, or --set global_batch=32"
+    with pytest.raises(SpecError) as caught:
+        planned("llama-7b", gpus(4, 80), SPLIT | TWO | {"global_batch": 2, "micro_batch": 1})
+    assert caught.value.try_ == "--set global_batch=4"
+
+
+ANSWERS = {"train.answers": 3}
+STAGES = SPLIT | {"split.schedule": "1f1b"}
+CANNOT_ANSWER = "the stages of a 1f1b split cannot generate the answers of train.answers=3"
+NEW_ROWS = (128_256, 128_257)
+CANNOT_LEARN = "the stages of a 1f1b split cannot train 2 new rows of the vocabulary"
+
+
+@pytest.mark.parametrize("settings", [STAGES, SPLIT | TWO])
+def test_stages_that_are_asked_for_answers_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(SpecError) as caught:
+        planned("llama-7b", gpus(4, 80), settings | ANSWERS)
+    assert caught.value.message == CANNOT_ANSWER
+    assert caught.value.try_ == "--set train.answers=0 (and qdist generate RUN afterwards)"
+    assert planned("llama-7b", gpus(4, 80), settings).schedule == "1f1b"
+
+
+@pytest.mark.parametrize(
+    ("settings", "attempt", "way"),
+    [
+        (STAGES, "--placement shard --set split.schedule=auto", SHARD),
+        (SPLIT | TWO, "--placement shard", SHARD | TWO),
+    ],
+)
+def test_stages_that_would_train_new_rows_are_refused(
+    settings: dict[str, Any], attempt: str, way: dict[str, Any]
+) -> None:
+    with pytest.raises(SpecError) as caught:
+        planned("llama3-8b", gpus(4, 24), settings, vocab_rows=128_258, new_token_ids=NEW_ROWS)
+    assert (caught.value.message, caught.value.try_) == (CANNOT_LEARN, attempt)
+    check(planned("llama3-8b", gpus(4, 24), way, vocab_rows=128_258, new_token_ids=NEW_ROWS), gpus(4, 24))
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "reason"), [(ANSWERS, (), CANNOT_ANSWER), ({}, (32_000,), "cannot train a new row of the voc")]
+)
+@pytest.mark.parametrize("placement", [{}, SPLIT])
+def test_where_stages_cannot_do_what_is_wanted_another_layout_is_chosen(
+    settings: dict[str, Any], rows: tuple[int, ...], reason: str, placement: dict[str, Any]
+) -> None:
+    cluster = gpus(2, 24)
+    assert planned("llama-65b", cluster, placement).schedule == "1f1b"
+    plan = planned("llama-65b", cluster, placement | settings, new_token_ids=rows)
+    check(plan, cluster)
+    assert plan.schedule == "sequential"
+    (stages,) = (other for other in plan.alternatives if other.schedule == "1f1b")
+    assert reason in stages.reason
+    assert stages.tokens_per_second > plan.tokens_per_second
+
+
+def test_answers_cost_nothing_where_stages_would_have_lost_anyway() -> None:
+    plain, asked = (planned("llama-7b", gpus(4, 80), settings) for settings in ({}, ANSWERS))
+    assert (asked.placement, asked.tokens_per_second) == ("replicate", plain.tokens_per_second)
+    reasons = {other.reason for other in asked.alternatives if other.schedule == "1f1b"}
+    assert reasons == {CANNOT_ANSWER}
+
+
+def test_of_equals_the_one_with_room_for_moments_wins() -> None:
+    """A micro-batch that gains a hundredth is not worth moments that leave the GPU."""
+    layout = layouts(resolve(), 1, device="cuda")[0]
+    own = MemoryBudget(
+        weights=4 * GIB, adapter=0, gradients=0, optimizer=0, activations=0, logits=0, gathers=0, context=0,
+        pageable=GIB,
+    )  # fmt: skip
+    paged = Candidate(
+        layout=layout, micro_batch=8, micro_batches=2, checkpointed=32, layer_map=(), offloaded=(), budgets=(own,),
+        load_peaks=(0,), rooms=(int(4.5 * GIB),), seconds=1.0, paged=True,
+    )  # fmt: skip
+    roomy = paged._replace(budgets=(resident(own),), rooms=(5 * GIB,), micro_batch=4, seconds=1.01, paged=False)
+    assert (paged.fits, paged.roomy, roomy.roomy) == (True, False, True)
+    assert choose([paged, roomy]) is roomy
+    assert choose([paged, roomy._replace(seconds=1.1)]) is paged
 
 
 def test_planning_65b_takes_a_fraction_of_a_second() -> None:

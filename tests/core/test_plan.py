@@ -6,9 +6,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from qdist.core.candidates import CUDA_CONTEXT_BYTES
 from qdist.core.cluster import Cluster, Gpu, hypothetical
 from qdist.core.errors import PlanError, QdistError, SpecError
 from qdist.core.lessons import Correction
+from qdist.core.memory import Job, Share, budget, sizes
 from qdist.core.plan import DataFacts, Plan, digest
 from qdist.core.planner import HEADROOM
 from qdist.core.spec import Train
@@ -23,14 +25,14 @@ SHORT = {"seq_len": 64, "global_batch": 8}
 TABLE: list[tuple[str, int, float, dict[str, Any], tuple[int, int, bool, int, str]]] = [
     # model, GPUs, GiB of each, settings -> micro_batch, accumulation, checkpointing, ZeRO stage, engine
     ("llama-7b", 1, 80, {}, (16, 1, False, 0, "torch")),
-    ("llama-7b", 1, 24, {}, (8, 2, False, 0, "torch")),
+    ("llama-7b", 1, 24, {}, (8, 2, True, 0, "torch")),
     ("llama-7b", 1, 12, {}, (2, 8, False, 0, "torch")),
-    ("llama-7b", 1, 8, {}, (1, 16, True, 0, "torch")),
+    ("llama-7b", 1, 8, {}, (8, 2, True, 0, "torch")),
     ("llama-7b", 4, 24, {}, (4, 1, False, 2, "deepspeed")),
     ("llama-7b", 1, 24, {"train.checkpointing": False}, (8, 2, False, 0, "torch")),
     ("llama-7b", 2, 24, {"train.checkpointing": True}, (8, 1, True, 2, "deepspeed")),
     ("llama-7b", 2, 24, {"micro_batch": 2}, (2, 4, False, 2, "deepspeed")),
-    ("llama-7b", 4, 24, {"gpus": 1}, (8, 2, False, 0, "torch")),
+    ("llama-7b", 4, 24, {"gpus": 1}, (8, 2, True, 0, "torch")),
     ("llama3-8b", 1, 80, {"seq_len": 4096}, (2, 8, False, 0, "torch")),
     ("llama3.1-8b", 1, 80, {"seq_len": 16_384, "train.checkpointing": True}, (1, 16, True, 0, "torch")),
     ("llama-7b", 1, 80, {"global_batch": 128}, (16, 8, False, 0, "torch")),
@@ -86,7 +88,7 @@ def test_a_cpu_plan_has_no_gpu_and_shares_the_cores() -> None:
 def test_a_gpu_plan_uses_what_gpus_have() -> None:
     plan = planned("llama-7b", gpus(2, 80))
     assert (plan.device, plan.world_size, plan.threads_per_rank) == ("cuda", 2, 8)
-    assert (plan.compute_dtype, plan.optimizer, plan.liger) == ("bfloat16", "paged-adamw", True)
+    assert (plan.compute_dtype, plan.optimizer, plan.liger) == ("bfloat16", "adamw", True)
     assert not planned("llama-7b", gpus(2, 80), has_liger=False).liger
     assert planned("llama-7b", gpus(2, 80), {"dtype": "float16", "optim.name": "adamw"}).compute_dtype == "float16"
 
@@ -194,7 +196,8 @@ def test_a_run_that_does_not_fit_says_by_how_much_and_what_would(
 def test_the_missing_bytes_are_what_is_needed_less_what_is_there() -> None:
     with pytest.raises(PlanError) as caught:
         planned("llama-7b", gpus(1, 4), {"placement": "replicate"})
-    (needed,) = planned("llama-7b", gpus(1, 80), {"micro_batch": 1, "train.checkpointing": True}).ranks[0].expected
+    least_of_all = {"micro_batch": 1, "train.checkpointing": True, "optim.name": "paged-adamw"}
+    (needed,) = planned("llama-7b", gpus(1, 80), least_of_all).ranks[0].expected
     load = planned("llama-7b", gpus(1, 80), {"micro_batch": 1}).load_peak_bytes
     least = max(needed.required, load)
     assert caught.value.message == (
@@ -205,9 +208,10 @@ def test_the_missing_bytes_are_what_is_needed_less_what_is_there() -> None:
 
 def test_a_note_says_what_is_recomputed_and_where_rates_come_from() -> None:
     assert planned("llama-65b", gpus(1, 48)).notes == (
-        "what 73 of 80 layers would keep for the backward pass does not fit, and is computed anew",
+        "what every layer would keep for the backward pass does not fit, and is computed anew",
         "no card was named: speed is predicted as of the RTX A6000",
     )
+    assert planned("llama-65b", gpus(4, 48), {"placement": "replicate"}).notes[0].startswith("what 77 of 80 layers")
 
 
 def test_a_plan_survives_json_with_its_digest() -> None:
@@ -218,12 +222,75 @@ def test_a_plan_survives_json_with_its_digest() -> None:
         "zero.offload": "cpu", "lora.dropout": 0.1}, data=DATA))  # fmt: skip
 
 
+@pytest.mark.parametrize(("model", "count", "gib", "settings"), [
+    ("llama-7b", 1, 80, {}), ("llama-7b", 1, 24, {}), ("llama-7b", 1, 12, {}), ("llama-7b", 2, 24, {}),
+    ("llama-65b", 4, 48, {"placement": "replicate"}), ("llama-65b", 4, 80, {"placement": "shard"}),
+    ("llama-65b", 4, 24, {"placement": "split"}),
+])  # fmt: skip
+def test_moments_stay_on_gpus_that_have_room_for_everything(
+    model: str, count: int, gib: int, settings: dict[str, Any]
+) -> None:
+    plan = planned(model, gpus(count, gib), settings)
+    assert plan.optimizer == "adamw"
+    for rank in plan.ranks:
+        assert rank.expected[0].pageable == 0
+        assert rank.expected[0].total == rank.expected[0].required <= HEADROOM * gib * GIB
+
+
+@pytest.mark.parametrize(("model", "count", "gib", "settings"), [
+    ("llama-7b", 1, 8, {}), ("llama-13b", 1, 12, {}), ("llama-65b", 1, 48, {}), ("llama-65b", 2, 24, {}),
+    ("llama-65b", 1, 80, {"bits": 8}),
+])  # fmt: skip
+def test_moments_are_paged_where_not_even_full_recomputation_leaves_them_room(
+    model: str, count: int, gib: int, settings: dict[str, Any]
+) -> None:
+    plan = planned(model, gpus(count, gib), settings)
+    assert plan.optimizer == "paged-adamw"
+    assert plan.checkpointed_layers == plan.facts.layers
+    owns = [own for rank in plan.ranks for own in rank.expected]
+    assert max(own.total for own in owns) > HEADROOM * gib * GIB
+    assert all(own.required <= HEADROOM * gib * GIB and own.pageable > 0 for own in owns)
+
+
+def test_an_optimizer_that_was_named_is_kept() -> None:
+    paged, resident = (planned("llama-7b", ONE_CARD_OF_80, {"optim.name": name}) for name in ("paged-adamw", "adamw"))
+    open_ = planned("llama-7b", ONE_CARD_OF_80)
+    assert (paged.optimizer, resident.optimizer) == ("paged-adamw", "adamw")
+    assert open_.ranks == resident.ranks
+    (own,), (other,) = paged.ranks[0].expected, resident.ranks[0].expected
+    assert own.total == other.total
+    assert own.pageable == other.optimizer - own.optimizer > 0
+    assert paged.tokens_per_second < resident.tokens_per_second
+    small = planned("llama-7b", gpus(1, 8), {"optim.name": "adamw"})
+    assert small.optimizer == "adamw"
+    assert small.ranks[0].expected[0].total <= HEADROOM * 8 * GIB
+
+
+@pytest.mark.parametrize("gib", [10, 12, 16, 20, 24])
+def test_layers_keep_what_they_compute_only_in_room_that_moments_leave(gib: int) -> None:
+    """With one layer recomputed less, moments would have to leave the GPU."""
+    settings = {"micro_batch": 8}
+    plan = planned("llama-7b", gpus(1, gib), settings)
+    assert plan.optimizer == "adamw"
+    assert 0 < plan.checkpointed_layers < plan.facts.layers
+    job = Job(
+        bits=4, rank_r=64, targets=("all-linear",), seq_len=512, fused_loss=True, fused_layers=True, fused_lora=True,
+    )  # fmt: skip
+    share = Share(
+        layers=32, checkpointed=plan.checkpointed_layers, micro_batch=8, gradient_accumulation=2,
+        context_bytes=CUDA_CONTEXT_BYTES,
+    )  # fmt: skip
+    assert budget(sizes(plan.facts, job), share) == plan.ranks[0].expected[0]
+    more = msgspec.structs.replace(share, checkpointed=plan.checkpointed_layers - 1)
+    assert budget(sizes(plan.facts, job), more).total > HEADROOM * gib * GIB
+
+
 def test_the_digest_changes_with_every_field() -> None:
     plan = planned("llama-7b", gpus(2, 80), data=DATA)
     other: dict[str, Any] = {
         "spec": msgspec.structs.replace(plan.spec, train=Train(keep=3)), "data": None, "device": "cpu",
         "source": msgspec.structs.replace(plan.source, config=plan.source.config | {"rope_theta": 1.0}),
-        "facts": msgspec.structs.replace(plan.facts, vocab=7), "compute_dtype": "float16", "optimizer": "adamw",
+        "facts": msgspec.structs.replace(plan.facts, vocab=7), "compute_dtype": "float16", "optimizer": "paged-adamw",
         "engine": "torch", "placement": "split", "schedule": "1f1b",
         "layer_map": (0, 1), "offloaded_layers": (1,), "alternatives": (), "correction": Correction(speed=0.5),
         "liger": not plan.liger,

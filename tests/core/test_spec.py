@@ -57,7 +57,8 @@ OTHER = RunSpec(
         checkpointing=False, held_out=0.25, eval_steps=11, save_steps=13, keep=5, train_on_source=True, answers=3
     ),
 )  # fmt: skip
-"""Every field is another than its default, but for `epochs`, which contradicts `steps`, and `method`, which has one."""
+"""Every field is another than its default, but for `epochs`, which contradicts `steps`, `method`, which has
+one, and `train.verify_steps`, which needs a sharded backbone."""
 
 
 def dotted(spec: RunSpec) -> dict[str, Any]:
@@ -195,6 +196,10 @@ def test_a_bad_value_is_refused_with_its_key_and_the_choices(layer: dict[str, An
          "optim.schedule=linear"),
         ({"train": {"held_out": 0, "answers": 3}}, "train.eval_steps and train.answers need held-out records",
          "train.held_out=0.1"),
+        ({"train": {"verify_steps": 10}}, "train.verify_steps=10 compares the bytes of a sharded backbone",
+         "--placement shard, or leave it out"),
+        ({"placement": "split", "train": {"verify_steps": 10}},
+         "train.verify_steps=10 compares the bytes of a sharded backbone", "--placement shard, or leave it out"),
         ({"train": {"held_out": 0, "eval_steps": 3}}, "train.eval_steps and train.answers need held-out records",
          "train.held_out=0.1"),
     ],
@@ -215,6 +220,7 @@ def test_settings_that_contradict_each_other_are_refused(layer: dict[str, Any], 
         {"zero": {"stage": 2, "offload": "cpu"}},
         {"optim": {"warmup_steps": 3, "schedule": "linear"}},
         {"train": {"held_out": 0}},
+        {"train": {"verify_steps": 10}, "placement": "shard"},
         {"micro_batch": 4, "global_batch": 16},
     ],
 )
@@ -225,7 +231,7 @@ def test_settings_that_agree_are_accepted(layer: dict[str, Any]) -> None:
 def test_the_spec_with_other_values_leaves_nothing_out() -> None:
     default, other = dotted(RunSpec()), dotted(OTHER)
     same = {key for key in default if default[key] == other[key]}
-    assert same == {"bits", "method", "epochs"}
+    assert same == {"bits", "method", "epochs", "train.verify_steps"}
 
 
 @pytest.mark.parametrize("spec", [RunSpec(), OTHER, RunSpec(epochs=2.5, bits=16, zero=Zero(stage=0))])
@@ -235,10 +241,11 @@ def test_a_recipe_reads_back_as_the_spec_it_was_written_from(spec: RunSpec) -> N
 
 @pytest.mark.parametrize("key", settings())
 def test_every_setting_can_be_assigned(key: str) -> None:
-    value = {"epochs": 1.5, "bits": 8, "data": "a.jsonl", "model": "m=1"}.get(key, dotted(OTHER)[key])
+    simple = {"epochs": 1.5, "bits": 8, "data": "a.jsonl", "model": "m=1", "train.verify_steps": 7}
+    value = simple.get(key, dotted(OTHER)[key])
     text = ",".join(value) if isinstance(value, tuple) else str(value)
-    base = {"optim": {"schedule": "linear"}} if key == "optim.warmup_steps" else {}
-    spec = resolve(base, nest(dict([parse_assignment(f"{key}={text}")])))
+    base = {"optim.warmup_steps": {"optim": {"schedule": "linear"}}, "train.verify_steps": {"placement": "shard"}}
+    spec = resolve(base.get(key, {}), nest(dict([parse_assignment(f"{key}={text}")])))
     assert dotted(spec)[key] == (value.strip() if isinstance(value, str) else value)
 
 
