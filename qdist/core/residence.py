@@ -1,0 +1,177 @@
+"""Where does a model lie that is used, not trained: on one GPU, on several, or partly in host memory?"""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import msgspec
+
+from qdist.core.candidates import CUDA_CONTEXT_BYTES, HEADROOM
+from qdist.core.errors import PlanError
+from qdist.core.facts import ALL_LINEAR, ModelFacts
+from qdist.core.memory import STAGED_LAYERS, Job, sizes
+from qdist.core.placement import scattered, spread_layers
+from qdist.core.units import format_bytes
+
+_SCORED_BYTES = 12
+"""For each logit that a loss is taken of: it and what log_softmax makes of it, in float32."""
+
+
+class Residence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What lies where. GPUs are numbered as CUDA numbers them."""
+
+    layer_gpu: tuple[int, ...] = ()
+    """Of each decoder layer, never going back to an earlier GPU; empty on a CPU. What comes before the layers lies with
+    the first of them, norm and head with the last."""
+    offloaded: tuple[int, ...] = ()
+    """Layers whose weights wait in host memory and visit their GPU for each use."""
+
+    @property
+    def gpus(self) -> tuple[int, ...]:
+        """Those that hold anything, in the order in which a pass visits them."""
+        return tuple(gpu for gpu, _ in groupby(self.layer_gpu))
+
+    def __str__(self) -> str:
+        """'backbone on GPU 0', 'layers 0-39 on GPU 0, 40-79 on GPU 1; 12 of 80 layers wait in host memory'."""
+        if not self.layer_gpu:
+            return "backbone on the CPU"
+        if len(self.gpus) == 1:
+            text = f"backbone on GPU {self.gpus[0]}"
+        else:
+            runs = [list(run) for _, run in groupby(range(len(self.layer_gpu)), key=self.layer_gpu.__getitem__)]
+            text = "layers " + ", ".join(
+                f"{_range(run[0], run[-1])} on GPU {gpu}" for run, gpu in zip(runs, self.gpus, strict=True)
+            )
+        count = len(self.offloaded)
+        waiting = f"{count} of {len(self.layer_gpu)} layers wait in host memory"
+        return f"{text}; {waiting}" if count else text
+
+
+def _range(first: int, last: int) -> str:
+    return f"{first}-{last}" if last > first else str(first)
+
+
+class Footprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Bytes of a model's parts while it answers or is evaluated."""
+
+    layers: int
+    layer: int
+    """A decoder layer: its weights, its adapter, and the keys and values that it keeps."""
+    waiting: int
+    """Of `layer`: what leaves the GPU where the layer's weights wait in host memory."""
+    staged: int
+    """On every GPU while any layer waits: layers that are visiting."""
+    first: int
+    """What comes before the layers."""
+    last: int
+    """What comes behind them."""
+    everywhere: int
+    """On every GPU: CUDA context, unpacked matrices, what a layer computes."""
+
+
+def footprint(
+    facts: ModelFacts,
+    *,
+    bits: int,
+    double_quant: bool,
+    compute_bytes: int,
+    tokens: int,
+    rank_r: int = 0,
+    targets: tuple[str, ...] = (ALL_LINEAR,),
+    scored: int = 0,
+) -> Footprint:
+    """Count a model in use.
+
+    tokens: of all sequences together, prompts and answers, for whose keys and values there is to be room.
+    rank_r: of the adapter, in float32; 0 without one. scored: tokens whose logits exist at a time, for a loss.
+    """
+    job = Job(
+        bits=bits, double_quant=double_quant, compute_bytes=compute_bytes, rank_r=rank_r, targets=targets, seq_len=1
+    )
+    parts = sizes(facts, job)
+    weights = sum(linear.weights for linear in facts.linears)
+    matrix = max(linear.weights for linear in facts.linears)
+    cached = 2 * facts.kv_heads * facts.head_dim * compute_bytes * tokens
+    work = (2 * matrix + tokens * (4 * facts.hidden + 3 * facts.intermediate)) * compute_bytes
+    loss = scored * facts.vocab * _SCORED_BYTES
+    return Footprint(
+        layers=facts.layers,
+        layer=parts.layer + 4 * parts.trained + cached,
+        waiting=parts.layer - (facts.layer_parameters - weights) * compute_bytes,
+        staged=STAGED_LAYERS * parts.layer,
+        first=parts.embedding + loss * facts.tied_embeddings,
+        last=parts.head + loss * (not facts.tied_embeddings),
+        everywhere=CUDA_CONTEXT_BYTES + work,
+    )
+
+
+def room(free_bytes: int, cap_bytes: int | None) -> int:
+    """What of a GPU may be filled. cap_bytes: what the user allows."""
+    return int(HEADROOM * min(free_bytes, free_bytes if cap_bytes is None else cap_bytes))
+
+
+def reside(parts: Footprint, rooms: Sequence[int], *, host_bytes: int | None = None) -> Residence:
+    """The first GPU that has room for everything; else whole layers over all that have room, as evenly full as can be;
+    else the same with as few layers as possible in host memory.
+
+    rooms: what may be filled of each GPU. host_bytes: free host memory; None where waiting layers take none anew.
+
+    Raises PlanError where not even that fits.
+    """
+    one = parts.everywhere + parts.first + parts.layers * parts.layer + parts.last
+    for gpu, own in enumerate(rooms):
+        if one <= own:
+            return Residence(layer_gpu=(gpu,) * parts.layers)
+    for waiting in range(parts.layers + 1):
+        offloaded = scattered(parts.layers, waiting)
+        layer_bytes = [parts.layer - parts.waiting * (index in offloaded) for index in range(parts.layers)]
+        staged = parts.staged if waiting else 0
+        layer_gpu = _placed(layer_bytes, parts, [own - staged for own in rooms])
+        if layer_gpu is not None:
+            _require_host_memory(parts, waiting, host_bytes)
+            return Residence(layer_gpu=layer_gpu, offloaded=offloaded)
+    least = one - parts.layers * parts.waiting + parts.staged
+    raise PlanError(
+        f"even with all {parts.layers} layers in host memory the model takes {format_bytes(least)} of a GPU; "
+        f"there is room for {', '.join(map(format_bytes, rooms))}",
+        try_="more free GPU memory, smaller batches or shorter answers, or the CPU (CUDA_VISIBLE_DEVICES= )",
+    )
+
+
+def _placed(layer_bytes: Sequence[int], parts: Footprint, rooms: Sequence[int]) -> tuple[int, ...] | None:
+    """The GPU of each layer, or None where they do not fit; of all runs of GPUs the widest that holds them."""
+    count = len(rooms)
+    for width in range(count, 0, -1):
+        for start in range(count - width + 1):
+            found = _placed_on(range(start, start + width), layer_bytes, parts, rooms)
+            if found is not None:
+                return found
+    return None
+
+
+def _placed_on(
+    gpus: range, layer_bytes: Sequence[int], parts: Footprint, rooms: Sequence[int]
+) -> tuple[int, ...] | None:
+    """The same for GPUs of which the first holds what comes before the layers, and the last what comes behind."""
+    budgets = [rooms[gpu] - parts.everywhere for gpu in gpus]
+    budgets[0] -= parts.first
+    budgets[-1] -= parts.last
+    useful = [max(0, budget) for budget in budgets]
+    if budgets[0] < layer_bytes[0] or budgets[-1] < layer_bytes[-1] or sum(useful) < sum(layer_bytes):
+        return None
+    places = list(spread_layers(layer_bytes, useful))
+    places[0], places[-1] = 0, len(gpus) - 1  # both ends hold something already, and one layer fits beside it
+    held = [0] * len(gpus)
+    for size, place in zip(layer_bytes, places, strict=True):
+        held[place] += size
+    fits = all(bytes_ <= budget for bytes_, budget in zip(held, useful, strict=True))
+    return tuple(gpus[place] for place in places) if fits else None
+
+
+def _require_host_memory(parts: Footprint, waiting: int, host_bytes: int | None) -> None:
+    needed = waiting * parts.waiting
+    if host_bytes is not None and needed > host_bytes:
+        raise PlanError(
+            f"{waiting} of {parts.layers} layers would have to wait in host memory and take {format_bytes(needed)}; "
+            f"{format_bytes(host_bytes)} is free",
+            try_="more free GPU memory, or smaller batches and shorter answers",
+        )
