@@ -122,9 +122,20 @@ def _layout(spec: RunSpec, placement: Placement, schedule: Schedule | None, coun
     return msgspec.structs.replace(shape, **_state(spec, shape))
 
 
+def divisions(spec: RunSpec, layout: Layout) -> tuple[Layout, ...]:
+    """The layout, and the same with the adapter's state whole on every rank, where the user leaves that open."""
+    if spec.zero.stage is not None or _offloads(spec) or layout.placement == "split" or not layout.zero_stage:
+        return (layout,)
+    return layout, msgspec.structs.replace(layout, zero_stage=0, engine="torch")
+
+
+def _offloads(spec: RunSpec) -> bool:
+    return spec.zero.offload == "cpu"
+
+
 def _state(spec: RunSpec, shape: Layout) -> dict[str, object]:
-    """ZeRO's stage and the engine: 2 wherever the adapter's state can be divided, torch where one rank has it all."""
-    stage, offload = spec.zero.stage, spec.zero.offload == "cpu"
+    """ZeRO's stage and the engine: 2 wherever the adapter's state can be divided, torch where nothing is divided."""
+    stage, offload = spec.zero.stage, _offloads(spec)
     if shape.placement == "split":
         if offload or stage == 3:
             what = "zero.offload=cpu" if offload else "zero.stage=3"
@@ -138,7 +149,9 @@ def _state(spec: RunSpec, shape: Layout) -> dict[str, object]:
     many = shape.data_parallel > 1
     if stage is None:
         stage = 2 if many or offload else 0
-    return {"zero_stage": stage, "engine": "deepspeed" if many or stage or offload else "torch"}
+    # Stages of several groups are DeepSpeed's whatever the stage; elsewhere torch's DDP adds up undivided gradients.
+    divides = stage or offload or (many and shape.placement == "split")
+    return {"zero_stage": stage, "engine": "deepspeed" if divides else "torch"}
 
 
 def _check(spec: RunSpec, count: int, device: Literal["cuda", "cpu"]) -> None:

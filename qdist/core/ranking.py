@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from qdist.core.candidates import HEADROOM, Candidate, Setting, offloading, options
 from qdist.core.errors import SpecError
-from qdist.core.layouts import Layout, one_process, unable
+from qdist.core.layouts import Layout, divisions, one_process, unable
 from qdist.core.plan import Alternative
 from qdist.core.units import format_bytes
 
@@ -49,7 +49,11 @@ def contenders(setting: Setting, found: Sequence[Layout]) -> list[list[Candidate
     if refused := unable(setting.spec, simplest, setting.new_rows):
         raise refused
     check_batches(setting, simplest)
-    return [list(options(setting, layout)) for layout in found if _works(setting, layout)]
+    return [
+        [own for divided in divisions(setting.spec, layout) for own in options(setting, divided)]
+        for layout in found
+        if _works(setting, layout)
+    ]
 
 
 def eligible(setting: Setting, rows: Iterable[Iterable[Candidate]]) -> list[Candidate]:

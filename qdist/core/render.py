@@ -41,7 +41,7 @@ def accelerate_config(plan: Plan) -> dict[str, Any]:
     config: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
         "debug": False,
-        "distributed_type": "DEEPSPEED" if plan.engine == "deepspeed" else "NO",
+        "distributed_type": _distributed_type(plan),
         "downcast_bf16": "no",
         "machine_rank": 0,
         "main_training_function": "main",
@@ -55,6 +55,12 @@ def accelerate_config(plan: Plan) -> dict[str, Any]:
     if plan.engine == "deepspeed":
         config["deepspeed_config"] = {"deepspeed_config_file": DEEPSPEED_FILE, "zero3_init_flag": False}
     return config
+
+
+def _distributed_type(plan: Plan) -> str:
+    if plan.engine == "deepspeed":
+        return "DEEPSPEED"
+    return f"MULTI_{'GPU' if plan.device == 'cuda' else 'CPU'}" if plan.world_size > 1 else "NO"
 
 
 def launch_script(plan: Plan, *, python: str) -> str:

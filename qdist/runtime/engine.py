@@ -4,12 +4,15 @@ Only the adapter's parameters are handed to an engine. The backbone stays out of
 moves, casts nor broadcasts packed weights, and a backbone may span GPUs.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _BNB_NAMES = {"exp_avg": "state1", "exp_avg_sq": "state2"}
@@ -84,21 +87,38 @@ class Adapter(nn.Module):
 
 
 class TorchEngine:
-    """No data parallelism: torch's own backward and optimizer. `across`: over the stages of a pipeline."""
+    """torch's own backward and optimizer, every rank with the whole adapter state.
+
+    across: over the stages of a pipeline. parallel: the adapter under DDP, which adds gradients up over the ranks while
+    the backward pass runs.
+    """
 
     def __init__(
-        self, adapter: Adapter, optimizer: torch.optim.Optimizer, *, clip: float, across: Across | None = None
+        self,
+        adapter: Adapter,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip: float,
+        across: Across | None = None,
+        parallel: DistributedDataParallel | None = None,
     ) -> None:
-        self.adapter, self.optimizer, self.clip, self.across = adapter, optimizer, clip, across
+        self.adapter, self.optimizer, self.clip, self.across, self.parallel = adapter, optimizer, clip, across, parallel
 
     def accumulate(self, micro_batches: Sequence[MicroBatch], *, weight: float, loss_scale: float) -> torch.Tensor:
         losses = []
+        # DDP averages over ranks; the weights already add up to one over all of them.
+        factor = weight * loss_scale * (dist.get_world_size() if self.parallel else 1)
         for micro_batch in micro_batches:
             torch.manual_seed(micro_batch.seed)
-            loss = self.adapter(micro_batch.load())
-            (loss * (weight * loss_scale)).backward()
+            with self._unless_last(micro_batch is micro_batches[-1]):
+                loss = (self.parallel or self.adapter)(micro_batch.load())
+                (loss * factor).backward()
             losses.append(loss.detach().double())
         return torch.stack(losses).sum()
+
+    def _unless_last(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Gradients travel once a step, with the last micro-batch."""
+        return self.parallel.no_sync() if self.parallel and not last else contextlib.nullcontext()
 
     def step(self, learning_rate: float, loss_scale: float) -> StepResult:
         result = finish_gradients(

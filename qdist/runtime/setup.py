@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from qdist.core.errors import PlanError, RunError
 from qdist.core.plan import Plan
@@ -40,10 +41,11 @@ def make_accelerator(plan: Plan, run: RunDir) -> Any:
         _compile_nothing()
         options["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=policy, zero3_init_flag=section["zero3_init_flag"])
         options["gradient_accumulation_steps"] = policy["gradient_accumulation_steps"]
-        backend = "gloo" if config.use_cpu else "nccl"
-        options["kwargs_handlers"] = [InitProcessGroupKwargs(backend=backend, timeout=PROCESS_GROUP_TIMEOUT)]
     else:
         options["cpu"] = config.use_cpu
+    if config.num_processes > 1:
+        backend = "gloo" if config.use_cpu else "nccl"
+        options["kwargs_handlers"] = [InitProcessGroupKwargs(backend=backend, timeout=PROCESS_GROUP_TIMEOUT)]
     accelerator = Accelerator(**options)
     # ZeRO-3 partitions the adapter alone: transformers, told of it, would partition the backbone while loading.
     unset_hf_deepspeed_config()
@@ -68,7 +70,8 @@ def make_engine(plan: Plan, accelerator: Any, adapter: Adapter) -> Engine:
     """The engine that the plan names, over the adapter's parameters alone."""
     clip, optimizer_of = plan.spec.optim.clip, _optimizer_of(plan)
     if plan.engine == "torch":
-        return TorchEngine(adapter, optimizer_of(list(adapter.parameters())), clip=clip)
+        parallel = DistributedDataParallel(adapter, gradient_as_bucket_view=True) if plan.data_parallel > 1 else None
+        return TorchEngine(adapter, optimizer_of(list(adapter.parameters())), clip=clip, parallel=parallel)
     engine, _ = accelerator.prepare(adapter, optimizer_of(list(adapter.parameters())))
     return DeepSpeedEngine(adapter, engine, clip=clip)
 

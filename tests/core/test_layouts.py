@@ -68,7 +68,7 @@ STATE: list[tuple[dict[str, Any], int, tuple[int, str, int, int]]] = [
     ({"placement": "replicate", "zero.stage": 1}, 1, (1, "deepspeed", 1, 1)),
     ({"placement": "replicate", "zero.offload": "cpu"}, 1, (2, "deepspeed", 1, 1)),
     ({"placement": "replicate"}, 4, (2, "deepspeed", 4, 4)),
-    ({"placement": "replicate", "zero.stage": 0}, 4, (0, "deepspeed", 4, 4)),
+    ({"placement": "replicate", "zero.stage": 0}, 4, (0, "torch", 4, 4)),
     ({"placement": "shard"}, 4, (2, "deepspeed", 4, 4)),
     ({"placement": "shard", "gpus_per_group": 2, "zero.stage": 3}, 4, (3, "deepspeed", 4, 4)),
     ({"placement": "split", "split.schedule": "1f1b"}, 4, (0, "torch", 4, 1)),

@@ -28,10 +28,10 @@ TABLE: list[tuple[str, int, float, dict[str, Any], tuple[int, int, bool, int, st
     ("llama-7b", 1, 24, {}, (8, 2, True, 0, "torch")),
     ("llama-7b", 1, 12, {}, (2, 8, False, 0, "torch")),
     ("llama-7b", 1, 8, {}, (8, 2, True, 0, "torch")),
-    ("llama-7b", 4, 24, {}, (4, 1, False, 2, "deepspeed")),
+    ("llama-7b", 4, 24, {}, (4, 1, False, 0, "torch")),
     ("llama-7b", 1, 24, {"train.checkpointing": False}, (8, 2, False, 0, "torch")),
     ("llama-7b", 2, 24, {"train.checkpointing": True}, (8, 1, True, 2, "deepspeed")),
-    ("llama-7b", 2, 24, {"micro_batch": 2}, (2, 4, False, 2, "deepspeed")),
+    ("llama-7b", 2, 24, {"micro_batch": 2}, (2, 4, False, 0, "torch")),
     ("llama-7b", 4, 24, {"gpus": 1}, (8, 2, True, 0, "torch")),
     ("llama3-8b", 1, 80, {"seq_len": 4096}, (2, 8, False, 0, "torch")),
     ("llama3.1-8b", 1, 80, {"seq_len": 16_384, "train.checkpointing": True}, (1, 16, True, 0, "torch")),
@@ -41,7 +41,7 @@ TABLE: list[tuple[str, int, float, dict[str, Any], tuple[int, int, bool, int, st
     ("llama-7b", 1, 80, {"zero.stage": 0}, (16, 1, False, 0, "torch")),
     ("llama-7b", 1, 80, {"zero.stage": 1}, (16, 1, False, 1, "deepspeed")),
     ("llama-7b", 1, 80, {"zero.offload": "cpu"}, (16, 1, False, 2, "deepspeed")),
-    ("llama-7b", 2, 80, {"zero.stage": 0}, (8, 1, False, 0, "deepspeed")),
+    ("llama-7b", 2, 80, {"zero.stage": 0}, (8, 1, False, 0, "torch")),
     ("llama-65b", 1, 48, {}, (4, 4, True, 0, "torch")),
     ("llama-65b", 4, 48, {}, (4, 1, True, 2, "deepspeed")),
     ("llama-65b", 4, 48, {"zero.stage": 3}, (4, 1, True, 3, "deepspeed")),
@@ -73,8 +73,14 @@ def test_every_plan_keeps_the_global_batch_and_its_place_in_memory(
         assert all(rank.expected[0].required <= HEADROOM * cap * GIB for rank in plan.ranks)
 
 
-def test_one_rank_needs_no_deepspeed_and_two_do() -> None:
-    assert [planned("llama-7b", gpus(count, 80)).engine for count in (1, 2)] == ["torch", "deepspeed"]
+def test_the_adapter_state_is_divided_where_it_has_no_room_or_zero_is_asked_for() -> None:
+    """Undivided it needs no exchange at the end of a step; on CPU ranks, which share their memory, it is divided."""
+    roomy, tight = planned("llama-7b", gpus(2, 80)), planned("llama-65b", gpus(4, 24), {"global_batch": 64})
+    assert (roomy.engine, roomy.zero_stage) == ("torch", 0)
+    assert (tight.engine, tight.zero_stage) == ("deepspeed", 2)
+    asked = planned("llama-7b", gpus(2, 80), {"zero.stage": 1})
+    assert (asked.engine, asked.zero_stage) == ("deepspeed", 1)
+    assert planned("smollm2-135m", CPU, {"gpus": 2}).zero_stage == 2
 
 
 def test_a_cpu_plan_has_no_gpu_and_shares_the_cores() -> None:
@@ -291,7 +297,7 @@ def test_the_digest_changes_with_every_field() -> None:
         "spec": msgspec.structs.replace(plan.spec, train=Train(keep=3)), "data": None, "device": "cpu",
         "source": msgspec.structs.replace(plan.source, config=plan.source.config | {"rope_theta": 1.0}),
         "facts": msgspec.structs.replace(plan.facts, vocab=7), "compute_dtype": "float16", "optimizer": "paged-adamw",
-        "engine": "torch", "placement": "split", "schedule": "1f1b",
+        "engine": "deepspeed", "placement": "split", "schedule": "1f1b",
         "layer_map": (0, 1), "offloaded_layers": (1,), "alternatives": (), "correction": Correction(speed=0.5),
         "liger": not plan.liger,
         "memory_cap_bytes": GIB, "ranks": plan.ranks[:1], "notes": ("a note",),

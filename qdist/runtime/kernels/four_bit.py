@@ -1,5 +1,6 @@
 """Unpacks bitsandbytes' 4-bit weights: nested absmax and code book in one pass over memory; torch's way beside it."""
 
+import contextlib
 from functools import cache
 from typing import Any
 
@@ -81,9 +82,12 @@ def _fused(
     out = torch.empty(shape, dtype=dtype, device=packed.device)
     blocks = absmax.numel()
     rows = 64
-    with torch.cuda.device(packed.device):
+    device = packed.device
+    # Triton launches on the current device, wherever its arguments lie; changing it costs time, and is seldom needed.
+    here = contextlib.nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device)
+    with here:
         _kernel()[(-(-blocks // rows),)](
-            packed, absmax, absmax_code_book(packed.device), nested[0], nested[1], code_book(quant_type, packed.device),
+            packed, absmax, absmax_code_book(device), nested[0], nested[1], code_book(quant_type, device),
             out, blocks, ROWS=rows, num_warps=8,
         )  # fmt: skip
     return out

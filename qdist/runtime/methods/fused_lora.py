@@ -48,10 +48,9 @@ class _Adapted(torch.autograd.Function):
     ) -> torch.Tensor:
         dtype = compute_dtype(inputs)
         flat = inputs.reshape(-1, inputs.shape[-1]).to(dtype)
-        with torch.autocast(inputs.device.type, enabled=False):
-            product = frozen_product(layer, flat)
-            narrow = flat @ down.to(dtype).t()
-            product.addmm_(narrow, up.to(dtype).t(), alpha=scaling)
+        product = frozen_product(layer, flat)
+        narrow = flat @ down.to(dtype).t()
+        product.addmm_(narrow, up.to(dtype).t(), alpha=scaling)
         ctx.save_for_backward(flat, narrow, down, up)
         ctx.layer, ctx.scaling, ctx.input_dtype = layer, scaling, inputs.dtype
         return product.view(*inputs.shape[:-1], product.shape[-1])

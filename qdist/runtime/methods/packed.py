@@ -81,11 +81,13 @@ class Packed4bit(PackedLinear):
         self.register_buffer("nested_offset", torch.empty(1, device="meta") if quant.double else None, persistent=False)
 
     def matrix(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        nested = (self.nested_absmax.to(device), self.nested_offset.to(device)) if self.quant.double else None
+        weight, absmax = self.weight, self.absmax
+        if weight.device != device:
+            weight, absmax = weight.to(device, non_blocking=True), absmax.to(device, non_blocking=True)
         return dequantize(
-            self.weight.to(device, non_blocking=True),
-            self.absmax.to(device, non_blocking=True),
-            nested,
+            weight,
+            absmax,
+            (self.nested_absmax, self.nested_offset) if self.quant.double else None,
             quant_type=self.quant.type,
             shape=(self.out_features, self.in_features),
             dtype=dtype,
