@@ -8,12 +8,13 @@ from qdist.core.cluster import UNNAMED, Cluster, Rates
 from qdist.core.errors import SpecError
 from qdist.core.units import GIB
 
-MATMUL_SHARE = 0.80
-"""Of the sheet's dense 16-bit rate: an H200 multiplies 8192-wide bf16 matrices at 790 to 796 TFLOP/s of 989."""
+MATMUL_SHARE = 0.68
+"""Of the sheet's dense 16-bit rate, sustained: two H200s at once multiply 8192-wide bf16 matrices at 673 TFLOP/s of 989
+for as long as one likes, and at 790 for a moment."""
 MEMORY_SHARE = 0.90
 """Of the sheet's bandwidth: 4.3 TB/s of 4.8 on an H200, reads and writes together."""
-NVLINK_SHARE = 0.78
-"""Of one direction: about 350 GB/s of 450 in all-gathers over NVLink 4."""
+NVLINK_SHARE = 0.57
+"""Of one direction: 255 GB/s of 450 in all-gathers between two H200s over NVLink 4."""
 PCIE_LINK_SHARE = 0.40
 """Of one direction: without NVLink, rings cross the host, most often without peer access."""
 HOST_SHARE = 0.80

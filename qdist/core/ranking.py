@@ -100,7 +100,7 @@ def alternatives(
     """The best of every other layout, and in words why it lost."""
     lost = []
     for row in rows:
-        if row[0].layout == winner.layout:
+        if winner in row:
             continue
         best = choose(row)
         own = best or closest(row)

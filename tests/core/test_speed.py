@@ -12,35 +12,41 @@ from qdist.core.memory import Job, sizes
 from qdist.core.models import config_of
 from qdist.core.speed import Step, passes, step_seconds
 
-H200 = Rates(matmul_flops_s=790e12, memory_bytes_s=4.3e12, link_bytes_s=350e9, host_bytes_s=50e9, source="measured")
+H200 = Rates(matmul_flops_s=673e12, memory_bytes_s=4177e9, link_bytes_s=255e9, host_bytes_s=54e9, source="measured")
+"""As `qdist doctor --gpus` measured them on the machines of most rows below."""
 LIGER = {"fused_loss": True, "fused_layers": True}
 PEFT = LIGER | {"fused_lora": False}
+OURS = LIGER | {"fused_lora": True}
 ALL = {"checkpointed": 1.0}
+TWO = {"ranks": 2, "zero_stage": 2}
 
 MEASURED: list[tuple[str, str, dict[str, Any], float]] = [
     # case, model, what it ran with -> tokens/s, all GPUs. r=64 on all linears, seq_len 512; 16 sequences unless said.
-    # docs/decisions.md (2026-11-23) and shared/ANCHORS.md; peft's LoRA layers.
-    ("checkpointing", "llama-7b", PEFT | ALL, 11_209),
-    ("no checkpointing", "llama-7b", PEFT, 16_183),
-    ("int8, checkpointing", "llama-7b", PEFT | ALL | {"bits": 8}, 6_900),
-    ("16 bits, checkpointing", "llama-7b", PEFT | ALL | {"bits": 16}, 10_200),
-    ("stock, checkpointing", "llama-7b", ALL, 8_832),
-    ("stock", "llama-7b", {}, 12_686),
-    ("65B, 4x512", "llama-65b", PEFT | ALL | {"micro_batch": 4}, 1_155),
-    ("ZeRO-2 on 2, checkpointing", "llama-7b", PEFT | ALL | {"ranks": 2, "zero_stage": 2}, 21_976),
-    ("ZeRO-2 on 2", "llama-7b", PEFT | {"ranks": 2, "zero_stage": 2}, 31_928),
-    ("ZeRO-3 on 2, checkpointing", "llama-7b", PEFT | ALL | {"ranks": 2, "zero_stage": 3}, 18_517),
-    ("ZeRO-2 on 2, offload", "llama-7b", PEFT | ALL | {"ranks": 2, "zero_stage": 2, "optimizer_on_gpu": False}, 15_486),
-    ("DDP on 4", "llama-7b", PEFT | {"ranks": 4}, 64_956),
-    ("DDP on 4, checkpointing", "llama-65b", PEFT | ALL | {"ranks": 4}, 5_312),
-    ("FSDP2 on 4, checkpointing", "llama-7b", PEFT | ALL | {"ranks": 4, "shards": 4, "zero_stage": 2}, 43_093),
-    ("FSDP2 on 4", "llama-7b", PEFT | {"ranks": 4, "shards": 4, "zero_stage": 2}, 62_606),
-    ("FSDP2 on 4, checkpointing", "llama-65b", PEFT | ALL | {"ranks": 4, "shards": 4, "zero_stage": 2}, 5_206),
-    ("1F1B, 16 of 8x512", "llama-65b", PEFT | ALL | {"stages": 4, "micro_batch": 8, "micro_batches": 16}, 4_348),
-    ("1F1B, 8 of 4x512", "llama-65b", PEFT | ALL | {"stages": 4, "micro_batch": 4, "micro_batches": 8}, 3_320),
-    ("1F1B, 32 of 4x512", "llama-65b", PEFT | ALL | {"stages": 4, "micro_batch": 4, "micro_batches": 32}, 4_159),
-    ("device_map on 4", "llama-65b", ALL | {"sequential": True}, 1_173),
+    # docs/runs.md and docs/decisions.md, 2026-11-23.
+    ("checkpointing", "llama-7b", OURS | ALL, 12_690),
+    ("no checkpointing", "llama-7b", OURS, 18_801),
+    ("4 of 8x512", "llama-7b", OURS | {"micro_batch": 8, "micro_batches": 4}, 16_585),
+    ("8 of 2x512", "llama-7b", OURS | {"micro_batch": 2, "micro_batches": 8}, 4_267),
+    ("8x512", "llama3-8b", OURS | {"micro_batch": 8}, 15_430),
+    ("4x512, moments paged", "llama-65b", OURS | ALL | {"micro_batch": 4, "paged": True}, 1_258),
+    ("4x512", "llama-65b", OURS | ALL | {"micro_batch": 4}, 1_304),
+    ("ZeRO-2 on 2", "llama-7b", OURS | TWO, 35_301),
+    ("shards on 2", "llama-7b", OURS | TWO | {"shards": 2}, 33_972),
+    ("shards on 2, checkpointing", "llama-7b", OURS | ALL | {"ranks": 2, "shards": 2}, 23_615),
+    ("int8 shards on 2", "llama-7b", OURS | ALL | {"ranks": 2, "shards": 2, "bits": 8}, 14_791),
+    ("shards on 2, 8x512", "llama-65b", OURS | ALL | {"ranks": 2, "shards": 2, "micro_batch": 8}, 2_671),
+    (
+        "shards on 2, 4 of 4x512, moments paged",
+        "llama-65b",
+        OURS | ALL | TWO | {"shards": 2, "micro_batch": 4, "micro_batches": 4, "paged": True},
+        2_324,
+    ),
+    ("2 stages, 16 of 4x512", "llama-65b", OURS | ALL | {"stages": 2, "micro_batch": 4, "micro_batches": 16}, 2_390),
+    ("2 stages, 8 of 4x512", "llama-7b", OURS | ALL | {"stages": 2, "micro_batch": 4, "micro_batches": 8}, 9_100),
 ]
+
+
+STEP = ("shards", "sequential", "offloaded", "micro_batches", "paged")
 
 
 def predicted(model: str, how: dict[str, Any], rates: Rates = H200) -> float:
@@ -48,7 +54,7 @@ def predicted(model: str, how: dict[str, Any], rates: Rates = H200) -> float:
     facts = from_config(config_of(model), name=model)
     given = {"micro_batch": 16, "micro_batches": 1, "stages": 1, "checkpointed": 0.0} | how
     job = Job(**(
-        {"bits": 4, "rank_r": 64, "targets": ("all-linear",), "seq_len": 512, "paged": True}
+        {"bits": 4, "rank_r": 64, "targets": ("all-linear",), "seq_len": 512}
         | {key: value for key, value in given.items() if key in Job.__struct_fields__}
     ))  # fmt: skip
     own = sizes(facts, job)
@@ -58,7 +64,7 @@ def predicted(model: str, how: dict[str, Any], rates: Rates = H200) -> float:
         checkpointed=int(given["checkpointed"] * facts.layers),
         zero_stage=given.get("zero_stage", 0),
         ranks=given.get("ranks", 1),
-        **{key: given[key] for key in ("shards", "sequential", "offloaded", "micro_batches") if key in given},
+        **{key: given[key] for key in STEP if key in given},
     )
     samples = given["micro_batch"] * given["micro_batches"] * given.get("ranks", 1)
     return samples * job.seq_len / step_seconds(own, rates, one, step)

@@ -1,12 +1,9 @@
 """What only a GPU can show: real kernels, paged optimizer state, NCCL, ZeRO's shares."""
 
-import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,48 +11,7 @@ import torch
 from qdist.core.events import Event, decode_lines, losses
 from qdist.host.rundir import RunDir
 from qdist.runtime.checkpoint import load, load_tensors
-
-LLAMA = {
-    "model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 512,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False,
-}  # fmt: skip
-Launch = Callable[..., RunDir]
-
-
-@pytest.fixture(autouse=True)
-def enough_gpus(request: pytest.FixtureRequest) -> None:
-    wanted = 2 if request.node.get_closest_marker("gpu2") else 1
-    if torch.cuda.device_count() < wanted:
-        pytest.skip(f"needs {wanted} GPU(s), and this machine has {torch.cuda.device_count()}")
-
-
-@pytest.fixture(scope="module")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
-    """Trains random weights through the command line; a run of the same name is trained once."""
-    folder = tmp_path_factory.mktemp("gpu")
-    (folder / "model").mkdir()
-    (folder / "model" / "config.json").write_text(json.dumps(LLAMA))
-    done: dict[str, RunDir] = {}
-
-    def train(name: str, *, gpus: int = 1, bits: int = 4, **settings: Any) -> RunDir:
-        if name not in done:
-            run = RunDir(folder / name)
-            common = {"seq_len": 64, "global_batch": 8, "micro_batch": 4, "steps": 4, "optim.lr": 1e-2, "lora.r": 8}
-            chosen = {**common, "train.save_steps": 2, "train.held_out": 0.0, **settings}
-            flags = [f"--set={key}={value}" for key, value in chosen.items()]
-            model = ["--model", str(folder / "model"), "--load-format", "dummy"]
-            command("launch", *model, "--bits", str(bits), "--gpus", str(gpus), "--run", str(run.path), *flags)
-            done[name] = run
-        return done[name]
-
-    return train
-
-
-def command(*arguments: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "qdist", *arguments], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+from tests.gpu.conftest import Launch, command
 
 
 def events(run: RunDir) -> list[Event]:

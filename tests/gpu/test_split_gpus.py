@@ -3,9 +3,8 @@
 import pytest
 
 from qdist.core.events import losses
-from tests.gpu.test_gpu import Launch, adapter, enough_gpus, events, launch
-
-__all__ = ["enough_gpus", "launch"]
+from tests.gpu.conftest import Launch
+from tests.gpu.test_gpu import adapter, events
 
 SHAPE = {
     "dtype": "bfloat16",
