@@ -4,11 +4,17 @@ from pathlib import Path
 from typing import Any
 
 
-def load(run_or_model: str | Path, *, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+def load(
+    run_or_model: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    max_memory: str | int | None = None,
+) -> tuple[Any, Any]:
     """A run with its adapter on, or any model, as `(model, tokenizer)`; see `qdist.runtime.load.load`."""
     from qdist.runtime.load import load as heavy_load
 
-    return heavy_load(run_or_model, dtype=dtype, device=device)
+    return heavy_load(run_or_model, dtype=dtype, device=device, max_memory=max_memory)
 
 
 __all__ = ["load"]

@@ -2,6 +2,7 @@
 
 import click
 
+from qdist.core.units import parse_bytes
 from qdist.host.modules import run_module
 
 
@@ -9,9 +10,15 @@ from qdist.host.modules import run_module
 @click.argument("run")
 @click.option("--system", default="", help="System message.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option("--max-memory", help="What to put on each GPU at most, such as 20GiB.")
 @click.pass_context
-def chat(context: click.Context, run: str, system: str, max_new_tokens: int) -> None:
-    """Talk to RUN's adapter, or to any model; answers stream."""
-    context.exit(
-        run_module("qdist.runtime.generate", ("chat", run, "--system", system, "--max-new-tokens", str(max_new_tokens)))
-    )
+def chat(context: click.Context, run: str, system: str, max_new_tokens: int, max_memory: str | None) -> None:
+    """Talk to RUN's adapter, or to any model; answers stream.
+
+    The model goes to the first GPU with room for it; else its layers are spread over the GPUs; else as many as need be
+    wait in host memory. A line says where it lies.
+    """
+    options = ["--system", system, "--max-new-tokens", str(max_new_tokens)]
+    if max_memory is not None:
+        options += ["--max-memory-bytes", str(parse_bytes(max_memory))]
+    context.exit(run_module("qdist.runtime.generate", ("chat", run, *options)))

@@ -2,6 +2,7 @@
 
 import click
 
+from qdist.core.units import parse_bytes
 from qdist.host.modules import run_module
 
 
@@ -11,8 +12,23 @@ from qdist.host.modules import run_module
 @click.option("--out", required=True, help="JSONL file to write.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Prompts at a time.")
+@click.option("--max-memory", help="What to put on each GPU at most, such as 20GiB.")
 @click.pass_context
-def generate(context: click.Context, run: str, prompts: str, out: str, max_new_tokens: int, batch: int) -> None:
-    """Answer prompts with RUN's adapter, or with any model."""
-    options = ("--prompts", prompts, "--out", out, "--max-new-tokens", str(max_new_tokens), "--batch", str(batch))
+def generate(
+    context: click.Context,
+    run: str,
+    prompts: str,
+    out: str,
+    max_new_tokens: int,
+    batch: int,
+    max_memory: str | None,
+) -> None:
+    """Answer prompts with RUN's adapter, or with any model.
+
+    The model goes to the first GPU with room for it and the answers; else its layers are spread over the GPUs; else as
+    many as need be wait in host memory. A line says where it lies.
+    """
+    options = ["--prompts", prompts, "--out", out, "--max-new-tokens", str(max_new_tokens), "--batch", str(batch)]
+    if max_memory is not None:
+        options += ["--max-memory-bytes", str(parse_bytes(max_memory))]
     context.exit(run_module("qdist.runtime.generate", ("file", run, *options)))

@@ -15,8 +15,12 @@ from qdist.core.plan import Plan
 from qdist.core.records import conversations
 from qdist.host.files import write_atomic
 from qdist.runtime.encode import encode
+from qdist.runtime.load import ROOM_TOKENS, open_model
 from qdist.runtime.samples import Samples
 from qdist.runtime.tokenized import IGNORED
+
+_TOKEN_BYTES = 3
+"""A token is at least this much text, nearly always; so much room is left for prompts before there is a tokenizer."""
 
 
 def complete(
@@ -173,12 +177,14 @@ def _is_conversation(messages: object) -> bool:
     )
 
 
-def generate_file(target: str, prompts: Path, out: Path, *, max_new_tokens: int, batch: int) -> int:
+def generate_file(
+    target: str, prompts: Path, out: Path, *, max_new_tokens: int, batch: int, max_memory_bytes: int | None = None
+) -> int:
     """Answer a file of prompts into JSONL; how many there were."""
     conversations = read_prompts(prompts)
-    from qdist.runtime.load import load
-
-    model, tokenizer = load(target)
+    longest = max(sum(len(message["content"].encode()) for message in messages) for messages in conversations)
+    tokens = batch * (longest // _TOKEN_BYTES + max_new_tokens)
+    model, tokenizer = _opened(target, tokens=tokens, max_memory_bytes=max_memory_bytes)
     if tokenizer is None:
         raise DataError(f"{target} has no tokenizer, so it cannot read prompts")
     encoded = [encode_chat(tokenizer, messages) for messages in conversations]
@@ -200,13 +206,18 @@ def generate_file(target: str, prompts: Path, out: Path, *, max_new_tokens: int,
     return len(lines)
 
 
-def chat(target: str, *, max_new_tokens: int, system: str) -> None:
+def _opened(target: str, *, tokens: int, max_memory_bytes: int | None) -> tuple[Any, Any]:
+    """Model and tokenizer; says where the model lies."""
+    opened = open_model(target, tokens=tokens, max_memory_bytes=max_memory_bytes)
+    print(opened.where, file=sys.stderr, flush=True)
+    return opened.model, opened.tokenizer
+
+
+def chat(target: str, *, max_new_tokens: int, system: str, max_memory_bytes: int | None = None) -> None:
     """Talk to a model; tokens appear as they come. `/new` starts over, an empty line or end of input leaves."""
     from transformers import TextStreamer
 
-    from qdist.runtime.load import load
-
-    model, tokenizer = load(target)
+    model, tokenizer = _opened(target, tokens=ROOM_TOKENS, max_memory_bytes=max_memory_bytes)
     if tokenizer is None:
         raise DataError(f"{target} has no tokenizer, so it cannot chat")
     opening = [{"role": "system", "content": system}] if system else []
@@ -243,12 +254,18 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--system", default="")
+    parser.add_argument("--max-memory-bytes", type=int)
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
         if arguments.what == "chat":
-            chat(arguments.target, max_new_tokens=arguments.max_new_tokens, system=arguments.system)
+            chat(
+                arguments.target,
+                max_new_tokens=arguments.max_new_tokens,
+                system=arguments.system,
+                max_memory_bytes=arguments.max_memory_bytes,
+            )
         else:
             count = generate_file(
                 arguments.target,
@@ -256,6 +273,7 @@ def main() -> None:
                 arguments.out,
                 max_new_tokens=arguments.max_new_tokens,
                 batch=arguments.batch,
+                max_memory_bytes=arguments.max_memory_bytes,
             )
             print(f"{count} answers in {arguments.out}")
     except QdistError as error:

@@ -1,33 +1,141 @@
 """Opens a run or a model for use: `model, tokenizer = qdist.load(RUN_OR_MODEL)`."""
 
+import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 import torch
+from torch import nn
 
-from qdist.core.errors import RunError, SpecError
+from qdist.core.errors import ModelError, RunError, SpecError
 from qdist.core.plan import Plan, Source
+from qdist.core.residence import Residence, footprint
+from qdist.core.units import parse_bytes
 from qdist.host.rundir import RunDir
-from qdist.runtime.methods.backbone import DTYPES, load_backbone, load_plain
+from qdist.runtime.methods.backbone import DTYPES, load_backbone
+from qdist.runtime.packed_folder import Packing
+from qdist.runtime.placements.residence import arrange, choose, first_device, settle
+from qdist.runtime.quantize import packed_folder
+
+ROOM_TOKENS = 2048
+"""Tokens of all sequences together for whose keys and values room is left, where nobody says how many."""
 
 
-def load(run_or_model: str | Path, *, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+class Opened(NamedTuple):
+    """A model ready to generate."""
+
+    model: Any
+    tokenizer: Any
+    """None where there is none."""
+    where: str
+    """On which GPUs it lies, as a line for people."""
+
+
+def load(
+    run_or_model: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    max_memory: str | int | None = None,
+) -> tuple[Any, Any]:
     """A transformers model ready to generate, and its tokenizer, or None where there is none.
+
+    A backbone goes to the first GPU with room for it, its adapter and 2,048 tokens; else its layers are spread over
+    the GPUs; else as many as need be wait in host memory. Without a GPU it goes to the CPU.
 
     run_or_model: a run directory (its quantized backbone with its adapter on), or any model that `qdist launch`
     takes: an alias, a folder, a GGUF file, a hub id.
     dtype: auto, bfloat16, float16 or float32. auto is what the run computed in, or what the model is stored in.
-    device: such as cuda:0 or cpu; by default the first GPU, else the CPU.
+    device: such as cuda:0 or cpu, for all of it.
+    max_memory: such as '20GiB': what to put on each GPU at most, 2,048 tokens included.
 
-    Raises RunError for a run without an adapter, ModelError for a model that cannot be found.
+    Raises RunError for a run without an adapter, ModelError for a model that cannot be found, PlanError for one that
+    fits nowhere.
     """
+    cap = None if max_memory is None else parse_bytes(max_memory)
+    opened = open_model(run_or_model, dtype=dtype, device=device, max_memory_bytes=cap)
+    return opened.model, opened.tokenizer
+
+
+def open_model(
+    run_or_model: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    max_memory_bytes: int | None = None,
+    tokens: int = ROOM_TOKENS,
+) -> Opened:
+    """As `load`. tokens: of all sequences together, prompts and answers, for which there is to be room."""
     if dtype != "auto" and dtype not in DTYPES:
         raise SpecError(f"dtype cannot be {dtype!r}", try_="auto, bfloat16, float16 or float32")
-    place = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
     run = RunDir(run_or_model)
-    if run.exists():
-        return _load_run(run, dtype, place)
-    return _load_model(str(run_or_model), dtype, place)
+    if not run.exists():
+        from qdist.runtime.load_plain import open_plain
+
+        return Opened(*open_plain(str(run_or_model), dtype, device, max_memory_bytes))
+    plan = run.plan()
+    if not run.adapter.is_dir():
+        raise RunError(f"{run.path} has no adapter yet", try_=f"qdist gather {run.path}")
+    chosen = DTYPES[plan.compute_dtype if dtype == "auto" else dtype]
+    residence = residence_of(plan, chosen, device=device, max_memory_bytes=max_memory_bytes, tokens=tokens)
+    model, tokenizer = load_run(run, chosen, residence)
+    return Opened(model, tokenizer, str(residence))
+
+
+def residence_of(
+    plan: Plan,
+    dtype: torch.dtype,
+    *,
+    tokens: int,
+    scored: int = 0,
+    device: str | None = None,
+    max_memory_bytes: int | None = None,
+) -> Residence:
+    """Where a run's backbone and adapter go on this machine; see `footprint` and `choose`."""
+    spec = plan.spec
+    parts = footprint(
+        plan.facts,
+        bits=spec.bits,
+        double_quant=spec.quant.double,
+        compute_bytes=dtype.itemsize,
+        tokens=tokens,
+        rank_r=spec.lora.r,
+        targets=spec.lora.targets,
+        scored=scored,
+    )
+    return choose(parts, device=device, max_memory_bytes=max_memory_bytes)
+
+
+def load_run(run: RunDir, dtype: torch.dtype, residence: Residence) -> tuple[Any, Any]:
+    """A run's backbone with its adapter on, where it is to lie, and the run's tokenizer."""
+    from peft import PeftConfig, PeftModel
+
+    from qdist.runtime.methods.fused_lora import FusedLora
+    from qdist.runtime.special_tokens import align_config
+
+    plan = run.plan()
+    backbone = load_backbone(
+        _with_packed(plan),
+        bits=plan.spec.bits,
+        quant=plan.spec.quant,
+        dtype=dtype,
+        device=first_device(residence),
+        linear_names=plan.facts.linear_names,
+        arrange=partial(arrange, residence=residence),
+    )
+    config = PeftConfig.from_pretrained(str(run.adapter))
+    config._register_custom_module({nn.Linear: FusedLora})
+    # The file is read into host memory: PEFT's own choice is all of it on GPU 0, beside the matrices that it fills.
+    model = PeftModel.from_pretrained(backbone, str(run.adapter), config=config, torch_device="cpu")
+    model.eval()
+    settle(model, residence)
+    tokenizer = load_tokenizer(plan.source)
+    if tokenizer is not None:
+        align_config(model, tokenizer)
+    model.config.use_cache = True
+    return model, tokenizer
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -39,48 +147,18 @@ def load_tokenizer(source: Source) -> Any:
     return AutoTokenizer.from_pretrained(source.tokenizer, local_files_only=True)
 
 
-def load_run_backbone(plan: Plan, dtype: torch.dtype, device: torch.device) -> Any:
-    """The quantized backbone of a run, without its adapter."""
-    return load_backbone(
-        plan.source,
-        bits=plan.spec.bits,
-        quant=plan.spec.quant,
-        dtype=dtype,
-        device=device,
-        linear_names=plan.facts.linear_names,
-    )
-
-
-def _load_run(run: RunDir, dtype: str, device: torch.device) -> tuple[Any, Any]:
-    from peft import PeftModel
-
-    from qdist.runtime.special_tokens import align_config
-
-    plan = run.plan()
-    if not run.adapter.is_dir():
-        raise RunError(f"{run.path} has no adapter yet", try_=f"qdist gather {run.path}")
-    chosen = DTYPES[plan.compute_dtype if dtype == "auto" else dtype]
-    model = PeftModel.from_pretrained(load_run_backbone(plan, chosen, device), str(run.adapter))
-    model.eval()
-    tokenizer = load_tokenizer(plan.source)
-    if tokenizer is not None:
-        align_config(model, tokenizer)
-    model.config.use_cache = True
-    return model, tokenizer
-
-
-def _load_model(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer
-
-    from qdist.host.sources import locate
-    from qdist.runtime.materialize import materialize
-    from qdist.runtime.special_tokens import align_config, repair
-
-    folder = materialize(locate(name))
-    model = load_plain(str(folder), dtype=dtype if dtype == "auto" else DTYPES[dtype], device=device).eval()
-    if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        return model, None
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    repair(tokenizer, model.config.to_dict())
-    align_config(model, tokenizer)
-    return model, tokenizer
+def _with_packed(plan: Plan) -> Source:
+    """The run's source with packed weights that are there: packed again where the cache was emptied since."""
+    source, spec = plan.source, plan.spec
+    if source.kind == "dummy" or (source.packed and Path(source.packed).is_dir()):
+        return source
+    if not Path(source.path).is_dir():
+        raise ModelError(
+            f"neither {source.path}, which the run was trained on, nor its packed form {source.packed} is there",
+            try_="put the model back where it was",
+        )
+    packing = Packing(bits=spec.bits, type=spec.quant.type, double=spec.quant.double)
+    packed = packed_folder(Path(source.path), packing, name=spec.model)
+    if source.packed and packed.folder.name != Path(source.packed).name:
+        print(f"warning: the files in {source.path} have changed since the run was trained on them", file=sys.stderr)
+    return msgspec.structs.replace(source, packed=str(packed.folder))

@@ -1,6 +1,7 @@
 """Folds a run's adapter into a 16-bit model, onto the weights it was trained on or the original ones."""
 
 import argparse
+import gc
 import os
 import shutil
 import sys
@@ -12,14 +13,17 @@ from torch import nn
 
 from qdist.core.errors import QdistError, RunError
 from qdist.core.plan import Plan
+from qdist.core.residence import footprint
 from qdist.host.files import publish_folder
 from qdist.host.rundir import RunDir
 from qdist.runtime.forward import Forward
-from qdist.runtime.load import load_run_backbone, load_tokenizer
+from qdist.runtime.load import load_run, residence_of
 from qdist.runtime.methods.backbone import DTYPES, load_plain
 from qdist.runtime.methods.packed import PACKING, PackedLinear
+from qdist.runtime.originals import Originals, find_originals
+from qdist.runtime.placements.residence import choose, move
 from qdist.runtime.samples import Samples, read_samples
-from qdist.runtime.special_tokens import add_rows, align_config
+from qdist.runtime.special_tokens import align_config
 
 
 class Losses(NamedTuple):
@@ -33,28 +37,48 @@ class Losses(NamedTuple):
 def merge(run: RunDir, out: Path, *, onto: str, dtype: torch.dtype) -> Losses:
     """Write a merged model that plain transformers loads; measure what merging onto either backbone costs.
 
-    The sum W + alpha / r * B A is taken in float32 and rounded once. One layer at a time is unpacked.
-    """
-    from peft import PeftModel
+    The sum W + alpha / r * B A is taken in float32, a matrix at a time, and rounded once. The merged model is whole in
+    host memory, and evaluated on the GPUs as far as it fits.
 
+    Raises RunError where the adapter is to be merged onto weights that are not there any more, or never were.
+    """
     plan = run.plan()
-    if onto == "original" and plan.source.kind == "dummy":
-        raise RunError("random weights have no original to merge onto", try_="--onto dequantized")
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    originals = find_originals(plan.source)
+    if onto == "original" and isinstance(originals, str):
+        raise RunError(originals, try_="--onto dequantized")
     compute = DTYPES[plan.compute_dtype]
-    tokenizer = load_tokenizer(plan.source)
-    samples = read_samples(plan, pad_id=tokenizer.pad_token_id if tokenizer else 0)
-    model = PeftModel.from_pretrained(load_run_backbone(plan, compute, device), str(run.adapter)).eval()
-    adapter_loss = _held_out(model, samples, compute)
+    tokens = plan.micro_batch * plan.seq_len
+    residence = residence_of(plan, compute, tokens=tokens, scored=tokens)
+    print(residence, file=sys.stderr, flush=True)
     losses: dict[str, float] = {}
-    for backbone in ("dequantized", "original") if plan.source.kind == "folder" else ("dequantized",):
-        originals = _originals(plan, device) if backbone == "original" else None
-        plain = _plain_model(model.get_base_model().config, _merged_weights(model, originals, dtype), dtype)
+    for backbone, tensors in (("dequantized", None), ("original", originals)):
+        if isinstance(tensors, str):
+            continue
+        model, tokenizer = load_run(run, compute, residence)  # anew: it leaves the GPUs to the merged model
+        samples = read_samples(plan, pad_id=tokenizer.pad_token_id if tokenizer else 0)
+        if "adapter" not in losses:
+            losses["adapter"] = _held_out(model, samples, compute)
+        plain = _plain_model(model.get_base_model().config, _merged_weights(model, tensors, dtype), dtype)
+        del model
         if backbone == onto:
             _write(plain, tokenizer, out)
             plain = load_plain(str(out), dtype=dtype, device=torch.device("cpu"))
-        losses[backbone] = _held_out(plain.to(device, _evaluated_in(dtype, device)).eval(), samples, compute)
-    return Losses(adapter_loss, losses["dequantized"], losses.get("original"))
+        if samples.held_out:
+            plain = _placed(plain, plan, dtype, tokens)
+        losses[backbone] = _held_out(plain, samples, compute)
+        del plain
+    return Losses(losses["adapter"], losses["dequantized"], losses.get("original"))
+
+
+def _placed(plain: Any, plan: Plan, dtype: torch.dtype, tokens: int) -> Any:
+    """A merged model where it can be evaluated."""
+    used = _evaluated_in(dtype)
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a GPU
+    parts = footprint(
+        plan.facts, bits=16, double_quant=False, compute_bytes=used.itemsize, tokens=tokens, scored=tokens
+    )
+    return move(plain.to(used), choose(parts, device=None, max_memory_bytes=None, in_host=True)).eval()
 
 
 def _write(plain: Any, tokenizer: Any, out: Path) -> None:
@@ -72,9 +96,9 @@ def _write(plain: Any, tokenizer: Any, out: Path) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _evaluated_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def _evaluated_in(dtype: torch.dtype) -> torch.dtype:
     """16-bit weights are evaluated in float32 on CPUs, most of which emulate 16-bit arithmetic."""
-    return torch.float32 if device.type == "cpu" else dtype
+    return dtype if torch.cuda.is_available() else torch.float32
 
 
 def _held_out(model: Any, samples: Samples, dtype: torch.dtype) -> float:
@@ -85,17 +109,9 @@ def _held_out(model: Any, samples: Samples, dtype: torch.dtype) -> float:
     return loss / tokens
 
 
-def _originals(plan: Plan, device: torch.device) -> Any:
-    """The backbone before quantization."""
-    model = load_plain(plan.source.path, dtype="auto", device=device)
-    add_rows(model, plan.source.new_token_ids, plan.source.vocab_rows)
-    return model
-
-
-def _merged_weights(model: Any, originals: Any | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The state dict of the merged model, on the CPU in `dtype`."""
+def _merged_weights(model: Any, originals: Originals | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The state dict of the merged model, on the CPU in `dtype`. originals: None to keep what was trained on."""
     base = model.get_base_model()
-    original = dict(originals.named_parameters()) if originals is not None else {}
     weights: dict[str, torch.Tensor] = {}
     adapted = {name: module for name, module in base.named_modules() if "default" in getattr(module, "lora_B", ())}
     for name, parameter in base.named_parameters():
@@ -107,7 +123,7 @@ def _merged_weights(model: Any, originals: Any | None, dtype: torch.dtype) -> di
         plain = name
         for wrapper in (".token_adapter", ".base_layer", ".original_module"):
             plain = plain.replace(f"{wrapper}.", ".")
-        value = original[plain].float() if plain in original else _dequantized(base, name, parameter)
+        value = _dequantized(base, name, parameter) if originals is None else originals.read(plain, parameter)
         if owner is not None and name == f"{owner}.base_layer.weight":
             value = value + _delta(adapted[owner]).to(value.device)
         weights[plain] = value.to("cpu", dtype)
@@ -120,7 +136,7 @@ def _dequantized(base: Any, name: str, parameter: nn.Parameter) -> torch.Tensor:
     path, _, leaf = name.rpartition(".")
     module = base.get_submodule(path)
     if isinstance(module, PackedLinear) and leaf == "weight":
-        return module.matrix(module.compute_dtype, parameter.device).float()
+        return module.matrix(module.compute_dtype, getattr(module, "runs_on", parameter.device)).float()
     return parameter.detach().float()
 
 

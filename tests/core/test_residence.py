@@ -61,9 +61,9 @@ def test_no_gpu_is_overfull_and_no_layer_waits_without_need(first: int, second: 
 
 
 def test_what_does_not_fit_at_all_is_refused_with_both_numbers() -> None:
-    with pytest.raises(PlanError, match="all 8 layers in host memory the model takes 47 B .* room for 46 B, 20 B"):
+    with pytest.raises(PlanError, match=r"all 8 layers in host memory the model takes 47 B .* room for 46 B, 20 B"):
         reside(PARTS, [46, 20])
-    with pytest.raises(PlanError, match="8 of 8 layers .* take 64 B; 63 B is free"):
+    with pytest.raises(PlanError, match=r"8 of 8 layers .* take 64 B; 63 B is free"):
         reside(PARTS, [47], host_bytes=63)
     assert reside(PARTS, [47], host_bytes=64).offloaded == tuple(range(8))
 

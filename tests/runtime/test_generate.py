@@ -105,7 +105,9 @@ def test_a_file_is_answered_in_its_order_whatever_the_batch(
         answers.append([json.loads(line) for line in out.read_text().splitlines()])
     assert answers[0] == answers[1] == answers[2]
     assert [answer["messages"][0]["content"] for answer in answers[0]] == prompts.read_text().splitlines()
-    assert "3/3 answered" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert said.count("backbone on the CPU\n") == 3
+    assert "3/3 answered" in said
 
 
 def test_a_chat_goes_through_standard_input(run: RunDir) -> None:
@@ -119,7 +121,26 @@ def test_a_chat_goes_through_standard_input(run: RunDir) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[0] == "backbone on the CPU"
     first, second = done.stdout.split("> ")[1], done.stdout.split("> ")[3]
     assert first.strip()
     assert first == second
     assert done.stdout.count("> ") == 4
+
+
+@pytest.mark.parametrize("arguments", [("chat",), ("file", "--prompts", "p.txt", "--out", "o.jsonl")])
+def test_memory_for_gpus_is_refused_without_any(run: RunDir, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    (tmp_path / "p.txt").write_text("hello\n")
+    what, *options = arguments
+    done = subprocess.run(
+        [sys.executable, "-m", "qdist.runtime.generate", what, str(run.path), *options, "--max-memory-bytes", "99"],
+        input="",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1
+    assert "error: max_memory is of GPUs to choose from; here is none" in done.stderr
+    assert not (tmp_path / "o.jsonl").exists()

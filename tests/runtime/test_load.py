@@ -1,5 +1,7 @@
 """`qdist.load` opens runs and models."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,8 @@ import pytest
 import torch
 
 import qdist
-from qdist.core.errors import QdistError
+from qdist.core.errors import ModelError, QdistError
+from qdist.host.rundir import PLAN, RunDir
 from tests.runtime.tiny import adapted_run, dummy_job, logits_of, real_job, save_config, save_data, save_model, written
 
 
@@ -65,10 +68,51 @@ def test_what_cannot_be_opened_says_what_to_try(tmp_path: Path) -> None:
         (tmp_path / "nothing", {}, "no folder"),
         (tmp_path, {}, "no config.json"),
         (unfinished.path, {"dtype": "int8"}, "dtype cannot be 'int8'"),
+        (save_model(tmp_path / "whole"), {"max_memory": "20GiB"}, "max_memory is of GPUs"),
+        (tmp_path / "whole", {"max_memory": "20 apples"}, "not an amount of memory"),
     ):
         with pytest.raises(QdistError, match=said) as caught:
             qdist.load(target, **options)
         assert caught.value.try_
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_weights_that_are_gone_are_packed_again(
+    tmp_path: Path, bits: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An emptied cache, and a run from before there was one."""
+    source, data = save_model(tmp_path / "model"), save_data(tmp_path / "d.jsonl")
+    run, trained = adapted_run(real_job(source, data, tmp_path / "run", seq_len=64, bits=bits))
+    packed = Path(run.plan().source.packed)
+    wanted = logits_of(trained, high=250)
+    for change in (lambda: shutil.rmtree(packed), lambda: _forget_packed(run)):
+        change()
+        assert torch.equal(logits_of(qdist.load(run.path)[0], high=250), wanted)
+    assert packed.is_dir()
+    assert "have changed" not in capfd.readouterr().err
+
+
+def _forget_packed(run: RunDir) -> None:
+    old = json.loads((run.path / PLAN).read_text())
+    del old["source"]["packed"]
+    (run.path / PLAN).write_text(json.dumps(old))
+
+
+def test_a_model_that_changed_since_or_went_with_its_packed_form_is_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, data = save_model(tmp_path / "model"), save_data(tmp_path / "d.jsonl")
+    run, _ = adapted_run(real_job(source, data, tmp_path / "run", seq_len=64))
+    save_model(source, seed=1)
+    assert qdist.load(run.path)
+    assert "have changed" not in capfd.readouterr().err, "the packed form is still there"
+    shutil.rmtree(run.plan().source.packed)
+    assert qdist.load(run.path)
+    assert f"the files in {source} have changed" in capfd.readouterr().err
+    shutil.rmtree(run.plan().source.packed, ignore_errors=True)
+    shutil.rmtree(source)
+    with pytest.raises(ModelError, match=r"neither .*model.* nor its packed form"):
+        qdist.load(run.path)
 
 
 def test_importing_qdist_loads_no_torch() -> None:

@@ -1,6 +1,7 @@
 """A merged model is plain transformers and says what the adapter said."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from qdist.host.rundir import RunDir
 from qdist.runtime import merge as merging
 from qdist.runtime.load import load
 from qdist.runtime.merge import merge
+from qdist.runtime.packed_folder import MANIFEST, Packing
+from qdist.runtime.quantize import quantize
 from tests.runtime.tiny import adapted_run, dummy_job, logits_of, real_job, save_config, save_data, save_model
 
 BF16 = 2.0**-8
@@ -130,6 +133,51 @@ def test_random_weights_are_merged_and_have_no_original(tmp_path: Path) -> None:
     assert math.isnan(losses.dequantized)
     assert losses.original is None
     assert relative(logits_of(plain(tmp_path / "merged")), logits_of(load(run.path)[0])) < 4 * BF16
+
+
+def packed_run(folder: Path, *, bits: int = 4) -> RunDir:
+    """A run over what `qdist quantize` wrote; the original lies in `model`."""
+    source, packed = save_model(folder / "model"), folder / "packed"
+    quantize(str(source), packed, Packing(bits=4) if bits == 4 else Packing(bits=8))
+    data = save_data(folder / "d.jsonl")
+    return adapted_run(real_job(packed, data, folder / "run", seq_len=64, bits=bits))[0]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_run_over_a_packed_folder_is_merged_onto_what_was_packed(tmp_path: Path, bits: int) -> None:
+    run = packed_run(tmp_path, bits=bits)
+    losses = merge(run, tmp_path / "merged", onto="original", dtype=torch.bfloat16)
+    assert losses.original is not None
+    merged, original = (dict(plain(tmp_path / name).named_parameters()) for name in ("merged", "model"))
+    for name, (_, delta) in linears(load(run.path)[0]).items():
+        weight = original[f"{name}.weight"]
+        assert torch.equal(merged[f"{name}.weight"], (weight + delta).bfloat16().float()), name
+    merge(run, tmp_path / "dequantized", onto="dequantized", dtype=torch.bfloat16)
+    adapter = logits_of(load(run.path)[0], high=250)
+    assert relative(logits_of(plain(tmp_path / "dequantized"), high=250), adapter) < (16 if bits == 8 else 4) * BF16
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [("gone", "which is not there any more"), ("other", "have changed since"), ("no manifest", "does not say which")],
+)
+def test_a_packed_folder_without_its_original_is_merged_dequantized_alone(
+    tmp_path: Path, change: str, said: str
+) -> None:
+    run = packed_run(tmp_path)
+    if change == "gone":
+        shutil.rmtree(tmp_path / "model")
+    elif change == "other":
+        save_model(tmp_path / "model", seed=1)
+    else:
+        (tmp_path / "packed" / MANIFEST).unlink()
+    with pytest.raises(RunError, match=said) as caught:
+        merge(run, tmp_path / "merged", onto="original", dtype=torch.bfloat16)
+    assert caught.value.try_ == "--onto dequantized"
+    assert not (tmp_path / "merged").exists()
+    losses = merge(run, tmp_path / "merged", onto="dequantized", dtype=torch.bfloat16)
+    assert losses.original is None
+    assert losses.dequantized == pytest.approx(losses.adapter, rel=0.02)
 
 
 def test_nothing_half_written_is_left_when_merging_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,98 @@
+"""Opens a model that is no run, with its weights as they are stored: on one GPU, or where accelerate lays its parts."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from qdist.core.candidates import CUDA_CONTEXT_BYTES
+from qdist.core.errors import PlanError, SpecError
+from qdist.core.residence import Residence, room
+from qdist.core.units import GIB, format_bytes
+from qdist.host.sources import locate
+from qdist.runtime.materialize import materialize
+from qdist.runtime.methods.backbone import DTYPES, load_plain
+from qdist.runtime.methods.skeleton import decoder_layers
+from qdist.runtime.placements.residence import free_bytes, on_device
+from qdist.runtime.special_tokens import align_config, repair
+
+_WORK_BYTES = GIB
+"""Left free on each GPU for keys, values and what layers compute: the shapes of a model that is no run are not read."""
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+class Plain(NamedTuple):
+    """A model, its tokenizer or None, and where it lies."""
+
+    model: Any
+    tokenizer: Any
+    where: str
+
+
+def open_plain(name: str, dtype: str, device: str | None, max_memory_bytes: int | None) -> Plain:
+    """A model by alias, folder, GGUF file or hub id; see `qdist.runtime.load.load`."""
+    if max_memory_bytes is not None and (device is not None or not torch.cuda.is_available()):
+        raise SpecError(f"max_memory is of GPUs to choose from; here is {device or 'none'}", try_="without max_memory")
+    folder = materialize(locate(name))
+    wanted = dtype if dtype == "auto" else DTYPES[dtype]
+    if device is not None or not torch.cuda.is_available():
+        model, where = _on(folder, wanted, torch.device(device or "cpu"))
+    else:
+        model, where = _where_there_is_room(folder, wanted, max_memory_bytes)
+    model.eval()
+    if not any((folder / file).exists() for file in _TOKENIZERS):
+        return Plain(model, None, where)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    repair(tokenizer, model.config.to_dict())
+    align_config(model, tokenizer)
+    return Plain(model, tokenizer, where)
+
+
+def _on(folder: Path, dtype: torch.dtype | str, device: torch.device) -> tuple[Any, str]:
+    return load_plain(str(folder), dtype=dtype, device=device), str(on_device(device, layers=1))
+
+
+def _where_there_is_room(folder: Path, dtype: torch.dtype | str, cap_bytes: int | None) -> tuple[Any, str]:
+    """On the first GPU with room for all of it; else layers over the GPUs, and host memory behind them."""
+    rooms = [room(free, cap_bytes) - CUDA_CONTEXT_BYTES - _WORK_BYTES for free in free_bytes()]
+    size = _stored_bytes(folder) * (2 if dtype == torch.float32 else 1)
+    for gpu, own in enumerate(rooms):
+        if size <= own:
+            return _on(folder, dtype, torch.device("cuda", gpu))
+    from transformers import AutoModelForCausalLM
+
+    budgets: dict[int | str, int] = {gpu: own for gpu, own in enumerate(rooms) if own > 0}
+    if not _is_quantized(folder):  # packed layers cannot compute where their weights are not
+        budgets["cpu"] = size
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, device_map="auto", max_memory=budgets, local_files_only=True
+        )
+    except ValueError as error:  # accelerate's: nowhere left to put a part
+        raise PlanError(
+            f"{folder} takes {format_bytes(size)}; there is room for {', '.join(map(format_bytes, rooms))}: "
+            f"{str(error).splitlines()[0]}",
+            try_="more free GPU memory",
+        ) from error
+    return model, str(_residence(model))
+
+
+def _stored_bytes(folder: Path) -> int:
+    files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    return sum(file.stat().st_size for file in files)
+
+
+def _is_quantized(folder: Path) -> bool:
+    return "quantization_config" in json.loads((folder / "config.json").read_text())
+
+
+def _residence(model: Any) -> Residence:
+    """What accelerate decided, layer by layer; what waits visits the last GPU."""
+    devices = [next(layer.parameters()).device for layer in decoder_layers(model)]
+    last = max((device.index for device in devices if device.type == "cuda"), default=0)
+    layer_gpu = tuple(device.index if device.type == "cuda" else last for device in devices)
+    waiting = tuple(index for index, device in enumerate(devices) if device.type != "cuda")
+    return Residence(layer_gpu=layer_gpu, offloaded=waiting)
