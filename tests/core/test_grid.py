@@ -89,7 +89,7 @@ UNEVEN: list[tuple[tuple[int, ...], dict[str, Any], tuple[int, ...]]] = [
     # GiB of each card, settings -> layers on each position
     ((24, 48), SPLIT, (38, 42)),
     ((48, 24), SPLIT | {"split.schedule": "sequential"}, (54, 26)),
-    ((16, 24, 40), SPLIT | {"global_batch": 24}, (22, 29, 29)),
+    ((16, 24, 40), SPLIT | {"global_batch": 24}, (21, 30, 29)),
     ((24, 48, 24, 48), SPLIT | TWO | {"train.checkpointing": True}, (36, 44)),
 ]
 
@@ -160,8 +160,8 @@ def test_slow_links_make_a_split_faster_than_shards() -> None:
 
 def test_layers_go_to_host_memory_only_where_nothing_else_fits() -> None:
     plan = planned("llama-65b", gpus(1, 24))
-    assert len(plan.offloaded_layers) == 71
-    assert any("71 of 80 layers wait in host memory, since nothing else fits" in note for note in plan.notes)
+    assert len(plan.offloaded_layers) == 62
+    assert any("62 of 80 layers wait in host memory, since nothing else fits" in note for note in plan.notes)
     assert planned("llama-65b", gpus(1, 24), {"split.offload_layers": 75}).offloaded_layers[0] == 0
     assert planned("llama-65b", gpus(2, 24), SPLIT | {"split.offload_layers": 4}).offloaded_layers == (10, 30, 50, 70)
     poor = msgspec.structs.replace(gpus(1, 24), memory_bytes=8 * GIB)

@@ -90,7 +90,6 @@ def test_predicted_speeds_are_near_the_measured_ones() -> None:
         ({"bits": 8}, {"bits": 4}),
         (LIGER | {"micro_batch": 1}, LIGER | {"micro_batch": 8}),
         ({"ranks": 4, "shards": 4}, {"ranks": 4}),
-        ({"sequential": True, "offloaded": 20, "micro_batch": 1}, {"sequential": True, "micro_batch": 1}),
         ({"stages": 4, "micro_batches": 8}, {"stages": 4, "micro_batches": 64}),
         ({"zero_stage": 3, "ranks": 2}, {"zero_stage": 2, "ranks": 2}),
         ({"optimizer_on_gpu": False}, {}),
@@ -117,6 +116,13 @@ def test_slow_links_make_shards_slow() -> None:
     slow = msgspec.structs.replace(H200, link_bytes_s=5e9)
     sharded = {"ranks": 4, "shards": 4, "micro_batch": 1}
     assert predicted("llama-7b", sharded, slow) < predicted("llama-7b", sharded) / 2
+
+
+def test_layers_in_host_memory_wait_for_the_bus() -> None:
+    slow = msgspec.structs.replace(H200, host_bytes_s=5e9)
+    away = {"sequential": True, "offloaded": 20, "micro_batch": 1}
+    assert predicted("llama-7b", away, slow) < predicted("llama-7b", away | {"offloaded": 0}, slow) / 2
+    assert predicted("llama-7b", away) == pytest.approx(predicted("llama-7b", away | {"offloaded": 0}), rel=0.1)
 
 
 def test_kernels_are_launched_one_by_one() -> None:
