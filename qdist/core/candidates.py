@@ -15,8 +15,10 @@ from qdist.core.units import MIB
 
 CUDA_CONTEXT_BYTES = 830 * MIB
 """CUDA context, kernels and cuBLAS workspaces of one rank (H200: used less what torch reserved)."""
+COMMUNICATOR_BYTES = 840 * MIB
+"""What NCCL takes of each GPU of an NVLink pair for a first communicator (2 H200s, NCCL 2.28)."""
 NCCL_BYTES = 1270 * MIB
-"""What NCCL takes of each GPU of an NVLink pair (2 H200s: the same, less one GPU's context and paged moments)."""
+"""With those of DeepSpeed or of a pipeline: a second one takes 486 MiB, sending from rank to rank 322."""
 CPU_CONTEXT_BYTES = 460 * MIB
 """Resident memory of a CPU rank that has imported torch, transformers, peft and DeepSpeed and loaded nothing."""
 CPU_LOADING_BYTES = 4
@@ -269,7 +271,9 @@ class _Arrangement:
             return CPU_CONTEXT_BYTES + CPU_LOADING_BYTES * held
         if self.setting.correction and self.setting.correction.context_bytes is not None:
             return self.setting.correction.context_bytes
-        return CUDA_CONTEXT_BYTES + (NCCL_BYTES if self.layout.world_size > 1 else 0)
+        if self.layout.world_size == 1:
+            return CUDA_CONTEXT_BYTES
+        return CUDA_CONTEXT_BYTES + (COMMUNICATOR_BYTES if self.layout.one_communicator else NCCL_BYTES)
 
     def _away(self, layer_map: tuple[int, ...], position: int) -> int:
         return sum(layer_map[index] == position for index in self.offloaded)

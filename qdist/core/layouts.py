@@ -31,6 +31,13 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.groups if self.placement == "split" else self.world_size
 
     @property
+    def one_communicator(self) -> bool:
+        """Whether all exchanges are among all ranks, by torch: DeepSpeed, groups and stages have their own."""
+        return self.engine == "torch" and (
+            self.placement == "replicate" or (self.placement, self.groups) == ("shard", 1)
+        )
+
+    @property
     def simplicity(self) -> int:
         """Smaller is simpler."""
         return ("replicate", "shard", "split").index(self.placement) + (self.schedule == "sequential")

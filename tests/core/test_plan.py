@@ -30,7 +30,7 @@ TABLE: list[tuple[str, int, float, dict[str, Any], tuple[int, int, bool, int, st
     ("llama-7b", 1, 8, {}, (2, 8, True, 0, "torch")),
     ("llama-7b", 4, 24, {}, (4, 1, False, 0, "torch")),
     ("llama-7b", 1, 24, {"train.checkpointing": False}, (4, 4, False, 0, "torch")),
-    ("llama-7b", 2, 24, {"train.checkpointing": True}, (8, 1, True, 2, "deepspeed")),
+    ("llama-7b", 2, 24, {"train.checkpointing": True}, (8, 1, True, 0, "torch")),
     ("llama-7b", 2, 24, {"micro_batch": 2}, (2, 4, False, 0, "torch")),
     ("llama-7b", 4, 24, {"gpus": 1}, (4, 4, False, 0, "torch")),
     ("llama3-8b", 1, 80, {"seq_len": 4096}, (1, 16, False, 0, "torch")),
