@@ -1,5 +1,6 @@
 """A LoRA layer and its frozen linear as one product: no addition or scaling of its own, nothing kept twice."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,6 @@ class FusedLora(LoraLinear):
         base = self.get_base_layer()
         self.in_features, self.out_features = base.in_features, base.out_features
         super().update_layer(*args, **kwargs)
-        if is_offloaded(base):  # PEFT has put the adapter where the weights wait
-            self.lora_A.to(base.runs_on)
-            self.lora_B.to(base.runs_on)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         active = self.active_adapters
@@ -33,6 +31,19 @@ class FusedLora(LoraLinear):
             x, self.lora_A[name].weight, self.lora_B[name].weight, self.get_base_layer(), self.scaling[name]
         )
         return product
+
+
+def settle_offloaded(model: nn.Module) -> None:
+    """Of layers whose weights wait in host memory, bring the adapter to the GPU, and have plain linears compute there.
+
+    To be called once the adapter is on: PEFT 0.21 puts its matrices where the weights are.
+    """
+    for module in model.modules():
+        if hasattr(module, "lora_A") and is_offloaded(module.base_layer):
+            for matrices in (module.lora_A, module.lora_B):
+                matrices.to(module.base_layer.runs_on)
+        if is_offloaded(module) and not isinstance(module, PackedLinear):
+            module.forward = partial(frozen_product, module)
 
 
 class _Adapted(torch.autograd.Function):

@@ -38,12 +38,13 @@ def add_adapter(model: Any, plan: Plan) -> Any:
     """
     from peft import get_peft_model
 
-    from qdist.runtime.methods.fused_lora import FusedLora
+    from qdist.runtime.methods.fused_lora import FusedLora, settle_offloaded
 
     torch.manual_seed(plan.spec.seed)
     config = lora_config(plan)
     config._register_custom_module({nn.Linear: FusedLora})
     adapted = get_peft_model(model, config)
+    settle_offloaded(adapted)
     _draw_by_name(adapted, plan.spec.seed)
     return adapted
 

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_map_only
 from qdist.core.errors import SpecError
 from qdist.core.residence import Footprint, Residence, reside, room
 from qdist.host import nvml, probe
-from qdist.runtime.methods.fused_lora import frozen_product
-from qdist.runtime.methods.packed import PackedLinear, is_offloaded
+from qdist.runtime.methods.fused_lora import settle_offloaded
+from qdist.runtime.methods.packed import is_offloaded
 from qdist.runtime.methods.skeleton import decoder_layers, offload
 from qdist.runtime.placements.split_sequential import spread
 
@@ -73,12 +73,7 @@ def settle(model: Any, residence: Residence) -> None:
     that `arrange` saw. Of layers that wait in host memory the adapter comes to the GPU (PEFT 0.21 puts it where the
     weights are), and linears that nobody packed multiply there.
     """
-    for module in model.modules():
-        if hasattr(module, "lora_A") and is_offloaded(module.base_layer):
-            for matrices in (module.lora_A, module.lora_B):
-                matrices.to(module.base_layer.runs_on)
-        if is_offloaded(module) and not isinstance(module, PackedLinear):
-            module.forward = partial(frozen_product, module)
+    settle_offloaded(model)
     if len(residence.gpus) < 2:
         return
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
