@@ -13,8 +13,8 @@ from qdist.core.errors import SpecError
 from qdist.core.plan import Source
 from qdist.core.planner import make_plan
 from qdist.core.spec import nest, parse_assignment, resolve
-from qdist.core.units import parse_bytes
-from qdist.host import probe, templates
+from qdist.core.units import format_bytes, parse_bytes
+from qdist.host import lessons, probe, templates
 from qdist.host.sources import shape
 
 
@@ -25,6 +25,7 @@ from qdist.host.sources import shape
 @click.option("--gpus", type=click.IntRange(min=1), help="How many GPUs.")
 @click.option("--gpu-memory", help="Memory of each, such as 48GiB; this machine's GPUs by default.")
 @click.option("--gpu-name", help="The card, such as 'RTX 4090', where it is not this machine's.")
+@click.option("--host-memory", help="Host memory of the machine; where it is not this one, 64GiB or twice its GPUs'.")
 @click.option("--placement", help="replicate, shard or split; the fastest that fits by default.")
 @click.option("--gpus-per-group", type=click.IntRange(min=1), help="GPUs that hold one backbone between them.")
 @click.option("--max-memory", help="Cap on each GPU, such as 24GiB.")
@@ -36,6 +37,7 @@ def plan(
     recipe: str | None,
     gpu_memory: str | None,
     gpu_name: str | None,
+    host_memory: str | None,
     assignments: tuple[str, ...],
     as_json: bool,
     **flags: Any,
@@ -50,22 +52,29 @@ def plan(
     # Epochs cannot be counted without the data, and steps have no weight.
     spec = spec if spec.steps else msgspec.structs.replace(spec, steps=1, epochs=None)
     config, facts = shape(spec.model)
-    cluster = _machine(spec.gpus or 1, gpu_memory, gpu_name)
+    described = bool(gpu_memory or gpu_name)
+    cluster = _machine(spec.gpus or 1, gpu_memory, gpu_name, host_memory)
     # What another machine has installed is for the user to say.
-    has_liger = find_spec("liger_kernel") is not None or (spec.liger is True and bool(gpu_memory or gpu_name))
+    has_liger = find_spec("liger_kernel") is not None or (spec.liger is True and described)
+    learnt = None if described else lessons.correction_for(cluster, world_size=spec.gpus, bits=spec.bits)
     source = Source(kind="dummy", path="", config=config, tokenizer="")
-    decided = make_plan(spec, source, facts, cluster, None, has_liger=has_liger)
+    decided = make_plan(spec, source, facts, cluster, None, has_liger=has_liger, correction=learnt)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(decided), indent=2).decode())
         return
     plain = decided.device == "cuda" and not decided.liger and spec.liger is None
-    notes = ("liger-kernel is not installed here: --set liger=true plans with its kernels",) if plain else ()
-    click.echo("\n".join(line for line in plan_lines(decided, notes=notes) if not line.startswith("steps")))
+    notes = ["liger-kernel is not installed here: --set liger=true plans with its kernels"] if plain else []
+    if described and not host_memory and decided.offloaded_layers:
+        notes.append(f"the machine is taken to have {format_bytes(cluster.memory_bytes)} of host memory: --host-memory")
+    click.echo("\n".join(line for line in plan_lines(decided, notes=tuple(notes)) if not line.startswith("steps")))
 
 
-def _machine(gpus: int, gpu_memory: str | None, gpu_name: str | None) -> Cluster:
-    """The machine that was described, or this one."""
+def _machine(gpus: int, gpu_memory: str | None, gpu_name: str | None, host_memory: str | None) -> Cluster:
+    """The machine that was described, or this one; with other host memory if that was named."""
+    host_bytes = parse_bytes(host_memory) if host_memory else None
     if not (gpu_memory or gpu_name):
-        return probe.cluster()
+        here = probe.cluster()
+        return msgspec.structs.replace(here, memory_bytes=host_bytes) if host_bytes else here
     known_bytes = memory_of(gpu_name) if gpu_name else 0
-    return hypothetical(gpus, parse_bytes(gpu_memory) if gpu_memory else known_bytes, name=gpu_name or UNNAMED)
+    each = parse_bytes(gpu_memory) if gpu_memory else known_bytes
+    return hypothetical(gpus, each, name=gpu_name or UNNAMED, host_memory_bytes=host_bytes)

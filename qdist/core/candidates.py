@@ -22,8 +22,8 @@ NCCL_BYTES = 1270 * MIB
 CPU_CONTEXT_BYTES = 460 * MIB
 """Resident memory of a CPU rank that has imported torch, transformers, peft and DeepSpeed and loaded nothing."""
 CPU_LOADING_BYTES = 2
-"""A parameter of a CPU rank: pages of the packed folder stay mapped, and the allocator keeps some of what came and went.
-SmolLM2's demo was 0.3 GiB of 1.2 over its measure with 4."""
+"""A parameter of a CPU rank: pages of the packed folder stay mapped, and the allocator keeps some of what came and
+went. SmolLM2's demo was 0.3 GiB of 1.2 over its measure with 4."""
 RECEIVED_AHEAD = 1
 """Micro-batches that each neighbour of a stage has sent, or is sending, before they are used. What is in use counts as
 activations: the runtime's stages hold receive buffers only that long."""

@@ -9,6 +9,8 @@ from qdist.core.units import GIB
 
 UNNAMED = "hypothetical GPU"
 """Name of a card that nobody named."""
+_USUAL_HOST_BYTES = 64 * GIB
+"""Host memory of a machine with a GPU, unless its GPUs are large."""
 
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -50,10 +52,13 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Of the slowest GPU; None on CPU, and where nothing is known of the card."""
 
 
-def hypothetical(gpus: int, gpu_memory_bytes: int, *, name: str = UNNAMED) -> Cluster:
-    """A machine that one does not have, to plan for. Each GPU is empty and brings 8 cores and twice its memory.
+def hypothetical(
+    gpus: int, gpu_memory_bytes: int, *, name: str = UNNAMED, host_memory_bytes: int | None = None
+) -> Cluster:
+    """A machine that one does not have, to plan for. Each GPU is empty and brings 8 cores.
 
     name: of the card, from which the plan knows how fast it is.
+    host_memory_bytes: by default twice what the GPUs have, and at least 64 GiB.
 
     Raises SpecError when the machine would have no GPU or no memory.
     """
@@ -61,7 +66,7 @@ def hypothetical(gpus: int, gpu_memory_bytes: int, *, name: str = UNNAMED) -> Cl
         raise SpecError(f"a machine to plan for needs at least 1 GPU, not {gpus}", try_="--gpus 4 --gpu-memory 48GiB")
     if gpu_memory_bytes < GIB:
         raise SpecError(f"a GPU of {gpu_memory_bytes:,} bytes is too small to plan for", try_="--gpu-memory 48GiB")
-    host_bytes = 2 * gpus * gpu_memory_bytes
+    host_bytes = host_memory_bytes or max(_USUAL_HOST_BYTES, 2 * gpus * gpu_memory_bytes)
     return Cluster(
         device="cuda",
         gpus=tuple(

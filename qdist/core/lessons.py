@@ -52,6 +52,8 @@ class Correction(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """(placement, ratio) of each placement that has run here."""
     context_bytes: int | None = None
     """Measured CUDA context and NCCL on one GPU; None where nothing was learnt of it."""
+    runs: int = 0
+    """That taught it; 0 where nobody counted."""
 
     def speed_of(self, placement: str) -> float:
         """The ratio for one placement."""
@@ -95,6 +97,7 @@ def correction(
         speed=_ratio(timed) if timed else 1.0,
         speeds=tuple((name, _ratio([lesson for lesson in timed if lesson.placement == name])) for name in placements),
         context_bytes=int(median(contexts)) if contexts else None,
+        runs=max(len(timed[-_NEWEST:]), len(contexts)),
     )
 
 

@@ -4,19 +4,29 @@ import math
 from typing import Literal, NamedTuple
 
 from qdist.core.candidates import HEADROOM, Candidate, Setting
-from qdist.core.cards import has_bfloat16, rates_for
+from qdist.core.cards import rates_for
 from qdist.core.cluster import Cluster, Rates
 from qdist.core.errors import PlanError, SpecError
 from qdist.core.facts import ModelFacts
 from qdist.core.layouts import layouts
 from qdist.core.lessons import Correction
+from qdist.core.means import count_of, dtype_of, liger_of, optimizer_of, rooms_of
 from qdist.core.memory import Job, sizes
-from qdist.core.notes import notes
+from qdist.core.notes import correction_notes, dtype_notes, notes
 from qdist.core.plan import DataFacts, Plan, RankPlan, Source
-from qdist.core.ranking import alternatives, choose, closest, contenders, eligible, last_resort
+from qdist.core.ranking import (
+    alternatives,
+    barred,
+    choose,
+    closest,
+    contenders,
+    eligible,
+    host_memory_wanted,
+    last_resort,
+)
 from qdist.core.refusal import too_big
 from qdist.core.spec import RunSpec, max_memory_bytes
-from qdist.core.units import GIB, format_bytes
+from qdist.core.units import format_bytes
 
 __all__ = ["HEADROOM", "make_plan"]
 
@@ -63,12 +73,17 @@ def make_plan(
     Raises PlanError, with the missing bytes and the nearest settings that fit, when the run does not fit, and
     SpecError where settings or the batch arithmetic cannot work out.
     """
-    count = _count(spec, cluster)
+    count = count_of(spec, cluster)
     longest = min(spec.seq_len, data.longest) if data else spec.seq_len
     if longest > facts.max_positions:
         raise SpecError(
             f"seq_len={longest}, but {spec.model} has {facts.max_positions} positions",
             try_=f"seq_len={facts.max_positions}",
+        )
+    if (spec.split.offload_layers or 0) > facts.layers:
+        raise SpecError(
+            f"split.offload_layers={spec.split.offload_layers}, but {spec.model} has {facts.layers} layers",
+            try_=f"--set split.offload_layers={facts.layers}",
         )
     rates, rate_notes = rates_for(cluster)
     inputs = _Inputs(
@@ -77,15 +92,15 @@ def make_plan(
         facts=facts,
         cluster=cluster,
         longest=longest,
-        dtype=_dtype(spec, cluster),
-        liger=_liger(spec, cluster, has_liger),
-        optimizer=_optimizer(spec, cluster),
+        dtype=dtype_of(spec, cluster),
+        liger=liger_of(spec, cluster, has_liger),
+        optimizer=optimizer_of(spec, cluster),
         rates=rates,
         correction=correction,
         usual_micro_batch=usual_micro_batch,
     )
     decision = _decide(inputs)
-    winner, layout = decision.winner, decision.winner.layout
+    setting, winner, layout = decision.setting, decision.winner, decision.winner.layout
 
     def tokens_s(candidate: Candidate) -> float:
         return spec.global_batch * longest / candidate.seconds if candidate.seconds else 0.0
@@ -118,16 +133,21 @@ def make_plan(
         ranks=_ranks(winner, count, cluster.device),
         tokens_per_second=round(tokens_s(winner), 1),
         load_peak_bytes=max(winner.load_peaks),
-        alternatives=alternatives(decision.setting, winner, decision.rows, tokens_s),
+        alternatives=alternatives(setting, winner, decision.rows, tokens_s),
         correction=correction,
-        notes=(*notes(spec, winner, layers=facts.layers), *rate_notes),
+        notes=(
+            *notes(setting, winner, barred(setting, winner, decision.rows)),
+            *dtype_notes(inputs.dtype, cluster),
+            *rate_notes,
+            *correction_notes(correction),
+        ),
     )
 
 
 def _decide(inputs: _Inputs) -> _Decision:
     """The best candidate and all that were tried. Raises PlanError when none fits."""
     spec, cluster = inputs.spec, inputs.cluster
-    count = _count(spec, cluster)
+    count = count_of(spec, cluster)
     setting = _setting(inputs, count)
     rows = contenders(setting, layouts(spec, count, device=cluster.device))
     tried = eligible(setting, rows)
@@ -136,12 +156,13 @@ def _decide(inputs: _Inputs) -> _Decision:
 
         def attempt(changed: RunSpec, machine: Cluster) -> Candidate:
             eased = inputs._replace(spec=changed, cluster=machine)
-            fitting = choose(_tried(eased)) or last_resort(_setting(eased, _count(changed, machine)), count)
+            among = count_of(changed, machine)
+            fitting = choose(_tried(eased)) or last_resort(_setting(eased, among), among)
             if fitting is None:
                 raise PlanError("does not fit either")
             return fitting
 
-        raise too_big(spec, cluster, closest(tried), attempt)
+        raise too_big(spec, cluster, closest(tried), attempt, host_memory_wanted(setting, count))
     _check_offloaded(setting, winner)
     if cluster.device == "cpu":
         _check_cpu_ranks(spec, cluster, winner)
@@ -149,13 +170,15 @@ def _decide(inputs: _Inputs) -> _Decision:
 
 
 def _tried(inputs: _Inputs) -> list[Candidate]:
-    count = _count(inputs.spec, inputs.cluster)
+    count = count_of(inputs.spec, inputs.cluster)
     setting = _setting(inputs, count)
     return eligible(setting, contenders(setting, layouts(inputs.spec, count, device=inputs.cluster.device)))
 
 
 def _setting(inputs: _Inputs, count: int) -> Setting:
-    spec = inputs.spec
+    spec, source = inputs.spec, inputs.source
+    # Before a model is prepared nobody knows which of the tokens it has: they all count as new.
+    new_rows = len(source.new_token_ids) or (len(spec.new_tokens) if source.kind == "dummy" else 0)
     job = Job(
         bits=spec.bits,
         double_quant=spec.quant.double,
@@ -173,13 +196,13 @@ def _setting(inputs: _Inputs, count: int) -> Setting:
     return Setting(
         spec=spec,
         sizes=sizes(inputs.facts, job),
-        rooms=_rooms(spec, inputs.cluster, count),
+        rooms=rooms_of(spec, inputs.cluster, count),
         host_bytes=inputs.cluster.memory_bytes,
         rates=inputs.rates,
-        whole_tables=inputs.source.vocab_rows is not None,
+        whole_tables=source.vocab_rows is not None or new_rows > 0,
         correction=inputs.correction,
         usual_micro_batch=inputs.usual_micro_batch,
-        new_rows=len(inputs.source.new_token_ids),
+        new_rows=new_rows,
     )
 
 
@@ -226,62 +249,9 @@ def _check_cpu_ranks(spec: RunSpec, cluster: Cluster, winner: Candidate) -> None
         )
 
 
-def _count(spec: RunSpec, cluster: Cluster) -> int:
-    """GPUs, or CPU ranks, of the run."""
-    if cluster.device == "cpu":
-        return spec.gpus or 1
-    if spec.gpus is not None and spec.gpus > len(cluster.gpus):
-        raise PlanError(
-            f"--gpus {spec.gpus}, but this machine has {len(cluster.gpus)}", try_=f"--gpus {len(cluster.gpus)}"
-        )
-    return spec.gpus or len(cluster.gpus)
-
-
-def _dtype(spec: RunSpec, cluster: Cluster) -> Literal["bfloat16", "float16", "float32"]:
-    """16 bits on GPUs, in the form that all of them have; 32 on CPUs, which emulate bfloat16 (docs/decisions.md)."""
-    if spec.dtype or cluster.device == "cpu":
-        return spec.dtype or "float32"
-    return "bfloat16" if all(has_bfloat16(gpu.name) for gpu in cluster.gpus) else "float16"
-
-
-def _optimizer(spec: RunSpec, cluster: Cluster) -> Literal["adamw", "paged-adamw"]:
-    """Paged AdamW on GPUs, unless a candidate has room for its state; plain AdamW where it lies on the CPU anyway."""
-    on_gpu = cluster.device == "cuda" and spec.zero.offload == "none"
-    if spec.optim.name == "paged-adamw" and not on_gpu:
-        where = "a GPU" if cluster.device == "cpu" else "zero.offload=none"
-        raise SpecError(
-            f"optim.name=paged-adamw needs {where}: it pages optimizer state out of GPU memory", try_="optim.name=adamw"
-        )
-    return spec.optim.name or ("paged-adamw" if on_gpu else "adamw")
-
-
 def _elsewhere(spec: RunSpec) -> str:
     """What to do when not even one CPU rank fits."""
     return f"a smaller model; for another machine: qdist plan --model {spec.model} --gpus 1 --gpu-memory 24GiB"
-
-
-def _liger(spec: RunSpec, cluster: Cluster, has_liger: bool) -> bool:
-    if spec.liger and cluster.device == "cpu":
-        raise SpecError("liger=true needs a GPU: its kernels are written in Triton", try_="liger=false")
-    if spec.liger and not has_liger:
-        raise SpecError("liger=true, but the package liger-kernel is not installed", try_="pip install liger-kernel")
-    return cluster.device == "cuda" and has_liger if spec.liger is None else spec.liger
-
-
-def _rooms(spec: RunSpec, cluster: Cluster, count: int) -> tuple[int, ...] | None:
-    """Bytes that the plan may fill of each GPU; None on CPU, where ranks share the machine's memory."""
-    cap = max_memory_bytes(spec)
-    if cluster.device == "cpu":
-        if cap is not None:
-            raise SpecError("--max-memory caps GPUs, and this machine has none", try_="leave --max-memory out")
-        return None
-    totals = [gpu.total_bytes for gpu in cluster.gpus[:count]]
-    if cap is not None and cap > max(totals):
-        raise PlanError(
-            f"--max-memory {format_bytes(cap)}, but the largest GPU has {format_bytes(max(totals))}",
-            try_=f"--max-memory {max(totals) // GIB}GiB or less",
-        )
-    return tuple(int(HEADROOM * min(cap or total, total)) for total in totals)
 
 
 def _steps(spec: RunSpec, data: DataFacts | None) -> int:

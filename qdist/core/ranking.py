@@ -73,22 +73,45 @@ def choose(candidates: Iterable[Candidate]) -> Candidate | None:
 
 def last_resort(setting: Setting, count: int) -> Candidate | None:
     """Layers in host memory, where nothing else fits and nothing speaks against it."""
+    return choose(_offloading(setting, count))
+
+
+def host_memory_wanted(setting: Setting, count: int) -> tuple[int, int] | None:
+    """(layers, bytes) that would have to wait in host memory, were there enough of it; None where that cannot help."""
+    boundless = setting._replace(host_bytes=2 * setting.sizes.layer * setting.sizes.facts.layers)
+    away = min((len(own.offloaded) for own in _offloading(boundless, count) if own.fits), default=0)
+    return (away, away * setting.sizes.layer) if away else None
+
+
+def _offloading(setting: Setting, count: int) -> list[Candidate]:
+    """With layers in host memory; none where the user decided otherwise."""
     spec = setting.spec
     if setting.rooms is None or spec.placement not in (None, "split") or spec.gpus_per_group not in (None, count):
-        return None
+        return []
     if spec.split.schedule == "1f1b" or spec.split.offload_layers is not None:
-        return None
+        return []
     try:
         layout = one_process(spec, count)
         check_batches(setting, layout)
     except SpecError:
-        return None
-    return choose(offloading(setting, layout))
+        return []
+    return list(offloading(setting, layout))
 
 
 def closest(candidates: Iterable[Candidate]) -> Candidate:
     """Of those that do not fit, the one that misses least."""
     return min(candidates, key=lambda candidate: (candidate.missing, candidate.layout.simplicity))
+
+
+def barred(setting: Setting, winner: Candidate, rows: Iterable[Sequence[Candidate]]) -> SpecError | None:
+    """Why a layout that would have won cannot do what is wanted; None where none would."""
+    for row in rows:
+        best = choose(row)
+        if best is None or best.seconds > winner.seconds:
+            continue
+        if refused := unable(setting.spec, best.layout, setting.new_rows):
+            return refused
+    return None
 
 
 def alternatives(
@@ -104,7 +127,7 @@ def alternatives(
             continue
         best = choose(row)
         own = best or closest(row)
-        barred = unable(setting.spec, own.layout, setting.new_rows)
+        refused = unable(setting.spec, own.layout, setting.new_rows)
         lost.append(
             Alternative(
                 placement=own.layout.placement,
@@ -115,7 +138,7 @@ def alternatives(
                 checkpointed_layers=own.checkpointed,
                 tokens_per_second=tokens_s(own) if best else 0.0,
                 required_bytes=own.required_bytes,
-                reason=shortage(own) if not best else barred.message if barred else _slower(own, winner),
+                reason=shortage(own) if not best else refused.message if refused else _slower(own, winner),
             )
         )
     return tuple(lost)

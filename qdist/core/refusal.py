@@ -1,11 +1,12 @@
 """What does a run that does not fit lack, and what is the nearest that fits?"""
 
 from collections.abc import Callable, Iterator
+from math import ceil
 from typing import Any, NamedTuple
 
 import msgspec
 
-from qdist.core.candidates import Candidate
+from qdist.core.candidates import HEADROOM, Candidate
 from qdist.core.cluster import Cluster
 from qdist.core.errors import PlanError, QdistError
 from qdist.core.ranking import shortage
@@ -31,10 +32,21 @@ class Way(NamedTuple):
     cluster: Cluster
 
 
-def too_big(spec: RunSpec, cluster: Cluster, closest: Candidate, attempt: Attempt) -> PlanError:
-    """The error for a run of which nothing fits; it names the first change, from small to large, that makes it fit."""
+def too_big(
+    spec: RunSpec, cluster: Cluster, closest: Candidate, attempt: Attempt, in_host: tuple[int, int] | None
+) -> PlanError:
+    """The error for a run of which nothing fits; it names the first change, from small to large, that makes it fit.
+
+    in_host: (layers, bytes) that host memory is too small for, where that is what is missing.
+    """
     message = f"{spec.model} at {spec.bits} bits {shortage(closest)}{' of --max-memory' if spec.max_memory else ''}"
-    for way in _ways(spec, cluster):
+    if in_host:
+        layers, held = in_host
+        message += (
+            f"; {layers} layers could wait in host memory, but they are {format_bytes(held)} and "
+            f"{HEADROOM * 100:.0f} % of it {format_bytes(HEADROOM * cluster.memory_bytes)}"
+        )
+    for way in _ways(spec, cluster, in_host[1] if in_host else 0):
         try:
             found = attempt(way.spec, way.cluster)
         except QdistError:
@@ -48,8 +60,8 @@ def _named(found: Candidate) -> str:
     return f"{found.layout.placement}{away}"
 
 
-def _ways(spec: RunSpec, cluster: Cluster) -> Iterator[Way]:
-    """Settings first, each alone and then all together; then GPUs."""
+def _ways(spec: RunSpec, cluster: Cluster, in_host: int) -> Iterator[Way]:
+    """Settings first, each alone and then all together; then host memory, then GPUs."""
     for words, changes in (*_eased(spec), *_placed(spec)):
         yield Way(words, msgspec.structs.replace(spec, **changes), cluster)
     together: dict[str, object] = {}
@@ -59,6 +71,10 @@ def _ways(spec: RunSpec, cluster: Cluster) -> Iterator[Way]:
         words = _join(words, word)
         yield Way(words, msgspec.structs.replace(spec, **together), cluster)
     eased = msgspec.structs.replace(spec, **together)
+    if in_host:
+        gib = ceil(in_host / HEADROOM / GIB)
+        words = f"{gib} GiB of host memory, which qdist plan --host-memory {gib}GiB assumes"
+        yield Way(words, spec, msgspec.structs.replace(cluster, memory_bytes=gib * GIB))
     smallest = min(gpu.total_bytes for gpu in cluster.gpus)
     for gib in _LARGER_GIB if spec.max_memory else ():
         if gib * GIB <= smallest:

@@ -246,7 +246,16 @@ def _rehearse(spec: RunSpec) -> None:
         return
     shortest = DataFacts(path="", samples=2, train_samples=1, held_out_samples=1, tokens=2, longest=8)
     source = Source(kind="dummy", path="", config=config, tokenizer="")
-    make_plan(spec, source, facts, probe.cluster(), shortest, has_liger=find_spec("liger_kernel") is not None)
+    cluster = probe.cluster()
+    make_plan(
+        spec,
+        source,
+        facts,
+        cluster,
+        shortest,
+        has_liger=find_spec("liger_kernel") is not None,
+        correction=lessons.correction_for(cluster, world_size=spec.gpus, bits=spec.bits),
+    )
 
 
 def _synthetic(spec: RunSpec) -> Prepared:

@@ -11,9 +11,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qdist.cli.main import COMMANDS, main
+from qdist.core.cluster import hypothetical
+from qdist.core.lessons import Correction
 from qdist.core.plan import Plan
 from qdist.core.planner import HEADROOM
 from qdist.core.units import GIB
+from qdist.host import lessons, probe
 
 BIG = ("--model", "llama-65b", "--bits", "4", "--gpus", "4", "--gpu-memory")
 HEAVY = ("torch", "transformers", "numpy", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
@@ -72,6 +75,25 @@ def test_a_card_can_be_named_instead_of_its_memory() -> None:
     decided = msgspec.json.decode(result.stdout, type=Plan)
     assert decided.ranks[0].expected[0].required <= HEADROOM * 24 * GIB
     assert plan("--model", "llama-7b", "--gpu-name", "abacus").exit_code == 2
+
+
+def test_the_host_memory_of_a_described_machine_is_said_where_layers_wait_in_it() -> None:
+    one = ("--model", "llama-65b", "--gpus", "1", "--gpu-memory", "24GiB", "--set", "liger=true")
+    assumed = plan(*one).stdout
+    assert "62 of 80 layers wait in host memory, since nothing else fits: 24.1 GiB of it" in assumed
+    assert "note     the machine is taken to have 64.0 GiB of host memory: --host-memory" in assumed
+    assert "is taken to have" not in plan(*one, "--host-memory", "80GiB").stdout
+    poor = plan(*one, "--host-memory", "16GiB")
+    assert poor.exit_code == 1
+    assert "48 layers could wait in host memory, but they are 18.7 GiB and 95 % of it 15.2 GiB" in poor.stderr
+
+
+def test_what_runs_here_taught_corrects_the_plan_of_this_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "cluster", lambda: hypothetical(1, 24 * GIB, name="NVIDIA RTX 4090"))
+    monkeypatch.setattr(lessons, "correction_for", lambda *_, **__: Correction(speed=0.5, runs=2))
+    here, there = plan("--model", "llama-7b"), plan("--model", "llama-7b", "--gpu-name", "RTX 4090")
+    assert "note     speed corrected by 2 earlier runs on this kind of card\n" in here.stdout
+    assert "corrected" not in there.stdout
 
 
 def test_a_plan_as_json_is_the_plan() -> None:

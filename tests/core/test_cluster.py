@@ -11,6 +11,12 @@ def test_a_machine_one_does_not_have_is_empty() -> None:
     assert [(gpu.index, gpu.free_bytes) for gpu in machine.gpus] == [(index, 48 * GIB) for index in range(4)]
 
 
+@pytest.mark.parametrize(("count", "gib", "expected"), [(1, 24, 64), (4, 48, 384)])
+def test_its_host_memory_is_what_such_machines_have_unless_told(count: int, gib: int, expected: int) -> None:
+    assert hypothetical(count, gib * GIB).memory_bytes == expected * GIB
+    assert hypothetical(count, gib * GIB, host_memory_bytes=16 * GIB).memory_bytes == 16 * GIB
+
+
 @pytest.mark.parametrize(("gpus", "memory"), [(0, 48 * GIB), (-1, 48 * GIB), (4, 48)])
 def test_a_machine_without_gpus_or_memory_is_refused(gpus: int, memory: int) -> None:
     with pytest.raises(SpecError):

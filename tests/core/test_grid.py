@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from qdist.core.candidates import HEADROOM, Candidate
-from qdist.core.cluster import Cluster, Gpu, Rates
+from qdist.core.cluster import Cluster, Gpu, Rates, hypothetical
 from qdist.core.errors import PlanError, QdistError, SpecError
 from qdist.core.layouts import layouts
 from qdist.core.lessons import Correction
@@ -165,20 +165,42 @@ def test_layers_go_to_host_memory_only_where_nothing_else_fits() -> None:
     assert planned("llama-65b", gpus(1, 24), {"split.offload_layers": 75}).offloaded_layers[0] == 0
     assert planned("llama-65b", gpus(2, 24), SPLIT | {"split.offload_layers": 4}).offloaded_layers == (10, 30, 50, 70)
     poor = msgspec.structs.replace(gpus(1, 24), memory_bytes=8 * GIB)
-    with pytest.raises(PlanError, match=r"needs 40\.\d GiB on every GPU"):
+    with pytest.raises(PlanError, match=r"48 layers could wait in host memory, but they are 18\.7 GiB and 95 % of"):
         planned("llama-65b", poor)
     poor = msgspec.structs.replace(gpus(1, 48), memory_bytes=8 * GIB)
     with pytest.raises(PlanError, match=r"40 offloaded layers need 15\.\d GiB of host memory"):
         planned("llama-65b", poor, {"split.offload_layers": 40})
 
 
+def test_more_layers_than_there_are_cannot_be_taken_off_the_gpu() -> None:
+    with pytest.raises(SpecError, match="offload_layers=400, but llama-7b has 32 layers") as caught:
+        planned("llama-7b", gpus(1, 24), {"split.offload_layers": 400})
+    assert caught.value.try_ == "--set split.offload_layers=32"
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "settings", "note"),
+    [
+        ("llama-7b", "NVIDIA H200", {"zero.stage": 3}, "zero.stage=3 gathers adapters that stay whole on every rank"),
+        ("llama-7b", "Tesla T4", {"dtype": "bfloat16"}, "a Tesla T4 emulates bfloat16, which is slow: --set dtype=flo"),
+        ("llama-65b", "RTX 4090", {"train.answers": 3}, "sequential: the stages of a 1f1b split cannot generate the"),
+        ("llama-65b", "RTX 4090", {"new_tokens": ["a"]}, "sequential: the stages of a 1f1b split cannot train a new r"),
+    ],
+)
+def test_what_costs_or_was_not_asked_for_is_noted(model: str, name: str, settings: dict[str, Any], note: str) -> None:
+    cards = hypothetical(2, 24 * GIB, name=name)
+    assert any(said.startswith(note) for said in planned(model, cards, settings).notes)
+    assert not any(said.startswith(note) for said in planned(model, cards).notes)
+
+
 def test_what_was_learnt_scales_speed_and_replaces_the_context() -> None:
     plain = planned("llama-7b", gpus(2, 80))
-    learnt = Correction(speed=0.8, speeds=(("shard", 0.5),), context_bytes=3 * GIB)
+    learnt = Correction(speed=0.8, speeds=(("shard", 0.5),), context_bytes=3 * GIB, runs=3)
     corrected = planned("llama-7b", gpus(2, 80), correction=learnt)
     assert corrected.tokens_per_second == pytest.approx(0.8 * plain.tokens_per_second, rel=1e-3)
     assert corrected.ranks[0].expected[0].context == 3 * GIB
     assert corrected.correction == learnt
+    assert corrected.notes[-1] == "speed and context corrected by 3 earlier runs on this kind of card"
     by_name = {other.placement: other.tokens_per_second for other in corrected.alternatives}
     usual = {other.placement: other.tokens_per_second for other in plain.alternatives}
     assert by_name["shard"] == pytest.approx(0.5 * usual["shard"], rel=1e-2)

@@ -25,7 +25,7 @@ def learnt(*lessons: Lesson, **asked: Any) -> Correction | None:
 
 
 def test_measured_over_predicted_and_the_measured_context() -> None:
-    assert learnt(LESSON) == Correction(speed=0.9, speeds=(("shard", 0.9),), context_bytes=2 * GIB)
+    assert learnt(LESSON) == Correction(speed=0.9, speeds=(("shard", 0.9),), context_bytes=2 * GIB, runs=1)
 
 
 @pytest.mark.parametrize(

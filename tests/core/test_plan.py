@@ -171,8 +171,9 @@ TOO_BIG: list[tuple[str, int, int, dict[str, Any], str]] = [
     ("llama-65b", 1, 80, {"bits": 8, "micro_batch": 8, "train.checkpointing": False}, "--set micro_batch=1"),
     ("llama-7b", 1, 8, {"seq_len": 2048, "train.checkpointing": False}, "--set train.checkpointing=true"),
     ("llama-7b", 1, 80, {"max_memory": "4GiB", "bits": 16, "micro_batch": 16}, "--set micro_batch=1"),
-    ("llama-65b", 1, 8, {}, "--gpus 8"),
-    ("llama-65b", 2, 4, {}, "GPUs of 16 GiB"),
+    ("llama-65b", 1, 8, {}, "--gpus 2"),
+    ("llama-65b", 2, 4, {}, "--gpus 8"),
+    ("llama-65b", 2, 2, {}, "GPUs of 8 GiB"),
     ("llama-65b", 4, 24, {"placement": "replicate"}, "--placement shard"),
     ("llama-65b", 2, 24, {"placement": "shard"}, "--placement split"),
     ("llama-65b", 4, 24, {"placement": "shard", "gpus_per_group": 2},
@@ -181,7 +182,7 @@ TOO_BIG: list[tuple[str, int, int, dict[str, Any], str]] = [
      "--set split.schedule=auto --set split.offload_layers=auto"),
     ("llama-65b", 1, 80, {"zero.offload": "cpu", "max_memory": "24GiB"}, "--max-memory 48GiB"),
     ("llama-65b", 1, 24, {"placement": "replicate"}, "--placement split"),
-    ("llama-65b", 1, 8, {"placement": "replicate"}, "--gpus 8 --set placement=auto"),
+    ("llama-65b", 1, 8, {"placement": "replicate"}, "--gpus 2 --set placement=auto"),
 ]  # fmt: skip
 
 

@@ -61,10 +61,10 @@ def test_what_a_run_taught_corrects_the_next_plan(tmp_path: Path) -> None:
     assert (learnt.card, learnt.gpus, learnt.world_size, learnt.rates) == ("hypothetical GPU", 2, 2, "measured")
     assert learnt.measured_bytes == 11 * GIB + made.ranks[0].expected[0].pageable
     assert learnt.measured_context_bytes == 2 * GIB
-    wanted = Correction(speed=0.9, speeds=(("replicate", 0.9),), context_bytes=2 * GIB)
+    wanted = Correction(speed=0.9, speeds=(("replicate", 0.9),), context_bytes=2 * GIB, runs=1)
     assert lessons.correction_for(machine()) == wanted
     assert lessons.correction_for(machine(), world_size=1) == msgspec.structs.replace(wanted, context_bytes=None)
-    assert lessons.correction_for(machine(), bits=8) == Correction(context_bytes=2 * GIB)
+    assert lessons.correction_for(machine(), bits=8) == Correction(context_bytes=2 * GIB, runs=1)
 
 
 def test_ratios_to_the_tables_rates_say_nothing_of_measured_ones(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_ratios_to_the_tables_rates_say_nothing_of_measured_ones(tmp_path: Path)
     rates = machine().rates
     assert rates is not None
     tabled = msgspec.structs.replace(machine(), rates=msgspec.structs.replace(rates, source="table: H200"))
-    assert lessons.correction_for(tabled) == Correction(context_bytes=2 * GIB)
+    assert lessons.correction_for(tabled) == Correction(context_bytes=2 * GIB, runs=1)
 
 
 def test_a_corrected_prediction_is_remembered_uncorrected() -> None:
