@@ -23,7 +23,7 @@ from qdist.host.rundir import RunDir
 @click.option("--data", help="JSON, JSONL, CSV, TSV or Parquet file, folder, hub id, or demo.")
 @click.option("--gpus", type=click.IntRange(min=1), help="Ranks; CPU processes where there is no GPU.")
 @click.option("--placement", help="replicate, shard or split; the planner's choice by default.")
-@click.option("--gpus-per-group", type=click.IntRange(min=1), help="GPUs that hold one backbone between them.")
+@click.option("--gpus-per-group", metavar="N", help="GPUs that hold one backbone between them; auto by default.")
 @click.option("--max-memory", help="Cap on each GPU, such as 24GiB.")
 @click.option("--load-format", help="auto, or dummy for random weights.")
 @click.option("--run", "run", help="Run directory; runs/MODEL-METHOD-DATA by default.")

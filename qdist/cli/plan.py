@@ -27,7 +27,7 @@ from qdist.host.sources import shape
 @click.option("--gpu-name", help="The card, such as 'RTX 4090', where it is not this machine's.")
 @click.option("--host-memory", help="Host memory of the machine; where it is not this one, 64GiB or twice its GPUs'.")
 @click.option("--placement", help="replicate, shard or split; the fastest that fits by default.")
-@click.option("--gpus-per-group", type=click.IntRange(min=1), help="GPUs that hold one backbone between them.")
+@click.option("--gpus-per-group", metavar="N", help="GPUs that hold one backbone between them; auto by default.")
 @click.option("--max-memory", help="Cap on each GPU, such as 24GiB.")
 @click.option(
     "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any other setting, such as seq_len=1024."

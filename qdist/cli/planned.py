@@ -118,14 +118,29 @@ def _lost(plan: Plan) -> Iterator[str]:
     for index, other in enumerate(plan.alternatives):
         speed = f"{format_count(other.tokens_per_second)} tok/s" if other.tokens_per_second else ""
         yield (
-            f"{'' if index else 'not':8} {_named(other):24} {speed:>12} {format_bytes(other.required_bytes):>9}  "
+            f"{'' if index else 'not':8} {_named(other, plan):24} {speed:>12} {format_bytes(other.required_bytes):>9}  "
             f"{other.reason}"
         )
 
 
-def _named(other: Alternative) -> str:
+def _named(other: Alternative, plan: Plan) -> str:
+    """The layout; where the winner or another row has the same, what tells them apart."""
     how = f"{other.placement} {other.schedule}" if other.schedule else other.placement
-    return f"{how}, {other.groups} x {other.gpus_per_group}"
+    named = f"{how}, {other.groups} x {other.gpus_per_group}"
+    rows: list[Plan | Alternative] = [plan, *plan.alternatives]
+    alike = [own for own in rows if own is not other and _grid(own) == _grid(other)]
+    if any((own.engine, own.zero_stage) != (other.engine, other.zero_stage) for own in alike):
+        return f"{named}, {_state(other.engine, other.zero_stage)}"
+    return f"{named}, all on GPU" if plan in alike and plan.offloaded_layers else named
+
+
+def _grid(own: Plan | Alternative) -> tuple[object, ...]:
+    return own.placement, own.schedule, own.groups, own.gpus_per_group
+
+
+def _state(engine: str, zero_stage: int) -> str:
+    """Who keeps the adapter's state."""
+    return f"ZeRO-{zero_stage}" if engine == "deepspeed" else "torch"
 
 
 def _count(number: int, name: str, plural: str) -> str:

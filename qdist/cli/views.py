@@ -17,6 +17,10 @@ _MOST_ROWS = 8
 """More ranks than this are shown as the three that use the least, median and most of their prediction."""
 
 
+_SLOW_GB_S = 0.1
+"""What is read slower is told in MB/s; below as many of those, pages lay in memory and no rate says anything."""
+
+
 class Sparkline:
     """A row of characters whose heights are the values; ASCII where the terminal has nothing better."""
 
@@ -162,8 +166,11 @@ def loading(seconds: float, read_bytes: int) -> str:
     """'12 s, 3.6 GiB read at 0.3 GB/s'; where nothing came from a disk, the seconds alone."""
     if not read_bytes or seconds <= 0:
         return format_duration(seconds)
-    rate = read_bytes / seconds / 1e9
-    return f"{format_duration(seconds)}, {format_bytes(read_bytes)} read at {rate:.{0 if rate >= 10 else 1}f} GB/s"
+    rate, unit = read_bytes / seconds / 1e9, "GB/s"
+    if rate < _SLOW_GB_S:
+        rate, unit = 1000 * rate, "MB/s"
+    pace = f" at {rate:.{0 if rate >= 10 else 1}f} {unit}" if rate >= _SLOW_GB_S else ""
+    return f"{format_duration(seconds)}, {format_bytes(read_bytes)} read{pace}"
 
 
 def _plain_head(event: Event) -> str:

@@ -1,6 +1,7 @@
 """How fast are common cards? Data sheets, scaled to what programs reach; for where nothing has been measured."""
 
 import re
+from difflib import get_close_matches
 
 import msgspec
 
@@ -64,6 +65,12 @@ CARDS = (
     Card(r"t4", 16, 65, 320, 16, bfloat16=False),
     Card(r"2080 ti", 11, 54, 616, 16, bfloat16=False),
 )
+TITLES = (
+    "B200", "H200", "H200 NVL", "H100", "H100 NVL", "H100 PCIe", "A100-SXM4-80GB", "A100 80GB PCIe", "A100-SXM4-40GB",
+    "A100-PCIE-40GB", "RTX 6000 Ada", "L40S", "L40", "L4", "A40", "A10G", "A10", "RTX A6000", "RTX 5090", "RTX 4090",
+    "RTX 3090", "V100-SXM2-32GB", "V100-SXM2-16GB", "V100-PCIE-16GB", "T4", "RTX 2080 Ti",
+)  # fmt: skip
+"""What people call them."""
 TABLE = "table"
 """How the source of rates that nobody measured begins."""
 _USUAL = (
@@ -102,7 +109,8 @@ def memory_of(name: str) -> int:
     """Bytes of a known card. Raises SpecError for another."""
     card = _card(name)
     if card is None:
-        raise SpecError(f"no card is known as {name!r}", try_="--gpu-name 'RTX 4090', or --gpu-memory alone")
+        near = " or ".join(f"--gpu-name '{title}'" for title in _nearest(name))
+        raise SpecError(f"no card is known as {name!r}", try_=f"{near}, or --gpu-memory 24GiB alone")
     return card.gib * GIB
 
 
@@ -117,8 +125,18 @@ def usual_card(memory_bytes: int) -> str:
     return next((name for gib, name in _USUAL if memory_bytes <= gib * GIB), "B200")
 
 
+def _nearest(name: str) -> list[str]:
+    """Up to three titles that look like a name, the likest first; usual ones where none does."""
+    squeezed = {re.sub(r"\W", "", title).lower(): title for title in TITLES}
+    wanted = re.sub(r"[\W_]|nvidia|geforce", "", name.lower())
+    close = [title for key, title in squeezed.items() if wanted and (wanted in key or key in wanted)]
+    close = close or [squeezed[key] for key in get_close_matches(wanted, squeezed, n=3, cutoff=0.5)]
+    return close[:3] or ["RTX 4090", "A100-SXM4-80GB", "H100"]
+
+
 def _card(name: str) -> Card | None:
     folded = re.sub(r"[\s_-]+", " ", name.lower())
+    folded = re.sub(r"\b(rtx|geforce|nvidia|tesla)(?=\w*\d)", r"\1 ", re.sub(r"(?<=\d)ti\b", " ti", folded))
     return next((card for card in CARDS if re.search(rf"\b(?:{card.name})\b", folded)), None)
 
 

@@ -8,6 +8,9 @@ import msgspec
 from qdist.core.errors import SpecError
 from qdist.core.plan import Placement, Schedule
 from qdist.core.spec import RunSpec, Split
+from qdist.core.units import counted
+
+_UNITS = {"cuda": "GPU", "cpu": "CPU rank"}
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -55,7 +58,7 @@ def layouts(spec: RunSpec, count: int, *, device: Literal["cuda", "cpu"]) -> tup
     refused: SpecError | None = None
     for placement, schedule, size in _grid(spec, count, device):
         try:
-            found.append(_layout(spec, placement, schedule, count, size))
+            found.append(_layout(spec, placement, schedule, count, size, _UNITS[device]))
         except SpecError as error:
             refused = refused or error
     if not found:
@@ -108,25 +111,26 @@ def unable(spec: RunSpec, layout: Layout, new_rows: int) -> SpecError | None:
 
 def one_process(spec: RunSpec, count: int) -> Layout:
     """One process over all GPUs: the only form that can leave layers in host memory."""
-    return _layout(spec, "split", "sequential", count, count)
+    return _layout(spec, "split", "sequential", count, count, "GPU")
 
 
-def _layout(spec: RunSpec, placement: Placement, schedule: Schedule | None, count: int, size: int) -> Layout:
+def _layout(spec: RunSpec, placement: Placement, schedule: Schedule | None, count: int, size: int, unit: str) -> Layout:
     groups = count // size
     if schedule == "sequential" and groups > 1:
         raise SpecError(
-            f"split.schedule=sequential is one process over all GPUs, not {groups} groups of {size}",
-            try_=f"gpus_per_group={count}, or split.schedule=1f1b",
+            f"split.schedule=sequential is one process over all {unit}s, not {groups} groups of {size}",
+            try_=f"--gpus-per-group {count}" + (", or --set split.schedule=1f1b" if size > 1 else ""),
         )
     if size == 1 and (placement == "shard" or schedule == "1f1b"):
         raise SpecError(
-            f"{'placement=shard' if placement == 'shard' else 'split.schedule=1f1b'} needs at least 2 GPUs in a group",
-            try_="--gpus 2" if count == 1 else f"gpus_per_group={count}",
+            f"{'placement=shard' if placement == 'shard' else 'split.schedule=1f1b'} needs at least 2 {unit}s in a "
+            "group",
+            try_="--gpus 2" if count == 1 else f"--gpus-per-group {count}",
         )
     shape = Layout(
         placement=placement, schedule=schedule, groups=groups, gpus_per_group=size, zero_stage=0, engine="torch"
     )
-    return msgspec.structs.replace(shape, **_state(spec, shape))
+    return msgspec.structs.replace(shape, **_state(spec, shape, unit))
 
 
 def divisions(spec: RunSpec, layout: Layout) -> tuple[Layout, ...]:
@@ -140,18 +144,21 @@ def _offloads(spec: RunSpec) -> bool:
     return spec.zero.offload == "cpu"
 
 
-def _state(spec: RunSpec, shape: Layout) -> dict[str, object]:
+def _state(spec: RunSpec, shape: Layout, unit: str) -> dict[str, object]:
     """ZeRO's stage and the engine: 2 wherever the adapter's state can be divided, torch where nothing is divided."""
     stage, offload = spec.zero.stage, _offloads(spec)
     if shape.placement == "split":
         if offload or stage == 3:
             what = "zero.offload=cpu" if offload else "zero.stage=3"
-            raise SpecError(f"{what} does not go with a split backbone", try_="--set placement=shard")
+            raise SpecError(f"{what} does not go with a split backbone", try_="--placement shard")
         if stage and shape.groups == 1:
+            count = shape.gpus_per_group
+            smaller = next((size for size in range(2, count) if count % size == 0), None)
+            groups = smaller if shape.schedule == "1f1b" else None
             raise SpecError(
                 f"zero.stage={stage} divides the adapter's state among groups, and a split over "
-                f"{shape.gpus_per_group} GPU{'s' if shape.gpus_per_group > 1 else ''} is one group",
-                try_="zero.stage=0",
+                f"{counted(count, unit)} is one group",
+                try_="--set zero.stage=auto" + (f", or --gpus-per-group {groups}" if groups else ""),
             )
     many = shape.data_parallel > 1
     if stage is None:
@@ -163,21 +170,27 @@ def _state(spec: RunSpec, shape: Layout) -> dict[str, object]:
 
 def _check(spec: RunSpec, count: int, device: Literal["cuda", "cpu"]) -> None:
     """Refuse what contradicts itself, so that no setting is ignored."""
-    size = spec.gpus_per_group
+    size, unit = spec.gpus_per_group, _UNITS[device]
     if size is not None and (size > count or count % size):
-        what = "GPUs" if device == "cuda" else "CPU ranks"
         raise SpecError(
-            f"gpus_per_group={size}, but {count} {what} cannot be divided so",
-            try_=f"gpus_per_group={next(n for n in range(min(size, count), 0, -1) if count % n == 0)}",
+            f"gpus_per_group={size}, but {counted(count, unit)} cannot be divided so",
+            try_=f"--gpus-per-group {next(n for n in range(min(size, count), 0, -1) if count % n == 0)}",
+        )
+    if size == 1 < count and spec.placement == "split" and spec.split.schedule is None:
+        raise SpecError(
+            f"placement=split needs at least 2 {unit}s in a group, not gpus_per_group=1",
+            try_=f"--gpus-per-group {count}",
         )
     if spec.placement == "replicate" and size not in (None, 1):
         raise SpecError(
-            f"gpus_per_group={size}, but placement=replicate puts the whole backbone on each GPU",
-            try_="placement=shard",
+            f"gpus_per_group={size}, but placement=replicate puts the whole backbone on each {unit}",
+            try_="--placement shard",
         )
     if spec.split != Split() and spec.placement not in (None, "split"):
-        raise SpecError(f"split.* describes placement=split, not {spec.placement}", try_="placement=split")
+        raise SpecError(f"split.* describes placement=split, not {spec.placement}", try_="--placement split")
     if spec.split.offload_layers and spec.split.schedule == "1f1b":
-        raise SpecError("split.offload_layers goes with one process, not with 1f1b", try_="split.schedule=sequential")
+        raise SpecError(
+            "split.offload_layers goes with one process, not with 1f1b", try_="--set split.schedule=sequential"
+        )
     if spec.split.offload_layers and device == "cpu":
-        raise SpecError("split.offload_layers needs a GPU to copy layers to", try_="split.offload_layers=0")
+        raise SpecError("split.offload_layers needs a GPU to copy layers to", try_="--set split.offload_layers=0")

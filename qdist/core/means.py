@@ -34,7 +34,8 @@ def optimizer_of(spec: RunSpec, cluster: Cluster) -> Literal["adamw", "paged-ada
     if spec.optim.name == "paged-adamw" and not on_gpu:
         where = "a GPU" if cluster.device == "cpu" else "zero.offload=none"
         raise SpecError(
-            f"optim.name=paged-adamw needs {where}: it pages optimizer state out of GPU memory", try_="optim.name=adamw"
+            f"optim.name=paged-adamw needs {where}: it pages optimizer state out of GPU memory",
+            try_="--set optim.name=adamw",
         )
     return spec.optim.name or ("paged-adamw" if on_gpu else "adamw")
 
@@ -42,7 +43,7 @@ def optimizer_of(spec: RunSpec, cluster: Cluster) -> Literal["adamw", "paged-ada
 def liger_of(spec: RunSpec, cluster: Cluster, has_liger: bool) -> bool:
     """Whether Liger's kernels run: wherever they can, unless told."""
     if spec.liger and cluster.device == "cpu":
-        raise SpecError("liger=true needs a GPU: its kernels are written in Triton", try_="liger=false")
+        raise SpecError("liger=true needs a GPU: its kernels are written in Triton", try_="--set liger=false")
     if spec.liger and not has_liger:
         raise SpecError("liger=true, but the package liger-kernel is not installed", try_="pip install liger-kernel")
     return cluster.device == "cuda" and has_liger if spec.liger is None else spec.liger

@@ -228,6 +228,7 @@ ALIASES: dict[str, Alias] = {
     "llama3-70b": Alias("meta-llama/Meta-Llama-3-70B", _llama3(8192, 28_672, 80, 64)),
     "llama3.1-8b": Alias("meta-llama/Llama-3.1-8B", _llama3(4096, 14_336, 32, 32, stretch=8.0)),
     "llama3.1-70b": Alias("meta-llama/Llama-3.1-70B", _llama3(8192, 28_672, 80, 64, stretch=8.0)),
+    "llama3.1-405b": Alias("meta-llama/Llama-3.1-405B", _llama3(16_384, 53_248, 126, 128, stretch=8.0)),
     "llama3.2-1b": Alias("meta-llama/Llama-3.2-1B", _llama3(2048, 8192, 16, 32, stretch=32.0, tied=True, head_dim=64)),
     "llama3.2-3b": Alias("meta-llama/Llama-3.2-3B", _llama3(3072, 8192, 28, 24, stretch=32.0, tied=True, head_dim=128)),
     "mistral-7b": Alias("mistralai/Mistral-7B-v0.3", _MISTRAL),

@@ -83,6 +83,8 @@ class Alternative(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Predicted, all ranks together; 0 where it does not fit."""
     required_bytes: int
     """Of the fullest GPU."""
+    engine: Literal["torch", "deepspeed"] = "torch"
+    zero_stage: int = 0
     reason: str
 
 

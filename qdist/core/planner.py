@@ -25,7 +25,7 @@ from qdist.core.ranking import (
     last_resort,
 )
 from qdist.core.refusal import too_big
-from qdist.core.spec import RunSpec, max_memory_bytes
+from qdist.core.spec import RunSpec, checked, max_memory_bytes
 from qdist.core.units import format_bytes
 
 __all__ = ["HEADROOM", "make_plan"]
@@ -78,7 +78,7 @@ def make_plan(
     if longest > facts.max_positions:
         raise SpecError(
             f"seq_len={longest}, but {spec.model} has {facts.max_positions} positions",
-            try_=f"seq_len={facts.max_positions}",
+            try_=f"--set seq_len={facts.max_positions}",
         )
     if (spec.split.offload_layers or 0) > facts.layers:
         raise SpecError(
@@ -155,7 +155,7 @@ def _decide(inputs: _Inputs) -> _Decision:
     if winner is None:
 
         def attempt(changed: RunSpec, machine: Cluster) -> Candidate:
-            eased = inputs._replace(spec=changed, cluster=machine)
+            eased = inputs._replace(spec=checked(changed), cluster=machine)
             among = count_of(changed, machine)
             fitting = choose(_tried(eased)) or last_resort(_setting(eased, among), among)
             if fitting is None:
@@ -232,7 +232,7 @@ def _check_offloaded(setting: Setting, winner: Candidate) -> None:
         raise PlanError(
             f"{len(winner.offloaded)} offloaded layers need {format_bytes(needed)} of host memory; "
             f"{HEADROOM * 100:.0f} % of this machine's is {format_bytes(room)}",
-            try_=f"split.offload_layers={room // setting.sizes.layer}",
+            try_=f"--set split.offload_layers={room // setting.sizes.layer}",
         )
 
 
@@ -251,7 +251,8 @@ def _check_cpu_ranks(spec: RunSpec, cluster: Cluster, winner: Candidate) -> None
 
 def _elsewhere(spec: RunSpec) -> str:
     """What to do when not even one CPU rank fits."""
-    return f"a smaller model; for another machine: qdist plan --model {spec.model} --gpus 1 --gpu-memory 24GiB"
+    other = f"qdist plan --model {spec.model} --gpus {spec.gpus or 1} --gpu-memory 24GiB"
+    return f"a smaller model; for another machine: {other}"
 
 
 def _steps(spec: RunSpec, data: DataFacts | None) -> int:

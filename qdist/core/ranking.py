@@ -138,6 +138,8 @@ def alternatives(
                 checkpointed_layers=own.checkpointed,
                 tokens_per_second=tokens_s(own) if best else 0.0,
                 required_bytes=own.required_bytes,
+                engine=own.layout.engine,
+                zero_stage=own.layout.zero_stage,
                 reason=shortage(own) if not best else refused.message if refused else _slower(own, winner),
             )
         )
@@ -167,13 +169,24 @@ def _slower(own: Candidate, winner: Candidate) -> str:
         if own.paged > winner.paged:
             return "no faster, and has no room for the optimizer's moments"
         return f"no faster, and needs {format_bytes(own.required_bytes)} where {format_bytes(winner.required_bytes)} do"
-    why = {
-        "replicate": "recomputes more, or in smaller micro-batches",
-        "shard": "gathers every layer for every pass",
-        "1f1b": f"stages wait for each other: {own.micro_batches} micro-batches in {own.layout.gpus_per_group} stages",
-        "sequential": "one GPU works at a time",
-    }[own.layout.schedule or own.layout.placement]
-    return f"{ratio:.0%} slower: {why}".replace("%", " %")
+    return f"{ratio:.0%} slower: {_why_slower(own, winner)}".replace("%", " %")
+
+
+def _why_slower(own: Candidate, winner: Candidate) -> str:
+    kind, size = own.layout.schedule or own.layout.placement, own.layout.gpus_per_group
+    if kind == "1f1b":
+        return f"stages wait for each other: {own.micro_batches} micro-batches in {size} stages"
+    if kind == "sequential":
+        return "one GPU works at a time"
+    if kind == "shard" != winner.layout.placement:
+        return "gathers every layer for every pass"
+    if own.checkpointed > winner.checkpointed:
+        return f"recomputes {own.checkpointed} layers where {winner.checkpointed} do"
+    if own.micro_batch < winner.micro_batch:
+        return f"micro-batches of {own.micro_batch} where {winner.micro_batch} have room"
+    if own.paged > winner.paged:
+        return "has no room for the optimizer's moments"
+    return f"gathers from {size} GPUs" if kind == "shard" else "each step does more beside the layers"
 
 
 def _works(setting: Setting, layout: Layout) -> bool:

@@ -5,10 +5,12 @@ from math import ceil
 from typing import Any, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from qdist.core.candidates import HEADROOM, Candidate
 from qdist.core.cluster import Cluster
 from qdist.core.errors import PlanError, QdistError
+from qdist.core.mistakes import typed
 from qdist.core.ranking import shortage
 from qdist.core.spec import RunSpec, Split
 from qdist.core.units import GIB, format_bytes
@@ -63,25 +65,23 @@ def _named(found: Candidate) -> str:
 def _ways(spec: RunSpec, cluster: Cluster, in_host: int) -> Iterator[Way]:
     """Settings first, each alone and then all together; then host memory, then GPUs."""
     for words, changes in (*_eased(spec), *_placed(spec)):
-        yield Way(words, msgspec.structs.replace(spec, **changes), cluster)
-    together: dict[str, object] = {}
-    words = ""
-    for word, changes in (*_eased(spec), *_left_open(spec)):
-        together |= changes
-        words = _join(words, word)
-        yield Way(words, msgspec.structs.replace(spec, **together), cluster)
-    eased = msgspec.structs.replace(spec, **together)
+        yield Way(words, replace(spec, **changes), cluster)
+    eased, words = spec, ""
+    for ease in (_eased, _left_open):
+        for word, changes in ease(eased):
+            eased, words = replace(eased, **changes), _join(words, word)
+            yield Way(words, eased, cluster)
     if in_host:
         gib = ceil(in_host / HEADROOM / GIB)
-        words = f"{gib} GiB of host memory, which qdist plan --host-memory {gib}GiB assumes"
-        yield Way(words, spec, msgspec.structs.replace(cluster, memory_bytes=gib * GIB))
+        host = f"{gib} GiB of host memory, which qdist plan --host-memory {gib}GiB assumes"
+        yield Way(host, spec, replace(cluster, memory_bytes=gib * GIB))
     smallest = min(gpu.total_bytes for gpu in cluster.gpus)
     for gib in _LARGER_GIB if spec.max_memory else ():
         if gib * GIB <= smallest:
             yield Way(_join(f"--max-memory {gib}GiB", words), _capped(eased, gib), cluster)
     for count in _MORE_GPUS:
         if count > len(cluster.gpus):
-            more = msgspec.structs.replace(cluster, gpus=tuple(cluster.gpus[:1]) * count)
+            more = replace(cluster, gpus=tuple(cluster.gpus[:1]) * count)
             yield Way(_join(f"--gpus {count}", words), _with_gpus(eased, count), more)
     for gib in _LARGER_GIB:
         if gib * GIB > smallest and not spec.max_memory:
@@ -95,38 +95,74 @@ def _join(*parts: str) -> str:
 def _eased(spec: RunSpec) -> Iterator[Change]:
     """What the user fixed that takes memory, the cheapest to give up first."""
     if spec.micro_batch not in (None, 1):
-        yield "--set micro_batch=1", {"micro_batch": 1}
+        yield typed("micro_batch", 1), {"micro_batch": 1}
     if spec.train.checkpointing is False:
-        yield "--set train.checkpointing=true", {"train": msgspec.structs.replace(spec.train, checkpointing=True)}
+        yield typed("train.checkpointing", "true"), {"train": replace(spec.train, checkpointing=True)}
+    if spec.zero.stage is not None:
+        yield typed("zero.stage", "auto"), {"zero": replace(spec.zero, stage=None)}
     if spec.bits > 4:
-        yield "--bits 4", {"bits": 4}
+        yield typed("bits", 4), {"bits": 4}
 
 
 def _placed(spec: RunSpec) -> Iterator[Change]:
-    """Another placement than the one that was named."""
+    """Groups of another size, then another placement than the one that was named."""
+    if not spec.placement:
+        return
+    size_words, size_change = _opened(spec, "gpus_per_group")
+    if spec.gpus_per_group:
+        words, changes = _stages_of(spec) if spec.placement == "split" else ("", {})
+        yield _join(size_words, words), size_change | changes
     for other in ("shard", "split"):
-        if spec.placement and (other != spec.placement or spec.gpus_per_group):
-            words = f"--placement {other}" + (" --set gpus_per_group=auto" if spec.gpus_per_group else "")
-            yield words, {"placement": other, "gpus_per_group": None, "split": Split()}
+        if other == spec.placement:
+            continue
+        split_words, split_change = _opened(spec, "split")
+        words, changes = _stages_of(spec) if other == "split" else ("", {})
+        yield (
+            _join(typed("placement", other), size_words, split_words, words),
+            {"placement": other} | size_change | split_change | changes,
+        )
 
 
 def _left_open(spec: RunSpec) -> Iterator[Change]:
     """The layout left to the planner."""
-    if spec.placement or spec.gpus_per_group or spec.split != Split():
-        keys = [f"{key}=auto" for key in ("placement", "gpus_per_group") if getattr(spec, key)]
-        keys += [f"split.{key}=auto" for key, value in msgspec.structs.asdict(spec.split).items() if value is not None]
-        words = " ".join(f"--set {key}" for key in keys)
-        yield words, {"placement": None, "gpus_per_group": None, "split": Split()}
+    opened = [_opened(spec, key) for key in ("placement", "gpus_per_group", "split")]
+    changes: dict[str, Any] = {key: value for _, own in opened for key, value in own.items()}
+    if not changes:
+        return
+    words = _join(*(own for own, _ in opened))
+    if spec.train.verify_steps and "placement" in changes:
+        words = _join(words, typed("train.verify_steps", 0))
+        changes["train"] = replace(spec.train, verify_steps=0)
+    yield words, changes
+
+
+def _opened(spec: RunSpec, key: str) -> Change:
+    """A setting, or the section `split`, left to the planner; nothing where it was."""
+    if key != "split":
+        return (typed(key, "auto"), {key: None}) if getattr(spec, key) else ("", {})
+    fixed = [name for name, value in msgspec.structs.asdict(spec.split).items() if value is not None]
+    return _join(*(typed(f"split.{name}", "auto") for name in fixed)), {"split": Split()} if fixed else {}
+
+
+def _stages_of(spec: RunSpec) -> Change:
+    """What a split cannot have."""
+    words, changes = "", dict[str, Any]()
+    if spec.train.verify_steps:
+        words, changes = typed("train.verify_steps", 0), {"train": replace(spec.train, verify_steps=0)}
+    if spec.zero.stage:
+        words = _join(words, typed("zero.stage", "auto"))
+        changes["zero"] = replace(spec.zero, stage=None)
+    return words, changes
 
 
 def _with_gpus(spec: RunSpec, count: int) -> RunSpec:
-    return msgspec.structs.replace(spec, gpus=count, gpus_per_group=None)
+    return replace(spec, gpus=count, gpus_per_group=None)
 
 
 def _capped(spec: RunSpec, gib: int) -> RunSpec:
-    return msgspec.structs.replace(spec, max_memory=f"{gib}GiB")
+    return replace(spec, max_memory=f"{gib}GiB")
 
 
 def _larger(cluster: Cluster, gib: int) -> Cluster:
-    gpus = tuple(msgspec.structs.replace(gpu, total_bytes=gib * GIB, free_bytes=gib * GIB) for gpu in cluster.gpus)
-    return msgspec.structs.replace(cluster, gpus=gpus)
+    gpus = tuple(replace(gpu, total_bytes=gib * GIB, free_bytes=gib * GIB) for gpu in cluster.gpus)
+    return replace(cluster, gpus=gpus)

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from qdist.core.errors import SpecError, nearest
+from qdist.core.errors import SpecError
+from qdist.core.mistakes import not_among, of_another_kind, unknown
 from qdist.core.units import parse_bytes
 
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
@@ -154,7 +155,7 @@ def resolve(*layers: Mapping[str, Any]) -> RunSpec:
         spec = msgspec.convert(merged, RunSpec, strict=False)
     except msgspec.ValidationError as error:
         raise _value_error(str(error), merged) from None
-    return _check(spec)
+    return checked(spec)
 
 
 def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
         place = nested
         for section in sections:
             place = place.setdefault(section, {})
-        place[leaf] = value
+        place[leaf] = _or_open(key, value)
     return nested
 
 
@@ -184,29 +185,17 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         raise unknown_key(key)
     if key in ("lora.targets", "trackers", "new_tokens"):
         return key, [part.strip() for part in value.split(",") if part.strip()]
-    return key, None if value.lower() in ("none", "auto") and _optional(key) else value
+    return key, _or_open(key, value)
+
+
+def _or_open(key: str, value: Any) -> Any:
+    """None where the value leaves a setting to the plan."""
+    return None if isinstance(value, str) and value.lower() in ("none", "auto") and _optional(key) else value
 
 
 def unknown_key(key: str) -> SpecError:
     """The error for a setting that does not exist, naming the nearest that does."""
-    settings = [name for name, section in known_keys().items() if section is None]
-    by_leaf = {name.rpartition(".")[2]: name for name in settings}
-    leaf = key.rpartition(".")[2]
-    guess = (
-        by_leaf.get(leaf) or _SYNONYMS.get(leaf) or nearest(key, settings) or by_leaf.get(nearest(leaf, by_leaf) or "")
-    )
-    return SpecError(f"unknown setting {key!r}", try_=guess or "a setting that `qdist launch --help` lists")
-
-
-_SYNONYMS = {
-    "learning_rate": "optim.lr", "batch_size": "global_batch", "per_device_train_batch_size": "micro_batch",
-    "lora_r": "lora.r", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout", "max_grad_norm": "optim.clip",
-    "max_steps": "steps", "num_train_epochs": "epochs", "max_seq_length": "seq_len", "cutoff_len": "seq_len",
-    "target_modules": "lora.targets", "gradient_checkpointing": "train.checkpointing", "rank": "lora.r",
-    "lr_scheduler_type": "optim.schedule", "quant_type": "quant.type", "double_quant": "quant.double",
-    "adam_beta2": "optim.beta2", "warmup": "optim.warmup_steps", "val_set_size": "train.held_out",
-    "source_max_len": "seq_len", "report_to": "trackers", "stage": "zero.stage", "zero_stage": "zero.stage",
-}  # fmt: skip
+    return unknown(key, [name for name, section in known_keys().items() if section is None])
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -217,7 +206,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any], prefix: str) -> dic
         if key not in keys:
             raise unknown_key(key)
         if keys[key] is None:
-            merged[name] = value
+            merged[name] = value.lower() if isinstance(value, str) and value.lower() in _choices(key) else value
         elif isinstance(value, Mapping):
             merged[name] = _merge(merged.get(name, {}), value, f"{key}.")
         else:
@@ -236,19 +225,11 @@ def _value_error(message: str, merged: Mapping[str, Any]) -> SpecError:
     value: Any = merged
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else value
-    choices = _choices(key)
-    if choices:
-        guess = nearest(str(value), choices)
-        return SpecError(
-            f"{key} cannot be {value!r}: it is one of {', '.join(choices)}", try_=f"{key}={guess or choices[0]}"
-        )
-    # What was got shows already, and as a flag's or recipe's text it is a `str` whatever it looks like.
-    wanted = reason.partition(", got ")[0].replace(" | null", "")
-    for kind, words in (("`int`", "a whole number"), ("`float`", "a number"), ("`bool`", "true or false")):
-        wanted = wanted.replace(kind, words)
+    if choices := _choices(key):
+        return not_among(key, value, choices)
     usual = flatten(RunSpec()).get(key)
-    hint = f"another value for {key}" if usual in (None, "", (), []) else f"{key}={json_text(usual)}"
-    return SpecError(f"{key} cannot be {value!r}: {wanted[:1].lower()}{wanted[1:]}", try_=hint)
+    least = "0" if usual is None and reason.startswith("Expected `int` >= 0") else ""
+    return of_another_kind(key, value, reason, least if usual in (None, "", (), []) else json_text(usual))
 
 
 def _choices(key: str) -> list[str]:
@@ -270,8 +251,8 @@ def _kinds(key: str) -> tuple[msgspec.inspect.Type, ...]:
     return info.types if isinstance(info, msgspec.inspect.UnionType) else (info,)
 
 
-def _check(spec: RunSpec) -> RunSpec:
-    """Refuse settings that contradict each other, so that none is ever ignored."""
+def checked(spec: RunSpec) -> RunSpec:
+    """The spec. Raises SpecError for settings that contradict each other, so that none is ever ignored."""
     max_memory_bytes(spec)
     if spec.bits != 4 and spec.quant != Quant():
         raise SpecError(
@@ -284,14 +265,14 @@ def _check(spec: RunSpec) -> RunSpec:
     if spec.micro_batch is not None and spec.global_batch % spec.micro_batch:
         raise SpecError(
             f"global_batch={spec.global_batch} is not a multiple of micro_batch={spec.micro_batch}",
-            try_=f"global_batch={-(-spec.global_batch // spec.micro_batch) * spec.micro_batch}",
+            try_=f"--set global_batch={-(-spec.global_batch // spec.micro_batch) * spec.micro_batch}",
         )
     if spec.zero.offload == "cpu" and spec.zero.stage not in (None, 2):
-        raise SpecError(f"zero.offload=cpu comes with ZeRO stage 2, not {spec.zero.stage}", try_="zero.stage=2")
+        raise SpecError(f"zero.offload=cpu comes with ZeRO stage 2, not {spec.zero.stage}", try_="--set zero.stage=2")
     if spec.optim.warmup_steps and spec.optim.schedule == "constant":
         raise SpecError(
             f"optim.warmup_steps={spec.optim.warmup_steps} has no effect on a constant schedule",
-            try_="optim.schedule=linear",
+            try_="--set optim.schedule=linear",
         )
     if spec.train.verify_steps and spec.placement != "shard":
         raise SpecError(
@@ -299,7 +280,7 @@ def _check(spec: RunSpec) -> RunSpec:
             try_="--placement shard, or leave it out",
         )
     if spec.train.held_out == 0 and (spec.train.eval_steps or spec.train.answers):
-        raise SpecError("train.eval_steps and train.answers need held-out records", try_="train.held_out=0.1")
+        raise SpecError("train.eval_steps and train.answers need held-out records", try_="--set train.held_out=0.1")
     return spec
 
 

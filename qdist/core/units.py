@@ -41,6 +41,11 @@ def format_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def counted(number: int, name: str) -> str:
+    """'1 GPU', '4 GPUs'."""
+    return f"{number} {name}{'' if number == 1 else 's'}"
+
+
 def format_duration(seconds: float) -> str:
     """'42 s', '3 min 20 s', '5 h 07 min'."""
     whole = max(0, round(seconds))

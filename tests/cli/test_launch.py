@@ -81,13 +81,13 @@ def test_the_placement_can_be_named(arguments: tuple[str, ...], layout: str) -> 
         ((*SMALL, "--set", "lora.rank=3"), "error: unknown setting 'lora.rank'\n  try: lora.r\n"),
         ((*SMALL, "--set", "learning_rate=1e-3"), "error: unknown setting 'learning_rate'\n  try: optim.lr\n"),
         ((*SMALL, "--set", "lora.r"), "error: 'lora.r' is not key=value\n  try: --set lora.r=32\n"),
-        ((*SMALL, "--bits", "5"), "error: bits cannot be '5': it is one of 4, 8, 16\n  try: bits=4\n"),
+        ((*SMALL, "--bits", "5"), "error: bits cannot be '5': it is one of 4, 8, 16\n  try: --bits 4\n"),
         ((*SMALL, "--max-memory", "1GiB", "--set", "steps=1"), "error: --max-memory caps GPUs, and this machine has "
          "none\n  try: leave --max-memory out\n"),
         ((*SMALL, "--placement", "shards"), "error: placement cannot be 'shards': it is one of replicate, shard, "
-         "split\n  try: placement=shard\n"),
+         "split\n  try: --placement shard\n"),
         ((*SMALL, "--gpus-per-group", "3", "--set", "steps=1"), "error: gpus_per_group=3, but 2 CPU ranks cannot be "
-         "divided so\n  try: gpus_per_group=2\n"),
+         "divided so\n  try: --gpus-per-group 2\n"),
         ((*SMALL, "--set", "train.verify_steps=5"), "error: train.verify_steps=5 compares the bytes of a sharded "
          "backbone\n  try: --placement shard, or leave it out\n"),
         (("guanaco-7", "--dry-run"), "error: no recipe 'guanaco-7'\n  try: guanaco-7b\n"),

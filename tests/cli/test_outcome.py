@@ -88,6 +88,9 @@ def test_what_was_not_predicted_has_no_error() -> None:
     [
         (42.3, 31.0, 36 * 10**9, "first step after 42 s; loading 31 s, 33.5 GiB read at 1.2 GB/s"),
         (42.3, 2.0, 36 * 10**9, "first step after 42 s; loading 2 s, 33.5 GiB read at 18 GB/s"),
+        (9.0, 30.0, 2 * 10**9, "first step after 9 s; loading 30 s, 1.9 GiB read at 67 MB/s"),
+        (9.0, 30.0, 36 * 10**6, "first step after 9 s; loading 30 s, 34.3 MiB read at 1.2 MB/s"),
+        (9.0, 30.0, 13 * 10**5, "first step after 9 s; loading 30 s, 1.2 MiB read"),
         (9.0, 3.0, 0, "first step after 9 s; loading 3 s"),
         (None, 0.0, 0, ""),
     ],

@@ -11,12 +11,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qdist.cli.main import COMMANDS, main
+from qdist.cli.planned import plan_lines
 from qdist.core.cluster import hypothetical
 from qdist.core.lessons import Correction
 from qdist.core.plan import Plan
 from qdist.core.planner import HEADROOM
 from qdist.core.units import GIB
 from qdist.host import lessons, probe
+from tests.plans import CPU, gpus, planned
 
 BIG = ("--model", "llama-65b", "--bits", "4", "--gpus", "4", "--gpu-memory")
 HEAVY = ("torch", "transformers", "numpy", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
@@ -45,6 +47,34 @@ def test_a_plan_is_a_few_lines() -> None:
     assert lines["batch"].endswith("of up to 512 tokens, checkpointing 77 of 80 layers, Liger kernels")
     assert lines["memory"].endswith(" GiB a GPU")
     assert "context" in lines[""]
+
+
+def test_rows_that_only_the_engine_tells_apart_name_it() -> None:
+    decided = planned("llama-65b", gpus(4, 48))
+    first = decided.alternatives[0]
+    twin = msgspec.structs.replace(first, engine="deepspeed", zero_stage=2)
+    single = msgspec.structs.replace(first, engine="torch", zero_stage=0)
+    rows = "\n".join(plan_lines(msgspec.structs.replace(decided, alternatives=(single, twin))))
+    assert "replicate, 4 x 1, torch " in rows
+    assert "replicate, 4 x 1, ZeRO-2 " in rows
+    assert ", torch " not in "\n".join(plan_lines(decided))
+    lone = planned("llama-65b", gpus(1, 24))
+    named = [row for row in plan_lines(lone) if row.startswith("not ")]
+    assert named[0].startswith("not      replicate, 1 x 1 ")
+
+
+def test_a_shard_that_loses_to_a_shard_is_told_by_what_differs() -> None:
+    decided = planned("llama-65b", gpus(4, 48))
+    (other,) = (own for own in decided.alternatives if own.placement == "shard")
+    assert decided.placement == "shard"
+    assert other.reason == "2 % slower: micro-batches of 2 where 4 have room"
+
+
+def test_a_plan_for_gpus_that_are_not_here_keeps_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = msgspec.structs.replace(CPU, memory_bytes=8 * GIB)
+    monkeypatch.setattr(probe, "cluster", lambda: small)
+    result = plan("--model", "llama-7b", "--gpus", "4")
+    assert result.stderr.endswith("qdist plan --model llama-7b --gpus 4 --gpu-memory 24GiB\n")
 
 
 def test_moments_without_room_are_told_apart() -> None:
@@ -119,7 +149,7 @@ def test_what_does_not_fit_ends_with_code_1_and_the_missing_bytes() -> None:
         ((*BIG, "48"), "error: '48' without a unit is 48 bytes\n  try: 48GiB\n"),
         ((*BIG, "48 GX"), "error: '48 GX' is not an amount of memory\n  try: 24GiB, or 24GB for 24 * 10**9 bytes\n"),
         ((*BIG, "48GiB", "--set", "seqlen=3"), "error: unknown setting 'seqlen'\n  try: seq_len\n"),
-        ((*BIG, "48GiB", "--bits", "3"), "error: bits cannot be '3': it is one of 4, 8, 16\n  try: bits=4\n"),
+        ((*BIG, "48GiB", "--bits", "3"), "error: bits cannot be '3': it is one of 4, 8, 16\n  try: --bits 4\n"),
         ((*BIG, "48GiB", "--gpus", "3"), "error: global_batch=16 cannot be spread over 3 ranks\n"
          "  try: --set global_batch=18\n"),
     ],

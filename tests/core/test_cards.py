@@ -2,7 +2,7 @@
 
 import pytest
 
-from qdist.core.cards import CARDS, has_bfloat16, memory_of, rates_of, usual_card
+from qdist.core.cards import CARDS, TITLES, has_bfloat16, memory_of, rates_of, usual_card
 from qdist.core.errors import SpecError
 from qdist.core.units import GIB
 
@@ -69,3 +69,21 @@ def test_cards_before_ampere_have_no_bfloat16() -> None:
     without = {name for name, *_ in NAMES if not has_bfloat16(name)}
     assert all(word in name for name, word in zip(sorted(without), ("2080", "T4", "V100", "V100", "V100"), strict=True))
     assert has_bfloat16("Abacus 9")
+
+
+@pytest.mark.parametrize("name", ["rtx4090", "RTX4090", "NVIDIA GeForce RTX4090", "rtx-4090", "geforce rtx 4090"])
+def test_spaces_and_case_do_not_matter(name: str) -> None:
+    assert rates_of(name).matmul_flops_s == rates_of("RTX 4090").matmul_flops_s  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("4090", "RTX 4090"), ("h100sxm", "H100"), ("RTX 4900", "RTX 4090"), ("abacus", "RTX 4090")]
+)
+def test_an_unknown_name_lists_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        memory_of(name)
+    assert f"--gpu-name '{near}'" in caught.value.try_
+
+
+def test_what_is_suggested_is_known() -> None:
+    assert len({rates_of(title) for title in TITLES}) == len(TITLES) == len(CARDS)

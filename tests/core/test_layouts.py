@@ -87,22 +87,29 @@ def test_zero_divides_the_adapter_among_those_who_see_other_samples(
 
 
 REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
-    ({"gpus_per_group": 3}, 4, "gpus_per_group=3, but 4 GPUs cannot be divided so", "gpus_per_group=2"),
-    ({"gpus_per_group": 8}, 4, "gpus_per_group=8, but 4 GPUs cannot be divided so", "gpus_per_group=4"),
-    ({"placement": "replicate", "gpus_per_group": 2}, 4, "puts the whole backbone on each", "placement=shard"),
+    ({"gpus_per_group": 3}, 4, "gpus_per_group=3, but 4 GPUs cannot be divided so", "--gpus-per-group 2"),
+    ({"gpus_per_group": 8}, 4, "gpus_per_group=8, but 4 GPUs cannot be divided so", "--gpus-per-group 4"),
+    ({"placement": "replicate", "gpus_per_group": 2}, 4, "puts the whole backbone on each", "--placement shard"),
     ({"placement": "shard"}, 1, "placement=shard needs at least 2 GPUs in a group", "--gpus 2"),
-    ({"placement": "shard", "gpus_per_group": 1}, 4, "needs at least 2 GPUs in a group", "gpus_per_group=4"),
+    ({"placement": "shard", "gpus_per_group": 1}, 4, "needs at least 2 GPUs in a group", "--gpus-per-group 4"),
     ({"split.schedule": "1f1b"}, 1, "split.schedule=1f1b needs at least 2 GPUs in a group", "--gpus 2"),
     ({"placement": "shard", "split.schedule": "1f1b"}, 4, "split.* describes placement=split, not shard",
-     "placement=split"),
-    ({"split.schedule": "1f1b", "split.offload_layers": 2}, 4, "goes with one process", "split.schedule=sequential"),
+     "--placement split"),
+    ({"split.schedule": "1f1b", "split.offload_layers": 2}, 4, "goes with one process",
+     "--set split.schedule=sequential"),
     ({"split.schedule": "sequential", "gpus_per_group": 2}, 4, "one process over all GPUs, not 2 groups of 2",
-     "gpus_per_group=4, or split.schedule=1f1b"),
+     "--gpus-per-group 4, or --set split.schedule=1f1b"),
     ({"placement": "split", "zero.offload": "cpu"}, 4, "zero.offload=cpu does not go with a split backbone",
-     "--set placement=shard"),
+     "--placement shard"),
     ({"placement": "split", "zero.stage": 3}, 4, "zero.stage=3 does not go with a split backbone",
-     "--set placement=shard"),
-    ({"placement": "split", "zero.stage": 2}, 4, "a split over 4 GPUs is one group", "zero.stage=0"),
+     "--placement shard"),
+    ({"placement": "split", "zero.stage": 2}, 4, "a split over 4 GPUs is one group",
+     "--set zero.stage=auto, or --gpus-per-group 2"),
+    ({"placement": "split", "zero.stage": 2}, 3, "a split over 3 GPUs is one group", "--set zero.stage=auto"),
+    ({"split.schedule": "sequential", "zero.stage": 2}, 4, "is one group", "--set zero.stage=auto"),
+    ({"placement": "split", "gpus_per_group": 1}, 4, "placement=split needs at least 2 GPUs in a group, not gpus_per_",
+     "--gpus-per-group 4"),
+    ({"gpus_per_group": 2}, 1, "gpus_per_group=2, but 1 GPU cannot be divided so", "--gpus-per-group 1"),
 ]  # fmt: skip
 
 
@@ -119,3 +126,13 @@ def test_settings_that_contradict_each_other_are_refused(
 def test_offloading_needs_a_gpu() -> None:
     with pytest.raises(SpecError, match="needs a GPU to copy layers to"):
         found({"split.offload_layers": 2}, 1, "cpu")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"placement": "shard", "gpus_per_group": 1}, {"placement": "split", "gpus_per_group": 1}, {"gpus_per_group": 3}],
+)
+def test_where_there_is_no_gpu_none_is_spoken_of(settings: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match="CPU ranks") as caught:
+        found(settings, 4, "cpu")
+    assert "GPU" not in caught.value.message

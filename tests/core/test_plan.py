@@ -125,8 +125,9 @@ def test_sequences_are_no_longer_than_the_data() -> None:
 
 
 REFUSALS: list[tuple[str, Cluster, dict[str, Any], type[QdistError], str, str]] = [
-    ("smollm2-135m", CPU, {"optim.name": "paged-adamw"}, SpecError, "paged-adamw needs a GPU", "optim.name=adamw"),
-    ("smollm2-135m", CPU, {"liger": True}, SpecError, "liger=true needs a GPU", "liger=false"),
+    ("smollm2-135m", CPU, {"optim.name": "paged-adamw"}, SpecError, "paged-adamw needs a GPU",
+     "--set optim.name=adamw"),
+    ("smollm2-135m", CPU, {"liger": True}, SpecError, "liger=true needs a GPU", "--set liger=false"),
     ("smollm2-135m", CPU, {"max_memory": "1GiB"}, SpecError, "--max-memory caps GPUs, and this machine has none",
      "leave --max-memory out"),
     ("llama-7b", gpus(2, 80), {"gpus": 4}, PlanError, "--gpus 4, but this machine has 2", "--gpus 2"),
@@ -177,12 +178,18 @@ TOO_BIG: list[tuple[str, int, int, dict[str, Any], str]] = [
     ("llama-65b", 4, 24, {"placement": "replicate"}, "--placement shard"),
     ("llama-65b", 2, 24, {"placement": "shard"}, "--placement split"),
     ("llama-65b", 4, 24, {"placement": "shard", "gpus_per_group": 2},
-     "--placement shard --set gpus_per_group=auto"),
+     "--gpus-per-group auto"),
+    ("llama-65b", 4, 24, {"placement": "split", "gpus_per_group": 2}, "--gpus-per-group auto"),
+    ("llama-65b", 4, 24, {"placement": "split", "gpus_per_group": 2, "zero.stage": 2},
+     "--gpus-per-group auto --set zero.stage=auto"),
+    ("llama-65b", 2, 24, {"zero.stage": 2}, "--set zero.stage=auto"),
+    ("llama-65b", 2, 24, {"placement": "shard", "train.verify_steps": 5},
+     "--placement split --set train.verify_steps=0"),
     ("llama-65b", 1, 80, {"split.schedule": "sequential", "split.offload_layers": 0, "max_memory": "24GiB"},
      "--set split.schedule=auto --set split.offload_layers=auto"),
     ("llama-65b", 1, 80, {"zero.offload": "cpu", "max_memory": "24GiB"}, "--max-memory 48GiB"),
     ("llama-65b", 1, 24, {"placement": "replicate"}, "--placement split"),
-    ("llama-65b", 1, 8, {"placement": "replicate"}, "--gpus 2 --set placement=auto"),
+    ("llama-65b", 1, 8, {"placement": "replicate"}, "--gpus 2 --placement auto"),
 ]  # fmt: skip
 
 

@@ -140,34 +140,45 @@ def test_a_key_like_no_other_points_to_the_list() -> None:
 @pytest.mark.parametrize(
     ("layer", "message", "attempt"),
     [
-        ({"bits": "5"}, "bits cannot be '5': it is one of 4, 8, 16", "bits=4"),
-        ({"bits": "four"}, "bits cannot be 'four': it is one of 4, 8, 16", "bits=4"),
-        ({"dtype": "bf16"}, "dtype cannot be 'bf16': it is one of bfloat16, float16, float32", "dtype=bfloat16"),
-        ({"quant": {"type": "nf"}}, "quant.type cannot be 'nf': it is one of fp4, nf4", "quant.type=nf4"),
-        ({"zero": {"stage": 4}}, "zero.stage cannot be 4: it is one of 0, 1, 2, 3", "zero.stage=0"),
-        ({"zero": {"offload": "nvme"}}, "zero.offload cannot be 'nvme': it is one of cpu, none", "zero.offload=none"),
-        ({"method": "qlorra"}, "method cannot be 'qlorra': it is one of qlora", "method=qlora"),
+        ({"bits": "5"}, "bits cannot be '5': it is one of 4, 8, 16", "--bits 4"),
+        ({"bits": "four"}, "bits cannot be 'four': it is one of 4, 8, 16", "--bits 4"),
+        ({"dtype": "bf16"}, "dtype cannot be 'bf16': it is one of bfloat16, float16, float32", "--set dtype=bfloat16"),
+        ({"quant": {"type": "nf"}}, "quant.type cannot be 'nf': it is one of fp4, nf4", "--set quant.type=nf4"),
+        ({"zero": {"stage": 4}}, "zero.stage cannot be 4: it is one of 0, 1, 2, 3", "--set zero.stage=0"),
+        ({"zero": {"offload": "nvme"}}, "zero.offload cannot be 'nvme': it is one of cpu, none",
+         "--set zero.offload=none"),
+        ({"method": "qlorra"}, "method cannot be 'qlorra': it is one of qlora", "--set method=qlora"),
         ({"optim": {"schedule": "cosin"}}, "optim.schedule cannot be 'cosin': it is one of constant, cosine, linear",
-         "optim.schedule=cosine"),
+         "--set optim.schedule=cosine"),
         ({"trackers": ["tensorbord"]}, "trackers cannot be ['tensorbord']: it is one of tensorboard, wandb",
-         "trackers=tensorboard"),
-        ({"lora": {"r": 0}}, "lora.r cannot be 0: expected a whole number >= 1", "lora.r=64"),
-        ({"lora": {"r": "0.5"}}, "lora.r cannot be '0.5': expected a whole number", "lora.r=64"),
-        ({"lora": {"r": None}}, "lora.r cannot be None: expected a whole number", "lora.r=64"),
+         "--set trackers=tensorboard"),
+        ({"lora": {"r": 0}}, "lora.r cannot be 0: expected a whole number, 1 or more", "--set lora.r=64"),
+        ({"lora": {"r": "0.5"}}, "lora.r cannot be '0.5': expected a whole number", "--set lora.r=64"),
+        ({"lora": {"r": None}}, "lora.r cannot be None: expected a whole number", "--set lora.r=64"),
         ({"lora": {"dropout": 1}}, "lora.dropout cannot be 1: expected a number < 1.0",
-         "lora.dropout=0.0"),
+         "--set lora.dropout=0.0"),
         ({"lora": {"targets": []}}, "lora.targets cannot be []: expected `array` of length >= 1",
-         "lora.targets=all-linear"),
+         "--set lora.targets=all-linear"),
         ({"lora": {"targets": ["q", 3]}}, "lora.targets cannot be ['q', 3]: expected `str`",
-         "lora.targets=all-linear"),
-        ({"seq_len": 7}, "seq_len cannot be 7: expected a whole number >= 8", "seq_len=512"),
+         "--set lora.targets=all-linear"),
+        ({"seq_len": 7}, "seq_len cannot be 7: expected a whole number, 8 or more", "--set seq_len=512"),
         ({"steps": True}, "steps cannot be True: expected a whole number", "another value for steps"),
-        ({"seed": -1}, "seed cannot be -1: expected a whole number >= 0", "seed=0"),
-        ({"seed": 2**63}, f"seed cannot be {2**63}: expected a whole number <= {2**63 - 1}", "seed=0"),
+        ({"seed": -1}, "seed cannot be -1: expected a whole number, 0 or more", "--set seed=0"),
+        ({"split": {"offload_layers": -1}}, "split.offload_layers cannot be -1: expected a whole number, 0 or more",
+         "--set split.offload_layers=0"),
+        ({"placement": "offload"}, "placement cannot be 'offload': it is one of replicate, shard, split",
+         "--placement split --set split.offload_layers=8"),
+        ({"placement": "FSDP"}, "placement cannot be 'FSDP': it is one of replicate, shard, split",
+         "--placement shard"),
+        ({"placement": "ddp"}, "placement cannot be 'ddp': it is one of replicate, shard, split",
+         "--placement replicate"),
+        ({"placement": "device-map"}, "placement cannot be 'device-map': it is one of replicate, shard, split",
+         "--placement split"),
+        ({"seed": 2**63}, f"seed cannot be {2**63}: expected a whole number <= {2**63 - 1}", "--set seed=0"),
         ({"optim": {"lr": float("nan")}}, "optim.lr cannot be nan: expected a number > 0.0",
-         "optim.lr=0.0002"),
+         "--set optim.lr=0.0002"),
         ({"optim": {"clip": float("inf")}}, "optim.clip cannot be inf: expected a number <= 1e+300",
-         "optim.clip=0.3"),
+         "--set optim.clip=0.3"),
         ({"epochs": float("inf")}, "epochs cannot be inf: expected a number <= 1e+300", "another value for epochs"),
         ({"train": {"checkpointing": "maybe"}}, "train.checkpointing cannot be 'maybe': expected true or false",
          "another value for train.checkpointing"),
@@ -189,25 +200,27 @@ def test_a_bad_value_is_refused_with_its_key_and_the_choices(layer: dict[str, An
          "--bits 4, or drop quant.*"),
         ({"steps": 10, "epochs": 3}, "steps=10 and epochs=3 both say how long to train", "give one of the two"),
         ({"micro_batch": 5, "global_batch": 16}, "global_batch=16 is not a multiple of micro_batch=5",
-         "global_batch=20"),
-        ({"zero": {"stage": 3, "offload": "cpu"}}, "zero.offload=cpu comes with ZeRO stage 2, not 3", "zero.stage=2"),
-        ({"zero": {"stage": 0, "offload": "cpu"}}, "zero.offload=cpu comes with ZeRO stage 2, not 0", "zero.stage=2"),
+         "--set global_batch=20"),
+        ({"zero": {"stage": 3, "offload": "cpu"}}, "zero.offload=cpu comes with ZeRO stage 2, not 3",
+         "--set zero.stage=2"),
+        ({"zero": {"stage": 0, "offload": "cpu"}}, "zero.offload=cpu comes with ZeRO stage 2, not 0",
+         "--set zero.stage=2"),
         ({"optim": {"warmup_steps": 3}}, "optim.warmup_steps=3 has no effect on a constant schedule",
-         "optim.schedule=linear"),
+         "--set optim.schedule=linear"),
         ({"train": {"held_out": 0, "answers": 3}}, "train.eval_steps and train.answers need held-out records",
-         "train.held_out=0.1"),
+         "--set train.held_out=0.1"),
         ({"train": {"verify_steps": 10}}, "train.verify_steps=10 compares the bytes of a sharded backbone",
          "--placement shard, or leave it out"),
         ({"placement": "split", "train": {"verify_steps": 10}},
          "train.verify_steps=10 compares the bytes of a sharded backbone", "--placement shard, or leave it out"),
         ({"train": {"held_out": 0, "eval_steps": 3}}, "train.eval_steps and train.answers need held-out records",
-         "train.held_out=0.1"),
+         "--set train.held_out=0.1"),
     ],
 )  # fmt: skip
 def test_settings_that_contradict_each_other_are_refused(layer: dict[str, Any], message: str, attempt: str) -> None:
     error = refusal(layer)
     assert (error.message, error.try_) == (message, attempt)
-    key, _, value = attempt.partition("=")
+    key, _, value = attempt.removeprefix("--set ").partition("=")
     if value:
         resolve(layer, nest({key: value}))
 
@@ -295,3 +308,15 @@ def test_an_unknown_key_is_refused_wherever_it_enters(call: Any) -> None:
 def test_the_memory_cap_is_read_in_its_unit() -> None:
     assert max_memory_bytes(RunSpec()) is None
     assert max_memory_bytes(RunSpec(max_memory="24GiB")) == 24 * GIB
+
+
+@pytest.mark.parametrize("name", ["placement", "gpus_per_group", "max_memory"])
+@pytest.mark.parametrize("word", ["auto", "Auto", "none"])
+def test_a_flag_can_leave_a_setting_to_the_plan(name: str, word: str) -> None:
+    assert nest({name: word}) == {name: None}
+    assert resolve({name: "24GiB"} if name == "max_memory" else {}, nest({name: word})) == RunSpec()
+
+
+def test_choices_are_known_in_any_case() -> None:
+    spec = resolve({"placement": "Shard", "method": "QLoRA", "dtype": "BFloat16", "zero": {"offload": "NONE"}})
+    assert (spec.placement, spec.method, spec.dtype, spec.zero.offload) == ("shard", "qlora", "bfloat16", "none")

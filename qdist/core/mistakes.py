@@ -1,0 +1,70 @@
+"""What did someone mean who mistyped a setting or its value, and what could be typed instead?"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from qdist.core.errors import SpecError, nearest
+
+_FLAGS = frozenset(("model", "bits", "gpus", "placement", "gpus_per_group", "max_memory"))
+"""Settings that every command that plans has a flag for."""
+
+_SYNONYMS = {
+    "learning_rate": "optim.lr", "batch_size": "global_batch", "per_device_train_batch_size": "micro_batch",
+    "lora_r": "lora.r", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout", "max_grad_norm": "optim.clip",
+    "max_steps": "steps", "num_train_epochs": "epochs", "max_seq_length": "seq_len", "cutoff_len": "seq_len",
+    "target_modules": "lora.targets", "gradient_checkpointing": "train.checkpointing", "rank": "lora.r",
+    "lr_scheduler_type": "optim.schedule", "quant_type": "quant.type", "double_quant": "quant.double",
+    "adam_beta2": "optim.beta2", "warmup": "optim.warmup_steps", "val_set_size": "train.held_out",
+    "source_max_len": "seq_len", "report_to": "trackers", "stage": "zero.stage", "zero_stage": "zero.stage",
+}  # fmt: skip
+
+_ELSEWHERE = {
+    "placement": {
+        "offload": "--placement split --set split.offload_layers=8", "cpu": "--set split.offload_layers=8",
+        "fsdp": "--placement shard", "fsdp2": "--placement shard", "full_shard": "--placement shard",
+        "ddp": "--placement replicate", "data": "--placement replicate", "dp": "--placement replicate",
+        "pipeline": "--placement split", "pp": "--placement split", "device_map": "--placement split",
+        "1f1b": "--set split.schedule=1f1b", "sequential": "--set split.schedule=sequential",
+    },
+}  # fmt: skip
+"""What other tools call a value."""
+
+
+def typed(key: str, value: object) -> str:
+    """A setting as one types it: '--bits 4', '--set lora.r=16'."""
+    return f"--{key.replace('_', '-')} {value}" if key in _FLAGS else f"--set {key}={value}"
+
+
+def unknown(key: str, settings: Sequence[str]) -> SpecError:
+    """The error for a setting that does not exist, naming the nearest that does."""
+    by_leaf = {name.rpartition(".")[2]: name for name in settings}
+    leaf = key.rpartition(".")[2]
+    guess = (
+        by_leaf.get(leaf) or _SYNONYMS.get(leaf) or nearest(key, settings) or by_leaf.get(nearest(leaf, by_leaf) or "")
+    )
+    return SpecError(f"unknown setting {key!r}", try_=guess or "a setting that `qdist launch --help` lists")
+
+
+def not_among(key: str, value: Any, choices: Sequence[str]) -> SpecError:
+    """The error for a value that is none of the few that there are."""
+    meant = _ELSEWHERE.get(key, {}).get(str(value).lower().replace("-", "_"))
+    guess = nearest(str(value), choices) or choices[0]
+    return SpecError(f"{key} cannot be {value!r}: it is one of {', '.join(choices)}", try_=meant or typed(key, guess))
+
+
+def of_another_kind(key: str, value: Any, reason: str, usual: str) -> SpecError:
+    """The error for a number out of its range, or what is no number.
+
+    reason: msgspec's.
+    usual: what may be typed instead, if there is such.
+    """
+    # What was got shows already, and as a flag's or recipe's text it is a `str` whatever it looks like.
+    wanted = reason.partition(", got ")[0].replace(" | null", "")
+    for kind, words in (("`int`", "a whole number"), ("`float`", "a number"), ("`bool`", "true or false")):
+        wanted = wanted.replace(kind, words)
+    wanted = re.sub(r" number >= ([\d.]+)$", r" number, \1 or more", wanted)
+    return SpecError(
+        f"{key} cannot be {value!r}: {wanted[:1].lower()}{wanted[1:]}",
+        try_=typed(key, usual) if usual else f"another value for {key}",
+    )
