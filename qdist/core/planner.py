@@ -245,14 +245,14 @@ def _check_cpu_ranks(spec: RunSpec, cluster: Cluster, winner: Candidate) -> None
         raise PlanError(
             f"{spec.model} at {spec.bits} bits on {ranks} CPU rank{'s' if ranks > 1 else ''} needs "
             f"{format_bytes(sum(own))}; this machine has {format_bytes(cluster.memory_bytes)}, no GPU",
-            try_=f"--gpus {fitting}" if fitting and spec.placement in (None, "replicate") else _elsewhere(spec),
+            try_=f"--gpus {fitting}, or {_elsewhere(spec)}"
+            if fitting and spec.placement in (None, "replicate")
+            else f"a smaller model, or {_elsewhere(spec)}",
         )
 
 
 def _elsewhere(spec: RunSpec) -> str:
-    """What to do when not even one CPU rank fits."""
-    other = f"qdist plan --model {spec.model} --gpus {spec.gpus or 1} --gpu-memory 24GiB"
-    return f"a smaller model; for another machine: {other}"
+    return f"for another machine: qdist plan --model {spec.model} --gpus {spec.gpus or 1} --gpu-memory 24GiB"
 
 
 def _steps(spec: RunSpec, data: DataFacts | None) -> int:

@@ -21,7 +21,7 @@ import msgspec
 from qdist.core import demo
 from qdist.core.errors import ModelError, RunError, SpecError
 from qdist.core.events import Event
-from qdist.core.facts import from_config
+from qdist.core.facts import ModelFacts, from_config
 from qdist.core.plan import DataFacts, Plan, Prepared, Source
 from qdist.core.planner import make_plan
 from qdist.core.recipe import to_toml
@@ -204,17 +204,7 @@ def _tail(lines: list[str], count: int = 12) -> str:
 
 def _job(run: RunDir, spec: RunSpec, prepared: Prepared, *, usual_micro_batch: int | None = None) -> Job:
     facts = from_config(prepared.source.config, name=spec.model)
-    cluster = probe.cluster()
-    plan = make_plan(
-        spec,
-        prepared.source,
-        facts,
-        cluster,
-        prepared.data,
-        has_liger=find_spec("liger_kernel") is not None,
-        usual_micro_batch=usual_micro_batch,
-        correction=lessons.correction_for(cluster, world_size=spec.gpus, bits=spec.bits),
-    )
+    plan = _planned(spec, prepared.source, facts, prepared.data, usual_micro_batch=usual_micro_batch)
     files = {
         "recipe.toml": to_toml(msgspec.structs.replace(spec, run=None)),
         "versions.json": json.dumps(probe.versions(), indent=2) + "\n",
@@ -246,14 +236,27 @@ def _rehearse(spec: RunSpec) -> None:
         return
     shortest = DataFacts(path="", samples=2, train_samples=1, held_out_samples=1, tokens=2, longest=8)
     source = Source(kind="dummy", path="", config=config, tokenizer="")
+    _planned(spec, source, facts, shortest)
+
+
+def _planned(
+    spec: RunSpec,
+    source: Source,
+    facts: ModelFacts,
+    data: DataFacts | None,
+    *,
+    usual_micro_batch: int | None = None,
+) -> Plan:
+    """The plan for what is here, corrected by what earlier runs here have taught."""
     cluster = probe.cluster()
-    make_plan(
+    return make_plan(
         spec,
         source,
         facts,
         cluster,
-        shortest,
+        data,
         has_liger=find_spec("liger_kernel") is not None,
+        usual_micro_batch=usual_micro_batch,
         correction=lessons.correction_for(cluster, world_size=spec.gpus, bits=spec.bits),
     )
 

@@ -9,11 +9,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from qdist.core.errors import QdistError, RunError, SpecError
+from qdist.core.cluster import hypothetical
+from qdist.core.errors import PlanError, QdistError, RunError, SpecError
 from qdist.core.events import Event, encode
+from qdist.core.lessons import Correction
 from qdist.core.plan import Plan
 from qdist.core.spec import RunSpec, nest, resolve
-from qdist.host import launcher
+from qdist.core.units import GIB
+from qdist.host import launcher, lessons, probe
 from qdist.host.launcher import Job
 from qdist.host.rundir import RunDir
 
@@ -55,6 +58,15 @@ def is_running(pid_file: str) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def test_the_rehearsal_knows_what_runs_here_have_taught(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = resolve({"model": "llama-7b", "data": "demo", "placement": "replicate"})
+    monkeypatch.setattr(probe, "cluster", lambda: hypothetical(1, 24 * GIB))
+    launcher._rehearse(wanted)
+    monkeypatch.setattr(lessons, "correction_for", lambda *_, **__: Correction(context_bytes=23 * GIB))
+    with pytest.raises(PlanError, match="llama-7b at 4 bits needs"):
+        launcher._rehearse(wanted)
 
 
 def test_preparing_random_weights_writes_nothing(here: Path) -> None:
