@@ -110,11 +110,14 @@ def offloading(setting: Setting, layout: Layout) -> Iterator[Candidate]:
     most = min(layers, int(HEADROOM * setting.host_bytes) // setting.sizes.layer)
     recomputed = 0 if setting.spec.train.checkpointing is False else layers
     for size in micro_batches(setting, layout):
+        yield _fewest_away(setting, layout, size, recomputed, most)
 
-        def away(count: int, size: int = size) -> Candidate:
-            return arrange(setting, layout, size, recomputed, count)
 
-        yield away(_least(lambda count, away=away: away(count).fits, 0, most))  # type: ignore[misc]
+def _fewest_away(setting: Setting, layout: Layout, size: int, recomputed: int, most: int) -> Candidate:
+    def away(count: int) -> Candidate:
+        return arrange(setting, layout, size, recomputed, count)
+
+    return away(_least(lambda count: away(count).fits, 0, most))
 
 
 def micro_batches(setting: Setting, layout: Layout) -> list[int]:

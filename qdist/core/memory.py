@@ -20,7 +20,7 @@ GATHERED_TABLES = 2
 """The same for the head or the embedding while it is in use; neither is gathered ahead of a layer."""
 STAGED_LAYERS = 2
 """Packed layers of an offloaded backbone on the GPU: the one in use and the one being copied."""
-_BLOCK, _NESTED_BLOCK = 64, 256
+BLOCK, NESTED_BLOCK = 64, 256
 """bitsandbytes: weights that share an absmax, and absmaxes that share one when they are quantized in turn."""
 _REDUCE_BUCKET = 50_000_000
 """Elements of the flat buffer into which ZeRO 2 and 3 reduce gradients (`reduce_bucket_size` of ds_configs/)."""
@@ -236,9 +236,9 @@ def _packed_bytes(linear: Linear, bits: int, double_quant: bool, compute_bytes: 
         return linear.weights * compute_bytes
     if bits == 8:
         return linear.weights + 4 * linear.outputs  # LLM.int8: an fp32 scale for each output row
-    blocks = ceil(linear.weights / _BLOCK)
+    blocks = ceil(linear.weights / BLOCK)
     # QLoRA section 3: absmax in fp32, or in 8 bits with an fp32 absmax of its own and one fp32 offset.
-    absmax = blocks + 4 * ceil(blocks / _NESTED_BLOCK) + 4 if double_quant else 4 * blocks
+    absmax = blocks + 4 * ceil(blocks / NESTED_BLOCK) + 4 if double_quant else 4 * blocks
     return ceil(linear.weights / 2) + absmax
 
 

@@ -14,7 +14,7 @@ from qdist.runtime.forward import Forward
 from qdist.runtime.measure import disk_read_bytes
 from qdist.runtime.methods.backbone import DTYPES, load_backbone
 from qdist.runtime.methods.lora import add_adapter, prepare_for_training
-from qdist.runtime.methods.skeleton import decoder_layers, offload
+from qdist.runtime.methods.skeleton import offload
 from qdist.runtime.placements.shard import check_gathered_bytes, settle, shard
 from qdist.runtime.placements.split_sequential import spread
 from qdist.runtime.placements.stages import arrange_stage
@@ -75,8 +75,7 @@ def _arrange(plan: Plan, comm: Comm, devices: tuple[torch.device, ...], model: A
         arrange_stage(plan, comm.rank)(model)
     elif plan.schedule == "sequential":
         spread(model, [devices[position] for position in plan.layer_map])
-    for index in plan.offloaded_layers:
-        offload(decoder_layers(model)[index])
+    offload(model, plan.offloaded_layers)
 
 
 def assemble(plan: Plan, accelerator: Any, backbone: Any, device: torch.device, *, pad_id: int) -> Parts:

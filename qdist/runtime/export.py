@@ -17,28 +17,22 @@ from qdist.host.files import publish_folder, write_atomic
 from qdist.host.follow import Follower
 from qdist.host.rundir import PLAN, RESULT, RunDir
 from qdist.runtime.checkpoint import load, load_tensors
+from qdist.runtime.checksum import slice_sums
 from qdist.runtime.engine import Adapter
 from qdist.runtime.measure import Peak
-
-_CHECKSUM_WORDS = 1 << 24
 
 
 def adapter_checksum(adapter: Adapter) -> tuple[int, ...]:
     """Two exact sums over the bits of all parameters; equal on ranks that hold the same adapter.
 
-    Sums of 32-bit words modulo 2**64, the second weighted by position, computed where the parameters are.
+    Those of `slice_sums`, of all parameters one after the other, computed where each of them is.
     """
-    plain = torch.zeros((), dtype=torch.int64, device=next(adapter.parameters()).device)
-    weighted = plain.clone()
-    position = 1
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            for words in parameter.data.contiguous().view(torch.int32).flatten().split(_CHECKSUM_WORDS):
-                wide = words.to(torch.int64)
-                plain += wide.sum()
-                weighted += (wide * torch.arange(position, position + wide.numel(), device=wide.device)).sum()
-                position += wide.numel()
-    return int(plain), int(weighted)
+    total, position = torch.zeros(2, dtype=torch.int64, device=next(adapter.parameters()).device), 0
+    for parameter in adapter.parameters():
+        content = parameter.detach().contiguous().flatten().view(torch.uint8)
+        total += slice_sums(content, position).to(total.device)
+        position += content.numel()
+    return tuple(total.tolist())
 
 
 def gather(run: RunDir, *, step: int) -> Path:

@@ -2,10 +2,9 @@
 
 import torch
 
+from qdist.core.memory import BLOCK, NESTED_BLOCK
 from qdist.runtime.packed_folder import Packing
 
-BLOCK, NESTED_BLOCK = 64, 256
-"""Weights that share an absmax; absmaxes that share one where they are quantized themselves."""
 _PIECE = 1 << 22
 """Elements unpacked at a time: bitsandbytes' CPU kernels take 16 bytes each beside the matrix."""
 

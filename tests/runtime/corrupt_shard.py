@@ -22,19 +22,19 @@ def main() -> None:
     shard.settle(backbone)
     intact = shard.check_gathered_bytes(backbone)
     layer = backbone.model.layers[1]
-    original = shard.slice_checksum
+    original = shard.slice_sums
     target = layer.self_attn.q_proj.weight
     assert isinstance(target, DTensor)
     bytes_of_it = target.numel()
 
-    def on_the_way(flat: torch.Tensor, first: int) -> tuple[int, int]:
+    def on_the_way(flat: torch.Tensor, first: int) -> torch.Tensor:
         """What arrives has one bit turned in the first tensor of this size."""
         if flat.numel() == bytes_of_it and layer.self_attn.q_proj.weight is not target:
             flat = flat.clone()
             flat[7] ^= 1
         return original(flat, first)
 
-    shard.slice_checksum = on_the_way
+    shard.slice_sums = on_the_way
     try:
         shard.check_gathered_bytes(backbone)
         said = ""

@@ -29,6 +29,18 @@ def filled(layer: nn.Module) -> nn.Module:
     return holder["linear"]
 
 
+def compute_the_same(one: nn.Module, other: nn.Module, *batch: int) -> None:
+    """Outputs and input gradients."""
+    inputs, outer = torch.randn(*batch, INPUTS), torch.randn(*batch, OUTPUTS)
+    results = []
+    for module in (one, other):
+        leaf = inputs.clone().requires_grad_()
+        product = module(leaf)
+        product.backward(outer)
+        results.append((product.detach(), leaf.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("quant_type", "double"), FOUR_BIT)
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_4_bit_layer_computes_what_bitsandbytes_does(quant_type: str, double: bool, bias: bool) -> None:
@@ -45,14 +57,7 @@ def test_a_4_bit_layer_computes_what_bitsandbytes_does(quant_type: str, double: 
         layer.bias.data.normal_()
         theirs.bias = layer.bias
     assert torch.equal(theirs.weight.data, layer.weight.data)
-    inputs, outer = torch.randn(3, 5, INPUTS), torch.randn(3, 5, OUTPUTS)
-    results = []
-    for module in (layer, theirs):
-        leaf = inputs.clone().requires_grad_()
-        product = module(leaf)
-        product.backward(outer)
-        results.append((product.detach(), leaf.grad))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+    compute_the_same(layer, theirs, 3, 5)
 
 
 def test_an_int8_layer_computes_what_bitsandbytes_does() -> None:
@@ -61,14 +66,7 @@ def test_an_int8_layer_computes_what_bitsandbytes_does() -> None:
     matrix = RandomWeights(torch.device("cpu"), torch.float32)._matrix("linear.weight", (OUTPUTS, INPUTS))
     theirs.weight = bnb.nn.Int8Params(matrix, requires_grad=False, has_fp16_weights=False)
     theirs = theirs.to("cpu")
-    inputs, outer = torch.randn(7, INPUTS), torch.randn(7, OUTPUTS)
-    results = []
-    for module in (layer, theirs):
-        leaf = inputs.clone().requires_grad_()
-        product = module(leaf)
-        product.backward(outer)
-        results.append((product.detach(), leaf.grad))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+    compute_the_same(layer, theirs, 7)
 
 
 @pytest.mark.parametrize(("quant_type", "double"), FOUR_BIT)

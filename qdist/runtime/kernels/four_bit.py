@@ -6,10 +6,7 @@ from typing import Any
 
 import torch
 
-BLOCK = 64
-"""Weights that share an absmax (QLoRA, section 3)."""
-NESTED_BLOCK = 256
-"""Absmaxes that share one, where they are quantized in turn."""
+from qdist.core.memory import BLOCK, NESTED_BLOCK
 
 
 @cache

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from qdist.core.memory import BLOCK, NESTED_BLOCK
 from qdist.core.spec import Quant
-from qdist.runtime.kernels.four_bit import BLOCK, NESTED_BLOCK, absmax_code_book, dequantize
+from qdist.runtime.kernels.four_bit import absmax_code_book, dequantize
 
 FEW_TOKENS = 16
 """Up to here a GPU multiplies with the packed weights; above, unpacking them first is faster (H100 and H200)."""

@@ -1,5 +1,6 @@
 """A model without its weights: on the meta device, its decoder linears ready to hold packed bytes; and filling it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -77,9 +78,10 @@ def fill(model: nn.Module, weights: Weights, *, device: torch.device) -> None:
             module.runs_on = place
 
 
-def offload(layer: nn.Module) -> None:
-    """Mark the linears of a decoder layer: their weights wait in host memory and visit the GPU for each use."""
-    for module in layer.modules():
+def offload(model: Any, layers: Sequence[int]) -> None:
+    """Mark the linears of decoder layers: their weights wait in host memory and visit the GPU for each use."""
+    stack = decoder_layers(model)
+    for module in (module for index in layers for module in stack[index].modules()):
         if isinstance(module, nn.Linear):
             module.offloaded = True
 
@@ -95,6 +97,13 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return next(found for found in model.modules() if isinstance(found, nn.ModuleList) and len(found) == count)
 
 
+def first_row(parameter: Any) -> int:
+    """Where this rank's rows of a sharded parameter (a DTensor) begin in the whole."""
+    mesh = parameter.device_mesh
+    rows: int = parameter.shape[0]
+    return min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
+
+
 def _filled(parameter: nn.Parameter, values: Slices, device: torch.device) -> nn.Parameter:
     from torch.distributed.tensor import DTensor
 
@@ -102,8 +111,8 @@ def _filled(parameter: nn.Parameter, values: Slices, device: torch.device) -> nn
         return nn.Parameter(values[:].to(device, parameter.dtype), requires_grad=False)
     local = parameter.to_local()
     mine = torch.zeros(local.shape, dtype=local.dtype, device=device)
-    first = parameter.device_mesh.get_local_rank() * -(-parameter.shape[0] // parameter.device_mesh.size())
     if local.shape[0]:
+        first = first_row(parameter)
         mine.copy_(values[first : first + local.shape[0]])
     sharded = DTensor.from_local(
         mine, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()

@@ -1,7 +1,6 @@
 """Where a backbone's tensors come from: a folder of safetensors read through mmap, or random numbers by name."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import nn
 
 from qdist.core.errors import ModelError
 from qdist.runtime.methods.packed import PackedLinear, Slices
+from qdist.runtime.packed_folder import opened, tensor_files
 
 
 class Weights(Protocol):
@@ -41,19 +41,9 @@ class FolderWeights:
         self.folder = Path(folder)
 
     @cached_property
-    def _files(self) -> dict[str, str]:
+    def files(self) -> dict[str, str]:
         """The file of each tensor."""
-        from safetensors import safe_open
-
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            return files
-        names = {}
-        for file in sorted(self.folder.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as opened:
-                names.update(dict.fromkeys(opened.keys(), file.name))
-        return names
+        return tensor_files(self.folder)
 
     def of(self, path: str, module: nn.Module) -> Mapping[str, Slices]:
         file = _Prefixed(self, path)
@@ -66,15 +56,10 @@ class FolderWeights:
 
     def open(self, name: str) -> Slices:
         """A tensor of which nothing is read yet. Raises ModelError where there is none."""
-        from safetensors import SafetensorError, safe_open
-
-        if name not in self._files:
+        if name not in self.files:
             raise ModelError(f"{self.folder} has no tensor {name}", try_="another folder, or pack the model again")
-        try:
-            with safe_open(self.folder / self._files[name], framework="pt") as file:
-                tensor: Slices = file.get_slice(name)
-        except (SafetensorError, FileNotFoundError) as error:
-            raise ModelError(f"{self.folder / self._files[name]}: {error}", try_="pack the model again") from error
+        with opened(self.folder / self.files[name]) as file:
+            tensor: Slices = file.get_slice(name)
         return tensor
 
 
@@ -89,7 +74,7 @@ class _Prefixed(Mapping[str, Slices]):
 
     def __iter__(self) -> Iterator[str]:
         prefix = f"{self._path}."
-        return (name.removeprefix(prefix) for name in self._folder._files if name.startswith(prefix))
+        return (name.removeprefix(prefix) for name in self._folder.files if name.startswith(prefix))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -1,20 +1,18 @@
 """A model in use lies where `qdist.core.residence` puts it: on one GPU, on several, partly in host memory."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 from qdist.core.errors import SpecError
 from qdist.core.residence import Footprint, Residence, reside, room
 from qdist.host import nvml, probe
 from qdist.runtime.methods.fused_lora import settle_offloaded
 from qdist.runtime.methods.packed import is_offloaded
-from qdist.runtime.methods.skeleton import decoder_layers, offload
-from qdist.runtime.placements.split_sequential import spread
+from qdist.runtime.methods.skeleton import offload
+from qdist.runtime.placements.split_sequential import fetch_to, spread
 
 
 def choose(parts: Footprint, *, device: str | None, max_memory_bytes: int | None, in_host: bool = False) -> Residence:
@@ -62,8 +60,7 @@ def arrange(model: Any, residence: Residence) -> None:
     """Say of each part of a model where it lies, before or after it has bytes."""
     if len(residence.gpus) > 1:
         spread(model, [device_of(gpu) for gpu in residence.layer_gpu])
-    for index in residence.offloaded:
-        offload(decoder_layers(model)[index])
+    offload(model, residence.offloaded)
 
 
 def settle(model: Any, residence: Residence) -> None:
@@ -77,11 +74,7 @@ def settle(model: Any, residence: Residence) -> None:
     if len(residence.gpus) < 2:
         return
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
-        table.register_forward_pre_hook(partial(_fetch, next(table.parameters()).device))
-
-
-def _fetch(device: torch.device, _: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), inputs)
+        fetch_to(table, next(table.parameters()).device)
 
 
 def move(model: Any, residence: Residence) -> Any:

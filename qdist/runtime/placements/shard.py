@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor
 
 from qdist.core.errors import RunError
 from qdist.core.plan import Plan
-from qdist.runtime.checksum import add_checksums, slice_checksum
+from qdist.runtime.checksum import slice_sums
 from qdist.runtime.loss import cross_entropy
-from qdist.runtime.methods.skeleton import decoder_layers
+from qdist.runtime.methods.skeleton import decoder_layers, first_row
 
 
 def shard(model: Any, plan: Plan) -> None:
@@ -76,7 +76,7 @@ def check_gathered_bytes(model: Any) -> int:
             if name not in held or isinstance(parameter, DTensor):  # whole anyway, or of a unit inside this one
                 continue
             gathered = parameter.detach().contiguous().view(-1).view(torch.uint8)
-            if slice_checksum(gathered, 0) != _held_checksum(held[name]):
+            if not torch.equal(slice_sums(gathered, 0), _held_sums(held[name])):
                 raise RunError(
                     f"{path}.{name}: the bytes gathered from the ranks are not the bytes that they hold",
                     try_="--placement replicate or split, and report this with the output of qdist doctor",
@@ -86,15 +86,13 @@ def check_gathered_bytes(model: Any) -> int:
     return checked
 
 
-def _held_checksum(parameter: DTensor) -> tuple[int, int]:
-    """Checksum of a sharded parameter's bytes from each rank's own rows, added up over the group."""
-    local, mesh = parameter.to_local(), parameter.device_mesh
+def _held_sums(parameter: DTensor) -> torch.Tensor:
+    """Checksum of a sharded parameter's bytes from each rank's own rows, added up over the group; int64 [2]."""
+    local = parameter.to_local()
     row_bytes = local.element_size() * (parameter.numel() // parameter.shape[0])
-    first = min(mesh.get_local_rank() * -(-parameter.shape[0] // mesh.size()), parameter.shape[0]) * row_bytes
-    own = slice_checksum(local.contiguous().view(torch.uint8).flatten(), first)
-    sums: list[Any] = [None] * mesh.size()
-    dist.all_gather_object(sums, own, group=mesh.get_group())
-    return add_checksums(*sums)
+    sums = slice_sums(local.contiguous().view(torch.uint8).flatten(), first_row(parameter) * row_bytes)
+    dist.all_reduce(sums, group=parameter.device_mesh.get_group())
+    return sums
 
 
 def _allow_integers() -> None:

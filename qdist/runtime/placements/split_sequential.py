@@ -32,6 +32,12 @@ def spread(model: Any, layer_devices: Sequence[torch.device]) -> None:
 
 
 def _put(part: nn.Module, device: torch.device) -> None:
+    for module in part.modules():
+        module.runs_on = device
+    fetch_to(part, device)
+
+
+def fetch_to(part: nn.Module, device: torch.device) -> None:
     """Before each pass of a part, move the tensors that it is given: hidden states, masks, positions."""
 
     def fetch(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
@@ -39,6 +45,4 @@ def _put(part: nn.Module, device: torch.device) -> None:
             torch.cuda.set_device(device)  # Triton launches its kernels there, wherever their arguments are
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), (inputs, named))
 
-    for module in part.modules():
-        module.runs_on = device
     part.register_forward_pre_hook(fetch, with_kwargs=True)
