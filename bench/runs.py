@@ -23,6 +23,8 @@ from statistics import median
 from qdist.host.files import cache_dir
 
 GIB = 2**30
+LONGEST_S = 150
+"""A run that takes longer is stopped and counts as failed."""
 SHAPE = "seq_len=512 train.held_out=0.0 train.save_steps=1000"
 CKPT, NONE = "train.checkpointing=true", "train.checkpointing=false"
 RUNS: dict[str, tuple[int, str, str]] = {
@@ -102,6 +104,7 @@ def main() -> None:
             rows.append(run(name, arguments.steps, gpu=None))
             print(line(rows[-1]), flush=True)
     if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "runs.json").write_text(json.dumps(rows, indent=1))
     report(rows, absent)
 
@@ -129,12 +132,16 @@ def run(name: str, steps: int, *, gpu: int | None) -> dict:
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
     began = time.time()
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    row = {"name": name, "gpus": gpus, "wall_s": time.time() - began, "rc": done.returncode}
-    if done.returncode == 0:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=LONGEST_S)
+        code, said = done.returncode, done.stdout[-1500:] + done.stderr[-2500:]
+    except subprocess.TimeoutExpired:
+        code, said = 124, f"not finished after {LONGEST_S} s"
+    row = {"name": name, "gpus": gpus, "wall_s": time.time() - began, "rc": code}
+    if code == 0:
         row |= figures(folder / "run")
     else:
-        row["error"] = done.stdout[-1500:] + done.stderr[-2500:]
+        row["error"] = said
     shutil.rmtree(folder)
     return row
 
