@@ -116,7 +116,8 @@ def _verified(count: int) -> str:
 
 
 def _out_of_memory(plan: Plan, run: RunDir, rank: int, reached_bytes: int, error: Exception) -> PlanError:
-    """What a GPU that ran full has to say to the user."""
+    """What a GPU that ran full has to say to the user; torch's own account of its memory goes into the rank's log."""
+    print(error, flush=True)
     smaller = max(1, plan.micro_batch // 2)
     return PlanError(
         f"rank {rank} ran out of GPU memory at {format_bytes(reached_bytes)}, where "

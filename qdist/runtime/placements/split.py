@@ -73,8 +73,10 @@ def make_grid(plan: Plan, *, timeout: datetime.timedelta) -> Grid:
         raise RunError(f"{groups} group(s) of {stages} stages, and {ranks} rank(s)", try_="--resume")
     rank = dist.get_rank()
     mates = peers = None
+    if groups == 1:  # all ranks of the run, whose communicator there is already: a second one takes 0.5 GiB
+        mates = dist.group.WORLD
     # Every rank makes every process group, in the same order.
-    for group in range(groups):
+    for group in range(groups if groups > 1 else 0):
         made = dist.new_group([group * stages + position for position in range(stages)], timeout=timeout)
         mates = made if group == rank // stages else mates
     for position in range(stages):
