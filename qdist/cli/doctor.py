@@ -51,7 +51,18 @@ def _measure() -> tuple[Check, ...]:
 
 def rates_table(cards: Sequence[CardRates]) -> str:
     """A row a GPU."""
-    rows = [("GPU", f"{_kind(cards[0].dtype)} products", "memory", "from host", "all-gather", "all-reduce", "copies")]
+    rows = [
+        (
+            "GPU",
+            f"{_kind(cards[0].dtype)} products",
+            "memory",
+            "from host",
+            "all-gather",
+            "all-reduce",
+            "copies",
+            "launches",
+        )
+    ]
     for card in cards:
         link = card.links
         rows.append((
@@ -62,6 +73,7 @@ def rates_table(cards: Sequence[CardRates]) -> str:
             _speed(link.gather_bytes_s if link else None),
             _speed(link.reduce_bytes_s if link else None),
             _speed(link.peer_bytes_s if link else None),
+            f"{card.operator_s * 1e6:.1f} us",
         ))  # fmt: skip
     shown = [column for column in zip(*rows, strict=True) if set(column[1:]) != {"-"}]
     widths = [max(map(len, column)) for column in shown]

@@ -149,5 +149,5 @@ def _count(number: int, name: str, plural: str) -> str:
 
 def _engine(plan: Plan) -> str:
     if plan.engine == "torch":
-        return ("torch DDP" if plan.data_parallel > 1 else "torch") if plan.world_size > 1 else "torch, one rank"
+        return "torch" if plan.world_size > 1 else "torch, one rank"
     return f"DeepSpeed ZeRO-{plan.zero_stage}" + (" with CPU offload" if plan.spec.zero.offload == "cpu" else "")

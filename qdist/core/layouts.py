@@ -163,7 +163,7 @@ def _state(spec: RunSpec, shape: Layout, unit: str) -> dict[str, object]:
     many = shape.data_parallel > 1
     if stage is None:
         stage = 2 if many or offload else 0
-    # Stages of several groups are DeepSpeed's whatever the stage; elsewhere torch's DDP adds up undivided gradients.
+    # Stages of several groups are DeepSpeed's whatever the stage; elsewhere torch adds up undivided gradients.
     divides = stage or offload or (many and shape.placement == "split")
     return {"zero_stage": stage, "engine": "deepspeed" if divides else "torch"}
 

@@ -4,7 +4,6 @@ Only the adapter's parameters are handed to an engine. The backbone stays out of
 moves, casts nor broadcasts packed weights, and a backbone may span GPUs.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _BNB_NAMES = {"exp_avg": "state1", "exp_avg_sq": "state2"}
@@ -89,8 +87,9 @@ class Adapter(nn.Module):
 class TorchEngine:
     """torch's own backward and optimizer, every rank with the whole adapter state.
 
-    across: over the stages of a pipeline. parallel: the adapter under DDP, which adds gradients up over the ranks while
-    the backward pass runs.
+    across: over the stages of a pipeline. ranks: that compute different samples and add their gradients up, once a
+    step. The gradients lie in one flat buffer then: DDP, which adds them up during the backward pass, holds them twice
+    as soon as a step has several micro-batches.
     """
 
     def __init__(
@@ -100,25 +99,21 @@ class TorchEngine:
         *,
         clip: float,
         across: Across | None = None,
-        parallel: DistributedDataParallel | None = None,
+        ranks: int = 1,
     ) -> None:
-        self.adapter, self.optimizer, self.clip, self.across, self.parallel = adapter, optimizer, clip, across, parallel
+        self.adapter, self.optimizer, self.clip, self.across = adapter, optimizer, clip, across
+        self.gradients = _flat_gradients(list(adapter.parameters())) if ranks > 1 else None
 
     def accumulate(self, micro_batches: Sequence[MicroBatch], *, weight: float, loss_scale: float) -> torch.Tensor:
         losses = []
-        # DDP averages over ranks; the weights already add up to one over all of them.
-        factor = weight * loss_scale * (dist.get_world_size() if self.parallel else 1)
         for micro_batch in micro_batches:
             torch.manual_seed(micro_batch.seed)
-            with self._unless_last(micro_batch is micro_batches[-1]):
-                loss = (self.parallel or self.adapter)(micro_batch.load())
-                (loss * factor).backward()
+            loss = self.adapter(micro_batch.load())
+            (loss * (weight * loss_scale)).backward()
             losses.append(loss.detach().double())
+        if self.gradients is not None:
+            dist.all_reduce(self.gradients)
         return torch.stack(losses).sum()
-
-    def _unless_last(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Gradients travel once a step, with the last micro-batch."""
-        return self.parallel.no_sync() if self.parallel and not last else contextlib.nullcontext()
 
     def step(self, learning_rate: float, loss_scale: float) -> StepResult:
         result = finish_gradients(
@@ -127,7 +122,10 @@ class TorchEngine:
         if not result.skipped:
             set_rate(self.optimizer, learning_rate)
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.gradients is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self.gradients.zero_()
         return result
 
     def state(self) -> State:
@@ -151,6 +149,15 @@ class TorchEngine:
             for moment, tensors in state.moments.items():
                 for name, parameter in named.items():
                     moment_of(self.optimizer.state[parameter], moment).copy_(tensors[name])
+
+
+def _flat_gradients(parameters: list[nn.Parameter]) -> torch.Tensor:
+    """Zeros for the gradients of all parameters, of which each parameter's own is a part."""
+    flat = torch.zeros(sum(map(torch.Tensor.numel, parameters)), dtype=torch.float32, device=parameters[0].device)
+    parts = flat.split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter)
+    return flat
 
 
 def finish_gradients(

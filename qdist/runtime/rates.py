@@ -73,6 +73,7 @@ def _card(rank: int, device: torch.device, sizes: Sizes) -> CardRates:
         dtype=str(dtype).removeprefix("torch."),
         matmul_flops_s=_matmul_rate(device, dtype, sizes),
         memory_bytes_s=_memory_rate(device, sizes),
+        operator_s=_operator_seconds(device),
         round_trip_error=error,
         round_trip_differs=differs,
     )
@@ -123,6 +124,26 @@ def _memory_rate(device: torch.device, sizes: Sizes) -> float:
     source = pattern(sizes.copy_bytes, seed=1, device=device)
     target = torch.empty_like(source)
     return 2 * sizes.copy_bytes / _seconds(device, lambda: target.copy_(source))
+
+
+def _operator_seconds(device: torch.device, count: int = 300) -> float:
+    """Of one launch in a chain of small products and its backward pass, which keep no device busy."""
+    weight = torch.zeros(16, 16, device=device)
+
+    def there_and_back() -> None:
+        value = torch.ones(16, 16, device=device, requires_grad=True) + 0.0
+        for _ in range(count):
+            value = value @ weight
+        value.sum().backward()
+
+    times = []
+    for _ in range(7):
+        _wait(device)
+        began = time.perf_counter()
+        there_and_back()
+        _wait(device)
+        times.append(time.perf_counter() - began)
+    return median(times) / (2 * count)
 
 
 def _host_rate(device: torch.device, sizes: Sizes) -> float:

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from qdist.core.errors import PlanError, RunError
 from qdist.core.plan import Plan
@@ -70,8 +69,8 @@ def make_engine(plan: Plan, accelerator: Any, adapter: Adapter) -> Engine:
     """The engine that the plan names, over the adapter's parameters alone."""
     clip, optimizer_of = plan.spec.optim.clip, _optimizer_of(plan)
     if plan.engine == "torch":
-        parallel = DistributedDataParallel(adapter, gradient_as_bucket_view=True) if plan.data_parallel > 1 else None
-        return TorchEngine(adapter, optimizer_of(list(adapter.parameters())), clip=clip, parallel=parallel)
+        optimizer = optimizer_of(list(adapter.parameters()))
+        return TorchEngine(adapter, optimizer, clip=clip, ranks=plan.data_parallel)
     engine, _ = accelerator.prepare(adapter, optimizer_of(list(adapter.parameters())))
     return DeepSpeedEngine(adapter, engine, clip=clip)
 
