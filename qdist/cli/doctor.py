@@ -60,7 +60,7 @@ def rates_table(cards: Sequence[CardRates]) -> str:
             "all-gather",
             "all-reduce",
             "copies",
-            "launches",
+            "launching",
         )
     ]
     for card in cards:
@@ -73,7 +73,7 @@ def rates_table(cards: Sequence[CardRates]) -> str:
             _speed(link.gather_bytes_s if link else None),
             _speed(link.reduce_bytes_s if link else None),
             _speed(link.peer_bytes_s if link else None),
-            f"{card.operator_s * 1e6:.1f} us",
+            f"{card.linear_s * 1e3:.2f} ms",
         ))  # fmt: skip
     shown = [column for column in zip(*rows, strict=True) if set(column[1:]) != {"-"}]
     widths = [max(map(len, column)) for column in shown]

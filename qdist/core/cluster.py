@@ -7,8 +7,8 @@ import msgspec
 from qdist.core.errors import SpecError
 from qdist.core.units import GIB
 
-OPERATOR_S = 12e-6
-"""What launching a small operator takes with its backward pass, an average of both (a server's CPU of 2023)."""
+LINEAR_S = 0.5e-3
+"""What launching an adapted 4-bit linear takes, both passes (a server's CPU of 2023)."""
 UNNAMED = "hypothetical GPU"
 """Name of a card that nobody named."""
 _USUAL_HOST_BYTES = 64 * GIB
@@ -26,8 +26,8 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """All-gather over the GPUs of the machine: bytes that one GPU receives."""
     host_bytes_s: float
     """Pinned host memory to one GPU."""
-    operator_s: float = OPERATOR_S
-    """CPU time for launching a small operator of a training pass; as many as a layer has bound small micro-batches."""
+    linear_s: float = LINEAR_S
+    """CPU time for launching the kernels of an adapted 4-bit linear, both passes: what bounds small micro-batches."""
     source: str
     """Where the figures come from: 'measured' and the date, or 'table'."""
 

@@ -33,8 +33,8 @@ class CardRates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Of the matrix products."""
     matmul_flops_s: float
     memory_bytes_s: float
-    operator_s: float
-    """To launch a small operator, forward or backward."""
+    linear_s: float
+    """To launch the kernels of an adapted 4-bit linear, forward and backward."""
     round_trip_error: float
     """4 bits and back on the card: the largest error, as a part of its block's largest value. NF4 allows 0.152."""
     round_trip_differs: float
@@ -59,7 +59,7 @@ def slowest(cards: Sequence[CardRates], *, source: str) -> Rates | None:
         memory_bytes_s=min(card.memory_bytes_s for card in cards),
         link_bytes_s=min(links or host),
         host_bytes_s=min(host),
-        operator_s=max(card.operator_s for card in cards),
+        linear_s=max(card.linear_s for card in cards),
         source=source,
     )
 
@@ -71,7 +71,7 @@ def least(several: Sequence[Rates]) -> Rates:
         memory_bytes_s=min(rates.memory_bytes_s for rates in several),
         link_bytes_s=min(rates.link_bytes_s for rates in several),
         host_bytes_s=min(rates.host_bytes_s for rates in several),
-        operator_s=max(rates.operator_s for rates in several),
+        linear_s=max(rates.linear_s for rates in several),
         source=several[0].source,
     )
 

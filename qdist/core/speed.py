@@ -25,9 +25,8 @@ INT8_SHARE = 0.42
 finding outliers, scaling the result. Chosen on one row: H200, 7B, 16x512, checkpointing, 6,900 tok/s."""
 PEFT_ACCESSES = 5.0
 """16-bit accesses for each output of an adapted linear, in each pass, that peft's scaling, adding and casting cost."""
-LAYER_OPERATORS = 260
-"""Small operators that take Python as long as launching a layer's pass, which bounds small micro-batches: 7B without
-checkpointing in micro-batches of 2x512 took 6.2 ms a layer for both passes where such an operator took 12 us."""
+LAUNCH_SHARE = 1.7
+"""Time for launching all of a layer's kernels by that for its linears, which bounds small micro-batches."""
 PAGED_SHARE = 0.09
 """Of the memory rate, for AdamW on moments in paged memory that lie on the GPU. 65B on an H200: 78 ms a step more."""
 OPTIMIZER_ACCESS_BYTES = 40
@@ -74,7 +73,7 @@ def passes(sizes: Sizes, rates: Rates, micro_batch: int) -> Passes:
     forward = quantized + attention + adapter + unpack * (job.bits == 4) + forward_bytes / traffic_s
     backward = product + 2.5 * attention + 2 * adapter + unpack + backward_bytes / traffic_s
     head = 4 * facts.vocab * facts.hidden * tokens / flops_s + _loss_traffic(sizes, tokens) / traffic_s
-    launch = LAYER_OPERATORS * rates.operator_s
+    launch = LAUNCH_SHARE * len(facts.linears) * rates.linear_s / 2
     return Passes(max(forward, launch), max(backward, launch), head, tokens * sizes.entering_token)
 
 

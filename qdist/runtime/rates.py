@@ -73,7 +73,7 @@ def _card(rank: int, device: torch.device, sizes: Sizes) -> CardRates:
         dtype=str(dtype).removeprefix("torch."),
         matmul_flops_s=_matmul_rate(device, dtype, sizes),
         memory_bytes_s=_memory_rate(device, sizes),
-        operator_s=_operator_seconds(device),
+        linear_s=_linear_seconds(device, dtype),
         round_trip_error=error,
         round_trip_differs=differs,
     )
@@ -126,15 +126,25 @@ def _memory_rate(device: torch.device, sizes: Sizes) -> float:
     return 2 * sizes.copy_bytes / _seconds(device, lambda: target.copy_(source))
 
 
-def _operator_seconds(device: torch.device, count: int = 300) -> float:
-    """Of one launch in a chain of small products and its backward pass, which keep no device busy."""
-    weight = torch.zeros(16, 16, device=device)
+def _linear_seconds(device: torch.device, dtype: torch.dtype, count: int = 20) -> float:
+    """What Python and the driver take to launch an adapted NF4 linear so small that no card is kept busy."""
+    from qdist.core.spec import Quant
+    from qdist.runtime.methods.adapted import adapted_product
+    from qdist.runtime.methods.packed import Packed4bit
+
+    width, tokens = 128, 32
+    layer = Packed4bit(width, width, bias=False, dtype=dtype, quant=Quant())
+    for name, tensor in layer.pack(torch.zeros(width, width, device=device, dtype=dtype)).items():
+        holder = layer._buffers if name in layer._buffers else layer._parameters
+        holder[name] = tensor if holder is layer._buffers else torch.nn.Parameter(tensor, requires_grad=False)
+    down, up = (torch.zeros(shape, device=device, requires_grad=True) for shape in ((8, width), (width, 8)))
+    inputs = torch.zeros(tokens, width, device=device, dtype=dtype, requires_grad=True)
 
     def there_and_back() -> None:
-        value = torch.ones(16, 16, device=device, requires_grad=True) + 0.0
+        hidden = inputs
         for _ in range(count):
-            value = value @ weight
-        value.sum().backward()
+            hidden = adapted_product(hidden, down, up, layer, 1.0)
+        hidden.sum().backward()
 
     times = []
     for _ in range(7):
@@ -143,7 +153,7 @@ def _operator_seconds(device: torch.device, count: int = 300) -> float:
         there_and_back()
         _wait(device)
         times.append(time.perf_counter() - began)
-    return median(times) / (2 * count)
+    return median(times) / count
 
 
 def _host_rate(device: torch.device, sizes: Sizes) -> float:

@@ -50,9 +50,9 @@ def test_rates_are_shown_judged_and_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     assert lines[:5] == [
         "measuring 2 x H200",
         "",
-        "GPU  bf16 products     memory  from host  all-gather  all-reduce    copies  launches",
-        "  0    790 TFLOP/s  4000 GB/s    55 GB/s    300 GB/s    250 GB/s  200 GB/s    9.0 us",
-        "  1    790 TFLOP/s  4000 GB/s    55 GB/s    300 GB/s    250 GB/s  200 GB/s    9.0 us",
+        "GPU  bf16 products     memory  from host  all-gather  all-reduce    copies  launching",
+        "  0    790 TFLOP/s  4000 GB/s    55 GB/s    300 GB/s    250 GB/s  200 GB/s    0.90 ms",
+        "  1    790 TFLOP/s  4000 GB/s    55 GB/s    300 GB/s    250 GB/s  200 GB/s    0.90 ms",
     ]
     assert "fit for training (measured in 21 s)" in lines
     kept = rates.measured(["H200", "H200"], "580.1")
@@ -73,7 +73,7 @@ def test_links_that_could_not_be_measured_fail_and_the_cards_are_still_shown(mon
     alone = tuple(card(rank=rank, host_bytes_s=None, links=None) for rank in (0, 1))
     result = measured(monkeypatch, msgspec.structs.replace(GOOD, cards=alone, problem="rank 0 ended with exit code 1"))
     assert result.exit_code == 1
-    assert "GPU  bf16 products     memory  launches\n  0    790 TFLOP/s  4000 GB/s    9.0 us\n" in result.stdout
+    assert "GPU  bf16 products     memory  launching\n  0    790 TFLOP/s  4000 GB/s    0.90 ms\n" in result.stdout
     assert "not fit for training until mended: links" in result.stdout
 
 

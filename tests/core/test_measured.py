@@ -11,7 +11,7 @@ LINKS = LinkRates(
     wrong_reduced_values=0,
 )  # fmt: skip
 CARD = CardRates(
-    rank=0, name="NVIDIA H200", dtype="bfloat16", matmul_flops_s=790e12, memory_bytes_s=4e12, operator_s=9e-6,
+    rank=0, name="NVIDIA H200", dtype="bfloat16", matmul_flops_s=790e12, memory_bytes_s=4e12, linear_s=9e-4,
     round_trip_error=0.15, round_trip_differs=0.0, host_bytes_s=55e9, links=LINKS,
 )  # fmt: skip
 
@@ -25,14 +25,14 @@ def test_each_figure_is_that_of_the_slowest_card() -> None:
     cards = (
         CARD,
         card(rank=1, matmul_flops_s=700e12),
-        card(rank=2, host_bytes_s=20e9, operator_s=11e-6, links=slow_links),
+        card(rank=2, host_bytes_s=20e9, linear_s=11e-4, links=slow_links),
     )
     assert slowest(cards, source="measured today") == Rates(
         matmul_flops_s=700e12,
         memory_bytes_s=4e12,
         link_bytes_s=100e9,
         host_bytes_s=20e9,
-        operator_s=11e-6,
+        linear_s=11e-4,
         source="measured today",
     )
 

@@ -69,7 +69,8 @@ def test_two_gpus_train_the_adapter_of_one(launch: Launch) -> None:
     one, two = plain_run(launch), launch("two", gpus=2, **PAGED, **{"zero.stage": 2})
     assert two.plan().zero_stage == 2
     first, second = adapter(one), adapter(two)
-    assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-3
+    for name in first:
+        assert float((first[name] - second[name]).norm()) < 0.1 * float(first[name].norm()), name
     assert list(losses(events(two)).values()) == pytest.approx(list(losses(events(one)).values()), rel=1e-3)
 
 

@@ -76,6 +76,18 @@ def test_two_gpus_say_what_one_says(folder: Path, bits: int, tied: bool) -> None
 
 
 @pytest.mark.gpu2
+@pytest.mark.parametrize("way", [Residence(layer_gpu=(1,) * 4), TWO])
+def test_a_model_leaves_the_current_gpu_as_it_was(folder: Path, way: Residence) -> None:
+    """Liger's rotation, which training left in transformers, launches its kernel on the current GPU."""
+    run = adapted(folder, 4, tied=False)
+    for current in (0, 1):
+        torch.cuda.set_device(current)
+        torch.testing.assert_close(said(run, way)[0], said(run, ONE)[0], rtol=1e-3, atol=1e-3)
+        assert torch.cuda.current_device() == current
+    torch.cuda.set_device(0)
+
+
+@pytest.mark.gpu2
 @pytest.mark.parametrize(("bits", "tied"), KINDS)
 def test_two_gpus_with_layers_in_host_memory_say_what_one_says(folder: Path, bits: int, tied: bool) -> None:
     run = adapted(folder, bits, tied=tied)

@@ -9,7 +9,10 @@ from qdist.host.rundir import RunDir
 from tests.gpu.conftest import Launch
 from tests.gpu.test_gpu import adapter, events
 
-SHAPE = {"dtype": "bfloat16", "steps": 20, "micro_batch": 1, "train.held_out": 0.1, "train.eval_steps": 10}
+SHAPE = {
+    "dtype": "bfloat16", "steps": 20, "micro_batch": 1, "train.held_out": 0.1, "train.eval_steps": 10, "optim.lr": 1e-3,
+}  # fmt: skip
+"""At a rate of 1e-2 a rounding that turns the sign of a small gradient moves a weight as far as training does."""
 
 
 def agree(run: RunDir, other: RunDir) -> None:
@@ -17,7 +20,8 @@ def agree(run: RunDir, other: RunDir) -> None:
     held_out = [[event.held_out_loss for event in events(each) if event.held_out_loss] for each in (run, other)]
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-3)
     first, second = adapter(run), adapter(other)
-    assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-2
+    for name in first:
+        assert float((first[name] - second[name]).norm()) < 0.1 * float(first[name].norm()), name
 
 
 def alone(launch: Launch, bits: int) -> RunDir:

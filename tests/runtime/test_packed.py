@@ -112,11 +112,11 @@ def test_a_fused_adapter_computes_what_peft_does(kind: str, dropout: float) -> N
 
 
 def test_gradients_of_the_fused_adapter_are_those_of_finite_differences() -> None:
-    from qdist.runtime.methods.fused_lora import _Adapted
+    from qdist.runtime.methods.adapted import adapted_product
 
     layer = nn.Linear(6, 5, dtype=torch.float64).requires_grad_(False)
     leaves = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 6), (4, 6), (5, 4))]
-    assert torch.autograd.gradcheck(lambda x, a, b: _Adapted.apply(x, a, b, layer, 0.7), leaves)
+    assert torch.autograd.gradcheck(lambda x, a, b: adapted_product(x, a, b, layer, 0.7), leaves)
 
 
 def test_what_the_fused_adapter_keeps_is_its_input_and_the_narrow_product() -> None:

@@ -71,10 +71,27 @@ def settle(model: Any, residence: Residence) -> None:
     weights are), and linears that nobody packed multiply there.
     """
     settle_offloaded(model)
+    if first_device(residence).type == "cuda":
+        _current_while_used(getattr(model, "get_base_model", lambda: model)(), first_device(residence))
     if len(residence.gpus) < 2:
         return
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
         fetch_to(table, next(table.parameters()).device)
+
+
+def _current_while_used(model: nn.Module, device: torch.device) -> None:
+    """Make the model's GPU the current one while it computes, and then the one that was: Triton launches on it."""
+    before: list[int] = []
+
+    def enter(*_: Any) -> None:
+        before.append(torch.cuda.current_device())
+        torch.cuda.set_device(device)
+
+    def leave(*_: Any) -> None:
+        torch.cuda.set_device(before.pop())
+
+    model.register_forward_pre_hook(enter)
+    model.register_forward_hook(leave, always_call=True)
 
 
 def move(model: Any, residence: Residence) -> Any:

@@ -1,0 +1,79 @@
+"""A frozen linear and its LoRA matrices as one product: no addition or scaling of its own, nothing kept twice."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from qdist.runtime.methods.packed import PackedLinear, compute_dtype
+
+
+def adapted_product(
+    inputs: torch.Tensor, down: torch.Tensor, up: torch.Tensor, layer: nn.Linear, scaling: float
+) -> torch.Tensor:
+    """inputs [..., in] W' + scaling (inputs A') B', with gradients for the inputs, A and B.
+
+    down: A, float32 [r, in]. up: B, float32 [out, r].
+    """
+    product: torch.Tensor = _Adapted.apply(inputs, down, up, layer, scaling)
+    return product
+
+
+class _Adapted(torch.autograd.Function):
+    """y = x W' + s (x A') B' (Hu et al. 2021), where ' is the transpose.
+
+    The low-rank terms are added inside the matrix products (beta = 1), where PEFT multiplies by s and adds over the
+    whole output, and autograd adds the two input gradients. A and B are cast anew in the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: torch.Tensor, down: torch.Tensor, up: torch.Tensor, layer: nn.Linear, scaling: float
+    ) -> torch.Tensor:
+        dtype = compute_dtype(inputs)
+        flat = inputs.reshape(-1, inputs.shape[-1]).to(dtype)
+        product = frozen_product(layer, flat)
+        narrow = flat @ down.to(dtype).t()
+        product.addmm_(narrow, up.to(dtype).t(), alpha=scaling)
+        ctx.save_for_backward(flat, narrow, down, up)
+        ctx.layer, ctx.scaling, ctx.input_dtype = layer, scaling, inputs.dtype
+        return product.view(*inputs.shape[:-1], product.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        flat, narrow, down, up = ctx.saved_tensors
+        outer = gradients[0]
+        gradient = outer.reshape(-1, outer.shape[-1]).to(flat.dtype)
+        narrow_gradient = (gradient @ up.to(flat.dtype)).mul_(ctx.scaling)
+        inputs = None
+        if ctx.needs_input_grad[0]:
+            inputs = frozen_input_gradient(ctx.layer, gradient)
+            inputs.addmm_(narrow_gradient, down.to(flat.dtype))
+            inputs = inputs.view(*outer.shape[:-1], inputs.shape[-1]).to(ctx.input_dtype)
+        up_gradient = _product_in(up.dtype, gradient.t(), narrow).mul_(ctx.scaling)
+        down_gradient = _product_in(down.dtype, narrow_gradient.t(), flat)
+        return inputs, down_gradient, up_gradient, None, None
+
+
+def frozen_product(layer: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+    """inputs [tokens, in] times the weights of a frozen linear, plus its bias."""
+    if isinstance(layer, PackedLinear):
+        return layer.product(inputs)
+    bias = None if layer.bias is None else layer.bias.to(inputs.device, inputs.dtype)
+    return functional.linear(inputs, layer.weight.to(inputs.device, inputs.dtype, non_blocking=True), bias)
+
+
+def frozen_input_gradient(layer: nn.Linear, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient of a frozen linear's inputs, [tokens, in]."""
+    if isinstance(layer, PackedLinear):
+        return layer.input_gradient(gradient)
+    return gradient @ layer.weight.to(gradient.device, gradient.dtype, non_blocking=True)
+
+
+def _product_in(dtype: torch.dtype, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right, rounded once to `dtype` where the device can."""
+    if left.is_cuda and left.dtype != dtype:
+        product: torch.Tensor = torch.mm(left, right, out_dtype=dtype)
+        return product
+    return (left @ right).to(dtype)
