@@ -17,8 +17,12 @@ CUDA_CONTEXT_BYTES = 830 * MIB
 """CUDA context, kernels and cuBLAS workspaces of one rank (H200: used less what torch reserved)."""
 COMMUNICATOR_BYTES = 840 * MIB
 """What NCCL takes of each GPU of an NVLink pair for a first communicator (2 H200s, NCCL 2.28)."""
-NCCL_BYTES = 1270 * MIB
-"""With those of DeepSpeed or of a pipeline: a second one takes 486 MiB, sending from rank to rank 322."""
+SECOND_COMMUNICATOR_BYTES = 430 * MIB
+"""For one of DeepSpeed's or of a group of GPUs beside the first."""
+NARROW_COMMUNICATOR_BYTES, NARROW_SECOND_BYTES = 504 * MIB, 150 * MIB
+"""The same with the few channels that a pipeline gets, which never gathers weights (render.STAGE_CHANNELS)."""
+STAGE_LINK_BYTES = 390 * MIB
+"""For sending to a neighbouring stage and receiving from it: 960 MiB with all channels, of which these keep 0.4."""
 CPU_CONTEXT_BYTES = 460 * MIB
 """Resident memory of a CPU rank that has imported torch, transformers, peft and DeepSpeed and loaded nothing."""
 CPU_LOADING_BYTES = 2
@@ -257,7 +261,7 @@ class _Arrangement:
             received=RECEIVED_AHEAD * neighbours if pipelined else 0,
             sends=pipelined and position < last,
             offloaded=away,
-            context_bytes=self._context_bytes(count),
+            context_bytes=self._context_bytes(count, neighbours if pipelined else 0),
         )
 
     def _alone(self) -> Share:
@@ -267,7 +271,7 @@ class _Arrangement:
             gradient_accumulation=self.micro_batches, context_bytes=self._context_bytes(self.layers),
         )  # fmt: skip
 
-    def _context_bytes(self, count: int) -> int:
+    def _context_bytes(self, count: int, neighbours: int = 0) -> int:
         """What a rank holds beside what the budget counts."""
         if self.setting.rooms is None:
             held = self.setting.sizes.facts.parameters * count // self.layers
@@ -276,7 +280,11 @@ class _Arrangement:
             return self.setting.correction.context_bytes
         if self.layout.world_size == 1:
             return CUDA_CONTEXT_BYTES
-        return CUDA_CONTEXT_BYTES + (COMMUNICATOR_BYTES if self.layout.one_communicator else NCCL_BYTES)
+        first, second = COMMUNICATOR_BYTES, SECOND_COMMUNICATOR_BYTES
+        if self.layout.schedule == "1f1b":
+            first, second = NARROW_COMMUNICATOR_BYTES, NARROW_SECOND_BYTES
+        own = first + second * (not self.layout.one_communicator)
+        return CUDA_CONTEXT_BYTES + own + neighbours * STAGE_LINK_BYTES
 
     def _away(self, layer_map: tuple[int, ...], position: int) -> int:
         return sum(layer_map[index] == position for index in self.offloaded)

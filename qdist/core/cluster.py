@@ -7,8 +7,8 @@ import msgspec
 from qdist.core.errors import SpecError
 from qdist.core.units import GIB
 
-LINEAR_S = 0.5e-3
-"""What launching an adapted 4-bit linear takes, both passes (a server's CPU of 2023)."""
+LINEAR_S = 0.65e-3
+"""What launching an adapted 4-bit linear takes, both passes (a virtual machine with H200s)."""
 UNNAMED = "hypothetical GPU"
 """Name of a card that nobody named."""
 _USUAL_HOST_BYTES = 64 * GIB

@@ -35,10 +35,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def one_communicator(self) -> bool:
-        """Whether all exchanges are among all ranks, by torch: DeepSpeed, groups and stages have their own."""
-        return self.engine == "torch" and (
-            self.placement == "replicate" or (self.placement, self.groups) == ("shard", 1)
-        )
+        """Whether all exchanges are among all ranks, by torch: DeepSpeed and groups have their own."""
+        return self.engine == "torch" and (self.placement == "replicate" or self.groups == 1)
 
     @property
     def simplicity(self) -> int:

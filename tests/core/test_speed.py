@@ -42,7 +42,24 @@ MEASURED: list[tuple[str, str, dict[str, Any], float]] = [
         2_324,
     ),
     ("2 stages, 16 of 4x512", "llama-65b", OURS | ALL | {"stages": 2, "micro_batch": 4, "micro_batches": 16}, 2_390),
-    ("2 stages, 8 of 4x512", "llama-7b", OURS | ALL | {"stages": 2, "micro_batch": 4, "micro_batches": 8}, 9_100),
+    ("2 stages, 8 of 8x512", "llama-7b", OURS | ALL | {"stages": 2, "micro_batch": 8, "micro_batches": 8}, 20_760),
+    ("2 stages, 16 of 4x512", "llama-13b", OURS | {"stages": 2, "micro_batch": 4, "micro_batches": 16}, 17_020),
+    ("2 stages, 8 of 4x512", "llama-65b", OURS | ALL | {"stages": 2, "micro_batch": 4, "micro_batches": 8}, 2_404),
+    ("sequential on 2, 8x512", "llama-13b", OURS | ALL | {"micro_batch": 8, "sequential": True}, 6_882),
+    ("summed on 2", "llama-7b", OURS | {"ranks": 2}, 35_095),
+    ("summed on 2, checkpointing", "llama-7b", OURS | ALL | {"ranks": 2}, 24_494),
+    (
+        "int8 shards on 2, 8x512",
+        "llama-7b",
+        OURS | ALL | {"ranks": 2, "shards": 2, "bits": 8, "micro_batch": 8},
+        12_246,
+    ),
+    ("int8, checkpointing", "llama-7b", OURS | ALL | {"bits": 8}, 7_958),
+    ("16 bits, checkpointing", "llama-7b", OURS | ALL | {"bits": 16}, 13_328),
+    ("4x2048", "llama-7b", OURS | ALL | {"micro_batch": 4, "seq_len": 2048}, 12_488),
+    ("8x512", "qwen2.5-7b", OURS | ALL | {"micro_batch": 8}, 11_753),
+    ("8x512", "llama-33b", OURS | ALL | {"micro_batch": 8}, 2_772),
+    ("8 layers in host memory", "llama-7b", OURS | {"sequential": True, "offloaded": 8}, 17_844),
 ]
 
 
@@ -76,7 +93,7 @@ def test_predicted_speeds_are_near_the_measured_ones() -> None:
     print("", *table, sep="\n")
     errors = [abs(own / seen - 1) for _, _, seen, own in rows]
     assert median(errors) < 0.04, "\n".join(table)
-    assert max(errors) < 0.15, "\n".join(table)
+    assert max(errors) < 0.11, "\n".join(table)
 
 
 @pytest.mark.parametrize(
