@@ -1,5 +1,9 @@
 """Every placement on real GPUs trains the adapter of one GPU: 20 losses, held-out losses and the adapter itself."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,7 +43,23 @@ def test_shards_train_the_adapter_of_one_gpu(launch: Launch, bits: int) -> None:
 
 
 @pytest.mark.gpu2
-def test_torch_ddp_trains_the_adapter_of_one_gpu(launch: Launch) -> None:
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_shards_compute_the_bits_of_a_whole_backbone(launch: Launch, bits: int) -> None:
+    """In the environment of a run, its allocator included."""
+    once = {**SHAPE, "steps": 1}
+    sharded = launch(f"sharded-{bits}", gpus=2, bits=bits, placement="shard", **{**once, "zero.stage": 0})
+    whole = launch(f"whole-{bits}", bits=bits, **once)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name("same_bits.py")), str(sharded.path), str(whole.path)],
+        capture_output=True, text=True, timeout=200, check=False,
+        env={**os.environ, "PYTORCH_ALLOC_CONF": "expandable_segments:True"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+@pytest.mark.gpu2
+def test_undivided_data_parallelism_trains_the_adapter_of_one_gpu(launch: Launch) -> None:
     run = launch("ddp", gpus=2, **{**SHAPE, "zero.stage": 0})
     assert run.plan().engine == "torch"
     agree(run, alone(launch, 4))
