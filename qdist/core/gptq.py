@@ -1,0 +1,154 @@
+"""What does a GPTQ checkpoint say of itself? `quantize_config.json`, and `quantization_config` of config.json.
+
+GPTQ: Frantar et al. 2022. The files are AutoGPTQ's and GPTQModel's.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from qdist.core.errors import ModelError
+
+BITS = (2, 3, 4, 8)
+FORMATS = ("gptq", "gptq_v2")
+"""v1 stores zeros minus one, v2 as they are."""
+WORD = 32
+"""Bits of the integers that hold weights and zeros."""
+
+
+class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How one linear is quantized."""
+
+    bits: Literal[2, 3, 4, 8]
+    group_size: int
+    """Inputs that share a scale and a zero; -1: all of them."""
+
+    def groups(self, inputs: int) -> int:
+        """Rows of scales and zeros."""
+        return 1 if self.group_size == -1 else -(-inputs // self.group_size)
+
+    def bytes_of(self, inputs: int, outputs: int, *, scale_bytes: int = 2, ordered: bool = False) -> int:
+        """Packed weights, zeros and scales; with `ordered` the group of each input as well."""
+        packed = inputs * outputs * self.bits // 8
+        zeros, scales = outputs * self.bits // 8, outputs * scale_bytes
+        return packed + self.groups(inputs) * (zeros + scales) + 4 * inputs * ordered
+
+
+class Override(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Linears that a checkpoint quantizes otherwise (GPTQModel's `dynamic`)."""
+
+    pattern: str
+    """A regular expression that module paths begin with."""
+    shape: Shape | None
+    """None: left in 16 bits."""
+
+
+class Gptq(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a checkpoint is quantized."""
+
+    shape: Shape
+    sym: bool = True
+    """Every zero is half of the range."""
+    desc_act: bool = False
+    """Inputs were quantized in the order of their activations: groups are of scattered inputs."""
+    format: Literal["gptq", "gptq_v2"] = "gptq"
+    overrides: tuple[Override, ...] = ()
+
+    def of(self, path: str) -> Shape | None:
+        """How the linear at a module path is quantized; None where it is not. The first override that matches wins."""
+        for override in self.overrides:
+            if re.match(override.pattern, path):
+                return override.shape
+        return self.shape
+
+    @property
+    def zero_offset(self) -> int:
+        """What is added to a stored zero."""
+        return 1 if self.format == "gptq" else 0
+
+    def __str__(self) -> str:
+        size = "no groups" if self.shape.group_size == -1 else f"groups of {self.shape.group_size}"
+        mixed = ", several widths" if any(e.shape and e.shape.bits != self.shape.bits for e in self.overrides) else ""
+        return f"GPTQ {self.shape.bits} bits, {size}" + ", activation order" * self.desc_act + mixed
+
+
+def from_config(config: Mapping[str, Any], *, name: str) -> Gptq:
+    """Read the content of a `quantize_config.json`, or a `quantization_config`.
+
+    Raises ModelError naming the key where it is no GPTQ, or one that qdist does not read.
+    """
+    method = config.get("quant_method") or config.get("method") or "gptq"
+    if method != "gptq":
+        raise ModelError(f"{name} is quantized with {method!r}, not gptq")
+    stored: Any = config.get("checkpoint_format") or config.get("format") or "gptq"
+    if stored not in FORMATS:
+        raise ModelError(f"{name} is stored in the format {stored!r}", try_="a checkpoint in gptq or gptq_v2")
+    if config.get("lm_head"):
+        raise ModelError(f"{name}: its lm_head is quantized, which qdist does not load", try_="one with lm_head false")
+    if config.get("pack_dtype", "int32") != "int32":
+        raise ModelError(f"{name}: pack_dtype is {config['pack_dtype']!r}", try_="a checkpoint packed in int32")
+    shape = _shape(config, name)
+    overrides = tuple(
+        _override(pattern, change, shape, name) for pattern, change in (config.get("dynamic") or {}).items()
+    )
+    return Gptq(
+        shape=shape,
+        sym=_flag(config, "sym", default=True, name=name),
+        desc_act=_flag(config, "desc_act", default=False, name=name),
+        format=stored,
+        overrides=overrides,
+    )
+
+
+def to_config(gptq: Gptq) -> dict[str, Any]:
+    """The same as both libraries write it, for `quantize_config.json` and for config.json."""
+    config: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": gptq.shape.bits,
+        "group_size": gptq.shape.group_size,
+        "sym": gptq.sym,
+        "desc_act": gptq.desc_act,
+        "lm_head": False,
+        "format": gptq.format,
+        "checkpoint_format": gptq.format,
+        "pack_dtype": "int32",
+    }
+    if gptq.overrides:
+        config["dynamic"] = {
+            ("-:" if e.shape is None else "+:") + e.pattern: (
+                {} if e.shape is None else {"bits": e.shape.bits, "group_size": e.shape.group_size}
+            )
+            for e in gptq.overrides
+        }
+    return config
+
+
+def _shape(config: Mapping[str, Any], name: str, base: Shape | None = None) -> Shape:
+    bits = config.get("bits", base.bits if base else None)
+    size = config.get("group_size", base.group_size if base else -1)
+    if bits not in BITS or isinstance(bits, bool):
+        raise ModelError(f"{name}: bits is {bits!r}; GPTQ has 2, 3, 4 or 8")
+    if not isinstance(size, int) or isinstance(size, bool) or not (size == -1 or size > 0):
+        raise ModelError(f"{name}: group_size is {size!r}; it is -1 or a positive number")
+    return Shape(bits, size)
+
+
+def _override(pattern: str, change: Mapping[str, Any], base: Shape, name: str) -> Override:
+    """GPTQModel's: '-:' before a pattern leaves alone what it matches, '+:' or nothing changes it."""
+    bare = pattern.removeprefix("-:").removeprefix("+:")
+    try:
+        re.compile(bare)
+    except re.error as error:
+        raise ModelError(f"{name}: dynamic has {pattern!r}, which is no regular expression: {error}") from None
+    if pattern.startswith("-:"):
+        return Override(bare, None)
+    return Override(bare, _shape(change, f"{name}: dynamic {pattern!r}", base))
+
+
+def _flag(config: Mapping[str, Any], key: str, *, default: bool, name: str) -> bool:
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise ModelError(f"{name}: {key} is {value!r}; it is true or false")
+    return value

@@ -1,0 +1,1 @@
+"""GPTQ checkpoints: their bits, their files, and making them."""
