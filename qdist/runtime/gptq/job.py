@@ -1,0 +1,158 @@
+"""What is to be quantized by GPTQ, to what, and whether that can be done at all: checked before anything starts."""
+
+import hashlib
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import torch
+
+from qdist.core.errors import ModelError, SpecError
+from qdist.core.gptq import WORD, Gptq, Override, Shape
+from qdist.runtime.gptq.calibrate import pieces
+from qdist.runtime.gptq.decoder import Decoder
+from qdist.runtime.packed_folder import Entry, Packing
+from qdist.runtime.quantize_pack import source_identity
+from qdist.runtime.quantize_source import Tensors, blueprint, tensors_of
+
+_VERSION = 1
+"""Raise it whenever the same source and data would become other bytes."""
+_MOST_TOKENS = 2048
+_BESIDE = (".json", ".jinja", ".model", ".txt")
+"""Endings of the tokenizer's files, chat template, generation settings."""
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """What the user asked for."""
+
+    data: str
+    bits: tuple[Literal[2, 3, 4, 8], ...] = (4,)
+    """Widths to try for each linear, narrowest first; the last one is taken where none errs as little as wanted."""
+    max_error: float = 0.0
+    """Relative error of a linear's outputs that ends the trying."""
+    group_size: int = 128
+    sym: bool = True
+    desc_act: bool = False
+    format: Literal["gptq", "gptq_v2"] = "gptq"
+    samples: int = 128
+    seq_len: int = 0
+    """Tokens of a sample; 0: 2,048, or as many as the model takes."""
+    seed: int = 0
+    damping: float = 0.01
+
+    def gptq(self, bits: Literal[2, 3, 4, 8], overrides: tuple[Override, ...] = ()) -> Gptq:
+        """What the checkpoint says of itself."""
+        return Gptq(
+            shape=Shape(bits, self.group_size),
+            sym=self.sym,
+            desc_act=self.desc_act,
+            format=self.format,
+            overrides=overrides,
+        )
+
+
+class Job(NamedTuple):
+    """A model, read, and what it is to become."""
+
+    name: str
+    """What the user calls the model."""
+    folder: Path
+    wanted: Wanted
+    decoder: Decoder
+    tensors: Tensors
+    samples: torch.Tensor
+    devices: tuple[torch.device, ...]
+
+    @property
+    def layers(self) -> int:
+        return self.decoder.shape.layers
+
+    @property
+    def beside(self) -> list[Path]:
+        """Files that make weights a model."""
+        return [path for path in sorted(self.folder.iterdir()) if _goes_along(path)]
+
+    @property
+    def offset(self) -> int:
+        """What the format takes off a zero."""
+        return self.wanted.gptq(4).zero_offset
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states and of weights at work: what the model is stored in; float32 on a CPU."""
+        return torch.float32 if self.devices[0].type == "cpu" else self.tensors.dtype(min(self.decoder.shape.linears))
+
+    def plain(self, position: int) -> list[Entry]:
+        """What is copied as the source has it: norms, biases, embeddings, head."""
+        shape = self.decoder.shape
+        names = [name for name in self.decoder.names(position) if name not in shape.linears]
+        return [Entry(n, self.tensors.dtype(n), shape.shapes[n], partial(self.tensors.read, n)) for n in names]
+
+    def identity(self) -> str:
+        """SHA-256 of what decides the bytes: model files, wishes, and the samples that were drawn."""
+        samples = hashlib.sha256(self.samples.numpy().tobytes()).hexdigest()
+        source = source_identity(self.folder, Packing(bits=16))
+        contents = [_VERSION, source, msgspec.to_builtins(self.wanted), samples, str(self.dtype)]
+        return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+
+def read_job(name: str, folder: Path, wanted: Wanted, devices: tuple[torch.device, ...]) -> Job:
+    """Read a model folder and draw its samples.
+
+    Raises ModelError, DataError or SpecError where they do not fit each other or GPTQ.
+    """
+    _refuse_quantized(folder, name)
+    shape = blueprint(folder)
+    tensors = tensors_of(folder, shape)
+    decoder = Decoder(shape, tensors)
+    _require_words(decoder, name)
+    most = decoder.facts.max_positions
+    if wanted.seq_len > most:
+        raise SpecError(f"samples of {wanted.seq_len} tokens are longer than the {most} that {name} takes",
+                        try_=f"--seq-len {most}")  # fmt: skip
+    tokens = wanted.seq_len or min(_MOST_TOKENS, most)
+    samples = pieces(wanted.data, _tokenizer(folder, name), samples=wanted.samples, seq_len=tokens, seed=wanted.seed)
+    if int(samples.max()) >= decoder.facts.vocab:
+        raise ModelError(
+            f"the tokenizer of {name} gives token {int(samples.max())}, of {decoder.facts.vocab} that it has"
+        )
+    return Job(name, folder, wanted, decoder, tensors, samples, devices)
+
+
+def _require_words(decoder: Decoder, name: str) -> None:
+    for linear in decoder.facts.linears:
+        for size, side in ((linear.inputs, "inputs"), (linear.outputs, "outputs")):
+            if size % WORD:
+                raise ModelError(
+                    f"{name}: {linear.name} has {size} {side}, which fill no words: multiples of {WORD} do",
+                    try_="--method nf4",
+                )
+
+
+def _tokenizer(folder: Path, name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{name} has no tokenizer to read calibration data with: {str(error).splitlines()[0]}",
+            try_="put its tokenizer.json beside the weights",
+        ) from error
+
+
+def _refuse_quantized(folder: Path, name: str) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        return  # refused where it is read
+    stored = json.loads(config.read_text()).get("quantization_config")
+    if stored:
+        method = stored.get("quant_method", "bitsandbytes")
+        raise ModelError(f"{name} is quantized already, with {method}", try_="the 16-bit model that it was made from")
+
+
+def _goes_along(path: Path) -> bool:
+    ours = path.name in ("config.json", "qdist.json") or path.name.endswith(".index.json") or path.name.startswith(".")
+    return path.is_file() and path.suffix in _BESIDE and not ours

@@ -1,0 +1,219 @@
+"""Quantizes a model by GPTQ, a decoder layer at a time: `python -m qdist.runtime.gptq.make MODEL OUT --data D`.
+
+Killed, the same command goes on: layers that are written are run through again, not made again.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qdist.core.errors import PlanError, QdistError, RunError
+from qdist.core.gptq import BITS, FORMATS, WORD, Gptq, Override, Shape
+from qdist.core.units import format_bytes, format_duration
+from qdist.host.files import cache_dir, locked, publish_folder
+from qdist.host.sources import locate
+from qdist.runtime.gptq.calibrate import Calibration
+from qdist.runtime.gptq.folder import Quantized, entries, finish
+from qdist.runtime.gptq.job import Job, Wanted, read_job
+from qdist.runtime.gptq.progress import Progress
+from qdist.runtime.gptq.solve import Solution, curvature, solve, unpacked
+from qdist.runtime.packed_folder import Entry, Written, file_name, finished, opened, write_tensors
+
+
+def make(model: str, out: Path, wanted: Wanted, *, devices: tuple[torch.device, ...] = ()) -> Gptq:
+    """Write a GPTQ checkpoint of a model to `out`, which must be empty or absent.
+
+    model: an alias, a folder, a GGUF file or a hub id. devices: where samples are run; all GPUs, or the CPU.
+    Raises ModelError for a model that cannot be quantized or turns to NaN, DataError for too little data,
+    PlanError when the disk is too small, RunError when `out` is there or being written.
+    """
+    from qdist.runtime.materialize import materialize
+
+    folder = materialize(locate(model))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        _alone(stack, out)
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+        if out.exists() or out.is_symlink():
+            raise RunError(f"{out} exists", try_="another --out")
+        job = read_job(model, folder, wanted, devices or _devices())
+        work = _work_folder(out, job.identity())
+        _require_space(job, work, out)
+        files = _write_layers(job, work)
+        for path in job.beside:
+            shutil.copyfile(path, work / path.name)
+        gptq = _described(job, work)
+        finish(work, json.loads((folder / "config.json").read_text()), gptq, files)
+        (work / ".identity").unlink()
+        publish_folder(work, out)
+    return gptq
+
+
+def _devices() -> tuple[torch.device, ...]:
+    return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count())) or (torch.device("cpu"),)
+
+
+def _alone(stack: ExitStack, out: Path) -> None:
+    lock = cache_dir() / f".gptq-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]}.lock"
+    try:
+        stack.enter_context(locked(lock, busy=f"another process is writing {out}"))
+    except RunError as error:
+        raise RunError(error.message, try_="wait for it to end, or another --out") from None
+
+
+def _work_folder(out: Path, identity: str) -> Path:
+    """The folder beside `out`, with what an earlier process finished of the same."""
+    work = out.with_name(f".{out.name}.gptq")
+    mark = work / ".identity"
+    if work.is_dir() and (not mark.is_file() or mark.read_text() != identity):
+        shutil.rmtree(work)
+    work.mkdir(exist_ok=True)
+    mark.write_text(identity)
+    for leftover in work.glob(".*.unfinished"):
+        leftover.unlink()
+    return work
+
+
+def _require_space(job: Job, work: Path, out: Path) -> None:
+    widest = Shape(job.wanted.bits[-1], job.wanted.group_size)
+    linears = sum(widest.bytes_of(part.inputs, part.outputs, ordered=True) for part in job.decoder.facts.linears)
+    needed = 0
+    for position in range(job.layers + 1):
+        if finished(work, file_name(position, job.layers)) is None:
+            needed += sum(entry.bytes for entry in job.plain(position)) + linears * (position < job.layers)
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise PlanError(
+            f"quantizing {job.name} needs {format_bytes(needed)} in {out.parent}, which has {format_bytes(free)} free",
+            try_="--out on another disk",
+        )
+
+
+def _write_layers(job: Job, work: Path) -> dict[str, Written]:
+    """All files of tensors, those that are there already as they are."""
+    names = [file_name(position, job.layers) for position in range(job.layers + 1)]
+    files = {name: there for name in names if (there := finished(work, name))}
+    missing = [position for position, name in enumerate(names[:-1]) if name not in files]
+    progress = Progress(job.name, job.layers, len(job.samples), job.samples.shape[1], made=job.layers - len(missing))
+    if missing:
+        calibration = Calibration(job.decoder.start(job.samples, job.dtype), job.devices)
+        for position in range(missing[-1] + 1):
+            progress.begin(position)
+            calibration.enter(job.decoder.layer(position, job.dtype, job.devices[0]))
+            if names[position] in files:
+                _restore(job, calibration, work / names[position], position)
+                progress.passed()
+            else:
+                made, solutions = _quantize_layer(job, calibration, position)
+                files[names[position]] = write_tensors(work, names[position], [*made, *job.plain(position)])
+                progress.done(solutions, damping=job.wanted.damping)
+            if position < missing[-1]:
+                calibration.leave()
+    if names[-1] not in files:
+        files[names[-1]] = write_tensors(work, names[-1], job.plain(job.layers))
+    return {name: files[name] for name in names}
+
+
+def _quantize_layer(
+    job: Job, calibration: Calibration, position: int
+) -> tuple[list[Entry], dict[str, tuple[Solution, float]]]:
+    """A layer's packed linears; for the user, each one's solution and the damping that its Hessian took.
+
+    Linears see what those before them in the layer give once quantized (the paper's true-sequential order).
+    """
+    wanted, root = job.wanted, f"{job.decoder.path(position)}."
+    made: list[Entry] = []
+    solutions: dict[str, tuple[Solution, float]] = {}
+    for step in job.decoder.steps(position):
+        hessian = calibration.hessian(step[0].removeprefix(root))
+        inputs = curvature(hessian, damping=wanted.damping, by_activation=wanted.desc_act, name=step[0])
+        for path in step:
+            weight = job.tensors.read(f"{path}.weight").to(job.devices[0], torch.float32)
+            for bits in wanted.bits:
+                solution = solve(weight, inputs, Shape(bits, wanted.group_size), sym=wanted.sym,
+                                 lowest_zero=job.offset, name=path)  # fmt: skip
+                if solution.error <= wanted.max_error:
+                    break
+            packed = solution.packed(offset=job.offset, name=path)
+            made += entries(path, Quantized(*(part.cpu() for part in packed[:4])))
+            solutions[path.removeprefix(root)] = (solution, inputs.damping)
+            calibration.replace(path.removeprefix(root), solution.weight())
+    return made, solutions
+
+
+def _restore(job: Job, calibration: Calibration, file: Path, position: int) -> None:
+    """Give a layer the weights that an earlier process wrote."""
+    with opened(file) as handle:
+        for path in (path for step in job.decoder.steps(position) for path in step):
+            parts = [handle.get_tensor(f"{path}.{name}").to(job.devices[0]) for name in Quantized._fields[:4]]
+            linear = Quantized(*parts)
+            weight = unpacked(linear, _bits(len(linear.qweight), len(linear.g_idx)), offset=job.offset)
+            calibration.replace(path.removeprefix(f"{job.decoder.path(position)}."), weight)
+
+
+def _bits(words: int, inputs: int) -> int:
+    return words * WORD // inputs
+
+
+def _described(job: Job, work: Path) -> Gptq:
+    """The widths that were chosen, as the files have them: the most common, and linears that have another."""
+    shapes, widths = job.decoder.shape.shapes, dict[str, Any]()
+    for position in range(job.layers):
+        with opened(work / file_name(position, job.layers)) as handle:
+            for path in (path for step in job.decoder.steps(position) for path in step):
+                words = handle.get_slice(f"{path}.qweight").get_shape()[0]
+                widths[path] = _bits(words, shapes[f"{path}.weight"][1])
+    counts = Counter(widths.values())
+    common = max(counts, key=lambda bits: (counts[bits], -bits))
+    others = {path: bits for path, bits in widths.items() if bits != common}
+    size = job.wanted.group_size
+    overrides = tuple(Override(f"{re.escape(path)}$", Shape(bits, size)) for path, bits in others.items())
+    return job.wanted.gptq(common, overrides)
+
+
+def main() -> None:
+    """Started by the command line, which has checked the flags."""
+    from transformers.utils import logging
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--bits", type=int, choices=BITS, nargs="+", default=[4])
+    parser.add_argument("--max-error", type=float, default=0.0)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--no-sym", dest="sym", action="store_false")
+    parser.add_argument("--desc-act", action="store_true")
+    parser.add_argument("--format", choices=FORMATS, required=True)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--damping", type=float, default=0.01)
+    given = vars(parser.parse_args())
+    model, out = given.pop("model"), given.pop("out")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    began = time.monotonic()
+    try:
+        gptq = make(model, out, Wanted(**{**given, "bits": tuple(given["bits"])}))
+    except QdistError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    print(f"{out}: {gptq}, {format_bytes(size)}, {format_duration(time.monotonic() - began)}")
+    print(f"use it  qdist launch --model {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Says on stderr how far quantizing is: a line a decoder layer, with what each linear lost."""
+
+import sys
+import time
+from collections.abc import Mapping
+
+from qdist.core.units import format_duration
+from qdist.runtime.gptq.solve import Solution
+
+
+class Progress:
+    """The time that is left is told from the layers that were made in this process."""
+
+    def __init__(self, name: str, layers: int, samples: int, tokens: int, *, made: int) -> None:
+        """made: layers that are there already."""
+        self._layers, self._left, self._took = layers, layers - made, list[float]()
+        self._position, self._began = 0, time.monotonic()
+        again = f"; {made} of {layers} layers are there already" if made else ""
+        _say(f"quantizing {name} by GPTQ, {samples} samples of {tokens} tokens{again}")
+
+    def begin(self, position: int) -> None:
+        self._position, self._began = position, time.monotonic()
+
+    def passed(self) -> None:
+        """The layer was there already."""
+        _say(f"  layer {self._position + 1} of {self._layers}: there already")
+
+    def done(self, solutions: Mapping[str, tuple[Solution, float]], *, damping: float) -> None:
+        """solutions: of each linear of the layer, by its path in it, with the damping that its Hessian took.
+
+        damping: what was asked for.
+        """
+        self._took.append(time.monotonic() - self._began)
+        self._left -= 1
+        mixed = len({solution.shape.bits for solution, _ in solutions.values()}) > 1
+        parts = []
+        for path, (solution, taken) in solutions.items():
+            width = f" ({solution.shape.bits} bits)" if mixed else ""
+            raised = f" (damping {taken:g})" if taken > damping else ""
+            parts.append(f"{path.rpartition('.')[2]} {solution.error:.4f}{width}{raised}")
+        rest = format_duration(self._left * sum(self._took) / len(self._took))
+        ending = f"{rest} left" if self._left else "done"
+        _say(f"  layer {self._position + 1} of {self._layers}: error {', '.join(parts)}; {ending}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

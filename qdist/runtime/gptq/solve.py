@@ -1,0 +1,230 @@
+"""Quantizes one linear by GPTQ: input after input, each error made good by the inputs that are still to come.
+
+Frantar et al. 2022 (arXiv 2210.17323), algorithm 1. Matrices here are [in, out]: an input's weights lie together.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from qdist.core.errors import ModelError
+from qdist.core.gptq import Shape
+from qdist.runtime.gptq.bits import dequantize, pack, pack_zeros
+from qdist.runtime.gptq.folder import Quantized
+
+DAMPING = 0.01
+_MOST_DAMPING = 100.0
+_BLOCK = 128
+"""Inputs whose errors are carried to the later ones in one product (the paper's lazy batch updates)."""
+_SHRINKS = tuple(1 - step / 40 for step in range(1, 21))
+"""Parts of a group's range that are tried: a grid that cuts off extremes is finer for all others."""
+_SMALLEST_SCALE = 2.0**-24
+"""float16's smallest positive number."""
+
+
+class Curvature(NamedTuple):
+    """How much errors in each input's weights matter, and how others can make them good."""
+
+    hessian: torch.Tensor
+    """float32 [in, in], undamped."""
+    order: torch.Tensor
+    """int64 [in]: the inputs as they are taken."""
+    upper: torch.Tensor
+    """float32 [in, in], U of U^T U = the inverse of the damped Hessian, inputs in `order`."""
+    damping: float
+    """The part of the mean diagonal that was added to it, as it ended."""
+
+
+class Grid(NamedTuple):
+    """The values that the weights of a group may take: scale x (code - zero), codes from 0 to `top`."""
+
+    scale: torch.Tensor
+    """float32 [out], each a float16 number: what is stored is what was optimized for."""
+    zero: torch.Tensor
+    """float32 [out], integers."""
+    top: int
+
+    def codes(self, weights: torch.Tensor) -> torch.Tensor:
+        """The nearest codes of weights [..., out], float32."""
+        return (weights / self.scale + self.zero).round_().clamp_(0, self.top)
+
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        """What codes [..., out] stand for, float32."""
+        return (codes - self.zero) * self.scale
+
+
+class Solution(NamedTuple):
+    """One quantized linear, unpacked."""
+
+    shape: Shape
+    codes: torch.Tensor
+    """uint8 [in, out]."""
+    zeros: torch.Tensor
+    """int16 [groups, out]."""
+    scales: torch.Tensor
+    """float16 [groups, out]."""
+    groups: torch.Tensor
+    """int32 [in]: the group of each input."""
+    error: float
+    """||(W - Q) X||^2 / ||W X||^2 over the calibration inputs."""
+
+    def weight(self) -> torch.Tensor:
+        """float32 [out, in], as a checkpoint's reader computes it."""
+        rows = self.groups.long()
+        return ((self.codes.float() - self.zeros.float()[rows]) * self.scales.float()[rows]).t()
+
+    def packed(self, *, offset: int, name: str) -> Quantized:
+        """The words of the file. offset: what its format takes off a zero."""
+        return Quantized(
+            qweight=pack(self.codes, self.shape.bits),
+            qzeros=pack_zeros(self.zeros, self.shape.bits, offset, name=name),
+            scales=self.scales,
+            g_idx=self.groups,
+        )
+
+
+def curvature(hessian: torch.Tensor, *, damping: float = DAMPING, by_activation: bool, name: str) -> Curvature:
+    """Order and factor a Hessian 2 X X^T / n, float32 [in, in]; linears that read the same inputs share it.
+
+    damping: the part of the mean diagonal that is added to it, ten times more until a Cholesky factor exists.
+    by_activation: take inputs by falling diagonal (`desc_act`), else as they are.
+    Raises ModelError for NaN and for a matrix that is no Hessian.
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise ModelError(f"{name} reads inputs that are NaN or infinite", try_="other data, or a --dtype of more range")
+    diagonal = hessian.diagonal().clone()
+    live = diagonal > 0
+    mean = float(diagonal[live].mean()) if bool(live.any()) else 1.0
+    # An input that is always zero says nothing of its weights: they are rounded, and disturb nobody.
+    diagonal[~live] = mean
+    order = torch.argsort(diagonal, descending=True, stable=True) if by_activation else torch.arange(len(diagonal))
+    order = order.to(hessian.device)
+    ordered = hessian[order][:, order]
+    while damping <= _MOST_DAMPING:
+        ordered.diagonal().copy_(diagonal[order] + damping * mean)
+        upper = _factor_of_inverse(ordered)
+        if upper is not None:
+            return Curvature(hessian, order, upper, damping)
+        damping *= 10
+    raise ModelError(f"{name}: the Hessian of its inputs has no Cholesky factor at any damping", try_="other data")
+
+
+def _factor_of_inverse(matrix: torch.Tensor) -> torch.Tensor | None:
+    """Upper U with U^T U = matrix^-1, or None where the matrix is not positive definite in float32.
+
+    With rows and columns reversed, matrix = L L^T gives matrix = R R^T for an upper R, and U = R^-1: one factor and
+    one triangular inverse, where the inverse itself would lose digits.
+    """
+    lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    if int(failed):
+        return None
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    return upper if bool(torch.isfinite(upper).all()) else None
+
+
+def solve(
+    weight: torch.Tensor,
+    inputs: Curvature,
+    shape: Shape,
+    *,
+    sym: bool,
+    lowest_zero: int = 0,
+    search: bool = True,
+    name: str,
+) -> Solution:
+    """Quantize a weight [out, in] for the inputs that were seen.
+
+    lowest_zero: 1 where the format holds no zero of 0. search: see `fit`. name: the module's path.
+    Raises ModelError naming the module for NaN in its weights or in the solution.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise ModelError(f"{name} has weights that are NaN or infinite", try_="download the model again")
+    # Weights as they still have to be quantized: those of later inputs make good the errors of earlier ones.
+    left = weight.to(torch.float32).t()[inputs.order].contiguous()
+    codes, grids = torch.empty(left.shape, dtype=torch.uint8, device=left.device), list[Grid]()
+    count, pivots = len(left), inputs.upper.diagonal()
+    size = count if shape.group_size == -1 else shape.group_size
+    for start in range(0, count, _BLOCK):
+        end = min(start + _BLOCK, count)
+        errors = torch.empty_like(left[start:end])
+        for row in range(start, end):
+            if row % size == 0:
+                importance = pivots[row : row + size] ** -2
+                rows = left[row : row + size]
+                grids.append(fit(rows, importance, shape.bits, sym=sym, lowest_zero=lowest_zero, search=search))
+            code = grids[-1].codes(left[row])
+            errors[row - start] = (left[row] - grids[-1].values(code)) / pivots[row]
+            left[row + 1 : end].addr_(inputs.upper[row, row + 1 : end], errors[row - start], alpha=-1)
+            codes[row] = code.to(torch.uint8)
+        left[end:].addmm_(inputs.upper[start:end, end:].t(), errors, alpha=-1)
+    scales = torch.stack([grid.scale for grid in grids])
+    if not bool(torch.isfinite(left).all() and torch.isfinite(scales).all()):
+        raise ModelError(f"{name}: its solution is NaN or beyond float16", try_="--damping 0.1, or more --samples")
+    groups = (torch.arange(count, device=left.device) // size).to(torch.int32)
+    solution = Solution(
+        shape=shape,
+        codes=torch.empty_like(codes).index_copy_(0, inputs.order, codes),
+        zeros=torch.stack([grid.zero for grid in grids]).to(torch.int16),
+        scales=scales.to(torch.float16),
+        groups=torch.empty_like(groups).index_copy_(0, inputs.order, groups),
+        error=0.0,
+    )
+    return solution._replace(error=relative_error(weight, solution.weight(), inputs.hessian))
+
+
+def fit(
+    weights: torch.Tensor, importance: torch.Tensor, bits: int, *, sym: bool, lowest_zero: int, search: bool = True
+) -> Grid:
+    """The grid of a group, weights [n, out] in float32: their whole range, or with `search` a part that errs less.
+
+    importance: float32 [n], what a squared error in each input's weights costs (in GPTQ: 1 / U_ii^2).
+    """
+    low, high = weights.amin(0).clamp_(max=0), weights.amax(0).clamp_(min=0)
+    best = _grid(low, high, bits, sym=sym, lowest_zero=lowest_zero)
+    least = _cost(best, weights, importance)
+    for shrink in _SHRINKS if search else ():
+        tried = _grid(low * shrink, high * shrink, bits, sym=sym, lowest_zero=lowest_zero)
+        cost = _cost(tried, weights, importance)
+        better = cost < least
+        least = torch.where(better, cost, least)
+        best = Grid(torch.where(better, tried.scale, best.scale), torch.where(better, tried.zero, best.zero), best.top)
+    return best
+
+
+def _grid(low: torch.Tensor, high: torch.Tensor, bits: int, *, sym: bool, lowest_zero: int) -> Grid:
+    """The grid that reaches from low <= 0 to high >= 0, [out]."""
+    top = (1 << bits) - 1
+    if sym:
+        scale = _stored(2 * torch.maximum(-low, high) / top)
+        return Grid(scale, torch.full_like(scale, 1 << (bits - 1)), top)
+    if lowest_zero:
+        low = torch.minimum(low, -high / (top - 1))
+    scale = _stored((high - low) / top)
+    return Grid(scale, (-low / scale).round_().clamp_(lowest_zero, top), top)
+
+
+def _stored(scale: torch.Tensor) -> torch.Tensor:
+    """Scales as float16 holds them; those of groups without weights are 1."""
+    rounded = scale.to(torch.float16).to(torch.float32).clamp_(min=_SMALLEST_SCALE)
+    return torch.where(scale == 0, torch.ones_like(scale), rounded)
+
+
+def _cost(grid: Grid, weights: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+    """What rounding a group to a grid costs, [out]."""
+    return importance @ (grid.values(grid.codes(weights)) - weights).square_()
+
+
+def relative_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:
+    """||(W - Q) X||^2 / ||W X||^2 of weights [out, in], from X X^T alone; 0 where no input was ever seen."""
+    lost, whole = weight.float() - quantized.float(), weight.float()
+    size = float(((whole @ hessian) * whole).sum())
+    return float(((lost @ hessian) * lost).sum()) / size if size > 0 else 0.0
+
+
+def unpacked(linear: Quantized, bits: int, *, offset: int) -> torch.Tensor:
+    """float32 [out, in]: the weights of a linear in the file, bit by bit those of `Solution.weight`."""
+    values = dequantize(
+        linear.qweight, linear.qzeros, linear.scales, linear.g_idx, bits=bits, offset=offset, dtype=torch.float32
+    )
+    return values.t()
