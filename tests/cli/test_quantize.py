@@ -13,6 +13,9 @@ def invoke(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+GPTQ = ("--method", "gptq", "--data", "demo")
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> str:
     (tmp_path / "model").mkdir()
@@ -23,17 +26,35 @@ def model(tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--method", "gptq"), "gptq needs calibration data and is not there yet\n  try: --method nf4"),
-        (("--method", "nf5"), "method cannot be 'nf5': it is one of nf4, fp4, int8\n  try: --method nf4"),
+        (("--method", "nf5"), "method cannot be 'nf5': it is one of nf4, fp4, int8, gptq\n  try: --method nf4"),
         (("--method", "int8", "--no-double"), "int8 has one scale a row"),
+        (("--bits", "4", "--desc-act"), "--bits, --desc-act: gptq alone, not nf4\n  try: leave it out"),
+        (("--method", "gptq"), "gptq needs calibration data\n  try: --data FILE"),
+        (("--method", "gptq", "--dtype", "float16"), "--dtype: nf4, fp4 and int8 alone, not gptq"),
+        ((*GPTQ, "--bits", "5"), "bits cannot be 5: GPTQ has 2, 3, 4 or 8\n  try: --bits 4"),
+        ((*GPTQ, "--candidate-bits", "2,x", "--max-error", "0.1"), "bits cannot be x: GPTQ has 2, 3, 4 or 8"),
+        ((*GPTQ, "--group-size", "100"), "group size cannot be 100: it is -1 or a multiple of 32"),
+        ((*GPTQ, "--damping", "0"), "damping cannot be 0: it is above 0 and at most 1"),
+        ((*GPTQ, "--candidate-bits", "2,4"), "--candidate-bits and --max-error go together"),
+        ((*GPTQ, "--max-error", "0.1"), "--candidate-bits and --max-error go together"),
+        ((*GPTQ, "--candidate-bits", "2,4", "--max-error", "2"), "max error cannot be 2: it is between 0 and 1"),
+        ((*GPTQ, "--bits", "4", "--candidate-bits", "2,4", "--max-error", "0.1"), "--bits and --candidate-bits both"),
     ],
 )
-def test_a_wrong_method_ends_in_two_lines_and_code_2(
+def test_a_wrong_flag_ends_in_two_lines_and_code_2(
     arguments: tuple[str, ...], message: str, model: str, tmp_path: Path
 ) -> None:
     code, output = invoke(model, "--out", str(tmp_path / "out"), *arguments)
     assert code == 2
     assert message in output
+
+
+@pytest.mark.parametrize("name", ["none.txt", "none.jsonl"])
+def test_calibration_data_that_is_missing_is_refused_at_once(name: str, model: str, tmp_path: Path) -> None:
+    data = str(tmp_path / name)
+    code, output = invoke(model, "--out", str(tmp_path / "out"), "--method", "gptq", "--data", data)
+    assert code == 1
+    assert f"{data} does not exist" in output
 
 
 def test_a_folder_with_something_in_it_is_refused(model: str, tmp_path: Path) -> None:
@@ -66,3 +87,30 @@ def test_flags_reach_the_process_that_packs_and_its_code_comes_back(
     code, _ = invoke(model, "--out", out, *arguments)
     assert code == 3
     assert calls == [("qdist.runtime.quantize", (model, out, *passed))]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "passed"),
+    [
+        ((), "--bits 4 --group-size 128 --damping 0.01 --format gptq"),
+        (("--no-sym", "--bits", "3"), "--bits 3 --group-size 128 --damping 0.01 --format gptq_v2 --no-sym"),
+        (
+            ("--no-sym", "--format", "gptq", "--desc-act", "--group-size", "-1"),
+            "--bits 4 --group-size -1 --damping 0.01 --format gptq --no-sym --desc-act",
+        ),
+        (
+            ("--candidate-bits", "4,2,3", "--max-error", "0.05", "--samples", "1000000", "--seq-len", "64"),
+            "--bits 2 3 4 --group-size 128 --damping 0.01 --format gptq --max-error 0.05 --samples 1000000 "
+            "--seq-len 64",
+        ),
+    ],
+)
+def test_flags_of_gptq_reach_its_own_process(
+    arguments: tuple[str, ...], passed: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, tuple[str, ...]]] = []
+    monkeypatch.setattr(command, "run_module", lambda module, given: calls.append((module, tuple(given))) or 0)
+    out = str(tmp_path / "out")
+    code, _ = invoke(model, "--out", out, *GPTQ, *arguments)
+    assert code == 0
+    assert calls == [("qdist.runtime.gptq.make", (model, out, "--data", "demo", *passed.split()))]
