@@ -10,6 +10,7 @@ COMMANDS = {
     "launch": ("qdist.cli.launch:launch", "Fine-tune a quantized model on the GPUs that are here."),
     "plan": ("qdist.cli.plan:plan", "Show what launch would do, for this machine or another."),
     "quantize": ("qdist.cli.quantize:quantize", "Pack a model once, for launch and for transformers."),
+    "convert": ("qdist.cli.convert:convert", "Turn another project's packed checkpoint into a GPTQ folder."),
     "gather": ("qdist.cli.gather:gather", "Write a run's adapter from its last checkpoint."),
     "merge": ("qdist.cli.merge:merge", "Merge an adapter into its quantized model."),
     "generate": ("qdist.cli.generate:generate", "Complete prompts with a run's model."),

@@ -1,0 +1,239 @@
+"""Turns other packed checkpoints into GPTQ folders: `python -m qdist.runtime.gptq.convert IN OUT --from sparsebit`."""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from qdist.core.errors import ModelError, PlanError, QdistError, RunError
+from qdist.core.gptq import Gptq, Override, Shape
+from qdist.core.units import format_bytes, format_duration
+from qdist.host.files import publish_folder, write_atomic
+from qdist.runtime.gptq.bits import group_of_inputs, pack_zeros
+from qdist.runtime.gptq.convert_model import beside, check, decide_biases, is_linear, model_config
+from qdist.runtime.gptq.folder import Quantized, entries, finish
+from qdist.runtime.gptq.sparsebit import Checkpoint, Linear, halves, integer_zeros, read, words
+from qdist.runtime.packed_folder import Entry, Written, entries_of, file_name, write_tensors
+from qdist.runtime.quantize_source import Blueprint, blueprint
+
+
+class Converted(NamedTuple):
+    """What was written, and what the user should know of it."""
+
+    gptq: Gptq
+    layers: int
+    bytes: int
+    notes: tuple[str, ...]
+
+
+class Job(NamedTuple):
+    """A checkpoint, the model that it belongs to, and how its numbers are written."""
+
+    checkpoint: Checkpoint
+    shape: Blueprint
+    heads: dict[str, int]
+    """Heads of the linears whose rows are reordered."""
+    zeros: dict[str, torch.Tensor]
+    """int8 [groups, out] of each linear."""
+    gptq: Gptq
+
+
+def convert(source: Path, out: Path, *, config: Path | None = None, drop_bias: bool = False) -> Converted:
+    """Write a Sparsebit checkpoint as a GPTQ folder, whole or not at all.
+
+    config: a folder with config.json and tokenizer files; None tells the model by its shapes.
+    Raises ModelError for a checkpoint or configuration that cannot be used, RunError where `out` exists, PlanError when
+    the disk is too small.
+    """
+    if os.path.lexists(out):
+        raise RunError(f"{out} exists", try_="another --out")
+    checkpoint = read(source)
+    settings, notes = model_config(checkpoint, config, source)
+    settings, biases, said = decide_biases(checkpoint, settings, drop=drop_bias)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = source.stat().st_size, shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise PlanError(
+            f"{out} will take up to {format_bytes(needed)}; {out.parent} has {format_bytes(free)} free",
+            try_="another disk: --out FOLDER",
+        )
+    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        work.chmod(0o755)
+        write_atomic(work / "config.json", json.dumps(settings))
+        shape = blueprint(work)
+        check(checkpoint._replace(biases=biases), shape, source)
+        zeros = _all_zeros(checkpoint)
+        job = Job(checkpoint._replace(biases=biases), shape, _heads(checkpoint, shape), zeros, _gptq(checkpoint, zeros))
+        files, loss = _write(job, work)
+        for path in beside(config):
+            shutil.copyfile(path, work / path.name)
+        finish(work, {**settings, "architectures": [shape.architecture]}, job.gptq, files)
+        publish_folder(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    size = sum(written.tensor_bytes for written in files.values())
+    return Converted(job.gptq, shape.layers, size, (*notes, *said, *_more_notes(job, loss)))
+
+
+def _all_zeros(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The integer zeros of every linear. Raises ModelError naming the one that is furthest from being integers."""
+    found = {path: integer_zeros(linear) for path, linear in checkpoint.linears.items()}
+    off = {path: zeros.residual for path, zeros in found.items() if zeros.residual}
+    if off:
+        worst = max(off, key=lambda path: off[path])
+        others = f", and so are {len(off) - 1} more" if len(off) > 1 else ""
+        raise ModelError(
+            f"{checkpoint.linears[worst].name}.zeros over its scales is {off[worst]:.3f} away from integers{others}: "
+            "GPTQ needs integer zeros",
+            try_="a checkpoint whose zeros are zero x scale, as Sparsebit writes them",
+        )
+    return {path: zeros.values for path, zeros in found.items()}
+
+
+def _gptq(checkpoint: Checkpoint, zeros: dict[str, torch.Tensor]) -> Gptq:
+    """The commonest width is the base, others are overrides; v1 where it can hold every zero."""
+    linears = checkpoint.linears
+    if not linears:
+        raise ModelError("the checkpoint has no quantized linear", try_="a checkpoint with layers_bit")
+    v1 = all(int(value.min()) >= 1 for value in zeros.values())
+    for path, value in zeros.items():
+        low, high = (1, 1 << linears[path].bits) if v1 else (0, (1 << linears[path].bits) - 1)
+        if int(value.min()) < low or int(value.max()) > high:
+            raise ModelError(
+                f"{linears[path].name}: zeros are {int(value.min())} to {int(value.max())}; at {linears[path].bits} "
+                f"bits GPTQ's format {'gptq' if v1 else 'gptq_v2'} holds {low} to {high}"
+            )
+    base = Counter(linear.bits for linear in linears.values()).most_common(1)[0][0]
+    size = checkpoint.group_size
+    others = {path: Shape(linear.bits, size) for path, linear in linears.items() if linear.bits != base}
+    plain = {name.removesuffix(".weight"): None for name in checkpoint.plain if is_linear(name)}
+    overrides = {**others, **plain}
+    return Gptq(
+        shape=Shape(base, size),
+        sym=all(bool((value == 1 << (linears[path].bits - 1)).all()) for path, value in zeros.items()),
+        format="gptq" if v1 else "gptq_v2",
+        overrides=tuple(Override(re.escape(path) + "$", overrides[path]) for path in sorted(overrides)),
+    )
+
+
+def _heads(checkpoint: Checkpoint, shape: Blueprint) -> dict[str, int]:
+    pairs = {path for path, linear in checkpoint.linears.items() if linear.in_pairs} | checkpoint.in_pairs
+    config = shape.config
+    return {
+        path: config.num_attention_heads if path.endswith("q_proj") else config.num_key_value_heads for path in pairs
+    }
+
+
+def _write(job: Job, work: Path) -> tuple[dict[str, Written], float]:
+    """A file a decoder layer and one for the rest. Also the largest relative change of a scale."""
+    layers, loss = job.shape.layers, 0.0
+    files: dict[str, Written] = {}
+    for position in range(layers + 1):
+        tensors: list[Entry] = []
+        for name in (name for name in job.shape.shapes if job.shape.layer(name) == position):
+            path, _, leaf = name.rpartition(".")
+            if path in job.checkpoint.linears and leaf == "weight":
+                linear, lost = _linear(job, path)
+                loss = max(loss, lost)
+                tensors += entries(path, linear)
+            elif path not in job.checkpoint.linears:
+                tensors += entries_of({name: _plain(job, name)})
+        file = file_name(position, layers)
+        files[file] = write_tensors(work, file, tensors)
+    return files, loss
+
+
+def _rows(job: Job, path: str, value: torch.Tensor, dim: int) -> torch.Tensor:
+    """The outputs of a linear in transformers' order."""
+    if path not in job.heads:
+        return value
+    return value.index_select(dim, halves(value.shape[dim], job.heads[path]))
+
+
+def _linear(job: Job, path: str) -> tuple[Quantized, float]:
+    linear = job.checkpoint.linears[path]
+    scales, lost = _half_scales(linear)
+    zeros = _rows(job, path, job.zeros[path], 1)
+    shape = Shape(linear.bits, job.checkpoint.group_size)
+    quantized = Quantized(
+        qweight=_rows(job, path, words(linear), 1),
+        qzeros=pack_zeros(zeros, linear.bits, job.gptq.zero_offset, name=f"{linear.name}.zeros"),
+        scales=_rows(job, path, scales, 1),
+        g_idx=group_of_inputs(linear.shape[1], shape.group_size),
+        bias=_plain(job, f"{path}.bias") if f"{path}.bias" in job.shape.shapes else None,
+    )
+    return quantized, lost
+
+
+def _half_scales(linear: Linear) -> tuple[torch.Tensor, float]:
+    """float16 [groups, out], and the largest relative change that this made to one.
+
+    Raises ModelError for scales that float16 cannot hold.
+    """
+    halves = linear.scales.to(torch.float16)
+    wide, kept = linear.scales.double(), halves.double()
+    if not bool((torch.isfinite(kept) & (kept > 0)).all()):
+        extremes = f"{float(wide.min()):.1e} to {float(wide.max()):.1e}"
+        raise ModelError(f"{linear.name}: scales of {extremes} do not fit float16, in which GPTQ files hold them")
+    return halves.t().contiguous(), float(((kept - wide).abs() / wide).max())
+
+
+def _plain(job: Job, name: str) -> torch.Tensor:
+    """A tensor that is not quantized; zeros for a bias that only others have."""
+    path, _, leaf = name.rpartition(".")
+    if leaf == "bias":
+        given = job.checkpoint.biases.get(path)
+        value = torch.zeros(job.shape.shapes[name], dtype=torch.float16) if given is None else given
+    else:
+        value = job.checkpoint.plain[name]
+    return _rows(job, path, value, 0)
+
+
+def _more_notes(job: Job, loss: float) -> list[str]:
+    notes = []
+    if job.heads:
+        notes.append(f"rows of {len(job.heads)} query and key weights reordered from Meta's order to transformers'")
+    if job.checkpoint.dropped:
+        kinds = ", ".join(sorted({name.rpartition(".")[2] for name in job.checkpoint.dropped}))
+        notes.append(f"dropped: {len(job.checkpoint.dropped)} buffers that a model computes itself ({kinds})")
+    stored = {str(linear.scales.dtype).removeprefix("torch.") for linear in job.checkpoint.linears.values()}
+    lost = f"change by at most {100 * loss:.2g} %" if loss else "stay the same"
+    notes.append(f"scales: {' and '.join(sorted(stored))} to float16, which {lost}")
+    return notes
+
+
+def main() -> None:
+    """Started by the command line."""
+    from transformers.utils import logging
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("source", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--from", dest="origin", choices=("sparsebit",), required=True)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--drop-bias", action="store_true")
+    given = parser.parse_args()
+    logging.set_verbosity_error()
+    began = time.monotonic()
+    try:
+        done = convert(given.source, given.out, config=given.config, drop_bias=given.drop_bias)
+    except QdistError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    took = format_duration(time.monotonic() - began)
+    print(f"{given.out}: {done.gptq}, {done.layers} layers, {format_bytes(done.bytes)}, {took}")
+    print("\n".join(f"  {note}" for note in done.notes))
+
+
+if __name__ == "__main__":
+    main()
