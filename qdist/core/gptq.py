@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from qdist.core.errors import ModelError
+from qdist.core.errors import ModelError, SpecError
+from qdist.core.spec import Quant, RunSpec
 
 BITS = (2, 3, 4, 8)
 FORMATS = ("gptq", "gptq_v2")
@@ -54,6 +55,10 @@ class Gptq(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     desc_act: bool = False
     """Inputs were quantized in the order of their activations: groups are of scattered inputs."""
     format: Literal["gptq", "gptq_v2"] = "gptq"
+    scales: Literal["float16", "bfloat16", "float32"] = "float16"
+    """What the files hold scales in; no configuration says it."""
+    layer_bytes: int = 0
+    """Packed linears of the largest decoder layer, where layers differ; 0 where the shape says it."""
     overrides: tuple[Override, ...] = ()
 
     def of(self, path: str) -> Shape | None:
@@ -72,6 +77,36 @@ class Gptq(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         size = "no groups" if self.shape.group_size == -1 else f"groups of {self.shape.group_size}"
         mixed = ", several widths" if any(e.shape and e.shape.bits != self.shape.bits for e in self.overrides) else ""
         return f"GPTQ {self.shape.bits} bits, {size}" + ", activation order" * self.desc_act + mixed
+
+
+def of_run(spec: RunSpec, config: Mapping[str, object]) -> Gptq | None:
+    """How the backbone of a run is quantized by GPTQ; None where it is not.
+
+    config: the content of the model's config.json.
+    Raises SpecError where the method and the model do not go together.
+    """
+    stored = config.get("quantization_config")
+    there = isinstance(stored, Mapping) and stored.get("quant_method") == "gptq"
+    if spec.method != "gptq-lora":
+        if there and spec.load_format == "auto":
+            raise SpecError(f"{spec.model} is a GPTQ checkpoint", try_="--method gptq-lora")
+        return None
+    if not there or spec.load_format == "dummy":
+        assert spec.bits != 16  # `spec.checked` refuses it
+        return Gptq(shape=Shape(spec.bits, spec.quant.group_size))
+    assert isinstance(stored, Mapping)
+    found = from_config(stored, name=spec.model)
+    if found.shape.bits != spec.bits:
+        raise SpecError(
+            f"{spec.model} has {found.shape.bits} bits; this run wants {spec.bits}",
+            try_=f"--bits {found.shape.bits}",
+        )
+    if spec.quant.group_size not in (found.shape.group_size, Quant().group_size):
+        raise SpecError(
+            f"{spec.model} has a group size of {found.shape.group_size}; this run wants {spec.quant.group_size}",
+            try_="leave quant.group_size out",
+        )
+    return found
 
 
 def from_config(config: Mapping[str, Any], *, name: str) -> Gptq:

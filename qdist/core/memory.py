@@ -12,6 +12,7 @@ import msgspec
 
 from qdist.core.activations import saved_bytes_per_token
 from qdist.core.facts import Linear, ModelFacts
+from qdist.core.gptq import Gptq
 
 GATHERED_LAYERS = 3
 """Packed layers that a sharded backbone holds beside its own part: FSDP2's all-gather output of the layer in use, the
@@ -66,6 +67,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     bits: int
     double_quant: bool = True
+    gptq: Gptq | None = None
+    """Packed so instead, at whatever width it says."""
     compute_bytes: int = 2
     """2 under autocast to 16 bits, 4 on a CPU."""
     rank_r: int
@@ -154,7 +157,7 @@ def sizes(facts: ModelFacts, job: Job) -> Sizes:
     return Sizes(
         facts=facts,
         job=job,
-        layer=packed_layer_bytes(facts, bits=job.bits, double_quant=job.double_quant, compute_bytes=job.compute_bytes),
+        layer=packed_layer_bytes(facts, job),
         embedding=(facts.vocab + facts.learned_positions) * facts.hidden * job.compute_bytes,
         head=head * job.compute_bytes,
         trained=trained,
@@ -209,7 +212,7 @@ def load_peak_bytes(sizes: Sizes, share: Share) -> int:
     """Peak of a GPU while its part of the backbone is loaded: one matrix at a time comes whole and is packed."""
     job = sizes.job
     matrix = max(sizes.facts.linears, key=lambda linear: linear.weights)
-    packed = _packed_bytes(matrix, job.bits, job.double_quant, job.compute_bytes) if job.bits < 16 else 0
+    packed = _packed_bytes(matrix, job) if job.bits < 16 else 0
     return weight_bytes(sizes, share) + matrix.weights * job.compute_bytes + packed + share.context_bytes
 
 
@@ -223,22 +226,28 @@ def weight_bytes(sizes: Sizes, share: Share) -> int:
     return ceil(layers / share.shards) + tables
 
 
-def packed_layer_bytes(facts: ModelFacts, *, bits: int, double_quant: bool, compute_bytes: int) -> int:
+def packed_layer_bytes(facts: ModelFacts, job: Job) -> int:
     """One frozen decoder layer: packed linears, with their biases and the norms in 16 bits."""
     rest = facts.layer_parameters - sum(linear.weights for linear in facts.linears)
-    packed = sum(_packed_bytes(linear, bits, double_quant, compute_bytes) for linear in facts.linears)
-    return packed + rest * compute_bytes
+    stated = job.gptq.layer_bytes if job.gptq else 0
+    packed = stated or sum(_packed_bytes(linear, job) for linear in facts.linears)
+    return packed + rest * job.compute_bytes
 
 
-def _packed_bytes(linear: Linear, bits: int, double_quant: bool, compute_bytes: int) -> int:
+def _packed_bytes(linear: Linear, job: Job) -> int:
     """A frozen weight matrix and what its quantization needs to undo itself."""
-    if bits == 16:
-        return linear.weights * compute_bytes
-    if bits == 8:
+    if job.gptq:
+        scale_bytes = 4 if job.gptq.scales == "float32" else 2
+        return job.gptq.shape.bytes_of(
+            linear.inputs, linear.outputs, scale_bytes=scale_bytes, ordered=job.gptq.desc_act
+        )
+    if job.bits == 16:
+        return linear.weights * job.compute_bytes
+    if job.bits == 8:
         return linear.weights + 4 * linear.outputs  # LLM.int8: an fp32 scale for each output row
     blocks = ceil(linear.weights / BLOCK)
     # QLoRA section 3: absmax in fp32, or in 8 bits with an fp32 absmax of its own and one fp32 offset.
-    absmax = blocks + 4 * ceil(blocks / NESTED_BLOCK) + 4 if double_quant else 4 * blocks
+    absmax = blocks + 4 * ceil(blocks / NESTED_BLOCK) + 4 if job.double_quant else 4 * blocks
     return ceil(linear.weights / 2) + absmax
 
 

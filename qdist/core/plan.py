@@ -6,6 +6,7 @@ from typing import Literal
 import msgspec
 
 from qdist.core.facts import ModelFacts
+from qdist.core.gptq import Gptq
 from qdist.core.lessons import Correction
 from qdist.core.memory import MemoryBudget
 from qdist.core.spec import RunSpec
@@ -42,6 +43,8 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """transformers' configuration, from which random weights are made."""
     tokenizer: str
     """The folder of the repaired tokenizer; empty where there is none."""
+    gptq: Gptq | None = None
+    """How a GPTQ backbone is quantized; None for others."""
     new_token_ids: tuple[int, ...] = ()
     """Vocabulary rows that the repair added."""
     vocab_rows: int | None = None

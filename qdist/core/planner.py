@@ -180,7 +180,8 @@ def _setting(inputs: _Inputs, count: int) -> Setting:
     # Before a model is prepared nobody knows which of the tokens it has: they all count as new.
     new_rows = len(source.new_token_ids) or (len(spec.new_tokens) if source.kind == "dummy" else 0)
     job = Job(
-        bits=spec.bits,
+        bits=4 if source.gptq else spec.bits,  # at any width GPTQ unpacks first, as NF4 does
+        gptq=source.gptq,
         double_quant=spec.quant.double,
         compute_bytes=4 if inputs.dtype == "float32" else 2,
         rank_r=spec.lora.r,

@@ -8,6 +8,7 @@ import msgspec
 from qdist.core.candidates import CUDA_CONTEXT_BYTES, HEADROOM
 from qdist.core.errors import PlanError
 from qdist.core.facts import ALL_LINEAR, ModelFacts
+from qdist.core.gptq import Gptq
 from qdist.core.memory import STAGED_LAYERS, Job, sizes
 from qdist.core.placement import scattered, spread_layers
 from qdist.core.units import format_bytes
@@ -74,6 +75,7 @@ def footprint(
     bits: int,
     double_quant: bool,
     compute_bytes: int,
+    gptq: Gptq | None = None,
     tokens: int,
     rank_r: int = 0,
     targets: tuple[str, ...] = (ALL_LINEAR,),
@@ -85,8 +87,9 @@ def footprint(
     rank_r: of the adapter, in float32; 0 without one. scored: tokens whose logits exist at a time, for a loss.
     """
     job = Job(
-        bits=bits, double_quant=double_quant, compute_bytes=compute_bytes, rank_r=rank_r, targets=targets, seq_len=1
-    )
+        bits=bits, double_quant=double_quant, compute_bytes=compute_bytes, gptq=gptq, rank_r=rank_r, targets=targets,
+        seq_len=1,
+    )  # fmt: skip
     parts = sizes(facts, job)
     weights = sum(linear.weights for linear in facts.linears)
     matrix = max(linear.weights for linear in facts.linears)

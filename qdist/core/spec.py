@@ -34,10 +34,14 @@ class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Quant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a 4-bit backbone is packed. Ignored at 8 and 16 bits, where only the defaults are accepted."""
+    """How a backbone is packed. Where a setting says nothing of the method, only its default is accepted."""
 
     type: Literal["nf4", "fp4"] = "nf4"
+    """Of QLoRA's 4 bits."""
     double: bool = True
+    """Of QLoRA's 4 bits: the scales are quantized too."""
+    group_size: Literal[-1, 32, 64, 128] = 128
+    """Of random GPTQ weights: inputs that share a scale. A checkpoint has its own."""
 
 
 class Optim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -93,8 +97,9 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """One fine-tuning job as the user wants it."""
 
     model: str = ""
-    method: Literal["qlora"] = "qlora"
-    bits: Literal[4, 8, 16] = 4
+    method: Literal["qlora", "gptq-lora"] = "qlora"
+    """qlora: packed here by bitsandbytes. gptq-lora: a GPTQ checkpoint as it is."""
+    bits: Literal[2, 3, 4, 8, 16] = 4
     data: str = ""
     format: Literal["auto", "alpaca", "input-output", "oasst", "sharegpt", "messages", "self-instruct", "text"] = "auto"
     run: str | None = None
@@ -254,10 +259,7 @@ def _kinds(key: str) -> tuple[msgspec.inspect.Type, ...]:
 def checked(spec: RunSpec) -> RunSpec:
     """The spec. Raises SpecError for settings that contradict each other, so that none is ever ignored."""
     max_memory_bytes(spec)
-    if spec.bits != 4 and spec.quant != Quant():
-        raise SpecError(
-            f"quant.* describes 4-bit backbones; this one has {spec.bits} bits", try_="--bits 4, or drop quant.*"
-        )
+    _check_quantization(spec)
     if spec.steps is not None and spec.epochs is not None:
         raise SpecError(
             f"steps={spec.steps} and epochs={spec.epochs:g} both say how long to train", try_="give one of the two"
@@ -282,6 +284,21 @@ def checked(spec: RunSpec) -> RunSpec:
     if spec.train.held_out == 0 and (spec.train.eval_steps or spec.train.answers):
         raise SpecError("train.eval_steps and train.answers need held-out records", try_="--set train.held_out=0.1")
     return spec
+
+
+def _check_quantization(spec: RunSpec) -> None:
+    gptq, usual = spec.method == "gptq-lora", Quant()
+    if spec.bits not in ((2, 3, 4, 8) if gptq else (4, 8, 16)):
+        widths, other = ("2, 3, 4 or 8", "qlora") if gptq else ("4, 8 or 16", "gptq-lora")
+        raise SpecError(f"{spec.method} has backbones of {widths} bits, not {spec.bits}", try_=f"--method {other}")
+    if gptq and (spec.quant.type, spec.quant.double) != (usual.type, usual.double):
+        raise SpecError("quant.type and quant.double describe NF4 and FP4, not GPTQ", try_="--method qlora")
+    if not gptq and spec.quant.group_size != usual.group_size:
+        raise SpecError("quant.group_size describes GPTQ weights", try_="--method gptq-lora")
+    if not gptq and spec.bits != 4 and spec.quant != usual:
+        raise SpecError(
+            f"quant.* describes 4-bit backbones; this one has {spec.bits} bits", try_="--bits 4, or drop quant.*"
+        )
 
 
 def flatten(spec: RunSpec) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from qdist.core import demo
 from qdist.core.errors import ModelError, RunError, SpecError
 from qdist.core.events import Event
 from qdist.core.facts import ModelFacts, from_config
+from qdist.core.gptq import of_run
 from qdist.core.plan import DataFacts, Plan, Prepared, Source
 from qdist.core.planner import make_plan
 from qdist.core.recipe import to_toml
@@ -235,7 +236,7 @@ def _rehearse(spec: RunSpec) -> None:
         locate(spec.model)  # a model whose shape only its weights tell; one that does not exist is refused here
         return
     shortest = DataFacts(path="", samples=2, train_samples=1, held_out_samples=1, tokens=2, longest=8)
-    source = Source(kind="dummy", path="", config=config, tokenizer="")
+    source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=of_run(spec, config))
     _planned(spec, source, facts, shortest)
 
 
@@ -272,7 +273,8 @@ def _synthetic(spec: RunSpec) -> Prepared:
         raise ModelError(
             f"transformers has no class to build {spec.model} from random weights", try_="--model llama-7b"
         )
-    return Prepared(source=Source(kind="dummy", path="", config=config, tokenizer=""), data=None)
+    source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=of_run(spec, config))
+    return Prepared(source=source, data=None)
 
 
 def _resumable(key: str, spec: RunSpec) -> bool:

@@ -99,6 +99,7 @@ def residence_of(
         plan.facts,
         bits=spec.bits,
         double_quant=spec.quant.double,
+        gptq=plan.source.gptq,
         compute_bytes=dtype.itemsize,
         tokens=tokens,
         rank_r=spec.lora.r,
@@ -152,12 +153,14 @@ def _with_packed(plan: Plan) -> Source:
     source, spec = plan.source, plan.spec
     if source.kind == "dummy" or (source.packed and Path(source.packed).is_dir()):
         return source
+    if source.gptq:
+        raise ModelError(f"{source.packed}, which the run was trained on, is gone", try_="put it back where it was")
     if not Path(source.path).is_dir():
         raise ModelError(
             f"neither {source.path}, which the run was trained on, nor its packed form {source.packed} is there",
             try_="put the model back where it was",
         )
-    packing = Packing(bits=spec.bits, type=spec.quant.type, double=spec.quant.double)
+    packing = Packing(bits=spec.bits, type=spec.quant.type, double=spec.quant.double)  # type: ignore[arg-type]
     packed = packed_folder(Path(source.path), packing, name=spec.model)
     if source.packed and packed.folder.name != Path(source.packed).name:
         print(f"warning: the files in {source.path} have changed since the run was trained on them", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Opens a model that is no run, with its weights as they are stored: on one GPU, or where accelerate lays its parts."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,17 +9,25 @@ import torch
 
 from qdist.core.candidates import CUDA_CONTEXT_BYTES
 from qdist.core.errors import PlanError, SpecError
-from qdist.core.residence import Residence, room
+from qdist.core.facts import from_config
+from qdist.core.gptq import Gptq
+from qdist.core.plan import Source
+from qdist.core.residence import Residence, footprint, room
+from qdist.core.spec import Quant
 from qdist.core.units import GIB, format_bytes
 from qdist.host.sources import locate
+from qdist.runtime.gptq.check import checked, stated
 from qdist.runtime.materialize import materialize
-from qdist.runtime.methods.backbone import DTYPES, load_plain
+from qdist.runtime.methods.backbone import DTYPES, load_backbone, load_plain
 from qdist.runtime.methods.skeleton import decoder_layers
-from qdist.runtime.placements.residence import free_bytes, on_device
+from qdist.runtime.placements.residence import arrange, choose, first_device, free_bytes, on_device, settle
+from qdist.runtime.quantize_source import blueprint
 from qdist.runtime.special_tokens import align_config, repair
 
 _WORK_BYTES = GIB
 """Left free on each GPU for keys, values and what layers compute: the shapes of a model that is no run are not read."""
+_ROOM_TOKENS = 2048
+"""The same for a GPTQ checkpoint, whose shapes are."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
@@ -36,7 +45,9 @@ def open_plain(name: str, dtype: str, device: str | None, max_memory_bytes: int 
         raise SpecError(f"max_memory is of GPUs to choose from; here is {device or 'none'}", try_="without max_memory")
     folder = materialize(locate(name))
     wanted = dtype if dtype == "auto" else DTYPES[dtype]
-    if device is not None or not torch.cuda.is_available():
+    if (gptq := stated(folder)) is not None:
+        model, where = _gptq(folder, gptq, wanted, device, max_memory_bytes)
+    elif device is not None or not torch.cuda.is_available():
         model, where = _on(folder, wanted, torch.device(device or "cpu"))
     else:
         model, where = _where_there_is_room(folder, wanted, max_memory_bytes)
@@ -49,6 +60,30 @@ def open_plain(name: str, dtype: str, device: str | None, max_memory_bytes: int 
     repair(tokenizer, model.config.to_dict())
     align_config(model, tokenizer)
     return Plain(model, tokenizer, where)
+
+
+def _gptq(
+    folder: Path, gptq: Gptq, dtype: torch.dtype | str, device: str | None, cap_bytes: int | None
+) -> tuple[Any, str]:
+    """A GPTQ checkpoint in our own layers; transformers would want GPTQModel for it."""
+    shape = blueprint(folder)
+    facts = from_config(shape.config.to_dict(), name=str(folder))
+    found = checked(folder, shape, gptq)
+    chosen = dtype if isinstance(dtype, torch.dtype) else DTYPES[found.scales]
+    parts = footprint(
+        facts, bits=4, double_quant=False, gptq=found, compute_bytes=chosen.itemsize, tokens=_ROOM_TOKENS, scored=0
+    )
+    residence = choose(parts, device=device, max_memory_bytes=cap_bytes)
+    source = Source(
+        kind="folder", path=str(folder), packed=str(folder), gptq=found, config=shape.config.to_dict(), tokenizer=""
+    )
+    model = load_backbone(
+        source, bits=4, quant=Quant(), dtype=chosen, device=first_device(residence), linear_names=facts.linear_names,
+        arrange=partial(arrange, residence=residence),
+    )  # fmt: skip
+    settle(model, residence)
+    model.config.use_cache = True
+    return model, str(residence)
 
 
 def _on(folder: Path, dtype: torch.dtype | str, device: torch.device) -> tuple[Any, str]:

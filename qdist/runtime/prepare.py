@@ -5,17 +5,22 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from qdist.core.errors import ModelError, QdistError
+from qdist.core.gptq import Gptq, of_run, to_config
 from qdist.core.plan import DataFacts, Prepared, Source
 from qdist.core.spec import RunSpec
 from qdist.host.files import cache_dir, locked, publish_folder, write_atomic
 from qdist.host.sources import locate
 from qdist.runtime.tokenized import Summary
+
+if TYPE_CHECKING:
+    from qdist.runtime.quantize import Packed
 
 
 def main() -> None:
@@ -39,8 +44,6 @@ def prepare(spec: RunSpec) -> Prepared:
     from qdist.runtime.batches import split
     from qdist.runtime.data import cached_tokenize
     from qdist.runtime.materialize import materialize
-    from qdist.runtime.packed_folder import Packing
-    from qdist.runtime.quantize import packed_folder
     from qdist.runtime.special_tokens import repair
 
     logging.disable_progress_bar()
@@ -64,13 +67,13 @@ def prepare(spec: RunSpec) -> Prepared:
     )
     train, held_out = split(len(tokenized), held_out=spec.train.held_out, seed=spec.seed)
     lengths = tokenized.offsets.diff()
-    packing = Packing(bits=spec.bits, type=spec.quant.type, double=spec.quant.double)
-    packed = packed_folder(folder, packing, name=spec.model)
+    gptq, packed = _packed(spec, folder, config)
     return Prepared(
         source=Source(
             kind="folder",
             path=str(folder),
             packed=str(packed.folder),
+            gptq=gptq,
             config=config,
             tokenizer=str(_keep_tokenizer(tokenizer)),
             new_token_ids=repaired.new_ids,
@@ -86,6 +89,26 @@ def prepare(spec: RunSpec) -> Prepared:
         ),
         notes=(*repaired.notes, *filter(None, (packed.note,)), *_data_notes(tokenized.summary, spec)),
     )
+
+
+def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple[Gptq | None, Packed]":
+    """Where the ranks read packed weights: the cache, or the GPTQ checkpoint itself, which is looked through first."""
+    from qdist.runtime.gptq import check
+    from qdist.runtime.packed_folder import Packing
+    from qdist.runtime.quantize import Packed, packed_folder
+    from qdist.runtime.quantize_source import blueprint
+
+    gptq = check.stated(folder)
+    wanted = of_run(spec, {**config, "quantization_config": to_config(gptq)} if gptq else config)
+    if wanted is None:
+        packing = Packing(bits=spec.bits, type=spec.quant.type, double=spec.quant.double)  # type: ignore[arg-type]
+        return None, packed_folder(folder, packing, name=spec.model)
+    if gptq is None:
+        raise ModelError(
+            f"{spec.model} is no GPTQ checkpoint",
+            try_=f"qdist quantize {spec.model} --method gptq --data DATA --out DIR, or --method qlora",
+        )
+    return check.checked(folder, blueprint(folder), gptq), Packed(folder)
 
 
 def _keep_tokenizer(tokenizer: Any) -> Path:

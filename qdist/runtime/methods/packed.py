@@ -13,7 +13,7 @@ from qdist.runtime.kernels.four_bit import absmax_code_book, dequantize
 
 FEW_TOKENS = 16
 """Up to here a GPU multiplies with the packed weights; above, unpacking them first is faster (H100 and H200)."""
-PACKING = (".absmax", ".scale")
+PACKING = (".absmax", ".scale", ".qzeros", ".scales")
 """Parameters of packed layers that are neither weights nor biases."""
 
 
@@ -35,7 +35,7 @@ class PackedLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.compute_dtype = in_features, out_features, dtype
-        self.register_parameter("bias", _empty((out_features,), dtype) if bias else None)
+        self.register_parameter("bias", empty((out_features,), dtype) if bias else None)
 
     def matrix(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The weights unpacked, [out_features, in_features]."""
@@ -55,7 +55,7 @@ class PackedLinear(nn.Linear):
         raise NotImplementedError
 
     def stored(self, file: Mapping[str, Slices]) -> dict[str, Slices]:
-        """The layer's tensors as bitsandbytes stores them, by their names here."""
+        """The layer's tensors as checkpoints of its kind store them, by their names here."""
         raise NotImplementedError
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -74,8 +74,8 @@ class Packed4bit(PackedLinear):
         self.quant, self.kind = quant, quant.type
         count = in_features * out_features
         blocks = -(-count // BLOCK)
-        self.weight = _empty(((count + 1) // 2, 1), torch.uint8)
-        self.absmax = _empty((blocks,), torch.uint8 if quant.double else torch.float32)
+        self.weight = empty(((count + 1) // 2, 1), torch.uint8)
+        self.absmax = empty((blocks,), torch.uint8 if quant.double else torch.float32)
         # A 32,768th of the weights: whole on every rank.
         nested = torch.empty(-(-blocks // NESTED_BLOCK), device="meta") if quant.double else None
         self.register_buffer("nested_absmax", nested, persistent=False)
@@ -144,8 +144,8 @@ class Packed8bit(PackedLinear):
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__(in_features, out_features, bias=bias, dtype=dtype)
-        self.weight = _empty((out_features, in_features), torch.int8)
-        self.scale = _empty((out_features,), torch.float32)
+        self.weight = empty((out_features, in_features), torch.int8)
+        self.scale = empty((out_features,), torch.float32)
         """The largest magnitude of each row; bitsandbytes' SCB."""
 
     def matrix(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -204,5 +204,6 @@ def is_offloaded(module: nn.Module) -> bool:
     return getattr(module, "offloaded", False)
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    """A frozen parameter that has no bytes yet."""
     return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)

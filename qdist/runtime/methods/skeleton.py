@@ -9,7 +9,8 @@ from torch import nn
 from qdist.core.errors import ModelError
 from qdist.core.plan import Source
 from qdist.core.spec import Quant
-from qdist.runtime.methods.packed import Packed4bit, Packed8bit, PackedLinear, Slices, is_offloaded
+from qdist.runtime.methods.packed import Packed4bit, Packed8bit, Slices, is_offloaded
+from qdist.runtime.methods.packed_gptq import PackedGptq, fitting
 from qdist.runtime.methods.weights import Weights
 
 
@@ -36,7 +37,7 @@ def skeleton(source: Source, *, bits: int, quant: Quant, dtype: torch.dtype, lin
     model.tie_weights()
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and path.rpartition(".")[2] in linear_names and bits < 16:
-            model.set_submodule(path, _packed(module, bits, quant, dtype))
+            model.set_submodule(path, _packed(module, path, source, bits, quant, dtype))
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()
@@ -46,8 +47,18 @@ def _without_type(config: dict[str, object]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "model_type"}
 
 
-def _packed(linear: nn.Linear, bits: int, quant: Quant, dtype: torch.dtype) -> PackedLinear:
+def _packed(linear: nn.Linear, path: str, source: Source, bits: int, quant: Quant, dtype: torch.dtype) -> nn.Linear:
     bias = linear.bias is not None
+    if source.gptq:
+        shape = source.gptq.of(path)
+        if shape is None:
+            return linear
+        fitting(linear, shape, path)
+        return PackedGptq(
+            linear.in_features, linear.out_features, bias=bias, dtype=dtype, shape=shape,
+            offset=source.gptq.zero_offset, ordered=source.gptq.desc_act,
+            scale_dtype=getattr(torch, source.gptq.scales),
+        )  # fmt: skip
     if bits == 4:
         return Packed4bit(linear.in_features, linear.out_features, bias=bias, dtype=dtype, quant=quant)
     return Packed8bit(linear.in_features, linear.out_features, bias=bias, dtype=dtype)

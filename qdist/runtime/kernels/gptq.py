@@ -1,0 +1,116 @@
+"""Unpacks GPTQ weights, and multiplies a few tokens with them packed: Triton kernels, and torch's way beside them."""
+
+import contextlib
+from typing import Any
+
+import torch
+
+from qdist.runtime.gptq import bits as reference
+
+FEW_TOKENS = 4
+"""Up to here the packed weights are read once for each token; above, unpacking them first is taken to be faster."""
+_SPLIT_ROWS = 1024
+"""Inputs that one program of `product` goes through."""
+
+
+def dequantize(
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    groups: torch.Tensor | None,
+    *,
+    bits: int,
+    offset: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """scale x (weight - zero), [in, out] in `dtype`; computed in float32.
+
+    qweight: int32 [in * bits / 32, out]. qzeros: int32 [groups, out * bits / 32]. scales: [groups, out].
+    groups: int32 [in], or None where each `group_size` inputs that follow each other are a group.
+    offset: what is added to a stored zero.
+    """
+    if qweight.is_cuda:
+        return triton_dequantize(
+            qweight, qzeros, scales, groups, bits=bits, offset=offset, group_size=group_size, dtype=dtype
+        )
+    if groups is None:
+        groups = reference.group_of_inputs(qweight.shape[0] * 32 // bits, group_size, qweight.device)
+    return reference.dequantize(qweight, qzeros, scales, groups, bits=bits, offset=offset, dtype=dtype)
+
+
+def triton_dequantize(
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    groups: torch.Tensor | None,
+    *,
+    bits: int,
+    offset: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`dequantize` in one pass over memory."""
+    from qdist.runtime.kernels import gptq_triton  # Triton is there only with a GPU
+
+    values, words = reference.period(bits)
+    inputs, outputs = qweight.shape[0] * 32 // bits, qweight.shape[1]
+    groups = _needed(groups, inputs, group_size, values, qweight.device)
+    out = torch.empty((inputs, outputs), dtype=dtype, device=qweight.device)
+    periods, rows, columns = inputs // values, max(1, 64 // values), 128
+    grid = (-(-periods // rows), -(-outputs // columns))
+    with _on(qweight.device):
+        gptq_triton.unpack[grid](
+            qweight, qzeros, scales, qweight if groups is None else groups, out, periods, outputs, qzeros.shape[1],
+            inputs if group_size == -1 else group_size, BITS=bits, OFFSET=offset, WORDS=words, VALUES=values,
+            ORDERED=groups is not None, ROWS=rows, COLUMNS=columns, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def triton_product(
+    inputs: torch.Tensor,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    groups: torch.Tensor | None,
+    *,
+    bits: int,
+    offset: int,
+    group_size: int,
+) -> torch.Tensor:
+    """inputs [tokens, in] times the packed weights, [tokens, out] in the inputs' type; added up in float32."""
+    from qdist.runtime.kernels import gptq_triton
+
+    values, words = reference.period(bits)
+    tokens, width = inputs.shape
+    outputs = qweight.shape[1]
+    groups = _needed(groups, width, group_size, values, qweight.device)
+    periods, rows, columns = width // values, max(1, 64 // values), 64
+    each = max(rows, _SPLIT_ROWS // values)
+    splits = -(-periods // each)
+    parts = torch.empty((splits, tokens, outputs), dtype=torch.float32, device=inputs.device)
+    with _on(qweight.device):
+        gptq_triton.product[(-(-outputs // columns), splits, tokens)](
+            inputs.contiguous(), qweight, qzeros, scales, qweight if groups is None else groups, parts, periods,
+            outputs, qzeros.shape[1], width, tokens, width if group_size == -1 else group_size, BITS=bits,
+            OFFSET=offset, WORDS=words, VALUES=values, ORDERED=groups is not None, ROWS=rows, COLUMNS=columns,
+            EACH=each, num_warps=4,
+        )  # fmt: skip
+    return parts.sum(0).to(inputs.dtype)
+
+
+def _needed(
+    groups: torch.Tensor | None, inputs: int, group_size: int, values: int, device: torch.device
+) -> torch.Tensor | None:
+    """None where all values of a word, or of three, are of one group; else the group of each input."""
+    if groups is None and group_size != -1 and group_size % values:
+        return reference.group_of_inputs(inputs, group_size, device)
+    return groups
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, wherever its arguments lie."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)

@@ -1,0 +1,103 @@
+"""The Triton kernels of `qdist.runtime.kernels.gptq`; to be imported where there is Triton.
+
+A period is the values of one word, or the 32 values of 3 bits in three words. Programs take ROWS periods by COLUMNS
+outputs. Words are int32, so a shift to the right copies the sign; masks take it off.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def zero_of(qzeros, group, column, there, zero_words, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The stored zeros of `column` in `group`, which may cross from word to word in 3 bits."""
+    bit = column * BITS
+    place, shift = group * zero_words + bit // 32, bit % 32
+    value = tl.load(qzeros + place, mask=there, other=0) >> shift
+    if BITS == 3:
+        over = there & (shift > 29)
+        after = tl.load(qzeros + place + 1, mask=over, other=0)
+        low = 32 - shift
+        value = tl.where(over, (value & ((1 << low) - 1)) | (after << low), value)
+    return value & ((1 << BITS) - 1)
+
+
+@triton.jit
+def value_at(first, second, third, BITS: tl.constexpr, PLACE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Value PLACE of a period, from its words."""
+    WORD: tl.constexpr = PLACE * BITS // 32
+    SHIFT: tl.constexpr = PLACE * BITS % 32
+    LOW: tl.constexpr = 32 - SHIFT
+    here, after = first, second
+    if WORD == 1:
+        here, after = second, third
+    if WORD == 2:
+        here = third
+    value = here >> SHIFT
+    if LOW < BITS:
+        value = (value & ((1 << LOW) - 1)) | (after << LOW)
+    return value & ((1 << BITS) - 1)
+
+
+@triton.jit
+def unpack(  # type: ignore[no-untyped-def]
+    qweight, qzeros, scales, groups, out, periods, outputs, zero_words, group_size, BITS: tl.constexpr,
+    OFFSET: tl.constexpr, WORDS: tl.constexpr, VALUES: tl.constexpr, ORDERED: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """[in, out] of scale x (weight - zero)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    there = (row < periods) & (column < outputs)
+    at = qweight + row.to(tl.int64) * WORDS * outputs + column
+    first = tl.load(at, mask=there, other=0)
+    second, third = first, first
+    if WORDS == 3:
+        second = tl.load(at + outputs, mask=there, other=0)
+        third = tl.load(at + 2 * outputs, mask=there, other=0)
+    group = row * VALUES // group_size
+    zero = zero_of(qzeros, group, column, there, zero_words, BITS) + OFFSET
+    scale = tl.load(scales + group * outputs + column, mask=there, other=0.0).to(tl.float32)
+    for place in tl.static_range(VALUES):
+        if ORDERED:
+            group = tl.load(groups + row * VALUES + place, mask=row < periods, other=0)
+            zero = zero_of(qzeros, group, column, there, zero_words, BITS) + OFFSET
+            scale = tl.load(scales + group * outputs + column, mask=there, other=0.0).to(tl.float32)
+        value = (value_at(first, second, third, BITS, place) - zero).to(tl.float32) * scale
+        target = out + (row.to(tl.int64) * VALUES + place) * outputs + column
+        tl.store(target, value.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def product(  # type: ignore[no-untyped-def]
+    inputs, qweight, qzeros, scales, groups, parts, periods, outputs, zero_words, width, tokens, group_size,
+    BITS: tl.constexpr, OFFSET: tl.constexpr, WORDS: tl.constexpr, VALUES: tl.constexpr, ORDERED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """parts [splits, tokens, out]: what each split of the inputs adds to the product."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    split, token = tl.program_id(1), tl.program_id(2)
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for begin in range(0, EACH, ROWS):
+        row = split * EACH + begin + tl.arange(0, ROWS)[:, None]
+        there = (row < periods) & (column < outputs)
+        at = qweight + row.to(tl.int64) * WORDS * outputs + column
+        first = tl.load(at, mask=there, other=0)
+        second, third = first, first
+        if WORDS == 3:
+            second = tl.load(at + outputs, mask=there, other=0)
+            third = tl.load(at + 2 * outputs, mask=there, other=0)
+        group = row * VALUES // group_size
+        zero = zero_of(qzeros, group, column, there, zero_words, BITS) + OFFSET
+        scale = tl.load(scales + group * outputs + column, mask=there, other=0.0).to(tl.float32)
+        for place in tl.static_range(VALUES):
+            if ORDERED:
+                group = tl.load(groups + row * VALUES + place, mask=row < periods, other=0)
+                zero = zero_of(qzeros, group, column, there, zero_words, BITS) + OFFSET
+                scale = tl.load(scales + group * outputs + column, mask=there, other=0.0).to(tl.float32)
+            given = tl.load(inputs + token * width + row * VALUES + place, mask=row < periods, other=0.0)
+            value = (value_at(first, second, third, BITS, place) - zero).to(tl.float32) * scale
+            total += value * given.to(tl.float32)
+    inside = column < outputs
+    place = parts + (split * tokens + token).to(tl.int64) * outputs + column
+    tl.store(place, tl.sum(total, 0)[None, :], mask=inside)

@@ -1,0 +1,104 @@
+"""A frozen linear whose weights are packed as GPTQ checkpoints have them (Frantar et al. 2022)."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from qdist.core.errors import ModelError
+from qdist.core.gptq import Shape
+from qdist.runtime.gptq import bits as packing
+from qdist.runtime.kernels.gptq import FEW_TOKENS, dequantize, triton_product
+from qdist.runtime.methods.packed import PackedLinear, Slices, empty, is_offloaded
+
+
+class PackedGptq(PackedLinear):
+    """2, 3, 4 or 8 bits; a scale and a zero for each group of inputs. The file's bytes are the parameters.
+
+    offset: what is added to stored zeros: 1 in the format gptq, 0 in gptq_v2.
+    ordered: groups are of scattered inputs, and `g_idx` says which.
+    """
+
+    kind = "gptq"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        shape: Shape,
+        offset: int,
+        ordered: bool = False,
+        scale_dtype: torch.dtype = torch.float16,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, dtype=dtype)
+        self.shape, self.offset = shape, offset
+        groups, words = shape.groups(in_features), out_features * shape.bits // 32
+        self.weight = empty((in_features * shape.bits // 32, out_features), torch.int32)
+        self.qzeros = empty((groups, words), torch.int32)
+        self.scales = empty((groups, out_features), scale_dtype)
+        index = torch.empty(in_features, dtype=torch.int32, device="meta") if ordered else None
+        self.register_buffer("g_idx", index, persistent=False)
+
+    def matrix(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return self._unpacked(dtype, device).t()
+
+    def _unpacked(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """[in_features, out_features], as the words lie."""
+        weight, qzeros, scales = (self._at(value, device) for value in (self.weight, self.qzeros, self.scales))
+        return dequantize(
+            weight, qzeros, scales, self.g_idx, bits=self.shape.bits, offset=self.offset,
+            group_size=self.shape.group_size, dtype=dtype,
+        )  # fmt: skip
+
+    @staticmethod
+    def _at(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return value if value.device == device else value.to(device, non_blocking=True)
+
+    def product(self, inputs: torch.Tensor) -> torch.Tensor:
+        if not inputs.is_cuda or inputs.shape[0] > FEW_TOKENS or is_offloaded(self):
+            return super().product(inputs)
+        product = triton_product(
+            inputs, self.weight, self.qzeros, self.scales, self.g_idx, bits=self.shape.bits, offset=self.offset,
+            group_size=self.shape.group_size,
+        )  # fmt: skip
+        return product if self.bias is None else product + self.bias.to(product.dtype)
+
+    def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Rounded to the nearest of symmetric groups: what random weights are packed to."""
+        bits, size = self.shape.bits, self.in_features if self.shape.group_size == -1 else self.shape.group_size
+        half = 1 << (bits - 1)
+        columns = weight.t().float()
+        pad = -columns.shape[0] % size
+        grouped = nn.functional.pad(columns, (0, 0, 0, pad)).view(-1, size, columns.shape[1])
+        scales = (grouped.abs().amax(1) * 2 / ((1 << bits) - 1)).clamp_min(1e-7).to(self.scales.dtype)
+        values = (grouped / scales.float().unsqueeze(1)).round_().add_(half).clamp_(0, 2 * half - 1)
+        rows = values.view(-1, columns.shape[1])[: columns.shape[0]]
+        zeros = torch.full(scales.shape, half, dtype=torch.int32, device=weight.device)
+        tensors = {
+            "weight": packing.pack(rows, bits),
+            "qzeros": packing.pack_zeros(zeros, bits, self.offset),
+            "scales": scales,
+        }
+        if self.g_idx is not None:
+            tensors["g_idx"] = packing.group_of_inputs(self.in_features, self.shape.group_size, weight.device)
+        return tensors
+
+    def stored(self, file: Mapping[str, Slices]) -> dict[str, Slices]:
+        tensors = {"weight": file["qweight"], "qzeros": file["qzeros"], "scales": file["scales"]}
+        if self.g_idx is not None:
+            tensors["g_idx"] = file["g_idx"]
+        return tensors
+
+
+def fitting(linear: nn.Linear, shape: Shape, path: str) -> None:
+    """Raise ModelError where a linear's sizes do not fill words of so many bits."""
+    values, _ = packing.period(shape.bits)
+    for side, size in (("inputs", linear.in_features), ("outputs", linear.out_features)):
+        if size % values:
+            raise ModelError(
+                f"{path} has {size} {side}, and {shape.bits} bits fill words only with multiples of {values}",
+                try_="--method qlora, whose NF4 takes any size",
+            )
