@@ -1,0 +1,328 @@
+"""A model quantized by GPTQ: whole or absent, the same after a kill, and close to what it was."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qdist.core.errors import DataError, ModelError, QdistError, RunError, SpecError
+from qdist.core.gptq import Gptq, Shape, from_config
+from qdist.host.files import locked
+from qdist.runtime.gptq import make as making
+from qdist.runtime.gptq.calibrate import Calibration, pieces
+from qdist.runtime.gptq.decoder import Decoder
+from qdist.runtime.gptq.folder import Quantized
+from qdist.runtime.gptq.job import Wanted
+from qdist.runtime.gptq.make import main, make
+from qdist.runtime.gptq.solve import relative_error, unpacked
+from qdist.runtime.packed_folder import opened, tensor_files
+from qdist.runtime.quantize_source import blueprint, tensors_of
+from tests.runtime.test_data import tiny_tokenizer
+from tests.runtime.tiny import logits_of, save_config, save_data, save_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Thousands of operations on a few numbers: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_model(tmp_path / "model")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    generator = torch.Generator().manual_seed(7)
+    letters = torch.randint(32, 127, (6000,), generator=generator).tolist()
+    (tmp_path / "text.txt").write_text("".join(map(chr, letters)))
+    return str(tmp_path / "text.txt")
+
+
+def wanted(data: str, **changes: Any) -> Wanted:
+    return Wanted(**{"data": data, "samples": 8, "seq_len": 64, "group_size": 32, **changes})
+
+
+def loaded(folder: Path, source: Path) -> tuple[Any, Gptq, dict[str, Quantized]]:
+    """The source's model with the checkpoint's weights, dequantized; what the checkpoint says; its linears."""
+    from transformers import AutoModelForCausalLM
+
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert json.loads((folder / "quantize_config.json").read_text()) == config
+    gptq, files = from_config(config, name=str(folder)), tensor_files(folder)
+    model = AutoModelForCausalLM.from_pretrained(source).eval().requires_grad_(False)
+    values, linears = dict[str, torch.Tensor](), dict[str, Quantized]()
+    for name, file in files.items():
+        with opened(folder / file) as handle:
+            if name.endswith(".qweight"):
+                path = name.removesuffix(".qweight")
+                linears[path] = Quantized(*(handle.get_tensor(f"{path}.{leaf}") for leaf in Quantized._fields[:4]))
+                shape = gptq.of(path)
+                assert shape is not None
+                values[f"{path}.weight"] = unpacked(linears[path], shape.bits, offset=gptq.zero_offset)
+            elif not name.endswith((".qzeros", ".scales", ".g_idx")):
+                values[name] = handle.get_tensor(name)
+    names = set(model.state_dict())
+    missing = names - set(values) - set(model.all_tied_weights_keys)
+    assert (missing, set(values) - names) == (set(), set())
+    model.load_state_dict(values, strict=False)
+    return model, gptq, linears
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("llama", {"tie_word_embeddings": True}), ("qwen2", {}), ("bloom", {}), ("opt", {}), ("gpt_neox", {})],
+    ids=["llama tied", "qwen2", "bloom", "opt", "gpt_neox"],
+)
+def test_every_family_is_close_to_what_it_was(tmp_path: Path, text: str, family: str, changes: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source, out = save_model(tmp_path / "model", family, **changes), tmp_path / "out"
+    make(str(source), out, wanted(text, bits=(8,)))
+    before = logits_of(AutoModelForCausalLM.from_pretrained(source).eval())
+    quantized, gptq, linears = loaded(out, source)
+    after = logits_of(quantized)
+    assert float((after - before).norm() / before.norm()) < 0.05
+    assert gptq == Gptq(shape=Shape(8, 32))
+    assert len(linears) == len(blueprint(source).linears)
+    names = sorted(path.name for path in out.iterdir())
+    assert [name for name in names if name.startswith(".")] == []
+    assert {"tokenizer.json", "generation_config.json", "model-00003-of-00003.safetensors"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"bits": (3,), "group_size": 64}, {"sym": False, "format": "gptq_v2"}, {"sym": False}, {"desc_act": True}],
+    ids=["3 bits", "no-sym", "no-sym v1", "desc_act"],
+)
+def test_outputs_err_less_than_those_of_rounded_weights(
+    tmp_path: Path, model: Path, text: str, changes: dict[str, Any]
+) -> None:
+    """Of the first linear: its inputs are the same before and after."""
+    settings = wanted(text, **changes)
+    make(str(model), tmp_path / "out", settings)
+    _, gptq, linears = loaded(tmp_path / "out", model)
+    assert gptq == settings.gptq(settings.bits[0])
+    shape = blueprint(model)
+    decoder = Decoder(shape, tensors_of(model, shape))
+    calibration = started(decoder, text, (CPU,))
+    calibration.enter(decoder.layer(0, torch.float32, CPU))
+    path = "model.layers.0.self_attn.q_proj"
+    hessian = calibration.hessian("self_attn.q_proj")
+    weight = tensors_of(model, shape).read(f"{path}.weight")
+    ours = relative_error(weight, unpacked(linears[path], gptq.shape.bits, offset=gptq.zero_offset), hessian)
+    groups = weight.reshape(weight.shape[0], -1, settings.group_size)
+    step = 2 * groups.abs().amax(-1, keepdim=True) / (2**gptq.shape.bits - 1)
+    nearest = (groups / step).round().clamp(-(2 ** (gptq.shape.bits - 1)), 2 ** (gptq.shape.bits - 1) - 1) * step
+    assert ours < 0.8 * relative_error(weight, nearest.reshape(weight.shape), hessian)
+
+
+def started(decoder: Decoder, text: str, devices: tuple[torch.device, ...]) -> Calibration:
+    samples = pieces(text, tiny_tokenizer(bos=False), samples=8, seq_len=64, seed=0)
+    return Calibration(decoder.start(samples, torch.float32), devices)
+
+
+def test_two_devices_see_the_hessians_and_hidden_states_that_one_sees(model: Path, text: str) -> None:
+    shape = blueprint(model)
+    decoder = Decoder(shape, tensors_of(model, shape))
+    alone, shared = (started(decoder, text, devices) for devices in ((CPU,), (CPU, CPU)))
+    for position in range(2):
+        for calibration in (alone, shared):
+            calibration.enter(decoder.layer(position, torch.float32, CPU))
+        for path in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+            one, two = alone.hessian(path), shared.hessian(path)
+            assert torch.allclose(one, two, rtol=1e-4, atol=1e-6 * float(one.diagonal().max()))
+            for calibration in (alone, shared):
+                calibration.replace(path, torch.ones(1))
+        alone.leave()
+        shared.leave()
+    assert all(torch.allclose(a, b) for a, b in zip(alone._hidden, shared._hidden, strict=True))
+
+
+def test_hidden_states_are_those_of_the_model_and_only_one_layer_has_weights(model: Path, text: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    shape = blueprint(model)
+    decoder = Decoder(shape, tensors_of(model, shape))
+    samples = pieces(text, tiny_tokenizer(bos=False), samples=2, seq_len=64, seed=0)
+    calibration = Calibration(decoder.start(samples, torch.float32), (CPU,))
+    for position in range(2):
+        calibration.enter(decoder.layer(position, torch.float32, CPU))
+        calibration.leave()
+        assert all(parameter.is_meta for parameter in decoder._model.parameters())
+    whole = AutoModelForCausalLM.from_pretrained(model).eval()
+    with torch.no_grad():
+        for sample, hidden in zip(samples, calibration._hidden, strict=True):
+            expected = whole.model(sample[None]).last_hidden_state
+            assert torch.allclose(whole.model.norm(hidden), expected, atol=1e-5)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("changes", [{}, {"bits": (2, 3, 4), "max_error": 0.05, "desc_act": True}], ids=["4", "mixed"])
+def test_killed_and_resumed_it_is_the_same_to_the_byte(
+    tmp_path: Path,
+    model: Path,
+    text: str,
+    changes: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make(str(model), tmp_path / "expected", wanted(text, **changes))
+    written: list[str] = []
+    write = making.write_tensors
+
+    def killed_at_the_second(folder: Path, name: str, entries: Any) -> Any:
+        if written:
+            (folder / f".{name}.unfinished").write_bytes(b"half a file")
+            raise Killed
+        written.append(name)
+        return write(folder, name, entries)
+
+    def noted(folder: Path, name: str, entries: Any) -> Any:
+        written.append(name)
+        return write(folder, name, entries)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(making, "write_tensors", killed_at_the_second)
+        with pytest.raises(Killed):
+            make(str(model), tmp_path / "out", wanted(text, **changes))
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(making, "write_tensors", noted)
+    make(str(model), tmp_path / "out", wanted(text, **changes))
+    assert written == [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    assert "layer 1 of 2: there already" in capsys.readouterr().err
+    ours, expected = tmp_path / "out", tmp_path / "expected"
+    files = sorted(path.name for path in expected.iterdir())
+    assert files == sorted(path.name for path in ours.iterdir())
+    assert [name for name in files if (ours / name).read_bytes() != (expected / name).read_bytes()] == []
+
+
+def test_what_was_begun_with_other_settings_is_not_used(
+    tmp_path: Path, model: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(making, "_described", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            make(str(model), tmp_path / "out", wanted(text, bits=(8,)))
+    assert make(str(model), tmp_path / "out", wanted(text)).shape.bits == 4
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_mixed_widths_keep_their_bound_where_one_can(
+    tmp_path: Path, model: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solutions: dict[str, list[Any]] = {}
+    solve = making.solve
+
+    def noted(*given: Any, **named: Any) -> Any:
+        solutions.setdefault(named["name"], []).append(solve(*given, **named))
+        return solutions[named["name"]][-1]
+
+    monkeypatch.setattr(making, "solve", noted)
+    bound = 0.02
+    gptq = make(str(model), tmp_path / "out", wanted(text, bits=(2, 3, 4), max_error=bound))
+    widths = {path: tried[-1].shape.bits for path, tried in solutions.items()}
+    assert len(set(widths.values())) > 1
+    for tried in solutions.values():
+        assert [one.shape.bits for one in tried] == [2, 3, 4][: len(tried)]
+        assert all(one.error > bound for one in tried[:-1])
+        assert tried[-1].error <= bound or len(tried) == 3
+    counts = sorted(widths.values(), key=lambda bits: -list(widths.values()).count(bits))
+    assert gptq.shape.bits == counts[0]
+    assert {path: gptq.of(path) for path in widths} == {path: Shape(bits, 32) for path, bits in widths.items()}
+    assert loaded(tmp_path / "out", model)[1] == gptq
+
+
+def rewrite(model: Path, name: str, value: float) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ("mlp.up_proj.weight", r"model\.layers\.1\.mlp\.up_proj has weights that are NaN"),
+        ("post_attention_layernorm.weight", r"model\.layers\.1\.mlp\.gate_proj reads inputs that are NaN"),
+    ],
+)
+def test_nan_ends_it_with_the_module_named(tmp_path: Path, model: Path, text: str, tensor: str, message: str) -> None:
+    rewrite(model, f"model.layers.1.{tensor}", torch.nan)
+    with pytest.raises(ModelError, match=message):
+        make(str(model), tmp_path / "out", wanted(text))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_is_refused_before_anything_starts(tmp_path: Path, model: Path, text: str) -> None:
+    cases: list[tuple[Path, Wanted, type[QdistError], str]] = [
+        (model, wanted(text, seq_len=256), SpecError, "256 tokens are longer than the 128"),
+        (model, wanted(text, samples=4000), DataError, r"make \d+ samples of 64 tokens; 4000 are wanted\n.*--samples"),
+        (model, wanted(str(tmp_path / "none.txt")), DataError, "none.txt does not exist"),
+        (save_config(tmp_path / "bare"), wanted(text), ModelError, "."),
+    ]
+    narrow = save_model(tmp_path / "narrow", hidden_size=48, num_key_value_heads=4)
+    cases.append((narrow, wanted(text), ModelError, "q_proj has 48 inputs, which fill no words: multiples of 32 do"))
+    mute = save_model(tmp_path / "mute")
+    for file in mute.glob("tokenizer*"):
+        file.unlink()
+    cases.append((mute, wanted(text), ModelError, "has no tokenizer to read calibration data with"))
+    done = tmp_path / "done"
+    make(str(model), done, wanted(text))
+    cases.append((done, wanted(text), ModelError, "is quantized already, with gptq"))
+    for source, settings, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            make(str(source), tmp_path / "out", settings)
+        assert not (tmp_path / ".out.gptq").exists()
+    with pytest.raises(RunError, match=r"done exists\n  try: another --out"):
+        make(str(model), done, wanted(text))
+
+
+def test_two_do_not_write_the_same_folder(tmp_path: Path, model: Path, text: str, monkeypatch: Any) -> None:
+    def held(path: Path, *, busy: str = "") -> Any:
+        return locked(lock, busy=busy)
+
+    lock = tmp_path / "lock"
+    monkeypatch.setattr(making, "locked", held)
+    with locked(lock), pytest.raises(RunError, match=r"another process is writing .*out\n  try: wait"):
+        make(str(model), tmp_path / "out", wanted(text))
+
+
+def test_records_and_text_make_samples_drawn_by_a_seed(tmp_path: Path, text: str) -> None:
+    tokenizer = tiny_tokenizer(bos=False)
+    data = str(save_data(tmp_path / "data.jsonl"))
+    for source in (data, text):
+        drawn = [pieces(source, tokenizer, samples=4, seq_len=32, seed=seed) for seed in (0, 0, 1)]
+        assert drawn[0].shape == (4, 32)
+        assert torch.equal(drawn[0], drawn[1])
+        assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_the_command_tells_of_each_layer_and_how_to_go_on(
+    tmp_path: Path, model: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    flags = ["--data", text, "--format", "gptq", "--samples", "8", "--seq-len", "64", "--group-size", "32"]
+    monkeypatch.setattr("sys.argv", ["make", str(model), out, *flags])
+    main()
+    told = capsys.readouterr()
+    assert "layer 2 of 2: error q_proj 0." in told.err
+    assert told.out.splitlines()[-1] == f"use it  qdist launch --model {out}"
+    with pytest.raises(SystemExit):
+        main()
+    assert f"error: {out} exists" in capsys.readouterr().err
+    shutil.rmtree(out)
