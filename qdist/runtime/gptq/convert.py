@@ -25,6 +25,9 @@ from qdist.runtime.gptq.sparsebit import Checkpoint, Linear, halves, integer_zer
 from qdist.runtime.packed_folder import Entry, Written, entries_of, file_name, write_tensors
 from qdist.runtime.quantize_source import Blueprint, blueprint
 
+_TELL_S = 10.0
+"""How often a long conversion says how far it is."""
+
 
 class Converted(NamedTuple):
     """What was written, and what the user should know of it."""
@@ -101,20 +104,26 @@ def _all_zeros(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def _gptq(checkpoint: Checkpoint, zeros: dict[str, torch.Tensor]) -> Gptq:
-    """The commonest width is the base, others are overrides; v1 where it can hold every zero."""
+    """The commonest width is the base, others are overrides; v1, the older format, where every reader reads it alike.
+
+    v1 stores zeros minus one. GPTQModel takes that back as it loads (gptqmodel/utils/model.py,
+    convert_gptq_v1_to_v2_format) by adding one constant to whole words, at the base's width in every linear: wrong for
+    linears of other widths, at 3 bits (its constants count from the other end of a word), and where a zero is 2^bits.
+    v2 stores zeros as they are.
+    """
     linears = checkpoint.linears
     if not linears:
         raise ModelError("the checkpoint has no quantized linear", try_="a checkpoint with layers_bit")
-    v1 = all(int(value.min()) >= 1 for value in zeros.values())
     for path, value in zeros.items():
-        low, high = (1, 1 << linears[path].bits) if v1 else (0, (1 << linears[path].bits) - 1)
-        if int(value.min()) < low or int(value.max()) > high:
+        low, high, bits = int(value.min()), int(value.max()), linears[path].bits
+        if low < 0 or high >= 1 << bits:
             raise ModelError(
-                f"{linears[path].name}: zeros are {int(value.min())} to {int(value.max())}; at {linears[path].bits} "
-                f"bits GPTQ's format {'gptq' if v1 else 'gptq_v2'} holds {low} to {high}"
+                f"{linears[path].name}.zeros are {low} to {high} times the scales; GPTQ at {bits} bits holds zeros of "
+                f"0 to {(1 << bits) - 1}"
             )
-    base = Counter(linear.bits for linear in linears.values()).most_common(1)[0][0]
-    size = checkpoint.group_size
+    widths = Counter(linear.bits for linear in linears.values())
+    base, size = widths.most_common(1)[0][0], checkpoint.group_size
+    v1 = list(widths) in ([2], [4]) and all(int(value.min()) >= 1 for value in zeros.values())
     others = {path: Shape(linear.bits, size) for path, linear in linears.items() if linear.bits != base}
     plain = {name.removesuffix(".weight"): None for name in checkpoint.plain if is_linear(name)}
     overrides = {**others, **plain}
@@ -138,7 +147,11 @@ def _write(job: Job, work: Path) -> tuple[dict[str, Written], float]:
     """A file a decoder layer and one for the rest. Also the largest relative change of a scale."""
     layers, loss = job.shape.layers, 0.0
     files: dict[str, Written] = {}
+    told = time.monotonic()
     for position in range(layers + 1):
+        if time.monotonic() - told > _TELL_S:
+            told = time.monotonic()
+            print(f"  {position} of {layers} layers written", file=sys.stderr, flush=True)
         tensors: list[Entry] = []
         for name in (name for name in job.shape.shapes if job.shape.layer(name) == position):
             path, _, leaf = name.rpartition(".")

@@ -238,10 +238,15 @@ def _sorted(state: Mapping[Any, Any], widths: Mapping[str, Width], group_size: i
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise ModelError(f"{file}: {name!r} is {type(value).__name__}, not a tensor", try_=_FOREIGN)
+        if value.layout is not torch.strided or value.device.type != "cpu":
+            raise ModelError(f"{file}: {name} has no values of its own, it is {value.layout} on {value.device}")
         path, _, leaf = name.rpartition(".")
         if leaf in _DERIVED:
             dropped.append(name)
             continue
+        if leaf != "qweight" and value.dtype not in _PLAIN:
+            stored = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+            raise ModelError(f"{name} is {stored}; only qweight is of integers")
         module = _renamed(path)
         if origins.setdefault(module, path) != path:
             raise ModelError(f"{file} holds {module} twice, as {origins[module]} and as {path}")
@@ -264,11 +269,7 @@ def _sorted(state: Mapping[Any, Any], widths: Mapping[str, Width], group_size: i
             continue
         if pairs:
             in_pairs.add(module)
-        for leaf, value in leaves.items():
-            if value.dtype not in _PLAIN:
-                stored = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-                raise ModelError(f"{origins[module]}.{leaf} is {stored}; only qweight is of integers")
-            found.plain[f"{module}.{leaf}"] = value
+        found.plain.update({f"{module}.{leaf}".lstrip("."): value for leaf, value in leaves.items()})
     return found._replace(in_pairs=frozenset(in_pairs))
 
 
@@ -291,9 +292,9 @@ def _linear(
     if missing or unknown:
         raise ModelError(f"{name} lacks {min(missing)}" if missing else f"{name} has {unknown[0]}, which is not known")
     packed, scales, zeros = leaves["qweight"], leaves["scales"], leaves["zeros"]
-    if scales.dim() not in (2, 3) or scales.shape[-1] != 1 or scales.dtype not in _PLAIN or not scales.numel():
+    if scales.dim() not in (2, 3) or scales.shape[-1] != 1 or not scales.numel():
         raise ModelError(f"{name}.scales has shape {list(scales.shape)}; it is [out, 1] or [out, groups, 1]")
-    if zeros.shape != scales.shape or zeros.dtype not in _PLAIN:
+    if zeros.shape != scales.shape:
         raise ModelError(f"{name}.zeros has shape {list(zeros.shape)}, its scales {list(scales.shape)}")
     outputs, groups = scales.shape[0], scales.shape[1]
     if packed.dtype not in (torch.int32, *_BYTES):
