@@ -64,11 +64,12 @@ class Calibration:
     def __init__(self, start: Start, devices: tuple[torch.device, ...]) -> None:
         self.devices = devices
         self._hidden, self._arguments = start.hidden, start.arguments
-        self._position, self._layers = 0, list[nn.Module]()
+        self._position, self._layers, self._given = 0, list[nn.Module](), list[dict[str, Any]]()
 
     def enter(self, layer: nn.Module) -> None:
         """Take the next decoder layer, which lies on the first device, and copy it to the others."""
         self._layers = [layer, *(copy.deepcopy(layer).to(device) for device in self.devices[1:])]
+        self._given = [moved(self._arguments[self._position], device) for device in self.devices]
 
     def hessian(self, path: str) -> torch.Tensor:
         """2 X X^T / n over the n tokens that reach a linear of the layer, float32 [in, in] on the first device."""
@@ -82,12 +83,14 @@ class Calibration:
     def replace(self, path: str, weight: torch.Tensor) -> None:
         """Give a linear of the layer other weights, [out, in]."""
         for layer in self._layers:
-            layer.get_submodule(path).weight.copy_(weight)
+            linear = layer.get_submodule(path)
+            # Not written in place: on a CPU the old weights may be the source's own memory.
+            linear.weight = nn.Parameter(weight.to(linear.weight).contiguous(), requires_grad=False)
 
     def leave(self) -> None:
         """Carry the hidden states through the layer, and drop it."""
         self._on_each(self._advance)
-        self._position, self._layers = self._position + 1, []
+        self._position, self._layers, self._given = self._position + 1, [], []
 
     def _on_each(self, work: Callable[[int], T]) -> list[T]:
         with ThreadPoolExecutor(len(self.devices)) as pool:
@@ -121,9 +124,8 @@ class Calibration:
             self._hidden[index] = self._run(worker, index).to("cpu")
 
     def _run(self, worker: int, index: int) -> torch.Tensor:
-        device = self.devices[worker]
-        arguments = moved(self._arguments[self._position], device)
-        output = self._layers[worker](self._hidden[index].to(device), **arguments)
+        hidden = self._hidden[index].to(self.devices[worker])
+        output = self._layers[worker](hidden, **self._given[worker])
         return output[0] if isinstance(output, tuple) else output
 
 
