@@ -9,9 +9,11 @@ import torch
 
 from qdist.core.models import config_of
 from qdist.runtime.gptq.bits import unpack_zeros
-from qdist.runtime.gptq.convert import convert
+from qdist.runtime.gptq.check import checked, stated
+from qdist.runtime.gptq.convert import convert, main
 from qdist.runtime.gptq.convert_model import model_config
 from qdist.runtime.gptq.sparsebit import Checkpoint, halves
+from qdist.runtime.quantize_source import blueprint
 from tests.runtime.sparsebit_files import (
     CONFIG,
     HIDDEN,
@@ -64,6 +66,8 @@ def test_a_folder_holds_the_weights_of_the_checkpoint_at_2_3_and_4_bits(
     made = make(naming=naming, packing=packing, group_size=group_size, mixed=True)
     done = convert(write(made.content), tmp_path / "out", config=config)
     assert_same_weights(tmp_path / "out", made)
+    assert checked(tmp_path / "out", blueprint(tmp_path / "out"), done.gptq)
+    assert stated(tmp_path / "out") == done.gptq
     assert (done.gptq.shape.bits, done.gptq.shape.group_size, done.gptq.format) == (4, group_size, "gptq_v2")
     assert {done.gptq.of(path).bits for path in made.truth if path.endswith("v_proj")} == {2}  # type: ignore[union-attr]
     old = {value.flatten()[0].item() for name, value in made.content["model"].items() if "norm" in name}
@@ -296,3 +300,23 @@ def test_alpaca_qloras_own_config_is_read(write: Callable[[object], Path], confi
     done = convert(write(make().content), tmp_path / "out", config=config)
     assert done.layers == LAYERS
     assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 64
+
+
+def test_the_command_says_what_it_did_and_what_to_do_with_it(
+    write: Callable[[object], Path], config: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    source, out = write(make(mixed=True, group_size=32).content), tmp_path / "out"
+    arguments = [str(source), str(out), "--from", "sparsebit", "--config", str(config)]
+    monkeypatch.setattr("sys.argv", ["convert", *arguments])
+    main()
+    first, *notes, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{out}: GPTQ 4 bits, groups of 32, several widths, 2 layers, 48.5 KiB")
+    assert notes[:2] == [
+        "  biases: all 14 are zero and left out",
+        "  dropped: 2 buffers that a model computes itself (inv_freq)",
+    ]
+    assert last == f"use it  qdist launch --model {out} --method gptq-lora"
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert capsys.readouterr().err == f"error: {out} exists\n  try: another --out\n"

@@ -246,6 +246,8 @@ def main() -> None:
     took = format_duration(time.monotonic() - began)
     print(f"{given.out}: {done.gptq}, {done.layers} layers, {format_bytes(done.bytes)}, {took}")
     print("\n".join(f"  {note}" for note in done.notes))
+    if given.config:
+        print(f"use it  qdist launch --model {given.out} --method gptq-lora")
 
 
 if __name__ == "__main__":
