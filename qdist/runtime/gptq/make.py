@@ -105,7 +105,8 @@ def _write_layers(job: Job, work: Path) -> dict[str, Written]:
     names = [file_name(position, job.layers) for position in range(job.layers + 1)]
     files = {name: there for name in names if (there := finished(work, name))}
     missing = [position for position, name in enumerate(names[:-1]) if name not in files]
-    progress = Progress(job.name, job.layers, len(job.samples), job.samples.shape[1], made=job.layers - len(missing))
+    made, mixed = job.layers - len(missing), len(job.wanted.bits) > 1
+    progress = Progress(job.name, job.layers, *job.samples.shape, made=made, mixed=mixed)
     if missing:
         calibration = Calibration(job.decoder.start(job.samples, job.dtype), job.devices)
         for position in range(missing[-1] + 1):
@@ -115,8 +116,8 @@ def _write_layers(job: Job, work: Path) -> dict[str, Written]:
                 _restore(job, calibration, work / names[position], position)
                 progress.passed()
             else:
-                made, solutions = _quantize_layer(job, calibration, position)
-                files[names[position]] = write_tensors(work, names[position], [*made, *job.plain(position)])
+                linears, solutions = _quantize_layer(job, calibration, position)
+                files[names[position]] = write_tensors(work, names[position], [*linears, *job.plain(position)])
                 progress.done(solutions, damping=job.wanted.damping)
             if position < missing[-1]:
                 calibration.leave()

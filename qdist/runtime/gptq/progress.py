@@ -11,8 +11,9 @@ from qdist.runtime.gptq.solve import Solution
 class Progress:
     """The time that is left is told from the layers that were made in this process."""
 
-    def __init__(self, name: str, layers: int, samples: int, tokens: int, *, made: int) -> None:
-        """made: layers that are there already."""
+    def __init__(self, name: str, layers: int, samples: int, tokens: int, *, made: int, mixed: bool) -> None:
+        """made: layers that are there already. mixed: whether linears may differ in width, which is then told."""
+        self._mixed = mixed
         self._layers, self._left, self._took = layers, layers - made, list[float]()
         self._position, self._began = 0, time.monotonic()
         again = f"; {made} of {layers} layers are there already" if made else ""
@@ -32,10 +33,9 @@ class Progress:
         """
         self._took.append(time.monotonic() - self._began)
         self._left -= 1
-        mixed = len({solution.shape.bits for solution, _ in solutions.values()}) > 1
         parts = []
         for path, (solution, taken) in solutions.items():
-            width = f" ({solution.shape.bits} bits)" if mixed else ""
+            width = f" ({solution.shape.bits} bits)" if self._mixed else ""
             raised = f" (damping {taken:g})" if taken > damping else ""
             parts.append(f"{path.rpartition('.')[2]} {solution.error:.4f}{width}{raised}")
         rest = format_duration(self._left * sum(self._took) / len(self._took))
