@@ -326,3 +326,22 @@ def test_the_command_tells_of_each_layer_and_how_to_go_on(
         main()
     assert f"error: {out} exists" in capsys.readouterr().err
     shutil.rmtree(out)
+
+
+def test_a_damping_that_rose_is_told(
+    tmp_path: Path, model: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Hessian with a negative eigenvalue, as rounding may leave one."""
+    hessian = Calibration.hessian
+
+    def indefinite(calibration: Calibration, path: str) -> torch.Tensor:
+        found = hessian(calibration, path)
+        if path == "mlp.down_proj":
+            least, mean = torch.linalg.eigvalsh(found)[0], found.diagonal().mean()
+            found.diagonal().sub_(least + 0.03 * mean)
+        return found
+
+    monkeypatch.setattr(Calibration, "hessian", indefinite)
+    make(str(model), tmp_path / "out", wanted(text))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert [line.count("(damping 0.1)") for line in lines] == [1, 1]
