@@ -16,6 +16,7 @@ def plan_lines(plan: Plan, *, notes: tuple[str, ...] = ()) -> list[str]:
     weights = f"{spec.bits} bits" + (
         f" {spec.quant.type}{', double quantization' if spec.quant.double else ''}" if spec.bits == 4 else ""
     )
+    weights = str(plan.source.gptq or weights)
     trained = plan.facts.adapter_parameters(spec.lora.r, spec.lora.targets)
     return [
         f"model    {spec.model}: {format_count(plan.facts.parameters)} parameters, {weights}, "

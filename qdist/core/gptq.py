@@ -15,6 +15,7 @@ from qdist.core.spec import Quant, RunSpec
 BITS = (2, 3, 4, 8)
 FORMATS = ("gptq", "gptq_v2")
 """v1 stores zeros minus one, v2 as they are."""
+_OWN = "the configuration that came with the checkpoint"
 WORD = 32
 """Bits of the integers that hold weights and zeros."""
 
@@ -116,7 +117,7 @@ def from_config(config: Mapping[str, Any], *, name: str) -> Gptq:
     """
     method = config.get("quant_method") or config.get("method") or "gptq"
     if method != "gptq":
-        raise ModelError(f"{name} is quantized with {method!r}, not gptq")
+        raise ModelError(f"{name} is quantized with {method!r}, not gptq", try_="--method qlora on a 16-bit model")
     stored: Any = config.get("checkpoint_format") or config.get("format") or "gptq"
     if stored not in FORMATS:
         raise ModelError(f"{name} is stored in the format {stored!r}", try_="a checkpoint in gptq or gptq_v2")
@@ -164,9 +165,9 @@ def _shape(config: Mapping[str, Any], name: str, base: Shape | None = None) -> S
     bits = config.get("bits", base.bits if base else None)
     size = config.get("group_size", base.group_size if base else -1)
     if bits not in BITS or isinstance(bits, bool):
-        raise ModelError(f"{name}: bits is {bits!r}; GPTQ has 2, 3, 4 or 8")
+        raise ModelError(f"{name}: bits is {bits!r}; GPTQ has 2, 3, 4 or 8", try_=_OWN)
     if not isinstance(size, int) or isinstance(size, bool) or not (size == -1 or size > 0):
-        raise ModelError(f"{name}: group_size is {size!r}; it is -1 or a positive number")
+        raise ModelError(f"{name}: group_size is {size!r}; it is -1 or a positive number", try_=_OWN)
     return Shape(bits, size)
 
 
@@ -176,7 +177,9 @@ def _override(pattern: str, change: Mapping[str, Any], base: Shape, name: str) -
     try:
         re.compile(bare)
     except re.error as error:
-        raise ModelError(f"{name}: dynamic has {pattern!r}, which is no regular expression: {error}") from None
+        raise ModelError(
+            f"{name}: dynamic has {pattern!r}, which is no regular expression: {error}", try_=_OWN
+        ) from None
     if pattern.startswith("-:"):
         return Override(bare, None)
     return Override(bare, _shape(change, f"{name}: dynamic {pattern!r}", base))
@@ -185,5 +188,5 @@ def _override(pattern: str, change: Mapping[str, Any], base: Shape, name: str) -
 def _flag(config: Mapping[str, Any], key: str, *, default: bool, name: str) -> bool:
     value = config.get(key, default)
     if not isinstance(value, bool):
-        raise ModelError(f"{name}: {key} is {value!r}; it is true or false")
+        raise ModelError(f"{name}: {key} is {value!r}; it is true or false", try_=_OWN)
     return value

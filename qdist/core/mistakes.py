@@ -46,10 +46,10 @@ def unknown(key: str, settings: Sequence[str]) -> SpecError:
     return SpecError(f"unknown setting {key!r}", try_=guess or "a setting that `qdist launch --help` lists")
 
 
-def not_among(key: str, value: Any, choices: Sequence[str]) -> SpecError:
-    """The error for a value that is none of the few that there are."""
+def not_among(key: str, value: Any, choices: Sequence[str], usual: str = "") -> SpecError:
+    """The error for a value that is none of the few that there are. usual: the one to try where none is near."""
     meant = _ELSEWHERE.get(key, {}).get(str(value).lower().replace("-", "_"))
-    guess = nearest(str(value), choices) or choices[0]
+    guess = nearest(str(value), choices) or usual or choices[0]
     return SpecError(f"{key} cannot be {value!r}: it is one of {', '.join(choices)}", try_=meant or typed(key, guess))
 
 

@@ -230,9 +230,9 @@ def _value_error(message: str, merged: Mapping[str, Any]) -> SpecError:
     value: Any = merged
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else value
-    if choices := _choices(key):
-        return not_among(key, value, choices)
     usual = flatten(RunSpec()).get(key)
+    if choices := _choices(key):
+        return not_among(key, value, choices, "" if usual is None else json_text(usual))
     least = "0" if usual is None and reason.startswith("Expected `int` >= 0") else ""
     return of_another_kind(key, value, reason, least if usual in (None, "", (), []) else json_text(usual))
 

@@ -81,7 +81,7 @@ def test_the_placement_can_be_named(arguments: tuple[str, ...], layout: str) -> 
         ((*SMALL, "--set", "lora.rank=3"), "error: unknown setting 'lora.rank'\n  try: lora.r\n"),
         ((*SMALL, "--set", "learning_rate=1e-3"), "error: unknown setting 'learning_rate'\n  try: optim.lr\n"),
         ((*SMALL, "--set", "lora.r"), "error: 'lora.r' is not key=value\n  try: --set lora.r=32\n"),
-        ((*SMALL, "--bits", "5"), "error: bits cannot be '5': it is one of 4, 8, 16\n  try: --bits 4\n"),
+        ((*SMALL, "--bits", "5"), "error: bits cannot be '5': it is one of 2, 3, 4, 8, 16\n  try: --bits 4\n"),
         ((*SMALL, "--max-memory", "1GiB", "--set", "steps=1"), "error: --max-memory caps GPUs, and this machine has "
          "none\n  try: leave --max-memory out\n"),
         ((*SMALL, "--placement", "shards"), "error: placement cannot be 'shards': it is one of replicate, shard, "

@@ -149,7 +149,8 @@ def test_what_does_not_fit_ends_with_code_1_and_the_missing_bytes() -> None:
         ((*BIG, "48"), "error: '48' without a unit is 48 bytes\n  try: 48GiB\n"),
         ((*BIG, "48 GX"), "error: '48 GX' is not an amount of memory\n  try: 24GiB, or 24GB for 24 * 10**9 bytes\n"),
         ((*BIG, "48GiB", "--set", "seqlen=3"), "error: unknown setting 'seqlen'\n  try: seq_len\n"),
-        ((*BIG, "48GiB", "--bits", "3"), "error: bits cannot be '3': it is one of 4, 8, 16\n  try: --bits 4\n"),
+        ((*BIG, "48GiB", "--bits", "3"),
+         "error: qlora has backbones of 4, 8 or 16 bits, not 3\n  try: --method gptq-lora\n"),
         ((*BIG, "48GiB", "--gpus", "3"), "error: global_batch=16 cannot be spread over 3 ranks\n"
          "  try: --set global_batch=18\n"),
     ],

@@ -57,8 +57,8 @@ OTHER = RunSpec(
         checkpointing=False, held_out=0.25, eval_steps=11, save_steps=13, keep=5, train_on_source=True, answers=3
     ),
 )  # fmt: skip
-"""Every field is another than its default, but for `epochs`, which contradicts `steps`, `method`, which has
-one, and `train.verify_steps`, which needs a sharded backbone."""
+"""Every field is another than its default, but for `epochs`, which contradicts `steps`, `method` and
+`quant.group_size`, which go without `quant.type`, and `train.verify_steps`, which needs a sharded backbone."""
 
 
 def dotted(spec: RunSpec) -> dict[str, Any]:
@@ -140,14 +140,14 @@ def test_a_key_like_no_other_points_to_the_list() -> None:
 @pytest.mark.parametrize(
     ("layer", "message", "attempt"),
     [
-        ({"bits": "5"}, "bits cannot be '5': it is one of 4, 8, 16", "--bits 4"),
-        ({"bits": "four"}, "bits cannot be 'four': it is one of 4, 8, 16", "--bits 4"),
+        ({"bits": "5"}, "bits cannot be '5': it is one of 2, 3, 4, 8, 16", "--bits 4"),
+        ({"bits": "four"}, "bits cannot be 'four': it is one of 2, 3, 4, 8, 16", "--bits 4"),
         ({"dtype": "bf16"}, "dtype cannot be 'bf16': it is one of bfloat16, float16, float32", "--set dtype=bfloat16"),
         ({"quant": {"type": "nf"}}, "quant.type cannot be 'nf': it is one of fp4, nf4", "--set quant.type=nf4"),
         ({"zero": {"stage": 4}}, "zero.stage cannot be 4: it is one of 0, 1, 2, 3", "--set zero.stage=0"),
         ({"zero": {"offload": "nvme"}}, "zero.offload cannot be 'nvme': it is one of cpu, none",
          "--set zero.offload=none"),
-        ({"method": "qlorra"}, "method cannot be 'qlorra': it is one of qlora", "--set method=qlora"),
+        ({"method": "qlorra"}, "method cannot be 'qlorra': it is one of gptq-lora, qlora", "--set method=qlora"),
         ({"optim": {"schedule": "cosin"}}, "optim.schedule cannot be 'cosin': it is one of constant, cosine, linear",
          "--set optim.schedule=cosine"),
         ({"trackers": ["tensorbord"]}, "trackers cannot be ['tensorbord']: it is one of tensorboard, wandb",
@@ -244,7 +244,7 @@ def test_settings_that_agree_are_accepted(layer: dict[str, Any]) -> None:
 def test_the_spec_with_other_values_leaves_nothing_out() -> None:
     default, other = dotted(RunSpec()), dotted(OTHER)
     same = {key for key in default if default[key] == other[key]}
-    assert same == {"bits", "method", "epochs", "train.verify_steps"}
+    assert same == {"bits", "method", "epochs", "train.verify_steps", "quant.group_size"}
 
 
 @pytest.mark.parametrize("spec", [RunSpec(), OTHER, RunSpec(epochs=2.5, bits=16, zero=Zero(stage=0))])

@@ -128,7 +128,9 @@ def _shapes(folder: Path, tensors: dict[str, _Tensor], path: str, shape: Shape, 
     values, _ = period(shape.bits)
     for side, size in (("inputs", inputs), ("outputs", outputs)):
         if size % values:
-            raise ModelError(f"{folder}: {path} has {size} {side}, which {shape.bits} bits cannot be packed from")
+            raise ModelError(
+                f"{folder}: {path} has {size} {side}, which {shape.bits} bits cannot be packed from", try_=_REMEDY
+            )
     groups = shape.groups(inputs)
     _expect(folder, tensors, f"{path}.qweight", (inputs * shape.bits // 32, outputs), ("I32",))
     _expect(folder, tensors, f"{path}.qzeros", (groups, outputs * shape.bits // 32), ("I32",))
