@@ -36,7 +36,9 @@ _WORD = 32
 @click.option("--desc-act", is_flag=True, default=None, help="GPTQ: take inputs by falling activation.")
 @click.option("--candidate-bits", metavar="B,B,...", help="GPTQ: for each linear the first of these widths...")
 @click.option("--max-error", type=float, help="...whose outputs have a relative squared error up to this.")
-@click.option("--format", type=click.Choice(FORMATS), help="GPTQ: of the files.  [default: gptq; --no-sym: gptq_v2]")
+@click.option(
+    "--format", type=click.Choice(FORMATS), help="GPTQ: of the files.  [default: gptq where all read it alike]"
+)
 @click.option("--samples", type=click.IntRange(min=1), help="GPTQ: calibration samples.  [default: 128]")
 @click.option("--seq-len", type=click.IntRange(min=1), help="GPTQ: tokens of each.  [default: 2048, if the model can]")
 @click.option("--seed", type=click.IntRange(min=0), help="GPTQ: of the choice of samples.  [default: 0]")
@@ -93,8 +95,10 @@ def _gptq_flags(given: Mapping[str, Any]) -> list[str]:
         raise SpecError(f"damping cannot be {damping:g}: it is above 0 and at most 1", try_="--damping 0.01")
     _check_data(data)
     sym = given.get("sym", True)
+    # v1 holds no zero of 0, and GPTQModel misreads its zeros at 3 bits and where widths are mixed (docs/decisions.md).
+    v1 = sym and widths in ([2], [4], [8])
     flags = ["--data", data, "--bits", *map(str, widths), "--group-size", str(size), "--damping", f"{damping:g}"]
-    flags += ["--format", given.get("format", "gptq" if sym else "gptq_v2")]
+    flags += ["--format", given.get("format", "gptq" if v1 else "gptq_v2")]
     for name in ("max_error", "samples", "seq_len", "seed"):
         flags += [_flag(name), str(given[name])] if name in given else []
     return flags + ["--no-sym"] * (not sym) + ["--desc-act"] * ("desc_act" in given)

@@ -93,6 +93,7 @@ def test_flags_reach_the_process_that_packs_and_its_code_comes_back(
     ("arguments", "passed"),
     [
         ((), "--bits 4 --group-size 128 --damping 0.01 --format gptq"),
+        (("--bits", "3"), "--bits 3 --group-size 128 --damping 0.01 --format gptq_v2"),
         (("--no-sym", "--bits", "3"), "--bits 3 --group-size 128 --damping 0.01 --format gptq_v2 --no-sym"),
         (
             ("--no-sym", "--format", "gptq", "--desc-act", "--group-size", "-1"),
@@ -100,7 +101,7 @@ def test_flags_reach_the_process_that_packs_and_its_code_comes_back(
         ),
         (
             ("--candidate-bits", "4,2,3", "--max-error", "0.05", "--samples", "1000000", "--seq-len", "64"),
-            "--bits 2 3 4 --group-size 128 --damping 0.01 --format gptq --max-error 0.05 --samples 1000000 "
+            "--bits 2 3 4 --group-size 128 --damping 0.01 --format gptq_v2 --max-error 0.05 --samples 1000000 "
             "--seq-len 64",
         ),
     ],

@@ -14,6 +14,7 @@ from qdist.core.gptq import Gptq, Shape, from_config
 from qdist.host.files import locked
 from qdist.runtime.gptq import make as making
 from qdist.runtime.gptq.calibrate import Calibration, pieces
+from qdist.runtime.gptq.check import checked
 from qdist.runtime.gptq.decoder import Decoder
 from qdist.runtime.gptq.folder import Quantized
 from qdist.runtime.gptq.job import Wanted
@@ -94,6 +95,7 @@ def test_every_family_is_close_to_what_it_was(tmp_path: Path, text: str, family:
     after = logits_of(quantized)
     assert float((after - before).norm() / before.norm()) < 0.05
     assert gptq == Gptq(shape=Shape(8, 32))
+    assert checked(out, blueprint(source), gptq) == gptq
     assert len(linears) == len(blueprint(source).linears)
     names = sorted(path.name for path in out.iterdir())
     assert [name for name in names if name.startswith(".")] == []
@@ -114,6 +116,7 @@ def test_outputs_err_less_than_those_of_rounded_weights(
     _, gptq, linears = loaded(tmp_path / "out", model)
     assert gptq == settings.gptq(settings.bits[0])
     shape = blueprint(model)
+    assert checked(tmp_path / "out", shape, gptq) == gptq
     decoder = Decoder(shape, tensors_of(model, shape))
     calibration = started(decoder, text, (CPU,))
     calibration.enter(decoder.layer(0, torch.float32, CPU))
@@ -321,7 +324,7 @@ def test_the_command_tells_of_each_layer_and_how_to_go_on(
     main()
     told = capsys.readouterr()
     assert "layer 2 of 2: error q_proj 0." in told.err
-    assert told.out.splitlines()[-1] == f"use it  qdist launch --model {out}"
+    assert told.out.splitlines()[-1] == f"use it  qdist launch --model {out} --method gptq-lora"
     with pytest.raises(SystemExit):
         main()
     assert f"error: {out} exists" in capsys.readouterr().err

@@ -213,7 +213,8 @@ def main() -> None:
         raise SystemExit(1) from None
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     print(f"{out}: {gptq}, {format_bytes(size)}, {format_duration(time.monotonic() - began)}")
-    print(f"use it  qdist launch --model {out}")
+    bits = f" --bits {gptq.shape.bits}" if gptq.shape.bits != 4 else ""
+    print(f"use it  qdist launch --model {out} --method gptq-lora{bits}")
 
 
 if __name__ == "__main__":
