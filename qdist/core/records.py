@@ -154,15 +154,26 @@ def _messages(record: Record, where: str) -> tuple[Conversation, ...]:
 
 
 def _dialogue(record: Record, where: str, *, holder: str, speaker: str, words: str) -> Conversation:
+    turns = _turns(record, where, holder=holder, speaker=speaker, words=words)
+    if not any(turn.learn for turn in turns):
+        raise DataError(f"{where}: {len(turns)} turns, none of them the assistant's, so there is nothing to learn")
+    return Conversation(turns=turns, where=where)
+
+
+def asked(messages: list[dict[str, str]], *, where: str) -> Conversation:
+    """Messages with role and content that wait for the next reply. Raises DataError as `conversations` does."""
+    turns = _turns({"messages": messages}, where, holder="messages", speaker="role", words="content")
+    return Conversation(turns=turns, where=where)
+
+
+def _turns(record: Record, where: str, *, holder: str, speaker: str, words: str) -> tuple[Turn, ...]:
     turns = tuple(
         _turn(item, f"{where}, turn {number}", speaker=speaker, words=words)
         for number, item in _items(record, holder, where)
     )
     if turns[0].role == "assistant":
         raise DataError(f"{where}: the first turn is the assistant's, so nothing asks for it", try_="remove that turn")
-    if not any(turn.learn for turn in turns):
-        raise DataError(f"{where}: {len(turns)} turns, none of them the assistant's, so there is nothing to learn")
-    return Conversation(turns=turns, where=where)
+    return turns
 
 
 def _turn(item: Record, where: str, *, speaker: str, words: str) -> Turn:

@@ -12,7 +12,7 @@ import torch
 from qdist.core import demo
 from qdist.core.errors import DataError, QdistError
 from qdist.core.plan import Plan
-from qdist.core.records import conversations
+from qdist.core.records import asked
 from qdist.host.files import write_atomic
 from qdist.runtime.encode import encode
 from qdist.runtime.load import ROOM_TOKENS, open_model
@@ -74,8 +74,7 @@ def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
-    conversation = conversations({"messages": messages}, where="the prompt", data_format="messages")[0]
-    return encode(conversation, tokenizer).tokens
+    return encode(asked(messages, where="the prompt"), tokenizer).tokens
 
 
 def before_and_after(plan: Plan, model: Any, tokenizer: Any, samples: Samples) -> list[dict[str, str]]:

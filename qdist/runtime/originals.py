@@ -33,6 +33,8 @@ def find_originals(source: Source) -> Originals | str:
     if source.kind == "dummy":
         return "random weights have no original to merge onto"
     folder = Path(source.path)
+    if source.gptq:
+        return f"{folder} is a GPTQ checkpoint, which does not say which model it was made from"
     shape = blueprint(folder)
     if not _is_packed(folder):
         return Originals(shape, tensors_of(folder, shape))

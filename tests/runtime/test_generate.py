@@ -48,6 +48,18 @@ def test_a_chat_is_encoded_by_its_template_up_to_the_assistants_turn() -> None:
     assert text == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_without_a_template_a_chat_is_encoded_as_it_would_be_trained_on() -> None:
+    messages = [
+        {"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"},
+        {"role": "user", "content": "you"},
+    ]  # fmt: skip
+    tokenizer = with_pad(bos=False)
+    text = tokenizer.decode(encode_chat(tokenizer, messages[:1]))
+    assert text == "### Human: hello\n### Assistant:"
+    text = tokenizer.decode(encode_chat(tokenizer, messages))
+    assert text == f"### Human: hello\n### Assistant: there{tokenizer.eos_token}\n### Human: you\n### Assistant:"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [

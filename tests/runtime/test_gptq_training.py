@@ -7,12 +7,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from qdist.core.errors import ModelError, SpecError
+from qdist.core.errors import ModelError, RunError, SpecError
 from qdist.core.events import losses
 from qdist.core.gptq import Gptq, Shape
 from qdist.host.follow import Follower
 from qdist.host.rundir import RunDir
 from qdist.runtime.load import open_model
+from qdist.runtime.merge import merge
 from qdist.runtime.methods.adapted import adapted_product
 from qdist.runtime.methods.packed_gptq import PackedGptq
 from qdist.runtime.methods.skeleton import fill
@@ -123,6 +124,14 @@ def test_a_run_is_opened_over_the_checkpoint_that_it_was_trained_on(alone: RunDi
             open_model(alone.path)
     finally:
         hidden.rename(model)
+
+
+def test_an_adapter_merges_onto_the_unpacked_checkpoint(alone: RunDir, folder: Path) -> None:
+    with pytest.raises(RunError, match="is a GPTQ checkpoint, which does not say which model it was made from"):
+        merge(alone, folder / "merged", onto="original", dtype=torch.float16)
+    found = merge(alone, folder / "merged", onto="dequantized", dtype=torch.float16)
+    assert found.dequantized == pytest.approx(found.adapter, rel=1e-2)
+    assert found.original is None
 
 
 @pytest.mark.parametrize(
