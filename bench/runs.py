@@ -43,6 +43,10 @@ RUNS: dict[str, tuple[int, str, str]] = {
     "13b auto 24GiB": (1, "llama-13b --max-memory 24GiB", "global_batch=16"),
     "33b ckpt 8x512": (1, "llama-33b", f"global_batch=8 micro_batch=8 {CKPT}"),
     "65b 48GiB 4x512": (1, "llama-65b --max-memory 48GiB", "global_batch=4 micro_batch=4"),
+    "7b gptq ckpt": (1, "llama-7b --method gptq-lora", f"global_batch=16 micro_batch=16 {CKPT}"),
+    "7b gptq none": (1, "llama-7b --method gptq-lora", f"global_batch=16 micro_batch=16 {NONE}"),
+    "65b x2 gptq shard": (2, "llama-65b --method gptq-lora --placement shard --max-memory 32GiB", "global_batch=32"),
+    "65b x4 gptq shard": (4, "llama-65b --method gptq-lora --placement shard --max-memory 24GiB", "global_batch=64"),
     "7b 8 layers in host memory": (
         1,
         "llama-7b --placement split",

@@ -1,0 +1,71 @@
+"""GPTQ's kernels on real GPUs, against torch's way on the CPU, and runs over GPTQ weights in every placement."""
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from qdist.core.gptq import Gptq, Shape
+from qdist.runtime.gptq import bits as reference
+from qdist.runtime.kernels.gptq import triton_dequantize, triton_product
+from qdist.runtime.methods.adapted import adapted_product
+from qdist.runtime.methods.packed_gptq import PackedGptq
+from qdist.runtime.methods.skeleton import fill
+from qdist.runtime.methods.weights import RandomWeights
+from tests.gpu.conftest import Launch
+from tests.gpu.test_placements import SHAPE, agree
+from tests.runtime.gptq_files import quantized
+
+FORMS = [
+    Gptq(shape=Shape(bits, size), sym=False, desc_act=ordered, format=stored)  # type: ignore[arg-type]
+    for bits, size, ordered, stored in product((2, 3, 4, 8), (32, 128, -1), (False, True), ("gptq", "gptq_v2"))
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_kernels_compute_what_torch_does(dtype: torch.dtype) -> None:
+    weight = torch.randn(1056, 512, generator=torch.Generator().manual_seed(0)) * 0.05
+    inputs = torch.randn(3, 512, device="cuda", dtype=dtype)
+    for gptq in FORMS:
+        there, bits, size = quantized(weight, gptq), gptq.shape.bits, gptq.shape.group_size
+        given: dict[str, Any] = {"bits": bits, "offset": gptq.zero_offset}
+        wanted = reference.dequantize(*there[:4], dtype=dtype, **given)
+        packed = [tensor.cuda() for tensor in there[:3]]
+        groups = there.g_idx.cuda() if gptq.desc_act else None
+        found = triton_dequantize(*packed, groups, group_size=size, dtype=dtype, **given)
+        assert torch.equal(found.cpu(), wanted), gptq
+        exact = inputs.float() @ reference.dequantize(*there[:4], dtype=torch.float32, **given).cuda()
+        near = triton_product(inputs, *packed, groups, group_size=size, **given).float()
+        assert float((near - exact).norm() / exact.norm()) < (1e-5 if dtype == torch.float32 else 5e-3), gptq
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_are_near_those_of_float32(dtype: torch.dtype) -> None:
+    device = torch.device("cuda", 0)
+    layer = PackedGptq(1024, 1536, bias=False, dtype=dtype, shape=Shape(4, 128), offset=1)
+    fill(nn.ModuleDict({"linear": layer}), RandomWeights(device, dtype), device=device)
+    torch.manual_seed(0)
+    given = [torch.randn(64, 1024), 0.1 * torch.randn(8, 1024), 0.1 * torch.randn(1536, 8)]
+    exact, rounded = ([leaf.to(device).requires_grad_() for leaf in given] for _ in range(2))
+    outer = torch.randn(64, 1536, device=device)
+    x, down, up = exact
+    functional.linear(x, layer.matrix(torch.float32, device) + 0.5 * up @ down).backward(outer)
+    with torch.autocast("cuda", dtype=dtype):
+        product = adapted_product(*rounded, layer, 0.5)
+    product.backward(outer.to(dtype))
+    for near, wanted in zip(rounded, exact, strict=True):
+        assert float((near.grad - wanted.grad).norm() / wanted.grad.norm()) < 1e-2
+
+
+@pytest.mark.gpu2
+@pytest.mark.parametrize("placement", ["replicate", "shard", "split"])
+def test_every_placement_trains_the_same_adapter(launch: Launch, placement: str) -> None:
+    shape = {**SHAPE, "method": "gptq-lora"}
+    schedule = {"split.schedule": "1f1b"} if placement == "split" else {}
+    run = launch(f"gptq-{placement}", gpus=2, placement=placement, **shape, **schedule)
+    agree(run, launch("gptq-alone", **shape))
