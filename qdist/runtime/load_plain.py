@@ -17,6 +17,7 @@ from qdist.core.spec import Quant
 from qdist.core.units import GIB, format_bytes
 from qdist.host.sources import locate
 from qdist.runtime.gptq.check import checked, stated
+from qdist.runtime.gptq.pickled import in_safetensors
 from qdist.runtime.materialize import materialize
 from qdist.runtime.methods.backbone import DTYPES, load_backbone, load_plain
 from qdist.runtime.methods.skeleton import decoder_layers
@@ -66,7 +67,7 @@ def _gptq(
     folder: Path, gptq: Gptq, dtype: torch.dtype | str, device: str | None, cap_bytes: int | None
 ) -> tuple[Any, str]:
     """A GPTQ checkpoint in our own layers; transformers would want GPTQModel for it."""
-    shape = blueprint(folder)
+    shape, folder = blueprint(folder), in_safetensors(folder)
     facts = from_config(shape.config.to_dict(), name=str(folder))
     found = checked(folder, shape, gptq)
     chosen = dtype if isinstance(dtype, torch.dtype) else DTYPES[found.scales]

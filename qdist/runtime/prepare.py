@@ -94,6 +94,7 @@ def prepare(spec: RunSpec) -> Prepared:
 def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple[Gptq | None, Packed]":
     """Where the ranks read packed weights: the cache, or the GPTQ checkpoint itself, which is looked through first."""
     from qdist.runtime.gptq import check
+    from qdist.runtime.gptq.pickled import in_safetensors
     from qdist.runtime.packed_folder import Packing
     from qdist.runtime.quantize import Packed, packed_folder
     from qdist.runtime.quantize_source import blueprint
@@ -108,7 +109,8 @@ def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple
             f"{spec.model} is no GPTQ checkpoint",
             try_=f"qdist quantize {spec.model} --method gptq --data DATA --out DIR, or --method qlora",
         )
-    return check.checked(folder, blueprint(folder), gptq), Packed(folder)
+    packed = in_safetensors(folder)
+    return check.checked(packed, blueprint(folder), gptq), Packed(packed)
 
 
 def _keep_tokenizer(tokenizer: Any) -> Path:

@@ -1,6 +1,7 @@
 """What a GPTQ checkpoint holds is what is loaded, to the bit; what is wrong with one is named before a run starts."""
 
 import json
+import os
 import shutil
 from itertools import product
 from pathlib import Path
@@ -255,6 +256,36 @@ def test_an_old_checkpoint_has_a_quantize_config_alone(whole: Path, tmp_path: Pa
     with torch.no_grad():
         one, other = (qdist.load(each, dtype="float32")[0](ids).logits for each in (folder, whole))
     assert torch.equal(one, other)
+
+
+class Trap:
+    """What a pickle could run."""
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path(os.environ["TRAP"]),)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "gptq_model-4bit-32g.pt"])
+def test_an_old_file_is_read_as_tensors_alone(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("TRAP", str(tmp_path / "sprung"))
+    folder = shutil.copytree(whole, tmp_path / "old")
+    tensors: dict[str, Any] = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    torch.save(tensors, folder / name)
+    ids = torch.arange(2, 30).unsqueeze(0)
+    with torch.no_grad():
+        one, other = (qdist.load(each, dtype="float32")[0](ids).logits for each in (folder, whole))
+    assert torch.equal(one, other)
+    torch.save(tensors | {"more": Trap()}, folder / name)
+    refused(folder, f"{name} holds more than tensors, and nothing of it was run")
+    assert not (tmp_path / "sprung").exists()
+    (folder / name).write_bytes((folder / name).read_bytes()[:2000])
+    refused(folder, name)
+    torch.save([1, 2], folder / name)
+    refused(folder, "is no table of tensors by name")
 
 
 REFERENCE = Path(__file__).parents[3] / "shared/data/gptq_sym_g128"
