@@ -20,19 +20,21 @@ from qdist.runtime.setup import make_accelerator, pick_devices
 
 
 def compute(plan: Plan, accelerator: Any, comm: Comm, devices: tuple[torch.device, ...]) -> tuple[Any, dict[str, Any]]:
-    """Losses of six micro-batches, and the gradients that they add up to."""
+    """Losses of two micro-batches without gradients and of six with, and what those add up to."""
     parts = assemble(plan, accelerator, load_part(plan, comm, devices).backbone, devices[0], pad_id=0)
     for name, parameter in sorted(parts.adapter.named().items()):
         if "lora_B" in name:  # of zeros, A would have no gradient
             generator = torch.Generator().manual_seed(len(name))
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
     losses = []
-    for index in range(6):
+    for index in range(8):
         ids = torch.randint(
             0, plan.facts.vocab, (1, 64), generator=torch.Generator().manual_seed(9 * index + comm.rank)
         )
-        loss = parts.forward.loss({"input_ids": ids, "labels": ids})
-        loss.backward()
+        with torch.set_grad_enabled(index > 1):  # a run judges its start before its first step
+            loss = parts.forward.loss({"input_ids": ids, "labels": ids})
+        if index > 1:
+            loss.backward()
         losses.append(loss.detach())
     return torch.stack(losses), {name: parameter.grad.clone() for name, parameter in parts.adapter.named().items()}
 
