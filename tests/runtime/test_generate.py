@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qdist.core.errors import DataError
 from qdist.host.rundir import RunDir
-from qdist.runtime.generate import complete, encode_chat, generate_file, read_prompts
+from qdist.runtime.generate import complete, encode_chat, generate_file, main, read_prompts
 from qdist.runtime.load import load
 from tests.runtime.test_data import CHATML, tiny_tokenizer
 from tests.runtime.tiny import FAMILIES, adapted_run, real_job, save_data, save_model
@@ -141,18 +142,17 @@ def test_a_chat_goes_through_standard_input(run: RunDir) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("chat",), ("file", "--prompts", "p.txt", "--out", "o.jsonl")])
-def test_memory_for_gpus_is_refused_without_any(run: RunDir, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+def test_memory_for_gpus_is_refused_without_any(
+    run: RunDir, tmp_path: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     (tmp_path / "p.txt").write_text("hello\n")
     what, *options = arguments
-    done = subprocess.run(
-        [sys.executable, "-m", "qdist.runtime.generate", what, str(run.path), *options, "--max-memory-bytes", "99"],
-        input="",
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 1
-    assert "error: max_memory is of GPUs to choose from; here is none" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["generate", what, str(run.path), *options, "--max-memory-bytes", "99"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    assert "error: max_memory is of GPUs to choose from; here is none" in capsys.readouterr().err
     assert not (tmp_path / "o.jsonl").exists()

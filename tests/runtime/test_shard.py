@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 TrainRun = Callable[[launcher.Job], RunDir]
 
 SHAPE: dict[str, Any] = {
-    "seq_len": 16, "global_batch": 8, "micro_batch": 1, "steps": 20, "lora__r": 4, "optim__lr": 3e-3,
+    "seq_len": 16, "global_batch": 8, "micro_batch": 1, "steps": 12, "lora__r": 4, "optim__lr": 3e-3,
     "train__held_out": 0.1, "train__save_steps": 10, "train__keep": 9,
 }  # fmt: skip
 
@@ -56,7 +56,7 @@ def events(run: RunDir, rank: int = 0) -> list[Event]:
 def agree(run: RunDir, other: RunDir) -> None:
     """Losses, held-out losses and adapters are the same."""
     one, two = losses(events(run)), losses(events(other))
-    assert len(one) == 20
+    assert len(one) == 12
     assert list(one.values()) == pytest.approx(list(two.values()), rel=1e-4)
     held_out = [
         {event.step: event.held_out_loss for event in events(each) if event.kind == "eval"} for each in (run, other)
@@ -102,7 +102,7 @@ def test_a_run_goes_on_in_shards(train: TrainRun, model: Path, folder: Path, alo
     (path / "result.json").unlink()
     shutil.rmtree(path / "adapter")
     moved = RunDir(path)
-    shutil.rmtree(moved.checkpoint(20))
+    shutil.rmtree(moved.checkpoint(12))
     job = launcher.prepare_resume(moved, {"gpus": 2, "placement": "shard"})
     agree(train(job), alone(4))
 
