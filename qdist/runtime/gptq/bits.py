@@ -18,6 +18,17 @@ def period(bits: int) -> tuple[int, int]:
     return WORD // common, bits // common
 
 
+def require_whole_words(path: str, bits: int, *, inputs: int, outputs: int) -> None:
+    """Raise ModelError where the sizes of a linear do not fill words of so many bits."""
+    values, _ = period(bits)
+    for side, size in (("inputs", inputs), ("outputs", outputs)):
+        if size % values:
+            raise ModelError(
+                f"{path} has {size} {side}, and {bits} bits fill words only with multiples of {values}",
+                try_="--method qlora, whose NF4 takes any size",
+            )
+
+
 def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Integers of `bits` bits, [n, m], to int32 [n * bits / 32, m]. n must fill whole words: see `period`.
 

@@ -10,7 +10,7 @@ import torch
 
 from qdist.core.errors import ModelError
 from qdist.core.gptq import Gptq, Shape, from_config
-from qdist.runtime.gptq.bits import group_of_inputs, period, unpack_zeros
+from qdist.runtime.gptq.bits import group_of_inputs, require_whole_words, unpack_zeros
 from qdist.runtime.gptq.folder import QUANTIZE_CONFIG
 from qdist.runtime.packed_folder import opened, tensor_files
 from qdist.runtime.quantize_source import Blueprint
@@ -125,12 +125,7 @@ def _expect(
 
 def _shapes(folder: Path, tensors: dict[str, _Tensor], path: str, shape: Shape, inputs: int, outputs: int) -> int:
     """Check the tensors of one linear; their bytes."""
-    values, _ = period(shape.bits)
-    for side, size in (("inputs", inputs), ("outputs", outputs)):
-        if size % values:
-            raise ModelError(
-                f"{folder}: {path} has {size} {side}, which {shape.bits} bits cannot be packed from", try_=_REMEDY
-            )
+    require_whole_words(f"{folder}: {path}", shape.bits, inputs=inputs, outputs=outputs)
     groups = shape.groups(inputs)
     _expect(folder, tensors, f"{path}.qweight", (inputs * shape.bits // 32, outputs), ("I32",))
     _expect(folder, tensors, f"{path}.qzeros", (groups, outputs * shape.bits // 32), ("I32",))

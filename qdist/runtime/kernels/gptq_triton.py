@@ -23,6 +23,27 @@ def zero_of(qzeros, group, column, there, zero_words, BITS: tl.constexpr):  # ty
 
 
 @triton.jit
+def words_of(qweight, row, column, there, outputs, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The words of a period: three, of which 3 bits alone have different ones."""
+    at = qweight + row.to(tl.int64) * WORDS * outputs + column
+    first = tl.load(at, mask=there, other=0)
+    second, third = first, first
+    if WORDS == 3:
+        second = tl.load(at + outputs, mask=there, other=0)
+        third = tl.load(at + 2 * outputs, mask=there, other=0)
+    return first, second, third
+
+
+@triton.jit
+def scaling_of(  # type: ignore[no-untyped-def]
+    qzeros, scales, group, column, there, outputs, zero_words, BITS: tl.constexpr, OFFSET: tl.constexpr
+):
+    """(zero, scale) of `column` in `group`."""
+    zero = zero_of(qzeros, group, column, there, zero_words, BITS) + OFFSET
+    return zero, tl.load(scales + group * outputs + column, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def value_at(first, second, third, BITS: tl.constexpr, PLACE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Value PLACE of a period, from its words."""
     WORD: tl.constexpr = PLACE * BITS // 32
@@ -49,20 +70,13 @@ def unpack(  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     there = (row < periods) & (column < outputs)
-    at = qweight + row.to(tl.int64) * WORDS * outputs + column
-    first = tl.load(at, mask=there, other=0)
-    second, third = first, first
-    if WORDS == 3:
-        second = tl.load(at + outputs, mask=there, other=0)
-        third = tl.load(at + 2 * outputs, mask=there, other=0)
+    first, second, third = words_of(qweight, row, column, there, outputs, WORDS)
     group = row * VALUES // group_size
-    zero = zero_of(qzeros, group, column, there, zero_words, BITS) + OFFSET
-    scale = tl.load(scales + group * outputs + column, mask=there, other=0.0).to(tl.float32)
+    zero, scale = scaling_of(qzeros, scales, group, column, there, outputs, zero_words, BITS, OFFSET)
     for place in tl.static_range(VALUES):
         if ORDERED:
             group = tl.load(groups + row * VALUES + place, mask=row < periods, other=0)
-            zero = zero_of(qzeros, group, column, there, zero_words, BITS) + OFFSET
-            scale = tl.load(scales + group * outputs + column, mask=there, other=0.0).to(tl.float32)
+            zero, scale = scaling_of(qzeros, scales, group, column, there, outputs, zero_words, BITS, OFFSET)
         value = (value_at(first, second, third, BITS, place) - zero).to(tl.float32) * scale
         target = out + (row.to(tl.int64) * VALUES + place) * outputs + column
         tl.store(target, value.to(out.dtype.element_ty), mask=there)
@@ -81,20 +95,13 @@ def product(  # type: ignore[no-untyped-def]
     for begin in range(0, EACH, ROWS):
         row = split * EACH + begin + tl.arange(0, ROWS)[:, None]
         there = (row < periods) & (column < outputs)
-        at = qweight + row.to(tl.int64) * WORDS * outputs + column
-        first = tl.load(at, mask=there, other=0)
-        second, third = first, first
-        if WORDS == 3:
-            second = tl.load(at + outputs, mask=there, other=0)
-            third = tl.load(at + 2 * outputs, mask=there, other=0)
+        first, second, third = words_of(qweight, row, column, there, outputs, WORDS)
         group = row * VALUES // group_size
-        zero = zero_of(qzeros, group, column, there, zero_words, BITS) + OFFSET
-        scale = tl.load(scales + group * outputs + column, mask=there, other=0.0).to(tl.float32)
+        zero, scale = scaling_of(qzeros, scales, group, column, there, outputs, zero_words, BITS, OFFSET)
         for place in tl.static_range(VALUES):
             if ORDERED:
                 group = tl.load(groups + row * VALUES + place, mask=row < periods, other=0)
-                zero = zero_of(qzeros, group, column, there, zero_words, BITS) + OFFSET
-                scale = tl.load(scales + group * outputs + column, mask=there, other=0.0).to(tl.float32)
+                zero, scale = scaling_of(qzeros, scales, group, column, there, outputs, zero_words, BITS, OFFSET)
             given = tl.load(inputs + token * width + row * VALUES + place, mask=row < periods, other=0.0)
             value = (value_at(first, second, third, BITS, place) - zero).to(tl.float32) * scale
             total += value * given.to(tl.float32)

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from qdist.core.errors import ModelError
 from qdist.core.gptq import Shape
 from qdist.runtime.gptq import bits as packing
 from qdist.runtime.kernels.gptq import FEW_TOKENS, dequantize, triton_product
@@ -91,14 +90,3 @@ class PackedGptq(PackedLinear):
         if self.g_idx is not None:
             tensors["g_idx"] = file["g_idx"]
         return tensors
-
-
-def fitting(linear: nn.Linear, shape: Shape, path: str) -> None:
-    """Raise ModelError where a linear's sizes do not fill words of so many bits."""
-    values, _ = packing.period(shape.bits)
-    for side, size in (("inputs", linear.in_features), ("outputs", linear.out_features)):
-        if size % values:
-            raise ModelError(
-                f"{path} has {size} {side}, and {shape.bits} bits fill words only with multiples of {values}",
-                try_="--method qlora, whose NF4 takes any size",
-            )

@@ -9,8 +9,9 @@ from torch import nn
 from qdist.core.errors import ModelError
 from qdist.core.plan import Source
 from qdist.core.spec import Quant
+from qdist.runtime.gptq.bits import require_whole_words
 from qdist.runtime.methods.packed import Packed4bit, Packed8bit, Slices, is_offloaded
-from qdist.runtime.methods.packed_gptq import PackedGptq, fitting
+from qdist.runtime.methods.packed_gptq import PackedGptq
 from qdist.runtime.methods.weights import Weights
 
 
@@ -53,7 +54,7 @@ def _packed(linear: nn.Linear, path: str, source: Source, bits: int, quant: Quan
         shape = source.gptq.of(path)
         if shape is None:
             return linear
-        fitting(linear, shape, path)
+        require_whole_words(path, shape.bits, inputs=linear.in_features, outputs=linear.out_features)
         return PackedGptq(
             linear.in_features, linear.out_features, bias=bias, dtype=dtype, shape=shape,
             offset=source.gptq.zero_offset, ordered=source.gptq.desc_act,
