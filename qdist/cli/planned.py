@@ -13,13 +13,9 @@ _PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits
 def plan_lines(plan: Plan, *, notes: tuple[str, ...] = ()) -> list[str]:
     """What will run, where, how fast, what each GPU will hold, and why it is not done otherwise."""
     spec = plan.spec
-    weights = f"{spec.bits} bits" + (
-        f" {spec.quant.type}{', double quantization' if spec.quant.double else ''}" if spec.bits == 4 else ""
-    )
-    weights = str(plan.source.gptq or weights)
     trained = plan.facts.adapter_parameters(spec.lora.r, spec.lora.targets)
     return [
-        f"model    {spec.model}: {format_count(plan.facts.parameters)} parameters, {weights}, "
+        f"model    {spec.model}: {format_count(plan.facts.parameters)} parameters, {_weights(plan)}, "
         f"{plan.compute_dtype} arithmetic",
         f"adapter  LoRA r={spec.lora.r} alpha={spec.lora.alpha:g}: {format_count(trained)} parameters",
         f"ranks    {_where(plan)}",
@@ -142,6 +138,14 @@ def _grid(own: Plan | Alternative) -> tuple[object, ...]:
 def _state(engine: str, zero_stage: int) -> str:
     """Who keeps the adapter's state."""
     return f"ZeRO-{zero_stage}" if engine == "deepspeed" else "torch"
+
+
+def _weights(plan: Plan) -> str:
+    """What the backbone is packed to."""
+    spec = plan.spec
+    if plan.source.gptq or spec.bits != 4:
+        return str(plan.source.gptq or f"{spec.bits} bits")
+    return f"4 bits {spec.quant.type}" + ", double quantization" * spec.quant.double
 
 
 def _count(number: int, name: str, plural: str) -> str:

@@ -8,7 +8,7 @@ import click
 
 from qdist.core import demo
 from qdist.core.errors import DataError, RunError, SpecError, nearest
-from qdist.core.gptq import BITS, FORMATS
+from qdist.core.gptq import BITS, FORMATS, WORD
 from qdist.host.modules import run_module
 from qdist.host.records import check_source
 from qdist.host.sources import locate
@@ -17,8 +17,6 @@ METHODS = ("nf4", "fp4", "int8", "gptq")
 _OF_GPTQ = ("data", "bits", "candidate_bits", "max_error", "group_size", "sym", "desc_act", "format", "samples",
             "seq_len", "seed", "damping")  # fmt: skip
 _OF_BITSANDBYTES = ("double", "dtype")
-_WORD = 32
-"""Group sizes are multiples of it: what readers of GPTQ checkpoints have kernels for."""
 
 
 @click.command()
@@ -89,8 +87,9 @@ def _gptq_flags(given: Mapping[str, Any]) -> list[str]:
     if data is None:
         raise SpecError("gptq needs calibration data", try_="--data FILE, such as what it will be trained on")
     widths, size, damping = _widths(given), given.get("group_size", 128), given.get("damping", 0.01)
-    if size != -1 and (size <= 0 or size % _WORD):
-        raise SpecError(f"group size cannot be {size}: it is -1 or a multiple of {_WORD}", try_="--group-size 128")
+    # What readers of GPTQ checkpoints have kernels for.
+    if size != -1 and (size <= 0 or size % WORD):
+        raise SpecError(f"group size cannot be {size}: it is -1 or a multiple of {WORD}", try_="--group-size 128")
     if not 0 < damping <= 1:
         raise SpecError(f"damping cannot be {damping:g}: it is above 0 and at most 1", try_="--damping 0.01")
     _check_data(data)

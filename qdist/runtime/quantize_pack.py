@@ -98,7 +98,7 @@ def pack(folder: Path, out: Path, packing: Packing, *, name: str) -> Manifest:
     work = _work_folder(out, identity)
     files = {file_name(position, shape.layers): position for position in range(shape.layers + 1)}
     written = {file: there for file in files if (there := finished(work, file))}
-    others = [path for path in sorted(folder.iterdir()) if _goes_along(path)]
+    others = [path for path in sorted(folder.iterdir()) if goes_along(path)]
     _require_space(job, [files[file] for file in files if file not in written], others, out, name)
     work.mkdir(exist_ok=True)
     (work / ".identity").write_text(identity)
@@ -188,7 +188,8 @@ def _quantization(packing: Packing, dtype: torch.dtype, skipped: tuple[str, ...]
     )
 
 
-def _goes_along(path: Path) -> bool:
+def goes_along(path: Path) -> bool:
+    """Whether a file of a model is copied as it is: tokenizer, chat template, generation settings."""
     ours = path.name in ("config.json", MANIFEST) or path.name.endswith(".index.json") or path.name.startswith(".")
     return path.is_file() and path.suffix in _BESIDE and not ours
 

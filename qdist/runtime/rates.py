@@ -131,12 +131,12 @@ def _linear_seconds(device: torch.device, dtype: torch.dtype, count: int = 20) -
     from qdist.core.spec import Quant
     from qdist.runtime.methods.adapted import adapted_product
     from qdist.runtime.methods.packed import Packed4bit
+    from qdist.runtime.methods.skeleton import fill
+    from qdist.runtime.methods.weights import RandomWeights
 
     width, tokens = 128, 32
     layer = Packed4bit(width, width, bias=False, dtype=dtype, quant=Quant())
-    for name, tensor in layer.pack(torch.zeros(width, width, device=device, dtype=dtype)).items():
-        holder = layer._buffers if name in layer._buffers else layer._parameters
-        holder[name] = tensor if holder is layer._buffers else torch.nn.Parameter(tensor, requires_grad=False)
+    fill(torch.nn.ModuleList([layer]), RandomWeights(device, dtype), device=device)
     down, up = (torch.zeros(shape, device=device, requires_grad=True) for shape in ((8, width), (width, 8)))
     inputs = torch.zeros(tokens, width, device=device, dtype=dtype, requires_grad=True)
 

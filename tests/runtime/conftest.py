@@ -24,6 +24,17 @@ def throwaway_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For thousands of operations on a few numbers: threads would only wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def train() -> Iterator[TrainRun]:
     """Writes a job's run directory and trains it on forked CPU ranks; every rank must end well."""

@@ -1,7 +1,5 @@
 """GPTQ of one linear: better than rounding where inputs are related, the same where they are not."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -13,13 +11,7 @@ from qdist.runtime.gptq.solve import Solution, curvature, fit, relative_error, s
 INPUTS, OUTPUTS = 192, 32
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Thousands of operations on a few numbers: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def weight_of(seed: int = 0, inputs: int = INPUTS) -> torch.Tensor:

@@ -14,14 +14,12 @@ from qdist.core.gptq import WORD, Gptq, Override, Shape
 from qdist.runtime.gptq.calibrate import pieces
 from qdist.runtime.gptq.decoder import Decoder
 from qdist.runtime.packed_folder import Entry, Packing
-from qdist.runtime.quantize_pack import source_identity
+from qdist.runtime.quantize_pack import goes_along, source_identity
 from qdist.runtime.quantize_source import Tensors, blueprint, tensors_of
 
 _VERSION = 1
 """Raise it whenever the same source and data would become other bytes."""
 _MOST_TOKENS = 2048
-_BESIDE = (".json", ".jinja", ".model", ".txt")
-"""Endings of the tokenizer's files, chat template, generation settings."""
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,7 +70,7 @@ class Job(NamedTuple):
     @property
     def beside(self) -> list[Path]:
         """Files that make weights a model."""
-        return [path for path in sorted(self.folder.iterdir()) if _goes_along(path)]
+        return [path for path in sorted(self.folder.iterdir()) if goes_along(path)]
 
     @property
     def offset(self) -> int:
@@ -151,8 +149,3 @@ def _refuse_quantized(folder: Path, name: str) -> None:
     if stored:
         method = stored.get("quant_method", "bitsandbytes")
         raise ModelError(f"{name} is quantized already, with {method}", try_="the 16-bit model that it was made from")
-
-
-def _goes_along(path: Path) -> bool:
-    ours = path.name in ("config.json", "qdist.json") or path.name.endswith(".index.json") or path.name.startswith(".")
-    return path.is_file() and path.suffix in _BESIDE and not ours
