@@ -1,0 +1,137 @@
+"""What do trained adapters change of each linear? Read from their folders, a linear at a time."""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+
+from qdist.core.errors import RunError
+from qdist.host.rundir import RunDir
+from qdist.runtime.packed_folder import opened
+
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+"""PEFT's, before the path of a module."""
+_ROWS = ".token_adapter.trainable_tokens_delta"
+
+
+class Term(NamedTuple):
+    """What one adapter adds to a linear: factor x B A, each column of A for `pool` inputs that follow each other."""
+
+    down: torch.Tensor
+    """A, float32 [r, in / pool]."""
+    up: torch.Tensor
+    """B, float32 [out, r]."""
+    factor: float
+    pool: int
+    """1: LoRA. Else QA-LoRA (Xu et al. 2023), and the update is constant within a group."""
+
+
+class Update(NamedTuple):
+    """The sum of what adapters add to one linear."""
+
+    terms: tuple[Term, ...]
+
+    def dense(self) -> torch.Tensor:
+        """Float32 [out, in]."""
+        parts = [t.factor * (t.up @ t.down).repeat_interleave(t.pool, dim=1) for t in self.terms]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+    def pooled(self, pool: int) -> torch.Tensor:
+        """What is added to each weight of a group of `pool` inputs, float32 [groups, out].
+
+        Raises ValueError where it is not one number.
+        """
+        if any(term.pool % pool for term in self.terms):
+            raise ValueError(f"groups of {pool} do not divide those of {[term.pool for term in self.terms]}")
+        parts = [t.factor * (t.up @ t.down).t().repeat_interleave(t.pool // pool, dim=0) for t in self.terms]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+class Adapters:
+    """The adapters of runs over one base, each with a weight that its update is multiplied by."""
+
+    def __init__(self, runs: Sequence[RunDir], weights: Sequence[float] = ()) -> None:
+        """weights: aligned with `runs`; one run may go without.
+
+        Raises RunError for runs that have no adapter, or are not of one base.
+        """
+        self.runs = tuple(runs)
+        self.weights = tuple(weights) or (1.0,) * len(runs)
+        if len(self.weights) != len(self.runs):
+            raise RunError(f"{len(self.runs)} runs and {len(self.weights)} weights", try_="a weight for each run")
+        for run in self.runs:
+            if not (run.adapter / ADAPTER).is_file():
+                raise RunError(f"{run.path} has no adapter yet", try_=f"qdist gather {run.path}")
+        _require_one_base(self.runs)
+        if len(self.runs) > 1 and any(run.plan().source.new_token_ids for run in self.runs):
+            raise RunError("adapters that hold rows of new tokens cannot be added up", try_="merge them one by one")
+
+    @cached_property
+    def configs(self) -> tuple[dict[str, Any], ...]:
+        """PEFT's, of each run."""
+        return tuple(json.loads((run.adapter / ADAPTER_CONFIG).read_text()) for run in self.runs)
+
+    @property
+    def pool(self) -> int:
+        """The largest group within which every update is constant; 1 where one of them is plain LoRA."""
+        from math import gcd
+
+        return gcd(*(config["qalora_group_size"] if config.get("use_qalora") else 1 for config in self.configs))
+
+    @cached_property
+    def paths(self) -> frozenset[str]:
+        """Modules that any of them changes."""
+        return frozenset(
+            name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+            for names in self._names
+            for name in names
+            if name.endswith(".lora_A.weight")
+        )
+
+    def of(self, path: str) -> Update | None:
+        """What is added to the linear at a module path; None where nothing is."""
+        terms = [term for index in range(len(self.runs)) if (term := self._term(index, path)) is not None]
+        return Update(tuple(terms)) if terms else None
+
+    def rows(self, path: str) -> torch.Tensor | None:
+        """The trained rows of new tokens [new, hidden] of the table at a module path; None where it has none."""
+        name = f"{_PREFIX}{path}{_ROWS}"
+        return self._read(0, name).float() if name in self._names[0] else None
+
+    def _term(self, index: int, path: str) -> Term | None:
+        name = f"{_PREFIX}{path}.lora_%s.weight"
+        if name % "A" not in self._names[index]:
+            return None
+        config, down, up = self.configs[index], self._read(index, name % "A"), self._read(index, name % "B")
+        alpha = config.get("alpha_pattern", {}).get(path.rpartition(".")[2], config["lora_alpha"])
+        factor, pool = self.weights[index] * alpha / down.shape[0], 1
+        if config.get("use_qalora"):
+            pool = config["qalora_group_size"]
+            factor *= down.shape[1] / pool  # PEFT takes the mean of a group times the number of groups
+        return Term(down.float(), up.float(), factor, pool)
+
+    @cached_property
+    def _names(self) -> tuple[frozenset[str], ...]:
+        found = []
+        for run in self.runs:
+            with opened(run.adapter / ADAPTER) as handle:
+                found.append(frozenset(handle.keys()))
+        return tuple(found)
+
+    def _read(self, index: int, name: str) -> torch.Tensor:
+        with opened(self.runs[index].adapter / ADAPTER) as handle:
+            tensor: torch.Tensor = handle.get_tensor(name)
+        return tensor
+
+
+def _require_one_base(runs: Sequence[RunDir]) -> None:
+    plans = [run.plan() for run in runs]
+    bases = [(plan.source.path, plan.source.packed, plan.spec.bits, plan.source.gptq) for plan in plans]
+    for run, base in zip(runs, bases, strict=True):
+        if base != bases[0]:
+            raise RunError(
+                f"{runs[0].path} was trained on {bases[0][0]}, and {run.path} on {base[0]}", try_="runs over one base"
+            )
