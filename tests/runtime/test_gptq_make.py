@@ -11,6 +11,7 @@ import torch
 from qdist.core.errors import DataError, ModelError, QdistError, RunError, SpecError
 from qdist.core.gptq import Gptq, Shape, from_config
 from qdist.host.files import locked
+from qdist.runtime import work_folder
 from qdist.runtime.gptq import make as making
 from qdist.runtime.gptq.calibrate import Calibration, pieces
 from qdist.runtime.gptq.check import checked
@@ -283,7 +284,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(tmp_path: Path, model:
     for source, settings, kind, message in cases:
         with pytest.raises(kind, match=message):
             make(str(source), tmp_path / "out", settings)
-        assert not (tmp_path / ".out.gptq").exists()
+        assert not (tmp_path / ".out.unfinished").exists()
     with pytest.raises(RunError, match=r"done exists\n  try: another --out"):
         make(str(model), done, wanted(text))
 
@@ -293,7 +294,7 @@ def test_two_do_not_write_the_same_folder(tmp_path: Path, model: Path, text: str
         return locked(lock, busy=busy)
 
     lock = tmp_path / "lock"
-    monkeypatch.setattr(making, "locked", held)
+    monkeypatch.setattr(work_folder, "locked", held)
     with locked(lock), pytest.raises(RunError, match=r"another process is writing .*out\n  try: wait"):
         make(str(model), tmp_path / "out", wanted(text))
 

@@ -4,23 +4,20 @@ Killed, the same command goes on: layers that are written are run through again,
 """
 
 import argparse
-import hashlib
 import json
 import re
 import shutil
 import sys
 import time
 from collections import Counter
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qdist.core.errors import PlanError, QdistError, RunError
+from qdist.core.errors import QdistError
 from qdist.core.gptq import BITS, FORMATS, WORD, Gptq, Override, Shape
 from qdist.core.units import format_bytes, format_duration
-from qdist.host.files import cache_dir, locked, publish_folder
 from qdist.host.sources import locate
 from qdist.runtime.gptq.calibrate import Calibration
 from qdist.runtime.gptq.folder import Quantized, entries, finish
@@ -28,6 +25,7 @@ from qdist.runtime.gptq.job import Job, Wanted, read_job
 from qdist.runtime.gptq.progress import Progress
 from qdist.runtime.gptq.solve import Solution, curvature, solve, unpacked
 from qdist.runtime.packed_folder import Entry, Written, file_name, finished, opened, write_tensors
+from qdist.runtime.work_folder import filled, require_space, reserved
 
 
 def make(model: str, out: Path, wanted: Wanted, *, devices: tuple[torch.device, ...] = ()) -> Gptq:
@@ -40,23 +38,15 @@ def make(model: str, out: Path, wanted: Wanted, *, devices: tuple[torch.device, 
     from qdist.runtime.materialize import materialize
 
     folder = materialize(locate(model))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        _alone(stack, out)
-        if out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
-        if out.exists() or out.is_symlink():
-            raise RunError(f"{out} exists", try_="another --out")
+    with reserved(out):
         job = read_job(model, folder, wanted, devices or _devices())
-        work = _work_folder(out, job.identity())
-        _require_space(job, work, out)
-        files = _write_layers(job, work)
-        for path in job.beside:
-            shutil.copyfile(path, work / path.name)
-        gptq = _described(job, work)
-        finish(work, json.loads((folder / "config.json").read_text()), gptq, files)
-        (work / ".identity").unlink()
-        publish_folder(work, out)
+        with filled(out, job.identity()) as work:
+            _require_space(job, work)
+            files = _write_layers(job, work)
+            for path in job.beside:
+                shutil.copyfile(path, work / path.name)
+            gptq = _described(job, work)
+            finish(work, json.loads((folder / "config.json").read_text()), gptq, files)
     return gptq
 
 
@@ -64,40 +54,14 @@ def _devices() -> tuple[torch.device, ...]:
     return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count())) or (torch.device("cpu"),)
 
 
-def _alone(stack: ExitStack, out: Path) -> None:
-    lock = cache_dir() / f".gptq-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]}.lock"
-    try:
-        stack.enter_context(locked(lock, busy=f"another process is writing {out}"))
-    except RunError as error:
-        raise RunError(error.message, try_="wait for it to end, or another --out") from None
-
-
-def _work_folder(out: Path, identity: str) -> Path:
-    """The folder beside `out`, with what an earlier process finished of the same."""
-    work = out.with_name(f".{out.name}.gptq")
-    mark = work / ".identity"
-    if work.is_dir() and (not mark.is_file() or mark.read_text() != identity):
-        shutil.rmtree(work)
-    work.mkdir(exist_ok=True)
-    mark.write_text(identity)
-    for leftover in work.glob(".*.unfinished"):
-        leftover.unlink()
-    return work
-
-
-def _require_space(job: Job, work: Path, out: Path) -> None:
+def _require_space(job: Job, work: Path) -> None:
     widest = Shape(job.wanted.bits[-1], job.wanted.group_size)
     linears = sum(widest.bytes_of(part.inputs, part.outputs, ordered=True) for part in job.decoder.facts.linears)
     needed = 0
     for position in range(job.layers + 1):
         if finished(work, file_name(position, job.layers)) is None:
             needed += sum(entry.bytes for entry in job.plain(position)) + linears * (position < job.layers)
-    free = shutil.disk_usage(out.parent).free
-    if needed > free:
-        raise PlanError(
-            f"quantizing {job.name} needs {format_bytes(needed)} in {out.parent}, which has {format_bytes(free)} free",
-            try_="--out on another disk",
-        )
+    require_space(work.parent, needed, purpose=f"quantizing {job.name}")
 
 
 def _write_layers(job: Job, work: Path) -> dict[str, Written]:

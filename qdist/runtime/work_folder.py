@@ -1,0 +1,86 @@
+"""A folder that is written whole or not at all; what a killed process finished of it, the next one takes over.
+
+It is built in a hidden folder beside, and renamed at the end. What in that folder has a name with a dot in front is of
+the work, not of the result: a mark that says what is being built, records of finished files.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from qdist.core.errors import PlanError, RunError
+from qdist.core.units import format_bytes
+from qdist.host.files import cache_dir, locked, publish_folder
+
+_MARK = ".identity"
+
+
+@contextmanager
+def built(out: Path, identity: str) -> Iterator[Path]:
+    """Where to write what is to be at `out`; it is there at the end of the block, unless that raised.
+
+    Holds what an earlier process finished of the same, and no file that it left unfinished.
+    identity: says what is written, of everything that decides its bytes; what is left of another is removed.
+
+    Raises RunError where `out` is there, or is being written.
+    """
+    with reserved(out), filled(out, identity) as work:
+        yield work
+
+
+@contextmanager
+def reserved(out: Path) -> Iterator[None]:
+    """Keep other processes away from `out`. Raises RunError where they are there, or it is; an empty folder goes."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = cache_dir() / f".out-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]}.lock"
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock, busy=f"another process is writing {out}"))
+        except RunError as error:
+            raise RunError(error.message, try_="wait for it to end, or another --out") from None
+        if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
+            out.rmdir()
+        if os.path.lexists(out):
+            raise RunError(f"{out} exists", try_="another --out")
+        yield
+
+
+@contextmanager
+def filled(out: Path, identity: str) -> Iterator[Path]:
+    """As `built`, of a folder that is reserved already."""
+    work = _work_folder(out, identity)
+    try:
+        yield work
+    except BaseException:
+        if all(path.name == _MARK or path.suffix == ".unfinished" for path in work.iterdir()):
+            shutil.rmtree(work)  # there is nothing to go on with
+        raise
+    for path in work.glob(".*"):
+        path.unlink()
+    publish_folder(work, out)
+
+
+def require_space(folder: Path, needed_bytes: int, *, purpose: str) -> None:
+    """Raise PlanError where the disk of a folder has less room. purpose: such as 'quantizing llama-7b'."""
+    free = shutil.disk_usage(folder).free
+    if needed_bytes > free:
+        raise PlanError(
+            f"{purpose} needs {format_bytes(needed_bytes)} in {folder}, which has {format_bytes(free)} free: "
+            f"{format_bytes(needed_bytes - free)} are missing",
+            try_="--out on another disk",
+        )
+
+
+def _work_folder(out: Path, identity: str) -> Path:
+    work = out.with_name(f".{out.name}.unfinished")
+    mark = work / _MARK
+    if work.is_dir() and (not mark.is_file() or mark.read_text() != identity):
+        shutil.rmtree(work)
+    work.mkdir(exist_ok=True)
+    mark.write_text(identity)
+    for leftover in work.glob(".*.unfinished"):
+        leftover.unlink()
+    return work
