@@ -19,7 +19,7 @@ from qdist.host.rundir import RunDir
 @click.argument("recipe", required=False)
 @click.option("--model", help="Alias, folder, GGUF file or hub id.")
 @click.option("--bits", help="4, 8 or 16; a GPTQ checkpoint's own 2, 3, 4 or 8.")
-@click.option("--method", help="qlora, or gptq-lora: a GPTQ checkpoint as it is.")
+@click.option("--method", help="qlora; gptq-lora or qa-lora on a GPTQ checkpoint.")
 @click.option("--data", help="JSON, JSONL, CSV, TSV or Parquet file, folder, hub id, or demo.")
 @click.option("--gpus", type=click.IntRange(min=1), help="Ranks; CPU processes where there is no GPU.")
 @click.option("--placement", help="replicate, shard or split; the planner's choice by default.")

@@ -23,7 +23,7 @@ from qdist.host.sources import shape
 @click.argument("recipe", required=False)
 @click.option("--model", help="Alias, or a folder with config.json.")
 @click.option("--bits", help="4, 8 or 16; a GPTQ checkpoint's own 2, 3, 4 or 8.")
-@click.option("--method", help="qlora, or gptq-lora: a GPTQ checkpoint as it is.")
+@click.option("--method", help="qlora; gptq-lora or qa-lora on a GPTQ checkpoint.")
 @click.option("--gpus", type=click.IntRange(min=1), help="How many GPUs.")
 @click.option("--gpu-memory", help="Memory of each, such as 48GiB; this machine's GPUs by default.")
 @click.option("--gpu-name", help="The card, such as 'RTX 4090', where it is not this machine's.")

@@ -10,6 +10,7 @@ def saved_bytes_per_token(
     compute_bytes: int,
     rank_r: int,
     targets: tuple[str, ...],
+    pool: int = 1,
     seq_len: int,
     fused_layers: bool,
     fused_lora: bool,
@@ -18,7 +19,7 @@ def saved_bytes_per_token(
     """What autograd keeps of one token in one decoder layer: each distinct tensor once.
 
     A frozen linear keeps nothing of its input, LoRA's A keeps its input and B the rank-wide product.
-    fused_lora: our own adapted linears, which cast nothing; peft's otherwise.
+    fused_lora: our own adapted linears, which cast nothing; peft's otherwise. pool: above 1, QA-LoRA.
     tests/core/test_memory.py holds these terms against the tensors that torch saves.
     """
     adapted = facts.targeted(targets)
@@ -27,7 +28,11 @@ def saved_bytes_per_token(
         _saved_by_norms(facts, compute_bytes, fused)
         + _saved_by_attention(facts, compute_bytes, seq_len)
         + _saved_by_activation(facts, compute_bytes, fused)
-        + _saved_linear_inputs(facts, adapted, bits, compute_bytes, fused_lora, lora_dropout)
+        + (
+            _saved_linear_inputs(facts, adapted, bits, compute_bytes, fused_lora, lora_dropout)
+            if pool == 1
+            else _saved_pooled_inputs(facts, adapted, pool, compute_bytes, lora_dropout)
+        )
         + len(adapted) * rank_r * compute_bytes
     )
 
@@ -88,3 +93,14 @@ def _saved_linear_inputs(
     copies = len(behind_norms) - len({linear.reads for linear in behind_norms})
     extra = copies * facts.hidden if autocast and facts.norm == "layer" else 0
     return (sum(widths.values()) + extra) * compute_bytes
+
+
+def _saved_pooled_inputs(
+    facts: ModelFacts, adapted: tuple[Linear, ...], pool: int, compute_bytes: int, lora_dropout: bool
+) -> int:
+    """QA-LoRA's A keeps the pooled input alone, each reader its own; dropout keeps its masks, peft pools in fp32."""
+    own = sum(linear.inputs for linear in adapted)
+    kept = facts.intermediate * compute_bytes * (facts.mlp == "relu")
+    if lora_dropout:
+        return kept + own // pool * 4 + own * (1 if compute_bytes < 4 else 4)
+    return kept + own // pool * compute_bytes

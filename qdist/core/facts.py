@@ -120,9 +120,12 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ModelError(f"{self.name} has no linear {target!r} among {known}", try_=near)
         return tuple(linear for linear in self.linears if linear.name in targets)
 
-    def adapter_parameters(self, rank: int, targets: tuple[str, ...]) -> int:
-        """LoRA parameters: A is rank x inputs and B is outputs x rank, for each target of each layer."""
-        return self.layers * sum(rank * (linear.inputs + linear.outputs) for linear in self.targeted(targets))
+    def adapter_parameters(self, rank: int, targets: tuple[str, ...], pool: int = 1) -> int:
+        """LoRA parameters: A is rank x inputs and B is outputs x rank, for each target of each layer.
+
+        pool: inputs that share a column of A (QA-LoRA).
+        """
+        return self.layers * sum(rank * (linear.inputs // pool + linear.outputs) for linear in self.targeted(targets))
 
 
 def from_config(config: Mapping[str, object], *, name: str) -> ModelFacts:

@@ -10,9 +10,12 @@ from typing import Any, Literal
 import msgspec
 
 from qdist.core.errors import ModelError, SpecError
-from qdist.core.spec import Quant, RunSpec
+from qdist.core.spec import GPTQ_METHODS, Quant, RunSpec
 
 BITS = (2, 3, 4, 8)
+SHIFTED = "qdist-gptq-offset"
+"""The `quant_method` of a checkpoint with a `WeightOffset`: readers that would leave offsets out refuse the name."""
+METHODS = ("gptq", SHIFTED)
 FORMATS = ("gptq", "gptq_v2")
 """v1 stores zeros minus one, v2 as they are."""
 _OWN = "the configuration that came with the checkpoint"
@@ -47,6 +50,26 @@ class Override(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """None: left in 16 bits."""
 
 
+class WeightOffset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a merged QA-LoRA adapter adds to the weights of a group: W = scale x (weight - zero) + offset.
+
+    Stored as `PATH.weight_offset`, float16 [in / group_size, out], to be multiplied by `scale`.
+    """
+
+    group_size: int
+    """Inputs that share an offset: a multiple of the GPTQ groups."""
+    scale: float
+    """A power of two that keeps small offsets out of float16's subnormal numbers."""
+    linears: tuple[str, ...]
+    """Leaf names of the linears that have offsets."""
+    base: str
+    """Of the checkpoint merged into: SHA-256 over names and checksums of its tensors, which are all here unchanged."""
+
+    def of(self, path: str) -> bool:
+        """Whether the linear at a module path has offsets."""
+        return path.rpartition(".")[2] in self.linears
+
+
 class Gptq(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a checkpoint is quantized."""
 
@@ -61,6 +84,7 @@ class Gptq(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     layer_bytes: int = 0
     """Packed linears of the largest decoder layer, where layers differ; 0 where the shape says it."""
     overrides: tuple[Override, ...] = ()
+    offset: WeightOffset | None = None
 
     def of(self, path: str) -> Shape | None:
         """How the linear at a module path is quantized; None where it is not. The first override that matches wins."""
@@ -77,7 +101,8 @@ class Gptq(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def __str__(self) -> str:
         size = "no groups" if self.shape.group_size == -1 else f"groups of {self.shape.group_size}"
         mixed = ", several widths" if any(e.shape and e.shape.bits != self.shape.bits for e in self.overrides) else ""
-        return f"GPTQ {self.shape.bits} bits, {size}" + ", activation order" * self.desc_act + mixed
+        merged = ", QA-LoRA merged" if self.offset else ""
+        return f"GPTQ {self.shape.bits} bits, {size}" + ", activation order" * self.desc_act + mixed + merged
 
 
 def of_run(spec: RunSpec, config: Mapping[str, object]) -> Gptq | None:
@@ -87,10 +112,10 @@ def of_run(spec: RunSpec, config: Mapping[str, object]) -> Gptq | None:
     Raises SpecError where the method and the model do not go together.
     """
     stored = config.get("quantization_config")
-    there = isinstance(stored, Mapping) and stored.get("quant_method") == "gptq"
-    if spec.method != "gptq-lora":
+    there = isinstance(stored, Mapping) and stored.get("quant_method") in METHODS
+    if spec.method not in GPTQ_METHODS:
         if there and spec.load_format == "auto":
-            raise SpecError(f"{spec.model} is a GPTQ checkpoint", try_="--method gptq-lora")
+            raise SpecError(f"{spec.model} is a GPTQ checkpoint", try_="--method gptq-lora, or qa-lora")
         return None
     if not there or spec.load_format == "dummy":
         assert spec.bits != 16  # `spec.checked` refuses it
@@ -116,7 +141,7 @@ def from_config(config: Mapping[str, Any], *, name: str) -> Gptq:
     Raises ModelError naming the key where it is no GPTQ, or one that qdist does not read.
     """
     method = config.get("quant_method") or config.get("method") or "gptq"
-    if method != "gptq":
+    if method not in METHODS:
         raise ModelError(f"{name} is quantized with {method!r}, not gptq", try_="--method qlora on a 16-bit model")
     stored: Any = config.get("checkpoint_format") or config.get("format") or "gptq"
     if stored not in FORMATS:
@@ -135,13 +160,14 @@ def from_config(config: Mapping[str, Any], *, name: str) -> Gptq:
         desc_act=_flag(config, "desc_act", default=False, name=name),
         format=stored,
         overrides=overrides,
+        offset=_weight_offset(config, name) if method == SHIFTED else None,
     )
 
 
 def to_config(gptq: Gptq) -> dict[str, Any]:
     """The same as both libraries write it, for `quantize_config.json` and for config.json."""
     config: dict[str, Any] = {
-        "quant_method": "gptq",
+        "quant_method": SHIFTED if gptq.offset else "gptq",
         "bits": gptq.shape.bits,
         "group_size": gptq.shape.group_size,
         "sym": gptq.sym,
@@ -158,7 +184,16 @@ def to_config(gptq: Gptq) -> dict[str, Any]:
             )
             for e in gptq.overrides
         }
+    if gptq.offset:
+        config["weight_offset"] = msgspec.to_builtins(gptq.offset)
     return config
+
+
+def _weight_offset(config: Mapping[str, Any], name: str) -> WeightOffset:
+    try:
+        return msgspec.convert(config.get("weight_offset"), WeightOffset, strict=False)
+    except msgspec.ValidationError as error:
+        raise ModelError(f"{name}: weight_offset: {error}", try_="the configuration that qdist merge wrote") from None
 
 
 def _shape(config: Mapping[str, Any], name: str, base: Shape | None = None) -> Shape:

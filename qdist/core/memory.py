@@ -74,6 +74,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     rank_r: int
     targets: tuple[str, ...]
     """Leaf names that LoRA adapts."""
+    pool: int = 1
+    """Inputs that share a column of A (QA-LoRA)."""
     seq_len: int
     fused_loss: bool = False
     """Cross entropy from hidden states in chunks."""
@@ -149,10 +151,11 @@ def sizes(facts: ModelFacts, job: Job) -> Sizes:
     """Count a model's parts. Raises ModelError when a target of the adapter is no linear of the model."""
     outer_norms = facts.norm_parameters - facts.layers * facts.norm_parameters_per_layer
     head = (0 if facts.tied_embeddings else facts.vocab * facts.hidden) + outer_norms
-    trained = facts.adapter_parameters(job.rank_r, job.targets) // facts.layers
+    trained = facts.adapter_parameters(job.rank_r, job.targets, job.pool) // facts.layers
     saved = saved_bytes_per_token(
         facts, bits=job.bits, compute_bytes=job.compute_bytes, rank_r=job.rank_r, targets=job.targets,
-        seq_len=job.seq_len, fused_layers=job.fused_layers, fused_lora=job.fused_lora, lora_dropout=job.lora_dropout,
+        pool=job.pool, seq_len=job.seq_len, fused_layers=job.fused_layers, fused_lora=job.fused_lora,
+        lora_dropout=job.lora_dropout,
     )  # fmt: skip
     return Sizes(
         facts=facts,
@@ -237,8 +240,9 @@ def packed_layer_bytes(facts: ModelFacts, job: Job) -> int:
 def _packed_bytes(linear: Linear, job: Job) -> int:
     """A frozen weight matrix and what its quantization needs to undo itself."""
     if job.gptq:
-        scale_bytes = 4 if job.gptq.scales == "float32" else 2
-        return job.gptq.shape.bytes_of(
+        scale_bytes, offset = 4 if job.gptq.scales == "float32" else 2, job.gptq.offset
+        offsets = linear.inputs // offset.group_size if offset and linear.name in offset.linears else 0
+        return 2 * offsets * linear.outputs + job.gptq.shape.bytes_of(
             linear.inputs, linear.outputs, scale_bytes=scale_bytes, ordered=job.gptq.desc_act
         )
     if job.bits == 16:

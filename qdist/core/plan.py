@@ -99,6 +99,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     source: Source
     facts: ModelFacts
     data: DataFacts | None
+    pool: int = 1
+    """Inputs of a linear that share a column of the adapter's A: 1, or QA-LoRA's group."""
     device: Literal["cuda", "cpu"]
     placement: Placement = "replicate"
     schedule: Schedule | None = None

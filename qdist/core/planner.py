@@ -14,6 +14,7 @@ from qdist.core.means import count_of, dtype_of, liger_of, optimizer_of, rooms_o
 from qdist.core.memory import Job, sizes
 from qdist.core.notes import correction_notes, dtype_notes, notes
 from qdist.core.plan import DataFacts, Plan, RankPlan, Source
+from qdist.core.pooling import pool_of
 from qdist.core.ranking import (
     alternatives,
     barred,
@@ -110,6 +111,7 @@ def make_plan(
         source=source,
         facts=facts,
         data=data,
+        pool=pool_of(spec, source.gptq, facts),
         device=cluster.device,
         placement=layout.placement,
         schedule=layout.schedule,
@@ -186,6 +188,7 @@ def _setting(inputs: _Inputs, count: int) -> Setting:
         compute_bytes=4 if inputs.dtype == "float32" else 2,
         rank_r=spec.lora.r,
         targets=spec.lora.targets,
+        pool=pool_of(spec, source.gptq, inputs.facts),
         seq_len=inputs.longest,
         fused_loss=inputs.liger,
         fused_layers=inputs.liger,

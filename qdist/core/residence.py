@@ -79,16 +79,18 @@ def footprint(
     tokens: int,
     rank_r: int = 0,
     targets: tuple[str, ...] = (ALL_LINEAR,),
+    pool: int = 1,
     scored: int = 0,
 ) -> Footprint:
     """Count a model in use.
 
     tokens: of all sequences together, prompts and answers, for whose keys and values there is to be room.
-    rank_r: of the adapter, in float32; 0 without one. scored: tokens whose logits exist at a time, for a loss.
+    rank_r: of the adapter, in float32; 0 without one. pool: inputs that share a column of its A.
+    scored: tokens whose logits exist at a time, for a loss.
     """
     job = Job(
         bits=bits, double_quant=double_quant, compute_bytes=compute_bytes, gptq=gptq, rank_r=rank_r, targets=targets,
-        seq_len=1,
+        pool=pool, seq_len=1,
     )  # fmt: skip
     parts = sizes(facts, job)
     weights = sum(linear.weights for linear in facts.linears)

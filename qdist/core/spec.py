@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from qdist.core.errors import SpecError
+from qdist.core.keys import choices, known_keys, optional
 from qdist.core.mistakes import not_among, of_another_kind, unknown
 from qdist.core.units import parse_bytes
 
@@ -21,6 +22,9 @@ Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Rate = Annotated[float, Meta(gt=0, le=1e300)]
 Amount = Annotated[float, Meta(ge=0, le=1e300)]
+
+GPTQ_METHODS = ("gptq-lora", "qa-lora")
+"""Methods whose backbone is a GPTQ checkpoint."""
 
 
 class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,6 +35,11 @@ class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     dropout: Fraction = 0.0
     targets: Annotated[tuple[str, ...], Meta(min_length=1)] = ("all-linear",)
     """Leaf names of the linear modules that get an adapter; `all-linear` is every one inside the decoder layers."""
+    pool: Literal["peft", "mean", "sum"] = "peft"
+    """Of QA-LoRA: what A reads of a group of inputs. peft: their mean times the number of groups. mean: as the authors'
+    code. sum: as their paper."""
+    pool_group_size: Positive | None = None
+    """Of QA-LoRA: inputs that are pooled; by default the GPTQ group."""
 
 
 class Quant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -97,8 +106,9 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """One fine-tuning job as the user wants it."""
 
     model: str = ""
-    method: Literal["qlora", "gptq-lora"] = "qlora"
-    """qlora: packed here by bitsandbytes. gptq-lora: a GPTQ checkpoint as it is."""
+    method: Literal["qlora", "gptq-lora", "qa-lora"] = "qlora"
+    """qlora: packed here by bitsandbytes. gptq-lora: a GPTQ checkpoint as it is. qa-lora: the same, with an adapter
+    that folds into it without loss."""
     bits: Literal[2, 3, 4, 8, 16] = 4
     data: str = ""
     format: Literal["auto", "alpaca", "input-output", "oasst", "sharegpt", "messages", "self-instruct", "text"] = "auto"
@@ -137,17 +147,6 @@ def max_memory_bytes(spec: RunSpec) -> int | None:
     return None if spec.max_memory is None else parse_bytes(spec.max_memory)
 
 
-def known_keys(kind: type[msgspec.Struct] = RunSpec, prefix: str = "") -> dict[str, type[msgspec.Struct] | None]:
-    """Every dotted key of a spec; a section maps to its type, a setting to None."""
-    keys: dict[str, type[msgspec.Struct] | None] = {}
-    for field in msgspec.structs.fields(kind):
-        section = field.type if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct) else None
-        keys[prefix + field.name] = section
-        if section is not None:
-            keys.update(known_keys(section, f"{prefix}{field.name}."))
-    return keys
-
-
 def resolve(*layers: Mapping[str, Any]) -> RunSpec:
     """The spec that layers of nested settings give; a later layer wins over an earlier one.
 
@@ -166,7 +165,7 @@ def resolve(*layers: Mapping[str, Any]) -> RunSpec:
 def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
     """{'lora.r': 8} -> {'lora': {'r': 8}}. Raises SpecError for an unknown key."""
     nested: dict[str, Any] = {}
-    keys = known_keys()
+    keys = known_keys(RunSpec)
     for key, value in dotted.items():
         if key not in keys:
             raise unknown_key(key)
@@ -186,7 +185,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     key, value = key.strip(), value.strip()
     if not separator or not key:
         raise SpecError(f"{text!r} is not key=value", try_="--set lora.r=32")
-    if key not in known_keys():
+    if key not in known_keys(RunSpec):
         raise unknown_key(key)
     if key in ("lora.targets", "trackers", "new_tokens"):
         return key, [part.strip() for part in value.split(",") if part.strip()]
@@ -195,23 +194,23 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 def _or_open(key: str, value: Any) -> Any:
     """None where the value leaves a setting to the plan."""
-    return None if isinstance(value, str) and value.lower() in ("none", "auto") and _optional(key) else value
+    return None if isinstance(value, str) and value.lower() in ("none", "auto") and optional(RunSpec, key) else value
 
 
 def unknown_key(key: str) -> SpecError:
     """The error for a setting that does not exist, naming the nearest that does."""
-    return unknown(key, [name for name, section in known_keys().items() if section is None])
+    return unknown(key, [name for name, section in known_keys(RunSpec).items() if section is None])
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    keys = known_keys()
+    keys = known_keys(RunSpec)
     merged = dict(base)
     for name, value in over.items():
         key = prefix + name
         if key not in keys:
             raise unknown_key(key)
         if keys[key] is None:
-            merged[name] = value.lower() if isinstance(value, str) and value.lower() in _choices(key) else value
+            merged[name] = value.lower() if isinstance(value, str) and value.lower() in choices(RunSpec, key) else value
         elif isinstance(value, Mapping):
             merged[name] = _merge(merged.get(name, {}), value, f"{key}.")
         else:
@@ -220,7 +219,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any], prefix: str) -> dic
 
 
 def _settings_of(section: str) -> str:
-    return ", ".join(key for key in known_keys() if key.startswith(f"{section}."))
+    return ", ".join(key for key in known_keys(RunSpec) if key.startswith(f"{section}."))
 
 
 def _value_error(message: str, merged: Mapping[str, Any]) -> SpecError:
@@ -231,29 +230,10 @@ def _value_error(message: str, merged: Mapping[str, Any]) -> SpecError:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else value
     usual = flatten(RunSpec()).get(key)
-    if choices := _choices(key):
-        return not_among(key, value, choices, "" if usual is None else json_text(usual))
+    if among := choices(RunSpec, key):
+        return not_among(key, value, among, "" if usual is None else json_text(usual))
     least = "0" if usual is None and reason.startswith("Expected `int` >= 0") else ""
     return of_another_kind(key, value, reason, least if usual in (None, "", (), []) else json_text(usual))
-
-
-def _choices(key: str) -> list[str]:
-    inner = [kind.item_type if isinstance(kind, msgspec.inspect.VarTupleType) else kind for kind in _kinds(key)]
-    return [str(value) for kind in inner if isinstance(kind, msgspec.inspect.LiteralType) for value in kind.values]
-
-
-def _optional(key: str) -> bool:
-    """Whether the plan decides where the setting is absent."""
-    return any(isinstance(kind, msgspec.inspect.NoneType) for kind in _kinds(key))
-
-
-def _kinds(key: str) -> tuple[msgspec.inspect.Type, ...]:
-    """The types that a setting may have."""
-    kind: Any = RunSpec
-    for part in key.split("."):
-        kind = {field.name: field.type for field in msgspec.structs.fields(kind)}[part]
-    info = msgspec.inspect.type_info(kind)
-    return info.types if isinstance(info, msgspec.inspect.UnionType) else (info,)
 
 
 def checked(spec: RunSpec) -> RunSpec:
@@ -287,7 +267,7 @@ def checked(spec: RunSpec) -> RunSpec:
 
 
 def _check_quantization(spec: RunSpec) -> None:
-    gptq, usual = spec.method == "gptq-lora", Quant()
+    gptq, usual = spec.method in GPTQ_METHODS, Quant()
     if spec.bits not in ((2, 3, 4, 8) if gptq else (4, 8, 16)):
         widths, other = ("2, 3, 4 or 8", "qlora") if gptq else ("4, 8 or 16", "gptq-lora")
         raise SpecError(f"{spec.method} has backbones of {widths} bits, not {spec.bits}", try_=f"--method {other}")
@@ -295,6 +275,8 @@ def _check_quantization(spec: RunSpec) -> None:
         raise SpecError("quant.type and quant.double describe NF4 and FP4, not GPTQ", try_="--method qlora")
     if not gptq and spec.quant.group_size != usual.group_size:
         raise SpecError("quant.group_size describes GPTQ weights", try_="--method gptq-lora")
+    if spec.method != "qa-lora" and (spec.lora.pool, spec.lora.pool_group_size) != (Lora().pool, None):
+        raise SpecError("lora.pool and lora.pool_group_size describe QA-LoRA", try_="--method qa-lora")
     if not gptq and spec.bits != 4 and spec.quant != usual:
         raise SpecError(
             f"quant.* describes 4-bit backbones; this one has {spec.bits} bits", try_="--bits 4, or drop quant.*"
@@ -306,7 +288,7 @@ def flatten(spec: RunSpec) -> dict[str, Any]:
     plain = msgspec.to_builtins(spec)
     return {
         key: reduce(lambda place, part: place[part], key.split("."), plain)
-        for key, section in known_keys().items()
+        for key, section in known_keys(RunSpec).items()
         if section is None
     }
 

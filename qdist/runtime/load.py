@@ -104,6 +104,7 @@ def residence_of(
         tokens=tokens,
         rank_r=spec.lora.r,
         targets=spec.lora.targets,
+        pool=plan.pool,
         scored=scored,
     )
     return choose(parts, device=device, max_memory_bytes=max_memory_bytes)

@@ -136,7 +136,7 @@ def _dequantized(base: Any, name: str, parameter: nn.Parameter) -> torch.Tensor:
     path, _, leaf = name.rpartition(".")
     module = base.get_submodule(path)
     if isinstance(module, PackedLinear) and leaf == "weight":
-        return module.matrix(module.compute_dtype, getattr(module, "runs_on", parameter.device)).float()
+        return module.unpacked(getattr(module, "runs_on", parameter.device))
     return parameter.detach().float()
 
 

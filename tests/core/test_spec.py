@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from qdist.core.errors import SpecError
+from qdist.core.keys import known_keys
 from qdist.core.recipe import to_toml
 from qdist.core.spec import (
     Lora,
@@ -16,7 +17,6 @@ from qdist.core.spec import (
     Split,
     Train,
     Zero,
-    known_keys,
     max_memory_bytes,
     nest,
     parse_assignment,
@@ -66,7 +66,7 @@ def dotted(spec: RunSpec) -> dict[str, Any]:
     plain = msgspec.to_builtins(spec)
     return {
         key: plain[key] if "." not in key else plain[key.split(".")[0]][key.split(".")[1]]
-        for key, section in known_keys().items()
+        for key, section in known_keys(RunSpec).items()
         if section is None
     }
 

@@ -9,7 +9,7 @@ import msgspec
 import torch
 
 from qdist.core.errors import ModelError
-from qdist.core.gptq import Gptq, Shape, from_config
+from qdist.core.gptq import METHODS, Gptq, Shape, from_config
 from qdist.runtime.gptq.bits import group_of_inputs, require_whole_words, unpack_zeros
 from qdist.runtime.gptq.folder import QUANTIZE_CONFIG
 from qdist.runtime.packed_folder import opened, tensor_files
@@ -17,6 +17,7 @@ from qdist.runtime.quantize_source import Blueprint
 
 _SCALES: dict[str, Literal["float16", "bfloat16", "float32"]] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _PLAIN = ("F16", "BF16", "F32")
+_MERGE = "qdist merge the adapter again"
 _REMEDY = "download the checkpoint again, or qdist quantize the model that it was made from"
 
 
@@ -33,7 +34,7 @@ def stated(folder: Path) -> Gptq | None:
     """
     config = json.loads((folder / "config.json").read_text()).get("quantization_config")
     beside = folder / QUANTIZE_CONFIG
-    found = from_config(config, name=str(folder)) if config and config.get("quant_method") == "gptq" else None
+    found = from_config(config, name=str(folder)) if config and config.get("quant_method") in METHODS else None
     if config and found is None:
         return None
     if not beside.is_file():
@@ -66,6 +67,7 @@ def checked(folder: Path, blueprint: Blueprint, gptq: Gptq) -> Gptq:
         else:
             size = _shapes(folder, tensors, path, shape, inputs, outputs)
             kinds.add(tensors[f"{path}.scales"].dtype)
+            size += _offsets(folder, tensors, path, gptq, inputs, outputs)
             scattered, zeros = _contents(folder, tensors, path, shape, inputs, gptq)
             ordered |= scattered
             stored.add(zeros)
@@ -133,6 +135,21 @@ def _shapes(folder: Path, tensors: dict[str, _Tensor], path: str, shape: Shape, 
     if f"{path}.g_idx" in tensors:
         _expect(folder, tensors, f"{path}.g_idx", (inputs,), ("I32", "I64"))
     return shape.bytes_of(inputs, outputs)
+
+
+def _offsets(folder: Path, tensors: dict[str, _Tensor], path: str, gptq: Gptq, inputs: int, outputs: int) -> int:
+    """Check the offsets of one linear, where it has them; their bytes."""
+    if gptq.offset is None or not gptq.offset.of(path):
+        return 0
+    size = gptq.offset.group_size
+    if size < 1 or inputs % size:
+        raise ModelError(f"{folder}: {path} has {inputs} inputs, which offsets of groups of {size} do not fit",
+                         try_=_MERGE)  # fmt: skip
+    name = f"{path}.weight_offset"
+    _expect(folder, tensors, name, (inputs // size, outputs), ("F16",))
+    if not bool(torch.isfinite(_read(folder, tensors, name)).all()):
+        raise ModelError(f"{folder}: {name} holds values that are no numbers", try_=_MERGE)
+    return 2 * inputs // size * outputs
 
 
 def _contents(

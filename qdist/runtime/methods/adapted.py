@@ -1,4 +1,4 @@
-"""A frozen linear and its LoRA matrices as one product: no addition or scaling of its own, nothing kept twice."""
+"""A frozen linear and its LoRA or QA-LoRA matrices as one product: nothing is added or kept twice."""
 
 from typing import Any
 
@@ -10,18 +10,29 @@ from qdist.runtime.methods.packed import PackedLinear, compute_dtype
 
 
 def adapted_product(
-    inputs: torch.Tensor, down: torch.Tensor, up: torch.Tensor, layer: nn.Linear, scaling: float
+    inputs: torch.Tensor, down: torch.Tensor, up: torch.Tensor, layer: nn.Linear, scaling: float, pool: int = 1
 ) -> torch.Tensor:
     """inputs [..., in] W' + scaling (inputs A') B', with gradients for the inputs, A and B.
 
     down: A, float32 [r, in]. up: B, float32 [out, r].
+    pool: above 1, A reads the means of so many inputs that follow each other, and has a column for each.
     """
-    product: torch.Tensor = _Adapted.apply(inputs, down, up, layer, scaling)
+    product: torch.Tensor = _Adapted.apply(inputs, down, up, layer, scaling, pool)
     return product
 
 
+def pooled(inputs: torch.Tensor, pool: int) -> torch.Tensor:
+    """The means of `pool` inputs that follow each other, [tokens, in / pool]. Sums would overflow in float16."""
+    return inputs if pool == 1 else inputs.view(inputs.shape[0], -1, pool).mean(-1)
+
+
+def add_pooled_gradient(inputs: torch.Tensor, gradient: torch.Tensor, pool: int, scale: float) -> None:
+    """To the gradient of inputs [tokens, in] add `scale` x that of their groups, [tokens, in / pool]."""
+    inputs.view(*gradient.shape, pool).add_(gradient.unsqueeze(-1), alpha=scale)
+
+
 class _Adapted(torch.autograd.Function):
-    """y = x W' + s (x A') B' (Hu et al. 2021), where ' is the transpose.
+    """y = x W' + s (x A') B' (Hu et al. 2021), where ' is the transpose; pool(x) for the second x (Xu et al. 2023).
 
     The low-rank terms are added inside the matrix products (beta = 1), where PEFT multiplies by s and adds over the
     whole output, and autograd adds the two input gradients. A and B are cast anew in the backward pass.
@@ -29,31 +40,36 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: torch.Tensor, down: torch.Tensor, up: torch.Tensor, layer: nn.Linear, scaling: float
-    ) -> torch.Tensor:
+        ctx: Any, inputs: torch.Tensor, down: torch.Tensor, up: torch.Tensor, layer: nn.Linear, scaling: float,
+        pool: int,
+    ) -> torch.Tensor:  # fmt: skip
         dtype = compute_dtype(inputs)
         flat = inputs.reshape(-1, inputs.shape[-1]).to(dtype)
         product = frozen_product(layer, flat)
-        narrow = flat @ down.to(dtype).t()
+        read = pooled(flat, pool)
+        narrow = read @ down.to(dtype).t()
         product.addmm_(narrow, up.to(dtype).t(), alpha=scaling)
-        ctx.save_for_backward(flat, narrow, down, up)
-        ctx.layer, ctx.scaling, ctx.input_dtype = layer, scaling, inputs.dtype
+        ctx.save_for_backward(read, narrow, down, up)
+        ctx.layer, ctx.scaling, ctx.pool, ctx.input_dtype = layer, scaling, pool, inputs.dtype
         return product.view(*inputs.shape[:-1], product.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        flat, narrow, down, up = ctx.saved_tensors
+        read, narrow, down, up = ctx.saved_tensors
         outer = gradients[0]
-        gradient = outer.reshape(-1, outer.shape[-1]).to(flat.dtype)
-        narrow_gradient = (gradient @ up.to(flat.dtype)).mul_(ctx.scaling)
+        gradient = outer.reshape(-1, outer.shape[-1]).to(read.dtype)
+        narrow_gradient = (gradient @ up.to(read.dtype)).mul_(ctx.scaling)
         inputs = None
         if ctx.needs_input_grad[0]:
             inputs = frozen_input_gradient(ctx.layer, gradient)
-            inputs.addmm_(narrow_gradient, down.to(flat.dtype))
+            if ctx.pool == 1:
+                inputs.addmm_(narrow_gradient, down.to(read.dtype))
+            else:
+                add_pooled_gradient(inputs, narrow_gradient @ down.to(read.dtype), ctx.pool, 1 / ctx.pool)
             inputs = inputs.view(*outer.shape[:-1], inputs.shape[-1]).to(ctx.input_dtype)
         up_gradient = _product_in(up.dtype, gradient.t(), narrow).mul_(ctx.scaling)
-        down_gradient = _product_in(down.dtype, narrow_gradient.t(), flat)
-        return inputs, down_gradient, up_gradient, None, None
+        down_gradient = _product_in(down.dtype, narrow_gradient.t(), read)
+        return inputs, down_gradient, up_gradient, None, None, None
 
 
 def frozen_product(layer: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:

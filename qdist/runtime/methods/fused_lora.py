@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.variants import QALoraLinearVariant
 from torch import nn
 
 from qdist.runtime.methods.adapted import adapted_product, frozen_product
@@ -12,7 +13,14 @@ from qdist.runtime.methods.packed import PackedLinear, is_offloaded
 
 
 class FusedLora(LoraLinear):
-    """PEFT's LoRA layer, whose training pass is `adapted_product`; whatever else PEFT can do is left to PEFT."""
+    """PEFT's LoRA layer, whose training pass is `adapted_product`; whatever else PEFT can do is left to PEFT.
+
+    So is QA-LoRA, which PEFT 0.21 itself offers on GPTQModel's layers alone.
+    """
+
+    def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> Any:
+        """PEFT's own way to compute QA-LoRA, where the adapter is one."""
+        return QALoraLinearVariant() if config.use_qalora else super().resolve_lora_variant(config=config, **kwargs)
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         """Make an adapter's matrices, for all of the base layer: PEFT 0.21 would measure this rank's shard of it."""
@@ -28,7 +36,11 @@ class FusedLora(LoraLinear):
         if self.training and not isinstance(self.lora_dropout[name], nn.Identity):
             return super().forward(x)
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
-        return adapted_product(x, down, up, self.get_base_layer(), self.scaling[name])
+        if name not in self.lora_variant:
+            return adapted_product(x, down, up, self.get_base_layer(), self.scaling[name])
+        # PEFT's convention: the mean of a group times the number of groups.
+        scaling, pool = self.scaling[name] * down.shape[1], self.qalora_group_size[name]
+        return adapted_product(x, down, up, self.get_base_layer(), scaling, pool)
 
 
 def settle_offloaded(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qdist.core.plan import Plan
+from qdist.core.pooling import alphas, factor_of
 from qdist.runtime.methods.skeleton import decoder_layers
 
 _TABLES = {"bloom": ("word_embeddings", "lm_head"), "gpt_neox": ("embed_in", "lm_head")}
@@ -18,16 +19,22 @@ def lora_config(plan: Plan) -> Any:
     """PEFT's configuration of the plan's adapter."""
     from peft import LoraConfig
 
-    spec = plan.spec
+    spec, targeted = plan.spec, plan.facts.targeted(plan.spec.lora.targets)
+    pooling: dict[str, Any] = {}
+    if plan.pool > 1:
+        pooling = {"use_qalora": True, "qalora_group_size": plan.pool}
+        if spec.lora.pool != "peft":
+            pooling["alpha_pattern"] = alphas(spec, targeted, plan.pool)
     return LoraConfig(
         r=spec.lora.r,
         lora_alpha=spec.lora.alpha,
         lora_dropout=spec.lora.dropout,
-        target_modules=sorted(linear.name for linear in plan.facts.targeted(spec.lora.targets)),
+        target_modules=sorted(linear.name for linear in targeted),
         bias="none",
         task_type="CAUSAL_LM",
         trainable_token_indices=_token_rows(plan),
         base_model_name_or_path=plan.source.path or None,
+        **pooling,
     )
 
 
@@ -45,21 +52,25 @@ def add_adapter(model: Any, plan: Plan) -> Any:
     config._register_custom_module({nn.Linear: FusedLora})
     adapted = get_peft_model(model, config)
     settle_offloaded(adapted)
-    _draw_by_name(adapted, plan.spec.seed)
+    _draw_by_name(adapted, plan)
     return adapted
 
 
-def _draw_by_name(model: nn.Module, seed: int) -> None:
+def _draw_by_name(model: nn.Module, plan: Plan) -> None:
     """PEFT's initial A (He et al. 2015, as nn.Linear), drawn for each layer from the seed and its name.
 
-    So a rank that holds some of the layers starts from the same numbers as one that holds them all.
+    So a rank that holds some of the layers starts from the same numbers as one that holds them all. QA-LoRA's is drawn
+    from a range that gives the product of A and its pooled inputs the variance of LoRA's.
     """
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
-            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            digest = hashlib.sha256(f"{plan.spec.seed} {name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
             values = torch.empty(parameter.shape, dtype=parameter.dtype)
-            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+            inputs = values.shape[1] * plan.pool
+            factor = 1.0 if plan.pool == 1 else factor_of(plan.spec.lora.pool, inputs, plan.pool)
+            bound = 1 / (factor * math.sqrt(inputs))
+            values.uniform_(-bound, bound, generator=generator)
             parameter.data.copy_(values)
 
 

@@ -13,7 +13,7 @@ from qdist.runtime.kernels.four_bit import absmax_code_book, dequantize
 
 FEW_TOKENS = 16
 """Up to here a GPU multiplies with the packed weights; above, unpacking them first is faster (H100 and H200)."""
-PACKING = (".absmax", ".scale", ".qzeros", ".scales")
+PACKING = (".absmax", ".scale", ".qzeros", ".scales", ".weight_offset")
 """Parameters of packed layers that are neither weights nor biases."""
 
 
@@ -40,6 +40,10 @@ class PackedLinear(nn.Linear):
     def matrix(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The weights unpacked, [out_features, in_features]."""
         raise NotImplementedError
+
+    def unpacked(self, device: torch.device) -> torch.Tensor:
+        """The weights as products see them, float32 [out_features, in_features]: rounded to what they compute in."""
+        return self.matrix(self.compute_dtype, device).to(torch.float32, copy=True)
 
     def product(self, inputs: torch.Tensor) -> torch.Tensor:
         """inputs [tokens, in_features] times the weights, plus bias: a tensor of its own, [tokens, out_features]."""

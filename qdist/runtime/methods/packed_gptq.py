@@ -5,9 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from qdist.core.gptq import Shape
+from qdist.core.gptq import Shape, WeightOffset
 from qdist.runtime.gptq import bits as packing
 from qdist.runtime.kernels.gptq import FEW_TOKENS, dequantize, triton_product
+from qdist.runtime.methods.adapted import add_pooled_gradient, pooled
 from qdist.runtime.methods.packed import PackedLinear, Slices, empty, is_offloaded
 
 
@@ -16,6 +17,8 @@ class PackedGptq(PackedLinear):
 
     offset: what is added to stored zeros: 1 in the format gptq, 0 in gptq_v2.
     ordered: groups are of scattered inputs, and `g_idx` says which.
+    shift: of a merged QA-LoRA adapter, what is added to the weights of a group. Products add it times the pooled inputs:
+    added to the weights it would be lost when they are rounded to 16 bits.
     """
 
     kind = "gptq"
@@ -31,15 +34,18 @@ class PackedGptq(PackedLinear):
         offset: int,
         ordered: bool = False,
         scale_dtype: torch.dtype = torch.float16,
+        shift: WeightOffset | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias=bias, dtype=dtype)
-        self.shape, self.offset = shape, offset
+        self.shape, self.offset, self.shift = shape, offset, shift
         groups, words = shape.groups(in_features), out_features * shape.bits // 32
         self.weight = empty((in_features * shape.bits // 32, out_features), torch.int32)
         self.qzeros = empty((groups, words), torch.int32)
         self.scales = empty((groups, out_features), scale_dtype)
         index = torch.empty(in_features, dtype=torch.int32, device="meta") if ordered else None
         self.register_buffer("g_idx", index, persistent=False)
+        if shift is not None:
+            self.weight_offset = empty((in_features // shift.group_size, out_features), torch.float16)
 
     def matrix(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return self._unpacked(dtype, device).t()
@@ -57,6 +63,24 @@ class PackedGptq(PackedLinear):
         return value if value.device == device else value.to(device, non_blocking=True)
 
     def product(self, inputs: torch.Tensor) -> torch.Tensor:
+        product = self._packed_product(inputs)
+        if self.shift is not None:
+            size = self.shift.group_size
+            product.addmm_(pooled(inputs, size), self._offsets(inputs), alpha=self.shift.scale * size)
+        return product
+
+    def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        inputs = super().input_gradient(gradient)
+        if self.shift is not None:
+            groups = gradient @ self._offsets(gradient).t()
+            add_pooled_gradient(inputs, groups, self.shift.group_size, self.shift.scale)
+        return inputs
+
+    def _offsets(self, like: torch.Tensor) -> torch.Tensor:
+        """[in / group_size, out], to be multiplied by the scale."""
+        return self.weight_offset.to(like.device, like.dtype, non_blocking=True)
+
+    def _packed_product(self, inputs: torch.Tensor) -> torch.Tensor:
         if not inputs.is_cuda or inputs.shape[0] > FEW_TOKENS or is_offloaded(self):
             return super().product(inputs)
         product = triton_product(
@@ -64,6 +88,13 @@ class PackedGptq(PackedLinear):
             group_size=self.shape.group_size,
         )  # fmt: skip
         return product if self.bias is None else product + self.bias.to(product.dtype)
+
+    def unpacked(self, device: torch.device) -> torch.Tensor:
+        weights = super().unpacked(device)
+        if self.shift is not None:
+            offsets = self._offsets(weights) * self.shift.scale
+            weights.view(self.out_features, -1, self.shift.group_size).add_(offsets.t().unsqueeze(-1))
+        return weights
 
     def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Rounded to the nearest of symmetric groups: what random weights are packed to."""
@@ -83,10 +114,13 @@ class PackedGptq(PackedLinear):
         }
         if self.g_idx is not None:
             tensors["g_idx"] = packing.group_of_inputs(self.in_features, self.shape.group_size, weight.device)
+        assert self.shift is None  # a merged checkpoint is read, never made of random weights
         return tensors
 
     def stored(self, file: Mapping[str, Slices]) -> dict[str, Slices]:
         tensors = {"weight": file["qweight"], "qzeros": file["qzeros"], "scales": file["scales"]}
         if self.g_idx is not None:
             tensors["g_idx"] = file["g_idx"]
+        if self.shift is not None:
+            tensors["weight_offset"] = file["weight_offset"]
         return tensors

@@ -59,6 +59,7 @@ def _packed(linear: nn.Linear, path: str, source: Source, bits: int, quant: Quan
             linear.in_features, linear.out_features, bias=bias, dtype=dtype, shape=shape,
             offset=source.gptq.zero_offset, ordered=source.gptq.desc_act,
             scale_dtype=getattr(torch, source.gptq.scales),
+            shift=source.gptq.offset if source.gptq.offset and source.gptq.offset.of(path) else None,
         )  # fmt: skip
     if bits == 4:
         return Packed4bit(linear.in_features, linear.out_features, bias=bias, dtype=dtype, quant=quant)

@@ -1,0 +1,72 @@
+"""How many inputs does QA-LoRA pool, and by what? Xu et al. 2023; the update must be constant in every GPTQ group."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+from qdist.core.errors import SpecError
+from qdist.core.facts import Linear, ModelFacts
+from qdist.core.gptq import Gptq
+from qdist.core.spec import RunSpec
+
+Pool = Literal["peft", "mean", "sum"]
+
+
+def pool_of(spec: RunSpec, gptq: Gptq | None, facts: ModelFacts) -> int:
+    """Inputs that share a column of A: 1 unless the method is QA-LoRA.
+
+    Raises SpecError where the adapter could not fold into the checkpoint: groups of scattered inputs, no groups, a pool
+    that cuts through them or does not divide a linear's inputs.
+    """
+    if spec.method != "qa-lora":
+        return 1
+    assert gptq is not None  # of_run has seen to it
+    if gptq.desc_act:
+        raise SpecError(
+            f"{spec.model} was quantized in activation order: its groups are of scattered inputs, which qa-lora cannot "
+            "pool",
+            try_="--method gptq-lora, or qdist quantize it without --desc-act",
+        )
+    sizes = {gptq.shape.group_size, *(e.shape.group_size for e in gptq.overrides if e.shape)}
+    if -1 in sizes:
+        raise SpecError(
+            f"{spec.model} has linears without groups, and qa-lora needs groups to pool",
+            try_="--method gptq-lora, or qdist quantize it with --group-size 32",
+        )
+    pool = spec.lora.pool_group_size or max(sizes)
+    cut = [size for size in sorted(sizes) if pool % size]
+    if cut:
+        raise SpecError(
+            f"lora.pool_group_size={pool} is not a multiple of {spec.model}'s groups of {cut[0]}",
+            try_=f"--set lora.pool_group_size={-(-pool // cut[0]) * cut[0]}",
+        )
+    _require_whole_groups(spec, facts.targeted(spec.lora.targets), pool)
+    return pool
+
+
+def _require_whole_groups(spec: RunSpec, linears: Iterable[Linear], pool: int) -> None:
+    for linear in linears:
+        if linear.inputs % pool:
+            raise SpecError(
+                f"{linear.name} of {spec.model} has {linear.inputs} inputs, which groups of {pool} do not divide",
+                try_=f"a checkpoint with --group-size {_dividing(linear.inputs)}" if linear.inputs % 32 == 0
+                else "lora.targets without it, or --method gptq-lora",
+            )  # fmt: skip
+
+
+def _dividing(inputs: int) -> int:
+    return next(size for size in (128, 64, 32) if inputs % size == 0)
+
+
+def factor_of(pool: Pool, inputs: int, group_size: int) -> float:
+    """What the sum of a group of inputs is multiplied by before A reads it."""
+    return {"peft": inputs / group_size**2, "mean": 1 / group_size, "sum": 1.0}[pool]
+
+
+def alphas(spec: RunSpec, linears: Iterable[Linear], group_size: int) -> dict[str, float]:
+    """The alpha of each linear, by leaf name, with which PEFT's own pooling computes what the spec's does."""
+    return {
+        linear.name: spec.lora.alpha
+        * factor_of(spec.lora.pool, linear.inputs, group_size)
+        / factor_of("peft", linear.inputs, group_size)
+        for linear in linears
+    }
