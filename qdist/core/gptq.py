@@ -14,7 +14,9 @@ from qdist.core.spec import GPTQ_METHODS, Quant, RunSpec
 
 BITS = (2, 3, 4, 8)
 SHIFTED = "qdist-gptq-offset"
-"""The `quant_method` of a checkpoint with a `WeightOffset`: readers that would leave offsets out refuse the name."""
+"""The `method` of a checkpoint with a `WeightOffset`. It has no `quant_method` and a `checkpoint_format` of its own, so
+that transformers, vLLM and GPTQModel refuse it: they would read the packed tensors and leave the offsets out."""
+_PLUS_OFFSET = "+offset"
 METHODS = ("gptq", SHIFTED)
 FORMATS = ("gptq", "gptq_v2")
 """v1 stores zeros minus one, v2 as they are."""
@@ -112,7 +114,7 @@ def of_run(spec: RunSpec, config: Mapping[str, object]) -> Gptq | None:
     Raises SpecError where the method and the model do not go together.
     """
     stored = config.get("quantization_config")
-    there = isinstance(stored, Mapping) and stored.get("quant_method") in METHODS
+    there = isinstance(stored, Mapping) and method_of(stored) in METHODS
     if spec.method not in GPTQ_METHODS:
         if there and spec.load_format == "auto":
             raise SpecError(f"{spec.model} is a GPTQ checkpoint", try_="--method gptq-lora, or qa-lora")
@@ -135,15 +137,22 @@ def of_run(spec: RunSpec, config: Mapping[str, object]) -> Gptq | None:
     return found
 
 
+def method_of(config: Mapping[str, Any]) -> str | None:
+    """The name of the quantization in a `quantization_config` or `quantize_config.json`; None where it has none."""
+    return config.get("quant_method") or config.get("method")
+
+
 def from_config(config: Mapping[str, Any], *, name: str) -> Gptq:
     """Read the content of a `quantize_config.json`, or a `quantization_config`.
 
     Raises ModelError naming the key where it is no GPTQ, or one that qdist does not read.
     """
-    method = config.get("quant_method") or config.get("method") or "gptq"
+    method = method_of(config) or "gptq"
     if method not in METHODS:
         raise ModelError(f"{name} is quantized with {method!r}, not gptq", try_="--method qlora on a 16-bit model")
     stored: Any = config.get("checkpoint_format") or config.get("format") or "gptq"
+    if method == SHIFTED:
+        stored = stored.removesuffix(_PLUS_OFFSET)
     if stored not in FORMATS:
         raise ModelError(f"{name} is stored in the format {stored!r}", try_="a checkpoint in gptq or gptq_v2")
     if config.get("lm_head"):
@@ -166,15 +175,16 @@ def from_config(config: Mapping[str, Any], *, name: str) -> Gptq:
 
 def to_config(gptq: Gptq) -> dict[str, Any]:
     """The same as both libraries write it, for `quantize_config.json` and for config.json."""
+    written = gptq.format + (_PLUS_OFFSET if gptq.offset else "")
     config: dict[str, Any] = {
-        "quant_method": SHIFTED if gptq.offset else "gptq",
+        **({"method": SHIFTED} if gptq.offset else {"quant_method": "gptq"}),
         "bits": gptq.shape.bits,
         "group_size": gptq.shape.group_size,
         "sym": gptq.sym,
         "desc_act": gptq.desc_act,
         "lm_head": False,
-        "format": gptq.format,
-        "checkpoint_format": gptq.format,
+        "format": written,
+        "checkpoint_format": written,
         "pack_dtype": "int32",
     }
     if gptq.overrides:

@@ -102,6 +102,24 @@ def entries_of(tensors: Mapping[str, torch.Tensor]) -> list[Entry]:
     ]
 
 
+def stored_entries(folder: Path, file: str) -> list[Entry]:
+    """The tensors of a file, read one at a time when their turn comes."""
+    kinds = {name: dtype for dtype, name in _NAMES.items()}
+    with opened(folder / file) as handle:
+        parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  (a handle is no dict)
+        return [
+            Entry(name, kinds[part.get_dtype()], tuple(part.get_shape()), partial(_read, folder / file, name))
+            for name, part in parts.items()
+        ]
+
+
+def _read(file: Path, name: str) -> torch.Tensor:
+    # Opened anew each time: the pages of a mapping that stays open count as memory of this process.
+    with opened(file) as handle:
+        tensor: torch.Tensor = handle.get_tensor(name)
+    return tensor
+
+
 def file_name(position: int, layers: int) -> str:
     """The file of decoder layer `position`; that of everything else for `position == layers`."""
     return f"model-{position + 1:05d}-of-{layers + 1:05d}.safetensors"

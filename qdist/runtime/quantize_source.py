@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qdist.core.errors import ModelError
+from qdist.core.gptq import method_of
 from qdist.core.facts import from_config
 from qdist.runtime.packed_folder import Packing, opened, tensor_files
 
@@ -172,7 +173,7 @@ def quantized_as(config: Mapping[str, Any], *, name: str) -> Packing | None:
     stored = config.get("quantization_config")
     if not stored:
         return None
-    method = stored.get("quant_method", "bitsandbytes")
+    method = method_of(stored) or "bitsandbytes"
     if method != "bitsandbytes":
         raise ModelError(f"{name} is quantized with {method}, which qdist does not read yet", try_="a 16-bit model")
     if stored.get("load_in_8bit"):

@@ -1,5 +1,6 @@
 """What do trained adapters change of each linear? Read from their folders, a linear at a time."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -9,10 +10,10 @@ import torch
 
 from qdist.core.errors import RunError
 from qdist.host.rundir import RunDir
-from qdist.runtime.packed_folder import opened
+from qdist.runtime.packed_folder import Entry, opened, stored_entries
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 """PEFT's, before the path of a module."""
 _ROWS = ".token_adapter.trainable_tokens_delta"
 
@@ -81,11 +82,24 @@ class Adapters:
 
         return gcd(*(config["qalora_group_size"] if config.get("use_qalora") else 1 for config in self.configs))
 
+    def entries(self, index: int) -> list[Entry]:
+        """The tensors of one run's adapter."""
+        return stored_entries(self.runs[index].adapter, ADAPTER)
+
+    @property
+    def stamp(self) -> str:
+        """SHA-256 of the adapters and their weights."""
+        sums = hashlib.sha256(repr(self.weights).encode())
+        for run in self.runs:
+            with open(run.adapter / ADAPTER, "rb") as file:
+                sums.update(hashlib.file_digest(file, "sha256").digest())
+        return sums.hexdigest()
+
     @cached_property
     def paths(self) -> frozenset[str]:
         """Modules that any of them changes."""
         return frozenset(
-            name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+            name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
             for names in self._names
             for name in names
             if name.endswith(".lora_A.weight")
@@ -98,11 +112,11 @@ class Adapters:
 
     def rows(self, path: str) -> torch.Tensor | None:
         """The trained rows of new tokens [new, hidden] of the table at a module path; None where it has none."""
-        name = f"{_PREFIX}{path}{_ROWS}"
+        name = f"{PREFIX}{path}{_ROWS}"
         return self._read(0, name).float() if name in self._names[0] else None
 
     def _term(self, index: int, path: str) -> Term | None:
-        name = f"{_PREFIX}{path}.lora_%s.weight"
+        name = f"{PREFIX}{path}.lora_%s.weight"
         if name % "A" not in self._names[index]:
             return None
         config, down, up = self.configs[index], self._read(index, name % "A"), self._read(index, name % "B")

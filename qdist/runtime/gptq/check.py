@@ -9,7 +9,7 @@ import msgspec
 import torch
 
 from qdist.core.errors import ModelError
-from qdist.core.gptq import METHODS, Gptq, Shape, from_config
+from qdist.core.gptq import METHODS, Gptq, Shape, from_config, method_of
 from qdist.runtime.gptq.bits import group_of_inputs, require_whole_words, unpack_zeros
 from qdist.runtime.gptq.folder import QUANTIZE_CONFIG
 from qdist.runtime.packed_folder import opened, tensor_files
@@ -34,7 +34,7 @@ def stated(folder: Path) -> Gptq | None:
     """
     config = json.loads((folder / "config.json").read_text()).get("quantization_config")
     beside = folder / QUANTIZE_CONFIG
-    found = from_config(config, name=str(folder)) if config and config.get("quant_method") in METHODS else None
+    found = from_config(config, name=str(folder)) if config and method_of(config) in METHODS else None
     if config and found is None:
         return None
     if not beside.is_file():

@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from qdist.core.errors import ModelError, SpecError
-from qdist.core.gptq import WORD, Gptq, Override, Shape
+from qdist.core.gptq import WORD, Gptq, Override, Shape, method_of
 from qdist.runtime.gptq.calibrate import pieces
 from qdist.runtime.gptq.decoder import Decoder
 from qdist.runtime.packed_folder import Entry, Packing
@@ -147,5 +147,5 @@ def _refuse_quantized(folder: Path, name: str) -> None:
         return  # refused where it is read
     stored = json.loads(config.read_text()).get("quantization_config")
     if stored:
-        method = stored.get("quant_method", "bitsandbytes")
+        method = method_of(stored) or "bitsandbytes"
         raise ModelError(f"{name} is quantized already, with {method}", try_="the 16-bit model that it was made from")

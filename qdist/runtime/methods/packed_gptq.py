@@ -17,8 +17,8 @@ class PackedGptq(PackedLinear):
 
     offset: what is added to stored zeros: 1 in the format gptq, 0 in gptq_v2.
     ordered: groups are of scattered inputs, and `g_idx` says which.
-    shift: of a merged QA-LoRA adapter, what is added to the weights of a group. Products add it times the pooled inputs:
-    added to the weights it would be lost when they are rounded to 16 bits.
+    shift: of a merged QA-LoRA adapter, what is added to the weights of a group. Products add it times pooled inputs: in
+    the weights it would be lost when they are rounded to 16 bits.
     """
 
     kind = "gptq"

@@ -1,0 +1,155 @@
+"""Merges QA-LoRA into its checkpoint: every tensor as it was, and beside each linear what is added to its groups.
+
+W = s (q - z), and an update that is constant within a group is an offset of the group: W + dW = s (q - z) + dW. As a
+zero, z - dW / s would have to be rounded to an integer (Xu et al. 2023, section 3.3; docs/decisions.md, "Merging").
+"""
+
+import math
+import shutil
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import torch
+
+from qdist.core.errors import RunError
+from qdist.core.gptq import Gptq, WeightOffset
+from qdist.runtime.exports.gptq_base import GptqBase, Packed, packed_hash
+from qdist.runtime.exports.group_update import OFFSET, GroupUpdates
+from qdist.runtime.exports.update import Adapters
+from qdist.runtime.gptq.folder import finish
+from qdist.runtime.packed_folder import Entry, Written, finished, opened, stored_entries, write_tensors
+from qdist.runtime.work_folder import built, require_space
+
+BOUND = 1e-3
+"""Of what rounding may take of an update, relative (Frobenius norms)."""
+_LARGEST = 2.0**14
+"""Of stored offsets, near: float16 goes to 65504."""
+_VERSION = 1
+
+
+class Difference(NamedTuple):
+    """Between the weights that the adapter gives and those of the merged model, over all linears."""
+
+    largest: float
+    """In weight units."""
+    relative: float
+    """Of the update: norm of the difference by norm of the update."""
+    unchanged: int
+    """Tensors of the base, compared bit for bit."""
+
+
+def merge_offsets(adapters: Adapters, out: Path, say: Callable[[str], None]) -> Difference:
+    """Write the checkpoint with offsets to `out`, which must not be there.
+
+    say: called with a line of progress.
+    Raises RunError where the update is not constant within groups, or rounding takes more of it than `BOUND`; nothing
+    is there then.
+    """
+    plan = adapters.runs[0].plan()
+    base = GptqBase(plan)
+    merger = _Merger(base, GroupUpdates(base, adapters))
+    with built(out, f"offsets {_VERSION} {base.stamp} {adapters.stamp}") as work:
+        require_space(out.parent, base.bytes + merger.offset_bytes, purpose=f"merging into {plan.spec.model}")
+        files: dict[str, Written] = {}
+        for number, file in enumerate(base.files, 1):
+            files[file] = finished(work, file) or write_tensors(work, file, merger.entries(file))
+            if number * 10 // len(base.files) > (number - 1) * 10 // len(base.files):
+                say(f"{number} of {len(base.files)} files written")
+        difference = merger.compared(work)
+        for path in base.beside:
+            shutil.copyfile(path, work / path.name)
+        finish(work, base.config, merger.gptq(packed_hash(files)), files)
+    return difference
+
+
+class _Merger:
+    """What the files of a merged checkpoint hold."""
+
+    def __init__(self, base: GptqBase, updates: GroupUpdates) -> None:
+        self._base, self._updates = base, updates
+
+    def gptq(self, base_hash: str) -> Gptq:
+        """What the merged checkpoint says of itself. The base of one that was merged into before stays what it was."""
+        old = self._base.gptq.offset
+        offset = WeightOffset(
+            group_size=self._updates.size,
+            scale=self._scale,
+            linears=self._updates.leaves,
+            base=old.base if old else base_hash,
+        )
+        return msgspec.structs.replace(self._base.gptq, offset=offset)
+
+    @property
+    def offset_bytes(self) -> int:
+        """Of all offsets, stored."""
+        return sum(
+            2 * self._updates.groups(linear) * linear.outputs
+            for file in self._base.files
+            for linear in self._updates.linears(file)
+        )
+
+    def entries(self, file: str) -> list[Entry]:
+        """The base's tensors, and the offsets of linears that have their words in this file."""
+        kept = [entry for entry in self._base.entries(file) if not entry.name.endswith(OFFSET)]
+        return kept + [
+            Entry(
+                own.path + OFFSET,
+                torch.float16,
+                (self._updates.groups(own), own.outputs),
+                partial(self._stored, file, own),
+            )
+            for own in self._updates.linears(file)
+        ]
+
+    def compared(self, work: Path) -> Difference:
+        """Read what was written, and hold it against base and adapters."""
+        largest = lost = total = 0.0
+        unchanged = 0
+        for file in self._base.files:
+            for own in self._updates.linears(file):
+                exact = self._updates.whole(file, own)
+                with opened(work / file) as handle:
+                    off = handle.get_tensor(own.path + OFFSET).float() * self._scale - exact
+                largest = max(largest, float(off.abs().max()))
+                lost, total = lost + float(off.square().sum()), total + float(self._updates.update(own).square().sum())
+            unchanged += self._unchanged(work, file)
+        relative = math.sqrt(lost / total) if total else 0.0
+        if relative > BOUND:
+            raise RunError(
+                f"rounding offsets to float16 takes {relative:.2%} of the adapter, and {BOUND:.2%} is the most",
+                try_="qdist export --to lora, which keeps the adapter",
+            )
+        return Difference(largest, relative, unchanged)
+
+    def _unchanged(self, work: Path, file: str) -> int:
+        """How many tensors of the base are in a written file, bit for bit: all, or RunError."""
+        if self._base.folder is None:  # made of nothing but their names, and not to be read again
+            return 0
+        written = {entry.name: entry for entry in stored_entries(work, file)}
+        kept = [entry for entry in stored_entries(self._base.folder, file) if not entry.name.endswith(OFFSET)]
+        for entry in kept:
+            if not torch.equal(_bits(entry), _bits(written[entry.name])):
+                raise RunError(f"{entry.name} was not written as the base has it", try_="the same command again")
+        return len(kept)
+
+    @cached_property
+    def _scale(self) -> float:
+        """The power of two with which the largest offset is stored as about `_LARGEST`."""
+        peaks = [
+            float(self._updates.whole(file, own).abs().max())
+            for file in self._base.files
+            for own in self._updates.linears(file)
+        ]
+        largest = max(peaks, default=0.0)
+        return 2.0 ** math.ceil(math.log2(largest / _LARGEST)) if largest else 1.0
+
+    def _stored(self, file: str, linear: Packed) -> torch.Tensor:
+        """Float16 [groups, out], to be multiplied by the scale."""
+        return (self._updates.whole(file, linear) / self._scale).half()
+
+
+def _bits(entry: Entry) -> torch.Tensor:
+    return entry.make().contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,86 @@
+"""QA-LoRA adapters as an ordinary LoRA adapter over the same base: each column of A once for every input of its group.
+
+B A pool(x) = B A' x where A' repeats the columns of A; the sum of several adapters is one of their ranks together. So
+PEFT and vLLM compute what the run computed, without knowing of groups.
+"""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qdist.core.errors import RunError
+from qdist.runtime.exports.update import ADAPTER, ADAPTER_CONFIG, PREFIX, Adapters
+from qdist.runtime.packed_folder import Entry, write_tensors
+from qdist.runtime.quantize_pack import goes_along
+from qdist.runtime.work_folder import built, require_space
+
+
+def widen(adapters: Adapters, out: Path) -> int:
+    """Write the adapter folder `out`, which must not be there. Returns its rank.
+
+    Factors go into A, so that alpha equals r: PEFT's `alpha_pattern`, which vLLM does not read, is not needed.
+    Raises RunError where there is nothing to widen or to add up.
+    """
+    if len(adapters.runs) == 1 and adapters.pool == 1:
+        raise RunError(f"{adapters.runs[0].path} has plain LoRA already", try_=f"{adapters.runs[0].adapter} as it is")
+    ranks = [int(config["r"]) for config in adapters.configs]
+    plan, rank = adapters.runs[0].plan(), sum(ranks)
+    with built(out, f"lora {adapters.stamp}") as work:
+        size = 4 * plan.facts.adapter_parameters(rank, plan.spec.lora.targets)
+        require_space(out.parent, size, purpose="the adapter")
+        write_tensors(work, ADAPTER, [*_matrices(adapters, rank), *_rows(adapters)])
+        (work / ADAPTER_CONFIG).write_text(json.dumps(_config(adapters, rank), indent=2) + "\n")
+        for path in sorted(adapters.runs[0].adapter.iterdir()):
+            if goes_along(path) and path.name != ADAPTER_CONFIG:
+                shutil.copyfile(path, work / path.name)
+    return rank
+
+
+def _matrices(adapters: Adapters, rank: int) -> list[Entry]:
+    entries = []
+    for path in sorted(adapters.paths):
+        update = adapters.of(path)
+        assert update is not None
+        outputs, first = update.terms[0].up.shape[0], update.terms[0]
+        shapes = {"A": (rank, first.down.shape[1] * first.pool), "B": (outputs, rank)}
+        entries += [
+            Entry(
+                f"{PREFIX}{path}.lora_{side}.weight", torch.float32, shape, partial(_side, adapters, path, side, rank)
+            )
+            for side, shape in shapes.items()
+        ]
+    return entries
+
+
+def _side(adapters: Adapters, path: str, side: str, rank: int) -> torch.Tensor:
+    """A [r, in] or B [out, r] of all adapters together; zeros for one that does not change this linear."""
+    update = adapters.of(path)
+    assert update is not None
+    if side == "A":
+        parts = [term.factor * term.down.repeat_interleave(term.pool, dim=1) for term in update.terms]
+        joined = torch.cat(parts)
+        return torch.nn.functional.pad(joined, (0, 0, 0, rank - joined.shape[0]))
+    joined = torch.cat([term.up for term in update.terms], dim=1)
+    return torch.nn.functional.pad(joined, (0, rank - joined.shape[1]))
+
+
+def _rows(adapters: Adapters) -> list[Entry]:
+    """Trained rows of new tokens, as they are."""
+    return [entry for entry in adapters.entries(0) if ".lora_" not in entry.name]
+
+
+def _config(adapters: Adapters, rank: int) -> dict[str, Any]:
+    targets = sorted({name for config in adapters.configs for name in config["target_modules"]})
+    return {
+        **adapters.configs[0],
+        "r": rank,
+        "lora_alpha": rank,
+        "alpha_pattern": {},
+        "use_qalora": False,
+        "qalora_group_size": 16,
+        "target_modules": targets,
+    }

@@ -1,0 +1,123 @@
+"""Folds QA-LoRA into integer zeros, which every reader of GPTQ knows, and says how much of the adapter that loses.
+
+z' = round(z - dW / s), within what the bits hold: an update of less than half a scale is gone (docs/decisions.md).
+"""
+
+import math
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import torch
+
+from qdist.core.errors import RunError
+from qdist.core.gptq import Gptq
+from qdist.runtime.exports.gptq_base import GptqBase, Packed
+from qdist.runtime.exports.group_update import OFFSET, GroupUpdates
+from qdist.runtime.exports.update import Adapters
+from qdist.runtime.gptq.bits import pack_zeros, unpack_zeros
+from qdist.runtime.gptq.folder import finish
+from qdist.runtime.packed_folder import Entry, Written, finished, write_tensors
+from qdist.runtime.work_folder import built, require_space
+
+_QZEROS, _SCALES = ".qzeros", ".scales"
+
+
+class Lost(NamedTuple):
+    """What rounding zeros takes away."""
+
+    relative: float
+    """Of the update: norm of what is missing by norm of the update."""
+    clipped: int
+    """Zeros that the bits could not hold."""
+    zeros: int
+
+
+def loss_of_zeros(adapters: Adapters) -> Lost:
+    """What `fold_zeros` would lose; nothing is written."""
+    return _Folder(adapters).lost()
+
+
+def fold_zeros(adapters: Adapters, out: Path) -> Lost:
+    """Write a plain GPTQ checkpoint, in the format gptq_v2, to `out`, which must not be there.
+
+    Raises RunError where the update is not constant within groups.
+    """
+    folder = _Folder(adapters)
+    base = folder.base
+    with built(out, f"zeros {base.stamp} {adapters.stamp}") as work:
+        require_space(out.parent, base.bytes, purpose=f"folding into {base.plan.spec.model}")
+        files: dict[str, Written] = {}
+        for file in base.files:
+            files[file] = finished(work, file) or write_tensors(work, file, folder.entries(file))
+        for path in base.beside:
+            shutil.copyfile(path, work / path.name)
+        finish(work, base.config, folder.gptq, files)
+    return folder.lost()
+
+
+class _Folder:
+    """A checkpoint with other zeros."""
+
+    def __init__(self, adapters: Adapters) -> None:
+        self.base = GptqBase(adapters.runs[0].plan())
+        self._updates = GroupUpdates(self.base, adapters)
+
+    @property
+    def gptq(self) -> Gptq:
+        """What it says of itself: a zero may be any number, also 0, which the format gptq cannot hold."""
+        return msgspec.structs.replace(self.base.gptq, sym=False, format="gptq_v2", offset=None)
+
+    def entries(self, file: str) -> list[Entry]:
+        """The base's tensors, zeros replaced."""
+        kept = {e.name: e for e in self.base.entries(file) if not e.name.endswith(OFFSET)}
+        for linear in self.base.linears(file):
+            name = linear.path + _QZEROS
+            kept[name] = kept[name]._replace(make=partial(self._qzeros, file, linear, kept))
+        return list(kept.values())
+
+    def lost(self) -> Lost:
+        """Over all linears that are changed."""
+        missing = total = 0.0
+        clipped = count = 0
+        for file in self.base.files:
+            tensors = {entry.name: entry for entry in self.base.entries(file)}
+            for linear in self._updates.linears(file):
+                zeros, scales, exact = self._exact(file, linear, tensors)
+                wanted = exact.round()
+                new = wanted.clamp(0, self._highest(linear))
+                size = exact.shape[0]
+                change = (zeros - exact) * scales
+                missing += float((((zeros - new) * scales) - change).square().sum()) / size
+                total += float(change.square().sum()) / size
+                clipped, count = clipped + int((new != wanted).sum()), count + new.numel()
+        if not count:
+            raise RunError("no linear is changed by the adapter", try_="another run")
+        return Lost(math.sqrt(missing / total) if total else 0.0, clipped, count)
+
+    def _qzeros(self, file: str, linear: Packed, tensors: dict[str, Entry]) -> torch.Tensor:
+        _, _, exact = self._exact(file, linear, tensors)
+        zeros = exact.round().clamp(0, self._highest(linear)).to(torch.int32)
+        return pack_zeros(zeros, self._bits(linear), 0)
+
+    def _exact(
+        self, file: str, linear: Packed, tensors: dict[str, Entry]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(zeros, scales, zeros that the update asks for), float32 [groups, out]."""
+        stored, scales = tensors[linear.path + _QZEROS].make(), tensors[linear.path + _SCALES].make().float()
+        zeros = unpack_zeros(stored, self._bits(linear), self.base.gptq.zero_offset).float()
+        if linear.path.rpartition(".")[2] not in self._updates.leaves:
+            return zeros, scales, zeros
+        update = self._updates.whole(file, linear)
+        update = update.repeat_interleave(zeros.shape[0] // update.shape[0], dim=0)
+        return zeros, scales, zeros - update / scales
+
+    def _bits(self, linear: Packed) -> int:
+        shape = self.base.gptq.of(linear.path)
+        assert shape is not None
+        return shape.bits
+
+    def _highest(self, linear: Packed) -> int:
+        return (1 << self._bits(linear)) - 1
