@@ -13,6 +13,7 @@ COMMANDS = {
     "convert": ("qdist.cli.convert:convert", "Turn another project's packed checkpoint into a GPTQ folder."),
     "gather": ("qdist.cli.gather:gather", "Write a run's adapter from its last checkpoint."),
     "merge": ("qdist.cli.merge:merge", "Merge an adapter into its quantized model."),
+    "export": ("qdist.cli.export:export", "Write a run's model for other programs."),
     "generate": ("qdist.cli.generate:generate", "Complete prompts with a run's model."),
     "chat": ("qdist.cli.chat:chat", "Talk to a run's model."),
     "doctor": ("qdist.cli.doctor:doctor", "Check driver, GPUs, packages, memory and disk."),

@@ -119,7 +119,7 @@ def load_run(run: RunDir, dtype: torch.dtype, residence: Residence) -> tuple[Any
 
     plan = run.plan()
     backbone = load_backbone(
-        _with_packed(plan),
+        with_packed(plan),
         bits=plan.spec.bits,
         quant=plan.spec.quant,
         dtype=dtype,
@@ -149,8 +149,8 @@ def load_tokenizer(source: Source) -> Any:
     return AutoTokenizer.from_pretrained(source.tokenizer, local_files_only=True)
 
 
-def _with_packed(plan: Plan) -> Source:
-    """The run's source with packed weights that are there: packed again where the cache was emptied since."""
+def with_packed(plan: Plan) -> Source:
+    """A run's source with packed weights that are there: packed again where the cache was emptied since."""
     source, spec = plan.source, plan.spec
     if source.kind == "dummy" or (source.packed and Path(source.packed).is_dir()):
         return source

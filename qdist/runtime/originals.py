@@ -15,6 +15,7 @@ from qdist.runtime.quantize_source import Blueprint, Tensors, blueprint, quantiz
 class Originals(NamedTuple):
     """A model folder in 16 or 32 bits, under the names of transformers' modules."""
 
+    folder: Path
     shape: Blueprint
     tensors: Tensors
 
@@ -37,7 +38,7 @@ def find_originals(source: Source) -> Originals | str:
         return f"{folder} is a GPTQ checkpoint, which does not say which model it was made from"
     shape = blueprint(folder)
     if not _is_packed(folder):
-        return Originals(shape, tensors_of(folder, shape))
+        return Originals(folder, shape, tensors_of(folder, shape))
     manifest = read_manifest(folder)
     if manifest is None:
         return f"{folder} is quantized itself, and does not say which model it was made from"
@@ -46,7 +47,8 @@ def find_originals(source: Source) -> Originals | str:
         return f"{folder} was made from {origin}, which is not there any more"
     if source_identity(origin, manifest.packing) != manifest.source_identity:
         return f"{folder} was made from {origin}, whose files have changed since"
-    return Originals(blueprint(origin), tensors_of(origin, blueprint(origin)))
+    shape = blueprint(origin)
+    return Originals(origin, shape, tensors_of(origin, shape))
 
 
 def _is_packed(folder: Path) -> bool:

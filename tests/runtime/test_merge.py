@@ -1,8 +1,8 @@
 """A merged model is plain transformers and says what the adapter said."""
 
-import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +11,9 @@ import torch
 from qdist.core.errors import RunError
 from qdist.host.rundir import RunDir
 from qdist.runtime import merge as merging
+from qdist.runtime import work_folder
+from qdist.runtime.exports.job import Export
 from qdist.runtime.load import load
-from qdist.runtime.merge import merge
 from qdist.runtime.packed_folder import MANIFEST, Packing
 from qdist.runtime.quantize import quantize
 from tests.runtime.tiny import adapted_run, dummy_job, logits_of, real_job, save_config, save_data, save_model
@@ -25,6 +26,13 @@ def run_over(folder: Path, family: str = "llama", model: dict[str, Any] | None =
     source = save_model(folder / "model", family, **(model or {}))
     data = save_data(folder / "d.jsonl")
     return adapted_run(real_job(source, data, folder / "run", seq_len=64, **settings))[0]
+
+
+def merge(run: RunDir, out: Path, *, onto: Any, dtype: torch.dtype) -> SimpleNamespace:
+    """The losses as numbers."""
+    name: Any = str(dtype).removeprefix("torch.")
+    losses = merging.merge(Export(runs=(run.path,), out=out, onto=onto, dtype=name))
+    return SimpleNamespace(**{key: loss and loss.value for key, loss in losses._asdict().items()})
 
 
 def plain(folder: Path) -> Any:
@@ -108,7 +116,8 @@ def test_float16_is_written_where_it_is_asked_for(tmp_path: Path) -> None:
 
     run = run_over(tmp_path)
     merge(run, tmp_path / "merged", onto="dequantized", dtype=torch.float16)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.float16}
+    tensors = [tensor for file in (tmp_path / "merged").glob("*.safetensors") for tensor in load_file(file).values()]
+    assert {tensor.dtype for tensor in tensors} == {torch.float16}
 
 
 def test_a_merged_model_keeps_no_trace_of_quantization_and_brings_its_tokenizer(tmp_path: Path) -> None:
@@ -130,8 +139,7 @@ def test_random_weights_are_merged_and_have_no_original(tmp_path: Path) -> None:
         merge(run, tmp_path / "merged", onto="original", dtype=torch.bfloat16)
     assert not (tmp_path / "merged").exists()
     losses = merge(run, tmp_path / "merged", onto="dequantized", dtype=torch.bfloat16)
-    assert math.isnan(losses.dequantized)
-    assert losses.original is None
+    assert (losses.adapter, losses.dequantized, losses.original) == (None, None, None)
     assert relative(logits_of(plain(tmp_path / "merged")), logits_of(load(run.path)[0])) < 4 * BF16
 
 
@@ -180,14 +188,17 @@ def test_a_packed_folder_without_its_original_is_merged_dequantized_alone(
     assert losses.dequantized == pytest.approx(losses.adapter, rel=0.02)
 
 
-def test_nothing_half_written_is_left_when_merging_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_half_written_is_there_when_merging_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_over(tmp_path)
     before = sorted(tmp_path.iterdir())
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(merging, "publish_folder", full)
-    with pytest.raises(OSError, match="No space"):
-        merge(run, tmp_path / "merged", onto="dequantized", dtype=torch.bfloat16)
-    assert sorted(tmp_path.iterdir()) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(work_folder, "publish_folder", full)
+        with pytest.raises(OSError, match="No space"):
+            merge(run, tmp_path / "merged", onto="dequantized", dtype=torch.bfloat16)
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / ".merged.unfinished"])
+    merge(run, tmp_path / "merged", onto="dequantized", dtype=torch.bfloat16)
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "merged"])

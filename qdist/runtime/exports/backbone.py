@@ -1,0 +1,156 @@
+"""A run's frozen backbone, read one tensor at a time: unpacked as training sees it, or as it was before packing."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import torch
+from torch import nn
+
+from qdist.core.errors import RunError
+from qdist.core.plan import Plan
+from qdist.core.units import GIB
+from qdist.runtime.load import with_packed
+from qdist.runtime.methods.backbone import DTYPES
+from qdist.runtime.methods.packed import PackedLinear, Slices
+from qdist.runtime.methods.skeleton import decoder_layers, fill, skeleton
+from qdist.runtime.methods.weights import FolderWeights, RandomWeights, Weights
+from qdist.runtime.originals import Originals, find_originals
+from qdist.runtime.packed_folder import Packing
+from qdist.runtime.placements.residence import free_bytes
+from qdist.runtime.quantize_pack import source_identity
+
+Onto = Literal["dequantized", "original"]
+"""A backbone as training sees it, or as it was before it was packed."""
+_GPU_BYTES = 4 * GIB
+"""Of a GPU that unpacks: twice the context and the matrices of the largest models that qdist knows."""
+_COLUMNS = 1024
+"""Of a table, of which the mean is taken at a time."""
+
+
+class Weight(NamedTuple):
+    """A parameter of the model that the backbone was before it was packed."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Rows of new tokens included."""
+    position: int
+    """The decoder layer that it belongs to; their number for what lies outside."""
+
+
+class Backbone:
+    """The weights of a run's backbone under the names of transformers' modules; none of them is held."""
+
+    def __init__(self, plan: Plan, *, onto: Onto = "dequantized", device: torch.device | None = None) -> None:
+        """Raises RunError where the original is not to be had, ModelError where the backbone is gone."""
+        self.plan, self.device = plan, device or unpacking_device()
+        self._originals = _originals(plan) if onto == "original" else None
+        self.source = plan.source if self._originals else with_packed(plan)
+        self.compute_dtype = DTYPES[plan.compute_dtype]
+        self.model = skeleton(
+            self.source,
+            bits=plan.spec.bits,
+            quant=plan.spec.quant,
+            dtype=self.compute_dtype,
+            linear_names=plan.facts.linear_names,
+        )
+        """On the meta device; linears as they are packed."""
+        self.layers: int = plan.facts.layers
+        self._weights = self._weights_of_modules()
+        self._tables = self._paths_of_tables()
+
+    def weights(self) -> tuple[Weight, ...]:
+        """All of them, in the order of the modules; a tied table is there once."""
+        stack = decoder_layers(self.model)
+        root = next(path for path, module in self.model.named_modules() if module is stack)
+        found, seen = [], set[nn.Parameter]()
+        for path, module in self.model.named_modules():
+            inside = path.startswith(f"{root}.")
+            position = int(path.removeprefix(f"{root}.").partition(".")[0]) if inside else self.layers
+            for leaf, parameter in module.named_parameters(recurse=False):
+                packed = isinstance(module, PackedLinear)
+                if parameter not in seen and (not packed or leaf in ("weight", "bias")):
+                    shape = self._shape(path, leaf, module, parameter)
+                    found.append(Weight(f"{path}.{leaf}", shape, position))
+                seen.add(parameter)
+        return tuple(found)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A weight, a tensor of its own on `device`: what the forward pass of the run's backbone computes with."""
+        path, _, leaf = name.rpartition(".")
+        if self._originals is not None:
+            value = self._originals.tensors.read(name).to(self.device)
+        else:
+            module = self.model.get_submodule(path)
+            if isinstance(module, PackedLinear) and leaf == "weight":
+                return self.linear(path).matrix(self.compute_dtype, self.device)
+            value = self._weights.of(path, module)[leaf][:].to(self.device, module.get_parameter(leaf).dtype)
+        return self._with_new_rows(value) if path in self._tables else value
+
+    def linear(self, path: str) -> Any:
+        """A packed linear with its tensors, which are free again when it is dropped."""
+        module = copy.deepcopy(self.model.get_submodule(path))
+        fill(module, _At(self._weights, path), device=self.device)
+        return module
+
+    def identity(self) -> str:
+        """Says what `read` gives: the run's source, the files that are read, and what unpacks them."""
+        folder = self._originals.folder if self._originals else self.source.packed
+        files = source_identity(Path(folder), Packing(bits=16)) if folder else ""
+        plan = self.plan
+        parts = (plan.source, plan.spec.bits, plan.spec.quant, plan.compute_dtype, files, self.device.type)
+        return msgspec.json.encode(parts).decode()
+
+    def _weights_of_modules(self) -> Weights:
+        if self.source.kind == "dummy":
+            return RandomWeights(self.device, self.compute_dtype)
+        return FolderWeights(self.source.packed)
+
+    def _paths_of_tables(self) -> frozenset[str]:
+        """Tables that have rows for new tokens."""
+        if self.source.vocab_rows is None:
+            return frozenset()
+        tables = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        return frozenset(path for path, module in self.model.named_modules() if module in tables)
+
+    def _shape(self, path: str, leaf: str, module: nn.Module, parameter: nn.Parameter) -> tuple[int, ...]:
+        if isinstance(module, PackedLinear) and leaf == "weight":
+            return module.out_features, module.in_features
+        rows = self.source.vocab_rows if path in self._tables else None
+        return (rows or parameter.shape[0], *parameter.shape[1:])
+
+    def _with_new_rows(self, table: torch.Tensor) -> torch.Tensor:
+        """A table with rows for new tokens: the mean of the old ones, as `special_tokens.add_rows` has it."""
+        old, rows = len(table), self.source.vocab_rows
+        assert rows is not None  # or it would be no table with new rows
+        fresh = sorted({*self.source.new_token_ids, *range(old, rows)})
+        kept = torch.tensor(sorted(set(range(old)) - set(fresh)), device=table.device)
+        columns = [part[kept].float().mean(dim=0) for part in table.split(_COLUMNS, dim=-1)]
+        grown = torch.cat([table, table.new_empty(rows - old, *table.shape[1:])])
+        grown[torch.tensor(fresh, device=table.device)] = torch.cat(columns).to(table.dtype)
+        return grown
+
+
+class _At:
+    """Weights of the modules below a path, which are asked for by their paths from there."""
+
+    def __init__(self, weights: Weights, path: str) -> None:
+        self._weights, self._path = weights, path
+
+    def of(self, path: str, module: nn.Module) -> Mapping[str, Slices]:
+        return self._weights.of(f"{self._path}.{path}".rstrip("."), module)
+
+
+def unpacking_device() -> torch.device:
+    """The first GPU that has room for a matrix; else the CPU."""
+    rooms = enumerate(free_bytes()) if torch.cuda.is_available() else ()
+    return next((torch.device("cuda", gpu) for gpu, free in rooms if free >= _GPU_BYTES), torch.device("cpu"))
+
+
+def _originals(plan: Plan) -> Originals:
+    found = find_originals(plan.source)
+    if isinstance(found, str):
+        raise RunError(found, try_="--onto dequantized")
+    return found

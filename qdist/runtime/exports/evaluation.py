@@ -1,0 +1,129 @@
+"""What does merging cost? The held-out loss of a run's adapter, and of the models that it is merged to."""
+
+import gc
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from qdist.core.errors import PlanError
+from qdist.core.plan import Plan, Source
+from qdist.core.residence import Footprint, Residence, footprint
+from qdist.core.units import format_bytes
+from qdist.host import probe
+from qdist.host.rundir import RunDir
+from qdist.runtime.exports.merged import Merged
+from qdist.runtime.forward import Forward
+from qdist.runtime.load import load_run, load_tokenizer, residence_of
+from qdist.runtime.methods.backbone import DTYPES
+from qdist.runtime.methods.skeleton import fill, skeleton
+from qdist.runtime.methods.weights import FolderWeights, Weights
+from qdist.runtime.placements.residence import arrange, choose, first_device, settle
+from qdist.runtime.samples import Samples, read_samples
+
+
+class Loss(NamedTuple):
+    """Of the held-out samples, or why there is none."""
+
+    value: float | None
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"not evaluated: {self.note}" if self.value is None else f"{self.value:.4f}"
+
+
+class Evaluation:
+    """A run's held-out samples and what models say of them, each on the GPUs, or in host memory where there are none.
+
+    A model that has no room is not evaluated, and what it would need is said.
+    """
+
+    def __init__(self, run: RunDir) -> None:
+        self.run, self.plan = run, run.plan()
+
+    @property
+    def refusal(self) -> str:
+        """Why no model is evaluated; empty where they are."""
+        if self.plan.source.kind == "dummy":
+            return "random weights"
+        return "" if self._samples.held_out else "the run holds nothing out"
+
+    def adapter(self) -> Loss:
+        """The run's packed backbone with its adapter on."""
+        return self._loss(self._adapter)
+
+    def written(self, folder: Path, dtype: torch.dtype) -> Loss:
+        """A merged model, read back from its folder."""
+        source = Source(kind="folder", path=str(folder), packed=str(folder), config={}, tokenizer="")
+        return self._loss(partial(self._plain, source, FolderWeights(folder), dtype))
+
+    def unwritten(self, merged: Merged) -> Loss:
+        """A merged model that is on no disk: each of its weights is computed on its way into memory."""
+        return self._loss(partial(self._plain, self.plan.source, merged, merged.dtype))
+
+    @cached_property
+    def _samples(self) -> Samples:
+        tokenizer = load_tokenizer(self.plan.source)
+        return read_samples(self.plan, pad_id=tokenizer.pad_token_id if tokenizer else 0)
+
+    def _loss(self, evaluate: Callable[[], float]) -> Loss:
+        if refusal := self.refusal:
+            return Loss(None, refusal)
+        try:
+            return Loss(evaluate())
+        except PlanError as error:
+            return Loss(None, error.message)
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()  # does nothing without a GPU
+
+    def _adapter(self) -> float:
+        plan = self.plan
+        dtype, tokens = DTYPES[plan.compute_dtype], plan.micro_batch * plan.seq_len
+        residence = residence_of(plan, dtype, tokens=tokens, scored=tokens)
+        if not residence.gpus:
+            spec = plan.spec
+            parts = footprint(
+                plan.facts, bits=spec.bits, double_quant=spec.quant.double, gptq=plan.source.gptq,
+                compute_bytes=dtype.itemsize, tokens=tokens, rank_r=spec.lora.r, targets=spec.lora.targets,
+                scored=tokens,
+            )  # fmt: skip
+            _require_host_memory(parts)
+        model, _ = load_run(self.run, dtype, residence)
+        return self._held_out(model, dtype)
+
+    def _plain(self, source: Source, weights: Weights, dtype: torch.dtype) -> float:
+        used = dtype if torch.cuda.is_available() else torch.float32  # most CPUs emulate 16-bit arithmetic
+        residence = _residence(self.plan, used)
+        names = self.plan.facts.linear_names
+        model = skeleton(source, bits=16, quant=self.plan.spec.quant, dtype=used, linear_names=names)
+        arrange(model, residence)
+        fill(model, weights, device=first_device(residence))
+        settle(model, residence)
+        return self._held_out(model, used)
+
+    def _held_out(self, model: Any, dtype: torch.dtype) -> float:
+        samples = self._samples
+        loss, tokens = Forward(model, samples, dtype=dtype, fused=False).evaluate(samples.held_out_batches())
+        return loss / tokens
+
+
+def _residence(plan: Plan, dtype: torch.dtype) -> Residence:
+    """Of the merged model. Raises PlanError where it has no room."""
+    tokens = plan.micro_batch * plan.seq_len
+    parts = footprint(
+        plan.facts, bits=16, double_quant=False, compute_bytes=dtype.itemsize, tokens=tokens, scored=tokens
+    )
+    residence = choose(parts, device=None, max_memory_bytes=None)
+    if not residence.gpus:
+        _require_host_memory(parts)
+    return residence
+
+
+def _require_host_memory(parts: Footprint) -> None:
+    needed = parts.first + parts.layers * parts.layer + parts.last
+    free = probe.host_memory(Path("/"))[1]
+    if needed > free:
+        raise PlanError(f"it takes {format_bytes(needed)} of host memory, {format_bytes(free)} is free")

@@ -1,0 +1,33 @@
+"""What is to be exported, to where, and how: what every target is told."""
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import torch
+
+from qdist.host.rundir import RunDir
+from qdist.runtime.exports.backbone import Onto
+from qdist.runtime.exports.update import Adapters
+from qdist.runtime.methods.backbone import DTYPES
+
+
+class Export(msgspec.Struct, frozen=True, kw_only=True):
+    """A way out of one or several runs over one base."""
+
+    runs: tuple[Path, ...]
+    out: Path
+    """What is written; must not exist, or be an empty folder."""
+    weights: tuple[float, ...] = ()
+    """What the update of each run is multiplied by; empty for a single run as it is."""
+    onto: Onto = "dequantized"
+    dtype: Literal["bfloat16", "float16"] = "bfloat16"
+
+    @property
+    def adapters(self) -> Adapters:
+        """Raises RunError for runs that have no adapter, or are not of one base."""
+        return Adapters([RunDir(run) for run in self.runs], self.weights)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]

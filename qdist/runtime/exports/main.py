@@ -1,0 +1,55 @@
+"""`python -m qdist.runtime.exports.main TARGET RUN... --out OUT`: started by the command line, which checks flags."""
+
+import argparse
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from qdist.core.errors import QdistError
+from qdist.runtime.exports.job import Export
+
+TARGETS = {"16bit": "qdist.runtime.exports.sixteen"}
+"""Name -> the module whose `run` takes an `Export`."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """What all targets are told."""
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("runs", type=Path, nargs="+")
+    arguments.add_argument("--out", type=Path, required=True)
+    arguments.add_argument("--weights", type=_numbers, default=())
+    arguments.add_argument("--onto", choices=("dequantized", "original"), default="dequantized")
+    arguments.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    return arguments
+
+
+def job_from(given: argparse.Namespace) -> Export:
+    """The job that flags describe."""
+    return Export(**{**vars(given), "runs": tuple(given.runs)})
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
+
+
+def quiet() -> None:
+    """transformers' own progress bars and warnings stay away from what a user reads."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def main() -> None:
+    """A problem that the user can put right ends in two lines."""
+    target, *flags = sys.argv[1:]
+    quiet()
+    try:
+        import_module(TARGETS[target]).run(job_from(parser().parse_args(flags)))
+    except QdistError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""What lies beside the weights of an exported model: its configuration, generation settings and tokenizer."""
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from qdist.core.plan import Source
+from qdist.host.files import write_atomic
+from qdist.runtime.load import load_tokenizer
+from qdist.runtime.packed_folder import INDEX, Written
+from qdist.runtime.special_tokens import align_config
+
+_GENERATION = "generation_config.json"
+
+
+def write_model_files(folder: Path, model: Any, source: Source, dtype: torch.dtype) -> None:
+    """Everything but weights and index, without a trace of quantization or adapter.
+
+    model: the backbone, whose weights are not looked at. source: the run's.
+    """
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.use_cache, config.dtype = True, dtype
+    if source.vocab_rows is not None:
+        config.get_text_config().vocab_size = source.vocab_rows
+    generation = SimpleNamespace(**{"eos_token_id": None, **_generation(model, source)})
+    tokenizer = load_tokenizer(source)
+    if tokenizer is not None:
+        align_config(SimpleNamespace(config=config, generation_config=generation), tokenizer)
+        tokenizer.save_pretrained(folder)
+    config.save_pretrained(folder)
+    write_atomic(folder / _GENERATION, json.dumps(vars(generation), indent=2, sort_keys=True) + "\n")
+
+
+def write_index(folder: Path, files: Mapping[str, Written]) -> None:
+    """Which tensor is in which file, as transformers reads it."""
+    weight_map = {name: file for file, written in files.items() for name in written.checksums}
+    total = sum(written.tensor_bytes for written in files.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def _generation(model: Any, source: Source) -> dict[str, Any]:
+    """The source's own settings, as they are: transformers refuses to save some that it reads."""
+    own = Path(source.path) / _GENERATION
+    if source.path and own.is_file():
+        settings: dict[str, Any] = json.loads(own.read_text())
+        return settings
+    derived: dict[str, Any] = model.generation_config.to_diff_dict()
+    return derived
