@@ -1,0 +1,85 @@
+"""Rotary positions as a configuration has them, and as llama.cpp wants them.
+
+transformers 5 keeps them under `rope_parameters`, earlier versions under `rope_theta` and `rope_scaling`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from qdist.core.errors import ModelError
+
+_DEFAULTS = {"attention_factor": None, "mscale": None, "mscale_all_dim": None, "truncate": True,
+             "beta_fast": 32, "beta_slow": 1}  # fmt: skip
+"""What llama.cpp computes YaRN with, and no key of a file changes for these architectures."""
+
+
+class Rope(NamedTuple):
+    """How positions are rotated."""
+
+    theta: float
+    type: Literal["default", "linear", "yarn", "llama3"] = "default"
+    factor: float = 1.0
+    original_positions: int = 0
+    """Positions before scaling (yarn, llama3)."""
+    low: float = 1.0
+    high: float = 4.0
+    """llama3's low_freq_factor and high_freq_factor."""
+
+
+def rope_of(config: Mapping[str, Any], *, name: str) -> Rope:
+    """What a config.json says. Raises ModelError for scalings that a GGUF file cannot describe."""
+    said = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    theta = float(said.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = str(said.get("rope_type") or said.get("type") or "default")
+    rotated = said.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if rotated != 1:
+        raise ModelError(f"{name} rotates {rotated} of each head, and GGUF readers all of it", try_="a merged folder")
+    if kind == "default":
+        return Rope(theta)
+    if kind not in ("linear", "yarn", "llama3"):
+        raise ModelError(
+            f"{name} scales its positions by {kind!r}; GGUF is written for linear, yarn and llama3",
+            try_="a merged folder",
+        )
+    changed = [key for key, value in _DEFAULTS.items() if said.get(key, value) not in (value, None)]
+    if kind == "yarn" and changed:
+        raise ModelError(
+            f"{name} has yarn with {changed[0]} = {said[changed[0]]}, which a GGUF file cannot say",
+            try_="a merged folder",
+        )
+    try:
+        return _scaled(theta, kind, said, config)
+    except KeyError as error:
+        raise ModelError(
+            f"{name} scales its positions by {kind!r} and does not say {error.args[0]}", try_="its published config"
+        ) from None
+
+
+def _scaled(theta: float, kind: Any, said: Mapping[str, Any], config: Mapping[str, Any]) -> Rope:
+    if kind == "linear":
+        return Rope(theta, kind, float(said["factor"]))
+    original = said.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    if kind == "yarn":
+        return Rope(theta, kind, float(said["factor"]), int(original or config["max_position_embeddings"]))
+    if not original:
+        raise KeyError("original_max_position_embeddings")
+    low, high = float(said["low_freq_factor"]), float(said["high_freq_factor"])
+    return Rope(theta, kind, float(said["factor"]), int(original), low, high)
+
+
+def rope_factors(rope: Rope, head_dim: int) -> torch.Tensor | None:
+    """What each frequency is divided by, float32 [head_dim / 2]; None where all are divided alike.
+
+    Llama 3.1's rule: wavelengths below original / high stay, those above original / low are stretched by the factor,
+    between them the frequency is a mean of both, weighted by where original / wavelength lies between low and high.
+    """
+    if rope.type != "llama3":
+        return None
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    wavelengths = 2 * math.pi * rope.theta**exponents
+    kept = (rope.original_positions / wavelengths - rope.low) / (rope.high - rope.low)
+    kept = kept.clamp(0, 1)
+    return (1 / (kept + (1 - kept) / rope.factor)).to(torch.float32)

@@ -1,0 +1,195 @@
+"""A transformers tokenizer as GGUF readers want it: tokens, their types, merges or scores, and the special ones.
+
+Everything is read from the tokenizer as transformers builds it, which is the one that the model was trained with: it
+may come out of tokenizer.json or of tokenizer.model.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import gguf
+
+from qdist.core.errors import ModelError
+from qdist.runtime.exports.gguf_pre import flat, pre_of
+
+_TYPES = gguf.TokenType
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_NO_SCORE = -1000.0
+"""Of tokens that no merge makes: llama.cpp never comes to them through merging."""
+_PROBE = "a"
+
+
+class Vocabulary(NamedTuple):
+    """What a file says about text."""
+
+    model: Literal["gpt2", "llama"]
+    """Byte-level BPE, or SentencePiece's BPE with spaces as U+2581."""
+    pre: str | None
+    """llama.cpp's name of the way text is cut into words, of gpt2 alone; None where it has none."""
+    tokens: tuple[str, ...]
+    """One a row of the embedding."""
+    types: tuple[int, ...]
+    scores: tuple[float, ...]
+    """Of llama alone: the higher, the earlier merged."""
+    merges: tuple[str, ...]
+    ids: dict[str, int]
+    """Of bos, eos, unk and pad, where the tokenizer has them."""
+    add_bos: bool
+    add_eos: bool
+    add_space: bool
+    """Whether a text begins with a space that is not there; of llama alone."""
+    chat_template: str | tuple[dict[str, str], ...] | None
+    notes: tuple[str, ...]
+
+
+def read_vocabulary(folder: Path, *, rows: int, config: Mapping[str, Any]) -> Vocabulary:
+    """The vocabulary of a folder of tokenizer files, filled to the rows of the embedding.
+
+    Raises ModelError for a folder without a tokenizer, one that is not BPE, or one with more tokens than rows.
+    """
+    tokenizer = _loaded(folder)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    core = backend["model"]
+    if core["type"] != "BPE":
+        raise ModelError(f"{folder} has a {core['type']} tokenizer, and GGUF is written for BPE", try_="no tokenizer")
+    bytewise = any(step["type"] == "ByteLevel" for step in flat(backend["pre_tokenizer"], "pretokenizers"))
+    _require_pieces(folder, backend, bytewise)
+    tokens, types = _tokens(folder, backend, rows=rows, bytewise=bytewise)
+    merges = _merges(folder, core["merges"])
+    pre, notes = pre_of(backend) if bytewise else ("default", ())
+    ids = _special_ids(tokenizer)
+    add_bos, add_eos = _added(tokenizer, ids)
+    return Vocabulary(
+        model="gpt2" if bytewise else "llama", pre=pre, tokens=tokens, types=types,
+        scores=() if bytewise else _scores(tokens, merges), merges=merges, ids=ids, add_bos=add_bos, add_eos=add_eos,
+        add_space=not bytewise and _adds_space(tokenizer), chat_template=_templates(tokenizer),
+        notes=(*notes, *_eos_notes(ids, tokens, config)),
+    )  # fmt: skip
+
+
+def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
+    """The keys of a vocabulary. llama has merges too: llama.cpp goes by the scores, transformers by the merges."""
+    writer.add_tokenizer_model(vocabulary.model)
+    if vocabulary.pre is not None:
+        writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(list(vocabulary.tokens))
+    writer.add_token_types(list(vocabulary.types))
+    writer.add_token_scores(list(vocabulary.scores))
+    writer.add_token_merges(list(vocabulary.merges))
+    for what, token in vocabulary.ids.items():
+        getattr(writer, f"add_{what}_token_id")(token)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(vocabulary.add_eos)
+    if vocabulary.model == "llama":
+        writer.add_add_space_prefix(vocabulary.add_space)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)
+
+
+def _loaded(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{folder} has no tokenizer: {str(error).splitlines()[0]}", try_="the folder of the base model"
+        ) from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ModelError(
+            f"{folder} has a {type(tokenizer).__name__}, which is not of the tokenizers library",
+            try_="a folder with tokenizer.json",
+        )
+    return tokenizer
+
+
+def _require_pieces(folder: Path, backend: dict[str, Any], bytewise: bool) -> None:
+    """SentencePiece's way is known by its pieces for bytes; others no GGUF reader would cut alike."""
+    if not bytewise and not backend["model"].get("byte_fallback"):
+        raise ModelError(
+            f"{folder} has a BPE tokenizer that works neither on bytes nor with SentencePiece's byte tokens",
+            try_="no tokenizer",
+        )
+
+
+def _tokens(
+    folder: Path, backend: dict[str, Any], *, rows: int, bytewise: bool
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Tokens and types, one a row; rows without a token are unused."""
+    core = backend["model"]
+    table: dict[int, tuple[str, int]] = {}
+    for token, place in core["vocab"].items():
+        byte = not bytewise and _BYTE.fullmatch(token)
+        unknown = not bytewise and token == core["unk_token"]
+        table[place] = token, _TYPES.BYTE if byte else _TYPES.UNKNOWN if unknown else _TYPES.NORMAL
+    for added in backend["added_tokens"]:
+        if table.get(added["id"], ("", 0))[1] != _TYPES.UNKNOWN:
+            kind = _TYPES.CONTROL if added["special"] else _TYPES.USER_DEFINED
+            table[added["id"]] = added["content"], kind
+    if table and max(table) >= rows:
+        raise ModelError(
+            f"{folder} has tokens up to {max(table):,}, and the embedding has {rows:,} rows",
+            try_="the tokenizer that was saved with these weights",
+        )
+    padded = [table.get(row, (f"[PAD{row}]", _TYPES.UNUSED)) for row in range(rows)]
+    return tuple(token for token, _ in padded), tuple(int(kind) for _, kind in padded)
+
+
+def _merges(folder: Path, merges: list[Any]) -> tuple[str, ...]:
+    """Pairs with a space between, in the order in which they are tried."""
+    pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    odd = next((pair for pair in pairs if pair.count(" ") != 1), None)
+    if odd is not None:
+        raise ModelError(f"{folder} merges {odd!r}, and a GGUF merge is two parts with one space between")
+    return tuple(pairs)
+
+
+def _scores(tokens: tuple[str, ...], merges: tuple[str, ...]) -> tuple[float, ...]:
+    """Minus the place of the first merge that makes a token: SentencePiece takes the pair with the best score first.
+
+    tokenizer.model has other numbers in the same order: transformers sorts its merges by them.
+    """
+    places: dict[str, int] = {}
+    for merge in merges:
+        places.setdefault(merge.replace(" ", "", 1), len(places))
+    return tuple(-float(places[token]) if token in places else _NO_SCORE - len(places) for token in tokens)
+
+
+def _special_ids(tokenizer: Any) -> dict[str, int]:
+    found = {what: getattr(tokenizer, f"{what}_token_id") for what in ("bos", "eos", "unk", "pad")}
+    return {what: int(token) for what, token in found.items() if token is not None}
+
+
+def _added(tokenizer: Any, ids: Mapping[str, int]) -> tuple[bool, bool]:
+    """Whether the tokenizer puts bos before a text and eos behind it, found out with one."""
+    bare = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(_PROBE)["input_ids"]
+    longer = len(whole) > len(bare)
+    return longer and whole[0] == ids.get("bos"), longer and whole[-1] == ids.get("eos")
+
+
+def _adds_space(tokenizer: Any) -> bool:
+    """Whether a text begins with U+2581, found out with one."""
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
+    return bool(pieces) and pieces[0].startswith("\u2581")
+
+
+def _templates(tokenizer: Any) -> str | tuple[dict[str, str], ...] | None:
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        return tuple({"name": name, "template": text} for name, text in template.items())
+    return template or None
+
+
+def _eos_notes(ids: Mapping[str, int], tokens: tuple[str, ...], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """A tokenizer whose eos is not the model's: answers may never end."""
+    said = config.get("eos_token_id")
+    ends = said if isinstance(said, list | tuple) else [said]
+    own = ids.get("eos")
+    if said is None or own in ends:
+        return ()
+    written = "none" if own is None else f"{tokens[own]} ({own})"
+    return (f"eos is {written} as the tokenizer says; the configuration says {', '.join(map(str, ends))}",)
