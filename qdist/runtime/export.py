@@ -49,7 +49,8 @@ def gather(run: RunDir, *, step: int) -> Path:
     beside.mkdir()
     from safetensors.torch import save_file
 
-    save_file(tensors, beside / "adapter_model.safetensors", metadata={"format": "pt"})
+    pooling = {"pool": plan.spec.lora.pool, "pool_group_size": str(plan.pool)} if plan.pool > 1 else {}
+    save_file(tensors, beside / "adapter_model.safetensors", metadata={"format": "pt", **pooling})
     (beside / "adapter_config.json").write_text(_adapter_config(plan))
     if plan.source.tokenizer:
         for file in sorted(Path(plan.source.tokenizer).iterdir()):

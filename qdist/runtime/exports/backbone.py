@@ -59,7 +59,8 @@ class Backbone:
         """On the meta device; linears as they are packed."""
         self.layers: int = plan.facts.layers
         self._weights = self._weights_of_modules()
-        self._tables = self._paths_of_tables()
+        self.tables = self._paths_of_tables()
+        """Paths of the tables that have rows for new tokens."""
 
     def weights(self) -> tuple[Weight, ...]:
         """All of them, in the order of the modules; a tied table is there once."""
@@ -85,15 +86,26 @@ class Backbone:
         else:
             module = self.model.get_submodule(path)
             if isinstance(module, PackedLinear) and leaf == "weight":
-                return self.linear(path).matrix(self.compute_dtype, self.device)
+                return self.linear(path).unpacked(self.device)
             value = self._weights.of(path, module)[leaf][:].to(self.device, module.get_parameter(leaf).dtype)
-        return self._with_new_rows(value) if path in self._tables else value
+        return self.with_new_rows(value) if path in self.tables else value
 
     def linear(self, path: str) -> Any:
         """A packed linear with its tensors, which are free again when it is dropped."""
         module = copy.deepcopy(self.model.get_submodule(path))
         fill(module, _At(self._weights, path), device=self.device)
         return module
+
+    def with_new_rows(self, table: torch.Tensor) -> torch.Tensor:
+        """A table with rows for new tokens: the mean of the old ones, as `special_tokens.add_rows` has it."""
+        old, rows = len(table), self.source.vocab_rows
+        assert rows is not None  # or it would be no table with new rows
+        fresh = sorted({*self.source.new_token_ids, *range(old, rows)})
+        kept = torch.tensor(sorted(set(range(old)) - set(fresh)), device=table.device)
+        columns = [part[kept].float().mean(dim=0) for part in table.split(_COLUMNS, dim=-1)]
+        grown = torch.cat([table, table.new_empty(rows - old, *table.shape[1:])])
+        grown[torch.tensor(fresh, device=table.device)] = torch.cat(columns).to(table.dtype)
+        return grown
 
     def identity(self) -> str:
         """Says what `read` gives: the run's source, the files that are read, and what unpacks them."""
@@ -118,19 +130,8 @@ class Backbone:
     def _shape(self, path: str, leaf: str, module: nn.Module, parameter: nn.Parameter) -> tuple[int, ...]:
         if isinstance(module, PackedLinear) and leaf == "weight":
             return module.out_features, module.in_features
-        rows = self.source.vocab_rows if path in self._tables else None
+        rows = self.source.vocab_rows if path in self.tables else None
         return (rows or parameter.shape[0], *parameter.shape[1:])
-
-    def _with_new_rows(self, table: torch.Tensor) -> torch.Tensor:
-        """A table with rows for new tokens: the mean of the old ones, as `special_tokens.add_rows` has it."""
-        old, rows = len(table), self.source.vocab_rows
-        assert rows is not None  # or it would be no table with new rows
-        fresh = sorted({*self.source.new_token_ids, *range(old, rows)})
-        kept = torch.tensor(sorted(set(range(old)) - set(fresh)), device=table.device)
-        columns = [part[kept].float().mean(dim=0) for part in table.split(_COLUMNS, dim=-1)]
-        grown = torch.cat([table, table.new_empty(rows - old, *table.shape[1:])])
-        grown[torch.tensor(fresh, device=table.device)] = torch.cat(columns).to(table.dtype)
-        return grown
 
 
 class _At:

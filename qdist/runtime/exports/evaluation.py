@@ -88,7 +88,7 @@ class Evaluation:
             parts = footprint(
                 plan.facts, bits=spec.bits, double_quant=spec.quant.double, gptq=plan.source.gptq,
                 compute_bytes=dtype.itemsize, tokens=tokens, rank_r=spec.lora.r, targets=spec.lora.targets,
-                scored=tokens,
+                pool=plan.pool, scored=tokens,
             )  # fmt: skip
             _require_host_memory(parts)
         model, _ = load_run(self.run, dtype, residence)

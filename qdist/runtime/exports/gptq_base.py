@@ -3,22 +3,21 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from qdist.core.errors import ModelError
-from qdist.core.gptq import WORD
+from qdist.core.gptq import WORD, Gptq
 from qdist.core.plan import Plan
-from qdist.runtime.gptq.folder import QUANTIZE_CONFIG
-from qdist.runtime.methods.backbone import DTYPES
+from qdist.runtime.exports.backbone import Backbone
+from qdist.runtime.exports.model_files import write_model_files
+from qdist.runtime.exports.update import Adapters
+from qdist.runtime.gptq.bits import group_of_inputs
+from qdist.runtime.gptq.folder import finish
 from qdist.runtime.methods.packed_gptq import PackedGptq
-from qdist.runtime.methods.skeleton import decoder_layers, skeleton
-from qdist.runtime.methods.weights import RandomWeights
 from qdist.runtime.packed_folder import Entry, Written, entries_of, file_name, stored_entries, tensor_files
-from qdist.runtime.quantize_pack import goes_along
 
 _QWEIGHT = ".qweight"
 _PACKED = (_QWEIGHT, ".qzeros", ".scales", ".g_idx")
@@ -33,56 +32,49 @@ class Packed(NamedTuple):
 
 
 class GptqBase:
-    """A folder as it is; or the random weights of a dummy run, a file a decoder layer, made when they are asked for."""
+    """A folder as it is; or the random weights of a dummy run, a file a decoder layer, made when they are asked for.
 
-    def __init__(self, plan: Plan) -> None:
+    Tables have the rows of new tokens that adapters have trained; nothing else differs from the base.
+    """
+
+    def __init__(self, plan: Plan, adapters: Adapters) -> None:
         assert plan.source.gptq is not None
-        self.plan, self.gptq = plan, plan.source.gptq
-        self.folder = Path(plan.source.packed) if plan.source.packed else None
-        if self.folder is not None and not self.folder.is_dir():
-            raise ModelError(f"{self.folder}, which the run was trained on, is gone", try_="put it back where it was")
+        self.plan, self.gptq, self._adapters = plan, plan.source.gptq, adapters
+        self.backbone = Backbone(plan)
+        packed = self.backbone.source.packed
+        self.folder = Path(packed) if packed else None
 
     @cached_property
     def files(self) -> tuple[str, ...]:
         """Names of the files of tensors."""
         if self.folder is not None:
             return tuple(sorted(set(tensor_files(self.folder).values())))
-        return tuple(file_name(position, self.plan.facts.layers) for position in range(self.plan.facts.layers + 1))
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """The content of config.json."""
-        if self.folder is None:
-            return dict(self.plan.source.config)
-        content: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
-        return content
-
-    @property
-    def beside(self) -> list[Path]:
-        """What goes along as it is: the run's own tokenizer, and the folder's other files."""
-        folders = [self.folder] if self.folder else []
-        if self.plan.source.tokenizer:
-            folders.append(Path(self.plan.source.tokenizer))
-        found = {path.name: path for folder in folders for path in sorted(folder.iterdir()) if goes_along(path)}
-        found.pop(QUANTIZE_CONFIG, None)
-        return list(found.values())
+        return tuple(file_name(position, self.backbone.layers) for position in range(self.backbone.layers + 1))
 
     @property
     def stamp(self) -> str:
-        """Says which base it is, without reading it: names, sizes and times of its files."""
-        paths = [self.folder / file for file in self.files] if self.folder else []
-        return " ".join([str(self.folder), *(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in paths)])
+        """Says which base it is, without reading it."""
+        return self.backbone.identity()
 
     @property
     def bytes(self) -> int:
         """Of all files."""
         if self.folder is not None:
             return sum((self.folder / file).stat().st_size for file in self.files)
-        return sum(rank.weights for rank in self.plan.ranks[0].expected)
+        return max(budget.weights for rank in self.plan.ranks for budget in rank.expected) * self.plan.gpus_per_group
 
     def entries(self, file: str) -> list[Entry]:
         """The tensors of one file. Those of random weights are made here, a decoder layer of them."""
-        return self._random(self.files.index(file)) if self.folder is None else stored_entries(self.folder, file)
+        if self.folder is None:
+            return self._random(self.files.index(file))
+        return [self._with_rows(entry) for entry in stored_entries(self.folder, file)]
+
+    def untouched(self, file: str) -> list[Entry]:
+        """Of a folder: the tensors of a file as they are there, those left out that get new rows."""
+        if self.folder is None:  # random weights are made of nothing but their names
+            return []
+        tables = {f"{path}.weight" for path in self.backbone.tables}
+        return [entry for entry in stored_entries(self.folder, file) if entry.name not in tables]
 
     def linears(self, file: str) -> list[Packed]:
         """The packed linears that have their words in a file."""
@@ -98,32 +90,45 @@ class GptqBase:
                 found.append(Packed(path, entry.shape[0] * WORD // shape.bits, entry.shape[1]))
         return found
 
+    def finish(self, folder: Path, gptq: Gptq, files: Mapping[str, Written]) -> None:
+        """Write what lies beside the tensors: the run's tokenizer, configurations, the index."""
+        model, source = self.backbone.model, self.plan.source
+        write_model_files(folder, model, source, getattr(torch, self.gptq.scales))
+        finish(folder, json.loads((folder / "config.json").read_text()), gptq, files)
+
+    def _with_rows(self, entry: Entry) -> Entry:
+        path = entry.name.removesuffix(".weight")
+        rows = self.plan.source.vocab_rows
+        if path not in self.backbone.tables or rows is None:
+            return entry
+        return entry._replace(shape=(rows, *entry.shape[1:]), make=partial(self._table, path, entry))
+
+    def _table(self, path: str, entry: Entry) -> torch.Tensor:
+        table, trained = self.backbone.with_new_rows(entry.make()), self._adapters.rows(path)
+        if trained is not None:
+            table[list(self.plan.source.new_token_ids)] = trained.to(table.dtype)
+        return table
+
     def _random(self, position: int) -> list[Entry]:
-        dtype = DTYPES[self.plan.compute_dtype]
-        weights = RandomWeights(torch.device("cuda:0" if torch.cuda.is_available() else "cpu"), dtype)
         tensors: dict[str, torch.Tensor] = {}
         for path, module in self._modules[position]:
-            own = weights.of(path, module)
-            for name in module._parameters:
-                if module._parameters[name] is not None:
-                    stored = "qweight" if isinstance(module, PackedGptq) and name == "weight" else name
-                    tensors[f"{path}.{stored}"] = own[name][:].cpu()
+            own = self.backbone.linear(path) if isinstance(module, PackedGptq) else None
+            for name, _ in module.named_parameters(recurse=False):
+                stored = "qweight" if own is not None and name == "weight" else name
+                value = own.get_parameter(name) if own is not None else self.backbone.read(f"{path}.{name}")
+                tensors[f"{path}.{stored}"] = value.detach().cpu()
+            if own is not None:
+                tensors[f"{path}.g_idx"] = group_of_inputs(own.in_features, own.shape.group_size)
         return entries_of(tensors)
 
     @cached_property
     def _modules(self) -> dict[int, list[tuple[str, torch.nn.Module]]]:
         """Modules that hold tensors, by the file that theirs are in."""
-        spec, facts = self.plan.spec, self.plan.facts
-        model = skeleton(
-            self.plan.source, bits=spec.bits, quant=spec.quant, dtype=DTYPES[self.plan.compute_dtype],
-            linear_names=facts.linear_names,
-        )  # fmt: skip
-        within = {id(part): index for index, layer in enumerate(decoder_layers(model)) for part in layer.modules()}
-        found: dict[int, list[tuple[str, torch.nn.Module]]] = {index: [] for index in range(facts.layers + 1)}
-        for path, module in model.named_modules():
-            if module._parameters and not (module is model.get_output_embeddings() and facts.tied_embeddings):
-                found[within.get(id(module), facts.layers)].append((path, module))
-        return found
+        found: dict[int, dict[str, torch.nn.Module]] = {index: {} for index in range(self.backbone.layers + 1)}
+        for weight in self.backbone.weights():
+            path = weight.name.rpartition(".")[0]
+            found[weight.position][path] = self.backbone.model.get_submodule(path)
+        return {position: list(own.items()) for position, own in found.items()}
 
 
 def packed_hash(files: Mapping[str, Written]) -> str:

@@ -5,7 +5,6 @@ zero, z - dW / s would have to be rounded to an integer (Xu et al. 2023, section
 """
 
 import math
-import shutil
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,7 +18,6 @@ from qdist.core.gptq import Gptq, WeightOffset
 from qdist.runtime.exports.gptq_base import GptqBase, Packed, packed_hash
 from qdist.runtime.exports.group_update import OFFSET, GroupUpdates
 from qdist.runtime.exports.update import Adapters
-from qdist.runtime.gptq.folder import finish
 from qdist.runtime.packed_folder import Entry, Written, finished, opened, stored_entries, write_tensors
 from qdist.runtime.work_folder import built, require_space
 
@@ -49,7 +47,7 @@ def merge_offsets(adapters: Adapters, out: Path, say: Callable[[str], None]) -> 
     is there then.
     """
     plan = adapters.runs[0].plan()
-    base = GptqBase(plan)
+    base = GptqBase(plan, adapters)
     merger = _Merger(base, GroupUpdates(base, adapters))
     with built(out, f"offsets {_VERSION} {base.stamp} {adapters.stamp}") as work:
         require_space(out.parent, base.bytes + merger.offset_bytes, purpose=f"merging into {plan.spec.model}")
@@ -59,9 +57,7 @@ def merge_offsets(adapters: Adapters, out: Path, say: Callable[[str], None]) -> 
             if number * 10 // len(base.files) > (number - 1) * 10 // len(base.files):
                 say(f"{number} of {len(base.files)} files written")
         difference = merger.compared(work)
-        for path in base.beside:
-            shutil.copyfile(path, work / path.name)
-        finish(work, base.config, merger.gptq(packed_hash(files)), files)
+        base.finish(work, merger.gptq(packed_hash(files)), files)
     return difference
 
 
@@ -126,10 +122,8 @@ class _Merger:
 
     def _unchanged(self, work: Path, file: str) -> int:
         """How many tensors of the base are in a written file, bit for bit: all, or RunError."""
-        if self._base.folder is None:  # made of nothing but their names, and not to be read again
-            return 0
         written = {entry.name: entry for entry in stored_entries(work, file)}
-        kept = [entry for entry in stored_entries(self._base.folder, file) if not entry.name.endswith(OFFSET)]
+        kept = [entry for entry in self._base.untouched(file) if not entry.name.endswith(OFFSET)]
         for entry in kept:
             if not torch.equal(_bits(entry), _bits(written[entry.name])):
                 raise RunError(f"{entry.name} was not written as the base has it", try_="the same command again")

@@ -4,7 +4,6 @@ z' = round(z - dW / s), within what the bits hold: an update of less than half a
 """
 
 import math
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,6 @@ from qdist.runtime.exports.gptq_base import GptqBase, Packed
 from qdist.runtime.exports.group_update import OFFSET, GroupUpdates
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.gptq.bits import pack_zeros, unpack_zeros
-from qdist.runtime.gptq.folder import finish
 from qdist.runtime.packed_folder import Entry, Written, finished, write_tensors
 from qdist.runtime.work_folder import built, require_space
 
@@ -52,9 +50,7 @@ def fold_zeros(adapters: Adapters, out: Path) -> Lost:
         files: dict[str, Written] = {}
         for file in base.files:
             files[file] = finished(work, file) or write_tensors(work, file, folder.entries(file))
-        for path in base.beside:
-            shutil.copyfile(path, work / path.name)
-        finish(work, base.config, folder.gptq, files)
+        base.finish(work, folder.gptq, files)
     return folder.lost()
 
 
@@ -62,7 +58,7 @@ class _Folder:
     """A checkpoint with other zeros."""
 
     def __init__(self, adapters: Adapters) -> None:
-        self.base = GptqBase(adapters.runs[0].plan())
+        self.base = GptqBase(adapters.runs[0].plan(), adapters)
         self._updates = GroupUpdates(self.base, adapters)
 
     @property

@@ -1,0 +1,285 @@
+"""A merged QA-LoRA adapter: the base's bytes as they were, the adapter's words, and a model like any other."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qdist.core.errors import ModelError, RunError
+from qdist.core.gptq import SHIFTED, Gptq, Shape
+from qdist.host.rundir import RunDir
+from qdist.runtime.exports import offsets
+from qdist.runtime.exports.offsets import BOUND, Difference, merge_offsets
+from qdist.runtime.exports.update import Adapters
+from qdist.runtime.gptq import check
+from qdist.runtime.load import load
+from qdist.runtime.methods.packed_gptq import PackedGptq
+from tests.runtime.gptq_files import save_gptq
+from tests.runtime.test_data import tiny_tokenizer
+from tests.runtime.tiny import adapted_run, dummy_job, logits_of, real_job, save_config, save_data
+
+ASYMMETRIC = Gptq(shape=Shape(4, 32), sym=False, format="gptq_v2")
+SYMMETRIC = Gptq(shape=Shape(4, 32))
+
+
+def quiet(_: str) -> None: ...
+
+
+def merged(*runs: RunDir, out: Path, weights: tuple[float, ...] = ()) -> Difference:
+    return merge_offsets(Adapters(runs, weights), out, quiet)
+
+
+def padded() -> Any:
+    """A tokenizer that needs no new row."""
+    tokenizer = tiny_tokenizer(bos=False)
+    tokenizer.pad_token = "<s>"
+    return tokenizer
+
+
+def run_over(model: Path, run: Path, *, scale: float = 0.05, method: str = "qa-lora", **settings: Any) -> RunDir:
+    data = run.parent / "d.jsonl"
+    job = real_job(model, data if data.exists() else save_data(data), run, seq_len=64, method=method, **settings)
+    return adapted_run(job, scale=scale)[0]
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize(
+    "gptq",
+    [
+        SYMMETRIC,
+        ASYMMETRIC,
+        Gptq(shape=Shape(2, 32)),
+        Gptq(shape=Shape(3, 32), format="gptq_v2"),
+        Gptq(shape=Shape(8, 64)),
+    ],
+    ids=str,
+)
+def test_a_merged_model_says_what_the_adapter_says(tmp_path: Path, gptq: Gptq) -> None:
+    model = save_gptq(tmp_path / "gptq", gptq, tokenizer=padded())
+    run = run_over(model, tmp_path / "run", bits=gptq.shape.bits)
+    difference = merged(run, out=tmp_path / "merged")
+    assert difference.relative < 5e-4
+    assert difference.unchanged == len(load_file(model / "model.safetensors"))
+    own = logits_of(load(tmp_path / "merged", dtype="float32")[0], high=250)
+    adapter, base = (logits_of(load(of, dtype="float32")[0], high=250) for of in (run.path, model))
+    assert relative(own, adapter) < 1e-3
+    assert relative(own, adapter) < 5e-3 * relative(base, adapter)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "gpt_neox"])
+def test_the_tensors_of_the_base_keep_every_bit(tmp_path: Path, family: str) -> None:
+    model = save_gptq(tmp_path / "gptq", SYMMETRIC, family, tokenizer=padded())
+    before = (model / "model.safetensors").read_bytes()
+    merged(run_over(model, tmp_path / "run"), out=tmp_path / "merged")
+    base, after = load_file(model / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    for name, tensor in base.items():
+        assert after[name].dtype == tensor.dtype
+        assert torch.equal(after.pop(name).view(torch.uint8), tensor.view(torch.uint8)), name
+    assert after.keys() == {name.replace(".qweight", ".weight_offset") for name in base if name.endswith(".qweight")}
+    assert (model / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_new_tokens_are_merged_too(tmp_path: Path, tied: bool) -> None:
+    """And are all that differs of a table."""
+    model = save_gptq(tmp_path / "gptq", SYMMETRIC, tie_word_embeddings=tied, vocab_size=270)
+    run = run_over(model, tmp_path / "run", new_tokens=["<call>", "<return>"])
+    merged(run, out=tmp_path / "merged")
+    source, own = run.plan().source, load(tmp_path / "merged", dtype="float32")
+    assert own[0].config.vocab_size == source.vocab_rows
+    assert own[1].convert_tokens_to_ids("<call>") in source.new_token_ids
+    high = source.new_token_ids[-1] + 1
+    assert relative(logits_of(own[0], high=high), logits_of(load(run.path)[0], high=high)) < 1e-3
+    old = [row for row in range(270) if row not in source.new_token_ids]
+    tables = [
+        load_file(folder / "model.safetensors")["model.embed_tokens.weight"] for folder in (model, tmp_path / "merged")
+    ]
+    assert torch.equal(tables[0][old], tables[1][old])
+
+
+@pytest.mark.parametrize("share", [0.005, 0.02, 0.1, 0.3, 1.0])
+def test_offsets_keep_a_thousandth_of_any_update(tmp_path: Path, share: float) -> None:
+    """Random adapters whose update is `share` of the weights' scales, in the root of the mean square."""
+    model = save_gptq(tmp_path / "gptq", SYMMETRIC)
+    run = run_over(model, tmp_path / "run")
+    tensors = load_file(run.adapter / "adapter_model.safetensors")
+    adapters, scales = Adapters([run]), load_file(model / "model.safetensors")
+    for path in adapters.paths:
+        update = adapters.of(path)
+        assert update is not None
+        wanted = share * float(scales[f"{path}.scales"].float().square().mean().sqrt())
+        factor = wanted / float(update.pooled(32).square().mean().sqrt())
+        tensors[f"base_model.model.{path}.lora_B.weight"] *= factor
+    save_file(tensors, run.adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert merged(run, out=tmp_path / "merged").relative < BOUND / 2
+
+
+def test_layers_compute_the_same_forward_and_backward(tmp_path: Path) -> None:
+    """Against unpacking and multiplying in float32; offsets are as large as weights."""
+    model = save_gptq(tmp_path / "gptq", SYMMETRIC)
+    merged(run_over(model, tmp_path / "run", scale=0.5), out=tmp_path / "merged")
+    packed = [m for m in load(tmp_path / "merged", dtype="float32")[0].modules() if isinstance(m, PackedGptq)]
+    for layer in packed[:7]:
+        inputs = torch.randn(5, layer.in_features, requires_grad=True)
+        wide = inputs.detach().clone().requires_grad_()
+        outer = torch.randn(5, layer.out_features)
+        layer(inputs).backward(outer)
+        bias = 0 if layer.bias is None else layer.bias
+        product = wide @ layer.unpacked(torch.device("cpu")).t() + bias
+        product.backward(outer)
+        assert torch.allclose(layer(inputs), product, atol=1e-4)
+        assert torch.allclose(inputs.grad, wide.grad, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["qa-lora", "gptq-lora"])
+def test_a_merged_model_is_trained_on_like_any_other(tmp_path: Path, method: str) -> None:
+    model = save_gptq(tmp_path / "gptq", SYMMETRIC)
+    merged(run_over(model, tmp_path / "run"), out=tmp_path / "merged")
+    again = run_over(tmp_path / "merged", tmp_path / "again", method=method)
+    plan = again.plan()
+    assert plan.source.gptq is not None
+    assert plan.source.gptq.offset is not None
+    assert relative(logits_of(load(again.path)[0], high=250), logits_of(load(tmp_path / "run")[0], high=250)) > 0.01
+
+
+def test_a_second_adapter_is_merged_onto_the_first(tmp_path: Path) -> None:
+    """The first pools 64 inputs and the second 32; the base is named as it was at first."""
+    model = save_gptq(tmp_path / "gptq", SYMMETRIC)
+    merged(run_over(model, tmp_path / "run", **{"lora.pool_group_size": 64}), out=tmp_path / "one")
+    again = run_over(tmp_path / "one", tmp_path / "again")
+    difference = merged(again, out=tmp_path / "two")
+    assert difference.relative < BOUND
+    own = logits_of(load(tmp_path / "two", dtype="float32")[0], high=250)
+    assert relative(own, logits_of(load(again.path)[0], high=250)) < 1e-3
+    one, two = (check.stated(tmp_path / name) for name in ("one", "two"))
+    assert one is not None
+    assert two is not None
+    assert one.offset is not None
+    assert two.offset is not None
+    assert one.offset.base == two.offset.base
+    assert (one.offset.group_size, two.offset.group_size) == (64, 32)
+
+
+def test_several_adapters_are_added_up_with_their_weights(tmp_path: Path) -> None:
+    model = save_gptq(tmp_path / "gptq", SYMMETRIC, tokenizer=padded())
+    runs = run_over(model, tmp_path / "a"), run_over(model, tmp_path / "b", seed=1, **{"lora.r": 8, "lora.pool": "sum"})
+    merged(*runs, out=tmp_path / "merged", weights=(0.7, -0.2))
+    both, *single = Adapters(runs, (0.7, -0.2)), *(Adapters([run]) for run in runs)
+    stored = load_file(tmp_path / "merged" / "model.safetensors")
+    gptq = check.stated(tmp_path / "merged")
+    assert gptq is not None
+    assert gptq.offset is not None
+    for path in both.paths:
+        parts = [adapters.of(path).pooled(32) for adapters in single]  # type: ignore[union-attr]
+        wanted = 0.7 * parts[0] - 0.2 * parts[1]
+        assert torch.allclose(stored[f"{path}.weight_offset"].float() * gptq.offset.scale, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_runs_over_other_bases_are_not_added_up(tmp_path: Path) -> None:
+    bases = [save_gptq(tmp_path / name, SYMMETRIC, tokenizer=padded()) for name in ("a", "b")]
+    one, other = (run_over(base, tmp_path / f"{base.name}-run") for base in bases)
+    with pytest.raises(RunError, match="was trained on"):
+        Adapters([one, other], (1.0, 1.0))
+    with pytest.raises(RunError, match="2 runs and 1 weights"):
+        Adapters([one, one], (1.0,))
+
+
+def test_plain_lora_has_no_offsets(tmp_path: Path) -> None:
+    run = run_over(save_gptq(tmp_path / "gptq", SYMMETRIC), tmp_path / "run", method="gptq-lora")
+    with pytest.raises(RunError, match="plain LoRA, which changes each weight by itself") as caught:
+        merged(run, out=tmp_path / "merged")
+    assert "--to 16bit" in str(caught.value.try_)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_random_weights_are_merged_too(tmp_path: Path) -> None:
+    settings = {"method": "qa-lora", "quant.group_size": 32}
+    run, _ = adapted_run(dummy_job(save_config(tmp_path / "model"), tmp_path / "run", **settings))
+    merged(run, out=tmp_path / "merged")
+    own = logits_of(load(tmp_path / "merged", dtype="float32")[0])
+    assert relative(own, logits_of(load(run.path)[0])) < 1e-3
+
+
+def test_other_readers_refuse_what_they_would_read_without_its_offsets(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    merged(run_over(save_gptq(tmp_path / "gptq", SYMMETRIC), tmp_path / "run"), out=tmp_path / "merged")
+    with pytest.raises(ValueError, match="no `quant_method`"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    said = json.loads((tmp_path / "merged" / "quantize_config.json").read_text())
+    assert said["method"] == SHIFTED
+    assert said["checkpoint_format"] == "gptq+offset"  # neither of GPTQModel's formats
+    assert "quant_method" not in said
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"weight_offset": None}, "weight_offset: Expected `object`"),
+        ({"group_size": 48}, "128 inputs, which offsets of groups of 48 do not fit"),
+        ({"group_size": 16}, "weight_offset has shape"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    merged(run_over(save_gptq(tmp_path / "gptq", SYMMETRIC), tmp_path / "run"), out=tmp_path / "merged")
+    (tmp_path / "merged" / "quantize_config.json").unlink()
+    file = tmp_path / "merged" / "config.json"
+    config = json.loads(file.read_text())
+    stored = config["quantization_config"]
+    stored["weight_offset"] = {**stored["weight_offset"], **change} if "group_size" in change else None
+    file.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=said):
+        load(tmp_path / "merged")
+
+
+def test_a_killed_merge_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"method": "qa-lora", "quant.group_size": 32}
+    run, _ = adapted_run(dummy_job(save_config(tmp_path / "model", num_hidden_layers=3), tmp_path / "run", **settings))
+    merged(run, out=tmp_path / "whole")
+    write, count = offsets.write_tensors, iter(range(10))
+
+    def killed(*arguments: Any) -> Any:
+        if next(count) == 2:
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    monkeypatch.setattr(offsets, "write_tensors", killed)
+    with pytest.raises(KeyboardInterrupt):
+        merged(run, out=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    written: list[str] = []
+    monkeypatch.setattr(offsets, "write_tensors", lambda *given: (written.append(given[1]), write(*given))[1])
+    merged(run, out=tmp_path / "merged")
+    assert len(written) == 2
+    for file in sorted((tmp_path / "whole").iterdir()):
+        assert (tmp_path / "merged" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_rounding_that_takes_too_much_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_over(save_gptq(tmp_path / "gptq", SYMMETRIC), tmp_path / "run")
+    monkeypatch.setattr(offsets, "_LARGEST", 2.0**-18)  # float16 without most of its digits
+    with pytest.raises(RunError, match=r"takes \d+\.\d\d% of the adapter, and 0\.10% is the most") as caught:
+        merged(run, out=tmp_path / "merged")
+    assert "--to lora" in str(caught.value.try_)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_small_offsets_keep_their_digits(tmp_path: Path) -> None:
+    """An update of 1e-7 would be 1 or 2 of float16's smallest numbers."""
+    run = run_over(save_gptq(tmp_path / "gptq", SYMMETRIC), tmp_path / "run")
+    tensors = load_file(run.adapter / "adapter_model.safetensors")
+    tensors = {name: value * (1e-7 if "lora_B" in name else 1) for name, value in tensors.items()}
+    save_file(tensors, run.adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert merged(run, out=tmp_path / "merged").relative < 5e-4
+    gptq = check.stated(tmp_path / "merged")
+    assert gptq is not None
+    assert gptq.offset is not None
+    assert math.log2(gptq.offset.scale).is_integer()
+    assert gptq.offset.scale < 2.0**-30
