@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from qdist.core.errors import PlanError, RunError
+from qdist.core.errors import ModelError, PlanError, RunError
 from qdist.core.units import format_bytes
 from qdist.host.files import cache_dir, locked, publish_folder
 
@@ -22,7 +22,8 @@ _MARK = ".identity"
 def built(out: Path, identity: str) -> Iterator[Path]:
     """Where to write what is to be at `out`; it is there at the end of the block, unless that raised.
 
-    Holds what an earlier process finished of the same, and no file that it left unfinished.
+    Holds what an earlier process finished of the same, and no file that it left unfinished; of what ended in a
+    ModelError nothing is kept.
     identity: says what is written, of everything that decides its bytes; what is left of another is removed.
 
     Raises RunError where `out` is there, or is being written.
@@ -54,9 +55,10 @@ def filled(out: Path, identity: str) -> Iterator[Path]:
     work = _work_folder(out, identity)
     try:
         yield work
-    except BaseException:
-        if all(path.name == _MARK or path.suffix == ".unfinished" for path in work.iterdir()):
-            shutil.rmtree(work)  # there is nothing to go on with
+    except BaseException as error:
+        # A model that cannot be written will not be the next time either; and what is unfinished helps nobody.
+        if isinstance(error, ModelError) or not _holds_anything(work):
+            shutil.rmtree(work)
         raise
     for path in work.glob(".*"):
         path.unlink()
@@ -72,6 +74,10 @@ def require_space(folder: Path, needed_bytes: int, *, purpose: str) -> None:
             f"{format_bytes(needed_bytes - free)} are missing",
             try_="--out on another disk",
         )
+
+
+def _holds_anything(work: Path) -> bool:
+    return any(path.name != _MARK and path.suffix != ".unfinished" for path in work.iterdir())
 
 
 def _work_folder(out: Path, identity: str) -> Path:

@@ -15,10 +15,10 @@ from qdist.host.rundir import RunDir
 from qdist.runtime.generate import complete
 from qdist.runtime.load import load, load_run, open_model
 from qdist.runtime.load_plain import _WORK_BYTES, open_plain
-from qdist.runtime.merge import merge
 from qdist.runtime.methods.packed import is_offloaded
 from qdist.runtime.methods.skeleton import decoder_layers
 from qdist.runtime.placements import residence as places
+from tests.runtime.merging import merge
 from tests.runtime.tiny import adapted_run, real_job, save_data, save_model
 
 WIDE: dict[str, Any] = {

@@ -13,13 +13,13 @@ from qdist.core.gptq import Gptq, Shape
 from qdist.host.follow import Follower
 from qdist.host.rundir import RunDir
 from qdist.runtime.load import open_model
-from qdist.runtime.merge import merge
 from qdist.runtime.methods.adapted import adapted_product
 from qdist.runtime.methods.packed_gptq import PackedGptq
 from qdist.runtime.methods.skeleton import fill
 from qdist.runtime.methods.weights import RandomWeights
 from tests.runtime.conftest import TrainRun
 from tests.runtime.gptq_files import save_gptq
+from tests.runtime.merging import merge
 from tests.runtime.test_data import tiny_tokenizer
 from tests.runtime.tiny import dummy_job, real_job, save_config, save_data, save_model
 

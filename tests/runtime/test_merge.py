@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,12 +9,11 @@ import torch
 
 from qdist.core.errors import RunError
 from qdist.host.rundir import RunDir
-from qdist.runtime import merge as merging
 from qdist.runtime import work_folder
-from qdist.runtime.exports.job import Export
 from qdist.runtime.load import load
 from qdist.runtime.packed_folder import MANIFEST, Packing
 from qdist.runtime.quantize import quantize
+from tests.runtime.merging import merge
 from tests.runtime.tiny import adapted_run, dummy_job, logits_of, real_job, save_config, save_data, save_model
 
 BF16 = 2.0**-8
@@ -26,13 +24,6 @@ def run_over(folder: Path, family: str = "llama", model: dict[str, Any] | None =
     source = save_model(folder / "model", family, **(model or {}))
     data = save_data(folder / "d.jsonl")
     return adapted_run(real_job(source, data, folder / "run", seq_len=64, **settings))[0]
-
-
-def merge(run: RunDir, out: Path, *, onto: Any, dtype: torch.dtype) -> SimpleNamespace:
-    """The losses as numbers."""
-    name: Any = str(dtype).removeprefix("torch.")
-    losses = merging.merge(Export(runs=(run.path,), out=out, onto=onto, dtype=name))
-    return SimpleNamespace(**{key: loss and loss.value for key, loss in losses._asdict().items()})
 
 
 def plain(folder: Path) -> Any:

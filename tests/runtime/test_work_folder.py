@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qdist.core.errors import PlanError, RunError
+from qdist.core.errors import ModelError, PlanError, RunError
 from qdist.runtime import work_folder
 from qdist.runtime.work_folder import built, require_space, reserved
 
@@ -41,6 +41,17 @@ def test_the_same_goes_on_where_it_was_and_another_begins_anew(tmp_path: Path, i
     with built(out, identity) as work:
         assert {path.name for path in work.iterdir()} == left
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_nothing_is_left_of_a_model_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="NaN"), built(tmp_path / "out", "x") as work:
+        refused(work)
+    assert list(tmp_path.iterdir()) == []
+
+
+def refused(work: Path) -> None:
+    (work / "one").write_text("1")
+    raise ModelError("NaN")
 
 
 def test_nothing_is_left_where_nothing_was_finished(tmp_path: Path) -> None:
