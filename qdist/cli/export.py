@@ -1,28 +1,40 @@
 """`qdist export`: a run's model for other programs."""
 
 import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
+from qdist.cli.quantize import check_data
 from qdist.core.errors import RunError, SpecError
+from qdist.core.gptq import BITS
 from qdist.host.modules import run_module
 from qdist.host.rundir import RunDir
 
-TARGETS = ("16bit",)
+TARGETS: dict[str, tuple[str, ...]] = {
+    "lora": (),
+    "16bit": ("onto", "dtype"),
+    "gguf": ("onto", "type"),
+    "gptq": ("onto", "data", "samples", "bits", "group_size"),
+    "zeros": ("lossy",),
+}
+"""Name -> the options that it takes beside those of all."""
+_GGUF_TYPES = ("q4_1", "q8_0", "f16")
 
 
 def merge_options(command: Any) -> Any:
     """What every way out of several runs is told."""
     options = (
         click.argument("runs", nargs=-1, required=True, metavar="RUN..."),
-        click.option("--out", required=True, help="Folder to write; must be empty or absent."),
-        click.option("--onto", type=click.Choice(["dequantized", "original"]), default="dequantized",
-                     show_default=True,
-                     help="The backbone that the adapter was trained on, or the weights before quantization."),
-        click.option("--dtype", type=click.Choice(["bfloat16", "float16"]), default="bfloat16", show_default=True),
+        click.option("--out", required=True, help="What to write; must not be there yet."),
         click.option("--weights", metavar="W,W,...", help="What each run's update is multiplied by.  [default: 1]"),
+        click.option("--onto", type=click.Choice(["dequantized", "original"]),
+                     help="16 bits: the backbone that the adapter was trained on, or the weights before quantization.  "
+                     "[default: dequantized]"),
+        click.option("--dtype", type=click.Choice(["bfloat16", "float16"]), help="16 bits.  [default: bfloat16]"),
     )  # fmt: skip
     for option in reversed(options):
         command = option(command)
@@ -30,29 +42,64 @@ def merge_options(command: Any) -> Any:
 
 
 @click.command()
-@click.option("--to", type=click.Choice(TARGETS), required=True, help="16bit: merged, for plain transformers.")
+@click.option("--to", type=click.Choice(list(TARGETS)), required=True,
+              help="lora: an ordinary LoRA adapter. 16bit: merged, for plain transformers. gguf: merged, for llama.cpp. "
+              "gptq: merged and quantized again. zeros: QA-LoRA in integer zeros.")  # fmt: skip
 @merge_options
+@click.option("--type", type=click.Choice(_GGUF_TYPES),
+              help="gguf.  [default: q4_1 where QA-LoRA's groups allow it, else f16]")  # fmt: skip
+@click.option("--data", help="gptq: calibration data.  [default: the run's own]")
+@click.option("--samples", type=click.IntRange(min=1), help="gptq: of them.  [default: 128]")
+@click.option(
+    "--bits", type=click.Choice([str(bits) for bits in BITS]), help="gptq.  [default: as the run's own, or 4]"
+)
+@click.option("--group-size", type=int, help="gptq.  [default: as the run's own, or 128]")
+@click.option("--lossy", is_flag=True, default=None, help="zeros: write them, whatever is lost.")
 @click.pass_context
 def export(context: click.Context, /, to: str, **given: Any) -> None:
     """Write what RUNs over one base have learnt, added up, in a form that needs no qdist.
 
     Any size of model takes a few GiB of host memory. Killed, the same command goes on where it was.
     """
-    context.exit(run_module("qdist.runtime.exports.main", (to, *checked_flags(**given))))
+    _refuse_foreign(to, given)
+    if to == "gguf" and not given["out"].endswith(".gguf"):
+        raise SpecError(f"{given['out']} is not the name of a GGUF file", try_=f"--out {given['out'].rstrip('/')}.gguf")
+    if given["data"] is not None:
+        check_data(given["data"])
+    context.exit(run_module("qdist.runtime.exports.main", (to, *checked_flags(given))))
 
 
-def checked_flags(*, runs: tuple[str, ...], out: str, onto: str, dtype: str, weights: str | None) -> list[str]:
+def _refuse_foreign(to: str, given: Mapping[str, Any]) -> None:
+    """Options of other targets: none is ignored."""
+    own = ("runs", "out", "weights", *TARGETS[to])
+    for name, value in given.items():
+        if value is not None and name not in own:
+            owners = " and ".join(target for target, options in TARGETS.items() if name in options)
+            raise SpecError(f"--{name.replace('_', '-')} is of --to {owners}, not {to}", try_="leave it out")
+
+
+def checked_flags(given: Mapping[str, Any]) -> list[str]:
     """What the process that writes is told; wrong flags end here, before it starts."""
+    runs, out, weights = given["runs"], given["out"], given["weights"]
     factors = _weights(weights, len(runs)) if weights is not None else ()
     for run in map(RunDir, runs):
         run.plan()
         if not run.adapter.is_dir():
             raise RunError(f"{run.path} has no adapter yet", try_=f"qdist gather {run.path}")
     folder = Path(out)
-    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+    if os.path.lexists(out) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{out} exists", try_="another --out")
     multiplied = [f"--weights={','.join(map(repr, factors))}"] if factors else []
-    return [*runs, "--out", out, "--onto", onto, "--dtype", dtype, *multiplied]
+    others = {name: value for name, value in given.items() if name not in ("runs", "out", "weights")}
+    return [*runs, "--out", out, *multiplied, *_flags(others)]
+
+
+def _flags(options: Mapping[str, Any]) -> list[str]:
+    flags: list[str] = []
+    for name, value in options.items():
+        if value is not None:
+            flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return flags
 
 
 def _weights(text: str, count: int) -> tuple[float, ...]:

@@ -92,7 +92,7 @@ def _gptq_flags(given: Mapping[str, Any]) -> list[str]:
         raise SpecError(f"group size cannot be {size}: it is -1 or a multiple of {WORD}", try_="--group-size 128")
     if not 0 < damping <= 1:
         raise SpecError(f"damping cannot be {damping:g}: it is above 0 and at most 1", try_="--damping 0.01")
-    _check_data(data)
+    check_data(data)
     sym = given.get("sym", True)
     # v1 holds no zero of 0, and GPTQModel misreads its zeros at 3 bits and where widths are mixed (docs/decisions.md).
     v1 = sym and widths in ([2], [4], [8])
@@ -120,7 +120,7 @@ def _widths(given: Mapping[str, Any]) -> list[int]:
     return sorted({int(width) for width in stated})
 
 
-def _check_data(source: str) -> None:
+def check_data(source: str) -> None:
     """Plain text is cut into samples as it is; anything else is read as for training."""
     if Path(source).suffix.lower() == ".txt":
         if not Path(source).is_file():

@@ -1,15 +1,17 @@
-"""Merges runs into a 16-bit model and says what it costs: `python -m qdist.runtime.merge RUN... --out OUT`."""
+"""Merges runs, exactly or into 16 bits, and says what it costs: `python -m qdist.runtime.merge RUN... --out OUT`."""
 
 import sys
 from typing import NamedTuple
 
 from qdist.core.errors import QdistError
+from qdist.core.units import counted
 from qdist.runtime.exports import sixteen
 from qdist.runtime.exports.backbone import Backbone, Onto
-from qdist.runtime.exports.evaluation import Evaluation, Loss
+from qdist.runtime.exports.evaluation import Evaluation, Loss, losses_of
 from qdist.runtime.exports.job import Export
 from qdist.runtime.exports.main import job_from, parser, quiet
 from qdist.runtime.exports.merged import Merged
+from qdist.runtime.exports.offsets import merge_offsets
 from qdist.runtime.originals import find_originals
 
 
@@ -48,22 +50,34 @@ def merge(job: Export) -> Losses:
 
 def report(losses: Losses) -> str:
     """Three lines, or one where nothing was evaluated."""
-    if losses.adapter == losses.dequantized:
-        return f"held-out loss  {losses.adapter}"
     rows = {
         "adapter": losses.adapter,
         "merged onto dequantized": losses.dequantized,
         "merged onto original": losses.original,
     }
-    lines = [f"{name:26}{loss}" for name, loss in rows.items() if loss is not None]
-    return "held-out loss  " + "\n               ".join(lines)
+    return losses_of({name: loss for name, loss in rows.items() if loss is not None})
+
+
+def merge_exactly(job: Export) -> str:
+    """Write QA-LoRA's checkpoint with offsets; what differs from the adapter, in weights and in losses."""
+    adapters = job.adapters
+    difference = merge_offsets(adapters, job.out, lambda line: print(f"  {line}", file=sys.stderr, flush=True))
+    lines = [
+        f"{job.out}: {counted(len(job.runs), 'adapter')} merged, {difference.unchanged} tensors of the base bit for bit",
+        f"weights differ from the adapter's by {difference.relative:.2e} of the update, at most {difference.largest:.1e}",
+    ]
+    if len(adapters.runs) == 1:
+        evaluation = Evaluation(adapters.runs[0])
+        lines.append(losses_of({"adapter": evaluation.adapter(), "merged": evaluation.quantized(job.out)}))
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Started by the command line, which has checked the flags."""
     quiet()
     try:
-        print(report(merge(job_from(parser().parse_args()))))
+        job = job_from(parser().parse_args())
+        print(merge_exactly(job) if job.adapters.pool > 1 else report(merge(job)))
     except QdistError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from qdist.core.errors import ModelError
-from qdist.core.gptq import method_of
 from qdist.core.facts import from_config
+from qdist.core.gptq import method_of
 from qdist.runtime.packed_folder import Packing, opened, tensor_files
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

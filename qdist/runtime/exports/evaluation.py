@@ -1,7 +1,7 @@
 """What does merging cost? The held-out loss of a run's adapter, and of the models that it is merged to."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from qdist.host.rundir import RunDir
 from qdist.runtime.exports.merged import Merged
 from qdist.runtime.forward import Forward
 from qdist.runtime.load import load_run, load_tokenizer, residence_of
+from qdist.runtime.load_plain import open_plain
 from qdist.runtime.methods.backbone import DTYPES
 from qdist.runtime.methods.skeleton import fill, skeleton
 from qdist.runtime.methods.weights import FolderWeights, Weights
@@ -32,6 +33,14 @@ class Loss(NamedTuple):
 
     def __str__(self) -> str:
         return f"not evaluated: {self.note}" if self.value is None else f"{self.value:.4f}"
+
+
+def losses_of(rows: Mapping[str, Loss]) -> str:
+    """A line for each model; a single one where none was evaluated, and for the same reason."""
+    if len(set(rows.values())) == 1 and next(iter(rows.values())).value is None:
+        return f"held-out loss  {next(iter(rows.values()))}"
+    width = max(map(len, rows)) + 3
+    return "held-out loss  " + "\n               ".join(f"{name:{width}}{loss}" for name, loss in rows.items())
 
 
 class Evaluation:
@@ -58,6 +67,10 @@ class Evaluation:
         """A merged model, read back from its folder."""
         source = Source(kind="folder", path=str(folder), packed=str(folder), config={}, tokenizer="")
         return self._loss(partial(self._plain, source, FolderWeights(folder), dtype))
+
+    def quantized(self, folder: Path) -> Loss:
+        """A GPTQ checkpoint, merged or not, read back from its folder."""
+        return self._loss(partial(self._checkpoint, folder))
 
     def unwritten(self, merged: Merged) -> Loss:
         """A merged model that is on no disk: each of its weights is computed on its way into memory."""
@@ -93,6 +106,10 @@ class Evaluation:
             _require_host_memory(parts)
         model, _ = load_run(self.run, dtype, residence)
         return self._held_out(model, dtype)
+
+    def _checkpoint(self, folder: Path) -> float:
+        opened = open_plain(str(folder), self.plan.compute_dtype, None, None)
+        return self._held_out(opened.model, DTYPES[self.plan.compute_dtype])
 
     def _plain(self, source: Source, weights: Weights, dtype: torch.dtype) -> float:
         used = dtype if torch.cuda.is_available() else torch.float32  # most CPUs emulate 16-bit arithmetic

@@ -64,7 +64,9 @@ def write_gguf(
     beside = out.with_name(f".{out.name}.unfinished")
     writer = gguf.GGUFWriter(beside, architecture_of(facts))
     add_metadata(writer, facts, rope, config, kind)
-    if vocabulary is not None:
+    if vocabulary is None:
+        writer.add_tokenizer_model("none")
+    else:
         add_vocabulary(writer, vocabulary)
     for tensor in stored:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, tensor.type)

@@ -33,6 +33,12 @@ def facts_of(config: Mapping[str, Any], *, name: str) -> ModelFacts:
     activation = config.get("hidden_act") or "silu"
     if activation != "silu":
         raise ModelError(f"{name} has hidden_act {activation!r}, and GGUF readers compute silu", try_="a merged folder")
+    if facts.family == "qwen2" and facts.heads * facts.head_dim != facts.hidden:
+        width = facts.heads * facts.head_dim
+        raise ModelError(
+            f"{name} has heads of {width} in all, and llama.cpp reads Qwen2 with {facts.hidden} like its hidden size",
+            try_="a merged folder",
+        )
     if facts.family == "qwen3" and any(linear.bias for linear in facts.linears):
         raise ModelError(f"{name} has attention_bias, and llama.cpp reads Qwen3 without", try_="a merged folder")
     return facts

@@ -8,6 +8,7 @@ import torch
 
 from qdist.host.rundir import RunDir
 from qdist.runtime.exports.backbone import Onto
+from qdist.runtime.exports.gguf_blocks import Kind
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.methods.backbone import DTYPES
 
@@ -22,6 +23,16 @@ class Export(msgspec.Struct, frozen=True, kw_only=True):
     """What the update of each run is multiplied by; empty for a single run as it is."""
     onto: Onto = "dequantized"
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    type: Kind | None = None
+    """Of a GGUF file; None: Q4_1 where that rounds nothing but minimums, else F16."""
+    data: str = ""
+    """Calibration data to quantize with again; empty: the run's own."""
+    samples: int = 128
+    bits: Literal[2, 3, 4, 8] | None = None
+    group_size: int | None = None
+    """As the run's own checkpoint, where None; else 4 bits and groups of 128."""
+    lossy: bool = False
+    """Write integer zeros, whatever they lose."""
 
     @property
     def adapters(self) -> Adapters:

@@ -6,9 +6,16 @@ from importlib import import_module
 from pathlib import Path
 
 from qdist.core.errors import QdistError
+from qdist.core.gptq import BITS
 from qdist.runtime.exports.job import Export
 
-TARGETS = {"16bit": "qdist.runtime.exports.sixteen"}
+TARGETS = {
+    "lora": "qdist.runtime.exports.widen",
+    "16bit": "qdist.runtime.exports.sixteen",
+    "gguf": "qdist.runtime.exports.to_gguf",
+    "gptq": "qdist.runtime.exports.requantize",
+    "zeros": "qdist.runtime.exports.zeros",
+}
 """Name -> the module whose `run` takes an `Export`."""
 
 
@@ -20,6 +27,12 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--weights", type=_numbers, default=())
     arguments.add_argument("--onto", choices=("dequantized", "original"), default="dequantized")
     arguments.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    arguments.add_argument("--type", choices=("q4_1", "q8_0", "f16"))
+    arguments.add_argument("--data", default="")
+    arguments.add_argument("--samples", type=int, default=128)
+    arguments.add_argument("--bits", type=int, choices=BITS)
+    arguments.add_argument("--group-size", type=int)
+    arguments.add_argument("--lossy", action="store_true")
     return arguments
 
 

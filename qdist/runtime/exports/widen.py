@@ -13,10 +13,19 @@ from typing import Any
 import torch
 
 from qdist.core.errors import RunError
+from qdist.core.units import format_bytes
+from qdist.runtime.exports.job import Export
 from qdist.runtime.exports.update import ADAPTER, ADAPTER_CONFIG, PREFIX, Adapters
 from qdist.runtime.packed_folder import Entry, write_tensors
 from qdist.runtime.quantize_pack import goes_along
 from qdist.runtime.work_folder import built, require_space
+
+
+def run(job: Export) -> None:
+    """Write the adapter, and say what it is."""
+    rank = widen(job.adapters, job.out)
+    size = format_bytes((job.out / ADAPTER).stat().st_size)
+    print(f"{job.out}: LoRA r={rank}, {size}, for PEFT and vLLM over {job.adapters.runs[0].plan().source.path}")
 
 
 def widen(adapters: Adapters, out: Path) -> int:

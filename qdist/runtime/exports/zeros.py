@@ -15,6 +15,7 @@ from qdist.core.errors import RunError
 from qdist.core.gptq import Gptq
 from qdist.runtime.exports.gptq_base import GptqBase, Packed
 from qdist.runtime.exports.group_update import OFFSET, GroupUpdates
+from qdist.runtime.exports.job import Export
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.gptq.bits import pack_zeros, unpack_zeros
 from qdist.runtime.packed_folder import Entry, Written, finished, write_tensors
@@ -31,6 +32,20 @@ class Lost(NamedTuple):
     clipped: int
     """Zeros that the bits could not hold."""
     zeros: int
+
+
+def run(job: Export) -> None:
+    """Write the checkpoint and say what is lost. Raises RunError, with that, unless the job is to be lossy."""
+    if not job.lossy:
+        lost = loss_of_zeros(job.adapters)
+        raise RunError(
+            f"integer zeros would lose {lost.relative:.1%} of the adapter",
+            try_="qdist merge, which loses nothing, or --lossy",
+        )
+    lost = fold_zeros(job.adapters, job.out)
+    print(
+        f"{job.out}: {lost.relative:.1%} of the adapter is lost; {lost.clipped:,} of {lost.zeros:,} zeros were clipped"
+    )
 
 
 def loss_of_zeros(adapters: Adapters) -> Lost:

@@ -1,0 +1,53 @@
+"""Merges a run into 16 bits and quantizes that by GPTQ anew: 4 bits for any reader, at a loss, which is measured."""
+
+import shutil
+from pathlib import Path
+
+from qdist.core.errors import RunError
+from qdist.core.gptq import Gptq, Shape
+from qdist.core.plan import Plan
+from qdist.core.units import format_bytes
+from qdist.runtime.exports import sixteen
+from qdist.runtime.exports.evaluation import Evaluation, losses_of
+from qdist.runtime.exports.job import Export
+from qdist.runtime.gptq.job import Wanted
+from qdist.runtime.gptq.make import make
+
+
+def run(job: Export) -> None:
+    """Write a GPTQ checkpoint with the groups and the order of the run's own, or of 128; say what each step loses.
+
+    The 16-bit model lies beside until the checkpoint is there; killed, the same command goes on where it was.
+    Raises RunError for random weights, which have no tokenizer to read calibration data with.
+    """
+    adapters = job.adapters
+    plan = adapters.runs[0].plan()
+    if plan.source.kind == "dummy":
+        raise RunError("random weights have no data to calibrate on", try_="--to 16bit")
+    between = job.out.with_name(f".{job.out.name}.16bit")
+    if not between.is_dir():
+        sixteen.write(adapters, between, onto=job.onto, dtype=job.torch_dtype)
+    gptq = make(str(between), job.out, wanted(job, plan))
+    evaluation = Evaluation(adapters.runs[0])
+    losses = {"adapter": evaluation.adapter(), "merged, 16 bits": evaluation.written(between, job.torch_dtype)}
+    losses["merged and quantized"] = evaluation.quantized(job.out)
+    shutil.rmtree(between)
+    size = sum(file.stat().st_size for file in Path(job.out).glob("*.safetensors"))
+    print(f"{job.out}: {gptq}, {format_bytes(size)}")
+    print(losses_of(losses))
+
+
+def wanted(job: Export, plan: Plan) -> Wanted:
+    """As the run's checkpoint was quantized; what it was trained on is what it is calibrated on, unless told."""
+    own = plan.source.gptq or Gptq(shape=Shape(4, 128))
+    bits = job.bits or own.shape.bits
+    return Wanted(
+        data=job.data or plan.spec.data,
+        bits=(bits,),
+        group_size=job.group_size or own.shape.group_size,
+        sym=own.sym,
+        desc_act=own.desc_act,
+        format="gptq" if own.sym and bits != 3 else "gptq_v2",  # v1 where all readers agree (docs/decisions.md)
+        samples=job.samples,
+        seq_len=min(plan.seq_len, plan.facts.max_positions),
+    )
