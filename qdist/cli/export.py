@@ -43,8 +43,8 @@ def merge_options(command: Any) -> Any:
 
 @click.command()
 @click.option("--to", type=click.Choice(list(TARGETS)), required=True,
-              help="lora: an ordinary LoRA adapter. 16bit: merged, for plain transformers. gguf: merged, for llama.cpp. "
-              "gptq: merged and quantized again. zeros: QA-LoRA in integer zeros.")  # fmt: skip
+              help="lora: an ordinary LoRA adapter. 16bit: merged, for plain transformers. gguf: merged, for "
+              "llama.cpp. gptq: merged and quantized again. zeros: QA-LoRA in integer zeros.")  # fmt: skip
 @merge_options
 @click.option("--type", type=click.Choice(_GGUF_TYPES),
               help="gguf.  [default: q4_1 where QA-LoRA's groups allow it, else f16]")  # fmt: skip

@@ -62,9 +62,10 @@ def merge_exactly(job: Export) -> str:
     """Write QA-LoRA's checkpoint with offsets; what differs from the adapter, in weights and in losses."""
     adapters = job.adapters
     difference = merge_offsets(adapters, job.out, lambda line: print(f"  {line}", file=sys.stderr, flush=True))
+    relative, largest = difference.relative, difference.largest
     lines = [
-        f"{job.out}: {counted(len(job.runs), 'adapter')} merged, {difference.unchanged} tensors of the base bit for bit",
-        f"weights differ from the adapter's by {difference.relative:.2e} of the update, at most {difference.largest:.1e}",
+        f"{job.out}: {counted(len(job.runs), 'adapter')} merged; {difference.unchanged} tensors as they were, bit for bit",
+        f"weights differ from those under the adapter by {relative:.2e} of its update, at most by {largest:.1e}",
     ]
     if len(adapters.runs) == 1:
         evaluation = Evaluation(adapters.runs[0])

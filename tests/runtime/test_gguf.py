@@ -303,9 +303,22 @@ def test_another_model_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_qwen3_with_biases_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="has attention_bias"):
-        written(tmp_path, model_of("qwen3", attention_bias=True))
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [("qwen3", {"attention_bias": True}, "has attention_bias"), ("qwen2", {"head_dim": 32}, "heads of 128 in all")],
+)
+def test_what_llama_cpp_does_not_load_is_refused(
+    family: str, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=said):
+        written(tmp_path, model_of(family, **changes))
+
+
+def test_a_file_without_a_vocabulary_says_so(tmp_path: Path) -> None:
+    out, _, report = written(tmp_path, model_of("llama"))
+    assert fields(out)["tokenizer.ggml.model"] == "none"
+    assert report.pre is None
+    assert report.notes == ("the file has no vocabulary: llama.cpp computes with token ids alone",)
 
 
 def affine_with(**changes: Any) -> Affine:

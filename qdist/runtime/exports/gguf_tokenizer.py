@@ -57,7 +57,7 @@ def read_vocabulary(folder: Path, *, rows: int, config: Mapping[str, Any]) -> Vo
         raise ModelError(f"{folder} has a {core['type']} tokenizer, and GGUF is written for BPE", try_="no tokenizer")
     bytewise = any(step["type"] == "ByteLevel" for step in flat(backend["pre_tokenizer"], "pretokenizers"))
     _require_pieces(folder, backend, bytewise)
-    tokens, types = _tokens(folder, backend, rows=rows, bytewise=bytewise)
+    tokens, types = _tokens(folder, backend, rows=rows, unknown=None if bytewise else tokenizer.unk_token)
     merges = _merges(folder, core["merges"])
     pre, notes = pre_of(backend) if bytewise else ("default", ())
     ids = _special_ids(tokenizer)
@@ -116,15 +116,20 @@ def _require_pieces(folder: Path, backend: dict[str, Any], bytewise: bool) -> No
 
 
 def _tokens(
-    folder: Path, backend: dict[str, Any], *, rows: int, bytewise: bool
+    folder: Path, backend: dict[str, Any], *, rows: int, unknown: str | None
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Tokens and types, one a row; rows without a token are unused."""
-    core = backend["model"]
+    """Tokens and types, one a row; rows without a token are unused.
+
+    unknown: of a SentencePiece tokenizer, which alone has tokens for bytes and one for what no token stands for.
+    """
+    kinds = {unknown: _TYPES.UNKNOWN} if unknown else {}
+    pieces = backend["model"].get("byte_fallback") and not any(
+        step["type"] == "ByteLevel" for step in flat(backend["pre_tokenizer"], "pretokenizers")
+    )
     table: dict[int, tuple[str, int]] = {}
-    for token, place in core["vocab"].items():
-        byte = not bytewise and _BYTE.fullmatch(token)
-        unknown = not bytewise and token == core["unk_token"]
-        table[place] = token, _TYPES.BYTE if byte else _TYPES.UNKNOWN if unknown else _TYPES.NORMAL
+    for token, place in backend["model"]["vocab"].items():
+        byte = pieces and _BYTE.fullmatch(token)
+        table[place] = token, _TYPES.BYTE if byte else kinds.get(token, _TYPES.NORMAL)
     for added in backend["added_tokens"]:
         if table.get(added["id"], ("", 0))[1] != _TYPES.UNKNOWN:
             kind = _TYPES.CONTROL if added["special"] else _TYPES.USER_DEFINED
