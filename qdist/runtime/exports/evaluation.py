@@ -88,6 +88,8 @@ class Evaluation:
             return Loss(evaluate())
         except PlanError as error:
             return Loss(None, error.message)
+        except torch.OutOfMemoryError as error:  # what is written stays written
+            return Loss(None, str(error).partition(". GPU ")[0])
         finally:
             gc.collect()
             torch.cuda.empty_cache()  # does nothing without a GPU
