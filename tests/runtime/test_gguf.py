@@ -314,6 +314,13 @@ def test_what_llama_cpp_does_not_load_is_refused(
         written(tmp_path, model_of(family, **changes))
 
 
+def test_linears_that_blocks_do_not_fill_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model = model_of("qwen2", hidden_size=48)
+    with pytest.raises(ModelError, match=r"q_proj\.weight has 48 inputs, and Q4_1 takes them 32 at a time"):
+        written(tmp_path, model, "q4_1", tensors=tensors_of(model))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_without_a_vocabulary_says_so(tmp_path: Path) -> None:
     out, _, report = written(tmp_path, model_of("llama"))
     assert fields(out)["tokenizer.ggml.model"] == "none"

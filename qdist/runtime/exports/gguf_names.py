@@ -130,6 +130,8 @@ def _type(source: str, shape: tuple[int, ...], kind: Kind) -> Any:
     if kind == "q8_0" and shape[1] % BLOCK == 0:
         return Type.Q8_0
     if kind == "q4_1" and source not in (_EMBEDDING, _HEAD):
+        if shape[1] % BLOCK:
+            raise ModelError(f"{source} has {shape[1]} inputs, and Q4_1 takes them {BLOCK} at a time", try_="f16")
         return Type.Q4_1
     return Type.F16
 

@@ -5,7 +5,6 @@ may come out of tokenizer.json or of tokenizer.model.
 """
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,7 +15,6 @@ from qdist.core.errors import ModelError
 from qdist.runtime.exports.gguf_pre import flat, pre_of
 
 _TYPES = gguf.TokenType
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _NO_SCORE = -1000.0
 """Of tokens that no merge makes: llama.cpp never comes to them through merging."""
 _PROBE = "a"
@@ -40,7 +38,7 @@ class Vocabulary(NamedTuple):
     add_bos: bool
     add_eos: bool
     add_space: bool
-    """Whether a text begins with a space that is not there; of llama alone."""
+    """Whether a text begins with a space that is not there."""
     chat_template: str | tuple[dict[str, str], ...] | None
     notes: tuple[str, ...]
 
@@ -57,16 +55,17 @@ def read_vocabulary(folder: Path, *, rows: int, config: Mapping[str, Any]) -> Vo
         raise ModelError(f"{folder} has a {core['type']} tokenizer, and GGUF is written for BPE", try_="no tokenizer")
     bytewise = any(step["type"] == "ByteLevel" for step in flat(backend["pre_tokenizer"], "pretokenizers"))
     _require_pieces(folder, backend, bytewise)
-    tokens, types = _tokens(folder, backend, rows=rows, unknown=None if bytewise else tokenizer.unk_token)
+    tokens, types = _tokens(folder, backend, rows=rows, named={} if bytewise else _pieces(tokenizer))
     merges = _merges(folder, core["merges"])
     pre, notes = pre_of(backend) if bytewise else ("default", ())
     ids = _special_ids(tokenizer)
     add_bos, add_eos = _added(tokenizer, ids)
+    add_space, space_notes = (False, ()) if bytewise else _space(tokenizer)
     return Vocabulary(
         model="gpt2" if bytewise else "llama", pre=pre, tokens=tokens, types=types,
         scores=() if bytewise else _scores(tokens, merges), merges=merges, ids=ids, add_bos=add_bos, add_eos=add_eos,
-        add_space=not bytewise and _adds_space(tokenizer), chat_template=_templates(tokenizer),
-        notes=(*notes, *_eos_notes(ids, tokens, config)),
+        add_space=add_space, chat_template=_templates(tokenizer),
+        notes=(*notes, *space_notes, *_eos_notes(ids, tokens, config)),
     )  # fmt: skip
 
 
@@ -83,8 +82,7 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
         getattr(writer, f"add_{what}_token_id")(token)
     writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_eos_token(vocabulary.add_eos)
-    if vocabulary.model == "llama":
-        writer.add_add_space_prefix(vocabulary.add_space)
+    writer.add_add_space_prefix(vocabulary.add_space)
     if vocabulary.chat_template is not None:
         writer.add_chat_template(vocabulary.chat_template)
 
@@ -115,21 +113,19 @@ def _require_pieces(folder: Path, backend: dict[str, Any], bytewise: bool) -> No
         )
 
 
-def _tokens(
-    folder: Path, backend: dict[str, Any], *, rows: int, unknown: str | None
-) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Tokens and types, one a row; rows without a token are unused.
+def _pieces(tokenizer: Any) -> dict[str, int]:
+    """The types of SentencePiece's tokens for bytes and of the one for what no token stands for."""
+    types = {f"<0x{byte:02X}>": int(_TYPES.BYTE) for byte in range(256)}
+    return types | ({tokenizer.unk_token: int(_TYPES.UNKNOWN)} if tokenizer.unk_token else {})
 
-    unknown: of a SentencePiece tokenizer, which alone has tokens for bytes and one for what no token stands for.
-    """
-    kinds = {unknown: _TYPES.UNKNOWN} if unknown else {}
-    pieces = backend["model"].get("byte_fallback") and not any(
-        step["type"] == "ByteLevel" for step in flat(backend["pre_tokenizer"], "pretokenizers")
-    )
-    table: dict[int, tuple[str, int]] = {}
-    for token, place in backend["model"]["vocab"].items():
-        byte = pieces and _BYTE.fullmatch(token)
-        table[place] = token, _TYPES.BYTE if byte else kinds.get(token, _TYPES.NORMAL)
+
+def _tokens(
+    folder: Path, backend: dict[str, Any], *, rows: int, named: Mapping[str, int]
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Tokens and types, one a row; rows without a token are unused. named: types of tokens that are not normal."""
+    table: dict[int, tuple[str, int]] = {
+        place: (token, named.get(token, _TYPES.NORMAL)) for token, place in backend["model"]["vocab"].items()
+    }
     for added in backend["added_tokens"]:
         if table.get(added["id"], ("", 0))[1] != _TYPES.UNKNOWN:
             kind = _TYPES.CONTROL if added["special"] else _TYPES.USER_DEFINED
@@ -176,10 +172,22 @@ def _added(tokenizer: Any, ids: Mapping[str, int]) -> tuple[bool, bool]:
     return longer and whole[0] == ids.get("bos"), longer and whole[-1] == ids.get("eos")
 
 
-def _adds_space(tokenizer: Any) -> bool:
-    """Whether a text begins with U+2581, found out with one."""
-    pieces = tokenizer.convert_ids_to_tokens(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
-    return bool(pieces) and pieces[0].startswith("\u2581")
+def _space(tokenizer: Any) -> tuple[bool, tuple[str, ...]]:
+    """Whether a text begins with U+2581, and a note where text behind a special token does not: found out with one.
+
+    llama.cpp has one setting for both (llama-vocab.cpp, `add_space_prefix`).
+    """
+    text = _spaced(tokenizer, _PROBE, place=0)
+    if not text or not tokenizer.eos_token or _spaced(tokenizer, tokenizer.eos_token + _PROBE, place=1):
+        return text, ()
+    return text, ("behind a special token llama.cpp puts a space that transformers does not: some text within a chat "
+                  "becomes other tokens",)  # fmt: skip
+
+
+def _spaced(tokenizer: Any, text: str, *, place: int) -> bool:
+    """Whether the token at a place begins with U+2581."""
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return len(pieces) > place and pieces[place].startswith("\u2581")
 
 
 def _templates(tokenizer: Any) -> str | tuple[dict[str, str], ...] | None:
