@@ -64,7 +64,7 @@ def merge_exactly(job: Export) -> str:
     difference = merge_offsets(adapters, job.out, lambda line: print(f"  {line}", file=sys.stderr, flush=True))
     relative, largest = difference.relative, difference.largest
     lines = [
-        f"{job.out}: {counted(len(job.runs), 'adapter')} merged; {difference.unchanged} tensors as they were, bit for bit",
+        f"{job.out}: {counted(len(job.runs), 'adapter')} merged; {difference.unchanged} tensors of the base unchanged",
         f"weights differ from those under the adapter by {relative:.2e} of its update, at most by {largest:.1e}",
     ]
     if len(adapters.runs) == 1:

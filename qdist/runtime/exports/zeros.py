@@ -83,11 +83,12 @@ class _Folder:
 
     def entries(self, file: str) -> list[Entry]:
         """The base's tensors, zeros replaced."""
-        kept = {e.name: e for e in self.base.entries(file) if not e.name.endswith(OFFSET)}
+        before = {e.name: e for e in self.base.entries(file) if not e.name.endswith(OFFSET)}
+        after = dict(before)
         for linear in self.base.linears(file):
             name = linear.path + _QZEROS
-            kept[name] = kept[name]._replace(make=partial(self._qzeros, file, linear, kept))
-        return list(kept.values())
+            after[name] = before[name]._replace(make=partial(self._qzeros, file, linear, before))
+        return list(after.values())
 
     def lost(self) -> Lost:
         """Over all linears that are changed."""
@@ -99,10 +100,10 @@ class _Folder:
                 zeros, scales, exact = self._exact(file, linear, tensors)
                 wanted = exact.round()
                 new = wanted.clamp(0, self._highest(linear))
-                size = exact.shape[0]
+                each = linear.inputs / exact.shape[0]
                 change = (zeros - exact) * scales
-                missing += float((((zeros - new) * scales) - change).square().sum()) / size
-                total += float(change.square().sum()) / size
+                missing += each * float((((zeros - new) * scales) - change).square().sum())
+                total += each * float(change.square().sum())
                 clipped, count = clipped + int((new != wanted).sum()), count + new.numel()
         if not count:
             raise RunError("no linear is changed by the adapter", try_="another run")
