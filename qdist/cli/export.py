@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from qdist.cli.quantize import check_data
+from qdist.cli.quantize import check_data, check_group_size
 from qdist.core.errors import RunError, SpecError
 from qdist.core.gptq import BITS
 from qdist.host.modules import run_module
@@ -66,6 +66,8 @@ def export(context: click.Context, /, to: str, **given: Any) -> None:
         raise SpecError(f"{given['out']} is not the name of a GGUF file", try_=f"--out {given['out'].rstrip('/')}.gguf")
     if given["data"] is not None:
         check_data(given["data"])
+    if given["group_size"] is not None:
+        check_group_size(given["group_size"])
     context.exit(run_module("qdist.runtime.exports.main", (to, *checked_flags(given))))
 
 

@@ -87,9 +87,7 @@ def _gptq_flags(given: Mapping[str, Any]) -> list[str]:
     if data is None:
         raise SpecError("gptq needs calibration data", try_="--data FILE, such as what it will be trained on")
     widths, size, damping = _widths(given), given.get("group_size", 128), given.get("damping", 0.01)
-    # What readers of GPTQ checkpoints have kernels for.
-    if size != -1 and (size <= 0 or size % WORD):
-        raise SpecError(f"group size cannot be {size}: it is -1 or a multiple of {WORD}", try_="--group-size 128")
+    check_group_size(size)
     if not 0 < damping <= 1:
         raise SpecError(f"damping cannot be {damping:g}: it is above 0 and at most 1", try_="--damping 0.01")
     check_data(data)
@@ -118,6 +116,12 @@ def _widths(given: Mapping[str, Any]) -> list[int]:
         flag = "--candidate-bits 2,3,4" if mixed else "--bits 4"
         raise SpecError(f"bits cannot be {wrong[0]}: GPTQ has 2, 3, 4 or 8", try_=flag)
     return sorted({int(width) for width in stated})
+
+
+def check_group_size(size: int) -> None:
+    """Refuse what readers of GPTQ checkpoints have no kernels for."""
+    if size != -1 and (size <= 0 or size % WORD):
+        raise SpecError(f"group size cannot be {size}: it is -1 or a multiple of {WORD}", try_="--group-size 128")
 
 
 def check_data(source: str) -> None:

@@ -23,6 +23,18 @@ def runs(tmp_path: Path) -> tuple[str, str]:
     return str(tmp_path / "one"), str(tmp_path / "two")
 
 
+Call = tuple[str, tuple[str, ...]]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """The processes that would have been started; each ends with the code 3."""
+    made: list[Call] = []
+    for module in (exporting, merging):
+        monkeypatch.setattr(module, "run_module", lambda name, given: made.append((name, tuple(given))) or 3)
+    return made
+
+
 def invoke(*arguments: str) -> tuple[int, str]:
     result = CliRunner().invoke(main, arguments)
     return result.exit_code, result.output
@@ -63,22 +75,72 @@ def test_only_targets_that_there_are_are_offered(runs: tuple[str, str], tmp_path
 @pytest.mark.parametrize(
     ("flags", "passed"),
     [
-        ((), ("--onto", "dequantized", "--dtype", "bfloat16")),
+        ((), ()),
         (
             ("--onto", "original", "--dtype", "float16", "--weights", "0.7,-1e-3"),
-            ("--onto", "original", "--dtype", "float16", "--weights=0.7,-0.001"),
+            ("--weights=0.7,-0.001", "--onto", "original", "--dtype", "float16"),
         ),
     ],
 )
 def test_flags_reach_the_process_that_writes_and_its_code_comes_back(
-    flags: tuple[str, ...], passed: tuple[str, ...], runs: tuple[str, str], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    calls: list[tuple[str, tuple[str, ...]]] = []
+    flags: tuple[str, ...], passed: tuple[str, ...], runs: tuple[str, str], tmp_path: Path, calls: list[Call]
+) -> None:
     out = str(tmp_path / "out")
-    for module in (exporting, merging):
-        monkeypatch.setattr(module, "run_module", lambda name, given: calls.append((name, tuple(given))) or 3)
     assert invoke("merge", *runs, "--out", out, *flags)[0] == 3
     assert invoke("export", *runs, "--to", "16bit", "--out", out, *flags)[0] == 3
     arguments = (*runs, "--out", out, *passed)
     assert calls == [("qdist.runtime.merge", arguments), ("qdist.runtime.exports.main", ("16bit", *arguments))]
+
+
+@pytest.mark.parametrize(
+    ("target", "flags"),
+    [
+        ("lora", ()),
+        ("gguf", ("--onto", "original", "--type", "q8_0")),
+        ("gptq", ("--onto", "original", "--data", "demo", "--samples", "8", "--bits", "3", "--group-size", "32")),
+        ("zeros", ("--lossy",)),
+    ],
+)
+def test_each_target_takes_its_own_flags(
+    target: str, flags: tuple[str, ...], runs: tuple[str, str], tmp_path: Path, calls: list[Call]
+) -> None:
+    out = str(tmp_path / "out.gguf")
+    assert invoke("export", runs[0], "--to", target, "--out", out, *flags)[0] == 3
+    ((_, (*said,)),) = calls
+    assert said[:4] == [target, runs[0], "--out", out]
+    assert sorted(said[4:]) == sorted(flags)
+
+
+@pytest.mark.parametrize(
+    ("target", "flags", "message"),
+    [
+        ("lora", ("--dtype", "float16"), "--dtype is of --to 16bit, not lora"),
+        ("16bit", ("--type", "f16"), "--type is of --to gguf, not 16bit"),
+        ("gguf", ("--samples", "3"), "--samples is of --to gptq, not gguf"),
+        ("zeros", ("--onto", "original"), "--onto is of --to 16bit and gguf and gptq, not zeros"),
+        ("gptq", ("--lossy",), "--lossy is of --to zeros, not gptq"),
+        ("gptq", ("--data", "nowhere.txt"), "nowhere.txt does not exist"),
+        ("gptq", ("--group-size", "48"), "group size cannot be 48"),
+        ("gguf", (), "is not the name of a GGUF file\n  try: --out"),
+    ],
+)
+def test_flags_of_other_targets_are_refused(
+    target: str, flags: tuple[str, ...], message: str, runs: tuple[str, str], tmp_path: Path, calls: list[Call]
+) -> None:
+    out = str(tmp_path / ("out.gguf" if flags else "out"))
+    code, output = invoke("export", runs[0], "--to", target, "--out", out, *flags)
+    assert code in (1, 2)
+    assert message in output
+    assert calls == []
+
+
+def test_exact_merges_take_no_flags_of_16_bit_models(tmp_path: Path, calls: list[Call]) -> None:
+    job = dummy_job(save_config(tmp_path / "model"), tmp_path / "run", method="qa-lora", **{"quant.group_size": 32})
+    launcher.write(job)
+    job.run.adapter.mkdir()
+    for flags in (("--onto", "dequantized"), ("--dtype", "bfloat16")):
+        code, output = invoke("merge", str(tmp_path / "run"), "--out", str(tmp_path / "out"), *flags)
+        assert code == 2
+        assert "QA-LoRA is merged into its GPTQ checkpoint as it is" in output
+    assert calls == []
+    assert invoke("merge", str(tmp_path / "run"), "--out", str(tmp_path / "out"))[0] == 3

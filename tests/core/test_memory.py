@@ -276,6 +276,23 @@ def test_our_adapted_linears_save_what_the_terms_say(family: str, autocast: bool
     assert own - shared_input == pytest.approx((three - two) / (BATCH * LENGTH), rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("family", "lora_dropout", "autocast"),
+    [("llama", 0.0, False), ("llama", 0.1, False), ("llama", 0.0, True), ("opt", 0.0, False), ("opt", 0.1, False)],
+)
+def test_pooling_linears_keep_groups_alone(family: str, lora_dropout: float, autocast: bool) -> None:
+    """Of 16 inputs. With dropout PEFT computes, and in float32."""
+    facts = from_config(layered(family, 1), name=family)
+    targets = facts.linear_names
+    given = {"bits": 16, "autocast": autocast, "fused_lora": True, "pool": 16}
+    three, two = (saved_bytes(family, layers, targets, lora_dropout, **given) for layers in (3, 2))
+    own = saved_bytes_per_token(
+        facts, bits=16, compute_bytes=2 if autocast else 4, rank_r=RANK, targets=targets, pool=16, seq_len=LENGTH,
+        fused_layers=False, fused_lora=True, lora_dropout=lora_dropout > 0,
+    )  # fmt: skip
+    assert own == pytest.approx((three - two) / (BATCH * LENGTH), rel=0.02)
+
+
 def layered(family: str, layers: int) -> dict[str, Any]:
     return TINY[family] | {"n_layer" if family == "bloom" else "num_hidden_layers": layers}
 
@@ -289,6 +306,7 @@ def saved_bytes(
     bits: int,
     autocast: bool = False,
     fused_lora: bool = False,
+    pool: int = 1,
 ) -> int:
     """Bytes of the distinct storages that a forward pass saves for the backward one, parameters left out."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
@@ -299,7 +317,8 @@ def saved_bytes(
     )
     if bits == 4:
         pack_linears(model)
-    lora = peft.LoraConfig(r=RANK, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM")
+    pooling = {"use_qalora": True, "qalora_group_size": pool} if pool > 1 else {}
+    lora = peft.LoraConfig(r=RANK, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM", **pooling)
     if fused_lora:
         fused = pytest.importorskip("qdist.runtime.methods.fused_lora")
         lora._register_custom_module({torch.nn.Linear: fused.FusedLora})

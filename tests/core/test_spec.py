@@ -57,8 +57,8 @@ OTHER = RunSpec(
         checkpointing=False, held_out=0.25, eval_steps=11, save_steps=13, keep=5, train_on_source=True, answers=3
     ),
 )  # fmt: skip
-"""Every field is another than its default, but for `epochs`, which contradicts `steps`, `method` and
-`quant.group_size`, which go without `quant.type`, and `train.verify_steps`, which needs a sharded backbone."""
+"""Every field is another than its default, but for `epochs`, which contradicts `steps`, those of GPTQ, which go without
+`quant.type`, and `train.verify_steps`, which needs a sharded backbone."""
 
 
 def dotted(spec: RunSpec) -> dict[str, Any]:
@@ -147,7 +147,8 @@ def test_a_key_like_no_other_points_to_the_list() -> None:
         ({"zero": {"stage": 4}}, "zero.stage cannot be 4: it is one of 0, 1, 2, 3", "--set zero.stage=0"),
         ({"zero": {"offload": "nvme"}}, "zero.offload cannot be 'nvme': it is one of cpu, none",
          "--set zero.offload=none"),
-        ({"method": "qlorra"}, "method cannot be 'qlorra': it is one of gptq-lora, qlora", "--set method=qlora"),
+        ({"method": "qlorra"}, "method cannot be 'qlorra': it is one of gptq-lora, qa-lora, qlora",
+         "--set method=qlora"),
         ({"optim": {"schedule": "cosin"}}, "optim.schedule cannot be 'cosin': it is one of constant, cosine, linear",
          "--set optim.schedule=cosine"),
         ({"trackers": ["tensorbord"]}, "trackers cannot be ['tensorbord']: it is one of tensorboard, wandb",
@@ -183,7 +184,7 @@ def test_a_key_like_no_other_points_to_the_list() -> None:
         ({"train": {"checkpointing": "maybe"}}, "train.checkpointing cannot be 'maybe': expected true or false",
          "another value for train.checkpointing"),
         ({"max_memory": "24GX"}, "'24GX' is not an amount of memory", "24GiB, or 24GB for 24 * 10**9 bytes"),
-        ({"lora": 3}, "'lora' is a section, not a setting", "lora.r, lora.alpha, lora.dropout, lora.targets"),
+        ({"split": 3}, "'split' is a section, not a setting", "split.schedule, split.offload_layers"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_refused_with_its_key_and_the_choices(layer: dict[str, Any], message: str, attempt: str) -> None:
@@ -244,7 +245,8 @@ def test_settings_that_agree_are_accepted(layer: dict[str, Any]) -> None:
 def test_the_spec_with_other_values_leaves_nothing_out() -> None:
     default, other = dotted(RunSpec()), dotted(OTHER)
     same = {key for key in default if default[key] == other[key]}
-    assert same == {"bits", "method", "epochs", "train.verify_steps", "quant.group_size"}
+    gptq = {"method", "quant.group_size", "lora.pool", "lora.pool_group_size"}
+    assert same == {"bits", "epochs", "train.verify_steps", *gptq}
 
 
 @pytest.mark.parametrize("spec", [RunSpec(), OTHER, RunSpec(epochs=2.5, bits=16, zero=Zero(stage=0))])

@@ -107,11 +107,11 @@ class Evaluation:
             )  # fmt: skip
             _require_host_memory(parts)
         model, _ = load_run(self.run, dtype, residence)
-        return self._held_out(model, dtype)
+        return self.held_out(model, dtype)
 
     def _checkpoint(self, folder: Path) -> float:
         opened = open_plain(str(folder), self.plan.compute_dtype, None, None)
-        return self._held_out(opened.model, DTYPES[self.plan.compute_dtype])
+        return self.held_out(opened.model, DTYPES[self.plan.compute_dtype])
 
     def _plain(self, source: Source, weights: Weights, dtype: torch.dtype) -> float:
         used = dtype if torch.cuda.is_available() else torch.float32  # most CPUs emulate 16-bit arithmetic
@@ -121,9 +121,10 @@ class Evaluation:
         arrange(model, residence)
         fill(model, weights, device=first_device(residence))
         settle(model, residence)
-        return self._held_out(model, used)
+        return self.held_out(model, used)
 
-    def _held_out(self, model: Any, dtype: torch.dtype) -> float:
+    def held_out(self, model: Any, dtype: torch.dtype) -> float:
+        """The loss of any model over the run's held-out samples."""
         samples = self._samples
         loss, tokens = Forward(model, samples, dtype=dtype, fused=False).evaluate(samples.held_out_batches())
         return loss / tokens
