@@ -72,6 +72,13 @@ def test_only_targets_that_there_are_are_offered(runs: tuple[str, str], tmp_path
     assert invoke("export", runs[0], "--out", str(tmp_path / "out"))[0] == 2
 
 
+def test_an_option_of_another_target_is_refused(runs: tuple[str, str], tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    code, output = invoke("export", *runs, "--out", out, "--to", "16bit", "--lossy")
+    assert code == 2
+    assert "--lossy is of --to zeros, not 16bit\n  try: leave it out" in output
+
+
 @pytest.mark.parametrize(
     ("flags", "passed"),
     [
