@@ -1,7 +1,7 @@
 """Held-out losses of a QA-LoRA run by every way out of it: `python bench/exits.py RUN [--work FOLDER]`.
 
-The run's adapter, the merged checkpoint, the widened LoRA under plain PEFT, 16 bits, and the three GGUF files read back by
-transformers; each beside its difference from the adapter's.
+The run's adapter, the merged checkpoint, the widened LoRA under plain PEFT, 16 bits, and the three GGUF files read back
+by transformers; each beside its difference from the adapter's.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from qdist.runtime.methods.backbone import DTYPES, load_backbone
 
 
 def main() -> None:
+    """Print a line for each way."""
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
     parser.add_argument("--work", type=Path, required=True, help="where the models are written, 3 GB for SmolLM2")
@@ -39,6 +40,7 @@ def main() -> None:
 
 
 def ways(evaluation: Evaluation, run: Path, work: Path) -> dict[str, Callable[[], float]]:
+    """What gives the loss of each way."""
     return {
         "merged, offsets": lambda: merged(evaluation, run, work / "offsets"),
         "LoRA under plain PEFT": lambda: widened(evaluation, run, work / "lora"),
@@ -51,12 +53,14 @@ def ways(evaluation: Evaluation, run: Path, work: Path) -> dict[str, Callable[[]
 
 
 def merged(evaluation: Evaluation, run: Path, out: Path) -> float:
+    """As `qdist merge` writes it."""
     difference = merge_offsets(Export(runs=(run,), out=out).adapters, out, lambda _: None)
     print(f"{'':28}offsets {difference.relative:.1e} off the update, {difference.unchanged} tensors bit for bit")
     return value(evaluation.quantized(out))
 
 
 def widened(evaluation: Evaluation, run: Path, out: Path) -> float:
+    """PEFT with its own LoRA layers over the packed base."""
     from peft import PeftModel
 
     widen.widen(Export(runs=(run,), out=out).adapters, out)
@@ -70,12 +74,14 @@ def widened(evaluation: Evaluation, run: Path, out: Path) -> float:
 
 
 def written(evaluation: Evaluation, run: Path, out: Path, dtype: Any) -> float:
+    """A 16-bit model, read back."""
     job = Export(runs=(run,), out=out, dtype=dtype)
     sixteen.write(job.adapters, out, onto="dequantized", dtype=job.torch_dtype)
     return value(evaluation.written(out, job.torch_dtype))
 
 
 def in_gguf(evaluation: Evaluation, run: Path, out: Path, kind: Any) -> float:
+    """A GGUF file, read back by transformers."""
     from transformers import AutoModelForCausalLM
 
     out.parent.mkdir()
@@ -87,6 +93,7 @@ def in_gguf(evaluation: Evaluation, run: Path, out: Path, kind: Any) -> float:
 
 
 def value(loss: Any) -> float:
+    """A loss that must be there."""
     if loss.value is None:
         raise SystemExit(str(loss))
     return float(loss.value)

@@ -26,6 +26,7 @@ GIB = 2**30
 LONGEST_S = 150
 """A run that takes longer is stopped and counts as failed."""
 SHAPE = "seq_len=512 train.held_out=0.0 train.save_steps=1000"
+QA = "--method qa-lora"
 CKPT, NONE = "train.checkpointing=true", "train.checkpointing=false"
 RUNS: dict[str, tuple[int, str, str]] = {
     # name: GPUs, flags, settings
@@ -47,6 +48,19 @@ RUNS: dict[str, tuple[int, str, str]] = {
     "7b gptq none": (1, "llama-7b --method gptq-lora", f"global_batch=16 micro_batch=16 {NONE}"),
     "65b x2 gptq shard": (2, "llama-65b --method gptq-lora --placement shard --max-memory 32GiB", "global_batch=32"),
     "65b x4 gptq shard": (4, "llama-65b --method gptq-lora --placement shard --max-memory 24GiB", "global_batch=64"),
+    "7b qa ckpt": (1, f"llama-7b {QA}", f"global_batch=16 micro_batch=16 quant.group_size=32 {CKPT}"),
+    "7b qa none": (1, f"llama-7b {QA}", f"global_batch=16 micro_batch=16 quant.group_size=32 {NONE}"),
+    "7b qa auto": (1, f"llama-7b {QA}", "global_batch=16 quant.group_size=32"),
+    "7b gptq g32 none": (
+        1,
+        "llama-7b --method gptq-lora",
+        f"global_batch=16 micro_batch=16 quant.group_size=32 {NONE}",
+    ),
+    "65b x2 qa shard": (
+        2,
+        f"llama-65b {QA} --placement shard --max-memory 32GiB",
+        "global_batch=32 quant.group_size=32",
+    ),
     "7b 8 layers in host memory": (
         1,
         "llama-7b --placement split",
