@@ -82,7 +82,8 @@ def _grid(
         if named in (None, "split"):
             if split.schedule == "1f1b" or (split.schedule is None and not split.offload_layers and each > 1):
                 yield "split", "1f1b", each
-            if split.schedule == "sequential" or (split.schedule is None and (named or each == count > 1)):
+            single = split.schedule is None and (named or each == count > 1)
+            if device == "cuda" and (split.schedule == "sequential" or single):
                 yield "split", "sequential", each
 
 
@@ -189,6 +190,11 @@ def _check(spec: RunSpec, count: int, device: Literal["cuda", "cpu"]) -> None:
     if spec.split.offload_layers and spec.split.schedule == "1f1b":
         raise SpecError(
             "split.offload_layers goes with one process, not with 1f1b", try_="--set split.schedule=sequential"
+        )
+    if spec.split.schedule == "sequential" and device == "cpu":
+        raise SpecError(
+            "split.schedule=sequential is one process that visits GPU after GPU, and there is none here",
+            try_="--set split.schedule=1f1b",
         )
     if spec.split.offload_layers and device == "cpu":
         raise SpecError("split.offload_layers needs a GPU to copy layers to", try_="--set split.offload_layers=0")

@@ -20,6 +20,9 @@ from qdist.runtime.checkpoint import load, load_tensors
 from qdist.runtime.checksum import slice_sums
 from qdist.runtime.engine import Adapter
 from qdist.runtime.measure import Peak
+from qdist.runtime.packed_folder import entries_of, write_tensors
+
+_TENSORS = "adapter_model.safetensors"
 
 
 def adapter_checksum(adapter: Adapter) -> tuple[int, ...]:
@@ -47,10 +50,9 @@ def gather(run: RunDir, *, step: int) -> Path:
     beside = run.path / f".adapter.{os.getpid()}"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
-    from safetensors.torch import save_file
-
     pooling = {"pool": plan.spec.lora.pool, "pool_group_size": str(plan.pool)} if plan.pool > 1 else {}
-    save_file(tensors, beside / "adapter_model.safetensors", metadata={"format": "pt", **pooling})
+    write_tensors(beside, _TENSORS, entries_of(tensors), metadata=pooling)
+    (beside / f".{_TENSORS}.json").unlink()
     (beside / "adapter_config.json").write_text(_adapter_config(plan))
     if plan.source.tokenizer:
         for file in sorted(Path(plan.source.tokenizer).iterdir()):
@@ -114,14 +116,14 @@ def write_result(
     peaks: Sequence[Sequence[Peak]],
 ) -> None:
     """Write `result.json`, which makes the run finished. peaks: of each rank, on each of its GPUs."""
-    tensors = load_tensors(run.adapter / "adapter_model.safetensors")
+    tensors = load_tensors(run.adapter / _TENSORS)
     events = Follower(run.path).new_events()
     start = start_of(events, planned_at=(run.path / PLAN).stat().st_mtime)
     result = {
         "steps": plan.steps,
         "held_out": [list(point) for point in held_out],
         "answers": answers,
-        "adapter_bytes": (run.adapter / "adapter_model.safetensors").stat().st_size,
+        "adapter_bytes": (run.adapter / _TENSORS).stat().st_size,
         "adapter_parameters": sum(tensor.numel() for tensor in tensors.values()),
         "peak_bytes": peaks[0][0]._asdict(),
         "peaks": [[peak._asdict() for peak in of_rank] for of_rank in peaks],
@@ -168,7 +170,7 @@ def main() -> None:
     except QdistError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    tensors = load_tensors(folder / "adapter_model.safetensors")
+    tensors = load_tensors(folder / _TENSORS)
     total, parameters = run.plan().steps, sum(tensor.numel() for tensor in tensors.values())
     print(f"{folder}: step {step} of {total}, {len(tensors)} tensors, {parameters:,} parameters")
 

@@ -134,13 +134,15 @@ def finished(folder: Path, name: str) -> Written | None:
     return written if (folder / name).is_file() and (folder / name).stat().st_size == written.bytes else None
 
 
-def write_tensors(folder: Path, name: str, entries: Iterable[Entry]) -> Written:
+def write_tensors(
+    folder: Path, name: str, entries: Iterable[Entry], *, metadata: Mapping[str, str] | None = None
+) -> Written:
     """A safetensors file, one tensor in memory at a time; a record of it beside, once it is whole.
 
-    safetensors' own `save_file` first copies every tensor into memory.
+    safetensors' own `save_file` first copies every tensor into memory, and puts metadata in an order of chance.
     """
     ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
-    header, checksums = _header(ordered), {}
+    header, checksums = _header(ordered, {"format": "pt", **(metadata or {})}), {}
     beside = folder / f".{name}.unfinished"
     with open(beside, "wb") as file:
         file.write(header)
@@ -158,9 +160,9 @@ def write_tensors(folder: Path, name: str, entries: Iterable[Entry]) -> Written:
     return written
 
 
-def _header(entries: list[Entry]) -> bytes:
+def _header(entries: list[Entry], metadata: Mapping[str, str]) -> bytes:
     """safetensors' header: its length in 8 bytes, then JSON padded with spaces to a multiple of 8."""
-    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    table: dict[str, object] = {"__metadata__": metadata}
     start = 0
     for entry in entries:
         offsets = [start, start + entry.bytes]

@@ -75,10 +75,7 @@ def test_a_plan_that_is_made_can_run(model: str, count: int, gib: int, settings:
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
-@pytest.mark.parametrize(
-    "settings",
-    [SHARD, SHARD | TWO | {"gpus": 4}, SPLIT, SPLIT | TWO | {"gpus": 4}, SPLIT | {"split.schedule": "sequential"}],
-)
+@pytest.mark.parametrize("settings", [SHARD, SHARD | TWO | {"gpus": 4}, SPLIT, SPLIT | TWO | {"gpus": 4}])
 def test_cpu_ranks_can_shard_and_split(settings: dict[str, Any], bits: int) -> None:
     plan = planned("smollm2-135m", CPU, {"gpus": 2, "bits": bits} | settings)
     check(plan, CPU)

@@ -55,11 +55,17 @@ def test_a_spec_allows_these_layouts(settings: dict[str, Any], count: int, expec
         ({}, ["replicate 4x1"]),
         ({"gpus_per_group": 2}, ["shard 2x2", "1f1b 2x2"]),
         ({"placement": "shard"}, ["shard 1x4"]),
-        ({"split.schedule": "sequential"}, ["sequential 1x4"]),
+        ({"placement": "split"}, ["1f1b 1x4"]),
     ],
 )
 def test_cpu_ranks_replicate_unless_told(settings: dict[str, Any], expected: list[str]) -> None:
     assert list(map(named, found(settings, 4, "cpu"))) == expected
+
+
+def test_one_process_visits_gpus_and_not_cpu_ranks() -> None:
+    with pytest.raises(SpecError, match="visits GPU after GPU, and there is none here") as caught:
+        found({"split.schedule": "sequential"}, 4, "cpu")
+    assert caught.value.try_ == "--set split.schedule=1f1b"
 
 
 STATE: list[tuple[dict[str, Any], int, tuple[int, str, int, int]]] = [
