@@ -264,7 +264,7 @@ def test_a_killed_merge_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: p
 
 def test_rounding_that_takes_too_much_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_over(save_gptq(tmp_path / "gptq", SYMMETRIC), tmp_path / "run")
-    monkeypatch.setattr(offsets, "_LARGEST", 2.0**-18)  # float16 without most of its digits
+    monkeypatch.setattr(offsets, "LARGEST", 2.0**-18)  # float16 without most of its digits
     with pytest.raises(RunError, match=r"takes \d+\.\d\d% of the adapter, and 0\.10% is the most") as caught:
         merged(run, out=tmp_path / "merged")
     assert "--to lora" in str(caught.value.try_)

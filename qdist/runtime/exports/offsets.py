@@ -23,7 +23,7 @@ from qdist.runtime.work_folder import built, require_space
 
 BOUND = 1e-3
 """Of what rounding may take of an update, relative (Frobenius norms)."""
-_LARGEST = 2.0**14
+LARGEST = 2.0**14
 """Of stored offsets, near: float16 goes to 65504."""
 _VERSION = 1
 
@@ -131,14 +131,14 @@ class _Merger:
 
     @cached_property
     def _scale(self) -> float:
-        """The power of two with which the largest offset is stored as about `_LARGEST`."""
+        """The power of two with which the largest offset is stored as about `LARGEST`."""
         peaks = [
             float(self._updates.whole(file, own).abs().max())
             for file in self._base.files
             for own in self._updates.linears(file)
         ]
         largest = max(peaks, default=0.0)
-        return 2.0 ** math.ceil(math.log2(largest / _LARGEST)) if largest else 1.0
+        return 2.0 ** math.ceil(math.log2(largest / LARGEST)) if largest else 1.0
 
     def _stored(self, file: str, linear: Packed) -> torch.Tensor:
         """Float16 [groups, out], to be multiplied by the scale."""
