@@ -1,8 +1,8 @@
 """How much of a QA-LoRA adapter do the forms lose that it can be merged into? `python bench/merge_exactness.py BASE`.
 
-BASE: a GPTQ checkpoint with groups. For each share, every linear gets a random update of rank 16 that is constant within
-groups and whose root mean square is that share of the root mean square of its scales. Printed: norm of what is lost by
-norm of the update, over all linears, in float32 arithmetic.
+BASE: a GPTQ checkpoint with groups. For each share, every linear gets a random update of rank 16 that is constant
+within groups and whose root mean square is that share of the root mean square of its scales. Printed: norm of what is
+lost by norm of the update, over all linears, in float32 arithmetic.
 """
 
 import argparse

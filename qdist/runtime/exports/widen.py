@@ -23,9 +23,10 @@ from qdist.runtime.work_folder import built, require_space
 
 def run(job: Export) -> None:
     """Write the adapter, and say what it is."""
-    rank = widen(job.adapters, job.out)
+    adapters = job.adapters
+    rank, plan = widen(adapters, job.out), adapters.runs[0].plan()
     size = format_bytes((job.out / ADAPTER).stat().st_size)
-    print(f"{job.out}: LoRA r={rank}, {size}, for PEFT and vLLM over {job.adapters.runs[0].plan().source.path}")
+    print(f"{job.out}: LoRA r={rank}, {size}, for PEFT and vLLM over {plan.source.path or plan.spec.model}")
 
 
 def widen(adapters: Adapters, out: Path) -> int:

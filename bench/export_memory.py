@@ -1,0 +1,90 @@
+"""Peak host memory of merging and exporting a large model: `python bench/export_memory.py --layers 1,3`.
+
+Runs over random weights of so many layers of --model, with a random adapter of rank 64; each command is a process of
+its own, and its peak is what the kernel says (ru_maxrss), libraries included. On a GPU weights are unpacked there.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from qdist.core.models import config_of
+from qdist.core.spec import nest, resolve
+from qdist.core.units import format_bytes
+from qdist.host import launcher
+from qdist.host.rundir import RunDir
+from qdist.runtime import checkpoint
+from qdist.runtime.engine import State
+from qdist.runtime.export import gather
+
+COMMANDS = {
+    "merge": ("qdist.runtime.merge", ()),
+    "export --to lora": ("qdist.runtime.exports.main", ("lora",)),
+    "export --to 16bit": ("qdist.runtime.exports.main", ("16bit",)),
+}
+
+
+def main() -> None:
+    """Print a line for each command and number of layers."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="llama-65b")
+    parser.add_argument("--layers", default="1,3")
+    parser.add_argument("--method", default="qa-lora")
+    parser.add_argument("--work", type=Path)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.work) as folder:
+        for layers in map(int, given.layers.split(",")):
+            run = made(given.model, layers, given.method, Path(folder))
+            for name, (module, flags) in COMMANDS.items():
+                if given.method != "qa-lora" and name != "export --to 16bit":
+                    continue
+                out = Path(folder, "out")
+                began = time.monotonic()
+                peak = measured(module, (*flags, str(run.path), "--out", str(out)))
+                size = sum(file.stat().st_size for file in out.iterdir())
+                took = f"{time.monotonic() - began:.0f} s"
+                wrote = format_bytes(size)
+                print(f"{layers:3} layers  {name:18} peak {format_bytes(peak)}, wrote {wrote}, {took}", flush=True)
+                shutil.rmtree(out)
+
+
+def made(model: str, layers: int, method: str, folder: Path) -> RunDir:
+    """A run as it is after its last step, with random numbers for an adapter."""
+    source = folder / f"config-{layers}"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps({**config_of(model), "num_hidden_layers": layers}))
+    settings = {"model": str(source), "run": str(folder / f"run-{layers}"), "load_format": "dummy", "steps": 1}
+    settings |= {"method": method, "gpus": 1, "seq_len": 64, "global_batch": 1, "train.held_out": 0.0}
+    job = launcher.prepare(resolve(nest({**settings, "quant.group_size": 32} if method != "qlora" else settings)))
+    launcher.write(job)
+    plan, generator = job.plan, torch.Generator().manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in range(layers):
+        for linear in plan.facts.linears:
+            block = "self_attn" if linear.reads.startswith("attention") else "mlp"
+            name = f"base_model.model.model.layers.{layer}.{block}.{linear.name}.lora_%s.default.weight"
+            tensors[name % "A"] = 0.01 * torch.randn(64, linear.inputs // plan.pool, generator=generator)
+            tensors[name % "B"] = 0.01 * torch.randn(linear.outputs, 64, generator=generator)
+    checkpoint.save(job.run, checkpoint.Progress(step=1, samples=0), State(tensors, {}, 1), keep=1)
+    gather(job.run, step=1)
+    return job.run
+
+
+def measured(module: str, arguments: tuple[str, ...]) -> int:
+    """Bytes of host memory that a process takes at its peak. It must end well."""
+    child = os.posix_spawn(sys.executable, [sys.executable, "-m", module, *arguments], os.environ)
+    _, status, usage = os.wait4(child, 0)
+    if os.waitstatus_to_exitcode(status):
+        raise SystemExit(f"{module} ended with {os.waitstatus_to_exitcode(status)}")
+    return usage.ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()
