@@ -63,8 +63,9 @@ def merge_exactly(job: Export) -> str:
     adapters = job.adapters
     difference = merge_offsets(adapters, job.out, lambda line: print(f"  {line}", file=sys.stderr, flush=True))
     relative, largest = difference.relative, difference.largest
+    kept = f"; all {difference.unchanged} tensors of the base as they were" if difference.unchanged else ""
     lines = [
-        f"{job.out}: {counted(len(job.runs), 'adapter')} merged; {difference.unchanged} tensors of the base unchanged",
+        f"{job.out}: {counted(len(job.runs), 'adapter')} merged{kept}",
         f"weights differ from those under the adapter by {relative:.2e} of its update, at most by {largest:.1e}",
     ]
     if len(adapters.runs) == 1:

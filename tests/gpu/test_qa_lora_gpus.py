@@ -6,6 +6,7 @@ from torch import nn
 
 from qdist.core.gptq import Shape, WeightOffset
 from qdist.runtime.kernels.gptq import FEW_TOKENS
+from qdist.runtime.kernels.pooling import triton_means
 from qdist.runtime.methods.adapted import adapted_product
 from qdist.runtime.methods.packed_gptq import PackedGptq
 from qdist.runtime.methods.skeleton import fill
@@ -39,6 +40,16 @@ def test_gradients_are_near_those_of_float32(dtype: torch.dtype) -> None:
     product.backward(outer.to(dtype))
     for near, wanted in zip(rounded, exact, strict=True):
         assert float((near.grad - wanted.grad).norm() / wanted.grad.norm()) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_pooling_kernel_computes_what_torch_does(dtype: torch.dtype) -> None:
+    for pool, tokens in ((16, 5), (32, 4097), (128, 1000)):
+        inputs = torch.randn(tokens, 4096, device="cuda").to(dtype)
+        exact = inputs.double().view(tokens, -1, pool).mean(-1)
+        largest = float((triton_means(inputs, pool).double() - exact).abs().max())
+        assert largest < {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
 
 
 @pytest.mark.gpu

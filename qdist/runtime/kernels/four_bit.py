@@ -1,12 +1,12 @@
 """Unpacks bitsandbytes' 4-bit weights: nested absmax and code book in one pass over memory; torch's way beside it."""
 
-import contextlib
 from functools import cache
 from typing import Any
 
 import torch
 
 from qdist.core.memory import BLOCK, NESTED_BLOCK
+from qdist.runtime.kernels.launching import on_device
 
 
 @cache
@@ -80,9 +80,7 @@ def _fused(
     blocks = absmax.numel()
     rows = 64
     device = packed.device
-    # Triton launches on the current device, wherever its arguments lie; changing it costs time, and is seldom needed.
-    here = contextlib.nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device)
-    with here:
+    with on_device(device):
         _kernel()[(-(-blocks // rows),)](
             packed, absmax, absmax_code_book(device), nested[0], nested[1], code_book(quant_type, device),
             out, blocks, ROWS=rows, num_warps=8,

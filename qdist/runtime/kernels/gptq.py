@@ -1,11 +1,9 @@
 """Unpacks GPTQ weights, and multiplies a few tokens with them packed: Triton kernels, and torch's way beside them."""
 
-import contextlib
-from typing import Any
-
 import torch
 
 from qdist.runtime.gptq import bits as reference
+from qdist.runtime.kernels.launching import on_device
 
 FEW_TOKENS = 4
 """Up to here the packed weights are read once for each token; above, unpacking them first is taken to be faster."""
@@ -59,7 +57,7 @@ def triton_dequantize(
     out = torch.empty((inputs, outputs), dtype=dtype, device=qweight.device)
     periods, rows, columns = inputs // values, max(1, 64 // values), 128
     grid = (-(-periods // rows), -(-outputs // columns))
-    with _on(qweight.device):
+    with on_device(qweight.device):
         gptq_triton.unpack[grid](
             qweight, qzeros, scales, qweight if groups is None else groups, out, periods, outputs, qzeros.shape[1],
             inputs if group_size == -1 else group_size, BITS=bits, OFFSET=offset, WORDS=words, VALUES=values,
@@ -90,7 +88,7 @@ def triton_product(
     each = max(rows, _SPLIT_ROWS // values)
     splits = -(-periods // each)
     parts = torch.empty((splits, tokens, outputs), dtype=torch.float32, device=inputs.device)
-    with _on(qweight.device):
+    with on_device(qweight.device):
         gptq_triton.product[(-(-outputs // columns), splits, tokens)](
             inputs.contiguous(), qweight, qzeros, scales, qweight if groups is None else groups, parts, periods,
             outputs, qzeros.shape[1], width, tokens, width if group_size == -1 else group_size, BITS=bits,
@@ -107,10 +105,3 @@ def _needed(
     if groups is None and group_size != -1 and group_size % values:
         return reference.group_of_inputs(inputs, group_size, device)
     return groups
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, wherever its arguments lie."""
-    if device.type != "cuda" or torch.cuda.current_device() == device.index:
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from qdist.runtime.kernels.pooling import means
 from qdist.runtime.methods.packed import PackedLinear, compute_dtype
 
 
@@ -19,11 +20,6 @@ def adapted_product(
     """
     product: torch.Tensor = _Adapted.apply(inputs, down, up, layer, scaling, pool)
     return product
-
-
-def pooled(inputs: torch.Tensor, pool: int) -> torch.Tensor:
-    """The means of `pool` inputs that follow each other, [tokens, in / pool]. Sums would overflow in float16."""
-    return inputs if pool == 1 else inputs.view(inputs.shape[0], -1, pool).mean(-1)
 
 
 def add_pooled_gradient(inputs: torch.Tensor, gradient: torch.Tensor, pool: int, scale: float) -> None:
@@ -46,7 +42,7 @@ class _Adapted(torch.autograd.Function):
         dtype = compute_dtype(inputs)
         flat = inputs.reshape(-1, inputs.shape[-1]).to(dtype)
         product = frozen_product(layer, flat)
-        read = pooled(flat, pool)
+        read = flat if pool == 1 else means(flat, pool)  # sums would overflow in float16
         narrow = read @ down.to(dtype).t()
         product.addmm_(narrow, up.to(dtype).t(), alpha=scaling)
         ctx.save_for_backward(read, narrow, down, up)
@@ -62,10 +58,9 @@ class _Adapted(torch.autograd.Function):
         inputs = None
         if ctx.needs_input_grad[0]:
             inputs = frozen_input_gradient(ctx.layer, gradient)
-            if ctx.pool == 1:
-                inputs.addmm_(narrow_gradient, down.to(read.dtype))
-            else:
-                add_pooled_gradient(inputs, narrow_gradient @ down.to(read.dtype), ctx.pool, 1 / ctx.pool)
+            # A as wide as the inputs is small, and adding within the product is a pass over memory less.
+            wide = down.to(read.dtype).repeat_interleave(ctx.pool, dim=1) if ctx.pool > 1 else down.to(read.dtype)
+            inputs.addmm_(narrow_gradient, wide, alpha=1 / ctx.pool)
             inputs = inputs.view(*outer.shape[:-1], inputs.shape[-1]).to(ctx.input_dtype)
         up_gradient = _product_in(up.dtype, gradient.t(), narrow).mul_(ctx.scaling)
         down_gradient = _product_in(down.dtype, narrow_gradient.t(), read)

@@ -8,7 +8,8 @@ from torch import nn
 from qdist.core.gptq import Shape, WeightOffset
 from qdist.runtime.gptq import bits as packing
 from qdist.runtime.kernels.gptq import FEW_TOKENS, dequantize, triton_product
-from qdist.runtime.methods.adapted import add_pooled_gradient, pooled
+from qdist.runtime.kernels.pooling import means
+from qdist.runtime.methods.adapted import add_pooled_gradient
 from qdist.runtime.methods.packed import PackedLinear, Slices, empty, is_offloaded
 
 
@@ -66,7 +67,7 @@ class PackedGptq(PackedLinear):
         product = self._packed_product(inputs)
         if self.shift is not None:
             size = self.shift.group_size
-            product.addmm_(pooled(inputs, size), self._offsets(inputs), alpha=self.shift.scale * size)
+            product.addmm_(means(inputs, size), self._offsets(inputs), alpha=self.shift.scale * size)
         return product
 
     def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,48 @@
+"""Means of inputs that follow each other (QA-LoRA's pooling): one pass over memory, and torch's way beside it."""
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from qdist.runtime.kernels.launching import on_device
+
+_MANY = 1 << 22
+"""Elements above which a launch of Triton's is worth its time; torch reduces short rows at a part of the memory's rate,
+and is launched faster."""
+_ROWS = 128
+"""Groups that one program takes."""
+
+
+def means(inputs: torch.Tensor, pool: int) -> torch.Tensor:
+    """[tokens, in] to [tokens, in / pool], rounded once. `pool` divides in."""
+    if inputs.is_cuda and inputs.numel() >= _MANY and pool & (pool - 1) == 0:
+        return triton_means(inputs.contiguous(), pool)
+    return inputs.reshape(inputs.shape[0], -1, pool).mean(-1)
+
+
+def triton_means(inputs: torch.Tensor, pool: int) -> torch.Tensor:
+    """`means` of contiguous inputs, for a pool that is a power of two; added up in float32."""
+    out = torch.empty((inputs.shape[0], inputs.shape[1] // pool), dtype=inputs.dtype, device=inputs.device)
+    groups = out.numel()
+    with on_device(inputs.device):
+        _kernel()[(-(-groups // _ROWS),)](inputs, out, groups, POOL=pool, ROWS=_ROWS, num_warps=4)
+    return out
+
+
+@cache
+def _kernel() -> Any:
+    """Compiled on first use: Triton is there only with a GPU."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def reduce(inputs, out, groups, POOL: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+        group = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        there = group < groups
+        place = group.to(tl.int64)[:, None] * POOL + tl.arange(0, POOL)[None, :]
+        values = tl.load(inputs + place, mask=there[:, None], other=0.0).to(tl.float32)
+        mean = tl.sum(values, axis=1) / POOL
+        tl.store(out + group, mean.to(out.dtype.element_ty), mask=there)
+
+    return reduce
