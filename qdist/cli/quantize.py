@@ -92,7 +92,7 @@ def _gptq_flags(given: Mapping[str, Any]) -> list[str]:
         raise SpecError(f"damping cannot be {damping:g}: it is above 0 and at most 1", try_="--damping 0.01")
     check_data(data)
     sym = given.get("sym", True)
-    # v1 holds no zero of 0, and GPTQModel misreads its zeros at 3 bits and where widths are mixed (docs/decisions.md).
+    # v1 holds no zero of 0; at 3 bits and in mixed widths its readers' arithmetic differs (docs/decisions.md).
     v1 = sym and widths in ([2], [4], [8])
     flags = ["--data", data, "--bits", *map(str, widths), "--group-size", str(size), "--damping", f"{damping:g}"]
     flags += ["--format", given.get("format", "gptq" if v1 else "gptq_v2")]
