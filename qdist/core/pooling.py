@@ -43,6 +43,21 @@ def pool_of(spec: RunSpec, gptq: Gptq | None, facts: ModelFacts) -> int:
     return pool
 
 
+def require_packed(spec: RunSpec, gptq: Gptq, facts: ModelFacts, paths: Iterable[str]) -> None:
+    """Refuse QA-LoRA on linears that the checkpoint left in 16 bits: they have no groups to fold an update into.
+
+    paths: of all linears that could be quantized. Raises SpecError naming the first.
+    """
+    targets = {linear.name for linear in facts.targeted(spec.lora.targets)}
+    plain = [path for path in sorted(paths) if path.rpartition(".")[2] in targets and gptq.of(path) is None]
+    if spec.method == "qa-lora" and plain:
+        left = sorted({path.rpartition(".")[2] for path in plain})
+        raise SpecError(
+            f"{spec.model} has {len(plain)} linears in 16 bits, such as {plain[0]}, and qa-lora merges into integers",
+            try_=f"--set lora.targets={','.join(sorted(targets - set(left))) or 'others'}, or --method gptq-lora",
+        )
+
+
 def _require_whole_groups(spec: RunSpec, linears: Iterable[Linear], pool: int) -> None:
     for linear in linears:
         if linear.inputs % pool:

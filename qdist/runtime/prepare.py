@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from qdist.core.errors import ModelError, QdistError
+from qdist.core.facts import from_config
 from qdist.core.gptq import Gptq, of_run, to_config
 from qdist.core.plan import DataFacts, Prepared, Source
+from qdist.core.pooling import require_packed
 from qdist.core.spec import RunSpec
 from qdist.host.files import cache_dir, locked, publish_folder, write_atomic
 from qdist.host.sources import locate
@@ -109,8 +111,10 @@ def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple
             f"{spec.model} is no GPTQ checkpoint",
             try_=f"qdist quantize {spec.model} --method gptq --data DATA --out DIR, or --method qlora",
         )
-    packed = in_safetensors(folder)
-    return check.checked(packed, blueprint(folder), gptq), Packed(packed)
+    packed, shape = in_safetensors(folder), blueprint(folder)
+    paths = [name.removesuffix(".weight") for name in shape.linears]
+    require_packed(spec, gptq, from_config(config, name=spec.model), paths)
+    return check.checked(packed, shape, gptq), Packed(packed)
 
 
 def _keep_tokenizer(tokenizer: Any) -> Path:

@@ -194,6 +194,21 @@ def test_merged_and_quantized_again(tmp_path: Path, method: str, capsys: pytest.
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
+def test_what_was_left_of_another_export_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    """A 16-bit model of another run lies where an export to the same name was killed."""
+    run = qlora_run(tmp_path)
+    stale = tmp_path / ".out.16bit-0123456789ab"
+    stale.mkdir()
+    requantize.run(exported(run, tmp_path / "out", samples=2))
+    assert not stale.exists()
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_integer_zeros_need_a_gptq_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is no GPTQ checkpoint"):
+        zeros.run(exported(qlora_run(tmp_path), tmp_path / "zeros", lossy=True))
+
+
 def test_random_weights_are_not_quantized_again(tmp_path: Path) -> None:
     run, _ = adapted_run(dummy_job(save_config(tmp_path / "model"), tmp_path / "run"))
     with pytest.raises(RunError, match="no data to calibrate on"):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qdist.core.errors import ModelError, RunError
-from qdist.core.gptq import SHIFTED, Gptq, Shape
+from qdist.core.errors import ModelError, RunError, SpecError
+from qdist.core.gptq import SHIFTED, Gptq, Override, Shape
 from qdist.host.rundir import RunDir
 from qdist.runtime.exports import offsets
 from qdist.runtime.exports.offsets import BOUND, Difference, merge_offsets
@@ -197,6 +197,19 @@ def test_plain_lora_has_no_offsets(tmp_path: Path) -> None:
         merged(run, out=tmp_path / "merged")
     assert "--to 16bit" in str(caught.value.try_)
     assert not (tmp_path / "merged").exists()
+
+
+def test_linears_in_16_bits_are_refused_or_left_alone(tmp_path: Path) -> None:
+    """GPTQModel's `dynamic` may leave some out; an adapter that does not change them is merged."""
+    left = Gptq(shape=Shape(4, 32), overrides=(Override(r".*down_proj", None),))
+    model = save_gptq(tmp_path / "gptq", left, tokenizer=padded())
+    with pytest.raises(SpecError, match=r"2 linears in 16 bits, such as model\.layers\.0\.mlp\.down_proj") as caught:
+        run_over(model, tmp_path / "refused")
+    assert "lora.targets=gate_proj,k_proj,o_proj,q_proj,up_proj,v_proj" in str(caught.value.try_)
+    run = run_over(model, tmp_path / "run", **{"lora.targets": ("q_proj", "up_proj")})
+    merged(run, out=tmp_path / "merged")
+    own = logits_of(load(tmp_path / "merged", dtype="float32")[0], high=250)
+    assert relative(own, logits_of(load(run.path)[0], high=250)) < 1e-3
 
 
 def test_random_weights_are_merged_too(tmp_path: Path) -> None:

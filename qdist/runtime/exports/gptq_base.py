@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from qdist.core.errors import RunError
 from qdist.core.gptq import WORD, Gptq
 from qdist.core.plan import Plan
 from qdist.runtime.exports.backbone import Backbone
@@ -38,7 +39,10 @@ class GptqBase:
     """
 
     def __init__(self, plan: Plan, adapters: Adapters) -> None:
-        assert plan.source.gptq is not None
+        if plan.source.gptq is None:
+            raise RunError(
+                f"the run's {plan.spec.model} is no GPTQ checkpoint", try_="qdist export --to 16bit, or gptq"
+            )
         self.plan, self.gptq, self._adapters = plan, plan.source.gptq, adapters
         self.backbone = Backbone(plan)
         packed = self.backbone.source.packed

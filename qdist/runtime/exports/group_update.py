@@ -21,6 +21,13 @@ class GroupUpdates:
                 f"{adapters.runs[0].path} has plain LoRA, which changes each weight by itself, not groups of them",
                 try_="qdist export --to 16bit, or --to gptq",
             )
+        packed = {linear.path for file in base.files for linear in base.linears(file)}
+        plain = sorted(adapters.paths - packed)
+        if plain:
+            raise RunError(
+                f"the adapter changes {len(plain)} linears that the checkpoint has in 16 bits, such as {plain[0]}",
+                try_="qdist export --to 16bit",
+            )
         self._base, self._adapters, old = base, adapters, base.gptq.offset
         self.size = gcd(adapters.pool, old.group_size) if old else adapters.pool
         """Inputs that share an update."""

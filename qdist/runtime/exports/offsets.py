@@ -18,7 +18,7 @@ from qdist.core.gptq import Gptq, WeightOffset
 from qdist.runtime.exports.gptq_base import GptqBase, Packed, packed_hash
 from qdist.runtime.exports.group_update import OFFSET, GroupUpdates
 from qdist.runtime.exports.update import Adapters
-from qdist.runtime.packed_folder import Entry, Written, finished, opened, stored_entries, write_tensors
+from qdist.runtime.packed_folder import Entry, finished, opened, stored_entries, write_tensors
 from qdist.runtime.work_folder import built, require_space
 
 BOUND = 1e-3
@@ -50,10 +50,12 @@ def merge_offsets(adapters: Adapters, out: Path, say: Callable[[str], None]) -> 
     base = GptqBase(plan, adapters)
     merger = _Merger(base, GroupUpdates(base, adapters))
     with built(out, f"offsets {_VERSION} {base.stamp} {adapters.stamp}") as work:
-        require_space(out.parent, base.bytes + merger.offset_bytes, purpose=f"merging into {plan.spec.model}")
-        files: dict[str, Written] = {}
+        files = {file: there for file in base.files if (there := finished(work, file))}
+        missing = base.bytes + merger.offset_bytes - sum(there.bytes for there in files.values())
+        require_space(out.parent, missing, purpose=f"merging into {plan.spec.model}")
         for number, file in enumerate(base.files, 1):
-            files[file] = finished(work, file) or write_tensors(work, file, merger.entries(file))
+            if file not in files:
+                files[file] = write_tensors(work, file, merger.entries(file))
             if number * 10 // len(base.files) > (number - 1) * 10 // len(base.files):
                 say(f"{number} of {len(base.files)} files written")
         difference = merger.compared(work)

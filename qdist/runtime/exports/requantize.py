@@ -1,5 +1,6 @@
 """Merges a run into 16 bits and quantizes that by GPTQ anew: 4 bits for any reader, at a loss, which is measured."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -24,7 +25,10 @@ def run(job: Export) -> None:
     plan = adapters.runs[0].plan()
     if plan.source.kind == "dummy":
         raise RunError("random weights have no data to calibrate on", try_="--to 16bit")
-    between = job.out.with_name(f".{job.out.name}.16bit")
+    between = job.out.with_name(f".{job.out.name}.16bit-{_stamp(job, plan)}")
+    for other in job.out.parent.glob(f".{job.out.name}.16bit-*"):
+        if other != between:
+            shutil.rmtree(other)  # of other runs, or another backbone
     if not between.is_dir():
         sixteen.write(adapters, between, onto=job.onto, dtype=job.torch_dtype)
     gptq = make(str(between), job.out, wanted(job, plan))
@@ -35,6 +39,12 @@ def run(job: Export) -> None:
     size = sum(file.stat().st_size for file in Path(job.out).glob("*.safetensors"))
     print(f"{job.out}: {gptq}, {format_bytes(size)}")
     print(losses_of(losses))
+
+
+def _stamp(job: Export, plan: Plan) -> str:
+    """Says what the 16-bit model was made of."""
+    contents = f"{job.adapters.stamp} {job.onto} {job.dtype} {plan.source.path} {plan.source.packed}"
+    return hashlib.sha256(contents.encode()).hexdigest()[:12]
 
 
 def wanted(job: Export, plan: Plan) -> Wanted:

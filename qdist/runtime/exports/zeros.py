@@ -18,7 +18,7 @@ from qdist.runtime.exports.group_update import OFFSET, GroupUpdates
 from qdist.runtime.exports.job import Export
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.gptq.bits import pack_zeros, unpack_zeros
-from qdist.runtime.packed_folder import Entry, Written, finished, write_tensors
+from qdist.runtime.packed_folder import Entry, finished, write_tensors
 from qdist.runtime.work_folder import built, require_space
 
 _QZEROS, _SCALES = ".qzeros", ".scales"
@@ -61,10 +61,12 @@ def fold_zeros(adapters: Adapters, out: Path) -> Lost:
     folder = _Folder(adapters)
     base = folder.base
     with built(out, f"zeros {base.stamp} {adapters.stamp}") as work:
-        require_space(out.parent, base.bytes, purpose=f"folding into {base.plan.spec.model}")
-        files: dict[str, Written] = {}
+        files = {file: there for file in base.files if (there := finished(work, file))}
+        missing = base.bytes - sum(there.bytes for there in files.values())
+        require_space(out.parent, missing, purpose=f"folding into {base.plan.spec.model}")
         for file in base.files:
-            files[file] = finished(work, file) or write_tensors(work, file, folder.entries(file))
+            if file not in files:
+                files[file] = write_tensors(work, file, folder.entries(file))
         base.finish(work, folder.gptq, files)
     return folder.lost()
 
