@@ -37,13 +37,14 @@ def main() -> None:
     parser.add_argument("--model", default="llama-65b")
     parser.add_argument("--layers", default="1,3")
     parser.add_argument("--method", default="qa-lora")
+    parser.add_argument("--only", default="", help="such as merge, or 16bit")
     parser.add_argument("--work", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.work) as folder:
         for layers in map(int, given.layers.split(",")):
             run = made(given.model, layers, given.method, Path(folder))
             for name, (module, flags) in COMMANDS.items():
-                if given.method != "qa-lora" and name != "export --to 16bit":
+                if given.only not in name or (given.method != "qa-lora" and name != "export --to 16bit"):
                     continue
                 out = Path(folder, "out")
                 began = time.monotonic()

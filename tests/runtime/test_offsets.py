@@ -182,6 +182,19 @@ def test_several_adapters_are_added_up_with_their_weights(tmp_path: Path) -> Non
         assert torch.allclose(stored[f"{path}.weight_offset"].float() * gptq.offset.scale, wanted, rtol=1e-3, atol=1e-5)
 
 
+def test_a_row_that_only_pads_does_not_keep_adapters_apart(tmp_path: Path) -> None:
+    """A tokenizer without a pad gets one, and a row; tokens that were asked for are another matter."""
+    model = save_gptq(tmp_path / "gptq", SYMMETRIC)
+    runs = run_over(model, tmp_path / "a"), run_over(model, tmp_path / "b", seed=1)
+    assert runs[0].plan().source.new_token_ids
+    merged(*runs, out=tmp_path / "merged", weights=(1.0, 0.0))
+    own = logits_of(load(tmp_path / "merged", dtype="float32")[0], high=250)
+    assert relative(own, logits_of(load(runs[0].path)[0], high=250)) < 1e-3
+    wordy = run_over(model, tmp_path / "c", new_tokens=["<call>"])
+    with pytest.raises(RunError, match="added different rows to the vocabulary"):
+        merged(runs[0], wordy, out=tmp_path / "other", weights=(1.0, 1.0))
+
+
 def test_runs_over_other_bases_are_not_added_up(tmp_path: Path) -> None:
     bases = [save_gptq(tmp_path / name, SYMMETRIC, tokenizer=padded()) for name in ("a", "b")]
     one, other = (run_over(base, tmp_path / f"{base.name}-run") for base in bases)

@@ -67,7 +67,7 @@ class Adapters:
             if not (run.adapter / ADAPTER).is_file():
                 raise RunError(f"{run.path} has no adapter yet", try_=f"qdist gather {run.path}")
         _require_one_base(self.runs)
-        if len(self.runs) > 1 and any(run.plan().source.new_token_ids for run in self.runs):
+        if len(self.runs) > 1 and any(run.plan().spec.new_tokens for run in self.runs):
             raise RunError("adapters that hold rows of new tokens cannot be added up", try_="merge them one by one")
 
     @cached_property
@@ -111,7 +111,10 @@ class Adapters:
         return Update(tuple(terms)) if terms else None
 
     def rows(self, path: str) -> torch.Tensor | None:
-        """The trained rows of new tokens [new, hidden] of the table at a module path; None where it has none."""
+        """The trained rows of new tokens [new, hidden] of the table at a module path; None where it has none.
+
+        Of several runs the first one's: they have none but that of a pad token, which is masked everywhere.
+        """
         name = f"{PREFIX}{path}{_ROWS}"
         return self._read(0, name).float() if name in self._names[0] else None
 
@@ -144,6 +147,9 @@ class Adapters:
 def _require_one_base(runs: Sequence[RunDir]) -> None:
     plans = [run.plan() for run in runs]
     bases = [(plan.source.path, plan.source.packed, plan.spec.bits, plan.source.gptq) for plan in plans]
+    rows = [plan.source.new_token_ids for plan in plans]
+    if len(set(rows)) > 1:
+        raise RunError(f"the runs added different rows to the vocabulary: {rows}", try_="merge them one by one")
     for run, base in zip(runs, bases, strict=True):
         if base != bases[0]:
             raise RunError(
