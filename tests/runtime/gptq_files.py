@@ -12,7 +12,15 @@ from qdist.runtime.gptq.bits import group_of_inputs, pack, pack_zeros
 from qdist.runtime.gptq.folder import Quantized, entries, finish
 from qdist.runtime.packed_folder import Entry, entries_of, write_tensors
 from qdist.runtime.quantize_source import blueprint
+from tests.runtime.test_data import tiny_tokenizer
 from tests.runtime.tiny import save_model
+
+
+def padded() -> Any:
+    """A tokenizer that needs no new row, which stages cannot train."""
+    tokenizer = tiny_tokenizer(bos=False)
+    tokenizer.pad_token = "<s>"
+    return tokenizer
 
 
 def quantized(weight: torch.Tensor, gptq: Gptq, shape: Shape | None = None, *, seed: int = 0) -> Quantized:

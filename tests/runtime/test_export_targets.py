@@ -17,8 +17,8 @@ from qdist.runtime.exports.offsets import merge_offsets
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.gptq.bits import unpack_zeros
 from qdist.runtime.load import load
-from tests.runtime.gptq_files import save_gptq
-from tests.runtime.test_offsets import ASYMMETRIC, SYMMETRIC, padded, relative, run_over
+from tests.runtime.gptq_files import padded, save_gptq
+from tests.runtime.test_offsets import ASYMMETRIC, SYMMETRIC, relative, run_over
 from tests.runtime.tiny import adapted_run, dummy_job, logits_of, real_job, save_config, save_data, save_model
 
 

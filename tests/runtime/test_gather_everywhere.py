@@ -12,8 +12,7 @@ from qdist.host import launcher
 from qdist.host.rundir import RunDir
 from qdist.runtime.checkpoint import load
 from tests.runtime.conftest import TrainRun
-from tests.runtime.gptq_files import save_gptq
-from tests.runtime.test_data import tiny_tokenizer
+from tests.runtime.gptq_files import padded, save_gptq
 from tests.runtime.tiny import adapted_run, real_job, save_data
 
 TOO_SMALL = 1e-30
@@ -24,10 +23,7 @@ TOO_SMALL = 1e-30
 def start(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A run with a checkpoint of random numbers after step 2."""
     folder = tmp_path_factory.mktemp("gather")
-    tokenizer = tiny_tokenizer(bos=False)
-    tokenizer.pad_token = "<s>"
-    checkpoint = Gptq(shape=Shape(4, 32))
-    model = save_gptq(folder / "gptq", checkpoint, num_hidden_layers=3, tokenizer=tokenizer)
+    model = save_gptq(folder / "gptq", Gptq(shape=Shape(4, 32)), num_hidden_layers=3, tokenizer=padded())
     settings = {"method": "qa-lora", "steps": 2, "optim.lr": TOO_SMALL, "gpus": 1, "micro_batch": 1}
     return adapted_run(real_job(model, save_data(folder / "d.jsonl"), folder / "start", **settings))[0]
 

@@ -18,9 +18,8 @@ from qdist.runtime.methods.packed_gptq import PackedGptq
 from qdist.runtime.methods.skeleton import fill
 from qdist.runtime.methods.weights import RandomWeights
 from tests.runtime.conftest import TrainRun
-from tests.runtime.gptq_files import save_gptq
+from tests.runtime.gptq_files import padded, save_gptq
 from tests.runtime.merging import merge
-from tests.runtime.test_data import tiny_tokenizer
 from tests.runtime.tiny import dummy_job, real_job, save_config, save_data, save_model
 
 CPU = torch.device("cpu")
@@ -80,9 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Path:
-    tokenizer = tiny_tokenizer(bos=False)
-    tokenizer.pad_token = "<s>"  # a new one would be a new row, which stages cannot train
-    return save_gptq(folder / "gptq", CHECKPOINT, num_hidden_layers=3, tokenizer=tokenizer)
+    return save_gptq(folder / "gptq", CHECKPOINT, num_hidden_layers=3, tokenizer=padded())
 
 
 @pytest.fixture(scope="module")

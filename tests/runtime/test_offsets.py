@@ -18,8 +18,7 @@ from qdist.runtime.exports.update import Adapters
 from qdist.runtime.gptq import check
 from qdist.runtime.load import load
 from qdist.runtime.methods.packed_gptq import PackedGptq
-from tests.runtime.gptq_files import save_gptq
-from tests.runtime.test_data import tiny_tokenizer
+from tests.runtime.gptq_files import padded, save_gptq
 from tests.runtime.tiny import adapted_run, dummy_job, logits_of, real_job, save_config, save_data
 
 ASYMMETRIC = Gptq(shape=Shape(4, 32), sym=False, format="gptq_v2")
@@ -31,13 +30,6 @@ def quiet(_: str) -> None: ...
 
 def merged(*runs: RunDir, out: Path, weights: tuple[float, ...] = ()) -> Difference:
     return merge_offsets(Adapters(runs, weights), out, quiet)
-
-
-def padded() -> Any:
-    """A tokenizer that needs no new row."""
-    tokenizer = tiny_tokenizer(bos=False)
-    tokenizer.pad_token = "<s>"
-    return tokenizer
 
 
 def run_over(model: Path, run: Path, *, scale: float = 0.05, method: str = "qa-lora", **settings: Any) -> RunDir:

@@ -19,8 +19,7 @@ from qdist.runtime.exports.update import Adapters
 from qdist.runtime.load import load
 from qdist.runtime.methods.adapted import adapted_product
 from tests.runtime.conftest import TrainRun
-from tests.runtime.gptq_files import save_gptq
-from tests.runtime.test_data import tiny_tokenizer
+from tests.runtime.gptq_files import padded, save_gptq
 from tests.runtime.test_gptq_training import layer_of, seen
 from tests.runtime.tiny import adapted_run, backbone_of, logits_of, real_job, save_data
 
@@ -36,10 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Path:
-    tokenizer = tiny_tokenizer(bos=False)
-    tokenizer.pad_token = "<s>"  # a new one would be a new row, which stages cannot train
     save_data(folder / "d.jsonl")
-    return save_gptq(folder / "gptq", CHECKPOINT, num_hidden_layers=3, tokenizer=tokenizer)
+    return save_gptq(folder / "gptq", CHECKPOINT, num_hidden_layers=3, tokenizer=padded())
 
 
 def qa_run(model: Path, run: Path, **settings: Any) -> RunDir:
