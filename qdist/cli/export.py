@@ -59,7 +59,7 @@ def merge_options(command: Any) -> Any:
 def export(context: click.Context, /, to: str, **given: Any) -> None:
     """Write what RUNs over one base have learnt, added up, in a form that needs no qdist.
 
-    Any size of model takes a few GiB of host memory. Killed, the same command goes on where it was.
+    Writing any size of model takes a few GiB of host memory. What is at --out is whole or absent.
     """
     _refuse_foreign(to, given)
     if to == "gguf" and not given["out"].endswith(".gguf"):

@@ -55,13 +55,15 @@ class Override(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class WeightOffset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a merged QA-LoRA adapter adds to the weights of a group: W = scale x (weight - zero) + offset.
 
-    Stored as `PATH.weight_offset`, float16 [in / group_size, out], to be multiplied by `scale`.
+    Stored as `PATH.weight_offset`, [in / group_size, out], to be multiplied by `scale`.
     """
 
     group_size: int
     """Inputs that share an offset: a multiple of the GPTQ groups."""
     scale: float
     """A power of two that keeps small offsets out of float16's subnormal numbers."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """float32 where float16 would take too much of an adapter that is small beside those merged before it."""
     linears: tuple[str, ...]
     """Leaf names of the linears that have offsets."""
     base: str

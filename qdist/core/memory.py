@@ -242,7 +242,8 @@ def _packed_bytes(linear: Linear, job: Job) -> int:
     if job.gptq:
         scale_bytes, offset = 4 if job.gptq.scales == "float32" else 2, job.gptq.offset
         offsets = linear.inputs // offset.group_size if offset and linear.name in offset.linears else 0
-        return 2 * offsets * linear.outputs + job.gptq.shape.bytes_of(
+        offset_bytes = 4 if offset and offset.dtype == "float32" else 2
+        return offset_bytes * offsets * linear.outputs + job.gptq.shape.bytes_of(
             linear.inputs, linear.outputs, scale_bytes=scale_bytes, ordered=job.gptq.desc_act
         )
     if job.bits == 16:

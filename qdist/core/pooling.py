@@ -51,21 +51,25 @@ def require_packed(spec: RunSpec, gptq: Gptq, facts: ModelFacts, paths: Iterable
     targets = {linear.name for linear in facts.targeted(spec.lora.targets)}
     plain = [path for path in sorted(paths) if path.rpartition(".")[2] in targets and gptq.of(path) is None]
     if spec.method == "qa-lora" and plain:
-        left = sorted({path.rpartition(".")[2] for path in plain})
+        others = sorted(targets - {path.rpartition(".")[2] for path in plain})
         raise SpecError(
             f"{spec.model} has {len(plain)} linears in 16 bits, such as {plain[0]}, and qa-lora merges into integers",
-            try_=f"--set lora.targets={','.join(sorted(targets - set(left))) or 'others'}, or --method gptq-lora",
+            try_="--method gptq-lora" + (f", or --set lora.targets={','.join(others)}" if others else ""),
         )
 
 
 def _require_whole_groups(spec: RunSpec, linears: Iterable[Linear], pool: int) -> None:
     for linear in linears:
         if linear.inputs % pool:
+            remedy = f"a checkpoint with --group-size {_dividing(linear.inputs)}"
+            if linear.inputs % 32:
+                remedy = "lora.targets without it, or --method gptq-lora"
+            if spec.lora.pool_group_size:
+                remedy = "a smaller lora.pool_group_size, or none"
             raise SpecError(
                 f"{linear.name} of {spec.model} has {linear.inputs} inputs, which groups of {pool} do not divide",
-                try_=f"a checkpoint with --group-size {_dividing(linear.inputs)}" if linear.inputs % 32 == 0
-                else "lora.targets without it, or --method gptq-lora",
-            )  # fmt: skip
+                try_=remedy,
+            )
 
 
 def _dividing(inputs: int) -> int:

@@ -31,8 +31,9 @@ def merge(job: Export) -> Losses:
     """
     sixteen.run(job)
     adapters = job.adapters
-    if len(adapters.runs) > 1:
-        none = Loss(None, "several runs, each with held-out samples of its own")
+    if not adapters.alone:
+        several = "several runs, each with held-out samples of its own"
+        none = Loss(None, several if len(adapters.runs) > 1 else "with a weight it is not the adapter of the run")
         return Losses(none, none, None)
     evaluation = Evaluation(adapters.runs[0])
     plan = evaluation.plan
@@ -68,7 +69,7 @@ def merge_exactly(job: Export) -> str:
         f"{job.out}: {counted(len(job.runs), 'adapter')} merged{kept}",
         f"weights differ from those under the adapter by {relative:.2e} of its update, at most by {largest:.1e}",
     ]
-    if len(adapters.runs) == 1:
+    if adapters.alone:
         evaluation = Evaluation(adapters.runs[0])
         lines.append(losses_of({"adapter": evaluation.adapter(), "merged": evaluation.quantized(job.out)}))
     return "\n".join(lines)

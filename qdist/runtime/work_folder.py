@@ -60,9 +60,9 @@ def filled(out: Path, identity: str) -> Iterator[Path]:
         if isinstance(error, ModelError) or not _holds_anything(work):
             shutil.rmtree(work)
         raise
-    for path in work.glob(".*"):
-        path.unlink()
     publish_folder(work, out)
+    for path in out.glob(".*"):  # last, so that what fails or is killed before is taken over
+        path.unlink()
 
 
 def require_space(folder: Path, needed_bytes: int, *, purpose: str) -> None:
@@ -83,7 +83,9 @@ def _holds_anything(work: Path) -> bool:
 def _work_folder(out: Path, identity: str) -> Path:
     work = out.with_name(f".{out.name}.unfinished")
     mark = work / _MARK
-    if work.is_dir() and (not mark.is_file() or mark.read_text() != identity):
+    if work.is_dir() and not mark.is_file() and any(work.iterdir()):
+        raise RunError(f"{work} is in the way, and not what qdist left unfinished", try_="another --out")
+    if work.is_dir() and mark.is_file() and mark.read_text() != identity:
         shutil.rmtree(work)
     work.mkdir(exist_ok=True)
     mark.write_text(identity)

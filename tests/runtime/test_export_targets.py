@@ -1,5 +1,6 @@
 """Every way out of a run says what the run said, to what its form rounds, and refuses what it cannot hold."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from qdist.core.errors import ModelError, RunError
+from qdist.core.errors import DataError, ModelError, RunError
 from qdist.core.gptq import Gptq, Shape
 from qdist.host.rundir import RunDir
 from qdist.runtime.exports import requantize, to_gguf, widen, zeros
@@ -68,6 +69,15 @@ def test_several_adapters_become_one_of_their_ranks_together(tmp_path: Path) -> 
         assert torch.allclose(up @ down, update.dense(), rtol=1e-5, atol=1e-7)
 
 
+def test_an_adapter_over_a_merged_checkpoint_is_of_no_use_elsewhere(tmp_path: Path) -> None:
+    first = run_over(save_gptq(tmp_path / "gptq", SYMMETRIC, tokenizer=padded()), tmp_path / "run")
+    merge_offsets(Adapters([first]), tmp_path / "merged", lambda _: None)
+    second = run_over(tmp_path / "merged", tmp_path / "again")
+    with pytest.raises(RunError, match="no other program opens it"):
+        widen.run(exported(second, tmp_path / "lora"))
+    assert not (tmp_path / "lora").exists()
+
+
 def test_plain_lora_needs_no_widening(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="has plain LoRA already"):
         widen.run(exported(qlora_run(tmp_path), tmp_path / "lora"))
@@ -81,7 +91,9 @@ def test_q4_1_holds_the_integers_of_qa_lora(tmp_path: Path, gptq: Gptq, capsys: 
     model = save_gptq(tmp_path / "gptq", gptq, tokenizer=padded())
     run = run_over(model, tmp_path / "run", bits=gptq.shape.bits)
     to_gguf.run(exported(run, tmp_path / "model.gguf"))
-    assert "14 Q4_1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "14 Q4_1" in said
+    assert re.search(r"minimums in float16 take \d+\.\d% of the adapter", said)
     adapter, base = (logits_of(load(of, dtype="float32")[0], high=250) for of in (run.path, model))
     own = logits_of(of_gguf(tmp_path / "model.gguf"), high=250)
     assert relative(own, adapter) < 6e-3
@@ -197,11 +209,20 @@ def test_merged_and_quantized_again(tmp_path: Path, method: str, capsys: pytest.
 def test_what_was_left_of_another_export_is_not_taken_for_this_one(tmp_path: Path) -> None:
     """A 16-bit model of another run lies where an export to the same name was killed."""
     run = qlora_run(tmp_path)
-    stale = tmp_path / ".out.16bit-0123456789ab"
-    stale.mkdir()
+    stale = [tmp_path / name for name in (".out.16bit-0123456789ab", "..out.16bit-0123456789ab.unfinished")]
+    for folder in stale:
+        folder.mkdir()
     requantize.run(exported(run, tmp_path / "out", samples=2))
-    assert not stale.exists()
+    assert not any(folder.exists() for folder in stale)
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_too_little_calibration_data_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    run = qlora_run(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(DataError):
+        requantize.run(exported(run, tmp_path / "out", samples=100_000))
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_integer_zeros_need_a_gptq_checkpoint(tmp_path: Path) -> None:

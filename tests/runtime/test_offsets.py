@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from safetensors.torch import load_file, save_file
 from qdist.core.errors import ModelError, RunError, SpecError
 from qdist.core.gptq import SHIFTED, Gptq, Override, Shape
 from qdist.host.rundir import RunDir
+from qdist.runtime import merge as merging
 from qdist.runtime.exports import offsets
+from qdist.runtime.exports.job import Export
 from qdist.runtime.exports.offsets import BOUND, Difference, merge_offsets
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.gptq import check
 from qdist.runtime.load import load
 from qdist.runtime.methods.packed_gptq import PackedGptq
+from qdist.runtime.quantize_source import blueprint
 from tests.runtime.gptq_files import padded, save_gptq
 from tests.runtime.tiny import adapted_run, dummy_job, logits_of, real_job, save_config, save_data
 
@@ -183,8 +187,9 @@ def test_a_row_that_only_pads_does_not_keep_adapters_apart(tmp_path: Path) -> No
     own = logits_of(load(tmp_path / "merged", dtype="float32")[0], high=250)
     assert relative(own, logits_of(load(runs[0].path)[0], high=250)) < 1e-3
     wordy = run_over(model, tmp_path / "c", new_tokens=["<call>"])
-    with pytest.raises(RunError, match="added different rows to the vocabulary"):
-        merged(runs[0], wordy, out=tmp_path / "other", weights=(1.0, 1.0))
+    for other in (runs[0], wordy):
+        with pytest.raises(RunError, match=r"different rows to the vocabulary|hold rows of new tokens"):
+            merged(other, wordy, out=tmp_path / "other")
 
 
 def test_runs_over_other_bases_are_not_added_up(tmp_path: Path) -> None:
@@ -280,21 +285,92 @@ def test_a_killed_merge_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: p
         assert (tmp_path / "merged" / file.name).read_bytes() == file.read_bytes()
 
 
+def test_an_adapter_that_is_small_beside_the_first_is_merged_in_float32(tmp_path: Path) -> None:
+    """Float16 would round the sum of both, and take a percent of the second."""
+    model = save_gptq(tmp_path / "gptq", SYMMETRIC, tokenizer=padded())
+    merged(run_over(model, tmp_path / "run"), out=tmp_path / "one")
+    again = run_over(tmp_path / "one", tmp_path / "again")
+    shrink(again, 1e-2)
+    assert merged(again, out=tmp_path / "two").relative < 1e-4
+    gptq = check.stated(tmp_path / "two")
+    assert gptq is not None
+    assert gptq.offset is not None
+    assert (gptq.offset.dtype, gptq.offset.scale) == ("float32", 1.0)
+    own = load(tmp_path / "two", dtype="float32")[0]
+    assert relative(logits_of(own, high=250), logits_of(load(again.path)[0], high=250)) < 1e-5
+    further = run_over(tmp_path / "two", tmp_path / "further")
+    assert further.plan().source.gptq == check.checked(tmp_path / "two", blueprint(tmp_path / "two"), gptq)
+
+
+def shrink(run: RunDir, factor: float) -> None:
+    """Multiply a run's update."""
+    tensors = load_file(run.adapter / "adapter_model.safetensors")
+    tensors = {name: value * (factor if "lora_B" in name else 1) for name, value in tensors.items()}
+    save_file(tensors, run.adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, 1e38])
+def test_an_update_that_is_no_number_leaves_nothing(tmp_path: Path, wrong: float) -> None:
+    run = run_over(save_gptq(tmp_path / "gptq", SYMMETRIC), tmp_path / "run")
+    tensors = load_file(run.adapter / "adapter_model.safetensors")
+    tensors["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"][3, 1] = wrong
+    save_file(tensors, run.adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj is infinite or no number"):
+        merged(run, out=tmp_path / "merged", weights=(1e3,))
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_rounding_that_takes_too_much_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_over(save_gptq(tmp_path / "gptq", SYMMETRIC), tmp_path / "run")
-    monkeypatch.setattr(offsets, "LARGEST", 2.0**-18)  # float16 without most of its digits
-    with pytest.raises(RunError, match=r"takes \d+\.\d\d% of the adapter, and 0\.10% is the most") as caught:
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(offsets, "BOUND", 1e-12)
+    monkeypatch.setattr(offsets, "_squares", lambda values: float(values.double().square().sum()) + 1e-20)
+    with pytest.raises(ModelError, match=r"takes \d+\.\d\d% of the adapter, and 0\.00% is the most") as caught:
         merged(run, out=tmp_path / "merged")
     assert "--to lora" in str(caught.value.try_)
-    assert not (tmp_path / "merged").exists()
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 2.0**12])
+def test_gradients_stay_within_float16(tmp_path: Path, loss_scale: float) -> None:
+    """Stored offsets are as large as float16 allows; what they are multiplied by is not to leave it."""
+    merged(run_over(save_gptq(tmp_path / "gptq", SYMMETRIC), tmp_path / "run"), out=tmp_path / "merged")
+    model = load(tmp_path / "merged", dtype="float32")[0]
+    layer = next(module for module in model.modules() if isinstance(module, PackedGptq))
+    gradient = torch.randn(5, layer.out_features)
+    wanted = gradient @ layer.unpacked(torch.device("cpu"))
+    layer.compute_dtype = torch.float16
+    found = layer.input_gradient((loss_scale * gradient).half()).float() / loss_scale
+    assert relative(found, wanted) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", None])
+def test_the_model_goes_on_computing_in_what_it_did(tmp_path: Path, dtype: str | None) -> None:
+    model = save_gptq(tmp_path / "gptq", SYMMETRIC)
+    config = json.loads((model / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    (model / "config.json").write_text(json.dumps(config | ({"dtype": dtype} if dtype else {})))
+    merged(run_over(model, tmp_path / "run"), out=tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == (dtype or "float16")
+
+
+def test_an_emptied_cache_keeps_nobody_from_merging(tmp_path: Path) -> None:
+    """The tokenizer lies with the adapter; without the tokens nothing is evaluated, and that is said."""
+    run = run_over(save_gptq(tmp_path / "gptq", SYMMETRIC), tmp_path / "run")
+    plan = run.plan()
+    assert plan.data is not None
+    shutil.rmtree(plan.source.tokenizer)
+    Path(plan.data.path).unlink()
+    said = merging.merge_exactly(Export(runs=(run.path,), out=tmp_path / "merged"))
+    assert "not evaluated: the run's tokens are gone from the cache" in said
+    assert load(tmp_path / "merged")[1].pad_token_id is not None
 
 
 def test_small_offsets_keep_their_digits(tmp_path: Path) -> None:
     """An update of 1e-7 would be 1 or 2 of float16's smallest numbers."""
     run = run_over(save_gptq(tmp_path / "gptq", SYMMETRIC), tmp_path / "run")
-    tensors = load_file(run.adapter / "adapter_model.safetensors")
-    tensors = {name: value * (1e-7 if "lora_B" in name else 1) for name, value in tensors.items()}
-    save_file(tensors, run.adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    shrink(run, 1e-7)
     assert merged(run, out=tmp_path / "merged").relative < 5e-4
     gptq = check.stated(tmp_path / "merged")
     assert gptq is not None

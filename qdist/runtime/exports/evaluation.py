@@ -15,6 +15,7 @@ from qdist.core.units import format_bytes
 from qdist.host import probe
 from qdist.host.rundir import RunDir
 from qdist.runtime.exports.merged import Merged
+from qdist.runtime.exports.update import plan_of
 from qdist.runtime.forward import Forward
 from qdist.runtime.load import load_run, load_tokenizer, residence_of
 from qdist.runtime.load_plain import open_plain
@@ -50,13 +51,15 @@ class Evaluation:
     """
 
     def __init__(self, run: RunDir) -> None:
-        self.run, self.plan = run, run.plan()
+        self.run, self.plan = run, plan_of(run)
 
     @property
     def refusal(self) -> str:
         """Why no model is evaluated; empty where they are."""
         if self.plan.source.kind == "dummy":
             return "random weights"
+        if self.plan.data and not Path(self.plan.data.path).is_file():
+            return "the run's tokens are gone from the cache"
         return "" if self._samples.held_out else "the run holds nothing out"
 
     def adapter(self) -> Loss:

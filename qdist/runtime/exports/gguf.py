@@ -19,7 +19,7 @@ from qdist.runtime.exports.gguf_names import architecture_of, facts_of, stored_t
 from qdist.runtime.exports.gguf_rope import rope_of
 from qdist.runtime.exports.gguf_tokenizer import Vocabulary, add_vocabulary, read_vocabulary
 
-__all__ = ["Affine", "Kind", "Make", "Report", "write_gguf"]
+__all__ = ["Affine", "Kind", "Make", "Report", "file_bytes", "write_gguf"]
 _NO_VOCABULARY = "the file has no vocabulary: llama.cpp computes with token ids alone"
 
 
@@ -73,6 +73,14 @@ def write_gguf(
     _publish(writer, stored, beside, out)
     notes = model_notes(facts, config) + ((_NO_VOCABULARY,) if vocabulary is None else vocabulary.notes)
     return Report(out, out.stat().st_size, _counts(stored), _pre(vocabulary), notes)
+
+
+def file_bytes(
+    tensors: Mapping[str, tuple[tuple[int, ...], Make]], *, config: Mapping[str, Any], name: str, kind: Kind
+) -> int:
+    """Of all tensors in the file that `write_gguf` would write; its vocabulary takes a few MB more."""
+    facts, rope = facts_of(config, name=name), rope_of(config, name=name)
+    return sum(tensor.bytes for tensor in stored_tensors(tensors, facts, rope, kind))
 
 
 def _publish(writer: Any, stored: tuple[Stored, ...], beside: Path, out: Path) -> None:

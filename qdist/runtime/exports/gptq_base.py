@@ -17,6 +17,7 @@ from qdist.runtime.exports.model_files import write_model_files
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.gptq.bits import group_of_inputs
 from qdist.runtime.gptq.folder import finish
+from qdist.runtime.methods.backbone import DTYPES
 from qdist.runtime.methods.packed_gptq import PackedGptq
 from qdist.runtime.packed_folder import Entry, Written, entries_of, file_name, stored_entries, tensor_files
 
@@ -97,8 +98,15 @@ class GptqBase:
     def finish(self, folder: Path, gptq: Gptq, files: Mapping[str, Written]) -> None:
         """Write what lies beside the tensors: the run's tokenizer, configurations, the index."""
         model, source = self.backbone.model, self.plan.source
-        write_model_files(folder, model, source, getattr(torch, self.gptq.scales))
+        write_model_files(folder, model, source, getattr(torch, self._dtype))
         finish(folder, json.loads((folder / "config.json").read_text()), gptq, files)
+
+    @property
+    def _dtype(self) -> str:
+        """What the base says it computes in; what its scales are, where it says nothing."""
+        stored = json.loads((self.folder / "config.json").read_text()) if self.folder else self.plan.source.config
+        name = stored.get("dtype") or stored.get("torch_dtype")
+        return name if name in DTYPES else self.gptq.scales
 
     def _with_rows(self, entry: Entry) -> Entry:
         path = entry.name.removesuffix(".weight")
@@ -109,6 +117,9 @@ class GptqBase:
 
     def _table(self, path: str, entry: Entry) -> torch.Tensor:
         table, trained = self.backbone.with_new_rows(entry.make()), self._adapters.rows(path)
+        if trained is None and self.plan.facts.tied_embeddings:  # a head that is stored beside the table it is tied to
+            found = (self._adapters.rows(other) for other in sorted(self.backbone.tables))
+            trained = next((rows for rows in found if rows is not None), None)
         if trained is not None:
             table[list(self.plan.source.new_token_ids)] = trained.to(table.dtype)
         return table

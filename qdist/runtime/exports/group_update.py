@@ -6,7 +6,7 @@ import torch
 
 from qdist.core.errors import RunError
 from qdist.runtime.exports.gptq_base import GptqBase, Packed
-from qdist.runtime.exports.update import Adapters
+from qdist.runtime.exports.update import Adapters, require_finite
 from qdist.runtime.packed_folder import opened
 
 OFFSET = ".weight_offset"
@@ -50,7 +50,9 @@ class GroupUpdates:
             return update
         with opened(folder / file) as handle:
             before = handle.get_tensor(linear.path + OFFSET).float() * old.scale
-        return update + before.repeat_interleave(old.group_size // self.size, dim=0)
+        whole = update + before.repeat_interleave(old.group_size // self.size, dim=0)
+        require_finite(whole, linear.path)
+        return whole
 
     def update(self, linear: Packed) -> torch.Tensor:
         """Float32 [groups, out]: what the adapters add."""

@@ -8,12 +8,12 @@ import math
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 import torch
 
-from qdist.core.errors import RunError
+from qdist.core.errors import ModelError
 from qdist.core.gptq import Gptq, WeightOffset
 from qdist.runtime.exports.gptq_base import GptqBase, Packed, packed_hash
 from qdist.runtime.exports.group_update import OFFSET, GroupUpdates
@@ -43,10 +43,10 @@ def merge_offsets(adapters: Adapters, out: Path, say: Callable[[str], None]) -> 
     """Write the checkpoint with offsets to `out`, which must not be there.
 
     say: called with a line of progress.
-    Raises RunError where the update is not constant within groups, or rounding takes more of it than `BOUND`; nothing
-    is there then.
+    Raises RunError where the update is not constant within groups, ModelError where it is no number or rounding takes
+    more of it than `BOUND`; nothing is there then.
     """
-    plan = adapters.runs[0].plan()
+    plan = adapters.plan
     base = GptqBase(plan, adapters)
     merger = _Merger(base, GroupUpdates(base, adapters))
     with built(out, f"offsets {_VERSION} {base.stamp} {adapters.stamp}") as work:
@@ -75,6 +75,7 @@ class _Merger:
         offset = WeightOffset(
             group_size=self._updates.size,
             scale=self._scale,
+            dtype=self._dtype,
             linears=self._updates.leaves,
             base=old.base if old else base_hash,
         )
@@ -84,7 +85,7 @@ class _Merger:
     def offset_bytes(self) -> int:
         """Of all offsets, stored."""
         return sum(
-            2 * self._updates.groups(linear) * linear.outputs
+            (2 if self._dtype == "float16" else 4) * self._updates.groups(linear) * linear.outputs
             for file in self._base.files
             for linear in self._updates.linears(file)
         )
@@ -95,7 +96,7 @@ class _Merger:
         return kept + [
             Entry(
                 own.path + OFFSET,
-                torch.float16,
+                getattr(torch, self._dtype),
                 (self._updates.groups(own), own.outputs),
                 partial(self._stored, file, own),
             )
@@ -108,16 +109,16 @@ class _Merger:
         unchanged = 0
         for file in self._base.files:
             for own in self._updates.linears(file):
-                exact = self._updates.whole(file, own)
                 with opened(work / file) as handle:
-                    off = handle.get_tensor(own.path + OFFSET).float() * self._scale - exact
+                    stored = handle.get_tensor(own.path + OFFSET).float() * self._scale
+                off = stored - self._updates.whole(file, own)
                 largest = max(largest, float(off.abs().max()))
-                lost, total = lost + float(off.square().sum()), total + float(self._updates.update(own).square().sum())
+                lost, total = lost + _squares(off), total + _squares(self._updates.update(own))
             unchanged += self._unchanged(work, file)
         relative = math.sqrt(lost / total) if total else 0.0
-        if relative > BOUND:
-            raise RunError(
-                f"rounding offsets to float16 takes {relative:.2%} of the adapter, and {BOUND:.2%} is the most",
+        if not relative <= BOUND:
+            raise ModelError(
+                f"rounding offsets to {self._dtype} takes {relative:.2%} of the adapter, and {BOUND:.2%} is the most",
                 try_="qdist export --to lora, which keeps the adapter",
             )
         return Difference(largest, relative, unchanged)
@@ -128,12 +129,23 @@ class _Merger:
         kept = [entry for entry in self._base.untouched(file) if not entry.name.endswith(OFFSET)]
         for entry in kept:
             if not torch.equal(_bits(entry), _bits(written[entry.name])):
-                raise RunError(f"{entry.name} was not written as the base has it", try_="the same command again")
+                raise ModelError(f"{entry.name} was not written as the base has it", try_="the same command again")
         return len(kept)
 
     @cached_property
-    def _scale(self) -> float:
-        """The power of two with which the largest offset is stored as about `LARGEST`."""
+    def _dtype(self) -> Literal["float16", "float32"]:
+        """float16, unless that rounds away too much of an update that is small beside what was merged before."""
+        lost = total = 0.0
+        for file in self._base.files:
+            for own in self._updates.linears(file):
+                whole = self._updates.whole(file, own)
+                lost += _squares((whole / self._power).half().float() * self._power - whole)
+                total += _squares(self._updates.update(own))
+        return "float16" if lost <= (BOUND / 2) ** 2 * total else "float32"
+
+    @cached_property
+    def _power(self) -> float:
+        """The power of two with which the largest offset is about `LARGEST`."""
         peaks = [
             float(self._updates.whole(file, own).abs().max())
             for file in self._base.files
@@ -142,9 +154,19 @@ class _Merger:
         largest = max(peaks, default=0.0)
         return 2.0 ** math.ceil(math.log2(largest / LARGEST)) if largest else 1.0
 
+    @property
+    def _scale(self) -> float:
+        """What stored offsets are to be multiplied by."""
+        return self._power if self._dtype == "float16" else 1.0
+
     def _stored(self, file: str, linear: Packed) -> torch.Tensor:
-        """Float16 [groups, out], to be multiplied by the scale."""
-        return (self._updates.whole(file, linear) / self._scale).half()
+        """[groups, out] as it is written."""
+        return (self._updates.whole(file, linear) / self._scale).to(getattr(torch, self._dtype))
+
+
+def _squares(values: torch.Tensor) -> float:
+    """The sum of squares, in double precision."""
+    return float(values.double().square().sum())
 
 
 def _bits(entry: Entry) -> torch.Tensor:

@@ -9,41 +9,60 @@ from qdist.core.gptq import Gptq, Shape
 from qdist.core.plan import Plan
 from qdist.core.units import format_bytes
 from qdist.runtime.exports import sixteen
-from qdist.runtime.exports.evaluation import Evaluation, losses_of
+from qdist.runtime.exports.backbone import Backbone
+from qdist.runtime.exports.evaluation import Evaluation, Loss, losses_of
 from qdist.runtime.exports.job import Export
+from qdist.runtime.gptq.calibrate import pieces
 from qdist.runtime.gptq.job import Wanted
 from qdist.runtime.gptq.make import make
+from qdist.runtime.load import load_tokenizer
+from qdist.runtime.work_folder import reserved
 
 
 def run(job: Export) -> None:
     """Write a GPTQ checkpoint with the groups and the order of the run's own, or of 128; say what each step loses.
 
     The 16-bit model lies beside until the checkpoint is there; killed, the same command goes on where it was.
-    Raises RunError for random weights, which have no tokenizer to read calibration data with.
+    Raises RunError for random weights, which have no tokenizer to read calibration data with; DataError, before
+    anything is written, for too little data.
     """
-    adapters = job.adapters
-    plan = adapters.runs[0].plan()
+    plan, asked = job.adapters.plan, wanted(job, job.adapters.plan)
     if plan.source.kind == "dummy":
         raise RunError("random weights have no data to calibrate on", try_="--to 16bit")
-    between = job.out.with_name(f".{job.out.name}.16bit-{_stamp(job, plan)}")
-    for other in job.out.parent.glob(f".{job.out.name}.16bit-*"):
-        if other != between:
-            shutil.rmtree(other)  # of other runs, or another backbone
-    if not between.is_dir():
-        sixteen.write(adapters, between, onto=job.onto, dtype=job.torch_dtype)
-    gptq = make(str(between), job.out, wanted(job, plan))
-    evaluation = Evaluation(adapters.runs[0])
-    losses = {"adapter": evaluation.adapter(), "merged, 16 bits": evaluation.written(between, job.torch_dtype)}
-    losses["merged and quantized"] = evaluation.quantized(job.out)
-    shutil.rmtree(between)
+    tokenizer = load_tokenizer(plan.source)
+    pieces(asked.data, tokenizer, samples=asked.samples, seq_len=asked.seq_len, seed=asked.seed)
+    prefix = f"{job.out.name}.16bit-"
+    with reserved(job.out.with_name(f".{prefix}lock")):
+        between = job.out.with_name(f".{prefix}{_stamp(job, plan)}")
+        _remove_others(between, prefix)
+        if not between.is_dir():
+            sixteen.write(job.adapters, between, onto=job.onto, dtype=job.torch_dtype)
+        losses = _losses(job, between)
+        gptq = make(str(between), job.out, asked)
+        shutil.rmtree(between)
+    losses["merged and quantized"] = Evaluation(job.adapters.runs[0]).quantized(job.out)
     size = sum(file.stat().st_size for file in Path(job.out).glob("*.safetensors"))
     print(f"{job.out}: {gptq}, {format_bytes(size)}")
     print(losses_of(losses))
 
 
+def _losses(job: Export, between: Path) -> dict[str, Loss]:
+    """Before quantizing. The adapter's own loss is of one run, as it is."""
+    evaluation = Evaluation(job.adapters.runs[0])
+    own = {"adapter": evaluation.adapter()} if job.adapters.alone else {}
+    return {**own, "merged, 16 bits": evaluation.written(between, job.torch_dtype)}
+
+
+def _remove_others(between: Path, prefix: str) -> None:
+    """What killed exports of other runs, or onto another backbone, left of the same name."""
+    for path in between.parent.iterdir():
+        if path.name.lstrip(".").startswith(prefix) and between.name not in path.name and path.is_dir():
+            shutil.rmtree(path)
+
+
 def _stamp(job: Export, plan: Plan) -> str:
     """Says what the 16-bit model was made of."""
-    contents = f"{job.adapters.stamp} {job.onto} {job.dtype} {plan.source.path} {plan.source.packed}"
+    contents = f"{job.adapters.stamp} {job.onto} {job.dtype} {Backbone(plan, onto=job.onto).identity()}"
     return hashlib.sha256(contents.encode()).hexdigest()[:12]
 
 

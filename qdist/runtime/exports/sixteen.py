@@ -47,7 +47,7 @@ def write(adapters: Adapters, out: Path, *, onto: Onto, dtype: torch.dtype) -> i
     not hold; PlanError when the disk is too small.
     """
     with reserved(out):
-        merged = Merged(Backbone(adapters.runs[0].plan(), onto=onto), adapters, dtype)
+        merged = Merged(Backbone(adapters.plan, onto=onto), adapters, dtype)
         files = _files(merged)
         with filled(out, _identity(merged, onto)) as work:
             written = {name: there for name in files if (there := finished(work, name))}

@@ -4,12 +4,16 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 
-from qdist.core.errors import RunError
+from qdist.core.errors import ModelError, RunError
+from qdist.core.plan import Plan
 from qdist.host.rundir import RunDir
+from qdist.runtime.load import load_tokenizer
 from qdist.runtime.packed_folder import Entry, opened, stored_entries
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -67,8 +71,18 @@ class Adapters:
             if not (run.adapter / ADAPTER).is_file():
                 raise RunError(f"{run.path} has no adapter yet", try_=f"qdist gather {run.path}")
         _require_one_base(self.runs)
-        if len(self.runs) > 1 and any(run.plan().spec.new_tokens for run in self.runs):
-            raise RunError("adapters that hold rows of new tokens cannot be added up", try_="merge them one by one")
+        if len(self.runs) > 1 and any(_learnt_rows(run) for run in self.runs):
+            raise RunError("adapters that hold rows of new tokens cannot be added up", try_="runs without new tokens")
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Of the first run, and of all as far as their base goes."""
+        return plan_of(self.runs[0])
+
+    @property
+    def alone(self) -> bool:
+        """Whether they are one run's, as it is: what the run's own losses are of."""
+        return self.weights == (1.0,)
 
     @cached_property
     def configs(self) -> tuple[dict[str, Any], ...]:
@@ -88,11 +102,12 @@ class Adapters:
 
     @property
     def stamp(self) -> str:
-        """SHA-256 of the adapters and their weights."""
+        """SHA-256 of the adapters, their settings and weights."""
         sums = hashlib.sha256(repr(self.weights).encode())
         for run in self.runs:
-            with open(run.adapter / ADAPTER, "rb") as file:
-                sums.update(hashlib.file_digest(file, "sha256").digest())
+            for name in (ADAPTER, ADAPTER_CONFIG):
+                with open(run.adapter / name, "rb") as file:
+                    sums.update(hashlib.file_digest(file, "sha256").digest())
         return sums.hexdigest()
 
     @cached_property
@@ -108,6 +123,9 @@ class Adapters:
     def of(self, path: str) -> Update | None:
         """What is added to the linear at a module path; None where nothing is."""
         terms = [term for index in range(len(self.runs)) if (term := self._term(index, path)) is not None]
+        for term in terms:
+            # What bounds B A by element, so that nothing as large has to be made.
+            require_finite(term.factor * term.up.abs().sum(0) * term.down.abs().amax(1), path)
         return Update(tuple(terms)) if terms else None
 
     def rows(self, path: str) -> torch.Tensor | None:
@@ -144,12 +162,36 @@ class Adapters:
         return tensor
 
 
+def plan_of(run: RunDir) -> Plan:
+    """The run's plan. Its tokenizer is the adapter's copy where the cache was emptied since."""
+    plan = run.plan()
+    if plan.source.tokenizer and not Path(plan.source.tokenizer).is_dir():
+        source = msgspec.structs.replace(plan.source, tokenizer=str(run.adapter))
+        return msgspec.structs.replace(plan, source=source)
+    return plan
+
+
+def _learnt_rows(run: RunDir) -> bool:
+    """Whether a run trained rows that texts use. That of a pad token is masked everywhere."""
+    plan = plan_of(run)
+    tokenizer = load_tokenizer(plan.source)
+    return bool(set(plan.source.new_token_ids) - {tokenizer.pad_token_id if tokenizer else None})
+
+
+def require_finite(values: torch.Tensor, path: str) -> None:
+    """Refuse an update that is no number, or too large to be one."""
+    if not bool(torch.isfinite(values).all()):
+        raise ModelError(
+            f"the update of {path} is infinite or no number", try_="another checkpoint, or smaller weights"
+        )
+
+
 def _require_one_base(runs: Sequence[RunDir]) -> None:
     plans = [run.plan() for run in runs]
     bases = [(plan.source.path, plan.source.packed, plan.spec.bits, plan.source.gptq) for plan in plans]
     rows = [plan.source.new_token_ids for plan in plans]
     if len(set(rows)) > 1:
-        raise RunError(f"the runs added different rows to the vocabulary: {rows}", try_="merge them one by one")
+        raise RunError(f"the runs added different rows to the vocabulary: {rows}", try_="runs that added the same")
     for run, base in zip(runs, bases, strict=True):
         if base != bases[0]:
             raise RunError(

@@ -20,13 +20,17 @@ from qdist.runtime.packed_folder import Entry, write_tensors
 from qdist.runtime.quantize_pack import goes_along
 from qdist.runtime.work_folder import built, require_space
 
+_VERSION = 1
+"""Raise it whenever the same runs would become other bytes."""
+
 
 def run(job: Export) -> None:
     """Write the adapter, and say what it is."""
     adapters = job.adapters
-    rank, plan = widen(adapters, job.out), adapters.runs[0].plan()
+    rank, plan = widen(adapters, job.out), adapters.plan
     size = format_bytes((job.out / ADAPTER).stat().st_size)
-    print(f"{job.out}: LoRA r={rank}, {size}, for PEFT and vLLM over {plan.source.path or plan.spec.model}")
+    readers = "PEFT" if plan.source.new_token_ids else "PEFT and vLLM"
+    print(f"{job.out}: LoRA r={rank}, {size}, for {readers} over {plan.source.path or plan.spec.model}")
 
 
 def widen(adapters: Adapters, out: Path) -> int:
@@ -37,12 +41,18 @@ def widen(adapters: Adapters, out: Path) -> int:
     """
     if len(adapters.runs) == 1 and adapters.pool == 1:
         raise RunError(f"{adapters.runs[0].path} has plain LoRA already", try_=f"{adapters.runs[0].adapter} as it is")
-    ranks = [int(config["r"]) for config in adapters.configs]
-    plan, rank = adapters.runs[0].plan(), sum(ranks)
-    with built(out, f"lora {adapters.stamp}") as work:
-        size = 4 * plan.facts.adapter_parameters(rank, plan.spec.lora.targets)
-        require_space(out.parent, size, purpose="the adapter")
-        write_tensors(work, ADAPTER, [*_matrices(adapters, rank), *_rows(adapters)])
+    gptq = adapters.plan.source.gptq
+    if gptq is not None and gptq.offset is not None:
+        raise RunError(
+            f"{adapters.plan.source.path} has an adapter merged into it, and no other program opens it: an adapter "
+            "over it would be of no use there",
+            try_="--to 16bit, or gguf",
+        )
+    rank = sum(int(config["r"]) for config in adapters.configs)
+    with built(out, f"lora {_VERSION} {adapters.stamp}") as work:
+        entries = [*_matrices(adapters, rank), *_rows(adapters)]
+        require_space(out.parent, sum(entry.bytes for entry in entries), purpose="the adapter")
+        write_tensors(work, ADAPTER, entries)
         (work / ADAPTER_CONFIG).write_text(json.dumps(_config(adapters, rank), indent=2) + "\n")
         for path in sorted(adapters.runs[0].adapter.iterdir()):
             if goes_along(path) and path.name != ADAPTER_CONFIG:

@@ -22,6 +22,8 @@ from qdist.runtime.packed_folder import Entry, finished, write_tensors
 from qdist.runtime.work_folder import built, require_space
 
 _QZEROS, _SCALES = ".qzeros", ".scales"
+_VERSION = 1
+"""Raise it whenever the same runs would become other bytes."""
 
 
 class Lost(NamedTuple):
@@ -60,7 +62,7 @@ def fold_zeros(adapters: Adapters, out: Path) -> Lost:
     """
     folder = _Folder(adapters)
     base = folder.base
-    with built(out, f"zeros {base.stamp} {adapters.stamp}") as work:
+    with built(out, f"zeros {_VERSION} {base.stamp} {adapters.stamp}") as work:
         files = {file: there for file in base.files if (there := finished(work, file))}
         missing = base.bytes - sum(there.bytes for there in files.values())
         require_space(out.parent, missing, purpose=f"folding into {base.plan.spec.model}")
@@ -75,7 +77,7 @@ class _Folder:
     """A checkpoint with other zeros."""
 
     def __init__(self, adapters: Adapters) -> None:
-        self.base = GptqBase(adapters.runs[0].plan(), adapters)
+        self.base = GptqBase(adapters.plan, adapters)
         self._updates = GroupUpdates(self.base, adapters)
 
     @property
@@ -103,9 +105,10 @@ class _Folder:
                 wanted = exact.round()
                 new = wanted.clamp(0, self._highest(linear))
                 each = linear.inputs / exact.shape[0]
-                change = (zeros - exact) * scales
-                missing += each * float((((zeros - new) * scales) - change).square().sum())
-                total += each * float(change.square().sum())
+                update = self._updates.whole(file, linear)
+                update = update.repeat_interleave(len(zeros) // len(update), dim=0)
+                missing += each * float((((zeros - new) * scales) - update).double().square().sum())
+                total += each * float(update.double().square().sum())
                 clipped, count = clipped + int((new != wanted).sum()), count + new.numel()
         if not count:
             raise RunError("no linear is changed by the adapter", try_="another run")
@@ -126,7 +129,8 @@ class _Folder:
             return zeros, scales, zeros
         update = self._updates.whole(file, linear)
         update = update.repeat_interleave(zeros.shape[0] // update.shape[0], dim=0)
-        return zeros, scales, zeros - update / scales
+        # A scale of 0 makes a group of zeros, whatever its zero is: nothing of the update is kept there.
+        return zeros, scales, zeros - torch.where(scales == 0, 0.0, update / scales)
 
     def _bits(self, linear: Packed) -> int:
         shape = self.base.gptq.of(linear.path)

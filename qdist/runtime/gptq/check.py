@@ -146,10 +146,11 @@ def _offsets(folder: Path, tensors: dict[str, _Tensor], path: str, gptq: Gptq, i
         raise ModelError(f"{folder}: {path} has {inputs} inputs, which offsets of groups of {size} do not fit",
                          try_=_MERGE)  # fmt: skip
     name = f"{path}.weight_offset"
-    _expect(folder, tensors, name, (inputs // size, outputs), ("F16",))
+    wide = gptq.offset.dtype == "float32"
+    _expect(folder, tensors, name, (inputs // size, outputs), ("F32" if wide else "F16",))
     if not bool(torch.isfinite(_read(folder, tensors, name)).all()):
         raise ModelError(f"{folder}: {name} holds values that are no numbers", try_=_MERGE)
-    return 2 * inputs // size * outputs
+    return (4 if wide else 2) * inputs // size * outputs
 
 
 def _contents(

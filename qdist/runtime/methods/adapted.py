@@ -22,9 +22,9 @@ def adapted_product(
     return product
 
 
-def add_pooled_gradient(inputs: torch.Tensor, gradient: torch.Tensor, pool: int, scale: float) -> None:
-    """To the gradient of inputs [tokens, in] add `scale` x that of their groups, [tokens, in / pool]."""
-    inputs.view(*gradient.shape, pool).add_(gradient.unsqueeze(-1), alpha=scale)
+def add_pooled_gradient(inputs: torch.Tensor, gradient: torch.Tensor, pool: int) -> None:
+    """To the gradient of inputs [tokens, in] add that of the sums of their groups, [tokens, in / pool]."""
+    inputs.view(*gradient.shape, pool).add_(gradient.unsqueeze(-1))
 
 
 class _Adapted(torch.autograd.Function):

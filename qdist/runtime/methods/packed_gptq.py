@@ -46,7 +46,8 @@ class PackedGptq(PackedLinear):
         index = torch.empty(in_features, dtype=torch.int32, device="meta") if ordered else None
         self.register_buffer("g_idx", index, persistent=False)
         if shift is not None:
-            self.weight_offset = empty((in_features // shift.group_size, out_features), torch.float16)
+            shape_of_offsets = (in_features // shift.group_size, out_features)
+            self.weight_offset = empty(shape_of_offsets, getattr(torch, shift.dtype))
 
     def matrix(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return self._unpacked(dtype, device).t()
@@ -73,8 +74,10 @@ class PackedGptq(PackedLinear):
     def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         inputs = super().input_gradient(gradient)
         if self.shift is not None:
-            groups = gradient @ self._offsets(gradient).t()
-            add_pooled_gradient(inputs, groups, self.shift.group_size, self.shift.scale)
+            # The scale belongs inside the product: stored offsets are large, and the product would leave float16.
+            none, offsets = gradient.new_zeros(1), self._offsets(gradient).t()
+            groups = torch.addmm(none, gradient, offsets, beta=0, alpha=self.shift.scale)
+            add_pooled_gradient(inputs, groups, self.shift.group_size)
         return inputs
 
     def _offsets(self, like: torch.Tensor) -> torch.Tensor:
