@@ -46,7 +46,7 @@ def test_inputs_are_pooled_by_the_gptq_group_unless_one_says_otherwise() -> None
         (Gptq(shape=Shape(4, 32), desc_act=True), {}, "scattered inputs", "--method gptq-lora"),
         (Gptq(shape=Shape(4, -1)), {}, "without groups", "--group-size 32"),
         (GROUPS_OF_32, {"lora.pool_group_size": 48}, "is not a multiple of m's groups of 32", "pool_group_size=64"),
-        (GROUPS_OF_32, {"lora.pool_group_size": 512}, "11008 inputs, which groups of 512", "a smaller lora.pool_group_size"),
+        (GROUPS_OF_32, {"lora.pool_group_size": 512}, "11008 inputs, which groups of 512", "a smaller lora.pool"),
     ],
 )
 def test_a_pool_that_could_not_be_merged_is_refused(gptq: Gptq, settings: dict, said: str, attempt: str) -> None:
