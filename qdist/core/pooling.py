@@ -61,7 +61,7 @@ def require_packed(spec: RunSpec, gptq: Gptq, facts: ModelFacts, paths: Iterable
 def _require_whole_groups(spec: RunSpec, linears: Iterable[Linear], pool: int) -> None:
     for linear in linears:
         if linear.inputs % pool:
-            remedy = f"a checkpoint with --group-size {_dividing(linear.inputs)}"
+            remedy = f"a GPTQ checkpoint with --group-size {_dividing(linear.inputs)}"
             if linear.inputs % 32:
                 remedy = "lora.targets without it, or --method gptq-lora"
             if spec.lora.pool_group_size:

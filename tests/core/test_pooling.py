@@ -58,7 +58,7 @@ def test_a_pool_that_could_not_be_merged_is_refused(gptq: Gptq, settings: dict, 
 def test_a_linear_that_its_group_does_not_divide_is_named() -> None:
     with pytest.raises(SpecError, match="q_proj of m has 576 inputs, which groups of 128 do not divide") as caught:
         pool_of(spec_of(), Gptq(shape=Shape(4, 128)), facts_of("smollm2-135m"))
-    assert caught.value.try_ == "a checkpoint with --group-size 64"
+    assert caught.value.try_ == "a GPTQ checkpoint with --group-size 64"
 
 
 @pytest.mark.parametrize(("pool", "factor"), [("peft", 128 / 32), ("mean", 1 / 32), ("sum", 1.0)])
