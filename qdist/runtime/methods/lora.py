@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qdist.core.plan import Plan
-from qdist.core.pooling import alphas, factor_of
+from qdist.core.pooling import alphas
 from qdist.runtime.methods.skeleton import decoder_layers
 
 _TABLES = {"bloom": ("word_embeddings", "lm_head"), "gpt_neox": ("embed_in", "lm_head")}
@@ -52,25 +52,22 @@ def add_adapter(model: Any, plan: Plan) -> Any:
     config._register_custom_module({nn.Linear: FusedLora})
     adapted = get_peft_model(model, config)
     settle_offloaded(adapted)
-    _draw_by_name(adapted, plan)
+    _draw_by_name(adapted, plan.spec.seed)
     return adapted
 
 
-def _draw_by_name(model: nn.Module, plan: Plan) -> None:
+def _draw_by_name(model: nn.Module, seed: int) -> None:
     """PEFT's initial A (He et al. 2015, as nn.Linear), drawn for each layer from the seed and its name.
 
     So a rank that holds some of the layers starts from the same numbers as one that holds them all. QA-LoRA's is drawn
-    from a range that gives the product of A and its pooled inputs the variance of LoRA's.
+    likewise, for as many inputs as there are groups.
     """
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
-            digest = hashlib.sha256(f"{plan.spec.seed} {name}".encode()).digest()
+            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
             values = torch.empty(parameter.shape, dtype=parameter.dtype)
-            inputs = values.shape[1] * plan.pool
-            factor = 1.0 if plan.pool == 1 else factor_of(plan.spec.lora.pool, inputs, plan.pool)
-            bound = 1 / (factor * math.sqrt(inputs))
-            values.uniform_(-bound, bound, generator=generator)
+            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
             parameter.data.copy_(values)
 
 
