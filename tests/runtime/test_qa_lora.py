@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from qdist.core.errors import SpecError
 from qdist.core.gptq import Gptq, Shape
+from qdist.core.pooling import factor_of
 from qdist.host.rundir import RunDir
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.load import load
@@ -24,7 +25,8 @@ from tests.runtime.test_gptq_training import layer_of, seen
 from tests.runtime.tiny import adapted_run, backbone_of, logits_of, real_job, save_data, trainable
 
 CHECKPOINT = Gptq(shape=Shape(4, 32), sym=False, format="gptq_v2")
-SHAPE = {"steps": 10, "global_batch": 4, "micro_batch": 1, "train.held_out": 0.2, "optim.lr": 1e-2, "lora.r": 4}
+SHAPE = {"steps": 10, "global_batch": 4, "micro_batch": 1, "train.held_out": 0.2, "optim.lr": 2e-3, "lora.r": 4}
+"""At a rate of 1e-2 rounding grows fivefold a step."""
 POOLS = ("peft", "mean", "sum")
 
 
@@ -104,13 +106,15 @@ def test_the_update_is_what_the_convention_says(model: Path, folder: Path, pool:
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_a_starts_as_peft_draws_it(model: Path, folder: Path, pool: str) -> None:
-    """As an nn.Linear of so many groups: between -1 and 1 by the root of their number, whatever the convention."""
+def test_a_column_starts_as_the_sum_of_its_inputs_columns(model: Path, folder: Path, pool: Any) -> None:
+    """LoRA's A is drawn between -1 and 1 by the root of the inputs; of 32 such numbers the deviations add up."""
     job = real_job(model, folder / "d.jsonl", folder / f"{pool}-start", method="qa-lora", **{"lora.pool": pool})
     drawn = {name: p.detach() for name, p in trainable(job.plan)[0].named_parameters() if ".lora_A." in name}
     for name, down in drawn.items():
-        assert down.shape == (4, 4 if "down_proj" in name else 2)
-        assert 0.5 < float(down.abs().max()) * down.shape[1] ** 0.5 <= 1
+        inputs = 128 if "down_proj" in name else 64
+        assert down.shape == (4, inputs // 32)
+        on_sums = factor_of(pool, inputs, 32) * down
+        assert 0.5 < float(on_sums.abs().max()) / (32 / inputs) ** 0.5 <= 1 + 1e-6
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qdist.core.plan import Plan
-from qdist.core.pooling import alphas
+from qdist.core.pooling import alphas, factor_of
 from qdist.runtime.methods.skeleton import decoder_layers
 
 _TABLES = {"bloom": ("word_embeddings", "lm_head"), "gpt_neox": ("embed_in", "lm_head")}
@@ -52,22 +52,25 @@ def add_adapter(model: Any, plan: Plan) -> Any:
     config._register_custom_module({nn.Linear: FusedLora})
     adapted = get_peft_model(model, config)
     settle_offloaded(adapted)
-    _draw_by_name(adapted, plan.spec.seed)
+    _draw_by_name(adapted, plan)
     return adapted
 
 
-def _draw_by_name(model: nn.Module, seed: int) -> None:
+def _draw_by_name(model: nn.Module, plan: Plan) -> None:
     """PEFT's initial A (He et al. 2015, as nn.Linear), drawn for each layer from the seed and its name.
 
-    So a rank that holds some of the layers starts from the same numbers as one that holds them all. QA-LoRA's is drawn
-    likewise, for as many inputs as there are groups.
+    So a rank that holds some of the layers starts from the same numbers as one that holds them all. QA-LoRA's column of
+    a group has the variance of the sum of its inputs' columns in LoRA, in every convention.
     """
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
-            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            digest = hashlib.sha256(f"{plan.spec.seed} {name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
             values = torch.empty(parameter.shape, dtype=parameter.dtype)
-            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+            inputs = values.shape[1] * plan.pool
+            factor = 1.0 if plan.pool == 1 else factor_of(plan.spec.lora.pool, inputs, plan.pool)
+            bound = math.sqrt(plan.pool / inputs) / factor
+            values.uniform_(-bound, bound, generator=generator)
             parameter.data.copy_(values)
 
 
