@@ -26,7 +26,7 @@ from tests.runtime.tiny import adapted_run, backbone_of, logits_of, real_job, sa
 
 CHECKPOINT = Gptq(shape=Shape(4, 32), sym=False, format="gptq_v2")
 SHAPE = {"steps": 10, "global_batch": 4, "micro_batch": 1, "train.held_out": 0.2, "optim.lr": 2e-3, "lora.r": 4}
-"""At a rate of 1e-2 rounding grows fivefold a step."""
+"""At a rate of 1e-2 the roundings of ten steps grow to 3e-4."""
 POOLS = ("peft", "mean", "sum")
 
 
