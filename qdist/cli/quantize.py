@@ -8,7 +8,7 @@ import click
 
 from qdist.core import demo
 from qdist.core.errors import DataError, RunError, SpecError, nearest
-from qdist.core.gptq import BITS, FORMATS, WORD
+from qdist.core.gptq import BITS, FORMATS, WORD, usual_format
 from qdist.host.modules import run_module
 from qdist.host.records import check_source
 from qdist.host.sources import locate
@@ -92,10 +92,8 @@ def _gptq_flags(given: Mapping[str, Any]) -> list[str]:
         raise SpecError(f"damping cannot be {damping:g}: it is above 0 and at most 1", try_="--damping 0.01")
     check_data(data)
     sym = given.get("sym", True)
-    # v1 holds no zero of 0; at 3 bits and in mixed widths its readers' arithmetic differs (docs/decisions.md).
-    v1 = sym and widths in ([2], [4], [8])
     flags = ["--data", data, "--bits", *map(str, widths), "--group-size", str(size), "--damping", f"{damping:g}"]
-    flags += ["--format", given.get("format", "gptq" if v1 else "gptq_v2")]
+    flags += ["--format", given.get("format", usual_format(sym=sym, widths=widths))]
     for name in ("max_error", "samples", "seq_len", "seed"):
         flags += [_flag(name), str(given[name])] if name in given else []
     return flags + ["--no-sym"] * (not sym) + ["--desc-act"] * ("desc_act" in given)

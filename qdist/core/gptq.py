@@ -4,7 +4,7 @@ GPTQ: Frantar et al. 2022. The files are AutoGPTQ's and GPTQModel's.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -98,6 +98,11 @@ class Gptq(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return self.shape
 
     @property
+    def group_sizes(self) -> frozenset[int]:
+        """Of all linears that are quantized; -1: of a linear's whole width."""
+        return frozenset((self.shape.group_size, *(e.shape.group_size for e in self.overrides if e.shape)))
+
+    @property
     def zero_offset(self) -> int:
         """What is added to a stored zero."""
         return 1 if self.format == "gptq" else 0
@@ -137,6 +142,14 @@ def of_run(spec: RunSpec, config: Mapping[str, object]) -> Gptq | None:
             try_="leave quant.group_size out",
         )
     return found
+
+
+def usual_format(*, sym: bool, widths: Collection[int]) -> Literal["gptq", "gptq_v2"]:
+    """What a checkpoint is written in unless one says otherwise: v1 where all readers agree, else v2.
+
+    v1 holds no zero of 0; at 3 bits and in mixed widths its readers' arithmetic differs (docs/decisions.md).
+    """
+    return "gptq" if sym and len(widths) == 1 and 3 not in widths else "gptq_v2"
 
 
 def method_of(config: Mapping[str, Any]) -> str | None:

@@ -111,7 +111,7 @@ def make_plan(
         source=source,
         facts=facts,
         data=data,
-        pool=pool_of(spec, source.gptq, facts),
+        pool=setting.sizes.job.pool,
         device=cluster.device,
         placement=layout.placement,
         schedule=layout.schedule,

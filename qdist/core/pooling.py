@@ -1,14 +1,11 @@
 """How many inputs does QA-LoRA pool, and by what? Xu et al. 2023; the update must be constant in every GPTQ group."""
 
 from collections.abc import Iterable
-from typing import Literal
 
 from qdist.core.errors import SpecError
 from qdist.core.facts import Linear, ModelFacts
 from qdist.core.gptq import Gptq
-from qdist.core.spec import RunSpec
-
-Pool = Literal["peft", "mean", "sum"]
+from qdist.core.spec import Pool, RunSpec
 
 
 def pool_of(spec: RunSpec, gptq: Gptq | None, facts: ModelFacts) -> int:
@@ -26,7 +23,7 @@ def pool_of(spec: RunSpec, gptq: Gptq | None, facts: ModelFacts) -> int:
             "pool",
             try_="--method gptq-lora, or qdist quantize it without --desc-act",
         )
-    sizes = {gptq.shape.group_size, *(e.shape.group_size for e in gptq.overrides if e.shape)}
+    sizes = gptq.group_sizes
     if -1 in sizes:
         raise SpecError(
             f"{spec.model} has linears without groups, and qa-lora needs groups to pool",

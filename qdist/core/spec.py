@@ -23,6 +23,7 @@ Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Rate = Annotated[float, Meta(gt=0, le=1e300)]
 Amount = Annotated[float, Meta(ge=0, le=1e300)]
 
+Pool = Literal["peft", "mean", "sum"]
 GPTQ_METHODS = ("gptq-lora", "qa-lora")
 """Methods whose backbone is a GPTQ checkpoint."""
 
@@ -35,7 +36,7 @@ class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     dropout: Fraction = 0.0
     targets: Annotated[tuple[str, ...], Meta(min_length=1)] = ("all-linear",)
     """Leaf names of the linear modules that get an adapter; `all-linear` is every one inside the decoder layers."""
-    pool: Literal["peft", "mean", "sum"] = "peft"
+    pool: Pool = "peft"
     """Of QA-LoRA: what A reads of a group of inputs. peft: their mean times the number of groups. mean: as the authors'
     code. sum: as their paper."""
     pool_group_size: Positive | None = None

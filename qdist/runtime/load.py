@@ -11,7 +11,7 @@ from torch import nn
 
 from qdist.core.errors import ModelError, RunError, SpecError
 from qdist.core.plan import Plan, Source
-from qdist.core.residence import Residence, footprint
+from qdist.core.residence import Footprint, Residence, footprint
 from qdist.core.units import parse_bytes
 from qdist.host.rundir import RunDir
 from qdist.runtime.methods.backbone import DTYPES, load_backbone
@@ -94,8 +94,14 @@ def residence_of(
     max_memory_bytes: int | None = None,
 ) -> Residence:
     """Where a run's backbone and adapter go on this machine; see `footprint` and `choose`."""
+    parts = footprint_of(plan, dtype, tokens=tokens, scored=scored)
+    return choose(parts, device=device, max_memory_bytes=max_memory_bytes)
+
+
+def footprint_of(plan: Plan, dtype: torch.dtype, *, tokens: int, scored: int = 0) -> Footprint:
+    """What a run's backbone and adapter take in use; see `footprint`."""
     spec = plan.spec
-    parts = footprint(
+    return footprint(
         plan.facts,
         bits=spec.bits,
         double_quant=spec.quant.double,
@@ -107,7 +113,6 @@ def residence_of(
         pool=plan.pool,
         scored=scored,
     )
-    return choose(parts, device=device, max_memory_bytes=max_memory_bytes)
 
 
 def load_run(run: RunDir, dtype: torch.dtype, residence: Residence) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from qdist.host.rundir import RunDir
 from qdist.runtime.exports.merged import Merged
 from qdist.runtime.exports.update import plan_of
 from qdist.runtime.forward import Forward
-from qdist.runtime.load import load_run, load_tokenizer, residence_of
+from qdist.runtime.load import footprint_of, load_run, load_tokenizer, residence_of
 from qdist.runtime.load_plain import open_plain
 from qdist.runtime.methods.backbone import DTYPES
 from qdist.runtime.methods.skeleton import fill, skeleton
@@ -102,13 +102,7 @@ class Evaluation:
         dtype, tokens = DTYPES[plan.compute_dtype], plan.micro_batch * plan.seq_len
         residence = residence_of(plan, dtype, tokens=tokens, scored=tokens)
         if not residence.gpus:
-            spec = plan.spec
-            parts = footprint(
-                plan.facts, bits=spec.bits, double_quant=spec.quant.double, gptq=plan.source.gptq,
-                compute_bytes=dtype.itemsize, tokens=tokens, rank_r=spec.lora.r, targets=spec.lora.targets,
-                pool=plan.pool, scored=tokens,
-            )  # fmt: skip
-            _require_host_memory(parts)
+            _require_host_memory(footprint_of(plan, dtype, tokens=tokens, scored=tokens))
         model, _ = load_run(self.run, dtype, residence)
         return self.held_out(model, dtype)
 

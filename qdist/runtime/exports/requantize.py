@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from qdist.core.errors import RunError
-from qdist.core.gptq import Gptq, Shape
+from qdist.core.gptq import Gptq, Shape, usual_format
 from qdist.core.plan import Plan
 from qdist.core.units import format_bytes
 from qdist.runtime.exports import sixteen
@@ -76,7 +76,7 @@ def wanted(job: Export, plan: Plan) -> Wanted:
         group_size=job.group_size or own.shape.group_size,
         sym=own.sym,
         desc_act=own.desc_act,
-        format="gptq" if own.sym and bits != 3 else "gptq_v2",  # v1 where all readers agree (docs/decisions.md)
+        format=usual_format(sym=own.sym, widths=(bits,)),
         samples=job.samples,
         seq_len=min(plan.seq_len, plan.facts.max_positions),
     )

@@ -18,7 +18,7 @@ from qdist.runtime.exports.backbone import Backbone, Onto
 from qdist.runtime.exports.job import Export
 from qdist.runtime.exports.merged import Merged
 from qdist.runtime.exports.model_files import write_index, write_model_files
-from qdist.runtime.exports.update import ADAPTER, ADAPTER_CONFIG, Adapters
+from qdist.runtime.exports.update import Adapters
 from qdist.runtime.packed_folder import Entry, Written, file_name, finished, write_tensors
 from qdist.runtime.work_folder import filled, require_space, reserved
 
@@ -72,12 +72,7 @@ def _files(merged: Merged) -> dict[str, list[Entry]]:
 
 def _identity(merged: Merged, onto: Onto) -> str:
     """SHA-256 of what decides the bytes: adapters and their weights, the backbone, and to what they are merged."""
-    adapters = []
-    for run in merged.adapters.runs:
-        for name in (ADAPTER, ADAPTER_CONFIG):
-            with open(run.adapter / name, "rb") as file:
-                adapters.append(hashlib.file_digest(file, "sha256").hexdigest())
-    contents = [_VERSION, adapters, merged.adapters.weights, onto, str(merged.dtype), merged.backbone.identity()]
+    contents = [_VERSION, merged.adapters.stamp, onto, str(merged.dtype), merged.backbone.identity()]
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 

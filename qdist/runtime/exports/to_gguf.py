@@ -61,7 +61,7 @@ def _why_not_q4_1(plan: Plan, adapters: Adapters) -> str:
     if gptq is None:
         return f"{plan.spec.method} has no integer weights; Q4_1 would round them once more"
     widths = {gptq.shape.bits, *(e.shape.bits if e.shape else 16 for e in gptq.overrides)}
-    sizes = {gptq.shape.group_size, *(e.shape.group_size for e in gptq.overrides if e.shape)}
+    sizes = gptq.group_sizes
     if max(widths) > 4:
         return f"its weights have up to {max(widths)} bits"
     if any(size % 32 for size in sizes):

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from math import gcd
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,8 +93,6 @@ class Adapters:
     @property
     def pool(self) -> int:
         """The largest group within which every update is constant; 1 where one of them is plain LoRA."""
-        from math import gcd
-
         return gcd(*(config["qalora_group_size"] if config.get("use_qalora") else 1 for config in self.configs))
 
     def entries(self, index: int) -> list[Entry]:

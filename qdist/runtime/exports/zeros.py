@@ -101,12 +101,10 @@ class _Folder:
         for file in self.base.files:
             tensors = {entry.name: entry for entry in self.base.entries(file)}
             for linear in self._updates.linears(file):
-                zeros, scales, exact = self._exact(file, linear, tensors)
-                wanted = exact.round()
+                zeros, scales, update = self._parts(file, linear, tensors)
+                wanted = _rounded(zeros, scales, update)
                 new = wanted.clamp(0, self._highest(linear))
-                each = linear.inputs / exact.shape[0]
-                update = self._updates.whole(file, linear)
-                update = update.repeat_interleave(len(zeros) // len(update), dim=0)
+                each = linear.inputs / len(zeros)
                 missing += each * float((((zeros - new) * scales) - update).double().square().sum())
                 total += each * float(update.double().square().sum())
                 clipped, count = clipped + int((new != wanted).sum()), count + new.numel()
@@ -115,22 +113,19 @@ class _Folder:
         return Lost(math.sqrt(missing / total) if total else 0.0, clipped, count)
 
     def _qzeros(self, file: str, linear: Packed, tensors: dict[str, Entry]) -> torch.Tensor:
-        _, _, exact = self._exact(file, linear, tensors)
-        zeros = exact.round().clamp(0, self._highest(linear)).to(torch.int32)
-        return pack_zeros(zeros, self._bits(linear), 0)
+        wanted = _rounded(*self._parts(file, linear, tensors))
+        return pack_zeros(wanted.clamp(0, self._highest(linear)).to(torch.int32), self._bits(linear), 0)
 
-    def _exact(
+    def _parts(
         self, file: str, linear: Packed, tensors: dict[str, Entry]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(zeros, scales, zeros that the update asks for), float32 [groups, out]."""
+        """(zeros, scales, update), float32 [groups, out]."""
         stored, scales = tensors[linear.path + _QZEROS].make(), tensors[linear.path + _SCALES].make().float()
         zeros = unpack_zeros(stored, self._bits(linear), self.base.gptq.zero_offset).float()
         if linear.path.rpartition(".")[2] not in self._updates.leaves:
-            return zeros, scales, zeros
+            return zeros, scales, torch.zeros_like(zeros)
         update = self._updates.whole(file, linear)
-        update = update.repeat_interleave(zeros.shape[0] // update.shape[0], dim=0)
-        # A scale of 0 makes a group of zeros, whatever its zero is: nothing of the update is kept there.
-        return zeros, scales, zeros - torch.where(scales == 0, 0.0, update / scales)
+        return zeros, scales, update.repeat_interleave(len(zeros) // len(update), dim=0)
 
     def _bits(self, linear: Packed) -> int:
         shape = self.base.gptq.of(linear.path)
@@ -139,3 +134,11 @@ class _Folder:
 
     def _highest(self, linear: Packed) -> int:
         return (1 << self._bits(linear)) - 1
+
+
+def _rounded(zeros: torch.Tensor, scales: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    """The integers nearest to the zeros that an update asks for; float32 [groups, out], as all arguments.
+
+    A scale of 0 makes a group of zeros, whatever its zero is: nothing of the update is kept there.
+    """
+    return (zeros - torch.where(scales == 0, 0.0, update / scales)).round()
