@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qdist.core.cluster import Cluster, Gpu, Rates
 from qdist.core.errors import MachineError
-from qdist.host import nvml, rates
+from qdist.host import nvml, rates, shared_gpus
 
 PACKAGES = (
     "qdist", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed", "datasets", "safetensors",
@@ -33,6 +33,7 @@ def cluster(
     """
     found = read_driver()
     gpus = visible(found.cards, environment.get("CUDA_VISIBLE_DEVICES")) if found else ()
+    gpus = shared_gpus.divided(gpus, shared_gpus.ranks_per_gpu(environment))
     total, free = host_memory(root)
     return Cluster(
         device="cuda" if gpus else "cpu",

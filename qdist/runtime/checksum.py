@@ -4,7 +4,7 @@ import torch
 
 MODULUS = 1 << 64
 _ROW_WORDS = 1 << 11
-_CHUNK_WORDS = {"cpu": 1 << 20, "cuda": 1 << 22}
+_CHUNK_WORDS = {"cpu": 1 << 20, "cuda": 1 << 21}
 """What fits a CPU's cache; what keeps a GPU busy and leaves its memory alone: sums there make a copy in 64 bits."""
 
 

@@ -10,6 +10,7 @@ import torch
 from qdist.core.errors import PlanError, RunError
 from qdist.core.plan import Plan
 from qdist.core.render import ACCELERATE_FILE
+from qdist.host import shared_gpus
 from qdist.host.rundir import RunDir
 from qdist.runtime.deepspeed_engine import DeepSpeedEngine
 from qdist.runtime.engine import Adapter, Engine, TorchEngine, build_optimizer
@@ -118,8 +119,10 @@ def pick_devices(plan: Plan, local_rank: int) -> tuple[torch.device, ...]:
         torch.set_num_threads(plan.threads_per_rank)
         return (torch.device("cpu"),)
     torch.backends.cuda.matmul.allow_tf32 = True
+    sharing = shared_gpus.ranks_per_gpu()
+    shared_gpus.take_turns(local_rank, sharing)
     rank = plan.ranks[local_rank]
-    devices = tuple(torch.device("cuda", gpu) for gpu in rank.gpus)
+    devices = tuple(torch.device("cuda", gpu // sharing) for gpu in rank.gpus)
     torch.cuda.set_device(devices[0])
     if plan.memory_cap_bytes is not None:
         for device, expected in zip(devices, rank.expected, strict=True):

@@ -1,4 +1,7 @@
-"""Launches on real GPUs: what tests of this folder share."""
+"""Launches on real GPUs: what tests of this folder share.
+
+`QDIST_RANKS_PER_GPU=4 pytest tests/gpu` runs the tests of four GPUs on one: slowly, but every byte goes the same way.
+"""
 
 import json
 import subprocess
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 from qdist.host.rundir import RunDir
+from qdist.host.shared_gpus import ranks_per_gpu
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 512,
@@ -20,13 +24,14 @@ Launch = Callable[..., RunDir]
 
 @pytest.fixture(autouse=True)
 def enough_gpus(request: pytest.FixtureRequest) -> None:
-    """Skip what needs more GPUs than there are: markers gpu, gpu2 and gpu4."""
+    """Skip what needs more GPUs than there are: markers gpu, gpu2 and gpu4; distinct where ranks must not share."""
     wanted = max(
         (number for number in (1, 2, 4) if request.node.get_closest_marker(f"gpu{number if number > 1 else ''}")),
         default=1,
     )
-    if torch.cuda.device_count() < wanted:
-        pytest.skip(f"needs {wanted} GPU(s), and this machine has {torch.cuda.device_count()}")
+    present = torch.cuda.device_count() * (1 if request.node.get_closest_marker("distinct") else ranks_per_gpu())
+    if present < wanted:
+        pytest.skip(f"needs {wanted} GPU(s), and this machine has {present}")
 
 
 @pytest.fixture(scope="session")

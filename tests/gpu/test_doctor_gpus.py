@@ -39,6 +39,7 @@ def test_one_gpu_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 @pytest.mark.gpu2
+@pytest.mark.distinct
 def test_all_gpus_are_measured_in_under_a_minute_and_plans_use_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

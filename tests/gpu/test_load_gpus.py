@@ -67,6 +67,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.gpu2
+@pytest.mark.distinct
 @pytest.mark.parametrize(("bits", "tied"), KINDS)
 def test_two_gpus_say_what_one_says(folder: Path, bits: int, tied: bool) -> None:
     run = adapted(folder, bits, tied=tied)
@@ -76,6 +77,7 @@ def test_two_gpus_say_what_one_says(folder: Path, bits: int, tied: bool) -> None
 
 
 @pytest.mark.gpu2
+@pytest.mark.distinct
 @pytest.mark.parametrize("way", [Residence(layer_gpu=(1,) * 4), TWO])
 def test_a_model_leaves_the_current_gpu_as_it_was(folder: Path, way: Residence) -> None:
     """Liger's rotation, which training left in transformers, launches its kernel on the current GPU."""
@@ -88,6 +90,7 @@ def test_a_model_leaves_the_current_gpu_as_it_was(folder: Path, way: Residence) 
 
 
 @pytest.mark.gpu2
+@pytest.mark.distinct
 @pytest.mark.parametrize(("bits", "tied"), KINDS)
 def test_two_gpus_with_layers_in_host_memory_say_what_one_says(folder: Path, bits: int, tied: bool) -> None:
     run = adapted(folder, bits, tied=tied)
@@ -147,6 +150,7 @@ def test_what_does_not_fit_one_gpu_waits_and_the_cap_holds(folder: Path, monkeyp
 
 
 @pytest.mark.gpu2
+@pytest.mark.distinct
 def test_what_does_not_fit_one_gpu_lies_on_two(folder: Path) -> None:
     run = adapted(folder, 16, tied=False)
     opened = open_model(run.path, max_memory_bytes=capped(run, whole=False)[1])
@@ -163,6 +167,7 @@ def test_the_driver_and_torch_agree_on_what_is_free(folder: Path) -> None:
 
 
 @pytest.mark.gpu2
+@pytest.mark.distinct
 def test_a_plain_model_that_does_not_fit_one_gpu_lies_on_two(folder: Path) -> None:
     source = save_model(folder / "plain", **WIDE)
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))

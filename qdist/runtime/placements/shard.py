@@ -34,9 +34,23 @@ def shard(model: Any, plan: Plan) -> None:
             fully_shard(table, mesh=mesh, reshard_after_forward=True)
         head.cross_entropy = MethodType(cross_entropy, head)
         register_fsdp_forward_method(head, "cross_entropy")
+        _keep_out_of_backward(embedding)
+        if plan.liger:  # whose loss has computed its gradient when the backward pass begins
+            _keep_out_of_backward(head)
     else:
         whole.update(embedding.parameters(), head.parameters())
     fully_shard(model.get_decoder(), mesh=mesh, reshard_after_forward=False, ignored_params=whole)
+
+
+def _keep_out_of_backward(table: Any) -> None:
+    """Have FSDP not gather a table in the backward pass, which does not read it.
+
+    Of the embeddings this is more than a saving: nothing below them is trained, so no backward pass ever comes to them,
+    yet FSDP2 gathers them ahead of it. At the end of the pass it means the stream to wait for that gather, but waits
+    through `torch.accelerator.current_stream()` on an event of CUDA's own kind, which is no wait at all (torch 2.11).
+    The gather's buffer is given to the next pass while it is still being filled: wrong norms, wrong embeddings.
+    """
+    table.set_unshard_in_backward(False)
 
 
 def shards_embeddings(plan: Plan) -> bool:
