@@ -1,6 +1,6 @@
 """Adapter gradients and optimizer state under DeepSpeed's ZeRO, and their full form for checkpoints."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,14 @@ from qdist.runtime.engine import (
     MOMENTS,
     Across,
     Adapter,
+    Held,
     MicroBatch,
     State,
     StepResult,
     allocate_moments,
+    bytes_of,
     finish_gradients,
+    moment_bytes,
     moment_of,
     optimizer_steps,
     set_rate,
@@ -38,6 +41,7 @@ class DeepSpeedEngine:
         self.world_size = dist.get_world_size(group)
         self.optimizer = engine.optimizer.optimizer if self.stage else engine.optimizer
         """Adam itself, over flat partitions where ZeRO made them."""
+        self._gradient_bytes = 0
         if self.stage == 3:
             parameters: list[Any] = list(adapter.parameters())
             parameters[0].all_gather(param_list=parameters)
@@ -65,6 +69,7 @@ class DeepSpeedEngine:
 
     def step(self, learning_rate: float, loss_scale: float) -> StepResult:
         set_rate(self.optimizer, learning_rate)
+        self._gradient_bytes = bytes_of(self._own_gradients())
         if self.stage == 0:
             result = finish_gradients(
                 list(self.adapter.parameters()), clip=self.clip, loss_scale=loss_scale, across=self.across
@@ -77,6 +82,20 @@ class DeepSpeedEngine:
         self.engine.step()
         skipped = bool(self.engine.optimizer.overflow)
         return StepResult(float("inf") if skipped else float(self.engine.get_global_grad_norm()), skipped)
+
+    def held(self) -> Held:
+        flat: list[torch.Tensor] = []
+        if self.stage:
+            zero = self.engine.optimizer
+            flat = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        return Held(self._gradient_bytes, moment_bytes(self.optimizer) + bytes_of(flat))
+
+    def _own_gradients(self) -> Iterable[torch.Tensor | None]:
+        """What ZeRO has left of the gradients on this rank; all of them without it."""
+        yield from (parameter.grad for parameter in self.adapter.parameters())
+        if self.stage:
+            for group in self.engine.optimizer.averaged_gradients.values():
+                yield from group or ()
 
     def state(self) -> State:
         named = self.adapter.named()

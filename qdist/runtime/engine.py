@@ -5,7 +5,7 @@ moves, casts nor broadcasts packed weights, and a backbone may span GPUs.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -35,6 +35,15 @@ class StepResult(NamedTuple):
     skipped: bool
 
 
+class Held(NamedTuple):
+    """Bytes of what training adds to a rank's adapter, wherever they are; after a step, and zeros before one."""
+
+    gradients: int
+    """As they were when the last step began: this rank's part of them under ZeRO 2 and 3."""
+    optimizer: int
+    """Moments, and ZeRO's flat fp32 copy of the parameters."""
+
+
 class State(NamedTuple):
     """Everything of the adapter that a checkpoint holds, on no particular number of ranks."""
 
@@ -57,6 +66,9 @@ class Engine(Protocol):
 
     def step(self, learning_rate: float, loss_scale: float) -> StepResult:
         """Clip and apply the accumulated gradients."""
+
+    def held(self) -> Held:
+        """What this rank has of gradients and optimizer state."""
 
     def state(self) -> State:
         """The full state, on the CPU. Collective: every rank must call it."""
@@ -103,6 +115,7 @@ class TorchEngine:
     ) -> None:
         self.adapter, self.optimizer, self.clip, self.across = adapter, optimizer, clip, across
         self.gradients = _flat_gradients(list(adapter.parameters())) if ranks > 1 else None
+        self._gradient_bytes = 0
 
     def accumulate(self, micro_batches: Sequence[MicroBatch], *, weight: float, loss_scale: float) -> torch.Tensor:
         losses = []
@@ -116,6 +129,7 @@ class TorchEngine:
         return torch.stack(losses).sum()
 
     def step(self, learning_rate: float, loss_scale: float) -> StepResult:
+        self._gradient_bytes = bytes_of(parameter.grad for parameter in self.adapter.parameters())
         result = finish_gradients(
             list(self.adapter.parameters()), clip=self.clip, loss_scale=loss_scale, across=self.across
         )
@@ -127,6 +141,9 @@ class TorchEngine:
         else:
             self.gradients.zero_()
         return result
+
+    def held(self) -> Held:
+        return Held(self._gradient_bytes, moment_bytes(self.optimizer))
 
     def state(self) -> State:
         named = self.adapter.named()
@@ -174,6 +191,18 @@ def finish_gradients(
         for device in {gradient.device for gradient in gradients}:
             torch._foreach_mul_([gradient for gradient in gradients if gradient.device == device], factor)
     return StepResult(norm, False)
+
+
+def bytes_of(tensors: Iterable[torch.Tensor | None]) -> int:
+    """Of those that are there."""
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def moment_bytes(optimizer: Any) -> int:
+    """Of every tensor of an optimizer's state."""
+    return bytes_of(
+        value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
+    )
 
 
 def set_rate(optimizer: Any, learning_rate: float) -> None:

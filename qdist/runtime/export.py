@@ -19,7 +19,7 @@ from qdist.host.rundir import PLAN, RESULT, RunDir
 from qdist.runtime.checkpoint import load, load_tensors
 from qdist.runtime.checksum import slice_sums
 from qdist.runtime.engine import Adapter
-from qdist.runtime.measure import Peak
+from qdist.runtime.measure import Parts, Peak
 from qdist.runtime.packed_folder import entries_of, write_tensors
 
 _TENSORS = "adapter_model.safetensors"
@@ -114,8 +114,12 @@ def write_result(
     held_out: tuple[tuple[int, float], ...],
     answers: list[dict[str, str]],
     peaks: Sequence[Sequence[Peak]],
+    held: Sequence[Parts],
 ) -> None:
-    """Write `result.json`, which makes the run finished. peaks: of each rank, on each of its GPUs."""
+    """Write `result.json`, which makes the run finished.
+
+    peaks: of each rank, on each of its GPUs. held: of each rank, after the last step.
+    """
     tensors = load_tensors(run.adapter / _TENSORS)
     events = Follower(run.path).new_events()
     start = start_of(events, planned_at=(run.path / PLAN).stat().st_mtime)
@@ -127,6 +131,7 @@ def write_result(
         "adapter_parameters": sum(tensor.numel() for tensor in tensors.values()),
         "peak_bytes": peaks[0][0]._asdict(),
         "peaks": [[peak._asdict() for peak in of_rank] for of_rank in peaks],
+        "held": [own._asdict() for own in held],
         "tokens_per_s": {
             "predicted": plan.tokens_per_second,
             "measured": steady_tokens_s(event for event in events if event.rank == 0),

@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from qdist.runtime.engine import Engine, bytes_of
 
 
 class Peak(NamedTuple):
@@ -34,6 +38,30 @@ def peak(device: torch.device, *, load: int = 0) -> Peak:
     free, total = torch.cuda.mem_get_info(device)
     context = max(0, total - free - torch.cuda.memory_reserved(device))
     return Peak(torch.cuda.max_memory_allocated(device), context, torch.cuda.max_memory_reserved(device), load)
+
+
+class Parts(NamedTuple):
+    """Bytes of a rank's tensors that stay from step to step, on all of its devices together."""
+
+    weights: int
+    """The frozen backbone as this rank holds it."""
+    adapter: int
+    gradients: int
+    optimizer: int
+
+
+def parts(model: nn.Module, engine: Engine) -> Parts:
+    """What a rank holds after its last step; a shard counts with its own part."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    return Parts(
+        bytes_of(map(_local, (*frozen, *model.buffers()))),
+        bytes_of(parameter for parameter in model.parameters() if parameter.requires_grad),
+        *engine.held(),
+    )
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def load_peak(device: torch.device) -> int:

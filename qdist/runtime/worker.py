@@ -52,7 +52,7 @@ def _work(plan: Plan, run: RunDir) -> None:
     from qdist.runtime.generate import before_and_after
     from qdist.runtime.load import load_tokenizer
     from qdist.runtime.loop import Trainer
-    from qdist.runtime.measure import load_peak, peak
+    from qdist.runtime.measure import load_peak, parts, peak
     from qdist.runtime.setup import make_accelerator, pick_devices, start_trackers
 
     logging.disable_progress_bar()
@@ -76,16 +76,16 @@ def _work(plan: Plan, run: RunDir) -> None:
         )
         loading = tuple(map(load_peak, devices))
         pad_id = tokenizer.pad_token_id if tokenizer else 0
-        parts = assemble(plan, accelerator, loaded.backbone, devices[0], pad_id=pad_id)
+        built = assemble(plan, accelerator, loaded.backbone, devices[0], pad_id=pad_id)
         start_trackers(plan, accelerator, run)
         trainer = Trainer(
             plan,
             run,
-            parts.engine,
-            parts.forward.samples,
+            built.engine,
+            built.forward.samples,
             comm,
-            evaluate=parts.evaluate,
-            checksum=lambda: adapter_checksum(parts.adapter) if plan.zero_stage < 3 else (),
+            evaluate=built.evaluate,
+            checksum=lambda: adapter_checksum(built.adapter) if plan.zero_stage < 3 else (),
             verify=lambda: _verified(loaded.verify()) if loaded.verify else "",
             report=report,
             stopping=stop,
@@ -95,15 +95,15 @@ def _work(plan: Plan, run: RunDir) -> None:
         raise _out_of_memory(plan, run, comm.rank, max(peak(device).total for device in devices), error) from error
     if finished:
         reached = tuple(peak(device, load=load) for device, load in zip(devices, loading, strict=True))
-        peaks = comm.gather(reached)
+        peaks, held = comm.gather(reached), comm.gather(parts(built.model, built.engine))
         # A shard answers only together with the others; a stage of a pipeline cannot at all.
         answering = plan.placement == "shard" or comm.rank == 0
         wanted = plan.spec.train.answers and plan.schedule != "1f1b"
         if comm.rank == 0:
             gather(run, step=plan.steps)
-        answers = before_and_after(plan, parts.model, tokenizer, parts.forward.samples) if answering and wanted else []
+        answers = before_and_after(plan, built.model, tokenizer, built.forward.samples) if answering and wanted else []
         if comm.rank == 0:
-            write_result(run, plan, held_out=trainer.held_out, answers=answers, peaks=peaks)
+            write_result(run, plan, held_out=trainer.held_out, answers=answers, peaks=peaks, held=held)
         comm.barrier()
         report(Event(kind="end", step=plan.steps, total_steps=plan.steps))
     accelerator.end_training()

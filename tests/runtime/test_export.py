@@ -13,7 +13,7 @@ from qdist.host.rundir import PLAN, RunDir
 from qdist.runtime import checkpoint
 from qdist.runtime.engine import Adapter, State
 from qdist.runtime.export import adapter_checksum, check_adapter, choose_step, gather, write_result
-from qdist.runtime.measure import Peak
+from qdist.runtime.measure import Parts, Peak
 from qdist.runtime.methods.backbone import load_plain
 from tests.runtime.tiny import (
     VOCAB,
@@ -104,7 +104,7 @@ def test_a_result_holds_every_ranks_peaks_and_speed_and_start_beside_the_predict
         ]  # fmt: skip
         run.event_file(rank).write_bytes(b"".join(map(encode, said)))
     peaks = [[Peak(100, 20, 130, 90)], [Peak(101, 21, 131, 91)]]
-    write_result(run, run.plan(), held_out=((0, 2.0),), answers=[], peaks=peaks)
+    write_result(run, run.plan(), held_out=((0, 2.0),), answers=[], peaks=peaks, held=[Parts(9, 8, 7, 6)] * 2)
     result = run.result()
     assert result is not None
     assert result["adapter_parameters"] == 6
@@ -112,6 +112,7 @@ def test_a_result_holds_every_ranks_peaks_and_speed_and_start_beside_the_predict
         "allocated": 100, "context": 20, "reserved": 130, "load": 90
     }  # fmt: skip
     assert result["peaks"][1][0]["load"] == 91
+    assert result["held"] == [{"weights": 9, "adapter": 8, "gradients": 7, "optimizer": 6}] * 2
     assert result["tokens_per_s"] == {"predicted": run.plan().tokens_per_second, "measured": 32.0}
     assert result["start_seconds"] == pytest.approx({"load": 4.0, "first_step": 10.0}, abs=1e-3)
     assert result["loading"] == {"seconds": 3.0, "read_bytes": 200}

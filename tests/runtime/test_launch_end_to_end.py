@@ -108,6 +108,24 @@ def test_every_zero_stage_trains_the_same_adapter(
             assert torch.allclose(state.moments[moment][name], value, atol=1e-4), (moment, name)
 
 
+@pytest.mark.parametrize(("stage", "gradients", "optimizer"), [(0, 4, 8), (1, 2, 6), (2, 2, 6), (3, 2, 6)])
+def test_zero_divides_gradients_and_optimizer_state_between_ranks(
+    train: TrainRun, model: Path, folder: Path, two: RunDir, stage: int, gradients: int, optimizer: int
+) -> None:
+    """Bytes a trained parameter: 4 of a gradient, 8 of its moments and 4 of ZeRO's copy; halved by two ranks."""
+    path = folder / f"zero{stage}-none"
+    if not path.exists() and stage != 2:
+        train(dummy_job(model, path, gpus=2, **DOTTED, zero__stage=stage))
+    result = (two if stage == 2 else RunDir(path)).result()
+    assert result is not None
+    trained = result["adapter_parameters"]
+    for own in result["held"]:
+        assert own["adapter"] == 4 * trained
+        assert own["weights"] > trained
+        assert own["gradients"] == pytest.approx(gradients * trained, rel=0.02)
+        assert own["optimizer"] == pytest.approx(optimizer * trained, rel=0.02)
+
+
 def test_ranks_in_half_precision_train_finitely(train: TrainRun, model: Path, folder: Path) -> None:
     run = train(dummy_job(model, folder / "half", gpus=2, **DOTTED, dtype="float16"))
     found = losses_of(run)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qdist.runtime.deepspeed_engine import DeepSpeedEngine
-from qdist.runtime.engine import Adapter, MicroBatch, State, StepResult, TorchEngine
+from qdist.runtime.engine import Adapter, Held, MicroBatch, State, StepResult, TorchEngine
 from qdist.runtime.placements.pipeline import Pipeline
 from qdist.runtime.placements.split import Grid
 
@@ -34,6 +34,9 @@ class PipelineEngine:
 
     def step(self, learning_rate: float, loss_scale: float) -> StepResult:
         return self.inner.step(learning_rate, loss_scale)
+
+    def held(self) -> Held:
+        return self.inner.held()
 
     def state(self) -> State:
         return gather_state(self.inner.state(), self.pipeline.grid, self.pipeline.device)
