@@ -8,7 +8,7 @@ from rich.console import Console
 
 from qdist.cli.views import live_view
 from qdist.cli.watch import header_of
-from qdist.core.events import RunState, advance
+from qdist.core.fold import Fold
 from qdist.host.follow import Follower
 from qdist.host.rundir import RunDir
 
@@ -18,7 +18,8 @@ def main() -> None:
     run, step, out = RunDir(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     plan = run.plan()
     events = [event for event in Follower(run.path).new_events() if event.step <= step and event.kind != "end"]
-    state = advance(RunState(total_steps=plan.steps), events)
+    state = Fold(total_steps=plan.steps)
+    state.add(events)
     console = Console(record=True, width=88, force_terminal=True, file=StringIO())
     console.print(live_view(state, header_of(plan), tuple(rank.expected[0].total for rank in plan.ranks), 88))
     out.write_text(console.export_svg(title="qdist launch --gpus 2 --model smollm2-135m --bits 4 --data demo"))

@@ -10,7 +10,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from qdist.core.events import Event, RunState
+from qdist.core.events import Event
+from qdist.core.fold import Fold
 from qdist.core.units import format_bytes, format_count, format_duration
 
 _MOST_ROWS = 8
@@ -45,39 +46,40 @@ def _resample(values: Sequence[float], width: int) -> list[float]:
     return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
 
 
-def live_view(state: RunState, header: str, expected_bytes: Sequence[int], width: int) -> RenderableType:
+def live_view(state: Fold, header: str, expected_bytes: Sequence[int], width: int) -> RenderableType:
     """A whole run in a few lines.
 
     header: model, method, ranks and devices.
     expected_bytes: predicted peak of each rank; () where nothing was predicted.
     """
+    peaks = {rank: own.memory_bytes for rank, own in state.ranks.items() if own.memory_bytes}
     return Group(
         Text(header, style="bold", no_wrap=True, overflow="crop"),
         _progress(state),
         *_losses(state, width),
         Text(_pace(state), no_wrap=True, overflow="crop"),
-        _memory(state.memory_bytes, expected_bytes, width),
+        _memory(peaks, expected_bytes, width),
     )
 
 
-def _progress(state: RunState) -> RenderableType:
+def _progress(state: Fold) -> RenderableType:
     done = f"step {state.step}/{state.total_steps or '?'}"
     row = Table.grid(Column(no_wrap=True), Column(ratio=1), Column(no_wrap=True), padding=(0, 1), expand=True)
     row.add_row(done, ProgressBar(total=max(1, state.total_steps), completed=state.step), _remaining(state))
     return row
 
 
-def _remaining(state: RunState) -> str:
+def _remaining(state: Fold) -> str:
     if state.finished:
         return "finished"
     return "starting" if state.seconds_left is None else f"{format_duration(state.seconds_left)} left"
 
 
-def _losses(state: RunState, width: int) -> Iterator[RenderableType]:
+def _losses(state: Fold, width: int) -> Iterator[RenderableType]:
     if state.loss is not None and state.smoothed_loss is not None:
         label = Text(f"loss {state.loss:.3f}  smoothed {state.smoothed_loss:.3f}")
         row = Table.grid(Column(no_wrap=True), Column(no_wrap=True), padding=(0, 2))
-        row.add_row(label, Sparkline([loss for _, loss in state.losses], max(8, min(48, width - label.cell_len - 4))))
+        row.add_row(label, Sparkline(state.columns.loss, max(8, min(48, width - label.cell_len - 4))))
         yield row
     elif state.loss is not None:
         yield Text(f"loss {state.loss:.3f}: no step of late had a loss that is a number", style="red")
@@ -87,12 +89,12 @@ def _losses(state: RunState, width: int) -> Iterator[RenderableType]:
         yield Text(f"held-out {first:.3f} (step {first_step}){then}")
 
 
-def _pace(state: RunState) -> str:
+def _pace(state: Fold) -> str:
     parts = [
         f"{format_count(state.tokens_per_s)} tok/s" if state.tokens_per_s is not None else "",
         f"lr {state.learning_rate:.1e}" if state.learning_rate is not None else "",
         f"gradient {state.gradient_norm:.2f}" if state.gradient_norm is not None else "",
-        f"{len(state.skipped_steps)} skipped" if state.skipped_steps else "",
+        f"{len(state.skipped)} skipped" if state.skipped else "",
     ]
     return "  ".join(part for part in parts if part)
 

@@ -10,7 +10,8 @@ from rich.live import Live
 from qdist.cli.outcome import outcome_rows, start_line
 from qdist.cli.views import answers, comparison, live_view, plain_line
 from qdist.core import demo
-from qdist.core.events import Event, RunState, advance
+from qdist.core.events import Event
+from qdist.core.fold import Fold
 from qdist.core.plan import Plan
 from qdist.core.units import format_bytes, format_count
 from qdist.host.rundir import RunDir
@@ -22,7 +23,7 @@ class Watch:
     def __init__(self, plan: Plan, *, width: int) -> None:
         self._expected = tuple(rank.expected[0].total for rank in plan.ranks)
         self._header = header_of(plan)
-        self._state = RunState(total_steps=plan.steps)
+        self._state = Fold(total_steps=plan.steps)
         self._width = width
         self._live = Live(self._view(), refresh_per_second=4, transient=False) if sys.stdout.isatty() else None
 
@@ -37,11 +38,11 @@ class Watch:
 
     def recall(self, events: list[Event]) -> None:
         """Take note of what was said before the run was resumed, without saying it again."""
-        self._state = advance(self._state, events)
+        self._state.add(events)
 
     def show(self, events: list[Event]) -> None:
         """Take note of what the ranks said."""
-        self._state = advance(self._state, events)
+        self._state.add(events)
         if self._live:
             # Not before: its thread must not be there when the launcher forks.
             self._live.start()

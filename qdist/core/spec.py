@@ -98,6 +98,9 @@ class Train(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Checkpoints kept beside the best one."""
     verify_steps: Count = 0
     """Gather a sharded backbone and compare its bytes again every so many steps; at the start it is always done."""
+    stuck_seconds: Count = 600
+    """A rank that gives no sign of life for so long, or does not get on with its micro-batch, ends the run with its
+    stacks; 0 waits for ever."""
     train_on_source: bool = False
     answers: Count = 0
     """Held-out questions answered before and after, at the end of the run."""

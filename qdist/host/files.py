@@ -3,6 +3,7 @@
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,13 +53,26 @@ def locked(path: Path, *, busy: str = "") -> Iterator[int]:
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
-        except BlockingIOError:
-            raise RunError(busy, try_="wait for it to end, or choose another --run") from None
+        if not busy:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        elif not _locks(descriptor):
+            raise RunError(busy, try_="wait for it to end, or choose another --run")
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _locks(descriptor: int, *, attempts: int = 5) -> bool:
+    """Try for a moment: who only asks whether the lock is held, holds it for that moment."""
+    for attempt in range(attempts):
+        if attempt:
+            time.sleep(0.05)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        return True
+    return False
 
 
 def sync(path: Path) -> None:

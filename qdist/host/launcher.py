@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,18 +34,19 @@ from qdist.core.render import (
     launch_script,
 )
 from qdist.core.spec import RunSpec, flatten, resolve
-from qdist.host import lessons, modules, probe, templates
+from qdist.host import endings, lessons, modules, probe, templates
 from qdist.host.files import locked, write_atomic
 from qdist.host.follow import Follower
 from qdist.host.records import check_source
-from qdist.host.rundir import LOCK, PLAN, STOP, RunDir, free_name
+from qdist.host.rundir import ENDED, LOCK, MACHINE, PLAN, STOP, Ended, RunDir, free_name
 from qdist.host.sources import locate, shape
+from qdist.host.stuck import Watchdog
 
 RESUMABLE = frozenset((
     "run", "gpus", "placement", "gpus_per_group", "split.schedule", "split.offload_layers", "micro_batch",
     "max_memory", "trackers", "liger", "zero.stage", "zero.offload",
     "train.checkpointing", "train.eval_steps", "train.save_steps", "train.keep", "train.answers",
-    "train.verify_steps",
+    "train.verify_steps", "train.stuck_seconds",
 ))  # fmt: skip
 """Settings that may change when a run goes on: none of them changes what a step computes."""
 
@@ -122,7 +122,8 @@ def start(job: Job, *, show: Show, say: Callable[[str], None], recall: Show | No
     """
     run = job.run
     with locked(run.path / LOCK, busy=f"{run.path} is being trained by another process") as lock:
-        (run.path / STOP).unlink(missing_ok=True)
+        for leftover in (STOP, ENDED):
+            (run.path / leftover).unlink(missing_ok=True)
         follower = Follower(run.path)
         past = follower.new_events()
         if recall:
@@ -139,21 +140,30 @@ def start(job: Job, *, show: Show, say: Callable[[str], None], recall: Show | No
                 pass_fds=(lock,),
                 preexec_fn=_end_with_parent,
             )
-        stopped = _watch(run, ranks, follower, show, say)
+        watchdog = Watchdog(run, job.plan.spec.train.stuck_seconds)
+        stopped, stuck = _watch(run, ranks, follower, watchdog, show, say)
         if run.result() is not None and ranks.returncode == 0:
             with contextlib.suppress(OSError):  # a cache that cannot be written to makes no run fail
                 lessons.learn(run)
             return
         if stopped and ranks.returncode in (0, -signal.SIGKILL):
+            endings.note(run, Ended(state="stopped", time=time.time()))
             raise KeyboardInterrupt
-        raise _how_it_died(job, launcher_log, began, ranks.returncode)
+        error = endings.stuck(run, stuck) if stuck else endings.died(run, launcher_log, began, ranks.returncode)
+        endings.note(run, Ended(state="failed", message=error.message, try_=error.try_, time=time.time()))
+        raise error
 
 
 def _watch(
-    run: RunDir, ranks: subprocess.Popen[bytes], follower: Follower, show: Show, say: Callable[[str], None]
-) -> bool:
-    """Follow the ranks to their end; True when the user or a scheduler asked them to stop."""
-    asked = 0
+    run: RunDir,
+    ranks: subprocess.Popen[bytes],
+    follower: Follower,
+    watchdog: Watchdog,
+    show: Show,
+    say: Callable[[str], None],
+) -> tuple[bool, str]:
+    """Follow the ranks to their end: whether the user or a scheduler asked them to stop, and who was stuck in what."""
+    asked, stuck = 0, ""
 
     def ask(*_: int | FrameType | None) -> None:
         nonlocal asked
@@ -168,6 +178,8 @@ def _watch(
     try:
         while ranks.poll() is None:
             show(follower.new_events())
+            if stuck := watchdog.stuck():
+                break
             time.sleep(0.2)
         show(follower.new_events())
     finally:
@@ -177,30 +189,7 @@ def _watch(
             os.killpg(ranks.pid, signal.SIGKILL)
             ranks.wait()
         (run.path / STOP).unlink(missing_ok=True)
-    return asked > 0
-
-
-def _how_it_died(job: Job, launcher_log: Path, began: int, code: int) -> RunError:
-    """The rank that torch.distributed.run saw die first, and the last lines of its log."""
-    with open(launcher_log, "rb") as log:
-        log.seek(began)
-        summary = log.read().decode(errors="replace")
-    root = re.search(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", summary, re.DOTALL)
-    if root is None:
-        ended = "without finishing the run" if code == 0 else f"with exit code {code}"
-        return RunError(f"the ranks ended {ended}:\n{_tail(summary.splitlines())}", try_=f"read {job.run.logs}")
-    rank, exit_code = int(root[1]), int(root[2])
-    path = job.run.log_file(rank)
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
-    hint = f"qdist launch --resume --run {job.run.path}" if job.run.checkpoint_steps() else f"read {path}"
-    if exit_code == -signal.SIGKILL:
-        how += ", which is what Linux does to a process when memory runs out"
-    return RunError(f"rank {rank} {how}; the last lines of {path}:\n{_tail(lines)}", try_=hint)
-
-
-def _tail(lines: list[str], count: int = 12) -> str:
-    return "\n".join(f"  | {line}" for line in deque(lines, count))
+    return asked > 0, stuck
 
 
 def _job(run: RunDir, spec: RunSpec, prepared: Prepared, *, usual_micro_batch: int | None = None) -> Job:
@@ -208,6 +197,7 @@ def _job(run: RunDir, spec: RunSpec, prepared: Prepared, *, usual_micro_batch: i
     plan = _planned(spec, prepared.source, facts, prepared.data, usual_micro_batch=usual_micro_batch)
     files = {
         "recipe.toml": to_toml(msgspec.structs.replace(spec, run=None)),
+        MACHINE: msgspec.json.format(msgspec.json.encode(probe.cluster()), indent=1).decode() + "\n",
         "versions.json": json.dumps(probe.versions(), indent=2) + "\n",
     }
     if plan.engine == "deepspeed":

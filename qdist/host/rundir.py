@@ -3,14 +3,28 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
+from qdist.core.cluster import Cluster
 from qdist.core.errors import RunError
 from qdist.core.plan import VERSION, Plan, digest
 
 PLAN, RESULT, STOP, LOCK = "plan.json", "result.json", "stop", ".lock"
+ENDED, MACHINE = "ended.json", "machine.json"
+
+
+class Ended(msgspec.Struct, frozen=True, kw_only=True):
+    """How a launch ended before its last step."""
+
+    state: Literal["failed", "stopped"]
+    """stopped: the user or a scheduler asked for it, and it saved."""
+    message: str = ""
+    """The error as it was printed."""
+    try_: str = ""
+    time: float
+    """Seconds since the epoch."""
 
 
 class RunDir:
@@ -28,6 +42,14 @@ class RunDir:
         return self.path / "logs"
 
     @property
+    def pulses(self) -> Path:
+        return self.path / "pulse"
+
+    @property
+    def stacks(self) -> Path:
+        return self.path / "stacks"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -40,6 +62,12 @@ class RunDir:
 
     def log_file(self, rank: int) -> Path:
         return self.logs / f"rank{rank:03d}.log"
+
+    def pulse_file(self, rank: int) -> Path:
+        return self.pulses / f"rank{rank:03d}.json"
+
+    def stack_file(self, rank: int) -> Path:
+        return self.stacks / f"rank{rank:03d}.txt"
 
     def exists(self) -> bool:
         return (self.path / PLAN).is_file()
@@ -93,6 +121,16 @@ class RunDir:
         """What a finished run wrote last, or None while it is unfinished."""
         path = self.path / RESULT
         return _json(path.read_bytes(), path) if path.is_file() else None
+
+    def ended(self) -> Ended | None:
+        """How the last launch ended where it was not by finishing; None while it runs, or when nobody could say."""
+        path = self.path / ENDED
+        return msgspec.convert(_json(path.read_bytes(), path), Ended) if path.is_file() else None
+
+    def machine(self) -> Cluster | None:
+        """The machine as the last launch saw it."""
+        path = self.path / MACHINE
+        return msgspec.convert(_json(path.read_bytes(), path), Cluster) if path.is_file() else None
 
     def stop_requested(self) -> bool:
         return (self.path / STOP).exists()

@@ -43,15 +43,19 @@ def sample_order(n_train: int, *, seed: int, position: int, count: int) -> list[
     return order
 
 
+def width_of(samples: Sequence[int], tokenized: TokenizedSet) -> int:
+    """Positions of each row of a micro-batch."""
+    longest = max(span.stop - span.start for span in map(tokenized.span, samples))
+    return -(-longest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
+
+
 def collate(samples: Sequence[int], tokenized: TokenizedSet, *, pad_id: int) -> dict[str, torch.Tensor]:
     """One micro-batch, padded on the right to its longest sample and on to a multiple of 8.
 
     Returns input_ids, attention_mask and labels, each int64 [samples, width].
     """
     spans = [tokenized.span(index) for index in samples]
-    longest = max(span.stop - span.start for span in spans)
-    width = -(-longest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
-    shape = (len(spans), width)
+    shape = (len(spans), width_of(samples, tokenized))
     batch = {
         "input_ids": torch.full(shape, pad_id, dtype=torch.int64),
         "attention_mask": torch.zeros(shape, dtype=torch.int64),

@@ -1,6 +1,6 @@
 """Adapter gradients and optimizer state under DeepSpeed's ZeRO, and their full form for checkpoints."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from qdist.runtime.engine import (
     finish_gradients,
     moment_bytes,
     moment_of,
+    nothing,
     optimizer_steps,
     set_rate,
     to_cpu,
@@ -46,13 +47,21 @@ class DeepSpeedEngine:
             parameters: list[Any] = list(adapter.parameters())
             parameters[0].all_gather(param_list=parameters)
 
-    def accumulate(self, micro_batches: Sequence[MicroBatch], *, weight: float, loss_scale: float) -> torch.Tensor:
+    def accumulate(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        weight: float,
+        loss_scale: float,
+        computed: Callable[[], None] = nothing,
+    ) -> torch.Tensor:
         losses = []
         for micro_batch in micro_batches:
             torch.manual_seed(micro_batch.seed)
             last = micro_batch is micro_batches[-1]
             loss = self.backward(micro_batch.load(), weight=weight, loss_scale=loss_scale, last=last)
             losses.append(loss.double())
+        computed()
         return torch.stack(losses).sum()
 
     def backward(self, batch: Any, *, weight: float, loss_scale: float, last: bool) -> torch.Tensor:

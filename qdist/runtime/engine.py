@@ -53,13 +53,25 @@ class State(NamedTuple):
     optimizer_steps: int
 
 
+def nothing() -> None:
+    """For whom nobody listens to."""
+
+
 class Engine(Protocol):
     """What the loop needs of either engine."""
 
-    def accumulate(self, micro_batches: Sequence[MicroBatch], *, weight: float, loss_scale: float) -> torch.Tensor:
+    def accumulate(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        weight: float,
+        loss_scale: float,
+        computed: Callable[[], None] = nothing,
+    ) -> torch.Tensor:
         """Forward and backward of this rank's micro-batches of a step, all of them.
 
-        Gradients of weight x summed loss add up over micro-batches and ranks.
+        Gradients of weight x summed loss add up over micro-batches and ranks. computed: called once this rank's own
+        passes are on their way, and before it waits for other ranks where it can tell the two apart.
         loss_scale: the factor that keeps fp16 gradients above underflow; undone in `step`.
         Returns the summed loss as a float64 scalar, detached; 0 where another rank of the group has it.
         """
@@ -117,13 +129,21 @@ class TorchEngine:
         self.gradients = _flat_gradients(list(adapter.parameters())) if ranks > 1 else None
         self._gradient_bytes = 0
 
-    def accumulate(self, micro_batches: Sequence[MicroBatch], *, weight: float, loss_scale: float) -> torch.Tensor:
+    def accumulate(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        weight: float,
+        loss_scale: float,
+        computed: Callable[[], None] = nothing,
+    ) -> torch.Tensor:
         losses = []
         for micro_batch in micro_batches:
             torch.manual_seed(micro_batch.seed)
             loss = self.adapter(micro_batch.load())
             (loss * (weight * loss_scale)).backward()
             losses.append(loss.detach().double())
+        computed()
         if self.gradients is not None:
             dist.all_reduce(self.gradients)
         return torch.stack(losses).sum()

@@ -1,9 +1,11 @@
 """The training loop, top to bottom."""
 
-import time
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from qdist.core.errors import RunError
 from qdist.core.events import Event
@@ -14,11 +16,16 @@ from qdist.runtime.checkpoint import Progress
 from qdist.runtime.comm import Comm
 from qdist.runtime.engine import Engine, MicroBatch
 from qdist.runtime.loss_scale import LossScale
+from qdist.runtime.pulse import Move, silent
 from qdist.runtime.samples import Samples, micro_batch_seed
 from qdist.runtime.schedule import learning_rate
+from qdist.runtime.stopwatch import Stopwatch
 
 Report = Callable[[Event], None]
 """Writes an event; fills in this rank, the time and its memory."""
+
+
+_MOST_NOT_NUMBERS = 5
 
 
 class Trainer:
@@ -39,11 +46,14 @@ class Trainer:
         checksum: Callable[[], tuple[int, ...]],
         verify: Callable[[], str],
         report: Report,
+        move: Move = silent,
         stopping: Callable[[], bool],
     ) -> None:
         self.plan, self.run, self.engine, self.samples, self.comm = plan, run, engine, samples, comm
         self._evaluate, self._checksum, self._verify = evaluate, checksum, verify
-        self._report, self._stopping = report, stopping
+        self._report, self._stopping, self._move = report, stopping, move
+        self._not_numbers = 0
+        """Steps in a row whose loss is not a number."""
         self.scale = LossScale(dynamic=plan.compute_dtype == "float16")
         self.held_out: tuple[tuple[int, float], ...] = ()
         self._shard = plan.ranks[comm.rank].group if plan.placement == "split" else comm.rank
@@ -70,19 +80,28 @@ class Trainer:
 
     def _step(self, step: int) -> bool:
         """One optimizer step over the global batch; True when any rank was asked to stop."""
-        plan, began = self.plan, time.perf_counter()
+        plan, clock = self.plan, Stopwatch(self.comm.device)
         batches = self.samples.step(step)
         learned = sum(map(self.samples.learned, batches))
         if learned == 0:
             raise RunError(f"no token of step {step + 1} has a loss", try_="a larger seq_len")
+        own = range(self._shard, len(batches), plan.data_parallel)
         mine = [
-            MicroBatch(partial(self.samples.batch, batches[index]), micro_batch_seed(plan.spec.seed, step, index))
-            for index in range(self._shard, len(batches), plan.data_parallel)
+            MicroBatch(
+                partial(self._load, clock, batches[index], step, count, len(own)),
+                micro_batch_seed(plan.spec.seed, step, index),
+            )
+            for count, index in enumerate(own, 1)
         ]
         # Tokens weigh the same wherever they are: each micro-batch is divided by the tokens of the whole step.
-        total = self.engine.accumulate(mine, weight=1.0 / learned, loss_scale=self.scale.value)
+        total = self.engine.accumulate(
+            mine, weight=1.0 / learned, loss_scale=self.scale.value, computed=partial(clock.mark, "computed")
+        )
+        clock.mark("accumulated")
+        self._move("updating", step + 1)
         rate = learning_rate(plan.spec.optim, step=step, steps=plan.steps)
         result = self.engine.step(rate, self.scale.value)
+        clock.mark("updated")
         loss, stops = self.comm.sum(total, float(self._stopping()))
         self._report(
             Event(
@@ -93,18 +112,43 @@ class Trainer:
                 learning_rate=rate,
                 gradient_norm=result.gradient_norm,
                 tokens=sum(map(self.samples.tokens, batches)),
-                seconds=time.perf_counter() - began,
+                padding=sum(map(self.samples.padding, batches)),
+                own_tokens=sum(self.samples.tokens(batches[index]) for index in own),
+                seconds=clock.total(),
+                data_s=clock.data_s,
+                busy_s=clock.between("began", "computed"),
+                update_s=clock.between("accumulated", "updated"),
                 skipped=result.skipped,
                 note=f"loss scale {self.scale.value:g}" if result.skipped else "",
             )
         )
         self.scale.update(skipped=result.skipped, step=step + 1)
+        self._require_numbers(loss, step + 1)
         return stops > 0
+
+    def _load(self, clock: Stopwatch, indices: list[int], step: int, count: int, of: int) -> Mapping[str, torch.Tensor]:
+        """A micro-batch, and word that the rank has come to it."""
+        self._move("training", step + 1, count, of)
+        with clock.data():
+            return self.samples.batch(indices)
+
+    def _require_numbers(self, loss: float, step: int) -> None:
+        """End a run that no longer learns: the loss, not the gradients, which fp16 may lose for a step or two."""
+        self._not_numbers = 0 if math.isfinite(loss) else self._not_numbers + 1
+        if self._not_numbers == _MOST_NOT_NUMBERS:
+            saved = self.run.checkpoint_steps()
+            raise RunError(
+                f"the loss has been {loss} for {_MOST_NOT_NUMBERS} steps, since step {step - _MOST_NOT_NUMBERS + 1}: "
+                "the adapter was left as it was before them"
+                + (f"; the last checkpoint is of step {saved[-1]}" if saved else "; there is no checkpoint yet"),
+                try_="a smaller --set optim.lr, or --set dtype=bfloat16, in a new run",
+            )
 
     def _judge(self, step: int) -> None:
         """The held-out loss, weighted by tokens over all ranks."""
         if not self.samples.held_out:
             return
+        self._move("evaluating", step)
         batches = self.samples.held_out_batches()
         mine = batches[self._shard :: self.plan.data_parallel]
         own = self._evaluate(mine)
@@ -134,6 +178,7 @@ class Trainer:
 
     def _save(self, step: int) -> Path:
         """Write a checkpoint, after all ranks of the same stage have shown that they hold the same adapter."""
+        self._move("saving", step)
         checksums = self.comm.gather(self._checksum())
         differing = [
             rank for rank, checksum in enumerate(checksums) if checksum != checksums[rank % self._different_adapters]

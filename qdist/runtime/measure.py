@@ -1,6 +1,7 @@
 """How much memory this rank has taken, and how much it has read."""
 
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,14 @@ def peak(device: torch.device, *, load: int = 0) -> Peak:
     free, total = torch.cuda.mem_get_info(device)
     context = max(0, total - free - torch.cuda.memory_reserved(device))
     return Peak(torch.cuda.max_memory_allocated(device), context, torch.cuda.max_memory_reserved(device), load)
+
+
+def memory_now(devices: Sequence[torch.device], context_bytes: int) -> int:
+    """What this rank holds at the moment; on GPUs, tensors and `context_bytes` beside them. Safe in any thread."""
+    if devices[0].type == "cpu":
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+    return sum(map(torch.cuda.memory_reserved, devices)) + context_bytes
 
 
 class Parts(NamedTuple):

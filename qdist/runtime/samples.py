@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from qdist.core.plan import Plan
-from qdist.runtime.batches import collate, sample_order, split
+from qdist.runtime.batches import collate, sample_order, split, width_of
 from qdist.runtime.tokenized import Summary, TokenizedSet, learned_tokens, load
 
 
@@ -42,6 +42,10 @@ class Samples:
     def tokens(self, indices: Sequence[int]) -> int:
         """Tokens of these samples, padding not counted."""
         return sum(span.stop - span.start for span in map(self.tokenized.span, indices))
+
+    def padding(self, indices: Sequence[int]) -> int:
+        """Positions of one micro-batch of these samples that hold no token."""
+        return len(indices) * width_of(indices, self.tokenized) - self.tokens(indices)
 
 
 def read_samples(plan: Plan, *, pad_id: int) -> Samples:

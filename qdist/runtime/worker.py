@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qdist.core.events import Event, encode, whole_length
 from qdist.core.plan import Plan, digest
 from qdist.core.units import format_bytes
 from qdist.host.rundir import RunDir
+from qdist.runtime.pulse import Beat
 
 
 def main() -> None:
@@ -42,6 +44,7 @@ def main() -> None:
 
 
 def _work(plan: Plan, run: RunDir) -> None:
+    beat = Beat(run, int(os.environ["RANK"]))
     stop = _StopRequest(run)
     import torch
     from transformers.utils import logging
@@ -52,10 +55,11 @@ def _work(plan: Plan, run: RunDir) -> None:
     from qdist.runtime.generate import before_and_after
     from qdist.runtime.load import load_tokenizer
     from qdist.runtime.loop import Trainer
-    from qdist.runtime.measure import load_peak, parts, peak
+    from qdist.runtime.measure import load_peak, memory_now, parts, peak
     from qdist.runtime.setup import make_accelerator, pick_devices, start_trackers
 
     logging.disable_progress_bar()
+    beat.move("loading")
     devices = pick_devices(plan, int(os.environ["LOCAL_RANK"]))
     accelerator = make_accelerator(plan, run)
     comm = Comm(devices[0])
@@ -75,6 +79,7 @@ def _work(plan: Plan, run: RunDir) -> None:
             )
         )
         loading = tuple(map(load_peak, devices))
+        beat.memory_now = partial(memory_now, devices, sum(peak(device).context for device in devices))
         pad_id = tokenizer.pad_token_id if tokenizer else 0
         built = assemble(plan, accelerator, loaded.backbone, devices[0], pad_id=pad_id)
         start_trackers(plan, accelerator, run)
@@ -88,12 +93,14 @@ def _work(plan: Plan, run: RunDir) -> None:
             checksum=lambda: adapter_checksum(built.adapter) if plan.zero_stage < 3 else (),
             verify=lambda: _verified(loaded.verify()) if loaded.verify else "",
             report=report,
+            move=beat.move,
             stopping=stop,
         )
         finished = trainer.train()
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(plan, run, comm.rank, max(peak(device).total for device in devices), error) from error
     if finished:
+        beat.move("finishing", plan.steps)
         reached = tuple(peak(device, load=load) for device, load in zip(devices, loading, strict=True))
         peaks, held = comm.gather(reached), comm.gather(parts(built.model, built.engine))
         # A shard answers only together with the others; a stage of a pipeline cannot at all.
@@ -109,6 +116,7 @@ def _work(plan: Plan, run: RunDir) -> None:
     accelerator.end_training()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    beat.end()
 
 
 def _verified(count: int) -> str:

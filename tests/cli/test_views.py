@@ -5,7 +5,8 @@ import pytest
 from rich.console import Console, RenderableType
 
 from qdist.cli.views import Sparkline, answers, comparison, live_view, plain_line
-from qdist.core.events import Event, RunState, advance
+from qdist.core.events import Event
+from qdist.core.fold import Fold
 from qdist.core.units import GIB, MIB
 
 HEADER = "SmolLM2-135M  nf4 + LoRA r16  2 ranks on 2 CPUs"
@@ -18,7 +19,13 @@ def drawn(view: RenderableType, width: int = 80, *, encoding: str = "utf-8") -> 
     return "\n".join(line.rstrip() for line in console.export_text().splitlines())
 
 
-def run_of(ranks: int, *, steps: int = 12) -> RunState:
+def folded(events: list[Event]) -> Fold:
+    fold = Fold()
+    fold.add(events)
+    return fold
+
+
+def run_of(ranks: int, *, steps: int = 12) -> Fold:
     events = [Event(kind="eval", step=0, total_steps=60, held_out_loss=2.3)]
     for number in range(1, steps + 1):
         events += [
@@ -28,7 +35,7 @@ def run_of(ranks: int, *, steps: int = 12) -> RunState:
             )
             for rank in range(ranks)
         ]  # fmt: skip
-    return advance(RunState(), [*events, Event(kind="eval", step=steps, held_out_loss=1.4)])
+    return folded([*events, Event(kind="eval", step=steps, held_out_loss=1.4)])
 
 
 GOLDEN = """\
@@ -65,7 +72,7 @@ def test_many_ranks_are_shown_as_least_median_and_most() -> None:
 
 
 def test_a_run_that_has_not_stepped_yet_can_be_seen() -> None:
-    view = drawn(live_view(RunState(), HEADER, (GIB, GIB), 60), 60)
+    view = drawn(live_view(Fold(), HEADER, (GIB, GIB), 60), 60)
     assert "starting" in view
     assert view.count("1.0 GiB") == 2
 
@@ -75,13 +82,13 @@ def test_a_run_without_predictions_shows_what_it_measured() -> None:
 
 
 def test_a_diverged_run_says_so() -> None:
-    state = advance(RunState(), [Event(kind="step", step=1, total_steps=3, loss=math.nan, seconds=1.0)])
+    state = folded([Event(kind="step", step=1, total_steps=3, loss=math.nan, seconds=1.0)])
     assert "loss nan" in drawn(live_view(state, HEADER, (), 60), 60)
 
 
 def test_skipped_steps_and_the_end_are_shown() -> None:
     events = [Event(kind="step", step=1, total_steps=1, skipped=True, loss=1.0), Event(kind="end", step=1)]
-    view = drawn(live_view(advance(RunState(), events), HEADER, (), 60), 60)
+    view = drawn(live_view(folded(events), HEADER, (), 60), 60)
     assert "1 skipped" in view
     assert "finished" in view
 

@@ -5,9 +5,8 @@ import pytest
 from qdist.core.errors import RunError
 from qdist.core.events import (
     Event,
-    RunState,
     Start,
-    advance,
+    decode_blocks,
     decode_lines,
     encode,
     losses,
@@ -92,77 +91,16 @@ def test_the_last_word_on_a_step_counts() -> None:
     assert losses([step(1, 3.0), step(2, 2.0), step(2, 1.5), step(3)]) == {1: 3.0, 2: 1.5}
 
 
-def test_a_backbone_that_was_verified_changes_nothing_of_a_state() -> None:
+def test_a_backbone_that_was_verified_changes_no_loss() -> None:
     verified = Event(kind="verify", step=2, total_steps=60, note="1.9 GiB unchanged")
     assert decode_lines(encode(verified)) == [verified]
     events = [Event(kind="start", total_steps=60), step(1, 3.0), step(2, 2.0)]
-    assert advance(RunState(), [*events, verified]) == advance(RunState(), events)
     assert losses([*events, verified]) == {1: 3.0, 2: 2.0}
 
 
 def test_a_resume_takes_back_the_steps_after_its_checkpoint() -> None:
     events = [step(1, 3.0), step(2, 2.5), step(3, 2.0), Event(kind="resume", step=1), step(2, 2.4)]
     assert losses(events) == {1: 3.0, 2: 2.4}
-    state = advance(RunState(), events)
-    assert (state.step, state.losses, state.finished) == (2, ((1, 3.0), (2, 2.4)), False)
-
-
-def test_a_state_does_not_depend_on_how_its_events_were_cut_up() -> None:
-    events = [
-        Event(kind="start", total_steps=60),
-        *(step(number, 3.0 - number / 10, seconds=number) for number in range(1, 16)),
-        Event(kind="eval", step=15, held_out_loss=2.0),
-        Event(kind="resume", step=12),
-        *(step(number, 2.0, rank=rank, memory_bytes=number + rank) for number in (13, 14) for rank in (0, 1)),
-        Event(kind="end", step=14),
-    ]
-    state = RunState()
-    for event in events:
-        state = advance(state, [event])
-    assert state == advance(RunState(), events)
-
-
-def test_speed_and_time_left_come_from_the_last_ten_steps() -> None:
-    slow_start = [step(number, seconds=100.0) for number in (1, 2, 3)]
-    state = advance(RunState(), [*slow_start, *(step(number) for number in range(4, 14))])
-    assert state.tokens_per_s == 500.0
-    assert state.seconds_left == (60 - 13) * 2.0
-
-
-def test_one_slow_step_does_not_change_the_pace() -> None:
-    state = advance(RunState(), [step(1, seconds=300.0), *(step(number) for number in range(2, 6))])
-    assert (state.tokens_per_s, state.seconds_left) == (500.0, 110.0)
-
-
-def test_the_pace_is_unknown_before_the_first_step_and_nothing_is_left_after_the_end() -> None:
-    started = advance(RunState(), [Event(kind="start", total_steps=60)])
-    assert (started.total_steps, started.tokens_per_s, started.seconds_left, started.loss) == (60, None, None, None)
-    ended = advance(started, [step(40), Event(kind="end", step=40)])
-    assert (ended.finished, ended.seconds_left) == (True, 0.0)
-
-
-def test_memory_is_the_peak_of_each_rank_and_losses_are_those_of_rank_0() -> None:
-    events = [step(1, 2.0, memory_bytes=5), step(1, 9.0, rank=1, memory_bytes=8), step(2, 9.0, rank=1, memory_bytes=6)]
-    state = advance(RunState(), events)
-    assert state.memory_bytes == {0: 5, 1: 8}
-    assert (state.step, state.loss) == (1, 2.0)
-
-
-def test_smoothed_loss_passes_over_what_is_not_a_number() -> None:
-    state = advance(RunState(), [step(1, 2.0), step(2, math.nan), step(3, 4.0)])
-    assert state.smoothed_loss == 3.0
-    assert advance(RunState(), [step(1, math.nan)]).smoothed_loss is None
-
-
-def test_held_out_losses_and_skipped_steps_are_kept() -> None:
-    events = [
-        Event(kind="eval", step=0, held_out_loss=3.0),
-        Event(kind="step", step=1, skipped=True),
-        Event(kind="eval", step=1, held_out_loss=2.0),
-    ]
-    state = advance(RunState(), events)
-    assert state.held_out == ((0, 3.0), (1, 2.0))
-    assert state.skipped_steps == (1,)
 
 
 @pytest.mark.parametrize(
@@ -193,3 +131,16 @@ def test_a_start_is_counted_from_the_plan_of_this_launch() -> None:
 
 def test_a_start_of_which_nobody_spoke_is_unknown() -> None:
     assert start_of([], planned_at=100.0) == Start(load_s=None, first_step_s=None, loading_s=0.0, read_bytes=0)
+
+
+def test_many_lines_are_read_as_one_by_one() -> None:
+    events = [step(number, 3.0 if number % 5000 else math.nan, time=float(number)) for number in range(1, 30_001)]
+    data = b"".join(map(encode, events))
+    assert len(data) > 2 << 20
+    blocks = list(decode_blocks(data + b'{"torn'))
+    assert len(blocks) > 2
+    found = [event for block in blocks for event in block]
+    assert [event.step for event in found] == [event.step for event in events]
+    assert [number.step for number in found if math.isnan(number.loss or 0)] == list(range(5000, 30_001, 5000))
+    with pytest.raises(RunError, match="line 30001 "):
+        list(decode_blocks(data + b"[]\n"))

@@ -246,7 +246,7 @@ def test_the_spec_with_other_values_leaves_nothing_out() -> None:
     default, other = dotted(RunSpec()), dotted(OTHER)
     same = {key for key in default if default[key] == other[key]}
     gptq = {"method", "quant.group_size", "lora.pool", "lora.pool_group_size"}
-    assert same == {"bits", "epochs", "train.verify_steps", *gptq}
+    assert same == {"bits", "epochs", "train.verify_steps", "train.stuck_seconds", *gptq}
 
 
 @pytest.mark.parametrize("spec", [RunSpec(), OTHER, RunSpec(epochs=2.5, bits=16, zero=Zero(stage=0))])

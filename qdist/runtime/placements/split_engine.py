@@ -1,6 +1,6 @@
 """The engine of a pipeline: a schedule makes the gradients of a stage, torch or DeepSpeed steps over them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qdist.runtime.deepspeed_engine import DeepSpeedEngine
-from qdist.runtime.engine import Adapter, Held, MicroBatch, State, StepResult, TorchEngine
+from qdist.runtime.engine import Adapter, Held, MicroBatch, State, StepResult, TorchEngine, nothing
 from qdist.runtime.placements.pipeline import Pipeline
 from qdist.runtime.placements.split import Grid
 
@@ -19,8 +19,16 @@ class PipelineEngine:
     def __init__(self, pipeline: Pipeline, adapter: Adapter, inner: TorchEngine | DeepSpeedEngine) -> None:
         self.pipeline, self.adapter, self.inner = pipeline, adapter, inner
 
-    def accumulate(self, micro_batches: Sequence[MicroBatch], *, weight: float, loss_scale: float) -> torch.Tensor:
+    def accumulate(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        weight: float,
+        loss_scale: float,
+        computed: Callable[[], None] = nothing,
+    ) -> torch.Tensor:
         loss = self.pipeline.train(micro_batches, scale=weight * loss_scale)
+        computed()
         if isinstance(self.inner, DeepSpeedEngine):
             gradients = [parameter.grad for parameter in self.adapter.parameters()]
             for parameter in self.adapter.parameters():

@@ -1,0 +1,45 @@
+"""The ranks of a run as processes: their last beats, and what the kernel says of those that are on this machine."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Literal
+
+from qdist.core.errors import RunError
+from qdist.core.pulse import Pulse, decode
+from qdist.host.rundir import RunDir
+
+Process = Literal["runs", "stopped", "gone", "elsewhere"]
+
+
+def read_pulses(run: RunDir) -> dict[int, Pulse]:
+    """The last beat of each rank that has one. A beat that was torn by a kill is left out."""
+    found = {}
+    for path in sorted(run.pulses.glob("rank*.json")):
+        try:
+            pulse = decode(path.read_bytes())
+        except (RunError, FileNotFoundError):
+            continue
+        found[pulse.rank] = pulse
+    return found
+
+
+def process_of(pulse: Pulse, *, proc: Path = Path("/proc")) -> Process:
+    """How the rank's process is: stopped by a signal or a debugger; gone; or on another machine, where nobody knows."""
+    if pulse.host != socket.gethostname():
+        return "elsewhere"
+    try:
+        # The name, in parentheses, may hold anything; the state follows the last of them.
+        state = (proc / str(pulse.pid) / "stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError, IndexError):
+        return "gone"
+    return "stopped" if state in "Tt" else "gone" if state in "ZX" else "runs"
+
+
+def signalled(pulse: Pulse, number: int) -> bool:
+    """Send a signal to a rank's process; whether there was one to take it."""
+    try:
+        os.kill(pulse.pid, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True

@@ -1,0 +1,110 @@
+"""Does a rank not go on, and in what? The launcher asks every second, and ends the run where one is stuck."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from qdist.core.pulse import UNMEASURED, Pulse
+from qdist.core.units import format_duration
+from qdist.host.pulses import Process, process_of, read_pulses, signalled
+from qdist.host.rundir import RunDir
+
+SILENT_S = 10.0
+"""A beat comes every second; without one for so long the process is stopped, gone, or starved."""
+_STACKS_S = 5.0
+
+
+class Trouble(NamedTuple):
+    """A rank that does not go on."""
+
+    rank: int
+    seconds: float
+    silent: bool
+    """It gives no sign of life; otherwise it is alive and waits."""
+    process: Process
+    pulse: Pulse
+
+    def __str__(self) -> str:
+        """'rank 1 has been silent for 31 s: its process is stopped, in forward and backward passes of step 3'."""
+        for_how_long = format_duration(self.seconds)
+        if not self.silent:
+            return f"rank {self.rank} has not moved for {for_how_long}: it is {self.pulse}"
+        how = {
+            "stopped": "its process is stopped (by a signal or a debugger)",
+            "gone": "its process is gone",
+            "runs": "its process runs but does not get to say so",
+            "elsewhere": f"it was on {self.pulse.host}",
+        }[self.process]
+        return f"rank {self.rank} has been silent for {for_how_long}: {how}, {self.pulse}"
+
+
+def troubles(pulses: Mapping[int, Pulse], *, now: float, after_s: float) -> list[Trouble]:
+    """Ranks that have been silent, or have not moved, for `after_s` seconds; those to blame first.
+
+    A rank that waits in a collective does not move either, so the silent come before the waiting, and among these the
+    one that stands still at the earliest place: the others wait for it.
+    """
+    found = []
+    for pulse in pulses.values():
+        if pulse.phase == "ended":
+            continue
+        silent_s, still_s = now - pulse.time, now - pulse.moved
+        if silent_s >= after_s:
+            found.append(Trouble(pulse.rank, silent_s, True, process_of(pulse), pulse))
+        elif still_s >= after_s and pulse.phase not in UNMEASURED:
+            found.append(Trouble(pulse.rank, still_s, False, process_of(pulse), pulse))
+    return sorted(found, key=lambda one: (not one.silent, one.pulse.step, one.pulse.micro_batch, one.pulse.moved))
+
+
+def collect_stacks(run: RunDir, pulses: Mapping[int, Pulse]) -> list[int]:
+    """Have every rank of this machine write the stacks of its threads to RUN/stacks; the ranks that did.
+
+    A stopped one is woken for it: it is to be ended anyway.
+    """
+    here = [pulse for pulse in pulses.values() if process_of(pulse) in ("runs", "stopped")]
+    before = {pulse.rank: _size(run, pulse.rank) for pulse in here}
+    for pulse in here:
+        if signalled(pulse, signal.SIGUSR1) and process_of(pulse) == "stopped":
+            signalled(pulse, signal.SIGCONT)
+    end = time.monotonic() + _STACKS_S
+    while time.monotonic() < end:
+        if all(_size(run, rank) > size for rank, size in before.items()):
+            time.sleep(0.2)  # the last of them may still be writing
+            break
+        time.sleep(0.05)
+    return sorted(rank for rank, size in before.items() if _size(run, rank) > size)
+
+
+def _size(run: RunDir, rank: int) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return os.stat(run.stack_file(rank)).st_size
+    return 0
+
+
+class Watchdog:
+    """Looks at the ranks' beats. after_s: how long one may stand still; 0 for ever."""
+
+    def __init__(self, run: RunDir, after_s: float) -> None:
+        self._run, self._after_s, self._began, self._last = run, after_s, time.time(), 0.0
+
+    def stuck(self) -> str:
+        """A sentence about the rank that is to blame, with stacks written; empty while all go on."""
+        now = time.time()
+        if not self._after_s or now - self._last < 1.0:
+            return ""
+        self._last = now
+        # Beats of an earlier launch are no word of this one.
+        pulses = {rank: pulse for rank, pulse in read_pulses(self._run).items() if pulse.time >= self._began}
+        found = troubles(pulses, now=now, after_s=self._after_s)
+        if not found:
+            return ""
+        wrote = collect_stacks(self._run, pulses)
+        others = [str(one.rank) for one in found[1:]]
+        waiting = f"; rank{'s' if len(others) > 1 else ''} {', '.join(others)} stand still as well" if others else ""
+        if len(others) == 1:
+            waiting = f"; rank {others[0]} stands still as well"
+        stacks = f"; stacks of rank {', '.join(map(str, wrote))} are in {self._run.stacks}" if wrote else ""
+        return f"{found[0]}{waiting}{stacks}"
