@@ -12,12 +12,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
+from qdist.core.cluster import hypothetical
 from qdist.core.models import config_of
 from qdist.core.spec import nest, resolve
-from qdist.core.units import format_bytes
+from qdist.core.units import GIB, format_bytes
 from qdist.host import launcher
 from qdist.host.rundir import RunDir
 from qdist.runtime import checkpoint
@@ -63,7 +65,9 @@ def made(model: str, layers: int, method: str, folder: Path) -> RunDir:
     (source / "config.json").write_text(json.dumps({**config_of(model), "num_hidden_layers": layers}))
     settings = {"model": str(source), "run": str(folder / f"run-{layers}"), "load_format": "dummy", "steps": 1}
     settings |= {"method": method, "gpus": 1, "seq_len": 64, "global_batch": 1, "train.held_out": 0.0}
-    job = launcher.prepare(resolve(nest({**settings, "quant.group_size": 32} if method != "qlora" else settings)))
+    spec = resolve(nest({**settings, "quant.group_size": 32} if method != "qlora" else settings))
+    with patch("qdist.host.probe.cluster", return_value=hypothetical(1, 140 * GIB, name="H200")):
+        job = launcher.prepare(spec)  # as if it had been trained elsewhere: what merges it is this machine
     launcher.write(job)
     plan, generator = job.plan, torch.Generator().manual_seed(0)
     tensors: dict[str, torch.Tensor] = {}

@@ -21,9 +21,7 @@ def note(run: RunDir, ended: Ended) -> None:
 
 def stuck(run: RunDir, sentence: str) -> RunError:
     """The error of a run that the launcher ended."""
-    steps = run.checkpoint_steps()
-    saved = f"; the last checkpoint is of step {steps[-1]}" if steps else "; there is no checkpoint yet"
-    return RunError(sentence + saved, try_=f"qdist launch --resume --run {run.path}")
+    return RunError(f"{sentence}; {run.last_saved()}", try_=f"qdist launch --resume --run {run.path}")
 
 
 def died(run: RunDir, launcher_log: Path, began: int, code: int) -> RunError:
@@ -39,10 +37,12 @@ def died(run: RunDir, launcher_log: Path, began: int, code: int) -> RunError:
     path = run.log_file(rank)
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
+    advice = [line.removeprefix("  try: ") for line in lines[-3:] if line.startswith("  try: ")]
     hint = f"qdist launch --resume --run {run.path}" if run.checkpoint_steps() else f"read {path}"
     if exit_code == -signal.SIGKILL:
         how += ", which is what Linux does to a process when memory runs out"
-    return RunError(f"rank {rank} {how}; the last lines of {path}:\n{_tail(lines)}", try_=hint)
+    said = f"rank {rank} {how}; the last lines of {path}:\n{_tail(lines)}"
+    return RunError(said, try_=advice[-1] if advice else hint)
 
 
 def _tail(lines: list[str], count: int = 12) -> str:

@@ -114,6 +114,11 @@ class RunDir:
         done = [path for path in self.checkpoints.glob("step_*") if (path / "DONE").is_file()]
         return sorted(int(path.name.removeprefix("step_")) for path in done)
 
+    def last_saved(self) -> str:
+        """'the last checkpoint is of step 40', for an error."""
+        steps = self.checkpoint_steps()
+        return f"the last checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
+
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:06d}"
 

@@ -56,7 +56,12 @@ def troubles(pulses: Mapping[int, Pulse], *, now: float, after_s: float) -> list
             found.append(Trouble(pulse.rank, silent_s, True, process_of(pulse), pulse))
         elif still_s >= after_s and pulse.phase not in UNMEASURED:
             found.append(Trouble(pulse.rank, still_s, False, process_of(pulse), pulse))
-    return sorted(found, key=lambda one: (not one.silent, one.pulse.step, one.pulse.micro_batch, one.pulse.moved))
+    return sorted(
+        found,
+        key=lambda one: (
+            not one.silent, one.process == "runs", one.pulse.step, one.pulse.micro_batch, one.pulse.moved
+        ),
+    )  # fmt: skip
 
 
 def collect_stacks(run: RunDir, pulses: Mapping[int, Pulse]) -> list[int]:
@@ -102,9 +107,14 @@ class Watchdog:
         if not found:
             return ""
         wrote = collect_stacks(self._run, pulses)
-        others = [str(one.rank) for one in found[1:]]
-        waiting = f"; rank{'s' if len(others) > 1 else ''} {', '.join(others)} stand still as well" if others else ""
-        if len(others) == 1:
-            waiting = f"; rank {others[0]} stands still as well"
+        still = troubles(pulses, now=now, after_s=self._after_s / 2)
+        others = sorted(one.rank for one in still if one.rank != found[0].rank)
+        waiting = f"; {_ranks(others)} as well" if others else ""
         stacks = f"; stacks of rank {', '.join(map(str, wrote))} are in {self._run.stacks}" if wrote else ""
         return f"{found[0]}{waiting}{stacks}"
+
+
+def _ranks(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return f"rank {numbers[0]} stands still"
+    return f"ranks {', '.join(map(str, numbers))} stand still"

@@ -1,6 +1,5 @@
 """The training loop, top to bottom."""
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -23,9 +22,6 @@ from qdist.runtime.stopwatch import Stopwatch
 
 Report = Callable[[Event], None]
 """Writes an event; fills in this rank, the time and its memory."""
-
-
-_MOST_NOT_NUMBERS = 5
 
 
 class Trainer:
@@ -52,8 +48,6 @@ class Trainer:
         self.plan, self.run, self.engine, self.samples, self.comm = plan, run, engine, samples, comm
         self._evaluate, self._checksum, self._verify = evaluate, checksum, verify
         self._report, self._stopping, self._move = report, stopping, move
-        self._not_numbers = 0
-        """Steps in a row whose loss is not a number."""
         self.scale = LossScale(dynamic=plan.compute_dtype == "float16")
         self.held_out: tuple[tuple[int, float], ...] = ()
         self._shard = plan.ranks[comm.rank].group if plan.placement == "split" else comm.rank
@@ -122,8 +116,7 @@ class Trainer:
                 note=f"loss scale {self.scale.value:g}" if result.skipped else "",
             )
         )
-        self.scale.update(skipped=result.skipped, step=step + 1)
-        self._require_numbers(loss, step + 1)
+        self.scale.update(skipped=result.skipped, step=step + 1, loss=loss / learned, run=self.run)
         return stops > 0
 
     def _load(self, clock: Stopwatch, indices: list[int], step: int, count: int, of: int) -> Mapping[str, torch.Tensor]:
@@ -131,18 +124,6 @@ class Trainer:
         self._move("training", step + 1, count, of)
         with clock.data():
             return self.samples.batch(indices)
-
-    def _require_numbers(self, loss: float, step: int) -> None:
-        """End a run that no longer learns: the loss, not the gradients, which fp16 may lose for a step or two."""
-        self._not_numbers = 0 if math.isfinite(loss) else self._not_numbers + 1
-        if self._not_numbers == _MOST_NOT_NUMBERS:
-            saved = self.run.checkpoint_steps()
-            raise RunError(
-                f"the loss has been {loss} for {_MOST_NOT_NUMBERS} steps, since step {step - _MOST_NOT_NUMBERS + 1}: "
-                "the adapter was left as it was before them"
-                + (f"; the last checkpoint is of step {saved[-1]}" if saved else "; there is no checkpoint yet"),
-                try_="a smaller --set optim.lr, or --set dtype=bfloat16, in a new run",
-            )
 
     def _judge(self, step: int) -> None:
         """The held-out loss, weighted by tokens over all ranks."""

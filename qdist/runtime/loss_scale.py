@@ -1,6 +1,9 @@
 """The factor that keeps fp16 gradients representable (Micikevicius et al. 2018), the same for every engine."""
 
+import math
+
 from qdist.core.errors import RunError
+from qdist.host.rundir import RunDir
 
 _INITIAL, _SMALLEST, _LARGEST = 2.0**16, 2.0**-4, 2.0**24
 _GROWTH_INTERVAL = 500
@@ -14,8 +17,10 @@ class LossScale:
         self.value = _INITIAL if dynamic else 1.0
         self.finite_steps = 0
 
-    def update(self, *, skipped: bool, step: int) -> None:
+    def update(self, *, skipped: bool, step: int, loss: float, run: RunDir) -> None:
         """Take note of a step.
+
+        loss: of the step, for the error. run: whose checkpoints it names.
 
         Raises RunError when gradients are not finite for a reason that no scale can mend.
         """
@@ -26,12 +31,16 @@ class LossScale:
             return
         if not self.dynamic:
             raise RunError(
-                f"gradients are NaN or infinite at step {step}; the last checkpoint is from before it",
-                try_="a smaller optim.lr, then --resume; or look at the samples of this step",
+                f"{_what(loss)} at step {step}; {run.last_saved()}",
+                try_="a smaller --set optim.lr in a new run; or look at the samples of this step",
             )
         self.value, self.finite_steps = self.value / 2, 0
         if self.value < _SMALLEST:
             raise RunError(
-                f"fp16 gradients overflow at step {step} even at a loss scale of {self.value * 2:g}",
+                f"{_what(loss)} at step {step} in fp16, even at a loss scale of {self.value * 2:g}; {run.last_saved()}",
                 try_="--set dtype=bfloat16, or a smaller optim.lr",
             )
+
+
+def _what(loss: float) -> str:
+    return "gradients are NaN or infinite" if math.isfinite(loss) else f"the loss is {loss}"

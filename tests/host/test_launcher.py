@@ -74,7 +74,7 @@ def test_preparing_random_weights_writes_nothing(here: Path) -> None:
     assert list(here.iterdir()) == []
     assert (job.plan.world_size, job.plan.device, job.plan.data, job.plan.source.kind) == (2, "cpu", None, "dummy")
     assert list(job.files) == [
-        "recipe.toml", "versions.json", "deepspeed.json", "accelerate.json", "launch.sh", "plan.json",
+        "recipe.toml", "machine.json", "versions.json", "deepspeed.json", "accelerate.json", "launch.sh", "plan.json",
     ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Whole runs on CPU ranks: any number of them, killed anywhere, end with the same adapter and the same losses."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from qdist.core.events import Event, losses
 from qdist.host import launcher
 from qdist.host.follow import Follower
 from qdist.host.rundir import RunDir
+from qdist.host.state import state_of
 from qdist.runtime.checkpoint import load, load_tensors
 from tests.runtime.tiny import dummy_job, save_config
 
@@ -309,6 +311,30 @@ def test_a_rank_that_fails_shows_its_last_lines(launch: Launch, model: Path, fol
     process = launch(*flags(model, run, **{"optim.lr": 1e30, "optim.clip": 0}))
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "gradients are NaN or infinite at step" in said
+    assert re.search("the loss is (nan|inf) at step|gradients are NaN or infinite at step", said)
     assert "  | error: " in said
+    assert "try: a smaller --set optim.lr in a new run" in said
+    assert state_of(RunDir(run)) == "failed"
     nothing_left(run)
+
+
+def test_a_stopped_rank_is_named_with_stacks_and_the_run_goes_on_from_its_checkpoint(
+    launch: Launch, train: TrainRun, model: Path, folder: Path, never_killed: RunDir
+) -> None:
+    run = RunDir(folder / "stopped")
+    process = launch(*flags(model, run.path, **LONG, **{"train.stuck_seconds": 3}))
+    wait_until(lambda: bool(run.checkpoint_steps()), "no checkpoint came", process=process)
+    assert state_of(run) == "running"
+    os.kill(rank_process(run.path, 1), signal.SIGSTOP)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.search(r"error: rank 1 has been silent for \d+ s: its process is stopped", said), said
+    assert "rank 0 stands still as well; stacks of rank 0, 1 are in" in said
+    assert f"the last checkpoint is of step {run.checkpoint_steps()[-1]}" in said
+    assert "loop.py" in run.stack_file(0).read_text()
+    nothing_left(run.path)
+    ended = run.ended()
+    assert ended is not None
+    assert (ended.state, state_of(run)) == ("failed", "failed")
+    train(launcher.prepare_resume(run, {"train": {"save_steps": 1000}}))
+    assert losses_of(run) == losses_of(never_killed)
