@@ -1,6 +1,6 @@
 """Frozen linear layers whose packed weights are parameters, so that any placement can move, shard or split them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,8 @@ from qdist.runtime.kernels.four_bit import absmax_code_book, dequantize
 
 FEW_TOKENS = 16
 """Up to here a GPU multiplies with the packed weights; above, unpacking them first is faster (H100 and H200)."""
+DEVIATION = 0.02
+"""Of random weights."""
 PACKING = (".absmax", ".scale", ".qzeros", ".scales", ".weight_offset")
 """Parameters of packed layers that are neither weights nor biases."""
 
@@ -57,6 +59,13 @@ class PackedLinear(nn.Linear):
     def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """A float matrix as the tensors that the layer holds, by their names here."""
         raise NotImplementedError
+
+    def drawn(self, matrix: Callable[[], torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Random tensors for this layer; by default a random matrix, packed.
+
+        matrix: makes weights of N(0, 0.02), [out, in]. generator: for who needs no matrix.
+        """
+        return self.pack(matrix())
 
     def stored(self, file: Mapping[str, Slices]) -> dict[str, Slices]:
         """The layer's tensors as checkpoints of its kind store them, by their names here."""

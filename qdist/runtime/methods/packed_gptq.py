@@ -1,16 +1,15 @@
 """A frozen linear whose weights are packed as GPTQ checkpoints have them (Frantar et al. 2022)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import nn
 
 from qdist.core.gptq import Shape, WeightOffset
 from qdist.runtime.gptq import bits as packing
 from qdist.runtime.kernels.gptq import FEW_TOKENS, dequantize, triton_product
 from qdist.runtime.kernels.pooling import means
 from qdist.runtime.methods.adapted import add_pooled_gradient
-from qdist.runtime.methods.packed import PackedLinear, Slices, empty, is_offloaded
+from qdist.runtime.methods.packed import DEVIATION, PackedLinear, Slices, empty, is_offloaded
 
 
 class PackedGptq(PackedLinear):
@@ -100,25 +99,24 @@ class PackedGptq(PackedLinear):
             weights.view(self.out_features, -1, self.shift.group_size).add_(offsets.t().unsqueeze(-1))
         return weights
 
-    def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Rounded to the nearest of symmetric groups: what random weights are packed to."""
-        bits, size = self.shape.bits, self.in_features if self.shape.group_size == -1 else self.shape.group_size
-        half = 1 << (bits - 1)
-        columns = weight.t().float()
-        pad = -columns.shape[0] % size
-        grouped = nn.functional.pad(columns, (0, 0, 0, pad)).view(-1, size, columns.shape[1])
-        scales = (grouped.abs().amax(1) * 2 / ((1 << bits) - 1)).clamp_min(1e-7).to(self.scales.dtype)
-        values = (grouped / scales.float().unsqueeze(1)).round_().add_(half).clamp_(0, 2 * half - 1)
-        rows = values.view(-1, columns.shape[1])[: columns.shape[0]]
-        zeros = torch.full(scales.shape, half, dtype=torch.int32, device=weight.device)
+    def drawn(self, matrix: Callable[[], torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Random words, of which each bit is as likely as not, and scales that give their values the deviation.
+
+        Rounding a random matrix would say no more, and takes five times a layer's memory.
+        """
+        assert self.shift is None  # a merged checkpoint is read, never made of random weights
+        bits, device = self.shape.bits, generator.device
+        words = torch.empty(self.weight.shape, dtype=torch.int32, device=device)
+        words.random_(-(1 << 31), 1 << 31, generator=generator)
+        groups = tuple(self.scales.shape)
+        zeros = torch.full(groups, 1 << (bits - 1), dtype=torch.int32, device=device)
         tensors = {
-            "weight": packing.pack(rows, bits),
+            "weight": words,
             "qzeros": packing.pack_zeros(zeros, bits, self.offset),
-            "scales": scales,
+            "scales": torch.full(groups, DEVIATION / ((4**bits - 1) / 12) ** 0.5, device=device).to(self.scales.dtype),
         }
         if self.g_idx is not None:
-            tensors["g_idx"] = packing.group_of_inputs(self.in_features, self.shape.group_size, weight.device)
-        assert self.shift is None  # a merged checkpoint is read, never made of random weights
+            tensors["g_idx"] = packing.group_of_inputs(self.in_features, self.shape.group_size, device)
         return tensors
 
     def stored(self, file: Mapping[str, Slices]) -> dict[str, Slices]:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qdist.core.errors import ModelError
-from qdist.runtime.methods.packed import PackedLinear, Slices
+from qdist.runtime.methods.packed import DEVIATION, PackedLinear, Slices
 from qdist.runtime.packed_folder import opened, tensor_files
 
 
@@ -92,8 +92,8 @@ class RandomWeights:
     def of(self, path: str, module: nn.Module) -> Mapping[str, Slices]:
         tensors: dict[str, Any] = {}
         if isinstance(module, PackedLinear):
-            matrix = self._matrix(f"{path}.weight", (module.out_features, module.in_features))
-            tensors |= module.pack(matrix)
+            name, shape = f"{path}.weight", (module.out_features, module.in_features)
+            tensors |= module.drawn(partial(self._matrix, name, shape), self._generator(name))
         for name, parameter in module.named_parameters(recurse=False):
             if name not in tensors:
                 tensors[name] = self._values(f"{path}.{name}", tuple(parameter.shape))
@@ -105,6 +105,9 @@ class RandomWeights:
         return self._matrix(name, shape)
 
     def _matrix(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        values = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return values.normal_(0.0, DEVIATION, generator=self._generator(name))
+
+    def _generator(self, name: str) -> torch.Generator:
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-        generator = torch.Generator(self.device).manual_seed(seed)
-        return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(0.0, 0.02, generator=generator)
+        return torch.Generator(self.device).manual_seed(seed)
