@@ -1,6 +1,7 @@
 """`qdist launch`: plan a run, write its directory, start the ranks, watch them to the end."""
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from qdist.cli.watch import Watch, ending
 from qdist.core.demo import NAME as DEMO
 from qdist.core.errors import RunError, SpecError
 from qdist.core.spec import nest, parse_assignment, resolve
-from qdist.host import launcher, templates
+from qdist.host import commands, launcher, templates
 from qdist.host.rundir import RunDir
 
 
@@ -51,6 +52,7 @@ def launch(recipe: str | None, assignments: tuple[str, ...], resume: bool, dry_r
         click.echo(job.files["launch.sh"])
         return
     launcher.write(job)
+    commands.note(job.run, sys.argv)
     click.echo(f"run      {job.run.path}")
     try:
         with Watch(job.plan, width=shutil.get_terminal_size().columns) as watch:

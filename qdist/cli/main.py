@@ -16,6 +16,9 @@ COMMANDS = {
     "export": ("qdist.cli.export:export", "Write a run's model for other programs."),
     "generate": ("qdist.cli.generate:generate", "Complete prompts with a run's model."),
     "chat": ("qdist.cli.chat:chat", "Talk to a run's model."),
+    "runs": ("qdist.cli.runs:runs", "List runs: state, loss, speed, GPU hours."),
+    "metrics": ("qdist.cli.metrics:metrics", "Print a run's figures for Prometheus."),
+    "report": ("qdist.cli.report:report", "Write a run's report as one HTML page, or compare two runs."),
     "doctor": ("qdist.cli.doctor:doctor", "Check driver, GPUs, packages, memory and disk."),
 }
 """Name -> where the click command is, and its line in `qdist --help`, which must not import it."""

@@ -137,7 +137,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     liger: bool | None = None
     new_tokens: tuple[str, ...] = ()
     """Special tokens to add to the vocabulary; their rows start at the mean and are saved with the adapter."""
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     lora: Lora = Lora()
     quant: Quant = Quant()
     optim: Optim = Optim()

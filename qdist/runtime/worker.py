@@ -49,6 +49,7 @@ def _work(plan: Plan, run: RunDir) -> None:
     import torch
     from transformers.utils import logging
 
+    from qdist.runtime import trackers
     from qdist.runtime.assemble import assemble, load_part
     from qdist.runtime.comm import Comm
     from qdist.runtime.export import adapter_checksum, gather, write_result
@@ -56,7 +57,7 @@ def _work(plan: Plan, run: RunDir) -> None:
     from qdist.runtime.load import load_tokenizer
     from qdist.runtime.loop import Trainer
     from qdist.runtime.measure import load_peak, memory_now, parts, peak
-    from qdist.runtime.setup import make_accelerator, pick_devices, start_trackers
+    from qdist.runtime.setup import make_accelerator, pick_devices
 
     logging.disable_progress_bar()
     beat.move("loading")
@@ -65,7 +66,8 @@ def _work(plan: Plan, run: RunDir) -> None:
     comm = Comm(devices[0])
     if len(set(comm.gather(digest(plan)))) > 1:
         raise RunError("the ranks of this run read different plans", try_="a run directory that all nodes share")
-    report = _Reporter(run, comm.rank, devices, accelerator if plan.spec.trackers else None)
+    tracked = trackers.start(plan, run, comm.rank)
+    report = _Reporter(run, comm.rank, devices, tracked)
     tokenizer = load_tokenizer(plan.source)
     try:
         loaded = load_part(plan, comm, devices)
@@ -82,7 +84,6 @@ def _work(plan: Plan, run: RunDir) -> None:
         beat.memory_now = partial(memory_now, devices, sum(peak(device).context for device in devices))
         pad_id = tokenizer.pad_token_id if tokenizer else 0
         built = assemble(plan, accelerator, loaded.backbone, devices[0], pad_id=pad_id)
-        start_trackers(plan, accelerator, run)
         trainer = Trainer(
             plan,
             run,
@@ -112,7 +113,8 @@ def _work(plan: Plan, run: RunDir) -> None:
         if comm.rank == 0:
             write_result(run, plan, held_out=trainer.held_out, answers=answers, peaks=peaks, held=held)
         comm.barrier()
-        report(Event(kind="end", step=plan.steps, total_steps=plan.steps))
+        report(Event(kind="end", step=plan.steps, total_steps=plan.steps, note=tracked.finish()))
+    tracked.finish()
     accelerator.end_training()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -152,8 +154,8 @@ class _StopRequest:
 class _Reporter:
     """Appends events to this rank's file, one write a line, and hands numbers to the trackers."""
 
-    def __init__(self, run: RunDir, rank: int, devices: tuple[Any, ...], accelerator: Any | None) -> None:
-        self._rank, self._devices, self._accelerator = rank, devices, accelerator
+    def __init__(self, run: RunDir, rank: int, devices: tuple[Any, ...], trackers: Any) -> None:
+        self._rank, self._devices, self._trackers = rank, devices, trackers
         path = run.event_file(rank)
         path.parent.mkdir(exist_ok=True)
         # A killed rank may have left half a line behind.
@@ -174,13 +176,7 @@ class _Reporter:
             memory_bytes=max(peak(device).total for device in self._devices),
         )
         os.write(self._descriptor, encode(complete))
-        if self._accelerator is not None:
-            names = ("loss", "held_out_loss", "learning_rate", "gradient_norm")
-            values = {name: getattr(event, name) for name in names if getattr(event, name) is not None}
-            if event.tokens:
-                values["tokens_per_second"] = event.tokens / event.seconds
-            if values:
-                self._accelerator.log(values, step=event.step)
+        self._trackers.log(complete)
 
 
 def _log_to(path: Path) -> None:

@@ -1,0 +1,95 @@
+"""`qdist metrics`: a run's figures for Prometheus, printed, written to a file or served."""
+
+import threading
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import click
+
+from qdist.core.errors import MachineError, QdistError
+from qdist.core.fold import Fold
+from qdist.core.prometheus import CONTENT_TYPE, exposition
+from qdist.host.files import write_atomic
+from qdist.host.follow import Follower
+from qdist.host.pulses import read_pulses
+from qdist.host.rundir import RunDir
+from qdist.host.state import state_of
+
+
+@click.command()
+@click.argument("run")
+@click.option("--out", type=click.Path(path_type=Path), help="Write to a file, which readers never see half of.")
+@click.option("--serve", "port", type=click.IntRange(0, 65535), metavar="PORT", help="Serve until Ctrl-C.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve on; 0.0.0.0 is every one.")
+def metrics(run: str, out: Path | None, port: int | None, host: str) -> None:
+    """Print RUN's figures in Prometheus' text format; --out for node_exporter, --serve to be scraped."""
+    if out is not None and port is not None:
+        raise click.UsageError("--out writes once and --serve goes on: give one of the two")
+    source = Source(RunDir(run))
+    text = source.text()
+    if port is not None:
+        _serve(source, host, port)
+    elif out is not None:
+        _write(out, text)
+    else:
+        click.echo(text, nl=False)
+
+
+class Source:
+    """The figures of a run as they are now. Of its events, each call reads only those that are new; any thread may."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run, self._follower, self._fold = run, Follower(run.path), Fold()
+        self._name, self._lock = str(run.path), threading.Lock()
+
+    def text(self) -> str:
+        """In Prometheus' text format. Raises RunError where the run cannot be read."""
+        with self._lock:
+            plan = self._run.plan()  # a resumed run has another
+            self._follower.fold_into(self._fold)
+            self._fold.total_steps = plan.steps
+            return exposition(self._name, plan, self._fold, read_pulses(self._run), state_of(self._run))
+
+
+def server(source: Source, host: str, port: int) -> ThreadingHTTPServer:
+    """An HTTP server of /metrics, bound and not started. Raises MachineError where the address cannot be had."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path.partition("?")[0] != "/metrics":
+                self._answer(HTTPStatus.NOT_FOUND, "the figures are at /metrics\n")
+                return
+            try:
+                self._answer(HTTPStatus.OK, source.text())
+            except (QdistError, OSError) as error:
+                self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, f"error: {error}\n")
+
+        def _answer(self, status: HTTPStatus, text: str) -> None:
+            body = text.encode()
+            self.send_response(status)
+            self.send_header("Content-Type", CONTENT_TYPE)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """A scrape every few seconds is no news."""
+
+    try:
+        return ThreadingHTTPServer((host, port), Handler)
+    except OSError as error:
+        raise MachineError(f"{host}:{port} cannot be served: {error.strerror}", try_="another --serve PORT") from error
+
+
+def _serve(source: Source, host: str, port: int) -> None:
+    with server(source, host, port) as bound:
+        click.echo(f"http://{host}:{bound.server_port}/metrics until Ctrl-C")
+        bound.serve_forever()
+
+
+def _write(out: Path, text: str) -> None:
+    try:
+        write_atomic(out, text)
+    except OSError as error:
+        raise MachineError(f"{out} cannot be written: {error.strerror}", try_="another --out") from error

@@ -1,0 +1,81 @@
+"""`qdist report`: a run, or two beside each other, as one HTML page."""
+
+import json
+from pathlib import Path
+
+import click
+
+from qdist.cli.planned import plan_lines
+from qdist.cli.report_page import compare_page, page
+from qdist.core.errors import RunError, SpecError
+from qdist.core.fold import Fold
+from qdist.core.report import Found, Report, report_of
+from qdist.core.units import format_bytes
+from qdist.host.commands import noted
+from qdist.host.files import write_atomic
+from qdist.host.follow import Follower
+from qdist.host.rundir import RunDir
+from qdist.host.state import state_of
+
+
+@click.command()
+@click.argument("runs", metavar="RUN [OTHER]", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The page; RUN/report.html by default.")
+def report(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Write what RUN did as one HTML page that needs no network; with OTHER, the two compared."""
+    if len(runs) > 2:
+        raise SpecError(
+            f"a report is of one run or compares two, not {len(runs)}", try_=f"qdist report {runs[0]} {runs[1]}"
+        )
+    names = [run.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run) for run in runs]
+    found = [_found(RunDir(run), name) for run, name in zip(runs, names, strict=True)]
+    reports = [report_of(own) for own in found]
+    plans = [plan_lines(own.plan) for own in found]
+    text = page(reports[0], plans[0]) if len(runs) == 1 else compare_page(reports, plans)
+    path = out or runs[0] / _default_name(reports)
+    try:
+        write_atomic(path, text)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror}", try_="--out FILE in a folder of yours") from None
+    click.echo(f"{path}: {format_bytes(len(text.encode()))}")
+
+
+def _default_name(reports: list[Report]) -> str:
+    return "report.html" if len(reports) == 1 else "comparison.html"
+
+
+def _found(run: RunDir, name: str) -> Found:
+    """Read a run as it is now. Raises RunError where it is none, or a file of it is broken."""
+    plan = run.plan()
+    state = state_of(run)  # before the events, so that a finished run is never shown without its last ones
+    fold = Fold(total_steps=plan.steps)
+    Follower(run.path).fold_into(fold)
+    ended = run.ended() if state in ("failed", "stopped") else None
+    return Found(
+        name=name,
+        plan=plan,
+        fold=fold,
+        state=state,
+        result=run.result(),
+        message=ended.message if ended else "",
+        try_=ended.try_ if ended else "",
+        machine=run.machine(),
+        versions=_versions(run.path / "versions.json"),
+        recipe=_text(run.path / "recipe.toml"),
+        commands=noted(run),
+    )
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.is_file() else ""
+
+
+def _versions(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    try:
+        return {str(name): str(version) for name, version in json.loads(path.read_text()).items()}
+    except (ValueError, AttributeError) as error:
+        raise RunError(f"{path} holds no versions: {error}", try_="take the file out of the run") from None

@@ -1,0 +1,108 @@
+"""A run at one moment: everything that a view of it needs, gathered by the host and read by pure functions."""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from qdist.core.fold import Fold
+from qdist.core.plan import Plan, RankPlan
+from qdist.core.pulse import Pulse
+
+
+class Reading(NamedTuple):
+    """What the driver says of one GPU; None where it does not say."""
+
+    name: str
+    used_bytes: int
+    """Of all processes together."""
+    total_bytes: int
+    utilization: float | None = None
+    """Share of the last moment in which a kernel ran."""
+    power_w: float | None = None
+    power_limit_w: float | None = None
+    temperature_c: int | None = None
+    throttled: str = ""
+    """Why its clocks are held down, where that is a fault: 'it is too hot'. A reached power limit is none."""
+
+
+class Snapshot(NamedTuple):
+    """A run at one moment. Times are seconds since the epoch."""
+
+    name: str
+    plan: Plan
+    fold: Fold
+    state: str
+    """planned, running, finished, stopped, failed or killed."""
+    now: float
+    pulses: Mapping[int, Pulse] = {}
+    troubles: tuple[str, ...] = ()
+    """Ranks that do not go on, those to blame first, as sentences."""
+    message: str = ""
+    """The error that ended the run."""
+    try_: str = ""
+    cards: Mapping[int, tuple[Reading, ...]] = {}
+    """Of each rank on this machine, aligned with its GPUs."""
+    card_bytes: tuple[int, ...] = ()
+    """Of each GPU as the launch saw it."""
+    matmul_flops_s: float | None = None
+    """Of the slowest GPU, 16-bit; None on CPU and for an unknown card."""
+    log_rank: int = 0
+    log: tuple[str, ...] = ()
+    """The last lines of that rank's log."""
+
+
+class Row(NamedTuple):
+    """One GPU of a rank, or a rank on CPUs; None for what nobody has said."""
+
+    rank: int
+    gpu: int | None
+    now_bytes: int | None
+    peak_bytes: int | None
+    expected_bytes: int
+    """Predicted peak."""
+    limit_bytes: int | None
+    """What it may fill; None on CPU, where ranks share the machine's memory."""
+    tokens_per_s: float | None
+    """Of the rank's own micro-batches."""
+    busy_s: float | None
+    beat_s: float | None
+    """Age of its last sign of life."""
+    at: str
+    card: Reading | None
+
+    @property
+    def label(self) -> str:
+        """'rank 1', or 'GPU 3 of rank 1' where the numbers differ."""
+        return f"rank {self.rank}" if self.gpu in (None, self.rank) else f"GPU {self.gpu} of rank {self.rank}"
+
+
+def rows(snapshot: Snapshot) -> list[Row]:
+    """Every GPU, or CPU rank, in the order of ranks."""
+    return [row for rank in snapshot.plan.ranks for row in _rows_of(snapshot, rank)]
+
+
+def _rows_of(snapshot: Snapshot, rank: RankPlan) -> Iterator[Row]:
+    said, pulse = snapshot.fold.ranks.get(rank.rank), snapshot.pulses.get(rank.rank)
+    readings = snapshot.cards.get(rank.rank, ())
+    # A process on several GPUs says the peak of the fullest, and the sum of what it holds now.
+    fullest = max(range(len(rank.expected)), key=lambda index: rank.expected[index].total)
+    for index, expected in enumerate(rank.expected):
+        card = readings[index] if index < len(readings) else None
+        if len(rank.expected) == 1:
+            held = pulse.memory_bytes if pulse and snapshot.state == "running" else 0
+        else:
+            held = card.used_bytes if card else 0
+        gpu = rank.gpus[index] if rank.gpus else None
+        total = snapshot.card_bytes[gpu] if gpu is not None and gpu < len(snapshot.card_bytes) else None
+        yield Row(
+            rank=rank.rank,
+            gpu=gpu,
+            now_bytes=held or None,
+            peak_bytes=(said.memory_bytes or None) if said and index == fullest else None,
+            expected_bytes=expected.total,
+            limit_bytes=None if gpu is None else snapshot.plan.memory_cap_bytes or total,
+            tokens_per_s=said.tokens_per_s if said and index == 0 else None,
+            busy_s=said.busy_s if said and index == 0 else None,
+            beat_s=max(0.0, snapshot.now - pulse.time) if pulse else None,
+            at=str(pulse) if pulse else "no sign of life yet",
+            card=card,
+        )

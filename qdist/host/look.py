@@ -1,0 +1,116 @@
+"""A look at a run directory, as often as one likes: what is new is read, and a snapshot made."""
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from statistics import median
+
+from qdist.core.cards import rates_of
+from qdist.core.cluster import Cluster
+from qdist.core.errors import MachineError, RunError
+from qdist.core.fold import Fold
+from qdist.core.plan import Plan
+from qdist.core.pulse import Pulse
+from qdist.core.snapshot import Reading, Snapshot
+from qdist.host.follow import Follower
+from qdist.host.pulses import read_pulses
+from qdist.host.readings import Readings
+from qdist.host.rundir import PLAN, RunDir
+from qdist.host.shared_gpus import ranks_per_gpu
+from qdist.host.state import state_of
+from qdist.host.stuck import SILENT_S, troubles
+
+_STILL_S, _STILL_STEPS = 30.0, 5
+"""A rank that is alive may stand still for so long, and for as many steps' time."""
+_LOG_BYTES = 1 << 16
+
+
+class Look:
+    """Follows one run. fold: one that others fill, such as the launcher; by default its own."""
+
+    def __init__(self, run: RunDir, *, fold: Fold | None = None) -> None:
+        self.run, self.plan = run, run.plan()
+        self._planned = _written(run)
+        self._fold = fold or Fold(total_steps=self.plan.steps)
+        self._follower = None if fold else Follower(run.path)
+        self._machine = run.machine()
+        self._readings: Readings | None = None
+
+    def snapshot(self, *, log_rank: int | None = None, log_lines: int = 200) -> Snapshot:
+        """The run now. log_rank: whose log to read, if any. Raises RunError for events that are none."""
+        if (written := _written(self.run)) != self._planned:  # a resumed run may lie on other GPUs
+            self.plan, self._planned, self._machine = self.run.plan(), written, self.run.machine()
+        if self._follower:
+            self._follower.fold_into(self._fold)
+        now, state = time.time(), state_of(self.run)
+        pulses = {rank: pulse for rank, pulse in read_pulses(self.run).items() if rank < self.plan.world_size}
+        ended = self.run.ended() if state in ("failed", "stopped") else None
+        return Snapshot(
+            name=self.run.path.name or str(self.run.path),
+            plan=self.plan,
+            fold=self._fold,
+            state=state,
+            now=now,
+            pulses=pulses,
+            troubles=self._troubles(pulses, now) if state == "running" else (),
+            message=ended.message if ended else "",
+            try_=ended.try_ if ended else "",
+            cards=self._cards(pulses) if state == "running" else {},
+            card_bytes=tuple(gpu.total_bytes for gpu in self._machine.gpus) if self._machine else (),
+            matmul_flops_s=_matmul_flops_s(self._machine),
+            log_rank=log_rank or 0,
+            log=() if log_rank is None else last_lines(self.run, log_rank, log_lines),
+        )
+
+    def _troubles(self, pulses: Mapping[int, Pulse], now: float) -> tuple[str, ...]:
+        found = troubles(pulses, now=now, after_s=SILENT_S)
+        recent = self._fold.columns.seconds[-10:]
+        still_s = max(_STILL_S, _STILL_STEPS * median(recent)) if recent else _STILL_S
+        silent = [one for one in found if one.silent]
+        # Those that wait for a silent rank are no news.
+        return tuple(map(str, silent or [one for one in found if one.seconds >= still_s][:1]))
+
+    def _cards(self, pulses: Mapping[int, Pulse]) -> dict[int, tuple[Reading, ...]]:
+        """Of the ranks whose GPUs are those of this machine."""
+        here = {rank for rank, pulse in pulses.items() if pulse.host == socket.gethostname()}
+        if self.plan.device != "cuda" or not here:
+            return {}
+        try:
+            self._readings = self._readings or Readings()
+        except MachineError:
+            return {}  # a run is watched all the same
+        read, share = self._readings.read(), ranks_per_gpu(os.environ)
+        found = {}
+        for rank in self.plan.ranks:
+            positions = [gpu // share for gpu in rank.gpus]
+            if rank.rank in here and all(position < len(read) for position in positions):
+                found[rank.rank] = tuple(read[position] for position in positions)
+        return found
+
+
+def last_lines(run: RunDir, rank: int, count: int) -> tuple[str, ...]:
+    """The last lines of a rank's log; empty where it has none yet."""
+    try:
+        with open(run.log_file(rank), "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - _LOG_BYTES))
+            return tuple(file.read().decode(errors="replace").splitlines()[-count:])
+    except FileNotFoundError:
+        return ()
+
+
+def _matmul_flops_s(machine: Cluster | None) -> float | None:
+    if machine is None or machine.device == "cpu":
+        return None
+    if machine.rates:
+        return machine.rates.matmul_flops_s
+    known = [rates.matmul_flops_s for gpu in machine.gpus if (rates := rates_of(gpu.name))]
+    return min(known, default=None)
+
+
+def _written(run: RunDir) -> int:
+    try:
+        return os.stat(run.path / PLAN).st_mtime_ns
+    except FileNotFoundError:
+        raise RunError(f"{run.path} is not a run: it has no {PLAN}") from None

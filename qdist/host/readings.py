@@ -1,0 +1,86 @@
+"""What the GPUs of this machine are at: memory, utilization, power, heat. NVML is opened once, and asking is cheap."""
+
+import os
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+from qdist.core.errors import MachineError
+from qdist.core.snapshot import Reading
+from qdist.host import nvml as driver
+from qdist.host.probe import visible_cards
+
+_FAULTS = (
+    ("nvmlClocksThrottleReasonHwThermalSlowdown", "it is too hot (hardware slowdown)"),
+    ("nvmlClocksThrottleReasonSwThermalSlowdown", "it is too hot"),
+    ("nvmlClocksThrottleReasonHwPowerBrakeSlowdown", "its power supply asks it to brake"),
+    ("nvmlClocksThrottleReasonHwSlowdown", "its hardware slows it down"),
+)
+
+
+class Readings:
+    """The GPUs that CUDA shows this process, as it numbers them; none where there is no driver.
+
+    module: pynvml, or what stands for it in a test.
+    """
+
+    def __init__(self, module: Any = None, environment: Mapping[str, str] = os.environ) -> None:
+        self._nvml = module or _opened()
+        self._handles: list[tuple[Any, str]] = []
+        if self._nvml is not None:
+            shown = visible_cards(tuple(driver.cards(self._nvml)), environment.get("CUDA_VISIBLE_DEVICES"))
+            self._handles = [(self._nvml.nvmlDeviceGetHandleByUUID(card.uuid), card.name) for card in shown]
+
+    def __enter__(self) -> "Readings":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._nvml is not None:
+            self._nvml.nvmlShutdown()
+            self._nvml, self._handles = None, []
+
+    def read(self) -> tuple[Reading, ...]:
+        """Every GPU now; a GPU that was lost has no reading of anything but its name."""
+        return tuple(self._read(handle, name) for handle, name in self._handles)
+
+    def _read(self, handle: Any, name: str) -> Reading:
+        nvml = self._nvml
+        memory = self._asked(nvml.nvmlDeviceGetMemoryInfo, handle)
+        use = self._asked(nvml.nvmlDeviceGetUtilizationRates, handle)
+        power = self._asked(nvml.nvmlDeviceGetPowerUsage, handle)
+        limit = self._asked(nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
+        heat = self._asked(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)
+        reasons = self._asked(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle) or 0
+        return Reading(
+            name=name,
+            used_bytes=int(memory.used) if memory else 0,
+            total_bytes=int(memory.total) if memory else 0,
+            utilization=None if use is None else use.gpu / 100,
+            power_w=None if power is None else power / 1000,
+            power_limit_w=None if limit is None else limit / 1000,
+            temperature_c=heat,
+            throttled=next((words for flag, words in _FAULTS if reasons & getattr(nvml, flag)), ""),
+        )
+
+    def _asked(self, ask: Callable[..., Any], *arguments: Any) -> Any:
+        """An answer, or None: a MIG slice has no power, a passive card no limit, a lost card nothing."""
+        try:
+            return ask(*arguments)
+        except self._nvml.NVMLError:
+            return None
+
+
+def _opened() -> Any:
+    try:
+        import pynvml
+    except ModuleNotFoundError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
+        return None
+    except pynvml.NVMLError as error:
+        raise MachineError(f"the NVIDIA driver is there but does not answer: {error}", try_="nvidia-smi") from error
+    return pynvml

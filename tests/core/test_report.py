@@ -1,0 +1,173 @@
+"""Does a report say what a run did, with the numbers a person would compute?"""
+
+import math
+from array import array
+from typing import Any
+
+import pytest
+
+from qdist.core.comparison import differences, metrics_beside
+from qdist.core.curves import evenly, smoothed, thinned
+from qdist.core.events import Event
+from qdist.core.fold import Fold
+from qdist.core.memory_parts import REST, TOTAL, WORKING, memory_of, shown
+from qdist.core.plan import Plan
+from qdist.core.report import Found, Report, report_of
+from qdist.core.units import GIB
+from tests.plans import CPU, gpus, planned
+
+PLAN = planned("smollm2-135m", gpus(2, 140), {"gpus": 2})
+
+
+def step(number: int, loss: float | None = 2.0, *, rank: int = 0, **more: Any) -> Event:
+    said = {"tokens": 1000, "own_tokens": 500, "seconds": 2.0, "data_s": 0.02, "busy_s": 1.5, "update_s": 0.25, **more}
+    return Event(kind="step", step=number, total_steps=60, loss=loss, rank=rank, time=2.0 * number, **said)
+
+
+def folded(*events: Event) -> Fold:
+    fold = Fold(total_steps=60)
+    fold.add([Event(kind="start", total_steps=60), *events])
+    return fold
+
+
+def report(fold: Fold, plan: Plan = PLAN, **more: Any) -> Report:
+    return report_of(Found(name="r", plan=plan, fold=fold, **{"state": "running", **more}))
+
+
+def result_of(plan: Plan, *, held: bool = True, allocated: int = 5 * GIB) -> dict[str, Any]:
+    stays = {"weights": 3 * GIB, "adapter": GIB // 4, "gradients": GIB // 4, "optimizer": GIB // 2}
+    peak = {"allocated": allocated, "context": GIB, "reserved": 0, "load": 0}
+    found: dict[str, Any] = {"peaks": [[peak] for _ in plan.ranks], "tokens_per_s": {"measured": 4000.0}}
+    return found | ({"held": [stays for _ in plan.ranks]} if held else {})
+
+
+def test_a_long_curve_keeps_its_spikes_and_its_ends() -> None:
+    values = array("d", [1.0] * 100_000)
+    values[54_321], values[77_777] = 9.0, -4.0
+    curve = thinned("loss", "raw", range(1, 100_001), values, most=200)
+    points = dict(zip(curve.x, curve.y, strict=True))
+    assert (points[54_322], points[77_778]) == (9.0, -4.0)
+    assert len(curve.x) <= 200
+    assert curve.x == sorted(set(curve.x))
+
+
+def test_a_curve_of_numbers_that_are_none_keeps_the_others() -> None:
+    values = [1.0, math.nan, 3.0, 2.0, *[math.nan] * 4]
+    curve = thinned("loss", "raw", range(8), values, most=4)
+    assert (curve.x[:2], curve.y[:2]) == ([0, 2], [1.0, 3.0])
+    assert math.isnan(curve.y[2])
+    assert thinned("loss", "raw", range(8), values).x == [*range(8)]
+
+
+def test_a_smoothed_curve_is_the_mean_of_the_last_ten_steps_that_have_a_number() -> None:
+    values = [float(number) for number in range(20)]
+    assert smoothed(range(20), values)[1][-1] == pytest.approx(14.5)
+    values[19] = math.nan
+    steps, means = smoothed(range(20), values)
+    assert (steps[-1], means[-1]) == (19, pytest.approx(14.0))
+
+
+def test_evenly_chosen_steps_have_the_first_and_the_last() -> None:
+    assert evenly(range(1000), 4) == [0, 333, 666, 999]
+
+
+@pytest.mark.parametrize(
+    ("state", "headline"),
+    [
+        ("planned", "Planned, and never started."),
+        ("running", "Running, step 2 of 60, about 1 min 56 s left."),
+        ("finished", "Finished all 60 steps."),
+        ("stopped", "Stopped on request at step 2 of 60."),
+        ("failed", "Failed at step 2 of 60."),
+        ("killed", "Killed at step 2 of 60: its launcher went without a word."),
+    ],
+)
+def test_a_state_is_told_in_words(state: str, headline: str) -> None:
+    assert report(folded(step(1), step(2)), state=state).headline == headline
+
+
+def test_a_run_that_never_started_has_a_report() -> None:
+    own = report(Fold(total_steps=60), state="planned")
+    assert (own.charts, own.step, own.warnings, own.numbers.rows) == ((), (), (), ())
+    assert own.memory[0].measured == {}
+
+
+def test_gpu_hours_are_of_all_gpus() -> None:
+    rows = dict(report(folded(step(1), step(1800))).summary)
+    assert (rows["Duration"], rows["GPU hours"], rows["Tokens"]) == ("1 h 00 min", "2", "2,000 trained on")
+
+
+def test_the_parts_of_a_step_are_all_of_it() -> None:
+    parts = {part.name: (part.milliseconds, part.share) for part in report(folded(step(1), step(2))).step}
+    assert parts["making samples"] == pytest.approx((20, 0.01))
+    assert parts["forward and backward passes"] == pytest.approx((1480, 0.74))
+    assert parts["waiting for other ranks, and all else"] == pytest.approx((250, 0.125))
+    assert sum(share for _, share in parts.values()) == pytest.approx(1)
+
+
+def test_what_the_peak_exceeds_the_lasting_tensors_by_is_the_working_set() -> None:
+    own = memory_of(PLAN, Fold(), result_of(PLAN))[0]
+    assert (own.label, own.measured[WORKING], own.measured_bytes) == ("GPU 0", GIB, 6 * GIB)
+    assert own.predicted_bytes == PLAN.ranks[0].expected[0].total
+
+
+def test_a_rank_on_cpus_has_parts_and_a_rest() -> None:
+    plan = planned("smollm2-135m", CPU, {"gpus": 2})
+    own = memory_of(plan, Fold(), result_of(plan))[1]
+    assert (own.label, own.measured[REST], own.measured_bytes) == ("rank 1", 2 * GIB, 6 * GIB)
+    assert memory_of(plan, Fold(), result_of(plan, held=False))[0].measured == {TOTAL: 6 * GIB}
+
+
+def test_a_running_run_knows_the_peak_alone() -> None:
+    fold = folded(step(1, memory_bytes=7 * GIB), step(1, rank=1))
+    assert [own.measured for own in memory_of(PLAN, fold, None)] == [{TOTAL: 7 * GIB}, {}]
+
+
+def test_of_many_gpus_that_are_alike_the_fullest_is_shown() -> None:
+    plan = planned("smollm2-135m", gpus(8, 140), {"gpus": 8, "global_batch": 64})
+    (own,) = shown(memory_of(plan, Fold(), result_of(plan)))
+    assert own.label == "GPU 0, the fullest of 8 alike"
+
+
+def test_nothing_odd_gives_no_warning() -> None:
+    fold = folded(*(step(number, 3 - number / 100) for number in range(1, 60)))
+    allocated = PLAN.ranks[0].expected[0].total - GIB
+    result = result_of(PLAN, held=False, allocated=allocated)
+    result["tokens_per_s"]["measured"] = PLAN.tokens_per_second
+    assert report(fold, result=result, state="finished").warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("events", "words"),
+    [
+        ([step(1), step(2, skipped=True)], "1 of 2 updates were skipped"),
+        ([step(1), step(2, None)], "The loss was not a number in 1 step: step 2"),
+        ([*(step(n) for n in range(1, 20)), step(20, 5.0)], "The loss jumped to more than twice the mean"),
+        ([step(1, memory_bytes=200 * GIB)], "Memory was"),
+        ([step(1, padding=1000)], "50 % of the computed positions were padding"),
+        ([step(1, data_s=0.5)], "Making samples took 25 % of the time"),
+        ([step(1), step(1, rank=1, busy_s=1.8)], "rank 1 takes 20 % longer"),
+        ([step(1), Event(kind="resume", step=1, time=9.0)], "The run was resumed 1 time: from step 1."),
+        (
+            [Event(kind="eval", step=5, held_out_loss=1.0), Event(kind="eval", step=9, held_out_loss=1.5)],
+            "The held-out loss was best at step 5 (1) and rose to 1.5 at step 9",
+        ),
+        ([step(1, tokens=1)], "slower than planned"),
+    ],
+)
+def test_what_is_odd_is_said(events: list[Event], words: str) -> None:
+    found = [warning for warning in report(folded(*events)).warnings if words in warning]
+    assert len(found) == 1
+
+
+def test_settings_that_differ_from_their_defaults_are_listed() -> None:
+    plan = planned("smollm2-135m", gpus(1, 140), {"lora.r": 8})
+    assert ("lora.r", "8", "64") in report(Fold(), plan).settings.rows
+
+
+def test_two_runs_are_told_apart_by_settings_and_figures() -> None:
+    other = planned("smollm2-135m", gpus(2, 140), {"gpus": 2, "optim.lr": 1e-3})
+    a, b = report(folded(step(1, 2.0))), report(folded(step(1, 1.0)), other)
+    assert differences(a, b).rows == (("optim.lr", "0.0002", "0.001"),)
+    assert ("Loss, mean of the last 20 steps", "2", "1", "-50.0 %") in metrics_beside(a, b).rows
+    assert differences(a, a).rows == ()
