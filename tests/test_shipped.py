@@ -40,6 +40,14 @@ def test_a_wheel_holds_every_recipe_and_policy_to_the_byte(unpacked: Path) -> No
     assert [name for name, path in DATA.items() if (unpacked / name).read_bytes() != path.read_bytes()] == []
 
 
+def test_a_wheel_holds_what_a_report_is_made_of(unpacked: Path) -> None:
+    assets = ROOT / "qdist/cli/assets"
+    names = {path.name for path in assets.iterdir()}
+    assert {"report.html", "uPlot.iife.min.js", "uPlot.LICENSE.txt"} <= names
+    for name in names:
+        assert (unpacked / "qdist/cli/assets" / name).read_bytes() == (assets / name).read_bytes(), name
+
+
 def test_a_wheel_holds_every_module_and_no_test(unpacked: Path) -> None:
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "qdist").rglob("*.py")}
     assert {str(path.relative_to(unpacked)) for path in unpacked.rglob("*.py")} == modules

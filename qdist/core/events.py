@@ -10,6 +10,8 @@ import msgspec
 
 from qdist.core.errors import RunError
 
+State = Literal["planned", "running", "finished", "stopped", "failed", "killed"]
+"""Of a run, as its files tell: see `qdist.host.state`."""
 Kind = Literal["load", "start", "step", "eval", "verify", "checkpoint", "resume", "end"]
 
 _UNSTEADY = 3

@@ -7,13 +7,12 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple, get_args
 
+from qdist.core.events import State
 from qdist.core.fold import Fold
 from qdist.core.plan import Plan
 from qdist.core.pulse import Phase, Pulse
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-State = Literal["planned", "running", "finished", "stopped", "failed", "killed"]
 
 Sample = tuple[Mapping[str, str | int], float | None]
 """Labels beside `run`, and a value; None where nobody has said, which is not written."""

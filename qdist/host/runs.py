@@ -9,11 +9,11 @@ from typing import Any, Literal
 import msgspec
 
 from qdist.core.errors import QdistError, RunError
-from qdist.core.events import decode_lines
+from qdist.core.events import State, decode_lines
 from qdist.core.fold import Fold
 from qdist.core.plan import Plan
 from qdist.host.rundir import PLAN, RunDir
-from qdist.host.state import State, state_of
+from qdist.host.state import state_of
 
 _TAIL_BYTES = 1 << 16
 """Of the last steps: more than the fold looks at."""

@@ -2,11 +2,9 @@
 
 import fcntl
 import os
-from typing import Literal
 
+from qdist.core.events import State
 from qdist.host.rundir import LOCK, RunDir
-
-State = Literal["planned", "running", "finished", "stopped", "failed", "killed"]
 
 
 def state_of(run: RunDir) -> State:

@@ -2,16 +2,14 @@
 
 import math
 import re
-from typing import get_args
 
 import pytest
 
-from qdist.core.events import Event
+from qdist.core.events import Event, State
 from qdist.core.fold import Fold
 from qdist.core.plan import Plan
-from qdist.core.prometheus import State, exposition
+from qdist.core.prometheus import exposition
 from qdist.core.pulse import Pulse
-from qdist.host.state import State as HostState
 from tests.plans import CPU, planned
 
 PLAN = planned("smollm2-135m", CPU, {"gpus": 2})
@@ -79,10 +77,6 @@ def test_a_planned_run_has_its_state_and_its_prediction_and_no_loss() -> None:
     assert value(exposed, "qdist_rank_memory_predicted_bytes", rank="1") == expected
     assert value(exposed, "qdist_loss") is None
     assert "qdist_held_out_loss" not in exposed
-
-
-def test_the_states_are_those_of_runs() -> None:
-    assert get_args(State) == get_args(HostState)
 
 
 def test_figures_are_the_folds_and_the_ranks_own() -> None:
