@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qdist.cli.views import live_view
-from qdist.cli.watch import header_of
+from qdist.cli.dashboard import dashboard
 from qdist.core.fold import Fold
+from qdist.core.snapshot import Snapshot
 from qdist.host.follow import Follower
 from qdist.host.rundir import RunDir
 
@@ -21,7 +21,8 @@ def main() -> None:
     state = Fold(total_steps=plan.steps)
     state.add(events)
     console = Console(record=True, width=88, force_terminal=True, file=StringIO())
-    console.print(live_view(state, header_of(plan), tuple(rank.expected[0].total for rank in plan.ranks), 88))
+    snapshot = Snapshot(name=run.path.name, plan=plan, fold=state, state="running", now=events[-1].time)
+    console.print(dashboard(snapshot, 88, 22, foot=""))
     out.write_text(console.export_svg(title="qdist launch --gpus 2 --model smollm2-135m --bits 4 --data demo"))
 
 

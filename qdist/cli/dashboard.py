@@ -66,13 +66,13 @@ def _header(snapshot: Snapshot, width: int) -> list[Text]:
     done = fold.step / total if total else 0.0
     label, share = f"step {fold.step:,}/{total:,} ", f" {done:.0%}"
     progress = Text.assemble(label, bar(done, max(0, width - len(label) - len(share)), "green"), share)
-    return [title, progress, Text(_losses(snapshot)), Text(_speed(snapshot)), Text(_around(snapshot))]
+    return [title, progress, *(Text(_fitted(part(snapshot), width)) for part in (_losses, _speed, _around))]
 
 
-def _losses(snapshot: Snapshot) -> str:
+def _losses(snapshot: Snapshot) -> list[str]:
     fold = snapshot.fold
     if fold.loss is None:
-        return "no step yet" + (f"  held-out {fold.held_out[-1][1]:.3f}" if fold.held_out else "")
+        return ["no step yet", *([f"held-out {fold.held_out[-1][1]:.3f}"] if fold.held_out else [])]
     parts = [f"loss {fold.loss:.3f}"]
     if fold.smoothed_loss is not None:
         parts.append(f"smoothed {fold.smoothed_loss:.3f}")
@@ -83,37 +83,47 @@ def _losses(snapshot: Snapshot) -> str:
         parts.append(f"lr {fold.learning_rate:.1e}")
     if _number(fold.gradient_norm):
         parts.append(f"gradient {fold.gradient_norm:.2f}")
-    return "  ".join(parts)
+    return parts
 
 
-def _speed(snapshot: Snapshot) -> str:
+def _speed(snapshot: Snapshot) -> list[str]:
     now, mean = snapshot.fold.tokens_per_s, snapshot.fold.mean_tokens_per_s
     if now is None or mean is None:
-        return "speed not known yet"
+        return ["speed not known yet"]
     parts = [f"{format_count(now)} tok/s now", f"{format_count(mean)} on average"]
-    if snapshot.plan.tokens_per_second:
-        parts.append(f"{format_count(snapshot.plan.tokens_per_second)} predicted")
     use, mean_use = mfu(snapshot, now), mfu(snapshot, mean)
     if use is not None and mean_use is not None:
         parts.append(f"MFU {use:.1%} now, {mean_use:.1%} on average")
-    return "  ".join(parts)
+    if snapshot.plan.tokens_per_second:
+        parts.append(f"{format_count(snapshot.plan.tokens_per_second)} predicted")
+    return parts
 
 
-def _around(snapshot: Snapshot) -> str:
+def _around(snapshot: Snapshot) -> list[str]:
     fold = snapshot.fold
     parts = []
+    if fold.checkpoints:
+        step, time = fold.checkpoints[-1]
+        parts.append(f"checkpoint step {step:,}, {format_duration(snapshot.now - time)} ago")
+    else:
+        parts.append("no checkpoint yet")
     if fold.padding_share is not None:
         parts.append(f"padding {fold.padding_share:.1%}")
     if fold.data_share is not None:
         parts.append(f"data {fold.data_share:.1%}")
     if fold.skew:
         parts.append(f"skew {fold.skew[1]:.1%} (rank {fold.skew[0]})")
-    if fold.checkpoints:
-        step, time = fold.checkpoints[-1]
-        parts.append(f"checkpoint step {step:,}, {format_duration(snapshot.now - time)} ago")
-    else:
-        parts.append("no checkpoint yet")
-    return "  ".join(parts)
+    return parts
+
+
+def _fitted(parts: Sequence[str], width: int) -> str:
+    """As many as fit, the first before the others."""
+    line = ""
+    for part in parts:
+        joined = f"{line}  {part}" if line else part
+        if len(joined) <= width or not line:
+            line = joined
+    return line
 
 
 def _messages(snapshot: Snapshot, width: int, *, most: int) -> list[Text]:
@@ -127,15 +137,16 @@ def _messages(snapshot: Snapshot, width: int, *, most: int) -> list[Text]:
         words = f"killed: its launcher ended without a word; qdist launch --resume --run {snapshot.name} goes on"
         lines += _wrapped(words, width, "bold red")
     elif snapshot.state in ("failed", "stopped"):
-        lines += _wrapped(f"{snapshot.state}: {snapshot.message or 'saved, and can be resumed'}", width, "bold red")
+        # The first line says what happened; lines of a log may follow, which the log pane shows.
+        said = snapshot.message.partition("\n")[0].rstrip(":")
+        lines += _wrapped(f"{snapshot.state}: {said}" if said else snapshot.state, width, "bold red")
         if snapshot.try_:
             lines += _wrapped(f"try: {snapshot.try_}", width, "")
     for words in warnings(snapshot):
         lines += _wrapped(f"! {words}", width, "bold yellow")
     if len(lines) > most:
-        lines = [*lines[: most - 1], Text(f"… {len(lines) - most + 1} more lines", style="yellow")] if most > 1 else (
-            lines[:1]
-        )
+        more = Text(f"… {len(lines) - most + 1} more lines", style="yellow")
+        lines = [*lines[: most - 1], more] if most > 1 else lines[:1]
     return lines
 
 

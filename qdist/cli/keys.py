@@ -18,7 +18,9 @@ class Keys:
     leave, come_back: called around a Ctrl-Z.
     """
 
-    def __init__(self, *, leave: Callable[[], None] = lambda: None, come_back: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, *, leave: Callable[[], None] = lambda: None, come_back: Callable[[], None] = lambda: None
+    ) -> None:
         self._leave, self._come_back = leave, come_back
         self._descriptor = sys.stdin.fileno() if sys.stdin.isatty() else None
         self._before: list[Any] = []

@@ -52,7 +52,9 @@ def _cells(shown: list[Row], head: str, *, whole: bool) -> tuple[list[str], list
         columns["beat"] = ["-" if row.beat_s is None else f"{format_duration(row.beat_s)} ago" for row in shown]
     cards = [row.card for row in shown]
     if any(cards):
-        columns["util"] = [f"{card.utilization:.0%}" if card and card.utilization is not None else "-" for card in cards]
+        columns["util"] = [
+            f"{card.utilization:.0%}" if card and card.utilization is not None else "-" for card in cards
+        ]
         columns["power"] = [
             f"{card.power_w:.0f}" + (f"/{card.power_limit_w:.0f} W" if card.power_limit_w else " W")
             if card and card.power_w is not None else "-"
@@ -71,7 +73,7 @@ def _fullness(row: Row, width: int) -> Text:
         return Text("─" * width + "     ", style="dim")
     share = held / row.expected_bytes
     style = "red" if share > 1.1 else "yellow" if share > 1 else "green"
-    return bar(share, width, style) + Text(f" {share:>4.0%}", style=style)
+    return bar(share, width, style) + Text(f" {share:>4.0%}" if share < 10 else " >10x", style=style)
 
 
 def _where(row: Row) -> str:

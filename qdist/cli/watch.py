@@ -1,31 +1,44 @@
 """Shows a run while it runs: a live view on a terminal, a plain line a step elsewhere; and its ending."""
 
 import sys
+import time
+from pathlib import Path
 from types import TracebackType
 
 import click
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.live import Live
 
+from qdist.cli.dashboard import dashboard
 from qdist.cli.outcome import outcome_rows, start_line
-from qdist.cli.views import answers, comparison, live_view, plain_line
+from qdist.cli.views import answers, comparison, plain_line
 from qdist.core import demo
 from qdist.core.events import Event
 from qdist.core.fold import Fold
 from qdist.core.plan import Plan
+from qdist.core.snapshot import Snapshot
 from qdist.core.units import format_bytes, format_count
+from qdist.host.look import Look
 from qdist.host.rundir import RunDir
+
+_DRAW_S, _MOST_LINES = 0.5, 22
 
 
 class Watch:
-    """A context in which events are shown as they come."""
+    """A context in which events are shown as they come.
 
-    def __init__(self, plan: Plan, *, width: int) -> None:
-        self._expected = tuple(rank.expected[0].total for rank in plan.ranks)
-        self._header = header_of(plan)
+    run: its folder, where ranks leave their beats; without one the view knows events alone.
+    width: of the terminal, for output that is no terminal's.
+    """
+
+    def __init__(self, plan: Plan, *, width: int, run: RunDir | None = None) -> None:
+        self._plan, self._run = plan, run
         self._state = Fold(total_steps=plan.steps)
-        self._width = width
-        self._live = Live(self._view(), refresh_per_second=4, transient=False) if sys.stdout.isatty() else None
+        self._look: Look | None = None
+        self._console = Console(width=None if sys.stdout.isatty() else width, highlight=False)
+        self._drawn = 0.0
+        # Drawn from here alone: another thread must not be there when the launcher forks.
+        self._live = Live(console=self._console, auto_refresh=False) if sys.stdout.isatty() else None
 
     def __enter__(self) -> "Watch":
         return self
@@ -33,7 +46,8 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live:
+        if self._live and self._live.is_started:
+            self._draw()
             self._live.stop()
 
     def recall(self, events: list[Event]) -> None:
@@ -44,9 +58,9 @@ class Watch:
         """Take note of what the ranks said."""
         self._state.add(events)
         if self._live:
-            # Not before: its thread must not be there when the launcher forks.
-            self._live.start()
-            self._live.update(self._view())
+            if time.monotonic() - self._drawn >= _DRAW_S:
+                self._live.start()
+                self._draw()
             return
         for event in events:
             if event.rank == 0:
@@ -59,14 +73,21 @@ class Watch:
         else:
             click.echo(text)
 
-    def _view(self) -> RenderableType:
-        return live_view(self._state, self._header, self._expected, self._width)
+    def _draw(self) -> None:
+        if self._live:
+            width, height = self._console.size
+            view = dashboard(self._snapshot(), width, max(1, min(_MOST_LINES, height - 2)), foot="")
+            self._live.update(view, refresh=True)
+            self._drawn = time.monotonic()
 
-
-def header_of(plan: Plan) -> str:
-    """Model, method and ranks in one line."""
-    kind = f"{plan.world_size} {'GPU' if plan.device == 'cuda' else 'CPU'} rank{'s' if plan.world_size > 1 else ''}"
-    return f"{plan.spec.model}  {plan.spec.bits}-bit {plan.spec.method}  {kind}"
+    def _snapshot(self) -> Snapshot:
+        if self._run is None:
+            state = "finished" if self._state.finished else "running"
+            name = Path(self._plan.spec.run or "run").name
+            return Snapshot(name=name, plan=self._plan, fold=self._state, state=state, now=time.time())
+        self._look = self._look or Look(self._run, fold=self._state)
+        # What ended it is said below the view.
+        return self._look.snapshot()._replace(message="", try_="")
 
 
 def ending(run: RunDir, plan: Plan) -> None:

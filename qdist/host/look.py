@@ -10,7 +10,6 @@ from qdist.core.cards import rates_of
 from qdist.core.cluster import Cluster
 from qdist.core.errors import MachineError, RunError
 from qdist.core.fold import Fold
-from qdist.core.plan import Plan
 from qdist.core.pulse import Pulse
 from qdist.core.snapshot import Reading, Snapshot
 from qdist.host.follow import Follower

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -10,6 +11,7 @@ from qdist.core.snapshot import Reading
 from qdist.host import nvml as driver
 from qdist.host.probe import visible_cards
 
+_NVML_MEMORY_V2 = 0x02000028
 _FAULTS = (
     ("nvmlClocksThrottleReasonHwThermalSlowdown", "it is too hot (hardware slowdown)"),
     ("nvmlClocksThrottleReasonSwThermalSlowdown", "it is too hot"),
@@ -47,7 +49,9 @@ class Readings:
 
     def _read(self, handle: Any, name: str) -> Reading:
         nvml = self._nvml
-        memory = self._asked(nvml.nvmlDeviceGetMemoryInfo, handle)
+        ask = partial(nvml.nvmlDeviceGetMemoryInfo, handle)
+        # Version 1, all that drivers before R510 have, counts what the driver keeps as used.
+        memory = self._asked(partial(ask, version=_NVML_MEMORY_V2)) or self._asked(ask)
         use = self._asked(nvml.nvmlDeviceGetUtilizationRates, handle)
         power = self._asked(nvml.nvmlDeviceGetPowerUsage, handle)
         limit = self._asked(nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
@@ -56,7 +60,7 @@ class Readings:
         return Reading(
             name=name,
             used_bytes=int(memory.used) if memory else 0,
-            total_bytes=int(memory.total) if memory else 0,
+            total_bytes=int(memory.total - getattr(memory, "reserved", 0)) if memory else 0,
             utilization=None if use is None else use.gpu / 100,
             power_w=None if power is None else power / 1000,
             power_limit_w=None if limit is None else limit / 1000,

@@ -16,6 +16,7 @@ from qdist.core.records import asked
 from qdist.host.files import write_atomic
 from qdist.runtime.encode import encode
 from qdist.runtime.load import ROOM_TOKENS, open_model
+from qdist.runtime.quiet import quiet
 from qdist.runtime.samples import Samples
 from qdist.runtime.tokenized import IGNORED
 
@@ -243,8 +244,6 @@ def chat(target: str, *, max_new_tokens: int, system: str, max_memory_bytes: int
 
 def main() -> None:
     """`python -m qdist.runtime.generate file|chat TARGET ...`, started by the command line."""
-    from transformers.utils import logging
-
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=("file", "chat"))
     parser.add_argument("target")
@@ -255,8 +254,7 @@ def main() -> None:
     parser.add_argument("--system", default="")
     parser.add_argument("--max-memory-bytes", type=int)
     arguments = parser.parse_args()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    quiet()
     try:
         if arguments.what == "chat":
             chat(

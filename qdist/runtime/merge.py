@@ -9,10 +9,11 @@ from qdist.runtime.exports import sixteen
 from qdist.runtime.exports.backbone import Backbone, Onto
 from qdist.runtime.exports.evaluation import Evaluation, Loss, losses_of
 from qdist.runtime.exports.job import Export
-from qdist.runtime.exports.main import job_from, parser, quiet
+from qdist.runtime.exports.main import job_from, parser
 from qdist.runtime.exports.merged import Merged
 from qdist.runtime.exports.offsets import merge_offsets
 from qdist.runtime.originals import find_originals
+from qdist.runtime.quiet import quiet
 
 
 class Losses(NamedTuple):

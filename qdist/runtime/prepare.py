@@ -19,6 +19,7 @@ from qdist.core.pooling import require_packed
 from qdist.core.spec import RunSpec
 from qdist.host.files import cache_dir, locked, publish_folder, write_atomic
 from qdist.host.sources import locate
+from qdist.runtime.quiet import quiet
 from qdist.runtime.tokenized import Summary
 
 if TYPE_CHECKING:
@@ -41,15 +42,13 @@ def main() -> None:
 def prepare(spec: RunSpec) -> Prepared:
     """The model as a local folder, packed; its tokenizer repaired; the data tokenized. All of it cached."""
     from transformers import AutoConfig, AutoTokenizer
-    from transformers.utils import logging
 
     from qdist.runtime.batches import split
     from qdist.runtime.data import cached_tokenize
     from qdist.runtime.materialize import materialize
     from qdist.runtime.special_tokens import repair
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    quiet()
     folder = materialize(locate(spec.model))
     try:
         config: dict[str, Any] = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()

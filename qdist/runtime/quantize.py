@@ -19,6 +19,7 @@ from qdist.host.sources import locate
 from qdist.runtime.packed_folder import Manifest, Packing
 from qdist.runtime.quantize_pack import pack, source_identity
 from qdist.runtime.quantize_source import blueprint, check_packed, quantized_as, streamed
+from qdist.runtime.quiet import quiet
 
 
 class Packed(NamedTuple):
@@ -110,8 +111,6 @@ def _alone(out: Path, name: str) -> Iterator[None]:
 
 def main() -> None:
     """Started by the command line."""
-    from transformers.utils import logging
-
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("out", type=Path)
@@ -119,8 +118,7 @@ def main() -> None:
     parser.add_argument("--single", action="store_true")
     parser.add_argument("--dtype", default="auto")
     given = parser.parse_args()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    quiet()
     packing = (
         Packing(bits=8, dtype=given.dtype)
         if given.method == "int8"

@@ -1,15 +1,11 @@
 import io
-import math
 
 import pytest
 from rich.console import Console, RenderableType
 
-from qdist.cli.views import Sparkline, answers, comparison, live_view, plain_line
+from qdist.cli.views import answers, comparison, plain_line
 from qdist.core.events import Event
-from qdist.core.fold import Fold
-from qdist.core.units import GIB, MIB
-
-HEADER = "SmolLM2-135M  nf4 + LoRA r16  2 ranks on 2 CPUs"
+from qdist.core.units import GIB
 
 
 def drawn(view: RenderableType, width: int = 80, *, encoding: str = "utf-8") -> str:
@@ -17,100 +13,6 @@ def drawn(view: RenderableType, width: int = 80, *, encoding: str = "utf-8") -> 
     console = Console(record=True, width=width, force_terminal=False, file=file)
     console.print(view)
     return "\n".join(line.rstrip() for line in console.export_text().splitlines())
-
-
-def folded(events: list[Event]) -> Fold:
-    fold = Fold()
-    fold.add(events)
-    return fold
-
-
-def run_of(ranks: int, *, steps: int = 12) -> Fold:
-    events = [Event(kind="eval", step=0, total_steps=60, held_out_loss=2.3)]
-    for number in range(1, steps + 1):
-        events += [
-            Event(
-                kind="step", step=number, total_steps=60, loss=3 - number / 10, learning_rate=2e-4, gradient_norm=0.53,
-                tokens=4096, seconds=4.0, memory_bytes=GIB + rank * 20 * MIB, rank=rank,
-            )
-            for rank in range(ranks)
-        ]  # fmt: skip
-    return folded([*events, Event(kind="eval", step=steps, held_out_loss=1.4)])
-
-
-GOLDEN = """\
-SmolLM2-135M  nf4 + LoRA r16  2 ranks on 2 CPUs
-step 12/60 ━━━━━━━━━━╸                                           3 min 12 s left
-loss 1.800  smoothed 2.250  █▇▇▆▅▅▄▄▃▂▂▁
-held-out 2.300 (step 0) to 1.400 (step 12)
-1,024 tok/s  lr 2.0e-04  gradient 0.53
- rank  peak memory  predicted
-    0      1.0 GiB    2.0 GiB  ━━━━━━━━━━━━━━━                       50%
-    1      1.0 GiB    1.0 GiB  ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━  102% over"""
-
-
-def test_a_run_is_seen_whole() -> None:
-    assert drawn(live_view(run_of(2), HEADER, (2 * GIB, GIB), 80)) == GOLDEN
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 8, 9, 64])
-@pytest.mark.parametrize("width", [60, 80, 200])
-def test_a_view_fits_its_terminal(ranks: int, width: int) -> None:
-    lines = drawn(live_view(run_of(ranks), HEADER * 4, (2 * GIB,) * ranks, width), width).splitlines()
-    assert max(map(len, lines)) <= width
-    assert len(lines) == 6 + (ranks if ranks <= 8 else 3)
-
-
-def test_many_ranks_are_shown_as_least_median_and_most() -> None:
-    view = drawn(live_view(run_of(64), HEADER, (2 * GIB,) * 64, 80))
-    assert "rank of 64" in view
-    assert [line.split()[:2] for line in view.splitlines()[-3:]] == [
-        ["0", "(least)"],
-        ["32", "(median)"],
-        ["63", "(most)"],
-    ]
-
-
-def test_a_run_that_has_not_stepped_yet_can_be_seen() -> None:
-    view = drawn(live_view(Fold(), HEADER, (GIB, GIB), 60), 60)
-    assert "starting" in view
-    assert view.count("1.0 GiB") == 2
-
-
-def test_a_run_without_predictions_shows_what_it_measured() -> None:
-    assert drawn(live_view(run_of(1), HEADER, (), 80)).splitlines()[-1].split() == ["0", "1.0", "GiB", "-"]
-
-
-def test_a_diverged_run_says_so() -> None:
-    state = folded([Event(kind="step", step=1, total_steps=3, loss=math.nan, seconds=1.0)])
-    assert "loss nan" in drawn(live_view(state, HEADER, (), 60), 60)
-
-
-def test_skipped_steps_and_the_end_are_shown() -> None:
-    events = [Event(kind="step", step=1, total_steps=1, skipped=True, loss=1.0), Event(kind="end", step=1)]
-    view = drawn(live_view(folded(events), HEADER, (), 60), 60)
-    assert "1 skipped" in view
-    assert "finished" in view
-
-
-def test_no_colour_is_written_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_COLOR", "1")
-    console = Console(width=80, force_terminal=True, file=io.StringIO())
-    console.print(live_view(run_of(2), HEADER, (GIB, GIB), 80))
-    assert isinstance(console.file, io.StringIO)
-    assert "\x1b[3" not in console.file.getvalue()
-
-
-def test_a_terminal_without_unicode_gets_ascii() -> None:
-    assert drawn(live_view(run_of(9), HEADER * 3, (GIB,) * 9, 60), 60, encoding="ascii").isascii()
-
-
-@pytest.mark.parametrize(
-    ("values", "width", "line"),
-    [([], 8, ""), ([1.0], 8, "▁"), ([1.0, 2.0], 8, "▁█"), ([2.0, math.nan, 1.0], 8, "█▁"), ([0, 0, 4, 4], 2, "▁█")],
-)
-def test_a_sparkline_has_the_shape_of_its_values(values: list[float], width: int, line: str) -> None:
-    assert drawn(Sparkline(values, width)) == line
 
 
 STEP = Event(

@@ -8,6 +8,7 @@ from pathlib import Path
 from qdist.core.errors import QdistError
 from qdist.core.gptq import BITS
 from qdist.runtime.exports.job import Export
+from qdist.runtime.quiet import quiet
 
 TARGETS = {
     "lora": "qdist.runtime.exports.widen",
@@ -43,14 +44,6 @@ def job_from(given: argparse.Namespace) -> Export:
 
 def _numbers(text: str) -> tuple[float, ...]:
     return tuple(map(float, text.split(",")))
-
-
-def quiet() -> None:
-    """transformers' own progress bars and warnings stay away from what a user reads."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from qdist.runtime.gptq.job import Job, Wanted, read_job
 from qdist.runtime.gptq.progress import Progress
 from qdist.runtime.gptq.solve import Solution, curvature, solve, unpacked
 from qdist.runtime.packed_folder import Entry, Written, file_name, finished, opened, write_tensors
+from qdist.runtime.quiet import quiet
 from qdist.runtime.work_folder import filled, require_space, reserved
 
 
@@ -149,8 +150,6 @@ def _described(job: Job, work: Path) -> Gptq:
 
 def main() -> None:
     """Started by the command line, which has checked the flags."""
-    from transformers.utils import logging
-
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("out", type=Path)
@@ -167,8 +166,7 @@ def main() -> None:
     parser.add_argument("--damping", type=float, default=0.01)
     given = vars(parser.parse_args())
     model, out = given.pop("model"), given.pop("out")
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    quiet()
     began = time.monotonic()
     try:
         gptq = make(model, out, Wanted(**{**given, "bits": tuple(given["bits"])}))

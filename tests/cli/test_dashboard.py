@@ -1,0 +1,158 @@
+"""Does the screen of a run fit any terminal, and say what it should?"""
+
+import io
+import math
+import socket
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from qdist.cli.dashboard import PANES, Pane, dashboard
+from qdist.cli.plot import plot
+from qdist.core.events import Event
+from qdist.core.fold import Fold
+from qdist.core.pulse import Pulse
+from qdist.core.snapshot import Reading, Snapshot
+from qdist.core.units import GIB, MIB
+from tests.plans import CPU, machine, planned
+
+NOW = 1000.0
+
+
+def run_of(ranks: int, *, steps: int = 12, **fields: Any) -> Snapshot:
+    fold = Fold()
+    told = [Event(kind="eval", step=0, total_steps=60, held_out_loss=2.3)]
+    for number in range(1, steps + 1):
+        told += [
+            Event(
+                kind="step", step=number, total_steps=60, loss=3 - number / 10, learning_rate=2e-4 * number,
+                gradient_norm=0.53, tokens=4096, own_tokens=2048, busy_s=3.5, seconds=4.0, rank=rank,
+                memory_bytes=GIB + rank * 20 * MIB,
+            )
+            for rank in range(ranks)
+        ]  # fmt: skip
+    later = [Event(kind="eval", step=steps, held_out_loss=1.4), Event(kind="checkpoint", step=10, time=940.0)]
+    fold.add([*told, *(later if steps else [])])
+    device = fields.pop("device", machine(*[24] * ranks))
+    plan = planned("smollm2-135m", device, {"gpus": ranks, "global_batch": 4 * ranks, "placement": "replicate"})
+    pulses = {
+        rank: Pulse(rank=rank, pid=1, host=socket.gethostname(), time=NOW - 2, phase="training", step=steps + 1,
+                    memory_bytes=GIB)
+        for rank in range(ranks)
+    }  # fmt: skip
+    fields = {"state": "running", "pulses": pulses, "card_bytes": (24 * GIB,) * ranks, **fields}
+    return Snapshot(name="r1", plan=plan, fold=fold, now=NOW, **fields)
+
+
+def drawn(snapshot: Snapshot, width: int = 80, height: int = 24, pane: Pane = "overview", *, encoding: str = "utf-8",
+          **options: Any) -> str:  # fmt: skip
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(record=True, width=width, height=height, force_terminal=False, file=file)
+    console.print(dashboard(snapshot, width, height, pane, **options))
+    return console.export_text()
+
+
+@pytest.mark.parametrize("pane", PANES)
+@pytest.mark.parametrize("ranks", [1, 2, 9, 64])
+@pytest.mark.parametrize("size", [(80, 24), (200, 50), (119, 30), (40, 10), (20, 5)])
+def test_a_screen_fills_its_terminal_exactly(ranks: int, size: tuple[int, int], pane: Pane) -> None:
+    lines = drawn(run_of(ranks, troubles=("rank 1 has been silent " * 9,)), *size, pane).splitlines()
+    assert len(lines) == size[1]
+    assert max(map(len, lines)) <= size[0]
+
+
+def test_the_overview_of_a_run_on_gpus_has_its_figures() -> None:
+    card = Reading("H200", GIB, 24 * GIB, 0.98, 650.4, 700.0, 61)
+    view = drawn(run_of(2, cards={0: (card,), 1: (card,)}, matmul_flops_s=1e14))
+    for words in (
+        "2 GPU ranks", "running  3 min 12 s left", "step 12/60", "20%", "loss 1.800", "smoothed 2.250",
+        "held-out 2.300 to 1.400 (step 12)", "1,024 tok/s now", "1,024 on average", "MFU", "padding 0.0%",
+        "checkpoint step 10, 1 min 00 s ago", "98%", "650/700 W", "61 C", "learning rate",
+    ):  # fmt: skip
+        assert words in view
+
+
+def test_a_wide_terminal_has_charts_beside_the_ranks() -> None:
+    lines = drawn(run_of(2), 200, 50).splitlines()
+    (head,) = [line for line in lines if "predicted" in line and "peak" in line]
+    assert "loss   ● held-out" in head
+
+
+def test_cpu_ranks_show_their_memory_and_no_sensors() -> None:
+    view = drawn(run_of(2, device=CPU))
+    assert "2 CPU ranks" in view
+    assert "1.0 GiB" in view
+    assert "power" not in view
+
+
+def test_every_rank_says_what_it_is_at() -> None:
+    view = drawn(run_of(2), 120, 24, "ranks")
+    assert view.count("in forward and backward passes of step 13") == 2
+    assert view.count("2 s ago") == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"state": "failed", "message": "rank 1 died: out of memory", "try_": "micro_batch=1"},
+         ("failed: rank 1 died: out of memory", "try: micro_batch=1")),
+        ({"state": "failed", "message": "rank 1 died:\n" + "a line of its log\n" * 30, "try_": "--resume"},
+         ("failed: rank 1 died", "try: --resume")),
+        ({"state": "killed"}, ("killed", "--resume")),
+        ({"state": "stopped"}, ("stopped",)),
+        ({"state": "planned"}, ("waiting for the ranks",)),
+        ({"troubles": ("rank 1 has been silent for 31 s",)}, ("! rank 1 has been silent for 31 s",)),
+    ],
+)  # fmt: skip
+def test_how_a_run_is_or_ended_is_said(fields: dict[str, Any], words: tuple[str, ...]) -> None:
+    view = drawn(run_of(2, **fields))
+    assert [one for one in words if one not in view] == []
+
+
+def test_a_run_without_a_step_can_be_seen() -> None:
+    view = drawn(run_of(1, steps=0, pulses={}))
+    assert "starting" in view
+    assert "no numbers yet" in view
+
+
+def test_a_loss_that_is_no_number_is_drawn_as_a_gap_and_said() -> None:
+    one = run_of(1)
+    one.fold.add([Event(kind="step", step=13, total_steps=60, loss=math.nan)])
+    assert "loss is not a number at step 13" in drawn(one)
+
+
+def test_nothing_from_a_file_can_touch_the_terminal() -> None:
+    view = drawn(run_of(1, log=("a [red]b[/red] \x1b[2Jc\tde",)), pane="log")
+    assert "a [red]b[/red]  [2Jc" in view
+    assert "\x1b" not in view
+
+
+def test_a_terminal_without_unicode_gets_ascii() -> None:
+    for pane in PANES:
+        assert drawn(run_of(9), pane=pane, encoding="ascii").isascii()
+
+
+def test_no_colour_is_written_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    file = io.StringIO()
+    Console(width=80, height=24, force_terminal=True, file=file).print(dashboard(run_of(2), 80, 24))
+    assert "\x1b[3" not in file.getvalue()
+
+
+def test_a_curve_falls_from_its_highest_at_the_left_to_its_lowest_at_the_right() -> None:
+    lines = [line.plain for line in plot("loss", range(1, 9), [float(8 - n) for n in range(8)], width=14, height=6)]
+    assert [len(line) for line in lines] == [14] * 6
+    assert lines[1].startswith("        8│") or lines[1].strip().startswith("8│")
+    assert lines[1][10] != "⠀"
+    assert lines[1][13] == "⠀"
+    assert lines[4][10] == "⠀"
+    assert lines[4][13] != "⠀"
+    assert lines[5].endswith("└1  8")
+
+
+def test_a_spike_among_very_many_steps_sets_the_bounds_of_its_chart() -> None:
+    values = [1.0] * 50_000
+    values[25_000] = 9.0
+    lines = plot("loss", range(50_000), values, width=40, height=8)
+    assert lines[1].plain.strip().startswith("9│")

@@ -1,0 +1,147 @@
+"""Does `qdist monitor` show a run from its folder, in whatever state the folder is?"""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+
+from qdist.cli.main import main
+from qdist.cli.monitor import Screen
+from qdist.core.events import Event, encode
+from qdist.core.pulse import Pulse
+from qdist.core.pulse import encode as encode_pulse
+from qdist.host.files import locked
+from qdist.host.look import Look
+from qdist.host.rundir import LOCK, RunDir
+from tests.plans import CPU, planned
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "r1")
+    for folder in (run.events, run.logs, run.pulses):
+        folder.mkdir(parents=True)
+    (run.path / "plan.json").write_bytes(msgspec.json.encode(planned("smollm2-135m", CPU, {"gpus": 2})))
+    return run
+
+
+def write(run: RunDir, *events: Event, torn: bytes = b"") -> None:
+    for event in events:
+        with open(run.event_file(event.rank), "ab") as file:
+            file.write(encode(event))
+    if torn:
+        with open(run.event_file(0), "ab") as file:
+            file.write(torn)
+
+
+def beat(run: RunDir, rank: int, age_s: float) -> None:
+    then = time.time() - age_s
+    one = Pulse(rank=rank, pid=os.getpid(), host=socket.gethostname(), time=then, moved=then, phase="training", step=3)
+    run.pulse_file(rank).write_bytes(encode_pulse(one))
+
+
+def asked(run: RunDir, *options: str) -> Result:
+    return CliRunner().invoke(main, ["monitor", str(run.path), *options], env={"COLUMNS": "80", "LINES": "24"})
+
+
+STEPS = [Event(kind="step", step=step, total_steps=5, loss=2.0, tokens=64, seconds=1.0, time=1.0) for step in (1, 2)]
+
+
+def test_one_view_is_printed_where_no_terminal_is(run: RunDir) -> None:
+    write(run, *STEPS)
+    for options in ((), ("--once",)):
+        done = asked(run, *options)
+        assert done.exit_code == 0
+        assert "step 2/5" in done.output
+        assert len(done.output.splitlines()) <= 24
+
+
+def test_a_torn_last_line_is_waited_for(run: RunDir) -> None:
+    write(run, *STEPS, torn=b'{"kind":"step","step":3,"lo')
+    look = Look(run)
+    assert look.snapshot().fold.step == 2
+    write(run, torn=b'ss":1.5}\n')
+    assert look.snapshot().fold.step == 3
+
+
+def test_json_is_one_object(run: RunDir) -> None:
+    write(run, *STEPS)
+    told = json.loads(asked(run, "--json").output)
+    assert (told["step"], told["loss"], told["state"], len(told["ranks"])) == (2, 2.0, "killed", 2)
+
+
+def test_a_planned_run_is_waited_for(run: RunDir) -> None:
+    assert "planned; waiting" in asked(run, "--once").output
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["monitor", str(tmp_path / "nothing"), "--once"])
+    assert done.exit_code == 1
+    assert "is not a run" in done.output
+
+
+def test_a_rank_that_is_not_there_is_refused(run: RunDir) -> None:
+    done = asked(run, "--rank", "7", "--once")
+    assert done.exit_code == 1
+    assert "--rank 0 to 1" in done.output
+
+
+def test_the_log_of_a_rank_is_shown(run: RunDir) -> None:
+    run.log_file(1).write_text("first\nsecond [bold]\x1b[2J\n")
+    assert "second [bold] [2J" in asked(run, "--rank", "1", "--once").output
+
+
+def test_a_silent_rank_of_a_living_run_is_named_and_those_that_wait_are_not(run: RunDir) -> None:
+    write(run, *STEPS)
+    beat(run, 0, age_s=1)
+    beat(run, 1, age_s=12)
+    with locked(run.path / LOCK, busy=""):
+        (trouble,) = Look(run).snapshot().troubles
+    assert trouble.startswith("rank 1 has been silent for 12 s")
+    assert Look(run).snapshot().troubles == ()
+
+
+def test_a_rank_that_stands_still_is_named_after_longer(run: RunDir) -> None:
+    write(run, *STEPS)
+    for rank in (0, 1):
+        then = time.time() - (35 if rank else 20)
+        one = Pulse(rank=rank, pid=os.getpid(), host="far", time=time.time(), moved=then, phase="training", step=3)
+        run.pulse_file(rank).write_bytes(encode_pulse(one))
+    with locked(run.path / LOCK, busy=""):
+        (trouble,) = Look(run).snapshot().troubles
+    assert trouble.startswith("rank 1 has not moved for 35 s")
+
+
+def test_a_run_planned_anew_is_seen_with_its_new_ranks(run: RunDir) -> None:
+    look = Look(run)
+    assert look.snapshot().plan.world_size == 2
+    (run.path / "plan.json").write_bytes(msgspec.json.encode(planned("smollm2-135m", CPU, {"gpus": 1})))
+    os.utime(run.path / "plan.json", ns=(1, 1))
+    assert look.snapshot().plan.world_size == 1
+
+
+def test_keys_choose_pane_rank_pause_and_end() -> None:
+    screen = Screen()
+    screen.press("\t", 2)
+    assert screen.pane == "ranks"
+    screen.press("\x1b[Z", 2)
+    assert screen.pane == "overview"
+    screen.press("l", 2)
+    assert (screen.pane, screen.rank) == ("log", 0)
+    screen.press("l", 2)
+    assert screen.rank == 1
+    screen.press("0", 2)
+    assert screen.rank == 0
+    screen.press("p", 2)
+    assert screen.paused
+    assert screen.foot.startswith("PAUSED")
+    screen.press("\x1b[A", 2)
+    screen.press("x", 2)
+    assert not screen.quit
+    screen.press("q", 2)
+    assert screen.quit
