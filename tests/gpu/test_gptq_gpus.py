@@ -10,7 +10,10 @@ from torch.nn import functional
 
 from qdist.core.gptq import Gptq, Shape
 from qdist.runtime.gptq import bits as reference
+from qdist.runtime.gptq.calibrate import add_products
+from qdist.runtime.gptq.solve import curvature, solve
 from qdist.runtime.kernels.gptq import triton_dequantize, triton_product
+from qdist.runtime.kernels.rounding import torch_round_block, triton_round_block
 from qdist.runtime.methods.adapted import adapted_product
 from qdist.runtime.methods.packed_gptq import PackedGptq
 from qdist.runtime.methods.skeleton import fill
@@ -41,6 +44,43 @@ def test_the_kernels_compute_what_torch_does(dtype: torch.dtype) -> None:
         exact = inputs.float() @ reference.dequantize(*there[:4], dtype=torch.float32, **given).cuda()
         near = triton_product(inputs, *packed, groups, group_size=size, **given).float()
         assert float((near - exact).norm() / exact.norm()) < (1e-5 if dtype == torch.float32 else 5e-3), gptq
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "outputs", "bits"), [(128, 1000, 4), (32, 4096, 2), (64, 96, 3), (20, 64, 8)])
+def test_a_block_is_rounded_as_torch_rounds_it(rows: int, outputs: int, bits: int) -> None:
+    generator, top = torch.Generator().manual_seed(0), (1 << bits) - 1
+    left = torch.randn(rows, outputs, generator=generator)
+    inputs = torch.randn(4 * rows, rows, generator=generator)
+    hessian = inputs.t() @ inputs / rows + 0.01 * torch.eye(rows)
+    upper = torch.zeros(300, 300)
+    upper[40 : 40 + rows, 40 : 40 + rows] = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    given = [left, upper[40 : 40 + rows, 40 : 40 + rows], left.abs().amax(0) * 2 / top]
+    given.append(torch.full((outputs,), float((top + 1) // 2)))
+    wanted = torch_round_block(*given, top=top)
+    found = triton_round_block(*(upper.cuda()[40 : 40 + rows, 40 : 40 + rows] if part is given[1] else part.cuda()
+                                 for part in given), top=top)  # fmt: skip
+    # A weight between two codes may fall to either, and takes those after it in its output along.
+    same = (found.codes.cpu() == wanted.codes).all(0)
+    assert float(same.float().mean()) > 0.99
+    assert torch.allclose(found.errors.cpu()[:, same], wanted.errors[:, same], atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_gpu_solves_and_sums_as_a_cpu_does(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(512, 384, generator=generator)
+    inputs = (torch.randn(2048, 384, generator=generator) @ torch.randn(384, 384, generator=generator)).to(dtype)
+    sums = [torch.zeros(384, 384), torch.zeros(384, 384, device="cuda")]
+    add_products(sums[0], inputs, 1e-3)
+    add_products(sums[1], inputs.cuda(), 1e-3)
+    assert float((sums[1].cpu() - sums[0]).norm() / sums[0].norm()) < 1e-5
+    errors = []
+    for total in sums:
+        curve = curvature(total, by_activation=True, name="up")
+        errors.append(solve(weight.to(total.device), curve, Shape(4, 128), sym=True, name="up").error)
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
 
 
 @pytest.mark.gpu

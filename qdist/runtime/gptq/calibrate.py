@@ -59,11 +59,20 @@ def _text_tokens(source: str, tokenizer: Any) -> Iterator[list[int]]:
 
 
 class Calibration:
-    """Hidden states of all samples, on the CPU, in front of one decoder layer after another."""
+    """Hidden states of all samples in front of one decoder layer after another.
+
+    They wait on the CPU, or on the device that runs them where they take no more than an eighth of its free memory:
+    copying them five times a layer takes longer than many layers do.
+    """
 
     def __init__(self, start: Start, devices: tuple[torch.device, ...]) -> None:
         self.devices = devices
         self._hidden, self._arguments = start.hidden, start.arguments
+        self._homes = [_home(device, sum(start.hidden[index].nbytes for index in self._of(worker)))
+                       for worker, device in enumerate(devices)]  # fmt: skip
+        for worker, home in enumerate(self._homes):
+            for index in self._of(worker):
+                self._hidden[index] = self._hidden[index].to(home)
         self._position, self._layers, self._given = 0, list[nn.Module](), list[dict[str, Any]]()
 
     def enter(self, layer: nn.Module) -> None:
@@ -106,8 +115,7 @@ class Calibration:
         total = torch.zeros(linear.in_features, linear.in_features, device=self.devices[worker])
 
         def add(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            rows = inputs[0].reshape(-1, total.shape[0]).to(torch.float32)
-            total.addmm_(rows.t(), rows, alpha=factor)
+            add_products(total, inputs[0].reshape(-1, total.shape[0]), factor)
             raise _Reached  # what follows in the layer is not needed yet
 
         with linear.register_forward_pre_hook(add):
@@ -121,12 +129,28 @@ class Calibration:
     @torch.no_grad()
     def _advance(self, worker: int) -> None:
         for index in self._of(worker):
-            self._hidden[index] = self._run(worker, index).to("cpu")
+            self._hidden[index] = self._run(worker, index).to(self._homes[worker])
 
     def _run(self, worker: int, index: int) -> torch.Tensor:
         hidden = self._hidden[index].to(self.devices[worker])
         output = self._layers[worker](hidden, **self._given[worker])
         return output[0] if isinstance(output, tuple) else output
+
+
+def _home(device: torch.device, size: int) -> torch.device:
+    """Where so many bytes of hidden states wait."""
+    if device.type == "cuda" and 8 * size <= torch.cuda.mem_get_info(device)[0]:
+        return device
+    return torch.device("cpu")
+
+
+def add_products(total: torch.Tensor, rows: torch.Tensor, factor: float) -> None:
+    """total += factor X^T X, in float32. Products of 16-bit numbers are exact there, also on a GPU's matrix units."""
+    if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
+        total.add_(torch.mm(rows.t(), rows, out_dtype=torch.float32), alpha=factor)
+    else:
+        rows = rows.to(torch.float32)
+        total.addmm_(rows.t(), rows, alpha=factor)
 
 
 class _Reached(Exception):

@@ -11,13 +11,17 @@ from qdist.core.errors import ModelError
 from qdist.core.gptq import Shape
 from qdist.runtime.gptq.bits import dequantize, pack, pack_zeros
 from qdist.runtime.gptq.folder import Quantized
+from qdist.runtime.kernels.rounding import round_block
 
 DAMPING = 0.01
 _MOST_DAMPING = 100.0
 _BLOCK = 128
-"""Inputs whose errors are carried to the later ones in one product (the paper's lazy batch updates)."""
+"""Inputs whose errors are carried to the later ones in one product (the paper's lazy batch updates); no more than a
+group's."""
 _SHRINKS = tuple(1 - step / 40 for step in range(1, 21))
 """Parts of a group's range that are tried: a grid that cuts off extremes is finer for all others."""
+_AT_ONCE = 1 << 24
+"""Weights that are rounded at a time while ranges are tried: 64 MiB of them, or one range."""
 _SMALLEST_SCALE = 2.0**-24
 """float16's smallest positive number."""
 
@@ -39,7 +43,7 @@ class Grid(NamedTuple):
     """The values that the weights of a group may take: scale x (code - zero), codes from 0 to `top`."""
 
     scale: torch.Tensor
-    """float32 [out], each a float16 number: what is stored is what was optimized for."""
+    """float32 [out], each a float16 number: what is stored is what was optimized for. Of several grids [grids, out]."""
     zero: torch.Tensor
     """float32 [out], integers."""
     top: int
@@ -145,21 +149,19 @@ def solve(
     codes, grids = torch.empty(left.shape, dtype=torch.uint8, device=left.device), list[Grid]()
     count, pivots = len(left), inputs.upper.diagonal()
     size = count if shape.group_size == -1 else shape.group_size
-    for start in range(0, count, _BLOCK):
-        end = min(start + _BLOCK, count)
-        errors = torch.empty_like(left[start:end])
-        for row in range(start, end):
-            if row % size == 0:
-                importance = pivots[row : row + size] ** -2
-                rows = left[row : row + size]
-                grids.append(fit(rows, importance, shape.bits, sym=sym, lowest_zero=lowest_zero, search=search))
-            code = grids[-1].codes(left[row])
-            errors[row - start] = (left[row] - grids[-1].values(code)) / pivots[row]
-            left[row + 1 : end].addr_(inputs.upper[row, row + 1 : end], errors[row - start], alpha=-1)
-            codes[row] = code.to(torch.uint8)
-        left[end:].addmm_(inputs.upper[start:end, end:].t(), errors, alpha=-1)
+    finite = torch.ones((), dtype=torch.bool, device=left.device)
+    for start in range(0, count, min(_BLOCK, size)):
+        end = min(start + min(_BLOCK, size), count)
+        if start % size == 0:
+            importance, rows = pivots[start : start + size] ** -2, left[start : start + size]
+            grids.append(fit(rows, importance, shape.bits, sym=sym, lowest_zero=lowest_zero, search=search))
+        scale, zero, top = grids[-1]
+        rounded = round_block(left[start:end], inputs.upper[start:end, start:end], scale, zero, top=top)
+        codes[start:end] = rounded.codes
+        left[end:].addmm_(inputs.upper[start:end, end:].t(), rounded.errors, alpha=-1)
+        finite &= torch.isfinite(rounded.errors).all()
     scales = torch.stack([grid.scale for grid in grids])
-    if not bool(torch.isfinite(left).all() and torch.isfinite(scales).all()):
+    if not bool(finite & torch.isfinite(scales).all()):
         raise ModelError(f"{name}: its solution is NaN or beyond float16", try_="--damping 0.1, or more --samples")
     groups = (torch.arange(count, device=left.device) // size).to(torch.int32)
     solution = Solution(
@@ -181,19 +183,21 @@ def fit(
     importance: float32 [n], what a squared error in each input's weights costs (in GPTQ: 1 / U_ii^2).
     """
     low, high = weights.amin(0).clamp_(max=0), weights.amax(0).clamp_(min=0)
-    best = _grid(low, high, bits, sym=sym, lowest_zero=lowest_zero)
-    least = _cost(best, weights, importance)
-    for shrink in _SHRINKS if search else ():
-        tried = _grid(low * shrink, high * shrink, bits, sym=sym, lowest_zero=lowest_zero)
-        cost = _cost(tried, weights, importance)
-        better = cost < least
-        least = torch.where(better, cost, least)
-        best = Grid(torch.where(better, tried.scale, best.scale), torch.where(better, tried.zero, best.zero), best.top)
-    return best
+    shrinks = torch.tensor((1.0, *_SHRINKS) if search else (1.0,), device=weights.device)[:, None]
+    tried = _grid(low * shrinks, high * shrinks, bits, sym=sym, lowest_zero=lowest_zero)
+    at_once = max(1, _AT_ONCE // weights.numel())
+    costs = torch.cat(
+        [
+            _cost(Grid(scale, zero, tried.top), weights, importance)
+            for scale, zero in zip(tried.scale.split(at_once), tried.zero.split(at_once), strict=True)
+        ]
+    )
+    best = costs.argmin(0, keepdim=True)
+    return Grid(tried.scale.gather(0, best)[0], tried.zero.gather(0, best)[0], tried.top)
 
 
 def _grid(low: torch.Tensor, high: torch.Tensor, bits: int, *, sym: bool, lowest_zero: int) -> Grid:
-    """The grid that reaches from low <= 0 to high >= 0, [out]."""
+    """The grids that reach from low <= 0 to high >= 0, [..., out]."""
     top = (1 << bits) - 1
     if sym:
         scale = _stored(2 * torch.maximum(-low, high) / top)
@@ -211,8 +215,9 @@ def _stored(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _cost(grid: Grid, weights: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-    """What rounding a group to a grid costs, [out]."""
-    return importance @ (grid.values(grid.codes(weights)) - weights).square_()
+    """What rounding a group [n, out] costs on each of several grids [grids, out], [grids, out]."""
+    one_each = Grid(grid.scale[:, None], grid.zero[:, None], grid.top)
+    return importance @ (one_each.values(one_each.codes(weights)) - weights).square_()
 
 
 def relative_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:
