@@ -10,6 +10,7 @@ from rich.console import Console
 
 from qdist.cli.dashboard import KEYS, PANES, Pane, dashboard
 from qdist.cli.keys import Keys
+from qdist.cli.painter import Painter
 from qdist.core.errors import RunError
 from qdist.core.snapshot import Snapshot
 from qdist.core.snapshot_json import as_json
@@ -86,28 +87,28 @@ def _seen(look: Look, screen: Screen) -> Snapshot:
 def _watch(look: Look, screen: Screen, console: Console) -> None:
     """Draw at most twice a second, and at rest only what changed, until q."""
     shown: tuple[object, ...] = ()
-    snapshot = _seen(look, screen)
-    with console.screen(hide_cursor=True) as alternate:
+    snapshot, painter = _seen(look, screen), Painter(console)
 
-        def leave() -> None:
-            console.set_alt_screen(False)
-            console.show_cursor(True)
+    def leave() -> None:
+        console.set_alt_screen(False)
+        console.show_cursor(True)
 
-        def come_back() -> None:
-            nonlocal shown
-            console.set_alt_screen(True)
-            console.show_cursor(False)
-            shown = ()
+    def come_back() -> None:
+        nonlocal shown
+        console.set_alt_screen(True)
+        console.show_cursor(False)
+        painter.forget()
+        shown = ()
 
-        with Keys(leave=leave, come_back=come_back) as keys:
-            while not screen.quit:
-                size = console.size
-                clock = int(time.time() / _DRAW_S) if snapshot.state in ("running", "planned") else 0
-                drawn = (size, screen.pane, screen.rank, screen.paused, snapshot.state, snapshot.fold.step)
-                if (drawn, clock if not screen.paused else 0) != shown:
-                    alternate.update(dashboard(snapshot, size.width, size.height, screen.pane, foot=screen.foot))
-                    shown = (drawn, clock if not screen.paused else 0)
-                key = keys.wait(_POLL_S)
-                screen.press(key, look.plan.world_size)
-                if not screen.paused or key:
-                    snapshot = _seen(look, screen)
+    with console.screen(hide_cursor=True), Keys(leave=leave, come_back=come_back) as keys:
+        while not screen.quit:
+            size = console.size
+            clock = int(time.time() / _DRAW_S) if snapshot.state in ("running", "planned") else 0
+            drawn = (size, screen.pane, screen.rank, screen.paused, snapshot.state, snapshot.fold.step)
+            if (drawn, clock if not screen.paused else 0) != shown:
+                painter.draw(dashboard(snapshot, size.width, size.height, screen.pane, foot=screen.foot))
+                shown = (drawn, clock if not screen.paused else 0)
+            key = keys.wait(_POLL_S)
+            screen.press(key, look.plan.world_size)
+            if not screen.paused or key:
+                snapshot = _seen(look, screen)

@@ -12,31 +12,49 @@ _BAR_WIDTHS = (24, 16, 12, 8, 0)
 def rank_table(snapshot: Snapshot, width: int, most: int, *, whole: bool = False) -> list[Text]:
     """A head and a line a GPU, or a CPU rank; of more than fit, the fullest.
 
-    whole: with busy seconds, the age of the last beat, and what the rank is at.
+    whole: with busy seconds, the age of the last beat, and what the rank is at, on a line of its own where it must.
     """
     found = rows(snapshot)
     head = "rank" if any(row.gpu not in (None, row.rank) for row in found) else "GPU" if found[0].card else "rank"
     shown = found
+    own_line = whole and _fixed(found, head) + 2 + max(len(row.at) for row in found) > width
+    most = (most + 1) // 2 if own_line else most
     if len(found) > most - 1:
         by_fullness = sorted(found, key=lambda row: -(row.peak_bytes or 0) / max(1, row.expected_bytes))
         kept = set(map(id, by_fullness[: max(1, most - 2)]))
         shown = [row for row in found if id(row) in kept]
     headings, cells = _cells(shown, head, whole=whole)
-    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
-    fixed = sum(widths) + 2 * (len(widths) - 1)
-    at = max((len(row.at) for row in shown), default=0) + 2 if whole else 0
+    widths = _widths(headings, cells)
+    fixed = _total(widths)
+    at = max(len(row.at) for row in shown) + 2 if whole and not own_line else 0
     length = next(length for length in _BAR_WIDTHS if fixed + at + (length + 7) * (length > 0) <= width or not length)
     lines = [_line(headings, widths, "dim")]
     for row, own in zip(shown, cells, strict=True):
         line = _line(own, widths, "")
         if length:
             line += Text("  ") + _fullness(row, length)
-        if whole:
+        if at:
             line.append(f"  {row.at}", style="dim")
         lines.append(line)
+        if own_line:
+            lines.append(Text(f"{'':>{widths[0]}}  {row.at}", style="dim"))
     if len(shown) < len(found):
-        lines.append(Text(f"… the {len(shown)} fullest of {len(found)}; tab shows the others", style="dim"))
-    return lines[:most]
+        others = "a taller terminal shows the others" if whole else "tab shows the others"
+        lines.append(Text(f"… the {len(shown)} fullest of {len(found)}; {others}", style="dim"))
+    return lines
+
+
+def _fixed(shown: list[Row], head: str) -> int:
+    """Cells that a table of all columns takes, without bars."""
+    return _total(_widths(*_cells(shown, head, whole=True)))
+
+
+def _widths(headings: list[str], cells: list[list[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+
+
+def _total(widths: list[int]) -> int:
+    return sum(widths) + 2 * (len(widths) - 1)
 
 
 def _cells(shown: list[Row], head: str, *, whole: bool) -> tuple[list[str], list[list[str]]]:

@@ -92,6 +92,12 @@ def test_every_rank_says_what_it_is_at() -> None:
     assert view.count("2 s ago") == 2
 
 
+def test_what_a_rank_is_at_is_never_cut_off_in_its_pane() -> None:
+    lines = drawn(run_of(2), 80, 24, "ranks").splitlines()
+    assert sum(line.strip() == "in forward and backward passes of step 13" for line in lines) == 2
+    assert "the 7 fullest of 64; a taller terminal" in drawn(run_of(64), 80, 24, "ranks")
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
