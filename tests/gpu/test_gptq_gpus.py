@@ -47,19 +47,21 @@ def test_the_kernels_compute_what_torch_does(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("by_column", [False, True])
 @pytest.mark.parametrize(("rows", "outputs", "bits"), [(128, 1000, 4), (32, 4096, 2), (64, 96, 3), (20, 64, 8)])
-def test_a_block_is_rounded_as_torch_rounds_it(rows: int, outputs: int, bits: int) -> None:
+def test_a_block_is_rounded_as_torch_rounds_it(rows: int, outputs: int, bits: int, by_column: bool) -> None:
     generator, top = torch.Generator().manual_seed(0), (1 << bits) - 1
     left = torch.randn(rows, outputs, generator=generator)
     inputs = torch.randn(4 * rows, rows, generator=generator)
     hessian = inputs.t() @ inputs / rows + 0.01 * torch.eye(rows)
-    upper = torch.zeros(300, 300)
-    upper[40 : 40 + rows, 40 : 40 + rows] = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
-    given = [left, upper[40 : 40 + rows, 40 : 40 + rows], left.abs().amax(0) * 2 / top]
-    given.append(torch.full((outputs,), float((top + 1) // 2)))
-    wanted = torch_round_block(*given, top=top)
-    found = triton_round_block(*(upper.cuda()[40 : 40 + rows, 40 : 40 + rows] if part is given[1] else part.cuda()
-                                 for part in given), top=top)  # fmt: skip
+    factor = torch.zeros(300, 300)
+    factor[40 : 40 + rows, 40 : 40 + rows] = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    scale, zero = left.abs().amax(0) * 2 / top, torch.full((outputs,), float((top + 1) // 2))
+    wanted = torch_round_block(left, factor[40 : 40 + rows, 40 : 40 + rows], scale, zero, top=top)
+    there = factor.cuda()
+    # By rows, or by columns, as GPUs solve triangular systems.
+    upper = (there.t().contiguous().t() if by_column else there)[40 : 40 + rows, 40 : 40 + rows]
+    found = triton_round_block(left.cuda(), upper, scale.cuda(), zero.cuda(), top=top)
     # A weight between two codes may fall to either, and takes those after it in its output along.
     same = (found.codes.cpu() == wanted.codes).all(0)
     assert float(same.float().mean()) > 0.99

@@ -56,6 +56,7 @@ def triton_round_block(
     between two."""
     rows, outputs = left.shape
     codes, errors = torch.empty(left.shape, dtype=torch.uint8, device=left.device), torch.empty_like(left)
+    upper = upper.contiguous()  # a triangular solution on a GPU lies column by column
     height = max(16, 1 << (rows - 1).bit_length())
     with on_device(left.device):
         _kernel()[(-(-outputs // _COLUMNS),)](
