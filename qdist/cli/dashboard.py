@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
+from pathlib import PurePath
 from typing import Literal
 
 from rich.text import Text
@@ -43,9 +44,9 @@ def dashboard(snapshot: Snapshot, width: int, height: int, pane: Pane = "overvie
 
 
 def header_of(plan: Plan) -> str:
-    """Model, method and ranks in one line."""
+    """Model, without its folder or owner, method and ranks in one line."""
     kind = f"{plan.world_size} {'GPU' if plan.device == 'cuda' else 'CPU'} rank{'s' if plan.world_size > 1 else ''}"
-    return f"{plan.spec.model}  {plan.spec.bits}-bit {plan.spec.method}  {kind}"
+    return f"{PurePath(plan.spec.model).name}  {plan.spec.bits}-bit {plan.spec.method}  {kind}"
 
 
 def _header(snapshot: Snapshot, width: int) -> list[Text]:
