@@ -134,10 +134,7 @@ def _messages(snapshot: Snapshot, width: int, *, most: int) -> list[Text]:
         lines.append(Text("planned; waiting for the ranks to start", style="yellow"))
     elif snapshot.state == "finished":
         lines.append(Text(f"finished after {snapshot.fold.step:,} steps", style="green"))
-    elif snapshot.state == "killed":
-        words = f"killed: its launcher ended without a word; qdist launch --resume --run {snapshot.name} goes on"
-        lines += _wrapped(words, width, "bold red")
-    elif snapshot.state in ("failed", "stopped"):
+    elif snapshot.state in ("failed", "stopped", "killed"):
         # The first line says what happened; lines of a log may follow, which the log pane shows.
         said = snapshot.message.partition("\n")[0].rstrip(":")
         lines += _wrapped(f"{snapshot.state}: {said}" if said else snapshot.state, width, "bold red")

@@ -14,6 +14,7 @@ from qdist.core.errors import RunError, SpecError
 from qdist.core.spec import nest, parse_assignment, resolve
 from qdist.host import commands, launcher, templates
 from qdist.host.rundir import RunDir
+from qdist.host.state import state_of
 
 
 @click.command()
@@ -77,6 +78,8 @@ def _resumed(recipe: str | None, given: dict[str, Any]) -> launcher.Job | None:
     if result is not None:
         click.echo(f"{run.path} is finished: {result['steps']} steps, adapter in {run.adapter}")
         return None
+    if state_of(run) == "running":  # its plan must stay that of its ranks
+        raise RunError(f"{run.path} is being trained by another process", try_=f"qdist monitor {run.path}")
     job = launcher.prepare_resume(run, given)
     steps = run.checkpoint_steps()
     click.echo(

@@ -1,5 +1,6 @@
 """The `qdist` command: a table of subcommands, each imported only when it is run."""
 
+import os
 from importlib import import_module
 
 import click
@@ -55,6 +56,8 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the subcommand. What the user can put right is said in two lines; a bug keeps its traceback."""
+        if os.environ.get("NO_COLOR"):  # rich knows it, click does not (https://no-color.org)
+            ctx.color = False
         try:
             return super().invoke(ctx)
         except QdistError as error:

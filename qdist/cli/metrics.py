@@ -21,15 +21,17 @@ from qdist.host.state import state_of
 @click.argument("run")
 @click.option("--out", type=click.Path(path_type=Path), help="Write to a file, which readers never see half of.")
 @click.option("--serve", "port", type=click.IntRange(0, 65535), metavar="PORT", help="Serve until Ctrl-C.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve on; 0.0.0.0 is every one.")
-def metrics(run: str, out: Path | None, port: int | None, host: str) -> None:
+@click.option("--host", help="Address to serve on: 127.0.0.1 by default; 0.0.0.0 is every one.")
+def metrics(run: str, out: Path | None, port: int | None, host: str | None) -> None:
     """Print RUN's figures in Prometheus' text format; --out for node_exporter, --serve to be scraped."""
     if out is not None and port is not None:
         raise click.UsageError("--out writes once and --serve goes on: give one of the two")
+    if host is not None and port is None:
+        raise click.UsageError("--host goes with --serve")
     source = Source(RunDir(run))
     text = source.text()
     if port is not None:
-        _serve(source, host, port)
+        _serve(source, host or "127.0.0.1", port)
     elif out is not None:
         _write(out, text)
     else:

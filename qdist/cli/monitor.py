@@ -1,5 +1,7 @@
 """`qdist monitor`: watch a run from any terminal, while it runs or after."""
 
+import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +64,8 @@ class Screen:
 @click.option("--rank", type=click.IntRange(min=0), help="Show the log of this rank.")
 def monitor(run: Path, once: bool, as_object: bool, rank: int | None) -> None:
     """Watch RUN: memory, speed, loss, warnings. Keys: q, p (pause), tab (panes), l (logs)."""
+    if as_object and rank is not None:
+        raise click.UsageError("--json tells of all ranks: leave --rank out")
     look = Look(RunDir(run))
     if rank is not None and rank >= look.plan.world_size:
         raise RunError(f"{run} has no rank {rank}", try_=f"--rank 0 to {look.plan.world_size - 1}")
@@ -70,10 +74,12 @@ def monitor(run: Path, once: bool, as_object: bool, rank: int | None) -> None:
         click.echo(msgspec.json.format(msgspec.json.encode(as_json(look.snapshot())), indent=2).decode())
         return
     console = Console(highlight=False)
-    if once or not console.is_terminal:
+    # rich takes a pipe for a terminal where FORCE_COLOR is set.
+    if once or not sys.stdout.isatty() or console.is_dumb_terminal:
         width, height = console.size
         console.print(dashboard(_seen(look, screen), width, height - 1, screen.pane, foot=""))
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the terminal is put back then as well
     try:
         _watch(look, screen, console)
     except (KeyboardInterrupt, EOFError):

@@ -13,8 +13,11 @@ _SLOW_GB_S = 0.1
 """What is read slower is told in MB/s; below as many of those, pages lay in memory and no rate says anything."""
 
 
-def plain_line(event: Event) -> str:
-    """An event as a line of a log: 'step 12/60  loss 1.234  lr 2.0e-04  812 tok/s  rank0 1.9 GiB  3 min 20 s left'."""
+def plain_line(event: Event, *, left_s: float | None = None) -> str:
+    """An event as a line of a log: 'step 12/60  loss 1.234  lr 2.0e-04  812 tok/s  rank0 1.9 GiB  3 min 20 s left'.
+
+    left_s: until the last step, as the run so far tells it; one step alone tells nothing.
+    """
     parts = [_plain_head(event)]
     if event.loss is not None:
         parts.append(f"loss {event.loss:.3f}")
@@ -28,8 +31,8 @@ def plain_line(event: Event) -> str:
         parts.append(loading(event.seconds, event.read_bytes))
     if event.memory_bytes:
         parts.append(f"rank{event.rank} {format_bytes(event.memory_bytes)}")
-    if event.kind == "step" and event.seconds > 0 and event.total_steps > event.step:
-        parts.append(f"{format_duration((event.total_steps - event.step) * event.seconds)} left")
+    if event.kind == "step" and left_s:
+        parts.append(f"{format_duration(left_s)} left")
     if event.skipped:
         parts.append("update skipped: the gradients are not numbers")
     return printable("  ".join((*parts, event.note) if event.note else parts)).replace("\n", " ")

@@ -13,6 +13,7 @@ from qdist.cli.dashboard import dashboard
 from qdist.cli.outcome import outcome_rows, start_line
 from qdist.cli.views import answers, comparison, plain_line
 from qdist.core import demo
+from qdist.core.errors import QdistError
 from qdist.core.events import Event
 from qdist.core.fold import Fold
 from qdist.core.plan import Plan
@@ -22,6 +23,8 @@ from qdist.host.look import Look
 from qdist.host.rundir import RunDir
 
 _DRAW_S, _MOST_LINES = 0.5, 22
+_MOST_SHARE = 0.05
+"""Of a core, for drawing: a curve of a million steps takes 0.16 s, and the ranks may need every core."""
 
 
 class Watch:
@@ -36,9 +39,10 @@ class Watch:
         self._state = Fold(total_steps=plan.steps)
         self._look: Look | None = None
         self._console = Console(width=None if sys.stdout.isatty() else width, highlight=False)
-        self._drawn = 0.0
+        self._due, self._unseen = 0.0, ""
+        drawable = sys.stdout.isatty() and not self._console.is_dumb_terminal
         # Drawn from here alone: another thread must not be there when the launcher forks.
-        self._live = Live(console=self._console, auto_refresh=False) if sys.stdout.isatty() else None
+        self._live = Live(console=self._console, auto_refresh=False) if drawable else None
 
     def __enter__(self) -> "Watch":
         return self
@@ -58,13 +62,16 @@ class Watch:
         """Take note of what the ranks said."""
         self._state.add(events)
         if self._live:
-            if time.monotonic() - self._drawn >= _DRAW_S:
+            if (began := time.monotonic()) >= self._due:
                 self._live.start()
                 self._draw()
+                now = time.monotonic()
+                self._due = now + max(_DRAW_S, (now - began) / _MOST_SHARE)
             return
+        left_s = self._state.seconds_left if events else None
         for event in events:
             if event.rank == 0:
-                click.echo(plain_line(event))
+                click.echo(plain_line(event, left_s=left_s))
 
     def say(self, text: str) -> None:
         """A line for the user, above the live view."""
@@ -76,9 +83,15 @@ class Watch:
     def _draw(self) -> None:
         if self._live:
             width, height = self._console.size
-            view = dashboard(self._snapshot(), width, max(1, min(_MOST_LINES, height - 2)), foot="")
+            try:
+                snapshot = self._snapshot()
+            except (QdistError, OSError) as error:  # the ranks need no view of them
+                if str(error) != self._unseen:
+                    self._unseen = str(error)
+                    self.say(f"the view stands still: {error}")
+                return
+            view = dashboard(snapshot, width, max(1, min(_MOST_LINES, height - 2)), foot="")
             self._live.update(view, refresh=True)
-            self._drawn = time.monotonic()
 
     def _snapshot(self) -> Snapshot:
         if self._run is None:

@@ -32,7 +32,9 @@ def _loss(snapshot: Snapshot) -> Iterator[str]:
         while first and not math.isfinite(losses[first - 1]):
             first -= 1
         since = "at" if first == len(losses) - 1 else "since"
-        yield f"the loss is not a number {since} step {steps[first]:,}: stop and try a smaller optim.lr"
+        # What to try in a run that has ended, its error says.
+        advice = ": stop and try a smaller optim.lr" if snapshot.state == "running" else ""
+        yield f"the loss is not a number {since} step {steps[first]:,}{advice}"
     for index in range(len(losses) - 1, _BEFORE - 1, -1):
         before = [loss for loss in losses[index - _BEFORE : index] if math.isfinite(loss)]
         mean = fmean(before) if before else math.inf

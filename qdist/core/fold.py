@@ -9,7 +9,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from statistics import fmean, median
 from typing import NamedTuple
 
@@ -17,7 +17,10 @@ from qdist.core.events import Event
 
 _WINDOW = 10
 """Steps over which speed and smoothed loss are taken."""
-_TAIL = 4 * _WINDOW
+_PACE_S, _MOST_STEPS = 5.0, 100
+"""The pace of a rank is that of the window or, where steps are short, of so many seconds, in so many steps at most: a
+few milliseconds are noise."""
+_TAIL = 4 * _MOST_STEPS
 """Events of a rank that say all of how it is: what they count has been counting since the ranks were started."""
 
 
@@ -56,7 +59,7 @@ class RankFold:
         """Peak since the run was last started."""
         self.last_time, self.last_step = 0.0, 0
         self.finished = False
-        self.recent: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
+        self.recent: deque[tuple[int, float]] = deque(maxlen=_MOST_STEPS)
         """(own tokens, busy seconds) of the last steps since the run was last started."""
 
     def note(self, event: Event) -> None:
@@ -72,13 +75,24 @@ class RankFold:
     @property
     def tokens_per_s(self) -> float | None:
         """Of its own micro-batches while it was busy with them: median of the last steps."""
-        speeds = [tokens / seconds for tokens, seconds in self.recent if seconds > 0]
+        speeds = [tokens / seconds for tokens, seconds in self._pace if seconds > 0]
         return median(speeds) if speeds else None
 
     @property
     def busy_s(self) -> float | None:
         """Median of the last steps."""
-        return median(seconds for _, seconds in self.recent) if self.recent else None
+        return median(seconds for _, seconds in self._pace) if self.recent else None
+
+    @property
+    def _pace(self) -> list[tuple[int, float]]:
+        taken = 0.0
+        steps: list[tuple[int, float]] = []
+        for step in reversed(self.recent):
+            if len(steps) >= _WINDOW and taken >= _PACE_S:
+                break
+            steps.append(step)
+            taken += step[1]
+        return steps
 
 
 class Fold:
@@ -113,7 +127,8 @@ class Fold:
     def add_of_rank(self, rank: int, events: Sequence[Event]) -> None:
         """Take note of more events of one rank, in its own order: the faster way for many."""
         known = self.ranks.setdefault(rank, RankFold())
-        for event in events[-_TAIL:]:
+        turns = (event for event in events[:-_TAIL] if event.kind in ("start", "resume"))
+        for event in chain(turns, events[-_TAIL:]):
             known.note(event)
         if rank == 0:
             for is_step, group in groupby(events, key=_is_step):
@@ -183,6 +198,12 @@ class Fold:
             self.stretches[-1] = self.stretches[-1]._replace(ended=time)
 
     @property
+    def present(self) -> dict[int, RankFold]:
+        """The ranks that have spoken since the last launch: one before may have had more."""
+        since = self.stretches[-1].began if self.stretches else -math.inf
+        return {number: rank for number, rank in self.ranks.items() if rank.last_time >= since}
+
+    @property
     def trained_s(self) -> float:
         """Seconds that ranks were there, all launches together."""
         return sum(stretch.ended - stretch.began for stretch in self.stretches)
@@ -225,13 +246,13 @@ class Fold:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the median pace of the last steps."""
+        """At the median pace of the last steps, with as long pauses between steps as there were so far."""
         if self.finished:
             return 0.0
         recent = [seconds for seconds in self.columns.seconds[self._recent :] if seconds > 0]
         if not recent or not self.total_steps:
             return None
-        return max(0, self.total_steps - self.step) * median(recent)
+        return max(0, self.total_steps - self.step) * (median(recent) + self._pause_s)
 
     @property
     def padding_share(self) -> float | None:
@@ -249,12 +270,22 @@ class Fold:
     @property
     def skew(self) -> tuple[int, float] | None:
         """(slowest rank, how much longer its passes take than the fastest's, as a share); None for one rank."""
-        busy = {number: rank.busy_s for number, rank in self.ranks.items() if rank.busy_s}
+        busy = {number: rank.busy_s for number, rank in self.present.items() if rank.busy_s}
         if len(busy) < 2:
             return None
         slowest = max(busy, key=lambda number: busy[number] or 0.0)
         fastest = min(seconds for seconds in busy.values() if seconds)
         return slowest, (busy[slowest] or 0.0) / fastest - 1
+
+    @property
+    def _pause_s(self) -> float:
+        """Mean of what evaluations, checkpoints and the like took between two steps since the run was last started."""
+        columns, since = self.columns, self._since
+        between = len(columns) - since - 1
+        if between < 1:
+            return 0.0
+        whole = columns.time[-1] - columns.time[since]
+        return max(0.0, whole - sum(columns.seconds[since + 1 :])) / between
 
     @property
     def _recent(self) -> int:

@@ -77,7 +77,8 @@ def _of_training(plan: Plan, fold: Fold) -> Iterator[Metric]:
 
 def _of_ranks(plan: Plan, fold: Fold, pulses: Mapping[int, Pulse]) -> Iterator[Metric]:
     """What was measured of a rank, and beside it what the plan said."""
-    said = sorted(fold.ranks.items())
+    # An earlier launch may have had more ranks.
+    said = [(number, rank) for number, rank in sorted(fold.ranks.items()) if number < plan.world_size]
     peaks = [({"rank": number}, rank.memory_bytes or None) for number, rank in said]
     yield Metric("qdist_rank_memory_peak_bytes", "gauge", "Peak since the last launch, of its fullest GPU.", peaks)
     expected = [({"rank": rank.rank}, max(budget.total for budget in rank.expected)) for rank in plan.ranks]

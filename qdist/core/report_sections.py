@@ -70,9 +70,11 @@ def numbers_table(curves: tuple[Chart, ...]) -> Table:
 
 
 def number(value: float) -> str:
-    """'1.234', '12,345', '0.0002', or '-' for NaN."""
+    """'1.234', '12,345', '0.0002', '1.0e+30', or '-' for NaN."""
     if not math.isfinite(value):
         return "-"
+    if abs(value) >= 1e9:
+        return f"{value:.1e}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -132,7 +134,7 @@ def ranks_table(fold: Fold) -> Table:
             "-" if own.busy_s is None else f"{1000 * own.busy_s:,.1f} ms",
             format_bytes(own.memory_bytes) if own.memory_bytes else "-",
         )
-        for rank, own in sorted(fold.ranks.items())
+        for rank, own in sorted(fold.present.items())
     )
     return Table(headers=("rank", "last step", "own tokens/s while busy", "busy a step", "peak memory"), rows=rows)
 

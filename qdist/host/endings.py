@@ -3,7 +3,7 @@
 import contextlib
 import re
 import signal
-from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -24,26 +24,55 @@ def stuck(run: RunDir, sentence: str) -> RunError:
     return RunError(f"{sentence}; {run.last_saved()}", try_=f"qdist launch --resume --run {run.path}")
 
 
-def died(run: RunDir, launcher_log: Path, began: int, code: int) -> RunError:
-    """The rank that torch.distributed.run saw die first, and the last lines of its log."""
-    with open(launcher_log, "rb") as log:
-        log.seek(began)
-        summary = log.read().decode(errors="replace")
-    root = re.search(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", summary, re.DOTALL)
+def log_lengths(run: RunDir) -> dict[Path, int]:
+    """Bytes of each log: what earlier launches said, which is no word of the one to come."""
+    return {path: path.stat().st_size for path in run.logs.glob("*.log")}
+
+
+def died(run: RunDir, before: Mapping[Path, int], code: int) -> RunError:
+    """The rank that torch.distributed.run saw die first, why, and the last lines of its log.
+
+    before: what `log_lengths` gave when the ranks were started. The message's first line stands for itself.
+    """
+    summary = _said(run.logs / "launcher.log", before)
+    root = re.search(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", "\n".join(summary), re.DOTALL)
     if root is None:
         ended = "without finishing the run" if code == 0 else f"with exit code {code}"
-        return RunError(f"the ranks ended {ended}:\n{_tail(summary.splitlines())}", try_=f"read {run.logs}")
+        return RunError(f"the ranks ended {ended}:\n{_tail(summary)}", try_=f"read {run.logs}")
     rank, exit_code = int(root[1]), int(root[2])
     path = run.log_file(rank)
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
+    lines = _said(path, before)
+    if exit_code < 0:
+        how = f"was killed by {signal.Signals(-exit_code).name}"
+    else:
+        how = f"ended with exit code {exit_code}" + (f": {reason}" if (reason := _reason(lines)) else "")
     advice = [line.removeprefix("  try: ") for line in lines[-3:] if line.startswith("  try: ")]
     hint = f"qdist launch --resume --run {run.path}" if run.checkpoint_steps() else f"read {path}"
     if exit_code == -signal.SIGKILL:
         how += ", which is what Linux does to a process when memory runs out"
-    said = f"rank {rank} {how}; the last lines of {path}:\n{_tail(lines)}"
-    return RunError(said, try_=advice[-1] if advice else hint)
+    last = f"\nthe last lines of {path}:\n{_tail(lines)}" if lines else f"\n{path} has no word of it"
+    return RunError(f"rank {rank} {how}{last}", try_=advice[-1] if advice else hint)
 
 
-def _tail(lines: list[str], count: int = 12) -> str:
-    return "\n".join(f"  | {line}" for line in deque(lines, count))
+def _said(log: Path, before: Mapping[Path, int]) -> list[str]:
+    """The lines of a log behind what it held before; none where there is no log."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(before.get(log, 0))
+            return file.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def _reason(lines: Sequence[str]) -> str:
+    """The error that a rank left with: qdist's own, or the last line of a traceback; empty where there is neither."""
+    said = [line.removeprefix("[rank").partition("]: ")[2] if line.startswith("[rank") else line for line in lines]
+    for pattern in (r"error: (.+)", r"((?:\w+\.)*\w*(?:Error|Exception)(?:: .*)?)"):
+        found = [match[1] for line in said if (match := re.fullmatch(pattern, line))]
+        if found:
+            return found[-1]
+    return ""
+
+
+def _tail(lines: Sequence[str], count: int = 12) -> str:
+    return "\n".join(f"  | {line}" for line in lines[-count:])

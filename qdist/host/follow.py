@@ -40,7 +40,9 @@ class Follower:
                 fold.add_of_rank(rank, block)
 
     def _files(self) -> list[Path]:
-        return sorted(self._folder.glob("rank*.jsonl"))
+        """One a rank; a copy that somebody keeps beside it is none."""
+        found = self._folder.glob("rank*.jsonl")
+        return sorted(path for path in found if path.stem.removeprefix("rank").isdecimal())
 
     def _blocks(self, path: Path, *, most_bytes: int | None = None) -> Iterator[list[Event]]:
         """What a file has more than before, or the whole lines of the last `most_bytes` of it."""

@@ -129,9 +129,8 @@ def start(job: Job, *, show: Show, say: Callable[[str], None], recall: Show | No
         past = follower.new_events()
         if recall:
             recall(past)
-        launcher_log = run.logs / "launcher.log"
-        with open(launcher_log, "ab") as log:
-            began = log.tell()
+        before = endings.log_lengths(run)
+        with open(run.logs / "launcher.log", "ab") as log:
             ranks = subprocess.Popen(
                 ["sh", str(run.path / "launch.sh")],
                 stdin=subprocess.DEVNULL,
@@ -147,10 +146,10 @@ def start(job: Job, *, show: Show, say: Callable[[str], None], recall: Show | No
             with contextlib.suppress(OSError):  # a cache that cannot be written to makes no run fail
                 lessons.learn(run)
             return
-        if stopped and ranks.returncode in (0, -signal.SIGKILL):
+        if stopped and not stuck and ranks.returncode in (0, -signal.SIGKILL):
             endings.note(run, Ended(state="stopped", time=time.time()))
             raise KeyboardInterrupt
-        error = endings.stuck(run, stuck) if stuck else endings.died(run, launcher_log, began, ranks.returncode)
+        error = endings.stuck(run, stuck) if stuck else endings.died(run, before, ranks.returncode)
         endings.note(run, Ended(state="failed", message=error.message, try_=error.try_, time=time.time()))
         raise error
 
@@ -177,12 +176,14 @@ def _watch(
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        readable = True
         while ranks.poll() is None:
-            show(follower.new_events())
+            readable = readable and _shown_what_is_new(follower, show, say)
             if stuck := watchdog.stuck():
                 break
             time.sleep(0.2)
-        show(follower.new_events())
+        if readable:
+            _shown_what_is_new(follower, show, say)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -191,6 +192,17 @@ def _watch(
             ranks.wait()
         (run.path / STOP).unlink(missing_ok=True)
     return asked > 0, stuck
+
+
+def _shown_what_is_new(follower: Follower, show: Show, say: Callable[[str], None]) -> bool:
+    """Whether events can be read. Where they cannot, that is said, and the ranks go on unseen."""
+    try:
+        events = follower.new_events()
+    except (RunError, OSError) as error:
+        say(f"the run goes on, and is not shown any more: {error}")
+        return False
+    show(events)
+    return True
 
 
 def _job(run: RunDir, spec: RunSpec, prepared: Prepared, *, usual_micro_batch: int | None = None) -> Job:

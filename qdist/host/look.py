@@ -3,7 +3,7 @@
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from statistics import median
 
 from qdist.core.cards import rates_of
@@ -13,9 +13,9 @@ from qdist.core.fold import Fold
 from qdist.core.pulse import Pulse
 from qdist.core.snapshot import Reading, Snapshot
 from qdist.host.follow import Follower
-from qdist.host.pulses import read_pulses
+from qdist.host.pulses import environment_of, read_pulses
 from qdist.host.readings import Readings
-from qdist.host.rundir import PLAN, RunDir
+from qdist.host.rundir import PLAN, Ended, RunDir
 from qdist.host.shared_gpus import ranks_per_gpu
 from qdist.host.state import state_of
 from qdist.host.stuck import SILENT_S, troubles
@@ -35,6 +35,7 @@ class Look:
         self._follower = None if fold else Follower(run.path)
         self._machine = run.machine()
         self._readings: Readings | None = None
+        self._shown: str | None = None
 
     def snapshot(self, *, log_rank: int | None = None, log_lines: int = 200) -> Snapshot:
         """The run now. log_rank: whose log to read, if any. Raises RunError for events that are none."""
@@ -43,8 +44,15 @@ class Look:
         if self._follower:
             self._follower.fold_into(self._fold)
         now, state = time.time(), state_of(self.run)
-        pulses = {rank: pulse for rank, pulse in read_pulses(self.run).items() if rank < self.plan.world_size}
-        ended = self.run.ended() if state in ("failed", "stopped") else None
+        pulses = {
+            rank: pulse
+            for rank, pulse in read_pulses(self.run).items()
+            # Beats from before the plan are of an earlier launch.
+            if rank < self.plan.world_size and pulse.time >= self._planned / 1e9
+        }
+        ended = _killed(self.run, now) if state == "killed" else None
+        if state in ("failed", "stopped"):
+            ended = self.run.ended()
         return Snapshot(
             name=self.run.path.name or str(self.run.path),
             plan=self.plan,
@@ -72,20 +80,29 @@ class Look:
 
     def _cards(self, pulses: Mapping[int, Pulse]) -> dict[int, tuple[Reading, ...]]:
         """Of the ranks whose GPUs are those of this machine."""
-        here = {rank for rank, pulse in pulses.items() if pulse.host == socket.gethostname()}
+        here = {rank: pulse for rank, pulse in pulses.items() if pulse.host == socket.gethostname()}
         if self.plan.device != "cuda" or not here:
             return {}
+        environment = _environment(here.values())
         try:
-            self._readings = self._readings or Readings()
+            if self._readings is None or self._shown != environment.get("CUDA_VISIBLE_DEVICES"):
+                self._readings = Readings(environment=environment)
+                self._shown = environment.get("CUDA_VISIBLE_DEVICES")
+            share = ranks_per_gpu(environment)
         except MachineError:
             return {}  # a run is watched all the same
-        read, share = self._readings.read(), ranks_per_gpu(os.environ)
+        read = self._readings.read()
         found = {}
         for rank in self.plan.ranks:
             positions = [gpu // share for gpu in rank.gpus]
             if rank.rank in here and all(position < len(read) for position in positions):
                 found[rank.rank] = tuple(read[position] for position in positions)
         return found
+
+
+def _environment(pulses: Iterable[Pulse]) -> Mapping[str, str]:
+    """Of the ranks, which need not see the GPUs that this process sees; its own where theirs cannot be asked."""
+    return next(filter(None, map(environment_of, pulses)), os.environ)
 
 
 def last_lines(run: RunDir, rank: int, count: int) -> tuple[str, ...]:
@@ -106,6 +123,12 @@ def _matmul_flops_s(machine: Cluster | None) -> float | None:
         return machine.rates.matmul_flops_s
     known = [rates.matmul_flops_s for gpu in machine.gpus if (rates := rates_of(gpu.name))]
     return min(known, default=None)
+
+
+def _killed(run: RunDir, now: float) -> Ended:
+    """What nobody was left to write."""
+    words = "its launcher ended without a word"
+    return Ended(state="failed", message=words, try_=f"qdist launch --resume --run {run.path}", time=now)
 
 
 def _written(run: RunDir) -> int:

@@ -36,6 +36,15 @@ def process_of(pulse: Pulse, *, proc: Path = Path("/proc")) -> Process:
     return "stopped" if state in "Tt" else "gone" if state in "ZX" else "runs"
 
 
+def environment_of(pulse: Pulse, *, proc: Path = Path("/proc")) -> dict[str, str]:
+    """What the rank's process was started with; empty where it is gone or another user's."""
+    try:
+        entries = os.fsdecode((proc / str(pulse.pid) / "environ").read_bytes()).split("\0")
+    except OSError:
+        return {}
+    return {name: value for name, _, value in (entry.partition("=") for entry in entries) if name}
+
+
 def signalled(pulse: Pulse, number: int) -> bool:
     """Send a signal to a rank's process; whether there was one to take it."""
     try:

@@ -24,14 +24,18 @@ class Readings:
     """The GPUs that CUDA shows this process, as it numbers them; none where there is no driver.
 
     module: pynvml, or what stands for it in a test.
+    Raises MachineError where the driver cannot name its GPUs.
     """
 
     def __init__(self, module: Any = None, environment: Mapping[str, str] = os.environ) -> None:
         self._nvml = module or _opened()
         self._handles: list[tuple[Any, str]] = []
         if self._nvml is not None:
-            shown = visible_cards(tuple(driver.cards(self._nvml)), environment.get("CUDA_VISIBLE_DEVICES"))
-            self._handles = [(self._nvml.nvmlDeviceGetHandleByUUID(card.uuid), card.name) for card in shown]
+            try:
+                shown = visible_cards(tuple(driver.cards(self._nvml)), environment.get("CUDA_VISIBLE_DEVICES"))
+                self._handles = [(self._nvml.nvmlDeviceGetHandleByUUID(card.uuid), card.name) for card in shown]
+            except self._nvml.NVMLError as error:  # one of them is lost
+                raise MachineError(f"the NVIDIA driver cannot describe its GPUs: {error}", try_="nvidia-smi") from error
 
     def __enter__(self) -> "Readings":
         return self

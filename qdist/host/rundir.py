@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -13,6 +13,7 @@ from qdist.core.plan import VERSION, Plan, digest
 
 PLAN, RESULT, STOP, LOCK = "plan.json", "result.json", "stop", ".lock"
 ENDED, MACHINE = "ended.json", "machine.json"
+T = TypeVar("T")
 
 
 class Ended(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,18 +125,15 @@ class RunDir:
 
     def result(self) -> dict[str, Any] | None:
         """What a finished run wrote last, or None while it is unfinished."""
-        path = self.path / RESULT
-        return _json(path.read_bytes(), path) if path.is_file() else None
+        return _object(self.path / RESULT)
 
     def ended(self) -> Ended | None:
         """How the last launch ended where it was not by finishing; None while it runs, or when nobody could say."""
-        path = self.path / ENDED
-        return msgspec.convert(_json(path.read_bytes(), path), Ended) if path.is_file() else None
+        return _typed(self.path / ENDED, Ended)
 
     def machine(self) -> Cluster | None:
         """The machine as the last launch saw it."""
-        path = self.path / MACHINE
-        return msgspec.convert(_json(path.read_bytes(), path), Cluster) if path.is_file() else None
+        return _typed(self.path / MACHINE, Cluster)
 
     def stop_requested(self) -> bool:
         return (self.path / STOP).exists()
@@ -143,10 +141,29 @@ class RunDir:
 
 def _json(raw: bytes, path: Path) -> dict[str, Any]:
     try:
-        loaded: dict[str, Any] = json.loads(raw)
-    except json.JSONDecodeError as error:
+        loaded = json.loads(raw)
+    except ValueError as error:  # bytes that are no text raise one as well
         raise RunError(f"{path} is not JSON: {error}", try_="start the run again") from None
+    if not isinstance(loaded, dict):
+        raise RunError(f"{path} is not a JSON object", try_="start the run again")
     return loaded
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    """What a file holds; None where there is none, or no longer."""
+    try:
+        raw = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return _json(raw, path)
+
+
+def _typed(path: Path, kind: type[T]) -> T | None:
+    found = _object(path)
+    try:
+        return None if found is None else msgspec.convert(found, kind)
+    except msgspec.ValidationError as error:
+        raise RunError(f"{path} is of another qdist: {error}", try_="start the run again") from None
 
 
 def free_name(parent: Path, stem: str) -> Path:

@@ -13,6 +13,8 @@ def state_of(run: RunDir) -> State:
         return "finished"
     if _held(run):
         return "running"
+    if run.result() is not None:  # written since the first look, and the lock let go
+        return "finished"
     ended = run.ended()
     if ended is not None:
         return ended.state

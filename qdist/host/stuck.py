@@ -28,7 +28,7 @@ class Trouble(NamedTuple):
     pulse: Pulse
 
     def __str__(self) -> str:
-        """'rank 1 has been silent for 31 s: its process is stopped, in forward and backward passes of step 3'."""
+        """'rank 1 has been silent for 31 s: its process is stopped, last seen in forward and ...'."""
         for_how_long = format_duration(self.seconds)
         if not self.silent:
             return f"rank {self.rank} has not moved for {for_how_long}: it is {self.pulse}"
@@ -38,20 +38,22 @@ class Trouble(NamedTuple):
             "runs": "its process runs but does not get to say so",
             "elsewhere": f"it was on {self.pulse.host}",
         }[self.process]
-        return f"rank {self.rank} has been silent for {for_how_long}: {how}, {self.pulse}"
+        return f"rank {self.rank} has been silent for {for_how_long}: {how}, last seen {self.pulse}"
 
 
-def troubles(pulses: Mapping[int, Pulse], *, now: float, after_s: float) -> list[Trouble]:
+def troubles(pulses: Mapping[int, Pulse], *, now: float, after_s: float, since: float = 0.0) -> list[Trouble]:
     """Ranks that have been silent, or have not moved, for `after_s` seconds; those to blame first.
 
     A rank that waits in a collective does not move either, so the silent come before the waiting, and among these the
     one that stands still at the earliest place: the others wait for it.
+
+    since: when the time that counts began.
     """
     found = []
     for pulse in pulses.values():
         if pulse.phase == "ended":
             continue
-        silent_s, still_s = now - pulse.time, now - pulse.moved
+        silent_s, still_s = now - max(since, pulse.time), now - max(since, pulse.moved)
         if silent_s >= after_s:
             found.append(Trouble(pulse.rank, silent_s, True, process_of(pulse), pulse))
         elif still_s >= after_s and pulse.phase not in UNMEASURED:
@@ -94,20 +96,24 @@ class Watchdog:
 
     def __init__(self, run: RunDir, after_s: float) -> None:
         self._run, self._after_s, self._began, self._last = run, after_s, time.time(), 0.0
+        self._awake = self._began
 
     def stuck(self) -> str:
         """A sentence about the rank that is to blame, with stacks written; empty while all go on."""
         now = time.time()
         if not self._after_s or now - self._last < 1.0:
             return ""
+        if self._last and now - self._last > SILENT_S:
+            # It was away itself, with a suspended job or machine: the ranks may have been as well.
+            self._awake = now
         self._last = now
         # Beats of an earlier launch are no word of this one.
         pulses = {rank: pulse for rank, pulse in read_pulses(self._run).items() if pulse.time >= self._began}
-        found = troubles(pulses, now=now, after_s=self._after_s)
+        found = troubles(pulses, now=now, after_s=self._after_s, since=self._awake)
         if not found:
             return ""
         wrote = collect_stacks(self._run, pulses)
-        still = troubles(pulses, now=now, after_s=self._after_s / 2)
+        still = troubles(pulses, now=now, after_s=self._after_s / 2, since=self._awake)
         others = sorted(one.rank for one in still if one.rank != found[0].rank)
         waiting = f"; {_ranks(others)} as well" if others else ""
         stacks = f"; stacks of rank {', '.join(map(str, wrote))} are in {self._run.stacks}" if wrote else ""

@@ -10,7 +10,7 @@ import torch
 from qdist.core.plan import Plan
 from qdist.runtime.comm import Comm
 from qdist.runtime.engine import Adapter, Engine
-from qdist.runtime.forward import Forward
+from qdist.runtime.forward import Evaluate, Forward
 from qdist.runtime.measure import disk_read_bytes
 from qdist.runtime.methods.backbone import DTYPES, load_backbone
 from qdist.runtime.methods.lora import add_adapter, prepare_for_training
@@ -40,7 +40,7 @@ class Parts(NamedTuple):
     forward: Forward
     adapter: Adapter
     engine: Engine
-    evaluate: Callable[[list[list[int]]], tuple[float, int]]
+    evaluate: Evaluate
 
 
 def load_part(plan: Plan, comm: Comm, devices: tuple[torch.device, ...]) -> Loaded:

@@ -1,13 +1,22 @@
 """The model's loss on a micro-batch, under the arithmetic that was planned."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from qdist.runtime.loss import hidden_states, loss_of, summed_loss
 from qdist.runtime.samples import Samples
+
+CameTo = Callable[[int], None]
+"""Told the number of each micro-batch, from 1, before it is computed."""
+Evaluate = Callable[[list[list[int]], CameTo], tuple[float, int]]
+"""A rank's (summed loss, learned tokens) over micro-batches of sample indices."""
+
+
+def unseen(count: int) -> None:
+    """For an evaluation that nobody watches."""
 
 
 class Forward:
@@ -33,10 +42,13 @@ class Forward:
             return loss_of(self._base, hidden, labels, fused=self.fused)
 
     @torch.no_grad()
-    def evaluate(self, batches: list[list[int]]) -> tuple[float, int]:
+    def evaluate(self, batches: list[list[int]], came_to: CameTo = unseen) -> tuple[float, int]:
         """(summed loss, learned tokens) over micro-batches of sample indices, without dropout."""
+        losses = []
         with self.without_dropout():
-            losses = [self.loss(self.samples.batch(indices)).double() for indices in batches]
+            for count, indices in enumerate(batches, 1):
+                came_to(count)
+                losses.append(self.loss(self.samples.batch(indices)).double())
         return float(sum(losses)), sum(map(self.samples.learned, batches))
 
     @contextlib.contextmanager

@@ -14,6 +14,7 @@ from qdist.runtime import checkpoint
 from qdist.runtime.checkpoint import Progress
 from qdist.runtime.comm import Comm
 from qdist.runtime.engine import Engine, MicroBatch
+from qdist.runtime.forward import Evaluate, unseen
 from qdist.runtime.loss_scale import LossScale
 from qdist.runtime.pulse import Move, silent
 from qdist.runtime.samples import Samples, micro_batch_seed
@@ -25,7 +26,7 @@ Report = Callable[[Event], None]
 
 
 class Trainer:
-    """One rank's part of a run. `evaluate` gives this rank's (summed loss, learned tokens) over micro-batches.
+    """One rank's part of a run.
 
     verify: compares a sharded backbone's bytes once more and says so in words.
     """
@@ -38,7 +39,7 @@ class Trainer:
         samples: Samples,
         comm: Comm,
         *,
-        evaluate: Callable[[list[list[int]]], tuple[float, int]],
+        evaluate: Evaluate,
         checksum: Callable[[], tuple[int, ...]],
         verify: Callable[[], str],
         report: Report,
@@ -132,9 +133,9 @@ class Trainer:
         self._move("evaluating", step)
         batches = self.samples.held_out_batches()
         mine = batches[self._shard :: self.plan.data_parallel]
-        own = self._evaluate(mine)
+        own = self._evaluate(mine, lambda count: self._move("evaluating", step, count, len(mine)))
         if self.plan.placement == "shard" and len(mine) < -(-len(batches) // self.plan.data_parallel):
-            self._evaluate(batches[:1])  # others have one more, and shards are gathered only by all together
+            self._evaluate(batches[:1], unseen)  # others have one more, and shards are gathered only by all together
         loss, tokens = self.comm.sum(*own)
         self.held_out = (*self.held_out, (step, loss / tokens))
         self._report(Event(kind="eval", step=step, total_steps=self.plan.steps, held_out_loss=loss / tokens))

@@ -32,7 +32,7 @@ class LossScale:
         if not self.dynamic:
             raise RunError(
                 f"{_what(loss)} at step {step}; {run.last_saved()}",
-                try_="a smaller --set optim.lr in a new run; or look at the samples of this step",
+                try_="a smaller --set optim.lr in a new run: this one would come to the same when resumed",
             )
         self.value, self.finite_steps = self.value / 2, 0
         if self.value < _SMALLEST:

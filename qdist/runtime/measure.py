@@ -46,7 +46,7 @@ def memory_now(devices: Sequence[torch.device], context_bytes: int) -> int:
     if devices[0].type == "cpu":
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * resource.getpagesize()
-    return sum(map(torch.cuda.memory_reserved, devices)) + context_bytes
+    return sum(map(torch.cuda.memory_allocated, devices)) + context_bytes
 
 
 class Parts(NamedTuple):

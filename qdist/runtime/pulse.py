@@ -4,6 +4,7 @@ The thread goes on while the rank waits in a collective; it stops when the proce
 process is stopped or gone, and a beat whose `moved` stays says that it waits.
 """
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -48,10 +49,15 @@ class Beat:
         self.move("ended", self._now[1])
         self._ended.set()
         self._thread.join()
-        self._write()
+        self._tell()
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S):
+            self._tell()
+
+    def _tell(self) -> None:
+        """Miss a beat where the disk is full for a moment: a thread that ended would leave the rank silent for ever."""
+        with contextlib.suppress(OSError):
             self._write()
 
     def _write(self) -> None:

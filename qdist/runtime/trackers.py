@@ -80,7 +80,7 @@ def start(plan: Plan, run: RunDir, rank: int) -> "Trackers":
         started.append(Guarded(name, tracker, thread=thread))
     if names:
         write_atomic(run.path / KEPT, json.dumps(kept, indent=2) + "\n")
-    return Trackers(started, fullest=FullestRank(run))
+    return Trackers(started, fullest=FullestRank(run, plan.world_size))
 
 
 def _start(tracker: Any, settings: dict[str, Any] | None) -> None:
@@ -190,17 +190,17 @@ class Guarded:
 
 
 class FullestRank:
-    """The peak of the fullest rank, from the last line of each rank's events; looked up every few seconds."""
+    """The peak of the fullest of so many ranks, from the last line of each one's events; looked up now and then."""
 
-    def __init__(self, run: RunDir, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._run, self._clock = run, clock
+    def __init__(self, run: RunDir, world_size: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._files, self._clock = [run.event_file(rank) for rank in range(world_size)], clock
         self._bytes, self._next = 0, -1.0
 
     def __call__(self) -> int:
         """Bytes; 0 while nobody has said anything."""
         if self._clock() >= self._next:
             self._next = self._clock() + _LOOK_S
-            self._bytes = max((_last_peak(path) for path in self._run.events.glob("rank*.jsonl")), default=0)
+            self._bytes = max((_last_peak(path) for path in self._files if path.exists()), default=0)
         return self._bytes
 
 

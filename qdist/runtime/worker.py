@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -175,7 +176,9 @@ class _Reporter:
             time=time.time(),
             memory_bytes=max(peak(device).total for device in self._devices),
         )
-        os.write(self._descriptor, encode(complete))
+        line = encode(complete)
+        if os.write(self._descriptor, line) < len(line):  # the next line would be glued to half of this one
+            raise OSError(errno.ENOSPC, f"no room for the events of rank {self._rank}")
         self._trackers.log(complete)
 
 

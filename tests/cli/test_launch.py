@@ -9,6 +9,8 @@ from click.testing import CliRunner, Result
 from qdist.cli.main import main
 from qdist.core.spec import RunSpec
 from qdist.host import launcher
+from qdist.host.files import locked
+from qdist.host.rundir import LOCK
 
 SMALL = ("--model", "smollm2-135m", "--load-format", "dummy", "--gpus", "2", "--set", "seq_len=64")
 
@@ -149,6 +151,17 @@ def test_a_finished_run_is_not_resumed() -> None:
     (job.run.path / "result.json").write_text('{"steps": 5}')
     result = qdist("launch", "--resume", "--run", "run")
     assert (result.exit_code, result.stdout) == (0, "run is finished: 5 steps, adapter in run/adapter\n")
+
+
+def test_a_run_in_training_is_not_planned_anew(here: Path) -> None:
+    job = written("run")
+    before = (job.run.path / "plan.json").stat().st_mtime_ns
+    with locked(job.run.path / LOCK):
+        result = qdist("launch", "--resume", "--run", "run")
+    assert (result.exit_code, result.stderr) == (
+        1, "error: run is being trained by another process\n  try: qdist monitor run\n",
+    )  # fmt: skip
+    assert (job.run.path / "plan.json").stat().st_mtime_ns == before
 
 
 def test_a_run_that_dies_says_why_and_keeps_its_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

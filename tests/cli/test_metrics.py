@@ -110,6 +110,7 @@ def test_a_port_in_use_is_two_lines(run: RunDir) -> None:
     ("arguments", "code", "message"),
     [
         (("--out", "x", "--serve", "0"), 2, "give one of the two"),
+        (("--host", "0.0.0.0"), 2, "--host goes with --serve"),
         (("--out", "/nowhere/x"), 1, "/nowhere/x cannot be written: No such file"),
     ],
 )

@@ -2,7 +2,12 @@
 
 import json
 import os
+import pty
+import select
 import socket
+import subprocess
+import sys
+import termios
 import time
 from pathlib import Path
 
@@ -15,10 +20,11 @@ from qdist.cli.monitor import Screen
 from qdist.core.events import Event, encode
 from qdist.core.pulse import Pulse
 from qdist.core.pulse import encode as encode_pulse
+from qdist.host import look as look_module
 from qdist.host.files import locked
 from qdist.host.look import Look
 from qdist.host.rundir import LOCK, RunDir
-from tests.plans import CPU, planned
+from tests.plans import CPU, gpus, planned
 
 
 @pytest.fixture
@@ -27,6 +33,7 @@ def run(tmp_path: Path) -> RunDir:
     for folder in (run.events, run.logs, run.pulses):
         folder.mkdir(parents=True)
     (run.path / "plan.json").write_bytes(msgspec.json.encode(planned("smollm2-135m", CPU, {"gpus": 2})))
+    os.utime(run.path / "plan.json", (time.time() - 600,) * 2)
     return run
 
 
@@ -75,6 +82,53 @@ def test_json_is_one_object(run: RunDir) -> None:
     assert (told["step"], told["loss"], told["state"], len(told["ranks"])) == (2, 2.0, "killed", 2)
 
 
+def test_a_killed_run_says_how_it_goes_on_from_here(run: RunDir) -> None:
+    write(run, *STEPS)
+    told = json.loads(asked(run, "--json").output)
+    assert (told["message"], told["try"]) == (
+        "its launcher ended without a word",
+        f"qdist launch --resume --run {run.path}",
+    )
+    assert "killed: its launcher ended without a word" in asked(run, "--once").output
+
+
+def test_a_pipe_that_is_to_have_colour_gets_one_view_all_the_same(run: RunDir) -> None:
+    write(run, *STEPS)
+    done = CliRunner().invoke(main, ["monitor", str(run.path)], env={"FORCE_COLOR": "1", "TERM": "xterm"})
+    assert "step 2/5" in done.output
+    assert "\x1b[2J" not in done.output
+
+
+def on_a_terminal(run: RunDir, term: str) -> bytes:
+    """What the monitor wrote on a terminal until it ended, or until a SIGTERM after its first view."""
+    write(run, *STEPS)
+    ours, its = pty.openpty()
+    command = [sys.executable, "-m", "qdist", "monitor", str(run.path)]
+    written = b""
+    with subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env={**os.environ, "TERM": term}) as process:
+        while b"killed: " not in written:
+            written += os.read(ours, 1 << 16)
+        if term != "dumb":
+            process.terminate()
+        assert process.wait(20) == 0
+    while select.select([ours], [], [], 0)[0]:
+        written += os.read(ours, 1 << 16)
+    assert termios.tcgetattr(its)[3] & termios.ICANON
+    os.close(its)
+    os.close(ours)
+    return written
+
+
+def test_a_monitor_that_is_ended_puts_the_terminal_back(run: RunDir) -> None:
+    written = on_a_terminal(run, "xterm")
+    assert b"\x1b[?1049l" in written
+    assert b"\x1b[?25h" in written
+
+
+def test_a_terminal_that_cannot_be_drawn_on_gets_one_view(run: RunDir) -> None:
+    assert b"\x1b" not in on_a_terminal(run, "dumb")
+
+
 def test_a_planned_run_is_waited_for(run: RunDir) -> None:
     assert "planned; waiting" in asked(run, "--once").output
 
@@ -91,6 +145,12 @@ def test_a_rank_that_is_not_there_is_refused(run: RunDir) -> None:
     assert "--rank 0 to 1" in done.output
 
 
+def test_a_rank_of_the_json_is_refused(run: RunDir) -> None:
+    done = asked(run, "--rank", "1", "--json")
+    assert done.exit_code == 2
+    assert "--json tells of all ranks" in done.output
+
+
 def test_the_log_of_a_rank_is_shown(run: RunDir) -> None:
     run.log_file(1).write_text("first\nsecond [bold]\x1b[2J\n")
     assert "second [bold] [2J" in asked(run, "--rank", "1", "--once").output
@@ -104,6 +164,42 @@ def test_a_silent_rank_of_a_living_run_is_named_and_those_that_wait_are_not(run:
         (trouble,) = Look(run).snapshot().troubles
     assert trouble.startswith("rank 1 has been silent for 12 s")
     assert Look(run).snapshot().troubles == ()
+
+
+def test_beats_of_an_earlier_launch_are_no_word_of_this_one(run: RunDir) -> None:
+    write(run, *STEPS)
+    beat(run, 0, age_s=601)
+    with locked(run.path / LOCK, busy=""):
+        snapshot = Look(run).snapshot()
+    assert (snapshot.pulses, snapshot.troubles) == ({}, ())
+
+
+@pytest.mark.parametrize("own", ["0", None])
+def test_gpus_are_those_that_the_ranks_see_and_not_the_watcher(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, own: str | None
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    asked_for: list[str | None] = []
+
+    class Cards:
+        def __init__(self, environment: dict[str, str]) -> None:
+            asked_for.append(environment.get("CUDA_VISIBLE_DEVICES"))
+
+        def read(self) -> tuple[()]:
+            return ()
+
+    monkeypatch.setattr(look_module, "Readings", Cards)
+    (run.path / "plan.json").write_bytes(msgspec.json.encode(planned("smollm2-135m", gpus(2, 80), {"gpus": 2})))
+    os.utime(run.path / "plan.json", (1, 1))
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": own} if own else {}
+    with locked(run.path / LOCK, busy=""), subprocess.Popen(["sleep", "60"], env=environment) as rank:
+        pulse = Pulse(rank=0, pid=rank.pid, host=socket.gethostname(), time=time.time())
+        run.pulse_file(0).write_bytes(encode_pulse(pulse))
+        look = Look(run)
+        look.snapshot()
+        look.snapshot()
+        rank.kill()
+    assert asked_for == [own or "5"]
 
 
 def test_a_rank_that_stands_still_is_named_after_longer(run: RunDir) -> None:

@@ -43,6 +43,17 @@ def test_a_wide_window_shows_every_column() -> None:
     assert rest == ["", "broken: rank 1 died"]
 
 
+def test_no_color_is_honoured_on_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "plan.json").write_bytes(msgspec.json.encode(planned("smollm2-135m", CPU)))
+    (tmp_path / "r" / "events").mkdir()
+    (tmp_path / "r" / "events" / "rank000.jsonl").touch()
+    for environment, coloured in (({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True)):
+        done = CliRunner().invoke(main, ["runs", str(tmp_path)], color=True, env=environment)
+        assert "killed" in done.output
+        assert ("\x1b" in done.output) == coloured
+
+
 @pytest.mark.parametrize(
     ("width", "gone"),
     [

@@ -38,7 +38,7 @@ STEP = Event(
     ],
 )  # fmt: skip
 def test_an_event_is_one_line_of_a_log(event: Event, line: str) -> None:
-    assert plain_line(event) == line
+    assert plain_line(event, left_s=200.0) == line
 
 
 def test_before_and_after_stand_side_by_side() -> None:

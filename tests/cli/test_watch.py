@@ -2,6 +2,7 @@
 
 import io
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -50,4 +51,59 @@ def test_without_a_terminal_each_step_is_a_line(run: RunDir, capsys: pytest.Capt
     with Watch(run.plan(), width=80) as watch:
         watch.recall(STEPS[:1])
         watch.show([STEPS[1], Event(kind="step", step=2, rank=1)])
+        watch.show([])
     assert capsys.readouterr().out == "step 2/5  loss 2.000  64 tok/s  3 s left\n"
+
+
+def test_time_left_is_that_of_the_run_and_not_of_one_slow_step(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    slow = Event(kind="step", step=3, total_steps=5, loss=2.0, tokens=64, seconds=9.0, time=1.0)
+    with Watch(run.plan(), width=80) as watch:
+        watch.recall(STEPS)
+        watch.show([slow])
+    assert capsys.readouterr().out == "step 3/5  loss 2.000  7 tok/s  2 s left\n"
+
+
+def test_a_terminal_that_cannot_be_drawn_on_gets_lines(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", "dumb")
+    with Watch(run.plan(), width=80, run=run) as watch:
+        watch.show(STEPS[:1])
+        assert "step 1/5  loss 2.000" in terminal.getvalue()
+    assert "\x1b" not in terminal.getvalue()
+
+
+def test_a_run_goes_on_where_its_view_cannot_be_read(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    for name, value in (("TERM", "xterm"), ("COLUMNS", "200"), ("LINES", "24"), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    (run.path / "ended.json").write_text("torn")
+    (run.events).mkdir()
+    run.event_file(0).touch()
+    with Watch(run.plan(), width=80, run=run) as watch:
+        watch.show(STEPS[:1])
+        (run.path / "result.json").write_text("{")
+        watch._due = 0.0
+        watch.show(STEPS[1:])
+    assert terminal.getvalue().count("the view stands still: ") == 2
+
+
+def test_a_view_that_takes_long_is_drawn_less_often(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, drawn = [100.0], []
+
+    def draw(watch: Watch) -> None:
+        drawn.append(now[0])
+        now[0] += 0.5
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(Watch, "_draw", draw)
+    monkeypatch.setattr("qdist.cli.watch.time.monotonic", lambda: now[0])
+    with Watch(run.plan(), width=80, run=run) as watch:
+        while now[0] < 125:
+            watch.show(STEPS)
+            now[0] += 0.2
+    gaps = [after - before for before, after in pairwise(drawn[:-1])]
+    assert len(gaps) == 2
+    assert all(10 < gap < 11 for gap in gaps)

@@ -122,6 +122,47 @@ def test_the_slowest_rank_is_named_and_by_how_much() -> None:
     assert folded([step(1, busy_s=1.0)]).skew is None
 
 
+def test_a_few_milliseconds_set_no_rank_apart_and_ten_slow_steps_do() -> None:
+    def at(busy_s: float, late_s: float) -> float:
+        busy = {0: [busy_s] * 210, 1: [busy_s] * 200 + [late_s] * 10}
+        events = [step(n, rank=rank, busy_s=own) for rank in busy for n, own in enumerate(busy[rank], 1)]
+        return (folded(events).skew or (0, 0.0))[1]
+
+    assert at(0.02, 0.03) == 0
+    assert math.isclose(at(1.0, 1.5), 0.5)
+
+
+def test_ranks_that_an_earlier_launch_had_are_not_compared() -> None:
+    first = [step(number, rank=rank, busy_s=1.0, time=float(number)) for number in (1, 2) for rank in range(3)]
+    resumed = [
+        event
+        for rank in range(2)
+        for event in (
+            Event(kind="load", rank=rank, seconds=3.0, time=20.0),
+            Event(kind="resume", rank=rank, step=2, time=21.0),
+            step(3, rank=rank, busy_s=2.0, time=23.0),
+        )
+    ]
+    state = folded([*first, *resumed])
+    assert sorted(state.present) == [0, 1]
+    assert state.skew == (0, 0.0)
+
+
+def test_a_peak_is_of_the_last_launch_however_many_events_come_at_once() -> None:
+    state = folded([step(number, memory_bytes=50) for number in range(1, 11)])
+    state.add([Event(kind="resume", step=10), *(step(number, memory_bytes=5) for number in range(11, 90))])
+    assert state.ranks[0].memory_bytes == 5
+
+
+def test_time_left_counts_evaluations_and_checkpoints_as_there_were_so_far() -> None:
+    """Of 60 steps of 2 s, each tenth is followed by 30 s of something else."""
+    started = Event(kind="start", total_steps=60)
+    state = folded([started, *(step(number, time=2.0 * number + 30 * ((number - 1) // 10)) for number in range(1, 42))])
+    assert state.seconds_left == (60 - 41) * (2.0 + 4 * 30 / 40)
+    state.add([Event(kind="resume", step=41, time=1e6), step(42, time=1e6 + 2)])
+    assert state.seconds_left == (60 - 42) * 2.0
+
+
 def test_padding_and_data_are_shares() -> None:
     state = folded([step(1, padding=1000), step(2, padding=0)])
     assert state.padding_share == 1000 / 3000

@@ -13,6 +13,7 @@ from qdist.core.fold import Fold
 from qdist.core.memory_parts import REST, TOTAL, WORKING, memory_of, shown
 from qdist.core.plan import Plan
 from qdist.core.report import Found, Report, report_of
+from qdist.core.report_sections import number
 from qdist.core.units import GIB
 from tests.plans import CPU, gpus, planned
 
@@ -171,3 +172,11 @@ def test_two_runs_are_told_apart_by_settings_and_figures() -> None:
     assert differences(a, b).rows == (("optim.lr", "0.0002", "0.001"),)
     assert ("Loss, mean of the last 20 steps", "2", "1", "-50.0 %") in metrics_beside(a, b).rows
     assert differences(a, a).rows == ()
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(math.nan, "-"), (2e-4, "0.0002"), (1.23456, "1.235"), (12345.6, "12,346"), (math.exp(700), "1.0e+304")],
+)
+def test_a_number_is_as_short_as_it_can_be(value: float, said: str) -> None:
+    assert number(value) == said

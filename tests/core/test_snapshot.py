@@ -49,6 +49,10 @@ def test_a_run_that_goes_well_has_no_warnings() -> None:
     assert warnings(snapshot(steps([3 - n / 10 for n in range(20)]))) == []
 
 
+def test_a_run_that_has_ended_is_not_told_to_stop() -> None:
+    assert warnings(snapshot(steps([2.0, math.nan]), state="failed")) == ["the loss is not a number at step 2"]
+
+
 @pytest.mark.parametrize(
     ("fold", "said"),
     [

@@ -1,6 +1,7 @@
 """GPTQ's kernels on real GPUs, against torch's way on the CPU, and runs over GPTQ weights in every placement."""
 
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,12 @@ from torch.nn import functional
 
 from qdist.core.gptq import Gptq, Shape
 from qdist.runtime.gptq import bits as reference
-from qdist.runtime.gptq.calibrate import add_products
+from qdist.runtime.gptq import calibrate as calibrating
+from qdist.runtime.gptq import make as making
+from qdist.runtime.gptq import solve as solving
+from qdist.runtime.gptq.calibrate import add_products, mirror
+from qdist.runtime.gptq.job import Wanted
+from qdist.runtime.gptq.make import make
 from qdist.runtime.gptq.solve import curvature, solve
 from qdist.runtime.kernels.gptq import triton_dequantize, triton_product
 from qdist.runtime.kernels.rounding import torch_round_block, triton_round_block
@@ -21,6 +27,7 @@ from qdist.runtime.methods.weights import RandomWeights
 from tests.gpu.conftest import Launch
 from tests.gpu.test_placements import SHAPE, agree
 from tests.runtime.gptq_files import quantized
+from tests.runtime.tiny import save_model
 
 FORMS = [
     Gptq(shape=Shape(bits, size), sym=False, desc_act=ordered, format=stored)  # type: ignore[arg-type]
@@ -70,19 +77,67 @@ def test_a_block_is_rounded_as_torch_rounds_it(rows: int, outputs: int, bits: in
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_gpu_solves_and_sums_as_a_cpu_does(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("columns", [128, 2048])
+def test_a_gpu_solves_and_sums_as_a_cpu_does(dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (calibrating, solving):
+        monkeypatch.setattr(module, "_COLUMNS", columns)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(512, 384, generator=generator)
     inputs = (torch.randn(2048, 384, generator=generator) @ torch.randn(384, 384, generator=generator)).to(dtype)
     sums = [torch.zeros(384, 384), torch.zeros(384, 384, device="cuda")]
     add_products(sums[0], inputs, 1e-3)
     add_products(sums[1], inputs.cuda(), 1e-3)
+    for total in sums:
+        mirror(total)
+    exact = 1e-3 * inputs.double().t() @ inputs.double()
+    assert float((sums[1].cpu() - exact).norm() / exact.norm()) < 1e-5
     assert float((sums[1].cpu() - sums[0]).norm() / sums[0].norm()) < 1e-5
     errors = []
     for total in sums:
         curve = curvature(total, by_activation=True, name="up")
         errors.append(solve(weight.to(total.device), curve, Shape(4, 128), sym=True, name="up").error)
     assert errors[1] == pytest.approx(errors[0], rel=0.02)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "bloom", "opt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_model_is_the_same_to_the_byte_on_any_number_of_gpus_and_after_a_kill(
+    tmp_path: Path, dtype: torch.dtype, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One GPU stands for two where there is no other."""
+    from transformers import AutoModelForCausalLM
+
+    source, text = save_model(tmp_path / "model", family), tmp_path / "text.txt"
+    AutoModelForCausalLM.from_pretrained(source, dtype=dtype).save_pretrained(source)
+    letters = torch.randint(32, 127, (12000,), generator=torch.Generator().manual_seed(7))
+    text.write_text("".join(map(chr, letters.tolist())))
+    wanted = Wanted(data=str(text), samples=16, seq_len=64, group_size=32, bits=(2, 4), max_error=0.05)
+    gpus = tuple(torch.device("cuda", number % torch.cuda.device_count()) for number in range(3))
+    make(str(source), tmp_path / "one", wanted, devices=gpus[:1])
+    make(str(source), tmp_path / "three", wanted, devices=gpus)
+    write = making.write_tensors
+
+    def killed(folder: Path, name: str, entries: Any) -> Any:
+        if "00002" in name.split("-of-")[0]:
+            raise Killed
+        return write(folder, name, entries)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(making, "write_tensors", killed)
+        with pytest.raises(Killed):
+            make(str(source), tmp_path / "resumed", wanted, devices=gpus[:1])
+    make(str(source), tmp_path / "resumed", wanted, devices=gpus[:2])
+    files = [path.name for path in (tmp_path / "one").iterdir()]
+    for other in ("three", "resumed"):
+        differ = [
+            name for name in files if (tmp_path / "one" / name).read_bytes() != (tmp_path / other / name).read_bytes()
+        ]
+        assert differ == []
 
 
 @pytest.mark.gpu

@@ -55,6 +55,12 @@ def test_a_clock_that_goes_back_does_not_reorder_a_rank(tmp_path: Path) -> None:
     assert [event.step for event in Follower(tmp_path).new_events() if event.rank == 0] == [1, 2]
 
 
+def test_a_copy_beside_a_file_is_not_read(tmp_path: Path) -> None:
+    append(tmp_path, 0, line(1))
+    (tmp_path / "events" / "rank000-before.jsonl").write_bytes(b"no event\n")
+    assert [event.step for event in Follower(tmp_path).new_events()] == [1]
+
+
 def test_a_torn_tail_cut_off_by_a_resumed_rank_is_not_missed(tmp_path: Path) -> None:
     follower = Follower(tmp_path)
     append(tmp_path, 0, line(1) + line(2)[:9])

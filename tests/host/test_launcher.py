@@ -19,6 +19,7 @@ from qdist.core.units import GIB
 from qdist.host import launcher, lessons, probe
 from qdist.host.launcher import Job
 from qdist.host.rundir import RunDir
+from qdist.host.stuck import Watchdog
 
 SMALL = {"model": "smollm2-135m", "load_format": "dummy", "steps": 5, "seq_len": 64, "global_batch": 8, "gpus": 2}
 
@@ -258,12 +259,11 @@ Root Cause (first observed failure):
 @pytest.mark.parametrize(
     ("exit_code", "named", "how"),
     [
-        (1, "", "rank 1 ended with exit code 1; the last lines of run/logs/rank001.log:"),
-        (-9, "  (SIGKILL)", "rank 1 was killed by SIGKILL, which is what Linux does to a process when memory runs out; "
-         "the last lines of run/logs/rank001.log:"),
-        (-11, "  (SIGSEGV)", "rank 1 was killed by SIGSEGV; the last lines of run/logs/rank001.log:"),
+        (1, "", "rank 1 ended with exit code 1"),
+        (-9, "  (SIGKILL)", "rank 1 was killed by SIGKILL, which is what Linux does to a process when memory runs out"),
+        (-11, "  (SIGSEGV)", "rank 1 was killed by SIGSEGV"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_a_dead_rank_is_named_with_its_last_words(exit_code: int, named: str, how: str, checkpoint: bool) -> None:
     Path("summary").write_text(torchrun_failure(1, exit_code, named))
@@ -276,9 +276,35 @@ def test_a_dead_rank_is_named_with_its_last_words(exit_code: int, named: str, ho
     with pytest.raises(RunError) as caught:
         started(job)
     lines = caught.value.message.splitlines()
-    assert lines[0] == how
-    assert lines[1:] == [*(f"  | {number}" for number in range(30, 41)), "  | CUDA out of memory"]
+    assert lines[:2] == [how, "the last lines of run/logs/rank001.log:"]
+    assert lines[2:] == [*(f"  | {number}" for number in range(30, 41)), "  | CUDA out of memory"]
     assert caught.value.try_ == ("qdist launch --resume --run run" if checkpoint else "read run/logs/rank001.log")
+
+
+@pytest.mark.parametrize(
+    ("log", "why"),
+    [
+        ("[rank1]: Traceback (most recent call last):\n[rank1]: ValueError: bad sample", "ValueError: bad sample"),
+        ("torch.distributed.DistBackendError: NCCL\nno details", "torch.distributed.DistBackendError: NCCL"),
+        ("KeyError: caught\nerror: the loss is nan at step 2\n  try: a smaller optim.lr", "the loss is nan at step 2"),
+    ],
+)  # fmt: skip
+def test_the_first_line_says_why_a_rank_left(log: str, why: str) -> None:
+    Path("summary").write_text(torchrun_failure(1, 1, ""))
+    Path("log").write_text(log)
+    with pytest.raises(RunError) as caught:
+        started(job_with_script("cp ../log logs/rank001.log; cat ../summary; exit 1"))
+    assert caught.value.message.splitlines()[0] == f"rank 1 ended with exit code 1: {why}"
+
+
+def test_what_an_earlier_launch_logged_is_no_word_of_this_one() -> None:
+    Path("summary").write_text(torchrun_failure(1, -9, "  (SIGKILL)"))
+    job = job_with_script("cat ../summary; exit 1")
+    job.run.log_file(1).write_text("error: the loss is nan at step 2\n  try: a smaller optim.lr\n")
+    with pytest.raises(RunError) as caught:
+        started(job)
+    assert caught.value.message.splitlines()[1:] == ["run/logs/rank001.log has no word of it"]
+    assert caught.value.try_ == "read run/logs/rank001.log"
 
 
 def test_ranks_that_never_started_are_told_from_the_launchers_own_log() -> None:
@@ -345,6 +371,24 @@ def test_ranks_do_not_outlive_a_view_that_fails() -> None:
     with pytest.raises(ZeroDivisionError):
         launcher.start(job, show=show, say=lambda line: None)
     assert not is_running("run/pid")
+
+
+def test_ranks_go_on_where_a_line_of_their_events_is_none() -> None:
+    job = job_with_script("echo no event > events/rank001.jsonl; sleep 0.6; echo '{}' > result.json")
+    (said,) = started(job)
+    assert said.startswith("the run goes on, and is not shown any more: run/events/rank001.jsonl: line 1 of the events")
+
+
+def test_a_rank_that_is_stuck_is_told_also_after_a_request_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = job_with_script("touch started; sleep 60")
+    monkeypatch.setattr(Watchdog, "stuck", lambda self: "rank 1 is stuck" if Path("run/stop").exists() else "")
+
+    def show(events: list[Event]) -> None:
+        if Path("run/started").exists() and not Path("run/stop").exists():
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(RunError, match="rank 1 is stuck; there is no checkpoint yet"):
+        launcher.start(job, show=show, say=lambda line: None)
 
 
 def test_a_request_to_stop_from_before_does_not_stop_a_new_start() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from qdist.core.errors import MachineError
 from qdist.host.readings import Readings
 from tests.host.test_nvml import FakeNvml
 
@@ -64,6 +65,15 @@ def test_a_gpu_says_its_memory_use_power_and_heat() -> None:
     assert (card.name, card.used_bytes, card.total_bytes) == ("H200 new", 10, 93)
     assert (card.utilization, card.power_w, card.power_limit_w, card.temperature_c) == (0.98, 650, 700, 61)
     assert card.throttled == ""
+
+
+def test_a_lost_gpu_is_an_error_of_the_machine() -> None:
+    class Lost(Sensors):
+        def nvmlDeviceGetHandleByIndex(self, position: int) -> str:
+            raise self.NVMLError("GPU is lost")
+
+    with pytest.raises(MachineError, match="cannot describe its GPUs: GPU is lost"):
+        readings(Lost())
 
 
 def test_what_a_gpu_does_not_know_is_left_out() -> None:

@@ -70,6 +70,25 @@ def test_a_result_and_a_request_to_stop_are_seen(tmp_path: Path) -> None:
     assert RunDir(tmp_path).stop_requested()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("plan.json", b"[]", "is not a JSON object"),
+        ("plan.json", b"", "is not JSON"),
+        ("plan.json", b"\xff\xfe\x00", "is not JSON"),
+        ("result.json", b"[]", "is not a JSON object"),
+        ("ended.json", b'{"state": "unheard of", "time": 1}', "is of another qdist"),
+        ("machine.json", b'{"unheard_of": 1}', "is of another qdist"),
+    ],
+)
+def test_a_file_that_is_not_ours_is_an_error_that_names_it(
+    tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RunError, match=f"{name} {said}"):
+        getattr(RunDir(tmp_path), name.partition(".")[0])()
+
+
 def test_a_free_name_is_one_that_nothing_has_not_even_a_broken_link(tmp_path: Path) -> None:
     assert free_name(tmp_path, "a") == tmp_path / "a"
     (tmp_path / "a").mkdir()

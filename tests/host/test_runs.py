@@ -18,6 +18,7 @@ from qdist.host.files import write_atomic
 from qdist.host.follow import Follower
 from qdist.host.rundir import Ended, RunDir
 from qdist.host.runs import Listed, find, listed, skim
+from qdist.host.state import state_of
 from tests.plans import CPU, gpus, planned
 
 PLAN = planned("smollm2-135m", CPU, {"gpus": 2})
@@ -79,6 +80,17 @@ def test_a_held_lock_is_running_and_one_let_go_by_a_kill_is_killed(
     assert only(tmp_path).state == "killed"
 
 
+def test_a_run_that_finishes_while_one_looks_is_not_killed(tmp_path: Path) -> None:
+    told(made(tmp_path / "run"), step(5))
+    results: list[dict[str, int] | None] = [None, {"steps": 5}]
+
+    class Finishing(RunDir):
+        def result(self) -> dict[str, int] | None:
+            return results.pop(0)
+
+    assert state_of(Finishing(tmp_path / "run")) == "finished"
+
+
 @pytest.mark.parametrize("state", ["failed", "stopped"])
 def test_a_launch_that_ended_early_says_how_and_only_a_failure_why(tmp_path: Path, state: str) -> None:
     run = made(tmp_path / "run")
@@ -116,9 +128,9 @@ def test_hours_of_cpu_processes_are_not_gpu_hours(tmp_path: Path) -> None:
     ("name", "content", "why"),
     [
         ("plan.json", b'{"version": 1}', "planned by another qdist (plan version 1"),
-        ("plan.json", b"[]", "AttributeError"),
+        ("plan.json", b"[]", "is not a JSON object"),
         ("plan.json", b"{", "is not JSON"),
-        ("plan.json", b"\xff\x80", "UnicodeDecodeError"),
+        ("plan.json", b"\xff\x80", "is not JSON"),
         ("result.json", b"{", "is not JSON"),
         ("result.json", b'{"tokens_per_s": 3}', "AttributeError"),
         ("ended.json", b'{"state": "exploded", "time": 1}', "exploded"),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qdist.core.pulse import Pulse, encode
-from qdist.host.pulses import process_of, read_pulses
+from qdist.host.pulses import environment_of, process_of, read_pulses
 from qdist.host.rundir import RunDir
 from qdist.host.stuck import Watchdog, troubles
 
@@ -57,11 +57,11 @@ def test_a_rank_that_has_ended_is_no_trouble() -> None:
     [
         (
             pulse(1, beat=31, pid=2**22 + 1),
-            "rank 1 has been silent for 31 s: its process is gone, in forward and backward passes of step 7",
+            "rank 1 has been silent for 31 s: its process is gone, last seen in forward and backward passes of step 7",
         ),
         (
             pulse(2, beat=90, host="node7", phase="loading", step=0),
-            "rank 2 has been silent for 1 min 30 s: it was on node7, loading the backbone",
+            "rank 2 has been silent for 1 min 30 s: it was on node7, last seen loading the backbone",
         ),
         (
             pulse(3, moved=600, micro_batch=2, micro_batches=8),
@@ -117,6 +117,50 @@ def test_beats_of_an_earlier_launch_are_no_word_of_this_one(tmp_path: Path) -> N
     run.pulses.mkdir()
     run.pulse_file(0).write_bytes(encode(pulse(0)))
     assert Watchdog(run, 1).stuck() == ""
+
+
+def test_ranks_that_were_suspended_with_the_watchdog_get_their_time_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, now = RunDir(tmp_path), [NOW]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    run.pulses.mkdir()
+    watchdog = Watchdog(run, 60)
+    run.pulse_file(0).write_bytes(encode(pulse(0, host="far")))
+    now[0] = NOW + 2
+    assert watchdog.stuck() == ""
+    now[0] = NOW + 5000
+    assert watchdog.stuck() == ""
+    for second in range(1, 60):
+        now[0] = NOW + 5000 + second
+        assert watchdog.stuck() == ""
+    now[0] = NOW + 5060
+    assert watchdog.stuck() == (
+        "rank 0 has been silent for 1 min 00 s: it was on far, last seen in forward and backward passes of step 7"
+    )
+
+
+def test_a_full_disk_costs_a_beat_and_not_the_others(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", SLEEPER, str(tmp_path), "0"]) as rank:
+        end = time.monotonic() + 20
+        while not read_pulses(run):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        run.pulses.rename(tmp_path / "away")
+        time.sleep(1.5)
+        run.pulses.mkdir()
+        while not read_pulses(run):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        rank.kill()
+
+
+def test_the_environment_of_a_rank_is_what_it_was_started_with(tmp_path: Path) -> None:
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "environ").write_bytes(b"A=1\0B=x=y\0\0")
+    assert environment_of(pulse(0, pid=7), proc=tmp_path) == {"A": "1", "B": "x=y"}
+    assert environment_of(pulse(0, pid=8), proc=tmp_path) == {}
 
 
 def test_a_torn_beat_is_left_out(tmp_path: Path) -> None:

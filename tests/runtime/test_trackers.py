@@ -97,11 +97,12 @@ def test_a_step_of_no_time_has_no_speed() -> None:
 
 def test_the_fullest_rank_is_looked_up_now_and_then_in_the_last_line_of_each(tmp_path: Path) -> None:
     run, now = made(tmp_path), [0.0]
-    fullest = FullestRank(run, clock=lambda: now[0])
+    fullest = FullestRank(run, 2, clock=lambda: now[0])
     assert fullest() == 0
     lines = [encode(Event(kind="start", note="x" * 3000, memory_bytes=99)), encode(step(1, memory_bytes=9)) * 20]
     run.event_file(1).write_bytes(b"".join(lines) + encode(step(2, memory_bytes=7))[:-5])
     run.event_file(0).write_bytes(encode(step(1, memory_bytes=8)))
+    run.event_file(2).write_bytes(encode(step(1, memory_bytes=99)))  # of an earlier launch with more ranks
     assert fullest() == 0
     now[0] = 10.0
     assert fullest() == 9

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from qdist.core.errors import PlanError
 from qdist.runtime.engine import MicroBatch
-from qdist.runtime.forward import Forward
+from qdist.runtime.forward import CameTo, Forward, unseen
 from qdist.runtime.loss import IGNORED
 from qdist.runtime.placements.split import Grid
 
@@ -62,7 +62,7 @@ class Pipeline:
         return self._stage.total
 
     @torch.no_grad()
-    def evaluate(self, batches: list[list[int]]) -> tuple[float, int]:
+    def evaluate(self, batches: list[list[int]], came_to: CameTo = unseen) -> tuple[float, int]:
         """(summed loss, learned tokens) over micro-batches, without dropout: on the last stage, (0, 0) on the others.
 
         One micro-batch behind the other; a stage goes on with the next while its successor has this one.
@@ -70,7 +70,8 @@ class Pipeline:
         samples, losses = self.forward.samples, []
         sent: list[Any] = []
         with self.forward.without_dropout():
-            for batch in map(samples.batch, batches):
+            for count, batch in enumerate(map(samples.batch, batches), 1):
+                came_to(count)
                 hidden = self.forward.part(self._received(batch))
                 if self.grid.last:
                     losses.append(self.forward.loss_of(hidden, batch["labels"]).double())

@@ -9,6 +9,7 @@ from torch import nn
 
 from qdist.runtime.deepspeed_engine import DeepSpeedEngine
 from qdist.runtime.engine import Adapter, Held, MicroBatch, State, StepResult, TorchEngine, nothing
+from qdist.runtime.forward import CameTo, unseen
 from qdist.runtime.placements.pipeline import Pipeline
 from qdist.runtime.placements.split import Grid
 
@@ -36,9 +37,9 @@ class PipelineEngine:
             self.inner.backward(gradients, weight=1.0 / loss_scale, loss_scale=loss_scale, last=True)
         return loss
 
-    def evaluate(self, batches: list[list[int]]) -> tuple[float, int]:
+    def evaluate(self, batches: list[list[int]], came_to: CameTo = unseen) -> tuple[float, int]:
         """(summed loss, learned tokens) of the held-out micro-batches of this group; (0, 0) but on the last stage."""
-        return self.pipeline.evaluate(batches)
+        return self.pipeline.evaluate(batches, came_to)
 
     def step(self, learning_rate: float, loss_scale: float) -> StepResult:
         return self.inner.step(learning_rate, loss_scale)
