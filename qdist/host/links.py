@@ -1,10 +1,12 @@
 """How the GPUs are wired: NVLink, PCIe and NUMA, as NVML tells it without making a CUDA context."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
+
+from qdist.host.nvml import asked, opened
 
 _ANCESTORS = {
     0: "on one board",
@@ -39,14 +41,9 @@ class Wiring(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read(uuids: Sequence[str], *, root: Path = Path("/")) -> Wiring | None:
-    """Ask NVML; None where it cannot be asked."""
-    try:
-        import pynvml
-    except ModuleNotFoundError:
-        return None
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
+    """Ask NVML; None where there is none. Raises MachineError for a driver that does not answer."""
+    pynvml = opened()
+    if pynvml is None:
         return None
     try:
         return wiring(pynvml, uuids, root=root)
@@ -56,7 +53,7 @@ def read(uuids: Sequence[str], *, root: Path = Path("/")) -> Wiring | None:
 
 def wiring(nvml: Any, uuids: Sequence[str], *, root: Path) -> Wiring | None:
     """What NVML says of these GPUs; None when it does not know one of them."""
-    handles = [_asked(nvml, nvml.nvmlDeviceGetHandleByUUID, uuid) for uuid in uuids]
+    handles = [asked(nvml, nvml.nvmlDeviceGetHandleByUUID, uuid) for uuid in uuids]
     if None in handles:
         return None
     pairs = [
@@ -95,20 +92,20 @@ def _spread(values: Sequence[object]) -> str:
 
 
 def _way(nvml: Any, one: Any, other: Any) -> str:
-    state = _asked(nvml, nvml.nvmlDeviceGetP2PStatus, one, other, nvml.NVML_P2P_CAPS_INDEX_NVLINK)
+    state = asked(nvml, nvml.nvmlDeviceGetP2PStatus, one, other, nvml.NVML_P2P_CAPS_INDEX_NVLINK)
     if state == nvml.NVML_P2P_STATUS_OK:
         return "NVLink"
-    ancestor = _asked(nvml, nvml.nvmlDeviceGetTopologyCommonAncestor, one, other)
+    ancestor = asked(nvml, nvml.nvmlDeviceGetTopologyCommonAncestor, one, other)
     return _ANCESTORS.get(ancestor, "a way that the driver does not name")
 
 
 def _port(nvml: Any, handle: Any, root: Path) -> Port:
-    states = [_asked(nvml, nvml.nvmlDeviceGetNvLinkState, handle, link) for link in range(nvml.NVML_NVLINK_MAX_LINKS)]
+    states = [asked(nvml, nvml.nvmlDeviceGetNvLinkState, handle, link) for link in range(nvml.NVML_NVLINK_MAX_LINKS)]
     return Port(
-        pcie_generation=_asked(nvml, nvml.nvmlDeviceGetMaxPcieLinkGeneration, handle),
-        pcie_width=_asked(nvml, nvml.nvmlDeviceGetCurrPcieLinkWidth, handle),
+        pcie_generation=asked(nvml, nvml.nvmlDeviceGetMaxPcieLinkGeneration, handle),
+        pcie_width=asked(nvml, nvml.nvmlDeviceGetCurrPcieLinkWidth, handle),
         nvlinks=states.count(1),
-        numa=_numa(_asked(nvml, nvml.nvmlDeviceGetPciInfo, handle), root),
+        numa=_numa(asked(nvml, nvml.nvmlDeviceGetPciInfo, handle), root),
     )
 
 
@@ -123,11 +120,3 @@ def _numa(pci: Any, root: Path) -> int | None:
     except (OSError, ValueError):
         return None
     return node if node >= 0 else None
-
-
-def _asked(nvml: Any, question: Callable[..., Any], *arguments: Any) -> Any:
-    """The answer, or None from a driver or card that has none."""
-    try:
-        return question(*arguments)
-    except nvml.NVMLError:
-        return None

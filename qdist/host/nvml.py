@@ -1,6 +1,6 @@
 """What the NVIDIA driver says of itself and its GPUs. No CUDA context is made, so asking costs no GPU memory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -35,6 +35,27 @@ def read() -> Driver | None:
 
     Raises MachineError when a driver is there but cannot be used, so that no run falls back to the CPU unnoticed.
     """
+    pynvml = opened()
+    if pynvml is None:
+        return None
+    try:
+        cuda: int = pynvml.nvmlSystemGetCudaDriverVersion()
+        return Driver(
+            version=str(pynvml.nvmlSystemGetDriverVersion()),
+            cuda=(cuda // 1000, cuda % 1000 // 10),
+            cards=tuple(cards(pynvml)),
+        )
+    except pynvml.NVMLError as error:
+        raise MachineError(f"the NVIDIA driver cannot describe its GPUs: {error}", try_="nvidia-smi") from error
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def opened() -> Any:
+    """pynvml, initialized, for the caller to shut down; None where there is no NVML library or no driver.
+
+    Raises MachineError when a driver is there but does not answer.
+    """
     try:
         import pynvml
     except ModuleNotFoundError:
@@ -48,17 +69,28 @@ def read() -> Driver | None:
             f"the NVIDIA driver is there but does not answer: {error}",
             try_="nvidia-smi; a reboot mends a driver that was updated under a running kernel",
         ) from error
+    return pynvml
+
+
+def asked(nvml: Any, question: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """The answer, or None from a driver or card that has none."""
     try:
-        cuda: int = pynvml.nvmlSystemGetCudaDriverVersion()
-        return Driver(
-            version=str(pynvml.nvmlSystemGetDriverVersion()),
-            cuda=(cuda // 1000, cuda % 1000 // 10),
-            cards=tuple(cards(pynvml)),
-        )
-    except pynvml.NVMLError as error:
-        raise MachineError(f"the NVIDIA driver cannot describe its GPUs: {error}", try_="nvidia-smi") from error
-    finally:
-        pynvml.nvmlShutdown()
+        return question(*arguments, **options)
+    except nvml.NVMLError:
+        return None
+
+
+def memory_of(nvml: Any, handle: Any) -> Any:
+    """`total`, `free` and `used`; `reserved` for the driver, which drivers before R510 count as used."""
+    try:
+        return nvml.nvmlDeviceGetMemoryInfo(handle, version=_NVML_MEMORY_V2)
+    except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):
+        return nvml.nvmlDeviceGetMemoryInfo(handle)
+
+
+def total_bytes(memory: Any) -> int:
+    """Of what `memory_of` gave: what programs can have."""
+    return int(memory.total - getattr(memory, "reserved", 0))
 
 
 def cards(nvml: Any) -> Iterator[Card]:
@@ -84,16 +116,11 @@ def _is_cut(nvml: Any, handle: Any) -> bool:
 
 
 def _card(nvml: Any, handle: Any, position: int | None) -> Card:
-    try:
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=_NVML_MEMORY_V2)
-        total_bytes = memory.total - memory.reserved
-    except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):  # drivers before R510
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-        total_bytes = memory.total
+    memory = memory_of(nvml, handle)
     return Card(
         uuid=str(nvml.nvmlDeviceGetUUID(handle)),
         position=position,
         name=str(nvml.nvmlDeviceGetName(handle)),
-        total_bytes=int(total_bytes),
+        total_bytes=total_bytes(memory),
         free_bytes=int(memory.free),
     )

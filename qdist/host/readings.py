@@ -1,8 +1,7 @@
 """What the GPUs of this machine are at: memory, utilization, power, heat. NVML is opened once, and asking is cheap."""
 
 import os
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -11,7 +10,6 @@ from qdist.core.snapshot import Reading
 from qdist.host import nvml as driver
 from qdist.host.probe import visible_cards
 
-_NVML_MEMORY_V2 = 0x02000028
 _FAULTS = (
     ("nvmlClocksThrottleReasonHwThermalSlowdown", "it is too hot (hardware slowdown)"),
     ("nvmlClocksThrottleReasonSwThermalSlowdown", "it is too hot"),
@@ -28,7 +26,7 @@ class Readings:
     """
 
     def __init__(self, module: Any = None, environment: Mapping[str, str] = os.environ) -> None:
-        self._nvml = module or _opened()
+        self._nvml = module or driver.opened()
         self._handles: list[tuple[Any, str]] = []
         if self._nvml is not None:
             try:
@@ -53,42 +51,19 @@ class Readings:
 
     def _read(self, handle: Any, name: str) -> Reading:
         nvml = self._nvml
-        ask = partial(nvml.nvmlDeviceGetMemoryInfo, handle)
-        # Version 1, all that drivers before R510 have, counts what the driver keeps as used.
-        memory = self._asked(partial(ask, version=_NVML_MEMORY_V2)) or self._asked(ask)
-        use = self._asked(nvml.nvmlDeviceGetUtilizationRates, handle)
-        power = self._asked(nvml.nvmlDeviceGetPowerUsage, handle)
-        limit = self._asked(nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
-        heat = self._asked(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)
-        reasons = self._asked(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle) or 0
+        memory = driver.asked(nvml, driver.memory_of, nvml, handle)
+        use = driver.asked(nvml, nvml.nvmlDeviceGetUtilizationRates, handle)
+        power = driver.asked(nvml, nvml.nvmlDeviceGetPowerUsage, handle)
+        limit = driver.asked(nvml, nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
+        heat = driver.asked(nvml, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)
+        reasons = driver.asked(nvml, nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle) or 0
         return Reading(
             name=name,
             used_bytes=int(memory.used) if memory else 0,
-            total_bytes=int(memory.total - getattr(memory, "reserved", 0)) if memory else 0,
+            total_bytes=driver.total_bytes(memory) if memory else 0,
             utilization=None if use is None else use.gpu / 100,
             power_w=None if power is None else power / 1000,
             power_limit_w=None if limit is None else limit / 1000,
             temperature_c=heat,
             throttled=next((words for flag, words in _FAULTS if reasons & getattr(nvml, flag)), ""),
         )
-
-    def _asked(self, ask: Callable[..., Any], *arguments: Any) -> Any:
-        """An answer, or None: a MIG slice has no power, a passive card no limit, a lost card nothing."""
-        try:
-            return ask(*arguments)
-        except self._nvml.NVMLError:
-            return None
-
-
-def _opened() -> Any:
-    try:
-        import pynvml
-    except ModuleNotFoundError:
-        return None
-    try:
-        pynvml.nvmlInit()
-    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
-        return None
-    except pynvml.NVMLError as error:
-        raise MachineError(f"the NVIDIA driver is there but does not answer: {error}", try_="nvidia-smi") from error
-    return pynvml

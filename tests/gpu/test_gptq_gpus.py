@@ -27,7 +27,8 @@ from qdist.runtime.methods.weights import RandomWeights
 from tests.gpu.conftest import Launch
 from tests.gpu.test_placements import SHAPE, agree
 from tests.runtime.gptq_files import quantized
-from tests.runtime.tiny import save_model
+from tests.runtime.test_data import tiny_tokenizer
+from tests.runtime.tiny import tiny_model
 
 FORMS = [
     Gptq(shape=Shape(bits, size), sym=False, desc_act=ordered, format=stored)  # type: ignore[arg-type]
@@ -110,10 +111,9 @@ def test_a_model_is_the_same_to_the_byte_on_any_number_of_gpus_and_after_a_kill(
     tmp_path: Path, dtype: torch.dtype, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One GPU stands for two where there is no other."""
-    from transformers import AutoModelForCausalLM
-
-    source, text = save_model(tmp_path / "model", family), tmp_path / "text.txt"
-    AutoModelForCausalLM.from_pretrained(source, dtype=dtype).save_pretrained(source)
+    source, text = tmp_path / "model", tmp_path / "text.txt"
+    tiny_model(family).to(dtype).save_pretrained(source)
+    tiny_tokenizer(bos=False).save_pretrained(source)
     letters = torch.randint(32, 127, (12000,), generator=torch.Generator().manual_seed(7))
     text.write_text("".join(map(chr, letters.tolist())))
     wanted = Wanted(data=str(text), samples=16, seq_len=64, group_size=32, bits=(2, 4), max_error=0.05)

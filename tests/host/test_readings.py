@@ -31,7 +31,7 @@ class Sensors(FakeNvml):
 
     def nvmlDeviceGetMemoryInfo(self, handle: str, version: int | None = None) -> SimpleNamespace:
         if version and handle == "GPU-old":
-            raise self.NVMLError
+            raise self.NVMLError_FunctionNotFound
         found = super().nvmlDeviceGetMemoryInfo(handle, version)
         return SimpleNamespace(**vars(found), used=10)
 
