@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Iterator
-from statistics import fmean
 
+from qdist.core.jumps import BEFORE, first_losses, jumped_from
 from qdist.core.snapshot import Snapshot, rows
 from qdist.core.units import format_bytes
 
 NEAR_LIMIT, APART, STALLED, PADDED = 0.97, 0.15, 0.05, 0.30
-_WATCHED, _BEFORE, _JUMP, _JUMP_LEAST = 30, 10, 2.0, 0.1
-"""A jump, in the last steps, is to this many times the mean of the steps before it, and by this much at least."""
+_WATCHED = 30
+"""Last steps in which a jump is still told."""
 
 
 def warnings(snapshot: Snapshot) -> list[str]:
@@ -26,19 +26,19 @@ def warnings(snapshot: Snapshot) -> list[str]:
 
 def _loss(snapshot: Snapshot) -> Iterator[str]:
     columns = snapshot.fold.columns
-    steps, losses = columns.step[-_WATCHED - _BEFORE :], columns.loss[-_WATCHED - _BEFORE :]
+    steps, losses = columns.step[-_WATCHED - BEFORE :], columns.loss[-_WATCHED - BEFORE :]
     if losses and not math.isfinite(losses[-1]):
-        first = len(losses) - 1
-        while first and not math.isfinite(losses[first - 1]):
-            first -= 1
-        since = "at" if first == len(losses) - 1 else "since"
+        bad = len(losses) - 1
+        while bad and not math.isfinite(losses[bad - 1]):
+            bad -= 1
+        since = "at" if bad == len(losses) - 1 else "since"
         # What to try in a run that has ended, its error says.
         advice = ": stop and try a smaller optim.lr" if snapshot.state == "running" else ""
-        yield f"the loss is not a number {since} step {steps[first]:,}{advice}"
-    for index in range(len(losses) - 1, _BEFORE - 1, -1):
-        before = [loss for loss in losses[index - _BEFORE : index] if math.isfinite(loss)]
-        mean = fmean(before) if before else math.inf
-        if losses[index] > _JUMP * mean and losses[index] > mean + _JUMP_LEAST:
+        yield f"the loss is not a number {since} step {steps[bad]:,}{advice}"
+    first = first_losses(columns.loss)
+    for index in range(len(losses) - 1, BEFORE - 1, -1):
+        mean = jumped_from(losses[index - BEFORE : index], losses[index], first)
+        if mean is not None:
             yield f"the loss jumped from {mean:.3f} to {losses[index]:.3f} at step {steps[index]:,}"
             break
     recent = [step for step in snapshot.fold.skipped[-_WATCHED:] if steps and step >= steps[0]]

@@ -3,17 +3,15 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from qdist.core.alarms import PADDED, STALLED
 from qdist.core.curves import Chart
 from qdist.core.fold import Fold
+from qdist.core.jumps import BEFORE, first_losses, jumped_from
 from qdist.core.memory_parts import Parts
 from qdist.core.plan import Plan
 from qdist.core.units import counted, format_bytes, format_count
 
-_OVER_PLAN, _PADDING, _DATA, _SKEW, _SLOWER = 0.05, 0.30, 0.05, 0.05, 0.10
-_SPIKE, _SPIKE_LEAST = 2.0, 0.1
-"""A spike is this many times the mean of the steps before it, and above it by this share of the first losses."""
-_BEFORE = 10
-"""Points whose mean a spike is held against."""
+_OVER_PLAN, _SKEW, _SLOWER = 0.05, 0.05, 0.10
 _WORSE = 1.05
 _MOST_NAMED = 8
 
@@ -51,13 +49,13 @@ def _spikes(charts: Sequence[Chart]) -> Iterator[str]:
     if curve is None:
         return
     points = [(step, loss) for step, loss in zip(curve.x, curve.y, strict=True) if math.isfinite(loss)]
-    first = sum(loss for _, loss in points[:_BEFORE]) / max(1, len(points[:_BEFORE]))
-    found: list[int] = []
-    for index in range(_BEFORE, len(points)):
-        before = sum(loss for _, loss in points[index - _BEFORE : index]) / _BEFORE
-        step, loss = points[index]
-        if loss > _SPIKE * before and loss - before > _SPIKE_LEAST * first:
-            found.append(step)
+    losses = [loss for _, loss in points]
+    first = first_losses(losses)
+    found = [
+        points[index][0]
+        for index in range(BEFORE, len(points))
+        if jumped_from(losses[index - BEFORE : index], losses[index], first) is not None
+    ]
     if found:
         yield f"The loss jumped to more than twice the mean of the steps before: {_named(found)}."
 
@@ -88,13 +86,13 @@ def _memory(memory: Sequence[Parts]) -> Iterator[str]:
 
 
 def _time(plan: Plan, fold: Fold, tokens_per_s: float | None) -> Iterator[str]:
-    if (padding := fold.padding_share or 0.0) > _PADDING:
+    if (padding := fold.padding_share or 0.0) > PADDED:
         yield (
             f"{_percent(padding)} of the computed positions were padding. Samples of like length in a micro-batch, or "
             "a smaller micro_batch, would waste less."
         )
     seconds = sum(fold.columns.seconds)
-    if seconds and (data := sum(fold.columns.data_s) / seconds) > _DATA:
+    if seconds and (data := sum(fold.columns.data_s) / seconds) > STALLED:
         yield f"Making samples took {_percent(data)} of the time: rank 0 waited for its data."
     if fold.skew and fold.skew[1] > _SKEW:
         yield (

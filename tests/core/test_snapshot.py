@@ -69,6 +69,10 @@ def test_what_goes_wrong_is_said_with_its_numbers(fold: Fold, said: str) -> None
     assert sentence.startswith(said)
 
 
+def test_the_noise_of_small_losses_is_no_jump() -> None:
+    assert warnings(snapshot(steps([7.5, 6.0, 4.0, 2.0, *[0.1, 0.3] * 10]))) == []
+
+
 def test_ranks_that_drift_apart_are_named() -> None:
     slow = [Event(kind="step", step=1, loss=1.0, rank=rank, own_tokens=9, busy_s=1 + rank / 2) for rank in (0, 1)]
     fold = Fold()
