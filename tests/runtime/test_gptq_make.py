@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ from qdist.core.errors import DataError, ModelError, QdistError, RunError, SpecE
 from qdist.core.gptq import Gptq, Shape, from_config
 from qdist.host.files import locked
 from qdist.runtime import work_folder
+from qdist.runtime.gptq import calibrate as calibrating
 from qdist.runtime.gptq import make as making
 from qdist.runtime.gptq.calibrate import Calibration, pieces
 from qdist.runtime.gptq.check import checked
 from qdist.runtime.gptq.decoder import Decoder
 from qdist.runtime.gptq.folder import Quantized
-from qdist.runtime.gptq.job import Wanted
+from qdist.runtime.gptq.job import Job, Wanted
 from qdist.runtime.gptq.make import main, make
 from qdist.runtime.gptq.solve import relative_error, unpacked
 from qdist.runtime.packed_folder import opened, tensor_files
@@ -129,21 +131,110 @@ def started(decoder: Decoder, text: str, devices: tuple[torch.device, ...]) -> C
     return Calibration(decoder.start(samples, torch.float32), devices)
 
 
-def test_two_devices_see_the_hessians_and_hidden_states_that_one_sees(model: Path, text: str) -> None:
+@pytest.mark.parametrize("count", [2, 3, 8, 9])
+def test_any_number_of_devices_sees_what_one_sees_to_the_bit(
+    model: Path, text: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrating, "_LANES", 4 if count < 8 else 8)
     shape = blueprint(model)
     decoder = Decoder(shape, tensors_of(model, shape))
-    alone, shared = (started(decoder, text, devices) for devices in ((CPU,), (CPU, CPU)))
+    alone, shared = (started(decoder, text, devices) for devices in ((CPU,), (CPU,) * count))
+    assert sorted(index for worker in range(count) for index in shared._of(worker)) == list(range(8))
     for position in range(2):
         for calibration in (alone, shared):
             calibration.enter(decoder.layer(position, torch.float32, CPU))
         for path in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
-            one, two = alone.hessian(path), shared.hessian(path)
-            assert torch.allclose(one, two, rtol=1e-4, atol=1e-6 * float(one.diagonal().max()))
+            assert torch.equal(alone.hessian(path), shared.hessian(path))
             for calibration in (alone, shared):
-                calibration.replace(path, decoder._tensors.read(f"{decoder.path(position)}.{path}.weight") / 2)
+                calibration.replace(path, calibration.weight(path, 0) / 2)
         alone.leave()
         shared.leave()
-    assert all(torch.allclose(a, b) for a, b in zip(alone._hidden, shared._hidden, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(alone._hidden, shared._hidden, strict=True))
+
+
+@pytest.mark.parametrize("columns", [48, 64, 2048])
+def test_a_hessian_is_that_of_all_inputs_of_a_linear(
+    model: Path, text: str, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrating, "_COLUMNS", columns)
+    shape = blueprint(model)
+    decoder = Decoder(shape, tensors_of(model, shape))
+    calibration = started(decoder, text, (CPU, CPU, CPU))
+    layer: Any = decoder.layer(0, torch.float32, CPU)
+    seen = list[torch.Tensor]()
+    calibration.enter(layer)
+    hidden = [sample.clone() for sample in calibration._hidden]
+    found = calibration.hessian("mlp.down_proj")
+    layer.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
+    for sample in hidden:
+        layer(sample, **calibration._given[0])
+    rows = torch.cat(seen).double()
+    assert len(found) == 128
+    assert torch.allclose(found.double(), 2 / len(rows) * rows.t() @ rows, rtol=1e-4, atol=1e-6)
+
+
+class OnGpu(torch.Tensor):
+    """Says that it lies on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("columns", [48, 2048])
+def test_products_of_16_bits_are_summed_in_32(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a product that only GPUs have."""
+
+    def product(left: torch.Tensor, right: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+        assert (left.dtype, right.dtype) == (torch.bfloat16, torch.bfloat16)
+        return left.as_subclass(torch.Tensor).to(out_dtype) @ right.as_subclass(torch.Tensor).to(out_dtype)
+
+    monkeypatch.setattr(calibrating, "_COLUMNS", columns)
+    rows = torch.randn(256, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    total = torch.ones(128, 128)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "mm", product)
+        calibrating.add_products(total, rows.as_subclass(OnGpu), 0.25)
+    calibrating.mirror(total)
+    assert torch.allclose(total, 1 + 0.25 * rows.float().t() @ rows.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_linears_that_read_the_same_inputs_are_solved_on_different_devices(
+    tmp_path: Path, model: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[tuple[str, int]] = []
+    weight = Calibration.weight
+
+    def noted(calibration: Calibration, path: str, worker: int) -> torch.Tensor:
+        taken.append((path.rpartition(".")[2], worker))
+        return weight(calibration, path, worker)
+
+    monkeypatch.setattr(Calibration, "weight", noted)
+    make(str(model), tmp_path / "out", wanted(text), devices=(CPU, CPU))
+    layer = {"q_proj": 0, "k_proj": 1, "v_proj": 0, "o_proj": 0, "gate_proj": 0, "up_proj": 1, "down_proj": 0}
+    assert sorted(taken) == sorted(2 * list(layer.items()))
+
+
+def test_the_next_layer_is_read_ahead_to_the_last_that_is_missing(
+    tmp_path: Path, model: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    shape = blueprint(model)
+    decoder = Decoder(shape, tensors_of(model, shape))
+    monkeypatch.setattr(decoder, "_tensors", SimpleNamespace(read=lambda name: read.append(name) or torch.ones(3, 5)))
+    decoder.fetch(1)
+    assert read == decoder.names(1)
+    ahead: list[int] = []
+    monkeypatch.setattr(Decoder, "fetch", lambda _, position: ahead.append(position))
+    make(str(model), tmp_path / "out", wanted(text))
+    assert ahead == [1]
+
+
+def test_weights_at_work_hold_every_linear_as_it_is_stored() -> None:
+    stored = {"a": torch.bfloat16, "b": torch.bfloat16, "c": torch.float16, "d": torch.float32}
+    for linears, dtype in (("ab", torch.bfloat16), ("c", torch.float16), ("ac", torch.float32), ("abd", torch.float32)):
+        decoder: Any = SimpleNamespace(shape=SimpleNamespace(linears=frozenset(linears)))
+        tensors: Any = SimpleNamespace(dtype=stored.__getitem__)
+        job = Job("m", Path(), wanted(""), decoder, tensors, torch.empty(0), (torch.device("cuda", 0),))
+        assert job.dtype == dtype
 
 
 def test_hidden_states_are_those_of_the_model_and_only_one_layer_has_weights(model: Path, text: str) -> None:
@@ -169,7 +260,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("changes", [{}, {"bits": (2, 3, 4), "max_error": 0.05, "desc_act": True}], ids=["4", "mixed"])
-def test_killed_and_resumed_it_is_the_same_to_the_byte(
+def test_killed_and_resumed_on_other_devices_it_is_the_same_to_the_byte(
     tmp_path: Path,
     model: Path,
     text: str,
@@ -195,10 +286,10 @@ def test_killed_and_resumed_it_is_the_same_to_the_byte(
     with monkeypatch.context() as patch:
         patch.setattr(making, "write_tensors", killed_at_the_second)
         with pytest.raises(Killed):
-            make(str(model), tmp_path / "out", wanted(text, **changes))
+            make(str(model), tmp_path / "out", wanted(text, **changes), devices=(CPU,) * 3)
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(making, "write_tensors", noted)
-    make(str(model), tmp_path / "out", wanted(text, **changes))
+    make(str(model), tmp_path / "out", wanted(text, **changes), devices=(CPU,) * 2)
     assert written == [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
     assert "layer 1 of 2: there already" in capsys.readouterr().err
     ours, expected = tmp_path / "out", tmp_path / "expected"

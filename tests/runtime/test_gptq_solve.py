@@ -5,6 +5,7 @@ import torch
 
 from qdist.core.errors import ModelError
 from qdist.core.gptq import Shape
+from qdist.runtime.gptq import solve as solving
 from qdist.runtime.gptq.bits import dequantize
 from qdist.runtime.gptq.solve import Solution, curvature, fit, relative_error, solve, unpacked
 
@@ -134,13 +135,51 @@ def test_a_singular_hessian_raises_the_damping() -> None:
     assert curvature(related(), by_activation=False, name="up").damping == 0.01
 
 
-def test_the_factor_is_that_of_the_inverse() -> None:
+@pytest.mark.parametrize("columns", [50, 64, 2048])
+def test_the_factor_is_that_of_the_inverse(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solving, "_COLUMNS", columns)
     hessian = related()
     inputs = curvature(hessian, by_activation=True, name="up")
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(INPUTS)
     inverse = torch.linalg.inv(damped.double()[inputs.order][:, inputs.order])
     assert torch.equal(inputs.upper, inputs.upper.triu())
     assert torch.allclose(inputs.upper.double().t() @ inputs.upper.double(), inverse, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("pairs", [50, 64, 192, 2048])
+def test_what_is_lost_is_summed_over_all_pairs_of_inputs(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, near, hessian = weight_of(), weight_of().round(decimals=1), related()
+    lost, whole = (weight - near).double(), weight.double()
+    expected = ((lost @ hessian.double()) * lost).sum() / ((whole @ hessian.double()) * whole).sum()
+    monkeypatch.setattr(solving, "_PAIRS", pairs)
+    assert relative_error(weight, near, hessian) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_copy_of_a_factor_lies_in_memory_as_the_factor_does() -> None:
+    """Or another device would multiply with it in another order."""
+    inputs = curvature(related(), by_activation=False, name="up")
+    by_column, there = inputs._replace(upper=inputs.upper.t().contiguous().t()), torch.device("meta")
+    assert inputs.to(there).upper.stride() == (INPUTS, 1)
+    assert by_column.to(there).upper.stride() == (1, INPUTS)
+    assert {tensor.device for tensor in by_column.to(there)[:3]} == {there}
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_an_error_that_is_not_finite_is_found_wherever_it_arose(
+    block: int, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounding, seen = solving.round_block, list[int]()
+
+    def broken(*given: torch.Tensor, top: int) -> object:
+        rounded = rounding(*given, top=top)
+        seen.append(len(seen))
+        rounded.errors[5, 7] = value if seen[-1] == block else rounded.errors[5, 7]
+        return rounded
+
+    monkeypatch.setattr(solving, "round_block", broken)
+    with pytest.raises(ModelError, match="its solution is NaN or beyond float16"):
+        solved(weight_of(), related(), Shape(4, 64))
 
 
 def test_nan_names_the_module() -> None:

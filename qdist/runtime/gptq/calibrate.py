@@ -7,6 +7,8 @@ import copy
 from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +23,11 @@ from qdist.runtime.gptq.decoder import Start, moved
 T = TypeVar("T")
 _TEXT_PIECE = 1 << 20
 """Characters of plain text that are tokenized at a time, up to the end of a line."""
+_COLUMNS = 1 << 11
+"""Of a Hessian, that are summed at a time, down to the diagonal: it is symmetric."""
+_LANES = 8
+"""Parts of the samples that are summed each for itself, and then in their order: a Hessian is the same to the bit on
+any number of devices, each of which takes whole lanes. More devices than lanes are of no use."""
 
 
 def pieces(source: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int) -> torch.Tensor:
@@ -83,11 +90,17 @@ class Calibration:
     def hessian(self, path: str) -> torch.Tensor:
         """2 X X^T / n over the n tokens that reach a linear of the layer, float32 [in, in] on the first device."""
         tokens = sum(hidden.shape[1] for hidden in self._hidden)
-        parts = self._on_each(lambda worker: self._part(worker, path, 2 / tokens))
-        total = parts[0]
-        for part in parts[1:]:
-            total += part.to(total.device)
+        sums = chain.from_iterable(self._on_each(lambda worker: self._sums(worker, path, 2 / tokens)))
+        total = next(sums)
+        for more in sums:
+            total += more.to(total.device)
+        mirror(total)
         return total
+
+    def weight(self, path: str, worker: int) -> torch.Tensor:
+        """The weights of a linear of the layer, float32 [out, in] on one of the devices."""
+        weight: torch.Tensor = self._layers[worker].get_submodule(path).weight
+        return weight.to(torch.float32)
 
     def replace(self, path: str, weight: torch.Tensor) -> None:
         """Give a linear of the layer other weights, [out, in]."""
@@ -105,26 +118,36 @@ class Calibration:
         with ThreadPoolExecutor(len(self.devices)) as pool:
             return list(pool.map(work, range(len(self.devices))))
 
-    def _of(self, worker: int) -> range:
+    def _lanes(self, worker: int) -> range:
+        """The lanes of a device, which follow each other; those of the first device begin them."""
+        first, last = (-(-_LANES * border // len(self.devices)) for border in (worker, worker + 1))
+        return range(first, min(last, len(self._hidden)))
+
+    def _of(self, worker: int) -> list[int]:
         """The samples of a device."""
-        return range(worker, len(self._hidden), len(self.devices))
+        return [index for lane in self._lanes(worker) for index in self._in(lane)]
+
+    def _in(self, lane: int) -> range:
+        return range(lane, len(self._hidden), _LANES)
 
     @torch.no_grad()  # a setting of the thread, not of the process
-    def _part(self, worker: int, path: str, factor: float) -> torch.Tensor:
-        linear = self._layers[worker].get_submodule(path)
-        total = torch.zeros(linear.in_features, linear.in_features, device=self.devices[worker])
+    def _sums(self, worker: int, path: str, factor: float) -> list[torch.Tensor]:
+        """Of each lane; the first device, where all of them are added up, adds its own at once."""
+        linear, sums = self._layers[worker].get_submodule(path), list[torch.Tensor]()
 
         def add(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            add_products(total, inputs[0].reshape(-1, total.shape[0]), factor)
+            add_products(sums[-1], inputs[0].reshape(-1, linear.in_features), factor)
             raise _Reached  # what follows in the layer is not needed yet
 
         with linear.register_forward_pre_hook(add):
-            for index in self._of(worker):
-                try:
-                    self._run(worker, index)
-                except _Reached:
-                    continue
-        return total
+            for lane in self._lanes(worker):
+                sums.append(torch.zeros(linear.in_features, linear.in_features, device=self.devices[worker]))
+                for index in self._in(lane):
+                    with suppress(_Reached):
+                        self._run(worker, index)
+                if worker == 0 and len(sums) == 2:
+                    sums[0] += sums.pop()
+        return sums
 
     @torch.no_grad()
     def _advance(self, worker: int) -> None:
@@ -145,12 +168,26 @@ def _home(device: torch.device, size: int) -> torch.device:
 
 
 def add_products(total: torch.Tensor, rows: torch.Tensor, factor: float) -> None:
-    """total += factor X^T X, in float32. Products of 16-bit numbers are exact there, also on a GPU's matrix units."""
-    if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
-        total.add_(torch.mm(rows.t(), rows, out_dtype=torch.float32), alpha=factor)
-    else:
-        rows = rows.to(torch.float32)
-        total.addmm_(rows.t(), rows, alpha=factor)
+    """total += factor X^T X, in float32; what lies far below the diagonal is left to `mirror`.
+
+    Products of 16-bit numbers are exact there, also on a GPU's matrix units.
+    """
+    short = rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)
+    rows = rows if short else rows.to(torch.float32)
+    for start in range(0, len(total), _COLUMNS):
+        end = start + _COLUMNS
+        above, part = total[:end, start:end], rows[:, start:end]
+        if short:
+            above.add_(torch.mm(rows[:, :end].t(), part, out_dtype=torch.float32), alpha=factor)
+        else:
+            above.addmm_(rows[:, :end].t(), part, alpha=factor)
+
+
+def mirror(total: torch.Tensor) -> None:
+    """Fill in what `add_products` left out."""
+    for start in range(_COLUMNS, len(total), _COLUMNS):
+        end = start + _COLUMNS
+        total[start:end, :start] = total[:start, start:end].t()
 
 
 class _Reached(Exception):

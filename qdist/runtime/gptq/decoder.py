@@ -14,6 +14,8 @@ from qdist.runtime.quantize_source import Blueprint, Tensors
 _STEPS: tuple[Reads, ...] = ("attention_in", "attention_out", "mlp_in", "mlp_out")
 """Inputs of a decoder layer's linears in the order in which they are computed."""
 _TO_LAYER = re.compile(r"^(.*?)\.\d+\.")
+_OF_A_PAGE = 1 << 10
+"""Numbers of 32 bits in a page of memory; of 16 bits, in half of one."""
 
 
 class Start(NamedTuple):
@@ -62,6 +64,11 @@ class Decoder:
         values = {name.removeprefix(f"{path}."): self._read(name, dtype) for name in self.names(position)}
         layer.load_state_dict(values, assign=True)
         return layer.to(device).requires_grad_(False)
+
+    def fetch(self, position: int) -> None:
+        """Have a layer's pages read from the disk before `layer` copies them: a number of each is looked at."""
+        for name in self.names(position):
+            self._tensors.read(name).flatten()[::_OF_A_PAGE].sum()
 
     @torch.no_grad()
     def start(self, samples: torch.Tensor, dtype: torch.dtype) -> Start:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +17,7 @@ from qdist.runtime.packed_folder import Entry, Packing
 from qdist.runtime.quantize_pack import goes_along, source_identity
 from qdist.runtime.quantize_source import Tensors, blueprint, tensors_of
 
-_VERSION = 2
+_VERSION = 3
 """Raise it whenever the same source and data would become other bytes."""
 _MOST_TOKENS = 2048
 
@@ -79,8 +79,10 @@ class Job(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of hidden states and of weights at work: what the model is stored in; float32 on a CPU."""
-        return torch.float32 if self.devices[0].type == "cpu" else self.tensors.dtype(min(self.decoder.shape.linears))
+        """Of hidden states and of weights at work: what holds every linear as it is stored; float32 on a CPU."""
+        if self.devices[0].type == "cpu":
+            return torch.float32
+        return reduce(torch.promote_types, map(self.tensors.dtype, self.decoder.shape.linears))
 
     def plain(self, position: int) -> list[Entry]:
         """What is copied as the source has it: norms, biases, embeddings, head."""

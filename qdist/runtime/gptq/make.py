@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from qdist.host.sources import locate
 from qdist.runtime.gptq.calibrate import Calibration
 from qdist.runtime.gptq.folder import Quantized, entries, finish
 from qdist.runtime.gptq.job import Job, Wanted, read_job
-from qdist.runtime.gptq.progress import Progress
-from qdist.runtime.gptq.solve import Solution, curvature, solve, unpacked
+from qdist.runtime.gptq.progress import Outcome, Progress
+from qdist.runtime.gptq.solve import Curvature, Solution, curvature, solve, unpacked
 from qdist.runtime.packed_folder import Entry, Written, file_name, finished, opened, write_tensors
 from qdist.runtime.quiet import quiet
 from qdist.runtime.work_folder import filled, require_space, reserved
@@ -73,49 +74,87 @@ def _write_layers(job: Job, work: Path) -> dict[str, Written]:
     made, mixed = job.layers - len(missing), len(job.wanted.bits) > 1
     progress = Progress(job.name, job.layers, *job.samples.shape, made=made, mixed=mixed)
     if missing:
-        calibration = Calibration(job.decoder.start(job.samples, job.dtype), job.devices)
-        for position in range(missing[-1] + 1):
-            progress.begin(position)
-            calibration.enter(job.decoder.layer(position, job.dtype, job.devices[0]))
-            if names[position] in files:
-                _restore(job, calibration, work / names[position], position)
-                progress.passed()
-            else:
-                linears, solutions = _quantize_layer(job, calibration, position)
-                files[names[position]] = write_tensors(work, names[position], [*linears, *job.plain(position)])
-                progress.done(solutions, damping=job.wanted.damping)
-            if position < missing[-1]:
-                calibration.leave()
+        files |= _write_missing(job, work, progress, missing)
     if names[-1] not in files:
         files[names[-1]] = write_tensors(work, names[-1], job.plain(job.layers))
     return {name: files[name] for name in names}
 
 
-def _quantize_layer(
-    job: Job, calibration: Calibration, position: int
-) -> tuple[list[Entry], dict[str, tuple[Solution, float]]]:
-    """A layer's packed linears; for the user, each one's solution and the damping that its Hessian took.
+def _write_missing(job: Job, work: Path, progress: Progress, missing: list[int]) -> dict[str, Written]:
+    """The files of layers. One thread reads from the disk and writes to it, while the devices are at another layer."""
+    calibration = Calibration(job.decoder.start(job.samples, job.dtype), job.devices)
+    written = dict[str, Future[Written]]()
+    with ThreadPoolExecutor(1) as disk:
+        for position in range(missing[-1] + 1):
+            name = file_name(position, job.layers)
+            progress.begin(position)
+            calibration.enter(job.decoder.layer(position, job.dtype, job.devices[0]))
+            if position < missing[-1]:
+                disk.submit(job.decoder.fetch, position + 1)  # what cannot be read, `layer` will tell
+            if position not in missing:
+                _restore(job, calibration, work / name, position)
+                progress.passed()
+            else:
+                linears, outcomes = _quantize_layer(job, calibration, position)
+                _wait_for(written)  # no more than one layer in memory that is still to be written
+                written[name] = disk.submit(write_tensors, work, name, [*linears, *job.plain(position)])
+                progress.done(outcomes, damping=job.wanted.damping)
+            if position < missing[-1]:
+                calibration.leave()
+        return _wait_for(written)
+
+
+def _wait_for(written: dict[str, Future[Written]]) -> dict[str, Written]:
+    return {name: future.result() for name, future in written.items()}
+
+
+def _quantize_layer(job: Job, calibration: Calibration, position: int) -> tuple[list[Entry], dict[str, Outcome]]:
+    """A layer's packed linears; for the user, what became of each.
 
     Linears see what those before them in the layer give once quantized (the paper's true-sequential order).
     """
     wanted, root = job.wanted, f"{job.decoder.path(position)}."
     made: list[Entry] = []
-    solutions: dict[str, tuple[Solution, float]] = {}
+    outcomes: dict[str, Outcome] = {}
     for step in job.decoder.steps(position):
         hessian = calibration.hessian(step[0].removeprefix(root))
         inputs = curvature(hessian, damping=wanted.damping, by_activation=wanted.desc_act, name=step[0])
-        for path in step:
-            weight = job.tensors.read(f"{path}.weight").to(job.devices[0], torch.float32)
-            for bits in wanted.bits:
-                solution = solve(weight, inputs, Shape(bits, wanted.group_size), sym=wanted.sym,
-                                 lowest_zero=job.offset, name=path)  # fmt: skip
-                if solution.error <= wanted.max_error:
-                    break
-            packed = solution.packed(offset=job.offset, name=path)
-            made += entries(path, Quantized(*(part.cpu() for part in packed[:4])))
-            solutions[path.removeprefix(root)] = (solution, inputs.damping)
+        for path, (solution, packed) in zip(step, _solved(job, calibration, inputs, step, root), strict=True):
+            made += entries(path, packed)
+            outcomes[path.removeprefix(root)] = Outcome(solution.shape.bits, solution.error, inputs.damping)
             calibration.replace(path.removeprefix(root), solution.weight())
-    return made, solutions
+    return made, outcomes
+
+
+def _solved(
+    job: Job, calibration: Calibration, inputs: Curvature, step: list[str], root: str
+) -> list[tuple[Solution, Quantized]]:
+    """The linears that read the same inputs, each on a device of its own as far as there are some; packed on the CPU.
+
+    No linear is divided: its products would be rounded otherwise on another number of devices.
+    """
+    devices = job.devices[: len(step)]
+    copies = [inputs.to(device) for device in devices]
+
+    def solved(number: int) -> tuple[Solution, Quantized]:
+        worker, path = number % len(devices), step[number]
+        solution = _narrowest(job, calibration.weight(path.removeprefix(root), worker), copies[worker], path)
+        packed = solution.packed(offset=job.offset, name=path)
+        return solution, Quantized(*(part.cpu() for part in packed[:4]))
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        return list(pool.map(solved, range(len(step))))
+
+
+def _narrowest(job: Job, weight: torch.Tensor, inputs: Curvature, path: str) -> Solution:
+    """In the first of the wanted widths that errs as little as wanted, else in the last."""
+    wanted = job.wanted
+    for bits in wanted.bits:
+        shape = Shape(bits, wanted.group_size)
+        solution = solve(weight, inputs, shape, sym=wanted.sym, lowest_zero=job.offset, name=path)
+        if solution.error <= wanted.max_error:
+            break
+    return solution
 
 
 def _restore(job: Job, calibration: Calibration, file: Path, position: int) -> None:

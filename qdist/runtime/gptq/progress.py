@@ -3,9 +3,18 @@
 import sys
 import time
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from qdist.core.units import format_duration
-from qdist.runtime.gptq.solve import Solution
+
+
+class Outcome(NamedTuple):
+    """What became of a linear. Not its solution, which would be kept on the GPU for as long."""
+
+    bits: int
+    error: float
+    damping: float
+    """That its Hessian took."""
 
 
 class Progress:
@@ -26,18 +35,18 @@ class Progress:
         """The layer was there already."""
         _say(f"  layer {self._position + 1} of {self._layers}: there already")
 
-    def done(self, solutions: Mapping[str, tuple[Solution, float]], *, damping: float) -> None:
-        """solutions: of each linear of the layer, by its path in it, with the damping that its Hessian took.
+    def done(self, outcomes: Mapping[str, Outcome], *, damping: float) -> None:
+        """outcomes: of each linear of the layer, by its path in it.
 
         damping: what was asked for.
         """
         self._took.append(time.monotonic() - self._began)
         self._left -= 1
         parts = []
-        for path, (solution, taken) in solutions.items():
-            width = f" ({solution.shape.bits} bits)" if self._mixed else ""
-            raised = f" (damping {taken:g})" if taken > damping else ""
-            parts.append(f"{path.rpartition('.')[2]} {solution.error:.4f}{width}{raised}")
+        for path, outcome in outcomes.items():
+            width = f" ({outcome.bits} bits)" if self._mixed else ""
+            raised = f" (damping {outcome.damping:g})" if outcome.damping > damping else ""
+            parts.append(f"{path.rpartition('.')[2]} {outcome.error:.4f}{width}{raised}")
         rest = format_duration(self._left * sum(self._took) / len(self._took))
         ending = f"{rest} left" if self._left else "done"
         _say(f"  layer {self._position + 1} of {self._layers}: error {', '.join(parts)}; {ending}")

@@ -3,6 +3,7 @@
 Frantar et al. 2022 (arXiv 2210.17323), algorithm 1. Matrices here are [in, out]: an input's weights lie together.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -18,10 +19,14 @@ _MOST_DAMPING = 100.0
 _BLOCK = 128
 """Inputs whose errors are carried to the later ones in one product (the paper's lazy batch updates); no more than a
 group's."""
+_COLUMNS = 1 << 11
+"""Of a triangular inverse, that are computed at a time."""
 _SHRINKS = tuple(1 - step / 40 for step in range(1, 21))
 """Parts of a group's range that are tried: a grid that cuts off extremes is finer for all others."""
 _AT_ONCE = 1 << 24
 """Weights that are rounded at a time while ranges are tried: 64 MiB of them, or one range."""
+_PAIRS = 1 << 11
+"""Inputs whose products with all later ones are computed at a time, to tell what a linear lost."""
 _SMALLEST_SCALE = 2.0**-24
 """float16's smallest positive number."""
 
@@ -37,6 +42,10 @@ class Curvature(NamedTuple):
     """float32 [in, in], U of U^T U = the inverse of the damped Hessian, inputs in `order`."""
     damping: float
     """The part of the mean diagonal that was added to it, as it ended."""
+
+    def to(self, device: torch.device) -> "Curvature":
+        """A copy on another device, which lies in memory in the same order."""
+        return self._replace(hessian=self.hessian.to(device), order=self.order.to(device), upper=self.upper.to(device))
 
 
 class Grid(NamedTuple):
@@ -103,28 +112,37 @@ def curvature(hessian: torch.Tensor, *, damping: float = DAMPING, by_activation:
     diagonal[~live] = mean
     order = torch.argsort(diagonal, descending=True, stable=True) if by_activation else torch.arange(len(diagonal))
     order = order.to(hessian.device)
-    ordered = hessian[order][:, order]
+    back = order.flip(0)
+    mirrored = hessian[back][:, back] if by_activation else hessian.flip(0, 1)
     while damping <= _MOST_DAMPING:
-        ordered.diagonal().copy_(diagonal[order] + damping * mean)
-        upper = _factor_of_inverse(ordered)
+        mirrored.diagonal().copy_(diagonal[back] + damping * mean)
+        upper = _factor_of_inverse(mirrored)
         if upper is not None:
             return Curvature(hessian, order, upper, damping)
         damping *= 10
     raise ModelError(f"{name}: the Hessian of its inputs has no Cholesky factor at any damping", try_="other data")
 
 
-def _factor_of_inverse(matrix: torch.Tensor) -> torch.Tensor | None:
+def _factor_of_inverse(mirrored: torch.Tensor) -> torch.Tensor | None:
     """Upper U with U^T U = matrix^-1, or None where the matrix is not positive definite in float32.
 
-    With rows and columns reversed, matrix = L L^T gives matrix = R R^T for an upper R, and U = R^-1: one factor and
-    one triangular inverse, where the inverse itself would lose digits.
+    mirrored: the matrix with rows and columns reversed. There it is L L^T, which makes it R R^T for an upper R, and
+    U = R^-1: one factor and one triangular inverse, where the inverse itself would lose digits.
     """
-    lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    lower, failed = torch.linalg.cholesky_ex(mirrored)
     if int(failed):
         return None
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-    return upper if bool(torch.isfinite(upper).all()) else None
+    factor = lower.flip(0, 1)
+    del lower  # as large as the Hessian, as is each matrix here
+    upper = mirrored.new_zeros(mirrored.shape)
+    for start in range(0, len(factor), _COLUMNS):
+        # Nothing below the diagonal: the first columns need the first rows alone, together two fifths of the work.
+        part = factor[: start + _COLUMNS, : start + _COLUMNS]
+        identity = part.new_zeros(len(part), len(part) - start)
+        identity[start:].fill_diagonal_(1)
+        upper[: len(part), start : start + _COLUMNS] = torch.linalg.solve_triangular(part, identity, upper=True)
+    # Of a whole matrix `isfinite` would make three more.
+    return upper if bool(torch.isfinite(upper.sum(0)).all()) else None
 
 
 def solve(
@@ -149,7 +167,6 @@ def solve(
     codes, grids = torch.empty(left.shape, dtype=torch.uint8, device=left.device), list[Grid]()
     count, pivots = len(left), inputs.upper.diagonal()
     size = count if shape.group_size == -1 else shape.group_size
-    finite = torch.ones((), dtype=torch.bool, device=left.device)
     for start in range(0, count, min(_BLOCK, size)):
         end = min(start + min(_BLOCK, size), count)
         if start % size == 0:
@@ -159,9 +176,9 @@ def solve(
         rounded = round_block(left[start:end], inputs.upper[start:end, start:end], scale, zero, top=top)
         codes[start:end] = rounded.codes
         left[end:].addmm_(inputs.upper[start:end, end:].t(), rounded.errors, alpha=-1)
-        finite &= torch.isfinite(rounded.errors).all()
     scales = torch.stack([grid.scale for grid in grids])
-    if not bool(finite & torch.isfinite(scales).all()):
+    # An error that is not finite makes all that come after it in its output so: the last ones tell.
+    if not bool(torch.isfinite(rounded.errors).all() & torch.isfinite(scales).all()):
         raise ModelError(f"{name}: its solution is NaN or beyond float16", try_="--damping 0.1, or more --samples")
     groups = (torch.arange(count, device=left.device) // size).to(torch.int32)
     solution = Solution(
@@ -183,7 +200,7 @@ def fit(
     importance: float32 [n], what a squared error in each input's weights costs (in GPTQ: 1 / U_ii^2).
     """
     low, high = weights.amin(0).clamp_(max=0), weights.amax(0).clamp_(min=0)
-    shrinks = torch.tensor((1.0, *_SHRINKS) if search else (1.0,), device=weights.device)[:, None]
+    shrinks = _shrinks(weights.device)[: None if search else 1, None]
     tried = _grid(low * shrinks, high * shrinks, bits, sym=sym, lowest_zero=lowest_zero)
     at_once = max(1, _AT_ONCE // weights.numel())
     costs = torch.cat(
@@ -194,6 +211,12 @@ def fit(
     )
     best = costs.argmin(0, keepdim=True)
     return Grid(tried.scale.gather(0, best)[0], tried.zero.gather(0, best)[0], tried.top)
+
+
+@cache
+def _shrinks(device: torch.device) -> torch.Tensor:
+    """On the device once and for all: to copy a few numbers to a GPU is to wait for all that it has yet to do."""
+    return torch.tensor((1.0, *_SHRINKS), device=device)
 
 
 def _grid(low: torch.Tensor, high: torch.Tensor, bits: int, *, sym: bool, lowest_zero: int) -> Grid:
@@ -222,9 +245,19 @@ def _cost(grid: Grid, weights: torch.Tensor, importance: torch.Tensor) -> torch.
 
 def relative_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:
     """||(W - Q) X||^2 / ||W X||^2 of weights [out, in], from X X^T alone; 0 where no input was ever seen."""
-    lost, whole = weight.float() - quantized.float(), weight.float()
-    size = float(((whole @ hessian) * whole).sum())
-    return float(((lost @ hessian) * lost).sum()) / size if size > 0 else 0.0
+    size = _size(weight.float(), hessian)
+    return _size(weight.float() - quantized.float(), hessian) / size if size > 0 else 0.0
+
+
+def _size(weights: torch.Tensor, hessian: torch.Tensor) -> float:
+    """||W X||^2 of weights [out, in]; X X^T is symmetric, so that each pair of inputs is multiplied once."""
+    total = torch.zeros((), dtype=torch.float64, device=weights.device)
+    for start in range(0, len(hessian), _PAIRS):
+        end = start + _PAIRS
+        rows, later = weights[:, start:end], weights[:, end:]
+        total += ((rows @ hessian[start:end, start:end]) * rows).sum()
+        total += 2 * ((rows @ hessian[start:end, end:]) * later).sum()
+    return float(total)
 
 
 def unpacked(linear: Quantized, bits: int, *, offset: int) -> torch.Tensor:
