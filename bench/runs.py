@@ -96,8 +96,12 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, help="GPUs of this machine; by default as NVML counts them")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--each", help="a run of one GPU, on every GPU at once: what they reach together at best")
     arguments = parser.parse_args()
     present = arguments.gpus or count_gpus()
+    if arguments.each:
+        on_each(arguments.each, arguments.steps, present)
+        return
     names = [name for name in RUNS if not arguments.only or name in arguments.only.split(",")]
     names = [name for name in names if name not in arguments.skip.split(",")]
     absent = [name for name in names if RUNS[name][0] > present]
@@ -125,6 +129,17 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "runs.json").write_text(json.dumps(rows, indent=1))
     report(rows, absent)
+
+
+def on_each(name: str, steps: int, present: int) -> None:
+    """Print the speed of each GPU with all of them at work, slowest card and all, and their sum."""
+    with ThreadPoolExecutor(present) as pool:
+        rows = list(pool.map(lambda index: run(name, steps, gpu=index), range(present)))
+    for index, row in enumerate(rows):
+        print(f"GPU {index}: {row['measured_tok_s']:,.0f} tok/s" if row["rc"] == 0 else line(row))
+    if all(row["rc"] == 0 for row in rows):
+        speeds = [row["measured_tok_s"] for row in rows]
+        print(f"together {sum(speeds):,.0f} tok/s; as fast as the slowest each, {min(speeds) * present:,.0f}")
 
 
 def count_gpus() -> int:
