@@ -99,6 +99,10 @@ class Fold:
     """A run so far. `add` takes events as they come; the order between ranks does not matter."""
 
     def __init__(self, *, total_steps: int = 0) -> None:
+        self.restart(total_steps)
+
+    def restart(self, total_steps: int = 0) -> None:
+        """Forget everything: another run has taken the place of this one."""
         self.step, self.total_steps, self.finished = 0, total_steps, False
         self.columns = Columns()
         self.held_out: list[tuple[int, float]] = []

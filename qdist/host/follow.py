@@ -1,5 +1,6 @@
 """What the ranks of a run have said since last asked."""
 
+import os
 from collections.abc import Iterator
 from heapq import merge
 from itertools import chain
@@ -22,6 +23,7 @@ class Follower:
         self._folder = run / "events"
         self._read_bytes: dict[Path, int] = {}
         self._read_lines: dict[Path, int] = {}
+        self._inodes: dict[Path, int] = {}
 
     def new_events(self) -> list[Event]:
         """Events since the last call, by time; those of one rank stay in the order written.
@@ -32,7 +34,13 @@ class Follower:
         return list(merge(*streams, key=lambda event: event.time))
 
     def fold_into(self, fold: Fold) -> None:
-        """Add the events since the last call to a fold: faster where there are many. Raises as `new_events` does."""
+        """Add the events since the last call to a fold: faster where there are many. Raises as `new_events` does.
+
+        Where another run has taken the folder, the fold begins anew with it.
+        """
+        if self._replaced():
+            self._read_bytes, self._read_lines, self._inodes = {}, {}, {}
+            fold.restart()
         for path in self._files():
             rank = int(path.stem.removeprefix("rank"))
             # Rank 0 speaks of all steps; of the others a fold asks how they are now.
@@ -44,10 +52,16 @@ class Follower:
         found = self._folder.glob("rank*.jsonl")
         return sorted(path for path in found if path.stem.removeprefix("rank").isdecimal())
 
+    def _replaced(self) -> bool:
+        """Whether a file is another one, or shorter: a rank that is resumed cuts off no more than half a line."""
+        there = [(path, path.stat()) for path in self._inodes if path.exists()]
+        return any(now.st_ino != self._inodes[path] or now.st_size < self._read_bytes[path] for path, now in there)
+
     def _blocks(self, path: Path, *, most_bytes: int | None = None) -> Iterator[list[Event]]:
         """What a file has more than before, or the whole lines of the last `most_bytes` of it."""
         offset, lines = self._read_bytes.get(path, 0), self._read_lines.get(path, 0)
         with path.open("rb") as file:
+            self._inodes[path] = os.fstat(file.fileno()).st_ino
             file.seek(offset)
             data = file.read()
         start = data.find(b"\n", len(data) - most_bytes) + 1 if most_bytes and len(data) > most_bytes else 0

@@ -1,9 +1,11 @@
+import shutil
 from pathlib import Path
 
 import pytest
 
 from qdist.core.errors import RunError
 from qdist.core.events import Event, encode
+from qdist.core.fold import Fold
 from qdist.host.follow import Follower
 
 
@@ -78,3 +80,16 @@ def test_garbage_is_an_error_that_names_file_and_line(tmp_path: Path) -> None:
     append(tmp_path, 3, line(3) + b"garbage\n")
     with pytest.raises(RunError, match=r"rank003\.jsonl: line 4 "):
         follower.new_events()
+
+
+def test_a_run_that_takes_the_folder_of_another_begins_anew(tmp_path: Path) -> None:
+    follower, fold = Follower(tmp_path), Fold()
+    append(tmp_path, 0, line(1) + line(2) + line(3))
+    follower.fold_into(fold)
+    shutil.rmtree(tmp_path / "events")
+    append(tmp_path, 0, line(1))
+    follower.fold_into(fold)
+    assert list(fold.columns.step) == [1]
+    append(tmp_path, 0, line(2))
+    follower.fold_into(fold)
+    assert list(fold.columns.step) == [1, 2]
