@@ -17,10 +17,10 @@ from qdist.host.rundir import RunDir
 from qdist.runtime.exports import sixteen, to_gguf, widen
 from qdist.runtime.exports.evaluation import Evaluation
 from qdist.runtime.exports.job import Export
-from qdist.runtime.exports.main import quiet
 from qdist.runtime.exports.offsets import merge_offsets
 from qdist.runtime.load import with_packed
 from qdist.runtime.methods.backbone import DTYPES, load_backbone
+from qdist.runtime.quiet import quiet
 
 
 def main() -> None:
