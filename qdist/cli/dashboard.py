@@ -55,7 +55,7 @@ def _header(snapshot: Snapshot, width: int) -> list[Text]:
     state = snapshot.state
     left = fold.seconds_left
     if state == "running":
-        state = "starting" if left is None and not fold.step else state
+        state = "stopping" if snapshot.stopping else "starting" if left is None and not fold.step else state
         ends = f"  {format_duration(left)} left" if left is not None else ""
     else:
         ends = ""
@@ -105,7 +105,8 @@ def _around(snapshot: Snapshot) -> list[str]:
     parts = []
     if fold.checkpoints:
         step, time = fold.checkpoints[-1]
-        parts.append(f"checkpoint step {step:,}, {format_duration(snapshot.now - time)} ago")
+        age = f", {format_duration(snapshot.now - time)} ago" if snapshot.state == "running" else ""
+        parts.append(f"checkpoint step {step:,}{age}")
     else:
         parts.append("no checkpoint yet")
     if fold.padding_share is not None:

@@ -5,6 +5,7 @@ import click
 from qdist.core.errors import RunError
 from qdist.host.modules import run_module
 from qdist.host.rundir import RunDir
+from qdist.host.state import state_of
 
 
 @click.command()
@@ -16,5 +17,7 @@ def gather(context: click.Context, run: str, checkpoint: str) -> None:
     folder = RunDir(run)
     folder.plan()
     if not folder.checkpoint_steps():
-        raise RunError(f"{run} has no whole checkpoint yet", try_=f"qdist launch --resume --run {run}")
+        running = state_of(folder) == "running"
+        hint = f"wait for the first: qdist monitor {run}" if running else f"qdist launch --resume --run {run}"
+        raise RunError(f"{run} has no whole checkpoint yet", try_=hint)
     context.exit(run_module("qdist.runtime.export", ("gather", run, "--checkpoint", checkpoint)))

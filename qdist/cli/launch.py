@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from qdist.cli.planned import plan_lines
+from qdist.cli.planned import plan_lines, shown
 from qdist.cli.watch import Watch, ending
 from qdist.core.demo import NAME as DEMO
 from qdist.core.errors import RunError, SpecError
 from qdist.core.spec import nest, parse_assignment, resolve
 from qdist.host import commands, launcher, templates
+from qdist.host.refusals import refuse_running
 from qdist.host.rundir import RunDir
-from qdist.host.state import state_of
 
 
 @click.command()
@@ -47,7 +47,7 @@ def launch(recipe: str | None, assignments: tuple[str, ...], resume: bool, dry_r
         job = launcher.prepare(resolve(*layers, given))
         if recipe:
             click.echo(f"recipe   {recipe}" + (" (chosen because of --data demo)" if recipe == DEMO else ""))
-    click.echo("\n".join(plan_lines(job.plan, notes=job.notes)))
+    click.echo(shown(plan_lines(job.plan, notes=job.notes)))
     if dry_run:
         click.echo(f"run      {job.run.path}, not created; its launch.sh:\n")
         click.echo(job.files["launch.sh"])
@@ -78,8 +78,7 @@ def _resumed(recipe: str | None, given: dict[str, Any]) -> launcher.Job | None:
     if result is not None:
         click.echo(f"{run.path} is finished: {result['steps']} steps, adapter in {run.adapter}")
         return None
-    if state_of(run) == "running":  # its plan must stay that of its ranks
-        raise RunError(f"{run.path} is being trained by another process", try_=f"qdist monitor {run.path}")
+    refuse_running(run)
     job = launcher.prepare_resume(run, given)
     steps = run.checkpoint_steps()
     click.echo(

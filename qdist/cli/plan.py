@@ -6,7 +6,7 @@ from typing import Any
 import click
 import msgspec
 
-from qdist.cli.planned import plan_lines
+from qdist.cli.planned import plan_lines, shown
 from qdist.core.cards import memory_of
 from qdist.core.cluster import UNNAMED, Cluster, hypothetical
 from qdist.core.errors import SpecError
@@ -68,7 +68,8 @@ def plan(
     notes = ["liger-kernel is not installed here: --set liger=true plans with its kernels"] if plain else []
     if described and not host_memory and decided.offloaded_layers:
         notes.append(f"the machine is taken to have {format_bytes(cluster.memory_bytes)} of host memory: --host-memory")
-    click.echo("\n".join(line for line in plan_lines(decided, notes=tuple(notes)) if not line.startswith("steps")))
+    lines = plan_lines(decided, notes=tuple(notes))
+    click.echo(shown([line for line in lines if not line.startswith("steps")]))
 
 
 def _machine(gpus: int, gpu_memory: str | None, gpu_name: str | None, host_memory: str | None) -> Cluster:

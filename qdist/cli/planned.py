@@ -1,12 +1,17 @@
 """A plan as lines for a person."""
 
-from collections.abc import Iterator
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from qdist.core.memory import MemoryBudget
 from qdist.core.plan import Alternative, Plan
 from qdist.core.units import format_bytes, format_count, format_duration
 
+_MARGIN = " " * 9
+"""Of what belongs to the name at the left of a line above."""
 _PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "gathers", "context")
 
 
@@ -32,6 +37,27 @@ def plan_lines(plan: Plan, *, notes: tuple[str, ...] = ()) -> list[str]:
         *_lost(plan),
         *(f"note     {note}" for note in (*notes, *plan.notes)),
     ]
+
+
+def shown(lines: Sequence[str]) -> str:
+    """Lines for standard output, fitted to it where it is a terminal."""
+    return "\n".join(wrapped(lines, shutil.get_terminal_size().columns) if sys.stdout.isatty() else lines)
+
+
+def wrapped(lines: Sequence[str], width: int) -> list[str]:
+    """The same, broken between words where a terminal is narrower; what follows stands below the words, not the name.
+
+    Rows of `not` are a table, and are left to the terminal.
+    """
+    found: list[str] = []
+    for line in lines:
+        if line.startswith(("not ", _MARGIN)) and "  " in line.strip():
+            found.append(line)
+        else:
+            found += textwrap.wrap(
+                line, max(40, width), subsequent_indent=_MARGIN, break_long_words=False, break_on_hyphens=False
+            )
+    return found
 
 
 def _where(plan: Plan) -> str:

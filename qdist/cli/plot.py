@@ -76,8 +76,13 @@ def plot(
     grid = _dots(columns, across, down, low, high)
     marks = {_cell(point, steps, across, down, low, high) for point in points if math.isfinite(point[1])}
     lines = [head]
+    labels = (
+        {_height(low, 4 * down, low, high) // 4: _label(low), 0: _label(high)}
+        if high > low
+        else {_height(low, 4 * down, low, high) // 4: _label(low)}
+    )
     for row in range(down):
-        label = _label(high) if row == 0 else _label(low) if row == down - 1 else ""
+        label = labels.get(row, "")
         line = Text(f"{label:>{_LABEL}}│", style="dim")
         cells = [("●", "not dim yellow") if (row, at) in marks else _drawn(*grid[row][at]) for at in range(across)]
         for style, run in groupby(cells, key=itemgetter(1)):  # a style a cell costs thrice the time

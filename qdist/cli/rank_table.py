@@ -7,6 +7,7 @@ from qdist.core.snapshot import Row, Snapshot, rows
 from qdist.core.units import format_bytes, format_count, format_duration
 
 _BAR_WIDTHS = (24, 16, 12, 8, 0)
+_BYTES = len("1,023 MiB")
 
 
 def rank_table(snapshot: Snapshot, width: int, most: int, *, whole: bool = False) -> list[Text]:
@@ -29,6 +30,8 @@ def rank_table(snapshot: Snapshot, width: int, most: int, *, whole: bool = False
     at = max(len(row.at) for row in shown) + 2 if whole and not own_line else 0
     length = next(length for length in _BAR_WIDTHS if fixed + at + (length + 7) * (length > 0) <= width or not length)
     lines = [_line(headings, widths, "dim")]
+    if length:
+        lines[0].append("  peak of predicted"[: length + 7], style="dim")
     for row, own in zip(shown, cells, strict=True):
         line = _line(own, widths, "")
         if length:
@@ -60,8 +63,9 @@ def _total(widths: list[int]) -> int:
 def _cells(shown: list[Row], head: str, *, whole: bool) -> tuple[list[str], list[list[str]]]:
     columns: dict[str, list[str]] = {
         head: [_where(row) for row in shown],
-        "memory": [_bytes(row.now_bytes) for row in shown],
-        "peak": [_bytes(row.peak_bytes) for row in shown],
+        # As wide as they can get: a column that changes its width moves all others.
+        f"{'memory':>{_BYTES}}": [_bytes(row.now_bytes) for row in shown],
+        f"{'peak':>{_BYTES}}": [_bytes(row.peak_bytes) for row in shown],
         "predicted": [_bytes(row.expected_bytes) for row in shown],
         "tok/s": [_count(row.tokens_per_s) for row in shown],
     }

@@ -5,7 +5,7 @@ from html import escape
 
 from qdist.core.memory_parts import PARTS, REST, TOTAL, WORKING, Parts
 from qdist.core.report import Answer, Report
-from qdist.core.report_sections import Rows, Table, signed
+from qdist.core.report_sections import Rows, Table, signed, took
 from qdist.core.units import format_bytes
 
 _KINDS = {name: f"part-{name}" for name in PARTS} | {WORKING: "part-working", REST: "part-rest"}
@@ -123,17 +123,17 @@ def step_bar(report: Report) -> str:
     if not report.step:
         return "<p>The ranks did not say what a step's time went to.</p>"
     pieces = "".join(
-        f'<i class="{kind}" style="width:{100 * part.share:.3f}%" title="{part.name}: {part.milliseconds:.1f} ms"></i>'
+        f'<i class="{kind}" style="width:{100 * part.share:.3f}%" title="{part.name}: {part.time}"></i>'
         for kind, part in zip(_STEP_KINDS, report.step, strict=True)
     )
-    whole = sum(part.milliseconds for part in report.step)
+    whole = took(sum(part.milliseconds for part in report.step) / 1000)
     body = "".join(
-        f'<tr><td><i class="{kind}"></i>{escape(part.name)}</td><td>{part.milliseconds:,.1f} ms</td>'
+        f'<tr><td><i class="{kind}"></i>{escape(part.name)}</td><td>{part.time}</td>'
         f"<td>{100 * part.share:.1f} %</td></tr>"
         for kind, part in zip(_STEP_KINDS, report.step, strict=True)
     )
     return (
-        f'<div class="bars"><div class="bar"><b>a step</b><span class="track">{pieces}</span><em>{whole:,.1f} ms</em>'
+        f'<div class="bars"><div class="bar"><b>a step</b><span class="track">{pieces}</span><em>{whole}</em>'
         '</div></div><div class="wide"><table class="figures"><thead><tr><th scope="col">mean of all steps, rank 0</th>'
         f'<th scope="col">time</th><th scope="col">share</th></tr></thead><tbody>{body}</tbody></table></div>'
     )

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from qdist.core.jumps import BEFORE, first_losses, jumped_from
+from qdist.core.jumps import BEFORE, first_losses, jumped_from, risen_from
 from qdist.core.snapshot import Snapshot, rows
 from qdist.core.units import format_bytes
 
@@ -35,6 +35,8 @@ def _loss(snapshot: Snapshot) -> Iterator[str]:
         # What to try in a run that has ended, its error says.
         advice = ": stop and try a smaller optim.lr" if snapshot.state == "running" else ""
         yield f"the loss is not a number {since} step {steps[bad]:,}{advice}"
+    if (risen := risen_from(columns.loss)) is not None:
+        yield f"the loss has risen from {risen[0]:.3f} to {risen[1]:.3f}: training does harm; try a smaller optim.lr"
     first = first_losses(columns.loss)
     for index in range(len(losses) - 1, BEFORE - 1, -1):
         mean = jumped_from(losses[index - BEFORE : index], losses[index], first)

@@ -3,17 +3,17 @@
 from collections.abc import Callable
 
 from qdist.core.report import Report
-from qdist.core.report_sections import Table, number, signed
+from qdist.core.report_sections import Table, number, signed, took
 from qdist.core.units import format_bytes, format_count, format_duration
 
 _METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "loss": ("Loss, mean of the last 20 steps", number),
+    "loss": ("Loss, mean of the last steps, 20 at most", number),
     "held_out_loss": ("Held-out loss, last", number),
     "best_held_out_loss": ("Held-out loss, best", number),
     "steps": ("Steps", lambda value: f"{value:,.0f}"),
     "tokens": ("Tokens", lambda value: f"{value:,.0f}"),
     "tokens_per_s": ("Tokens/s", format_count),
-    "step_s": ("Time of a step", lambda value: f"{1000 * value:,.1f} ms"),
+    "step_s": ("Time of a step", took),
     "padding_share": ("Padding", lambda value: f"{100 * value:.1f} %"),
     "peak_bytes": ("Peak memory, fullest", format_bytes),
     "duration_s": ("Duration", format_duration),

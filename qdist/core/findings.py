@@ -65,7 +65,12 @@ def _held_out(fold: Fold) -> Iterator[str]:
     if not points:
         return
     (best_step, best), (last_step, last) = min(points, key=lambda point: point[1]), max(points)
-    if last > _WORSE * best:
+    if last > _WORSE * best and best_step == 0:
+        yield (
+            f"The held-out loss rose from {best:.4g} before training to {last:.4g} at step {last_step:,}: the adapter "
+            "does harm. Try a smaller optim.lr."
+        )
+    elif last > _WORSE * best:
         yield (
             f"The held-out loss was best at step {best_step:,} ({best:.4g}) and rose to {last:.4g} at step "
             f"{last_step:,}: later steps learnt the training data by heart. `qdist gather --checkpoint best` takes the "

@@ -6,6 +6,7 @@ from statistics import fmean
 
 BEFORE = 10
 """Steps whose mean a loss is held against; the loss of the first as many is the run's measure."""
+_RISEN, _RISEN_LEAST, _ENOUGH = 1.5, 0.5, 3
 _TIMES, _LEAST = 2.0, 0.1
 """A jump is to this many times that mean, and by this share of the first losses: small losses are noisy."""
 
@@ -14,6 +15,15 @@ def first_losses(losses: Sequence[float]) -> float:
     """The mean of a run's first losses; NaN while there is none that is a number."""
     finite = [loss for loss in losses[:BEFORE] if math.isfinite(loss)]
     return fmean(finite) if finite else math.nan
+
+
+def risen_from(losses: Sequence[float]) -> tuple[float, float] | None:
+    """(first loss, mean of the last ones) where the last are so much higher that training has done harm."""
+    last = [loss for loss in losses[1:][-BEFORE:] if math.isfinite(loss)]
+    if len(last) < _ENOUGH or not math.isfinite(losses[0]):
+        return None
+    mean = fmean(last)
+    return (losses[0], mean) if mean > _RISEN * losses[0] and mean > losses[0] + _RISEN_LEAST else None
 
 
 def jumped_from(before: Sequence[float], loss: float, first: float) -> float | None:

@@ -60,8 +60,11 @@ def layouts(spec: RunSpec, count: int, *, device: Literal["cuda", "cpu"]) -> tup
         except SpecError as error:
             refused = refused or error
     if not found:
-        assert refused is not None
-        raise refused
+        # Nothing was worth a try: whole layers on each of one CPU rank.
+        raise refused or SpecError(
+            f"placement={spec.placement or 'split'} needs at least 2 {_UNITS[device]}s in a group",
+            try_="--gpus 2" if count == 1 else f"--gpus-per-group {count}",
+        )
     return tuple(sorted(found, key=lambda layout: layout.simplicity))
 
 

@@ -36,6 +36,11 @@ class StepPart(msgspec.Struct, frozen=True, kw_only=True):
     milliseconds: float
     share: float
 
+    @property
+    def time(self) -> str:
+        """In words."""
+        return took(self.milliseconds / 1000)
+
 
 def counted_steps(steps: int) -> str:
     """'1 step', '5,000 steps'."""
@@ -92,8 +97,8 @@ def step_parts(fold: Fold) -> tuple[StepPart, ...]:
         "optimizer step": update,
     }
     return tuple(
-        StepPart(name=name, milliseconds=1000 * took / len(columns), share=took / seconds)
-        for name, took in parts.items()
+        StepPart(name=name, milliseconds=1000 * spent / len(columns), share=spent / seconds)
+        for name, spent in parts.items()
     )
 
 
@@ -121,7 +126,12 @@ def pace_rows(
 
 def signed(share: float) -> str:
     """'+3.1 %'."""
-    return f"{100 * share:+.1f} %"
+    return f"{round(100 * share, 1) + 0.0:+.1f} %"  # + 0.0: no minus before a zero
+
+
+def took(seconds: float) -> str:
+    """'38.2 ms', '13.2 s'."""
+    return f"{1000 * seconds:,.1f} ms" if seconds < 10 else f"{seconds:,.1f} s"
 
 
 def ranks_table(fold: Fold) -> Table:
@@ -131,7 +141,7 @@ def ranks_table(fold: Fold) -> Table:
             str(rank),
             f"{own.last_step:,}",
             "-" if own.tokens_per_s is None else format_count(own.tokens_per_s),
-            "-" if own.busy_s is None else f"{1000 * own.busy_s:,.1f} ms",
+            "-" if own.busy_s is None else took(own.busy_s),
             format_bytes(own.memory_bytes) if own.memory_bytes else "-",
         )
         for rank, own in sorted(fold.present.items())
@@ -194,14 +204,16 @@ def choices_of(plan: Plan) -> dict[str, str]:
         )
     }  # fmt: skip
     given = {key: _value(value) for key, value in flatten(plan.spec).items() if key != "run"}
-    return given | {f"{key}, as planned": value for key, value in decided.items()}
+    # What was given and kept is said once.
+    return given | {f"{key}, as planned": value for key, value in decided.items() if given.get(key) != value}
 
 
 def metrics_of(plan: Plan, fold: Fold, memory: tuple[Parts, ...], speed: float | None) -> dict[str, float]:
     """In the order in which a comparison shows them."""
     columns = fold.columns
     losses = [loss for loss in columns.loss[-20:] if math.isfinite(loss)]
-    held_out = [loss for _, loss in sorted(fold.held_out) if math.isfinite(loss)]
+    # At step 0 nothing has been learnt yet.
+    held_out = [loss for step, loss in sorted(fold.held_out) if step and math.isfinite(loss)]
     peak = max((own.measured_bytes for own in memory), default=0)
     found: dict[str, float | None] = {
         "loss": fmean(losses) if losses else None,

@@ -39,6 +39,8 @@ class Snapshot(NamedTuple):
     message: str = ""
     """The error that ended the run."""
     try_: str = ""
+    stopping: bool = False
+    """It was asked to stop, and will once its step is done and saved."""
     cards: Mapping[int, tuple[Reading, ...]] = {}
     """Of each rank on this machine, aligned with its GPUs."""
     card_bytes: tuple[int, ...] = ()

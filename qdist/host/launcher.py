@@ -5,6 +5,7 @@ import ctypes
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from qdist.host import endings, lessons, modules, probe, templates
 from qdist.host.files import locked, write_atomic
 from qdist.host.follow import Follower
 from qdist.host.records import check_source
+from qdist.host.refusals import refuse_used
 from qdist.host.rundir import ENDED, LOCK, MACHINE, PLAN, STOP, Ended, RunDir, free_name
 from qdist.host.sources import locate, shape
 from qdist.host.stuck import Watchdog
@@ -72,7 +74,7 @@ def prepare(spec: RunSpec) -> Job:
     if not spec.model:
         raise SpecError("no model was named", try_="--model smollm2-135m")
     run = RunDir(spec.run) if spec.run else RunDir(free_name(Path("runs"), _stem(spec)))
-    _refuse_used(run)
+    refuse_used(run)
     prepared = _synthetic(spec) if spec.load_format == "dummy" else _real(spec)
     return _job(run, spec, prepared)
 
@@ -105,12 +107,24 @@ def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Job:
 
 
 def write(job: Job) -> None:
-    """Create the run directory, the plan last: a directory without it is not a run."""
-    job.run.path.mkdir(parents=True, exist_ok=True)
-    for folder in (job.run.events, job.run.logs, job.run.checkpoints):
-        folder.mkdir(exist_ok=True)
-    for name, text in job.files.items():
-        write_atomic(job.run.path / name, text)
+    """Create the run directory, the plan last: a directory without it is not a run.
+
+    Raises RunError where it cannot be written; then what this call created is gone again.
+    """
+    is_new = not job.run.path.exists()
+    try:
+        job.run.path.mkdir(parents=True, exist_ok=True)
+        for folder in (job.run.events, job.run.logs, job.run.checkpoints):
+            folder.mkdir(exist_ok=True)
+        for name, text in job.files.items():
+            write_atomic(job.run.path / name, text)
+    except OSError as error:
+        if is_new:
+            shutil.rmtree(job.run.path, ignore_errors=True)
+        raise RunError(
+            f"{job.run.path} cannot be written: {error.strerror}",
+            try_="a --run folder that you may write to, on a disk with room",
+        ) from error
 
 
 def start(job: Job, *, show: Show, say: Callable[[str], None], recall: Show | None = None) -> None:
@@ -284,20 +298,6 @@ def _synthetic(spec: RunSpec) -> Prepared:
 def _resumable(key: str, spec: RunSpec) -> bool:
     """Whether a run may go on with another value; the length only where the learning rate does not follow it."""
     return key in RESUMABLE or (key in ("steps", "epochs") and spec.optim.schedule == "constant")
-
-
-def _refuse_used(run: RunDir) -> None:
-    if run.result() is not None:
-        raise RunError(f"{run.path} holds a finished run", try_="another --run")
-    if run.exists():
-        steps = run.checkpoint_steps()
-        where = f"a checkpoint of step {steps[-1]}" if steps else "no checkpoint yet"
-        raise RunError(
-            f"{run.path} holds an unfinished run with {where}",
-            try_=f"qdist launch --resume --run {run.path}, or another --run",
-        )
-    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-        raise RunError(f"{run.path} exists and is not a run", try_="another --run")
 
 
 def _stem(spec: RunSpec) -> str:

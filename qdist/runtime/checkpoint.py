@@ -6,11 +6,14 @@ from pathlib import Path
 
 import msgspec
 import torch
+from safetensors import SafetensorError
 
 from qdist.core.errors import RunError
 from qdist.host.files import publish_folder
 from qdist.host.rundir import RunDir
 from qdist.runtime.engine import State
+
+_OTHER = "take its folder away: a run goes on from the newest checkpoint that is there"
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,24 +46,36 @@ def save(run: RunDir, progress: Progress, state: State, *, keep: int) -> Path:
     beside = run.checkpoints / f".{final.name}.{os.getpid()}"
     shutil.rmtree(beside, ignore_errors=True)  # a killed rank of the same process id, as in a restarted container
     beside.mkdir()
-    _save_tensors(state.parameters, beside / "adapter.safetensors")
-    flat = {f"{moment}.{name}": tensor for moment, tensors in state.moments.items() for name, tensor in tensors.items()}
-    _save_tensors(flat, beside / "optimizer.safetensors")
-    (beside / "state.json").write_bytes(msgspec.json.format(msgspec.json.encode(progress), indent=2) + b"\n")
-    (beside / "DONE").touch()
-    publish_folder(beside, final)
+    try:
+        _write(beside, progress, state)
+        publish_folder(beside, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise RunError(
+            f"the checkpoint of step {progress.step} cannot be written to {run.checkpoints}: {error}; "
+            f"{run.last_saved()}",
+            try_=f"make room there, then qdist launch --resume --run {run.path}",
+        ) from error
     _prune(run, keep=keep, best=progress.best_step)
     return final
+
+
+def _write(folder: Path, progress: Progress, state: State) -> None:
+    _save_tensors(state.parameters, folder / "adapter.safetensors")
+    flat = {f"{moment}.{name}": tensor for moment, tensors in state.moments.items() for name, tensor in tensors.items()}
+    _save_tensors(flat, folder / "optimizer.safetensors")
+    (folder / "state.json").write_bytes(msgspec.json.format(msgspec.json.encode(progress), indent=2) + b"\n")
+    (folder / "DONE").touch()
 
 
 def load(path: Path) -> tuple[Progress, State]:
     """Read a checkpoint. Raises RunError when it is not whole."""
     if not (path / "DONE").is_file():
-        raise RunError(f"{path} has no DONE: it was not finished", try_="an earlier checkpoint beside it")
+        raise RunError(f"{path} has no DONE: it was not finished", try_=_OTHER)
     try:
         progress = msgspec.json.decode((path / "state.json").read_bytes(), type=Progress)
     except (msgspec.DecodeError, FileNotFoundError) as error:
-        raise RunError(f"{path / 'state.json'}: {error}", try_="an earlier checkpoint beside it") from None
+        raise RunError(f"{path / 'state.json'}: {error}", try_=_OTHER) from None
     moments: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in load_tensors(path / "optimizer.safetensors").items():
         moment, _, name = key.partition(".")
@@ -70,13 +85,12 @@ def load(path: Path) -> tuple[Progress, State]:
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """A safetensors file, whole. Raises RunError when it is cut short."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return load_file(path)
     except (SafetensorError, FileNotFoundError) as error:
-        raise RunError(f"{path} cannot be read: {error}", try_="an earlier checkpoint beside it") from error
+        raise RunError(f"{path} cannot be read: {error}", try_=_OTHER) from error
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

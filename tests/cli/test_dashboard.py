@@ -86,6 +86,15 @@ def test_cpu_ranks_show_their_memory_and_no_sensors() -> None:
     assert "power" not in view
 
 
+def test_a_run_that_was_asked_to_stop_says_so() -> None:
+    assert "stopping" in drawn(run_of(2, stopping=True)).splitlines()[0]
+
+
+def test_a_constant_has_one_label() -> None:
+    lines = [line.plain for line in plot("lr", range(5), [2.0] * 5, width=20, height=8)]
+    assert sum("2│" in line for line in lines) == 1
+
+
 def test_every_rank_says_what_it_is_at() -> None:
     view = drawn(run_of(2), 120, 24, "ranks")
     assert view.count("in forward and backward passes of step 13") == 2

@@ -23,6 +23,7 @@ from qdist.core.pulse import encode as encode_pulse
 from qdist.host import look as look_module
 from qdist.host.files import locked
 from qdist.host.look import Look
+from qdist.host.pulses import environment_of
 from qdist.host.rundir import LOCK, RunDir
 from tests.plans import CPU, gpus, planned
 
@@ -195,6 +196,8 @@ def test_gpus_are_those_that_the_ranks_see_and_not_the_watcher(
     with locked(run.path / LOCK, busy=""), subprocess.Popen(["sleep", "60"], env=environment) as rank:
         pulse = Pulse(rank=0, pid=rank.pid, host=socket.gethostname(), time=time.time())
         run.pulse_file(0).write_bytes(encode_pulse(pulse))
+        while own and environment_of(pulse).get("CUDA_VISIBLE_DEVICES") != own:
+            time.sleep(0.01)  # between a fork and its exec
         look = Look(run)
         look.snapshot()
         look.snapshot()

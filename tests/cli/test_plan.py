@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qdist.cli.main import COMMANDS, main
-from qdist.cli.planned import plan_lines
+from qdist.cli.planned import plan_lines, wrapped
 from qdist.core.cluster import hypothetical
 from qdist.core.lessons import Correction
 from qdist.core.plan import Plan
@@ -188,3 +188,13 @@ def test_planning_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_lines_break_between_words_and_go_on_below_them() -> None:
+    lines = plan_lines(planned("llama-65b", gpus(4, 24), {"gpus": 4}))
+    narrow = wrapped(lines, 80)
+    rows = [line for line in narrow if "%" not in line]
+    assert max(map(len, rows)) <= 80
+    assert " ".join(" ".join(narrow).split()) == " ".join(" ".join(lines).split())
+    (first,) = [position for position, line in enumerate(narrow) if line.startswith("batch")]
+    assert narrow[first + 1].startswith(" " * 9)

@@ -129,6 +129,12 @@ def test_settings_that_contradict_each_other_are_refused(
     assert caught.value.try_ == attempt
 
 
+def test_one_cpu_rank_cannot_split_a_backbone() -> None:
+    with pytest.raises(SpecError, match="placement=split needs at least 2 CPU ranks in a group") as caught:
+        found({"placement": "split"}, 1, "cpu")
+    assert caught.value.try_ == "--gpus 2"
+
+
 def test_offloading_needs_a_gpu() -> None:
     with pytest.raises(SpecError, match="needs a GPU to copy layers to"):
         found({"split.offload_layers": 2}, 1, "cpu")

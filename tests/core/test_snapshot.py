@@ -58,6 +58,7 @@ def test_a_run_that_has_ended_is_not_told_to_stop() -> None:
     [
         (steps([2.0, 2.0, math.nan, math.nan]), "the loss is not a number since step 3: stop and try a smaller"),
         (steps([2.0] * 12 + [5.0]), "the loss jumped from 2.000 to 5.000 at step 13"),
+        (steps([2.0, 9.0, 8.0, 10.0]), "the loss has risen from 2.000 to 9.000: training does harm"),
         (steps([2.0] * 4, memory_gib=137), "rank 0 is at 137 GiB of 140 GiB (98%)"),
         (steps([2.0] * 4, data_s=1.0), "data stalls: making samples took 50%"),
         (steps([2.0] * 4, padding=4096), "50% of the computed positions are padding"),

@@ -1,5 +1,6 @@
 """Does a launch refuse what it must, write whole run directories, and say how its ranks ended?"""
 
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from qdist.core.plan import Plan
 from qdist.core.spec import RunSpec, nest, resolve
 from qdist.core.units import GIB
 from qdist.host import launcher, lessons, probe
+from qdist.host.files import locked
 from qdist.host.launcher import Job
-from qdist.host.rundir import RunDir
+from qdist.host.rundir import LOCK, RunDir
 from qdist.host.stuck import Watchdog
 
 SMALL = {"model": "smollm2-135m", "load_format": "dummy", "steps": 5, "seq_len": 64, "global_batch": 8, "gpus": 2}
@@ -146,6 +148,26 @@ def test_a_directory_that_is_in_use_is_left_alone(files: list[str], message: str
     with pytest.raises(RunError, match=message) as caught:
         launcher.prepare(spec())
     assert caught.value.try_ == attempt
+
+
+def test_a_run_that_is_being_trained_is_watched_and_not_resumed() -> None:
+    job = launcher.prepare(spec())
+    launcher.write(job)
+    with locked(job.run.path / LOCK, busy=""), pytest.raises(RunError, match="is being trained") as caught:
+        launcher.prepare(spec())
+    assert caught.value.try_ == "qdist monitor run"
+
+
+def test_a_directory_that_cannot_be_written_is_not_left_half_written(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(launcher, "write_atomic", full)
+    with pytest.raises(RunError, match="run cannot be written: No space left on device"):
+        launcher.write(launcher.prepare(spec()))
+    assert not (here / "run").exists()
 
 
 def test_a_file_is_no_run_directory(here: Path) -> None:

@@ -1,5 +1,7 @@
 """Checkpoints are whole or absent, and the right ones are kept."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 
 from qdist.core.errors import RunError
 from qdist.host.rundir import RunDir
+from qdist.runtime import checkpoint
 from qdist.runtime.checkpoint import Progress, load, save
 from qdist.runtime.engine import MOMENTS, State
 
@@ -152,3 +155,21 @@ def test_a_kill_while_an_old_one_is_deleted_leaves_none_that_looks_whole(
     with pytest.raises(KeyboardInterrupt):
         save(run, progress_of(2), state_of(2), keep=1)
     assert run.checkpoint_steps() == [2]
+
+
+def test_one_that_cannot_be_written_leaves_nothing_and_says_where_a_run_goes_on(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(run, progress_of(5), state_of(5), keep=2)
+
+    def full(tensors: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "_save_tensors", full)
+    with pytest.raises(
+        RunError, match=r"of step 10 cannot be written .*No space left.*; the last .* of step 5"
+    ) as caught:
+        save(run, progress_of(10), state_of(10), keep=2)
+    assert str(caught.value.try_).endswith(f"qdist launch --resume --run {run.path}")
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step_000005"]
