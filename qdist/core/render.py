@@ -65,6 +65,10 @@ def _distributed_type(plan: Plan) -> str:
     return f"MULTI_{'GPU' if plan.device == 'cuda' else 'CPU'}" if plan.world_size > 1 else "NO"
 
 
+PASSIVE = "PASSIVE"
+"""How threads wait on CPUs that others use as well: spinning, they take turns with those that they wait for."""
+
+
 def launch_script(plan: Plan, *, python: str) -> str:
     """The shell script that starts the ranks; it finds its run directory beside itself.
 
@@ -77,13 +81,16 @@ def launch_script(plan: Plan, *, python: str) -> str:
     else:
         # NVML numbers cards by bus, CUDA fastest first unless told; the plan speaks NVML.
         exports |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    narrow = [f'export {CHANNELS}="${{{CHANNELS}:-{STAGE_CHANNELS}}}"'] if plan.schedule == "1f1b" else []
+    # Unless the environment says otherwise.
+    usual = {CHANNELS: str(STAGE_CHANNELS)} if plan.schedule == "1f1b" else {}
+    if plan.device == "cpu":
+        usual["OMP_WAIT_POLICY"] = PASSIVE
     lines = [
         "#!/bin/sh",
         f"# {' '.join(plan.spec.model.split())}: {plan.world_size} {plan.device} rank(s), written by qdist",
         'run=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)',
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
-        *narrow,
+        *(f'export {name}="${{{name}:-{value}}}"' for name, value in usual.items()),
         f"exec {shlex.quote(python)} -m torch.distributed.run --standalone --nproc-per-node {plan.world_size} \\",
         f'  -m qdist.runtime.worker "$run" --digest {digest(plan)}',
     ]

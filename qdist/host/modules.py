@@ -12,6 +12,7 @@ import msgspec
 
 from qdist.core import errors
 from qdist.core.plan import Prepared
+from qdist.core.render import PASSIVE
 from qdist.core.spec import RunSpec
 from qdist.host import probe
 
@@ -39,4 +40,5 @@ def run_module(module: str, arguments: Sequence[str]) -> int:
     environment = dict(os.environ)
     if probe.cluster().device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed, once imported, warns that it found no GPU
+        environment.setdefault("OMP_WAIT_POLICY", PASSIVE)
     return subprocess.run([sys.executable, "-m", module, *arguments], check=False, env=environment).returncode

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,8 @@ def _work(plan: Plan, run: RunDir) -> None:
     from qdist.runtime.setup import make_accelerator, pick_devices
 
     logging.disable_progress_bar()
+    # DeepSpeed 0.19's calls, under torch 2.13: the first and often the only words of every rank's log.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     beat.move("loading")
     devices = pick_devices(plan, int(os.environ["LOCAL_RANK"]))
     accelerator = make_accelerator(plan, run)

@@ -153,6 +153,10 @@ def test_nothing_odd_gives_no_warning() -> None:
             [Event(kind="eval", step=5, held_out_loss=1.0), Event(kind="eval", step=9, held_out_loss=1.5)],
             "The held-out loss was best at step 5 (1) and rose to 1.5 at step 9",
         ),
+        (
+            [Event(kind="eval", step=0, held_out_loss=1.0), Event(kind="eval", step=9, held_out_loss=1.5)],
+            "The held-out loss rose from 1 before training to 1.5 at step 9: the adapter does harm",
+        ),
         ([step(1, tokens=1)], "slower than planned"),
     ],
 )

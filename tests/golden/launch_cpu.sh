@@ -5,5 +5,6 @@ export OMP_NUM_THREADS=4
 export TOKENIZERS_PARALLELISM=false
 export DS_ACCELERATOR=cpu
 export CUDA_VISIBLE_DEVICES=''
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 exec '/opt/my venv/bin/python' -m torch.distributed.run --standalone --nproc-per-node 2 \
   -m qdist.runtime.worker "$run" --digest DIGEST
