@@ -53,9 +53,9 @@ def _header(snapshot: Snapshot, width: int) -> list[Text]:
     """Name, progress, losses, speed and what surrounds it."""
     fold, total = snapshot.fold, snapshot.fold.total_steps or snapshot.plan.steps
     state = snapshot.state
-    left = fold.seconds_left
+    left = _left(snapshot)
     if state == "running":
-        state = "stopping" if snapshot.stopping else "starting" if left is None and not fold.step else state
+        state = "stopping" if snapshot.stopping else _doing(snapshot)
         ends = f"  {format_duration(left)} left" if left is not None else ""
     else:
         ends = ""
@@ -68,6 +68,23 @@ def _header(snapshot: Snapshot, width: int) -> list[Text]:
     label, share = f"step {fold.step:,}/{total:,} ", f" {done:.0%}"
     progress = Text.assemble(label, bar(done, max(0, width - len(label) - len(share)), "green"), share)
     return [title, progress, *(Text(_fitted(part(snapshot), width)) for part in (_losses, _speed, _around))]
+
+
+def _doing(snapshot: Snapshot) -> str:
+    """What rank 0 is at, where it is no training."""
+    pulse = snapshot.pulses.get(0)
+    if pulse is not None and pulse.phase in ("loading", "evaluating", "saving"):
+        return pulse.phase
+    return "running" if snapshot.fold.step or snapshot.fold.seconds_left is not None else "starting"
+
+
+def _left(snapshot: Snapshot) -> float | None:
+    """Seconds until the last step, counted down through a step and no further."""
+    fold = snapshot.fold
+    left, steps = fold.seconds_left, fold.total_steps - fold.step
+    if not left or steps < 1 or not fold.columns.time[-1]:
+        return left
+    return left - min(left / steps, max(0.0, snapshot.now - fold.columns.time[-1]))
 
 
 def _losses(snapshot: Snapshot) -> list[str]:

@@ -15,7 +15,7 @@ from qdist.host.runs import Listed, find, listed
 _COLOURS = {"running": "cyan", "finished": "green", "failed": "red", "killed": "red", "unreadable": "yellow"}
 _LEFT = ("name", "state", "model", "data", "started")
 """Columns of words; those of numbers stand right."""
-_FIRST_TO_GO = ("started", "held-out", "data", "model", "hours", "tok/s", "loss", "step")
+_FIRST_TO_GO = ("started", "data", "hours", "model", "tok/s", "held-out", "loss", "step")
 """What is left out of a narrow window, in this order; name and state always stay."""
 _GAP = "  "
 
@@ -91,11 +91,11 @@ def _cells(row: Listed, base: Path) -> dict[str, str]:
 
 
 def _hours(row: Listed) -> str:
-    """'12.30 GPU', '0.0043 CPU': hours times devices."""
+    """'12.30 GPU', '<0.01 CPU': hours times devices."""
     hours, device = (row.cpu_rank_hours, "CPU") if row.gpu_hours is None else (row.gpu_hours, "GPU")
     if hours is None:
         return "-"
-    return f"{hours:,.2f} {device}" if hours >= 0.1 or not hours else f"{hours:.2g} {device}"
+    return f"<0.01 {device}" if 0 < hours < 0.01 else f"{hours:,.2f} {device}"
 
 
 def _number(value: float | None, style: str) -> str:

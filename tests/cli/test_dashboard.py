@@ -172,3 +172,21 @@ def test_a_spike_among_very_many_steps_sets_the_bounds_of_its_chart() -> None:
     values[25_000] = 9.0
     lines = plot("loss", range(50_000), values, width=40, height=8)
     assert lines[1].plain.strip().startswith("9│")
+
+
+def test_time_left_is_counted_down_through_a_step_and_no_further() -> None:
+    def left(ago: float) -> str:
+        one = run_of(2)
+        for index in range(len(one.fold.columns)):
+            one.fold.columns.time[index] = NOW - ago - 4.0 * (11 - index)
+        return drawn(one).splitlines()[0].partition("running")[2].strip()
+
+    assert [left(0), left(3), left(300)] == ["3 min 12 s left", "3 min 09 s left", "3 min 08 s left"]
+
+
+@pytest.mark.parametrize(
+    ("phase", "word"), [("loading", "loading"), ("evaluating", "evaluating"), ("saving", "saving")]
+)
+def test_what_a_run_does_beside_training_is_said(phase: Any, word: str) -> None:
+    pulse = Pulse(rank=0, pid=1, host="here", time=NOW, phase=phase)
+    assert word in drawn(run_of(1, steps=0, pulses={0: pulse})).splitlines()[0]
