@@ -2,10 +2,10 @@
 
 import shutil
 import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
+from qdist.cli.fitting import fitted
 from qdist.core.memory import MemoryBudget
 from qdist.core.plan import Alternative, Plan
 from qdist.core.units import format_bytes, format_count, format_duration
@@ -54,9 +54,7 @@ def wrapped(lines: Sequence[str], width: int) -> list[str]:
         if line.startswith(("not ", _MARGIN)) and "  " in line.strip():
             found.append(line)
         else:
-            found += textwrap.wrap(
-                line, max(40, width), subsequent_indent=_MARGIN, break_long_words=False, break_on_hyphens=False
-            )
+            found += fitted(line, width, margin=len(_MARGIN))
     return found
 
 
