@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from qdist.core.errors import RunError
-from qdist.host.files import publish_folder
+from qdist.host.files import publish_folder, write_atomic
 from qdist.host.rundir import RunDir
 from qdist.runtime.engine import State
 
@@ -60,11 +60,23 @@ def save(run: RunDir, progress: Progress, state: State, *, keep: int) -> Path:
     return final
 
 
+def note(run: RunDir, step: int, held_out: tuple[tuple[int, float], ...], *, keep: int) -> None:
+    """Add the evaluation that followed a checkpoint to it; then only the new best is kept beyond `keep`."""
+    state = run.checkpoint(step) / "state.json"
+    progress = msgspec.structs.replace(msgspec.json.decode(state.read_bytes(), type=Progress), held_out=held_out)
+    write_atomic(state, _encoded(progress))
+    _prune(run, keep=keep, best=progress.best_step)
+
+
+def _encoded(progress: Progress) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(progress), indent=2) + b"\n"
+
+
 def _write(folder: Path, progress: Progress, state: State) -> None:
     _save_tensors(state.parameters, folder / "adapter.safetensors")
     flat = {f"{moment}.{name}": tensor for moment, tensors in state.moments.items() for name, tensor in tensors.items()}
     _save_tensors(flat, folder / "optimizer.safetensors")
-    (folder / "state.json").write_bytes(msgspec.json.format(msgspec.json.encode(progress), indent=2) + b"\n")
+    (folder / "state.json").write_bytes(_encoded(progress))
     (folder / "DONE").touch()
 
 

@@ -58,17 +58,25 @@ class Trainer:
         """Train from the newest checkpoint to the last step. False when it was asked to stop before."""
         plan, train = self.plan, self.plan.spec.train
         step = self._resume()
-        if not self.held_out:
+        if not self.held_out or (self._judged_at(step) and self.held_out[-1][0] != step):
             self._judge(step)
+            if step:  # it was killed in this evaluation
+                self._note(step)
         while step < plan.steps:
             stop = self._step(step)
             step += 1
             if train.verify_steps and step % train.verify_steps == 0:
                 self._report(Event(kind="verify", step=step, total_steps=plan.steps, note=self._verify()))
-            if step == plan.steps or (train.eval_steps and step % train.eval_steps == 0):
-                self._judge(step)
-            if stop or step == plan.steps or step % train.save_steps == 0 or self._is_best(step):
+            # Saved first: an evaluation may take long, and a kill in it must not cost the steps before it.
+            saved = stop or step == plan.steps or step % train.save_steps == 0
+            if saved:
                 self._save(step)
+            if self._judged_at(step):
+                self._judge(step)
+                if saved:
+                    self._note(step)
+                elif self._is_best(step):
+                    self._save(step)
             if stop and step < plan.steps:
                 return False
         return True
@@ -126,6 +134,10 @@ class Trainer:
         with clock.data():
             return self.samples.batch(indices)
 
+    def _judged_at(self, step: int) -> bool:
+        every = self.plan.spec.train.eval_steps
+        return bool(self.samples.held_out) and (step == self.plan.steps or (every > 0 and step % every == 0))
+
     def _judge(self, step: int) -> None:
         """The held-out loss, weighted by tokens over all ranks."""
         if not self.samples.held_out:
@@ -178,6 +190,11 @@ class Trainer:
             self._report(Event(kind="checkpoint", step=step, total_steps=self.plan.steps))
         self.comm.barrier()
         return self.run.checkpoint(step)
+
+    def _note(self, step: int) -> None:
+        """Have the checkpoint of a step know what its evaluation said."""
+        if self.comm.rank == 0:
+            checkpoint.note(self.run, step, self.held_out, keep=self.plan.spec.train.keep)
 
     def _resume(self) -> int:
         """Take over the newest whole checkpoint; the step to go on from."""

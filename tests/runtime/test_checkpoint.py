@@ -10,7 +10,7 @@ import torch
 from qdist.core.errors import RunError
 from qdist.host.rundir import RunDir
 from qdist.runtime import checkpoint
-from qdist.runtime.checkpoint import Progress, load, save
+from qdist.runtime.checkpoint import Progress, load, note, save
 from qdist.runtime.engine import MOMENTS, State
 
 
@@ -173,3 +173,13 @@ def test_one_that_cannot_be_written_leaves_nothing_and_says_where_a_run_goes_on(
         save(run, progress_of(10), state_of(10), keep=2)
     assert str(caught.value.try_).endswith(f"qdist launch --resume --run {run.path}")
     assert [path.name for path in run.checkpoints.iterdir()] == ["step_000005"]
+
+
+def test_an_evaluation_after_a_checkpoint_is_added_to_it_and_decides_what_is_kept(run: RunDir) -> None:
+    for step in (1, 2, 3):
+        save(run, progress_of(step, ((0, 9.0), (1, 5.0))), state_of(step), keep=1)
+    assert run.checkpoint_steps() == [1, 3]
+    note(run, 3, ((0, 9.0), (1, 5.0), (3, 4.0)), keep=1)
+    assert run.checkpoint_steps() == [3]
+    progress, _ = load(run.checkpoint(3))
+    assert (progress.step, progress.best_step, progress.held_out[-1]) == (3, 3, (3, 4.0))

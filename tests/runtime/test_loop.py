@@ -3,12 +3,32 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from qdist.host.rundir import RunDir
 from qdist.runtime.forward import Forward
 from qdist.runtime.loop import Trainer
 from tests.plans import CPU, planned
+
+LAST = ["save 4", "judge 4", "note 4"]
+
+
+def trainer_of(samples: Any, *, evaluate: Any = None, move: Any = None, **settings: Any) -> Trainer:
+    comm: Any = SimpleNamespace(rank=0, sum=lambda *values: values)
+    return Trainer(
+        planned("smollm2-135m", CPU, {"gpus": 1, **settings}),
+        RunDir("nowhere"),
+        engine=None,  # type: ignore[arg-type]
+        samples=samples,
+        comm=comm,
+        evaluate=evaluate,
+        checksum=tuple,
+        verify=str,
+        report=lambda event: None,
+        move=move or (lambda *place: None),
+        stopping=bool,
+    )
 
 
 def test_a_rank_moves_with_each_micro_batch_of_an_evaluation() -> None:
@@ -19,20 +39,44 @@ def test_a_rank_moves_with_each_micro_batch_of_an_evaluation() -> None:
     )
     forward = Forward(torch.nn.Identity(), samples, dtype=torch.float32, fused=False)
     forward.loss = lambda batch: torch.tensor(float(batch[0]))  # type: ignore[assignment,method-assign]
-    comm: Any = SimpleNamespace(rank=0, sum=lambda *values: values)
-    trainer = Trainer(
-        planned("smollm2-135m", CPU, {"gpus": 1}),
-        RunDir("nowhere"),
-        engine=None,  # type: ignore[arg-type]
-        samples=samples,
-        comm=comm,
-        evaluate=forward.evaluate,
-        checksum=tuple,
-        verify=str,
-        report=lambda event: None,
-        move=lambda *place: moves.append(place),
-        stopping=bool,
-    )
+    trainer = trainer_of(samples, evaluate=forward.evaluate, move=lambda *place: moves.append(place))
     trainer._judge(20)
     assert moves == [("evaluating", 20), *(("evaluating", 20, count, 3) for count in (1, 2, 3))]
     assert trainer.held_out == ((20, 1.0),)
+
+
+@pytest.mark.parametrize(
+    ("resumed_at", "held_out", "expected"),
+    [
+        (
+            0,
+            (),
+            ["judge 0", "step 0", "step 1", "save 2", "step 2", "judge 3", "step 3", "save 4", "judge 4", "note 4"],
+        ),
+        (2, ((0, 9.0),), ["step 2", "judge 3", "step 3", *LAST]),
+        (4, ((0, 9.0), (3, 8.0)), ["judge 4", "note 4"]),
+        (4, ((0, 9.0), (3, 8.0), (4, 7.0)), []),
+    ],
+    ids=["from the start", "from a checkpoint", "killed in the last evaluation", "killed after it"],
+)
+def test_a_step_is_saved_before_it_is_judged_and_an_evaluation_that_was_cut_off_is_made_again(
+    resumed_at: int, held_out: Any, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(SimpleNamespace(held_out=True), steps=4, **{"train.save_steps": 2, "train.eval_steps": 3})
+    done: list[str] = []
+
+    def resume() -> int:
+        trainer.held_out = held_out
+        return resumed_at
+
+    def judge(step: int) -> None:
+        done.append(f"judge {step}")
+        trainer.held_out = (*trainer.held_out, (step, 9.0))
+
+    monkeypatch.setattr(trainer, "_resume", resume)
+    monkeypatch.setattr(trainer, "_judge", judge)
+    monkeypatch.setattr(trainer, "_is_best", lambda step: False)
+    for name in ("step", "save", "note"):
+        monkeypatch.setattr(trainer, f"_{name}", lambda step, name=name: done.append(f"{name} {step}"))
+    assert trainer.train()
+    assert done == expected
