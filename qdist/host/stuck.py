@@ -76,12 +76,13 @@ def collect_stacks(run: RunDir, pulses: Mapping[int, Pulse]) -> list[int]:
     for pulse in here:
         if signalled(pulse, signal.SIGUSR1) and process_of(pulse) == "stopped":
             signalled(pulse, signal.SIGCONT)
-    end = time.monotonic() + _STACKS_S
+    end, sizes = time.monotonic() + _STACKS_S, dict[int, int]()
     while time.monotonic() < end:
-        if all(_size(run, rank) > size for rank, size in before.items()):
-            time.sleep(0.2)  # the last of them may still be writing
+        last, sizes = sizes, {rank: _size(run, rank) for rank in before}
+        # A thread after the other is written: all are there once nothing more comes.
+        if sizes == last and all(sizes[rank] > size for rank, size in before.items()):
             break
-        time.sleep(0.05)
+        time.sleep(0.2)
     return sorted(rank for rank, size in before.items() if _size(run, rank) > size)
 
 
