@@ -8,6 +8,7 @@ from typing import Literal
 
 from rich.text import Text
 
+from qdist.cli.fitting import fitted
 from qdist.cli.plot import Lines, bar, plot
 from qdist.cli.rank_table import rank_table
 from qdist.cli.views import printable
@@ -167,13 +168,7 @@ def _messages(snapshot: Snapshot, width: int, *, most: int) -> list[Text]:
 
 
 def _wrapped(words: str, width: int, style: str) -> list[Text]:
-    lines: list[str] = []
-    for word in printable(words).split():
-        if lines and len(lines[-1]) + 1 + len(word) <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return [Text(line, style=style) for line in lines]
+    return [Text(line, style=style) for line in fitted(" ".join(printable(words).split()), width)]
 
 
 def _overview(snapshot: Snapshot, width: int, room: int) -> list[Text]:

@@ -56,7 +56,7 @@ def launch(recipe: str | None, assignments: tuple[str, ...], resume: bool, dry_r
     commands.note(job.run, sys.argv)
     click.echo(f"run      {job.run.path}")
     try:
-        with Watch(job.plan, width=shutil.get_terminal_size().columns, run=job.run) as watch:
+        with Watch(job.plan, job.run, width=shutil.get_terminal_size().columns) as watch:
             launcher.start(job, show=watch.show, say=watch.say, recall=watch.recall)
     except KeyboardInterrupt:
         _say_stopped(job.run)

@@ -76,11 +76,7 @@ def plot(
     grid = _dots(columns, across, down, low, high)
     marks = {_cell(point, steps, across, down, low, high) for point in points if math.isfinite(point[1])}
     lines = [head]
-    labels = (
-        {_height(low, 4 * down, low, high) // 4: _label(low), 0: _label(high)}
-        if high > low
-        else {_height(low, 4 * down, low, high) // 4: _label(low)}
-    )
+    labels = {_height(low, 4 * down, low, high) // 4: _label(low)} | ({0: _label(high)} if high > low else {})
     for row in range(down):
         label = labels.get(row, "")
         line = Text(f"{label:>{_LABEL}}│", style="dim")

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from pathlib import Path
 from types import TracebackType
 
 import click
@@ -30,12 +29,11 @@ _MOST_SHARE = 0.05
 class Watch:
     """A context in which events are shown as they come.
 
-    run: its folder, where ranks leave their beats; without one the view knows events alone.
-    width: of the terminal, for output that is no terminal's.
+    run: its folder, where ranks leave their beats. width: of the terminal, for output that is no terminal's.
     """
 
-    def __init__(self, plan: Plan, *, width: int, run: RunDir | None = None) -> None:
-        self._plan, self._run = plan, run
+    def __init__(self, plan: Plan, run: RunDir, *, width: int) -> None:
+        self._run = run
         self._state = Fold(total_steps=plan.steps)
         self._look: Look | None = None
         self._console = Console(width=None if sys.stdout.isatty() else width, highlight=False)
@@ -94,10 +92,6 @@ class Watch:
             self._live.update(view, refresh=True)
 
     def _snapshot(self) -> Snapshot:
-        if self._run is None:
-            state = "finished" if self._state.finished else "running"
-            name = Path(self._plan.spec.run or "run").name
-            return Snapshot(name=name, plan=self._plan, fold=self._state, state=state, now=time.time())
         self._look = self._look or Look(self._run, fold=self._state)
         # What ended it is said below the view.
         return self._look.snapshot()._replace(message="", try_="")

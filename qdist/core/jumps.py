@@ -7,6 +7,7 @@ from statistics import fmean
 BEFORE = 10
 """Steps whose mean a loss is held against; the loss of the first as many is the run's measure."""
 _RISEN, _RISEN_LEAST, _ENOUGH = 1.5, 0.5, 3
+"""Training has done harm where the last losses, at least so many, are so many times the first, and so much above it."""
 _TIMES, _LEAST = 2.0, 0.1
 """A jump is to this many times that mean, and by this share of the first losses: small losses are noisy."""
 
@@ -19,7 +20,7 @@ def first_losses(losses: Sequence[float]) -> float:
 
 def risen_from(losses: Sequence[float]) -> tuple[float, float] | None:
     """(first loss, mean of the last ones) where the last are so much higher that training has done harm."""
-    last = [loss for loss in losses[1:][-BEFORE:] if math.isfinite(loss)]
+    last = [loss for loss in losses[max(1, len(losses) - BEFORE) :] if math.isfinite(loss)]
     if len(last) < _ENOUGH or not math.isfinite(losses[0]):
         return None
     mean = fmean(last)

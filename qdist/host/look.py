@@ -9,13 +9,14 @@ from statistics import median
 from qdist.core.cards import rates_of
 from qdist.core.cluster import Cluster
 from qdist.core.errors import MachineError, RunError
+from qdist.core.events import State
 from qdist.core.fold import Fold
 from qdist.core.pulse import Pulse
 from qdist.core.snapshot import Reading, Snapshot
 from qdist.host.follow import Follower
 from qdist.host.pulses import environment_of, read_pulses
 from qdist.host.readings import Readings
-from qdist.host.rundir import PLAN, Ended, RunDir
+from qdist.host.rundir import PLAN, RunDir
 from qdist.host.shared_gpus import ranks_per_gpu
 from qdist.host.state import state_of
 from qdist.host.stuck import SILENT_S, troubles
@@ -50,9 +51,7 @@ class Look:
             # Beats from before the plan are of an earlier launch.
             if rank < self.plan.world_size and pulse.time >= self._planned / 1e9
         }
-        ended = _killed(self.run, now) if state == "killed" else None
-        if state in ("failed", "stopped"):
-            ended = self.run.ended()
+        message, attempt = _ending(self.run, state)
         return Snapshot(
             name=self.run.path.name or str(self.run.path),
             plan=self.plan,
@@ -61,8 +60,8 @@ class Look:
             now=now,
             pulses=pulses,
             troubles=self._troubles(pulses, now) if state == "running" else (),
-            message=ended.message if ended else "",
-            try_=ended.try_ or f"qdist launch --resume --run {self.run.path}" if ended else "",
+            message=message,
+            try_=attempt,
             stopping=state == "running" and self.run.stop_requested(),
             cards=self._cards(pulses) if state == "running" else {},
             card_bytes=tuple(gpu.total_bytes for gpu in self._machine.gpus) if self._machine else (),
@@ -126,10 +125,13 @@ def _matmul_flops_s(machine: Cluster | None) -> float | None:
     return min(known, default=None)
 
 
-def _killed(run: RunDir, now: float) -> Ended:
-    """What nobody was left to write."""
-    words = "its launcher ended without a word"
-    return Ended(state="failed", message=words, try_=f"qdist launch --resume --run {run.path}", time=now)
+def _ending(run: RunDir, state: State) -> tuple[str, str]:
+    """(what ended a run before its last step, what to try); empty for one that has not ended so."""
+    resume = f"qdist launch --resume --run {run.path}"
+    if state == "killed":
+        return "its launcher ended without a word", resume
+    ended = run.ended() if state in ("failed", "stopped") else None
+    return (ended.message, ended.try_ or resume) if ended else ("", "")
 
 
 def _written(run: RunDir) -> int:

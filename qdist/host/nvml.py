@@ -72,10 +72,10 @@ def opened() -> Any:
     return pynvml
 
 
-def asked(nvml: Any, question: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def asked(nvml: Any, question: Callable[..., Any], *arguments: Any) -> Any:
     """The answer, or None from a driver or card that has none."""
     try:
-        return question(*arguments, **options)
+        return question(*arguments)
     except nvml.NVMLError:
         return None
 

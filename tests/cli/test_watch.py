@@ -31,13 +31,12 @@ def run(tmp_path: Path) -> RunDir:
     return run
 
 
-@pytest.mark.parametrize("with_run", [True, False])
-def test_the_last_picture_stays_on_the_terminal(run: RunDir, monkeypatch: pytest.MonkeyPatch, with_run: bool) -> None:
+def test_the_last_picture_stays_on_the_terminal(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     for name, value in (("TERM", "xterm"), ("COLUMNS", "80"), ("LINES", "24"), ("NO_COLOR", "1")):
         monkeypatch.setenv(name, value)
-    with Watch(run.plan(), width=80, run=run if with_run else None) as watch:
+    with Watch(run.plan(), run, width=80) as watch:
         watch.show(STEPS[:1])
         watch.say("stopping")
         watch.show(STEPS[1:])
@@ -48,7 +47,7 @@ def test_the_last_picture_stays_on_the_terminal(run: RunDir, monkeypatch: pytest
 
 
 def test_without_a_terminal_each_step_is_a_line(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    with Watch(run.plan(), width=80) as watch:
+    with Watch(run.plan(), run, width=80) as watch:
         watch.recall(STEPS[:1])
         watch.show([STEPS[1], Event(kind="step", step=2, rank=1)])
         watch.show([])
@@ -57,7 +56,7 @@ def test_without_a_terminal_each_step_is_a_line(run: RunDir, capsys: pytest.Capt
 
 def test_time_left_is_that_of_the_run_and_not_of_one_slow_step(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     slow = Event(kind="step", step=3, total_steps=5, loss=2.0, tokens=64, seconds=9.0, time=1.0)
-    with Watch(run.plan(), width=80) as watch:
+    with Watch(run.plan(), run, width=80) as watch:
         watch.recall(STEPS)
         watch.show([slow])
     assert capsys.readouterr().out == "step 3/5  loss 2.000  7 tok/s  2 s left\n"
@@ -67,7 +66,7 @@ def test_a_terminal_that_cannot_be_drawn_on_gets_lines(run: RunDir, monkeypatch:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("TERM", "dumb")
-    with Watch(run.plan(), width=80, run=run) as watch:
+    with Watch(run.plan(), run, width=80) as watch:
         watch.show(STEPS[:1])
         assert "step 1/5  loss 2.000" in terminal.getvalue()
     assert "\x1b" not in terminal.getvalue()
@@ -81,7 +80,7 @@ def test_a_run_goes_on_where_its_view_cannot_be_read(run: RunDir, monkeypatch: p
     (run.path / "ended.json").write_text("torn")
     (run.events).mkdir()
     run.event_file(0).touch()
-    with Watch(run.plan(), width=80, run=run) as watch:
+    with Watch(run.plan(), run, width=80) as watch:
         watch.show(STEPS[:1])
         (run.path / "result.json").write_text("{")
         watch._due = 0.0
@@ -100,7 +99,7 @@ def test_a_view_that_takes_long_is_drawn_less_often(run: RunDir, monkeypatch: py
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(Watch, "_draw", draw)
     monkeypatch.setattr("qdist.cli.watch.time.monotonic", lambda: now[0])
-    with Watch(run.plan(), width=80, run=run) as watch:
+    with Watch(run.plan(), run, width=80) as watch:
         while now[0] < 125:
             watch.show(STEPS)
             now[0] += 0.2
