@@ -15,7 +15,7 @@ from qdist.host.files import locked
 from qdist.runtime import work_folder
 from qdist.runtime.gptq import calibrate as calibrating
 from qdist.runtime.gptq import make as making
-from qdist.runtime.gptq.calibrate import Calibration, pieces
+from qdist.runtime.gptq.calibrate import Calibration, batches, pieces
 from qdist.runtime.gptq.check import checked
 from qdist.runtime.gptq.decoder import Decoder
 from qdist.runtime.gptq.folder import Quantized
@@ -128,18 +128,19 @@ def test_outputs_err_less_than_those_of_rounded_weights(
 
 def started(decoder: Decoder, text: str, devices: tuple[torch.device, ...]) -> Calibration:
     samples = pieces(text, tiny_tokenizer(bos=False), samples=8, seq_len=64, seed=0)
-    return Calibration(decoder.start(samples, torch.float32), devices)
+    return Calibration(decoder.start(batches(samples), torch.float32), devices)
 
 
 @pytest.mark.parametrize("count", [2, 3, 8, 9])
 def test_any_number_of_devices_sees_what_one_sees_to_the_bit(
     model: Path, text: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrating, "_LANES", 4 if count < 8 else 8)
+    lanes = 4 if count < 8 else 8
+    monkeypatch.setattr(calibrating, "_LANES", lanes)
     shape = blueprint(model)
     decoder = Decoder(shape, tensors_of(model, shape))
     alone, shared = (started(decoder, text, devices) for devices in ((CPU,), (CPU,) * count))
-    assert sorted(index for worker in range(count) for index in shared._of(worker)) == list(range(8))
+    assert sorted(index for worker in range(count) for index in shared._of(worker)) == list(range(min(8, lanes)))
     for position in range(2):
         for calibration in (alone, shared):
             calibration.enter(decoder.layer(position, torch.float32, CPU))
@@ -165,9 +166,9 @@ def test_a_hessian_is_that_of_all_inputs_of_a_linear(
     calibration.enter(layer)
     hidden = [sample.clone() for sample in calibration._hidden]
     found = calibration.hessian("mlp.down_proj")
-    layer.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
+    layer.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
     for sample in hidden:
-        layer(sample, **calibration._given[0])
+        layer(sample, **calibration._given[0][len(sample)])
     rows = torch.cat(seen).double()
     assert len(found) == 128
     assert torch.allclose(found.double(), 2 / len(rows) * rows.t() @ rows, rtol=1e-4, atol=1e-6)
@@ -237,22 +238,34 @@ def test_weights_at_work_hold_every_linear_as_it_is_stored() -> None:
         assert job.dtype == dtype
 
 
-def test_hidden_states_are_those_of_the_model_and_only_one_layer_has_weights(model: Path, text: str) -> None:
-    from transformers import AutoModelForCausalLM
+@pytest.mark.parametrize(
+    ("count", "at_once", "sizes"), [(2, 8192, [1, 1]), (20, 8192, [3] * 6 + [2]), (20, 64, [1] * 20)]
+)
+@pytest.mark.parametrize("family", ["llama", "bloom", "opt", "gpt_neox"])
+def test_hidden_states_are_those_of_the_model_and_only_one_layer_has_weights(
+    tmp_path: Path, text: str, family: str, count: int, at_once: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModel
 
-    shape = blueprint(model)
-    decoder = Decoder(shape, tensors_of(model, shape))
-    samples = pieces(text, tiny_tokenizer(bos=False), samples=2, seq_len=64, seed=0)
-    calibration = Calibration(decoder.start(samples, torch.float32), (CPU,))
+    monkeypatch.setattr(calibrating, "_TOKENS_AT_ONCE", at_once)
+    source = save_model(tmp_path / "model", family)
+    shape = blueprint(source)
+    decoder = Decoder(shape, tensors_of(source, shape))
+    samples = pieces(text, tiny_tokenizer(bos=False), samples=count, seq_len=64, seed=0)
+    calibration = Calibration(decoder.start(batches(samples), torch.float32), (CPU,))
+    whole, expected = AutoModel.from_pretrained(source).eval(), list[torch.Tensor]()
+    for position in range(2):
+        whole.get_submodule(decoder.path(position).removeprefix(f"{shape.prefix}.")).register_forward_hook(
+            lambda _, inputs, output: expected.append(output[0] if isinstance(output, tuple) else output)
+        )
+    with torch.no_grad():
+        whole(samples, use_cache=False)
+    assert [len(hidden) for hidden in calibration._hidden] == sizes
     for position in range(2):
         calibration.enter(decoder.layer(position, torch.float32, CPU))
         calibration.leave()
+        assert torch.allclose(torch.cat(calibration._hidden), expected[position], atol=1e-5)
         assert all(parameter.is_meta for parameter in decoder._model.parameters())
-    whole = AutoModelForCausalLM.from_pretrained(model).eval()
-    with torch.no_grad():
-        for sample, hidden in zip(samples, calibration._hidden, strict=True):
-            expected = whole.model(sample[None]).last_hidden_state
-            assert torch.allclose(whole.model.norm(hidden), expected, atol=1e-5)
 
 
 class Killed(Exception):

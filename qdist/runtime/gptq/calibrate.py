@@ -18,7 +18,7 @@ from torch import nn
 from qdist.core.errors import DataError
 from qdist.runtime.data import read_conversations
 from qdist.runtime.encode import encode
-from qdist.runtime.gptq.decoder import Start, moved
+from qdist.runtime.gptq.decoder import Reached, Start, moved
 
 T = TypeVar("T")
 _TEXT_PIECE = 1 << 20
@@ -28,6 +28,9 @@ _COLUMNS = 1 << 11
 _LANES = 8
 """Parts of the samples that are summed each for itself, and then in their order: a Hessian is the same to the bit on
 any number of devices, each of which takes whole lanes. More devices than lanes are of no use."""
+_TOKENS_AT_ONCE = 1 << 13
+"""In one pass through a layer. A GPU is done with 2,048 tokens in little more time than it takes to tell it what to do,
+and several GPUs are told by threads that take turns."""
 
 
 def pieces(source: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int) -> torch.Tensor:
@@ -65,8 +68,14 @@ def _text_tokens(source: str, tokenizer: Any) -> Iterator[list[int]]:
         raise DataError(f"{source} is not UTF-8: {error.reason}", try_="iconv -t UTF-8") from error
 
 
+def batches(samples: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Samples, int64 [samples, tokens], as they go through a layer together: so few that all lanes have some."""
+    count, tokens = samples.shape
+    return samples.split(max(1, min(_TOKENS_AT_ONCE // tokens, -(-count // _LANES))))
+
+
 class Calibration:
-    """Hidden states of all samples in front of one decoder layer after another.
+    """Hidden states of all batches in front of one decoder layer after another.
 
     They wait on the CPU, or on the device that runs them where they take no more than an eighth of its free memory:
     copying them five times a layer takes longer than many layers do.
@@ -80,7 +89,7 @@ class Calibration:
         for worker, home in enumerate(self._homes):
             for index in self._of(worker):
                 self._hidden[index] = self._hidden[index].to(home)
-        self._position, self._layers, self._given = 0, list[nn.Module](), list[dict[str, Any]]()
+        self._position, self._layers, self._given = 0, list[nn.Module](), list[dict[int, dict[str, Any]]]()
 
     def enter(self, layer: nn.Module) -> None:
         """Take the next decoder layer, which lies on the first device, and copy it to the others."""
@@ -89,7 +98,7 @@ class Calibration:
 
     def hessian(self, path: str) -> torch.Tensor:
         """2 X X^T / n over the n tokens that reach a linear of the layer, float32 [in, in] on the first device."""
-        tokens = sum(hidden.shape[1] for hidden in self._hidden)
+        tokens = sum(hidden.shape[:2].numel() for hidden in self._hidden)
         sums = chain.from_iterable(self._on_each(lambda worker: self._sums(worker, path, 2 / tokens)))
         total = next(sums)
         for more in sums:
@@ -124,7 +133,7 @@ class Calibration:
         return range(first, min(last, len(self._hidden)))
 
     def _of(self, worker: int) -> list[int]:
-        """The samples of a device."""
+        """The batches of a device."""
         return [index for lane in self._lanes(worker) for index in self._in(lane)]
 
     def _in(self, lane: int) -> range:
@@ -137,13 +146,13 @@ class Calibration:
 
         def add(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             add_products(sums[-1], inputs[0].reshape(-1, linear.in_features), factor)
-            raise _Reached  # what follows in the layer is not needed yet
+            raise Reached  # what follows in the layer is not needed yet
 
         with linear.register_forward_pre_hook(add):
             for lane in self._lanes(worker):
                 sums.append(torch.zeros(linear.in_features, linear.in_features, device=self.devices[worker]))
                 for index in self._in(lane):
-                    with suppress(_Reached):
+                    with suppress(Reached):
                         self._run(worker, index)
                 if worker == 0 and len(sums) == 2:
                     sums[0] += sums.pop()
@@ -156,7 +165,7 @@ class Calibration:
 
     def _run(self, worker: int, index: int) -> torch.Tensor:
         hidden = self._hidden[index].to(self.devices[worker])
-        output = self._layers[worker](hidden, **self._given[worker])
+        output = self._layers[worker](hidden, **self._given[worker][len(hidden)])
         return output[0] if isinstance(output, tuple) else output
 
 
@@ -188,7 +197,3 @@ def mirror(total: torch.Tensor) -> None:
     for start in range(_COLUMNS, len(total), _COLUMNS):
         end = start + _COLUMNS
         total[start:end, :start] = total[:start, start:end].t()
-
-
-class _Reached(Exception):
-    """The linear whose inputs are wanted has them."""

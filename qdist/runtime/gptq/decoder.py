@@ -2,7 +2,8 @@
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +23,10 @@ class Start(NamedTuple):
     """What the first decoder layer gets."""
 
     hidden: list[torch.Tensor]
-    """[1, tokens, hidden] for each sample."""
-    arguments: tuple[dict[str, Any], ...]
-    """The other arguments of each layer: masks, positions. The same for all samples, which are of one length."""
+    """[samples, tokens, hidden] for each batch."""
+    arguments: tuple[dict[int, dict[str, Any]], ...]
+    """The other arguments of each layer, masks and positions, for a batch of so many samples, which are of one length.
+    """
 
 
 class Decoder:
@@ -71,8 +73,8 @@ class Decoder:
             self._tensors.read(name).flatten()[::_OF_A_PAGE].sum()
 
     @torch.no_grad()
-    def start(self, samples: torch.Tensor, dtype: torch.dtype) -> Start:
-        """Embed samples, int64 [samples, tokens], on the CPU, and see what each decoder layer would be called with."""
+    def start(self, batches: Sequence[torch.Tensor], dtype: torch.dtype) -> Start:
+        """Embed samples, int64 [samples, tokens] each, on the CPU, and see what decoder layers would be called with."""
         prefix = f"{self.shape.prefix}."
         outer = [name for name in self.names(self.shape.layers) if name.startswith(prefix)]
         values = {name.removeprefix(prefix): self._read(name, dtype) for name in outer}
@@ -80,11 +82,14 @@ class Decoder:
         base.load_state_dict(values, assign=True, strict=False)
         parent, _, leaf = self._list.rpartition(".")
         real = self._model.get_submodule(self._list)
-        recorders = [_Recorder(in_tuple=self.facts.family == "bloom") for _ in range(self.shape.layers)]
+        last = self.shape.layers - 1
+        in_tuple = self.facts.family == "bloom"
+        recorders = [_Recorder(last=position == last, in_tuple=in_tuple) for position in range(last + 1)]
         setattr(self._model.get_submodule(parent), leaf, nn.ModuleList(recorders))
         hidden = []
-        for sample in samples:
-            base(input_ids=sample[None], use_cache=False)
+        for batch in batches:
+            with suppress(Reached):
+                base(input_ids=batch, use_cache=False)
             hidden.append(recorders[0].hidden)
         setattr(self._model.get_submodule(parent), leaf, real)
         for name in values:
@@ -98,17 +103,23 @@ class Decoder:
         return value.to(dtype) if value.is_floating_point() else value
 
 
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer: keeps what it is called with and hands the hidden states on."""
+class Reached(Exception):
+    """A forward pass has come as far as was wanted."""
 
-    def __init__(self, *, in_tuple: bool) -> None:
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: keeps what it is called with and hands the hidden states on; the last ends it."""
+
+    def __init__(self, *, last: bool, in_tuple: bool) -> None:
         super().__init__()
-        self._in_tuple = in_tuple
+        self._last, self._in_tuple = last, in_tuple
         self.hidden = torch.empty(0)
-        self.arguments: dict[str, Any] = {}
+        self.arguments: dict[int, dict[str, Any]] = {}
 
     def forward(self, hidden: torch.Tensor, **arguments: Any) -> Any:
-        self.hidden, self.arguments = hidden, arguments
+        self.hidden, self.arguments[len(hidden)] = hidden, arguments
+        if self._last:
+            raise Reached
         return (hidden,) if self._in_tuple else hidden
 
 

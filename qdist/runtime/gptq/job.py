@@ -17,7 +17,7 @@ from qdist.runtime.packed_folder import Entry, Packing
 from qdist.runtime.quantize_pack import goes_along, source_identity
 from qdist.runtime.quantize_source import Tensors, blueprint, tensors_of
 
-_VERSION = 3
+_VERSION = 4
 """Raise it whenever the same source and data would become other bytes."""
 _MOST_TOKENS = 2048
 

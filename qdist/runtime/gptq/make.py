@@ -20,7 +20,7 @@ from qdist.core.errors import QdistError
 from qdist.core.gptq import BITS, FORMATS, WORD, Gptq, Override, Shape
 from qdist.core.units import format_bytes, format_duration
 from qdist.host.sources import locate
-from qdist.runtime.gptq.calibrate import Calibration
+from qdist.runtime.gptq.calibrate import Calibration, batches
 from qdist.runtime.gptq.folder import Quantized, entries, finish
 from qdist.runtime.gptq.job import Job, Wanted, read_job
 from qdist.runtime.gptq.progress import Outcome, Progress
@@ -82,7 +82,7 @@ def _write_layers(job: Job, work: Path) -> dict[str, Written]:
 
 def _write_missing(job: Job, work: Path, progress: Progress, missing: list[int]) -> dict[str, Written]:
     """The files of layers. One thread reads from the disk and writes to it, while the devices are at another layer."""
-    calibration = Calibration(job.decoder.start(job.samples, job.dtype), job.devices)
+    calibration = Calibration(job.decoder.start(batches(job.samples), job.dtype), job.devices)
     written = dict[str, Future[Written]]()
     with ThreadPoolExecutor(1) as disk:
         for position in range(missing[-1] + 1):
