@@ -19,6 +19,7 @@ from qdist.runtime.gptq.job import Wanted
 from qdist.runtime.gptq.make import make
 from qdist.runtime.gptq.solve import curvature, solve
 from qdist.runtime.kernels.gptq import triton_dequantize, triton_product
+from qdist.runtime.kernels.grids import torch_fit, triton_fit
 from qdist.runtime.kernels.rounding import torch_round_block, triton_round_block
 from qdist.runtime.methods.adapted import adapted_product
 from qdist.runtime.methods.packed_gptq import PackedGptq
@@ -74,6 +75,25 @@ def test_a_block_is_rounded_as_torch_rounds_it(rows: int, outputs: int, bits: in
     same = (found.codes.cpu() == wanted.codes).all(0)
     assert float(same.float().mean()) > 0.99
     assert torch.allclose(found.errors.cpu()[:, same], wanted.errors[:, same], atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize(("sym", "lowest_zero"), [(True, 0), (False, 0), (False, 1)])
+@pytest.mark.parametrize(("rows", "outputs", "bits"), [(128, 1000, 4), (32, 4096, 2), (300, 96, 3), (20, 64, 8)])
+def test_a_grid_is_fitted_as_torch_fits_it(
+    rows: int, outputs: int, bits: int, sym: bool, lowest_zero: int, search: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights, importance = torch.randn(rows, outputs, generator=generator), torch.rand(rows, generator=generator) + 0.1
+    weights[:, 0], weights[:, 1], weights[:, 2] = 0, weights[:, 1].abs(), 1e-9 * weights[:, 2]
+    given: dict[str, Any] = {"bits": bits, "sym": sym, "lowest_zero": lowest_zero, "search": search}
+    wanted = torch_fit(weights, importance, **given)
+    found = triton_fit(weights.cuda(), importance.cuda(), **given)
+    # Two parts of a range may cost the same to a rounding.
+    same = (found.scale.cpu() == wanted.scale) & (found.zero.cpu() == wanted.zero)
+    assert float(same.float().mean()) > 0.99
+    assert bool(same[:3].all())
 
 
 @pytest.mark.gpu
@@ -141,6 +161,7 @@ def test_a_model_is_the_same_to_the_byte_on_any_number_of_gpus_and_after_a_kill(
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # of torch's own thread, where it is the process's first
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_gradients_are_near_those_of_float32(dtype: torch.dtype) -> None:
     device = torch.device("cuda", 0)

@@ -7,7 +7,8 @@ from qdist.core.errors import ModelError
 from qdist.core.gptq import Shape
 from qdist.runtime.gptq import solve as solving
 from qdist.runtime.gptq.bits import dequantize
-from qdist.runtime.gptq.solve import Solution, curvature, fit, relative_error, solve, unpacked
+from qdist.runtime.gptq.solve import Solution, curvature, relative_error, solve, unpacked
+from qdist.runtime.kernels.grids import fit
 
 INPUTS, OUTPUTS = 192, 32
 

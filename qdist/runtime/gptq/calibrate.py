@@ -5,12 +5,11 @@ Samples are spread over devices, each with a copy of the decoder layer at hand.
 
 import copy
 from array import array
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,8 +18,8 @@ from qdist.core.errors import DataError
 from qdist.runtime.data import read_conversations
 from qdist.runtime.encode import encode
 from qdist.runtime.gptq.decoder import Reached, Start, moved
+from qdist.runtime.gptq.workers import Workers
 
-T = TypeVar("T")
 _TEXT_PIECE = 1 << 20
 """Characters of plain text that are tokenized at a time, up to the end of a line."""
 _COLUMNS = 1 << 11
@@ -82,7 +81,7 @@ class Calibration:
     """
 
     def __init__(self, start: Start, devices: tuple[torch.device, ...]) -> None:
-        self.devices = devices
+        self.devices, self.workers = devices, Workers(devices)
         self._hidden, self._arguments = start.hidden, start.arguments
         self._homes = [_home(device, sum(start.hidden[index].nbytes for index in self._of(worker)))
                        for worker, device in enumerate(devices)]  # fmt: skip
@@ -99,7 +98,7 @@ class Calibration:
     def hessian(self, path: str) -> torch.Tensor:
         """2 X X^T / n over the n tokens that reach a linear of the layer, float32 [in, in] on the first device."""
         tokens = sum(hidden.shape[:2].numel() for hidden in self._hidden)
-        sums = chain.from_iterable(self._on_each(lambda worker: self._sums(worker, path, 2 / tokens)))
+        sums = chain.from_iterable(self.workers.each(lambda worker: self._sums(worker, path, 2 / tokens)))
         total = next(sums)
         for more in sums:
             total += more.to(total.device)
@@ -120,12 +119,8 @@ class Calibration:
 
     def leave(self) -> None:
         """Carry the hidden states through the layer, and drop it."""
-        self._on_each(self._advance)
+        self.workers.each(self._advance)
         self._position, self._layers, self._given = self._position + 1, [], []
-
-    def _on_each(self, work: Callable[[int], T]) -> list[T]:
-        with ThreadPoolExecutor(len(self.devices)) as pool:
-            return list(pool.map(work, range(len(self.devices))))
 
     def _lanes(self, worker: int) -> range:
         """The lanes of a device, which follow each other; those of the first device begin them."""

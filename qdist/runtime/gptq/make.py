@@ -133,17 +133,15 @@ def _solved(
 
     No linear is divided: its products would be rounded otherwise on another number of devices.
     """
-    devices = job.devices[: len(step)]
-    copies = [inputs.to(device) for device in devices]
+    copies = [inputs.to(device) for device in job.devices[: len(step)]]
 
-    def solved(number: int) -> tuple[Solution, Quantized]:
-        worker, path = number % len(devices), step[number]
+    def solved(number: int, worker: int) -> tuple[Solution, Quantized]:
+        path = step[number]
         solution = _narrowest(job, calibration.weight(path.removeprefix(root), worker), copies[worker], path)
         packed = solution.packed(offset=job.offset, name=path)
         return solution, Quantized(*(part.cpu() for part in packed[:4]))
 
-    with ThreadPoolExecutor(len(devices)) as pool:
-        return list(pool.map(solved, range(len(step))))
+    return calibration.workers.spread(solved, len(step))
 
 
 def _narrowest(job: Job, weight: torch.Tensor, inputs: Curvature, path: str) -> Solution:

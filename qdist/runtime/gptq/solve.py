@@ -3,7 +3,6 @@
 Frantar et al. 2022 (arXiv 2210.17323), algorithm 1. Matrices here are [in, out]: an input's weights lie together.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from qdist.core.errors import ModelError
 from qdist.core.gptq import Shape
 from qdist.runtime.gptq.bits import dequantize, pack, pack_zeros
 from qdist.runtime.gptq.folder import Quantized
+from qdist.runtime.kernels.grids import Grid, fit
 from qdist.runtime.kernels.rounding import round_block
 
 DAMPING = 0.01
@@ -21,14 +21,8 @@ _BLOCK = 128
 group's."""
 _COLUMNS = 1 << 11
 """Of a triangular inverse, that are computed at a time."""
-_SHRINKS = tuple(1 - step / 40 for step in range(1, 21))
-"""Parts of a group's range that are tried: a grid that cuts off extremes is finer for all others."""
-_AT_ONCE = 1 << 24
-"""Weights that are rounded at a time while ranges are tried: 64 MiB of them, or one range."""
 _PAIRS = 1 << 11
 """Inputs whose products with all later ones are computed at a time, to tell what a linear lost."""
-_SMALLEST_SCALE = 2.0**-24
-"""float16's smallest positive number."""
 
 
 class Curvature(NamedTuple):
@@ -46,24 +40,6 @@ class Curvature(NamedTuple):
     def to(self, device: torch.device) -> "Curvature":
         """A copy on another device, which lies in memory in the same order."""
         return self._replace(hessian=self.hessian.to(device), order=self.order.to(device), upper=self.upper.to(device))
-
-
-class Grid(NamedTuple):
-    """The values that the weights of a group may take: scale x (code - zero), codes from 0 to `top`."""
-
-    scale: torch.Tensor
-    """float32 [out], each a float16 number: what is stored is what was optimized for. Of several grids [grids, out]."""
-    zero: torch.Tensor
-    """float32 [out], integers."""
-    top: int
-
-    def codes(self, weights: torch.Tensor) -> torch.Tensor:
-        """The nearest codes of weights [..., out], float32."""
-        return (weights / self.scale + self.zero).round_().clamp_(0, self.top)
-
-    def values(self, codes: torch.Tensor) -> torch.Tensor:
-        """What codes [..., out] stand for, float32."""
-        return (codes - self.zero) * self.scale
 
 
 class Solution(NamedTuple):
@@ -190,57 +166,6 @@ def solve(
         error=0.0,
     )
     return solution._replace(error=relative_error(weight, solution.weight(), inputs.hessian))
-
-
-def fit(
-    weights: torch.Tensor, importance: torch.Tensor, bits: int, *, sym: bool, lowest_zero: int, search: bool = True
-) -> Grid:
-    """The grid of a group, weights [n, out] in float32: their whole range, or with `search` a part that errs less.
-
-    importance: float32 [n], what a squared error in each input's weights costs (in GPTQ: 1 / U_ii^2).
-    """
-    low, high = weights.amin(0).clamp_(max=0), weights.amax(0).clamp_(min=0)
-    shrinks = _shrinks(weights.device)[: None if search else 1, None]
-    tried = _grid(low * shrinks, high * shrinks, bits, sym=sym, lowest_zero=lowest_zero)
-    at_once = max(1, _AT_ONCE // weights.numel())
-    costs = torch.cat(
-        [
-            _cost(Grid(scale, zero, tried.top), weights, importance)
-            for scale, zero in zip(tried.scale.split(at_once), tried.zero.split(at_once), strict=True)
-        ]
-    )
-    best = costs.argmin(0, keepdim=True)
-    return Grid(tried.scale.gather(0, best)[0], tried.zero.gather(0, best)[0], tried.top)
-
-
-@cache
-def _shrinks(device: torch.device) -> torch.Tensor:
-    """On the device once and for all: to copy a few numbers to a GPU is to wait for all that it has yet to do."""
-    return torch.tensor((1.0, *_SHRINKS), device=device)
-
-
-def _grid(low: torch.Tensor, high: torch.Tensor, bits: int, *, sym: bool, lowest_zero: int) -> Grid:
-    """The grids that reach from low <= 0 to high >= 0, [..., out]."""
-    top = (1 << bits) - 1
-    if sym:
-        scale = _stored(2 * torch.maximum(-low, high) / top)
-        return Grid(scale, torch.full_like(scale, 1 << (bits - 1)), top)
-    if lowest_zero:
-        low = torch.minimum(low, -high / (top - 1))
-    scale = _stored((high - low) / top)
-    return Grid(scale, (-low / scale).round_().clamp_(lowest_zero, top), top)
-
-
-def _stored(scale: torch.Tensor) -> torch.Tensor:
-    """Scales as float16 holds them; those of groups without weights are 1."""
-    rounded = scale.to(torch.float16).to(torch.float32).clamp_(min=_SMALLEST_SCALE)
-    return torch.where(scale == 0, torch.ones_like(scale), rounded)
-
-
-def _cost(grid: Grid, weights: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-    """What rounding a group [n, out] costs on each of several grids [grids, out], [grids, out]."""
-    one_each = Grid(grid.scale[:, None], grid.zero[:, None], grid.top)
-    return importance @ (one_each.values(one_each.codes(weights)) - weights).square_()
 
 
 def relative_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -7,6 +7,8 @@ from qdist.runtime.kernels.launching import on_device
 
 FEW_TOKENS = 4
 """Up to here the packed weights are read once for each token; above, unpacking them first is taken to be faster."""
+_ROWS, _COLUMNS = 32, 128
+"""Inputs, whole words in any width, and outputs that one program unpacks."""
 _SPLIT_ROWS = 1024
 """Inputs that one program of `product` goes through."""
 
@@ -51,17 +53,14 @@ def triton_dequantize(
     """`dequantize` in one pass over memory."""
     from qdist.runtime.kernels import gptq_triton  # Triton is there only with a GPU
 
-    values, words = reference.period(bits)
     inputs, outputs = qweight.shape[0] * 32 // bits, qweight.shape[1]
-    groups = _needed(groups, inputs, group_size, values, qweight.device)
+    groups = _needed(groups, inputs, group_size, _ROWS, qweight.device)
     out = torch.empty((inputs, outputs), dtype=dtype, device=qweight.device)
-    periods, rows, columns = inputs // values, max(1, 64 // values), 128
-    grid = (-(-periods // rows), -(-outputs // columns))
     with on_device(qweight.device):
-        gptq_triton.unpack[grid](
-            qweight, qzeros, scales, qweight if groups is None else groups, out, periods, outputs, qzeros.shape[1],
-            inputs if group_size == -1 else group_size, BITS=bits, OFFSET=offset, WORDS=words, VALUES=values,
-            ORDERED=groups is not None, ROWS=rows, COLUMNS=columns, num_warps=4,
+        gptq_triton.unpack[(-(-inputs // _ROWS), -(-outputs // _COLUMNS))](
+            qweight, qzeros, scales, qweight if groups is None else groups, out, inputs, outputs, qzeros.shape[1],
+            inputs if group_size == -1 else group_size, BITS=bits, OFFSET=offset, ORDERED=groups is not None,
+            ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -101,7 +100,7 @@ def triton_product(
 def _needed(
     groups: torch.Tensor | None, inputs: int, group_size: int, values: int, device: torch.device
 ) -> torch.Tensor | None:
-    """None where all values of a word, or of three, are of one group; else the group of each input."""
+    """None where each `values` inputs that follow each other are of one group; else the group of each input."""
     if groups is None and group_size != -1 and group_size % values:
         return reference.group_of_inputs(inputs, group_size, device)
     return groups

@@ -1,7 +1,7 @@
 """The Triton kernels of `qdist.runtime.kernels.gptq`; to be imported where there is Triton.
 
-A period is the values of one word, or the 32 values of 3 bits in three words. Programs take ROWS periods by COLUMNS
-outputs. Words are int32, so a shift to the right copies the sign; masks take it off.
+A period is the values of one word, or the 32 values of 3 bits in three words. Words are int32, so a shift to the right
+copies the sign; masks take it off.
 """
 
 import triton
@@ -61,25 +61,47 @@ def value_at(first, second, third, BITS: tl.constexpr, PLACE: tl.constexpr):  # 
 
 
 @triton.jit
+def values_of(  # type: ignore[no-untyped-def]
+    qweight, row, column, there, inputs, outputs, BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The stored weights of inputs `row` [ROWS, 1], which begin with a word, for outputs `column` [1, COLUMNS].
+
+    All at once, so that they are in the threads that store them: place by place each value would go from the thread
+    that read its word to another.
+    """
+    if BITS == 3:  # values that cross from word to word: each reads its own, which lie in the cache
+        place, shift = (row * BITS // 32).to(tl.int64) * outputs + column, row * BITS % 32
+        value = tl.load(qweight + place, mask=there, other=0) >> shift
+        over = there & (shift > 29)
+        after = tl.load(qweight + place + outputs, mask=over, other=0)
+        low = 32 - shift
+        value = tl.where(over, (value & ((1 << low) - 1)) | (after << low), value)
+    else:
+        VALUES: tl.constexpr = 32 // BITS
+        WORDS: tl.constexpr = ROWS // VALUES
+        word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)[:, None]
+        held = (word * VALUES < inputs) & (column < outputs)
+        words = tl.load(qweight + word.to(tl.int64) * outputs + column, mask=held, other=0)
+        words = tl.reshape(tl.broadcast_to(words[:, None, :], (WORDS, VALUES, COLUMNS)), (ROWS, COLUMNS))
+        value = words >> (row % VALUES * BITS)
+    return value & ((1 << BITS) - 1)
+
+
+@triton.jit
 def unpack(  # type: ignore[no-untyped-def]
-    qweight, qzeros, scales, groups, out, periods, outputs, zero_words, group_size, BITS: tl.constexpr,
-    OFFSET: tl.constexpr, WORDS: tl.constexpr, VALUES: tl.constexpr, ORDERED: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    qweight, qzeros, scales, groups, out, inputs, outputs, zero_words, group_size, BITS: tl.constexpr,
+    OFFSET: tl.constexpr, ORDERED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """[in, out] of scale x (weight - zero)."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    """[in, out] of scale x (weight - zero). Without `groups`, ROWS inputs are of one group."""
+    begin = tl.program_id(0) * ROWS
+    row = begin + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    there = (row < periods) & (column < outputs)
-    first, second, third = words_of(qweight, row, column, there, outputs, WORDS)
-    group = row * VALUES // group_size
-    zero, scale = scaling_of(qzeros, scales, group, column, there, outputs, zero_words, BITS, OFFSET)
-    for place in tl.static_range(VALUES):
-        if ORDERED:
-            group = tl.load(groups + row * VALUES + place, mask=row < periods, other=0)
-            zero, scale = scaling_of(qzeros, scales, group, column, there, outputs, zero_words, BITS, OFFSET)
-        value = (value_at(first, second, third, BITS, place) - zero).to(tl.float32) * scale
-        target = out + (row.to(tl.int64) * VALUES + place) * outputs + column
-        tl.store(target, value.to(out.dtype.element_ty), mask=there)
+    there = (row < inputs) & (column < outputs)
+    value = values_of(qweight, row, column, there, inputs, outputs, BITS, ROWS, COLUMNS)
+    group = tl.load(groups + row, mask=row < inputs, other=0) if ORDERED else begin // group_size
+    zero, scale = scaling_of(qzeros, scales, group, column, column < outputs, outputs, zero_words, BITS, OFFSET)
+    result = (value - zero).to(tl.float32) * scale
+    tl.store(out + row.to(tl.int64) * outputs + column, result.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -88,7 +110,7 @@ def product(  # type: ignore[no-untyped-def]
     BITS: tl.constexpr, OFFSET: tl.constexpr, WORDS: tl.constexpr, VALUES: tl.constexpr, ORDERED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """parts [splits, tokens, out]: what each split of the inputs adds to the product."""
+    """parts [splits, tokens, out]: what each split of the inputs adds to the product. ROWS counts periods."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     split, token = tl.program_id(1), tl.program_id(2)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)

@@ -1,9 +1,13 @@
 """Triton launches on the current device, wherever its arguments lie."""
 
 import contextlib
+from threading import Lock
 from typing import Any
 
 import torch
+
+LAUNCHING = Lock()
+"""Held by kernels that threads launch on several GPUs at once: Triton compiles and launches for one of them."""
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -4,17 +4,14 @@ Torch needs ten launches an input, a Triton program one for a whole block: its o
 """
 
 from functools import cache
-from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
 
-from qdist.runtime.kernels.launching import on_device
+from qdist.runtime.kernels.launching import LAUNCHING, on_device
 
-_COLUMNS = 32
-"""Outputs that one program takes."""
-_LAUNCHING = Lock()
-"""Linears are rounded on several GPUs at once, by a thread each; Triton compiles and launches for one of them."""
+_COLUMNS, _WARPS = 8, 1
+"""Outputs that one program takes, and the warps that it has."""
 
 
 class Rounded(NamedTuple):
@@ -61,10 +58,10 @@ def triton_round_block(
     codes, errors = torch.empty(left.shape, dtype=torch.uint8, device=left.device), torch.empty_like(left)
     upper = upper.contiguous()  # a triangular solution on a GPU lies column by column
     height = max(16, 1 << (rows - 1).bit_length())
-    with _LAUNCHING, on_device(left.device):
+    with LAUNCHING, on_device(left.device):
         _kernel()[(-(-outputs // _COLUMNS),)](
             left.contiguous(), upper, scale, zero, codes, errors, outputs, upper.stride(0), float(top), COUNT=rows,
-            ROWS=height, COLUMNS=_COLUMNS, num_warps=4,
+            ROWS=height, COLUMNS=_COLUMNS, num_warps=_WARPS,
         )  # fmt: skip
     return Rounded(codes, errors)
 

@@ -1,0 +1,182 @@
+"""The grid of a group of weights: its scale and zero, of which parts of the group's range are tried.
+
+Torch goes over all weights a dozen times for each part, a Triton program keeps them at hand.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+from qdist.runtime.kernels.launching import LAUNCHING, on_device
+
+_SHRINKS = tuple(1 - step / 40 for step in range(1, 21))
+"""Parts of a group's range that are tried: a grid that cuts off extremes is finer for all others."""
+_AT_ONCE = 1 << 24
+"""Weights that torch rounds at a time while ranges are tried: 64 MiB of them, or one range."""
+_SMALLEST_SCALE = 2.0**-24
+"""float16's smallest positive number."""
+_MOST_ROWS, _COLUMNS, _WARPS = 128, 16, 4
+"""Inputs and outputs that a Triton program takes at a time."""
+
+
+class Grid(NamedTuple):
+    """The values that the weights of a group may take: scale x (code - zero), codes from 0 to `top`."""
+
+    scale: torch.Tensor
+    """float32 [out], each a float16 number: what is stored is what was optimized for. Of several grids [grids, out]."""
+    zero: torch.Tensor
+    """float32 [out], integers."""
+    top: int
+
+    def codes(self, weights: torch.Tensor) -> torch.Tensor:
+        """The nearest codes of weights [..., out], float32."""
+        return (weights / self.scale + self.zero).round_().clamp_(0, self.top)
+
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        """What codes [..., out] stand for, float32."""
+        return (codes - self.zero) * self.scale
+
+
+def fit(
+    weights: torch.Tensor, importance: torch.Tensor, bits: int, *, sym: bool, lowest_zero: int, search: bool = True
+) -> Grid:
+    """The grid of a group, weights [n, out] in float32: their whole range, or with `search` a part that errs less.
+
+    importance: float32 [n], what a squared error in each input's weights costs (in GPTQ: 1 / U_ii^2).
+    lowest_zero: 1 where the format holds no zero of 0.
+    """
+    way = triton_fit if weights.is_cuda else torch_fit
+    return way(weights, importance, bits, sym=sym, lowest_zero=lowest_zero, search=search)
+
+
+def torch_fit(
+    weights: torch.Tensor, importance: torch.Tensor, bits: int, *, sym: bool, lowest_zero: int, search: bool = True
+) -> Grid:
+    """`fit`, several parts of the range at a time."""
+    low, high = weights.amin(0).clamp_(max=0), weights.amax(0).clamp_(min=0)
+    shrinks = _shrinks(weights.device)[: None if search else 1, None]
+    tried = _grid(low * shrinks, high * shrinks, bits, sym=sym, lowest_zero=lowest_zero)
+    at_once = max(1, _AT_ONCE // weights.numel())
+    costs = torch.cat(
+        [
+            _cost(Grid(scale, zero, tried.top), weights, importance)
+            for scale, zero in zip(tried.scale.split(at_once), tried.zero.split(at_once), strict=True)
+        ]
+    )
+    best = costs.argmin(0, keepdim=True)
+    return Grid(tried.scale.gather(0, best)[0], tried.zero.gather(0, best)[0], tried.top)
+
+
+@cache
+def _shrinks(device: torch.device) -> torch.Tensor:
+    """On the device once and for all: to copy a few numbers to a GPU is to wait for all that it has yet to do."""
+    return torch.tensor((1.0, *_SHRINKS), device=device)
+
+
+def _grid(low: torch.Tensor, high: torch.Tensor, bits: int, *, sym: bool, lowest_zero: int) -> Grid:
+    """The grids that reach from low <= 0 to high >= 0, [..., out]."""
+    top = (1 << bits) - 1
+    if sym:
+        scale = _stored(2 * torch.maximum(-low, high) / top)
+        return Grid(scale, torch.full_like(scale, 1 << (bits - 1)), top)
+    if lowest_zero:
+        low = torch.minimum(low, -high / (top - 1))
+    scale = _stored((high - low) / top)
+    return Grid(scale, (-low / scale).round_().clamp_(lowest_zero, top), top)
+
+
+def _stored(scale: torch.Tensor) -> torch.Tensor:
+    """Scales as float16 holds them; those of groups without weights are 1."""
+    rounded = scale.to(torch.float16).to(torch.float32).clamp_(min=_SMALLEST_SCALE)
+    return torch.where(scale == 0, torch.ones_like(scale), rounded)
+
+
+def _cost(grid: Grid, weights: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+    """What rounding a group [n, out] costs on each of several grids [grids, out], [grids, out]."""
+    one_each = Grid(grid.scale[:, None], grid.zero[:, None], grid.top)
+    return importance @ (one_each.values(one_each.codes(weights)) - weights).square_()
+
+
+def triton_fit(
+    weights: torch.Tensor, importance: torch.Tensor, bits: int, *, sym: bool, lowest_zero: int, search: bool = True
+) -> Grid:
+    """`fit` in one launch; of parts of the range that cost the same to a rounding it may take another."""
+    rows, outputs = weights.shape
+    top, shrinks = (1 << bits) - 1, _shrinks(weights.device)
+    height = min(_MOST_ROWS, 1 << (rows - 1).bit_length())
+    scale, zero = (torch.empty(outputs, device=weights.device) for _ in range(2))
+    with LAUNCHING, on_device(weights.device):
+        _kernel()[(-(-outputs // _COLUMNS),)](
+            weights.contiguous(), importance.contiguous(), shrinks, scale, zero, rows, outputs, float(lowest_zero),
+            TOP=top, TRIED=len(shrinks) if search else 1, SYM=sym, BLOCKS=-(-rows // height),
+            ROWS=height, COLUMNS=_COLUMNS, num_warps=_WARPS,
+        )  # fmt: skip
+    return Grid(scale, zero, top)
+
+
+@cache
+def _kernel() -> Any:
+    """Compiled on first use: Triton is there only with a GPU."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(  # type: ignore[no-untyped-def]
+        weights, importance, shrinks, scale, zero, rows, outputs, lowest_zero, TOP: tl.constexpr, TRIED: tl.constexpr,
+        SYM: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        there = column < outputs
+        low = tl.zeros([COLUMNS], tl.float32)
+        high = tl.zeros([COLUMNS], tl.float32)
+        for block in range(BLOCKS):
+            row = block * ROWS + tl.arange(0, ROWS)
+            tile = tl.load(
+                weights + row.to(tl.int64)[:, None] * outputs + column[None, :],
+                mask=(row < rows)[:, None] & there[None, :],
+                other=0.0,
+            )
+            low = tl.minimum(low, tl.min(tile, 0))
+            high = tl.maximum(high, tl.max(tile, 0))
+        best = tl.full([COLUMNS], float("inf"), tl.float32)
+        best_scale = tl.full([COLUMNS], 1.0, tl.float32)
+        best_zero = tl.zeros([COLUMNS], tl.float32)
+        for tried in range(TRIED):
+            shrink = tl.load(shrinks + tried)
+            bottom, roof = low * shrink, high * shrink
+            if SYM:
+                step = tl.math.div_rn(2 * tl.maximum(-bottom, roof), tl.full([COLUMNS], TOP, tl.float32))
+            else:
+                if lowest_zero > 0:
+                    bottom = tl.minimum(bottom, tl.math.div_rn(-roof, tl.full([COLUMNS], TOP - 1, tl.float32)))
+                step = tl.math.div_rn(roof - bottom, tl.full([COLUMNS], TOP, tl.float32))
+            held = tl.maximum(step.to(tl.float16).to(tl.float32), 5.9604644775390625e-08)  # float16's smallest
+            step = tl.where(step == 0.0, 1.0, held)
+            if SYM:
+                origin = tl.full([COLUMNS], (TOP + 1) // 2, tl.float32)
+            else:
+                origin = (tl.math.div_rn(-bottom, step) + 12582912.0) - 12582912.0  # 1.5 x 2^23: ties to even
+                origin = tl.minimum(tl.maximum(origin, lowest_zero), TOP)
+            cost = tl.zeros([COLUMNS], tl.float32)
+            for block in range(BLOCKS):
+                row = block * ROWS + tl.arange(0, ROWS)
+                tile = tl.load(
+                    weights + row.to(tl.int64)[:, None] * outputs + column[None, :],
+                    mask=(row < rows)[:, None] & there[None, :],
+                    other=0.0,
+                )
+                weight = tl.load(importance + row, mask=row < rows, other=0.0)
+                steps = tl.broadcast_to(step[None, :], [ROWS, COLUMNS])
+                place = tl.minimum(tl.maximum(tl.math.div_rn(tile, steps) + origin[None, :], 0.0), TOP)
+                code = (place + 12582912.0) - 12582912.0
+                error = (code - origin[None, :]) * steps - tile
+                cost += tl.sum(weight[:, None] * error * error, 0)
+            better = (cost < best) | (tried == 0)
+            best = tl.where(better, cost, best)
+            best_scale = tl.where(better, step, best_scale)
+            best_zero = tl.where(better, origin, best_zero)
+        tl.store(scale + column, best_scale, mask=there)
+        tl.store(zero + column, best_zero, mask=there)
+
+    return kernel
