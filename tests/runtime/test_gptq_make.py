@@ -115,7 +115,7 @@ def test_outputs_err_less_than_those_of_rounded_weights(
     assert checked(tmp_path / "out", shape, gptq) == gptq
     decoder = Decoder(shape, tensors_of(model, shape))
     calibration = started(decoder, text, (CPU,))
-    calibration.enter(decoder.layer(0, torch.float32, CPU))
+    calibration.enter(layer_of(decoder, 0))
     path = "model.layers.0.self_attn.q_proj"
     hessian = calibration.hessian("self_attn.q_proj")
     weight = tensors_of(model, shape).read(f"{path}.weight")
@@ -124,6 +124,10 @@ def test_outputs_err_less_than_those_of_rounded_weights(
     step = 2 * groups.abs().amax(-1, keepdim=True) / (2**gptq.shape.bits - 1)
     nearest = (groups / step).round().clamp(-(2 ** (gptq.shape.bits - 1)), 2 ** (gptq.shape.bits - 1) - 1) * step
     assert ours < 0.8 * relative_error(weight, nearest.reshape(weight.shape), hessian)
+
+
+def layer_of(decoder: Decoder, position: int) -> Any:
+    return decoder.layer(position, decoder.read(position, pin=False), torch.float32, CPU)
 
 
 def started(decoder: Decoder, text: str, devices: tuple[torch.device, ...]) -> Calibration:
@@ -143,7 +147,7 @@ def test_any_number_of_devices_sees_what_one_sees_to_the_bit(
     assert sorted(index for worker in range(count) for index in shared._of(worker)) == list(range(min(8, lanes)))
     for position in range(2):
         for calibration in (alone, shared):
-            calibration.enter(decoder.layer(position, torch.float32, CPU))
+            calibration.enter(layer_of(decoder, position))
         for path in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
             assert torch.equal(alone.hessian(path), shared.hessian(path))
             for calibration in (alone, shared):
@@ -161,7 +165,7 @@ def test_a_hessian_is_that_of_all_inputs_of_a_linear(
     shape = blueprint(model)
     decoder = Decoder(shape, tensors_of(model, shape))
     calibration = started(decoder, text, (CPU, CPU, CPU))
-    layer: Any = decoder.layer(0, torch.float32, CPU)
+    layer: Any = layer_of(decoder, 0)
     seen = list[torch.Tensor]()
     calibration.enter(layer)
     hidden = [sample.clone() for sample in calibration._hidden]
@@ -217,16 +221,25 @@ def test_linears_that_read_the_same_inputs_are_solved_on_different_devices(
 def test_the_next_layer_is_read_ahead_to_the_last_that_is_missing(
     tmp_path: Path, model: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[str] = []
-    shape = blueprint(model)
-    decoder = Decoder(shape, tensors_of(model, shape))
-    monkeypatch.setattr(decoder, "_tensors", SimpleNamespace(read=lambda name: read.append(name) or torch.ones(3, 5)))
-    decoder.fetch(1)
-    assert read == decoder.names(1)
-    ahead: list[int] = []
-    monkeypatch.setattr(Decoder, "fetch", lambda _, position: ahead.append(position))
+    """And never more of them than one."""
+    read, entered = list[int](), list[int]()
+    really, layer = Decoder.read, Decoder.layer
+
+    def noted(decoder: Decoder, position: int, *, pin: bool) -> dict[str, torch.Tensor]:
+        read.append(position)
+        values = really(decoder, position, pin=pin)
+        assert sorted(values) == sorted(decoder.names(position))
+        return values
+
+    def enter(decoder: Decoder, position: int, *given: Any) -> Any:
+        assert max(read) == position
+        entered.append(position)
+        return layer(decoder, position, *given)
+
+    monkeypatch.setattr(Decoder, "read", noted)
+    monkeypatch.setattr(Decoder, "layer", enter)
     make(str(model), tmp_path / "out", wanted(text))
-    assert ahead == [1]
+    assert (read, entered) == ([0, 1], [0, 1])
 
 
 def test_weights_at_work_hold_every_linear_as_it_is_stored() -> None:
@@ -262,7 +275,7 @@ def test_hidden_states_are_those_of_the_model_and_only_one_layer_has_weights(
         whole(samples, use_cache=False)
     assert [len(hidden) for hidden in calibration._hidden] == sizes
     for position in range(2):
-        calibration.enter(decoder.layer(position, torch.float32, CPU))
+        calibration.enter(layer_of(decoder, position))
         calibration.leave()
         assert torch.allclose(torch.cat(calibration._hidden), expected[position], atol=1e-5)
         assert all(parameter.is_meta for parameter in decoder._model.parameters())

@@ -59,25 +59,35 @@ class Decoder:
         steps = [[path for path in paths if reads[path.rpartition(".")[2]] == step] for step in _STEPS]
         return [step for step in steps if step]
 
-    def layer(self, position: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """A decoder layer with its weights, which are free again when it is dropped."""
+    def layer(
+        self, position: int, read: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device
+    ) -> nn.Module:
+        """A decoder layer with the weights that `read` gave, which are free again when it is dropped."""
         path = self.path(position)
         layer: nn.Module = copy.deepcopy(self._model.get_submodule(path))
-        values = {name.removeprefix(f"{path}."): self._read(name, dtype) for name in self.names(position)}
+        there = {name: value.to(device, non_blocking=True) for name, value in read.items()}
+        values = {name.removeprefix(f"{path}."): _as_computed(value, dtype) for name, value in there.items()}
         layer.load_state_dict(values, assign=True)
         return layer.to(device).requires_grad_(False)
 
-    def fetch(self, position: int) -> None:
-        """Have a layer's pages read from the disk before `layer` copies them: a number of each is looked at."""
-        for name in self.names(position):
-            self._tensors.read(name).flatten()[::_OF_A_PAGE].sum()
+    def read(self, position: int, *, pin: bool) -> dict[str, torch.Tensor]:
+        """The tensors of a decoder layer, as they are stored, off the disk.
+
+        pin: copy them to page-locked memory, which a GPU reads several times as fast. Without it the file's own pages.
+        """
+        values = {name: self._tensors.read(name) for name in self.names(position)}
+        if pin:
+            return {name: value.pin_memory() for name, value in values.items()}
+        for value in values.values():
+            value.flatten()[::_OF_A_PAGE].sum()  # a number of each page, so that it is read now
+        return values
 
     @torch.no_grad()
     def start(self, batches: Sequence[torch.Tensor], dtype: torch.dtype) -> Start:
         """Embed samples, int64 [samples, tokens] each, on the CPU, and see what decoder layers would be called with."""
         prefix = f"{self.shape.prefix}."
         outer = [name for name in self.names(self.shape.layers) if name.startswith(prefix)]
-        values = {name.removeprefix(prefix): self._read(name, dtype) for name in outer}
+        values = {name.removeprefix(prefix): _as_computed(self._tensors.read(name), dtype) for name in outer}
         base = self._model.get_submodule(self.shape.prefix)
         base.load_state_dict(values, assign=True, strict=False)
         parent, _, leaf = self._list.rpartition(".")
@@ -98,9 +108,9 @@ class Decoder:
             setattr(base.get_submodule(owner), attribute, empty)
         return Start(hidden, tuple(recorder.arguments for recorder in recorders))
 
-    def _read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        value = self._tensors.read(name)
-        return value.to(dtype) if value.is_floating_point() else value
+
+def _as_computed(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
 
 
 class Reached(Exception):

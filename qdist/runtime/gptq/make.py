@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +84,16 @@ def _write_layers(job: Job, work: Path) -> dict[str, Written]:
 def _write_missing(job: Job, work: Path, progress: Progress, missing: list[int]) -> dict[str, Written]:
     """The files of layers. One thread reads from the disk and writes to it, while the devices are at another layer."""
     calibration = Calibration(job.decoder.start(batches(job.samples), job.dtype), job.devices)
+    read = partial(job.decoder.read, pin=job.devices[0].type == "cuda")
     written = dict[str, Future[Written]]()
     with ThreadPoolExecutor(1) as disk:
+        ahead = disk.submit(read, 0)
         for position in range(missing[-1] + 1):
             name = file_name(position, job.layers)
             progress.begin(position)
-            calibration.enter(job.decoder.layer(position, job.dtype, job.devices[0]))
+            calibration.enter(job.decoder.layer(position, ahead.result(), job.dtype, job.devices[0]))
             if position < missing[-1]:
-                disk.submit(job.decoder.fetch, position + 1)  # what cannot be read, `layer` will tell
+                ahead = disk.submit(read, position + 1)
             if position not in missing:
                 _restore(job, calibration, work / name, position)
                 progress.passed()
