@@ -4,6 +4,7 @@ Random 16-bit weights, made on the first GPU, and text of random letters: nothin
 """
 
 import argparse
+import filecmp
 import json
 import os
 import random
@@ -38,6 +39,7 @@ def main() -> None:
         print(f"{made(source, given.model, given.layers)} of random weights", flush=True)
         text = Path(folder, "text.txt")
         text.write_text("\n".join(random.Random(0).choices("abcdefghijklmnop", k=given.samples * 2100)))
+        outs = list[Path]()
         for gpus in map(int, given.gpus.split(",")):
             out = Path(folder, f"out-{gpus}")
             command = ["quantize", str(source), "--method", "gptq", "--data", str(text), "--out", str(out)]
@@ -46,6 +48,11 @@ def main() -> None:
             began = time.monotonic()
             subprocess.run([sys.executable, "-m", "qdist", *command], check=True, env=environment)
             print(f"{gpus} GPU(s): {time.monotonic() - began:.0f} s", flush=True)
+            outs.append(out)
+        names = [path.name for path in outs[0].iterdir()]
+        for other in outs[1:]:
+            _, differ, absent = filecmp.cmpfiles(outs[0], other, names, shallow=False)
+            print(f"{other.name}: {len(names)} files, differing from {outs[0].name}: {[*differ, *absent]}")
 
 
 def made(folder: Path, model: str, layers: int | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from qdist.core.errors import DataError, ModelError, QdistError, RunError, SpecError
+from qdist.core.errors import DataError, ModelError, PlanError, QdistError, RunError, SpecError
 from qdist.core.gptq import Gptq, Shape, from_config
 from qdist.host.files import locked
 from qdist.runtime import work_folder
@@ -140,7 +140,7 @@ def test_any_number_of_devices_sees_what_one_sees_to_the_bit(
     model: Path, text: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lanes = 4 if count < 8 else 8
-    monkeypatch.setattr(calibrating, "_LANES", lanes)
+    monkeypatch.setattr(calibrating, "LANES", lanes)
     shape = blueprint(model)
     decoder = Decoder(shape, tensors_of(model, shape))
     alone, shared = (started(decoder, text, devices) for devices in ((CPU,), (CPU,) * count))
@@ -404,6 +404,50 @@ def test_what_cannot_be_is_refused_before_anything_starts(tmp_path: Path, model:
         assert not (tmp_path / ".out.unfinished").exists()
     with pytest.raises(RunError, match=r"done exists\n  try: another --out"):
         make(str(model), done, wanted(text))
+
+
+def test_a_gpu_that_is_too_full_is_told_before_anything_starts(
+    tmp_path: Path, model: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free, asked = {0: 1 << 30, 1: 100_000}, list[torch.device]()
+
+    def room(device: torch.device) -> tuple[int, int]:
+        asked.append(device)
+        return free[device.index], 1 << 34
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", room)
+    gpus = tuple(torch.device("cuda", index) for index in range(2))
+    message = (
+        r"takes about .* of GPU 1, which has 97.7 KiB free: a decoder layer .*\n  try: CUDA_VISIBLE_DEVICES= in front"
+    )
+    with pytest.raises(PlanError, match=message):
+        make(str(model), tmp_path / "out", wanted(text), devices=gpus)
+    assert asked == list(gpus)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
+def test_memory_that_runs_out_is_told_in_words_and_what_is_written_stays(
+    tmp_path: Path, model: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    flags = ["--data", text, "--format", "gptq", "--samples", "8", "--seq-len", "64", "--group-size", "32"]
+    monkeypatch.setattr("sys.argv", ["make", str(model), str(out), *flags])
+    solve, left = making.solve, iter(range(8))
+
+    def full(*given: Any, **more: Any) -> Any:
+        if next(left, None) is None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+        return solve(*given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(making, "solve", full)
+        with pytest.raises(SystemExit):
+            main()
+    told = capsys.readouterr().err.splitlines()
+    assert told[-2].startswith("error: GPU memory ran out: CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert told[-1].startswith("  try: CUDA_VISIBLE_DEVICES= in front")
+    main()
+    assert "layer 1 of 2: there already" in capsys.readouterr().err
 
 
 def test_two_do_not_write_the_same_folder(tmp_path: Path, model: Path, text: str, monkeypatch: Any) -> None:

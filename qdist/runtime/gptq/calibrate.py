@@ -24,7 +24,7 @@ _TEXT_PIECE = 1 << 20
 """Characters of plain text that are tokenized at a time, up to the end of a line."""
 _COLUMNS = 1 << 11
 """Of a Hessian, that are summed at a time, down to the diagonal: it is symmetric."""
-_LANES = 8
+LANES = 8
 """Parts of the samples that are summed each for itself, and then in their order: a Hessian is the same to the bit on
 any number of devices, each of which takes whole lanes. More devices than lanes are of no use."""
 _TOKENS_AT_ONCE = 1 << 13
@@ -70,7 +70,7 @@ def _text_tokens(source: str, tokenizer: Any) -> Iterator[list[int]]:
 def batches(samples: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Samples, int64 [samples, tokens], as they go through a layer together: so few that all lanes have some."""
     count, tokens = samples.shape
-    return samples.split(max(1, min(_TOKENS_AT_ONCE // tokens, -(-count // _LANES))))
+    return samples.split(max(1, min(_TOKENS_AT_ONCE // tokens, -(-count // LANES))))
 
 
 class Calibration:
@@ -124,7 +124,7 @@ class Calibration:
 
     def _lanes(self, worker: int) -> range:
         """The lanes of a device, which follow each other; those of the first device begin them."""
-        first, last = (-(-_LANES * border // len(self.devices)) for border in (worker, worker + 1))
+        first, last = (-(-LANES * border // len(self.devices)) for border in (worker, worker + 1))
         return range(first, min(last, len(self._hidden)))
 
     def _of(self, worker: int) -> list[int]:
@@ -132,7 +132,7 @@ class Calibration:
         return [index for lane in self._lanes(worker) for index in self._in(lane)]
 
     def _in(self, lane: int) -> range:
-        return range(lane, len(self._hidden), _LANES)
+        return range(lane, len(self._hidden), LANES)
 
     @torch.no_grad()  # a setting of the thread, not of the process
     def _sums(self, worker: int, path: str, factor: float) -> list[torch.Tensor]:
@@ -164,9 +164,14 @@ class Calibration:
         return output[0] if isinstance(output, tuple) else output
 
 
+def stays(size: int, free: int) -> bool:
+    """Whether so many bytes of hidden states wait on a GPU that has so many free."""
+    return 8 * size <= free
+
+
 def _home(device: torch.device, size: int) -> torch.device:
     """Where so many bytes of hidden states wait."""
-    if device.type == "cuda" and 8 * size <= torch.cuda.mem_get_info(device)[0]:
+    if device.type == "cuda" and stays(size, torch.cuda.mem_get_info(device)[0]):
         return device
     return torch.device("cpu")
 

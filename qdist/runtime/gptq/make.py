@@ -25,6 +25,7 @@ from qdist.runtime.gptq.calibrate import Calibration, batches
 from qdist.runtime.gptq.folder import Quantized, entries, finish
 from qdist.runtime.gptq.job import Job, Wanted, read_job
 from qdist.runtime.gptq.progress import Outcome, Progress
+from qdist.runtime.gptq.room import out_of_memory, peak, require_memory
 from qdist.runtime.gptq.solve import Curvature, Solution, curvature, solve, unpacked
 from qdist.runtime.packed_folder import Entry, Written, file_name, finished, opened, write_tensors
 from qdist.runtime.quiet import quiet
@@ -45,7 +46,7 @@ def make(model: str, out: Path, wanted: Wanted, *, devices: tuple[torch.device, 
         job = read_job(model, folder, wanted, devices or _devices())
         with filled(out, job.identity()) as work:
             _require_space(job, work)
-            files = _write_layers(job, work)
+            files = _write_layers(job, work, require_memory(job))
             for path in job.beside:
                 shutil.copyfile(path, work / path.name)
             gptq = _described(job, work)
@@ -67,13 +68,13 @@ def _require_space(job: Job, work: Path) -> None:
     require_space(work.parent, needed, purpose=f"quantizing {job.name}")
 
 
-def _write_layers(job: Job, work: Path) -> dict[str, Written]:
-    """All files of tensors, those that are there already as they are."""
+def _write_layers(job: Job, work: Path, memory: int) -> dict[str, Written]:
+    """All files of tensors, those that are there already as they are. memory: bytes that a GPU will need."""
     names = [file_name(position, job.layers) for position in range(job.layers + 1)]
     files = {name: there for name in names if (there := finished(work, name))}
     missing = [position for position, name in enumerate(names[:-1]) if name not in files]
     made, mixed = job.layers - len(missing), len(job.wanted.bits) > 1
-    progress = Progress(job.name, job.layers, *job.samples.shape, made=made, mixed=mixed)
+    progress = Progress(job.name, job.layers, *job.samples.shape, made=made, mixed=mixed, memory=memory)
     if missing:
         files |= _write_missing(job, work, progress, missing)
     if names[-1] not in files:
@@ -210,11 +211,13 @@ def main() -> None:
     began = time.monotonic()
     try:
         gptq = make(model, out, Wanted(**{**given, "bits": tuple(given["bits"])}))
-    except QdistError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (QdistError, torch.OutOfMemoryError) as error:
+        full = isinstance(error, torch.OutOfMemoryError)
+        print(f"error: {out_of_memory(_devices(), error) if full else error}", file=sys.stderr)
         raise SystemExit(1) from None
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    print(f"{out}: {gptq}, {format_bytes(size)}, {format_duration(time.monotonic() - began)}")
+    most = f", {format_bytes(held)} of GPU memory at most" if (held := peak(_devices())) else ""
+    print(f"{out}: {gptq}, {format_bytes(size)}, {format_duration(time.monotonic() - began)}{most}")
     bits = f" --bits {gptq.shape.bits}" if gptq.shape.bits != 4 else ""
     print(f"use it  qdist launch --model {out} --method gptq-lora{bits}")
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from qdist.core.units import format_duration
+from qdist.core.units import format_bytes, format_duration
 
 
 class Outcome(NamedTuple):
@@ -20,13 +20,19 @@ class Outcome(NamedTuple):
 class Progress:
     """The time that is left is told from the layers that were made in this process."""
 
-    def __init__(self, name: str, layers: int, samples: int, tokens: int, *, made: int, mixed: bool) -> None:
-        """made: layers that are there already. mixed: whether linears may differ in width, which is then told."""
+    def __init__(
+        self, name: str, layers: int, samples: int, tokens: int, *, made: int, mixed: bool, memory: int
+    ) -> None:
+        """made: layers that are there already. mixed: whether linears may differ in width, which is then told.
+
+        memory: bytes that the fullest GPU will need; 0 where there is none.
+        """
         self._mixed = mixed
         self._layers, self._left, self._took = layers, layers - made, list[float]()
         self._position, self._began = 0, time.monotonic()
         again = f"; {made} of {layers} layers are there already" if made else ""
-        _say(f"quantizing {name} by GPTQ, {samples} samples of {tokens} tokens{again}")
+        room = f", about {format_bytes(memory)} of GPU memory" if memory else ""
+        _say(f"quantizing {name} by GPTQ, {samples} samples of {tokens} tokens{room}{again}")
 
     def begin(self, position: int) -> None:
         self._position, self._began = position, time.monotonic()
