@@ -102,7 +102,8 @@ class PackedGptq(PackedLinear):
     def drawn(self, matrix: Callable[[], torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Random words, of which each bit is as likely as not, and scales that give their values the deviation.
 
-        Rounding a random matrix would say no more, and takes five times a layer's memory.
+        Rounding a random matrix would say no more, and takes five times a layer's memory. Scales differ as those of
+        groups do: products of numbers with few bits set take a GPU less power, and it would be too fast.
         """
         assert self.shift is None  # a merged checkpoint is read, never made of random weights
         bits, device = self.shape.bits, generator.device
@@ -110,10 +111,12 @@ class PackedGptq(PackedLinear):
         words.random_(-(1 << 31), 1 << 31, generator=generator)
         groups = tuple(self.scales.shape)
         zeros = torch.full(groups, 1 << (bits - 1), dtype=torch.int32, device=device)
+        scales = torch.rand(groups, device=device, generator=generator).mul_(0.3).add_(0.85)
+        scales.mul_(DEVIATION / ((4**bits - 1) / 12) ** 0.5)
         tensors = {
             "weight": words,
             "qzeros": packing.pack_zeros(zeros, bits, self.offset),
-            "scales": torch.full(groups, DEVIATION / ((4**bits - 1) / 12) ** 0.5, device=device).to(self.scales.dtype),
+            "scales": scales.to(self.scales.dtype),
         }
         if self.g_idx is not None:
             tensors["g_idx"] = packing.group_of_inputs(self.in_features, self.shape.group_size, device)
