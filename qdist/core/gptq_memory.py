@@ -57,7 +57,7 @@ def needs(
         layer=number_bytes * sum(linear.weights for linear in facts.linears),
         hidden=hidden,
         running=count * max(mlp * number_bytes, attention, 3 * _FLOAT * facts.hidden),
-        summing=max(squares) * (min(2, lanes) if first else lanes) + columns // 4,
+        summing=max(squares) * (1 + (lanes - 1).bit_length()) + columns // 4,  # by twos, as in a binary counter
         factoring=_SQUARES * max(squares) + columns if first else 0,
         solving=max(
             (

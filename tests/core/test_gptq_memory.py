@@ -26,11 +26,12 @@ def test_a_65b_is_quantized_on_a_card_of_24_gib() -> None:
 
 def test_the_fullest_moment_counts_and_what_stays_is_there_in_all_of_them() -> None:
     found = need(facts_of("llama-7b"), hidden=3)
-    assert found.total == found.layer + 3 + found.factoring
+    assert found.total == found.layer + 3 + found.running + found.summing
+    assert found.factoring < found.running + found.summing
+    alone = need(facts_of("llama-7b"), lanes=1)
+    assert alone.total == alone.layer + alone.factoring
     assert found.layer == 2 * sum(linear.weights for linear in facts_of("llama-7b").linears)
     assert found.factoring > 5 * 4 * 11_008**2
-    busy = need(facts_of("smollm2-135m"))
-    assert busy.total == busy.layer + busy.running + busy.summing
 
 
 def test_a_batch_takes_more_with_its_tokens_and_with_scores_that_are_written_out() -> None:
@@ -42,10 +43,15 @@ def test_a_batch_takes_more_with_its_tokens_and_with_scores_that_are_written_out
     assert need(llama).running < scores
 
 
-@pytest.mark.parametrize("lanes", [1, 4])
-def test_other_gpus_hold_a_sum_a_lane_and_factor_nothing(lanes: int) -> None:
+@pytest.mark.parametrize(("lanes", "sums"), [(1, 1), (2, 2), (3, 3), (4, 3), (8, 4)])
+def test_sums_of_lanes_are_kept_as_digits_of_their_number(lanes: int, sums: int) -> None:
     llama = facts_of("llama-7b")
-    other, first = need(llama, lanes=lanes, first=False), need(llama, lanes=lanes)
+    found = [need(llama, lanes=count, first=False).summing for count in (1, lanes)]
+    assert found[1] - found[0] == (sums - 1) * 4 * 11_008**2
+
+
+def test_other_gpus_factor_nothing_and_solve_no_linear_that_reads_alone() -> None:
+    llama = facts_of("llama-7b")
+    other, first = need(llama, first=False), need(llama)
     assert other.factoring == 0
-    assert other.summing - first.summing == (lanes - min(2, lanes)) * 4 * 11_008**2
-    assert other.solving < first.solving  # down_proj is solved on the first alone
+    assert other.solving < first.solving  # down_proj is solved on the first

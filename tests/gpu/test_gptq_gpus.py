@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from qdist.core.gptq import Gptq, Shape
 from qdist.runtime.gptq import bits as reference
-from qdist.runtime.gptq import calibrate as calibrating
+from qdist.runtime.gptq import hessians
 from qdist.runtime.gptq import make as making
 from qdist.runtime.gptq import solve as solving
-from qdist.runtime.gptq.calibrate import add_products, mirror
+from qdist.runtime.gptq.hessians import add_products, mirror
 from qdist.runtime.gptq.job import Wanted
 from qdist.runtime.gptq.make import make
 from qdist.runtime.gptq.solve import curvature, solve
@@ -100,7 +100,7 @@ def test_a_grid_is_fitted_as_torch_fits_it(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("columns", [128, 2048])
 def test_a_gpu_solves_and_sums_as_a_cpu_does(dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (calibrating, solving):
+    for module in (hessians, solving):
         monkeypatch.setattr(module, "_COLUMNS", columns)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(512, 384, generator=generator)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,13 @@ from qdist.core.gptq import Gptq, Shape, from_config
 from qdist.host.files import locked
 from qdist.runtime import work_folder
 from qdist.runtime.gptq import calibrate as calibrating
+from qdist.runtime.gptq import hessians
 from qdist.runtime.gptq import make as making
 from qdist.runtime.gptq.calibrate import Calibration, batches, pieces
 from qdist.runtime.gptq.check import checked
 from qdist.runtime.gptq.decoder import Decoder
 from qdist.runtime.gptq.folder import Quantized
+from qdist.runtime.gptq.hessians import LaneSums
 from qdist.runtime.gptq.job import Job, Wanted
 from qdist.runtime.gptq.make import main, make
 from qdist.runtime.gptq.solve import relative_error, unpacked
@@ -157,11 +160,33 @@ def test_any_number_of_devices_sees_what_one_sees_to_the_bit(
     assert all(torch.equal(a, b) for a, b in zip(alone._hidden, shared._hidden, strict=True))
 
 
+@pytest.mark.parametrize("count", [1, 5, 7, 8])
+def test_lanes_are_added_by_twos_wherever_they_were_summed(count: int) -> None:
+    """In float32 the order shows."""
+    lanes = list(10 ** torch.randn(count, 50, generator=torch.Generator().manual_seed(0)))
+
+    def summed(borders: list[int]) -> LaneSums:
+        devices = [LaneSums() for _ in borders[1:]]
+        for device, begin, end in zip(devices, borders, borders[1:], strict=False):
+            for lane in range(begin, end):
+                device.append(lane, lanes[lane].clone())
+        for other in devices[1:]:
+            devices[0].extend(other)
+        return devices[0]
+
+    alone = summed([0, count]).total()
+    assert torch.allclose(alone, torch.stack(lanes).sum(0))
+    for first, second in product(range(1, count + 1), repeat=2):
+        if first <= second:
+            assert torch.equal(summed([0, first, second, count]).total(), alone)
+    assert len(summed([0, count])._sums) == count.bit_count()
+
+
 @pytest.mark.parametrize("columns", [48, 64, 2048])
 def test_a_hessian_is_that_of_all_inputs_of_a_linear(
     model: Path, text: str, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrating, "_COLUMNS", columns)
+    monkeypatch.setattr(hessians, "_COLUMNS", columns)
     shape = blueprint(model)
     decoder = Decoder(shape, tensors_of(model, shape))
     calibration = started(decoder, text, (CPU, CPU, CPU))
@@ -192,13 +217,13 @@ def test_products_of_16_bits_are_summed_in_32(columns: int, monkeypatch: pytest.
         assert (left.dtype, right.dtype) == (torch.bfloat16, torch.bfloat16)
         return left.as_subclass(torch.Tensor).to(out_dtype) @ right.as_subclass(torch.Tensor).to(out_dtype)
 
-    monkeypatch.setattr(calibrating, "_COLUMNS", columns)
+    monkeypatch.setattr(hessians, "_COLUMNS", columns)
     rows = torch.randn(256, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     total = torch.ones(128, 128)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "mm", product)
-        calibrating.add_products(total, rows.as_subclass(OnGpu), 0.25)
-    calibrating.mirror(total)
+        hessians.add_products(total, rows.as_subclass(OnGpu), 0.25)
+    hessians.mirror(total)
     assert torch.allclose(total, 1 + 0.25 * rows.float().t() @ rows.float(), rtol=1e-4, atol=1e-4)
 
 

@@ -7,7 +7,6 @@ import copy
 from array import array
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,14 @@ from qdist.core.errors import DataError
 from qdist.runtime.data import read_conversations
 from qdist.runtime.encode import encode
 from qdist.runtime.gptq.decoder import Reached, Start, moved
+from qdist.runtime.gptq.hessians import LaneSums, add_products, mirror
 from qdist.runtime.gptq.workers import Workers
 
 _TEXT_PIECE = 1 << 20
 """Characters of plain text that are tokenized at a time, up to the end of a line."""
-_COLUMNS = 1 << 11
-"""Of a Hessian, that are summed at a time, down to the diagonal: it is symmetric."""
 LANES = 8
-"""Parts of the samples that are summed each for itself, and then in their order: a Hessian is the same to the bit on
-any number of devices, each of which takes whole lanes. More devices than lanes are of no use."""
+"""Parts of the samples that are summed each for itself, and then by twos: a Hessian is the same to the bit on any
+number of devices, each of which takes whole lanes. More devices than lanes are of no use."""
 _TOKENS_AT_ONCE = 1 << 13
 """In one pass through a layer. A GPU is done with 2,048 tokens in little more time than it takes to tell it what to do,
 and several GPUs are told by threads that take turns."""
@@ -98,10 +96,10 @@ class Calibration:
     def hessian(self, path: str) -> torch.Tensor:
         """2 X X^T / n over the n tokens that reach a linear of the layer, float32 [in, in] on the first device."""
         tokens = sum(hidden.shape[:2].numel() for hidden in self._hidden)
-        sums = chain.from_iterable(self.workers.each(lambda worker: self._sums(worker, path, 2 / tokens)))
-        total = next(sums)
-        for more in sums:
-            total += more.to(total.device)
+        first, *others = self.workers.each(lambda worker: self._sums(worker, path, 2 / tokens))
+        for other in others:
+            first.extend(other)
+        total = first.total()
         mirror(total)
         return total
 
@@ -135,22 +133,21 @@ class Calibration:
         return range(lane, len(self._hidden), LANES)
 
     @torch.no_grad()  # a setting of the thread, not of the process
-    def _sums(self, worker: int, path: str, factor: float) -> list[torch.Tensor]:
-        """Of each lane; the first device, where all of them are added up, adds its own at once."""
-        linear, sums = self._layers[worker].get_submodule(path), list[torch.Tensor]()
+    def _sums(self, worker: int, path: str, factor: float) -> LaneSums:
+        """Of the lanes of a device."""
+        linear, sums = self._layers[worker].get_submodule(path), LaneSums()
 
         def add(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            add_products(sums[-1], inputs[0].reshape(-1, linear.in_features), factor)
+            add_products(total, inputs[0].reshape(-1, linear.in_features), factor)
             raise Reached  # what follows in the layer is not needed yet
 
         with linear.register_forward_pre_hook(add):
             for lane in self._lanes(worker):
-                sums.append(torch.zeros(linear.in_features, linear.in_features, device=self.devices[worker]))
+                total = torch.zeros(linear.in_features, linear.in_features, device=self.devices[worker])
                 for index in self._in(lane):
                     with suppress(Reached):
                         self._run(worker, index)
-                if worker == 0 and len(sums) == 2:
-                    sums[0] += sums.pop()
+                sums.append(lane, total)
         return sums
 
     @torch.no_grad()
@@ -174,26 +171,3 @@ def _home(device: torch.device, size: int) -> torch.device:
     if device.type == "cuda" and stays(size, torch.cuda.mem_get_info(device)[0]):
         return device
     return torch.device("cpu")
-
-
-def add_products(total: torch.Tensor, rows: torch.Tensor, factor: float) -> None:
-    """total += factor X^T X, in float32; what lies far below the diagonal is left to `mirror`.
-
-    Products of 16-bit numbers are exact there, also on a GPU's matrix units.
-    """
-    short = rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)
-    rows = rows if short else rows.to(torch.float32)
-    for start in range(0, len(total), _COLUMNS):
-        end = start + _COLUMNS
-        above, part = total[:end, start:end], rows[:, start:end]
-        if short:
-            above.add_(torch.mm(rows[:, :end].t(), part, out_dtype=torch.float32), alpha=factor)
-        else:
-            above.addmm_(rows[:, :end].t(), part, alpha=factor)
-
-
-def mirror(total: torch.Tensor) -> None:
-    """Fill in what `add_products` left out."""
-    for start in range(_COLUMNS, len(total), _COLUMNS):
-        end = start + _COLUMNS
-        total[start:end, :start] = total[:start, start:end].t()
