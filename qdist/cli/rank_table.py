@@ -7,6 +7,8 @@ from qdist.core.snapshot import Row, Snapshot, rows
 from qdist.core.units import format_bytes, format_count, format_duration
 
 _BAR_WIDTHS = (24, 16, 12, 8, 0)
+_HEADINGS = ("peak of predicted", "of predicted")
+"""Of the bars, the first that is no wider."""
 _BYTES = len("1,023 MiB")
 
 
@@ -31,7 +33,8 @@ def rank_table(snapshot: Snapshot, width: int, most: int, *, whole: bool = False
     length = next(length for length in _BAR_WIDTHS if fixed + at + (length + 7) * (length > 0) <= width or not length)
     lines = [_line(headings, widths, "dim")]
     if length:
-        lines[0].append("  peak of predicted"[: length + 7], style="dim")
+        heading = next(words for words in _HEADINGS if len(words) <= length + len(" 100%"))
+        lines[0].append(f"  {heading}", style="dim")
     for row, own in zip(shown, cells, strict=True):
         line = _line(own, widths, "")
         if length:

@@ -1,6 +1,7 @@
 """Does the screen of a run fit any terminal, and say what it should?"""
 
 import io
+import itertools
 import math
 import socket
 from typing import Any
@@ -77,6 +78,15 @@ def test_a_wide_terminal_has_charts_beside_the_ranks() -> None:
     lines = drawn(run_of(2), 200, 50).splitlines()
     (head,) = [line for line in lines if "predicted" in line and "peak" in line]
     assert "loss   ● held-out" in head
+
+
+@pytest.mark.parametrize("width", range(55, 110))
+def test_the_head_of_a_bar_is_whole_words_that_it_has_room_for(width: int) -> None:
+    lines = drawn(run_of(2, device=CPU), width).splitlines()
+    head, line = next(pair for pair in itertools.pairwise(lines) if pair[0].lstrip().startswith("rank "))
+    named = head.rstrip().removesuffix("tok/s") == head.rstrip()
+    assert named == line.rstrip().endswith("%")
+    assert not named or head.rstrip().endswith("tok/s  peak of predicted") or head.rstrip().endswith("  of predicted")
 
 
 def test_cpu_ranks_show_their_memory_and_no_sensors() -> None:
