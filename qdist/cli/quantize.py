@@ -32,8 +32,10 @@ _OF_BITSANDBYTES = ("double", "dtype")
 @click.option("--group-size", type=int, help="GPTQ: inputs that share a scale; -1: all.  [default: 128]")
 @click.option("--sym/--no-sym", default=None, help="GPTQ: zeros in the middle of the range.  [default: sym]")
 @click.option("--desc-act", is_flag=True, default=None, help="GPTQ: take inputs by falling activation.")
-@click.option("--candidate-bits", metavar="B,B,...", help="GPTQ: for each linear the first of these widths...")
-@click.option("--max-error", type=float, help="...whose outputs have a relative squared error up to this.")
+@click.option("--candidate-bits", metavar="B,B,...", help="GPTQ: for each linear the narrowest of these widths...")
+@click.option(
+    "--max-error", type=float, help="...whose outputs, of the samples, have a relative squared error up to this."
+)
 @click.option(
     "--format", type=click.Choice(FORMATS), help="GPTQ: of the files.  [default: gptq where all read it alike]"
 )
@@ -58,7 +60,12 @@ def quantize(context: click.Context, /, model: str, method: str, out: str, **opt
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{out} exists", try_="another --out")
-    context.exit(run_module(module, (model, out, *flags)))
+    try:
+        code = run_module(module, (model, out, *flags))
+    except KeyboardInterrupt:
+        click.echo("stopped; the same command goes on from what is written", err=True)
+        code = 130
+    context.exit(code)
 
 
 def _check_method(method: str, given: Mapping[str, Any]) -> None:
@@ -126,7 +133,7 @@ def check_data(source: str) -> None:
     """Plain text is cut into samples as it is; anything else is read as for training."""
     if Path(source).suffix.lower() == ".txt":
         if not Path(source).is_file():
-            raise DataError(f"{source} does not exist")
+            raise DataError(f"{source} does not exist", try_="--data FILE")
     elif source != demo.NAME:
         check_source(source)
 

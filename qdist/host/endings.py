@@ -2,13 +2,13 @@
 
 import contextlib
 import re
-import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from qdist.core.errors import RunError
+from qdist.host.children import killed_by
 from qdist.host.files import write_atomic
 from qdist.host.rundir import ENDED, Ended, RunDir
 
@@ -43,13 +43,11 @@ def died(run: RunDir, before: Mapping[Path, int], code: int) -> RunError:
     path = run.log_file(rank)
     lines = _said(path, before)
     if exit_code < 0:
-        how = f"was killed by {signal.Signals(-exit_code).name}"
+        how = killed_by(-exit_code)
     else:
         how = f"ended with exit code {exit_code}" + (f": {reason}" if (reason := _reason(lines)) else "")
     advice = [line.removeprefix("  try: ") for line in lines[-3:] if line.startswith("  try: ")]
     hint = f"qdist launch --resume --run {run.path}" if run.checkpoint_steps() else f"read {path}"
-    if exit_code == -signal.SIGKILL:
-        how += ", which is what Linux does to a process when memory runs out"
     last = f"\nthe last lines of {path}:\n{_tail(lines)}" if lines else f"\n{path} has no word of it"
     return RunError(f"rank {rank} {how}{last}", try_=advice[-1] if advice else hint)
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from qdist.core import errors
 from qdist.core.plan import Prepared
 from qdist.core.render import PASSIVE
 from qdist.core.spec import RunSpec
-from qdist.host import probe
+from qdist.host import children, probe
 
 
 def prepare(spec: RunSpec) -> Prepared:
@@ -36,9 +35,12 @@ def prepare(spec: RunSpec) -> Prepared:
 
 
 def run_module(module: str, arguments: Sequence[str]) -> int:
-    """Run `python -m module` on this terminal; its exit code."""
+    """Run a module's `main` in a process of its own, on this terminal; its exit code.
+
+    Raises KeyboardInterrupt once it has ended by Ctrl-C, RunError when a signal killed it.
+    """
     environment = dict(os.environ)
     if probe.cluster().device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed, once imported, warns that it found no GPU
         environment.setdefault("OMP_WAIT_POLICY", PASSIVE)
-    return subprocess.run([sys.executable, "-m", module, *arguments], check=False, env=environment).returncode
+    return children.run([sys.executable, "-m", "qdist.runtime.child", module, *arguments], environment)

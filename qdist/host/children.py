@@ -1,0 +1,58 @@
+"""Processes that are started here, do not outlive this one, and of which it is known how they ended."""
+
+import ctypes
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+from qdist.core.errors import RunError
+
+_PATIENCE_S = 5.0
+"""For a child that was asked to end, before it is asked with more force."""
+_INTERRUPTED = 130
+"""Exit code of a program that Ctrl-C ended."""
+
+
+def end_with_parent() -> None:
+    """In a child, before it becomes another program: SIGTERM when this process dies (Linux)."""
+    pr_set_pdeathsig = 1
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a program on this terminal to its end; its exit code.
+
+    Raises KeyboardInterrupt once it has ended by Ctrl-C, RunError when a signal killed it.
+    """
+    child = subprocess.Popen(command, env=environment, preexec_fn=end_with_parent)
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:  # of the terminal, which the child has heard as well
+        _end(child)
+        raise
+    if code in (_INTERRUPTED, -signal.SIGINT):
+        raise KeyboardInterrupt
+    if code < 0:
+        raise RunError(f"the process that was at work {killed_by(-code)}", try_="the same command again")
+    return code
+
+
+def killed_by(number: int) -> str:
+    """'was killed by SIGTERM', and of SIGKILL who usually does."""
+    told = f"was killed by {signal.Signals(number).name}"
+    usual = ", which is what Linux does to a process when memory runs out"
+    return told + usual * (number == signal.SIGKILL)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    try:
+        for force in (child.terminate, child.kill):
+            try:
+                child.wait(_PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                force()
+        child.wait()
+    finally:  # Ctrl-C again
+        child.kill()

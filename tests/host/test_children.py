@@ -1,0 +1,91 @@
+"""Does a program that is run here end with this one, and is it told how it ended?"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qdist.core.errors import RunError
+from qdist.host import children
+
+PARENT = "import os, sys; from qdist.host import children; children.run(sys.argv[1:], os.environ)"
+ASLEEP = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+
+
+def until(met: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not met():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    """A process that nobody has waited for yet is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_program_gives_its_exit_code() -> None:
+    assert children.run([sys.executable, "-c", "raise SystemExit(3)"], os.environ) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("SIGKILL", "killed by SIGKILL, which is what Linux does"), ("SIGTERM", "killed by SIGTERM")]
+)
+def test_a_program_that_a_signal_killed_is_an_error_in_words(name: str, words: str) -> None:
+    code = f"import os, signal; os.kill(os.getpid(), signal.{name})"
+    with pytest.raises(RunError, match=rf"the process that was at work was {words}.*\n?.*try: the same command again"):
+        children.run([sys.executable, "-c", code], os.environ)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process that its parent has died")
+@pytest.mark.parametrize("force", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_a_program_does_not_outlive_who_runs_it(tmp_path: Path, force: signal.Signals) -> None:
+    note = tmp_path / "pid"
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, sys.executable, "-c", ASLEEP, str(note)])
+    until(lambda: note.is_file() and bool(note.read_text()))
+    child = int(note.read_text())
+    assert alive(child)
+    parent.send_signal(force)
+    parent.wait(30)
+    until(lambda: not alive(child))
+
+
+def test_ctrl_c_ends_both_and_leaves_no_traceback(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    (tmp_path / "asleep.py").write_text(ASLEEP)
+    runner = [sys.executable, "-m", "qdist.runtime.child", "asleep", str(note)]
+    imports, _, run = PARENT.rpartition("; ")
+    code = f"{imports}\ntry:\n    {run}\nexcept KeyboardInterrupt:\n    print('stopped')"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *runner], start_new_session=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=environment, text=True,
+    ) as parent:  # fmt: skip
+        until(lambda: note.is_file() and bool(note.read_text()))
+        os.killpg(parent.pid, signal.SIGINT)
+        said, complained = parent.communicate(timeout=30)
+    assert (said, complained, parent.returncode) == ("stopped\n", "", 0)
+    assert not alive(int(note.read_text()))
+
+
+def test_a_program_that_alone_was_interrupted_counts_as_stopped() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        children.run([sys.executable, "-c", "raise SystemExit(130)"], os.environ)
+
+
+def test_a_module_runs_with_its_own_arguments(tmp_path: Path) -> None:
+    (tmp_path / "speaks.py").write_text("import sys\nprint(__name__, sys.argv[1:])")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-m", "qdist.runtime.child", "speaks", "a", "--b"], env=environment, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "__main__ ['a', '--b']\n"
