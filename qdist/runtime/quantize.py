@@ -132,7 +132,7 @@ def main() -> None:
         raise SystemExit(1) from None
     took = format_duration(time.monotonic() - began)
     print(f"{given.out}: {packing}, {manifest.layers} layers, {format_bytes(manifest.bytes)}, {took}")
-    print(f"use it  qdist launch --model {given.out} {_flags(packing)}")
+    print(f"use it  qdist launch --model {given.out} {_flags(packing)} --data FILE")
 
 
 def _flags(packing: Packing) -> str:

@@ -4,6 +4,7 @@ It is built in a hidden folder beside, and renamed at the end. What in that fold
 the work, not of the result: a mark that says what is being built, records of finished files.
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -35,7 +36,8 @@ def built(out: Path, identity: str) -> Iterator[Path]:
 @contextmanager
 def reserved(out: Path) -> Iterator[None]:
     """Keep other processes away from `out`. Raises RunError where they are there, or it is; an empty folder goes."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with _told(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     lock = cache_dir() / f".out-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]}.lock"
     with ExitStack() as stack:
         try:
@@ -52,9 +54,11 @@ def reserved(out: Path) -> Iterator[None]:
 @contextmanager
 def filled(out: Path, identity: str) -> Iterator[Path]:
     """As `built`, of a folder that is reserved already."""
-    work = _work_folder(out, identity)
+    with _told(out):
+        work = _work_folder(out, identity)
     try:
-        yield work
+        with _told(out, work):
+            yield work
     except BaseException as error:
         # A model that cannot be written will not be the next time either; and what is unfinished helps nobody.
         if isinstance(error, ModelError) or not _holds_anything(work):
@@ -63,6 +67,27 @@ def filled(out: Path, identity: str) -> Iterator[Path]:
     publish_folder(work, out)
     for path in out.glob(".*"):  # last, so that what fails or is killed before is taken over
         path.unlink()
+
+
+@contextmanager
+def _told(out: Path, inside: Path | None = None) -> Iterator[None]:
+    """In words: a folder that cannot be written to, a disk that another program has filled meanwhile.
+
+    inside: where files are written; errors of others are left as they are.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise PlanError(
+                f"no room is left for {out} ({error.strerror}). What is finished stays, and the same command goes on "
+                "from it",
+                try_="make room there",
+            ) from error
+        place = Path(str(error.filename2 or error.filename))
+        if inside is not None and not place.is_relative_to(inside):
+            raise  # of a file that is read
+        raise RunError(f"{out} cannot be written: {error.strerror}: {place}", try_="another --out") from error
 
 
 def require_space(folder: Path, needed_bytes: int, *, purpose: str) -> None:

@@ -1,6 +1,7 @@
 """A model quantized by GPTQ: whole or absent, the same after a kill, and close to what it was."""
 
 import json
+import re
 import shutil
 from itertools import product
 from pathlib import Path
@@ -342,7 +343,7 @@ def test_killed_and_resumed_on_other_devices_it_is_the_same_to_the_byte(
     monkeypatch.setattr(making, "write_tensors", noted)
     make(str(model), tmp_path / "out", wanted(text, **changes), devices=(CPU,) * 2)
     assert written == [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
-    assert "layer 1 of 2: there already" in capsys.readouterr().err
+    assert "1 of 2  there already" in capsys.readouterr().err
     ours, expected = tmp_path / "out", tmp_path / "expected"
     files = sorted(path.name for path in expected.iterdir())
     assert files == sorted(path.name for path in ours.iterdir())
@@ -361,7 +362,7 @@ def test_what_was_begun_with_other_settings_is_not_used(
 
 
 def test_mixed_widths_keep_their_bound_where_one_can(
-    tmp_path: Path, model: Path, text: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     solutions: dict[str, list[Any]] = {}
     solve = making.solve
@@ -383,6 +384,20 @@ def test_mixed_widths_keep_their_bound_where_one_can(
     assert gptq.shape.bits == counts[0]
     assert {path: gptq.of(path) for path in widths} == {path: Shape(bits, 32) for path, bits in widths.items()}
     assert loaded(tmp_path / "out", model)[1] == gptq
+    told, above = capsys.readouterr().err, {path for path, tried in solutions.items() if tried[-1].error > bound}
+    assert "bits:relative squared error of each linear's outputs, of these samples\n" in told
+    assert bool(above) == (f"{len(above)} of 14 linears err more than 0.02 in the widest of the widths" in told)
+    assert max(len(line) for line in told.splitlines() if " of 2 " in line) <= 80
+
+
+def test_widths_that_keep_no_bound_and_samples_that_are_few_are_told(
+    tmp_path: Path, model: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(str(model), tmp_path / "out", wanted(text, samples=1, bits=(2,), max_error=1e-6))
+    told = capsys.readouterr().err
+    assert "note: 64 tokens are fewer than the 128 inputs of down_proj" in told
+    assert "14 of 14 linears err more than 1e-06 in the widest of the widths, the most\n  " in told
+    assert re.search(r"of layer [12]: 0\.\d+ with 2 bits\. A wider one in --candidate-bits helps", told)
 
 
 def rewrite(model: Path, name: str, value: float) -> None:
@@ -472,7 +487,7 @@ def test_memory_that_runs_out_is_told_in_words_and_what_is_written_stays(
     assert told[-2].startswith("error: GPU memory ran out: CUDA out of memory. Tried to allocate 2.00 GiB.")
     assert told[-1].startswith("  try: CUDA_VISIBLE_DEVICES= in front")
     main()
-    assert "layer 1 of 2: there already" in capsys.readouterr().err
+    assert "1 of 2  there already" in capsys.readouterr().err
 
 
 def test_two_do_not_write_the_same_folder(tmp_path: Path, model: Path, text: str, monkeypatch: Any) -> None:
@@ -483,6 +498,15 @@ def test_two_do_not_write_the_same_folder(tmp_path: Path, model: Path, text: str
     monkeypatch.setattr(work_folder, "locked", held)
     with locked(lock), pytest.raises(RunError, match=r"another process is writing .*out\n  try: wait"):
         make(str(model), tmp_path / "out", wanted(text))
+
+
+@pytest.mark.parametrize(("length", "advice"), [(20, "more data"), (640, "more data, or --seq-len 64")])
+def test_samples_of_a_few_tokens_are_not_advised(tmp_path: Path, length: int, advice: str) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("a" * length)
+    with pytest.raises(DataError) as caught:
+        pieces(str(path), tiny_tokenizer(bos=False), samples=10, seq_len=1024, seed=0)
+    assert caught.value.try_ == advice
 
 
 def test_records_and_text_make_samples_drawn_by_a_seed(tmp_path: Path, text: str) -> None:
@@ -503,8 +527,14 @@ def test_the_command_tells_of_each_layer_and_how_to_go_on(
     monkeypatch.setattr("sys.argv", ["make", str(model), out, *flags])
     main()
     told = capsys.readouterr()
-    assert "layer 2 of 2: error q_proj 0." in told.err
-    assert told.out.splitlines()[-1] == f"use it  qdist launch --model {out} --method gptq-lora"
+    lines = told.err.splitlines()[-4:]
+    assert lines[0] == "relative squared error of each linear's outputs, of these samples"
+    assert lines[1].split() == ["layer", "q", "k", "v", "o", "gate", "up", "down", "left"]
+    assert [len(line) for line in lines[1:]] == [len(lines[1])] * 3
+    assert re.fullmatch(r"1 of 2( +[1-9]\.\de-[1-9]){7} +\d+ s", lines[2])
+    assert lines[3].startswith("2 of 2 ")
+    assert lines[3].endswith(" done")
+    assert told.out.splitlines()[-1] == f"use it  qdist launch --model {out} --method gptq-lora --data FILE"
     with pytest.raises(SystemExit):
         main()
     assert f"error: {out} exists" in capsys.readouterr().err
@@ -526,5 +556,5 @@ def test_a_damping_that_rose_is_told(
 
     monkeypatch.setattr(Calibration, "hessian", indefinite)
     make(str(model), tmp_path / "out", wanted(text))
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert [line.count("(damping 0.1)") for line in lines] == [1, 1]
+    lines = [line.strip() for line in capsys.readouterr().err.splitlines() if "damping of" in line]
+    assert lines == ["down: its Hessian took a damping of 0.1"] * 2

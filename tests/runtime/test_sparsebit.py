@@ -316,7 +316,7 @@ def test_the_command_says_what_it_did_and_what_to_do_with_it(
         "  biases: all 14 are zero and left out",
         "  dropped: 2 buffers that a model computes itself (inv_freq)",
     ]
-    assert last == f"use it  qdist launch --model {out} --method gptq-lora"
+    assert last == f"use it  qdist launch --model {out} --method gptq-lora --data FILE"
     with pytest.raises(SystemExit, match="1"):
         main()
     assert capsys.readouterr().err == f"error: {out} exists\n  try: another --out\n"

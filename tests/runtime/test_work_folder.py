@@ -1,5 +1,6 @@
 """A folder is there whole or not at all, and a killed process's work is not lost."""
 
+import errno
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +31,35 @@ def test_what_is_there_at_the_end_is_what_was_written_and_nothing_of_the_work(tm
         assert not out.exists()
     assert [path.name for path in out.iterdir()] == ["one"]
     assert list(out.parent.iterdir()) == [out]
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("1")
+    places = [tmp_path / "file" / "out", Path("/proc/out")]
+    for out in places:
+        with pytest.raises(RunError, match=r"out cannot be written: .*: .*\n  try: another --out"), built(out, "x"):
+            raise AssertionError
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def full(out: Path) -> None:
+    """A process whose disk another one fills."""
+    with built(out, "x") as work:
+        (work / "one").write_text("1")
+        raise OSError(errno.ENOSPC, "No space left on device", str(work / "two"))
+
+
+def test_a_disk_that_is_full_is_told_and_what_is_finished_stays(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"no room is left for .*out .*the same command goes on"):
+        full(tmp_path / "out")
+    assert (tmp_path / ".out.unfinished" / "one").is_file()
+
+
+def test_what_cannot_be_read_is_another_matter(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), built(tmp_path / "out", "x"):
+        (tmp_path / "source").read_text()
+    with pytest.raises(RunError, match="cannot be written"), built(tmp_path / "out", "x") as work:
+        (work / "no" / "folder").write_text("1")
 
 
 @pytest.mark.parametrize(("identity", "left"), [("x", {".identity", "one", ".one.json"}), ("y", {".identity"})])

@@ -22,6 +22,8 @@ from qdist.runtime.gptq.workers import Workers
 
 _TEXT_PIECE = 1 << 20
 """Characters of plain text that are tokenized at a time, up to the end of a line."""
+_FEWEST_TOKENS = 32
+"""In samples that may be advised."""
 LANES = 8
 """Parts of the samples that are summed each for itself, and then by twos: a Hessian is the same to the bit on any
 number of devices, each of which takes whole lanes. More devices than lanes are of no use."""
@@ -42,9 +44,11 @@ def pieces(source: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int
         tokens.extend(part)
     there = len(tokens) // seq_len
     if there < samples:
+        shorter = len(tokens) // samples
+        more = f"more data, or --seq-len {shorter}" if shorter >= _FEWEST_TOKENS else "more data"
         raise DataError(
             f"{source} has {len(tokens)} tokens, which make {there} samples of {seq_len} tokens; {samples} are wanted",
-            try_=f"--samples {there}" if there else f"more data, or --seq-len {max(1, len(tokens) // samples)}",
+            try_=f"--samples {there}" if there else more,
         )
     chosen = torch.randperm(there, generator=torch.Generator().manual_seed(seed))[:samples].sort().values
     return torch.frombuffer(tokens, dtype=torch.int64)[: there * seq_len].reshape(there, seq_len)[chosen]

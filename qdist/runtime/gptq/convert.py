@@ -20,7 +20,7 @@ from qdist.core.units import format_bytes, format_duration
 from qdist.host.files import publish_folder, write_atomic
 from qdist.runtime.gptq.bits import group_of_inputs, pack_zeros
 from qdist.runtime.gptq.convert_model import beside, check, decide_biases, is_linear, model_config
-from qdist.runtime.gptq.folder import Quantized, entries, finish
+from qdist.runtime.gptq.folder import Quantized, entries, finish, how_to_use
 from qdist.runtime.gptq.sparsebit import Checkpoint, Linear, halves, integer_zeros, read, words
 from qdist.runtime.packed_folder import Entry, Written, entries_of, file_name, write_tensors
 from qdist.runtime.quantize_source import Blueprint, blueprint
@@ -247,7 +247,7 @@ def main() -> None:
     print(f"{given.out}: {done.gptq}, {done.layers} layers, {format_bytes(done.bytes)}, {took}")
     print("\n".join(f"  {note}" for note in done.notes))
     if given.config:
-        print(f"use it  qdist launch --model {given.out} --method gptq-lora")
+        print(how_to_use(given.out, done.gptq))
 
 
 if __name__ == "__main__":

@@ -55,3 +55,9 @@ def finish(folder: Path, config: Mapping[str, Any], gptq: Gptq, files: Mapping[s
     write_atomic(folder / "config.json", json.dumps({**config, "quantization_config": stated}, indent=2) + "\n")
     for name in files:
         (folder / f".{name}.json").unlink(missing_ok=True)
+
+
+def how_to_use(folder: Path, gptq: Gptq) -> str:
+    """The last line of a command that wrote such a folder."""
+    bits = f" --bits {gptq.shape.bits}" if gptq.shape.bits != 4 else ""
+    return f"use it  qdist launch --model {folder} --method gptq-lora{bits} --data FILE"

@@ -22,9 +22,9 @@ from qdist.core.gptq import BITS, FORMATS, WORD, Gptq, Override, Shape
 from qdist.core.units import format_bytes, format_duration
 from qdist.host.sources import locate
 from qdist.runtime.gptq.calibrate import Calibration, batches
-from qdist.runtime.gptq.folder import Quantized, entries, finish
+from qdist.runtime.gptq.folder import Quantized, entries, finish, how_to_use
 from qdist.runtime.gptq.job import Job, Wanted, read_job
-from qdist.runtime.gptq.progress import Outcome, Progress
+from qdist.runtime.gptq.progress import Outcome, Progress, note_few_tokens
 from qdist.runtime.gptq.room import out_of_memory, peak, require_memory
 from qdist.runtime.gptq.solve import Curvature, Solution, curvature, solve, unpacked
 from qdist.runtime.packed_folder import Entry, Written, file_name, finished, opened, write_tensors
@@ -65,6 +65,7 @@ def _require_space(job: Job, work: Path) -> None:
     for position in range(job.layers + 1):
         if finished(work, file_name(position, job.layers)) is None:
             needed += sum(entry.bytes for entry in job.plain(position)) + linears * (position < job.layers)
+    needed += sum(path.stat().st_size for path in job.beside)
     require_space(work.parent, needed, purpose=f"quantizing {job.name}")
 
 
@@ -73,10 +74,13 @@ def _write_layers(job: Job, work: Path, memory: int) -> dict[str, Written]:
     names = [file_name(position, job.layers) for position in range(job.layers + 1)]
     files = {name: there for name in names if (there := finished(work, name))}
     missing = [position for position, name in enumerate(names[:-1]) if name not in files]
-    made, mixed = job.layers - len(missing), len(job.wanted.bits) > 1
-    progress = Progress(job.name, job.layers, *job.samples.shape, made=made, mixed=mixed, memory=memory)
+    made, most_error = job.layers - len(missing), job.wanted.max_error
+    progress = Progress(job.name, job.layers, *job.samples.shape, made=made, most_error=most_error, memory=memory)
     if missing:
+        widest = max(job.decoder.facts.linears, key=lambda linear: linear.inputs)
+        note_few_tokens(job.samples.numel(), widest.name, widest.inputs)
         files |= _write_missing(job, work, progress, missing)
+        progress.ended()
     if names[-1] not in files:
         files[names[-1]] = write_tensors(work, names[-1], job.plain(job.layers))
     return {name: files[name] for name in names}
@@ -216,10 +220,9 @@ def main() -> None:
         print(f"error: {out_of_memory(_devices(), error) if full else error}", file=sys.stderr)
         raise SystemExit(1) from None
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    most = f", {format_bytes(held)} of GPU memory at most" if (held := peak(_devices())) else ""
+    most = f", tensors took {format_bytes(held)} of a GPU at most" if (held := peak(_devices())) else ""
     print(f"{out}: {gptq}, {format_bytes(size)}, {format_duration(time.monotonic() - began)}{most}")
-    bits = f" --bits {gptq.shape.bits}" if gptq.shape.bits != 4 else ""
-    print(f"use it  qdist launch --model {out} --method gptq-lora{bits}")
+    print(how_to_use(out, gptq))
 
 
 if __name__ == "__main__":

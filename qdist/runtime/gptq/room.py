@@ -8,8 +8,8 @@ from qdist.core.units import format_bytes
 from qdist.runtime.gptq.calibrate import LANES, batches, stays
 from qdist.runtime.gptq.job import Job
 
-_MARGIN = 1.05
-"""What torch keeps in pieces between tensors."""
+_MARGIN = 1.1
+"""What torch cannot help keeping in pieces between tensors. It keeps half as much again where nobody needs it."""
 _PARTS = {
     "running": "a batch of samples",
     "summing": "the Hessians of its linears",
@@ -68,8 +68,8 @@ def out_of_memory(devices: tuple[torch.device, ...], error: torch.OutOfMemoryErr
 
 
 def peak(devices: tuple[torch.device, ...]) -> int:
-    """Bytes that torch held on the fullest GPU; 0 on a CPU."""
-    return max(map(torch.cuda.max_memory_reserved, _gpus(devices)), default=0)
+    """Bytes of tensors on the fullest GPU at its fullest; 0 on a CPU."""
+    return max(map(torch.cuda.max_memory_allocated, _gpus(devices)), default=0)
 
 
 def _gpus(devices: tuple[torch.device, ...]) -> list[torch.device]:
