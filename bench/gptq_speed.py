@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--model", default="llama-7b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--gpus", default="1", help="such as 1,4: one after the other")
+    parser.add_argument("--cards", nargs="+", help="instead: the GPUs of each run, such as 0 0 1 0,1")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--group-size", default="128")
     parser.add_argument("--work", type=Path)
@@ -39,20 +41,35 @@ def main() -> None:
         print(f"{made(source, given.model, given.layers)} of random weights", flush=True)
         text = Path(folder, "text.txt")
         text.write_text("\n".join(random.Random(0).choices("abcdefghijklmnop", k=given.samples * 2100)))
-        outs = list[Path]()
-        for gpus in map(int, given.gpus.split(",")):
-            out = Path(folder, f"out-{gpus}")
+        cards = given.cards or [",".join(map(str, range(int(count)))) for count in given.gpus.split(",")]
+        outs = [Path(folder, f"out-{number}-on-{visible}") for number, visible in enumerate(cards)]
+        for visible, out in zip(cards, outs, strict=True):
             command = ["quantize", str(source), "--method", "gptq", "--data", str(text), "--out", str(out)]
             command += ["--samples", str(given.samples), "--group-size", given.group_size]
-            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))}
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
             began = time.monotonic()
             subprocess.run([sys.executable, "-m", "qdist", *command], check=True, env=environment)
-            print(f"{gpus} GPU(s): {time.monotonic() - began:.0f} s", flush=True)
-            outs.append(out)
-        names = [path.name for path in outs[0].iterdir()]
-        for other in outs[1:]:
-            _, differ, absent = filecmp.cmpfiles(outs[0], other, names, shallow=False)
-            print(f"{other.name}: {len(names)} files, differing from {outs[0].name}: {[*differ, *absent]}")
+            print(f"GPUs {visible}: {time.monotonic() - began:.0f} s", flush=True)
+            if out != outs[0]:
+                print(f"{out.name} and {outs[0].name}: {differences(outs[0], out)}", flush=True)
+
+
+def differences(one: Path, other: Path) -> str:
+    """How many files are not the same, and of their packed words which part."""
+    names = [path.name for path in one.iterdir()]
+    _, differ, absent = filecmp.cmpfiles(one, other, names, shallow=False)
+    words, changed, first = 0, 0, ""
+    for name in sorted(differ):
+        if not name.endswith(".safetensors"):
+            continue
+        with safe_open(one / name, "pt") as mine, safe_open(other / name, "pt") as theirs:
+            for key in mine.keys():  # noqa: SIM118  (no dictionary)
+                if key.endswith(".qweight"):
+                    unlike = int((mine.get_tensor(key) != theirs.get_tensor(key)).sum())
+                    words, changed = words + mine.get_tensor(key).numel(), changed + unlike
+                    first = first or key * bool(unlike)
+    share = f", {changed / words:.2e} of whose words differ, {first} first" if words else ""
+    return f"{len(differ) + len(absent)} of {len(names)} files differ{share}"
 
 
 def made(folder: Path, model: str, layers: int | None) -> str:

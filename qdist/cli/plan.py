@@ -10,12 +10,12 @@ from qdist.cli.planned import plan_lines, shown
 from qdist.core.cards import memory_of
 from qdist.core.cluster import UNNAMED, Cluster, hypothetical
 from qdist.core.errors import SpecError
-from qdist.core.gptq import of_run
 from qdist.core.plan import Source
 from qdist.core.planner import make_plan
 from qdist.core.spec import nest, parse_assignment, resolve
 from qdist.core.units import format_bytes, parse_bytes
 from qdist.host import lessons, probe, templates
+from qdist.host.checkpoints import gptq_of
 from qdist.host.sources import shape
 
 
@@ -59,7 +59,7 @@ def plan(
     # What another machine has installed is for the user to say.
     has_liger = find_spec("liger_kernel") is not None or (spec.liger is True and described)
     learnt = None if described else lessons.correction_for(cluster, world_size=spec.gpus, bits=spec.bits)
-    source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=of_run(spec, config))
+    source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=gptq_of(spec, config))
     decided = make_plan(spec, source, facts, cluster, None, has_liger=has_liger, correction=learnt)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(decided), indent=2).decode())

@@ -188,6 +188,28 @@ def from_config(config: Mapping[str, Any], *, name: str) -> Gptq:
     )
 
 
+def stated_by(config: Mapping[str, Any], beside: Mapping[str, Any] | None, *, name: str) -> Gptq | None:
+    """What config.json, or `quantize_config.json` where that says nothing, says of GPTQ; None for other models.
+
+    beside: the content of `quantize_config.json`; None where there is none.
+    Raises ModelError where the two contradict each other.
+    """
+    own = config.get("quantization_config")
+    if own is not None and not isinstance(own, Mapping):
+        raise ModelError(f"{name}: quantization_config is no object in config.json", try_="download the model again")
+    found = from_config(own, name=name) if own and method_of(own) in METHODS else None
+    if beside is None or (own and found is None):
+        return found
+    other = from_config(beside, name=f"{name}/quantize_config.json")
+    if found and (found.shape, found.format) != (other.shape, other.format):
+        raise ModelError(
+            f"{name}: config.json says {found} in the format {found.format}, and quantize_config.json {other} in "
+            f"{other.format}",
+            try_="the checkpoint's own pair of files",
+        )
+    return found or other
+
+
 def to_config(gptq: Gptq) -> dict[str, Any]:
     """The same as both libraries write it, for `quantize_config.json` and for config.json."""
     written = gptq.format + (_PLUS_OFFSET if gptq.offset else "")

@@ -39,6 +39,8 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The folder of a pretrained model; empty for random weights."""
     packed: str = ""
     """The folder of safetensors that ranks read: packed to the run's bits, under the names of the modules."""
+    fingerprint: str = ""
+    """Of the tensors in `packed`, where that is the user's model as it came, which another may replace."""
     config: dict[str, object]
     """transformers' configuration, from which random weights are made."""
     tokenizer: str

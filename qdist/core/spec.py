@@ -273,10 +273,11 @@ def checked(spec: RunSpec) -> RunSpec:
 def _check_quantization(spec: RunSpec) -> None:
     gptq, usual = spec.method in GPTQ_METHODS, Quant()
     if spec.bits not in ((2, 3, 4, 8) if gptq else (4, 8, 16)):
-        widths, other = ("2, 3, 4 or 8", "qlora") if gptq else ("4, 8 or 16", "gptq-lora")
-        raise SpecError(f"{spec.method} has backbones of {widths} bits, not {spec.bits}", try_=f"--method {other}")
+        widths = "2, 3, 4 or 8" if gptq else "4, 8 or 16"
+        attempt = "--bits as the config.json of the GPTQ checkpoint has it" if gptq else "--method gptq-lora"
+        raise SpecError(f"{spec.method} has backbones of {widths} bits, not {spec.bits}", try_=attempt)
     if gptq and (spec.quant.type, spec.quant.double) != (usual.type, usual.double):
-        raise SpecError("quant.type and quant.double describe NF4 and FP4, not GPTQ", try_="--method qlora")
+        raise SpecError("quant.type and quant.double describe NF4 and FP4, not GPTQ", try_="leave them out")
     if not gptq and spec.quant.group_size != usual.group_size:
         raise SpecError("quant.group_size describes GPTQ weights", try_="--method gptq-lora")
     if spec.method != "qa-lora" and (spec.lora.pool, spec.lora.pool_group_size) != (Lora().pool, None):

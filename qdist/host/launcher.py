@@ -1,7 +1,6 @@
 """From a spec to running ranks: prepare, plan, write the run directory, start, watch, report how it ended."""
 
 import contextlib
-import ctypes
 import json
 import os
 import re
@@ -36,7 +35,10 @@ from qdist.core.render import (
 )
 from qdist.core.spec import RunSpec, flatten, resolve
 from qdist.host import endings, lessons, modules, probe, templates
+from qdist.host.checkpoints import gptq_of
+from qdist.host.children import end_with_parent
 from qdist.host.files import locked, write_atomic
+from qdist.host.fingerprints import require_same_tensors
 from qdist.host.follow import Follower
 from qdist.host.records import check_source
 from qdist.host.refusals import refuse_used
@@ -103,6 +105,7 @@ def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Job:
         if not os.path.exists(path):
             prepared = _real(spec)
             break
+    require_same_tensors(old.source, prepared.source.packed, run=str(run.path))
     return _job(run, spec, prepared, usual_micro_batch=old.micro_batch)
 
 
@@ -152,7 +155,7 @@ def start(job: Job, *, show: Show, say: Callable[[str], None], recall: Show | No
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 pass_fds=(lock,),
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
         watchdog = Watchdog(run, job.plan.spec.train.stuck_seconds)
         stopped, stuck = _watch(run, ranks, follower, watchdog, show, say)
@@ -253,7 +256,7 @@ def _rehearse(spec: RunSpec) -> None:
         locate(spec.model)  # a model whose shape only its weights tell; one that does not exist is refused here
         return
     shortest = DataFacts(path="", samples=2, train_samples=1, held_out_samples=1, tokens=2, longest=8)
-    source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=of_run(spec, config))
+    source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=gptq_of(spec, config))
     _planned(spec, source, facts, shortest)
 
 
@@ -308,10 +311,3 @@ def _stem(spec: RunSpec) -> str:
 
 def _shown(value: object) -> str:
     return json.dumps(msgspec.to_builtins(value), ensure_ascii=False)
-
-
-def _end_with_parent() -> None:
-    """In the child, before it becomes the ranks' parent: SIGTERM when this process dies (Linux)."""
-    pr_set_pdeathsig = 1
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

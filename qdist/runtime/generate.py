@@ -185,8 +185,6 @@ def generate_file(
     longest = max(sum(len(message["content"].encode()) for message in messages) for messages in conversations)
     tokens = batch * (longest // _TOKEN_BYTES + max_new_tokens)
     model, tokenizer = _opened(target, tokens=tokens, max_memory_bytes=max_memory_bytes)
-    if tokenizer is None:
-        raise DataError(f"{target} has no tokenizer, so it cannot read prompts")
     encoded = [encode_chat(tokenizer, messages) for messages in conversations]
     # Longest first: the largest batch comes first, where running out of memory loses least.
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
@@ -208,7 +206,7 @@ def generate_file(
 
 def _opened(target: str, *, tokens: int, max_memory_bytes: int | None) -> tuple[Any, Any]:
     """Model and tokenizer; says where the model lies."""
-    opened = open_model(target, tokens=tokens, max_memory_bytes=max_memory_bytes)
+    opened = open_model(target, tokens=tokens, max_memory_bytes=max_memory_bytes, needs_tokenizer=True)
     print(opened.where, file=sys.stderr, flush=True)
     return opened.model, opened.tokenizer
 
@@ -218,8 +216,6 @@ def chat(target: str, *, max_new_tokens: int, system: str, max_memory_bytes: int
     from transformers import TextStreamer
 
     model, tokenizer = _opened(target, tokens=ROOM_TOKENS, max_memory_bytes=max_memory_bytes)
-    if tokenizer is None:
-        raise DataError(f"{target} has no tokenizer, so it cannot chat")
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     print("type a message; /new starts over, an empty line leaves", flush=True)

@@ -13,6 +13,7 @@ from qdist.core.errors import ModelError, RunError, SpecError
 from qdist.core.plan import Plan, Source
 from qdist.core.residence import Footprint, Residence, footprint
 from qdist.core.units import parse_bytes
+from qdist.host.fingerprints import require_same_tensors
 from qdist.host.rundir import RunDir
 from qdist.runtime.methods.backbone import DTYPES, load_backbone
 from qdist.runtime.packed_folder import Packing
@@ -66,18 +67,29 @@ def open_model(
     device: str | None = None,
     max_memory_bytes: int | None = None,
     tokens: int = ROOM_TOKENS,
+    needs_tokenizer: bool = False,
 ) -> Opened:
-    """As `load`. tokens: of all sequences together, prompts and answers, for which there is to be room."""
+    """As `load`.
+
+    tokens: of all sequences together, prompts and answers, for which there is to be room.
+    needs_tokenizer: refuse a model without one, before its weights are read.
+    """
     if dtype != "auto" and dtype not in DTYPES:
         raise SpecError(f"dtype cannot be {dtype!r}", try_="auto, bfloat16, float16 or float32")
     run = RunDir(run_or_model)
     if not run.exists():
         from qdist.runtime.load_plain import open_plain
 
-        return Opened(*open_plain(str(run_or_model), dtype, device, max_memory_bytes))
+        name = str(run_or_model)
+        return Opened(*open_plain(name, dtype, device, max_memory_bytes, needs_tokenizer=needs_tokenizer))
     plan = run.plan()
     if not run.adapter.is_dir():
         raise RunError(f"{run.path} has no adapter yet", try_=f"qdist gather {run.path}")
+    if needs_tokenizer and not plan.source.tokenizer:
+        raise RunError(
+            f"{run.path} was trained on random weights and has no tokenizer to read prompts with",
+            try_="a run without --load-format dummy",
+        )
     chosen = DTYPES[plan.compute_dtype if dtype == "auto" else dtype]
     residence = residence_of(plan, chosen, device=device, max_memory_bytes=max_memory_bytes, tokens=tokens)
     model, tokenizer = load_run(run, chosen, residence)
@@ -155,9 +167,15 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def with_packed(plan: Plan) -> Source:
-    """A run's source with packed weights that are there: packed again where the cache was emptied since."""
+    """A run's source with packed weights that are there: packed again where the cache was emptied since.
+
+    Raises ModelError where they are gone, RunError where others are in their place.
+    """
     source, spec = plan.source, plan.spec
-    if source.kind == "dummy" or (source.packed and Path(source.packed).is_dir()):
+    if source.kind == "dummy":
+        return source
+    if source.packed and Path(source.packed).is_dir():
+        require_same_tensors(source, source.packed, run="the run")
         return source
     if source.gptq:
         raise ModelError(f"{source.packed}, which the run was trained on, is gone", try_="put it back where it was")

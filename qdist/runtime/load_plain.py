@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 import torch
 
 from qdist.core.candidates import CUDA_CONTEXT_BYTES
-from qdist.core.errors import PlanError, SpecError
+from qdist.core.errors import ModelError, PlanError, SpecError
 from qdist.core.facts import from_config
 from qdist.core.gptq import Gptq
 from qdist.core.plan import Source
 from qdist.core.residence import Residence, footprint, room
 from qdist.core.spec import Quant
 from qdist.core.units import GIB, format_bytes
+from qdist.host.checkpoints import stated
 from qdist.host.sources import locate
-from qdist.runtime.gptq.check import checked, stated
+from qdist.runtime.gptq.check import checked
 from qdist.runtime.gptq.pickled import in_safetensors
 from qdist.runtime.materialize import materialize
 from qdist.runtime.methods.backbone import DTYPES, load_backbone, load_plain
@@ -24,12 +25,12 @@ from qdist.runtime.methods.skeleton import decoder_layers
 from qdist.runtime.placements.residence import arrange, choose, first_device, free_bytes, on_device, settle
 from qdist.runtime.quantize_source import blueprint
 from qdist.runtime.special_tokens import align_config, repair
+from qdist.runtime.tokenizer import BESIDE, has_tokenizer, open_tokenizer
 
 _WORK_BYTES = GIB
 """Left free on each GPU for keys, values and what layers compute: the shapes of a model that is no run are not read."""
 _ROOM_TOKENS = 2048
 """The same for a GPTQ checkpoint, whose shapes are."""
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 class Plain(NamedTuple):
@@ -40,11 +41,14 @@ class Plain(NamedTuple):
     where: str
 
 
-def open_plain(name: str, dtype: str, device: str | None, max_memory_bytes: int | None) -> Plain:
-    """A model by alias, folder, GGUF file or hub id; see `qdist.runtime.load.load`."""
+def open_plain(
+    name: str, dtype: str, device: str | None, max_memory_bytes: int | None, *, needs_tokenizer: bool = False
+) -> Plain:
+    """A model by alias, folder, GGUF file or hub id; see `qdist.runtime.load.open_model`."""
     if max_memory_bytes is not None and (device is not None or not torch.cuda.is_available()):
         raise SpecError(f"max_memory is of GPUs to choose from; here is {device or 'none'}", try_="without max_memory")
     folder = materialize(locate(name))
+    tokenizer = _tokenizer(folder, name, needed=needs_tokenizer)
     wanted = dtype if dtype == "auto" else DTYPES[dtype]
     if (gptq := stated(folder)) is not None:
         model, where = _gptq(folder, gptq, wanted, device, max_memory_bytes)
@@ -53,14 +57,20 @@ def open_plain(name: str, dtype: str, device: str | None, max_memory_bytes: int 
     else:
         model, where = _where_there_is_room(folder, wanted, max_memory_bytes)
     model.eval()
-    if not any((folder / file).exists() for file in _TOKENIZERS):
-        return Plain(model, None, where)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    repair(tokenizer, model.config.to_dict())
-    align_config(model, tokenizer)
+    if tokenizer is not None:
+        repair(tokenizer, model.config.to_dict())
+        align_config(model, tokenizer)
     return Plain(model, tokenizer, where)
+
+
+def _tokenizer(folder: Path, name: str, *, needed: bool) -> Any:
+    """None where there is none, unless one is needed."""
+    lacking = f"{name} has no tokenizer to read prompts with"
+    if has_tokenizer(folder):
+        return open_tokenizer(folder, lacking)
+    if needed:
+        raise ModelError(lacking, try_=BESIDE)
+    return None
 
 
 def _gptq(

@@ -1,5 +1,6 @@
 """The training loop, top to bottom."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from qdist.runtime.checkpoint import Progress
 from qdist.runtime.comm import Comm
 from qdist.runtime.engine import Engine, MicroBatch
 from qdist.runtime.forward import Evaluate, unseen
-from qdist.runtime.loss_scale import LossScale
+from qdist.runtime.loss_scale import LossScale, before_training
 from qdist.runtime.pulse import Move, silent
 from qdist.runtime.samples import Samples, micro_batch_seed
 from qdist.runtime.schedule import learning_rate
@@ -151,6 +152,8 @@ class Trainer:
         loss, tokens = self.comm.sum(*own)
         self.held_out = (*self.held_out, (step, loss / tokens))
         self._report(Event(kind="eval", step=step, total_steps=self.plan.steps, held_out_loss=loss / tokens))
+        if step == 0 and not math.isfinite(loss):  # all ranks have the same sum, and end together
+            raise before_training("the held-out loss", loss / tokens, fp16=self.scale.dynamic)
 
     @property
     def _different_adapters(self) -> int:

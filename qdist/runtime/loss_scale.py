@@ -9,6 +9,15 @@ _INITIAL, _SMALLEST, _LARGEST = 2.0**16, 2.0**-4, 2.0**24
 _GROWTH_INTERVAL = 500
 
 
+def before_training(what: str, loss: float, *, fp16: bool) -> RunError:
+    """The error for a loss that is no number although no update was made yet."""
+    fault = "weights, data or the range of fp16 are at fault" if fp16 else "weights or data are at fault"
+    return RunError(
+        f"{what} is {loss} before any training: {fault}, not the learning rate",
+        try_="--set dtype=bfloat16" if fp16 else "download the model again, or other data",
+    )
+
+
 class LossScale:
     """Halves when gradients are not finite, doubles after GROWTH_INTERVAL finite steps; fixed at 1 unless fp16."""
 
@@ -30,6 +39,8 @@ class LossScale:
                 self.value, self.finite_steps = self.value * 2, 0
             return
         if not self.dynamic:
+            if step == 1 and not math.isfinite(loss):
+                raise before_training("the loss of step 1", loss, fp16=False)
             raise RunError(
                 f"{_what(loss)} at step {step}; {run.last_saved()}",
                 try_="a smaller --set optim.lr in a new run: this one would come to the same when resumed",

@@ -13,11 +13,13 @@ import msgspec
 
 from qdist.core.errors import ModelError, QdistError
 from qdist.core.facts import from_config
-from qdist.core.gptq import Gptq, of_run, to_config
+from qdist.core.gptq import Gptq
 from qdist.core.plan import DataFacts, Prepared, Source
 from qdist.core.pooling import require_packed
 from qdist.core.spec import RunSpec
+from qdist.host.checkpoints import gptq_of
 from qdist.host.files import cache_dir, locked, publish_folder, write_atomic
+from qdist.host.fingerprints import fingerprint
 from qdist.host.sources import locate
 from qdist.runtime.quiet import quiet
 from qdist.runtime.tokenized import Summary
@@ -41,22 +43,24 @@ def main() -> None:
 
 def prepare(spec: RunSpec) -> Prepared:
     """The model as a local folder, packed; its tokenizer repaired; the data tokenized. All of it cached."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     from qdist.runtime.batches import split
     from qdist.runtime.data import cached_tokenize
     from qdist.runtime.materialize import materialize
     from qdist.runtime.special_tokens import repair
+    from qdist.runtime.tokenizer import open_tokenizer
 
     quiet()
-    folder = materialize(locate(spec.model))
+    located = locate(spec.model)
+    folder = materialize(located)
     try:
         config: dict[str, Any] = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{folder}: {str(error).splitlines()[0]}", try_="a folder with config.json and a tokenizer"
         ) from error
+    tokenizer = open_tokenizer(folder, f"{spec.model} has no tokenizer to read data with")
     repaired = repair(tokenizer, config, new_tokens=spec.new_tokens)
     tokenized, path = cached_tokenize(
         spec.data,
@@ -69,11 +73,13 @@ def prepare(spec: RunSpec) -> Prepared:
     train, held_out = split(len(tokenized), held_out=spec.train.held_out, seed=spec.seed)
     lengths = tokenized.offsets.diff()
     gptq, packed = _packed(spec, folder, config)
+    as_it_came = located.kind != "gguf" and (gptq is not None or packed.folder == folder)
     return Prepared(
         source=Source(
             kind="folder",
             path=str(folder),
             packed=str(packed.folder),
+            fingerprint=fingerprint(packed.folder) if as_it_came else "",
             gptq=gptq,
             config=config,
             tokenizer=str(_keep_tokenizer(tokenizer)),
@@ -100,16 +106,10 @@ def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple
     from qdist.runtime.quantize import Packed, packed_folder
     from qdist.runtime.quantize_source import blueprint
 
-    gptq = check.stated(folder)
-    wanted = of_run(spec, {**config, "quantization_config": to_config(gptq)} if gptq else config)
-    if wanted is None:
+    gptq = gptq_of(spec, config, folder)
+    if gptq is None:
         packing = Packing(bits=spec.bits, type=spec.quant.type, double=spec.quant.double)  # type: ignore[arg-type]
         return None, packed_folder(folder, packing, name=spec.model)
-    if gptq is None:
-        raise ModelError(
-            f"{spec.model} is no GPTQ checkpoint",
-            try_=f"qdist quantize {spec.model} --method gptq --data DATA --out DIR, or --method qlora",
-        )
     packed, shape = in_safetensors(folder), blueprint(folder)
     paths = [name.removesuffix(".weight") for name in shape.linears]
     require_packed(spec, gptq, from_config(config, name=spec.model), paths)

@@ -1,9 +1,11 @@
 """Does `qdist plan` say how a run would lie in memory, on any machine, without torch?"""
 
+import json
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -14,6 +16,7 @@ from qdist.cli.main import COMMANDS, main
 from qdist.cli.planned import plan_lines, wrapped
 from qdist.core.cluster import hypothetical
 from qdist.core.lessons import Correction
+from qdist.core.models import config_of, lookup
 from qdist.core.plan import Plan
 from qdist.core.planner import HEADROOM
 from qdist.core.units import GIB
@@ -198,3 +201,104 @@ def test_lines_break_between_words_and_go_on_below_them() -> None:
     assert " ".join(" ".join(narrow).split()) == " ".join(" ".join(lines).split())
     (first,) = [position for position, line in enumerate(narrow) if line.startswith("batch")]
     assert narrow[first + 1].startswith(" " * 9)
+
+
+QUANTIZED = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+def checkpoint(
+    folder: Path, stated: object = QUANTIZED, beside: object = QUANTIZED, files: tuple[str, ...] = FILES
+) -> tuple[str, ...]:
+    """Arguments that plan with a folder as a GPTQ checkpoint's, its tensors left out."""
+    folder.mkdir()
+    config = dict(lookup("llama-7b").config) | ({"quantization_config": stated} if stated else {})
+    (folder / "config.json").write_text(json.dumps(config))
+    if beside:
+        (folder / "quantize_config.json").write_text(json.dumps(beside))
+    index = {"weight_map": {str(number): name for number, name in enumerate(FILES)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in files:
+        (folder / name).touch()
+    return "--model", str(folder), "--gpus", "1", "--gpu-memory", "24GiB"
+
+
+@pytest.mark.parametrize("method", ["gptq-lora", "qa-lora"])
+def test_a_gptq_checkpoint_is_planned_as_its_files_say_and_an_alias_without_any(tmp_path: Path, method: str) -> None:
+    for arguments in (
+        checkpoint(tmp_path / "whole"),
+        checkpoint(tmp_path / "old", stated=None),
+        ("--model", "llama-7b", "--gpus", "1", "--gpu-memory", "24GiB"),
+    ):
+        result = plan(*arguments, "--method", method)
+        assert result.exit_code == 0, result.output
+        assert "GPTQ 4 bits, groups of 128" in result.stdout
+
+
+@pytest.mark.parametrize("method", ["gptq-lora", "qa-lora"])
+@pytest.mark.parametrize(
+    ("spoilt", "message"),
+    [
+        ({"stated": None, "beside": None},
+         "error: FOLDER is no GPTQ checkpoint\n  try: qdist quantize FOLDER --method gptq --data DATA --out DIR, "
+         "or --method qlora\n"),
+        ({"stated": {"quant_method": "bitsandbytes", "load_in_4bit": True}, "beside": None},
+         "error: FOLDER is quantized with bitsandbytes and is no GPTQ checkpoint\n  try: the 16-bit model that it was "
+         "made from: qdist quantize MODEL --method gptq --data DATA --out DIR\n"),
+        ({"beside": QUANTIZED | {"group_size": 64}},
+         "error: FOLDER: config.json says GPTQ 4 bits, groups of 128 in the format gptq, and quantize_config.json "
+         "GPTQ 4 bits, groups of 64 in gptq\n  try: the checkpoint's own pair of files\n"),
+        ({"stated": None, "beside": QUANTIZED | {"bits": 8}},
+         "error: FOLDER has 8 bits; this run wants 4\n  try: --bits 8\n"),
+        ({"files": FILES[:1]},
+         "error: FOLDER lacks 1 of the 2 files that model.safetensors.index.json names: "
+         "model-00002-of-00002.safetensors\n  try: download the checkpoint again, or qdist quantize the model that it "
+         "was made from\n"),
+    ],
+    ids=["16 bits", "bitsandbytes", "contradiction", "bits", "a file gone"],
+)  # fmt: skip
+def test_what_launch_refuses_is_not_planned(tmp_path: Path, spoilt: dict[str, Any], message: str, method: str) -> None:
+    arguments = (*checkpoint(tmp_path / "base", **spoilt), "--method", method)
+    result = plan(*arguments)
+    assert (result.stdout, result.stderr) == ("", message.replace("FOLDER", str(tmp_path / "base")))
+    assert result.exit_code
+    launched = CliRunner().invoke(
+        main, ["launch", *arguments[:4], "--method", method, "--data", "demo", "--dry-run"], prog_name="qdist"
+    )
+    assert launched.stderr == result.stderr
+
+
+def test_random_weights_of_a_folders_shape_can_be_planned(tmp_path: Path) -> None:
+    arguments = checkpoint(tmp_path / "plain", stated=None, beside=None)
+    result = plan(*arguments, "--method", "gptq-lora", "--set", "load_format=dummy")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"[4]", "config.json holds a JSON array, not an object"),
+        ("config.json", b'{"a": "\xff"}', "config.json: 'utf-8' codec can't decode"),
+        ("model.safetensors.index.json", b"{}", "model.safetensors.index.json says of no tensor where it is"),
+    ],
+)
+def test_a_small_file_that_is_not_what_it_should_be_is_named(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    stated: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+    config = {**config_of("smollm2-135m"), "quantization_config": stated}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / name).write_bytes(content)
+    flags = ["plan", "--method", "gptq-lora", "--gpus", "1", "--gpu-memory", "24GiB", "--model", str(tmp_path)]
+    done = CliRunner().invoke(main, flags)
+    assert done.exit_code == 1
+    assert message in done.output
+    assert "Traceback" not in done.output
+
+
+def test_a_quantization_config_that_is_no_object_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**config_of("smollm2-135m"), "quantization_config": "gptq"}))
+    flags = ["plan", "--method", "gptq-lora", "--gpus", "1", "--gpu-memory", "24GiB", "--model", str(tmp_path)]
+    done = CliRunner().invoke(main, flags)
+    assert done.exit_code == 1
+    assert "quantization_config is no object in config.json" in done.output

@@ -58,6 +58,11 @@ def test_a_program_does_not_outlive_who_runs_it(tmp_path: Path, force: signal.Si
     until(lambda: not alive(child))
 
 
+def hears_ctrl_c() -> None:
+    """What a shell starts in the background does not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_both_and_leaves_no_traceback(tmp_path: Path) -> None:
     note = tmp_path / "pid"
     (tmp_path / "asleep.py").write_text(ASLEEP)
@@ -67,7 +72,7 @@ def test_ctrl_c_ends_both_and_leaves_no_traceback(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     with subprocess.Popen(
         [sys.executable, "-c", code, *runner], start_new_session=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env=environment, text=True,
+        stderr=subprocess.PIPE, env=environment, text=True, preexec_fn=hears_ctrl_c,
     ) as parent:  # fmt: skip
         until(lambda: note.is_file() and bool(note.read_text()))
         os.killpg(parent.pid, signal.SIGINT)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from qdist.core.errors import DataError
+from qdist.core.errors import DataError, RunError
 from qdist.host.rundir import RunDir
 from qdist.runtime.generate import complete, encode_chat, generate_file, main, read_prompts
 from qdist.runtime.load import load
 from tests.runtime.test_data import CHATML, tiny_tokenizer
-from tests.runtime.tiny import FAMILIES, adapted_run, real_job, save_data, save_model
+from tests.runtime.tiny import FAMILIES, adapted_run, dummy_job, real_job, save_config, save_data, save_model
 
 PROMPTS = [[5, 9, 30], [200, 7, 7, 41, 99, 3, 12, 150, 31], [77], [8] * 20]
 
@@ -139,6 +139,31 @@ def test_a_chat_goes_through_standard_input(run: RunDir) -> None:
     assert first.strip()
     assert first == second
     assert done.stdout.count("> ") == 4
+
+
+@pytest.mark.parametrize("arguments", [("chat",), ("file", "--prompts", "p.txt", "--out", "o.jsonl")])
+def test_a_tokenizer_is_looked_for_before_weights_are_read(
+    tmp_path: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder has no weights at all."""
+    (tmp_path / "p.txt").write_text("hello\n")
+    model = save_config(tmp_path / "mute")
+    what, *options = arguments
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["generate", what, str(model), *options])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert capsys.readouterr().err == (
+        f"error: {model} has no tokenizer to read prompts with\n  try: put its tokenizer.json beside the weights\n"
+    )
+
+
+def test_a_run_over_random_weights_has_nothing_to_say(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("hello\n")
+    run = adapted_run(dummy_job(save_config(tmp_path / "model"), tmp_path / "run"))[0]
+    with pytest.raises(RunError, match="was trained on random weights and has no tokenizer") as caught:
+        generate_file(str(run.path), tmp_path / "p.txt", tmp_path / "o.jsonl", max_new_tokens=1, batch=1)
+    assert caught.value.try_
 
 
 @pytest.mark.parametrize("arguments", [("chat",), ("file", "--prompts", "p.txt", "--out", "o.jsonl")])

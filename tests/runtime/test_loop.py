@@ -1,11 +1,14 @@
 """Does the loop say what a rank is at, so that a long evaluation is not taken for one that is stuck?"""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from qdist.core.errors import RunError
+from qdist.core.events import Event
 from qdist.host.rundir import RunDir
 from qdist.runtime.forward import Forward
 from qdist.runtime.loop import Trainer
@@ -14,8 +17,10 @@ from tests.plans import CPU, planned
 LAST = ["save 4", "judge 4", "note 4"]
 
 
-def trainer_of(samples: Any, *, evaluate: Any = None, move: Any = None, **settings: Any) -> Trainer:
-    comm: Any = SimpleNamespace(rank=0, sum=lambda *values: values)
+def trainer_of(
+    samples: Any, *, evaluate: Any = None, move: Any = None, total: Any = None, report: Any = None, **settings: Any
+) -> Trainer:
+    comm: Any = SimpleNamespace(rank=0, sum=total or (lambda *values: values))
     return Trainer(
         planned("smollm2-135m", CPU, {"gpus": 1, **settings}),
         RunDir("nowhere"),
@@ -25,7 +30,7 @@ def trainer_of(samples: Any, *, evaluate: Any = None, move: Any = None, **settin
         evaluate=evaluate,
         checksum=tuple,
         verify=str,
-        report=lambda event: None,
+        report=report or (lambda event: None),
         move=move or (lambda *place: None),
         stopping=bool,
     )
@@ -80,3 +85,32 @@ def test_a_step_is_saved_before_it_is_judged_and_an_evaluation_that_was_cut_off_
         monkeypatch.setattr(trainer, f"_{name}", lambda step, name=name: done.append(f"{name} {step}"))
     assert trainer.train()
     assert done == expected
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_model_whose_loss_is_no_number_before_training_ends_on_every_rank(loss: float) -> None:
+    """This rank's own part is a number; that of all ranks together, which each of them has, is none."""
+    events: list[Event] = []
+    samples: Any = SimpleNamespace(held_out=True, held_out_batches=lambda: [[0]])
+    trainer = trainer_of(samples, evaluate=lambda *_: (4.0, 2), total=lambda *_: (loss, 8.0), report=events.append)
+    with pytest.raises(RunError, match=f"the held-out loss is {loss} before any training") as caught:
+        trainer.train()
+    assert "weights or data are at fault, not the learning rate" in caught.value.message
+    assert caught.value.try_ == "download the model again, or other data"
+    assert [event.kind for event in events] == ["start", "eval"]
+
+
+def test_in_fp16_its_range_may_be_at_fault() -> None:
+    samples: Any = SimpleNamespace(held_out=True, held_out_batches=lambda: [[0]])
+    trainer = trainer_of(samples, evaluate=lambda *_: (math.nan, 2))
+    trainer.scale.dynamic = True
+    with pytest.raises(RunError, match="weights, data or the range of fp16 are at fault") as caught:
+        trainer._judge(0)
+    assert caught.value.try_ == "--set dtype=bfloat16"
+
+
+def test_a_held_out_loss_that_is_no_number_later_is_left_to_the_steps() -> None:
+    samples: Any = SimpleNamespace(held_out=True, held_out_batches=lambda: [[0]])
+    trainer = trainer_of(samples, evaluate=lambda *_: (math.nan, 2))
+    trainer._judge(20)
+    assert math.isnan(trainer.held_out[-1][1])

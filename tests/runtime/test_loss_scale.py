@@ -58,6 +58,14 @@ def test_without_fp16_the_scale_is_one_and_nan_is_an_error_at_once() -> None:
         update(scale, skipped=True, step=7)
 
 
+def test_a_first_loss_that_is_no_number_is_no_fault_of_the_learning_rate() -> None:
+    with pytest.raises(RunError, match="the loss of step 1 is nan before any training") as caught:
+        update(LossScale(dynamic=False), skipped=True, step=1, loss=math.nan)
+    assert "optim.lr" not in caught.value.try_
+    with pytest.raises(RunError, match="gradients are NaN or infinite at step 1"):
+        update(LossScale(dynamic=False), skipped=True, step=1)
+
+
 def test_a_loss_that_is_no_number_is_named_with_the_last_checkpoint(tmp_path: Path) -> None:
     folder = RunDir(tmp_path).checkpoint(4)
     folder.mkdir(parents=True)

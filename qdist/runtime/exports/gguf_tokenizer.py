@@ -13,6 +13,7 @@ import gguf
 
 from qdist.core.errors import ModelError
 from qdist.runtime.exports.gguf_pre import flat, pre_of
+from qdist.runtime.tokenizer import open_tokenizer
 
 _TYPES = gguf.TokenType
 _NO_SCORE = -1000.0
@@ -88,14 +89,7 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
 
 
 def _loaded(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{folder} has no tokenizer: {str(error).splitlines()[0]}", try_="the folder of the base model"
-        ) from error
+    tokenizer = open_tokenizer(folder, f"{folder} has no tokenizer", try_="the folder of the base model")
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelError(
             f"{folder} has a {type(tokenizer).__name__}, which is not of the tokenizers library",

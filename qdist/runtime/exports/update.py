@@ -196,3 +196,10 @@ def _require_one_base(runs: Sequence[RunDir]) -> None:
             raise RunError(
                 f"{runs[0].path} was trained on {bases[0][0]}, and {run.path} on {base[0]}", try_="runs over one base"
             )
+    known = {plan.source.fingerprint: run for run, plan in zip(runs, plans, strict=True) if plan.source.fingerprint}
+    if len(known) > 1:
+        one, other = list(known.values())[:2]
+        raise RunError(
+            f"{bases[0][0]} held other tensors when {one.path} was trained than when {other.path} was",
+            try_="runs over one base",
+        )

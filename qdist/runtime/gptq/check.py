@@ -1,6 +1,5 @@
 """Is a folder the GPTQ checkpoint that it says it is? Looked at before anything starts; what is wrong is named."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -9,9 +8,10 @@ import msgspec
 import torch
 
 from qdist.core.errors import ModelError
-from qdist.core.gptq import METHODS, Gptq, Shape, from_config, method_of
+from qdist.core.gptq import Gptq, Shape
+from qdist.host.checkpoints import stated as stated
 from qdist.runtime.gptq.bits import group_of_inputs, require_whole_words, unpack_zeros
-from qdist.runtime.gptq.folder import QUANTIZE_CONFIG
+from qdist.runtime.gptq.finite import is_finite
 from qdist.runtime.packed_folder import opened, tensor_files
 from qdist.runtime.quantize_source import Blueprint
 
@@ -27,33 +27,12 @@ class _Tensor(NamedTuple):
     shape: tuple[int, ...]
 
 
-def stated(folder: Path) -> Gptq | None:
-    """What config.json, or `quantize_config.json` where that says nothing, says of GPTQ; None for other models.
-
-    Raises ModelError where the two contradict each other.
-    """
-    config = json.loads((folder / "config.json").read_text()).get("quantization_config")
-    beside = folder / QUANTIZE_CONFIG
-    found = from_config(config, name=str(folder)) if config and method_of(config) in METHODS else None
-    if config and found is None:
-        return None
-    if not beside.is_file():
-        return found
-    other = from_config(json.loads(beside.read_text()), name=str(beside))
-    if found and (found.shape, found.format) != (other.shape, other.format):
-        raise ModelError(
-            f"{folder}: config.json says {found} in the format {found.format}, and {QUANTIZE_CONFIG} {other} in "
-            f"{other.format}",
-            try_="the checkpoint's own pair of files",
-        )
-    return found or other
-
-
 def checked(folder: Path, blueprint: Blueprint, gptq: Gptq) -> Gptq:
     """The same with what only the tensors tell: whether groups are in order, the type of scales, bytes of a layer.
 
-    Every quantized linear must have its tensors in the shapes that its bits and groups ask for, scales must be finite
-    numbers and every input's group one of those that there are; zeros must be those of the format.
+    Every quantized linear must have its tensors in the shapes that its bits and groups ask for and every input's group
+    must be one of those that there are; scales and what is not quantized must be finite numbers, and zeros those of
+    the format.
     Raises ModelError naming the tensor.
     """
     tensors = _tensors(folder)
@@ -62,7 +41,7 @@ def checked(folder: Path, blueprint: Blueprint, gptq: Gptq) -> Gptq:
     for path, inputs, outputs in _linears(blueprint):
         shape = gptq.of(path)
         if shape is None:
-            _expect(folder, tensors, f"{path}.weight", (outputs, inputs), _PLAIN)
+            _plain(folder, tensors, f"{path}.weight", (outputs, inputs))
             size = 2 * inputs * outputs
         else:
             size = _shapes(folder, tensors, path, shape, inputs, outputs)
@@ -77,7 +56,7 @@ def checked(folder: Path, blueprint: Blueprint, gptq: Gptq) -> Gptq:
     for name, size_of in blueprint.shapes.items():
         path, _, leaf = name.rpartition(".")
         if path not in linears or leaf == "bias":
-            _expect(folder, tensors, name, size_of, _PLAIN)
+            _plain(folder, tensors, name, size_of)
     if len(kinds) > 1:
         raise ModelError(f"{folder} holds scales as {' and '.join(sorted(kinds))}", try_=_REMEDY)
     _check_format(folder, gptq, stored)
@@ -123,6 +102,13 @@ def _expect(
     if there.dtype not in dtypes:
         raise ModelError(f"{folder}: {name} is stored as {there.dtype}, not {' or '.join(dtypes)}", try_=_REMEDY)
     return there
+
+
+def _plain(folder: Path, tensors: dict[str, _Tensor], name: str, shape: tuple[int, ...]) -> None:
+    """Check a tensor that is not quantized."""
+    _expect(folder, tensors, name, shape, _PLAIN)
+    if not is_finite(_read(folder, tensors, name)):
+        raise ModelError(f"{folder}: {name} holds NaN or infinite numbers", try_=_REMEDY)
 
 
 def _shapes(folder: Path, tensors: dict[str, _Tensor], path: str, shape: Shape, inputs: int, outputs: int) -> int:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 import torch
@@ -13,9 +13,11 @@ from qdist.core.errors import ModelError, SpecError
 from qdist.core.gptq import WORD, Gptq, Override, Shape, method_of
 from qdist.runtime.gptq.calibrate import pieces
 from qdist.runtime.gptq.decoder import Decoder
+from qdist.runtime.gptq.finite import is_finite
 from qdist.runtime.packed_folder import Entry, Packing
 from qdist.runtime.quantize_pack import goes_along, source_identity
 from qdist.runtime.quantize_source import Tensors, blueprint, tensors_of
+from qdist.runtime.tokenizer import open_tokenizer
 
 _VERSION = 4
 """Raise it whenever the same source and data would become other bytes."""
@@ -85,10 +87,16 @@ class Job(NamedTuple):
         return reduce(torch.promote_types, map(self.tensors.dtype, self.decoder.shape.linears))
 
     def plain(self, position: int) -> list[Entry]:
-        """What is copied as the source has it: norms, biases, embeddings, head."""
+        """What is copied as the source has it: norms, biases, embeddings, head. Reading NaN raises ModelError."""
         shape = self.decoder.shape
         names = [name for name in self.decoder.names(position) if name not in shape.linears]
-        return [Entry(n, self.tensors.dtype(n), shape.shapes[n], partial(self.tensors.read, n)) for n in names]
+        return [Entry(n, self.tensors.dtype(n), shape.shapes[n], partial(self._read, n)) for n in names]
+
+    def _read(self, name: str) -> torch.Tensor:
+        value = self.tensors.read(name)
+        if not is_finite(value):
+            raise ModelError(f"{name} holds NaN or infinite numbers", try_="download the model again")
+        return value
 
     def identity(self) -> str:
         """SHA-256 of what decides the bytes: model files, wishes, and the samples that were drawn."""
@@ -113,12 +121,16 @@ def read_job(name: str, folder: Path, wanted: Wanted, devices: tuple[torch.devic
         raise SpecError(f"samples of {wanted.seq_len} tokens are longer than the {most} that {name} takes",
                         try_=f"--seq-len {most}")  # fmt: skip
     tokens = wanted.seq_len or min(_MOST_TOKENS, most)
-    samples = pieces(wanted.data, _tokenizer(folder, name), samples=wanted.samples, seq_len=tokens, seed=wanted.seed)
+    tokenizer = open_tokenizer(folder, f"{name} has no tokenizer to read calibration data with")
+    samples = pieces(wanted.data, tokenizer, samples=wanted.samples, seq_len=tokens, seed=wanted.seed)
     if int(samples.max()) >= decoder.facts.vocab:
         raise ModelError(
             f"the tokenizer of {name} gives token {int(samples.max())}, of {decoder.facts.vocab} that it has"
         )
-    return Job(name, folder, wanted, decoder, tensors, samples, devices)
+    job = Job(name, folder, wanted, decoder, tensors, samples, devices)
+    for entry in job.plain(job.layers):  # written last, after hours of layers
+        entry.make()
+    return job
 
 
 def _require_words(decoder: Decoder, name: str) -> None:
@@ -129,18 +141,6 @@ def _require_words(decoder: Decoder, name: str) -> None:
                     f"{name}: {linear.name} has {size} {side}, which fill no words: multiples of {WORD} do",
                     try_="--method nf4",
                 )
-
-
-def _tokenizer(folder: Path, name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{name} has no tokenizer to read calibration data with: {str(error).splitlines()[0]}",
-            try_="put its tokenizer.json beside the weights",
-        ) from error
 
 
 def _refuse_quantized(folder: Path, name: str) -> None:

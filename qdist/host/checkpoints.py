@@ -1,0 +1,71 @@
+"""Can a run train on what a model's folder says it is? Read from its small files, without torch and without weights."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from qdist.core.errors import ModelError
+from qdist.core.gptq import Gptq, method_of, of_run, stated_by, to_config
+from qdist.core.spec import RunSpec
+from qdist.host.sources import read_json
+
+_INDEX, _CONFIG, _QUANTIZE_CONFIG = "model.safetensors.index.json", "config.json", "quantize_config.json"
+
+
+def gptq_of(spec: RunSpec, config: Mapping[str, object], folder: Path | None = None) -> Gptq | None:
+    """How the backbone of a run is quantized by GPTQ; None where it is not.
+
+    config: the content of the model's config.json.
+    folder: where the model lies; by default where its name says, and an alias lies nowhere: its weights are random.
+    Raises ModelError for a folder that is no GPTQ checkpoint, contradicts itself or lacks files; SpecError where the
+    method and the model do not go together.
+    """
+    folder = folder or Path(spec.model).expanduser()
+    if spec.load_format == "dummy" or not folder.is_dir():
+        return of_run(spec, config)
+    folder = folder.resolve()
+    found = stated(folder)
+    if of_run(spec, {**config, "quantization_config": to_config(found)} if found else config) is None:
+        return None
+    if found is None:
+        raise _not_gptq(spec.model, config)
+    _require_files(folder)
+    return found
+
+
+def _not_gptq(name: str, config: Mapping[str, object]) -> ModelError:
+    """What to quantize instead: the model itself, or what it was made from where it is packed otherwise already."""
+    stored, command = config.get("quantization_config"), "qdist quantize {} --method gptq --data DATA --out DIR"
+    if isinstance(stored, Mapping) and stored:
+        return ModelError(
+            f"{name} is quantized with {method_of(stored) or 'bitsandbytes'} and is no GPTQ checkpoint",
+            try_=f"the 16-bit model that it was made from: {command.format('MODEL')}",
+        )
+    return ModelError(f"{name} is no GPTQ checkpoint", try_=f"{command.format(name)}, or --method qlora")
+
+
+def stated(folder: Path) -> Gptq | None:
+    """What the two configurations in a folder say of GPTQ; see `stated_by`."""
+    config, beside = read_json(folder / _CONFIG), folder / _QUANTIZE_CONFIG
+    return stated_by(config, read_json(beside) if beside.is_file() else None, name=str(folder))
+
+
+def tensor_files(folder: Path) -> tuple[str, ...]:
+    """Names of the safetensors that a folder's index names, or that lie there where it has none."""
+    index = folder / _INDEX
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ModelError(f"{index} says of no tensor where it is", try_="download the model again")
+        return tuple(sorted(set(weight_map.values())))
+    return tuple(sorted(file.name for file in folder.glob("*.safetensors")))
+
+
+def _require_files(folder: Path) -> None:
+    names = tensor_files(folder)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {len(missing)} of the {len(names)} files that {_INDEX} names: {missing[0]}"
+            + (" and others" if len(missing) > 1 else ""),
+            try_="download the checkpoint again, or qdist quantize the model that it was made from",
+        )

@@ -1,0 +1,56 @@
+"""Does a folder still hold the tensors that a run was trained on? Told without reading all of them."""
+
+import hashlib
+from pathlib import Path
+
+from qdist.core.errors import RunError
+from qdist.core.plan import Source
+from qdist.host.checkpoints import tensor_files
+
+_BLOCKS, _BLOCK_BYTES = 64, 1 << 12
+"""What is read of each file beside its header; one of up to 256 KiB is read whole."""
+_HEADER_BYTES = 100_000_000
+"""safetensors' own limit."""
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over name, size, header and 64 blocks, spread evenly, of each of a folder's safetensors.
+
+    Times and places do not count: a copy has the same. Another quantization changes every block; a few bytes that
+    were changed by hand may lie between them.
+    """
+    sums = hashlib.sha256()
+    for name in tensor_files(folder):
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else -1
+        sums.update(f"{name} {size}\n".encode())
+        if size > 0:
+            _add_contents(sums, path, size)
+    return sums.hexdigest()
+
+
+def require_same_tensors(source: Source, folder: str, *, run: str) -> None:
+    """Refuse a folder whose tensors are not those that a run was prepared with.
+
+    folder: where the packed weights of `source` lie now. run: what the user calls it.
+    A run that has no fingerprint is taken as it is.
+    """
+    if not source.fingerprint:
+        return
+    found = fingerprint(Path(folder))
+    if found != source.fingerprint:
+        raise RunError(
+            f"{folder} is not the model that {run} was trained on: the fingerprint of its tensors is {found[:12]}, "
+            f"and was {source.fingerprint[:12]}",
+            try_="put that model back in its place, or start a new run on this one",
+        )
+
+
+def _add_contents(sums: "hashlib._Hash", path: Path, size: int) -> None:
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")  # safetensors begin with that of their header
+        sums.update(file.read(min(length, _HEADER_BYTES)))
+        last = max(0, size - _BLOCK_BYTES)
+        for start in sorted({last * index // (_BLOCKS - 1) for index in range(_BLOCKS)}):
+            file.seek(start)
+            sums.update(file.read(_BLOCK_BYTES))
