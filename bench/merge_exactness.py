@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 
 from qdist.core.gptq import Gptq
+from qdist.host.checkpoints import stated
 from qdist.runtime.exports.offsets import LARGEST
 from qdist.runtime.gptq.bits import unpack_zeros
-from qdist.runtime.gptq.check import stated
 from qdist.runtime.packed_folder import tensor_files
 
 SHARES = (0.005, 0.02, 0.1, 0.3, 1.0)

@@ -198,9 +198,9 @@ def test_merged_and_quantized_again(tmp_path: Path, method: str, capsys: pytest.
     assert len(losses) == 3
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert losses[2] == pytest.approx(losses[0], rel=0.2)
-    from qdist.runtime.gptq import check
+    from qdist.host.checkpoints import stated
 
-    gptq = check.stated(tmp_path / "out")
+    gptq = stated(tmp_path / "out")
     assert gptq is not None
     assert gptq.shape == shape
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []

@@ -18,6 +18,7 @@ from qdist.core.errors import ModelError
 from qdist.core.facts import from_config
 from qdist.core.gptq import Gptq, Override, Shape
 from qdist.core.memory import Job, packed_layer_bytes
+from qdist.host.checkpoints import stated
 from qdist.runtime.gptq import check
 from qdist.runtime.gptq.bits import pack, pack_zeros, unpack, unpack_zeros
 from qdist.runtime.gptq.folder import entries
@@ -113,7 +114,7 @@ def test_linears_of_several_widths_load_as_their_overrides_say(tmp_path: Path) -
     )
     gptq = msgspec.structs.replace(PLAIN, overrides=overrides, format="gptq_v2")
     folder = save_gptq(tmp_path / "mixed", gptq)
-    found = check.stated(folder)
+    found = stated(folder)
     assert found == gptq
     model, _ = qdist.load(folder)
     widths = [
@@ -302,4 +303,4 @@ def test_gptqmodels_own_logits_are_reached(dtype: str) -> None:
 
 
 def test_a_plain_model_is_no_checkpoint(tmp_path: Path) -> None:
-    assert check.stated(save_model(tmp_path / "plain")) is None
+    assert stated(save_model(tmp_path / "plain")) is None

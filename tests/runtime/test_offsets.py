@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from qdist.core.errors import ModelError, RunError, SpecError
 from qdist.core.gptq import SHIFTED, Gptq, Override, Shape
+from qdist.host.checkpoints import stated
 from qdist.host.rundir import RunDir
 from qdist.runtime import merge as merging
 from qdist.runtime.exports import offsets
@@ -154,7 +155,7 @@ def test_a_second_adapter_is_merged_onto_the_first(tmp_path: Path) -> None:
     assert difference.relative < BOUND
     own = logits_of(load(tmp_path / "two", dtype="float32")[0], high=250)
     assert relative(own, logits_of(load(again.path)[0], high=250)) < 6e-3  # updates are several times the weights
-    one, two = (check.stated(tmp_path / name) for name in ("one", "two"))
+    one, two = (stated(tmp_path / name) for name in ("one", "two"))
     assert one is not None
     assert two is not None
     assert one.offset is not None
@@ -169,7 +170,7 @@ def test_several_adapters_are_added_up_with_their_weights(tmp_path: Path) -> Non
     merged(*runs, out=tmp_path / "merged", weights=(0.7, -0.2))
     both, *single = Adapters(runs, (0.7, -0.2)), *(Adapters([run]) for run in runs)
     stored = load_file(tmp_path / "merged" / "model.safetensors")
-    gptq = check.stated(tmp_path / "merged")
+    gptq = stated(tmp_path / "merged")
     assert gptq is not None
     assert gptq.offset is not None
     for path in both.paths:
@@ -292,7 +293,7 @@ def test_an_adapter_that_is_small_beside_the_first_is_merged_in_float32(tmp_path
     again = run_over(tmp_path / "one", tmp_path / "again")
     shrink(again, 1e-2)
     assert merged(again, out=tmp_path / "two").relative < 1e-4
-    gptq = check.stated(tmp_path / "two")
+    gptq = stated(tmp_path / "two")
     assert gptq is not None
     assert gptq.offset is not None
     assert (gptq.offset.dtype, gptq.offset.scale) == ("float32", 1.0)
@@ -372,7 +373,7 @@ def test_small_offsets_keep_their_digits(tmp_path: Path) -> None:
     run = run_over(save_gptq(tmp_path / "gptq", SYMMETRIC), tmp_path / "run")
     shrink(run, 1e-7)
     assert merged(run, out=tmp_path / "merged").relative < 5e-4
-    gptq = check.stated(tmp_path / "merged")
+    gptq = stated(tmp_path / "merged")
     assert gptq is not None
     assert gptq.offset is not None
     assert math.log2(gptq.offset.scale).is_integer()

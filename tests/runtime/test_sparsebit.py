@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from qdist.core.models import config_of
+from qdist.host.checkpoints import stated
 from qdist.runtime.gptq.bits import unpack_zeros
-from qdist.runtime.gptq.check import checked, stated
+from qdist.runtime.gptq.check import checked
 from qdist.runtime.gptq.convert import convert, main
 from qdist.runtime.gptq.convert_model import model_config
 from qdist.runtime.gptq.sparsebit import Checkpoint, halves

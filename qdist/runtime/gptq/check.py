@@ -9,7 +9,6 @@ import torch
 
 from qdist.core.errors import ModelError
 from qdist.core.gptq import Gptq, Shape
-from qdist.host.checkpoints import stated as stated
 from qdist.runtime.gptq.bits import group_of_inputs, require_whole_words, unpack_zeros
 from qdist.runtime.gptq.finite import is_finite
 from qdist.runtime.packed_folder import opened, tensor_files
