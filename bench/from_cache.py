@@ -19,8 +19,8 @@ from gptq_speed import made
 
 from qdist.core.models import config_of
 from qdist.core.units import format_bytes
+from qdist.host.checkpoints import INDEX
 from qdist.runtime.packed_folder import (
-    INDEX,
     MANIFEST,
     Packing,
     file_name,

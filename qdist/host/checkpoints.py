@@ -8,7 +8,7 @@ from qdist.core.gptq import Gptq, method_of, of_run, stated_by, to_config
 from qdist.core.spec import RunSpec
 from qdist.host.sources import read_json
 
-_INDEX, _CONFIG, _QUANTIZE_CONFIG = "model.safetensors.index.json", "config.json", "quantize_config.json"
+INDEX, QUANTIZE_CONFIG = "model.safetensors.index.json", "quantize_config.json"
 
 
 def gptq_of(spec: RunSpec, config: Mapping[str, object], folder: Path | None = None) -> Gptq | None:
@@ -45,27 +45,35 @@ def _not_gptq(name: str, config: Mapping[str, object]) -> ModelError:
 
 def stated(folder: Path) -> Gptq | None:
     """What the two configurations in a folder say of GPTQ; see `stated_by`."""
-    config, beside = read_json(folder / _CONFIG), folder / _QUANTIZE_CONFIG
+    config, beside = read_json(folder / "config.json"), folder / QUANTIZE_CONFIG
     return stated_by(config, read_json(beside) if beside.is_file() else None, name=str(folder))
 
 
-def tensor_files(folder: Path) -> tuple[str, ...]:
-    """Names of the safetensors that a folder's index names, or that lie there where it has none."""
-    index = folder / _INDEX
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ModelError(f"{index} says of no tensor where it is", try_="download the model again")
-        return tuple(sorted(set(weight_map.values())))
-    return tuple(sorted(file.name for file in folder.glob("*.safetensors")))
+def weight_map(folder: Path) -> dict[str, str] | None:
+    """The file of each tensor, as a folder's index has it; None where there is none."""
+    index = folder / INDEX
+    if not index.is_file():
+        return None
+    found: object = read_json(index).get("weight_map")
+    if not isinstance(found, dict):
+        raise ModelError(f"{index} says of no tensor where it is", try_="download the model again")
+    return found
+
+
+def safetensors_of(folder: Path) -> tuple[str, ...]:
+    """Names of the files that a folder's index names, or that lie there where it has none."""
+    indexed = weight_map(folder)
+    if indexed is None:
+        return tuple(sorted(file.name for file in folder.glob("*.safetensors")))
+    return tuple(sorted(set(indexed.values())))
 
 
 def _require_files(folder: Path) -> None:
-    names = tensor_files(folder)
+    names = safetensors_of(folder)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ModelError(
-            f"{folder} lacks {len(missing)} of the {len(names)} files that {_INDEX} names: {missing[0]}"
+            f"{folder} lacks {len(missing)} of the {len(names)} files that {INDEX} names: {missing[0]}"
             + (" and others" if len(missing) > 1 else ""),
             try_="download the checkpoint again, or qdist quantize the model that it was made from",
         )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qdist.core.errors import RunError
 from qdist.core.plan import Source
-from qdist.host.checkpoints import tensor_files
+from qdist.host.checkpoints import safetensors_of
 
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 12
 """What is read of each file beside its header; one of up to 256 KiB is read whole."""
@@ -20,7 +20,7 @@ def fingerprint(folder: Path) -> str:
     were changed by hand may lie between them.
     """
     sums = hashlib.sha256()
-    for name in tensor_files(folder):
+    for name in safetensors_of(folder):
         path = folder / name
         size = path.stat().st_size if path.is_file() else -1
         sums.update(f"{name} {size}\n".encode())

@@ -19,12 +19,13 @@ import msgspec
 import torch
 
 from qdist.core.errors import ModelError
+from qdist.host.checkpoints import INDEX, weight_map
 from qdist.host.files import sync, write_atomic
 from qdist.runtime.checksum import tensor_checksum
 
 FORMAT = 1
 """Raise it whenever the same source would be packed to other bytes or files."""
-MANIFEST, INDEX = "qdist.json", "model.safetensors.index.json"
+MANIFEST = "qdist.json"
 _NAMES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.uint8: "U8",
     torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
@@ -215,10 +216,9 @@ def opened(file: Path) -> Iterator[Any]:
 
 def tensor_files(folder: Path) -> dict[str, str]:
     """The file of each tensor of a folder of safetensors; empty where there are none."""
-    index = folder / INDEX
-    if index.is_file():
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        return weight_map
+    indexed = weight_map(folder)
+    if indexed is not None:
+        return indexed
     names: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with opened(file) as handle:

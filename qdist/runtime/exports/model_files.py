@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from qdist.core.plan import Source
+from qdist.host.checkpoints import INDEX
 from qdist.host.files import write_atomic
 from qdist.runtime.load import load_tokenizer
-from qdist.runtime.packed_folder import INDEX, Written
+from qdist.runtime.packed_folder import Written
 from qdist.runtime.special_tokens import align_config
 
 _GENERATION = "generation_config.json"

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import torch
 
 from qdist.core.gptq import Gptq, to_config
+from qdist.host.checkpoints import INDEX, QUANTIZE_CONFIG
 from qdist.host.files import write_atomic
-from qdist.runtime.packed_folder import INDEX, Entry, Written, entries_of
-
-QUANTIZE_CONFIG = "quantize_config.json"
+from qdist.runtime.packed_folder import Entry, Written, entries_of
 
 
 class Quantized(NamedTuple):
