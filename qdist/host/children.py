@@ -14,11 +14,11 @@ _INTERRUPTED = 130
 """Exit code of a program that Ctrl-C ended."""
 
 
-def end_with_parent() -> None:
-    """In a child, before it becomes another program: SIGTERM when this process dies (Linux)."""
+def end_with_parent(by: signal.Signals = signal.SIGTERM) -> None:
+    """In a child, also before it becomes another program: the kernel sends it a signal when its parent dies (Linux)."""
     pr_set_pdeathsig = 1
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, by)
 
 
 def run(command: Sequence[str], environment: Mapping[str, str]) -> int:

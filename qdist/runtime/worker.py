@@ -1,8 +1,6 @@
 """One rank of a run: `python -m qdist.runtime.worker RUN --digest D`, started by torch.distributed.run."""
 
 import argparse
-import contextlib
-import ctypes
 import errno
 import os
 import signal
@@ -17,6 +15,7 @@ from qdist.core.errors import PlanError, QdistError, RunError
 from qdist.core.events import Event, encode, whole_length
 from qdist.core.plan import Plan, digest
 from qdist.core.units import format_bytes
+from qdist.host.children import end_with_parent
 from qdist.host.rundir import RunDir
 from qdist.runtime.pulse import Beat
 
@@ -30,7 +29,7 @@ def main() -> None:
     run = RunDir(arguments.run)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     _log_to(run.log_file(rank))
-    _die_with_parent()
+    end_with_parent(signal.SIGKILL)
     try:
         plan = run.checked_plan(arguments.digest)
         if plan.world_size != world_size:
@@ -191,13 +190,6 @@ def _log_to(path: Path) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-
-
-def _die_with_parent() -> None:
-    """Have the kernel kill this rank when its launcher dies (Linux), so that no process is left behind."""
-    with contextlib.suppress(OSError, AttributeError):
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 if __name__ == "__main__":
