@@ -199,8 +199,8 @@ def _common(one: str, other: str) -> str:
 def _ended(text: str, start: int, said_end: int, lead: str, tail: str) -> Answer:
     """Where an answer ends.
 
-    White space behind the mark ('<|im_end|>\\n') opens the next turn and isn't learned; where there is nothing but white
-    space behind the text, that is the end of the turn.
+    White space behind the mark ('<|im_end|>\\n') opens the next turn and isn't learned; where nothing but white
+    space follows the text, that is the end of the turn.
     """
     mark = tail.strip()
     return Answer(start, said_end + len(tail.rstrip()) if mark else len(text), lead, mark)

@@ -52,7 +52,7 @@ def _answer(
     target: str, speech: Speech, encoded: Sequence[list[int]], kept: "_Kept", *, max_new_tokens: int, batch: int,
     cap: int | None,
 ) -> None:  # fmt: skip
-    """Answer what is not there yet. Longest first: the largest batch comes first, where a lack of memory costs least."""
+    """Answer what is not there yet, longest first: the largest batch is where a lack of memory costs least, at once."""
     order = sorted((i for i in range(len(encoded)) if i not in kept.answers), key=lambda index: -len(encoded[index]))
     most = _most_new(speech, encoded, max_new_tokens)
     tokens = batch * (max(map(len, encoded)) + most)
