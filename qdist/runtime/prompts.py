@@ -9,7 +9,8 @@ from qdist.core.conversation import Conversation, Turn, Wording
 from qdist.core.errors import DataError, ModelError
 from qdist.core.facts import from_config
 from qdist.core.records import asked
-from qdist.host.records import holds_records, read_records, read_text_lines
+from qdist.host.record_files import holds_records, read_text_lines
+from qdist.host.records import read_records
 from qdist.host.rundir import RunDir
 from qdist.host.sources import locate, read_json
 from qdist.runtime.load import answering_plan, load_tokenizer
