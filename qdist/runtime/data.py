@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from qdist.core import demo
+from qdist.core.errors import DataError
 from qdist.core.records import Conversation, check_format, conversations
+from qdist.host.record_types import Located
 from qdist.host.records import read_records, source_digest
 from qdist.runtime.encode import tokenize
 from qdist.runtime.tokenized import TokenizedSet, load, save
@@ -64,10 +66,14 @@ def tokenizer_digest(tokenizer: Any) -> str:
 def read_conversations(source: str, *, data_format: str | None = None) -> Iterator[Conversation]:
     """The conversations of a source, in order. Raises DataError at the first record that cannot be used."""
     if source == DEMO:
-        located = ((f"demo, record {number}", record) for number, record in enumerate(demo.records(), 1))
+        located: Iterator[Located] = (
+            (f"demo, record {number}", dict(record)) for number, record in enumerate(demo.records(), 1)
+        )
     else:
-        located = ((where, record) for where, record in read_records(source))
+        located = read_records(source)
     for where, record in located:
+        if isinstance(record, DataError):
+            raise record
         yield from conversations(record, where=where, data_format=data_format)
 
 
