@@ -81,7 +81,7 @@ def line_state(line: str) -> Literal["object", "value", "cut", "broken"]:
 def _beginning(path: Path) -> tuple[str, str, bool]:
     """The first character that is no space; of an object also its line, and whether others with text follow."""
     with open_text(path) as stream:
-        head = stream.read(_CHUNK).lstrip()
+        head = next((text for chunk in iter(lambda: stream.read(_CHUNK), "") if (text := chunk.lstrip())), "")
         if not head.startswith("{"):
             return head[:1], "", True
         head, newline, rest = head.partition("\n")
