@@ -209,7 +209,9 @@ def test_a_template_that_refuses_a_prompt_is_told_with_its_place_before_weights_
     refusing = tiny_tokenizer("{{ raise_exception('System role not supported') }}", bos=False)
     model = save_config(tmp_path / "model")
     refusing.save_pretrained(model)
-    (tmp_path / "p.jsonl").write_text('{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]}\n')
+    (tmp_path / "p.jsonl").write_text(
+        '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]}\n'
+    )
     with pytest.raises(DataError, match=r"p\.jsonl:1: the tokenizer's chat template refuses it: System role not supp"):
         generate_file(str(model), tmp_path / "p.jsonl", tmp_path / "o.jsonl", max_new_tokens=1, batch=1)
     assert not (tmp_path / ".o.jsonl.unfinished").exists()

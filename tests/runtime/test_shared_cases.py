@@ -92,7 +92,7 @@ def test_a_base_models_answers_end_with_their_turn() -> None:
 )  # fmt: skip
 def test_forms_of_data_are_read(name: str) -> None:
     texts, summary, _ = read(name)
-    assert all(text.endswith("<|im_end|>") and len(text) > 12 for text in texts)
+    assert all(text.endswith("<|im_end|>") and text != "<|im_end|>" for text in texts)
     assert summary.dropped == 0
 
 
@@ -122,7 +122,12 @@ def test_a_template_that_refuses_a_system_message_refuses_the_record() -> None:
 
 @pytest.mark.parametrize(
     ("name", "prompts"),
-    [("bom.jsonl", ["What does a cat eat?"]), ("bom.txt", ["What does a cat eat?"]), ("u2028.jsonl", ["line one\u2028line two"]), ("array.json", ["What does a cat eat?", "And a dog?"])],
+    [
+        ("bom.jsonl", ["What does a cat eat?"]),
+        ("bom.txt", ["What does a cat eat?"]),
+        ("u2028.jsonl", ["line one\u2028line two"]),
+        ("array.json", ["What does a cat eat?", "And a dog?"]),
+    ],
 )
 def test_prompt_files_are_read_as_data_is(name: str, prompts: list[str]) -> None:
     assert [prompt.turns[-1].said for prompt in read_prompts(CASES / "prompts-file" / name)] == prompts
@@ -140,4 +145,3 @@ def test_prompt_files_are_read_as_data_is(name: str, prompts: list[str]) -> None
 def test_prompts_that_cannot_be_answered_are_refused(name: str, said: str) -> None:
     with pytest.raises(DataError, match=said):
         read_prompts(CASES / name)
-
