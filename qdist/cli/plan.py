@@ -44,7 +44,7 @@ def plan(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Show how a run would lie in memory and how fast it would go; exit 1 when it does not fit."""
+    """Show how a run would lie in memory and how fast it would go; exit 2 when it does not fit."""
     given = nest(
         {key: value for key, value in flags.items() if value is not None} | dict(map(parse_assignment, assignments))
     )

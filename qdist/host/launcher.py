@@ -136,7 +136,7 @@ def start(job: Job, *, show: Show, say: Callable[[str], None], recall: Show | No
     show: called a few times a second with what the ranks said since.
     recall: called once before, with what they said before the run was resumed.
     say: called with a line for the user.
-    Raises KeyboardInterrupt when the run was stopped and saved, RunError when a rank died.
+    Raises KeyboardInterrupt when the run was stopped and saved, JobError when a rank died.
     """
     run = job.run
     with locked(run.path / LOCK, busy=f"{run.path} is being trained by another process") as lock:

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from qdist.core.errors import ModelError, QdistError, RunError
+from qdist.core.errors import ModelError, RunError
 from qdist.core.units import format_bytes, format_duration
 from qdist.host.files import cache_dir, locked
 from qdist.host.sources import locate
@@ -125,11 +125,7 @@ def main() -> None:
         else Packing(bits=4, type=given.method, double=not given.single, dtype=given.dtype)
     )
     began = time.monotonic()
-    try:
-        manifest = quantize(given.model, given.out, packing)
-    except QdistError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    manifest = quantize(given.model, given.out, packing)
     took = format_duration(time.monotonic() - began)
     print(f"{given.out}: {packing}, {manifest.layers} layers, {format_bytes(manifest.bytes)}, {took}")
     print(f"use it  qdist launch --model {given.out} {_flags(packing)} --data FILE")

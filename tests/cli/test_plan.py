@@ -117,7 +117,7 @@ def test_the_host_memory_of_a_described_machine_is_said_where_layers_wait_in_it(
     assert "note     the machine is taken to have 64.0 GiB of host memory: --host-memory" in assumed
     assert "is taken to have" not in plan(*one, "--host-memory", "80GiB").stdout
     poor = plan(*one, "--host-memory", "16GiB")
-    assert poor.exit_code == 1
+    assert poor.exit_code == 2
     assert "48 layers could wait in host memory, but they are 18.7 GiB and 95 % of it 15.2 GiB" in poor.stderr
 
 
@@ -136,9 +136,9 @@ def test_a_plan_as_json_is_the_plan() -> None:
     assert decided.ranks[3].expected[0].total <= HEADROOM * 48 * GIB
 
 
-def test_what_does_not_fit_ends_with_code_1_and_the_missing_bytes() -> None:
+def test_what_does_not_fit_ends_with_code_2_and_the_missing_bytes() -> None:
     result = plan(*BIG, "24GiB", "--set", "placement=replicate")
-    assert (result.exit_code, result.stdout) == (1, "")
+    assert (result.exit_code, result.stdout) == (2, "")
     first, second = result.stderr.splitlines()
     assert first.startswith("error: llama-65b at 4 bits needs 40.3 GiB on every GPU, 17.5 GiB more than 95 % of 24.0")
     assert second.startswith("  try: --placement shard (")
@@ -291,7 +291,7 @@ def test_a_small_file_that_is_not_what_it_should_be_is_named(
     (tmp_path / name).write_bytes(content)
     flags = ["plan", "--method", "gptq-lora", "--gpus", "1", "--gpu-memory", "24GiB", "--model", str(tmp_path)]
     done = CliRunner().invoke(main, flags)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert message in done.output
     assert "Traceback" not in done.output
 
@@ -300,5 +300,5 @@ def test_a_quantization_config_that_is_no_object_is_named(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text(json.dumps({**config_of("smollm2-135m"), "quantization_config": "gptq"}))
     flags = ["plan", "--method", "gptq-lora", "--gpus", "1", "--gpu-memory", "24GiB", "--model", str(tmp_path)]
     done = CliRunner().invoke(main, flags)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "quantization_config is no object in config.json" in done.output

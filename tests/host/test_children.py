@@ -94,3 +94,14 @@ def test_a_module_runs_with_its_own_arguments(tmp_path: Path) -> None:
         text=True, check=True,
     )  # fmt: skip
     assert done.stdout == "__main__ ['a', '--b']\n"
+
+
+@pytest.mark.parametrize(("kind", "code"), [("RunError", 2), ("JobError", 1)])
+def test_an_error_of_a_module_is_two_lines_and_its_exit_code(kind: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "fails.py").write_text(f"from qdist.core.errors import {kind}\nraise {kind}('no', try_='yes')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-m", "qdist.runtime.child", "fails"], env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "error: no\n  try: yes\n")
