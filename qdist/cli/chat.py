@@ -4,6 +4,7 @@ import click
 
 from qdist.core.units import parse_bytes
 from qdist.host.modules import run_module
+from qdist.host.targets import check_target
 
 
 @click.command()
@@ -21,4 +22,5 @@ def chat(context: click.Context, run: str, system: str, max_new_tokens: int, max
     options = ["--system", system, "--max-new-tokens", str(max_new_tokens)]
     if max_memory is not None:
         options += ["--max-memory-bytes", str(parse_bytes(max_memory))]
+    check_target(run)
     context.exit(run_module("qdist.runtime.generate", ("chat", run, *options)))

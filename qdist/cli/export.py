@@ -12,6 +12,7 @@ from qdist.cli.quantize import check_data, check_group_size
 from qdist.core.errors import RunError, SpecError
 from qdist.core.gptq import BITS
 from qdist.host.modules import run_module
+from qdist.host.refusals import require_adapter
 from qdist.host.rundir import RunDir
 
 TARGETS: dict[str, tuple[str, ...]] = {
@@ -86,8 +87,7 @@ def checked_flags(given: Mapping[str, Any]) -> list[str]:
     factors = _weights(weights, len(runs)) if weights is not None else ()
     for run in map(RunDir, runs):
         run.plan()
-        if not run.adapter.is_dir():
-            raise RunError(f"{run.path} has no adapter yet", try_=f"qdist gather {run.path}")
+        require_adapter(run)
     folder = Path(out)
     if os.path.lexists(out) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{out} exists", try_="another --out")

@@ -1,6 +1,7 @@
 """Run directories that a launch must leave alone: those that are at work, finished, unfinished, or something else."""
 
 from qdist.core.errors import RunError
+from qdist.core.quoting import command, resuming
 from qdist.host.rundir import RunDir
 from qdist.host.state import state_of
 
@@ -8,7 +9,27 @@ from qdist.host.state import state_of
 def refuse_running(run: RunDir) -> None:
     """Raise RunError where ranks are at work on a run: its plan must stay that of its ranks."""
     if run.exists() and state_of(run) == "running":
-        raise RunError(f"{run.path} is being trained by another process", try_=f"qdist monitor {run.path}")
+        raise RunError(f"{run.path} is being trained by another process", try_=command("monitor", run.path))
+
+
+def require_checkpoint(run: RunDir) -> None:
+    """Raise RunError where there is nothing to gather an adapter from yet."""
+    if not run.checkpoint_steps():
+        raise RunError(f"{run.path} has no whole checkpoint yet", try_=_for_a_checkpoint(run))
+
+
+def require_adapter(run: RunDir) -> None:
+    """Raise RunError where a run has no adapter yet: it is not at its end."""
+    if not run.adapter.is_dir():
+        there = bool(run.checkpoint_steps())
+        raise RunError(
+            f"{run.path} has no adapter yet" + ", and no whole checkpoint" * (not there),
+            try_=command("gather", run.path) if there else _for_a_checkpoint(run),
+        )
+
+
+def _for_a_checkpoint(run: RunDir) -> str:
+    return command("monitor", run.path) if state_of(run) == "running" else resuming(run.path)
 
 
 def refuse_used(run: RunDir) -> None:
@@ -21,7 +42,7 @@ def refuse_used(run: RunDir) -> None:
         where = f"a checkpoint of step {steps[-1]}" if steps else "no checkpoint yet"
         raise RunError(
             f"{run.path} holds an unfinished run with {where}",
-            try_=f"qdist launch --resume --run {run.path}, or another --run",
+            try_=f"{resuming(run.path)}, or another --run",
         )
     if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise RunError(f"{run.path} exists and is not a run", try_="another --run")

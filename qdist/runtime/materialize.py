@@ -9,6 +9,7 @@ from pathlib import Path
 from qdist.core.errors import ModelError
 from qdist.host.files import cache_dir, locked, publish_folder
 from qdist.host.sources import Located
+from qdist.host.targets import require_readable
 
 _CONVERSION = 1
 """Raise it whenever the same GGUF file would become another folder."""
@@ -16,6 +17,7 @@ _CONVERSION = 1
 
 def materialize(located: Located) -> Path:
     """The local folder of a located model. Processes that race for a conversion wait for the first."""
+    require_readable(located, name=located.path)
     if located.kind == "folder":
         return Path(located.path)
     return _download(located.path) if located.kind == "hub" else _converted(Path(located.path))

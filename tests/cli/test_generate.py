@@ -22,6 +22,7 @@ def handed_on(monkeypatch: pytest.MonkeyPatch, command: str, *options: str) -> t
 
     for module in (chat, generate):
         monkeypatch.setattr(module, "run_module", run_module)
+        monkeypatch.setattr(module, "check_target", lambda name: None)
     if command == "chat":
         result = CliRunner().invoke(chat.chat, ["run", *options])
     else:

@@ -110,7 +110,10 @@ def test_a_wrong_setting_ends_in_two_lines_and_code_2(arguments: tuple[str, ...]
     [
         (("--run", "run", *SMALL), "error: run holds an unfinished run with no checkpoint yet\n"),
         (("--run", "gone", "--resume"), "error: gone is not a run: it has no plan.json\n"),
-        (("--model", "lama-7b", "--load-format", "dummy"), "error: no model is called 'lama-7b'\n  try: llama-7b\n"),
+        (
+            ("--model", "lama-7b", "--load-format", "dummy"),
+            "error: no model is called 'lama-7b': it is no run, folder, file or alias here",
+        ),
     ],
 )
 def test_what_is_not_as_it_must_be_ends_with_code_2(arguments: tuple[str, ...], message: str, here: Path) -> None:
