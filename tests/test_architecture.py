@@ -57,6 +57,24 @@ def test_no_error_is_swallowed(path: Path) -> None:
     assert [node.lineno for node in handlers if catches_everything(node) and not raises_again(node)] == []
 
 
+@every_module
+def test_no_code_of_a_models_folder_is_run_nor_asked_about(path: Path) -> None:
+    """transformers asks on the terminal, and runs it on a y, unless it is told not to."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    opening = [
+        call for call in calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr in ("from_pretrained", "from_config")
+        and isinstance(call.func.value, ast.Name) and call.func.value.id.startswith("Auto")
+    ]  # fmt: skip
+    assert [call.lineno for call in opening if not refuses_code(call)] == []
+
+
+def refuses_code(call: ast.Call) -> bool:
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    told = given.get("trust_remote_code")
+    return isinstance(told, ast.Constant) and told.value is False
+
+
 def catches_everything(handler: ast.ExceptHandler) -> bool:
     kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
     return any(

@@ -23,4 +23,4 @@ def chat(context: click.Context, run: str, system: str, max_new_tokens: int, max
     if max_memory is not None:
         options += ["--max-memory-bytes", str(parse_bytes(max_memory))]
     check_target(run)
-    context.exit(run_module("qdist.runtime.generate", ("chat", run, *options)))
+    context.exit(run_module("qdist.runtime.generate", ("chat", run, *options), asks=True))

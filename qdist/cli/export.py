@@ -12,8 +12,8 @@ from qdist.cli.quantize import check_data, check_group_size
 from qdist.core.errors import RunError, SpecError
 from qdist.core.gptq import BITS
 from qdist.host.modules import run_module
-from qdist.host.refusals import require_adapter
 from qdist.host.rundir import RunDir
+from qdist.host.targets import require_adapter
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "lora": (),

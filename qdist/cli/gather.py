@@ -3,8 +3,8 @@
 import click
 
 from qdist.host.modules import run_module
-from qdist.host.refusals import require_checkpoint
 from qdist.host.rundir import RunDir
+from qdist.host.targets import require_checkpoint
 
 
 @click.command()

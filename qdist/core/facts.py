@@ -147,13 +147,13 @@ def from_config(config: Mapping[str, object], *, name: str) -> ModelFacts:
 def require_library_class(config: Mapping[str, object], *, name: str) -> None:
     """Raise ModelError for a model that only code out of its own repository computes. config: of its config.json."""
     if config.get("model_type") in OWN_CODE:
-        raise own_code(name)
+        raise own_code(name, "; `qdist plan` works, launch does not")
 
 
-def own_code(name: str) -> ModelError:
+def own_code(name: str, more: str = "") -> ModelError:
     """What is said of a model whose code would have to be run: it is not."""
     return ModelError(
-        f"{name} runs code out of its own repository, which qdist does not; `qdist plan` works, launch does not",
+        f"{name} runs code out of its own repository, which qdist does not{more}",
         try_="a model that transformers has a class for, such as llama-7b",
     )
 

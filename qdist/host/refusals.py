@@ -12,26 +12,6 @@ def refuse_running(run: RunDir) -> None:
         raise RunError(f"{run.path} is being trained by another process", try_=command("monitor", run.path))
 
 
-def require_checkpoint(run: RunDir) -> None:
-    """Raise RunError where there is nothing to gather an adapter from yet."""
-    if not run.checkpoint_steps():
-        raise RunError(f"{run.path} has no whole checkpoint yet", try_=_for_a_checkpoint(run))
-
-
-def require_adapter(run: RunDir) -> None:
-    """Raise RunError where a run has no adapter yet: it is not at its end."""
-    if not run.adapter.is_dir():
-        there = bool(run.checkpoint_steps())
-        raise RunError(
-            f"{run.path} has no adapter yet" + ", and no whole checkpoint" * (not there),
-            try_=command("gather", run.path) if there else _for_a_checkpoint(run),
-        )
-
-
-def _for_a_checkpoint(run: RunDir) -> str:
-    return command("monitor", run.path) if state_of(run) == "running" else resuming(run.path)
-
-
 def refuse_used(run: RunDir) -> None:
     """Raise RunError where a new run cannot lie."""
     refuse_running(run)

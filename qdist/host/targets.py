@@ -4,12 +4,13 @@ from pathlib import Path
 
 from qdist.core.errors import ModelError, RunError
 from qdist.core.facts import require_library_class
+from qdist.core.quoting import command, resuming
 from qdist.core.same_shape import same_shape
 from qdist.host.gguf_header import parts_of
 from qdist.host.nearby import nearest_model, opening
-from qdist.host.refusals import require_adapter
 from qdist.host.rundir import RunDir
 from qdist.host.sources import ADAPTER, Located, locate
+from qdist.host.state import state_of
 
 
 def check_target(name: str) -> None:
@@ -60,3 +61,23 @@ def require_readable(located: Located, *, name: str) -> None:
             f"{name} is split into {len(parts)} files, which transformers does not read",
             try_="llama-gguf-split --merge of llama.cpp, which makes one file of them",
         )
+
+
+def require_checkpoint(run: RunDir) -> None:
+    """Raise RunError where there is nothing to gather an adapter from yet."""
+    if not run.checkpoint_steps():
+        raise RunError(f"{run.path} has no whole checkpoint yet", try_=_for_a_checkpoint(run))
+
+
+def require_adapter(run: RunDir) -> None:
+    """Raise RunError where a run has no adapter yet: it is not at its end."""
+    if not run.adapter.is_dir():
+        there = bool(run.checkpoint_steps())
+        raise RunError(
+            f"{run.path} has no adapter yet" + ", and no whole checkpoint" * (not there),
+            try_=command("gather", run.path) if there else _for_a_checkpoint(run),
+        )
+
+
+def _for_a_checkpoint(run: RunDir) -> str:
+    return command("monitor", run.path) if state_of(run) == "running" else resuming(run.path)

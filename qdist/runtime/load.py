@@ -163,7 +163,7 @@ def load_tokenizer(source: Source) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(source.tokenizer, local_files_only=True)
+    return AutoTokenizer.from_pretrained(source.tokenizer, local_files_only=True, trust_remote_code=False)
 
 
 def with_packed(plan: Plan) -> Source:
