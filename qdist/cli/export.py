@@ -11,6 +11,7 @@ import click
 from qdist.cli.quantize import check_data, check_group_size
 from qdist.core.errors import RunError, SpecError
 from qdist.core.gptq import BITS
+from qdist.core.quoting import quoted
 from qdist.host.modules import run_module
 from qdist.host.rundir import RunDir
 from qdist.host.targets import require_adapter
@@ -64,7 +65,9 @@ def export(context: click.Context, /, to: str, **given: Any) -> None:
     """
     _refuse_foreign(to, given)
     if to == "gguf" and not given["out"].endswith(".gguf"):
-        raise SpecError(f"{given['out']} is not the name of a GGUF file", try_=f"--out {given['out'].rstrip('/')}.gguf")
+        raise SpecError(
+            f"{given['out']} is not the name of a GGUF file", try_=quoted("--out", f"{given['out'].rstrip('/')}.gguf")
+        )
     if given["data"] is not None:
         check_data(given["data"])
     if given["group_size"] is not None:

@@ -11,7 +11,7 @@ import msgspec
 from qdist.core.errors import MachineError, ModelError, nearest
 from qdist.core.facts import ModelFacts, from_config
 from qdist.core.models import ALIASES, Alias, lookup
-from qdist.core.quoting import command, resuming
+from qdist.core.quoting import command, quoted, resuming
 from qdist.core.same_shape import same_shape
 from qdist.host.gguf_header import is_gguf, parts_of, read_config
 from qdist.host.nearby import nearest_model
@@ -188,7 +188,7 @@ def _adapter(folder: Path) -> ModelError:
             try_=f"{command('merge', folder.parent, '--out', 'DIR')}, and --model DIR",
         )
     base = read_json(folder / ADAPTER).get("base_model_name_or_path") or "a model that it does not name"
-    return ModelError(f"{folder} is an adapter over {base}, not a model", try_=f"that model: --model {base}")
+    return ModelError(f"{folder} is an adapter over {base}, not a model", try_=f"that model: {quoted('--model', base)}")
 
 
 def _gguf_file(path: Path) -> Path:

@@ -11,6 +11,7 @@ from torch import nn
 
 from qdist.core.errors import ModelError, RunError, SpecError
 from qdist.core.plan import Plan, Source
+from qdist.core.quoting import command
 from qdist.core.residence import Footprint, Residence, footprint
 from qdist.core.units import parse_bytes
 from qdist.host.fingerprints import require_same_tensors
@@ -84,7 +85,7 @@ def open_model(
         return Opened(*open_plain(name, dtype, device, max_memory_bytes, needs_tokenizer=needs_tokenizer))
     plan = run.plan()
     if not run.adapter.is_dir():
-        raise RunError(f"{run.path} has no adapter yet", try_=f"qdist gather {run.path}")
+        raise RunError(f"{run.path} has no adapter yet", try_=command("gather", run.path))
     if needs_tokenizer and not plan.source.tokenizer:
         raise RunError(
             f"{run.path} was trained on random weights and has no tokenizer to read prompts with",

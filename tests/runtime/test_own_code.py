@@ -49,10 +49,7 @@ def test_a_model_that_brings_its_code_is_refused_without_a_question(
 
 
 def test_it_is_said_in_a_sentence_before_a_weight_is_looked_for(folder: Path) -> None:
-    with (
-        pytest.raises(ModelError, match=r"model runs code out of its own repository, which qdist does not\n"),
-        sys.stdin,
-    ):
+    with pytest.raises(ModelError, match=r"model runs code out of its own repository, which qdist does not\n"):
         materialize(locate(str(folder)))
 
 
