@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +20,11 @@ from qdist.host.rundir import PLAN, RESULT, RunDir
 from qdist.runtime.checkpoint import load, load_tensors
 from qdist.runtime.checksum import slice_sums
 from qdist.runtime.engine import Adapter
+from qdist.runtime.exports.model_files import write_generation_config
+from qdist.runtime.load import plan_of
 from qdist.runtime.measure import Parts, Peak
 from qdist.runtime.packed_folder import entries_of, write_tensors
+from qdist.runtime.tokenizer import copy_beside, open_tokenizer
 
 _TENSORS = "adapter_model.safetensors"
 
@@ -43,7 +47,7 @@ def gather(run: RunDir, *, step: int) -> Path:
 
     Raises RunError when the adapter is empty, not finite, or never moved.
     """
-    plan = run.plan()
+    plan = plan_of(run)
     _, state = load(run.checkpoint(step))
     tensors = {_peft_name(name): tensor for name, tensor in state.parameters.items()}
     check_adapter(tensors, where=str(run.checkpoint(step)))
@@ -53,12 +57,28 @@ def gather(run: RunDir, *, step: int) -> Path:
     pooling = {"pool": plan.spec.lora.pool, "pool_group_size": str(plan.pool)} if plan.pool > 1 else {}
     write_tensors(beside, _TENSORS, entries_of(tensors), metadata=pooling)
     (beside / f".{_TENSORS}.json").unlink()
-    (beside / "adapter_config.json").write_text(_adapter_config(plan))
-    if plan.source.tokenizer:
-        for file in sorted(Path(plan.source.tokenizer).iterdir()):
-            shutil.copyfile(file, beside / file.name)
+    write_beside(beside, plan)
     _replace_folder(beside, run.adapter)
     return run.adapter
+
+
+def write_beside(folder: Path, plan: Plan) -> None:
+    """What an adapter folder holds beside its tensors: configurations, and the run's tokenizer."""
+    (folder / "adapter_config.json").write_text(_adapter_config(plan))
+    if plan.source.tokenizer:
+        for path in sorted(Path(plan.source.tokenizer).iterdir()):
+            copy_beside(path, folder)
+        write_generation_config(folder, plan)
+
+
+def rehearse(run: RunDir) -> None:
+    """Do all of `gather` but for the tensors, into a folder that is thrown away: what cannot be gathered at the end of
+    a run is no run to start.
+    """
+    with tempfile.TemporaryDirectory(prefix=".adapter.", dir=run.path) as folder:
+        write_beside(Path(folder), plan_of(run))
+        if plan_of(run).source.tokenizer:
+            open_tokenizer(Path(folder), "the tokenizer that is saved with the adapter cannot be opened again")
 
 
 def check_adapter(tensors: dict[str, torch.Tensor], *, where: str) -> None:

@@ -48,7 +48,7 @@ def open_plain(
     if max_memory_bytes is not None and (device is not None or not torch.cuda.is_available()):
         raise SpecError(f"max_memory is of GPUs to choose from; here is {device or 'none'}", try_="without max_memory")
     folder = materialize(locate(name))
-    tokenizer = _tokenizer(folder, name, needed=needs_tokenizer)
+    tokenizer = open_tokenizer_of(folder, name) if needs_tokenizer or has_tokenizer(folder) else None
     wanted = dtype if dtype == "auto" else DTYPES[dtype]
     if (gptq := stated(folder)) is not None:
         model, where = _gptq(folder, gptq, wanted, device, max_memory_bytes)
@@ -63,14 +63,12 @@ def open_plain(
     return Plain(model, tokenizer, where)
 
 
-def _tokenizer(folder: Path, name: str, *, needed: bool) -> Any:
-    """None where there is none, unless one is needed."""
+def open_tokenizer_of(folder: Path, name: str) -> Any:
+    """The tokenizer of a model, as it is. Raises ModelError where there is none."""
     lacking = f"{name} has no tokenizer to read prompts with"
-    if has_tokenizer(folder):
-        return open_tokenizer(folder, lacking)
-    if needed:
+    if not has_tokenizer(folder):
         raise ModelError(lacking, try_=BESIDE)
-    return None
+    return open_tokenizer(folder, lacking)
 
 
 def _gptq(

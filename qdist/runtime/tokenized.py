@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from qdist.core.conversation import Wording
 from qdist.core.errors import DataError
 from qdist.core.quoting import quoted
 from qdist.host.files import sync
@@ -24,11 +25,15 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
     records: int
     dropped: int
-    """Nothing to learn was left of them after truncation; not in the set."""
+    """Nothing to learn was in them, or left of them after truncation; not in the set."""
     truncated: int
     """Cut at seq_len, dropped ones included."""
     tokens: int
     learned_tokens: int
+    wording: Wording | None = None
+    """None for random tokens."""
+    notes: tuple[str, ...] = ()
+    """What was dropped, cut or written otherwise, for the user."""
 
 
 class TokenizedSet(NamedTuple):

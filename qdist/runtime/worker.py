@@ -52,10 +52,10 @@ def _work(plan: Plan, run: RunDir) -> None:
     from transformers.utils import logging
 
     from qdist.runtime import trackers
+    from qdist.runtime.answers import before_and_after
     from qdist.runtime.assemble import assemble, load_part
     from qdist.runtime.comm import Comm
-    from qdist.runtime.export import adapter_checksum, gather, write_result
-    from qdist.runtime.generate import before_and_after
+    from qdist.runtime.export import adapter_checksum, gather, rehearse, write_result
     from qdist.runtime.load import load_tokenizer
     from qdist.runtime.loop import Trainer
     from qdist.runtime.measure import load_peak, memory_now, parts, peak
@@ -73,6 +73,8 @@ def _work(plan: Plan, run: RunDir) -> None:
     tracked = trackers.start(plan, run, comm.rank)
     report = _Reporter(run, comm.rank, devices, tracked)
     tokenizer = load_tokenizer(plan.source)
+    if comm.rank == 0:
+        rehearse(run)
     try:
         loaded = load_part(plan, comm, devices)
         report(
