@@ -6,6 +6,7 @@ import click
 
 from qdist.core.units import parse_bytes
 from qdist.host.modules import run_module
+from qdist.host.targets import check_target
 
 
 @click.command()
@@ -24,10 +25,11 @@ def chat(context: click.Context, run: str, system: str, max_new_tokens: int, max
     options = ["--system", system, "--max-new-tokens", str(max_new_tokens)]
     if max_memory is not None:
         options += ["--max-memory-bytes", str(parse_bytes(max_memory))]
+    check_target(run)
     # Ctrl-C is the child's: it ends an answer there, and leaves at the prompt.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        code = run_module("qdist.runtime.generate", ("chat", run, *options))
+        code = run_module("qdist.runtime.generate", ("chat", run, *options), asks=True)
     finally:
         signal.signal(signal.SIGINT, before)
     context.exit(code)

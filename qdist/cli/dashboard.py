@@ -8,12 +8,12 @@ from typing import Literal
 
 from rich.text import Text
 
-from qdist.cli.fitting import fitted
 from qdist.cli.plot import Lines, bar, plot
 from qdist.cli.rank_table import rank_table
 from qdist.cli.views import printable
 from qdist.core.alarms import warnings
 from qdist.core.curves import tokens_per_s
+from qdist.core.fitting import fitted
 from qdist.core.plan import Plan
 from qdist.core.snapshot import Snapshot
 from qdist.core.units import format_count, format_duration

@@ -2,10 +2,9 @@
 
 import click
 
-from qdist.core.errors import RunError
 from qdist.host.modules import run_module
 from qdist.host.rundir import RunDir
-from qdist.host.state import state_of
+from qdist.host.targets import require_checkpoint
 
 
 @click.command()
@@ -16,8 +15,5 @@ def gather(context: click.Context, run: str, checkpoint: str) -> None:
     """Write RUN/adapter, a plain PEFT adapter, from a checkpoint; refuse one that is empty, NaN or unmoved."""
     folder = RunDir(run)
     folder.plan()
-    if not folder.checkpoint_steps():
-        running = state_of(folder) == "running"
-        hint = f"wait for the first: qdist monitor {run}" if running else f"qdist launch --resume --run {run}"
-        raise RunError(f"{run} has no whole checkpoint yet", try_=hint)
+    require_checkpoint(folder)
     context.exit(run_module("qdist.runtime.export", ("gather", run, "--checkpoint", checkpoint)))

@@ -8,6 +8,7 @@ import click
 from qdist.core.errors import DataError, RunError
 from qdist.core.units import parse_bytes
 from qdist.host.modules import run_module
+from qdist.host.targets import check_target
 
 
 @click.command()
@@ -42,4 +43,5 @@ def generate(
     options = ["--prompts", prompts, "--out", out, "--max-new-tokens", str(max_new_tokens), "--batch", str(batch)]
     if max_memory is not None:
         options += ["--max-memory-bytes", str(parse_bytes(max_memory))]
+    check_target(run)
     context.exit(run_module("qdist.runtime.generate", ("file", run, *options)))

@@ -1,14 +1,12 @@
 """The `qdist` command: a table of subcommands, each imported only when it is run."""
 
 import os
-import shutil
-import sys
 from importlib import import_module
 
 import click
 
-from qdist.cli.fitting import fitted
-from qdist.core.errors import QdistError, SpecError, nearest
+from qdist.core.errors import QdistError, nearest
+from qdist.host.terminal import error_text
 
 COMMANDS = {
     "launch": ("qdist.cli.launch:launch", "Fine-tune a quantized model on the GPUs that are here."),
@@ -64,21 +62,11 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except QdistError as error:
-            click.echo(_for_terminal(f"error: {error}"), err=True)
-            ctx.exit(2 if isinstance(error, SpecError) else 1)
+            click.echo(error_text(error), err=True)
+            ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("stopped", err=True)
             ctx.exit(130)
-
-
-def _for_terminal(text: str) -> str:
-    """Fitted to standard error where it is a terminal; what may be copied, and a log's lines, stay as they are."""
-    if not sys.stderr.isatty():
-        return text
-    width, found = shutil.get_terminal_size().columns, list[str]()
-    for line in text.splitlines():
-        found += [line] if line.startswith(("  | ", "  try: ")) else fitted(line, width, margin=len("error: "))
-    return "\n".join(found)
 
 
 def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from qdist.cli.fitting import fitted
+from qdist.core.fitting import fitted
 from qdist.core.memory import MemoryBudget
 from qdist.core.plan import Alternative, Plan
 from qdist.core.units import counted, format_bytes, format_count, format_duration

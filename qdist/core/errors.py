@@ -6,17 +6,25 @@
     ├── DataError      a data file or record cannot be used
     ├── PlanError      the job does not fit the machine
     ├── RunError       a run directory, checkpoint or adapter is not what it must be
+    │   └── JobError   a run or another job was started, and failed
     └── MachineError   a package, driver or device is missing
 
 Each carries one sentence that says what is wrong, with numbers, and one thing to try. Anything else that
 escapes is a bug and keeps its traceback.
+
+Exit codes of every command: 0 done; 1 a run or a job failed (JobError, or a bug); 2 the user asked for something that
+cannot be (all others); 130 Ctrl-C.
 """
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 
 class QdistError(Exception):
     """A problem that the user can put right. `try_` is the one thing to try, or empty."""
+
+    exit_code: ClassVar[int] = 2
+    """Of a command that ends with it."""
 
     def __init__(self, message: str, *, try_: str = "") -> None:
         super().__init__(message)
@@ -45,6 +53,12 @@ class PlanError(QdistError):
 
 class RunError(QdistError):
     """A run directory, a checkpoint or an adapter is not what it must be."""
+
+
+class JobError(RunError):
+    """A run or another job was started, and failed: a rank died, a disk or GPU ran full, the loss is NaN."""
+
+    exit_code = 1
 
 
 class MachineError(QdistError):

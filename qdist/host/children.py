@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-from qdist.core.errors import RunError
+from qdist.core.errors import JobError
 
 _PATIENCE_S = 5.0
 """For a child that was asked to end, before it is asked with more force."""
@@ -21,12 +21,14 @@ def end_with_parent(by: signal.Signals = signal.SIGTERM) -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, by)
 
 
-def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
+def run(command: Sequence[str], environment: Mapping[str, str], *, asks: bool = False) -> int:
     """Run a program on this terminal to its end; its exit code.
 
-    Raises KeyboardInterrupt once it has ended by Ctrl-C, RunError when a signal killed it.
+    asks: it reads what is typed. Otherwise its standard input is closed: no library can wait there for an answer.
+    Raises KeyboardInterrupt once it has ended by Ctrl-C, JobError when a signal killed it.
     """
-    child = subprocess.Popen(command, env=environment, preexec_fn=end_with_parent)
+    stdin = None if asks else subprocess.DEVNULL
+    child = subprocess.Popen(command, env=environment, stdin=stdin, preexec_fn=end_with_parent)
     try:
         code = child.wait()
     except KeyboardInterrupt:  # of the terminal, which the child has heard as well
@@ -35,7 +37,7 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
     if code in (_INTERRUPTED, -signal.SIGINT):
         raise KeyboardInterrupt
     if code < 0:
-        raise RunError(f"the process that was at work {killed_by(-code)}", try_="the same command again")
+        raise JobError(f"the process that was at work {killed_by(-code)}", try_="the same command again")
     return code
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import msgspec
 
-from qdist.core.errors import RunError
+from qdist.core.errors import JobError
+from qdist.core.quoting import resuming
 from qdist.host.children import killed_by
 from qdist.host.files import write_atomic
 from qdist.host.rundir import ENDED, Ended, RunDir
@@ -19,9 +20,9 @@ def note(run: RunDir, ended: Ended) -> None:
         write_atomic(run.path / ENDED, msgspec.json.format(msgspec.json.encode(ended), indent=1).decode() + "\n")
 
 
-def stuck(run: RunDir, sentence: str) -> RunError:
+def stuck(run: RunDir, sentence: str) -> JobError:
     """The error of a run that the launcher ended."""
-    return RunError(f"{sentence}; {run.last_saved()}", try_=f"qdist launch --resume --run {run.path}")
+    return JobError(f"{sentence}; {run.last_saved()}", try_=resuming(run.path))
 
 
 def log_lengths(run: RunDir) -> dict[Path, int]:
@@ -29,7 +30,7 @@ def log_lengths(run: RunDir) -> dict[Path, int]:
     return {path: path.stat().st_size for path in run.logs.glob("*.log")}
 
 
-def died(run: RunDir, before: Mapping[Path, int], code: int) -> RunError:
+def died(run: RunDir, before: Mapping[Path, int], code: int) -> JobError:
     """The rank that torch.distributed.run saw die first, why, and the last lines of its log.
 
     before: what `log_lengths` gave when the ranks were started. The message's first line stands for itself.
@@ -38,7 +39,7 @@ def died(run: RunDir, before: Mapping[Path, int], code: int) -> RunError:
     root = re.search(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", "\n".join(summary), re.DOTALL)
     if root is None:
         ended = "without finishing the run" if code == 0 else f"with exit code {code}"
-        return RunError(f"the ranks ended {ended}:\n{_tail(summary)}", try_=f"read {run.logs}")
+        return JobError(f"the ranks ended {ended}:\n{_tail(summary)}", try_=f"read {run.logs}")
     rank, exit_code = int(root[1]), int(root[2])
     path = run.log_file(rank)
     lines = _said(path, before)
@@ -47,9 +48,9 @@ def died(run: RunDir, before: Mapping[Path, int], code: int) -> RunError:
     else:
         how = f"ended with exit code {exit_code}" + (f": {reason}" if (reason := _reason(lines)) else "")
     advice = [line.removeprefix("  try: ") for line in lines[-3:] if line.startswith("  try: ")]
-    hint = f"qdist launch --resume --run {run.path}" if run.checkpoint_steps() else f"read {path}"
+    hint = resuming(run.path) if run.checkpoint_steps() else f"read {path}"
     last = f"\nthe last lines of {path}:\n{_tail(lines)}" if lines else f"\n{path} has no word of it"
-    return RunError(f"rank {rank} {how}{last}", try_=advice[-1] if advice else hint)
+    return JobError(f"rank {rank} {how}{last}", try_=advice[-1] if advice else hint)
 
 
 def _said(log: Path, before: Mapping[Path, int]) -> list[str]:

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from qdist.core import demo
-from qdist.core.errors import ModelError, RunError, SpecError
+from qdist.core.errors import RunError, SpecError
 from qdist.core.events import Event
-from qdist.core.facts import ModelFacts, from_config
+from qdist.core.facts import ModelFacts, from_config, require_library_class
 from qdist.core.gptq import of_run
 from qdist.core.plan import DataFacts, Plan, Prepared, Source
 from qdist.core.planner import make_plan
@@ -43,8 +43,9 @@ from qdist.host.follow import Follower
 from qdist.host.records import check_source
 from qdist.host.refusals import refuse_used
 from qdist.host.rundir import ENDED, LOCK, MACHINE, PLAN, STOP, Ended, RunDir, free_name
-from qdist.host.sources import locate, shape
+from qdist.host.sources import find_shape, shape
 from qdist.host.stuck import Watchdog
+from qdist.host.targets import check_model
 from qdist.host.trackers import refuse_missing
 
 RESUMABLE = frozenset((
@@ -136,7 +137,7 @@ def start(job: Job, *, show: Show, say: Callable[[str], None], recall: Show | No
     show: called a few times a second with what the ranks said since.
     recall: called once before, with what they said before the run was resumed.
     say: called with a line for the user.
-    Raises KeyboardInterrupt when the run was stopped and saved, RunError when a rank died.
+    Raises KeyboardInterrupt when the run was stopped and saved, JobError when a rank died.
     """
     run = job.run
     with locked(run.path / LOCK, busy=f"{run.path} is being trained by another process") as lock:
@@ -250,11 +251,11 @@ def _real(spec: RunSpec) -> Prepared:
 
 def _rehearse(spec: RunSpec) -> None:
     """Plan with the shortest data there could be, so that what cannot work fails before a download or conversion."""
-    try:
-        config, facts = shape(spec.model)
-    except ModelError:
-        locate(spec.model)  # a model whose shape only its weights tell; one that does not exist is refused here
+    check_model(spec.model)
+    known = find_shape(spec.model)
+    if known is None:  # only the hub can tell
         return
+    config, facts, _ = known
     shortest = DataFacts(path="", samples=2, train_samples=1, held_out_samples=1, tokens=2, longest=8)
     source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=gptq_of(spec, config))
     _planned(spec, source, facts, shortest)
@@ -289,11 +290,8 @@ def _synthetic(spec: RunSpec) -> Prepared:
         raise SpecError(f"random weights train on random tokens, not on {spec.data!r}", try_="leave --data out")
     if spec.train.answers or spec.new_tokens:
         raise SpecError("train.answers and new_tokens need a tokenizer, and random weights have none")
-    config, facts = shape(spec.model)
-    if facts.family == "baichuan":
-        raise ModelError(
-            f"transformers has no class to build {spec.model} from random weights", try_="--model llama-7b"
-        )
+    config, _ = shape(spec.model)
+    require_library_class(config, name=spec.model)
     source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=of_run(spec, config))
     return Prepared(source=source, data=None)
 
@@ -304,7 +302,9 @@ def _resumable(key: str, spec: RunSpec) -> bool:
 
 
 def _stem(spec: RunSpec) -> str:
-    model = re.sub(r"[^\w.-]+", "-", Path(spec.model).stem if spec.model.endswith(".gguf") else Path(spec.model).name)
+    model = re.sub(
+        r"[^\w.-]+", "-", Path(spec.model).stem if spec.model.lower().endswith(".gguf") else Path(spec.model).name
+    )
     data = re.sub(r"[^\w.-]+", "-", Path(spec.data).stem) if spec.data else "dummy"
     return f"{model}-{spec.method}-{data}".lower()
 

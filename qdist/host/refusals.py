@@ -1,6 +1,7 @@
 """Run directories that a launch must leave alone: those that are at work, finished, unfinished, or something else."""
 
 from qdist.core.errors import RunError
+from qdist.core.quoting import command, resuming
 from qdist.host.rundir import RunDir
 from qdist.host.state import state_of
 
@@ -8,7 +9,7 @@ from qdist.host.state import state_of
 def refuse_running(run: RunDir) -> None:
     """Raise RunError where ranks are at work on a run: its plan must stay that of its ranks."""
     if run.exists() and state_of(run) == "running":
-        raise RunError(f"{run.path} is being trained by another process", try_=f"qdist monitor {run.path}")
+        raise RunError(f"{run.path} is being trained by another process", try_=command("monitor", run.path))
 
 
 def refuse_used(run: RunDir) -> None:
@@ -21,7 +22,7 @@ def refuse_used(run: RunDir) -> None:
         where = f"a checkpoint of step {steps[-1]}" if steps else "no checkpoint yet"
         raise RunError(
             f"{run.path} holds an unfinished run with {where}",
-            try_=f"qdist launch --resume --run {run.path}, or another --run",
+            try_=f"{resuming(run.path)}, or another --run",
         )
     if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise RunError(f"{run.path} exists and is not a run", try_="another --run")

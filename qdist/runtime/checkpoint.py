@@ -8,7 +8,8 @@ import msgspec
 import torch
 from safetensors import SafetensorError
 
-from qdist.core.errors import RunError
+from qdist.core.errors import JobError, RunError
+from qdist.core.quoting import resuming
 from qdist.host.files import publish_folder, write_atomic
 from qdist.host.rundir import RunDir
 from qdist.runtime.engine import State
@@ -51,10 +52,10 @@ def save(run: RunDir, progress: Progress, state: State, *, keep: int) -> Path:
         publish_folder(beside, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise RunError(
+        raise JobError(
             f"the checkpoint of step {progress.step} cannot be written to {run.checkpoints}: {error}; "
             f"{run.last_saved()}",
-            try_=f"make room there, then qdist launch --resume --run {run.path}",
+            try_=f"make room there, then {resuming(run.path)}",
         ) from error
     _prune(run, keep=keep, best=progress.best_step)
     return final

@@ -1,7 +1,13 @@
-"""Runs another module of qdist as a program: `python -m qdist.runtime.child MODULE ...`. Ctrl-C leaves no traceback."""
+"""Runs another module of qdist as a program: `python -m qdist.runtime.child MODULE ...`.
+
+What the user can put right is said in two lines, and its exit code handed on; Ctrl-C leaves no traceback.
+"""
 
 import runpy
 import sys
+
+from qdist.core.errors import QdistError
+from qdist.host.terminal import error_text
 
 
 def main() -> None:
@@ -9,6 +15,9 @@ def main() -> None:
     del sys.argv[0]
     try:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except QdistError as error:
+        print(error_text(error), file=sys.stderr, flush=True)
+        raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from qdist.core.errors import ModelError, RunError, SpecError
 from qdist.core.plan import Plan, Source
+from qdist.core.quoting import command
 from qdist.core.residence import Footprint, Residence, footprint
 from qdist.core.units import parse_bytes
 from qdist.host.fingerprints import require_same_tensors
@@ -93,7 +94,7 @@ def open_model(
 def answering_plan(run: RunDir, *, needs_tokenizer: bool) -> Plan:
     """The plan of a run that has an adapter, and a tokenizer where one is needed."""
     if not run.adapter.is_dir():
-        raise RunError(f"{run.path} has no adapter yet", try_=f"qdist gather {run.path}")
+        raise RunError(f"{run.path} has no adapter yet", try_=command("gather", run.path))
     plan = plan_of(run)
     if needs_tokenizer and not plan.source.tokenizer:
         raise RunError(

@@ -113,7 +113,12 @@ def _where_there_is_room(folder: Path, dtype: torch.dtype | str, cap_bytes: int 
         budgets["cpu"] = size
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, device_map="auto", max_memory=budgets, local_files_only=True
+            str(folder),
+            dtype=dtype,
+            device_map="auto",
+            max_memory=budgets,
+            local_files_only=True,
+            trust_remote_code=False,
         )
     except ValueError as error:  # accelerate's: nowhere left to put a part
         raise PlanError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from qdist.core.errors import RunError
+from qdist.core.errors import JobError
 from qdist.core.events import Event
 from qdist.core.plan import Plan
 from qdist.host.rundir import RunDir
@@ -88,7 +88,7 @@ class Trainer:
         batches = self.samples.step(step)
         learned = sum(map(self.samples.learned, batches))
         if learned == 0:
-            raise RunError(f"no token of step {step + 1} has a loss", try_="a larger seq_len")
+            raise JobError(f"no token of step {step + 1} has a loss", try_="a larger seq_len")
         own = range(self._shard, len(batches), plan.data_parallel)
         mine = [
             MicroBatch(
@@ -181,7 +181,7 @@ class Trainer:
             rank for rank, checksum in enumerate(checksums) if checksum != checksums[rank % self._different_adapters]
         ]
         if differing:
-            raise RunError(
+            raise JobError(
                 f"the adapter of rank(s) {differing} differs from that of the first {self._different_adapters} "
                 f"rank(s) at step {step}",
                 try_="--resume",

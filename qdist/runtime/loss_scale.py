@@ -2,17 +2,17 @@
 
 import math
 
-from qdist.core.errors import RunError
+from qdist.core.errors import JobError
 from qdist.host.rundir import RunDir
 
 _INITIAL, _SMALLEST, _LARGEST = 2.0**16, 2.0**-4, 2.0**24
 _GROWTH_INTERVAL = 500
 
 
-def before_training(what: str, loss: float, *, fp16: bool) -> RunError:
+def before_training(what: str, loss: float, *, fp16: bool) -> JobError:
     """The error for a loss that is no number although no update was made yet."""
     fault = "weights, data or the range of fp16 are at fault" if fp16 else "weights or data are at fault"
-    return RunError(
+    return JobError(
         f"{what} is {loss} before any training: {fault}, not the learning rate",
         try_="--set dtype=bfloat16" if fp16 else "download the model again, or other data",
     )
@@ -31,7 +31,7 @@ class LossScale:
 
         loss: of the step, for the error. run: whose checkpoints it names.
 
-        Raises RunError when gradients are not finite for a reason that no scale can mend.
+        Raises JobError when gradients are not finite for a reason that no scale can mend.
         """
         if not skipped:
             self.finite_steps += 1
@@ -41,13 +41,13 @@ class LossScale:
         if not self.dynamic:
             if step == 1 and not math.isfinite(loss):
                 raise before_training("the loss of step 1", loss, fp16=False)
-            raise RunError(
+            raise JobError(
                 f"{_what(loss)} at step {step}; {run.last_saved()}",
                 try_="a smaller --set optim.lr in a new run: this one would come to the same when resumed",
             )
         self.value, self.finite_steps = self.value / 2, 0
         if self.value < _SMALLEST:
-            raise RunError(
+            raise JobError(
                 f"{_what(loss)} at step {step} in fp16, even at a loss scale of {self.value * 2:g}; {run.last_saved()}",
                 try_="--set dtype=bfloat16, or a smaller optim.lr",
             )

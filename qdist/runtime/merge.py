@@ -3,7 +3,6 @@
 import sys
 from typing import NamedTuple
 
-from qdist.core.errors import QdistError
 from qdist.core.units import counted
 from qdist.runtime.exports import sixteen
 from qdist.runtime.exports.backbone import Backbone, Onto
@@ -79,12 +78,8 @@ def merge_exactly(job: Export) -> str:
 def main() -> None:
     """Started by the command line, which has checked the flags."""
     quiet()
-    try:
-        job = job_from(parser().parse_args())
-        print(merge_exactly(job) if job.adapters.pool > 1 else report(merge(job)))
-    except QdistError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    job = job_from(parser().parse_args())
+    print(merge_exactly(job) if job.adapters.pool > 1 else report(merge(job)))
 
 
 if __name__ == "__main__":

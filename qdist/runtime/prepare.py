@@ -58,7 +58,9 @@ def prepare(spec: RunSpec) -> Prepared:
     located = locate(spec.model)
     folder = materialize(located)
     try:
-        config: dict[str, Any] = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+        config: dict[str, Any] = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        ).to_dict()
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{folder}: {str(error).splitlines()[0]}", try_="a folder with config.json and a tokenizer"

@@ -37,7 +37,7 @@ def open_tokenizer(folder: Path, lacking: str, *, try_: str = BESIDE) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(": ".join(filter(None, (lacking, _reason(error)))), try_=try_) from error
 

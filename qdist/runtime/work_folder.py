@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from qdist.core.errors import ModelError, PlanError, RunError
+from qdist.core.errors import JobError, ModelError, PlanError, RunError
 from qdist.core.units import format_bytes
 from qdist.host.files import cache_dir, locked, publish_folder
 
@@ -79,7 +79,7 @@ def _told(out: Path, inside: Path | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise PlanError(
+            raise JobError(
                 f"no room is left for {out} ({error.strerror}). What is finished stays, and the same command goes on "
                 "from it",
                 try_="make room there",

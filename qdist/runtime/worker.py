@@ -14,6 +14,7 @@ from typing import Any
 from qdist.core.errors import PlanError, QdistError, RunError
 from qdist.core.events import Event, encode, whole_length
 from qdist.core.plan import Plan, digest
+from qdist.core.quoting import resuming
 from qdist.core.units import format_bytes
 from qdist.host.children import end_with_parent
 from qdist.host.rundir import RunDir
@@ -137,7 +138,7 @@ def _out_of_memory(plan: Plan, run: RunDir, rank: int, reached_bytes: int, error
     return PlanError(
         f"rank {rank} ran out of GPU memory at {format_bytes(reached_bytes)}, where "
         f"{format_bytes(plan.ranks[rank].expected[0].total)} were planned: {str(error).split('. ')[0]}",
-        try_=f"qdist launch --resume --run {run.path} --set micro_batch={smaller} --set train.checkpointing=true",
+        try_=resuming(run.path, "--set", f"micro_batch={smaller}", "--set", "train.checkpointing=true"),
     )
 
 

@@ -37,7 +37,7 @@ def test_flags_reach_the_process_that_converts_and_its_code_comes_back(
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     code, output = invoke(str(tmp_path / "nothing.pt"), "--from", "sparsebit", "--out", str(tmp_path / "out"))
-    assert code == 1
+    assert code == 2
     assert "no file" in output
 
 
@@ -51,13 +51,13 @@ def test_an_out_that_exists_is_refused(there: str, source: str, tmp_path: Path) 
     if there == "folder":
         (out / "mine").write_text("mine")
     code, output = invoke(source, "--from", "sparsebit", "--out", str(out))
-    assert code == 1
+    assert code == 2
     assert "out exists\n  try: another --out" in output
 
 
 def test_a_config_folder_without_config_is_refused(source: str, tmp_path: Path) -> None:
     code, output = invoke(source, "--from", "sparsebit", "--out", str(tmp_path / "out"), "--config", str(tmp_path))
-    assert code == 1
+    assert code == 2
     assert "config.json\n  try: a folder with the model's config.json and tokenizer" in output
 
 

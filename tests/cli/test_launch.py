@@ -110,14 +110,17 @@ def test_a_wrong_setting_ends_in_two_lines_and_code_2(arguments: tuple[str, ...]
     [
         (("--run", "run", *SMALL), "error: run holds an unfinished run with no checkpoint yet\n"),
         (("--run", "gone", "--resume"), "error: gone is not a run: it has no plan.json\n"),
-        (("--model", "lama-7b", "--load-format", "dummy"), "error: no model is called 'lama-7b'\n  try: llama-7b\n"),
+        (
+            ("--model", "lama-7b", "--load-format", "dummy"),
+            "error: no model is called 'lama-7b': it is no run, folder, file or alias here",
+        ),
     ],
 )
-def test_what_is_not_as_it_must_be_ends_with_code_1(arguments: tuple[str, ...], message: str, here: Path) -> None:
+def test_what_is_not_as_it_must_be_ends_with_code_2(arguments: tuple[str, ...], message: str, here: Path) -> None:
     written("run")
     before = listing(here)
     result = qdist("launch", *arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr.startswith(message)
     assert listing(here) == before
 
@@ -159,7 +162,7 @@ def test_a_run_in_training_is_not_planned_anew(here: Path) -> None:
     with locked(job.run.path / LOCK):
         result = qdist("launch", "--resume", "--run", "run")
     assert (result.exit_code, result.stderr) == (
-        1, "error: run is being trained by another process\n  try: qdist monitor run\n",
+        2, "error: run is being trained by another process\n  try: qdist monitor run\n",
     )  # fmt: skip
     assert (job.run.path / "plan.json").stat().st_mtime_ns == before
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from qdist.cli import main as cli
 from qdist.cli.doctor import report
-from qdist.core.errors import PlanError, QdistError, SpecError
+from qdist.core.errors import JobError, PlanError, QdistError, SpecError
 from qdist.host.doctor import Check
 
 
@@ -64,8 +64,8 @@ def invoked(
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(SpecError("bits is 5", try_="--bits 4"), 2), (PlanError("bits is 5", try_="--bits 4"), 1),
-     (QdistError("bits is 5", try_="--bits 4"), 1)],
+    [(SpecError("bits is 5", try_="--bits 4"), 2), (PlanError("bits is 5", try_="--bits 4"), 2),
+     (JobError("bits is 5", try_="--bits 4"), 1)],
 )  # fmt: skip
 def test_an_error_is_two_lines_and_no_traceback(error: QdistError, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     result = invoked(monkeypatch, "launch", raises=error)

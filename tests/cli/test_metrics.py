@@ -111,7 +111,7 @@ def test_a_port_in_use_is_two_lines(run: RunDir) -> None:
     [
         (("--out", "x", "--serve", "0"), 2, "give one of the two"),
         (("--host", "0.0.0.0"), 2, "--host goes with --serve"),
-        (("--out", "/nowhere/x"), 1, "/nowhere/x cannot be written: No such file"),
+        (("--out", "/nowhere/x"), 2, "/nowhere/x cannot be written: No such file"),
     ],
 )
 def test_what_cannot_be_done_is_refused(run: RunDir, arguments: tuple[str, ...], code: int, message: str) -> None:

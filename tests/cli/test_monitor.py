@@ -136,13 +136,13 @@ def test_a_planned_run_is_waited_for(run: RunDir) -> None:
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["monitor", str(tmp_path / "nothing"), "--once"])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "is not a run" in done.output
 
 
 def test_a_rank_that_is_not_there_is_refused(run: RunDir) -> None:
     done = asked(run, "--rank", "7", "--once")
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "--rank 0 to 1" in done.output
 
 

@@ -21,6 +21,7 @@ from qdist.core.plan import Plan
 from qdist.core.planner import HEADROOM
 from qdist.core.units import GIB
 from qdist.host import lessons, probe
+from tests.host.test_gguf_header import LLAMA, header
 from tests.plans import CPU, gpus, planned
 
 BIG = ("--model", "llama-65b", "--bits", "4", "--gpus", "4", "--gpu-memory")
@@ -117,7 +118,7 @@ def test_the_host_memory_of_a_described_machine_is_said_where_layers_wait_in_it(
     assert "note     the machine is taken to have 64.0 GiB of host memory: --host-memory" in assumed
     assert "is taken to have" not in plan(*one, "--host-memory", "80GiB").stdout
     poor = plan(*one, "--host-memory", "16GiB")
-    assert poor.exit_code == 1
+    assert poor.exit_code == 2
     assert "48 layers could wait in host memory, but they are 18.7 GiB and 95 % of it 15.2 GiB" in poor.stderr
 
 
@@ -136,9 +137,9 @@ def test_a_plan_as_json_is_the_plan() -> None:
     assert decided.ranks[3].expected[0].total <= HEADROOM * 48 * GIB
 
 
-def test_what_does_not_fit_ends_with_code_1_and_the_missing_bytes() -> None:
+def test_what_does_not_fit_ends_with_code_2_and_the_missing_bytes() -> None:
     result = plan(*BIG, "24GiB", "--set", "placement=replicate")
-    assert (result.exit_code, result.stdout) == (1, "")
+    assert (result.exit_code, result.stdout) == (2, "")
     first, second = result.stderr.splitlines()
     assert first.startswith("error: llama-65b at 4 bits needs 40.3 GiB on every GPU, 17.5 GiB more than 95 % of 24.0")
     assert second.startswith("  try: --placement shard (")
@@ -291,7 +292,7 @@ def test_a_small_file_that_is_not_what_it_should_be_is_named(
     (tmp_path / name).write_bytes(content)
     flags = ["plan", "--method", "gptq-lora", "--gpus", "1", "--gpu-memory", "24GiB", "--model", str(tmp_path)]
     done = CliRunner().invoke(main, flags)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert message in done.output
     assert "Traceback" not in done.output
 
@@ -300,5 +301,32 @@ def test_a_quantization_config_that_is_no_object_is_named(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text(json.dumps({**config_of("smollm2-135m"), "quantization_config": "gptq"}))
     flags = ["plan", "--method", "gptq-lora", "--gpus", "1", "--gpu-memory", "24GiB", "--model", str(tmp_path)]
     done = CliRunner().invoke(main, flags)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "quantization_config is no object in config.json" in done.output
+
+
+ONE = ("--gpus", "1", "--gpu-memory", "24GiB")
+
+
+def test_a_hub_id_is_planned_by_its_alias_shape_which_a_note_says() -> None:
+    shown, own = plan("--model", "Qwen/Qwen2.5-7B-Instruct", *ONE), plan("--model", "qwen2.5-7b", *ONE)
+    assert (shown.exit_code, own.exit_code) == (0, 0), shown.output
+    note = "Qwen/Qwen2.5-7B-Instruct is not here: by its name it has the shape of qwen2.5-7b"
+    assert note in " ".join(shown.stdout.split())
+    assert "is not here" not in own.stdout
+    assert labels(shown.stdout)["memory"] == labels(own.stdout)["memory"]
+
+
+def test_a_gguf_file_is_planned_from_its_header(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.GGUF"
+    file.write_bytes(header(LLAMA, ("token_embd.weight",)))
+    shown = plan("--model", str(file), *ONE, "--set", "seq_len=128")
+    assert shown.exit_code == 0, shown.output
+    assert "tiny.GGUF: 74,240 parameters" in " ".join(shown.stdout.split())
+
+
+def test_baichuan_is_planned_and_not_launched() -> None:
+    assert plan("--model", "baichuan-7b", *ONE).exit_code == 0
+    launched = CliRunner().invoke(main, ["launch", "--model", "baichuan-7b", "--data", "demo"], prog_name="qdist")
+    assert launched.exit_code == 2
+    assert launched.stderr.startswith("error: baichuan-7b runs code out of its own repository, which qdist does not; ")

@@ -53,19 +53,19 @@ def test_a_wrong_flag_ends_in_two_lines_and_code_2(
 def test_calibration_data_that_is_missing_is_refused_at_once(name: str, model: str, tmp_path: Path) -> None:
     data = str(tmp_path / name)
     code, output = invoke(model, "--out", str(tmp_path / "out"), "--method", "gptq", "--data", data)
-    assert code == 1
+    assert code == 2
     assert f"{data} does not exist" in output
 
 
 def test_a_folder_with_something_in_it_is_refused(model: str, tmp_path: Path) -> None:
     code, output = invoke(model, "--out", model)
-    assert code == 1
+    assert code == 2
     assert "exists\n  try: another --out" in output
 
 
 def test_a_model_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     code, output = invoke(str(tmp_path / "nothing"), "--out", str(tmp_path / "out"))
-    assert code == 1
+    assert code == 2
     assert "no folder" in output
 
 

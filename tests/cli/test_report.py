@@ -130,13 +130,13 @@ def test_three_runs_are_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     done = invoke(tmp_path)
-    assert (done.exit_code, "is not a run" in done.output) == (1, True)
+    assert (done.exit_code, "is not a run" in done.output) == (2, True)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_page_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     done = invoke(run_of(tmp_path / "r"), "--out", tmp_path / "absent" / "x.html")
-    assert (done.exit_code, "cannot be written" in done.output) == (1, True)
+    assert (done.exit_code, "cannot be written" in done.output) == (2, True)
 
 
 def test_commands_are_kept_as_they_were_typed(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_no_runs_is_a_sentence_and_one_thing_to_try(tmp_path: Path, monkeypatch:
     assert result.exit_code == 0
     assert result.stdout.startswith("no runs in runs\n  try: qdist launch ")
     assert json.loads(qdist("--json").stdout) == []
-    assert qdist("nowhere").exit_code == 1
+    assert qdist("nowhere").exit_code == 2
 
 
 def test_the_json_has_the_state_and_the_reason(tmp_path: Path) -> None:

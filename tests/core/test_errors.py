@@ -5,7 +5,7 @@ from inspect import getmembers, isclass
 import pytest
 
 from qdist.core import errors
-from qdist.core.errors import QdistError, nearest
+from qdist.core.errors import JobError, QdistError, RunError, nearest
 
 KINDS = [kind for _, kind in getmembers(errors, isclass) if issubclass(kind, QdistError)]
 
@@ -24,7 +24,12 @@ def test_an_error_with_nothing_to_try_is_one_line(kind: type[QdistError]) -> Non
 
 def test_the_tree_in_the_docstring_names_every_error() -> None:
     assert [kind.__name__ for kind in KINDS if kind.__name__ not in str(errors.__doc__)] == []
-    assert all(kind.__mro__[1] in (QdistError, Exception) for kind in KINDS)
+    assert all(kind.__mro__[1] in (QdistError, RunError, Exception) for kind in KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_started_and_failed_has_another_exit_code_than_what_cannot_be(kind: type[QdistError]) -> None:
+    assert kind.exit_code == (1 if kind is JobError else 2)
 
 
 @pytest.mark.parametrize(

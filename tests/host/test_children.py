@@ -17,6 +17,9 @@ PARENT = "import os, sys; from qdist.host import children; children.run(sys.argv
 ASLEEP = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
 
 
+LISTENS = [sys.executable, "-c", "import sys; print(f'heard {sys.stdin.read()!r}')"]
+
+
 def until(met: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
     while not met():
@@ -81,6 +84,13 @@ def test_ctrl_c_ends_both_and_leaves_no_traceback(tmp_path: Path) -> None:
     assert not alive(int(note.read_text()))
 
 
+@pytest.mark.parametrize(("asks", "heard"), [(False, ""), (True, "y")])
+def test_only_a_program_that_asks_hears_what_is_typed(asks: bool, heard: str, tmp_path: Path) -> None:
+    code = f"import os\nfrom qdist.host import children\nchildren.run({LISTENS!r}, os.environ, asks={asks})"
+    done = subprocess.run([sys.executable, "-c", code], input="y", capture_output=True, text=True, check=True)
+    assert done.stdout == f"heard {heard!r}\n"
+
+
 def test_a_program_that_alone_was_interrupted_counts_as_stopped() -> None:
     with pytest.raises(KeyboardInterrupt):
         children.run([sys.executable, "-c", "raise SystemExit(130)"], os.environ)
@@ -94,3 +104,14 @@ def test_a_module_runs_with_its_own_arguments(tmp_path: Path) -> None:
         text=True, check=True,
     )  # fmt: skip
     assert done.stdout == "__main__ ['a', '--b']\n"
+
+
+@pytest.mark.parametrize(("kind", "code"), [("RunError", 2), ("JobError", 1)])
+def test_an_error_of_a_module_is_two_lines_and_its_exit_code(kind: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "fails.py").write_text(f"from qdist.core.errors import {kind}\nraise {kind}('no', try_='yes')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-m", "qdist.runtime.child", "fails"], env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "error: no\n  try: yes\n")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from qdist.core.errors import DataError, ModelError, PlanError, QdistError, RunError, SpecError
+from qdist.core.errors import DataError, JobError, ModelError, PlanError, QdistError, RunError, SpecError
 from qdist.core.gptq import Gptq, Shape, from_config
 from qdist.host.files import locked
 from qdist.runtime import work_folder
@@ -481,11 +481,10 @@ def test_memory_that_runs_out_is_told_in_words_and_what_is_written_stays(
 
     with monkeypatch.context() as patch:
         patch.setattr(making, "solve", full)
-        with pytest.raises(SystemExit):
+        with pytest.raises(JobError) as caught:
             main()
-    told = capsys.readouterr().err.splitlines()
-    assert told[-2].startswith("error: GPU memory ran out: CUDA out of memory. Tried to allocate 2.00 GiB.")
-    assert told[-1].startswith("  try: CUDA_VISIBLE_DEVICES= in front")
+    assert caught.value.message.startswith("GPU memory ran out: CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert caught.value.try_.startswith("CUDA_VISIBLE_DEVICES= in front")
     main()
     assert "1 of 2  there already" in capsys.readouterr().err
 
@@ -535,9 +534,8 @@ def test_the_command_tells_of_each_layer_and_how_to_go_on(
     assert lines[3].startswith("2 of 2 ")
     assert lines[3].endswith(" done")
     assert told.out.splitlines()[-1] == f"use it  qdist launch --model {out} --method gptq-lora --data FILE"
-    with pytest.raises(SystemExit):
+    with pytest.raises(RunError, match=f"^{out} exists"):
         main()
-    assert f"error: {out} exists" in capsys.readouterr().err
     shutil.rmtree(out)
 
 

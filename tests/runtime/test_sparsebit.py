@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qdist.core.errors import RunError
 from qdist.core.models import config_of
 from qdist.host.checkpoints import stated
 from qdist.runtime.gptq.bits import unpack_zeros
@@ -318,6 +319,5 @@ def test_the_command_says_what_it_did_and_what_to_do_with_it(
         "  dropped: 2 buffers that a model computes itself (inv_freq)",
     ]
     assert last == f"use it  qdist launch --model {out} --method gptq-lora --data FILE"
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(RunError, match=f"^{out} exists\n  try: another --out$"):
         main()
-    assert capsys.readouterr().err == f"error: {out} exists\n  try: another --out\n"

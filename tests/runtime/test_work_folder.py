@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qdist.core.errors import ModelError, PlanError, RunError
+from qdist.core.errors import JobError, ModelError, PlanError, RunError
 from qdist.runtime import work_folder
 from qdist.runtime.work_folder import built, require_space, reserved
 
@@ -50,7 +50,7 @@ def full(out: Path) -> None:
 
 
 def test_a_disk_that_is_full_is_told_and_what_is_finished_stays(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"no room is left for .*out .*the same command goes on"):
+    with pytest.raises(JobError, match=r"no room is left for .*out .*the same command goes on"):
         full(tmp_path / "out")
     assert (tmp_path / ".out.unfinished" / "one").is_file()
 

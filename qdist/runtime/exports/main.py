@@ -5,7 +5,6 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from qdist.core.errors import QdistError
 from qdist.core.gptq import BITS
 from qdist.runtime.exports.job import Export
 from qdist.runtime.quiet import quiet
@@ -47,14 +46,10 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def main() -> None:
-    """A problem that the user can put right ends in two lines."""
+    """Started by the command line, through `qdist.runtime.child`."""
     target, *flags = sys.argv[1:]
     quiet()
-    try:
-        import_module(TARGETS[target]).run(job_from(parser().parse_args(flags)))
-    except QdistError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    import_module(TARGETS[target]).run(job_from(parser().parse_args(flags)))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 
 from qdist.core.errors import ModelError, RunError
 from qdist.core.plan import Plan
+from qdist.core.quoting import command
 from qdist.host.rundir import RunDir
 from qdist.runtime.load import load_tokenizer, plan_of
 from qdist.runtime.packed_folder import Entry, opened, stored_entries
@@ -68,7 +69,7 @@ class Adapters:
             raise RunError(f"{len(self.runs)} runs and {len(self.weights)} weights", try_="a weight for each run")
         for run in self.runs:
             if not (run.adapter / ADAPTER).is_file():
-                raise RunError(f"{run.path} has no adapter yet", try_=f"qdist gather {run.path}")
+                raise RunError(f"{run.path} has no adapter yet", try_=command("gather", run.path))
         _require_one_base(self.runs)
         if len(self.runs) > 1 and any(_learnt_rows(run) for run in self.runs):
             raise RunError("adapters that hold rows of new tokens cannot be added up", try_="runs without new tokens")

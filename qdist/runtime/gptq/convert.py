@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from qdist.core.errors import ModelError, PlanError, QdistError, RunError
+from qdist.core.errors import ModelError, PlanError, RunError
 from qdist.core.gptq import Gptq, Override, Shape
 from qdist.core.units import format_bytes, format_duration
 from qdist.host.files import publish_folder, write_atomic
@@ -239,11 +239,7 @@ def main() -> None:
     given = parser.parse_args()
     logging.set_verbosity_error()
     began = time.monotonic()
-    try:
-        done = convert(given.source, given.out, config=given.config, drop_bias=given.drop_bias)
-    except QdistError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    done = convert(given.source, given.out, config=given.config, drop_bias=given.drop_bias)
     took = format_duration(time.monotonic() - began)
     print(f"{given.out}: {done.gptq}, {done.layers} layers, {format_bytes(done.bytes)}, {took}")
     print("\n".join(f"  {note}" for note in done.notes))

@@ -6,7 +6,6 @@ Killed, the same command goes on: layers that are written are run through again,
 import argparse
 import json
 import re
-import sys
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 
-from qdist.core.errors import QdistError
 from qdist.core.gptq import BITS, FORMATS, WORD, Gptq, Override, Shape
 from qdist.core.units import format_bytes, format_duration
 from qdist.host.sources import locate
@@ -215,10 +213,8 @@ def main() -> None:
     began = time.monotonic()
     try:
         gptq = make(model, out, Wanted(**{**given, "bits": tuple(given["bits"])}))
-    except (QdistError, torch.OutOfMemoryError) as error:
-        full = isinstance(error, torch.OutOfMemoryError)
-        print(f"error: {out_of_memory(_devices(), error) if full else error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(_devices(), error) from error
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     most = f", tensors took {format_bytes(held)} of a GPU at most" if (held := peak(_devices())) else ""
     print(f"{out}: {gptq}, {format_bytes(size)}, {format_duration(time.monotonic() - began)}{most}")

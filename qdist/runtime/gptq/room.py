@@ -2,7 +2,7 @@
 
 import torch
 
-from qdist.core.errors import PlanError
+from qdist.core.errors import JobError, PlanError
 from qdist.core.gptq_memory import Needs, needs
 from qdist.core.units import format_bytes
 from qdist.runtime.gptq.calibrate import LANES, batches, stays
@@ -53,14 +53,14 @@ def _told(need: Needs) -> str:
     return ", ".join(f"{label} {format_bytes(size)}" for label, size in parts.items() if size)
 
 
-def out_of_memory(devices: tuple[torch.device, ...], error: torch.OutOfMemoryError) -> PlanError:
+def out_of_memory(devices: tuple[torch.device, ...], error: torch.OutOfMemoryError) -> JobError:
     """What to tell of a GPU that was full after all: bytes of others, or a model that takes more than was expected."""
     lines = []
     for device in _gpus(devices):
         free, total = torch.cuda.mem_get_info(device)
         own = torch.cuda.memory_reserved(device)
         lines.append(f" GPU {device.index} has {format_bytes(total)}, others hold {format_bytes(total - free - own)}.")
-    return PlanError(
+    return JobError(
         f"GPU memory ran out: {str(error).splitlines()[0]}{''.join(lines)} What is written stays, and the same "
         "command goes on from it",
         try_=_ON_CPU,

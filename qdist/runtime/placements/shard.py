@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from qdist.core.errors import RunError
+from qdist.core.errors import JobError
 from qdist.core.plan import Plan
 from qdist.runtime.checksum import slice_sums
 from qdist.runtime.loss import cross_entropy
@@ -76,7 +76,7 @@ def check_gathered_bytes(model: Any) -> int:
     """Gather every unit once and compare its packed bytes with what the ranks hold; the bytes compared.
 
     FSDP2 with bf16 or fp16 storage, as is often advised, changes packed bytes: CUDA copies rewrite NaN patterns.
-    Raises RunError naming the tensor. Collective.
+    Raises JobError naming the tensor. Collective.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -91,7 +91,7 @@ def check_gathered_bytes(model: Any) -> int:
                 continue
             gathered = parameter.detach().contiguous().view(-1).view(torch.uint8)
             if not torch.equal(slice_sums(gathered, 0), _held_sums(held[name])):
-                raise RunError(
+                raise JobError(
                     f"{path}.{name}: the bytes gathered from the ranks are not the bytes that they hold",
                     try_="--placement replicate or split, and report this with the output of qdist doctor",
                 )
