@@ -22,6 +22,8 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _LINE = "one whole JSON object a line, its strings closed"
 _EXAMPLE = 'one object a line, such as {"prompt": "...", "completion": "..."}'
 _VALUE = "one whole JSON value there, its strings closed"
+_LISTS = frozenset(("messages", "conversations", "conversation", "instances"))
+"""Keys of a record whose values are lists."""
 
 
 def json_records(path: Path) -> Iterator[Located]:
@@ -187,7 +189,9 @@ def _table(found: Record) -> str:
         by_columns = "[dict(zip(d, row)) for row in zip(*(v.values() for v in d.values()))]"
         return by_columns if all(map(str.isdigit, inner)) else "list(d.values())" if FIELDS & set(inner) else ""
     cells = [value for value in values if isinstance(value, list) and value and not _has_objects(value)]
-    return "[dict(zip(d, row)) for row in zip(*d.values())]" if values and len(cells) == len(values) else ""
+    turns = _LISTS & found.keys()
+    by_lists = values and len(cells) == len(values) and not turns
+    return "[dict(zip(d, row)) for row in zip(*d.values())]" if by_lists else ""
 
 
 def _rewriting(path: Path, records: str) -> str:

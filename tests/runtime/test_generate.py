@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from qdist.core.conversation import Conversation
-from qdist.core.errors import DataError, RunError
+from qdist.core.errors import DataError, ModelError, RunError, SpecError
 from qdist.core.records import asked
+from qdist.host.prompts import read_prompts
 from qdist.host.rundir import RunDir
 from qdist.runtime import generate
 from qdist.runtime.complete import complete
 from qdist.runtime.generate import generate_file, main
 from qdist.runtime.load import load
-from qdist.runtime.prompts import Speech, encode_prompts, read_prompts, speech_of
+from qdist.runtime.prompts import Speech, encode_prompts, speech_of
 from qdist.runtime.wording import encode_prompt, usual_wording
 from tests.runtime.test_data import CHATML, tiny_tokenizer
 from tests.runtime.tiny import FAMILIES, adapted_run, dummy_job, real_job, save_config, save_data, save_model
@@ -92,10 +93,10 @@ def test_prompts_are_read_as_data_is(tmp_path: Path, name: str, text: str, expec
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("p.jsonl", '{"prompt": "a"}\n\n{"prompt": \n', r"p\.jsonl:3: "),
+        ("p.jsonl", '{"prompt": "a"}\n\n{"prompt": \n', r"p\.jsonl:3:1: "),
         ("p.jsonl", '{"prompt": "a"}\n{"words": "b"}\n', r"p\.jsonl:2: neither 'prompt' nor 'messages'"),
         ("p.jsonl", '{"prompt": 3}\n', r"p\.jsonl:1: "),
-        ("p.jsonl", "[1]\n", r"p\.jsonl:1: "),
+        ("p.jsonl", "[1]\n", r"p\.jsonl, record 1: "),
         ("p.jsonl", '{"messages": []}\n', r"p\.jsonl:1: "),
         ("p.jsonl", '{"messages": ["hello"]}\n', r"p\.jsonl:1: "),
         ("p.jsonl", '{"messages": [{"role": "user"}]}\n', r"p\.jsonl:1, turn 1: "),
@@ -261,7 +262,7 @@ def test_words_with_a_slash_are_commands_and_are_told(run: RunDir) -> None:
 
 @pytest.mark.parametrize("arguments", [("chat",), ("file", "--prompts", "p.txt", "--out", "o.jsonl")])
 def test_a_tokenizer_is_looked_for_before_weights_are_read(
-    tmp_path: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The folder has no weights at all."""
     (tmp_path / "p.txt").write_text("hello\n")
@@ -269,10 +270,10 @@ def test_a_tokenizer_is_looked_for_before_weights_are_read(
     what, *options = arguments
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["generate", what, str(model), *options])
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(ModelError) as caught:
         main()
-    assert capsys.readouterr().err == (
-        f"error: {model} has no tokenizer to read prompts with\n  try: put its tokenizer.json beside the weights\n"
+    assert str(caught.value) == (
+        f"{model} has no tokenizer to read prompts with\n  try: put its tokenizer.json beside the weights"
     )
 
 
@@ -286,16 +287,13 @@ def test_a_run_over_random_weights_has_nothing_to_say(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [("chat",), ("file", "--prompts", "p.txt", "--out", "o.jsonl")])
 def test_memory_for_gpus_is_refused_without_any(
-    run: RunDir, tmp_path: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    run: RunDir, tmp_path: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "p.txt").write_text("hello\n")
     what, *options = arguments
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["generate", what, str(run.path), *options, "--max-memory-bytes", "99"])
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SpecError, match="max_memory is of GPUs to choose from; here is none"):
         main()
-    assert caught.value.code == 2
-    assert "error: max_memory is of GPUs to choose from; here is none" in capsys.readouterr().err
     assert not (tmp_path / "o.jsonl").exists()
