@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from qdist.core.config_keys import Keys
 from qdist.core.errors import ModelError, nearest
 
 Reads = Literal["attention_in", "attention_out", "mlp_in", "mlp_out"]
@@ -135,7 +136,7 @@ def from_config(config: Mapping[str, object], *, name: str) -> ModelFacts:
 
     Raises ModelError when the model_type is not supported, a key is missing or its value is of the wrong kind.
     """
-    keys = _Keys(config, name)
+    keys = Keys(config, name)
     family = keys.text("model_type")
     if family not in _READERS:
         known = ", ".join(sorted(_READERS))
@@ -158,36 +159,8 @@ def own_code(name: str, more: str = "") -> ModelError:
     )
 
 
-class _Keys:
-    """Typed look-ups in a config. A key may have several spellings, of which an error names the first."""
-
-    def __init__(self, config: Mapping[str, object], name: str) -> None:
-        self._config, self.name = config, name
-
-    def count(self, *spellings: str, default: int | None = None) -> int:
-        value = self._first(spellings, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ModelError(f"{self.name}: config.json has {spellings[0]} = {value!r}; it must be a positive integer")
-        return value
-
-    def flag(self, key: str, *, default: bool) -> bool:
-        value = self._first((key,), default)
-        if not isinstance(value, bool):
-            raise ModelError(f"{self.name}: config.json has {key} = {value!r}; it must be true or false")
-        return value
-
-    def text(self, key: str, *, default: str | None = None) -> str:
-        return str(self._first((key,), default))
-
-    def _first(self, spellings: tuple[str, ...], default: object) -> object:
-        value = next((self._config[key] for key in spellings if self._config.get(key) is not None), default)
-        if value is None:
-            raise ModelError(f"{self.name}: config.json has no {spellings[0]}", try_="its published config.json")
-        return value
-
-
 def _facts(
-    keys: _Keys,
+    keys: Keys,
     linears: tuple[Linear, ...],
     *,
     head_dim: int | None = None,
@@ -198,10 +171,13 @@ def _facts(
 ) -> ModelFacts:
     """The keys that all families share, in the spellings they have; `own` are fields where a family is no Llama."""
     hidden, heads = keys.count("hidden_size", "n_embed"), keys.count("num_attention_heads", "n_head")
+    if head_dim is None:
+        keys.divides("num_attention_heads", heads, "hidden_size", hidden)
+    keys.divides("num_key_value_heads", kv_heads or heads, "num_attention_heads", heads)
     return ModelFacts(
         name=keys.name,
         family=keys.text("model_type"),
-        layers=keys.count("num_hidden_layers", "n_layer"),
+        layers=keys.count("num_hidden_layers", "n_layer", most=10_000),
         hidden=hidden,
         intermediate=next(linear.inputs for linear in linears if linear.reads == "mlp_out"),
         heads=heads,
@@ -215,7 +191,7 @@ def _facts(
     )
 
 
-def _grouped(keys: _Keys) -> ModelFacts:
+def _grouped(keys: Keys) -> ModelFacts:
     """Llama, Mistral, Qwen2, Qwen3, GLM, GLM-4: RMS norms, grouped queries, a gated MLP.
 
     GLM has gate and up in one linear; `glm4` adds norms behind attention and MLP; Qwen2 always has q, k, v biases.
@@ -224,6 +200,8 @@ def _grouped(keys: _Keys) -> ModelFacts:
     glm, qwen3 = family in ("glm", "glm4"), family == "qwen3"
     hidden, inner, heads = (keys.count(key) for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
     kv_heads = keys.count("num_key_value_heads", default=heads)
+    if not (glm or qwen3 or keys.states("head_dim")):
+        keys.divides("num_attention_heads", heads, "hidden_size", hidden)
     head_dim = keys.count("head_dim", default=128 if glm or qwen3 else hidden // heads)
     bias = family not in ("mistral", "qwen2") and keys.flag("attention_bias", default=glm)
     mlp_bias = family == "llama" and keys.flag("mlp_bias", default=False)
@@ -242,7 +220,7 @@ def _grouped(keys: _Keys) -> ModelFacts:
     )  # fmt: skip
 
 
-def _baichuan(keys: _Keys) -> ModelFacts:
+def _baichuan(keys: Keys) -> ModelFacts:
     """Baichuan 1 and 2, from the code in their repositories: Llama's layer with q, k, v in W_pack.
 
     As in vLLM, the width tells the 7B models, with rotary positions, from the 13B ones, with ALiBi.
@@ -258,7 +236,7 @@ def _baichuan(keys: _Keys) -> ModelFacts:
     return _facts(keys, linears, attention="flash" if hidden == 4096 else "eager")
 
 
-def _bloom(keys: _Keys) -> ModelFacts:
+def _bloom(keys: Keys) -> ModelFacts:
     """BLOOM: a norm behind the embedding, ALiBi, biases everywhere, no bound on positions but the trained 2,048."""
     hidden = keys.count("hidden_size", "n_embed")
     linears = _fused(hidden, 4 * hidden, True)
@@ -274,7 +252,7 @@ def _bloom(keys: _Keys) -> ModelFacts:
     )
 
 
-def _gpt_neox(keys: _Keys) -> ModelFacts:
+def _gpt_neox(keys: Keys) -> ModelFacts:
     """GPT-NeoX and Pythia: rotary positions, attention and MLP side by side."""
     bias = keys.flag("attention_bias", default=True)
     linears = _fused(keys.count("hidden_size"), keys.count("intermediate_size"), bias)
@@ -290,7 +268,7 @@ def _fused(hidden: int, inner: int, attention_bias: bool) -> tuple[Linear, ...]:
     )
 
 
-def _opt(keys: _Keys) -> ModelFacts:
+def _opt(keys: Keys) -> ModelFacts:
     """OPT: learned positions, two rows more than it can use. The 350M variant has shapes of its own and is refused."""
     hidden, inner = keys.count("hidden_size"), keys.count("ffn_dim")
     embedded, bias = keys.count("word_embed_proj_dim", default=hidden), keys.flag("enable_bias", default=True)
@@ -310,7 +288,7 @@ def _opt(keys: _Keys) -> ModelFacts:
     return _facts(keys, linears, norm="layer", mlp=mlp, tied=True, learned_positions=rows)
 
 
-_READERS: dict[str, Callable[[_Keys], ModelFacts]] = {
+_READERS: dict[str, Callable[[Keys], ModelFacts]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "glm", "glm4"), _grouped),
     "baichuan": _baichuan,
     "bloom": _bloom,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from qdist.core import demo
-from qdist.core.errors import ModelError, QdistError
+from qdist.core.errors import QdistError
 from qdist.core.facts import from_config
 from qdist.core.gptq import Gptq
 from qdist.core.plan import DataFacts, Prepared, Source
@@ -44,12 +44,11 @@ def main() -> None:
 
 def prepare(spec: RunSpec) -> Prepared:
     """The model as a local folder, packed; its tokenizer repaired; the data tokenized. All of it cached."""
-    from transformers import AutoConfig
-
     from qdist.runtime.batches import split
     from qdist.runtime.chat_template import require_template
     from qdist.runtime.data import cached_tokenize
     from qdist.runtime.materialize import materialize
+    from qdist.runtime.model_config import open_config
     from qdist.runtime.special_tokens import repair
     from qdist.runtime.tokenizer import open_tokenizer
     from qdist.runtime.wording import keep_wording
@@ -57,14 +56,7 @@ def prepare(spec: RunSpec) -> Prepared:
     quiet()
     located = locate(spec.model)
     folder = materialize(located)
-    try:
-        config: dict[str, Any] = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        ).to_dict()
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{folder}: {str(error).splitlines()[0]}", try_="a folder with config.json and a tokenizer"
-        ) from error
+    config: dict[str, Any] = open_config(folder).to_dict()
     tokenizer = open_tokenizer(folder, f"{spec.model} has no tokenizer to read data with")
     require_template(tokenizer)
     repaired = repair(tokenizer, config, new_tokens=spec.new_tokens)

@@ -1,7 +1,8 @@
 """What is to be packed: the tensors of a model folder under the names of transformers' modules, read one at a time."""
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -11,11 +12,15 @@ from torch import nn
 from qdist.core.errors import ModelError
 from qdist.core.facts import from_config
 from qdist.core.gptq import method_of
+from qdist.core.units import counted
+from qdist.runtime.model_config import open_config, refused
 from qdist.runtime.packed_folder import Packing, opened, tensor_files
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OLD_NAMES = {"lm_head.weight": "embed_out.weight"}
 """Pythia's files keep a name that transformers' class has given up."""
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "ffn_dim", "max_position_embeddings")
+"""Keys of config.json that give a tensor's rows or columns by themselves."""
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -53,16 +58,13 @@ class Tensors(Protocol):
 def blueprint(folder: Path) -> Blueprint:
     """The shape of a model folder. Raises ModelError for a family that qdist does not know."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: {str(error).splitlines()[0]}", try_="a folder with config.json") from error
+    config = open_config(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     facts = from_config(config.to_dict(), name=str(folder))
-    with init_empty_weights(include_buffers=False):
+    with refused(folder), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     tied = set(model.all_tied_weights_keys)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
@@ -120,17 +122,24 @@ class StreamedTensors:
 class LoadedTensors:
     """A model that transformers loaded whole: `.bin` files, names that only transformers knows."""
 
-    def __init__(self, folder: Path, names: set[str]) -> None:
+    def __init__(self, folder: Path, shape: Blueprint) -> None:
         from transformers import AutoModelForCausalLM
 
         try:
             model, loading = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", local_files_only=True, output_loading_info=True, trust_remote_code=False
+                folder,
+                dtype="auto",
+                local_files_only=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
             )
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"{folder}: {str(error).splitlines()[0]}", try_="a folder with config.json and *.safetensors"
             ) from error
+        require_shapes(folder, shape, {name: tuple(there) for name, there, _ in loading["mismatched_keys"]})
+        names = set(shape.shapes)
         missing = sorted(set(loading["missing_keys"]) & names)
         if missing:
             raise ModelError(
@@ -147,7 +156,10 @@ class LoadedTensors:
 
 
 def streamed(folder: Path, shape: Blueprint) -> StreamedTensors | None:
-    """The folder's tensors, where there is one of the right shape for every tensor of the model."""
+    """The folder's tensors, where there is one for every tensor of the model.
+
+    Raises ModelError where one is not of the size that config.json gives it, or a layer is left over.
+    """
     files = tensor_files(folder)
     stored: dict[str, tuple[str, str]] = {}
     for name in shape.shapes:
@@ -157,12 +169,44 @@ def streamed(folder: Path, shape: Blueprint) -> StreamedTensors | None:
             return None
         stored[name] = (files[there], there)
     tensors = StreamedTensors(folder, stored)
-    return tensors if all(tensors.shapes[name] == size for name, size in shape.shapes.items()) else None
+    require_shapes(folder, shape, tensors.shapes)
+    _require_layers(folder, shape, files)
+    return tensors
+
+
+def require_shapes(folder: Path, shape: Blueprint, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ModelError for a tensor that is not of the size that config.json gives it. found: sizes in the files."""
+    for name, wanted in shape.shapes.items():
+        if name in found and found[name] != wanted:
+            raise ModelError(
+                f"{folder}: {_contradiction(shape.config.to_dict(), name, wanted, found[name])}",
+                try_="the config.json that came with these weights",
+            )
+
+
+def _contradiction(config: Mapping[str, object], name: str, wanted: tuple[int, ...], found: tuple[int, ...]) -> str:
+    """Names the key of the configuration, where one alone gives the size that differs."""
+    axes = [axis for axis, sizes in enumerate(zip(wanted, found, strict=False)) if sizes[0] != sizes[1]]
+    keys = [key for key in _SIZES if axes and config.get(key) == wanted[axes[0]]]
+    if len(wanted) == len(found) and len(axes) == len(keys) == 1:
+        what = ("values" if len(found) == 1 else "rows", "columns")[axes[0]]
+        return f"config.json says {keys[0]} {wanted[axes[0]]}, {name} has {found[axes[0]]} {what}"
+    return f"config.json makes {name} {list(wanted)} in size, the file holds {list(found)}"
+
+
+def _require_layers(folder: Path, shape: Blueprint, files: Collection[str]) -> None:
+    """Raise ModelError where the files hold more decoder layers than config.json counts: they would be left out."""
+    most = max((int(found[1]) + 1 for name in files if (found := _LAYER.search(name))), default=0)
+    if most > shape.layers:
+        raise ModelError(
+            f"{folder}: config.json says {counted(shape.layers, 'layer')}, the files hold {most}",
+            try_="the config.json that came with these weights",
+        )
 
 
 def tensors_of(folder: Path, shape: Blueprint) -> Tensors:
     """The folder's tensors, streamed where that can be, else through transformers."""
-    return streamed(folder, shape) or LoadedTensors(folder, set(shape.shapes))
+    return streamed(folder, shape) or LoadedTensors(folder, shape)
 
 
 def quantized_as(config: Mapping[str, Any], *, name: str) -> Packing | None:
@@ -196,3 +240,11 @@ def check_packed(folder: Path, shape: Blueprint, packing: Packing) -> None:
             f"looks for them, such as {missing[0]}",
             try_="the model that it was made from",
         )
+    files = tensor_files(folder)
+    found = StreamedTensors(folder, {name: (files[name], name) for name in shape.shapes}).shapes
+    if packing.bits == 4:  # two weights a byte, in a column
+        for name in shape.linears:
+            whole = shape.shapes[name]
+            found[name] = whole if math.prod(found[name]) == -(-math.prod(whole) // 2) else found[name]
+    require_shapes(folder, shape, found)
+    _require_layers(folder, shape, files)

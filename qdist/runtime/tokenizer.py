@@ -1,10 +1,12 @@
 """Opens the tokenizer of a model folder, or says in a sentence why there is none to open."""
 
 import shutil
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from qdist.core.errors import ModelError
+from qdist.host.sources import read_json
 
 BESIDE = "put its tokenizer.json beside the weights"
 _FILES = (
@@ -39,7 +41,29 @@ def open_tokenizer(folder: Path, lacking: str, *, try_: str = BESIDE) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
+        _require_json(folder)
         raise ModelError(": ".join(filter(None, (lacking, _reason(error)))), try_=try_) from error
+    except Exception as error:
+        # tokenizers raises Exception itself for all that it cannot read; transformers trips over values of other kinds.
+        if type(error) in (Exception, TypeError, AttributeError):
+            _require_json(folder)
+            raise _unreadable(folder, error) from error
+        raise
+
+
+def _require_json(folder: Path) -> None:
+    """Raise ModelError naming the file that is to blame, where one of them is no JSON object."""
+    for file in sorted(folder.glob("*token*.json")):
+        read_json(file)
+
+
+def _unreadable(folder: Path, error: Exception) -> ModelError:
+    file, library = ("tokenizer.json", "tokenizers") if type(error) is Exception else ("the tokenizer", "transformers")
+    return ModelError(
+        f"{folder}: {file} was written by a newer version of {library} than {metadata.version(library)}, or is "
+        f"damaged: {_reason(error)}",
+        try_="pip install -U tokenizers transformers",
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -106,3 +106,28 @@ def test_a_target_that_is_no_linear_is_refused_with_the_nearest_one() -> None:
     facts = from_config(config_of("llama-7b"), name="llama-7b")
     with pytest.raises(ModelError, match=r"no linear 'qproj'(.|\n)*try: q_proj"):
         facts.targeted(("qproj",))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size = 0; it must be a whole number from 1 to"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0"),
+        ({"num_attention_heads": -4}, "num_attention_heads = -4"),
+        ({"num_hidden_layers": "12"}, "num_hidden_layers = '12'"),
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers = 1000000000000000000000000000000; .* to 10,000"),
+        ({"num_hidden_layers": True}, "num_hidden_layers = True"),
+        ({"vocab_size": 1.5}, "vocab_size = 1.5"),
+        ({"vocab_size": [32_000] * 99}, r"vocab_size = \[32000, 32000, .*\.\.\.; it must be"),
+        ({"num_attention_heads": 3}, "hidden_size = 4096, which is no multiple of num_attention_heads = 3"),
+        ({"num_key_value_heads": 5}, "num_attention_heads = 32, which is no multiple of num_key_value_heads = 5"),
+        ({"attention_bias": "no"}, "attention_bias = 'no'; it must be true or false"),
+        ({"model_type": ["llama"]}, r"model_type \"\['llama'\]\""),
+        ({"model_type": "mine", "auto_map": {}}, "model_type 'mine', which qdist does not know\n"),
+        ({"model_type": "mine", "auto_map": {"AutoConfig": "own.Config"}}, "and runs code out of its own repository"),
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_refused(keys: dict[str, object], message: str) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        from_config(config_of("llama-7b") | keys, name="mine")
+    assert caught.value.try_

@@ -1,18 +1,19 @@
 """A model without its weights: on the meta device, its decoder linears ready to hold packed bytes; and filling it."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from qdist.core.errors import ModelError
 from qdist.core.plan import Source
 from qdist.core.spec import Quant
 from qdist.runtime.gptq.bits import require_whole_words
 from qdist.runtime.methods.packed import Packed4bit, Packed8bit, Slices, is_offloaded
 from qdist.runtime.methods.packed_gptq import PackedGptq
 from qdist.runtime.methods.weights import Weights
+from qdist.runtime.model_config import open_config
 
 
 def skeleton(source: Source, *, bits: int, quant: Quant, dtype: torch.dtype, linear_names: tuple[str, ...]) -> Any:
@@ -23,14 +24,11 @@ def skeleton(source: Source, *, bits: int, quant: Quant, dtype: torch.dtype, lin
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
-        config = (
-            AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
-            if source.path
-            else AutoConfig.for_model(str(source.config["model_type"]), **_without_type(source.config))
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{source.path}: {error}", try_="a folder with config.json and *.safetensors") from error
+    config = (
+        open_config(Path(source.path))
+        if source.path
+        else AutoConfig.for_model(str(source.config["model_type"]), **_without_type(source.config))
+    )
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with init_empty_weights(include_buffers=False):
