@@ -7,9 +7,10 @@ from typing import Any
 import click
 
 from qdist.core import demo
-from qdist.core.errors import DataError, RunError, SpecError, nearest
+from qdist.core.errors import RunError, SpecError, nearest
 from qdist.core.gptq import BITS, FORMATS, WORD, usual_format
 from qdist.host.modules import run_module
+from qdist.host.record_files import is_plain_text
 from qdist.host.records import check_source
 from qdist.host.targets import check_model
 
@@ -131,10 +132,7 @@ def check_group_size(size: int) -> None:
 
 def check_data(source: str) -> None:
     """Plain text is cut into samples as it is; anything else is read as for training."""
-    if Path(source).suffix.lower() == ".txt":
-        if not Path(source).is_file():
-            raise DataError(f"{source} does not exist", try_="--data FILE")
-    elif source != demo.NAME:
+    if source != demo.NAME and not is_plain_text(source):
         check_source(source)
 
 

@@ -126,6 +126,12 @@ def holds_records(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES or _holds_json(head)
 
 
+def is_plain_text(source: str) -> bool:
+    """Whether a name is that of a `.txt` file of text, which is no records."""
+    path = Path(source).expanduser()
+    return path.suffix.lower() == ".txt" and path.is_file() and not holds_records(path)
+
+
 def read_text_lines(path: Path) -> list[tuple[str, str]]:
     """('prompts.txt:3', the line without its newline) for every line, blank ones too. Raises DataError for no text."""
     _refuse_foreign(path, _head(path))

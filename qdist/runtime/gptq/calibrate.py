@@ -15,6 +15,8 @@ from torch import nn
 
 from qdist.core.bad_records import BadRecords
 from qdist.core.errors import DataError
+from qdist.host.record_files import is_plain_text
+from qdist.host.record_text import open_text
 from qdist.runtime.data import read_conversations
 from qdist.runtime.encode import encode
 from qdist.runtime.gptq.decoder import Reached, Start, moved
@@ -39,7 +41,7 @@ def pieces(source: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int
     source: a `.txt` file, or whatever `launch --data` takes.
     Raises DataError where it holds too few tokens.
     """
-    read = _text_tokens if Path(source).suffix.lower() == ".txt" else _record_tokens
+    read = _text_tokens if is_plain_text(source) else _record_tokens
     tokens = array("q")
     for part in read(source, tokenizer):
         tokens.extend(part)
@@ -72,14 +74,9 @@ def _record_tokens(source: str, tokenizer: Any) -> Iterator[list[int]]:
 
 
 def _text_tokens(source: str, tokenizer: Any) -> Iterator[list[int]]:
-    try:
-        with open(source, encoding="utf-8") as file:
-            while lines := file.readlines(_TEXT_PIECE):
-                yield tokenizer("".join(lines), add_special_tokens=False, verbose=False)["input_ids"]
-    except FileNotFoundError:
-        raise DataError(f"{source} does not exist", try_="--data FILE") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source} is not UTF-8: {error.reason}", try_="iconv -t UTF-8") from error
+    with open_text(Path(source)) as file:
+        while lines := file.readlines(_TEXT_PIECE):
+            yield tokenizer("".join(lines), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def batches(samples: torch.Tensor) -> tuple[torch.Tensor, ...]:
