@@ -135,8 +135,8 @@ def micro_batches(setting: Setting, layout: Layout) -> list[int]:
     if usual and each % usual == 0 and each // usual >= stages:
         return [usual]
     ceiling = MAX_MICRO_BATCH_TOKENS if setting.rooms is not None else MAX_CPU_MICRO_BATCH_TOKENS
-    sizes = [size for size in range(each // stages, 0, -1) if each % size == 0]
-    return [size for size in sizes if size * seq_len <= ceiling] or [1]
+    most = min(each // stages, ceiling // seq_len)
+    return [size for size in range(most, 0, -1) if each % size == 0] or [1]
 
 
 def _fewest_recomputed(setting: Setting, layout: Layout, size: int) -> Candidate:

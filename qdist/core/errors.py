@@ -5,6 +5,7 @@
     ├── ModelError     the model cannot be found, read or used as asked
     ├── DataError      a data file or record cannot be used
     ├── PlanError      the job does not fit the machine
+    │   └── TooBigError  nor would it in any layout: memory is short
     ├── RunError       a run directory, checkpoint or adapter is not what it must be
     └── MachineError   a package, driver or device is missing
 
@@ -12,16 +13,20 @@ Each carries one sentence that says what is wrong, with numbers, and one thing t
 escapes is a bug and keeps its traceback.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+from qdist.core.changes import Change, flags
 
 
 class QdistError(Exception):
     """A problem that the user can put right. `try_` is the one thing to try, or empty."""
 
-    def __init__(self, message: str, *, try_: str = "") -> None:
+    def __init__(self, message: str, *, try_: str = "", ways: Sequence[Change] = ()) -> None:
+        """ways: changes to what was asked that may put it right, the likeliest first; `hints` tries them."""
         super().__init__(message)
         self.message = message
-        self.try_ = try_
+        self.try_ = try_ or (flags(ways[0]) if ways else "")
+        self.ways = tuple(ways)
 
     def __str__(self) -> str:
         return f"{self.message}\n  try: {self.try_}" if self.try_ else self.message
@@ -41,6 +46,10 @@ class DataError(QdistError):
 
 class PlanError(QdistError):
     """The job does not fit the machine."""
+
+
+class TooBigError(PlanError):
+    """Memory is short in every layout. `ways` go from small to large, and one of them is taken."""
 
 
 class RunError(QdistError):
