@@ -8,11 +8,11 @@ import argparse
 import random
 import re
 import shlex
+import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import partial
-from multiprocessing import Pool
+from concurrent.futures import Executor, ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 from qdist.cli.plan import Request, plan, planned
@@ -25,9 +25,11 @@ from qdist.core.units import GIB
 NO_HINT = "a smaller model, or larger GPUs"
 NO_GPU = Cluster(device="cpu", gpus=(), cpu_count=8, memory_bytes=32 * GIB, memory_free_bytes=30 * GIB)
 MEMORIES = (4, 6, 8, 11, 12, 16, 24, 32, 40, 48, 80, 94, 141, 180, 192)
-COUNTS = (1, 1, 1, 2, 2, 3, 4, 4, 5, 6, 7, 8, 8, 12, 16, 24, 32, 64)
+FLAGS = ("bits", "method", "placement", "gpus_per_group", "max_memory")
+COUNTS = (1, 1, 1, 1, 2, 2, 2, 3, 4, 4, 4, 5, 6, 7, 8, 8, 8, 12, 16, 24, 32, 64)
 PLAUSIBLE: dict[str, Sequence[Any]] = {
-    "seq_len": (256, 512, 1024, 2048, 4096), "global_batch": (8, 16, 32, 64, 128, 256), "micro_batch": (1, 2, 4, 8),
+    "seq_len": (256, 1024, 2048, 4096, 8192, 32_768), "global_batch": (8, 16, 32, 64, 128, 256, 1024),
+    "micro_batch": (1, 2, 4, 8, 16),
     "lora.r": (8, 16, 32, 64, 128), "lora.targets": ("all-linear", "q_proj,v_proj", "query_key_value"),
     "lora.dropout": (0, 0.05, 0.1), "lora.alpha": (16, 32), "steps": (100, 1000), "epochs": (1, 3),
     "placement": ("replicate", "shard", "split", "auto"), "gpus_per_group": (1, 2, 4, 8),
@@ -57,8 +59,11 @@ ODD: dict[str, Sequence[Any]] = {
     "bits": (2, 3, 5, 16, "four"), "method": ("lora", "qalora", "gptq"), "liger": ("yes",), "seed": (-1, 2**70),
     "learning_rate": (1e-4,), "per_device_train_batch_size": (4,), "lora_r": (8,), "load_format": ("dummy", "none"),
 }  # fmt: skip
-ODD_MEMORIES = ("", "nan", "0", "48", "-5GiB", "1e400GiB", "1MiB", "9999999TiB", "24 GX", "1GiB", "5 TiB")
-ODD_NAMES = ("", "abacus", "4090", "h100sxm", "RTX 4900", "GeForce")
+ODD_AMOUNTS = ("", "nan", "0", "48", "-5GiB", "1e400GiB", "1MiB", "9999999TiB", "24 GX", "1GiB", "5 TiB")
+ODD_MACHINES: dict[str, Sequence[Any]] = {
+    "--gpu-memory": ODD_AMOUNTS, "--host-memory": ODD_AMOUNTS, "--gpus": (100, 192, 256, 5000, 10**12),
+    "--gpu-name": ("", "abacus", "4090", "h100sxm", "RTX 4900", "GeForce"),
+}  # fmt: skip
 
 
 class Draw(NamedTuple):
@@ -75,15 +80,16 @@ class Outcome(NamedTuple):
     error: str = ""
     try_: str = ""
     crashed: str = ""
+    seconds: float = 0.0
 
 
 class Row(NamedTuple):
-    """A command, what it came to, and what it came to with its hint followed; None where there was none to follow."""
+    """A command, what it came to, and what it came to with the hint of its refusal followed."""
 
     draw: Draw
     first: Outcome
-    hint: str
-    """What became of it: nothing where there was none."""
+    became: str
+    """Of the hint; nothing where there was none."""
     second: Outcome
 
 
@@ -94,38 +100,52 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
-    with Pool(arguments.jobs) as pool:
-        rows = pool.map(partial(trial, arguments.seed), range(arguments.count), chunksize=10)
-    print("\n".join(table(rows)))
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        print("\n".join(table(trials(arguments.seed, arguments.count, pool))))
 
 
-def trial(seed: int, number: int) -> Row:
-    """One command, and the hint of its refusal followed."""
-    drawn = draw(random.Random(f"{seed}-{number}"))
-    first = run(drawn)
-    if not first.try_ or first.try_ == NO_HINT:
-        return Row(drawn, first, "none" if first.kind else "", Outcome())
-    words = followed(drawn.words, first)
-    if words is None:
-        return Row(drawn, first, "unparsable", Outcome())
-    second = run(Draw(words, drawn.here))
-    if second.crashed:
-        return Row(drawn, first, "exception", second)
-    became = "plan" if not second.kind else "same kind" if second.kind == first.kind else "another kind"
-    return Row(drawn, first, became, second)
+def trials(seed: int | str, count: int, pool: Executor) -> list[Row]:
+    """So many commands; the hints of their refusals are followed."""
+    draws = [draw(random.Random(f"{seed}-{number}")) for number in range(count)]
+    firsts = outcomes(draws, pool)
+    words = [followed(own.words, first) for own, first in zip(draws, firsts, strict=True)]
+    again = [Draw(typed, own.here) for own, typed in zip(draws, words, strict=True) if typed]
+    seconds = iter(outcomes(again, pool))
+    return [
+        row(own, first, next(seconds) if typed else None)
+        for own, first, typed in zip(draws, firsts, words, strict=True)
+    ]
+
+
+def row(own: Draw, first: Outcome, second: Outcome | None) -> Row:
+    """What became of a command's hint."""
+    if second is None:
+        wordless = not first.try_ or first.try_ == NO_HINT
+        return Row(own, first, "" if not first.kind else "none" if wordless else "unparsable", Outcome())
+    became = "exception" if second.crashed else "plan" if not second.kind else "another kind"
+    return Row(own, first, "same kind" if second.kind == first.kind else became, second)
+
+
+def outcomes(draws: Sequence[Draw], pool: Executor) -> list[Outcome]:
+    """What each command comes to; what no user can have caused is counted, not raised."""
+    tasks = [pool.submit(run, own) for own in draws]
+    crashes = [task.exception() for task in tasks]
+    return [
+        Outcome("exception", crashed="".join(traceback.format_exception(crash))) if crash else task.result()
+        for task, crash in zip(tasks, crashes, strict=True)
+    ]
 
 
 def run(drawn: Draw) -> Outcome:
-    """What `qdist plan` makes of a command. What no user can have caused is caught here, to be counted."""
+    """What `qdist plan` makes of a command."""
+    began = time.process_time()
     try:
         with plan.make_context("plan", list(drawn.words)) as context:
             typed = {key: value for key, value in context.params.items() if key != "as_json"}
             planned(Request(**typed), lambda: drawn.here)
     except QdistError as error:
-        return Outcome(kind(error), error.message, error.try_)
-    except Exception:  # noqa: BLE001
-        return Outcome("exception", crashed=traceback.format_exc())
-    return Outcome()
+        return Outcome(kind(error), error.message, error.try_, seconds=time.process_time() - began)
+    return Outcome(seconds=time.process_time() - began)
 
 
 def kind(error: QdistError) -> str:
@@ -137,6 +157,8 @@ def kind(error: QdistError) -> str:
 
 def followed(words: Sequence[str], refused: Outcome) -> tuple[str, ...] | None:
     """The command with a hint followed to the letter; None where the hint is not to be typed."""
+    if not refused.try_ or refused.try_ == NO_HINT:
+        return None
     hint = re.sub(r" \(.*\)$|, for GPUs that are not here", "", refused.try_)
     left_out = re.findall(r"leave (?:--)?([\w.-]+) out", hint)
     if left_out:
@@ -145,9 +167,8 @@ def followed(words: Sequence[str], refused: Outcome) -> tuple[str, ...] | None:
     if not parts or len(parts) % 2 or not all(flag.startswith("--") for flag in parts[::2]):
         return None
     kept = list(words)
-    unknown = re.match(r"unknown setting '(.*)'", refused.error)
-    if unknown:
-        kept = list(without(kept, unknown[1]))
+    for unknown in re.findall(r"unknown setting '(.*?)'", refused.error):
+        kept = list(without(kept, unknown))
     for flag, value in zip(parts[::2], parts[1::2], strict=True):
         key = value.partition("=")[0] if flag == "--set" else flag.removeprefix("--").replace("-", "_")
         kept = list(without(kept, key))
@@ -171,10 +192,13 @@ def draw(chance: random.Random) -> Draw:
         words += ["--bits", str(chance.choice((4, 4, 8, 16)))]
     if chance.random() < 0.35:
         words += ["--method", chance.choice(("qlora", "gptq-lora", "qa-lora"))]
-    for key in chance.sample(list(PLAUSIBLE), chance.choice((0, 1, 1, 2, 2, 3, 4))):
-        words += ["--set", f"{key}={chance.choice(PLAUSIBLE[key])}"]
-    for key in chance.sample(list(ODD), chance.choice((0, 1, 1, 1, 2))) if odd else ():
-        words += ["--set", f"{key}={chance.choice(ODD[key])}"]
+    settings = {key: PLAUSIBLE[key] for key in chance.sample(list(PLAUSIBLE), chance.choice((0, 1, 1, 2, 2, 3, 4)))}
+    if odd:
+        settings |= {key: ODD[key] for key in chance.sample(list(ODD), chance.choice((0, 1, 1, 1, 2)))}
+    for key, values in settings.items():
+        value = str(chance.choice(values))
+        flag = key in FLAGS and chance.random() < 0.5
+        words += [f"--{key.replace('_', '-')}", value] if flag else ["--set", f"{key}={value}"]
     return Draw(tuple(words), here(chance))
 
 
@@ -186,14 +210,13 @@ def machine(chance: random.Random, odd: bool) -> list[str]:
         words += ["--gpu-memory", f"{chance.choice(MEMORIES)}GiB"]
     elif described < 0.9:
         words += ["--gpu-name", chance.choice(TITLES)]
-    if odd and chance.random() < 0.1:
-        words += chance.choice((["--gpu-memory", chance.choice(ODD_MEMORIES)], ["--gpu-name", chance.choice(ODD_NAMES)]))
     if chance.random() < 0.85:
-        words += ["--gpus", str(chance.choice((100, 1024, 5000, 10**12) if odd and chance.random() < 0.05 else COUNTS))]
+        words += ["--gpus", str(chance.choice(COUNTS))]
     if chance.random() < 0.25:
         words += ["--host-memory", f"{chance.choice((8, 16, 32, 64, 256, 1024))}GiB"]
-    if odd and chance.random() < 0.05:
-        words += ["--host-memory", chance.choice(ODD_MEMORIES)]
+    if odd and chance.random() < 0.2:
+        flag = chance.choice(list(ODD_MACHINES))
+        words += [flag, str(chance.choice(ODD_MACHINES[flag]))]
     return words
 
 
@@ -201,30 +224,34 @@ def here(chance: random.Random) -> Cluster:
     """The machine where the command is typed: without GPUs, or with uneven ones."""
     if chance.random() < 0.5:
         return NO_GPU
+    sizes = [chance.choice(MEMORIES) * GIB for _ in range(chance.choice((1, 2, 3, 4, 8)))]
     gpus = tuple(
-        Gpu(index=index, name="NVIDIA A100-SXM4-80GB", total_bytes=(size := chance.choice(MEMORIES) * GIB), free_bytes=size)
-        for index in range(chance.choice((1, 2, 3, 4, 8)))
+        Gpu(index=index, name="NVIDIA A100-SXM4-80GB", total_bytes=size, free_bytes=size)
+        for index, size in enumerate(sizes)
     )
     return Cluster(device="cuda", gpus=gpus, cpu_count=16, memory_bytes=128 * GIB, memory_free_bytes=120 * GIB)
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
-    """Counts, then exceptions and what hints did not lead to a plan."""
+    """Counts, then exceptions and the hints that did not lead to a plan."""
     refused = [row for row in rows if row.first.kind]
     crashes = [row for row in rows if row.first.crashed or row.second.crashed]
     yield f"{len(rows)} commands: {len(rows) - len(refused)} plans, {len(refused)} refusals, {len(crashes)} exceptions"
     for name, number in Counter(row.first.kind for row in refused).most_common():
         yield f"  {number:5} {name}"
-    became = Counter(row.hint for row in refused)
+    became = Counter(row.became for row in refused)
     hints = sum(number for name, number in became.items() if name != "none")
     yield f"{hints} hints followed, {became['none']} refusals without one"
     for name in ("plan", "another kind", "same kind", "unparsable", "exception"):
         yield f"  {became[name]:5} {100 * became[name] / max(1, hints):5.1f} %  {name}"
+    for what, some in (("plan", [row for row in rows if not row.first.kind]), ("refusal", refused)):
+        slowest = max(some, key=lambda row: row.first.seconds)
+        yield f"slowest {what}: {slowest.first.seconds:.2f} s, qdist plan {shlex.join(slowest.draw.words)}"
     for row in refused:
-        if row.hint != "plan":
-            yield f"\n{row.hint}: qdist plan {shlex.join(row.draw.words)}"
+        if row.became != "plan":
+            yield f"\n{row.became or 'exception'}: qdist plan {shlex.join(row.draw.words)}"
             yield f"    {row.first.error}\n    try: {row.first.try_}"
-            yield f"    -> {row.second.error}\n    try: {row.second.try_}" * bool(row.second.kind)
+            yield f"    -> {row.second.error}\n    try: {row.second.try_}"
             yield row.first.crashed + row.second.crashed
 
 

@@ -85,24 +85,25 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     def settings(self) -> dict[str, Any]:
         """Flags over recipe, nested. Raises SpecError for what is no setting."""
         typed = {key: getattr(self, key) for key in _SETTINGS if getattr(self, key) is not None}
-        given = nest(typed | dict(map(parse_assignment, self.assignments)))
-        return merge(*([templates.read_recipe(self.recipe)] if self.recipe is not None else []), given)
+        own = nest(typed | dict(map(parse_assignment, self.assignments)))
+        return merge(*([templates.read_recipe(self.recipe)] if self.recipe is not None else []), own)
 
 
 _SETTINGS = ("model", "bits", "method", "gpus", "placement", "gpus_per_group", "max_memory")
 """Those that have a flag of their own."""
 
 
-def planned(request: Request, here: Here = probe.cluster) -> Plan:
+def planned(request: Request, here: Here | None = None) -> Plan:
     """The plan that was asked for. Raises QdistError with a change to the command that was tried.
 
-    here: this machine.
+    here: finds out what this machine is.
     """
+    here = cache(here or probe.cluster)
     try:
         merged = request.settings()
     except SpecError as error:
         raise _with_further_hint(error, request, here) if error.ways else error from None
-    here, facts_of = cache(here), cache(shape)
+    facts_of = cache(shape)
 
     def attempt(change: Change) -> Plan:
         own = msgspec.structs.replace(request, **{key: change[key] for key in MACHINE if key in change})
@@ -126,7 +127,10 @@ def _with_further_hint(error: SpecError, request: Request, here: Here) -> SpecEr
     try:
         planned(msgspec.structs.replace(request, assignments=mended), here)
     except QdistError as further:
-        error.try_ += f" {further.try_}" * further.try_.startswith("--")
+        if further.try_.startswith("--"):
+            changed_again = meant.partition("=")[0] + "=" in further.try_
+            error.try_ = further.try_ if changed_again else f"{error.try_} {further.try_}"
+        error.message += f", {further.message}" * further.message.startswith("unknown setting")
     return error
 
 

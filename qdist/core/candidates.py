@@ -153,7 +153,7 @@ def _fewest_recomputed(setting: Setting, layout: Layout, size: int) -> Candidate
     if layout.placement == "split" and layout.gpus_per_group > 1:
         return with_(layers)  # the slowest stage sets the pace: all recompute, or none
     # Moments that leave the GPU cross the bus twice a step, which costs more than recomputing saves.
-    return with_(_least(lambda count: with_(count).roomy, 1, layers))
+    return with_(_least(lambda count: with_(count).roomy, 1, layers) if with_(layers - 1).roomy else layers)
 
 
 def _least(fits: Callable[[int], bool], low: int, high: int) -> int:

@@ -19,7 +19,9 @@ _REMARKS = {"train.answers": "(and qdist generate RUN afterwards)"}
 def typed(key: str, value: object) -> str:
     """A setting as one types it: '--bits 4', '--set lora.r=16', '--placement auto'."""
     text = value_text(value)
-    return f"--{key.replace('_', '-')} {shlex.quote(text)}" if key in _FLAGS else f"--set {shlex.quote(f'{key}={text}')}"
+    if key in _FLAGS:
+        return f"--{key.replace('_', '-')} {shlex.quote(text)}"
+    return f"--set {shlex.quote(f'{key}={text}')}"
 
 
 def value_text(value: object) -> str:

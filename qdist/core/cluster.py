@@ -12,7 +12,7 @@ LINEAR_S = 0.65e-3
 """What launching an adapted 4-bit linear takes, both passes (a virtual machine with H200s)."""
 UNNAMED = "hypothetical GPU"
 """Name of a card that nobody named."""
-MOST_RANKS = 1024
+MOST_RANKS = 256
 """Of one machine, real or not."""
 _USUAL_HOST_BYTES = 64 * GIB
 """Host memory of a machine with a GPU, unless its GPUs are large."""

@@ -5,7 +5,6 @@
     ├── ModelError     the model cannot be found, read or used as asked
     ├── DataError      a data file or record cannot be used
     ├── PlanError      the job does not fit the machine
-    │   └── TooBigError  nor would it in any layout: memory is short
     ├── RunError       a run directory, checkpoint or adapter is not what it must be
     └── MachineError   a package, driver or device is missing
 
@@ -46,10 +45,6 @@ class DataError(QdistError):
 
 class PlanError(QdistError):
     """The job does not fit the machine."""
-
-
-class TooBigError(PlanError):
-    """Memory is short in every layout. `ways` go from small to large, and one of them is taken."""
 
 
 class RunError(QdistError):

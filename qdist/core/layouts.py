@@ -154,8 +154,8 @@ def _layout(spec: RunSpec, placement: Placement, schedule: Schedule | None, coun
 
 
 def _too_few(what: str, count: int, unit: str) -> SpecError:
-    more: list[Change] = [{"gpus": 2}] if count == 1 else [{"gpus_per_group": size} for size in divisors_of(count)[::-1]]
-    return SpecError(f"{what} needs at least 2 {unit}s in a group", ways=[*more, OPEN])
+    larger: list[Change] = [{"gpus_per_group": size} for size in divisors_of(count)[::-1]]
+    return SpecError(f"{what} needs at least 2 {unit}s in a group", ways=[*(larger or [{"gpus": 2}]), OPEN])
 
 
 def _sharded(spec: RunSpec) -> Change:

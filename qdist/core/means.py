@@ -50,7 +50,10 @@ def liger_of(spec: RunSpec, cluster: Cluster, has_liger: bool) -> bool:
     if spec.liger and cluster.device == "cpu":
         raise SpecError("liger=true needs a GPU: its kernels are written in Triton", ways=[{"liger": False}])
     if spec.liger and not has_liger:
-        raise SpecError("liger=true, but the package liger-kernel is not installed", try_="pip install liger-kernel")
+        raise SpecError(
+            "liger=true, but the package liger-kernel is not installed: pip install liger-kernel",
+            ways=[{"liger": None}],
+        )
     return cluster.device == "cuda" and has_liger if spec.liger is None else spec.liger
 
 

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from qdist.core.candidates import HEADROOM, Candidate, Setting, offloading, options
 from qdist.core.changes import Change
+from qdist.core.contradictions import largest_divisor
 from qdist.core.errors import SpecError
 from qdist.core.layouts import Layout, divisions, impossible, one_process, unable
 from qdist.core.plan import Alternative
-from qdist.core.spec import RunSpec, largest_divisor
+from qdist.core.spec import RunSpec
 from qdist.core.units import counted, format_bytes
 
 TIE = 0.02
@@ -52,7 +53,8 @@ def _rounded(batch: int, multiple: int) -> Change:
 def _fewer(spec: RunSpec, layout: Layout) -> list[Change]:
     """Fewer GPUs, for a batch that is to stay as it is."""
     count = layout.groups * layout.gpus_per_group
-    return [{"gpus": number} for number in range(count - 1, 0, -1) if spec.global_batch % number == 0][:2]
+    dividing = [number for number in range(count - 1, 0, -1) if spec.global_batch % number == 0]
+    return [{"gpus": number} for number in dividing[:2]]
 
 
 def contenders(setting: Setting, found: Sequence[Layout]) -> list[list[Candidate]]:

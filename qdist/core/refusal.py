@@ -7,7 +7,7 @@ from math import ceil
 from qdist.core.candidates import HEADROOM, Candidate
 from qdist.core.changes import Change
 from qdist.core.cluster import Cluster
-from qdist.core.errors import TooBigError
+from qdist.core.hints import TooBigError
 from qdist.core.layouts import OPEN
 from qdist.core.memory import MemoryBudget
 from qdist.core.plan import Plan

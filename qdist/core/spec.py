@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from qdist.core.changes import Change
+from qdist.core.contradictions import contradiction
 from qdist.core.errors import SpecError
 from qdist.core.hints import or_tried_hint
 from qdist.core.keys import choices, known_keys, optional
@@ -26,8 +27,6 @@ Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Rate = Annotated[float, Meta(gt=0, le=1e300)]
 Amount = Annotated[float, Meta(ge=0, le=1e300)]
 
-_MOST_SAMPLES = 8192
-"""Of a micro-batch that is suggested."""
 Pool = Literal["peft", "mean", "sum"]
 GPTQ_METHODS = ("gptq-lora", "qa-lora")
 """Methods whose backbone is a GPTQ checkpoint."""
@@ -273,80 +272,9 @@ def _value_error(message: str, merged: Mapping[str, Any]) -> SpecError:
 def checked(spec: RunSpec) -> RunSpec:
     """The spec. Raises SpecError for settings that contradict each other, so that none is ever ignored."""
     max_memory_bytes(spec)
-    _check_quantization(spec)
-    if spec.steps is not None and spec.epochs is not None:
-        raise SpecError(
-            f"steps={spec.steps} and epochs={spec.epochs:g} both say how long to train",
-            ways=[{"epochs": None}, {"steps": None}],
-        )
-    if spec.micro_batch is not None and spec.global_batch % spec.micro_batch:
-        raise SpecError(
-            f"global_batch={spec.global_batch} is not a multiple of micro_batch={spec.micro_batch}",
-            ways=[
-                {"micro_batch": largest_divisor(spec.global_batch, spec.micro_batch)},
-                {"global_batch": -(-spec.global_batch // spec.micro_batch) * spec.micro_batch},
-            ],
-        )
-    if spec.zero.offload == "cpu" and spec.zero.stage not in (None, 2):
-        raise SpecError(
-            f"zero.offload=cpu comes with ZeRO stage 2, not {spec.zero.stage}",
-            ways=[{"zero.stage": 2}, {"zero.offload": "none"}],
-        )
-    if spec.optim.warmup_steps and spec.optim.schedule == "constant":
-        raise SpecError(
-            f"optim.warmup_steps={spec.optim.warmup_steps} has no effect on a constant schedule",
-            ways=[{"optim.schedule": "linear"}],
-        )
-    if spec.train.verify_steps and spec.placement != "shard":
-        ways: list[Change] = [{"placement": "shard"}, {"train.verify_steps": 0}]
-        raise SpecError(
-            f"train.verify_steps={spec.train.verify_steps} compares the bytes of a sharded backbone",
-            ways=ways if spec.placement is None else ways[::-1],
-        )
-    if spec.train.held_out == 0 and (spec.train.eval_steps or spec.train.answers):
-        raise SpecError("train.eval_steps and train.answers need held-out records", ways=[{"train.held_out": 0.1}])
+    if error := contradiction(flatten(spec), flatten(RunSpec())):
+        raise error
     return spec
-
-
-def largest_divisor(number: int, at_most: int) -> int:
-    """Of a batch: the largest number of samples, up to so many, of which it is a multiple."""
-    return next(n for n in range(min(number, at_most, _MOST_SAMPLES), 0, -1) if number % n == 0)
-
-
-def _check_quantization(spec: RunSpec) -> None:
-    gptq, usual = spec.method in GPTQ_METHODS, Quant()
-    if spec.bits not in ((2, 3, 4, 8) if gptq else (4, 8, 16)):
-        widths = "2, 3, 4 or 8" if gptq else "4, 8 or 16"
-        other: Change = {"method": "qlora" if gptq else "gptq-lora"}
-        raise SpecError(
-            f"{spec.method} has backbones of {widths} bits, not {spec.bits}",
-            ways=[{"bits": bits} for bits in (4, 8, 3, 2)] + [other] if gptq else [other, {"bits": 4}],
-        )
-    plain: Change = {"quant.type": usual.type, "quant.double": usual.double}
-    if gptq and (spec.quant.type, spec.quant.double) != (usual.type, usual.double):
-        raise SpecError("quant.type and quant.double describe NF4 and FP4, not GPTQ", ways=[_set_apart(spec, plain)])
-    if not gptq and spec.quant.group_size != usual.group_size:
-        raise SpecError(
-            f"quant.group_size={spec.quant.group_size} describes GPTQ weights, not those of qlora",
-            ways=[{"method": "gptq-lora"}, {"quant.group_size": usual.group_size}],
-        )
-    if spec.method != "qa-lora" and (spec.lora.pool, spec.lora.pool_group_size) != (Lora().pool, None):
-        unpooled: Change = {"lora.pool": Lora().pool, "lora.pool_group_size": None}
-        raise SpecError(
-            "lora.pool and lora.pool_group_size describe QA-LoRA",
-            ways=[{"method": "qa-lora"}, _set_apart(spec, unpooled)],
-        )
-    if not gptq and spec.bits != 4 and spec.quant != usual:
-        raise SpecError(
-            f"quant.* describes 4-bit backbones; this one has {spec.bits} bits",
-            ways=[{"bits": 4}, _set_apart(spec, plain)],
-        )
-
-
-def _set_apart(spec: RunSpec, change: Change) -> Change:
-    """What of a change is another value than the spec's."""
-    now = flatten(spec)
-    return {key: value for key, value in change.items() if now[key] != value}
 
 
 def flatten(spec: RunSpec) -> dict[str, Any]:
