@@ -1,5 +1,7 @@
 """`qdist plan`: what launch would do, for this machine or another, without torch and without the weights."""
 
+from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -8,15 +10,22 @@ import msgspec
 
 from qdist.cli.planned import plan_lines, shown
 from qdist.core.cards import memory_of
+from qdist.core.changes import MACHINE, Change, flags
 from qdist.core.cluster import UNNAMED, Cluster, hypothetical
-from qdist.core.errors import SpecError
-from qdist.core.plan import Source
-from qdist.core.planner import make_plan
-from qdist.core.spec import nest, parse_assignment, resolve
+from qdist.core.errors import QdistError, SpecError
+from qdist.core.hints import or_tried_hint
+from qdist.core.keys import known_keys
+from qdist.core.plan import Plan, Source
+from qdist.core.planner import plan_once
+from qdist.core.refusal import needs
+from qdist.core.spec import RunSpec, given, merge, nest, parse_assignment, settled
 from qdist.core.units import format_bytes, parse_bytes
 from qdist.host import lessons, probe, templates
 from qdist.host.checkpoints import gptq_of
-from qdist.host.sources import known_shape
+from qdist.host.sources import EMBEDDED, Shape, known_shape
+
+Here = Callable[[], Cluster]
+FactsOf = Callable[[str], Shape]
 
 
 @click.command()
@@ -35,50 +44,119 @@ from qdist.host.sources import known_shape
     "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any other setting, such as seq_len=1024."
 )
 @click.option("--json", "as_json", is_flag=True, help="The whole plan as JSON.")
-def plan(
-    recipe: str | None,
-    gpu_memory: str | None,
-    gpu_name: str | None,
-    host_memory: str | None,
-    assignments: tuple[str, ...],
-    as_json: bool,
-    **flags: Any,
-) -> None:
+def plan(as_json: bool, **asked: Any) -> None:
     """Show how a run would lie in memory and how fast it would go; exit 2 when it does not fit."""
-    given = nest(
-        {key: value for key, value in flags.items() if value is not None} | dict(map(parse_assignment, assignments))
-    )
-    spec = resolve(*([templates.read_recipe(recipe)] if recipe else []), given)
-    if not spec.model:
-        raise SpecError("no model was named", try_="--model llama-65b")
-    # Epochs cannot be counted without the data, and steps have no weight.
-    spec = spec if spec.steps else msgspec.structs.replace(spec, steps=1, epochs=None)
-    config, facts, of_another = known_shape(spec.model)
-    described = bool(gpu_memory or gpu_name)
-    cluster = _machine(spec.gpus or 1, gpu_memory, gpu_name, host_memory)
-    # What another machine has installed is for the user to say.
-    has_liger = find_spec("liger_kernel") is not None or (spec.liger is True and described)
-    learnt = None if described else lessons.correction_for(cluster, world_size=spec.gpus, bits=spec.bits)
-    source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=gptq_of(spec, config))
-    decided = make_plan(spec, source, facts, cluster, None, has_liger=has_liger, correction=learnt)
+    request = Request(**asked)
+    decided = planned(request)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(decided), indent=2).decode())
         return
-    plain = decided.device == "cuda" and not decided.liger and spec.liger is None
+    plain = decided.device == "cuda" and not decided.liger and decided.spec.liger is None
+    of_another = known_shape(decided.spec.model).note
     notes = [of_another] if of_another else []
     notes += ["liger-kernel is not installed here: --set liger=true plans with its kernels"] if plain else []
-    if described and not host_memory and decided.offloaded_layers:
-        notes.append(f"the machine is taken to have {format_bytes(cluster.memory_bytes)} of host memory: --host-memory")
+    if request.described and request.host_memory is None and decided.offloaded_layers:
+        host = _machine(request, decided.spec.gpus, probe.cluster).memory_bytes
+        notes.append(f"the machine is taken to have {format_bytes(host)} of host memory: --host-memory")
     lines = plan_lines(decided, notes=tuple(notes))
     click.echo(shown([line for line in lines if not line.startswith("steps")]))
 
 
-def _machine(gpus: int, gpu_memory: str | None, gpu_name: str | None, host_memory: str | None) -> Cluster:
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """What was typed behind `qdist plan`."""
+
+    recipe: str | None = None
+    assignments: tuple[str, ...] = ()
+    gpu_memory: str | None = None
+    gpu_name: str | None = None
+    host_memory: str | None = None
+    model: str | None = None
+    bits: str | None = None
+    method: str | None = None
+    gpus: int | None = None
+    placement: str | None = None
+    gpus_per_group: str | None = None
+    max_memory: str | None = None
+
+    @property
+    def described(self) -> bool:
+        """Whether the plan is for another machine than this one."""
+        return self.gpu_memory is not None or self.gpu_name is not None
+
+    def settings(self) -> dict[str, Any]:
+        """Flags over recipe, nested. Raises SpecError for what is no setting."""
+        typed = {key: getattr(self, key) for key in _SETTINGS if getattr(self, key) is not None}
+        own = nest(typed | dict(map(parse_assignment, self.assignments)))
+        return merge(*([templates.read_recipe(self.recipe)] if self.recipe is not None else []), own)
+
+
+_SETTINGS = ("model", "bits", "method", "gpus", "placement", "gpus_per_group", "max_memory")
+"""Those that have a flag of their own."""
+
+
+def planned(request: Request, here: Here | None = None) -> Plan:
+    """The plan that was asked for. Raises QdistError with a change to the command that was tried.
+
+    here: finds out what this machine is.
+    """
+    here = cache(here or probe.cluster)
+    try:
+        merged = request.settings()
+    except SpecError as error:
+        raise _with_further_hint(error, request, here) if error.ways else error from None
+    facts_of = cache(known_shape)
+
+    def attempt(change: Change) -> Plan:
+        own = msgspec.structs.replace(request, **{key: change[key] for key in MACHINE if key in change})
+        spec = settled(merged, {key: value for key, value in change.items() if key not in MACHINE})
+        return _plan_once(own, spec, here, facts_of)
+
+    def say(change: Change) -> str:
+        elsewhere = "gpu_memory" in change and not request.described
+        return flags(change) + (", for GPUs that are not here" if elsewhere else "")
+
+    machine = {key: getattr(request, key) for key in MACHINE}
+    return or_tried_hint(attempt, {**given(merged), **machine}, say=say, remark=needs)
+
+
+def _with_further_hint(error: SpecError, request: Request, here: Here) -> SpecError:
+    """The error for a setting that does not exist; its hint says as well what is wrong beside it."""
+    known = known_keys(RunSpec)
+    mistyped = next(each for each in request.assignments if each.partition("=")[0].strip() not in known)
+    (meant,) = (f"{key}={value}" for key, value in error.ways[0].items())
+    mended = (*(each for each in request.assignments if each != mistyped), meant)
+    try:
+        planned(msgspec.structs.replace(request, assignments=mended), here)
+    except QdistError as further:
+        if further.try_.startswith("--"):
+            changed_again = meant.partition("=")[0] + "=" in further.try_
+            error.try_ = further.try_ if changed_again else f"{error.try_} {further.try_}"
+        error.message += f", {further.message}" * further.message.startswith("unknown setting")
+    return error
+
+
+def _plan_once(request: Request, spec: RunSpec, here: Here, facts_of: FactsOf) -> Plan:
+    if not spec.model:
+        models = ("llama-65b", "llama-7b", EMBEDDED)
+        raise SpecError("no model was named", ways=[{"model": model} for model in models])
+    # Epochs cannot be counted without the data, and steps have no weight.
+    spec = spec if spec.steps else msgspec.structs.replace(spec, steps=1, epochs=None)
+    config, facts, _ = facts_of(spec.model)
+    cluster = _machine(request, spec.gpus, here)
+    # What another machine has installed is for the user to say.
+    has_liger = find_spec("liger_kernel") is not None or (spec.liger is True and request.described)
+    learnt = None
+    if not request.described:
+        learnt = lessons.correction_for(cluster, world_size=spec.gpus, bits=spec.bits)
+    source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=gptq_of(spec, config))
+    return plan_once(spec, source, facts, cluster, None, has_liger=has_liger, correction=learnt)
+
+
+def _machine(request: Request, gpus: int | None, here: Here) -> Cluster:
     """The machine that was described, or this one; with other host memory if that was named."""
-    host_bytes = parse_bytes(host_memory) if host_memory else None
-    if not (gpu_memory or gpu_name):
-        here = probe.cluster()
-        return msgspec.structs.replace(here, memory_bytes=host_bytes) if host_bytes else here
-    known_bytes = memory_of(gpu_name) if gpu_name else 0
-    each = parse_bytes(gpu_memory) if gpu_memory else known_bytes
-    return hypothetical(gpus, each, name=gpu_name or UNNAMED, host_memory_bytes=host_bytes)
+    host_bytes = None if request.host_memory is None else parse_bytes(request.host_memory, "host_memory")
+    if not request.described:
+        return msgspec.structs.replace(here(), memory_bytes=host_bytes) if host_bytes else here()
+    known_bytes = 0 if request.gpu_name is None else memory_of(request.gpu_name)
+    each = known_bytes if request.gpu_memory is None else parse_bytes(request.gpu_memory, "gpu_memory")
+    return hypothetical(gpus or 1, each, name=request.gpu_name or UNNAMED, host_memory_bytes=host_bytes)

@@ -146,10 +146,8 @@ def _lost(plan: Plan) -> Iterator[str]:
     """A row for every other layout: what it would give and need, and why it lost."""
     for index, other in enumerate(plan.alternatives):
         speed = f"{format_count(other.tokens_per_second)} tok/s" if other.tokens_per_second else ""
-        yield (
-            f"{'' if index else 'not':8} {_named(other, plan):24} {speed:>12} {format_bytes(other.required_bytes):>9}  "
-            f"{other.reason}"
-        )
+        needed = format_bytes(other.required_bytes) if other.required_bytes else ""
+        yield f"{'' if index else 'not':8} {_named(other, plan):24} {speed:>12} {needed:>9}  {other.reason}"
 
 
 def _named(other: Alternative, plan: Plan) -> str:

@@ -135,8 +135,8 @@ def micro_batches(setting: Setting, layout: Layout) -> list[int]:
     if usual and each % usual == 0 and each // usual >= stages:
         return [usual]
     ceiling = MAX_MICRO_BATCH_TOKENS if setting.rooms is not None else MAX_CPU_MICRO_BATCH_TOKENS
-    sizes = [size for size in range(each // stages, 0, -1) if each % size == 0]
-    return [size for size in sizes if size * seq_len <= ceiling] or [1]
+    most = min(each // stages, ceiling // seq_len)
+    return [size for size in range(most, 0, -1) if each % size == 0] or [1]
 
 
 def _fewest_recomputed(setting: Setting, layout: Layout, size: int) -> Candidate:
@@ -153,7 +153,7 @@ def _fewest_recomputed(setting: Setting, layout: Layout, size: int) -> Candidate
     if layout.placement == "split" and layout.gpus_per_group > 1:
         return with_(layers)  # the slowest stage sets the pace: all recompute, or none
     # Moments that leave the GPU cross the bus twice a step, which costs more than recomputing saves.
-    return with_(_least(lambda count: with_(count).roomy, 1, layers))
+    return with_(_least(lambda count: with_(count).roomy, 1, layers) if with_(layers - 1).roomy else layers)
 
 
 def _least(fits: Callable[[int], bool], low: int, high: int) -> int:

@@ -109,8 +109,7 @@ def memory_of(name: str) -> int:
     """Bytes of a known card. Raises SpecError for another."""
     card = _card(name)
     if card is None:
-        near = " or ".join(f"--gpu-name '{title}'" for title in _nearest(name))
-        raise SpecError(f"no card is known as {name!r}", try_=f"{near}, or --gpu-memory 24GiB alone")
+        raise SpecError(f"no card is known as {name!r}", ways=[{"gpu_name": title} for title in _nearest(name)])
     return card.gib * GIB
 
 

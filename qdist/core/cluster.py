@@ -4,13 +4,16 @@ from typing import Literal
 
 import msgspec
 
+from qdist.core.changes import Change
 from qdist.core.errors import SpecError
-from qdist.core.units import GIB
+from qdist.core.units import GIB, format_bytes, parse_bytes
 
 LINEAR_S = 0.65e-3
 """What launching an adapted 4-bit linear takes, both passes (a virtual machine with H200s)."""
 UNNAMED = "hypothetical GPU"
 """Name of a card that nobody named."""
+MOST_RANKS = 256
+"""Of one machine, real or not."""
 _USUAL_HOST_BYTES = 64 * GIB
 """Host memory of a machine with a GPU, unless its GPUs are large."""
 
@@ -54,6 +57,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     memory_free_bytes: int
     rates: Rates | None = None
     """Of the slowest GPU; None on CPU, and where nothing is known of the card."""
+    described: bool = False
+    """Not this machine: one to plan for."""
 
 
 def hypothetical(
@@ -67,9 +72,17 @@ def hypothetical(
     Raises SpecError when the machine would have no GPU or no memory.
     """
     if gpus < 1:
-        raise SpecError(f"a machine to plan for needs at least 1 GPU, not {gpus}", try_="--gpus 4 --gpu-memory 48GiB")
+        raise SpecError(f"a machine to plan for needs at least 1 GPU, not {gpus}", ways=[{"gpus": 1}])
+    if gpus > MOST_RANKS:
+        raise SpecError(
+            f"a machine to plan for has at most {MOST_RANKS:,} GPUs, not {gpus:,}",
+            ways=[{"gpus": count} for count in (64, 8)],
+        )
     if gpu_memory_bytes < GIB:
-        raise SpecError(f"a GPU of {gpu_memory_bytes:,} bytes is too small to plan for", try_="--gpu-memory 48GiB")
+        raise SpecError(
+            f"a GPU of {format_bytes(gpu_memory_bytes)} is too small to plan for",
+            ways=[{"gpu_memory": f"{gib}GiB"} for gib in (24, 48, 80)],
+        )
     host_bytes = host_memory_bytes or max(_USUAL_HOST_BYTES, 2 * gpus * gpu_memory_bytes)
     return Cluster(
         device="cuda",
@@ -80,4 +93,19 @@ def hypothetical(
         cpu_count=8 * gpus,
         memory_bytes=host_bytes,
         memory_free_bytes=host_bytes,
+        described=True,
     )
+
+
+def changed(cluster: Cluster, change: Change, gpus: int | None) -> Cluster:
+    """The machine with a change to it. gpus: of the run; a machine that is only described has what is asked for."""
+    if "gpu_memory" in change:
+        each = parse_bytes(change["gpu_memory"], "gpu_memory")
+        larger = tuple(msgspec.structs.replace(gpu, total_bytes=each, free_bytes=each) for gpu in cluster.gpus)
+        cluster = msgspec.structs.replace(cluster, gpus=larger) if larger else hypothetical(gpus or 1, each)
+    if cluster.described and "gpus" in change:
+        many = tuple(msgspec.structs.replace(cluster.gpus[0], index=index) for index in range(gpus or 1))
+        cluster = msgspec.structs.replace(cluster, gpus=many)
+    if "host_memory" in change:
+        cluster = msgspec.structs.replace(cluster, memory_bytes=parse_bytes(change["host_memory"], "host_memory"))
+    return cluster

@@ -16,8 +16,10 @@ Exit codes of every command: 0 done; 1 a run or a job failed (JobError, or a bug
 cannot be (all others); 130 Ctrl-C.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
+
+from qdist.core.changes import Change, flags
 
 
 class QdistError(Exception):
@@ -26,10 +28,12 @@ class QdistError(Exception):
     exit_code: ClassVar[int] = 2
     """Of a command that ends with it."""
 
-    def __init__(self, message: str, *, try_: str = "") -> None:
+    def __init__(self, message: str, *, try_: str = "", ways: Sequence[Change] = ()) -> None:
+        """ways: changes to what was asked that may put it right, the likeliest first; `hints` tries them."""
         super().__init__(message)
         self.message = message
-        self.try_ = try_
+        self.try_ = try_ or (flags(ways[0]) if ways else "")
+        self.ways = tuple(ways)
 
     def __str__(self) -> str:
         return f"{self.message}\n  try: {self.try_}" if self.try_ else self.message

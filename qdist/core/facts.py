@@ -119,8 +119,11 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             return self.linears
         for target in (target for target in targets if target not in self.linear_names):
             known = ", ".join(self.linear_names)
-            near = nearest(target, self.linear_names) or ALL_LINEAR
-            raise ModelError(f"{self.name} has no linear {target!r} among {known}", try_=near)
+            meant = dict.fromkeys(filter(None, (nearest(each, self.linear_names) for each in targets)))
+            raise ModelError(
+                f"{self.name} has no linear {target!r} among {known}",
+                ways=[{"lora.targets": tuple(meant) or (ALL_LINEAR,)}],
+            )
         return tuple(linear for linear in self.linears if linear.name in targets)
 
     def adapter_parameters(self, rank: int, targets: tuple[str, ...], pool: int = 1) -> int:

@@ -124,7 +124,9 @@ def of_run(spec: RunSpec, config: Mapping[str, object]) -> Gptq | None:
     there = isinstance(stored, Mapping) and method_of(stored) in METHODS
     if spec.method not in GPTQ_METHODS:
         if there and spec.load_format == "auto":
-            raise SpecError(f"{spec.model} is a GPTQ checkpoint", try_="--method gptq-lora, or qa-lora")
+            raise SpecError(
+                f"{spec.model} is a GPTQ checkpoint", ways=[{"method": "gptq-lora"}, {"load_format": "dummy"}]
+            )
         return None
     if not there or spec.load_format == "dummy":
         assert spec.bits != 16  # `spec.checked` refuses it
@@ -134,12 +136,12 @@ def of_run(spec: RunSpec, config: Mapping[str, object]) -> Gptq | None:
     if found.shape.bits != spec.bits:
         raise SpecError(
             f"{spec.model} has {found.shape.bits} bits; this run wants {spec.bits}",
-            try_=f"--bits {found.shape.bits}",
+            ways=[{"bits": found.shape.bits}],
         )
     if spec.quant.group_size not in (found.shape.group_size, Quant().group_size):
         raise SpecError(
             f"{spec.model} has a group size of {found.shape.group_size}; this run wants {spec.quant.group_size}",
-            try_="leave quant.group_size out",
+            ways=[{"quant.group_size": Quant().group_size}],
         )
     return found
 

@@ -5,11 +5,14 @@ from typing import Literal
 
 import msgspec
 
+from qdist.core.changes import Change
 from qdist.core.errors import SpecError
 from qdist.core.plan import Placement, Schedule
 from qdist.core.spec import RunSpec, Split
 from qdist.core.units import counted
 
+OPEN: Change = {"placement": None, "gpus_per_group": None, "split.schedule": None, "split.offload_layers": None}
+"""The layout left to the planner."""
 _UNITS = {"cuda": "GPU", "cpu": "CPU rank"}
 
 
@@ -61,10 +64,7 @@ def layouts(spec: RunSpec, count: int, *, device: Literal["cuda", "cpu"]) -> tup
             refused = refused or error
     if not found:
         # Nothing was worth a try: whole layers on each of one CPU rank.
-        raise refused or SpecError(
-            f"placement={spec.placement or 'split'} needs at least 2 {_UNITS[device]}s in a group",
-            try_="--gpus 2" if count == 1 else f"--gpus-per-group {count}",
-        )
+        raise refused or _too_few(f"placement={spec.placement or 'split'}", count, _UNITS[device])
     return tuple(sorted(found, key=lambda layout: layout.simplicity))
 
 
@@ -78,7 +78,7 @@ def _grid(
         named = "replicate"
     if named in (None, "replicate") and size in (None, 1):
         yield "replicate", None, 1
-    divisors = [number for number in range(2, count + 1) if count % number == 0]
+    divisors = divisors_of(count)
     for each in [size] if size else [count] if named else divisors:
         if named == "shard" or (not named and each > 1):
             yield "shard", None, each
@@ -88,6 +88,28 @@ def _grid(
             single = split.schedule is None and (named or each == count > 1)
             if device == "cuda" and (split.schedule == "sequential" or single):
                 yield "split", "sequential", each
+
+
+def divisors_of(count: int) -> list[int]:
+    """Sizes above 1 of groups into which so many GPUs can be divided."""
+    return [number for number in range(2, count + 1) if count % number == 0]
+
+
+def impossible(spec: RunSpec, layout: Layout, layers: int) -> SpecError | None:
+    """Why a layout cannot exist for a model of so many layers, or None: a stage has at least one."""
+    stages = layout.gpus_per_group
+    if layout.schedule != "1f1b" or stages <= layers:
+        return None
+    count = layout.groups * stages
+    smaller = [size for size in divisors_of(count) if size <= layers]
+    return SpecError(
+        f"{stages} stages need at least as many layers, and {spec.model} has {counted(layers, 'layer')}",
+        ways=[
+            *({"gpus_per_group": size} for size in smaller[-1:]),
+            *({"gpus": number} for number in (layers,) if number > 1),
+            OPEN,
+        ],
+    )
 
 
 def unable(spec: RunSpec, layout: Layout, new_rows: int) -> SpecError | None:
@@ -101,12 +123,12 @@ def unable(spec: RunSpec, layout: Layout, new_rows: int) -> SpecError | None:
         rows = "a new row" if new_rows == 1 else f"{new_rows} new rows"
         return SpecError(
             f"the stages of a 1f1b split cannot train {rows} of the vocabulary",
-            try_="--placement shard" + (" --set split.schedule=auto" if spec.split.schedule else ""),
+            ways=[_sharded(spec), OPEN],
         )
     if spec.train.answers:
         return SpecError(
             f"the stages of a 1f1b split cannot generate the answers of train.answers={spec.train.answers}",
-            try_="--set train.answers=0 (and qdist generate RUN afterwards)",
+            ways=[{"train.answers": 0}, _sharded(spec)],
         )
     return None
 
@@ -121,18 +143,25 @@ def _layout(spec: RunSpec, placement: Placement, schedule: Schedule | None, coun
     if schedule == "sequential" and groups > 1:
         raise SpecError(
             f"split.schedule=sequential is one process over all {unit}s, not {groups} groups of {size}",
-            try_=f"--gpus-per-group {count}" + (", or --set split.schedule=1f1b" if size > 1 else ""),
+            ways=[{"gpus_per_group": count}, *([{"split.schedule": "1f1b"}] if size > 1 else []), OPEN],
         )
     if size == 1 and (placement == "shard" or schedule == "1f1b"):
-        raise SpecError(
-            f"{'placement=shard' if placement == 'shard' else 'split.schedule=1f1b'} needs at least 2 {unit}s in a "
-            "group",
-            try_="--gpus 2" if count == 1 else f"--gpus-per-group {count}",
-        )
+        raise _too_few("placement=shard" if placement == "shard" else "split.schedule=1f1b", count, unit)
     shape = Layout(
         placement=placement, schedule=schedule, groups=groups, gpus_per_group=size, zero_stage=0, engine="torch"
     )
     return msgspec.structs.replace(shape, **_state(spec, shape, unit))
+
+
+def _too_few(what: str, count: int, unit: str) -> SpecError:
+    larger: list[Change] = [{"gpus_per_group": size} for size in divisors_of(count)[::-1]]
+    return SpecError(f"{what} needs at least 2 {unit}s in a group", ways=[*(larger or [{"gpus": 2}]), OPEN])
+
+
+def _sharded(spec: RunSpec) -> Change:
+    """Shards instead, without what only a split has."""
+    fixed = [name for name, value in msgspec.structs.asdict(spec.split).items() if value is not None]
+    return {"placement": "shard", **{f"split.{name}": None for name in fixed}}
 
 
 def divisions(spec: RunSpec, layout: Layout) -> tuple[Layout, ...]:
@@ -152,15 +181,15 @@ def _state(spec: RunSpec, shape: Layout, unit: str) -> dict[str, object]:
     if shape.placement == "split":
         if offload or stage == 3:
             what = "zero.offload=cpu" if offload else "zero.stage=3"
-            raise SpecError(f"{what} does not go with a split backbone", try_="--placement shard")
+            plain: Change = {"zero.offload": "none"} if offload else {"zero.stage": None}
+            raise SpecError(f"{what} does not go with a split backbone", ways=[_sharded(spec), plain, OPEN])
         if stage and shape.groups == 1:
             count = shape.gpus_per_group
-            smaller = next((size for size in range(2, count) if count % size == 0), None)
-            groups = smaller if shape.schedule == "1f1b" else None
+            smaller = divisors_of(count)[:-1] if shape.schedule == "1f1b" else []
             raise SpecError(
                 f"zero.stage={stage} divides the adapter's state among groups, and a split over "
                 f"{counted(count, unit)} is one group",
-                try_="--set zero.stage=auto" + (f", or --gpus-per-group {groups}" if groups else ""),
+                ways=[{"zero.stage": None}, *({"gpus_per_group": size} for size in smaller)],
             )
     many = shape.data_parallel > 1
     if stage is None:
@@ -174,30 +203,37 @@ def _check(spec: RunSpec, count: int, device: Literal["cuda", "cpu"]) -> None:
     """Refuse what contradicts itself, so that no setting is ignored."""
     size, unit = spec.gpus_per_group, _UNITS[device]
     if size is not None and (size > count or count % size):
+        smaller = next(n for n in range(min(size, count), 0, -1) if count % n == 0)
         raise SpecError(
             f"gpus_per_group={size}, but {counted(count, unit)} cannot be divided so",
-            try_=f"--gpus-per-group {next(n for n in range(min(size, count), 0, -1) if count % n == 0)}",
+            ways=[{"gpus_per_group": smaller}, {"gpus_per_group": None}, {"gpus": size}],
         )
     if size == 1 < count and spec.placement == "split" and spec.split.schedule is None:
         raise SpecError(
             f"placement=split needs at least 2 {unit}s in a group, not gpus_per_group=1",
-            try_=f"--gpus-per-group {count}",
+            ways=[*({"gpus_per_group": number} for number in divisors_of(count)[::-1]), OPEN],
         )
     if spec.placement == "replicate" and size not in (None, 1):
         raise SpecError(
             f"gpus_per_group={size}, but placement=replicate puts the whole backbone on each {unit}",
-            try_="--placement shard",
+            ways=[{"placement": "shard"}, {"gpus_per_group": None}],
         )
     if spec.split != Split() and spec.placement not in (None, "split"):
-        raise SpecError(f"split.* describes placement=split, not {spec.placement}", try_="--placement split")
+        raise SpecError(
+            f"split.* describes placement=split, not {spec.placement}",
+            ways=[{"placement": "split"}, {"split.schedule": None, "split.offload_layers": None}],
+        )
     if spec.split.offload_layers and spec.split.schedule == "1f1b":
         raise SpecError(
-            "split.offload_layers goes with one process, not with 1f1b", try_="--set split.schedule=sequential"
+            "split.offload_layers goes with one process, not with 1f1b",
+            ways=[{"split.schedule": "sequential"}, {"split.offload_layers": None}],
         )
     if spec.split.schedule == "sequential" and device == "cpu":
         raise SpecError(
             "split.schedule=sequential is one process that visits GPU after GPU, and there is none here",
-            try_="--set split.schedule=1f1b",
+            ways=[{"split.schedule": "1f1b"}, {"split.schedule": None}, OPEN],
         )
     if spec.split.offload_layers and device == "cpu":
-        raise SpecError("split.offload_layers needs a GPU to copy layers to", try_="--set split.offload_layers=0")
+        raise SpecError(
+            "split.offload_layers needs a GPU to copy layers to", ways=[{"split.offload_layers": None}, OPEN]
+        )

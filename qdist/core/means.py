@@ -4,7 +4,7 @@ from typing import Literal
 
 from qdist.core.candidates import HEADROOM
 from qdist.core.cards import has_bfloat16
-from qdist.core.cluster import Cluster
+from qdist.core.cluster import MOST_RANKS, Cluster
 from qdist.core.errors import PlanError, SpecError
 from qdist.core.spec import RunSpec, max_memory_bytes
 from qdist.core.units import GIB, format_bytes
@@ -13,10 +13,15 @@ from qdist.core.units import GIB, format_bytes
 def count_of(spec: RunSpec, cluster: Cluster) -> int:
     """GPUs, or CPU ranks, of the run."""
     if cluster.device == "cpu":
+        if spec.gpus is not None and spec.gpus > MOST_RANKS:
+            raise SpecError(
+                f"a machine has at most {MOST_RANKS:,} ranks, not {spec.gpus:,}",
+                ways=[{"gpus": ranks} for ranks in (cluster.cpu_count, 2, 1)],
+            )
         return spec.gpus or 1
     if spec.gpus is not None and spec.gpus > len(cluster.gpus):
         raise PlanError(
-            f"--gpus {spec.gpus}, but this machine has {len(cluster.gpus)}", try_=f"--gpus {len(cluster.gpus)}"
+            f"--gpus {spec.gpus}, but this machine has {len(cluster.gpus)}", ways=[{"gpus": len(cluster.gpus)}]
         )
     return spec.gpus or len(cluster.gpus)
 
@@ -35,7 +40,7 @@ def optimizer_of(spec: RunSpec, cluster: Cluster) -> Literal["adamw", "paged-ada
         where = "a GPU" if cluster.device == "cpu" else "zero.offload=none"
         raise SpecError(
             f"optim.name=paged-adamw needs {where}: it pages optimizer state out of GPU memory",
-            try_="--set optim.name=adamw",
+            ways=[{"optim.name": "adamw"}],
         )
     return spec.optim.name or ("paged-adamw" if on_gpu else "adamw")
 
@@ -43,9 +48,12 @@ def optimizer_of(spec: RunSpec, cluster: Cluster) -> Literal["adamw", "paged-ada
 def liger_of(spec: RunSpec, cluster: Cluster, has_liger: bool) -> bool:
     """Whether Liger's kernels run: wherever they can, unless told."""
     if spec.liger and cluster.device == "cpu":
-        raise SpecError("liger=true needs a GPU: its kernels are written in Triton", try_="--set liger=false")
+        raise SpecError("liger=true needs a GPU: its kernels are written in Triton", ways=[{"liger": False}])
     if spec.liger and not has_liger:
-        raise SpecError("liger=true, but the package liger-kernel is not installed", try_="pip install liger-kernel")
+        raise SpecError(
+            "liger=true, but the package liger-kernel is not installed: pip install liger-kernel",
+            ways=[{"liger": None}],
+        )
     return cluster.device == "cuda" and has_liger if spec.liger is None else spec.liger
 
 
@@ -54,12 +62,12 @@ def rooms_of(spec: RunSpec, cluster: Cluster, count: int) -> tuple[int, ...] | N
     cap = max_memory_bytes(spec)
     if cluster.device == "cpu":
         if cap is not None:
-            raise SpecError("--max-memory caps GPUs, and this machine has none", try_="leave --max-memory out")
+            raise SpecError("--max-memory caps GPUs, and this machine has none", ways=[{"max_memory": None}])
         return None
     totals = [gpu.total_bytes for gpu in cluster.gpus[:count]]
     if cap is not None and cap > max(totals):
         raise PlanError(
             f"--max-memory {format_bytes(cap)}, but the largest GPU has {format_bytes(max(totals))}",
-            try_=f"--max-memory {max(totals) // GIB}GiB or less",
+            ways=[{"max_memory": f"{max(totals) // GIB}GiB"}, {"max_memory": None}],
         )
     return tuple(int(HEADROOM * min(cap or total, total)) for total in totals)

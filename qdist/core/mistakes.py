@@ -4,10 +4,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from qdist.core.changes import Change, typed
 from qdist.core.errors import SpecError, nearest
 
-_FLAGS = frozenset(("model", "bits", "gpus", "placement", "gpus_per_group", "max_memory"))
-"""Settings that every command that plans has a flag for."""
+__all__ = ["not_among", "of_another_kind", "typed", "unknown"]
 
 _SYNONYMS = {
     "learning_rate": "optim.lr", "batch_size": "global_batch", "per_device_train_batch_size": "micro_batch",
@@ -19,41 +19,45 @@ _SYNONYMS = {
     "source_max_len": "seq_len", "report_to": "trackers", "stage": "zero.stage", "zero_stage": "zero.stage",
 }  # fmt: skip
 
-_ELSEWHERE = {
+_OFFLOADED: Change = {"placement": "split", "split.offload_layers": 8}
+_SHARDED, _REPLICATED, _SPLIT = ({"placement": name} for name in ("shard", "replicate", "split"))
+_ELSEWHERE: dict[str, dict[str, Change]] = {
     "placement": {
-        "offload": "--placement split --set split.offload_layers=8", "cpu": "--set split.offload_layers=8",
-        "fsdp": "--placement shard", "fsdp2": "--placement shard", "full_shard": "--placement shard",
-        "ddp": "--placement replicate", "data": "--placement replicate", "dp": "--placement replicate",
-        "pipeline": "--placement split", "pp": "--placement split", "device_map": "--placement split",
-        "1f1b": "--set split.schedule=1f1b", "sequential": "--set split.schedule=sequential",
+        "offload": _OFFLOADED, "cpu": _OFFLOADED,
+        "fsdp": _SHARDED, "fsdp2": _SHARDED, "full_shard": _SHARDED,
+        "ddp": _REPLICATED, "data": _REPLICATED, "dp": _REPLICATED,
+        "pipeline": _SPLIT, "pp": _SPLIT, "device_map": _SPLIT,
+        "1f1b": {"placement": None, "split.schedule": "1f1b"},
+        "sequential": {"placement": None, "split.schedule": "sequential"},
     },
 }  # fmt: skip
 """What other tools call a value."""
 
 
-def typed(key: str, value: object) -> str:
-    """A setting as one types it: '--bits 4', '--set lora.r=16'."""
-    return f"--{key.replace('_', '-')} {value}" if key in _FLAGS else f"--set {key}={value}"
-
-
-def unknown(key: str, settings: Sequence[str]) -> SpecError:
-    """The error for a setting that does not exist, naming the nearest that does."""
+def unknown(key: str, settings: Sequence[str], value: Any = None) -> SpecError:
+    """The error for a setting that does not exist, naming the nearest that does. value: what it was to be set to."""
     by_leaf = {name.rpartition(".")[2]: name for name in settings}
     leaf = key.rpartition(".")[2]
     guess = (
         by_leaf.get(leaf) or _SYNONYMS.get(leaf) or nearest(key, settings) or by_leaf.get(nearest(leaf, by_leaf) or "")
     )
-    return SpecError(f"unknown setting {key!r}", try_=guess or "a setting that `qdist launch --help` lists")
+    message = f"unknown setting {key!r}"
+    if guess and value is not None:
+        return SpecError(message, ways=[{guess: value}])
+    return SpecError(message, try_=guess or "a setting that `qdist launch --help` lists")
 
 
 def not_among(key: str, value: Any, choices: Sequence[str], usual: str = "") -> SpecError:
     """The error for a value that is none of the few that there are. usual: the one to try where none is near."""
     meant = _ELSEWHERE.get(key, {}).get(str(value).lower().replace("-", "_"))
     guess = nearest(str(value), choices) or usual or choices[0]
-    return SpecError(f"{key} cannot be {value!r}: it is one of {', '.join(choices)}", try_=meant or typed(key, guess))
+    return SpecError(
+        f"{key} cannot be {value!r}: it is one of {', '.join(choices)}",
+        ways=[meant or {key: guess}, {key: usual or choices[0]}],
+    )
 
 
-def of_another_kind(key: str, value: Any, reason: str, usual: str) -> SpecError:
+def of_another_kind(key: str, value: Any, reason: str, usual: Change) -> SpecError:
     """The error for a number out of its range, or what is no number.
 
     reason: msgspec's.
@@ -66,5 +70,6 @@ def of_another_kind(key: str, value: Any, reason: str, usual: str) -> SpecError:
     wanted = re.sub(r" number >= ([\d.]+)$", r" number, \1 or more", wanted)
     return SpecError(
         f"{key} cannot be {value!r}: {wanted[:1].lower()}{wanted[1:]}",
-        try_=typed(key, usual) if usual else f"another value for {key}",
+        try_="" if usual else f"another value for {key}",
+        ways=[usual] if usual else [],
     )

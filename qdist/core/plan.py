@@ -92,7 +92,7 @@ class Alternative(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tokens_per_second: float
     """Predicted, all ranks together; 0 where it does not fit."""
     required_bytes: int
-    """Of the fullest GPU."""
+    """Of the fullest GPU; 0 for a layout that cannot exist."""
     engine: Literal["torch", "deepspeed"] = "torch"
     zero_stage: int = 0
     reason: str

@@ -5,15 +5,18 @@ from typing import Literal, NamedTuple
 
 from qdist.core.candidates import HEADROOM, Candidate, Setting
 from qdist.core.cards import rates_for
+from qdist.core.changes import MACHINE, Change
 from qdist.core.cluster import Cluster, Rates
-from qdist.core.errors import PlanError, SpecError
+from qdist.core.cluster import changed as machine_changed
+from qdist.core.errors import SpecError
 from qdist.core.facts import ModelFacts
+from qdist.core.hints import or_tried_hint
 from qdist.core.layouts import layouts
 from qdist.core.lessons import Correction
 from qdist.core.means import count_of, dtype_of, liger_of, optimizer_of, rooms_of
 from qdist.core.memory import Job, sizes
 from qdist.core.notes import correction_notes, dtype_notes, notes
-from qdist.core.plan import DataFacts, Plan, RankPlan, Source
+from qdist.core.plan import Alternative, DataFacts, Plan, RankPlan, Source
 from qdist.core.pooling import pool_of
 from qdist.core.ranking import (
     alternatives,
@@ -24,12 +27,12 @@ from qdist.core.ranking import (
     eligible,
     host_memory_wanted,
     last_resort,
+    nonexistent,
 )
-from qdist.core.refusal import too_big
-from qdist.core.spec import RunSpec, checked, max_memory_bytes
-from qdist.core.units import format_bytes
+from qdist.core.refusal import needs, too_big, too_many_offloaded, too_many_ranks
+from qdist.core.spec import MOST_STEPS, RunSpec, changed, flatten, max_memory_bytes
 
-__all__ = ["HEADROOM", "make_plan"]
+__all__ = ["HEADROOM", "make_plan", "plan_once"]
 
 
 class _Inputs(NamedTuple):
@@ -52,6 +55,7 @@ class _Decision(NamedTuple):
     setting: Setting
     winner: Candidate
     rows: list[list[Candidate]]
+    nonexistent: tuple[Alternative, ...]
 
 
 def make_plan(
@@ -71,20 +75,49 @@ def make_plan(
     for each micro-batch.
     correction: what runs on this machine have taught.
 
-    Raises PlanError, with the missing bytes and the nearest settings that fit, when the run does not fit, and
-    SpecError where settings or the batch arithmetic cannot work out.
+    Raises PlanError, with the missing bytes, when the run does not fit, and SpecError where settings or the batch
+    arithmetic cannot work out; each with a change that was tried.
     """
+
+    def attempt(change: Change) -> Plan:
+        own = changed(spec, {key: value for key, value in change.items() if key not in MACHINE})
+        return plan_once(
+            own,
+            source,
+            facts,
+            machine_changed(cluster, change, own.gpus),
+            data,
+            has_liger=has_liger,
+            usual_micro_batch=usual_micro_batch,
+            correction=correction,
+        )
+
+    return or_tried_hint(attempt, flatten(spec), remark=needs)
+
+
+def plan_once(
+    spec: RunSpec,
+    source: Source,
+    facts: ModelFacts,
+    cluster: Cluster,
+    data: DataFacts | None,
+    *,
+    has_liger: bool = False,
+    usual_micro_batch: int | None = None,
+    correction: Correction | None = None,
+) -> Plan:
+    """As `make_plan`; what a refusal suggests has not been tried."""
     count = count_of(spec, cluster)
     longest = min(spec.seq_len, data.longest) if data else spec.seq_len
     if longest > facts.max_positions:
         raise SpecError(
             f"seq_len={longest}, but {spec.model} has {facts.max_positions} positions",
-            try_=f"--set seq_len={facts.max_positions}",
+            ways=[{"seq_len": facts.max_positions}],
         )
     if (spec.split.offload_layers or 0) > facts.layers:
         raise SpecError(
             f"split.offload_layers={spec.split.offload_layers}, but {spec.model} has {facts.layers} layers",
-            try_=f"--set split.offload_layers={facts.layers}",
+            ways=[{"split.offload_layers": facts.layers}, {"split.offload_layers": None}],
         )
     rates, rate_notes = rates_for(cluster)
     inputs = _Inputs(
@@ -135,7 +168,7 @@ def make_plan(
         ranks=_ranks(winner, count, cluster.device),
         tokens_per_second=round(tokens_s(winner), 1),
         load_peak_bytes=max(winner.load_peaks),
-        alternatives=alternatives(setting, winner, decision.rows, tokens_s),
+        alternatives=(*alternatives(setting, winner, decision.rows, tokens_s), *decision.nonexistent),
         correction=correction,
         notes=(
             *notes(setting, winner, barred(setting, winner, decision.rows)),
@@ -151,30 +184,18 @@ def _decide(inputs: _Inputs) -> _Decision:
     spec, cluster = inputs.spec, inputs.cluster
     count = count_of(spec, cluster)
     setting = _setting(inputs, count)
-    rows = contenders(setting, layouts(spec, count, device=cluster.device))
+    found = layouts(spec, count, device=cluster.device)
+    rows = contenders(setting, found)
     tried = eligible(setting, rows)
     winner = choose(tried) or last_resort(setting, count)
     if winner is None:
-
-        def attempt(changed: RunSpec, machine: Cluster) -> Candidate:
-            eased = inputs._replace(spec=checked(changed), cluster=machine)
-            among = count_of(changed, machine)
-            fitting = choose(_tried(eased)) or last_resort(_setting(eased, among), among)
-            if fitting is None:
-                raise PlanError("does not fit either")
-            return fitting
-
-        raise too_big(spec, cluster, closest(tried), attempt, host_memory_wanted(setting, count))
-    _check_offloaded(setting, winner)
+        raise too_big(spec, cluster, closest(tried), host_memory_wanted(setting, count))
+    refused = too_many_offloaded(spec, cluster, winner, setting.sizes.layer)
     if cluster.device == "cpu":
-        _check_cpu_ranks(spec, cluster, winner)
-    return _Decision(setting, winner, rows)
-
-
-def _tried(inputs: _Inputs) -> list[Candidate]:
-    count = count_of(inputs.spec, inputs.cluster)
-    setting = _setting(inputs, count)
-    return eligible(setting, contenders(setting, layouts(inputs.spec, count, device=inputs.cluster.device)))
+        refused = too_many_ranks(spec, cluster, winner)
+    if refused:
+        raise refused
+    return _Decision(setting, winner, rows, nonexistent(setting, found))
 
 
 def _setting(inputs: _Inputs, count: int) -> Setting:
@@ -229,40 +250,16 @@ def _ranks(winner: Candidate, count: int, device: str) -> tuple[RankPlan, ...]:
     )
 
 
-def _check_offloaded(setting: Setting, winner: Candidate) -> None:
-    """Host memory holds the layers that were taken off the GPUs."""
-    needed, room = len(winner.offloaded) * setting.sizes.layer, int(HEADROOM * setting.host_bytes)
-    if needed > room:
-        raise PlanError(
-            f"{len(winner.offloaded)} offloaded layers need {format_bytes(needed)} of host memory; "
-            f"{HEADROOM * 100:.0f} % of this machine's is {format_bytes(room)}",
-            try_=f"--set split.offload_layers={room // setting.sizes.layer}",
-        )
-
-
-def _check_cpu_ranks(spec: RunSpec, cluster: Cluster, winner: Candidate) -> None:
-    """Host memory holds all ranks where there is no GPU."""
-    ranks = winner.layout.world_size
-    own = [winner.budgets[rank % len(winner.budgets)].total for rank in range(ranks)]
-    if sum(own) > cluster.memory_bytes:
-        fitting = cluster.memory_bytes // max(own)
-        raise PlanError(
-            f"{spec.model} at {spec.bits} bits on {ranks} CPU rank{'s' if ranks > 1 else ''} needs "
-            f"{format_bytes(sum(own))}; this machine has {format_bytes(cluster.memory_bytes)}, no GPU",
-            try_=f"--gpus {fitting}, or {_elsewhere(spec)}"
-            if fitting and spec.placement in (None, "replicate")
-            else f"a smaller model, or {_elsewhere(spec)}",
-        )
-
-
-def _elsewhere(spec: RunSpec) -> str:
-    return f"for another machine: qdist plan --model {spec.model} --gpus {spec.gpus or 1} --gpu-memory 24GiB"
-
-
 def _steps(spec: RunSpec, data: DataFacts | None) -> int:
     """Steps of the run: as told, or the epochs (one, unless told) over the training samples, rounded up."""
     if spec.steps is not None:
         return spec.steps
     if data is None or data.train_samples == 0:
-        raise SpecError("synthetic data have no epochs", try_="--set steps=20")
-    return math.ceil((spec.epochs or 1.0) * data.train_samples / spec.global_batch)
+        raise SpecError("synthetic data have no epochs", ways=[{"steps": 20, "epochs": None}])
+    steps = math.ceil((spec.epochs or 1.0) * data.train_samples / spec.global_batch)
+    if steps > MOST_STEPS:
+        raise SpecError(
+            f"epochs={spec.epochs:g} over {data.train_samples:,} samples are more steps than can be counted",
+            ways=[{"epochs": None}],
+        )
+    return steps

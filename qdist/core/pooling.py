@@ -1,11 +1,16 @@
 """How many inputs does QA-LoRA pool, and by what? Xu et al. 2023; the update must be constant in every GPTQ group."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from qdist.core.changes import Change
 from qdist.core.errors import SpecError
 from qdist.core.facts import Linear, ModelFacts
 from qdist.core.gptq import Gptq
 from qdist.core.spec import Pool, RunSpec
+
+_UNPOOLED: Change = {"method": "gptq-lora", "lora.pool": "peft", "lora.pool_group_size": None}
+_OTHER_GROUPS: tuple[Change, ...] = tuple({"quant.group_size": size} for size in (128, 64, 32))
+"""For random weights; a checkpoint keeps its own."""
 
 
 def pool_of(spec: RunSpec, gptq: Gptq | None, facts: ModelFacts) -> int:
@@ -22,19 +27,21 @@ def pool_of(spec: RunSpec, gptq: Gptq | None, facts: ModelFacts) -> int:
             f"{spec.model} was quantized in activation order: its groups are of scattered inputs, which qa-lora cannot "
             "pool",
             try_="--method gptq-lora, or qdist quantize it without --desc-act",
+            ways=[_UNPOOLED],
         )
     sizes = gptq.group_sizes
     if -1 in sizes:
         raise SpecError(
             f"{spec.model} has linears without groups, and qa-lora needs groups to pool",
             try_="--method gptq-lora, or qdist quantize it with --group-size 32",
+            ways=[*_OTHER_GROUPS, _UNPOOLED],
         )
     pool = spec.lora.pool_group_size or max(sizes)
     cut = [size for size in sorted(sizes) if pool % size]
     if cut:
         raise SpecError(
             f"lora.pool_group_size={pool} is not a multiple of {spec.model}'s groups of {cut[0]}",
-            try_=f"--set lora.pool_group_size={-(-pool // cut[0]) * cut[0]}",
+            ways=[{"lora.pool_group_size": -(-pool // cut[0]) * cut[0]}, {"lora.pool_group_size": None}],
         )
     _require_whole_groups(spec, facts.targeted(spec.lora.targets), pool)
     return pool
@@ -55,7 +62,8 @@ def require_packed(spec: RunSpec, gptq: Gptq, facts: ModelFacts, paths: Iterable
         )
 
 
-def _require_whole_groups(spec: RunSpec, linears: Iterable[Linear], pool: int) -> None:
+def _require_whole_groups(spec: RunSpec, linears: Sequence[Linear], pool: int) -> None:
+    whole = tuple(linear.name for linear in linears if linear.inputs % pool == 0)
     for linear in linears:
         if linear.inputs % pool:
             remedy = f"a GPTQ checkpoint with --group-size {_dividing(linear.inputs)}"
@@ -66,6 +74,12 @@ def _require_whole_groups(spec: RunSpec, linears: Iterable[Linear], pool: int) -
             raise SpecError(
                 f"{linear.name} of {spec.model} has {linear.inputs} inputs, which groups of {pool} do not divide",
                 try_=remedy,
+                ways=[
+                    {"lora.pool_group_size": None},
+                    *_OTHER_GROUPS,
+                    *([{"lora.targets": whole}] if whole else []),
+                    _UNPOOLED,
+                ],
             )
 
 

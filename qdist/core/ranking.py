@@ -3,10 +3,13 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from qdist.core.candidates import HEADROOM, Candidate, Setting, offloading, options
+from qdist.core.changes import Change
+from qdist.core.contradictions import largest_divisor
 from qdist.core.errors import SpecError
-from qdist.core.layouts import Layout, divisions, one_process, unable
+from qdist.core.layouts import Layout, divisions, impossible, one_process, unable
 from qdist.core.plan import Alternative
-from qdist.core.units import format_bytes
+from qdist.core.spec import RunSpec
+from qdist.core.units import counted, format_bytes
 
 TIE = 0.02
 """Difference in speed that no prediction can tell: the simpler layout wins, then one with room for the optimizer's
@@ -16,28 +19,42 @@ moments, then the one that needs less memory."""
 def check_batches(setting: Setting, layout: Layout) -> None:
     """Raises SpecError when the batch cannot be spread over a layout."""
     spec, ranks = setting.spec, layout.data_parallel
-    noun = "groups" if layout.placement == "split" else "ranks"
+    noun = "group" if layout.placement == "split" else "rank"
+    size = spec.micro_batch or 1
     if spec.global_batch % ranks:
         raise SpecError(
-            f"global_batch={spec.global_batch} cannot be spread over {ranks} {noun}",
-            try_=f"--set global_batch={-(-spec.global_batch // ranks) * ranks}",
+            f"global_batch={spec.global_batch} cannot be spread over {counted(ranks, noun)}",
+            ways=[_rounded(spec.global_batch, ranks * size), *_fewer(spec, layout)],
         )
     each = spec.global_batch // ranks
-    if spec.micro_batch is not None and each % spec.micro_batch:
+    if each % size:
         raise SpecError(
-            f"{ranks} {noun} x micro_batch={spec.micro_batch} does not divide global_batch={spec.global_batch}",
-            try_=f"--set micro_batch={_largest_divisor(each, spec.micro_batch)}",
+            f"{counted(ranks, noun)} x micro_batch={size} does not divide global_batch={spec.global_batch}",
+            ways=[
+                {"micro_batch": largest_divisor(each, size)},
+                {"micro_batch": None},
+                _rounded(spec.global_batch, ranks * size),
+            ],
         )
-    if layout.schedule != "1f1b":
-        return
-    stages, size = layout.gpus_per_group, spec.micro_batch or 1
-    if each // size < stages:
-        smaller = f"--set micro_batch={_largest_divisor(each, each // stages)}, or " if each >= stages else ""
+    stages = layout.gpus_per_group
+    if layout.schedule == "1f1b" and each // size < stages:
+        smaller = [{"micro_batch": largest_divisor(each, each // stages)}] if each >= stages else []
         raise SpecError(
             f"{stages} stages need at least {stages} micro-batches a step; global_batch={spec.global_batch} has "
             f"{each // size} of {size} for each group",
-            try_=f"{smaller}--set global_batch={stages * ranks * size}",
+            ways=[*smaller, {"global_batch": stages * ranks * size}, *_fewer(spec, layout)],
         )
+
+
+def _rounded(batch: int, multiple: int) -> Change:
+    return {"global_batch": -(-batch // multiple) * multiple}
+
+
+def _fewer(spec: RunSpec, layout: Layout) -> list[Change]:
+    """Fewer GPUs, for a batch that is to stay as it is."""
+    count = layout.groups * layout.gpus_per_group
+    dividing = [number for number in range(count - 1, 0, -1) if spec.global_batch % number == 0]
+    return [{"gpus": number} for number in dividing[:2]]
 
 
 def contenders(setting: Setting, found: Sequence[Layout]) -> list[list[Candidate]]:
@@ -45,8 +62,8 @@ def contenders(setting: Setting, found: Sequence[Layout]) -> list[list[Candidate
 
     Raises SpecError where no layout can, or the batch does not work out for the simplest that can: it was asked for.
     """
-    simplest = next((layout for layout in found if not unable(setting.spec, layout, setting.new_rows)), found[0])
-    if refused := unable(setting.spec, simplest, setting.new_rows):
+    simplest = next((layout for layout in found if not barring(setting, layout)), found[0])
+    if refused := barring(setting, simplest):
         raise refused
     check_batches(setting, simplest)
     return [
@@ -54,6 +71,12 @@ def contenders(setting: Setting, found: Sequence[Layout]) -> list[list[Candidate
         for layout in found
         if _works(setting, layout)
     ]
+
+
+def barring(setting: Setting, layout: Layout) -> SpecError | None:
+    """Why a layout cannot exist, or its ranks cannot do what is wanted; None where they can."""
+    spec, layers = setting.spec, setting.sizes.facts.layers
+    return impossible(spec, layout, layers) or unable(spec, layout, setting.new_rows)
 
 
 def eligible(setting: Setting, rows: Iterable[Iterable[Candidate]]) -> list[Candidate]:
@@ -146,6 +169,28 @@ def alternatives(
     return tuple(lost)
 
 
+def nonexistent(setting: Setting, found: Iterable[Layout]) -> tuple[Alternative, ...]:
+    """Layouts that the model has too few layers for."""
+    refused = ((layout, impossible(setting.spec, layout, setting.sizes.facts.layers)) for layout in found)
+    return tuple(
+        Alternative(
+            placement=layout.placement,
+            schedule=layout.schedule,
+            groups=layout.groups,
+            gpus_per_group=layout.gpus_per_group,
+            micro_batch=0,
+            checkpointed_layers=0,
+            tokens_per_second=0.0,
+            required_bytes=0,
+            engine=layout.engine,
+            zero_stage=layout.zero_stage,
+            reason=error.message,
+        )
+        for layout, error in refused
+        if error
+    )
+
+
 def shortage(candidate: Candidate) -> str:
     """'needs 31.2 GiB on every GPU, 9.6 GiB more than 95 % of 24.0 GiB'."""
     missing, at = candidate.missing
@@ -194,8 +239,4 @@ def _works(setting: Setting, layout: Layout) -> bool:
         check_batches(setting, layout)
     except SpecError:
         return False
-    return True
-
-
-def _largest_divisor(number: int, at_most: int) -> int:
-    return next(n for n in range(min(number, at_most), 0, -1) if number % n == 0)
+    return impossible(setting.spec, layout, setting.sizes.facts.layers) is None

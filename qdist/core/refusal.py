@@ -1,43 +1,30 @@
-"""What does a run that does not fit lack, and what is the nearest that fits?"""
+"""What does a run that does not fit lack, and which changes, from small to large, may make it fit?"""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import product
 from math import ceil
-from typing import Any, NamedTuple
-
-import msgspec
-from msgspec.structs import replace
 
 from qdist.core.candidates import HEADROOM, Candidate
+from qdist.core.changes import Change
 from qdist.core.cluster import Cluster
-from qdist.core.errors import PlanError, QdistError
-from qdist.core.mistakes import typed
+from qdist.core.hints import TooBigError
+from qdist.core.layouts import OPEN
+from qdist.core.memory import MemoryBudget
+from qdist.core.plan import Plan
 from qdist.core.ranking import shortage
-from qdist.core.spec import RunSpec, Split
-from qdist.core.units import GIB, format_bytes
+from qdist.core.spec import RunSpec, flatten
+from qdist.core.units import GIB, counted, format_bytes
 
-_MORE_GPUS = (2, 4, 8, 16)
-_LARGER_GIB = (8, 11, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180)
-
-Attempt = Callable[[RunSpec, Cluster], Candidate]
-"""The best candidate for a spec on a machine; raises QdistError when there is none."""
-
-
-Change = tuple[str, dict[str, Any]]
-"""Words, and the settings that they change."""
+_MORE_GPUS = (2, 4, 8, 16, 32, 64)
+_LARGER_GIB = (8, 11, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180, 192)
+_BOTH = tuple(product((8, 64), (24, 80, 192)))
+"""GPUs and GiB of each, where neither more nor larger ones alone do."""
+_SHORT, _SMALL = 512, 64
+"""Tokens of a sequence and rank of an adapter beyond which less of them is suggested."""
 
 
-class Way(NamedTuple):
-    """A change to what was asked, in the words in which one asks."""
-
-    words: str
-    spec: RunSpec
-    cluster: Cluster
-
-
-def too_big(
-    spec: RunSpec, cluster: Cluster, closest: Candidate, attempt: Attempt, in_host: tuple[int, int] | None
-) -> PlanError:
-    """The error for a run of which nothing fits; it names the first change, from small to large, that makes it fit.
+def too_big(spec: RunSpec, cluster: Cluster, closest: Candidate, in_host: tuple[int, int] | None) -> TooBigError:
+    """The error for a run of which nothing fits.
 
     in_host: (layers, bytes) that host memory is too small for, where that is what is missing.
     """
@@ -48,121 +35,111 @@ def too_big(
             f"; {layers} layers could wait in host memory, but they are {format_bytes(held)} and "
             f"{HEADROOM * 100:.0f} % of it {format_bytes(HEADROOM * cluster.memory_bytes)}"
         )
-    for way in _ways(spec, cluster, in_host[1] if in_host else 0):
-        try:
-            found = attempt(way.spec, way.cluster)
-        except QdistError:
-            continue
-        return PlanError(message, try_=f"{way.words} ({format_bytes(found.required_bytes)} a GPU, {_named(found)})")
-    return PlanError(message, try_="a smaller model, or larger GPUs")
+    return TooBigError(message, ways=list(_ways(spec, cluster, in_host[1] if in_host else 0)))
 
 
-def _named(found: Candidate) -> str:
-    away = f", {len(found.offloaded)} layers in host memory" if found.offloaded else ""
-    return f"{found.layout.placement}{away}"
+def too_many_offloaded(spec: RunSpec, cluster: Cluster, winner: Candidate, layer_bytes: int) -> TooBigError | None:
+    """The error where host memory does not hold the layers that were taken off the GPUs; None where it does."""
+    needed, room = len(winner.offloaded) * layer_bytes, int(HEADROOM * cluster.memory_bytes)
+    if needed <= room:
+        return None
+    message = (
+        f"{counted(len(winner.offloaded), 'offloaded layer')} need {format_bytes(needed)} of host memory; "
+        f"{HEADROOM * 100:.0f} % of this machine's is {format_bytes(room)}"
+    )
+    fewer: list[Change] = [{"split.offload_layers": room // layer_bytes}, {"split.offload_layers": None}]
+    return TooBigError(message, ways=[*fewer, *_ways(spec, cluster, needed)])
 
 
-def _ways(spec: RunSpec, cluster: Cluster, in_host: int) -> Iterator[Way]:
+def too_many_ranks(spec: RunSpec, cluster: Cluster, winner: Candidate) -> TooBigError | None:
+    """The error where there is no GPU and host memory does not hold all ranks; None where it does."""
+    ranks = winner.layout.world_size
+    own = [winner.budgets[rank % len(winner.budgets)].total for rank in range(ranks)]
+    if sum(own) <= cluster.memory_bytes:
+        return None
+    message = (
+        f"{spec.model} at {spec.bits} bits on {counted(ranks, 'CPU rank')} needs {format_bytes(sum(own))}; "
+        f"this machine has {format_bytes(cluster.memory_bytes)}, no GPU"
+    )
+    fitting = min(cluster.memory_bytes // max(own), ranks - 1)
+    fewer: list[Change] = [{"gpus": number} for number in (fitting, 1) if number and spec.placement != "split"]
+    return TooBigError(message, ways=[*fewer, *_ways(spec, cluster, 0)])
+
+
+def needs(plan: Plan) -> str:
+    """'21.4 GiB a GPU, shard'."""
+    budgets: list[MemoryBudget] = [own for rank in plan.ranks for own in rank.expected]
+    required = max(plan.load_peak_bytes, *(own.required for own in budgets))
+    unit = "GPU" if plan.device == "cuda" else "rank"
+    away = f", {counted(len(plan.offloaded_layers), 'layer')} in host memory" if plan.offloaded_layers else ""
+    return f"{format_bytes(required)} a {unit}, {plan.placement}{away}"
+
+
+def _ways(spec: RunSpec, cluster: Cluster, in_host: int) -> Iterator[Change]:
     """Settings first, each alone and then all together; then host memory, then GPUs."""
-    for words, changes in (*_eased(spec), *_placed(spec)):
-        yield Way(words, replace(spec, **changes), cluster)
-    eased, words = spec, ""
-    for ease in (_eased, _left_open):
-        for word, changes in ease(eased):
-            eased, words = replace(eased, **changes), _join(words, word)
-            yield Way(words, eased, cluster)
+    yield from _eased(spec)
+    yield from _placed(spec)
+    now, all_eased = flatten(spec), dict[str, object]()
+    for ease in (*_eased(spec), OPEN):
+        all_eased |= {key: value for key, value in ease.items() if now[key] != value}
+        yield dict(all_eased)
     if in_host:
-        gib = ceil(in_host / HEADROOM / GIB)
-        host = f"{gib} GiB of host memory, which qdist plan --host-memory {gib}GiB assumes"
-        yield Way(host, spec, replace(cluster, memory_bytes=gib * GIB))
-    smallest = min(gpu.total_bytes for gpu in cluster.gpus)
+        yield {"host_memory": f"{ceil(in_host / HEADROOM / GIB)}GiB"}
+    smallest, count = min((gpu.total_bytes for gpu in cluster.gpus), default=0), len(cluster.gpus)
     for gib in _LARGER_GIB if spec.max_memory else ():
         if gib * GIB <= smallest:
-            yield Way(_join(f"--max-memory {gib}GiB", words), _capped(eased, gib), cluster)
-    for count in _MORE_GPUS:
-        if count > len(cluster.gpus):
-            more = replace(cluster, gpus=tuple(cluster.gpus[:1]) * count)
-            yield Way(_join(f"--gpus {count}", words), _with_gpus(eased, count), more)
-    for gib in _LARGER_GIB:
-        if gib * GIB > smallest and not spec.max_memory:
-            yield Way(_join(f"GPUs of {gib} GiB", f"with {words}" if words else ""), eased, _larger(cluster, gib))
-
-
-def _join(*parts: str) -> str:
-    return " ".join(part for part in parts if part)
+            yield {"max_memory": f"{gib}GiB", **all_eased}
+    for more in _MORE_GPUS if cluster.described else ():
+        if more > count:
+            yield {"gpus": more, "gpus_per_group": None, **all_eased}
+    rest: Change = {**all_eased, **({"max_memory": None} if spec.max_memory else {})}
+    if count > 1 and not cluster.described and spec.gpus is None:
+        rest = {"gpus": count, **rest}  # a machine that is described has what is asked for
+    larger = [gib for gib in _LARGER_GIB if gib * GIB > smallest]
+    for gib in larger:
+        yield {"gpu_memory": f"{gib}GiB", **rest}
+    for more, gib in _BOTH:
+        if more > count and gib in larger:
+            yield {"gpu_memory": f"{gib}GiB", **rest, "gpus": more, "gpus_per_group": None}
 
 
 def _eased(spec: RunSpec) -> Iterator[Change]:
     """What the user fixed that takes memory, the cheapest to give up first."""
     if spec.micro_batch not in (None, 1):
-        yield typed("micro_batch", 1), {"micro_batch": 1}
+        yield {"micro_batch": 1}
     if spec.train.checkpointing is False:
-        yield typed("train.checkpointing", "true"), {"train": replace(spec.train, checkpointing=True)}
+        yield {"train.checkpointing": True}
+    if spec.optim.name == "adamw":
+        yield {"optim.name": None}
     if spec.zero.stage is not None:
-        yield typed("zero.stage", "auto"), {"zero": replace(spec.zero, stage=None)}
+        yield {"zero.stage": None}
+    if spec.dtype == "float32":
+        yield {"dtype": None}
     if spec.bits > 4:
-        yield typed("bits", 4), {"bits": 4}
+        yield {"bits": 4}
+    if spec.lora.r > _SMALL:
+        yield {"lora.r": _SMALL}
+    half = spec.seq_len // 2
+    while half >= _SHORT:
+        yield {"seq_len": half}
+        half //= 2
 
 
 def _placed(spec: RunSpec) -> Iterator[Change]:
     """Groups of another size, then another placement than the one that was named."""
     if not spec.placement:
         return
-    size_words, size_change = _opened(spec, "gpus_per_group")
     if spec.gpus_per_group:
-        words, changes = _stages_of(spec) if spec.placement == "split" else ("", {})
-        yield _join(size_words, words), size_change | changes
+        yield {"gpus_per_group": None, **_stages_of(spec, spec.placement)}
     for other in ("shard", "split"):
-        if other == spec.placement:
-            continue
-        split_words, split_change = _opened(spec, "split")
-        words, changes = _stages_of(spec) if other == "split" else ("", {})
-        yield (
-            _join(typed("placement", other), size_words, split_words, words),
-            {"placement": other} | size_change | split_change | changes,
-        )
+        if other != spec.placement:
+            yield {**OPEN, "placement": other, **_stages_of(spec, other)}
 
 
-def _left_open(spec: RunSpec) -> Iterator[Change]:
-    """The layout left to the planner."""
-    opened = [_opened(spec, key) for key in ("placement", "gpus_per_group", "split")]
-    changes: dict[str, Any] = {key: value for _, own in opened for key, value in own.items()}
-    if not changes:
-        return
-    words = _join(*(own for own, _ in opened))
-    if spec.train.verify_steps and "placement" in changes:
-        words = _join(words, typed("train.verify_steps", 0))
-        changes["train"] = replace(spec.train, verify_steps=0)
-    yield words, changes
-
-
-def _opened(spec: RunSpec, key: str) -> Change:
-    """A setting, or the section `split`, left to the planner; nothing where it was."""
-    if key != "split":
-        return (typed(key, "auto"), {key: None}) if getattr(spec, key) else ("", {})
-    fixed = [name for name, value in msgspec.structs.asdict(spec.split).items() if value is not None]
-    return _join(*(typed(f"split.{name}", "auto") for name in fixed)), {"split": Split()} if fixed else {}
-
-
-def _stages_of(spec: RunSpec) -> Change:
-    """What a split cannot have."""
-    words, changes = "", dict[str, Any]()
-    if spec.train.verify_steps:
-        words, changes = typed("train.verify_steps", 0), {"train": replace(spec.train, verify_steps=0)}
-    if spec.zero.stage:
-        words = _join(words, typed("zero.stage", "auto"))
-        changes["zero"] = replace(spec.zero, stage=None)
-    return words, changes
-
-
-def _with_gpus(spec: RunSpec, count: int) -> RunSpec:
-    return replace(spec, gpus=count, gpus_per_group=None)
-
-
-def _capped(spec: RunSpec, gib: int) -> RunSpec:
-    return replace(spec, max_memory=f"{gib}GiB")
-
-
-def _larger(cluster: Cluster, gib: int) -> Cluster:
-    gpus = tuple(replace(gpu, total_bytes=gib * GIB, free_bytes=gib * GIB) for gpu in cluster.gpus)
-    return replace(cluster, gpus=gpus)
+def _stages_of(spec: RunSpec, placement: str) -> Change:
+    """Without what a split cannot have."""
+    if placement != "split":
+        return {}
+    without: Change = {"train.verify_steps": 0, "zero.stage": None}
+    now = flatten(spec)
+    return {key: value for key, value in without.items() if now[key] not in (0, value)}

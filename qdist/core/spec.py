@@ -12,13 +12,17 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from qdist.core.changes import Change
+from qdist.core.contradictions import contradiction
 from qdist.core.errors import SpecError
+from qdist.core.hints import or_tried_hint
 from qdist.core.keys import choices, known_keys, optional
 from qdist.core.mistakes import not_among, of_another_kind, unknown
 from qdist.core.units import parse_bytes
 
-Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
-Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+MOST_STEPS = 2**63 - 1
+Positive = Annotated[int, Meta(ge=1, le=MOST_STEPS)]
+Count = Annotated[int, Meta(ge=0, le=MOST_STEPS)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Rate = Annotated[float, Meta(gt=0, le=1e300)]
 Amount = Annotated[float, Meta(ge=0, le=1e300)]
@@ -128,7 +132,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     load_format: Literal["auto", "dummy"] = "auto"
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Arithmetic of the backbone; the adapter is always float32."""
-    seq_len: Annotated[int, Meta(ge=8)] = 512
+    seq_len: Annotated[int, Meta(ge=8, le=MOST_STEPS)] = 512
     micro_batch: Positive | None = None
     global_batch: Positive = 16
     steps: Positive | None = None
@@ -148,22 +152,47 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 def max_memory_bytes(spec: RunSpec) -> int | None:
     """The cap on each GPU in bytes, or None."""
-    return None if spec.max_memory is None else parse_bytes(spec.max_memory)
+    return None if spec.max_memory is None else parse_bytes(spec.max_memory, "max_memory")
 
 
 def resolve(*layers: Mapping[str, Any]) -> RunSpec:
     """The spec that layers of nested settings give; a later layer wins over an earlier one.
 
-    Raises SpecError naming the key, what is wrong with its value, and the nearest real key or value.
+    Raises SpecError naming the key, what is wrong with its value, and a change with which all the settings agree.
     """
+    merged = merge(*layers)
+    return or_tried_hint(lambda change: settled(merged, change), given(merged))
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Layers of nested settings as one. Raises SpecError for an unknown key."""
     merged: dict[str, Any] = {}
     for layer in layers:
         merged = _merge(merged, layer, "")
+    return merged
+
+
+def settled(merged: Mapping[str, Any], change: Change) -> RunSpec:
+    """The spec of nested settings with a change to them. Raises SpecError, as `resolve` does, with untried hints."""
+    changed = _merge(merged, nest(change), "")
     try:
-        spec = msgspec.convert(merged, RunSpec, strict=False)
+        spec = msgspec.convert(changed, RunSpec, strict=False)
     except msgspec.ValidationError as error:
-        raise _value_error(str(error), merged) from None
+        raise _value_error(str(error), changed) from None
     return checked(spec)
+
+
+def given(merged: Mapping[str, Any]) -> dict[str, Any]:
+    """What nested settings set, by dotted key, and the default of every other setting."""
+    return {**flatten(RunSpec()), **_flat(merged, "")}
+
+
+def _flat(nested: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        key = prefix + name
+        flat |= _flat(value, f"{key}.") if known_keys(RunSpec).get(key) and isinstance(value, Mapping) else {key: value}
+    return flat
 
 
 def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,7 +219,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if not separator or not key:
         raise SpecError(f"{text!r} is not key=value", try_="--set lora.r=32")
     if key not in known_keys(RunSpec):
-        raise unknown_key(key)
+        raise unknown_key(key, value)
     if key in ("lora.targets", "trackers", "new_tokens"):
         return key, [part.strip() for part in value.split(",") if part.strip()]
     return key, _or_open(key, value)
@@ -201,9 +230,9 @@ def _or_open(key: str, value: Any) -> Any:
     return None if isinstance(value, str) and value.lower() in ("none", "auto") and optional(RunSpec, key) else value
 
 
-def unknown_key(key: str) -> SpecError:
+def unknown_key(key: str, value: Any = None) -> SpecError:
     """The error for a setting that does not exist, naming the nearest that does."""
-    return unknown(key, [name for name, section in known_keys(RunSpec).items() if section is None])
+    return unknown(key, [name for name, section in known_keys(RunSpec).items() if section is None], value)
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -236,56 +265,16 @@ def _value_error(message: str, merged: Mapping[str, Any]) -> SpecError:
     usual = flatten(RunSpec()).get(key)
     if among := choices(RunSpec, key):
         return not_among(key, value, among, "" if usual is None else json_text(usual))
-    least = "0" if usual is None and reason.startswith("Expected `int` >= 0") else ""
-    return of_another_kind(key, value, reason, least if usual in (None, "", (), []) else json_text(usual))
+    settable = usual not in ("", ()) and (usual is not None or optional(RunSpec, key))
+    return of_another_kind(key, value, reason, {key: usual} if settable else {})
 
 
 def checked(spec: RunSpec) -> RunSpec:
     """The spec. Raises SpecError for settings that contradict each other, so that none is ever ignored."""
     max_memory_bytes(spec)
-    _check_quantization(spec)
-    if spec.steps is not None and spec.epochs is not None:
-        raise SpecError(
-            f"steps={spec.steps} and epochs={spec.epochs:g} both say how long to train", try_="give one of the two"
-        )
-    if spec.micro_batch is not None and spec.global_batch % spec.micro_batch:
-        raise SpecError(
-            f"global_batch={spec.global_batch} is not a multiple of micro_batch={spec.micro_batch}",
-            try_=f"--set global_batch={-(-spec.global_batch // spec.micro_batch) * spec.micro_batch}",
-        )
-    if spec.zero.offload == "cpu" and spec.zero.stage not in (None, 2):
-        raise SpecError(f"zero.offload=cpu comes with ZeRO stage 2, not {spec.zero.stage}", try_="--set zero.stage=2")
-    if spec.optim.warmup_steps and spec.optim.schedule == "constant":
-        raise SpecError(
-            f"optim.warmup_steps={spec.optim.warmup_steps} has no effect on a constant schedule",
-            try_="--set optim.schedule=linear",
-        )
-    if spec.train.verify_steps and spec.placement != "shard":
-        raise SpecError(
-            f"train.verify_steps={spec.train.verify_steps} compares the bytes of a sharded backbone",
-            try_="--placement shard, or leave it out",
-        )
-    if spec.train.held_out == 0 and (spec.train.eval_steps or spec.train.answers):
-        raise SpecError("train.eval_steps and train.answers need held-out records", try_="--set train.held_out=0.1")
+    if error := contradiction(flatten(spec), flatten(RunSpec())):
+        raise error
     return spec
-
-
-def _check_quantization(spec: RunSpec) -> None:
-    gptq, usual = spec.method in GPTQ_METHODS, Quant()
-    if spec.bits not in ((2, 3, 4, 8) if gptq else (4, 8, 16)):
-        widths = "2, 3, 4 or 8" if gptq else "4, 8 or 16"
-        attempt = "--bits as the config.json of the GPTQ checkpoint has it" if gptq else "--method gptq-lora"
-        raise SpecError(f"{spec.method} has backbones of {widths} bits, not {spec.bits}", try_=attempt)
-    if gptq and (spec.quant.type, spec.quant.double) != (usual.type, usual.double):
-        raise SpecError("quant.type and quant.double describe NF4 and FP4, not GPTQ", try_="leave them out")
-    if not gptq and spec.quant.group_size != usual.group_size:
-        raise SpecError("quant.group_size describes GPTQ weights", try_="--method gptq-lora")
-    if spec.method != "qa-lora" and (spec.lora.pool, spec.lora.pool_group_size) != (Lora().pool, None):
-        raise SpecError("lora.pool and lora.pool_group_size describe QA-LoRA", try_="--method qa-lora")
-    if not gptq and spec.bits != 4 and spec.quant != usual:
-        raise SpecError(
-            f"quant.* describes 4-bit backbones; this one has {spec.bits} bits", try_="--bits 4, or drop quant.*"
-        )
 
 
 def flatten(spec: RunSpec) -> dict[str, Any]:
@@ -296,6 +285,11 @@ def flatten(spec: RunSpec) -> dict[str, Any]:
         for key, section in known_keys(RunSpec).items()
         if section is None
     }
+
+
+def changed(spec: RunSpec, change: Change) -> RunSpec:
+    """The spec with a change to its settings. Raises SpecError, as `checked` does, with untried hints."""
+    return settled(msgspec.to_builtins(spec), change) if change else spec
 
 
 def json_text(value: Any) -> str:

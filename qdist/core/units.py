@@ -11,24 +11,34 @@ _FACTORS = {
     "kib": KIB, "mib": MIB, "gib": GIB, "tib": 1024**4,
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
 }  # fmt: skip
+_MOST_BYTES = 2**63
+_USUAL_GIB = (1, 2048)
+"""Of a GPU or a host, where a number has no unit that is known."""
 
 
-def parse_bytes(text: str | int) -> int:
+def parse_bytes(text: str | int, key: str = "") -> int:
     """Bytes from '24GiB', '24 GB', '1.5GiB' or a plain count. GiB is 1024**3, GB is 10**9.
 
-    Raises SpecError when the text is not a positive amount of memory.
+    key: the setting or flag that is read, for the hint.
+    Raises SpecError when the text is not an amount of memory that a machine may have.
     """
-    if isinstance(text, int):
-        text = str(text)
+    text = str(text)
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if not match or match[2].lower() not in _FACTORS:
-        raise SpecError(f"{text!r} is not an amount of memory", try_="24GiB, or 24GB for 24 * 10**9 bytes")
-    count = int(float(match[1]) * _FACTORS[match[2].lower()])
-    if count <= 0:
-        raise SpecError(f"{text!r} is not a positive amount of memory", try_="24GiB")
+        number = match[1] if match else ""
+        raise _no_amount(f"{text!r} is not an amount of memory such as 24GiB or 24GB", number, key)
+    count = float(match[1]) * _FACTORS[match[2].lower()]
+    if not 1 <= count < _MOST_BYTES:
+        raise _no_amount(f"{text!r} is not {'a positive' if count < 1 else 'a possible'} amount of memory", "", key)
     if not match[2] and count < MIB:
-        raise SpecError(f"{text!r} without a unit is {count} bytes", try_=f"{text.strip()}GiB")
-    return count
+        raise _no_amount(f"{text!r} without a unit is {count:.0f} bytes", match[1], key)
+    return int(count)
+
+
+def _no_amount(message: str, number: str, key: str) -> SpecError:
+    """number: the GiB that seem to be meant, if any."""
+    meant = number if number and _USUAL_GIB[0] <= float(number) <= _USUAL_GIB[1] else "24"
+    return SpecError(message, try_="" if key else f"{meant}GiB", ways=[{key: f"{meant}GiB"}] if key else [])
 
 
 def format_bytes(count: float) -> str:

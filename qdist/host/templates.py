@@ -34,6 +34,6 @@ def read_recipe(name: str) -> dict[str, Any]:
         else:
             raise SpecError(f"no recipe {name!r}", try_=nearest(path.stem, shipped) or ", ".join(shipped))
     try:
-        return tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: {error}", try_="TOML: key = value, sections in [brackets]") from None

@@ -80,18 +80,18 @@ def test_the_placement_can_be_named(arguments: tuple[str, ...], layout: str) -> 
     ("arguments", "message"),
     [
         ((), "error: no model was named\n  try: --model smollm2-135m\n"),
-        ((*SMALL, "--set", "lora.rank=3"), "error: unknown setting 'lora.rank'\n  try: lora.r\n"),
-        ((*SMALL, "--set", "learning_rate=1e-3"), "error: unknown setting 'learning_rate'\n  try: optim.lr\n"),
+        ((*SMALL, "--set", "lora.rank=3"), "error: unknown setting 'lora.rank'\n  try: --set lora.r=3\n"),
+        ((*SMALL, "--set", "learning_rate=0.1"), "error: unknown setting 'learning_rate'\n  try: --set optim.lr=0.1\n"),
         ((*SMALL, "--set", "lora.r"), "error: 'lora.r' is not key=value\n  try: --set lora.r=32\n"),
         ((*SMALL, "--bits", "5"), "error: bits cannot be '5': it is one of 2, 3, 4, 8, 16\n  try: --bits 4\n"),
         ((*SMALL, "--max-memory", "1GiB", "--set", "steps=1"), "error: --max-memory caps GPUs, and this machine has "
-         "none\n  try: leave --max-memory out\n"),
+         "none\n  try: --max-memory auto\n"),
         ((*SMALL, "--placement", "shards"), "error: placement cannot be 'shards': it is one of replicate, shard, "
          "split\n  try: --placement shard\n"),
         ((*SMALL, "--gpus-per-group", "3", "--set", "steps=1"), "error: gpus_per_group=3, but 2 CPU ranks cannot be "
          "divided so\n  try: --gpus-per-group 2\n"),
         ((*SMALL, "--set", "train.verify_steps=5"), "error: train.verify_steps=5 compares the bytes of a sharded "
-         "backbone\n  try: --placement shard, or leave it out\n"),
+         "backbone\n  try: --placement shard\n"),
         (("guanaco-7", "--dry-run"), "error: no recipe 'guanaco-7'\n  try: guanaco-7b\n"),
         (("--resume",), "error: --resume goes with --run DIR alone: the run knows its recipe\n"
          "  try: qdist launch --resume --run runs/NAME\n"),
@@ -146,7 +146,7 @@ def test_a_run_goes_on_as_shards_that_are_verified(here: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "layout   shard: the 2 ranks; each rank holds 1/2 of every layer" in result.stdout
     refused = qdist("launch", "--resume", "--run", "run", "--set", "train.verify_steps=2", "--dry-run")
-    assert (refused.exit_code, refused.stderr.splitlines()[1]) == (2, "  try: --placement shard, or leave it out")
+    assert (refused.exit_code, refused.stderr.splitlines()[1]) == (2, "  try: --placement shard")
 
 
 def test_a_finished_run_is_not_resumed() -> None:

@@ -78,7 +78,8 @@ def test_a_plan_for_gpus_that_are_not_here_keeps_their_number(monkeypatch: pytes
     small = msgspec.structs.replace(CPU, memory_bytes=8 * GIB)
     monkeypatch.setattr(probe, "cluster", lambda: small)
     result = plan("--model", "llama-7b", "--gpus", "4")
-    assert result.stderr.endswith("qdist plan --model llama-7b --gpus 4 --gpu-memory 24GiB\n")
+    assert result.stderr.endswith("\n  try: --gpu-memory 8GiB, for GPUs that are not here (6.1 GiB a GPU, split)\n")
+    assert plan("--model", "llama-7b", "--gpus", "4", "--gpu-memory", "8GiB").exit_code == 0
 
 
 def test_moments_without_room_are_told_apart() -> None:
@@ -149,10 +150,11 @@ def test_what_does_not_fit_ends_with_code_2_and_the_missing_bytes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "error: no model was named\n  try: --model llama-65b\n"),
-        ((*BIG, "48"), "error: '48' without a unit is 48 bytes\n  try: 48GiB\n"),
-        ((*BIG, "48 GX"), "error: '48 GX' is not an amount of memory\n  try: 24GiB, or 24GB for 24 * 10**9 bytes\n"),
-        ((*BIG, "48GiB", "--set", "seqlen=3"), "error: unknown setting 'seqlen'\n  try: seq_len\n"),
+        ((), "error: no model was named\n  try: --model smollm2-135m\n"),
+        ((*BIG, "48"), "error: '48' without a unit is 48 bytes\n  try: --gpu-memory 48GiB\n"),
+        ((*BIG, "48 GX"), "error: '48 GX' is not an amount of memory such as 24GiB or 24GB\n"
+         "  try: --gpu-memory 48GiB\n"),
+        ((*BIG, "48GiB", "--set", "seqlen=3"), "error: unknown setting 'seqlen'\n  try: --set seq_len=512\n"),
         ((*BIG, "48GiB", "--bits", "3"),
          "error: qlora has backbones of 4, 8 or 16 bits, not 3\n  try: --method gptq-lora\n"),
         ((*BIG, "48GiB", "--gpus", "3"), "error: global_batch=16 cannot be spread over 3 ranks\n"

@@ -104,7 +104,7 @@ def test_an_opt_with_projected_embeddings_is_refused() -> None:
 
 def test_a_target_that_is_no_linear_is_refused_with_the_nearest_one() -> None:
     facts = from_config(config_of("llama-7b"), name="llama-7b")
-    with pytest.raises(ModelError, match=r"no linear 'qproj'(.|\n)*try: q_proj"):
+    with pytest.raises(ModelError, match=r"no linear 'qproj'(.|\n)*try: --set lora.targets=q_proj"):
         facts.targeted(("qproj",))
 
 

@@ -9,12 +9,15 @@ import pytest
 from qdist.core.candidates import HEADROOM, Candidate
 from qdist.core.cluster import Cluster, Gpu, Rates, hypothetical
 from qdist.core.errors import PlanError, QdistError, SpecError
+from qdist.core.facts import from_config
 from qdist.core.layouts import layouts
 from qdist.core.lessons import Correction
 from qdist.core.memory import MemoryBudget, resident
-from qdist.core.plan import Plan
+from qdist.core.models import config_of
+from qdist.core.plan import Plan, Source
+from qdist.core.planner import make_plan
 from qdist.core.ranking import choose
-from qdist.core.spec import resolve
+from qdist.core.spec import nest, resolve
 from qdist.core.units import GIB
 from tests.plans import CPU, gpus, machine, planned
 
@@ -251,7 +254,7 @@ def test_batches_that_do_not_fit_the_grid_are_refused(
 def test_the_global_batch_that_a_pipeline_needs_is_named() -> None:
     with pytest.raises(SpecError) as caught:
         planned("llama-7b", gpus(4, 80), SPLIT | {"micro_batch": 8})
-    assert caught.value.try_ == "--set micro_batch=4, or --set global_batch=32"
+    assert caught.value.try_ == "--set micro_batch=4"
     with pytest.raises(SpecError) as caught:
         planned("llama-7b", gpus(4, 80), SPLIT | TWO | {"global_batch": 2, "micro_batch": 1})
     assert caught.value.try_ == "--set global_batch=4"
@@ -328,6 +331,32 @@ def test_of_equals_the_one_with_room_for_moments_wins() -> None:
     assert (paged.fits, paged.roomy, roomy.roomy) == (True, False, True)
     assert choose([paged, roomy]) is roomy
     assert choose([paged, roomy._replace(seconds=1.1)]) is paged
+
+
+@pytest.mark.parametrize("cluster", [CPU, machine(24), machine(24, 48), machine(*[8] * 6)])
+@pytest.mark.parametrize("placement", [{}, SPLIT, SHARD])
+def test_models_of_one_layer_are_planned_or_refused(cluster: Cluster, placement: dict[str, Any]) -> None:
+    spec = resolve(nest({"model": "m", "steps": 5, "global_batch": 12, **placement}))
+    one_layered = from_config({**config_of("llama-7b"), "num_hidden_layers": 1}, name="m")
+    source = Source(kind="dummy", path="", config={}, tokenizer="")
+    refused: SpecError | None = None
+    try:
+        plan = make_plan(spec, source, one_layered, cluster, None)
+    except SpecError as error:
+        refused = error
+    if refused:
+        assert refused.try_
+        return
+    assert plan.schedule in (None, "sequential")
+    assert all("at least as many layers" in own.reason for own in plan.alternatives if own.schedule == "1f1b")
+
+
+def test_more_stages_than_layers_are_listed_with_the_reason() -> None:
+    plan = planned("smollm2-135m", gpus(32, 24), {"global_batch": 64})
+    (impossible,) = (other for other in plan.alternatives if not other.required_bytes)
+    assert (impossible.schedule, impossible.gpus_per_group) == ("1f1b", 32)
+    assert impossible.reason == "32 stages need at least as many layers, and smollm2-135m has 30 layers"
+    assert any(other.schedule == "1f1b" and other.gpus_per_group == 16 for other in plan.alternatives)
 
 
 def test_planning_65b_takes_a_fraction_of_a_second() -> None:

@@ -39,6 +39,21 @@ def test_a_number_without_a_unit_is_taken_for_a_forgotten_unit() -> None:
     assert caught.value.try_ == "24GiB"
 
 
+@pytest.mark.parametrize("text", ["9" * 400 + "GiB", "9" * 5000, "8388608TiB", 10**400])
+def test_more_memory_than_there_can_be_is_refused(text: str | int) -> None:
+    with pytest.raises(SpecError, match="is not a possible amount of memory"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"), [("48", "48GiB"), ("48 GX", "48GiB"), ("nan", "24GiB"), ("0", "24GiB"), ("9999", "24GiB")]
+)
+def test_the_flag_is_named_with_what_was_meant(text: str, hint: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_bytes(text, "gpu_memory")
+    assert caught.value.try_ == f"--gpu-memory {hint}"
+
+
 @pytest.mark.parametrize("text", ["0", "0GiB", "0.4", 0])
 def test_no_memory_at_all_is_refused(text: str | int) -> None:
     with pytest.raises(SpecError, match="is not a positive amount of memory"):

@@ -96,6 +96,12 @@ def test_a_recipe_that_does_not_exist_names_the_nearest(name: str, attempt: str)
     assert caught.value.try_ == attempt
 
 
+def test_a_recipe_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_bytes(b"model = '\xff'\n")
+    with pytest.raises(SpecError, match=r"mine\.toml: 'utf-8' codec can't decode"):
+        read_recipe(str(tmp_path / "mine.toml"))
+
+
 def test_a_syntax_error_names_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text("bits = 4\nmodel = llama-7b\n")
