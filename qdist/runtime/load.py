@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from qdist.core.errors import ModelError, RunError, SpecError
+from qdist.core.packing import Packing
 from qdist.core.plan import Plan, Source
 from qdist.core.residence import Footprint, Residence, footprint
 from qdist.core.units import parse_bytes
 from qdist.host.fingerprints import require_same_tensors
 from qdist.host.rundir import RunDir
 from qdist.runtime.methods.backbone import DTYPES, load_backbone
-from qdist.runtime.packed_folder import Packing
 from qdist.runtime.placements.residence import arrange, choose, first_device, settle
 from qdist.runtime.quantize import packed_folder
 

@@ -67,7 +67,7 @@ def prepare(spec: RunSpec) -> Prepared:
         tokenizer,
         seq_len=spec.seq_len,
         train_on_source=spec.train.train_on_source,
-        folder=cache_dir() / "tokens",
+        folder=cache_dir("tokens"),
         data_format=None if spec.format == "auto" else spec.format,
     )
     train, held_out = split(len(tokenized), held_out=spec.train.held_out, seed=spec.seed)
@@ -100,9 +100,9 @@ def prepare(spec: RunSpec) -> Prepared:
 
 def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple[Gptq | None, Packed]":
     """Where the ranks read packed weights: the cache, or the GPTQ checkpoint itself, which is looked through first."""
+    from qdist.core.packing import Packing
     from qdist.runtime.gptq import check
     from qdist.runtime.gptq.pickled import in_safetensors
-    from qdist.runtime.packed_folder import Packing
     from qdist.runtime.quantize import Packed, packed_folder
     from qdist.runtime.quantize_source import blueprint
 
@@ -118,8 +118,7 @@ def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple
 
 def _keep_tokenizer(tokenizer: Any) -> Path:
     """The repaired tokenizer in a folder of the cache that its contents name."""
-    tokenizers = cache_dir() / "tokenizers"
-    tokenizers.mkdir(exist_ok=True)
+    tokenizers = cache_dir("tokenizers")
     with tempfile.TemporaryDirectory(dir=tokenizers) as beside:
         tokenizer.save_pretrained(beside)
         files = sorted(path for path in Path(beside).rglob("*") if path.is_file())

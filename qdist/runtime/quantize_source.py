@@ -11,7 +11,8 @@ from torch import nn
 from qdist.core.errors import ModelError
 from qdist.core.facts import from_config
 from qdist.core.gptq import method_of
-from qdist.runtime.packed_folder import Packing, opened, tensor_files
+from qdist.core.packing import Packing
+from qdist.runtime.packed_folder import opened, tensor_files
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OLD_NAMES = {"lm_head.weight": "embed_out.weight"}
