@@ -4,6 +4,8 @@ from typing import Literal
 
 import msgspec
 
+from qdist.core.spec import RunSpec
+
 FORMAT = 1
 """Raise it whenever the same source would be packed to other bytes or files."""
 
@@ -26,3 +28,8 @@ class Packing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def __str__(self) -> str:
         plain = self.bits == 4 and not self.double
         return f"{self.method} without double quantization" if plain else self.method
+
+
+def packing_of(spec: RunSpec) -> Packing:
+    """What a run's weights are packed to, unless they come as GPTQ."""
+    return msgspec.convert({"bits": spec.bits, "type": spec.quant.type, "double": spec.quant.double}, Packing)

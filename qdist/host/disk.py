@@ -33,9 +33,14 @@ def nearest(path: Path) -> Path:
     return next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
 
 
+def free_bytes(folder: Path) -> int:
+    """Room on the disk of a folder, which need not be there."""
+    return shutil.disk_usage(nearest(folder)).free
+
+
 def require_space(folder: Path, needed_bytes: int, *, purpose: str, try_: str = "--out on another disk") -> None:
     """Raise PlanError where the disk of a folder has less room. purpose: such as 'quantizing llama-7b'."""
-    free = shutil.disk_usage(nearest(folder)).free
+    free = free_bytes(folder)
     if needed_bytes > free:
         raise PlanError(
             f"{purpose} needs {format_bytes(needed_bytes)} in {folder}, which has {format_bytes(free)} free: "

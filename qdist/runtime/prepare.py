@@ -14,9 +14,11 @@ import msgspec
 from qdist.core.errors import ModelError, QdistError
 from qdist.core.facts import from_config
 from qdist.core.gptq import Gptq
+from qdist.core.packing import packing_of
 from qdist.core.plan import DataFacts, Prepared, Source
 from qdist.core.pooling import require_packed
 from qdist.core.spec import RunSpec
+from qdist.host.cached import files_digest
 from qdist.host.checkpoints import gptq_of
 from qdist.host.files import cache_dir, locked, publish_folder, write_atomic
 from qdist.host.fingerprints import fingerprint
@@ -93,6 +95,7 @@ def prepare(spec: RunSpec) -> Prepared:
             held_out_samples=len(held_out),
             tokens=int(lengths.sum()),
             longest=int(lengths.max()),
+            digest=files_digest(spec.data),
         ),
         notes=(*repaired.notes, *filter(None, (packed.note,)), *_data_notes(tokenized.summary, spec)),
     )
@@ -100,7 +103,6 @@ def prepare(spec: RunSpec) -> Prepared:
 
 def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple[Gptq | None, Packed]":
     """Where the ranks read packed weights: the cache, or the GPTQ checkpoint itself, which is looked through first."""
-    from qdist.core.packing import Packing
     from qdist.runtime.gptq import check
     from qdist.runtime.gptq.pickled import in_safetensors
     from qdist.runtime.quantize import Packed, packed_folder
@@ -108,8 +110,7 @@ def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple
 
     gptq = gptq_of(spec, config, folder)
     if gptq is None:
-        packing = Packing(bits=spec.bits, type=spec.quant.type, double=spec.quant.double)  # type: ignore[arg-type]
-        return None, packed_folder(folder, packing, name=spec.model)
+        return None, packed_folder(folder, packing_of(spec), name=spec.model)
     packed, shape = in_safetensors(folder), blueprint(folder)
     paths = [name.removesuffix(".weight") for name in shape.linears]
     require_packed(spec, gptq, from_config(config, name=spec.model), paths)

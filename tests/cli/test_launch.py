@@ -46,7 +46,7 @@ def test_a_dry_run_prints_the_plan_and_the_script_and_writes_nothing(here: Path)
     assert result.exit_code == 0, result.output
     assert listing(here) == before
     heads = [line.split()[0] for line in result.stdout.splitlines()[:11]]
-    assert heads == ["model", "adapter", "ranks", "layout", "engine", "batch", "steps", "memory", "at", "load", "run"]
+    assert heads == ["model", "adapter", "ranks", "layout", "engine", "batch", "steps", "memory", "at", "load", "disk"]
     assert "2 CPU processes" in result.stdout
     assert "run      runs/smollm2-135m-qlora-dummy, not created; its launch.sh:\n\n#!/bin/sh\n" in result.stdout
     assert " -m torch.distributed.run --standalone --nproc-per-node 2 " in result.stdout

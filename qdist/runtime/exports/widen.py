@@ -14,9 +14,10 @@ import torch
 
 from qdist.core.errors import RunError
 from qdist.core.units import format_bytes
+from qdist.host.adapters import ADAPTER
 from qdist.host.disk import require_space
 from qdist.runtime.exports.job import Export
-from qdist.runtime.exports.update import ADAPTER, ADAPTER_CONFIG, PREFIX, Adapters
+from qdist.runtime.exports.update import ADAPTER_CONFIG, PREFIX, Adapters
 from qdist.runtime.packed_folder import Entry, write_tensors
 from qdist.runtime.quantize_pack import goes_along
 from qdist.runtime.work_folder import built

@@ -1,0 +1,179 @@
+"""What is there already of what a launch needs, and what would it fetch, convert, pack and tokenize? Writes nothing."""
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from qdist.core import demo
+from qdist.core.errors import ModelError
+from qdist.core.facts import ModelFacts, from_config
+from qdist.core.gptq import Gptq
+from qdist.core.packing import packing_of
+from qdist.core.plan import DataFacts, Prepared, Source, held_out_of
+from qdist.core.spec import RunSpec
+from qdist.core.storage import packed_bytes
+from qdist.host import cached, disk
+from qdist.host.checkpoints import gptq_of, safetensors_of
+from qdist.host.files import cache_path
+from qdist.host.records import read_records
+from qdist.host.sources import Located, locate, read_json, shape
+
+Action = Literal["fetch", "convert", "pack", "tokenize"]
+
+
+class Work(NamedTuple):
+    """Something that a launch does once, before any rank starts, unless it is there."""
+
+    action: Action
+    what: str
+    """To be fetched, converted, ...: as the user calls it."""
+    into: str
+    """Such as 'a bfloat16 folder' or 'nf4'; empty where nothing is to be said."""
+    folder: Path
+    """Where it goes."""
+    size_bytes: int | None
+    """As far as can be told from shapes; None where only the hub knows."""
+    there: Path | None = None
+    """Where it is already."""
+
+
+class Survey(NamedTuple):
+    """A model, as far as it is known without torch and without a hub."""
+
+    folder: Path | None
+    """As transformers opens it; None where it has to be made or fetched."""
+    work: tuple[Work, ...]
+    source: Source | None = None
+    """To plan with; None where only a hub or the weights could tell of its shape."""
+    facts: ModelFacts | None = None
+    """None as well, then."""
+
+
+def survey(spec: RunSpec) -> Survey:
+    """Look for a run's model, and for what an earlier launch made of it.
+
+    Raises ModelError for a model that is not there, SpecError where method and model do not go together.
+    """
+    located = locate(spec.model)
+    folder, work = _folder_of(located)
+    known = _shape(spec, folder)
+    if known is None:
+        return Survey(folder, tuple(work))
+    config, facts = known
+    gptq = gptq_of(spec, config, folder)
+    work = [each._replace(size_bytes=2 * facts.parameters) for each in work]  # in 16 bits
+    packing = _packing_work(spec, folder, config, facts, gptq)
+    source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=gptq)
+    return Survey(folder, (*work, *packing), source, facts)
+
+
+def require_room(spec: RunSpec, work: tuple[Work, ...]) -> None:
+    """Raise PlanError where a disk has no room for what would be fetched, converted and packed."""
+    verbs = {"fetch": "fetching", "convert": "converting", "pack": "packing"}
+    by_disk: dict[int, list[Work]] = defaultdict(list)
+    for each in work:
+        if each.there is None and each.size_bytes:
+            by_disk[os.stat(disk.nearest(each.folder)).st_dev].append(each)
+    for several in by_disk.values():
+        cache = any(each.folder.is_relative_to(cache_path()) for each in several)
+        disk.require_space(
+            cache_path() if cache else several[0].folder,
+            sum(each.size_bytes or 0 for each in several),
+            purpose=f"{' and '.join(verbs[each.action] for each in several)} {spec.model}",
+            try_=f"{'QDIST_CACHE' if cache else 'HF_HOME'}=FOLDER, on a disk with room",
+        )
+
+
+def counted(spec: RunSpec) -> int | None:
+    """Records of a run's data; None where they lie on a hub. Raises DataError for one that cannot be read."""
+    if spec.data == demo.NAME:
+        return len(demo.records())
+    if not Path(spec.data).expanduser().exists():
+        return None
+    return sum(1 for _ in read_records(spec.data))
+
+
+def expected(spec: RunSpec, facts: ModelFacts, records: int) -> DataFacts:
+    """The data if every record becomes a sample as long as may be: what to plan with until they are tokenized."""
+    longest = min(spec.seq_len, facts.max_positions)
+    held_out = held_out_of(records, spec.train.held_out)
+    return DataFacts(
+        path="",
+        samples=records,
+        train_samples=records - held_out,
+        held_out_samples=held_out,
+        tokens=records * longest,
+        longest=longest,
+    )
+
+
+def tokenizing(spec: RunSpec, records: int | None, before: Prepared | None) -> Work:
+    """What is to be done with the data. before: what an earlier launch prepared of the same."""
+    there = Path(before.data.path) if before and before.data else None
+    size = there.stat().st_size if there else None
+    what = spec.data + (f" ({records:,} records)" if records is not None else "")
+    return Work("tokenize", what, "", cache_path() / "tokens", size, there)
+
+
+def _folder_of(located: Located) -> tuple[Path | None, list[Work]]:
+    """The model's folder, if it is there, and what makes one; sizes are still unknown."""
+    if located.kind == "folder":
+        return Path(located.path), []
+    if located.kind == "hub":
+        fetched, hub = _fetched(located.path)
+        return fetched, [Work("fetch", located.path, "", hub, None, fetched)]
+    file = Path(located.path)
+    folder = cached.converted_folder(file)
+    there = folder if folder.is_dir() else None
+    return there, [Work("convert", file.name, "a bfloat16 folder", folder.parent, None, there)]
+
+
+def _fetched(hub_id: str) -> tuple[Path | None, Path]:
+    """Where the hub's cache has a model, whole, or None; and where that cache is."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    hub = Path(constants.HF_HUB_CACHE)
+    config = try_to_load_from_cache(hub_id, "config.json")
+    if not isinstance(config, str):
+        return None, hub
+    folder = Path(config).parent
+    names = safetensors_of(folder)
+    whole = all((folder / name).is_file() for name in names) if names else any(folder.glob("*.bin"))
+    return (folder if whole else None), hub
+
+
+def _shape(spec: RunSpec, folder: Path | None) -> tuple[dict[str, Any], ModelFacts] | None:
+    """Configuration and facts; None where only a hub or the weights could tell."""
+    if folder is not None:
+        config = read_json(folder / "config.json")
+        return config, from_config(config, name=spec.model)
+    try:
+        return shape(spec.model)
+    except ModelError:
+        return None
+
+
+def _packing_work(
+    spec: RunSpec, folder: Path | None, config: Mapping[str, Any], facts: ModelFacts, gptq: Gptq | None
+) -> list[Work]:
+    """What the ranks read in place of the model as it came."""
+    if gptq is not None:
+        pickled = [] if folder is None or safetensors_of(folder) else list(folder.glob("*.bin"))
+        size = sum(file.stat().st_size for file in pickled)
+        return [Work("convert", spec.model, "safetensors", cache_path() / "gptq", size)] if pickled else []
+    as_it_is = spec.bits == 16 and (folder is None or bool(safetensors_of(folder)))
+    if config.get("quantization_config") or as_it_is:
+        return []
+    packing = packing_of(spec)
+    stored = 4 if folder is not None and (config.get("dtype") or config.get("torch_dtype")) == "float32" else 2
+    into = f"{packing.bits} bits {packing}" if packing.bits < 16 else "a 16-bit folder"
+    size = packed_bytes(facts, packing, stored_bytes=stored)
+    there = None
+    if folder is not None:
+        out = cached.packed_folder(folder, packing, name=spec.model)
+        there = out if out.is_dir() else None
+        half = cached.work_folder(out)
+        size = max(0, size - sum(file.stat().st_size for file in half.glob("*.safetensors")))
+    return [Work("pack", spec.model, into, cache_path() / "packed", size, there)]
