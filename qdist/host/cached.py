@@ -22,8 +22,8 @@ BESIDE = (".json", ".jinja", ".model", ".txt")
 _CONVERSION = 1
 """Raise it whenever the same GGUF file would become another folder."""
 _DECIDING = (
-    "model", "method", "bits", "format", "load_format", "seq_len", "seed", "new_tokens", "quant.", "lora.",
-    "train.held_out", "train.train_on_source",
+    "model", "method", "bits", "format", "load_format", "seq_len", "seed", "new_tokens", "quant.", "lora.targets",
+    "lora.pool", "train.held_out", "train.train_on_source",
 )  # fmt: skip
 """Settings that preparing looks at."""
 _HEAD_BYTES = 1 << 24

@@ -99,7 +99,7 @@ def preview(spec: RunSpec) -> Preview:
     found = _surveyed(spec, run)
     before = cached.remembered(spec, found.folder) if found.folder else None
     records = None if before else counted(spec)
-    work = (*found.work, tokenizing(spec, records, before))
+    work = (*found.work, *tokenizing(spec, records, before))
     if before:
         return Preview(run, _job(run, spec, before), work)
     if found.facts is None or found.source is None:
@@ -138,7 +138,7 @@ def preview_resume(run: RunDir, changes: Mapping[str, Any]) -> Preview:
     else:
         refuse_other_files(old, run)
         tokenized = before if old.data and os.path.exists(old.data.path) else None
-        work = (*_surveyed(spec, run).work, tokenizing(spec, None, tokenized))
+        work = (*_surveyed(spec, run).work, *tokenizing(spec, None, tokenized))
     return Preview(run, _job(run, spec, before, usual_micro_batch=old.micro_batch), work)
 
 

@@ -83,7 +83,7 @@ def refuse_small_disk(plan: Plan, run: RunDir) -> None:
     require_space(
         run.path,
         takes.total - there,
-        purpose=f"{most} of {format_bytes(takes.checkpoint)} and an adapter of {format_bytes(takes.adapter)}",
+        purpose=f"keeping {most} of {format_bytes(takes.checkpoint)} and an adapter of {format_bytes(takes.adapter)}",
         try_=f"--set train.keep=1, or {other}" if enough else other,
     )
 

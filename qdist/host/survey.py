@@ -90,7 +90,7 @@ def counted(spec: RunSpec) -> int | None:
     """Records of a run's data; None where they lie on a hub. Raises DataError for one that cannot be read."""
     if spec.data == demo.NAME:
         return len(demo.records())
-    if not Path(spec.data).expanduser().exists():
+    if not _is_here(spec.data):
         return None
     return sum(1 for _ in read_records(spec.data))
 
@@ -109,12 +109,19 @@ def expected(spec: RunSpec, facts: ModelFacts, records: int) -> DataFacts:
     )
 
 
-def tokenizing(spec: RunSpec, records: int | None, before: Prepared | None) -> Work:
+def tokenizing(spec: RunSpec, records: int | None, before: Prepared | None) -> tuple[Work, ...]:
     """What is to be done with the data. before: what an earlier launch prepared of the same."""
     there = Path(before.data.path) if before and before.data else None
     size = there.stat().st_size if there else None
     what = spec.data + (f" ({records:,} records)" if records is not None else "")
-    return Work("tokenize", what, "", cache_path() / "tokens", size, there)
+    tokenize = Work("tokenize", what, "", cache_path() / "tokens", size, there)
+    if there or _is_here(spec.data):
+        return (tokenize,)
+    return Work("fetch", spec.data, "", Path(), None), tokenize
+
+
+def _is_here(data: str) -> bool:
+    return data == demo.NAME or Path(data).expanduser().exists()
 
 
 def _folder_of(located: Located) -> tuple[Path | None, list[Work]]:
@@ -135,7 +142,7 @@ def _fetched(hub_id: str) -> tuple[Path | None, Path]:
     from huggingface_hub import constants, try_to_load_from_cache
 
     hub = Path(constants.HF_HUB_CACHE)
-    config = try_to_load_from_cache(hub_id, "config.json")
+    config = try_to_load_from_cache(hub_id, "config.json", cache_dir=hub)
     if not isinstance(config, str):
         return None, hub
     folder = Path(config).parent

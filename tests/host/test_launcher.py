@@ -1,6 +1,7 @@
 """Does a launch refuse what it must, write whole run directories, and say how its ranks ended?"""
 
 import errno
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from qdist.host import launcher, lessons, probe, ranks
 from qdist.host.files import locked
 from qdist.host.launcher import Job
 from qdist.host.rundir import LOCK, RunDir
+from qdist.host.state import state_of
 from qdist.host.stuck import Watchdog
 from qdist.host.survey import survey
 
@@ -106,6 +108,18 @@ def test_writing_leaves_every_file_and_the_plan_last() -> None:
 )
 def test_a_run_is_named_for_its_model_and_data(settings: dict[str, Any], name: str) -> None:
     assert str(launcher.prepare(spec(**settings)).run.path) == name
+
+
+@pytest.mark.parametrize("model", ["llama-7b", "owner/unheard-of"])
+def test_more_gpus_than_there_are_are_refused_before_anything_is_fetched(
+    model: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QDIST_CACHE", str(here / "cache"))
+    monkeypatch.setattr(probe, "cluster", lambda: hypothetical(2, 80 * GIB))
+    for plan in (launcher.prepare, launcher.preview):
+        with pytest.raises(PlanError, match="--gpus 4, but this machine has 2"):
+            plan(resolve({"model": model, "data": "demo", "gpus": 4}))
+    assert list(here.iterdir()) == []
 
 
 def test_a_run_without_a_name_finds_a_free_one(here: Path) -> None:
@@ -443,3 +457,44 @@ def test_a_run_in_training_is_not_started_twice() -> None:
 def test_the_plan_that_ranks_read_is_the_one_in_the_script() -> None:
     job = launcher.prepare(spec())
     assert msgspec.json.decode(job.files["plan.json"], type=Plan) == job.plan
+
+
+def test_ctrl_c_before_the_first_step_ends_at_once_and_the_run_can_go_on() -> None:
+    job = job_with_script("echo $$ > pid; sleep 60")
+    said: list[str] = []
+    calls: list[object] = []
+
+    def show(events: list[Event]) -> None:
+        if not calls and Path("run/pid").is_file():
+            calls.append(events)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        ranks.start(job, show=show, say=said.append)
+    assert said == ["stopped before the first step; nothing to save"]
+    assert not is_running("run/pid")
+    assert not job.run.stop_requested()
+    assert state_of(job.run) == "stopped"
+    assert launcher.prepare_resume(job.run, {}).plan == job.plan
+
+
+def test_ctrl_c_before_the_next_step_of_a_resumed_run_leaves_its_checkpoint() -> None:
+    job = job_with_script("touch started; sleep 60")
+    job.run.checkpoint(3).mkdir()
+    (job.run.checkpoint(3) / "DONE").touch()
+    said: list[str] = []
+
+    def show(events: list[Event]) -> None:
+        if not said and Path("run/started").exists():
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        ranks.start(job, show=show, say=said.append)
+    assert said == ["stopped before the next step; nothing to save"]
+    assert job.run.checkpoint_steps() == [3]
+
+
+def test_a_lock_names_its_launcher() -> None:
+    job = job_with_script("cp .lock seen; echo '{}' > result.json")
+    started(job)
+    assert json.loads(Path("run/seen").read_text())["pid"] == os.getpid()
