@@ -1,6 +1,7 @@
 """Does the code keep the rules of its own architecture?"""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import qdist
+from qdist.cli.main import COMMANDS
 
 ROOT = Path(str(qdist.__file__)).parent
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path.read_text().strip())
@@ -55,6 +57,37 @@ def test_no_error_is_swallowed(path: Path) -> None:
     """Catching everything is for cleaning up on the way out: such a handler ends in a bare `raise`."""
     handlers = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ExceptHandler)]
     assert [node.lineno for node in handlers if catches_everything(node) and not raises_again(node)] == []
+
+
+@every_module
+def test_no_code_of_a_models_folder_is_run_nor_asked_about(path: Path) -> None:
+    """transformers asks on the terminal, and runs it on a y, unless it is told not to."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    opening = [
+        call for call in calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr in ("from_pretrained", "from_config")
+        and isinstance(call.func.value, ast.Name) and call.func.value.id.startswith("Auto")
+    ]  # fmt: skip
+    assert [call.lineno for call in opening if not refuses_code(call)] == []
+
+
+@pytest.mark.parametrize("path", in_folders("cli", "host", "runtime"), ids=named)
+def test_a_printed_command_is_put_together_by_the_function_that_quotes(path: Path) -> None:
+    """A run may lie in a folder with a space in its name."""
+    texts = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.JoinedStr)]
+    assert [text.lineno for text in texts if names_a_command(text)] == []
+
+
+def names_a_command(text: ast.JoinedStr) -> bool:
+    """Whether a value stands on the same line behind the name of a command."""
+    parts = [part.value if isinstance(part, ast.Constant) else "{}" for part in text.values]
+    return bool(re.search(rf"qdist ({'|'.join(COMMANDS)})\b[^`\n]*{{}}", "".join(map(str, parts))))
+
+
+def refuses_code(call: ast.Call) -> bool:
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    told = given.get("trust_remote_code")
+    return isinstance(told, ast.Constant) and told.value is False
 
 
 def catches_everything(handler: ast.ExceptHandler) -> bool:

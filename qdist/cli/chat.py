@@ -1,9 +1,12 @@
 """`qdist chat`: talk to a run's model."""
 
+import signal
+
 import click
 
 from qdist.core.units import parse_bytes
 from qdist.host.modules import run_module
+from qdist.host.targets import check_target
 
 
 @click.command()
@@ -16,9 +19,17 @@ def chat(context: click.Context, run: str, system: str, max_new_tokens: int, max
     """Talk to RUN's adapter, or to any model; answers stream.
 
     The model goes to the first GPU with room for it; else its layers are spread over the GPUs; else as many as need be
-    wait in host memory. A line says where it lies.
+    wait in host memory. A line says where it lies. Ctrl-C ends an answer and keeps the conversation; /help tells the
+    commands.
     """
     options = ["--system", system, "--max-new-tokens", str(max_new_tokens)]
     if max_memory is not None:
         options += ["--max-memory-bytes", str(parse_bytes(max_memory))]
-    context.exit(run_module("qdist.runtime.generate", ("chat", run, *options)))
+    check_target(run)
+    # Ctrl-C is the child's: it ends an answer there, and leaves at the prompt.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        code = run_module("qdist.runtime.generate", ("chat", run, *options), asks=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    context.exit(code)

@@ -7,12 +7,14 @@ from typing import Any
 import click
 
 from qdist.cli.quantize import check_data, check_group_size
-from qdist.core.errors import RunError, SpecError
+from qdist.core.errors import SpecError
 from qdist.core.gptq import BITS
+from qdist.core.quoting import quoted
 from qdist.host.adapters import step_note
 from qdist.host.modules import run_module
 from qdist.host.refusals import refuse_taken
 from qdist.host.rundir import RunDir
+from qdist.host.targets import require_adapter
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "lora": (),
@@ -63,7 +65,9 @@ def export(context: click.Context, /, to: str, **given: Any) -> None:
     """
     _refuse_foreign(to, given)
     if to == "gguf" and not given["out"].endswith(".gguf"):
-        raise SpecError(f"{given['out']} is not the name of a GGUF file", try_=f"--out {given['out'].rstrip('/')}.gguf")
+        raise SpecError(
+            f"{given['out']} is not the name of a GGUF file", try_=quoted("--out", f"{given['out'].rstrip('/')}.gguf")
+        )
     if given["data"] is not None:
         check_data(given["data"])
     if given["group_size"] is not None:
@@ -86,8 +90,7 @@ def checked_flags(given: Mapping[str, Any]) -> list[str]:
     factors = _weights(weights, len(runs)) if weights is not None else ()
     for run in map(RunDir, runs):
         run.plan()
-        if not run.adapter.is_dir():
-            raise RunError(f"{run.path} has no adapter yet", try_=f"qdist gather {run.path}")
+        require_adapter(run)
         if note := step_note(run):
             click.echo(f"note     {run.path}: {note}", err=True)
     refuse_taken(out)

@@ -8,7 +8,7 @@ from qdist.host.disk import obstacle
 from qdist.host.modules import run_module
 from qdist.host.refusals import refuse_taken
 from qdist.host.rundir import RunDir
-from qdist.host.state import state_of
+from qdist.host.targets import require_checkpoint
 
 
 @click.command()
@@ -20,10 +20,7 @@ def gather(context: click.Context, run: str, checkpoint: str, out: str | None) -
     """Write RUN/adapter, a plain PEFT adapter, from a checkpoint; refuse one that is empty, NaN or unmoved."""
     folder = RunDir(run)
     folder.plan()
-    if not folder.checkpoint_steps():
-        running = state_of(folder) == "running"
-        hint = f"wait for the first: qdist monitor {run}" if running else f"qdist launch --resume --run {run}"
-        raise RunError(f"{run} has no whole checkpoint yet", try_=hint)
+    require_checkpoint(folder)
     step_of(folder, checkpoint)
     if out is not None:
         refuse_taken(out)

@@ -1,15 +1,20 @@
 """`qdist generate`: answer a file of prompts."""
 
+import os
+from pathlib import Path
+
 import click
 
+from qdist.core.errors import DataError, RunError
 from qdist.core.units import parse_bytes
 from qdist.host.modules import run_module
+from qdist.host.targets import check_target
 
 
 @click.command()
 @click.argument("run")
-@click.option("--prompts", required=True, help="Text file with a prompt a line, or JSONL with prompt or messages.")
-@click.option("--out", required=True, help="JSONL file to write.")
+@click.option("--prompts", required=True, help="Text file with a prompt a line, or data with prompt or messages.")
+@click.option("--out", required=True, help="JSONL file to write; must not be there yet.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Prompts at a time.")
 @click.option("--max-memory", help="What to put on each GPU at most, such as 20GiB.")
@@ -26,9 +31,17 @@ def generate(
     """Answer prompts with RUN's adapter, or with any model.
 
     The model goes to the first GPU with room for it and the answers; else its layers are spread over the GPUs; else as
-    many as need be wait in host memory. A line says where it lies.
+    many as need be wait in host memory. A line says where it lies. Answers are kept as they come: killed, the same
+    command goes on where it was.
     """
+    if os.path.lexists(out):
+        raise RunError(f"{out} exists", try_="another --out")
+    if not Path(prompts).is_file():
+        raise DataError(
+            f"no file {prompts}", try_="a text file with one prompt a line, or JSONL with prompt or messages"
+        )
     options = ["--prompts", prompts, "--out", out, "--max-new-tokens", str(max_new_tokens), "--batch", str(batch)]
     if max_memory is not None:
         options += ["--max-memory-bytes", str(parse_bytes(max_memory))]
+    check_target(run)
     context.exit(run_module("qdist.runtime.generate", ("file", run, *options)))

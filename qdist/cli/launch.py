@@ -12,6 +12,7 @@ from qdist.cli.preview import preview_lines
 from qdist.cli.watch import Watch, ending
 from qdist.core.demo import NAME as DEMO
 from qdist.core.errors import RunError, SpecError
+from qdist.core.quoting import resuming
 from qdist.core.spec import nest, parse_assignment, resolve
 from qdist.host import commands, launcher, ranks, templates
 from qdist.host.refusals import await_ranks, refuse_running
@@ -93,4 +94,4 @@ def _resumed(recipe: str | None, given: dict[str, Any], *, dry_run: bool) -> lau
 def _say_stopped(run: RunDir) -> None:
     steps = run.checkpoint_steps()
     kept = f"the checkpoint of step {steps[-1]} is whole" if steps else "there is no checkpoint yet"
-    click.echo(f"stopped; {kept}\n  go on: qdist launch --resume --run {run.path}", err=True)
+    click.echo(f"stopped; {kept}\n  go on: {resuming(run.path)}", err=True)

@@ -16,12 +16,12 @@ from qdist.core.spec import nest, parse_assignment, resolve
 from qdist.core.units import format_bytes, parse_bytes
 from qdist.host import lessons, probe, templates
 from qdist.host.checkpoints import gptq_of
-from qdist.host.sources import shape
+from qdist.host.sources import known_shape
 
 
 @click.command()
 @click.argument("recipe", required=False)
-@click.option("--model", help="Alias, or a folder with config.json.")
+@click.option("--model", help="Alias, folder with config.json, GGUF file or hub id.")
 @click.option("--bits", help="4, 8 or 16; a GPTQ checkpoint's own 2, 3, 4 or 8.")
 @click.option("--method", help="qlora; gptq-lora or qa-lora on a GPTQ checkpoint.")
 @click.option("--gpus", type=click.IntRange(min=1), help="How many GPUs.")
@@ -53,7 +53,7 @@ def plan(
         raise SpecError("no model was named", try_="--model llama-65b")
     # Epochs cannot be counted without the data, and steps have no weight.
     spec = spec if spec.steps else msgspec.structs.replace(spec, steps=1, epochs=None)
-    config, facts = shape(spec.model)
+    config, facts, of_another = known_shape(spec.model)
     described = bool(gpu_memory or gpu_name)
     cluster = _machine(spec.gpus or 1, gpu_memory, gpu_name, host_memory)
     # What another machine has installed is for the user to say.
@@ -65,7 +65,8 @@ def plan(
         click.echo(msgspec.json.format(msgspec.json.encode(decided), indent=2).decode())
         return
     plain = decided.device == "cuda" and not decided.liger and spec.liger is None
-    notes = ["liger-kernel is not installed here: --set liger=true plans with its kernels"] if plain else []
+    notes = [of_another] if of_another else []
+    notes += ["liger-kernel is not installed here: --set liger=true plans with its kernels"] if plain else []
     if described and not host_memory and decided.offloaded_layers:
         notes.append(f"the machine is taken to have {format_bytes(cluster.memory_bytes)} of host memory: --host-memory")
     lines = plan_lines(decided, notes=tuple(notes))

@@ -8,7 +8,7 @@ from itertools import groupby
 from qdist.core.fitting import fitted
 from qdist.core.memory import MemoryBudget
 from qdist.core.plan import Alternative, Plan
-from qdist.core.units import format_bytes, format_count, format_duration
+from qdist.core.units import counted, format_bytes, format_count, format_duration
 
 _MARGIN = " " * 9
 """Of what belongs to the name at the left of a line above."""
@@ -30,6 +30,7 @@ def plan_lines(plan: Plan, *, notes: tuple[str, ...] = ()) -> list[str]:
         f"batch    {spec.global_batch} = {_batch(plan)} of up to {plan.seq_len} tokens"
         + _checkpointing(plan)
         + (", Liger kernels" if plan.liger else ""),
+        *_data(plan),
         f"steps    {plan.steps:,}"
         + (f" over {plan.data.train_samples:,} samples, {plan.data.held_out_samples:,} held out" if plan.data else ""),
         *_speed(plan),
@@ -37,6 +38,12 @@ def plan_lines(plan: Plan, *, notes: tuple[str, ...] = ()) -> list[str]:
         *_lost(plan),
         *(f"note     {note}" for note in (*notes, *plan.notes)),
     ]
+
+
+def _data(plan: Plan) -> Iterator[str]:
+    """How many samples, of which format, and how they became text."""
+    if plan.data is not None and plan.data.wording is not None:
+        yield f"data     {counted(plan.data.records or plan.data.samples, 'record')}, {plan.data.wording}"
 
 
 def shown(lines: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from qdist.core.errors import DataError, RunError, SpecError, nearest
 from qdist.core.gptq import BITS, FORMATS, WORD, usual_format
 from qdist.host.modules import run_module
 from qdist.host.records import check_source
-from qdist.host.sources import locate
+from qdist.host.targets import check_model
 
 METHODS = ("nf4", "fp4", "int8", "gptq")
 _OF_GPTQ = ("data", "bits", "candidate_bits", "max_error", "group_size", "sym", "desc_act", "format", "samples",
@@ -56,7 +56,7 @@ def quantize(context: click.Context, /, model: str, method: str, out: str, **opt
         module, flags = "qdist.runtime.gptq.make", _gptq_flags(given)
     else:
         module, flags = "qdist.runtime.quantize", _flags(method, given)
-    locate(model)
+    check_model(model)
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{out} exists", try_="another --out")

@@ -9,6 +9,7 @@ from qdist.cli.planned import plan_lines
 from qdist.cli.report_page import compare_page, page
 from qdist.core.errors import RunError, SpecError
 from qdist.core.fold import Fold
+from qdist.core.quoting import command
 from qdist.core.report import Found, Report, report_of
 from qdist.core.units import format_bytes
 from qdist.host.commands import noted
@@ -24,9 +25,7 @@ from qdist.host.state import state_of
 def report(runs: tuple[Path, ...], out: Path | None) -> None:
     """Write what RUN did as one HTML page that needs no network; with OTHER, the two compared."""
     if len(runs) > 2:
-        raise SpecError(
-            f"a report is of one run or compares two, not {len(runs)}", try_=f"qdist report {runs[0]} {runs[1]}"
-        )
+        raise SpecError(f"a report is of one run or compares two, not {len(runs)}", try_=command("report", *runs[:2]))
     names = [run.resolve().name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run) for run in runs]

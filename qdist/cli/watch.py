@@ -16,6 +16,7 @@ from qdist.core.errors import QdistError
 from qdist.core.events import Event
 from qdist.core.fold import Fold
 from qdist.core.plan import Plan
+from qdist.core.quoting import command
 from qdist.core.snapshot import Snapshot
 from qdist.core.units import format_bytes, format_count
 from qdist.host.look import Look
@@ -125,7 +126,7 @@ def ending(run: RunDir, plan: Plan) -> None:
         f"\nadapter  {run.adapter}: {format_count(result['adapter_parameters'])} parameters, "
         f"{format_bytes(result['adapter_bytes'])}{speed}"
     )
-    system = f' --system "{demo.SYSTEM}"' if plan.spec.data == demo.NAME else ""
+    system = ("--system", demo.SYSTEM) if plan.spec.data == demo.NAME else ()
     if plan.source.tokenizer:
-        click.echo(f"chat     qdist chat {run.path}{system}")
-    click.echo(f"merge    qdist merge {run.path} --out {run.path}/merged")
+        click.echo(f"chat     {command('chat', run.path, *system)}")
+    click.echo(f"merge    {command('merge', run.path, '--out', run.path / 'merged')}")

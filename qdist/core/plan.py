@@ -5,6 +5,7 @@ from typing import Literal
 
 import msgspec
 
+from qdist.core.conversation import Wording
 from qdist.core.facts import ModelFacts
 from qdist.core.gptq import Gptq
 from qdist.core.lessons import Correction
@@ -29,6 +30,10 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     held_out_samples: int
     tokens: int
     longest: int
+    records: int = 0
+    """Of the source, the dropped ones included; 0 where nobody counted."""
+    wording: Wording | None = None
+    """How its records became text, which prompts do as well; None for synthetic data."""
     digest: str = ""
     """Of the files that were tokenized; empty where they lie on a hub, or nobody kept it."""
 
@@ -145,6 +150,16 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """What earlier runs on this machine had taught, and is in the predictions."""
     notes: tuple[str, ...]
     """What was decided for the user, and why."""
+
+    @property
+    def wording(self) -> Wording | None:
+        """How the run's records became text; None for random tokens, and for runs of a qdist that did not keep it."""
+        return self.data.wording if self.data else None
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end the answers that the run learned."""
+        return self.wording.ends if self.wording else ()
 
     @property
     def checkpointing(self) -> bool:

@@ -1,71 +1,80 @@
 """What a raw record says: a conversation, and which of its turns are learned."""
 
-from collections.abc import Callable, Mapping
-from typing import Literal
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
 
-import msgspec
+from msgspec.structs import replace
 
+from qdist.core.conversation import ASSISTANT, HUMAN, Conversation, Role, Style, Turn
 from qdist.core.errors import DataError, nearest
 
-Role = Literal["system", "user", "assistant"]
 Record = Mapping[str, object]
 
 _PAIRS = (("input", "output"), ("prompt", "completion"), ("question", "answer"))
 _ROLES: dict[str, Role] = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-}
-
-_ALPACA_HEAD = "Below is an instruction that describes a task"
-_ALPACA_TAIL = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
-"""The prompt of https://github.com/tatsu-lab/stanford_alpaca, `PROMPT_DICT` in train.py."""
-
-
-class Turn(msgspec.Struct, frozen=True):
-    """What one speaker says; the loss is taken on it when `learn`."""
-
-    role: Role
-    text: str
-    learn: bool
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
+}  # fmt: skip
+_TOOLS = frozenset(("tool", "tools", "function", "function_call", "tool_call", "observation", "ipython"))
+"""Roles of those that a model calls."""
+_SPEAKER, _WORDS = ("role", "from"), ("content", "value")
+_SYSTEM = ("system", "system_prompt")
+_MARKS = ("weight", "train", "training", "loss")
+"""Whether a turn is learned, as OpenAI, mistral-finetune, axolotl and ms-swift spell it."""
+_OF_TOOLS = ("tools", "functions", "tool_calls", "function_call")
+_NEVER_DROPPED = frozenset((
+    *_SYSTEM, *_MARKS, *_OF_TOOLS, "history", "images", "image", "videos", "video", "audios", "audio",
+))  # fmt: skip
+"""Keys that change what a record says: refused, with a value, where nothing is made of them."""
 
 
-class Segment(msgspec.Struct, frozen=True):
-    """A piece of a conversation as plain text; `learn` pieces are followed by the end-of-text token."""
+class _Fields:
+    """A record that remembers which of its keys were read."""
 
-    text: str
-    learn: bool
+    def __init__(self, record: Record, where: str) -> None:
+        self.record, self.where = record, where
+        self._read: set[str] = set()
 
+    def has(self, *keys: str) -> str | None:
+        """The first of the keys that is there."""
+        return next((key for key in keys if key in self.record), None)
 
-class Conversation(msgspec.Struct, frozen=True, kw_only=True):
-    """One training sample, before any tokenizer has seen it."""
+    def value(self, *keys: str) -> object:
+        """Of the first key that is there. Raises DataError where none is."""
+        key = self.has(*keys)
+        if key is None:
+            raise DataError(f"{self.where}: {keys[0]!r} is missing; keys found: {_found(self.record)}")
+        self._read.add(key)
+        return self.record[key]
 
-    turns: tuple[Turn, ...]
-    where: str
-    """The file and line or record it came from, for messages."""
-    prompt: str | None = None
-    """What stands before the last turn without a chat template; None: the turns, each under a `###` heading."""
-    verbatim: bool = False
-    """The text is complete as it is: no chat template, even where the tokenizer has one."""
+    def optional(self, *keys: str) -> object:
+        """Of the first key with a value; None where none has one."""
+        self._read |= set(keys)
+        return next((self.record[key] for key in keys if key in self.record and not _is_empty(self.record[key])), None)
 
-    def segments(self) -> tuple[Segment, ...]:
-        """The text without a chat template, in pieces that are tokenized one by one (as QLoRA does).
+    def text(self, *keys: str) -> str:
+        """Raises DataError where it is missing or no text."""
+        value = self.value(*keys)
+        if not isinstance(value, str):
+            raise DataError(f"{self.where}: {self.has(*keys)!r} must be text, not {_kind(value)}")
+        return value
 
-        A conversation that ends with a user's turn gives the prompt that asks for the next reply.
-        """
-        if self.prompt is not None:
-            return (Segment(self.prompt, False), Segment(self.turns[-1].text, True))
-        return tuple(_segment(turn, first=index == 0) for index, turn in enumerate(self.turns))
+    def optional_text(self, *keys: str) -> str:
+        """Empty where there is none."""
+        value = self.optional(*keys)
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"{self.where}: {self.has(*keys)!r} must be text, not {_kind(value)}")
+        return value or ""
 
-
-def _segment(turn: Turn, *, first: bool) -> Segment:
-    if turn.role == "assistant":
-        return Segment(f" {turn.text}", turn.learn)
-    if turn.role == "system":
-        return Segment(f"{turn.text}\n", False)
-    return Segment(f"{'' if first else chr(10)}### Human: {turn.text}\n### Assistant:", False)
+    def unused(self) -> tuple[str, ...]:
+        """Keys with a value that nobody read. Raises DataError for one that must not be dropped."""
+        left = [key for key, value in self.record.items() if key not in self._read and not _is_empty(value)]
+        for key in left:
+            if key.lower() in _NEVER_DROPPED:
+                raise _not_trained(self.where, key)
+        return tuple(left)
 
 
 def conversations(record: Record, *, where: str, data_format: str | None = None) -> tuple[Conversation, ...]:
@@ -77,7 +86,14 @@ def conversations(record: Record, *, where: str, data_format: str | None = None)
     """
     if data_format is not None:
         check_format(data_format)
-    return _READERS[data_format or detect(record, where=where)](record, where)
+    name = data_format or detect(record, where=where)
+    fields = _Fields(record, where)
+    marked = _mark(fields)
+    found = tuple(replace(own, format=name) for own in _READERS[name](fields))
+    unused = fields.unused()
+    if marked is False:
+        found = tuple(replace(own, turns=tuple(replace(turn, learn=False) for turn in own.turns)) for own in found)
+    return tuple(replace(own, unused=(*own.unused, *unused)) for own in found)
 
 
 def check_format(name: str) -> None:
@@ -104,87 +120,201 @@ def detect(record: Record, *, where: str) -> str:
     raise DataError(f"{where}: keys {_found(record)} fit no known record format", try_=f"records with {wanted}")
 
 
-def _alpaca(record: Record, where: str) -> tuple[Conversation, ...]:
-    return (_instructed(record, record, where),)
+def asked(record: Record, *, where: str) -> Conversation:
+    """What a prompt asks: `messages` or `conversations` that wait for a reply, `prompt`, `instruction`, `question`...
+
+    Raises DataError as `conversations` does, and for one that waits for nothing.
+    """
+    fields = _Fields(record, where)
+    if fields.has("messages", "conversations"):
+        turns = _turns(fields, "messages", "conversations")
+    elif key := fields.has("prompt", "instruction", "question", "text", "input"):
+        extra = fields.optional_text("input", "context") if key == "instruction" else ""
+        turns = (*_opening(fields), Turn("user", fields.text(key), False, extra))
+    else:
+        raise DataError(
+            f"{where}: neither 'prompt' nor 'messages' with role and content; keys found: {_found(record)}",
+            try_='{"prompt": "..."}',
+        )
+    if turns[-1].role != "user":
+        raise DataError(
+            f"{where}: the last turn is {_whose(turns[-1].role)}, so nothing is left to answer",
+            try_="a conversation that ends with the user's turn",
+        )
+    context = tuple(replace(turn, learn=False) for turn in turns)
+    verbatim = len(turns) == 1 and _is_transcript(turns[0].text)
+    return Conversation(turns=context, where=where, unused=fields.unused(), verbatim=verbatim)
 
 
-def _self_instruct(record: Record, where: str) -> tuple[Conversation, ...]:
-    instances = _items(record, "instances", where)
-    return tuple(_instructed(record, instance, f"{where}, instance {number}") for number, instance in instances)
+def look_of(texts: Iterable[str]) -> tuple[Style, str]:
+    """What raw text looks like: turns under headings, with what stands before a heading; else plain text."""
+    for text in texts:
+        if _is_transcript(text):
+            return "headings", re.findall(rf"(\s*){ASSISTANT}", text)[0]
+    return "plain", "\n"
 
 
-def _instructed(head: Record, instance: Record, where: str) -> Conversation:
-    """An instruction with the input and output of one instance of it."""
-    instruction, output = _text(head, "instruction", where), _text(instance, "output", where)
-    extra = _text(instance, "input", where) if instance.get("input") is not None else ""
-    user = f"{instruction}\n\n{extra}" if extra else instruction
-    prompt = _alpaca_prompt(instruction, extra)
-    return Conversation(turns=_exchange(user, output), where=where, prompt=prompt)
+def _alpaca(fields: _Fields) -> tuple[Conversation, ...]:
+    return (_instructed(fields, fields),)
 
 
-def _alpaca_prompt(instruction: str, extra: str) -> str:
-    if not extra:
-        return f"{_ALPACA_HEAD}. {_ALPACA_TAIL}{instruction}\n\n### Response:"
-    paired = f"{_ALPACA_HEAD}, paired with an input that provides further context. {_ALPACA_TAIL}"
-    return f"{paired}{instruction}\n\n### Input:\n{extra}\n\n### Response:"
+def _self_instruct(fields: _Fields) -> tuple[Conversation, ...]:
+    found = []
+    for number, item in _items(fields, "instances"):
+        instance = _Fields(item, f"{fields.where}, instance {number}")
+        own = _instructed(fields, instance)
+        found.append(replace(own, unused=tuple(f"instances.{key}" for key in instance.unused())))
+    return tuple(found)
 
 
-def _input_output(record: Record, where: str) -> tuple[Conversation, ...]:
-    source, target = _pair(record) or _PAIRS[0]
-    user, answer = _text(record, source, where), _text(record, target, where)
-    return (Conversation(turns=_exchange(user, answer), where=where, prompt=user),)
+def _instructed(head: _Fields, instance: _Fields) -> Conversation:
+    """An instruction with the input and output of one instance of it, after what was said before."""
+    instruction = head.text("instruction")
+    answer = instance.text("output", "response")
+    extra = instance.optional_text("input", "context")
+    turns = (*_opening(head), Turn("user", instruction, False, extra), _answer(answer))
+    return Conversation(turns=turns, where=instance.where, style="alpaca")
 
 
-def _oasst(record: Record, where: str) -> tuple[Conversation, ...]:
-    (pair,) = _input_output(record, where)
-    return (msgspec.structs.replace(pair, verbatim=True),)
+def _input_output(fields: _Fields) -> tuple[Conversation, ...]:
+    source, target = _pair(fields.record) or _PAIRS[0]
+    turns = (*_opening(fields), Turn("user", fields.text(source), False), _answer(fields.text(target)))
+    return (Conversation(turns=turns, where=fields.where, style="plain"),)
 
 
-def _plain(record: Record, where: str) -> tuple[Conversation, ...]:
-    turn = Turn("assistant", _text(record, "text", where), True)
-    return (Conversation(turns=(turn,), where=where, prompt="", verbatim=True),)
+def _oasst(fields: _Fields) -> tuple[Conversation, ...]:
+    source, target = _pair(fields.record) or _PAIRS[0]
+    prompt, answer = fields.text(source), fields.text(target)
+    style, gap = look_of((prompt,))
+    turns = (Turn("user", prompt, False), _answer(answer))
+    return (Conversation(turns=turns, where=fields.where, style=style, gap=gap, verbatim=True),)
 
 
-def _sharegpt(record: Record, where: str) -> tuple[Conversation, ...]:
-    return (_dialogue(record, where, holder="conversations", speaker="from", words="value"),)
+def _plain(fields: _Fields) -> tuple[Conversation, ...]:
+    text = fields.text("text")
+    style, gap = look_of((text,))
+    return (Conversation(turns=(_answer(text),), where=fields.where, style=style, gap=gap, verbatim=True),)
 
 
-def _messages(record: Record, where: str) -> tuple[Conversation, ...]:
-    return (_dialogue(record, where, holder="messages", speaker="role", words="content"),)
+def _sharegpt(fields: _Fields) -> tuple[Conversation, ...]:
+    return (_dialogue(fields, "conversations"),)
 
 
-def _dialogue(record: Record, where: str, *, holder: str, speaker: str, words: str) -> Conversation:
-    turns = _turns(record, where, holder=holder, speaker=speaker, words=words)
-    if not any(turn.learn for turn in turns):
+def _messages(fields: _Fields) -> tuple[Conversation, ...]:
+    return (_dialogue(fields, "messages"),)
+
+
+def _dialogue(fields: _Fields, holder: str) -> Conversation:
+    turns = _turns(fields, holder)
+    where = fields.where
+    if not any(turn.role == "assistant" for turn in turns):
         raise DataError(f"{where}: {len(turns)} turns, none of them the assistant's, so there is nothing to learn")
-    return Conversation(turns=turns, where=where)
+    return Conversation(turns=turns, where=where, unused=_unused_of_turns(fields, holder))
 
 
-def asked(messages: list[dict[str, str]], *, where: str) -> Conversation:
-    """Messages with role and content that wait for the next reply. Raises DataError as `conversations` does."""
-    turns = _turns({"messages": messages}, where, holder="messages", speaker="role", words="content")
-    return Conversation(turns=turns, where=where)
-
-
-def _turns(record: Record, where: str, *, holder: str, speaker: str, words: str) -> tuple[Turn, ...]:
-    turns = tuple(
-        _turn(item, f"{where}, turn {number}", speaker=speaker, words=words)
-        for number, item in _items(record, holder, where)
-    )
+def _turns(fields: _Fields, *holders: str) -> tuple[Turn, ...]:
+    items = _items(fields, *holders)
+    turns = tuple(_turn(_Fields(item, f"{fields.where}, turn {number}")) for number, item in items)
     if turns[0].role == "assistant":
-        raise DataError(f"{where}: the first turn is the assistant's, so nothing asks for it", try_="remove that turn")
-    return turns
+        raise DataError(
+            f"{fields.where}: the first turn is the assistant's, so nothing asks for it", try_="remove that turn"
+        )
+    system = fields.optional_text(*_SYSTEM)
+    own = [turn.text for turn in turns if turn.role == "system"]
+    if system and own and own[0].strip() != system.strip():
+        raise DataError(
+            f"{fields.where}: 'system' says {_short(system)}, and a turn of the system's {_short(own[0])}",
+            try_="keep one of the two",
+        )
+    return (Turn("system", system, False), *turns) if system and not own else turns
 
 
-def _turn(item: Record, where: str, *, speaker: str, words: str) -> Turn:
-    said_by = _text(item, speaker, where)
-    if said_by not in _ROLES:
-        raise DataError(f"{where}: {speaker!r} is {said_by!r}", try_=f"one of {', '.join(_ROLES)}")
-    return Turn(_ROLES[said_by], _text(item, words, where), _ROLES[said_by] == "assistant")
+def _turn(fields: _Fields) -> Turn:
+    said_by = fields.text(*_SPEAKER)
+    name = said_by.strip().lower()
+    calls = next((key for key in _OF_TOOLS if not _is_empty(fields.record.get(key))), None)
+    if name in _TOOLS or calls:
+        what = f"calls tools ({calls!r})" if calls else f"is of {fields.has(*_SPEAKER)!r} {said_by!r}"
+        raise DataError(
+            f"{fields.where} {what}, and tool calls are not trained yet", try_="records without tools and their calls"
+        )
+    if name not in _ROLES:
+        known = ", ".join(_ROLES)
+        raise DataError(f"{fields.where}: {fields.has(*_SPEAKER)!r} is {said_by!r}", try_=f"one of {known}")
+    role, text, mark = _ROLES[name], _words(fields), _mark(fields)
+    if mark and role != "assistant":
+        raise DataError(
+            f"{fields.where} is {_whose(role)} and is marked to be learned; the loss is taken on the assistant's turns",
+            try_="remove the mark, or train on everything: --set train.train_on_source=true",
+        )
+    fields.unused()
+    if role == "assistant":
+        return _answer(text) if mark is not False else Turn("assistant", text, False)
+    return Turn(role, text, False)
 
 
-def _exchange(user: str, assistant: str) -> tuple[Turn, Turn]:
-    return Turn("user", user, False), Turn("assistant", assistant, True)
+def _words(fields: _Fields) -> str:
+    """The text of a turn; of a list of parts, theirs one after the other."""
+    value = fields.value(*_WORDS)
+    if not isinstance(value, list):
+        return fields.text(*_WORDS)
+    return "".join(_part(part, fields.where) for part in value)
+
+
+def _part(part: object, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping):
+        raise DataError(f"{where}: a part of the content is {_kind(part)}", try_='{"type": "text", "text": "..."}')
+    kind = part.get("type", "text")
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise DataError(f"{where} holds a part of type {kind!r}, and only text is trained", try_="records of text")
+    return str(part["text"])
+
+
+def _answer(text: str) -> Turn:
+    """Silence is nothing to learn."""
+    return Turn("assistant", text, bool(text.strip()))
+
+
+def _opening(fields: _Fields) -> tuple[Turn, ...]:
+    """What stands beside an exchange and was said before it: a system message, and earlier exchanges."""
+    system, history = fields.optional_text(*_SYSTEM), fields.optional("history")
+    turns = [Turn("system", system, False)] if system else []
+    if history is None:
+        return tuple(turns)
+    if not isinstance(history, list) or not all(_is_exchange(pair) for pair in history):
+        raise DataError(f"{fields.where}: 'history' must be a list of pairs", try_='[["question", "answer"], ...]')
+    for question, answer in history:
+        turns += [Turn("user", question, False), _answer(answer)]
+    return tuple(turns)
+
+
+def _is_exchange(pair: object) -> bool:
+    return isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+
+
+def _mark(fields: _Fields) -> bool | None:
+    """Whether a turn, or a record, is marked to be learned; None where it is not marked."""
+    found: dict[str, bool] = {}
+    for key in _MARKS:
+        value = fields.optional(key)
+        if value is None:
+            continue
+        if value not in (0, 1):  # True and False are equal to these
+            raise DataError(
+                f"{fields.where}: {key!r} is {value!r}, and a turn is learned or not", try_=f"{key!r} of 0, 1 or null"
+            )
+        found[key] = bool(value)
+    if len(set(found.values())) > 1:
+        raise DataError(f"{fields.where}: {' and '.join(map(repr, found))} contradict each other", try_="one of them")
+    return next(iter(found.values()), None)
+
+
+def _unused_of_turns(fields: _Fields, holder: str) -> tuple[str, ...]:
+    known = {*_SPEAKER, *_WORDS, *_MARKS, *_OF_TOOLS}
+    keys = {key: None for _, item in _items(fields, holder) for key, value in item.items() if not _is_empty(value)}
+    return tuple(f"{holder}.{key}" for key in keys if key not in known)
 
 
 def _pair(record: Record) -> tuple[str, str] | None:
@@ -192,12 +322,12 @@ def _pair(record: Record) -> tuple[str, str] | None:
 
 
 def _is_transcript(source: object) -> bool:
-    return isinstance(source, str) and "### Human:" in source and "### Assistant:" in source
+    return isinstance(source, str) and HUMAN in source and ASSISTANT in source
 
 
-def _items(record: Record, key: str, where: str) -> list[tuple[int, Record]]:
-    """The objects listed under `key`, numbered from 1. Raises DataError when it is not a list of objects."""
-    items = _value(record, key, where)
+def _items(fields: _Fields, *keys: str) -> list[tuple[int, Record]]:
+    """The objects listed under a key, numbered from 1. Raises DataError when it is not a list of objects."""
+    items, key, where = fields.value(*keys), fields.has(*keys), fields.where
     if not isinstance(items, list) or not items:
         raise DataError(f"{where}: {key!r} must be a list with at least one object, not {_kind(items)}")
     for number, item in enumerate(items, 1):
@@ -206,17 +336,28 @@ def _items(record: Record, key: str, where: str) -> list[tuple[int, Record]]:
     return list(enumerate(items, 1))
 
 
-def _text(record: Record, key: str, where: str) -> str:
-    value = _value(record, key, where)
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {key!r} must be text, not {_kind(value)}")
-    return value
+def _is_empty(value: object) -> bool:
+    """Whether there is nothing to be lost; '[]' is how ShareGPT files write no tools."""
+    if isinstance(value, str):
+        return not value.strip() or value.strip() in ("[]", "{}", "null")
+    return value is None or (isinstance(value, list | tuple | Mapping) and not value)
 
 
-def _value(record: Record, key: str, where: str) -> object:
-    if key not in record:
-        raise DataError(f"{where}: {key!r} is missing; keys found: {_found(record)}")
-    return record[key]
+def _not_trained(where: str, key: str) -> DataError:
+    lowered = key.lower()
+    if lowered in _OF_TOOLS:
+        return DataError(f"{where} has {key!r}, and tool calls are not trained yet", try_=f"records without {key!r}")
+    return DataError(
+        f"{where} has {key!r}, of which nothing is made in this format", try_=f"messages, or records without {key!r}"
+    )
+
+
+def _whose(role: Role) -> str:
+    return f"the {role}'s"
+
+
+def _short(text: str) -> str:
+    return json.dumps(text if len(text) <= 24 else f"{text[:24]}...", ensure_ascii=False)
 
 
 def _kind(value: object) -> str:
@@ -226,10 +367,10 @@ def _kind(value: object) -> str:
 
 
 def _found(record: Record) -> str:
-    return ", ".join(record) or "none"
+    return ", ".join(map(str, record)) or "none"
 
 
-_READERS: dict[str, Callable[[Record, str], tuple[Conversation, ...]]] = {
+_READERS: dict[str, Callable[[_Fields], tuple[Conversation, ...]]] = {
     "alpaca": _alpaca,
     "input-output": _input_output,
     "oasst": _oasst,

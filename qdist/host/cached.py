@@ -17,7 +17,7 @@ from qdist.host.files import cache_dir, cache_path, write_atomic
 from qdist.host.records import source_digest
 
 WEIGHTS = (".safetensors", ".bin")
-BESIDE = (".json", ".jinja", ".model", ".txt")
+BESIDE = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 """Endings of the files that make weights a model: tokenizer, chat template, generation settings."""
 _CONVERSION = 1
 """Raise it whenever the same GGUF file would become another folder."""

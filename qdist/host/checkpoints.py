@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qdist.core.errors import ModelError
 from qdist.core.gptq import Gptq, method_of, of_run, stated_by, to_config
+from qdist.core.quoting import command
 from qdist.core.spec import RunSpec
 from qdist.host.sources import read_json
 
@@ -34,13 +35,17 @@ def gptq_of(spec: RunSpec, config: Mapping[str, object], folder: Path | None = N
 
 def _not_gptq(name: str, config: Mapping[str, object]) -> ModelError:
     """What to quantize instead: the model itself, or what it was made from where it is packed otherwise already."""
-    stored, command = config.get("quantization_config"), "qdist quantize {} --method gptq --data DATA --out DIR"
+    stored = config.get("quantization_config")
     if isinstance(stored, Mapping) and stored:
         return ModelError(
             f"{name} is quantized with {method_of(stored) or 'bitsandbytes'} and is no GPTQ checkpoint",
-            try_=f"the 16-bit model that it was made from: {command.format('MODEL')}",
+            try_=f"the 16-bit model that it was made from: {_quantizing('MODEL')}",
         )
-    return ModelError(f"{name} is no GPTQ checkpoint", try_=f"{command.format(name)}, or --method qlora")
+    return ModelError(f"{name} is no GPTQ checkpoint", try_=f"{_quantizing(name)}, or --method qlora")
+
+
+def _quantizing(model: str) -> str:
+    return command("quantize", model, "--method", "gptq", "--data", "DATA", "--out", "DIR")
 
 
 def stated(folder: Path) -> Gptq | None:

@@ -32,12 +32,14 @@ def _begin() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
-def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
+def run(command: Sequence[str], environment: Mapping[str, str], *, asks: bool = False) -> int:
     """Run a program on this terminal to its end; its exit code. It is deaf to Ctrl-C until it calls `hear_ctrl_c`.
 
+    asks: it reads what is typed. Otherwise its standard input is closed: no library can wait there for an answer.
     Raises KeyboardInterrupt once it has ended by Ctrl-C, JobError when a signal killed it.
     """
-    child = subprocess.Popen(command, env=environment, preexec_fn=_begin)
+    stdin = None if asks else subprocess.DEVNULL
+    child = subprocess.Popen(command, env=environment, stdin=stdin, preexec_fn=_begin)
     try:
         code = child.wait()
     except KeyboardInterrupt:  # of the terminal, which the child has heard as well

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from qdist.core.errors import JobError
+from qdist.core.quoting import resuming
 from qdist.host.children import killed_by
 from qdist.host.files import write_atomic
 from qdist.host.rundir import ENDED, Ended, RunDir
@@ -21,7 +22,7 @@ def note(run: RunDir, ended: Ended) -> None:
 
 def stuck(run: RunDir, sentence: str) -> JobError:
     """The error of a run that the launcher ended."""
-    return JobError(f"{sentence}; {run.last_saved()}", try_=f"qdist launch --resume --run {run.path}")
+    return JobError(f"{sentence}; {run.last_saved()}", try_=resuming(run.path))
 
 
 def log_lengths(run: RunDir) -> dict[Path, int]:
@@ -47,7 +48,7 @@ def died(run: RunDir, before: Mapping[Path, int], code: int) -> JobError:
     else:
         how = f"ended with exit code {exit_code}" + (f": {reason}" if (reason := _reason(lines)) else "")
     advice = [line.removeprefix("  try: ") for line in lines[-3:] if line.startswith("  try: ")]
-    hint = f"qdist launch --resume --run {run.path}" if run.checkpoint_steps() else f"read {path}"
+    hint = resuming(run.path) if run.checkpoint_steps() else f"read {path}"
     last = f"\nthe last lines of {path}:\n{_tail(lines)}" if lines else f"\n{path} has no word of it"
     return JobError(f"rank {rank} {how}{last}", try_=advice[-1] if advice else hint)
 

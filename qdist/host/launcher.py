@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from qdist.core import demo
-from qdist.core.errors import ModelError, RunError, SpecError
-from qdist.core.facts import ModelFacts, from_config
+from qdist.core.errors import RunError, SpecError
+from qdist.core.facts import ModelFacts, from_config, require_library_class
 from qdist.core.gptq import of_run
 from qdist.core.means import count_of
 from qdist.core.plan import DataFacts, Plan, Prepared, Source
@@ -33,7 +33,7 @@ from qdist.core.spec import RunSpec, flatten, resolve
 from qdist.host import cached, lessons, modules, probe, templates
 from qdist.host.files import write_atomic
 from qdist.host.fingerprints import require_same_tensors
-from qdist.host.records import check_source
+from qdist.host.records import check_source, source_notes
 from qdist.host.refusals import (
     refuse_other_data,
     refuse_other_files,
@@ -106,7 +106,7 @@ def preview(spec: RunSpec) -> Preview:
         return Preview(run, None, work)
     data = None if records is None else expected(spec, found.facts, records)
     known = data is not None or spec.steps is not None
-    estimate = Prepared(source=found.source, data=data, notes=(_estimated(spec, data),))
+    estimate = Prepared(source=found.source, data=data, notes=_estimate_notes(spec, found, data))
     return Preview(run, _job(run, spec if known else _one_step(spec), estimate), work, known)
 
 
@@ -251,14 +251,15 @@ def _rehearse(spec: RunSpec, found: Survey, run: RunDir) -> None:
     refuse_small_disk(_planned(spec, found.source, found.facts, shortest), run)
 
 
-def _estimated(spec: RunSpec, data: DataFacts | None) -> str:
-    """What of a plan is known only once the data are tokenized."""
+def _estimate_notes(spec: RunSpec, found: Survey, data: DataFacts | None) -> tuple[str, ...]:
+    """Where the shape is from, what is left out of a folder, and what is known only once the data are tokenized."""
+    left_out = () if spec.data == demo.NAME else source_notes(spec.data)
     if data is None:
-        return f"steps and the longest sample are known once {spec.data} is fetched and tokenized"
-    return (
-        f"steps and the longest sample are known once the data are tokenized: this is for {data.samples:,} samples of "
-        f"{data.longest} tokens"
-    )
+        open_ = f"steps and the longest sample are known once {spec.data} is fetched and tokenized"
+    else:
+        guess = f"{data.samples:,} samples of {data.longest} tokens"
+        open_ = f"steps and the longest sample are known once the data are tokenized: this is for {guess}"
+    return tuple(filter(None, (found.note, *left_out, open_)))
 
 
 def _one_step(spec: RunSpec) -> RunSpec:
@@ -293,11 +294,8 @@ def _synthetic(spec: RunSpec) -> Prepared:
         raise SpecError(f"random weights train on random tokens, not on {spec.data!r}", try_="leave --data out")
     if spec.train.answers or spec.new_tokens:
         raise SpecError("train.answers and new_tokens need a tokenizer, and random weights have none")
-    config, facts = shape(spec.model)
-    if facts.family == "baichuan":
-        raise ModelError(
-            f"transformers has no class to build {spec.model} from random weights", try_="--model llama-7b"
-        )
+    config, _ = shape(spec.model)
+    require_library_class(config, name=spec.model)
     source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=of_run(spec, config))
     return Prepared(source=source, data=None)
 
@@ -308,7 +306,9 @@ def _resumable(key: str, spec: RunSpec) -> bool:
 
 
 def _stem(spec: RunSpec) -> str:
-    model = re.sub(r"[^\w.-]+", "-", Path(spec.model).stem if spec.model.endswith(".gguf") else Path(spec.model).name)
+    model = re.sub(
+        r"[^\w.-]+", "-", Path(spec.model).stem if spec.model.lower().endswith(".gguf") else Path(spec.model).name
+    )
     data = re.sub(r"[^\w.-]+", "-", Path(spec.data).stem) if spec.data else "dummy"
     return f"{model}-{spec.method}-{data}".lower()
 

@@ -12,6 +12,7 @@ from qdist.core.errors import MachineError, RunError
 from qdist.core.events import State
 from qdist.core.fold import Fold
 from qdist.core.pulse import Pulse
+from qdist.core.quoting import resuming
 from qdist.core.snapshot import Reading, Snapshot
 from qdist.host.follow import Follower
 from qdist.host.pulses import environment_of, read_pulses
@@ -127,7 +128,7 @@ def _matmul_flops_s(machine: Cluster | None) -> float | None:
 
 def _ending(run: RunDir, state: State) -> tuple[str, str]:
     """(what ended a run before its last step, what to try); empty for one that has not ended so."""
-    resume = f"qdist launch --resume --run {run.path}"
+    resume = resuming(run.path)
     if state == "killed":
         return "its launcher ended without a word", resume
     ended = run.ended() if state in ("failed", "stopped") else None

@@ -34,13 +34,14 @@ def prepare(spec: RunSpec) -> Prepared:
         return msgspec.json.decode(wanted.read_bytes(), type=Prepared)
 
 
-def run_module(module: str, arguments: Sequence[str]) -> int:
+def run_module(module: str, arguments: Sequence[str], *, asks: bool = False) -> int:
     """Run a module's `main` in a process of its own, on this terminal; its exit code.
 
+    asks: it reads what is typed.
     Raises KeyboardInterrupt once it has ended by Ctrl-C, JobError when a signal killed it.
     """
     environment = dict(os.environ)
     if probe.cluster().device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed, once imported, warns that it found no GPU
         environment.setdefault("OMP_WAIT_POLICY", PASSIVE)
-    return children.run([sys.executable, "-m", "qdist.runtime.child", module, *arguments], environment)
+    return children.run([sys.executable, "-m", "qdist.runtime.child", module, *arguments], environment, asks=asks)

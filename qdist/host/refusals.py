@@ -9,6 +9,7 @@ import msgspec
 
 from qdist.core.errors import RunError
 from qdist.core.plan import DataFacts, Plan
+from qdist.core.quoting import command, resuming
 from qdist.core.storage import storage
 from qdist.core.units import format_bytes
 from qdist.host.cached import files_digest
@@ -22,7 +23,7 @@ from qdist.host.survey import counted
 def refuse_running(run: RunDir) -> None:
     """Raise RunError where ranks are at work on a run: its plan must stay that of its ranks."""
     if run.exists() and state_of(run) == "running":
-        raise RunError(f"{run.path} is being trained by another process", try_=f"qdist monitor {run.path}")
+        raise RunError(f"{run.path} is being trained by another process", try_=command("monitor", run.path))
 
 
 def await_ranks(run: RunDir, say: Callable[[str], None], *, patience_s: float = 15.0) -> None:
@@ -45,7 +46,7 @@ def refuse_used(run: RunDir) -> None:
         where = f"a checkpoint of step {steps[-1]}" if steps else "no checkpoint yet"
         raise RunError(
             f"{run.path} holds an unfinished run with {where}",
-            try_=f"qdist launch --resume --run {run.path}, or another --run",
+            try_=f"{resuming(run.path)}, or another --run",
         )
     if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise RunError(f"{run.path} exists and is not a run", try_="another --run")

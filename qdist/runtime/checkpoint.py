@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from qdist.core.errors import JobError, RunError
+from qdist.core.quoting import resuming
 from qdist.host.files import publish_folder, write_atomic
 from qdist.host.rundir import RunDir
 from qdist.runtime.engine import State
@@ -54,7 +55,7 @@ def save(run: RunDir, progress: Progress, state: State, *, keep: int) -> Path:
         raise JobError(
             f"the checkpoint of step {progress.step} cannot be written to {run.checkpoints}: {error}; "
             f"{run.last_saved()}",
-            try_=f"make room there, then qdist launch --resume --run {run.path}",
+            try_=f"make room there, then {resuming(run.path)}",
         ) from error
     _prune(run, keep=keep, best=progress.best_step)
     return final

@@ -2,30 +2,46 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qdist.core import demo
-from qdist.core.records import Conversation, check_format, conversations
-from qdist.host.records import read_records, source_digest
-from qdist.runtime.encode import tokenize
-from qdist.runtime.tokenized import TokenizedSet, load, save
+from qdist.core.bad_records import BadRecords
+from qdist.core.conversation import Conversation
+from qdist.core.errors import DataError
+from qdist.core.records import check_format
+from qdist.host.conversations import read_conversations
+from qdist.host.records import source_digest
+from qdist.runtime.encode import Sample, encode
+from qdist.runtime.tokenized import IGNORED, Summary, TokenizedSet, load, save
+from qdist.runtime.wording import Told
 
 DEMO = demo.NAME
 """The source that names the generated data set of `qdist.core.demo`."""
 
-_VERSION = 1
+_VERSION = 2
 """Raise it whenever the same records would become other tokens or labels."""
 
 
 def cached_tokenize(
-    source: str, tokenizer: Any, *, seq_len: int, train_on_source: bool, folder: Path, data_format: str | None = None
+    source: str,
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    train_on_source: bool,
+    folder: Path,
+    data_format: str | None = None,
+    rows: int | None = None,
 ) -> tuple[TokenizedSet, Path]:
     """The tokenized set of `source` and its file in `folder`, written unless it is there.
 
     source: 'demo', a file, a folder or a hub data set, as `read_records` takes them.
     folder: where sets are kept, each under its key; ranks may race for it, the files are equal.
+    rows: see `tokenize`.
     """
     if data_format is not None:
         check_format(data_format)
@@ -34,7 +50,7 @@ def cached_tokenize(
     if path.is_file():
         return load(path, key=key), path
     found = read_conversations(source, data_format=data_format)
-    tokenized = tokenize(found, tokenizer, seq_len=seq_len, train_on_source=train_on_source)
+    tokenized = tokenize(found, tokenizer, seq_len=seq_len, train_on_source=train_on_source, rows=rows)
     save(tokenized, path, key=key)
     return tokenized, path
 
@@ -61,14 +77,150 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return _digest([rules, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template])
 
 
-def read_conversations(source: str, *, data_format: str | None = None) -> Iterator[Conversation]:
-    """The conversations of a source, in order. Raises DataError at the first record that cannot be used."""
-    if source == DEMO:
-        located = ((f"demo, record {number}", record) for number, record in enumerate(demo.records(), 1))
-    else:
-        located = ((where, record) for where, record in read_records(source))
-    for where, record in located:
-        yield from conversations(record, where=where, data_format=data_format)
+def tokenize(
+    found: Iterable[Conversation | DataError],
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    train_on_source: bool,
+    rows: int | None = None,
+) -> TokenizedSet:
+    """Tokenize for causal training, with the loss on the assistant's turns only, or on all with `train_on_source`.
+
+    found: conversations, and errors in place of those that could not be read.
+    tokenizer: a transformers tokenizer; the chat template, where it has one, needs a fast one.
+    seq_len: samples are cut there, on the right. One that has nothing left to learn is dropped and counted.
+    rows: of the embedding; a token behind them has no place in the model.
+
+    Raises DataError when nothing is left at all, and once for all records that cannot be used.
+    """
+    reader = _Pass(tokenizer, seq_len=seq_len, train_on_source=train_on_source, rows=rows)
+    for conversation in found:
+        reader.add(conversation)
+    return reader.tokenized()
+
+
+class _Pass:
+    """One way through all records."""
+
+    def __init__(self, tokenizer: Any, *, seq_len: int, train_on_source: bool, rows: int | None) -> None:
+        self._tokenizer, self._seq_len, self._all, self._rows = tokenizer, seq_len, train_on_source, rows
+        self._tokens, self._labels, self._offsets = array("i"), array("i"), array("q", [0])
+        self._records = self._truncated = self._learned = self._longest_prompt = 0
+        self._dropped: dict[str, int] = {}
+        self._bad, self._told = BadRecords(), Told(tokenizer)
+
+    def add(self, conversation: Conversation | DataError) -> None:
+        """Take in the next record."""
+        self._records += 1
+        if isinstance(conversation, DataError):
+            self._bad.add(conversation)
+            return
+        self._told.unused |= dict.fromkeys(conversation.unused)
+        if not conversation.learns and not self._all:
+            self._drop(conversation.why_nothing)
+            return
+        try:
+            self._require_no_marks(conversation)
+            encoded = encode(conversation, self._tokenizer)
+            self._require_rows(conversation, encoded.samples)
+            self._require_one_sample(conversation, encoded.samples)
+        except DataError as error:
+            self._bad.add(error)
+            return
+        self._told.add(conversation, encoded)
+        self._truncated += any(len(sample.tokens) > self._seq_len for sample in encoded.samples)
+        if not sum(map(self._keep, encoded.samples)):
+            self._drop(f"nothing to learn within seq_len={self._seq_len}")
+
+    def tokenized(self) -> TokenizedSet:
+        """The set of all that was kept. Raises DataError as `tokenize` does."""
+        self._bad.raise_any(self._records)
+        if len(self._offsets) == 1:
+            raise self._nothing_left()
+        wording, notes = self._told.summed_up(self._records)
+        summary = Summary(
+            records=self._records,
+            dropped=sum(self._dropped.values()),
+            truncated=self._truncated,
+            tokens=len(self._tokens),
+            learned_tokens=self._learned,
+            wording=wording,
+            notes=(*self._counts(), *notes),
+        )
+        return TokenizedSet(
+            torch.frombuffer(self._tokens, dtype=torch.int32),
+            torch.frombuffer(self._labels, dtype=torch.int32),
+            torch.frombuffer(self._offsets, dtype=torch.int64),
+            summary,
+        )
+
+    def _keep(self, sample: Sample) -> bool:
+        """Add a sample, cut; whether anything was left to learn of it."""
+        prompt = sample.learn.index(True) if True in sample.learn else len(sample.tokens)
+        self._longest_prompt = max(self._longest_prompt, prompt)
+        pairs = zip(sample.tokens[: self._seq_len], sample.learn, strict=False)
+        labels = [token if learn or self._all else IGNORED for token, learn in pairs]
+        count = sum(label != IGNORED for label in labels[1:])
+        if count:
+            self._tokens.extend(sample.tokens[: self._seq_len])
+            self._labels.extend(labels)
+            self._offsets.append(len(self._tokens))
+            self._learned += count
+        return bool(count)
+
+    def _drop(self, reason: str) -> None:
+        self._dropped[reason] = self._dropped.get(reason, 0) + 1
+
+    def _require_no_marks(self, conversation: Conversation) -> None:
+        """With everything learned, a turn that is not to be learned would be."""
+        marked = any(turn.role == "assistant" and not turn.learn and turn.text.strip() for turn in conversation.turns)
+        if self._all and marked:
+            raise DataError(
+                f"{conversation.where}: an answer is marked as not to be learned, and train.train_on_source=true "
+                "learns every token",
+                try_="--set train.train_on_source=false",
+            )
+
+    def _require_one_sample(self, conversation: Conversation, samples: tuple[Sample, ...]) -> None:
+        if self._all and len(samples) > 1:
+            raise DataError(
+                f"{conversation.where}: the tokenizer's chat template writes earlier answers otherwise once later ones "
+                "follow, so each is a sample of its own, and train.train_on_source=true would learn questions twice",
+                try_="--set train.train_on_source=false",
+            )
+
+    def _require_rows(self, conversation: Conversation, samples: tuple[Sample, ...]) -> None:
+        for sample in samples:
+            largest = max(sample.tokens, default=0)
+            if self._rows is not None and largest >= self._rows:
+                token = self._tokenizer.convert_ids_to_tokens(largest)
+                raise DataError(
+                    f"{conversation.where}: {token!r} is token {largest:,}, and the model has {self._rows:,} rows",
+                    try_=f"records without {token!r}, or the tokenizer that belongs to these weights",
+                )
+
+    def _counts(self) -> Iterator[str]:
+        if self._truncated:
+            yield f"{self._truncated:,} of {self._records:,} records were cut at seq_len={self._seq_len}"
+        for reason, count in self._dropped.items():
+            yield f"{count:,} of {self._records:,} records were dropped: {reason}"
+
+    def _nothing_left(self) -> DataError:
+        if not self._records:
+            return DataError("the data holds no conversation")
+        cut = f"nothing to learn within seq_len={self._seq_len}"
+        if self._dropped.get(cut) == self._records:
+            return DataError(
+                f"all {self._records} records were dropped: none has a token to learn within seq_len={self._seq_len}; "
+                f"the longest prompt has {self._longest_prompt} tokens",
+                try_=f"seq_len above {self._longest_prompt}",
+            )
+        reasons = ", ".join(f"{reason} ({count:,})" for reason, count in self._dropped.items())
+        alone = next(iter(self._dropped)) if len(self._dropped) == 1 else reasons
+        return DataError(
+            f"all {self._records} records were dropped: {alone}", try_="records with an answer that is to be learned"
+        )
 
 
 def _digest(value: object) -> str:

@@ -1,128 +1,166 @@
 """Which tokens a conversation becomes, and which of them are learned."""
 
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
-import torch
-
+from qdist.core.conversation import Conversation, Role, Segment
 from qdist.core.errors import DataError, ModelError
-from qdist.core.records import Conversation
-from qdist.runtime.tokenized import IGNORED, Summary, TokenizedSet
+from qdist.runtime.chat_template import Rendering, render
 
 
-class Encoded(NamedTuple):
+class Sample(NamedTuple):
     """One sample before truncation: token ids, and for each whether its loss is taken."""
 
     tokens: list[int]
     learn: list[bool]
 
 
-def tokenize(
-    conversations: Iterable[Conversation], tokenizer: Any, *, seq_len: int, train_on_source: bool
-) -> TokenizedSet:
-    """Tokenize for causal training, with the loss on the assistant's turns only, or on all with `train_on_source`.
+class Encoded(NamedTuple):
+    """What one conversation becomes."""
 
-    tokenizer: a transformers tokenizer; the chat template, where it has one, needs a fast one.
-    seq_len: samples are cut there, on the right. One that has nothing left to learn is dropped and counted.
-
-    Raises DataError when nothing is left at all, or when the chat template does not show which tokens are whose.
-    """
-    tokens, labels, offsets = array("i"), array("i"), array("q", [0])
-    records = truncated = learned = longest_prompt = 0
-    for conversation in conversations:
-        sample = encode(conversation, tokenizer)
-        records += 1
-        truncated += len(sample.tokens) > seq_len
-        longest_prompt = max(longest_prompt, _prompt_tokens(sample))
-        kept = _labels(sample, seq_len=seq_len, train_on_source=train_on_source)
-        if count := sum(label != IGNORED for label in kept[1:]):
-            tokens.extend(sample.tokens[:seq_len])
-            labels.extend(kept)
-            offsets.append(len(tokens))
-            learned += count
-    if len(offsets) == 1:
-        raise _nothing_left(records, seq_len=seq_len, longest_prompt=longest_prompt)
-    summary = Summary(records=records, dropped=records - len(offsets) + 1, truncated=truncated,
-                      tokens=len(tokens), learned_tokens=learned)  # fmt: skip
-    return TokenizedSet(
-        torch.frombuffer(tokens, dtype=torch.int32),
-        torch.frombuffer(labels, dtype=torch.int32),
-        torch.frombuffer(offsets, dtype=torch.int64),
-        summary,
-    )
+    samples: tuple[Sample, ...]
+    """One; one an answer where the chat template writes earlier answers otherwise once later ones follow."""
+    chat: bool
+    """Whether a chat template wrote it."""
+    marks: tuple[str, ...] = ()
+    """What ends each learned turn; an empty one where the end-of-text token was added."""
+    leads: tuple[str, ...] = ()
+    """What stands between header and text of each."""
+    left_out: frozenset[Role] = frozenset()
+    """Whose turns the chat template does not show."""
+    thoughts: int = 0
+    doubled: int = 0
+    """See `Rendered`."""
 
 
 def encode(conversation: Conversation, tokenizer: Any) -> Encoded:
-    """The tokens of one conversation, uncut, through the chat template where there is one and it applies."""
+    """The tokens of one conversation, uncut, through the chat template where there is one and it applies.
+
+    Raises DataError for a conversation that the template does not write as it is, ModelError for a tokenizer that
+    cannot say which tokens are whose, or where a text ends.
+    """
     if conversation.verbatim or not tokenizer.chat_template:
-        return _encode_segments(conversation, tokenizer)
-    return _encode_chat(conversation, tokenizer)
+        sample, doubled = _of_segments(conversation, tokenizer)
+        return Encoded((sample,), chat=False, doubled=doubled)
+    if not tokenizer.is_fast:
+        raise ModelError("a chat template needs a fast tokenizer, and this one is not", try_="add its tokenizer.json")
+    rendered = render(conversation, tokenizer)
+    answers = [answer for part in rendered.parts for answer in part.answers]
+    return Encoded(
+        tuple(_of_rendering(part, tokenizer, where=conversation.where) for part in rendered.parts),
+        chat=True,
+        marks=tuple(answer.mark for answer in answers),
+        leads=tuple(answer.lead for answer in answers),
+        left_out=rendered.left_out,
+        thoughts=rendered.thoughts,
+        doubled=rendered.doubled,
+    )
 
 
-def _labels(sample: Encoded, *, seq_len: int, train_on_source: bool) -> list[int]:
-    """The labels of a sample cut at `seq_len`: its tokens where they are learned, else -100."""
-    pairs = zip(sample.tokens[:seq_len], sample.learn, strict=False)
-    return [token if learn or train_on_source else IGNORED for token, learn in pairs]
+def prompt_of_segments(conversation: Conversation, tokenizer: Any) -> list[int]:
+    """The tokens of a conversation that waits for a reply, without a chat template."""
+    return _of_segments(conversation, tokenizer)[0].tokens
 
 
-def _encode_segments(conversation: Conversation, tokenizer: Any) -> Encoded:
-    """Each piece tokenized for itself, the learned ones ended by the end-of-text token (QLoRA's way)."""
-    if tokenizer.eos_token_id is None:
-        raise ModelError("the tokenizer has no end-of-text token, so nothing would tell the model to stop")
-    tokens = _opening(tokenizer)
-    learn = [False] * len(tokens)
-    for segment in conversation.segments():
-        piece = tokenizer(segment.text, add_special_tokens=False)["input_ids"]
-        piece += [tokenizer.eos_token_id] * segment.learn
-        tokens += piece
-        learn += [segment.learn] * len(piece)
-    return Encoded(tokens, learn)
-
-
-def _opening(tokenizer: Any) -> list[int]:
+def opening(tokenizer: Any) -> list[int]:
     """The begin-of-text token, where the tokenizer itself puts one before a prompt."""
     first = tokenizer("a")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []
 
 
-def _encode_chat(conversation: Conversation, tokenizer: Any) -> Encoded:
-    if not tokenizer.is_fast:
-        raise ModelError("a chat template needs a fast tokenizer, and this one is not", try_="add its tokenizer.json")
-    text, spans = render_chat(conversation, tokenizer)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return Encoded(encoded["input_ids"], learned_by_offset(encoded["offset_mapping"], spans))
+def _of_segments(conversation: Conversation, tokenizer: Any) -> tuple[Sample, int]:
+    """Each piece tokenized for itself, the learned ones ended by the end-of-text token (QLoRA's way).
 
-
-def render_chat(conversation: Conversation, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation through the chat template, and the characters of each learned turn with its end-of-turn token.
-
-    A turn starts where the rendering of the turns before it ends, with the header that asks for a reply, and ends
-    where the rendering up to it ends. Both must be prefixes of the whole, or the spans would be guesses.
-
-    Raises DataError when the template refuses the conversation or rewrites earlier turns once later ones follow.
+    Begin and end of text that the record holds already are not written again; how many ends were there.
     """
-    messages = [{"role": turn.role, "content": turn.text} for turn in conversation.turns]
-    text = _rendered(messages, tokenizer, where=conversation.where, reply=False)
-    spans = []
-    for index, turn in enumerate(conversation.turns):
-        if turn.learn:
-            before = _rendered(messages[:index], tokenizer, where=conversation.where, reply=True)
-            through = _rendered(messages[: index + 1], tokenizer, where=conversation.where, reply=False)
-            if not (text.startswith(through) and through.startswith(before)):
-                raise _not_a_prefix(conversation.where, index + 1)
-            spans.append((len(before), _end_of_turn(text, len(before), len(through), turn.text)))
-    return text, spans
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ModelError(
+            "the tokenizer has no end-of-text token, so nothing would tell the model to stop",
+            try_="an eos_token in its tokenizer_config.json",
+        )
+    first, doubled = opening(tokenizer), 0
+    tokens, learn = list[int](), list[bool]()
+    for segment in conversation.segments():
+        piece = tokenizer(segment.text, add_special_tokens=False)["input_ids"]
+        if not tokens and piece[:1] != first:
+            tokens, learn = list(first), [False] * len(first)
+        ends = _is_ended(segment) and piece[-1:] == [end]
+        doubled += ends
+        piece += [end] * (_is_ended(segment) and not ends)
+        tokens += piece
+        learn += [segment.learn] * len(piece)
+    return Sample(tokens, learn), doubled
 
 
-def _end_of_turn(text: str, start: int, end: int, content: str) -> int:
-    """Where the end-of-turn token ends: white space after it ('<|im_end|>\\n') opens the next turn and isn't learned.
+def _is_ended(segment: Segment) -> bool:
+    return segment.learn or segment.ended
 
-    Where nothing but white space follows the content, that white space is the end of the turn.
+
+def _of_rendering(part: Rendering, tokenizer: Any, *, where: str) -> Sample:
+    """The tokens of a rendering. Those before an answer are the ones that a model is given when it is asked for it."""
+    spans = [(answer.start, answer.end) for answer in part.answers]
+    encoded = _tokenized(tokenizer, part.text)
+    tokens, learn = encoded["input_ids"], learned_by_offset(encoded["offset_mapping"], spans)
+    if any(_prompt(tokenizer, part.text, start) != tokens[: _first(learn, at)] for at, start in _starts(part)):
+        tokens, learn = _in_pieces(part, tokenizer, whole=tokens, where=where)
+    if part.answers and not part.answers[-1].mark and part.answers[-1].end == len(part.text):
+        if tokenizer.eos_token_id is None:
+            raise ModelError(
+                "the chat template writes nothing behind an answer, and the tokenizer has no end-of-text token, so "
+                "nothing would tell the model to stop",
+                try_="an eos_token in its tokenizer_config.json",
+            )
+        tokens, learn = [*tokens, tokenizer.eos_token_id], [*learn, True]
+    return Sample(tokens, learn)
+
+
+def _starts(part: Rendering) -> list[tuple[int, int]]:
+    return list(enumerate(answer.start for answer in part.answers))
+
+
+def _first(learn: Sequence[bool], number: int) -> int:
+    """Where the learned span of a number begins; behind the last token where there is none."""
+    starts = [at for at, own in enumerate(learn) if own and (at == 0 or not learn[at - 1])]
+    return starts[number] if number < len(starts) else len(learn)
+
+
+def _tokenized(tokenizer: Any, text: str) -> Any:
+    return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+
+
+def _prompt(tokenizer: Any, text: str, start: int) -> list[int]:
+    """The tokens of what comes before an answer, alone: what generation feeds."""
+    prompt: list[int] = tokenizer(text[:start], add_special_tokens=False)["input_ids"]
+    return prompt
+
+
+def _in_pieces(part: Rendering, tokenizer: Any, *, whole: list[int], where: str) -> tuple[list[int], list[bool]]:
+    """Answers tokenized apart from what asks for them, for text in which a token would span both.
+
+    Raises DataError where pieces say something else than the whole, as a tokenizer's that begins texts with a space.
     """
-    said, own = text[start:end].rstrip(), content.strip()
-    unmarked = said.endswith(own) if own else not said
-    return end if unmarked else start + len(said)
+    tokens, learn = list[int](), list[bool]()
+    cuts = [0, *(answer.start for answer in part.answers), len(part.text)]
+    spans = [(answer.start, answer.end) for answer in part.answers]
+    for start, end in pairwise(cuts):
+        encoded = _tokenized(tokenizer, part.text[start:end])
+        shifted = [(first + start, last + start) for first, last in encoded["offset_mapping"]]
+        tokens += encoded["input_ids"]
+        learn += learned_by_offset(shifted, [span for span in spans if span[0] >= start and span[0] < end])
+    if _said(tokenizer, tokens) != _said(tokenizer, whole):
+        raise DataError(
+            f"{where}: a token spans the header of an answer and its first characters, and a model that is given the "
+            "header could never write it",
+            try_="answers without white space at their beginning",
+        )
+    return tokens, learn
+
+
+def _said(tokenizer: Any, tokens: list[int]) -> str:
+    said: str = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+    return said
 
 
 def learned_by_offset(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
@@ -140,35 +178,3 @@ def learned_by_offset(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[
             at += 1
         learn.append(at < len(spans) and last > spans[at][0])
     return learn
-
-
-def _rendered(messages: Sequence[dict[str, str]], tokenizer: Any, *, where: str, reply: bool) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        rendered: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=reply)
-    except TemplateError as error:
-        raise DataError(f"{where}: the tokenizer's chat template refuses it: {error}") from error
-    return rendered
-
-
-def _not_a_prefix(where: str, turn: int) -> DataError:
-    return DataError(
-        f"{where}: the tokenizer's chat template writes turn {turn} one way alone and another way in the whole "
-        "conversation, so the tokens of the assistant's turns cannot be told apart",
-        try_="a chat_template that renders each turn the same whatever follows",
-    )
-
-
-def _prompt_tokens(sample: Encoded) -> int:
-    return sample.learn.index(True) if True in sample.learn else len(sample.tokens)
-
-
-def _nothing_left(records: int, *, seq_len: int, longest_prompt: int) -> DataError:
-    if not records:
-        return DataError("the data holds no conversation")
-    return DataError(
-        f"all {records} records were dropped: none has a token to learn within seq_len={seq_len}; "
-        f"the longest prompt has {longest_prompt} tokens",
-        try_=f"seq_len above {longest_prompt}",
-    )

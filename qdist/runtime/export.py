@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,11 @@ from qdist.host.rundir import PLAN, RESULT, RunDir
 from qdist.runtime.checkpoint import load, load_tensors
 from qdist.runtime.checksum import slice_sums
 from qdist.runtime.engine import Adapter
+from qdist.runtime.exports.model_files import write_generation_config
+from qdist.runtime.load import plan_of
 from qdist.runtime.measure import Parts, Peak
 from qdist.runtime.packed_folder import entries_of, write_tensors
+from qdist.runtime.tokenizer import copy_beside, open_tokenizer
 from qdist.runtime.work_folder import built
 
 
@@ -86,7 +90,7 @@ def _gather_here(run: RunDir, step: int, *, named: str = "") -> None:
 
 
 def _write_adapter(run: RunDir, step: int, folder: Path, *, named: str) -> None:
-    plan = run.plan()
+    plan = plan_of(run)
     _, state = load(run.checkpoint(step))
     tensors = {_peft_name(name): tensor for name, tensor in state.parameters.items()}
     check_adapter(tensors, where=str(run.checkpoint(step)))
@@ -94,11 +98,30 @@ def _write_adapter(run: RunDir, step: int, folder: Path, *, named: str) -> None:
     metadata = pooling | step_metadata(step, plan.steps, checkpoint=named)
     write_tensors(folder, ADAPTER, entries_of(tensors), metadata=metadata)
     (folder / f".{ADAPTER}.json").unlink()
+    write_beside(folder, plan)
+
+
+def write_beside(folder: Path, plan: Plan) -> None:
+    """What an adapter folder holds beside its tensors: configurations, and the run's tokenizer."""
     (folder / "adapter_config.json").write_text(_adapter_config(plan))
-    if plan.source.tokenizer and not os.path.isdir(plan.source.tokenizer):
-        raise RunError(f"{plan.source.tokenizer}, the run's tokenizer, is gone", try_="put it back where it was")
     if plan.source.tokenizer:
-        shutil.copytree(plan.source.tokenizer, folder, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        tokenizer = Path(plan.source.tokenizer)
+        if not tokenizer.is_dir():
+            raise RunError("the run's tokenizer is gone from the cache", try_="a new run on the same model and data")
+        for path in sorted(tokenizer.iterdir()):
+            if path.name not in (ADAPTER, "adapter_config.json"):  # where it is the adapter's copy
+                copy_beside(path, folder)
+        write_generation_config(folder, plan)
+
+
+def rehearse(run: RunDir) -> None:
+    """Do all of `gather` but for the tensors, into a folder that is thrown away: what cannot be gathered at the end of
+    a run is no run to start.
+    """
+    with tempfile.TemporaryDirectory(prefix=".rehearsal.", dir=run.path) as folder:
+        write_beside(Path(folder), plan_of(run))
+        if plan_of(run).source.tokenizer:
+            open_tokenizer(Path(folder), "the tokenizer that is saved with the adapter cannot be opened again")
 
 
 def check_adapter(tensors: dict[str, torch.Tensor], *, where: str) -> None:

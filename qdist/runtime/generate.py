@@ -1,245 +1,132 @@
-"""Answers prompts with a run's adapter or any model: batches, a chat, and before-and-after at the end of a run."""
+"""Answers a file of prompts with a run's adapter or any model: `python -m qdist.runtime.generate file|chat TARGET`."""
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from qdist.core import demo
-from qdist.core.errors import DataError, QdistError
-from qdist.core.plan import Plan
-from qdist.core.records import asked
+from qdist.core.conversation import Conversation
+from qdist.core.errors import QdistError
 from qdist.host.files import write_atomic
-from qdist.runtime.encode import encode
-from qdist.runtime.load import ROOM_TOKENS, open_model
+from qdist.host.rundir import PLAN, RunDir
+from qdist.runtime.chat import chat
+from qdist.runtime.complete import complete, text_of
+from qdist.runtime.load import open_model
+from qdist.runtime.prompts import Speech, encode_prompts, read_prompts, speech_of
 from qdist.runtime.quiet import quiet
-from qdist.runtime.samples import Samples
-from qdist.runtime.tokenized import IGNORED
-
-_TOKEN_BYTES = 3
-"""A token is at least this much text, nearly always; so much room is left for prompts before there is a tokenizer."""
-
-
-def complete(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[list[int]],
-    *,
-    max_new_tokens: int,
-    streamer: Any = None,
-    **sampling: Any,
-) -> list[list[int]]:
-    """The new token ids after each prompt, up to and without the end of the turn; greedy unless told otherwise.
-
-    prompts: token ids; padded on the left, so that every row's next token is at the same place.
-    """
-    width = max(map(len, prompts))
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    options = {"do_sample": False, **sampling}
-    if not options["do_sample"]:
-        options |= {"temperature": None, "top_p": None, "top_k": None}
-    with torch.no_grad():
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=_ends(model, tokenizer),
-            pad_token_id=pad,
-            use_cache=True,
-            streamer=streamer,
-            **options,
-        )
-    ends = set(_ends(model, tokenizer))
-    answers = []
-    for row in out[:, width:].tolist():
-        stop = next((place for place, token in enumerate(row) if token in ends), len(row))
-        answers.append(row[:stop])
-    return answers
-
-
-def _ends(model: Any, tokenizer: Any) -> list[int]:
-    configured = model.generation_config.eos_token_id
-    ends = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in [*ends, tokenizer.eos_token_id] if token is not None})
-
-
-def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """A conversation up to the assistant's turn: the chat template, or the format the data path trains without one."""
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-    return encode(asked(messages, where="the prompt"), tokenizer).tokens
-
-
-def before_and_after(plan: Plan, model: Any, tokenizer: Any, samples: Samples) -> list[dict[str, str]]:
-    """Held-out questions answered without the adapter and with it, beside the answer of the data."""
-    if tokenizer is None:
-        return []
-    questions = _questions(plan, tokenizer, samples)
-    training, caching = model.training, model.config.use_cache
-    model.eval()
-    longest = max(len(tokenizer(expected)["input_ids"]) for _, _, expected in questions)
-    prompts = [prompt for _, prompt, _ in questions]
-
-    def answers() -> list[str]:
-        return [
-            tokenizer.decode(ids).strip()
-            for ids in complete(model, tokenizer, prompts, max_new_tokens=min(96, 2 * longest + 8))
-        ]
-
-    after = answers()
-    with model.disable_adapter():
-        before = answers()
-    model.train(training)
-    model.config.use_cache = caching
-    return [
-        {"question": question, "before": old, "after": new, "expected": expected}
-        for (question, _, expected), old, new in zip(questions, before, after, strict=True)
-    ]
-
-
-def _questions(plan: Plan, tokenizer: Any, samples: Samples) -> list[tuple[str, list[int], str]]:
-    """(question, prompt tokens, expected answer): the demo's fixed ones, else the first held-out samples."""
-    count = plan.spec.train.answers
-    if plan.spec.data == demo.NAME:
-        return [(item.order, encode_chat(tokenizer, item.messages()), item.answer) for item in demo.questions()[:count]]
-    found: list[tuple[str, list[int], str]] = []
-    for index in samples.held_out:
-        if len(found) == count:
-            break
-        span = samples.tokenized.span(index)
-        tokens, labels = samples.tokenized.tokens[span].tolist(), samples.tokenized.labels[span].tolist()
-        start = next(place for place, label in enumerate(labels) if label != IGNORED)
-        end = next((place for place in range(start, len(labels)) if labels[place] == IGNORED), len(labels))
-        expected = tokenizer.decode(tokens[start:end], skip_special_tokens=True).strip()
-        if expected not in {known for _, _, known in found}:
-            found.append((_last_turn(tokens[:start], tokenizer), tokens[:start], expected))
-    return found
-
-
-def _last_turn(prompt: list[int], tokenizer: Any) -> str:
-    """What the user said last: of the pieces between special tokens, the one before the assistant's header."""
-    special = set(tokenizer.all_special_ids)
-    pieces: list[list[int]] = [[]]
-    for token in prompt:
-        if token in special:
-            pieces.append([])
-        else:
-            pieces[-1].append(token)
-    texts = [text for text in (tokenizer.decode(piece).strip() for piece in pieces) if text]
-    said = texts[-2] if len(texts) > 1 else texts[-1] if texts else ""
-    return said.removeprefix("user\n").strip()
-
-
-def read_prompts(path: Path) -> list[list[dict[str, str]]]:
-    """Conversations to answer: a text file with a prompt a line, or JSONL with `prompt` or `messages`.
-
-    Raises DataError naming file and line.
-    """
-    if not path.is_file():
-        raise DataError(f"no file {path}", try_="a text file with one prompt a line, or JSONL with prompt or messages")
-    lines = [(number, line) for number, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
-    if not lines:
-        raise DataError(f"{path} holds no prompt")
-    if path.suffix not in (".jsonl", ".json"):
-        return [[{"role": "user", "content": line}] for _, line in lines]
-    found = []
-    for number, line in lines:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: {error}", try_="one JSON object a line") from None
-        if isinstance(record, dict) and _is_conversation(record.get("messages")):
-            found.append(record["messages"])
-        elif isinstance(record, dict) and isinstance(record.get("prompt"), str):
-            found.append([{"role": "user", "content": record["prompt"]}])
-        else:
-            raise DataError(
-                f"{path}:{number}: neither 'prompt' nor 'messages' with role and content", try_='{"prompt": "..."}'
-            )
-    return found
-
-
-def _is_conversation(messages: object) -> bool:
-    """A list with at least one message, each with its role and content as text."""
-    if not isinstance(messages, list) or not messages:
-        return False
-    return all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in messages
-    )
+from qdist.runtime.work_folder import reserved
 
 
 def generate_file(
     target: str, prompts: Path, out: Path, *, max_new_tokens: int, batch: int, max_memory_bytes: int | None = None
 ) -> int:
-    """Answer a file of prompts into JSONL; how many there were."""
-    conversations = read_prompts(prompts)
-    longest = max(sum(len(message["content"].encode()) for message in messages) for messages in conversations)
-    tokens = batch * (longest // _TOKEN_BYTES + max_new_tokens)
-    model, tokenizer = _opened(target, tokens=tokens, max_memory_bytes=max_memory_bytes)
-    encoded = [encode_chat(tokenizer, messages) for messages in conversations]
-    # Longest first: the largest batch comes first, where running out of memory loses least.
-    order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
-    answers: dict[int, str] = {}
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        for index, ids in zip(
-            chosen, complete(model, tokenizer, [encoded[i] for i in chosen], max_new_tokens=max_new_tokens), strict=True
-        ):
-            answers[index] = tokenizer.decode(ids).strip()
-        print(f"{min(start + batch, len(order))}/{len(order)} answered", file=sys.stderr, flush=True)
-    lines = [
-        json.dumps({"messages": conversations[index], "answer": answers[index]}, ensure_ascii=False)
-        for index in range(len(encoded))
-    ]
-    write_atomic(out, "\n".join(lines) + "\n")
+    """Answer a file of prompts into JSONL; how many there were.
+
+    `out` appears when all are answered. Answers are kept beside it as they come: killed, the same command goes on
+    where it was.
+
+    Raises RunError where `out` is there or cannot be written, DataError for prompts that cannot be answered, both
+    before weights are read.
+    """
+    with reserved(out):
+        conversations = read_prompts(prompts)
+        speech = speech_of(target)
+        encoded = encode_prompts(conversations, speech)
+        identity = [str(Path(target).resolve()), _stamp(target), encoded, max_new_tokens]
+        kept = _Kept(out, hashlib.sha256(json.dumps(identity).encode()).hexdigest())
+        if len(kept.answers) < len(encoded):
+            _answer(target, speech, encoded, kept, max_new_tokens=max_new_tokens, batch=batch, cap=max_memory_bytes)
+        lines = [
+            json.dumps({"messages": _messages(own), "answer": kept.answers[index]}, ensure_ascii=False)
+            for index, own in enumerate(conversations)
+        ]
+        write_atomic(out, "\n".join(lines) + "\n")
+        kept.path.unlink()
     return len(lines)
 
 
-def _opened(target: str, *, tokens: int, max_memory_bytes: int | None) -> tuple[Any, Any]:
-    """Model and tokenizer; says where the model lies."""
-    opened = open_model(target, tokens=tokens, max_memory_bytes=max_memory_bytes, needs_tokenizer=True)
+def _answer(
+    target: str, speech: Speech, encoded: Sequence[list[int]], kept: "_Kept", *, max_new_tokens: int, batch: int,
+    cap: int | None,
+) -> None:  # fmt: skip
+    """Answer what is not there yet, longest first: the largest batch is where a lack of memory costs least, at once."""
+    order = sorted((i for i in range(len(encoded)) if i not in kept.answers), key=lambda index: -len(encoded[index]))
+    most = _most_new(speech, encoded, max_new_tokens)
+    tokens = batch * (max(map(len, encoded)) + most)
+    opened = open_model(target, tokens=tokens, max_memory_bytes=cap, needs_tokenizer=True)
     print(opened.where, file=sys.stderr, flush=True)
-    return opened.model, opened.tokenizer
+    if kept.answers:
+        print(f"{len(kept.answers)} of {len(encoded)} answers are there already", file=sys.stderr, flush=True)
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        found = complete(
+            opened.model, opened.tokenizer, [encoded[index] for index in chosen],
+            max_new_tokens=_room(speech, [encoded[index] for index in chosen], max_new_tokens),
+            end_text=speech.wording.end_text,
+        )  # fmt: skip
+        kept.add({index: text_of(opened.tokenizer, ids) for index, ids in zip(chosen, found, strict=True)})
+        print(f"{len(kept.answers)}/{len(encoded)} answered", file=sys.stderr, flush=True)
 
 
-def chat(target: str, *, max_new_tokens: int, system: str, max_memory_bytes: int | None = None) -> None:
-    """Talk to a model; tokens appear as they come. `/new` starts over, an empty line or end of input leaves."""
-    from transformers import TextStreamer
+def _room(speech: Speech, prompts: Sequence[list[int]], wanted: int) -> int:
+    """New tokens that a batch has positions for."""
+    return wanted if speech.positions is None else min(wanted, speech.positions - max(map(len, prompts)))
 
-    model, tokenizer = _opened(target, tokens=ROOM_TOKENS, max_memory_bytes=max_memory_bytes)
-    opening = [{"role": "system", "content": system}] if system else []
-    messages = list(opening)
-    print("type a message; /new starts over, an empty line leaves", flush=True)
-    while True:
-        try:
-            text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if not text:
-            return
-        if text == "/new":
-            messages = list(opening)
-            continue
-        messages.append({"role": "user", "content": text})
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        ids = complete(
-            model, tokenizer, [encode_chat(tokenizer, messages)], max_new_tokens=max_new_tokens, streamer=streamer
-        )[0]
-        messages.append({"role": "assistant", "content": tokenizer.decode(ids).strip()})
+
+def _most_new(speech: Speech, encoded: Sequence[list[int]], wanted: int) -> int:
+    """The most that an answer may have; says where positions end some of them earlier."""
+    short = sum(_room(speech, [prompt], wanted) < wanted for prompt in encoded)
+    if short:
+        print(
+            f"note: {short} of {len(encoded)} prompts leave fewer than {wanted} of the model's {speech.positions:,} "
+            "positions: their answers are cut there",
+            file=sys.stderr,
+            flush=True,
+        )
+    return max(_room(speech, [prompt], wanted) for prompt in encoded)
+
+
+class _Kept:
+    """Answers on disk as they come, beside the file that they will be in.
+
+    identity: of model, prompts and settings; answers to others are not taken over.
+    """
+
+    def __init__(self, out: Path, identity: str) -> None:
+        self.path = out.with_name(f".{out.name}.unfinished")
+        self.answers: dict[int, str] = {}
+        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1] if self.path.is_file() else []
+        if lines and lines[0] == identity:
+            for line in lines[1:]:
+                self.answers |= {int(index): text for index, text in json.loads(line).items()}
+        self._write("w", "\n".join([identity, *([json.dumps(self.answers)] if self.answers else [])]))
+
+    def add(self, answers: dict[int, str]) -> None:
+        """Keep some more. A kill in between leaves a line without an end, which is not read."""
+        self.answers |= answers
+        self._write("a", json.dumps(answers))
+
+    def _write(self, mode: str, text: str) -> None:
+        with open(self.path, mode, encoding="utf-8") as file:
+            file.write(text + "\n")
+
+
+def _stamp(target: str) -> list[int]:
+    """Tells one training of a run from another."""
+    run = RunDir(target)
+    files = (run.path / PLAN, run.adapter / "adapter_model.safetensors")
+    return [file.stat().st_mtime_ns for file in files if file.is_file()]
+
+
+def _messages(conversation: Conversation) -> list[dict[str, str]]:
+    return [{"role": turn.role, "content": turn.said} for turn in conversation.turns]
 
 
 def main() -> None:
-    """`python -m qdist.runtime.generate file|chat TARGET ...`, started by the command line."""
+    """Started by the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=("file", "chat"))
     parser.add_argument("target")
@@ -249,29 +136,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--system", default="")
     parser.add_argument("--max-memory-bytes", type=int)
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     quiet()
     try:
-        if arguments.what == "chat":
-            chat(
-                arguments.target,
-                max_new_tokens=arguments.max_new_tokens,
-                system=arguments.system,
-                max_memory_bytes=arguments.max_memory_bytes,
-            )
+        shared: dict[str, Any] = {
+            "max_new_tokens": given.max_new_tokens, "max_memory_bytes": given.max_memory_bytes,
+        }  # fmt: skip
+        if given.what == "chat":
+            chat(given.target, system=given.system, **shared)
         else:
-            count = generate_file(
-                arguments.target,
-                arguments.prompts,
-                arguments.out,
-                max_new_tokens=arguments.max_new_tokens,
-                batch=arguments.batch,
-                max_memory_bytes=arguments.max_memory_bytes,
-            )
-            print(f"{count} answers in {arguments.out}")
+            count = generate_file(given.target, given.prompts, given.out, batch=given.batch, **shared)
+            print(f"{count} answers in {given.out}")
     except QdistError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

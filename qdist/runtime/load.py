@@ -12,6 +12,7 @@ from torch import nn
 from qdist.core.errors import ModelError, RunError, SpecError
 from qdist.core.packing import packing_of
 from qdist.core.plan import Plan, Source
+from qdist.core.quoting import command
 from qdist.core.residence import Footprint, Residence, footprint
 from qdist.core.units import parse_bytes
 from qdist.host.adapters import step_note
@@ -20,6 +21,7 @@ from qdist.host.rundir import RunDir
 from qdist.runtime.methods.backbone import DTYPES, load_backbone
 from qdist.runtime.placements.residence import arrange, choose, first_device, settle
 from qdist.runtime.quantize import packed_folder
+from qdist.runtime.tokenizer import open_tokenizer
 
 ROOM_TOKENS = 2048
 """Tokens of all sequences together for whose keys and values room is left, where nobody says how many."""
@@ -86,18 +88,33 @@ def open_model(
 
         name = str(run_or_model)
         return Opened(*open_plain(name, dtype, device, max_memory_bytes, needs_tokenizer=needs_tokenizer))
-    plan = run.plan()
+    plan = answering_plan(run, needs_tokenizer=needs_tokenizer)
+    chosen = DTYPES[plan.compute_dtype if dtype == "auto" else dtype]
+    residence = residence_of(plan, chosen, device=device, max_memory_bytes=max_memory_bytes, tokens=tokens)
+    model, tokenizer = load_run(run, chosen, residence)
+    return Opened(model, tokenizer, str(residence))
+
+
+def answering_plan(run: RunDir, *, needs_tokenizer: bool) -> Plan:
+    """The plan of a run that has an adapter, and a tokenizer where one is needed."""
     if not run.adapter.is_dir():
-        raise RunError(f"{run.path} has no adapter yet", try_=f"qdist gather {run.path}")
+        raise RunError(f"{run.path} has no adapter yet", try_=command("gather", run.path))
+    plan = plan_of(run)
     if needs_tokenizer and not plan.source.tokenizer:
         raise RunError(
             f"{run.path} was trained on random weights and has no tokenizer to read prompts with",
             try_="a run without --load-format dummy",
         )
-    chosen = DTYPES[plan.compute_dtype if dtype == "auto" else dtype]
-    residence = residence_of(plan, chosen, device=device, max_memory_bytes=max_memory_bytes, tokens=tokens)
-    model, tokenizer = load_run(run, chosen, residence)
-    return Opened(model, tokenizer, str(residence))
+    return plan
+
+
+def plan_of(run: RunDir) -> Plan:
+    """The run's plan. Its tokenizer is the adapter's copy where the cache was emptied since."""
+    plan = run.plan()
+    if plan.source.tokenizer and not Path(plan.source.tokenizer).is_dir():
+        source = msgspec.structs.replace(plan.source, tokenizer=str(run.adapter))
+        return msgspec.structs.replace(plan, source=source)
+    return plan
 
 
 def residence_of(
@@ -138,7 +155,7 @@ def load_run(run: RunDir, dtype: torch.dtype, residence: Residence) -> tuple[Any
     from qdist.runtime.methods.fused_lora import FusedLora
     from qdist.runtime.special_tokens import align_config
 
-    plan = run.plan()
+    plan = plan_of(run)
     backbone = load_backbone(
         with_packed(plan),
         bits=plan.spec.bits,
@@ -156,7 +173,7 @@ def load_run(run: RunDir, dtype: torch.dtype, residence: Residence) -> tuple[Any
     settle(model, residence)
     tokenizer = load_tokenizer(plan.source)
     if tokenizer is not None:
-        align_config(model, tokenizer)
+        align_config(model, tokenizer, plan.ends)
     model.config.use_cache = True
     return model, tokenizer
 
@@ -165,9 +182,9 @@ def load_tokenizer(source: Source) -> Any:
     """The repaired tokenizer of a run, or None for random weights."""
     if not source.tokenizer:
         return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(source.tokenizer, local_files_only=True)
+    return open_tokenizer(
+        Path(source.tokenizer), f"{source.tokenizer} has no tokenizer", try_="the run's adapter folder"
+    )
 
 
 def with_packed(plan: Plan) -> Source:

@@ -48,7 +48,7 @@ def open_plain(
     if max_memory_bytes is not None and (device is not None or not torch.cuda.is_available()):
         raise SpecError(f"max_memory is of GPUs to choose from; here is {device or 'none'}", try_="without max_memory")
     folder = materialize(locate(name))
-    tokenizer = _tokenizer(folder, name, needed=needs_tokenizer)
+    tokenizer = open_tokenizer_of(folder, name) if needs_tokenizer or has_tokenizer(folder) else None
     wanted = dtype if dtype == "auto" else DTYPES[dtype]
     if (gptq := stated(folder)) is not None:
         model, where = _gptq(folder, gptq, wanted, device, max_memory_bytes)
@@ -63,14 +63,12 @@ def open_plain(
     return Plain(model, tokenizer, where)
 
 
-def _tokenizer(folder: Path, name: str, *, needed: bool) -> Any:
-    """None where there is none, unless one is needed."""
+def open_tokenizer_of(folder: Path, name: str) -> Any:
+    """The tokenizer of a model, as it is. Raises ModelError where there is none."""
     lacking = f"{name} has no tokenizer to read prompts with"
-    if has_tokenizer(folder):
-        return open_tokenizer(folder, lacking)
-    if needed:
+    if not has_tokenizer(folder):
         raise ModelError(lacking, try_=BESIDE)
-    return None
+    return open_tokenizer(folder, lacking)
 
 
 def _gptq(
@@ -115,7 +113,12 @@ def _where_there_is_room(folder: Path, dtype: torch.dtype | str, cap_bytes: int 
         budgets["cpu"] = size
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, device_map="auto", max_memory=budgets, local_files_only=True
+            str(folder),
+            dtype=dtype,
+            device_map="auto",
+            max_memory=budgets,
+            local_files_only=True,
+            trust_remote_code=False,
         )
     except ValueError as error:  # accelerate's: nowhere left to put a part
         raise PlanError(

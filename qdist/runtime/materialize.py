@@ -6,16 +6,32 @@ import shutil
 from pathlib import Path
 
 from qdist.core.errors import ModelError
+from qdist.core.facts import own_code
 from qdist.host.cached import converted_folder
 from qdist.host.files import cache_dir, locked, publish_folder
-from qdist.host.sources import Located
+from qdist.host.sources import Located, read_json
+from qdist.host.targets import require_readable
 
 
 def materialize(located: Located) -> Path:
     """The local folder of a located model. Processes that race for a conversion wait for the first."""
-    if located.kind == "folder":
-        return Path(located.path)
-    return _download(located.path) if located.kind == "hub" else _converted(Path(located.path))
+    require_readable(located, name=located.path)
+    if located.kind == "gguf":
+        return _converted(Path(located.path))
+    folder = _download(located.path) if located.kind == "hub" else Path(located.path)
+    _require_class(folder, located.path)
+    return folder
+
+
+def _require_class(folder: Path, name: str) -> None:
+    """Raise ModelError for a model that brings the code of its class along, where transformers has none."""
+    file = folder / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    if config.get("auto_map"):
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+        if config.get("model_type") not in CONFIG_MAPPING_NAMES:
+            raise own_code(name)
 
 
 def _converted(file: Path) -> Path:
@@ -38,8 +54,10 @@ def _convert(file: Path, folder: Path) -> None:
     shutil.rmtree(beside, ignore_errors=True)
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # a progress bar of 272 lines
-            model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.bfloat16)
-            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                str(file.parent), gguf_file=file.name, dtype=torch.bfloat16, trust_remote_code=False
+            )
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(
             f"{file} cannot be converted: {error}", try_="a GGUF file of a Llama, Mistral or Qwen model"
@@ -57,6 +75,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
+        _require_class(Path(snapshot_download(hub_id, allow_patterns=["config.json"])), hub_id)
         folder = Path(
             snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
         )

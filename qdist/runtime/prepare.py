@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from qdist.core import demo
 from qdist.core.errors import ModelError, QdistError
 from qdist.core.facts import from_config
 from qdist.core.gptq import Gptq
@@ -22,9 +23,9 @@ from qdist.host.cached import files_digest
 from qdist.host.checkpoints import gptq_of
 from qdist.host.files import cache_dir, locked, publish_folder, write_atomic
 from qdist.host.fingerprints import fingerprint
+from qdist.host.records import source_notes
 from qdist.host.sources import locate
 from qdist.runtime.quiet import quiet
-from qdist.runtime.tokenized import Summary
 
 if TYPE_CHECKING:
     from qdist.runtime.quantize import Packed
@@ -48,21 +49,26 @@ def prepare(spec: RunSpec) -> Prepared:
     from transformers import AutoConfig
 
     from qdist.runtime.batches import split
+    from qdist.runtime.chat_template import require_template
     from qdist.runtime.data import cached_tokenize
     from qdist.runtime.materialize import materialize
     from qdist.runtime.special_tokens import repair
     from qdist.runtime.tokenizer import open_tokenizer
+    from qdist.runtime.wording import keep_wording
 
     quiet()
     located = locate(spec.model)
     folder = materialize(located)
     try:
-        config: dict[str, Any] = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+        config: dict[str, Any] = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        ).to_dict()
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{folder}: {str(error).splitlines()[0]}", try_="a folder with config.json and a tokenizer"
         ) from error
     tokenizer = open_tokenizer(folder, f"{spec.model} has no tokenizer to read data with")
+    require_template(tokenizer)
     repaired = repair(tokenizer, config, new_tokens=spec.new_tokens)
     tokenized, path = cached_tokenize(
         spec.data,
@@ -71,7 +77,10 @@ def prepare(spec: RunSpec) -> Prepared:
         train_on_source=spec.train.train_on_source,
         folder=cache_dir("tokens"),
         data_format=None if spec.format == "auto" else spec.format,
+        rows=repaired.rows or int(config["vocab_size"]),
     )
+    summary = tokenized.summary
+    kept_note = keep_wording(tokenizer, summary.wording) if summary.wording else ""
     train, held_out = split(len(tokenized), held_out=spec.train.held_out, seed=spec.seed)
     lengths = tokenized.offsets.diff()
     gptq, packed = _packed(spec, folder, config)
@@ -95,9 +104,17 @@ def prepare(spec: RunSpec) -> Prepared:
             held_out_samples=len(held_out),
             tokens=int(lengths.sum()),
             longest=int(lengths.max()),
+            records=summary.records,
+            wording=summary.wording,
             digest=files_digest(spec.data),
         ),
-        notes=(*repaired.notes, *filter(None, (packed.note,)), *_data_notes(tokenized.summary, spec)),
+        notes=(
+            *_left_out(spec),
+            *repaired.notes,
+            *filter(None, (packed.note,)),
+            *summary.notes,
+            *filter(None, (kept_note,)),
+        ),
     )
 
 
@@ -117,6 +134,11 @@ def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple
     return check.checked(packed, shape, gptq), Packed(packed)
 
 
+def _left_out(spec: RunSpec) -> tuple[str, ...]:
+    """Files of a data folder that are not trained on."""
+    return () if spec.data == demo.NAME else source_notes(spec.data)
+
+
 def _keep_tokenizer(tokenizer: Any) -> Path:
     """The repaired tokenizer in a folder of the cache that its contents name."""
     tokenizers = cache_dir("tokenizers")
@@ -125,7 +147,7 @@ def _keep_tokenizer(tokenizer: Any) -> Path:
         files = sorted(path for path in Path(beside).rglob("*") if path.is_file())
         contents = hashlib.sha256()
         for file in files:
-            contents.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+            contents.update(str(file.relative_to(beside)).encode() + hashlib.sha256(file.read_bytes()).digest())
         folder = tokenizers / contents.hexdigest()[:16]
         with locked(tokenizers / ".lock"):
             if not folder.is_dir():
@@ -134,18 +156,6 @@ def _keep_tokenizer(tokenizer: Any) -> Path:
                 shutil.copytree(beside, staged)
                 publish_folder(staged, folder)
     return folder
-
-
-def _data_notes(summary: Summary, spec: RunSpec) -> tuple[str, ...]:
-    notes = []
-    if summary.truncated:
-        notes.append(f"{summary.truncated:,} of {summary.records:,} records were cut at seq_len={spec.seq_len}")
-    if summary.dropped:
-        notes.append(
-            f"{summary.dropped:,} of {summary.records:,} records were dropped: "
-            f"nothing to learn within seq_len={spec.seq_len}"
-        )
-    return tuple(notes)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from qdist.core.errors import ModelError, RunError
 from qdist.core.packing import Packing
+from qdist.core.quoting import command
 from qdist.core.units import format_bytes, format_duration
 from qdist.host import cached
 from qdist.host.files import cache_dir, locked
@@ -62,7 +63,7 @@ def quantize(model: str, out: Path, packing: Packing) -> Manifest:
     folder = materialize(locate(model))
     there = _already(folder, model)
     if there is not None:
-        raise ModelError(f"{model} is packed to {there} already", try_=f"qdist launch --model {model}")
+        raise ModelError(f"{model} is packed to {there} already", try_=command("launch", "--model", model))
     out.parent.mkdir(parents=True, exist_ok=True)
     with _alone(out, model):
         if out.is_dir() and not any(out.iterdir()):
@@ -122,17 +123,17 @@ def main() -> None:
     manifest = quantize(given.model, given.out, packing)
     took = format_duration(time.monotonic() - began)
     print(f"{given.out}: {packing}, {manifest.layers} layers, {format_bytes(manifest.bytes)}, {took}")
-    print(f"use it  qdist launch --model {given.out} {_flags(packing)} --data FILE")
+    print(f"use it  {command('launch', '--model', given.out, *_flags(packing), '--data', 'FILE')}")
 
 
-def _flags(packing: Packing) -> str:
+def _flags(packing: Packing) -> list[str]:
     """What a run over such a backbone is told, where it differs from the defaults."""
-    flags = [f"--bits {packing.bits}"]
+    flags = ["--bits", str(packing.bits)]
     if packing.bits == 4 and packing.type != "nf4":
-        flags.append(f"--set quant.type={packing.type}")
+        flags += ["--set", f"quant.type={packing.type}"]
     if packing.bits == 4 and not packing.double:
-        flags.append("--set quant.double=false")
-    return " ".join(flags)
+        flags += ["--set", "quant.double=false"]
+    return flags
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from qdist.runtime.packed_folder import (
 )
 from qdist.runtime.quantize_linear import pack_matrix, packed_bytes
 from qdist.runtime.quantize_source import Blueprint, Tensors, blueprint, tensors_of
+from qdist.runtime.tokenizer import TEMPLATES, copy_beside
 
 _HEADER_BYTES = 1 << 10
 """Of a packed linear in a file's header, at most."""
@@ -91,7 +92,7 @@ def pack(folder: Path, out: Path, packing: Packing, *, name: str) -> Manifest:
             written[file] = write_tensors(work, file, _entries(job, position))
             progress.done(position)
     for path in others:
-        shutil.copyfile(path, work / path.name)
+        copy_beside(path, work)
     _write_config(job, work)
     manifest = Manifest(
         packing=packing,
@@ -171,7 +172,9 @@ def _quantization(packing: Packing, dtype: torch.dtype, skipped: tuple[str, ...]
 
 
 def goes_along(path: Path) -> bool:
-    """Whether a file of a model is copied as it is: tokenizer, chat template, generation settings."""
+    """Whether a part of a model is copied as it is: tokenizer, chat templates, generation settings."""
+    if path.name == TEMPLATES and path.is_dir():
+        return True
     ours = path.name in ("config.json", MANIFEST) or path.name.endswith(".index.json") or path.name.startswith(".")
     return path.is_file() and path.suffix in BESIDE and not ours
 

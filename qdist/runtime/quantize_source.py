@@ -57,14 +57,14 @@ def blueprint(folder: Path) -> Blueprint:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: {str(error).splitlines()[0]}", try_="a folder with config.json") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     facts = from_config(config.to_dict(), name=str(folder))
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     tied = set(model.all_tied_weights_keys)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
     paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -126,7 +126,7 @@ class LoadedTensors:
 
         try:
             model, loading = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", local_files_only=True, output_loading_info=True
+                folder, dtype="auto", local_files_only=True, output_loading_info=True, trust_remote_code=False
             )
         except (OSError, ValueError) as error:
             raise ModelError(

@@ -1,12 +1,18 @@
 """Repairs tokenizers whose special tokens are missing or wrong, and gives added tokens their rows."""
 
+import re
 from typing import Any, NamedTuple
 
 import torch
 
+from qdist.core.units import counted
+
 PAD_CANDIDATES = (
-    "<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<|end_of_text|>", "<unk>",
+    "<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<|end_of_text|>",
+    "<unk>",
 )  # fmt: skip
+_RESERVED = re.compile(r"[<\[]\|?(reserved|unused|extra)[\w-]*?\d+\|?[>\]]")
+"""Tokens that a vocabulary keeps for whoever needs one."""
 
 
 class Repair(NamedTuple):
@@ -19,15 +25,15 @@ class Repair(NamedTuple):
 
 
 def repair(tokenizer: Any, config: dict[str, Any], *, new_tokens: tuple[str, ...] = ()) -> Repair:
-    """Give the tokenizer a bos, an eos that ends a text, and a pad of its own; add `new_tokens`.
+    """Give the tokenizer a bos, an eos that ends a text, and a pad that the model has a row for; add `new_tokens`.
 
     The wrongs seen in the wild: LLaMA 1 conversions with empty bos and eos strings or ids 0 and 1 (tokenizer
-    vocabulary: <s> 1, </s> 2) and no pad; GGUF conversions whose eos is the token that opens a turn. A pad is
-    taken from the vocabulary where it has a fitting token, since its embedding is never attended to; only
-    otherwise is a row added.
+    vocabulary: <s> 1, </s> 2) and no pad; GGUF conversions whose eos is the token that opens a turn; a pad at the first
+    id behind the embedding. No row is ever added for a pad: padding is on the right, or masked, so nothing reads it,
+    and adapters with rows of their own are adapters that many programs cannot load.
     """
     notes: list[str] = []
-    vocabulary = tokenizer.get_vocab()
+    vocabulary, rows_there = tokenizer.get_vocab(), int(config["vocab_size"])
     if not tokenizer.bos_token and "<s>" in vocabulary:
         tokenizer.bos_token = "<s>"
         notes.append("bos was missing: now <s>")
@@ -35,25 +41,37 @@ def repair(tokenizer: Any, config: dict[str, Any], *, new_tokens: tuple[str, ...
     if eos is not None:
         notes.append(f"eos was {tokenizer.eos_token or 'missing'!s}: now {eos}")
         tokenizer.eos_token = eos
-    known = set(vocabulary)
-    if not tokenizer.pad_token:
-        taken = {tokenizer.eos_token, tokenizer.bos_token}
-        pad = next((token for token in PAD_CANDIDATES if token in vocabulary and token not in taken), None)
-        if pad is None:
-            pad = "[PAD]"
-        tokenizer.add_special_tokens({"pad_token": pad})
-        notes.append(f"pad was missing: now {pad}")
+    had = tokenizer.pad_token_id
+    rowless = had is not None and had >= rows_there
+    if had is None or rowless:
+        was = f"{tokenizer.pad_token} ({had:,}), for which the model has no row" if rowless else "missing"
+        tokenizer.pad_token = _pad(tokenizer, vocabulary, rows_there)
+        notes.append(f"pad was {was}: now {tokenizer.pad_token}")
     if new_tokens:
         tokenizer.add_special_tokens(
             {"additional_special_tokens": list(new_tokens)}, replace_extra_special_tokens=False
         )
     # A token of the tokenizer's own beyond the embedding's end is as new to the model as an added one.
-    rows_there = int(config["vocab_size"])
-    added = sorted(i for token, i in tokenizer.get_vocab().items() if token not in known or i >= rows_there)
+    added = sorted(
+        index
+        for token, index in tokenizer.get_vocab().items()
+        if (token not in vocabulary or index >= rows_there) and not (rowless and index == had)
+    )
     if added:
-        notes.append(f"{len(added)} new vocabulary row(s), starting at the mean and saved with the adapter")
+        notes.append(f"{counted(len(added), 'new vocabulary row')}, starting at the mean and saved with the adapter")
     rows = max(rows_there, added[-1] + 1) if added else None
     return Repair(tuple(notes), tuple(added), rows)
+
+
+def _pad(tokenizer: Any, vocabulary: dict[str, int], rows: int) -> str:
+    """A token that stands for nothing else, else the end of a text, which masks and lengths tell from padding."""
+    usable = {token for token, index in vocabulary.items() if index < rows}
+    free = usable - {tokenizer.eos_token, tokenizer.bos_token}
+    named = next((token for token in PAD_CANDIDATES if token in free), None)
+    reserved = min(
+        (token for token in free if _RESERVED.fullmatch(token)), key=lambda token: vocabulary[token], default=""
+    )
+    return named or reserved or tokenizer.eos_token or tokenizer.bos_token or min(usable, key=vocabulary.__getitem__)
 
 
 def _better_eos(tokenizer: Any, config: dict[str, Any], vocabulary: dict[str, int]) -> str | None:
@@ -94,13 +112,18 @@ def add_rows(model: Any, new_ids: tuple[int, ...], rows: int | None) -> None:
             weight[torch.tensor(fresh, device=weight.device)] = mean.to(weight.dtype)
 
 
-def align_config(model: Any, tokenizer: Any) -> None:
-    """Make the model stop and pad on the tokenizer's tokens."""
+def align_config(model: Any, tokenizer: Any, ends: tuple[int, ...] = ()) -> None:
+    """Make the model stop and pad on the tokenizer's tokens.
+
+    ends: tokens that end an answer beside them, as `Wording` has them.
+    """
     for target in (model.config, model.generation_config):
         if target is None:
             continue
         target.pad_token_id = tokenizer.pad_token_id
         target.bos_token_id = tokenizer.bos_token_id
-        ends = target.eos_token_id if isinstance(target.eos_token_id, list) else [target.eos_token_id]
-        if tokenizer.eos_token_id not in ends:
-            target.eos_token_id = tokenizer.eos_token_id
+        known = target.eos_token_id if isinstance(target.eos_token_id, list) else [target.eos_token_id]
+        if tokenizer.eos_token_id not in known:
+            target.eos_token_id, known = tokenizer.eos_token_id, [tokenizer.eos_token_id]
+        if missing := [end for end in ends if end not in known]:
+            target.eos_token_id = [*missing, *(end for end in known if end is not None)]

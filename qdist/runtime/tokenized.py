@@ -11,7 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from qdist.core.conversation import Wording
 from qdist.core.errors import DataError
+from qdist.core.quoting import quoted
 from qdist.host.files import sync
 
 IGNORED = -100
@@ -23,11 +25,15 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
     records: int
     dropped: int
-    """Nothing to learn was left of them after truncation; not in the set."""
+    """Nothing to learn was in them, or left of them after truncation; not in the set."""
     truncated: int
     """Cut at seq_len, dropped ones included."""
     tokens: int
     learned_tokens: int
+    wording: Wording | None = None
+    """None for random tokens."""
+    notes: tuple[str, ...] = ()
+    """What was dropped, cut or written otherwise, for the user."""
 
 
 class TokenizedSet(NamedTuple):
@@ -80,7 +86,7 @@ def load(path: Path, *, key: str) -> TokenizedSet:
     with _readable(path), safe_open(path, framework="pt", device="cpu") as stored:
         found = stored.metadata() or {}
         if found.get("key") != key:
-            raise DataError(f"{path} holds key {found.get('key')}, not {key}", try_=f"rm {path}")
+            raise DataError(f"{path} holds key {found.get('key')}, not {key}", try_=quoted("rm", path))
         summary = msgspec.json.decode(found["summary"], type=Summary)
         tokens, labels, offsets = (stored.get_tensor(name) for name in ("tokens", "labels", "offsets"))
     return TokenizedSet(tokens, labels, offsets, summary)
@@ -91,4 +97,4 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise DataError(f"{path} is damaged: {error}", try_=f"rm {path}") from error
+        raise DataError(f"{path} is damaged: {error}", try_=quoted("rm", path)) from error

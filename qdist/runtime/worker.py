@@ -14,6 +14,7 @@ from typing import Any
 from qdist.core.errors import PlanError, QdistError, RunError
 from qdist.core.events import Event, encode, whole_length
 from qdist.core.plan import Plan, digest
+from qdist.core.quoting import resuming
 from qdist.core.units import format_bytes
 from qdist.host.children import end_with_parent
 from qdist.host.rundir import RunDir
@@ -51,10 +52,10 @@ def _work(plan: Plan, run: RunDir) -> None:
     from transformers.utils import logging
 
     from qdist.runtime import trackers
+    from qdist.runtime.answers import before_and_after
     from qdist.runtime.assemble import assemble, load_part
     from qdist.runtime.comm import Comm
-    from qdist.runtime.export import adapter_checksum, gather, write_result
-    from qdist.runtime.generate import before_and_after
+    from qdist.runtime.export import adapter_checksum, gather, rehearse, write_result
     from qdist.runtime.load import load_tokenizer
     from qdist.runtime.loop import Trainer
     from qdist.runtime.measure import load_peak, memory_now, parts, peak
@@ -72,6 +73,8 @@ def _work(plan: Plan, run: RunDir) -> None:
     tracked = trackers.start(plan, run, comm.rank)
     report = _Reporter(run, comm.rank, devices, tracked)
     tokenizer = load_tokenizer(plan.source)
+    if comm.rank == 0:
+        rehearse(run)
     try:
         loaded = load_part(plan, comm, devices)
         report(
@@ -135,7 +138,7 @@ def _out_of_memory(plan: Plan, run: RunDir, rank: int, reached_bytes: int, error
     return PlanError(
         f"rank {rank} ran out of GPU memory at {format_bytes(reached_bytes)}, where "
         f"{format_bytes(plan.ranks[rank].expected[0].total)} were planned: {str(error).split('. ')[0]}",
-        try_=f"qdist launch --resume --run {run.path} --set micro_batch={smaller} --set train.checkpointing=true",
+        try_=resuming(run.path, "--set", f"micro_batch={smaller}", "--set", "train.checkpointing=true"),
     )
 
 

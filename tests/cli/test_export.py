@@ -51,7 +51,13 @@ def test_what_cannot_be_ends_before_anything_starts(
     (tmp_path / "full" / "file").write_text("")
     cases = [
         ((str(tmp_path / "none"),), out, (), 2, "none is not a run"),
-        ((str(tmp_path / "bare"),), out, (), 2, "bare has no adapter yet\n  try: qdist gather"),
+        (
+            (str(tmp_path / "bare"),),
+            out,
+            (),
+            2,
+            "bare has no adapter yet, and no whole checkpoint\n  try: qdist launch --resume --run",
+        ),
         (runs, str(tmp_path / "full"), (), 2, "full exists\n  try: another --out"),
         (runs, out, ("--weights", "1"), 2, "weights are 1, runs are 2\n  try: a weight for each run"),
         (runs, out, ("--weights", "1,x"), 2, "weights cannot be '1,x'"),

@@ -16,12 +16,14 @@ def handed_on(monkeypatch: pytest.MonkeyPatch, command: str, *options: str) -> t
     """The arguments of `python -m qdist.runtime.generate`."""
     seen: list[tuple[str, ...]] = []
 
-    def run_module(_: str, arguments: Sequence[str]) -> int:
+    def run_module(_: str, arguments: Sequence[str], *, asks: bool = False) -> int:
+        assert asks == (command == "chat")
         seen.append(tuple(arguments))
         return 0
 
     for module in (chat, generate):
         monkeypatch.setattr(module, "run_module", run_module)
+        monkeypatch.setattr(module, "check_target", lambda name: None)
     if command == "chat":
         result = CliRunner().invoke(chat.chat, ["run", *options])
     else:

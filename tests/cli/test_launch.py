@@ -15,6 +15,7 @@ from qdist.core.spec import RunSpec
 from qdist.host import launcher, modules
 from qdist.host.files import locked
 from qdist.host.rundir import LOCK
+from tests.host.test_gguf_header import LLAMA, header
 
 SMALL = ("--model", "smollm2-135m", "--load-format", "dummy", "--gpus", "2", "--set", "seq_len=64")
 
@@ -74,7 +75,7 @@ def whole(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (work / "model").mkdir()
     (work / "model/config.json").write_text(json.dumps(config))
     (work / "model/model.safetensors").touch()
-    (work / "model.gguf").write_bytes(b"GGUF")
+    (work / "model.gguf").write_bytes(header(LLAMA, ("token_embd.weight",)))
     (work / "data.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n' * 10)
     monkeypatch.chdir(work)
     return here
@@ -88,12 +89,13 @@ def whole(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
           "HOME/tokens", "steps    2 over 18 samples, 2 held out"]),
         (["--model", "model", "--data", "data.jsonl", "--bits", "16"], ["would tokenize data.jsonl (20 records)"]),
         (["--model", "model", "--data", "owner/name"],
-         ["would fetch    owner/name from the hub (only the hub knows its size)", "would tokenize owner/name, in HO"]),
+         ["would fetch    owner/name from the hub (only the hub knows its size)", "would tokenize owner/name, in "]),
         (["--model", "qwen2.5-0.5b", "--data", "demo"],
          ["would fetch    Qwen/Qwen2.5-0.5B from the hub (about 942 MiB in 16 bits)", "would tokenize demo (640 rec"]),
         (["--model", "owner/unheard-of", "--data", "demo"],
          ["would fetch    owner/unheard-of from the hub (only the hub knows its size)", "plan     known once"]),
-        (["--model", "model.gguf", "--data", "demo"], ["would convert  model.gguf to a bfloat16 folder"]),
+        (["--model", "model.gguf", "--data", "demo"],
+         ["would convert  model.gguf to a bfloat16 folder, 145 KiB, in HOME/models", "would pack     model.gguf to 4"]),
         (["--model", "model", "--load-format", "dummy", "--set", "steps=9"], ["steps    9"]),
     ],
 )  # fmt: skip
@@ -212,7 +214,10 @@ def test_a_wrong_setting_ends_in_two_lines_and_code_2(arguments: tuple[str, ...]
     [
         (("--run", "run", *SMALL), "error: run holds an unfinished run with no checkpoint yet\n"),
         (("--run", "gone", "--resume"), "error: gone is not a run: it has no plan.json\n"),
-        (("--model", "lama-7b", "--load-format", "dummy"), "error: no model is called 'lama-7b'\n  try: llama-7b\n"),
+        (
+            ("--model", "lama-7b", "--load-format", "dummy"),
+            "error: no model is called 'lama-7b': it is no run, folder, file or alias here",
+        ),
     ],
 )
 def test_what_is_not_as_it_must_be_ends_with_code_2(arguments: tuple[str, ...], message: str, here: Path) -> None:

@@ -21,6 +21,7 @@ from qdist.core.plan import Plan
 from qdist.core.planner import HEADROOM
 from qdist.core.units import GIB
 from qdist.host import lessons, probe
+from tests.host.test_gguf_header import LLAMA, header
 from tests.plans import CPU, gpus, planned
 
 BIG = ("--model", "llama-65b", "--bits", "4", "--gpus", "4", "--gpu-memory")
@@ -302,3 +303,30 @@ def test_a_quantization_config_that_is_no_object_is_named(tmp_path: Path) -> Non
     done = CliRunner().invoke(main, flags)
     assert done.exit_code == 2
     assert "quantization_config is no object in config.json" in done.output
+
+
+ONE = ("--gpus", "1", "--gpu-memory", "24GiB")
+
+
+def test_a_hub_id_is_planned_by_its_alias_shape_which_a_note_says() -> None:
+    shown, own = plan("--model", "Qwen/Qwen2.5-7B-Instruct", *ONE), plan("--model", "qwen2.5-7b", *ONE)
+    assert (shown.exit_code, own.exit_code) == (0, 0), shown.output
+    note = "Qwen/Qwen2.5-7B-Instruct is not here: by its name it has the shape of qwen2.5-7b"
+    assert note in " ".join(shown.stdout.split())
+    assert "is not here" not in own.stdout
+    assert labels(shown.stdout)["memory"] == labels(own.stdout)["memory"]
+
+
+def test_a_gguf_file_is_planned_from_its_header(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.GGUF"
+    file.write_bytes(header(LLAMA, ("token_embd.weight",)))
+    shown = plan("--model", str(file), *ONE, "--set", "seq_len=128")
+    assert shown.exit_code == 0, shown.output
+    assert "tiny.GGUF: 74,240 parameters" in " ".join(shown.stdout.split())
+
+
+def test_baichuan_is_planned_and_not_launched() -> None:
+    assert plan("--model", "baichuan-7b", *ONE).exit_code == 0
+    launched = CliRunner().invoke(main, ["launch", "--model", "baichuan-7b", "--data", "demo"], prog_name="qdist")
+    assert launched.exit_code == 2
+    assert launched.stderr.startswith("error: baichuan-7b runs code out of its own repository, which qdist does not; ")

@@ -10,6 +10,7 @@ import pytest
 from qdist.core.errors import ModelError
 from qdist.core.facts import from_config
 from qdist.core.models import ALIASES, config_of, lookup
+from qdist.core.same_shape import same_shape
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,66 @@ def test_an_unknown_name_is_refused_with_the_nearest_alias(typo: str, nearest: s
 def test_a_name_like_no_other_is_refused_with_all_aliases(name: str) -> None:
     with pytest.raises(ModelError, match="smollm2-135m, llama-7b"):
         lookup(name)
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "alias"),
+    [
+        ("unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit", "llama3.1-8b"),
+        ("unsloth/llama-3-8b-bnb-4bit", "llama3-8b"),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "llama3-8b"),
+        ("meta-llama/Llama-3.3-70B-Instruct", "llama3.1-70b"),
+        ("meta-llama/Llama-3.2-1B-Instruct", "llama3.2-1b"),
+        ("meta-llama/Llama-2-7b-chat-hf", "llama2-7b"),
+        ("TheBloke/Llama-2-13B-chat-GPTQ", "llama2-13b"),
+        ("decapoda-research/llama-7b-hf", "llama-7b"),
+        ("Qwen/Qwen2.5-7B-Instruct", "qwen2.5-7b"),
+        ("Qwen/Qwen2.5-0.5B-Instruct-GPTQ-Int4", "qwen2.5-0.5b"),
+        ("unsloth/Qwen2.5-7B-Instruct-unsloth-bnb-4bit", "qwen2.5-7b"),
+        ("Qwen/Qwen3-8B-Base", "qwen3-8b"),
+        ("Qwen/Qwen3-8B-AWQ", "qwen3-8b"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "mistral-7b"),
+        ("bartowski/Mistral-7B-Instruct-v0.3-GGUF", "mistral-7b"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m"),
+        ("EleutherAI/pythia-1.4b-deduped", "pythia-1.4b"),
+        ("baichuan-inc/Baichuan2-7B-Chat", "baichuan2-7b"),
+        ("THUDM/glm-4-9b-hf", "glm-4-9b"),
+    ],
+)
+def test_a_hub_id_has_the_shape_of_what_it_was_made_from(hub_id: str, alias: str) -> None:
+    found = same_shape(hub_id)
+    assert found is not None
+    assert found.alias == alias
+    own, facts = (from_config(config, name="") for config in (config_of(alias), found.config))
+    assert (own.parameters, own.linears) == (facts.parameters, facts.linears)
+
+
+@pytest.mark.parametrize(
+    "hub_id",
+    [
+        "Qwen/Qwen2-7B", "Qwen/Qwen2-7B-Instruct", "Qwen/Qwen1.5-7B-Chat", "Qwen/Qwen2.5-3B-Instruct",
+        "Qwen/Qwen2.5-Coder-7B", "Qwen/Qwen2.5-7B-Instruct-1M", "Qwen/Qwen2.5-VL-7B-Instruct",
+        "Qwen/Qwen3-4B-Instruct-2507", "Qwen/Qwen3-30B-A3B",
+        "mistralai/Mistral-7B-v0.1", "mistralai/Mistral-7B-Instruct-v0.2", "TheBloke/Mistral-7B-GPTQ", "THUDM/glm-4-9b",
+        "THUDM/glm-4-9b-chat-hf", "meta-llama/Llama-3.2-11B-Vision-Instruct", "meta-llama/Llama-2-7b-something",
+        "gradientai/Llama-3-8B-Instruct-Gradient-1048k", "nvidia/Llama-3.1-Nemotron-70B-Instruct",
+        "openlm-research/open_llama_7b", "HuggingFaceTB/SmolLM-135M", "facebook/opt-350m", "owner/unheard-of",
+    ],
+)  # fmt: skip
+def test_another_size_generation_or_architecture_has_no_known_shape(hub_id: str) -> None:
+    assert same_shape(hub_id) is None
+
+
+def test_what_tuning_changed_is_in_the_configuration() -> None:
+    """As their config.json have it."""
+    assert same_shape("Qwen/Qwen2.5-7B-Instruct").config["max_position_embeddings"] == 32_768
+    assert same_shape("Qwen/Qwen2.5-7B").config == config_of("qwen2.5-7b")
+
+
+def test_every_hub_id_has_the_shape_of_its_own_alias() -> None:
+    for alias, model in ALIASES.items():
+        found = same_shape(model.hub_id or alias)
+        assert found == (alias, model.config)
 
 
 def test_every_config_gives_facts() -> None:

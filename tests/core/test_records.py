@@ -2,8 +2,9 @@
 
 import pytest
 
+from qdist.core.conversation import Conversation, Turn
 from qdist.core.errors import DataError
-from qdist.core.records import FORMATS, Conversation, Turn, conversations, detect
+from qdist.core.records import FORMATS, conversations, detect
 
 ALPACA_PLAIN = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -25,35 +26,45 @@ def only(record: dict[str, object], data_format: str | None = None) -> Conversat
     return conversation
 
 
+def paired(instruction: str, extra: str, answer: str) -> tuple[Turn, ...]:
+    return (Turn("user", instruction, False, extra), Turn("assistant", answer, True))
+
+
+TRANSCRIPT = "### Human: a ### Assistant:"
+
+
 @pytest.mark.parametrize(
-    ("record", "turns", "prompt", "verbatim"),
+    ("record", "turns", "pieces", "verbatim"),
     [
-        ({"instruction": "Add.", "output": "3"}, exchange("Add.", "3"), ALPACA_PLAIN, False),
-        ({"instruction": "Add.", "input": "", "output": "3"}, exchange("Add.", "3"), ALPACA_PLAIN, False),
-        ({"instruction": "Add.", "input": None, "output": "3"}, exchange("Add.", "3"), ALPACA_PLAIN, False),
+        ({"instruction": "Add.", "output": "3"}, exchange("Add.", "3"), (ALPACA_PLAIN, "3"), False),
+        ({"instruction": "Add.", "input": "", "output": "3"}, exchange("Add.", "3"), (ALPACA_PLAIN, "3"), False),
+        ({"instruction": "Add.", "input": None, "output": "3"}, exchange("Add.", "3"), (ALPACA_PLAIN, "3"), False),
         (
             {"instruction": "Add.", "input": "1 2", "output": "3"},
-            exchange("Add.\n\n1 2", "3"),
-            ALPACA_WITH_INPUT,
+            paired("Add.", "1 2", "3"),
+            (ALPACA_WITH_INPUT, "3"),
             False,
         ),
-        ({"input": "a", "output": "b", "id": 1}, exchange("a", "b"), "a", False),
-        ({"prompt": "a", "completion": "b"}, exchange("a", "b"), "a", False),
-        ({"question": "a", "answer": "b"}, exchange("a", "b"), "a", False),
         (
-            {"input": "### Human: a ### Assistant:", "output": "b", "text": "c"},
-            exchange("### Human: a ### Assistant:", "b"),
-            "### Human: a ### Assistant:",
-            True,
+            {"instruction": "Add.", "context": "1 2", "response": "3"},
+            paired("Add.", "1 2", "3"),
+            (ALPACA_WITH_INPUT, "3"),
+            False,
         ),
-        ({"text": "a"}, (Turn("assistant", "a", True),), "", True),
+        ({"input": "a", "output": "b", "id": 1}, exchange("a", "b"), ("a", "b"), False),
+        ({"prompt": "a", "completion": "b"}, exchange("a", "b"), ("a", "b"), False),
+        ({"question": "a", "answer": "b"}, exchange("a", "b"), ("a", "b"), False),
+        ({"input": TRANSCRIPT, "output": "b", "text": "c"}, exchange(TRANSCRIPT, "b"), (TRANSCRIPT, "b"), True),
+        ({"text": "a"}, (Turn("assistant", "a", True),), ("a",), True),
     ],
 )
 def test_a_pair_keeps_its_texts_and_learns_the_answer(
-    record: dict[str, object], turns: tuple[Turn, ...], prompt: str, verbatim: bool
+    record: dict[str, object], turns: tuple[Turn, ...], pieces: tuple[str, ...], verbatim: bool
 ) -> None:
-    expected = Conversation(turns=turns, where="f.jsonl:3", prompt=prompt, verbatim=verbatim)
-    assert only(record) == expected
+    found = only(record)
+    assert (found.turns, found.where, found.verbatim) == (turns, "f.jsonl:3", verbatim)
+    assert tuple(segment.text for segment in found.segments()) == pieces
+    assert [segment.learn for segment in found.segments()] == [turn.learn for turn in turns]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +91,8 @@ def test_self_instruct_gives_one_conversation_an_instance() -> None:
     }
     first, second = conversations(record, where="f.jsonl:3")
     assert first.turns == exchange("Add.", "0")
-    assert (second.turns, second.prompt) == (exchange("Add.\n\n1 2", "3"), ALPACA_WITH_INPUT)
+    assert second.turns == paired("Add.", "1 2", "3")
+    assert second.segments()[0].text == ALPACA_WITH_INPUT
     assert second.where == "f.jsonl:3, instance 2"
 
 
@@ -88,8 +100,11 @@ def test_a_format_can_be_forced() -> None:
     assert only({"input": "a", "output": "b", "text": "c"}, "text").turns == (Turn("assistant", "c", True),)
 
 
-def test_an_empty_answer_is_an_answer() -> None:
-    assert only({"instruction": "Say nothing.", "output": ""}).turns[1].text == ""
+@pytest.mark.parametrize("answer", ["", " \n"])
+def test_an_empty_answer_is_not_learned_and_the_reason_is_kept(answer: str) -> None:
+    found = only({"instruction": "Say nothing.", "output": answer})
+    assert not found.learns
+    assert found.why_nothing == "the answer is empty"
 
 
 def test_every_format_has_a_record_that_shows_it() -> None:
@@ -116,7 +131,10 @@ def test_every_format_has_a_record_that_shows_it() -> None:
         ({"messages": []}, "f.jsonl:3: 'messages' must be a list with at least one object, not an empty list"),
         ({"messages": ["a"]}, "f.jsonl:3: 'messages' item 1 must be an object, not str"),
         ({"messages": [{"role": "user"}]}, "f.jsonl:3, turn 1: 'content' is missing; keys found: role"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "f.jsonl:3, turn 1: 'role' is 'tool'"),
+        (
+            {"messages": [{"role": "tool", "content": "a"}]},
+            "f.jsonl:3, turn 1 is of 'role' 'tool', and tool calls are not",
+        ),
         ({"messages": [{"role": "user", "content": "a"}]}, "f.jsonl:3: 1 turns, none of them the assistant's"),
         ({"conversations": [{"from": "gpt", "value": "a"}]}, "f.jsonl:3: the first turn is the assistant's"),
         ({"instruction": "a", "instances": [{"input": "b"}]}, "f.jsonl:3, instance 1: 'output' is missing"),

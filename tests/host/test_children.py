@@ -17,6 +17,9 @@ PARENT = "import os, sys; from qdist.host import children; children.run(sys.argv
 ASLEEP = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
 
 
+LISTENS = [sys.executable, "-c", "import sys; print(f'heard {sys.stdin.read()!r}')"]
+
+
 def until(met: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
     while not met():
@@ -105,6 +108,13 @@ def test_ctrl_c_while_the_child_starts_leaves_no_traceback_either(tmp_path: Path
         said, complained = parent.communicate(timeout=30)
     assert (said, complained, parent.returncode) == ("stopped\n", "", 0)
     assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.parametrize(("asks", "heard"), [(False, ""), (True, "y")])
+def test_only_a_program_that_asks_hears_what_is_typed(asks: bool, heard: str, tmp_path: Path) -> None:
+    code = f"import os\nfrom qdist.host import children\nchildren.run({LISTENS!r}, os.environ, asks={asks})"
+    done = subprocess.run([sys.executable, "-c", code], input="y", capture_output=True, text=True, check=True)
+    assert done.stdout == f"heard {heard!r}\n"
 
 
 def test_a_program_that_alone_was_interrupted_counts_as_stopped() -> None:

@@ -15,6 +15,8 @@ from qdist.core.plan import DataFacts, Prepared, Source
 from qdist.core.spec import RunSpec, resolve
 from qdist.host import cached, disk
 from qdist.host.survey import Work, counted, expected, require_room, survey, tokenizing
+from tests.host.test_gguf_header import LLAMA as LLAMA_HEADER
+from tests.host.test_gguf_header import header
 
 LLAMA = 6_738_415_616
 """Parameters."""
@@ -115,9 +117,11 @@ def test_of_a_hub_model_that_nobody_knows_only_its_name_is_told() -> None:
 
 
 def test_a_gguf_file_is_converted_once(here: Path) -> None:
-    (here / "mine.gguf").write_bytes(b"GGUF")
-    (work,) = survey(spec(model="mine.gguf")).work
-    assert (work.action, work.into, work.there) == ("convert", "a bfloat16 folder", None)
+    (here / "mine.gguf").write_bytes(header(LLAMA_HEADER, ("token_embd.weight",)))
+    found = survey(spec(model="mine.gguf"))
+    assert actions(found.work) == [("convert", "a bfloat16 folder", False), ("pack", "4 bits nf4", False)]
+    assert found.facts is not None
+    assert found.work[0].size_bytes == 2 * found.facts.parameters
     folder = save(cached.converted_folder(here / "mine.gguf"), "model.safetensors")
     work, pack = survey(spec(model="mine.gguf")).work
     assert (work.there, pack.action) == (folder, "pack")
@@ -154,10 +158,13 @@ def test_records_are_counted_where_they_are(data: str, records: int | None) -> N
     assert counted(spec(data=data)) == records
 
 
-def test_records_that_cannot_be_read_are_told(here: Path) -> None:
-    (here / "data.jsonl").write_text('{"text": "one"}\n{')
-    with pytest.raises(DataError, match=r"data\.jsonl:2"):
+def test_records_that_cannot_be_used_are_told_together(here: Path) -> None:
+    (here / "data.jsonl").write_text('{"text": "one"}\n{\n{"words": "two"}\n')
+    with pytest.raises(DataError, match=r"2 of 3 records cannot be used") as caught:
         counted(spec())
+    assert [line.partition(": ")[0].strip() for line in caught.value.message.splitlines()[1:]] == [
+        "data.jsonl:2:1", "data.jsonl:3",
+    ]  # fmt: skip
 
 
 def test_data_are_expected_to_be_as_long_as_may_be(here: Path) -> None:

@@ -8,10 +8,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from qdist.core.conversation import Conversation
 from qdist.core.errors import DataError, ModelError, QdistError
-from qdist.core.records import Conversation, conversations
-from qdist.runtime.data import cache_key, cached_tokenize, tokenizer_digest
-from qdist.runtime.encode import learned_by_offset, tokenize
+from qdist.core.records import conversations
+from qdist.runtime.data import cache_key, cached_tokenize, tokenize, tokenizer_digest
+from qdist.runtime.encode import learned_by_offset
 from qdist.runtime.tokenized import IGNORED, TokenizedSet, load, save
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -90,22 +91,30 @@ def test_a_chat_is_tokenized_as_the_whole_rendering_is() -> None:
     assert encoded(TALK, tokenizer=tokenizer).tokens.tolist() == whole
 
 
-def test_where_a_template_has_no_end_of_turn_token_the_line_end_is_learned() -> None:
+def test_where_a_template_has_no_end_of_turn_token_the_line_end_and_the_end_of_text_are_learned() -> None:
     tokenizer = tiny_tokenizer(HEADINGS)
     tokenized = encoded(dialogue(("user", "a"), ("assistant", "b c")), tokenizer=tokenizer)
-    assert learned_text(tokenized, tokenizer).lstrip() == "b c\n"
+    assert learned_text(tokenized, tokenizer).lstrip() == "b c\n</s>"
+    wording = tokenized.summary.wording
+    assert wording is not None
+    assert (wording.ends, wording.end_text) == ((tokenizer.eos_token_id,), "user:")
+    assert "the chat template writes nothing behind an answer: </s> is learned there" in tokenized.summary.notes
 
 
-def test_an_empty_answer_learns_the_end_of_turn() -> None:
+def test_empty_answers_are_dropped_and_counted() -> None:
     tokenizer = tiny_tokenizer(CHATML)
-    tokenized = encoded(dialogue(("user", "a"), ("assistant", "")), tokenizer=tokenizer)
-    assert learned_text(tokenized, tokenizer) == "<|im_end|>"
+    empty, said = dialogue(("user", "a"), ("assistant", "")), dialogue(("user", "a"), ("assistant", "b"))
+    tokenized = encoded(*[empty, said] * 12, tokenizer=tokenizer)
+    assert (len(tokenized), tokenized.summary.dropped) == (12, 12)
+    assert "12 of 24 records were dropped: the answer is empty" in tokenized.summary.notes
+    with pytest.raises(DataError, match="all 2 records were dropped: the answer is empty"):
+        encoded(empty, empty, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        (FORGETFUL, "d.jsonl:1: the tokenizer's chat template writes turn 3 one way alone and another way"),
+        (FORGETFUL, "d.jsonl:1: the tokenizer's chat template asks for turn 3 by "),
         (REFUSING, "d.jsonl:1: the tokenizer's chat template refuses it: System role not supported"),
     ],
 )

@@ -1,9 +1,11 @@
 """Adapters that leave a run are plain PEFT, and never empty, broken or unmoved."""
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import nn
@@ -139,6 +141,26 @@ def test_a_gather_takes_its_turn_with_that_of_the_run_and_then_looks_for_the_las
     asking.join()
     assert (gathered(run.adapter), step_note(run)) == (4.0, "")
     assert not list(run.path.glob(".adapter*"))
+
+
+def test_a_gather_after_the_cache_was_emptied_takes_the_tokenizer_alone_from_the_adapter(tmp_path: Path) -> None:
+    job = real_job(save_model(tmp_path / "model"), save_data(tmp_path / "d.jsonl"), tmp_path / "run", seq_len=64)
+    run, _ = adapted_run(job)
+    before, state = checkpoint.load(run.checkpoint(4))[1], checkpoint.load(run.checkpoint(4))[1]
+    state = state._replace(parameters={name: value + 1 for name, value in before.parameters.items()})
+    checkpoint.save(run, checkpoint.Progress(step=2, samples=0), state, keep=9)
+    plan = msgspec.structs.replace(job.plan, source=msgspec.structs.replace(job.plan.source, tokenizer="gone"))
+    (run.path / PLAN).write_bytes(msgspec.json.encode(plan))
+    names = {path.name for path in run.adapter.iterdir()}
+    old = checkpoint.load_tensors(run.adapter / ADAPTER)
+    gather(run, step=2)
+    new = checkpoint.load_tensors(run.adapter / ADAPTER)
+    assert all(torch.equal(new[name], old[name] + 1) for name in old)
+    assert {path.name for path in run.adapter.iterdir()} == names
+    gather_named(run, "2", out=tmp_path / "elsewhere")
+    shutil.rmtree(run.adapter)
+    with pytest.raises(RunError, match="the run's tokenizer is gone"):
+        gather(run, step=2)
 
 
 def test_what_a_killed_gather_left_is_taken_away(run: RunDir) -> None:

@@ -9,9 +9,21 @@ import pytest
 import torch
 
 from qdist.core.errors import ModelError
+from qdist.core.facts import from_config
+from qdist.host.sources import find_shape
 from qdist.runtime.exports.gguf import Affine, Kind
 from qdist.runtime.exports.gguf_check import check_gguf
-from tests.runtime.gguf_models import ERRORS, KINDS, config_of, fields, model_of, random_affine, tensors_of, written
+from tests.runtime.gguf_models import (
+    ERRORS,
+    FAMILIES,
+    KINDS,
+    config_of,
+    fields,
+    model_of,
+    random_affine,
+    tensors_of,
+    written,
+)
 
 # What is refused
 
@@ -249,3 +261,17 @@ def test_another_file_is_told_apart(tmp_path: Path) -> None:
     out.write_bytes(out.read_bytes()[:-5000])
     with pytest.raises(ModelError, match="no whole GGUF file"):
         check_gguf(out, tensors, config=config_of(model), kind="f16")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["model.gguf", "MODEL.GGUF"])
+def test_a_file_is_planned_for_as_what_it_becomes_when_it_is_converted(family: str, name: str, tmp_path: Path) -> None:
+    """By its header alone, whatever letters its name ends in."""
+    from transformers import AutoConfig
+
+    out, _, _ = written(tmp_path, model_of(family, tie_word_embeddings=family == "qwen2"))
+    file = out.rename(tmp_path / name)
+    found = find_shape(str(file))
+    converted = AutoConfig.from_pretrained(str(tmp_path), gguf_file=name).to_dict()
+    assert found is not None
+    assert found.facts == from_config(converted, name=str(file))

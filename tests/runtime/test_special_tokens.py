@@ -57,10 +57,17 @@ def test_a_whole_tokenizer_stays_as_it_is() -> None:
         (("a", "<s>", "</s>", "<pad>"), "<pad>", ()),
         (("a", "<s>", "</s>", "<unk>", "<|endoftext|>"), "<|endoftext|>", ()),
         (("<unk>", "<s>", "</s>"), "<unk>", ()),
-        (("a", "<s>", "</s>"), "[PAD]", (3,)),
+        (("a", "<s>", "</s>", "<|padding|>"), "<|padding|>", ()),
+        (
+            ("a", "<s>", "</s>", "<|reserved_special_token_7|>", "<|reserved_special_token_2|>"),
+            "<|reserved_special_token_7|>",
+            (),
+        ),
+        (("a", "<s>", "</s>", "[unused3]"), "[unused3]", ()),
+        (("a", "<s>", "</s>"), "</s>", ()),
     ],
 )
-def test_a_pad_is_taken_from_the_vocabulary_before_one_is_added(
+def test_a_pad_is_taken_from_the_vocabulary_and_never_added(
     vocabulary: tuple[str, ...], pad: str, new_ids: tuple[int, ...]
 ) -> None:
     tokenizer = words(*vocabulary, bos="<s>", eos="</s>")
@@ -69,10 +76,18 @@ def test_a_pad_is_taken_from_the_vocabulary_before_one_is_added(
     assert repaired.new_ids == new_ids
 
 
-def test_pad_is_never_the_end_of_a_text() -> None:
-    tokenizer = words("a", "<|endoftext|>", eos="<|endoftext|>")
-    repair(tokenizer, tiny_config(vocab_size=2, eos_token_id=1))
-    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+def test_a_pad_behind_the_embedding_is_given_up_for_one_that_has_a_row() -> None:
+    tokenizer = words("a", "<s>", "</s>", "<unk>", "<pad>", bos="<s>", eos="</s>", pad="<pad>")
+    repaired = repair(tokenizer, tiny_config(vocab_size=4))
+    assert tokenizer.pad_token == "<unk>"
+    assert (repaired.new_ids, repaired.rows) == ((), None)
+    assert repaired.notes == ("pad was <pad> (4), for which the model has no row: now <unk>",)
+
+
+def test_new_tokens_behind_a_pad_without_a_row_leave_the_pad_untrained() -> None:
+    tokenizer = words("a", "<s>", "</s>", "<unk>", "<pad>", bos="<s>", eos="</s>", pad="<pad>")
+    repaired = repair(tokenizer, tiny_config(vocab_size=4), new_tokens=("<call>",))
+    assert (repaired.new_ids, repaired.rows) == ((5,), 6)
 
 
 def test_new_tokens_are_tokens_of_their_own_and_old_ones_are_not_new() -> None:
@@ -85,7 +100,7 @@ def test_new_tokens_are_tokens_of_their_own_and_old_ones_are_not_new() -> None:
 
 def test_rows_that_the_embedding_has_to_spare_are_used() -> None:
     tokenizer = words("a", "<s>", "</s>", bos="<s>", eos="</s>")
-    assert repair(tokenizer, tiny_config(vocab_size=64)).rows == 64
+    assert repair(tokenizer, tiny_config(vocab_size=64), new_tokens=("<call>",)).rows == 64
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -129,6 +144,14 @@ def test_a_model_stops_and_pads_on_the_tokenizers_tokens(ends: Any, aligned: Any
     align_config(model, tokenizer)
     for target in (model.config, model.generation_config):
         assert (target.pad_token_id, target.bos_token_id, target.eos_token_id) == (0, 1, aligned)
+
+
+def test_the_ends_of_answers_are_stopped_at_beside_the_tokenizers_own() -> None:
+    tokenizer = words(*LLAMA_1, bos="<s>", eos="</s>", pad="<unk>")
+    model = tiny_model()
+    model.config.eos_token_id = model.generation_config.eos_token_id = 2
+    align_config(model, tokenizer, (4, 2))
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == [4, 2]
 
 
 def test_a_token_beyond_the_end_of_the_embedding_is_new() -> None:

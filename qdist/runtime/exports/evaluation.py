@@ -15,9 +15,8 @@ from qdist.core.units import format_bytes
 from qdist.host import probe
 from qdist.host.rundir import RunDir
 from qdist.runtime.exports.merged import Merged
-from qdist.runtime.exports.update import plan_of
 from qdist.runtime.forward import Forward
-from qdist.runtime.load import footprint_of, load_run, load_tokenizer, residence_of
+from qdist.runtime.load import footprint_of, load_run, load_tokenizer, plan_of, residence_of
 from qdist.runtime.load_plain import open_plain
 from qdist.runtime.methods.backbone import DTYPES
 from qdist.runtime.methods.skeleton import fill, skeleton

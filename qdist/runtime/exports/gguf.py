@@ -44,6 +44,7 @@ def write_gguf(
     tokenizer: Path | None,
     name: str,
     kind: Kind,
+    ends: tuple[int, ...] = (),
 ) -> Report:
     """Write a Llama, Mistral, Qwen2 or Qwen3 model to `out`, replacing what is there.
 
@@ -52,6 +53,7 @@ def write_gguf(
     config: the content of config.json. Its `tie_word_embeddings` decides whether there is an output head.
     tokenizer: a folder with transformers' tokenizer files; None leaves the file without a vocabulary.
     name: general.name.
+    ends: tokens that end an answer, beside the tokenizer's eos.
     kind: f16: matrices are F16. q8_0: matrices whose rows are multiples of 32 are Q8_0, others F16. q4_1: linears are
         Q4_1, bit for bit but for minimums rounded to fp16, embedding and head F16. Vectors are F32 in all three.
 
@@ -60,7 +62,7 @@ def write_gguf(
     """
     facts, rope = facts_of(config, name=name), rope_of(config, name=name)
     stored = stored_tensors(tensors, facts, rope, kind)
-    vocabulary = None if tokenizer is None else read_vocabulary(tokenizer, rows=facts.vocab, config=config)
+    vocabulary = None if tokenizer is None else read_vocabulary(tokenizer, rows=facts.vocab, config=config, ends=ends)
     beside = out.with_name(f".{out.name}.unfinished")
     writer = gguf.GGUFWriter(beside, architecture_of(facts))
     add_metadata(writer, facts, rope, config, kind)

@@ -35,7 +35,7 @@ class Vocabulary(NamedTuple):
     """Of llama alone: the higher, the earlier merged."""
     merges: tuple[str, ...]
     ids: dict[str, int]
-    """Of bos, eos, unk and pad, where the tokenizer has them."""
+    """Of bos, eos, unk and pad, where the tokenizer has them, and of eot, where answers end with another token."""
     add_bos: bool
     add_eos: bool
     add_space: bool
@@ -44,9 +44,10 @@ class Vocabulary(NamedTuple):
     notes: tuple[str, ...]
 
 
-def read_vocabulary(folder: Path, *, rows: int, config: Mapping[str, Any]) -> Vocabulary:
+def read_vocabulary(folder: Path, *, rows: int, config: Mapping[str, Any], ends: tuple[int, ...] = ()) -> Vocabulary:
     """The vocabulary of a folder of tokenizer files, filled to the rows of the embedding.
 
+    ends: tokens that end an answer; the first that is not eos is written as the end of a turn.
     Raises ModelError for a folder without a tokenizer, one that is not BPE, or one with more tokens than rows.
     """
     tokenizer = _loaded(folder)
@@ -56,10 +57,11 @@ def read_vocabulary(folder: Path, *, rows: int, config: Mapping[str, Any]) -> Vo
         raise ModelError(f"{folder} has a {core['type']} tokenizer, and GGUF is written for BPE", try_="no tokenizer")
     bytewise = any(step["type"] == "ByteLevel" for step in flat(backend["pre_tokenizer"], "pretokenizers"))
     _require_pieces(folder, backend, bytewise)
+    _drop_rowless_specials(backend, rows)
     tokens, types = _tokens(folder, backend, rows=rows, named={} if bytewise else _pieces(tokenizer))
     merges = _merges(folder, core["merges"])
     pre, notes = pre_of(backend) if bytewise else ("default", ())
-    ids = _special_ids(tokenizer)
+    ids = _special_ids(tokenizer, ends)
     add_bos, add_eos = _added(tokenizer, ids)
     add_space, space_notes = (False, ()) if bytewise else _space(tokenizer)
     return Vocabulary(
@@ -153,8 +155,19 @@ def _scores(tokens: tuple[str, ...], merges: tuple[str, ...]) -> tuple[float, ..
     return tuple(-float(places[token]) if token in places else _NO_SCORE - len(places) for token in tokens)
 
 
-def _special_ids(tokenizer: Any) -> dict[str, int]:
+def _drop_rowless_specials(backend: dict[str, Any], rows: int) -> None:
+    """Leave out special tokens behind the embedding, such as a pad that the weights were never resized for."""
+    known = backend["model"]["vocab"]
+    backend["added_tokens"] = [
+        added
+        for added in backend["added_tokens"]
+        if added["id"] < rows or not added["special"] or added["content"] in known
+    ]
+
+
+def _special_ids(tokenizer: Any, ends: tuple[int, ...]) -> dict[str, int]:
     found = {what: getattr(tokenizer, f"{what}_token_id") for what in ("bos", "eos", "unk", "pad")}
+    found["eot"] = next((end for end in ends if end != found["eos"]), None)
     return {what: int(token) for what, token in found.items() if token is not None}
 
 

@@ -97,8 +97,7 @@ class GptqBase:
 
     def finish(self, folder: Path, gptq: Gptq, files: Mapping[str, Written]) -> None:
         """Write what lies beside the tensors: the run's tokenizer, configurations, the index."""
-        model, source = self.backbone.model, self.plan.source
-        write_model_files(folder, model, source, getattr(torch, self._dtype))
+        write_model_files(folder, self.backbone.model, self.plan, getattr(torch, self._dtype))
         finish(folder, json.loads((folder / "config.json").read_text()), gptq, files)
 
     @property

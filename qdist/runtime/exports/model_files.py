@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qdist.core.plan import Source
+from qdist.core.plan import Plan, Source
 from qdist.host.checkpoints import INDEX
 from qdist.host.files import write_atomic
 from qdist.runtime.load import load_tokenizer
@@ -19,11 +19,12 @@ from qdist.runtime.special_tokens import align_config
 _GENERATION = "generation_config.json"
 
 
-def write_model_files(folder: Path, model: Any, source: Source, dtype: torch.dtype) -> None:
+def write_model_files(folder: Path, model: Any, plan: Plan, dtype: torch.dtype) -> None:
     """Everything but weights and index, without a trace of quantization or adapter.
 
-    model: the backbone, whose weights are not looked at. source: the run's.
+    model: the backbone, whose weights are not looked at. plan: the run's.
     """
+    source = plan.source
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.use_cache, config.dtype = True, dtype
@@ -32,10 +33,19 @@ def write_model_files(folder: Path, model: Any, source: Source, dtype: torch.dty
     generation = SimpleNamespace(**{"eos_token_id": None, **_generation(model, source)})
     tokenizer = load_tokenizer(source)
     if tokenizer is not None:
-        align_config(SimpleNamespace(config=config, generation_config=generation), tokenizer)
+        align_config(SimpleNamespace(config=config, generation_config=generation), tokenizer, plan.ends)
         tokenizer.save_pretrained(folder)
     config.save_pretrained(folder)
     write_atomic(folder / _GENERATION, json.dumps(vars(generation), indent=2, sort_keys=True) + "\n")
+
+
+def write_generation_config(folder: Path, plan: Plan) -> None:
+    """What a run's answers begin, end and are padded with, for whoever loads its adapter alone."""
+    tokenizer = load_tokenizer(plan.source)
+    if tokenizer is not None:
+        said = SimpleNamespace(eos_token_id=tokenizer.eos_token_id)
+        align_config(SimpleNamespace(config=said, generation_config=None), tokenizer, plan.ends)
+        write_atomic(folder / _GENERATION, json.dumps(vars(said), indent=2, sort_keys=True) + "\n")
 
 
 def write_index(folder: Path, files: Mapping[str, Written]) -> None:

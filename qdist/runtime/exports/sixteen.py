@@ -56,7 +56,7 @@ def write(adapters: Adapters, out: Path, *, onto: Onto, dtype: torch.dtype) -> i
             require_space(out.parent, missing + _BESIDE_BYTES, purpose=f"writing {out.name}")
             _write(work, files, written)
             backbone = merged.backbone
-            write_model_files(work, backbone.model, backbone.plan.source, dtype)
+            write_model_files(work, backbone.model, backbone.plan, dtype)
             write_index(work, written)
     return sum(part.tensor_bytes for part in written.values())
 

@@ -41,7 +41,9 @@ def run(job: Export) -> None:
         needed = file_bytes(tensors, config=config, name=plan.spec.model, kind=kind)
         require_space(job.out.parent, needed, purpose=f"writing {job.out.name}")
         try:
-            report = write_gguf(unchecked, tensors, config=config, tokenizer=tokenizer, name=plan.spec.model, kind=kind)
+            report = write_gguf(
+                unchecked, tensors, config=config, tokenizer=tokenizer, name=plan.spec.model, kind=kind, ends=plan.ends
+            )
             furthest = check_gguf(unchecked, tensors, config=config, kind=kind)
             os.replace(unchecked, job.out)
         finally:

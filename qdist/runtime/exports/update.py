@@ -5,17 +5,16 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from math import gcd
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import torch
 
 from qdist.core.errors import ModelError, RunError
 from qdist.core.plan import Plan
+from qdist.core.quoting import command
 from qdist.host.adapters import ADAPTER
 from qdist.host.rundir import RunDir
-from qdist.runtime.load import load_tokenizer
+from qdist.runtime.load import load_tokenizer, plan_of
 from qdist.runtime.packed_folder import Entry, opened, stored_entries
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -71,7 +70,7 @@ class Adapters:
             raise RunError(f"{len(self.runs)} runs and {len(self.weights)} weights", try_="a weight for each run")
         for run in self.runs:
             if not (run.adapter / ADAPTER).is_file():
-                raise RunError(f"{run.path} has no adapter yet", try_=f"qdist gather {run.path}")
+                raise RunError(f"{run.path} has no adapter yet", try_=command("gather", run.path))
         _require_one_base(self.runs)
         if len(self.runs) > 1 and any(_learnt_rows(run) for run in self.runs):
             raise RunError("adapters that hold rows of new tokens cannot be added up", try_="runs without new tokens")
@@ -160,15 +159,6 @@ class Adapters:
         with opened(self.runs[index].adapter / ADAPTER) as handle:
             tensor: torch.Tensor = handle.get_tensor(name)
         return tensor
-
-
-def plan_of(run: RunDir) -> Plan:
-    """The run's plan. Its tokenizer is the adapter's copy where the cache was emptied since."""
-    plan = run.plan()
-    if plan.source.tokenizer and not Path(plan.source.tokenizer).is_dir():
-        source = msgspec.structs.replace(plan.source, tokenizer=str(run.adapter))
-        return msgspec.structs.replace(plan, source=source)
-    return plan
 
 
 def _learnt_rows(run: RunDir) -> bool:

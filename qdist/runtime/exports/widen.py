@@ -5,7 +5,6 @@ PEFT and vLLM compute what the run computed, without knowing of groups.
 """
 
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,14 @@ from typing import Any
 import torch
 
 from qdist.core.errors import RunError
-from qdist.core.units import format_bytes
+from qdist.core.units import counted, format_bytes
 from qdist.host.adapters import ADAPTER
 from qdist.host.disk import require_space
 from qdist.runtime.exports.job import Export
 from qdist.runtime.exports.update import ADAPTER_CONFIG, PREFIX, Adapters
 from qdist.runtime.packed_folder import Entry, write_tensors
 from qdist.runtime.quantize_pack import goes_along
+from qdist.runtime.tokenizer import copy_beside
 from qdist.runtime.work_folder import built
 
 _VERSION = 1
@@ -42,7 +42,7 @@ def widen(adapters: Adapters, out: Path) -> int:
     Raises RunError where there is nothing to widen or to add up.
     """
     if len(adapters.runs) == 1 and adapters.pool == 1:
-        raise RunError(f"{adapters.runs[0].path} has plain LoRA already", try_=f"{adapters.runs[0].adapter} as it is")
+        raise RunError(_has_it_already(adapters), try_=f"{adapters.runs[0].adapter} as it is")
     gptq = adapters.plan.source.gptq
     if gptq is not None and gptq.offset is not None:
         raise RunError(
@@ -58,8 +58,18 @@ def widen(adapters: Adapters, out: Path) -> int:
         (work / ADAPTER_CONFIG).write_text(json.dumps(_config(adapters, rank), indent=2) + "\n")
         for path in sorted(adapters.runs[0].adapter.iterdir()):
             if goes_along(path) and path.name != ADAPTER_CONFIG:
-                shutil.copyfile(path, work / path.name)
+                copy_beside(path, work)
     return rank
+
+
+def _has_it_already(adapters: Adapters) -> str:
+    rows = len(adapters.plan.source.new_token_ids)
+    if not rows:
+        return f"{adapters.runs[0].path} has plain LoRA already"
+    return (
+        f"{adapters.runs[0].path} has LoRA and {counted(rows, 'trained row')} of the vocabulary already; PEFT reads "
+        "the rows, vLLM does not"
+    )
 
 
 def _matrices(adapters: Adapters, rank: int) -> list[Entry]:

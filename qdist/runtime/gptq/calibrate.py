@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from qdist.core.bad_records import BadRecords
 from qdist.core.errors import DataError
-from qdist.runtime.data import read_conversations
+from qdist.host.conversations import read_conversations
 from qdist.runtime.encode import encode
 from qdist.runtime.gptq.decoder import Reached, Start, moved
 from qdist.runtime.gptq.hessians import LaneSums, add_products, mirror
@@ -55,7 +56,19 @@ def pieces(source: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int
 
 
 def _record_tokens(source: str, tokenizer: Any) -> Iterator[list[int]]:
-    return (encode(conversation, tokenizer).tokens for conversation in read_conversations(source))
+    """Raises DataError, once for all records that cannot be used."""
+    bad, total = BadRecords(), 0
+    for conversation in read_conversations(source):
+        total += 1
+        try:
+            if isinstance(conversation, DataError):
+                raise conversation
+            samples = encode(conversation, tokenizer).samples
+        except DataError as error:
+            bad.add(error)
+            continue
+        yield from (sample.tokens for sample in samples)
+    bad.raise_any(total)
 
 
 def _text_tokens(source: str, tokenizer: Any) -> Iterator[list[int]]:

@@ -24,6 +24,7 @@ from qdist.runtime.gptq.folder import Quantized, entries, finish, how_to_use
 from qdist.runtime.gptq.sparsebit import Checkpoint, Linear, halves, integer_zeros, read, words
 from qdist.runtime.packed_folder import Entry, Written, entries_of, file_name, write_tensors
 from qdist.runtime.quantize_source import Blueprint, blueprint
+from qdist.runtime.tokenizer import copy_beside
 
 _TELL_S = 10.0
 """How often a long conversion says how far it is."""
@@ -79,7 +80,7 @@ def convert(source: Path, out: Path, *, config: Path | None = None, drop_bias: b
         job = Job(checkpoint._replace(biases=biases), shape, _heads(checkpoint, shape), zeros, _gptq(checkpoint, zeros))
         files, loss = _write(job, work)
         for path in beside(config):
-            shutil.copyfile(path, work / path.name)
+            copy_beside(path, work)
         finish(work, {**settings, "architectures": [shape.architecture]}, job.gptq, files)
         publish_folder(work, out)
     finally:

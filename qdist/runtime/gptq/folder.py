@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qdist.core.gptq import Gptq, to_config
+from qdist.core.quoting import command
 from qdist.host.checkpoints import INDEX, QUANTIZE_CONFIG
 from qdist.host.files import write_atomic
 from qdist.runtime.packed_folder import Entry, Written, entries_of
@@ -58,5 +59,5 @@ def finish(folder: Path, config: Mapping[str, Any], gptq: Gptq, files: Mapping[s
 
 def how_to_use(folder: Path, gptq: Gptq) -> str:
     """The last line of a command that wrote such a folder."""
-    bits = f" --bits {gptq.shape.bits}" if gptq.shape.bits != 4 else ""
-    return f"use it  qdist launch --model {folder} --method gptq-lora{bits} --data FILE"
+    bits = ("--bits", gptq.shape.bits) if gptq.shape.bits != 4 else ()
+    return f"use it  {command('launch', '--model', folder, '--method', 'gptq-lora', *bits, '--data', 'FILE')}"

@@ -6,7 +6,6 @@ Killed, the same command goes on: layers that are written are run through again,
 import argparse
 import json
 import re
-import shutil
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +27,7 @@ from qdist.runtime.gptq.room import out_of_memory, peak, require_memory
 from qdist.runtime.gptq.solve import Curvature, Solution, curvature, solve, unpacked
 from qdist.runtime.packed_folder import Entry, Written, file_name, finished, opened, write_tensors
 from qdist.runtime.quiet import quiet
+from qdist.runtime.tokenizer import copy_beside
 from qdist.runtime.work_folder import filled, reserved
 
 
@@ -47,7 +47,7 @@ def make(model: str, out: Path, wanted: Wanted, *, devices: tuple[torch.device, 
             _require_space(job, work)
             files = _write_layers(job, work, require_memory(job))
             for path in job.beside:
-                shutil.copyfile(path, work / path.name)
+                copy_beside(path, work)
             gptq = _described(job, work)
             finish(work, json.loads((folder / "config.json").read_text()), gptq, files)
     return gptq

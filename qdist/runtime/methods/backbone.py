@@ -54,6 +54,8 @@ def load_plain(path: str, *, dtype: torch.dtype | str, device: torch.device) -> 
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device}, local_files_only=True)
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, device_map={"": device}, local_files_only=True, trust_remote_code=False
+        )
     except OSError as error:
         raise ModelError(f"{path}: {error}", try_="a folder with config.json and *.safetensors") from error

@@ -25,16 +25,16 @@ def skeleton(source: Source, *, bits: int, quant: Quant, dtype: torch.dtype, lin
 
     try:
         config = (
-            AutoConfig.from_pretrained(source.path, local_files_only=True)
+            AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
             if source.path
             else AutoConfig.for_model(str(source.config["model_type"]), **_without_type(source.config))
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ModelError(f"{source.path}: {error}", try_="a folder with config.json and *.safetensors") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and path.rpartition(".")[2] in linear_names and bits < 16:

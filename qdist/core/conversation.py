@@ -1,0 +1,178 @@
+"""What a conversation is, and the text that it becomes where no chat template writes it."""
+
+from typing import Literal
+
+import msgspec
+
+Role = Literal["system", "user", "assistant"]
+Style = Literal["headings", "alpaca", "plain"]
+"""Text without a chat template. headings: turns under `### Human:` and `### Assistant:`. alpaca: the prompt of Stanford
+Alpaca. plain: one text after the other."""
+
+Way = Literal["chat", "headings", "alpaca", "plain"]
+"""A style, or chat: by the tokenizer's chat template."""
+
+HUMAN, ASSISTANT = "### Human:", "### Assistant:"
+_ALPACA_HEAD = "Below is an instruction that describes a task"
+_ALPACA_TAIL = "Write a response that appropriately completes the request.\n\n"
+"""The prompt of https://github.com/tatsu-lab/stanford_alpaca, `PROMPT_DICT` in train.py."""
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """What one speaker says; the loss is taken on it when `learn`."""
+
+    role: Role
+    text: str
+    learn: bool
+    extra: str = ""
+    """Of an instruction: the input that it is about."""
+
+    @property
+    def said(self) -> str:
+        """All of it, as a chat template is given it."""
+        return f"{self.text}\n\n{self.extra}" if self.extra else self.text
+
+
+class Segment(msgspec.Struct, frozen=True):
+    """A piece of a conversation as plain text; `learn` pieces are followed by the end-of-text token.
+
+    ended: so are these, though nothing is learned of them: they are answers that a prompt quotes.
+    """
+
+    text: str
+    learn: bool
+    ended: bool = False
+
+
+class Conversation(msgspec.Struct, frozen=True, kw_only=True):
+    """One training sample, or a prompt, before any tokenizer has seen it."""
+
+    turns: tuple[Turn, ...]
+    where: str
+    """The file and line or record it came from, for messages."""
+    format: str = "messages"
+    """A name of `records.FORMATS`."""
+    style: Style = "headings"
+    """What it becomes without a chat template; of raw text, what it looks like."""
+    gap: str = "\n"
+    """What stands before a heading."""
+    verbatim: bool = False
+    """The text is complete as it is: no chat template, even where the tokenizer has one."""
+    unused: tuple[str, ...] = ()
+    """Keys of the record that nothing was made of."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether the loss is taken on any turn."""
+        return any(turn.learn for turn in self.turns)
+
+    @property
+    def why_nothing(self) -> str:
+        """The reason why nothing is learned, for one of which that is true."""
+        empty = any(turn.role == "assistant" and not turn.text.strip() for turn in self.turns)
+        return "the answer is empty" if empty else "no turn is marked to be learned"
+
+    def segments(self) -> tuple[Segment, ...]:
+        """The text without a chat template, in pieces that are tokenized one by one (as QLoRA does).
+
+        A conversation that ends with a user's turn gives the prompt that asks for the next reply.
+        """
+        return segments(self.turns, "plain" if self.verbatim else self.style, gap=self.gap)
+
+
+def segments(turns: tuple[Turn, ...], style: Style, *, gap: str = "\n") -> tuple[Segment, ...]:
+    """Turns as pieces of plain text.
+
+    gap: what stands before a heading, of the style `headings`.
+    """
+    write = {"headings": _under_heading, "alpaca": _as_alpaca, "plain": _as_is}[style]
+    return tuple(
+        Segment(write(turn, turns[:index], gap), turn.learn, ended=turn.role == "assistant" and not turn.learn)
+        for index, turn in enumerate(turns)
+    )
+
+
+def _under_heading(turn: Turn, before: tuple[Turn, ...], gap: str) -> str:
+    if turn.role == "assistant":
+        return f" {turn.text}"
+    if turn.role == "system":
+        return f"{turn.text}\n"
+    return f"{gap if before else ''}{HUMAN} {turn.said}{gap}{ASSISTANT}"
+
+
+def _as_alpaca(turn: Turn, before: tuple[Turn, ...], gap: str) -> str:
+    if turn.role == "assistant":
+        return turn.text
+    if turn.role == "system":
+        return f"{turn.text}\n\n"
+    paired = ", paired with an input that provides further context" if turn.extra else ""
+    again = any(earlier.role == "user" for earlier in before)
+    head = "\n\n" if again else f"{_ALPACA_HEAD}{paired}. {_ALPACA_TAIL}"
+    given = f"\n\n### Input:\n{turn.extra}" if turn.extra else ""
+    return f"{head}### Instruction:\n{turn.text}{given}\n\n### Response:"
+
+
+def _as_is(turn: Turn, before: tuple[Turn, ...], gap: str) -> str:
+    return f"{turn.text}\n\n" if turn.role == "system" else turn.said
+
+
+class Wording(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the conversations of a run became text, and where its answers end: prompts are written in the same way."""
+
+    format: str = ""
+    """Of the records: a name of `records.FORMATS`, or several with commas; empty where there were none."""
+    style: Way
+    gap: str = "\n"
+    raw: bool = False
+    """The records held the whole text, prompts and all."""
+    lead: str = ""
+    """What the chat template writes between the header of an answer and its text: context, never learned."""
+    ends: tuple[int, ...] = ()
+    """Tokens that end an answer."""
+    end_text: str = ""
+    """Text that ends an answer, where that is no single token."""
+
+    def __str__(self) -> str:
+        """'oasst, raw text'."""
+        ways = {
+            "chat": "chat template",
+            "headings": f"turns under {HUMAN} and {ASSISTANT}",
+            "alpaca": "Alpaca's prompt",
+            "plain": "prompts as they are",
+        }
+        way = "raw text" if self.raw else ways[self.style]
+        return f"{self.format}, {way}" if self.format else way
+
+
+def template_of(style: Style, gap: str, *, opening: bool) -> str:
+    """A chat template that writes what `segments` does, so that other programs prompt a model as it was trained.
+
+    opening: begin with the begin-of-text token.
+    """
+    first, ended = "{{ bos_token }}" if opening else "", "{{ eos_token }}"
+    text = "{{ m.content }}"
+    system = {"headings": text + _written("\n"), "alpaca": text + _written("\n\n"), "plain": text + _written("\n\n")}
+    answer = {"headings": f"{_written(' ')}{text}", "alpaca": text, "plain": text}[style] + ended
+    asked = {
+        "headings": f"{{% if not loop.first %}}{_written(gap)}{{% endif %}}"
+        + _written(f"{HUMAN} ")
+        + text
+        + _written(f"{gap}{ASSISTANT}"),
+        "alpaca": f"{{% if seen.user %}}{_written(chr(10) * 2)}{{% else %}}"
+        + _written(f"{_ALPACA_HEAD}. {_ALPACA_TAIL}")
+        + "{% endif %}"
+        + _written("### Instruction:\n")
+        + text
+        + _written("\n\n### Response:"),
+        "plain": text,
+    }[style]
+    body = (
+        f"{{% if m.role == 'assistant' %}}{answer}{{% elif m.role == 'system' %}}{system[style]}"
+        f"{{% else %}}{asked}{{% set seen.user = true %}}{{% endif %}}"
+    )
+    return f"{first}{{% set seen = namespace(user=false) %}}{{% for m in messages %}}{body}{{% endfor %}}"
+
+
+def _written(text: str) -> str:
+    """Text as an expression: Jinja's trimming of white space around blocks must not reach it."""
+    return "{{ " + msgspec.json.encode(text).decode() + " }}" if text else ""

@@ -1,0 +1,18 @@
+"""Commands as they are printed: pasted into a shell they mean what they were printed for, whatever a path is called."""
+
+import shlex
+
+
+def command(*words: object) -> str:
+    """A command of qdist. words: those behind `qdist`; each is quoted where a shell would take it apart."""
+    return quoted("qdist", *words)
+
+
+def quoted(*words: object) -> str:
+    """Words of a command, such as `--model 'my models/one'`."""
+    return shlex.join(map(str, words))
+
+
+def resuming(run: object, *settings: object) -> str:
+    """The command that goes on with a run. settings: `--set` and others, words of their own."""
+    return command("launch", "--resume", "--run", run, *settings)

@@ -1,0 +1,117 @@
+"""Prompts from a file, read as training data is, and what answers them: a tokenizer and the wording it goes with."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qdist.core.bad_records import BadRecords
+from qdist.core.conversation import Conversation, Turn, Wording
+from qdist.core.errors import DataError, ModelError
+from qdist.core.facts import from_config
+from qdist.core.records import asked
+from qdist.host.record_files import holds_records, read_text_lines
+from qdist.host.records import read_records
+from qdist.host.rundir import RunDir
+from qdist.host.sources import locate, read_json
+from qdist.runtime.load import answering_plan, load_tokenizer
+from qdist.runtime.load_plain import open_tokenizer_of
+from qdist.runtime.materialize import materialize
+from qdist.runtime.special_tokens import repair
+from qdist.runtime.wording import encode_prompt, usual_wording
+
+
+class Speech(NamedTuple):
+    """How a model is spoken to."""
+
+    tokenizer: Any
+    wording: Wording
+    positions: int | None
+    """Tokens that a prompt and its answer may have together; None where nothing says."""
+
+
+def speech_of(target: str) -> Speech:
+    """Of a run, or of any model. Reads no weights.
+
+    Raises RunError for a run without an adapter, ModelError for a model without a tokenizer.
+    """
+    run = RunDir(target)
+    if run.exists():
+        plan = answering_plan(run, needs_tokenizer=True)
+        tokenizer = load_tokenizer(plan.source)
+        return Speech(tokenizer, plan.wording or usual_wording(tokenizer), plan.facts.max_positions)
+    folder = materialize(locate(target))
+    tokenizer = open_tokenizer_of(folder, target)
+    config = read_json(folder / "config.json")
+    if "vocab_size" in config:
+        repair(tokenizer, config)
+    return Speech(tokenizer, usual_wording(tokenizer), _positions(config, target))
+
+
+def _positions(config: dict[str, Any], name: str) -> int | None:
+    try:
+        return from_config(config, name=name).max_positions
+    except ModelError:  # a family whose shapes are not known; it can be talked to all the same
+        return None
+
+
+def read_prompts(path: Path) -> list[Conversation]:
+    """What a file asks: of a text file each line, of data files each record with `prompt`, `messages` and their like.
+
+    Raises DataError naming file and line; once for all prompts that cannot be used.
+    """
+    if not path.is_file():
+        raise DataError(f"no file {path}", try_="a text file with one prompt a line, or JSONL with prompt or messages")
+    found, bad, total = list[Conversation](), BadRecords(), 0
+    for prompt in _prompts(path):
+        total += 1
+        if isinstance(prompt, DataError):
+            bad.add(prompt)
+        else:
+            found.append(prompt)
+    bad.raise_any(total, what="prompts")
+    if not found:
+        raise DataError(f"{path} holds no prompt", try_="a text file with one prompt a line")
+    return found
+
+
+def _prompts(path: Path) -> Iterator[Conversation | DataError]:
+    if not holds_records(path):
+        for where, line in read_text_lines(path):
+            if line.strip():
+                yield Conversation(turns=(Turn("user", line, False),), where=where)
+        return
+    for where, record in read_records(str(path)):
+        if isinstance(record, DataError):
+            yield record
+            continue
+        try:
+            yield asked(record, where=where)
+        except DataError as error:
+            yield error
+
+
+def encode_prompts(prompts: Sequence[Conversation], speech: Speech) -> list[list[int]]:
+    """The tokens of each prompt, worded as the model was trained.
+
+    Raises DataError, once for all of them, for prompts that the chat template refuses or that leave no position for an
+    answer.
+    """
+    found, bad = list[list[int]](), BadRecords()
+    for prompt in prompts:
+        try:
+            found.append(_encoded(prompt, speech))
+        except DataError as error:
+            bad.add(error)
+    bad.raise_any(len(prompts), what="prompts")
+    return found
+
+
+def _encoded(prompt: Conversation, speech: Speech) -> list[int]:
+    tokens = encode_prompt(prompt, speech.tokenizer, speech.wording)
+    if speech.positions is not None and len(tokens) >= speech.positions:
+        raise DataError(
+            f"{prompt.where} has {len(tokens):,} tokens, and the model has {speech.positions:,} positions for prompt "
+            "and answer",
+            try_="a shorter prompt",
+        )
+    return tokens

@@ -1,0 +1,223 @@
+"""Every key of a record is used, refused or named: nothing that it says is dropped in silence."""
+
+from typing import Any
+
+import pytest
+
+from qdist.core.conversation import Turn
+from qdist.core.errors import DataError
+from qdist.core.records import asked, conversations
+
+
+def turns(record: dict[str, Any], data_format: str | None = None) -> tuple[Turn, ...]:
+    (found,) = conversations(record, where="f.jsonl:3", data_format=data_format)
+    return found.turns
+
+
+def said(record: dict[str, Any]) -> list[tuple[str, str, bool]]:
+    return [(turn.role, turn.said, turn.learn) for turn in turns(record)]
+
+
+TALK = [("user", "q"), ("assistant", "WRONG"), ("user", "again"), ("assistant", "right")]
+
+
+def messages(*marks: dict[str, Any]) -> dict[str, Any]:
+    """TALK, with marks on its turns."""
+    padded = [*marks, *[{}] * (4 - len(marks))]
+    return {
+        "messages": [{"role": role, "content": text} | mark for (role, text), mark in zip(TALK, padded, strict=True)]
+    }
+
+
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}, {"loss": False}]
+)
+@pytest.mark.parametrize("other", [{}, {"weight": 1}, {"train": True}, {"loss": None}, {"weight": None}])
+def test_a_turn_that_is_marked_is_context_and_the_others_are_learned(
+    mark: dict[str, Any], other: dict[str, Any]
+) -> None:
+    assert [turn.learn for turn in turns(messages({}, mark, {}, other))] == [False, False, False, True]
+    shared = {
+        "conversations": [
+            {"from": "human", "value": "q"}, {"from": "gpt", "value": "WRONG"} | mark,
+            {"from": "human", "value": "again"}, {"from": "gpt", "value": "right"} | other,
+        ]
+    }  # fmt: skip
+    assert [turn.learn for turn in turns(shared)] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0.5}, {"weight": -1}, {"train": "yes"}, {"loss": [True]}, {"weight": 2}])
+def test_a_mark_that_is_neither_yes_nor_no_is_refused_with_its_place(mark: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"f\.jsonl:3, turn 2: '\w+' is .*learned or not"):
+        turns(messages({}, mark))
+
+
+def test_marks_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(DataError, match="'weight' and 'train' contradict each other"):
+        turns(messages({}, {"weight": 1, "train": False}))
+
+
+@pytest.mark.parametrize("mark", [{"weight": 1}, {"train": True}, {"loss": True}])
+def test_a_users_turn_that_is_to_be_learned_is_refused(mark: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="turn 1 is the user's and is marked to be learned") as caught:
+        turns(messages(mark))
+    assert "train.train_on_source=true" in caught.value.try_
+
+
+def test_a_users_turn_that_is_not_to_be_learned_is_what_it_is_anyway() -> None:
+    assert [turn.learn for turn in turns(messages({"weight": 0}))] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
+def test_a_mark_of_a_whole_record_counts_for_all_of_its_answers(mark: dict[str, Any]) -> None:
+    for record in (messages(), {"instruction": "a", "output": "b"}, {"input": "a", "output": "b"}, {"text": "a"}):
+        (found,) = conversations({**record, **mark}, where="f.jsonl:3")
+        assert not found.learns
+        assert found.why_nothing == "no turn is marked to be learned"
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+def test_a_system_message_beside_the_conversation_comes_first(key: str) -> None:
+    brief = {key: "Be brief."}
+    first = ("system", "Be brief.", False)
+    assert said(messages() | brief)[0] == first
+    assert said({"instruction": "a", "output": "b"} | brief) == [first, ("user", "a", False), ("assistant", "b", True)]
+    assert said({"prompt": "a", "completion": "b"} | brief)[0] == first
+    assert len(said(messages() | {key: " "})) == 4
+
+
+def test_two_system_messages_are_refused_where_they_differ() -> None:
+    record = messages()
+    record["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    assert len(said(record | {"system": "Be brief."})) == 5
+    with pytest.raises(DataError, match=r"'system' says \"Be long\.\", and a turn of the system's \"Be brief\.\""):
+        turns(record | {"system": "Be long."})
+
+
+def test_earlier_exchanges_come_before_the_last_and_are_learned_as_it_is() -> None:
+    record = {"instruction": "q", "input": "", "output": "a", "history": [["Hello", "Welcome."], ["", "  "]]}
+    assert said(record) == [
+        ("user", "Hello", False), ("assistant", "Welcome.", True), ("user", "", False), ("assistant", "  ", False),
+        ("user", "q", False), ("assistant", "a", True),
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="'history' must be a list of pairs"):
+        turns(record | {"history": ["Hello"]})
+
+
+@pytest.mark.parametrize("key", ["tools", "functions", "tool_calls", "function_call"])
+def test_tools_are_refused_and_no_tools_are_none(key: str) -> None:
+    for value in ([{"name": "feed"}], '[{"name": "feed"}]', {"name": "feed"}):
+        with pytest.raises(DataError, match=f"{key}.*tool calls are not trained yet"):
+            turns(messages() | {key: value})
+        with pytest.raises(DataError, match=f"turn 2 calls tools \\('{key}'\\)"):
+            turns(messages({}, {key: value}))
+    for value in ([], "[]", "", None, {}):
+        assert len(turns(messages() | {key: value})) == 4
+        assert len(turns(messages({}, {key: value}))) == 4
+
+
+@pytest.mark.parametrize("content", ["", None])
+def test_a_tool_call_without_words_is_refused_as_a_tool_call(content: str | None) -> None:
+    record = {"messages": [{"role": "user", "content": "Feed."}, {"role": "assistant", "content": content,
+              "tool_calls": [{"type": "function", "function": {"name": "feed", "arguments": "{}"}}]}]}  # fmt: skip
+    with pytest.raises(DataError, match="turn 2 calls tools"):
+        turns(record)
+
+
+@pytest.mark.parametrize("key", ["images", "image", "videos", "audios", "history"])
+def test_what_changes_a_record_and_is_not_read_is_refused(key: str) -> None:
+    with pytest.raises(DataError, match=f"f.jsonl:3 has '{key}', of which nothing is made"):
+        turns(messages() | {key: ["x"]})
+    assert len(turns(messages() | {key: []})) == 4
+
+
+def test_raw_text_has_no_place_for_a_system_message() -> None:
+    with pytest.raises(DataError, match="has 'system', of which nothing is made in this format"):
+        turns({"text": "a", "system": "Be brief."})
+
+
+def test_keys_that_nothing_is_made_of_are_named_each_with_its_place() -> None:
+    record = messages({"name": "Ann", "id": 7}) | {"category": "open", "id": 1, "score": None, "tags": []}
+    (found,) = conversations(record, where="f.jsonl:3")
+    assert sorted(found.unused) == ["category", "id", "messages.id", "messages.name"]
+    (found,) = conversations({"instruction": "a", "output": "b", "text": "c"}, where="f.jsonl:3")
+    assert found.unused == ("text",)
+    instances = {"instruction": "a", "instances": [{"input": "", "output": "b", "kind": 1}]}
+    assert conversations(instances, where="f.jsonl:3")[0].unused == ("instances.kind",)
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("User", "user"), ("HUMAN", "user"), ("prompter", "user"), ("bot", "assistant"), ("model", "assistant"),
+        ("chatgpt", "assistant"), ("developer", "system"), (" assistant ", "assistant"),
+    ],
+)  # fmt: skip
+def test_roles_have_many_names(name: str, role: str) -> None:
+    record = {"messages": [{"role": "user", "content": "q"}, {"role": name, "content": "x"},
+                           {"role": "assistant", "content": "a"}]}  # fmt: skip
+    assert turns(record)[1].role == role
+
+
+@pytest.mark.parametrize("name", ["tool", "observation", "function_call", "function", "ipython"])
+def test_what_tools_say_is_refused(name: str) -> None:
+    record = {"messages": [{"role": "user", "content": "q"}, {"role": name, "content": "x"},
+                           {"role": "assistant", "content": "a"}]}  # fmt: skip
+    with pytest.raises(DataError, match=f"turn 2 is of 'role' '{name}', and tool calls are not trained yet"):
+        turns(record)
+
+
+@pytest.mark.parametrize("holder", ["messages", "conversations"])
+@pytest.mark.parametrize(("speaker", "words"), [("role", "content"), ("from", "value"), ("role", "value")])
+def test_holders_and_keys_of_turns_go_together_in_any_way(holder: str, speaker: str, words: str) -> None:
+    record = {holder: [{speaker: "user", words: "q"}, {speaker: "assistant", words: "a"}]}
+    assert said(record) == [("user", "q", False), ("assistant", "a", True)]
+
+
+def test_text_in_parts_is_joined_and_other_parts_are_refused() -> None:
+    parts = [{"type": "text", "text": "one "}, "two", {"type": "text", "text": " three"}]
+    record = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"text": "a"}]}]}
+    assert said(record) == [("user", "one two three", False), ("assistant", "a", True)]
+    for part, what in (({"type": "image_url", "image_url": {}}, "a part of type 'image_url'"), (7, "a number")):
+        with pytest.raises(DataError, match=f"turn 1.*{what}"):
+            turns({"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "a"}]})
+
+
+@pytest.mark.parametrize(
+    ("record", "wanted"),
+    [
+        ({"prompt": "p"}, [("user", "p")]),
+        ({"question": "p", "answer": "x"}, [("user", "p")]),
+        ({"instruction": "p", "input": "i"}, [("user", "p\n\ni")]),
+        ({"prompt": "p", "system": "s"}, [("system", "s"), ("user", "p")]),
+        ({"conversations": [{"from": "human", "value": "p"}]}, [("user", "p")]),
+        ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "p"}]},
+         [("system", "s"), ("user", "p")]),
+    ],
+)  # fmt: skip
+def test_prompts_are_read_as_data_is(record: dict[str, Any], wanted: list[tuple[str, str]]) -> None:
+    found = asked(record, where="p.jsonl:1").turns
+    assert [(turn.role, turn.said) for turn in found] == wanted
+    assert not any(turn.learn for turn in found)
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": [{"role": "narrator", "content": "a"}]}, "'role' is 'narrator'"),
+        ({"messages": [{"role": "system", "content": "a"}]}, "the last turn is the system's"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+         "the last turn is the assistant's, so nothing is left to answer"),
+        ({"words": "a"}, "neither 'prompt' nor 'messages'"),
+        ({"prompt": "a", "tools": [1]}, "tool calls are not trained yet"),
+        ({"prompt": "a", "images": ["x.png"]}, "has 'images'"),
+    ],
+)  # fmt: skip
+def test_prompts_that_ask_nothing_are_refused(record: dict[str, Any], reason: str) -> None:
+    with pytest.raises(DataError, match=rf"p\.jsonl:1.*{reason}"):
+        asked(record, where="p.jsonl:1")
+
+
+def test_a_transcript_as_a_prompt_stays_as_it_is() -> None:
+    assert asked({"prompt": "### Human: a\n### Assistant:"}, where="").verbatim
+    assert not asked({"prompt": "a"}, where="").verbatim

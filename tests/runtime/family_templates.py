@@ -1,0 +1,118 @@
+"""Chat templates of eleven families of models, small ones of the same structure, and the special tokens they write."""
+
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+
+class Family(NamedTuple):
+    """A template and its marks."""
+
+    template: str
+    specials: tuple[str, ...]
+    bos: str | None
+    eos: str
+
+
+_CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_SMOLLM2 = (
+    "{% if messages and messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful AI assistant."
+    "<|im_end|>\n{% endif %}"
+) + _CHATML
+_LLAMA2 = (
+    "{% if messages[0].role == 'system' %}{% set sys = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}"
+    "{% set rest = messages[1:] %}{% else %}{% set sys = '' %}{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if m.role == 'user' %}{{ bos_token + '[INST] ' + (sys if loop.first else '') + m.content | trim + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+_LLAMA3 = (
+    "{% for m in messages %}{{ (bos_token if loop.first else '') + '<|start_header_id|>' + m.role + "
+    "'<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+_MISTRAL = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set sys = messages[0].content %}"
+    "{% set rest = messages[1:] %}"
+    "{% else %}{% set sys = '' %}{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}"
+    "{% if m.role == 'user' %}{{ '[INST] ' + (sys + '\n\n' if sys and loop.last else '') + m.content + "
+    "'[/INST]' }}{% else %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}"
+)
+_GEMMA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+_PHI3 = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+_VICUNA = (
+    "A chat between a curious user and an assistant. {% for m in messages %}{% if m.role == 'user' %}"
+    "USER: {{ m.content }} {% elif m.role == 'assistant' %}ASSISTANT: {{ m.content }}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+_QWEN3 = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}"
+    "{% if m.role != 'assistant' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "<|im_end|>\n{% else %}{% set text = m.content %}{% set thought = '' %}{% if '</think>' in text %}"
+    "{% set thought = text.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{% if loop.index0 > ns.last and (loop.last or thought) %}<|im_start|>assistant\n<think>\n{{ thought.strip('\n') }}"
+    "\n</think>\n\n{{ text.lstrip('\n') }}{% else %}<|im_start|>assistant\n{{ text }}{% endif %}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_R1 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}"
+    "{% elif m.role == 'system' %}"
+    "{{ m.content }}{% else %}{% set c = m.content %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}"
+    "{% endif %}<|Assistant|>{{ c }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|>{% endif %}"
+)
+_GLM4 = (
+    "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+FAMILIES = {
+    "chatml": Family(_CHATML, ("<|im_start|>", "<|im_end|>"), None, "<|endoftext|>"),
+    "smollm2": Family(_SMOLLM2, ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>"),
+    "llama2": Family(_LLAMA2, ("<s>", "</s>"), "<s>", "</s>"),
+    "llama3": Family(
+        _LLAMA3, ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"), "<|begin_of_text|>",
+        "<|end_of_text|>",
+    ),
+    "mistral": Family(_MISTRAL, ("<s>", "</s>", "[INST]", "[/INST]"), "<s>", "</s>"),
+    "gemma": Family(_GEMMA, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), "<bos>", "<eos>"),
+    "phi3": Family(_PHI3, ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"), None, "<|endoftext|>"),
+    "vicuna": Family(_VICUNA, ("<s>", "</s>"), "<s>", "</s>"),
+    "qwen3": Family(_QWEN3, ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>"),
+    "r1": Family(_R1, ("<|begin|>", "<|User|>", "<|Assistant|>"), "<|begin|>", "<|end|>"),
+    "glm4": Family(_GLM4, ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>"), None, "<|endoftext|>"),
+}  # fmt: skip
+
+
+def family_tokenizer(name: str) -> Any:
+    """A byte-level BPE of common words that knows a family's special tokens, with its template."""
+    family = FAMILIES[name]
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(dict.fromkeys((*family.specials, family.eos))),
+        show_progress=False,
+    )
+    core.train_from_iterator(["What does the cat eat? A meal.\n\nASSISTANT: Think.\n\n"] * 8, trainer)
+    build: Any = PreTrainedTokenizerFast
+    tokenizer = build(tokenizer_object=core, bos_token=family.bos, eos_token=family.eos)
+    tokenizer.chat_template = family.template
+    return tokenizer
