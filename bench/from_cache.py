@@ -18,11 +18,11 @@ import msgspec
 from gptq_speed import made
 
 from qdist.core.models import config_of
+from qdist.core.packing import Packing
 from qdist.core.units import format_bytes
 from qdist.host.checkpoints import INDEX
 from qdist.runtime.packed_folder import (
     MANIFEST,
-    Packing,
     file_name,
     finish,
     read_manifest,

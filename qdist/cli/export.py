@@ -1,18 +1,18 @@
 """`qdist export`: a run's model for other programs."""
 
 import math
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import click
 
 from qdist.cli.quantize import check_data, check_group_size
-from qdist.core.errors import RunError, SpecError
+from qdist.core.errors import SpecError
 from qdist.core.gptq import BITS
 from qdist.core.quoting import quoted
+from qdist.host.adapters import step_note
 from qdist.host.modules import run_module
+from qdist.host.refusals import refuse_taken
 from qdist.host.rundir import RunDir
 from qdist.host.targets import require_adapter
 
@@ -91,9 +91,9 @@ def checked_flags(given: Mapping[str, Any]) -> list[str]:
     for run in map(RunDir, runs):
         run.plan()
         require_adapter(run)
-    folder = Path(out)
-    if os.path.lexists(out) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"{out} exists", try_="another --out")
+        if note := step_note(run):
+            click.echo(f"note     {run.path}: {note}", err=True)
+    refuse_taken(out)
     multiplied = [f"--weights={','.join(map(repr, factors))}"] if factors else []
     others = {name: value for name, value in given.items() if name not in ("runs", "out", "weights")}
     return [*runs, "--out", out, *multiplied, *_flags(others)]

@@ -2,7 +2,11 @@
 
 import click
 
+from qdist.core.errors import RunError
+from qdist.host.adapters import step_of
+from qdist.host.disk import obstacle
 from qdist.host.modules import run_module
+from qdist.host.refusals import refuse_taken
 from qdist.host.rundir import RunDir
 from qdist.host.targets import require_checkpoint
 
@@ -10,10 +14,17 @@ from qdist.host.targets import require_checkpoint
 @click.command()
 @click.argument("run")
 @click.option("--checkpoint", default="last", show_default=True, help="last, best, or a step.")
+@click.option("--out", help="A folder to write instead; must not be there yet.  [default: RUN/adapter]")
 @click.pass_context
-def gather(context: click.Context, run: str, checkpoint: str) -> None:
+def gather(context: click.Context, run: str, checkpoint: str, out: str | None) -> None:
     """Write RUN/adapter, a plain PEFT adapter, from a checkpoint; refuse one that is empty, NaN or unmoved."""
     folder = RunDir(run)
     folder.plan()
     require_checkpoint(folder)
-    context.exit(run_module("qdist.runtime.export", ("gather", run, "--checkpoint", checkpoint)))
+    step_of(folder, checkpoint)
+    if out is not None:
+        refuse_taken(out)
+    elif why := obstacle(folder.path):
+        raise RunError(f"{run} cannot be written: {why}", try_="--out FOLDER, one that you may write to")
+    elsewhere = () if out is None else ("--out", out)
+    context.exit(run_module("qdist.runtime.export", ("gather", run, "--checkpoint", checkpoint, *elsewhere)))

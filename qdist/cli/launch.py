@@ -8,13 +8,14 @@ from typing import Any
 import click
 
 from qdist.cli.planned import plan_lines, shown
+from qdist.cli.preview import preview_lines
 from qdist.cli.watch import Watch, ending
 from qdist.core.demo import NAME as DEMO
 from qdist.core.errors import RunError, SpecError
 from qdist.core.quoting import resuming
 from qdist.core.spec import nest, parse_assignment, resolve
-from qdist.host import commands, launcher, templates
-from qdist.host.refusals import refuse_running
+from qdist.host import commands, launcher, ranks, templates
+from qdist.host.refusals import await_ranks, refuse_running
 from qdist.host.rundir import RunDir
 
 
@@ -39,34 +40,35 @@ def launch(recipe: str | None, assignments: tuple[str, ...], resume: bool, dry_r
         {key: value for key, value in flags.items() if value is not None} | dict(map(parse_assignment, assignments))
     )
     if resume:
-        job = _resumed(recipe, given)
-        if job is None:
-            return
+        job = _resumed(recipe, given, dry_run=dry_run)
     else:
         recipe = recipe or (DEMO if given.get("data") == DEMO else None)
-        layers = [templates.read_recipe(recipe)] if recipe else []
-        job = launcher.prepare(resolve(*layers, given))
+        spec = resolve(*([templates.read_recipe(recipe)] if recipe else []), given)
+        job = launcher.preview(spec) if dry_run else launcher.prepare(spec)
         if recipe:
             click.echo(f"recipe   {recipe}" + (" (chosen because of --data demo)" if recipe == DEMO else ""))
-    click.echo(shown(plan_lines(job.plan, notes=job.notes)))
-    if dry_run:
-        click.echo(f"run      {job.run.path}, not created; its launch.sh:\n")
-        click.echo(job.files["launch.sh"])
+    if job is None:
         return
+    if isinstance(job, launcher.Preview):
+        click.echo(shown(preview_lines(job)))
+        if job.job:
+            click.echo("\n" + job.job.files["launch.sh"])
+        return
+    click.echo(shown(plan_lines(job.plan, notes=job.notes)))
     launcher.write(job)
     commands.note(job.run, sys.argv)
     click.echo(f"run      {job.run.path}")
     try:
         with Watch(job.plan, job.run, width=shutil.get_terminal_size().columns) as watch:
-            launcher.start(job, show=watch.show, say=watch.say, recall=watch.recall)
+            ranks.start(job, show=watch.show, say=watch.say, recall=watch.recall)
     except KeyboardInterrupt:
         _say_stopped(job.run)
         raise SystemExit(130) from None
     ending(job.run, job.plan)
 
 
-def _resumed(recipe: str | None, given: dict[str, Any]) -> launcher.Job | None:
-    """The rest of a run, or None when there is none."""
+def _resumed(recipe: str | None, given: dict[str, Any], *, dry_run: bool) -> launcher.Job | launcher.Preview | None:
+    """The rest of a run, or what it would be; None when there is none."""
     path = given.pop("run", None)
     if recipe or not path:
         raise SpecError(
@@ -79,8 +81,9 @@ def _resumed(recipe: str | None, given: dict[str, Any]) -> launcher.Job | None:
     if result is not None:
         click.echo(f"{run.path} is finished: {result['steps']} steps, adapter in {run.adapter}")
         return None
+    await_ranks(run, say=click.echo)
     refuse_running(run)
-    job = launcher.prepare_resume(run, given)
+    job = launcher.preview_resume(run, given) if dry_run else launcher.prepare_resume(run, given)
     steps = run.checkpoint_steps()
     click.echo(
         f"resuming {run.path} " + (f"from step {steps[-1]}" if steps else "from the start: it has no checkpoint")

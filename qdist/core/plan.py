@@ -34,6 +34,13 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Of the source, the dropped ones included; 0 where nobody counted."""
     wording: Wording | None = None
     """How its records became text, which prompts do as well; None for synthetic data."""
+    digest: str = ""
+    """Of the files that were tokenized; empty where they lie on a hub, or nobody kept it."""
+
+
+def held_out_of(samples: int, share: float) -> int:
+    """Samples that are held out: at least one where the share is above 0, and never all."""
+    return min(max(round(samples * share), 1), samples - 1) if share else 0
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -21,14 +21,25 @@ def end_with_parent(by: signal.Signals = signal.SIGTERM) -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, by)
 
 
+def hear_ctrl_c() -> None:
+    """In a child that `run` started: from now on it is interrupted, and at once where it was meanwhile."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _begin() -> None:
+    """Keep Ctrl-C back while an interpreter starts, or it answers with a traceback that nothing can catch."""
+    end_with_parent()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
 def run(command: Sequence[str], environment: Mapping[str, str], *, asks: bool = False) -> int:
-    """Run a program on this terminal to its end; its exit code.
+    """Run a program on this terminal to its end; its exit code. It is deaf to Ctrl-C until it calls `hear_ctrl_c`.
 
     asks: it reads what is typed. Otherwise its standard input is closed: no library can wait there for an answer.
     Raises KeyboardInterrupt once it has ended by Ctrl-C, JobError when a signal killed it.
     """
     stdin = None if asks else subprocess.DEVNULL
-    child = subprocess.Popen(command, env=environment, stdin=stdin, preexec_fn=end_with_parent)
+    child = subprocess.Popen(command, env=environment, stdin=stdin, preexec_fn=_begin)
     try:
         code = child.wait()
     except KeyboardInterrupt:  # of the terminal, which the child has heard as well

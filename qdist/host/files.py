@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qdist.core.errors import RunError
+from qdist.core.errors import MachineError, RunError
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -37,12 +37,27 @@ def publish_folder(beside: Path, final: Path) -> None:
     sync(final.parent)
 
 
-def cache_dir() -> Path:
-    """`$QDIST_CACHE`, else `qdist` in the user's cache folder."""
+def cache_path() -> Path:
+    """`$QDIST_CACHE`, else `qdist` in the user's cache folder; nobody says that it is there."""
     explicit = os.environ.get("QDIST_CACHE")
-    root = Path(explicit) if explicit else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdist"
-    root.mkdir(parents=True, exist_ok=True)
-    return root
+    return Path(explicit) if explicit else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdist"
+
+
+def cache_dir(*inner: str) -> Path:
+    """The cache, or a folder in it, made where it is not there. Raises MachineError where it cannot be."""
+    folder = cache_path().joinpath(*inner)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unusable_cache(error.strerror or str(error)) from error
+    return folder
+
+
+def unusable_cache(why: str) -> MachineError:
+    """The error of a cache that cannot be used."""
+    return MachineError(
+        f"the cache {cache_path()} cannot be written: {why}", try_="QDIST_CACHE=FOLDER, one that you may write to"
+    )
 
 
 @contextmanager

@@ -1,27 +1,23 @@
-"""From a spec to running ranks: prepare, plan, write the run directory, start, watch, report how it ended."""
+"""From a spec to a run directory: what must be there is looked for, refused, prepared, planned and written."""
 
 import contextlib
 import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import msgspec
 
 from qdist.core import demo
 from qdist.core.errors import RunError, SpecError
-from qdist.core.events import Event
 from qdist.core.facts import ModelFacts, from_config, require_library_class
 from qdist.core.gptq import of_run
+from qdist.core.means import count_of
 from qdist.core.plan import DataFacts, Plan, Prepared, Source
 from qdist.core.planner import make_plan
 from qdist.core.recipe import to_toml
@@ -34,18 +30,21 @@ from qdist.core.render import (
     launch_script,
 )
 from qdist.core.spec import RunSpec, flatten, resolve
-from qdist.host import endings, lessons, modules, probe, templates
-from qdist.host.checkpoints import gptq_of
-from qdist.host.children import end_with_parent
-from qdist.host.files import locked, write_atomic
+from qdist.host import cached, lessons, modules, probe, templates
+from qdist.host.files import write_atomic
 from qdist.host.fingerprints import require_same_tensors
-from qdist.host.follow import Follower
-from qdist.host.records import check_source
-from qdist.host.refusals import refuse_used
-from qdist.host.rundir import ENDED, LOCK, MACHINE, PLAN, STOP, Ended, RunDir, free_name
-from qdist.host.sources import find_shape, shape
-from qdist.host.stuck import Watchdog
-from qdist.host.targets import check_model
+from qdist.host.records import check_source, source_notes
+from qdist.host.refusals import (
+    refuse_other_data,
+    refuse_other_files,
+    refuse_small_disk,
+    refuse_unwritable,
+    refuse_unwritable_cache,
+    refuse_used,
+)
+from qdist.host.rundir import MACHINE, PLAN, RunDir, free_name
+from qdist.host.sources import shape
+from qdist.host.survey import Survey, Work, counted, expected, require_room, survey, tokenizing
 from qdist.host.trackers import refuse_missing
 
 RESUMABLE = frozenset((
@@ -57,9 +56,6 @@ RESUMABLE = frozenset((
 """Settings that may change when a run goes on: none of them changes what a step computes."""
 
 
-Show = Callable[[list[Event]], None]
-
-
 class Job(NamedTuple):
     """A planned run and the files that its directory will hold."""
 
@@ -69,45 +65,81 @@ class Job(NamedTuple):
     notes: tuple[str, ...]
 
 
+class Preview(NamedTuple):
+    """What a launch would do, found out without doing any of it."""
+
+    run: RunDir
+    job: Job | None
+    """None for a model whose shape is known only once it was fetched."""
+    work: tuple[Work, ...] = ()
+    """What comes before the ranks, and what of it is done already."""
+    knows_steps: bool = True
+    """Whether the plan's steps are the run's: epochs cannot be counted over data that lie on a hub."""
+
+
 def prepare(spec: RunSpec) -> Job:
     """Plan a new run; writes nothing but caches.
 
     Raises SpecError, ModelError, DataError or PlanError for what the user can put right.
     """
-    if not spec.model:
-        raise SpecError("no model was named", try_="--model smollm2-135m")
-    run = RunDir(spec.run) if spec.run else RunDir(free_name(Path("runs"), _stem(spec)))
-    refuse_used(run)
-    prepared = _synthetic(spec) if spec.load_format == "dummy" else _real(spec)
+    run = _new_run(spec)
+    refuse_unwritable(run, probe=True)
+    prepared = _synthetic(spec) if spec.load_format == "dummy" else _real(spec, run)
     return _job(run, spec, prepared)
+
+
+def preview(spec: RunSpec) -> Preview:
+    """The first half of `prepare`: what is there is looked at, the rest is estimated. Writes nothing at all.
+
+    Raises as `prepare` does.
+    """
+    run = _new_run(spec)
+    if spec.load_format == "dummy":
+        return Preview(run, _job(run, spec, _synthetic(spec)))
+    found = _surveyed(spec, run)
+    before = cached.remembered(spec, found.folder) if found.folder else None
+    records = None if before else counted(spec)
+    work = (*found.work, *tokenizing(spec, records, before))
+    if before:
+        return Preview(run, _job(run, spec, before), work)
+    if found.facts is None or found.source is None:
+        return Preview(run, None, work)
+    data = None if records is None else expected(spec, found.facts, records)
+    known = data is not None or spec.steps is not None
+    estimate = Prepared(source=found.source, data=data, notes=_estimate_notes(spec, found, data))
+    return Preview(run, _job(run, spec if known else _one_step(spec), estimate), work, known)
 
 
 def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Job:
     """Plan the rest of a run, on what is here now; its model, data and arithmetic stay as they were.
 
-    changes: settings given again, nested. Raises SpecError when one of them would make it another run.
+    changes: settings given again, nested. Raises SpecError when one of them would make it another run, RunError when
+    its model or data are others now.
     """
-    old = run.plan()
-    before = msgspec.to_builtins(old.spec)
-    if "steps" in changes or "epochs" in changes:  # two ways to say how long: the newer one counts
-        before |= {"steps": None, "epochs": None}
-    spec = resolve(before, changes)
-    was, now = flatten(old.spec), flatten(spec)
-    for key in was:
-        if was[key] != now[key] and not _resumable(key, spec):
-            raise SpecError(
-                f"{run.path} was started with {key}={_shown(was[key])}, not {_shown(now[key])}; a resumed run keeps it",
-                try_=f"leave {key} out, or start a new run",
-            )
-    prepared = Prepared(source=old.source, data=old.data)
-    for path in filter(
-        None, (old.source.path, old.source.packed, old.source.tokenizer, old.data.path if old.data else "")
-    ):
-        if not os.path.exists(path):
-            prepared = _real(spec)
-            break
+    old, spec = _resumed(run, changes)
+    refuse_unwritable(run, probe=True)
+    before = Prepared(source=old.source, data=old.data, notes=_changed_since(old))
+    prepared = before
+    if not cached.all_there(before):
+        refuse_other_files(old, run)
+        prepared = _real(spec, run)
+        refuse_other_data(old, prepared.data, run)
     require_same_tensors(old.source, prepared.source.packed, run=str(run.path))
     return _job(run, spec, prepared, usual_micro_batch=old.micro_batch)
+
+
+def preview_resume(run: RunDir, changes: Mapping[str, Any]) -> Preview:
+    """What `prepare_resume` would do, as `preview` does."""
+    old, spec = _resumed(run, changes)
+    before = Prepared(source=old.source, data=old.data, notes=_changed_since(old))
+    work: tuple[Work, ...] = ()
+    if cached.all_there(before):
+        require_same_tensors(old.source, old.source.packed, run=str(run.path))
+    else:
+        refuse_other_files(old, run)
+        tokenized = before if old.data and os.path.exists(old.data.path) else None
+        work = (*_surveyed(spec, run).work, *tokenizing(spec, None, tokenized))
+    return Preview(run, _job(run, spec, before, usual_micro_batch=old.micro_batch), work)
 
 
 def write(job: Job) -> None:
@@ -131,101 +163,49 @@ def write(job: Job) -> None:
         ) from error
 
 
-def start(job: Job, *, show: Show, say: Callable[[str], None], recall: Show | None = None) -> None:
-    """Start the ranks and stay until they have ended.
+def _new_run(spec: RunSpec) -> RunDir:
+    """The directory of a new run, which need not be there yet. Raises RunError for one that cannot be it."""
+    if not spec.model:
+        raise SpecError("no model was named", try_="--model smollm2-135m")
+    run = RunDir(spec.run) if spec.run else RunDir(free_name(Path("runs"), _stem(spec)))
+    refuse_used(run)
+    refuse_unwritable(run)
+    refuse_missing(spec.trackers)
+    return run
 
-    show: called a few times a second with what the ranks said since.
-    recall: called once before, with what they said before the run was resumed.
-    say: called with a line for the user.
-    Raises KeyboardInterrupt when the run was stopped and saved, JobError when a rank died.
-    """
-    run = job.run
-    with locked(run.path / LOCK, busy=f"{run.path} is being trained by another process") as lock:
-        for leftover in (STOP, ENDED):
-            (run.path / leftover).unlink(missing_ok=True)
-        follower = Follower(run.path)
-        past = follower.new_events()
-        if recall:
-            recall(past)
-        before = endings.log_lengths(run)
-        with open(run.logs / "launcher.log", "ab") as log:
-            ranks = subprocess.Popen(
-                ["sh", str(run.path / "launch.sh")],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=(lock,),
-                preexec_fn=end_with_parent,
+
+def _resumed(run: RunDir, changes: Mapping[str, Any]) -> tuple[Plan, RunSpec]:
+    """The plan of a run and the spec of its rest."""
+    old = run.plan()
+    before = msgspec.to_builtins(old.spec)
+    if "steps" in changes or "epochs" in changes:  # two ways to say how long: the newer one counts
+        before |= {"steps": None, "epochs": None}
+    spec = resolve(before, changes)
+    was, now = flatten(old.spec), flatten(spec)
+    for key in was:
+        if was[key] != now[key] and not _resumable(key, spec):
+            raise SpecError(
+                f"{run.path} was started with {key}={_shown(was[key])}, not {_shown(now[key])}; a resumed run keeps it",
+                try_=f"leave {key} out, or start a new run",
             )
-        watchdog = Watchdog(run, job.plan.spec.train.stuck_seconds)
-        stopped, stuck = _watch(run, ranks, follower, watchdog, show, say)
-        if run.result() is not None and ranks.returncode == 0:
-            with contextlib.suppress(OSError):  # a cache that cannot be written to makes no run fail
-                lessons.learn(run)
-            return
-        if stopped and not stuck and ranks.returncode in (0, -signal.SIGKILL):
-            endings.note(run, Ended(state="stopped", time=time.time()))
-            raise KeyboardInterrupt
-        error = endings.stuck(run, stuck) if stuck else endings.died(run, before, ranks.returncode)
-        endings.note(run, Ended(state="failed", message=error.message, try_=error.try_, time=time.time()))
-        raise error
+    refuse_unwritable(run)
+    refuse_missing(spec.trackers)
+    return old, spec
 
 
-def _watch(
-    run: RunDir,
-    ranks: subprocess.Popen[bytes],
-    follower: Follower,
-    watchdog: Watchdog,
-    show: Show,
-    say: Callable[[str], None],
-) -> tuple[bool, str]:
-    """Follow the ranks to their end: whether the user or a scheduler asked them to stop, and who was stuck in what."""
-    asked, stuck = 0, ""
-
-    def ask(*_: int | FrameType | None) -> None:
-        nonlocal asked
-        asked += 1
-        if asked == 1:
-            (run.path / STOP).touch()
-            say("stopping after this step, with a checkpoint; a second Ctrl-C stops at once")
-        else:
-            os.killpg(ranks.pid, signal.SIGKILL)
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        readable = True
-        while ranks.poll() is None:
-            readable = readable and _shown_what_is_new(follower, show, say)
-            if stuck := watchdog.stuck():
-                break
-            time.sleep(0.2)
-        if readable:
-            _shown_what_is_new(follower, show, say)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        if ranks.poll() is None:
-            os.killpg(ranks.pid, signal.SIGKILL)
-            ranks.wait()
-        (run.path / STOP).unlink(missing_ok=True)
-    return asked > 0, stuck
-
-
-def _shown_what_is_new(follower: Follower, show: Show, say: Callable[[str], None]) -> bool:
-    """Whether events can be read. Where they cannot, that is said, and the ranks go on unseen."""
-    try:
-        events = follower.new_events()
-    except (RunError, OSError) as error:
-        say(f"the run goes on, and is not shown any more: {error}")
-        return False
-    show(events)
-    return True
+def _changed_since(old: Plan) -> tuple[str, ...]:
+    """A note where the tokens of a run are no longer those of its files."""
+    data, source = old.data, old.spec.data
+    now = cached.files_digest(source) if data and data.digest and os.path.exists(data.path) else ""
+    if data is None or now in ("", data.digest):
+        return ()
+    return (f"{source} has changed since: the run goes on with the {data.samples:,} samples it was started with",)
 
 
 def _job(run: RunDir, spec: RunSpec, prepared: Prepared, *, usual_micro_batch: int | None = None) -> Job:
     facts = from_config(prepared.source.config, name=spec.model)
     plan = _planned(spec, prepared.source, facts, prepared.data, usual_micro_batch=usual_micro_batch)
+    refuse_small_disk(plan, run)
     files = {
         "recipe.toml": to_toml(msgspec.structs.replace(spec, run=None)),
         MACHINE: msgspec.json.format(msgspec.json.encode(probe.cluster()), indent=1).decode() + "\n",
@@ -240,25 +220,50 @@ def _job(run: RunDir, spec: RunSpec, prepared: Prepared, *, usual_micro_batch: i
     return Job(run, plan, files, prepared.notes)
 
 
-def _real(spec: RunSpec) -> Prepared:
+def _surveyed(spec: RunSpec, run: RunDir) -> Survey:
+    """What is there of a run's model, once everything has been refused that recipe and file system can tell of."""
     if not spec.data:
         raise SpecError("no data was named", try_="--data FILE, a hub id, or --data demo")
     if spec.data != demo.NAME:
         check_source(spec.data)
-    _rehearse(spec)
-    return modules.prepare(spec)
+    count_of(spec, probe.cluster())
+    refuse_unwritable_cache()
+    found = survey(spec)
+    _rehearse(spec, found, run)
+    require_room(spec, found.work)
+    return found
 
 
-def _rehearse(spec: RunSpec) -> None:
+def _real(spec: RunSpec, run: RunDir) -> Prepared:
+    _surveyed(spec, run)
+    refuse_unwritable_cache(probe=True)
+    prepared = modules.prepare(spec)
+    with contextlib.suppress(OSError):  # a cache that has no room for a note fails no run
+        cached.remember(spec, prepared)
+    return prepared
+
+
+def _rehearse(spec: RunSpec, found: Survey, run: RunDir) -> None:
     """Plan with the shortest data there could be, so that what cannot work fails before a download or conversion."""
-    check_model(spec.model)
-    known = find_shape(spec.model)
-    if known is None:  # only the hub can tell
+    if found.source is None or found.facts is None:
         return
-    config, facts, _ = known
     shortest = DataFacts(path="", samples=2, train_samples=1, held_out_samples=1, tokens=2, longest=8)
-    source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=gptq_of(spec, config))
-    _planned(spec, source, facts, shortest)
+    refuse_small_disk(_planned(spec, found.source, found.facts, shortest), run)
+
+
+def _estimate_notes(spec: RunSpec, found: Survey, data: DataFacts | None) -> tuple[str, ...]:
+    """Where the shape is from, what is left out of a folder, and what is known only once the data are tokenized."""
+    left_out = () if spec.data == demo.NAME else source_notes(spec.data)
+    if data is None:
+        open_ = f"steps and the longest sample are known once {spec.data} is fetched and tokenized"
+    else:
+        guess = f"{data.samples:,} samples of {data.longest} tokens"
+        open_ = f"steps and the longest sample are known once the data are tokenized: this is for {guess}"
+    return tuple(filter(None, (found.note, *left_out, open_)))
+
+
+def _one_step(spec: RunSpec) -> RunSpec:
+    return msgspec.structs.replace(spec, steps=1, epochs=None)
 
 
 def _planned(
@@ -270,7 +275,6 @@ def _planned(
     usual_micro_batch: int | None = None,
 ) -> Plan:
     """The plan for what is here, corrected by what earlier runs here have taught."""
-    refuse_missing(spec.trackers)
     cluster = probe.cluster()
     return make_plan(
         spec,

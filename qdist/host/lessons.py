@@ -9,7 +9,7 @@ from qdist.core.cluster import Cluster
 from qdist.core.lessons import Correction, Lesson, correction
 from qdist.core.plan import Plan
 from qdist.host import probe
-from qdist.host.files import cache_dir, locked, write_atomic
+from qdist.host.files import cache_dir, cache_path, locked, write_atomic
 from qdist.host.rundir import RunDir
 
 FILE, LOCK = "lessons.jsonl", ".lessons.lock"
@@ -123,7 +123,7 @@ def _version() -> str:
 def read() -> tuple[Lesson, ...]:
     """All lessons, oldest first. A line that is no lesson of this version, or was torn by a kill, is passed over."""
     try:
-        lines = (cache_dir() / FILE).read_bytes().splitlines()
+        lines = (cache_path() / FILE).read_bytes().splitlines()
     except OSError:
         return ()
     return tuple(lesson for line in lines if (lesson := _decode(line)) is not None)

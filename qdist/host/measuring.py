@@ -17,7 +17,7 @@ from qdist.core.measured import CardRates
 from qdist.core.units import GIB, MIB, format_bytes
 from qdist.host import links, rates
 from qdist.host.doctor import Check
-from qdist.host.files import cache_dir
+from qdist.host.files import cache_dir, cache_path
 
 _ROOM_BYTES, _ROOM_PER_PEER_BYTES = 4 * GIB, 768 * MIB
 """Buffers and a CUDA context; and what a peer gathers here, and the context that it needs to copy here."""
@@ -235,6 +235,6 @@ def _disk(disk_bytes_s: float | None) -> Iterator[Check]:
     if disk_bytes_s is None:
         yield Check("disk", "warn", "no room to measure it in the cache folder", "QDIST_CACHE=/a/larger/disk")
         return
-    detail = f"reads {disk_bytes_s / 1e9:.1f} GB/s in {cache_dir()}"
+    detail = f"reads {disk_bytes_s / 1e9:.1f} GB/s in {cache_path()}"
     slow = disk_bytes_s < _SLOW_DISK_BYTES_S
     yield Check("disk", "warn" if slow else "ok", detail, "QDIST_CACHE=/a/faster/disk" if slow else "")

@@ -28,12 +28,18 @@ def process_of(pulse: Pulse, *, proc: Path = Path("/proc")) -> Process:
     """How the rank's process is: stopped by a signal or a debugger; gone; or on another machine, where nobody knows."""
     if pulse.host != socket.gethostname():
         return "elsewhere"
+    stat = stat_of(pulse.pid, proc=proc)
+    return "gone" if stat is None else "stopped" if stat[0] in "Tt" else "runs"
+
+
+def stat_of(pid: int, *, proc: Path = Path("/proc")) -> list[str] | None:
+    """What the kernel says of a process, from its state on (proc(5), /proc/pid/stat); None where it is gone."""
     try:
         # The name, in parentheses, may hold anything; the state follows the last of them.
-        state = (proc / str(pulse.pid) / "stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError, IndexError):
-        return "gone"
-    return "stopped" if state in "Tt" else "gone" if state in "ZX" else "runs"
+        fields = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if not fields or fields[0] in "ZX" else fields
 
 
 def environment_of(pulse: Pulse, *, proc: Path = Path("/proc")) -> dict[str, str]:

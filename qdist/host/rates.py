@@ -9,7 +9,7 @@ import msgspec
 from qdist.core.cards import rates_of
 from qdist.core.cluster import Rates
 from qdist.core.measured import least, machine_key
-from qdist.host.files import cache_dir, write_atomic
+from qdist.host.files import cache_dir, cache_path, write_atomic
 
 
 def known(names: Sequence[str], driver: str) -> Rates | None:
@@ -34,10 +34,10 @@ def tabled(names: Sequence[str]) -> Rates | None:
 def keep(names: Sequence[str], driver: str, rates: Rates) -> Path:
     """Store rates for `known`; the file they are in."""
     path = _file(names, driver)
-    path.parent.mkdir(exist_ok=True)
+    cache_dir(path.parent.name)
     write_atomic(path, msgspec.json.format(msgspec.json.encode(rates), indent=1) + b"\n")
     return path
 
 
 def _file(names: Sequence[str], driver: str) -> Path:
-    return cache_dir() / "rates" / (re.sub(r"[^\w.+-]+", "-", machine_key(names, driver)) + ".json")
+    return cache_path() / "rates" / (re.sub(r"[^\w.+-]+", "-", machine_key(names, driver)) + ".json")

@@ -2,9 +2,25 @@
 
 import fcntl
 import os
+import socket
+
+import msgspec
 
 from qdist.core.events import State
+from qdist.host.pulses import stat_of
 from qdist.host.rundir import LOCK, RunDir
+
+_BEGAN = 19
+"""Place of a process's start time in what `stat_of` gives: a number is given to another process one day."""
+
+
+class Holder(msgspec.Struct, frozen=True):
+    """The launcher that took a run's lock."""
+
+    pid: int
+    host: str
+    began: str
+    """In the kernel's ticks."""
 
 
 def state_of(run: RunDir) -> State:
@@ -34,3 +50,23 @@ def _held(run: RunDir) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def sign(lock: int) -> None:
+    """Write into a run's lock, through its descriptor, who holds it; ranks that outlive their launcher hold it too."""
+    stat = stat_of(os.getpid())
+    holder = Holder(os.getpid(), socket.gethostname(), stat[_BEGAN] if stat else "")
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, msgspec.json.encode(holder), 0)
+
+
+def launcher_is_gone(run: RunDir) -> bool:
+    """Whether the launcher that last took a run's lock was on this machine and is not there any more."""
+    try:
+        holder = msgspec.json.decode((run.path / LOCK).read_bytes(), type=Holder)
+    except (OSError, msgspec.DecodeError):
+        return False
+    if holder.host != socket.gethostname():
+        return False
+    stat = stat_of(holder.pid)
+    return stat is None or stat[_BEGAN] != holder.began

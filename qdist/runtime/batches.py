@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 
 from qdist.core.errors import DataError
+from qdist.core.plan import held_out_of
 from qdist.runtime.tokenized import IGNORED, TokenizedSet
 
 _WIDTH_MULTIPLE = 8
@@ -24,7 +25,7 @@ def split(n: int, *, held_out: float, seed: int) -> tuple[torch.Tensor, torch.Te
         raise DataError(f"the held-out share is {held_out}", try_="at least 0 and below 1, such as 0.05")
     if held_out and n < 2:
         raise DataError(f"{n} sample cannot be split into training and held-out data", try_="--set train.held_out=0")
-    count = min(max(round(n * held_out), 1), n - 1) if held_out else 0
+    count = held_out_of(n, held_out)
     order = _permutation(n, _derived(seed, "split"))
     return order[count:].sort().values, order[:count].sort().values
 

@@ -7,6 +7,7 @@ import runpy
 import sys
 
 from qdist.core.errors import QdistError
+from qdist.host.children import hear_ctrl_c
 from qdist.host.terminal import error_text
 
 
@@ -14,6 +15,7 @@ def main() -> None:
     """With what follows the module's name as its arguments."""
     del sys.argv[0]
     try:
+        hear_ctrl_c()
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     except QdistError as error:
         print(error_text(error), file=sys.stderr, flush=True)

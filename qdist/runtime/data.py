@@ -13,8 +13,9 @@ from qdist.core import demo
 from qdist.core.bad_records import BadRecords
 from qdist.core.conversation import Conversation
 from qdist.core.errors import DataError
-from qdist.core.records import check_format, conversations
-from qdist.host.records import read_records, source_digest
+from qdist.core.records import check_format
+from qdist.host.conversations import read_conversations
+from qdist.host.records import source_digest
 from qdist.runtime.encode import Sample, encode
 from qdist.runtime.tokenized import IGNORED, Summary, TokenizedSet, load, save
 from qdist.runtime.wording import Told
@@ -74,29 +75,6 @@ def tokenizer_digest(tokenizer: Any) -> str:
     else:
         rules = tokenizer.get_vocab()
     return _digest([rules, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template])
-
-
-def read_conversations(source: str, *, data_format: str | None = None) -> Iterator[Conversation | DataError]:
-    """The conversations of a source, in order; in place of a record that cannot be used, the reason.
-
-    Raises DataError where the source itself cannot be read.
-    """
-    if source == DEMO:
-        located: Iterable[tuple[str, Any]] = (
-            (f"demo, record {number}", record) for number, record in enumerate(demo.records(), 1)
-        )
-    else:
-        located = read_records(source)
-    for where, record in located:
-        if isinstance(record, DataError):
-            yield record
-            continue
-        try:
-            found = conversations(record, where=where, data_format=data_format)
-        except DataError as error:
-            yield error
-            continue
-        yield from found
 
 
 def tokenize(

@@ -4,17 +4,18 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from qdist.core.errors import QdistError, RunError
+from qdist.core.errors import RunError
 from qdist.core.events import start_of, steady_tokens_s
 from qdist.core.plan import Plan
-from qdist.host.files import publish_folder, write_atomic
+from qdist.host.adapters import ADAPTER, step_metadata, step_of
+from qdist.host.files import locked, publish_folder, sync, write_atomic
 from qdist.host.follow import Follower
 from qdist.host.rundir import PLAN, RESULT, RunDir
 from qdist.runtime.checkpoint import load, load_tensors
@@ -25,8 +26,7 @@ from qdist.runtime.load import plan_of
 from qdist.runtime.measure import Parts, Peak
 from qdist.runtime.packed_folder import entries_of, write_tensors
 from qdist.runtime.tokenizer import copy_beside, open_tokenizer
-
-_TENSORS = "adapter_model.safetensors"
+from qdist.runtime.work_folder import built
 
 
 def adapter_checksum(adapter: Adapter) -> tuple[int, ...]:
@@ -47,27 +47,70 @@ def gather(run: RunDir, *, step: int) -> Path:
 
     Raises RunError when the adapter is empty, not finite, or never moved.
     """
+    with _alone(run):
+        _gather_here(run, step)
+    return run.adapter
+
+
+def gather_named(run: RunDir, which: str, *, out: Path | None = None) -> tuple[Path, int]:
+    """The same from a checkpoint that is `last`, `best` or a step; the folder, and the step.
+
+    out: write there instead; must not exist, or be an empty folder.
+    """
+    named = which if which == "best" else ""
+    if out is None:
+        with _alone(run):  # chosen within: the run itself may end meanwhile, and write its own
+            step = choose_step(run, which)
+            _gather_here(run, step, named=named)
+        return run.adapter, step
+    step = choose_step(run, which)
+    with built(out, f"adapter of step {step} of {run.path.resolve()}") as work:
+        _write_adapter(run, step, work, named=named)
+    return out, step
+
+
+@contextmanager
+def _alone(run: RunDir) -> Iterator[None]:
+    """One process at a time writes or reads `adapter/`, whoever runs or asks."""
+    with locked(run.path / ".gather.lock"):
+        yield
+
+
+def _gather_here(run: RunDir, step: int, *, named: str = "") -> None:
+    for leftover in run.path.glob(".adapter.*"):  # of a process that was killed
+        shutil.rmtree(leftover)
+    beside = run.path / f".adapter.{os.getpid()}"
+    beside.mkdir()
+    try:
+        _write_adapter(run, step, beside, named=named)
+    except BaseException:
+        shutil.rmtree(beside)
+        raise
+    _replace_folder(beside, run.adapter)
+
+
+def _write_adapter(run: RunDir, step: int, folder: Path, *, named: str) -> None:
     plan = plan_of(run)
     _, state = load(run.checkpoint(step))
     tensors = {_peft_name(name): tensor for name, tensor in state.parameters.items()}
     check_adapter(tensors, where=str(run.checkpoint(step)))
-    beside = run.path / f".adapter.{os.getpid()}"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
     pooling = {"pool": plan.spec.lora.pool, "pool_group_size": str(plan.pool)} if plan.pool > 1 else {}
-    write_tensors(beside, _TENSORS, entries_of(tensors), metadata=pooling)
-    (beside / f".{_TENSORS}.json").unlink()
-    write_beside(beside, plan)
-    _replace_folder(beside, run.adapter)
-    return run.adapter
+    metadata = pooling | step_metadata(step, plan.steps, checkpoint=named)
+    write_tensors(folder, ADAPTER, entries_of(tensors), metadata=metadata)
+    (folder / f".{ADAPTER}.json").unlink()
+    write_beside(folder, plan)
 
 
 def write_beside(folder: Path, plan: Plan) -> None:
     """What an adapter folder holds beside its tensors: configurations, and the run's tokenizer."""
     (folder / "adapter_config.json").write_text(_adapter_config(plan))
     if plan.source.tokenizer:
-        for path in sorted(Path(plan.source.tokenizer).iterdir()):
-            copy_beside(path, folder)
+        tokenizer = Path(plan.source.tokenizer)
+        if not tokenizer.is_dir():
+            raise RunError("the run's tokenizer is gone from the cache", try_="a new run on the same model and data")
+        for path in sorted(tokenizer.iterdir()):
+            if path.name not in (ADAPTER, "adapter_config.json"):  # where it is the adapter's copy
+                copy_beside(path, folder)
         write_generation_config(folder, plan)
 
 
@@ -75,7 +118,7 @@ def rehearse(run: RunDir) -> None:
     """Do all of `gather` but for the tensors, into a folder that is thrown away: what cannot be gathered at the end of
     a run is no run to start.
     """
-    with tempfile.TemporaryDirectory(prefix=".adapter.", dir=run.path) as folder:
+    with tempfile.TemporaryDirectory(prefix=".rehearsal.", dir=run.path) as folder:
         write_beside(Path(folder), plan_of(run))
         if plan_of(run).source.tokenizer:
             open_tokenizer(Path(folder), "the tokenizer that is saved with the adapter cannot be opened again")
@@ -120,10 +163,13 @@ def _adapter_config(plan: Plan) -> str:
 
 def _replace_folder(beside: Path, final: Path) -> None:
     """Swap a finished folder in; the one it replaces was made by the same run."""
-    old = final.with_name(f".{final.name}.old.{os.getpid()}")
+    whole = final.with_name(f".{final.name}.new")
+    publish_folder(beside, whole)
+    old = final.with_name(f".{final.name}.old")
     if final.exists():
         os.rename(final, old)
-    publish_folder(beside, final)
+    os.rename(whole, final)
+    sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -140,14 +186,15 @@ def write_result(
 
     peaks: of each rank, on each of its GPUs. held: of each rank, after the last step.
     """
-    tensors = load_tensors(run.adapter / _TENSORS)
+    with _alone(run):
+        tensors, size = load_tensors(run.adapter / ADAPTER), (run.adapter / ADAPTER).stat().st_size
     events = Follower(run.path).new_events()
     start = start_of(events, planned_at=(run.path / PLAN).stat().st_mtime)
     result = {
         "steps": plan.steps,
         "held_out": [list(point) for point in held_out],
         "answers": answers,
-        "adapter_bytes": (run.adapter / _TENSORS).stat().st_size,
+        "adapter_bytes": size,
         "adapter_parameters": sum(tensor.numel() for tensor in tensors.values()),
         "peak_bytes": peaks[0][0]._asdict(),
         "peaks": [[peak._asdict() for peak in of_rank] for of_rank in peaks],
@@ -164,21 +211,17 @@ def write_result(
 
 def choose_step(run: RunDir, which: str) -> int:
     """The step that `last`, `best` or a number names. Raises RunError listing the steps there are."""
+    named = step_of(run, which)
+    if named is not None:
+        return named
     steps = run.checkpoint_steps()
-    if which == "best":
-        progress, _ = load(run.checkpoint(steps[-1]))
-        best = progress.best_step
-        if best in steps:
-            return best
-        raise RunError(
-            f"{run.path} was never evaluated at a checkpoint",
-            try_="--checkpoint last; `best` needs --set train.eval_steps=N at launch",
-        )
-    if which != "last" and (not which.isdigit() or int(which) not in steps):
-        raise RunError(
-            f"{run.path} has no checkpoint {which!r}", try_=f"last, best, or one of {', '.join(map(str, steps))}"
-        )
-    return steps[-1] if which == "last" else int(which)
+    progress, _ = load(run.checkpoint(steps[-1]))
+    if progress.best_step in steps:
+        return progress.best_step
+    raise RunError(
+        f"{run.path} was never evaluated at a checkpoint",
+        try_="--checkpoint last; `best` needs --set train.eval_steps=N at launch",
+    )
 
 
 def main() -> None:
@@ -187,17 +230,15 @@ def main() -> None:
     parser.add_argument("what", choices=("gather",))
     parser.add_argument("run", type=Path)
     parser.add_argument("--checkpoint", default="last")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     run = RunDir(arguments.run)
-    try:
-        step = choose_step(run, arguments.checkpoint)
-        folder = gather(run, step=step)
-    except QdistError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    tensors = load_tensors(folder / _TENSORS)
+    folder, step = gather_named(run, arguments.checkpoint, out=arguments.out)
+    tensors = load_tensors(folder / ADAPTER)
     total, parameters = run.plan().steps, sum(tensor.numel() for tensor in tensors.values())
     print(f"{folder}: step {step} of {total}, {len(tensors)} tensors, {parameters:,} parameters")
+    if arguments.out is None and step != total:
+        print(f"note     it is not the end's: what uses {run.path} says so, until it is gathered again")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 from qdist.core.errors import ModelError, RunError, SpecError
+from qdist.core.packing import packing_of
 from qdist.core.plan import Plan, Source
 from qdist.core.quoting import command
 from qdist.core.residence import Footprint, Residence, footprint
 from qdist.core.units import parse_bytes
+from qdist.host.adapters import step_note
 from qdist.host.fingerprints import require_same_tensors
 from qdist.host.rundir import RunDir
 from qdist.runtime.methods.backbone import DTYPES, load_backbone
-from qdist.runtime.packed_folder import Packing
 from qdist.runtime.placements.residence import arrange, choose, first_device, settle
 from qdist.runtime.quantize import packed_folder
 from qdist.runtime.tokenizer import open_tokenizer
@@ -59,6 +60,9 @@ def load(
     """
     cap = None if max_memory is None else parse_bytes(max_memory)
     opened = open_model(run_or_model, dtype=dtype, device=device, max_memory_bytes=cap)
+    run = RunDir(run_or_model)
+    if run.exists() and (note := step_note(run)):
+        print(f"note: {run.path}: {note}", file=sys.stderr)
     return opened.model, opened.tokenizer
 
 
@@ -201,8 +205,7 @@ def with_packed(plan: Plan) -> Source:
             f"neither {source.path}, which the run was trained on, nor its packed form {source.packed} is there",
             try_="put the model back where it was",
         )
-    packing = Packing(bits=spec.bits, type=spec.quant.type, double=spec.quant.double)  # type: ignore[arg-type]
-    packed = packed_folder(Path(source.path), packing, name=spec.model)
+    packed = packed_folder(Path(source.path), packing_of(spec), name=spec.model)
     if source.packed and packed.folder.name != Path(source.packed).name:
         print(f"warning: the files in {source.path} have changed since the run was trained on them", file=sys.stderr)
     return msgspec.structs.replace(source, packed=str(packed.folder))

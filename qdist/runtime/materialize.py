@@ -1,19 +1,16 @@
 """Makes a model a local folder that transformers opens: converts GGUF once, downloads hub ids once."""
 
 import contextlib
-import hashlib
 import os
 import shutil
 from pathlib import Path
 
 from qdist.core.errors import ModelError
 from qdist.core.facts import own_code
+from qdist.host.cached import converted_folder
 from qdist.host.files import cache_dir, locked, publish_folder
 from qdist.host.sources import Located, read_json
 from qdist.host.targets import require_readable
-
-_CONVERSION = 1
-"""Raise it whenever the same GGUF file would become another folder."""
 
 
 def materialize(located: Located) -> Path:
@@ -38,22 +35,13 @@ def _require_class(folder: Path, name: str) -> None:
 
 
 def _converted(file: Path) -> Path:
-    models = cache_dir() / "models"
-    models.mkdir(exist_ok=True)
-    status = file.stat()
-    identity = f"{_CONVERSION} {file.name} {status.st_size} {_head_digest(file)}"
-    folder = models / f"{file.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    folder = converted_folder(file)
     if not folder.is_dir():
-        with locked(models / f".{folder.name}.lock"):
+        cache_dir(folder.parent.name)
+        with locked(folder.with_name(f".{folder.name}.lock")):
             if not folder.is_dir():
                 _convert(file, folder)
     return folder
-
-
-def _head_digest(file: Path) -> str:
-    """SHA-256 of the first 16 MiB: metadata, tokenizer and the first tensors."""
-    with open(file, "rb") as handle:
-        return hashlib.sha256(handle.read(1 << 24)).hexdigest()
 
 
 def _convert(file: Path, folder: Path) -> None:

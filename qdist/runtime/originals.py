@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 
 from qdist.core.plan import Source
+from qdist.host.cached import source_identity
 from qdist.runtime.packed_folder import read_manifest
-from qdist.runtime.quantize_pack import source_identity
 from qdist.runtime.quantize_source import Blueprint, Tensors, blueprint, quantized_as, tensors_of
 
 

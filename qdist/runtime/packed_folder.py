@@ -13,43 +13,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
 
 from qdist.core.errors import ModelError
+from qdist.core.packing import FORMAT, Packing
 from qdist.host.checkpoints import INDEX, weight_map
 from qdist.host.files import sync, write_atomic
 from qdist.runtime.checksum import tensor_checksum
 
-FORMAT = 1
-"""Raise it whenever the same source would be packed to other bytes or files."""
 MANIFEST = "qdist.json"
 _NAMES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.uint8: "U8",
     torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
 }  # fmt: skip
-
-
-class Packing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the weights are packed to."""
-
-    bits: Literal[4, 8, 16]
-    type: Literal["nf4", "fp4"] = "nf4"
-    """Of 4 bits; the defaults otherwise, so that equal packings are equal."""
-    double: bool = True
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Of what is not packed; auto leaves every tensor as the source has it."""
-
-    @property
-    def method(self) -> str:
-        """nf4, fp4, int8 or 16-bit."""
-        return {4: self.type, 8: "int8", 16: "16-bit"}[self.bits]
-
-    def __str__(self) -> str:
-        plain = self.bits == 4 and not self.double
-        return f"{self.method} without double quantization" if plain else self.method
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

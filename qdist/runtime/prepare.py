@@ -15,9 +15,11 @@ from qdist.core import demo
 from qdist.core.errors import QdistError
 from qdist.core.facts import from_config
 from qdist.core.gptq import Gptq
+from qdist.core.packing import packing_of
 from qdist.core.plan import DataFacts, Prepared, Source
 from qdist.core.pooling import require_packed
 from qdist.core.spec import RunSpec
+from qdist.host.cached import files_digest
 from qdist.host.checkpoints import gptq_of
 from qdist.host.files import cache_dir, locked, publish_folder, write_atomic
 from qdist.host.fingerprints import fingerprint
@@ -65,7 +67,7 @@ def prepare(spec: RunSpec) -> Prepared:
         tokenizer,
         seq_len=spec.seq_len,
         train_on_source=spec.train.train_on_source,
-        folder=cache_dir() / "tokens",
+        folder=cache_dir("tokens"),
         data_format=None if spec.format == "auto" else spec.format,
         rows=repaired.rows or int(config["vocab_size"]),
     )
@@ -96,6 +98,7 @@ def prepare(spec: RunSpec) -> Prepared:
             longest=int(lengths.max()),
             records=summary.records,
             wording=summary.wording,
+            digest=files_digest(spec.data),
         ),
         notes=(
             *_left_out(spec),
@@ -111,14 +114,12 @@ def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple
     """Where the ranks read packed weights: the cache, or the GPTQ checkpoint itself, which is looked through first."""
     from qdist.runtime.gptq import check
     from qdist.runtime.gptq.pickled import in_safetensors
-    from qdist.runtime.packed_folder import Packing
     from qdist.runtime.quantize import Packed, packed_folder
     from qdist.runtime.quantize_source import blueprint
 
     gptq = gptq_of(spec, config, folder)
     if gptq is None:
-        packing = Packing(bits=spec.bits, type=spec.quant.type, double=spec.quant.double)  # type: ignore[arg-type]
-        return None, packed_folder(folder, packing, name=spec.model)
+        return None, packed_folder(folder, packing_of(spec), name=spec.model)
     packed, shape = in_safetensors(folder), blueprint(folder)
     paths = [name.removesuffix(".weight") for name in shape.linears]
     require_packed(spec, gptq, from_config(config, name=spec.model), paths)
@@ -132,8 +133,7 @@ def _left_out(spec: RunSpec) -> tuple[str, ...]:
 
 def _keep_tokenizer(tokenizer: Any) -> Path:
     """The repaired tokenizer in a folder of the cache that its contents name."""
-    tokenizers = cache_dir() / "tokenizers"
-    tokenizers.mkdir(exist_ok=True)
+    tokenizers = cache_dir("tokenizers")
     with tempfile.TemporaryDirectory(dir=tokenizers) as beside:
         tokenizer.save_pretrained(beside)
         files = sorted(path for path in Path(beside).rglob("*") if path.is_file())

@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -13,12 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qdist.core.errors import ModelError, RunError
+from qdist.core.packing import Packing
 from qdist.core.quoting import command
 from qdist.core.units import format_bytes, format_duration
+from qdist.host import cached
 from qdist.host.files import cache_dir, locked
 from qdist.host.sources import locate
-from qdist.runtime.packed_folder import Manifest, Packing
-from qdist.runtime.quantize_pack import pack, source_identity
+from qdist.runtime.packed_folder import Manifest
+from qdist.runtime.quantize_pack import pack
 from qdist.runtime.quantize_source import blueprint, check_packed, quantized_as, streamed
 from qdist.runtime.quiet import quiet
 
@@ -43,8 +44,7 @@ def packed_folder(folder: Path, packing: Packing, *, name: str) -> Packed:
         return Packed(folder)
     if packing.bits == 16 and (tensors := streamed(folder, blueprint(folder))) and tensors.canonical:
         return Packed(folder)
-    stem = re.sub(r"[^\w.-]+", "-", Path(name).name.removesuffix(".gguf")).lower()
-    out = _cache() / f"{stem}-{packing.method}-{source_identity(folder, packing)[:16]}"
+    out = cached.packed_folder(folder, packing, name=name)
     if out.is_dir():
         return Packed(out)
     with _alone(out, name):
@@ -91,16 +91,10 @@ def _require_same(name: str, there: Packing, wanted: Packing) -> None:
     )
 
 
-def _cache() -> Path:
-    folder = cache_dir() / "packed"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
 @contextmanager
 def _alone(out: Path, name: str) -> Iterator[None]:
     """One process at a time packs to a folder; another waits, and says so."""
-    lock = _cache() / f".{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]}.lock"
+    lock = cache_dir("packed") / f".{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]}.lock"
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(lock, busy=f"{out} is being packed"))

@@ -3,7 +3,7 @@
 import torch
 
 from qdist.core.memory import BLOCK, NESTED_BLOCK
-from qdist.runtime.packed_folder import Packing
+from qdist.core.packing import Packing
 
 _PIECE = 1 << 22
 """Elements unpacked at a time: bitsandbytes' CPU kernels take 16 bytes each beside the matrix."""

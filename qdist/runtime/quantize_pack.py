@@ -1,7 +1,5 @@
 """Packs a model folder into another, a decoder layer at a time; killed, it goes on where it was."""
 
-import hashlib
-import json
 import math
 import shutil
 import sys
@@ -12,18 +10,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import torch
 
-from qdist.core.errors import PlanError
+from qdist.core.packing import Packing
 from qdist.core.units import format_bytes
+from qdist.host.cached import BESIDE, source_identity, work_folder
+from qdist.host.disk import require_space
 from qdist.host.files import publish_folder
 from qdist.runtime.packed_folder import (
-    FORMAT,
     MANIFEST,
     Entry,
     Manifest,
-    Packing,
     entries_of,
     file_name,
     finish,
@@ -34,9 +31,6 @@ from qdist.runtime.quantize_linear import pack_matrix, packed_bytes
 from qdist.runtime.quantize_source import Blueprint, Tensors, blueprint, tensors_of
 from qdist.runtime.tokenizer import TEMPLATES, copy_beside
 
-_WEIGHTS = (".safetensors", ".bin")
-_BESIDE = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-"""Endings of the files that make weights a model: tokenizer, chat template, generation settings."""
 _HEADER_BYTES = 1 << 10
 """Of a packed linear in a file's header, at most."""
 
@@ -74,17 +68,6 @@ class Job(NamedTuple):
             plain = math.prod(size) * self.dtype(name).itemsize
             total += _HEADER_BYTES + (packed_bytes(size, self.packing) if self.packs(name) else plain)
         return total
-
-
-def source_identity(folder: Path, packing: Packing) -> str:
-    """SHA-256 of what decides the packed bytes: the folder's files by name, size and time, and the packing."""
-    files = [
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.suffix in (*_WEIGHTS, *_BESIDE) and not path.name.startswith(".")
-    ]
-    contents = [FORMAT, str(folder.resolve()), files, msgspec.to_builtins(packing)]
-    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
 def pack(folder: Path, out: Path, packing: Packing, *, name: str) -> Manifest:
@@ -129,7 +112,7 @@ def pack(folder: Path, out: Path, packing: Packing, *, name: str) -> Manifest:
 
 def _work_folder(out: Path, identity: str) -> Path:
     """The folder beside `out` with what an earlier process finished, if it packed the same."""
-    work = out.with_name(f".{out.name}.packing")
+    work = work_folder(out)
     mark = work / ".identity"
     if work.is_dir() and (not mark.is_file() or mark.read_text() != identity):
         shutil.rmtree(work)
@@ -140,13 +123,12 @@ def _work_folder(out: Path, identity: str) -> Path:
 
 def _require_space(job: Job, positions: list[int], others: list[Path], out: Path, name: str) -> None:
     needed = sum(job.bytes(position) for position in positions) + sum(path.stat().st_size for path in others)
-    free = shutil.disk_usage(out.parent).free
-    if needed > free:
-        raise PlanError(
-            f"packing {name} to {job.packing} needs {format_bytes(needed)} in {out.parent}, "
-            f"which has {format_bytes(free)} free: {format_bytes(needed - free)} are missing",
-            try_="another disk: --out FOLDER, or QDIST_CACHE=FOLDER for what `launch` keeps",
-        )
+    require_space(
+        out.parent,
+        needed,
+        purpose=f"packing {name} to {job.packing}",
+        try_="another disk: --out FOLDER, or QDIST_CACHE=FOLDER for what `launch` keeps",
+    )
 
 
 def _entries(job: Job, position: int) -> list[Entry]:
@@ -194,7 +176,7 @@ def goes_along(path: Path) -> bool:
     if path.name == TEMPLATES and path.is_dir():
         return True
     ours = path.name in ("config.json", MANIFEST) or path.name.endswith(".index.json") or path.name.startswith(".")
-    return path.is_file() and path.suffix in _BESIDE and not ours
+    return path.is_file() and path.suffix in BESIDE and not ours
 
 
 class _Progress:

@@ -12,9 +12,10 @@ from torch import nn
 from qdist.core.errors import ModelError
 from qdist.core.facts import from_config
 from qdist.core.gptq import method_of
+from qdist.core.packing import Packing
 from qdist.core.units import counted
 from qdist.runtime.model_config import open_config, refused
-from qdist.runtime.packed_folder import Packing, opened, tensor_files
+from qdist.runtime.packed_folder import opened, tensor_files
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OLD_NAMES = {"lm_head.weight": "embed_out.weight"}

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from qdist.core.errors import JobError, ModelError, PlanError, RunError
-from qdist.core.units import format_bytes
+from qdist.core.errors import JobError, ModelError, RunError
 from qdist.host.files import cache_dir, locked, publish_folder
 
 _MARK = ".identity"
@@ -88,17 +87,6 @@ def _told(out: Path, inside: Path | None = None) -> Iterator[None]:
         if inside is not None and not place.is_relative_to(inside):
             raise  # of a file that is read
         raise RunError(f"{out} cannot be written: {error.strerror}: {place}", try_="another --out") from error
-
-
-def require_space(folder: Path, needed_bytes: int, *, purpose: str) -> None:
-    """Raise PlanError where the disk of a folder has less room. purpose: such as 'quantizing llama-7b'."""
-    free = shutil.disk_usage(folder).free
-    if needed_bytes > free:
-        raise PlanError(
-            f"{purpose} needs {format_bytes(needed_bytes)} in {folder}, which has {format_bytes(free)} free: "
-            f"{format_bytes(needed_bytes - free)} are missing",
-            try_="--out on another disk",
-        )
 
 
 def _holds_anything(work: Path) -> bool:

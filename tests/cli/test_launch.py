@@ -1,16 +1,21 @@
 """Does `qdist launch` print what it would do, refuse in two lines, and touch nothing until it starts?"""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from qdist.cli.main import main
+from qdist.core.models import config_of
 from qdist.core.spec import RunSpec
-from qdist.host import launcher
+from qdist.host import launcher, modules
 from qdist.host.files import locked
 from qdist.host.rundir import LOCK
+from tests.host.test_gguf_header import LLAMA, header
 
 SMALL = ("--model", "smollm2-135m", "--load-format", "dummy", "--gpus", "2", "--set", "seq_len=64")
 
@@ -46,10 +51,109 @@ def test_a_dry_run_prints_the_plan_and_the_script_and_writes_nothing(here: Path)
     assert result.exit_code == 0, result.output
     assert listing(here) == before
     heads = [line.split()[0] for line in result.stdout.splitlines()[:11]]
-    assert heads == ["model", "adapter", "ranks", "layout", "engine", "batch", "steps", "memory", "at", "load", "run"]
+    assert heads == ["model", "adapter", "ranks", "layout", "engine", "batch", "steps", "memory", "at", "load", "disk"]
     assert "2 CPU processes" in result.stdout
     assert "run      runs/smollm2-135m-qlora-dummy, not created; its launch.sh:\n\n#!/bin/sh\n" in result.stdout
     assert " -m torch.distributed.run --standalone --nproc-per-node 2 " in result.stdout
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file and folder with its size and the time when it was changed."""
+    return {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in (folder, *folder.rglob("*"))}
+
+
+@pytest.fixture
+def whole(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine's folder with everything in it that a command could write to: home, caches, temporary files, work."""
+    work = here / "work"
+    for name, variable in (("home", "HOME"), ("tmp", "TMPDIR"), ("work", "PWD")):
+        (here / name).mkdir()
+        monkeypatch.setenv(variable, str(here / name))
+    for variable in ("QDIST_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE"):
+        monkeypatch.delenv(variable, raising=False)
+    config = config_of("smollm2-135m")
+    (work / "model").mkdir()
+    (work / "model/config.json").write_text(json.dumps(config))
+    (work / "model/model.safetensors").touch()
+    (work / "model.gguf").write_bytes(header(LLAMA, ("token_embd.weight",)))
+    (work / "data.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n' * 10)
+    monkeypatch.chdir(work)
+    return here
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--model", "model", "--data", "data.jsonl"],
+         ["would pack     model to 4 bits nf4, 106 MiB, in HOME/packed", "would tokenize data.jsonl (20 records), in "
+          "HOME/tokens", "steps    2 over 18 samples, 2 held out"]),
+        (["--model", "model", "--data", "data.jsonl", "--bits", "16"], ["would tokenize data.jsonl (20 records)"]),
+        (["--model", "model", "--data", "owner/name"],
+         ["would fetch    owner/name from the hub (only the hub knows its size)", "would tokenize owner/name, in "]),
+        (["--model", "qwen2.5-0.5b", "--data", "demo"],
+         ["would fetch    Qwen/Qwen2.5-0.5B from the hub (about 942 MiB in 16 bits)", "would tokenize demo (640 rec"]),
+        (["--model", "owner/unheard-of", "--data", "demo"],
+         ["would fetch    owner/unheard-of from the hub (only the hub knows its size)", "plan     known once"]),
+        (["--model", "model.gguf", "--data", "demo"],
+         ["would convert  model.gguf to a bfloat16 folder, 145 KiB, in HOME/models", "would pack     model.gguf to 4"]),
+        (["--model", "model", "--load-format", "dummy", "--set", "steps=9"], ["steps    9"]),
+    ],
+)  # fmt: skip
+def test_a_dry_run_on_an_empty_machine_writes_nothing_anywhere_and_says_what_it_would(
+    arguments: list[str], wanted: list[str], whole: Path
+) -> None:
+    before = tree(whole)
+    done = subprocess.run(
+        [sys.executable, "-B", "-m", "qdist", "launch", "--dry-run", "--set", "seq_len=64", *arguments],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert tree(whole) == before
+    for line in wanted:
+        assert line.replace("HOME", str(whole / "home/.cache/qdist")) in done.stdout
+    assert "not created" in done.stdout
+
+
+def test_steps_that_nobody_can_count_yet_are_not_shown(whole: Path) -> None:
+    result = qdist("launch", "--dry-run", "--model", "model", "--data", "owner/name", "--set", "seq_len=64")
+    assert result.exit_code == 0, result.output
+    assert "\nsteps " not in result.stdout
+    assert "steps and the longest sample are known once owner/name is fetched and tokenized" in result.stdout
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "gone.jsonl"], "gone.jsonl does not exist"),
+        (["--data", "data.jsonl", "--model", "gone.gguf"], "no file gone.gguf"),
+        (["--data", "data.jsonl", "--run", "data.jsonl/run"], "data.jsonl/run cannot be written"),
+        (["--data", "data.jsonl", "--run", "model"], "model exists and is not a run"),
+        (["--data", "data.jsonl", "--placement", "split"], "placement=split"),
+    ],
+)
+def test_what_the_file_system_tells_is_refused_before_a_child_starts(
+    arguments: list[str], message: str, dry_run: bool, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: object) -> None:
+        raise AssertionError("a child was started")
+
+    monkeypatch.setattr(modules, "run_module", start)
+    before = tree(whole)
+    more = ["--dry-run"] if dry_run else []
+    result = qdist("launch", "--model", "model", "--set", "seq_len=64", *arguments, *more)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert {path: size for path, (size, _) in tree(whole).items()} == {path: size for path, (size, _) in before.items()}
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_a_child_starts(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QDIST_CACHE", "data.jsonl")
+    result = qdist("launch", "--model", "model", "--data", "data.jsonl", "--set", "seq_len=64")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: the cache data.jsonl cannot be written: it is a file\n  try: QDIST_CACHE=")
 
 
 def test_flags_win_over_a_recipe(here: Path) -> None:

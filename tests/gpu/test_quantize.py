@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from qdist.core.packing import Packing
 from qdist.runtime.checksum import slice_checksum
-from qdist.runtime.packed_folder import Packing
 from qdist.runtime.quantize import quantize
 from tests.runtime.test_quantize import PACKINGS, by_transformers, loaded, tensors_in
 from tests.runtime.tiny import tiny_model

@@ -84,6 +84,32 @@ def test_ctrl_c_ends_both_and_leaves_no_traceback(tmp_path: Path) -> None:
     assert not alive(int(note.read_text()))
 
 
+def test_ctrl_c_while_the_child_starts_leaves_no_traceback_either(tmp_path: Path) -> None:
+    """Its interpreter stops in a module that Python imports before any other, and is interrupted there."""
+    note = tmp_path / "pid"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys, time\n"
+        "if 'qdist.runtime.child' in sys.orig_argv:\n"
+        f"    open({str(note)!r}, 'w').write('here')\n"
+        f"    while not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.01)"
+    )
+    (tmp_path / "asleep.py").write_text(ASLEEP)
+    run = "children.run([sys.executable, '-m', 'qdist.runtime.child', 'asleep', 'unused'], os.environ)"
+    imports = "import os, sys; from qdist.host import children"
+    code = f"{imports}\ntry:\n    {run}\nexcept KeyboardInterrupt:\n    print('stopped')"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=environment, text=True, preexec_fn=hears_ctrl_c,
+    ) as parent:  # fmt: skip
+        until(note.is_file)
+        os.killpg(parent.pid, signal.SIGINT)
+        (tmp_path / "go").touch()
+        said, complained = parent.communicate(timeout=30)
+    assert (said, complained, parent.returncode) == ("stopped\n", "", 0)
+    assert not (tmp_path / "unused").exists()
+
+
 @pytest.mark.parametrize(("asks", "heard"), [(False, ""), (True, "y")])
 def test_only_a_program_that_asks_hears_what_is_typed(asks: bool, heard: str, tmp_path: Path) -> None:
     code = f"import os\nfrom qdist.host import children\nchildren.run({LISTENS!r}, os.environ, asks={asks})"

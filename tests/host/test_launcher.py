@@ -1,6 +1,7 @@
 """Does a launch refuse what it must, write whole run directories, and say how its ranks ended?"""
 
 import errno
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -17,11 +18,13 @@ from qdist.core.lessons import Correction
 from qdist.core.plan import Plan
 from qdist.core.spec import RunSpec, nest, resolve
 from qdist.core.units import GIB
-from qdist.host import launcher, lessons, probe
+from qdist.host import launcher, lessons, probe, ranks
 from qdist.host.files import locked
 from qdist.host.launcher import Job
 from qdist.host.rundir import LOCK, RunDir
+from qdist.host.state import state_of
 from qdist.host.stuck import Watchdog
+from qdist.host.survey import survey
 
 SMALL = {"model": "smollm2-135m", "load_format": "dummy", "steps": 5, "seq_len": 64, "global_batch": 8, "gpus": 2}
 
@@ -51,7 +54,7 @@ def job_with_script(script: str) -> Job:
 def started(job: Job, show: Callable[[list[Event]], None] = lambda events: None) -> list[str]:
     """Run it to its end; what was said to the user."""
     said: list[str] = []
-    launcher.start(job, show=show, say=said.append)
+    ranks.start(job, show=show, say=said.append)
     return said
 
 
@@ -66,10 +69,10 @@ def is_running(pid_file: str) -> bool:
 def test_the_rehearsal_knows_what_runs_here_have_taught(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = resolve({"model": "llama-7b", "data": "demo", "placement": "replicate"})
     monkeypatch.setattr(probe, "cluster", lambda: hypothetical(1, 24 * GIB))
-    launcher._rehearse(wanted)
+    launcher._rehearse(wanted, survey(wanted), RunDir("run"))
     monkeypatch.setattr(lessons, "correction_for", lambda *_, **__: Correction(context_bytes=23 * GIB))
     with pytest.raises(PlanError, match="llama-7b at 4 bits needs"):
-        launcher._rehearse(wanted)
+        launcher._rehearse(wanted, survey(wanted), RunDir("run"))
 
 
 def test_preparing_random_weights_writes_nothing(here: Path) -> None:
@@ -105,6 +108,18 @@ def test_writing_leaves_every_file_and_the_plan_last() -> None:
 )
 def test_a_run_is_named_for_its_model_and_data(settings: dict[str, Any], name: str) -> None:
     assert str(launcher.prepare(spec(**settings)).run.path) == name
+
+
+@pytest.mark.parametrize("model", ["llama-7b", "owner/unheard-of"])
+def test_more_gpus_than_there_are_are_refused_before_anything_is_fetched(
+    model: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QDIST_CACHE", str(here / "cache"))
+    monkeypatch.setattr(probe, "cluster", lambda: hypothetical(2, 80 * GIB))
+    for plan in (launcher.prepare, launcher.preview):
+        with pytest.raises(PlanError, match="--gpus 4, but this machine has 2"):
+            plan(resolve({"model": model, "data": "demo", "gpus": 4}))
+    assert list(here.iterdir()) == []
 
 
 def test_a_run_without_a_name_finds_a_free_one(here: Path) -> None:
@@ -351,7 +366,10 @@ def test_ranks_that_leave_no_result_did_not_end_well() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_asks_the_ranks_to_stop_and_waits_for_them(number: signal.Signals) -> None:
-    job = job_with_script("echo $$ > pid; until [ -e stop ]; do sleep 0.05; done; echo saved > saved; exit 0")
+    Path("event").write_bytes(encode(Event(kind="step", step=1, total_steps=5, loss=2.0)))
+    job = job_with_script(
+        "cat ../event > events/rank000.jsonl; echo $$ > pid; until [ -e stop ]; do sleep 0.05; done; echo saved > saved"
+    )
     handler = signal.getsignal(number)
     calls: list[object] = []
     said: list[str] = []
@@ -362,7 +380,7 @@ def test_the_first_signal_asks_the_ranks_to_stop_and_waits_for_them(number: sign
             signal.raise_signal(number)
 
     with pytest.raises(KeyboardInterrupt):
-        launcher.start(job, show=show, say=said.append)
+        ranks.start(job, show=show, say=said.append)
     assert said == ["stopping after this step, with a checkpoint; a second Ctrl-C stops at once"]
     assert Path("run/saved").is_file()
     assert not is_running("run/pid")
@@ -378,7 +396,7 @@ def test_the_second_signal_kills_every_process_at_once() -> None:
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        launcher.start(job, show=show, say=lambda line: None)
+        ranks.start(job, show=show, say=lambda line: None)
     assert not is_running("run/pid")
     assert not is_running("run/child") or "Z" in Path(f"/proc/{Path('run/child').read_text().strip()}/stat").read_text()
 
@@ -391,7 +409,7 @@ def test_ranks_do_not_outlive_a_view_that_fails() -> None:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        launcher.start(job, show=show, say=lambda line: None)
+        ranks.start(job, show=show, say=lambda line: None)
     assert not is_running("run/pid")
 
 
@@ -402,7 +420,8 @@ def test_ranks_go_on_where_a_line_of_their_events_is_none() -> None:
 
 
 def test_a_rank_that_is_stuck_is_told_also_after_a_request_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    job = job_with_script("touch started; sleep 60")
+    Path("event").write_bytes(encode(Event(kind="step", step=1, total_steps=5, loss=2.0)))
+    job = job_with_script("cat ../event > events/rank000.jsonl; touch started; sleep 60")
     monkeypatch.setattr(Watchdog, "stuck", lambda self: "rank 1 is stuck" if Path("run/stop").exists() else "")
 
     def show(events: list[Event]) -> None:
@@ -410,7 +429,7 @@ def test_a_rank_that_is_stuck_is_told_also_after_a_request_to_stop(monkeypatch: 
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(RunError, match="rank 1 is stuck; there is no checkpoint yet"):
-        launcher.start(job, show=show, say=lambda line: None)
+        ranks.start(job, show=show, say=lambda line: None)
 
 
 def test_a_request_to_stop_from_before_does_not_stop_a_new_start() -> None:
@@ -438,3 +457,44 @@ def test_a_run_in_training_is_not_started_twice() -> None:
 def test_the_plan_that_ranks_read_is_the_one_in_the_script() -> None:
     job = launcher.prepare(spec())
     assert msgspec.json.decode(job.files["plan.json"], type=Plan) == job.plan
+
+
+def test_ctrl_c_before_the_first_step_ends_at_once_and_the_run_can_go_on() -> None:
+    job = job_with_script("echo $$ > pid; sleep 60")
+    said: list[str] = []
+    calls: list[object] = []
+
+    def show(events: list[Event]) -> None:
+        if not calls and Path("run/pid").is_file():
+            calls.append(events)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        ranks.start(job, show=show, say=said.append)
+    assert said == ["stopped before the first step; nothing to save"]
+    assert not is_running("run/pid")
+    assert not job.run.stop_requested()
+    assert state_of(job.run) == "stopped"
+    assert launcher.prepare_resume(job.run, {}).plan == job.plan
+
+
+def test_ctrl_c_before_the_next_step_of_a_resumed_run_leaves_its_checkpoint() -> None:
+    job = job_with_script("touch started; sleep 60")
+    job.run.checkpoint(3).mkdir()
+    (job.run.checkpoint(3) / "DONE").touch()
+    said: list[str] = []
+
+    def show(events: list[Event]) -> None:
+        if not said and Path("run/started").exists():
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        ranks.start(job, show=show, say=said.append)
+    assert said == ["stopped before the next step; nothing to save"]
+    assert job.run.checkpoint_steps() == [3]
+
+
+def test_a_lock_names_its_launcher() -> None:
+    job = job_with_script("cp .lock seen; echo '{}' > result.json")
+    started(job)
+    assert json.loads(Path("run/seen").read_text())["pid"] == os.getpid()

@@ -1,18 +1,24 @@
 """Adapters that leave a run are plain PEFT, and never empty, broken or unmoved."""
 
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import nn
 
+import qdist
 from qdist.core.errors import RunError
 from qdist.core.events import Event, encode
+from qdist.host.adapters import ADAPTER, adapter_step, step_note
+from qdist.host.files import locked
 from qdist.host.rundir import PLAN, RunDir
 from qdist.runtime import checkpoint
 from qdist.runtime.engine import Adapter, State
-from qdist.runtime.export import adapter_checksum, check_adapter, choose_step, gather, write_result
+from qdist.runtime.export import adapter_checksum, check_adapter, choose_step, gather, gather_named, write_result
 from qdist.runtime.measure import Parts, Peak
 from qdist.runtime.methods.backbone import load_plain
 from tests.runtime.tiny import (
@@ -80,6 +86,102 @@ def test_a_checkpoint_is_chosen_by_word_or_number(run: RunDir, which: str, step:
         state = State({"m.lora_B.default.weight": torch.ones(2, 2)}, {}, number)
         checkpoint.save(run, checkpoint.Progress(step=number, samples=4, held_out=held_out), state, keep=3)
     assert choose_step(run, which) == step
+
+
+def saved(run: RunDir, step: int, *, held_out: tuple[tuple[int, float], ...] = ()) -> None:
+    state = State({"m.lora_B.default.weight": torch.full((2, 2), float(step))}, {}, step)
+    checkpoint.save(run, checkpoint.Progress(step=step, samples=4, held_out=held_out), state, keep=9)
+
+
+def gathered(folder: Path) -> float:
+    return float(checkpoint.load_tensors(folder / ADAPTER)["m.lora_B.weight"][0, 0])
+
+
+def test_an_adapter_says_of_which_step_it_is_until_the_end_is_gathered(run: RunDir) -> None:
+    """Of 4 steps."""
+    for step in (1, 3, 4):
+        saved(run, step, held_out=((1, 0.5), (3, 0.2), (4, 0.9)))
+    notes = []
+    for which in ("1", "best", "last"):
+        gather_named(run, which)
+        notes.append(step_note(run))
+    assert notes == ["adapter of step 1 of 4", "adapter of step 3 of 4 (checkpoint best)", ""]
+    assert adapter_step(run) == (4, 4)
+    gather(run, step=3)
+    assert step_note(run) == "adapter of step 3 of 4"
+
+
+def test_a_checkpoint_is_gathered_elsewhere_and_the_runs_own_adapter_stays(run: RunDir, tmp_path: Path) -> None:
+    saved(run, 1)
+    saved(run, 4)
+    gather(run, step=4)
+    for out in (tmp_path / "new/deeper", run.path / "step1"):
+        assert gather_named(run, "1", out=out) == (out, 1)
+        assert gathered(out) == 1.0
+        assert {path.name for path in out.iterdir()} == {path.name for path in run.adapter.iterdir()}
+        with pytest.raises(RunError, match="exists"):
+            gather_named(run, "1", out=out)
+    assert gathered(run.adapter) == 4.0
+
+
+def test_a_gather_takes_its_turn_with_that_of_the_run_and_then_looks_for_the_last(run: RunDir) -> None:
+    """The run ends, and gathers, while a gather of its last checkpoint waits."""
+    saved(run, 3)
+    waiting = threading.Event()
+
+    def ask() -> None:
+        waiting.set()
+        gather_named(run, "last")
+
+    asking = threading.Thread(target=ask)
+    with locked(run.path / ".gather.lock"):
+        asking.start()
+        waiting.wait()
+        saved(run, 4)
+    asking.join()
+    assert (gathered(run.adapter), step_note(run)) == (4.0, "")
+    assert not list(run.path.glob(".adapter*"))
+
+
+def test_a_gather_after_the_cache_was_emptied_takes_the_tokenizer_alone_from_the_adapter(tmp_path: Path) -> None:
+    job = real_job(save_model(tmp_path / "model"), save_data(tmp_path / "d.jsonl"), tmp_path / "run", seq_len=64)
+    run, _ = adapted_run(job)
+    before, state = checkpoint.load(run.checkpoint(4))[1], checkpoint.load(run.checkpoint(4))[1]
+    state = state._replace(parameters={name: value + 1 for name, value in before.parameters.items()})
+    checkpoint.save(run, checkpoint.Progress(step=2, samples=0), state, keep=9)
+    plan = msgspec.structs.replace(job.plan, source=msgspec.structs.replace(job.plan.source, tokenizer="gone"))
+    (run.path / PLAN).write_bytes(msgspec.json.encode(plan))
+    names = {path.name for path in run.adapter.iterdir()}
+    old = checkpoint.load_tensors(run.adapter / ADAPTER)
+    gather(run, step=2)
+    new = checkpoint.load_tensors(run.adapter / ADAPTER)
+    assert all(torch.equal(new[name], old[name] + 1) for name in old)
+    assert {path.name for path in run.adapter.iterdir()} == names
+    gather_named(run, "2", out=tmp_path / "elsewhere")
+    shutil.rmtree(run.adapter)
+    with pytest.raises(RunError, match="the run's tokenizer is gone"):
+        gather(run, step=2)
+
+
+def test_what_a_killed_gather_left_is_taken_away(run: RunDir) -> None:
+    saved(run, 4)
+    for name in (".adapter.old", ".adapter.new", ".adapter.123"):
+        (run.path / name).mkdir()
+        (run.path / name / ADAPTER).touch()
+    gather(run, step=4)
+    assert not list(run.path.glob(".adapter*"))
+
+
+def test_loading_a_run_says_when_its_adapter_is_not_the_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = adapted_run(dummy_job(save_config(tmp_path / "model"), tmp_path / "run", steps=4))
+    qdist.load(run.path)
+    assert "adapter of" not in capsys.readouterr().err
+    checkpoint.save(run, checkpoint.Progress(step=2, samples=0), checkpoint.load(run.checkpoint(4))[1], keep=9)
+    gather(run, step=2)
+    qdist.load(run.path)
+    assert f"note: {run.path}: adapter of step 2 of 4\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("which", ["2", "best", "newest"])

@@ -12,13 +12,14 @@ import torch
 from qdist.core.errors import ModelError, PlanError, RunError
 from qdist.core.gptq import Gptq, Shape
 from qdist.host import probe
+from qdist.host.adapters import ADAPTER
 from qdist.host.rundir import RunDir
 from qdist.runtime import merge as merging
 from qdist.runtime import work_folder
 from qdist.runtime.checkpoint import load_tensors
 from qdist.runtime.exports import main as exporting
 from qdist.runtime.exports import sixteen
-from qdist.runtime.exports.update import ADAPTER, Adapters
+from qdist.runtime.exports.update import Adapters
 from qdist.runtime.load import load
 from qdist.runtime.packed_folder import opened, tensor_files
 from tests.runtime.gptq_files import save_gptq

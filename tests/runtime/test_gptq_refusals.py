@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 import qdist
 from qdist.core.errors import ModelError, QdistError, SpecError
 from qdist.core.gptq import Gptq, Shape
+from qdist.core.packing import Packing
 from qdist.core.spec import nest, resolve
 from qdist.runtime.gptq.finite import is_finite
 from qdist.runtime.gptq.job import Wanted
 from qdist.runtime.gptq.make import make
-from qdist.runtime.packed_folder import Packing
 from qdist.runtime.prepare import prepare
 from qdist.runtime.quantize import quantize
 from tests.runtime.gptq_files import save_gptq

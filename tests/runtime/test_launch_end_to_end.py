@@ -1,5 +1,6 @@
 """Whole runs on CPU ranks: any number of them, killed anywhere, end with the same adapter and the same losses."""
 
+import contextlib
 import os
 import re
 import signal
@@ -19,7 +20,7 @@ from qdist.host.follow import Follower
 from qdist.host.rundir import RunDir
 from qdist.host.state import state_of
 from qdist.runtime.checkpoint import load, load_tensors
-from tests.runtime.tiny import dummy_job, save_config
+from tests.runtime.tiny import dummy_job, save_config, save_data, save_model
 
 pytestmark = pytest.mark.slow
 TrainRun = Callable[[launcher.Job], RunDir]
@@ -303,6 +304,47 @@ def test_ctrl_c_saves_and_the_rest_runs_to_its_end_and_says_when_it_is_finished(
     said, _ = again.communicate(timeout=60)
     assert again.returncode == 0
     assert f"is finished: {STEPS} steps" in said
+
+
+def test_ctrl_c_while_the_ranks_are_starting_ends_them_at_once_and_the_run_can_go_on(
+    launch: Launch, model: Path, folder: Path
+) -> None:
+    run = RunDir(folder / "interrupted-early")
+    process = launch(*flags(model, run.path))
+    wait_until(lambda: any("qdist.runtime.worker" in line for line in processes(run.path).values()), "no rank came")
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert (process.returncode, losses_of(run)) == (130, {}), said
+    assert "stopped before the first step; nothing to save" in said
+    assert "Traceback" not in said
+    nothing_left(run.path)
+    assert state_of(run) == "stopped"
+    assert launcher.prepare_resume(run, {}).plan == run.plan()
+
+
+def test_ctrl_c_while_model_and_data_are_prepared_leaves_neither_a_run_nor_a_traceback(
+    launch: Launch, folder: Path
+) -> None:
+    run, data = folder / "interrupted-preparing", save_data(folder / "preparing.jsonl")
+    process = launch("--model", save_model(folder / "whole"), "--data", data, "--gpus", "1", "--run", run)
+    wait_until(lambda: "qdist.runtime.prepare" in children_of(process.pid), "nothing was prepared", process=process)
+    for each in (process.pid, *children_of(process.pid).values()):  # as a terminal does
+        os.kill(each, signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "stopped\n")
+    assert not run.exists()
+
+
+def children_of(parent: int) -> dict[str, int]:
+    """The modules that a process runs in processes of their own, and the numbers of these."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            fields = (path / "stat").read_text().rpartition(")")[2].split()
+            words = (path / "cmdline").read_text().split("\0")
+            if int(fields[1]) == parent and "qdist.runtime.child" in words:
+                found[words[words.index("qdist.runtime.child") + 1]] = int(path.name)
+    return found
 
 
 def test_a_rank_that_fails_shows_its_last_lines(launch: Launch, model: Path, folder: Path) -> None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from qdist.core.errors import RunError
+from qdist.core.packing import Packing
 from qdist.host.rundir import RunDir
 from qdist.runtime import work_folder
 from qdist.runtime.load import load
-from qdist.runtime.packed_folder import MANIFEST, Packing
+from qdist.runtime.packed_folder import MANIFEST
 from qdist.runtime.quantize import quantize
 from tests.runtime.merging import merge
 from tests.runtime.tiny import adapted_run, dummy_job, logits_of, real_job, save_config, save_data, save_model

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from qdist.core.errors import ModelError, PlanError, RunError
+from qdist.core.packing import Packing
 from qdist.host.sources import Located
 from qdist.runtime import quantize_pack
 from qdist.runtime.checksum import tensor_checksum
 from qdist.runtime.materialize import materialize
-from qdist.runtime.packed_folder import Packing, read_manifest, tensor_files
+from qdist.runtime.packed_folder import read_manifest, tensor_files
 from qdist.runtime.quantize import packed_folder, quantize
 from qdist.runtime.quantize_linear import pack_matrix, packed_bytes
 from tests.runtime.tiny import FAMILIES, logits_of, save_model, tiny_model

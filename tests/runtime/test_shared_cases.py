@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from qdist.core.errors import DataError
+from qdist.host.conversations import read_conversations
 from qdist.host.prompts import read_prompts
 from qdist.host.records import source_notes
-from qdist.runtime.data import read_conversations, tokenize
+from qdist.runtime.data import tokenize
 from qdist.runtime.tokenized import Summary
 from tests.runtime.family_templates import family_tokenizer
 from tests.runtime.test_chat_template import learned

@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 from qdist.core.errors import RunError
+from qdist.core.packing import Packing
 from qdist.core.plan import Plan
 from qdist.core.units import GIB
+from qdist.host.cached import source_identity
 from qdist.runtime.load import with_packed
 from qdist.runtime.methods.backbone import DTYPES
 from qdist.runtime.methods.packed import PackedLinear, Slices
 from qdist.runtime.methods.skeleton import decoder_layers, fill, skeleton
 from qdist.runtime.methods.weights import FolderWeights, RandomWeights, Weights
 from qdist.runtime.originals import Originals, find_originals
-from qdist.runtime.packed_folder import Packing
 from qdist.runtime.placements.residence import free_bytes
-from qdist.runtime.quantize_pack import source_identity
 
 Onto = Literal["dequantized", "original"]
 """A backbone as training sees it, or as it was before it was packed."""

@@ -15,11 +15,12 @@ import torch
 
 from qdist.core.errors import ModelError
 from qdist.core.gptq import Gptq, WeightOffset
+from qdist.host.disk import require_space
 from qdist.runtime.exports.gptq_base import GptqBase, Packed, packed_hash
 from qdist.runtime.exports.group_update import OFFSET, GroupUpdates
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.packed_folder import Entry, finished, opened, stored_entries, write_tensors
-from qdist.runtime.work_folder import built, require_space
+from qdist.runtime.work_folder import built
 
 BOUND = 1e-3
 """Of what rounding may take of an update, relative (Frobenius norms)."""

@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 
 from qdist.core.units import counted, format_bytes, format_duration
+from qdist.host.disk import require_space
 from qdist.runtime.exports.backbone import Backbone, Onto
 from qdist.runtime.exports.job import Export
 from qdist.runtime.exports.merged import Merged
 from qdist.runtime.exports.model_files import write_index, write_model_files
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.packed_folder import Entry, Written, file_name, finished, write_tensors
-from qdist.runtime.work_folder import filled, require_space, reserved
+from qdist.runtime.work_folder import filled, reserved
 
 _VERSION = 1
 """Raise it whenever the same runs would become other bytes."""

@@ -11,6 +11,7 @@ import torch
 from qdist.core.errors import RunError
 from qdist.core.plan import Plan
 from qdist.core.units import format_bytes
+from qdist.host.disk import require_space
 from qdist.host.files import sync
 from qdist.runtime.exports.backbone import Backbone
 from qdist.runtime.exports.gguf import Affine, Kind, Make, file_bytes, write_gguf
@@ -20,7 +21,7 @@ from qdist.runtime.exports.merged import Merged
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.gptq.bits import unpack, unpack_zeros
 from qdist.runtime.methods.packed_gptq import PackedGptq
-from qdist.runtime.work_folder import require_space, reserved
+from qdist.runtime.work_folder import reserved
 
 
 def run(job: Export) -> None:

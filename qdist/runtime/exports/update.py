@@ -12,11 +12,12 @@ import torch
 from qdist.core.errors import ModelError, RunError
 from qdist.core.plan import Plan
 from qdist.core.quoting import command
+from qdist.host.adapters import ADAPTER
 from qdist.host.rundir import RunDir
 from qdist.runtime.load import load_tokenizer, plan_of
 from qdist.runtime.packed_folder import Entry, opened, stored_entries
 
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 """PEFT's, before the path of a module."""
 _ROWS = ".token_adapter.trainable_tokens_delta"

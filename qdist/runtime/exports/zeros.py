@@ -13,13 +13,14 @@ import torch
 
 from qdist.core.errors import RunError
 from qdist.core.gptq import Gptq
+from qdist.host.disk import require_space
 from qdist.runtime.exports.gptq_base import GptqBase, Packed
 from qdist.runtime.exports.group_update import OFFSET, GroupUpdates
 from qdist.runtime.exports.job import Export
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.gptq.bits import pack_zeros, unpack_zeros
 from qdist.runtime.packed_folder import Entry, finished, write_tensors
-from qdist.runtime.work_folder import built, require_space
+from qdist.runtime.work_folder import built
 
 _QZEROS, _SCALES = ".qzeros", ".scales"
 _VERSION = 1

@@ -15,9 +15,9 @@ from torch import nn
 
 from qdist.core.bad_records import BadRecords
 from qdist.core.errors import DataError
+from qdist.host.conversations import read_conversations
 from qdist.host.record_files import is_plain_text
 from qdist.host.record_text import open_text
-from qdist.runtime.data import read_conversations
 from qdist.runtime.encode import encode
 from qdist.runtime.gptq.decoder import Reached, Start, moved
 from qdist.runtime.gptq.hessians import LaneSums, add_products, mirror

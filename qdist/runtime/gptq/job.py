@@ -11,11 +11,13 @@ import torch
 
 from qdist.core.errors import ModelError, SpecError
 from qdist.core.gptq import WORD, Gptq, Override, Shape, method_of
+from qdist.core.packing import Packing
+from qdist.host.cached import source_identity
 from qdist.runtime.gptq.calibrate import pieces
 from qdist.runtime.gptq.decoder import Decoder
 from qdist.runtime.gptq.finite import is_finite
-from qdist.runtime.packed_folder import Entry, Packing
-from qdist.runtime.quantize_pack import goes_along, source_identity
+from qdist.runtime.packed_folder import Entry
+from qdist.runtime.quantize_pack import goes_along
 from qdist.runtime.quantize_source import Tensors, blueprint, tensors_of
 from qdist.runtime.tokenizer import open_tokenizer
 

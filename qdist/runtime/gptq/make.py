@@ -17,6 +17,7 @@ import torch
 
 from qdist.core.gptq import BITS, FORMATS, WORD, Gptq, Override, Shape
 from qdist.core.units import format_bytes, format_duration
+from qdist.host.disk import require_space
 from qdist.host.sources import locate
 from qdist.runtime.gptq.calibrate import Calibration, batches
 from qdist.runtime.gptq.folder import Quantized, entries, finish, how_to_use
@@ -27,7 +28,7 @@ from qdist.runtime.gptq.solve import Curvature, Solution, curvature, solve, unpa
 from qdist.runtime.packed_folder import Entry, Written, file_name, finished, opened, write_tensors
 from qdist.runtime.quiet import quiet
 from qdist.runtime.tokenizer import copy_beside
-from qdist.runtime.work_folder import filled, require_space, reserved
+from qdist.runtime.work_folder import filled, reserved
 
 
 def make(model: str, out: Path, wanted: Wanted, *, devices: tuple[torch.device, ...] = ()) -> Gptq:

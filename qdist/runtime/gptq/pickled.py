@@ -24,8 +24,7 @@ def in_safetensors(folder: Path) -> Path:
     files = sorted(file for file in folder.iterdir() if file.suffix in _ENDINGS and file.name not in _NOT_TENSORS)
     if tensor_files(folder) or not files:
         return folder
-    kept = cache_dir() / "gptq"
-    kept.mkdir(exist_ok=True)
+    kept = cache_dir("gptq")
     stamp = "".join(f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}\n" for file in files)
     out = kept / f"{folder.name}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}"
     with locked(kept / f".{out.name}.lock"):

@@ -1,0 +1,132 @@
+"""Starts the ranks of a written run and stays with them to the end: shows what they say, stops them when asked."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from types import FrameType
+
+from qdist.core.errors import RunError
+from qdist.core.events import Event
+from qdist.host import endings, lessons
+from qdist.host.children import end_with_parent
+from qdist.host.files import locked
+from qdist.host.follow import Follower
+from qdist.host.launcher import Job
+from qdist.host.rundir import ENDED, LOCK, STOP, Ended, RunDir
+from qdist.host.state import sign
+from qdist.host.stuck import Watchdog
+
+Show = Callable[[list[Event]], None]
+
+
+def start(job: Job, *, show: Show, say: Callable[[str], None], recall: Show | None = None) -> None:
+    """Start the ranks and stay until they have ended.
+
+    show: called a few times a second with what the ranks said since.
+    recall: called once before, with what they said before the run was resumed.
+    say: called with a line for the user.
+    Raises KeyboardInterrupt when the run was stopped and saved, JobError when a rank died.
+    """
+    run = job.run
+    with locked(run.path / LOCK, busy=f"{run.path} is being trained by another process") as lock:
+        sign(lock)
+        for leftover in (STOP, ENDED):
+            (run.path / leftover).unlink(missing_ok=True)
+        follower = Follower(run.path)
+        past = follower.new_events()
+        if recall:
+            recall(past)
+        before = endings.log_lengths(run)
+        with open(run.logs / "launcher.log", "ab") as log:
+            ranks = subprocess.Popen(
+                ["sh", str(run.path / "launch.sh")],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=(lock,),
+                preexec_fn=end_with_parent,
+            )
+        watchdog = Watchdog(run, job.plan.spec.train.stuck_seconds)
+        stopped, stuck = _watch(run, ranks, follower, watchdog, show, say)
+        if run.result() is not None and ranks.returncode == 0:
+            with contextlib.suppress(OSError):  # a cache that cannot be written to makes no run fail
+                lessons.learn(run)
+            return
+        if stopped and not stuck and ranks.returncode in (0, -signal.SIGKILL):
+            endings.note(run, Ended(state="stopped", time=time.time()))
+            raise KeyboardInterrupt
+        error = endings.stuck(run, stuck) if stuck else endings.died(run, before, ranks.returncode)
+        endings.note(run, Ended(state="failed", message=error.message, try_=error.try_, time=time.time()))
+        raise error
+
+
+def _watch(
+    run: RunDir,
+    ranks: subprocess.Popen[bytes],
+    follower: Follower,
+    watchdog: Watchdog,
+    show: Show,
+    say: Callable[[str], None],
+) -> tuple[bool, str]:
+    """Follow the ranks to their end: whether the user or a scheduler asked them to stop, and who was stuck in what."""
+    asked, stuck, stepped, answered = 0, "", False, False
+
+    def ask(*_: int | FrameType | None) -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            os.killpg(ranks.pid, signal.SIGKILL)
+
+    def show_and_note(events: list[Event]) -> None:
+        nonlocal stepped
+        stepped = stepped or any(event.kind == "step" for event in events)
+        show(events)
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        readable = True
+        while ranks.poll() is None:
+            wanted = asked
+            readable = readable and _shown_what_is_new(follower, show_and_note, say)
+            if wanted and not answered:
+                answered = True
+                _stop(run, ranks, say, has_stepped=stepped or not readable)
+            if stuck := watchdog.stuck():
+                break
+            time.sleep(0.2)
+        if readable:
+            _shown_what_is_new(follower, show_and_note, say)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if ranks.poll() is None:
+            os.killpg(ranks.pid, signal.SIGKILL)
+            ranks.wait()
+        (run.path / STOP).unlink(missing_ok=True)
+    return asked > 0, stuck
+
+
+def _stop(run: RunDir, ranks: subprocess.Popen[bytes], say: Callable[[str], None], *, has_stepped: bool) -> None:
+    """Have the ranks save and end; before their first step, when they are still loading, there is nothing to save."""
+    if has_stepped:
+        (run.path / STOP).touch()
+        say("stopping after this step, with a checkpoint; a second Ctrl-C stops at once")
+    else:
+        which = "next" if run.checkpoint_steps() else "first"
+        say(f"stopped before the {which} step; nothing to save")
+        os.killpg(ranks.pid, signal.SIGKILL)
+
+
+def _shown_what_is_new(follower: Follower, show: Show, say: Callable[[str], None]) -> bool:
+    """Whether events can be read. Where they cannot, that is said, and the ranks go on unseen."""
+    try:
+        events = follower.new_events()
+    except (RunError, OSError) as error:
+        say(f"the run goes on, and is not shown any more: {error}")
+        return False
+    show(events)
+    return True

@@ -1,0 +1,79 @@
+"""Does `qdist gather` refuse what file names tell, before anything is started?"""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from qdist.cli import gather
+from qdist.cli.main import main
+from qdist.core.spec import resolve
+from qdist.host import launcher
+from qdist.host.rundir import RunDir
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """With checkpoints of steps 20 and 40 of 60."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    settings = {"model": "smollm2-135m", "load_format": "dummy", "steps": 60, "seq_len": 64}
+    job = launcher.prepare(resolve(settings, {"run": "run"}))
+    launcher.write(job)
+    for step in (20, 40):
+        job.run.checkpoint(step).mkdir()
+        (job.run.checkpoint(step) / "DONE").touch()
+    return job.run
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """What would have been started."""
+    calls: list[tuple[str, ...]] = []
+
+    def note(module: str, arguments: tuple[str, ...]) -> int:
+        calls.append((module, *arguments))
+        return 0
+
+    monkeypatch.setattr(gather, "run_module", note)
+    return calls
+
+
+def qdist(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["gather", *arguments], prog_name="qdist")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "handed_on"),
+    [
+        (["run"], ["run", "--checkpoint", "last"]),
+        (["run", "--checkpoint", "20"], ["run", "--checkpoint", "20"]),
+        (["run", "--checkpoint", "best", "--out", "run/best"], ["run", "--checkpoint", "best", "--out", "run/best"]),
+    ],
+)
+def test_what_can_be_gathered_is(
+    run: RunDir, started: list[tuple[str, ...]], arguments: list[str], handed_on: list[str]
+) -> None:
+    result = qdist(*arguments)
+    assert result.exit_code == 0, result.output
+    assert started == [("qdist.runtime.export", "gather", *handed_on)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--checkpoint", "30"], "run has no checkpoint '30'\n  try: --checkpoint last, best, or one of 20, 40"),
+        (["run", "--out", "run"], "run exists\n  try: another --out"),
+        (["run", "--out", "file"], "file exists\n  try: another --out"),
+        (["run", "--out", "file/inside"], "file/inside cannot be written: HERE/file is a file\n  try: another --out"),
+        (["gone"], "gone is not a run: it has no plan.json\n  try: run"),
+    ],
+)
+def test_what_cannot_be_gathered_is_refused(
+    run: RunDir, started: list[tuple[str, ...]], arguments: list[str], said: str, tmp_path: Path
+) -> None:
+    Path("file").touch()
+    result = qdist(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {said.replace('HERE', str(tmp_path))}\n"
+    assert started == []

@@ -1,0 +1,124 @@
+"""A dry run foresees what a launch prepares, and a resumed run goes on with the data it was started with alone."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import msgspec
+import pytest
+
+from qdist.core.errors import RunError
+from qdist.core.plan import Prepared
+from qdist.core.spec import RunSpec
+from qdist.host import launcher, modules
+from qdist.host.files import cache_path
+from qdist.host.launcher import Job
+from qdist.runtime.prepare import prepare
+from tests.runtime.tiny import real_job, save_data, save_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a cache of its own."""
+    monkeypatch.setenv("QDIST_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def started(model: Path, here: Path) -> Job:
+    job = real_job(model, save_data(here / "data.jsonl"), here / "run", seq_len=64)
+    launcher.write(job)
+    return job
+
+
+def resumed(job: Job, **changes: Any) -> Job:
+    """The rest of a run, prepared in this process."""
+
+    def prepared(spec: RunSpec) -> Prepared:
+        return msgspec.json.decode(msgspec.json.encode(prepare(spec)), type=Prepared)
+
+    with mock.patch.object(modules, "prepare", prepared):
+        return launcher.prepare_resume(job.run, changes)
+
+
+def actions(preview: launcher.Preview) -> list[tuple[str, bool]]:
+    return [(work.action, work.there is not None) for work in preview.work]
+
+
+def test_a_dry_run_estimates_first_and_knows_the_plan_once_a_launch_has_prepared_it(model: Path, here: Path) -> None:
+    wanted = msgspec.structs.replace(started(model, here).plan.spec, run=str(here / "new"))
+    shutil.rmtree(cache_path())
+    before = launcher.preview(wanted)
+    assert actions(before) == [("pack", False), ("tokenize", False)]
+    assert not cache_path().exists()
+    job = real_job(model, here / "data.jsonl", here / "new", seq_len=64)
+    after = launcher.preview(wanted)
+    assert actions(after) == [("pack", True), ("tokenize", True)]
+    assert after.job is not None
+    assert after.job.plan == job.plan
+    packed, tokenized = after.work
+    assert job.plan.data is not None
+    assert (str(packed.there), str(tokenized.there)) == (job.plan.source.packed, job.plan.data.path)
+
+
+def test_what_is_packed_is_as_large_as_was_foreseen(model: Path, here: Path) -> None:
+    job = started(model, here)
+    shutil.rmtree(cache_path())
+    pack, _ = launcher.preview(msgspec.structs.replace(job.plan.spec, run=str(here / "new"))).work
+    resumed(job)
+    weights = sum(file.stat().st_size for file in Path(job.plan.source.packed).glob("*.safetensors"))
+    assert pack.size_bytes is not None
+    assert pack.size_bytes < weights < pack.size_bytes + (40 << 10)  # headers and quantization records, 14 linears
+
+
+def test_a_run_whose_cache_was_lost_goes_on_with_the_same_file(model: Path, here: Path) -> None:
+    job = started(model, here)
+    shutil.rmtree(cache_path())
+    preview = launcher.preview_resume(job.run, {})
+    assert actions(preview) == [("pack", False), ("tokenize", False)]
+    assert not cache_path().exists()
+    again = resumed(job)
+    assert again.plan.data == job.plan.data
+    assert preview.job is not None
+    assert preview.job.plan == again.plan
+
+
+@pytest.mark.parametrize("digest", [True, False], ids=["with a digest", "of a qdist that kept none"])
+def test_a_run_whose_data_changed_is_refused_and_goes_on_once_they_are_put_back(
+    model: Path, here: Path, digest: bool
+) -> None:
+    job = started(model, here)
+    assert job.plan.data is not None
+    if not digest:
+        data = msgspec.structs.replace(job.plan.data, digest="")
+        plan = msgspec.structs.replace(job.plan, data=data)
+        launcher.write(job._replace(files={**job.files, "plan.json": msgspec.json.encode(plan).decode()}))
+    shutil.rmtree(cache_path())
+    kept = (here / "data.jsonl").read_text()
+    save_data(here / "data.jsonl", 41)
+    now = "41 records" if digest else "41 samples and"
+    with pytest.raises(RunError, match=rf"data\.jsonl is not what .*: 40 samples and .* tokens then, {now}") as caught:
+        resumed(job)
+    assert caught.value.try_.startswith("put the file back")
+    if digest:
+        with pytest.raises(RunError, match="is not what"):
+            launcher.preview_resume(job.run, {})
+        assert not cache_path().exists()
+    (here / "data.jsonl").write_text(kept)
+    assert resumed(job).plan.steps == job.plan.steps
+
+
+def test_a_run_with_its_tokens_goes_on_and_says_that_the_file_changed(model: Path, here: Path) -> None:
+    job = started(model, here)
+    assert resumed(job).notes == ()
+    save_data(here / "data.jsonl", 41)
+    again = resumed(job)
+    assert again.plan.data == job.plan.data
+    assert again.notes == (
+        f"{here}/data.jsonl has changed since: the run goes on with the 40 samples it was started with",
+    )
