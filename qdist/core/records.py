@@ -8,8 +8,18 @@ from msgspec.structs import replace
 
 from qdist.core.conversation import ASSISTANT, HUMAN, Conversation, Role, Style, Turn
 from qdist.core.errors import DataError, nearest
-
-Record = Mapping[str, object]
+from qdist.core.record_fields import (
+    MARKS,
+    OF_TOOLS,
+    SYSTEM,
+    Fields,
+    Record,
+    found_in,
+    is_empty,
+    items_of,
+    kind_of,
+    mark_of,
+)
 
 _PAIRS = (("input", "output"), ("prompt", "completion"), ("question", "answer"))
 _ROLES: dict[str, Role] = {
@@ -20,61 +30,6 @@ _ROLES: dict[str, Role] = {
 _TOOLS = frozenset(("tool", "tools", "function", "function_call", "tool_call", "observation", "ipython"))
 """Roles of those that a model calls."""
 _SPEAKER, _WORDS = ("role", "from"), ("content", "value")
-_SYSTEM = ("system", "system_prompt")
-_MARKS = ("weight", "train", "training", "loss")
-"""Whether a turn is learned, as OpenAI, mistral-finetune, axolotl and ms-swift spell it."""
-_OF_TOOLS = ("tools", "functions", "tool_calls", "function_call")
-_NEVER_DROPPED = frozenset((
-    *_SYSTEM, *_MARKS, *_OF_TOOLS, "history", "images", "image", "videos", "video", "audios", "audio",
-))  # fmt: skip
-"""Keys that change what a record says: refused, with a value, where nothing is made of them."""
-
-
-class _Fields:
-    """A record that remembers which of its keys were read."""
-
-    def __init__(self, record: Record, where: str) -> None:
-        self.record, self.where = record, where
-        self._read: set[str] = set()
-
-    def has(self, *keys: str) -> str | None:
-        """The first of the keys that is there."""
-        return next((key for key in keys if key in self.record), None)
-
-    def value(self, *keys: str) -> object:
-        """Of the first key that is there. Raises DataError where none is."""
-        key = self.has(*keys)
-        if key is None:
-            raise DataError(f"{self.where}: {keys[0]!r} is missing; keys found: {_found(self.record)}")
-        self._read.add(key)
-        return self.record[key]
-
-    def optional(self, *keys: str) -> object:
-        """Of the first key with a value; None where none has one."""
-        self._read |= set(keys)
-        return next((self.record[key] for key in keys if key in self.record and not _is_empty(self.record[key])), None)
-
-    def text(self, *keys: str) -> str:
-        """Raises DataError where it is missing or no text."""
-        value = self.value(*keys)
-        if not isinstance(value, str):
-            raise DataError(f"{self.where}: {self.has(*keys)!r} must be text, not {_kind(value)}")
-        return value
-
-    def optional_text(self, *keys: str) -> str:
-        """Empty where there is none."""
-        value = self.optional(*keys)
-        if value is not None and not isinstance(value, str):
-            raise DataError(f"{self.where}: {self.has(*keys)!r} must be text, not {_kind(value)}")
-        return value or ""
-
-    def unused(self) -> tuple[str, ...]:
-        """Keys with a value that nobody read. Raises DataError for one that must not be dropped."""
-        left = [key for key, value in self.record.items() if key not in self._read and not _is_empty(value)]
-        for key in left:
-            if key.lower() in _NEVER_DROPPED:
-                raise _not_trained(self.where, key)
-        return tuple(left)
 
 
 def conversations(record: Record, *, where: str, data_format: str | None = None) -> tuple[Conversation, ...]:
@@ -87,8 +42,8 @@ def conversations(record: Record, *, where: str, data_format: str | None = None)
     if data_format is not None:
         check_format(data_format)
     name = data_format or detect(record, where=where)
-    fields = _Fields(record, where)
-    marked = _mark(fields)
+    fields = Fields(record, where)
+    marked = mark_of(fields)
     found = tuple(replace(own, format=name) for own in _READERS[name](fields))
     unused = fields.unused()
     if marked is False:
@@ -117,7 +72,7 @@ def detect(record: Record, *, where: str) -> str:
     wanted = (
         "messages, conversations, instruction + output, input + output, prompt + completion, question + answer, text"
     )
-    raise DataError(f"{where}: keys {_found(record)} fit no known record format", try_=f"records with {wanted}")
+    raise DataError(f"{where}: keys {found_in(record)} fit no known record format", try_=f"records with {wanted}")
 
 
 def asked(record: Record, *, where: str) -> Conversation:
@@ -125,7 +80,7 @@ def asked(record: Record, *, where: str) -> Conversation:
 
     Raises DataError as `conversations` does, and for one that waits for nothing.
     """
-    fields = _Fields(record, where)
+    fields = Fields(record, where)
     if fields.has("messages", "conversations"):
         turns = _turns(fields, "messages", "conversations")
     elif key := fields.has("prompt", "instruction", "question", "text", "input"):
@@ -133,7 +88,7 @@ def asked(record: Record, *, where: str) -> Conversation:
         turns = (*_opening(fields), Turn("user", fields.text(key), False, extra))
     else:
         raise DataError(
-            f"{where}: neither 'prompt' nor 'messages' with role and content; keys found: {_found(record)}",
+            f"{where}: neither 'prompt' nor 'messages' with role and content; keys found: {found_in(record)}",
             try_='{"prompt": "..."}',
         )
     if turns[-1].role != "user":
@@ -154,20 +109,20 @@ def look_of(texts: Iterable[str]) -> tuple[Style, str]:
     return "plain", "\n"
 
 
-def _alpaca(fields: _Fields) -> tuple[Conversation, ...]:
+def _alpaca(fields: Fields) -> tuple[Conversation, ...]:
     return (_instructed(fields, fields),)
 
 
-def _self_instruct(fields: _Fields) -> tuple[Conversation, ...]:
+def _self_instruct(fields: Fields) -> tuple[Conversation, ...]:
     found = []
-    for number, item in _items(fields, "instances"):
-        instance = _Fields(item, f"{fields.where}, instance {number}")
+    for number, item in items_of(fields, "instances"):
+        instance = Fields(item, f"{fields.where}, instance {number}")
         own = _instructed(fields, instance)
         found.append(replace(own, unused=tuple(f"instances.{key}" for key in instance.unused())))
     return tuple(found)
 
 
-def _instructed(head: _Fields, instance: _Fields) -> Conversation:
+def _instructed(head: Fields, instance: Fields) -> Conversation:
     """An instruction with the input and output of one instance of it, after what was said before."""
     instruction = head.text("instruction")
     answer = instance.text("output", "response")
@@ -176,13 +131,13 @@ def _instructed(head: _Fields, instance: _Fields) -> Conversation:
     return Conversation(turns=turns, where=instance.where, style="alpaca")
 
 
-def _input_output(fields: _Fields) -> tuple[Conversation, ...]:
+def _input_output(fields: Fields) -> tuple[Conversation, ...]:
     source, target = _pair(fields.record) or _PAIRS[0]
     turns = (*_opening(fields), Turn("user", fields.text(source), False), _answer(fields.text(target)))
     return (Conversation(turns=turns, where=fields.where, style="plain"),)
 
 
-def _oasst(fields: _Fields) -> tuple[Conversation, ...]:
+def _oasst(fields: Fields) -> tuple[Conversation, ...]:
     source, target = _pair(fields.record) or _PAIRS[0]
     prompt, answer = fields.text(source), fields.text(target)
     style, gap = look_of((prompt,))
@@ -190,21 +145,21 @@ def _oasst(fields: _Fields) -> tuple[Conversation, ...]:
     return (Conversation(turns=turns, where=fields.where, style=style, gap=gap, verbatim=True),)
 
 
-def _plain(fields: _Fields) -> tuple[Conversation, ...]:
+def _plain(fields: Fields) -> tuple[Conversation, ...]:
     text = fields.text("text")
     style, gap = look_of((text,))
     return (Conversation(turns=(_answer(text),), where=fields.where, style=style, gap=gap, verbatim=True),)
 
 
-def _sharegpt(fields: _Fields) -> tuple[Conversation, ...]:
+def _sharegpt(fields: Fields) -> tuple[Conversation, ...]:
     return (_dialogue(fields, "conversations"),)
 
 
-def _messages(fields: _Fields) -> tuple[Conversation, ...]:
+def _messages(fields: Fields) -> tuple[Conversation, ...]:
     return (_dialogue(fields, "messages"),)
 
 
-def _dialogue(fields: _Fields, holder: str) -> Conversation:
+def _dialogue(fields: Fields, holder: str) -> Conversation:
     turns = _turns(fields, holder)
     where = fields.where
     if not any(turn.role == "assistant" for turn in turns):
@@ -212,14 +167,14 @@ def _dialogue(fields: _Fields, holder: str) -> Conversation:
     return Conversation(turns=turns, where=where, unused=_unused_of_turns(fields, holder))
 
 
-def _turns(fields: _Fields, *holders: str) -> tuple[Turn, ...]:
-    items = _items(fields, *holders)
-    turns = tuple(_turn(_Fields(item, f"{fields.where}, turn {number}")) for number, item in items)
+def _turns(fields: Fields, *holders: str) -> tuple[Turn, ...]:
+    items = items_of(fields, *holders)
+    turns = tuple(_turn(Fields(item, f"{fields.where}, turn {number}")) for number, item in items)
     if turns[0].role == "assistant":
         raise DataError(
             f"{fields.where}: the first turn is the assistant's, so nothing asks for it", try_="remove that turn"
         )
-    system = fields.optional_text(*_SYSTEM)
+    system = fields.optional_text(*SYSTEM)
     own = [turn.text for turn in turns if turn.role == "system"]
     if system and own and own[0].strip() != system.strip():
         raise DataError(
@@ -229,10 +184,10 @@ def _turns(fields: _Fields, *holders: str) -> tuple[Turn, ...]:
     return (Turn("system", system, False), *turns) if system and not own else turns
 
 
-def _turn(fields: _Fields) -> Turn:
+def _turn(fields: Fields) -> Turn:
     said_by = fields.text(*_SPEAKER)
     name = said_by.strip().lower()
-    calls = next((key for key in _OF_TOOLS if not _is_empty(fields.record.get(key))), None)
+    calls = next((key for key in OF_TOOLS if not is_empty(fields.record.get(key))), None)
     if name in _TOOLS or calls:
         what = f"calls tools ({calls!r})" if calls else f"is of {fields.has(*_SPEAKER)!r} {said_by!r}"
         raise DataError(
@@ -241,7 +196,7 @@ def _turn(fields: _Fields) -> Turn:
     if name not in _ROLES:
         known = ", ".join(_ROLES)
         raise DataError(f"{fields.where}: {fields.has(*_SPEAKER)!r} is {said_by!r}", try_=f"one of {known}")
-    role, text, mark = _ROLES[name], _words(fields), _mark(fields)
+    role, text, mark = _ROLES[name], _words(fields), mark_of(fields)
     if mark and role != "assistant":
         raise DataError(
             f"{fields.where} is {_whose(role)} and is marked to be learned; the loss is taken on the assistant's turns",
@@ -253,7 +208,7 @@ def _turn(fields: _Fields) -> Turn:
     return Turn(role, text, False)
 
 
-def _words(fields: _Fields) -> str:
+def _words(fields: Fields) -> str:
     """The text of a turn; of a list of parts, theirs one after the other."""
     value = fields.value(*_WORDS)
     if not isinstance(value, list):
@@ -265,7 +220,7 @@ def _part(part: object, where: str) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, Mapping):
-        raise DataError(f"{where}: a part of the content is {_kind(part)}", try_='{"type": "text", "text": "..."}')
+        raise DataError(f"{where}: a part of the content is {kind_of(part)}", try_='{"type": "text", "text": "..."}')
     kind = part.get("type", "text")
     if kind != "text" or not isinstance(part.get("text"), str):
         raise DataError(f"{where} holds a part of type {kind!r}, and only text is trained", try_="records of text")
@@ -277,9 +232,9 @@ def _answer(text: str) -> Turn:
     return Turn("assistant", text, bool(text.strip()))
 
 
-def _opening(fields: _Fields) -> tuple[Turn, ...]:
+def _opening(fields: Fields) -> tuple[Turn, ...]:
     """What stands beside an exchange and was said before it: a system message, and earlier exchanges."""
-    system, history = fields.optional_text(*_SYSTEM), fields.optional("history")
+    system, history = fields.optional_text(*SYSTEM), fields.optional("history")
     turns = [Turn("system", system, False)] if system else []
     if history is None:
         return tuple(turns)
@@ -294,26 +249,9 @@ def _is_exchange(pair: object) -> bool:
     return isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
 
 
-def _mark(fields: _Fields) -> bool | None:
-    """Whether a turn, or a record, is marked to be learned; None where it is not marked."""
-    found: dict[str, bool] = {}
-    for key in _MARKS:
-        value = fields.optional(key)
-        if value is None:
-            continue
-        if value not in (0, 1):  # True and False are equal to these
-            raise DataError(
-                f"{fields.where}: {key!r} is {value!r}, and a turn is learned or not", try_=f"{key!r} of 0, 1 or null"
-            )
-        found[key] = bool(value)
-    if len(set(found.values())) > 1:
-        raise DataError(f"{fields.where}: {' and '.join(map(repr, found))} contradict each other", try_="one of them")
-    return next(iter(found.values()), None)
-
-
-def _unused_of_turns(fields: _Fields, holder: str) -> tuple[str, ...]:
-    known = {*_SPEAKER, *_WORDS, *_MARKS, *_OF_TOOLS}
-    keys = {key: None for _, item in _items(fields, holder) for key, value in item.items() if not _is_empty(value)}
+def _unused_of_turns(fields: Fields, holder: str) -> tuple[str, ...]:
+    known = {*_SPEAKER, *_WORDS, *MARKS, *OF_TOOLS}
+    keys = {key: None for _, item in items_of(fields, holder) for key, value in item.items() if not is_empty(value)}
     return tuple(f"{holder}.{key}" for key in keys if key not in known)
 
 
@@ -325,33 +263,6 @@ def _is_transcript(source: object) -> bool:
     return isinstance(source, str) and HUMAN in source and ASSISTANT in source
 
 
-def _items(fields: _Fields, *keys: str) -> list[tuple[int, Record]]:
-    """The objects listed under a key, numbered from 1. Raises DataError when it is not a list of objects."""
-    items, key, where = fields.value(*keys), fields.has(*keys), fields.where
-    if not isinstance(items, list) or not items:
-        raise DataError(f"{where}: {key!r} must be a list with at least one object, not {_kind(items)}")
-    for number, item in enumerate(items, 1):
-        if not isinstance(item, Mapping):
-            raise DataError(f"{where}: {key!r} item {number} must be an object, not {_kind(item)}")
-    return list(enumerate(items, 1))
-
-
-def _is_empty(value: object) -> bool:
-    """Whether there is nothing to be lost; '[]' is how ShareGPT files write no tools."""
-    if isinstance(value, str):
-        return not value.strip() or value.strip() in ("[]", "{}", "null")
-    return value is None or (isinstance(value, list | tuple | Mapping) and not value)
-
-
-def _not_trained(where: str, key: str) -> DataError:
-    lowered = key.lower()
-    if lowered in _OF_TOOLS:
-        return DataError(f"{where} has {key!r}, and tool calls are not trained yet", try_=f"records without {key!r}")
-    return DataError(
-        f"{where} has {key!r}, of which nothing is made in this format", try_=f"messages, or records without {key!r}"
-    )
-
-
 def _whose(role: Role) -> str:
     return f"the {role}'s"
 
@@ -360,17 +271,7 @@ def _short(text: str) -> str:
     return json.dumps(text if len(text) <= 24 else f"{text[:24]}...", ensure_ascii=False)
 
 
-def _kind(value: object) -> str:
-    names = {type(None): "null", list: "a list", dict: "an object", bool: "true or false", int: "a number"}
-    empty = isinstance(value, list) and not value
-    return "an empty list" if empty else names.get(type(value), type(value).__name__)
-
-
-def _found(record: Record) -> str:
-    return ", ".join(map(str, record)) or "none"
-
-
-_READERS: dict[str, Callable[[_Fields], tuple[Conversation, ...]]] = {
+_READERS: dict[str, Callable[[Fields], tuple[Conversation, ...]]] = {
     "alpaca": _alpaca,
     "input-output": _input_output,
     "oasst": _oasst,

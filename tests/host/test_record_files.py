@@ -247,8 +247,8 @@ def zipped(content: str) -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "said", "made"),
     [
-        ("d.jsonl.gz", gzip.compress(LINES.encode()), "is compressed with gzip", "d.jsonl"),
-        ("d 1.jsonl", gzip.compress(LINES.encode()), "is compressed with gzip", "d 1.jsonl.unpacked"),
+        ("d.jsonl.gz", gzip.compress(LINES.encode(), mtime=0), "is compressed with gzip", "d.jsonl"),
+        ("d 1.jsonl", gzip.compress(LINES.encode(), mtime=0), "is compressed with gzip", "d 1.jsonl.unpacked"),
         ("d.jsonl.xz", lzma.compress(LINES.encode()), "is compressed with xz", "d.jsonl"),
         ("d.jsonl.bz2", bz2.compress(LINES.encode()), "is compressed with bzip2", "d.jsonl"),
         ("d.zip", zipped(LINES), "is a zip archive", "inside.jsonl"),
@@ -278,7 +278,7 @@ def test_the_command_that_is_named_makes_a_file_that_is_read(
     ("name", "content", "said", "command"),
     [
         ("d.zst", b"\x28\xb5\x2f\xfd", "is compressed with zstd", "unzstd -k d.zst"),
-        ("d.tar.gz", gzip.compress(b"x"), "is compressed with gzip", "tar -xf d.tar.gz"),
+        ("d.tar.gz", gzip.compress(b"x", mtime=0), "is compressed with gzip", "tar -xf d.tar.gz"),
         ("d.xlsx", zipped(""), "is a spreadsheet", "save it as CSV in UTF-8"),
         ("d.pkl", pickle.dumps(ROWS), "is a Python pickle, which may run code", "python3 -c 'import pandas; "),
     ],
