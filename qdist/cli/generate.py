@@ -5,9 +5,10 @@ from pathlib import Path
 
 import click
 
-from qdist.core.errors import DataError, RunError
+from qdist.core.errors import RunError
 from qdist.core.units import parse_bytes
 from qdist.host.modules import run_module
+from qdist.host.prompts import read_prompts
 from qdist.host.targets import check_target
 
 
@@ -36,10 +37,7 @@ def generate(
     """
     if os.path.lexists(out):
         raise RunError(f"{out} exists", try_="another --out")
-    if not Path(prompts).is_file():
-        raise DataError(
-            f"no file {prompts}", try_="a text file with one prompt a line, or JSONL with prompt or messages"
-        )
+    read_prompts(Path(prompts))
     options = ["--prompts", prompts, "--out", out, "--max-new-tokens", str(max_new_tokens), "--batch", str(batch)]
     if max_memory is not None:
         options += ["--max-memory-bytes", str(parse_bytes(max_memory))]

@@ -1,194 +1,133 @@
-"""Where raw records come from: files, folders of files, and the hub."""
+"""Where raw records come from: files, folders of files, and the hub.
 
-import csv
+`datasets` would read all of them, but not say the line of a record that cannot be used, and importing it takes seconds.
+"""
+
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import os
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from qdist.core.errors import DataError, MachineError, nearest
+from qdist.host.record_files import SUFFIXES, check_file, file_digest, file_records, refuse_special
+from qdist.host.record_folders import Chosen, choose_files
+from qdist.host.record_types import Located, library_failures, readable
 
-Record = dict[str, object]
-Located = tuple[str, Record]
-"""'file.jsonl:17' or 'file.json, record 3', and the record there."""
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^/\s]+)?")
+_WEB = re.compile(r"(https?|hf|s3|gs)://(\S+)")
+_HUB_PAGE = re.compile(r"(?:huggingface\.co/)?datasets/([\w.-]+/[\w.-]+)/?")
+_VERY_CLOSE = 0.8
+"""Likeness of names at which one without a suffix means the file here and not a data set of the hub."""
 
 
 def read_records(source: str) -> Iterator[Located]:
     """The records of a file, of a folder of files, or of a hub data set ('owner/name' or 'owner/name:split').
 
-    Raises DataError when the source is missing or empty, or at the first record that cannot be read.
+    A record that cannot be read comes as a DataError in its place, and the next follows. Raises DataError when the
+    source is missing or empty, or a file cannot be read as a whole or has no good record.
     """
-    files = _files(source)
-    if files is None:
+    chosen = _chosen(source)
+    if chosen is None:
         return _hub_records(source)
-    return (located for path in files for located in _file_records(path))
+    return (located for path in chosen.files for located in file_records(path))
 
 
 def check_source(source: str) -> None:
-    """Raise DataError now for files that are missing or of an unknown kind; a hub data set is asked for later."""
-    _files(source)
+    """Raise DataError now for what a look at the files' beginnings shows; a hub data set is asked for later."""
+    for path in (_chosen(source) or Chosen(())).files:
+        check_file(path)
+
+
+def source_notes(source: str) -> tuple[str, ...]:
+    """Which of a folder's files are read and which left out; empty for one file, or a hub data set."""
+    chosen, folder = _chosen(source), _path(source)
+    return chosen.notes(folder) if chosen and folder.is_dir() else ()
 
 
 def source_digest(source: str) -> str:
     """The sha256 of the files' contents, or of the hub data set's name and revision: equal means equal records."""
     digest = hashlib.sha256()
-    files = _files(source)
-    if files is None:
+    chosen = _chosen(source)
+    if chosen is None:
         name, split = _hub_name(source)
         digest.update(json.dumps([name, split, _hub_revision(name)]).encode())
         return digest.hexdigest()
-    for path in files:
-        with path.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256")
-        digest.update(f"{path.suffix.lower()} {content.hexdigest()}\n".encode())
+    for path in chosen.files:
+        digest.update(f"{file_digest(path)}\n".encode())
     return digest.hexdigest()
 
 
-def _files(source: str) -> list[Path] | None:
-    """The files that `source` names, sorted; None when it names a hub data set."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _folder_files(path)
-    if path.is_file():
-        _reader(path)
-        if path.stat().st_size == 0:
-            raise DataError(f"{path} holds no record (0 bytes)")
-        return [path]
-    if _means_a_file(source, path):
-        raise _missing(path)
+def _path(source: str) -> Path:
+    return Path(os.path.expanduser(source))  # Path.expanduser raises for a user that there is not
+
+
+def _chosen(source: str) -> Chosen | None:
+    """The files that `source` names; None when it names a hub data set."""
+    if not source.strip():
+        raise DataError("no data was named", try_="--data FILE")
+    path = _path(source)
+    with readable(path):
+        if path.is_dir():
+            return choose_files(path)
+        if path.exists() or path.is_symlink():
+            refuse_special(path)
+            return Chosen((path,))
+        if web := _WEB.fullmatch(source):
+            raise _on_the_web(source, web.group(2))
+        if _means_a_file(source, path):
+            raise _missing(path)
     return None
 
 
-def _folder_files(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in _READERS)
-    if not files:
-        raise DataError(f"{folder} holds no data file", try_=f"files that end in {', '.join(_READERS)}")
-    return files
+def _on_the_web(source: str, address: str) -> DataError:
+    page = _HUB_PAGE.match(address)
+    fetch = f"--data {page.group(1)}" if page else f"curl -LO {quote(source)}"
+    return DataError(f"{source} is an address; data is a file or folder here, or owner/name on the hub", try_=fetch)
 
 
 def _means_a_file(source: str, path: Path) -> bool:
     """Whether a name that does not exist was meant as a file rather than as 'owner/name' on the hub."""
-    rooted = source.startswith(("/", ".", "~")) or source.count("/") > 1
-    in_a_folder = path.parent != Path() and path.parent.is_dir()
-    suffixed = path.suffix.lower() in _READERS or ("/" not in source and path.suffix != "")
-    return rooted or in_a_folder or suffixed
+    rooted = source.startswith(("/", ".", "~")) or not _HUB_NAME.fullmatch(source)
+    in_a_folder = path.parent != Path() and path.parent.exists()
+    suffixed = path.suffix.lower() in SUFFIXES or ("/" not in source and path.suffix != "")
+    return rooted or in_a_folder or suffixed or _like_a_file_here(path)
+
+
+def _like_a_file_here(path: Path) -> bool:
+    if path.parent != Path():
+        return False
+    names = [name for sibling in Path().iterdir() for name in (sibling.name, sibling.stem)]
+    return bool(get_close_matches(path.name, names, n=1, cutoff=_VERY_CLOSE))
 
 
 def _missing(path: Path) -> DataError:
-    if not path.parent.is_dir():
-        return DataError(f"{path} does not exist, nor does its folder {path.parent}")
-    close = nearest(path.name, (sibling.name for sibling in path.parent.iterdir()))
-    return DataError(f"{path} does not exist", try_=str(path.with_name(close)) if close else "")
+    close = _nearest_path(path)
+    if path.parent.is_dir():
+        return DataError(f"{path} does not exist", try_=close or f"ls {quote(str(path.parent))}")
+    if path.parent.exists():
+        return DataError(f"{path} does not exist: {path.parent} is a file, not a folder", try_=str(path.parent))
+    above = next(folder for folder in path.parents if folder.is_dir())
+    message = f"{path} does not exist, nor does its folder {path.parent}"
+    return DataError(message, try_=close or f"ls {quote(str(above))}")
 
 
-def _reader(path: Path) -> Callable[[Path], Iterator[Located]]:
-    suffix = path.suffix.lower()
-    if suffix not in _READERS:
-        told = f"ends in {suffix}" if suffix else "has no suffix"
-        raise DataError(f"{path} {told}, so its format is unknown", try_=f"one of {', '.join(_READERS)}")
-    return _READERS[suffix]
-
-
-def _file_records(path: Path) -> Iterator[Located]:
-    count = 0
-    for located in _reader(path)(path):
-        count += 1
-        yield located
-    if not count:
-        raise DataError(f"{path} holds no record ({path.stat().st_size} bytes)")
-
-
-def _json_records(path: Path) -> Iterator[Located]:
-    """A JSON array; a file that starts otherwise is read as JSON lines, which many '.json' files are."""
-    text = _text(path)
-    if not text.lstrip().startswith("["):
-        yield from _line_records(path)
-        return
-    for number, item in enumerate(_parse(text, path, first_line=1), 1):
-        where = f"{path}, record {number}"
-        yield where, _object(item, where)
-
-
-def _line_records(path: Path) -> Iterator[Located]:
-    for number, line in enumerate(_lines(path), 1):
-        if line.strip():
-            where = f"{path}:{number}"
-            yield where, _object(_parse(line, path, first_line=number), where)
-
-
-def _parse(text: str, path: Path, *, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"{path}:{first_line + error.lineno - 1}:{error.colno}"
-        reason = error.msg.removesuffix(" at")  # json's own sentence ends with the position
-        raise DataError(
-            f"{where}: invalid JSON: {reason}", try_="one whole JSON value there, its strings closed"
-        ) from error
-
-
-def _object(item: object, where: str) -> Record:
-    if not isinstance(item, dict):
-        raise DataError(f"{where}: a record must be a JSON object, not {type(item).__name__}")
-    return item
-
-
-def _text(path: Path) -> str:
-    return "".join(_lines(path))
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines end at a newline only: U+2028 and its like may stand inside a JSON string."""
-    with path.open(encoding="utf-8-sig", newline="\n") as stream:
-        try:
-            yield from stream
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8: {error.reason}", try_="iconv -t UTF-8") from error
-
-
-def _csv_records(path: Path) -> Iterator[Located]:
-    return _table_records(path, delimiter=",")
-
-
-def _tsv_records(path: Path) -> Iterator[Located]:
-    return _table_records(path, delimiter="\t")
-
-
-def _table_records(path: Path, *, delimiter: str) -> Iterator[Located]:
-    rows = csv.reader(_lines(path), delimiter=delimiter, strict=True)
-    try:
-        header = next(rows, [])
-        start = rows.line_num + 1
-        for row in rows:
-            if row:
-                yield f"{path}:{start}", _row(header, row, f"{path}:{start}")
-            start = rows.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}:{rows.line_num}: {error}") from error
-
-
-def _row(header: list[str], row: list[str], where: str) -> Record:
-    if len(row) != len(header):
-        raise DataError(f"{where}: {len(row)} fields, but the header names {len(header)}")
-    return dict(zip(header, row, strict=True))
-
-
-def _parquet_records(path: Path) -> Iterator[Located]:
-    try:
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise MachineError(f"{path} needs the package pyarrow", try_="pip install pyarrow") from error
-    number = 0
-    try:
-        for batch in ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}, record {number}", row
-    except ArrowInvalid as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error}") from error
+def _nearest_path(path: Path) -> str:
+    """A path that exists, each mistyped part of it replaced by the nearest name; empty where nothing is close."""
+    found = Path(path.anchor)
+    for part in path.relative_to(path.anchor).parts:
+        if (found / part).exists():
+            found /= part
+        elif found.is_dir() and (close := nearest(part, (sibling.name for sibling in found.iterdir()))):
+            found /= close
+        else:
+            return ""
+    return str(found)
 
 
 def _hub_name(source: str) -> tuple[str, str]:
@@ -199,9 +138,11 @@ def _hub_name(source: str) -> tuple[str, str]:
 def _hub_records(source: str) -> Iterator[Located]:
     name, split = _hub_name(source)
     with _hub(name) as datasets:
-        rows = datasets.load_dataset(name, split=split)
-    for number, row in enumerate(rows, 1):
-        yield f"{source}, record {number}", dict(row)
+        number = 0
+        for number, row in enumerate(datasets.load_dataset(name, split=split), 1):
+            yield f"{source}, record {number}", dict(row)
+        if not number:
+            raise DataError(f"{source} holds no record", try_="another split, as in owner/name:split")
 
 
 def _hub_revision(name: str) -> str:
@@ -212,23 +153,14 @@ def _hub_revision(name: str) -> str:
 
 @contextmanager
 def _hub(name: str) -> Iterator[Any]:
-    """The package datasets, with what it raises about `name` told as a DataError."""
+    """The package datasets, with what it and its HTTP client raise about `name` told as a DataError."""
     try:
         import datasets
+        import httpx
     except ImportError as error:
         message = f"{name} is no file here, and the hub needs the package datasets"
         raise MachineError(message, try_="pip install datasets") from error
-    try:
+    message = f"{name} is no file here, and the hub did not give it"
+    own = (datasets.exceptions.DatasetsError, httpx.HTTPError)
+    with library_failures(message, *own, try_="a file or folder, or owner/name:split"):
         yield datasets
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        message = f"{name} is no file here, and the hub did not give it: {str(error).partition(chr(10))[0]}"
-        raise DataError(message, try_="a file or folder, or owner/name:split") from error
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
-    ".json": _json_records,
-    ".jsonl": _line_records,
-    ".csv": _csv_records,
-    ".tsv": _tsv_records,
-    ".parquet": _parquet_records,
-}

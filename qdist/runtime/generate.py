@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from qdist.core.conversation import Conversation
-from qdist.core.errors import QdistError
 from qdist.host.files import write_atomic
+from qdist.host.prompts import read_prompts
 from qdist.host.rundir import PLAN, RunDir
 from qdist.runtime.chat import chat
 from qdist.runtime.complete import complete, text_of
 from qdist.runtime.load import open_model
-from qdist.runtime.prompts import Speech, encode_prompts, read_prompts, speech_of
+from qdist.runtime.prompts import Speech, encode_prompts, speech_of
 from qdist.runtime.quiet import quiet
 from qdist.runtime.work_folder import reserved
 
@@ -138,18 +138,12 @@ def main() -> None:
     parser.add_argument("--max-memory-bytes", type=int)
     given = parser.parse_args()
     quiet()
-    try:
-        shared: dict[str, Any] = {
-            "max_new_tokens": given.max_new_tokens, "max_memory_bytes": given.max_memory_bytes,
-        }  # fmt: skip
-        if given.what == "chat":
-            chat(given.target, system=given.system, **shared)
-        else:
-            count = generate_file(given.target, given.prompts, given.out, batch=given.batch, **shared)
-            print(f"{count} answers in {given.out}")
-    except QdistError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    shared: dict[str, Any] = {"max_new_tokens": given.max_new_tokens, "max_memory_bytes": given.max_memory_bytes}
+    if given.what == "chat":
+        chat(given.target, system=given.system, **shared)
+    else:
+        count = generate_file(given.target, given.prompts, given.out, batch=given.batch, **shared)
+        print(f"{count} answers in {given.out}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from qdist.core import demo
 from qdist.core.errors import QdistError
 from qdist.core.facts import from_config
 from qdist.core.gptq import Gptq
@@ -20,6 +21,7 @@ from qdist.core.spec import RunSpec
 from qdist.host.checkpoints import gptq_of
 from qdist.host.files import cache_dir, locked, publish_folder, write_atomic
 from qdist.host.fingerprints import fingerprint
+from qdist.host.records import source_notes
 from qdist.host.sources import locate
 from qdist.runtime.quiet import quiet
 
@@ -95,7 +97,13 @@ def prepare(spec: RunSpec) -> Prepared:
             records=summary.records,
             wording=summary.wording,
         ),
-        notes=(*repaired.notes, *filter(None, (packed.note,)), *summary.notes, *filter(None, (kept_note,))),
+        notes=(
+            *_left_out(spec),
+            *repaired.notes,
+            *filter(None, (packed.note,)),
+            *summary.notes,
+            *filter(None, (kept_note,)),
+        ),
     )
 
 
@@ -115,6 +123,11 @@ def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple
     paths = [name.removesuffix(".weight") for name in shape.linears]
     require_packed(spec, gptq, from_config(config, name=spec.model), paths)
     return check.checked(packed, shape, gptq), Packed(packed)
+
+
+def _left_out(spec: RunSpec) -> tuple[str, ...]:
+    """Files of a data folder that are not trained on."""
+    return () if spec.data == demo.NAME else source_notes(spec.data)
 
 
 def _keep_tokenizer(tokenizer: Any) -> Path:

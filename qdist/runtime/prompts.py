@@ -1,15 +1,12 @@
-"""Prompts from a file, read as training data is, and what answers them: a tokenizer and the wording it goes with."""
+"""What prompts become and what answers them: a tokenizer, and the wording that a model was trained in."""
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from qdist.core.bad_records import BadRecords
-from qdist.core.conversation import Conversation, Turn, Wording
+from qdist.core.conversation import Conversation, Wording
 from qdist.core.errors import DataError, ModelError
 from qdist.core.facts import from_config
-from qdist.core.records import asked
-from qdist.host.records import holds_records, read_records, read_text_lines
 from qdist.host.rundir import RunDir
 from qdist.host.sources import locate, read_json
 from qdist.runtime.load import answering_plan, load_tokenizer
@@ -51,42 +48,6 @@ def _positions(config: dict[str, Any], name: str) -> int | None:
         return from_config(config, name=name).max_positions
     except ModelError:  # a family whose shapes are not known; it can be talked to all the same
         return None
-
-
-def read_prompts(path: Path) -> list[Conversation]:
-    """What a file asks: of a text file each line, of data files each record with `prompt`, `messages` and their like.
-
-    Raises DataError naming file and line; once for all prompts that cannot be used.
-    """
-    if not path.is_file():
-        raise DataError(f"no file {path}", try_="a text file with one prompt a line, or JSONL with prompt or messages")
-    found, bad, total = list[Conversation](), BadRecords(), 0
-    for prompt in _prompts(path):
-        total += 1
-        if isinstance(prompt, DataError):
-            bad.add(prompt)
-        else:
-            found.append(prompt)
-    bad.raise_any(total, what="prompts")
-    if not found:
-        raise DataError(f"{path} holds no prompt", try_="a text file with one prompt a line")
-    return found
-
-
-def _prompts(path: Path) -> Iterator[Conversation | DataError]:
-    if not holds_records(path):
-        for where, line in read_text_lines(path):
-            if line.strip():
-                yield Conversation(turns=(Turn("user", line, False),), where=where)
-        return
-    for where, record in read_records(str(path)):
-        if isinstance(record, DataError):
-            yield record
-            continue
-        try:
-            yield asked(record, where=where)
-        except DataError as error:
-            yield error
 
 
 def encode_prompts(prompts: Sequence[Conversation], speech: Speech) -> list[list[int]]:

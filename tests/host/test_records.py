@@ -1,4 +1,4 @@
-"""Every way of keeping records on a disk gives the same records, with their places."""
+"""Where records come from: files, the hub, and what a mistyped name means."""
 
 import json
 import sys
@@ -9,119 +9,123 @@ from pathlib import Path
 import pytest
 
 from qdist.core.errors import DataError
-from qdist.host.records import read_records, source_digest
-
-ROWS = [{"input": "a, b", "output": 'say "c"\nand d'}, {"input": "é\u2028", "output": "x"}]
-CSV = 'input,output\n"a, b","say ""c""\nand d"\né\u2028,x\n'
+from qdist.host.records import check_source, read_records, source_digest, source_notes
 
 
 def write(path: Path, content: str) -> Path:
-    path.write_bytes(content.encode())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
     return path
 
 
-def json_lines(rows: list[dict[str, str]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def refusal(source: str) -> DataError:
+    """What every question about a source ends with."""
+    told = []
+    for ask in (read_records, check_source, source_digest, source_notes):
+        with pytest.raises(DataError) as caught:
+            ask(source)
+        told.append(caught.value)
+    assert len({str(error) for error in told}) == 1
+    return told[0]
+
+
+def test_a_bad_record_is_handed_on_in_its_place(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", '{"text": "a"}\n5\n{"text": "b"}\n')
+    check_source(str(path))
+    (_, first), (where, bad), (_, last) = read_records(str(path))
+    assert (first, where, last) == ({"text": "a"}, f"{path}:2", {"text": "b"})
+    assert isinstance(bad, DataError)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "places"),
+    ("content", "said"),
     [
-        ("d.json", json.dumps(ROWS, indent=1), [", record 1", ", record 2"]),
-        ("d.jsonl", json_lines(ROWS), [":1", ":2"]),
-        ("d.jsonl", json_lines(ROWS).replace("\n", "\r\n"), [":1", ":2"]),
-        ("d.jsonl", "\ufeff\n" + json_lines(ROWS), [":2", ":3"]),
-        ("d.json", json_lines(ROWS), [":1", ":2"]),
-        ("d.csv", CSV, [":2", ":4"]),
-        ("D.CSV", CSV, [":2", ":4"]),
-        ("d.tsv", CSV.replace("input,output", "input\toutput").replace("d\"\né\u2028,", "d\"\né\u2028\t")
-         .replace('"a, b",', '"a, b"\t'), [":2", ":4"]),
+        ("", "holds no record (0 bytes)"),
+        ("plain text\n", "is text that starts with"),
+        ("5\n", "is text that starts with '5'"),
+        ('{"version": 1}', "is one JSON object with keys version"),
+        ("[1]", "is text that starts with '[1]'"),
     ],
-)  # fmt: skip
-def test_each_text_format_gives_the_records_and_their_places(
-    tmp_path: Path, name: str, content: str, places: list[str]
+)
+def test_what_a_look_at_the_beginning_shows_is_refused_before_anything_starts(
+    tmp_path: Path, content: str, said: str
 ) -> None:
-    path = write(tmp_path / name, content)
-    assert list(read_records(str(path))) == [(f"{path}{place}", row) for place, row in zip(places, ROWS, strict=True)]
+    path = str(write(tmp_path / "d", content))
+    with pytest.raises(DataError) as caught:
+        check_source(path)
+    assert said in caught.value.message
+    source_digest(path)  # leaves the telling to what reads
 
 
-def test_parquet_gives_the_records_and_their_places(tmp_path: Path) -> None:
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    path = tmp_path / "d.parquet"
-    parquet.write_table(arrow.Table.from_pylist(ROWS), path)
-    assert list(read_records(str(path))) == [(f"{path}, record 1", ROWS[0]), (f"{path}, record 2", ROWS[1])]
-
-
-def test_a_folder_gives_the_records_of_its_files_in_order(tmp_path: Path) -> None:
-    write(tmp_path / "b.jsonl", json_lines(ROWS[1:]))
-    write(tmp_path / "a.json", json.dumps(ROWS[:1]))
-    write(tmp_path / "README.md", "about the data")
-    assert [row for _, row in read_records(str(tmp_path))] == ROWS
+def test_a_damaged_parquet_file_is_refused_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match="is not a readable Parquet file: its end is missing"):
+        check_source(str(write(tmp_path / "d.parquet", "PAR1 and no more")))
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("source", "said", "tried"),
     [
-        ("d.json", '[\n {"a": 1},\n {"a": ]', "d.json:3:8: invalid JSON: Expecting value"),
-        ("d.jsonl", '{"a": 1}\n{"a" 2}\n', "d.jsonl:2:6: invalid JSON: Expecting ':' delimiter"),
-        ("d.jsonl", "5\n", "d.jsonl:1: a record must be a JSON object, not int"),
-        ("d.json", "[{}, 5]", "d.json, record 2: a record must be a JSON object, not int"),
-        ("d.json", "", "d.json holds no record (0 bytes)"),
-        ("d.json", "[]", "d.json holds no record (2 bytes)"),
-        ("d.jsonl", "\n\n", "d.jsonl holds no record (2 bytes)"),
-        ("d.csv", "input,output\n", "d.csv holds no record (13 bytes)"),
-        ("d.csv", "input,output\na\n", "d.csv:2: 1 fields, but the header names 2"),
-        ("d.csv", 'input,output\n"a', "d.csv:2: unexpected end of data"),
-        ("d.parquet", "PAR", "d.parquet is not a readable Parquet file"),
-        ("d.txt", "a", "d.txt ends in .txt, so its format is unknown"),
-        ("d", "a", "d has no suffix, so its format is unknown"),
+        ("data/my-fiel.jsonl", "data/my-fiel.jsonl does not exist", "data/my-file.jsonl"),
+        ("data/my-fiel", "data/my-fiel does not exist", "data/my-file.jsonl"),
+        ("dta/my-file.jsonl", "dta/my-file.jsonl does not exist, nor does its folder dta", "data/my-file.jsonl"),
+        ("data/zzz", "data/zzz does not exist", "ls data"),
+        ("data/my-file.jsonl:train", "data/my-file.jsonl:train does not exist", "data/my-file.jsonl"),
+        ("data/my-file.jsonl/x", "data/my-file.jsonl is a file, not a folder", "data/my-file.jsonl"),
+        ("trian.jsonl", "trian.jsonl does not exist", "train.jsonl"),
+        ("train", "train does not exist", "train.jsonl"),
+        ("trainn", "trainn does not exist", "train.jsonl"),
+        ("dat", "dat does not exist", "data"),
+        ("absent.txt", "absent.txt does not exist", "ls ."),
+        ("./absent", "absent does not exist", "ls ."),
+        ("nowhere/at/all.jsonl", "nowhere/at/all.jsonl does not exist, nor does its folder nowhere/at", "ls ."),
+        ("~nobody-at-all/x.jsonl", "nor does its folder ~nobody-at-all", "ls ."),
+        ("", "no data was named", "--data FILE"),
+        (" ", "no data was named", "--data FILE"),
+        ("two words", "two words does not exist", "ls ."),
+        ("x" * 999, "cannot be read: File name too long", f"ls -ld {'x' * 999}"),
+        ("https://huggingface.co/datasets/owner/name/viewer", "is an address", "--data owner/name"),
+        ("hf://datasets/owner/name", "is an address", "--data owner/name"),
+        ("https://a.b/c d.jsonl", "does not exist", "ls ."),
+        ("https://a.b/c.jsonl?x&y", "is an address", "curl -LO 'https://a.b/c.jsonl?x&y'"),
     ],
 )
-def test_what_cannot_be_read_is_refused_with_its_place(tmp_path: Path, name: str, content: str, said: str) -> None:
-    path = write(tmp_path / name, content)
-    with pytest.raises(DataError) as caught:
-        list(read_records(str(path)))
-    assert said in caught.value.message
+def test_a_name_that_means_a_file_is_never_asked_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, said: str, tried: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.chdir(tmp_path)
+    write(Path("data/my-file.jsonl"), "{}")
+    write(Path("train.jsonl"), "{}")
+    error = refusal(source)
+    assert said in error.message
+    assert error.try_ == tried
 
 
-def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "d.csv").write_bytes("input,output\né,b\n".encode("latin-1"))
-    with pytest.raises(DataError, match="is not UTF-8"):
-        list(read_records(str(tmp_path / "d.csv")))
+def test_a_broken_link_is_told_as_one(tmp_path: Path) -> None:
+    (tmp_path / "link.jsonl").symlink_to("gone.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    for name, said in (("link", "is a link to gone.jsonl, which does not exist"), ("loop", "symbolic links")):
+        with pytest.raises(DataError, match=said):
+            check_source(str(tmp_path / f"{name}.jsonl"))
 
 
-def test_an_unknown_suffix_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(DataError) as caught:
-        read_records(str(write(tmp_path / "d.xlsx", "")))
-    assert caught.value.try_ == "one of .json, .jsonl, .csv, .tsv, .parquet"
+def test_what_the_system_keeps_from_reading_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "d.jsonl", "{}")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match="cannot be read: Permission denied"):
+        check_source(str(path))
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DataError, match="cannot be read: Permission denied"):
+        check_source(str(tmp_path))
 
 
-def test_a_missing_file_names_the_nearest_one(tmp_path: Path) -> None:
-    write(tmp_path / "train.jsonl", "{}")
-    with pytest.raises(DataError) as caught:
-        read_records(str(tmp_path / "trian.jsonl"))
-    assert caught.value.message == f"{tmp_path / 'trian.jsonl'} does not exist"
-    assert caught.value.try_ == str(tmp_path / "train.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("source", "said"),
-    [
-        ("nowhere/at/all.jsonl", "nor does its folder nowhere/at"),
-        ("absent-data.txt", "absent-data.txt does not exist"),
-        ("absent-data.jsonl", "absent-data.jsonl does not exist"),
-        ("./absent", "absent does not exist"),
-    ],
-)
-def test_a_name_that_means_a_file_is_never_asked_of_the_hub(source: str, said: str) -> None:
-    with pytest.raises(DataError) as caught:
-        read_records(source)
-    assert said in caught.value.message
-
-
-def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no data file"):
-        read_records(str(tmp_path))
+def test_a_device_is_refused_and_not_waited_for() -> None:
+    assert "is not a regular file" in refusal("/dev/null").message
 
 
 class FakeHub(types.ModuleType):
@@ -135,7 +139,7 @@ class FakeHub(types.ModuleType):
     def load_dataset(self, name: str, *, split: str) -> Iterator[dict[str, str]]:
         if name == "owner/other":
             raise ConnectionError(f"Couldn't reach {name}\nmore")
-        return iter([{"text": split}])
+        return iter([] if split == "empty" else [{"text": split}])
 
     def load_dataset_builder(self, name: str) -> types.SimpleNamespace:
         return types.SimpleNamespace(hash=f"{name}@{self.revision}")
@@ -161,11 +165,29 @@ def test_what_the_hub_does_not_have_is_refused_with_its_reason(hub: FakeHub) -> 
     assert caught.value.message.endswith("the hub did not give it: Couldn't reach owner/other")
 
 
+def test_a_hub_data_set_without_rows_is_refused(hub: FakeHub) -> None:
+    with pytest.raises(DataError, match="owner/name:empty holds no record"):
+        list(read_records("owner/name:empty"))
+
+
+def test_nothing_is_noted_of_one_file_or_a_hub_data_set(tmp_path: Path, hub: FakeHub) -> None:
+    assert source_notes(str(write(tmp_path / "d.jsonl", "{}"))) == source_notes("owner/name") == ()
+
+
 def test_the_digest_follows_the_contents_and_not_the_name(tmp_path: Path) -> None:
-    one, same = write(tmp_path / "a.jsonl", "{}"), write(tmp_path / "b.jsonl", "{}")
-    other, table = write(tmp_path / "c.jsonl", "{} "), write(tmp_path / "d.csv", "{}")
+    one, same = write(tmp_path / "a.jsonl", "{}"), write(tmp_path / "b.txt", "{}")
+    other, table = write(tmp_path / "c.jsonl", "{} "), write(tmp_path / "d.csv", "text\n{}")
     assert source_digest(str(one)) == source_digest(str(same))
     assert len({source_digest(str(path)) for path in (one, other, table, tmp_path)}) == 4
+
+
+def test_the_digest_of_a_folder_follows_the_files_that_are_read(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", json.dumps({"text": "a"}))
+    alone = source_digest(str(tmp_path))
+    write(tmp_path / "test.jsonl", json.dumps({"text": "b"}))
+    assert source_digest(str(tmp_path)) == alone
+    write(tmp_path / "train2.jsonl", json.dumps({"text": "c"}))
+    assert source_digest(str(tmp_path)) != alone
 
 
 def test_the_digest_of_a_hub_data_set_follows_its_revision(hub: FakeHub) -> None:

@@ -99,7 +99,7 @@ def test_a_run_over_raw_text_is_prompted_as_it_was_trained(transcript: RunDir) -
 
 
 def test_padding_is_no_row_of_the_vocabulary(tmp_path: Path) -> None:
-    """Neither where there is no pad, nor where it lies behind the embedding: PEFT loads the adapter on the base as it is."""
+    """Neither where there is none, nor where it lies behind the embedding: PEFT loads the adapter on the plain base."""
     behind = tiny_tokenizer(CHATML, bos=False)
     behind.add_special_tokens({"pad_token": "<pad>"})
     for name, tokenizer, rows in (
