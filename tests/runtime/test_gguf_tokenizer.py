@@ -93,7 +93,8 @@ def vocabulary_of(tokenizer: Any, folder: Path, *, rows: int = 330, **config: An
 
 def exported(family: str, folder: Path, *, rows: int = 330, **changes: Any) -> Path:
     """A whole model with the tokenizer of a folder, in a folder where no reader finds the tokenizer's own files."""
-    model = tiny_model(family, vocab_size=rows, head_dim=128 if family == "qwen3" else 16, **changes)
+    own = {"head_dim": 128, "num_key_value_heads": 2} if family == "qwen3" else {"head_dim": 16}
+    model = tiny_model(family, vocab_size=rows, **{**own, **changes})
     out = folder / "written" / "model.gguf"
     out.parent.mkdir()
     write_gguf(out, tensors_of(model), config=config_of(model), tokenizer=folder, name="tiny", kind="f16")
