@@ -28,7 +28,8 @@ def chat(target: str, *, max_new_tokens: int, system: str, max_memory_bytes: int
     if opening:
         _encoded((*opening, Turn("user", "?", False)), speech, where="--system")
     opened = open_model(target, tokens=ROOM_TOKENS, max_memory_bytes=max_memory_bytes, needs_tokenizer=True)
-    print(opened.where, file=sys.stderr, flush=True)
+    for line in filter(None, (opened.where, speech.note)):
+        print(line, file=sys.stderr, flush=True)
     print("type a message; /help tells the commands, an empty line leaves", flush=True)
     turns = opening
     while (text := _typed()) not in ("", "/quit"):

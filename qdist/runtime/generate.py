@@ -57,7 +57,8 @@ def _answer(
     most = _most_new(speech, encoded, max_new_tokens)
     tokens = batch * (max(map(len, encoded)) + most)
     opened = open_model(target, tokens=tokens, max_memory_bytes=cap, needs_tokenizer=True)
-    print(opened.where, file=sys.stderr, flush=True)
+    for line in filter(None, (opened.where, speech.note)):
+        print(line, file=sys.stderr, flush=True)
     if kept.answers:
         print(f"{len(kept.answers)} of {len(encoded)} answers are there already", file=sys.stderr, flush=True)
     for start in range(0, len(order), batch):

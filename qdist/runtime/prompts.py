@@ -7,6 +7,7 @@ from qdist.core.bad_records import BadRecords
 from qdist.core.conversation import Conversation, Wording
 from qdist.core.errors import DataError, ModelError
 from qdist.core.facts import from_config
+from qdist.host.adapters import step_note
 from qdist.host.rundir import RunDir
 from qdist.host.sources import locate, read_json
 from qdist.runtime.load import answering_plan, load_tokenizer
@@ -23,6 +24,8 @@ class Speech(NamedTuple):
     wording: Wording
     positions: int | None
     """Tokens that a prompt and its answer may have together; None where nothing says."""
+    note: str = ""
+    """Which step's adapter answers, where that is not the last."""
 
 
 def speech_of(target: str) -> Speech:
@@ -34,7 +37,8 @@ def speech_of(target: str) -> Speech:
     if run.exists():
         plan = answering_plan(run, needs_tokenizer=True)
         tokenizer = load_tokenizer(plan.source)
-        return Speech(tokenizer, plan.wording or usual_wording(tokenizer), plan.facts.max_positions)
+        wording = plan.wording or usual_wording(tokenizer)
+        return Speech(tokenizer, wording, plan.facts.max_positions, step_note(run))
     folder = materialize(locate(target))
     tokenizer = open_tokenizer_of(folder, target)
     config = read_json(folder / "config.json")

@@ -24,6 +24,7 @@ def handed_on(monkeypatch: pytest.MonkeyPatch, command: str, *options: str) -> t
     for module in (chat, generate):
         monkeypatch.setattr(module, "run_module", run_module)
         monkeypatch.setattr(module, "check_target", lambda name: None)
+    monkeypatch.setattr(generate, "read_prompts", lambda path: [])
     if command == "chat":
         result = CliRunner().invoke(chat.chat, ["run", *options])
     else:
