@@ -91,10 +91,9 @@ def _warmup(now: Flat, _: Flat) -> Iterator[SpecError]:
 
 def _verified(now: Flat, _: Flat) -> Iterator[SpecError]:
     if now["train.verify_steps"] and now["placement"] != "shard":
-        ways: list[Change] = [{"placement": "shard"}, {"train.verify_steps": 0}]
         yield SpecError(
             f"train.verify_steps={now['train.verify_steps']} compares the bytes of a sharded backbone",
-            ways=ways if now["placement"] is None else ways[::-1],
+            ways=[{"train.verify_steps": 0}, {"placement": "shard"}],
         )
 
 

@@ -195,7 +195,7 @@ def test_the_placement_can_be_named(arguments: tuple[str, ...], layout: str) -> 
         ((*SMALL, "--gpus-per-group", "3", "--set", "steps=1"), "error: gpus_per_group=3, but 2 CPU ranks cannot be "
          "divided so\n  try: --gpus-per-group 2\n"),
         ((*SMALL, "--set", "train.verify_steps=5"), "error: train.verify_steps=5 compares the bytes of a sharded "
-         "backbone\n  try: --placement shard\n"),
+         "backbone\n  try: --set train.verify_steps=0\n"),
         (("guanaco-7", "--dry-run"), "error: no recipe 'guanaco-7'\n  try: guanaco-7b\n"),
         (("--resume",), "error: --resume goes with --run DIR alone: the run knows its recipe\n"
          "  try: qdist launch --resume --run runs/NAME\n"),
@@ -250,7 +250,7 @@ def test_a_run_goes_on_as_shards_that_are_verified(here: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "layout   shard: the 2 ranks; each rank holds 1/2 of every layer" in result.stdout
     refused = qdist("launch", "--resume", "--run", "run", "--set", "train.verify_steps=2", "--dry-run")
-    assert (refused.exit_code, refused.stderr.splitlines()[1]) == (2, "  try: --placement shard")
+    assert (refused.exit_code, refused.stderr.splitlines()[1]) == (2, "  try: --set train.verify_steps=0")
 
 
 def test_a_finished_run_is_not_resumed() -> None:

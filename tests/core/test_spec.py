@@ -212,7 +212,7 @@ def test_a_bad_value_is_refused_with_its_key_and_the_choices(layer: dict[str, An
         ({"train": {"held_out": 0, "answers": 3}}, "train.eval_steps and train.answers need held-out records",
          "--set train.held_out=0.1"),
         ({"train": {"verify_steps": 10}}, "train.verify_steps=10 compares the bytes of a sharded backbone",
-         "--placement shard"),
+         "--set train.verify_steps=0"),
         ({"placement": "split", "train": {"verify_steps": 10}},
          "train.verify_steps=10 compares the bytes of a sharded backbone", "--set train.verify_steps=0"),
         ({"train": {"held_out": 0, "eval_steps": 3}}, "train.eval_steps and train.answers need held-out records",
