@@ -24,7 +24,7 @@ def chat(context: click.Context, run: str, system: str, max_new_tokens: int, max
     """
     options = ["--system", system, "--max-new-tokens", str(max_new_tokens)]
     if max_memory is not None:
-        options += ["--max-memory-bytes", str(parse_bytes(max_memory))]
+        options += ["--max-memory-bytes", str(parse_bytes(max_memory, "max_memory"))]
     check_target(run)
     # Ctrl-C is the child's: it ends an answer there, and leaves at the prompt.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

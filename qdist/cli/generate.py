@@ -40,6 +40,6 @@ def generate(
     read_prompts(Path(prompts))
     options = ["--prompts", prompts, "--out", out, "--max-new-tokens", str(max_new_tokens), "--batch", str(batch)]
     if max_memory is not None:
-        options += ["--max-memory-bytes", str(parse_bytes(max_memory))]
+        options += ["--max-memory-bytes", str(parse_bytes(max_memory, "max_memory"))]
     check_target(run)
     context.exit(run_module("qdist.runtime.generate", ("file", run, *options)))

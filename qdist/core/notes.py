@@ -7,6 +7,7 @@ from qdist.core.cards import has_bfloat16
 from qdist.core.cluster import Cluster
 from qdist.core.errors import SpecError
 from qdist.core.lessons import Correction
+from qdist.core.spec import Optim
 from qdist.core.units import format_bytes
 
 _WORTH_SAYING = 0.1
@@ -52,6 +53,13 @@ def dtype_notes(dtype: str, cluster: Cluster) -> Iterator[str]:
     slow = next((gpu.name for gpu in cluster.gpus if not has_bfloat16(gpu.name)), None)
     if dtype == "bfloat16" and slow:
         yield f"a {slow} emulates bfloat16, which is slow: --set dtype=float16 uses its matrix units"
+
+
+def warmup_notes(optim: Optim, steps: int) -> Iterator[str]:
+    """Where a run ends before its learning rate has risen."""
+    if steps < optim.warmup_steps:
+        reached = optim.lr * steps / optim.warmup_steps
+        yield f"optim.warmup_steps={optim.warmup_steps} of {steps} steps: the rate ends at {reached:.1e} of {optim.lr:.1e}"
 
 
 def correction_notes(correction: Correction | None) -> Iterator[str]:

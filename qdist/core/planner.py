@@ -15,7 +15,7 @@ from qdist.core.layouts import layouts
 from qdist.core.lessons import Correction
 from qdist.core.means import count_of, dtype_of, liger_of, optimizer_of, rooms_of
 from qdist.core.memory import Job, sizes
-from qdist.core.notes import correction_notes, dtype_notes, notes
+from qdist.core.notes import correction_notes, dtype_notes, notes, warmup_notes
 from qdist.core.plan import Alternative, DataFacts, Plan, RankPlan, Source
 from qdist.core.pooling import pool_of
 from qdist.core.ranking import (
@@ -175,6 +175,7 @@ def plan_once(
             *dtype_notes(inputs.dtype, cluster),
             *rate_notes,
             *correction_notes(correction),
+            *(warmup_notes(spec.optim, _steps(spec, data)) if data else ()),
         ),
     )
 

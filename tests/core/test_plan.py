@@ -346,3 +346,13 @@ def test_the_digest_changes_with_every_field() -> None:
     other |= {name: getattr(plan, name) + 1 for name in fields if name not in other}
     digests = {digest(msgspec.structs.replace(plan, **{name: other[name]})) for name in fields}
     assert len(digests | {digest(plan)}) == len(fields) + 1
+
+
+def test_a_run_that_ends_before_its_rate_has_risen_is_told() -> None:
+    warm = {"steps": 3, "optim.schedule": "linear", "optim.warmup_steps": 100}
+    assert "optim.warmup_steps=100 of 3 steps: the rate ends at 6.0e-06 of 2.0e-04" in (
+        planned("llama-7b", ONE_CARD_OF_80, warm, data=DATA).notes
+    )
+    assert not [
+        note for note in planned("llama-7b", ONE_CARD_OF_80, {**warm, "steps": 100}, data=DATA).notes if "warm" in note
+    ]
