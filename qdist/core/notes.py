@@ -58,8 +58,8 @@ def dtype_notes(dtype: str, cluster: Cluster) -> Iterator[str]:
 def warmup_notes(optim: Optim, steps: int) -> Iterator[str]:
     """Where a run ends before its learning rate has risen."""
     if steps < optim.warmup_steps:
-        reached = optim.lr * steps / optim.warmup_steps
-        yield f"optim.warmup_steps={optim.warmup_steps} of {steps} steps: the rate ends at {reached:.1e} of {optim.lr:.1e}"
+        reached = f"{optim.lr * steps / optim.warmup_steps:.1e} of {optim.lr:.1e}"
+        yield f"optim.warmup_steps={optim.warmup_steps} of {steps} steps: the rate ends at {reached}"
 
 
 def correction_notes(correction: Correction | None) -> Iterator[str]:
