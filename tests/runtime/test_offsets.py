@@ -93,7 +93,8 @@ def test_rows_of_new_tokens_are_merged_too(tmp_path: Path, tied: bool) -> None:
     assert own[0].config.vocab_size == source.vocab_rows
     assert own[1].convert_tokens_to_ids("<call>") in source.new_token_ids
     high = source.new_token_ids[-1] + 1
-    assert relative(logits_of(own[0], high=high), logits_of(load(run.path)[0], high=high)) < 1e-3
+    theirs = logits_of(load(run.path)[0], high=high, seed=2)
+    assert relative(logits_of(own[0], high=high, seed=2), theirs) < 1e-3
     old = [row for row in range(270) if row not in source.new_token_ids]
     tables = [
         load_file(folder / "model.safetensors")["model.embed_tokens.weight"] for folder in (model, tmp_path / "merged")
@@ -179,11 +180,11 @@ def test_several_adapters_are_added_up_with_their_weights(tmp_path: Path) -> Non
         assert torch.allclose(stored[f"{path}.weight_offset"].float() * gptq.offset.scale, wanted, rtol=1e-3, atol=1e-5)
 
 
-def test_a_row_that_only_pads_does_not_keep_adapters_apart(tmp_path: Path) -> None:
-    """A tokenizer without a pad gets one, and a row; tokens that were asked for are another matter."""
+def test_a_pad_does_not_keep_adapters_apart(tmp_path: Path) -> None:
+    """A tokenizer without a pad gets one, and no row; tokens that were asked for are another matter."""
     model = save_gptq(tmp_path / "gptq", SYMMETRIC)
     runs = run_over(model, tmp_path / "a"), run_over(model, tmp_path / "b", seed=1)
-    assert runs[0].plan().source.new_token_ids
+    assert not runs[0].plan().source.new_token_ids
     merged(*runs, out=tmp_path / "merged", weights=(1.0, 0.0))
     own = logits_of(load(tmp_path / "merged", dtype="float32")[0], high=250)
     assert relative(own, logits_of(load(runs[0].path)[0], high=250)) < 1e-3
