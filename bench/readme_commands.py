@@ -57,7 +57,8 @@ OF_ALTERNATIVE = {
 LAUNCH = "qdist launch --model llama-7b --data my.jsonl --dry-run"
 GPTQ = f"qdist quantize llama-7b --method gptq --data my.jsonl --samples 16 --out '{FRESH}'"
 CAN_HAVE = {
-    "--placement shard --set": f"{LAUNCH} --gpus 2", "--set": LAUNCH, "--max-memory 24GiB": LAUNCH, "--load-format dummy": LAUNCH,
+    "--placement shard --set": f"{LAUNCH} --gpus 2", "--set": LAUNCH, "--max-memory 24GiB": LAUNCH,
+    "--load-format dummy": LAUNCH,
     "--desc-act": GPTQ, "--no-sym": GPTQ, "--candidate-bits": GPTQ,
     "--type q4_1": f"qdist export runs/mine --to gguf --out '{FRESH}.gguf'",
 }  # fmt: skip
@@ -106,7 +107,8 @@ class Case(NamedTuple):
         if "--dry-run" in words:
             return set()
         flags = {"--out"} | ({"--run"} if "--resume" not in words else set())
-        return {after for flag, after in itertools.pairwise(words) if flag in flags} | {RUN} * (RECIPE in words)
+        named = {after for flag, after in itertools.pairwise(words) if flag in flags}
+        return named | ({RUN} if RECIPE in words else set())
 
 
 class Done(NamedTuple):
@@ -347,9 +349,8 @@ def free_port() -> int:
 def fetch(address: str, while_runs: subprocess.Popen[bytes]) -> str:
     """What is wrong with what is served; empty where nothing is."""
     while while_runs.poll() is None:
-        with contextlib.suppress(OSError):
-            with urllib.request.urlopen(address, timeout=30) as answer:
-                return "" if b"qdist_" in answer.read() else "the answer holds no figures"
+        with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=30) as answer:
+            return "" if b"qdist_" in answer.read() else "the answer holds no figures"
         time.sleep(0.1)
     return "it ended before it was asked"
 
