@@ -52,13 +52,14 @@ OF_ALTERNATIVE = {
     "zeros": {("", "RUN"): "runs/mine --lossy"},
     "gguf": {("--out", "OUT"): f"'{FRESH}.gguf'"},
     "RECIPE.toml": {("", "..."): "--set steps=8"},
+    "--dry-run": {("", "RECIPE.toml"): f"'{RECIPE}' --run 'runs/noch keiner'"},
 }
 """What is put in otherwise where one of the alternatives is chosen."""
 LAUNCH = "qdist launch --model llama-7b --data my.jsonl --dry-run"
 GPTQ = f"qdist quantize llama-7b --method gptq --data my.jsonl --samples 16 --out '{FRESH}'"
 CAN_HAVE = {
     "--placement shard --set": f"{LAUNCH} --gpus 2", "--set": LAUNCH, "--max-memory 24GiB": LAUNCH,
-    "--load-format dummy": LAUNCH,
+    "--load-format dummy": "qdist launch --model llama-7b --dry-run",
     "--desc-act": GPTQ, "--no-sym": GPTQ, "--candidate-bits": GPTQ,
     "--type q4_1": f"qdist export runs/mine --to gguf --out '{FRESH}.gguf'",
 }  # fmt: skip
@@ -74,7 +75,7 @@ BEFOREHAND = (
 )
 """What the README takes for granted."""
 STEPS = re.compile(rb"^step \d+/\d+  loss", re.MULTILINE)
-NEXT = re.compile(r"^ *(?:chat|merge|go on:|try:) +(qdist [^(]+)$", re.MULTILINE)
+NEXT = re.compile(r"^ *(?:chat|merge|go on:|try:) +(qdist [^(\n]+)$", re.MULTILINE)
 PATIENCE_S = 900
 
 
@@ -209,7 +210,7 @@ def case_of(written: Written) -> Case:
     words, shown = shlex.split(written.text), written.shown
     if any(line.startswith("error:") for line in shown):
         return Case(written.text, shown, code=2, why="refused, as shown")
-    if ("launch" in words and "--max-memory" in words) or words == ["qdist", "doctor", "--gpus"]:
+    if ("plan" not in words and "--max-memory" in words) or words == ["qdist", "doctor", "--gpus"]:
         return Case(written.text, shown, code=2, why="needs a GPU")
     if "--serve" in words:
         return Case(written.text, code=130, why="fetched once, then Ctrl-C")
@@ -273,7 +274,7 @@ class Machine:
         code = "import sys, pathlib; from readme_folder import furnish; furnish(pathlib.Path(sys.argv[1]))"
         paths = f"{ROOT}:{ROOT / 'bench'}"
         command = [sys.executable, "-c", code, str(self.here)]
-        subprocess.run(command, env=self._environment | {"PYTHONPATH": paths}, check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(command, env=self._environment | {"PYTHONPATH": paths}, check=True, capture_output=True)
 
     def run(self, case: Case) -> Done:
         """To its end, or to where Ctrl-C ends it; and whether that was as it should be."""
