@@ -50,6 +50,7 @@ PLACEHOLDERS = {
 """What is put in for a word, by the flag before it; several words where it needs them."""
 OF_ALTERNATIVE = {
     "zeros": {("", "RUN"): "runs/mine --lossy"},
+    "lora": {("", "RUN"): "runs/mine"},
     "gguf": {("--out", "OUT"): f"'{FRESH}.gguf'"},
     "RECIPE.toml": {("", "..."): "--set steps=8"},
     "--dry-run": {("", "RECIPE.toml"): f"'{RECIPE}' --run 'runs/noch keiner'"},
@@ -75,7 +76,9 @@ BEFOREHAND = (
 )
 """What the README takes for granted."""
 STEPS = re.compile(rb"^step \d+/\d+  loss", re.MULTILINE)
-NEXT = re.compile(r"^ *(?:chat|merge|go on:|try:) +(qdist [^(\n]+)$", re.MULTILINE)
+NEXT = re.compile(r"^ *(?:chat|merge|go on:|try:) +(qdist [^(,\n]+)$", re.MULTILINE)
+HINT = re.compile(r"^  try: (--[^(\n]+)", re.MULTILINE)
+MISTYPED = re.compile(r"unknown setting '(\S+)'")
 PATIENCE_S = 900
 
 
@@ -145,8 +148,13 @@ def main() -> None:
 def read_commands(readme: str) -> list[Written]:
     """Commands in the README's order, each once: of code blocks, tables and sentences."""
     found: list[Written] = []
-    for position, part in enumerate(re.split(r"^```.*\n", readme, flags=re.MULTILINE)):
-        found += _of_block(part) if position % 2 else _of_text(part)
+    for number, part in enumerate(re.split(r"^```(.*)\n", readme, flags=re.MULTILINE)):
+        if number % 4 == 0:  # then the language, a block, and nothing behind its end
+            found += _of_text(part)
+        elif number % 4 == 1:
+            language = part
+        elif number % 4 == 2:
+            found += [Written(f"python -c {shlex.quote(part)}")] if language == "python" else _of_block(part)
     return [each for position, each in enumerate(found) if each not in found[:position]]
 
 
@@ -165,7 +173,7 @@ def _of_text(text: str) -> Iterator[Written]:
         row = spans[0] if line.startswith("|") and spans and spans[0].startswith("qdist ") else ""
         for span in spans:
             base = next((base for flags, base in CAN_HAVE.items() if span.startswith(flags) and span != "--set"), "")
-            if span.startswith("qdist "):
+            if span.startswith(("qdist ", "sh ")):
                 yield Written(span)
             elif row and span.startswith("--") and "--to" not in row:
                 yield Written(f"{LAUNCH if span.startswith('--model') else row} {span}")
@@ -175,6 +183,9 @@ def _of_text(text: str) -> Iterator[Written]:
 
 def cases_of(written: Written) -> Iterator[Case]:
     """With and without what is optional, and with each alternative."""
+    if not written.text.startswith("qdist "):
+        yield Case(written.text.replace("runs/NAME", "runs/demo"), pasted=True)
+        return
     if written.text in NAMES_ALONE:
         yield Case(f"qdist {written.text.split()[1]} --help", why="named alone")
         return
@@ -233,11 +244,16 @@ def run_all(cases: list[Case], machine: "Machine") -> Iterator[Done]:
         case = next(ready, waiting[0])
         waiting.remove(case)
         done = machine.run(case)
-        print(f"{'not ok' if done.fault else 'ok':6}  {done.code:3}  {done.seconds:5.1f} s  {case.text}", flush=True)
+        print(
+            f"{'not ok' if done.fault else 'ok':6}  {done.code:3}  {done.seconds:5.1f} s  {one_line(case.text)}",
+            flush=True,
+        )
         if done.fault:
             print(f"        {done.fault}\n" + "\n".join(f"        | {line}" for line in done.output.splitlines()[-25:]))
         yield done
-        if case.text not in BEFOREHAND:
+        if case.shown and case.code == 2:
+            waiting.insert(0, hinted(case, done.output))
+        elif case.text not in BEFOREHAND:
             fresh = [text.rstrip() for text in NEXT.findall(done.output) if text.rstrip() not in seen]
             seen |= set(fresh)
             waiting[:0] = [pasted(text, case) for text in fresh if "monitor" not in text]
@@ -247,6 +263,13 @@ def pasted(text: str, after: Case) -> Case:
     """What was printed. A long run goes on for long."""
     stopped = after.code == 130 and "--resume" in text
     return Case(text, pasted=True, code=130 if stopped else 0, why="Ctrl-C after two steps" if stopped else "")
+
+
+def hinted(refused: Case, output: str) -> Case:
+    """The command with its hint behind it, in place of a setting that does not exist."""
+    mistyped, hint = MISTYPED.search(output), HINT.search(output)
+    text = re.sub(rf"--set {re.escape(mistyped[1])}=\S+", "--dry-run", refused.text) if mistyped else refused.text
+    return Case(f"{text} {hint[1].strip() if hint else ''}", pasted=True, why="the hint")
 
 
 class Machine:
@@ -269,8 +292,9 @@ class Machine:
         """Make the folders. The worker that it takes is a process of its own: it loads torch."""
         for folder in (self.here, self.empty, self._shim.parent, Path(self._environment["HOME"])):
             folder.mkdir(parents=True)
-        self._shim.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m qdist "$@"\n')
-        self._shim.chmod(0o755)
+        for shim, module in ((self._shim, "-m qdist"), (self._shim.with_name("python"), "")):
+            shim.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {module} "$@"\n')
+            shim.chmod(0o755)
         code = "import sys, pathlib; from readme_folder import furnish; furnish(pathlib.Path(sys.argv[1]))"
         paths = f"{ROOT}:{ROOT / 'bench'}"
         command = [sys.executable, "-c", code, str(self.here)]
@@ -287,7 +311,7 @@ class Machine:
         with self._log.open("wb") as log, contextlib.ExitStack() as ends:
             given = subprocess.PIPE if "chat" in case.words else subprocess.DEVNULL
             process = subprocess.Popen(
-                words, cwd=self.empty if "plan" in case.words else self.here, env=self._environment, stdin=given,
+                words, cwd=self.empty if "plan" in case.words[:2] else self.here, env=self._environment, stdin=given,
                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
             ends.callback(process.kill)
@@ -380,9 +404,16 @@ def table(done: Sequence[Done]) -> Iterator[str]:
     for each in done:
         remark = ", ".join(filter(None, ("pasted" * each.case.pasted, each.case.why, each.fault)))
         verdict = "not ok" if each.fault else "ok"
-        yield f"{verdict:6}  {each.code:3}  {each.seconds:6.1f} s  {each.case.text}" + f"  ({remark})" * bool(remark)
+        yield f"{verdict:6}  {each.code:3}  {each.seconds:6.1f} s  {one_line(each.case.text)}" + f"  ({remark})" * bool(
+            remark
+        )
     good = sum(not each.fault for each in done)
     yield f"{good} of {len(done)} ok, {sum(each.seconds for each in done) / 60:.0f} minutes"
+
+
+def one_line(text: str) -> str:
+    """A program as well."""
+    return " ".join(text.split())
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def furnish(here: Path) -> None:
         save_model(here / name, tokenizer=_tokenizer(), seed=seed, **SHAPE)
     torch.save(make(naming="meta", packing="int8").content, here / "llama-7b_4w_pack8.pth.tar")
     _tokenizer().save_pretrained(write_config(here / "LLaMA 7B"))
-    orders = [(f"Say {n} in words, slowly, {n % 7} times", f"{'one two three ' * (n % 5)}and {n}") for n in range(200)]
+    orders = [(f"Say {n} in words, slowly, {n % 7} times", f"{'one two three ' * (n % 5)}and {n}") for n in range(350)]
     _write_lines(here / "my.jsonl", [{"instruction": order, "output": answer} for order, answer in orders])
     (here / TALKS).mkdir(parents=True)
     talks = [f"### Human: {order}### Assistant: {answer}" for order, answer in orders]
