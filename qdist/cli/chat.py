@@ -4,9 +4,8 @@ import signal
 
 import click
 
-from qdist.core.units import parse_bytes
 from qdist.host.modules import run_module
-from qdist.host.targets import check_target
+from qdist.host.targets import check_target, memory_cap
 
 
 @click.command()
@@ -22,9 +21,7 @@ def chat(context: click.Context, run: str, system: str, max_new_tokens: int, max
     wait in host memory. A line says where it lies. Ctrl-C ends an answer and keeps the conversation; /help tells the
     commands.
     """
-    options = ["--system", system, "--max-new-tokens", str(max_new_tokens)]
-    if max_memory is not None:
-        options += ["--max-memory-bytes", str(parse_bytes(max_memory, "max_memory"))]
+    options = ["--system", system, "--max-new-tokens", str(max_new_tokens), *memory_cap(max_memory)]
     check_target(run)
     # Ctrl-C is the child's: it ends an answer there, and leaves at the prompt.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

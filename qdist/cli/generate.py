@@ -6,10 +6,9 @@ from pathlib import Path
 import click
 
 from qdist.core.errors import RunError
-from qdist.core.units import parse_bytes
 from qdist.host.modules import run_module
 from qdist.host.prompts import read_prompts
-from qdist.host.targets import check_target
+from qdist.host.targets import check_target, memory_cap
 
 
 @click.command()
@@ -39,7 +38,6 @@ def generate(
         raise RunError(f"{out} exists", try_="another --out")
     read_prompts(Path(prompts))
     options = ["--prompts", prompts, "--out", out, "--max-new-tokens", str(max_new_tokens), "--batch", str(batch)]
-    if max_memory is not None:
-        options += ["--max-memory-bytes", str(parse_bytes(max_memory, "max_memory"))]
+    options += memory_cap(max_memory)
     check_target(run)
     context.exit(run_module("qdist.runtime.generate", ("file", run, *options)))

@@ -138,7 +138,8 @@ def _gpus(facts: Facts) -> Iterator[Check]:
     if facts.driver_problem:
         yield Check("driver", "fail", facts.driver_problem)
     elif facts.driver is None:
-        yield Check("driver", "warn", "no NVIDIA driver: runs use the CPU", "qdist plan --gpus 4 --gpu-memory 48GiB")
+        elsewhere = "qdist plan --model llama-65b --gpus 4 --gpu-memory 48GiB"
+        yield Check("driver", "warn", "no NVIDIA driver: runs use the CPU", elsewhere)
     else:
         major, minor = facts.driver.cuda
         yield Check("driver", "ok", f"{facts.driver.version}, runs CUDA up to {major}.{minor}")

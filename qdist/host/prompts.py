@@ -17,7 +17,8 @@ def read_prompts(path: Path) -> list[Conversation]:
     Raises DataError naming file and line; once for all prompts that cannot be used.
     """
     if not path.is_file():
-        raise DataError(f"no file {path}", try_="a text file with one prompt a line, or JSONL with prompt or messages")
+        wrong = f"{path} is a folder, not a file" if path.is_dir() else f"no file {path}"
+        raise DataError(wrong, try_="a text file with one prompt a line, or JSONL with prompt or messages")
     found, bad, total = list[Conversation](), BadRecords(), 0
     for prompt in _prompts(path):
         total += 1

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from qdist.core.cluster import Cluster
-from qdist.core.errors import RunError
+from qdist.core.errors import RunError, nearest
 from qdist.core.plan import VERSION, Plan, digest
 
 PLAN, RESULT, STOP, LOCK = "plan.json", "result.json", "stop", ".lock"
@@ -92,9 +92,10 @@ class RunDir:
     def _runs_nearby(self) -> str:
         """Runs inside this folder, beside it, or in `runs/`: what the user may have meant."""
         for folder in (self.path, self.path.parent, Path("runs")):
-            found = sorted(str(plan.parent) for plan in folder.glob(f"*/{PLAN}"))
+            found = {plan.parent.name: str(plan.parent) for plan in sorted(folder.glob(f"*/{PLAN}"))}
             if found:
-                return ", ".join(found[:5])
+                close = nearest(self.path.name, found)
+                return found[close] if close else ", ".join([*found.values()][:5])
         return "a folder that `qdist launch` made"
 
     def checked_plan(self, expected_digest: str) -> Plan:

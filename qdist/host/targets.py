@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
-from qdist.core.errors import ModelError, RunError
+from qdist.core.errors import ModelError, RunError, SpecError
 from qdist.core.facts import require_library_class
 from qdist.core.quoting import command, resuming
 from qdist.core.same_shape import same_shape
+from qdist.core.units import parse_bytes
+from qdist.host import probe
 from qdist.host.gguf_header import parts_of
 from qdist.host.nearby import nearest_model, opening
 from qdist.host.rundir import RunDir
@@ -61,6 +63,19 @@ def require_readable(located: Located, *, name: str) -> None:
             f"{name} is split into {len(parts)} files, which transformers does not read",
             try_="llama-gguf-split --merge of llama.cpp, which makes one file of them",
         )
+
+
+def memory_cap(amount: str | None) -> tuple[str, ...]:
+    """Flags, of the process that opens a model, for what it may put on each GPU. amount: such as '20GiB', or None.
+
+    Raises SpecError for what is no amount, and where there is no GPU.
+    """
+    if amount is None:
+        return ()
+    wanted = parse_bytes(amount, "max_memory")
+    if probe.cluster().device == "cpu":
+        raise SpecError("--max-memory caps GPUs, and this machine has none", try_="leave it out")
+    return ("--max-memory-bytes", str(wanted))
 
 
 def require_checkpoint(run: RunDir) -> None:

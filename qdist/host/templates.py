@@ -2,10 +2,14 @@
 
 import json
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from qdist.core.errors import SpecError, nearest
+from qdist.core.errors import ModelError, SpecError, nearest
+from qdist.core.models import lookup
+from qdist.core.quoting import quoted
+from qdist.host.record_files import SUFFIXES
 
 
 def folder(name: str) -> Path:
@@ -24,7 +28,8 @@ def policy(name: str) -> dict[str, Any]:
 def read_recipe(name: str) -> dict[str, Any]:
     """A recipe's settings: a TOML file, or the name of one that is shipped.
 
-    Raises SpecError naming the line of a syntax error, or the nearest shipped recipe.
+    Raises SpecError naming the line of a syntax error, or what was meant: the flag of a model or of data, or the
+    nearest recipe.
     """
     path = Path(name)
     if not path.is_file():
@@ -32,8 +37,29 @@ def read_recipe(name: str) -> dict[str, Any]:
         if path.suffix in ("", ".toml") and path.stem in shipped and path.parent == Path("."):
             path = shipped[path.stem]
         else:
-            raise SpecError(f"no recipe {name!r}", try_=nearest(path.stem, shipped) or ", ".join(shipped))
+            raise SpecError(f"no recipe {name!r}", try_=_meant(path, shipped))
+    if path.suffix.lower() in SUFFIXES:
+        raise SpecError(f"{path} is data, not a recipe", try_=quoted("--data", path))
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: {error}", try_="TOML: key = value, sections in [brackets]") from None
+
+
+def _meant(path: Path, shipped: Collection[str]) -> str:
+    """What to type in place of a recipe that is not there. shipped: names of recipes."""
+    if (path / "config.json").is_file() or path.suffix.lower() == ".gguf" or _is_model(str(path)):
+        return quoted("--model", path)
+    if path.is_dir():
+        return quoted("--data", path)
+    here = {file.stem: str(file) for file in path.parent.glob("*.toml")}
+    close = nearest(path.stem, [*here, *shipped])
+    return here.get(close, close) if close else ", ".join(shipped)
+
+
+def _is_model(name: str) -> bool:
+    try:
+        lookup(name)
+    except ModelError:
+        return False
+    return True

@@ -1,5 +1,6 @@
 """`qdist doctor --gpus` as a person reads it; what it measures is tested with `host.measuring` and `runtime.rates`."""
 
+import shlex
 from pathlib import Path
 
 import click
@@ -12,8 +13,10 @@ from qdist.cli.main import main
 from qdist.core.cluster import Cluster
 from qdist.core.units import GIB
 from qdist.host import links, measuring, nvml, probe, rates
-from qdist.host.doctor import Check
+from qdist.host.doctor import Check, diagnose
 from tests.core.test_measured import CARD, LINKS, card
+from tests.host.test_doctor import changed
+from tests.host.test_doctor import cluster as machine
 
 CARDS = tuple(
     nvml.Card(uuid=f"GPU-{n}", position=n, name="H200", total_bytes=140 * GIB, free_bytes=139 * GIB) for n in (0, 1)
@@ -84,3 +87,10 @@ def test_a_machine_that_cannot_run_is_mended_first(monkeypatch: pytest.MonkeyPat
     assert result.exit_code == 1
     assert result.stdout.startswith("fail  torch  not installed\n")
     assert "measuring" not in result.stdout
+
+
+def test_what_a_machine_without_gpus_is_told_to_try_is_a_plan() -> None:
+    checks = diagnose(changed(driver=None, cluster=machine()))
+    program, *words = shlex.split(next(check.remedy for check in checks if check.name == "driver"))
+    result = CliRunner().invoke(main, words, prog_name=program)
+    assert result.exit_code == 0, result.output

@@ -8,6 +8,8 @@ from click.testing import CliRunner
 from qdist.cli import chat, generate
 from qdist.core.errors import SpecError
 from qdist.core.units import GIB
+from qdist.host import probe
+from tests.plans import CPU, gpus
 
 FILE = ["run", "--prompts", "p.txt", "--out", "o.jsonl"]
 
@@ -37,6 +39,7 @@ def handed_on(monkeypatch: pytest.MonkeyPatch, command: str, *options: str) -> t
 
 @pytest.mark.parametrize("command", ["chat", "file"])
 def test_memory_is_handed_on_in_bytes_and_only_where_it_is_given(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setattr(probe, "cluster", lambda: gpus(1, 24))
     plain = handed_on(monkeypatch, command)
     assert plain[:2] == (command, "run")
     assert handed_on(monkeypatch, command, "--max-memory", "20GiB") == (
@@ -44,6 +47,13 @@ def test_memory_is_handed_on_in_bytes_and_only_where_it_is_given(monkeypatch: py
     )  # fmt: skip
     with pytest.raises(SpecError, match="not an amount of memory"):
         handed_on(monkeypatch, command, "--max-memory", "much")
+
+
+@pytest.mark.parametrize("command", ["chat", "file"])
+def test_memory_for_gpus_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setattr(probe, "cluster", lambda: CPU)
+    with pytest.raises(SpecError, match="--max-memory caps GPUs, and this machine has none"):
+        handed_on(monkeypatch, command, "--max-memory", "20GiB")
 
 
 @pytest.mark.parametrize("command", [chat.chat, generate.generate])

@@ -41,6 +41,27 @@ def test_what_is_not_a_run_is_refused(name: str, tmp_path: Path) -> None:
     assert caught.value.try_ == "a folder that `qdist launch` made"
 
 
+@pytest.mark.parametrize(
+    ("name", "attempt"),
+    [
+        ("llama-7b-demo", "runs/llama-7b-qlora-demo"),
+        ("runs/llama-7b-qlora-dem", "runs/llama-7b-qlora-demo"),
+        ("xyz", "runs/0, runs/1, runs/2, runs/3, runs/4"),
+        ("runs", "runs/0, runs/1, runs/2, runs/3, runs/4"),
+    ],
+)
+def test_a_run_that_is_not_there_names_the_nearest(
+    name: str, attempt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for there in (*"012345", "llama-7b-qlora-demo"):
+        Path("runs", there).mkdir(parents=True)
+        Path("runs", there, "plan.json").touch()
+    with pytest.raises(RunError) as caught:
+        RunDir(Path(name)).plan()
+    assert caught.value.try_ == attempt
+
+
 @pytest.mark.parametrize("version", [0, VERSION + 1])
 def test_a_plan_of_another_version_is_refused_before_its_fields_are_read(version: int, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(f'{{"version": {version}, "unheard_of": 1}}')

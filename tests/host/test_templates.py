@@ -96,6 +96,40 @@ def test_a_recipe_that_does_not_exist_names_the_nearest(name: str, attempt: str)
     assert caught.value.try_ == attempt
 
 
+@pytest.mark.parametrize(
+    ("name", "attempt"),
+    [
+        ("llama-7b", "--model llama-7b"),
+        ("meta-llama/Llama-2-7b-hf", "--model meta-llama/Llama-2-7b-hf"),
+        ("my model", "--model 'my model'"),
+        ("model.gguf", "--model model.gguf"),
+        ("my data", "--data 'my data'"),
+        ("my recipe.toml", "My Recipe.toml"),
+        ("my recipe", "My Recipe.toml"),
+        ("below/nine.toml", "below/mine.toml"),
+    ],
+)
+def test_what_is_typed_in_place_of_a_recipe_is_told(
+    name: str, attempt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder_ in ("my model", "my data", "below"):
+        Path(folder_).mkdir()
+    for file in ("my model/config.json", "My Recipe.toml", "below/mine.toml"):
+        Path(file).write_text("")
+    with pytest.raises(SpecError, match=f"no recipe '{name}'") as caught:
+        read_recipe(name)
+    assert caught.value.try_ == attempt
+
+
+def test_data_in_place_of_a_recipe_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "my data.jsonl"
+    path.write_text('{"text": "hello"}\n')
+    with pytest.raises(SpecError, match=r"my data\.jsonl is data, not a recipe") as caught:
+        read_recipe(str(path))
+    assert caught.value.try_ == f"--data '{path}'"
+
+
 def test_a_recipe_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_bytes(b"model = '\xff'\n")
     with pytest.raises(SpecError, match=r"mine\.toml: 'utf-8' codec can't decode"):

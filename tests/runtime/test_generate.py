@@ -127,6 +127,8 @@ def test_all_prompts_that_cannot_be_used_are_counted_and_three_named(tmp_path: P
 def test_a_missing_file_of_prompts_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no file .*p\.txt"):
         read_prompts(tmp_path / "p.txt")
+    with pytest.raises(DataError, match=r"is a folder, not a file"):
+        read_prompts(tmp_path)
 
 
 @pytest.fixture(scope="module")
