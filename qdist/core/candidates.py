@@ -7,8 +7,9 @@ from typing import NamedTuple
 from qdist.core.cluster import Rates
 from qdist.core.layouts import Layout
 from qdist.core.lessons import Correction
-from qdist.core.memory import MemoryBudget, Share, Sizes, budget, load_peak_bytes, resident
+from qdist.core.memory import STAGE_WIDTH, MemoryBudget, Share, Sizes, budget, load_peak_bytes, resident
 from qdist.core.placement import balance, map_of, scattered, spread_layers
+from qdist.core.plan import Fullest
 from qdist.core.spec import RunSpec
 from qdist.core.speed import Step, passes, step_seconds
 from qdist.core.units import MIB
@@ -52,6 +53,8 @@ class Setting(NamedTuple):
     usual_micro_batch: int | None = None
     new_rows: int = 0
     """Of the vocabulary, to be trained."""
+    fullest: tuple[Fullest, ...] = ()
+    """The micro-batches of CPU ranks, whose memory goes with what the data hold; empty on GPUs."""
 
 
 class Candidate(NamedTuple):
@@ -249,6 +252,7 @@ class _Arrangement:
             layers=count,
             checkpointed=count if self.positions > 1 and self.recomputed else min(count, self.recomputed),
             micro_batch=self.size,
+            **self._fullest(),
             gradient_accumulation=self.micro_batches,
             embedding=position == 0,
             head=position == last,
@@ -267,9 +271,21 @@ class _Arrangement:
     def _alone(self) -> Share:
         """One CPU process that holds what would lie on several GPUs."""
         return Share(
-            layers=self.layers, checkpointed=self.recomputed, micro_batch=self.size,
+            layers=self.layers, checkpointed=self.recomputed, micro_batch=self.size, **self._fullest(),
             gradient_accumulation=self.micro_batches, context_bytes=self._context_bytes(self.layers),
         )  # fmt: skip
+
+    def _fullest(self) -> dict[str, int]:
+        """Positions and learned tokens of the fullest micro-batch; a pipeline pads to wider rows."""
+        own = next((own for own in self.setting.fullest if own.samples == self.size), None)
+        if own is None:
+            return {}
+        pipelined = self.layout.schedule == "1f1b"
+        width = own.positions // own.samples
+        return {
+            "positions": own.samples * (-(-width // STAGE_WIDTH) * STAGE_WIDTH if pipelined else width),
+            "learned": own.learned,
+        }
 
     def _context_bytes(self, count: int, neighbours: int = 0) -> int:
         """What a rank holds beside what the budget counts."""

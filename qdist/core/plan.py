@@ -19,6 +19,16 @@ Schedule = Literal["1f1b", "sequential"]
 """Of a split backbone: a rank a stage with micro-batches in flight, or one process that visits GPU after GPU."""
 
 
+class Fullest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The most that any micro-batch of a run holds, of all that have so many samples."""
+
+    samples: int
+    positions: int
+    """Tokens and padding."""
+    learned: int
+    """Tokens with a loss."""
+
+
 class DataFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The tokenized data set. Lengths in tokens."""
 
@@ -29,6 +39,8 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     held_out_samples: int
     tokens: int
     longest: int
+    fullest: tuple[Fullest, ...] = ()
+    """For each number of samples that a micro-batch may have; empty where nobody has counted."""
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

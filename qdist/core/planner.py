@@ -13,7 +13,7 @@ from qdist.core.lessons import Correction
 from qdist.core.means import count_of, dtype_of, liger_of, optimizer_of, rooms_of
 from qdist.core.memory import Job, sizes
 from qdist.core.notes import correction_notes, dtype_notes, notes
-from qdist.core.plan import DataFacts, Plan, RankPlan, Source
+from qdist.core.plan import DataFacts, Fullest, Plan, RankPlan, Source
 from qdist.core.pooling import pool_of
 from qdist.core.ranking import (
     alternatives,
@@ -46,6 +46,7 @@ class _Inputs(NamedTuple):
     rates: Rates | None
     correction: Correction | None
     usual_micro_batch: int | None
+    fullest: tuple[Fullest, ...]
 
 
 class _Decision(NamedTuple):
@@ -99,6 +100,7 @@ def make_plan(
         rates=rates,
         correction=correction,
         usual_micro_batch=usual_micro_batch,
+        fullest=data.fullest if data and cluster.device == "cpu" else (),
     )
     decision = _decide(inputs)
     setting, winner, layout = decision.setting, decision.winner, decision.winner.layout
@@ -207,6 +209,7 @@ def _setting(inputs: _Inputs, count: int) -> Setting:
         correction=inputs.correction,
         usual_micro_batch=inputs.usual_micro_batch,
         new_rows=new_rows,
+        fullest=inputs.fullest,
     )
 
 

@@ -47,6 +47,7 @@ def prepare(spec: RunSpec) -> Prepared:
 
     from qdist.runtime.batches import split
     from qdist.runtime.data import cached_tokenize
+    from qdist.runtime.fullest import fullest
     from qdist.runtime.materialize import materialize
     from qdist.runtime.special_tokens import repair
     from qdist.runtime.tokenizer import open_tokenizer
@@ -93,6 +94,7 @@ def prepare(spec: RunSpec) -> Prepared:
             held_out_samples=len(held_out),
             tokens=int(lengths.sum()),
             longest=int(lengths.max()),
+            fullest=fullest(tokenized, train, spec),
         ),
         notes=(*repaired.notes, *filter(None, (packed.note,)), *_data_notes(tokenized.summary, spec)),
     )
