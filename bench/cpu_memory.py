@@ -1,9 +1,9 @@
 """Predicted and measured memory of CPU ranks over many kinds of runs, as one Markdown table with a row for each rank.
 
-    python bench/cpu_memory.py [--only NAME,NAME] [--out FOLDER] [--base GPTQ_FOLDER] [--chat FILE] [--long FILE] [--list]
+    python bench/cpu_memory.py [--only "NAME;NAME"] [--out FOLDER] [--base GPTQ] [--chat FILE] [--long FILE] [--list]
 
-Each case is one `qdist launch` of a few steps from seed 0, the resumed ones a second launch that goes on with the first;
-figures are those of result.json and plan.json. Measured is the peak resident set of a rank until its last step.
+Each case is one `qdist launch` of a few steps from seed 0; the resumed ones have a second launch that goes on with the
+first. Figures are those of result.json and plan.json. Measured is the peak resident set of a rank until its last step.
 
 The GPTQ base of the cases that have one (it takes minutes and is made once, in FOLDER, unless --base names one):
 
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ SPLIT, SHARD = "--gpus 2 --placement split", "--gpus 2 --gpus-per-group 2 --plac
 
 
 class Case(NamedTuple):
-    """Flags and settings of a launch. resumed: ranks of the second launch, which takes the steps from 2 to 4."""
+    """Flags and settings of a launch. resumed: ranks of the second launch, which takes steps 3 and 4."""
 
     flags: str
     settings: str = ""
@@ -105,16 +106,23 @@ def run(name: str, case: Case, folder: Path, names: dict[str, str]) -> list[Row]
     if "--gpus" not in flags:
         flags += ["--gpus", "1"]
     if not (place / "plan.json").exists():
-        first = ["--set=steps=2"] if case.resumed else []
-        launch([*flags, *settings, *first, "--run", str(place)], log)
+        again = ["--set=steps=4", "--set=train.save_steps=2"] if case.resumed else []
+        launch([*flags, *settings, *again, "--run", str(place)], log)
         if case.resumed:
-            (place / "result.json").unlink()
-            launch(["--resume", "--run", str(place), "--gpus", str(case.resumed), "--set=steps=4"], log)
+            forget(place, step=4)
+            launch(["--resume", "--run", str(place), "--gpus", str(case.resumed)], log)
     plan, result = (json.loads((place / file).read_text()) for file in ("plan.json", "result.json"))
     return [
         Row(name, rank["rank"], sum(rank["expected"][0].values()), peaks[0]["allocated"] + peaks[0]["context"])
         for rank, peaks in zip(plan["ranks"], result["peaks"], strict=True)
     ]
+
+
+def forget(place: Path, *, step: int) -> None:
+    """Take away what a run wrote at its end, as if it had been killed before."""
+    (place / "result.json").unlink()
+    shutil.rmtree(place / "adapter")
+    shutil.rmtree(next((place / "checkpoints").glob(f"step_*{step}")))
 
 
 def report(rows: list[Row]) -> None:

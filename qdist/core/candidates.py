@@ -4,7 +4,10 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import NamedTuple
 
+import msgspec
+
 from qdist.core.cluster import Rates
+from qdist.core.cpu_memory import library_bytes, resident_set
 from qdist.core.layouts import Layout
 from qdist.core.lessons import Correction
 from qdist.core.memory import STAGE_WIDTH, MemoryBudget, Share, Sizes, budget, load_peak_bytes, resident
@@ -24,11 +27,6 @@ NARROW_COMMUNICATOR_BYTES, NARROW_SECOND_BYTES = 504 * MIB, 150 * MIB
 """The same with the few channels that a pipeline gets, which never gathers weights (render.STAGE_CHANNELS)."""
 STAGE_LINK_BYTES = 390 * MIB
 """For sending to a neighbouring stage and receiving from it: 960 MiB with all channels, of which these keep 0.4."""
-CPU_CONTEXT_BYTES = 460 * MIB
-"""Resident memory of a CPU rank that has imported torch, transformers, peft and DeepSpeed and loaded nothing."""
-CPU_LOADING_BYTES = 2
-"""A parameter of a CPU rank: pages of the packed folder stay mapped, and the allocator keeps some of what came and
-went. SmolLM2's demo was 0.3 GiB of 1.2 over its measure with 4."""
 RECEIVED_AHEAD = 1
 """Micro-batches that each neighbour of a stage has sent, or is sending, before they are used. What is in use counts as
 activations: the runtime's stages hold receive buffers only that long."""
@@ -190,6 +188,8 @@ class _Arrangement:
         if self.setting.rooms is None and self.layout.schedule == "sequential":
             shares = [self._alone()]
         budgets = tuple(budget(self.setting.sizes, share) for share in shares)
+        if self.setting.rooms is None:
+            budgets = tuple(map(self._resident_set, shares, budgets))
         paged = self.setting.sizes.job.paged
         if paged and self.setting.spec.optim.name is None and _hold(self.rooms, budgets):
             budgets, paged = tuple(map(resident, budgets)), False
@@ -252,7 +252,8 @@ class _Arrangement:
             layers=count,
             checkpointed=count if self.positions > 1 and self.recomputed else min(count, self.recomputed),
             micro_batch=self.size,
-            **self._fullest(),
+            positions=self.fullest.positions,
+            learned=self.fullest.learned,
             gradient_accumulation=self.micro_batches,
             embedding=position == 0,
             head=position == last,
@@ -265,33 +266,41 @@ class _Arrangement:
             received=RECEIVED_AHEAD * neighbours if pipelined else 0,
             sends=pipelined and position < last,
             offloaded=away,
-            context_bytes=self._context_bytes(count, neighbours if pipelined else 0),
+            context_bytes=self._context_bytes(neighbours if pipelined else 0),
         )
 
     def _alone(self) -> Share:
         """One CPU process that holds what would lie on several GPUs."""
         return Share(
-            layers=self.layers, checkpointed=self.recomputed, micro_batch=self.size, **self._fullest(),
-            gradient_accumulation=self.micro_batches, context_bytes=self._context_bytes(self.layers),
+            layers=self.layers, checkpointed=self.recomputed, micro_batch=self.size,
+            positions=self.fullest.positions, learned=self.fullest.learned,
+            gradient_accumulation=self.micro_batches, context_bytes=self._context_bytes(),
         )  # fmt: skip
 
-    def _fullest(self) -> dict[str, int]:
-        """Positions and learned tokens of the fullest micro-batch; a pipeline pads to wider rows."""
-        own = next((own for own in self.setting.fullest if own.samples == self.size), None)
-        if own is None:
-            return {}
-        pipelined = self.layout.schedule == "1f1b"
-        width = own.positions // own.samples
-        return {
-            "positions": own.samples * (-(-width // STAGE_WIDTH) * STAGE_WIDTH if pipelined else width),
-            "learned": own.learned,
-        }
+    @cached_property
+    def fullest(self) -> Fullest:
+        """The fullest micro-batch, zeros where nobody has counted; a pipeline pads to wider rows."""
+        nothing = Fullest(samples=self.size, positions=0, learned=0)
+        own = next((own for own in self.setting.fullest if own.samples == self.size), nothing)
+        if self.layout.schedule != "1f1b":
+            return own
+        width = -(-own.positions // own.samples // STAGE_WIDTH) * STAGE_WIDTH
+        return msgspec.structs.replace(own, positions=own.samples * width)
 
-    def _context_bytes(self, count: int, neighbours: int = 0) -> int:
+    def _resident_set(self, share: Share, own: MemoryBudget) -> MemoryBudget:
+        """A budget as that of a CPU rank; the first stage of a pipeline saves the adapter of all of them."""
+        sizes, gathers = self.setting.sizes, share.pipelined and share.embedding
+        return resident_set(
+            own,
+            tensor_bytes=share.tokens(sizes.job.seq_len) * sizes.entering_token,
+            copied=sizes.trained * (self.layers if gathers else share.layers),
+            alone=self.layout.world_size == 1,
+        )
+
+    def _context_bytes(self, neighbours: int = 0) -> int:
         """What a rank holds beside what the budget counts."""
         if self.setting.rooms is None:
-            held = self.setting.sizes.facts.parameters * count // self.layers
-            return CPU_CONTEXT_BYTES + CPU_LOADING_BYTES * held
+            return library_bytes(self.layout)
         if self.setting.correction and self.setting.correction.context_bytes is not None:
             return self.setting.correction.context_bytes
         if self.layout.world_size == 1:

@@ -130,6 +130,10 @@ class Share(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Of its layers: packed weights that wait in host memory."""
     context_bytes: int = 0
 
+    def tokens(self, seq_len: int) -> int:
+        """Of the fullest micro-batch, padding included."""
+        return self.positions or self.micro_batch * seq_len
+
 
 class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What follows from model and job alone: bytes of a layer, and of one token in a layer. Counted once a plan."""
@@ -180,7 +184,7 @@ def sizes(facts: ModelFacts, job: Job) -> Sizes:
 def budget(sizes: Sizes, share: Share) -> MemoryBudget:
     """What one GPU holds at the peak of a training step with AdamW on LoRA parameters."""
     facts, job = sizes.facts, sizes.job
-    tokens = share.positions or share.micro_batch * job.seq_len
+    tokens = share.tokens(job.seq_len)
     trained = sizes.trained * share.layers
     kept, anew = _kept(sizes, share, tokens)
     work = anew * (share.checkpointed == share.layers) + _backward_work(

@@ -7,11 +7,11 @@ MEANING = "an error of +3 % means that 3 % more was predicted than measured"
 
 
 def error(predicted: float | None, measured: float | None) -> float | None:
-    """Of a prediction, as a share of what was measured: 0.03 is 3 % too much. None where there is nothing to compare."""
+    """Of a prediction, as a share of what was measured: 0.03 is 3 % too much. None where one of them is not known."""
     return predicted / measured - 1 if predicted and measured else None
 
 
 def shown_error(predicted: float | None, measured: float | None) -> str:
-    """'+3.1 %'; nothing where there is nothing to compare."""
+    """'+3.1 %'; nothing where one of them is not known."""
     found = error(predicted, measured)
     return "" if found is None else signed(found)
