@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from qdist.cli.views import loading
 from qdist.core.plan import Plan
+from qdist.core.prediction import shown_error
 from qdist.core.units import format_bytes, format_count, format_duration
 
 Row = tuple[str, str, str, str]
@@ -21,7 +22,7 @@ class _Memory(NamedTuple):
 def outcome_rows(plan: Plan, result: dict[str, Any]) -> list[Row]:
     """Peak memory of each GPU, or of the fullest where all are alike; on GPUs, of loading too, and tokens/s.
 
-    result: what `result.json` holds. An error is of the prediction: +3 % is 3 % more than was measured.
+    result: what `result.json` holds. Errors are as `prediction.MEANING` says.
     """
     found = _memories(plan, result)
     shown = found
@@ -74,5 +75,4 @@ def _alike(found: list[_Memory]) -> bool:
 def _row(label: str, predicted: float, measured: float, shown: Any) -> Row:
     if not predicted:
         return label, "-", shown(measured), ""
-    error = f"{predicted / measured - 1:+.1%}".replace("%", " %") if measured else ""
-    return label, shown(predicted), shown(measured), error
+    return label, shown(predicted), shown(measured), shown_error(predicted, measured)

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from qdist.core.memory_parts import PARTS, REST, TOTAL, WORKING, Parts
+from qdist.core.prediction import MEANING, shown_error
 from qdist.core.report import Answer, Report
-from qdist.core.report_sections import Rows, Table, signed, took
+from qdist.core.report_sections import Rows, Table, took
 from qdist.core.units import format_bytes
 
 _KINDS = {name: f"part-{name}" for name in PARTS} | {WORKING: "part-working", REST: "part-rest"}
@@ -46,8 +47,13 @@ def memory(report: Report) -> str:
 
 
 def _memory_note(report: Report) -> str:
+    """What the figures are, and which way round errors go."""
     if not any(own.measured for own in report.memory):
         return "Nothing was measured yet."
+    return f"{_measured_how(report)} {MEANING.capitalize()}."
+
+
+def _measured_how(report: Report) -> str:
     if report.state != "finished":
         return "Until the run is finished, the peak alone is known, not its parts."
     if report.on_cpu and not any(REST in own.measured for own in report.memory):
@@ -100,22 +106,17 @@ def _memory_table(own: Parts) -> str:
             name,
             format_bytes(predicted),
             "-" if measured is None else format_bytes(measured),
-            _error(predicted, measured),
+            shown_error(predicted, measured),
         )
         for name, predicted, measured in rows
     ]
     total = own.measured_bytes or None
     cells.append((
         TOTAL, format_bytes(own.predicted_bytes), "-" if total is None else format_bytes(total),
-        _error(own.predicted_bytes, total),
+        shown_error(own.predicted_bytes, total),
     ))  # fmt: skip
     content = Table(headers=(own.label, "predicted", "measured", "error"), rows=tuple(cells))
     return table(content, figures=True)
-
-
-def _error(predicted: int, measured: int | None) -> str:
-    """Of the prediction: +3 % is 3 % more than was measured."""
-    return signed(predicted / measured - 1) if predicted and measured else ""
 
 
 def step_bar(report: Report) -> str:

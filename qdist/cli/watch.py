@@ -16,6 +16,7 @@ from qdist.core.errors import QdistError
 from qdist.core.events import Event
 from qdist.core.fold import Fold
 from qdist.core.plan import Plan
+from qdist.core.prediction import MEANING
 from qdist.core.quoting import command
 from qdist.core.snapshot import Snapshot
 from qdist.core.units import format_bytes, format_count
@@ -113,6 +114,7 @@ def ending(run: RunDir, plan: Plan) -> None:
             click.echo("the held-out loss rose: this adapter does harm; try a smaller --set optim.lr")
     console.print()
     console.print(comparison(outcome_rows(plan, result), ("", "predicted", "measured", "error")))
+    click.echo(MEANING)
     if started := start_line(result):
         click.echo(started)
     if result.get("answers"):

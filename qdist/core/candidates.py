@@ -4,30 +4,19 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import NamedTuple
 
+import msgspec
+
 from qdist.core.cluster import Rates
+from qdist.core.cpu_memory import library_bytes, resident_set
+from qdist.core.gpu_context import cuda_context_bytes
 from qdist.core.layouts import Layout
 from qdist.core.lessons import Correction
-from qdist.core.memory import MemoryBudget, Share, Sizes, budget, load_peak_bytes, resident
+from qdist.core.memory import STAGE_WIDTH, MemoryBudget, Share, Sizes, budget, load_peak_bytes, resident
 from qdist.core.placement import balance, map_of, scattered, spread_layers
+from qdist.core.plan import Fullest
 from qdist.core.spec import RunSpec
 from qdist.core.speed import Step, passes, step_seconds
-from qdist.core.units import MIB
 
-CUDA_CONTEXT_BYTES = 830 * MIB
-"""CUDA context, kernels and cuBLAS workspaces of one rank (H200: used less what torch reserved)."""
-COMMUNICATOR_BYTES = 840 * MIB
-"""What NCCL takes of each GPU of an NVLink pair for a first communicator (2 H200s, NCCL 2.28)."""
-SECOND_COMMUNICATOR_BYTES = 430 * MIB
-"""For one of DeepSpeed's or of a group of GPUs beside the first."""
-NARROW_COMMUNICATOR_BYTES, NARROW_SECOND_BYTES = 504 * MIB, 150 * MIB
-"""The same with the few channels that a pipeline gets, which never gathers weights (render.STAGE_CHANNELS)."""
-STAGE_LINK_BYTES = 390 * MIB
-"""For sending to a neighbouring stage and receiving from it: 960 MiB with all channels, of which these keep 0.4."""
-CPU_CONTEXT_BYTES = 460 * MIB
-"""Resident memory of a CPU rank that has imported torch, transformers, peft and DeepSpeed and loaded nothing."""
-CPU_LOADING_BYTES = 2
-"""A parameter of a CPU rank: pages of the packed folder stay mapped, and the allocator keeps some of what came and
-went. SmolLM2's demo was 0.3 GiB of 1.2 over its measure with 4."""
 RECEIVED_AHEAD = 1
 """Micro-batches that each neighbour of a stage has sent, or is sending, before they are used. What is in use counts as
 activations: the runtime's stages hold receive buffers only that long."""
@@ -52,6 +41,8 @@ class Setting(NamedTuple):
     usual_micro_batch: int | None = None
     new_rows: int = 0
     """Of the vocabulary, to be trained."""
+    fullest: tuple[Fullest, ...] = ()
+    """The micro-batches of CPU ranks, whose memory goes with what the data hold; empty on GPUs."""
 
 
 class Candidate(NamedTuple):
@@ -187,6 +178,8 @@ class _Arrangement:
         if self.setting.rooms is None and self.layout.schedule == "sequential":
             shares = [self._alone()]
         budgets = tuple(budget(self.setting.sizes, share) for share in shares)
+        if self.setting.rooms is None:
+            budgets = tuple(map(self._resident_set, shares, budgets))
         paged = self.setting.sizes.job.paged
         if paged and self.setting.spec.optim.name is None and _hold(self.rooms, budgets):
             budgets, paged = tuple(map(resident, budgets)), False
@@ -249,6 +242,8 @@ class _Arrangement:
             layers=count,
             checkpointed=count if self.positions > 1 and self.recomputed else min(count, self.recomputed),
             micro_batch=self.size,
+            positions=self.fullest.positions,
+            learned=self.fullest.learned,
             gradient_accumulation=self.micro_batches,
             embedding=position == 0,
             head=position == last,
@@ -261,30 +256,44 @@ class _Arrangement:
             received=RECEIVED_AHEAD * neighbours if pipelined else 0,
             sends=pipelined and position < last,
             offloaded=away,
-            context_bytes=self._context_bytes(count, neighbours if pipelined else 0),
+            context_bytes=self._context_bytes(neighbours if pipelined else 0),
         )
 
     def _alone(self) -> Share:
         """One CPU process that holds what would lie on several GPUs."""
         return Share(
             layers=self.layers, checkpointed=self.recomputed, micro_batch=self.size,
-            gradient_accumulation=self.micro_batches, context_bytes=self._context_bytes(self.layers),
+            positions=self.fullest.positions, learned=self.fullest.learned,
+            gradient_accumulation=self.micro_batches, context_bytes=self._context_bytes(),
         )  # fmt: skip
 
-    def _context_bytes(self, count: int, neighbours: int = 0) -> int:
+    @cached_property
+    def fullest(self) -> Fullest:
+        """The fullest micro-batch, zeros where nobody has counted; a pipeline pads to wider rows."""
+        nothing = Fullest(samples=self.size, positions=0, learned=0)
+        own = next((own for own in self.setting.fullest if own.samples == self.size), nothing)
+        if self.layout.schedule != "1f1b":
+            return own
+        width = -(-own.positions // own.samples // STAGE_WIDTH) * STAGE_WIDTH
+        return msgspec.structs.replace(own, positions=own.samples * width)
+
+    def _resident_set(self, share: Share, own: MemoryBudget) -> MemoryBudget:
+        """A budget as that of a CPU rank; the first stage of a pipeline saves the adapter of all of them."""
+        sizes, gathers = self.setting.sizes, share.pipelined and share.embedding
+        return resident_set(
+            own,
+            tensor_bytes=share.tokens(sizes.job.seq_len) * sizes.entering_token,
+            copied=sizes.trained * (self.layers if gathers else share.layers),
+            alone=self.layout.world_size == 1,
+        )
+
+    def _context_bytes(self, neighbours: int = 0) -> int:
         """What a rank holds beside what the budget counts."""
         if self.setting.rooms is None:
-            held = self.setting.sizes.facts.parameters * count // self.layers
-            return CPU_CONTEXT_BYTES + CPU_LOADING_BYTES * held
+            return library_bytes(self.layout)
         if self.setting.correction and self.setting.correction.context_bytes is not None:
             return self.setting.correction.context_bytes
-        if self.layout.world_size == 1:
-            return CUDA_CONTEXT_BYTES
-        first, second = COMMUNICATOR_BYTES, SECOND_COMMUNICATOR_BYTES
-        if self.layout.schedule == "1f1b":
-            first, second = NARROW_COMMUNICATOR_BYTES, NARROW_SECOND_BYTES
-        own = first + second * (not self.layout.one_communicator)
-        return CUDA_CONTEXT_BYTES + own + neighbours * STAGE_LINK_BYTES
+        return cuda_context_bytes(self.layout, neighbours)
 
     def _away(self, layer_map: tuple[int, ...], position: int) -> int:
         return sum(layer_map[index] == position for index in self.offloaded)

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from qdist.core.report import Report
-from qdist.core.report_sections import Table, number, signed, took
-from qdist.core.units import format_bytes, format_count, format_duration
+from qdist.core.report_sections import Table, number, took
+from qdist.core.units import format_bytes, format_count, format_duration, signed
 
 _METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
     "loss": ("Loss, mean of the last steps, 20 at most", number),

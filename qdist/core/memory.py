@@ -23,6 +23,9 @@ STAGED_LAYERS = 2
 """Packed layers of an offloaded backbone on the GPU: the one in use and the one being copied."""
 BLOCK, NESTED_BLOCK = 64, 256
 """bitsandbytes: weights that share an absmax, and absmaxes that share one when they are quantized in turn."""
+STAGE_WIDTH = 64
+"""Micro-batches of a pipeline's step are padded to the longest, rounded up to this: buffers between stages have fixed
+shapes."""
 _REDUCE_BUCKET = 50_000_000
 """Elements of the flat buffer into which ZeRO 2 and 3 reduce gradients (`reduce_bucket_size` of ds_configs/)."""
 _LOSS_CHUNKS = 8
@@ -99,6 +102,10 @@ class Share(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     checkpointed: int
     """Of its layers, from the first: recomputed in the backward pass. The others keep what they computed."""
     micro_batch: int
+    positions: int = 0
+    """Of the fullest micro-batch, where the data were looked at; 0 stands for `micro_batch` whole sequences."""
+    learned: int = 0
+    """Its tokens with a loss; 0 stands for all."""
     gradient_accumulation: int = 1
     """Above 1, as with DeepSpeed's buffers, gradients live on through the next forward pass."""
     embedding: bool = True
@@ -122,6 +129,10 @@ class Share(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     offloaded: int = 0
     """Of its layers: packed weights that wait in host memory."""
     context_bytes: int = 0
+
+    def tokens(self, seq_len: int) -> int:
+        """Of the fullest micro-batch, padding included."""
+        return self.positions or self.micro_batch * seq_len
 
 
 class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -173,14 +184,15 @@ def sizes(facts: ModelFacts, job: Job) -> Sizes:
 def budget(sizes: Sizes, share: Share) -> MemoryBudget:
     """What one GPU holds at the peak of a training step with AdamW on LoRA parameters."""
     facts, job = sizes.facts, sizes.job
-    tokens = share.micro_batch * job.seq_len
+    tokens = share.tokens(job.seq_len)
     trained = sizes.trained * share.layers
     kept, anew = _kept(sizes, share, tokens)
     work = anew * (share.checkpointed == share.layers) + _backward_work(
         facts, tokens=tokens, compute_bytes=job.compute_bytes
     )
     gathered = _gathered(sizes, share)
-    loss = _loss_bytes(facts, tokens=tokens, compute_bytes=job.compute_bytes, fused=job.fused_loss) * share.head
+    learned = share.learned or tokens
+    loss = _loss_bytes(facts, tokens=learned, compute_bytes=job.compute_bytes, fused=job.fused_loss) * share.head
     at_loss = loss + GATHERED_TABLES * sizes.table * _shards_tables(sizes, share)
     logits = max(0, at_loss - work - gathered)
     divided = share.zero_stage >= 2 and not share.pipelined

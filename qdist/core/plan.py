@@ -20,6 +20,16 @@ Schedule = Literal["1f1b", "sequential"]
 """Of a split backbone: a rank a stage with micro-batches in flight, or one process that visits GPU after GPU."""
 
 
+class Fullest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The most that any micro-batch of a run holds, of all that have so many samples."""
+
+    samples: int
+    positions: int
+    """Tokens and padding."""
+    learned: int
+    """Tokens with a loss."""
+
+
 class DataFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The tokenized data set. Lengths in tokens."""
 
@@ -36,6 +46,8 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """How its records became text, which prompts do as well; None for synthetic data."""
     digest: str = ""
     """Of the files that were tokenized; empty where they lie on a hub, or nobody kept it."""
+    fullest: tuple[Fullest, ...] = ()
+    """For each number of samples that a micro-batch may have; empty where nobody has counted."""
 
 
 def held_out_of(samples: int, share: float) -> int:

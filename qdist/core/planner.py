@@ -16,7 +16,7 @@ from qdist.core.lessons import Correction
 from qdist.core.means import count_of, dtype_of, liger_of, optimizer_of, rooms_of
 from qdist.core.memory import Job, sizes
 from qdist.core.notes import correction_notes, dtype_notes, notes, warmup_notes
-from qdist.core.plan import Alternative, DataFacts, Plan, RankPlan, Source
+from qdist.core.plan import Alternative, DataFacts, Fullest, Plan, RankPlan, Source
 from qdist.core.pooling import pool_of
 from qdist.core.ranking import (
     alternatives,
@@ -49,6 +49,7 @@ class _Inputs(NamedTuple):
     rates: Rates | None
     correction: Correction | None
     usual_micro_batch: int | None
+    fullest: tuple[Fullest, ...]
 
 
 class _Decision(NamedTuple):
@@ -132,6 +133,7 @@ def plan_once(
         rates=rates,
         correction=correction,
         usual_micro_batch=usual_micro_batch,
+        fullest=data.fullest if data and cluster.device == "cpu" else (),
     )
     decision = _decide(inputs)
     setting, winner, layout = decision.setting, decision.winner, decision.winner.layout
@@ -229,6 +231,7 @@ def _setting(inputs: _Inputs, count: int) -> Setting:
         correction=inputs.correction,
         usual_micro_batch=inputs.usual_micro_batch,
         new_rows=new_rows,
+        fullest=inputs.fullest,
     )
 
 

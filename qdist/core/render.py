@@ -68,6 +68,12 @@ def _distributed_type(plan: Plan) -> str:
 PASSIVE = "PASSIVE"
 """How threads wait on CPUs that others use as well: spinning, they take turns with those that they wait for."""
 
+COALESCE = "glibc.malloc.tcache_count=0"
+"""glibc's malloc without its thread cache. torch asks for memory aligned to 64 bytes; glibc (2.36) takes 96 bytes more
+and gives back what is in front, which the cache keeps from joining its neighbours again: what was freed is then too
+small for the next tensor of the same size, and the heap grows instead. SmolLM2's demo at micro_batch=1, peak resident
+set of a rank: 1,349 MiB with the cache, 833 without; at 8, 1,457 and 1,285; no slower (23.5 and 21.7 s of CPU time)."""
+
 
 def launch_script(plan: Plan, *, python: str) -> str:
     """The shell script that starts the ranks; it finds its run directory beside itself.
@@ -84,7 +90,7 @@ def launch_script(plan: Plan, *, python: str) -> str:
     # Unless the environment says otherwise.
     usual = {CHANNELS: str(STAGE_CHANNELS)} if plan.schedule == "1f1b" else {}
     if plan.device == "cpu":
-        usual["OMP_WAIT_POLICY"] = PASSIVE
+        usual |= {"OMP_WAIT_POLICY": PASSIVE, "GLIBC_TUNABLES": COALESCE}
     lines = [
         "#!/bin/sh",
         f"# {' '.join(plan.spec.model.split())}: {plan.world_size} {plan.device} rank(s), written by qdist",

@@ -12,6 +12,7 @@ from qdist.core.curves import Chart, evenly, value_at
 from qdist.core.fold import Fold
 from qdist.core.memory_parts import Parts
 from qdist.core.plan import Plan
+from qdist.core.prediction import MEANING, shown_error
 from qdist.core.spec import RunSpec, flatten, json_text
 from qdist.core.units import format_bytes, format_count, format_duration
 
@@ -110,8 +111,8 @@ def pace_rows(
         yield "Tokens/s predicted", format_count(plan.tokens_per_second)
     if speed:
         yield "Tokens/s measured", format_count(speed)
-    if plan.tokens_per_second and speed:
-        yield "Error of the prediction", signed(plan.tokens_per_second / speed - 1)
+    if off := shown_error(plan.tokens_per_second, speed):
+        yield "Error of the prediction", f"{off} ({MEANING})"
     if fold.padding_share is not None:
         yield "Padding", f"{100 * fold.padding_share:.1f} % of the computed positions"
     if fold.skew:
@@ -122,11 +123,6 @@ def pace_rows(
         yield "First step done after", format_duration(first)
     if loading := (result or {}).get("loading", {}).get("seconds"):
         yield "Loading the backbone", f"{loading:.1f} s, {format_bytes((result or {})['loading']['read_bytes'])} read"
-
-
-def signed(share: float) -> str:
-    """'+3.1 %'."""
-    return f"{round(100 * share, 1) + 0.0:+.1f} %"  # + 0.0: no minus before a zero
 
 
 def took(seconds: float) -> str:

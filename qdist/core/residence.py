@@ -5,10 +5,11 @@ from itertools import groupby
 
 import msgspec
 
-from qdist.core.candidates import CUDA_CONTEXT_BYTES, HEADROOM
+from qdist.core.candidates import HEADROOM
 from qdist.core.errors import PlanError
 from qdist.core.facts import ALL_LINEAR, ModelFacts
 from qdist.core.gptq import Gptq
+from qdist.core.gpu_context import CUDA_CONTEXT_BYTES
 from qdist.core.memory import STAGED_LAYERS, Job, sizes
 from qdist.core.placement import scattered, spread_layers
 from qdist.core.units import format_bytes

@@ -72,3 +72,8 @@ def format_count(count: float) -> str:
         if abs(count) >= factor:
             return f"{count / factor:.1f} {unit}"
     return f"{count:,.0f}"
+
+
+def signed(share: float) -> str:
+    """'+3.1 %'."""
+    return f"{round(100 * share, 1) + 0.0:+.1f} %"  # + 0.0: no minus before a zero

@@ -46,7 +46,11 @@ def sample_order(n_train: int, *, seed: int, position: int, count: int) -> list[
 
 def width_of(samples: Sequence[int], tokenized: TokenizedSet) -> int:
     """Positions of each row of a micro-batch."""
-    longest = max(span.stop - span.start for span in map(tokenized.span, samples))
+    return padded(max(span.stop - span.start for span in map(tokenized.span, samples)))
+
+
+def padded(longest: int) -> int:
+    """Positions of each row where the longest sample has so many tokens."""
     return -(-longest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
 
 

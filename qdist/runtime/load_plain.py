@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qdist.core.candidates import CUDA_CONTEXT_BYTES
 from qdist.core.errors import ModelError, PlanError, SpecError
 from qdist.core.facts import from_config
 from qdist.core.gptq import Gptq
+from qdist.core.gpu_context import CUDA_CONTEXT_BYTES
 from qdist.core.plan import Source
 from qdist.core.residence import Residence, footprint, room
 from qdist.core.spec import Quant

@@ -49,6 +49,7 @@ def prepare(spec: RunSpec) -> Prepared:
     from qdist.runtime.batches import split
     from qdist.runtime.chat_template import require_template
     from qdist.runtime.data import cached_tokenize
+    from qdist.runtime.fullest import fullest
     from qdist.runtime.materialize import materialize
     from qdist.runtime.model_config import open_config
     from qdist.runtime.special_tokens import repair
@@ -99,6 +100,7 @@ def prepare(spec: RunSpec) -> Prepared:
             records=summary.records,
             wording=summary.wording,
             digest=files_digest(spec.data),
+            fullest=fullest(tokenized, train, spec),
         ),
         notes=(
             *_left_out(spec),

@@ -116,6 +116,19 @@ def test_gradients_beyond_the_activations_they_replace_count() -> None:
     assert own.gradients == own.adapter - kept - own.logits
 
 
+def test_what_the_data_hold_counts_where_it_is_known() -> None:
+    """Positions for the layers, learned tokens for the loss; without them sequences are full, and all is learned."""
+    usual = {"micro_batch": 4, "checkpointed": 0}
+    whole, known = predict("llama-7b", **usual), predict("llama-7b", **usual, positions=4 * 512, learned=4 * 512)
+    assert whole == known
+    fewer = predict("llama-7b", **usual, positions=4 * 512, learned=100)
+    assert fewer.activations == whole.activations
+    assert fewer.logits < whole.logits
+    assert predict("llama-7b", **usual, positions=4 * 256, learned=100) == predict(
+        "llama-7b", **usual, seq_len=256, learned=100
+    )
+
+
 @pytest.mark.parametrize("alias", ["llama-7b", "bloom-7b1", "opt-6.7b", "pythia-6.9b", "qwen3-8b", "glm-4-9b"])
 def test_what_saves_memory_saves_memory(alias: str) -> None:
     base = predict(alias, checkpointed=0).total

@@ -6,9 +6,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from qdist.core.candidates import CUDA_CONTEXT_BYTES
 from qdist.core.cluster import Cluster, Gpu, hypothetical
 from qdist.core.errors import PlanError, QdistError, SpecError
+from qdist.core.gpu_context import CUDA_CONTEXT_BYTES
 from qdist.core.lessons import Correction
 from qdist.core.memory import Job, Share, budget, sizes
 from qdist.core.plan import DataFacts, Plan, digest

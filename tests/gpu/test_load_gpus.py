@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from qdist.core.candidates import CUDA_CONTEXT_BYTES
 from qdist.core.errors import PlanError
+from qdist.core.gpu_context import CUDA_CONTEXT_BYTES
 from qdist.core.residence import HEADROOM, Footprint, Residence, footprint
 from qdist.core.units import GIB
 from qdist.host.rundir import RunDir

@@ -4,6 +4,8 @@ import msgspec
 import pytest
 
 from qdist.core.plan import Plan
+from qdist.runtime.batches import split
+from qdist.runtime.fullest import fullest
 from qdist.runtime.samples import Samples, micro_batch_seed, read_samples
 from tests.runtime.tiny import plan_of, samples_of, save_config
 
@@ -54,6 +56,20 @@ def test_learned_tokens_leave_prompts_and_padding_out(plan: Plan) -> None:
     batch = samples.batch([0, 13])
     assert samples.tokens([0, 13]) == LENGTHS[0] + LENGTHS[13]
     assert samples.learned([0, 13]) == int((batch["labels"][:, 1:] != -100).sum()) == LENGTHS[0] + LENGTHS[13] - 4
+
+
+def test_the_fullest_micro_batch_of_each_size_is_told_before_the_run(plan: Plan) -> None:
+    """By what a plan counts with, against a walk over all that the run will see."""
+    tokenized = samples_of(LENGTHS)
+    spec = msgspec.structs.replace(plan.spec, steps=7)
+    train, _ = split(len(tokenized), held_out=spec.train.held_out, seed=spec.seed)
+    found = fullest(tokenized, train, spec)
+    assert [own.samples for own in found] == [1, 2, 4, 8]
+    for own in found:
+        samples = samples_with(plan, micro_batch=own.samples)
+        seen = [batch for step in range(7) for batch in samples.step(step)]
+        assert own.learned == max(map(samples.learned, seen))
+        assert own.positions == max(samples.batch(batch)["input_ids"].numel() for batch in seen)
 
 
 def test_random_samples_are_the_same_each_time_and_full_length(plan: Plan) -> None:

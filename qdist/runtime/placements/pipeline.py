@@ -11,13 +11,11 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.nn import functional
 
 from qdist.core.errors import PlanError
+from qdist.core.memory import STAGE_WIDTH
 from qdist.runtime.engine import MicroBatch
 from qdist.runtime.forward import CameTo, Forward, unseen
 from qdist.runtime.loss import IGNORED
 from qdist.runtime.placements.split import Grid
-
-WIDTH_MULTIPLE = 64
-"""Micro-batches of a step are padded to the longest, rounded up to this: buffers between stages have fixed shapes."""
 
 
 class Pipeline:
@@ -43,7 +41,7 @@ class Pipeline:
                 try_="--set global_batch=N with N a multiple of micro_batch times the stages",
             )
         width = max(batch["input_ids"].shape[1] for batch in batches)
-        width = -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        width = -(-width // STAGE_WIDTH) * STAGE_WIDTH
         self._stage.begin(
             seeds=[micro_batch.seed for micro_batch in micro_batches],
             labels=[widened(batch["labels"], width, IGNORED) for batch in batches],

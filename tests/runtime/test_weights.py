@@ -1,0 +1,40 @@
+"""What of a folder of weights stays in a rank's memory once it has been read?"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qdist.core.errors import ModelError
+from qdist.runtime.methods.weights import FolderWeights
+
+LARGE = 1 << 19
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> FolderWeights:
+    save_file({"large": torch.arange(LARGE), "small": torch.arange(64.0)}, tmp_path / "model.safetensors")
+    return FolderWeights(tmp_path)
+
+
+def mapped(path: Path) -> bool:
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
+def test_a_small_tensor_keeps_no_mapping_of_its_file(folder: FolderWeights) -> None:
+    small = folder.open("small")
+    assert not mapped(folder.folder / "model.safetensors")
+    assert torch.equal(small[:], torch.arange(64.0))
+    assert torch.equal(small[8:16], torch.arange(8.0, 16.0))
+
+
+def test_a_large_tensor_stays_where_ranks_share_it(folder: FolderWeights) -> None:
+    large = folder.open("large")[:]
+    assert mapped(folder.folder / "model.safetensors")
+    assert torch.equal(large, torch.arange(LARGE))
+
+
+def test_a_tensor_that_is_missing_is_named(folder: FolderWeights) -> None:
+    with pytest.raises(ModelError, match="has no tensor other"):
+        folder.open("other")
