@@ -1,6 +1,6 @@
 """What would a layout need, and how fast would it be, for each micro-batch and way of checkpointing?"""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from qdist.core.gpu_context import cuda_context_bytes
 from qdist.core.layouts import Layout
 from qdist.core.lessons import Correction
 from qdist.core.memory import STAGE_WIDTH, MemoryBudget, Share, Sizes, budget, load_peak_bytes, resident
-from qdist.core.placement import balance, map_of, scattered, spread_layers
+from qdist.core.placement import balance, least, map_of, scattered, spread_layers
 from qdist.core.plan import Fullest
 from qdist.core.spec import RunSpec
 from qdist.core.speed import Step, passes, step_seconds
@@ -112,7 +112,7 @@ def _fewest_away(setting: Setting, layout: Layout, size: int, recomputed: int, m
     def away(count: int) -> Candidate:
         return arrange(setting, layout, size, recomputed, count)
 
-    return away(_least(lambda count: away(count).fits, 0, most))
+    return away(least(lambda count: away(count).fits, 0, most))
 
 
 def micro_batches(setting: Setting, layout: Layout) -> list[int]:
@@ -144,15 +144,7 @@ def _fewest_recomputed(setting: Setting, layout: Layout, size: int) -> Candidate
     if layout.placement == "split" and layout.gpus_per_group > 1:
         return with_(layers)  # the slowest stage sets the pace: all recompute, or none
     # Moments that leave the GPU cross the bus twice a step, which costs more than recomputing saves.
-    return with_(_least(lambda count: with_(count).roomy, 1, layers) if with_(layers - 1).roomy else layers)
-
-
-def _least(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """The least count that fits, or `high` where none does: needs fall as the count rises."""
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle + 1, high)
-    return high
+    return with_(least(lambda count: with_(count).roomy, 1, layers) if with_(layers - 1).roomy else layers)
 
 
 def arrange(setting: Setting, layout: Layout, size: int, recomputed: int, away: int = 0) -> Candidate:
@@ -228,7 +220,7 @@ class _Arrangement:
         if self.rooms is None:
             return self.layers
         room = self.rooms[position]
-        return _least(lambda count: self._required(position, count + 1) > room, 0, self.layers)
+        return least(lambda count: self._required(position, count + 1) > room, 0, self.layers)
 
     def _required(self, position: int, count: int) -> int:
         share = self._share(position, count, 1 if self.offloaded else 0)

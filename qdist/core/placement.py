@@ -1,7 +1,7 @@
 """Which layers lie on which GPU of a split backbone?"""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
 from qdist.core.errors import PlanError
@@ -85,3 +85,11 @@ def map_of(counts: Sequence[int]) -> tuple[int, ...]:
 def scattered(layers: int, chosen: int) -> tuple[int, ...]:
     """`chosen` layers with even gaps between them, so that each is copied while the others compute."""
     return tuple(int((index + 0.5) * layers / chosen) for index in range(chosen))
+
+
+def least(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """The least count that fits, or `high` where none does: needs fall as the count rises."""
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return high
