@@ -18,8 +18,7 @@ from qdist.core.spec import RunSpec
 from qdist.core.speed import Step, passes, step_seconds
 
 RECEIVED_AHEAD = 1
-"""Micro-batches that each neighbour of a stage has sent, or is sending, before they are used. What is in use counts as
-activations: the runtime's stages hold receive buffers only that long."""
+"""Micro-batches that each neighbour of a stage has sent, or is sending, before they are used; then they are activations."""
 HEADROOM = 0.95
 """Share of a GPU, or of host memory, that a plan may fill."""
 MAX_MICRO_BATCH_TOKENS = 8192

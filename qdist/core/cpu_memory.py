@@ -13,7 +13,7 @@ DEEPSPEED_BYTES = 80 * MIB
 """What importing DeepSpeed adds, and its process group's buffers."""
 HOLES = 0.12
 """Share of the activations by which the heap outgrows them: small objects lie between tensors, and what was freed there
-is too small for the next. 7 to 20 % over 12 runs with SmolLM2; from 32 MiB on glibc gives each tensor pages of its own."""
+is too small for the next. 7 to 20 % over 12 runs (SmolLM2); from 32 MiB on glibc gives each tensor pages of its own."""
 OWN_PAGES_BYTES = 32 * MIB
 
 
