@@ -385,7 +385,8 @@ def judge(case: Case, code: int, output: str) -> str:
         return f"exit code {code}, not {case.code}"
     if case.why == "needs a GPU" and not re.fullmatch(r"error: .+\n(  try: .+\n)?", output):
         return "refused in other than a sentence"
-    if case.shown and (other := first_difference(case.shown, output.splitlines())):
+    other = first_difference(case.shown, output.splitlines()) if case.shown else None
+    if other is not None:
         return f"prints {other!r}, which the README has otherwise"
     return ""
 
