@@ -244,12 +244,9 @@ def run_all(cases: list[Case], machine: "Machine") -> Iterator[Done]:
         case = next(ready, waiting[0])
         waiting.remove(case)
         done = machine.run(case)
-        print(
-            f"{'not ok' if done.fault else 'ok':6}  {done.code:3}  {done.seconds:5.1f} s  {one_line(case.text)}",
-            flush=True,
-        )
+        print(row(done), flush=True)
         if done.fault:
-            print(f"        {done.fault}\n" + "\n".join(f"        | {line}" for line in done.output.splitlines()[-25:]))
+            print("\n".join(f"        | {line}" for line in done.output.splitlines()[-25:]), flush=True)
         yield done
         if case.shown and case.code == 2:
             waiting.insert(0, hinted(case, done.output))
@@ -388,7 +385,8 @@ def judge(case: Case, code: int, output: str) -> str:
         return f"exit code {code}, not {case.code}"
     if case.why == "needs a GPU" and not re.fullmatch(r"error: .+\n(  try: .+\n)?", output):
         return "refused in other than a sentence"
-    if case.shown and (other := first_difference(case.shown, output.splitlines())):
+    other = first_difference(case.shown, output.splitlines()) if case.shown else None
+    if other is not None:
         return f"prints {other!r}, which the README has otherwise"
     return ""
 
@@ -401,19 +399,16 @@ def first_difference(shown: Iterable[str], printed: Iterable[str]) -> str | None
 
 def table(done: Sequence[Done]) -> Iterator[str]:
     """A row a command, and the sums."""
-    for each in done:
-        remark = ", ".join(filter(None, ("pasted" * each.case.pasted, each.case.why, each.fault)))
-        verdict = "not ok" if each.fault else "ok"
-        yield f"{verdict:6}  {each.code:3}  {each.seconds:6.1f} s  {one_line(each.case.text)}" + f"  ({remark})" * bool(
-            remark
-        )
+    yield from map(row, done)
     good = sum(not each.fault for each in done)
     yield f"{good} of {len(done)} ok, {sum(each.seconds for each in done) / 60:.0f} minutes"
 
 
-def one_line(text: str) -> str:
-    """A program as well."""
-    return " ".join(text.split())
+def row(done: Done) -> str:
+    """Whether it is ok, its exit code, how long it took, and the command in one line."""
+    remark = ", ".join(filter(None, ("pasted" * done.case.pasted, done.case.why, done.fault)))
+    verdict, text = "not ok" if done.fault else "ok", " ".join(done.case.text.split())
+    return f"{verdict:6}  {done.code:3}  {done.seconds:6.1f} s  {text}" + f"  ({remark})" * bool(remark)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
+from qdist.cli.kept import run_kept
 from qdist.core.errors import RunError
-from qdist.host.modules import run_module
 from qdist.host.prompts import read_prompts
 from qdist.host.targets import check_target, memory_cap
 
@@ -40,4 +40,4 @@ def generate(
     options = ["--prompts", prompts, "--out", out, "--max-new-tokens", str(max_new_tokens), "--batch", str(batch)]
     options += memory_cap(max_memory)
     check_target(run)
-    context.exit(run_module("qdist.runtime.generate", ("file", run, *options)))
+    context.exit(run_kept("qdist.runtime.generate", ("file", run, *options)))

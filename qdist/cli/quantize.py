@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
+from qdist.cli.kept import run_kept
 from qdist.core import demo
 from qdist.core.errors import RunError, SpecError, nearest
 from qdist.core.gptq import BITS, FORMATS, WORD, usual_format
-from qdist.host.modules import run_module
 from qdist.host.record_files import is_plain_text
 from qdist.host.records import check_source
 from qdist.host.targets import check_model
@@ -61,12 +61,7 @@ def quantize(context: click.Context, /, model: str, method: str, out: str, **opt
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{out} exists", try_="another --out")
-    try:
-        code = run_module(module, (model, out, *flags))
-    except KeyboardInterrupt:
-        click.echo("stopped; the same command goes on from what is written", err=True)
-        code = 130
-    context.exit(code)
+    context.exit(run_kept(module, (model, out, *flags)))
 
 
 def _check_method(method: str, given: Mapping[str, Any]) -> None:

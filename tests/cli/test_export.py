@@ -30,8 +30,8 @@ Call = tuple[str, tuple[str, ...]]
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """The processes that would have been started; each ends with the code 3."""
     made: list[Call] = []
-    for module in (exporting, merging):
-        monkeypatch.setattr(module, "run_module", lambda name, given: made.append((name, tuple(given))) or 3)
+    for module, name in ((exporting, "run_module"), (merging, "run_kept")):
+        monkeypatch.setattr(module, name, lambda name, given: made.append((name, tuple(given))) or 3)
     return made
 
 

@@ -23,8 +23,9 @@ def handed_on(monkeypatch: pytest.MonkeyPatch, command: str, *options: str) -> t
         seen.append(tuple(arguments))
         return 0
 
+    monkeypatch.setattr(chat, "run_module", run_module)
+    monkeypatch.setattr(generate, "run_kept", run_module)
     for module in (chat, generate):
-        monkeypatch.setattr(module, "run_module", run_module)
         monkeypatch.setattr(module, "check_target", lambda name: None)
     monkeypatch.setattr(generate, "read_prompts", lambda path: [])
     if command == "chat":

@@ -82,7 +82,7 @@ def test_flags_reach_the_process_that_packs_and_its_code_comes_back(
     arguments: tuple[str, ...], passed: tuple[str, ...], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[str, tuple[str, ...]]] = []
-    monkeypatch.setattr(command, "run_module", lambda module, given: calls.append((module, tuple(given))) or 3)
+    monkeypatch.setattr(command, "run_kept", lambda module, given: calls.append((module, tuple(given))) or 3)
     out = str(tmp_path / "out")
     code, _ = invoke(model, "--out", out, *arguments)
     assert code == 3
@@ -110,7 +110,7 @@ def test_flags_of_gptq_reach_its_own_process(
     arguments: tuple[str, ...], passed: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[str, tuple[str, ...]]] = []
-    monkeypatch.setattr(command, "run_module", lambda module, given: calls.append((module, tuple(given))) or 0)
+    monkeypatch.setattr(command, "run_kept", lambda module, given: calls.append((module, tuple(given))) or 0)
     out = str(tmp_path / "out")
     code, _ = invoke(model, "--out", out, *GPTQ, *arguments)
     assert code == 0

@@ -1,0 +1,16 @@
+"""Runs a job that keeps what it has done when it is stopped."""
+
+from collections.abc import Sequence
+
+import click
+
+from qdist.host.modules import run_module
+
+
+def run_kept(module: str, arguments: Sequence[str]) -> int:
+    """As `run_module`; after Ctrl-C it says that the same command goes on, and the exit code is 130."""
+    try:
+        return run_module(module, arguments)
+    except KeyboardInterrupt:
+        click.echo("stopped; the same command goes on from what is written", err=True)
+        return 130
