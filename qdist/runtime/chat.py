@@ -6,7 +6,7 @@ from typing import Any
 
 from qdist.core.conversation import Conversation, Turn
 from qdist.core.errors import DataError, nearest
-from qdist.runtime.complete import answer_of, complete, text_of
+from qdist.runtime.complete import answer_of, as_written, complete, text_of
 from qdist.runtime.load import ROOM_TOKENS, open_model
 from qdist.runtime.prompts import Speech, encode_prompts, speech_of
 
@@ -110,7 +110,7 @@ class _Printer:
         return answer_of(model, self._tokenizer, self._tokens, self._end_text)
 
     def _text(self) -> str:
-        text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        text = as_written(self._tokenizer, self._tokens, skip_special_tokens=True)
         return text.partition(self._end_text)[0] if self._end_text else text
 
     def _pending(self, text: str) -> int:
