@@ -40,7 +40,7 @@ _TOOLS = frozenset(("tool", "tools", "function", "function_call", "tool_call", "
 _SPEAKER, _WORDS = ("role", "from"), ("content", "value", "text")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _HALF = re.compile("[\ud800-\udfff]")
-"""Of a surrogate pair: JSON can say it, no text can hold it."""
+"""Of a surrogate pair: JSON can say it, and a terminal gives it for what is not UTF-8."""
 
 
 def conversations(record: Record, *, where: str, data_format: str | None = None) -> tuple[Conversation, ...]:
@@ -57,7 +57,7 @@ def conversations(record: Record, *, where: str, data_format: str | None = None)
     marked = mark_of(fields)
     found = tuple(replace(own, format=name) for own in _READERS[name](fields))
     for own in found:
-        _require_whole_characters(own.turns, where)
+        require_whole_characters(own)
     unused = fields.unused()
     if marked is False:
         found = tuple(replace(own, turns=tuple(replace(turn, learn=False) for turn in own.turns)) for own in found)
@@ -110,10 +110,19 @@ def asked(record: Record, *, where: str) -> Conversation:
             f"{where}: the last turn is {_whose(turns[-1].role)}, so nothing is left to answer",
             try_="a conversation that ends with the user's turn",
         )
-    _require_whole_characters(turns, where)
     context = tuple(replace(turn, learn=False) for turn in turns)
     verbatim = len(turns) == 1 and _is_transcript(turns[0].text)
     return Conversation(turns=context, where=where, unused=fields.unused(), verbatim=verbatim)
+
+
+def require_whole_characters(conversation: Conversation) -> None:
+    """Raise DataError for text that no tokenizer takes."""
+    for turn in conversation.turns:
+        if half := _HALF.search(turn.said):
+            raise DataError(
+                f"{conversation.where} holds {half.group()!r}, half of a character, which no text can hold",
+                try_="the text without it",
+            )
 
 
 def look_of(texts: Iterable[str]) -> tuple[Style, str]:
@@ -157,7 +166,7 @@ def _input_output(fields: Fields) -> tuple[Conversation, ...]:
 def _prompted(fields: Fields, source: str, target: str) -> Conversation:
     """Turns that are given, and those that are learned, or the text of one."""
     given, unused = _turns(fields, source)
-    if isinstance(fields.record[target], list):
+    if isinstance(fields.record.get(target), list):
         learned, more = _turns(fields, target)
     else:
         learned, more = (_answer(fields.text(target)),), ()
@@ -310,15 +319,6 @@ def _pair(record: Record) -> tuple[str, str] | None:
     """The keys of what asks and what answers: both with a value, else both there."""
     there = [pair for pair in _PAIRS if pair[0] in record and pair[1] in record]
     return next(iter(sorted(there, key=lambda pair: record[pair[0]] is None or record[pair[1]] is None)), None)
-
-
-def _require_whole_characters(turns: Iterable[Turn], where: str) -> None:
-    for turn in turns:
-        if half := _HALF.search(turn.said):
-            raise DataError(
-                f"{where} holds {half.group()!r}, half of a character that is written as two in JSON",
-                try_="the text without it",
-            )
 
 
 def _is_transcript(source: object) -> bool:

@@ -6,7 +6,7 @@ import pytest
 
 from qdist.core.conversation import Turn
 from qdist.core.errors import DataError
-from qdist.core.records import asked, conversations
+from qdist.core.records import asked, conversations, require_whole_characters
 
 
 def turns(record: dict[str, Any], data_format: str | None = None) -> tuple[Turn, ...]:
@@ -171,8 +171,8 @@ def test_half_a_character_is_refused_with_its_place() -> None:
     for record in ({"text": "a\ud83d"}, {"instruction": "a", "input": "\udc00", "output": "b"}):
         with pytest.raises(DataError, match=r"f\.jsonl:3 holds '\\ud\w+', half of a character"):
             turns(record)
-    with pytest.raises(DataError, match="half of a character"):
-        asked({"prompt": "\ud83d"}, where="p.jsonl:1")
+    with pytest.raises(DataError, match=r"p\.jsonl:1 holds .*half of a character"):
+        require_whole_characters(asked({"prompt": "\ud83d"}, where="p.jsonl:1"))
     assert said({"text": "a\U0001f600"})
 
 

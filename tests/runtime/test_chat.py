@@ -39,6 +39,17 @@ def test_an_answer_is_printed_token_by_token_without_marks(capsys: pytest.Captur
     assert sum(bool(text) for text in seen) > 1
 
 
+def test_an_end_that_is_a_token_as_any_other_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    speech = speech_of()
+    ends = (speech.tokenizer.convert_tokens_to_ids("\u0120there"),)
+    assert printed(speech._replace(wording=Wording(style="chat", ends=ends)), "hello there", capsys)[0] == "hello\n"
+
+
+def test_bytes_that_are_no_text_are_told_and_forgotten(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _exchange(None, speech_of(), (Turn("user", "gr\udcfcn", False),), 4) == ()
+    assert "half of a character" in capsys.readouterr().out
+
+
 def test_half_a_character_waits_for_the_other_half(capsys: pytest.CaptureFixture[str]) -> None:
     whole, seen = printed(speech_of(), "a 🦜 b", capsys)
     assert whole == "a 🦜 b\n"
