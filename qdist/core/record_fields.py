@@ -12,6 +12,7 @@ MARKS = ("weight", "train", "training", "loss")
 OF_TOOLS = ("tools", "functions", "tool_calls", "function_call")
 _NEVER_DROPPED = frozenset((
     *SYSTEM, *MARKS, *OF_TOOLS, "history", "images", "image", "videos", "video", "audios", "audio",
+    "train_detail", "training_detail", "loss_mask", "loss_scale",
 ))  # fmt: skip
 """Keys that change what a record says: refused, with a value, where nothing is made of them."""
 
@@ -28,39 +29,42 @@ class Fields:
         return next((key for key in keys if key in self.record), None)
 
     def value(self, *keys: str) -> object:
-        """Of the first key that is there. Raises DataError where none is."""
-        key = self.has(*keys)
+        """Of the first key with a value, else of the first that is there. Raises DataError where none is."""
+        key = self._chosen(*keys)
         if key is None:
             raise DataError(f"{self.where}: {keys[0]!r} is missing; keys found: {found_in(self.record)}")
         self._read.add(key)
         return self.record[key]
 
-    def optional(self, *keys: str) -> object:
-        """Of the first key with a value; None where none has one."""
-        self._read |= set(keys)
-        return next((self.record[key] for key in keys if key in self.record and not is_empty(self.record[key])), None)
+    def optional(self, key: str) -> object:
+        """None where it is missing, or has no value."""
+        return self.value(key) if says_something(self.record.get(key)) else None
 
     def text(self, *keys: str) -> str:
         """Raises DataError where it is missing or no text."""
         value = self.value(*keys)
         if not isinstance(value, str):
-            raise DataError(f"{self.where}: {self.has(*keys)!r} must be text, not {kind_of(value)}")
+            raise DataError(f"{self.where}: {self._chosen(*keys)!r} must be text, not {kind_of(value)}")
         return value
 
     def optional_text(self, *keys: str) -> str:
-        """Empty where there is none."""
-        value = self.optional(*keys)
-        if value is not None and not isinstance(value, str):
-            raise DataError(f"{self.where}: {self.has(*keys)!r} must be text, not {kind_of(value)}")
-        return value or ""
+        """Empty where there is none. Of several keys that say the same, all are read."""
+        if all(is_empty(self.record.get(key)) for key in keys):
+            return ""
+        text = self.text(*keys)
+        self._read |= {key for key in keys if self.record.get(key) == text}
+        return text
 
     def unused(self) -> tuple[str, ...]:
         """Keys with a value that nobody read. Raises DataError for one that must not be dropped."""
-        left = [key for key, value in self.record.items() if key not in self._read and not is_empty(value)]
-        for key in left:
-            if key.lower() in _NEVER_DROPPED:
+        left = {key: value for key, value in self.record.items() if key not in self._read and not is_empty(value)}
+        for key in [key for key in left if key.lower() in _NEVER_DROPPED]:
+            if says_something(left.pop(key)):
                 raise _not_trained(self.where, key)
         return tuple(left)
+
+    def _chosen(self, *keys: str) -> str | None:
+        return next((key for key in keys if not is_empty(self.record.get(key))), self.has(*keys))
 
 
 def mark_of(fields: Fields) -> bool | None:
@@ -80,9 +84,9 @@ def mark_of(fields: Fields) -> bool | None:
     return next(iter(found.values()), None)
 
 
-def items_of(fields: Fields, *keys: str) -> list[tuple[int, Record]]:
+def items_of(fields: Fields, key: str) -> list[tuple[int, Record]]:
     """The objects listed under a key, numbered from 1. Raises DataError when it is not a list of objects."""
-    items, key, where = fields.value(*keys), fields.has(*keys), fields.where
+    items, where = fields.value(key), fields.where
     if not isinstance(items, list) or not items:
         raise DataError(f"{where}: {key!r} must be a list with at least one object, not {kind_of(items)}")
     for number, item in enumerate(items, 1):
@@ -92,10 +96,15 @@ def items_of(fields: Fields, *keys: str) -> list[tuple[int, Record]]:
 
 
 def is_empty(value: object) -> bool:
-    """Whether there is nothing to be lost; '[]' is how ShareGPT files write no tools."""
+    """Whether there is nothing to be lost."""
     if isinstance(value, str):
-        return not value.strip() or value.strip() in ("[]", "{}", "null")
+        return not value.strip()
     return value is None or (isinstance(value, list | tuple | Mapping) and not value)
+
+
+def says_something(value: object) -> bool:
+    """Whether a key that is no text has a value; '[]' is how ShareGPT files write no tools."""
+    return not is_empty(value) and value not in ("[]", "{}", "null")
 
 
 def _not_trained(where: str, key: str) -> DataError:
@@ -109,7 +118,8 @@ def _not_trained(where: str, key: str) -> DataError:
 
 def kind_of(value: object) -> str:
     """What a value is called in messages."""
-    names = {type(None): "null", list: "a list", dict: "an object", bool: "true or false", int: "a number"}
+    names = {type(None): "null", list: "a list", dict: "an object", bool: "true or false"}
+    names |= dict.fromkeys((int, float), "a number")
     empty = isinstance(value, list) and not value
     return "an empty list" if empty else names.get(type(value), type(value).__name__)
 

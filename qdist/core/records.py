@@ -9,7 +9,6 @@ from msgspec.structs import replace
 from qdist.core.conversation import ASSISTANT, HUMAN, Conversation, Role, Style, Turn
 from qdist.core.errors import DataError, nearest
 from qdist.core.record_fields import (
-    MARKS,
     OF_TOOLS,
     SYSTEM,
     Fields,
@@ -19,17 +18,29 @@ from qdist.core.record_fields import (
     items_of,
     kind_of,
     mark_of,
+    says_something,
 )
 
-_PAIRS = (("input", "output"), ("prompt", "completion"), ("question", "answer"))
+_PAIRS = (
+    ("input", "output"), ("prompt", "completion"), ("question", "answer"), ("prompt", "response"),
+    ("question", "response"), ("query", "response"), ("query", "answer"), ("problem", "solution"),
+    ("question", "solution"), ("inputs", "targets"), ("prompt", "output"), ("prompt", "answer"),
+)  # fmt: skip
+_ASKING = ("prompt", "instruction", "question", "text", "input", "query", "problem", "inputs")
+_MESSAGES, _SHARED = ("messages",), ("conversations", "conversation", "dialog", "dialogue")
+"""Keys of a list of turns."""
 _ROLES: dict[str, Role] = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
+    "ai": "assistant", "bing": "assistant", "bard": "assistant",
 }  # fmt: skip
 _TOOLS = frozenset(("tool", "tools", "function", "function_call", "tool_call", "observation", "ipython"))
 """Roles of those that a model calls."""
-_SPEAKER, _WORDS = ("role", "from"), ("content", "value")
+_SPEAKER, _WORDS = ("role", "from"), ("content", "value", "text")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_HALF = re.compile("[\ud800-\udfff]")
+"""Of a surrogate pair: JSON can say it, and a terminal gives it for what is not UTF-8."""
 
 
 def conversations(record: Record, *, where: str, data_format: str | None = None) -> tuple[Conversation, ...]:
@@ -45,6 +56,8 @@ def conversations(record: Record, *, where: str, data_format: str | None = None)
     fields = Fields(record, where)
     marked = mark_of(fields)
     found = tuple(replace(own, format=name) for own in _READERS[name](fields))
+    for own in found:
+        require_whole_characters(own)
     unused = fields.unused()
     if marked is False:
         found = tuple(replace(own, turns=tuple(replace(turn, learn=False) for turn in own.turns)) for own in found)
@@ -60,14 +73,15 @@ def check_format(name: str) -> None:
 
 def detect(record: Record, *, where: str) -> str:
     """The name of the format that the keys of `record` show. Raises DataError when they show none."""
-    for key, name in (("messages", "messages"), ("conversations", "sharegpt"), ("instances", "self-instruct")):
-        if key in record:
+    there = {key for key, value in record.items() if value is not None}  # tables have all columns in all records
+    if holder := _holder(record, *_MESSAGES, *_SHARED):
+        return "messages" if holder in _MESSAGES else "sharegpt"
+    for key, name in (("instances", "self-instruct"), ("instruction", "alpaca")):
+        if key in there:
             return name
-    if "instruction" in record:
-        return "alpaca"
     if pair := _pair(record):
         return "oasst" if _is_transcript(record[pair[0]]) else "input-output"
-    if "text" in record:
+    if "text" in there:
         return "text"
     wanted = (
         "messages, conversations, instruction + output, input + output, prompt + completion, question + answer, text"
@@ -81,9 +95,9 @@ def asked(record: Record, *, where: str) -> Conversation:
     Raises DataError as `conversations` does, and for one that waits for nothing.
     """
     fields = Fields(record, where)
-    if fields.has("messages", "conversations"):
-        turns = _turns(fields, "messages", "conversations")
-    elif key := fields.has("prompt", "instruction", "question", "text", "input"):
+    if holder := _holder(record, *_MESSAGES, *_SHARED, "prompt"):
+        turns = _talk(fields, _turns(fields, holder)[0])
+    elif key := fields.has(*_ASKING):
         extra = fields.optional_text("input", "context") if key == "instruction" else ""
         turns = (*_opening(fields), Turn("user", fields.text(key), False, extra))
     else:
@@ -99,6 +113,16 @@ def asked(record: Record, *, where: str) -> Conversation:
     context = tuple(replace(turn, learn=False) for turn in turns)
     verbatim = len(turns) == 1 and _is_transcript(turns[0].text)
     return Conversation(turns=context, where=where, unused=fields.unused(), verbatim=verbatim)
+
+
+def require_whole_characters(conversation: Conversation) -> None:
+    """Raise DataError for text that no tokenizer takes."""
+    for turn in conversation.turns:
+        if half := _HALF.search(turn.said):
+            raise DataError(
+                f"{conversation.where} holds {half.group()!r}, half of a character, which no text can hold",
+                try_="the text without it",
+            )
 
 
 def look_of(texts: Iterable[str]) -> tuple[Style, str]:
@@ -133,8 +157,21 @@ def _instructed(head: Fields, instance: Fields) -> Conversation:
 
 def _input_output(fields: Fields) -> tuple[Conversation, ...]:
     source, target = _pair(fields.record) or _PAIRS[0]
+    if isinstance(fields.record.get(source), list):
+        return (_prompted(fields, source, target),)
     turns = (*_opening(fields), Turn("user", fields.text(source), False), _answer(fields.text(target)))
     return (Conversation(turns=turns, where=fields.where, style="plain"),)
+
+
+def _prompted(fields: Fields, source: str, target: str) -> Conversation:
+    """Turns that are given, and those that are learned, or the text of one."""
+    given, unused = _turns(fields, source)
+    if isinstance(fields.record.get(target), list):
+        learned, more = _turns(fields, target)
+    else:
+        learned, more = (_answer(fields.text(target)),), ()
+    turns = (*(replace(turn, learn=False) for turn in given), *learned)
+    return Conversation(turns=_talk(fields, turns), where=fields.where, unused=(*unused, *more))
 
 
 def _oasst(fields: Fields) -> tuple[Conversation, ...]:
@@ -152,24 +189,42 @@ def _plain(fields: Fields) -> tuple[Conversation, ...]:
 
 
 def _sharegpt(fields: Fields) -> tuple[Conversation, ...]:
-    return (_dialogue(fields, "conversations"),)
+    return (_dialogue(fields, *_SHARED),)
 
 
 def _messages(fields: Fields) -> tuple[Conversation, ...]:
-    return (_dialogue(fields, "messages"),)
+    return (_dialogue(fields, *_MESSAGES),)
 
 
-def _dialogue(fields: Fields, holder: str) -> Conversation:
-    turns = _turns(fields, holder)
-    where = fields.where
+def _dialogue(fields: Fields, *holders: str) -> Conversation:
+    read, unused = _turns(fields, _holder(fields.record, *holders) or holders[0])
+    turns, where = _talk(fields, read), fields.where
     if not any(turn.role == "assistant" for turn in turns):
         raise DataError(f"{where}: {len(turns)} turns, none of them the assistant's, so there is nothing to learn")
-    return Conversation(turns=turns, where=where, unused=_unused_of_turns(fields, holder))
+    return Conversation(turns=turns, where=where, unused=unused)
 
 
-def _turns(fields: Fields, *holders: str) -> tuple[Turn, ...]:
-    items = items_of(fields, *holders)
-    turns = tuple(_turn(Fields(item, f"{fields.where}, turn {number}")) for number, item in items)
+def _holder(record: Record, *keys: str) -> str | None:
+    """The key of a list of turns: of one that has some, else of one that should."""
+    lists = sorted((key for key in keys if isinstance(record.get(key), list)), key=lambda key: not record[key])
+    meant = [key for key in (*_MESSAGES, _SHARED[0]) if key in keys and record.get(key) is not None]
+    return next(iter((*lists, *meant)), None)
+
+
+def _turns(fields: Fields, holder: str) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+    """The turns in a list, and the keys of them that nothing was made of."""
+    texts = fields.record.get(holder)
+    if holder not in _MESSAGES and isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+        fields.value(holder)
+        return tuple(_answer(text) if at % 2 else Turn("user", text, False) for at, text in enumerate(texts)), ()
+    items = [Fields(item, f"{fields.where}, turn {number}") for number, item in items_of(fields, holder)]
+    turns = tuple(turn for item in items for turn in ((_turn(item),) if item.has(*_SPEAKER) else _exchange(item)))
+    unused = dict.fromkeys(f"{holder}.{key}" for item in items for key in item.unused())
+    return turns, tuple(unused)
+
+
+def _talk(fields: Fields, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """Turns that begin with what asks, behind the system message that stands beside them."""
     if turns[0].role == "assistant":
         raise DataError(
             f"{fields.where}: the first turn is the assistant's, so nothing asks for it", try_="remove that turn"
@@ -184,10 +239,19 @@ def _turns(fields: Fields, *holders: str) -> tuple[Turn, ...]:
     return (Turn("system", system, False), *turns) if system and not own else turns
 
 
+def _exchange(fields: Fields) -> tuple[Turn, ...]:
+    """A question and its answer in one item, as `input` and `output`, after what was said before."""
+    pair = _pair(fields.record)
+    if pair is None:
+        return (_turn(fields),)  # which says what is missing
+    answer = _answer(fields.text(pair[1]), mark_of(fields))
+    return (*_opening(fields), Turn("user", fields.text(pair[0]), False), answer)
+
+
 def _turn(fields: Fields) -> Turn:
     said_by = fields.text(*_SPEAKER)
     name = said_by.strip().lower()
-    calls = next((key for key in OF_TOOLS if not is_empty(fields.record.get(key))), None)
+    calls = next((key for key in OF_TOOLS if says_something(fields.record.get(key))), None)
     if name in _TOOLS or calls:
         what = f"calls tools ({calls!r})" if calls else f"is of {fields.has(*_SPEAKER)!r} {said_by!r}"
         raise DataError(
@@ -202,10 +266,12 @@ def _turn(fields: Fields) -> Turn:
             f"{fields.where} is {_whose(role)} and is marked to be learned; the loss is taken on the assistant's turns",
             try_="remove the mark, or train on everything: --set train.train_on_source=true",
         )
-    fields.unused()
-    if role == "assistant":
-        return _answer(text) if mark is not False else Turn("assistant", text, False)
-    return Turn(role, text, False)
+    if thought := next((key for key in _THOUGHTS if not is_empty(fields.record.get(key))), None):
+        raise DataError(
+            f"{fields.where} has {thought!r}, and reasoning is trained where it is part of the content",
+            try_="content of <think>, the reasoning, </think> and the answer",
+        )
+    return _answer(text, mark) if role == "assistant" else Turn(role, text, False)
 
 
 def _words(fields: Fields) -> str:
@@ -227,9 +293,9 @@ def _part(part: object, where: str) -> str:
     return str(part["text"])
 
 
-def _answer(text: str) -> Turn:
-    """Silence is nothing to learn."""
-    return Turn("assistant", text, bool(text.strip()))
+def _answer(text: str, mark: bool | None = None) -> Turn:
+    """Learned unless it is marked not to be; silence is nothing to learn."""
+    return Turn("assistant", text, mark is not False and bool(text.strip()))
 
 
 def _opening(fields: Fields) -> tuple[Turn, ...]:
@@ -249,14 +315,10 @@ def _is_exchange(pair: object) -> bool:
     return isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
 
 
-def _unused_of_turns(fields: Fields, holder: str) -> tuple[str, ...]:
-    known = {*_SPEAKER, *_WORDS, *MARKS, *OF_TOOLS}
-    keys = {key: None for _, item in items_of(fields, holder) for key, value in item.items() if not is_empty(value)}
-    return tuple(f"{holder}.{key}" for key in keys if key not in known)
-
-
 def _pair(record: Record) -> tuple[str, str] | None:
-    return next((pair for pair in _PAIRS if pair[0] in record and pair[1] in record), None)
+    """The keys of what asks and what answers: both with a value, else both there."""
+    there = [pair for pair in _PAIRS if pair[0] in record and pair[1] in record]
+    return next(iter(sorted(there, key=lambda pair: record[pair[0]] is None or record[pair[1]] is None)), None)
 
 
 def _is_transcript(source: object) -> bool:

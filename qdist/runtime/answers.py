@@ -5,7 +5,7 @@ from typing import Any
 from qdist.core import demo
 from qdist.core.plan import Plan
 from qdist.core.records import asked
-from qdist.runtime.complete import complete, text_of
+from qdist.runtime.complete import as_written, complete, text_of
 from qdist.runtime.samples import Samples
 from qdist.runtime.special_tokens import align_config
 from qdist.runtime.tokenized import IGNORED
@@ -61,7 +61,7 @@ def _questions(plan: Plan, tokenizer: Any, samples: Samples) -> list[tuple[str, 
         tokens, labels = samples.tokenized.tokens[span].tolist(), samples.tokenized.labels[span].tolist()
         start = next(place for place, label in enumerate(labels) if label != IGNORED)
         end = next((place for place in range(start, len(labels)) if labels[place] == IGNORED), len(labels))
-        expected = tokenizer.decode(tokens[start:end], skip_special_tokens=True).strip()
+        expected = as_written(tokenizer, tokens[start:end], skip_special_tokens=True).strip()
         if expected not in {known for _, _, known in found}:
             found.append((_last_turn(tokens[:start], tokenizer), tokens[:start], expected))
     return found

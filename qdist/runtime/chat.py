@@ -2,11 +2,12 @@
 
 import signal
 import sys
+from itertools import takewhile
 from typing import Any
 
 from qdist.core.conversation import Conversation, Turn
 from qdist.core.errors import DataError, nearest
-from qdist.runtime.complete import answer_of, complete, text_of
+from qdist.runtime.complete import answer_of, as_written, complete, text_of
 from qdist.runtime.load import ROOM_TOKENS, open_model
 from qdist.runtime.prompts import Speech, encode_prompts, speech_of
 
@@ -84,7 +85,7 @@ class _Printer:
     """Prints an answer token by token, but for the text at which it ends; transformers calls `put` and `end`."""
 
     def __init__(self, speech: Speech) -> None:
-        self._tokenizer, self._end_text = speech.tokenizer, speech.wording.end_text
+        self._tokenizer, self._end_text, self._ends = speech.tokenizer, speech.wording.end_text, speech.wording.ends
         self._tokens: list[int] = []
         self._prompted = False
         self._printed = ""
@@ -110,7 +111,9 @@ class _Printer:
         return answer_of(model, self._tokenizer, self._tokens, self._end_text)
 
     def _text(self) -> str:
-        text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        # What ends an answer may be a token as any other.
+        said = list(takewhile(lambda token: token not in self._ends, self._tokens))
+        text = as_written(self._tokenizer, said, skip_special_tokens=True)
         return text.partition(self._end_text)[0] if self._end_text else text
 
     def _pending(self, text: str) -> int:

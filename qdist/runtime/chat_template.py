@@ -1,7 +1,7 @@
 """What a chat template makes of a conversation, compared with what the record said."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
@@ -10,8 +10,8 @@ from qdist.core.conversation import Conversation, Role
 from qdist.core.errors import DataError, ModelError
 
 _THOUGHT, _THOUGHT_END = "<think>", "</think>"
-_TELLING = 4
-"""Characters of an answer from which its second appearance is no accident."""
+_STAND_IN = "qdist-stands-in"
+"""Written in place of an answer to see what a template puts around it."""
 
 
 class Answer(NamedTuple):
@@ -64,28 +64,25 @@ def render(conversation: Conversation, tokenizer: Any) -> Rendered:
 
     Raises DataError when the template refuses the conversation, changes an answer or leaves out a part of it.
     """
-    writer = _Writer(conversation, tokenizer)
-    last = len(conversation.turns) - 1
-    own = [writer.answered(index) for index, turn in enumerate(conversation.turns) if turn.learn]
-    again = {
-        index: turn.text.rstrip().removesuffix(answer.mark)
-        for (index, turn), (_, answer) in zip(
-            [pair for pair in enumerate(conversation.turns) if pair[1].learn], own, strict=True
-        )
-        if answer.mark and turn.text.rstrip().endswith(answer.mark)
-    }
+    writer, turns = _Writer(conversation, tokenizer), conversation.turns
+    learned = [index for index, turn in enumerate(turns) if turn.learn]
+    own = [writer.answered(index) for index in learned]
+    bare = {index: _bare(turns[index].text, answer.mark) for index, (_, answer) in zip(learned, own, strict=True)}
+    again = {index: text for index, text in bare.items() if text != turns[index].text}
     if again:
-        turns = tuple(replace(turn, text=again.get(index, turn.text)) for index, turn in enumerate(conversation.turns))
-        return render(replace(conversation, turns=turns), tokenizer)._replace(doubled=len(again))
-    whole = own[-1][0] if conversation.turns[last].learn else writer.through(last)
+        once = (
+            replace(turn, text=again[index], learn=bool(again[index].strip())) if index in again else turn
+            for index, turn in enumerate(turns)
+        )
+        return render(replace(conversation, turns=tuple(once)), tokenizer)._replace(doubled=len(again))
+    whole = own[-1][0] if turns[-1].learn else writer.through(len(turns) - 1)
     shared = [_within(whole, text, answer) for text, answer in own]
     if None not in shared:
         parts: tuple[Rendering, ...] = (Rendering(whole, tuple(answer for answer in shared if answer)),)
     else:
         parts = tuple(Rendering(text, (answer,)) for text, answer in own)
-    left_out = frozenset(
-        turn.role for turn in conversation.turns if not turn.learn and turn.said.strip() not in parts[-1].text
-    )
+    context = [turn for turn in turns[: learned[-1] if learned else None] if not turn.learn]
+    left_out = frozenset(turn.role for turn in context if turn.said.strip() not in parts[-1].text)
     return Rendered(parts, left_out, thoughts=writer.thoughts)
 
 
@@ -112,48 +109,60 @@ class _Writer:
 
     def answered(self, index: int) -> tuple[str, Answer]:
         """The turns up to a learned one, and where it stands."""
-        before, through, said = self.before(index), self.through(index), self._conversation.turns[index].text.strip()
-        header = before if through.startswith(before) else _common(before, through)
-        region = through[len(header) :]
-        at = region.find(said)
-        if at < 0 or header != before:
-            return self._by_ourselves(index, before, header, region, said)
-        lead, tail = _without(region[:at], self._conversation.turns[index].text), region[at + len(said) :]
-        if len(said) >= _TELLING and (said in lead or said in tail):
+        said, before, through = self._conversation.turns[index].text.strip(), self.before(index), self.through(index)
+        ahead, found, tail = through.removeprefix(before).partition(said)
+        if through.startswith(before) and found and said not in tail and not ahead.strip():
+            return through, _answer(through, before, "", tail)
+        written, tail = self._around(index)
+        own = through[len(written) : len(through) - len(tail)]
+        kept = through == written + own + tail and own.strip() == said
+        if kept and written.startswith(before):
+            return through, _answer(through, before, written.removeprefix(before), tail)
+        if kept and self._is_asked_alike(index, before, written):
+            # Such as Mistral's, which writes the system's message before the last question alone.
+            text = before + _white_end(written).removeprefix(_white_end(before)) + own + tail
+            return text, _answer(text, before, "", tail)
+        opened = before.rstrip().endswith(_THOUGHT)
+        spoken = said.rpartition(_THOUGHT_END)[2].strip()
+        if _THOUGHT_END in said and spoken in through and (opened or written.startswith(before)):
+            # Templates drop or rewrite what was thought.
+            text = before + (said.removeprefix(_THOUGHT).lstrip() if opened else said) + tail
+            self.thoughts += text != through
+            return text, _answer(text, before, "", tail)
+        raise self._changed(index, before, through, said)
+
+    def _around(self, index: int) -> tuple[str, str]:
+        """What the template writes before an answer and behind it, as far as that does not hang on what it says."""
+        stand_in = {**self._messages[index], "content": _STAND_IN}
+        text = self._written([*self._messages[:index], stand_in], reply=False)
+        if text.count(_STAND_IN) > 1:
             raise DataError(
                 f"{self._conversation.where}: the tokenizer's chat template writes turn {index + 1} twice",
                 try_="a chat_template that writes each turn once",
             )
-        start = len(before) + (len(lead) if lead.strip() else 0)
-        return through, _ended(through, start, len(header) + at + len(said), lead if lead.strip() else "", tail)
+        written, _, tail = text.partition(_STAND_IN)
+        return written, tail
 
-    def _by_ourselves(self, index: int, before: str, header: str, region: str, said: str) -> tuple[str, Answer]:
-        """An answer that the template does not write as it is: with a thought, which templates drop, we write it."""
-        spoken = said.rpartition(_THOUGHT_END)[2].strip() if _THOUGHT_END in said else ""
-        at = region.find(spoken) if spoken else -1
-        opened = before.rstrip().endswith(_THOUGHT)
-        if at < 0 or not (header == before or opened):
-            raise self._changed(index, before, header, region, said)
-        self.thoughts += 1
-        written = said.removeprefix(_THOUGHT).lstrip() if opened else said
-        tail = region[at + len(spoken) :]
-        text = before + written + tail
-        return text, _ended(text, len(before), len(before) + len(written), "", tail)
+    def _is_asked_alike(self, index: int, before: str, written: str) -> bool:
+        """Whether the question and the header behind it are the same, though something earlier is not."""
+        question = self._conversation.turns[index - 1].said.strip()
+        shared = _common(before.rstrip()[::-1], written.rstrip()[::-1])[::-1]
+        return bool(question) and question in shared
 
-    def _changed(self, index: int, before: str, header: str, region: str, said: str) -> DataError:
+    def _changed(self, index: int, before: str, through: str, said: str) -> DataError:
         where, turn = self._conversation.where, f"turn {index + 1}"
-        if region.find(said) >= 0:
+        header = _common(before, through)
+        region = through[len(header) :]
+        if said in region:
             asked = before[len(header) :] or header
             return DataError(
                 f"{where}: the tokenizer's chat template asks for {turn} by {asked[-40:]!r} and does not write that "
                 "before the answer itself, so a model would be asked in another way than it was trained",
                 try_="a chat_template that writes the same header with add_generation_prompt",
             )
-        blocks = SequenceMatcher(None, said, region, autojunk=False).get_matching_blocks()
-        kept = max(blocks, key=lambda block: block.size)
-        missing = said if kept.a or not kept.size else said[kept.size :]
+        missing = _missing(said, region)
         return DataError(
-            f"{where}: the tokenizer's chat template leaves out {len(said) - kept.size} characters of {turn}, "
+            f"{where}: the tokenizer's chat template leaves out {len(missing):,} characters of {turn}, "
             f"{missing[:20]!r}...",
             try_="a chat_template that writes answers as they are",
         )
@@ -185,22 +194,39 @@ def _within(whole: str, text: str, answer: Answer) -> Answer | None:
     return None
 
 
-def _without(lead: str, text: str) -> str:
-    """What stands before an answer, less the white space that the answer itself begins with."""
-    return lead.removesuffix(text[: len(text) - len(text.lstrip())])
-
-
-def _common(one: str, other: str) -> str:
-    """What two texts begin with."""
-    length = next((at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)
-    return one[: min(len(one), len(other)) if length is None else length]
-
-
-def _ended(text: str, start: int, said_end: int, lead: str, tail: str) -> Answer:
-    """Where an answer ends.
+def _answer(text: str, before: str, lead: str, tail: str) -> Answer:
+    """The place of an answer.
 
     White space behind the mark ('<|im_end|>\\n') opens the next turn and isn't learned; where nothing but white
     space follows the text, that is the end of the turn.
     """
-    mark = tail.strip()
-    return Answer(start, said_end + len(tail.rstrip()) if mark else len(text), lead, mark)
+    start, mark = len(before) + (len(lead) if lead.strip() else 0), tail.strip()
+    if mark and before.rstrip().endswith(mark):
+        mark = mark.split()[0]  # the template asks for one more answer, whether it is told to or not
+    end = len(text) - len(tail) + tail.index(mark) + len(mark) if mark else len(text)
+    return Answer(start, end, lead if lead.strip() else "", mark)
+
+
+def _bare(text: str, mark: str) -> str:
+    """An answer without the end of the turn that it holds itself, all of it or its beginning."""
+    said = text.rstrip()
+    doubled = next((end for end in (mark, *mark.split()[:1]) if end and said.endswith(end)), "")
+    return said.removesuffix(doubled) if doubled else text
+
+
+def _missing(said: str, region: str) -> str:
+    """What of an answer is not there: all behind its longest beginning that is, or all before its longest end."""
+    lengths = range(1, len(said) + 1)
+    first = bisect_left(lengths, True, key=lambda length: said[:length] not in region)
+    last = bisect_left(lengths, True, key=lambda length: said[len(said) - length :] not in region)
+    return said[first:] if first >= last else said[: len(said) - last]
+
+
+def _common(one: str, other: str) -> str:
+    """What two texts begin with."""
+    shorter = min(one, other, key=len)
+    return shorter[: next((at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)]
+
+
+def _white_end(text: str) -> str:
+    return text[len(text.rstrip()) :]

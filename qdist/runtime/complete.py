@@ -52,8 +52,13 @@ def answer_of(model: Any, tokenizer: Any, written: list[int], end_text: str = ""
 
 def text_of(tokenizer: Any, answer: list[int]) -> str:
     """An answer as a person reads it."""
-    text: str = tokenizer.decode(answer)
-    return text.strip()
+    return as_written(tokenizer, answer).strip()
+
+
+def as_written(tokenizer: Any, tokens: Sequence[int], **options: Any) -> str:
+    """Text as it was written: some tokenizers would move the space before a point otherwise."""
+    text: str = tokenizer.decode(tokens, clean_up_tokenization_spaces=False, **options)
+    return text
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:
@@ -72,14 +77,14 @@ class _EndText:
 
     def __call__(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         tails = ids[:, max(self._width, ids.shape[1] - self._tail) :].tolist()
-        written = [self._end_text in self._tokenizer.decode(tail) for tail in tails]
+        written = [self._end_text in as_written(self._tokenizer, tail) for tail in tails]
         return torch.tensor(written, device=ids.device)
 
 
 def _cut(answer: list[int], tokenizer: Any, end_text: str) -> list[int]:
     """What comes before the end text."""
-    if not end_text or end_text not in tokenizer.decode(answer):
+    before, found, _ = as_written(tokenizer, answer).partition(end_text) if end_text else ("", "", "")
+    if not found:
         return answer
-    before = tokenizer.decode(answer).partition(end_text)[0]
-    kept = next(count for count in range(len(answer), -1, -1) if before.startswith(tokenizer.decode(answer[:count])))
-    return answer[:kept]
+    counts = range(len(answer), -1, -1)
+    return answer[: next(count for count in counts if before.startswith(as_written(tokenizer, answer[:count])))]

@@ -16,14 +16,14 @@ from qdist.core.errors import DataError
 from qdist.core.records import check_format
 from qdist.host.conversations import read_conversations
 from qdist.host.records import source_digest
-from qdist.runtime.encode import Sample, encode
+from qdist.runtime.encode import Encoder, Sample
 from qdist.runtime.tokenized import IGNORED, Summary, TokenizedSet, load, save
 from qdist.runtime.wording import Told
 
 DEMO = demo.NAME
 """The source that names the generated data set of `qdist.core.demo`."""
 
-_VERSION = 2
+_VERSION = 3
 """Raise it whenever the same records would become other tokens or labels."""
 
 
@@ -108,7 +108,7 @@ class _Pass:
         self._tokens, self._labels, self._offsets = array("i"), array("i"), array("q", [0])
         self._records = self._truncated = self._learned = self._longest_prompt = 0
         self._dropped: dict[str, int] = {}
-        self._bad, self._told = BadRecords(), Told(tokenizer)
+        self._bad, self._told, self._encoder = BadRecords(), Told(tokenizer), Encoder(tokenizer)
 
     def add(self, conversation: Conversation | DataError) -> None:
         """Take in the next record."""
@@ -122,11 +122,14 @@ class _Pass:
             return
         try:
             self._require_no_marks(conversation)
-            encoded = encode(conversation, self._tokenizer)
+            encoded = self._encoder.encode(conversation)
             self._require_rows(conversation, encoded.samples)
             self._require_one_sample(conversation, encoded.samples)
         except DataError as error:
             self._bad.add(error)
+            return
+        if not self._all and not any(True in sample.learn for sample in encoded.samples):
+            self._drop("the answer is empty")  # but for the end of the turn
             return
         self._told.add(conversation, encoded)
         self._truncated += any(len(sample.tokens) > self._seq_len for sample in encoded.samples)
@@ -159,11 +162,11 @@ class _Pass:
         """Add a sample, cut; whether anything was left to learn of it."""
         prompt = sample.learn.index(True) if True in sample.learn else len(sample.tokens)
         self._longest_prompt = max(self._longest_prompt, prompt)
-        pairs = zip(sample.tokens[: self._seq_len], sample.learn, strict=False)
-        labels = [token if learn or self._all else IGNORED for token, learn in pairs]
-        count = sum(label != IGNORED for label in labels[1:])
+        tokens = sample.tokens[: self._seq_len]
+        labels = [token if learn or self._all else IGNORED for token, learn in zip(tokens, sample.learn, strict=False)]
+        count = len(labels[1:]) - labels[1:].count(IGNORED)
         if count:
-            self._tokens.extend(sample.tokens[: self._seq_len])
+            self._tokens.extend(tokens)
             self._labels.extend(labels)
             self._offsets.append(len(self._tokens))
             self._learned += count
@@ -185,8 +188,8 @@ class _Pass:
     def _require_one_sample(self, conversation: Conversation, samples: tuple[Sample, ...]) -> None:
         if self._all and len(samples) > 1:
             raise DataError(
-                f"{conversation.where}: the tokenizer's chat template writes earlier answers otherwise once later ones "
-                "follow, so each is a sample of its own, and train.train_on_source=true would learn questions twice",
+                f"{conversation.where}: earlier answers become other text or tokens once later ones follow, so each is "
+                "a sample of its own, and train.train_on_source=true would learn questions twice",
                 try_="--set train.train_on_source=false",
             )
 

@@ -1,12 +1,13 @@
 """Which tokens a conversation becomes, and which of them are learned."""
 
-from collections.abc import Sequence
-from itertools import pairwise
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 from qdist.core.conversation import Conversation, Role, Segment
 from qdist.core.errors import DataError, ModelError
-from qdist.runtime.chat_template import Rendering, render
+from qdist.runtime.chat_template import Answer, Rendering, render
 
 
 class Sample(NamedTuple):
@@ -16,15 +17,24 @@ class Sample(NamedTuple):
     learn: list[bool]
 
 
+class End(NamedTuple):
+    """What ends an answer."""
+
+    mark: str
+    """Empty where the end-of-text token was added."""
+    token: int | None
+    """That stands for it, or begins it where that is a special one; None where it is text as any other."""
+
+
 class Encoded(NamedTuple):
     """What one conversation becomes."""
 
     samples: tuple[Sample, ...]
-    """One; one an answer where the chat template writes earlier answers otherwise once later ones follow."""
+    """One; one an answer where earlier answers become other text, or other tokens, once later ones follow."""
     chat: bool
     """Whether a chat template wrote it."""
-    marks: tuple[str, ...] = ()
-    """What ends each learned turn; an empty one where the end-of-text token was added."""
+    ends: tuple["End", ...] = ()
+    """What ends each learned turn."""
     leads: tuple[str, ...] = ()
     """What stands between header and text of each."""
     left_out: frozenset[Role] = frozenset()
@@ -34,28 +44,149 @@ class Encoded(NamedTuple):
     """See `Rendered`."""
 
 
-def encode(conversation: Conversation, tokenizer: Any) -> Encoded:
-    """The tokens of one conversation, uncut, through the chat template where there is one and it applies.
+class Encoder:
+    """Makes tokens of conversations, through the tokenizer's chat template where there is one and it applies."""
 
-    Raises DataError for a conversation that the template does not write as it is, ModelError for a tokenizer that
-    cannot say which tokens are whose, or where a text ends.
-    """
-    if conversation.verbatim or not tokenizer.chat_template:
-        sample, doubled = _of_segments(conversation, tokenizer)
-        return Encoded((sample,), chat=False, doubled=doubled)
-    if not tokenizer.is_fast:
-        raise ModelError("a chat template needs a fast tokenizer, and this one is not", try_="add its tokenizer.json")
-    rendered = render(conversation, tokenizer)
-    answers = [answer for part in rendered.parts for answer in part.answers]
-    return Encoded(
-        tuple(_of_rendering(part, tokenizer, where=conversation.where) for part in rendered.parts),
-        chat=True,
-        marks=tuple(answer.mark for answer in answers),
-        leads=tuple(answer.lead for answer in answers),
-        left_out=rendered.left_out,
-        thoughts=rendered.thoughts,
-        doubled=rendered.doubled,
-    )
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        self._special = {*tokenizer.all_special_ids, *(token for token, _ in added)}
+        self._dividing = {token for token, own in added if own.special and not own.normalized}
+
+    def encode(self, conversation: Conversation) -> Encoded:
+        """The tokens of one conversation, uncut.
+
+        Raises DataError for a conversation that the template does not write as it is, ModelError for a tokenizer that
+        cannot say which tokens are whose, or where a text ends.
+        """
+        if conversation.verbatim or not self._tokenizer.chat_template:
+            sample, doubled = _of_segments(conversation, self._tokenizer)
+            return Encoded((sample,), chat=False, doubled=doubled)
+        if not self._tokenizer.is_fast:
+            raise ModelError(
+                "a chat template needs a fast tokenizer, and this one is not", try_="add its tokenizer.json"
+            )
+        rendered = render(conversation, self._tokenizer)
+        written = [own for part in rendered.parts for own in self._of_rendering(part, where=conversation.where)]
+        return Encoded(
+            tuple(sample for sample, _ in written),
+            chat=True,
+            ends=tuple(end for _, ends in written for end in ends),
+            leads=tuple(answer.lead for part in rendered.parts for answer in part.answers),
+            left_out=rendered.left_out,
+            thoughts=rendered.thoughts,
+            doubled=rendered.doubled,
+        )
+
+    def _of_rendering(self, part: Rendering, *, where: str) -> list[tuple[Sample, tuple[End, ...]]]:
+        """A sample, or one an answer, with the ends of its answers.
+
+        The tokens before an answer are the ones that a model is given when it is asked for it.
+        """
+        whole = self._tokens(part.text)
+        if not part.answers:
+            return [(Sample(whole.ids, [False] * len(whole.ids)), ())]
+        for tokens in chain((whole,), self._in_pieces(part, whole)):
+            spans = self._spans(tokens, part)
+            if spans is not None:
+                return [self._learned(tokens, part, spans)]
+        *earlier, last = part.answers
+        if not earlier:
+            raise DataError(
+                f"{where}: a token spans the header of an answer and its first characters, and a model that is given "
+                "the header could never write it",
+                try_="answers, and a chat_template's headers of them, without white space where they meet",
+            )
+        alone = [*(Rendering(part.text[: answer.end], (answer,)) for answer in earlier), Rendering(part.text, (last,))]
+        return [own for one in alone for own in self._of_rendering(one, where=where)]
+
+    def _tokens(self, text: str) -> "_Tokens":
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return _Tokens(encoded["input_ids"], encoded["offset_mapping"])
+
+    def _in_pieces(self, part: Rendering, whole: "_Tokens") -> Iterator["_Tokens"]:
+        """The last answer tokenized apart from what asks for it, for text in which a token would span both.
+
+        First alone, then behind a special token, where tokenizers that begin a text with a space put none. Pieces that
+        say something else than the whole are none.
+        """
+        start, said = part.answers[-1].start, self._said(whole.ids)
+        head = self._tokens(part.text[:start])
+        for before in ("", self._tokenizer.eos_token or ""):
+            tokens = self._tokens(before + part.text[start:])
+            skipped, moved = bool(before), start - len(before)
+            offsets = [(first + moved, last + moved) for first, last in tokens.offsets[skipped:]]
+            joined = _Tokens(head.ids + tokens.ids[skipped:], head.offsets + offsets)
+            if self._said(joined.ids) == said:
+                yield joined
+
+    def _said(self, ids: list[int]) -> str:
+        said: str = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return said
+
+    def _spans(self, tokens: "_Tokens", part: Rendering) -> list[tuple[int, int]] | None:
+        """From which token to which each answer goes; None where a prompt alone would be other tokens."""
+        spans = []
+        for answer in part.answers:
+            begin = self._asked(tokens, part.text, answer.start)
+            if begin is None:
+                return None
+            spans.append((begin, max(begin, bisect_left(tokens.offsets, answer.end, key=_first_character))))
+        return spans
+
+    def _asked(self, tokens: "_Tokens", text: str, start: int) -> int | None:
+        """How many tokens stand before an answer; None where its prompt alone would be others.
+
+        The last special token divides the text: what comes before it has no part in what follows, and is not tokenized
+        again.
+        """
+        behind = bisect_left(tokens.offsets, start, key=_first_character)
+        at = next((place for place in range(behind - 1, -1, -1) if tokens.ids[place] in self._dividing), 0)
+        since = tokens.offsets[at][0] if at else 0
+        prompt = self._tokenizer(text[since:start], add_special_tokens=False)["input_ids"]
+        count = at + len(prompt)
+        # A special token may take in the white space behind it; no other may reach into the answer.
+        swallowed = text[start : tokens.offsets[count - 1][1]] if count else ""
+        return count if tokens.ids[at:count] == prompt and not swallowed.strip() else None
+
+    def _learned(
+        self, tokens: "_Tokens", part: Rendering, spans: list[tuple[int, int]]
+    ) -> tuple[Sample, tuple[End, ...]]:
+        ids, learn = tokens.ids, [False] * len(tokens.ids)
+        for begin, end in spans:
+            learn[begin:end] = [True] * (end - begin)
+        ends = [self._end(tokens, part.text, *pair) for pair in zip(part.answers, spans, strict=True)]
+        if not part.answers[-1].mark and part.answers[-1].end == len(part.text):
+            if self._tokenizer.eos_token_id is None:
+                raise ModelError(
+                    "the chat template writes nothing behind an answer, and the tokenizer has no end-of-text token, so "
+                    "nothing would tell the model to stop",
+                    try_="an eos_token in its tokenizer_config.json",
+                )
+            ids, learn = [*ids, self._tokenizer.eos_token_id], [*learn, True]
+        return Sample(ids, learn), tuple(ends)
+
+    def _end(self, tokens: "_Tokens", text: str, answer: Answer, span: tuple[int, int]) -> End:
+        at = answer.end - len(answer.mark)
+        place = bisect_left(tokens.offsets, at + 1, *span, key=lambda offset: offset[1])
+        if not answer.mark or place == span[1]:
+            return End(answer.mark, None)
+        (start, stop), token = tokens.offsets[place], tokens.ids[place]
+        alone = not text[start:at].strip() and (stop >= answer.end or token in self._special)
+        return End(answer.mark, token if alone else None)
+
+
+class _Tokens(NamedTuple):
+    """Token ids, and the characters of each."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+def _first_character(offset: tuple[int, int]) -> int:
+    """Of a token; one that is all white space is given as empty, behind it, by tokenizers that trim."""
+    start, stop = offset
+    return start - (start == stop)
 
 
 def prompt_of_segments(conversation: Conversation, tokenizer: Any) -> list[int]:
@@ -83,10 +214,12 @@ def _of_segments(conversation: Conversation, tokenizer: Any) -> tuple[Sample, in
     first, doubled = opening(tokenizer), 0
     tokens, learn = list[int](), list[bool]()
     for segment in conversation.segments():
-        piece = tokenizer(segment.text, add_special_tokens=False)["input_ids"]
+        bare = segment.text.rstrip()
+        doubled_end = _is_ended(segment) and bare.endswith(tokenizer.eos_token)
+        piece = tokenizer(bare if doubled_end else segment.text, add_special_tokens=False)["input_ids"]
         if not tokens and piece[:1] != first:
             tokens, learn = list(first), [False] * len(first)
-        ends = _is_ended(segment) and piece[-1:] == [end]
+        ends = doubled_end and piece[-1:] == [end]
         doubled += ends
         piece += [end] * (_is_ended(segment) and not ends)
         tokens += piece
@@ -96,85 +229,3 @@ def _of_segments(conversation: Conversation, tokenizer: Any) -> tuple[Sample, in
 
 def _is_ended(segment: Segment) -> bool:
     return segment.learn or segment.ended
-
-
-def _of_rendering(part: Rendering, tokenizer: Any, *, where: str) -> Sample:
-    """The tokens of a rendering. Those before an answer are the ones that a model is given when it is asked for it."""
-    spans = [(answer.start, answer.end) for answer in part.answers]
-    encoded = _tokenized(tokenizer, part.text)
-    tokens, learn = encoded["input_ids"], learned_by_offset(encoded["offset_mapping"], spans)
-    if any(_prompt(tokenizer, part.text, start) != tokens[: _first(learn, at)] for at, start in _starts(part)):
-        tokens, learn = _in_pieces(part, tokenizer, whole=tokens, where=where)
-    if part.answers and not part.answers[-1].mark and part.answers[-1].end == len(part.text):
-        if tokenizer.eos_token_id is None:
-            raise ModelError(
-                "the chat template writes nothing behind an answer, and the tokenizer has no end-of-text token, so "
-                "nothing would tell the model to stop",
-                try_="an eos_token in its tokenizer_config.json",
-            )
-        tokens, learn = [*tokens, tokenizer.eos_token_id], [*learn, True]
-    return Sample(tokens, learn)
-
-
-def _starts(part: Rendering) -> list[tuple[int, int]]:
-    return list(enumerate(answer.start for answer in part.answers))
-
-
-def _first(learn: Sequence[bool], number: int) -> int:
-    """Where the learned span of a number begins; behind the last token where there is none."""
-    starts = [at for at, own in enumerate(learn) if own and (at == 0 or not learn[at - 1])]
-    return starts[number] if number < len(starts) else len(learn)
-
-
-def _tokenized(tokenizer: Any, text: str) -> Any:
-    return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-
-
-def _prompt(tokenizer: Any, text: str, start: int) -> list[int]:
-    """The tokens of what comes before an answer, alone: what generation feeds."""
-    prompt: list[int] = tokenizer(text[:start], add_special_tokens=False)["input_ids"]
-    return prompt
-
-
-def _in_pieces(part: Rendering, tokenizer: Any, *, whole: list[int], where: str) -> tuple[list[int], list[bool]]:
-    """Answers tokenized apart from what asks for them, for text in which a token would span both.
-
-    Raises DataError where pieces say something else than the whole, as a tokenizer's that begins texts with a space.
-    """
-    tokens, learn = list[int](), list[bool]()
-    cuts = [0, *(answer.start for answer in part.answers), len(part.text)]
-    spans = [(answer.start, answer.end) for answer in part.answers]
-    for start, end in pairwise(cuts):
-        encoded = _tokenized(tokenizer, part.text[start:end])
-        shifted = [(first + start, last + start) for first, last in encoded["offset_mapping"]]
-        tokens += encoded["input_ids"]
-        learn += learned_by_offset(shifted, [span for span in spans if span[0] >= start and span[0] < end])
-    if _said(tokenizer, tokens) != _said(tokenizer, whole):
-        raise DataError(
-            f"{where}: a token spans the header of an answer and its first characters, and a model that is given the "
-            "header could never write it",
-            try_="answers without white space at their beginning",
-        )
-    return tokens, learn
-
-
-def _said(tokenizer: Any, tokens: list[int]) -> str:
-    said: str = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-    return said
-
-
-def learned_by_offset(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """For each token whether it has a character in one of the spans, both in order.
-
-    offsets: characters of each token. Tokens of one character (an emoji in bytes) share it; a tokenizer that trims
-    white space leaves gaps, which belong to the token after them.
-    """
-    learn, reached, at = [], 0, 0
-    for start, end in offsets:
-        first, last = min(start, reached), max(end, reached)
-        last = max(last, first + 1)
-        reached = max(end, reached)
-        while at < len(spans) and spans[at][1] <= first:
-            at += 1
-        learn.append(at < len(spans) and last > spans[at][0])
-    return learn

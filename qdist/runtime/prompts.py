@@ -7,6 +7,7 @@ from qdist.core.bad_records import BadRecords
 from qdist.core.conversation import Conversation, Wording
 from qdist.core.errors import DataError, ModelError
 from qdist.core.facts import from_config
+from qdist.core.records import require_whole_characters
 from qdist.host.adapters import step_note
 from qdist.host.rundir import RunDir
 from qdist.host.sources import locate, read_json
@@ -71,6 +72,7 @@ def encode_prompts(prompts: Sequence[Conversation], speech: Speech) -> list[list
 
 
 def _encoded(prompt: Conversation, speech: Speech) -> list[int]:
+    require_whole_characters(prompt)
     tokens = encode_prompt(prompt, speech.tokenizer, speech.wording)
     if speech.positions is not None and len(tokens) >= speech.positions:
         raise DataError(

@@ -10,7 +10,7 @@ from qdist.core.conversation import HUMAN, Conversation, Style, Turn, Way, Wordi
 from qdist.core.errors import DataError
 from qdist.core.units import counted
 from qdist.runtime.chat_template import prompt_text, require_template
-from qdist.runtime.encode import Encoded, opening, prompt_of_segments
+from qdist.runtime.encode import Encoded, End, opening, prompt_of_segments
 
 _MARKED, _NEXT = "qdist-one-answer", "qdist-next-question"
 
@@ -22,7 +22,7 @@ class Told:
         self._tokenizer = tokenizer
         self.unused: dict[str, None] = {}
         self._formats, self._ways = Counter[str](), Counter[tuple[Way, str, bool]]()
-        self._marks, self._leads = Counter[str](), Counter[str]()
+        self._answer_ends, self._leads = Counter[End](), Counter[str]()
         self._left_out = Counter[str]()
         self._thoughts = self._doubled = self._apart = 0
 
@@ -31,7 +31,7 @@ class Told:
         self._formats[conversation.format] += 1
         style: Way = "chat" if encoded.chat else conversation.style
         self._ways[style, "\n" if encoded.chat else conversation.gap, conversation.verbatim] += 1
-        self._marks.update(encoded.marks)
+        self._answer_ends.update(encoded.ends)
         self._leads.update(encoded.leads)
         self._left_out.update(encoded.left_out)
         self._thoughts += encoded.thoughts
@@ -56,22 +56,17 @@ class Told:
 
     def _ends(self) -> tuple[set[int], str]:
         """Tokens that end answers, and the text that does where it is no single token."""
-        ends, text = set[int](), ""
-        for mark, _ in self._marks.most_common():
-            own = self._end_token(mark)
-            if own is not None:
-                ends.add(own)
-            elif not text:
-                text = mark or self._next_header()
-        if "" in self._marks:
+        ends, text = {own.token for own in self._answer_ends if own.token is not None}, ""
+        for own, _ in self._answer_ends.most_common():
+            if own.token is None:
+                text = text or own.mark or self._next_header()
+        if self._is_unmarked():
             ends.add(self._tokenizer.eos_token_id)
         return ends, text
 
-    def _end_token(self, mark: str) -> int | None:
-        """The token that a mark is, or begins with where that is a special one; None for other text."""
-        ids = self._tokenizer(mark, add_special_tokens=False)["input_ids"] if mark else []
-        special = {*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder}
-        return int(ids[0]) if ids and (len(ids) == 1 or ids[0] in special) else None
+    def _is_unmarked(self) -> bool:
+        """Whether answers end with white space alone."""
+        return any(not own.mark for own in self._answer_ends)
 
     def _next_header(self) -> str:
         """What the template writes between an answer and the next question, where white space ends the answer."""
@@ -103,8 +98,8 @@ class Told:
             yield f"{counted(self._doubled, 'answer')} held the end of the turn already: it is written once"
         if self._apart:
             yield (
-                f"{self._apart:,} {total} give a sample for each answer: the chat template writes earlier answers "
-                "otherwise once later ones follow"
+                f"{self._apart:,} {total} give a sample for each answer: earlier answers become other text or tokens "
+                "once later ones follow"
             )
         for lead, count in self._leads.items():
             if lead:
@@ -115,7 +110,7 @@ class Told:
         others = [self._tokenizer.convert_ids_to_tokens(end) for end in wording.ends]
         if own not in others:
             yield f"answers end with {', '.join(others) or repr(wording.end_text)}, the tokenizer's eos is {own}"
-        if "" in self._marks:
+        if self._is_unmarked():
             yield f"the chat template writes nothing behind an answer: {own} is learned there"
         if wording.end_text:
             yield (

@@ -6,7 +6,7 @@ import pytest
 
 from qdist.core.conversation import Turn
 from qdist.core.errors import DataError
-from qdist.core.records import asked, conversations
+from qdist.core.records import asked, conversations, require_whole_characters
 
 
 def turns(record: dict[str, Any], data_format: str | None = None) -> tuple[Turn, ...]:
@@ -131,6 +131,51 @@ def test_what_changes_a_record_and_is_not_read_is_refused(key: str) -> None:
     assert len(turns(messages() | {key: []})) == 4
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", "null"])
+def test_text_is_never_taken_for_nothing(text: str) -> None:
+    record = {"instruction": "Is it empty?", "input": text, "output": text, "system": text}
+    assert said(record) == [
+        ("system", text, False),
+        ("user", f"Is it empty?\n\n{text}", False),
+        ("assistant", text, True),
+    ]
+
+
+def test_of_two_keys_for_one_thing_none_is_dropped() -> None:
+    both = {"instruction": "q", "input": "one", "context": "two", "output": "a"}
+    (found,) = conversations(both, where="f.jsonl:3")
+    assert (found.turns[0].said, found.unused) == ("q\n\none", ("context",))
+    brief = messages() | {"system": "Be brief.", "system_prompt": "Be brief."}
+    assert len(said(brief)) == 5
+    with pytest.raises(DataError, match="has 'system_prompt', of which nothing is made"):
+        turns(brief | {"system_prompt": "Be long."})
+    (found,) = conversations({"messages": [{"role": "user", "content": "q", "value": "r"},
+                                           {"role": "assistant", "content": "a"}]}, where="f.jsonl:3")  # fmt: skip
+    assert found.unused == ("messages.value",)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_beside_the_content_is_refused_and_its_place_is_told(key: str) -> None:
+    with pytest.raises(DataError, match=f"turn 2 has '{key}', and reasoning is trained where it is part of the conten"):
+        turns(messages({}, {key: "Hm."}))
+    assert len(turns(messages({}, {key: None}))) == 4
+
+
+@pytest.mark.parametrize("key", ["train_detail", "loss_mask", "loss_scale", "Weight"])
+def test_marks_that_are_not_read_are_refused(key: str) -> None:
+    with pytest.raises(DataError, match=f"turn 2 has '{key}', of which nothing is made"):
+        turns(messages({}, {key: [0]}))
+
+
+def test_half_a_character_is_refused_with_its_place() -> None:
+    for record in ({"text": "a\ud83d"}, {"instruction": "a", "input": "\udc00", "output": "b"}):
+        with pytest.raises(DataError, match=r"f\.jsonl:3 holds '\\ud\w+', half of a character"):
+            turns(record)
+    with pytest.raises(DataError, match=r"p\.jsonl:1 holds .*half of a character"):
+        require_whole_characters(asked({"prompt": "\ud83d"}, where="p.jsonl:1"))
+    assert said({"text": "a\U0001f600"})
+
+
 def test_raw_text_has_no_place_for_a_system_message() -> None:
     with pytest.raises(DataError, match="has 'system', of which nothing is made in this format"):
         turns({"text": "a", "system": "Be brief."})
@@ -167,11 +212,59 @@ def test_what_tools_say_is_refused(name: str) -> None:
         turns(record)
 
 
-@pytest.mark.parametrize("holder", ["messages", "conversations"])
-@pytest.mark.parametrize(("speaker", "words"), [("role", "content"), ("from", "value"), ("role", "value")])
+@pytest.mark.parametrize("holder", ["messages", "conversations", "conversation", "dialog", "dialogue"])
+@pytest.mark.parametrize(
+    ("speaker", "words"), [("role", "content"), ("from", "value"), ("role", "value"), ("role", "text")]
+)
 def test_holders_and_keys_of_turns_go_together_in_any_way(holder: str, speaker: str, words: str) -> None:
     record = {holder: [{speaker: "user", words: "q"}, {speaker: "assistant", words: "a"}]}
     assert said(record) == [("user", "q", False), ("assistant", "a", True)]
+
+
+@pytest.mark.parametrize("holder", ["conversations", "conversation", "dialog"])
+def test_turns_without_names_take_turns(holder: str) -> None:
+    assert said({holder: ["q", "a", "r", ""]}) == [
+        ("user", "q", False), ("assistant", "a", True), ("user", "r", False), ("assistant", "", False)
+    ]  # fmt: skip
+
+
+def test_items_may_be_exchanges() -> None:
+    record = {
+        "conversation": [{"system": "s", "input": "q", "output": "a"}, {"input": "r", "output": "b", "weight": 0}]
+    }
+    assert said(record) == [
+        ("system", "s", False), ("user", "q", False), ("assistant", "a", True),
+        ("user", "r", False), ("assistant", "b", False),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("completion", ["a", [{"role": "assistant", "content": "a"}]])
+def test_a_prompt_of_turns_is_given_and_the_completion_is_learned(completion: object) -> None:
+    prompt = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "q"}]
+    wanted = [("user", "p", False), ("assistant", "b", False), ("user", "q", False)]
+    assert said({"prompt": prompt, "completion": completion}) == [*wanted, ("assistant", "a", True)]
+    assert [(turn.role, turn.said, turn.learn) for turn in asked({"prompt": prompt}, where="").turns] == wanted
+
+
+def test_columns_of_other_records_do_not_say_what_a_record_is() -> None:
+    empty = {"messages": None, "conversations": [], "instruction": None, "prompt": None, "completion": None}
+    assert said(empty | {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]})
+    assert said({"messages": None, "instruction": "q", "output": None, "response": "a"})[1] == ("assistant", "a", True)
+    assert said({"prompt": None, "completion": None, "question": "q", "answer": "a"})[0] == ("user", "q", False)
+    assert said({"instruction": "q", "output": "a", "dialogue": "A: hi"})[0] == ("user", "q", False)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("prompt", "response"), ("question", "response"), ("query", "response"), ("query", "answer"),
+        ("problem", "solution"), ("inputs", "targets"), ("prompt", "output"), ("prompt", "answer"),
+    ],
+)  # fmt: skip
+def test_pairs_have_many_names(source: str, target: str) -> None:
+    record = {source: "q", target: "a", "system_prompt": "s", "id": 1}
+    assert said(record) == [("system", "s", False), ("user", "q", False), ("assistant", "a", True)]
+    assert asked({source: "q"}, where="").turns[0].said == "q"
 
 
 def test_text_in_parts_is_joined_and_other_parts_are_refused() -> None:

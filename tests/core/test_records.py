@@ -146,6 +146,11 @@ def test_a_bad_record_is_refused_with_its_place_and_the_keys_found(record: dict[
     assert said in caught.value.message
 
 
+def test_a_prompt_of_turns_needs_a_completion() -> None:
+    with pytest.raises(DataError, match="'output' is missing; keys found: input"):
+        only({"input": [{"role": "user", "content": "a"}]}, "input-output")
+
+
 def test_a_mistyped_format_names_the_nearest() -> None:
     with pytest.raises(DataError) as caught:
         only({"text": "a"}, "share-gpt")

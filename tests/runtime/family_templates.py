@@ -1,8 +1,8 @@
-"""Chat templates of eleven families of models, small ones of the same structure, and the special tokens they write."""
+"""Chat templates of thirteen families of models, small ones of their structure, and the special tokens they write."""
 
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 
@@ -76,6 +76,12 @@ _R1 = (
     "{% endif %}<|Assistant|>{{ c }}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|Assistant|>{% endif %}"
 )
+_QWEN3_THINKING = _QWEN3.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+_HARMONY = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
+    "{% if loop.last %}<|return|>{% else %}<|end|>{% endif %}{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}"
+    "<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
 _GLM4 = (
     "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -95,23 +101,59 @@ FAMILIES = {
     "vicuna": Family(_VICUNA, ("<s>", "</s>"), "<s>", "</s>"),
     "qwen3": Family(_QWEN3, ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>"),
     "r1": Family(_R1, ("<|begin|>", "<|User|>", "<|Assistant|>"), "<|begin|>", "<|end|>"),
+    "qwen3-thinking": Family(_QWEN3_THINKING, ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>"),
+    "harmony": Family(
+        _HARMONY, ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"), None, "<|return|>"
+    ),
     "glm4": Family(_GLM4, ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>"), None, "<|endoftext|>"),
 }  # fmt: skip
 
 
-def family_tokenizer(name: str) -> Any:
-    """A byte-level BPE of common words that knows a family's special tokens, with its template."""
+def family_tokenizer(name: str, *, swallowing: bool = False) -> Any:
+    """A byte-level BPE of common words that knows a family's special tokens, with its template.
+
+    swallowing: special tokens take in the white space behind them, as Phi-3's do.
+    """
     family = FAMILIES[name]
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
+    specials = dict.fromkeys((*family.specials, family.eos))
     trainer = trainers.BpeTrainer(
         vocab_size=420,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=list(dict.fromkeys((*family.specials, family.eos))),
+        special_tokens=[AddedToken(own, special=True, normalized=False, rstrip=swallowing) for own in specials],
         show_progress=False,
     )
     core.train_from_iterator(["What does the cat eat? A meal.\n\nASSISTANT: Think.\n\n"] * 8, trainer)
+    return _finished(core, family)
+
+
+def pieces_tokenizer(template: str) -> Any:
+    """SentencePiece's way: a text begins with a space that is not there; '###' is a token with it and one without."""
+    core = Tokenizer(
+        models.BPE(
+            vocab={
+                piece: place
+                for place, piece in enumerate(
+                    ("<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "#", "##", "###", "\u2581###", "a",
+                     "b", "\u2581b")
+                )
+            },
+            merges=[("#", "#"), ("##", "#"), ("\u2581", "###"), ("\u2581", "b")],
+            byte_fallback=True,
+            unk_token="<unk>",
+        )
+    )  # fmt: skip
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    core.decoder = decoders.Sequence([
+        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    ])  # fmt: skip
+    core.add_special_tokens(["<s>", "</s>"])
+    return _finished(core, Family(template, ("<s>", "</s>"), "<s>", "</s>"))
+
+
+def _finished(core: Tokenizer, family: Family) -> Any:
     build: Any = PreTrainedTokenizerFast
     tokenizer = build(tokenizer_object=core, bos_token=family.bos, eos_token=family.eos)
     tokenizer.chat_template = family.template

@@ -4,10 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from qdist.core.conversation import Turn, Wording
 from qdist.runtime import chat
 from qdist.runtime.chat import _exchange, _Printer
+from qdist.runtime.complete import text_of
 from qdist.runtime.prompts import Speech
 from tests.runtime.test_data import CHATML, tiny_tokenizer
 from tests.runtime.tiny import tiny_model
@@ -37,6 +40,25 @@ def test_an_answer_is_printed_token_by_token_without_marks(capsys: pytest.Captur
     whole, seen = printed(speech_of(), "hello there<|im_end|>", capsys)
     assert whole == "hello there\n"
     assert sum(bool(text) for text in seen) > 1
+
+
+def test_an_end_that_is_a_token_as_any_other_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    speech = speech_of()
+    ends = (speech.tokenizer.convert_tokens_to_ids("\u0120there"),)
+    assert printed(speech._replace(wording=Wording(style="chat", ends=ends)), "hello there", capsys)[0] == "hello\n"
+
+
+def test_bytes_that_are_no_text_are_told_and_forgotten(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _exchange(None, speech_of(), (Turn("user", "gr\udcfcn", False),), 4) == ()
+    assert "half of a character" in capsys.readouterr().out
+
+
+def test_spaces_before_points_stay_where_the_model_wrote_them() -> None:
+    core = Tokenizer(models.WordLevel({"code": 0, ".": 1, "end": 2}, unk_token="."))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    build: Any = PreTrainedTokenizerFast
+    tokenizer = build(tokenizer_object=core, clean_up_tokenization_spaces=True)
+    assert (tokenizer.decode([0, 1, 2]), text_of(tokenizer, [0, 1, 2])) == ("code. end", "code . end")
 
 
 def test_half_a_character_waits_for_the_other_half(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from qdist.core.conversation import Conversation
 from qdist.core.errors import DataError, ModelError
@@ -11,7 +12,7 @@ from qdist.runtime.chat_template import prompt_text, require_template
 from qdist.runtime.data import tokenize
 from qdist.runtime.tokenized import IGNORED, TokenizedSet
 from qdist.runtime.wording import encode_prompt
-from tests.runtime.family_templates import family_tokenizer
+from tests.runtime.family_templates import FAMILIES, family_tokenizer, pieces_tokenizer
 
 
 def u(text: str) -> dict[str, Any]:
@@ -65,7 +66,7 @@ BY_HAND = {
         [" <think>\nThe cat.\n</think>\n\nA meal. </s>"],
     ),
     "llama3": (
-        ["A meal.<|eot_id|>"], ["b<|eot_id|>|d e<|eot_id|>"], ["right<|eot_id|>"],
+        ["A meal.<|eot_id|>"], ["b<|eot_id|>", "d e<|eot_id|>"], ["right<|eot_id|>"],
         ["<think>\nThe cat.\n</think>\n\nA meal.<|eot_id|>"],
     ),
     "mistral": (
@@ -89,6 +90,14 @@ BY_HAND = {
     "r1": (
         ["A meal.<|end|>"], ["b<|end|>|  d e\n<|end|>"], ["right<|end|>"],
         ["<think>\nThe cat.\n</think>\n\nA meal.<|end|>"],
+    ),
+    "qwen3-thinking": (
+        ["A meal.<|im_end|>"], ["b<|im_end|>", "  d e\n<|im_end|>"], ["right<|im_end|>"],
+        ["The cat.\n</think>\n\nA meal.<|im_end|>"],
+    ),
+    "harmony": (
+        ["A meal.<|return|>"], ["b<|return|>", "  d e\n<|return|>"], ["right<|return|>"],
+        ["<think>\nThe cat.\n</think>\n\nA meal.<|return|>"],
     ),
     "glm4": (
         ["A meal.<|endoftext|>"], ["b|  d e\n<|endoftext|>"], ["right<|endoftext|>"],
@@ -123,7 +132,7 @@ ENDS = {
     "chatml": (["<|im_end|>"], ""), "smollm2": (["<|im_end|>"], ""), "llama2": (["</s>"], ""),
     "llama3": (["<|eot_id|>"], ""), "mistral": (["</s>"], ""), "gemma": (["<end_of_turn>"], ""),
     "phi3": (["<|end|>"], ""), "vicuna": (["</s>"], ""), "qwen3": (["<|im_end|>"], ""), "r1": (["<|end|>"], ""),
-    "glm4": (["<|endoftext|>"], "<|user|>"),
+    "glm4": (["<|endoftext|>"], "<|user|>"), "qwen3-thinking": (["<|im_end|>"], ""), "harmony": (["<|return|>"], ""),
 }  # fmt: skip
 
 
@@ -142,6 +151,138 @@ def with_template(template: str, name: str = "chatml") -> Any:
     tokenizer = family_tokenizer(name)
     tokenizer.chat_template = template
     return tokenizer
+
+
+def before_each(tokenized: TokenizedSet) -> list[list[int]]:
+    """The tokens before each learned stretch."""
+    found = []
+    for index in range(len(tokenized)):
+        span = tokenized.span(index)
+        labels = tokenized.labels[span].tolist()
+        begins = [at for at, label in enumerate(labels) if label != IGNORED and (at == 0 or labels[at - 1] == IGNORED)]
+        found += [tokenized.tokens[span][:at].tolist() for at in begins]
+    return found
+
+
+def require_prompts_alike(tokenizer: Any, *found: Conversation) -> TokenizedSet:
+    """Every learned answer stands behind the tokens that a model is given when it is asked for it."""
+    tokenized = trained(tokenizer, *found)
+    wording = tokenized.summary.wording
+    assert wording is not None
+    prompts = [
+        encode_prompt(replace(own, turns=own.turns[:at]), tokenizer, wording)
+        for own in found
+        for at, turn in enumerate(own.turns)
+        if turn.learn
+    ]
+    assert before_each(tokenized) == prompts
+    return tokenized
+
+
+ODD = (
+    "a", "n", "k", ">", "think", "final", "im_end", "user", "q", "\n b", " \t\r\nb\r\n", "\u00a0b\u3000", "b\u2028c",
+    "b\0c", "e\u0301a\u0308", "\u200b", "b b b b", "{{ messages }}", "### x\n###\n", "<think>",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("swallowing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whatever_an_answer_says_is_learned_behind_its_prompt(family: str, swallowing: bool) -> None:
+    tokenizer = family_tokenizer(family, swallowing=swallowing)
+    for text in ODD:
+        tokenized = require_prompts_alike(tokenizer, conversation(u("q"), a(text), u(text), a("A meal."), u("again")))
+        assert tokenized.summary.wording is not None
+        ends = tokenizer.decode(tokenized.summary.wording.ends)
+        first = "|".join(learned(tokenized, tokenizer)).rpartition("A meal.")[0].rstrip("| ")
+        for end in (tokenizer.eos_token, ends):
+            first = first.removesuffix(end).strip()
+        assert first == text.strip()
+
+
+def test_an_answer_within_what_stands_around_it_is_not_mistaken_for_it() -> None:
+    """The first 'c' behind this header is that of '<|channel|>'."""
+    tokenizer = family_tokenizer("harmony")
+    assert learned(require_prompts_alike(tokenizer, conversation(u("q"), a("c"))), tokenizer) == ["c<|return|>"]
+    tokenizer = family_tokenizer("qwen3")
+    assert learned(require_prompts_alike(tokenizer, conversation(u("q"), a("think"))), tokenizer) == ["think<|im_end|>"]
+
+
+def test_a_system_message_that_a_template_writes_before_the_last_question_alone_is_kept() -> None:
+    """As Mistral's: once the answer stands there, the question is the last turn no more."""
+    tokenizer = family_tokenizer("mistral")
+    tokenized = require_prompts_alike(tokenizer, conversation(*TWO, system="Be brief."))
+    assert learned(tokenized, tokenizer) == [" b</s>", " d e</s>"]
+    whole = [tokenizer.decode(tokenized.tokens[tokenized.span(index)].tolist()) for index in (0, 1)]
+    assert whole == [
+        "<s>[INST] Be brief.\n\nq[/INST] b</s>", "<s>[INST] q[/INST] b</s>[INST] Be brief.\n\nagain[/INST] d e</s>"
+    ]  # fmt: skip
+
+
+def test_a_template_that_always_asks_for_one_more_answer_does_not_teach_to_ask() -> None:
+    template = FAMILIES["chatml"].template.replace("{% if add_generation_prompt %}", "{% if true %}")
+    tokenizer = with_template(template)
+    assert learned(require_prompts_alike(tokenizer, conversation(*ONE)), tokenizer) == ["A meal.<|im_end|>"]
+
+
+def test_each_prompt_is_tokenized_as_it_is_asked_where_a_token_would_span_header_and_answer() -> None:
+    r"""Alone, the header ends with the token '\n\n'; before a letter, this tokenizer makes two of it."""
+    tokenizer = family_tokenizer("llama3")
+    tokenized = require_prompts_alike(tokenizer, conversation(*TWO))
+    assert learned(tokenized, tokenizer) == ["b<|eot_id|>", "d e<|eot_id|>"]
+    assert any("1 of 1 records give a sample for each answer" in note for note in tokenized.summary.notes)
+
+
+def test_a_header_that_ends_with_a_space_is_learned_from_by_tokenizers_that_write_spaces_before_words() -> None:
+    tokenizer = pieces_tokenizer(
+        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    tokenized = require_prompts_alike(tokenizer, conversation(u("a"), a("b")))
+    assert [tokenizer.convert_ids_to_tokens(token) for token in tokenized.tokens.tolist()[-3:]] == [
+        "\u2581",
+        "b",
+        "</s>",
+    ]
+
+
+def test_the_token_that_ends_an_answer_is_the_one_that_is_learned() -> None:
+    """Alone, '###' would begin with a space in this tokenizer, and generation would never stop."""
+    tokenizer = pieces_tokenizer(
+        "{% for m in messages %}{{ m.role + '\n' + m.content + '\n###\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+    )
+    tokenized = require_prompts_alike(tokenizer, conversation(u("a"), a("b")))
+    assert tokenized.summary.wording is not None
+    assert tokenizer.convert_ids_to_tokens(list(tokenized.summary.wording.ends)) == ["###"]
+    assert tokenized.labels[tokenized.labels != IGNORED][-1] == tokenized.summary.wording.ends[0]
+
+
+@pytest.mark.parametrize("text", ["<think>\nThe cat.\n</think>", "<think>\nb\n</think>\n\nb"])
+@pytest.mark.parametrize("family", ["r1", "qwen3", "qwen3-thinking"])
+def test_a_thought_without_an_answer_and_one_that_is_the_answer_are_learned_once(family: str, text: str) -> None:
+    tokenizer = family_tokenizer(family)
+    (found,) = learned(require_prompts_alike(tokenizer, conversation(u("q"), a(text))), tokenizer)
+    opened = "<think>\n" if family == "qwen3-thinking" else ""
+    assert (opened + found).removesuffix(tokenizer.eos_token).rstrip() == text
+
+
+def test_a_turn_behind_the_last_answer_is_not_said_to_be_left_out() -> None:
+    tokenizer = family_tokenizer("qwen3")
+    summary = trained(tokenizer, conversation(*ONE, u("again"))).summary
+    assert not any("leaves out turns" in note for note in summary.notes)
+
+
+def test_half_an_end_that_the_answer_holds_already_is_written_once() -> None:
+    """Phi-3's answers end with '<|end|>' and, behind the last, the end of the text."""
+    tokenizer = family_tokenizer("phi3")
+    tokenized = trained(tokenizer, conversation(u("q"), a("A meal.<|end|>")))
+    assert learned(tokenized, tokenizer) == ["A meal.<|end|>\n<|endoftext|>"]
+
+
+def test_a_long_answer_that_a_template_changes_is_refused_as_fast_as_a_short_one() -> None:
+    text = "a cat eats " * 20_000
+    with pytest.raises(DataError, match="leaves out 219,99"):
+        trained(with_template(CHANGING.replace("upper", "replace('c', 'C')")), conversation(u("q"), a(text)))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from qdist.core.conversation import Conversation
 from qdist.core.errors import DataError, ModelError, QdistError
 from qdist.core.records import conversations
 from qdist.runtime.data import cache_key, cached_tokenize, tokenize, tokenizer_digest
-from qdist.runtime.encode import learned_by_offset
 from qdist.runtime.tokenized import IGNORED, TokenizedSet, load, save
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -185,22 +184,28 @@ def test_when_nothing_is_left_the_error_has_the_numbers() -> None:
     assert "seq_len=6; the longest prompt has 10 tokens" in caught.value.message
 
 
-@pytest.mark.parametrize(
-    ("offsets", "spans", "learn"),
-    [
-        ([(0, 2), (2, 4), (4, 6)], [(2, 4)], [0, 1, 0]),
-        ([(0, 3), (3, 6)], [(2, 4)], [1, 1]),
-        ([(0, 1), (1, 2), (1, 2), (2, 3)], [(1, 2)], [0, 1, 1, 0]),
-        ([(0, 1), (2, 3), (3, 4)], [(1, 3)], [0, 1, 0]),
-        ([(0, 2), (3, 3), (3, 5)], [(3, 5)], [0, 0, 1]),
-        ([(0, 1), (1, 2), (2, 3), (3, 4)], [(0, 1), (2, 3)], [1, 0, 1, 0]),
-        ([(0, 1)], [], [0]),
-    ],
-)
-def test_a_token_is_learned_when_it_has_a_character_of_a_learned_turn(
-    offsets: list[tuple[int, int]], spans: list[tuple[int, int]], learn: list[int]
-) -> None:
-    assert learned_by_offset(offsets, spans) == [bool(flag) for flag in learn]
+@pytest.mark.parametrize("trim", [False, True])
+def test_white_space_that_ends_an_answer_is_learned_and_the_next_header_is_not(trim: bool) -> None:
+    """Tokenizers that trim give a token of white space no characters."""
+    tokenizer = tiny_tokenizer(HEADINGS, trim=trim, bos=False)
+    talk = dialogue(("user", "a"), ("assistant", "b 🦜"), ("user", "c"), ("assistant", "d"))
+    assert learned_text(encoded(talk, tokenizer=tokenizer), tokenizer) == "b 🦜\nd\n</s>"
+
+
+def test_raw_text_that_ends_itself_and_its_line_is_ended_once() -> None:
+    tokenizer = tiny_tokenizer()
+    text = conversations({"text": "hello there</s>\n"}, where="d.jsonl:1")[0]
+    tokenized = encoded(text, tokenizer=tokenizer)
+    assert tokenizer.decode(tokenized.tokens.tolist()) == "<s>hello there</s>"
+    assert "1 answer held the end of the turn already: it is written once" in tokenized.summary.notes
+
+
+def test_an_answer_that_is_an_end_of_turn_alone_is_empty() -> None:
+    tokenizer = tiny_tokenizer(CHATML)
+    said, ended = dialogue(("user", "a"), ("assistant", "b")), dialogue(("user", "a"), ("assistant", "<|im_end|>\n"))
+    tokenized = encoded(said, ended, tokenizer=tokenizer)
+    assert "1 of 2 records were dropped: the answer is empty" in tokenized.summary.notes
+    assert learned_text(tokenized, tokenizer) == "b<|im_end|>"
 
 
 def source_file(tmp_path: Path, text: str = '{"input": "a", "output": "b"}\n') -> str:

@@ -18,7 +18,7 @@ from qdist.core.errors import DataError
 from qdist.host.conversations import read_conversations
 from qdist.host.record_files import is_plain_text
 from qdist.host.record_text import open_text
-from qdist.runtime.encode import encode
+from qdist.runtime.encode import Encoder
 from qdist.runtime.gptq.decoder import Reached, Start, moved
 from qdist.runtime.gptq.hessians import LaneSums, add_products, mirror
 from qdist.runtime.gptq.workers import Workers
@@ -59,13 +59,13 @@ def pieces(source: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int
 
 def _record_tokens(source: str, tokenizer: Any) -> Iterator[list[int]]:
     """Raises DataError, once for all records that cannot be used."""
-    bad, total = BadRecords(), 0
+    bad, total, encoder = BadRecords(), 0, Encoder(tokenizer)
     for conversation in read_conversations(source):
         total += 1
         try:
             if isinstance(conversation, DataError):
                 raise conversation
-            samples = encode(conversation, tokenizer).samples
+            samples = encoder.encode(conversation).samples
         except DataError as error:
             bad.add(error)
             continue
