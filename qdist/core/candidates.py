@@ -18,7 +18,7 @@ from qdist.core.spec import RunSpec
 from qdist.core.speed import Step, passes, step_seconds
 
 RECEIVED_AHEAD = 1
-"""Micro-batches that each neighbour of a stage has sent, or is sending, before they are used; then they are activations."""
+"""Micro-batches that each neighbour of a stage has sent, or is sending, before they are used; then activations."""
 HEADROOM = 0.95
 """Share of a GPU, or of host memory, that a plan may fill."""
 MAX_MICRO_BATCH_TOKENS = 8192
