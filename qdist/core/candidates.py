@@ -1,13 +1,11 @@
 """What would a layout need, and how fast would it be, for each micro-batch and way of checkpointing?"""
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
-import msgspec
-
 from qdist.core.cluster import Rates
-from qdist.core.cpu_memory import library_bytes, resident_set
+from qdist.core.cpu_memory import OWN_PAGES_BYTES, hole_bytes, library_bytes, resident_set
 from qdist.core.gpu_context import cuda_context_bytes
 from qdist.core.layouts import Layout
 from qdist.core.lessons import Correction
@@ -42,6 +40,8 @@ class Setting(NamedTuple):
     """Of the vocabulary, to be trained."""
     fullest: tuple[Fullest, ...] = ()
     """The micro-batches of CPU ranks, whose memory goes with what the data hold; empty on GPUs."""
+    rank: int | None = None
+    """The data-parallel one whose micro-batches they are to be; None for the fullest of all."""
 
 
 class Candidate(NamedTuple):
@@ -103,15 +103,12 @@ def offloading(setting: Setting, layout: Layout) -> Iterator[Candidate]:
     layers = setting.sizes.facts.layers
     most = min(layers, int(HEADROOM * setting.host_bytes) // setting.sizes.layer)
     recomputed = 0 if setting.spec.train.checkpointing is False else layers
-    for size in micro_batches(setting, layout):
-        yield _fewest_away(setting, layout, size, recomputed, most)
 
+    def fewest(size: int) -> Candidate:
+        away = partial(arrange, setting, layout, size, recomputed)
+        return away(least(lambda count: away(count).fits, 0, most))
 
-def _fewest_away(setting: Setting, layout: Layout, size: int, recomputed: int, most: int) -> Candidate:
-    def away(count: int) -> Candidate:
-        return arrange(setting, layout, size, recomputed, count)
-
-    return away(least(lambda count: away(count).fits, 0, most))
+    return map(fewest, micro_batches(setting, layout))
 
 
 def micro_batches(setting: Setting, layout: Layout) -> list[int]:
@@ -233,8 +230,8 @@ class _Arrangement:
             layers=count,
             checkpointed=count if self.positions > 1 and self.recomputed else min(count, self.recomputed),
             micro_batch=self.size,
-            positions=self.fullest.positions,
-            learned=self.fullest.learned,
+            positions=self.fullest[0],
+            learned=self.fullest[1],
             gradient_accumulation=self.micro_batches,
             embedding=position == 0,
             head=position == last,
@@ -254,26 +251,30 @@ class _Arrangement:
         """One CPU process that holds what would lie on several GPUs."""
         return Share(
             layers=self.layers, checkpointed=self.recomputed, micro_batch=self.size,
-            positions=self.fullest.positions, learned=self.fullest.learned,
+            positions=self.fullest[0], learned=self.fullest[1],
             gradient_accumulation=self.micro_batches, context_bytes=self._context_bytes(),
         )  # fmt: skip
 
     @cached_property
-    def fullest(self) -> Fullest:
-        """The fullest micro-batch, zeros where nobody has counted; a pipeline pads to wider rows."""
-        nothing = Fullest(samples=self.size, positions=0, learned=0)
-        own = next((own for own in self.setting.fullest if own.samples == self.size), nothing)
-        if self.layout.schedule != "1f1b":
-            return own
-        width = -(-own.positions // own.samples // STAGE_WIDTH) * STAGE_WIDTH
-        return msgspec.structs.replace(own, positions=own.samples * width)
+    def fullest(self) -> tuple[int, int]:
+        """(positions, learned tokens) of the fullest micro-batch, zeros where nobody has counted."""
+        counted = {len(own.learned): own for own in self.setting.fullest if own.samples == self.size}
+        ranks = self.layout.data_parallel
+        own, rank = counted.get(ranks, counted.get(1)), self.setting.rank if ranks in counted else None
+        if own is None:
+            return 0, 0
+        positions = max(own.positions) if rank is None else own.positions[rank]
+        if self.layout.schedule == "1f1b":
+            positions = self.size * -(-positions // self.size // STAGE_WIDTH) * STAGE_WIDTH
+        return positions, max(own.learned) if rank is None else own.learned[rank]
 
     def _resident_set(self, share: Share, own: MemoryBudget) -> MemoryBudget:
         """A budget as that of a CPU rank; the first stage of a pipeline saves the adapter of all of them."""
         sizes, gathers = self.setting.sizes, share.pipelined and share.embedding
+        large = share.tokens(sizes.job.seq_len) * sizes.entering_token >= OWN_PAGES_BYTES
         return resident_set(
             own,
-            tensor_bytes=share.tokens(sizes.job.seq_len) * sizes.entering_token,
+            holes=hole_bytes(sizes.job, self.layout, 0 if large else own.activations),
             copied=sizes.trained * (self.layers if gathers else share.layers),
             alone=self.layout.world_size == 1,
         )

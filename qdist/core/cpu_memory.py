@@ -1,37 +1,49 @@
-"""What does a CPU rank's resident set hold beside the tensors of a step, and is a step its fullest moment?"""
+"""What does a CPU rank's resident set hold beside the tensors of a step, and is a step its fullest moment?
+
+Measured with SmolLM2-135M and Qwen2.5-0.5B (torch 2.13, glibc 2.36, 2 cores) by `bench/cpu_memory.py`; docs/runs.md has
+the table. Tensors were counted in glibc's own calls, and are what `memory.budget` says to 2 %.
+"""
 
 import msgspec
 
 from qdist.core.layouts import Layout
-from qdist.core.memory import MemoryBudget
+from qdist.core.memory import Job, MemoryBudget
 from qdist.core.units import MIB
 
 LIBRARIES_BYTES = 490 * MIB
-"""A rank that has imported torch, transformers and peft, read a tokenizer and computed a step, less its tensors:
-libraries' pages 110 MiB, Python's and C++'s objects 300 to 340, MKL's buffers 30 to 50."""
-DEEPSPEED_BYTES = 80 * MIB
-"""What importing DeepSpeed adds, and its process group's buffers."""
-HOLES = 0.12
+"""A rank that has imported torch, transformers and peft, read a tokenizer and computed a step, less its tensors: pages
+of libraries 110 MiB, objects of Python and C++ 300 to 340, MKL's buffers 30 to 50, ends of pages the rest."""
+DEEPSPEED_BYTES = 20 * MIB
+"""What DeepSpeed's own modules add."""
+DEEPSPEED_HOLES_BYTES = 60 * MIB
+"""What it leaves of the heap when it has moved parameters, gradients and moments into flat buffers: 45 to 75 over ten
+ranks with 119 to 232 MiB of activations."""
+HOLES, HOLES_16_BIT = 0.12, 0.3
 """Share of the activations by which the heap outgrows them: small objects lie between tensors, and what was freed there
-is too small for the next. 7 to 20 % over 12 runs (SmolLM2); from 32 MiB on glibc gives each tensor pages of its own."""
+is too small for the next one. Matrices that are unpacked and dropped again fill holes, so a 16-bit backbone has most,
+30 and 35 % in two runs; NF4 and int8 7 to 20 in nine. GPTQ unpacks through several matrices: 0 to 3 % in four."""
 OWN_PAGES_BYTES = 32 * MIB
+"""Tensors from here on have pages of their own, which go back when they are freed: glibc's largest threshold."""
 
 
 def library_bytes(layout: Layout) -> int:
-    """What a rank holds before it has loaded anything."""
+    """What a rank holds beside tensors, however large they are."""
     return LIBRARIES_BYTES + DEEPSPEED_BYTES * (layout.engine == "deepspeed")
 
 
-def resident_set(own: MemoryBudget, *, tensor_bytes: int, copied: int, alone: bool) -> MemoryBudget:
-    """A budget of tensors as a CPU rank's resident set: with the heap's holes, and at the saving of a checkpoint where
-    that takes more than a step.
+def hole_bytes(job: Job, layout: Layout, activations: int) -> int:
+    """What the heap holds of memory that was freed, at its fullest."""
+    if job.gptq:
+        return 0
+    share = HOLES_16_BIT if job.bits == 16 else HOLES
+    return round(share * activations) + DEEPSPEED_HOLES_BYTES * (layout.engine == "deepspeed")
 
-    tensor_bytes: the activations of one micro-batch between two layers.
+
+def resident_set(own: MemoryBudget, *, holes: int, copied: int, alone: bool) -> MemoryBudget:
+    """A budget of tensors as a CPU rank's resident set: that of a step, or of saving a checkpoint if that is more.
+
     copied: adapter parameters that this rank has in its hands when it saves or restores, each with both moments.
     alone: gradients are gone by then; those that ranks add up stay.
     """
-    holes = round(HOLES * own.activations) if tensor_bytes < OWN_PAGES_BYTES else 0
     step = own.gradients * alone + own.activations + own.logits + own.gathers + holes
-    return msgspec.structs.replace(
-        own, context=own.context + holes, gathers=own.gathers + max(0, 12 * copied - step)
-    )  # fmt: skip
+    return msgspec.structs.replace(own, context=own.context + holes, gathers=own.gathers + max(0, 12 * copied - step))

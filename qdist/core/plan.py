@@ -21,12 +21,12 @@ Schedule = Literal["1f1b", "sequential"]
 
 
 class Fullest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The most that any micro-batch of a run holds, of all that have so many samples."""
+    """The most that a micro-batch of so many samples holds in a run, for each of its data-parallel ranks."""
 
     samples: int
-    positions: int
+    positions: tuple[int, ...]
     """Tokens and padding."""
-    learned: int
+    learned: tuple[int, ...]
     """Tokens with a loss."""
 
 
@@ -47,7 +47,7 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     digest: str = ""
     """Of the files that were tokenized; empty where they lie on a hub, or nobody kept it."""
     fullest: tuple[Fullest, ...] = ()
-    """For each number of samples that a micro-batch may have; empty where nobody has counted."""
+    """For each size of a micro-batch and number of ranks that there may be; empty where nobody has counted."""
 
 
 def held_out_of(samples: int, share: float) -> int:

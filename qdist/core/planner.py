@@ -3,7 +3,7 @@
 import math
 from typing import Literal, NamedTuple
 
-from qdist.core.candidates import HEADROOM, Candidate, Setting
+from qdist.core.candidates import HEADROOM, Candidate, Setting, arrange
 from qdist.core.cards import rates_for
 from qdist.core.changes import MACHINE, Change
 from qdist.core.cluster import Cluster, Rates
@@ -14,7 +14,7 @@ from qdist.core.hints import or_tried_hint
 from qdist.core.layouts import layouts
 from qdist.core.lessons import Correction
 from qdist.core.means import count_of, dtype_of, liger_of, optimizer_of, rooms_of
-from qdist.core.memory import Job, sizes
+from qdist.core.memory import Job, MemoryBudget, sizes
 from qdist.core.notes import correction_notes, dtype_notes, notes, warmup_notes
 from qdist.core.plan import Alternative, DataFacts, Fullest, Plan, RankPlan, Source
 from qdist.core.pooling import pool_of
@@ -167,7 +167,7 @@ def plan_once(
         liger=inputs.liger,
         threads_per_rank=max(1, cluster.cpu_count // layout.world_size),
         memory_cap_bytes=max_memory_bytes(spec),
-        ranks=_ranks(winner, count, cluster.device),
+        ranks=_ranks(setting, winner, count, cluster.device),
         tokens_per_second=round(tokens_s(winner), 1),
         load_peak_bytes=max(winner.load_peaks),
         alternatives=(*alternatives(setting, winner, decision.rows, tokens_s), *decision.nonexistent),
@@ -235,23 +235,32 @@ def _setting(inputs: _Inputs, count: int) -> Setting:
     )
 
 
-def _ranks(winner: Candidate, count: int, device: str) -> tuple[RankPlan, ...]:
+def _ranks(setting: Setting, winner: Candidate, count: int, device: str) -> tuple[RankPlan, ...]:
     """The grid's processes, group by group."""
     layout, size = winner.layout, winner.layout.gpus_per_group
     if layout.schedule == "sequential":
         gpus = tuple(range(count)) if device == "cuda" else ()
         return (RankPlan(rank=0, node=0, gpus=gpus, expected=winner.budgets),)
+    split = layout.placement == "split"
     return tuple(
         RankPlan(
             rank=rank,
             node=0,
             gpus=(rank,) if device == "cuda" else (),
-            expected=(winner.budgets[rank % size if len(winner.budgets) > 1 else 0],),
+            expected=(_budgets(setting, winner, rank // size if split else rank)[rank % size if split else 0],),
             group=rank // size,
             position=rank % size,
         )
         for rank in range(layout.world_size)
     )
+
+
+def _budgets(setting: Setting, winner: Candidate, rank: int) -> tuple[MemoryBudget, ...]:
+    """Of a data-parallel rank; where the data were counted, its own micro-batches decide."""
+    if not setting.fullest:
+        return winner.budgets
+    own = setting._replace(rank=rank)
+    return arrange(own, winner.layout, winner.micro_batch, winner.checkpointed, len(winner.offloaded)).budgets
 
 
 def _steps(spec: RunSpec, data: DataFacts | None) -> int:

@@ -10,12 +10,13 @@ from qdist.core.spec import RunSpec
 from qdist.runtime.batches import padded, sample_order
 from qdist.runtime.tokenized import IGNORED, TokenizedSet
 
+_MOST_RANKS = 8
 _MOST_SAMPLES = 1 << 18
 """Of the run, from its start, that are looked at: a later micro-batch is hardly fuller than the fullest of so many."""
 
 
 def fullest(tokenized: TokenizedSet, train: torch.Tensor, spec: RunSpec) -> tuple[Fullest, ...]:
-    """The fullest micro-batch of each size that divides the global batch, the smallest size first.
+    """The fullest micro-batch of each size that divides the global batch, by data-parallel rank, of up to 8 ranks.
 
     train: the samples to train on, as `batches.split` gives them.
     """
@@ -23,10 +24,22 @@ def fullest(tokenized: TokenizedSet, train: torch.Tensor, spec: RunSpec) -> tupl
     steps = spec.steps or math.ceil((spec.epochs or 1.0) * len(train) / size)
     count = size * max(1, min(steps, _MOST_SAMPLES // size))
     order = train[sample_order(len(train), seed=spec.seed, position=0, count=count)]
-    width, learned = padded(int(tokenized.offsets.diff()[order].max())), _learned(tokenized)[order]
+    lengths, learned = tokenized.offsets.diff()[order], _learned(tokenized)[order]
     return tuple(
-        Fullest(samples=each, positions=each * width, learned=int(learned.view(-1, each).sum(dim=1).max()))
+        _of(lengths.view(-1, ranks, each), learned.view(-1, ranks, each))
         for each in _divisors(size)
+        for ranks in _divisors(size // each)
+        if ranks <= _MOST_RANKS
+    )
+
+
+def _of(lengths: torch.Tensor, learned: torch.Tensor) -> Fullest:
+    """Both [micro-batches of a rank, ranks, samples]: ranks take turns, micro-batch by micro-batch."""
+    samples = lengths.shape[2]
+    return Fullest(
+        samples=samples,
+        positions=tuple(samples * padded(longest) for longest in lengths.amax(dim=(0, 2)).tolist()),
+        learned=tuple(learned.sum(dim=2).amax(dim=0).tolist()),
     )
 
 

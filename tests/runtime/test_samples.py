@@ -64,12 +64,15 @@ def test_the_fullest_micro_batch_of_each_size_is_told_before_the_run(plan: Plan)
     spec = msgspec.structs.replace(plan.spec, steps=7)
     train, _ = split(len(tokenized), held_out=spec.train.held_out, seed=spec.seed)
     found = fullest(tokenized, train, spec)
-    assert [own.samples for own in found] == [1, 2, 4, 8]
+    assert [(own.samples, len(own.learned)) for own in found] == [
+        (1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1),
+    ]  # fmt: skip
     for own in found:
-        samples = samples_with(plan, micro_batch=own.samples)
-        seen = [batch for step in range(7) for batch in samples.step(step)]
-        assert own.learned == max(map(samples.learned, seen))
-        assert own.positions == max(samples.batch(batch)["input_ids"].numel() for batch in seen)
+        samples, ranks = samples_with(plan, micro_batch=own.samples), len(own.learned)
+        for rank in range(ranks):
+            seen = [batch for step in range(7) for batch in samples.step(step)[rank::ranks]]
+            assert own.learned[rank] == max(map(samples.learned, seen))
+            assert own.positions[rank] == max(samples.batch(batch)["input_ids"].numel() for batch in seen)
 
 
 def test_random_samples_are_the_same_each_time_and_full_length(plan: Plan) -> None:
