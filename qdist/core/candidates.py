@@ -19,9 +19,8 @@ RECEIVED_AHEAD = 1
 """Micro-batches that each neighbour of a stage has sent, or is sending, before they are used; then activations."""
 HEADROOM = 0.95
 """Share of a GPU, or of host memory, that a plan may fill."""
-MAX_MICRO_BATCH_TOKENS = 8192
+MAX_MICRO_BATCH_TOKENS, MAX_CPU_MICRO_BATCH_TOKENS = 8192, 2048
 """Tokens of a micro-batch beyond which throughput no longer grows, only memory."""
-MAX_CPU_MICRO_BATCH_TOKENS = 2048
 
 
 class Setting(NamedTuple):
