@@ -110,7 +110,7 @@ def ending(run: RunDir, plan: Plan) -> None:
     if rows:
         console.print()
         console.print(comparison(rows, ("", "before", "after")))
-        if after > before:
+        if round(after, 3) > round(before, 3):  # as shown
             click.echo("the held-out loss rose: this adapter does harm; try a smaller --set optim.lr")
     console.print()
     console.print(comparison(outcome_rows(plan, result), ("", "predicted", "measured", "error")))

@@ -1,6 +1,7 @@
 """Does `launch` show its run on a terminal, and as lines elsewhere?"""
 
 import io
+import json
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from qdist.cli.watch import Watch
+from qdist.cli.watch import Watch, ending
 from qdist.core.events import Event
 from qdist.host.rundir import RunDir
 from tests.plans import CPU, planned
@@ -106,3 +107,18 @@ def test_a_view_that_takes_long_is_drawn_less_often(run: RunDir, monkeypatch: py
     gaps = [after - before for before, after in pairwise(drawn[:-1])]
     assert len(gaps) == 2
     assert all(10 < gap < 11 for gap in gaps)
+
+
+@pytest.mark.parametrize(("after", "told"), [(2.0004, False), (2.01, True), (1.9, False)])
+def test_a_held_out_loss_that_rose_is_told_where_it_can_be_seen(
+    run: RunDir, after: float, told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peak = {"allocated": 1 << 30, "reserved": 0, "context": 0, "load": 0}
+    result = {
+        "steps": 5, "held_out": [[0, 2.0], [5, after]], "answers": [], "adapter_bytes": 1, "adapter_parameters": 1,
+        "peak_bytes": peak, "peaks": [[peak], [peak]], "tokens_per_s": {"predicted": 0.0, "measured": None},
+        "start_seconds": {"load": None, "first_step": None},
+    }  # fmt: skip
+    (run.path / "result.json").write_text(json.dumps(result))
+    ending(run, run.plan())
+    assert ("the held-out loss rose" in capsys.readouterr().out) == told
