@@ -61,7 +61,7 @@ LAUNCH = "qdist launch --model llama-7b --data my.jsonl --dry-run"
 GPTQ = f"qdist quantize llama-7b --method gptq --data my.jsonl --samples 16 --out '{FRESH}'"
 CAN_HAVE = {
     "--placement shard --set": f"{LAUNCH} --gpus 2", "--set": LAUNCH, "--max-memory 24GiB": LAUNCH,
-    "--load-format dummy": "qdist launch --model llama-7b --dry-run",
+    "--load-format dummy": "qdist launch --model llama-7b --dry-run --set steps=10",
     "--desc-act": GPTQ, "--no-sym": GPTQ, "--candidate-bits": GPTQ,
     "--type q4_1": f"qdist export runs/mine --to gguf --out '{FRESH}.gguf'",
 }  # fmt: skip
