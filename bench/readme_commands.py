@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN, HALTED, RECIPE, QUESTIONS = "runs/über Nacht 1", "runs/halb fertig", "mein Rezept.toml", "Fragen für später.txt"
-FRESH = "Ausgang ä {number}"
+FRESH, PACKED = "Ausgang ä {number}", "llama-7b in vier Bits"
 PLACEHOLDERS = {
     ("", "MODEL"): "llama-7b",
     ("", "IN"): "llama-7b_4w_pack8.pth.tar --config 'LLaMA 7B'",
@@ -39,7 +39,7 @@ PLACEHOLDERS = {
     ("", "..."): "--model llama-7b --data my.jsonl",
     ("--data", "D"): "my.jsonl",
     ("--run", "DIR"): f"'{HALTED}'",
-    ("--model", "DIR"): "llama-7b-gptq",
+    ("--model", "DIR"): f"'{PACKED}'",
     ("--prompts", "F"): f"'{QUESTIONS}'",
     ("--config", "LLAMA"): "'LLaMA 7B'",
     ("--serve", "PORT"): "{port}",
@@ -52,6 +52,7 @@ OF_ALTERNATIVE = {
     "zeros": {("", "RUN"): "runs/mine --lossy"},
     "lora": {("", "RUN"): "runs/mine"},
     "gguf": {("--out", "OUT"): f"'{FRESH}.gguf'"},
+    "nf4": {("--out", "DIR"): f"'{PACKED}'"},
     "RECIPE.toml": {("", "..."): "--set steps=8"},
     "--dry-run": {("", "RECIPE.toml"): f"'{RECIPE}' --run 'runs/noch keiner'"},
 }
@@ -60,7 +61,7 @@ LAUNCH = "qdist launch --model llama-7b --data my.jsonl --dry-run"
 GPTQ = f"qdist quantize llama-7b --method gptq --data my.jsonl --samples 16 --out '{FRESH}'"
 CAN_HAVE = {
     "--placement shard --set": f"{LAUNCH} --gpus 2", "--set": LAUNCH, "--max-memory 24GiB": LAUNCH,
-    "--load-format dummy": "qdist launch --model llama-7b --dry-run",
+    "--load-format dummy": "qdist launch --model llama-7b --dry-run --set steps=10",
     "--desc-act": GPTQ, "--no-sym": GPTQ, "--candidate-bits": GPTQ,
     "--type q4_1": f"qdist export runs/mine --to gguf --out '{FRESH}.gguf'",
 }  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from readme_commands import QUESTIONS, RECIPE, RUN
 
 from tests.runtime.sparsebit_files import make, write_config
 from tests.runtime.test_data import tiny_tokenizer
@@ -17,8 +18,6 @@ from tests.runtime.tiny import save_model
 SHAPE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 512}
 """Groups of 128 and of 32 divide every linear's inputs."""
 TALKS = "timdettmers/openassistant-guanaco"
-RECIPE = "mein Rezept.toml"
-RUN = "runs/über Nacht 1"
 
 
 def furnish(here: Path) -> None:
@@ -32,7 +31,7 @@ def furnish(here: Path) -> None:
     (here / TALKS).mkdir(parents=True)
     talks = [f"### Human: {order}### Assistant: {answer}" for order, answer in orders]
     _write_lines(here / TALKS / "openassistant_best_replies_train.jsonl", [{"text": talk} for talk in talks])
-    (here / "Fragen für später.txt").write_text("Say 3 in words\nSay ü in words\n", encoding="utf-8")
+    (here / QUESTIONS).write_text("Say 3 in words\nSay ü in words\n", encoding="utf-8")
     recipe = f'model = "llama-7b"\ndata = "my.jsonl"\nrun = "{RUN}"\nseq_len = 256\n'
     (here / RECIPE).write_text(recipe, encoding="utf-8")
 

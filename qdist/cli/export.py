@@ -14,7 +14,7 @@ from qdist.host.adapters import step_note
 from qdist.host.modules import run_module
 from qdist.host.refusals import refuse_taken
 from qdist.host.rundir import RunDir
-from qdist.host.targets import require_adapter
+from qdist.host.targets import require_adapter, require_base
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "lora": (),
@@ -72,7 +72,8 @@ def export(context: click.Context, /, to: str, **given: Any) -> None:
         check_data(given["data"])
     if given["group_size"] is not None:
         check_group_size(given["group_size"])
-    context.exit(run_module("qdist.runtime.exports.main", (to, *checked_flags(given))))
+    flags = checked_flags(given, reads_base=to != "lora")
+    context.exit(run_module("qdist.runtime.exports.main", (to, *flags)))
 
 
 def _refuse_foreign(to: str, given: Mapping[str, Any]) -> None:
@@ -84,12 +85,17 @@ def _refuse_foreign(to: str, given: Mapping[str, Any]) -> None:
             raise SpecError(f"--{name.replace('_', '-')} is of --to {owners}, not {to}", try_="leave it out")
 
 
-def checked_flags(given: Mapping[str, Any]) -> list[str]:
-    """What the process that writes is told; wrong flags end here, before it starts."""
+def checked_flags(given: Mapping[str, Any], *, reads_base: bool = True) -> list[str]:
+    """What the process that writes is told; wrong flags and missing files end here, before it starts.
+
+    reads_base: it takes the weights that the adapters lie over.
+    """
     runs, out, weights = given["runs"], given["out"], given["weights"]
     factors = _weights(weights, len(runs)) if weights is not None else ()
     for run in map(RunDir, runs):
         run.plan()
+        if reads_base:
+            require_base(run)
         require_adapter(run)
         if note := step_note(run):
             click.echo(f"note     {run.path}: {note}", err=True)

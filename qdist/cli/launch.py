@@ -9,6 +9,7 @@ import click
 
 from qdist.cli.planned import plan_lines, shown
 from qdist.cli.preview import preview_lines
+from qdist.cli.settings import SettingsCommand
 from qdist.cli.watch import Watch, ending
 from qdist.core.demo import NAME as DEMO
 from qdist.core.errors import RunError, SpecError
@@ -19,7 +20,7 @@ from qdist.host.refusals import await_ranks, refuse_running
 from qdist.host.rundir import RunDir
 
 
-@click.command()
+@click.command(cls=SettingsCommand)
 @click.argument("recipe", required=False)
 @click.option("--model", help="Alias, folder, GGUF file or hub id.")
 @click.option("--bits", help="4, 8 or 16; a GPTQ checkpoint's own 2, 3, 4 or 8.")

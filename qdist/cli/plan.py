@@ -9,6 +9,7 @@ import click
 import msgspec
 
 from qdist.cli.planned import plan_lines, shown
+from qdist.cli.settings import SettingsCommand
 from qdist.core.cards import memory_of
 from qdist.core.changes import MACHINE, Change, flags
 from qdist.core.cluster import UNNAMED, Cluster, hypothetical
@@ -28,7 +29,7 @@ Here = Callable[[], Cluster]
 FactsOf = Callable[[str], Shape]
 
 
-@click.command()
+@click.command(cls=SettingsCommand)
 @click.argument("recipe", required=False)
 @click.option("--model", help="Alias, folder with config.json, GGUF file or hub id.")
 @click.option("--bits", help="4, 8 or 16; a GPTQ checkpoint's own 2, 3, 4 or 8.")

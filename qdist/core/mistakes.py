@@ -7,7 +7,7 @@ from typing import Any
 from qdist.core.changes import Change, typed
 from qdist.core.errors import SpecError, nearest
 
-__all__ = ["not_among", "of_another_kind", "typed", "unknown"]
+__all__ = ["known_as", "not_among", "of_another_kind", "typed", "unknown"]
 
 _SYNONYMS = {
     "learning_rate": "optim.lr", "batch_size": "global_batch", "per_device_train_batch_size": "micro_batch",
@@ -36,15 +36,22 @@ _ELSEWHERE: dict[str, dict[str, Change]] = {
 
 def unknown(key: str, settings: Sequence[str], value: Any = None) -> SpecError:
     """The error for a setting that does not exist, naming the nearest that does. value: what it was to be set to."""
-    by_leaf = {name.rpartition(".")[2]: name for name in settings}
-    leaf = key.rpartition(".")[2]
-    guess = (
-        by_leaf.get(leaf) or _SYNONYMS.get(leaf) or nearest(key, settings) or by_leaf.get(nearest(leaf, by_leaf) or "")
-    )
+    by_leaf, leaf = _by_leaf(settings), key.rpartition(".")[2]
+    guess = known_as(key, settings) or nearest(key, settings) or by_leaf.get(nearest(leaf, by_leaf) or "")
     message = f"unknown setting {key!r}"
     if guess and value is not None:
         return SpecError(message, ways=[{guess: value}])
     return SpecError(message, try_=guess or "a setting that `qdist launch --help` lists")
+
+
+def known_as(name: str, settings: Sequence[str]) -> str | None:
+    """The setting whose last part is that of `name`, or that other programs call so; None where there is none."""
+    leaf = name.rpartition(".")[2]
+    return _by_leaf(settings).get(leaf) or _SYNONYMS.get(leaf)
+
+
+def _by_leaf(settings: Sequence[str]) -> dict[str, str]:
+    return {name.rpartition(".")[2]: name for name in settings}
 
 
 def not_among(key: str, value: Any, choices: Sequence[str], usual: str = "") -> SpecError:

@@ -44,7 +44,7 @@ def step_of(run: RunDir, which: str) -> int | None:
     if not which.isdecimal() or int(which) not in steps:
         raise RunError(
             f"{run.path} has no checkpoint {which!r}",
-            try_=f"--checkpoint last, best, or one of {', '.join(map(str, steps))}",
+            try_=f"--checkpoint last, best or a step: {', '.join(map(str, steps))}",
         )
     return int(which)
 

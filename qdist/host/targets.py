@@ -8,6 +8,7 @@ from qdist.core.quoting import command, resuming
 from qdist.core.same_shape import same_shape
 from qdist.core.units import parse_bytes
 from qdist.host import probe
+from qdist.host.files import cache_path
 from qdist.host.gguf_header import parts_of
 from qdist.host.nearby import nearest_model, opening
 from qdist.host.rundir import RunDir
@@ -22,7 +23,7 @@ def check_target(name: str) -> None:
     """
     run, folder = RunDir(name), Path(name).expanduser()
     if run.exists():
-        run.plan()
+        require_base(run)
         require_adapter(run)
     elif folder.is_dir() and not (folder / "config.json").is_file():
         raise _no_target(folder)
@@ -82,6 +83,18 @@ def require_checkpoint(run: RunDir) -> None:
     """Raise RunError where there is nothing to gather an adapter from yet."""
     if not run.checkpoint_steps():
         raise RunError(f"{run.path} has no whole checkpoint yet", try_=_for_a_checkpoint(run))
+
+
+def require_base(run: RunDir) -> None:
+    """Raise RunError where the model that a run was trained on is not where it was."""
+    plan = run.plan()
+    if plan.source.kind == "dummy" or Path(plan.source.path).is_dir():
+        return
+    ours = Path(plan.source.path).is_relative_to(cache_path())
+    raise RunError(
+        f"the model that {run.path} was trained on is no longer at {plan.source.path}",
+        try_=f"{command('chat', plan.spec.model)}, which makes it again" if ours else "put it back there",
+    )
 
 
 def require_adapter(run: RunDir) -> None:

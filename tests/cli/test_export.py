@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
@@ -9,6 +10,7 @@ from qdist.cli import export as exporting
 from qdist.cli import merge as merging
 from qdist.cli.main import main
 from qdist.host import launcher
+from qdist.host.rundir import RunDir
 from tests.runtime.tiny import dummy_job, save_config
 
 
@@ -69,6 +71,23 @@ def test_what_cannot_be_ends_before_anything_starts(
         found, output = invoke(*command, *given, "--out", where, *flags)
         assert (found, message in output) == (code, True), output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [(("merge",), 2), (("export", "--to", "16bit"), 2), (("export", "--to", "zeros", "--lossy"), 2),
+     (("export", "--to", "lora"), 3)],
+)  # fmt: skip
+def test_what_reads_a_base_that_is_gone_is_refused_before_anything_starts(
+    command: tuple[str, ...], code: int, runs: tuple[str, str], calls: list[Call], tmp_path: Path
+) -> None:
+    run = RunDir(runs[0])
+    plan = run.plan()
+    source = msgspec.structs.replace(plan.source, kind="folder", path=str(tmp_path / "gone"))
+    (run.path / "plan.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(plan, source=source)))
+    found, output = invoke(*command, runs[0], "--out", str(tmp_path / "out"))
+    assert (found, len(calls)) == (code, int(code == 3)), output
+    assert ("is no longer at" in output) == (code == 2)
 
 
 def test_only_targets_that_there_are_are_offered(runs: tuple[str, str], tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_what_can_be_gathered_is(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["run", "--checkpoint", "30"], "run has no checkpoint '30'\n  try: --checkpoint last, best, or one of 20, 40"),
+        (["run", "--checkpoint", "30"], "run has no checkpoint '30'\n  try: --checkpoint last, best or a step: 20, 40"),
         (["run", "--out", "run"], "run exists\n  try: another --out"),
         (["run", "--out", "file"], "file exists\n  try: another --out"),
         (["run", "--out", "file/inside"], "file/inside cannot be written: HERE/file is a file\n  try: another --out"),

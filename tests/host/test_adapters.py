@@ -68,4 +68,4 @@ def test_a_checkpoint_is_named_without_reading_it(run: RunDir, which: str, step:
 def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(run: RunDir, which: str) -> None:
     with pytest.raises(RunError, match="has no checkpoint") as caught:
         step_of(run, which)
-    assert caught.value.try_ == "--checkpoint last, best, or one of 20, 40"
+    assert caught.value.try_ == "--checkpoint last, best or a step: 20, 40"

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from qdist.core.errors import ModelError, QdistError
+from qdist.core.errors import ModelError, QdistError, RunError
 from qdist.core.models import ALIASES, config_of
 from qdist.host.targets import check_model, check_target
 from tests.plans import CPU, planned
@@ -33,6 +33,24 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("name", ["my runs/done", "tiny", "llama-7b", "owner/unheard-of"])
 def test_a_run_with_an_adapter_and_any_model_can_be_opened(name: str, here: Path) -> None:
     check_target(name)
+
+
+@pytest.mark.parametrize(
+    ("place", "attempt"),
+    [("models/my base", "put it back there"), ("cache/models/base", "qdist chat llama-7b, which makes it again")],
+)
+def test_a_run_whose_model_is_gone_is_refused_and_opens_once_it_is_back(
+    place: str, attempt: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QDIST_CACHE", str(here / "cache"))
+    base, plan = here / place, planned("llama-7b", CPU)
+    source = msgspec.structs.replace(plan.source, kind="folder", path=str(base))
+    (here / "my runs/done/plan.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(plan, source=source)))
+    with pytest.raises(RunError, match=f"my runs/done was trained on is no longer at {base}") as caught:
+        check_target("my runs/done")
+    assert caught.value.try_ == attempt
+    base.mkdir(parents=True)
+    check_target("my runs/done")
 
 
 @pytest.mark.parametrize(
