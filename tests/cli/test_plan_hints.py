@@ -41,7 +41,7 @@ MACHINE = "--gpu-memory 24GiB "
          "--gpu-memory 24GiB"),
         ("--model llama-7b --gpu-name 'GeForce 4090'", "no card is known as 'GeForce 4090'", "--gpu-name 'RTX 4090'"),
         ("--model llama-7b --gpus 1000000000000", "a machine has at most 256 ranks, not 1,000,000,000,000",
-         "--gpus 8 --gpu-memory 8GiB, for GPUs that are not here"),
+         "--gpus 1"),
         ("--model smollm2-135m --max-memory 12GiB", "--max-memory caps GPUs, and this machine has none",
          "--max-memory auto"),
     ],

@@ -136,9 +136,14 @@ def test_an_adapter_merges_onto_the_unpacked_checkpoint(alone: RunDir, folder: P
     [
         ({"method": "qlora"}, SpecError, "is a GPTQ checkpoint", "--method gptq-lora"),
         ({"bits": 3}, SpecError, "has 4 bits; this run wants 3", "--bits 4"),
-        ({"quant.group_size": 64}, SpecError, "has a group size of 32; this run wants 64", "leave quant.group_size"),
-        ({"bits": 16}, SpecError, "gptq-lora has backbones of 2, 3, 4 or 8 bits, not 16", "--bits as"),
-        ({"quant.double": False}, SpecError, "quant.type and quant.double describe NF4", "leave them out"),
+        (
+            {"quant.group_size": 64},
+            SpecError,
+            "has a group size of 32; this run wants 64",
+            "--set quant.group_size=128",
+        ),
+        ({"bits": 16}, SpecError, "gptq-lora has backbones of 2, 3, 4 or 8 bits, not 16", "--bits 4"),
+        ({"quant.double": False}, SpecError, "quant.type and quant.double describe NF4", "--set quant.double=true"),
     ],
 )
 def test_what_does_not_go_together_is_refused(

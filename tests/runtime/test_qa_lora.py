@@ -154,4 +154,5 @@ def test_the_adapter_says_how_it_pools(alone: RunDir) -> None:
     config = json.loads((alone.adapter / "adapter_config.json").read_text())
     assert (config["use_qalora"], config["qalora_group_size"], config["alpha_pattern"]) == (True, 32, {})
     with safe_open(alone.adapter / "adapter_model.safetensors", framework="pt") as handle:
-        assert handle.metadata() == {"format": "pt", "pool": "peft", "pool_group_size": "32"}
+        said = {"format": "pt", "pool": "peft", "pool_group_size": "32", "step": "10", "steps": "10"}
+        assert handle.metadata() == said
