@@ -7,7 +7,9 @@ import pytest
 
 from qdist.core.cpu_memory import (
     HOLES,
+    HOLES_1F1B,
     HOLES_16_BIT,
+    HOLES_GPTQ,
     LIBRARIES_BYTES,
     OWN_PAGES_BYTES,
     hole_bytes,
@@ -48,11 +50,14 @@ def test_deepspeed_is_imported_where_it_is_the_engine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "share"), [({}, HOLES), ({"bits": 8}, HOLES), ({"bits": 16}, HOLES_16_BIT), ({"gptq": GPTQ}, 0.0)]
+    ("settings", "share"),
+    [({}, HOLES), ({"bits": 8}, HOLES), ({"bits": 16}, HOLES_16_BIT), ({"gptq": GPTQ}, HOLES_GPTQ)],
 )
 def test_the_heap_has_holes_that_unpacking_fills(settings: dict[str, Any], share: float) -> None:
     job = Job(**{"bits": 4, "compute_bytes": 4, "rank_r": 8, "targets": ("all-linear",), "seq_len": 64} | settings)
     assert hole_bytes(job, LAYOUT, 500 * MIB) == round(share * 500 * MIB)
+    stages = msgspec.structs.replace(LAYOUT, placement="split", schedule="1f1b", gpus_per_group=2)
+    assert hole_bytes(job, stages, 500 * MIB) == round(HOLES_1F1B * 500 * MIB)
 
 
 def test_tensors_with_pages_of_their_own_leave_no_holes() -> None:
