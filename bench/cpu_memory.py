@@ -26,13 +26,13 @@ from qdist.core.prediction import MEANING, error, shown_error
 MIB = 2**20
 USUAL = "seed=0 train.eval_steps=0 train.answers=0 train.held_out=0.02 steps=3"
 SMALL, LONG = "--model smollm2-135m --data demo", "--model smollm2-135m --data LONG"
-GPTQ = "--model BASE --data demo --method"
+GPTQ, LONG_GPTQ = "--model BASE --data demo --method", "--model BASE --data LONG --method"
 CHECKPOINTS = "train.checkpointing=true"
 SPLIT, SHARD = "--gpus 2 --placement split", "--gpus 2 --gpus-per-group 2 --placement shard"
 
 
 class Case(NamedTuple):
-    """Flags and settings of a launch. resumed: ranks of the second launch, which takes steps 3 and 4."""
+    """Flags and settings of a launch. resumed: ranks of a second launch, from step 2 on."""
 
     flags: str
     settings: str = ""
@@ -46,11 +46,8 @@ CASES = {
     "1 rank, recomputed": Case(SMALL, CHECKPOINTS),
     "1 rank, 4 x 128": Case("--model smollm2-135m --data CHAT", "seq_len=128 micro_batch=4 global_batch=4"),
     "1 rank, 4 x 256": Case(LONG, "seq_len=256 micro_batch=4 global_batch=4"),
-    "1 rank, 1 x 1024": Case(LONG, "seq_len=1024 micro_batch=1 global_batch=2"),
-    "1 rank, 4 x 512 recomputed": Case(LONG, f"seq_len=512 micro_batch=4 global_batch=4 {CHECKPOINTS}"),
     "2 ranks": Case(f"{SMALL} --gpus 2"),
     "2 ranks, ZeRO-1": Case(f"{SMALL} --gpus 2", "zero.stage=1"),
-    "2 ranks, ZeRO-2": Case(f"{SMALL} --gpus 2", "zero.stage=2"),
     "2 ranks, ZeRO-3": Case(f"{SMALL} --gpus 2", "zero.stage=3"),
     "shard": Case(f"{SMALL} {SHARD}"),
     "split": Case(f"{SMALL} {SPLIT}"),
@@ -60,26 +57,30 @@ CASES = {
     "GPTQ-LoRA": Case(f"{GPTQ} gptq-lora"),
     "QA-LoRA": Case(f"{GPTQ} qa-lora"),
     "QA-LoRA, 2 ranks": Case(f"{GPTQ} qa-lora --gpus 2"),
-    "resumed, 1 on 1": Case(SMALL, resumed=1),
-    "resumed, 1 on 2": Case(SMALL, resumed=2),
+    "QA-LoRA, 4 x 48, 2 micro-batches": Case(f"{GPTQ} qa-lora", "micro_batch=4"),
+    "1 rank, 2 x 256, 2 micro-batches": Case(LONG, "seq_len=256 micro_batch=2 global_batch=4"),
+    "QA-LoRA, 2 x 256": Case(f"{LONG_GPTQ} qa-lora", "seq_len=256 micro_batch=2 global_batch=2"),
+    "QA-LoRA, 2 x 256, 2 micro-batches": Case(f"{LONG_GPTQ} qa-lora", "seq_len=256 micro_batch=2 global_batch=4"),
+    "GPTQ-LoRA, 2 x 256, 2 micro-batches": Case(f"{LONG_GPTQ} gptq-lora", "seq_len=256 micro_batch=2 global_batch=4"),
     "resumed, 2 on 1": Case(f"{SMALL} --gpus 2", resumed=1),
-    "resumed, 2 on 2": Case(f"{SMALL} --gpus 2", resumed=2),
+    "resumed split, 2 on 2": Case(f"{SMALL} {SPLIT}", resumed=2),
+    "r=8, micro-batch 4": Case(SMALL, "lora.r=8 micro_batch=4"),
+    "8 bits, 2 ranks, micro-batch 2": Case(f"{SMALL} --bits 8 --gpus 2", "micro_batch=2"),
     "0.5B, random, 2 x 128": Case(
         "--model qwen2.5-0.5b --load-format dummy", "seq_len=128 micro_batch=2 global_batch=2 steps=2"
     ),
 }
 """What the constants of `core/cpu_memory.py` were taken from."""
 UNSEEN = {
-    "unseen: 8 bits, 2 ranks, micro-batch 2": Case(f"{SMALL} --bits 8 --gpus 2", "micro_batch=2"),
-    "unseen: QA-LoRA, 2 x 256": Case(
-        "--model BASE --data LONG --method qa-lora", "seq_len=256 micro_batch=2 global_batch=4"
-    ),
-    "unseen: shard, recomputed, 2 x 512": Case(
-        f"{LONG} {SHARD}", f"seq_len=512 micro_batch=2 global_batch=4 {CHECKPOINTS}"
-    ),
-    "unseen: split, 2 on 2 resumed": Case(f"{SMALL} {SPLIT}", resumed=2),
-    "unseen: r=8, micro-batch 4": Case(SMALL, "lora.r=8 micro_batch=4"),
+    "shard, recomputed, 2 x 512": Case(f"{LONG} {SHARD}", f"seq_len=512 micro_batch=2 global_batch=4 {CHECKPOINTS}"),
+    "resumed, 1 on 2": Case(SMALL, resumed=2),
+    "resumed, 1 on 1": Case(SMALL, resumed=1),
+    "resumed, 2 on 2": Case(f"{SMALL} --gpus 2", resumed=2),
+    "2 ranks, ZeRO-2": Case(f"{SMALL} --gpus 2", "zero.stage=2"),
+    "1 rank, 1 x 1024": Case(LONG, "seq_len=1024 micro_batch=1 global_batch=2"),
+    "1 rank, 4 x 512 recomputed": Case(LONG, f"seq_len=512 micro_batch=4 global_batch=4 {CHECKPOINTS}"),
 }
+"""What they were not."""
 
 
 class Row(NamedTuple):

@@ -72,7 +72,7 @@ COALESCE = "glibc.malloc.tcache_count=0"
 """glibc's malloc without its thread cache. torch asks for memory aligned to 64 bytes; glibc (2.36) takes 96 bytes more
 and gives back what is in front, which the cache keeps from joining its neighbours again: what was freed is then too
 small for the next tensor of the same size, and the heap grows instead. SmolLM2's demo at micro_batch=1, peak resident
-set of a rank: 1,349 MiB with the cache, 833 without; at 8, 1,457 and 1,285; no slower (23.5 and 21.7 s of CPU time)."""
+set of a rank: 1,331 MiB with the cache, 835 without; at 8, 1,457 and 1,285; no slower (23.5 and 24.1 s of CPU time)."""
 
 
 def launch_script(plan: Plan, *, python: str) -> str:
