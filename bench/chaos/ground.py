@@ -1,0 +1,99 @@
+"""The ground that the suite stands on: a tiny model and data in a folder of their own, commands over them, a table."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from qdist.core.gptq import Gptq, Shape
+from tests.runtime.gptq_files import padded, save_gptq
+from tests.runtime.tiny import save_data, save_model
+
+SETTINGS = {"seq_len": "32", "global_batch": "4", "micro_batch": "1", "lora.r": "4", "optim.lr": "1e-2", "steps": "4"}
+"""Of a run that takes a moment."""
+ROOT = Path(__file__).parents[2]
+
+
+class Ground(NamedTuple):
+    """A folder with models, data and a cache, none of which anything else uses."""
+
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        """A Llama of two narrow layers, with tokenizer and weights; made where it is not there."""
+        return self._made("model", save_model)
+
+    @property
+    def gptq(self) -> Path:
+        """The same as a GPTQ checkpoint of 4 bits, groups of 32."""
+        return self._made("gptq", lambda place: save_gptq(place, Gptq(shape=Shape(4, 32)), tokenizer=padded()))
+
+    @property
+    def data(self) -> Path:
+        """Forty questions and short answers."""
+        return self._made("data.jsonl", save_data)
+
+    def _made(self, name: str, make: Callable[[Path], object]) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        place = self.folder / name
+        if not place.exists():
+            make(place)
+        return place
+
+    def environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
+        """This process's, with the ground's own cache, one thread a process, and `more`."""
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        ours = {"QDIST_CACHE": str(self.folder / "cache"), "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "COLUMNS": "200"}
+        return {**os.environ, **ours, **(more or {})}
+
+    def launch(self, run: Path, *flags: str, settings: Mapping[str, str] | None = None) -> list[str]:
+        """The command of a run over model and data, unless the flags name others."""
+        command = qdist("launch", *flags, "--run", str(run))
+        if "--model" not in flags:
+            command += ["--model", str(self.model)]
+        if "--data" not in flags and "--load-format" not in flags:
+            command += ["--data", str(self.data)]
+        return command + [f"--set={key}={value}" for key, value in {**SETTINGS, **(settings or {})}.items()]
+
+
+def qdist(*arguments: str) -> list[str]:
+    """The command line of this checkout."""
+    return [sys.executable, "-m", "qdist", *arguments]
+
+
+def processes(words: str) -> dict[int, str]:
+    """Command lines of the living processes that hold `words`, this one's left out."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if words in line:
+                found[int(entry.name)] = line.strip()
+    return found
+
+
+def left(words: str, within_s: float) -> dict[int, str]:
+    """Those of `processes` that are still there after a while; at once where there are none."""
+    end = time.monotonic() + within_s
+    while (found := processes(words)) and time.monotonic() < end:
+        time.sleep(0.1)
+    return found
+
+
+def has_traceback(done: "subprocess.CompletedProcess[str]") -> bool:
+    """Whether a command showed its user the inside of Python."""
+    return "Traceback (most recent call last)" in (done.stdout or "") + (done.stderr or "")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Columns, each as wide as its widest cell."""
+    cells = [list(head), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
