@@ -12,7 +12,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-Form = Literal["json", "jsonl", "text", "safetensors", "binary"]
+Form = Literal["json", "jsonl", "text", "inline", "safetensors", "binary"]
+"""inline: typed on a command line, in no file that could be something else."""
 
 _DEEP = 100_000
 _RAW = "\ue000raw\ue000"
@@ -27,9 +28,9 @@ _RAW_VALUES = (
     '{"a":' * _DEEP + "1" + "}" * _DEEP,
 )  # fmt: skip
 _CHUNKS = (
-    b"\0", b"\0" * 300, b"\xff\xfe", b"\xef\xbb\xbf", b"\x80", b"\xc3", b"\xed\xa0\x80", b"\r", b"\n", b"\n\n", b"\x1b[31m",
-    b"'", b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b"{{", b"{%", b"=", b"#", b"\t", b"-1", b"NaN", b"1e999",
-    b"9" * 400, "\u202e".encode(), "\u2028".encode(), b"null",
+    b"\0", b"\0" * 300, b"\xff\xfe", b"\xef\xbb\xbf", b"\x80", b"\xc3", b"\xed\xa0\x80", b"\r", b"\n", b"\n\n",
+    b"\x1b[31m", b"'", b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b"{{", b"{%", b"=", b"#", b"\t", b"-1",
+    b"NaN", b"1e999", b"9" * 400, "\u202e".encode(), "\u2028".encode(), b"null",
 )  # fmt: skip
 _WHOLE = (
     b"", b"\0", b"\n", b" ", b"{", b"[", b"null", b"[]", b"{}", b'""', b"0", b"true", b"\xff" * 64, b"\0" * 4096,

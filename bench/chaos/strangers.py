@@ -315,7 +315,8 @@ def _plain_tokenizer(world: Path) -> Any:
 def _run(name: str, *others: Callable[[Path], object]) -> Callable[[Path], object]:
     """What is asked of a run without torch."""
     commands = [
-        _command("runs", f"@/{name}"), _command("runs", f"@/{name}", "--json"), _command("monitor", "--once", f"@/{name}"),
+        _command("runs", f"@/{name}"), _command("runs", f"@/{name}", "--json"),
+        _command("monitor", "--once", f"@/{name}"),
         _command("monitor", "--json", f"@/{name}"), _command("metrics", f"@/{name}"),
         _command("monitor", "--once", "--rank", "0", f"@/{name}"),
         _command("report", f"@/{name}", "--out", "@/report.html"),
@@ -420,7 +421,7 @@ def _generation(world: Path) -> None:
 
 
 READERS: tuple[Reader, ...] = (
-    Reader("--set", "settings", "text", _set, 15),
+    Reader("--set", "settings", "inline", _set, 15),
     Reader("recipe", "recipe.toml", "text", _recipe, 15),
     *(Reader(f"data {name.partition('.')[2]}", name, form, _data(name), 12) for name, form in (
         ("data.jsonl", "jsonl"), ("data.json", "json"), ("data.csv", "text"), ("data.tsv", "text"),
@@ -429,7 +430,7 @@ READERS: tuple[Reader, ...] = (
     Reader("saved data set", "saved/state.json", "json", _saved, 12),
     Reader("prompts jsonl", "prompts.jsonl", "jsonl", lambda world: read_prompts(world / "prompts.jsonl"), 12),
     Reader("prompts txt", "data.txt", "text", lambda world: read_prompts(world / "data.txt"), 8),
-    Reader("plan --model", "model/config.json", "json", _command("plan", "--model", "@/model", "--set", "seq_len=64"), 2),
+    Reader("plan --model", "model/config.json", "json", _command("plan", "--model=@/model", "--set=seq_len=64"), 2),
     Reader("config.json", "model/config.json", "json", _opened, 1),
     Reader("config of gptq", "gptq/config.json", "json", _gptq, 0.5),
     Reader("quantize_config", "gptq/quantize_config.json", "json", _gptq, 0.5),
@@ -439,7 +440,7 @@ READERS: tuple[Reader, ...] = (
     Reader("weights", "model/model.safetensors", "safetensors", _opened, 1),
     Reader("tokenizer.json", "model/tokenizer.json", "json", _tokenizer, 0.7),
     Reader("tokenizer_config", "model/tokenizer_config.json", "json", _tokenizer, 0.7),
-    Reader("template", "model/chat_template.jinja", "text", _template, 5),
+    Reader("template", "model/chat_template.jinja", "inline", _template, 5),
     Reader("generation_config", "model/generation_config.json", "json", _generation, 6),
     Reader("load generation_config", "model/generation_config.json", "json", _model, 0.3),
     Reader("load config", "model/config.json", "json", _model, 0.3),

@@ -1,6 +1,5 @@
 """`qdist report`: a run, or two beside each other, as one HTML page."""
 
-import json
 from pathlib import Path
 
 import click
@@ -15,6 +14,7 @@ from qdist.core.units import format_bytes
 from qdist.host.commands import noted
 from qdist.host.files import write_atomic
 from qdist.host.follow import Follower
+from qdist.host.opening import read_bytes, read_typed
 from qdist.host.rundir import RunDir
 from qdist.host.state import state_of
 
@@ -68,13 +68,9 @@ def _found(run: RunDir, name: str) -> Found:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(errors="replace") if path.is_file() else ""
+    return read_bytes(path, RunError).decode(errors="replace") if path.is_file() else ""
 
 
 def _versions(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {}
-    try:
-        return {str(name): str(version) for name, version in json.loads(path.read_text()).items()}
-    except (ValueError, AttributeError) as error:
-        raise RunError(f"{path} holds no versions: {error}", try_="take the file out of the run") from None
+    away = "take the file out of the run"
+    return read_typed(path, dict[str, str], RunError, try_=away) if path.is_file() else {}

@@ -35,7 +35,7 @@ def start(job: Job, *, show: Show, say: Callable[[str], None], recall: Show | No
         sign(lock)
         for leftover in (STOP, ENDED):
             (run.path / leftover).unlink(missing_ok=True)
-        follower = Follower(run.path)
+        follower = Follower(run.path, say=say)
         past = follower.new_events()
         if recall:
             recall(past)

@@ -6,7 +6,9 @@ import socket
 
 import msgspec
 
+from qdist.core.errors import RunError
 from qdist.core.events import State
+from qdist.host.opening import read_typed
 from qdist.host.pulses import stat_of
 from qdist.host.rundir import LOCK, RunDir
 
@@ -63,8 +65,8 @@ def sign(lock: int) -> None:
 def launcher_is_gone(run: RunDir) -> bool:
     """Whether the launcher that last took a run's lock was on this machine and is not there any more."""
     try:
-        holder = msgspec.json.decode((run.path / LOCK).read_bytes(), type=Holder)
-    except (OSError, msgspec.DecodeError):
+        holder = read_typed(run.path / LOCK, Holder, RunError)
+    except RunError:
         return False
     if holder.host != socket.gethostname():
         return False

@@ -17,6 +17,7 @@ from qdist.core.residence import Footprint, Residence, footprint
 from qdist.core.units import parse_bytes
 from qdist.host.adapters import step_note
 from qdist.host.fingerprints import require_same_tensors
+from qdist.host.opening import told
 from qdist.host.rundir import RunDir
 from qdist.runtime.methods.backbone import DTYPES, load_backbone
 from qdist.runtime.placements.residence import arrange, choose, first_device, settle
@@ -165,10 +166,13 @@ def load_run(run: RunDir, dtype: torch.dtype, residence: Residence) -> tuple[Any
         linear_names=plan.facts.linear_names,
         arrange=partial(arrange, residence=residence),
     )
-    config = PeftConfig.from_pretrained(str(run.adapter))
+    again = command("gather", run.path)
+    with told(f"{run.adapter} cannot be read", RunError, try_=again):
+        config = PeftConfig.from_pretrained(str(run.adapter))
     config._register_custom_module({nn.Linear: FusedLora})
     # The file is read into host memory: PEFT's own choice is all of it on GPU 0, beside the matrices that it fills.
-    model = PeftModel.from_pretrained(backbone, str(run.adapter), config=config, torch_device="cpu")
+    with told(f"{run.adapter} cannot be read", RunError, try_=again):
+        model = PeftModel.from_pretrained(backbone, str(run.adapter), config=config, torch_device="cpu")
     model.eval()
     settle(model, residence)
     tokenizer = load_tokenizer(plan.source)

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import json
 import os
 import sys
 import time
@@ -17,7 +16,7 @@ from qdist.core.quoting import command
 from qdist.core.units import format_bytes, format_duration
 from qdist.host import cached
 from qdist.host.files import cache_dir, locked
-from qdist.host.sources import locate
+from qdist.host.sources import locate, read_json
 from qdist.runtime.packed_folder import Manifest
 from qdist.runtime.quantize_pack import pack
 from qdist.runtime.quantize_source import blueprint, check_packed, quantized_as, streamed
@@ -76,7 +75,7 @@ def quantize(model: str, out: Path, packing: Packing) -> Manifest:
 def _already(folder: Path, name: str) -> Packing | None:
     """How the model is packed as it comes, or None. A folder without config.json is refused where it is read."""
     config = folder / "config.json"
-    return quantized_as(json.loads(config.read_text()), name=name) if config.is_file() else None
+    return quantized_as(read_json(config), name=name) if config.is_file() else None
 
 
 def _require_same(name: str, there: Packing, wanted: Packing) -> None:

@@ -18,9 +18,11 @@ from typing import Any
 from qdist.core.errors import RunError
 from qdist.core.events import Event, decode_lines
 from qdist.core.plan import Plan
+from qdist.core.quoting import quoted
 from qdist.core.spec import flatten, json_text
 from qdist.core.units import GIB, format_duration
 from qdist.host.files import write_atomic
+from qdist.host.opening import read_typed
 from qdist.host.rundir import RunDir
 from qdist.host.trackers import refuse_missing
 
@@ -303,7 +305,7 @@ _MAKERS: dict[str, Callable[[RunDir, str], tuple[Any, str]]] = {
 
 def _kept(run: RunDir) -> dict[str, str]:
     path = run.path / KEPT
-    return json.loads(path.read_bytes()) if path.is_file() else {}
+    return read_typed(path, dict[str, str], RunError, try_=quoted("rm", path)) if path.exists() else {}
 
 
 def _settings(plan: Plan) -> dict[str, Any]:

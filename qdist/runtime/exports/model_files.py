@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from qdist.core.errors import ModelError
 from qdist.core.plan import Plan, Source
 from qdist.host.checkpoints import INDEX
 from qdist.host.files import write_atomic
+from qdist.host.opening import read_object
 from qdist.runtime.load import load_tokenizer
 from qdist.runtime.packed_folder import Written
 from qdist.runtime.special_tokens import align_config
@@ -60,7 +62,6 @@ def generation_settings(model: Any, source: Source) -> dict[str, Any]:
     """The source's own settings, as they are: transformers refuses to save some that it reads."""
     own = Path(source.path) / _GENERATION
     if source.path and own.is_file():
-        settings: dict[str, Any] = json.loads(own.read_text())
-        return settings
+        return read_object(own, ModelError, try_="its published file, or none")
     derived: dict[str, Any] = model.generation_config.to_diff_dict()
     return derived
