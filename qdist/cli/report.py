@@ -17,6 +17,7 @@ from qdist.host.follow import Follower
 from qdist.host.opening import read_bytes, read_typed
 from qdist.host.rundir import RunDir
 from qdist.host.state import state_of
+from qdist.host.terminal import say
 
 
 @click.command()
@@ -38,7 +39,7 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
         write_atomic(path, text)
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror}", try_="--out FILE in a folder of yours") from None
-    click.echo(f"{path}: {format_bytes(len(text.encode()))}")
+    say(f"{path}: {format_bytes(len(text.encode()))}")
 
 
 def _default_name(reports: list[Report]) -> str:

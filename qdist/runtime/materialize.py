@@ -12,6 +12,7 @@ from qdist.host.files import cache_dir, locked, publish_folder
 from qdist.host.opening import told
 from qdist.host.sources import Located, read_json
 from qdist.host.targets import require_readable
+from qdist.host.terminal import say
 
 
 def materialize(located: Located) -> Path:
@@ -50,7 +51,7 @@ def _convert(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    print(f"converting {file.name}, once: the result is cached", flush=True)
+    say(f"converting {file.name}, once: the result is cached")
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     with (

@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +16,7 @@ from qdist.core.units import format_bytes, format_duration
 from qdist.host import cached
 from qdist.host.files import cache_dir, locked
 from qdist.host.sources import locate, read_json
+from qdist.host.terminal import say
 from qdist.runtime.packed_folder import Manifest
 from qdist.runtime.quantize_pack import pack
 from qdist.runtime.quantize_source import blueprint, check_packed, quantized_as, streamed
@@ -98,7 +98,7 @@ def _alone(out: Path, name: str) -> Iterator[None]:
         try:
             stack.enter_context(locked(lock, busy=f"{out} is being packed"))
         except RunError:
-            print(f"waiting: another process is packing {name}", file=sys.stderr, flush=True)
+            say(f"waiting: another process is packing {name}", err=True)
             stack.enter_context(locked(lock))
         yield
 
@@ -121,8 +121,8 @@ def main() -> None:
     began = time.monotonic()
     manifest = quantize(given.model, given.out, packing)
     took = format_duration(time.monotonic() - began)
-    print(f"{given.out}: {packing}, {manifest.layers} layers, {format_bytes(manifest.bytes)}, {took}")
-    print(f"use it  {command('launch', '--model', given.out, *_flags(packing), '--data', 'FILE')}")
+    say(f"{given.out}: {packing}, {manifest.layers} layers, {format_bytes(manifest.bytes)}, {took}")
+    say(f"use it  {command('launch', '--model', given.out, *_flags(packing), '--data', 'FILE')}")
 
 
 def _flags(packing: Packing) -> list[str]:
