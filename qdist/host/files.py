@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-import tempfile
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,27 +14,40 @@ from qdist.core.errors import MachineError, RunError
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write beside, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
     data = content.encode() if isinstance(content, str) else content
-    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(beside, 0o644)
         os.replace(beside, path)
     except BaseException:
-        Path(beside).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
 
 
 def publish_folder(beside: Path, final: Path) -> None:
     """Rename a finished folder into place, its files flushed to disk first. `final` must not exist."""
+    mode = umasked(0o666)
     for file in [path for path in beside.rglob("*") if path.is_file()]:
-        file.chmod(0o644)  # safetensors writes 0600, and adapters are made to be shared
+        file.chmod(mode)  # safetensors writes 0600, and adapters are made to be shared
         sync(file)
     sync(beside)
     os.rename(beside, final)
     sync(final.parent)
+
+
+def umasked(mode: int) -> int:
+    """The mode that a file made with `mode` gets from this process's umask."""
+    try:
+        # Asking the system sets it as well, for all threads.
+        status = Path("/proc/self/status").read_text()
+        mask = int(status.partition("\nUmask:")[2].split(maxsplit=1)[0], 8)
+    except (OSError, IndexError):
+        mask = os.umask(0o077)
+        os.umask(mask)
+    return mode & ~mask
 
 
 def cache_path() -> Path:
@@ -66,7 +79,7 @@ def locked(path: Path, *, busy: str = "") -> Iterator[int]:
 
     busy: the message of the RunError raised when another process holds it; empty waits instead.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         if not busy:
             fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -16,7 +16,7 @@ import torch
 from qdist.core.errors import ModelError, PlanError, RunError
 from qdist.core.gptq import Gptq, Override, Shape
 from qdist.core.units import format_bytes, format_duration
-from qdist.host.files import publish_folder, write_atomic
+from qdist.host.files import publish_folder, umasked, write_atomic
 from qdist.host.terminal import say
 from qdist.runtime.gptq.bits import group_of_inputs, pack_zeros
 from qdist.runtime.gptq.convert_model import beside, check, decide_biases, is_linear, model_config
@@ -72,7 +72,7 @@ def convert(source: Path, out: Path, *, config: Path | None = None, drop_bias: b
         )
     work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        work.chmod(0o755)
+        work.chmod(umasked(0o777))
         write_atomic(work / "config.json", json.dumps(settings))
         shape = blueprint(work)
         check(checkpoint._replace(biases=biases), shape, source)
