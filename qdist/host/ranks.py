@@ -10,6 +10,7 @@ from types import FrameType
 
 from qdist.core.errors import RunError
 from qdist.core.events import Event
+from qdist.core.quoting import argument
 from qdist.host import endings, lessons
 from qdist.host.children import end_with_parent
 from qdist.host.files import locked
@@ -42,7 +43,7 @@ def start(job: Job, *, show: Show, say: Callable[[str], None], recall: Show | No
         before = endings.log_lengths(run)
         with open(run.logs / "launcher.log", "ab") as log:
             ranks = subprocess.Popen(
-                ["sh", str(run.path / "launch.sh")],
+                ["sh", argument(run.path / "launch.sh")],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -13,7 +13,6 @@ import qdist
 from qdist.core.errors import SpecError
 from qdist.host.terminal import BROKEN_PIPE, error_text, say, say_json
 
-
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(qdist.__file__).parents[1])}
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from qdist.core.errors import ModelError, PlanError, RunError
+from qdist.core.errors import ModelError, PlanError
 from qdist.core.gptq import Gptq, Override, Shape
 from qdist.core.units import format_bytes, format_duration
 from qdist.host.files import publish_folder, umasked, write_atomic
@@ -25,6 +24,7 @@ from qdist.runtime.gptq.sparsebit import Checkpoint, Linear, halves, integer_zer
 from qdist.runtime.packed_folder import Entry, Written, entries_of, file_name, write_tensors
 from qdist.runtime.quantize_source import Blueprint, blueprint
 from qdist.runtime.tokenizer import copy_beside
+from qdist.runtime.work_folder import reserved
 
 _TELL_S = 10.0
 """How often a long conversion says how far it is."""
@@ -58,12 +58,14 @@ def convert(source: Path, out: Path, *, config: Path | None = None, drop_bias: b
     Raises ModelError for a checkpoint or configuration that cannot be used, RunError where `out` exists, PlanError when
     the disk is too small.
     """
-    if os.path.lexists(out):
-        raise RunError(f"{out} exists", try_="another --out")
+    with reserved(out):
+        return _converted(source, out, config, drop=drop_bias)
+
+
+def _converted(source: Path, out: Path, config: Path | None, *, drop: bool) -> Converted:
     checkpoint = read(source)
     settings, notes = model_config(checkpoint, config, source)
-    settings, biases, said = decide_biases(checkpoint, settings, drop=drop_bias)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    settings, biases, said = decide_biases(checkpoint, settings, drop=drop)
     needed, free = source.stat().st_size, shutil.disk_usage(out.parent).free
     if needed > free:
         raise PlanError(
