@@ -1,7 +1,9 @@
 """Files that are either whole or absent, and where qdist keeps its caches."""
 
+import contextlib
 import fcntl
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -10,11 +12,15 @@ from pathlib import Path
 
 from qdist.core.errors import MachineError, RunError
 
+_BESIDE = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
+"""Names of files that `write_atomic` is still writing."""
+
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write beside, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
     data = content.encode() if isinstance(content, str) else content
-    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    sweep(path.parent)
+    descriptor, beside = _beside(path)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -25,6 +31,35 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     except BaseException:
         Path(beside).unlink(missing_ok=True)
         raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove what `write_atomic` could not finish in a folder because it was killed; no other file, and none that is
+    being written now: its writer holds a lock on it.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return
+    for name in names:
+        if _BESIDE.fullmatch(name):
+            with contextlib.suppress(OSError):  # another process was faster, or it is another user's
+                descriptor = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(folder / name)
+                finally:
+                    os.close(descriptor)
+
+
+def _beside(path: Path) -> tuple[int, str]:
+    """A new file to write what is to be at `path`, locked: its descriptor and name."""
+    while True:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.path.exists(name):  # nobody swept it before it was locked
+            return descriptor, name
+        os.close(descriptor)
 
 
 def publish_folder(beside: Path, final: Path) -> None:

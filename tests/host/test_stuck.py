@@ -87,7 +87,7 @@ standing_still()
 
 def test_a_stopped_process_is_named_and_leaves_its_stacks(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    watchdog = Watchdog(run, 1.5)
+    watchdog = Watchdog(run, 1.5, ranks=2, launch="")
     ranks = [subprocess.Popen([sys.executable, "-c", SLEEPER, str(tmp_path), str(rank)]) for rank in (0, 1)]
     try:
         end = time.monotonic() + 20
@@ -116,7 +116,23 @@ def test_beats_of_an_earlier_launch_are_no_word_of_this_one(tmp_path: Path) -> N
     run = RunDir(tmp_path)
     run.pulses.mkdir()
     run.pulse_file(0).write_bytes(encode(pulse(0)))
-    assert Watchdog(run, 1).stuck() == ""
+    assert Watchdog(run, 1, ranks=1, launch="this").stuck() == ""
+
+
+def test_ranks_that_give_no_beat_at_all_are_stuck_from_the_start_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where what starts them waits for something, as torchrun does for a second node."""
+    run, now = RunDir(tmp_path), [NOW]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    run.pulses.mkdir()
+    watchdog = Watchdog(run, 60, ranks=3, launch="this")
+    run.pulse_file(1).write_bytes(encode(pulse(1)))
+    for second in range(1, 60):
+        now[0] = NOW + second
+        assert watchdog.stuck() == ""
+    now[0] = NOW + 60
+    assert watchdog.stuck() == "ranks 0, 1, 2 gave no sign of life within 1 min 00 s of the start"
 
 
 def test_ranks_that_were_suspended_with_the_watchdog_get_their_time_again(
@@ -125,7 +141,7 @@ def test_ranks_that_were_suspended_with_the_watchdog_get_their_time_again(
     run, now = RunDir(tmp_path), [NOW]
     monkeypatch.setattr(time, "time", lambda: now[0])
     run.pulses.mkdir()
-    watchdog = Watchdog(run, 60)
+    watchdog = Watchdog(run, 60, ranks=1, launch="")
     run.pulse_file(0).write_bytes(encode(pulse(0, host="far")))
     now[0] = NOW + 2
     assert watchdog.stuck() == ""
@@ -174,6 +190,6 @@ def test_a_torn_beat_is_left_out(tmp_path: Path) -> None:
 def test_nobody_is_stuck_where_the_recipe_says_to_wait_for_ever(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.pulses.mkdir()
-    watchdog = Watchdog(run, 0)
+    watchdog = Watchdog(run, 0, ranks=1, launch="")
     run.pulse_file(0).write_bytes(encode(Pulse(rank=0, pid=1, host="x", time=time.time() + 9)))
     assert watchdog.stuck() == ""
