@@ -1,9 +1,11 @@
 """Files that are either whole or absent, and where qdist keeps its caches."""
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -64,12 +66,46 @@ def _beside(path: Path) -> tuple[int, str]:
 
 def publish_folder(beside: Path, final: Path) -> None:
     """Rename a finished folder into place, its files flushed to disk first. `final` must not exist."""
+    _flush(beside)
+    os.rename(beside, final)
+    sync(final.parent)
+
+
+def replace_folder(beside: Path, final: Path, *, aside: Path) -> None:
+    """Publish a folder in the place of another, which is removed: at every moment one of the two is at `final`.
+
+    aside: where the old one lies for a moment on a disk that cannot exchange two names (NFS): only there `final` is
+    missing in between, and a process killed just then leaves the old one at `aside`.
+    """
+    if not final.exists():
+        publish_folder(beside, final)
+        return
+    _flush(beside)
+    if _exchange(beside, final):
+        old = beside
+    else:
+        os.rename(final, aside)
+        os.rename(beside, final)
+        old = aside
+    sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in a step (Linux, renameat2); whether the kernel and the disk can."""
+    at_fdcwd, rename_exchange = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except AttributeError:
+        return False
+    return bool(renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0)
+
+
+def _flush(beside: Path) -> None:
     for file in [path for path in beside.rglob("*") if path.is_file()]:
         file.chmod(0o644)  # safetensors writes 0600, and adapters are made to be shared
         sync(file)
     sync(beside)
-    os.rename(beside, final)
-    sync(final.parent)
 
 
 def cache_path() -> Path:

@@ -1,5 +1,6 @@
 """Is a rank that does not go on named, with what it is in, and are its stacks written?"""
 
+import json
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from qdist.core.pulse import Pulse, encode
+from qdist.core.surroundings import LAUNCH
 from qdist.host.pulses import environment_of, process_of, read_pulses
 from qdist.host.rundir import RunDir
 from qdist.host.stuck import Watchdog, troubles
@@ -110,6 +112,23 @@ def test_a_stopped_process_is_named_and_leaves_its_stacks(tmp_path: Path) -> Non
     for rank in (0, 1):
         assert "standing_still" in run.stack_file(rank).read_text()
     assert process_of(read_pulses(run)[1]) == "gone"
+
+
+def test_a_rank_of_an_earlier_launch_ends_once_another_goes_on_with_the_run(tmp_path: Path) -> None:
+    run, holder = RunDir(tmp_path), {"pid": 1, "host": "here", "began": "", "launch": "first"}
+    (tmp_path / ".lock").write_text(json.dumps(holder))
+    command = [sys.executable, "-c", SLEEPER, str(tmp_path), "0"]
+    with subprocess.Popen(command, env={**os.environ, LAUNCH: "first"}, stdout=subprocess.PIPE, text=True) as rank:
+        end = time.monotonic() + 20
+        while not (pulses := read_pulses(run)):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert pulses[0].launch == "first"
+        (tmp_path / ".lock").write_text(json.dumps({**holder, "launch": "second"}))
+        said, _ = rank.communicate(timeout=20)
+    assert (rank.returncode, said) == (
+        1, "error: another launch goes on with this run: this rank of an earlier one ends\n",
+    )  # fmt: skip
 
 
 def test_beats_of_an_earlier_launch_are_no_word_of_this_one(tmp_path: Path) -> None:
