@@ -9,11 +9,13 @@ from pathlib import Path
 import msgspec
 
 from qdist.core import demo
+from qdist.core.errors import RunError
 from qdist.core.packing import FORMAT, Packing
 from qdist.core.plan import Prepared
 from qdist.core.spec import RunSpec, flatten
 from qdist.host import probe
 from qdist.host.files import cache_dir, cache_path, write_atomic
+from qdist.host.opening import read_typed
 from qdist.host.records import source_digest
 
 WEIGHTS = (".safetensors", ".bin")
@@ -69,8 +71,8 @@ def files_digest(data: str) -> str:
 def remembered(spec: RunSpec, folder: Path) -> Prepared | None:
     """What an earlier launch prepared of the same model and data, where all of it is still there."""
     try:
-        prepared = msgspec.json.decode(_record(spec, folder).read_bytes(), type=Prepared)
-    except (OSError, msgspec.DecodeError):
+        prepared = read_typed(_record(spec, folder), Prepared, RunError)
+    except RunError:
         return None
     return prepared if all_there(prepared) else None
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from qdist.core.errors import JobError, RunError
 from qdist.core.quoting import resuming
 from qdist.host.files import publish_folder, write_atomic
+from qdist.host.opening import read_typed, require_file, told
 from qdist.host.rundir import RunDir
 from qdist.runtime.engine import State
 
@@ -64,7 +65,7 @@ def save(run: RunDir, progress: Progress, state: State, *, keep: int) -> Path:
 def note(run: RunDir, step: int, held_out: tuple[tuple[int, float], ...], *, keep: int) -> None:
     """Add the evaluation that followed a checkpoint to it; then only the new best is kept beyond `keep`."""
     state = run.checkpoint(step) / "state.json"
-    progress = msgspec.structs.replace(msgspec.json.decode(state.read_bytes(), type=Progress), held_out=held_out)
+    progress = msgspec.structs.replace(read_typed(state, Progress, RunError, try_=_OTHER), held_out=held_out)
     write_atomic(state, _encoded(progress))
     _prune(run, keep=keep, best=progress.best_step)
 
@@ -85,10 +86,7 @@ def load(path: Path) -> tuple[Progress, State]:
     """Read a checkpoint. Raises RunError when it is not whole."""
     if not (path / "DONE").is_file():
         raise RunError(f"{path} has no DONE: it was not finished", try_=_OTHER)
-    try:
-        progress = msgspec.json.decode((path / "state.json").read_bytes(), type=Progress)
-    except (msgspec.DecodeError, FileNotFoundError) as error:
-        raise RunError(f"{path / 'state.json'}: {error}", try_=_OTHER) from None
+    progress = read_typed(path / "state.json", Progress, RunError, try_=_OTHER)
     moments: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in load_tensors(path / "optimizer.safetensors").items():
         moment, _, name = key.partition(".")
@@ -100,10 +98,9 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """A safetensors file, whole. Raises RunError when it is cut short."""
     from safetensors.torch import load_file
 
-    try:
+    require_file(path, RunError, try_=_OTHER)
+    with told(f"{path} cannot be read", RunError, try_=_OTHER):
         return load_file(path)
-    except (SafetensorError, FileNotFoundError) as error:
-        raise RunError(f"{path} cannot be read: {error}", try_=_OTHER) from error
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

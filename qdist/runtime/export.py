@@ -19,6 +19,7 @@ from qdist.host.adapters import ADAPTER, step_metadata, step_of
 from qdist.host.files import locked, replace_folder, write_atomic
 from qdist.host.follow import Follower
 from qdist.host.rundir import PLAN, RESULT, RunDir
+from qdist.host.terminal import say
 from qdist.runtime.checkpoint import load, load_tensors
 from qdist.runtime.checksum import slice_sums
 from qdist.runtime.engine import Adapter
@@ -233,9 +234,9 @@ def main() -> None:
     folder, step = gather_named(run, arguments.checkpoint, out=arguments.out)
     tensors = load_tensors(folder / ADAPTER)
     total, parameters = run.plan().steps, sum(tensor.numel() for tensor in tensors.values())
-    print(f"{folder}: step {step} of {total}, {len(tensors)} tensors, {parameters:,} parameters")
+    say(f"{folder}: step {step} of {total}, {len(tensors)} tensors, {parameters:,} parameters")
     if arguments.out is None and step != total:
-        print(f"note     it is not the end's: what uses {run.path} says so, until it is gathered again")
+        say(f"note     it is not the end's: what uses {run.path} says so, until it is gathered again")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Opens a run or a model for use: `model, tokenizer = qdist.load(RUN_OR_MODEL)`."""
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,9 @@ from qdist.core.residence import Footprint, Residence, footprint
 from qdist.core.units import parse_bytes
 from qdist.host.adapters import step_note
 from qdist.host.fingerprints import require_same_tensors
+from qdist.host.opening import told
 from qdist.host.rundir import RunDir
+from qdist.host.terminal import say
 from qdist.runtime.methods.backbone import DTYPES, load_backbone
 from qdist.runtime.placements.residence import arrange, choose, first_device, settle
 from qdist.runtime.quantize import packed_folder
@@ -62,7 +63,7 @@ def load(
     opened = open_model(run_or_model, dtype=dtype, device=device, max_memory_bytes=cap)
     run = RunDir(run_or_model)
     if run.exists() and (note := step_note(run)):
-        print(f"note: {run.path}: {note}", file=sys.stderr)
+        say(f"note: {run.path}: {note}", err=True)
     return opened.model, opened.tokenizer
 
 
@@ -165,10 +166,13 @@ def load_run(run: RunDir, dtype: torch.dtype, residence: Residence) -> tuple[Any
         linear_names=plan.facts.linear_names,
         arrange=partial(arrange, residence=residence),
     )
-    config = PeftConfig.from_pretrained(str(run.adapter))
+    again = command("gather", run.path)
+    with told(f"{run.adapter} cannot be read", RunError, try_=again):
+        config = PeftConfig.from_pretrained(str(run.adapter))
     config._register_custom_module({nn.Linear: FusedLora})
     # The file is read into host memory: PEFT's own choice is all of it on GPU 0, beside the matrices that it fills.
-    model = PeftModel.from_pretrained(backbone, str(run.adapter), config=config, torch_device="cpu")
+    with told(f"{run.adapter} cannot be read", RunError, try_=again):
+        model = PeftModel.from_pretrained(backbone, str(run.adapter), config=config, torch_device="cpu")
     model.eval()
     settle(model, residence)
     tokenizer = load_tokenizer(plan.source)
@@ -207,5 +211,5 @@ def with_packed(plan: Plan) -> Source:
         )
     packed = packed_folder(Path(source.path), packing_of(spec), name=spec.model)
     if source.packed and packed.folder.name != Path(source.packed).name:
-        print(f"warning: the files in {source.path} have changed since the run was trained on them", file=sys.stderr)
+        say(f"warning: the files in {source.path} have changed since the run was trained on them", err=True)
     return msgspec.structs.replace(source, packed=str(packed.folder))

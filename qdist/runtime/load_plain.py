@@ -1,6 +1,5 @@
 """Opens a model that is no run, with its weights as they are stored: on one GPU, or where accelerate lays its parts."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from qdist.core.residence import Residence, footprint, room
 from qdist.core.spec import Quant
 from qdist.core.units import GIB, format_bytes
 from qdist.host.checkpoints import stated
-from qdist.host.sources import locate
+from qdist.host.sources import locate, read_json
 from qdist.runtime.gptq.check import checked
 from qdist.runtime.gptq.pickled import in_safetensors
 from qdist.runtime.materialize import materialize
@@ -135,7 +134,7 @@ def _stored_bytes(folder: Path) -> int:
 
 
 def _is_quantized(folder: Path) -> bool:
-    return "quantization_config" in json.loads((folder / "config.json").read_text())
+    return "quantization_config" in read_json(folder / "config.json")
 
 
 def _residence(model: Any) -> Residence:

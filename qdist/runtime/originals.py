@@ -1,6 +1,5 @@
 """The weights that a run's backbone was before it was quantized, read one at a time; or why they are not to be had."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,6 +7,7 @@ import torch
 
 from qdist.core.plan import Source
 from qdist.host.cached import source_identity
+from qdist.host.sources import read_json
 from qdist.runtime.packed_folder import read_manifest
 from qdist.runtime.quantize_source import Blueprint, Tensors, blueprint, quantized_as, tensors_of
 
@@ -52,5 +52,5 @@ def find_originals(source: Source) -> Originals | str:
 
 
 def _is_packed(folder: Path) -> bool:
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     return quantized_as(config, name=str(folder)) is not None

@@ -22,6 +22,7 @@ from qdist.core.errors import ModelError
 from qdist.core.packing import FORMAT, Packing
 from qdist.host.checkpoints import INDEX, weight_map
 from qdist.host.files import sync, write_atomic
+from qdist.host.opening import converted, read_object, require_file, told
 from qdist.runtime.checksum import tensor_checksum
 
 MANIFEST = "qdist.json"
@@ -171,26 +172,23 @@ def read_manifest(folder: str | Path) -> Manifest | None:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         return None
-    raw = path.read_bytes()
-    try:
-        found = json.loads(raw)["format"]
-        if found == FORMAT:
-            return msgspec.json.decode(raw, type=Manifest)
-    except (ValueError, KeyError, msgspec.DecodeError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", try_="pack the model again") from None
+    again = "pack the model again"
+    content = read_object(path, ModelError, try_=again)
+    found = content.get("format")
+    if found == FORMAT:
+        return converted(content, Manifest, str(path), ModelError, try_=again)
     raise ModelError(f"{folder} has packing format {found}, this qdist reads {FORMAT}", try_="pack the model again")
 
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
     """A safetensors file, mapped; its pages are given back at the end. Raises ModelError where it is not whole."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(file, framework="pt") as handle:
-            yield handle
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ModelError(f"{file}: {error}", try_="download or pack the model again") from error
+    again = "download or pack the model again"
+    require_file(file, ModelError, try_=again)
+    with told(str(file), ModelError, try_=again), safe_open(file, framework="pt") as handle:
+        yield handle
 
 
 def tensor_files(folder: Path) -> dict[str, str]:

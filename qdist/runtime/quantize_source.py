@@ -14,6 +14,7 @@ from qdist.core.facts import from_config
 from qdist.core.gptq import method_of
 from qdist.core.packing import Packing
 from qdist.core.units import counted
+from qdist.host.opening import told
 from qdist.runtime.model_config import open_config, refused
 from qdist.runtime.packed_folder import opened, tensor_files
 
@@ -126,7 +127,7 @@ class LoadedTensors:
     def __init__(self, folder: Path, shape: Blueprint) -> None:
         from transformers import AutoModelForCausalLM
 
-        try:
+        with told(str(folder), ModelError, try_="a folder with config.json and *.safetensors"):
             model, loading = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype="auto",
@@ -135,10 +136,6 @@ class LoadedTensors:
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,
             )
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"{folder}: {str(error).splitlines()[0]}", try_="a folder with config.json and *.safetensors"
-            ) from error
         require_shapes(folder, shape, {name: tuple(there) for name, there, _ in loading["mismatched_keys"]})
         names = set(shape.shapes)
         missing = sorted(set(loading["missing_keys"]) & names)

@@ -1,20 +1,20 @@
 """What a tokenized data set is, in memory and as a file."""
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from qdist.core.conversation import Wording
 from qdist.core.errors import DataError
 from qdist.core.quoting import quoted
 from qdist.host.files import sync
+from qdist.host.opening import require_file, told
 
 IGNORED = -100
 """The label of a token without loss, as transformers and torch have it."""
@@ -83,18 +83,12 @@ def load(path: Path, *, key: str) -> TokenizedSet:
 
     Raises DataError when the file is damaged or was written for another key.
     """
-    with _readable(path), safe_open(path, framework="pt", device="cpu") as stored:
+    gone = quoted("rm", path)
+    require_file(path, DataError, try_=gone)
+    with told(f"{path} is damaged", DataError, try_=gone), safe_open(path, framework="pt", device="cpu") as stored:
         found = stored.metadata() or {}
         if found.get("key") != key:
-            raise DataError(f"{path} holds key {found.get('key')}, not {key}", try_=quoted("rm", path))
+            raise DataError(f"{path} holds key {found.get('key')}, not {key}", try_=gone)
         summary = msgspec.json.decode(found["summary"], type=Summary)
         tokens, labels, offsets = (stored.get_tensor(name) for name in ("tokens", "labels", "offsets"))
     return TokenizedSet(tokens, labels, offsets, summary)
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except SafetensorError as error:
-        raise DataError(f"{path} is damaged: {error}", try_=quoted("rm", path)) from error

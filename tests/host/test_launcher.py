@@ -423,8 +423,7 @@ def test_ranks_do_not_outlive_a_view_that_fails() -> None:
 
 def test_ranks_go_on_where_a_line_of_their_events_is_none() -> None:
     job = job_with_script("echo no event > events/rank001.jsonl; sleep 0.6; echo '{}' > result.json")
-    (said,) = started(job)
-    assert said.startswith("the run goes on, and is not shown any more: run/events/rank001.jsonl: line 1 of the events")
+    assert started(job) == ["warning: run/events/rank001.jsonl: line 1 is no event, and is left out"]
 
 
 def test_a_rank_that_is_stuck_is_told_also_after_a_request_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:

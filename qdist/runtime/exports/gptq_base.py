@@ -12,6 +12,7 @@ import torch
 from qdist.core.errors import RunError
 from qdist.core.gptq import WORD, Gptq
 from qdist.core.plan import Plan
+from qdist.host.sources import read_json
 from qdist.runtime.exports.backbone import Backbone
 from qdist.runtime.exports.model_files import write_model_files
 from qdist.runtime.exports.update import Adapters
@@ -98,12 +99,12 @@ class GptqBase:
     def finish(self, folder: Path, gptq: Gptq, files: Mapping[str, Written]) -> None:
         """Write what lies beside the tensors: the run's tokenizer, configurations, the index."""
         write_model_files(folder, self.backbone.model, self.plan, getattr(torch, self._dtype))
-        finish(folder, json.loads((folder / "config.json").read_text()), gptq, files)
+        finish(folder, read_json(folder / "config.json"), gptq, files)
 
     @property
     def _dtype(self) -> str:
         """What the base says it computes in; what its scales are, where it says nothing."""
-        stored = json.loads((self.folder / "config.json").read_text()) if self.folder else self.plan.source.config
+        stored = read_json(self.folder / "config.json") if self.folder else self.plan.source.config
         name = stored.get("dtype") or stored.get("torch_dtype")
         return name if name in DTYPES else self.gptq.scales
 

@@ -8,6 +8,7 @@ import torch
 from qdist.core.errors import ModelError
 from qdist.core.plan import Source
 from qdist.core.spec import Quant
+from qdist.host.opening import told
 from qdist.runtime.methods.skeleton import fill, skeleton
 from qdist.runtime.methods.weights import FolderWeights, ModelWeights, RandomWeights, Weights
 from qdist.runtime.special_tokens import add_rows
@@ -53,9 +54,7 @@ def load_plain(path: str, *, dtype: torch.dtype | str, device: torch.device) -> 
     """A model with its weights as they are stored."""
     from transformers import AutoModelForCausalLM
 
-    try:
+    with told(path, ModelError, try_="a folder with config.json and *.safetensors"):
         return AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, device_map={"": device}, local_files_only=True, trust_remote_code=False
         )
-    except OSError as error:
-        raise ModelError(f"{path}: {error}", try_="a folder with config.json and *.safetensors") from error
