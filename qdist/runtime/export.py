@@ -22,7 +22,7 @@ from qdist.runtime.checkpoint import load, load_tensors
 from qdist.runtime.checksum import slice_sums
 from qdist.runtime.engine import Adapter
 from qdist.runtime.exports.model_files import write_generation_config
-from qdist.runtime.load import plan_of
+from qdist.runtime.load import TOKENIZER, plan_of
 from qdist.runtime.measure import Parts, Peak
 from qdist.runtime.packed_folder import entries_of, write_tensors
 from qdist.runtime.tokenizer import copy_beside, open_tokenizer
@@ -116,12 +116,23 @@ def write_beside(folder: Path, plan: Plan) -> None:
 
 def rehearse(run: RunDir) -> None:
     """Do all of `gather` but for the tensors, into a folder that is thrown away: what cannot be gathered at the end of
-    a run is no run to start.
+    a run is no run to start. What is gathered from once the cache is gone is kept in the run.
     """
+    plan = plan_of(run)
     with tempfile.TemporaryDirectory(prefix=".rehearsal.", dir=run.path) as folder:
-        write_beside(Path(folder), plan_of(run))
-        if plan_of(run).source.tokenizer:
+        write_beside(Path(folder), plan)
+        if plan.source.tokenizer:
             open_tokenizer(Path(folder), "the tokenizer that is saved with the adapter cannot be opened again")
+            _keep_tokenizer(run, Path(folder), Path(plan.source.tokenizer))
+
+
+def _keep_tokenizer(run: RunDir, beside: Path, tokenizer: Path) -> None:
+    """Copy a run's tokenizer into it, unless it is there."""
+    kept = run.path / TOKENIZER
+    if not kept.is_dir():
+        whole = beside / TOKENIZER
+        shutil.copytree(tokenizer, whole)
+        publish_folder(whole, kept)
 
 
 def check_adapter(tensors: dict[str, torch.Tensor], *, where: str) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from qdist.core.plan import Source
 from qdist.host.cached import source_identity
+from qdist.host.fingerprints import require_same_original
 from qdist.runtime.packed_folder import read_manifest
 from qdist.runtime.quantize_source import Blueprint, Tensors, blueprint, quantized_as, tensors_of
 
@@ -30,12 +31,18 @@ class Originals(NamedTuple):
 
 
 def find_originals(source: Source) -> Originals | str:
-    """The original weights of a run, or why there are none to merge onto."""
+    """The original weights of a run, or why there are none to merge onto.
+
+    Raises RunError where others are in their place.
+    """
     if source.kind == "dummy":
         return "random weights have no original to merge onto"
     folder = Path(source.path)
     if source.gptq:
         return f"{folder} is a GPTQ checkpoint, which does not say which model it was made from"
+    if not folder.is_dir():
+        return f"{folder}, which the run was trained on, is gone"
+    require_same_original(source, run="the run")
     shape = blueprint(folder)
     if not _is_packed(folder):
         return Originals(folder, shape, tensors_of(folder, shape))
