@@ -54,7 +54,10 @@ RESUMABLE = frozenset((
     "train.verify_steps", "train.stuck_seconds",
 ))  # fmt: skip
 """Settings that may change when a run goes on: none of them changes what a step computes."""
-_PACKED_OTHERWISE = "the same model was packed to other bytes than those that the run began with: by other versions or on another device"
+_PACKED_OTHERWISE = (
+    "the same model was packed to other bytes than those that the run began with: by other versions, or on another "
+    "device"
+)
 
 
 class Job(NamedTuple):

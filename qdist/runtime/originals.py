@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from qdist.core.errors import RunError
 from qdist.core.plan import Source
 from qdist.host.cached import source_identity
 from qdist.host.fingerprints import require_same_original
@@ -31,10 +32,7 @@ class Originals(NamedTuple):
 
 
 def find_originals(source: Source) -> Originals | str:
-    """The original weights of a run, or why there are none to merge onto.
-
-    Raises RunError where others are in their place.
-    """
+    """The original weights of a run, or why there are none to merge onto."""
     if source.kind == "dummy":
         return "random weights have no original to merge onto"
     folder = Path(source.path)
@@ -42,7 +40,10 @@ def find_originals(source: Source) -> Originals | str:
         return f"{folder} is a GPTQ checkpoint, which does not say which model it was made from"
     if not folder.is_dir():
         return f"{folder}, which the run was trained on, is gone"
-    require_same_original(source, run="the run")
+    try:
+        require_same_original(source, run="the run")
+    except RunError as error:
+        return error.message
     shape = blueprint(folder)
     if not _is_packed(folder):
         return Originals(folder, shape, tensors_of(folder, shape))
