@@ -1,5 +1,7 @@
 """Checksums of bytes that lie in slices on several ranks: a slice has its sums, and the sums add up."""
 
+from pathlib import Path
+
 import torch
 
 MODULUS = 1 << 64
@@ -48,6 +50,12 @@ def slice_sums(flat_bytes: torch.Tensor, first_byte: int) -> torch.Tensor:
 def tensor_checksum(tensor: torch.Tensor) -> tuple[int, int]:
     """The checksum of a whole tensor's bytes, as they lie in a file."""
     return slice_checksum(tensor.detach().contiguous().reshape(-1).view(torch.uint8), 0)
+
+
+def file_checksum(file: Path) -> tuple[int, int]:
+    """The checksum of a file's bytes."""
+    size = file.stat().st_size
+    return slice_checksum(torch.from_file(str(file), size=size, dtype=torch.uint8), 0) if size else (0, 0)
 
 
 def add_checksums(*checksums: tuple[int, int]) -> tuple[int, int]:

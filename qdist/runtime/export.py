@@ -25,6 +25,7 @@ from qdist.runtime.exports.model_files import write_generation_config
 from qdist.runtime.load import TOKENIZER, plan_of
 from qdist.runtime.measure import Parts, Peak
 from qdist.runtime.packed_folder import entries_of, write_tensors
+from qdist.runtime.sealed import ADAPTER_CONFIG, config_seal, require_adapter, sealed
 from qdist.runtime.tokenizer import copy_beside, open_tokenizer
 from qdist.runtime.work_folder import built
 
@@ -96,20 +97,21 @@ def _write_adapter(run: RunDir, step: int, folder: Path, *, named: str) -> None:
     check_adapter(tensors, where=str(run.checkpoint(step)))
     pooling = {"pool": plan.spec.lora.pool, "pool_group_size": str(plan.pool)} if plan.pool > 1 else {}
     metadata = pooling | step_metadata(step, plan.steps, checkpoint=named)
-    write_tensors(folder, ADAPTER, entries_of(tensors), metadata=metadata)
-    (folder / f".{ADAPTER}.json").unlink()
     write_beside(folder, plan)
+    metadata |= config_seal((folder / ADAPTER_CONFIG).read_text())
+    write_tensors(folder, ADAPTER, entries_of(tensors), metadata=sealed(tensors, metadata))
+    (folder / f".{ADAPTER}.json").unlink()
 
 
 def write_beside(folder: Path, plan: Plan) -> None:
     """What an adapter folder holds beside its tensors: configurations, and the run's tokenizer."""
-    (folder / "adapter_config.json").write_text(_adapter_config(plan))
+    (folder / ADAPTER_CONFIG).write_text(_adapter_config(plan))
     if plan.source.tokenizer:
         tokenizer = Path(plan.source.tokenizer)
         if not tokenizer.is_dir():
             raise RunError("the run's tokenizer is gone from the cache", try_="a new run on the same model and data")
         for path in sorted(tokenizer.iterdir()):
-            if path.name not in (ADAPTER, "adapter_config.json"):  # where it is the adapter's copy
+            if path.name not in (ADAPTER, ADAPTER_CONFIG):  # where it is the adapter's copy
                 copy_beside(path, folder)
         write_generation_config(folder, plan)
 
@@ -198,6 +200,7 @@ def write_result(
     peaks: of each rank, on each of its GPUs. held: of each rank, after the last step.
     """
     with _alone(run):
+        require_adapter(run.adapter)
         tensors, size = load_tensors(run.adapter / ADAPTER), (run.adapter / ADAPTER).stat().st_size
     events = Follower(run.path).new_events()
     start = start_of(events, planned_at=(run.path / PLAN).stat().st_mtime)
@@ -245,6 +248,7 @@ def main() -> None:
     arguments = parser.parse_args()
     run = RunDir(arguments.run)
     folder, step = gather_named(run, arguments.checkpoint, out=arguments.out)
+    require_adapter(folder, run=run.path)
     tensors = load_tensors(folder / ADAPTER)
     total, parameters = run.plan().steps, sum(tensor.numel() for tensor in tensors.values())
     print(f"{folder}: step {step} of {total}, {len(tensors)} tensors, {parameters:,} parameters")

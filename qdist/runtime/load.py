@@ -24,6 +24,7 @@ from qdist.runtime.methods.backbone import DTYPES, load_backbone
 from qdist.runtime.placements.residence import arrange, choose, first_device, settle
 from qdist.runtime.quantize import packed_folder
 from qdist.runtime.recorded_sums import digest_of_folder
+from qdist.runtime.sealed import require_adapter
 from qdist.runtime.tokenizer import open_tokenizer
 
 TOKENIZER = "tokenizer"
@@ -161,6 +162,7 @@ def load_run(run: RunDir, dtype: torch.dtype, residence: Residence) -> tuple[Any
     from qdist.runtime.methods.fused_lora import FusedLora
     from qdist.runtime.special_tokens import align_config
 
+    require_adapter(run.adapter)
     plan = plan_of(run)
     backbone = load_backbone(
         with_packed(plan),
