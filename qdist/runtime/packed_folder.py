@@ -24,6 +24,7 @@ from qdist.host.checkpoints import INDEX, weight_map
 from qdist.host.files import sync, write_atomic
 from qdist.host.opening import converted, read_object, require_file, told
 from qdist.runtime.checksum import tensor_checksum
+from qdist.runtime.tensor_sums import Sums, require_sums
 
 MANIFEST = "qdist.json"
 _NAMES = {
@@ -83,22 +84,25 @@ def entries_of(tensors: Mapping[str, torch.Tensor]) -> list[Entry]:
     ]
 
 
-def stored_entries(folder: Path, file: str) -> list[Entry]:
-    """The tensors of a file, read one at a time when their turn comes."""
+def stored_entries(folder: Path, file: str, sums: Sums | None = None) -> list[Entry]:
+    """The tensors of a file, read one at a time when their turn comes. sums: see `read_tensor`."""
     kinds = {name: dtype for dtype, name in _NAMES.items()}
     with opened(folder / file) as handle:
         parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  (a handle is no dict)
         return [
-            Entry(name, kinds[part.get_dtype()], tuple(part.get_shape()), partial(_read, folder / file, name))
+            Entry(
+                name, kinds[part.get_dtype()], tuple(part.get_shape()), partial(read_tensor, folder / file, name, sums)
+            )
             for name, part in parts.items()
         ]
 
 
-def _read(file: Path, name: str) -> torch.Tensor:
+def read_tensor(file: Path, name: str, sums: Sums | None = None) -> torch.Tensor:
+    """One tensor of a file. Raises ModelError where it is not what `sums` says of it."""
     # Opened anew each time: the pages of a mapping that stays open count as memory of this process.
     with opened(file) as handle:
         tensor: torch.Tensor = handle.get_tensor(name)
-    return tensor
+    return require_sums(file, name, tensor, sums)
 
 
 def file_name(position: int, layers: int) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from qdist.core.packing import Packing
 from qdist.core.units import format_bytes
-from qdist.host.cached import BESIDE, source_identity, work_folder
+from qdist.host.cached import BESIDE, CHECKSUMS, source_identity, work_folder
 from qdist.host.disk import require_space
 from qdist.host.files import publish_folder
 from qdist.host.terminal import say
@@ -176,7 +176,11 @@ def goes_along(path: Path) -> bool:
     """Whether a part of a model is copied as it is: tokenizer, chat templates, generation settings."""
     if path.name == TEMPLATES and path.is_dir():
         return True
-    ours = path.name in ("config.json", MANIFEST) or path.name.endswith(".index.json") or path.name.startswith(".")
+    ours = (
+        path.name in ("config.json", MANIFEST, CHECKSUMS)
+        or path.name.endswith(".index.json")
+        or path.name.startswith(".")
+    )
     return path.is_file() and path.suffix in BESIDE and not ours
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 
 from qdist.core.errors import ModelError
+from qdist.host.cached import CHECKSUMS
 from qdist.host.files import cache_dir, locked, publish_folder
 from qdist.host.opening import reason_of, told
 from qdist.runtime.packed_folder import entries_of, tensor_files, write_tensors
+from qdist.runtime.recorded_sums import keep_computed_sums
 
 _ENDINGS = (".bin", ".pt", ".pth")
 _NOT_TENSORS = {"training_args.bin", "optimizer.pt", "scheduler.pt"}
@@ -43,8 +45,14 @@ def _convert(folder: Path, files: list[Path], out: Path) -> None:
             name = f"{file.stem}.safetensors"
             write_tensors(beside, name, entries_of(_tensors(file)))
             (beside / f".{name}.json").unlink()
+        keep_computed_sums(beside)
         for file in folder.iterdir():
-            if file.is_file() and file not in files and not file.name.endswith(".index.json"):
+            if (
+                file.is_file()
+                and file not in files
+                and file.name != CHECKSUMS
+                and not file.name.endswith(".index.json")
+            ):
                 shutil.copy2(file, beside)
         publish_folder(beside, out)
     finally:
