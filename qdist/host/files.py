@@ -1,7 +1,11 @@
 """Files that are either whole or absent, and where qdist keeps its caches."""
 
+import contextlib
+import ctypes
 import fcntl
 import os
+import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -10,11 +14,15 @@ from pathlib import Path
 
 from qdist.core.errors import MachineError, RunError
 
+_BESIDE = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
+"""Names of files that `write_atomic` is still writing."""
+
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write beside, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
     data = content.encode() if isinstance(content, str) else content
-    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    sweep(path.parent)
+    descriptor, beside = _beside(path)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -27,14 +35,77 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         raise
 
 
+def sweep(folder: Path) -> None:
+    """Remove what `write_atomic` could not finish in a folder because it was killed; no other file, and none that is
+    being written now: its writer holds a lock on it.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return
+    for name in names:
+        if _BESIDE.fullmatch(name):
+            with contextlib.suppress(OSError):  # another process was faster, or it is another user's
+                descriptor = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(folder / name)
+                finally:
+                    os.close(descriptor)
+
+
+def _beside(path: Path) -> tuple[int, str]:
+    """A new file to write what is to be at `path`, locked: its descriptor and name."""
+    while True:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.path.exists(name):  # nobody swept it before it was locked
+            return descriptor, name
+        os.close(descriptor)
+
+
 def publish_folder(beside: Path, final: Path) -> None:
     """Rename a finished folder into place, its files flushed to disk first. `final` must not exist."""
+    _flush(beside)
+    os.rename(beside, final)
+    sync(final.parent)
+
+
+def replace_folder(beside: Path, final: Path, *, aside: Path) -> None:
+    """Publish a folder in the place of another, which is removed: at every moment one of the two is at `final`.
+
+    aside: where the old one lies for a moment on a disk that cannot exchange two names (NFS): only there `final` is
+    missing in between, and a process killed just then leaves the old one at `aside`.
+    """
+    if not final.exists():
+        publish_folder(beside, final)
+        return
+    _flush(beside)
+    if _exchange(beside, final):
+        old = beside
+    else:
+        os.rename(final, aside)
+        os.rename(beside, final)
+        old = aside
+    sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in a step (Linux, renameat2); whether the kernel and the disk can."""
+    at_fdcwd, rename_exchange = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except AttributeError:
+        return False
+    return bool(renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0)
+
+
+def _flush(beside: Path) -> None:
     for file in [path for path in beside.rglob("*") if path.is_file()]:
         file.chmod(0o644)  # safetensors writes 0600, and adapters are made to be shared
         sync(file)
     sync(beside)
-    os.rename(beside, final)
-    sync(final.parent)
 
 
 def cache_path() -> Path:

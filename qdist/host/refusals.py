@@ -36,9 +36,10 @@ def await_ranks(run: RunDir, say: Callable[[str], None], *, patience_s: float = 
         time.sleep(0.1)
 
 
-def refuse_used(run: RunDir) -> None:
-    """Raise RunError where a new run cannot lie."""
-    refuse_running(run)
+def refuse_used(run: RunDir, *, held: bool = False) -> None:
+    """Raise RunError where a new run cannot lie. held: its lock is held by this process."""
+    if not held:
+        refuse_running(run)
     if run.result() is not None:
         raise RunError(f"{run.path} holds a finished run", try_="another --run")
     if run.exists():
@@ -48,7 +49,7 @@ def refuse_used(run: RunDir) -> None:
             f"{run.path} holds an unfinished run with {where}",
             try_=f"{resuming(run.path)}, or another --run",
         )
-    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+    if run.path.exists() and not (run.path.is_dir() and run.is_bare()):
         raise RunError(f"{run.path} exists and is not a run", try_="another --run")
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from qdist.core.errors import RunError
 from qdist.core.events import start_of, steady_tokens_s
 from qdist.core.plan import Plan
 from qdist.host.adapters import ADAPTER, step_metadata, step_of
-from qdist.host.files import locked, publish_folder, sync, write_atomic
+from qdist.host.files import locked, replace_folder, write_atomic
 from qdist.host.follow import Follower
 from qdist.host.rundir import PLAN, RESULT, RunDir
 from qdist.runtime.checkpoint import load, load_tensors
@@ -27,6 +28,11 @@ from qdist.runtime.measure import Parts, Peak
 from qdist.runtime.packed_folder import entries_of, write_tensors
 from qdist.runtime.tokenizer import copy_beside, open_tokenizer
 from qdist.runtime.work_folder import built
+
+_NEW, _BEFORE = ".adapter.new", ".adapter.old"
+"""The adapter while it is written; the one whose place it takes, for a moment, where a disk cannot exchange the two."""
+_LEFT = re.compile(r"\.adapter\.(new|old|\d+)")
+"""What a killed process leaves of them, one of an earlier qdist included."""
 
 
 def adapter_checksum(adapter: Adapter) -> tuple[int, ...]:
@@ -71,22 +77,25 @@ def gather_named(run: RunDir, which: str, *, out: Path | None = None) -> tuple[P
 
 @contextmanager
 def _alone(run: RunDir) -> Iterator[None]:
-    """One process at a time writes or reads `adapter/`, whoever runs or asks."""
+    """One process at a time writes or reads `adapter/`, whoever runs or asks. What a killed one left is cleared."""
     with locked(run.path / ".gather.lock"):
+        if not run.adapter.exists() and (run.path / _BEFORE).exists():
+            os.rename(run.path / _BEFORE, run.adapter)
+        for path in run.path.iterdir():
+            if _LEFT.fullmatch(path.name):
+                shutil.rmtree(path)
         yield
 
 
 def _gather_here(run: RunDir, step: int, *, named: str = "") -> None:
-    for leftover in run.path.glob(".adapter.*"):  # of a process that was killed
-        shutil.rmtree(leftover)
-    beside = run.path / f".adapter.{os.getpid()}"
+    beside = run.path / _NEW
     beside.mkdir()
     try:
         _write_adapter(run, step, beside, named=named)
     except BaseException:
         shutil.rmtree(beside)
         raise
-    _replace_folder(beside, run.adapter)
+    replace_folder(beside, run.adapter, aside=run.path / _BEFORE)
 
 
 def _write_adapter(run: RunDir, step: int, folder: Path, *, named: str) -> None:
@@ -159,18 +168,6 @@ def _adapter_config(plan: Plan) -> str:
     config.inference_mode = True
     settings = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     return json.dumps(settings, indent=2, default=str) + "\n"
-
-
-def _replace_folder(beside: Path, final: Path) -> None:
-    """Swap a finished folder in; the one it replaces was made by the same run."""
-    whole = final.with_name(f".{final.name}.new")
-    publish_folder(beside, whole)
-    old = final.with_name(f".{final.name}.old")
-    if final.exists():
-        os.rename(final, old)
-    os.rename(whole, final)
-    sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_result(

@@ -12,6 +12,7 @@ import pytest
 
 from qdist.core.errors import RunError
 from qdist.host import children
+from qdist.host.modules import run_module
 
 PARENT = "import os, sys; from qdist.host import children; children.run(sys.argv[1:], os.environ)"
 ASLEEP = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
@@ -141,3 +142,25 @@ def test_an_error_of_a_module_is_two_lines_and_its_exit_code(kind: str, code: in
         check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "error: no\n  try: yes\n")
+
+
+SHADOWS = ("json", "torch", "transformers", "numpy", "msgspec", "qdist", "sitecustomize", "encodings", "re", "click")
+
+
+def test_nothing_of_the_working_directory_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model folder may hold a torch.py; and PYTHONPATH an empty entry, which stands for that folder."""
+    for name in SHADOWS:
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", "") + ":")
+    (tmp_path / "inner").mkdir()
+    code = "import json, re, click, msgspec, qdist.host.modules"
+    assert children.run([sys.executable, "-P", "-c", code], children.environment()) == 0
+    assert run_module("json.tool", ["--help"]) == 0
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_child_whose_parent_died_before_it_could_ask_the_kernel_ends_by_itself() -> None:
+    code = "from qdist.host.children import end_with_parent; end_with_parent(1 << 22); print('went on')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "")

@@ -11,7 +11,7 @@ import pytest
 from qdist.core.errors import RunError
 from qdist.core.plan import Prepared
 from qdist.core.spec import RunSpec
-from qdist.host import launcher, modules
+from qdist.host import claim, launcher, modules
 from qdist.host.files import cache_path
 from qdist.host.launcher import Job
 from qdist.runtime.prepare import prepare
@@ -32,7 +32,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def started(model: Path, here: Path) -> Job:
     job = real_job(model, save_data(here / "data.jsonl"), here / "run", seq_len=64)
-    launcher.write(job)
+    claim.write(job)
     return job
 
 
@@ -97,7 +97,7 @@ def test_a_run_whose_data_changed_is_refused_and_goes_on_once_they_are_put_back(
     if not digest:
         data = msgspec.structs.replace(job.plan.data, digest="")
         plan = msgspec.structs.replace(job.plan, data=data)
-        launcher.write(job._replace(files={**job.files, "plan.json": msgspec.json.encode(plan).decode()}))
+        claim.write(job._replace(files={**job.files, "plan.json": msgspec.json.encode(plan).decode()}))
     shutil.rmtree(cache_path())
     kept = (here / "data.jsonl").read_text()
     save_data(here / "data.jsonl", 41)
