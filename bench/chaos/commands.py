@@ -101,12 +101,12 @@ def qdist(*arguments: str) -> int:
         return _code(main)
 
 
-def _child(command: Sequence[str], *_: Any, **__: Any) -> int:
-    """In place of a process of its own for a module that needs torch."""
+def _child(command: Sequence[str], *_: Any, pass_fds: Sequence[int] = (), **__: Any) -> int:
+    """In place of a process of its own for a module that needs torch, with descriptors of its own too."""
     from qdist.runtime import child
 
-    place = list(command).index("qdist.runtime.child")
-    before, sys.argv = sys.argv, list(command[place:])
+    place, own = list(command).index("qdist.runtime.child"), {str(number): str(os.dup(number)) for number in pass_fds}
+    before, sys.argv = sys.argv, [own.get(word, word) for word in command[place:]]
     code = _code(child.main)
     sys.argv = before
     return code

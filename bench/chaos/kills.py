@@ -93,7 +93,7 @@ def main() -> None:
     given = options.parse_args()
     folder, rows, refused = folder_for("kills"), [], 0
     draws = drawn(folder, given.seed, -(-given.count // given.copies), given.copies, is_gpu=given.gpu)
-    for draw, found in each(trial, draws, jobs=given.jobs, minutes=given.minutes):
+    for draw, found in each(trial, draws, folder=folder, jobs=given.jobs, minutes=given.minutes):
         name = f"{draw.layout}, {draw.method}"
         if isinstance(found, BaseException):
             rows.append((draw, Row((), [], [], [], [why(found)])))

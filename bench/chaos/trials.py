@@ -1,6 +1,7 @@
 """Trials drawn from a seed, several at a time in processes of their own, bounded in number and in minutes."""
 
 import argparse
+import fcntl
 import multiprocessing
 import os
 import shutil
@@ -9,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,15 +34,12 @@ def folder_for(name: str) -> Path:
 
 
 def each(
-    trial: Callable[[Task], Done], tasks: Iterable[Task], *, jobs: int, minutes: float
+    trial: Callable[[Task], Done], tasks: Iterable[Task], *, folder: Path, jobs: int, minutes: float
 ) -> Iterator[tuple[Task, Done | BaseException]]:
     """What came of each trial as it ends; of one that raised, what it raised. Says when it stops for lack of time."""
     end, waiting = time.monotonic() + 60 * minutes, iter(tasks)
     context = multiprocessing.get_context("spawn")
-    places: Queue[int] = context.Queue()
-    for place in range(jobs):
-        places.put(place)
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_settle, initargs=(places, jobs)) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_settle, initargs=(folder, jobs)) as pool:
         running: dict[Future[Done], Task] = {}
         while True:
             while len(running) < jobs and time.monotonic() < end and (task := next(waiting, None)) is not None:
@@ -55,11 +52,29 @@ def each(
         print(f"{left} trials were not begun: {minutes:g} minutes are over", flush=True)
 
 
-def _settle(places: "Queue[int]", jobs: int) -> None:
-    """Take a share of the cores, so that as many threads run as there are cores, however many trials do."""
-    cores = sorted(os.sched_getaffinity(0))
-    share, place = max(1, len(cores) // jobs), places.get()
-    os.sched_setaffinity(0, [cores[(place * share + offset) % len(cores)] for offset in range(share)])
+def place() -> int:
+    """The number of this worker among those that are at work."""
+    return int(os.environ[_PLACE])
+
+
+_PLACE = "QDIST_CHAOS_PLACE"
+
+
+def _settle(folder: Path, jobs: int) -> None:
+    """Take a number and a share of the cores, so that as many threads run as there are cores, however many trials."""
+    for number in range(jobs):
+        held = os.open(folder / f".place{number}", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(held)
+            continue
+        cores = sorted(os.sched_getaffinity(0))
+        share = max(1, len(cores) // jobs)
+        os.sched_setaffinity(0, [cores[(number * share + offset) % len(cores)] for offset in range(share)])
+        os.environ[_PLACE] = str(number)
+        return
+    raise RuntimeError(f"more workers than {jobs}")
 
 
 def finish(folder: Path, *, keep: bool, missed: bool) -> None:

@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 from bench.chaos.changes import forked, obstacle, traced
 from bench.chaos.commands import COMMANDS, build, settled
-from bench.chaos.trials import each, finish, folder_for, parser, why
 from bench.chaos.ground import Ground, table
+from bench.chaos.trials import each, finish, folder_for, parser, place, why
 
 VOLATILE = re.compile(r"/(events|pulse|stacks|logs)/|/(result|machine|versions|plan)\.json$|\.html$|/commands\.txt$|"
                       r"/launch\.sh$|\.lock$|\.prom$|/cache/prepared/")  # fmt: skip
@@ -76,7 +76,8 @@ def main() -> None:
     folder, dice = folder_for("writes"), random.Random(given.seed)
     names = given.only.split(",")
     counts, failed = {}, {}
-    for task, found in each(count, [Task(folder, name, ()) for name in names], jobs=given.jobs, minutes=given.minutes):
+    bounds = {"folder": folder, "jobs": given.jobs, "minutes": given.minutes}
+    for task, found in each(count, [Task(folder, name, ()) for name in names], **bounds):
         if isinstance(found, BaseException):
             failed[task.command] = why(found)
             print(f"{task.command}: {why(found)}", flush=True)
@@ -84,7 +85,7 @@ def main() -> None:
             counts[task.command] = found
             print(f"{task.command}: {found} changes", flush=True)
     rows: dict[str, list[Point]] = {name: [] for name in counts}
-    for task, found in each(trial, tasks(folder, counts, given.count, dice), jobs=given.jobs, minutes=given.minutes):
+    for task, found in each(trial, tasks(folder, counts, given.count, dice), **bounds):
         if isinstance(found, BaseException):
             failed[task.command] = why(found)
             print(f"{task.command} {task.points}: {why(found)}", flush=True)
@@ -121,17 +122,18 @@ def trial(task: Task) -> list[Point]:
 @functools.cache
 def world(folder: Path) -> Path:
     """This process's own models, runs and cache, made once: `world` to work in, `snapshot` as it was."""
-    place = folder / str(os.getpid())
-    own = place / "world"
-    (own / "tmp").mkdir(parents=True)
+    at = folder / f"place{place()}"
+    own = at / "world"
+    (own / "tmp").mkdir(parents=True, exist_ok=True)
     os.environ |= Ground(own).environment(
         {"TMPDIR": str(own / "tmp"), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     )
     tempfile.tempdir = None
     settled()
-    if code := forked(functools.partial(build, own), log=place / "build.log"):
-        raise RuntimeError(f"building ended with {code}: {(place / 'build.log').read_text()[-800:]}")
-    subprocess.run(["cp", "-a", str(own), str(place / "snapshot")], check=True)
+    if not (at / "snapshot").is_dir():
+        if code := forked(functools.partial(build, own), log=at / "build.log"):
+            raise RuntimeError(f"building ended with {code}: {(at / 'build.log').read_text()[-800:]}")
+        subprocess.run(["cp", "-a", str(own), str(at / "snapshot")], check=True)
     return own
 
 
@@ -144,7 +146,8 @@ def restore(own: Path) -> None:
 @functools.cache
 def never_killed(folder: Path, name: str) -> Whole:
     """Run a command to its end, and list what is there before and after. Raises RuntimeError where it fails."""
-    own, log = world(folder), folder / str(os.getpid()) / f"{name}.log"
+    own = world(folder)
+    log = own.with_name(f"{name}.log")
     restore(own)
     command, before = COMMANDS[name], listing(own)
     ended = traced(functools.partial(command.run, own), under=own, log=log)
@@ -156,7 +159,7 @@ def never_killed(folder: Path, name: str) -> Whole:
 def killed(folder: Path, name: str, point: int) -> Point:
     """A command killed at its nth change, looked at, and typed again until it is done."""
     whole, own, command = never_killed(folder, name), world(folder), COMMANDS[name]
-    log = folder / str(os.getpid()) / f"{name}.log"
+    log = own.with_name(f"{name}.log")
     restore(own)
     log.write_text("")
     ended = traced(functools.partial(command.run, own), under=own, log=log, kill_at=point)
