@@ -226,4 +226,5 @@ def _ptrace(request: int, pid: int, address: int, data: int) -> int:
 
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
-_LIBC.ptrace.argtypes, _LIBC.ptrace.restype = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p], ctypes.c_long
+_LIBC.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+_LIBC.ptrace.restype = ctypes.c_long

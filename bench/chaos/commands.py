@@ -195,8 +195,6 @@ def _launch(run: str, *more: str, model: str = "", **settings: str) -> Command:
     return Command(first, again)
 
 
-
-
 def _lesson(world: Path) -> int:
     """What a finished run on GPUs leaves in the cache; none of this machine can be made."""
     from qdist.core.lessons import Lesson

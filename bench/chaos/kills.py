@@ -288,18 +288,15 @@ def differences(run: RunDir, twin: RunDir) -> list[str]:
     if ours != theirs:
         steps = [step for step in theirs if ours.get(step) != theirs[step]]
         found.append(f"{len(steps)} of {len(theirs)} losses differ, the first at step {min(steps, default=-1)}")
-    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
-        if content(run.path / name) != content(twin.path / name):
-            found.append(f"{name} differs")
+    names = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json"]
     if run.checkpoint_steps() != twin.checkpoint_steps():
         found.append(f"checkpoints of steps {run.checkpoint_steps()}, not {twin.checkpoint_steps()}")
     for step in set(run.checkpoint_steps()) & set(twin.checkpoint_steps()):
-        for name in ("adapter.safetensors", "optimizer.safetensors", "state.json"):
-            if content(run.checkpoint(step) / name) != content(twin.checkpoint(step) / name):
-                found.append(f"{name} of step {step} differs")
-    results = [each.result() or {} for each in (run, twin)]
-    found += [f"result: {key}" for key in ("steps", "held_out", "answers") if results[0].get(key) != results[1].get(key)]
-    return found
+        folder = run.checkpoint(step).relative_to(run.path)
+        names += [f"{folder}/{name}" for name in ("adapter.safetensors", "optimizer.safetensors", "state.json")]
+    found += [f"{name} differs" for name in names if content(run.path / name) != content(twin.path / name)]
+    result, wanted = run.result() or {}, twin.result() or {}
+    return found + [f"result: {key}" for key in ("steps", "held_out", "answers") if result.get(key) != wanted.get(key)]
 
 
 def content(path: Path) -> object:

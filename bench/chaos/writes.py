@@ -17,7 +17,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +25,9 @@ from bench.chaos.changes import forked, obstacle, traced
 from bench.chaos.commands import COMMANDS, build, settled
 from bench.chaos.ground import Ground, table
 from bench.chaos.trials import each, finish, folder_for, parser, place, why
+from qdist.core.errors import QdistError
 
-VOLATILE = re.compile(r"/(events|pulse|stacks|logs)/|/(result|machine|versions|plan)\.json$|\.html$|/commands\.txt$|"
+VOLATILE = re.compile(r"/(events|pulse|stacks|logs)/|/(result|machine|versions|plan)\.json$|\.html$|/command\.txt$|"
                       r"/launch\.sh$|\.lock$|\.prom$|/cache/prepared/")  # fmt: skip
 """Names whose contents hold times or durations: that they are there counts, what they hold does not."""
 IGNORED = re.compile(r"(^|/)[^/]*\.lock$|^tmp/torch|^tmp/__|/__pycache__/")
@@ -69,6 +70,7 @@ def main() -> None:
     """Count each command's changes, kill it at them, and print what came of it."""
     options = parser("bench.chaos.writes", __doc__ or "", count=0, of="Points of each command; 0 for all of them.")
     options.add_argument("--only", default=",".join(COMMANDS), help="Commands.  [default: all]")
+    options.add_argument("--points", default="", metavar="FIRST-LAST", help="These alone.  [default: all]")
     given = options.parse_args()
     if reason := obstacle():
         print(f"skipped: {reason}")
@@ -85,7 +87,7 @@ def main() -> None:
             counts[task.command] = found
             print(f"{task.command}: {found} changes", flush=True)
     rows: dict[str, list[Point]] = {name: [] for name in counts}
-    for task, found in each(trial, tasks(folder, counts, given.count, dice), **bounds):
+    for task, found in each(trial, tasks(folder, counts, given.count, given.points, dice), **bounds):
         if isinstance(found, BaseException):
             failed[task.command] = why(found)
             print(f"{task.command} {task.points}: {why(found)}", flush=True)
@@ -100,11 +102,12 @@ def main() -> None:
     finish(folder, keep=given.keep, missed=bool(failed) or not all(p.is_well for own in rows.values() for p in own))
 
 
-def tasks(folder: Path, counts: dict[str, int], count: int, dice: random.Random) -> Iterator[Task]:
+def tasks(folder: Path, counts: dict[str, int], count: int, only: str, dice: random.Random) -> Iterator[Task]:
     """A few points at a time, of one command after the other."""
     for name, changes in counts.items():
-        points = list(range(1, changes + 1))
-        chosen = sorted(dice.sample(points, count)) if 0 < count < changes else points
+        first, last = map(int, only.split("-")) if only else (1, changes)
+        points = list(range(first, min(last, changes) + 1))
+        chosen = sorted(dice.sample(points, count)) if 0 < count < len(points) else points
         for start in range(0, len(chosen), AT_A_TIME):
             yield Task(folder, name, tuple(chosen[start : start + AT_A_TIME]))
 
@@ -125,9 +128,8 @@ def world(folder: Path) -> Path:
     at = folder / f"place{place()}"
     own = at / "world"
     (own / "tmp").mkdir(parents=True, exist_ok=True)
-    os.environ |= Ground(own).environment(
-        {"TMPDIR": str(own / "tmp"), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    )
+    alone = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= Ground(own).environment({"TMPDIR": str(own / "tmp"), **alone})
     tempfile.tempdir = None
     settled()
     if not (at / "snapshot").is_dir():
@@ -164,7 +166,7 @@ def killed(folder: Path, name: str, point: int) -> Point:
     log.write_text("")
     ended = traced(functools.partial(command.run, own), under=own, log=log, kill_at=point)
     at = f"{name} {point}/{whole.changes} {ended.last or f'ended with {ended.code}'}"
-    torn, published = look(listing(own), whole)
+    torn, published = look(own, listing(own), whole)
     differs = []
     log.write_text("")
     code = forked(functools.partial(command.again or command.run, own), log=log)
@@ -196,7 +198,7 @@ def listing(own: Path) -> Listing:
     return found
 
 
-def look(now: Listing, whole: Whole) -> tuple[list[str], list[str]]:
+def look(own: Path, now: Listing, whole: Whole) -> tuple[list[str], list[str]]:
     """What is torn of the things that are published, and hidden names inside of them."""
     torn, published = [], []
     before, after, there = (by_root(each) for each in (whole.before, whole.after, now))
@@ -204,11 +206,14 @@ def look(now: Listing, whole: Whole) -> tuple[list[str], list[str]]:
         if any(part.startswith(".") for part in root.split("/")) or not root:
             continue
         wanted = after.get(root, {})
-        hidden = [name for name in files if name not in wanted and "/." in f"/{name}" and name not in before.get(root, {})]
+        known = {**wanted, **before.get(root, {})}
+        hidden = [name for name in files if name not in known and "/." in f"/{name}"]
         published += hidden
         visible = {name: content for name, content in files.items() if name not in hidden}
-        if visible not in (before.get(root, {}), wanted) and not unfinished(root, visible):
+        if visible not in (before.get(root, {}), wanted):
             others = sorted(name for name in {*visible, *wanted} if visible.get(name) != wanted.get(name))
+            if "/checkpoints/" in root and is_no_step(own / root, {name.rpartition("/")[2] for name in others}):
+                continue
             torn.append(f"{root}: {', '.join(others[:4])}")
     torn += [f"{root} is gone" for root in before if root in after and root not in there and not root.startswith(".")]
     return torn, published
@@ -226,9 +231,19 @@ def by_root(found: Listing) -> dict[str, Listing]:
     return roots
 
 
-def unfinished(root: str, files: Listing) -> bool:
-    """What readers do not accept yet: a checkpoint without DONE."""
-    return "/checkpoints/" in root and f"{root}/DONE" not in files
+def is_no_step(folder: Path, others: set[str]) -> bool:
+    """Whether a step's folder is one that readers do not accept yet, or wholly one from before its evaluation."""
+    from qdist.runtime.checkpoint import load
+
+    if not (folder / "DONE").is_file():
+        return True
+    if not others <= {"state.json", "DONE"}:
+        return False
+    try:
+        load(folder)
+    except QdistError:
+        return False
+    return True
 
 
 def summary(counts: dict[str, int], rows: dict[str, list[Point]], failed: dict[str, str]) -> str:

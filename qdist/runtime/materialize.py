@@ -50,8 +50,8 @@ def _convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print(f"converting {file.name}, once: the result is cached", flush=True)
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # a progress bar of 272 lines
             model = AutoModelForCausalLM.from_pretrained(
