@@ -35,6 +35,11 @@ class Ground(NamedTuple):
         return self._made("model", save_model)
 
     @property
+    def padded(self) -> Path:
+        """The same model with a tokenizer that has a pad, so that no row is added: stages of a split train none."""
+        return self._made("padded", lambda place: save_model(place, tokenizer=padded()))
+
+    @property
     def gptq(self) -> Path:
         """The same as a GPTQ checkpoint of 4 bits, groups of 32."""
         return self._made("gptq", lambda place: save_gptq(place, Gptq(shape=Shape(4, 32)), tokenizer=padded()))
@@ -139,16 +144,16 @@ def trials(given: argparse.Namespace, trial: Callable[[Ground, random.Random, in
 
 
 def processes(words: str) -> dict[int, str]:
-    """Command lines of the living processes that hold `words`, this one's left out."""
+    """Command lines of the living processes that hold `words` there or in their environment, this one's left out."""
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                line, variables = ((entry / name).read_bytes() for name in ("cmdline", "environ"))
             except OSError:
                 continue
-            if words in line:
-                found[int(entry.name)] = line.strip()
+            if line and words.encode() in line + b"\0" + variables:  # a zombie has neither
+                found[int(entry.name)] = line.replace(b"\0", b" ").decode(errors="replace").strip()
     return found
 
 

@@ -15,28 +15,37 @@ from pathlib import Path
 from qdist.core.errors import MachineError, RunError
 
 _BESIDE = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
-"""Names of files that `write_atomic` is still writing."""
+"""Names of files that `replacing` is still writing."""
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write beside, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
     data = content.encode() if isinstance(content, str) else content
+    with replacing(path) as (descriptor, _), open(descriptor, "wb", closefd=False) as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[tuple[int, Path]]:
+    """A new file beside, as an open descriptor and a name, that is flushed to disk and is `path` at the end of the
+    block, unless that raised. What killed processes left of such files in the folder goes.
+    """
     sweep(path.parent)
     descriptor, beside = _beside(path)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield descriptor, Path(beside)
+        os.fsync(descriptor)
         os.chmod(beside, 0o644)
         os.replace(beside, path)
     except BaseException:
         Path(beside).unlink(missing_ok=True)
         raise
+    finally:
+        os.close(descriptor)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what `write_atomic` could not finish in a folder because it was killed; no other file, and none that is
+    """Remove what `replacing` could not finish in a folder because it was killed; no other file, and none that is
     being written now: its writer holds a lock on it.
     """
     try:
@@ -66,7 +75,7 @@ def _beside(path: Path) -> tuple[int, str]:
 
 def publish_folder(beside: Path, final: Path) -> None:
     """Rename a finished folder into place, its files flushed to disk first. `final` must not exist."""
-    _flush(beside)
+    flush(beside)
     os.rename(beside, final)
     sync(final.parent)
 
@@ -80,7 +89,7 @@ def replace_folder(beside: Path, final: Path, *, aside: Path) -> None:
     if not final.exists():
         publish_folder(beside, final)
         return
-    _flush(beside)
+    flush(beside)
     if _exchange(beside, final):
         old = beside
     else:
@@ -101,7 +110,8 @@ def _exchange(one: Path, other: Path) -> bool:
     return bool(renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0)
 
 
-def _flush(beside: Path) -> None:
+def flush(beside: Path) -> None:
+    """A folder's files to disk, as all may read them, and their names."""
     for file in [path for path in beside.rglob("*") if path.is_file()]:
         file.chmod(0o644)  # safetensors writes 0600, and adapters are made to be shared
         sync(file)

@@ -3,12 +3,13 @@
 import argparse
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qdist.core.conversation import Conversation
-from qdist.host.files import write_atomic
+from qdist.host.files import sync, write_atomic
 from qdist.host.prompts import read_prompts
 from qdist.host.rundir import PLAN, RunDir
 from qdist.host.terminal import say
@@ -43,8 +44,9 @@ def generate_file(
             json.dumps({"messages": _messages(own), "answer": kept.answers[index]}, ensure_ascii=False)
             for index, own in enumerate(conversations)
         ]
-        write_atomic(out, "\n".join(lines) + "\n")
-        kept.path.unlink()
+        write_atomic(kept.path, "\n".join(lines) + "\n")
+        os.replace(kept.path, out)  # nothing is left beside it, whenever this process is killed
+        sync(out.parent)
     return len(lines)
 
 

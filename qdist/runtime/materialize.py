@@ -54,8 +54,8 @@ def _convert(file: Path, folder: Path) -> None:
     from qdist.runtime.recorded_sums import keep_computed_sums
 
     say(f"converting {file.name}, once: the result is cached")
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
     with (
         told(f"{file} cannot be converted", ModelError, try_="a GGUF file of a Llama, Mistral or Qwen model"),
         open(os.devnull, "w") as nowhere,

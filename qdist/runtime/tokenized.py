@@ -1,6 +1,5 @@
 """What a tokenized data set is, in memory and as a file."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from safetensors.torch import save_file
 from qdist.core.conversation import Wording
 from qdist.core.errors import DataError
 from qdist.core.quoting import quoted
-from qdist.host.files import sync
+from qdist.host.files import replacing, sync
 from qdist.host.opening import require_file, told
 from qdist.runtime.sealed import is_intact, sealed
 
@@ -67,15 +66,10 @@ def learned_tokens(tokenized: TokenizedSet, indices: Iterable[int]) -> int:
 def save(tokenized: TokenizedSet, path: Path, *, key: str) -> None:
     """Write the set beside `path` and rename it there, so that no reader ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     arrays = {"tokens": tokenized.tokens, "labels": tokenized.labels, "offsets": tokenized.offsets}
     summary = msgspec.json.encode(tokenized.summary).decode()
-    try:
+    with replacing(path) as (_, beside):
         save_file(arrays, beside, metadata=sealed(arrays, {"key": key, "summary": summary}))
-        sync(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
     sync(path.parent)
 
 

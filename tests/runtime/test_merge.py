@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from qdist.core.errors import RunError
+from qdist.core.errors import JobError, RunError
 from qdist.core.packing import Packing
 from qdist.host.rundir import RunDir
 from qdist.runtime import work_folder
@@ -197,8 +197,8 @@ def test_nothing_half_written_is_there_when_merging_fails(tmp_path: Path, monkey
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(work_folder, "publish_folder", full)
-        with pytest.raises(OSError, match="No space"):
+        patch.setattr(work_folder, "flush", full)
+        with pytest.raises(JobError, match="no room is left"):
             merge(run, tmp_path / "merged", onto="dequantized", dtype=torch.bfloat16)
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / ".merged.unfinished"])
     merge(run, tmp_path / "merged", onto="dequantized", dtype=torch.bfloat16)

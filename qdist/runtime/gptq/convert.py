@@ -5,9 +5,10 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import torch
 from qdist.core.errors import ModelError, PlanError, RunError
 from qdist.core.gptq import Gptq, Override, Shape
 from qdist.core.units import format_bytes, format_duration
-from qdist.host.files import publish_folder, write_atomic
+from qdist.host.files import write_atomic
 from qdist.host.terminal import say
 from qdist.runtime.gptq.bits import group_of_inputs, pack_zeros
 from qdist.runtime.gptq.convert_model import beside, check, decide_biases, is_linear, model_config
@@ -25,6 +26,7 @@ from qdist.runtime.gptq.sparsebit import Checkpoint, Linear, halves, integer_zer
 from qdist.runtime.packed_folder import Entry, Written, entries_of, file_name, write_tensors
 from qdist.runtime.quantize_source import Blueprint, blueprint
 from qdist.runtime.tokenizer import copy_beside
+from qdist.runtime.work_folder import built
 
 _TELL_S = 10.0
 """How often a long conversion says how far it is."""
@@ -70,9 +72,8 @@ def convert(source: Path, out: Path, *, config: Path | None = None, drop_bias: b
             f"{out} will take up to {format_bytes(needed)}; {out.parent} has {format_bytes(free)} free",
             try_="another disk: --out FOLDER",
         )
-    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        work.chmod(0o755)
+    identity = f"{source.resolve()} {source.stat().st_size} {source.stat().st_mtime_ns} {config} {drop_bias}"
+    with built(out, identity) as work, _nothing_kept(work):
         write_atomic(work / "config.json", json.dumps(settings))
         shape = blueprint(work)
         check(checkpoint._replace(biases=biases), shape, source)
@@ -82,11 +83,19 @@ def convert(source: Path, out: Path, *, config: Path | None = None, drop_bias: b
         for path in beside(config):
             copy_beside(path, work)
         finish(work, {**settings, "architectures": [shape.architecture]}, job.gptq, files)
-        publish_folder(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     size = sum(written.tensor_bytes for written in files.values())
     return Converted(job.gptq, shape.layers, size, (*notes, *said, *_more_notes(job, loss)))
+
+
+@contextmanager
+def _nothing_kept(work: Path) -> Iterator[None]:
+    """Of a conversion that fails: it takes seconds, and how far scales changed is known of what was just written."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(work)
+        work.mkdir()
+        raise
 
 
 def _all_zeros(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

@@ -1,7 +1,6 @@
 """Old GPTQ checkpoints in torch's own files, `.bin` and `.pt`: made safetensors once; nothing that they hold is run."""
 
 import hashlib
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -37,8 +36,8 @@ def in_safetensors(folder: Path) -> Path:
 
 
 def _convert(folder: Path, files: list[Path], out: Path) -> None:
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = out.with_name(f".{out.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
     beside.mkdir()
     try:
         for file in files:
