@@ -143,7 +143,7 @@ def _require_closed(path: Path) -> None:
 def _decoded(file: Path, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(file.read_bytes(), type=kind)
-    except (msgspec.DecodeError, FileNotFoundError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, FileNotFoundError) as error:
         raise RunError(f"{file}: {error}", try_=_other(file.parent)) from None
 
 

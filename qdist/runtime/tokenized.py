@@ -101,5 +101,5 @@ def load(path: Path, *, key: str) -> TokenizedSet:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, msgspec.DecodeError, KeyError) as error:
+    except (SafetensorError, msgspec.DecodeError, UnicodeDecodeError, KeyError) as error:
         raise DataError(f"{path} is damaged: {error}", try_=quoted("rm", path)) from error
