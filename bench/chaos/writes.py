@@ -167,17 +167,24 @@ def killed(folder: Path, name: str, point: int) -> Point:
     ended = traced(functools.partial(command.run, own), under=own, log=log, kill_at=point)
     at = f"{name} {point}/{whole.changes} {ended.last or f'ended with {ended.code}'}"
     torn, published = look(own, listing(own), whole)
-    differs = []
     log.write_text("")
     code = forked(functools.partial(command.again or command.run, own), log=log)
-    after = listing(own)
-    if code and not (command.again is None and told(log.read_text())):
-        differs.append(f"typed again it ended with {code}: {' '.join(log.read_text().split())[-300:]}")
-    if "Traceback (most recent call last)" in log.read_text():
-        differs.append(f"typed again it showed a traceback: {' '.join(log.read_text().split())[-300:]}")
+    return Point(at, torn, published, *compared(own, whole, code, log.read_text(errors="replace")))
+
+
+def compared(own: Path, whole: Whole, code: int, said: str) -> tuple[list[str], list[str]]:
+    """In what the world differs from that of a command that was not harmed, and what is left in it beside.
+
+    code, said: of the command when it was typed again.
+    """
+    after, differs, end = listing(own), [], " ".join(said.split())[-300:]
+    if code and not told(said):
+        differs.append(f"typed again it ended with {code}: {end}")
+    if "Traceback (most recent call last)" in said:
+        differs.append(f"typed again it showed a traceback: {end}")
     differs += [f"{path} is another" for path in whole.after if path in after and after[path] != whole.after[path]]
     differs += [f"{path} is missing" for path in whole.after if path not in after]
-    return Point(at, torn, published, differs, [path for path in after if path not in whole.after])
+    return differs, [path for path in after if path not in whole.after]
 
 
 def told(said: str) -> bool:
