@@ -28,11 +28,15 @@ from bench.chaos.trials import each, finish, folder_for, parser, place, why
 from qdist.core.errors import QdistError
 
 VOLATILE = re.compile(r"/(events|pulse|stacks|logs)/|/(result|machine|versions|plan)\.json$|\.html$|/command\.txt$|"
-                      r"/launch\.sh$|\.lock$|\.prom$|/cache/prepared/")  # fmt: skip
+                      r"/launch\.sh$|\.lock$|\.prom$|/cache/prepared/|/cache/packed/.*/qdist\.json$")  # fmt: skip
 """Names whose contents hold times or durations: that they are there counts, what they hold does not."""
 IGNORED = re.compile(r"(^|/)[^/]*\.lock$|^tmp/torch|^tmp/__|/__pycache__/")
 """Locks stay, so that nobody locks a file that another has removed; others' files are not ours."""
-AT_A_TIME = 6
+NAMED = re.compile(r"^(cache/(?:packed/\.?[^/]*-|prepared/))[0-9a-f]{16,}")
+"""Names that are of when a GGUF file was converted; two of them are told from one."""
+GROWS = re.compile(r"^runs/[^/]*/(events|pulse|stacks|logs)$")
+"""What ranks write as they go; readers know that it may end in the middle of a line."""
+AT_A_TIME, SHOWN = 6, 3
 Listing = dict[str, str]
 
 
@@ -96,8 +100,10 @@ def main() -> None:
         print(f"{task.command}: {len(rows[task.command])} of {counts[task.command]}", flush=True)
         for point in found:
             for what in ("torn", "published", "differs", "left"):
-                for said in getattr(point, what):
-                    print(f"  {point.at}: {what}: {said}", flush=True)
+                said = getattr(point, what)
+                more = f"; and {len(said) - SHOWN} more" if len(said) > SHOWN else ""
+                if said:
+                    print(f"  {point.at}: {what}: {'; '.join(said[:SHOWN])}{more}", flush=True)
     print(summary(counts, rows, failed))
     finish(folder, keep=given.keep, missed=bool(failed) or not all(p.is_well for own in rows.values() for p in own))
 
@@ -196,7 +202,9 @@ def listing(own: Path) -> Listing:
     """SHA-256 of every file, empty for folders and for contents that differ from run to run."""
     found = {}
     for path in sorted(own.rglob("*")):
-        name = str(path.relative_to(own))
+        name = NAMED.sub(r"\1HASH", str(path.relative_to(own)))
+        while name in found:
+            name += " again"
         if IGNORED.search(name) or path.is_dir():
             if path.is_dir() and not any(path.iterdir()):
                 found[name + "/"] = ""
@@ -210,7 +218,7 @@ def look(own: Path, now: Listing, whole: Whole) -> tuple[list[str], list[str]]:
     torn, published = [], []
     before, after, there = (by_root(each) for each in (whole.before, whole.after, now))
     for root, files in there.items():
-        if any(part.startswith(".") for part in root.split("/")) or not root:
+        if any(part.startswith(".") for part in root.split("/")) or not root or GROWS.search(root):
             continue
         wanted = after.get(root, {})
         known = {**wanted, **before.get(root, {})}
