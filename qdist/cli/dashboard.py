@@ -10,7 +10,7 @@ from rich.text import Text
 
 from qdist.cli.plot import Lines, bar, plot
 from qdist.cli.rank_table import rank_table
-from qdist.cli.views import printable
+from qdist.cli.views import cell
 from qdist.core.alarms import warnings
 from qdist.core.curves import tokens_per_s
 from qdist.core.fitting import fitted
@@ -61,7 +61,7 @@ def _header(snapshot: Snapshot, width: int) -> list[Text]:
     else:
         ends = ""
     title = _spread(
-        Text(printable(f"{snapshot.name}  {header_of(snapshot.plan)}"), style="bold"),
+        Text(cell(f"{snapshot.name}  {header_of(snapshot.plan)}"), style="bold"),
         Text.assemble((state, _STYLES.get(snapshot.state, "")), ends),
         width,
     )
@@ -168,7 +168,7 @@ def _messages(snapshot: Snapshot, width: int, *, most: int) -> list[Text]:
 
 
 def _wrapped(words: str, width: int, style: str) -> list[Text]:
-    return [Text(line, style=style) for line in fitted(" ".join(printable(words).split()), width)]
+    return [Text(line, style=style) for line in fitted(" ".join(cell(words).split()), width)]
 
 
 def _overview(snapshot: Snapshot, width: int, room: int) -> list[Text]:
@@ -206,7 +206,7 @@ def _curves(snapshot: Snapshot, width: int, room: int) -> list[Text]:
 
 def _log(snapshot: Snapshot, width: int, room: int) -> list[Text]:
     title = Text(f"log of rank {snapshot.log_rank}, its end", style="bold")
-    lines = [Text(printable(line.expandtabs(4))) for line in snapshot.log]
+    lines = [Text(cell(line.expandtabs(4))) for line in snapshot.log]
     return [title, *(lines or [Text("nothing yet", style="dim")])[-max(0, room - 1) :]] if room > 1 else [title]
 
 

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import click
 
+from qdist.cli.views import say_styled
 from qdist.core.errors import MachineError
 from qdist.core.measured import CardRates, slowest
 from qdist.host import links, measuring, nvml, probe, rates
 from qdist.host.doctor import Check, diagnose, look
+from qdist.host.terminal import say
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
@@ -24,7 +26,7 @@ def doctor(context: click.Context, gpus: bool) -> None:
     if gpus and not failed:
         checks = _measure()
     else:
-        click.echo(report(failed if gpus else checks))
+        say_styled(report(failed if gpus else checks))
     context.exit(1 if any(check.status == "fail" for check in checks) else 0)
 
 
@@ -35,17 +37,17 @@ def _measure() -> tuple[Check, ...]:
     if driver is None:
         raise MachineError("the NVIDIA driver stopped answering", try_="nvidia-smi")
     chosen = probe.visible_cards(driver.cards, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    click.echo(f"measuring {len(chosen)} x {chosen[0].name}")
+    say(f"measuring {len(chosen)} x {chosen[0].name}")
     found = measuring.measure(len(chosen))
     checks = measuring.judge(found, cluster, links.read([card.uuid for card in chosen]))
     if found.cards:
-        click.echo("\n" + rates_table(found.cards) + "\n")
-    click.echo(findings(checks))
+        say("\n" + rates_table(found.cards) + "\n")
+    say_styled(findings(checks))
     kept = slowest(found.cards, source=time.strftime("measured %Y-%m-%d"))
-    click.echo("\n" + verdict(checks, found.seconds))
+    say("\n" + verdict(checks, found.seconds))
     if kept is not None and not any(check.status == "fail" for check in checks):
         path = rates.keep([card.name for card in chosen], driver.version, kept)
-        click.echo(f"plans use these rates from now on: {path}")
+        say(f"plans use these rates from now on: {path}")
     return checks
 
 

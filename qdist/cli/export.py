@@ -15,6 +15,7 @@ from qdist.host.modules import run_module
 from qdist.host.refusals import refuse_taken
 from qdist.host.rundir import RunDir
 from qdist.host.targets import require_adapter, require_base
+from qdist.host.terminal import say
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "lora": (),
@@ -98,7 +99,7 @@ def checked_flags(given: Mapping[str, Any], *, reads_base: bool = True) -> list[
             require_base(run)
         require_adapter(run)
         if note := step_note(run):
-            click.echo(f"note     {run.path}: {note}", err=True)
+            say(f"note     {run.path}: {note}", err=True)
     refuse_taken(out)
     multiplied = [f"--weights={','.join(map(repr, factors))}"] if factors else []
     others = {name: value for name, value in given.items() if name not in ("runs", "out", "weights")}

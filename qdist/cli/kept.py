@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-import click
-
 from qdist.host.modules import run_module
+from qdist.host.terminal import say
 
 
 def run_kept(module: str, arguments: Sequence[str]) -> int:
@@ -12,5 +11,5 @@ def run_kept(module: str, arguments: Sequence[str]) -> int:
     try:
         return run_module(module, arguments)
     except KeyboardInterrupt:
-        click.echo("stopped; the same command goes on from what is written", err=True)
+        say("stopped; the same command goes on from what is written", err=True)
         return 130

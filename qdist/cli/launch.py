@@ -19,6 +19,7 @@ from qdist.host import commands, launcher, ranks, templates
 from qdist.host.claim import claimed
 from qdist.host.refusals import await_ranks, refuse_running
 from qdist.host.rundir import RunDir
+from qdist.host.terminal import say
 
 
 @click.command(cls=SettingsCommand)
@@ -48,19 +49,19 @@ def launch(recipe: str | None, assignments: tuple[str, ...], resume: bool, dry_r
         spec = resolve(*([templates.read_recipe(recipe)] if recipe else []), given)
         job = launcher.preview(spec) if dry_run else launcher.prepare(spec)
         if recipe:
-            click.echo(f"recipe   {recipe}" + (" (chosen because of --data demo)" if recipe == DEMO else ""))
+            say(f"recipe   {recipe}" + (" (chosen because of --data demo)" if recipe == DEMO else ""))
     if job is None:
         return
     if isinstance(job, launcher.Preview):
-        click.echo(shown(preview_lines(job)))
+        say(shown(preview_lines(job)))
         if job.job:
-            click.echo("\n" + job.job.files["launch.sh"])
+            say("\n" + job.job.files["launch.sh"])
         return
-    click.echo(shown(plan_lines(job.plan, notes=job.notes)))
+    say(shown(plan_lines(job.plan, notes=job.notes)))
     with claimed(job) as own:
         run = own.job.run
         commands.note(run, sys.argv)
-        click.echo(f"run      {run.path}")
+        say(f"run      {run.path}")
         try:
             with Watch(job.plan, run, width=shutil.get_terminal_size().columns) as watch:
                 ranks.start(own, show=watch.show, say=watch.say, recall=watch.recall)
@@ -82,19 +83,17 @@ def _resumed(recipe: str | None, given: dict[str, Any], *, dry_run: bool) -> lau
     if result is not None and given:
         raise RunError(f"{run.path} is finished after {result['steps']} steps and cannot be changed", try_="a new run")
     if result is not None:
-        click.echo(f"{run.path} is finished: {result['steps']} steps, adapter in {run.adapter}")
+        say(f"{run.path} is finished: {result['steps']} steps, adapter in {run.adapter}")
         return None
-    await_ranks(run, say=click.echo)
+    await_ranks(run, say=say)
     refuse_running(run)
     job = launcher.preview_resume(run, given) if dry_run else launcher.prepare_resume(run, given)
     steps = run.checkpoint_steps()
-    click.echo(
-        f"resuming {run.path} " + (f"from step {steps[-1]}" if steps else "from the start: it has no checkpoint")
-    )
+    say(f"resuming {run.path} " + (f"from step {steps[-1]}" if steps else "from the start: it has no checkpoint"))
     return job
 
 
 def _say_stopped(run: RunDir) -> None:
     steps = run.checkpoint_steps()
     kept = f"the checkpoint of step {steps[-1]} is whole" if steps else "there is no checkpoint yet"
-    click.echo(f"stopped; {kept}\n  go on: {resuming(run.path)}", err=True)
+    say(f"stopped; {kept}\n  go on: {resuming(run.path)}", err=True)

@@ -1,12 +1,14 @@
 """The `qdist` command: a table of subcommands, each imported only when it is run."""
 
 import os
+import sys
 from importlib import import_module
+from typing import Any
 
 import click
 
 from qdist.core.errors import QdistError, nearest
-from qdist.host.terminal import error_text
+from qdist.host.terminal import error_text, guard_output, say
 
 COMMANDS = {
     "launch": ("qdist.cli.launch:launch", "Fine-tune a quantized model on the GPUs that are here."),
@@ -29,6 +31,14 @@ COMMANDS = {
 
 class LazyGroup(click.Group):
     """A group that imports a subcommand to run it, not to list it."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """As click does it, over output that fails without a traceback."""
+        guard_output()
+        try:
+            return super().main(*args, **kwargs)
+        finally:
+            sys.stdout.flush()
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -62,10 +72,10 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except QdistError as error:
-            click.echo(error_text(error), err=True)
+            say(error_text(error), err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("stopped", err=True)
+            say("stopped", err=True)
             ctx.exit(130)
 
 
@@ -75,9 +85,9 @@ def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     from importlib import metadata  # costs a tenth of the time that --help may take
 
     try:
-        click.echo(f"qdist {metadata.version('qdist')}")
+        say(f"qdist {metadata.version('qdist')}")
     except metadata.PackageNotFoundError:
-        click.echo("qdist, from a checkout that is not installed")
+        say("qdist, from a checkout that is not installed")
     ctx.exit()
 
 

@@ -15,6 +15,7 @@ from qdist.host.follow import Follower
 from qdist.host.pulses import read_pulses
 from qdist.host.rundir import RunDir
 from qdist.host.state import state_of
+from qdist.host.terminal import say
 
 
 @click.command()
@@ -35,7 +36,7 @@ def metrics(run: str, out: Path | None, port: int | None, host: str | None) -> N
     elif out is not None:
         _write(out, text)
     else:
-        click.echo(text, nl=False)
+        say(text, end="")
 
 
 class Source:
@@ -86,7 +87,7 @@ def server(source: Source, host: str, port: int) -> ThreadingHTTPServer:
 
 def _serve(source: Source, host: str, port: int) -> None:
     with server(source, host, port) as bound:
-        click.echo(f"http://{host}:{bound.server_port}/metrics until Ctrl-C")
+        say(f"http://{host}:{bound.server_port}/metrics until Ctrl-C")
         bound.serve_forever()
 
 

@@ -18,6 +18,7 @@ from qdist.core.snapshot import Snapshot
 from qdist.core.snapshot_json import as_json
 from qdist.host.look import Look
 from qdist.host.rundir import RunDir
+from qdist.host.terminal import say_json
 
 _POLL_S, _DRAW_S = 0.5, 1.0
 
@@ -71,7 +72,7 @@ def monitor(run: Path, once: bool, as_object: bool, rank: int | None) -> None:
         raise RunError(f"{run} has no rank {rank}", try_=f"--rank 0 to {look.plan.world_size - 1}")
     screen = Screen(pane="overview" if rank is None else "log", rank=rank or 0)
     if as_object:
-        click.echo(msgspec.json.format(msgspec.json.encode(as_json(look.snapshot())), indent=2).decode())
+        say_json(msgspec.json.format(msgspec.json.encode(as_json(look.snapshot())), indent=2))
         return
     console = Console(highlight=False)
     # rich takes a pipe for a terminal where FORCE_COLOR is set.

@@ -24,6 +24,7 @@ from qdist.core.units import format_bytes, parse_bytes
 from qdist.host import lessons, probe, templates
 from qdist.host.checkpoints import gptq_of
 from qdist.host.sources import EMBEDDED, Shape, known_shape
+from qdist.host.terminal import say, say_json
 
 Here = Callable[[], Cluster]
 FactsOf = Callable[[str], Shape]
@@ -50,7 +51,7 @@ def plan(as_json: bool, **asked: Any) -> None:
     request = Request(**asked)
     decided = planned(request)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(decided), indent=2).decode())
+        say_json(msgspec.json.format(msgspec.json.encode(decided), indent=2))
         return
     plain = decided.device == "cuda" and not decided.liger and decided.spec.liger is None
     of_another = known_shape(decided.spec.model).note
@@ -60,7 +61,7 @@ def plan(as_json: bool, **asked: Any) -> None:
         host = _machine(request, decided.spec.gpus, probe.cluster).memory_bytes
         notes.append(f"the machine is taken to have {format_bytes(host)} of host memory: --host-memory")
     lines = plan_lines(decided, notes=tuple(notes))
-    click.echo(shown([line for line in lines if not line.startswith("steps")]))
+    say(shown([line for line in lines if not line.startswith("steps")]))
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,6 +1,5 @@
 """`qdist report`: a run, or two beside each other, as one HTML page."""
 
-import json
 from pathlib import Path
 
 import click
@@ -15,8 +14,10 @@ from qdist.core.units import format_bytes
 from qdist.host.commands import noted
 from qdist.host.files import write_atomic
 from qdist.host.follow import Follower
+from qdist.host.opening import read_bytes, read_typed
 from qdist.host.rundir import RunDir
 from qdist.host.state import state_of
+from qdist.host.terminal import say
 
 
 @click.command()
@@ -38,7 +39,7 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
         write_atomic(path, text)
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror}", try_="--out FILE in a folder of yours") from None
-    click.echo(f"{path}: {format_bytes(len(text.encode()))}")
+    say(f"{path}: {format_bytes(len(text.encode()))}")
 
 
 def _default_name(reports: list[Report]) -> str:
@@ -68,13 +69,9 @@ def _found(run: RunDir, name: str) -> Found:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(errors="replace") if path.is_file() else ""
+    return read_bytes(path, RunError).decode(errors="replace") if path.is_file() else ""
 
 
 def _versions(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {}
-    try:
-        return {str(name): str(version) for name, version in json.loads(path.read_text()).items()}
-    except (ValueError, AttributeError) as error:
-        raise RunError(f"{path} holds no versions: {error}", try_="take the file out of the run") from None
+    away = "take the file out of the run"
+    return read_typed(path, dict[str, str], RunError, try_=away) if path.is_file() else {}

@@ -8,9 +8,10 @@ from pathlib import Path, PurePath
 import click
 import msgspec
 
-from qdist.cli.views import printable
+from qdist.cli.views import cell, say_styled
 from qdist.core.units import counted, format_count
 from qdist.host.runs import Listed, find, listed
+from qdist.host.terminal import say, say_json
 
 _COLOURS = {"running": "cyan", "finished": "green", "failed": "red", "killed": "red", "unreadable": "yellow"}
 _LEFT = ("name", "state", "model", "data", "started")
@@ -28,13 +29,13 @@ def runs(folders: tuple[Path, ...], as_json: bool) -> None:
     where = folders or (Path("runs"),)
     rows = [] if not folders and not where[0].is_dir() else listed(find(where))
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(rows), indent=2).decode())
+        say_json(msgspec.json.format(msgspec.json.encode(rows), indent=2))
     elif not rows:
-        click.echo(f"no runs in {', '.join(map(str, where))}")
-        click.echo("  try: qdist launch --model smollm2-135m --data demo, or qdist runs FOLDER")
+        say(f"no runs in {', '.join(map(str, where))}")
+        say("  try: qdist launch --model smollm2-135m --data demo, or qdist runs FOLDER")
     else:
         base = where[0] if len(where) == 1 else Path()
-        click.echo("\n".join(table(rows, base=base, width=shutil.get_terminal_size().columns)))
+        say_styled("\n".join(table(rows, base=base, width=shutil.get_terminal_size().columns)))
 
 
 def table(rows: Sequence[Listed], *, base: Path, width: int) -> list[str]:
@@ -53,7 +54,7 @@ def table(rows: Sequence[Listed], *, base: Path, width: int) -> list[str]:
         del widths[head]
     lines = [_line({head: head for head in widths}, widths, {})]
     lines += [_line(row, widths, {"state": _COLOURS.get(row["state"], "")}) for row in cells]
-    whys = [f"{row['name']}: {printable(one.why)}" for row, one in zip(cells, rows, strict=True) if one.why]
+    whys = [f"{row['name']}: {cell(one.why)}" for row, one in zip(cells, rows, strict=True) if one.why]
     if whys:
         lines += ["", *whys]
     if left_out:
@@ -77,15 +78,15 @@ def _cells(row: Listed, base: Path) -> dict[str, str]:
     name = path.relative_to(base) if path != base and path.is_relative_to(base) else path
     read = row.state != "unreadable"
     return {
-        "name": printable(str(name)),
+        "name": cell(str(name)),
         "state": row.state,
         "step": f"{row.step}/{row.steps}" if read else "-",
         "loss": _number(row.loss, ".3f"),
         "held-out": _number(row.held_out_loss, ".3f"),
         "tok/s": "-" if row.tokens_per_s is None else format_count(row.tokens_per_s),
         "hours": _hours(row),
-        "model": printable(PurePath(row.model).name) if read else "-",
-        "data": (printable(PurePath(row.data).name) or "random") if read else "-",
+        "model": cell(PurePath(row.model).name) if read else "-",
+        "data": (cell(PurePath(row.data).name) or "random") if read else "-",
         "started": "-" if row.started is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(row.started)),
     }
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
+import click
 from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
 from qdist.core.events import Event
+from qdist.core.printing import printable
 from qdist.core.units import format_bytes, format_count, format_duration
 
 _SLOW_GB_S = 0.1
@@ -35,7 +37,7 @@ def plain_line(event: Event, *, left_s: float | None = None) -> str:
         parts.append(f"{format_duration(left_s)} left")
     if event.skipped:
         parts.append("update skipped: the gradients are not numbers")
-    return printable("  ".join((*parts, event.note) if event.note else parts)).replace("\n", " ")
+    return cell("  ".join((*parts, event.note) if event.note else parts)).replace("\n", " ")
 
 
 def loading(seconds: float, read_bytes: int) -> str:
@@ -68,7 +70,7 @@ def comparison(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> Rendera
         Column(headers[0]), *(Column(header, justify="right") for header in headers[1:]), box=None, padding=(0, 2, 0, 0)
     )
     for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
+        table.add_row(*(Text(cell(value)) for value in row))
     return table
 
 
@@ -81,14 +83,19 @@ def answers(rows: Sequence[tuple[str, str, str, str]]) -> RenderableType:
 
 
 def _answer(question: str, before: str, after: str, expected: str) -> Iterator[RenderableType]:
-    yield Text(printable(question), style="bold")
+    yield Text(cell(question), style="bold")
     table = Table.grid(Column(no_wrap=True, style="dim"), Column(), padding=(0, 2, 0, 0))
     for label, text in (("  before", before), ("  after", after), ("  expected", expected)):
-        table.add_row(label, Text(printable(text) or "(nothing)"))
+        table.add_row(label, Text(cell(text) or "(nothing)"))
     yield table
     yield Text("")
 
 
-def printable(text: str) -> str:
-    """Text that cannot move the cursor or recolour the terminal: a model may say anything."""
-    return "".join(char if char.isprintable() or char == "\n" else " " for char in text).strip()
+def cell(text: str) -> str:
+    """Others' words as they stand in a table, or in a line of a view."""
+    return printable(text).replace("\t", " ").strip()
+
+
+def say_styled(text: str) -> None:
+    """Print a text with colours, which a pipe and NO_COLOR leave out."""
+    click.echo(printable(text, colours=True))

@@ -4,7 +4,6 @@ import sys
 import time
 from types import TracebackType
 
-import click
 from rich.console import Console
 from rich.live import Live
 
@@ -17,11 +16,13 @@ from qdist.core.events import Event
 from qdist.core.fold import Fold
 from qdist.core.plan import Plan
 from qdist.core.prediction import MEANING
+from qdist.core.printing import printable
 from qdist.core.quoting import command
 from qdist.core.snapshot import Snapshot
 from qdist.core.units import format_bytes, format_count
 from qdist.host.look import Look
 from qdist.host.rundir import RunDir
+from qdist.host.terminal import say
 
 _DRAW_S, _MOST_LINES = 0.5, 22
 _MOST_SHARE = 0.05
@@ -71,14 +72,14 @@ class Watch:
         left_s = self._state.seconds_left if events else None
         for event in events:
             if event.rank == 0:
-                click.echo(plain_line(event, left_s=left_s))
+                say(plain_line(event, left_s=left_s))
 
     def say(self, text: str) -> None:
         """A line for the user, above the live view."""
         if self._live:
-            self._live.console.print(text, markup=False)
+            self._live.console.print(printable(text), markup=False)
         else:
-            click.echo(text)
+            say(text)
 
     def _draw(self) -> None:
         if self._live:
@@ -111,12 +112,12 @@ def ending(run: RunDir, plan: Plan) -> None:
         console.print()
         console.print(comparison(rows, ("", "before", "after")))
         if round(after, 3) > round(before, 3):  # as shown
-            click.echo("the held-out loss rose: this adapter does harm; try a smaller --set optim.lr")
+            say("the held-out loss rose: this adapter does harm; try a smaller --set optim.lr")
     console.print()
     console.print(comparison(outcome_rows(plan, result), ("", "predicted", "measured", "error")))
-    click.echo(MEANING)
+    say(MEANING)
     if started := start_line(result):
-        click.echo(started)
+        say(started)
     if result.get("answers"):
         console.print()
         console.print(
@@ -124,11 +125,11 @@ def ending(run: RunDir, plan: Plan) -> None:
         )
     measured = result["tokens_per_s"]["measured"]
     speed = f", {format_count(measured)} tok/s" if measured else ""
-    click.echo(
+    say(
         f"\nadapter  {run.adapter}: {format_count(result['adapter_parameters'])} parameters, "
         f"{format_bytes(result['adapter_bytes'])}{speed}"
     )
     system = ("--system", demo.SYSTEM) if plan.spec.data == demo.NAME else ()
     if plan.source.tokenizer:
-        click.echo(f"chat     {command('chat', run.path, *system)}")
-    click.echo(f"merge    {command('merge', run.path, '--out', run.path / 'merged')}")
+        say(f"chat     {command('chat', run.path, *system)}")
+    say(f"merge    {command('merge', run.path, '--out', run.path / 'merged')}")

@@ -21,6 +21,7 @@ def warnings(snapshot: Snapshot) -> list[str]:
         *(_memory(snapshot) if live else ()),
         *(_cards(snapshot) if live else ()),
         *_pace(snapshot),
+        *([snapshot.fold.unread] if snapshot.fold.unread else ()),
     ]
 
 

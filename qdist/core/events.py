@@ -4,16 +4,15 @@ import math
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from statistics import median
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
-
-from qdist.core.errors import RunError
 
 State = Literal["planned", "running", "finished", "stopped", "failed", "killed"]
 """Of a run, as its files tell: see `qdist.host.state`."""
 Kind = Literal["load", "start", "step", "eval", "verify", "checkpoint", "resume", "end"]
 
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 _UNSTEADY = 3
 """First steps of a run, in which kernels are chosen and memory grows."""
 
@@ -25,18 +24,18 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """
 
     kind: Kind
-    step: int = 0
+    step: _Count = 0
     """Optimizer steps finished so far. For `start` and `resume`: the step that the run goes on from."""
-    total_steps: int = 0
+    total_steps: _Count = 0
     loss: float | None = None
     held_out_loss: float | None = None
     learning_rate: float | None = None
     gradient_norm: float | None = None
-    tokens: int = 0
+    tokens: _Count = 0
     """Of all ranks, in this step."""
-    padding: int = 0
+    padding: _Count = 0
     """Positions of all ranks' micro-batches in this step that hold no token."""
-    own_tokens: int = 0
+    own_tokens: _Count = 0
     """Of this rank's micro-batches alone."""
     seconds: float = 0.0
     """Of this step; for `load`, of loading the backbone."""
@@ -47,11 +46,11 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ZeRO, which adds gradients up during the last backward pass, and in a pipeline, waiting is part of it."""
     update_s: float = 0.0
     """The optimizer's step."""
-    read_bytes: int = 0
+    read_bytes: _Count = 0
     """For `load`: what this rank had from the disk, pages that were in memory already not counted."""
-    memory_bytes: int = 0
+    memory_bytes: _Count = 0
     """This rank's peak so far; on the CPU, its largest resident set."""
-    rank: int = 0
+    rank: _Count = 0
     time: float = 0.0
     """Seconds since the epoch, given by the caller."""
     skipped: bool = False
@@ -60,6 +59,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 _EVENTS = msgspec.json.Decoder(Event)
+_UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _BLOCK_BYTES = 1 << 20
 """Lines that are decoded together."""
 
@@ -69,24 +69,34 @@ def encode(event: Event) -> bytes:
     return msgspec.json.encode(event) + b"\n"
 
 
-def decode_lines(data: bytes, *, first_line: int = 1) -> list[Event]:
+class Block(NamedTuple):
+    """Some lines of a file of events."""
+
+    events: list[Event]
+    lines: int
+    bad: tuple[int, ...] = ()
+    """Numbers of the lines that are no events: a disk that lost power leaves NUL bytes, for one."""
+
+
+def decode_lines(data: bytes) -> list[Event]:
     """Events of every line that ends; what follows the last newline was torn by a kill and is left out.
 
-    first_line: number of the first line, for a reader that goes on where it stopped.
-
-    Raises RunError, naming the line, when a line that ends is not an event.
+    So is a line that is no event: `decode_blocks` tells which.
     """
-    return list(chain.from_iterable(decode_blocks(data, first_line=first_line)))
+    return list(chain.from_iterable(block.events for block in decode_blocks(data)))
 
 
-def decode_blocks(data: bytes, *, first_line: int = 1) -> Iterator[list[Event]]:
-    """The same, some thousand events at a time."""
+def decode_blocks(data: bytes, *, first_line: int = 1) -> Iterator[Block]:
+    """The same, some thousand events at a time.
+
+    first_line: number of the first line, for a reader that goes on where it stopped.
+    """
     start, end = 0, whole_length(data)
     while start < end:
         stop = end if end - start <= _BLOCK_BYTES else data.rfind(b"\n", start, start + _BLOCK_BYTES) + 1 or end
         found = _decode_block(data[start:stop], first_line)
         yield found
-        start, first_line = stop, first_line + len(found)
+        start, first_line = stop, first_line + found.lines
 
 
 def whole_length(data: bytes) -> int:
@@ -94,25 +104,27 @@ def whole_length(data: bytes) -> int:
     return data.rfind(b"\n") + 1
 
 
-def _decode_block(block: bytes, first_line: int) -> list[Event]:
+def _decode_block(block: bytes, first_line: int) -> Block:
     """Whole lines. Those that may hold a NaN, or are no events, are looked at one by one."""
     if b"null" not in block and b"\n\n" not in block and not block.startswith(b"\n"):
         try:
-            return _EVENTS.decode_lines(block)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+            found = _EVENTS.decode_lines(block)
+            return Block(found, len(found))
+        except _UNDECODABLE:
             pass  # the line that is at fault is found below
-    return [_decode(line, number) for number, line in enumerate(block.split(b"\n")[:-1], first_line)]
+    events = [_decode(line) for line in block.split(b"\n")[:-1]]
+    bad = tuple(number for number, event in enumerate(events, first_line) if event is None)
+    return Block([event for event in events if event is not None], len(events), bad)
 
 
-def _decode(line: bytes, number: int) -> Event:
+def _decode(line: bytes) -> Event | None:
+    """None for a line that is no event. NUL bytes before one are what was to be there of lines that were lost."""
+    line = line.lstrip(b"\0")
     try:
         fields = msgspec.json.decode(line, type=dict[str, str | int | float | bool | None])
         return msgspec.convert({key: math.nan if value is None else value for key, value in fields.items()}, Event)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise RunError(
-            f"line {number} of the events is not an event: {error}",
-            try_="look at that line; the run itself does not need it, so it may be taken out",
-        ) from error
+    except _UNDECODABLE:
+        return None
 
 
 def losses(events: Iterable[Event]) -> dict[int, float]:

@@ -30,6 +30,7 @@ def findings(
         *_memory(memory),
         *_time(plan, fold, tokens_per_s),
         *_restarts(fold),
+        *([f"{fold.unread}."] if fold.unread else ()),
     )
 
 

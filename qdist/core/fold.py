@@ -117,6 +117,8 @@ class Fold:
         """(step, what rank 0 said beside)"""
         self.stretches: list[Stretch] = []
         self.ranks: dict[int, RankFold] = {}
+        self.unread = ""
+        """What could not be read of the events, as a sentence; empty where all could."""
         self._since = 0
         """Columns of earlier stretches."""
 

@@ -4,8 +4,6 @@ from typing import Literal
 
 import msgspec
 
-from qdist.core.errors import RunError
-
 Phase = Literal["starting", "loading", "training", "updating", "evaluating", "saving", "finishing", "ended"]
 
 WORDS: dict[Phase, str] = {
@@ -53,11 +51,3 @@ class Pulse(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 def encode(pulse: Pulse) -> bytes:
     """JSON and a newline."""
     return msgspec.json.encode(pulse) + b"\n"
-
-
-def decode(data: bytes) -> Pulse:
-    """What `encode` wrote. Raises RunError."""
-    try:
-        return msgspec.json.decode(data, type=Pulse)
-    except msgspec.DecodeError as error:
-        raise RunError(f"a pulse cannot be read: {error}") from error

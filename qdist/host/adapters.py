@@ -1,13 +1,20 @@
 """Of which step is a run's adapter? Told by the header of its file, without its tensors."""
 
-import json
+import msgspec
 
 from qdist.core.errors import RunError
+from qdist.host.opening import require_file, told
 from qdist.host.rundir import RunDir
 
 ADAPTER = "adapter_model.safetensors"
 _MOST_HEADER_BYTES = 100_000_000
 """safetensors' own limit."""
+
+
+class _Header(msgspec.Struct):
+    """What is read of a header."""
+
+    metadata: dict[str, str] = msgspec.field(default_factory=dict, name="__metadata__")
 
 
 def step_metadata(step: int, steps: int, *, checkpoint: str = "") -> dict[str, str]:
@@ -50,11 +57,11 @@ def step_of(run: RunDir, which: str) -> int | None:
 
 
 def _metadata(run: RunDir) -> dict[str, str]:
+    path = run.adapter / ADAPTER
     try:
-        with open(run.adapter / ADAPTER, "rb") as file:
+        require_file(path, RunError)
+        with told(str(path), RunError), open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, _MOST_HEADER_BYTES)))
-    except (OSError, ValueError):
+            return msgspec.json.decode(file.read(min(length, _MOST_HEADER_BYTES)), type=_Header).metadata
+    except RunError:
         return {}
-    found = header.get("__metadata__") if isinstance(header, dict) else None
-    return found if isinstance(found, dict) else {}

@@ -7,6 +7,7 @@ from qdist.core.errors import ModelError
 from qdist.core.gptq import Gptq, method_of, of_run, stated_by, to_config
 from qdist.core.quoting import command
 from qdist.core.spec import RunSpec
+from qdist.host.opening import converted
 from qdist.host.sources import read_json
 
 INDEX, QUANTIZE_CONFIG = "model.safetensors.index.json", "quantize_config.json"
@@ -59,10 +60,11 @@ def weight_map(folder: Path) -> dict[str, str] | None:
     index = folder / INDEX
     if not index.is_file():
         return None
-    found: object = read_json(index).get("weight_map")
-    if not isinstance(found, dict):
-        raise ModelError(f"{index} says of no tensor where it is", try_="download the model again")
-    return found
+    again = "download the model again"
+    found = read_json(index).get("weight_map")
+    if found is None:
+        raise ModelError(f"{index} says of no tensor where it is", try_=again)
+    return converted(found, dict[str, str], f"{index}: weight_map", ModelError, try_=again)
 
 
 def safetensors_of(folder: Path) -> tuple[str, ...]:

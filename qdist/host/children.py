@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import qdist
 from qdist.core.errors import JobError
 from qdist.core.surroundings import for_children
 
@@ -38,7 +37,7 @@ def ending_with_this() -> Callable[[], None]:
 
 def environment(**more: str) -> dict[str, str]:
     """What a Python that is started here gets: this process's environment as `for_children` leaves it, and `more`."""
-    root = str(Path(qdist.__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     # `python -m qdist` in a checkout finds the package in its working directory alone, where no child looks.
     only_here = root not in sys.path[1:] and bool(sys.path) and os.path.realpath(sys.path[0]) == root
     return for_children(os.environ, root=root if only_here else "") | more

@@ -1,10 +1,13 @@
 """The commands that a run was launched and resumed with, as they were typed."""
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from qdist.core.errors import RunError
 from qdist.host.files import write_atomic
+from qdist.host.opening import read_bytes
 from qdist.host.rundir import RunDir
 
 COMMANDS = "command.txt"
@@ -21,4 +24,4 @@ def note(run: RunDir, argv: Sequence[str]) -> None:
 def noted(run: RunDir) -> tuple[str, ...]:
     """Each launch, first to last; empty for a run of a qdist that kept none."""
     path = run.path / COMMANDS
-    return tuple(path.read_text(errors="replace").splitlines()) if path.is_file() else ()
+    return tuple(read_bytes(path, RunError).decode(errors="replace").splitlines()) if os.path.lexists(path) else ()

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from qdist.core.errors import ModelError
 from qdist.core.gguf_config import config_of_header
+from qdist.host.opening import readable, require_file, told
 
 MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
@@ -32,7 +33,8 @@ class Header(NamedTuple):
 
 def is_gguf(path: Path) -> bool:
     """Whether a file begins as a GGUF file does."""
-    with open(path, "rb") as file:
+    require_file(path, ModelError, try_=_AGAIN)
+    with readable(path, ModelError), open(path, "rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 
 
@@ -65,11 +67,12 @@ def read_header(path: Path) -> Header:
     """Raises ModelError where the file is no GGUF file, or ends before its header does."""
     if not is_gguf(path):
         raise ModelError(f"{path} is no GGUF file: it does not begin with GGUF", try_=_AGAIN)
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        try:
-            return _Reader(content).header()
-        except (struct.error, KeyError, UnicodeDecodeError, IndexError, OverflowError) as error:
-            raise ModelError(f"{path} is cut short or damaged: its header cannot be read", try_=_AGAIN) from error
+    with (
+        told(f"{path} is cut short or damaged, its header cannot be read", ModelError, try_=_AGAIN),
+        open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        return _Reader(content).header()
 
 
 class _Reader:

@@ -6,10 +6,12 @@ from pathlib import Path
 import msgspec
 
 from qdist.core.cluster import Cluster
+from qdist.core.errors import RunError
 from qdist.core.lessons import Correction, Lesson, correction
 from qdist.core.plan import Plan
 from qdist.host import probe
 from qdist.host.files import cache_dir, cache_path, locked, write_atomic
+from qdist.host.opening import converted, decoded, read_bytes
 from qdist.host.rundir import RunDir
 
 FILE, LOCK = "lessons.jsonl", ".lessons.lock"
@@ -54,7 +56,7 @@ def learn(run: RunDir, *, cluster: Cluster | None = None) -> Lesson | None:
 
 def lesson_of(plan: Plan, result: dict[str, object], cluster: Cluster) -> Lesson | None:
     """What a run on these GPUs teaches. result: what `result.json` holds."""
-    measured = msgspec.convert(result, type=_Result)
+    measured = converted(result, _Result, "result.json", RunError)
     peaks = [
         (peak.allocated + peak.context, peak, expected)
         for rank, of_rank in zip(plan.ranks, measured.peaks, strict=True)
@@ -123,16 +125,16 @@ def _version() -> str:
 def read() -> tuple[Lesson, ...]:
     """All lessons, oldest first. A line that is no lesson of this version, or was torn by a kill, is passed over."""
     try:
-        lines = (cache_path() / FILE).read_bytes().splitlines()
-    except OSError:
+        lines = read_bytes(cache_path() / FILE, RunError).splitlines()
+    except RunError:
         return ()
     return tuple(lesson for line in lines if (lesson := _decode(line)) is not None)
 
 
 def _decode(line: bytes) -> Lesson | None:
     try:
-        return msgspec.json.decode(line, type=Lesson)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        return decoded(line, Lesson, FILE, RunError)
+    except RunError:
         return None
 
 

@@ -15,6 +15,7 @@ from qdist.core.pulse import Pulse
 from qdist.core.quoting import resuming
 from qdist.core.snapshot import Reading, Snapshot
 from qdist.host.follow import Follower
+from qdist.host.opening import readable
 from qdist.host.pulses import environment_of, read_pulses
 from qdist.host.readings import Readings
 from qdist.host.rundir import PLAN, RunDir
@@ -108,13 +109,13 @@ def _environment(pulses: Iterable[Pulse]) -> Mapping[str, str]:
 
 def last_lines(run: RunDir, rank: int, count: int) -> tuple[str, ...]:
     """The last lines of a rank's log; empty where it has none yet."""
-    try:
-        with open(run.log_file(rank), "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - _LOG_BYTES))
-            return tuple(file.read().decode(errors="replace").splitlines()[-count:])
-    except FileNotFoundError:
+    path = run.log_file(rank)
+    if not path.is_file():
         return ()
+    with readable(path, RunError), open(path, "rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - _LOG_BYTES))
+        return tuple(file.read().decode(errors="replace").splitlines()[-count:])
 
 
 def _matmul_flops_s(machine: Cluster | None) -> float | None:

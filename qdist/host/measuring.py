@@ -18,6 +18,7 @@ from qdist.core.units import GIB, MIB, format_bytes
 from qdist.host import children, links, rates
 from qdist.host.doctor import Check
 from qdist.host.files import cache_dir, cache_path
+from qdist.host.opening import read_typed
 
 _ROOM_BYTES, _ROOM_PER_PEER_BYTES = 4 * GIB, 768 * MIB
 """Buffers and a CUDA context; and what a peer gathers here, and the context that it needs to copy here."""
@@ -67,7 +68,7 @@ def measure(ranks: int, *, device: str = "cuda", timeout_s: float = 200.0) -> Me
 
 def read_cards(folder: Path) -> tuple[CardRates, ...]:
     """What the ranks wrote, in their order."""
-    found = [msgspec.json.decode(path.read_bytes(), type=CardRates) for path in folder.glob("rank*.json")]
+    found = [read_typed(path, CardRates, MachineError) for path in folder.glob("rank*.json")]
     return tuple(sorted(found, key=lambda card: card.rank))
 
 

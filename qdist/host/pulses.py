@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from qdist.core.errors import RunError
-from qdist.core.pulse import Pulse, decode
+from qdist.core.pulse import Pulse
+from qdist.host.opening import read_typed
 from qdist.host.rundir import RunDir, of_ranks
 
 Process = Literal["runs", "stopped", "gone", "elsewhere"]
@@ -17,8 +18,8 @@ def read_pulses(run: RunDir) -> dict[int, Pulse]:
     found = {}
     for path in of_ranks(run.pulses, ".json"):
         try:
-            pulse = decode(path.read_bytes())
-        except (RunError, FileNotFoundError):
+            pulse = read_typed(path, Pulse, RunError)
+        except RunError:
             continue
         found[pulse.rank] = pulse
     return found

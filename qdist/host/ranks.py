@@ -29,7 +29,7 @@ def start(own: Claim, *, show: Show, say: Callable[[str], None], recall: Show | 
     Raises KeyboardInterrupt when the run was stopped and saved, JobError when a rank died or the directory was lost.
     """
     run = own.job.run
-    follower = Follower(run.path)
+    follower = Follower(run.path, say=say)
     past = follower.new_events()
     if recall:
         recall(past)

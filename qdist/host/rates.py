@@ -8,8 +8,10 @@ import msgspec
 
 from qdist.core.cards import rates_of
 from qdist.core.cluster import Rates
+from qdist.core.errors import MachineError
 from qdist.core.measured import least, machine_key
 from qdist.host.files import cache_dir, cache_path, write_atomic
+from qdist.host.opening import read_typed
 
 
 def known(names: Sequence[str], driver: str) -> Rates | None:
@@ -20,8 +22,8 @@ def known(names: Sequence[str], driver: str) -> Rates | None:
 def measured(names: Sequence[str], driver: str) -> Rates | None:
     """What `keep` was given for the same cards; a file that cannot be read is as if it were not there."""
     try:
-        return msgspec.json.decode(_file(names, driver).read_bytes(), type=Rates)
-    except (OSError, msgspec.DecodeError):
+        return read_typed(_file(names, driver), Rates, MachineError)
+    except MachineError:
         return None
 
 

@@ -10,10 +10,11 @@ from shlex import quote
 from typing import Literal, NamedTuple
 
 from qdist.core.errors import DataError
+from qdist.host.opening import UTF8, encoding_of, readable
 from qdist.host.record_json import holds_json, json_records
 from qdist.host.record_tables import arrow_records, csv_records, delimiter_of, parquet_records, told_delimiter
-from qdist.host.record_text import UTF8, encoding_of, from_encoding, lines
-from qdist.host.record_types import Located, readable
+from qdist.host.record_text import from_encoding, lines
+from qdist.host.record_types import Located
 
 READ = "JSON, JSON lines, CSV, TSV, Parquet or Arrow"
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -109,7 +110,7 @@ def check_file(path: Path) -> None:
 def file_digest(path: Path) -> str:
     """The sha256 of a file's bytes and form: equal means equal records, whatever it is called."""
     refuse_special(path)
-    with readable(path), path.open("rb") as stream:
+    with readable(path, DataError), path.open("rb") as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()
     form = Form("json")
     with suppress(DataError):  # reading tells it better
@@ -172,13 +173,13 @@ def _none_good(path: Path, bad: list[Located]) -> DataError:
 
 def _head(path: Path) -> bytes:
     refuse_special(path)
-    with readable(path), path.open("rb") as stream:
+    with readable(path, DataError), path.open("rb") as stream:
         return stream.read(_HEAD_BYTES)
 
 
 def _check_end(path: Path, kind: str) -> None:
     form, magic = {"parquet": ("Parquet", b"PAR1"), "arrow": ("Arrow", b"ARROW1")}[kind]
-    with readable(path), path.open("rb") as stream:
+    with readable(path, DataError), path.open("rb") as stream:
         stream.seek(max(len(magic), path.stat().st_size - len(magic)))
         if stream.read() != magic:
             raise DataError(f"{path} is not a readable {form} file: its end is missing", try_="fetch it again")

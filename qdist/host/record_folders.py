@@ -1,6 +1,5 @@
 """Which files of a folder are trained on: by splits, by the state of a saved data set, or all of them."""
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -9,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qdist.core.errors import DataError
+from qdist.host.opening import read_value, readable
 from qdist.host.record_files import READ, SUFFIXES, form_of
-from qdist.host.record_types import readable
 
 _TRAIN = frozenset(("train", "training", "trainset"))
 _HELD_OUT = frozenset((
@@ -50,7 +49,7 @@ def choose_files(folder: Path) -> Chosen:
     Where names say so, those of the training split; where not, all of them; else those of the only folder in it.
     Raises DataError where there is no data file, where several sets lie side by side, and for a folder without access.
     """
-    with readable(folder):
+    with readable(folder, DataError):
         return _saved(folder) or _chosen(folder)
 
 
@@ -162,10 +161,7 @@ def _saved(folder: Path) -> Chosen | None:
 
 
 def _object_in(path: Path) -> dict[str, object]:
-    try:
-        state = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged: {error}", try_="save the data set again") from error
+    state = read_value(path, DataError, try_="save the data set again")
     return state if isinstance(state, dict) else {}
 
 

@@ -9,8 +9,9 @@ from shlex import quote
 from typing import Any, Literal, TextIO
 
 from qdist.core.errors import DataError
+from qdist.host.opening import JSON_KINDS
 from qdist.host.record_text import lines, open_text
-from qdist.host.record_types import FIELDS, KINDS, Located, Record
+from qdist.host.record_types import FIELDS, Located, Record
 
 _CHUNK = 1 << 20
 """Characters of a file that are read at a time."""
@@ -124,7 +125,7 @@ def _beyond(error: Exception) -> str:
 def _record(item: object, where: str, *, escaped: bool = True) -> Record | DataError:
     """escaped: half of a surrogate pair may be in it; UTF-8 has none, and tokenizers fail on them."""
     if not isinstance(item, dict):
-        return DataError(f"{where}: a record must be a JSON object, not {KINDS[type(item)]}", try_=_EXAMPLE)
+        return DataError(f"{where}: a record must be a JSON object, not {JSON_KINDS[type(item)]}", try_=_EXAMPLE)
     try:
         if escaped and _SURROGATE.search(json.dumps(item, ensure_ascii=False)):
             return DataError(f"{where}: half of a surrogate pair, which is no character", try_="leave out that record")

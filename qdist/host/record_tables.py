@@ -9,8 +9,9 @@ from shlex import quote
 from typing import Any
 
 from qdist.core.errors import DataError, MachineError
+from qdist.host.opening import told
 from qdist.host.record_text import beside, lines
-from qdist.host.record_types import FIELDS, Located, Record, library_failures
+from qdist.host.record_types import FIELDS, Located, Record
 
 DELIMITERS = (",", "\t", ";", "|")
 _NAME = re.compile(r"[\w.-]{1,40}")
@@ -115,7 +116,7 @@ def _arrow(path: Path, form: str) -> Iterator[Any]:
         import pyarrow
     except ImportError as error:
         raise MachineError(f"{path} needs the package pyarrow", try_="pip install pyarrow") from error
-    with library_failures(f"{path} is not a readable {form} file", pyarrow.ArrowException, try_="fetch it again"):
+    with told(f"{path} is not a readable {form} file", DataError, try_="fetch it again"):
         yield pyarrow
 
 

@@ -8,20 +8,7 @@ from shlex import quote
 from typing import NamedTuple, TextIO
 
 from qdist.core.errors import DataError
-from qdist.host.record_types import readable
-
-_MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),  # starts with the mark of UTF-16, so it is asked for first
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-UTF8 = "utf-8-sig"
-
-
-def encoding_of(head: bytes) -> str:
-    """The encoding that the byte order mark of a file says; UTF-8 where there is none."""
-    return next((name for mark, name in _MARKS if head.startswith(mark)), UTF8)
+from qdist.host.opening import UTF8, encoding_of, readable
 
 
 @contextmanager
@@ -30,7 +17,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
 
     Raises DataError for what cannot be read or is not text in its encoding.
     """
-    with readable(path):
+    with readable(path, DataError):
         with path.open("rb") as file:
             encoding = encoding_of(file.read(4))
         with path.open(encoding=encoding, newline="\n") as stream:

@@ -15,9 +15,10 @@ from shlex import quote
 from typing import Any
 
 from qdist.core.errors import DataError, MachineError, nearest
+from qdist.host.opening import readable, told
 from qdist.host.record_files import SUFFIXES, check_file, file_digest, file_records, refuse_special
 from qdist.host.record_folders import Chosen, choose_files
-from qdist.host.record_types import Located, library_failures, readable
+from qdist.host.record_types import Located
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^/\s]+)?")
 _WEB = re.compile(r"(https?|hf|s3|gs)://(\S+)")
@@ -72,7 +73,7 @@ def _chosen(source: str) -> Chosen | None:
     if not source.strip():
         raise DataError("no data was named", try_="--data FILE")
     path = _path(source)
-    with readable(path):
+    with readable(path, DataError):
         if path.is_dir():
             return choose_files(path)
         if path.exists() or path.is_symlink():
@@ -156,11 +157,9 @@ def _hub(name: str) -> Iterator[Any]:
     """The package datasets, with what it and its HTTP client raise about `name` told as a DataError."""
     try:
         import datasets
-        import httpx
     except ImportError as error:
         message = f"{name} is no file here, and the hub needs the package datasets"
         raise MachineError(message, try_="pip install datasets") from error
     message = f"{name} is no file here, and the hub did not give it"
-    own = (datasets.exceptions.DatasetsError, httpx.HTTPError)
-    with library_failures(message, *own, try_="a file or folder, or owner/name:split"):
+    with told(message, DataError, try_="a file or folder, or owner/name:split"):
         yield datasets

@@ -15,6 +15,7 @@ from qdist.core.units import format_bytes
 from qdist.host.cached import files_digest
 from qdist.host.disk import free_bytes, obstacle, require_space
 from qdist.host.files import cache_path, unusable_cache
+from qdist.host.fingerprints import require_same_original
 from qdist.host.rundir import RunDir
 from qdist.host.state import launcher_is_gone, state_of
 from qdist.host.survey import counted
@@ -91,7 +92,9 @@ def refuse_small_disk(plan: Plan, run: RunDir) -> None:
 
 
 def refuse_other_files(old: Plan, run: RunDir) -> None:
-    """Raise RunError where a run's files are known to be others than those it was started with."""
+    """Raise RunError where a run's model or data are known to be others than those it was started with."""
+    if Path(old.source.path).is_dir():
+        require_same_original(old.source, run=str(run.path))
     data, now = old.data, files_digest(old.spec.data)
     if data is not None and data.digest and now not in ("", data.digest):
         raise _other_data(old, run, f"{counted(old.spec):,} records now")

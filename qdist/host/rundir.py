@@ -1,19 +1,21 @@
 """The run directory: the contract between the launcher, the ranks and every later command."""
 
-import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
 from qdist.core.cluster import Cluster
 from qdist.core.errors import RunError, nearest
 from qdist.core.plan import VERSION, Plan, digest
+from qdist.core.quoting import resuming
+from qdist.host.opening import converted, read_object
 
 PLAN, RESULT, STOP, LOCK = "plan.json", "result.json", "stop", ".lock"
 ENDED, MACHINE = "ended.json", "machine.json"
+_AGAIN = "start the run again"
 T = TypeVar("T")
 _AT_FIRST = re.compile(
     r"\.lock|(recipe\.toml|(machine|versions|deepspeed|accelerate)\.json|launch\.sh)|\..+\.[a-z0-9_]{8}\.tmp"
@@ -31,6 +33,30 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
     try_: str = ""
     time: float
     """Seconds since the epoch."""
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+
+
+class _Speeds(msgspec.Struct, frozen=True):
+    predicted: float | None = None
+    measured: float | None = None
+
+
+class _Result(msgspec.Struct):
+    """The kinds of what `result.json` holds."""
+
+    steps: _Count = 0
+    held_out: list[tuple[_Count, float]] = []
+    answers: list[dict[str, str]] = []
+    adapter_bytes: _Count = 0
+    adapter_parameters: _Count = 0
+    peak_bytes: dict[str, _Count] = {}
+    peaks: list[list[dict[str, _Count]]] = []
+    held: list[dict[str, _Count]] = []
+    tokens_per_s: _Speeds = _Speeds()
+    start_seconds: dict[str, float | None] = {}
+    loading: dict[str, float] = {}
 
 
 class RunDir:
@@ -88,19 +114,16 @@ class RunDir:
 
     def plan(self) -> Plan:
         """The plan of this run. Raises RunError where there is none or it is of another version."""
-        try:
-            raw = (self.path / PLAN).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            raise RunError(f"{self.path} is not a run: it has no {PLAN}", try_=self._runs_nearby()) from None
-        version = _json(raw, self.path / PLAN).get("version")
+        path = self.path / PLAN
+        if not os.path.lexists(path):
+            raise RunError(f"{self.path} is not a run: it has no {PLAN}", try_=self._runs_nearby())
+        found = read_object(path, RunError, try_=_AGAIN)
+        version = found.get("version")
         if version != VERSION:
             raise RunError(
                 f"{self.path} was planned by another qdist (plan version {version}, this one reads {VERSION})"
             )
-        try:
-            return msgspec.json.decode(raw, type=Plan)
-        except msgspec.DecodeError as error:
-            raise RunError(f"{self.path / PLAN} is not a plan: {error}", try_="start the run again") from None
+        return converted(found, Plan, f"{path} is not a plan", RunError, try_=_AGAIN)
 
     def _runs_nearby(self) -> str:
         """Runs inside this folder, beside it, or in `runs/`: what the user may have meant."""
@@ -139,7 +162,10 @@ class RunDir:
 
     def result(self) -> dict[str, Any] | None:
         """What a finished run wrote last, or None while it is unfinished."""
-        return _object(self.path / RESULT)
+        found = _object(self.path / RESULT)
+        if found is not None:
+            converted(found, _Result, str(self.path / RESULT), RunError, try_=resuming(self.path))
+        return found
 
     def ended(self) -> Ended | None:
         """How the last launch ended where it was not by finishing; None while it runs, or when nobody could say."""
@@ -153,31 +179,19 @@ class RunDir:
         return (self.path / STOP).exists()
 
 
-def _json(raw: bytes, path: Path) -> dict[str, Any]:
-    try:
-        loaded = json.loads(raw)
-    except ValueError as error:  # bytes that are no text raise one as well
-        raise RunError(f"{path} is not JSON: {error}", try_="start the run again") from None
-    if not isinstance(loaded, dict):
-        raise RunError(f"{path} is not a JSON object", try_="start the run again")
-    return loaded
-
-
 def _object(path: Path) -> dict[str, Any] | None:
     """What a file holds; None where there is none, or no longer."""
     try:
-        raw = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+        return read_object(path, RunError, try_=_AGAIN)
+    except RunError:
+        if os.path.lexists(path):
+            raise
         return None
-    return _json(raw, path)
 
 
 def _typed(path: Path, kind: type[T]) -> T | None:
     found = _object(path)
-    try:
-        return None if found is None else msgspec.convert(found, kind)
-    except msgspec.ValidationError as error:
-        raise RunError(f"{path} is of another qdist: {error}", try_="start the run again") from None
+    return None if found is None else converted(found, kind, f"{path} is of another qdist", RunError, try_=_AGAIN)
 
 
 def of_ranks(folder: Path, suffix: str) -> list[Path]:

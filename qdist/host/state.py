@@ -7,7 +7,9 @@ import socket
 
 import msgspec
 
+from qdist.core.errors import RunError
 from qdist.core.events import State
+from qdist.host.opening import read_typed
 from qdist.host.pulses import stat_of
 from qdist.host.rundir import LOCK, RunDir, of_ranks
 
@@ -84,6 +86,6 @@ def is_anothers(run: RunDir, launch: str) -> bool:
 
 def _holder(run: RunDir) -> Holder | None:
     try:
-        return msgspec.json.decode((run.path / LOCK).read_bytes(), type=Holder)
-    except (OSError, msgspec.DecodeError):
+        return read_typed(run.path / LOCK, Holder, RunError)
+    except RunError:
         return None

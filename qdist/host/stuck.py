@@ -15,6 +15,8 @@ from qdist.host.rundir import RunDir
 SILENT_S = 10.0
 """A beat comes every second; without one for so long the process is stopped, gone, or starved."""
 _STACKS_S = 5.0
+_START_S = 120.0
+"""For the first beat at least: what starts the ranks imports torch before, from a network disk perhaps."""
 
 
 class Trouble(NamedTuple):
@@ -114,7 +116,7 @@ class Watchdog:
             self._awake = now
         self._last = now
         pulses = {rank: pulse for rank, pulse in read_pulses(self._run).items() if pulse.launch == self._launch}
-        if (never := sorted(self._ranks - pulses.keys())) and now - self._awake >= self._after_s:
+        if (never := sorted(self._ranks - pulses.keys())) and now - self._awake >= max(self._after_s, _START_S):
             which = f"rank {never[0]}" if len(never) == 1 else f"ranks {', '.join(map(str, never))}"
             return f"{which} gave no sign of life within {format_duration(now - self._awake)} of the start"
         found = troubles(pulses, now=now, after_s=self._after_s, since=self._awake)

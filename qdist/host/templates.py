@@ -1,7 +1,6 @@
 """Finds the shipped data folders `launch/` and `ds_configs/`, from a wheel and from a checkout alike."""
 
 import json
-import tomllib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from qdist.core.errors import ModelError, SpecError, nearest
 from qdist.core.models import lookup
 from qdist.core.quoting import quoted
+from qdist.host.opening import read_toml
 from qdist.host.record_files import SUFFIXES
 
 
@@ -40,10 +40,7 @@ def read_recipe(name: str) -> dict[str, Any]:
             raise SpecError(f"no recipe {name!r}", try_=_meant(path, shipped))
     if path.suffix.lower() in SUFFIXES:
         raise SpecError(f"{path} is data, not a recipe", try_=quoted("--data", path))
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: {error}", try_="TOML: key = value, sections in [brackets]") from None
+    return read_toml(path, SpecError, try_="TOML: key = value, sections in [brackets]")
 
 
 def _meant(path: Path, shipped: Collection[str]) -> str:

@@ -1,10 +1,36 @@
-"""An error as standard error shows it: of a command, or of a process that a command started."""
+"""What is printed, by commands and by the processes that they start: clean, and never with a traceback of its own.
 
+Everything goes through `say`: names of files, a model's answers, logs and libraries' messages are others' words.
+"""
+
+import io
+import os
+import re
 import shutil
 import sys
 
 from qdist.core.errors import QdistError
 from qdist.core.fitting import fitted
+from qdist.core.printing import printable
+
+BROKEN_PIPE = 141
+"""Exit code of a program whose reader went away, as shells give it (128 + SIGPIPE)."""
+_LONGEST_LINE = 2000
+_ERASE = "\r\033[K"
+_UNSEEN = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u206f\ufeff]")
+
+
+def say(text: str = "", *, err: bool = False, end: str = "\n", over: bool = False) -> None:
+    """Print a text without what could control a terminal.
+
+    err: to standard error. over: in place of the line that stands there.
+    """
+    print((_ERASE if over else "") + printable(text), end=end, file=sys.stderr if err else sys.stdout, flush=True)
+
+
+def say_json(encoded: bytes) -> None:
+    """Print JSON; characters that could control a terminal are escaped, which changes no value."""
+    say(_UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", encoded.decode()))
 
 
 def error_text(error: QdistError) -> str:
@@ -12,10 +38,72 @@ def error_text(error: QdistError) -> str:
 
     Fitted to standard error where it is a terminal; what may be copied, and a log's lines, stay as they are.
     """
-    text = f"error: {error}"
+    lines = [_short(line) for line in printable(f"error: {error}").split("\n")]
     if not sys.stderr.isatty():
-        return text
+        return "\n".join(lines)
     width, found = shutil.get_terminal_size().columns, list[str]()
-    for line in text.splitlines():
+    for line in lines:
         found += [line] if line.startswith(("  | ", "  try: ")) else fitted(line, width, margin=len("error: "))
     return "\n".join(found)
+
+
+def _short(line: str) -> str:
+    more = len(line) - _LONGEST_LINE
+    return line if more <= 0 else f"{line[:_LONGEST_LINE]}... ({more:,} more characters)"
+
+
+def guard_output() -> None:
+    """Make standard output and error ones that cannot fail with a traceback, whatever they lead to.
+
+    Closed from the start, they lead nowhere. Where output's reader goes away, the program ends with BROKEN_PIPE; on a
+    full disk with a sentence and 1. What standard error does not take is lost. Characters that an encoding lacks are
+    escaped.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # The lowest free number is the closed one's: what is opened later must not get it.
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    if sys.stdout is sys.__stdout__ and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout = _Output(sys.stdout)
+    if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr = _Guarded(sys.stderr)
+
+
+class _Guarded(io.TextIOWrapper):
+    """A stream over the bytes of another. What cannot be written is lost."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        self._descriptor = stream.fileno()
+        super().__init__(
+            stream.buffer, encoding=stream.encoding, errors="backslashreplace", line_buffering=stream.line_buffering
+        )
+
+    def write(self, text: str, /) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            self._fail(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        """Lead to nowhere from now on, so that what is still held back fails no more."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._descriptor)
+        os.close(nowhere)
+
+
+class _Output(_Guarded):
+    """What cannot be written ends the program: a command has nothing else to do."""
+
+    def _fail(self, error: OSError) -> None:
+        super()._fail(error)
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(BROKEN_PIPE)
+        say(f"error: standard output cannot be written: {error.strerror}", err=True)
+        raise SystemExit(1)

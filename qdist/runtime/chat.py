@@ -1,12 +1,12 @@
 """A conversation with a model on a terminal; answers appear as they are written."""
 
 import signal
-import sys
 from itertools import takewhile
 from typing import Any
 
 from qdist.core.conversation import Conversation, Turn
 from qdist.core.errors import DataError, nearest
+from qdist.host.terminal import say
 from qdist.runtime.complete import answer_of, as_written, complete, text_of
 from qdist.runtime.load import ROOM_TOKENS, open_model
 from qdist.runtime.prompts import Speech, encode_prompts, speech_of
@@ -30,14 +30,14 @@ def chat(target: str, *, max_new_tokens: int, system: str, max_memory_bytes: int
         _encoded((*opening, Turn("user", "?", False)), speech, where="--system")
     opened = open_model(target, tokens=ROOM_TOKENS, max_memory_bytes=max_memory_bytes, needs_tokenizer=True)
     for line in filter(None, (opened.where, speech.note)):
-        print(line, file=sys.stderr, flush=True)
-    print("type a message; /help tells the commands, an empty line leaves", flush=True)
+        say(line, err=True)
+    say("type a message; /help tells the commands, an empty line leaves")
     turns = opening
     while (text := _typed()) not in ("", "/quit"):
         if text == "/new":
             turns = opening
         elif text.startswith("/"):
-            print(_about(text), flush=True)
+            say(_about(text))
         else:
             turns = _exchange(opened.model, speech, (*turns, Turn("user", text, False)), max_new_tokens)
 
@@ -47,7 +47,7 @@ def _typed() -> str:
     try:
         return input("> ").strip()
     except (EOFError, KeyboardInterrupt):
-        print()
+        say()
         return ""
 
 
@@ -64,7 +64,7 @@ def _exchange(model: Any, speech: Speech, turns: tuple[Turn, ...], max_new_token
     try:
         prompt = _encoded(turns, speech, where="the conversation")
     except DataError as error:
-        print(f"{error.message}; /new starts over", flush=True)
+        say(f"{error.message}; /new starts over")
         return turns[:-1]
     room = max_new_tokens if speech.positions is None else min(max_new_tokens, speech.positions - len(prompt))
     printer = _Printer(speech)
@@ -104,7 +104,7 @@ class _Printer:
     def end(self) -> None:
         """What was held back, and the end of the line."""
         self._print(self._text())
-        print(flush=True)
+        say()
 
     def answer(self, model: Any) -> list[int]:
         """The tokens that were written, up to the end of the answer."""
@@ -123,5 +123,5 @@ class _Printer:
 
     def _print(self, text: str) -> None:
         if len(text) > len(self._printed):
-            print(text[len(self._printed) :], end="", flush=True)
+            say(text[len(self._printed) :], end="")
             self._printed = text

@@ -8,20 +8,23 @@ import sys
 
 from qdist.core.errors import QdistError
 from qdist.host.children import hear_ctrl_c
-from qdist.host.terminal import error_text
+from qdist.host.terminal import error_text, guard_output, say
 
 
 def main() -> None:
     """With what follows the module's name as its arguments."""
     del sys.argv[0]
+    guard_output()
     try:
         hear_ctrl_c()
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     except QdistError as error:
-        print(error_text(error), file=sys.stderr, flush=True)
+        say(error_text(error), err=True)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    finally:
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

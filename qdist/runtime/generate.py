@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from qdist.core.conversation import Conversation
 from qdist.host.files import sync, write_atomic
 from qdist.host.prompts import read_prompts
 from qdist.host.rundir import PLAN, RunDir
+from qdist.host.terminal import say
 from qdist.runtime.chat import chat
 from qdist.runtime.complete import complete, text_of
 from qdist.runtime.load import open_model
@@ -60,9 +60,9 @@ def _answer(
     tokens = batch * (max(map(len, encoded)) + most)
     opened = open_model(target, tokens=tokens, max_memory_bytes=cap, needs_tokenizer=True)
     for line in filter(None, (opened.where, speech.note)):
-        print(line, file=sys.stderr, flush=True)
+        say(line, err=True)
     if kept.answers:
-        print(f"{len(kept.answers)} of {len(encoded)} answers are there already", file=sys.stderr, flush=True)
+        say(f"{len(kept.answers)} of {len(encoded)} answers are there already", err=True)
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         found = complete(
@@ -71,7 +71,7 @@ def _answer(
             end_text=speech.wording.end_text,
         )  # fmt: skip
         kept.add({index: text_of(opened.tokenizer, ids) for index, ids in zip(chosen, found, strict=True)})
-        print(f"{len(kept.answers)}/{len(encoded)} answered", file=sys.stderr, flush=True)
+        say(f"{len(kept.answers)}/{len(encoded)} answered", err=True)
 
 
 def _room(speech: Speech, prompts: Sequence[list[int]], wanted: int) -> int:
@@ -83,11 +83,10 @@ def _most_new(speech: Speech, encoded: Sequence[list[int]], wanted: int) -> int:
     """The most that an answer may have; says where positions end some of them earlier."""
     short = sum(_room(speech, [prompt], wanted) < wanted for prompt in encoded)
     if short:
-        print(
+        say(
             f"note: {short} of {len(encoded)} prompts leave fewer than {wanted} of the model's {speech.positions:,} "
             "positions: their answers are cut there",
-            file=sys.stderr,
-            flush=True,
+            err=True,
         )
     return max(_room(speech, [prompt], wanted) for prompt in encoded)
 
@@ -146,7 +145,7 @@ def main() -> None:
         chat(given.target, system=given.system, **shared)
     else:
         count = generate_file(given.target, given.prompts, given.out, batch=given.batch, **shared)
-        print(f"{count} answers in {given.out}")
+        say(f"{count} answers in {given.out}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ from qdist.core.errors import ModelError
 from qdist.core.facts import own_code
 from qdist.host.cached import converted_folder
 from qdist.host.files import cache_dir, locked, publish_folder
+from qdist.host.opening import told
 from qdist.host.sources import Located, read_json
 from qdist.host.targets import require_readable
+from qdist.host.terminal import say
 
 
 def materialize(located: Located) -> Path:
@@ -49,32 +51,34 @@ def _convert(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    print(f"converting {file.name}, once: the result is cached", flush=True)
+    from qdist.runtime.recorded_sums import keep_computed_sums
+
+    say(f"converting {file.name}, once: the result is cached")
     beside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
-    try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # a progress bar of 272 lines
-            model = AutoModelForCausalLM.from_pretrained(
-                str(file.parent), gguf_file=file.name, dtype=torch.bfloat16, trust_remote_code=False
-            )
-            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelError(
-            f"{file} cannot be converted: {error}", try_="a GGUF file of a Llama, Mistral or Qwen model"
-        ) from error
+    with (
+        told(f"{file} cannot be converted", ModelError, try_="a GGUF file of a Llama, Mistral or Qwen model"),
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stderr(nowhere),  # a progress bar of 272 lines
+    ):
+        model = AutoModelForCausalLM.from_pretrained(
+            str(file.parent), gguf_file=file.name, dtype=torch.bfloat16, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
     # transformers keeps calling the model GGUF-quantized and refuses to save it.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     model.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
+    keep_computed_sums(beside)
     publish_folder(beside, folder)
 
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
+    other = "a local folder, --load-format dummy, or HF_TOKEN for a gated model"
+    with told(f"{hub_id} cannot be fetched from the hub", ModelError, try_=other):
         _require_class(Path(snapshot_download(hub_id, allow_patterns=["config.json"])), hub_id)
         folder = Path(
             snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
@@ -82,8 +86,3 @@ def _download(hub_id: str) -> Path:
         if not any(folder.glob("*.safetensors")):  # older models have torch's own files alone
             snapshot_download(hub_id, allow_patterns=["*.bin"])
         return folder
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"{hub_id} cannot be fetched from the hub: {str(error).splitlines()[0]}",
-            try_="a local folder, --load-format dummy, or HF_TOKEN for a gated model",
-        ) from error

@@ -1,9 +1,9 @@
 """Merges runs, exactly or into 16 bits, and says what it costs: `python -m qdist.runtime.merge RUN... --out OUT`."""
 
-import sys
 from typing import NamedTuple
 
 from qdist.core.units import counted
+from qdist.host.terminal import say
 from qdist.runtime.exports import sixteen
 from qdist.runtime.exports.backbone import Backbone, Onto
 from qdist.runtime.exports.evaluation import Evaluation, Loss, losses_of
@@ -62,7 +62,7 @@ def report(losses: Losses) -> str:
 def merge_exactly(job: Export) -> str:
     """Write QA-LoRA's checkpoint with offsets; what differs from the adapter, in weights and in losses."""
     adapters = job.adapters
-    difference = merge_offsets(adapters, job.out, lambda line: print(f"  {line}", file=sys.stderr, flush=True))
+    difference = merge_offsets(adapters, job.out, lambda line: say(f"  {line}", err=True))
     relative, largest = difference.relative, difference.largest
     kept = f"; all {difference.unchanged} tensors of the base as they were" if difference.unchanged else ""
     lines = [
@@ -79,7 +79,7 @@ def main() -> None:
     """Started by the command line, which has checked the flags."""
     quiet()
     job = job_from(parser().parse_args())
-    print(merge_exactly(job) if job.adapters.pool > 1 else report(merge(job)))
+    say(merge_exactly(job) if job.adapters.pool > 1 else report(merge(job)))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-
 from qdist.core.errors import ModelError
-
-_WRONG = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, StrictDataclassError)
-"""What transformers ends with on values of another kind or size than it computes with."""
+from qdist.host.opening import told
 
 
 def open_config(folder: Path) -> Any:
@@ -24,11 +20,5 @@ def open_config(folder: Path) -> Any:
 @contextmanager
 def refused(folder: Path) -> Iterator[None]:
     """What transformers raises in this block is the fault of the folder's config.json: raise ModelError instead."""
-    try:
+    with told(f"{folder}/config.json: transformers makes no model of it", ModelError, try_="its published config.json"):
         yield
-    except _WRONG as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ModelError(
-            f"{folder}/config.json: transformers makes no model of it: {' '.join(lines[:2]) or type(error).__name__}",
-            try_="its published config.json",
-        ) from error

@@ -22,7 +22,9 @@ from qdist.core.errors import ModelError
 from qdist.core.packing import FORMAT, Packing
 from qdist.host.checkpoints import INDEX, weight_map
 from qdist.host.files import sync, write_atomic
+from qdist.host.opening import converted, read_object, require_file, told
 from qdist.runtime.checksum import tensor_checksum
+from qdist.runtime.tensor_sums import Sums, require_sums
 
 MANIFEST = "qdist.json"
 _NAMES = {
@@ -82,22 +84,25 @@ def entries_of(tensors: Mapping[str, torch.Tensor]) -> list[Entry]:
     ]
 
 
-def stored_entries(folder: Path, file: str) -> list[Entry]:
-    """The tensors of a file, read one at a time when their turn comes."""
+def stored_entries(folder: Path, file: str, sums: Sums | None = None) -> list[Entry]:
+    """The tensors of a file, read one at a time when their turn comes. sums: see `read_tensor`."""
     kinds = {name: dtype for dtype, name in _NAMES.items()}
     with opened(folder / file) as handle:
         parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  (a handle is no dict)
         return [
-            Entry(name, kinds[part.get_dtype()], tuple(part.get_shape()), partial(_read, folder / file, name))
+            Entry(
+                name, kinds[part.get_dtype()], tuple(part.get_shape()), partial(read_tensor, folder / file, name, sums)
+            )
             for name, part in parts.items()
         ]
 
 
-def _read(file: Path, name: str) -> torch.Tensor:
+def read_tensor(file: Path, name: str, sums: Sums | None = None) -> torch.Tensor:
+    """One tensor of a file. Raises ModelError where it is not what `sums` says of it."""
     # Opened anew each time: the pages of a mapping that stays open count as memory of this process.
     with opened(file) as handle:
         tensor: torch.Tensor = handle.get_tensor(name)
-    return tensor
+    return require_sums(file, name, tensor, sums)
 
 
 def file_name(position: int, layers: int) -> str:
@@ -171,26 +176,23 @@ def read_manifest(folder: str | Path) -> Manifest | None:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         return None
-    raw = path.read_bytes()
-    try:
-        found = json.loads(raw)["format"]
-        if found == FORMAT:
-            return msgspec.json.decode(raw, type=Manifest)
-    except (ValueError, KeyError, msgspec.DecodeError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", try_="pack the model again") from None
+    again = "pack the model again"
+    content = read_object(path, ModelError, try_=again)
+    found = content.get("format")
+    if found == FORMAT:
+        return converted(content, Manifest, str(path), ModelError, try_=again)
     raise ModelError(f"{folder} has packing format {found}, this qdist reads {FORMAT}", try_="pack the model again")
 
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
     """A safetensors file, mapped; its pages are given back at the end. Raises ModelError where it is not whole."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(file, framework="pt") as handle:
-            yield handle
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ModelError(f"{file}: {error}", try_="download or pack the model again") from error
+    again = "download or pack the model again"
+    require_file(file, ModelError, try_=again)
+    with told(str(file), ModelError, try_=again), safe_open(file, framework="pt") as handle:
+        yield handle
 
 
 def tensor_files(folder: Path) -> dict[str, str]:

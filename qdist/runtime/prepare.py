@@ -54,6 +54,7 @@ def prepare(spec: RunSpec) -> Prepared:
     from qdist.runtime.fullest import fullest
     from qdist.runtime.materialize import materialize
     from qdist.runtime.model_config import open_config
+    from qdist.runtime.recorded_sums import digest_of_folder
     from qdist.runtime.special_tokens import repair
     from qdist.runtime.tokenizer import open_tokenizer
     from qdist.runtime.wording import keep_wording
@@ -86,6 +87,8 @@ def prepare(spec: RunSpec) -> Prepared:
             path=str(folder),
             packed=str(packed.folder),
             fingerprint=fingerprint(packed.folder) if as_it_came else "",
+            original=fingerprint(folder),
+            digest=digest_of_folder(packed.folder),
             gptq=gptq,
             config=config,
             tokenizer=str(_keep_tokenizer(tokenizer)),

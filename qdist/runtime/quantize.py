@@ -2,9 +2,7 @@
 
 import argparse
 import hashlib
-import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,7 +15,8 @@ from qdist.core.quoting import command
 from qdist.core.units import format_bytes, format_duration
 from qdist.host import cached
 from qdist.host.files import cache_dir, locked
-from qdist.host.sources import locate
+from qdist.host.sources import locate, read_json
+from qdist.host.terminal import say
 from qdist.runtime.packed_folder import Manifest
 from qdist.runtime.quantize_pack import pack
 from qdist.runtime.quantize_source import blueprint, check_packed, quantized_as, streamed
@@ -76,7 +75,7 @@ def quantize(model: str, out: Path, packing: Packing) -> Manifest:
 def _already(folder: Path, name: str) -> Packing | None:
     """How the model is packed as it comes, or None. A folder without config.json is refused where it is read."""
     config = folder / "config.json"
-    return quantized_as(json.loads(config.read_text()), name=name) if config.is_file() else None
+    return quantized_as(read_json(config), name=name) if config.is_file() else None
 
 
 def _require_same(name: str, there: Packing, wanted: Packing) -> None:
@@ -99,7 +98,7 @@ def _alone(out: Path, name: str) -> Iterator[None]:
         try:
             stack.enter_context(locked(lock, busy=f"{out} is being packed"))
         except RunError:
-            print(f"waiting: another process is packing {name}", file=sys.stderr, flush=True)
+            say(f"waiting: another process is packing {name}", err=True)
             stack.enter_context(locked(lock))
         yield
 
@@ -122,8 +121,8 @@ def main() -> None:
     began = time.monotonic()
     manifest = quantize(given.model, given.out, packing)
     took = format_duration(time.monotonic() - began)
-    print(f"{given.out}: {packing}, {manifest.layers} layers, {format_bytes(manifest.bytes)}, {took}")
-    print(f"use it  {command('launch', '--model', given.out, *_flags(packing), '--data', 'FILE')}")
+    say(f"{given.out}: {packing}, {manifest.layers} layers, {format_bytes(manifest.bytes)}, {took}")
+    say(f"use it  {command('launch', '--model', given.out, *_flags(packing), '--data', 'FILE')}")
 
 
 def _flags(packing: Packing) -> list[str]:

@@ -14,9 +14,10 @@ import torch
 
 from qdist.core.packing import Packing
 from qdist.core.units import format_bytes
-from qdist.host.cached import BESIDE, source_identity, work_folder
+from qdist.host.cached import BESIDE, CHECKSUMS, source_identity, work_folder
 from qdist.host.disk import require_space
 from qdist.host.files import publish_folder
+from qdist.host.terminal import say
 from qdist.runtime.packed_folder import (
     MANIFEST,
     Entry,
@@ -175,7 +176,11 @@ def goes_along(path: Path) -> bool:
     """Whether a part of a model is copied as it is: tokenizer, chat templates, generation settings."""
     if path.name == TEMPLATES and path.is_dir():
         return True
-    ours = path.name in ("config.json", MANIFEST) or path.name.endswith(".index.json") or path.name.startswith(".")
+    ours = (
+        path.name in ("config.json", MANIFEST, CHECKSUMS)
+        or path.name.endswith(".index.json")
+        or path.name.startswith(".")
+    )
     return path.is_file() and path.suffix in BESIDE and not ours
 
 
@@ -190,7 +195,7 @@ class _Progress:
         self._live = sys.stderr.isatty()
         size = format_bytes(sum(job.bytes(position) for position in files.values()))
         again = f"; {len(written)} of {len(files)} files are there already" if written else ""
-        print(f"packing {name} to {job.packing}, once: {size}{again}", file=sys.stderr, flush=True)
+        say(f"packing {name} to {job.packing}, once: {size}{again}", err=True)
 
     def done(self, position: int) -> None:
         self._done += self._sizes[position]
@@ -201,5 +206,4 @@ class _Progress:
             rate = (self._done - self._before) / 1e6 / max(1e-9, time.monotonic() - self._began)
             layer = f"layer {min(position + 1, self._layers)} of {self._layers}"
             line = f"  {layer}, {format_bytes(self._done)} of {format_bytes(self._total)} read, {rate:.0f} MB/s"
-            start, end = ("\r\033[K", "\n" if last else "") if self._live else ("", "\n")
-            print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
+            say(line, end="" if self._live and not last else "\n", err=True, over=self._live)

@@ -1,19 +1,20 @@
 """What a tokenized data set is, in memory and as a file."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from qdist.core.conversation import Wording
 from qdist.core.errors import DataError
 from qdist.core.quoting import quoted
 from qdist.host.files import replacing, sync
+from qdist.host.opening import require_file, told
+from qdist.runtime.sealed import is_intact, sealed
 
 IGNORED = -100
 """The label of a token without loss, as transformers and torch have it."""
@@ -68,27 +69,23 @@ def save(tokenized: TokenizedSet, path: Path, *, key: str) -> None:
     arrays = {"tokens": tokenized.tokens, "labels": tokenized.labels, "offsets": tokenized.offsets}
     summary = msgspec.json.encode(tokenized.summary).decode()
     with replacing(path) as (_, beside):
-        save_file(arrays, beside, metadata={"key": key, "summary": summary})
+        save_file(arrays, beside, metadata=sealed(arrays, {"key": key, "summary": summary}))
     sync(path.parent)
 
 
 def load(path: Path, *, key: str) -> TokenizedSet:
-    """Map the set at `path` into memory; nothing is read before it is used.
+    """Map the set at `path` into memory; it is summed, and then read again as it is used.
 
     Raises DataError when the file is damaged or was written for another key.
     """
-    with _readable(path), safe_open(path, framework="pt", device="cpu") as stored:
+    gone = quoted("rm", path)
+    require_file(path, DataError, try_=gone)
+    with told(f"{path} is damaged", DataError, try_=gone), safe_open(path, framework="pt", device="cpu") as stored:
         found = stored.metadata() or {}
+        arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (a handle is no dict)
+        if not is_intact(arrays, found):
+            raise DataError(f"{path} is damaged: it does not hold the tokens that were written", try_=gone)
         if found.get("key") != key:
-            raise DataError(f"{path} holds key {found.get('key')}, not {key}", try_=quoted("rm", path))
+            raise DataError(f"{path} holds key {found.get('key')}, not {key}", try_=gone)
         summary = msgspec.json.decode(found["summary"], type=Summary)
-        tokens, labels, offsets = (stored.get_tensor(name) for name in ("tokens", "labels", "offsets"))
-    return TokenizedSet(tokens, labels, offsets, summary)
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except SafetensorError as error:
-        raise DataError(f"{path} is damaged: {error}", try_=quoted("rm", path)) from error
+    return TokenizedSet(arrays["tokens"], arrays["labels"], arrays["offsets"], summary)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qdist.core.errors import ModelError
+from qdist.host.opening import told
 from qdist.host.sources import read_json
 
 BESIDE = "put its tokenizer.json beside the weights"
@@ -13,6 +14,8 @@ _FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt",
     "spiece.model", "sentencepiece.bpe.model", "*.tiktoken",
 )  # fmt: skip
+_OF_FILES = (OSError, ValueError, KeyError)
+"""What transformers says of files that are not there or do not go together; of other classes it trips over values."""
 TEMPLATES = "additional_chat_templates"
 """The folder in which transformers keeps chat templates beside the default one."""
 
@@ -39,16 +42,13 @@ def open_tokenizer(folder: Path, lacking: str, *, try_: str = BESIDE) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        with told("", ModelError):
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except ModelError as error:
         _require_json(folder)
-        raise ModelError(": ".join(filter(None, (lacking, _reason(error)))), try_=try_) from error
-    except Exception as error:
-        # tokenizers raises Exception itself for all that it cannot read; transformers trips over values of other kinds.
-        if type(error) in (Exception, TypeError, AttributeError):
-            _require_json(folder)
-            raise _unreadable(folder, error) from error
-        raise
+        if type(error.__cause__) in _OF_FILES:
+            raise ModelError(": ".join(filter(None, (lacking, _reason(error)))), try_=try_) from error.__cause__
+        raise _unreadable(folder, error) from error.__cause__
 
 
 def _require_json(folder: Path) -> None:
@@ -57,8 +57,10 @@ def _require_json(folder: Path) -> None:
         read_json(file)
 
 
-def _unreadable(folder: Path, error: Exception) -> ModelError:
-    file, library = ("tokenizer.json", "tokenizers") if type(error) is Exception else ("the tokenizer", "transformers")
+def _unreadable(folder: Path, error: ModelError) -> ModelError:
+    # tokenizers raises Exception itself for all that it cannot read.
+    by_tokenizers = type(error.__cause__) is Exception
+    file, library = ("tokenizer.json", "tokenizers") if by_tokenizers else ("the tokenizer", "transformers")
     return ModelError(
         f"{folder}: {file} was written by a newer version of {library} than {metadata.version(library)}, or is "
         f"damaged: {_reason(error)}",
@@ -66,7 +68,7 @@ def _unreadable(folder: Path, error: Exception) -> ModelError:
     )
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: ModelError) -> str:
     """The first line; empty where it only announces the lines behind it."""
-    first = str(error).partition("\n")[0].strip()
-    return "" if first.endswith(":") else first
+    first = str(error.__cause__).partition("\n")[0].strip()
+    return "" if first.endswith(":") else error.message.removeprefix(": ")

@@ -18,10 +18,13 @@ from typing import Any
 from qdist.core.errors import RunError
 from qdist.core.events import Event, decode_lines
 from qdist.core.plan import Plan
+from qdist.core.quoting import quoted
 from qdist.core.spec import flatten, json_text
 from qdist.core.units import GIB, format_duration
 from qdist.host.files import write_atomic
+from qdist.host.opening import read_typed
 from qdist.host.rundir import RunDir
+from qdist.host.terminal import say
 from qdist.host.trackers import refuse_missing
 
 KEPT = "trackers.json"
@@ -75,7 +78,7 @@ def start(plan: Plan, run: RunDir, rank: int) -> "Trackers":
         except failures_of(name) as error:
             raise RunError(f"the tracker {name} did not start: {_said(error)}", try_=_REMEDIES[name]) from error
         if goes_on:
-            print(f"tracker {name} goes on in {known_as}", flush=True)
+            say(f"tracker {name} goes on in {known_as}")
         kept[name] = known_as or tracker.tracker.info.run_id
         started.append(Guarded(name, tracker, thread=thread))
     if names:
@@ -183,7 +186,7 @@ class Guarded:
     def _fail(self, error: Exception) -> None:
         if not self._error:
             pause = format_duration(self._pause_s)
-            print(f"warning: the tracker {self.name} failed and is asked again in {pause}: {_said(error)}", flush=True)
+            say(f"warning: the tracker {self.name} failed and is asked again in {pause}: {_said(error)}")
         self._error = _said(error)
         self._silent_until = self._clock() + self._pause_s
         self._pause_s *= 2
@@ -231,7 +234,7 @@ class Trackers:
         said = [sentence for tracker in self._open if (sentence := tracker.finish())]
         self._open.clear()
         for sentence in said:
-            print(f"warning: {sentence}; all of them are in events/", flush=True)
+            say(f"warning: {sentence}; all of them are in events/")
         return "; ".join(said)
 
 
@@ -303,7 +306,7 @@ _MAKERS: dict[str, Callable[[RunDir, str], tuple[Any, str]]] = {
 
 def _kept(run: RunDir) -> dict[str, str]:
     path = run.path / KEPT
-    return json.loads(path.read_bytes()) if path.is_file() else {}
+    return read_typed(path, dict[str, str], RunError, try_=quoted("rm", path)) if path.exists() else {}
 
 
 def _settings(plan: Plan) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 from qdist.core.errors import RunError
 from qdist.host import children
 from qdist.host.modules import run_module
+from tests.signals import hears_signals
 
 PARENT = "import os, sys; from qdist.host import children; children.run(sys.argv[1:], os.environ)"
 ASLEEP = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
@@ -53,18 +54,15 @@ def test_a_program_that_a_signal_killed_is_an_error_in_words(name: str, words: s
 @pytest.mark.parametrize("force", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
 def test_a_program_does_not_outlive_who_runs_it(tmp_path: Path, force: signal.Signals) -> None:
     note = tmp_path / "pid"
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, sys.executable, "-c", ASLEEP, str(note)])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, sys.executable, "-c", ASLEEP, str(note)], preexec_fn=hears_signals
+    )
     until(lambda: note.is_file() and bool(note.read_text()))
     child = int(note.read_text())
     assert alive(child)
     parent.send_signal(force)
     parent.wait(30)
     until(lambda: not alive(child))
-
-
-def hears_ctrl_c() -> None:
-    """What a shell starts in the background does not."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_ctrl_c_ends_both_and_leaves_no_traceback(tmp_path: Path) -> None:
@@ -76,7 +74,7 @@ def test_ctrl_c_ends_both_and_leaves_no_traceback(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     with subprocess.Popen(
         [sys.executable, "-c", code, *runner], start_new_session=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env=environment, text=True, preexec_fn=hears_ctrl_c,
+        stderr=subprocess.PIPE, env=environment, text=True, preexec_fn=hears_signals,
     ) as parent:  # fmt: skip
         until(lambda: note.is_file() and bool(note.read_text()))
         os.killpg(parent.pid, signal.SIGINT)
@@ -101,7 +99,7 @@ def test_ctrl_c_while_the_child_starts_leaves_no_traceback_either(tmp_path: Path
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     with subprocess.Popen(
         [sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=environment, text=True, preexec_fn=hears_ctrl_c,
+        env=environment, text=True, preexec_fn=hears_signals,
     ) as parent:  # fmt: skip
         until(note.is_file)
         os.killpg(parent.pid, signal.SIGINT)

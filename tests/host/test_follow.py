@@ -1,3 +1,4 @@
+import os
 import shutil
 from pathlib import Path
 
@@ -73,13 +74,30 @@ def test_a_torn_tail_cut_off_by_a_resumed_rank_is_not_missed(tmp_path: Path) -> 
     assert [event.step for event in follower.new_events()] == [2]
 
 
-def test_garbage_is_an_error_that_names_file_and_line(tmp_path: Path) -> None:
-    follower = Follower(tmp_path)
+def test_lines_that_are_no_events_are_left_out_and_told_once(tmp_path: Path) -> None:
+    told: list[str] = []
+    follower = Follower(tmp_path, say=told.append)
     append(tmp_path, 3, line(1) + line(2))
     follower.new_events()
-    append(tmp_path, 3, line(3) + b"garbage\n")
-    with pytest.raises(RunError, match=r"rank003\.jsonl: line 4 "):
-        follower.new_events()
+    append(tmp_path, 3, line(3) + b"garbage\n" + b"\0" * 300 + b"\n" + line(4))
+    assert [event.step for event in follower.new_events()] == [3, 4]
+    append(tmp_path, 3, b"[" * 100_000 + b"\n" + line(5))
+    assert [event.step for event in follower.new_events()] == [5]
+    assert told == [f"warning: {tmp_path}/events/rank003.jsonl: line 4 and 1 more is no event, and is left out"]
+
+
+def test_what_was_left_out_is_a_warning_of_the_fold(tmp_path: Path) -> None:
+    fold = Fold()
+    append(tmp_path, 0, line(1) + b"\0\n")
+    Follower(tmp_path).fold_into(fold)
+    assert fold.unread == f"{tmp_path}/events/rank000.jsonl: line 2 is no event, and is left out"
+
+
+def test_a_pipe_in_the_place_of_events_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "events").mkdir()
+    os.mkfifo(tmp_path / "events" / "rank000.jsonl")
+    with pytest.raises(RunError, match=r"rank000\.jsonl is a pipe, not a file"):
+        Follower(tmp_path).new_events()
 
 
 def test_a_run_that_takes_the_folder_of_another_begins_anew(tmp_path: Path) -> None:

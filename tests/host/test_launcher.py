@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from qdist.core.cluster import hypothetical
-from qdist.core.errors import PlanError, QdistError, RunError, SpecError
+from qdist.core.errors import JobError, PlanError, QdistError, RunError, SpecError
 from qdist.core.events import Event, encode
 from qdist.core.lessons import Correction
 from qdist.core.plan import Plan, digest
@@ -59,6 +59,11 @@ def started(
     with claim.claimed(job) as own:
         ranks.start(own, show=show, say=said.append)
     return said
+
+
+def has_begun() -> bool:
+    """Whether the script has said who it is, to the end."""
+    return Path("run/pid").is_file() and Path("run/pid").read_text().endswith("\n")
 
 
 def is_running(pid_file: str) -> bool:
@@ -378,7 +383,7 @@ def test_the_first_signal_asks_the_ranks_to_stop_and_waits_for_them(number: sign
     said: list[str] = []
 
     def show(events: list[Event]) -> None:
-        if not calls and Path("run/pid").is_file():
+        if not calls and has_begun():
             calls.append(events)
             signal.raise_signal(number)
 
@@ -395,7 +400,7 @@ def test_the_second_signal_kills_every_process_at_once() -> None:
     job = job_with_script("sleep 60 & echo $! > child; echo $$ > pid; wait")
 
     def show(events: list[Event]) -> None:
-        if Path("run/pid").is_file():
+        if has_begun():
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
@@ -408,7 +413,7 @@ def test_ranks_do_not_outlive_a_view_that_fails() -> None:
     job = job_with_script("echo $$ > pid; sleep 60")
 
     def show(events: list[Event]) -> None:
-        if Path("run/pid").is_file():
+        if has_begun():
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -418,8 +423,7 @@ def test_ranks_do_not_outlive_a_view_that_fails() -> None:
 
 def test_ranks_go_on_where_a_line_of_their_events_is_none() -> None:
     job = job_with_script("echo no event > events/rank001.jsonl; sleep 0.6; echo '{}' > result.json")
-    (said,) = started(job)
-    assert said.startswith("the run goes on, and is not shown any more: run/events/rank001.jsonl: line 1 of the events")
+    assert started(job) == ["warning: run/events/rank001.jsonl: line 1 is no event, and is left out"]
 
 
 def test_a_rank_that_is_stuck_is_told_also_after_a_request_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,6 +437,15 @@ def test_a_rank_that_is_stuck_is_told_also_after_a_request_to_stop(monkeypatch: 
 
     with pytest.raises(RunError, match="rank 1 is stuck; there is no checkpoint yet"):
         started(job, show)
+
+
+@pytest.mark.parametrize("taken", ["mv ../run ../moved", "rm -r ../run"])
+def test_a_run_whose_directory_is_taken_away_ends_with_a_sentence(taken: str) -> None:
+    job = job_with_script(f"echo $$ > ../pid; {taken}; exec sleep 60")
+    with pytest.raises(JobError, match="run was removed or moved while it was being trained; its ranks were ended"):
+        started(job)
+    assert not is_running("pid")
+    assert not Path("run").exists()
 
 
 def test_a_request_to_stop_from_before_does_not_stop_a_new_start() -> None:
@@ -468,7 +481,7 @@ def test_ctrl_c_before_the_first_step_ends_at_once_and_the_run_can_go_on() -> No
     calls: list[object] = []
 
     def show(events: list[Event]) -> None:
-        if not calls and Path("run/pid").is_file():
+        if not calls and has_begun():
             calls.append(events)
             signal.raise_signal(signal.SIGINT)
 

@@ -120,7 +120,7 @@ def test_of_saved_splits_train_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        ("{", "is damaged: "),
+        ("{", "is not JSON: line 1"),
         ('{"_data_files": [{"filename": "gone.arrow"}]}', "names data files that are missing: gone.arrow"),
         ('{"_data_files": []}', "names no data files"),
         ('{"_data_files": [5]}', "names no data files"),

@@ -96,7 +96,9 @@ def test_a_result_and_a_request_to_stop_are_seen(tmp_path: Path) -> None:
     [
         ("plan.json", b"[]", "is not a JSON object"),
         ("plan.json", b"", "is not JSON"),
-        ("plan.json", b"\xff\xfe\x00", "is not JSON"),
+        ("plan.json", b"\xff\xfe\x00", "is no text"),
+        ("plan.json", b"[" * 100_000, "nested too deeply"),
+        ("plan.json", b'{"version": "\\ud800"}', "half of a surrogate pair"),
         ("result.json", b"[]", "is not a JSON object"),
         ("ended.json", b'{"state": "unheard of", "time": 1}', "is of another qdist"),
         ("machine.json", b'{"unheard_of": 1}', "is of another qdist"),

@@ -96,7 +96,11 @@ def test_a_name_that_means_nothing_says_what_would(
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", r"config\.json: Expecting"), ("{}", "has no model_type"), ('{"model_type": "gpt9"}', "model_type 'gpt9'")],
+    [
+        ("{", r"config\.json is not JSON: line 1, column 2: Expecting"),
+        ("{}", "has no model_type"),
+        ('{"model_type": "gpt9"}', "model_type 'gpt9'"),
+    ],
 )
 def test_a_folder_with_a_bad_config_is_refused(text: str, message: str, here: Path) -> None:
     saved(here / "mine", text)

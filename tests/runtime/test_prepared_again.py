@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from qdist.core.errors import RunError
-from qdist.core.plan import Prepared
+from qdist.core.plan import Prepared, digest
 from qdist.core.spec import RunSpec
 from qdist.host import claim, launcher, modules
 from qdist.host.files import cache_path
@@ -88,24 +88,25 @@ def test_a_run_whose_cache_was_lost_goes_on_with_the_same_file(model: Path, here
     assert preview.job.plan == again.plan
 
 
-@pytest.mark.parametrize("digest", [True, False], ids=["with a digest", "of a qdist that kept none"])
+@pytest.mark.parametrize("has_digest", [True, False], ids=["with a digest", "of a qdist that kept none"])
 def test_a_run_whose_data_changed_is_refused_and_goes_on_once_they_are_put_back(
-    model: Path, here: Path, digest: bool
+    model: Path, here: Path, has_digest: bool
 ) -> None:
     job = started(model, here)
     assert job.plan.data is not None
-    if not digest:
+    if not has_digest:
         data = msgspec.structs.replace(job.plan.data, digest="")
         plan = msgspec.structs.replace(job.plan, data=data)
-        claim.write(job._replace(files={**job.files, "plan.json": msgspec.json.encode(plan).decode()}))
+        files = {**job.files, "plan.json": msgspec.json.encode(plan).decode()}
+        claim.write(job._replace(files=files, resumes=digest(job.plan)))
     shutil.rmtree(cache_path())
     kept = (here / "data.jsonl").read_text()
     save_data(here / "data.jsonl", 41)
-    now = "41 records" if digest else "41 samples and"
+    now = "41 records" if has_digest else "41 samples and"
     with pytest.raises(RunError, match=rf"data\.jsonl is not what .*: 40 samples and .* tokens then, {now}") as caught:
         resumed(job)
     assert caught.value.try_.startswith("put the file back")
-    if digest:
+    if has_digest:
         with pytest.raises(RunError, match="is not what"):
             launcher.preview_resume(job.run, {})
         assert not cache_path().exists()

@@ -18,6 +18,7 @@ import gguf
 import torch
 
 from qdist.core.errors import ModelError
+from qdist.host.opening import told
 from qdist.runtime.exports.gguf_blocks import Affine, Kind, Make, Stored, Type, dense, made, rows_of
 from qdist.runtime.exports.gguf_names import facts_of, stored_tensors
 from qdist.runtime.exports.gguf_rope import rope_of
@@ -37,10 +38,8 @@ def check_gguf(
     """
     facts, rope = facts_of(config, name=out.name), rope_of(config, name=out.name)
     stored = stored_tensors(tensors, facts, rope, kind)
-    try:
+    with told(f"{out} is no whole GGUF file", ModelError, try_="export it again"):
         found = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
-    except (OSError, ValueError, IndexError) as error:
-        raise ModelError(f"{out} is no whole GGUF file: {error}", try_="export it again") from error
     odd = sorted(found.keys() ^ {tensor.name for tensor in stored})
     if odd:
         raise ModelError(f"{out} and the model differ in {odd[0]}", try_="export it again")

@@ -12,6 +12,7 @@ import torch
 from qdist.core.errors import RunError
 from qdist.core.gptq import WORD, Gptq
 from qdist.core.plan import Plan
+from qdist.host.sources import read_json
 from qdist.runtime.exports.backbone import Backbone
 from qdist.runtime.exports.model_files import write_model_files
 from qdist.runtime.exports.update import Adapters
@@ -72,14 +73,14 @@ class GptqBase:
         """The tensors of one file. Those of random weights are made here, a decoder layer of them."""
         if self.folder is None:
             return self._random(self.files.index(file))
-        return [self._with_rows(entry) for entry in stored_entries(self.folder, file)]
+        return [self._with_rows(entry) for entry in stored_entries(self.folder, file, self.backbone.sums)]
 
     def untouched(self, file: str) -> list[Entry]:
         """Of a folder: the tensors of a file as they are there, those left out that get new rows."""
         if self.folder is None:  # random weights are made of nothing but their names
             return []
         tables = {f"{path}.weight" for path in self.backbone.tables}
-        return [entry for entry in stored_entries(self.folder, file) if entry.name not in tables]
+        return [entry for entry in stored_entries(self.folder, file, self.backbone.sums) if entry.name not in tables]
 
     def linears(self, file: str) -> list[Packed]:
         """The packed linears that have their words in a file."""
@@ -87,7 +88,7 @@ class GptqBase:
             own = self._modules[self.files.index(file)]
             return [Packed(path, m.in_features, m.out_features) for path, m in own if isinstance(m, PackedGptq)]
         found = []
-        for entry in stored_entries(self.folder, file):
+        for entry in stored_entries(self.folder, file, self.backbone.sums):
             path = entry.name.removesuffix(_QWEIGHT)
             if path != entry.name:
                 shape = self.gptq.of(path)
@@ -98,12 +99,12 @@ class GptqBase:
     def finish(self, folder: Path, gptq: Gptq, files: Mapping[str, Written]) -> None:
         """Write what lies beside the tensors: the run's tokenizer, configurations, the index."""
         write_model_files(folder, self.backbone.model, self.plan, getattr(torch, self._dtype))
-        finish(folder, json.loads((folder / "config.json").read_text()), gptq, files)
+        finish(folder, read_json(folder / "config.json"), gptq, files)
 
     @property
     def _dtype(self) -> str:
         """What the base says it computes in; what its scales are, where it says nothing."""
-        stored = json.loads((self.folder / "config.json").read_text()) if self.folder else self.plan.source.config
+        stored = read_json(self.folder / "config.json") if self.folder else self.plan.source.config
         name = stored.get("dtype") or stored.get("torch_dtype")
         return name if name in DTYPES else self.gptq.scales
 

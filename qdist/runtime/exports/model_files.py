@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
+from qdist.core.errors import ModelError
 from qdist.core.plan import Plan, Source
 from qdist.host.checkpoints import INDEX
 from qdist.host.files import write_atomic
+from qdist.host.opening import read_object
 from qdist.runtime.load import load_tokenizer
 from qdist.runtime.packed_folder import Written
+from qdist.runtime.recorded_sums import keep_sums
 from qdist.runtime.special_tokens import align_config
 
 _GENERATION = "generation_config.json"
@@ -30,7 +33,7 @@ def write_model_files(folder: Path, model: Any, plan: Plan, dtype: torch.dtype) 
     config.use_cache, config.dtype = True, dtype
     if source.vocab_rows is not None:
         config.get_text_config().vocab_size = source.vocab_rows
-    generation = SimpleNamespace(**{"eos_token_id": None, **_generation(model, source)})
+    generation = SimpleNamespace(**{"eos_token_id": None, **generation_settings(model, source)})
     tokenizer = load_tokenizer(source)
     if tokenizer is not None:
         align_config(SimpleNamespace(config=config, generation_config=generation), tokenizer, plan.ends)
@@ -53,14 +56,14 @@ def write_index(folder: Path, files: Mapping[str, Written]) -> None:
     weight_map = {name: file for file, written in files.items() for name in written.checksums}
     total = sum(written.tensor_bytes for written in files.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    keep_sums(folder, files.values())
     write_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def _generation(model: Any, source: Source) -> dict[str, Any]:
+def generation_settings(model: Any, source: Source) -> dict[str, Any]:
     """The source's own settings, as they are: transformers refuses to save some that it reads."""
     own = Path(source.path) / _GENERATION
     if source.path and own.is_file():
-        settings: dict[str, Any] = json.loads(own.read_text())
-        return settings
+        return read_object(own, ModelError, try_="its published file, or none")
     derived: dict[str, Any] = model.generation_config.to_diff_dict()
     return derived

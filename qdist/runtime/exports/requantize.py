@@ -10,6 +10,7 @@ from qdist.core.errors import RunError
 from qdist.core.gptq import Gptq, Shape, usual_format
 from qdist.core.plan import Plan
 from qdist.core.units import format_bytes
+from qdist.host.terminal import say
 from qdist.runtime.exports import sixteen
 from qdist.runtime.exports.backbone import Backbone
 from qdist.runtime.exports.evaluation import Evaluation, Loss, losses_of
@@ -43,8 +44,8 @@ def run(job: Export) -> None:
         gptq = make(str(between), job.out, asked, when_written=partial(_remove, between, prefix))
     losses["merged and quantized"] = Evaluation(job.adapters.runs[0]).quantized(job.out)
     size = sum(file.stat().st_size for file in Path(job.out).glob("*.safetensors"))
-    print(f"{job.out}: {gptq}, {format_bytes(size)}")
-    print(losses_of(losses))
+    say(f"{job.out}: {gptq}, {format_bytes(size)}")
+    say(losses_of(losses))
 
 
 def _losses(job: Export, between: Path) -> dict[str, Loss]:

@@ -5,7 +5,6 @@ One matrix is in memory at a time, whatever the size of the model. Killed, the s
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Collection
 from functools import partial
@@ -15,6 +14,7 @@ import torch
 
 from qdist.core.units import counted, format_bytes, format_duration
 from qdist.host.disk import require_space
+from qdist.host.terminal import say
 from qdist.runtime.exports.backbone import Backbone, Onto
 from qdist.runtime.exports.job import Export
 from qdist.runtime.exports.merged import Merged
@@ -37,7 +37,7 @@ def run(job: Export) -> None:
     size = write(job.adapters, job.out, onto=job.onto, dtype=job.torch_dtype)
     took = format_duration(time.monotonic() - began)
     what = f"{counted(len(job.runs), 'adapter')} merged onto the {job.onto} backbone, {job.dtype}"
-    print(f"{job.out}: {what}, {format_bytes(size)}, {took}")
+    say(f"{job.out}: {what}, {format_bytes(size)}, {took}")
 
 
 def write(adapters: Adapters, out: Path, *, onto: Onto, dtype: torch.dtype) -> int:
@@ -92,10 +92,10 @@ class _Progress:
     def __init__(self, files: dict[str, list[Entry]], written: Collection[str]) -> None:
         self._files, self._told = files, time.monotonic()
         if written:
-            print(f"{len(written)} of {len(files)} files are there already", file=sys.stderr, flush=True)
+            say(f"{len(written)} of {len(files)} files are there already", err=True)
 
     def done(self, written: dict[str, Written]) -> None:
         if time.monotonic() - self._told > _TELL_S:
             self._told = time.monotonic()
             size = format_bytes(sum(part.tensor_bytes for part in written.values()))
-            print(f"  {len(written)} of {len(self._files)} files, {size}", file=sys.stderr, flush=True)
+            say(f"  {len(written)} of {len(self._files)} files, {size}", err=True)

@@ -13,6 +13,7 @@ from qdist.core.plan import Plan
 from qdist.core.units import format_bytes
 from qdist.host.disk import require_space
 from qdist.host.files import sync
+from qdist.host.terminal import say
 from qdist.runtime.exports.backbone import Backbone
 from qdist.runtime.exports.gguf import Affine, Kind, Make, file_bytes, write_gguf
 from qdist.runtime.exports.gguf_check import check_gguf
@@ -50,12 +51,12 @@ def run(job: Export) -> None:
             unchecked.unlink(missing_ok=True)
         sync(job.out.parent)
     kinds = ", ".join(f"{count} {name}" for name, count in report.tensors.items())
-    print(f"{job.out}: {format_bytes(report.bytes)}, tensors {kinds}")
-    print(f"read back: no weight is further than {furthest:.1e} of its tensor's largest from the merged model")
+    say(f"{job.out}: {format_bytes(report.bytes)}, tensors {kinds}")
+    say(f"read back: no weight is further than {furthest:.1e} of its tensor's largest from the merged model")
     if model.lost:
-        print(f"minimums in float16 take {model.lost:.1%} of the adapter")
+        say(f"minimums in float16 take {model.lost:.1%} of the adapter")
     for note in (*([f"not Q4_1: {reason}"] if reason and not job.type else []), *report.notes):
-        print(f"note  {note}")
+        say(f"note  {note}")
 
 
 def _why_not_q4_1(plan: Plan, adapters: Adapters) -> str:

@@ -1,23 +1,24 @@
 """What do trained adapters change of each linear? Read from their folders, a linear at a time."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from math import gcd
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import msgspec
 import torch
 
 from qdist.core.errors import ModelError, RunError
 from qdist.core.plan import Plan
 from qdist.core.quoting import command
 from qdist.host.adapters import ADAPTER
+from qdist.host.opening import converted, read_object
 from qdist.host.rundir import RunDir
 from qdist.runtime.load import load_tokenizer, plan_of
 from qdist.runtime.packed_folder import Entry, opened, stored_entries
+from qdist.runtime.sealed import ADAPTER_CONFIG, require_adapter
 
-ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 """PEFT's, before the path of a module."""
 _ROWS = ".token_adapter.trainable_tokens_delta"
@@ -71,6 +72,7 @@ class Adapters:
         for run in self.runs:
             if not (run.adapter / ADAPTER).is_file():
                 raise RunError(f"{run.path} has no adapter yet", try_=command("gather", run.path))
+            require_adapter(run.adapter)
         _require_one_base(self.runs)
         if len(self.runs) > 1 and any(_learnt_rows(run) for run in self.runs):
             raise RunError("adapters that hold rows of new tokens cannot be added up", try_="runs without new tokens")
@@ -87,13 +89,22 @@ class Adapters:
 
     @cached_property
     def configs(self) -> tuple[dict[str, Any], ...]:
-        """PEFT's, of each run."""
-        return tuple(json.loads((run.adapter / ADAPTER_CONFIG).read_text()) for run in self.runs)
+        """PEFT's, of each run. Raises RunError where one cannot be read."""
+        return tuple(
+            read_object(run.adapter / ADAPTER_CONFIG, RunError, try_=command("gather", run.path)) for run in self.runs
+        )
+
+    @cached_property
+    def _settings(self) -> tuple["_Settings", ...]:
+        return tuple(
+            converted(config, _Settings, str(run.adapter / ADAPTER_CONFIG), RunError, try_=command("gather", run.path))
+            for run, config in zip(self.runs, self.configs, strict=True)
+        )
 
     @property
     def pool(self) -> int:
         """The largest group within which every update is constant; 1 where one of them is plain LoRA."""
-        return gcd(*(config["qalora_group_size"] if config.get("use_qalora") else 1 for config in self.configs))
+        return gcd(*(config.pool for config in self._settings))
 
     def entries(self, index: int) -> list[Entry]:
         """The tensors of one run's adapter."""
@@ -139,11 +150,10 @@ class Adapters:
         name = f"{PREFIX}{path}.lora_%s.weight"
         if name % "A" not in self._names[index]:
             return None
-        config, down, up = self.configs[index], self._read(index, name % "A"), self._read(index, name % "B")
-        alpha = config.get("alpha_pattern", {}).get(path.rpartition(".")[2], config["lora_alpha"])
-        factor, pool = self.weights[index] * alpha / down.shape[0], 1
-        if config.get("use_qalora"):
-            pool = config["qalora_group_size"]
+        config, down, up = self._settings[index], self._read(index, name % "A"), self._read(index, name % "B")
+        alpha = config.alpha_pattern.get(path.rpartition(".")[2], config.lora_alpha)
+        factor, pool = self.weights[index] * alpha / down.shape[0], config.pool
+        if config.use_qalora:
             factor *= down.shape[1] / pool  # PEFT takes the mean of a group times the number of groups
         return Term(down.float(), up.float(), factor, pool)
 
@@ -159,6 +169,21 @@ class Adapters:
         with opened(self.runs[index].adapter / ADAPTER) as handle:
             tensor: torch.Tensor = handle.get_tensor(name)
         return tensor
+
+
+class _Settings(msgspec.Struct):
+    """What is used of PEFT's adapter_config.json."""
+
+    r: int
+    lora_alpha: float
+    target_modules: list[str]
+    alpha_pattern: dict[str, float] = {}
+    use_qalora: bool = False
+    qalora_group_size: Annotated[int, msgspec.Meta(gt=0)] = 16
+
+    @property
+    def pool(self) -> int:
+        return self.qalora_group_size if self.use_qalora else 1
 
 
 def _learnt_rows(run: RunDir) -> bool:

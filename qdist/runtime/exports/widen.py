@@ -15,10 +15,12 @@ from qdist.core.errors import RunError
 from qdist.core.units import counted, format_bytes
 from qdist.host.adapters import ADAPTER
 from qdist.host.disk import require_space
+from qdist.host.terminal import say
 from qdist.runtime.exports.job import Export
-from qdist.runtime.exports.update import ADAPTER_CONFIG, PREFIX, Adapters
+from qdist.runtime.exports.update import PREFIX, Adapters
 from qdist.runtime.packed_folder import Entry, write_tensors
 from qdist.runtime.quantize_pack import goes_along
+from qdist.runtime.sealed import ADAPTER_CONFIG
 from qdist.runtime.tokenizer import copy_beside
 from qdist.runtime.work_folder import built
 
@@ -32,7 +34,7 @@ def run(job: Export) -> None:
     rank, plan = widen(adapters, job.out), adapters.plan
     size = format_bytes((job.out / ADAPTER).stat().st_size)
     readers = "PEFT" if plan.source.new_token_ids else "PEFT and vLLM"
-    print(f"{job.out}: LoRA r={rank}, {size}, for {readers} over {plan.source.path or plan.spec.model}")
+    say(f"{job.out}: LoRA r={rank}, {size}, for {readers} over {plan.source.path or plan.spec.model}")
 
 
 def widen(adapters: Adapters, out: Path) -> int:

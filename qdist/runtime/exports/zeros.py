@@ -14,6 +14,7 @@ import torch
 from qdist.core.errors import RunError
 from qdist.core.gptq import Gptq
 from qdist.host.disk import require_space
+from qdist.host.terminal import say
 from qdist.runtime.exports.gptq_base import GptqBase, Packed
 from qdist.runtime.exports.group_update import OFFSET, GroupUpdates
 from qdist.runtime.exports.job import Export
@@ -46,9 +47,7 @@ def run(job: Export) -> None:
             try_="qdist merge, which loses nothing, or --lossy",
         )
     lost = fold_zeros(job.adapters, job.out)
-    print(
-        f"{job.out}: {lost.relative:.1%} of the adapter is lost; {lost.clipped:,} of {lost.zeros:,} zeros were clipped"
-    )
+    say(f"{job.out}: {lost.relative:.1%} of the adapter is lost; {lost.clipped:,} of {lost.zeros:,} zeros were clipped")
 
 
 def loss_of_zeros(adapters: Adapters) -> Lost:

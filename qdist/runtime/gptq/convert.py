@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from qdist.core.errors import ModelError, PlanError, RunError
 from qdist.core.gptq import Gptq, Override, Shape
 from qdist.core.units import format_bytes, format_duration
 from qdist.host.files import write_atomic
+from qdist.host.terminal import say
 from qdist.runtime.gptq.bits import group_of_inputs, pack_zeros
 from qdist.runtime.gptq.convert_model import beside, check, decide_biases, is_linear, model_config
 from qdist.runtime.gptq.folder import Quantized, entries, finish, how_to_use
@@ -161,7 +161,7 @@ def _write(job: Job, work: Path) -> tuple[dict[str, Written], float]:
     for position in range(layers + 1):
         if time.monotonic() - told > _TELL_S:
             told = time.monotonic()
-            print(f"  {position} of {layers} layers written", file=sys.stderr, flush=True)
+            say(f"  {position} of {layers} layers written", err=True)
         tensors: list[Entry] = []
         for name in (name for name in job.shape.shapes if job.shape.layer(name) == position):
             path, _, leaf = name.rpartition(".")
@@ -250,10 +250,10 @@ def main() -> None:
     began = time.monotonic()
     done = convert(given.source, given.out, config=given.config, drop_bias=given.drop_bias)
     took = format_duration(time.monotonic() - began)
-    print(f"{given.out}: {done.gptq}, {done.layers} layers, {format_bytes(done.bytes)}, {took}")
-    print("\n".join(f"  {note}" for note in done.notes))
+    say(f"{given.out}: {done.gptq}, {done.layers} layers, {format_bytes(done.bytes)}, {took}")
+    say("\n".join(f"  {note}" for note in done.notes))
     if given.config:
-        print(how_to_use(given.out, done.gptq))
+        say(how_to_use(given.out, done.gptq))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Which Llama does a checkpoint belong to, and does it hold all of it?"""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from qdist.core.errors import ModelError
 from qdist.core.gptq import WORD
 from qdist.core.models import config_of
+from qdist.host.sources import read_json
 from qdist.runtime.gptq.bits import period
 from qdist.runtime.gptq.sparsebit import Checkpoint
 from qdist.runtime.quantize_source import Blueprint
@@ -38,13 +38,9 @@ def model_config(checkpoint: Checkpoint, folder: Path | None, source: Path) -> t
     file = folder / "config.json"
     if not file.is_file():
         raise ModelError(f"no file {file}", try_="a folder with the model's config.json and tokenizer")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise ModelError(f"{file} cannot be read: {error}") from None
-    if not isinstance(config, dict) or config.get("model_type") != "llama":
-        kind = config.get("model_type") if isinstance(config, dict) else None
-        raise ModelError(f"{file} is of model_type {kind!r}; Sparsebit packs llama")
+    config = read_json(file)
+    if config.get("model_type") != "llama":
+        raise ModelError(f"{file} is of model_type {config.get('model_type')!r}; Sparsebit packs llama")
     config.pop("quantization_config", None)
     if "dtype" not in config:
         config.setdefault("torch_dtype", dtype)

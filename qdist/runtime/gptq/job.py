@@ -13,6 +13,7 @@ from qdist.core.errors import ModelError, SpecError
 from qdist.core.gptq import WORD, Gptq, Override, Shape, method_of
 from qdist.core.packing import Packing
 from qdist.host.cached import source_identity
+from qdist.host.sources import read_json
 from qdist.runtime.gptq.calibrate import pieces
 from qdist.runtime.gptq.decoder import Decoder
 from qdist.runtime.gptq.finite import is_finite
@@ -149,7 +150,7 @@ def _refuse_quantized(folder: Path, name: str) -> None:
     config = folder / "config.json"
     if not config.is_file():
         return  # refused where it is read
-    stored = json.loads(config.read_text()).get("quantization_config")
+    stored = read_json(config).get("quantization_config")
     if stored:
         method = method_of(stored) or "bitsandbytes"
         raise ModelError(f"{name} is quantized already, with {method}", try_="the 16-bit model that it was made from")

@@ -4,7 +4,6 @@ Killed, the same command goes on: layers that are written are run through again,
 """
 
 import argparse
-import json
 import re
 import time
 from collections import Counter
@@ -19,7 +18,8 @@ import torch
 from qdist.core.gptq import BITS, FORMATS, WORD, Gptq, Override, Shape
 from qdist.core.units import format_bytes, format_duration
 from qdist.host.disk import require_space
-from qdist.host.sources import locate
+from qdist.host.sources import locate, read_json
+from qdist.host.terminal import say
 from qdist.runtime.gptq.calibrate import Calibration, batches
 from qdist.runtime.gptq.folder import Quantized, entries, finish, how_to_use
 from qdist.runtime.gptq.job import Job, Wanted, read_job
@@ -58,7 +58,7 @@ def make(
             for path in job.beside:
                 copy_beside(path, work)
             gptq = _described(job, work)
-            finish(work, json.loads((folder / "config.json").read_text()), gptq, files)
+            finish(work, read_json(folder / "config.json"), gptq, files)
             when_written()
     return gptq
 
@@ -228,8 +228,8 @@ def main() -> None:
         raise out_of_memory(_devices(), error) from error
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     most = f", tensors took {format_bytes(held)} of a GPU at most" if (held := peak(_devices())) else ""
-    print(f"{out}: {gptq}, {format_bytes(size)}, {format_duration(time.monotonic() - began)}{most}")
-    print(how_to_use(out, gptq))
+    say(f"{out}: {gptq}, {format_bytes(size)}, {format_duration(time.monotonic() - began)}{most}")
+    say(how_to_use(out, gptq))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,11 @@ from pathlib import Path
 import torch
 
 from qdist.core.errors import ModelError
+from qdist.host.cached import CHECKSUMS
 from qdist.host.files import cache_dir, locked, publish_folder
+from qdist.host.opening import reason_of, told
 from qdist.runtime.packed_folder import entries_of, tensor_files, write_tensors
+from qdist.runtime.recorded_sums import keep_computed_sums
 
 _ENDINGS = (".bin", ".pt", ".pth")
 _NOT_TENSORS = {"training_args.bin", "optimizer.pt", "scheduler.pt"}
@@ -41,8 +44,14 @@ def _convert(folder: Path, files: list[Path], out: Path) -> None:
             name = f"{file.stem}.safetensors"
             write_tensors(beside, name, entries_of(_tensors(file)))
             (beside / f".{name}.json").unlink()
+        keep_computed_sums(beside)
         for file in folder.iterdir():
-            if file.is_file() and file not in files and not file.name.endswith(".index.json"):
+            if (
+                file.is_file()
+                and file not in files
+                and file.name != CHECKSUMS
+                and not file.name.endswith(".index.json")
+            ):
                 shutil.copy2(file, beside)
         publish_folder(beside, out)
     finally:
@@ -51,14 +60,15 @@ def _convert(folder: Path, files: list[Path], out: Path) -> None:
 
 def _tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
+        with told(str(file), ModelError, try_="download the checkpoint again"):
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except ModelError as error:
+        if not isinstance(error.__cause__, pickle.UnpicklingError):
+            raise
         raise ModelError(
-            f"{file} holds more than tensors, and nothing of it was run: {str(error).splitlines()[0]}",
+            f"{file} holds more than tensors, and nothing of it was run: {reason_of(error.__cause__)}",
             try_="the same checkpoint in safetensors",
-        ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise ModelError(f"{file}: {str(error).splitlines()[0]}", try_="download the checkpoint again") from error
+        ) from error.__cause__
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):

@@ -37,6 +37,7 @@ import torch
 
 from qdist.core.errors import ModelError
 from qdist.core.gptq import WORD
+from qdist.host.opening import told
 from qdist.runtime.gptq.bits import period
 
 Width = Literal[2, 3, 4]
@@ -193,19 +194,22 @@ def _load(file: Path) -> Any:
         raise ModelError(f"{file} was not written by torch.save", try_=_FOREIGN)
     try:
         # A namespace is plain values with another name; older files hold their command line in one.
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        with (
+            told(f"{file} cannot be read", ModelError, try_=_WHOLE),
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals([argparse.Namespace]),
+        ):
             warnings.simplefilter("ignore", UserWarning)  # a pickle protocol that torch.save does not use
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL:? ([\w.]+)", str(error))
+    except ModelError as error:
+        if not isinstance(error.__cause__, pickle.UnpicklingError):
+            raise
+        found = re.search(r"GLOBAL:? ([\w.]+)", str(error.__cause__))
         named = f" ({found[1]})" if found else ""
         raise ModelError(
             f"{file} holds more than tensors and plain values{named}; it was not loaded, for that could run code",
             try_="a checkpoint from someone you trust, loaded and saved again as tensors",
         ) from None
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = (str(error).splitlines() or ["it ends too early"])[0]
-        raise ModelError(f"{file} cannot be read: {reason}", try_=_WHOLE) from None
 
 
 def _group_size(given: object, file: Path) -> int:

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from qdist.core.errors import ModelError
 from qdist.core.memory import BLOCK, NESTED_BLOCK
 from qdist.core.spec import Quant
+from qdist.host.opening import told
 from qdist.runtime.kernels.four_bit import absmax_code_book, dequantize
 
 FEW_TOKENS = 16
@@ -145,7 +147,8 @@ class Packed4bit(PackedLinear):
         if self.quant.double:
             state = bytes(file[f"weight.quant_state.bitsandbytes__{self.quant.type}"][:].tolist())
             tensors["nested_absmax"] = file["weight.nested_absmax"]
-            tensors["nested_offset"] = torch.tensor([json.loads(state)["nested_offset"]], dtype=torch.float32)
+            with told("the state of packed weights", ModelError, try_="pack the model again"):
+                tensors["nested_offset"] = torch.tensor([json.loads(state)["nested_offset"]], dtype=torch.float32)
         return tensors
 
 
