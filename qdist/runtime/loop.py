@@ -209,5 +209,7 @@ class Trainer:
         self.engine.restore(state)
         self.scale.value, self.scale.finite_steps = progress.loss_scale, progress.finite_steps
         self.held_out = progress.held_out
+        if self.comm.rank == 0:  # a killed run may have come no further than to write it
+            checkpoint.prune(self.run, keep=self.plan.spec.train.keep, best=progress.best_step)
         self._report(Event(kind="resume", step=progress.step, total_steps=self.plan.steps))
         return progress.samples // self.plan.spec.global_batch
