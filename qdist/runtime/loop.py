@@ -85,6 +85,7 @@ class Trainer:
     def _step(self, step: int) -> bool:
         """One optimizer step over the global batch; True when any rank was asked to stop."""
         plan, clock = self.plan, Stopwatch(self.comm.device)
+        self._move("training", step + 1)  # data may hang, and this rank is to be named then, not one that waits for it
         batches = self.samples.step(step)
         learned = sum(map(self.samples.learned, batches))
         if learned == 0:
