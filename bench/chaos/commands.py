@@ -221,7 +221,7 @@ def _noted(world: Path) -> int:
 
 COMMANDS: dict[str, Command] = {
     "launch": _launch("runs/new"),
-    "launch, few kept": _launch("runs/new", **{"train.keep": "1", "train.save_steps": "1"}),
+    "launch keeping few": _launch("runs/new", **{"train.keep": "1", "train.save_steps": "1"}),
     "launch of gptq": _launch("runs/new", "--method=gptq-lora", model="pickled"),
     "launch of gguf": _launch("runs/new", model="model.gguf", steps="2"),
     "resume": Command(_typed("launch", "--resume", "--run", "@runs/half"), None),

@@ -28,11 +28,15 @@ from bench.chaos.trials import each, finish, folder_for, parser, place, why
 from qdist.core.errors import QdistError
 
 VOLATILE = re.compile(r"/(events|pulse|stacks|logs)/|/(result|machine|versions|plan)\.json$|\.html$|/command\.txt$|"
-                      r"/launch\.sh$|\.lock$|\.prom$|/cache/prepared/")  # fmt: skip
+                      r"/launch\.sh$|\.lock$|\.prom$|/cache/prepared/|/cache/packed/.*/qdist\.json$")  # fmt: skip
 """Names whose contents hold times or durations: that they are there counts, what they hold does not."""
 IGNORED = re.compile(r"(^|/)[^/]*\.lock$|^tmp/torch|^tmp/__|/__pycache__/")
 """Locks stay, so that nobody locks a file that another has removed; others' files are not ours."""
-AT_A_TIME = 6
+NAMED = re.compile(r"^(cache/(?:packed/\.?[^/]*-|prepared/))[0-9a-f]{16,}")
+"""Names that are of when a GGUF file was converted; two of them are told from one."""
+GROWS = re.compile(r"^runs/[^/]*/(events|pulse|stacks|logs)$")
+"""What ranks write as they go; readers know that it may end in the middle of a line."""
+AT_A_TIME, SHOWN = 6, 3
 Listing = dict[str, str]
 
 
@@ -96,8 +100,10 @@ def main() -> None:
         print(f"{task.command}: {len(rows[task.command])} of {counts[task.command]}", flush=True)
         for point in found:
             for what in ("torn", "published", "differs", "left"):
-                for said in getattr(point, what):
-                    print(f"  {point.at}: {what}: {said}", flush=True)
+                said = getattr(point, what)
+                more = f"; and {len(said) - SHOWN} more" if len(said) > SHOWN else ""
+                if said:
+                    print(f"  {point.at}: {what}: {'; '.join(said[:SHOWN])}{more}", flush=True)
     print(summary(counts, rows, failed))
     finish(folder, keep=given.keep, missed=bool(failed) or not all(p.is_well for own in rows.values() for p in own))
 
@@ -167,17 +173,24 @@ def killed(folder: Path, name: str, point: int) -> Point:
     ended = traced(functools.partial(command.run, own), under=own, log=log, kill_at=point)
     at = f"{name} {point}/{whole.changes} {ended.last or f'ended with {ended.code}'}"
     torn, published = look(own, listing(own), whole)
-    differs = []
     log.write_text("")
     code = forked(functools.partial(command.again or command.run, own), log=log)
-    after = listing(own)
-    if code and not (command.again is None and told(log.read_text())):
-        differs.append(f"typed again it ended with {code}: {' '.join(log.read_text().split())[-300:]}")
-    if "Traceback (most recent call last)" in log.read_text():
-        differs.append(f"typed again it showed a traceback: {' '.join(log.read_text().split())[-300:]}")
+    return Point(at, torn, published, *compared(own, whole, code, log.read_text(errors="replace")))
+
+
+def compared(own: Path, whole: Whole, code: int, said: str) -> tuple[list[str], list[str]]:
+    """In what the world differs from that of a command that was not harmed, and what is left in it beside.
+
+    code, said: of the command when it was typed again.
+    """
+    after, differs, end = listing(own), [], " ".join(said.split())[-300:]
+    if code and not told(said):
+        differs.append(f"typed again it ended with {code}: {end}")
+    if "Traceback (most recent call last)" in said:
+        differs.append(f"typed again it showed a traceback: {end}")
     differs += [f"{path} is another" for path in whole.after if path in after and after[path] != whole.after[path]]
     differs += [f"{path} is missing" for path in whole.after if path not in after]
-    return Point(at, torn, published, differs, [path for path in after if path not in whole.after])
+    return differs, [path for path in after if path not in whole.after]
 
 
 def told(said: str) -> bool:
@@ -189,7 +202,9 @@ def listing(own: Path) -> Listing:
     """SHA-256 of every file, empty for folders and for contents that differ from run to run."""
     found = {}
     for path in sorted(own.rglob("*")):
-        name = str(path.relative_to(own))
+        name = NAMED.sub(r"\1HASH", str(path.relative_to(own)))
+        while name in found:
+            name += " again"
         if IGNORED.search(name) or path.is_dir():
             if path.is_dir() and not any(path.iterdir()):
                 found[name + "/"] = ""
@@ -203,7 +218,7 @@ def look(own: Path, now: Listing, whole: Whole) -> tuple[list[str], list[str]]:
     torn, published = [], []
     before, after, there = (by_root(each) for each in (whole.before, whole.after, now))
     for root, files in there.items():
-        if any(part.startswith(".") for part in root.split("/")) or not root:
+        if any(part.startswith(".") for part in root.split("/")) or not root or GROWS.search(root):
             continue
         wanted = after.get(root, {})
         known = {**wanted, **before.get(root, {})}

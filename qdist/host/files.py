@@ -18,20 +18,26 @@ _BESIDE = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 """Names of files that `replacing` is still writing."""
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
+def write_atomic(path: Path, content: bytes | str, *, inside: Path | None = None) -> None:
+    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never half of one.
+
+    inside: the folder of the same disk where it is written; by default that of `path`.
+    """
     data = content.encode() if isinstance(content, str) else content
-    with replacing(path) as (descriptor, _), open(descriptor, "wb", closefd=False) as file:
+    with replacing(path, inside=inside) as (descriptor, _), open(descriptor, "wb", closefd=False) as file:
         file.write(data)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[tuple[int, Path]]:
+def replacing(path: Path, *, inside: Path | None = None) -> Iterator[tuple[int, Path]]:
     """A new file beside, as an open descriptor and a name, that is flushed to disk and is `path` at the end of the
     block, unless that raised. What killed processes left of such files in the folder goes.
+
+    inside: as `write_atomic` has it.
     """
-    sweep(path.parent)
-    descriptor, beside = _beside(path)
+    folder = inside or path.parent
+    sweep(folder)
+    descriptor, beside = _beside(folder, path.name)
     try:
         yield descriptor, Path(beside)
         os.fsync(descriptor)
@@ -63,10 +69,10 @@ def sweep(folder: Path) -> None:
                     os.close(descriptor)
 
 
-def _beside(path: Path) -> tuple[int, str]:
-    """A new file to write what is to be at `path`, locked: its descriptor and name."""
+def _beside(folder: Path, wanted: str) -> tuple[int, str]:
+    """A new file to write what is to have a name, locked: its descriptor and name."""
     while True:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        descriptor, name = tempfile.mkstemp(dir=folder, prefix=f".{wanted}.", suffix=".tmp")
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.path.exists(name):  # nobody swept it before it was locked
             return descriptor, name

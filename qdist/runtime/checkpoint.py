@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,8 @@ _FILES = ("state.json", "adapter.safetensors", "optimizer.safetensors")
 """What DONE closes."""
 _HELD_OUT = "held_out.json"
 """Beside the files that DONE closes: what an evaluation said after the checkpoint was written."""
+_LEFT = re.compile(r"\.step_\d{6,}\.\d+")
+"""Names of checkpoints that are written, or on their way out."""
 
 
 class _Closed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,9 +66,9 @@ def save(run: RunDir, progress: Progress, state: State, *, keep: int) -> Path:
     if (final / "DONE").is_file():
         return final
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    _remove(final)
     beside = run.checkpoints / f".{final.name}.{os.getpid()}"
     shutil.rmtree(beside, ignore_errors=True)  # a killed rank of the same process id, as in a restarted container
+    _remove(final)
     beside.mkdir()
     try:
         _write(beside, progress, state)
@@ -77,15 +80,16 @@ def save(run: RunDir, progress: Progress, state: State, *, keep: int) -> Path:
             f"{run.last_saved()}",
             try_=f"make room there, then {resuming(run.path)}",
         ) from error
-    _prune(run, keep=keep, best=progress.best_step)
+    prune(run, keep=keep, best=progress.best_step)
     return final
 
 
 def note(run: RunDir, step: int, held_out: tuple[tuple[int, float], ...], *, keep: int) -> None:
     """Add the evaluation that followed a checkpoint to it; then only the new best is kept beyond `keep`."""
     # A file of its own: DONE holds the sums of the others, and two files cannot be replaced at the same moment.
-    write_atomic(run.checkpoint(step) / _HELD_OUT, msgspec.json.encode(_HeldOut(held_out, _digest(held_out))))
-    _prune(run, keep=keep, best=Progress(step=step, samples=0, held_out=held_out).best_step)
+    content = msgspec.json.encode(_HeldOut(held_out, _digest(held_out)))
+    write_atomic(run.checkpoint(step) / _HELD_OUT, content, inside=run.checkpoints)
+    prune(run, keep=keep, best=Progress(step=step, samples=0, held_out=held_out).best_step)
 
 
 def _digest(held_out: tuple[tuple[int, float], ...]) -> str:
@@ -161,18 +165,19 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
-def _prune(run: RunDir, *, keep: int, best: int | None) -> None:
+def prune(run: RunDir, *, keep: int, best: int | None) -> None:
+    """Delete the oldest beyond `keep` and the best, and what a killed process was writing or deleting."""
+    for path in run.checkpoints.iterdir():
+        if _LEFT.fullmatch(path.name):
+            shutil.rmtree(path)
     for step in run.checkpoint_steps()[:-keep]:
         if step != best:
             _remove(run.checkpoint(step))
-    for leftover in run.checkpoints.glob(".step_*"):
-        shutil.rmtree(leftover)
-    for leftover in run.checkpoints.glob(f"step_*/.{_HELD_OUT}.*"):  # of a process that was killed
-        leftover.unlink()
 
 
 def _remove(folder: Path) -> None:
-    """DONE goes first, so that a kill in the middle leaves no half checkpoint that looks whole."""
+    """Out of sight first: a kill in the middle leaves no half checkpoint."""
     if folder.exists():
-        (folder / "DONE").unlink(missing_ok=True)
-        shutil.rmtree(folder)
+        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+        os.rename(folder, aside)
+        shutil.rmtree(aside)

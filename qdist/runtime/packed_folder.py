@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 import torch
@@ -122,27 +122,35 @@ def finished(folder: Path, name: str) -> Written | None:
 def write_tensors(
     folder: Path, name: str, entries: Iterable[Entry], *, metadata: Mapping[str, str] | None = None
 ) -> Written:
-    """A safetensors file, one tensor in memory at a time; a record of it beside, once it is whole.
+    """A safetensors file, one tensor in memory at a time; a record of it beside, once it is whole."""
+    beside = folder / f".{name}.unfinished"
+    with open(beside, "wb") as file:
+        written = write_safetensors(file, entries, metadata=metadata)
+    sync(beside)
+    os.replace(beside, folder / name)
+    write_atomic(folder / f".{name}.json", msgspec.json.encode(written))
+    return written
 
-    safetensors' own `save_file` first copies every tensor into memory, and puts metadata in an order of chance.
+
+def write_safetensors(
+    file: BinaryIO, entries: Iterable[Entry], *, metadata: Mapping[str, str] | None = None
+) -> Written:
+    """The bytes of a safetensors file, one tensor in memory at a time.
+
+    safetensors' own `save_file` first copies every tensor into memory, puts metadata in an order of chance, and writes
+    into a file of a name of its own beside, which a kill leaves there.
     """
     ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
     header, checksums = _header(ordered, {"format": "pt", **(metadata or {})}), {}
-    beside = folder / f".{name}.unfinished"
-    with open(beside, "wb") as file:
-        file.write(header)
-        for entry in ordered:
-            value = entry.make().detach().to("cpu", entry.dtype).contiguous()
-            if tuple(value.shape) != entry.shape:
-                raise ModelError(f"{entry.name} has shape {list(value.shape)}, not {list(entry.shape)}")
-            checksums[entry.name] = tensor_checksum(value)
-            file.write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
-    sync(beside)
-    os.replace(beside, folder / name)
+    file.write(header)
+    for entry in ordered:
+        value = entry.make().detach().to("cpu", entry.dtype).contiguous()
+        if tuple(value.shape) != entry.shape:
+            raise ModelError(f"{entry.name} has shape {list(value.shape)}, not {list(entry.shape)}")
+        checksums[entry.name] = tensor_checksum(value)
+        file.write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
     tensor_bytes = sum(entry.bytes for entry in ordered)
-    written = Written(len(header) + tensor_bytes, tensor_bytes, checksums)
-    write_atomic(folder / f".{name}.json", msgspec.json.encode(written))
-    return written
+    return Written(len(header) + tensor_bytes, tensor_bytes, checksums)
 
 
 def _header(entries: list[Entry], metadata: Mapping[str, str]) -> bytes:

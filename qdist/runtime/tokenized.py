@@ -7,13 +7,13 @@ from typing import NamedTuple
 import msgspec
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from qdist.core.conversation import Wording
 from qdist.core.errors import DataError
 from qdist.core.quoting import quoted
 from qdist.host.files import replacing, sync
 from qdist.host.opening import require_file, told
+from qdist.runtime.packed_folder import entries_of, write_safetensors
 from qdist.runtime.sealed import is_intact, sealed
 
 IGNORED = -100
@@ -68,8 +68,9 @@ def save(tokenized: TokenizedSet, path: Path, *, key: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {"tokens": tokenized.tokens, "labels": tokenized.labels, "offsets": tokenized.offsets}
     summary = msgspec.json.encode(tokenized.summary).decode()
-    with replacing(path) as (_, beside):
-        save_file(arrays, beside, metadata=sealed(arrays, {"key": key, "summary": summary}))
+    metadata = sealed(arrays, {"key": key, "summary": summary})
+    with replacing(path) as (descriptor, _), open(descriptor, "wb", closefd=False) as file:
+        write_safetensors(file, entries_of(arrays), metadata=metadata)
     sync(path.parent)
 
 

@@ -13,7 +13,7 @@ import torch
 from qdist.core.errors import RunError
 from qdist.host.rundir import RunDir
 from qdist.runtime import checkpoint
-from qdist.runtime.checkpoint import Progress, load, note, save
+from qdist.runtime.checkpoint import Progress, load, note, prune, save
 from qdist.runtime.engine import MOMENTS, State
 
 
@@ -145,19 +145,44 @@ def test_a_leftover_of_this_very_process_does_not_stand_in_the_way(
     assert run.checkpoint_steps() == [2]
 
 
-def test_a_kill_while_an_old_one_is_deleted_leaves_none_that_looks_whole(
+def test_a_kill_while_an_old_one_is_deleted_leaves_none_of_its_name(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(run, progress_of(1), state_of(1), keep=1)
 
     def killed(folder: Path, **_: object) -> None:
-        if not folder.name.startswith("."):
+        if folder.is_dir():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("shutil.rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        save(run, progress_of(2), state_of(2), keep=1)
-    assert run.checkpoint_steps() == [2]
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(run, progress_of(2), state_of(2), keep=1)
+    names = sorted(path.name for path in run.checkpoints.iterdir())
+    assert names == [f".step_000001.{os.getpid()}", "step_000002"]
+    prune(run, keep=1, best=None)
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step_000002"]
+
+
+def test_what_others_put_beside_checkpoints_stays(run: RunDir) -> None:
+    for name in ("step_000001-keep", ".step_000001.bak", ".step_1.4711"):
+        (run.checkpoints / name).mkdir(parents=True)
+    save(run, progress_of(2), state_of(2), keep=1)
+    assert len([*run.checkpoints.iterdir()]) == 4
+
+
+def test_an_evaluation_is_never_half_written_inside_a_checkpoint(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = save(run, progress_of(2), state_of(2), keep=1)
+    there = {path.name for path in step.iterdir()}
+
+    def killed(*_: object) -> None:
+        assert {path.name for path in step.iterdir()} == there
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            note(run, 2, ((2, 1.5),), keep=1)
 
 
 def test_one_that_cannot_be_written_leaves_nothing_and_says_where_a_run_goes_on(
