@@ -20,7 +20,7 @@ from qdist.core.cluster import hypothetical
 from qdist.core.models import config_of
 from qdist.core.spec import nest, resolve
 from qdist.core.units import GIB, format_bytes
-from qdist.host import launcher
+from qdist.host import claim, launcher
 from qdist.host.rundir import RunDir
 from qdist.runtime import checkpoint
 from qdist.runtime.engine import State
@@ -68,7 +68,7 @@ def made(model: str, layers: int, method: str, folder: Path) -> RunDir:
     spec = resolve(nest({**settings, "quant.group_size": 32} if method != "qlora" else settings))
     with patch("qdist.host.probe.cluster", return_value=hypothetical(1, 140 * GIB, name="H200")):
         job = launcher.prepare(spec)  # as if it had been trained elsewhere: what merges it is this machine
-    launcher.write(job)
+    claim.write(job)
     plan, generator = job.plan, torch.Generator().manual_seed(0)
     tensors: dict[str, torch.Tensor] = {}
     for layer in range(layers):

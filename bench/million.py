@@ -19,7 +19,7 @@ import msgspec
 from qdist.core.events import Event, encode
 from qdist.core.spec import resolve
 from qdist.core.units import format_bytes
-from qdist.host import launcher
+from qdist.host import claim, launcher
 from qdist.host.rundir import RunDir
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="qdist-million-") as name:
         run = RunDir(Path(name, "runs/long"))
-        launcher.write(job(run))
+        claim.write(job(run))
         write(run, given.lines // 2)
         size = sum(file.stat().st_size for file in run.events.iterdir())
         print(f"{given.lines:,} lines, {format_bytes(size)}")

@@ -1,12 +1,18 @@
 """The ground that the suite stands on: a tiny model and data in a folder of their own, commands over them, a table."""
 
+import argparse
 import os
+import queue
+import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from qdist.core.gptq import Gptq, Shape
 from tests.runtime.gptq_files import padded, save_gptq
@@ -15,6 +21,7 @@ from tests.runtime.tiny import save_data, save_model
 SETTINGS = {"seq_len": "32", "global_batch": "4", "micro_batch": "1", "lora.r": "4", "optim.lr": "1e-2", "steps": "4"}
 """Of a run that takes a moment."""
 ROOT = Path(__file__).parents[2]
+T = TypeVar("T")
 
 
 class Ground(NamedTuple):
@@ -26,6 +33,11 @@ class Ground(NamedTuple):
     def model(self) -> Path:
         """A Llama of two narrow layers, with tokenizer and weights; made where it is not there."""
         return self._made("model", save_model)
+
+    @property
+    def padded(self) -> Path:
+        """The same model with a tokenizer that has a pad, so that no row is added: stages of a split train none."""
+        return self._made("padded", lambda place: save_model(place, tokenizer=padded()))
 
     @property
     def gptq(self) -> Path:
@@ -65,17 +77,83 @@ def qdist(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "qdist", *arguments]
 
 
+def over_a_run(run: Path, model: Path, data: Path, out: Path) -> dict[str, list[str]]:
+    """Twelve commands over a finished run and its model, by name."""
+    return {
+        "launch": qdist("launch", "--model", str(model), "--data", str(data), "--gpus", "1", "--run", str(out / "run"),
+                        *(f"--set={key}={value}" for key, value in SETTINGS.items())),
+        "launch --dry-run": qdist("launch", "--model", str(model), "--data", str(data), "--gpus", "1", "--dry-run",
+                                  "--run", str(out / "dry")),
+        "launch --resume": qdist("launch", "--resume", "--run", str(run)),
+        "quantize": qdist("quantize", str(model), "--out", str(out / "packed")),
+        "quantize gptq": qdist("quantize", str(model), "--method", "gptq", "--data", str(data), "--group-size", "32",
+                               "--samples", "4", "--out", str(out / "made")),
+        "gather": qdist("gather", str(run), "--out", str(out / "adapter")),
+        "merge": qdist("merge", str(run), "--out", str(out / "merged")),
+        "export": qdist("export", str(run), "--to", "16bit", "--out", str(out / "export")),
+        "generate": qdist("generate", str(run), "--prompts", str(data), "--max-new-tokens", "2",
+                          "--out", str(out / "answers.jsonl")),
+        "monitor": qdist("monitor", str(run), "--once"),
+        "report": qdist("report", str(run), "--out", str(out / "report.html")),
+        "doctor": qdist("doctor"),
+    }  # fmt: skip
+
+
+def finished(ground: Ground, name: str = "finished") -> Path:
+    """A finished run over the ground's model and data."""
+    run = ground.folder / name
+    if not (run / "result.json").exists():
+        subprocess.run(
+            ground.launch(run, "--gpus", "1"), env=ground.environment(), check=True, stdout=subprocess.DEVNULL
+        )
+    return run
+
+
+def drawn(parser_of: str, count: int) -> argparse.Namespace:
+    """The flags that every bench of the suite has. parser_of: what `--help` says first."""
+    parser = argparse.ArgumentParser(description=parser_of)
+    parser.add_argument("--count", type=int, default=count)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="Trials at once.")
+    parser.add_argument("--minutes", type=float, default=30.0, help="No trial begins after so long.")
+    return parser.parse_args()
+
+
+def trials(given: argparse.Namespace, trial: Callable[[Ground, random.Random, int], T], name: str) -> list[T]:
+    """Trials with a random generator each, `--jobs` of them at once, each worker on a ground of its own."""
+    began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix=f"qdist-{name}-"))
+    grounds: queue.SimpleQueue[Ground] = queue.SimpleQueue()
+    for worker in range(given.jobs):
+        grounds.put(Ground(folder / f"ground{worker}"))
+
+    def one(number: int) -> T | None:
+        if time.monotonic() - began > 60 * given.minutes:
+            return None
+        ground = grounds.get()
+        try:
+            return trial(ground, random.Random(f"{given.seed} {number}"), number)
+        finally:
+            grounds.put(ground)
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        found = [outcome for outcome in pool.map(one, range(given.count)) if outcome is not None]
+    shutil.rmtree(folder, ignore_errors=True)
+    took = time.monotonic() - began
+    print(f"{len(found)} of {given.count} trials in {took:.0f} s, {given.jobs} at once, seed {given.seed}", flush=True)
+    return found
+
+
 def processes(words: str) -> dict[int, str]:
-    """Command lines of the living processes that hold `words`, this one's left out."""
+    """Command lines of the living processes that hold `words` there or in their environment, this one's left out."""
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                line, variables = ((entry / name).read_bytes() for name in ("cmdline", "environ"))
             except OSError:
                 continue
-            if words in line:
-                found[int(entry.name)] = line.strip()
+            if line and words.encode() in line + b"\0" + variables:  # a zombie has neither
+                found[int(entry.name)] = line.replace(b"\0", b" ").decode(errors="replace").strip()
     return found
 
 

@@ -16,6 +16,7 @@ from qdist.core.errors import RunError, SpecError
 from qdist.core.quoting import resuming
 from qdist.core.spec import nest, parse_assignment, resolve
 from qdist.host import commands, launcher, ranks, templates
+from qdist.host.claim import claimed
 from qdist.host.refusals import await_ranks, refuse_running
 from qdist.host.rundir import RunDir
 from qdist.host.terminal import say
@@ -57,16 +58,17 @@ def launch(recipe: str | None, assignments: tuple[str, ...], resume: bool, dry_r
             say("\n" + job.job.files["launch.sh"])
         return
     say(shown(plan_lines(job.plan, notes=job.notes)))
-    launcher.write(job)
-    commands.note(job.run, sys.argv)
-    say(f"run      {job.run.path}")
-    try:
-        with Watch(job.plan, job.run, width=shutil.get_terminal_size().columns) as watch:
-            ranks.start(job, show=watch.show, say=watch.say, recall=watch.recall)
-    except KeyboardInterrupt:
-        _say_stopped(job.run)
-        raise SystemExit(130) from None
-    ending(job.run, job.plan)
+    with claimed(job) as own:
+        run = own.job.run
+        commands.note(run, sys.argv)
+        say(f"run      {run.path}")
+        try:
+            with Watch(job.plan, run, width=shutil.get_terminal_size().columns) as watch:
+                ranks.start(own, show=watch.show, say=watch.say, recall=watch.recall)
+        except KeyboardInterrupt:
+            _say_stopped(run)
+            raise SystemExit(130) from None
+    ending(run, job.plan)
 
 
 def _resumed(recipe: str | None, given: dict[str, Any], *, dry_run: bool) -> launcher.Job | launcher.Preview | None:

@@ -65,6 +65,10 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The folder of safetensors that ranks read: packed to the run's bits, under the names of the modules."""
     fingerprint: str = ""
     """Of the tensors in `packed`, where that is the user's model as it came, which another may replace."""
+    original: str = ""
+    """Fingerprint of the weights in `path`, from which `packed` was made; empty in plans of a qdist that kept none."""
+    digest: str = ""
+    """SHA-256 over names and checksums of all tensors in `packed`; empty in plans of a qdist that kept none."""
     config: dict[str, object]
     """transformers' configuration, from which random weights are made."""
     tokenizer: str

@@ -26,6 +26,8 @@ class Pulse(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     rank: int
     pid: int
     host: str
+    launch: str = ""
+    """The id of the launch that started it; empty where its launch.sh was started by hand."""
     time: float
     """Seconds since the epoch, of this beat."""
     phase: Phase = "starting"

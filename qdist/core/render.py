@@ -6,6 +6,7 @@ from typing import Any
 
 from qdist.core.errors import SpecError
 from qdist.core.plan import Plan, digest
+from qdist.core.surroundings import AGENT, FOREIGN
 
 DEEPSPEED_FILE = "deepspeed.json"
 ACCELERATE_FILE = "accelerate.json"
@@ -80,7 +81,11 @@ def launch_script(plan: Plan, *, python: str) -> str:
 
     python: the interpreter of the environment that planned the run.
     """
-    exports = {"OMP_NUM_THREADS": str(plan.threads_per_rank), "TOKENIZERS_PARALLELISM": "false"}
+    exports = {
+        "OMP_NUM_THREADS": str(plan.threads_per_rank),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONSAFEPATH": "1",
+    }
     if plan.device == "cpu":
         # An empty list hides GPUs from a run that was planned for CPUs; DeepSpeed must be told as well.
         exports |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -95,9 +100,14 @@ def launch_script(plan: Plan, *, python: str) -> str:
         "#!/bin/sh",
         f"# {' '.join(plan.spec.model.split())}: {plan.world_size} {plan.device} rank(s), written by qdist",
         'run=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)',
+        "# What other launchers say of ranks, in the shell that this is started from, is not of this run.",
+        f"unset $(env | sed -nE 's/^({FOREIGN})=.*/\\1/p')",
+        f"export {AGENT}=$$",
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
         *(f'export {name}="${{{name}:-{value}}}"' for name, value in usual.items()),
-        f"exec {shlex.quote(python)} -m torch.distributed.run --standalone --nproc-per-node {plan.world_size} \\",
+        f"exec {shlex.quote(python)} -P -m torch.distributed.run --standalone --nnodes 1 \\",
+        f"  --nproc-per-node {plan.world_size} --max-restarts 0 --monitor-interval 0.1 --start-method spawn \\",
+        "  --role default --redirects 0 --tee 0 \\",
         f'  -m qdist.runtime.worker "$run" --digest {digest(plan)}',
     ]
     return "\n".join(lines) + "\n"

@@ -1,15 +1,17 @@
 """Where in the cache is what a launch makes of a model and its data, and what did an earlier launch make of them?"""
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
 from qdist.core import demo
-from qdist.core.errors import RunError
+from qdist.core.errors import MachineError, RunError
 from qdist.core.packing import FORMAT, Packing
 from qdist.core.plan import Prepared
 from qdist.core.spec import RunSpec, flatten
@@ -21,23 +23,66 @@ from qdist.host.records import source_digest
 WEIGHTS = (".safetensors", ".bin")
 BESIDE = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 """Endings of the files that make weights a model: tokenizer, chat template, generation settings."""
-_CONVERSION = 1
+_CONVERSION = 2
 """Raise it whenever the same GGUF file would become another folder."""
 _DECIDING = (
     "model", "method", "bits", "format", "load_format", "seq_len", "seed", "new_tokens", "quant.", "lora.targets",
     "lora.pool", "train.held_out", "train.train_on_source",
 )  # fmt: skip
 """Settings that preparing looks at."""
-_HEAD_BYTES = 1 << 24
-"""Of a GGUF file: metadata, tokenizer and the first tensors."""
+CHECKSUMS = "checksums.json"
+"""In a folder that qdist wrote: the sums of its tensors."""
 
 
 def converted_folder(file: Path) -> Path:
-    """The folder that a GGUF file becomes, which need not be there."""
-    with open(file, "rb") as handle:
-        head = hashlib.sha256(handle.read(_HEAD_BYTES)).hexdigest()
-    identity = f"{_CONVERSION} {file.name} {file.stat().st_size} {head}"
+    """The folder that a GGUF file becomes, which need not be there. The whole file is read, once."""
+    return _converted_folder(file, remembered_of("file", [file], lambda: _file_digest(file)))
+
+
+def known_converted_folder(file: Path) -> Path | None:
+    """The same of a file that was read before, as it is now; None for others. Reads and writes next to nothing."""
+    known = recalled_of("file", [file])
+    return _converted_folder(file, known) if known else None
+
+
+def _converted_folder(file: Path, contents: str) -> Path:
+    identity = f"{_CONVERSION} {file.name} {contents}"
     return cache_path() / "models" / f"{file.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+def _file_digest(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def remembered_of(what: str, files: Sequence[Path], compute: Callable[[], str]) -> str:
+    """What is computed of the contents of files, once for their paths, sizes, times and inodes.
+
+    what: names the computation. A cache that cannot be written forgets it.
+    """
+    known = recalled_of(what, files)
+    if known:
+        return known
+    place = _known_file(what, files)
+    found = compute()
+    if place == _known_file(what, files):  # nobody wrote to them meanwhile
+        with contextlib.suppress(OSError, MachineError):
+            cache_dir(place.parent.name)
+            write_atomic(place, found)
+    return found
+
+
+def recalled_of(what: str, files: Sequence[Path]) -> str:
+    """What `remembered_of` computed of these files as they are; empty where it did not."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return _known_file(what, files).read_text()
+    return ""
+
+
+def _known_file(what: str, files: Sequence[Path]) -> Path:
+    status = [(str(file.resolve()), file.stat()) for file in files]
+    parts = [what, *([path, own.st_size, own.st_mtime_ns, own.st_ino] for path, own in status)]
+    return cache_path() / "known" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def packed_folder(folder: Path, packing: Packing, *, name: str) -> Path:

@@ -25,6 +25,14 @@ def stuck(run: RunDir, sentence: str) -> JobError:
     return JobError(f"{sentence}; {run.last_saved()}", try_=resuming(run.path))
 
 
+def lost(run: RunDir) -> JobError:
+    """The error of a run whose directory was taken away."""
+    return JobError(
+        f"{run.path} was removed or moved while it was being trained; its ranks were ended",
+        try_="put it back and resume it, or a new run",
+    )
+
+
 def log_lengths(run: RunDir) -> dict[Path, int]:
     """Bytes of each log: what earlier launches said, which is no word of the one to come."""
     return {path: path.stat().st_size for path in run.logs.glob("*.log")}

@@ -1,8 +1,12 @@
 """Files that are either whole or absent, and where qdist keeps its caches."""
 
+import contextlib
+import ctypes
 import fcntl
 import os
+import re
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,32 +14,115 @@ from pathlib import Path
 
 from qdist.core.errors import MachineError, RunError
 
+_BESIDE = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
+"""Names of files that `replacing` is still writing."""
 
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
+
+def write_atomic(path: Path, content: bytes | str, *, inside: Path | None = None) -> None:
+    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never half of one.
+
+    inside: the folder of the same disk where it is written; by default that of `path`.
+    """
     data = content.encode() if isinstance(content, str) else content
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    with replacing(path, inside=inside) as (descriptor, _), open(descriptor, "wb", closefd=False) as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: Path, *, inside: Path | None = None) -> Iterator[tuple[int, Path]]:
+    """A new file beside, as an open descriptor and a name, that is flushed to disk and is `path` at the end of the
+    block, unless that raised. What killed processes left of such files in the folder goes.
+
+    inside: as `write_atomic` has it.
+    """
+    folder = inside or path.parent
+    sweep(folder)
+    descriptor, beside = _beside(folder, path.name)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield descriptor, Path(beside)
+        os.fsync(descriptor)
         os.replace(beside, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        Path(beside).unlink(missing_ok=True)
         raise
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what `replacing` could not finish in a folder because it was killed; no other file, and none that is
+    being written now: its writer holds a lock on it.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return
+    for name in names:
+        if _BESIDE.fullmatch(name):
+            with contextlib.suppress(OSError):  # another process was faster, or it is another user's
+                descriptor = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(folder / name)
+                finally:
+                    os.close(descriptor)
+
+
+def _beside(folder: Path, wanted: str) -> tuple[int, str]:
+    """A new file to write what is to have a name, locked: its descriptor and name."""
+    while True:
+        name = str(folder / f".{wanted}.{secrets.token_hex(4)}.tmp")
+        descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.path.exists(name):  # nobody swept it before it was locked
+            return descriptor, name
+        os.close(descriptor)
 
 
 def publish_folder(beside: Path, final: Path) -> None:
     """Rename a finished folder into place, its files flushed to disk first. `final` must not exist."""
+    flush(beside)
+    os.rename(beside, final)
+    sync(final.parent)
+
+
+def replace_folder(beside: Path, final: Path, *, aside: Path) -> None:
+    """Publish a folder in the place of another, which is removed: at every moment one of the two is at `final`.
+
+    aside: where the old one lies for a moment on a disk that cannot exchange two names (NFS): only there `final` is
+    missing in between, and a process killed just then leaves the old one at `aside`.
+    """
+    if not final.exists():
+        publish_folder(beside, final)
+        return
+    flush(beside)
+    if _exchange(beside, final):
+        old = beside
+    else:
+        os.rename(final, aside)
+        os.rename(beside, final)
+        old = aside
+    sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in a step (Linux, renameat2); whether the kernel and the disk can."""
+    at_fdcwd, rename_exchange = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except AttributeError:
+        return False
+    return bool(renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0)
+
+
+def flush(beside: Path) -> None:
+    """A folder's files to disk, readable as the umask has it, and their names."""
     mode = umasked(0o666)
     for file in [path for path in beside.rglob("*") if path.is_file()]:
         file.chmod(mode)  # safetensors writes 0600, and adapters are made to be shared
         sync(file)
     sync(beside)
-    os.rename(beside, final)
-    sync(final.parent)
 
 
 def umasked(mode: int) -> int:

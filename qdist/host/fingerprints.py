@@ -14,13 +14,13 @@ _HEADER_BYTES = 100_000_000
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over name, size, header and 64 blocks, spread evenly, of each of a folder's safetensors.
+    """SHA-256 over name, size, header and 64 blocks, spread evenly, of each of a folder's files of weights.
 
     Times and places do not count: a copy has the same. Another quantization changes every block; a few bytes that
     were changed by hand may lie between them.
     """
     sums = hashlib.sha256()
-    for name in safetensors_of(folder):
+    for name in _weights_of(folder):
         path = folder / name
         size = path.stat().st_size if path.is_file() else -1
         sums.update(f"{name} {size}\n".encode())
@@ -35,15 +35,42 @@ def require_same_tensors(source: Source, folder: str, *, run: str) -> None:
     folder: where the packed weights of `source` lie now. run: what the user calls it.
     A run that has no fingerprint is taken as it is.
     """
-    if not source.fingerprint:
-        return
-    found = fingerprint(Path(folder))
-    if found != source.fingerprint:
+    _require(source.fingerprint, folder, run)
+
+
+def require_same_original(source: Source, *, run: str) -> None:
+    """Refuse a model that is not the one from which a run's packed weights were made, where these are made again, or
+    its own are wanted. run: what the user calls it.
+
+    A run that has no fingerprint is taken as it is.
+    """
+    _require(source.original, source.path, run)
+
+
+def require_same_model(old: Source, new: Source, *, run: str) -> None:
+    """Refuse what was prepared of another model than a run's own. run: what the user calls it."""
+    if new.original:
+        _compare(old.original, new.original, new.path, run)
+
+
+def _require(recorded: str, folder: str, run: str) -> None:
+    if recorded:
+        _compare(recorded, fingerprint(Path(folder)), folder, run)
+
+
+def _compare(recorded: str, found: str, folder: str, run: str) -> None:
+    if recorded and found != recorded:
         raise RunError(
             f"{folder} is not the model that {run} was trained on: the fingerprint of its tensors is {found[:12]}, "
-            f"and was {source.fingerprint[:12]}",
+            f"and was {recorded[:12]}",
             try_="put that model back in its place, or start a new run on this one",
         )
+
+
+def _weights_of(folder: Path) -> tuple[str, ...]:
+    """Names of a folder's safetensors; of torch's own files where there are none."""
+    endings = (".bin", ".pt", ".pth")
+    return safetensors_of(folder) or tuple(sorted(file.name for file in folder.iterdir() if file.suffix in endings))
 
 
 def _add_contents(sums: "hashlib._Hash", path: Path, size: int) -> None:

@@ -10,6 +10,7 @@ from qdist.core.errors import RunError
 from qdist.core.events import Event, decode_blocks, whole_length
 from qdist.core.fold import Fold
 from qdist.host.opening import readable, require_file
+from qdist.host.rundir import of_ranks
 
 _TAIL_BYTES = 1 << 18
 
@@ -54,8 +55,7 @@ class Follower:
 
     def _files(self) -> list[Path]:
         """One a rank; a copy that somebody keeps beside it is none."""
-        found = self._folder.glob("rank*.jsonl")
-        return sorted(path for path in found if path.stem.removeprefix("rank").isdecimal())
+        return of_ranks(self._folder, ".jsonl")
 
     def _replaced(self) -> bool:
         """Whether a file is another one, or shorter: a rank that is resumed cuts off no more than half a line."""

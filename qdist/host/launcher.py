@@ -1,10 +1,9 @@
-"""From a spec to a run directory: what must be there is looked for, refused, prepared, planned and written."""
+"""From a spec to a planned run: what must be there is looked for, refused, prepared and planned."""
 
 import contextlib
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -14,11 +13,11 @@ from typing import Any, NamedTuple
 import msgspec
 
 from qdist.core import demo
-from qdist.core.errors import RunError, SpecError
+from qdist.core.errors import SpecError
 from qdist.core.facts import ModelFacts, from_config, require_library_class
 from qdist.core.gptq import of_run
 from qdist.core.means import count_of
-from qdist.core.plan import DataFacts, Plan, Prepared, Source
+from qdist.core.plan import DataFacts, Plan, Prepared, Source, digest
 from qdist.core.planner import make_plan
 from qdist.core.recipe import to_toml
 from qdist.core.render import (
@@ -31,8 +30,7 @@ from qdist.core.render import (
 )
 from qdist.core.spec import RunSpec, flatten, resolve
 from qdist.host import cached, lessons, modules, probe, templates
-from qdist.host.files import write_atomic
-from qdist.host.fingerprints import require_same_tensors
+from qdist.host.fingerprints import require_same_model, require_same_tensors
 from qdist.host.records import check_source, source_notes
 from qdist.host.refusals import (
     refuse_other_data,
@@ -54,6 +52,13 @@ RESUMABLE = frozenset((
     "train.verify_steps", "train.stuck_seconds",
 ))  # fmt: skip
 """Settings that may change when a run goes on: none of them changes what a step computes."""
+_PACKED_OTHERWISE = (
+    "the same model was packed to other bytes than those that the run began with: by other versions, or on another "
+    "device"
+)
+
+
+_RUNS = Path("runs")
 
 
 class Job(NamedTuple):
@@ -63,6 +68,10 @@ class Job(NamedTuple):
     plan: Plan
     files: dict[str, str]
     notes: tuple[str, ...]
+    stem: str = ""
+    """What the run's name begins with where qdist chose it; empty for one that the user chose."""
+    resumes: str = ""
+    """Digest of the plan that this one takes the place of; empty for a new run."""
 
 
 class Preview(NamedTuple):
@@ -123,9 +132,12 @@ def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Job:
     if not cached.all_there(before):
         refuse_other_files(old, run)
         prepared = _real(spec, run)
+        require_same_model(old.source, prepared.source, run=str(run.path))
         refuse_other_data(old, prepared.data, run)
+        if old.source.digest not in ("", prepared.source.digest):
+            prepared = msgspec.structs.replace(prepared, notes=(*prepared.notes, _PACKED_OTHERWISE))
     require_same_tensors(old.source, prepared.source.packed, run=str(run.path))
-    return _job(run, spec, prepared, usual_micro_batch=old.micro_batch)
+    return _job(run, spec, prepared, usual_micro_batch=old.micro_batch)._replace(stem="", resumes=digest(old))
 
 
 def preview_resume(run: RunDir, changes: Mapping[str, Any]) -> Preview:
@@ -142,32 +154,11 @@ def preview_resume(run: RunDir, changes: Mapping[str, Any]) -> Preview:
     return Preview(run, _job(run, spec, before, usual_micro_batch=old.micro_batch), work)
 
 
-def write(job: Job) -> None:
-    """Create the run directory, the plan last: a directory without it is not a run.
-
-    Raises RunError where it cannot be written; then what this call created is gone again.
-    """
-    is_new = not job.run.path.exists()
-    try:
-        job.run.path.mkdir(parents=True, exist_ok=True)
-        for folder in (job.run.events, job.run.logs, job.run.checkpoints):
-            folder.mkdir(exist_ok=True)
-        for name, text in job.files.items():
-            write_atomic(job.run.path / name, text)
-    except OSError as error:
-        if is_new:
-            shutil.rmtree(job.run.path, ignore_errors=True)
-        raise RunError(
-            f"{job.run.path} cannot be written: {error.strerror}",
-            try_="a --run folder that you may write to, on a disk with room",
-        ) from error
-
-
 def _new_run(spec: RunSpec) -> RunDir:
     """The directory of a new run, which need not be there yet. Raises RunError for one that cannot be it."""
     if not spec.model:
         raise SpecError("no model was named", try_="--model smollm2-135m")
-    run = RunDir(spec.run) if spec.run else RunDir(free_name(Path("runs"), _stem(spec)))
+    run = RunDir(spec.run) if spec.run else RunDir(free_name(_RUNS, _stem(spec)))
     refuse_used(run)
     refuse_unwritable(run)
     refuse_missing(spec.trackers)
@@ -217,7 +208,7 @@ def _job(run: RunDir, spec: RunSpec, prepared: Prepared, *, usual_micro_batch: i
     files[ACCELERATE_FILE] = json.dumps(accelerate_config(plan), indent=2) + "\n"
     files["launch.sh"] = launch_script(plan, python=sys.executable)
     files[PLAN] = msgspec.json.format(msgspec.json.encode(plan), indent=1).decode() + "\n"
-    return Job(run, plan, files, prepared.notes)
+    return Job(run, plan, files, prepared.notes, stem="" if spec.run else _stem(spec))
 
 
 def _surveyed(spec: RunSpec, run: RunDir) -> Survey:

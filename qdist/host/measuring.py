@@ -15,7 +15,7 @@ from qdist.core.cluster import Cluster, Rates
 from qdist.core.errors import MachineError
 from qdist.core.measured import CardRates
 from qdist.core.units import GIB, MIB, format_bytes
-from qdist.host import links, rates
+from qdist.host import children, links, rates
 from qdist.host.doctor import Check
 from qdist.host.files import cache_dir, cache_path
 from qdist.host.opening import read_typed
@@ -77,11 +77,18 @@ def _run_ranks(folder: Path, ranks: int, device: str, timeout_s: float) -> str:
     processes = []
     try:
         for rank in range(ranks):
-            command = [sys.executable, "-m", "qdist.runtime.rates", str(folder), "--rank", str(rank)]
+            command = [sys.executable, "-P", "-m", "qdist.runtime.rates", str(folder), "--rank", str(rank)]
             command += ["--ranks", str(ranks), "--device", device]
             with open(folder / f"rank{rank}.log", "wb") as log:
                 processes.append(
-                    subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+                    subprocess.Popen(
+                        command,
+                        env=children.environment(),
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        preexec_fn=children.ending_with_this(),
+                    )
                 )
         return _wait(processes, folder, timeout_s)
     finally:

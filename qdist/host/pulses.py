@@ -8,7 +8,7 @@ from typing import Literal
 from qdist.core.errors import RunError
 from qdist.core.pulse import Pulse
 from qdist.host.opening import read_typed
-from qdist.host.rundir import RunDir
+from qdist.host.rundir import RunDir, of_ranks
 
 Process = Literal["runs", "stopped", "gone", "elsewhere"]
 
@@ -16,7 +16,7 @@ Process = Literal["runs", "stopped", "gone", "elsewhere"]
 def read_pulses(run: RunDir) -> dict[int, Pulse]:
     """The last beat of each rank that has one. A beat that was torn by a kill is left out."""
     found = {}
-    for path in sorted(run.pulses.glob("rank*.json")):
+    for path in of_ranks(run.pulses, ".json"):
         try:
             pulse = read_typed(path, Pulse, RunError)
         except RunError:

@@ -11,62 +11,60 @@ from types import FrameType
 from qdist.core.errors import RunError
 from qdist.core.events import Event
 from qdist.core.quoting import argument
-from qdist.host import endings, lessons
-from qdist.host.children import end_with_parent
-from qdist.host.files import locked
+from qdist.core.surroundings import LAUNCH
+from qdist.host import children, endings, lessons
+from qdist.host.claim import Claim
 from qdist.host.follow import Follower
-from qdist.host.launcher import Job
-from qdist.host.rundir import ENDED, LOCK, STOP, Ended, RunDir
-from qdist.host.state import sign
+from qdist.host.rundir import STOP, Ended, RunDir
 from qdist.host.stuck import Watchdog
 
 Show = Callable[[list[Event]], None]
 
 
-def start(job: Job, *, show: Show, say: Callable[[str], None], recall: Show | None = None) -> None:
-    """Start the ranks and stay until they have ended.
+def start(own: Claim, *, show: Show, say: Callable[[str], None], recall: Show | None = None) -> None:
+    """Start the ranks of a run that is claimed, and stay until they have ended.
 
     show: called a few times a second with what the ranks said since.
     recall: called once before, with what they said before the run was resumed.
     say: called with a line for the user.
-    Raises KeyboardInterrupt when the run was stopped and saved, JobError when a rank died.
+    Raises KeyboardInterrupt when the run was stopped and saved, JobError when a rank died or the directory was lost.
     """
-    run = job.run
-    with locked(run.path / LOCK, busy=f"{run.path} is being trained by another process") as lock:
-        sign(lock)
-        for leftover in (STOP, ENDED):
-            (run.path / leftover).unlink(missing_ok=True)
-        follower = Follower(run.path, say=say)
-        past = follower.new_events()
-        if recall:
-            recall(past)
-        before = endings.log_lengths(run)
-        with open(run.logs / "launcher.log", "ab") as log:
-            ranks = subprocess.Popen(
-                ["sh", argument(run.path / "launch.sh")],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=(lock,),
-                preexec_fn=end_with_parent,
-            )
-        watchdog = Watchdog(run, job.plan.spec.train.stuck_seconds)
-        stopped, stuck = _watch(run, ranks, follower, watchdog, show, say)
-        if run.result() is not None and ranks.returncode == 0:
-            with contextlib.suppress(OSError):  # a cache that cannot be written to makes no run fail
-                lessons.learn(run)
-            return
-        if stopped and not stuck and ranks.returncode in (0, -signal.SIGKILL):
-            endings.note(run, Ended(state="stopped", time=time.time()))
-            raise KeyboardInterrupt
-        error = endings.stuck(run, stuck) if stuck else endings.died(run, before, ranks.returncode)
-        endings.note(run, Ended(state="failed", message=error.message, try_=error.try_, time=time.time()))
-        raise error
+    run = own.job.run
+    follower = Follower(run.path, say=say)
+    past = follower.new_events()
+    if recall:
+        recall(past)
+    before = endings.log_lengths(run)
+    plan = own.job.plan
+    watchdog = Watchdog(run, plan.spec.train.stuck_seconds, ranks=plan.world_size, launch=own.launch)
+    with open(run.logs / "launcher.log", "ab") as log:
+        ranks = subprocess.Popen(
+            ["/bin/sh", argument(run.path / "launch.sh")],
+            env={**children.environment(), LAUNCH: own.launch},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=(own.lock,),
+            preexec_fn=children.ending_with_this(),
+        )
+    stopped, stuck = _watch(own, ranks, follower, watchdog, show, say)
+    if own.is_lost():
+        raise endings.lost(run)
+    if run.result() is not None and ranks.returncode == 0:
+        with contextlib.suppress(OSError):  # a cache that cannot be written to makes no run fail
+            lessons.learn(run)
+        return
+    if stopped and not stuck and ranks.returncode in (0, -signal.SIGKILL):
+        endings.note(run, Ended(state="stopped", time=time.time()))
+        raise KeyboardInterrupt
+    error = endings.stuck(run, stuck) if stuck else endings.died(run, before, ranks.returncode)
+    endings.note(run, Ended(state="failed", message=error.message, try_=error.try_, time=time.time()))
+    raise error
 
 
 def _watch(
-    run: RunDir,
+    own: Claim,
     ranks: subprocess.Popen[bytes],
     follower: Follower,
     watchdog: Watchdog,
@@ -74,7 +72,7 @@ def _watch(
     say: Callable[[str], None],
 ) -> tuple[bool, str]:
     """Follow the ranks to their end: whether the user or a scheduler asked them to stop, and who was stuck in what."""
-    asked, stuck, stepped, answered = 0, "", False, False
+    run, asked, stuck, stepped, answered = own.job.run, 0, "", False, False
 
     def ask(*_: int | FrameType | None) -> None:
         nonlocal asked
@@ -90,7 +88,7 @@ def _watch(
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         readable = True
-        while ranks.poll() is None:
+        while ranks.poll() is None and not own.is_lost():
             wanted = asked
             readable = readable and _shown_what_is_new(follower, show_and_note, say)
             if wanted and not answered:
@@ -99,7 +97,7 @@ def _watch(
             if stuck := watchdog.stuck():
                 break
             time.sleep(0.2)
-        if readable:
+        if readable and not own.is_lost():
             _shown_what_is_new(follower, show_and_note, say)
     finally:
         for number, handler in previous.items():

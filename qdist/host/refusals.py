@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 
@@ -14,6 +15,7 @@ from qdist.core.units import format_bytes
 from qdist.host.cached import files_digest
 from qdist.host.disk import free_bytes, obstacle, require_space
 from qdist.host.files import cache_path, unusable_cache
+from qdist.host.fingerprints import require_same_original
 from qdist.host.rundir import RunDir
 from qdist.host.state import launcher_is_gone, state_of
 from qdist.host.survey import counted
@@ -35,9 +37,10 @@ def await_ranks(run: RunDir, say: Callable[[str], None], *, patience_s: float = 
         time.sleep(0.1)
 
 
-def refuse_used(run: RunDir) -> None:
-    """Raise RunError where a new run cannot lie."""
-    refuse_running(run)
+def refuse_used(run: RunDir, *, held: bool = False) -> None:
+    """Raise RunError where a new run cannot lie. held: its lock is held by this process."""
+    if not held:
+        refuse_running(run)
     if run.result() is not None:
         raise RunError(f"{run.path} holds a finished run", try_="another --run")
     if run.exists():
@@ -47,7 +50,7 @@ def refuse_used(run: RunDir) -> None:
             f"{run.path} holds an unfinished run with {where}",
             try_=f"{resuming(run.path)}, or another --run",
         )
-    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+    if run.path.exists() and not (run.path.is_dir() and run.is_bare()):
         raise RunError(f"{run.path} exists and is not a run", try_="another --run")
 
 
@@ -80,7 +83,9 @@ def refuse_small_disk(plan: Plan, run: RunDir) -> None:
 
 
 def refuse_other_files(old: Plan, run: RunDir) -> None:
-    """Raise RunError where a run's files are known to be others than those it was started with."""
+    """Raise RunError where a run's model or data are known to be others than those it was started with."""
+    if Path(old.source.path).is_dir():
+        require_same_original(old.source, run=str(run.path))
     data, now = old.data, files_digest(old.spec.data)
     if data is not None and data.digest and now not in ("", data.digest):
         raise _other_data(old, run, f"{counted(old.spec):,} records now")

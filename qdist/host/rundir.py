@@ -1,6 +1,7 @@
 """The run directory: the contract between the launcher, the ranks and every later command."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -16,6 +17,10 @@ PLAN, RESULT, STOP, LOCK = "plan.json", "result.json", "stop", ".lock"
 ENDED, MACHINE = "ended.json", "machine.json"
 _AGAIN = "start the run again"
 T = TypeVar("T")
+_AT_FIRST = re.compile(
+    r"\.lock|(recipe\.toml|(machine|versions|deepspeed|accelerate)\.json|launch\.sh)|\..+\.[a-z0-9_]{8}\.tmp"
+)
+"""What is written before a plan."""
 
 
 class Ended(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,6 +104,14 @@ class RunDir:
     def exists(self) -> bool:
         return (self.path / PLAN).is_file()
 
+    def is_bare(self) -> bool:
+        """Whether the directory is empty, or holds nothing but what a launch that was killed at once leaves in it."""
+        folders = {folder.name for folder in (self.events, self.logs, self.checkpoints, self.pulses, self.stacks)}
+        return all(
+            not any(path.iterdir()) if path.name in folders and path.is_dir() else _AT_FIRST.fullmatch(path.name)
+            for path in self.path.iterdir()
+        )
+
     def plan(self) -> Plan:
         """The plan of this run. Raises RunError where there is none or it is of another version."""
         path = self.path / PLAN
@@ -136,8 +149,8 @@ class RunDir:
         """Steps of the whole checkpoints, ascending; one without DONE does not count."""
         if not self.checkpoints.is_dir():
             return []
-        done = [path for path in self.checkpoints.glob("step_*") if (path / "DONE").is_file()]
-        return sorted(int(path.name.removeprefix("step_")) for path in done)
+        numbered = [(path, re.fullmatch(r"step_(\d{6,})", path.name)) for path in self.checkpoints.iterdir()]
+        return sorted(int(name[1]) for path, name in numbered if name and (path / "DONE").is_file())
 
     def last_saved(self) -> str:
         """'the last checkpoint is of step 40', for an error."""
@@ -179,6 +192,15 @@ def _object(path: Path) -> dict[str, Any] | None:
 def _typed(path: Path, kind: type[T]) -> T | None:
     found = _object(path)
     return None if found is None else converted(found, kind, f"{path} is of another qdist", RunError, try_=_AGAIN)
+
+
+def of_ranks(folder: Path, suffix: str) -> list[Path]:
+    """The files of ranks in a folder, in their order, by their whole names: what somebody copied beside is not ours."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [folder / name for name in sorted(names) if re.fullmatch(rf"rank\d{{3,}}{re.escape(suffix)}", name)]
 
 
 def free_name(parent: Path, stem: str) -> Path:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import secrets
 import socket
 
 import msgspec
@@ -10,7 +11,7 @@ from qdist.core.errors import RunError
 from qdist.core.events import State
 from qdist.host.opening import read_typed
 from qdist.host.pulses import stat_of
-from qdist.host.rundir import LOCK, RunDir
+from qdist.host.rundir import LOCK, RunDir, of_ranks
 
 _BEGAN = 19
 """Place of a process's start time in what `stat_of` gives: a number is given to another process one day."""
@@ -23,6 +24,8 @@ class Holder(msgspec.Struct, frozen=True):
     host: str
     began: str
     """In the kernel's ticks."""
+    launch: str = ""
+    """An id that no other launch has; its ranks' beats carry it."""
 
 
 def state_of(run: RunDir) -> State:
@@ -36,7 +39,7 @@ def state_of(run: RunDir) -> State:
     ended = run.ended()
     if ended is not None:
         return ended.state
-    return "killed" if any(run.events.glob("rank*.jsonl")) or any(run.pulses.glob("rank*.json")) else "planned"
+    return "killed" if of_ranks(run.events, ".jsonl") or of_ranks(run.pulses, ".json") else "planned"
 
 
 def _held(run: RunDir) -> bool:
@@ -54,21 +57,35 @@ def _held(run: RunDir) -> bool:
     return False
 
 
-def sign(lock: int) -> None:
-    """Write into a run's lock, through its descriptor, who holds it; ranks that outlive their launcher hold it too."""
+def sign(lock: int) -> str:
+    """Write into a run's lock, through its descriptor, who holds it; the id of this launch.
+
+    What starts the ranks holds the lock as well, and may outlive the launcher for a moment.
+    """
     stat = stat_of(os.getpid())
-    holder = Holder(os.getpid(), socket.gethostname(), stat[_BEGAN] if stat else "")
+    holder = Holder(os.getpid(), socket.gethostname(), stat[_BEGAN] if stat else "", secrets.token_hex(8))
     os.ftruncate(lock, 0)
     os.pwrite(lock, msgspec.json.encode(holder), 0)
+    return holder.launch
 
 
 def launcher_is_gone(run: RunDir) -> bool:
     """Whether the launcher that last took a run's lock was on this machine and is not there any more."""
-    try:
-        holder = read_typed(run.path / LOCK, Holder, RunError)
-    except RunError:
-        return False
-    if holder.host != socket.gethostname():
+    holder = _holder(run)
+    if holder is None or holder.host != socket.gethostname():
         return False
     stat = stat_of(holder.pid)
     return stat is None or stat[_BEGAN] != holder.began
+
+
+def is_anothers(run: RunDir, launch: str) -> bool:
+    """Whether another launch than `launch` has taken a run since. A lock that cannot be read says of nobody."""
+    holder = _holder(run)
+    return holder is not None and bool(holder.launch) and holder.launch != launch
+
+
+def _holder(run: RunDir) -> Holder | None:
+    try:
+        return read_typed(run.path / LOCK, Holder, RunError)
+    except RunError:
+        return None

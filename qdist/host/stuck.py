@@ -15,6 +15,8 @@ from qdist.host.rundir import RunDir
 SILENT_S = 10.0
 """A beat comes every second; without one for so long the process is stopped, gone, or starved."""
 _STACKS_S = 5.0
+_START_S = 120.0
+"""For the first beat at least: what starts the ranks imports torch before, from a network disk perhaps."""
 
 
 class Trouble(NamedTuple):
@@ -93,11 +95,16 @@ def _size(run: RunDir, rank: int) -> int:
 
 
 class Watchdog:
-    """Looks at the ranks' beats. after_s: how long one may stand still; 0 for ever."""
+    """Looks at the ranks' beats, from now on.
 
-    def __init__(self, run: RunDir, after_s: float) -> None:
-        self._run, self._after_s, self._began, self._last = run, after_s, time.time(), 0.0
-        self._awake = self._began
+    after_s: how long one may stand still, or give no beat at all; 0 for ever.
+    ranks: how many there are to be.
+    launch: whose beats count: those of an earlier launch are no word of this one.
+    """
+
+    def __init__(self, run: RunDir, after_s: float, *, ranks: int, launch: str) -> None:
+        self._run, self._after_s, self._ranks, self._launch = run, after_s, frozenset(range(ranks)), launch
+        self._awake, self._last = time.time(), 0.0
 
     def stuck(self) -> str:
         """A sentence about the rank that is to blame, with stacks written; empty while all go on."""
@@ -108,8 +115,10 @@ class Watchdog:
             # It was away itself, with a suspended job or machine: the ranks may have been as well.
             self._awake = now
         self._last = now
-        # Beats of an earlier launch are no word of this one.
-        pulses = {rank: pulse for rank, pulse in read_pulses(self._run).items() if pulse.time >= self._began}
+        pulses = {rank: pulse for rank, pulse in read_pulses(self._run).items() if pulse.launch == self._launch}
+        if (never := sorted(self._ranks - pulses.keys())) and now - self._awake >= max(self._after_s, _START_S):
+            which = f"rank {never[0]}" if len(never) == 1 else f"ranks {', '.join(map(str, never))}"
+            return f"{which} gave no sign of life within {format_duration(now - self._awake)} of the start"
         found = troubles(pulses, now=now, after_s=self._after_s, since=self._awake)
         if not found:
             return ""

@@ -132,9 +132,9 @@ def _folder_of(located: Located) -> tuple[Path | None, list[Work]]:
         fetched, hub = _fetched(located.path)
         return fetched, [Work("fetch", located.path, "", hub, None, fetched)]
     file = Path(located.path)
-    folder = cached.converted_folder(file)
-    there = folder if folder.is_dir() else None
-    return there, [Work("convert", file.name, "a bfloat16 folder", folder.parent, None, there)]
+    folder = cached.known_converted_folder(file)
+    there = folder if folder and folder.is_dir() else None
+    return there, [Work("convert", file.name, "a bfloat16 folder", cache_path() / "models", None, there)]
 
 
 def _fetched(hub_id: str) -> tuple[Path | None, Path]:

@@ -58,6 +58,7 @@ def load_part(plan: Plan, comm: Comm, devices: tuple[torch.device, ...]) -> Load
         device=devices[0],
         linear_names=plan.facts.linear_names,
         arrange=partial(_arrange, plan, comm, devices),
+        share=_share(plan, comm.rank),
     )
     verify = None
     if plan.placement == "shard":
@@ -65,6 +66,15 @@ def load_part(plan: Plan, comm: Comm, devices: tuple[torch.device, ...]) -> Load
         verify = partial(check_gathered_bytes, backbone)
     verified = verify() if verify else 0
     return Loaded(backbone, time.perf_counter() - began, disk_read_bytes() - read_before, verify, verified)
+
+
+def _share(plan: Plan, rank: int) -> tuple[int, int]:
+    """Which part of the checksums is a rank's: all of its own copy on a GPU; CPU ranks of a node map the same bytes."""
+    own = plan.ranks[rank]
+    if plan.device == "cuda" or plan.placement != "replicate":
+        return 0, 1
+    together = [other.rank for other in plan.ranks if other.node == own.node]
+    return together.index(rank), len(together)
 
 
 def _arrange(plan: Plan, comm: Comm, devices: tuple[torch.device, ...], model: Any) -> None:

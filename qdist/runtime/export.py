@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from qdist.core.errors import RunError
 from qdist.core.events import start_of, steady_tokens_s
 from qdist.core.plan import Plan
 from qdist.host.adapters import ADAPTER, step_metadata, step_of
-from qdist.host.files import locked, publish_folder, sync, write_atomic
+from qdist.host.files import locked, publish_folder, replace_folder, write_atomic
 from qdist.host.follow import Follower
 from qdist.host.rundir import PLAN, RESULT, RunDir
 from qdist.host.terminal import say
@@ -23,11 +24,17 @@ from qdist.runtime.checkpoint import load, load_tensors
 from qdist.runtime.checksum import slice_sums
 from qdist.runtime.engine import Adapter
 from qdist.runtime.exports.model_files import write_generation_config
-from qdist.runtime.load import plan_of
+from qdist.runtime.load import TOKENIZER, plan_of
 from qdist.runtime.measure import Parts, Peak
 from qdist.runtime.packed_folder import entries_of, write_tensors
+from qdist.runtime.sealed import ADAPTER_CONFIG, config_seal, require_adapter, sealed
 from qdist.runtime.tokenizer import copy_beside, open_tokenizer
 from qdist.runtime.work_folder import built
+
+_NEW, _BEFORE = ".adapter.new", ".adapter.old"
+"""The adapter while it is written; the one whose place it takes, for a moment, where a disk cannot exchange the two."""
+_LEFT = re.compile(r"\.adapter\.(new|old|\d+)")
+"""What a killed process leaves of them, one of an earlier qdist included."""
 
 
 def adapter_checksum(adapter: Adapter) -> tuple[int, ...]:
@@ -72,22 +79,25 @@ def gather_named(run: RunDir, which: str, *, out: Path | None = None) -> tuple[P
 
 @contextmanager
 def _alone(run: RunDir) -> Iterator[None]:
-    """One process at a time writes or reads `adapter/`, whoever runs or asks."""
+    """One process at a time writes or reads `adapter/`, whoever runs or asks. What a killed one left is cleared."""
     with locked(run.path / ".gather.lock"):
+        if not run.adapter.exists() and (run.path / _BEFORE).exists():
+            os.rename(run.path / _BEFORE, run.adapter)
+        for path in run.path.iterdir():
+            if _LEFT.fullmatch(path.name):
+                shutil.rmtree(path)
         yield
 
 
 def _gather_here(run: RunDir, step: int, *, named: str = "") -> None:
-    for leftover in run.path.glob(".adapter.*"):  # of a process that was killed
-        shutil.rmtree(leftover)
-    beside = run.path / f".adapter.{os.getpid()}"
+    beside = run.path / _NEW
     beside.mkdir()
     try:
         _write_adapter(run, step, beside, named=named)
     except BaseException:
         shutil.rmtree(beside)
         raise
-    _replace_folder(beside, run.adapter)
+    replace_folder(beside, run.adapter, aside=run.path / _BEFORE)
 
 
 def _write_adapter(run: RunDir, step: int, folder: Path, *, named: str) -> None:
@@ -97,32 +107,44 @@ def _write_adapter(run: RunDir, step: int, folder: Path, *, named: str) -> None:
     check_adapter(tensors, where=str(run.checkpoint(step)))
     pooling = {"pool": plan.spec.lora.pool, "pool_group_size": str(plan.pool)} if plan.pool > 1 else {}
     metadata = pooling | step_metadata(step, plan.steps, checkpoint=named)
-    write_tensors(folder, ADAPTER, entries_of(tensors), metadata=metadata)
-    (folder / f".{ADAPTER}.json").unlink()
     write_beside(folder, plan)
+    metadata |= config_seal((folder / ADAPTER_CONFIG).read_text())
+    write_tensors(folder, ADAPTER, entries_of(tensors), metadata=sealed(tensors, metadata))
+    (folder / f".{ADAPTER}.json").unlink()
 
 
 def write_beside(folder: Path, plan: Plan) -> None:
     """What an adapter folder holds beside its tensors: configurations, and the run's tokenizer."""
-    (folder / "adapter_config.json").write_text(_adapter_config(plan))
+    (folder / ADAPTER_CONFIG).write_text(_adapter_config(plan))
     if plan.source.tokenizer:
         tokenizer = Path(plan.source.tokenizer)
         if not tokenizer.is_dir():
             raise RunError("the run's tokenizer is gone from the cache", try_="a new run on the same model and data")
         for path in sorted(tokenizer.iterdir()):
-            if path.name not in (ADAPTER, "adapter_config.json"):  # where it is the adapter's copy
+            if path.name not in (ADAPTER, ADAPTER_CONFIG):  # where it is the adapter's copy
                 copy_beside(path, folder)
         write_generation_config(folder, plan)
 
 
 def rehearse(run: RunDir) -> None:
     """Do all of `gather` but for the tensors, into a folder that is thrown away: what cannot be gathered at the end of
-    a run is no run to start.
+    a run is no run to start. What is gathered from once the cache is gone is kept in the run.
     """
+    plan = plan_of(run)
     with tempfile.TemporaryDirectory(prefix=".rehearsal.", dir=run.path) as folder:
-        write_beside(Path(folder), plan_of(run))
-        if plan_of(run).source.tokenizer:
+        write_beside(Path(folder), plan)
+        if plan.source.tokenizer:
             open_tokenizer(Path(folder), "the tokenizer that is saved with the adapter cannot be opened again")
+            _keep_tokenizer(run, Path(folder), Path(plan.source.tokenizer))
+
+
+def _keep_tokenizer(run: RunDir, beside: Path, tokenizer: Path) -> None:
+    """Copy a run's tokenizer into it, unless it is there."""
+    kept = run.path / TOKENIZER
+    if not kept.is_dir():
+        whole = beside / TOKENIZER
+        shutil.copytree(tokenizer, whole)
+        publish_folder(whole, kept)
 
 
 def check_adapter(tensors: dict[str, torch.Tensor], *, where: str) -> None:
@@ -162,18 +184,6 @@ def _adapter_config(plan: Plan) -> str:
     return json.dumps(settings, indent=2, default=str) + "\n"
 
 
-def _replace_folder(beside: Path, final: Path) -> None:
-    """Swap a finished folder in; the one it replaces was made by the same run."""
-    whole = final.with_name(f".{final.name}.new")
-    publish_folder(beside, whole)
-    old = final.with_name(f".{final.name}.old")
-    if final.exists():
-        os.rename(final, old)
-    os.rename(whole, final)
-    sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def write_result(
     run: RunDir,
     plan: Plan,
@@ -188,6 +198,7 @@ def write_result(
     peaks: of each rank, on each of its GPUs. held: of each rank, after the last step.
     """
     with _alone(run):
+        require_adapter(run.adapter)
         tensors, size = load_tensors(run.adapter / ADAPTER), (run.adapter / ADAPTER).stat().st_size
     events = Follower(run.path).new_events()
     start = start_of(events, planned_at=(run.path / PLAN).stat().st_mtime)
@@ -235,6 +246,7 @@ def main() -> None:
     arguments = parser.parse_args()
     run = RunDir(arguments.run)
     folder, step = gather_named(run, arguments.checkpoint, out=arguments.out)
+    require_adapter(folder, run=run.path)
     tensors = load_tensors(folder / ADAPTER)
     total, parameters = run.plan().steps, sum(tensor.numel() for tensor in tensors.values())
     say(f"{folder}: step {step} of {total}, {len(tensors)} tensors, {parameters:,} parameters")

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from qdist.core.conversation import Conversation
 from qdist.core.errors import RunError
-from qdist.host.files import write_atomic
+from qdist.host.files import sync, write_atomic
 from qdist.host.opening import decoded, node_of, read_text
 from qdist.host.outs import unwritable, write_out
 from qdist.host.prompts import read_prompts
@@ -57,8 +58,9 @@ def generate_file(
             for index, own in enumerate(conversations)
         ]
         with unwritable(out):
-            write_atomic(out, "\n".join(lines) + "\n")
-        kept.path.unlink()
+            write_atomic(kept.path, "\n".join(lines) + "\n")
+            os.replace(kept.path, out)  # nothing is left beside it, whenever this process is killed
+            sync(out.parent)
     return len(lines)
 
 

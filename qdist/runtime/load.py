@@ -8,22 +8,28 @@ import msgspec
 import torch
 from torch import nn
 
-from qdist.core.errors import ModelError, RunError, SpecError
+from qdist.core.errors import MachineError, ModelError, RunError, SpecError
 from qdist.core.packing import packing_of
 from qdist.core.plan import Plan, Source
 from qdist.core.quoting import command
 from qdist.core.residence import Footprint, Residence, footprint
 from qdist.core.units import parse_bytes
 from qdist.host.adapters import step_note
-from qdist.host.fingerprints import require_same_tensors
+from qdist.host.fingerprints import require_same_original, require_same_tensors
 from qdist.host.opening import told
 from qdist.host.rundir import RunDir
+from qdist.host.sources import locate
 from qdist.host.terminal import say
+from qdist.runtime.gptq.pickled import in_safetensors
 from qdist.runtime.methods.backbone import DTYPES, load_backbone
 from qdist.runtime.placements.residence import arrange, choose, first_device, settle
 from qdist.runtime.quantize import packed_folder
+from qdist.runtime.recorded_sums import digest_of_folder
+from qdist.runtime.sealed import require_adapter
 from qdist.runtime.tokenizer import open_tokenizer
 
+TOKENIZER = "tokenizer"
+"""In a run: its tokenizer, as the cache had it when the run began."""
 ROOM_TOKENS = 2048
 """Tokens of all sequences together for whose keys and values room is left, where nobody says how many."""
 
@@ -110,10 +116,11 @@ def answering_plan(run: RunDir, *, needs_tokenizer: bool) -> Plan:
 
 
 def plan_of(run: RunDir) -> Plan:
-    """The run's plan. Its tokenizer is the adapter's copy where the cache was emptied since."""
+    """The run's plan. Its tokenizer is the run's own copy where the cache was emptied since, or the adapter's."""
     plan = run.plan()
     if plan.source.tokenizer and not Path(plan.source.tokenizer).is_dir():
-        source = msgspec.structs.replace(plan.source, tokenizer=str(run.adapter))
+        kept = run.path / TOKENIZER
+        source = msgspec.structs.replace(plan.source, tokenizer=str(kept if kept.is_dir() else run.adapter))
         return msgspec.structs.replace(plan, source=source)
     return plan
 
@@ -156,6 +163,7 @@ def load_run(run: RunDir, dtype: torch.dtype, residence: Residence) -> tuple[Any
     from qdist.runtime.methods.fused_lora import FusedLora
     from qdist.runtime.special_tokens import align_config
 
+    require_adapter(run.adapter)
     plan = plan_of(run)
     backbone = load_backbone(
         with_packed(plan),
@@ -202,14 +210,37 @@ def with_packed(plan: Plan) -> Source:
     if source.packed and Path(source.packed).is_dir():
         require_same_tensors(source, source.packed, run="the run")
         return source
+    source = with_model(plan)
+    require_same_original(source, run="the run")
     if source.gptq:
-        raise ModelError(f"{source.packed}, which the run was trained on, is gone", try_="put it back where it was")
-    if not Path(source.path).is_dir():
-        raise ModelError(
-            f"neither {source.path}, which the run was trained on, nor its packed form {source.packed} is there",
-            try_="put the model back where it was",
+        packed = in_safetensors(Path(source.path))
+    else:
+        packed = packed_folder(Path(source.path), packing_of(spec), name=spec.model).folder
+    digest = digest_of_folder(packed)
+    if source.digest not in ("", digest):
+        say(
+            f"warning: {source.path} was packed to other bytes than those that the run was trained on: by other "
+            "versions, or on another device",
+            err=True,
         )
-    packed = packed_folder(Path(source.path), packing_of(spec), name=spec.model)
-    if source.packed and packed.folder.name != Path(source.packed).name:
-        say(f"warning: the files in {source.path} have changed since the run was trained on them", err=True)
-    return msgspec.structs.replace(source, packed=str(packed.folder))
+    return msgspec.structs.replace(source, packed=str(packed), digest=digest)
+
+
+def with_model(plan: Plan) -> Source:
+    """A run's source with the model that is there: converted or fetched again where the cache was emptied since.
+
+    Raises ModelError where it is gone.
+    """
+    source = plan.source
+    if Path(source.path).is_dir():
+        return source
+    from qdist.runtime.materialize import materialize
+
+    try:
+        found = materialize(locate(plan.spec.model))
+    except (ModelError, MachineError) as error:
+        raise ModelError(
+            f"{source.path}, which the run was trained on, is gone, and so is what was packed from it: {error.message}",
+            try_="put the model back where it was",
+        ) from error
+    return msgspec.structs.replace(source, path=str(found))

@@ -23,6 +23,7 @@ from qdist.runtime.methods.backbone import DTYPES, load_backbone, load_plain
 from qdist.runtime.methods.skeleton import decoder_layers
 from qdist.runtime.placements.residence import arrange, choose, first_device, free_bytes, on_device, settle
 from qdist.runtime.quantize_source import blueprint
+from qdist.runtime.recorded_sums import verify_folder
 from qdist.runtime.special_tokens import align_config, repair
 from qdist.runtime.tokenizer import BESIDE, has_tokenizer, open_tokenizer
 
@@ -49,7 +50,10 @@ def open_plain(
     folder = materialize(locate(name))
     tokenizer = open_tokenizer_of(folder, name) if needs_tokenizer or has_tokenizer(folder) else None
     wanted = dtype if dtype == "auto" else DTYPES[dtype]
-    if (gptq := stated(folder)) is not None:
+    gptq = stated(folder)
+    if gptq is None:  # transformers reads it, which knows of no sums
+        verify_folder(folder)
+    if gptq is not None:
         model, where = _gptq(folder, gptq, wanted, device, max_memory_bytes)
     elif device is not None or not torch.cuda.is_available():
         model, where = _on(folder, wanted, torch.device(device or "cpu"))

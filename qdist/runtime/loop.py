@@ -85,6 +85,7 @@ class Trainer:
     def _step(self, step: int) -> bool:
         """One optimizer step over the global batch; True when any rank was asked to stop."""
         plan, clock = self.plan, Stopwatch(self.comm.device)
+        self._move("training", step + 1)  # data may hang, and this rank is to be named then, not one that waits for it
         batches = self.samples.step(step)
         learned = sum(map(self.samples.learned, batches))
         if learned == 0:
@@ -209,5 +210,7 @@ class Trainer:
         self.engine.restore(state)
         self.scale.value, self.scale.finite_steps = progress.loss_scale, progress.finite_steps
         self.held_out = progress.held_out
+        if self.comm.rank == 0:  # a killed run may have come no further than to write it
+            checkpoint.prune(self.run, keep=self.plan.spec.train.keep, best=progress.best_step)
         self._report(Event(kind="resume", step=progress.step, total_steps=self.plan.steps))
         return progress.samples // self.plan.spec.global_batch

@@ -51,9 +51,11 @@ def _convert(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from qdist.runtime.recorded_sums import keep_computed_sums
+
     say(f"converting {file.name}, once: the result is cached")
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
     with (
         told(f"{file} cannot be converted", ModelError, try_="a GGUF file of a Llama, Mistral or Qwen model"),
         open(os.devnull, "w") as nowhere,
@@ -68,6 +70,7 @@ def _convert(file: Path, folder: Path) -> None:
     model.hf_quantizer, model.is_quantized = None, False
     model.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
+    keep_computed_sums(beside)
     publish_folder(beside, folder)
 
 

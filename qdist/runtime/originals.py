@@ -5,8 +5,10 @@ from typing import NamedTuple
 
 import torch
 
+from qdist.core.errors import RunError
 from qdist.core.plan import Source
 from qdist.host.cached import source_identity
+from qdist.host.fingerprints import require_same_original
 from qdist.host.sources import read_json
 from qdist.runtime.packed_folder import read_manifest
 from qdist.runtime.quantize_source import Blueprint, Tensors, blueprint, quantized_as, tensors_of
@@ -36,6 +38,12 @@ def find_originals(source: Source) -> Originals | str:
     folder = Path(source.path)
     if source.gptq:
         return f"{folder} is a GPTQ checkpoint, which does not say which model it was made from"
+    if not folder.is_dir():
+        return f"{folder}, which the run was trained on, is gone"
+    try:
+        require_same_original(source, run="the run")
+    except RunError as error:
+        return error.message
     shape = blueprint(folder)
     if not _is_packed(folder):
         return Originals(folder, shape, tensors_of(folder, shape))

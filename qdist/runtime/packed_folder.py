@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 import torch
@@ -24,6 +24,7 @@ from qdist.host.checkpoints import INDEX, weight_map
 from qdist.host.files import sync, write_atomic
 from qdist.host.opening import converted, read_object, require_file, told
 from qdist.runtime.checksum import tensor_checksum
+from qdist.runtime.tensor_sums import Sums, require_sums
 
 MANIFEST = "qdist.json"
 _NAMES = {
@@ -83,22 +84,25 @@ def entries_of(tensors: Mapping[str, torch.Tensor]) -> list[Entry]:
     ]
 
 
-def stored_entries(folder: Path, file: str) -> list[Entry]:
-    """The tensors of a file, read one at a time when their turn comes."""
+def stored_entries(folder: Path, file: str, sums: Sums | None = None) -> list[Entry]:
+    """The tensors of a file, read one at a time when their turn comes. sums: see `read_tensor`."""
     kinds = {name: dtype for dtype, name in _NAMES.items()}
     with opened(folder / file) as handle:
         parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  (a handle is no dict)
         return [
-            Entry(name, kinds[part.get_dtype()], tuple(part.get_shape()), partial(_read, folder / file, name))
+            Entry(
+                name, kinds[part.get_dtype()], tuple(part.get_shape()), partial(read_tensor, folder / file, name, sums)
+            )
             for name, part in parts.items()
         ]
 
 
-def _read(file: Path, name: str) -> torch.Tensor:
+def read_tensor(file: Path, name: str, sums: Sums | None = None) -> torch.Tensor:
+    """One tensor of a file. Raises ModelError where it is not what `sums` says of it."""
     # Opened anew each time: the pages of a mapping that stays open count as memory of this process.
     with opened(file) as handle:
         tensor: torch.Tensor = handle.get_tensor(name)
-    return tensor
+    return require_sums(file, name, tensor, sums)
 
 
 def file_name(position: int, layers: int) -> str:
@@ -118,27 +122,35 @@ def finished(folder: Path, name: str) -> Written | None:
 def write_tensors(
     folder: Path, name: str, entries: Iterable[Entry], *, metadata: Mapping[str, str] | None = None
 ) -> Written:
-    """A safetensors file, one tensor in memory at a time; a record of it beside, once it is whole.
+    """A safetensors file, one tensor in memory at a time; a record of it beside, once it is whole."""
+    beside = folder / f".{name}.unfinished"
+    with open(beside, "wb") as file:
+        written = write_safetensors(file, entries, metadata=metadata)
+    sync(beside)
+    os.replace(beside, folder / name)
+    write_atomic(folder / f".{name}.json", msgspec.json.encode(written))
+    return written
 
-    safetensors' own `save_file` first copies every tensor into memory, and puts metadata in an order of chance.
+
+def write_safetensors(
+    file: BinaryIO, entries: Iterable[Entry], *, metadata: Mapping[str, str] | None = None
+) -> Written:
+    """The bytes of a safetensors file, one tensor in memory at a time.
+
+    safetensors' own `save_file` first copies every tensor into memory, puts metadata in an order of chance, and writes
+    into a file of a name of its own beside, which a kill leaves there.
     """
     ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
     header, checksums = _header(ordered, {"format": "pt", **(metadata or {})}), {}
-    beside = folder / f".{name}.unfinished"
-    with open(beside, "wb") as file:
-        file.write(header)
-        for entry in ordered:
-            value = entry.make().detach().to("cpu", entry.dtype).contiguous()
-            if tuple(value.shape) != entry.shape:
-                raise ModelError(f"{entry.name} has shape {list(value.shape)}, not {list(entry.shape)}")
-            checksums[entry.name] = tensor_checksum(value)
-            file.write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
-    sync(beside)
-    os.replace(beside, folder / name)
+    file.write(header)
+    for entry in ordered:
+        value = entry.make().detach().to("cpu", entry.dtype).contiguous()
+        if tuple(value.shape) != entry.shape:
+            raise ModelError(f"{entry.name} has shape {list(value.shape)}, not {list(entry.shape)}")
+        checksums[entry.name] = tensor_checksum(value)
+        file.write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
     tensor_bytes = sum(entry.bytes for entry in ordered)
-    written = Written(len(header) + tensor_bytes, tensor_bytes, checksums)
-    write_atomic(folder / f".{name}.json", msgspec.json.encode(written))
-    return written
+    return Written(len(header) + tensor_bytes, tensor_bytes, checksums)
 
 
 def _header(entries: list[Entry], metadata: Mapping[str, str]) -> bytes:

@@ -1,10 +1,8 @@
 """Converts, repairs, tokenizes, packs, once, before any process group exists: `python -m qdist.runtime.prepare`."""
 
 import hashlib
-import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +19,9 @@ from qdist.core.pooling import require_packed
 from qdist.core.spec import RunSpec
 from qdist.host.cached import files_digest
 from qdist.host.checkpoints import gptq_of
-from qdist.host.files import cache_dir, locked, publish_folder, write_atomic
+from qdist.host.files import cache_dir, locked, publish_folder
 from qdist.host.fingerprints import fingerprint
+from qdist.host.modules import Outcome
 from qdist.host.records import source_notes
 from qdist.host.sources import locate
 from qdist.runtime.quiet import quiet
@@ -32,16 +31,19 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Read a RunSpec (IN), write a Prepared (OUT); a QdistError goes to OUT.error for the launcher to show."""
-    given, wanted = Path(sys.argv[1]), Path(sys.argv[2])
-    spec = msgspec.json.decode(given.read_bytes(), type=RunSpec)
+    """Read a RunSpec from one open file, write an `Outcome` into another; both are named by their descriptors."""
+    given, told = map(int, sys.argv[1:3])
+    with open(given, "rb") as file:
+        file.seek(0)
+        spec = msgspec.json.decode(file.read(), type=RunSpec)
     try:
-        prepared = prepare(spec)
+        outcome = Outcome(prepared=prepare(spec))
     except QdistError as error:
-        record = {"kind": type(error).__name__, "message": error.message, "try": error.try_}
-        write_atomic(wanted.with_suffix(".error"), json.dumps(record))
-        raise SystemExit(1) from None
-    write_atomic(wanted, msgspec.json.encode(prepared))
+        outcome = Outcome(kind=type(error).__name__, message=error.message, try_=error.try_)
+    with open(told, "wb") as file:
+        file.write(msgspec.json.encode(outcome))
+    if outcome.prepared is None:
+        raise SystemExit(1)
 
 
 def prepare(spec: RunSpec) -> Prepared:
@@ -52,6 +54,7 @@ def prepare(spec: RunSpec) -> Prepared:
     from qdist.runtime.fullest import fullest
     from qdist.runtime.materialize import materialize
     from qdist.runtime.model_config import open_config
+    from qdist.runtime.recorded_sums import digest_of_folder
     from qdist.runtime.special_tokens import repair
     from qdist.runtime.tokenizer import open_tokenizer
     from qdist.runtime.wording import keep_wording
@@ -84,6 +87,8 @@ def prepare(spec: RunSpec) -> Prepared:
             path=str(folder),
             packed=str(packed.folder),
             fingerprint=fingerprint(packed.folder) if as_it_came else "",
+            original=fingerprint(folder),
+            digest=digest_of_folder(packed.folder),
             gptq=gptq,
             config=config,
             tokenizer=str(_keep_tokenizer(tokenizer)),
@@ -136,19 +141,18 @@ def _left_out(spec: RunSpec) -> tuple[str, ...]:
 def _keep_tokenizer(tokenizer: Any) -> Path:
     """The repaired tokenizer in a folder of the cache that its contents name."""
     tokenizers = cache_dir("tokenizers")
-    with tempfile.TemporaryDirectory(dir=tokenizers) as beside:
+    beside = tokenizers / ".new"
+    with locked(tokenizers / ".lock"):
+        shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
         tokenizer.save_pretrained(beside)
-        files = sorted(path for path in Path(beside).rglob("*") if path.is_file())
         contents = hashlib.sha256()
-        for file in files:
+        for file in sorted(path for path in beside.rglob("*") if path.is_file()):
             contents.update(str(file.relative_to(beside)).encode() + hashlib.sha256(file.read_bytes()).digest())
         folder = tokenizers / contents.hexdigest()[:16]
-        with locked(tokenizers / ".lock"):
-            if not folder.is_dir():
-                staged = tokenizers / f".{folder.name}"
-                shutil.rmtree(staged, ignore_errors=True)
-                shutil.copytree(beside, staged)
-                publish_folder(staged, folder)
+        if folder.is_dir():
+            shutil.rmtree(beside)
+        else:
+            publish_folder(beside, folder)
     return folder
 
 

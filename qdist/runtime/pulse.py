@@ -15,7 +15,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 from qdist.core.pulse import Phase, Pulse, encode
+from qdist.core.surroundings import LAUNCH
 from qdist.host.rundir import RunDir
+from qdist.host.state import is_anothers
+from qdist.host.terminal import say
 
 BEAT_S = 1.0
 
@@ -29,7 +32,8 @@ class Beat:
     def __init__(self, run: RunDir, rank: int, *, memory_now: Callable[[], int] = lambda: 0) -> None:
         run.pulses.mkdir(exist_ok=True)
         run.stacks.mkdir(exist_ok=True)
-        self._path, self._rank, self._host = run.pulse_file(rank), rank, socket.gethostname()
+        self._run, self._path, self._rank, self._host = run, run.pulse_file(rank), rank, socket.gethostname()
+        self._launch = os.environ.get(LAUNCH, "")
         self.memory_now = memory_now
         self._now: tuple[Phase, int, int, int] = ("starting", 0, 0, 0)
         self._moved = time.time()
@@ -53,6 +57,9 @@ class Beat:
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S):
+            if self._launch and is_anothers(self._run, self._launch):
+                say("error: another launch goes on with this run: this rank of an earlier one ends")
+                os._exit(1)  # what waits in a collective would wait for ever
             self._tell()
 
     def _tell(self) -> None:
@@ -66,6 +73,7 @@ class Beat:
             rank=self._rank,
             pid=os.getpid(),
             host=self._host,
+            launch=self._launch,
             time=time.time(),
             phase=phase,
             moved=self._moved,

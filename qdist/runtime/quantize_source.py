@@ -16,7 +16,8 @@ from qdist.core.packing import Packing
 from qdist.core.units import counted
 from qdist.host.opening import told
 from qdist.runtime.model_config import open_config, refused
-from qdist.runtime.packed_folder import opened, tensor_files
+from qdist.runtime.packed_folder import opened, read_tensor, tensor_files
+from qdist.runtime.recorded_sums import stated_sums
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OLD_NAMES = {"lm_head.weight": "embed_out.weight"}
@@ -54,7 +55,10 @@ class Tensors(Protocol):
         """What a tensor is stored in."""
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor, on the CPU; its memory is free again when it is dropped."""
+        """A tensor, on the CPU; its memory is free again when it is dropped.
+
+        Raises ModelError where the folder says that it held another.
+        """
 
 
 def blueprint(folder: Path) -> Blueprint:
@@ -89,7 +93,7 @@ class StreamedTensors:
 
     def __init__(self, folder: Path, stored: Mapping[str, tuple[str, str]]) -> None:
         """stored: the file of each of the model's tensors, and its name there."""
-        self._folder, self._stored = folder, stored
+        self._folder, self._stored, self._sums = folder, stored, stated_sums(folder)
         self._dtypes: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in sorted({file for file, _ in stored.values()}):
@@ -114,11 +118,8 @@ class StreamedTensors:
         return _DTYPES[stored]
 
     def read(self, name: str) -> torch.Tensor:
-        # Opened anew each time: the pages of a mapping that stays open count as memory of this process.
         file, there = self._stored[name]
-        with opened(self._folder / file) as handle:
-            tensor: torch.Tensor = handle.get_tensor(there)
-        return tensor
+        return read_tensor(self._folder / file, there, self._sums)
 
 
 class LoadedTensors:

@@ -1,6 +1,5 @@
 """What a tokenized data set is, in memory and as a file."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -8,13 +7,14 @@ from typing import NamedTuple
 import msgspec
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from qdist.core.conversation import Wording
 from qdist.core.errors import DataError
 from qdist.core.quoting import quoted
-from qdist.host.files import sync
+from qdist.host.files import replacing, sync
 from qdist.host.opening import require_file, told
+from qdist.runtime.packed_folder import entries_of, write_safetensors
+from qdist.runtime.sealed import is_intact, sealed
 
 IGNORED = -100
 """The label of a token without loss, as transformers and torch have it."""
@@ -66,20 +66,16 @@ def learned_tokens(tokenized: TokenizedSet, indices: Iterable[int]) -> int:
 def save(tokenized: TokenizedSet, path: Path, *, key: str) -> None:
     """Write the set beside `path` and rename it there, so that no reader ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     arrays = {"tokens": tokenized.tokens, "labels": tokenized.labels, "offsets": tokenized.offsets}
     summary = msgspec.json.encode(tokenized.summary).decode()
-    try:
-        save_file(arrays, beside, metadata={"key": key, "summary": summary})
-        sync(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    metadata = sealed(arrays, {"key": key, "summary": summary})
+    with replacing(path) as (descriptor, _), open(descriptor, "wb", closefd=False) as file:
+        write_safetensors(file, entries_of(arrays), metadata=metadata)
     sync(path.parent)
 
 
 def load(path: Path, *, key: str) -> TokenizedSet:
-    """Map the set at `path` into memory; nothing is read before it is used.
+    """Map the set at `path` into memory; it is summed, and then read again as it is used.
 
     Raises DataError when the file is damaged or was written for another key.
     """
@@ -87,8 +83,10 @@ def load(path: Path, *, key: str) -> TokenizedSet:
     require_file(path, DataError, try_=gone)
     with told(f"{path} is damaged", DataError, try_=gone), safe_open(path, framework="pt", device="cpu") as stored:
         found = stored.metadata() or {}
+        arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (a handle is no dict)
+        if not is_intact(arrays, found):
+            raise DataError(f"{path} is damaged: it does not hold the tokens that were written", try_=gone)
         if found.get("key") != key:
             raise DataError(f"{path} holds key {found.get('key')}, not {key}", try_=gone)
         summary = msgspec.json.decode(found["summary"], type=Summary)
-        tokens, labels, offsets = (stored.get_tensor(name) for name in ("tokens", "labels", "offsets"))
-    return TokenizedSet(tokens, labels, offsets, summary)
+    return TokenizedSet(arrays["tokens"], arrays["labels"], arrays["offsets"], summary)

@@ -13,9 +13,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from qdist.core.errors import JobError, ModelError, RunError
-from qdist.host.files import cache_dir, locked, publish_folder
+from qdist.host.files import cache_dir, flush, locked, sync
 
-_MARK = ".identity"
+_MARK, _WHOLE = ".identity", "whole"
 
 
 @contextmanager
@@ -37,10 +37,9 @@ def reserved(out: Path) -> Iterator[None]:
     """Keep other processes away from `out`. Raises RunError where they are there, or it is; an empty folder goes."""
     with _told(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    lock = cache_dir() / f".out-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]}.lock"
     with ExitStack() as stack:
         try:
-            stack.enter_context(locked(lock, busy=f"another process is writing {out}"))
+            stack.enter_context(locked(_lock(out), busy=f"another process is writing {out}"))
         except RunError as error:
             raise RunError(error.message, try_="wait for it to end, or another --out") from None
         if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
@@ -63,9 +62,18 @@ def filled(out: Path, identity: str) -> Iterator[Path]:
         if isinstance(error, ModelError) or not _holds_anything(work):
             shutil.rmtree(work)
         raise
-    publish_folder(work, out)
-    for path in out.glob(".*"):  # last, so that what fails or is killed before is taken over
+    with _told(out, work):
+        flush(work)
+    _lock(out).write_text(_WHOLE)
+    for path in work.glob(".*"):
         path.unlink()
+    os.rename(work, out)
+    sync(out.parent)
+
+
+def _lock(out: Path) -> Path:
+    """Held while `out` is written. Says `_WHOLE` once the work's own files may be gone from what is to be `out`."""
+    return cache_dir() / f".out-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]}.lock"
 
 
 @contextmanager
@@ -96,6 +104,9 @@ def _holds_anything(work: Path) -> bool:
 def _work_folder(out: Path, identity: str) -> Path:
     work = out.with_name(f".{out.name}.unfinished")
     mark = work / _MARK
+    if work.is_dir() and not mark.is_file() and _lock(out).read_text() == _WHOLE:
+        shutil.rmtree(work)  # killed a moment before it would have been renamed
+    _lock(out).write_text("")
     if work.is_dir() and not mark.is_file() and any(work.iterdir()):
         raise RunError(f"{work} is in the way, and not what qdist left unfinished", try_="another --out")
     if work.is_dir() and mark.is_file() and mark.read_text() != identity:

@@ -15,6 +15,7 @@ from qdist.core.errors import PlanError, QdistError, RunError
 from qdist.core.events import Event, encode, whole_length
 from qdist.core.plan import Plan, digest
 from qdist.core.quoting import resuming
+from qdist.core.surroundings import AGENT
 from qdist.core.units import format_bytes
 from qdist.host.children import end_with_parent
 from qdist.host.rundir import RunDir
@@ -30,7 +31,8 @@ def main() -> None:
     run = RunDir(arguments.run)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     _log_to(run.log_file(rank))
-    end_with_parent(signal.SIGKILL)
+    # Of launch.sh's shell, which became torch.distributed.run; by hand, of whatever started this.
+    end_with_parent(int(os.environ.get(AGENT) or os.getppid()), signal.SIGKILL)
     try:
         plan = run.checked_plan(arguments.digest)
         if plan.world_size != world_size:
@@ -103,6 +105,7 @@ def _work(plan: Plan, run: RunDir) -> None:
             move=beat.move,
             stopping=stop,
         )
+        stop.listen()
         finished = trainer.train()
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(plan, run, comm.rank, max(peak(device).total for device in devices), error) from error
@@ -143,12 +146,17 @@ def _out_of_memory(plan: Plan, run: RunDir, rank: int, reached_bytes: int, error
 
 
 class _StopRequest:
-    """True once the launcher left a stop file or the scheduler sent SIGTERM; the loop then saves and ends."""
+    """True once the launcher left a stop file or the scheduler sent SIGTERM; the loop then saves and ends.
+
+    Until it listens there is nothing to save, and SIGTERM ends the rank as it ends any program.
+    """
 
     def __init__(self, run: RunDir) -> None:
         self._run, self._signalled = run, False
-        signal.signal(signal.SIGTERM, self._note)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def listen(self) -> None:
+        signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, *_: Any) -> None:
         self._signalled = True

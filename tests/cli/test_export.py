@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from qdist.cli import export as exporting
 from qdist.cli import merge as merging
 from qdist.cli.main import main
-from qdist.host import launcher
+from qdist.host import claim
 from qdist.host.rundir import RunDir
 from tests.runtime.tiny import dummy_job, save_config
 
@@ -20,7 +20,7 @@ def runs(tmp_path: Path) -> tuple[str, str]:
     model = save_config(tmp_path / "model")
     for name in ("one", "two"):
         job = dummy_job(model, tmp_path / name)
-        launcher.write(job)
+        claim.write(job)
         job.run.adapter.mkdir()
     return str(tmp_path / "one"), str(tmp_path / "two")
 
@@ -48,7 +48,7 @@ def test_what_cannot_be_ends_before_anything_starts(
 ) -> None:
     out = str(tmp_path / "out")
     bare = dummy_job(tmp_path / "model", tmp_path / "bare")
-    launcher.write(bare)
+    claim.write(bare)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     cases = [
@@ -168,7 +168,7 @@ def test_flags_of_other_targets_are_refused(
 
 def test_exact_merges_take_no_flags_of_16_bit_models(tmp_path: Path, calls: list[Call]) -> None:
     job = dummy_job(save_config(tmp_path / "model"), tmp_path / "run", method="qa-lora", **{"quant.group_size": 32})
-    launcher.write(job)
+    claim.write(job)
     job.run.adapter.mkdir()
     for flags in (("--onto", "dequantized"), ("--dtype", "bfloat16")):
         code, output = invoke("merge", str(tmp_path / "run"), "--out", str(tmp_path / "out"), *flags)

@@ -8,7 +8,7 @@ from click.testing import CliRunner, Result
 from qdist.cli import gather
 from qdist.cli.main import main
 from qdist.core.spec import resolve
-from qdist.host import launcher
+from qdist.host import claim, launcher
 from qdist.host.rundir import RunDir
 
 
@@ -19,7 +19,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     settings = {"model": "smollm2-135m", "load_format": "dummy", "steps": 60, "seq_len": 64}
     job = launcher.prepare(resolve(settings, {"run": "run"}))
-    launcher.write(job)
+    claim.write(job)
     for step in (20, 40):
         job.run.checkpoint(step).mkdir()
         (job.run.checkpoint(step) / "DONE").touch()

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from qdist.cli.main import main
 from qdist.core.models import config_of
 from qdist.core.spec import RunSpec
-from qdist.host import launcher, modules
+from qdist.host import claim, launcher, modules
 from qdist.host.files import locked
 from qdist.host.rundir import LOCK
 from tests.host.test_gguf_header import LLAMA, header
@@ -40,7 +40,7 @@ def listing(folder: Path) -> list[str]:
 
 def written(name: str) -> launcher.Job:
     job = launcher.prepare(RunSpec(model="smollm2-135m", load_format="dummy", steps=5, seq_len=64, run=name))
-    launcher.write(job)
+    claim.write(job)
     return job
 
 
@@ -54,7 +54,7 @@ def test_a_dry_run_prints_the_plan_and_the_script_and_writes_nothing(here: Path)
     assert heads == ["model", "adapter", "ranks", "layout", "engine", "batch", "steps", "memory", "at", "load", "disk"]
     assert "2 CPU processes" in result.stdout
     assert "run      runs/smollm2-135m-qlora-dummy, not created; its launch.sh:\n\n#!/bin/sh\n" in result.stdout
-    assert " -m torch.distributed.run --standalone --nproc-per-node 2 " in result.stdout
+    assert "  --nproc-per-node 2 --max-restarts 0 " in result.stdout
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:

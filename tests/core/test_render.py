@@ -108,7 +108,7 @@ def test_the_script_is_shell_and_starts_the_ranks_beside_it(name: str, tmp_path:
         env={**os.environ, "CDPATH": str(tmp_path / "else")},
     )  # fmt: skip
     words = done.stdout.split("|")[:-1]
-    assert words[:2] == ["-m", "torch.distributed.run"]
+    assert words[:3] == ["-P", "-m", "torch.distributed.run"]
     assert words[-5:] == ["-m", "qdist.runtime.worker", str(tmp_path / "a run"), "--digest", digest(PLANS[name])]
 
 

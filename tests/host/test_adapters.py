@@ -7,7 +7,7 @@ import pytest
 
 from qdist.core.errors import RunError
 from qdist.core.spec import resolve
-from qdist.host import launcher
+from qdist.host import claim, launcher
 from qdist.host.adapters import ADAPTER, adapter_step, step_metadata, step_note, step_of
 from qdist.host.rundir import RunDir
 
@@ -18,7 +18,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     settings = {"model": "smollm2-135m", "load_format": "dummy", "steps": 60, "seq_len": 64}
     job = launcher.prepare(resolve(settings, {"run": str(tmp_path / "run")}))
-    launcher.write(job)
+    claim.write(job)
     for step in (20, 40):
         job.run.checkpoint(step).mkdir()
         (job.run.checkpoint(step) / "DONE").touch()

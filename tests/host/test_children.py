@@ -12,6 +12,8 @@ import pytest
 
 from qdist.core.errors import RunError
 from qdist.host import children
+from qdist.host.modules import run_module
+from tests.signals import hears_signals
 
 PARENT = "import os, sys; from qdist.host import children; children.run(sys.argv[1:], os.environ)"
 ASLEEP = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
@@ -52,18 +54,15 @@ def test_a_program_that_a_signal_killed_is_an_error_in_words(name: str, words: s
 @pytest.mark.parametrize("force", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
 def test_a_program_does_not_outlive_who_runs_it(tmp_path: Path, force: signal.Signals) -> None:
     note = tmp_path / "pid"
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, sys.executable, "-c", ASLEEP, str(note)])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, sys.executable, "-c", ASLEEP, str(note)], preexec_fn=hears_signals
+    )
     until(lambda: note.is_file() and bool(note.read_text()))
     child = int(note.read_text())
     assert alive(child)
     parent.send_signal(force)
     parent.wait(30)
     until(lambda: not alive(child))
-
-
-def hears_ctrl_c() -> None:
-    """What a shell starts in the background does not."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_ctrl_c_ends_both_and_leaves_no_traceback(tmp_path: Path) -> None:
@@ -75,7 +74,7 @@ def test_ctrl_c_ends_both_and_leaves_no_traceback(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     with subprocess.Popen(
         [sys.executable, "-c", code, *runner], start_new_session=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env=environment, text=True, preexec_fn=hears_ctrl_c,
+        stderr=subprocess.PIPE, env=environment, text=True, preexec_fn=hears_signals,
     ) as parent:  # fmt: skip
         until(lambda: note.is_file() and bool(note.read_text()))
         os.killpg(parent.pid, signal.SIGINT)
@@ -100,7 +99,7 @@ def test_ctrl_c_while_the_child_starts_leaves_no_traceback_either(tmp_path: Path
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     with subprocess.Popen(
         [sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=environment, text=True, preexec_fn=hears_ctrl_c,
+        env=environment, text=True, preexec_fn=hears_signals,
     ) as parent:  # fmt: skip
         until(note.is_file)
         os.killpg(parent.pid, signal.SIGINT)
@@ -141,3 +140,25 @@ def test_an_error_of_a_module_is_two_lines_and_its_exit_code(kind: str, code: in
         check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "error: no\n  try: yes\n")
+
+
+SHADOWS = ("json", "torch", "transformers", "numpy", "msgspec", "qdist", "sitecustomize", "encodings", "re", "click")
+
+
+def test_nothing_of_the_working_directory_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model folder may hold a torch.py; and PYTHONPATH an empty entry, which stands for that folder."""
+    for name in SHADOWS:
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", "") + ":")
+    (tmp_path / "inner").mkdir()
+    code = "import json, re, click, msgspec, qdist.host.modules"
+    assert children.run([sys.executable, "-P", "-c", code], children.environment()) == 0
+    assert run_module("json.tool", ["--help"]) == 0
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_child_whose_parent_died_before_it_could_ask_the_kernel_ends_by_itself() -> None:
+    code = "from qdist.host.children import end_with_parent; end_with_parent(1 << 22); print('went on')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "")

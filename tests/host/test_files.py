@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from qdist.core.errors import RunError
-from qdist.host.files import cache_dir, locked, publish_folder, write_atomic
+from qdist.host import files
+from qdist.host.files import cache_dir, locked, publish_folder, replace_folder, write_atomic
 
 PRELUDE = "import sys\nfrom pathlib import Path\nfrom qdist.host.files import locked, write_atomic\n"
 
@@ -137,3 +138,32 @@ def test_caches_lie_where_the_user_said(
         monkeypatch.setenv(name, str(tmp_path / value) if value else "")
     assert cache_dir() == tmp_path / where
     assert cache_dir().is_dir()
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_folder_that_is_replaced_is_the_old_one_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
+) -> None:
+    beside, final = tmp_path / ".new", tmp_path / "adapter"
+    if not exchanges:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    for text in ("first", "second", "third"):
+        beside.mkdir()
+        (beside / "a").write_text(text)
+        replace_folder(beside, final, aside=tmp_path / ".old")
+        assert (final / "a").read_text() == text
+        assert list(tmp_path.iterdir()) == [final]
+
+
+def test_what_a_killed_process_was_writing_is_cleared_by_the_next_one(tmp_path: Path) -> None:
+    code = (
+        "import os, signal\nfrom qdist.host import files\n"
+        "files.os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_atomic(Path(sys.argv[1]), 'half')"
+    )
+    python(code, str(tmp_path / "a.json"))
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".a.json.")
+    (tmp_path / ".b.tmp").touch()
+    write_atomic(tmp_path / "c.json", "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".b.tmp", "c.json"]

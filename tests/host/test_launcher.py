@@ -12,13 +12,13 @@ import msgspec
 import pytest
 
 from qdist.core.cluster import hypothetical
-from qdist.core.errors import PlanError, QdistError, RunError, SpecError
+from qdist.core.errors import JobError, PlanError, QdistError, RunError, SpecError
 from qdist.core.events import Event, encode
 from qdist.core.lessons import Correction
-from qdist.core.plan import Plan
+from qdist.core.plan import Plan, digest
 from qdist.core.spec import RunSpec, nest, resolve
 from qdist.core.units import GIB
-from qdist.host import launcher, lessons, probe, ranks
+from qdist.host import claim, launcher, lessons, probe, ranks
 from qdist.host.files import locked
 from qdist.host.launcher import Job
 from qdist.host.rundir import LOCK, RunDir
@@ -47,15 +47,23 @@ def job_with_script(script: str) -> Job:
     """A written job whose ranks are a shell script."""
     job = launcher.prepare(spec())
     job = job._replace(files={**job.files, "launch.sh": f"cd run || exit 9\n{script}"})
-    launcher.write(job)
-    return job
+    claim.write(job)
+    return job._replace(resumes=digest(job.plan))
 
 
-def started(job: Job, show: Callable[[list[Event]], None] = lambda events: None) -> list[str]:
+def started(
+    job: Job, show: Callable[[list[Event]], None] = lambda events: None, said: list[str] | None = None
+) -> list[str]:
     """Run it to its end; what was said to the user."""
-    said: list[str] = []
-    ranks.start(job, show=show, say=said.append)
+    said = [] if said is None else said
+    with claim.claimed(job) as own:
+        ranks.start(own, show=show, say=said.append)
     return said
+
+
+def has_begun() -> bool:
+    """Whether the script has said who it is, to the end."""
+    return Path("run/pid").is_file() and Path("run/pid").read_text().endswith("\n")
 
 
 def is_running(pid_file: str) -> bool:
@@ -90,11 +98,11 @@ def test_one_rank_gets_no_deepspeed_file() -> None:
 
 def test_writing_leaves_every_file_and_the_plan_last() -> None:
     job = launcher.prepare(spec())
-    launcher.write(job)
+    claim.write(job)
     assert list(job.files)[-1] == "plan.json"
     times = {name: (job.run.path / name).stat().st_mtime_ns for name in job.files}
     assert max(times, key=lambda name: (times[name], name == "plan.json")) == "plan.json"
-    assert {path.name for path in job.run.path.iterdir()} == {*job.files, "events", "logs", "checkpoints"}
+    assert {path.name for path in job.run.path.iterdir()} == {*job.files, "events", "logs", "checkpoints", ".lock"}
     assert job.run.plan() == job.plan
 
 
@@ -167,7 +175,7 @@ def test_a_directory_that_is_in_use_is_left_alone(files: list[str], message: str
 
 def test_a_run_that_is_being_trained_is_watched_and_not_resumed() -> None:
     job = launcher.prepare(spec())
-    launcher.write(job)
+    claim.write(job)
     with locked(job.run.path / LOCK, busy=""), pytest.raises(RunError, match="is being trained") as caught:
         launcher.prepare(spec())
     assert caught.value.try_ == "qdist monitor run"
@@ -179,9 +187,9 @@ def test_a_directory_that_cannot_be_written_is_not_left_half_written(
     def full(path: Path, content: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(launcher, "write_atomic", full)
+    monkeypatch.setattr(claim, "write_atomic", full)
     with pytest.raises(RunError, match="run cannot be written: No space left on device"):
-        launcher.write(launcher.prepare(spec()))
+        claim.write(launcher.prepare(spec()))
     assert not (here / "run").exists()
 
 
@@ -213,11 +221,11 @@ def test_an_empty_directory_may_become_a_run(here: Path) -> None:
 )
 def test_a_resumed_run_may_change_what_no_step_computes(changes: dict[str, Any]) -> None:
     old = launcher.prepare(spec())
-    launcher.write(old)
+    claim.write(old)
     new = launcher.prepare_resume(old.run, nest(changes))
     assert new.plan.spec == resolve(msgspec.to_builtins(old.plan.spec), nest(changes))
     assert new.plan.source == old.plan.source
-    launcher.write(new)
+    claim.write(new)
     assert new.run.plan() == new.plan
 
 
@@ -238,7 +246,7 @@ def test_a_resumed_run_may_change_what_no_step_computes(changes: dict[str, Any])
 )  # fmt: skip
 def test_a_resumed_run_keeps_what_its_steps_compute(changes: dict[str, Any], message: str, attempt: str) -> None:
     job = launcher.prepare(spec())
-    launcher.write(job)
+    claim.write(job)
     with pytest.raises(SpecError, match=message) as caught:
         launcher.prepare_resume(job.run, nest(changes))
     assert caught.value.try_ == attempt
@@ -375,12 +383,12 @@ def test_the_first_signal_asks_the_ranks_to_stop_and_waits_for_them(number: sign
     said: list[str] = []
 
     def show(events: list[Event]) -> None:
-        if not calls and Path("run/pid").is_file():
+        if not calls and has_begun():
             calls.append(events)
             signal.raise_signal(number)
 
     with pytest.raises(KeyboardInterrupt):
-        ranks.start(job, show=show, say=said.append)
+        started(job, show, said)
     assert said == ["stopping after this step, with a checkpoint; a second Ctrl-C stops at once"]
     assert Path("run/saved").is_file()
     assert not is_running("run/pid")
@@ -392,11 +400,11 @@ def test_the_second_signal_kills_every_process_at_once() -> None:
     job = job_with_script("sleep 60 & echo $! > child; echo $$ > pid; wait")
 
     def show(events: list[Event]) -> None:
-        if Path("run/pid").is_file():
+        if has_begun():
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        ranks.start(job, show=show, say=lambda line: None)
+        started(job, show)
     assert not is_running("run/pid")
     assert not is_running("run/child") or "Z" in Path(f"/proc/{Path('run/child').read_text().strip()}/stat").read_text()
 
@@ -405,11 +413,11 @@ def test_ranks_do_not_outlive_a_view_that_fails() -> None:
     job = job_with_script("echo $$ > pid; sleep 60")
 
     def show(events: list[Event]) -> None:
-        if Path("run/pid").is_file():
+        if has_begun():
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        ranks.start(job, show=show, say=lambda line: None)
+        started(job, show)
     assert not is_running("run/pid")
 
 
@@ -428,7 +436,16 @@ def test_a_rank_that_is_stuck_is_told_also_after_a_request_to_stop(monkeypatch: 
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(RunError, match="rank 1 is stuck; there is no checkpoint yet"):
-        ranks.start(job, show=show, say=lambda line: None)
+        started(job, show)
+
+
+@pytest.mark.parametrize("taken", ["mv ../run ../moved", "rm -r ../run"])
+def test_a_run_whose_directory_is_taken_away_ends_with_a_sentence(taken: str) -> None:
+    job = job_with_script(f"echo $$ > ../pid; {taken}; exec sleep 60")
+    with pytest.raises(JobError, match="run was removed or moved while it was being trained; its ranks were ended"):
+        started(job)
+    assert not is_running("pid")
+    assert not Path("run").exists()
 
 
 def test_a_request_to_stop_from_before_does_not_stop_a_new_start() -> None:
@@ -464,12 +481,12 @@ def test_ctrl_c_before_the_first_step_ends_at_once_and_the_run_can_go_on() -> No
     calls: list[object] = []
 
     def show(events: list[Event]) -> None:
-        if not calls and Path("run/pid").is_file():
+        if not calls and has_begun():
             calls.append(events)
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        ranks.start(job, show=show, say=said.append)
+        started(job, show, said)
     assert said == ["stopped before the first step; nothing to save"]
     assert not is_running("run/pid")
     assert not job.run.stop_requested()
@@ -488,7 +505,7 @@ def test_ctrl_c_before_the_next_step_of_a_resumed_run_leaves_its_checkpoint() ->
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(KeyboardInterrupt):
-        ranks.start(job, show=show, say=said.append)
+        started(job, show, said)
     assert said == ["stopped before the next step; nothing to save"]
     assert job.run.checkpoint_steps() == [3]
 

@@ -11,7 +11,7 @@ import pytest
 from qdist.core.errors import PlanError, RunError
 from qdist.core.plan import DataFacts, Plan
 from qdist.core.spec import resolve
-from qdist.host import disk, launcher, refusals
+from qdist.host import claim, disk, launcher, refusals
 from qdist.host.cached import files_digest
 from qdist.host.refusals import (
     await_ranks,
@@ -34,7 +34,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     settings = {"model": "smollm2-135m", "load_format": "dummy", "steps": 100, "seq_len": 64, "lora": {"r": 8}}
     job = launcher.prepare(resolve(settings, {"run": "run"}))
-    launcher.write(job)
+    claim.write(job)
     return job.run
 
 

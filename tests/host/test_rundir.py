@@ -7,7 +7,7 @@ import pytest
 
 from qdist.core.errors import RunError
 from qdist.core.plan import VERSION, digest
-from qdist.host.rundir import RunDir, free_name
+from qdist.host.rundir import RunDir, free_name, of_ranks
 from tests.plans import CPU, planned
 
 PLAN = planned("smollm2-135m", CPU)
@@ -117,3 +117,15 @@ def test_a_free_name_is_one_that_nothing_has_not_even_a_broken_link(tmp_path: Pa
     (tmp_path / "a").mkdir()
     (tmp_path / "a-2").symlink_to("nowhere")
     assert free_name(tmp_path, "a") == tmp_path / "a-3"
+
+
+def test_what_somebody_copied_beside_ours_is_not_ours(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for name in ("step_000020", "step_1000000", "step_000020-keep", "step_20", "step_000030.bak", "xstep_000040"):
+        (run.checkpoints / name).mkdir(parents=True)
+        (run.checkpoints / name / "DONE").touch()
+    assert run.checkpoint_steps() == [20, 1000000]
+    for name in ("rank000.jsonl", "rank1000.jsonl", "rank000.jsonl~", "rank001-old.jsonl", "rank01.jsonl"):
+        (tmp_path / name).touch()
+    assert [path.name for path in of_ranks(tmp_path, ".jsonl")] == ["rank000.jsonl", "rank1000.jsonl"]
+    assert of_ranks(tmp_path / "none", ".jsonl") == []

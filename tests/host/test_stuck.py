@@ -1,5 +1,6 @@
 """Is a rank that does not go on named, with what it is in, and are its stacks written?"""
 
+import json
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from qdist.core.pulse import Pulse, encode
+from qdist.core.surroundings import LAUNCH
 from qdist.host.pulses import environment_of, process_of, read_pulses
 from qdist.host.rundir import RunDir
 from qdist.host.stuck import Watchdog, troubles
@@ -87,7 +89,7 @@ standing_still()
 
 def test_a_stopped_process_is_named_and_leaves_its_stacks(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    watchdog = Watchdog(run, 1.5)
+    watchdog = Watchdog(run, 1.5, ranks=2, launch="")
     ranks = [subprocess.Popen([sys.executable, "-c", SLEEPER, str(tmp_path), str(rank)]) for rank in (0, 1)]
     try:
         end = time.monotonic() + 20
@@ -112,11 +114,44 @@ def test_a_stopped_process_is_named_and_leaves_its_stacks(tmp_path: Path) -> Non
     assert process_of(read_pulses(run)[1]) == "gone"
 
 
+def test_a_rank_of_an_earlier_launch_ends_once_another_goes_on_with_the_run(tmp_path: Path) -> None:
+    run, holder = RunDir(tmp_path), {"pid": 1, "host": "here", "began": "", "launch": "first"}
+    (tmp_path / ".lock").write_text(json.dumps(holder))
+    command = [sys.executable, "-c", SLEEPER, str(tmp_path), "0"]
+    with subprocess.Popen(command, env={**os.environ, LAUNCH: "first"}, stdout=subprocess.PIPE, text=True) as rank:
+        end = time.monotonic() + 20
+        while not (pulses := read_pulses(run)):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert pulses[0].launch == "first"
+        (tmp_path / ".lock").write_text(json.dumps({**holder, "launch": "second"}))
+        said, _ = rank.communicate(timeout=20)
+    assert (rank.returncode, said) == (
+        1, "error: another launch goes on with this run: this rank of an earlier one ends\n",
+    )  # fmt: skip
+
+
 def test_beats_of_an_earlier_launch_are_no_word_of_this_one(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.pulses.mkdir()
     run.pulse_file(0).write_bytes(encode(pulse(0)))
-    assert Watchdog(run, 1).stuck() == ""
+    assert Watchdog(run, 1, ranks=1, launch="this").stuck() == ""
+
+
+def test_ranks_that_give_no_beat_at_all_are_stuck_from_the_start_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where what starts them waits for something, as torchrun does for a second node."""
+    run, now = RunDir(tmp_path), [NOW]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    run.pulses.mkdir()
+    watchdog = Watchdog(run, 150, ranks=3, launch="this")
+    run.pulse_file(1).write_bytes(encode(pulse(1)))
+    for second in range(5, 150, 5):
+        now[0] = NOW + second
+        assert watchdog.stuck() == ""
+    now[0] = NOW + 150
+    assert watchdog.stuck() == "ranks 0, 1, 2 gave no sign of life within 2 min 30 s of the start"
 
 
 def test_ranks_that_were_suspended_with_the_watchdog_get_their_time_again(
@@ -125,7 +160,7 @@ def test_ranks_that_were_suspended_with_the_watchdog_get_their_time_again(
     run, now = RunDir(tmp_path), [NOW]
     monkeypatch.setattr(time, "time", lambda: now[0])
     run.pulses.mkdir()
-    watchdog = Watchdog(run, 60)
+    watchdog = Watchdog(run, 60, ranks=1, launch="")
     run.pulse_file(0).write_bytes(encode(pulse(0, host="far")))
     now[0] = NOW + 2
     assert watchdog.stuck() == ""
@@ -174,6 +209,6 @@ def test_a_torn_beat_is_left_out(tmp_path: Path) -> None:
 def test_nobody_is_stuck_where_the_recipe_says_to_wait_for_ever(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.pulses.mkdir()
-    watchdog = Watchdog(run, 0)
+    watchdog = Watchdog(run, 0, ranks=1, launch="")
     run.pulse_file(0).write_bytes(encode(Pulse(rank=0, pid=1, host="x", time=time.time() + 9)))
     assert watchdog.stuck() == ""

@@ -10,7 +10,7 @@ import pytest
 
 from qdist.core.errors import MachineError
 from qdist.core.spec import RunSpec, resolve
-from qdist.host import launcher
+from qdist.host import claim, launcher
 from qdist.host.probe import PACKAGES as PROBED
 from qdist.host.trackers import PACKAGES, refuse_missing
 
@@ -58,7 +58,7 @@ def test_a_launch_and_a_resume_are_refused_before_they_write(tmp_path: Path, mon
         launcher.prepare(resolve(SMALL, {"trackers": ["wandb"]}))
     assert list(tmp_path.iterdir()) == []
     job = launcher.prepare(resolve(SMALL))
-    launcher.write(job)
+    claim.write(job)
     with pytest.raises(MachineError, match="pip install trackio"):
         launcher.prepare_resume(job.run, {"trackers": ["trackio"]})
     assert job.run.plan() == job.plan

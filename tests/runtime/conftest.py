@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qdist.core.plan import digest
-from qdist.host import launcher
+from qdist.host import claim, launcher
 from qdist.host.rundir import RunDir
 
 TrainRun = Callable[[launcher.Job], RunDir]
@@ -44,7 +44,7 @@ def train() -> Iterator[TrainRun]:
     )
 
     def run(job: launcher.Job) -> RunDir:
-        launcher.write(job)
+        claim.write(job)
         assert server.stdin is not None
         assert server.stdout is not None
         order = {"run": str(job.run.path), "world_size": job.plan.world_size, "digest": digest(job.plan)}

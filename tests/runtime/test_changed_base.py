@@ -108,7 +108,8 @@ def test_a_copy_with_other_times_is_the_model(folder: Path, run: RunDir) -> None
 def test_a_run_that_recorded_nothing_goes_on_as_before(run: RunDir, replaced: Path, tmp_path: Path) -> None:
     old = RunDir(shutil.copytree(run.path, tmp_path / "old"))
     plan = msgspec.to_builtins(run.plan())
-    del plan["source"]["fingerprint"]
+    for recorded in ("fingerprint", "original", "digest"):
+        del plan["source"][recorded]
     (old.path / PLAN).write_bytes(msgspec.json.encode(plan))
     assert launcher.prepare_resume(old, {}).plan.source == msgspec.convert(plan, Plan).source
     open_model(old.path)

@@ -2,6 +2,9 @@
 
 import errno
 import os
+import random
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from qdist.core.errors import RunError
 from qdist.host.rundir import RunDir
 from qdist.runtime import checkpoint
-from qdist.runtime.checkpoint import Progress, load, note, save
+from qdist.runtime.checkpoint import Progress, load, note, prune, save
 from qdist.runtime.engine import MOMENTS, State
 
 
@@ -142,19 +145,44 @@ def test_a_leftover_of_this_very_process_does_not_stand_in_the_way(
     assert run.checkpoint_steps() == [2]
 
 
-def test_a_kill_while_an_old_one_is_deleted_leaves_none_that_looks_whole(
+def test_a_kill_while_an_old_one_is_deleted_leaves_none_of_its_name(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(run, progress_of(1), state_of(1), keep=1)
 
     def killed(folder: Path, **_: object) -> None:
-        if not folder.name.startswith("."):
+        if folder.is_dir():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("shutil.rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        save(run, progress_of(2), state_of(2), keep=1)
-    assert run.checkpoint_steps() == [2]
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(run, progress_of(2), state_of(2), keep=1)
+    names = sorted(path.name for path in run.checkpoints.iterdir())
+    assert names == [f".step_000001.{os.getpid()}", "step_000002"]
+    prune(run, keep=1, best=None)
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step_000002"]
+
+
+def test_what_others_put_beside_checkpoints_stays(run: RunDir) -> None:
+    for name in ("step_000001-keep", ".step_000001.bak", ".step_1.4711"):
+        (run.checkpoints / name).mkdir(parents=True)
+    save(run, progress_of(2), state_of(2), keep=1)
+    assert len([*run.checkpoints.iterdir()]) == 4
+
+
+def test_an_evaluation_is_never_half_written_inside_a_checkpoint(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = save(run, progress_of(2), state_of(2), keep=1)
+    there = {path.name for path in step.iterdir()}
+
+    def killed(*_: object) -> None:
+        assert {path.name for path in step.iterdir()} == there
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            note(run, 2, ((2, 1.5),), keep=1)
 
 
 def test_one_that_cannot_be_written_leaves_nothing_and_says_where_a_run_goes_on(
@@ -183,3 +211,69 @@ def test_an_evaluation_after_a_checkpoint_is_added_to_it_and_decides_what_is_kep
     assert run.checkpoint_steps() == [3]
     progress, _ = load(run.checkpoint(3))
     assert (progress.step, progress.best_step, progress.held_out[-1]) == (3, 3, (3, 4.0))
+
+
+def test_a_broken_one_is_named_and_the_one_before_offered(run: RunDir) -> None:
+    save(run, progress_of(1), state_of(1), keep=5)
+    folder = save(run, progress_of(2), state_of(2), keep=5)
+    file = folder / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 16
+    file.write_bytes(content)
+    with pytest.raises(RunError, match=r"optimizer\.safetensors is not as it was saved") as caught:
+        load(folder)
+    move, _, rest = caught.value.try_.rpartition(": ")
+    assert rest == "the newest checkpoint is then that of step 1"
+    subprocess.run(shlex.split(move), check=True)
+    assert run.checkpoint_steps() == [1]
+    assert load(run.checkpoint(1))[0] == progress_of(1)
+    (run.checkpoint(1) / "state.json").unlink()
+    with pytest.raises(RunError, match=r"has no state\.json") as caught:
+        load(run.checkpoint(1))
+    assert caught.value.try_.endswith(": the run then begins anew")
+
+
+def test_one_of_a_qdist_that_kept_no_sums_is_taken_as_it_is(run: RunDir) -> None:
+    folder = save(run, progress_of(2), state_of(2), keep=5)
+    (folder / "DONE").write_bytes(b"")
+    note(run, 2, ((2, 1.5),), keep=5)
+    assert load(folder)[0].held_out == ((2, 1.5),)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_around_the_note_of_an_evaluation_leaves_a_whole_checkpoint(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    folder = save(run, progress_of(2, ((0, 9.0),)), state_of(2), keep=5)
+    replace = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if moment == "after":
+            replace(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        note(run, 2, ((0, 9.0), (2, 1.5)), keep=5)
+    monkeypatch.undo()
+    assert load(folder)[0].held_out == (((0, 9.0), (2, 1.5)) if moment == "after" else ((0, 9.0),))
+    (folder / ".held_out.json.abcdef").touch()
+    note(run, 2, ((0, 9.0), (2, 1.5)), keep=5)
+    assert not (folder / ".held_out.json.abcdef").exists()
+
+
+def test_of_300_single_bit_flips_each_is_named(run: RunDir) -> None:
+    folder = save(run, progress_of(2), state_of(2), keep=5)
+    note(run, 2, ((0, 9.0), (2, 1 / 3)), keep=5)
+    draw = random.Random(7)
+    files = sorted(folder.iterdir())
+    for number in range(300):
+        file = files[number % len(files)]
+        whole = file.read_bytes()
+        content = bytearray(whole)
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        file.write_bytes(content)
+        with pytest.raises(RunError):
+            load(folder)
+        file.write_bytes(whole)
+    assert load(folder)[0].best_step == 2

@@ -28,6 +28,7 @@ def test_sums_of_slices_add_up_wherever_they_are_cut(
         count = 5000
     monkeypatch.setattr(checksum, "_CHUNK_WORDS", {"cpu": chunk_words})
     monkeypatch.setattr(checksum, "_ROW_WORDS", 16)
+    monkeypatch.setattr(checksum, "_FEW_WORDS", 100)
     whole = random_bytes(count)
     expected = reference(bytes(whole.tolist()))
     assert slice_checksum(whole, 0) == expected

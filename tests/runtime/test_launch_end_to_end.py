@@ -21,6 +21,7 @@ from qdist.host.rundir import RunDir
 from qdist.host.state import state_of
 from qdist.runtime.checkpoint import load, load_tensors
 from tests.runtime.tiny import dummy_job, save_config, save_data, save_model
+from tests.signals import hears_signals
 
 pytestmark = pytest.mark.slow
 TrainRun = Callable[[launcher.Job], RunDir]
@@ -191,6 +192,7 @@ def launch() -> Iterator[Launch]:
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, "COLUMNS": "120"},
+            preexec_fn=hears_signals,
         )
         started.append(process)
         return process

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import qdist
-from qdist.core.errors import ModelError, QdistError
+from qdist.core.errors import ModelError, QdistError, RunError
 from qdist.host.rundir import PLAN, RunDir
+from qdist.runtime.exports.backbone import Backbone
 from tests.runtime.tiny import adapted_run, dummy_job, logits_of, real_job, save_config, save_data, save_model, written
 
 
@@ -99,21 +100,30 @@ def _forget_packed(run: RunDir) -> None:
     (run.path / PLAN).write_text(json.dumps(old))
 
 
-def test_a_model_that_changed_since_or_went_with_its_packed_form_is_named(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_that_changed_since_or_went_with_its_packed_form_is_named(tmp_path: Path) -> None:
     source, data = save_model(tmp_path / "model"), save_data(tmp_path / "d.jsonl")
     run, _ = adapted_run(real_job(source, data, tmp_path / "run", seq_len=64))
     save_model(source, seed=1)
-    assert qdist.load(run.path)
-    assert "have changed" not in capfd.readouterr().err, "the packed form is still there"
+    assert qdist.load(run.path), "the packed form is still there"
+    with pytest.raises(RunError, match=f"{source} is not the model that the run was trained on"):
+        Backbone(run.plan(), onto="original")
     shutil.rmtree(run.plan().source.packed)
-    assert qdist.load(run.path)
-    assert f"the files in {source} have changed" in capfd.readouterr().err
-    shutil.rmtree(run.plan().source.packed, ignore_errors=True)
-    shutil.rmtree(source)
-    with pytest.raises(ModelError, match=r"neither .*model.* nor its packed form"):
+    with pytest.raises(RunError, match=f"{source} is not the model that the run was trained on"):
         qdist.load(run.path)
+    shutil.rmtree(source)
+    with pytest.raises(ModelError, match=r"model, which the run was trained on, is gone, and so is what was packed"):
+        qdist.load(run.path)
+
+
+def test_a_run_is_packed_again_from_the_same_model_and_uses_what_is_packed_without_it(tmp_path: Path) -> None:
+    source, data = save_model(tmp_path / "model"), save_data(tmp_path / "d.jsonl")
+    run, trained = adapted_run(real_job(source, data, tmp_path / "run", seq_len=64))
+    shutil.rmtree(run.plan().source.packed)
+    model, _ = qdist.load(run.path)
+    assert torch.equal(logits_of(model, high=250), logits_of(trained, high=250))
+    shutil.rmtree(source)
+    model, _ = qdist.load(run.path)
+    assert torch.equal(logits_of(model, high=250), logits_of(trained, high=250))
 
 
 def test_importing_qdist_loads_no_torch() -> None:

@@ -114,3 +114,17 @@ def test_a_held_out_loss_that_is_no_number_later_is_left_to_the_steps() -> None:
     trainer = trainer_of(samples, evaluate=lambda *_: (math.nan, 2))
     trainer._judge(20)
     assert math.isnan(trainer.held_out[-1][1])
+
+
+def test_a_rank_is_at_a_step_before_its_data_are_asked_for() -> None:
+    """They may hang, on a disk that does not answer: then this rank is to be blamed, and not those that wait for it."""
+    moves: list[tuple[Any, ...]] = []
+
+    def hangs(step: int) -> list[list[int]]:
+        assert moves == [("training", step + 1)]
+        raise TimeoutError
+
+    trainer = trainer_of(SimpleNamespace(step=hangs), move=lambda *place: moves.append(place))
+    trainer.comm.device = torch.device("cpu")  # type: ignore[misc]
+    with pytest.raises(TimeoutError):
+        trainer._step(60)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from qdist.core.errors import RunError
+from qdist.core.errors import JobError, RunError
 from qdist.core.packing import Packing
 from qdist.host.rundir import RunDir
 from qdist.runtime import work_folder
@@ -38,8 +38,13 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom", "gpt_neox", "opt", "qwen2"])
-@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize(
+    ("bits", "family"),
+    [
+        (4, "llama"), (4, "bloom"), (4, "gpt_neox"), (4, "opt"), (4, "qwen2"), (8, "llama"), (8, "bloom"), (16, "opt"),
+        (16, "qwen2"),
+    ],
+)  # fmt: skip
 def test_a_merged_model_says_what_the_adapter_says(tmp_path: Path, family: str, bits: int) -> None:
     """Logits within four times bfloat16's rounding, int8's within sixteen: it rounds activations too."""
     run = run_over(tmp_path, family, bits=bits)
@@ -88,9 +93,13 @@ def test_onto_the_original_is_the_original_and_the_delta_exactly(tmp_path: Path)
             assert torch.equal(merged[name], other[name]), name
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom", "gpt_neox"])
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("onto", ["dequantized", "original"])
+@pytest.mark.parametrize(
+    ("family", "tied", "onto"),
+    [
+        ("llama", True, "dequantized"), ("llama", False, "original"), ("bloom", True, "original"),
+        ("bloom", False, "dequantized"), ("gpt_neox", True, "dequantized"), ("gpt_neox", False, "original"),
+    ],
+)  # fmt: skip
 def test_rows_of_new_tokens_are_merged_too(tmp_path: Path, family: str, tied: bool, onto: str) -> None:
     """At 16 bits both backbones are the same one."""
     shape = {"tie_word_embeddings": tied, "vocab_size": 270}
@@ -188,8 +197,8 @@ def test_nothing_half_written_is_there_when_merging_fails(tmp_path: Path, monkey
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(work_folder, "publish_folder", full)
-        with pytest.raises(OSError, match="No space"):
+        patch.setattr(work_folder, "flush", full)
+        with pytest.raises(JobError, match="no room is left"):
             merge(run, tmp_path / "merged", onto="dequantized", dtype=torch.bfloat16)
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / ".merged.unfinished"])
     merge(run, tmp_path / "merged", onto="dequantized", dtype=torch.bfloat16)

@@ -9,9 +9,9 @@ import msgspec
 import pytest
 
 from qdist.core.errors import RunError
-from qdist.core.plan import Prepared
+from qdist.core.plan import Prepared, digest
 from qdist.core.spec import RunSpec
-from qdist.host import launcher, modules
+from qdist.host import claim, launcher, modules
 from qdist.host.files import cache_path
 from qdist.host.launcher import Job
 from qdist.runtime.prepare import prepare
@@ -32,7 +32,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def started(model: Path, here: Path) -> Job:
     job = real_job(model, save_data(here / "data.jsonl"), here / "run", seq_len=64)
-    launcher.write(job)
+    claim.write(job)
     return job
 
 
@@ -88,24 +88,36 @@ def test_a_run_whose_cache_was_lost_goes_on_with_the_same_file(model: Path, here
     assert preview.job.plan == again.plan
 
 
-@pytest.mark.parametrize("digest", [True, False], ids=["with a digest", "of a qdist that kept none"])
+def test_a_run_whose_cache_was_lost_does_not_go_on_over_another_model(here: Path, model: Path) -> None:
+    changing = shutil.copytree(model, here / "model")
+    job = started(changing, here)
+    shutil.rmtree(cache_path())
+    save_model(changing, seed=1)
+    for go_on in (lambda: resumed(job), lambda: launcher.preview_resume(job.run, {})):
+        with pytest.raises(RunError, match=f"{changing} is not the model that {job.run.path} was trained on"):
+            go_on()
+    assert not cache_path().exists()
+
+
+@pytest.mark.parametrize("has_digest", [True, False], ids=["with a digest", "of a qdist that kept none"])
 def test_a_run_whose_data_changed_is_refused_and_goes_on_once_they_are_put_back(
-    model: Path, here: Path, digest: bool
+    model: Path, here: Path, has_digest: bool
 ) -> None:
     job = started(model, here)
     assert job.plan.data is not None
-    if not digest:
+    if not has_digest:
         data = msgspec.structs.replace(job.plan.data, digest="")
         plan = msgspec.structs.replace(job.plan, data=data)
-        launcher.write(job._replace(files={**job.files, "plan.json": msgspec.json.encode(plan).decode()}))
+        files = {**job.files, "plan.json": msgspec.json.encode(plan).decode()}
+        claim.write(job._replace(files=files, resumes=digest(job.plan)))
     shutil.rmtree(cache_path())
     kept = (here / "data.jsonl").read_text()
     save_data(here / "data.jsonl", 41)
-    now = "41 records" if digest else "41 samples and"
+    now = "41 records" if has_digest else "41 samples and"
     with pytest.raises(RunError, match=rf"data\.jsonl is not what .*: 40 samples and .* tokens then, {now}") as caught:
         resumed(job)
     assert caught.value.try_.startswith("put the file back")
-    if digest:
+    if has_digest:
         with pytest.raises(RunError, match="is not what"):
             launcher.preview_resume(job.run, {})
         assert not cache_path().exists()

@@ -11,7 +11,7 @@ import torch
 
 from qdist.core.plan import Plan, Prepared
 from qdist.core.spec import RunSpec, nest, resolve
-from qdist.host import launcher, modules
+from qdist.host import claim, launcher, modules
 from qdist.host.rundir import RunDir
 from qdist.runtime import checkpoint
 from qdist.runtime.batches import collate
@@ -148,7 +148,7 @@ def trainable(plan: Plan) -> tuple[Any, Adapter, Samples]:
 
 
 def written(job: launcher.Job) -> RunDir:
-    launcher.write(job)
+    claim.write(job)
     return job.run
 
 

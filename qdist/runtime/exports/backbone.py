@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +22,8 @@ from qdist.runtime.methods.skeleton import decoder_layers, fill, skeleton
 from qdist.runtime.methods.weights import FolderWeights, RandomWeights, Weights
 from qdist.runtime.originals import Originals, find_originals
 from qdist.runtime.placements.residence import free_bytes
+from qdist.runtime.recorded_sums import expected_sums
+from qdist.runtime.tensor_sums import Sums
 
 Onto = Literal["dequantized", "original"]
 """A backbone as training sees it, or as it was before it was packed."""
@@ -88,6 +91,7 @@ class Backbone:
             if isinstance(module, PackedLinear) and leaf == "weight":
                 return self.linear(path).unpacked(self.device)
             value = self._weights.of(path, module)[leaf][:].to(self.device, module.get_parameter(leaf).dtype)
+            self.check()
         return self.with_new_rows(value) if path in self.tables else value
 
     def linear(self, path: str) -> Any:
@@ -95,6 +99,10 @@ class Backbone:
         module = copy.deepcopy(self.model.get_submodule(path))
         fill(module, _At(self._weights, path), device=self.device)
         return module
+
+    def check(self) -> None:
+        """Raise ModelError where what was read of the folder is not what was written."""
+        self._weights.check()
 
     def with_new_rows(self, table: torch.Tensor) -> torch.Tensor:
         """A table with rows for new tokens: the mean of the old ones, as `special_tokens.add_rows` has it."""
@@ -115,10 +123,15 @@ class Backbone:
         parts = (plan.source, plan.spec.bits, plan.spec.quant, plan.compute_dtype, files, self.device.type)
         return msgspec.json.encode(parts).decode()
 
+    @cached_property
+    def sums(self) -> Sums | None:
+        """What the packed tensors must sum up to; None for random ones, and where nobody has summed them."""
+        return None if self.source.kind == "dummy" else expected_sums(self.source)
+
     def _weights_of_modules(self) -> Weights:
         if self.source.kind == "dummy":
             return RandomWeights(self.device, self.compute_dtype)
-        return FolderWeights(self.source.packed)
+        return FolderWeights(self.source.packed, self.sums)
 
     def _paths_of_tables(self) -> frozenset[str]:
         """Tables that have rows for new tokens."""
@@ -142,6 +155,9 @@ class _At:
 
     def of(self, path: str, module: nn.Module) -> Mapping[str, Slices]:
         return self._weights.of(f"{self._path}.{path}".rstrip("."), module)
+
+    def check(self) -> None:
+        self._weights.check()
 
 
 def unpacking_device() -> torch.device:

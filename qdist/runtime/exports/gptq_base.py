@@ -73,14 +73,14 @@ class GptqBase:
         """The tensors of one file. Those of random weights are made here, a decoder layer of them."""
         if self.folder is None:
             return self._random(self.files.index(file))
-        return [self._with_rows(entry) for entry in stored_entries(self.folder, file)]
+        return [self._with_rows(entry) for entry in stored_entries(self.folder, file, self.backbone.sums)]
 
     def untouched(self, file: str) -> list[Entry]:
         """Of a folder: the tensors of a file as they are there, those left out that get new rows."""
         if self.folder is None:  # random weights are made of nothing but their names
             return []
         tables = {f"{path}.weight" for path in self.backbone.tables}
-        return [entry for entry in stored_entries(self.folder, file) if entry.name not in tables]
+        return [entry for entry in stored_entries(self.folder, file, self.backbone.sums) if entry.name not in tables]
 
     def linears(self, file: str) -> list[Packed]:
         """The packed linears that have their words in a file."""
@@ -88,7 +88,7 @@ class GptqBase:
             own = self._modules[self.files.index(file)]
             return [Packed(path, m.in_features, m.out_features) for path, m in own if isinstance(m, PackedGptq)]
         found = []
-        for entry in stored_entries(self.folder, file):
+        for entry in stored_entries(self.folder, file, self.backbone.sums):
             path = entry.name.removesuffix(_QWEIGHT)
             if path != entry.name:
                 shape = self.gptq.of(path)

@@ -7,7 +7,7 @@ import torch
 from qdist.core.errors import RunError
 from qdist.runtime.exports.gptq_base import GptqBase, Packed
 from qdist.runtime.exports.update import Adapters, require_finite
-from qdist.runtime.packed_folder import opened
+from qdist.runtime.packed_folder import read_tensor
 
 OFFSET = ".weight_offset"
 
@@ -48,8 +48,8 @@ class GroupUpdates:
         update, old, folder = self.update(linear), self._base.gptq.offset, self._base.folder
         if old is None or folder is None or not old.of(linear.path):
             return update
-        with opened(folder / file) as handle:
-            before = handle.get_tensor(linear.path + OFFSET).float() * old.scale
+        stored = read_tensor(folder / file, linear.path + OFFSET, self._base.backbone.sums)
+        before = stored.float() * old.scale
         whole = update + before.repeat_interleave(old.group_size // self.size, dim=0)
         require_finite(whole, linear.path)
         return whole

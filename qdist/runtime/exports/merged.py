@@ -46,6 +46,10 @@ class Merged:
         """As other sources of weights have it, for `skeleton.fill`."""
         return _OfModule(self, path, [name for name, _ in module.named_parameters(recurse=False)])
 
+    def check(self) -> None:
+        """Each weight is held against what was written as it is read."""
+        self.backbone.check()
+
 
 class _OfModule(Mapping[str, torch.Tensor]):
     """The tensors of one module by their names in it, computed on use."""

@@ -16,6 +16,7 @@ from qdist.host.files import write_atomic
 from qdist.host.opening import read_object
 from qdist.runtime.load import load_tokenizer
 from qdist.runtime.packed_folder import Written
+from qdist.runtime.recorded_sums import keep_sums
 from qdist.runtime.special_tokens import align_config
 
 _GENERATION = "generation_config.json"
@@ -55,6 +56,7 @@ def write_index(folder: Path, files: Mapping[str, Written]) -> None:
     weight_map = {name: file for file, written in files.items() for name in written.checksums}
     total = sum(written.tensor_bytes for written in files.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    keep_sums(folder, files.values())
     write_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 

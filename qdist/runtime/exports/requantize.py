@@ -1,7 +1,9 @@
 """Merges a run into 16 bits and quantizes that by GPTQ anew: 4 bits for any reader, at a loss, which is measured."""
 
 import hashlib
+import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 from qdist.core.errors import RunError
@@ -39,8 +41,7 @@ def run(job: Export) -> None:
         if not between.is_dir():
             sixteen.write(job.adapters, between, onto=job.onto, dtype=job.torch_dtype)
         losses = _losses(job, between)
-        gptq = make(str(between), job.out, asked)
-        shutil.rmtree(between)
+        gptq = make(str(between), job.out, asked, when_written=partial(_remove, between, prefix))
     losses["merged and quantized"] = Evaluation(job.adapters.runs[0]).quantized(job.out)
     size = sum(file.stat().st_size for file in Path(job.out).glob("*.safetensors"))
     say(f"{job.out}: {gptq}, {format_bytes(size)}")
@@ -59,6 +60,12 @@ def _remove_others(between: Path, prefix: str) -> None:
     for path in between.parent.iterdir():
         if path.name.lstrip(".").startswith(prefix) and between.name not in path.name and path.is_dir():
             shutil.rmtree(path)
+
+
+def _remove(between: Path, prefix: str) -> None:
+    """Under another name first: half of it must not be taken for a model by the next command."""
+    os.rename(between, between.with_name(f".{prefix}spent"))
+    shutil.rmtree(between.with_name(f".{prefix}spent"))
 
 
 def _stamp(job: Export, plan: Plan) -> str:

@@ -17,8 +17,8 @@ from qdist.host.opening import converted, read_object
 from qdist.host.rundir import RunDir
 from qdist.runtime.load import load_tokenizer, plan_of
 from qdist.runtime.packed_folder import Entry, opened, stored_entries
+from qdist.runtime.sealed import ADAPTER_CONFIG, require_adapter
 
-ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 """PEFT's, before the path of a module."""
 _ROWS = ".token_adapter.trainable_tokens_delta"
@@ -72,6 +72,7 @@ class Adapters:
         for run in self.runs:
             if not (run.adapter / ADAPTER).is_file():
                 raise RunError(f"{run.path} has no adapter yet", try_=command("gather", run.path))
+            require_adapter(run.adapter)
         _require_one_base(self.runs)
         if len(self.runs) > 1 and any(_learnt_rows(run) for run in self.runs):
             raise RunError("adapters that hold rows of new tokens cannot be added up", try_="runs without new tokens")

@@ -17,9 +17,10 @@ from qdist.host.adapters import ADAPTER
 from qdist.host.disk import require_space
 from qdist.host.terminal import say
 from qdist.runtime.exports.job import Export
-from qdist.runtime.exports.update import ADAPTER_CONFIG, PREFIX, Adapters
+from qdist.runtime.exports.update import PREFIX, Adapters
 from qdist.runtime.packed_folder import Entry, write_tensors
 from qdist.runtime.quantize_pack import goes_along
+from qdist.runtime.sealed import ADAPTER_CONFIG
 from qdist.runtime.tokenizer import copy_beside
 from qdist.runtime.work_folder import built
 

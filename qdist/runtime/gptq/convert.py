@@ -4,9 +4,10 @@ import argparse
 import json
 import re
 import shutil
-import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,8 @@ import torch
 from qdist.core.errors import ModelError, PlanError
 from qdist.core.gptq import Gptq, Override, Shape
 from qdist.core.units import format_bytes, format_duration
-from qdist.host.files import publish_folder, umasked, write_atomic
+from qdist.host.files import write_atomic
+from qdist.host.outs import folder_to_write
 from qdist.host.terminal import say
 from qdist.runtime.gptq.bits import group_of_inputs, pack_zeros
 from qdist.runtime.gptq.convert_model import beside, check, decide_biases, is_linear, model_config
@@ -24,7 +26,7 @@ from qdist.runtime.gptq.sparsebit import Checkpoint, Linear, halves, integer_zer
 from qdist.runtime.packed_folder import Entry, Written, entries_of, file_name, write_tensors
 from qdist.runtime.quantize_source import Blueprint, blueprint
 from qdist.runtime.tokenizer import copy_beside
-from qdist.runtime.work_folder import reserved
+from qdist.runtime.work_folder import built
 
 _TELL_S = 10.0
 """How often a long conversion says how far it is."""
@@ -58,23 +60,19 @@ def convert(source: Path, out: Path, *, config: Path | None = None, drop_bias: b
     Raises ModelError for a checkpoint or configuration that cannot be used, RunError where `out` exists, PlanError when
     the disk is too small.
     """
-    with reserved(out):
-        return _converted(source, out, config, drop=drop_bias)
-
-
-def _converted(source: Path, out: Path, config: Path | None, *, drop: bool) -> Converted:
+    folder_to_write(str(out))
     checkpoint = read(source)
     settings, notes = model_config(checkpoint, config, source)
-    settings, biases, said = decide_biases(checkpoint, settings, drop=drop)
+    settings, biases, said = decide_biases(checkpoint, settings, drop=drop_bias)
+    out.parent.mkdir(parents=True, exist_ok=True)
     needed, free = source.stat().st_size, shutil.disk_usage(out.parent).free
     if needed > free:
         raise PlanError(
             f"{out} will take up to {format_bytes(needed)}; {out.parent} has {format_bytes(free)} free",
             try_="another disk: --out FOLDER",
         )
-    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        work.chmod(umasked(0o777))
+    identity = f"{source.resolve()} {source.stat().st_size} {source.stat().st_mtime_ns} {config} {drop_bias}"
+    with built(out, identity) as work, _nothing_kept(work):
         write_atomic(work / "config.json", json.dumps(settings))
         shape = blueprint(work)
         check(checkpoint._replace(biases=biases), shape, source)
@@ -84,11 +82,19 @@ def _converted(source: Path, out: Path, config: Path | None, *, drop: bool) -> C
         for path in beside(config):
             copy_beside(path, work)
         finish(work, {**settings, "architectures": [shape.architecture]}, job.gptq, files)
-        publish_folder(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     size = sum(written.tensor_bytes for written in files.values())
     return Converted(job.gptq, shape.layers, size, (*notes, *said, *_more_notes(job, loss)))
+
+
+@contextmanager
+def _nothing_kept(work: Path) -> Iterator[None]:
+    """Of a conversion that fails: it takes seconds, and how far scales changed is known of what was just written."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(work)
+        work.mkdir()
+        raise
 
 
 def _all_zeros(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ config.json                         with `quantization_config`
 quantize_config.json                the same for itself
 *.safetensors                       `PATH.qweight`, `.qzeros`, `.scales`, `.g_idx`, `.bias` of each quantized linear
 model.safetensors.index.json        which tensor is in which file
+checksums.json                      the sums of each tensor, which qdist's readers hold it against
 """
 
 import json
@@ -18,6 +19,7 @@ from qdist.core.quoting import command
 from qdist.host.checkpoints import INDEX, QUANTIZE_CONFIG
 from qdist.host.files import write_atomic
 from qdist.runtime.packed_folder import Entry, Written, entries_of
+from qdist.runtime.recorded_sums import keep_sums
 
 
 class Quantized(NamedTuple):
@@ -53,6 +55,7 @@ def finish(folder: Path, config: Mapping[str, Any], gptq: Gptq, files: Mapping[s
     write_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
     write_atomic(folder / QUANTIZE_CONFIG, json.dumps(stated, indent=2) + "\n")
     write_atomic(folder / "config.json", json.dumps({**config, "quantization_config": stated}, indent=2) + "\n")
+    keep_sums(folder, files.values())
     for name in files:
         (folder / f".{name}.json").unlink(missing_ok=True)
 

@@ -7,6 +7,7 @@ import argparse
 import re
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -31,10 +32,18 @@ from qdist.runtime.tokenizer import copy_beside
 from qdist.runtime.work_folder import filled, reserved
 
 
-def make(model: str, out: Path, wanted: Wanted, *, devices: tuple[torch.device, ...] = ()) -> Gptq:
+def make(
+    model: str,
+    out: Path,
+    wanted: Wanted,
+    *,
+    devices: tuple[torch.device, ...] = (),
+    when_written: Callable[[], None] = lambda: None,
+) -> Gptq:
     """Write a GPTQ checkpoint of a model to `out`, which must be empty or absent.
 
     model: an alias, a folder, a GGUF file or a hub id. devices: where samples are run; all GPUs, or the CPU.
+    when_written: called once all is written, before it is there: a command that ends later leaves nothing else.
     Raises ModelError for a model that cannot be quantized or turns to NaN, DataError for too little data,
     PlanError when the disk is too small, RunError when `out` is there or being written.
     """
@@ -50,6 +59,7 @@ def make(model: str, out: Path, wanted: Wanted, *, devices: tuple[torch.device, 
                 copy_beside(path, work)
             gptq = _described(job, work)
             finish(work, read_json(folder / "config.json"), gptq, files)
+            when_written()
     return gptq
 
 

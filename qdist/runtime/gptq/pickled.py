@@ -1,7 +1,6 @@
 """Old GPTQ checkpoints in torch's own files, `.bin` and `.pt`: made safetensors once; nothing that they hold is run."""
 
 import hashlib
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -9,9 +8,11 @@ from pathlib import Path
 import torch
 
 from qdist.core.errors import ModelError
+from qdist.host.cached import CHECKSUMS
 from qdist.host.files import cache_dir, locked, publish_folder
 from qdist.host.opening import reason_of, told
 from qdist.runtime.packed_folder import entries_of, tensor_files, write_tensors
+from qdist.runtime.recorded_sums import keep_computed_sums
 
 _ENDINGS = (".bin", ".pt", ".pth")
 _NOT_TENSORS = {"training_args.bin", "optimizer.pt", "scheduler.pt"}
@@ -35,16 +36,22 @@ def in_safetensors(folder: Path) -> Path:
 
 
 def _convert(folder: Path, files: list[Path], out: Path) -> None:
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = out.with_name(f".{out.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
     beside.mkdir()
     try:
         for file in files:
             name = f"{file.stem}.safetensors"
             write_tensors(beside, name, entries_of(_tensors(file)))
             (beside / f".{name}.json").unlink()
+        keep_computed_sums(beside)
         for file in folder.iterdir():
-            if file.is_file() and file not in files and not file.name.endswith(".index.json"):
+            if (
+                file.is_file()
+                and file not in files
+                and file.name != CHECKSUMS
+                and not file.name.endswith(".index.json")
+            ):
                 shutil.copy2(file, beside)
         publish_folder(beside, out)
     finally:

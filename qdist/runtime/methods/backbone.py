@@ -11,6 +11,7 @@ from qdist.core.spec import Quant
 from qdist.host.opening import told
 from qdist.runtime.methods.skeleton import fill, skeleton
 from qdist.runtime.methods.weights import FolderWeights, ModelWeights, RandomWeights, Weights
+from qdist.runtime.recorded_sums import expected_sums
 from qdist.runtime.special_tokens import add_rows
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -28,11 +29,14 @@ def load_backbone(
     device: torch.device,
     linear_names: tuple[str, ...],
     arrange: Arrange | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Any:
     """A frozen transformers causal language model, its decoder linears packed to `bits`.
 
     dtype: of what is not packed, and of the arithmetic.
     linear_names: leaf names of the decoder linears.
+    share: (which, of how many) of the processes that map the same packed folder, and read it on each other's behalf.
+    Raises ModelError where packed bytes are not those that were written.
     """
     model = skeleton(source, bits=bits, quant=quant, dtype=dtype, linear_names=linear_names)
     if arrange is not None:
@@ -41,7 +45,7 @@ def load_backbone(
     if source.kind == "dummy":
         weights = RandomWeights(device, dtype)
     elif source.packed:
-        weights = FolderWeights(source.packed)
+        weights = FolderWeights(source.packed, expected_sums(source), share=share)
     else:
         plain = load_plain(source.path, dtype="auto", device=torch.device("cpu"))
         weights = ModelWeights(plain, device=device, dtype=dtype)

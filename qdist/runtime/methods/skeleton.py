@@ -12,7 +12,7 @@ from qdist.core.spec import Quant
 from qdist.runtime.gptq.bits import require_whole_words
 from qdist.runtime.methods.packed import Packed4bit, Packed8bit, Slices, is_offloaded
 from qdist.runtime.methods.packed_gptq import PackedGptq
-from qdist.runtime.methods.weights import Weights
+from qdist.runtime.methods.weights import Stored, Weights
 from qdist.runtime.model_config import open_config
 
 
@@ -26,7 +26,7 @@ def skeleton(source: Source, *, bits: int, quant: Quant, dtype: torch.dtype, lin
 
     config = (
         open_config(Path(source.path))
-        if source.path
+        if source.path and Path(source.path).is_dir()  # a run whose model is gone goes by its plan
         else AutoConfig.for_model(str(source.config["model_type"]), **_without_type(source.config))
     )
     if hasattr(config, "quantization_config"):
@@ -70,6 +70,7 @@ def fill(model: nn.Module, weights: Weights, *, device: torch.device) -> None:
     A parameter that is sharded already (a DTensor) takes its own rows and no others. The weights of a linear that is
     marked `offloaded` stay in pinned host memory.
     device: where modules lie that do not say so themselves, with an attribute `runs_on`.
+    Raises ModelError where what was read is not what was written.
     """
     filled: dict[nn.Parameter, nn.Parameter] = {}
     for path, module in model.named_modules():
@@ -87,6 +88,7 @@ def fill(model: nn.Module, weights: Weights, *, device: torch.device) -> None:
             module._buffers[name] = (tensors[name][:] if buffer.is_meta else buffer).to(place, buffer.dtype)
         if is_offloaded(module):
             module.runs_on = place
+    weights.check()
 
 
 def offload(model: Any, layers: Sequence[int]) -> None:
@@ -119,11 +121,16 @@ def _filled(parameter: nn.Parameter, values: Slices, device: torch.device) -> nn
     from torch.distributed.tensor import DTensor
 
     if not isinstance(parameter, DTensor):
-        return nn.Parameter(values[:].to(device, parameter.dtype), requires_grad=False)
+        whole = (
+            values.to(device, parameter.dtype) if isinstance(values, Stored) else values[:].to(device, parameter.dtype)
+        )
+        return nn.Parameter(whole, requires_grad=False)
     local = parameter.to_local()
     mine = torch.zeros(local.shape, dtype=local.dtype, device=device)
-    if local.shape[0]:
-        first = first_row(parameter)
+    first = first_row(parameter)
+    if isinstance(values, Stored):
+        values.fill_rows(mine, first, parameter.device_mesh.get_group())
+    elif local.shape[0]:
         mine.copy_(values[first : first + local.shape[0]])
     sharded = DTensor.from_local(
         mine, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()

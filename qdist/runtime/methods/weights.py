@@ -13,6 +13,7 @@ from torch import nn
 from qdist.core.errors import ModelError
 from qdist.runtime.methods.packed import DEVIATION, PackedLinear, Slices
 from qdist.runtime.packed_folder import opened, tensor_files
+from qdist.runtime.tensor_sums import SumCheck, Sums
 
 _COPIED_ELEMENTS = 1 << 18
 """Up to here a tensor is copied out of its file: left there, each would keep a mapping of all of the file, and the 64
@@ -24,6 +25,48 @@ class Weights(Protocol):
 
     def of(self, path: str, module: nn.Module) -> Mapping[str, Slices]:
         """The parameters and buffers that a module holds itself, by their names in it."""
+
+    def check(self) -> None:
+        """Hold what was read since against what was written. Collective where a tensor is sharded.
+
+        Raises ModelError naming a tensor that is not what it was.
+        """
+
+
+class Stored:
+    """A tensor in a file, of which nothing is read yet. What is read is summed, on the device that it goes to."""
+
+    def __init__(self, part: Any, file: Path, name: str, check: SumCheck) -> None:
+        """part: safetensors' slice of it."""
+        self._part, self._file, self._name, self._check = part, file, name, check
+
+    @property
+    def elements(self) -> int:
+        return prod(self._part.get_shape())
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        values: torch.Tensor = self._part[rows]
+        if rows == slice(None):
+            self._check.add(self._file, self._name, values)
+        return values
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """All of it."""
+        values: torch.Tensor = self._part[:]
+        if values.dtype != dtype:
+            return self[:].to(device, dtype)
+        values = values.to(device)
+        self._check.add(self._file, self._name, values)
+        return values
+
+    def fill_rows(self, rows: torch.Tensor, first: int, group: Any) -> None:
+        """Fill `rows`, those from `first` on. group: the ranks that hold the others; all come, even for no rows."""
+        values: torch.Tensor = self._part[first : first + len(rows)] if len(rows) else self._part[0:0]
+        row_bytes = values.element_size() * prod(values.shape[1:])
+        if len(rows):
+            rows.copy_(values)
+        summed = rows if values.dtype == rows.dtype else values.to(rows.device)
+        self._check.add(self._file, self._name, summed, first_byte=first * row_bytes, group=group, is_whole=False)
 
 
 class ModelWeights:
@@ -38,12 +81,16 @@ class ModelWeights:
             tensors |= module.pack(tensors["weight"].detach().to(self.device, self.dtype))
         return tensors
 
+    def check(self) -> None:
+        """Nothing is read: whoever loaded the model has."""
+
 
 class FolderWeights:
     """A folder of safetensors under module names, linears packed as bitsandbytes stores them; see `qdist quantize`."""
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, sums: Sums | None = None, *, share: tuple[int, int] = (0, 1)) -> None:
+        """sums: what its tensors must sum up to. share: see `SumCheck`."""
+        self.folder, self._check = Path(folder), SumCheck(sums, share=share)
 
     @cached_property
     def files(self) -> dict[str, str]:
@@ -59,15 +106,17 @@ class FolderWeights:
             tensors["bias"] = file["bias"]
         return tensors
 
+    def check(self) -> None:
+        self._check.finish()
+
     def open(self, name: str) -> Slices:
         """A tensor, of which nothing is read yet unless it is small. Raises ModelError where there is none."""
         if name not in self.files:
             raise ModelError(f"{self.folder} has no tensor {name}", try_="another folder, or pack the model again")
-        with opened(self.folder / self.files[name]) as file:
-            found = file.get_slice(name)
-            small = prod(found.get_shape()) <= _COPIED_ELEMENTS
-            tensor: Slices = found[:].clone() if small else found
-        return tensor
+        place = self.folder / self.files[name]
+        with opened(place) as file:
+            tensor = Stored(file.get_slice(name), place, name, self._check)
+            return tensor[:].clone() if tensor.elements <= _COPIED_ELEMENTS else tensor
 
 
 class _Prefixed(Mapping[str, Slices]):
@@ -105,6 +154,9 @@ class RandomWeights:
             if name not in tensors:
                 tensors[name] = self._values(f"{path}.{name}", tuple(parameter.shape))
         return tensors
+
+    def check(self) -> None:
+        """They are made of their names."""
 
     def _values(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if len(shape) < 2:
