@@ -138,7 +138,7 @@ def read_value(path: Path, kind: Kind, *, try_: str = "") -> object:
     with told(f"{path} is not JSON", kind, try_=try_):
         found: object = json.loads(text)
         if _ESCAPED.search(text) and _SURROGATE.search(json.dumps(found, ensure_ascii=False)):
-            raise kind(f"{path}: half of a surrogate pair, which is no character", try_=try_)
+            raise kind(f"{path} holds half of a surrogate pair, which is no character", try_=try_)
     return found
 
 

@@ -120,7 +120,7 @@ def _work_folder(out: Path, identity: str) -> Path:
     """The folder beside `out` with what an earlier process finished, if it packed the same."""
     work = work_folder(out)
     mark = work / ".identity"
-    if work.is_dir() and (not mark.is_file() or mark.read_text() != identity):
+    if work.is_dir() and (not mark.is_file() or mark.read_bytes() != identity.encode()):
         shutil.rmtree(work)
     for leftover in work.glob(".*.unfinished"):
         leftover.unlink()
