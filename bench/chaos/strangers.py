@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import msgspec
@@ -417,7 +418,8 @@ def _generation(world: Path) -> None:
     from qdist.runtime.exports.model_files import generation_settings
 
     plan = RunDir(world / "run").plan()
-    generation_settings(None, msgspec.structs.replace(plan.source, path=str(world / "model")))
+    model = SimpleNamespace(generation_config=SimpleNamespace(to_diff_dict=dict))
+    generation_settings(model, msgspec.structs.replace(plan.source, path=str(world / "model")))
 
 
 READERS: tuple[Reader, ...] = (
