@@ -226,7 +226,7 @@ def _data(name: str) -> Callable[[Path], object]:
 
 
 def _set(world: Path) -> None:
-    text = (world / "settings").read_bytes().decode(errors="surrogateescape")
+    text = (world / "settings").read_bytes().decode(errors="replace")  # other bytes the command line refuses
     resolve(nest(dict(map(parse_assignment, text.split("\n")))))
 
 
