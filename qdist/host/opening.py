@@ -113,6 +113,14 @@ def require_file(path: Path, kind: Kind, *, try_: str = "") -> None:
         raise kind(f"{path} is {node}, not a file", try_=try_)
 
 
+def require_files(folder: Path, kind: Kind, *, try_: str = "") -> None:
+    """Raise an error for a pipe or device in a folder that a library is to open: it would wait, beyond any signal."""
+    with readable(folder, kind, try_=try_):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if node_of(path) not in ("", "a folder"):
+                require_file(path, kind, try_=try_)
+
+
 def read_bytes(path: Path, kind: Kind, *, try_: str = "") -> bytes:
     """A file, whole."""
     require_file(path, kind, try_=try_)

@@ -15,7 +15,7 @@ from qdist.core.residence import Residence, footprint, room
 from qdist.core.spec import Quant
 from qdist.core.units import GIB, format_bytes
 from qdist.host.checkpoints import stated
-from qdist.host.opening import reason_of, told
+from qdist.host.opening import reason_of, require_files, told
 from qdist.host.sources import locate, read_json
 from qdist.runtime.gptq.check import checked
 from qdist.runtime.gptq.pickled import in_safetensors
@@ -116,6 +116,7 @@ def _where_there_is_room(folder: Path, dtype: torch.dtype | str, cap_bytes: int 
     if not _is_quantized(folder):  # packed layers cannot compute where their weights are not
         budgets["cpu"] = size
     try:
+        require_files(folder, ModelError)
         with told(str(folder), ModelError, try_="a folder with config.json and *.safetensors"):
             model = AutoModelForCausalLM.from_pretrained(
                 str(folder),

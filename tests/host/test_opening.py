@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from qdist.core.errors import DataError, ModelError, RunError, SpecError
-from qdist.host.opening import read_object, read_text, read_toml, read_typed, reason_of, told
+from qdist.host.opening import read_object, read_text, read_toml, read_typed, reason_of, require_files, told
 
 
 class Shape(msgspec.Struct):
@@ -81,6 +81,15 @@ def test_what_is_no_file_is_told_and_never_waited_for(make: Callable[[Path], Non
     make(tmp_path / "file")
     with pytest.raises(RunError, match=f"file {why}"):
         read_text(tmp_path / "file", RunError)
+
+
+def test_a_pipe_in_a_folder_is_told_before_a_library_waits_for_it(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "config.json").touch()
+    require_files(tmp_path, ModelError)
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"model.safetensors is a pipe, not a file"):
+        require_files(tmp_path, ModelError)
 
 
 class PanicException(BaseException):
