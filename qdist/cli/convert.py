@@ -1,12 +1,12 @@
 """`qdist convert`: another project's packed checkpoint as a GPTQ folder."""
 
-import os
 from pathlib import Path
 
 import click
 
-from qdist.core.errors import ModelError, RunError
+from qdist.core.errors import ModelError
 from qdist.host.modules import run_module
+from qdist.host.outs import folder_to_write
 
 ORIGINS = ("sparsebit",)
 
@@ -27,8 +27,7 @@ def convert(context: click.Context, source: str, origin: str, out: str, config: 
     """
     if not Path(source).is_file():
         raise ModelError(f"no file {source}", try_="the path of a .pt, .pth, .pth.tar or .bin file")
-    if os.path.lexists(out):
-        raise RunError(f"{out} exists", try_="another --out")
+    out = folder_to_write(out)
     if config is not None and not Path(config, "config.json").is_file():
         raise ModelError(
             f"no {Path(config, 'config.json')}", try_="a folder with the model's config.json and tokenizer"

@@ -12,7 +12,7 @@ from qdist.core.gptq import BITS
 from qdist.core.quoting import quoted
 from qdist.host.adapters import step_note
 from qdist.host.modules import run_module
-from qdist.host.refusals import refuse_taken
+from qdist.host.outs import file_to_write, folder_to_write
 from qdist.host.rundir import RunDir
 from qdist.host.targets import require_adapter, require_base
 from qdist.host.terminal import say
@@ -73,7 +73,7 @@ def export(context: click.Context, /, to: str, **given: Any) -> None:
         check_data(given["data"])
     if given["group_size"] is not None:
         check_group_size(given["group_size"])
-    flags = checked_flags(given, reads_base=to != "lora")
+    flags = checked_flags(given, to=to)
     context.exit(run_module("qdist.runtime.exports.main", (to, *flags)))
 
 
@@ -86,21 +86,21 @@ def _refuse_foreign(to: str, given: Mapping[str, Any]) -> None:
             raise SpecError(f"--{name.replace('_', '-')} is of --to {owners}, not {to}", try_="leave it out")
 
 
-def checked_flags(given: Mapping[str, Any], *, reads_base: bool = True) -> list[str]:
+def checked_flags(given: Mapping[str, Any], *, to: str) -> list[str]:
     """What the process that writes is told; wrong flags and missing files end here, before it starts.
 
-    reads_base: it takes the weights that the adapters lie over.
+    to: one of TARGETS.
     """
     runs, out, weights = given["runs"], given["out"], given["weights"]
     factors = _weights(weights, len(runs)) if weights is not None else ()
     for run in map(RunDir, runs):
         run.plan()
-        if reads_base:
+        if to != "lora":  # the others take the weights that the adapters lie over
             require_base(run)
         require_adapter(run)
         if note := step_note(run):
             say(f"note     {run.path}: {note}", err=True)
-    refuse_taken(out)
+    out = file_to_write(out) if to == "gguf" else folder_to_write(out)
     multiplied = [f"--weights={','.join(map(repr, factors))}"] if factors else []
     others = {name: value for name, value in given.items() if name not in ("runs", "out", "weights")}
     return [*runs, "--out", out, *multiplied, *_flags(others)]

@@ -6,7 +6,7 @@ from qdist.core.errors import RunError
 from qdist.host.adapters import step_of
 from qdist.host.disk import obstacle
 from qdist.host.modules import run_module
-from qdist.host.refusals import refuse_taken
+from qdist.host.outs import folder_to_write
 from qdist.host.rundir import RunDir
 from qdist.host.targets import require_checkpoint
 
@@ -23,7 +23,7 @@ def gather(context: click.Context, run: str, checkpoint: str, out: str | None) -
     require_checkpoint(folder)
     step_of(folder, checkpoint)
     if out is not None:
-        refuse_taken(out)
+        out = folder_to_write(out)
     elif why := obstacle(folder.path):
         raise RunError(f"{run} cannot be written: {why}", try_="--out FOLDER, one that you may write to")
     elsewhere = () if out is None else ("--out", out)

@@ -1,12 +1,11 @@
 """`qdist generate`: answer a file of prompts."""
 
-import os
 from pathlib import Path
 
 import click
 
 from qdist.cli.kept import run_kept
-from qdist.core.errors import RunError
+from qdist.host.outs import stream_to_write
 from qdist.host.prompts import read_prompts
 from qdist.host.targets import check_target, memory_cap
 
@@ -34,8 +33,7 @@ def generate(
     many as need be wait in host memory. A line says where it lies. Answers are kept as they come: killed, the same
     command goes on where it was.
     """
-    if os.path.lexists(out):
-        raise RunError(f"{out} exists", try_="another --out")
+    out = stream_to_write(out)
     read_prompts(Path(prompts))
     options = ["--prompts", prompts, "--out", out, "--max-new-tokens", str(max_new_tokens), "--batch", str(batch)]
     options += memory_cap(max_memory)

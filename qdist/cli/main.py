@@ -40,6 +40,12 @@ class LazyGroup(click.Group):
         finally:
             sys.stdout.flush()
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuses names that no plan, written in UTF-8, could hold."""
+        if odd := next((word for word in args if not word.isascii() and _is_no_text(word)), None):
+            ctx.fail(f"{odd!r} is no UTF-8: rename the file, or set the locale that it was named in.")
+        return super().parse_args(ctx, args)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
@@ -80,6 +86,14 @@ class LazyGroup(click.Group):
         except KeyboardInterrupt:
             say("stopped", err=True)
             ctx.exit(130)
+
+
+def _is_no_text(word: str) -> bool:
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:

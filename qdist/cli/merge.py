@@ -19,7 +19,7 @@ def merge(context: click.Context, /, **given: Any) -> None:
     QA-LoRA: the GPTQ checkpoint stays as it is, and gets an offset for each group: no bit of it is lost. Other methods:
     a 16-bit model that plain transformers loads. Killed, the same command goes on where it was.
     """
-    flags = checked_flags(given)
+    flags = checked_flags(given, to="16bit")
     exact = all(RunDir(run).plan().pool > 1 for run in given["runs"])
     if exact and (given["onto"] or given["dtype"]):
         raise SpecError(

@@ -10,8 +10,8 @@ import click
 from qdist.core.errors import MachineError, QdistError
 from qdist.core.fold import Fold
 from qdist.core.prometheus import CONTENT_TYPE, exposition
-from qdist.host.files import write_atomic
 from qdist.host.follow import Follower
+from qdist.host.outs import write_out
 from qdist.host.pulses import read_pulses
 from qdist.host.rundir import RunDir
 from qdist.host.state import state_of
@@ -34,7 +34,7 @@ def metrics(run: str, out: Path | None, port: int | None, host: str | None) -> N
     if port is not None:
         _serve(source, host or "127.0.0.1", port)
     elif out is not None:
-        _write(out, text)
+        write_out(out, text)
     else:
         say(text, end="")
 
@@ -89,10 +89,3 @@ def _serve(source: Source, host: str, port: int) -> None:
     with server(source, host, port) as bound:
         say(f"http://{host}:{bound.server_port}/metrics until Ctrl-C")
         bound.serve_forever()
-
-
-def _write(out: Path, text: str) -> None:
-    try:
-        write_atomic(out, text)
-    except OSError as error:
-        raise MachineError(f"{out} cannot be written: {error.strerror}", try_="another --out") from error

@@ -1,15 +1,15 @@
 """`qdist quantize`: pack a model's weights once, as a folder that plain transformers loads too."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import click
 
 from qdist.cli.kept import run_kept
 from qdist.core import demo
-from qdist.core.errors import RunError, SpecError, nearest
+from qdist.core.errors import SpecError, nearest
 from qdist.core.gptq import BITS, FORMATS, WORD, usual_format
+from qdist.host.outs import folder_to_write
 from qdist.host.record_files import is_plain_text
 from qdist.host.records import check_source
 from qdist.host.targets import check_model
@@ -58,10 +58,7 @@ def quantize(context: click.Context, /, model: str, method: str, out: str, **opt
     else:
         module, flags = "qdist.runtime.quantize", _flags(method, given)
     check_model(model)
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"{out} exists", try_="another --out")
-    context.exit(run_kept(module, (model, out, *flags)))
+    context.exit(run_kept(module, (model, folder_to_write(out), *flags)))
 
 
 def _check_method(method: str, given: Mapping[str, Any]) -> None:

@@ -12,9 +12,9 @@ from qdist.core.quoting import command
 from qdist.core.report import Found, Report, report_of
 from qdist.core.units import format_bytes
 from qdist.host.commands import noted
-from qdist.host.files import write_atomic
 from qdist.host.follow import Follower
 from qdist.host.opening import read_bytes, read_typed
+from qdist.host.outs import write_out
 from qdist.host.rundir import RunDir
 from qdist.host.state import state_of
 from qdist.host.terminal import say
@@ -35,10 +35,7 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     plans = [plan_lines(own.plan) for own in found]
     text = page(reports[0], plans[0]) if len(runs) == 1 else compare_page(reports, plans)
     path = out or runs[0] / _default_name(reports)
-    try:
-        write_atomic(path, text)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror}", try_="--out FILE in a folder of yours") from None
+    write_out(path, text)
     say(f"{path}: {format_bytes(len(text.encode()))}")
 
 

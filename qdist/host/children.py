@@ -13,6 +13,11 @@ from qdist.core.surroundings import for_children
 
 _PATIENCE_S = 5.0
 """For a child that was asked to end, before it is asked with more force."""
+_USUAL: Mapping[int, str] = {
+    signal.SIGKILL: ", which is what Linux does to a process when memory runs out",
+    signal.SIGPROF: ", which ends a chat template that nothing else could stop",
+}
+"""What a signal is mostly sent for."""
 _INTERRUPTED = 130
 """Exit code of a program that Ctrl-C ended."""
 
@@ -83,10 +88,8 @@ def run(
 
 
 def killed_by(number: int) -> str:
-    """'was killed by SIGTERM', and of SIGKILL who usually does."""
-    told = f"was killed by {signal.Signals(number).name}"
-    usual = ", which is what Linux does to a process when memory runs out"
-    return told + usual * (number == signal.SIGKILL)
+    """'was killed by SIGTERM', and of others who usually does."""
+    return f"was killed by {signal.Signals(number).name}{_USUAL.get(number, '')}"
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

@@ -5,8 +5,8 @@ import ctypes
 import fcntl
 import os
 import re
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,7 +41,6 @@ def replacing(path: Path, *, inside: Path | None = None) -> Iterator[tuple[int, 
     try:
         yield descriptor, Path(beside)
         os.fsync(descriptor)
-        os.chmod(beside, 0o644)
         os.replace(beside, path)
     except BaseException:
         Path(beside).unlink(missing_ok=True)
@@ -72,7 +71,8 @@ def sweep(folder: Path) -> None:
 def _beside(folder: Path, wanted: str) -> tuple[int, str]:
     """A new file to write what is to have a name, locked: its descriptor and name."""
     while True:
-        descriptor, name = tempfile.mkstemp(dir=folder, prefix=f".{wanted}.", suffix=".tmp")
+        name = str(folder / f".{wanted}.{secrets.token_hex(4)}.tmp")
+        descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.path.exists(name):  # nobody swept it before it was locked
             return descriptor, name
@@ -117,11 +117,24 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def flush(beside: Path) -> None:
-    """A folder's files to disk, as all may read them, and their names."""
+    """A folder's files to disk, readable as the umask has it, and their names."""
+    mode = umasked(0o666)
     for file in [path for path in beside.rglob("*") if path.is_file()]:
-        file.chmod(0o644)  # safetensors writes 0600, and adapters are made to be shared
+        file.chmod(mode)  # safetensors writes 0600, and adapters are made to be shared
         sync(file)
     sync(beside)
+
+
+def umasked(mode: int) -> int:
+    """The mode that a file made with `mode` gets from this process's umask."""
+    try:
+        # Asking the system sets it as well, for all threads.
+        status = Path("/proc/self/status").read_text()
+        mask = int(status.partition("\nUmask:")[2].split(maxsplit=1)[0], 8)
+    except (OSError, IndexError):
+        mask = os.umask(0o077)
+        os.umask(mask)
+    return mode & ~mask
 
 
 def cache_path() -> Path:
@@ -153,7 +166,7 @@ def locked(path: Path, *, busy: str = "") -> Iterator[int]:
 
     busy: the message of the RunError raised when another process holds it; empty waits instead.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         if not busy:
             fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -151,7 +151,7 @@ def append(lesson: Lesson) -> None:
 
 def _append_line(path: Path, line: bytes) -> None:
     """In one write, on a line of its own even where a kill left half a line."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         size = os.fstat(descriptor).st_size
         torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"

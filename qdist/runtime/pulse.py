@@ -18,6 +18,7 @@ from qdist.core.pulse import Phase, Pulse, encode
 from qdist.core.surroundings import LAUNCH
 from qdist.host.rundir import RunDir
 from qdist.host.state import is_anothers
+from qdist.host.terminal import say
 
 BEAT_S = 1.0
 
@@ -57,7 +58,7 @@ class Beat:
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S):
             if self._launch and is_anothers(self._run, self._launch):
-                print("error: another launch goes on with this run: this rank of an earlier one ends", flush=True)
+                say("error: another launch goes on with this run: this rank of an earlier one ends")
                 os._exit(1)  # what waits in a collective would wait for ever
             self._tell()
 

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qdist.core.errors import ModelError
 from qdist.core.packing import Packing
 from qdist.core.units import format_bytes
 from qdist.host.cached import BESIDE, CHECKSUMS, source_identity, work_folder
 from qdist.host.disk import require_space
 from qdist.host.files import publish_folder
 from qdist.host.terminal import say
+from qdist.runtime.gptq.finite import require_finite
 from qdist.runtime.packed_folder import (
     MANIFEST,
     Entry,
@@ -34,6 +36,9 @@ from qdist.runtime.tokenizer import TEMPLATES, copy_beside
 
 _HEADER_BYTES = 1 << 10
 """Of a packed linear in a file's header, at most."""
+
+
+_LARGEST = torch.finfo(torch.float16).max
 
 
 class Job(NamedTuple):
@@ -138,13 +143,30 @@ def _entries(job: Job, position: int) -> list[Entry]:
     entries = []
     for name in job.names(position):
         if job.packs(name):
-            value = job.tensors.read(name).to(job.dtype(name))
+            value = _packable(job, name)
             packed = pack_matrix(value, job.packing, device)
             path = name.removesuffix("weight")
             entries += entries_of({path + leaf: part for leaf, part in packed.items()})
         else:
-            entries.append(Entry(name, job.dtype(name), job.shape.shapes[name], partial(job.tensors.read, name)))
+            entries.append(Entry(name, job.dtype(name), job.shape.shapes[name], partial(_plain, job, name)))
     return entries
+
+
+def _packable(job: Job, name: str) -> torch.Tensor:
+    """A matrix as it is packed. Raises ModelError where it is not finite, or not within what int8 is packed from."""
+    value = require_finite(job.tensors.read(name), name).to(job.dtype(name))
+    if job.packing.bits == 8:
+        low, high = (float(end) for end in value.aminmax())
+        if max(-low, high) > _LARGEST:
+            raise ModelError(
+                f"{name} reaches {max(-low, high):.3g}, and int8 is packed from float16, which ends at {_LARGEST:,.0f}",
+                try_="4 bits",
+            )
+    return value
+
+
+def _plain(job: Job, name: str) -> torch.Tensor:
+    return require_finite(job.tensors.read(name), name)
 
 
 def _write_config(job: Job, work: Path) -> None:

@@ -126,5 +126,5 @@ def _read(path: Path, folder: Path) -> Sums | None:
         return None
     try:
         return msgspec.json.decode(path.read_bytes(), type=_Record).tensors
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} cannot be read: {error}", try_=again(folder)) from None

@@ -13,13 +13,13 @@ from qdist.core.plan import DataFacts, Plan
 from qdist.core.spec import resolve
 from qdist.host import claim, disk, launcher, refusals
 from qdist.host.cached import files_digest
+from qdist.host.outs import folder_to_write
 from qdist.host.refusals import (
     await_ranks,
     refuse_other_data,
     refuse_other_files,
     refuse_running,
     refuse_small_disk,
-    refuse_taken,
     refuse_unwritable,
 )
 from qdist.host.rundir import LOCK, RunDir
@@ -98,14 +98,14 @@ def test_a_run_directory_below_a_file_is_refused(run: RunDir) -> None:
 def test_what_is_written_has_a_place_of_its_own(run: RunDir, out: str, why: str) -> None:
     Path("file").touch()
     with pytest.raises(RunError, match=why) as caught:
-        refuse_taken(out)
+        folder_to_write(out)
     assert caught.value.try_ == "another --out"
 
 
 def test_an_empty_folder_and_one_inside_a_run_are_no_ones_place(run: RunDir) -> None:
     Path("empty").mkdir()
     for out in ("empty", "run/step20", "new/deeper"):
-        refuse_taken(out)
+        folder_to_write(out)
 
 
 # --- data ---------------------------------------------------------------------------------------------------------

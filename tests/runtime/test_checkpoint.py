@@ -2,6 +2,9 @@
 
 import errno
 import os
+import random
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -208,3 +211,69 @@ def test_an_evaluation_after_a_checkpoint_is_added_to_it_and_decides_what_is_kep
     assert run.checkpoint_steps() == [3]
     progress, _ = load(run.checkpoint(3))
     assert (progress.step, progress.best_step, progress.held_out[-1]) == (3, 3, (3, 4.0))
+
+
+def test_a_broken_one_is_named_and_the_one_before_offered(run: RunDir) -> None:
+    save(run, progress_of(1), state_of(1), keep=5)
+    folder = save(run, progress_of(2), state_of(2), keep=5)
+    file = folder / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 16
+    file.write_bytes(content)
+    with pytest.raises(RunError, match=r"optimizer\.safetensors is not as it was saved") as caught:
+        load(folder)
+    move, _, rest = caught.value.try_.rpartition(": ")
+    assert rest == "the newest checkpoint is then that of step 1"
+    subprocess.run(shlex.split(move), check=True)
+    assert run.checkpoint_steps() == [1]
+    assert load(run.checkpoint(1))[0] == progress_of(1)
+    (run.checkpoint(1) / "state.json").unlink()
+    with pytest.raises(RunError, match=r"has no state\.json") as caught:
+        load(run.checkpoint(1))
+    assert caught.value.try_.endswith(": the run then begins anew")
+
+
+def test_one_of_a_qdist_that_kept_no_sums_is_taken_as_it_is(run: RunDir) -> None:
+    folder = save(run, progress_of(2), state_of(2), keep=5)
+    (folder / "DONE").write_bytes(b"")
+    note(run, 2, ((2, 1.5),), keep=5)
+    assert load(folder)[0].held_out == ((2, 1.5),)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_around_the_note_of_an_evaluation_leaves_a_whole_checkpoint(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    folder = save(run, progress_of(2, ((0, 9.0),)), state_of(2), keep=5)
+    replace = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if moment == "after":
+            replace(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        note(run, 2, ((0, 9.0), (2, 1.5)), keep=5)
+    monkeypatch.undo()
+    assert load(folder)[0].held_out == (((0, 9.0), (2, 1.5)) if moment == "after" else ((0, 9.0),))
+    (folder / ".held_out.json.abcdef").touch()
+    note(run, 2, ((0, 9.0), (2, 1.5)), keep=5)
+    assert not (folder / ".held_out.json.abcdef").exists()
+
+
+def test_of_300_single_bit_flips_each_is_named(run: RunDir) -> None:
+    folder = save(run, progress_of(2), state_of(2), keep=5)
+    note(run, 2, ((0, 9.0), (2, 1 / 3)), keep=5)
+    draw = random.Random(7)
+    files = sorted(folder.iterdir())
+    for number in range(300):
+        file = files[number % len(files)]
+        whole = file.read_bytes()
+        content = bytearray(whole)
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        file.write_bytes(content)
+        with pytest.raises(RunError):
+            load(folder)
+        file.write_bytes(whole)
+    assert load(folder)[0].best_step == 2

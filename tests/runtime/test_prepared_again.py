@@ -88,6 +88,17 @@ def test_a_run_whose_cache_was_lost_goes_on_with_the_same_file(model: Path, here
     assert preview.job.plan == again.plan
 
 
+def test_a_run_whose_cache_was_lost_does_not_go_on_over_another_model(here: Path, model: Path) -> None:
+    changing = shutil.copytree(model, here / "model")
+    job = started(changing, here)
+    shutil.rmtree(cache_path())
+    save_model(changing, seed=1)
+    for go_on in (lambda: resumed(job), lambda: launcher.preview_resume(job.run, {})):
+        with pytest.raises(RunError, match=f"{changing} is not the model that {job.run.path} was trained on"):
+            go_on()
+    assert not cache_path().exists()
+
+
 @pytest.mark.parametrize("has_digest", [True, False], ids=["with a digest", "of a qdist that kept none"])
 def test_a_run_whose_data_changed_is_refused_and_goes_on_once_they_are_put_back(
     model: Path, here: Path, has_digest: bool

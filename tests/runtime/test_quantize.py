@@ -160,6 +160,32 @@ def test_a_source_without_a_tensor_is_refused_by_its_name(tmp_path: Path) -> Non
         quantize(str(source), tmp_path / "packed", PACKINGS["nf4"])
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize("packing", ["nf4", "int8"])
+def test_nan_and_infinity_are_refused_with_their_number(tmp_path: Path, name: str, packing: str) -> None:
+    from safetensors.torch import save_file
+
+    source = save_model(tmp_path / "source")
+    tensors = tensors_in(source)
+    tensors[name].view(-1)[3:5] = torch.tensor([torch.nan, -torch.inf])
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    count = f"2 values of {tensors[name].numel():,}"
+    with pytest.raises(ModelError, match=f"{name} holds NaN or infinite numbers: {count}\n"):
+        quantize(str(source), tmp_path / "packed", PACKINGS[packing])
+
+
+def test_what_float16_does_not_hold_is_not_packed_to_int8(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    source = save_model(tmp_path / "source")
+    tensors = tensors_in(source)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = -1e5
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"up_proj.weight reaches 1e\+05, and int8 is packed from float16"):
+        quantize(str(source), tmp_path / "packed", PACKINGS["int8"])
+    quantize(str(source), tmp_path / "packed-4", PACKINGS["nf4"])
+
+
 def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
     source = save_model(tmp_path / "source")
     os.truncate(source / "model.safetensors", 100_000)

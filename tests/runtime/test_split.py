@@ -151,6 +151,7 @@ def test_stages_in_half_precision_skip_the_same_steps(train: TrainRun, model: Pa
     for run in (one, two):
         state = run.checkpoint(10) / "state.json"
         state.write_text(state.read_text().replace("65536.0", str(2.0**24)))
+        (state.parent / "DONE").write_bytes(b"")  # as of a qdist that kept no sums
     train(launcher.prepare_resume(one, {"gpus": 1}))
     train(split(launcher.prepare_resume(two, {"gpus": 2}), (0, 1, 1, 1), groups=2, zero=2))
     skipped = [sum(event.skipped for event in events(run)) for run in (one, two)]

@@ -10,7 +10,7 @@ import torch
 from qdist.core.errors import ModelError
 from qdist.core.gptq import Gptq, Shape
 from qdist.runtime.gptq.bits import group_of_inputs, require_whole_words, unpack_zeros
-from qdist.runtime.gptq.finite import is_finite
+from qdist.runtime.gptq.finite import require_finite
 from qdist.runtime.packed_folder import opened, tensor_files
 from qdist.runtime.quantize_source import Blueprint
 
@@ -106,8 +106,7 @@ def _expect(
 def _plain(folder: Path, tensors: dict[str, _Tensor], name: str, shape: tuple[int, ...]) -> None:
     """Check a tensor that is not quantized."""
     _expect(folder, tensors, name, shape, _PLAIN)
-    if not is_finite(_read(folder, tensors, name)):
-        raise ModelError(f"{folder}: {name} holds NaN or infinite numbers", try_=_REMEDY)
+    require_finite(_read(folder, tensors, name), f"{folder}: {name}", try_=_REMEDY)
 
 
 def _shapes(folder: Path, tensors: dict[str, _Tensor], path: str, shape: Shape, inputs: int, outputs: int) -> int:

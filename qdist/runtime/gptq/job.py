@@ -16,7 +16,7 @@ from qdist.host.cached import source_identity
 from qdist.host.sources import read_json
 from qdist.runtime.gptq.calibrate import pieces
 from qdist.runtime.gptq.decoder import Decoder
-from qdist.runtime.gptq.finite import is_finite
+from qdist.runtime.gptq.finite import require_finite
 from qdist.runtime.packed_folder import Entry
 from qdist.runtime.quantize_pack import goes_along
 from qdist.runtime.quantize_source import Tensors, blueprint, tensors_of
@@ -96,10 +96,7 @@ class Job(NamedTuple):
         return [Entry(n, self.tensors.dtype(n), shape.shapes[n], partial(self._read, n)) for n in names]
 
     def _read(self, name: str) -> torch.Tensor:
-        value = self.tensors.read(name)
-        if not is_finite(value):
-            raise ModelError(f"{name} holds NaN or infinite numbers", try_="download the model again")
-        return value
+        return require_finite(self.tensors.read(name), name)
 
     def identity(self) -> str:
         """SHA-256 of what decides the bytes: model files, wishes, and the samples that were drawn."""

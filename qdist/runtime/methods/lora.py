@@ -9,6 +9,7 @@ from torch import nn
 
 from qdist.core.plan import Plan
 from qdist.core.pooling import alphas, factor_of
+from qdist.host.sources import public_name
 from qdist.runtime.methods.skeleton import decoder_layers
 
 _TABLES = {"bloom": ("word_embeddings", "lm_head"), "gpt_neox": ("embed_in", "lm_head")}
@@ -33,7 +34,7 @@ def lora_config(plan: Plan) -> Any:
         bias="none",
         task_type="CAUSAL_LM",
         trainable_token_indices=_token_rows(plan),
-        base_model_name_or_path=plan.source.path or None,
+        base_model_name_or_path=public_name(spec.model, plan.source.path) if plan.source.path else None,
         **pooling,
     )
 
