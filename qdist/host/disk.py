@@ -19,7 +19,8 @@ _BROKEN = (errno.EROFS, errno.EIO, errno.ESTALE)
 def obstacle(folder: Path, *, probe: bool = False) -> str:
     """Why a folder cannot be written, or made where it is not there; empty where nothing is known against it.
 
-    probe: make a folder there and remove it. Permissions alone do not tell of a quota, nor root of anything.
+    probe: make a file there, without a name where the disk can. Permissions alone do not tell of a quota, nor root of
+    anything.
     """
     there = nearest(folder)
     if not there.is_dir():
@@ -29,7 +30,7 @@ def obstacle(folder: Path, *, probe: bool = False) -> str:
         return f"you may not write to {there}"
     if probe:
         try:
-            os.rmdir(tempfile.mkdtemp(prefix=".qdist-", dir=there))
+            tempfile.TemporaryFile(dir=there).close()
         except OSError as error:
             return f"{error.strerror}: {there}"
     return ""
