@@ -18,6 +18,7 @@ from qdist.core.quoting import resuming
 from qdist.core.surroundings import AGENT
 from qdist.core.units import format_bytes
 from qdist.host.children import end_with_parent
+from qdist.host.disk import told_of_disks
 from qdist.host.rundir import RunDir
 from qdist.runtime.pulse import Beat
 
@@ -40,7 +41,8 @@ def main() -> None:
                 f"planned for {plan.world_size} ranks, started with {world_size}",
                 try_=f"--nproc-per-node {plan.world_size}",
             )
-        _work(plan, run)
+        with told_of_disks():
+            _work(plan, run)
     except QdistError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # Other ranks may be inside a collective that never ends: leave without their goodbye.
