@@ -183,8 +183,8 @@ def _require_one_base(runs: Sequence[RunDir]) -> None:
     rows = [plan.source.new_token_ids for plan in plans]
     if len(set(rows)) > 1:
         raise RunError(f"the runs added different rows to the vocabulary: {rows}", try_="runs that added the same")
-    digests = {plan.source.digest for plan in plans}
-    if "" not in digests and len(digests) == 1:  # the same tensors, wherever each run has them
+    tensors = [(plan.source.digest, plan.spec.bits, plan.source.gptq) for plan in plans]
+    if all(own == tensors[0] for own in tensors) and plans[0].source.digest:  # the same, wherever each run has them
         return
     for run, base in zip(runs, bases, strict=True):
         if base != bases[0]:
