@@ -62,10 +62,15 @@ def obstacle() -> str:
 
 def forked(function: Callable[[], int], *, log: Path) -> int:
     """Run a function in a fork to its end; its exit code, or minus the signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(begun(function, log=log), 0)[1])
+
+
+def begun(function: Callable[[], int], *, log: Path) -> int:
+    """A fork that runs a function; its process id."""
     child = os.fork()
     if not child:
         _run(function, log)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child
 
 
 def traced(function: Callable[[], int], *, under: Path, log: Path, kill_at: int = 0) -> Ended:

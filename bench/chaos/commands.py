@@ -60,7 +60,7 @@ def build(world: Path) -> int:
     for name in ("adapter", "checkpoints/step_000004", "checkpoints/step_000006"):
         shutil.rmtree(world / "runs/half" / name)
     (world / "runs/half/result.json").unlink()
-    _ended(qdist("export", str(world / "runs/nf4"), "--to", "gguf", "--out", str(world / "model.gguf")))
+    _ended(qdist("export", str(world / "runs/nf4"), "--to", "gguf", "--out", str(world / "other.gguf")))
     write_config(world / "sparsebit-config")
     torch.save(make().content, world / "sparsebit.pth.tar")
     shutil.copytree(ground.gptq, world / "pickled")
@@ -223,7 +223,7 @@ COMMANDS: dict[str, Command] = {
     "launch": _launch("runs/new"),
     "launch keeping few": _launch("runs/new", **{"train.keep": "1", "train.save_steps": "1"}),
     "launch of gptq": _launch("runs/new", "--method=gptq-lora", model="pickled"),
-    "launch of gguf": _launch("runs/new", model="model.gguf", steps="2"),
+    "launch of gguf": _launch("runs/new", model="other.gguf", steps="2"),
     "resume": Command(_typed("launch", "--resume", "--run", "@runs/half"), None),
     "gather": Command(_typed("gather", "@runs/nf4")),
     "gather of a step": Command(_typed("gather", "@runs/nf4", "--checkpoint", "2")),
@@ -240,7 +240,7 @@ COMMANDS: dict[str, Command] = {
     "quantize int8": Command(_typed("quantize", "@model", "--method", "int8", "--out", "@out")),
     "quantize gptq": Command(_typed("quantize", "@model", "--method", "gptq", "--out", "@out", "--data", "@long.txt",
                                     "--samples", "4", "--seq-len", "32", "--group-size", "32")),
-    "quantize of gguf": Command(_typed("quantize", "@model.gguf", "--out", "@out")),
+    "quantize of gguf": Command(_typed("quantize", "@other.gguf", "--out", "@out")),
     "convert": Command(_typed("convert", "@sparsebit.pth.tar", "--from", "sparsebit", "--out", "@out", "--config",
                               "@sparsebit-config")),
     "report": Command(_typed("report", "@runs/nf4")),

@@ -3,9 +3,11 @@
     python -m bench.chaos.disks [--count 60] [--seed 0] [--jobs N] [--minutes M] [--only launch,merge,...]
 
 Models, runs, cache, temporary folder and output lie on a tmpfs of this process's own mount namespace, which needs root.
-Full: what is free is drawn, from nothing to what the command needs. Read-only: from the start. Slow: each fsync takes a
-while. The command must end with a sentence and exit code 1 or 2 (or 0, where it fitted), nothing that is published may
-be torn, and the same command, or --resume, given again with room must end as if nothing had been, with nothing left.
+Full: what is free is drawn, from nothing to what the command needs. Filled: there is room at first, and from a drawn
+moment on none. Read-only: from the start. Slow: each fsync takes a while.
+
+The command must end with a sentence and exit code 1 or 2 (or 0, where it fitted), nothing that is published may be
+torn, and the same command, or --resume, given again with room must end as if nothing had been, with nothing left.
 """
 
 import ctypes
@@ -22,20 +24,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-from bench.chaos.changes import forked
+from bench.chaos.changes import begun, forked
 from bench.chaos.commands import COMMANDS
 from bench.chaos.ground import table
 from bench.chaos.trials import each, finish, folder_for, parser, why
 from bench.chaos.writes import Whole, compared, listing, look, world
 
-KINDS = ("full", "read-only", "slow")
+KINDS = ("full", "filled", "read-only", "slow")
 ENOUGH, PAGE = 1 << 30, 4096
 SLOW_S = 0.05
 SENTENCE = re.compile(r"^error: ", re.MULTILINE)
 
 
 class Task(NamedTuple):
-    """A command on a kind of disk. share: of what it needs that is free, where the disk is to be full."""
+    """A command on a kind of disk. share: of what it needs, what is free or may be taken before the disk is full."""
 
     folder: Path
     command: str
@@ -99,7 +101,10 @@ def trial(task: Task) -> Row:
         remount(own, f"size={used(own) + free}")
     elif task.kind == "read-only":
         remount(own, "ro")
-    code = forked(functools.partial(slowly, run) if task.kind == "slow" else run, log=log)
+    if task.kind == "filled":
+        code = filled(run, own, log, used(own) + int(task.share * (needs.after - needs.before)))
+    else:
+        code = forked(functools.partial(slowly, run) if task.kind == "slow" else run, log=log)
     said = log.read_text(errors="replace")
     remount(own, f"rw,size={ENOUGH}")
     torn, published = look(own, listing(own), needs.whole)
@@ -119,6 +124,17 @@ def unsaid(code: int, said: str, kind: str) -> list[str]:
     if code not in (0, 1, 2) or (code and not SENTENCE.search(said)):
         return [f"exit code {code} without a sentence: {end}"]
     return []
+
+
+def filled(run: Callable[[], int], own: Path, log: Path, most: int) -> int:
+    """Run in a fork, and leave no room from the moment on at which so many bytes are taken; its exit code."""
+    child = begun(run, log=log)
+    while not (ended := os.waitpid(child, os.WNOHANG))[0] and used(own) < most:
+        time.sleep(0.001)
+    if ended[0]:
+        return os.waitstatus_to_exitcode(ended[1])
+    remount(own, f"size={used(own)}")
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def slowly(run: Callable[[], int]) -> int:

@@ -28,7 +28,7 @@ from bench.chaos.trials import each, finish, folder_for, parser, place, why
 from qdist.core.errors import QdistError
 
 VOLATILE = re.compile(r"/(events|pulse|stacks|logs)/|/(result|machine|versions|plan)\.json$|\.html$|/command\.txt$|"
-                      r"/launch\.sh$|\.lock$|\.prom$|/cache/prepared/|/cache/packed/.*/qdist\.json$")  # fmt: skip
+                      r"/launch\.sh$|\.lock$|\.prom$|/cache/prepared/")  # fmt: skip
 """Names whose contents hold times or durations: that they are there counts, what they hold does not."""
 IGNORED = re.compile(r"(^|/)[^/]*\.lock$|^tmp/torch|^tmp/__|/__pycache__/")
 """Locks stay, so that nobody locks a file that another has removed; others' files are not ours."""
@@ -209,8 +209,14 @@ def listing(own: Path) -> Listing:
             if path.is_dir() and not any(path.iterdir()):
                 found[name + "/"] = ""
             continue
-        found[name] = "" if VOLATILE.search(f"/{name}") else hashlib.sha256(path.read_bytes()).hexdigest()
+        found[name] = "" if VOLATILE.search(f"/{name}") else hashlib.sha256(content(path)).hexdigest()
     return found
+
+
+def content(path: Path) -> bytes:
+    """Of a file; of a manifest without what says when a GGUF file was converted."""
+    raw = path.read_bytes()
+    return re.sub(rb'"source_identity": *"[0-9a-f]+"', b"", raw) if path.name == "qdist.json" else raw
 
 
 def look(own: Path, now: Listing, whole: Whole) -> tuple[list[str], list[str]]:
@@ -227,7 +233,8 @@ def look(own: Path, now: Listing, whole: Whole) -> tuple[list[str], list[str]]:
         visible = {name: content for name, content in files.items() if name not in hidden}
         if visible not in (before.get(root, {}), wanted):
             others = sorted(name for name in {*visible, *wanted} if visible.get(name) != wanted.get(name))
-            if "/checkpoints/" in root and is_no_step(own / root, {name.rpartition("/")[2] for name in others}):
+            names = {name.rpartition("/")[2] for name in others}
+            if "/checkpoints/" in root and is_no_step(own / root, names if root in after else set()):
                 continue
             torn.append(f"{root}: {', '.join(others[:4])}")
     torn += [f"{root} is gone" for root in before if root in after and root not in there and not root.startswith(".")]
@@ -247,12 +254,15 @@ def by_root(found: Listing) -> dict[str, Listing]:
 
 
 def is_no_step(folder: Path, others: set[str]) -> bool:
-    """Whether a step's folder is one that readers do not accept yet, or wholly one from before its evaluation."""
+    """Whether a step's folder is one that readers do not accept yet, or wholly one from before its evaluation.
+
+    others: files that are not as they are at the end.
+    """
     from qdist.runtime.checkpoint import load
 
     if not (folder / "DONE").is_file():
         return True
-    if not others <= {"state.json", "DONE"}:
+    if not others <= {"held_out.json"}:
         return False
     try:
         load(folder)

@@ -75,8 +75,11 @@ class LazyGroup(click.Group):
         """Run the subcommand. What the user can put right is said in two lines; a bug keeps its traceback."""
         if os.environ.get("NO_COLOR"):  # rich knows it, click does not (https://no-color.org)
             ctx.color = False
+        from qdist.host.disk import told_of_disks  # costs a part of the time that --help may take
+
         try:
-            return super().invoke(ctx)
+            with told_of_disks():
+                return super().invoke(ctx)
         except QdistError as error:
             say(error_text(error), err=True)
             ctx.exit(error.exit_code)

@@ -1,18 +1,26 @@
 """Can a folder be written to, and has its disk room? Asked before anything is made that would then be lost."""
 
+import errno
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from qdist.core.errors import PlanError
+from qdist.core.errors import JobError, PlanError
 from qdist.core.units import format_bytes
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_BROKEN = (errno.EROFS, errno.EIO, errno.ESTALE)
+"""What a disk answers with that went away while it was written to: remounted for reading, broken, on a lost server."""
 
 
 def obstacle(folder: Path, *, probe: bool = False) -> str:
     """Why a folder cannot be written, or made where it is not there; empty where nothing is known against it.
 
-    probe: make a folder there and remove it. Permissions alone do not tell of a quota, nor root of anything.
+    probe: make a file there, without a name where the disk can. Permissions alone do not tell of a quota, nor root of
+    anything.
     """
     there = nearest(folder)
     if not there.is_dir():
@@ -22,7 +30,7 @@ def obstacle(folder: Path, *, probe: bool = False) -> str:
         return f"you may not write to {there}"
     if probe:
         try:
-            os.rmdir(tempfile.mkdtemp(prefix=".qdist-", dir=there))
+            tempfile.TemporaryFile(dir=there).close()
         except OSError as error:
             return f"{error.strerror}: {there}"
     return ""
@@ -47,3 +55,19 @@ def require_space(folder: Path, needed_bytes: int, *, purpose: str, try_: str = 
             f"{format_bytes(needed_bytes - free)} are missing",
             try_=try_,
         )
+
+
+@contextmanager
+def told_of_disks() -> Iterator[None]:
+    """Raise JobError where a disk that was looked at before is full or gone by now; other errors stay as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*_FULL, *_BROKEN):
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        again = "then the same command again, or `qdist launch --resume` of a run"
+        raise JobError(
+            f"a disk cannot be written to ({error.strerror}{where})",
+            try_=f"make room there, {again}" if error.errno in _FULL else f"have it mounted for writing, {again}",
+        ) from error

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from qdist.core.measured import CardRates
 from qdist.core.units import GIB, MIB, format_bytes
 from qdist.host import children, links, rates
 from qdist.host.doctor import Check
-from qdist.host.files import cache_dir, cache_path
+from qdist.host.files import cache_dir, cache_path, locked
 from qdist.host.opening import read_typed
 
 _ROOM_BYTES, _ROOM_PER_PEER_BYTES = 4 * GIB, 768 * MIB
@@ -58,11 +59,14 @@ def measure(ranks: int, *, device: str = "cuda", timeout_s: float = 200.0) -> Me
 
     The environment is passed on as it is, NCCL's settings included: what is measured is what a run would get.
     """
-    began = time.monotonic()
-    disk = disk_rate(cache_dir())
-    with tempfile.TemporaryDirectory(prefix="qdist-rates-") as folder:
-        problem = _run_ranks(Path(folder), ranks, device, timeout_s)
-        cards = read_cards(Path(folder))
+    began, folder = time.monotonic(), cache_dir() / ".measuring"
+    with locked(folder.with_name(".measuring.lock")):  # two at a time would measure each other
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+        folder.mkdir()
+        disk = disk_rate(folder)
+        problem = _run_ranks(folder, ranks, device, timeout_s)
+        cards = read_cards(folder)
+        shutil.rmtree(folder)
     return Measured(cards=cards, problem=problem, disk_bytes_s=disk, seconds=time.monotonic() - began)
 
 
@@ -125,7 +129,7 @@ def disk_rate(folder: Path, *, size: int = 256 * MIB) -> float | None:
     usage = os.statvfs(folder)
     if usage.f_bavail * usage.f_frsize < 4 * size:
         return None
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".disk-rate-") as file:
+    with tempfile.TemporaryFile(dir=folder) as file:
         block = os.urandom(MIB)
         for _ in range(size // MIB):
             file.write(block)

@@ -8,6 +8,7 @@ import sys
 
 from qdist.core.errors import QdistError
 from qdist.host.children import hear_ctrl_c
+from qdist.host.disk import told_of_disks
 from qdist.host.terminal import error_text, guard_output, say
 
 
@@ -17,7 +18,8 @@ def main() -> None:
     guard_output()
     try:
         hear_ctrl_c()
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        with told_of_disks():
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     except QdistError as error:
         say(error_text(error), err=True)
         raise SystemExit(error.exit_code) from None

@@ -42,6 +42,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The folder that was packed."""
     source_identity: str
     """SHA-256 of its files' names, sizes and times, and of the packing."""
+    source_fingerprint: str = ""
+    """Of its weights, wherever they lie; empty in folders of a qdist that kept none."""
     layers: int
     bytes: int
     """Of all tensors."""

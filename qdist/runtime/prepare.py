@@ -19,6 +19,7 @@ from qdist.core.pooling import require_packed
 from qdist.core.spec import RunSpec
 from qdist.host.cached import files_digest
 from qdist.host.checkpoints import gptq_of
+from qdist.host.disk import told_of_disks
 from qdist.host.files import cache_dir, locked, publish_folder
 from qdist.host.fingerprints import fingerprint
 from qdist.host.modules import Outcome
@@ -37,7 +38,8 @@ def main() -> None:
         file.seek(0)
         spec = msgspec.json.decode(file.read(), type=RunSpec)
     try:
-        outcome = Outcome(prepared=prepare(spec))
+        with told_of_disks():
+            outcome = Outcome(prepared=prepare(spec))
     except QdistError as error:
         outcome = Outcome(kind=type(error).__name__, message=error.message, try_=error.try_)
     with open(told, "wb") as file:

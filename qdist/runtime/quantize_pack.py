@@ -18,6 +18,7 @@ from qdist.core.units import format_bytes
 from qdist.host.cached import BESIDE, CHECKSUMS, source_identity, work_folder
 from qdist.host.disk import require_space
 from qdist.host.files import publish_folder
+from qdist.host.fingerprints import fingerprint
 from qdist.host.terminal import say
 from qdist.runtime.gptq.finite import require_finite
 from qdist.runtime.packed_folder import (
@@ -104,6 +105,7 @@ def pack(folder: Path, out: Path, packing: Packing, *, name: str) -> Manifest:
         packing=packing,
         source=str(folder.resolve()),
         source_identity=identity,
+        source_fingerprint=fingerprint(folder),
         layers=shape.layers,
         bytes=sum(part.tensor_bytes for part in written.values()),
         files={file: written[file].bytes for file in files},

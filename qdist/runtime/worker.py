@@ -18,6 +18,7 @@ from qdist.core.quoting import resuming
 from qdist.core.surroundings import AGENT
 from qdist.core.units import format_bytes
 from qdist.host.children import end_with_parent
+from qdist.host.disk import told_of_disks
 from qdist.host.rundir import RunDir
 from qdist.runtime.pulse import Beat
 
@@ -40,7 +41,8 @@ def main() -> None:
                 f"planned for {plan.world_size} ranks, started with {world_size}",
                 try_=f"--nproc-per-node {plan.world_size}",
             )
-        _work(plan, run)
+        with told_of_disks():
+            _work(plan, run)
     except QdistError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # Other ranks may be inside a collective that never ends: leave without their goodbye.
@@ -85,7 +87,7 @@ def _work(plan: Plan, run: RunDir) -> None:
                 total_steps=plan.steps,
                 seconds=loaded.seconds,
                 read_bytes=loaded.read_bytes,
-                note=_verified(loaded.verified_bytes) if loaded.verify else "",
+                note=_verified(loaded.verified_bytes, summed=loaded.summed) if loaded.verify else "",
             )
         )
         loading = tuple(map(load_peak, devices))
@@ -100,7 +102,7 @@ def _work(plan: Plan, run: RunDir) -> None:
             comm,
             evaluate=built.evaluate,
             checksum=lambda: adapter_checksum(built.adapter) if plan.zero_stage < 3 else (),
-            verify=lambda: _verified(loaded.verify()) if loaded.verify else "",
+            verify=lambda: _verified(loaded.verify(), summed=loaded.summed) if loaded.verify else "",
             report=report,
             move=beat.move,
             stopping=stop,
@@ -130,8 +132,10 @@ def _work(plan: Plan, run: RunDir) -> None:
     beat.end()
 
 
-def _verified(count: int) -> str:
-    return f"the {format_bytes(count)} gathered are the bytes that the ranks hold"
+def _verified(count: int, *, summed: bool) -> str:
+    """summed: what the ranks hold was held against the sums of what was packed."""
+    held = "were packed" if summed else "the ranks hold"
+    return f"the {format_bytes(count)} gathered are the bytes that {held}"
 
 
 def _out_of_memory(plan: Plan, run: RunDir, rank: int, reached_bytes: int, error: Exception) -> PlanError:

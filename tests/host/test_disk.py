@@ -1,13 +1,14 @@
 """Is it known beforehand where nothing can be written?"""
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
-from qdist.core.errors import MachineError, PlanError
+from qdist.core.errors import JobError, MachineError, PlanError
 from qdist.host import disk
-from qdist.host.disk import nearest, obstacle, require_space
+from qdist.host.disk import nearest, obstacle, require_space, told_of_disks
 from qdist.host.files import cache_dir, cache_path
 from qdist.host.refusals import refuse_unwritable_cache
 
@@ -77,3 +78,22 @@ def test_asking_where_the_cache_is_makes_none(here: Path, monkeypatch: pytest.Mo
     assert not cache_path().exists()
     assert cache_dir("packed") == here / "cache/packed"
     assert (here / "cache/packed").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("code", "where", "expected"),
+    [
+        (errno.ENOSPC, "runs/a/b", r"be written to \(No space left on device: runs/a/b\)\n  try: make room there"),
+        (errno.EDQUOT, None, r"cannot be written to \(Disk quota exceeded\)\n  try: make room there"),
+        (errno.EROFS, "out", r"\(Read-only file system: out\)\n  try: have it mounted for writing"),
+        (errno.EIO, None, r"\(Input/output error\)"),
+    ],
+)
+def test_a_disk_that_fails_meanwhile_is_said_in_a_sentence(code: int, where: str | None, expected: str) -> None:
+    with pytest.raises(JobError, match=expected), told_of_disks():
+        raise OSError(code, os.strerror(code), *([where] if where else []))
+
+
+def test_other_errors_of_files_stay_as_they_are() -> None:
+    with pytest.raises(FileNotFoundError), told_of_disks():
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "a")

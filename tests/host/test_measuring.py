@@ -116,3 +116,20 @@ def test_a_rank_that_dies_or_hangs_is_a_finding(
     found = measuring.measure(2, timeout_s=1)
     assert (found.problem, found.cards) == (problem, ())
     assert found.seconds < 30
+
+
+def test_what_a_killed_measurement_left_is_cleared_and_no_word_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QDIST_CACHE", str(tmp_path))
+    (tmp_path / ".measuring").mkdir()
+    (tmp_path / ".measuring" / "rank007.json").write_bytes(msgspec.json.encode(card(rank=7)))
+
+    def ranks(folder: Path, *_: object) -> str:
+        (folder / "rank000.json").write_bytes(msgspec.json.encode(CARD))
+        return ""
+
+    monkeypatch.setattr(measuring, "_run_ranks", ranks)
+    monkeypatch.setattr(measuring, "disk_rate", lambda folder: None)
+    assert measuring.measure(1).cards == (CARD,)
+    assert [path.name for path in tmp_path.iterdir()] == [".measuring.lock"]

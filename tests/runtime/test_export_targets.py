@@ -1,6 +1,7 @@
 """Every way out of a run says what the run said, to what its form rounds, and refuses what it cannot hold."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,27 @@ def test_what_was_left_of_another_export_is_not_taken_for_this_one(tmp_path: Pat
     requantize.run(exported(run, tmp_path / "out", samples=2))
     assert not any(folder.exists() for folder in stale)
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_the_sixteen_bit_model_is_gone_before_the_checkpoint_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a kill in between would leave it for good: the next command is refused, for the checkpoint exists."""
+    run, remove = qlora_run(tmp_path), shutil.rmtree
+
+    def killed(path: Path, **more: Any) -> None:
+        if path.name == ".out.16bit-spent":
+            raise KeyboardInterrupt
+        remove(path, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qdist.runtime.exports.requantize.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            requantize.run(exported(run, tmp_path / "out", samples=2))
+    assert not (tmp_path / "out").exists()
+    requantize.run(exported(run, tmp_path / "out", samples=2))
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_too_little_calibration_data_is_said_before_anything_is_written(tmp_path: Path) -> None:
