@@ -1,7 +1,6 @@
 """Commands as they are printed: pasted into a shell they mean what they were printed for, whatever a path is called."""
 
 import shlex
-from pathlib import PurePath
 
 
 def command(*words: object) -> str:
@@ -11,7 +10,7 @@ def command(*words: object) -> str:
 
 def quoted(*words: object) -> str:
     """Words of a command, such as `--model 'my models/one'`."""
-    return shlex.join(argument(word) if isinstance(word, PurePath) else str(word) for word in words)
+    return shlex.join(argument(word) if hasattr(word, "__fspath__") else str(word) for word in words)
 
 
 def argument(path: object) -> str:

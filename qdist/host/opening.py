@@ -56,9 +56,9 @@ def told(what: str, kind: Kind, *, try_: str = "") -> Iterator[None]:
     except QdistError:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise kind(f"{what}: {reason_of(error)}", try_=try_) from error
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise kind(f"{what}: {reason_of(error)}", try_=try_) from error
+        raise
 
 
 def reason_of(error: BaseException) -> str:
