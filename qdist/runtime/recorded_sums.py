@@ -11,7 +11,7 @@ from qdist.core.errors import ModelError, RunError
 from qdist.core.plan import Source
 from qdist.host.cached import CHECKSUMS, remembered_of
 from qdist.host.files import cache_dir, cache_path, write_atomic
-from qdist.host.opening import read_typed
+from qdist.host.opening import decoded, read_bytes
 from qdist.runtime.checksum import tensor_checksum
 from qdist.runtime.packed_folder import Written, opened, read_manifest, tensor_files
 from qdist.runtime.tensor_sums import SumCheck, Sums, again, digest_of
@@ -125,4 +125,6 @@ def _write(path: Path, sums: Sums) -> None:
 def _read(path: Path, folder: Path) -> Sums | None:
     if not path.is_file():
         return None
-    return read_typed(path, _Record, ModelError, try_=again(folder)).tensors
+    mend = again(folder)
+    raw = read_bytes(path, ModelError, try_=mend)
+    return decoded(raw, _Record, f"{path} cannot be read", ModelError, try_=mend).tensors
