@@ -133,7 +133,10 @@ def filled(run: Callable[[], int], own: Path, log: Path, most: int) -> int:
         time.sleep(0.001)
     if ended[0]:
         return os.waitstatus_to_exitcode(ended[1])
-    remount(own, f"size={used(own)}")
+    line = ["mount", "-o", "remount,size={}", str(own)]
+    while subprocess.run([word.format(used(own)) for word in line], capture_output=True).returncode:
+        if (ended := os.waitpid(child, os.WNOHANG))[0]:  # it had taken more by then, each time
+            return os.waitstatus_to_exitcode(ended[1])
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
