@@ -166,7 +166,6 @@ def test_a_gptq_run_says_what_its_adapter_says(tmp_path: Path, gptq: Gptq) -> No
 
 
 def test_what_float16_does_not_hold_is_named_and_nothing_is_left(run: RunDir, tmp_path: Path) -> None:
-
     tensors = load_tensors(run.adapter / ADAPTER)
     name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
     tensors[name][3] *= 1e8
@@ -229,7 +228,6 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from safetensors.torch import load_file, save_file
 from qdist.host.rundir import RunDir
 from qdist.runtime.exports import sixteen
 from qdist.runtime.exports.update import Adapters
