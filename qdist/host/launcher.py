@@ -30,12 +30,7 @@ from qdist.core.render import (
 )
 from qdist.core.spec import RunSpec, flatten, resolve
 from qdist.host import cached, lessons, modules, probe, templates
-<<<<<<< HEAD
-from qdist.host.fingerprints import require_same_model, require_same_tensors
-=======
-from qdist.host.files import write_atomic
 from qdist.host.fingerprints import require_same_tensors
->>>>>>> identity
 from qdist.host.records import check_source, source_notes
 from qdist.host.refusals import (
     of_the_same,
