@@ -4,7 +4,7 @@
 
 A reader may give a right answer or raise a QdistError. Anything else is a finding: another exception, a native crash,
 more than 10 s. Findings are told once for each place that they come from, with the number of a mutation that leads
-there (`--only NUMBER` runs that one again). Exit code 1 where there is any. About 12 ms a mutation.
+there (`--only NUMBER` runs that one again). Exit code 1 where there is any. About 5 ms a mutation.
 """
 
 import argparse
