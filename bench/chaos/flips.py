@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import msgspec
 import torch
@@ -34,6 +35,7 @@ from qdist.runtime.export import gather
 from qdist.runtime.exports.offsets import merge_offsets
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.load import load, plan_of, with_packed
+from qdist.runtime.methods import weights
 from qdist.runtime.methods.backbone import DTYPES, load_backbone
 from qdist.runtime.quantize_source import blueprint, tensors_of
 from qdist.runtime.recorded_sums import keep_computed_sums
@@ -187,12 +189,13 @@ def _backbone(run: RunDir) -> object:
     # The fingerprint covers all of a file as small as these, and not of a real one: the sums have to see it.
     bare = msgspec.structs.replace(plan.source, fingerprint="")
     source = with_packed(msgspec.structs.replace(plan, source=bare))
-    return _state(
-        load_backbone(
-            source, bits=plan.spec.bits, quant=plan.spec.quant, dtype=DTYPES[plan.compute_dtype], device=device,
-            linear_names=plan.facts.linear_names,
-        )
-    )  # fmt: skip
+    with mock.patch.object(weights, "_COPIED_ELEMENTS", 1 << 8):  # matrices are mapped, as large ones are
+        return _state(
+            load_backbone(
+                source, bits=plan.spec.bits, quant=plan.spec.quant, dtype=DTYPES[plan.compute_dtype], device=device,
+                linear_names=plan.facts.linear_names,
+            )
+        )  # fmt: skip
 
 
 def _adapter(run: RunDir) -> object:

@@ -28,8 +28,12 @@ from bench.chaos.ground import table
 from bench.chaos.mutations import NODES, Form, put_node, spoiled
 from bench.chaos.strangers import READERS, Reader, make_world
 from qdist.core.errors import QdistError
+from qdist.core.printing import printable
+from qdist.host.terminal import error_text
 
 _MOST_S = 10.0
+_LONGEST = 60_000
+"""Of a line; JSON on one line may hold a long value."""
 _NODE_SHARE = 0.05
 """Of mutations that put something else than a file in its place."""
 
@@ -82,9 +86,9 @@ def _finding(reader: Reader, world: Path) -> Finding | None:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             reader.read(world)
     except QdistError as error:
-        return _unclear(reader, error)
+        return _unclear(reader, error_text(error), _place(error))
     except SystemExit:
-        return None
+        pass
     except _TooLong as error:
         return Finding(reader.name, "hang", _place(error), "")
     except BaseException as error:
@@ -93,13 +97,15 @@ def _finding(reader: Reader, world: Path) -> Finding | None:
         return Finding(reader.name, type(error).__name__, _place(error), str(error).partition("\n")[0][:60])
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    return None
+    return _unclear(reader, said.getvalue(), "")
 
 
-def _unclear(reader: Reader, error: QdistError) -> Finding | None:
-    """An error that a user could not read: the words of a traceback, or very many."""
-    if len(error.message) > 2000 or "Traceback" in error.message:
-        return Finding(reader.name, "long error", _place(error), error.message[:60])
+def _unclear(reader: Reader, shown: str, place: str) -> Finding | None:
+    """What a user could not read: the words of a traceback, very many, or what controls a terminal."""
+    if "Traceback" in shown or max(map(len, shown.split("\n"))) > _LONGEST:
+        return Finding(reader.name, "long text", place, shown[:60])
+    if printable(shown) != shown:
+        return Finding(reader.name, "control characters", place, ascii(shown)[:60])
     return None
 
 

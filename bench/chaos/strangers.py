@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import msgspec
@@ -225,7 +226,7 @@ def _data(name: str) -> Callable[[Path], object]:
 
 
 def _set(world: Path) -> None:
-    text = (world / "settings").read_bytes().decode(errors="surrogateescape")
+    text = (world / "settings").read_bytes().decode(errors="replace")  # other bytes the command line refuses
     resolve(nest(dict(map(parse_assignment, text.split("\n")))))
 
 
@@ -417,7 +418,8 @@ def _generation(world: Path) -> None:
     from qdist.runtime.exports.model_files import generation_settings
 
     plan = RunDir(world / "run").plan()
-    generation_settings(None, msgspec.structs.replace(plan.source, path=str(world / "model")))
+    model = SimpleNamespace(generation_config=SimpleNamespace(to_diff_dict=dict))
+    generation_settings(model, msgspec.structs.replace(plan.source, path=str(world / "model")))
 
 
 READERS: tuple[Reader, ...] = (

@@ -44,6 +44,8 @@ _HOSTILE = {
     "much text": "{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}",
     "deep brackets": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "deep lists": "{{ " + "[" * 5000 + "]" * 5000 + " }}",
+    "a comparison": "{% set s = namespace(a=[1], b=[1]) %}{% for i in range(70) %}{% set s.a = [s.a, s.a] %}"
+    "{% set s.b = [s.b, s.b] %}{% endfor %}{{ s.a == s.b }}",
     "a power": "{% set n = 10 %}{{ (n ** (n ** 9)) > 1 }}",
 }
 

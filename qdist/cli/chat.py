@@ -4,6 +4,7 @@ import signal
 
 import click
 
+from qdist.core.quoting import argument
 from qdist.host.modules import run_module
 from qdist.host.targets import check_target, memory_cap
 
@@ -21,12 +22,12 @@ def chat(context: click.Context, run: str, system: str, max_new_tokens: int, max
     wait in host memory. A line says where it lies. Ctrl-C ends an answer and keeps the conversation; /help tells the
     commands.
     """
-    options = ["--system", system, "--max-new-tokens", str(max_new_tokens), *memory_cap(max_memory)]
+    options = [f"--system={system}", "--max-new-tokens", str(max_new_tokens), *memory_cap(max_memory)]
     check_target(run)
     # Ctrl-C is the child's: it ends an answer there, and leaves at the prompt.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        code = run_module("qdist.runtime.generate", ("chat", run, *options), asks=True)
+        code = run_module("qdist.runtime.generate", ("chat", argument(run), *options), asks=True)
     finally:
         signal.signal(signal.SIGINT, before)
     context.exit(code)

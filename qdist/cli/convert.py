@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from qdist.core.errors import ModelError
+from qdist.core.quoting import argument
 from qdist.host.modules import run_module
 from qdist.host.outs import folder_to_write
 
@@ -15,7 +16,7 @@ ORIGINS = ("sparsebit",)
 @click.argument("source", metavar="IN")
 @click.option("--from", "origin", type=click.Choice(ORIGINS), required=True,
               help="Whose format IN has: sparsebit is that of alpaca-qlora, 2 to 4 bits.")  # fmt: skip
-@click.option("--out", required=True, help="Folder to write; must be absent.")
+@click.option("--out", required=True, help="Folder to write; must be empty or absent.")
 @click.option("--config", help="Folder with the model's config.json and tokenizer; by default the first Llama's 7B to "
               "65B are told by their shapes.")  # fmt: skip
 @click.option("--drop-bias", is_flag=True, help="Leave biases out, as alpaca-qlora's own training did.")
@@ -32,5 +33,5 @@ def convert(context: click.Context, source: str, origin: str, out: str, config: 
         raise ModelError(
             f"no {Path(config, 'config.json')}", try_="a folder with the model's config.json and tokenizer"
         )
-    flags = ["--from", origin, *(["--config", config] if config else []), *(["--drop-bias"] if drop_bias else [])]
-    context.exit(run_module("qdist.runtime.gptq.convert", (source, out, *flags)))
+    flags = ["--from", origin, *(["--config", argument(config)] if config else [])] + ["--drop-bias"] * drop_bias
+    context.exit(run_module("qdist.runtime.gptq.convert", (argument(source), argument(out), *flags)))

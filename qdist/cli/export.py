@@ -9,7 +9,7 @@ import click
 from qdist.cli.quantize import check_data, check_group_size
 from qdist.core.errors import SpecError
 from qdist.core.gptq import BITS
-from qdist.core.quoting import quoted
+from qdist.core.quoting import argument, quoted
 from qdist.host.adapters import step_note
 from qdist.host.modules import run_module
 from qdist.host.outs import file_to_write, folder_to_write
@@ -103,14 +103,15 @@ def checked_flags(given: Mapping[str, Any], *, to: str) -> list[str]:
     out = file_to_write(out) if to == "gguf" else folder_to_write(out)
     multiplied = [f"--weights={','.join(map(repr, factors))}"] if factors else []
     others = {name: value for name, value in given.items() if name not in ("runs", "out", "weights")}
-    return [*runs, "--out", out, *multiplied, *_flags(others)]
+    return [*map(argument, runs), "--out", argument(out), *multiplied, *_flags(others)]
 
 
 def _flags(options: Mapping[str, Any]) -> list[str]:
     flags: list[str] = []
     for name, value in options.items():
         if value is not None:
-            flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+            said = [] if value is True else [argument(value) if name == "data" else str(value)]
+            flags += [f"--{name.replace('_', '-')}", *said]
     return flags
 
 

@@ -3,6 +3,7 @@
 import click
 
 from qdist.core.errors import RunError
+from qdist.core.quoting import argument
 from qdist.host.adapters import step_of
 from qdist.host.disk import obstacle
 from qdist.host.modules import run_module
@@ -26,5 +27,5 @@ def gather(context: click.Context, run: str, checkpoint: str, out: str | None) -
         out = folder_to_write(out)
     elif why := obstacle(folder.path):
         raise RunError(f"{run} cannot be written: {why}", try_="--out FOLDER, one that you may write to")
-    elsewhere = () if out is None else ("--out", out)
-    context.exit(run_module("qdist.runtime.export", ("gather", run, "--checkpoint", checkpoint, *elsewhere)))
+    elsewhere = () if out is None else ("--out", argument(out))
+    context.exit(run_module("qdist.runtime.export", ("gather", argument(run), "--checkpoint", checkpoint, *elsewhere)))

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from qdist.cli.kept import run_kept
+from qdist.core.quoting import argument
 from qdist.host.outs import stream_to_write
 from qdist.host.prompts import read_prompts
 from qdist.host.targets import check_target, memory_cap
@@ -35,7 +36,7 @@ def generate(
     """
     out = stream_to_write(out)
     read_prompts(Path(prompts))
-    options = ["--prompts", prompts, "--out", out, "--max-new-tokens", str(max_new_tokens), "--batch", str(batch)]
-    options += memory_cap(max_memory)
+    options = ["--prompts", argument(prompts), "--out", argument(out)]
+    options += ["--max-new-tokens", str(max_new_tokens), "--batch", str(batch), *memory_cap(max_memory)]
     check_target(run)
-    context.exit(run_kept("qdist.runtime.generate", ("file", run, *options)))
+    context.exit(run_kept("qdist.runtime.generate", ("file", argument(run), *options)))

@@ -81,9 +81,11 @@ def _resumed(recipe: str | None, given: dict[str, Any], *, dry_run: bool) -> lau
     run = RunDir(Path(path))
     result = run.result()
     if result is not None and given:
-        raise RunError(f"{run.path} is finished after {result['steps']} steps and cannot be changed", try_="a new run")
+        raise RunError(
+            f"{run.path} is finished after {result.get('steps', 'all')} steps and cannot be changed", try_="a new run"
+        )
     if result is not None:
-        say(f"{run.path} is finished: {result['steps']} steps, adapter in {run.adapter}")
+        say(f"{run.path} is finished: {result.get('steps', 'all')} steps, adapter in {run.adapter}")
         return None
     await_ranks(run, say=say)
     refuse_running(run)

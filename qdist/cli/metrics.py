@@ -1,9 +1,13 @@
 """`qdist metrics`: a run's figures for Prometheus, printed, written to a file or served."""
 
+import contextlib
+import socket
+import sys
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -16,6 +20,10 @@ from qdist.host.pulses import read_pulses
 from qdist.host.rundir import RunDir
 from qdist.host.state import state_of
 from qdist.host.terminal import say
+
+_SILENT_S = 10.0
+"""After which a client that sends nothing is left."""
+_MOST_CONNECTIONS = 32
 
 
 @click.command()
@@ -55,10 +63,43 @@ class Source:
             return exposition(self._name, plan, self._fold, read_pulses(self._run), state_of(self._run))
 
 
+class _Server(ThreadingHTTPServer):
+    """Serves whoever comes: above so many connections, the one that has been open for longest is closed."""
+
+    daemon_threads = True
+
+    def __init__(self, *given: Any) -> None:
+        self._open: dict[Any, None] = {}
+        self._guard = threading.Lock()
+        super().__init__(*given)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._guard:
+            self._open[request] = None
+            oldest = next(iter(self._open)) if len(self._open) > _MOST_CONNECTIONS else None
+            self._open.pop(oldest, None)
+        if oldest is not None:
+            with contextlib.suppress(OSError):  # its own thread closes it
+                oldest.shutdown(socket.SHUT_RDWR)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._guard:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that leaves is no news."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
 def server(source: Source, host: str, port: int) -> ThreadingHTTPServer:
     """An HTTP server of /metrics, bound and not started. Raises MachineError where the address cannot be had."""
 
     class Handler(BaseHTTPRequestHandler):
+        timeout = _SILENT_S
+
         def do_GET(self) -> None:
             if self.path.partition("?")[0] != "/metrics":
                 self._answer(HTTPStatus.NOT_FOUND, "the figures are at /metrics\n")
@@ -80,7 +121,7 @@ def server(source: Source, host: str, port: int) -> ThreadingHTTPServer:
             """A scrape every few seconds is no news."""
 
     try:
-        return ThreadingHTTPServer((host, port), Handler)
+        return _Server((host, port), Handler)
     except OSError as error:
         raise MachineError(f"{host}:{port} cannot be served: {error.strerror}", try_="another --serve PORT") from error
 

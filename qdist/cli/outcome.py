@@ -32,7 +32,7 @@ def outcome_rows(plan: Plan, result: dict[str, Any]) -> list[Row]:
     rows = [_row(memory.label, memory.predicted, memory.measured, format_bytes) for memory in shown]
     if plan.device == "cpu":
         return rows
-    load = max((peak["load"] for of_rank in result["peaks"] for peak in of_rank), default=0)
+    load = max((peak.get("load", 0) for of_rank in result["peaks"] for peak in of_rank), default=0)
     if load:
         rows.append(_row("memory while loading", plan.load_peak_bytes, load, format_bytes))
     if speed := result["tokens_per_s"]["measured"]:
@@ -45,7 +45,7 @@ def start_line(result: dict[str, Any]) -> str:
     first = result["start_seconds"]["first_step"]
     if first is None:
         return ""
-    own = result["loading"]
+    own = result.get("loading", {"seconds": 0.0, "read_bytes": 0})
     return f"first step after {format_duration(first)}; loading {loading(own['seconds'], own['read_bytes'])}"
 
 

@@ -9,6 +9,7 @@ from qdist.cli.kept import run_kept
 from qdist.core import demo
 from qdist.core.errors import SpecError, nearest
 from qdist.core.gptq import BITS, FORMATS, WORD, usual_format
+from qdist.core.quoting import argument
 from qdist.host.outs import folder_to_write
 from qdist.host.record_files import is_plain_text
 from qdist.host.records import check_source
@@ -58,7 +59,7 @@ def quantize(context: click.Context, /, model: str, method: str, out: str, **opt
     else:
         module, flags = "qdist.runtime.quantize", _flags(method, given)
     check_model(model)
-    context.exit(run_kept(module, (model, folder_to_write(out), *flags)))
+    context.exit(run_kept(module, (argument(model), argument(folder_to_write(out)), *flags)))
 
 
 def _check_method(method: str, given: Mapping[str, Any]) -> None:
@@ -92,8 +93,8 @@ def _gptq_flags(given: Mapping[str, Any]) -> list[str]:
         raise SpecError(f"damping cannot be {damping:g}: it is above 0 and at most 1", try_="--damping 0.01")
     check_data(data)
     sym = given.get("sym", True)
-    flags = ["--data", data, "--bits", *map(str, widths), "--group-size", str(size), "--damping", f"{damping:g}"]
-    flags += ["--format", given.get("format", usual_format(sym=sym, widths=widths))]
+    flags = ["--data", argument(data), "--bits", *map(str, widths), "--group-size", str(size)]
+    flags += ["--damping", f"{damping:g}", "--format", given.get("format", usual_format(sym=sym, widths=widths))]
     for name in ("max_error", "samples", "seq_len", "seed"):
         flags += [_flag(name), str(given[name])] if name in given else []
     return flags + ["--no-sym"] * (not sym) + ["--desc-act"] * ("desc_act" in given)

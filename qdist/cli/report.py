@@ -55,7 +55,7 @@ def _found(run: RunDir, name: str) -> Found:
         plan=plan,
         fold=fold,
         state=state,
-        result=run.result(),
+        result=run.result_of(plan),
         message=ended.message if ended else "",
         try_=ended.try_ if ended else "",
         machine=run.machine(),

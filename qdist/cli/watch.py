@@ -102,7 +102,7 @@ class Watch:
 
 def ending(run: RunDir, plan: Plan) -> None:
     """Held-out loss and answers before and after, memory and speed predicted and measured, and what to do next."""
-    result = run.result() or {}
+    result = run.result_of(plan, whole=True) or {}
     console = Console()
     rows = []
     if len(result.get("held_out", [])) > 1:

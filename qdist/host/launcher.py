@@ -30,10 +30,10 @@ from qdist.core.render import (
 )
 from qdist.core.spec import RunSpec, flatten, resolve
 from qdist.host import cached, lessons, modules, probe, templates
-from qdist.host.fingerprints import require_same_model, require_same_tensors
+from qdist.host.fingerprints import require_same_tensors
 from qdist.host.records import check_source, source_notes
 from qdist.host.refusals import (
-    refuse_other_data,
+    of_the_same,
     refuse_other_files,
     refuse_small_disk,
     refuse_unwritable,
@@ -52,10 +52,6 @@ RESUMABLE = frozenset((
     "train.verify_steps", "train.stuck_seconds",
 ))  # fmt: skip
 """Settings that may change when a run goes on: none of them changes what a step computes."""
-_PACKED_OTHERWISE = (
-    "the same model was packed to other bytes than those that the run began with: by other versions, or on another "
-    "device"
-)
 
 
 _RUNS = Path("runs")
@@ -132,10 +128,7 @@ def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Job:
     if not cached.all_there(before):
         refuse_other_files(old, run)
         prepared = _real(spec, run)
-        require_same_model(old.source, prepared.source, run=str(run.path))
-        refuse_other_data(old, prepared.data, run)
-        if old.source.digest not in ("", prepared.source.digest):
-            prepared = msgspec.structs.replace(prepared, notes=(*prepared.notes, _PACKED_OTHERWISE))
+        prepared = of_the_same(old, prepared, run)
     require_same_tensors(old.source, prepared.source.packed, run=str(run.path))
     return _job(run, spec, prepared, usual_micro_batch=old.micro_batch)._replace(stem="", resumes=digest(old))
 

@@ -45,7 +45,8 @@ def learn(run: RunDir, *, cluster: Cluster | None = None) -> Lesson | None:
 
     cluster: of the machine that the run was on; by default this one.
     """
-    result, plan = run.result(), run.plan()
+    plan = run.plan()
+    result = run.result_of(plan)
     if result is None or plan.device == "cpu" or "peaks" not in result:
         return None
     found = lesson_of(plan, result, cluster or probe.cluster())

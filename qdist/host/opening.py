@@ -56,9 +56,9 @@ def told(what: str, kind: Kind, *, try_: str = "") -> Iterator[None]:
     except QdistError:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise kind(f"{what}: {reason_of(error)}", try_=try_) from error
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise kind(f"{what}: {reason_of(error)}", try_=try_) from error
+        raise
 
 
 def reason_of(error: BaseException) -> str:
@@ -113,6 +113,14 @@ def require_file(path: Path, kind: Kind, *, try_: str = "") -> None:
         raise kind(f"{path} is {node}, not a file", try_=try_)
 
 
+def require_files(folder: Path, kind: Kind, *, try_: str = "") -> None:
+    """Raise an error for a pipe or device in a folder that a library is to open: it would wait, beyond any signal."""
+    with readable(folder, kind, try_=try_):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if node_of(path) not in ("", "a folder"):
+                require_file(path, kind, try_=try_)
+
+
 def read_bytes(path: Path, kind: Kind, *, try_: str = "") -> bytes:
     """A file, whole."""
     require_file(path, kind, try_=try_)
@@ -138,7 +146,7 @@ def read_value(path: Path, kind: Kind, *, try_: str = "") -> object:
     with told(f"{path} is not JSON", kind, try_=try_):
         found: object = json.loads(text)
         if _ESCAPED.search(text) and _SURROGATE.search(json.dumps(found, ensure_ascii=False)):
-            raise kind(f"{path}: half of a surrogate pair, which is no character", try_=try_)
+            raise kind(f"{path} holds half of a surrogate pair, which is no character", try_=try_)
     return found
 
 

@@ -10,6 +10,7 @@ from types import FrameType
 
 from qdist.core.errors import RunError
 from qdist.core.events import Event
+from qdist.core.quoting import argument
 from qdist.core.surroundings import LAUNCH
 from qdist.host import children, endings, lessons
 from qdist.host.claim import Claim
@@ -38,7 +39,7 @@ def start(own: Claim, *, show: Show, say: Callable[[str], None], recall: Show | 
     watchdog = Watchdog(run, plan.spec.train.stuck_seconds, ranks=plan.world_size, launch=own.launch)
     with open(run.logs / "launcher.log", "ab") as log:
         ranks = subprocess.Popen(
-            ["/bin/sh", str(run.path / "launch.sh")],
+            ["/bin/sh", argument(run.path / "launch.sh")],
             env={**children.environment(), LAUNCH: own.launch},
             stdin=subprocess.DEVNULL,
             stdout=log,

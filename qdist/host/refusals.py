@@ -8,14 +8,14 @@ from pathlib import Path
 import msgspec
 
 from qdist.core.errors import RunError
-from qdist.core.plan import DataFacts, Plan
+from qdist.core.plan import DataFacts, Plan, Prepared
 from qdist.core.quoting import command, resuming
 from qdist.core.storage import storage
 from qdist.core.units import format_bytes
 from qdist.host.cached import files_digest
 from qdist.host.disk import free_bytes, obstacle, require_space
 from qdist.host.files import cache_path, unusable_cache
-from qdist.host.fingerprints import require_same_original
+from qdist.host.fingerprints import require_same_model, require_same_original
 from qdist.host.rundir import RunDir
 from qdist.host.state import launcher_is_gone, state_of
 from qdist.host.survey import counted
@@ -89,6 +89,19 @@ def refuse_other_files(old: Plan, run: RunDir) -> None:
     data, now = old.data, files_digest(old.spec.data)
     if data is not None and data.digest and now not in ("", data.digest):
         raise _other_data(old, run, f"{counted(old.spec):,} records now")
+
+
+def of_the_same(old: Plan, prepared: Prepared, run: RunDir) -> Prepared:
+    """What was prepared again for a run, with a note where the same model was packed to other bytes.
+
+    Raises RunError where its model or data are others than those it was started with.
+    """
+    require_same_model(old.source, prepared.source, run=str(run.path))
+    refuse_other_data(old, prepared.data, run)
+    if old.source.digest in ("", prepared.source.digest):
+        return prepared
+    note = "the same model was packed to other bytes than the run began with: by other versions, or on another device"
+    return msgspec.structs.replace(prepared, notes=(*prepared.notes, note))
 
 
 def refuse_other_data(old: Plan, now: DataFacts | None, run: RunDir) -> None:

@@ -16,6 +16,7 @@ from qdist.host.opening import converted, read_object
 PLAN, RESULT, STOP, LOCK = "plan.json", "result.json", "stop", ".lock"
 ENDED, MACHINE = "ended.json", "machine.json"
 _AGAIN = "start the run again"
+_WRITTEN = ("steps", "adapter_bytes", "adapter_parameters", "peaks", "tokens_per_s", "start_seconds")
 T = TypeVar("T")
 _AT_FIRST = re.compile(
     r"\.lock|(recipe\.toml|(machine|versions|deepspeed|accelerate)\.json|launch\.sh)|\..+\.[a-z0-9_]{8}\.tmp"
@@ -38,9 +39,37 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 
-class _Speeds(msgspec.Struct, frozen=True):
-    predicted: float | None = None
-    measured: float | None = None
+class _Speeds(msgspec.Struct):
+    measured: float | None
+
+
+class _Answer(msgspec.Struct):
+    question: str
+    before: str
+    after: str
+    expected: str
+
+
+class _Peak(msgspec.Struct):
+    allocated: _Count
+    context: _Count
+
+
+class _Held(msgspec.Struct):
+    weights: _Count
+    adapter: _Count
+    gradients: _Count
+    optimizer: _Count
+
+
+class _Start(msgspec.Struct):
+    load: float | None
+    first_step: float | None
+
+
+class _Loading(msgspec.Struct):
+    seconds: float
+    read_bytes: _Count
 
 
 class _Result(msgspec.Struct):
@@ -48,15 +77,15 @@ class _Result(msgspec.Struct):
 
     steps: _Count = 0
     held_out: list[tuple[_Count, float]] = []
-    answers: list[dict[str, str]] = []
+    answers: list[_Answer] = []
     adapter_bytes: _Count = 0
     adapter_parameters: _Count = 0
     peak_bytes: dict[str, _Count] = {}
-    peaks: list[list[dict[str, _Count]]] = []
-    held: list[dict[str, _Count]] = []
-    tokens_per_s: _Speeds = _Speeds()
-    start_seconds: dict[str, float | None] = {}
-    loading: dict[str, float] = {}
+    peaks: list[list[_Peak]] = []
+    held: list[_Held] = []
+    tokens_per_s: _Speeds | msgspec.UnsetType = msgspec.UNSET
+    start_seconds: _Start | msgspec.UnsetType = msgspec.UNSET
+    loading: _Loading | msgspec.UnsetType = msgspec.UNSET
 
 
 class RunDir:
@@ -166,6 +195,21 @@ class RunDir:
         if found is not None:
             converted(found, _Result, str(self.path / RESULT), RunError, try_=resuming(self.path))
         return found
+
+    def result_of(self, plan: Plan, *, whole: bool = False) -> dict[str, Any] | None:
+        """The same, of a plan. Raises RunError where it is of other ranks.
+
+        whole: and where it lacks what a run of this version writes.
+        """
+        found = self.result() or {}
+        lacking = [key for key in _WRITTEN if key not in found] if whole else []
+        each = [len(rank.expected) for rank in plan.ranks]
+        peaks, held = found.get("peaks"), found.get("held")
+        others = (peaks is not None and [len(of_rank) for of_rank in peaks] != each) or len(held or each) != len(each)
+        if lacking or others:
+            why = f"lacks {', '.join(lacking)}" if lacking else "is of other ranks than the plan's"
+            raise RunError(f"{self.path / RESULT} {why}", try_=_AGAIN)
+        return found or None
 
     def ended(self) -> Ended | None:
         """How the last launch ended where it was not by finishing; None while it runs, or when nobody could say."""

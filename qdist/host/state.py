@@ -45,9 +45,11 @@ def state_of(run: RunDir) -> State:
 def _held(run: RunDir) -> bool:
     """Whether a launcher, or a rank that it left, holds the run's lock."""
     try:
-        descriptor = os.open(run.path / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(run.path / LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         return False
+    except OSError as error:
+        raise RunError(f"{run.path / LOCK} cannot be read: {error.strerror}", try_="another --run") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -86,14 +86,17 @@ def require_checkpoint(run: RunDir) -> None:
 
 
 def require_base(run: RunDir) -> None:
-    """Raise RunError where the model that a run was trained on is not where it was."""
+    """Raise RunError where the user's model that a run was trained on is gone, and so is what was packed from it.
+
+    What is missing from a cache is made or fetched again.
+    """
     plan = run.plan()
-    if plan.source.kind == "dummy" or Path(plan.source.path).is_dir():
+    path, packed = Path(plan.source.path), plan.source.packed
+    there = path.is_dir() or (packed and Path(packed).is_dir())
+    if plan.source.kind == "dummy" or there or path.is_relative_to(cache_path()) or "snapshots" in path.parts:
         return
-    ours = Path(plan.source.path).is_relative_to(cache_path())
     raise RunError(
-        f"the model that {run.path} was trained on is no longer at {plan.source.path}",
-        try_=f"{command('chat', plan.spec.model)}, which makes it again" if ours else "put it back there",
+        f"the model that {run.path} was trained on is no longer at {plan.source.path}", try_="put it back there"
     )
 
 

@@ -25,7 +25,9 @@ def say(text: str = "", *, err: bool = False, end: str = "\n", over: bool = Fals
 
     err: to standard error. over: in place of the line that stands there.
     """
-    print((_ERASE if over else "") + printable(text), end=end, file=sys.stderr if err else sys.stdout, flush=True)
+    stream = sys.stderr if err else sys.stdout
+    stream.write((_ERASE if over else "") + printable(text) + end)
+    stream.flush()
 
 
 def say_json(encoded: bytes) -> None:

@@ -31,6 +31,8 @@ class Loaded(NamedTuple):
     verify: Callable[[], int] | None
     """Gathers a sharded backbone once more; the bytes that were as the ranks hold them. Collective."""
     verified_bytes: int
+    summed: bool
+    """Whether the packed bytes have recorded sums, which they were held against."""
 
 
 class Parts(NamedTuple):
@@ -65,7 +67,14 @@ def load_part(plan: Plan, comm: Comm, devices: tuple[torch.device, ...]) -> Load
         settle(backbone)
         verify = partial(check_gathered_bytes, backbone)
     verified = verify() if verify else 0
-    return Loaded(backbone, time.perf_counter() - began, disk_read_bytes() - read_before, verify, verified)
+    return Loaded(
+        backbone,
+        time.perf_counter() - began,
+        disk_read_bytes() - read_before,
+        verify,
+        verified,
+        bool(plan.source.digest),
+    )
 
 
 def _share(plan: Plan, rank: int) -> tuple[int, int]:

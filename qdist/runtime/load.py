@@ -16,7 +16,7 @@ from qdist.core.residence import Footprint, Residence, footprint
 from qdist.core.units import parse_bytes
 from qdist.host.adapters import step_note
 from qdist.host.fingerprints import require_same_original, require_same_tensors
-from qdist.host.opening import told
+from qdist.host.opening import require_files, told
 from qdist.host.rundir import RunDir
 from qdist.host.sources import locate
 from qdist.host.terminal import say
@@ -175,6 +175,7 @@ def load_run(run: RunDir, dtype: torch.dtype, residence: Residence) -> tuple[Any
         arrange=partial(arrange, residence=residence),
     )
     again = command("gather", run.path)
+    require_files(run.adapter, RunError, try_=again)
     with told(f"{run.adapter} cannot be read", RunError, try_=again):
         config = PeftConfig.from_pretrained(str(run.adapter))
     config._register_custom_module({nn.Linear: FusedLora})

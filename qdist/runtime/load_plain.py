@@ -15,6 +15,7 @@ from qdist.core.residence import Residence, footprint, room
 from qdist.core.spec import Quant
 from qdist.core.units import GIB, format_bytes
 from qdist.host.checkpoints import stated
+from qdist.host.opening import reason_of, require_files, told
 from qdist.host.sources import locate, read_json
 from qdist.runtime.gptq.check import checked
 from qdist.runtime.gptq.pickled import in_safetensors
@@ -115,18 +116,23 @@ def _where_there_is_room(folder: Path, dtype: torch.dtype | str, cap_bytes: int 
     if not _is_quantized(folder):  # packed layers cannot compute where their weights are not
         budgets["cpu"] = size
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            device_map="auto",
-            max_memory=budgets,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    except ValueError as error:  # accelerate's: nowhere left to put a part
+        require_files(folder, ModelError)
+        with told(str(folder), ModelError, try_="a folder with config.json and *.safetensors"):
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                device_map="auto",
+                max_memory=budgets,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+    except ModelError as error:
+        if not isinstance(error.__cause__, ValueError):
+            raise
+        # accelerate's: nowhere left to put a part
         raise PlanError(
             f"{folder} takes {format_bytes(size)}; there is room for {', '.join(map(format_bytes, rooms))}: "
-            f"{str(error).splitlines()[0]}",
+            f"{reason_of(error.__cause__)}",
             try_="more free GPU memory",
         ) from error
     return model, str(_residence(model))

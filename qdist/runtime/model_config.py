@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from qdist.core.errors import ModelError
-from qdist.host.opening import told
+from qdist.host.opening import require_files, told
 
 
 def open_config(folder: Path) -> Any:
     """transformers' configuration. Raises ModelError."""
     from transformers import AutoConfig
 
+    require_files(folder, ModelError)
     with refused(folder):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 

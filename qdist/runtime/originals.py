@@ -8,9 +8,9 @@ import torch
 from qdist.core.errors import RunError
 from qdist.core.plan import Source
 from qdist.host.cached import source_identity
-from qdist.host.fingerprints import require_same_original
+from qdist.host.fingerprints import fingerprint, require_same_original
 from qdist.host.sources import read_json
-from qdist.runtime.packed_folder import read_manifest
+from qdist.runtime.packed_folder import Manifest, read_manifest
 from qdist.runtime.quantize_source import Blueprint, Tensors, blueprint, quantized_as, tensors_of
 
 
@@ -53,10 +53,17 @@ def find_originals(source: Source) -> Originals | str:
     origin = Path(manifest.source)
     if not origin.is_dir():
         return f"{folder} was made from {origin}, which is not there any more"
-    if source_identity(origin, manifest.packing) != manifest.source_identity:
+    if not _is_origin(origin, manifest):
         return f"{folder} was made from {origin}, whose files have changed since"
     shape = blueprint(origin)
     return Originals(origin, shape, tensors_of(origin, shape))
+
+
+def _is_origin(folder: Path, manifest: Manifest) -> bool:
+    """Whether a folder still holds what another was packed from."""
+    if manifest.source_fingerprint:
+        return fingerprint(folder) == manifest.source_fingerprint
+    return source_identity(folder, manifest.packing) == manifest.source_identity
 
 
 def _is_packed(folder: Path) -> bool:

@@ -22,7 +22,7 @@ from qdist.core.errors import ModelError
 from qdist.core.packing import FORMAT, Packing
 from qdist.host.checkpoints import INDEX, weight_map
 from qdist.host.files import sync, write_atomic
-from qdist.host.opening import converted, read_object, require_file, told
+from qdist.host.opening import converted, read_object, read_typed, require_file, told
 from qdist.runtime.checksum import tensor_checksum
 from qdist.runtime.tensor_sums import Sums, require_sums
 
@@ -42,6 +42,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The folder that was packed."""
     source_identity: str
     """SHA-256 of its files' names, sizes and times, and of the packing."""
+    source_fingerprint: str = ""
+    """Of its weights, wherever they lie; empty in folders of a qdist that kept none."""
     layers: int
     bytes: int
     """Of all tensors."""
@@ -115,7 +117,10 @@ def finished(folder: Path, name: str) -> Written | None:
     record = folder / f".{name}.json"
     if not record.is_file():
         return None
-    written = msgspec.json.decode(record.read_bytes(), type=Written)
+    try:
+        written = read_typed(record, Written, ModelError)
+    except ModelError:
+        return None
     return written if (folder / name).is_file() and (folder / name).stat().st_size == written.bytes else None
 
 

@@ -11,13 +11,14 @@ from typing import NamedTuple
 
 from qdist.core.errors import ModelError, RunError
 from qdist.core.packing import Packing
-from qdist.core.quoting import command
+from qdist.core.quoting import command, quoted
 from qdist.core.units import format_bytes, format_duration
 from qdist.host import cached
 from qdist.host.files import cache_dir, locked
+from qdist.host.fingerprints import fingerprint
 from qdist.host.sources import locate, read_json
 from qdist.host.terminal import say
-from qdist.runtime.packed_folder import Manifest
+from qdist.runtime.packed_folder import Manifest, read_manifest
 from qdist.runtime.quantize_pack import pack
 from qdist.runtime.quantize_source import blueprint, check_packed, quantized_as, streamed
 from qdist.runtime.quiet import quiet
@@ -45,14 +46,25 @@ def packed_folder(folder: Path, packing: Packing, *, name: str) -> Packed:
         return Packed(folder)
     out = cached.packed_folder(folder, packing, name=name)
     if out.is_dir():
-        return Packed(out)
+        return _packed_before(out, folder)
     with _alone(out, name):
         if out.is_dir():
-            return Packed(out)
+            return _packed_before(out, folder)
         began = time.monotonic()
         manifest = pack(folder, out, packing, name=name)
     took = format_duration(time.monotonic() - began)
     return Packed(out, f"packed {name} to {packing}, once: {format_bytes(manifest.bytes)} in {took}")
+
+
+def _packed_before(out: Path, folder: Path) -> Packed:
+    """What is there. Raises ModelError where it was made of other weights whose files had the same sizes and times."""
+    manifest = read_manifest(out)
+    if manifest is not None and manifest.source_fingerprint not in ("", fingerprint(folder)):
+        raise ModelError(
+            f"{out} was packed when {folder} held other weights, in files of the same sizes and times",
+            try_=f"{quoted('rm', '-r', out)}: it is packed again",
+        )
+    return Packed(out)
 
 
 def quantize(model: str, out: Path, packing: Packing) -> Manifest:

@@ -18,6 +18,7 @@ from qdist.core.units import format_bytes
 from qdist.host.cached import BESIDE, CHECKSUMS, source_identity, work_folder
 from qdist.host.disk import require_space
 from qdist.host.files import publish_folder
+from qdist.host.fingerprints import fingerprint
 from qdist.host.terminal import say
 from qdist.runtime.gptq.finite import require_finite
 from qdist.runtime.packed_folder import (
@@ -104,6 +105,7 @@ def pack(folder: Path, out: Path, packing: Packing, *, name: str) -> Manifest:
         packing=packing,
         source=str(folder.resolve()),
         source_identity=identity,
+        source_fingerprint=fingerprint(folder),
         layers=shape.layers,
         bytes=sum(part.tensor_bytes for part in written.values()),
         files={file: written[file].bytes for file in files},
@@ -120,7 +122,7 @@ def _work_folder(out: Path, identity: str) -> Path:
     """The folder beside `out` with what an earlier process finished, if it packed the same."""
     work = work_folder(out)
     mark = work / ".identity"
-    if work.is_dir() and (not mark.is_file() or mark.read_text() != identity):
+    if work.is_dir() and (not mark.is_file() or mark.read_bytes() != identity.encode()):
         shutil.rmtree(work)
     for leftover in work.glob(".*.unfinished"):
         leftover.unlink()

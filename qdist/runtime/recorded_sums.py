@@ -11,6 +11,7 @@ from qdist.core.errors import ModelError, RunError
 from qdist.core.plan import Source
 from qdist.host.cached import CHECKSUMS, remembered_of
 from qdist.host.files import cache_dir, cache_path, write_atomic
+from qdist.host.opening import decoded, read_bytes
 from qdist.runtime.checksum import tensor_checksum
 from qdist.runtime.packed_folder import Written, opened, read_manifest, tensor_files
 from qdist.runtime.tensor_sums import SumCheck, Sums, again, digest_of
@@ -124,7 +125,6 @@ def _write(path: Path, sums: Sums) -> None:
 def _read(path: Path, folder: Path) -> Sums | None:
     if not path.is_file():
         return None
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=_Record).tensors
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", try_=again(folder)) from None
+    mend = again(folder)
+    raw = read_bytes(path, ModelError, try_=mend)
+    return decoded(raw, _Record, f"{path} cannot be read", ModelError, try_=mend).tensors

@@ -10,6 +10,7 @@ import torch
 from qdist.core.errors import RunError
 from qdist.core.quoting import command
 from qdist.host.adapters import ADAPTER
+from qdist.host.opening import read_object
 from qdist.runtime.checksum import tensor_checksum
 from qdist.runtime.packed_folder import opened
 
@@ -33,8 +34,11 @@ def is_intact(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) 
 
 def config_seal(config: str) -> dict[str, str]:
     """What an adapter's file says of the adapter_config.json beside it, but for the base's name, which users change."""
-    said = json.loads(config)
-    said.pop("base_model_name_or_path", None)
+    return _seal_of(json.loads(config))
+
+
+def _seal_of(config: Mapping[str, object]) -> dict[str, str]:
+    said = {key: value for key, value in config.items() if key != "base_model_name_or_path"}
     return {_CONFIG: hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}
 
 
@@ -46,10 +50,7 @@ def require_adapter(folder: Path, *, run: Path | None = None) -> None:
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (a handle is no dict)
     if not is_intact(tensors, metadata):
         raise RunError(f"{folder / ADAPTER} does not hold the tensors that were gathered", try_=gather)
-    try:
-        found = config_seal((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, FileNotFoundError, AttributeError) as error:
-        raise RunError(f"{folder / ADAPTER_CONFIG}: {error}", try_=gather) from None
+    found = _seal_of(read_object(folder / ADAPTER_CONFIG, RunError, try_=gather))
     if metadata.get(_CONFIG, found[_CONFIG]) != found[_CONFIG]:
         raise RunError(f"{folder / ADAPTER_CONFIG} does not say what was gathered", try_=gather)
 

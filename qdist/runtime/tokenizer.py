@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qdist.core.errors import ModelError
-from qdist.host.opening import told
+from qdist.host.opening import require_files, told
 from qdist.host.sources import read_json
 
 BESIDE = "put its tokenizer.json beside the weights"
@@ -41,9 +41,12 @@ def open_tokenizer(folder: Path, lacking: str, *, try_: str = BESIDE) -> Any:
     """
     from transformers import AutoTokenizer
 
+    require_files(folder, ModelError)
     try:
         with told("", ModelError):
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            tokenizer("a")  # some values are looked at only then
+            return tokenizer
     except ModelError as error:
         _require_json(folder)
         if type(error.__cause__) in _OF_FILES:

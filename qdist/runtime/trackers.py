@@ -18,7 +18,6 @@ from typing import Any
 from qdist.core.errors import RunError
 from qdist.core.events import Event, decode_lines
 from qdist.core.plan import Plan
-from qdist.core.quoting import quoted
 from qdist.core.spec import flatten, json_text
 from qdist.core.units import GIB, format_duration
 from qdist.host.files import write_atomic
@@ -67,7 +66,8 @@ def start(plan: Plan, run: RunDir, rank: int) -> "Trackers":
     """
     names = tuple(dict.fromkeys(plan.spec.trackers)) if rank == 0 else ()
     refuse_missing(names)
-    kept, started = _kept(run), []
+    path, started = run.path / KEPT, []
+    kept = read_typed(path, dict[str, str], RunError, try_="take it away") if path.exists() else {}
     for name in names:
         tracker, known_as = _MAKERS[name](run, kept.get(name, ""))
         goes_on = bool(known_as) and known_as == kept.get(name)
@@ -302,11 +302,6 @@ _MAKERS: dict[str, Callable[[RunDir, str], tuple[Any, str]]] = {
     "trackio": _trackio,
 }
 """From the run and what the tracker called it before, or '': Accelerate's tracker, and what it calls the run now."""
-
-
-def _kept(run: RunDir) -> dict[str, str]:
-    path = run.path / KEPT
-    return read_typed(path, dict[str, str], RunError, try_=quoted("rm", path)) if path.exists() else {}
 
 
 def _settings(plan: Plan) -> dict[str, Any]:

@@ -104,12 +104,12 @@ def _holds_anything(work: Path) -> bool:
 def _work_folder(out: Path, identity: str) -> Path:
     work = out.with_name(f".{out.name}.unfinished")
     mark = work / _MARK
-    if work.is_dir() and not mark.is_file() and _lock(out).read_text() == _WHOLE:
+    if work.is_dir() and not mark.is_file() and _lock(out).read_bytes() == _WHOLE.encode():
         shutil.rmtree(work)  # killed a moment before it would have been renamed
     _lock(out).write_text("")
     if work.is_dir() and not mark.is_file() and any(work.iterdir()):
         raise RunError(f"{work} is in the way, and not what qdist left unfinished", try_="another --out")
-    if work.is_dir() and mark.is_file() and mark.read_text() != identity:
+    if work.is_dir() and mark.is_file() and mark.read_bytes() != identity.encode():
         shutil.rmtree(work)
     work.mkdir(exist_ok=True)
     mark.write_text(identity)

@@ -87,7 +87,7 @@ def _work(plan: Plan, run: RunDir) -> None:
                 total_steps=plan.steps,
                 seconds=loaded.seconds,
                 read_bytes=loaded.read_bytes,
-                note=_verified(loaded.verified_bytes) if loaded.verify else "",
+                note=_verified(loaded.verified_bytes, summed=loaded.summed) if loaded.verify else "",
             )
         )
         loading = tuple(map(load_peak, devices))
@@ -102,7 +102,7 @@ def _work(plan: Plan, run: RunDir) -> None:
             comm,
             evaluate=built.evaluate,
             checksum=lambda: adapter_checksum(built.adapter) if plan.zero_stage < 3 else (),
-            verify=lambda: _verified(loaded.verify()) if loaded.verify else "",
+            verify=lambda: _verified(loaded.verify(), summed=loaded.summed) if loaded.verify else "",
             report=report,
             move=beat.move,
             stopping=stop,
@@ -132,8 +132,10 @@ def _work(plan: Plan, run: RunDir) -> None:
     beat.end()
 
 
-def _verified(count: int) -> str:
-    return f"the {format_bytes(count)} gathered are the bytes that the ranks hold"
+def _verified(count: int, *, summed: bool) -> str:
+    """summed: what the ranks hold was held against the sums of what was packed."""
+    held = "were packed" if summed else "the ranks hold"
+    return f"the {format_bytes(count)} gathered are the bytes that {held}"
 
 
 def _out_of_memory(plan: Plan, run: RunDir, rank: int, reached_bytes: int, error: Exception) -> PlanError:

@@ -1,6 +1,7 @@
 """Does `qdist metrics` print, write and serve a run's figures as they are at that moment?"""
 
 import socket
+import struct
 import threading
 import urllib.error
 import urllib.request
@@ -121,3 +122,26 @@ def test_what_cannot_be_done_is_refused(run: RunDir, arguments: tuple[str, ...],
 
 def test_no_run_is_an_error(tmp_path: Path) -> None:
     assert qdist(str(tmp_path / "none")).stderr.startswith(f"error: {tmp_path / 'none'} is not a run")
+
+
+def test_clients_that_say_nothing_keep_nobody_waiting(run: RunDir, address: str) -> None:
+    host, port = address.removeprefix("http://").split(":")
+    slow = [socket.create_connection((host, int(port)), timeout=10) for _ in range(40)]
+    for one in slow:
+        one.sendall(b"GET /metr")
+    with urllib.request.urlopen(f"{address}/metrics", timeout=10) as answer:
+        assert answer.status == 200
+    assert slow[0].recv(1) == b""  # the oldest had to go
+    for one in slow:
+        one.close()
+
+
+def test_a_client_that_leaves_is_no_traceback(run: RunDir, address: str, capfd: pytest.CaptureFixture[str]) -> None:
+    host, port = address.removeprefix("http://").split(":")
+    for _ in range(5):
+        with socket.create_connection((host, int(port)), timeout=10) as leaving:
+            leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            leaving.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+    with urllib.request.urlopen(f"{address}/metrics", timeout=10) as answer:
+        answer.read()
+    assert "Traceback" not in capfd.readouterr().err

@@ -280,8 +280,8 @@ def test_random_weights_of_a_folders_shape_can_be_planned(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.json", b"[4]", "config.json holds a JSON array, not an object"),
-        ("config.json", b'{"a": "\xff"}', "config.json: 'utf-8' codec can't decode"),
+        ("config.json", b"[4]", "config.json is not a JSON object: it holds a list"),
+        ("config.json", b'{"a": "\xff"}', "config.json is no text: byte 0xff at position 7"),
         ("model.safetensors.index.json", b"{}", "model.safetensors.index.json says of no tensor where it is"),
     ],
 )

@@ -13,12 +13,12 @@ def test_a_shell_takes_a_printed_command_apart_into_its_words(path: str) -> None
     assert shlex.split(command("merge", Path(path), "--out", path)) == [
         "qdist",
         "merge",
-        str(Path(path)),
+        "./-x" if path == "-x" else str(Path(path)),
         "--out",
         path,
     ]
     assert shlex.split(resuming(path, "--set", "steps=5")) == [
-        "qdist", "launch", "--resume", "--run", path, "--set", "steps=5"
+        "qdist", "launch", "--resume", "--run", "./-x" if path == "-x" else path, "--set", "steps=5"
     ]  # fmt: skip
 
 

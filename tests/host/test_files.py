@@ -27,7 +27,24 @@ def test_what_is_written_is_there_and_nothing_beside_it(tmp_path: Path, content:
     write_atomic(path, content)
     assert path.read_bytes() == data
     assert list(tmp_path.iterdir()) == [path]
-    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(
+    ("mask", "file", "folder"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700), (0o002, 0o664, 0o775)]
+)
+def test_files_follow_the_umask(mask: int, file: int, folder: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        write_atomic(tmp_path / "one", "1")
+        (tmp_path / "beside").mkdir()
+        (tmp_path / "beside/two").touch(mode=0o600)  # as safetensors does
+        publish_folder(tmp_path / "beside", tmp_path / "final")
+        with locked(tmp_path / "lock"):
+            pass
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("one", "final/two", "lock", "final")]
+    assert modes == [file, file, file, folder]
 
 
 def test_a_write_that_fails_keeps_the_old_content(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from qdist.core.plan import DataFacts, Plan
 from qdist.core.spec import resolve
 from qdist.host import claim, disk, launcher, refusals
 from qdist.host.cached import files_digest
-from qdist.host.outs import folder_to_write
 from qdist.host.refusals import (
     await_ranks,
     refuse_other_data,
@@ -92,20 +91,6 @@ def test_a_run_directory_below_a_file_is_refused(run: RunDir) -> None:
     Path("file").touch()
     with pytest.raises(RunError, match=r"file/run cannot be written: .*/file is a file"):
         refuse_unwritable(RunDir("file/run"))
-
-
-@pytest.mark.parametrize(("out", "why"), [("run", "run exists"), ("file", "file exists"), ("file/x", "cannot be writ")])
-def test_what_is_written_has_a_place_of_its_own(run: RunDir, out: str, why: str) -> None:
-    Path("file").touch()
-    with pytest.raises(RunError, match=why) as caught:
-        folder_to_write(out)
-    assert caught.value.try_ == "another --out"
-
-
-def test_an_empty_folder_and_one_inside_a_run_are_no_ones_place(run: RunDir) -> None:
-    Path("empty").mkdir()
-    for out in ("empty", "run/step20", "new/deeper"):
-        folder_to_write(out)
 
 
 # --- data ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 
 from qdist.core.errors import MachineError, ModelError
 from qdist.core.models import config_of
-from qdist.host.sources import EMBEDDED, EMBEDDED_PACKAGE, find_shape, locate, shape
+from qdist.host.sources import EMBEDDED, EMBEDDED_PACKAGE, find_shape, locate, public_name, shape
 
 
 @pytest.fixture
@@ -166,6 +166,19 @@ def saved_run(folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "plan.json").write_text("{}")
     return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "public"),
+    [
+        ("llama-7b", "/hub/models--huggyllama--llama-7b/snapshots/0a1b/", "huggyllama/llama-7b"),
+        ("smollm2-135m", "/cache/models/SmolLM2-135M-Instruct.Q4_1-0a1b", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("/mine/tuned.gguf", "/cache/models/tuned-0a1b", "/mine/tuned.gguf"),
+        ("models/mine", "/home/models/mine", "/home/models/mine"),
+    ],
+)
+def test_a_model_is_named_as_others_know_it(name: str, folder: str, public: str) -> None:
+    assert public_name(name, folder) == public
 
 
 def saved_adapter(folder: Path, **settings: str) -> Path:

@@ -35,20 +35,28 @@ def test_a_run_with_an_adapter_and_any_model_can_be_opened(name: str, here: Path
     check_target(name)
 
 
-@pytest.mark.parametrize(
-    ("place", "attempt"),
-    [("models/my base", "put it back there"), ("cache/models/base", "qdist chat llama-7b, which makes it again")],
-)
-def test_a_run_whose_model_is_gone_is_refused_and_opens_once_it_is_back(
-    place: str, attempt: str, here: Path, monkeypatch: pytest.MonkeyPatch
+def over(here: Path, base: Path, packed: str = "") -> None:
+    """Have the run be over a base."""
+    plan = planned("llama-7b", CPU)
+    source = msgspec.structs.replace(plan.source, kind="folder", path=str(base), packed=packed)
+    (here / "my runs/done/plan.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(plan, source=source)))
+
+
+@pytest.mark.parametrize("place", ["cache/models/base", "hub/models--a--b/snapshots/1", "models/gone"])
+def test_what_was_packed_will_do_and_what_is_gone_from_a_cache_is_made_again(
+    place: str, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QDIST_CACHE", str(here / "cache"))
-    base, plan = here / place, planned("llama-7b", CPU)
-    source = msgspec.structs.replace(plan.source, kind="folder", path=str(base))
-    (here / "my runs/done/plan.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(plan, source=source)))
+    over(here, here / place, packed=str(here / "tiny") if place == "models/gone" else "")
+    check_target("my runs/done")
+
+
+def test_a_run_whose_model_is_gone_is_refused_and_opens_once_it_is_back(here: Path) -> None:
+    base = here / "models/my base"
+    over(here, base)
     with pytest.raises(RunError, match=f"my runs/done was trained on is no longer at {base}") as caught:
         check_target("my runs/done")
-    assert caught.value.try_ == attempt
+    assert caught.value.try_ == "put it back there"
     base.mkdir(parents=True)
     check_target("my runs/done")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qdist.core.errors import ModelError, PlanError, RunError
 from qdist.core.gptq import Gptq, Shape
@@ -116,9 +117,8 @@ def test_what_was_begun_of_something_else_is_not_used(
     marked = tmp_path / ".out.unfinished" / "marked"
     marked.write_text("")
     if change == "adapter":
-        content = bytearray((run.adapter / ADAPTER).read_bytes())
-        content[-3] ^= 1
-        (run.adapter / ADAPTER).write_bytes(content)
+        tensors = load_file(run.adapter / ADAPTER)
+        save_file({name: 2 * value for name, value in tensors.items()}, run.adapter / ADAPTER)
     sixteen.write(
         Adapters([run], (0.5,) if change == "weights" else ()),
         tmp_path / "out",
@@ -166,8 +166,6 @@ def test_a_gptq_run_says_what_its_adapter_says(tmp_path: Path, gptq: Gptq) -> No
 
 
 def test_what_float16_does_not_hold_is_named_and_nothing_is_left(run: RunDir, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     tensors = load_tensors(run.adapter / ADAPTER)
     name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
     tensors[name][3] *= 1e8

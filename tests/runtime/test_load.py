@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -122,6 +123,17 @@ def test_a_run_is_packed_again_from_the_same_model_and_uses_what_is_packed_witho
     model, _ = qdist.load(run.path)
     assert torch.equal(logits_of(model, high=250), logits_of(trained, high=250))
     shutil.rmtree(source)
+    model, _ = qdist.load(run.path)
+    assert torch.equal(logits_of(model, high=250), logits_of(trained, high=250))
+
+
+def test_a_model_that_went_with_the_cache_is_made_again_from_what_the_run_was_given(tmp_path: Path) -> None:
+    source, data = save_model(tmp_path / "model"), save_data(tmp_path / "d.jsonl")
+    run, trained = adapted_run(real_job(source, data, tmp_path / "run", seq_len=64))
+    plan = run.plan()
+    shutil.rmtree(plan.source.packed)
+    lost = msgspec.structs.replace(plan.source, path=str(tmp_path / "cache" / "models" / "converted"))
+    (run.path / PLAN).write_bytes(msgspec.json.encode(msgspec.structs.replace(plan, source=lost)))
     model, _ = qdist.load(run.path)
     assert torch.equal(logits_of(model, high=250), logits_of(trained, high=250))
 

@@ -117,7 +117,7 @@ def test_a_tokenizer_of_a_newer_library_says_so(keys: dict[str, Any], message: s
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "Expecting value"), ("{", "Expecting property"), ("[1]", "holds a JSON array")]
+    ("text", "message"), [("", "Expecting value"), ("{", "Expecting property"), ("[1]", "it holds a list")]
 )
 def test_a_file_of_a_tokenizer_that_is_no_json_object_is_named(
     name: str, text: str, message: str, tokenizer: Path
@@ -127,12 +127,26 @@ def test_a_file_of_a_tokenizer_that_is_no_json_object_is_named(
         open_tokenizer(tokenizer, "it has none")
 
 
-def test_a_bug_in_a_library_is_not_taken_for_a_damaged_file(tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), RecursionError(), MemoryError(), Exception("bare")])
+def test_whatever_a_library_trips_over_is_told_with_the_folder(
+    error: Exception, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoTokenizer
 
     def fails(*_: Any, **__: Any) -> None:
-        raise ZeroDivisionError
+        raise error
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", fails)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ModelError, match=str(tokenizer)):
+        open_tokenizer(tokenizer, "it has none")
+
+
+def test_what_ends_the_process_is_no_fault_of_a_file(tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoTokenizer
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         open_tokenizer(tokenizer, "it has none")

@@ -195,10 +195,12 @@ def test_a_pad_does_not_keep_adapters_apart(tmp_path: Path) -> None:
 
 
 def test_runs_over_other_bases_are_not_added_up(tmp_path: Path) -> None:
-    bases = [save_gptq(tmp_path / name, SYMMETRIC, tokenizer=padded()) for name in ("a", "b")]
-    one, other = (run_over(base, tmp_path / f"{base.name}-run") for base in bases)
+    bases = [save_gptq(tmp_path / n, SYMMETRIC, tokenizer=padded(), seed=seed) for seed, n in enumerate(("a", "b"))]
+    bases.append(shutil.copytree(bases[0], tmp_path / "copy of a"))
+    one, other, copy = (run_over(base, tmp_path / f"{base.name}-run") for base in bases)
     with pytest.raises(RunError, match="was trained on"):
         Adapters([one, other], (1.0, 1.0))
+    assert Adapters([one, copy], (1.0, 1.0)).paths
     with pytest.raises(RunError, match="2 runs and 1 weights"):
         Adapters([one, one], (1.0,))
 

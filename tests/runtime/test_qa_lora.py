@@ -155,4 +155,4 @@ def test_the_adapter_says_how_it_pools(alone: RunDir) -> None:
     assert (config["use_qalora"], config["qalora_group_size"], config["alpha_pattern"]) == (True, 32, {})
     with safe_open(alone.adapter / "adapter_model.safetensors", framework="pt") as handle:
         said = {"format": "pt", "pool": "peft", "pool_group_size": "32", "step": "10", "steps": "10"}
-        assert handle.metadata() == said
+        assert handle.metadata().items() >= said.items()

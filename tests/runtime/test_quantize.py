@@ -276,6 +276,21 @@ def test_two_runs_share_the_cache_and_a_changed_source_does_not(tmp_path: Path) 
     assert packed_folder(source, PACKINGS["nf4"], name="tiny").folder != first.folder
 
 
+def test_what_was_packed_of_other_weights_with_the_same_sizes_and_times_is_not_used(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source")
+    file = source / "model.safetensors"
+    before = file.stat()
+    out = packed_folder(source, PACKINGS["nf4"], name="tiny").folder
+    for name, seed in (("again", 0), ("other", 1)):
+        shutil.copyfile(save_model(tmp_path / name, seed=seed) / "model.safetensors", file)
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        if seed == 0:
+            assert packed_folder(source, PACKINGS["nf4"], name="tiny").folder == out
+    with pytest.raises(ModelError, match="held other weights, in files of the same sizes and times") as caught:
+        packed_folder(source, PACKINGS["nf4"], name="tiny")
+    assert caught.value.try_ == f"rm -r {out}: it is packed again"
+
+
 def test_of_two_that_pack_at_once_one_waits_and_uses_what_the_other_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,7 +103,7 @@ def test_the_folder_has_its_tokenizer_and_both_configurations(
     (config / "model.safetensors.index.json").write_text("{}")
     convert(write(make().content), tmp_path / "out", config=config)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "config.json", *(f"model-0000{part}-of-00003.safetensors" for part in (1, 2, 3)),
+        "checksums.json", "config.json", *(f"model-0000{part}-of-00003.safetensors" for part in (1, 2, 3)),
         "model.safetensors.index.json", "quantize_config.json", "tokenizer.json", "tokenizer.model",
     ]  # fmt: skip
     settings = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -181,7 +181,7 @@ def test_without_config_a_model_of_unknown_shapes_is_refused(write: Callable[[ob
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot be read"),
+        ("{", "is not JSON"),
         (json.dumps({**CONFIG, "model_type": "opt"}), "is of model_type 'opt'; Sparsebit packs llama"),
         (json.dumps({**CONFIG, "num_hidden_layers": 3}), "lacks model.layers.2.*and 8 more"),
         (json.dumps({**CONFIG, "num_hidden_layers": 1}), "which a Llama of 1 layers has not"),

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import re
 import shutil
 import time
@@ -14,10 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from qdist.core.errors import ModelError, PlanError, RunError
+from qdist.core.errors import ModelError, PlanError
 from qdist.core.gptq import Gptq, Override, Shape
 from qdist.core.units import format_bytes, format_duration
 from qdist.host.files import write_atomic
+from qdist.host.outs import folder_to_write
 from qdist.host.terminal import say
 from qdist.runtime.gptq.bits import group_of_inputs, pack_zeros
 from qdist.runtime.gptq.convert_model import beside, check, decide_biases, is_linear, model_config
@@ -60,8 +60,7 @@ def convert(source: Path, out: Path, *, config: Path | None = None, drop_bias: b
     Raises ModelError for a checkpoint or configuration that cannot be used, RunError where `out` exists, PlanError when
     the disk is too small.
     """
-    if os.path.lexists(out):
-        raise RunError(f"{out} exists", try_="another --out")
+    folder_to_write(str(out))
     checkpoint = read(source)
     settings, notes = model_config(checkpoint, config, source)
     settings, biases, said = decide_biases(checkpoint, settings, drop=drop_bias)

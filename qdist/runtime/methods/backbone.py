@@ -1,6 +1,7 @@
 """Loads a frozen backbone: NF4, FP4, LLM.int8 or 16-bit; from a folder, or random weights; whole, or a rank's part."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from qdist.core.errors import ModelError
 from qdist.core.plan import Source
 from qdist.core.spec import Quant
-from qdist.host.opening import told
+from qdist.host.opening import require_files, told
 from qdist.runtime.methods.skeleton import fill, skeleton
 from qdist.runtime.methods.weights import FolderWeights, ModelWeights, RandomWeights, Weights
 from qdist.runtime.recorded_sums import expected_sums
@@ -58,6 +59,7 @@ def load_plain(path: str, *, dtype: torch.dtype | str, device: torch.device) -> 
     """A model with its weights as they are stored."""
     from transformers import AutoModelForCausalLM
 
+    require_files(Path(path), ModelError)
     with told(path, ModelError, try_="a folder with config.json and *.safetensors"):
         return AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, device_map={"": device}, local_files_only=True, trust_remote_code=False
