@@ -34,8 +34,8 @@ IGNORED = re.compile(r"(^|/)[^/]*\.lock$|^tmp/torch|^tmp/__|/__pycache__/")
 """Locks stay, so that nobody locks a file that another has removed; others' files are not ours."""
 NAMED = re.compile(r"^(cache/(?:packed/\.?[^/]*-|prepared/))[0-9a-f]{16,}")
 """Names that are of when a GGUF file was converted; two of them are told from one."""
-GROWS = re.compile(r"^runs/[^/]*/(events|pulse|stacks|logs)$")
-"""What ranks write as they go; readers know that it may end in the middle of a line."""
+GROWS = re.compile(r"^runs/[^/]*/(events|pulse|stacks|logs|ended\.json)$")
+"""What is written as a run goes, of which readers know that its last line may be torn; how a failed launch ended."""
 AT_A_TIME, SHOWN = 6, 3
 Listing = dict[str, str]
 

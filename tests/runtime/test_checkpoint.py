@@ -257,9 +257,9 @@ def test_a_kill_around_the_note_of_an_evaluation_leaves_a_whole_checkpoint(
         note(run, 2, ((0, 9.0), (2, 1.5)), keep=5)
     monkeypatch.undo()
     assert load(folder)[0].held_out == (((0, 9.0), (2, 1.5)) if moment == "after" else ((0, 9.0),))
-    (folder / ".held_out.json.abcdef").touch()
+    (run.checkpoints / ".held_out.json.0a1b2c3d.tmp").touch()  # as SIGKILL leaves it, beside the checkpoint
     note(run, 2, ((0, 9.0), (2, 1.5)), keep=5)
-    assert not (folder / ".held_out.json.abcdef").exists()
+    assert [path.name for path in run.checkpoints.iterdir()] == [folder.name]
 
 
 def test_of_300_single_bit_flips_each_is_named(run: RunDir) -> None:

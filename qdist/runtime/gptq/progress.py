@@ -35,14 +35,14 @@ class Progress:
         self._told = dict[str, Outcome]()
         again = f"; {made} of {layers} layers are there already" if made else ""
         room = f", about {format_bytes(memory)} of GPU memory" if memory else ""
-        say(f"quantizing {name} by GPTQ, {samples} samples of {tokens} tokens{room}{again}")
+        _say(f"quantizing {name} by GPTQ, {samples} samples of {tokens} tokens{room}{again}")
 
     def begin(self, position: int) -> None:
         self._position, self._began = position, time.monotonic()
 
     def passed(self) -> None:
         """The layer was there already."""
-        say(f"{self._place()}  there already")
+        _say(f"{self._place()}  there already")
 
     def done(self, outcomes: Mapping[str, Outcome], *, damping: float) -> None:
         """outcomes: of each linear of the layer, by its path in it.
@@ -56,21 +56,21 @@ class Progress:
         if names != self._names:
             self._names = names
             bits = "bits:" if self._most_error else ""
-            say(f"{bits}relative squared error of each linear's outputs, of these samples")
-            say(self._line(f"{'layer':>{len(self._place())}}", names, "left"))
+            _say(f"{bits}relative squared error of each linear's outputs, of these samples")
+            _say(self._line(f"{'layer':>{len(self._place())}}", names, "left"))
         cells = [_cell(outcome, mixed=bool(self._most_error)) for outcome in outcomes.values()]
         left = _short(self._left * sum(self._took) / len(self._took)) if self._left else "done"
-        say(self._line(self._place(), cells, left))
+        _say(self._line(self._place(), cells, left))
         for name, outcome in zip(names, outcomes.values(), strict=True):
             if outcome.damping > damping:
-                say(f"{'':>{len(self._place())}}  {name}: its Hessian took a damping of {outcome.damping:g}")
+                _say(f"{'':>{len(self._place())}}  {name}: its Hessian took a damping of {outcome.damping:g}")
 
     def ended(self) -> None:
         """Say which linears of this process err more than was wanted."""
         above = {path: outcome for path, outcome in self._told.items() if outcome.error > self._most_error}
         if self._most_error and above:
             path, worst = max(above.items(), key=lambda item: item[1].error)
-            say(
+            _say(
                 f"{len(above)} of {len(self._told)} linears err more than {self._most_error:g} in the widest of the "
                 f"widths, the most\n  {path}: {worst.error:.2g} with {worst.bits} bits. A wider one in "
                 "--candidate-bits helps"
@@ -103,7 +103,12 @@ def _short(seconds: float) -> str:
 def note_few_tokens(tokens: int, linear: str, inputs: int) -> None:
     """Where a Hessian has fewer tokens than rows: what is printed says little of other text then."""
     if tokens < inputs:
-        say(
+        _say(
             f"note: {tokens:,} tokens are fewer than the {inputs:,} inputs of {linear}. On other text it will err more "
             "than is\n  told below; more --samples or a larger --seq-len help"
         )
+
+
+def _say(line: str) -> None:
+    """Beside what a script reads of the command."""
+    say(line, err=True)
