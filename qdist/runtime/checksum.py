@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 
+from qdist.runtime.kernels import sums
+
 MODULUS = 1 << 64
 _ROW_WORDS = 1 << 11
 _FEW_WORDS = 1 << 14
@@ -32,19 +34,18 @@ def slice_sums(flat_bytes: torch.Tensor, first_byte: int) -> torch.Tensor:
     """
     if flat_bytes.dtype != torch.uint8 or flat_bytes.dim() != 1:
         raise ValueError(f"a checksum is over uint8 [n], not {flat_bytes.dtype} {list(flat_bytes.shape)}")
-    sums = torch.zeros(2, dtype=torch.int64, device=flat_bytes.device)
     chunk_words = _CHUNK_WORDS[flat_bytes.device.type]
     if _is_whole_words(flat_bytes, first_byte):
-        return sums + _word_sums(flat_bytes.view(torch.int32), first_byte // 4, chunk_words)
-    start = 0
+        return _word_sums(flat_bytes.view(torch.int32), first_byte // 4, chunk_words)
+    start, total = 0, torch.zeros(2, dtype=torch.int64, device=flat_bytes.device)
     while start < flat_bytes.numel():
         # Each chunk ends at a word of the whole.
         lead = (first_byte + start) % 4
         stop = min(flat_bytes.numel(), start + 4 * chunk_words - lead)
         words = _words(flat_bytes[start:stop], lead)
-        sums += _word_sums(words, (first_byte + start) // 4, chunk_words)
+        total += _word_sums(words, (first_byte + start) // 4, chunk_words)
         start = stop
-    return sums
+    return total
 
 
 def tensor_checksum(tensor: torch.Tensor) -> tuple[int, int]:
@@ -82,6 +83,9 @@ def _word_sums(words: torch.Tensor, first_word: int, chunk_words: int) -> torch.
     Words are widened a chunk at a time into one buffer: a sum that widens as it goes is ten times slower on a CPU, and
     on a GPU makes a copy for each of the two sums.
     """
+    if words.is_cuda and words.numel() and sums.usable(words.device):
+        found = sums.word_sums(words)
+        return found + first_word * torch.stack((torch.zeros_like(found[0]), found[0])) if first_word else found
     if words.numel() <= _FEW_WORDS:
         values = words.long()
         return torch.stack((values.sum(), (values * (_positions(values) + (first_word + 1))).sum()))
