@@ -1,13 +1,17 @@
 """Checksums of bytes that lie in slices on several ranks: a slice has its sums, and the sums add up."""
 
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from qdist.runtime.kernels import sums
 
 MODULUS = 1 << 64
 _ROW_WORDS = 1 << 11
+FEW_BYTES = 1 << 20
 _FEW_WORDS = 1 << 14
 """Up to here fewer calls count for more than fewer bytes."""
 _CHUNK_WORDS = {"cpu": 1 << 16, "cuda": 1 << 22}
@@ -46,6 +50,22 @@ def slice_sums(flat_bytes: torch.Tensor, first_byte: int) -> torch.Tensor:
         total += _word_sums(words, (first_byte + start) // 4, chunk_words)
         start = stop
     return total
+
+
+def few_bytes_checksum(tensor: torch.Tensor) -> tuple[int, int]:
+    """`tensor_checksum` of a tensor of up to FEW_BYTES on the CPU, by one thread, in a tenth of the time: there torch's
+    calls, and its threads that wait for each other, cost more than the bytes.
+    """
+    content = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    if content.size % 4:
+        content = np.pad(content, (0, -content.size % 4))
+    words = content.view("<i4").astype(np.int64)
+    return int(words.sum()) % MODULUS, int(words @ _numbered()[: len(words)]) % MODULUS
+
+
+@cache
+def _numbered() -> "np.ndarray[Any, np.dtype[np.int64]]":
+    return np.arange(1, FEW_BYTES // 4 + 1)
 
 
 def tensor_checksum(tensor: torch.Tensor) -> tuple[int, int]:

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from qdist.runtime import checksum
-from qdist.runtime.checksum import MODULUS, add_checksums, slice_checksum, tensor_checksum
+from qdist.runtime.checksum import (
+    FEW_BYTES,
+    MODULUS,
+    add_checksums,
+    few_bytes_checksum,
+    slice_checksum,
+    tensor_checksum,
+)
 
 
 def reference(content: bytes) -> tuple[int, int]:
@@ -63,3 +70,11 @@ def test_the_checksum_of_a_tensor_is_that_of_its_bytes(dtype: torch.dtype) -> No
 def test_only_flat_bytes_have_a_checksum() -> None:
     with pytest.raises(ValueError, match="uint8"):
         slice_checksum(torch.zeros(4), 0)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 4095, 70_001, FEW_BYTES])
+def test_few_bytes_have_the_sums_of_any_bytes(count: int) -> None:
+    content = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
+    assert few_bytes_checksum(content) == tensor_checksum(content)
+    if count % 4 == 0:
+        assert few_bytes_checksum(content.view(torch.float32)) == tensor_checksum(content)

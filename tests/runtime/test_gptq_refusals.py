@@ -63,10 +63,10 @@ def refused_by_launch(model: Path, data: Path, tmp_path: Path, **settings: Any) 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b'{"bits": 4,', "quantize_config.json: Expecting property name"),
-        (b'{"bits": "\xff"}', "quantize_config.json: 'utf-8' codec can't decode byte 0xff"),
-        (b"[4]", "quantize_config.json holds a JSON array, not an object"),
-        (b"null", "quantize_config.json holds a JSON null, not an object"),
+        (b'{"bits": 4,', "quantize_config.json is not JSON: line 1, column 12: Expecting property name"),
+        (b'{"bits": "\xff"}', "quantize_config.json is no text: byte 0xff at position 10 is no UTF-8"),
+        (b"[4]", "quantize_config.json is not a JSON object: it holds a list"),
+        (b"null", "quantize_config.json is not a JSON object: it holds null"),
     ],
 )
 def test_a_quantize_config_that_cannot_be_read_is_named(
@@ -156,7 +156,7 @@ def test_a_model_without_a_tokenizer_is_told_in_a_whole_sentence(plain: Path, da
 
 def test_what_is_wrong_with_a_tokenizer_is_told(plain: Path, data: Path, tmp_path: Path) -> None:
     model = without_tokenizer(plain, tmp_path / "cut", config="{")
-    with pytest.raises(ModelError, match=r"cut/tokenizer\.json: Expecting property name"):
+    with pytest.raises(ModelError, match=r"cut/tokenizer\.json is not JSON: line 1, column 2: Expecting property name"):
         quantized(model, data, tmp_path / "out")
 
 
