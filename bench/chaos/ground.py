@@ -1,18 +1,12 @@
 """The ground that the suite stands on: a tiny model and data in a folder of their own, commands over them, a table."""
 
-import argparse
 import os
-import queue
-import random
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from qdist.core.gptq import Gptq, Shape
 from tests.runtime.gptq_files import padded, save_gptq
@@ -21,7 +15,6 @@ from tests.runtime.tiny import save_data, save_model
 SETTINGS = {"seq_len": "32", "global_batch": "4", "micro_batch": "1", "lora.r": "4", "optim.lr": "1e-2", "steps": "4"}
 """Of a run that takes a moment."""
 ROOT = Path(__file__).parents[2]
-T = TypeVar("T")
 
 
 class Ground(NamedTuple):
@@ -107,40 +100,6 @@ def finished(ground: Ground, name: str = "finished") -> Path:
             ground.launch(run, "--gpus", "1"), env=ground.environment(), check=True, stdout=subprocess.DEVNULL
         )
     return run
-
-
-def drawn(parser_of: str, count: int) -> argparse.Namespace:
-    """The flags that every bench of the suite has. parser_of: what `--help` says first."""
-    parser = argparse.ArgumentParser(description=parser_of)
-    parser.add_argument("--count", type=int, default=count)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=1, help="Trials at once.")
-    parser.add_argument("--minutes", type=float, default=30.0, help="No trial begins after so long.")
-    return parser.parse_args()
-
-
-def trials(given: argparse.Namespace, trial: Callable[[Ground, random.Random, int], T], name: str) -> list[T]:
-    """Trials with a random generator each, `--jobs` of them at once, each worker on a ground of its own."""
-    began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix=f"qdist-{name}-"))
-    grounds: queue.SimpleQueue[Ground] = queue.SimpleQueue()
-    for worker in range(given.jobs):
-        grounds.put(Ground(folder / f"ground{worker}"))
-
-    def one(number: int) -> T | None:
-        if time.monotonic() - began > 60 * given.minutes:
-            return None
-        ground = grounds.get()
-        try:
-            return trial(ground, random.Random(f"{given.seed} {number}"), number)
-        finally:
-            grounds.put(ground)
-
-    with ThreadPoolExecutor(given.jobs) as pool:
-        found = [outcome for outcome in pool.map(one, range(given.count)) if outcome is not None]
-    shutil.rmtree(folder, ignore_errors=True)
-    took = time.monotonic() - began
-    print(f"{len(found)} of {given.count} trials in {took:.0f} s, {given.jobs} at once, seed {given.seed}", flush=True)
-    return found
 
 
 def processes(words: str) -> dict[int, str]:

@@ -8,13 +8,13 @@ out: the Python that launches then shows its own end as a traceback, as it was a
 """
 
 import hashlib
-import random
 import re
 import shutil
 import subprocess
 from typing import NamedTuple
 
-from bench.chaos.ground import Ground, drawn, has_traceback, left, table, trials
+from bench.chaos.ground import Ground, has_traceback, left, table
+from bench.chaos.trials import Task, numbered
 
 LONGEST_S = 150
 _LISTED = """
@@ -48,14 +48,15 @@ class Outcome(NamedTuple):
 
 def main() -> None:
     """Count the verdicts."""
-    found = trials(drawn(__doc__ or "", 60), trial, "shells")
+    found, end = numbered(trial, "bench.chaos.shells", __doc__ or "", count=60, of="Shells.")
     verdicts = [outcome.verdict for outcome in found]
     print(table(("verdict", "trials"), [(verdict, verdicts.count(verdict)) for verdict in sorted(set(verdicts))]))
-    raise SystemExit(any(verdict not in ("the same adapter", "a sentence") for verdict in verdicts))
+    end(any(verdict not in ("the same adapter", "a sentence") for verdict in verdicts))
 
 
-def trial(ground: Ground, draw: random.Random, number: int) -> Outcome:
+def trial(task: Task) -> Outcome:
     """A launch in a drawn shell."""
+    ground, draw, number = task.ground, task.draw, task.number
     wanted = launched(ground, "clean", {})
     names = draw.sample(list(VARIABLES), draw.randint(3, 20))
     variables = {name: draw.choice(VARIABLES[name]) for name in names}

@@ -9,7 +9,6 @@ given again afterwards, and must reach its end.
 
 import contextlib
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -17,7 +16,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.chaos.ground import Ground, drawn, left, processes, qdist, table, trials
+from bench.chaos.ground import left, processes, qdist, table
+from bench.chaos.trials import Task, numbered
 from qdist.host.rundir import RunDir
 
 VICTIMS = ("launcher", "agent", "rank", "all")
@@ -35,18 +35,19 @@ class Outcome(NamedTuple):
 
 def main() -> None:
     """Draw victim, what is waited for, and a delay for each trial."""
-    found = trials(drawn(__doc__ or "", 60), trial, "starts")
+    found, end = numbered(trial, "bench.chaos.starts", __doc__ or "", count=60, of="Kills.")
     rows = []
     for victim in VICTIMS:
         of = [outcome for outcome in found if outcome.victim == victim]
         again = [outcome.again for outcome in of if outcome.again is not None]
         rows.append((victim, len(of), sum(outcome.orphans for outcome in of), f"{again.count(0)} of {len(again)}"))
     print(table(("victim", "trials", "left after 5 s", "went on"), rows))
-    raise SystemExit(any(outcome.orphans or outcome.again for outcome in found))
+    end(any(outcome.orphans or outcome.again for outcome in found))
 
 
-def trial(ground: Ground, draw: random.Random, number: int) -> Outcome:
+def trial(task: Task) -> Outcome:
     """Start, wait for the agent or a rank, kill after a moment, look."""
+    ground, draw, number = task.ground, task.draw, task.number
     run = ground.folder / f"start{number:03d}"
     victim, after, delay_s = VICTIMS[number % 4], draw.choice(("agent", "rank")), draw.uniform(0, 0.1)
     command = ground.launch(run, "--load-format", "dummy", "--gpus", "2")

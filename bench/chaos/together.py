@@ -15,7 +15,8 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.chaos.ground import Ground, drawn, has_traceback, table, trials
+from bench.chaos.ground import Ground, has_traceback, table
+from bench.chaos.trials import Task, numbered
 from qdist.host.rundir import RunDir
 
 DUMMY = ("--load-format", "dummy", "--gpus", "1")
@@ -34,8 +35,7 @@ class Outcome(NamedTuple):
 
 def main() -> None:
     """Draw a kind and a number of launches for each trial."""
-    given = drawn(__doc__ or "", 60)
-    found = trials(given, trial, "together")
+    found, end = numbered(trial, "bench.chaos.together", __doc__ or "", count=60, of="Trials.")
     rows = []
     for kind in KINDS:
         of_kind = [outcome for outcome in found if outcome.kind == kind]
@@ -43,11 +43,12 @@ def main() -> None:
         launches = sum(outcome.launches for outcome in of_kind)
         rows.append((kind, len(of_kind), launches, len(faults), faults[0] if faults else "-"))
     print(table(("kind", "trials", "launches", "faults", "first"), rows))
-    raise SystemExit(any(outcome.faults for outcome in found))
+    end(any(outcome.faults for outcome in found))
 
 
-def trial(ground: Ground, draw: random.Random, number: int) -> Outcome:
+def trial(task: Task) -> Outcome:
     """One draw; a line as it ends."""
+    ground, draw, number = task.ground, task.draw, task.number
     kind, launches = list(KINDS)[number % len(KINDS)], draw.randint(2, 8)
     faults = KINDS[kind](ground, launches, f"{number:03d}", draw)
     print(f"{number:3} {kind:14} {launches} launches  {'; '.join(faults) or 'as it should be'}", flush=True)

@@ -4,6 +4,7 @@ import argparse
 import fcntl
 import multiprocessing
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -11,7 +12,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+from bench.chaos.ground import Ground
 
 Task = TypeVar("Task")
 Done = TypeVar("Done")
@@ -50,6 +53,41 @@ def each(
                 yield running.pop(future), future.exception() or future.result()
     if left := sum(1 for _ in waiting):
         print(f"{left} trials were not begun: {minutes:g} minutes are over", flush=True)
+
+
+class Task(NamedTuple):
+    """A trial that is told its number alone. Trials of one worker share a ground, one after the other."""
+
+    folder: Path
+    seed: str
+    number: int
+
+    @property
+    def ground(self) -> Ground:
+        return Ground(self.folder / f"ground{place()}")
+
+    @property
+    def draw(self) -> random.Random:
+        return random.Random(self.seed)
+
+
+def numbered(
+    trial: Callable[[Task], Done], module: str, text: str, *, count: int, of: str
+) -> tuple[list[Done], Callable[[bool], None]]:
+    """Run a bench whose trials need a number and a seed; what came of them, and how to end, with whether one missed.
+
+    Raises what a trial raised.
+    """
+    given, found, began = parser(module, text, count=count, of=of).parse_args(), [], time.monotonic()
+    folder = folder_for(module.rpartition(".")[2])
+    tasks = (Task(folder, f"{given.seed} {number}", number) for number in range(given.count))
+    for _, outcome in each(trial, tasks, folder=folder, jobs=given.jobs, minutes=given.minutes):
+        if isinstance(outcome, BaseException):
+            raise outcome
+        found.append(outcome)
+    took = time.monotonic() - began
+    print(f"{len(found)} of {given.count} trials in {took:.0f} s, {given.jobs} at once, seed {given.seed}", flush=True)
+    return found, lambda missed: finish(folder, keep=given.keep, missed=missed)
 
 
 def place() -> int:
