@@ -30,9 +30,9 @@ from qdist.core.errors import QdistError
 VOLATILE = re.compile(r"/(events|pulse|stacks|logs)/|/(result|machine|versions|plan)\.json$|\.html$|/command\.txt$|"
                       r"/launch\.sh$|\.lock$|\.prom$|/cache/prepared/")  # fmt: skip
 """Names whose contents hold times or durations: that they are there counts, what they hold does not."""
-IGNORED = re.compile(r"(^|/)[^/]*\.lock$|^tmp/torch|^tmp/__|/__pycache__/")
-"""Locks stay, so that nobody locks a file that another has removed; others' files are not ours; what the cache knows of a
-file is named for its inode and time, which are not those of the file that a killed command had made."""
+IGNORED = re.compile(r"(^|/)[^/]*\.lock$|^tmp/torch|^tmp/__|/__pycache__/|^cache/known/")
+"""Locks stay, so that nobody locks a file that another has removed; others' files are not ours; and what the cache
+knows of a file is named for its inode and time, which are not those of the file that a killed command had made."""
 NAMED = re.compile(r"^(cache/(?:packed/\.?[^/]*-|prepared/))[0-9a-f]{16,}")
 """Names that are of when a GGUF file was converted; two of them are told from one."""
 GROWS = re.compile(r"^runs/[^/]*/(events|pulse|stacks|logs|ended\.json)$")
