@@ -1,7 +1,7 @@
 """Runs one of qdist's torch-side modules in a process of its own, with its errors as our errors."""
 
+import os
 import sys
-import tempfile
 from collections.abc import Sequence
 
 import msgspec
@@ -28,8 +28,8 @@ def prepare(spec: RunSpec) -> Prepared:
 
     Raises whatever QdistError the process ended with.
     """
-    # Files without a name: a kill leaves nothing behind.
-    with tempfile.TemporaryFile(prefix="qdist-") as given, tempfile.TemporaryFile(prefix="qdist-") as told:
+    # Files in memory, without a name: a kill leaves nothing behind.
+    with os.fdopen(os.memfd_create("spec"), "w+b") as given, os.fdopen(os.memfd_create("prepared"), "w+b") as told:
         given.write(msgspec.json.encode(spec))
         given.flush()
         descriptors = (given.fileno(), told.fileno())
