@@ -16,7 +16,7 @@ from qdist.core.errors import RunError, SpecError
 from qdist.core.quoting import resuming
 from qdist.core.spec import nest, parse_assignment, resolve
 from qdist.host import commands, launcher, ranks, templates
-from qdist.host.claim import claimed
+from qdist.host.claim import claimed, tidy
 from qdist.host.refusals import await_ranks, refuse_running
 from qdist.host.rundir import RunDir
 from qdist.host.terminal import say
@@ -85,6 +85,7 @@ def _resumed(recipe: str | None, given: dict[str, Any], *, dry_run: bool) -> lau
             f"{run.path} is finished after {result.get('steps', 'all')} steps and cannot be changed", try_="a new run"
         )
     if result is not None:
+        tidy(run)
         say(f"{run.path} is finished: {result.get('steps', 'all')} steps, adapter in {run.adapter}")
         return None
     await_ranks(run, say=say)

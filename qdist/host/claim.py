@@ -1,5 +1,6 @@
 """Makes a run directory one launch's own: locked first, looked at again, cleared, and only then written."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -13,7 +14,7 @@ from qdist.core.quoting import resuming
 from qdist.host.files import locked, sweep, write_atomic
 from qdist.host.launcher import Job
 from qdist.host.refusals import refuse_used
-from qdist.host.rundir import ENDED, LOCK, STOP, RunDir, free_name
+from qdist.host.rundir import ENDED, LOCK, STOP, RunDir, free_name, of_ranks
 from qdist.host.state import sign
 
 _ELSEWHERE = "a --run folder that you may write to, on a disk with room"
@@ -62,6 +63,12 @@ def claimed(job: Job) -> Iterator[Claim]:
         yield Claim(job, lock, launch)
 
 
+def tidy(run: RunDir) -> None:
+    """Clear what a kill left in a run that has ended; nothing where another process holds it, or it cannot be written."""
+    with contextlib.suppress(RunError, OSError), locked(run.path / LOCK, busy="held"):
+        _clear(run)
+
+
 def write(job: Job) -> RunDir:
     """Write a run that nobody is to start now; its directory. Raises as `claimed` does."""
     with claimed(job) as own:
@@ -107,6 +114,8 @@ def _clear(run: RunDir) -> None:
         (run.path / leftover).unlink(missing_ok=True)
     for folder in (run.path, run.checkpoints, run.pulses):
         sweep(folder)
+    for path in of_ranks(run.pulses, ".new"):
+        path.unlink(missing_ok=True)
     for path in run.path.glob(".rehearsal.*"):
         shutil.rmtree(path, ignore_errors=True)
 

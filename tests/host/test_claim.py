@@ -152,3 +152,15 @@ def test_what_is_being_written_by_another_process_is_left_alone(here: Path) -> N
     os.close(descriptor)
     claim.write(launcher.prepare_resume(RunDir("run"), {}))
     assert not path.exists()
+
+
+def test_a_run_that_has_ended_is_tidied_unless_another_process_holds_it() -> None:
+    with claimed(job()) as own:
+        run = own.job.run
+        run.pulses.mkdir()
+        (run.pulses / "rank000.new").touch()
+        claim.tidy(run)
+        assert (run.pulses / "rank000.new").exists()
+    (run.pulses / "rank000.newer").touch()
+    claim.tidy(run)
+    assert [path.name for path in run.pulses.iterdir()] == ["rank000.newer"]
