@@ -64,7 +64,7 @@ def claimed(job: Job) -> Iterator[Claim]:
 
 
 def tidy(run: RunDir) -> None:
-    """Clear what a kill left in a run that has ended; nothing where another process holds it, or it cannot be written."""
+    """Clear what a kill left in a run that has ended; nothing where a process holds it, or it cannot be written to."""
     with contextlib.suppress(RunError, OSError), locked(run.path / LOCK, busy="held"):
         _clear(run)
 

@@ -1,5 +1,6 @@
-"""Both sums of `qdist.runtime.checksum` over a GPU's words in one launch: torch's way takes thirty, which is what it
-costs there. Two launches a tensor in all, and nothing as large as it is made.
+"""Both sums of `qdist.runtime.checksum` over words on a GPU, in two launches a tensor where torch's way takes thirty.
+
+Nothing as large as the tensor is made.
 """
 
 from functools import cache
