@@ -9,12 +9,12 @@ import click
 
 from qdist.cli.planned import plan_lines, shown
 from qdist.cli.preview import preview_lines
-from qdist.cli.settings import SettingsCommand
+from qdist.cli.settings import SettingsCommand, common_flags, typed_settings
 from qdist.cli.watch import Watch, ending
 from qdist.core.demo import NAME as DEMO
 from qdist.core.errors import RunError, SpecError
 from qdist.core.quoting import resuming
-from qdist.core.spec import nest, parse_assignment, resolve
+from qdist.core.spec import nest, resolve
 from qdist.host import commands, launcher, ranks, templates
 from qdist.host.claim import claimed, tidy
 from qdist.host.refusals import await_ranks, refuse_running
@@ -34,14 +34,13 @@ from qdist.host.terminal import say
 @click.option("--max-memory", help="Cap on each GPU, such as 24GiB.")
 @click.option("--load-format", help="auto, or dummy for random weights.")
 @click.option("--run", "run", help="Run directory; runs/MODEL-METHOD-DATA by default.")
+@common_flags
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any other setting, such as lora.r=16.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --run from its newest checkpoint.")
 @click.option("--dry-run", is_flag=True, help="Plan and print; start nothing.")
 def launch(recipe: str | None, assignments: tuple[str, ...], resume: bool, dry_run: bool, **flags: Any) -> None:
     """Fine-tune a quantized model: flags over RECIPE (a TOML file) over QLoRA's defaults."""
-    given = nest(
-        {key: value for key, value in flags.items() if value is not None} | dict(map(parse_assignment, assignments))
-    )
+    given = nest(typed_settings(flags, assignments))
     if resume:
         job = _resumed(recipe, given, dry_run=dry_run)
     else:

@@ -9,7 +9,7 @@ import click
 import msgspec
 
 from qdist.cli.planned import plan_lines, shown
-from qdist.cli.settings import SettingsCommand
+from qdist.cli.settings import COMMON, SettingsCommand, common_flags, typed_settings
 from qdist.core.cards import memory_of
 from qdist.core.changes import MACHINE, Change, flags
 from qdist.core.cluster import UNNAMED, Cluster, hypothetical
@@ -19,7 +19,7 @@ from qdist.core.keys import known_keys
 from qdist.core.plan import Plan, Source
 from qdist.core.planner import plan_once
 from qdist.core.refusal import needs
-from qdist.core.spec import RunSpec, given, merge, nest, parse_assignment, settled
+from qdist.core.spec import RunSpec, given, merge, nest, settled
 from qdist.core.units import format_bytes, parse_bytes
 from qdist.host import lessons, probe, templates
 from qdist.host.checkpoints import gptq_of
@@ -42,6 +42,7 @@ FactsOf = Callable[[str], Shape]
 @click.option("--placement", help="replicate, shard or split; the fastest that fits by default.")
 @click.option("--gpus-per-group", metavar="N", help="GPUs that hold one backbone between them; auto by default.")
 @click.option("--max-memory", help="Cap on each GPU, such as 24GiB.")
+@common_flags
 @click.option(
     "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any other setting, such as seq_len=1024."
 )
@@ -79,6 +80,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     placement: str | None = None
     gpus_per_group: str | None = None
     max_memory: str | None = None
+    steps: str | None = None
+    epochs: str | None = None
+    lr: str | None = None
+    batch_size: str | None = None
+    seq_len: str | None = None
+    lora_r: str | None = None
+    seed: str | None = None
 
     @property
     def described(self) -> bool:
@@ -87,8 +95,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     def settings(self) -> dict[str, Any]:
         """Flags over recipe, nested. Raises SpecError for what is no setting."""
-        typed = {key: getattr(self, key) for key in _SETTINGS if getattr(self, key) is not None}
-        own = nest(typed | dict(map(parse_assignment, self.assignments)))
+        flags = {name: getattr(self, name) for name in (*_SETTINGS, *COMMON)}
+        own = nest(typed_settings(flags, self.assignments))
         return merge(*([templates.read_recipe(self.recipe)] if self.recipe is not None else []), own)
 
 
