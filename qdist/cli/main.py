@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": ("qdist.cli.generate:generate", "Complete prompts with a run's model."),
     "chat": ("qdist.cli.chat:chat", "Talk to a run's model."),
     "monitor": ("qdist.cli.monitor:monitor", "Watch a run: memory, speed, loss, warnings."),
+    "stop": ("qdist.cli.stop:stop", "End a run from any terminal, with a checkpoint."),
     "runs": ("qdist.cli.runs:runs", "List runs: state, loss, speed, GPU hours."),
     "metrics": ("qdist.cli.metrics:metrics", "Print a run's figures for Prometheus."),
     "report": ("qdist.cli.report:report", "Write a run's report as one HTML page, or compare two runs."),

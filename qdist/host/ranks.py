@@ -72,7 +72,7 @@ def _watch(
     say: Callable[[str], None],
 ) -> tuple[bool, str]:
     """Follow the ranks to their end: whether the user or a scheduler asked them to stop, and who was stuck in what."""
-    run, asked, stuck, stepped, answered = own.job.run, 0, "", False, False
+    run, asked, stuck, stepped, answered, elsewhere = own.job.run, 0, "", False, False, False
 
     def ask(*_: int | FrameType | None) -> None:
         nonlocal asked
@@ -94,6 +94,9 @@ def _watch(
             if wanted and not answered:
                 answered = True
                 _stop(run, ranks, say, has_stepped=stepped or not readable)
+            elif not answered and run.stop_requested():
+                answered = True
+                say("stopping after this step, with a checkpoint: qdist stop asked for it")
             if stuck := watchdog.stuck():
                 break
             time.sleep(0.2)
@@ -105,8 +108,9 @@ def _watch(
         if ranks.poll() is None:
             os.killpg(ranks.pid, signal.SIGKILL)
             ranks.wait()
+        elsewhere = run.stop_requested()  # ranks may have ended before it was seen above
         (run.path / STOP).unlink(missing_ok=True)
-    return asked > 0, stuck
+    return asked > 0 or elsewhere, stuck
 
 
 def _stop(run: RunDir, ranks: subprocess.Popen[bytes], say: Callable[[str], None], *, has_stepped: bool) -> None:

@@ -4,13 +4,18 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 
+import qdist
+from qdist.cli.main import main
 from qdist.core.cluster import hypothetical
 from qdist.core.errors import JobError, PlanError, QdistError, RunError, SpecError
 from qdist.core.events import Event, encode
@@ -18,7 +23,7 @@ from qdist.core.lessons import Correction
 from qdist.core.plan import Plan, digest
 from qdist.core.spec import RunSpec, nest, resolve
 from qdist.core.units import GIB
-from qdist.host import claim, launcher, lessons, probe, ranks
+from qdist.host import children, claim, launcher, lessons, probe, ranks
 from qdist.host.files import locked
 from qdist.host.launcher import Job
 from qdist.host.rundir import LOCK, RunDir
@@ -514,3 +519,31 @@ def test_a_lock_names_its_launcher() -> None:
     job = job_with_script("cp .lock seen; echo '{}' > result.json")
     started(job)
     assert json.loads(Path("run/seen").read_text())["pid"] == os.getpid()
+
+
+def test_a_run_that_is_asked_to_stop_from_another_terminal_is_stopped_and_not_failed() -> None:
+    job = job_with_script("until [ -e stop ]; do sleep 0.05; done")
+    asked: list[subprocess.Popen[str]] = []
+
+    def show(events: list[Event]) -> None:
+        if not asked:
+            line = [sys.executable, "-P", "-m", "qdist", "stop", "run"]
+            environment = children.environment(PYTHONPATH=str(Path(qdist.__file__).parents[1]))
+            asked.append(subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, text=True))
+        assert not asked[0].poll(), "it ended with an error, and nobody will stop the run"
+
+    with pytest.raises(KeyboardInterrupt):
+        started(job, show)
+    said, _ = asked[0].communicate(timeout=30)
+    assert said == (
+        "run saves and ends after its step\nstopped; there is no checkpoint yet\n"
+        "  go on: qdist launch --resume --run run\n"
+    )
+    assert state_of(job.run) == "stopped"
+    assert not job.run.stop_requested()
+
+
+def test_what_does_not_run_cannot_be_stopped() -> None:
+    job_with_script("true")
+    result = CliRunner().invoke(main, ["stop", "run"], prog_name="qdist")
+    assert (result.exit_code, result.stderr) == (2, "error: run is not running: it is planned\n  try: qdist runs .\n")
