@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from qdist.cli.quantize import check_data, check_group_size
+from qdist.cli.settings import flag_of
 from qdist.core.errors import SpecError
 from qdist.core.gptq import BITS
 from qdist.core.quoting import argument, quoted
@@ -83,7 +84,7 @@ def _refuse_foreign(to: str, given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if value is not None and name not in own:
             owners = " and ".join(target for target, options in TARGETS.items() if name in options)
-            raise SpecError(f"--{name.replace('_', '-')} is of --to {owners}, not {to}", try_="leave it out")
+            raise SpecError(f"{flag_of(name)} is of --to {owners}, not {to}", try_="leave it out")
 
 
 def checked_flags(given: Mapping[str, Any], *, to: str) -> list[str]:
@@ -111,7 +112,7 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
     for name, value in options.items():
         if value is not None:
             said = [] if value is True else [argument(value) if name == "data" else str(value)]
-            flags += [f"--{name.replace('_', '-')}", *said]
+            flags += [flag_of(name), *said]
     return flags
 
 

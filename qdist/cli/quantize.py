@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from qdist.cli.kept import run_kept
+from qdist.cli.settings import flag_of
 from qdist.core import demo
 from qdist.core.errors import SpecError, nearest
 from qdist.core.gptq import BITS, FORMATS, WORD, usual_format
@@ -69,7 +70,7 @@ def _check_method(method: str, given: Mapping[str, Any]) -> None:
             try_=f"--method {nearest(method, METHODS) or METHODS[0]}",
         )
     others = _OF_BITSANDBYTES if method == "gptq" else _OF_GPTQ
-    foreign = [_flag(name) for name in others if name in given]
+    foreign = [flag_of(name) for name in others if name in given]
     if foreign:
         owner = "nf4, fp4 and int8" if method == "gptq" else "gptq"
         raise SpecError(f"{', '.join(foreign)}: {owner} alone, not {method}", try_="leave it out")
@@ -96,7 +97,7 @@ def _gptq_flags(given: Mapping[str, Any]) -> list[str]:
     flags = ["--data", argument(data), "--bits", *map(str, widths), "--group-size", str(size)]
     flags += ["--damping", f"{damping:g}", "--format", given.get("format", usual_format(sym=sym, widths=widths))]
     for name in ("max_error", "samples", "seq_len", "seed"):
-        flags += [_flag(name), str(given[name])] if name in given else []
+        flags += [flag_of(name), str(given[name])] if name in given else []
     return flags + ["--no-sym"] * (not sym) + ["--desc-act"] * ("desc_act" in given)
 
 
@@ -127,7 +128,3 @@ def check_data(source: str) -> None:
     """Plain text is cut into samples as it is; anything else is read as for training."""
     if source != demo.NAME and not is_plain_text(source):
         check_source(source)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

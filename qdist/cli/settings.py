@@ -25,10 +25,15 @@ COMMON = {
 """Parameters of commands: the settings that everybody types, and what `--help` says of them."""
 
 
+def flag_of(name: str) -> str:
+    """The flag of a command's parameter: '--seq-len'."""
+    return f"--{name.replace('_', '-')}"
+
+
 def common_flags(command: F) -> F:
     """Give a command the flags of COMMON."""
     for name, (_, text) in reversed(COMMON.items()):
-        command = click.option(f"--{name.replace('_', '-')}", name, metavar="N", help=text)(command)
+        command = click.option(flag_of(name), name, metavar="N", help=text)(command)
     return command
 
 
@@ -57,7 +62,7 @@ class SettingsCommand(click.Command):
             if key is None:
                 raise
             value = _value_of(error.option_name, typed)
-            flag = next((f"--{name.replace('_', '-')}" for name, (common, _) in COMMON.items() if common == key), None)
+            flag = next((flag_of(name) for name, (common, _) in COMMON.items() if common == key), None)
             told = f"its flag is {flag}" if flag else f"{key} is a setting"
             try_ = quoted(flag, value) if flag else quoted("--set", f"{key}={value}")
             raise SpecError(f"{error.option_name} is no flag: {told}", try_=try_) from None

@@ -33,6 +33,5 @@ def stop(run: str) -> None:
     if folder.result() is not None:
         say("it had come to its end before")
         return
-    steps = folder.checkpoint_steps()
-    say(f"stopped; the last checkpoint is of step {steps[-1]}" if steps else "stopped; there is no checkpoint yet")
+    say(f"stopped; {folder.last_saved()}")
     say(f"  go on: {resuming(folder.path)}")

@@ -12,7 +12,7 @@ State = Literal["planned", "running", "finished", "stopped", "failed", "killed"]
 """Of a run, as its files tell: see `qdist.host.state`."""
 Kind = Literal["load", "start", "step", "eval", "verify", "checkpoint", "resume", "end"]
 
-_Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 _UNSTEADY = 3
 """First steps of a run, in which kernels are chosen and memory grows."""
 
@@ -24,18 +24,18 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """
 
     kind: Kind
-    step: _Count = 0
+    step: Count = 0
     """Optimizer steps finished so far. For `start` and `resume`: the step that the run goes on from."""
-    total_steps: _Count = 0
+    total_steps: Count = 0
     loss: float | None = None
     held_out_loss: float | None = None
     learning_rate: float | None = None
     gradient_norm: float | None = None
-    tokens: _Count = 0
+    tokens: Count = 0
     """Of all ranks, in this step."""
-    padding: _Count = 0
+    padding: Count = 0
     """Positions of all ranks' micro-batches in this step that hold no token."""
-    own_tokens: _Count = 0
+    own_tokens: Count = 0
     """Of this rank's micro-batches alone."""
     seconds: float = 0.0
     """Of this step; for `load`, of loading the backbone."""
@@ -46,11 +46,11 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ZeRO, which adds gradients up during the last backward pass, and in a pipeline, waiting is part of it."""
     update_s: float = 0.0
     """The optimizer's step."""
-    read_bytes: _Count = 0
+    read_bytes: Count = 0
     """For `load`: what this rank had from the disk, pages that were in memory already not counted."""
-    memory_bytes: _Count = 0
+    memory_bytes: Count = 0
     """This rank's peak so far; on the CPU, its largest resident set."""
-    rank: _Count = 0
+    rank: Count = 0
     time: float = 0.0
     """Seconds since the epoch, given by the caller."""
     skipped: bool = False

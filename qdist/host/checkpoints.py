@@ -10,6 +10,8 @@ from qdist.core.spec import RunSpec
 from qdist.host.opening import converted
 from qdist.host.sources import read_json
 
+PICKLED = (".bin", ".pt", ".pth")
+"""Endings of torch's own files."""
 INDEX, QUANTIZE_CONFIG = "model.safetensors.index.json", "quantize_config.json"
 
 

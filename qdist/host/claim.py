@@ -11,13 +11,12 @@ from typing import NamedTuple
 from qdist.core.errors import JobError, RunError
 from qdist.core.plan import digest
 from qdist.core.quoting import resuming
+from qdist.host.disk import is_full
 from qdist.host.files import locked, sweep, write_atomic
 from qdist.host.launcher import Job
-from qdist.host.refusals import refuse_used
+from qdist.host.refusals import ELSEWHERE, refuse_used
 from qdist.host.rundir import ENDED, LOCK, STOP, RunDir, free_name, of_ranks
 from qdist.host.state import sign
-
-_ELSEWHERE = "a --run folder that you may write to, on a disk with room"
 
 
 class Claim(NamedTuple):
@@ -93,8 +92,8 @@ def _with_folder(job: Job) -> tuple[Job, bool]:
 
 
 def _unwritable(run: RunDir, error: OSError) -> RunError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return (JobError if full else RunError)(f"{run.path} cannot be written: {error.strerror}", try_=_ELSEWHERE)
+    kind = JobError if is_full(error) else RunError
+    return kind(f"{run.path} cannot be written: {error.strerror}", try_=ELSEWHERE)
 
 
 def _look_again(job: Job) -> None:

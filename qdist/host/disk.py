@@ -11,7 +11,6 @@ from pathlib import Path
 from qdist.core.errors import JobError, PlanError
 from qdist.core.units import format_bytes
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _BROKEN = (errno.EROFS, errno.EIO, errno.ESTALE)
 """What a disk answers with that went away while it was written to: remounted for reading, broken, on a lost server."""
 
@@ -34,6 +33,11 @@ def obstacle(folder: Path, *, probe: bool = False) -> str:
         except OSError as error:
             return f"{error.strerror}: {there}"
     return ""
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk, or a user's share of it, has no room left."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def nearest(path: Path) -> Path:
@@ -63,11 +67,11 @@ def told_of_disks() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (*_FULL, *_BROKEN):
+        if not is_full(error) and error.errno not in _BROKEN:
             raise
         where = f": {error.filename}" if error.filename else ""
         again = "then the same command again, or `qdist launch --resume` of a run"
         raise JobError(
             f"a disk cannot be written to ({error.strerror}{where})",
-            try_=f"make room there, {again}" if error.errno in _FULL else f"have it mounted for writing, {again}",
+            try_=f"make room there, {again}" if is_full(error) else f"have it mounted for writing, {again}",
         ) from error

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from qdist.core.errors import MachineError, RunError
 
-_BESIDE = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
-"""Names of files that `replacing` is still writing."""
+BESIDE = r"\..+\.[a-z0-9_]{8}\.tmp"
+"""Names of files that `replacing` is still writing, as a regular expression."""
 
 
 def write_atomic(path: Path, content: bytes | str, *, inside: Path | None = None) -> None:
@@ -58,7 +58,7 @@ def sweep(folder: Path) -> None:
     except FileNotFoundError:
         return
     for name in names:
-        if _BESIDE.fullmatch(name):
+        if re.fullmatch(BESIDE, name):
             with contextlib.suppress(OSError):  # another process was faster, or it is another user's
                 descriptor = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
                 try:

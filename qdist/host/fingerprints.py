@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qdist.core.errors import RunError
 from qdist.core.plan import Source
-from qdist.host.checkpoints import safetensors_of
+from qdist.host.checkpoints import PICKLED, safetensors_of
 
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 12
 """What is read of each file beside its header; one of up to 256 KiB is read whole."""
@@ -69,8 +69,7 @@ def _compare(recorded: str, found: str, folder: str, run: str) -> None:
 
 def _weights_of(folder: Path) -> tuple[str, ...]:
     """Names of a folder's safetensors; of torch's own files where there are none."""
-    endings = (".bin", ".pt", ".pth")
-    return safetensors_of(folder) or tuple(sorted(file.name for file in folder.iterdir() if file.suffix in endings))
+    return safetensors_of(folder) or tuple(sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED))
 
 
 def _add_contents(sums: "hashlib._Hash", path: Path, size: int) -> None:

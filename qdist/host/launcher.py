@@ -130,7 +130,7 @@ def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Job:
         prepared = _real(spec, run)
         prepared = of_the_same(old, prepared, run)
     require_same_tensors(old.source, prepared.source.packed, run=str(run.path))
-    return _job(run, spec, prepared, usual_micro_batch=old.micro_batch)._replace(stem="", resumes=digest(old))
+    return _job(run, spec, prepared, old=old)
 
 
 def preview_resume(run: RunDir, changes: Mapping[str, Any]) -> Preview:
@@ -144,7 +144,7 @@ def preview_resume(run: RunDir, changes: Mapping[str, Any]) -> Preview:
         refuse_other_files(old, run)
         tokenized = before if old.data and os.path.exists(old.data.path) else None
         work = (*_surveyed(spec, run).work, *tokenizing(spec, None, tokenized))
-    return Preview(run, _job(run, spec, before, usual_micro_batch=old.micro_batch), work)
+    return Preview(run, _job(run, spec, before, old=old), work)
 
 
 def _new_run(spec: RunSpec) -> RunDir:
@@ -186,8 +186,10 @@ def _changed_since(old: Plan) -> tuple[str, ...]:
     return (f"{source} has changed since: the run goes on with the {data.samples:,} samples it was started with",)
 
 
-def _job(run: RunDir, spec: RunSpec, prepared: Prepared, *, usual_micro_batch: int | None = None) -> Job:
+def _job(run: RunDir, spec: RunSpec, prepared: Prepared, *, old: Plan | None = None) -> Job:
+    """old: the plan that a resumed run goes on from."""
     facts = from_config(prepared.source.config, name=spec.model)
+    usual_micro_batch = old.micro_batch if old else None
     plan = _planned(spec, prepared.source, facts, prepared.data, usual_micro_batch=usual_micro_batch)
     refuse_small_disk(plan, run)
     files = {
@@ -201,7 +203,8 @@ def _job(run: RunDir, spec: RunSpec, prepared: Prepared, *, usual_micro_batch: i
     files[ACCELERATE_FILE] = json.dumps(accelerate_config(plan), indent=2) + "\n"
     files["launch.sh"] = launch_script(plan, python=sys.executable)
     files[PLAN] = msgspec.json.format(msgspec.json.encode(plan), indent=1).decode() + "\n"
-    return Job(run, plan, files, prepared.notes, stem="" if spec.run else _stem(spec))
+    stem, resumes = ("", digest(old)) if old else ("" if spec.run else _stem(spec), "")
+    return Job(run, plan, files, prepared.notes, stem, resumes)
 
 
 def _surveyed(spec: RunSpec, run: RunDir) -> Survey:

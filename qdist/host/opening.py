@@ -145,9 +145,14 @@ def read_value(path: Path, kind: Kind, *, try_: str = "") -> object:
     text = read_text(path, kind, try_=try_)
     with told(f"{path} is not JSON", kind, try_=try_):
         found: object = json.loads(text)
-        if _ESCAPED.search(text) and _SURROGATE.search(json.dumps(found, ensure_ascii=False)):
+        if _ESCAPED.search(text) and holds_half_pair(found):
             raise kind(f"{path} holds half of a surrogate pair, which is no character", try_=try_)
     return found
+
+
+def holds_half_pair(found: object) -> bool:
+    """Whether half of a surrogate pair is in a JSON value. Raises RecursionError for one that is nested too deeply."""
+    return bool(_SURROGATE.search(json.dumps(found, ensure_ascii=False)))
 
 
 def read_object(path: Path, kind: Kind, *, try_: str = "") -> dict[str, Any]:

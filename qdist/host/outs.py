@@ -1,13 +1,12 @@
 """Where a command may write: a link is followed, a device or pipe is written to, and neither is ever replaced."""
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from qdist.core.errors import JobError, QdistError, RunError
-from qdist.host.disk import obstacle
+from qdist.host.disk import is_full, obstacle
 from qdist.host.files import write_atomic
 from qdist.host.opening import node_of
 
@@ -51,7 +50,7 @@ def unwritable(out: Path) -> Iterator[None]:
 
 def unwritten(out: Path, error: OSError, *, try_: str = _OTHER) -> QdistError:
     """The error of what could not be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full(error):
         return JobError(f"no room is left for {out} ({error.strerror})", try_="make room there")
     return RunError(f"{out} cannot be written: {error.strerror}", try_=try_)
 

@@ -72,7 +72,7 @@ def _watch(
     say: Callable[[str], None],
 ) -> tuple[bool, str]:
     """Follow the ranks to their end: whether the user or a scheduler asked them to stop, and who was stuck in what."""
-    run, asked, stuck, stepped, answered, elsewhere = own.job.run, 0, "", False, False, False
+    run, asked, stuck, stepped, answered = own.job.run, 0, "", False, False
 
     def ask(*_: int | FrameType | None) -> None:
         nonlocal asked

@@ -9,7 +9,7 @@ from shlex import quote
 from typing import Any, Literal, TextIO
 
 from qdist.core.errors import DataError
-from qdist.host.opening import JSON_KINDS
+from qdist.host.opening import JSON_KINDS, holds_half_pair
 from qdist.host.record_text import lines, open_text
 from qdist.host.record_types import FIELDS, Located, Record
 
@@ -19,7 +19,6 @@ _LONGEST_WORD = len("-Infinity") + 1
 _SPACE = re.compile(r"[ \t\n\r]*")
 _START = re.compile(r'\s*(\{\s*["}]|\[\s*(["{}\[\]]|$))')
 _ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _LINE = "one whole JSON object a line, its strings closed"
 _EXAMPLE = 'one object a line, such as {"prompt": "...", "completion": "..."}'
 _VALUE = "one whole JSON value there, its strings closed"
@@ -127,7 +126,7 @@ def _record(item: object, where: str, *, escaped: bool = True) -> Record | DataE
     if not isinstance(item, dict):
         return DataError(f"{where}: a record must be a JSON object, not {JSON_KINDS[type(item)]}", try_=_EXAMPLE)
     try:
-        if escaped and _SURROGATE.search(json.dumps(item, ensure_ascii=False)):
+        if escaped and holds_half_pair(item):
             return DataError(f"{where}: half of a surrogate pair, which is no character", try_="leave out that record")
     except RecursionError as error:
         return DataError(f"{where}: {_beyond(error)}")

@@ -20,6 +20,8 @@ from qdist.host.rundir import RunDir
 from qdist.host.state import launcher_is_gone, state_of
 from qdist.host.survey import counted
 
+ELSEWHERE = "a --run folder that you may write to, on a disk with room"
+
 
 def refuse_running(run: RunDir) -> None:
     """Raise RunError where ranks are at work on a run: its plan must stay that of its ranks."""
@@ -57,9 +59,7 @@ def refuse_used(run: RunDir, *, held: bool = False) -> None:
 def refuse_unwritable(run: RunDir, *, probe: bool = False) -> None:
     """Raise RunError where a run directory cannot be written. probe: as `obstacle` has it."""
     if why := obstacle(run.path, probe=probe):
-        raise RunError(
-            f"{run.path} cannot be written: {why}", try_="a --run folder that you may write to, on a disk with room"
-        )
+        raise RunError(f"{run.path} cannot be written: {why}", try_=ELSEWHERE)
 
 
 def refuse_unwritable_cache(*, probe: bool = False) -> None:

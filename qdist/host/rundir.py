@@ -3,14 +3,16 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from qdist.core.cluster import Cluster
 from qdist.core.errors import RunError, nearest
+from qdist.core.events import Count
 from qdist.core.plan import VERSION, Plan, digest
 from qdist.core.quoting import resuming
+from qdist.host.files import BESIDE
 from qdist.host.opening import converted, read_object
 
 PLAN, RESULT, STOP, LOCK = "plan.json", "result.json", "stop", ".lock"
@@ -18,9 +20,7 @@ ENDED, MACHINE = "ended.json", "machine.json"
 _AGAIN = "start the run again"
 _WRITTEN = ("steps", "adapter_bytes", "adapter_parameters", "peaks", "tokens_per_s", "start_seconds")
 T = TypeVar("T")
-_AT_FIRST = re.compile(
-    r"\.lock|(recipe\.toml|(machine|versions|deepspeed|accelerate)\.json|launch\.sh)|\..+\.[a-z0-9_]{8}\.tmp"
-)
+_AT_FIRST = re.compile(rf"\.lock|(recipe\.toml|(machine|versions|deepspeed|accelerate)\.json|launch\.sh)|{BESIDE}")
 """What is written before a plan."""
 
 
@@ -36,9 +36,6 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since the epoch."""
 
 
-_Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
-
-
 class _Speeds(msgspec.Struct):
     measured: float | None
 
@@ -51,15 +48,15 @@ class _Answer(msgspec.Struct):
 
 
 class _Peak(msgspec.Struct):
-    allocated: _Count
-    context: _Count
+    allocated: Count
+    context: Count
 
 
 class _Held(msgspec.Struct):
-    weights: _Count
-    adapter: _Count
-    gradients: _Count
-    optimizer: _Count
+    weights: Count
+    adapter: Count
+    gradients: Count
+    optimizer: Count
 
 
 class _Start(msgspec.Struct):
@@ -69,18 +66,18 @@ class _Start(msgspec.Struct):
 
 class _Loading(msgspec.Struct):
     seconds: float
-    read_bytes: _Count
+    read_bytes: Count
 
 
 class _Result(msgspec.Struct):
     """The kinds of what `result.json` holds."""
 
-    steps: _Count = 0
-    held_out: list[tuple[_Count, float]] = []
+    steps: Count = 0
+    held_out: list[tuple[Count, float]] = []
     answers: list[_Answer] = []
-    adapter_bytes: _Count = 0
-    adapter_parameters: _Count = 0
-    peak_bytes: dict[str, _Count] = {}
+    adapter_bytes: Count = 0
+    adapter_parameters: Count = 0
+    peak_bytes: dict[str, Count] = {}
     peaks: list[list[_Peak]] = []
     held: list[_Held] = []
     tokens_per_s: _Speeds | msgspec.UnsetType = msgspec.UNSET

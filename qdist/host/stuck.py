@@ -117,20 +117,19 @@ class Watchdog:
         self._last = now
         pulses = {rank: pulse for rank, pulse in read_pulses(self._run).items() if pulse.launch == self._launch}
         if (never := sorted(self._ranks - pulses.keys())) and now - self._awake >= max(self._after_s, _START_S):
-            which = f"rank {never[0]}" if len(never) == 1 else f"ranks {', '.join(map(str, never))}"
-            return f"{which} gave no sign of life within {format_duration(now - self._awake)} of the start"
+            return f"{_ranks(never)} gave no sign of life within {format_duration(now - self._awake)} of the start"
         found = troubles(pulses, now=now, after_s=self._after_s, since=self._awake)
         if not found:
             return ""
         wrote = collect_stacks(self._run, pulses)
         still = troubles(pulses, now=now, after_s=self._after_s / 2, since=self._awake)
         others = sorted(one.rank for one in still if one.rank != found[0].rank)
-        waiting = f"; {_ranks(others)} as well" if others else ""
+        stand = "stands still" if len(others) == 1 else "stand still"
+        waiting = f"; {_ranks(others)} {stand} as well" if others else ""
         stacks = f"; stacks of rank {', '.join(map(str, wrote))} are in {self._run.stacks}" if wrote else ""
         return f"{found[0]}{waiting}{stacks}"
 
 
 def _ranks(numbers: list[int]) -> str:
-    if len(numbers) == 1:
-        return f"rank {numbers[0]} stands still"
-    return f"ranks {', '.join(map(str, numbers))} stand still"
+    """'rank 3', or 'ranks 0, 1'."""
+    return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"

@@ -105,8 +105,12 @@ def _write(folder: Path, progress: Progress, state: State) -> None:
     flat = {f"{moment}.{name}": tensor for moment, tensors in state.moments.items() for name, tensor in tensors.items()}
     _save_tensors(flat, folder / "optimizer.safetensors")
     (folder / "state.json").write_bytes(_encoded(progress))
-    closed = {name: (file.stat().st_size, *file_checksum(file)) for name in _FILES if (file := folder / name)}
-    (folder / "DONE").write_bytes(msgspec.json.encode(_Closed(closed)))
+    closed = _Closed({name: _size_and_sums(folder / name) for name in _FILES})
+    (folder / "DONE").write_bytes(msgspec.json.encode(closed))
+
+
+def _size_and_sums(file: Path) -> tuple[int, int, int]:
+    return file.stat().st_size, *file_checksum(file)
 
 
 def load(path: Path) -> tuple[Progress, State]:
@@ -134,11 +138,11 @@ def _require_closed(path: Path) -> None:
     closed = read_typed(path / "DONE", _Closed, RunError, try_=_other(path)).files
     if set(closed) != set(_FILES):
         raise RunError(f"{path / 'DONE'} is not as it was saved", try_=_other(path))
-    for name, (size, *sums) in closed.items():
+    for name, said in closed.items():
         file = path / name
         if not file.is_file():
             raise RunError(f"{path} has no {name}", try_=_other(path))
-        if file.stat().st_size != size or list(file_checksum(file)) != sums:
+        if _size_and_sums(file) != said:
             raise RunError(f"{file} is not as it was saved: its bytes have other sums", try_=_other(path))
 
 

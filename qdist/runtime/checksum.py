@@ -52,9 +52,21 @@ def slice_sums(flat_bytes: torch.Tensor, first_byte: int) -> torch.Tensor:
     return total
 
 
-def few_bytes_checksum(tensor: torch.Tensor) -> tuple[int, int]:
-    """`tensor_checksum` of a tensor of up to FEW_BYTES on the CPU, by one thread, in a tenth of the time: there torch's
-    calls, and its threads that wait for each other, cost more than the bytes.
+def tensor_checksum(tensor: torch.Tensor) -> tuple[int, int]:
+    """The checksum of a whole tensor's bytes, as they lie in a file."""
+    if has_few_bytes(tensor):
+        return _few_bytes_checksum(tensor)
+    return slice_checksum(tensor.detach().contiguous().reshape(-1).view(torch.uint8), 0)
+
+
+def has_few_bytes(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is on the CPU, and so small that its checksum is there at once."""
+    return tensor.device.type == "cpu" and tensor.nbytes <= FEW_BYTES
+
+
+def _few_bytes_checksum(tensor: torch.Tensor) -> tuple[int, int]:
+    """Of up to FEW_BYTES on the CPU, by one thread, in a tenth of the time: there torch's calls, and its threads that
+    wait for each other, cost more than the bytes.
     """
     content = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
     if content.size % 4:
@@ -66,11 +78,6 @@ def few_bytes_checksum(tensor: torch.Tensor) -> tuple[int, int]:
 @cache
 def _numbered() -> "np.ndarray[Any, np.dtype[np.int64]]":
     return np.arange(1, FEW_BYTES // 4 + 1)
-
-
-def tensor_checksum(tensor: torch.Tensor) -> tuple[int, int]:
-    """The checksum of a whole tensor's bytes, as they lie in a file."""
-    return slice_checksum(tensor.detach().contiguous().reshape(-1).view(torch.uint8), 0)
 
 
 def file_checksum(file: Path) -> tuple[int, int]:

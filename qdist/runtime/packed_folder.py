@@ -171,11 +171,17 @@ def _header(entries: list[Entry], metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def write_index(folder: Path, files: Mapping[str, Written]) -> None:
+    """Which tensor is in which file, as transformers reads it."""
+    weight_map = {name: file for file, written in files.items() for name in written.checksums}
+    total = sum(written.tensor_bytes for written in files.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
 def finish(folder: Path, written: Mapping[str, Written], manifest: Manifest) -> None:
     """Write index and manifest, and remove the records of finished files."""
-    weight_map = {name: file for file, part in written.items() for name in part.checksums}
-    index = {"metadata": {"total_size": manifest.bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    write_index(folder, written)
     (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
     for name in written:
         (folder / f".{name}.json").unlink(missing_ok=True)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from qdist.core.errors import ModelError
 from qdist.core.quoting import quoted
 from qdist.host.files import cache_path
-from qdist.runtime.checksum import FEW_BYTES, MODULUS, few_bytes_checksum, slice_sums
+from qdist.runtime.checksum import MODULUS, has_few_bytes, slice_sums, tensor_checksum
 
 Sums = Mapping[str, tuple[int, int]]
 """`qdist.runtime.checksum` of each tensor of a folder, by its name."""
@@ -67,8 +67,8 @@ class SumCheck:
             return
         if name not in self.expected:
             raise ModelError(f"{file}: nothing was recorded of the tensor {name}", try_=again(file.parent))
-        if is_whole and tensor.device.type == "cpu" and tensor.nbytes <= FEW_BYTES:
-            self._require(file, name, few_bytes_checksum(tensor))
+        if is_whole and has_few_bytes(tensor):
+            self._require(file, name, tensor_checksum(tensor))
             return
         content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         self._read.append(_Read(file, name, slice_sums(content, first_byte), group))

@@ -4,7 +4,6 @@ It is built in a hidden folder beside, and renamed at the end. What in that fold
 the work, not of the result: a mark that says what is being built, records of finished files.
 """
 
-import errno
 import hashlib
 import os
 import shutil
@@ -13,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from qdist.core.errors import JobError, ModelError, RunError
+from qdist.host.disk import is_full
 from qdist.host.files import cache_dir, flush, locked, sync
 
 _MARK, _WHOLE = ".identity", "whole"
@@ -85,7 +85,7 @@ def _told(out: Path, inside: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise JobError(
                 f"no room is left for {out} ({error.strerror}). What is finished stays, and the same command goes on "
                 "from it",

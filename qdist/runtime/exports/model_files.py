@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +10,9 @@ import torch
 
 from qdist.core.errors import ModelError
 from qdist.core.plan import Plan, Source
-from qdist.host.checkpoints import INDEX
 from qdist.host.files import write_atomic
 from qdist.host.opening import read_object
 from qdist.runtime.load import load_tokenizer
-from qdist.runtime.packed_folder import Written
-from qdist.runtime.recorded_sums import keep_sums
 from qdist.runtime.special_tokens import align_config
 
 _GENERATION = "generation_config.json"
@@ -49,15 +45,6 @@ def write_generation_config(folder: Path, plan: Plan) -> None:
         said = SimpleNamespace(eos_token_id=tokenizer.eos_token_id)
         align_config(SimpleNamespace(config=said, generation_config=None), tokenizer, plan.ends)
         write_atomic(folder / _GENERATION, json.dumps(vars(said), indent=2, sort_keys=True) + "\n")
-
-
-def write_index(folder: Path, files: Mapping[str, Written]) -> None:
-    """Which tensor is in which file, as transformers reads it."""
-    weight_map = {name: file for file, written in files.items() for name in written.checksums}
-    total = sum(written.tensor_bytes for written in files.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    keep_sums(folder, files.values())
-    write_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def generation_settings(model: Any, source: Source) -> dict[str, Any]:

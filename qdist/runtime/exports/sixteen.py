@@ -18,9 +18,10 @@ from qdist.host.terminal import say
 from qdist.runtime.exports.backbone import Backbone, Onto
 from qdist.runtime.exports.job import Export
 from qdist.runtime.exports.merged import Merged
-from qdist.runtime.exports.model_files import write_index, write_model_files
+from qdist.runtime.exports.model_files import write_model_files
 from qdist.runtime.exports.update import Adapters
-from qdist.runtime.packed_folder import Entry, Written, file_name, finished, write_tensors
+from qdist.runtime.packed_folder import Entry, Written, file_name, finished, write_index, write_tensors
+from qdist.runtime.recorded_sums import keep_sums
 from qdist.runtime.work_folder import filled, reserved
 
 _VERSION = 1
@@ -57,6 +58,7 @@ def write(adapters: Adapters, out: Path, *, onto: Onto, dtype: torch.dtype) -> i
             _write(work, files, written)
             backbone = merged.backbone
             write_model_files(work, backbone.model, backbone.plan, dtype)
+            keep_sums(work, written.values())
             write_index(work, written)
     return sum(part.tensor_bytes for part in written.values())
 

@@ -16,9 +16,9 @@ import torch
 
 from qdist.core.gptq import Gptq, to_config
 from qdist.core.quoting import command
-from qdist.host.checkpoints import INDEX, QUANTIZE_CONFIG
+from qdist.host.checkpoints import QUANTIZE_CONFIG
 from qdist.host.files import write_atomic
-from qdist.runtime.packed_folder import Entry, Written, entries_of
+from qdist.runtime.packed_folder import Entry, Written, entries_of, write_index
 from qdist.runtime.recorded_sums import keep_sums
 
 
@@ -46,13 +46,8 @@ def finish(folder: Path, config: Mapping[str, Any], gptq: Gptq, files: Mapping[s
 
     config: the model's own config.json.
     """
-    weight_map = {name: file for file, written in files.items() for name in written.checksums}
-    index = {
-        "metadata": {"total_size": sum(written.tensor_bytes for written in files.values())},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
     stated = to_config(gptq)
-    write_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    write_index(folder, files)
     write_atomic(folder / QUANTIZE_CONFIG, json.dumps(stated, indent=2) + "\n")
     write_atomic(folder / "config.json", json.dumps({**config, "quantization_config": stated}, indent=2) + "\n")
     keep_sums(folder, files.values())

@@ -9,12 +9,12 @@ import torch
 
 from qdist.core.errors import ModelError
 from qdist.host.cached import CHECKSUMS
+from qdist.host.checkpoints import PICKLED
 from qdist.host.files import cache_dir, locked, publish_folder
 from qdist.host.opening import reason_of, told
 from qdist.runtime.packed_folder import entries_of, tensor_files, write_tensors
 from qdist.runtime.recorded_sums import keep_computed_sums
 
-_ENDINGS = (".bin", ".pt", ".pth")
 _NOT_TENSORS = {"training_args.bin", "optimizer.pt", "scheduler.pt"}
 
 
@@ -23,7 +23,7 @@ def in_safetensors(folder: Path) -> Path:
 
     Raises ModelError for a file that holds anything but tensors, or is not whole.
     """
-    files = sorted(file for file in folder.iterdir() if file.suffix in _ENDINGS and file.name not in _NOT_TENSORS)
+    files = sorted(file for file in folder.iterdir() if file.suffix in PICKLED and file.name not in _NOT_TENSORS)
     if tensor_files(folder) or not files:
         return folder
     kept = cache_dir("gptq")
