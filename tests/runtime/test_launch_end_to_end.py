@@ -366,8 +366,10 @@ def test_a_stopped_rank_is_named_with_stacks_and_the_run_goes_on_from_its_checkp
     launch: Launch, train: TrainRun, model: Path, folder: Path, never_killed: RunDir
 ) -> None:
     run = RunDir(folder / "stopped")
-    process = launch(*flags(model, run.path, **LONG, **{"train.stuck_seconds": 3}))
-    wait_until(lambda: bool(run.checkpoint_steps()), "no checkpoint came", process=process)
+    process = launch(*flags(model, run.path, **{**LONG, "train.stuck_seconds": 3, "train.save_steps": 20}))
+    # Well between two checkpoints: a rank that waits in one is said to be writing, and not to stand still.
+    wait_until(lambda: max(losses_of(run), default=0) > 20, "no step behind a checkpoint came", process=process)
+    assert run.checkpoint_steps()
     assert state_of(run) == "running"
     os.kill(rank_process(run.path, 1), signal.SIGSTOP)
     said, _ = process.communicate(timeout=60)
