@@ -24,12 +24,12 @@ _METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
 def metrics_beside(a: Report, b: Report) -> Table:
     """What both or one of them measured, and by how much B differs from A."""
     rows = []
-    for key, (label, shown) in _METRICS.items():
+    for key, (label, as_text) in _METRICS.items():
         first, second = a.metrics.get(key), b.metrics.get(key)
         if first is None and second is None:
             continue
         difference = signed(second / first - 1) if first and second is not None else ""
-        rows.append((label, *("-" if value is None else shown(value) for value in (first, second)), difference))
+        rows.append((label, *("-" if value is None else as_text(value) for value in (first, second)), difference))
     return Table(headers=("", a.name, b.name, "B against A"), rows=tuple(rows))
 
 

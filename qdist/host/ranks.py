@@ -48,17 +48,17 @@ def start(own: Claim, *, show: Show, say: Callable[[str], None], recall: Show | 
             pass_fds=(own.lock,),
             preexec_fn=children.ending_with_this(),
         )
-    stopped, stuck = _watch(own, ranks, follower, watchdog, show, say)
+    stopped, hung = _watch(own, ranks, follower, watchdog, show, say)
     if own.is_lost():
         raise endings.lost(run)
     if run.result() is not None and ranks.returncode == 0:
         with contextlib.suppress(OSError):  # a cache that cannot be written to makes no run fail
             lessons.learn(run)
         return
-    if stopped and not stuck and ranks.returncode in (0, -signal.SIGKILL):
+    if stopped and not hung and ranks.returncode in (0, -signal.SIGKILL):
         endings.note(run, Ended(state="stopped", time=time.time()))
         raise KeyboardInterrupt
-    error = endings.stuck(run, stuck) if stuck else endings.died(run, before, ranks.returncode)
+    error = endings.stuck(run, hung) if hung else endings.died(run, before, ranks.returncode)
     endings.note(run, Ended(state="failed", message=error.message, try_=error.try_, time=time.time()))
     raise error
 

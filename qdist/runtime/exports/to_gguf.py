@@ -15,7 +15,8 @@ from qdist.host.disk import require_space
 from qdist.host.files import sync
 from qdist.host.terminal import say
 from qdist.runtime.exports.backbone import Backbone
-from qdist.runtime.exports.gguf import Affine, Kind, Make, file_bytes, write_gguf
+from qdist.runtime.exports.gguf import file_bytes, write_gguf
+from qdist.runtime.exports.gguf_blocks import Affine, Kind, Make
 from qdist.runtime.exports.gguf_check import check_gguf
 from qdist.runtime.exports.job import Export
 from qdist.runtime.exports.merged import Merged
