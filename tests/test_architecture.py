@@ -14,7 +14,7 @@ from qdist.cli.main import COMMANDS
 ROOT = Path(str(qdist.__file__)).parent
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path.read_text().strip())
 LIGHT = ("cli", "core", "host")
-MOST_LINES = 320
+MOST_LINES = 450
 
 
 def named(path: Path) -> str:
