@@ -34,8 +34,8 @@ def qdist(*words: str) -> None:
 
 def base_model(work: Path) -> Path:
     """SmolLM2 as Qwen2.5 base and its like are published: the template ends turns with what is not eos."""
-    from qdist.host.sources import locate
-    from qdist.runtime.materialize import materialize
+    from qdist.host.sources.models import locate
+    from qdist.runtime.quantize.materialize import materialize
 
     folder = work / "smol-base"
     shutil.copytree(materialize(locate("smollm2-135m")), folder, dirs_exist_ok=True)

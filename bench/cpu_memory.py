@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from qdist.core.prediction import MEANING, error, shown_error
+from qdist.core.telemetry.memory_report import MEANING, error, shown_error
 
 MIB = 2**20
 USUAL = "seed=0 train.eval_steps=0 train.answers=0 train.held_out=0.02 steps=3"
@@ -70,7 +70,7 @@ CASES = {
         "--model qwen2.5-0.5b --load-format dummy", "seq_len=128 micro_batch=2 global_batch=2 steps=2"
     ),
 }
-"""What the constants of `core/cpu_memory.py` were taken from."""
+"""What the constants of `core/planning/process_memory.py` were taken from."""
 UNSEEN = {
     "shard, recomputed, 2 x 512": Case(f"{LONG} {SHARD}", f"seq_len=512 micro_batch=2 global_batch=4 {CHECKPOINTS}"),
     "resumed, 1 on 2": Case(SMALL, resumed=2),

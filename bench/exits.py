@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from qdist.host.rundir import RunDir
-from qdist.runtime.exports import sixteen, to_gguf, widen
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.exports import merged_16bit, qalora_as_lora
 from qdist.runtime.exports.evaluation import Evaluation
+from qdist.runtime.exports.gguf import export
 from qdist.runtime.exports.job import Export
-from qdist.runtime.exports.offsets import merge_offsets
-from qdist.runtime.load import with_packed
-from qdist.runtime.methods.backbone import DTYPES, load_backbone
+from qdist.runtime.exports.qalora_merge import merge_offsets
+from qdist.runtime.infer.load import with_packed
+from qdist.runtime.model.skeleton import DTYPES, load_backbone
 from qdist.runtime.quiet import quiet
 
 
@@ -63,7 +64,7 @@ def widened(evaluation: Evaluation, run: Path, out: Path) -> float:
     """PEFT with its own LoRA layers over the packed base."""
     from peft import PeftModel
 
-    widen.widen(Export(runs=(run,), out=out).adapters, out)
+    qalora_as_lora.widen(Export(runs=(run,), out=out).adapters, out)
     plan = evaluation.plan
     backbone = load_backbone(
         with_packed(plan), bits=plan.spec.bits, quant=plan.spec.quant, dtype=DTYPES[plan.compute_dtype],
@@ -76,7 +77,7 @@ def widened(evaluation: Evaluation, run: Path, out: Path) -> float:
 def written(evaluation: Evaluation, run: Path, out: Path, dtype: Any) -> float:
     """A 16-bit model, read back."""
     job = Export(runs=(run,), out=out, dtype=dtype)
-    sixteen.write(job.adapters, out, onto="dequantized", dtype=job.torch_dtype)
+    merged_16bit.write(job.adapters, out, onto="dequantized", dtype=job.torch_dtype)
     return value(evaluation.written(out, job.torch_dtype))
 
 
@@ -86,7 +87,7 @@ def in_gguf(evaluation: Evaluation, run: Path, out: Path, kind: Any) -> float:
 
     out.parent.mkdir()
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        to_gguf.run(Export(runs=(run,), out=out, type=kind))
+        export.run(Export(runs=(run,), out=out, type=kind))
     print(f"{'':28}{said.getvalue().splitlines()[0].partition(': ')[2]}")
     model = AutoModelForCausalLM.from_pretrained(out.parent, gguf_file=out.name, dtype=torch.float32).eval()
     return evaluation.held_out(model, torch.float32)

@@ -16,18 +16,18 @@ from unittest.mock import patch
 
 import torch
 
-from qdist.core.cluster import hypothetical
-from qdist.core.models import config_of
-from qdist.core.spec import nest, resolve
-from qdist.core.units import GIB, format_bytes
-from qdist.host import claim, launcher
-from qdist.host.rundir import RunDir
-from qdist.runtime import checkpoint
-from qdist.runtime.engine import State
-from qdist.runtime.export import gather
+from qdist.core.machine.cluster import hypothetical
+from qdist.core.model.aliases import config_of
+from qdist.core.spec.spec import nest, resolve
+from qdist.core.text import GIB, format_bytes
+from qdist.host.launch import claim, prepare
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.engine.torch import State
+from qdist.runtime.train import checkpoint
+from qdist.runtime.train.result import gather
 
 COMMANDS = {
-    "merge": ("qdist.runtime.merge", ()),
+    "merge": ("qdist.runtime.exports.merge", ()),
     "export --to lora": ("qdist.runtime.exports.main", ("lora",)),
     "export --to 16bit": ("qdist.runtime.exports.main", ("16bit",)),
 }
@@ -66,8 +66,8 @@ def made(model: str, layers: int, method: str, folder: Path) -> RunDir:
     settings = {"model": str(source), "run": str(folder / f"run-{layers}"), "load_format": "dummy", "steps": 1}
     settings |= {"method": method, "gpus": 1, "seq_len": 64, "global_batch": 1, "train.held_out": 0.0}
     spec = resolve(nest({**settings, "quant.group_size": 32} if method != "qlora" else settings))
-    with patch("qdist.host.probe.cluster", return_value=hypothetical(1, 140 * GIB, name="H200")):
-        job = launcher.prepare(spec)  # as if it had been trained elsewhere: what merges it is this machine
+    with patch("qdist.host.machine.probe.cluster", return_value=hypothetical(1, 140 * GIB, name="H200")):
+        job = prepare.prepare(spec)  # as if it had been trained elsewhere: what merges it is this machine
     claim.write(job)
     plan, generator = job.plan, torch.Generator().manual_seed(0)
     tensors: dict[str, torch.Tensor] = {}

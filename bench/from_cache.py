@@ -17,11 +17,11 @@ from pathlib import Path
 import msgspec
 from gptq_speed import made
 
-from qdist.core.models import config_of
-from qdist.core.packing import Packing
-from qdist.core.units import format_bytes
-from qdist.host.checkpoints import INDEX
-from qdist.runtime.packed_folder import (
+from qdist.core.model.aliases import config_of
+from qdist.core.model.storage import Packing
+from qdist.core.text import format_bytes
+from qdist.host.sources.model_folder import INDEX
+from qdist.runtime.formats.packed_folder import (
     MANIFEST,
     file_name,
     finish,
@@ -29,7 +29,7 @@ from qdist.runtime.packed_folder import (
     stored_entries,
     write_tensors,
 )
-from qdist.runtime.quantize_pack import pack
+from qdist.runtime.quantize.pack import pack
 
 
 def main() -> None:

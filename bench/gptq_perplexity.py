@@ -21,15 +21,15 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qdist.core.gptq import Shape, from_config
-from qdist.host.sources import locate
-from qdist.runtime.gptq.folder import Quantized
-from qdist.runtime.gptq.job import Wanted
-from qdist.runtime.gptq.make import make
-from qdist.runtime.gptq.solve import curvature, solve, unpacked
-from qdist.runtime.materialize import materialize
-from qdist.runtime.packed_folder import opened, tensor_files
-from qdist.runtime.quantize_source import blueprint
+from qdist.core.model.gptq import Shape, from_config
+from qdist.host.sources.models import locate
+from qdist.runtime.formats.gptq_folder import Quantized
+from qdist.runtime.formats.packed_folder import opened, tensor_files
+from qdist.runtime.quantize.gptq.job import Wanted
+from qdist.runtime.quantize.gptq.make import make
+from qdist.runtime.quantize.gptq.solve import curvature, solve, unpacked
+from qdist.runtime.quantize.materialize import materialize
+from qdist.runtime.quantize.source import blueprint
 
 SHAPE = Shape(4, 128)
 GPTQ: dict[str, dict[str, Any]] = {

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qdist.core.models import config_of
-from qdist.core.units import format_bytes
-from qdist.runtime.quantize_source import blueprint
+from qdist.core.model.aliases import config_of
+from qdist.core.text import format_bytes
+from qdist.runtime.quantize.source import blueprint
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from statistics import median
 
 import torch
 
-from qdist.host.rundir import RunDir
+from qdist.host.run.rundir import RunDir
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29411"}
 
@@ -56,9 +56,8 @@ def main() -> None:
 
 def model_of(run: RunDir) -> tuple:
     """(its loss, number of layers, device) of the run's plan, in this process."""
-    from qdist.runtime.assemble import assemble, load_part
-    from qdist.runtime.comm import Comm
-    from qdist.runtime.setup import make_accelerator, pick_devices
+    from qdist.runtime.engine.comm import Comm
+    from qdist.runtime.train.setup import assemble, load_part, make_accelerator, pick_devices
 
     plan = run.plan()
     devices = pick_devices(plan, 0)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qdist.cli.dashboard import dashboard
-from qdist.core.fold import Fold
-from qdist.core.snapshot import Snapshot
-from qdist.host.follow import Follower
-from qdist.host.rundir import RunDir
+from qdist.cli.views.dashboard import dashboard
+from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.snapshot import Snapshot
+from qdist.host.run.follow import Follower
+from qdist.host.run.rundir import RunDir
 
 
 def main() -> None:

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from qdist.core.gptq import Gptq
-from qdist.host.checkpoints import stated
-from qdist.runtime.exports.offsets import LARGEST
-from qdist.runtime.gptq.bits import unpack_zeros
-from qdist.runtime.packed_folder import tensor_files
+from qdist.core.model.gptq import Gptq
+from qdist.host.sources.model_folder import stated
+from qdist.runtime.exports.qalora_merge import LARGEST
+from qdist.runtime.formats.packed_folder import tensor_files
+from qdist.runtime.kernels.gptq_bits import unpack_zeros
 
 SHARES = (0.005, 0.02, 0.1, 0.3, 1.0)
 RANK = 16

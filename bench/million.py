@@ -16,11 +16,11 @@ from pathlib import Path
 
 import msgspec
 
-from qdist.core.events import Event, encode
-from qdist.core.spec import resolve
-from qdist.core.units import format_bytes
-from qdist.host import claim, launcher
-from qdist.host.rundir import RunDir
+from qdist.core.spec.spec import resolve
+from qdist.core.telemetry.events import Event, encode
+from qdist.core.text import format_bytes
+from qdist.host.launch import claim, prepare
+from qdist.host.run.rundir import RunDir
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
         print(f"report.html: {format_bytes((run.path / 'report.html').stat().st_size)}")
 
 
-def job(run: RunDir) -> launcher.Job:
+def job(run: RunDir) -> prepare.Job:
     """A plan for a model that is not there."""
     config = Path(run.path.parent.parent, "model", "config.json")
     config.parent.mkdir(parents=True)
@@ -54,7 +54,7 @@ def job(run: RunDir) -> launcher.Job:
              "vocab_size": 128, "num_attention_heads": 4, "max_position_embeddings": 512}  # fmt: skip
     config.write_text(json.dumps(shape))
     settings = {"model": str(config.parent), "load_format": "dummy", "gpus": 2, "run": str(run.path), "steps": 10}
-    return launcher.prepare(resolve(settings))
+    return prepare.prepare(resolve(settings))
 
 
 def write(run: RunDir, steps: int) -> None:

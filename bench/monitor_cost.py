@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from qdist.core.models import config_of
+from qdist.core.model.aliases import config_of
 
 WARM_STEPS = 15
 SIZES = ((200, 50), (80, 24))

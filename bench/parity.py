@@ -16,9 +16,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qdist.core.events import decode_lines, losses
-from qdist.host.rundir import RunDir
-from qdist.runtime.samples import read_samples
+from qdist.core.telemetry.events import decode_lines, losses
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.data.batches import read_samples
 
 SETTINGS = [
     "steps=20",

@@ -16,11 +16,11 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 from qdist.cli.plan import Request, plan, planned
-from qdist.core.cards import TITLES
-from qdist.core.cluster import Cluster, Gpu
 from qdist.core.errors import QdistError
-from qdist.core.models import ALIASES
-from qdist.core.units import GIB
+from qdist.core.machine.cards import TITLES
+from qdist.core.machine.cluster import Cluster, Gpu
+from qdist.core.model.aliases import ALIASES
+from qdist.core.text import GIB
 
 NO_HINT = "a smaller model, or larger GPUs"
 NO_GPU = Cluster(device="cpu", gpus=(), cpu_count=8, memory_bytes=32 * GIB, memory_free_bytes=30 * GIB)

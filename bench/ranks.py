@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from qdist.runtime.checkpoint import load_tensors
+from qdist.runtime.train.checkpoint import load_tensors
 
 SETTINGS = ["micro_batch=2", "lora.dropout=0.1", "train.answers=0", "train.eval_steps=0", "train.held_out=0.02"]
 

@@ -9,10 +9,10 @@ import torch
 from bitsandbytes.optim import PagedAdamW32bit
 from peft import LoraConfig, get_peft_model
 
-from qdist.core.models import config_of
-from qdist.core.plan import Source
-from qdist.core.spec import Quant
-from qdist.runtime.methods.backbone import load_backbone
+from qdist.core.model.aliases import config_of
+from qdist.core.planning.plan import Source
+from qdist.core.spec.spec import Quant
+from qdist.runtime.model.skeleton import load_backbone
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

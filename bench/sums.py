@@ -17,17 +17,17 @@ from unittest import mock
 
 import torch
 
-from qdist.core.facts import ModelFacts, from_config
-from qdist.core.memory import BLOCK, NESTED_BLOCK
-from qdist.core.models import config_of
-from qdist.core.plan import Source
-from qdist.core.spec import Quant
-from qdist.runtime.checksum import slice_sums
-from qdist.runtime.methods import backbone
-from qdist.runtime.methods.packed import Packed4bit
-from qdist.runtime.methods.skeleton import skeleton
-from qdist.runtime.packed_folder import entries_of, write_tensors
-from qdist.runtime.recorded_sums import keep_sums
+from qdist.core.model.aliases import config_of
+from qdist.core.model.shapes import ModelFacts, from_config
+from qdist.core.planning.memory import BLOCK, NESTED_BLOCK
+from qdist.core.planning.plan import Source
+from qdist.core.spec.spec import Quant
+from qdist.runtime.formats.checksum import slice_sums
+from qdist.runtime.formats.packed_folder import entries_of, write_tensors
+from qdist.runtime.formats.recorded_sums import keep_sums
+from qdist.runtime.model import skeleton as backbone
+from qdist.runtime.model.packed import Packed4bit
+from qdist.runtime.model.skeleton import skeleton
 
 _FILE = "model-{:05d}.safetensors"
 

@@ -12,12 +12,12 @@ from statistics import median
 import torch
 from torch import nn
 
-from qdist.core.gptq import Shape
-from qdist.core.spec import Quant
-from qdist.runtime.methods.packed import Packed4bit, PackedLinear
-from qdist.runtime.methods.packed_gptq import PackedGptq
-from qdist.runtime.methods.skeleton import fill
-from qdist.runtime.methods.weights import RandomWeights
+from qdist.core.model.gptq import Shape
+from qdist.core.spec.spec import Quant
+from qdist.runtime.model.packed import Packed4bit, PackedLinear
+from qdist.runtime.model.packed_gptq import PackedGptq
+from qdist.runtime.model.skeleton import fill
+from qdist.runtime.model.weights import RandomWeights
 
 SHAPES = {"qkv, o": (4096, 4096), "gate, up": (4096, 11008), "down": (11008, 4096)}
 """Inputs and outputs."""

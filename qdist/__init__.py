@@ -11,8 +11,8 @@ def load(
     device: str | None = None,
     max_memory: str | int | None = None,
 ) -> tuple[Any, Any]:
-    """A run with its adapter on, or any model, as `(model, tokenizer)`; see `qdist.runtime.load.load`."""
-    from qdist.runtime.load import load as heavy_load
+    """A run with its adapter on, or any model, as `(model, tokenizer)`; see `qdist.runtime.infer.load.load`."""
+    from qdist.runtime.infer.load import load as heavy_load
 
     return heavy_load(run_or_model, dtype=dtype, device=device, max_memory=max_memory)
 

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from qdist.core.cluster import Cluster, Gpu, hypothetical
-from qdist.core.facts import from_config
-from qdist.core.models import config_of
-from qdist.core.plan import DataFacts, Plan, Source
-from qdist.core.planner import make_plan
-from qdist.core.spec import nest, resolve
-from qdist.core.units import GIB
+from qdist.core.machine.cluster import Cluster, Gpu, hypothetical
+from qdist.core.model.aliases import config_of
+from qdist.core.model.shapes import from_config
+from qdist.core.planning.plan import DataFacts, Plan, Source
+from qdist.core.planning.planner import make_plan
+from qdist.core.spec.spec import nest, resolve
+from qdist.core.text import GIB
 
 CPU = Cluster(device="cpu", gpus=(), cpu_count=8, memory_bytes=256 * GIB, memory_free_bytes=250 * GIB)
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qdist.core.keys import known_keys
-from qdist.core.spec import RunSpec
+from qdist.core.spec.spec import RunSpec, known_keys
 
 ROOT = Path(__file__).parent.parent
 DATA = {

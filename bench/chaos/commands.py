@@ -39,9 +39,12 @@ def settled() -> None:
     import transformers.models.llama.modeling_llama
 
     from qdist.cli import main
-    from qdist.runtime import child, export, gptq, merge, prepare, quantize, worker
+    from qdist.runtime import child, gptq
+    from qdist.runtime.exports import merge
+    from qdist.runtime.quantize import bitsandbytes as quantize
+    from qdist.runtime.train import prepare, result, worker
 
-    assert all((bitsandbytes, peft, transformers, main, child, export, gptq, merge, prepare, quantize, worker))
+    assert all((bitsandbytes, peft, transformers, main, child, result, gptq, merge, prepare, quantize, worker))
     torch.set_num_threads(1)
 
 
@@ -93,11 +96,12 @@ def _ended(code: int) -> None:
 def qdist(*arguments: str) -> int:
     """The command line, with all that it starts, in this process; its exit code."""
     from qdist.cli.main import main
-    from qdist.host import children, ranks
+    from qdist.host import children
+    from qdist.host.launch import local
 
     warnings.filterwarnings("ignore", "'qdist.runtime.* found in sys.modules", RuntimeWarning)
     sys.argv = ["qdist", *arguments]
-    with mock.patch.object(children, "run", _child), mock.patch.object(ranks.subprocess, "Popen", _started):
+    with mock.patch.object(children, "run", _child), mock.patch.object(local.subprocess, "Popen", _started):
         return _code(main)
 
 
@@ -133,8 +137,8 @@ class Ranks:
     """In place of torch.distributed.run: a fork that is the only rank."""
 
     def __init__(self, run: Path) -> None:
-        from qdist.core.plan import digest
-        from qdist.host.rundir import RunDir
+        from qdist.core.planning.plan import digest
+        from qdist.host.run.rundir import RunDir
 
         plan = RunDir(run).plan()
         assert plan.world_size == 1
@@ -166,7 +170,7 @@ def _be_rank(run: Path, digest: str) -> None:
     sys.argv = ["worker", str(run), "--digest", digest]
     code = 1
     try:
-        from qdist.runtime import worker
+        from qdist.runtime.train import worker
 
         code = _code(worker.main)
     finally:
@@ -197,25 +201,25 @@ def _launch(run: str, *more: str, model: str = "", **settings: str) -> Command:
 
 def _lesson(world: Path) -> int:
     """What a finished run on GPUs leaves in the cache; none of this machine can be made."""
-    from qdist.core.lessons import Lesson
-    from qdist.host import lessons
+    from qdist.core.machine.calibration import Lesson
+    from qdist.host.run import calibration
 
     fields = dict.fromkeys(Lesson.__struct_fields__, 1) | {
         "card": "a card", "placement": "replicate", "model": "a model", "rates": "table", "version": "1"
     }  # fmt: skip
     with contextlib.suppress(FileNotFoundError):
-        (world / "cache" / lessons.FILE).unlink()
+        (world / "cache" / calibration.FILE).unlink()
     for _ in range(2):
-        lessons.append(Lesson(**fields))
+        calibration.append(Lesson(**fields))
     return 0
 
 
 def _noted(world: Path) -> int:
     """The line that a launch adds to what was typed."""
-    from qdist.host import commands
-    from qdist.host.rundir import RunDir
+    from qdist.host.run import rundir
+    from qdist.host.run.rundir import RunDir
 
-    commands.note(RunDir(world / "runs/nf4"), ["qdist", "launch", "again"])
+    rundir.note(RunDir(world / "runs/nf4"), ["qdist", "launch", "again"])
     return 0
 
 

@@ -25,21 +25,21 @@ from safetensors import SafetensorError
 
 from bench.chaos.ground import Ground, has_traceback, qdist, table
 from qdist.core.errors import QdistError
-from qdist.host.adapters import step_note
-from qdist.host.cached import CHECKSUMS
-from qdist.host.rundir import RunDir
-from qdist.runtime import checkpoint
-from qdist.runtime.checksum import tensor_checksum
-from qdist.runtime.engine import MOMENTS, State
-from qdist.runtime.export import gather
-from qdist.runtime.exports.offsets import merge_offsets
+from qdist.host.run.rundir import RunDir
+from qdist.host.sources.cache import CHECKSUMS
+from qdist.host.sources.targets import step_note
+from qdist.runtime.data.tokenized import load as load_tokens
+from qdist.runtime.engine.torch import MOMENTS, State
+from qdist.runtime.exports.qalora_merge import merge_offsets
 from qdist.runtime.exports.update import Adapters
-from qdist.runtime.load import load, plan_of, with_packed
-from qdist.runtime.methods import weights
-from qdist.runtime.methods.backbone import DTYPES, load_backbone
-from qdist.runtime.quantize_source import blueprint, tensors_of
-from qdist.runtime.recorded_sums import keep_computed_sums
-from qdist.runtime.tokenized import load as load_tokens
+from qdist.runtime.formats.checksum import tensor_checksum
+from qdist.runtime.formats.recorded_sums import keep_computed_sums
+from qdist.runtime.infer.load import load, plan_of, with_packed
+from qdist.runtime.model import weights
+from qdist.runtime.model.skeleton import DTYPES, load_backbone
+from qdist.runtime.quantize.source import blueprint, tensors_of
+from qdist.runtime.train import checkpoint
+from qdist.runtime.train.result import gather
 from tests.runtime.tiny import adapted_run, real_job
 
 Read = Callable[[], object]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from qdist.core.gptq import Gptq, Shape
+from qdist.core.model.gptq import Gptq, Shape
 from tests.runtime.gptq_files import padded, save_gptq
 from tests.runtime.tiny import save_data, save_model
 

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 from bench.chaos.ground import Ground, left, processes, qdist, table
 from bench.chaos.trials import each, finish, folder_for, parser, why
-from qdist.core.events import decode_lines, losses
-from qdist.host.rundir import RunDir
+from qdist.core.telemetry.events import decode_lines, losses
+from qdist.host.run.rundir import RunDir
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "replicate 1": ("--gpus=1",),
@@ -245,7 +245,7 @@ def kind(line: str) -> str:
     """What a process of a launch is, by its command line."""
     if "torch.distributed.run" in line or "launch.sh" in line:
         return "agent"
-    if "qdist.runtime.worker" in line:
+    if "qdist.runtime.train.worker" in line:
         return "rank"
     return "preparing" if "qdist.runtime" in line else "launcher" if "qdist launch" in line else "other"
 

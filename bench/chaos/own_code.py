@@ -27,7 +27,7 @@ OPTIONAL = (
 )  # fmt: skip
 MARKS = "from pathlib import Path\nwith open({mark!r}, 'a') as file:\n    file.write({name!r} + '\\n')\n"
 IMPORTS = """
-import sys, qdist.cli.main, qdist.runtime.prepare, qdist.runtime.worker, qdist.runtime.merge
+import sys, qdist.cli.main, qdist.runtime.train.prepare, qdist.runtime.train.worker, qdist.runtime.exports.merge
 import torch, transformers, peft, accelerate, bitsandbytes, deepspeed, datasets, safetensors
 print(*sorted({name.partition(".")[0] for name in sys.modules}))
 """

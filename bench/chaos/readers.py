@@ -28,7 +28,7 @@ from bench.chaos.ground import table
 from bench.chaos.mutations import NODES, Form, put_node, spoiled
 from bench.chaos.strangers import READERS, Reader, make_world
 from qdist.core.errors import QdistError
-from qdist.core.printing import printable
+from qdist.core.text import printable
 from qdist.host.terminal import error_text
 
 _MOST_S = 10.0

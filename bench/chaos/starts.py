@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from bench.chaos.ground import left, processes, qdist, table
 from bench.chaos.trials import Task, numbered
-from qdist.host.rundir import RunDir
+from qdist.host.run.rundir import RunDir
 
 VICTIMS = ("launcher", "agent", "rank", "all")
 LONGEST_S = 120
@@ -59,7 +59,7 @@ def trial(task: Task) -> Outcome:
         stderr=subprocess.DEVNULL,
     )
     pattern, end = (
-        {"agent": "torch.distributed.run", "rank": "qdist.runtime.worker"}[after],
+        {"agent": "torch.distributed.run", "rank": "qdist.runtime.train.worker"}[after],
         time.monotonic() + LONGEST_S,
     )
     while not pids(run, pattern, rank=after == "rank") and launcher.poll() is None:
@@ -69,7 +69,8 @@ def trial(task: Task) -> Outcome:
     found = {
         "launcher": [launcher.pid],
         "agent": pids(run, "torch.distributed.run", rank=False),
-        "rank": pids(run, "qdist.runtime.worker", rank=True)[:1] or pids(run, "torch.distributed.run", rank=False),
+        "rank": pids(run, "qdist.runtime.train.worker", rank=True)[:1]
+        or pids(run, "torch.distributed.run", rank=False),
         "all": [launcher.pid, *processes(str(run))],
     }[victim]
     for pid in found:

@@ -11,22 +11,28 @@ from typing import Any, NamedTuple
 import msgspec
 
 from bench.chaos.mutations import Form
-from qdist.core.events import Event, encode
-from qdist.core.pulse import Pulse
-from qdist.core.pulse import encode as encode_pulse
-from qdist.core.spec import nest, parse_assignment, resolve
-from qdist.host import cached, lessons, rates, templates
-from qdist.host.adapters import ADAPTER, step_note
-from qdist.host.checkpoints import INDEX, gptq_of, safetensors_of
-from qdist.host.conversations import read_conversations
-from qdist.host.fingerprints import fingerprint
-from qdist.host.follow import Follower
-from qdist.host.prompts import read_prompts
-from qdist.host.records import check_source, read_records, source_digest, source_notes
-from qdist.host.rundir import RunDir
-from qdist.host.sources import known_shape, read_json
-from qdist.host.state import launcher_is_gone, state_of
-from qdist.host.targets import check_target
+from qdist.core.spec.spec import nest, parse_assignment, resolve
+from qdist.core.telemetry.events import Event, encode
+from qdist.core.telemetry.heartbeat import Pulse
+from qdist.core.telemetry.heartbeat import encode as encode_pulse
+from qdist.host import templates
+from qdist.host.data.records import (
+    check_source,
+    read_conversations,
+    read_prompts,
+    read_records,
+    source_digest,
+    source_notes,
+)
+from qdist.host.machine import rates
+from qdist.host.run import calibration
+from qdist.host.run.follow import Follower
+from qdist.host.run.rundir import RunDir
+from qdist.host.run.state import launcher_is_gone, state_of
+from qdist.host.sources import cache
+from qdist.host.sources.model_folder import INDEX, fingerprint, gptq_of, safetensors_of
+from qdist.host.sources.models import known_shape, read_json
+from qdist.host.sources.targets import ADAPTER, check_target, step_note
 
 
 class Reader(NamedTuple):
@@ -94,8 +100,8 @@ def _write_models(world: Path) -> None:
     import gguf
     import torch
 
-    from qdist.core.gptq import Gptq, Shape
-    from qdist.runtime.exports.gguf import write_gguf
+    from qdist.core.model.gptq import Gptq, Shape
+    from qdist.runtime.exports.gguf.file import write_gguf
     from tests.runtime.gptq_files import padded, save_gptq
     from tests.runtime.tiny import save_model
 
@@ -126,8 +132,8 @@ def _write_models(world: Path) -> None:
 
 
 def _write_run(world: Path) -> None:
-    from qdist.runtime.export import write_result
-    from qdist.runtime.measure import Parts, Peak
+    from qdist.runtime.train.measure import Parts, Peak
+    from qdist.runtime.train.result import write_result
     from tests.runtime.tiny import adapted_run, real_job
 
     data = world / "data.json"
@@ -161,9 +167,9 @@ def _write_run(world: Path) -> None:
 
 
 def _write_cache(world: Path) -> None:
-    from qdist.core.cluster import Rates
-    from qdist.core.lessons import Lesson
-    from qdist.runtime import tokenized
+    from qdist.core.machine.calibration import Lesson
+    from qdist.core.machine.cluster import Rates
+    from qdist.runtime.data import tokenized
     from tests.runtime.tiny import samples_of
 
     lesson = Lesson(
@@ -172,14 +178,14 @@ def _write_cache(world: Path) -> None:
         measured_bytes=10**10, predicted_context_bytes=10**9, measured_context_bytes=10**9, predicted_tokens_s=1e4,
         measured_tokens_s=1e4, rates="table", version="",
     )  # fmt: skip
-    lessons.append(lesson)
+    calibration.append(lesson)
     rates.keep(["NVIDIA H200"], "1", rates.tabled(["NVIDIA H200"]) or _no_rates(Rates))
     plan = RunDir(world / "run").plan()
-    from qdist.core.plan import Prepared
+    from qdist.core.planning.plan import Prepared
 
     for other in (world / "cache").glob("prepared/*"):  # the launch's own
         other.unlink()
-    cached.remember(_spec(world), Prepared(source=plan.source, data=plan.data, notes=("one",)))
+    cache.remember(_spec(world), Prepared(source=plan.source, data=plan.data, notes=("one",)))
     tokenized.save(samples_of([8, 9]), world / "tokens.safetensors", key="key")
     packed = Path(plan.source.packed)
     packed.rename(world / "packed")
@@ -252,7 +258,7 @@ def _shape(world: Path) -> None:
 
 
 def _opened(world: Path) -> None:
-    from qdist.runtime.quantize_source import blueprint, tensors_of
+    from qdist.runtime.quantize.source import blueprint, tensors_of
 
     folder = world / "model"
     shape = blueprint(folder)
@@ -263,8 +269,8 @@ def _opened(world: Path) -> None:
 
 
 def _gptq(world: Path) -> None:
-    from qdist.runtime.gptq import check
-    from qdist.runtime.quantize_source import blueprint
+    from qdist.runtime.quantize.gptq import check
+    from qdist.runtime.quantize.source import blueprint
 
     folder = world / "gptq"
     spec = resolve({"model": str(folder), "method": "gptq-lora", "data": "demo", "steps": 1})
@@ -277,10 +283,10 @@ def _gptq(world: Path) -> None:
 
 def _tokenizer(world: Path) -> None:
     from qdist.core.errors import DataError
-    from qdist.runtime.chat_template import require_template
-    from qdist.runtime.encode import Encoder
-    from qdist.runtime.prompts import speech_of
-    from qdist.runtime.wording import encode_prompt
+    from qdist.runtime.data.chat_template import require_template
+    from qdist.runtime.data.encode import Encoder
+    from qdist.runtime.data.wording import encode_prompt
+    from qdist.runtime.infer.prompts import speech_of
 
     speech = speech_of(str(world / "model"))
     require_template(speech.tokenizer)
@@ -292,8 +298,8 @@ def _tokenizer(world: Path) -> None:
 
 
 def _template(world: Path) -> None:
-    from qdist.core.conversation import Conversation, Turn
-    from qdist.runtime.chat_template import prompt_text, render
+    from qdist.core.data.conversation import Conversation, Turn
+    from qdist.runtime.data.chat_template import prompt_text, render
 
     tokenizer = _plain_tokenizer(world)
     tokenizer.chat_template = (world / "model" / "chat_template.jinja").read_text(errors="replace")
@@ -306,7 +312,7 @@ _KEPT: dict[Path, Any] = {}
 
 
 def _plain_tokenizer(world: Path) -> Any:
-    from qdist.runtime.tokenizer import open_tokenizer
+    from qdist.runtime.data.tokenizer import open_tokenizer
 
     if world not in _KEPT:
         _KEPT[world] = open_tokenizer(world / "gptq", "none")
@@ -341,7 +347,7 @@ def _ending(world: Path) -> None:
 
     run = RunDir(world / "run")
     ending(run, run.plan())
-    lessons.learn(run)
+    calibration.learn(run)
 
 
 def _events(world: Path) -> None:
@@ -349,8 +355,8 @@ def _events(world: Path) -> None:
 
 
 def _checkpoint(world: Path) -> None:
-    from qdist.runtime.checkpoint import load, note
-    from qdist.runtime.export import choose_step
+    from qdist.runtime.train.checkpoint import load, note
+    from qdist.runtime.train.result import choose_step
 
     run = RunDir(world / "run")
     choose_step(run, "last")
@@ -360,7 +366,7 @@ def _checkpoint(world: Path) -> None:
 
 def _adapter(world: Path) -> None:
     from qdist.runtime.exports.update import Adapters
-    from qdist.runtime.load import load
+    from qdist.runtime.infer.load import load
 
     with _cache(world):
         run = RunDir(world / "run")
@@ -373,7 +379,7 @@ def _adapter(world: Path) -> None:
 
 
 def _packed(world: Path) -> None:
-    from qdist.runtime.packed_folder import read_manifest, tensor_files
+    from qdist.runtime.formats.packed_folder import read_manifest, tensor_files
 
     read_manifest(world / "packed")
     tensor_files(world / "packed")
@@ -381,7 +387,7 @@ def _packed(world: Path) -> None:
 
 
 def _model(world: Path) -> None:
-    from qdist.runtime.load import load
+    from qdist.runtime.infer.load import load
 
     with _cache(world):
         load(world / "model")
@@ -394,17 +400,17 @@ def _gguf(world: Path) -> None:
 
 def _remembered(world: Path) -> None:
     with _cache(world):
-        cached.remembered(_spec(world), world / "model")
+        cache.remembered(_spec(world), world / "model")
 
 
 def _lessons(world: Path) -> None:
     with _cache(world):
-        lessons.read()
+        calibration.read()
         rates.measured(["NVIDIA H200"], "1")
 
 
 def _tokens(world: Path) -> None:
-    from qdist.runtime import tokenized
+    from qdist.runtime.data import tokenized
 
     tokenized.load(world / "tokens.safetensors", key="key")
 

@@ -17,10 +17,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from bench.chaos.ground import table
-from qdist.core.conversation import Conversation, Turn
+from qdist.core.data.conversation import Conversation, Turn
 from qdist.core.errors import QdistError
-from qdist.runtime import chat_template, limited
-from qdist.runtime.tokenizer import open_tokenizer
+from qdist.runtime.data import chat_template
+from qdist.runtime.data import chat_template as limited
+from qdist.runtime.data.tokenizer import open_tokenizer
 from tests.runtime.test_data import tiny_tokenizer
 
 _MOST_COSTS_US = 10.0

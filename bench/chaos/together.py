@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from bench.chaos.ground import Ground, has_traceback, table
 from bench.chaos.trials import Task, numbered
-from qdist.host.rundir import RunDir
+from qdist.host.run.rundir import RunDir
 
 DUMMY = ("--load-format", "dummy", "--gpus", "1")
 TOLD = r"error: .*(being trained by another process|holds (an un|a )finished run|meanwhile)"

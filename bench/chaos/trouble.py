@@ -27,9 +27,9 @@ from typing import NamedTuple
 
 from bench.chaos.ground import ROOT, Ground, left, processes, qdist, table
 from bench.chaos.trials import each, finish, folder_for, parser, why
-from qdist.core.events import decode_lines
-from qdist.host.pulses import read_pulses
-from qdist.host.rundir import RunDir
+from qdist.core.telemetry.events import decode_lines
+from qdist.host.run.rundir import RunDir
+from qdist.host.run.watchdog import read_pulses
 
 NAMED_WITHIN_S, LONGEST_S, STUCK_S, VICTIM, STRIKES_AT = 30, 90, 20, 1, 60
 SETTINGS = {"steps": "200", "train.save_steps": "5", "train.held_out": "0.1", "train.stuck_seconds": str(STUCK_S)}
@@ -37,7 +37,7 @@ SURVIVES_NOTHING = (("optim.lr", "1e30"), ("optim.clip", "0"), ("train.save_step
 SITECUSTOMIZE = """\
 import os, pathlib, time
 if os.environ.get("RANK") == "{rank}":
-    from qdist.runtime.samples import Samples
+    from qdist.runtime.data.batches import Samples
     whole = Samples.step
     def step(self, number):
         if number == {step} and not pathlib.Path({note!r}).exists():

@@ -259,7 +259,7 @@ def is_no_step(folder: Path, others: set[str]) -> bool:
 
     others: files that are not as they are at the end.
     """
-    from qdist.runtime.checkpoint import load
+    from qdist.runtime.train.checkpoint import load
 
     if not (folder / "DONE").is_file():
         return True

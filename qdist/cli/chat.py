@@ -4,9 +4,9 @@ import signal
 
 import click
 
-from qdist.core.quoting import argument
-from qdist.host.modules import run_module
-from qdist.host.targets import check_target, memory_cap
+from qdist.core.text import argument
+from qdist.host.launch.tasks import run_module
+from qdist.host.sources.targets import check_target, memory_cap
 
 
 @click.command()
@@ -27,7 +27,7 @@ def chat(context: click.Context, run: str, system: str, max_new_tokens: int, max
     # Ctrl-C is the child's: it ends an answer there, and leaves at the prompt.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        code = run_module("qdist.runtime.generate", ("chat", argument(run), *options), asks=True)
+        code = run_module("qdist.runtime.infer.generate", ("chat", argument(run), *options), asks=True)
     finally:
         signal.signal(signal.SIGINT, before)
     context.exit(code)

@@ -5,9 +5,9 @@ from pathlib import Path
 import click
 
 from qdist.core.errors import ModelError
-from qdist.core.quoting import argument
-from qdist.host.modules import run_module
-from qdist.host.outs import folder_to_write
+from qdist.core.text import argument
+from qdist.host.files import folder_to_write
+from qdist.host.launch.tasks import run_module
 
 ORIGINS = ("sparsebit",)
 
@@ -34,4 +34,4 @@ def convert(context: click.Context, source: str, origin: str, out: str, config: 
             f"no {Path(config, 'config.json')}", try_="a folder with the model's config.json and tokenizer"
         )
     flags = ["--from", origin, *(["--config", argument(config)] if config else [])] + ["--drop-bias"] * drop_bias
-    context.exit(run_module("qdist.runtime.gptq.convert", (argument(source), argument(out), *flags)))
+    context.exit(run_module("qdist.runtime.quantize.sparsebit.convert", (argument(source), argument(out), *flags)))

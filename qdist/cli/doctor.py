@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import click
 
-from qdist.cli.views import say_styled
+from qdist.cli.views.text import say_styled
 from qdist.core.errors import MachineError
-from qdist.core.measured import CardRates, slowest
-from qdist.host import links, measuring, nvml, probe, rates
-from qdist.host.doctor import Check, diagnose, look
+from qdist.core.machine.measured import CardRates, slowest
+from qdist.host.launch import measuring
+from qdist.host.machine import links, nvml, probe, rates
+from qdist.host.machine.doctor import Check, diagnose, look
 from qdist.host.terminal import say
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}

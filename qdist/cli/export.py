@@ -6,16 +6,15 @@ from typing import Any
 
 import click
 
+from qdist.cli.flags import flag_of
 from qdist.cli.quantize import check_data, check_group_size
-from qdist.cli.settings import flag_of
 from qdist.core.errors import SpecError
-from qdist.core.gptq import BITS
-from qdist.core.quoting import argument, quoted
-from qdist.host.adapters import step_note
-from qdist.host.modules import run_module
-from qdist.host.outs import file_to_write, folder_to_write
-from qdist.host.rundir import RunDir
-from qdist.host.targets import require_adapter, require_base
+from qdist.core.model.gptq import BITS
+from qdist.core.text import argument, quoted
+from qdist.host.files import file_to_write, folder_to_write
+from qdist.host.launch.tasks import run_module
+from qdist.host.run.rundir import RunDir
+from qdist.host.sources.targets import require_adapter, require_base, step_note
 from qdist.host.terminal import say
 
 TARGETS: dict[str, tuple[str, ...]] = {

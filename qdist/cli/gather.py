@@ -3,13 +3,11 @@
 import click
 
 from qdist.core.errors import RunError
-from qdist.core.quoting import argument
-from qdist.host.adapters import step_of
-from qdist.host.disk import obstacle
-from qdist.host.modules import run_module
-from qdist.host.outs import folder_to_write
-from qdist.host.rundir import RunDir
-from qdist.host.targets import require_checkpoint
+from qdist.core.text import argument
+from qdist.host.files import folder_to_write, obstacle
+from qdist.host.launch.tasks import run_module
+from qdist.host.run.rundir import RunDir
+from qdist.host.sources.targets import require_checkpoint, step_of
 
 
 @click.command()
@@ -28,4 +26,6 @@ def gather(context: click.Context, run: str, checkpoint: str, out: str | None) -
     elif why := obstacle(folder.path):
         raise RunError(f"{run} cannot be written: {why}", try_="--out FOLDER, one that you may write to")
     elsewhere = () if out is None else ("--out", argument(out))
-    context.exit(run_module("qdist.runtime.export", ("gather", argument(run), "--checkpoint", checkpoint, *elsewhere)))
+    context.exit(
+        run_module("qdist.runtime.train.result", ("gather", argument(run), "--checkpoint", checkpoint, *elsewhere))
+    )

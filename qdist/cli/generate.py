@@ -5,10 +5,10 @@ from pathlib import Path
 import click
 
 from qdist.cli.kept import run_kept
-from qdist.core.quoting import argument
-from qdist.host.outs import stream_to_write
-from qdist.host.prompts import read_prompts
-from qdist.host.targets import check_target, memory_cap
+from qdist.core.text import argument
+from qdist.host.data.records import read_prompts
+from qdist.host.files import stream_to_write
+from qdist.host.sources.targets import check_target, memory_cap
 
 
 @click.command()
@@ -39,4 +39,4 @@ def generate(
     options = ["--prompts", argument(prompts), "--out", argument(out)]
     options += ["--max-new-tokens", str(max_new_tokens), "--batch", str(batch), *memory_cap(max_memory)]
     check_target(run)
-    context.exit(run_kept("qdist.runtime.generate", ("file", argument(run), *options)))
+    context.exit(run_kept("qdist.runtime.infer.generate", ("file", argument(run), *options)))

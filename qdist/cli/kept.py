@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from qdist.host.modules import run_module
+from qdist.host.launch.tasks import run_module
 from qdist.host.terminal import say
 
 

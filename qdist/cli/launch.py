@@ -7,18 +7,19 @@ from typing import Any
 
 import click
 
-from qdist.cli.planned import plan_lines, shown
-from qdist.cli.preview import preview_lines
-from qdist.cli.settings import SettingsCommand, common_flags, typed_settings
+from qdist.cli.flags import SettingsCommand, common_flags, typed_settings
+from qdist.cli.views.plan import plan_lines, preview_lines, shown
 from qdist.cli.watch import Watch, ending
-from qdist.core.demo import NAME as DEMO
+from qdist.core.data.demo import NAME as DEMO
 from qdist.core.errors import RunError, SpecError
-from qdist.core.quoting import resuming
-from qdist.core.spec import nest, resolve
-from qdist.host import commands, launcher, ranks, templates
-from qdist.host.claim import claimed, tidy
-from qdist.host.refusals import await_ranks, refuse_running
-from qdist.host.rundir import RunDir
+from qdist.core.spec.spec import nest, resolve
+from qdist.core.text import resuming
+from qdist.host import templates
+from qdist.host.launch import local, prepare
+from qdist.host.launch.claim import claimed, tidy
+from qdist.host.launch.refusals import await_ranks, refuse_running
+from qdist.host.run import rundir
+from qdist.host.run.rundir import RunDir
 from qdist.host.terminal import say
 
 
@@ -46,12 +47,12 @@ def launch(recipe: str | None, assignments: tuple[str, ...], resume: bool, dry_r
     else:
         recipe = recipe or (DEMO if given.get("data") == DEMO else None)
         spec = resolve(*([templates.read_recipe(recipe)] if recipe else []), given)
-        job = launcher.preview(spec) if dry_run else launcher.prepare(spec)
+        job = prepare.preview(spec) if dry_run else prepare.prepare(spec)
         if recipe:
             say(f"recipe   {recipe}" + (" (chosen because of --data demo)" if recipe == DEMO else ""))
     if job is None:
         return
-    if isinstance(job, launcher.Preview):
+    if isinstance(job, prepare.Preview):
         say(shown(preview_lines(job)))
         if job.job:
             say("\n" + job.job.files["launch.sh"])
@@ -59,18 +60,18 @@ def launch(recipe: str | None, assignments: tuple[str, ...], resume: bool, dry_r
     say(shown(plan_lines(job.plan, notes=job.notes)))
     with claimed(job) as own:
         run = own.job.run
-        commands.note(run, sys.argv)
+        rundir.note(run, sys.argv)
         say(f"run      {run.path}")
         try:
             with Watch(job.plan, run, width=shutil.get_terminal_size().columns) as watch:
-                ranks.start(own, show=watch.show, say=watch.say, recall=watch.recall)
+                local.start(own, show=watch.show, say=watch.say, recall=watch.recall)
         except KeyboardInterrupt:
             _say_stopped(run)
             raise SystemExit(130) from None
     ending(run, job.plan)
 
 
-def _resumed(recipe: str | None, given: dict[str, Any], *, dry_run: bool) -> launcher.Job | launcher.Preview | None:
+def _resumed(recipe: str | None, given: dict[str, Any], *, dry_run: bool) -> prepare.Job | prepare.Preview | None:
     """The rest of a run, or what it would be; None when there is none."""
     path = given.pop("run", None)
     if recipe or not path:
@@ -89,7 +90,7 @@ def _resumed(recipe: str | None, given: dict[str, Any], *, dry_run: bool) -> lau
         return None
     await_ranks(run, say=say)
     refuse_running(run)
-    job = launcher.preview_resume(run, given) if dry_run else launcher.prepare_resume(run, given)
+    job = prepare.preview_resume(run, given) if dry_run else prepare.prepare_resume(run, given)
     steps = run.checkpoint_steps()
     say(f"resuming {run.path} " + (f"from step {steps[-1]}" if steps else "from the start: it has no checkpoint"))
     return job

@@ -76,7 +76,7 @@ class LazyGroup(click.Group):
         """Run the subcommand. What the user can put right is said in two lines; a bug keeps its traceback."""
         if os.environ.get("NO_COLOR"):  # rich knows it, click does not (https://no-color.org)
             ctx.color = False
-        from qdist.host.disk import told_of_disks  # costs a part of the time that --help may take
+        from qdist.host.files import told_of_disks  # costs a part of the time that --help may take
 
         try:
             with told_of_disks():

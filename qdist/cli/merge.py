@@ -7,7 +7,7 @@ import click
 from qdist.cli.export import checked_flags, merge_options
 from qdist.cli.kept import run_kept
 from qdist.core.errors import SpecError
-from qdist.host.rundir import RunDir
+from qdist.host.run.rundir import RunDir
 
 
 @click.command()
@@ -26,4 +26,4 @@ def merge(context: click.Context, /, **given: Any) -> None:
             "--onto and --dtype are of 16-bit models; QA-LoRA is merged into its GPTQ checkpoint as it is",
             try_="leave them out, or qdist export --to 16bit",
         )
-    context.exit(run_kept("qdist.runtime.merge", flags))
+    context.exit(run_kept("qdist.runtime.exports.merge", flags))

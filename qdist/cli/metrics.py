@@ -12,13 +12,13 @@ from typing import Any
 import click
 
 from qdist.core.errors import MachineError, QdistError
-from qdist.core.fold import Fold
-from qdist.core.prometheus import CONTENT_TYPE, exposition
-from qdist.host.follow import Follower
-from qdist.host.outs import write_out
-from qdist.host.pulses import read_pulses
-from qdist.host.rundir import RunDir
-from qdist.host.state import state_of
+from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.prometheus import CONTENT_TYPE, exposition
+from qdist.host.files import write_out
+from qdist.host.run.follow import Follower
+from qdist.host.run.rundir import RunDir
+from qdist.host.run.state import state_of
+from qdist.host.run.watchdog import read_pulses
 from qdist.host.terminal import say
 
 _SILENT_S = 10.0

@@ -10,14 +10,13 @@ import click
 import msgspec
 from rich.console import Console
 
-from qdist.cli.dashboard import KEYS, PANES, Pane, dashboard
-from qdist.cli.keys import Keys
-from qdist.cli.painter import Painter
+from qdist.cli.views.dashboard import KEYS, PANES, Pane, dashboard
+from qdist.cli.views.screen import Keys, Painter
 from qdist.core.errors import RunError
-from qdist.core.snapshot import Snapshot
-from qdist.core.snapshot_json import as_json
-from qdist.host.look import Look
-from qdist.host.rundir import RunDir
+from qdist.core.telemetry.snapshot import Snapshot
+from qdist.core.telemetry.snapshot_json import as_json
+from qdist.host.run.observer import Look
+from qdist.host.run.rundir import RunDir
 from qdist.host.terminal import say_json
 
 _POLL_S, _DRAW_S = 0.5, 1.0

@@ -8,22 +8,22 @@ from typing import Any
 import click
 import msgspec
 
-from qdist.cli.planned import plan_lines, shown
-from qdist.cli.settings import COMMON, SettingsCommand, common_flags, typed_settings
-from qdist.core.cards import memory_of
-from qdist.core.changes import MACHINE, Change, flags
-from qdist.core.cluster import UNNAMED, Cluster, hypothetical
-from qdist.core.errors import QdistError, SpecError
-from qdist.core.hints import or_tried_hint
-from qdist.core.keys import known_keys
-from qdist.core.plan import Plan, Source
-from qdist.core.planner import plan_once
-from qdist.core.refusal import needs
-from qdist.core.spec import RunSpec, given, merge, nest, settled
-from qdist.core.units import format_bytes, parse_bytes
-from qdist.host import lessons, probe, templates
-from qdist.host.checkpoints import gptq_of
-from qdist.host.sources import EMBEDDED, Shape, known_shape
+from qdist.cli.flags import COMMON, SettingsCommand, common_flags, typed_settings
+from qdist.cli.views.plan import plan_lines, shown
+from qdist.core.errors import MACHINE, Change, QdistError, SpecError, flags
+from qdist.core.machine.cards import memory_of
+from qdist.core.machine.cluster import UNNAMED, Cluster, hypothetical
+from qdist.core.planning.advice import needs
+from qdist.core.planning.plan import Plan, Source
+from qdist.core.planning.planner import plan_once
+from qdist.core.spec.spec import RunSpec, given, known_keys, merge, nest, settled
+from qdist.core.spec.suggest import or_tried_hint
+from qdist.core.text import format_bytes, parse_bytes
+from qdist.host import templates
+from qdist.host.machine import probe
+from qdist.host.run import calibration
+from qdist.host.sources.model_folder import gptq_of
+from qdist.host.sources.models import EMBEDDED, Shape, known_shape
 from qdist.host.terminal import say, say_json
 
 Here = Callable[[], Cluster]
@@ -157,7 +157,7 @@ def _plan_once(request: Request, spec: RunSpec, here: Here, facts_of: FactsOf) -
     has_liger = find_spec("liger_kernel") is not None or (spec.liger is True and request.described)
     learnt = None
     if not request.described:
-        learnt = lessons.correction_for(cluster, world_size=spec.gpus, bits=spec.bits)
+        learnt = calibration.correction_for(cluster, world_size=spec.gpus, bits=spec.bits)
     source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=gptq_of(spec, config))
     return plan_once(spec, source, facts, cluster, None, has_liger=has_liger, correction=learnt)
 

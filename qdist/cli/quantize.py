@@ -5,16 +5,16 @@ from typing import Any
 
 import click
 
+from qdist.cli.flags import flag_of
 from qdist.cli.kept import run_kept
-from qdist.cli.settings import flag_of
-from qdist.core import demo
+from qdist.core.data import demo
 from qdist.core.errors import SpecError, nearest
-from qdist.core.gptq import BITS, FORMATS, WORD, usual_format
-from qdist.core.quoting import argument
-from qdist.host.outs import folder_to_write
-from qdist.host.record_files import is_plain_text
-from qdist.host.records import check_source
-from qdist.host.targets import check_model
+from qdist.core.model.gptq import BITS, FORMATS, WORD, usual_format
+from qdist.core.text import argument
+from qdist.host.data.files import is_plain_text
+from qdist.host.data.records import check_source
+from qdist.host.files import folder_to_write
+from qdist.host.sources.targets import check_model
 
 METHODS = ("nf4", "fp4", "int8", "gptq")
 _OF_GPTQ = ("data", "bits", "candidate_bits", "max_error", "group_size", "sym", "desc_act", "format", "samples",
@@ -56,9 +56,9 @@ def quantize(context: click.Context, /, model: str, method: str, out: str, **opt
     given = {name: value for name, value in options.items() if value is not None}
     _check_method(method, given)
     if method == "gptq":
-        module, flags = "qdist.runtime.gptq.make", _gptq_flags(given)
+        module, flags = "qdist.runtime.quantize.gptq.make", _gptq_flags(given)
     else:
-        module, flags = "qdist.runtime.quantize", _flags(method, given)
+        module, flags = "qdist.runtime.quantize.bitsandbytes", _flags(method, given)
     check_model(model)
     context.exit(run_kept(module, (argument(model), argument(folder_to_write(out)), *flags)))
 

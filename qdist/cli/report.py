@@ -4,19 +4,17 @@ from pathlib import Path
 
 import click
 
-from qdist.cli.planned import plan_lines
-from qdist.cli.report_page import compare_page, page
+from qdist.cli.views.plan import plan_lines
+from qdist.cli.views.report_page import compare_page, page
 from qdist.core.errors import RunError, SpecError
-from qdist.core.fold import Fold
-from qdist.core.quoting import command
-from qdist.core.report import Found, Report, report_of
-from qdist.core.units import format_bytes
-from qdist.host.commands import noted
-from qdist.host.follow import Follower
+from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.report import Found, Report, report_of
+from qdist.core.text import command, format_bytes
+from qdist.host.files import write_out
 from qdist.host.opening import read_bytes, read_typed
-from qdist.host.outs import write_out
-from qdist.host.rundir import RunDir
-from qdist.host.state import state_of
+from qdist.host.run.follow import Follower
+from qdist.host.run.rundir import RunDir, noted
+from qdist.host.run.state import state_of
 from qdist.host.terminal import say
 
 

@@ -8,9 +8,9 @@ from pathlib import Path, PurePath
 import click
 import msgspec
 
-from qdist.cli.views import cell, say_styled
-from qdist.core.units import counted, format_count
-from qdist.host.runs import Listed, find, listed
+from qdist.cli.views.text import cell, say_styled
+from qdist.core.text import counted, format_count
+from qdist.host.run.listing import Listed, find, listed
 from qdist.host.terminal import say, say_json
 
 _COLOURS = {"running": "cyan", "finished": "green", "failed": "red", "killed": "red", "unreadable": "yellow"}

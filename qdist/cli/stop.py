@@ -5,9 +5,9 @@ import time
 import click
 
 from qdist.core.errors import RunError
-from qdist.core.quoting import command, resuming
-from qdist.host.rundir import STOP, RunDir
-from qdist.host.state import state_of
+from qdist.core.text import command, resuming
+from qdist.host.run.rundir import STOP, RunDir
+from qdist.host.run.state import state_of
 from qdist.host.terminal import say
 
 

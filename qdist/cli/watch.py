@@ -7,21 +7,19 @@ from types import TracebackType
 from rich.console import Console
 from rich.live import Live
 
-from qdist.cli.dashboard import dashboard
-from qdist.cli.outcome import outcome_rows, start_line
-from qdist.cli.views import answers, comparison, plain_line
-from qdist.core import demo
+from qdist.cli.views.dashboard import dashboard
+from qdist.cli.views.plan import outcome_rows, start_line
+from qdist.cli.views.text import answers, comparison, plain_line
+from qdist.core.data import demo
 from qdist.core.errors import QdistError
-from qdist.core.events import Event
-from qdist.core.fold import Fold
-from qdist.core.plan import Plan
-from qdist.core.prediction import MEANING
-from qdist.core.printing import printable
-from qdist.core.quoting import command
-from qdist.core.snapshot import Snapshot
-from qdist.core.units import format_bytes, format_count
-from qdist.host.look import Look
-from qdist.host.rundir import RunDir
+from qdist.core.planning.plan import Plan
+from qdist.core.telemetry.events import Event
+from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.memory_report import MEANING
+from qdist.core.telemetry.snapshot import Snapshot
+from qdist.core.text import command, format_bytes, format_count, printable
+from qdist.host.run.observer import Look
+from qdist.host.run.rundir import RunDir
 from qdist.host.terminal import say
 
 _DRAW_S, _MOST_LINES = 0.5, 22

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from qdist.core.errors import JobError
-from qdist.core.surroundings import for_children
+from qdist.core.machine.environment import for_children
 
 _PATIENCE_S = 5.0
 """For a child that was asked to end, before it is asked with more force."""

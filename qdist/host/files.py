@@ -1,18 +1,22 @@
-"""Files that are either whole or absent, and where qdist keeps its caches."""
+"""Files that are either whole or absent, where a command may write, whether the disk has room, and qdist's caches."""
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import re
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qdist.core.errors import MachineError, RunError
+from qdist.core.errors import JobError, MachineError, PlanError, QdistError, RunError
+from qdist.core.text import format_bytes
+from qdist.host.opening import node_of
 
 BESIDE = r"\..+\.[a-z0-9_]{8}\.tmp"
 """Names of files that `replacing` is still writing, as a regular expression."""
@@ -197,3 +201,136 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+_BROKEN = (errno.EROFS, errno.EIO, errno.ESTALE)
+"""What a disk answers with that went away while it was written to: remounted for reading, broken, on a lost server."""
+
+
+def obstacle(folder: Path, *, probe: bool = False) -> str:
+    """Why a folder cannot be written, or made where it is not there; empty where nothing is known against it.
+
+    probe: make a file there, without a name where the disk can. Permissions alone do not tell of a quota, nor root of
+    anything.
+    """
+    there = nearest(folder)
+    if not there.is_dir():
+        kind = "a file" if there.exists() else "a link to nothing"
+        return f"it is {kind}" if there == folder else f"{there} is {kind}"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"you may not write to {there}"
+    if probe:
+        try:
+            tempfile.TemporaryFile(dir=there).close()
+        except OSError as error:
+            return f"{error.strerror}: {there}"
+    return ""
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk, or a user's share of it, has no room left."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def nearest(path: Path) -> Path:
+    """The path itself, or the innermost of its parents that is there."""
+    return next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+
+
+def free_bytes(folder: Path) -> int:
+    """Room on the disk of a folder, which need not be there."""
+    return shutil.disk_usage(nearest(folder)).free
+
+
+def require_space(folder: Path, needed_bytes: int, *, purpose: str, try_: str = "--out on another disk") -> None:
+    """Raise PlanError where the disk of a folder has less room. purpose: such as 'quantizing llama-7b'."""
+    free = free_bytes(folder)
+    if needed_bytes > free:
+        raise PlanError(
+            f"{purpose} needs {format_bytes(needed_bytes)} in {folder}, which has {format_bytes(free)} free: "
+            f"{format_bytes(needed_bytes - free)} are missing",
+            try_=try_,
+        )
+
+
+@contextmanager
+def told_of_disks() -> Iterator[None]:
+    """Raise JobError where a disk that was looked at before is full or gone by now; other errors stay as they are."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error) and error.errno not in _BROKEN:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        again = "then the same command again, or `qdist launch --resume` of a run"
+        raise JobError(
+            f"a disk cannot be written to ({error.strerror}{where})",
+            try_=f"make room there, {again}" if is_full(error) else f"have it mounted for writing, {again}",
+        ) from error
+
+
+_OTHER = "another --out"
+
+
+def folder_to_write(out: str) -> str:
+    """The place of a folder that is to be written. Raises RunError where something is there, or it cannot be."""
+    return _free(out, "a folder")
+
+
+def file_to_write(out: str) -> str:
+    """The place of a file that is to be written and read back. Raises RunError as `folder_to_write` does."""
+    return _free(out, "a file")
+
+
+def stream_to_write(out: str) -> str:
+    """The same for what is written once from its beginning to its end: it may go to a device or a pipe."""
+    place = _followed(out)
+    return str(place) if node_of(place) in ("a device", "a pipe") else _free(out, "a file")
+
+
+def write_out(out: Path, content: str) -> None:
+    """Write a file that may replace one of its name, or go to a device or a pipe. Raises RunError or JobError."""
+    place = _followed(str(out))
+    with unwritable(out):
+        if node_of(place):
+            place.write_text(content)
+        else:
+            write_atomic(place, content)
+
+
+@contextmanager
+def unwritable(out: Path) -> Iterator[None]:
+    """What the system refuses to write in this block is a RunError, and a disk that runs full a JobError."""
+    try:
+        yield
+    except OSError as error:
+        raise unwritten(out, error) from error
+
+
+def unwritten(out: Path, error: OSError, *, try_: str = _OTHER) -> QdistError:
+    """The error of what could not be written."""
+    if is_full(error):
+        return JobError(f"no room is left for {out} ({error.strerror})", try_="make room there")
+    return RunError(f"{out} cannot be written: {error.strerror}", try_=try_)
+
+
+def _free(out: str, wanted: str) -> str:
+    place = _followed(out)
+    node = node_of(place)
+    if node and node != "a folder":
+        raise RunError(f"{out} is {node}, and {wanted} is to be written", try_=_OTHER)
+    if os.path.lexists(place) and (wanted == "a file" or not node or any(place.iterdir())):
+        raise RunError(f"{out} exists", try_=_OTHER)
+    if why := obstacle(place):
+        raise RunError(f"{out} cannot be written: {why}", try_=_OTHER)
+    return str(place)
+
+
+def _followed(out: str) -> Path:
+    """Where a link leads, which need not be there."""
+    if not os.path.islink(out):
+        return Path(out)
+    place = Path(os.path.realpath(out))
+    if place.is_symlink():
+        raise RunError(f"{out} is a link that leads to itself", try_=_OTHER)
+    return place

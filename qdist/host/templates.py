@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from qdist.core.errors import ModelError, SpecError, nearest
-from qdist.core.models import lookup
-from qdist.core.quoting import quoted
+from qdist.core.model.aliases import lookup
+from qdist.core.text import quoted
+from qdist.host.data.files import SUFFIXES
 from qdist.host.opening import read_toml
-from qdist.host.record_files import SUFFIXES
 
 
 def folder(name: str) -> Path:

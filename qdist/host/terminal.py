@@ -10,8 +10,7 @@ import shutil
 import sys
 
 from qdist.core.errors import QdistError
-from qdist.core.fitting import fitted
-from qdist.core.printing import printable
+from qdist.core.text import fitted, printable
 
 BROKEN_PIPE = 141
 """Exit code of a program whose reader went away, as shells give it (128 + SIGPIPE)."""

@@ -8,7 +8,7 @@ import sys
 
 from qdist.core.errors import QdistError
 from qdist.host.children import hear_ctrl_c
-from qdist.host.disk import told_of_disks
+from qdist.host.files import told_of_disks
 from qdist.host.terminal import error_text, guard_output, say
 
 

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from bench.chaos.changes import Ended, forked, obstacle, traced
-from qdist.host import lessons
 from qdist.host.files import write_atomic
-from qdist.host.rundir import RunDir
-from qdist.runtime import checkpoint, export, tokenized
-from qdist.runtime.engine import State
-from qdist.runtime.work_folder import built
+from qdist.host.run import calibration
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.data import tokenized
+from qdist.runtime.engine.torch import State
+from qdist.runtime.formats.work_folder import built
+from qdist.runtime.train import checkpoint, result
 from tests.runtime.tiny import dummy_job, samples_of, save_config, written
 
 pytestmark = pytest.mark.skipif(bool(obstacle()), reason=obstacle() or "-")
@@ -131,10 +132,10 @@ def test_an_output_is_whole_without_a_trace_of_the_work_and_built_by_the_next_co
 def test_a_lesson_is_a_line_or_nothing(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     path = tmp_path / "cache" / "lessons.jsonl"
-    append = partial(lessons._append_line, path, b'{"a": 1}')
+    append = partial(calibration._append_line, path, b'{"a": 1}')
 
     def look() -> None:
-        lessons._append_line(path, b'{"b": 2}')
+        calibration._append_line(path, b'{"b": 2}')
         assert path.read_bytes().splitlines()[-1] == b'{"b": 2}'
         path.unlink()
 
@@ -154,7 +155,7 @@ def run(tmp_path: Path) -> RunDir:
     """With a checkpoint of step 2 and its adapter."""
     made = written(dummy_job(save_config(tmp_path / "model"), tmp_path / "world", steps=4))
     checkpoint.save(made, checkpoint.Progress(step=2, samples=8), state(2.0), keep=1)
-    export.gather(made, step=2)
+    result.gather(made, step=2)
     return made
 
 
@@ -179,7 +180,7 @@ def test_checkpoints_are_whole_while_others_are_saved_and_removed(run: RunDir) -
 
 def test_a_run_has_the_old_adapter_or_the_new_one_while_it_is_gathered(run: RunDir) -> None:
     checkpoint.save(run, checkpoint.Progress(step=4, samples=16), state(4.0), keep=2)
-    gather, there = partial(export.gather, run, step=4), {path.name for path in run.path.iterdir()}
+    gather, there = partial(result.gather, run, step=4), {path.name for path in run.path.iterdir()}
 
     def look() -> None:
         found = load_file(run.adapter / "adapter_model.safetensors")
@@ -187,7 +188,7 @@ def test_a_run_has_the_old_adapter_or_the_new_one_while_it_is_gathered(run: RunD
         assert not [path for path in run.adapter.iterdir() if path.name.startswith(".")]
         gather()
         assert {path.name for path in run.path.iterdir()} == there
-        export.gather(run, step=2)
+        result.gather(run, step=2)
 
     kills(gather, run.path, look, most=POINTS)
 

@@ -28,7 +28,7 @@ def test_flags_reach_the_process_that_converts_and_its_code_comes_back(
     (config / "config.json").write_text("{}")
     assert invoke(source, "--from", "sparsebit", "--out", out)[0] == 3
     assert invoke(source, "--from", "sparsebit", "--out", out, "--config", str(config), "--drop-bias")[0] == 3
-    module = "qdist.runtime.gptq.convert"
+    module = "qdist.runtime.quantize.sparsebit.convert"
     assert calls == [
         (module, (source, out, "--from", "sparsebit")),
         (module, (source, out, "--from", "sparsebit", "--config", str(config), "--drop-bias")),

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from qdist.cli.dashboard import PANES, Pane, dashboard
-from qdist.cli.plot import plot
-from qdist.core.events import Event
-from qdist.core.fold import Fold
-from qdist.core.pulse import Pulse
-from qdist.core.snapshot import Reading, Snapshot
-from qdist.core.units import GIB, MIB
+from qdist.cli.views.dashboard import PANES, Pane, dashboard
+from qdist.cli.views.plot import plot
+from qdist.core.telemetry.events import Event
+from qdist.core.telemetry.heartbeat import Pulse
+from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.snapshot import Reading, Snapshot
+from qdist.core.text import GIB, MIB
 from tests.plans import CPU, machine, planned
 
 NOW = 1000.0

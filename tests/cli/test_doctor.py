@@ -10,10 +10,11 @@ from click.testing import CliRunner
 
 from qdist.cli import doctor
 from qdist.cli.main import main
-from qdist.core.cluster import Cluster
-from qdist.core.units import GIB
-from qdist.host import links, measuring, nvml, probe, rates
-from qdist.host.doctor import Check, diagnose
+from qdist.core.machine.cluster import Cluster
+from qdist.core.text import GIB
+from qdist.host.launch import measuring
+from qdist.host.machine import links, nvml, probe, rates
+from qdist.host.machine.doctor import Check, diagnose
 from tests.core.test_measured import CARD, LINKS, card
 from tests.host.test_doctor import changed
 from tests.host.test_doctor import cluster as machine

@@ -9,8 +9,8 @@ from click.testing import CliRunner
 from qdist.cli import export as exporting
 from qdist.cli import merge as merging
 from qdist.cli.main import main
-from qdist.host import claim
-from qdist.host.rundir import RunDir
+from qdist.host.launch import claim
+from qdist.host.run.rundir import RunDir
 from tests.runtime.tiny import dummy_job, save_config
 
 
@@ -121,7 +121,7 @@ def test_flags_reach_the_process_that_writes_and_its_code_comes_back(
     assert invoke("merge", *runs, "--out", out, *flags)[0] == 3
     assert invoke("export", *runs, "--to", "16bit", "--out", out, *flags)[0] == 3
     arguments = (*runs, "--out", out, *passed)
-    assert calls == [("qdist.runtime.merge", arguments), ("qdist.runtime.exports.main", ("16bit", *arguments))]
+    assert calls == [("qdist.runtime.exports.merge", arguments), ("qdist.runtime.exports.main", ("16bit", *arguments))]
 
 
 @pytest.mark.parametrize(

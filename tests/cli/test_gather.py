@@ -7,9 +7,9 @@ from click.testing import CliRunner, Result
 
 from qdist.cli import gather
 from qdist.cli.main import main
-from qdist.core.spec import resolve
-from qdist.host import claim, launcher
-from qdist.host.rundir import RunDir
+from qdist.core.spec.spec import resolve
+from qdist.host.launch import claim, prepare
+from qdist.host.run.rundir import RunDir
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     settings = {"model": "smollm2-135m", "load_format": "dummy", "steps": 60, "seq_len": 64}
-    job = launcher.prepare(resolve(settings, {"run": "run"}))
+    job = prepare.prepare(resolve(settings, {"run": "run"}))
     claim.write(job)
     for step in (20, 40):
         job.run.checkpoint(step).mkdir()
@@ -56,7 +56,7 @@ def test_what_can_be_gathered_is(
 ) -> None:
     result = qdist(*arguments)
     assert result.exit_code == 0, result.output
-    assert started == [("qdist.runtime.export", "gather", *handed_on)]
+    assert started == [("qdist.runtime.train.result", "gather", *handed_on)]
 
 
 @pytest.mark.parametrize(

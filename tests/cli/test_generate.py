@@ -7,15 +7,15 @@ from click.testing import CliRunner
 
 from qdist.cli import chat, generate
 from qdist.core.errors import SpecError
-from qdist.core.units import GIB
-from qdist.host import probe
+from qdist.core.text import GIB
+from qdist.host.machine import probe
 from tests.plans import CPU, gpus
 
 FILE = ["run", "--prompts", "p.txt", "--out", "o.jsonl"]
 
 
 def handed_on(monkeypatch: pytest.MonkeyPatch, command: str, *options: str) -> tuple[str, ...]:
-    """The arguments of `python -m qdist.runtime.generate`."""
+    """The arguments of `python -m qdist.runtime.infer.generate`."""
     seen: list[tuple[str, ...]] = []
 
     def run_module(_: str, arguments: Sequence[str], *, asks: bool = False) -> int:

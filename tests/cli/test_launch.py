@@ -10,11 +10,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qdist.cli.main import main
-from qdist.core.models import config_of
-from qdist.core.spec import RunSpec
-from qdist.host import claim, launcher, modules
+from qdist.core.model.aliases import config_of
+from qdist.core.spec.spec import RunSpec
 from qdist.host.files import locked
-from qdist.host.rundir import LOCK
+from qdist.host.launch import claim, prepare, tasks
+from qdist.host.run.rundir import LOCK
 from tests.host.test_gguf_header import LLAMA, header
 
 SMALL = ("--model", "smollm2-135m", "--load-format", "dummy", "--gpus", "2", "--set", "seq_len=64")
@@ -38,8 +38,8 @@ def listing(folder: Path) -> list[str]:
     return sorted(str(path) for path in folder.rglob("*"))
 
 
-def written(name: str) -> launcher.Job:
-    job = launcher.prepare(RunSpec(model="smollm2-135m", load_format="dummy", steps=5, seq_len=64, run=name))
+def written(name: str) -> prepare.Job:
+    job = prepare.prepare(RunSpec(model="smollm2-135m", load_format="dummy", steps=5, seq_len=64, run=name))
     claim.write(job)
     return job
 
@@ -138,7 +138,7 @@ def test_what_the_file_system_tells_is_refused_before_a_child_starts(
     def start(*_: object) -> None:
         raise AssertionError("a child was started")
 
-    monkeypatch.setattr(modules, "run_module", start)
+    monkeypatch.setattr(tasks, "run_module", start)
     before = tree(whole)
     more = ["--dry-run"] if dry_run else []
     result = qdist("launch", "--model", "model", "--set", "seq_len=64", *arguments, *more)

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from qdist.cli import main as cli
 from qdist.cli.doctor import report
 from qdist.core.errors import JobError, PlanError, QdistError, SpecError
-from qdist.host.doctor import Check
+from qdist.host.machine.doctor import Check
 
 
 def qdist(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -15,11 +15,11 @@ from click.testing import CliRunner, Result
 from qdist.cli.main import main
 from qdist.cli.metrics import Source, server
 from qdist.core.errors import MachineError
-from qdist.core.events import Event, encode
-from qdist.core.prometheus import CONTENT_TYPE
-from qdist.core.pulse import Pulse
-from qdist.core.pulse import encode as encode_pulse
-from qdist.host.rundir import RunDir
+from qdist.core.telemetry.events import Event, encode
+from qdist.core.telemetry.heartbeat import Pulse
+from qdist.core.telemetry.heartbeat import encode as encode_pulse
+from qdist.core.telemetry.prometheus import CONTENT_TYPE
+from qdist.host.run.rundir import RunDir
 from tests.plans import CPU, planned
 
 

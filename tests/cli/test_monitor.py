@@ -17,14 +17,14 @@ from click.testing import CliRunner, Result
 
 from qdist.cli.main import main
 from qdist.cli.monitor import Screen
-from qdist.core.events import Event, encode
-from qdist.core.pulse import Pulse
-from qdist.core.pulse import encode as encode_pulse
-from qdist.host import look as look_module
+from qdist.core.telemetry.events import Event, encode
+from qdist.core.telemetry.heartbeat import Pulse
+from qdist.core.telemetry.heartbeat import encode as encode_pulse
 from qdist.host.files import locked
-from qdist.host.look import Look
-from qdist.host.pulses import environment_of
-from qdist.host.rundir import LOCK, RunDir
+from qdist.host.run import observer as look_module
+from qdist.host.run.observer import Look
+from qdist.host.run.rundir import LOCK, RunDir
+from qdist.host.run.watchdog import environment_of
 from tests.plans import CPU, gpus, planned
 
 

@@ -5,9 +5,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from qdist.cli.outcome import outcome_rows, start_line
-from qdist.core.plan import Plan, RankPlan
-from qdist.core.units import GIB
+from qdist.cli.views.plan import outcome_rows, start_line
+from qdist.core.planning.plan import Plan, RankPlan
+from qdist.core.text import GIB
 from tests.plans import CPU, gpus, planned
 
 

@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from qdist.cli.painter import Painter
-from qdist.cli.plot import Lines
+from qdist.cli.views.plot import Lines
+from qdist.cli.views.screen import Painter
 
 
 @pytest.fixture

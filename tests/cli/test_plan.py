@@ -13,14 +13,15 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qdist.cli.main import COMMANDS, main
-from qdist.cli.planned import plan_lines, wrapped
-from qdist.core.cluster import hypothetical
-from qdist.core.lessons import Correction
-from qdist.core.models import config_of, lookup
-from qdist.core.plan import Plan
-from qdist.core.planner import HEADROOM
-from qdist.core.units import GIB
-from qdist.host import lessons, probe
+from qdist.cli.views.plan import plan_lines, wrapped
+from qdist.core.machine.calibration import Correction
+from qdist.core.machine.cluster import hypothetical
+from qdist.core.model.aliases import config_of, lookup
+from qdist.core.planning.plan import Plan
+from qdist.core.planning.planner import HEADROOM
+from qdist.core.text import GIB
+from qdist.host.machine import probe
+from qdist.host.run import calibration
 from tests.host.test_gguf_header import LLAMA, header
 from tests.plans import CPU, gpus, planned
 
@@ -125,7 +126,7 @@ def test_the_host_memory_of_a_described_machine_is_said_where_layers_wait_in_it(
 
 def test_what_runs_here_taught_corrects_the_plan_of_this_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "cluster", lambda: hypothetical(1, 24 * GIB, name="NVIDIA RTX 4090"))
-    monkeypatch.setattr(lessons, "correction_for", lambda *_, **__: Correction(speed=0.5, runs=2))
+    monkeypatch.setattr(calibration, "correction_for", lambda *_, **__: Correction(speed=0.5, runs=2))
     here, there = plan("--model", "llama-7b"), plan("--model", "llama-7b", "--gpu-name", "RTX 4090")
     assert "note     speed corrected by 2 earlier runs on this kind of card\n" in here.stdout
     assert "corrected" not in there.stdout

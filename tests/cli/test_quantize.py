@@ -86,7 +86,7 @@ def test_flags_reach_the_process_that_packs_and_its_code_comes_back(
     out = str(tmp_path / "out")
     code, _ = invoke(model, "--out", out, *arguments)
     assert code == 3
-    assert calls == [("qdist.runtime.quantize", (model, out, *passed))]
+    assert calls == [("qdist.runtime.quantize.bitsandbytes", (model, out, *passed))]
 
 
 @pytest.mark.parametrize(
@@ -114,4 +114,4 @@ def test_flags_of_gptq_reach_its_own_process(
     out = str(tmp_path / "out")
     code, _ = invoke(model, "--out", out, *GPTQ, *arguments)
     assert code == 0
-    assert calls == [("qdist.runtime.gptq.make", (model, out, "--data", "demo", *passed.split()))]
+    assert calls == [("qdist.runtime.quantize.gptq.make", (model, out, "--data", "demo", *passed.split()))]

@@ -12,9 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qdist.cli.main import main
-from qdist.core.events import Event, encode
-from qdist.host.commands import note, noted
-from qdist.host.rundir import RunDir
+from qdist.core.telemetry.events import Event, encode
+from qdist.host.run.rundir import RunDir, note, noted
 from tests.plans import CPU, planned
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from qdist.cli.main import main
 from qdist.cli.runs import table
-from qdist.host.runs import Listed
+from qdist.host.run.listing import Listed
 from tests.plans import CPU, planned
 
 FINISHED = Listed(

@@ -5,8 +5,8 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from qdist.cli.flags import typed_settings
 from qdist.cli.main import main
-from qdist.cli.settings import typed_settings
 
 
 @pytest.mark.parametrize("command", ["launch", "plan"])

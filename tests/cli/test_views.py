@@ -3,9 +3,9 @@ import io
 import pytest
 from rich.console import Console, RenderableType
 
-from qdist.cli.views import answers, comparison, plain_line
-from qdist.core.events import Event
-from qdist.core.units import GIB
+from qdist.cli.views.text import answers, comparison, plain_line
+from qdist.core.telemetry.events import Event
+from qdist.core.text import GIB
 
 
 def drawn(view: RenderableType, width: int = 80, *, encoding: str = "utf-8") -> str:

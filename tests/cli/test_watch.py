@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from qdist.cli.watch import Watch, ending
-from qdist.core.events import Event
-from qdist.host.rundir import RunDir
+from qdist.core.telemetry.events import Event
+from qdist.host.run.rundir import RunDir
 from tests.plans import CPU, planned
 
 STEPS = [Event(kind="step", step=step, total_steps=5, loss=2.0, tokens=64, seconds=1.0, time=1.0) for step in (1, 2)]

@@ -4,9 +4,9 @@ import shlex
 
 import pytest
 
-from qdist.core.cards import CARDS, TITLES, has_bfloat16, memory_of, rates_of, usual_card
 from qdist.core.errors import SpecError
-from qdist.core.units import GIB
+from qdist.core.machine.cards import CARDS, TITLES, has_bfloat16, memory_of, rates_of, usual_card
+from qdist.core.text import GIB
 
 NAMES = [
     # NVML's name -> 16-bit TFLOP/s and GB/s of memory on the data sheet, and whether it has NVLink

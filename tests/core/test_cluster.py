@@ -1,8 +1,8 @@
 import pytest
 
-from qdist.core.cluster import hypothetical
 from qdist.core.errors import SpecError
-from qdist.core.units import GIB
+from qdist.core.machine.cluster import hypothetical
+from qdist.core.text import GIB
 
 
 def test_a_machine_one_does_not_have_is_empty() -> None:

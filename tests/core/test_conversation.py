@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qdist.core.conversation import Conversation, Segment, Style, Turn, Wording, template_of
+from qdist.core.data.conversation import Conversation, Segment, Style, Turn, Wording, template_of
 
 TALK = (
     Turn("system", "Be {{ brief }}.", False), Turn("user", "hi", False), Turn("assistant", "ho", False),

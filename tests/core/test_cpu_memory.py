@@ -5,7 +5,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from qdist.core.cpu_memory import (
+from qdist.core.model.gptq import Gptq, Shape
+from qdist.core.planning.layouts import Layout
+from qdist.core.planning.memory import Job, MemoryBudget
+from qdist.core.planning.plan import DataFacts, Fullest, Plan
+from qdist.core.planning.process_memory import (
     HOLES,
     HOLES_1F1B,
     HOLES_16_BIT,
@@ -16,11 +20,7 @@ from qdist.core.cpu_memory import (
     library_bytes,
     resident_set,
 )
-from qdist.core.gptq import Gptq, Shape
-from qdist.core.layouts import Layout
-from qdist.core.memory import Job, MemoryBudget
-from qdist.core.plan import DataFacts, Fullest, Plan
-from qdist.core.units import MIB
+from qdist.core.text import MIB
 from tests.plans import CPU, gpus, planned
 
 GPTQ = Gptq(shape=Shape(4, 32))

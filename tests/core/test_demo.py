@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from qdist.core.demo import SYSTEM, questions, records
+from qdist.core.data.demo import SYSTEM, questions, records
+from qdist.core.data.records import Conversation, conversations
 from qdist.core.errors import DataError
-from qdist.core.records import Conversation, conversations
 
 
 def parsed(seed: int = 0, count: int = 640) -> list[Conversation]:

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from qdist.core.events import (
+from qdist.core.telemetry.events import (
     Event,
     Start,
     decode_blocks,

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from qdist.core.errors import ModelError
-from qdist.core.facts import from_config
-from qdist.core.models import ALIASES, config_of
+from qdist.core.model.aliases import ALIASES, config_of
+from qdist.core.model.shapes import from_config
 
 NO_CLASS = {alias for alias in ALIASES if alias.startswith("baichuan")}
 """Baichuan's classes are in its repositories, not in transformers; PUBLISHED below checks its totals."""

@@ -1,6 +1,6 @@
 """Do long lines break between words?"""
 
-from qdist.core.fitting import fitted
+from qdist.core.text import fitted
 
 
 def test_words_stay_whole_and_what_follows_has_a_margin() -> None:

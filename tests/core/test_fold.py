@@ -1,7 +1,7 @@
 import math
 
-from qdist.core.events import Event
-from qdist.core.fold import Fold, Stretch
+from qdist.core.telemetry.events import Event
+from qdist.core.telemetry.history import Fold, Stretch
 
 
 def folded(events: list[Event]) -> Fold:

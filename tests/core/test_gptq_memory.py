@@ -5,10 +5,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from qdist.core.facts import ModelFacts, from_config
-from qdist.core.gptq_memory import Needs, needs
-from qdist.core.models import config_of
-from qdist.core.units import GIB
+from qdist.core.model.aliases import config_of
+from qdist.core.model.shapes import ModelFacts, from_config
+from qdist.core.planning.inference import Needs, needs
+from qdist.core.text import GIB
 
 
 def facts_of(alias: str) -> ModelFacts:

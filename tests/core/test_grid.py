@@ -6,19 +6,19 @@ from typing import Any
 import msgspec
 import pytest
 
-from qdist.core.candidates import HEADROOM, Candidate
-from qdist.core.cluster import Cluster, Gpu, Rates, hypothetical
 from qdist.core.errors import PlanError, QdistError, SpecError
-from qdist.core.facts import from_config
-from qdist.core.layouts import layouts
-from qdist.core.lessons import Correction
-from qdist.core.memory import MemoryBudget, resident
-from qdist.core.models import config_of
-from qdist.core.plan import Plan, Source
-from qdist.core.planner import make_plan
-from qdist.core.ranking import choose
-from qdist.core.spec import nest, resolve
-from qdist.core.units import GIB
+from qdist.core.machine.calibration import Correction
+from qdist.core.machine.cluster import Cluster, Gpu, Rates, hypothetical
+from qdist.core.model.aliases import config_of
+from qdist.core.model.shapes import from_config
+from qdist.core.planning.candidates import HEADROOM, Candidate
+from qdist.core.planning.layouts import layouts
+from qdist.core.planning.memory import MemoryBudget, resident
+from qdist.core.planning.plan import Plan, Source
+from qdist.core.planning.planner import make_plan
+from qdist.core.planning.ranking import choose
+from qdist.core.spec.spec import nest, resolve
+from qdist.core.text import GIB
 from tests.plans import CPU, gpus, machine, planned
 
 FAST = Rates(matmul_flops_s=790e12, memory_bytes_s=4.3e12, link_bytes_s=350e9, host_bytes_s=50e9, source="measured")

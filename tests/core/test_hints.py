@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 
-from qdist.core.changes import Change, flags, in_words, typed
-from qdist.core.errors import QdistError, SpecError
-from qdist.core.hints import TooBigError, or_tried_hint
+from qdist.core.errors import Change, QdistError, SpecError, flags, in_words, typed
+from qdist.core.spec.suggest import TooBigError, or_tried_hint
 
 Rules = Callable[[dict[str, Any]], QdistError | None]
 NOW = {"gpus": 4, "micro_batch": 3, "placement": None, "bits": 16}

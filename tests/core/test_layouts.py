@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from qdist.core.errors import SpecError
-from qdist.core.layouts import Layout, layouts
-from qdist.core.spec import nest, resolve
+from qdist.core.planning.layouts import Layout, layouts
+from qdist.core.spec.spec import nest, resolve
 
 
 def named(layout: Layout) -> str:

@@ -5,8 +5,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from qdist.core.lessons import Correction, Lesson, correction
-from qdist.core.units import GIB, MIB
+from qdist.core.machine.calibration import Correction, Lesson, correction
+from qdist.core.text import GIB, MIB
 
 LESSON = Lesson(
     card="NVIDIA H200", gpus=4, world_size=4, placement="shard", gpus_per_group=4, zero_stage=0, model="llama-65b",

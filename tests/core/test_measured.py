@@ -3,8 +3,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from qdist.core.cluster import Rates
-from qdist.core.measured import CardRates, LinkRates, least, machine_key, slowest
+from qdist.core.machine.cluster import Rates
+from qdist.core.machine.measured import CardRates, LinkRates, least, machine_key, slowest
 
 LINKS = LinkRates(
     gather_bytes_s=300e9, reduce_bytes_s=250e9, peer_bytes_s=200e9, checked_bytes=4, wrong_gathered_bytes=0,

@@ -5,11 +5,20 @@ from typing import Any
 import msgspec
 import pytest
 
-from qdist.core.activations import saved_bytes_per_token
-from qdist.core.facts import ModelFacts, from_config
-from qdist.core.memory import GATHERED_LAYERS, Job, MemoryBudget, Share, Sizes, budget, load_peak_bytes, sizes
-from qdist.core.models import config_of
-from qdist.core.units import GIB
+from qdist.core.model.aliases import config_of
+from qdist.core.model.shapes import ModelFacts, from_config
+from qdist.core.planning.memory import (
+    GATHERED_LAYERS,
+    Job,
+    MemoryBudget,
+    Share,
+    Sizes,
+    budget,
+    load_peak_bytes,
+    saved_bytes_per_token,
+    sizes,
+)
+from qdist.core.text import GIB
 
 LIGER = {"fused_loss": True, "fused_layers": True}
 NO_CHECKPOINTS, PAGED = {"checkpointed": 0}, {"optimizer_on_gpu": False}
@@ -333,7 +342,7 @@ def saved_bytes(
     pooling = {"use_qalora": True, "qalora_group_size": pool} if pool > 1 else {}
     lora = peft.LoraConfig(r=RANK, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM", **pooling)
     if fused_lora:
-        fused = pytest.importorskip("qdist.runtime.methods.fused_lora")
+        fused = pytest.importorskip("qdist.runtime.adapters.lora")
         lora._register_custom_module({torch.nn.Linear: fused.FusedLora})
     model = peft.get_peft_model(model, lora).train()
     model.enable_input_require_grads()

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from qdist.core.errors import ModelError
-from qdist.core.facts import from_config
-from qdist.core.models import ALIASES, config_of, lookup
-from qdist.core.same_shape import same_shape
+from qdist.core.model.aliases import ALIASES, config_of, lookup, same_shape
+from qdist.core.model.shapes import from_config
 
 
 @pytest.mark.parametrize(
@@ -133,7 +132,7 @@ def test_the_table_is_imported_in_a_few_milliseconds(tmp_path: Path) -> None:
     """Once Python has compiled it."""
     code = (
         "import time, msgspec, qdist.core.errors; start = time.process_time();"
-        "import qdist.core.models; print(time.process_time() - start)"
+        "import qdist.core.model.aliases; print(time.process_time() - start)"
     )
     environment = os.environ | {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
     runs = [float(subprocess.check_output([sys.executable, "-c", code], env=environment)) for _ in range(4)]

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from qdist.core.errors import PlanError
-from qdist.core.placement import balance, map_of, place_layers, scattered, spread_layers
+from qdist.core.planning.layer_map import balance, map_of, place_layers, scattered, spread_layers
 
 PLACED: list[tuple[list[int], list[int], list[int]]] = [
     # bytes of each layer, room on each GPU -> layers on each

@@ -6,15 +6,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from qdist.core.cluster import Cluster, Gpu, hypothetical
 from qdist.core.errors import PlanError, QdistError, SpecError
-from qdist.core.gpu_context import CUDA_CONTEXT_BYTES
-from qdist.core.lessons import Correction
-from qdist.core.memory import Job, Share, budget, sizes
-from qdist.core.plan import DataFacts, Plan, digest
-from qdist.core.planner import HEADROOM
-from qdist.core.spec import Train
-from qdist.core.units import GIB, format_bytes
+from qdist.core.machine.calibration import Correction
+from qdist.core.machine.cluster import Cluster, Gpu, hypothetical
+from qdist.core.planning.memory import Job, Share, budget, sizes
+from qdist.core.planning.plan import DataFacts, Plan, digest
+from qdist.core.planning.planner import HEADROOM
+from qdist.core.planning.process_memory import CUDA_CONTEXT_BYTES
+from qdist.core.spec.spec import Train
+from qdist.core.text import GIB, format_bytes
 from tests.plans import CPU, gpus, machine, planned
 
 DATA = DataFacts(path="cache", samples=110, train_samples=100, held_out_samples=10, tokens=9000, longest=120)

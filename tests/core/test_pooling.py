@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 
 from qdist.core.errors import SpecError
-from qdist.core.facts import ModelFacts, from_config
-from qdist.core.gptq import Gptq, Override, Shape
-from qdist.core.models import config_of
-from qdist.core.pooling import alphas, factor_of, pool_of
-from qdist.core.spec import RunSpec, nest, resolve
+from qdist.core.model.aliases import config_of
+from qdist.core.model.gptq import Gptq, Override, Shape
+from qdist.core.model.pooling import alphas, factor_of, pool_of
+from qdist.core.model.shapes import ModelFacts, from_config
+from qdist.core.spec.spec import RunSpec, nest, resolve
 
 GROUPS_OF_32 = Gptq(shape=Shape(4, 32))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qdist.core.prediction import MEANING, error, shown_error
+from qdist.core.telemetry.memory_report import MEANING, error, shown_error
 
 DOCS = Path(__file__).parents[2] / "docs"
 

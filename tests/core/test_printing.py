@@ -1,6 +1,6 @@
 import pytest
 
-from qdist.core.printing import printable
+from qdist.core.text import printable
 
 
 @pytest.mark.parametrize(

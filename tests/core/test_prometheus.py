@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from qdist.core.events import Event, State
-from qdist.core.fold import Fold
-from qdist.core.plan import Plan
-from qdist.core.prometheus import exposition
-from qdist.core.pulse import Pulse
+from qdist.core.planning.plan import Plan
+from qdist.core.telemetry.events import Event, State
+from qdist.core.telemetry.heartbeat import Pulse
+from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.prometheus import exposition
 from tests.plans import CPU, planned
 
 PLAN = planned("smollm2-135m", CPU, {"gpus": 2})

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qdist.core.quoting import command, quoted, resuming
+from qdist.core.text import command, quoted, resuming
 
 
 @pytest.mark.parametrize("path", ["runs/plain-1.5_b", "/tmp/mein ordner/lauf ä", "it's", "a;b", "$HOME", "-x", "*", ""])

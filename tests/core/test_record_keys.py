@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from qdist.core.conversation import Turn
+from qdist.core.data.conversation import Turn
+from qdist.core.data.records import asked, conversations, require_whole_characters
 from qdist.core.errors import DataError
-from qdist.core.records import asked, conversations, require_whole_characters
 
 
 def turns(record: dict[str, Any], data_format: str | None = None) -> tuple[Turn, ...]:

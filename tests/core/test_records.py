@@ -2,9 +2,9 @@
 
 import pytest
 
-from qdist.core.conversation import Conversation, Turn
+from qdist.core.data.conversation import Conversation, Turn
+from qdist.core.data.records import FORMATS, conversations, detect
 from qdist.core.errors import DataError
-from qdist.core.records import FORMATS, conversations, detect
 
 ALPACA_PLAIN = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."

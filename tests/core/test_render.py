@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from qdist.core.errors import SpecError
-from qdist.core.plan import Plan, digest
-from qdist.core.render import accelerate_config, deepspeed_config, deepspeed_policy, launch_script
+from qdist.core.planning.plan import Plan, digest
+from qdist.core.planning.render import accelerate_config, deepspeed_config, deepspeed_policy, launch_script
 from qdist.host.templates import folder, policy
 from tests.plans import CPU, gpus, planned
 
@@ -109,7 +109,7 @@ def test_the_script_is_shell_and_starts_the_ranks_beside_it(name: str, tmp_path:
     )  # fmt: skip
     words = done.stdout.split("|")[:-1]
     assert words[:3] == ["-P", "-m", "torch.distributed.run"]
-    assert words[-5:] == ["-m", "qdist.runtime.worker", str(tmp_path / "a run"), "--digest", digest(PLANS[name])]
+    assert words[-5:] == ["-m", "qdist.runtime.train.worker", str(tmp_path / "a run"), "--digest", digest(PLANS[name])]
 
 
 def test_a_models_name_cannot_add_a_line_to_the_script() -> None:

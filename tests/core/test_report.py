@@ -6,15 +6,14 @@ from typing import Any
 
 import pytest
 
-from qdist.core.comparison import differences, metrics_beside
-from qdist.core.curves import evenly, smoothed, thinned
-from qdist.core.events import Event
-from qdist.core.fold import Fold
-from qdist.core.memory_parts import REST, TOTAL, WORKING, memory_of, shown
-from qdist.core.plan import Plan
-from qdist.core.report import Found, Report, report_of
-from qdist.core.report_sections import number
-from qdist.core.units import GIB
+from qdist.core.planning.plan import Plan
+from qdist.core.telemetry.curves import evenly, smoothed, thinned
+from qdist.core.telemetry.events import Event
+from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.memory_report import REST, TOTAL, WORKING, memory_of, shown
+from qdist.core.telemetry.report import Found, Report, differences, metrics_beside, report_of
+from qdist.core.telemetry.report_sections import number
+from qdist.core.text import GIB
 from tests.plans import CPU, gpus, planned
 
 PLAN = planned("smollm2-135m", gpus(2, 140), {"gpus": 2})

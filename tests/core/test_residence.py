@@ -5,8 +5,8 @@ from itertools import combinations_with_replacement
 import pytest
 
 from qdist.core.errors import PlanError
-from qdist.core.residence import Footprint, Residence, footprint, reside, room
-from qdist.core.units import GIB
+from qdist.core.planning.inference import Footprint, Residence, footprint, reside, room
+from qdist.core.text import GIB
 from tests.core.test_memory import facts_of
 
 PARTS = Footprint(layers=8, layer=10, waiting=8, staged=16, first=5, last=7, everywhere=3)

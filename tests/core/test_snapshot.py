@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 
-from qdist.core.alarms import warnings
-from qdist.core.events import Event
-from qdist.core.fold import Fold
-from qdist.core.pulse import Pulse
-from qdist.core.snapshot import Reading, Snapshot, rows
-from qdist.core.snapshot_json import as_json
-from qdist.core.units import GIB
-from qdist.core.utilization import mfu, model_flops_per_token
+from qdist.core.telemetry.events import Event
+from qdist.core.telemetry.heartbeat import Pulse
+from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.snapshot import Reading, Snapshot, mfu, model_flops_per_token, rows
+from qdist.core.telemetry.snapshot_json import as_json
+from qdist.core.telemetry.warnings import warnings
+from qdist.core.text import GIB
 from tests.plans import CPU, machine, planned
 
 NOW = 1000.0

@@ -7,9 +7,7 @@ import msgspec
 import pytest
 
 from qdist.core.errors import SpecError
-from qdist.core.keys import known_keys
-from qdist.core.recipe import to_toml
-from qdist.core.spec import (
+from qdist.core.spec.spec import (
     Lora,
     Optim,
     Quant,
@@ -17,13 +15,15 @@ from qdist.core.spec import (
     Split,
     Train,
     Zero,
+    known_keys,
     max_memory_bytes,
     nest,
     parse_assignment,
     resolve,
+    to_toml,
     unknown_key,
 )
-from qdist.core.units import GIB
+from qdist.core.text import GIB
 
 OTHER = RunSpec(
     model='a "quoted" \\ folder/Modèle 模型\t',

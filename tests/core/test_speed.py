@@ -6,11 +6,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from qdist.core.cluster import Rates
-from qdist.core.facts import from_config
-from qdist.core.memory import Job, sizes
-from qdist.core.models import config_of
-from qdist.core.speed import Step, passes, step_seconds
+from qdist.core.machine.cluster import Rates
+from qdist.core.model.aliases import config_of
+from qdist.core.model.shapes import from_config
+from qdist.core.planning.memory import Job, sizes
+from qdist.core.planning.speed import Step, passes, step_seconds
 
 H200 = Rates(matmul_flops_s=673e12, memory_bytes_s=4177e9, link_bytes_s=255e9, host_bytes_s=54e9, source="measured")
 """As `qdist doctor --gpus` measured them on the machines of most rows below."""

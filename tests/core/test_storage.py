@@ -2,11 +2,11 @@
 
 import pytest
 
-from qdist.core.facts import from_config
-from qdist.core.models import config_of
-from qdist.core.packing import Packing
-from qdist.core.plan import held_out_of
-from qdist.core.storage import packed_bytes, storage
+from qdist.core.model.aliases import config_of
+from qdist.core.model.shapes import from_config
+from qdist.core.model.storage import Packing
+from qdist.core.planning.disk import packed_bytes, storage
+from qdist.core.planning.plan import held_out_of
 from tests.plans import CPU, planned
 
 R8 = 2_442_240

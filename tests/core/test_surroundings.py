@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from qdist.core.surroundings import AGENT, FOREIGN, LAUNCH, for_children
+from qdist.core.machine.environment import AGENT, FOREIGN, LAUNCH, for_children
 
 FOREIGNERS = [
     "PET_NNODES", "PET_NO_PYTHON", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE", "ACCELERATE_MIXED_PRECISION",

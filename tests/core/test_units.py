@@ -3,7 +3,7 @@
 import pytest
 
 from qdist.core.errors import SpecError
-from qdist.core.units import GIB, KIB, MIB, format_bytes, format_count, format_duration, parse_bytes
+from qdist.core.text import GIB, KIB, MIB, format_bytes, format_count, format_duration, parse_bytes
 
 
 @pytest.mark.parametrize(

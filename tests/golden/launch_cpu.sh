@@ -14,4 +14,4 @@ export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.tcache_count=0}"
 exec '/opt/my venv/bin/python' -P -m torch.distributed.run --standalone --nnodes 1 \
   --nproc-per-node 2 --max-restarts 0 --monitor-interval 0.1 --start-method spawn \
   --role default --redirects 0 --tee 0 \
-  -m qdist.runtime.worker "$run" --digest DIGEST
+  -m qdist.runtime.train.worker "$run" --digest DIGEST

@@ -12,4 +12,4 @@ export PYTORCH_ALLOC_CONF=expandable_segments:True
 exec '/opt/my venv/bin/python' -P -m torch.distributed.run --standalone --nnodes 1 \
   --nproc-per-node 1 --max-restarts 0 --monitor-interval 0.1 --start-method spawn \
   --role default --redirects 0 --tee 0 \
-  -m qdist.runtime.worker "$run" --digest DIGEST
+  -m qdist.runtime.train.worker "$run" --digest DIGEST

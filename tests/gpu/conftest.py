@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from qdist.host.rundir import RunDir
-from qdist.host.shared_gpus import ranks_per_gpu
+from qdist.host.machine.probe import ranks_per_gpu
+from qdist.host.run.rundir import RunDir
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 512,

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from qdist.core.plan import Plan
-from qdist.host.rundir import RunDir
-from qdist.runtime.assemble import assemble, load_part
-from qdist.runtime.comm import Comm
-from qdist.runtime.setup import make_accelerator, pick_devices
+from qdist.core.planning.plan import Plan
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.engine.comm import Comm
+from qdist.runtime.train.setup import assemble, load_part, make_accelerator, pick_devices
 
 
 def compute(plan: Plan, accelerator: Any, comm: Comm, devices: tuple[torch.device, ...]) -> tuple[Any, dict[str, Any]]:

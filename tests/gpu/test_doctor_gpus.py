@@ -8,9 +8,10 @@ import torch
 from click.testing import CliRunner
 
 from qdist.cli.main import main
-from qdist.core.measured import slowest
-from qdist.host import measuring, probe
-from qdist.runtime.rates import pattern
+from qdist.core.machine.measured import slowest
+from qdist.host.launch import measuring
+from qdist.host.machine import probe
+from qdist.runtime.gpu_rates import pattern
 
 
 def need(gpus: int) -> None:

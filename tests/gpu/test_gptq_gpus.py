@@ -9,22 +9,22 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from qdist.core.gptq import Gptq, Shape
-from qdist.runtime.gptq import bits as reference
-from qdist.runtime.gptq import hessians
-from qdist.runtime.gptq import make as making
-from qdist.runtime.gptq import solve as solving
-from qdist.runtime.gptq.hessians import add_products, mirror
-from qdist.runtime.gptq.job import Wanted
-from qdist.runtime.gptq.make import make
-from qdist.runtime.gptq.solve import curvature, solve
+from qdist.core.model.gptq import Gptq, Shape
+from qdist.runtime.kernels import gptq_bits as reference
 from qdist.runtime.kernels.gptq import triton_dequantize, triton_product
 from qdist.runtime.kernels.grids import torch_fit, triton_fit
 from qdist.runtime.kernels.rounding import torch_round_block, triton_round_block
-from qdist.runtime.methods.adapted import adapted_product
-from qdist.runtime.methods.packed_gptq import PackedGptq
-from qdist.runtime.methods.skeleton import fill
-from qdist.runtime.methods.weights import RandomWeights
+from qdist.runtime.model.adapted import adapted_product
+from qdist.runtime.model.packed_gptq import PackedGptq
+from qdist.runtime.model.skeleton import fill
+from qdist.runtime.model.weights import RandomWeights
+from qdist.runtime.quantize.gptq import calibrate
+from qdist.runtime.quantize.gptq import make as making
+from qdist.runtime.quantize.gptq import solve as solving
+from qdist.runtime.quantize.gptq.calibrate import add_products, mirror
+from qdist.runtime.quantize.gptq.job import Wanted
+from qdist.runtime.quantize.gptq.make import make
+from qdist.runtime.quantize.gptq.solve import curvature, solve
 from tests.gpu.conftest import Launch
 from tests.gpu.test_placements import SHAPE, agree
 from tests.runtime.gptq_files import quantized
@@ -100,7 +100,7 @@ def test_a_grid_is_fitted_as_torch_fits_it(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("columns", [128, 2048])
 def test_a_gpu_solves_and_sums_as_a_cpu_does(dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (hessians, solving):
+    for module in (calibrate, solving):
         monkeypatch.setattr(module, "_COLUMNS", columns)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(512, 384, generator=generator)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qdist.core.events import Event, decode_lines, losses
-from qdist.host.rundir import RunDir
-from qdist.runtime.checkpoint import load, load_tensors
+from qdist.core.telemetry.events import Event, decode_lines, losses
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.train.checkpoint import load, load_tensors
 from tests.gpu.conftest import Launch, command
 
 
@@ -77,9 +77,9 @@ def test_two_gpus_train_the_adapter_of_one(launch: Launch) -> None:
 COUNT_MOMENTS = """
 import os, sys
 import torch
-from qdist.host.rundir import RunDir
-from qdist.runtime.engine import Adapter, MicroBatch
-from qdist.runtime.setup import make_accelerator, make_engine, pick_devices
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.engine.torch import Adapter, MicroBatch
+from qdist.runtime.train.setup import make_accelerator, make_engine, pick_devices
 
 run = RunDir(sys.argv[1])
 plan = run.plan()

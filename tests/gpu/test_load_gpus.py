@@ -8,16 +8,15 @@ import pytest
 import torch
 
 from qdist.core.errors import PlanError
-from qdist.core.gpu_context import CUDA_CONTEXT_BYTES
-from qdist.core.residence import HEADROOM, Footprint, Residence, footprint
-from qdist.core.units import GIB
-from qdist.host.rundir import RunDir
-from qdist.runtime.generate import complete
-from qdist.runtime.load import load, load_run, open_model
-from qdist.runtime.load_plain import _WORK_BYTES, open_plain
-from qdist.runtime.methods.packed import is_offloaded
-from qdist.runtime.methods.skeleton import decoder_layers
-from qdist.runtime.placements import residence as places
+from qdist.core.planning.inference import HEADROOM, Footprint, Residence, footprint
+from qdist.core.planning.process_memory import CUDA_CONTEXT_BYTES
+from qdist.core.text import GIB
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.infer import residence as places
+from qdist.runtime.infer.generate import complete
+from qdist.runtime.infer.load import _WORK_BYTES, load, load_run, open_model, open_plain
+from qdist.runtime.model.packed import is_offloaded
+from qdist.runtime.model.skeleton import decoder_layers
 from tests.runtime.merging import merge
 from tests.runtime.tiny import adapted_run, real_job, save_data, save_model
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from qdist.core.events import losses
-from qdist.host.rundir import RunDir
+from qdist.core.telemetry.events import losses
+from qdist.host.run.rundir import RunDir
 from tests.gpu.conftest import Launch
 from tests.gpu.test_gpu import adapter, events
 

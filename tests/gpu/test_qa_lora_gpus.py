@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from qdist.core.gptq import Shape, WeightOffset
+from qdist.core.model.gptq import Shape, WeightOffset
 from qdist.runtime.kernels.gptq import FEW_TOKENS
 from qdist.runtime.kernels.pooling import triton_means
-from qdist.runtime.methods.adapted import adapted_product
-from qdist.runtime.methods.packed_gptq import PackedGptq
-from qdist.runtime.methods.skeleton import fill
-from qdist.runtime.methods.weights import RandomWeights
+from qdist.runtime.model.adapted import adapted_product
+from qdist.runtime.model.packed_gptq import PackedGptq
+from qdist.runtime.model.skeleton import fill
+from qdist.runtime.model.weights import RandomWeights
 from tests.gpu.conftest import Launch
 from tests.gpu.test_placements import SHAPE, agree
 

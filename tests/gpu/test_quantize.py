@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qdist.core.packing import Packing
-from qdist.runtime.checksum import slice_checksum
-from qdist.runtime.quantize import quantize
+from qdist.core.model.storage import Packing
+from qdist.runtime.formats.checksum import slice_checksum
+from qdist.runtime.quantize.bitsandbytes import quantize
 from tests.runtime.test_quantize import PACKINGS, by_transformers, loaded, tensors_in
 from tests.runtime.tiny import tiny_model
 
@@ -22,7 +22,7 @@ def test_a_gpu_packs_the_bytes_that_transformers_packs_on_it(
     tmp_path: Path, packing: Packing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QDIST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("qdist.runtime.quantize_linear._PIECE", 4096)
+    monkeypatch.setattr("qdist.runtime.quantize.pack._PIECE", 4096)
     tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "source")
     quantize(str(tmp_path / "source"), tmp_path / "packed", packing)
     theirs = by_transformers(tmp_path / "source", packing, torch.bfloat16, device="cuda:0")

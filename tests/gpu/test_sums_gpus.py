@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qdist.runtime.checksum import slice_sums
+from qdist.runtime.formats.checksum import slice_sums
 from qdist.runtime.kernels import sums
 
 pytestmark = pytest.mark.gpu

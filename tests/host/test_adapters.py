@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from qdist.core.errors import RunError
-from qdist.core.spec import resolve
-from qdist.host import claim, launcher
-from qdist.host.adapters import ADAPTER, adapter_step, step_metadata, step_note, step_of
-from qdist.host.rundir import RunDir
+from qdist.core.spec.spec import resolve
+from qdist.host.launch import claim, prepare
+from qdist.host.run.rundir import RunDir
+from qdist.host.sources.targets import ADAPTER, adapter_step, step_metadata, step_note, step_of
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     """Of 60 steps, with checkpoints of 20 and 40."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     settings = {"model": "smollm2-135m", "load_format": "dummy", "steps": 60, "seq_len": 64}
-    job = launcher.prepare(resolve(settings, {"run": str(tmp_path / "run")}))
+    job = prepare.prepare(resolve(settings, {"run": str(tmp_path / "run")}))
     claim.write(job)
     for step in (20, 40):
         job.run.checkpoint(step).mkdir()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qdist.host import cached
-from qdist.host.cached import converted_folder, known_converted_folder, remembered_of
+from qdist.host.sources import cache as cached
+from qdist.host.sources.cache import converted_folder, known_converted_folder, remembered_of
 
 
 @pytest.fixture(autouse=True)

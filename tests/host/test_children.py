@@ -12,7 +12,7 @@ import pytest
 
 from qdist.core.errors import RunError
 from qdist.host import children
-from qdist.host.modules import run_module
+from qdist.host.launch.tasks import run_module
 from tests.signals import hears_signals
 
 PARENT = "import os, sys; from qdist.host import children; children.run(sys.argv[1:], os.environ)"
@@ -152,7 +152,7 @@ def test_nothing_of_the_working_directory_is_imported(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", "") + ":")
     (tmp_path / "inner").mkdir()
-    code = "import json, re, click, msgspec, qdist.host.modules"
+    code = "import json, re, click, msgspec, qdist.host.launch.tasks"
     assert children.run([sys.executable, "-P", "-c", code], children.environment()) == 0
     assert run_module("json.tool", ["--help"]) == 0
     assert not (tmp_path / "ran").exists()

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from qdist.core.errors import JobError, RunError
-from qdist.core.spec import RunSpec, nest, resolve
-from qdist.host import claim, launcher
-from qdist.host.claim import claimed
-from qdist.host.launcher import Job
-from qdist.host.rundir import RunDir
-from qdist.host.state import is_anothers
+from qdist.core.spec.spec import RunSpec, nest, resolve
+from qdist.host.launch import claim, prepare
+from qdist.host.launch.claim import claimed
+from qdist.host.launch.prepare import Job
+from qdist.host.run.rundir import RunDir
+from qdist.host.run.state import is_anothers
 
 SMALL = {"model": "smollm2-135m", "load_format": "dummy", "steps": 5, "seq_len": 64, "global_batch": 8, "gpus": 1}
 
@@ -31,7 +31,7 @@ def spec(**settings: Any) -> RunSpec:
 
 
 def job(**settings: Any) -> Job:
-    return launcher.prepare(spec(run="run", **settings))
+    return prepare.prepare(spec(run="run", **settings))
 
 
 def seed_of(run: RunDir) -> int:
@@ -62,20 +62,20 @@ def test_a_launch_that_comes_when_the_first_has_ended_is_told_as_well() -> None:
 def test_of_two_launches_that_resume_a_run_the_second_is_told() -> None:
     claim.write(job())
     run = RunDir("run")
-    first = launcher.prepare_resume(run, {"train": {"save_steps": 3}})
-    second = launcher.prepare_resume(run, {"train": {"save_steps": 2}})
+    first = prepare.prepare_resume(run, {"train": {"save_steps": 3}})
+    second = prepare.prepare_resume(run, {"train": {"save_steps": 2}})
     claim.write(first)
     with pytest.raises(RunError, match="another launch has gone on with run meanwhile"):
         claim.write(second)
     assert run.plan().spec.train.save_steps == 3
-    third = launcher.prepare_resume(run, {})
+    third = prepare.prepare_resume(run, {})
     Path("run/result.json").write_text("{}")
     with pytest.raises(RunError, match="another launch has finished run meanwhile"):
         claim.write(third)
 
 
 def test_names_that_qdist_chooses_are_created() -> None:
-    jobs = [launcher.prepare(spec(seed=seed)) for seed in (1, 2, 3)]
+    jobs = [prepare.prepare(spec(seed=seed)) for seed in (1, 2, 3)]
     assert {str(each.run.path) for each in jobs} == {"runs/smollm2-135m-qlora-dummy"}
     runs = [claim.write(each) for each in jobs]
     assert [run.path.name for run in runs] == [f"smollm2-135m-qlora-dummy{end}" for end in ("", "-2", "-3")]
@@ -135,7 +135,7 @@ def test_each_launch_has_an_id_of_its_own_and_ranks_of_another_know_it() -> None
     with claimed(job()) as own:
         first = own.launch
     assert not is_anothers(RunDir("run"), first)
-    with claimed(launcher.prepare_resume(RunDir("run"), {})) as own:
+    with claimed(prepare.prepare_resume(RunDir("run"), {})) as own:
         assert own.launch != first
         assert is_anothers(RunDir("run"), first)
     Path("run/.lock").write_text("")
@@ -147,10 +147,10 @@ def test_what_is_being_written_by_another_process_is_left_alone(here: Path) -> N
     path = Path("run/.command.txt.abcdefgh.tmp")
     descriptor = os.open(path, os.O_CREAT | os.O_WRONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    claim.write(launcher.prepare_resume(RunDir("run"), {}))
+    claim.write(prepare.prepare_resume(RunDir("run"), {}))
     assert path.exists()
     os.close(descriptor)
-    claim.write(launcher.prepare_resume(RunDir("run"), {}))
+    claim.write(prepare.prepare_resume(RunDir("run"), {}))
     assert not path.exists()
 
 

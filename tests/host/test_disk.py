@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from qdist.core.errors import JobError, MachineError, PlanError
-from qdist.host import disk
-from qdist.host.disk import nearest, obstacle, require_space, told_of_disks
-from qdist.host.files import cache_dir, cache_path
-from qdist.host.refusals import refuse_unwritable_cache
+from qdist.host import files
+from qdist.host.files import cache_dir, cache_path, nearest, obstacle, require_space, told_of_disks
+from qdist.host.launch.refusals import refuse_unwritable_cache
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ def test_the_nearest_folder_that_is_there_is_found(here: Path) -> None:
 
 
 def test_room_is_asked_of_the_disk_that_a_folder_will_be_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk, "free_bytes", lambda folder: 2 << 30)
+    monkeypatch.setattr(files, "free_bytes", lambda folder: 2 << 30)
     require_space(here / "new", 2 << 30, purpose="packing x")
     with pytest.raises(PlanError, match=r"packing x needs 5.0 GiB in .*/new, which has 2.0 GiB free: 3.0 GiB are miss"):
         require_space(here / "new", 5 << 30, purpose="packing x")

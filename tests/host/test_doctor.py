@@ -3,12 +3,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from qdist.core.cluster import Cluster
 from qdist.core.errors import MachineError
-from qdist.core.units import GIB, MIB
-from qdist.host.doctor import Check, Facts, diagnose, look
-from qdist.host.nvml import Card, Driver
-from qdist.host.probe import visible
+from qdist.core.machine.cluster import Cluster
+from qdist.core.text import GIB, MIB
+from qdist.host.machine.doctor import Check, Facts, diagnose, look
+from qdist.host.machine.nvml import Card, Driver
+from qdist.host.machine.probe import visible
 
 
 def card(position: int, *, free_bytes: int = 139 * GIB) -> Card:

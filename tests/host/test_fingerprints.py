@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from qdist.core.errors import RunError
-from qdist.core.plan import Source
-from qdist.host.fingerprints import fingerprint, require_same_tensors
+from qdist.core.planning.plan import Source
+from qdist.host.sources.model_folder import fingerprint, require_same_tensors
 
 HEADER = b'{"a":{"dtype":"U8","shape":[100],"data_offsets":[0,100]}}'
 

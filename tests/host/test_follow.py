@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from qdist.core.errors import RunError
-from qdist.core.events import Event, encode
-from qdist.core.fold import Fold
-from qdist.host.follow import Follower
+from qdist.core.telemetry.events import Event, encode
+from qdist.core.telemetry.history import Fold
+from qdist.host.run.follow import Follower
 
 
 def line(step: int, *, rank: int = 0, time: float = 0.0) -> bytes:

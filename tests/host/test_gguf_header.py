@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from qdist.core.errors import ModelError
-from qdist.core.facts import from_config
-from qdist.host.gguf_header import parts_of, read_config, read_header
-from qdist.host.sources import find_shape
-from qdist.host.targets import check_model
+from qdist.core.model.shapes import from_config
+from qdist.host.sources.gguf_header import parts_of, read_config, read_header
+from qdist.host.sources.models import find_shape
+from qdist.host.sources.targets import check_model
 
 LLAMA: dict[str, str | int | float | list[str]] = {
     "general.architecture": "llama",

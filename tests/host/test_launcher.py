@@ -16,20 +16,23 @@ from click.testing import CliRunner
 
 import qdist
 from qdist.cli.main import main
-from qdist.core.cluster import hypothetical
 from qdist.core.errors import JobError, PlanError, QdistError, RunError, SpecError
-from qdist.core.events import Event, encode
-from qdist.core.lessons import Correction
-from qdist.core.plan import Plan, digest
-from qdist.core.spec import RunSpec, nest, resolve
-from qdist.core.units import GIB
-from qdist.host import children, claim, launcher, lessons, probe, ranks
+from qdist.core.machine.calibration import Correction
+from qdist.core.machine.cluster import hypothetical
+from qdist.core.planning.plan import Plan, digest
+from qdist.core.spec.spec import RunSpec, nest, resolve
+from qdist.core.telemetry.events import Event, encode
+from qdist.core.text import GIB
+from qdist.host import children
 from qdist.host.files import locked
-from qdist.host.launcher import Job
-from qdist.host.rundir import LOCK, RunDir
-from qdist.host.state import state_of
-from qdist.host.stuck import Watchdog
-from qdist.host.survey import survey
+from qdist.host.launch import claim, local, prepare
+from qdist.host.launch.prepare import Job
+from qdist.host.launch.survey import survey
+from qdist.host.machine import probe
+from qdist.host.run import calibration
+from qdist.host.run.rundir import LOCK, RunDir
+from qdist.host.run.state import state_of
+from qdist.host.run.watchdog import Watchdog
 
 SMALL = {"model": "smollm2-135m", "load_format": "dummy", "steps": 5, "seq_len": 64, "global_batch": 8, "gpus": 2}
 
@@ -50,7 +53,7 @@ def spec(**settings: Any) -> RunSpec:
 
 def job_with_script(script: str) -> Job:
     """A written job whose ranks are a shell script."""
-    job = launcher.prepare(spec())
+    job = prepare.prepare(spec())
     job = job._replace(files={**job.files, "launch.sh": f"cd run || exit 9\n{script}"})
     claim.write(job)
     return job._replace(resumes=digest(job.plan))
@@ -62,7 +65,7 @@ def started(
     """Run it to its end; what was said to the user."""
     said = [] if said is None else said
     with claim.claimed(job) as own:
-        ranks.start(own, show=show, say=said.append)
+        local.start(own, show=show, say=said.append)
     return said
 
 
@@ -82,14 +85,14 @@ def is_running(pid_file: str) -> bool:
 def test_the_rehearsal_knows_what_runs_here_have_taught(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = resolve({"model": "llama-7b", "data": "demo", "placement": "replicate"})
     monkeypatch.setattr(probe, "cluster", lambda: hypothetical(1, 24 * GIB))
-    launcher._rehearse(wanted, survey(wanted), RunDir("run"))
-    monkeypatch.setattr(lessons, "correction_for", lambda *_, **__: Correction(context_bytes=23 * GIB))
+    prepare._rehearse(wanted, survey(wanted), RunDir("run"))
+    monkeypatch.setattr(calibration, "correction_for", lambda *_, **__: Correction(context_bytes=23 * GIB))
     with pytest.raises(PlanError, match="llama-7b at 4 bits needs"):
-        launcher._rehearse(wanted, survey(wanted), RunDir("run"))
+        prepare._rehearse(wanted, survey(wanted), RunDir("run"))
 
 
 def test_preparing_random_weights_writes_nothing(here: Path) -> None:
-    job = launcher.prepare(spec())
+    job = prepare.prepare(spec())
     assert list(here.iterdir()) == []
     assert (job.plan.world_size, job.plan.device, job.plan.data, job.plan.source.kind) == (2, "cpu", None, "dummy")
     assert list(job.files) == [
@@ -98,11 +101,11 @@ def test_preparing_random_weights_writes_nothing(here: Path) -> None:
 
 
 def test_one_rank_gets_no_deepspeed_file() -> None:
-    assert "deepspeed.json" not in launcher.prepare(spec(gpus=1)).files
+    assert "deepspeed.json" not in prepare.prepare(spec(gpus=1)).files
 
 
 def test_writing_leaves_every_file_and_the_plan_last() -> None:
-    job = launcher.prepare(spec())
+    job = prepare.prepare(spec())
     claim.write(job)
     assert list(job.files)[-1] == "plan.json"
     times = {name: (job.run.path / name).stat().st_mtime_ns for name in job.files}
@@ -120,7 +123,7 @@ def test_writing_leaves_every_file_and_the_plan_last() -> None:
     ],
 )
 def test_a_run_is_named_for_its_model_and_data(settings: dict[str, Any], name: str) -> None:
-    assert str(launcher.prepare(spec(**settings)).run.path) == name
+    assert str(prepare.prepare(spec(**settings)).run.path) == name
 
 
 @pytest.mark.parametrize("model", ["llama-7b", "owner/unheard-of"])
@@ -129,7 +132,7 @@ def test_more_gpus_than_there_are_are_refused_before_anything_is_fetched(
 ) -> None:
     monkeypatch.setenv("QDIST_CACHE", str(here / "cache"))
     monkeypatch.setattr(probe, "cluster", lambda: hypothetical(2, 80 * GIB))
-    for plan in (launcher.prepare, launcher.preview):
+    for plan in (prepare.prepare, prepare.preview):
         with pytest.raises(PlanError, match="--gpus 4, but this machine has 2"):
             plan(resolve({"model": model, "data": "demo", "gpus": 4}))
     assert list(here.iterdir()) == []
@@ -137,7 +140,7 @@ def test_more_gpus_than_there_are_are_refused_before_anything_is_fetched(
 
 def test_a_run_without_a_name_finds_a_free_one(here: Path) -> None:
     (here / "runs/smollm2-135m-qlora-dummy").mkdir(parents=True)
-    assert launcher.prepare(spec(run=None)).run.path.name == "smollm2-135m-qlora-dummy-2"
+    assert prepare.prepare(spec(run=None)).run.path.name == "smollm2-135m-qlora-dummy-2"
 
 
 @pytest.mark.parametrize(
@@ -153,7 +156,7 @@ def test_a_run_without_a_name_finds_a_free_one(here: Path) -> None:
 )
 def test_a_spec_that_lacks_something_is_refused(settings: dict[str, Any], message: str, attempt: str) -> None:
     with pytest.raises(SpecError, match=message) as caught:
-        launcher.prepare(spec(**settings))
+        prepare.prepare(spec(**settings))
     assert caught.value.try_ == attempt
 
 
@@ -174,15 +177,15 @@ def test_a_directory_that_is_in_use_is_left_alone(files: list[str], message: str
         (here / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (here / "run" / name).write_text("{}")
     with pytest.raises(RunError, match=message) as caught:
-        launcher.prepare(spec())
+        prepare.prepare(spec())
     assert caught.value.try_ == attempt
 
 
 def test_a_run_that_is_being_trained_is_watched_and_not_resumed() -> None:
-    job = launcher.prepare(spec())
+    job = prepare.prepare(spec())
     claim.write(job)
     with locked(job.run.path / LOCK, busy=""), pytest.raises(RunError, match="is being trained") as caught:
-        launcher.prepare(spec())
+        prepare.prepare(spec())
     assert caught.value.try_ == "qdist monitor run"
 
 
@@ -194,19 +197,19 @@ def test_a_directory_that_cannot_be_written_is_not_left_half_written(
 
     monkeypatch.setattr(claim, "write_atomic", full)
     with pytest.raises(RunError, match="run cannot be written: No space left on device"):
-        claim.write(launcher.prepare(spec()))
+        claim.write(prepare.prepare(spec()))
     assert not (here / "run").exists()
 
 
 def test_a_file_is_no_run_directory(here: Path) -> None:
     (here / "run").touch()
     with pytest.raises(RunError, match="run exists and is not a run"):
-        launcher.prepare(spec())
+        prepare.prepare(spec())
 
 
 def test_an_empty_directory_may_become_a_run(here: Path) -> None:
     (here / "run").mkdir()
-    launcher.prepare(spec())
+    prepare.prepare(spec())
 
 
 @pytest.mark.parametrize(
@@ -225,9 +228,9 @@ def test_an_empty_directory_may_become_a_run(here: Path) -> None:
     ],
 )
 def test_a_resumed_run_may_change_what_no_step_computes(changes: dict[str, Any]) -> None:
-    old = launcher.prepare(spec())
+    old = prepare.prepare(spec())
     claim.write(old)
-    new = launcher.prepare_resume(old.run, nest(changes))
+    new = prepare.prepare_resume(old.run, nest(changes))
     assert new.plan.spec == resolve(msgspec.to_builtins(old.plan.spec), nest(changes))
     assert new.plan.source == old.plan.source
     claim.write(new)
@@ -250,16 +253,16 @@ def test_a_resumed_run_may_change_what_no_step_computes(changes: dict[str, Any])
     ],
 )  # fmt: skip
 def test_a_resumed_run_keeps_what_its_steps_compute(changes: dict[str, Any], message: str, attempt: str) -> None:
-    job = launcher.prepare(spec())
+    job = prepare.prepare(spec())
     claim.write(job)
     with pytest.raises(SpecError, match=message) as caught:
-        launcher.prepare_resume(job.run, nest(changes))
+        prepare.prepare_resume(job.run, nest(changes))
     assert caught.value.try_ == attempt
 
 
 def test_what_is_no_run_cannot_be_resumed() -> None:
     with pytest.raises(RunError, match=r"run is not a run: it has no plan\.json"):
-        launcher.prepare_resume(RunDir("run"), {})
+        prepare.prepare_resume(RunDir("run"), {})
 
 
 def test_a_run_that_ends_well_ends_quietly_and_shows_what_its_ranks_said() -> None:
@@ -283,7 +286,7 @@ def torchrun_failure(rank: int, exit_code: int, named: str) -> str:
     return f"""W1123 01:26:02.182000 9322 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 9365
 torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
 ======================================================
-qdist.runtime.worker FAILED
+qdist.runtime.train.worker FAILED
 ------------------------------------------------------
 Failures:
 [1]:
@@ -476,7 +479,7 @@ def test_a_run_in_training_is_not_started_twice() -> None:
 
 
 def test_the_plan_that_ranks_read_is_the_one_in_the_script() -> None:
-    job = launcher.prepare(spec())
+    job = prepare.prepare(spec())
     assert msgspec.json.decode(job.files["plan.json"], type=Plan) == job.plan
 
 
@@ -496,7 +499,7 @@ def test_ctrl_c_before_the_first_step_ends_at_once_and_the_run_can_go_on() -> No
     assert not is_running("run/pid")
     assert not job.run.stop_requested()
     assert state_of(job.run) == "stopped"
-    assert launcher.prepare_resume(job.run, {}).plan == job.plan
+    assert prepare.prepare_resume(job.run, {}).plan == job.plan
 
 
 def test_ctrl_c_before_the_next_step_of_a_resumed_run_leaves_its_checkpoint() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qdist.host import links
+from qdist.host.machine import links
 
 
 class FakeNvml:

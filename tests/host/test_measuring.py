@@ -7,13 +7,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from qdist.core.cluster import Cluster, Rates, hypothetical
 from qdist.core.errors import MachineError
-from qdist.core.units import GIB, MIB
-from qdist.host import measuring
-from qdist.host.doctor import Check
-from qdist.host.links import Port, Wiring
-from qdist.host.measuring import Measured
+from qdist.core.machine.cluster import Cluster, Rates, hypothetical
+from qdist.core.text import GIB, MIB
+from qdist.host.launch import measuring
+from qdist.host.launch.measuring import Measured
+from qdist.host.machine.doctor import Check
+from qdist.host.machine.links import Port, Wiring
 from tests.core.test_measured import CARD, LINKS, card
 
 NVLINK = Wiring(ports=(Port(pcie_generation=5, pcie_width=16, nvlinks=18, numa=0),) * 2, pairs=((0, 1, "NVLink"),))

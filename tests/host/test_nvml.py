@@ -1,6 +1,6 @@
 from types import SimpleNamespace
 
-from qdist.host import nvml
+from qdist.host.machine import nvml
 
 
 class FakeNvml:

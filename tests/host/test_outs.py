@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qdist.core.errors import JobError, RunError
-from qdist.host.outs import file_to_write, folder_to_write, stream_to_write, write_out
+from qdist.host.files import file_to_write, folder_to_write, stream_to_write, write_out
 
 
 @pytest.fixture(autouse=True)

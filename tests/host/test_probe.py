@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from qdist.core.cluster import Cluster, Gpu, Rates
 from qdist.core.errors import MachineError
-from qdist.core.units import GIB
-from qdist.host import probe
-from qdist.host.nvml import Card, Driver
+from qdist.core.machine.cluster import Cluster, Gpu, Rates
+from qdist.core.text import GIB
+from qdist.host.machine import probe
+from qdist.host.machine.nvml import Card, Driver
 
 CARDS = tuple(
     Card(

@@ -3,8 +3,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from qdist.core.cluster import Rates
-from qdist.host import rates
+from qdist.core.machine.cluster import Rates
+from qdist.host.machine import rates
 
 H200 = Rates(matmul_flops_s=790e12, memory_bytes_s=4e12, link_bytes_s=3e11, host_bytes_s=5e10, source="measured now")
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from qdist.core.errors import MachineError
-from qdist.host.readings import Readings
+from qdist.host.machine.readings import Readings
 from tests.host.test_nvml import FakeNvml
 
 

@@ -16,15 +16,8 @@ from typing import Any
 import pytest
 
 from qdist.core.errors import DataError
-from qdist.host import record_json
-from qdist.host.record_files import (
-    check_file,
-    file_digest,
-    file_records,
-    form_of,
-    holds_records,
-    read_text_lines,
-)
+from qdist.host.data import json_records
+from qdist.host.data.files import check_file, file_digest, file_records, form_of, holds_records, read_text_lines
 
 arrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -298,12 +291,12 @@ def test_json_over_many_chunks_is_read_as_in_one(tmp_path: Path, monkeypatch: py
     path = write(tmp_path / "d.json", content)
     whole = list(file_records(path))
     for size in (1, 2, 7, 30):
-        monkeypatch.setattr(record_json, "_CHUNK", size)
+        monkeypatch.setattr(json_records, "_CHUNK", size)
         assert list(file_records(path)) == whole
     broken = write(tmp_path / "b.json", content[:-4])
-    monkeypatch.setattr(record_json, "_CHUNK", 1 << 20)
+    monkeypatch.setattr(json_records, "_CHUNK", 1 << 20)
     told = error_of(broken).message
-    monkeypatch.setattr(record_json, "_CHUNK", 7)
+    monkeypatch.setattr(json_records, "_CHUNK", 7)
     assert error_of(broken).message == told
 
 
@@ -313,7 +306,7 @@ def test_a_list_on_one_long_line_is_told_without_a_suffix(tmp_path: Path) -> Non
 
 
 def test_lines_and_lists_are_read_as_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record_json, "_CHUNK", 64)
+    monkeypatch.setattr(json_records, "_CHUNK", 64)
     for start in (LINES, LIST[:-1] + ", "):
         late = b'{"text": "' + b"x" * 99_999 + b'\xe9"}]\n'
         records = file_records(write(tmp_path / "d", start.encode() + late))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qdist.core.errors import DataError
-from qdist.host.records import check_source, read_records, source_notes
+from qdist.host.data.records import check_source, read_records, source_notes
 
 arrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

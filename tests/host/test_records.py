@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qdist.core.errors import DataError
-from qdist.host.records import check_source, read_records, source_digest, source_notes
+from qdist.host.data.records import check_source, read_records, source_digest, source_notes
 
 
 def write(path: Path, content: str) -> Path:

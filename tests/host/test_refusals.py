@@ -9,11 +9,11 @@ import msgspec
 import pytest
 
 from qdist.core.errors import PlanError, RunError
-from qdist.core.plan import DataFacts, Plan
-from qdist.core.spec import resolve
-from qdist.host import claim, disk, launcher, refusals
-from qdist.host.cached import files_digest
-from qdist.host.refusals import (
+from qdist.core.planning.plan import DataFacts, Plan
+from qdist.core.spec.spec import resolve
+from qdist.host import files
+from qdist.host.launch import claim, prepare, refusals
+from qdist.host.launch.refusals import (
     await_ranks,
     refuse_other_data,
     refuse_other_files,
@@ -21,8 +21,9 @@ from qdist.host.refusals import (
     refuse_small_disk,
     refuse_unwritable,
 )
-from qdist.host.rundir import LOCK, RunDir
-from qdist.host.state import Holder, launcher_is_gone, sign
+from qdist.host.run.rundir import LOCK, RunDir
+from qdist.host.run.state import Holder, launcher_is_gone, sign
+from qdist.host.sources.cache import files_digest
 
 FACTS = DataFacts(path="cache/one.safetensors", samples=9, train_samples=8, held_out_samples=1, tokens=1200, longest=64)
 
@@ -33,7 +34,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     settings = {"model": "smollm2-135m", "load_format": "dummy", "steps": 100, "seq_len": 64, "lora": {"r": 8}}
-    job = launcher.prepare(resolve(settings, {"run": "run"}))
+    job = prepare.prepare(resolve(settings, {"run": "run"}))
     claim.write(job)
     return job.run
 
@@ -42,7 +43,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
 
 
 def with_free(mib: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (disk, refusals):
+    for module in (files, refusals):
         monkeypatch.setattr(module, "free_bytes", lambda folder: mib << 20)
 
 

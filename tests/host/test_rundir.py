@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from qdist.core.errors import RunError
-from qdist.core.plan import VERSION, digest
-from qdist.host.rundir import RunDir, free_name, of_ranks
+from qdist.core.planning.plan import VERSION, digest
+from qdist.host.run.rundir import RunDir, free_name, of_ranks
 from tests.plans import CPU, planned
 
 PLAN = planned("smollm2-135m", CPU)

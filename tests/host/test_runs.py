@@ -11,14 +11,14 @@ import msgspec
 import pytest
 
 from qdist.core.errors import RunError
-from qdist.core.events import Event, encode
-from qdist.core.fold import Fold
-from qdist.core.plan import Plan
+from qdist.core.planning.plan import Plan
+from qdist.core.telemetry.events import Event, encode
+from qdist.core.telemetry.history import Fold
 from qdist.host.files import write_atomic
-from qdist.host.follow import Follower
-from qdist.host.rundir import Ended, RunDir
-from qdist.host.runs import Listed, find, listed, skim
-from qdist.host.state import state_of
+from qdist.host.run.follow import Follower
+from qdist.host.run.listing import Listed, find, listed, skim
+from qdist.host.run.rundir import Ended, RunDir
+from qdist.host.run.state import state_of
 from tests.plans import CPU, gpus, planned
 
 PLAN = planned("smollm2-135m", CPU, {"gpus": 2})

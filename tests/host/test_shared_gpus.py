@@ -1,9 +1,9 @@
 import pytest
 
-from qdist.core.cluster import Gpu
 from qdist.core.errors import MachineError
-from qdist.core.units import GIB
-from qdist.host.shared_gpus import divided, ranks_per_gpu, take_turns
+from qdist.core.machine.cluster import Gpu
+from qdist.core.text import GIB
+from qdist.host.machine.probe import divided, ranks_per_gpu, take_turns
 
 
 def test_a_gpu_is_as_many_as_ranks_share_it() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qdist.core.errors import MachineError, ModelError
-from qdist.core.models import config_of
-from qdist.host.sources import EMBEDDED, EMBEDDED_PACKAGE, find_shape, locate, public_name, shape
+from qdist.core.model.aliases import config_of
+from qdist.host.sources.models import EMBEDDED, EMBEDDED_PACKAGE, find_shape, locate, public_name, shape
 
 
 @pytest.fixture

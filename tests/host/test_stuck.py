@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 
-from qdist.core.pulse import Pulse, encode
-from qdist.core.surroundings import LAUNCH
-from qdist.host.pulses import environment_of, process_of, read_pulses
-from qdist.host.rundir import RunDir
-from qdist.host.stuck import Watchdog, troubles
+from qdist.core.machine.environment import LAUNCH
+from qdist.core.telemetry.heartbeat import Pulse, encode
+from qdist.host.run.rundir import RunDir
+from qdist.host.run.watchdog import Watchdog, environment_of, process_of, read_pulses, troubles
 
 NOW = 1000.0
 
@@ -77,8 +76,8 @@ def test_a_sentence_says_who_since_when_and_in_what(one: Pulse, sentence: str) -
 
 SLEEPER = """
 import sys, time
-from qdist.host.rundir import RunDir
-from qdist.runtime.pulse import Beat
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.train.heartbeat import Beat
 beat = Beat(RunDir(sys.argv[1]), int(sys.argv[2]))
 def standing_still():
     time.sleep(60)

@@ -9,12 +9,13 @@ import pytest
 from huggingface_hub import constants
 
 from qdist.core.errors import DataError, ModelError, PlanError
-from qdist.core.models import config_of
-from qdist.core.packing import packing_of
-from qdist.core.plan import DataFacts, Prepared, Source
-from qdist.core.spec import RunSpec, resolve
-from qdist.host import cached, disk
-from qdist.host.survey import Work, counted, expected, require_room, survey, tokenizing
+from qdist.core.model.aliases import config_of
+from qdist.core.model.storage import packing_of
+from qdist.core.planning.plan import DataFacts, Prepared, Source
+from qdist.core.spec.spec import RunSpec, resolve
+from qdist.host import files as disk
+from qdist.host.launch.survey import Work, counted, expected, require_room, survey, tokenizing
+from qdist.host.sources import cache
 from tests.host.test_gguf_header import LLAMA as LLAMA_HEADER
 from tests.host.test_gguf_header import header
 
@@ -79,9 +80,9 @@ def test_a_folder_is_packed_unless_the_ranks_read_it_as_it_is(
 
 def test_what_is_packed_already_is_found_in_the_cache(here: Path) -> None:
     folder = save(here / "mine", "model.safetensors")
-    out = cached.packed_folder(folder, packing_of(spec()), name="mine")
+    out = cache.packed_folder(folder, packing_of(spec()), name="mine")
     (missing,) = survey(spec()).work
-    half = cached.work_folder(out)
+    half = cache.work_folder(out)
     half.mkdir(parents=True)
     (half / "model-00001-of-00033.safetensors").write_bytes(b"x" * 1000)
     (begun,) = survey(spec()).work
@@ -122,7 +123,7 @@ def test_a_gguf_file_is_converted_once(here: Path) -> None:
     assert actions(found.work) == [("convert", "a bfloat16 folder", False), ("pack", "4 bits nf4", False)]
     assert found.facts is not None
     assert found.work[0].size_bytes == 2 * found.facts.parameters
-    folder = save(cached.converted_folder(here / "mine.gguf"), "model.safetensors")
+    folder = save(cache.converted_folder(here / "mine.gguf"), "model.safetensors")
     work, pack = survey(spec(model="mine.gguf")).work
     assert (work.there, pack.action) == (folder, "pack")
     assert work.size_bytes == 2 * LLAMA
@@ -191,9 +192,9 @@ def prepared(here: Path) -> Prepared:
 def test_what_a_launch_prepared_is_known_to_the_next_one(here: Path) -> None:
     before = prepared(here)
     folder = Path(before.source.path)
-    assert cached.remembered(spec(), folder) is None
-    cached.remember(spec(), before)
-    found = cached.remembered(spec(gpus=2, lora={"alpha": 3}), folder)
+    assert cache.remembered(spec(), folder) is None
+    cache.remember(spec(), before)
+    found = cache.remembered(spec(gpus=2, lora={"alpha": 3}), folder)
     assert found == msgspec.structs.replace(before, notes=("pad was missing",))
     (work,) = tokenizing(spec(), None, found)
     assert (work.there, work.what) == (here / "tokens", "data.jsonl")
@@ -202,21 +203,21 @@ def test_what_a_launch_prepared_is_known_to_the_next_one(here: Path) -> None:
 @pytest.mark.parametrize("settings", [{"seq_len": 64}, {"bits": 8}, {"format": "text"}, {"train": {"held_out": 0.5}}])
 def test_another_setting_that_preparing_looks_at_is_another_launch(settings: dict[str, Any], here: Path) -> None:
     before = prepared(here)
-    cached.remember(spec(), before)
-    assert cached.remembered(spec(**settings), Path(before.source.path)) is None
+    cache.remember(spec(), before)
+    assert cache.remembered(spec(**settings), Path(before.source.path)) is None
 
 
 @pytest.mark.parametrize("file", ["data.jsonl", "mine/model.safetensors", "mine/config.json"])
 def test_another_model_or_data_are_another_launch(file: str, here: Path) -> None:
     before = prepared(here)
-    cached.remember(spec(), before)
+    cache.remember(spec(), before)
     with open(here / file, "a") as changed:
         changed.write('\n{"text": "four"}\n')
-    assert cached.remembered(spec(), Path(before.source.path)) is None
+    assert cache.remembered(spec(), Path(before.source.path)) is None
 
 
 def test_what_is_not_there_any_more_is_prepared_again(here: Path) -> None:
     before = prepared(here)
-    cached.remember(spec(), before)
+    cache.remember(spec(), before)
     (here / "tokens").unlink()
-    assert cached.remembered(spec(), Path(before.source.path)) is None
+    assert cache.remembered(spec(), Path(before.source.path)) is None

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from qdist.core.errors import ModelError, QdistError, RunError
-from qdist.core.models import ALIASES, config_of
-from qdist.host.targets import check_model, check_target
+from qdist.core.model.aliases import ALIASES, config_of
+from qdist.host.sources.targets import check_model, check_target
 from tests.plans import CPU, planned
 
 

@@ -9,10 +9,10 @@ from typing import get_args, get_type_hints
 import pytest
 
 from qdist.core.errors import MachineError
-from qdist.core.spec import RunSpec, resolve
-from qdist.host import claim, launcher
-from qdist.host.probe import PACKAGES as PROBED
-from qdist.host.trackers import PACKAGES, refuse_missing
+from qdist.core.spec.spec import RunSpec, resolve
+from qdist.host.launch import claim, prepare
+from qdist.host.launch.trackers import PACKAGES, refuse_missing
+from qdist.host.machine.probe import PACKAGES as PROBED
 
 SMALL = {"model": "smollm2-135m", "load_format": "dummy", "steps": 5, "seq_len": 64, "gpus": 1, "run": "run"}
 
@@ -53,12 +53,12 @@ def test_every_tracker_of_the_settings_has_a_package_that_doctor_looks_for() -> 
 def test_a_launch_and_a_resume_are_refused_before_they_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(launcher, "refuse_missing", partial(refuse_missing, version_of=installed(())))
+    monkeypatch.setattr(prepare, "refuse_missing", partial(refuse_missing, version_of=installed(())))
     with pytest.raises(MachineError, match="pip install wandb"):
-        launcher.prepare(resolve(SMALL, {"trackers": ["wandb"]}))
+        prepare.prepare(resolve(SMALL, {"trackers": ["wandb"]}))
     assert list(tmp_path.iterdir()) == []
-    job = launcher.prepare(resolve(SMALL))
+    job = prepare.prepare(resolve(SMALL))
     claim.write(job)
     with pytest.raises(MachineError, match="pip install trackio"):
-        launcher.prepare_resume(job.run, {"trackers": ["trackio"]})
+        prepare.prepare_resume(job.run, {"trackers": ["trackio"]})
     assert job.run.plan() == job.plan

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from qdist.core.plan import digest
-from qdist.host import claim, launcher
-from qdist.host.rundir import RunDir
+from qdist.core.planning.plan import digest
+from qdist.host.launch import claim, prepare
+from qdist.host.run.rundir import RunDir
 
-TrainRun = Callable[[launcher.Job], RunDir]
+TrainRun = Callable[[prepare.Job], RunDir]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -43,7 +43,7 @@ def train() -> Iterator[TrainRun]:
         [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ}
     )
 
-    def run(job: launcher.Job) -> RunDir:
+    def run(job: prepare.Job) -> RunDir:
         claim.write(job)
         assert server.stdin is not None
         assert server.stdout is not None

@@ -8,7 +8,7 @@ from typing import Any
 import gguf
 import torch
 
-from qdist.runtime.exports.gguf import Affine, Kind, Report, write_gguf
+from qdist.runtime.exports.gguf.file import Affine, Kind, Report, write_gguf
 from tests.runtime.tiny import logits_of, tiny_model
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from qdist.host.rundir import RunDir
-from qdist.runtime import merge as merging
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.exports import merge as merging
 from qdist.runtime.exports.job import Export
 
 

@@ -48,7 +48,7 @@ def _fork(job: dict[str, object], rank: int, world_size: int, port: int) -> int:
     }
     code = 1
     try:
-        from qdist.runtime import worker
+        from qdist.runtime.train import worker
 
         sys.argv = ["worker", str(job["run"]), "--digest", str(job["digest"])]
         worker.main()

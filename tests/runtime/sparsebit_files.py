@@ -11,10 +11,10 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file
 
-from qdist.core.gptq import from_config
-from qdist.runtime.gptq import convert as conversion
-from qdist.runtime.gptq.bits import dequantize
-from qdist.runtime.quantize_source import Blueprint, blueprint
+from qdist.core.model.gptq import from_config
+from qdist.runtime.kernels.gptq_bits import dequantize
+from qdist.runtime.quantize.source import Blueprint, blueprint
+from qdist.runtime.quantize.sparsebit import convert as conversion
 
 HIDDEN, INNER, VOCAB, LAYERS, HEADS, KV_HEADS = 64, 96, 48, 2, 4, 2
 CONFIG: dict[str, Any] = {

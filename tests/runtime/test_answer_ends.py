@@ -13,15 +13,15 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from qdist.core.errors import ModelError, RunError
-from qdist.host.rundir import RunDir
-from qdist.runtime.complete import complete, text_of
-from qdist.runtime.export import rehearse
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.exports.gguf.export import run as to_gguf
 from qdist.runtime.exports.job import Export
-from qdist.runtime.exports.sixteen import write
-from qdist.runtime.exports.to_gguf import run as to_gguf
+from qdist.runtime.exports.merged_16bit import write
+from qdist.runtime.exports.qalora_as_lora import widen
 from qdist.runtime.exports.update import Adapters
-from qdist.runtime.exports.widen import widen
-from qdist.runtime.load import load
+from qdist.runtime.infer.complete import complete, text_of
+from qdist.runtime.infer.load import load
+from qdist.runtime.train.result import rehearse
 from tests.runtime.test_data import CHATML, HEADINGS, tiny_tokenizer
 from tests.runtime.tiny import VOCAB, adapted_run, real_job, save_model
 

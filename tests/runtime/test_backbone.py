@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from qdist.core.memory import Job, packed_layer_bytes
-from qdist.runtime.methods.packed import Packed4bit, Packed8bit
+from qdist.core.planning.memory import Job, packed_layer_bytes
+from qdist.runtime.model.packed import Packed4bit, Packed8bit
 from tests.runtime.tiny import FAMILIES, backbone_of, plan_of, save_config, save_model
 
 KINDS = [("nf4", 4, True), ("nf4", 4, False), ("fp4", 4, True), ("int8", 8, True), ("16-bit", 16, True)]
@@ -81,8 +81,8 @@ def test_the_same_weights_come_every_time_and_give_finite_logits(tmp_path: Path,
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_saved_model_is_packed_as_a_random_one_is(tmp_path: Path, kind: tuple[str, int, bool]) -> None:
-    from qdist.core.plan import Source
-    from qdist.runtime.methods.backbone import load_backbone
+    from qdist.core.planning.plan import Source
+    from qdist.runtime.model.skeleton import load_backbone
 
     random, plan = random_backbone(tmp_path, "llama", kind)
     folder = save_model(tmp_path / "saved")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from qdist.core.errors import DataError
-from qdist.runtime.batches import collate, sample_order, split
-from qdist.runtime.tokenized import IGNORED, Summary, TokenizedSet, learned_tokens
+from qdist.runtime.data.batches import collate, sample_order, split
+from qdist.runtime.data.tokenized import IGNORED, Summary, TokenizedSet, learned_tokens
 
 
 def set_of(*samples: list[int]) -> TokenizedSet:

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from qdist.core.errors import RunError
-from qdist.core.gptq import Gptq, Shape
-from qdist.core.plan import Plan
-from qdist.host import launcher, modules
-from qdist.host.rundir import PLAN, RunDir
+from qdist.core.model.gptq import Gptq, Shape
+from qdist.core.planning.plan import Plan
+from qdist.host.launch import prepare as launcher
+from qdist.host.launch import tasks
+from qdist.host.run.rundir import PLAN, RunDir
 from qdist.runtime.exports.backbone import Backbone
 from qdist.runtime.exports.update import Adapters
-from qdist.runtime.load import open_model
-from qdist.runtime.prepare import prepare
+from qdist.runtime.infer.load import open_model
+from qdist.runtime.train.prepare import prepare
 from tests.runtime.gptq_files import padded, save_gptq
 from tests.runtime.merging import merge
 from tests.runtime.tiny import adapted_run, real_job, save_data, save_model
@@ -63,7 +64,7 @@ def test_a_run_does_not_go_on_over_another_quantization(run: RunDir, replaced: P
 def test_nor_where_its_data_have_to_be_prepared_again(
     run: RunDir, replaced: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(modules, "prepare", prepare)
+    monkeypatch.setattr(tasks, "prepare", prepare)
     monkeypatch.setenv("QDIST_CACHE", str(tmp_path))
     data = Path(run.plan().data.path)  # type: ignore[union-attr]
     hidden = data.rename(data.with_name("hidden"))

@@ -7,11 +7,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qdist.core.conversation import Turn, Wording
-from qdist.runtime import chat
-from qdist.runtime.chat import _exchange, _Printer
-from qdist.runtime.complete import text_of
-from qdist.runtime.prompts import Speech
+from qdist.core.data.conversation import Turn, Wording
+from qdist.runtime.infer import chat
+from qdist.runtime.infer.chat import _exchange, _Printer
+from qdist.runtime.infer.complete import text_of
+from qdist.runtime.infer.prompts import Speech
 from tests.runtime.test_data import CHATML, tiny_tokenizer
 from tests.runtime.tiny import tiny_model
 

@@ -5,13 +5,12 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from qdist.core.conversation import Conversation
+from qdist.core.data.conversation import Conversation
+from qdist.core.data.records import conversations
 from qdist.core.errors import DataError, ModelError
-from qdist.core.records import conversations
-from qdist.runtime.chat_template import prompt_text, require_template
-from qdist.runtime.data import tokenize
-from qdist.runtime.tokenized import IGNORED, TokenizedSet
-from qdist.runtime.wording import encode_prompt
+from qdist.runtime.data.chat_template import prompt_text, require_template
+from qdist.runtime.data.tokenized import IGNORED, TokenizedSet, tokenize
+from qdist.runtime.data.wording import encode_prompt
 from tests.runtime.family_templates import FAMILIES, family_tokenizer, pieces_tokenizer
 
 

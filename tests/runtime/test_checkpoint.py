@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from qdist.core.errors import RunError
-from qdist.host.rundir import RunDir
-from qdist.runtime import checkpoint
-from qdist.runtime.checkpoint import Progress, load, note, prune, save
-from qdist.runtime.engine import MOMENTS, State
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.engine.torch import MOMENTS, State
+from qdist.runtime.train import checkpoint
+from qdist.runtime.train.checkpoint import Progress, load, note, prune, save
 
 
 def state_of(step: int) -> State:

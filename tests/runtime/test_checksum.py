@@ -5,14 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from qdist.runtime import checksum
-from qdist.runtime.checksum import (
-    FEW_BYTES,
-    MODULUS,
-    add_checksums,
-    slice_checksum,
-    tensor_checksum,
-)
+from qdist.runtime.formats import checksum
+from qdist.runtime.formats.checksum import FEW_BYTES, MODULUS, add_checksums, slice_checksum, tensor_checksum
 
 
 def reference(content: bytes) -> tuple[int, int]:

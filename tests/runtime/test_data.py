@@ -8,11 +8,19 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from qdist.core.conversation import Conversation
+from qdist.core.data.conversation import Conversation
+from qdist.core.data.records import conversations
 from qdist.core.errors import DataError, ModelError, QdistError
-from qdist.core.records import conversations
-from qdist.runtime.data import cache_key, cached_tokenize, tokenize, tokenizer_digest
-from qdist.runtime.tokenized import IGNORED, TokenizedSet, load, save
+from qdist.runtime.data.tokenized import (
+    IGNORED,
+    TokenizedSet,
+    cache_key,
+    cached_tokenize,
+    load,
+    save,
+    tokenize,
+    tokenizer_digest,
+)
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 CHATML = (

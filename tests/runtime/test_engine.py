@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from qdist.core.plan import Plan
-from qdist.runtime.engine import Adapter, MicroBatch, State, TorchEngine, build_optimizer, finish_gradients
-from qdist.runtime.samples import Samples
+from qdist.core.planning.plan import Plan
+from qdist.runtime.data.batches import Samples
+from qdist.runtime.engine.torch import Adapter, MicroBatch, State, TorchEngine, build_optimizer, finish_gradients
 from tests.runtime.tiny import plan_of, save_config, trainable
 
 

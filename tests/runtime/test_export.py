@@ -12,15 +12,15 @@ from torch import nn
 
 import qdist
 from qdist.core.errors import RunError
-from qdist.core.events import Event, encode
-from qdist.host.adapters import ADAPTER, adapter_step, step_note
+from qdist.core.telemetry.events import Event, encode
 from qdist.host.files import locked
-from qdist.host.rundir import PLAN, RunDir
-from qdist.runtime import checkpoint
-from qdist.runtime.engine import Adapter, State
-from qdist.runtime.export import adapter_checksum, check_adapter, choose_step, gather, gather_named, write_result
-from qdist.runtime.measure import Parts, Peak
-from qdist.runtime.methods.backbone import load_plain
+from qdist.host.run.rundir import PLAN, RunDir
+from qdist.host.sources.targets import ADAPTER, adapter_step, step_note
+from qdist.runtime.engine.torch import Adapter, State
+from qdist.runtime.model.skeleton import load_plain
+from qdist.runtime.train import checkpoint
+from qdist.runtime.train.measure import Parts, Peak
+from qdist.runtime.train.result import adapter_checksum, check_adapter, choose_step, gather, gather_named, write_result
 from tests.runtime.tiny import (
     VOCAB,
     adapted_run,

@@ -11,18 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qdist.core.errors import ModelError, PlanError, RunError
-from qdist.core.gptq import Gptq, Shape
-from qdist.host import probe
-from qdist.host.adapters import ADAPTER
-from qdist.host.rundir import RunDir
-from qdist.runtime import merge as merging
-from qdist.runtime import work_folder
-from qdist.runtime.checkpoint import load_tensors
+from qdist.core.model.gptq import Gptq, Shape
+from qdist.host.machine import probe
+from qdist.host.run.rundir import RunDir
+from qdist.host.sources.targets import ADAPTER
 from qdist.runtime.exports import main as exporting
-from qdist.runtime.exports import sixteen
+from qdist.runtime.exports import merge as merging
+from qdist.runtime.exports import merged_16bit
 from qdist.runtime.exports.update import Adapters
-from qdist.runtime.load import load
-from qdist.runtime.packed_folder import opened, tensor_files
+from qdist.runtime.formats import work_folder
+from qdist.runtime.formats.packed_folder import opened, tensor_files
+from qdist.runtime.infer.load import load
+from qdist.runtime.train.checkpoint import load_tensors
 from tests.runtime.gptq_files import save_gptq
 from tests.runtime.test_data import tiny_tokenizer
 from tests.runtime.tiny import adapted_run, dummy_job, logits_of, real_job, save_config, save_data, save_model
@@ -49,7 +49,7 @@ def padded() -> Any:
 
 
 def write(run: RunDir, out: Path, *, onto: Any = "dequantized", dtype: torch.dtype = torch.bfloat16) -> None:
-    sixteen.write(Adapters([run]), out, onto=onto, dtype=dtype)
+    merged_16bit.write(Adapters([run]), out, onto=onto, dtype=dtype)
 
 
 def plain(folder: Path) -> Any:
@@ -76,7 +76,7 @@ def test_killed_at_a_layer_and_resumed_it_is_the_same_to_the_byte(
 ) -> None:
     write(run, tmp_path / "expected", onto=onto)
     written: list[str] = []
-    real = sixteen.write_tensors
+    real = merged_16bit.write_tensors
 
     def killed_at_the_second(folder: Path, name: str, entries: Any) -> Any:
         if written:
@@ -90,11 +90,11 @@ def test_killed_at_a_layer_and_resumed_it_is_the_same_to_the_byte(
         return real(folder, name, entries)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sixteen, "write_tensors", killed_at_the_second)
+        patch.setattr(merged_16bit, "write_tensors", killed_at_the_second)
         with pytest.raises(Killed):
             write(run, tmp_path / "out", onto=onto)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(sixteen, "write_tensors", noted)
+    monkeypatch.setattr(merged_16bit, "write_tensors", noted)
     write(run, tmp_path / "out", onto=onto)
     assert written == [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
     assert "1 of 3 files are there already" in capsys.readouterr().err
@@ -111,7 +111,7 @@ def test_what_was_begun_of_something_else_is_not_used(
 ) -> None:
     """Its first file is marked; the mark must be gone."""
     with monkeypatch.context() as patch:
-        patch.setattr(sixteen, "write_index", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(merged_16bit, "write_index", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             write(run, tmp_path / "out")
     marked = tmp_path / ".out.unfinished" / "marked"
@@ -119,7 +119,7 @@ def test_what_was_begun_of_something_else_is_not_used(
     if change == "adapter":
         tensors = load_file(run.adapter / ADAPTER)
         save_file({name: 2 * value for name, value in tensors.items()}, run.adapter / ADAPTER)
-    sixteen.write(
+    merged_16bit.write(
         Adapters([run], (0.5,) if change == "weights" else ()),
         tmp_path / "out",
         onto="original" if change == "onto" else "dequantized",
@@ -132,7 +132,7 @@ def test_updates_of_several_runs_are_added_with_their_weights(tmp_path: Path) ->
     source = save_model(tmp_path / "model", tokenizer=padded())
     runs = [run_over(tmp_path / name, source, scale=scale) for name, scale in (("a", 0.05), ("b", 0.1))]
     weights = (0.7, -0.3)
-    sixteen.write(Adapters(runs, weights), tmp_path / "out", onto="dequantized", dtype=torch.bfloat16)
+    merged_16bit.write(Adapters(runs, weights), tmp_path / "out", onto="dequantized", dtype=torch.bfloat16)
     merged, models = tensors_of(tmp_path / "out"), [load(run.path)[0].get_base_model() for run in runs]
     paths = [name for name, module in models[0].named_modules() if hasattr(module, "lora_A")]
     assert len(paths) == 14
@@ -228,7 +228,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from qdist.host.rundir import RunDir
+from qdist.host.run.rundir import RunDir
 from qdist.runtime.exports import sixteen
 from qdist.runtime.exports.update import Adapters
 

@@ -11,14 +11,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from qdist.core.errors import DataError, ModelError, RunError
-from qdist.core.gptq import Gptq, Shape
-from qdist.host.rundir import RunDir
-from qdist.runtime.exports import requantize, to_gguf, widen, zeros
+from qdist.core.model.gptq import Gptq, Shape
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.exports import qalora_as_lora, qalora_integer_zeros, requantize
+from qdist.runtime.exports.gguf import export
 from qdist.runtime.exports.job import Export
-from qdist.runtime.exports.offsets import merge_offsets
+from qdist.runtime.exports.qalora_merge import merge_offsets
 from qdist.runtime.exports.update import Adapters
-from qdist.runtime.gptq.bits import unpack_zeros
-from qdist.runtime.load import load
+from qdist.runtime.infer.load import load
+from qdist.runtime.kernels.gptq_bits import unpack_zeros
 from tests.runtime.gptq_files import padded, save_gptq
 from tests.runtime.test_offsets import ASYMMETRIC, SYMMETRIC, relative, run_over
 from tests.runtime.tiny import adapted_run, dummy_job, logits_of, real_job, save_config, save_data, save_model
@@ -39,7 +40,7 @@ def test_a_widened_adapter_is_lora_and_says_the_same(tmp_path: Path, pool: str) 
     """Loaded by PEFT with its own LoRA layers, over the same packed weights."""
     model = save_gptq(tmp_path / "gptq", ASYMMETRIC)
     run = run_over(model, tmp_path / "run", new_tokens=["<call>"], **{"lora.pool": pool})
-    widen.run(exported(run, tmp_path / "lora"))
+    qalora_as_lora.run(exported(run, tmp_path / "lora"))
     from tests.runtime.tiny import backbone_of
 
     plain = PeftModel.from_pretrained(backbone_of(run.plan()), tmp_path / "lora").eval()
@@ -60,7 +61,7 @@ def test_several_adapters_become_one_of_their_ranks_together(tmp_path: Path) -> 
         run_over(model, tmp_path / "b", method="gptq-lora", seed=1, **wide),
     )
     job = exported(runs, tmp_path / "lora", weights=(0.5, -2.0))
-    widen.run(job)
+    qalora_as_lora.run(job)
     stored = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     for path in job.adapters.paths:
         update = job.adapters.of(path)
@@ -75,13 +76,13 @@ def test_an_adapter_over_a_merged_checkpoint_is_of_no_use_elsewhere(tmp_path: Pa
     merge_offsets(Adapters([first]), tmp_path / "merged", lambda _: None)
     second = run_over(tmp_path / "merged", tmp_path / "again")
     with pytest.raises(RunError, match="no other program opens it"):
-        widen.run(exported(second, tmp_path / "lora"))
+        qalora_as_lora.run(exported(second, tmp_path / "lora"))
     assert not (tmp_path / "lora").exists()
 
 
 def test_plain_lora_needs_no_widening(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="has plain LoRA already"):
-        widen.run(exported(qlora_run(tmp_path), tmp_path / "lora"))
+        qalora_as_lora.run(exported(qlora_run(tmp_path), tmp_path / "lora"))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_q4_1_holds_the_integers_of_qa_lora(tmp_path: Path, gptq: Gptq, capsys: 
     """Read back by transformers: away from the adapter by no more than fp16 minimums are."""
     model = save_gptq(tmp_path / "gptq", gptq, tokenizer=padded())
     run = run_over(model, tmp_path / "run", bits=gptq.shape.bits)
-    to_gguf.run(exported(run, tmp_path / "model.gguf"))
+    export.run(exported(run, tmp_path / "model.gguf"))
     said = capsys.readouterr().out
     assert "14 Q4_1" in said
     assert re.search(r"minimums in float16 take \d+\.\d% of the adapter", said)
@@ -111,7 +112,7 @@ def test_q4_1_after_two_merges_holds_both(tmp_path: Path) -> None:
     first = run_over(save_gptq(tmp_path / "gptq", SYMMETRIC, tokenizer=padded()), tmp_path / "run")
     merge_offsets(Adapters([first]), tmp_path / "merged", lambda _: None)
     second = run_over(tmp_path / "merged", tmp_path / "again")
-    to_gguf.run(exported(second, tmp_path / "model.gguf"))
+    export.run(exported(second, tmp_path / "model.gguf"))
     own = logits_of(of_gguf(tmp_path / "model.gguf"), high=250)
     assert relative(own, logits_of(load(second.path)[0], high=250)) < 6e-3
 
@@ -123,7 +124,7 @@ def test_any_method_is_rounded_to_f16_and_q8_0(tmp_path: Path, kind: Any, roundi
         run = qlora_run(tmp_path)
     else:
         run = run_over(save_gptq(tmp_path / "gptq", SYMMETRIC, tokenizer=padded()), tmp_path / "run", method=method)
-    to_gguf.run(exported(run, tmp_path / "model.gguf", type=kind))
+    export.run(exported(run, tmp_path / "model.gguf", type=kind))
     own = logits_of(of_gguf(tmp_path / "model.gguf"), high=250)
     assert relative(own, logits_of(load(run.path)[0], high=250)) < rounding
 
@@ -139,7 +140,7 @@ def test_q4_1_is_refused_where_it_would_round_again(tmp_path: Path, method: str)
         settings = {"method": "qa-lora", "bits": 8} if eight else {"method": "gptq-lora"}
         run = run_over(model, tmp_path / "run", **settings)
     with pytest.raises(RunError, match=said) as caught:
-        to_gguf.run(exported(run, tmp_path / "model.gguf", type="q4_1"))
+        export.run(exported(run, tmp_path / "model.gguf", type="q4_1"))
     assert "--type q8_0" in str(caught.value.try_)
     assert not (tmp_path / "model.gguf").exists()
 
@@ -147,7 +148,7 @@ def test_q4_1_is_refused_where_it_would_round_again(tmp_path: Path, method: str)
 def test_a_family_that_gguf_readers_have_no_name_for_is_refused(tmp_path: Path) -> None:
     run = run_over(save_gptq(tmp_path / "gptq", SYMMETRIC, "opt"), tmp_path / "run")
     with pytest.raises(ModelError, match="opt"):
-        to_gguf.run(exported(run, tmp_path / "model.gguf"))
+        export.run(exported(run, tmp_path / "model.gguf"))
     assert not (tmp_path / "model.gguf").exists()
 
 
@@ -156,11 +157,11 @@ def test_integer_zeros_lose_what_is_said(tmp_path: Path, gptq: Gptq, capsys: pyt
     model = save_gptq(tmp_path / "gptq", gptq, tokenizer=padded())
     run = run_over(model, tmp_path / "run", scale=0.3)
     with pytest.raises(RunError, match=r"would lose \d+\.\d% of the adapter") as caught:
-        zeros.run(exported(run, tmp_path / "zeros"))
+        qalora_integer_zeros.run(exported(run, tmp_path / "zeros"))
     assert "qdist merge" in str(caught.value.try_)
     assert not (tmp_path / "zeros").exists()
-    zeros.run(exported(run, tmp_path / "zeros", lossy=True))
-    lost = zeros.loss_of_zeros(Adapters([run]))
+    qalora_integer_zeros.run(exported(run, tmp_path / "zeros", lossy=True))
+    lost = qalora_integer_zeros.loss_of_zeros(Adapters([run]))
     assert f"{lost.relative:.1%} of the adapter is lost" in capsys.readouterr().out
     assert 0.01 < lost.relative < 1
     assert lost.relative == pytest.approx(missing(model, tmp_path / "zeros", gptq, Adapters([run])), rel=1e-4)
@@ -182,7 +183,7 @@ def missing(base: Path, out: Path, gptq: Gptq, adapters: Adapters) -> float:
 
 def test_small_updates_are_lost_in_integer_zeros_altogether(tmp_path: Path) -> None:
     run = run_over(save_gptq(tmp_path / "gptq", SYMMETRIC, tokenizer=padded()), tmp_path / "run", scale=2e-4)
-    assert zeros.loss_of_zeros(Adapters([run])).relative == 1.0
+    assert qalora_integer_zeros.loss_of_zeros(Adapters([run])).relative == 1.0
 
 
 @pytest.mark.parametrize("method", ["qlora", "gptq-lora"])
@@ -199,7 +200,7 @@ def test_merged_and_quantized_again(tmp_path: Path, method: str, capsys: pytest.
     assert len(losses) == 3
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert losses[2] == pytest.approx(losses[0], rel=0.2)
-    from qdist.host.checkpoints import stated
+    from qdist.host.sources.model_folder import stated
 
     gptq = stated(tmp_path / "out")
     assert gptq is not None
@@ -249,7 +250,7 @@ def test_too_little_calibration_data_is_said_before_anything_is_written(tmp_path
 
 def test_integer_zeros_need_a_gptq_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is no GPTQ checkpoint"):
-        zeros.run(exported(qlora_run(tmp_path), tmp_path / "zeros", lossy=True))
+        qalora_integer_zeros.run(exported(qlora_run(tmp_path), tmp_path / "zeros", lossy=True))
 
 
 def test_random_weights_are_not_quantized_again(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from qdist.core.gptq import Gptq, Shape
-from qdist.core.spec import nest
-from qdist.host import launcher
-from qdist.host.adapters import ADAPTER
-from qdist.host.rundir import RunDir
-from qdist.runtime.checkpoint import load
+from qdist.core.model.gptq import Gptq, Shape
+from qdist.core.spec.spec import nest
+from qdist.host.launch import prepare
+from qdist.host.run.rundir import RunDir
+from qdist.host.sources.targets import ADAPTER
+from qdist.runtime.train.checkpoint import load
 from tests.runtime.conftest import TrainRun
 from tests.runtime.gptq_files import padded, save_gptq
 from tests.runtime.tiny import adapted_run, real_job, save_data
@@ -59,7 +59,7 @@ def test_two_steps_anywhere_leave_the_bytes_of_the_adapter(
 ) -> None:
     """Every engine takes the state, steps twice, and gives it back; what is gathered then is what went in."""
     shutil.copytree(start.path, tmp_path / "run")
-    run = train(launcher.prepare_resume(RunDir(tmp_path / "run"), nest({"steps": 4, **grid})))
+    run = train(prepare.prepare_resume(RunDir(tmp_path / "run"), nest({"steps": 4, **grid})))
     assert run.checkpoint_steps()[-1] == 4
     progress, state = load(run.checkpoint(4))
     assert progress.optimizer_steps == 4

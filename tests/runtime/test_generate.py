@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from qdist.core.conversation import Conversation
+from qdist.core.data.conversation import Conversation
+from qdist.core.data.records import asked
 from qdist.core.errors import DataError, ModelError, RunError, SpecError
-from qdist.core.records import asked
-from qdist.host.prompts import read_prompts
-from qdist.host.rundir import RunDir
-from qdist.runtime import generate
-from qdist.runtime.complete import complete
-from qdist.runtime.generate import generate_file, main
-from qdist.runtime.load import load
-from qdist.runtime.prompts import Speech, encode_prompts, speech_of
-from qdist.runtime.wording import encode_prompt, usual_wording
+from qdist.host.data.records import read_prompts
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.data.wording import encode_prompt, usual_wording
+from qdist.runtime.infer import generate
+from qdist.runtime.infer.complete import complete
+from qdist.runtime.infer.generate import generate_file, main
+from qdist.runtime.infer.load import load
+from qdist.runtime.infer.prompts import Speech, encode_prompts, speech_of
 from tests.runtime.test_data import CHATML, tiny_tokenizer
 from tests.runtime.tiny import FAMILIES, adapted_run, dummy_job, real_job, save_config, save_data, save_model
 

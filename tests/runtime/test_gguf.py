@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from qdist.core.errors import ModelError
-from qdist.runtime.exports.gguf import Affine, Kind
-from qdist.runtime.exports.gguf_blocks import dense, row_order
-from qdist.runtime.exports.gguf_check import check_gguf
-from qdist.runtime.exports.gguf_rope import Rope, rope_factors
+from qdist.runtime.exports.gguf.blocks import dense, row_order
+from qdist.runtime.exports.gguf.export import check_gguf
+from qdist.runtime.exports.gguf.file import Affine, Kind
+from qdist.runtime.exports.gguf.metadata import Rope, rope_factors
 from tests.runtime.gguf_models import (
     ERRORS,
     EXACT,

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from qdist.core.errors import ModelError
-from qdist.core.facts import from_config
-from qdist.host.sources import find_shape
-from qdist.runtime.exports.gguf import Affine, Kind
-from qdist.runtime.exports.gguf_check import check_gguf
+from qdist.core.model.shapes import from_config
+from qdist.host.sources.models import find_shape
+from qdist.runtime.exports.gguf.export import check_gguf
+from qdist.runtime.exports.gguf.file import Affine, Kind
 from tests.runtime.gguf_models import (
     ERRORS,
     FAMILIES,
@@ -129,8 +129,8 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from qdist.runtime.exports import gguf_blocks
-from qdist.runtime.exports.gguf import Affine, write_gguf
-from qdist.runtime.exports.gguf_check import check_gguf
+from qdist.runtime.exports.gguf.file import Affine, write_gguf
+from qdist.runtime.exports.gguf.export import check_gguf
 
 torch.set_num_threads(1)  # more would wait for each other on a busy machine
 LAYERS, WIDE, INNER = (int(number) for number in sys.argv[2:5])
@@ -244,7 +244,7 @@ def test_another_value_of_four_bits_is_found(tmp_path: Path) -> None:
 def test_rows_in_another_order_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama")
     with monkeypatch.context() as patch:
-        patch.setattr("qdist.runtime.exports.gguf_blocks.row_order", lambda count, heads: torch.arange(count))
+        patch.setattr("qdist.runtime.exports.gguf.blocks.row_order", lambda count, heads: torch.arange(count))
         out, tensors, _ = written(tmp_path, model)
     with pytest.raises(ModelError, match=r"q_proj\.weight off by"):
         check_gguf(out, tensors, config=config_of(model), kind="f16")

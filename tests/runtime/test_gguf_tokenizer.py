@@ -11,9 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from qdist.core.errors import ModelError
-from qdist.runtime.exports.gguf import write_gguf
-from qdist.runtime.exports.gguf_pre import pre_of
-from qdist.runtime.exports.gguf_tokenizer import Vocabulary, add_vocabulary, read_vocabulary
+from qdist.runtime.exports.gguf.file import write_gguf
+from qdist.runtime.exports.gguf.tokenizer import Vocabulary, add_vocabulary, pre_of, read_vocabulary
 from tests.runtime.gguf_models import config_of, fields, tensors_of
 from tests.runtime.test_data import CHATML, tiny_tokenizer
 from tests.runtime.tiny import tiny_model

@@ -15,18 +15,18 @@ from torch import nn
 
 import qdist
 from qdist.core.errors import ModelError
-from qdist.core.facts import from_config
-from qdist.core.gptq import Gptq, Override, Shape
-from qdist.core.memory import Job, packed_layer_bytes
-from qdist.host.checkpoints import stated
-from qdist.runtime.gptq import check
-from qdist.runtime.gptq.bits import pack, pack_zeros, unpack, unpack_zeros
-from qdist.runtime.gptq.folder import entries
-from qdist.runtime.methods.packed_gptq import PackedGptq
-from qdist.runtime.methods.skeleton import decoder_layers, fill
-from qdist.runtime.methods.weights import FolderWeights
-from qdist.runtime.packed_folder import write_tensors
-from qdist.runtime.quantize_source import blueprint
+from qdist.core.model.gptq import Gptq, Override, Shape
+from qdist.core.model.shapes import from_config
+from qdist.core.planning.memory import Job, packed_layer_bytes
+from qdist.host.sources.model_folder import stated
+from qdist.runtime.formats.gptq_folder import entries
+from qdist.runtime.formats.packed_folder import write_tensors
+from qdist.runtime.kernels.gptq_bits import pack, pack_zeros, unpack, unpack_zeros
+from qdist.runtime.model.packed_gptq import PackedGptq
+from qdist.runtime.model.skeleton import decoder_layers, fill
+from qdist.runtime.model.weights import FolderWeights
+from qdist.runtime.quantize.gptq import check
+from qdist.runtime.quantize.source import blueprint
 from tests.runtime.gptq_files import dequantized, quantized, save_gptq
 from tests.runtime.tiny import FAMILIES, save_model
 

@@ -12,22 +12,21 @@ import pytest
 import torch
 
 from qdist.core.errors import DataError, JobError, ModelError, PlanError, QdistError, RunError, SpecError
-from qdist.core.gptq import Gptq, Shape, from_config
+from qdist.core.model.gptq import Gptq, Shape, from_config
 from qdist.host.files import locked
-from qdist.runtime import work_folder
-from qdist.runtime.gptq import calibrate as calibrating
-from qdist.runtime.gptq import hessians
-from qdist.runtime.gptq import make as making
-from qdist.runtime.gptq.calibrate import Calibration, batches, pieces
-from qdist.runtime.gptq.check import checked
-from qdist.runtime.gptq.decoder import Decoder
-from qdist.runtime.gptq.folder import Quantized
-from qdist.runtime.gptq.hessians import LaneSums
-from qdist.runtime.gptq.job import Job, Wanted
-from qdist.runtime.gptq.make import main, make
-from qdist.runtime.gptq.solve import relative_error, unpacked
-from qdist.runtime.packed_folder import opened, tensor_files
-from qdist.runtime.quantize_source import blueprint, tensors_of
+from qdist.runtime.formats import work_folder
+from qdist.runtime.formats.gptq_folder import Quantized
+from qdist.runtime.formats.packed_folder import opened, tensor_files
+from qdist.runtime.quantize.gptq import calibrate
+from qdist.runtime.quantize.gptq import calibrate as calibrating
+from qdist.runtime.quantize.gptq import make as making
+from qdist.runtime.quantize.gptq.calibrate import Calibration, LaneSums, batches, pieces
+from qdist.runtime.quantize.gptq.check import checked
+from qdist.runtime.quantize.gptq.decoder import Decoder
+from qdist.runtime.quantize.gptq.job import Job, Wanted
+from qdist.runtime.quantize.gptq.make import main, make
+from qdist.runtime.quantize.gptq.solve import relative_error, unpacked
+from qdist.runtime.quantize.source import blueprint, tensors_of
 from tests.runtime.test_data import tiny_tokenizer
 from tests.runtime.tiny import logits_of, save_config, save_data, save_model
 
@@ -187,7 +186,7 @@ def test_lanes_are_added_by_twos_wherever_they_were_summed(count: int) -> None:
 def test_a_hessian_is_that_of_all_inputs_of_a_linear(
     model: Path, text: str, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hessians, "_COLUMNS", columns)
+    monkeypatch.setattr(calibrate, "_COLUMNS", columns)
     shape = blueprint(model)
     decoder = Decoder(shape, tensors_of(model, shape))
     calibration = started(decoder, text, (CPU, CPU, CPU))
@@ -218,13 +217,13 @@ def test_products_of_16_bits_are_summed_in_32(columns: int, monkeypatch: pytest.
         assert (left.dtype, right.dtype) == (torch.bfloat16, torch.bfloat16)
         return left.as_subclass(torch.Tensor).to(out_dtype) @ right.as_subclass(torch.Tensor).to(out_dtype)
 
-    monkeypatch.setattr(hessians, "_COLUMNS", columns)
+    monkeypatch.setattr(calibrate, "_COLUMNS", columns)
     rows = torch.randn(256, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     total = torch.ones(128, 128)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "mm", product)
-        hessians.add_products(total, rows.as_subclass(OnGpu), 0.25)
-    hessians.mirror(total)
+        calibrate.add_products(total, rows.as_subclass(OnGpu), 0.25)
+    calibrate.mirror(total)
     assert torch.allclose(total, 1 + 0.25 * rows.float().t() @ rows.float(), rtol=1e-4, atol=1e-4)
 
 

@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 
 import qdist
 from qdist.core.errors import ModelError, QdistError, SpecError
-from qdist.core.gptq import Gptq, Shape
-from qdist.core.packing import Packing
-from qdist.core.spec import nest, resolve
-from qdist.runtime.gptq.finite import is_finite
-from qdist.runtime.gptq.job import Wanted
-from qdist.runtime.gptq.make import make
-from qdist.runtime.prepare import prepare
-from qdist.runtime.quantize import quantize
+from qdist.core.model.gptq import Gptq, Shape
+from qdist.core.model.storage import Packing
+from qdist.core.spec.spec import nest, resolve
+from qdist.runtime.quantize.bitsandbytes import quantize
+from qdist.runtime.quantize.gptq.job import Wanted
+from qdist.runtime.quantize.gptq.make import make
+from qdist.runtime.quantize.source import is_finite
+from qdist.runtime.train.prepare import prepare
 from tests.runtime.gptq_files import save_gptq
 from tests.runtime.tiny import real_job, save_data, save_model
 

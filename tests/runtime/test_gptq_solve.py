@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from qdist.core.errors import ModelError
-from qdist.core.gptq import Shape
-from qdist.runtime.gptq import solve as solving
-from qdist.runtime.gptq.bits import dequantize
-from qdist.runtime.gptq.solve import Solution, curvature, relative_error, solve, unpacked
+from qdist.core.model.gptq import Shape
+from qdist.runtime.kernels.gptq_bits import dequantize
 from qdist.runtime.kernels.grids import fit
+from qdist.runtime.quantize.gptq import solve as solving
+from qdist.runtime.quantize.gptq.solve import Solution, curvature, relative_error, solve, unpacked
 
 INPUTS, OUTPUTS = 192, 32
 

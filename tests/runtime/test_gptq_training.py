@@ -8,15 +8,15 @@ from torch import nn
 from torch.nn import functional
 
 from qdist.core.errors import ModelError, RunError, SpecError
-from qdist.core.events import losses
-from qdist.core.gptq import Gptq, Shape
-from qdist.host.follow import Follower
-from qdist.host.rundir import RunDir
-from qdist.runtime.load import open_model
-from qdist.runtime.methods.adapted import adapted_product
-from qdist.runtime.methods.packed_gptq import PackedGptq
-from qdist.runtime.methods.skeleton import fill
-from qdist.runtime.methods.weights import RandomWeights
+from qdist.core.model.gptq import Gptq, Shape
+from qdist.core.telemetry.events import losses
+from qdist.host.run.follow import Follower
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.infer.load import open_model
+from qdist.runtime.model.adapted import adapted_product
+from qdist.runtime.model.packed_gptq import PackedGptq
+from qdist.runtime.model.skeleton import fill
+from qdist.runtime.model.weights import RandomWeights
 from tests.runtime.conftest import TrainRun
 from tests.runtime.gptq_files import padded, save_gptq
 from tests.runtime.merging import merge

@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from qdist.core.events import Event, losses
-from qdist.host import launcher
-from qdist.host.follow import Follower
-from qdist.host.rundir import RunDir
-from qdist.host.state import state_of
-from qdist.runtime.checkpoint import load, load_tensors
+from qdist.core.telemetry.events import Event, losses
+from qdist.host.launch import prepare
+from qdist.host.run.follow import Follower
+from qdist.host.run.rundir import RunDir
+from qdist.host.run.state import state_of
+from qdist.runtime.train.checkpoint import load, load_tensors
 from tests.runtime.tiny import dummy_job, save_config, save_data, save_model
 from tests.signals import hears_signals
 
 pytestmark = pytest.mark.slow
-TrainRun = Callable[[launcher.Job], RunDir]
+TrainRun = Callable[[prepare.Job], RunDir]
 
 SHAPE = {
     "seq_len": 16, "global_batch": 8, "steps": 6, "lora.r": 4, "lora.dropout": 0.1, "optim.lr": 3e-3,
@@ -166,7 +166,7 @@ def test_a_run_goes_on_with_any_ranks_and_stage(
 ) -> None:
     run = copied(two, folder / f"resumed-{ranks}-{zero.get('stage')}", up_to=2)
     changes = {"gpus": ranks, "zero": zero, "micro_batch": 2 if ranks == 4 else 4}
-    train(launcher.prepare_resume(run, changes))
+    train(prepare.prepare_resume(run, changes))
     assert losses_of(run).keys() == losses_of(two).keys()
     if changes == {"gpus": 2, "zero": {}, "micro_batch": 4}:
         assert losses_of(run) == losses_of(two)
@@ -224,7 +224,7 @@ def processes(run: Path) -> dict[int, str]:
 
 def rank_process(run: Path, rank: int) -> int:
     for process, line in processes(run).items():
-        if "torch.distributed.run" in line or "qdist.runtime.worker" not in line:
+        if "torch.distributed.run" in line or "qdist.runtime.train.worker" not in line:
             continue
         environment = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
         if f"RANK={rank}".encode() in environment:
@@ -280,7 +280,7 @@ def test_a_killed_run_leaves_nothing_behind_and_resumes_with_the_same_losses(
         assert "rank 1 was killed by SIGKILL" in said
     if victim != "the launcher":
         assert f"qdist launch --resume --run {run.path}" in said
-    train(launcher.prepare_resume(run, {"train": {"save_steps": 1000}}))
+    train(prepare.prepare_resume(run, {"train": {"save_steps": 1000}}))
     assert losses_of(run) == losses_of(never_killed)
     assert furthest(run, never_killed) == 0.0
 
@@ -313,7 +313,9 @@ def test_ctrl_c_while_the_ranks_are_starting_ends_them_at_once_and_the_run_can_g
 ) -> None:
     run = RunDir(folder / "interrupted-early")
     process = launch(*flags(model, run.path))
-    wait_until(lambda: any("qdist.runtime.worker" in line for line in processes(run.path).values()), "no rank came")
+    wait_until(
+        lambda: any("qdist.runtime.train.worker" in line for line in processes(run.path).values()), "no rank came"
+    )
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert (process.returncode, losses_of(run)) == (130, {}), said
@@ -321,7 +323,7 @@ def test_ctrl_c_while_the_ranks_are_starting_ends_them_at_once_and_the_run_can_g
     assert "Traceback" not in said
     nothing_left(run.path)
     assert state_of(run) == "stopped"
-    assert launcher.prepare_resume(run, {}).plan == run.plan()
+    assert prepare.prepare_resume(run, {}).plan == run.plan()
 
 
 def test_ctrl_c_while_model_and_data_are_prepared_leaves_neither_a_run_nor_a_traceback(
@@ -329,7 +331,9 @@ def test_ctrl_c_while_model_and_data_are_prepared_leaves_neither_a_run_nor_a_tra
 ) -> None:
     run, data = folder / "interrupted-preparing", save_data(folder / "preparing.jsonl")
     process = launch("--model", save_model(folder / "whole"), "--data", data, "--gpus", "1", "--run", run)
-    wait_until(lambda: "qdist.runtime.prepare" in children_of(process.pid), "nothing was prepared", process=process)
+    wait_until(
+        lambda: "qdist.runtime.train.prepare" in children_of(process.pid), "nothing was prepared", process=process
+    )
     for each in (process.pid, *children_of(process.pid).values()):  # as a terminal does
         os.kill(each, signal.SIGINT)
     said, _ = process.communicate(timeout=60)
@@ -382,5 +386,5 @@ def test_a_stopped_rank_is_named_with_stacks_and_the_run_goes_on_from_its_checkp
     ended = run.ended()
     assert ended is not None
     assert (ended.state, state_of(run)) == ("failed", "failed")
-    train(launcher.prepare_resume(run, {"train": {"save_steps": 1000}}))
+    train(prepare.prepare_resume(run, {"train": {"save_steps": 1000}}))
     assert losses_of(run) == losses_of(never_killed)

@@ -12,7 +12,7 @@ import torch
 
 import qdist
 from qdist.core.errors import ModelError, QdistError, RunError
-from qdist.host.rundir import PLAN, RunDir
+from qdist.host.run.rundir import PLAN, RunDir
 from qdist.runtime.exports.backbone import Backbone
 from tests.runtime.tiny import adapted_run, dummy_job, logits_of, real_job, save_config, save_data, save_model, written
 

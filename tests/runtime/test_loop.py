@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from qdist.core.errors import RunError
-from qdist.core.events import Event
-from qdist.host.rundir import RunDir
-from qdist.runtime.forward import Forward
-from qdist.runtime.loop import Trainer
+from qdist.core.telemetry.events import Event
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.engine.objective import Forward
+from qdist.runtime.train.loop import Trainer
 from tests.plans import CPU, planned
 
 LAST = ["save 4", "judge 4", "note 4"]

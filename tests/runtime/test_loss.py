@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from qdist.runtime.batches import collate
-from qdist.runtime.loss import IGNORED, summed_loss
+from qdist.runtime.data.batches import collate
+from qdist.runtime.engine.objective import IGNORED, summed_loss
 from tests.runtime.tiny import FAMILIES, padded, samples_of, tiny_model
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from qdist.core.errors import RunError
-from qdist.host.rundir import RunDir
-from qdist.runtime.loss_scale import LossScale
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.train.loop import LossScale
 
 RUN = RunDir("nowhere")
 

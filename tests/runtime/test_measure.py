@@ -1,6 +1,6 @@
 import torch
 
-from qdist.runtime.measure import disk_read_bytes, load_peak, peak
+from qdist.runtime.train.measure import disk_read_bytes, load_peak, peak
 
 CPU = torch.device("cpu")
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from qdist.core.errors import JobError, RunError
-from qdist.core.packing import Packing
-from qdist.host.rundir import RunDir
-from qdist.runtime import work_folder
-from qdist.runtime.load import load
-from qdist.runtime.packed_folder import MANIFEST
-from qdist.runtime.quantize import quantize
+from qdist.core.model.storage import Packing
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.formats import work_folder
+from qdist.runtime.formats.packed_folder import MANIFEST
+from qdist.runtime.infer.load import load
+from qdist.runtime.quantize.bitsandbytes import quantize
 from tests.runtime.merging import merge
 from tests.runtime.tiny import adapted_run, dummy_job, logits_of, real_job, save_config, save_data, save_model
 

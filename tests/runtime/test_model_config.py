@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from qdist.core.errors import ModelError
-from qdist.runtime.packed_folder import Packing
-from qdist.runtime.quantize import packed_folder, quantize
-from qdist.runtime.quantize_source import blueprint, tensors_of
-from qdist.runtime.tokenizer import open_tokenizer
+from qdist.runtime.data.tokenizer import open_tokenizer
+from qdist.runtime.formats.packed_folder import Packing
+from qdist.runtime.quantize.bitsandbytes import packed_folder, quantize
+from qdist.runtime.quantize.source import blueprint, tensors_of
 from tests.runtime.test_data import tiny_tokenizer
 from tests.runtime.tiny import save_config, save_model
 

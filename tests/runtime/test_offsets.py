@@ -11,18 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qdist.core.errors import ModelError, RunError, SpecError
-from qdist.core.gptq import SHIFTED, Gptq, Override, Shape
-from qdist.host.checkpoints import stated
-from qdist.host.rundir import RunDir
-from qdist.runtime import merge as merging
-from qdist.runtime.exports import offsets
+from qdist.core.model.gptq import SHIFTED, Gptq, Override, Shape
+from qdist.host.run.rundir import RunDir
+from qdist.host.sources.model_folder import stated
+from qdist.runtime.exports import merge as merging
+from qdist.runtime.exports import qalora_merge
 from qdist.runtime.exports.job import Export
-from qdist.runtime.exports.offsets import BOUND, Difference, merge_offsets
+from qdist.runtime.exports.qalora_merge import BOUND, Difference, merge_offsets
 from qdist.runtime.exports.update import Adapters
-from qdist.runtime.gptq import check
-from qdist.runtime.load import load
-from qdist.runtime.methods.packed_gptq import PackedGptq
-from qdist.runtime.quantize_source import blueprint
+from qdist.runtime.infer.load import load
+from qdist.runtime.model.packed_gptq import PackedGptq
+from qdist.runtime.quantize.gptq import check
+from qdist.runtime.quantize.source import blueprint
 from tests.runtime.gptq_files import padded, save_gptq
 from tests.runtime.tiny import adapted_run, dummy_job, logits_of, real_job, save_config, save_data
 
@@ -270,19 +270,19 @@ def test_a_killed_merge_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: p
     settings = {"method": "qa-lora", "quant.group_size": 32}
     run, _ = adapted_run(dummy_job(save_config(tmp_path / "model", num_hidden_layers=3), tmp_path / "run", **settings))
     merged(run, out=tmp_path / "whole")
-    write, count = offsets.write_tensors, iter(range(10))
+    write, count = qalora_merge.write_tensors, iter(range(10))
 
     def killed(*arguments: Any) -> Any:
         if next(count) == 2:
             raise KeyboardInterrupt
         return write(*arguments)
 
-    monkeypatch.setattr(offsets, "write_tensors", killed)
+    monkeypatch.setattr(qalora_merge, "write_tensors", killed)
     with pytest.raises(KeyboardInterrupt):
         merged(run, out=tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     written: list[str] = []
-    monkeypatch.setattr(offsets, "write_tensors", lambda *given: (written.append(given[1]), write(*given))[1])
+    monkeypatch.setattr(qalora_merge, "write_tensors", lambda *given: (written.append(given[1]), write(*given))[1])
     merged(run, out=tmp_path / "merged")
     assert len(written) == 2
     for file in sorted((tmp_path / "whole").iterdir()):
@@ -328,8 +328,8 @@ def test_an_update_that_is_no_number_leaves_nothing(tmp_path: Path, wrong: float
 def test_rounding_that_takes_too_much_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_over(save_gptq(tmp_path / "gptq", SYMMETRIC), tmp_path / "run")
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(offsets, "BOUND", 1e-12)
-    monkeypatch.setattr(offsets, "_squares", lambda values: float(values.double().square().sum()) + 1e-20)
+    monkeypatch.setattr(qalora_merge, "BOUND", 1e-12)
+    monkeypatch.setattr(qalora_merge, "_squares", lambda values: float(values.double().square().sum()) + 1e-20)
     with pytest.raises(ModelError, match=r"takes \d+\.\d\d% of the adapter, and 0\.00% is the most") as caught:
         merged(run, out=tmp_path / "merged")
     assert "--to lora" in str(caught.value.try_)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from qdist.core.errors import ModelError
-from qdist.host.sources import locate
-from qdist.runtime.materialize import materialize
-from qdist.runtime.quantize_source import blueprint
-from qdist.runtime.tokenizer import open_tokenizer
+from qdist.host.sources.models import locate
+from qdist.runtime.data.tokenizer import open_tokenizer
+from qdist.runtime.quantize.materialize import materialize
+from qdist.runtime.quantize.source import blueprint
 from tests.runtime.tiny import tiny_config
 
 CODE = "from pathlib import Path\nPath({marker!r}).touch()\n"

@@ -9,12 +9,13 @@ import msgspec
 import pytest
 
 from qdist.core.errors import RunError
-from qdist.core.plan import Prepared, digest
-from qdist.core.spec import RunSpec
-from qdist.host import claim, launcher, modules
+from qdist.core.planning.plan import Prepared, digest
+from qdist.core.spec.spec import RunSpec
 from qdist.host.files import cache_path
-from qdist.host.launcher import Job
-from qdist.runtime.prepare import prepare
+from qdist.host.launch import claim, tasks
+from qdist.host.launch import prepare as launcher
+from qdist.host.launch.prepare import Job
+from qdist.runtime.train.prepare import prepare
 from tests.runtime.tiny import real_job, save_data, save_model
 
 
@@ -42,7 +43,7 @@ def resumed(job: Job, **changes: Any) -> Job:
     def prepared(spec: RunSpec) -> Prepared:
         return msgspec.json.decode(msgspec.json.encode(prepare(spec)), type=Prepared)
 
-    with mock.patch.object(modules, "prepare", prepared):
+    with mock.patch.object(tasks, "prepare", prepared):
         return launcher.prepare_resume(job.run, changes)
 
 

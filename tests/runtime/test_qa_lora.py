@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn import functional
 
 from qdist.core.errors import SpecError
-from qdist.core.gptq import Gptq, Shape
-from qdist.core.pooling import factor_of
-from qdist.host.rundir import RunDir
+from qdist.core.model.gptq import Gptq, Shape
+from qdist.core.model.pooling import factor_of
+from qdist.host.run.rundir import RunDir
 from qdist.runtime.exports.update import Adapters
-from qdist.runtime.load import load
-from qdist.runtime.methods.adapted import adapted_product
+from qdist.runtime.infer.load import load
+from qdist.runtime.model.adapted import adapted_product
 from tests.runtime.conftest import TrainRun
 from tests.runtime.gptq_files import padded, save_gptq
 from tests.runtime.test_gptq_training import layer_of, seen

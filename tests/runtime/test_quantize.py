@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from qdist.core.errors import ModelError, PlanError, RunError
-from qdist.core.packing import Packing
-from qdist.host.sources import Located
-from qdist.runtime import quantize_pack
-from qdist.runtime.checksum import tensor_checksum
-from qdist.runtime.materialize import materialize
-from qdist.runtime.packed_folder import read_manifest, tensor_files
-from qdist.runtime.quantize import packed_folder, quantize
-from qdist.runtime.quantize_linear import pack_matrix, packed_bytes
+from qdist.core.model.storage import Packing
+from qdist.host.sources.models import Located
+from qdist.runtime.formats.checksum import tensor_checksum
+from qdist.runtime.formats.packed_folder import read_manifest, tensor_files
+from qdist.runtime.quantize import pack
+from qdist.runtime.quantize.bitsandbytes import packed_folder, quantize
+from qdist.runtime.quantize.materialize import materialize
+from qdist.runtime.quantize.pack import pack_matrix, packed_bytes
 from tests.runtime.tiny import FAMILIES, logits_of, save_model, tiny_model
 
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def test_a_matrix_packed_in_pieces_is_the_matrix_packed_at_once(
 ) -> None:
     weight = torch.randn(96, 65, generator=torch.Generator().manual_seed(3))
     whole = pack_matrix(weight, packing, CPU)
-    monkeypatch.setattr("qdist.runtime.quantize_linear._PIECE", 128)
+    monkeypatch.setattr("qdist.runtime.quantize.pack._PIECE", 128)
     pieces = pack_matrix(weight, packing, CPU)
     assert [name for name in whole if not torch.equal(whole[name], pieces[name])] == []
     size = sum(value.nbytes for value in whole.values())
@@ -221,7 +221,7 @@ def test_a_killed_packing_goes_on_where_it_was(
     source = save_model(tmp_path / "source")
     quantize(str(source), tmp_path / "expected", PACKINGS["nf4"])
     written: list[str] = []
-    write = quantize_pack.write_tensors
+    write = pack.write_tensors
 
     def killed_at_the_second(folder: Path, name: str, entries: Any) -> Any:
         if written:
@@ -235,11 +235,11 @@ def test_a_killed_packing_goes_on_where_it_was(
         return write(folder, name, entries)
 
     with monkeypatch.context() as patch:
-        patch.setattr(quantize_pack, "write_tensors", killed_at_the_second)
+        patch.setattr(pack, "write_tensors", killed_at_the_second)
         with pytest.raises(Killed):
             quantize(str(source), tmp_path / "packed", PACKINGS["nf4"])
     assert not (tmp_path / "packed").exists()
-    monkeypatch.setattr(quantize_pack, "write_tensors", noted)
+    monkeypatch.setattr(pack, "write_tensors", noted)
     quantize(str(source), tmp_path / "packed", PACKINGS["nf4"])
     assert written == sorted(set(written))
     assert len(written) == 3
@@ -253,7 +253,7 @@ def test_a_killed_packing_goes_on_where_it_was(
 def test_what_another_source_left_behind_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_model(tmp_path / "source")
     with monkeypatch.context() as patch:
-        patch.setattr(quantize_pack, "_write_config", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(pack, "_write_config", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             quantize(str(source), tmp_path / "packed", PACKINGS["nf4"])
     assert left_beside(tmp_path) == [".packed.packing"]
@@ -296,7 +296,7 @@ def test_of_two_that_pack_at_once_one_waits_and_uses_what_the_other_made(
 ) -> None:
     source = save_model(tmp_path / "source")
     written: list[str] = []
-    write, both = quantize_pack.write_tensors, threading.Barrier(2)
+    write, both = pack.write_tensors, threading.Barrier(2)
 
     def slowly(folder: Path, name: str, entries: Any) -> Any:
         written.append(name)
@@ -307,7 +307,7 @@ def test_of_two_that_pack_at_once_one_waits_and_uses_what_the_other_made(
         both.wait()
         return packed_folder(source, PACKINGS["int8"], name="tiny")
 
-    monkeypatch.setattr(quantize_pack, "write_tensors", slowly)
+    monkeypatch.setattr(pack, "write_tensors", slowly)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(one, range(2))
     assert first.folder == second.folder

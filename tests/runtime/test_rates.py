@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qdist.core.measured import slowest
-from qdist.host import measuring
-from qdist.runtime.rates import _wrong, pattern
+from qdist.core.machine.measured import slowest
+from qdist.host.launch import measuring
+from qdist.runtime.gpu_rates import _wrong, pattern
 
 CPU = torch.device("cpu")
 

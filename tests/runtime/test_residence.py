@@ -8,14 +8,14 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 
 from qdist.core.errors import PlanError, SpecError
-from qdist.core.residence import Footprint, Residence
-from qdist.host.nvml import Card, Driver
-from qdist.host.rundir import RunDir
-from qdist.runtime.generate import complete
-from qdist.runtime.load import load, load_run
-from qdist.runtime.methods.fused_lora import FusedLora
-from qdist.runtime.placements import residence as places
-from qdist.runtime.placements.residence import choose, free_bytes, move
+from qdist.core.planning.inference import Footprint, Residence
+from qdist.host.machine.nvml import Card, Driver
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.adapters.lora import FusedLora
+from qdist.runtime.infer import residence as places
+from qdist.runtime.infer.generate import complete
+from qdist.runtime.infer.load import load, load_run
+from qdist.runtime.infer.residence import choose, free_bytes, move
 from tests.runtime.tiny import (
     adapted_run,
     dummy_job,

@@ -3,10 +3,8 @@
 import msgspec
 import pytest
 
-from qdist.core.plan import Plan
-from qdist.runtime.batches import split
-from qdist.runtime.fullest import fullest
-from qdist.runtime.samples import Samples, micro_batch_seed, read_samples
+from qdist.core.planning.plan import Plan
+from qdist.runtime.data.batches import Samples, fullest, micro_batch_seed, read_samples, split
 from tests.runtime.tiny import plan_of, samples_of, save_config
 
 LENGTHS = [3 + n % 14 for n in range(50)]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from qdist.core.spec import Optim
-from qdist.runtime.schedule import learning_rate
+from qdist.core.spec.spec import Optim
+from qdist.runtime.train.loop import learning_rate
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from qdist.core.events import Event, losses
-from qdist.host import launcher
-from qdist.host.follow import Follower
-from qdist.host.rundir import RunDir
-from qdist.runtime.checkpoint import load_tensors
+from qdist.core.telemetry.events import Event, losses
+from qdist.host.launch import prepare
+from qdist.host.run.follow import Follower
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.train.checkpoint import load_tensors
 from tests.runtime.tiny import dummy_job, save_config
 
 pytestmark = pytest.mark.slow
-TrainRun = Callable[[launcher.Job], RunDir]
+TrainRun = Callable[[prepare.Job], RunDir]
 
 SHAPE: dict[str, Any] = {
     "seq_len": 16, "global_batch": 8, "micro_batch": 1, "steps": 12, "lora__r": 4, "optim__lr": 3e-3,
@@ -103,7 +103,7 @@ def test_a_run_goes_on_in_shards(train: TrainRun, model: Path, folder: Path, alo
     shutil.rmtree(path / "adapter")
     moved = RunDir(path)
     shutil.rmtree(moved.checkpoint(12))
-    job = launcher.prepare_resume(moved, {"gpus": 2, "placement": "shard"})
+    job = prepare.prepare_resume(moved, {"gpus": 2, "placement": "shard"})
     agree(train(job), alone(4))
 
 

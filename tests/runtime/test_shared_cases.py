@@ -9,11 +9,8 @@ from pathlib import Path
 import pytest
 
 from qdist.core.errors import DataError
-from qdist.host.conversations import read_conversations
-from qdist.host.prompts import read_prompts
-from qdist.host.records import source_notes
-from qdist.runtime.data import tokenize
-from qdist.runtime.tokenized import Summary
+from qdist.host.data.records import read_conversations, read_prompts, source_notes
+from qdist.runtime.data.tokenized import Summary, tokenize
 from tests.runtime.family_templates import family_tokenizer
 from tests.runtime.test_chat_template import learned
 

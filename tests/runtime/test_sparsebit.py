@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from qdist.core.errors import RunError
-from qdist.core.models import config_of
-from qdist.host.checkpoints import stated
-from qdist.runtime.gptq.bits import unpack_zeros
-from qdist.runtime.gptq.check import checked
-from qdist.runtime.gptq.convert import convert, main
-from qdist.runtime.gptq.convert_model import model_config
-from qdist.runtime.gptq.sparsebit import Checkpoint, halves
-from qdist.runtime.quantize_source import blueprint
+from qdist.core.model.aliases import config_of
+from qdist.host.sources.model_folder import stated
+from qdist.runtime.kernels.gptq_bits import unpack_zeros
+from qdist.runtime.quantize.gptq.check import checked
+from qdist.runtime.quantize.source import blueprint
+from qdist.runtime.quantize.sparsebit.convert import convert, main, model_config
+from qdist.runtime.quantize.sparsebit.read import Checkpoint, halves
 from tests.runtime.sparsebit_files import (
     CONFIG,
     HIDDEN,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qdist.core.errors import ModelError, PlanError, RunError
-from qdist.runtime.gptq.convert import convert
+from qdist.runtime.quantize.sparsebit.convert import convert
 from tests.runtime.sparsebit_files import CONFIG, HIDDEN, Made, make, quick, write_config
 
 

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from qdist.runtime.special_tokens import add_rows, align_config, repair
+from qdist.runtime.data.tokenizer import add_rows, align_config, repair
 from tests.runtime.tiny import VOCAB, tiny_config, tiny_model
 
 

@@ -10,24 +10,25 @@ import msgspec
 import pytest
 import torch
 
-from qdist.core.events import Event, losses
-from qdist.core.plan import Plan
-from qdist.core.render import (
+from qdist.core.planning.plan import Plan
+from qdist.core.planning.render import (
     ACCELERATE_FILE,
     DEEPSPEED_FILE,
     accelerate_config,
     deepspeed_config,
     deepspeed_policy,
 )
-from qdist.host import launcher, templates
-from qdist.host.follow import Follower
-from qdist.host.rundir import PLAN, RunDir
-from qdist.runtime.checkpoint import load, load_tensors
+from qdist.core.telemetry.events import Event, losses
+from qdist.host import templates
+from qdist.host.launch import prepare
+from qdist.host.run.follow import Follower
+from qdist.host.run.rundir import PLAN, RunDir
+from qdist.runtime.train.checkpoint import load, load_tensors
 from tests.runtime.test_data import tiny_tokenizer
 from tests.runtime.tiny import dummy_job, real_job, save_config, save_data, save_model
 
 pytestmark = pytest.mark.slow
-TrainRun = Callable[[launcher.Job], RunDir]
+TrainRun = Callable[[prepare.Job], RunDir]
 
 SHAPE: dict[str, Any] = {
     "seq_len": 16, "global_batch": 8, "micro_batch": 1, "steps": 12, "lora__r": 4, "optim__lr": 3e-3,
@@ -51,7 +52,7 @@ def alone(train: TrainRun, model: Path, folder: Path) -> RunDir:
     return train(dummy_job(model, folder / "alone", gpus=1, **SHAPE))
 
 
-def split(job: launcher.Job, layer_map: tuple[int, ...], *, groups: int = 1, zero: int = 0) -> launcher.Job:
+def split(job: prepare.Job, layer_map: tuple[int, ...], *, groups: int = 1, zero: int = 0) -> prepare.Job:
     """A planned job, its backbone in stages."""
     plan = job.plan
     stages = max(layer_map) + 1
@@ -76,7 +77,7 @@ def split(job: launcher.Job, layer_map: tuple[int, ...], *, groups: int = 1, zer
     return job._replace(plan=new, files=files_of(new, job))
 
 
-def files_of(plan: Plan, job: launcher.Job) -> dict[str, str]:
+def files_of(plan: Plan, job: prepare.Job) -> dict[str, str]:
     files = {**job.files, PLAN: msgspec.json.encode(plan).decode()}
     files[ACCELERATE_FILE] = json.dumps(accelerate_config(plan))
     if plan.engine == "deepspeed":
@@ -152,8 +153,8 @@ def test_stages_in_half_precision_skip_the_same_steps(train: TrainRun, model: Pa
         state = run.checkpoint(10) / "state.json"
         state.write_text(state.read_text().replace("65536.0", str(2.0**24)))
         (state.parent / "DONE").write_bytes(b"")  # as of a qdist that kept no sums
-    train(launcher.prepare_resume(one, {"gpus": 1}))
-    train(split(launcher.prepare_resume(two, {"gpus": 2}), (0, 1, 1, 1), groups=2, zero=2))
+    train(prepare.prepare_resume(one, {"gpus": 1}))
+    train(split(prepare.prepare_resume(two, {"gpus": 2}), (0, 1, 1, 1), groups=2, zero=2))
     skipped = [sum(event.skipped for event in events(run)) for run in (one, two)]
     assert skipped[0] == skipped[1] > 0
     assert load(two.checkpoint(12))[0].optimizer_steps == 12 - skipped[1]
@@ -165,10 +166,10 @@ def test_a_run_moves_into_stages_and_out_of_them(
     train: TrainRun, model: Path, folder: Path, alone: RunDir, groups: int
 ) -> None:
     into = stopped(alone, folder / f"into-{groups}", step=10)
-    job = launcher.prepare_resume(into, {"gpus": groups})
+    job = prepare.prepare_resume(into, {"gpus": groups})
     agree(train(split(job, (0, 0, 0, 1), groups=groups, zero=2 if groups > 1 else 0)), alone)
     out = stopped(into, folder / f"out-{groups}", step=10)
-    agree(train(launcher.prepare_resume(out, {"gpus": 1})), alone)
+    agree(train(prepare.prepare_resume(out, {"gpus": 1})), alone)
 
 
 def test_samples_of_different_lengths_pass_through_stages(train: TrainRun, folder: Path) -> None:
@@ -185,5 +186,5 @@ def test_dropout_and_checkpointing_go_on_after_a_resume(train: TrainRun, model: 
     shape = {**SHAPE, "lora__dropout": 0.1, "train__checkpointing": True}
     whole = train(split(dummy_job(model, folder / "dropout", gpus=1, **shape), (0, 0, 1, 1)))
     resumed = stopped(whole, folder / "dropout-resumed", step=10)
-    train(split(launcher.prepare_resume(resumed, {}), (0, 0, 1, 1)))
+    train(split(prepare.prepare_resume(resumed, {}), (0, 0, 1, 1)))
     assert losses(events(resumed)) == losses(events(whole))

@@ -10,18 +10,18 @@ import torch
 from torch import nn
 
 from qdist.core.errors import ModelError, RunError
-from qdist.core.gptq import Gptq, Shape
-from qdist.core.plan import Plan
-from qdist.host import launcher
-from qdist.host.cached import CHECKSUMS
+from qdist.core.model.gptq import Gptq, Shape
+from qdist.core.planning.plan import Plan
 from qdist.host.files import cache_path
-from qdist.runtime.assemble import _share
-from qdist.runtime.methods import weights
-from qdist.runtime.methods.skeleton import fill
-from qdist.runtime.methods.weights import FolderWeights
-from qdist.runtime.packed_folder import entries_of, write_tensors
-from qdist.runtime.recorded_sums import computed_sums, digest_of_folder, expected_sums, keep_sums, verify_folder
-from qdist.runtime.tensor_sums import SumCheck, digest_of
+from qdist.host.launch import prepare
+from qdist.host.sources.cache import CHECKSUMS
+from qdist.runtime.formats.checksum import SumCheck, digest_of
+from qdist.runtime.formats.packed_folder import entries_of, write_tensors
+from qdist.runtime.formats.recorded_sums import computed_sums, digest_of_folder, expected_sums, keep_sums, verify_folder
+from qdist.runtime.model import weights
+from qdist.runtime.model.skeleton import fill
+from qdist.runtime.model.weights import FolderWeights
+from qdist.runtime.train.setup import _share
 from tests.plans import CPU, planned
 from tests.runtime.conftest import TrainRun
 from tests.runtime.gptq_files import padded, save_gptq
@@ -35,7 +35,7 @@ def flip(file: Path, byte: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> launcher.Job:
+def job(tmp_path_factory: pytest.TempPathFactory) -> prepare.Job:
     """Over a model whose packed matrices are too large to be copied out of their file."""
     folder = tmp_path_factory.mktemp("sums")
     model = save_model(folder / "model", intermediate_size=8256, tokenizer=padded())
@@ -48,7 +48,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> launcher.Job:
     ids=lambda layout: str(layout["placement"]),
 )
 def test_a_rank_that_reads_a_flipped_bit_ends_the_run_with_its_name(
-    train: TrainRun, job: launcher.Job, tmp_path: Path, layout: dict[str, Any]
+    train: TrainRun, job: prepare.Job, tmp_path: Path, layout: dict[str, Any]
 ) -> None:
     plan = job.plan
     again = real_job(

@@ -11,13 +11,13 @@ import pytest
 from accelerate import PartialState
 
 from qdist.core.errors import MachineError, RunError
-from qdist.core.events import Event, encode
-from qdist.core.plan import Plan
-from qdist.core.units import GIB
-from qdist.host.rundir import RunDir
-from qdist.host.trackers import PACKAGES, refuse_missing
-from qdist.runtime import trackers
-from qdist.runtime.trackers import FullestRank, Guarded, Trackers, start, values_of
+from qdist.core.planning.plan import Plan
+from qdist.core.telemetry.events import Event, encode
+from qdist.core.text import GIB
+from qdist.host.launch.trackers import PACKAGES, refuse_missing
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.train import trackers
+from qdist.runtime.train.trackers import FullestRank, Guarded, Trackers, start, values_of
 from tests.plans import CPU, planned
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from qdist.core.errors import ModelError
-from qdist.runtime.methods.weights import FolderWeights
+from qdist.runtime.model.weights import FolderWeights
 
 LARGE = 1 << 19
 

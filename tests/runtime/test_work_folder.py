@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from qdist.core.errors import JobError, ModelError, PlanError, RunError
-from qdist.host import disk
-from qdist.host.disk import require_space
-from qdist.runtime.work_folder import built, reserved
+from qdist.host import files
+from qdist.host.files import require_space
+from qdist.runtime.formats.work_folder import built, reserved
 
 
 class Killed(BaseException):
@@ -113,7 +113,7 @@ def test_two_do_not_write_the_same_folder(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_too_small_is_named_with_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk, "shutil", SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=2 << 30)))
+    monkeypatch.setattr(files, "shutil", SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=2 << 30)))
     require_space(tmp_path, 2 << 30, purpose="writing x")
     said = r"writing x needs 5.0 GiB in .*, which has 2.0 GiB free: 3.0 GiB are missing\n  try: --out on another disk"
     with pytest.raises(PlanError, match=said):

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from qdist.core.events import Event, decode_lines
-from qdist.host.rundir import RunDir
-from qdist.runtime.worker import _Reporter
+from qdist.core.telemetry.events import Event, decode_lines
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.train.worker import _Reporter
 
 
 def test_half_a_line_on_a_full_disk_ends_the_rank_and_is_cut_off_when_it_goes_on(

@@ -9,20 +9,20 @@ from unittest import mock
 import msgspec
 import torch
 
-from qdist.core.plan import Plan, Prepared
-from qdist.core.spec import RunSpec, nest, resolve
-from qdist.host import claim, launcher, modules
-from qdist.host.rundir import RunDir
-from qdist.runtime import checkpoint
-from qdist.runtime.batches import collate
-from qdist.runtime.engine import Adapter, State, to_cpu
-from qdist.runtime.export import gather
-from qdist.runtime.forward import Forward
-from qdist.runtime.methods.backbone import DTYPES, load_backbone
-from qdist.runtime.methods.lora import add_adapter, prepare_for_training
-from qdist.runtime.prepare import prepare
-from qdist.runtime.samples import Samples, read_samples
-from qdist.runtime.tokenized import IGNORED, Summary, TokenizedSet
+from qdist.core.planning.plan import Plan, Prepared
+from qdist.core.spec.spec import RunSpec, nest, resolve
+from qdist.host.launch import claim, tasks
+from qdist.host.launch import prepare as launcher
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.adapters.lora import add_adapter, prepare_for_training
+from qdist.runtime.data.batches import Samples, collate, read_samples
+from qdist.runtime.data.tokenized import IGNORED, Summary, TokenizedSet
+from qdist.runtime.engine.objective import Forward
+from qdist.runtime.engine.torch import Adapter, State, to_cpu
+from qdist.runtime.model.skeleton import DTYPES, load_backbone
+from qdist.runtime.train import checkpoint
+from qdist.runtime.train.prepare import prepare
+from qdist.runtime.train.result import gather
 from tests.runtime.test_data import tiny_tokenizer
 
 VOCAB = 320
@@ -109,7 +109,7 @@ def dummy_job(model: Path, run: Path, **settings: Any) -> launcher.Job:
 def real_job(model: Path, data: Path, run: Path, **settings: Any) -> launcher.Job:
     """A run over a saved model and data, prepared in this process."""
     spec = _spec(settings, model=str(model), run=str(run), data=str(data))
-    with mock.patch.object(modules, "prepare", _prepared):
+    with mock.patch.object(tasks, "prepare", _prepared):
         return launcher.prepare(spec)
 
 

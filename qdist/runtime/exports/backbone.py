@@ -11,19 +11,18 @@ import torch
 from torch import nn
 
 from qdist.core.errors import RunError
-from qdist.core.packing import Packing
-from qdist.core.plan import Plan
-from qdist.core.units import GIB
-from qdist.host.cached import source_identity
-from qdist.runtime.load import with_packed
-from qdist.runtime.methods.backbone import DTYPES
-from qdist.runtime.methods.packed import PackedLinear, Slices
-from qdist.runtime.methods.skeleton import decoder_layers, fill, skeleton
-from qdist.runtime.methods.weights import FolderWeights, RandomWeights, Weights
-from qdist.runtime.originals import Originals, find_originals
-from qdist.runtime.placements.residence import free_bytes
-from qdist.runtime.recorded_sums import expected_sums
-from qdist.runtime.tensor_sums import Sums
+from qdist.core.model.storage import Packing
+from qdist.core.planning.plan import Plan
+from qdist.core.text import GIB
+from qdist.host.sources.cache import source_identity
+from qdist.runtime.formats.checksum import Sums
+from qdist.runtime.formats.recorded_sums import expected_sums
+from qdist.runtime.infer.load import with_packed
+from qdist.runtime.infer.residence import free_bytes
+from qdist.runtime.model.packed import PackedLinear, Slices
+from qdist.runtime.model.skeleton import DTYPES, decoder_layers, fill, skeleton
+from qdist.runtime.model.weights import FolderWeights, RandomWeights, Weights
+from qdist.runtime.quantize.source import Originals, find_originals
 
 Onto = Literal["dequantized", "original"]
 """A backbone as training sees it, or as it was before it was packed."""

@@ -9,20 +9,18 @@ from typing import Any, NamedTuple
 import torch
 
 from qdist.core.errors import PlanError
-from qdist.core.plan import Plan, Source
-from qdist.core.residence import Footprint, Residence, footprint
-from qdist.core.units import format_bytes
-from qdist.host import probe
-from qdist.host.rundir import RunDir
-from qdist.runtime.exports.merged import Merged
-from qdist.runtime.forward import Forward
-from qdist.runtime.load import footprint_of, load_run, load_tokenizer, plan_of, residence_of
-from qdist.runtime.load_plain import open_plain
-from qdist.runtime.methods.backbone import DTYPES
-from qdist.runtime.methods.skeleton import fill, skeleton
-from qdist.runtime.methods.weights import FolderWeights, Weights
-from qdist.runtime.placements.residence import arrange, choose, first_device, settle
-from qdist.runtime.samples import Samples, read_samples
+from qdist.core.planning.inference import Footprint, Residence, footprint
+from qdist.core.planning.plan import Plan, Source
+from qdist.core.text import format_bytes
+from qdist.host.machine import probe
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.data.batches import Samples, read_samples
+from qdist.runtime.engine.objective import Forward
+from qdist.runtime.exports.merged_16bit import Merged
+from qdist.runtime.infer.load import footprint_of, load_run, load_tokenizer, open_plain, plan_of, residence_of
+from qdist.runtime.infer.residence import arrange, choose, first_device, settle
+from qdist.runtime.model.skeleton import DTYPES, fill, skeleton
+from qdist.runtime.model.weights import FolderWeights, Weights
 
 
 class Loss(NamedTuple):

@@ -6,11 +6,11 @@ from typing import Literal
 import msgspec
 import torch
 
-from qdist.host.rundir import RunDir
+from qdist.host.run.rundir import RunDir
 from qdist.runtime.exports.backbone import Onto
-from qdist.runtime.exports.gguf_blocks import Kind
+from qdist.runtime.exports.gguf.blocks import Kind
 from qdist.runtime.exports.update import Adapters
-from qdist.runtime.methods.backbone import DTYPES
+from qdist.runtime.model.skeleton import DTYPES
 
 
 class Export(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,16 +5,16 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from qdist.core.gptq import BITS
+from qdist.core.model.gptq import BITS
 from qdist.runtime.exports.job import Export
 from qdist.runtime.quiet import quiet
 
 TARGETS = {
-    "lora": "qdist.runtime.exports.widen",
-    "16bit": "qdist.runtime.exports.sixteen",
-    "gguf": "qdist.runtime.exports.to_gguf",
+    "lora": "qdist.runtime.exports.qalora_as_lora",
+    "16bit": "qdist.runtime.exports.merged_16bit",
+    "gguf": "qdist.runtime.exports.gguf.export",
     "gptq": "qdist.runtime.exports.requantize",
-    "zeros": "qdist.runtime.exports.zeros",
+    "zeros": "qdist.runtime.exports.qalora_integer_zeros",
 }
 """Name -> the module whose `run` takes an `Export`."""
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from qdist.core.errors import ModelError
-from qdist.core.plan import Plan, Source
+from qdist.core.planning.plan import Plan, Source
 from qdist.host.files import write_atomic
 from qdist.host.opening import read_object
-from qdist.runtime.load import load_tokenizer
-from qdist.runtime.special_tokens import align_config
+from qdist.runtime.data.tokenizer import align_config
+from qdist.runtime.infer.load import load_tokenizer
 
 _GENERATION = "generation_config.json"
 

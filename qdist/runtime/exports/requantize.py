@@ -7,19 +7,19 @@ from functools import partial
 from pathlib import Path
 
 from qdist.core.errors import RunError
-from qdist.core.gptq import Gptq, Shape, usual_format
-from qdist.core.plan import Plan
-from qdist.core.units import format_bytes
+from qdist.core.model.gptq import Gptq, Shape, usual_format
+from qdist.core.planning.plan import Plan
+from qdist.core.text import format_bytes
 from qdist.host.terminal import say
-from qdist.runtime.exports import sixteen
+from qdist.runtime.exports import merged_16bit
 from qdist.runtime.exports.backbone import Backbone
 from qdist.runtime.exports.evaluation import Evaluation, Loss, losses_of
 from qdist.runtime.exports.job import Export
-from qdist.runtime.gptq.calibrate import pieces
-from qdist.runtime.gptq.job import Wanted
-from qdist.runtime.gptq.make import make
-from qdist.runtime.load import load_tokenizer
-from qdist.runtime.work_folder import reserved
+from qdist.runtime.formats.work_folder import reserved
+from qdist.runtime.infer.load import load_tokenizer
+from qdist.runtime.quantize.gptq.calibrate import pieces
+from qdist.runtime.quantize.gptq.job import Wanted
+from qdist.runtime.quantize.gptq.make import make
 
 
 def run(job: Export) -> None:
@@ -39,7 +39,7 @@ def run(job: Export) -> None:
         between = job.out.with_name(f".{prefix}{_stamp(job, plan)}")
         _remove_others(between, prefix)
         if not between.is_dir():
-            sixteen.write(job.adapters, between, onto=job.onto, dtype=job.torch_dtype)
+            merged_16bit.write(job.adapters, between, onto=job.onto, dtype=job.torch_dtype)
         losses = _losses(job, between)
         gptq = make(str(between), job.out, asked, when_written=partial(_remove, between, prefix))
     losses["merged and quantized"] = Evaluation(job.adapters.runs[0]).quantized(job.out)

@@ -10,14 +10,14 @@ import msgspec
 import torch
 
 from qdist.core.errors import ModelError, RunError
-from qdist.core.plan import Plan
-from qdist.core.quoting import command
-from qdist.host.adapters import ADAPTER
+from qdist.core.planning.plan import Plan
+from qdist.core.text import command
 from qdist.host.opening import converted, read_object
-from qdist.host.rundir import RunDir
-from qdist.runtime.load import load_tokenizer, plan_of
-from qdist.runtime.packed_folder import Entry, opened, stored_entries
-from qdist.runtime.sealed import ADAPTER_CONFIG, require_adapter
+from qdist.host.run.rundir import RunDir
+from qdist.host.sources.targets import ADAPTER
+from qdist.runtime.formats.packed_folder import Entry, opened, stored_entries
+from qdist.runtime.formats.recorded_sums import ADAPTER_CONFIG, require_adapter
+from qdist.runtime.infer.load import load_tokenizer, plan_of
 
 PREFIX = "base_model.model."
 """PEFT's, before the path of a module."""

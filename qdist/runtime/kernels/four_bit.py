@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from qdist.core.memory import BLOCK, NESTED_BLOCK
+from qdist.core.planning.memory import BLOCK, NESTED_BLOCK
 from qdist.runtime.kernels.launching import on_device
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from qdist.runtime.gptq import bits as reference
+from qdist.runtime.kernels import gptq_bits as reference
 from qdist.runtime.kernels.launching import on_device
 
 FEW_TOKENS = 4

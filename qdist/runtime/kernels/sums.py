@@ -1,7 +1,4 @@
-"""Both sums of `qdist.runtime.checksum` over words on a GPU, in two launches a tensor where torch's way takes thirty.
-
-Nothing as large as the tensor is made.
-"""
+"""The sums of `qdist.runtime.formats.checksum` on a GPU, in two launches a tensor where torch takes thirty."""
 
 from functools import cache
 from subprocess import SubprocessError

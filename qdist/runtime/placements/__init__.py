@@ -1,0 +1,1 @@
+"""Where the backbone of a group lies."""

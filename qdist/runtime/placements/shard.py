@@ -10,10 +10,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from qdist.core.errors import JobError
-from qdist.core.plan import Plan
-from qdist.runtime.checksum import slice_sums
-from qdist.runtime.loss import cross_entropy
-from qdist.runtime.methods.skeleton import decoder_layers, first_row
+from qdist.core.planning.plan import Plan
+from qdist.runtime.engine.objective import cross_entropy
+from qdist.runtime.formats.checksum import slice_sums
+from qdist.runtime.model.skeleton import decoder_layers, first_row
 
 
 def shard(model: Any, plan: Plan) -> None:

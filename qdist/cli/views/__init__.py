@@ -1,0 +1,1 @@
+"""Plain data as lines and pages for a person."""

@@ -1,0 +1,304 @@
+"""A plan, what a launch would do, and what a finished run was predicted to take and took, as lines for a person."""
+
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from qdist.cli.views.text import loading
+from qdist.core.planning.disk import storage
+from qdist.core.planning.memory import MemoryBudget
+from qdist.core.planning.plan import Alternative, Plan
+from qdist.core.telemetry.memory_report import shown_error
+from qdist.core.text import counted, fitted, format_bytes, format_count, format_duration
+from qdist.host.launch.prepare import Preview
+from qdist.host.launch.survey import Work
+
+_MARGIN = " " * 9
+"""Of what belongs to the name at the left of a line above."""
+_PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "gathers", "context")
+
+
+def plan_lines(plan: Plan, *, notes: tuple[str, ...] = ()) -> list[str]:
+    """What will run, where, how fast, what each GPU will hold, and why it is not done otherwise."""
+    spec = plan.spec
+    trained = plan.facts.adapter_parameters(spec.lora.r, spec.lora.targets, plan.pool)
+    kind = "LoRA" if plan.pool == 1 else f"QA-LoRA, inputs pooled by {plan.pool},"
+    return [
+        f"model    {spec.model}: {format_count(plan.facts.parameters)} parameters, {_weights(plan)}, "
+        f"{plan.compute_dtype} arithmetic",
+        f"adapter  {kind} r={spec.lora.r} alpha={spec.lora.alpha:g}: {format_count(trained)} parameters",
+        f"ranks    {_where(plan)}",
+        f"layout   {_layout(plan)}",
+        f"engine   {_engine(plan)}, {plan.optimizer}",
+        f"batch    {spec.global_batch} = {_batch(plan)} of up to {plan.seq_len} tokens"
+        + _checkpointing(plan)
+        + (", Liger kernels" if plan.liger else ""),
+        *_data(plan),
+        f"steps    {plan.steps:,}"
+        + (f" over {plan.data.train_samples:,} samples, {plan.data.held_out_samples:,} held out" if plan.data else ""),
+        *_speed(plan),
+        *_memory(plan),
+        *_lost(plan),
+        *(f"note     {note}" for note in (*notes, *plan.notes)),
+    ]
+
+
+def _data(plan: Plan) -> Iterator[str]:
+    """How many samples, of which format, and how they became text."""
+    if plan.data is not None and plan.data.wording is not None:
+        yield f"data     {counted(plan.data.records or plan.data.samples, 'record')}, {plan.data.wording}"
+
+
+def shown(lines: Sequence[str]) -> str:
+    """Lines for standard output, fitted to it where it is a terminal."""
+    return "\n".join(wrapped(lines, shutil.get_terminal_size().columns) if sys.stdout.isatty() else lines)
+
+
+def wrapped(lines: Sequence[str], width: int) -> list[str]:
+    """The same, broken between words where a terminal is narrower; what follows stands below the words, not the name.
+
+    Rows of `not` are a table, and are left to the terminal.
+    """
+    found: list[str] = []
+    for line in lines:
+        if line.startswith(("not ", _MARGIN)) and "  " in line.strip():
+            found.append(line)
+        else:
+            found += fitted(line, width, margin=len(_MARGIN))
+    return found
+
+
+def _where(plan: Plan) -> str:
+    if plan.device == "cpu":
+        threads = _count(plan.threads_per_rank, "thread", "s")
+        return f"{_count(plan.world_size, 'CPU process', 'es')} of {threads}: no GPU here"
+    gpus = _count(plan.groups * plan.gpus_per_group, "GPU", "s")
+    return f"one process on {gpus}" if plan.schedule == "sequential" else gpus
+
+
+def _layout(plan: Plan) -> str:
+    """The placement in words."""
+    size, unit = plan.gpus_per_group, "GPU" if plan.device == "cuda" else "rank"
+    if plan.placement == "replicate":
+        return f"replicate: each {unit} holds the whole backbone"
+    groups = f"{plan.groups} groups of {size}" if plan.groups > 1 else f"the {size} {unit}s"
+    if plan.placement == "shard":
+        return f"shard: {groups}; each {unit} holds 1/{size} of every layer and gathers it for use"
+    spans = ", ".join(_span(layers) for layers in _stages(plan))
+    if plan.schedule == "1f1b":
+        return f"split: {groups}; each {unit} a stage of layers ({spans}), micro-batches in flight (1F1B)"
+    away = f"; {_count(len(plan.offloaded_layers), 'layer', 's')} in host memory" if plan.offloaded_layers else ""
+    visited = f"{unit} after {unit}, layers {spans}" if size > 1 else f"one {unit}"
+    return f"split: {visited}{away}"
+
+
+def _stages(plan: Plan) -> list[list[int]]:
+    numbered = groupby(range(len(plan.layer_map)), key=lambda layer: plan.layer_map[layer])
+    return [list(layers) for _, layers in numbered]
+
+
+def _span(layers: list[int]) -> str:
+    return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
+
+
+def _batch(plan: Plan) -> str:
+    samples = _count(plan.micro_batch, "sample", "s")
+    if plan.placement == "split":
+        groups = f"{plan.groups} groups x " if plan.groups > 1 else ""
+        return f"{groups}{_count(plan.gradient_accumulation, 'micro-batch', 'es')} of {samples}"
+    return f"{_count(plan.world_size, 'rank', 's')} x {plan.gradient_accumulation} x {samples}"
+
+
+def _checkpointing(plan: Plan) -> str:
+    if not plan.checkpointing:
+        return ""
+    every = plan.checkpointed_layers == plan.facts.layers
+    return ", checkpointing" + ("" if every else f" {plan.checkpointed_layers} of {plan.facts.layers} layers")
+
+
+def _speed(plan: Plan) -> Iterator[str]:
+    if plan.tokens_per_second:
+        seconds = plan.spec.global_batch * plan.seq_len / plan.tokens_per_second
+        took = f"{seconds:.1f} s" if seconds < 60 else format_duration(seconds)
+        yield f"speed    {format_count(plan.tokens_per_second)} tokens/s predicted, {took} a step"
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    """What each GPU holds at the peak, GPUs that hold the same together."""
+    held: dict[MemoryBudget, list[int]] = {}
+    for rank in plan.ranks:
+        for gpu, budget in zip(rank.gpus or (rank.rank,), rank.expected, strict=True):
+            held.setdefault(budget, []).append(gpu)
+    unit = "GPU" if plan.device == "cuda" else "rank"
+    for index, (budget, gpus) in enumerate(held.items()):
+        where = f"a {unit}" if len(held) == 1 else f"on {unit} {', '.join(map(str, gpus))}"
+        yield (
+            f"{'' if index else 'memory':8} {format_bytes(budget.required)} {where}"
+            + (
+                f", and {format_bytes(budget.pageable)} of optimizer state where there is room"
+                if budget.pageable
+                else ""
+            )
+        )
+        parts = (f"{name} {format_bytes(getattr(budget, name))}" for name in _PARTS if getattr(budget, name))
+        yield f"         at the peak: {', '.join(parts)}"
+    yield f"load     at most {format_bytes(plan.load_peak_bytes)} a {unit} while the backbone is loaded"
+
+
+def _lost(plan: Plan) -> Iterator[str]:
+    """A row for every other layout: what it would give and need, and why it lost."""
+    for index, other in enumerate(plan.alternatives):
+        speed = f"{format_count(other.tokens_per_second)} tok/s" if other.tokens_per_second else ""
+        needed = format_bytes(other.required_bytes) if other.required_bytes else ""
+        yield f"{'' if index else 'not':8} {_named(other, plan):24} {speed:>12} {needed:>9}  {other.reason}"
+
+
+def _named(other: Alternative, plan: Plan) -> str:
+    """The layout; where the winner or another row has the same, what tells them apart."""
+    how = f"{other.placement} {other.schedule}" if other.schedule else other.placement
+    named = f"{how}, {other.groups} x {other.gpus_per_group}"
+    rows: list[Plan | Alternative] = [plan, *plan.alternatives]
+    alike = [own for own in rows if own is not other and _grid(own) == _grid(other)]
+    if any((own.engine, own.zero_stage) != (other.engine, other.zero_stage) for own in alike):
+        return f"{named}, {_state(other.engine, other.zero_stage)}"
+    return f"{named}, all on GPU" if plan in alike and plan.offloaded_layers else named
+
+
+def _grid(own: Plan | Alternative) -> tuple[object, ...]:
+    return own.placement, own.schedule, own.groups, own.gpus_per_group
+
+
+def _state(engine: str, zero_stage: int) -> str:
+    """Who keeps the adapter's state."""
+    return f"ZeRO-{zero_stage}" if engine == "deepspeed" else "torch"
+
+
+def _weights(plan: Plan) -> str:
+    """What the backbone is packed to."""
+    spec = plan.spec
+    if plan.source.gptq or spec.bits != 4:
+        return str(plan.source.gptq or f"{spec.bits} bits")
+    return f"4 bits {spec.quant.type}" + ", double quantization" * spec.quant.double
+
+
+def _count(number: int, name: str, plural: str) -> str:
+    return f"{number} {name}{'' if number == 1 else plural}"
+
+
+def _engine(plan: Plan) -> str:
+    if plan.engine == "torch":
+        return "torch" if plan.world_size > 1 else "torch, one rank"
+    return f"DeepSpeed ZeRO-{plan.zero_stage}" + (" with CPU offload" if plan.spec.zero.offload == "cpu" else "")
+
+
+_DONE = {"fetch": "fetched", "convert": "converted", "pack": "packed", "tokenize": "tokenized"}
+
+
+def preview_lines(preview: Preview) -> list[str]:
+    """The plan, what comes before its ranks, and what the run would leave on the disk."""
+    return [*_plan(preview), *map(_work, preview.work), *_disk(preview)]
+
+
+def _plan(preview: Preview) -> list[str]:
+    if preview.job is None:
+        return ["plan     known once the model is fetched: only then its shape is"]
+    lines = plan_lines(preview.job.plan, notes=preview.job.notes)
+    return lines if preview.knows_steps else [line for line in lines if not line.startswith("steps")]
+
+
+def _work(work: Work) -> str:
+    size = format_bytes(work.size_bytes) if work.size_bytes else ""
+    if work.there:
+        return f"{_DONE[work.action]} already: {work.there}" + (f", {size}" if work.action == "tokenize" else "")
+    named = f"would {work.action:<9}{work.what}"
+    if work.action == "fetch":
+        return f"{named} from the hub ({f'about {size} in 16 bits' if size else 'only the hub knows its size'})"
+    if work.action == "tokenize":
+        return f"{named}, in {work.folder}"
+    return f"{named} to {work.into}, {size or 'as large as it turns out'}, in {work.folder}"
+
+
+def _disk(preview: Preview) -> Iterator[str]:
+    if preview.job is None:
+        yield f"run      {preview.run.path}, not created"
+        return
+    takes = storage(preview.job.plan)
+    several = counted(takes.most_checkpoints, "checkpoint")
+    yield (
+        f"disk     at most {several} of {format_bytes(takes.checkpoint)} and an adapter of "
+        f"{format_bytes(takes.adapter)} in {preview.run.path}"
+    )
+    yield f"run      {preview.run.path}, not {'changed' if preview.run.exists() else 'created'}; its launch.sh:"
+
+
+Row = tuple[str, str, str, str]
+"""What, predicted, measured, error."""
+
+_ALIKE = 0.02
+
+
+class _Memory(NamedTuple):
+    label: str
+    predicted: int
+    measured: int
+
+
+def outcome_rows(plan: Plan, result: dict[str, Any]) -> list[Row]:
+    """Peak memory of each GPU, or of the fullest where all are alike; on GPUs, of loading too, and tokens/s.
+
+    result: what `result.json` holds. Errors are as `prediction.MEANING` says.
+    """
+    found = _memories(plan, result)
+    shown = found
+    if len(found) > 2 and _alike(found):
+        fullest = max(found, key=lambda memory: memory.measured)
+        shown = [fullest._replace(label=f"memory of the fullest of {len(found)} {_kind(plan)}s")]
+    rows = [_row(memory.label, memory.predicted, memory.measured, format_bytes) for memory in shown]
+    if plan.device == "cpu":
+        return rows
+    load = max((peak.get("load", 0) for of_rank in result["peaks"] for peak in of_rank), default=0)
+    if load:
+        rows.append(_row("memory while loading", plan.load_peak_bytes, load, format_bytes))
+    if speed := result["tokens_per_s"]["measured"]:
+        rows.append(_row("tokens/s", plan.tokens_per_second, speed, format_count))
+    return rows
+
+
+def start_line(result: dict[str, Any]) -> str:
+    """'first step after 42 s; loading 31 s, 33.5 GiB read at 1.2 GB/s', or nothing where nobody said."""
+    first = result["start_seconds"]["first_step"]
+    if first is None:
+        return ""
+    own = result.get("loading", {"seconds": 0.0, "read_bytes": 0})
+    return f"first step after {format_duration(first)}; loading {loading(own['seconds'], own['read_bytes'])}"
+
+
+def _memories(plan: Plan, result: dict[str, Any]) -> list[_Memory]:
+    return [
+        _Memory(
+            f"memory of {_kind(plan)} {rank.gpus[position] if rank.gpus else rank.rank}",
+            expected.total,
+            peak["allocated"] + peak["context"],
+        )
+        for rank, peaks in zip(plan.ranks, result["peaks"], strict=True)
+        for position, (expected, peak) in enumerate(zip(rank.expected, peaks, strict=True))
+    ]
+
+
+def _kind(plan: Plan) -> str:
+    return "GPU" if plan.device == "cuda" else "rank"
+
+
+def _alike(found: list[_Memory]) -> bool:
+    return all(
+        max(values) - min(values) <= _ALIKE * max(values)
+        for values in ([memory.predicted for memory in found], [memory.measured for memory in found])
+    )
+
+
+def _row(label: str, predicted: float, measured: float, shown: Any) -> Row:
+    if not predicted:
+        return label, "-", shown(measured), ""
+    return label, shown(predicted), shown(measured), shown_error(predicted, measured)

@@ -1,0 +1,1 @@
+"""Formats of records, and the demo's data."""

@@ -1,0 +1,1 @@
+"""Cards, cluster and what was measured of them, as data."""

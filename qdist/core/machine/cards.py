@@ -1,0 +1,150 @@
+"""How fast are common cards? Data sheets, scaled to what programs reach; for where nothing has been measured."""
+
+import re
+from difflib import get_close_matches
+
+import msgspec
+
+from qdist.core.errors import SpecError
+from qdist.core.machine.cluster import UNNAMED, Cluster, Rates
+from qdist.core.text import GIB
+
+MATMUL_SHARE = 0.68
+"""Of the sheet's dense 16-bit rate, sustained: two H200s at once multiply 8192-wide bf16 matrices at 673 TFLOP/s of 989
+for as long as one likes, and at 790 for a moment."""
+MEMORY_SHARE = 0.90
+"""Of the sheet's bandwidth: 4.3 TB/s of 4.8 on an H200, reads and writes together."""
+NVLINK_SHARE = 0.57
+"""Of one direction: 255 GB/s of 450 in all-gathers between two H200s over NVLink 4."""
+PCIE_LINK_SHARE = 0.40
+"""Of one direction: without NVLink, rings cross the host, most often without peer access."""
+HOST_SHARE = 0.80
+"""Of one direction of PCI Express, from pinned memory: 52 GB/s of 64."""
+
+
+class Card(msgspec.Struct, frozen=True):
+    """One card's data sheet. Rates in TFLOP/s, GB/s; dense, with 32-bit accumulation; links in one direction."""
+
+    name: str
+    """A pattern in NVML's name, in lower case with single spaces."""
+    gib: int
+    tflops: float
+    memory_gb_s: float
+    pcie_gb_s: float
+    nvlink_gb_s: float = 0.0
+    bfloat16: bool = True
+    """Whether its matrix units take bfloat16: from Ampere (2020) on."""
+
+
+CARDS = (
+    # The first that matches wins: a form with fewer words comes after those with more.
+    Card(r"g?b200|b100", 180, 2250, 8000, 64, 900),
+    Card(r"h200 nvl", 140, 835, 4800, 64, 300),
+    Card(r"h200|gh200", 140, 989, 4800, 64, 450),
+    Card(r"h100 nvl", 94, 835, 3900, 64, 300),
+    Card(r"h100 pcie", 80, 756, 2039, 64),
+    Card(r"h100", 80, 989, 3350, 64, 450),
+    Card(r"a100.*sxm.*80gb", 80, 312, 2039, 32, 300),
+    Card(r"a100.*80gb", 80, 312, 1935, 32),
+    Card(r"a100.*sxm\d", 40, 312, 1555, 32, 300),
+    Card(r"a100", 40, 312, 1555, 32),
+    Card(r"rtx 6000 ada", 48, 364, 960, 32),
+    Card(r"l40s", 48, 362, 864, 32),
+    Card(r"l40", 48, 181, 864, 32),
+    Card(r"l4", 24, 121, 300, 32),
+    Card(r"a40", 48, 150, 696, 32),
+    Card(r"a10g", 24, 70, 600, 32),
+    Card(r"a10", 24, 125, 600, 32),
+    Card(r"a6000", 48, 155, 768, 32),
+    Card(r"rtx 5090", 32, 209, 1792, 64),
+    Card(r"rtx 4090", 24, 165, 1008, 32),
+    Card(r"rtx 3090", 24, 71, 936, 32),
+    Card(r"v100.*sxm.*32gb", 32, 125, 900, 16, 150, bfloat16=False),
+    Card(r"v100.*sxm\d", 16, 125, 900, 16, 150, bfloat16=False),
+    Card(r"v100", 16, 112, 900, 16, bfloat16=False),
+    Card(r"t4", 16, 65, 320, 16, bfloat16=False),
+    Card(r"2080 ti", 11, 54, 616, 16, bfloat16=False),
+)
+TITLES = (
+    "B200", "H200", "H200 NVL", "H100", "H100 NVL", "H100 PCIe", "A100-SXM4-80GB", "A100 80GB PCIe", "A100-SXM4-40GB",
+    "A100-PCIE-40GB", "RTX 6000 Ada", "L40S", "L40", "L4", "A40", "A10G", "A10", "RTX A6000", "RTX 5090", "RTX 4090",
+    "RTX 3090", "V100-SXM2-32GB", "V100-SXM2-16GB", "V100-PCIE-16GB", "T4", "RTX 2080 Ti",
+)  # fmt: skip
+"""What people call them."""
+TABLE = "table"
+"""How the source of rates that nobody measured begins."""
+_USUAL = (
+    (12, "RTX 2080 Ti"), (17, "T4"), (26, "RTX 4090"), (34, "RTX 5090"), (44, "A100-SXM4-40GB"), (52, "RTX A6000"),
+    (85, "A100-SXM4-80GB"), (100, "H100 NVL"), (150, "H200"),
+)  # fmt: skip
+"""GiB up to which a card that nobody named is taken for one."""
+
+
+def rates_of(name: str) -> Rates | None:
+    """The rates of a card as NVML prints its name, such as 'NVIDIA H100 80GB HBM3'; None for an unknown one."""
+    card = _card(name)
+    return _rates(card, name) if card else None
+
+
+def rates_for(cluster: Cluster) -> tuple[Rates | None, tuple[str, ...]]:
+    """What a plan calculates with, and what to say of it: measured, of the slowest card in the table, or a guess.
+
+    None for CPU ranks, whose speed nobody predicts.
+    """
+    if cluster.device == "cpu":
+        return None, ()
+    if cluster.rates is not None and not cluster.rates.source.startswith(TABLE):
+        return cluster.rates, ()
+    known = [rates for gpu in cluster.gpus if (rates := rates_of(gpu.name)) is not None]
+    if len(known) == len(cluster.gpus):
+        slowest = min(known, key=lambda rates: rates.matmul_flops_s)
+        return slowest, (f"speed is predicted from the {slowest.source}; qdist doctor --gpus measures it",)
+    card = usual_card(min(gpu.total_bytes for gpu in cluster.gpus))
+    unknown = next(gpu.name for gpu in cluster.gpus if rates_of(gpu.name) is None)
+    why = "no card was named" if unknown == UNNAMED else f"nothing is known of {unknown}"
+    return rates_of(card), (f"{why}: speed is predicted as of the {card}",)
+
+
+def memory_of(name: str) -> int:
+    """Bytes of a known card. Raises SpecError for another."""
+    card = _card(name)
+    if card is None:
+        raise SpecError(f"no card is known as {name!r}", ways=[{"gpu_name": title} for title in _nearest(name)])
+    return card.gib * GIB
+
+
+def has_bfloat16(name: str) -> bool:
+    """Whether a card multiplies in bfloat16, as an unknown one is taken to."""
+    card = _card(name)
+    return card is None or card.bfloat16
+
+
+def usual_card(memory_bytes: int) -> str:
+    """A card that people have with that much memory."""
+    return next((name for gib, name in _USUAL if memory_bytes <= gib * GIB), "B200")
+
+
+def _nearest(name: str) -> list[str]:
+    """Up to three titles that look like a name, the likest first; usual ones where none does."""
+    squeezed = {re.sub(r"\W", "", title).lower(): title for title in TITLES}
+    wanted = re.sub(r"[\W_]|nvidia|geforce", "", name.lower())
+    close = [title for key, title in squeezed.items() if wanted and (wanted in key or key in wanted)]
+    close = close or [squeezed[key] for key in get_close_matches(wanted, squeezed, n=3, cutoff=0.5)]
+    return close[:3] or ["RTX 4090", "A100-SXM4-80GB", "H100"]
+
+
+def _card(name: str) -> Card | None:
+    folded = re.sub(r"[\s_-]+", " ", name.lower())
+    folded = re.sub(r"\b(rtx|geforce|nvidia|tesla)(?=\w*\d)", r"\1 ", re.sub(r"(?<=\d)ti\b", " ti", folded))
+    return next((card for card in CARDS if re.search(rf"\b(?:{card.name})\b", folded)), None)
+
+
+def _rates(card: Card, name: str) -> Rates:
+    link = card.nvlink_gb_s * NVLINK_SHARE or card.pcie_gb_s * PCIE_LINK_SHARE
+    return Rates(
+        matmul_flops_s=card.tflops * 1e12 * MATMUL_SHARE,
+        memory_bytes_s=card.memory_gb_s * 1e9 * MEMORY_SHARE,
+        link_bytes_s=link * 1e9,
+        host_bytes_s=card.pcie_gb_s * 1e9 * HOST_SHARE,
+        source=f"{TABLE}: {name.removeprefix('NVIDIA ')}",
+    )

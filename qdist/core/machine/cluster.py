@@ -1,0 +1,110 @@
+"""What machine is there, or would be there."""
+
+from typing import Literal
+
+import msgspec
+
+from qdist.core.errors import Change, SpecError
+from qdist.core.text import GIB, format_bytes, parse_bytes
+
+LINEAR_S = 0.65e-3
+"""What launching an adapted 4-bit linear takes, both passes (a virtual machine with H200s)."""
+UNNAMED = "hypothetical GPU"
+"""Name of a card that nobody named."""
+MOST_RANKS = 256
+"""Of one machine, real or not."""
+_USUAL_HOST_BYTES = 64 * GIB
+"""Host memory of a machine with a GPU, unless its GPUs are large."""
+
+
+class Rates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How fast a GPU and its links are. Bytes count once for each direction in which they move."""
+
+    matmul_flops_s: float
+    """Dense 16-bit matrix products."""
+    memory_bytes_s: float
+    """Device memory, bytes read plus bytes written."""
+    link_bytes_s: float
+    """All-gather over the GPUs of the machine: bytes that one GPU receives."""
+    host_bytes_s: float
+    """Pinned host memory to one GPU."""
+    linear_s: float = LINEAR_S
+    """CPU time for launching the kernels of an adapted 4-bit linear, both passes: what bounds small micro-batches."""
+    source: str
+    """Where the figures come from: 'measured' and the date, or 'table'."""
+
+
+class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One GPU as CUDA numbers it for this process, so after CUDA_VISIBLE_DEVICES and in PCI bus order."""
+
+    index: int
+    name: str
+    total_bytes: int
+    """What programs can have: physical memory less what driver and firmware keep."""
+    free_bytes: int
+
+
+class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One machine. `gpus` is empty exactly when `device` is 'cpu'."""
+
+    device: Literal["cuda", "cpu"]
+    gpus: tuple[Gpu, ...]
+    cpu_count: int
+    """Cores that this process may run on, not cores of the machine."""
+    memory_bytes: int
+    """Host memory, capped by the cgroup."""
+    memory_free_bytes: int
+    rates: Rates | None = None
+    """Of the slowest GPU; None on CPU, and where nothing is known of the card."""
+    described: bool = False
+    """Not this machine: one to plan for."""
+
+
+def hypothetical(
+    gpus: int, gpu_memory_bytes: int, *, name: str = UNNAMED, host_memory_bytes: int | None = None
+) -> Cluster:
+    """A machine that one does not have, to plan for. Each GPU is empty and brings 8 cores.
+
+    name: of the card, from which the plan knows how fast it is.
+    host_memory_bytes: by default twice what the GPUs have, and at least 64 GiB.
+
+    Raises SpecError when the machine would have no GPU or no memory.
+    """
+    if gpus < 1:
+        raise SpecError(f"a machine to plan for needs at least 1 GPU, not {gpus}", ways=[{"gpus": 1}])
+    if gpus > MOST_RANKS:
+        raise SpecError(
+            f"a machine to plan for has at most {MOST_RANKS:,} GPUs, not {gpus:,}",
+            ways=[{"gpus": count} for count in (64, 8)],
+        )
+    if gpu_memory_bytes < GIB:
+        raise SpecError(
+            f"a GPU of {format_bytes(gpu_memory_bytes)} is too small to plan for",
+            ways=[{"gpu_memory": f"{gib}GiB"} for gib in (24, 48, 80)],
+        )
+    host_bytes = host_memory_bytes or max(_USUAL_HOST_BYTES, 2 * gpus * gpu_memory_bytes)
+    return Cluster(
+        device="cuda",
+        gpus=tuple(
+            Gpu(index=index, name=name, total_bytes=gpu_memory_bytes, free_bytes=gpu_memory_bytes)
+            for index in range(gpus)
+        ),
+        cpu_count=8 * gpus,
+        memory_bytes=host_bytes,
+        memory_free_bytes=host_bytes,
+        described=True,
+    )
+
+
+def changed(cluster: Cluster, change: Change, gpus: int | None) -> Cluster:
+    """The machine with a change to it. gpus: of the run; a machine that is only described has what is asked for."""
+    if "gpu_memory" in change:
+        each = parse_bytes(change["gpu_memory"], "gpu_memory")
+        larger = tuple(msgspec.structs.replace(gpu, total_bytes=each, free_bytes=each) for gpu in cluster.gpus)
+        cluster = msgspec.structs.replace(cluster, gpus=larger) if larger else hypothetical(gpus or 1, each)
+    if cluster.described and "gpus" in change:
+        many = tuple(msgspec.structs.replace(cluster.gpus[0], index=index) for index in range(gpus or 1))
+        cluster = msgspec.structs.replace(cluster, gpus=many)
+    if "host_memory" in change:
+        cluster = msgspec.structs.replace(cluster, memory_bytes=parse_bytes(change["host_memory"], "host_memory"))
+    return cluster

@@ -1,0 +1,82 @@
+"""What `qdist doctor --gpus` measures on each card, and the one set of rates that the planner makes of it."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import msgspec
+
+from qdist.core.machine.cluster import Rates
+
+
+class LinkRates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One card's links to the others, all cards at work at once. Rates count the bytes that this card receives."""
+
+    gather_bytes_s: float
+    reduce_bytes_s: float
+    """All-reduce of float32, which moves 2 (n - 1) / n of the buffer to each card."""
+    peer_bytes_s: float | None
+    """Copies card to card without NCCL, to the peer that takes longest; None on the CPU."""
+    checked_bytes: int
+    """Bytes of each kind that were compared with what had been sent."""
+    wrong_gathered_bytes: int
+    wrong_reduced_values: int
+    wrong_peer_bytes: tuple[tuple[int, int], ...] = ()
+    """(card copied to, bytes that arrived as others), only of cards where some did."""
+
+
+class CardRates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one rank measured on its card."""
+
+    rank: int
+    name: str
+    dtype: str
+    """Of the matrix products."""
+    matmul_flops_s: float
+    memory_bytes_s: float
+    linear_s: float
+    """To launch the kernels of an adapted 4-bit linear, forward and backward."""
+    round_trip_error: float
+    """4 bits and back on the card: the largest error, as a part of its block's largest value. NF4 allows 0.152."""
+    round_trip_differs: float
+    """The same bits unpacked by the card and by the CPU: their largest difference, in the same measure."""
+    host_bytes_s: float | None = None
+    """None until the links were measured, which may fail."""
+    links: LinkRates | None = None
+    """None for a card alone."""
+
+
+def slowest(cards: Sequence[CardRates], *, source: str) -> Rates | None:
+    """What every card of the machine can be counted on for; None unless all of them were measured to the end.
+
+    A card alone has no links; what would travel over them would go through the host.
+    """
+    host = [card.host_bytes_s for card in cards if card.host_bytes_s is not None]
+    links = [card.links.gather_bytes_s for card in cards if card.links is not None]
+    if not cards or len(host) < len(cards) or (len(cards) > 1 and len(links) < len(cards)):
+        return None
+    return Rates(
+        matmul_flops_s=min(card.matmul_flops_s for card in cards),
+        memory_bytes_s=min(card.memory_bytes_s for card in cards),
+        link_bytes_s=min(links or host),
+        host_bytes_s=min(host),
+        linear_s=max(card.linear_s for card in cards),
+        source=source,
+    )
+
+
+def least(several: Sequence[Rates]) -> Rates:
+    """The rates of a machine of different cards, each figure of the card that is slowest in it."""
+    return Rates(
+        matmul_flops_s=min(rates.matmul_flops_s for rates in several),
+        memory_bytes_s=min(rates.memory_bytes_s for rates in several),
+        link_bytes_s=min(rates.link_bytes_s for rates in several),
+        host_bytes_s=min(rates.host_bytes_s for rates in several),
+        linear_s=max(rates.linear_s for rates in several),
+        source=several[0].source,
+    )
+
+
+def machine_key(names: Sequence[str], driver: str) -> str:
+    """What rates hold for: cards by name and number, and the driver."""
+    cards = "+".join(f"{name}_x{count}" for name, count in sorted(Counter(names).items()))
+    return f"{cards}_{driver}"

@@ -1,0 +1,212 @@
+"""What does a run that does not fit lack, which changes make it fit, and what was decided for the user, and why?"""
+
+from collections.abc import Iterator
+from itertools import product
+from math import ceil
+
+from qdist.core.errors import Change, SpecError
+from qdist.core.machine.calibration import Correction
+from qdist.core.machine.cards import has_bfloat16
+from qdist.core.machine.cluster import Cluster
+from qdist.core.planning.candidates import HEADROOM, Candidate, Setting
+from qdist.core.planning.layouts import OPEN
+from qdist.core.planning.memory import MemoryBudget
+from qdist.core.planning.plan import Plan
+from qdist.core.planning.ranking import shortage
+from qdist.core.spec.spec import Optim, RunSpec, flatten
+from qdist.core.spec.suggest import TooBigError
+from qdist.core.text import GIB, counted, format_bytes
+
+_MORE_GPUS = (2, 4, 8, 16, 32, 64)
+_LARGER_GIB = (8, 11, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180, 192)
+_BOTH = tuple(product((8, 64), (24, 80, 192)))
+"""GPUs and GiB of each, where neither more nor larger ones alone do."""
+_SHORT, _SMALL = 512, 64
+"""Tokens of a sequence and rank of an adapter beyond which less of them is suggested."""
+
+
+def too_big(spec: RunSpec, cluster: Cluster, closest: Candidate, in_host: tuple[int, int] | None) -> TooBigError:
+    """The error for a run of which nothing fits.
+
+    in_host: (layers, bytes) that host memory is too small for, where that is what is missing.
+    """
+    message = f"{spec.model} at {spec.bits} bits {shortage(closest)}{' of --max-memory' if spec.max_memory else ''}"
+    if in_host:
+        layers, held = in_host
+        message += (
+            f"; {layers} layers could wait in host memory, but they are {format_bytes(held)} and "
+            f"{HEADROOM * 100:.0f} % of it {format_bytes(HEADROOM * cluster.memory_bytes)}"
+        )
+    return TooBigError(message, ways=list(_ways(spec, cluster, in_host[1] if in_host else 0)))
+
+
+def too_many_offloaded(spec: RunSpec, cluster: Cluster, winner: Candidate, layer_bytes: int) -> TooBigError | None:
+    """The error where host memory does not hold the layers that were taken off the GPUs; None where it does."""
+    needed, room = len(winner.offloaded) * layer_bytes, int(HEADROOM * cluster.memory_bytes)
+    if needed <= room:
+        return None
+    message = (
+        f"{counted(len(winner.offloaded), 'offloaded layer')} need {format_bytes(needed)} of host memory; "
+        f"{HEADROOM * 100:.0f} % of this machine's is {format_bytes(room)}"
+    )
+    fewer: list[Change] = [{"split.offload_layers": room // layer_bytes}, {"split.offload_layers": None}]
+    return TooBigError(message, ways=[*fewer, *_ways(spec, cluster, needed)])
+
+
+def too_many_ranks(spec: RunSpec, cluster: Cluster, winner: Candidate) -> TooBigError | None:
+    """The error where there is no GPU and host memory does not hold all ranks; None where it does."""
+    ranks = winner.layout.world_size
+    own = [winner.budgets[rank % len(winner.budgets)].total for rank in range(ranks)]
+    if sum(own) <= cluster.memory_bytes:
+        return None
+    message = (
+        f"{spec.model} at {spec.bits} bits on {counted(ranks, 'CPU rank')} needs {format_bytes(sum(own))}; "
+        f"this machine has {format_bytes(cluster.memory_bytes)}, no GPU"
+    )
+    fitting = min(cluster.memory_bytes // max(own), ranks - 1)
+    fewer: list[Change] = [{"gpus": number} for number in (fitting, 1) if number and spec.placement != "split"]
+    return TooBigError(message, ways=[*fewer, *_ways(spec, cluster, 0)])
+
+
+def needs(plan: Plan) -> str:
+    """'21.4 GiB a GPU, shard'."""
+    budgets: list[MemoryBudget] = [own for rank in plan.ranks for own in rank.expected]
+    required = max(plan.load_peak_bytes, *(own.required for own in budgets))
+    unit = "GPU" if plan.device == "cuda" else "rank"
+    away = f", {counted(len(plan.offloaded_layers), 'layer')} in host memory" if plan.offloaded_layers else ""
+    return f"{format_bytes(required)} a {unit}, {plan.placement}{away}"
+
+
+def _ways(spec: RunSpec, cluster: Cluster, in_host: int) -> Iterator[Change]:
+    """Settings first, each alone and then all together; then host memory, then GPUs."""
+    yield from _eased(spec)
+    yield from _placed(spec)
+    now, all_eased = flatten(spec), dict[str, object]()
+    for ease in (*_eased(spec), OPEN):
+        all_eased |= {key: value for key, value in ease.items() if now[key] != value}
+        yield dict(all_eased)
+    if in_host:
+        yield {"host_memory": f"{ceil(in_host / HEADROOM / GIB)}GiB"}
+    smallest, count = min((gpu.total_bytes for gpu in cluster.gpus), default=0), len(cluster.gpus)
+    for gib in _LARGER_GIB if spec.max_memory else ():
+        if gib * GIB <= smallest:
+            yield {"max_memory": f"{gib}GiB", **all_eased}
+    for more in _MORE_GPUS if cluster.described else ():
+        if more > count:
+            yield {"gpus": more, "gpus_per_group": None, **all_eased}
+    rest: Change = {**all_eased, **({"max_memory": None} if spec.max_memory else {})}
+    if count > 1 and not cluster.described and spec.gpus is None:
+        rest = {"gpus": count, **rest}  # a machine that is described has what is asked for
+    larger = [gib for gib in _LARGER_GIB if gib * GIB > smallest]
+    for gib in larger:
+        yield {"gpu_memory": f"{gib}GiB", **rest}
+    for more, gib in _BOTH:
+        if more > count and gib in larger:
+            yield {"gpu_memory": f"{gib}GiB", **rest, "gpus": more, "gpus_per_group": None}
+
+
+def _eased(spec: RunSpec) -> Iterator[Change]:
+    """What the user fixed that takes memory, the cheapest to give up first."""
+    if spec.micro_batch not in (None, 1):
+        yield {"micro_batch": 1}
+    if spec.train.checkpointing is False:
+        yield {"train.checkpointing": True}
+    if spec.optim.name == "adamw":
+        yield {"optim.name": None}
+    if spec.zero.stage is not None:
+        yield {"zero.stage": None}
+    if spec.dtype == "float32":
+        yield {"dtype": None}
+    if spec.bits > 4:
+        yield {"bits": 4}
+    if spec.lora.r > _SMALL:
+        yield {"lora.r": _SMALL}
+    half = spec.seq_len // 2
+    while half >= _SHORT:
+        yield {"seq_len": half}
+        half //= 2
+
+
+def _placed(spec: RunSpec) -> Iterator[Change]:
+    """Groups of another size, then another placement than the one that was named."""
+    if not spec.placement:
+        return
+    if spec.gpus_per_group:
+        yield {"gpus_per_group": None, **_stages_of(spec, spec.placement)}
+    for other in ("shard", "split"):
+        if other != spec.placement:
+            yield {**OPEN, "placement": other, **_stages_of(spec, other)}
+
+
+def _stages_of(spec: RunSpec, placement: str) -> Change:
+    """Without what a split cannot have."""
+    if placement != "split":
+        return {}
+    without: Change = {"train.verify_steps": 0, "zero.stage": None}
+    now = flatten(spec)
+    return {key: value for key, value in without.items() if now[key] not in (0, value)}
+
+
+_WORTH_SAYING = 0.1
+"""Share of the time that a pipeline waits beyond which a larger batch is worth a note."""
+
+
+def notes(setting: Setting, winner: Candidate, barred: SpecError | None) -> Iterator[str]:
+    """One sentence for each decision that one would not guess.
+
+    barred: why a faster layout was passed over, if one was.
+    """
+    spec, layers = setting.spec, setting.sizes.facts.layers
+    if winner.layout.schedule == "sequential" and spec.split.schedule is None and barred:
+        yield f"sequential: {barred.message}"
+    if winner.offloaded:
+        why = ", since nothing else fits" if spec.split.offload_layers is None else ""
+        held = format_bytes(len(winner.offloaded) * setting.sizes.layer)
+        yield (
+            f"{len(winner.offloaded)} of {layers} layers wait in host memory{why}: {held} of it; "
+            "each pass copies them to the GPU"
+        )
+    if winner.checkpointed and spec.train.checkpointing is None:
+        which = "every layer" if winner.checkpointed == layers else f"{winner.checkpointed} of {layers} layers"
+        yield f"what {which} would keep for the backward pass does not fit, and is computed anew"
+    if winner.layout.schedule == "1f1b":
+        stages = winner.layout.gpus_per_group
+        idle = (stages - 1) / (winner.micro_batches + stages - 1)
+        if idle > _WORTH_SAYING:
+            unit = "GPU" if setting.rooms is not None else "rank"
+            yield (
+                f"with {winner.micro_batches} micro-batches in {stages} stages each {unit} waits {100 * idle:.0f} % of "
+                "the time; a larger global_batch waits less"
+            )
+    if winner.layout.zero_stage == 3:
+        yield (
+            "zero.stage=3 gathers adapters that stay whole on every rank: 7B on 2 H200s ran at 18,517 tokens/s under "
+            "it, at 21,976 under zero.stage=2"
+        )
+
+
+def dtype_notes(dtype: str, cluster: Cluster) -> Iterator[str]:
+    """What a card makes of an arithmetic that it was not built for."""
+    slow = next((gpu.name for gpu in cluster.gpus if not has_bfloat16(gpu.name)), None)
+    if dtype == "bfloat16" and slow:
+        yield f"a {slow} emulates bfloat16, which is slow: --set dtype=float16 uses its matrix units"
+
+
+def warmup_notes(optim: Optim, steps: int) -> Iterator[str]:
+    """Where a run ends before its learning rate has risen."""
+    if steps < optim.warmup_steps:
+        reached = f"{optim.lr * steps / optim.warmup_steps:.1e} of {optim.lr:.1e}"
+        yield f"optim.warmup_steps={optim.warmup_steps} of {steps} steps: the rate ends at {reached}"
+
+
+def correction_notes(correction: Correction | None) -> Iterator[str]:
+    """What earlier runs changed in the prediction."""
+    if correction is None:
+        return
+    what = [
+        "speed" if correction.speeds else "",
+        "context" if correction.context_bytes is not None else "",
+    ]
+    by = "by earlier runs" if not correction.runs else f"by {correction.runs} earlier run"
+    by += "s" if correction.runs > 1 else ""
+    yield f"{' and '.join(filter(None, what)) or 'speed'} corrected {by} on this kind of card"

@@ -1,0 +1,52 @@
+"""How many bytes of disk does a run take: its model made ready, its checkpoints, its adapter?"""
+
+from math import ceil
+from typing import NamedTuple
+
+from qdist.core.model.shapes import ALL_LINEAR, ModelFacts
+from qdist.core.model.storage import Packing
+from qdist.core.planning.memory import Job, sizes
+from qdist.core.planning.plan import Plan
+
+_MOMENTS = 2
+"""AdamW's, which a checkpoint holds beside the adapter; all of them float32."""
+
+
+class Storage(NamedTuple):
+    """What a run leaves in its directory, in bytes."""
+
+    adapter: int
+    checkpoint: int
+    most_checkpoints: int
+    """At a time: those kept, the best, and the one being written."""
+
+    @property
+    def total(self) -> int:
+        """At the fullest moment. Logs and events are small beside it."""
+        return self.adapter + self.most_checkpoints * self.checkpoint
+
+
+def storage(plan: Plan) -> Storage:
+    """What a run will leave on the disk of its directory."""
+    train, lora, facts = plan.spec.train, plan.spec.lora, plan.facts
+    tables = 1 if facts.tied_embeddings else 2
+    # Before a model is prepared nobody knows which of the tokens it has: they all count as new.
+    rows = len(plan.source.new_token_ids) or (len(plan.spec.new_tokens) if plan.source.kind == "dummy" else 0)
+    adapter = 4 * (facts.adapter_parameters(lora.r, lora.targets, plan.pool) + rows * facts.hidden * tables)
+    written = ceil(plan.steps / train.save_steps) + (plan.steps // train.eval_steps if train.eval_steps else 0)
+    kept = train.keep + (train.eval_steps > 0) + 1
+    return Storage(adapter, (1 + _MOMENTS) * adapter, min(kept, written))
+
+
+def packed_bytes(facts: ModelFacts, packing: Packing, *, stored_bytes: int = 2) -> int:
+    """A model's weights, packed. stored_bytes: of a number of what is not packed."""
+    job = Job(
+        bits=packing.bits,
+        double_quant=packing.double,
+        compute_bytes=stored_bytes,
+        rank_r=1,
+        targets=(ALL_LINEAR,),
+        seq_len=1,
+    )
+    parts = sizes(facts, job)
+    return facts.layers * parts.layer + parts.embedding + parts.head

@@ -1,0 +1,250 @@
+"""What do uses other than training need: where a model lies that answers or is evaluated, and GPTQ at its fullest?"""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import msgspec
+
+from qdist.core.errors import PlanError
+from qdist.core.model.gptq import Gptq
+from qdist.core.model.shapes import ALL_LINEAR, ModelFacts
+from qdist.core.planning.candidates import HEADROOM
+from qdist.core.planning.layer_map import scattered, spread_layers
+from qdist.core.planning.memory import STAGED_LAYERS, Job, sizes
+from qdist.core.planning.process_memory import CUDA_CONTEXT_BYTES
+from qdist.core.text import format_bytes
+
+_SCORED_BYTES = 12
+"""For each logit that a loss is taken of: it and what log_softmax makes of it, in float32."""
+
+
+class Residence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What lies where. GPUs are numbered as CUDA numbers them."""
+
+    layer_gpu: tuple[int, ...] = ()
+    """Of each decoder layer, never going back to an earlier GPU; empty on a CPU. What comes before the layers lies with
+    the first of them, norm and head with the last."""
+    offloaded: tuple[int, ...] = ()
+    """Layers whose weights wait in host memory and visit their GPU for each use."""
+
+    @property
+    def gpus(self) -> tuple[int, ...]:
+        """Those that hold anything, in the order in which a pass visits them."""
+        return tuple(gpu for gpu, _ in groupby(self.layer_gpu))
+
+    def __str__(self) -> str:
+        """'backbone on GPU 0', 'layers 0-39 on GPU 0, 40-79 on GPU 1; 12 of 80 layers wait in host memory'."""
+        if not self.layer_gpu:
+            return "backbone on the CPU"
+        if len(self.gpus) == 1:
+            text = f"backbone on GPU {self.gpus[0]}"
+        else:
+            runs = [list(run) for _, run in groupby(range(len(self.layer_gpu)), key=self.layer_gpu.__getitem__)]
+            text = "layers " + ", ".join(
+                f"{_range(run[0], run[-1])} on GPU {gpu}" for run, gpu in zip(runs, self.gpus, strict=True)
+            )
+        count = len(self.offloaded)
+        waiting = f"{count} of {len(self.layer_gpu)} layers wait in host memory"
+        return f"{text}; {waiting}" if count else text
+
+
+def _range(first: int, last: int) -> str:
+    return f"{first}-{last}" if last > first else str(first)
+
+
+class Footprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Bytes of a model's parts while it answers or is evaluated."""
+
+    layers: int
+    layer: int
+    """A decoder layer: its weights, its adapter, and the keys and values that it keeps."""
+    waiting: int
+    """Of `layer`: what leaves the GPU where the layer's weights wait in host memory."""
+    staged: int
+    """On every GPU while any layer waits: layers that are visiting."""
+    first: int
+    """What comes before the layers."""
+    last: int
+    """What comes behind them."""
+    everywhere: int
+    """On every GPU: CUDA context, unpacked matrices, what a layer computes."""
+
+
+def footprint(
+    facts: ModelFacts,
+    *,
+    bits: int,
+    double_quant: bool,
+    compute_bytes: int,
+    gptq: Gptq | None = None,
+    tokens: int,
+    rank_r: int = 0,
+    targets: tuple[str, ...] = (ALL_LINEAR,),
+    pool: int = 1,
+    scored: int = 0,
+) -> Footprint:
+    """Count a model in use.
+
+    tokens: of all sequences together, prompts and answers, for whose keys and values there is to be room.
+    rank_r: of the adapter, in float32; 0 without one. pool: inputs that share a column of its A.
+    scored: tokens whose logits exist at a time, for a loss.
+    """
+    job = Job(
+        bits=bits, double_quant=double_quant, compute_bytes=compute_bytes, gptq=gptq, rank_r=rank_r, targets=targets,
+        pool=pool, seq_len=1,
+    )  # fmt: skip
+    parts = sizes(facts, job)
+    weights = sum(linear.weights for linear in facts.linears)
+    matrix = max(linear.weights for linear in facts.linears)
+    cached = 2 * facts.kv_heads * facts.head_dim * compute_bytes * tokens
+    work = (2 * matrix + tokens * (4 * facts.hidden + 3 * facts.intermediate)) * compute_bytes
+    loss = scored * facts.vocab * _SCORED_BYTES
+    return Footprint(
+        layers=facts.layers,
+        layer=parts.layer + 4 * parts.trained + cached,
+        waiting=parts.layer - (facts.layer_parameters - weights) * compute_bytes,
+        staged=STAGED_LAYERS * parts.layer,
+        first=parts.embedding + loss * facts.tied_embeddings,
+        last=parts.head + loss * (not facts.tied_embeddings),
+        everywhere=CUDA_CONTEXT_BYTES + work,
+    )
+
+
+def room(free_bytes: int, cap_bytes: int | None) -> int:
+    """What of a GPU may be filled. cap_bytes: what the user allows."""
+    return int(HEADROOM * min(free_bytes, free_bytes if cap_bytes is None else cap_bytes))
+
+
+def reside(parts: Footprint, rooms: Sequence[int], *, host_bytes: int | None = None) -> Residence:
+    """The first GPU that has room for everything; else whole layers over all that have room, as evenly full as can be;
+    else the same with as few layers as possible in host memory.
+
+    rooms: what may be filled of each GPU. host_bytes: free host memory; None where waiting layers take none anew.
+
+    Raises PlanError where not even that fits.
+    """
+    one = parts.everywhere + parts.first + parts.layers * parts.layer + parts.last
+    for gpu, own in enumerate(rooms):
+        if one <= own:
+            return Residence(layer_gpu=(gpu,) * parts.layers)
+    for waiting in range(parts.layers + 1):
+        offloaded = scattered(parts.layers, waiting)
+        layer_bytes = [parts.layer - parts.waiting * (index in offloaded) for index in range(parts.layers)]
+        staged = parts.staged if waiting else 0
+        layer_gpu = _placed(layer_bytes, parts, [own - staged for own in rooms])
+        if layer_gpu is not None:
+            _require_host_memory(parts, waiting, host_bytes)
+            return Residence(layer_gpu=layer_gpu, offloaded=offloaded)
+    least = one - parts.layers * parts.waiting + parts.staged
+    raise PlanError(
+        f"even with all {parts.layers} layers in host memory the model takes {format_bytes(least)} of a GPU; "
+        f"there is room for {', '.join(map(format_bytes, rooms))}",
+        try_="more free GPU memory, smaller batches or shorter answers, or the CPU (CUDA_VISIBLE_DEVICES= )",
+    )
+
+
+def _placed(layer_bytes: Sequence[int], parts: Footprint, rooms: Sequence[int]) -> tuple[int, ...] | None:
+    """The GPU of each layer, or None where they do not fit; of all runs of GPUs the widest that holds them."""
+    count = len(rooms)
+    for width in range(count, 0, -1):
+        for start in range(count - width + 1):
+            found = _placed_on(range(start, start + width), layer_bytes, parts, rooms)
+            if found is not None:
+                return found
+    return None
+
+
+def _placed_on(
+    gpus: range, layer_bytes: Sequence[int], parts: Footprint, rooms: Sequence[int]
+) -> tuple[int, ...] | None:
+    """The same for GPUs of which the first holds what comes before the layers, and the last what comes behind."""
+    budgets = [rooms[gpu] - parts.everywhere for gpu in gpus]
+    budgets[0] -= parts.first
+    budgets[-1] -= parts.last
+    useful = [max(0, budget) for budget in budgets]
+    if budgets[0] < layer_bytes[0] or budgets[-1] < layer_bytes[-1] or sum(useful) < sum(layer_bytes):
+        return None
+    places = list(spread_layers(layer_bytes, useful))
+    places[0], places[-1] = 0, len(gpus) - 1  # both ends hold something already, and one layer fits beside it
+    held = [0] * len(gpus)
+    for size, place in zip(layer_bytes, places, strict=True):
+        held[place] += size
+    fits = all(bytes_ <= budget for bytes_, budget in zip(held, useful, strict=True))
+    return tuple(gpus[place] for place in places) if fits else None
+
+
+def _require_host_memory(parts: Footprint, waiting: int, host_bytes: int | None) -> None:
+    needed = waiting * parts.waiting
+    if host_bytes is not None and needed > host_bytes:
+        raise PlanError(
+            f"{waiting} of {parts.layers} layers would have to wait in host memory and take {format_bytes(needed)}; "
+            f"{format_bytes(host_bytes)} is free",
+            try_="more free GPU memory, or smaller batches and shorter answers",
+        )
+
+
+_FLOAT = 4
+"""Bytes of a number in a Hessian, and of a weight that is being quantized."""
+_SQUARES = 5
+"""Matrices as large as a Hessian while it is factored: itself, reversed, its factor, the inverse's, a solver's copy."""
+_COLUMNS = 2048
+"""Of such matrices, that are worked on at a time, four times over."""
+_WEIGHTS = 7
+"""Matrices as large as a linear while it is quantized: as it was, what is left of it, codes, values, differences."""
+
+
+class Needs(NamedTuple):
+    """Bytes of one GPU."""
+
+    layer: int
+    """A decoder layer's weights."""
+    hidden: int
+    """Hidden states that stay on the GPU."""
+    running: int
+    """What a batch of samples leaves on its way through the layer, at most."""
+    summing: int
+    """Hessians that are being summed."""
+    factoring: int
+    """A Hessian and its factors."""
+    solving: int
+    """A linear that is being quantized."""
+
+    @property
+    def total(self) -> int:
+        """At the fullest moment."""
+        return self.layer + self.hidden + max(self.running + self.summing, self.factoring, self.solving)
+
+
+def needs(
+    facts: ModelFacts, *, batch: int, tokens: int, hidden: int, lanes: int, number_bytes: int, first: bool
+) -> Needs:
+    """What a GPU needs.
+
+    batch: samples of `tokens` tokens that go through a layer together. hidden: bytes of hidden states that stay.
+    lanes: sums that the GPU makes. number_bytes: of a weight at work. first: the GPU on which sums are added up.
+    """
+    squares = [_FLOAT * linear.inputs**2 for linear in facts.linears]
+    widest, count = max(linear.inputs for linear in facts.linears), batch * tokens
+    readers = Counter(linear.reads for linear in facts.linears)  # those of one tensor are solved on a GPU each
+    mlp = 3 * facts.intermediate + 4 * facts.hidden
+    # Scores that a model writes out are there as products, in float32 for the softmax, and after it.
+    scores = facts.heads * tokens * (2 * number_bytes + 2 * _FLOAT) if facts.attention == "eager" else 0
+    attention = 10 * facts.hidden * number_bytes + scores
+    columns = 4 * _FLOAT * widest * _COLUMNS
+    return Needs(
+        layer=number_bytes * sum(linear.weights for linear in facts.linears),
+        hidden=hidden,
+        running=count * max(mlp * number_bytes, attention, 3 * _FLOAT * facts.hidden),
+        summing=max(squares) * (1 + (lanes - 1).bit_length()) + columns // 4,  # by twos, as in a binary counter
+        factoring=_SQUARES * max(squares) + columns if first else 0,
+        solving=max(
+            (
+                2 * _FLOAT * linear.inputs**2 + _WEIGHTS * _FLOAT * linear.weights
+                for linear in facts.linears
+                if first or readers[linear.reads] > 1
+            ),
+            default=0,
+        ),
+    )

@@ -1,0 +1,416 @@
+"""How many bytes will a GPU need to fine-tune a model? Derived term by term from shapes, not fitted."""
+
+from math import ceil
+
+import msgspec
+
+from qdist.core.model.gptq import Gptq
+from qdist.core.model.shapes import Linear, ModelFacts
+
+
+def saved_bytes_per_token(
+    facts: ModelFacts,
+    *,
+    bits: int,
+    compute_bytes: int,
+    rank_r: int,
+    targets: tuple[str, ...],
+    pool: int = 1,
+    seq_len: int,
+    fused_layers: bool,
+    fused_lora: bool,
+    lora_dropout: bool,
+) -> int:
+    """What autograd keeps of one token in one decoder layer: each distinct tensor once.
+
+    A frozen linear keeps nothing of its input, LoRA's A keeps its input and B the rank-wide product.
+    fused_lora: our own adapted linears, which cast nothing; peft's otherwise. pool: above 1, QA-LoRA.
+    tests/core/test_memory.py holds these terms against the tensors that torch saves.
+    """
+    adapted = facts.targeted(targets)
+    fused = fused_layers and facts.norm == "rms"
+    return (
+        _saved_by_norms(facts, compute_bytes, fused)
+        + _saved_by_attention(facts, compute_bytes, seq_len)
+        + _saved_by_activation(facts, compute_bytes, fused)
+        + (
+            _saved_linear_inputs(facts, adapted, bits, compute_bytes, fused_lora, lora_dropout)
+            if pool == 1
+            else _saved_pooled_inputs(facts, adapted, pool, compute_bytes, lora_dropout)
+        )
+        + len(adapted) * rank_r * compute_bytes
+    )
+
+
+def _saved_by_norms(facts: ModelFacts, compute_bytes: int, fused: bool) -> int:
+    """A norm computes in fp32 and keeps its upcast input; a fused one keeps the input as it is."""
+    width = compute_bytes if fused else 4
+    heads = (facts.heads + facts.kv_heads) * facts.head_dim * facts.qk_norm
+    return width * (facts.norms_per_layer * facts.hidden + heads)
+
+
+def _saved_by_attention(facts: ModelFacts, compute_bytes: int, seq_len: int) -> int:
+    """Flash: q, k, v, the output, and a log-sum-exp for each head. Eager: q, k, v, the fp32 softmax and its cast."""
+    queries, keys = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
+    saved = compute_bytes * (queries + 2 * keys)
+    if facts.attention == "eager":
+        return saved + facts.heads * seq_len * (4 + (compute_bytes if compute_bytes < 4 else 0))
+    if sum(linear.reads == "attention_in" for linear in facts.linears) == 1:
+        saved += compute_bytes * (queries + keys)  # v is a view, and keeps all of the fused projection alive
+    return saved + compute_bytes * queries + 4 * facts.heads
+
+
+def _saved_by_activation(facts: ModelFacts, compute_bytes: int, fused: bool) -> int:
+    """Gated: gate, activation(gate) and up (fused: gate and up). GELU: its input. ReLU: its output.
+
+    `_saved_linear_inputs` counts what the last linear reads; ReLU's output is that very tensor.
+    """
+    tensors = {"gated": 2 if fused else 3, "gelu": 1, "relu": 0}[facts.mlp]
+    return tensors * facts.intermediate * compute_bytes
+
+
+def _saved_linear_inputs(
+    facts: ModelFacts,
+    adapted: tuple[Linear, ...],
+    bits: int,
+    compute_bytes: int,
+    fused_lora: bool,
+    lora_dropout: bool,
+) -> int:
+    """Inputs that LoRA's A matrices keep. One tensor serves all that read it, except that
+
+    dropout gives each reader its own masked copy and a mask (bytes on a GPU, floats on a CPU); peft casts the input
+    of a 16-bit linear to fp32, and a layer norm leaves autocast in fp32, so each reader casts its own back.
+    """
+    autocast = compute_bytes < 4
+    own = sum(linear.inputs for linear in adapted)
+    widths = {linear.reads: linear.inputs for linear in adapted}
+    if facts.attention == "flash":
+        widths.pop("attention_out", None)  # attention has kept it already
+    if lora_dropout:
+        kept = facts.intermediate * (facts.mlp == "relu")
+        return (own + kept) * compute_bytes + own * (1 if autocast else 4)
+    if autocast and bits == 16 and not fused_lora:
+        return own * compute_bytes
+    if facts.mlp == "relu":
+        widths["mlp_out"] = facts.intermediate
+    behind_norms = [linear for linear in adapted if linear.reads in ("attention_in", "mlp_in")]
+    copies = len(behind_norms) - len({linear.reads for linear in behind_norms})
+    extra = copies * facts.hidden if autocast and facts.norm == "layer" else 0
+    return (sum(widths.values()) + extra) * compute_bytes
+
+
+def _saved_pooled_inputs(
+    facts: ModelFacts, adapted: tuple[Linear, ...], pool: int, compute_bytes: int, lora_dropout: bool
+) -> int:
+    """QA-LoRA's A keeps the pooled input alone, each reader its own; dropout keeps its masks, peft pools in fp32."""
+    own = sum(linear.inputs for linear in adapted)
+    kept = facts.intermediate * compute_bytes * (facts.mlp == "relu")
+    if lora_dropout:
+        return kept + own // pool * 4 + own * (1 if compute_bytes < 4 else 4)
+    return kept + own // pool * compute_bytes
+
+
+GATHERED_LAYERS = 3
+"""Packed layers that a sharded backbone holds beside its own part: FSDP2's all-gather output of the layer in use, the
+parameters copied out of it, and the output of the next layer, which is gathered ahead."""
+GATHERED_TABLES = 2
+"""The same for the head or the embedding while it is in use; neither is gathered ahead of a layer."""
+STAGED_LAYERS = 2
+"""Packed layers of an offloaded backbone on the GPU: the one in use and the one being copied."""
+BLOCK, NESTED_BLOCK = 64, 256
+"""bitsandbytes: weights that share an absmax, and absmaxes that share one when they are quantized in turn."""
+STAGE_WIDTH = 64
+"""Micro-batches of a pipeline's step are padded to the longest, rounded up to this: buffers between stages have fixed
+shapes."""
+_REDUCE_BUCKET = 50_000_000
+"""Elements of the flat buffer into which ZeRO 2 and 3 reduce gradients (`reduce_bucket_size` of ds_configs/)."""
+_LOSS_CHUNKS = 8
+"""A fused loss walks the tokens in at least this many pieces: Liger splits by vocab / hidden, 8 for Llama-7B."""
+
+
+class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Bytes on one GPU at the fullest moment of training."""
+
+    weights: int
+    """The frozen backbone: packed linears, and embeddings, norms, biases and lm_head in 16 bits."""
+    adapter: int
+    """LoRA parameters in fp32."""
+    gradients: int
+    """fp32; only what exceeds the activations they replace, when they start empty with each micro-batch."""
+    optimizer: int
+    """Moments, and ZeRO's flat fp32 copy of the parameters."""
+    activations: int
+    """Kept for the backward pass, and the working set of the layer it is in."""
+    logits: int
+    """What the loss needs beyond that working set, which is not alive yet."""
+    gathers: int
+    """Communication buffers, and layers of a sharded or offloaded backbone that were brought in to be used."""
+    context: int
+    """CUDA context, libraries and NCCL's buffers, which torch does not count."""
+    pageable: int = 0
+    """Moments in paged memory: on the GPU while there is room, in host memory where there is none."""
+
+    @property
+    def total(self) -> int:
+        """The peak that is expected where there is room, CUDA context included."""
+        return sum(msgspec.structs.astuple(self))
+
+    @property
+    def required(self) -> int:
+        """The least that the run needs: what can be paged out left out."""
+        return self.total - self.pageable
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a run computes with, wherever its layers lie."""
+
+    bits: int
+    double_quant: bool = True
+    gptq: Gptq | None = None
+    """Packed so instead, at whatever width it says."""
+    compute_bytes: int = 2
+    """2 under autocast to 16 bits, 4 on a CPU."""
+    rank_r: int
+    targets: tuple[str, ...]
+    """Leaf names that LoRA adapts."""
+    pool: int = 1
+    """Inputs that share a column of A (QA-LoRA)."""
+    seq_len: int
+    fused_loss: bool = False
+    """Cross entropy from hidden states in chunks."""
+    fused_layers: bool = False
+    """Fused RMS norm and gated activation (Liger)."""
+    fused_lora: bool = False
+    """Our own adapted linears instead of peft's: no casts are kept."""
+    lora_dropout: bool = False
+    moment_bytes: int = 8
+    """AdamW's two, for each trained parameter."""
+    optimizer_on_gpu: bool = True
+    """False when the moments are offloaded; ZeRO's fp32 copy is counted all the same."""
+    paged: bool = False
+    """The moments are in paged memory; needs `optimizer_on_gpu`."""
+
+
+class Share(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The part of a model that one GPU works on, and how."""
+
+    layers: int
+    checkpointed: int
+    """Of its layers, from the first: recomputed in the backward pass. The others keep what they computed."""
+    micro_batch: int
+    positions: int = 0
+    """Of the fullest micro-batch, where the data were looked at; 0 stands for `micro_batch` whole sequences."""
+    learned: int = 0
+    """Its tokens with a loss; 0 stands for all."""
+    gradient_accumulation: int = 1
+    """Above 1, as with DeepSpeed's buffers, gradients live on through the next forward pass."""
+    embedding: bool = True
+    head: bool = True
+    """The output head, the last norm and the loss."""
+    shards: int = 1
+    """GPUs that hold the frozen weights between them; the adapter is whole on each."""
+    whole_tables: bool = False
+    """Embedding and head are not sharded."""
+    zero_stage: int = 0
+    data_parallel: int = 1
+    """Ranks between which ZeRO divides the state of this share's adapter."""
+    pipelined: bool = False
+    """A stage: gradients gather over all micro-batches before ZeRO divides anything."""
+    in_flight: int = 1
+    """Micro-batches of which activations are kept at a time."""
+    received: int = 0
+    """Buffers, each for the hidden states of a micro-batch, into which a stage's neighbours send ahead."""
+    sends: bool = False
+    """A later stage reads its output, which is kept with the other activations."""
+    offloaded: int = 0
+    """Of its layers: packed weights that wait in host memory."""
+    context_bytes: int = 0
+
+    def tokens(self, seq_len: int) -> int:
+        """Of the fullest micro-batch, padding included."""
+        return self.positions or self.micro_batch * seq_len
+
+
+class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What follows from model and job alone: bytes of a layer, and of one token in a layer. Counted once a plan."""
+
+    facts: ModelFacts
+    job: Job
+    layer: int
+    embedding: int
+    head: int
+    """The output head unless it is the embedding, and the norms outside of layers."""
+    trained: int
+    """Adapter parameters of one layer."""
+    saved_token: int
+    entering_token: int
+    """A layer's input."""
+    casts: int
+    """LoRA matrices in 16 bits that a layer of peft's keeps for the backward pass."""
+
+    @property
+    def table(self) -> int:
+        """The token embedding, or the head, alone."""
+        return self.facts.vocab * self.facts.hidden * self.job.compute_bytes
+
+
+def sizes(facts: ModelFacts, job: Job) -> Sizes:
+    """Count a model's parts. Raises ModelError when a target of the adapter is no linear of the model."""
+    outer_norms = facts.norm_parameters - facts.layers * facts.norm_parameters_per_layer
+    head = (0 if facts.tied_embeddings else facts.vocab * facts.hidden) + outer_norms
+    trained = facts.adapter_parameters(job.rank_r, job.targets, job.pool) // facts.layers
+    saved = saved_bytes_per_token(
+        facts, bits=job.bits, compute_bytes=job.compute_bytes, rank_r=job.rank_r, targets=job.targets,
+        pool=job.pool, seq_len=job.seq_len, fused_layers=job.fused_layers, fused_lora=job.fused_lora,
+        lora_dropout=job.lora_dropout,
+    )  # fmt: skip
+    return Sizes(
+        facts=facts,
+        job=job,
+        layer=packed_layer_bytes(facts, job),
+        embedding=(facts.vocab + facts.learned_positions) * facts.hidden * job.compute_bytes,
+        head=head * job.compute_bytes,
+        trained=trained,
+        saved_token=saved,
+        entering_token=facts.hidden * job.compute_bytes,
+        casts=trained * job.compute_bytes if job.compute_bytes < 4 and not job.fused_lora else 0,
+    )
+
+
+def budget(sizes: Sizes, share: Share) -> MemoryBudget:
+    """What one GPU holds at the peak of a training step with AdamW on LoRA parameters."""
+    facts, job = sizes.facts, sizes.job
+    tokens = share.tokens(job.seq_len)
+    trained = sizes.trained * share.layers
+    kept, anew = _kept(sizes, share, tokens)
+    work = anew * (share.checkpointed == share.layers) + _backward_work(
+        facts, tokens=tokens, compute_bytes=job.compute_bytes
+    )
+    gathered = _gathered(sizes, share)
+    learned = share.learned or tokens
+    loss = _loss_bytes(facts, tokens=learned, compute_bytes=job.compute_bytes, fused=job.fused_loss) * share.head
+    at_loss = loss + GATHERED_TABLES * sizes.table * _shards_tables(sizes, share)
+    logits = max(0, at_loss - work - gathered)
+    divided = share.zero_stage >= 2 and not share.pipelined
+    gradients = 4 * trained // (share.data_parallel if divided else 1)
+    if share.gradient_accumulation == share.data_parallel == 1 and share.zero_stage == 0:
+        # They fill as the backward pass frees what was kept; only their excess raises the peak.
+        late = anew * (0 < share.checkpointed < share.layers)
+        gradients = max(0, gradients + late - kept - logits)
+    held = _optimizer_bytes(trained, job.moment_bytes, share.zero_stage, share.data_parallel)
+    moments = held - _optimizer_bytes(trained, 0, share.zero_stage, share.data_parallel)
+    return MemoryBudget(
+        weights=weight_bytes(sizes, share),
+        adapter=4 * trained,
+        gradients=gradients,
+        optimizer=held - moments * (job.paged or not job.optimizer_on_gpu),
+        pageable=moments * (job.paged and job.optimizer_on_gpu),
+        activations=kept + work,
+        logits=logits,
+        gathers=gathered
+        + (4 * min(_REDUCE_BUCKET, trained) if share.zero_stage >= 2 else 0)
+        + share.received * tokens * sizes.entering_token,
+        context=share.context_bytes,
+    )
+
+
+def resident(own: MemoryBudget) -> MemoryBudget:
+    """The same with moments that stay on the GPU."""
+    return msgspec.structs.replace(own, optimizer=own.optimizer + own.pageable, pageable=0)
+
+
+def load_peak_bytes(sizes: Sizes, share: Share) -> int:
+    """Peak of a GPU while its part of the backbone is loaded: one matrix at a time comes whole and is packed."""
+    job = sizes.job
+    matrix = max(sizes.facts.linears, key=lambda linear: linear.weights)
+    packed = _packed_bytes(matrix, job) if job.bits < 16 else 0
+    return weight_bytes(sizes, share) + matrix.weights * job.compute_bytes + packed + share.context_bytes
+
+
+def weight_bytes(sizes: Sizes, share: Share) -> int:
+    """The frozen weights that one GPU keeps: its layers, or its shard of them, and the tables."""
+    layers = (share.layers - share.offloaded) * sizes.layer
+    own_table = share.head and not share.embedding and sizes.facts.tied_embeddings
+    tables = sizes.embedding * share.embedding + sizes.head * share.head + sizes.table * own_table
+    if _shards_tables(sizes, share):
+        return ceil((layers + tables) / share.shards)
+    return ceil(layers / share.shards) + tables
+
+
+def packed_layer_bytes(facts: ModelFacts, job: Job) -> int:
+    """One frozen decoder layer: packed linears, with their biases and the norms in 16 bits."""
+    rest = facts.layer_parameters - sum(linear.weights for linear in facts.linears)
+    stated = job.gptq.layer_bytes if job.gptq else 0
+    packed = stated or sum(_packed_bytes(linear, job) for linear in facts.linears)
+    return packed + rest * job.compute_bytes
+
+
+def _packed_bytes(linear: Linear, job: Job) -> int:
+    """A frozen weight matrix and what its quantization needs to undo itself."""
+    if job.gptq:
+        scale_bytes, offset = 4 if job.gptq.scales == "float32" else 2, job.gptq.offset
+        offsets = linear.inputs // offset.group_size if offset and linear.name in offset.linears else 0
+        offset_bytes = 4 if offset and offset.dtype == "float32" else 2
+        return offset_bytes * offsets * linear.outputs + job.gptq.shape.bytes_of(
+            linear.inputs, linear.outputs, scale_bytes=scale_bytes, ordered=job.gptq.desc_act
+        )
+    if job.bits == 16:
+        return linear.weights * job.compute_bytes
+    if job.bits == 8:
+        return linear.weights + 4 * linear.outputs  # LLM.int8: an fp32 scale for each output row
+    blocks = ceil(linear.weights / BLOCK)
+    # QLoRA section 3: absmax in fp32, or in 8 bits with an fp32 absmax of its own and one fp32 offset.
+    absmax = blocks + 4 * ceil(blocks / NESTED_BLOCK) + 4 if job.double_quant else 4 * blocks
+    return ceil(linear.weights / 2) + absmax
+
+
+def _shards_tables(sizes: Sizes, share: Share) -> bool:
+    return share.shards > 1 and not share.whole_tables and not sizes.facts.tied_embeddings
+
+
+def _kept(sizes: Sizes, share: Share, tokens: int) -> tuple[int, int]:
+    """Bytes kept when the backward pass begins, and what one checkpointed layer then computes anew.
+
+    Non-reentrant checkpointing keeps each layer's input, and saves a layer anew when the backward pass enters it. Where
+    the last layers are not checkpointed, they are gone by then and leave room for that.
+    """
+    saved, entering = tokens * sizes.saved_token, tokens * sizes.entering_token
+    plain = share.layers - share.checkpointed
+    once = share.checkpointed * entering + plain * (saved + sizes.casts)
+    once += entering * share.sends
+    return share.in_flight * once, saved
+
+
+def _gathered(sizes: Sizes, share: Share) -> int:
+    """Layers that lie elsewhere, in part or whole, and were brought in to be used."""
+    sharded = GATHERED_LAYERS * sizes.layer * (share.shards > 1)
+    return sharded + STAGED_LAYERS * sizes.layer * (share.offloaded > 0)
+
+
+def _backward_work(facts: ModelFacts, *, tokens: int, compute_bytes: int) -> int:
+    """Alive only while the backward pass is in a layer's MLP, its widest place.
+
+    Three gradients as wide as the MLP (of the product, the gate and up), and the largest weight matrix twice:
+    dequantized, and in the type of the matmul. A 16-bit backbone has the matrix already; this is too small to tell.
+    """
+    matrix = max(linear.weights for linear in facts.linears)
+    return (3 * tokens * facts.intermediate + 2 * matrix) * compute_bytes
+
+
+def _loss_bytes(facts: ModelFacts, *, tokens: int, compute_bytes: int, fused: bool) -> int:
+    """Logits, and what cross entropy makes of them.
+
+    torch's backward pass of log_softmax holds three fp32 tensors at once: the log-probabilities, their gradient and
+    that of the logits (12.2 bytes a logit seen on a CPU; the forward pass, 16-bit logits included, takes 10.1).
+    Fused: the same for a chunk of the tokens, and the gradient of all hidden states.
+    """
+    if not fused:
+        return tokens * facts.vocab * 12
+    chunk = ceil(tokens / max(_LOSS_CHUNKS, ceil(facts.vocab / facts.hidden)))
+    return chunk * facts.vocab * (compute_bytes + 4) + tokens * facts.hidden * compute_bytes
+
+
+def _optimizer_bytes(trained: int, bytes_per_param: int, zero_stage: int, data_parallel: int) -> int:
+    """Moments, whole; under ZeRO this rank's part, with the fp32 copy of the parameters that it steps."""
+    return trained * bytes_per_param if zero_stage == 0 else ceil(trained * (bytes_per_param + 4) / data_parallel)

@@ -1,0 +1,285 @@
+"""Makes the plan from what the user wants and what the machine is. Pure."""
+
+import math
+from typing import Literal, NamedTuple
+
+from qdist.core.errors import MACHINE, Change, SpecError
+from qdist.core.machine.calibration import Correction
+from qdist.core.machine.cards import rates_for
+from qdist.core.machine.cluster import Cluster, Rates
+from qdist.core.machine.cluster import changed as machine_changed
+from qdist.core.model.pooling import pool_of
+from qdist.core.model.shapes import ModelFacts
+from qdist.core.planning.advice import (
+    correction_notes,
+    dtype_notes,
+    needs,
+    notes,
+    too_big,
+    too_many_offloaded,
+    too_many_ranks,
+    warmup_notes,
+)
+from qdist.core.planning.candidates import HEADROOM, Candidate, Setting, arrange
+from qdist.core.planning.layouts import layouts
+from qdist.core.planning.memory import Job, MemoryBudget, sizes
+from qdist.core.planning.plan import Alternative, DataFacts, Fullest, Plan, RankPlan, Source
+from qdist.core.planning.ranking import (
+    alternatives,
+    barred,
+    choose,
+    closest,
+    contenders,
+    eligible,
+    host_memory_wanted,
+    last_resort,
+    nonexistent,
+)
+from qdist.core.planning.resources import count_of, dtype_of, liger_of, optimizer_of, rooms_of
+from qdist.core.spec.spec import MOST_STEPS, RunSpec, changed, flatten, max_memory_bytes
+from qdist.core.spec.suggest import or_tried_hint
+
+__all__ = ["HEADROOM", "make_plan", "plan_once"]
+
+
+class _Inputs(NamedTuple):
+    """What `make_plan` was given, and what it decided before looking for a layout."""
+
+    spec: RunSpec
+    source: Source
+    facts: ModelFacts
+    cluster: Cluster
+    longest: int
+    dtype: Literal["bfloat16", "float16", "float32"]
+    liger: bool
+    optimizer: Literal["adamw", "paged-adamw"]
+    rates: Rates | None
+    correction: Correction | None
+    usual_micro_batch: int | None
+    fullest: tuple[Fullest, ...]
+
+
+class _Decision(NamedTuple):
+    setting: Setting
+    winner: Candidate
+    rows: list[list[Candidate]]
+    nonexistent: tuple[Alternative, ...]
+
+
+def make_plan(
+    spec: RunSpec,
+    source: Source,
+    facts: ModelFacts,
+    cluster: Cluster,
+    data: DataFacts | None,
+    *,
+    has_liger: bool = False,
+    usual_micro_batch: int | None = None,
+    correction: Correction | None = None,
+) -> Plan:
+    """Decide placement, batches, precision and engine.
+
+    usual_micro_batch: what the run had before it was resumed. It is kept where the ranks allow, since dropout is drawn
+    for each micro-batch.
+    correction: what runs on this machine have taught.
+
+    Raises PlanError, with the missing bytes, when the run does not fit, and SpecError where settings or the batch
+    arithmetic cannot work out; each with a change that was tried.
+    """
+
+    def attempt(change: Change) -> Plan:
+        own = changed(spec, {key: value for key, value in change.items() if key not in MACHINE})
+        return plan_once(
+            own,
+            source,
+            facts,
+            machine_changed(cluster, change, own.gpus),
+            data,
+            has_liger=has_liger,
+            usual_micro_batch=usual_micro_batch,
+            correction=correction,
+        )
+
+    return or_tried_hint(attempt, flatten(spec), remark=needs)
+
+
+def plan_once(
+    spec: RunSpec,
+    source: Source,
+    facts: ModelFacts,
+    cluster: Cluster,
+    data: DataFacts | None,
+    *,
+    has_liger: bool = False,
+    usual_micro_batch: int | None = None,
+    correction: Correction | None = None,
+) -> Plan:
+    """As `make_plan`; what a refusal suggests has not been tried."""
+    count = count_of(spec, cluster)
+    longest = min(spec.seq_len, data.longest) if data else spec.seq_len
+    if longest > facts.max_positions:
+        raise SpecError(
+            f"seq_len={longest}, but {spec.model} has {facts.max_positions} positions",
+            ways=[{"seq_len": facts.max_positions}],
+        )
+    if (spec.split.offload_layers or 0) > facts.layers:
+        raise SpecError(
+            f"split.offload_layers={spec.split.offload_layers}, but {spec.model} has {facts.layers} layers",
+            ways=[{"split.offload_layers": facts.layers}, {"split.offload_layers": None}],
+        )
+    rates, rate_notes = rates_for(cluster)
+    inputs = _Inputs(
+        spec=spec,
+        source=source,
+        facts=facts,
+        cluster=cluster,
+        longest=longest,
+        dtype=dtype_of(spec, cluster),
+        liger=liger_of(spec, cluster, has_liger),
+        optimizer=optimizer_of(spec, cluster),
+        rates=rates,
+        correction=correction,
+        usual_micro_batch=usual_micro_batch,
+        fullest=data.fullest if data and cluster.device == "cpu" else (),
+    )
+    decision = _decide(inputs)
+    setting, winner, layout = decision.setting, decision.winner, decision.winner.layout
+
+    def tokens_s(candidate: Candidate) -> float:
+        return spec.global_batch * longest / candidate.seconds if candidate.seconds else 0.0
+
+    return Plan(
+        spec=spec,
+        source=source,
+        facts=facts,
+        data=data,
+        pool=setting.sizes.job.pool,
+        device=cluster.device,
+        placement=layout.placement,
+        schedule=layout.schedule,
+        groups=layout.groups,
+        gpus_per_group=layout.gpus_per_group,
+        layer_map=winner.layer_map,
+        offloaded_layers=winner.offloaded,
+        world_size=layout.world_size,
+        micro_batch=winner.micro_batch,
+        gradient_accumulation=winner.micro_batches,
+        steps=_steps(spec, data),
+        seq_len=longest,
+        checkpointed_layers=winner.checkpointed,
+        compute_dtype=inputs.dtype,
+        optimizer="paged-adamw" if winner.paged else "adamw",
+        engine=layout.engine,
+        zero_stage=layout.zero_stage,
+        liger=inputs.liger,
+        threads_per_rank=max(1, cluster.cpu_count // layout.world_size),
+        memory_cap_bytes=max_memory_bytes(spec),
+        ranks=_ranks(setting, winner, count, cluster.device),
+        tokens_per_second=round(tokens_s(winner), 1),
+        load_peak_bytes=max(winner.load_peaks),
+        alternatives=(*alternatives(setting, winner, decision.rows, tokens_s), *decision.nonexistent),
+        correction=correction,
+        notes=(
+            *notes(setting, winner, barred(setting, winner, decision.rows)),
+            *dtype_notes(inputs.dtype, cluster),
+            *rate_notes,
+            *correction_notes(correction),
+            *(warmup_notes(spec.optim, _steps(spec, data)) if data else ()),
+        ),
+    )
+
+
+def _decide(inputs: _Inputs) -> _Decision:
+    """The best candidate and all that were tried. Raises PlanError when none fits."""
+    spec, cluster = inputs.spec, inputs.cluster
+    count = count_of(spec, cluster)
+    setting = _setting(inputs, count)
+    found = layouts(spec, count, device=cluster.device)
+    rows = contenders(setting, found)
+    tried = eligible(setting, rows)
+    winner = choose(tried) or last_resort(setting, count)
+    if winner is None:
+        raise too_big(spec, cluster, closest(tried), host_memory_wanted(setting, count))
+    refused = too_many_offloaded(spec, cluster, winner, setting.sizes.layer)
+    if cluster.device == "cpu":
+        refused = too_many_ranks(spec, cluster, winner)
+    if refused:
+        raise refused
+    return _Decision(setting, winner, rows, nonexistent(setting, found))
+
+
+def _setting(inputs: _Inputs, count: int) -> Setting:
+    spec, source = inputs.spec, inputs.source
+    # Before a model is prepared nobody knows which of the tokens it has: they all count as new.
+    new_rows = len(source.new_token_ids) or (len(spec.new_tokens) if source.kind == "dummy" else 0)
+    job = Job(
+        bits=4 if source.gptq else spec.bits,  # at any width GPTQ unpacks first, as NF4 does
+        gptq=source.gptq,
+        double_quant=spec.quant.double,
+        compute_bytes=4 if inputs.dtype == "float32" else 2,
+        rank_r=spec.lora.r,
+        targets=spec.lora.targets,
+        pool=pool_of(spec, source.gptq, inputs.facts),
+        seq_len=inputs.longest,
+        fused_loss=inputs.liger,
+        fused_layers=inputs.liger,
+        fused_lora=spec.lora.dropout == 0,
+        lora_dropout=spec.lora.dropout > 0,
+        optimizer_on_gpu=spec.zero.offload == "none",
+        paged=inputs.optimizer == "paged-adamw",
+    )
+    return Setting(
+        spec=spec,
+        sizes=sizes(inputs.facts, job),
+        rooms=rooms_of(spec, inputs.cluster, count),
+        host_bytes=inputs.cluster.memory_bytes,
+        rates=inputs.rates,
+        whole_tables=source.vocab_rows is not None or new_rows > 0,
+        correction=inputs.correction,
+        usual_micro_batch=inputs.usual_micro_batch,
+        new_rows=new_rows,
+        fullest=inputs.fullest,
+    )
+
+
+def _ranks(setting: Setting, winner: Candidate, count: int, device: str) -> tuple[RankPlan, ...]:
+    """The grid's processes, group by group."""
+    layout, size = winner.layout, winner.layout.gpus_per_group
+    if layout.schedule == "sequential":
+        gpus = tuple(range(count)) if device == "cuda" else ()
+        return (RankPlan(rank=0, node=0, gpus=gpus, expected=winner.budgets),)
+    split = layout.placement == "split"
+    return tuple(
+        RankPlan(
+            rank=rank,
+            node=0,
+            gpus=(rank,) if device == "cuda" else (),
+            expected=(_budgets(setting, winner, rank // size if split else rank)[rank % size if split else 0],),
+            group=rank // size,
+            position=rank % size,
+        )
+        for rank in range(layout.world_size)
+    )
+
+
+def _budgets(setting: Setting, winner: Candidate, rank: int) -> tuple[MemoryBudget, ...]:
+    """Of a data-parallel rank; where the data were counted, its own micro-batches decide."""
+    if not setting.fullest:
+        return winner.budgets
+    own = setting._replace(rank=rank)
+    return arrange(own, winner.layout, winner.micro_batch, winner.checkpointed, len(winner.offloaded)).budgets
+
+
+def _steps(spec: RunSpec, data: DataFacts | None) -> int:
+    """Steps of the run: as told, or the epochs (one, unless told) over the training samples, rounded up."""
+    if spec.steps is not None:
+        return spec.steps
+    if data is None or data.train_samples == 0:
+        raise SpecError("synthetic data have no epochs", ways=[{"steps": 20, "epochs": None}])
+    steps = math.ceil((spec.epochs or 1.0) * data.train_samples / spec.global_batch)
+    if steps > MOST_STEPS:
+        raise SpecError(
+            f"epochs={spec.epochs:g} over {data.train_samples:,} samples are more steps than can be counted",
+            ways=[{"epochs": None}],
+        )
+    return steps

@@ -1,0 +1,241 @@
+"""Which candidate is best, and why did each of the others lose?"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from qdist.core.errors import Change, SpecError
+from qdist.core.planning.candidates import HEADROOM, Candidate, Setting, offloading, options
+from qdist.core.planning.layouts import Layout, divisions, impossible, one_process, unable
+from qdist.core.planning.plan import Alternative
+from qdist.core.spec.contradictions import largest_divisor
+from qdist.core.spec.spec import RunSpec
+from qdist.core.text import counted, format_bytes
+
+TIE = 0.02
+"""Difference in speed that no prediction can tell: the simpler layout wins, then one with room for the optimizer's
+moments, then the one that needs less memory."""
+
+
+def check_batches(setting: Setting, layout: Layout) -> None:
+    """Raises SpecError when the batch cannot be spread over a layout."""
+    spec, ranks = setting.spec, layout.data_parallel
+    noun = "group" if layout.placement == "split" else "rank"
+    size = spec.micro_batch or 1
+    if spec.global_batch % ranks:
+        raise SpecError(
+            f"global_batch={spec.global_batch} cannot be spread over {counted(ranks, noun)}",
+            ways=[_rounded(spec.global_batch, ranks * size), *_fewer(spec, layout)],
+        )
+    each = spec.global_batch // ranks
+    if each % size:
+        raise SpecError(
+            f"{counted(ranks, noun)} x micro_batch={size} does not divide global_batch={spec.global_batch}",
+            ways=[
+                {"micro_batch": largest_divisor(each, size)},
+                {"micro_batch": None},
+                _rounded(spec.global_batch, ranks * size),
+            ],
+        )
+    stages = layout.gpus_per_group
+    if layout.schedule == "1f1b" and each // size < stages:
+        smaller = [{"micro_batch": largest_divisor(each, each // stages)}] if each >= stages else []
+        raise SpecError(
+            f"{stages} stages need at least {stages} micro-batches a step; global_batch={spec.global_batch} has "
+            f"{each // size} of {size} for each group",
+            ways=[*smaller, {"global_batch": stages * ranks * size}, *_fewer(spec, layout)],
+        )
+
+
+def _rounded(batch: int, multiple: int) -> Change:
+    return {"global_batch": -(-batch // multiple) * multiple}
+
+
+def _fewer(spec: RunSpec, layout: Layout) -> list[Change]:
+    """Fewer GPUs, for a batch that is to stay as it is."""
+    count = layout.groups * layout.gpus_per_group
+    dividing = [number for number in range(count - 1, 0, -1) if spec.global_batch % number == 0]
+    return [{"gpus": number} for number in dividing[:2]]
+
+
+def contenders(setting: Setting, found: Sequence[Layout]) -> list[list[Candidate]]:
+    """The candidates of each layout whose batch arithmetic works out, whether or not its ranks are `unable`.
+
+    Raises SpecError where no layout can, or the batch does not work out for the simplest that can: it was asked for.
+    """
+    simplest = next((layout for layout in found if not barring(setting, layout)), found[0])
+    if refused := barring(setting, simplest):
+        raise refused
+    check_batches(setting, simplest)
+    return [
+        [own for divided in divisions(setting.spec, layout) for own in options(setting, divided)]
+        for layout in found
+        if _works(setting, layout)
+    ]
+
+
+def barring(setting: Setting, layout: Layout) -> SpecError | None:
+    """Why a layout cannot exist, or its ranks cannot do what is wanted; None where they can."""
+    spec, layers = setting.spec, setting.sizes.facts.layers
+    return impossible(spec, layout, layers) or unable(spec, layout, setting.new_rows)
+
+
+def eligible(setting: Setting, rows: Iterable[Iterable[Candidate]]) -> list[Candidate]:
+    """The candidates whose ranks can do all that is wanted."""
+    return [own for row in rows for own in row if not unable(setting.spec, own.layout, setting.new_rows)]
+
+
+def choose(candidates: Iterable[Candidate]) -> Candidate | None:
+    """The fastest that fits. Where speed is unknown the first: the simplest layout and the largest micro-batch."""
+    fitting = [candidate for candidate in candidates if candidate.fits]
+    if not fitting or not fitting[0].seconds:
+        return fitting[0] if fitting else None
+    fastest = min(candidate.seconds for candidate in fitting)
+    tied = [candidate for candidate in fitting if candidate.seconds * (1 - TIE) <= fastest]
+    return min(tied, key=lambda own: (own.layout.simplicity, own.paged, own.required_bytes))
+
+
+def last_resort(setting: Setting, count: int) -> Candidate | None:
+    """Layers in host memory, where nothing else fits and nothing speaks against it."""
+    return choose(_offloading(setting, count))
+
+
+def host_memory_wanted(setting: Setting, count: int) -> tuple[int, int] | None:
+    """(layers, bytes) that would have to wait in host memory, were there enough of it; None where that cannot help."""
+    boundless = setting._replace(host_bytes=2 * setting.sizes.layer * setting.sizes.facts.layers)
+    away = min((len(own.offloaded) for own in _offloading(boundless, count) if own.fits), default=0)
+    return (away, away * setting.sizes.layer) if away else None
+
+
+def _offloading(setting: Setting, count: int) -> list[Candidate]:
+    """With layers in host memory; none where the user decided otherwise."""
+    spec = setting.spec
+    if setting.rooms is None or spec.placement not in (None, "split") or spec.gpus_per_group not in (None, count):
+        return []
+    if spec.split.schedule == "1f1b" or spec.split.offload_layers is not None:
+        return []
+    try:
+        layout = one_process(spec, count)
+        check_batches(setting, layout)
+    except SpecError:
+        return []
+    return list(offloading(setting, layout))
+
+
+def closest(candidates: Iterable[Candidate]) -> Candidate:
+    """Of those that do not fit, the one that misses least."""
+    return min(candidates, key=lambda candidate: (candidate.missing, candidate.layout.simplicity))
+
+
+def barred(setting: Setting, winner: Candidate, rows: Iterable[Sequence[Candidate]]) -> SpecError | None:
+    """Why a layout that would have won cannot do what is wanted; None where none would."""
+    for row in rows:
+        best = choose(row)
+        if best is None or best.seconds > winner.seconds:
+            continue
+        if refused := unable(setting.spec, best.layout, setting.new_rows):
+            return refused
+    return None
+
+
+def alternatives(
+    setting: Setting,
+    winner: Candidate,
+    rows: Sequence[Sequence[Candidate]],
+    tokens_s: Callable[[Candidate], float],
+) -> tuple[Alternative, ...]:
+    """The best of every other layout, and in words why it lost."""
+    lost = []
+    for row in rows:
+        if winner in row:
+            continue
+        best = choose(row)
+        own = best or closest(row)
+        refused = unable(setting.spec, own.layout, setting.new_rows)
+        lost.append(
+            Alternative(
+                placement=own.layout.placement,
+                schedule=own.layout.schedule,
+                groups=own.layout.groups,
+                gpus_per_group=own.layout.gpus_per_group,
+                micro_batch=own.micro_batch,
+                checkpointed_layers=own.checkpointed,
+                tokens_per_second=tokens_s(own) if best else 0.0,
+                required_bytes=own.required_bytes,
+                engine=own.layout.engine,
+                zero_stage=own.layout.zero_stage,
+                reason=shortage(own) if not best else refused.message if refused else _slower(own, winner),
+            )
+        )
+    return tuple(lost)
+
+
+def nonexistent(setting: Setting, found: Iterable[Layout]) -> tuple[Alternative, ...]:
+    """Layouts that the model has too few layers for."""
+    refused = ((layout, impossible(setting.spec, layout, setting.sizes.facts.layers)) for layout in found)
+    return tuple(
+        Alternative(
+            placement=layout.placement,
+            schedule=layout.schedule,
+            groups=layout.groups,
+            gpus_per_group=layout.gpus_per_group,
+            micro_batch=0,
+            checkpointed_layers=0,
+            tokens_per_second=0.0,
+            required_bytes=0,
+            engine=layout.engine,
+            zero_stage=layout.zero_stage,
+            reason=error.message,
+        )
+        for layout, error in refused
+        if error
+    )
+
+
+def shortage(candidate: Candidate) -> str:
+    """'needs 31.2 GiB on every GPU, 9.6 GiB more than 95 % of 24.0 GiB'."""
+    missing, at = candidate.missing
+    assert candidate.rooms is not None
+    where = "every GPU" if len(candidate.rooms) == 1 else f"GPU {at} of each group"
+    where = f"GPU {at}" if len(candidate.rooms) > 1 and candidate.layout.groups == 1 else where
+    room = candidate.rooms[at]
+    return (
+        f"needs {format_bytes(candidate.needs[at])} on {where}, {format_bytes(missing)} more than "
+        f"{HEADROOM * 100:.0f} % of {format_bytes(room / HEADROOM)}"
+    )
+
+
+def _slower(own: Candidate, winner: Candidate) -> str:
+    if not own.seconds:
+        return "not known to be faster, and less simple"
+    ratio = 1 - winner.seconds / own.seconds
+    if ratio < TIE:
+        if own.layout.simplicity > winner.layout.simplicity:
+            return "no faster, and less simple"
+        if own.paged > winner.paged:
+            return "no faster, and has no room for the optimizer's moments"
+        return f"no faster, and needs {format_bytes(own.required_bytes)} where {format_bytes(winner.required_bytes)} do"
+    return f"{ratio:.0%} slower: {_why_slower(own, winner)}".replace("%", " %")
+
+
+def _why_slower(own: Candidate, winner: Candidate) -> str:
+    kind, size = own.layout.schedule or own.layout.placement, own.layout.gpus_per_group
+    if kind == "1f1b":
+        return f"stages wait for each other: {own.micro_batches} micro-batches in {size} stages"
+    if kind == "sequential":
+        return "one GPU works at a time"
+    if kind == "shard" != winner.layout.placement:
+        return "gathers every layer for every pass"
+    if own.checkpointed > winner.checkpointed:
+        return f"recomputes {own.checkpointed} layers where {winner.checkpointed} do"
+    if own.micro_batch < winner.micro_batch:
+        return f"micro-batches of {own.micro_batch} where {winner.micro_batch} have room"
+    if own.paged > winner.paged:
+        return "has no room for the optimizer's moments"
+    return f"gathers from {size} GPUs" if kind == "shard" else "each step does more beside the layers"
+
+
+def _works(setting: Setting, layout: Layout) -> bool:
+    try:
+        check_batches(setting, layout)
+    except SpecError:
+        return False
+    return impossible(setting.spec, layout, setting.sizes.facts.layers) is None

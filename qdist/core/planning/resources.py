@@ -1,0 +1,73 @@
+"""What of a machine may a run use: how many GPUs, which arithmetic, optimizer and kernels, how much of each memory?"""
+
+from typing import Literal
+
+from qdist.core.errors import PlanError, SpecError
+from qdist.core.machine.cards import has_bfloat16
+from qdist.core.machine.cluster import MOST_RANKS, Cluster
+from qdist.core.planning.candidates import HEADROOM
+from qdist.core.spec.spec import RunSpec, max_memory_bytes
+from qdist.core.text import GIB, format_bytes
+
+
+def count_of(spec: RunSpec, cluster: Cluster) -> int:
+    """GPUs, or CPU ranks, of the run."""
+    if cluster.device == "cpu":
+        if spec.gpus is not None and spec.gpus > MOST_RANKS:
+            raise SpecError(
+                f"a machine has at most {MOST_RANKS:,} ranks, not {spec.gpus:,}",
+                ways=[{"gpus": ranks} for ranks in (cluster.cpu_count, 2, 1)],
+            )
+        return spec.gpus or 1
+    if spec.gpus is not None and spec.gpus > len(cluster.gpus):
+        raise PlanError(
+            f"--gpus {spec.gpus}, but this machine has {len(cluster.gpus)}", ways=[{"gpus": len(cluster.gpus)}]
+        )
+    return spec.gpus or len(cluster.gpus)
+
+
+def dtype_of(spec: RunSpec, cluster: Cluster) -> Literal["bfloat16", "float16", "float32"]:
+    """16 bits on GPUs, in the form that all of them have; 32 on CPUs, which emulate bfloat16 (docs/decisions.md)."""
+    if spec.dtype or cluster.device == "cpu":
+        return spec.dtype or "float32"
+    return "bfloat16" if all(has_bfloat16(gpu.name) for gpu in cluster.gpus) else "float16"
+
+
+def optimizer_of(spec: RunSpec, cluster: Cluster) -> Literal["adamw", "paged-adamw"]:
+    """Paged AdamW on GPUs, unless a candidate has room for its state; plain AdamW where it lies on the CPU anyway."""
+    on_gpu = cluster.device == "cuda" and spec.zero.offload == "none"
+    if spec.optim.name == "paged-adamw" and not on_gpu:
+        where = "a GPU" if cluster.device == "cpu" else "zero.offload=none"
+        raise SpecError(
+            f"optim.name=paged-adamw needs {where}: it pages optimizer state out of GPU memory",
+            ways=[{"optim.name": "adamw"}],
+        )
+    return spec.optim.name or ("paged-adamw" if on_gpu else "adamw")
+
+
+def liger_of(spec: RunSpec, cluster: Cluster, has_liger: bool) -> bool:
+    """Whether Liger's kernels run: wherever they can, unless told."""
+    if spec.liger and cluster.device == "cpu":
+        raise SpecError("liger=true needs a GPU: its kernels are written in Triton", ways=[{"liger": False}])
+    if spec.liger and not has_liger:
+        raise SpecError(
+            "liger=true, but the package liger-kernel is not installed: pip install liger-kernel",
+            ways=[{"liger": None}],
+        )
+    return cluster.device == "cuda" and has_liger if spec.liger is None else spec.liger
+
+
+def rooms_of(spec: RunSpec, cluster: Cluster, count: int) -> tuple[int, ...] | None:
+    """Bytes that the plan may fill of each GPU; None on CPU, where ranks share the machine's memory."""
+    cap = max_memory_bytes(spec)
+    if cluster.device == "cpu":
+        if cap is not None:
+            raise SpecError("--max-memory caps GPUs, and this machine has none", ways=[{"max_memory": None}])
+        return None
+    totals = [gpu.total_bytes for gpu in cluster.gpus[:count]]
+    if cap is not None and cap > max(totals):
+        raise PlanError(
+            f"--max-memory {format_bytes(cap)}, but the largest GPU has {format_bytes(max(totals))}",
+            ways=[{"max_memory": f"{max(totals) // GIB}GiB"}, {"max_memory": None}],
+        )
+    return tuple(int(HEADROOM * min(cap or total, total)) for total in totals)

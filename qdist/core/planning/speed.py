@@ -1,0 +1,180 @@
+"""How long will a training step take? From shapes and the rates of card and links, with a few measured shares.
+
+A layer's pass is matrix products at a share of the card's rate, attention, the unpacking of its weights, and
+elementwise work that moves bytes. Python launches its kernels one by one, which bounds small micro-batches.
+"""
+
+from math import ceil
+
+import msgspec
+
+from qdist.core.machine.cluster import Rates
+from qdist.core.planning.memory import Sizes
+
+GEMM_SHARE = 0.98
+"""Of the sustained matmul rate, for a layer's shapes: chosen on the rows of tests/core/test_speed.py, which are
+therefore no proof of it."""
+ATTENTION_SHARE = 0.35
+"""The same for flash attention, causal, 512 tokens: 13 ms where 4.8 were due."""
+UNPACK_SHARE = 0.8
+"""Of the memory rate, for NF4 to 16 bits in one kernel: 3.3 to 3.5 TB/s of 4.2 (H200, matrices of 7B and 65B)."""
+TRAFFIC_SHARE = 0.85
+"""Of the memory rate, for elementwise kernels: norms, activations, rotations and additions."""
+INT8_SHARE = 0.62
+"""Of the 16-bit matmul rate that LLM.int8's forward product reaches with all that surrounds it: quantizing the input,
+scaling the result. Chosen, with the next, on the three rows of 8 bits in tests/core/test_speed.py."""
+INT8_STOP = 0.8
+"""Its forward product waits for the GPU to say which columns hold outliers: time by that for launching a linear."""
+PEFT_ACCESSES = 5.0
+"""16-bit accesses for each output of an adapted linear, in each pass, that peft's scaling, adding and casting cost."""
+LAUNCH_SHARE = 1.35
+"""Time for launching all of a layer's kernels by that for its linears, which bounds small micro-batches."""
+PAGED_SHARE = 0.09
+"""Of the memory rate, for AdamW on moments in paged memory that lie on the GPU. 65B on an H200: 78 ms a step more."""
+OPTIMIZER_ACCESS_BYTES = 40
+"""A trained parameter and step: gradient read for the norm, scaled, read; parameter and moments read and written."""
+ZERO_MATRIX_S = 58e-6
+"""DeepSpeed's end of a step for each adapter matrix: norms one by one, flat copies. 7B without checkpointing on 2 H200s
+under ZeRO-2: 28 ms a step more than on one, of which communication is 2.5; 448 matrices."""
+ZERO3_MATRIX_S = 0.3e-3
+"""ZeRO-3's bookkeeping for each adapter matrix. 7B on 2 H200s: 139 ms a step more than ZeRO-2, 448 matrices."""
+CPU_ADAM_PARAMETERS_S = 256e6
+"""Parameters a second that a rank's CPU steps, transfers included. 7B on 2 H200s: 313 ms a step for 80 M."""
+SHARD_COPIES = 4
+"""Times that a gathered layer's bytes move through memory: into the gather, out of it, each read and written."""
+FLOAT32_SLOWDOWN = 15
+"""Products in 32 bits against 16: they leave the matrix units."""
+
+
+class Passes(msgspec.Struct, frozen=True):
+    """Seconds of one micro-batch: each pass through one layer, and the head with its loss."""
+
+    forward_s: float
+    backward_s: float
+    """Without recomputing."""
+    head_s: float
+    token_bytes: int
+    """Hidden states of the micro-batch, as a stage sends them."""
+
+
+def passes(sizes: Sizes, rates: Rates, micro_batch: int) -> Passes:
+    """Time one micro-batch on one GPU that has every weight at hand."""
+    facts, job = sizes.facts, sizes.job
+    tokens = micro_batch * job.seq_len
+    weights = sum(linear.weights for linear in facts.linears)
+    slow = FLOAT32_SLOWDOWN if job.compute_bytes == 4 else 1
+    flops_s = rates.matmul_flops_s * GEMM_SHARE / slow
+    product = max(2 * weights * tokens / flops_s, 2 * weights / rates.memory_bytes_s)
+    stops = INT8_STOP * rates.linear_s * len(facts.linears)
+    quantized = product / INT8_SHARE + stops if job.bits == 8 else product
+    scores = 2 * tokens * job.seq_len * facts.heads * facts.head_dim
+    attention = scores / (rates.matmul_flops_s * ATTENTION_SHARE / slow)
+    unpack = 0.0 if job.bits == 16 else (sizes.layer + 2 * weights) / (rates.memory_bytes_s * UNPACK_SHARE)
+    forward_bytes, backward_bytes = (tokens * size * job.compute_bytes for size in _accesses(sizes))
+    adapter = 2 * sizes.trained * tokens / flops_s
+    traffic_s = rates.memory_bytes_s * TRAFFIC_SHARE
+    forward = quantized + attention + adapter + unpack * (job.bits == 4) + forward_bytes / traffic_s
+    backward = product + 2.5 * attention + 2 * adapter + unpack + backward_bytes / traffic_s
+    head = 4 * facts.vocab * facts.hidden * tokens / flops_s + _loss_traffic(sizes, tokens) / traffic_s
+    launch = LAUNCH_SHARE * len(facts.linears) * rates.linear_s / 2
+    return Passes(max(forward, launch), max(backward, launch), head, tokens * sizes.entering_token)
+
+
+def _accesses(sizes: Sizes) -> tuple[float, float]:
+    """Elements read and written for one token in one layer, forward and backward, outside of products.
+
+    Fused: a norm reads and writes h, and three h backward; the gated activation moves 3 and 5 times its width; rotation
+    reads and writes q and k; two residual additions, and the sum of the gradients of all that read one tensor.
+    Unfused norms and rotation: chosen on the two stock rows of tests/core/test_speed.py, still 7 to 8 % too fast.
+    """
+    facts, job = sizes.facts, sizes.job
+    hidden, inner = facts.hidden, facts.intermediate
+    rotated = (facts.heads + facts.kv_heads) * facts.head_dim
+    fused = job.fused_layers and facts.norm == "rms"
+    norm, norm_back = (2, 3) if fused else (16, 32)
+    gate, gate_back = {"gated": (3, 5) if fused else (5, 8), "gelu": (2, 3), "relu": (2, 3)}[facts.mlp]
+    turn = 2 if fused else 12
+    forward: float = facts.norms_per_layer * norm * hidden + gate * inner + turn * rotated + 6 * hidden
+    readers = len(facts.linears) - len({linear.reads for linear in facts.linears})
+    backward: float = (
+        facts.norms_per_layer * norm_back * hidden + gate_back * inner + turn * rotated + (6 + 3 * readers) * hidden
+    )
+    if facts.attention == "eager":
+        forward, backward = forward + 12 * facts.heads * job.seq_len, backward + 12 * facts.heads * job.seq_len
+    adapted = facts.targeted(job.targets)
+    inputs, outputs = sum(linear.inputs for linear in adapted), sum(linear.outputs for linear in adapted)
+    # Thin products move bytes: A reads the input, B adds to the output; backward the same, and A's gradient, which
+    # reads the input once more unless it was pooled.
+    forward, backward = forward + inputs + 2 * outputs, backward + (3 if job.pool == 1 else 2) * inputs + 2 * outputs
+    if not job.fused_lora:
+        forward, backward = forward + PEFT_ACCESSES * outputs, backward + PEFT_ACCESSES * outputs
+        if job.bits == 16:
+            forward, backward = forward + 5 * inputs, backward + 5 * inputs  # casts to fp32 and back
+    return forward + 3 * inputs * job.lora_dropout, backward + 3 * inputs * job.lora_dropout
+
+
+def _loss_traffic(sizes: Sizes, tokens: int) -> float:
+    """Bytes of logits moved: written, read for the maximum and the sum, turned into their gradient, read again."""
+    return tokens * sizes.facts.vocab * (12 if sizes.job.fused_loss else 40)
+
+
+def _adapter_step_s(
+    sizes: Sizes, rates: Rates, *, layers: int, stage: int, ranks: int, micro_batches: int, paged: bool
+) -> float:
+    """The optimizer's step and what ZeRO exchanges, for the adapter of so many layers."""
+    trained, job = sizes.trained * layers, sizes.job
+    own = ceil(trained / ranks) if stage else trained
+    if job.optimizer_on_gpu:
+        seconds = own * OPTIMIZER_ACCESS_BYTES / (rates.memory_bytes_s * (PAGED_SHARE if paged else 1))
+    else:
+        seconds = own / CPU_ADAM_PARAMETERS_S
+    if stage:
+        seconds += ZERO_MATRIX_S * 2 * layers * len(sizes.facts.targeted(job.targets))
+    if stage == 3:
+        seconds += ZERO3_MATRIX_S * 2 * layers * len(sizes.facts.targeted(job.targets))
+    if ranks > 1:
+        exchanges = (micro_batches if stage >= 2 else 1) + 1
+        seconds += exchanges * 4 * trained * (ranks - 1) / ranks / rates.link_bytes_s
+    return seconds
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """What `step_seconds` needs to know of a candidate."""
+
+    counts: tuple[int, ...]
+    """Layers of each GPU of a group that computes by itself: all of them, or those of each stage."""
+    checkpointed: int
+    micro_batches: int
+    zero_stage: int
+    ranks: int
+    shards: int = 1
+    sequential: bool = False
+    offloaded: int = 0
+    paged: bool = False
+    paged_out_bytes: int = 0
+    """Moments of the fullest GPU that have no room there and cross the bus twice a step."""
+
+
+def step_seconds(sizes: Sizes, rates: Rates, one: Passes, step: Step) -> float:
+    """Seconds of a whole optimizer step."""
+    layers = sum(step.counts)
+    recomputed = step.checkpointed / layers
+    end = _adapter_step_s(
+        sizes, rates, layers=max(step.counts) if not step.sequential else layers, stage=step.zero_stage,
+        ranks=step.ranks, micro_batches=step.micro_batches, paged=step.paged,
+    ) + 2 * step.paged_out_bytes / rates.host_bytes_s  # fmt: skip
+    forward, backward = one.forward_s, one.backward_s
+    if step.shards > 1:
+        copies = SHARD_COPIES * sizes.layer / rates.memory_bytes_s
+        gather = sizes.layer * (step.shards - 1) / step.shards / rates.link_bytes_s
+        forward, backward = max(forward, gather) + copies, max(backward, gather) + copies
+    if len(step.counts) > 1 and not step.sequential:
+        slots = step.micro_batches + len(step.counts) - 1
+        times = [count * (forward * (1 + recomputed) + backward) for count in step.counts]
+        times[-1] += one.head_s
+        return slots * (max(times) + 2 * one.token_bytes / rates.link_bytes_s) + end
+    copied = step.offloaded * sizes.layer / rates.host_bytes_s
+    there, back = layers * forward, layers * (backward + recomputed * forward)
+    visits = (1 + recomputed) if step.offloaded else 1
+    back = max(back, copied * visits)
+    return step.micro_batches * (max(there, copied) + back + one.head_s) + end

@@ -1,0 +1,1 @@
+"""The user's keys: values, contradictions, nearest names."""

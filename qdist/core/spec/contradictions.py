@@ -1,0 +1,114 @@
+"""Which settings contradict each other, whatever the model and the machine are, and what settles it?"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from qdist.core.errors import Change, SpecError
+
+Flat = Mapping[str, Any]
+"""Every setting by its dotted key."""
+
+_MOST_SAMPLES = 8192
+"""Of a micro-batch that is suggested."""
+_WIDTHS = {"qlora": (4, 8, 16), "gptq-lora": (2, 3, 4, 8), "qa-lora": (2, 3, 4, 8)}
+
+
+def contradiction(now: Flat, usual: Flat) -> SpecError | None:
+    """The first that there is, or None. usual: the default of every setting."""
+    return next((error for rule in _RULES for error in rule(now, usual)), None)
+
+
+def largest_divisor(number: int, at_most: int) -> int:
+    """Of a batch: the largest number of samples, up to so many, of which it is a multiple."""
+    return next(n for n in range(min(number, at_most, _MOST_SAMPLES), 0, -1) if number % n == 0)
+
+
+def _width(now: Flat, _: Flat) -> Iterator[SpecError]:
+    method, bits = now["method"], now["bits"]
+    *others, last = _WIDTHS[method]
+    if bits not in _WIDTHS[method]:
+        narrower: Change = {"bits": 4}
+        yield SpecError(
+            f"{method} has backbones of {', '.join(map(str, others))} or {last} bits, not {bits}",
+            ways=[{"method": "gptq-lora"}, narrower] if method == "qlora" else [narrower, {"method": "qlora"}],
+        )
+
+
+def _packing(now: Flat, usual: Flat) -> Iterator[SpecError]:
+    gptq, nf4, groups = now["method"] != "qlora", ("quant.type", "quant.double"), ("quant.group_size",)
+    if gptq and (plain := _as_usual(nf4, now, usual)):
+        yield SpecError("quant.type and quant.double describe NF4 and FP4, not GPTQ", ways=[plain])
+    if not gptq and (plain := _as_usual(groups, now, usual)):
+        yield SpecError(
+            f"quant.group_size={now['quant.group_size']} describes GPTQ weights, and qlora packs none",
+            ways=[{"method": "gptq-lora"}, plain],
+        )
+    if not gptq and now["bits"] != 4 and (plain := _as_usual(nf4, now, usual)):
+        yield SpecError(
+            f"quant.* describes 4-bit backbones; this one has {now['bits']} bits", ways=[{"bits": 4}, plain]
+        )
+
+
+def _pooling(now: Flat, usual: Flat) -> Iterator[SpecError]:
+    plain = _as_usual(("lora.pool", "lora.pool_group_size"), now, usual)
+    if now["method"] != "qa-lora" and plain:
+        yield SpecError("lora.pool and lora.pool_group_size describe QA-LoRA", ways=[{"method": "qa-lora"}, plain])
+
+
+def _length(now: Flat, _: Flat) -> Iterator[SpecError]:
+    if now["steps"] is not None and now["epochs"] is not None:
+        yield SpecError(
+            f"steps={now['steps']} and epochs={now['epochs']:g} both say how long to train",
+            ways=[{"epochs": None}, {"steps": None}],
+        )
+
+
+def _batch(now: Flat, _: Flat) -> Iterator[SpecError]:
+    batch, size = now["global_batch"], now["micro_batch"]
+    if size is not None and batch % size:
+        yield SpecError(
+            f"global_batch={batch} is not a multiple of micro_batch={size}",
+            ways=[{"micro_batch": largest_divisor(batch, size)}, {"global_batch": -(-batch // size) * size}],
+        )
+
+
+def _state(now: Flat, _: Flat) -> Iterator[SpecError]:
+    if now["zero.offload"] == "cpu" and now["zero.stage"] not in (None, 2):
+        yield SpecError(
+            f"zero.offload=cpu comes with ZeRO stage 2, not {now['zero.stage']}",
+            ways=[{"zero.stage": 2}, {"zero.offload": "none"}],
+        )
+
+
+def _warmup(now: Flat, _: Flat) -> Iterator[SpecError]:
+    if now["optim.warmup_steps"] and now["optim.schedule"] == "constant":
+        yield SpecError(
+            f"optim.warmup_steps={now['optim.warmup_steps']} has no effect on a constant schedule",
+            ways=[{"optim.schedule": "linear"}],
+        )
+
+
+def _verified(now: Flat, _: Flat) -> Iterator[SpecError]:
+    if now["train.verify_steps"] and now["placement"] != "shard":
+        yield SpecError(
+            f"train.verify_steps={now['train.verify_steps']} compares the bytes of a sharded backbone",
+            ways=[{"train.verify_steps": 0}, {"placement": "shard"}],
+        )
+
+
+def _held_out(now: Flat, usual: Flat) -> Iterator[SpecError]:
+    if now["train.held_out"] == 0 and (now["train.eval_steps"] or now["train.answers"]):
+        yield SpecError(
+            "train.eval_steps and train.answers need held-out records",
+            ways=[{"train.held_out": usual["train.held_out"]}],
+        )
+
+
+def _as_usual(keys: tuple[str, ...], now: Flat, usual: Flat) -> Change:
+    """The defaults of settings that have another value; nothing where none has."""
+    return {key: usual[key] for key in keys if now[key] != usual[key]}
+
+
+_RULES: tuple[Callable[[Flat, Flat], Iterator[SpecError]], ...] = (
+    _width, _packing, _pooling, _length, _batch, _state, _warmup, _verified, _held_out,
+)  # fmt: skip

@@ -1,0 +1,201 @@
+"""What could be typed instead: the setting or value that was meant, the change that works, tried before it is shown."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from heapq import heappop, heappush
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from qdist.core.errors import Change, PlanError, QdistError, Say, SpecError, in_words, nearest, typed
+
+__all__ = ["known_as", "not_among", "of_another_kind", "typed", "unknown"]
+
+_SYNONYMS = {
+    "learning_rate": "optim.lr", "batch_size": "global_batch", "per_device_train_batch_size": "micro_batch",
+    "lora_r": "lora.r", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout", "max_grad_norm": "optim.clip",
+    "max_steps": "steps", "num_train_epochs": "epochs", "max_seq_length": "seq_len", "cutoff_len": "seq_len",
+    "target_modules": "lora.targets", "gradient_checkpointing": "train.checkpointing", "rank": "lora.r",
+    "lr_scheduler_type": "optim.schedule", "quant_type": "quant.type", "double_quant": "quant.double",
+    "adam_beta2": "optim.beta2", "warmup": "optim.warmup_steps", "val_set_size": "train.held_out",
+    "source_max_len": "seq_len", "report_to": "trackers", "stage": "zero.stage", "zero_stage": "zero.stage",
+}  # fmt: skip
+
+_OFFLOADED: Change = {"placement": "split", "split.offload_layers": 8}
+_SHARDED, _REPLICATED, _SPLIT = ({"placement": name} for name in ("shard", "replicate", "split"))
+_ELSEWHERE: dict[str, dict[str, Change]] = {
+    "placement": {
+        "offload": _OFFLOADED, "cpu": _OFFLOADED,
+        "fsdp": _SHARDED, "fsdp2": _SHARDED, "full_shard": _SHARDED,
+        "ddp": _REPLICATED, "data": _REPLICATED, "dp": _REPLICATED,
+        "pipeline": _SPLIT, "pp": _SPLIT, "device_map": _SPLIT,
+        "1f1b": {"placement": None, "split.schedule": "1f1b"},
+        "sequential": {"placement": None, "split.schedule": "sequential"},
+    },
+}  # fmt: skip
+"""What other tools call a value."""
+
+
+def unknown(key: str, settings: Sequence[str], value: Any = None) -> SpecError:
+    """The error for a setting that does not exist, naming the nearest that does. value: what it was to be set to."""
+    by_leaf, leaf = _by_leaf(settings), key.rpartition(".")[2]
+    guess = known_as(key, settings) or nearest(key, settings) or by_leaf.get(nearest(leaf, by_leaf) or "")
+    message = f"unknown setting {key!r}"
+    if guess and value is not None:
+        return SpecError(message, ways=[{guess: value}])
+    return SpecError(message, try_=guess or "a setting that `qdist launch --help` lists")
+
+
+def known_as(name: str, settings: Sequence[str]) -> str | None:
+    """The setting whose last part is that of `name`, or that other programs call so; None where there is none."""
+    leaf = name.rpartition(".")[2]
+    return _by_leaf(settings).get(leaf) or _SYNONYMS.get(leaf)
+
+
+def _by_leaf(settings: Sequence[str]) -> dict[str, str]:
+    return {name.rpartition(".")[2]: name for name in settings}
+
+
+def not_among(key: str, value: Any, choices: Sequence[str], usual: str = "") -> SpecError:
+    """The error for a value that is none of the few that there are. usual: the one to try where none is near."""
+    meant = _ELSEWHERE.get(key, {}).get(str(value).lower().replace("-", "_"))
+    guess = nearest(str(value), choices) or usual or choices[0]
+    return SpecError(
+        f"{key} cannot be {value!r}: it is one of {', '.join(choices)}",
+        ways=[meant or {key: guess}, {key: usual or choices[0]}],
+    )
+
+
+def of_another_kind(key: str, value: Any, reason: str, usual: Change) -> SpecError:
+    """The error for a number out of its range, or what is no number.
+
+    reason: msgspec's.
+    usual: what may be typed instead, if there is such.
+    """
+    # What was got shows already, and as a flag's or recipe's text it is a `str` whatever it looks like.
+    wanted = reason.partition(", got ")[0].replace(" | null", "")
+    for kind, words in (("`int`", "a whole number"), ("`float`", "a number"), ("`bool`", "true or false")):
+        wanted = wanted.replace(kind, words)
+    wanted = re.sub(r" number >= ([\d.]+)$", r" number, \1 or more", wanted)
+    return SpecError(
+        f"{key} cannot be {value!r}: {wanted[:1].lower()}{wanted[1:]}",
+        try_="" if usual else f"another value for {key}",
+        ways=[usual] if usual else [],
+    )
+
+
+Made = TypeVar("Made")
+
+_MOST, _MOST_COSTLY = 256, 40
+"""Changes that are tried for one refusal, and how many of them may turn out to take too much memory: to find that out
+every layout is laid out."""
+_WAY = 1
+"""What a way costs beside its place: two likely ones, one after the other, come before the fourth out of a refusal."""
+_MOST_TOO_BIG = 1
+"""Of the ways round a contradiction that end in too little memory, those from which more memory is looked for."""
+
+
+class TooBigError(PlanError):
+    """Memory is short in every layout. `ways` go from small to large, and one of them is taken."""
+
+
+def or_tried_hint(
+    attempt: Callable[[Change], Made],
+    now: Mapping[str, Any],
+    *,
+    say: Say = in_words,
+    remark: Callable[[Made], str] = lambda _: "",
+) -> Made:
+    """What was asked; where it is refused, the refusal names the smallest change with which it is not.
+
+    attempt: what was asked, with a change to it.
+    now: what is set, by dotted key: a change to what it is already is none.
+    say: a change in words. remark: what is said of what came of it, where memory was short.
+    """
+    try:
+        return attempt({})
+    except QdistError as error:
+        if error.ways:
+            search = _Search(attempt, now)
+            if found := search.smallest(error):
+                change, made = found
+                about = remark(made) if isinstance(error, TooBigError) else ""
+                error.try_ = say(change) + (f" ({about})" if about else "")
+            elif isinstance(error, TooBigError):
+                error.try_ = "a smaller model, or larger GPUs"
+            else:
+                error.try_ = say(search.furthest or error.ways[0])
+        raise
+
+
+class _Step(NamedTuple):
+    """A change to be tried. The smallest comes first."""
+
+    memory: int
+    """Its place among the ways to fit, which go from small to large; 0 for one that only settles contradictions."""
+    cost: int
+    """Of all the ways that it takes, the likeliest out of each refusal being the cheapest."""
+    number: int
+    ways: tuple[Change, ...]
+    """Out of one refusal after another; those to fit setting by setting, for not all of them may be needed."""
+
+
+class _Search(Generic[Made]):
+    """Ways out of a refusal, and out of the refusals that they lead to."""
+
+    def __init__(self, attempt: Callable[[Change], Made], now: Mapping[str, Any]) -> None:
+        self.attempt = attempt
+        self.now = {key: typed(key, value) for key, value in now.items()}
+        self.steps: list[_Step] = []
+        self.seen = {frozenset[str]()}
+        self.too_big = 0
+        self.furthest: Change = {}
+        """A change that settles all but that it takes too much memory."""
+
+    def smallest(self, error: QdistError) -> tuple[Change, Made] | None:
+        """The smallest change that works, and what comes of it; None where none of those tried does."""
+        self._open(error, _Step(0, 0, 0, ()))
+        for _ in range(_MOST):
+            if not self.steps or self.too_big > _MOST_COSTLY:
+                return None
+            step = heappop(self.steps)
+            try:
+                made = self.attempt(self._together(step.ways))
+            except QdistError as next_error:
+                self._open(next_error, step)
+                continue
+            return self._without_the_needless(step.ways, made)
+        return None
+
+    def _open(self, error: QdistError, step: _Step) -> None:
+        """Queue the ways out of a refusal. Those to fit are complete: none is taken after another."""
+        short_of_memory = isinstance(error, TooBigError)
+        if short_of_memory:
+            self.furthest = self.furthest or self._together(step.ways)
+            self.too_big += 1
+            if step.memory or self.too_big > _MOST_TOO_BIG:
+                return
+        for place, way in enumerate(error.ways, start=1):
+            ways = (*step.ways, *({key: value} for key, value in way.items())) if short_of_memory else (*step.ways, way)
+            words = frozenset(typed(key, value) for key, value in self._together(ways).items())
+            if words not in self.seen:
+                self.seen.add(words)
+                memory = place if short_of_memory else step.memory
+                heappush(self.steps, _Step(memory, step.cost + _WAY + place, len(self.seen), ways))
+
+    def _together(self, ways: tuple[Change, ...]) -> Change:
+        """Ways as one change, without what is so already."""
+        change = {key: value for way in ways for key, value in way.items()}
+        return {key: value for key, value in change.items() if typed(key, value) != self.now.get(key)}
+
+    def _without_the_needless(self, ways: tuple[Change, ...], made: Made) -> tuple[Change, Made]:
+        """As few of the ways as will do."""
+        for way in ways:
+            fewer = tuple(other for other in ways if other is not way)
+            less = self._together(fewer)
+            if not less or less == self._together(ways):
+                continue
+            try:
+                made = self.attempt(less)
+            except QdistError:
+                continue
+            ways = fewer
+        return self._together(ways), made

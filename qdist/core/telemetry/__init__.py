@@ -1,0 +1,1 @@
+"""What a run says of itself, and what is made of it: history, warnings, reports."""

@@ -1,0 +1,178 @@
+"""What a running rank says each step, and how its lines are read back."""
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from statistics import median
+from typing import Annotated, Literal, NamedTuple
+
+import msgspec
+
+State = Literal["planned", "running", "finished", "stopped", "failed", "killed"]
+"""Of a run, as its files tell: see `qdist.host.run.state`."""
+Kind = Literal["load", "start", "step", "eval", "verify", "checkpoint", "resume", "end"]
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+_UNSTEADY = 3
+"""First steps of a run, in which kernels are chosen and memory grows."""
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):
+    """One JSON line of `events/rank000.jsonl`. Only what means something for the kind is written.
+
+    A float that is NaN or infinite is written as null and read back as NaN: JSON has neither, and absent is None.
+    """
+
+    kind: Kind
+    step: Count = 0
+    """Optimizer steps finished so far. For `start` and `resume`: the step that the run goes on from."""
+    total_steps: Count = 0
+    loss: float | None = None
+    held_out_loss: float | None = None
+    learning_rate: float | None = None
+    gradient_norm: float | None = None
+    tokens: Count = 0
+    """Of all ranks, in this step."""
+    padding: Count = 0
+    """Positions of all ranks' micro-batches in this step that hold no token."""
+    own_tokens: Count = 0
+    """Of this rank's micro-batches alone."""
+    seconds: float = 0.0
+    """Of this step; for `load`, of loading the backbone."""
+    data_s: float = 0.0
+    """Of the step's seconds: this rank's samples were made."""
+    busy_s: float = 0.0
+    """This rank's forward and backward passes, `data_s` included, before it waits for gradients of other ranks. Under
+    ZeRO, which adds gradients up during the last backward pass, and in a pipeline, waiting is part of it."""
+    update_s: float = 0.0
+    """The optimizer's step."""
+    read_bytes: Count = 0
+    """For `load`: what this rank had from the disk, pages that were in memory already not counted."""
+    memory_bytes: Count = 0
+    """This rank's peak so far; on the CPU, its largest resident set."""
+    rank: Count = 0
+    time: float = 0.0
+    """Seconds since the epoch, given by the caller."""
+    skipped: bool = False
+    """The update was not made, the gradients being NaN or infinite."""
+    note: str = ""
+
+
+_EVENTS = msgspec.json.Decoder(Event)
+_UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_BLOCK_BYTES = 1 << 20
+"""Lines that are decoded together."""
+
+
+def encode(event: Event) -> bytes:
+    """One line, newline included, to be written in a single append."""
+    return msgspec.json.encode(event) + b"\n"
+
+
+class Block(NamedTuple):
+    """Some lines of a file of events."""
+
+    events: list[Event]
+    lines: int
+    bad: tuple[int, ...] = ()
+    """Numbers of the lines that are no events: a disk that lost power leaves NUL bytes, for one."""
+
+
+def decode_lines(data: bytes) -> list[Event]:
+    """Events of every line that ends; what follows the last newline was torn by a kill and is left out.
+
+    So is a line that is no event: `decode_blocks` tells which.
+    """
+    return list(chain.from_iterable(block.events for block in decode_blocks(data)))
+
+
+def decode_blocks(data: bytes, *, first_line: int = 1) -> Iterator[Block]:
+    """The same, some thousand events at a time.
+
+    first_line: number of the first line, for a reader that goes on where it stopped.
+    """
+    start, end = 0, whole_length(data)
+    while start < end:
+        stop = end if end - start <= _BLOCK_BYTES else data.rfind(b"\n", start, start + _BLOCK_BYTES) + 1 or end
+        found = _decode_block(data[start:stop], first_line)
+        yield found
+        start, first_line = stop, first_line + found.lines
+
+
+def whole_length(data: bytes) -> int:
+    """Bytes up to the end of the last whole line: where a resumed rank cuts its file before it appends."""
+    return data.rfind(b"\n") + 1
+
+
+def _decode_block(block: bytes, first_line: int) -> Block:
+    """Whole lines. Those that may hold a NaN, or are no events, are looked at one by one."""
+    if b"null" not in block and b"\n\n" not in block and not block.startswith(b"\n"):
+        try:
+            found = _EVENTS.decode_lines(block)
+            return Block(found, len(found))
+        except _UNDECODABLE:
+            pass  # the line that is at fault is found below
+    events = [_decode(line) for line in block.split(b"\n")[:-1]]
+    bad = tuple(number for number, event in enumerate(events, first_line) if event is None)
+    return Block([event for event in events if event is not None], len(events), bad)
+
+
+def _decode(line: bytes) -> Event | None:
+    """None for a line that is no event. NUL bytes before one are what was to be there of lines that were lost."""
+    line = line.lstrip(b"\0")
+    try:
+        fields = msgspec.json.decode(line, type=dict[str, str | int | float | bool | None])
+        return msgspec.convert({key: math.nan if value is None else value for key, value in fields.items()}, Event)
+    except _UNDECODABLE:
+        return None
+
+
+def losses(events: Iterable[Event]) -> dict[int, float]:
+    """Loss of each step from one rank's events: the last word on each, since a resumed run repeats steps.
+
+    A `start` or `resume` takes back the steps after it: until they are repeated, they did not happen.
+    """
+    found: dict[int, float] = {}
+    for event in events:
+        if event.kind in ("start", "resume"):
+            found = {step: loss for step, loss in found.items() if step <= event.step}
+        elif event.kind == "step" and event.loss is not None:
+            found[event.step] = event.loss
+    return dict(sorted(found.items()))
+
+
+def steady_tokens_s(events: Iterable[Event]) -> float | None:
+    """Median speed of the last stretch, from one rank's events: without its first steps where it has more."""
+    speeds: list[float] = []
+    for event in events:
+        if event.kind in ("start", "resume"):
+            speeds = []
+        elif event.kind == "step" and event.seconds > 0:
+            speeds.append(event.tokens / event.seconds)
+    return median(speeds[_UNSTEADY:] or speeds) if speeds else None
+
+
+class Start(msgspec.Struct, frozen=True, kw_only=True):
+    """How a run came to its first step. Seconds are from when its plan was written; None where nobody said."""
+
+    load_s: float | None
+    """Until the last rank had its backbone."""
+    first_step_s: float | None
+    """Until the first step was done."""
+    loading_s: float
+    """What the slowest rank spent on loading; 0 where nobody said."""
+    read_bytes: int
+    """From disk while loading, all ranks together."""
+
+
+def start_of(events: Iterable[Event], *, planned_at: float) -> Start:
+    """From the events of all ranks; those from before the plan are of an earlier launch."""
+    since = [event for event in events if event.time >= planned_at]
+    loads = {event.rank: event for event in since if event.kind == "load"}
+    steps = [event.time for event in since if event.kind == "step"]
+    return Start(
+        load_s=max(event.time for event in loads.values()) - planned_at if loads else None,
+        first_step_s=min(steps) - planned_at if steps else None,
+        loading_s=max((event.seconds for event in loads.values()), default=0.0),
+        read_bytes=sum(event.read_bytes for event in loads.values()),
+    )

@@ -1,0 +1,130 @@
+"""A run's memory by part, predicted of each GPU and measured, and how far off a prediction was."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+from qdist.core.planning.memory import MemoryBudget
+from qdist.core.planning.plan import Plan
+from qdist.core.telemetry.history import Fold
+from qdist.core.text import signed
+
+PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "gathers", "context")
+WORKING = "activations, logits and gathers"
+"""Measured together: what torch's peak holds beside what stays from step to step."""
+REST = "everything else"
+"""Of a CPU rank: its resident set beside the tensors that stay."""
+TOTAL = "total"
+_HELD = ("weights", "adapter", "gradients", "optimizer")
+_ALIKE = 0.02
+_MOST_SHOWN = 4
+
+
+class Parts(msgspec.Struct, frozen=True, kw_only=True):
+    """One GPU, or one rank on CPUs. Bytes of each part, in the order of PARTS."""
+
+    label: str
+    predicted: dict[str, int]
+    measured: dict[str, int]
+    """Fewer and larger parts where measuring cannot tell them apart; empty while nobody has said anything."""
+
+    @property
+    def predicted_bytes(self) -> int:
+        """The whole prediction."""
+        return sum(self.predicted.values())
+
+    @property
+    def measured_bytes(self) -> int:
+        """The measured peak."""
+        return sum(self.measured.values())
+
+
+def memory_of(plan: Plan, fold: Fold, result: Mapping[str, Any] | None) -> tuple[Parts, ...]:
+    """Of each GPU that the plan uses, ranks in order.
+
+    result: what `result.json` holds; while there is none, the peaks that ranks have said are all that is known.
+    """
+    return tuple(_finished(plan, result) if result and "peaks" in result else _running(plan, fold))
+
+
+def shown(parts: tuple[Parts, ...]) -> tuple[Parts, ...]:
+    """All of a few; of many that were predicted alike and came out alike, the fullest for all of them."""
+    if len(parts) <= _MOST_SHOWN:
+        return parts
+    kinds: dict[tuple[int, ...], list[Parts]] = {}
+    for own in parts:
+        kinds.setdefault(tuple(own.predicted.values()), []).append(own)
+    found: list[Parts] = []
+    for alike in kinds.values():
+        fullest = max(alike, key=lambda own: own.measured_bytes)
+        least = min(own.measured_bytes for own in alike)
+        if len(alike) > 1 and fullest.measured_bytes - least <= _ALIKE * fullest.measured_bytes:
+            found.append(msgspec.structs.replace(fullest, label=f"{fullest.label}, the fullest of {len(alike)} alike"))
+        else:
+            found += alike
+    return tuple(found)
+
+
+def _finished(plan: Plan, result: Mapping[str, Any]) -> Iterator[Parts]:
+    held_by_rank = result.get("held") or [{}] * len(plan.ranks)
+    for rank, peaks, held in zip(plan.ranks, result["peaks"], held_by_rank, strict=True):
+        stays = {name: held[name] for name in _HELD} if held and len(peaks) == 1 else {}
+        for position, (expected, peak) in enumerate(zip(rank.expected, peaks, strict=True)):
+            yield Parts(
+                label=_label(plan, rank.gpus, position, rank.rank),
+                predicted=_predicted(expected),
+                measured=_on_cpu(peak, stays) if plan.device == "cpu" else _on_gpu(peak, stays),
+            )
+
+
+def _running(plan: Plan, fold: Fold) -> Iterator[Parts]:
+    for rank in plan.ranks:
+        said = fold.ranks[rank.rank].memory_bytes if rank.rank in fold.ranks else 0
+        for position, expected in enumerate(rank.expected):
+            measured = {TOTAL: said} if said and len(rank.expected) == 1 else {}
+            label = _label(plan, rank.gpus, position, rank.rank)
+            yield Parts(label=label, predicted=_predicted(expected), measured=measured)
+
+
+def _on_gpu(peak: Mapping[str, int], stays: Mapping[str, int]) -> dict[str, int]:
+    """Where a rank has several GPUs, what stays is known of all together alone, and its tensors are one part."""
+    working = peak["allocated"] - sum(stays.values())
+    if not stays or working < 0:
+        return {"all tensors": peak["allocated"], "context": peak["context"]}
+    return {**stays, WORKING: working, "context": peak["context"]}
+
+
+def _on_cpu(peak: Mapping[str, int], stays: Mapping[str, int]) -> dict[str, int]:
+    total = peak["allocated"] + peak["context"]
+    if not stays or sum(stays.values()) > total:
+        return {TOTAL: total}
+    return {**stays, REST: total - sum(stays.values())}
+
+
+def _predicted(expected: MemoryBudget) -> dict[str, int]:
+    """Optimizer state that can be paged out counts as optimizer state."""
+    found = {name: int(getattr(expected, name)) for name in PARTS}
+    return found | {"optimizer": found["optimizer"] + expected.pageable}
+
+
+def _label(plan: Plan, gpus: tuple[int, ...], position: int, rank: int) -> str:
+    if plan.device == "cpu":
+        return f"rank {rank}"
+    gpu = f"GPU {gpus[position]}"
+    return gpu if len(plan.ranks) > 1 and gpus == (rank,) else f"{gpu} (rank {rank})"
+
+
+MEANING = "an error of +3 % means that 3 % more was predicted than measured"
+"""The words beside every table that has the column."""
+
+
+def error(predicted: float | None, measured: float | None) -> float | None:
+    """Of a prediction, as a share of what was measured: 0.03 is 3 % too much. None where one of them is not known."""
+    return predicted / measured - 1 if predicted and measured else None
+
+
+def shown_error(predicted: float | None, measured: float | None) -> str:
+    """'+3.1 %'; nothing where one of them is not known."""
+    found = error(predicted, measured)
+    return "" if found is None else signed(found)

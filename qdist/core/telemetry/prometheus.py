@@ -1,0 +1,122 @@
+"""A run's figures in Prometheus' text format, version 0.0.4, which node_exporter's textfile collector reads too.
+
+https://prometheus.io/docs/instrumenting/exposition_formats/
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal, NamedTuple, get_args
+
+from qdist.core.planning.plan import Plan
+from qdist.core.telemetry.events import State
+from qdist.core.telemetry.heartbeat import Phase, Pulse
+from qdist.core.telemetry.history import Fold
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+Sample = tuple[Mapping[str, str | int], float | None]
+"""Labels beside `run`, and a value; None where nobody has said, which is not written."""
+
+
+class Metric(NamedTuple):
+    """One name, what it means, and its values."""
+
+    name: str
+    kind: Literal["gauge", "counter"]
+    help: str
+    samples: Iterable[Sample]
+
+
+def exposition(run: str, plan: Plan, fold: Fold, pulses: Mapping[int, Pulse], state: State) -> str:
+    """The text of all metrics, each value labelled with `run`. A metric without a value is left out.
+
+    run: what the series are called apart by, such as the run directory.
+    """
+    lines: list[str] = []
+    metrics = (*_of_run(plan, state), *_of_training(plan, fold), *_of_ranks(plan, fold, pulses))
+    for name, kind, meaning, samples in metrics:
+        values = [(labels, value) for labels, value in samples if value is not None]
+        if values:
+            lines += [f"# HELP {name} {_help(meaning)}", f"# TYPE {name} {kind}"]
+            lines += [f"{name}{{{_labels({'run': run, **labels})}}} {_number(value)}" for labels, value in values]
+    return "\n".join(lines) + "\n"
+
+
+def _of_run(plan: Plan, state: State) -> Iterator[Metric]:
+    about = {
+        "model": plan.spec.model, "method": plan.spec.method, "bits": plan.spec.bits, "placement": plan.placement,
+        "device": plan.device, "ranks": plan.world_size,
+    }  # fmt: skip
+    yield Metric("qdist_run_info", "gauge", "What the run is; always 1.", [(about, 1)])
+    states = [({"state": each}, float(each == state)) for each in get_args(State)]
+    yield Metric("qdist_run_state", "gauge", "1 for the state that the run is in, 0 for the others.", states)
+    yield _one("qdist_planned_steps", "Optimizer steps of the whole run.", plan.steps)
+    predicted = plan.tokens_per_second or None
+    yield _one("qdist_predicted_tokens_per_second", "Predicted by the plan, all ranks together.", predicted)
+
+
+def _of_training(plan: Plan, fold: Fold) -> Iterator[Metric]:
+    yield _one("qdist_step", "Optimizer steps done; goes back when a killed run is resumed.", fold.step)
+    yield _one("qdist_loss", "Training loss of the last step.", fold.loss)
+    yield _one("qdist_smoothed_loss", "Mean training loss of the last 10 steps.", fold.smoothed_loss)
+    held_out = fold.held_out[-1][1] if fold.held_out else None
+    yield _one("qdist_held_out_loss", "Loss on held-out records at the last evaluation.", held_out)
+    yield _one("qdist_learning_rate", "Learning rate of the last step.", fold.learning_rate)
+    yield _one("qdist_gradient_norm", "Global gradient norm of the last step, before clipping.", fold.gradient_norm)
+    yield _one("qdist_tokens_per_second", "Median of the last 10 steps, all ranks together.", fold.tokens_per_s)
+    yield _one("qdist_tokens", "Tokens trained on so far; goes back with the step.", sum(fold.columns.tokens))
+    yield _one("qdist_padding_ratio", "Of all positions computed, those that held no token.", fold.padding_share)
+    yield _one("qdist_data_ratio", "Of the last steps' time, what rank 0 spent on making samples.", fold.data_share)
+    yield _one("qdist_skipped_steps", "Steps whose update was not made, gradients not being finite.", len(fold.skipped))
+    yield _one("qdist_seconds_left", "Until the last step, at the pace of the last 10.", fold.seconds_left)
+    saved = fold.checkpoints[-1][0] if fold.checkpoints else None
+    yield _one("qdist_checkpoint_step", "Step of the last checkpoint.", saved)
+    yield _one("qdist_trained_seconds_total", "Time that ranks were there, all launches.", fold.trained_s, "counter")
+    yield _one("qdist_resumes_total", "Times that the run went on from a checkpoint.", len(fold.resumed), "counter")
+
+
+def _of_ranks(plan: Plan, fold: Fold, pulses: Mapping[int, Pulse]) -> Iterator[Metric]:
+    """What was measured of a rank, and beside it what the plan said."""
+    # An earlier launch may have had more ranks.
+    said = [(number, rank) for number, rank in sorted(fold.ranks.items()) if number < plan.world_size]
+    peaks = [({"rank": number}, rank.memory_bytes or None) for number, rank in said]
+    yield Metric("qdist_rank_memory_peak_bytes", "gauge", "Peak since the last launch, of its fullest GPU.", peaks)
+    expected = [({"rank": rank.rank}, max(budget.total for budget in rank.expected)) for rank in plan.ranks]
+    yield Metric("qdist_rank_memory_predicted_bytes", "gauge", "Predicted by the plan, of its fullest GPU.", expected)
+    speeds = [({"rank": number}, rank.tokens_per_s) for number, rank in said]
+    yield Metric("qdist_rank_tokens_per_second", "gauge", "While busy with its own micro-batches.", speeds)
+    steps = [({"rank": number}, rank.last_step) for number, rank in said]
+    yield Metric("qdist_rank_step", "gauge", "Last step that the rank has told of.", steps)
+    beats = sorted(pulses.items())
+    now = [({"rank": number}, pulse.memory_bytes or None) for number, pulse in beats]
+    yield Metric("qdist_rank_memory_bytes", "gauge", "Held at its last beat, on all of its GPUs together.", now)
+    times = [({"rank": number}, pulse.time) for number, pulse in beats]
+    yield Metric("qdist_rank_beat_timestamp_seconds", "gauge", "When the rank last gave a sign of life.", times)
+    phases = [
+        ({"rank": number, "phase": phase}, float(pulse.phase == phase))
+        for number, pulse in beats
+        for phase in get_args(Phase)
+    ]
+    yield Metric("qdist_rank_phase", "gauge", "1 for what the rank was at in its last beat, 0 for the rest.", phases)
+
+
+def _one(name: str, meaning: str, value: float | None, kind: Literal["gauge", "counter"] = "gauge") -> Metric:
+    return Metric(name, kind, meaning, [({}, value)])
+
+
+def _labels(labels: Mapping[str, str | int]) -> str:
+    return ",".join(f'{name}="{_escaped(str(value))}"' for name, value in labels.items())
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
+
+
+def _help(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("\n", "\\n")
+
+
+def _number(value: float) -> str:
+    if math.isinf(value):
+        return "+Inf" if value > 0 else "-Inf"
+    return "NaN" if math.isnan(value) else repr(value)

@@ -1,0 +1,212 @@
+"""A run as the sections of its report, and two runs beside each other: plain data, from what their directories hold."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+from qdist.core.machine.cluster import Cluster
+from qdist.core.planning.plan import Plan
+from qdist.core.telemetry.curves import Chart, Marks, charts, marks
+from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.memory_report import Parts, memory_of, shown
+from qdist.core.telemetry.report_sections import (
+    Rows,
+    StepPart,
+    Table,
+    choices_of,
+    counted_steps,
+    held_out_table,
+    machine_rows,
+    measured_speed,
+    metrics_of,
+    number,
+    numbers_table,
+    pace_rows,
+    processors,
+    ranks_table,
+    settings_table,
+    step_parts,
+    took,
+)
+from qdist.core.telemetry.warnings import findings
+from qdist.core.text import counted, format_bytes, format_count, format_duration, signed
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """A held-out question with the model's answers before and after training, and the one in the data."""
+
+    question: str
+    before: str
+    after: str
+    expected: str
+
+
+class Found(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that a run directory says, as far as it says it."""
+
+    name: str
+    plan: Plan
+    fold: Fold
+    state: str
+    """planned, running, finished, stopped, failed or killed."""
+    result: Mapping[str, Any] | None = None
+    """What `result.json` holds."""
+    message: str = ""
+    """The error that the last launch ended with."""
+    try_: str = ""
+    machine: Cluster | None = None
+    versions: Mapping[str, str] = {}
+    recipe: str = ""
+    """`recipe.toml`, as it is."""
+    commands: tuple[str, ...] = ()
+    """Each launch as it was typed; empty where the run kept none."""
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """The sections of a page. An empty one has nothing to say yet."""
+
+    name: str
+    state: str
+    headline: str
+    message: str
+    try_: str
+    summary: Rows
+    commands: tuple[str, ...]
+    recipe: str
+    warnings: tuple[str, ...]
+    charts: tuple[Chart, ...]
+    marks: Marks
+    numbers: Table
+    memory: tuple[Parts, ...]
+    """Of each GPU, or of the fullest of those that are alike."""
+    on_cpu: bool
+    step: tuple[StepPart, ...]
+    pace: Rows
+    ranks: Table
+    held_out: Table
+    answers: tuple[Answer, ...]
+    settings: Table
+    """Those that differ from their defaults."""
+    machine: Rows
+    versions: Rows
+    choices: dict[str, str]
+    """Every setting and decision, for a comparison."""
+    metrics: dict[str, float]
+    """What runs are compared by, where it is known. Units are in the keys."""
+
+
+def report_of(found: Found) -> Report:
+    """The report of a run in whatever state it is."""
+    plan, fold, result = found.plan, found.fold, found.result
+    curves, memory, speed = charts(fold), memory_of(plan, fold, result), measured_speed(fold, result)
+    return Report(
+        name=found.name,
+        state=found.state,
+        headline=_headline(found),
+        message=found.message,
+        try_=found.try_,
+        summary=tuple(_summary(plan, fold)),
+        commands=found.commands,
+        recipe=found.recipe,
+        warnings=findings(plan, fold, curves, memory, speed),
+        charts=curves,
+        marks=marks(fold),
+        numbers=numbers_table(curves),
+        memory=shown(memory),
+        on_cpu=plan.device == "cpu",
+        step=step_parts(fold),
+        pace=tuple(pace_rows(plan, fold, result, speed)),
+        ranks=ranks_table(fold),
+        held_out=held_out_table(fold),
+        answers=tuple(msgspec.convert(answer, Answer) for answer in (result or {}).get("answers", ())),
+        settings=settings_table(plan.spec),
+        machine=tuple(machine_rows(found.machine)),
+        versions=tuple(found.versions.items()),
+        choices=choices_of(plan),
+        metrics=metrics_of(plan, fold, memory, speed),
+    )
+
+
+def _headline(found: Found) -> str:
+    fold, total = found.fold, found.fold.total_steps or found.plan.steps
+    done = f"step {fold.step:,} of {total:,}"
+    if found.state == "finished":
+        return f"Finished all {counted_steps(total)}."
+    if found.state == "running":
+        left = fold.seconds_left
+        return f"Running, {done}" + (f", about {format_duration(left)} left." if left is not None else ".")
+    return {
+        "planned": "Planned, and never started.",
+        "stopped": f"Stopped on request at {done}.",
+        "failed": f"Failed at {done}.",
+        "killed": f"Killed at {done}: its launcher went without a word.",
+    }[found.state]
+
+
+def _summary(plan: Plan, fold: Fold) -> Iterator[tuple[str, str]]:
+    spec, unit = plan.spec, "CPU process" if plan.device == "cpu" else "GPU"
+    count = processors(plan)
+    yield "Model", f"{spec.model}, {format_count(plan.facts.parameters)} parameters"
+    pooled = f", inputs pooled by {plan.pool}" if plan.pool > 1 else ""
+    yield "Method", f"{spec.method}, {spec.bits} bits, LoRA r={spec.lora.r} alpha={spec.lora.alpha:g}{pooled}"
+    schedule = f" {plan.schedule}" if plan.schedule else ""
+    yield "Placement", f"{plan.placement}{schedule}, {counted(plan.groups, 'group')} of {plan.gpus_per_group}"
+    engine = f"DeepSpeed ZeRO-{plan.zero_stage}" if plan.engine == "deepspeed" else "torch"
+    where = f"{count} {unit}{'' if count == 1 else 'es' if unit.endswith('s') else 's'}"
+    yield "Ranks", f"{plan.world_size} on {where}, {engine}, {plan.optimizer}, {plan.compute_dtype}"
+    yield "Data", _data(plan)
+    yield "Batch", f"{spec.global_batch} samples a step, {plan.micro_batch} at a time on a rank"
+    yield "Steps", f"{fold.step:,} of {fold.total_steps or plan.steps:,}"
+    if fold.trained_s:
+        yield "Duration", format_duration(fold.trained_s)
+        yield ("GPU hours" if plan.device == "cuda" else "Rank hours"), f"{fold.trained_s * count / 3600:.3g}"
+    if tokens := sum(fold.columns.tokens):
+        yield "Tokens", f"{tokens:,} trained on"
+
+
+def _data(plan: Plan) -> str:
+    if plan.data is None:
+        return f"random tokens, samples of {plan.seq_len}"
+    data = plan.data
+    return (
+        f"{plan.spec.data}: {data.train_samples:,} samples and {data.held_out_samples:,} held out, "
+        f"{data.tokens:,} tokens, the longest {data.longest:,}"
+    )
+
+
+_METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "loss": ("Loss, mean of the last steps, 20 at most", number),
+    "held_out_loss": ("Held-out loss, last", number),
+    "best_held_out_loss": ("Held-out loss, best", number),
+    "steps": ("Steps", lambda value: f"{value:,.0f}"),
+    "tokens": ("Tokens", lambda value: f"{value:,.0f}"),
+    "tokens_per_s": ("Tokens/s", format_count),
+    "step_s": ("Time of a step", took),
+    "padding_share": ("Padding", lambda value: f"{100 * value:.1f} %"),
+    "peak_bytes": ("Peak memory, fullest", format_bytes),
+    "duration_s": ("Duration", format_duration),
+    "gpu_hours": ("Hours of all GPUs or ranks", lambda value: f"{value:.3g}"),
+}
+
+
+def metrics_beside(a: Report, b: Report) -> Table:
+    """What both or one of them measured, and by how much B differs from A."""
+    rows = []
+    for key, (label, as_text) in _METRICS.items():
+        first, second = a.metrics.get(key), b.metrics.get(key)
+        if first is None and second is None:
+            continue
+        difference = signed(second / first - 1) if first and second is not None else ""
+        rows.append((label, *("-" if value is None else as_text(value) for value in (first, second)), difference))
+    return Table(headers=("", a.name, b.name, "B against A"), rows=tuple(rows))
+
+
+def differences(a: Report, b: Report) -> Table:
+    """Settings, decisions and versions that are not the same."""
+    mine, other = a.choices | dict(a.versions), b.choices | dict(b.versions)
+    keys = [*mine, *(key for key in other if key not in mine)]
+    rows = tuple(
+        (key, mine.get(key, "-"), other.get(key, "-")) for key in keys if mine.get(key, "-") != other.get(key, "-")
+    )
+    return Table(headers=("", a.name, b.name), rows=rows)

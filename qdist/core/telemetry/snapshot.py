@@ -1,0 +1,132 @@
+"""A run at one moment, gathered by the host and read by pure functions; and the share of arithmetic it uses (MFU)."""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from qdist.core.planning.plan import Plan, RankPlan
+from qdist.core.telemetry.heartbeat import Pulse
+from qdist.core.telemetry.history import Fold
+
+
+class Reading(NamedTuple):
+    """What the driver says of one GPU; None where it does not say."""
+
+    name: str
+    used_bytes: int
+    """Of all processes together."""
+    total_bytes: int
+    utilization: float | None = None
+    """Share of the last moment in which a kernel ran."""
+    power_w: float | None = None
+    power_limit_w: float | None = None
+    temperature_c: int | None = None
+    throttled: str = ""
+    """Why its clocks are held down, where that is a fault: 'it is too hot'. A reached power limit is none."""
+
+
+class Snapshot(NamedTuple):
+    """A run at one moment. Times are seconds since the epoch."""
+
+    name: str
+    plan: Plan
+    fold: Fold
+    state: str
+    """planned, running, finished, stopped, failed or killed."""
+    now: float
+    pulses: Mapping[int, Pulse] = {}
+    troubles: tuple[str, ...] = ()
+    """Ranks that do not go on, those to blame first, as sentences."""
+    message: str = ""
+    """The error that ended the run."""
+    try_: str = ""
+    stopping: bool = False
+    """It was asked to stop, and will once its step is done and saved."""
+    cards: Mapping[int, tuple[Reading, ...]] = {}
+    """Of each rank on this machine, aligned with its GPUs."""
+    card_bytes: tuple[int, ...] = ()
+    """Of each GPU as the launch saw it."""
+    matmul_flops_s: float | None = None
+    """Of the slowest GPU, 16-bit; None on CPU and for an unknown card."""
+    log_rank: int = 0
+    log: tuple[str, ...] = ()
+    """The last lines of that rank's log."""
+
+
+class Row(NamedTuple):
+    """One GPU of a rank, or a rank on CPUs; None for what nobody has said."""
+
+    rank: int
+    gpu: int | None
+    now_bytes: int | None
+    peak_bytes: int | None
+    expected_bytes: int
+    """Predicted peak."""
+    limit_bytes: int | None
+    """What it may fill; None on CPU, where ranks share the machine's memory."""
+    tokens_per_s: float | None
+    """Of the rank's own micro-batches."""
+    busy_s: float | None
+    beat_s: float | None
+    """Age of its last sign of life."""
+    at: str
+    card: Reading | None
+
+    @property
+    def label(self) -> str:
+        """'rank 1', or 'GPU 3 of rank 1' where the numbers differ."""
+        return f"rank {self.rank}" if self.gpu in (None, self.rank) else f"GPU {self.gpu} of rank {self.rank}"
+
+
+def rows(snapshot: Snapshot) -> list[Row]:
+    """Every GPU, or CPU rank, in the order of ranks."""
+    return [row for rank in snapshot.plan.ranks for row in _rows_of(snapshot, rank)]
+
+
+def _rows_of(snapshot: Snapshot, rank: RankPlan) -> Iterator[Row]:
+    said, pulse = snapshot.fold.ranks.get(rank.rank), snapshot.pulses.get(rank.rank)
+    readings = snapshot.cards.get(rank.rank, ())
+    # A process on several GPUs says the peak of the fullest, and the sum of what it holds now.
+    fullest = max(range(len(rank.expected)), key=lambda index: rank.expected[index].total)
+    for index, expected in enumerate(rank.expected):
+        card = readings[index] if index < len(readings) else None
+        if len(rank.expected) == 1:
+            held = pulse.memory_bytes if pulse and snapshot.state == "running" else 0
+        else:
+            held = card.used_bytes if card else 0
+        gpu = rank.gpus[index] if rank.gpus else None
+        total = snapshot.card_bytes[gpu] if gpu is not None and gpu < len(snapshot.card_bytes) else None
+        yield Row(
+            rank=rank.rank,
+            gpu=gpu,
+            now_bytes=held or None,
+            peak_bytes=(said.memory_bytes or None) if said and index == fullest else None,
+            expected_bytes=expected.total,
+            limit_bytes=None if gpu is None else snapshot.plan.memory_cap_bytes or total,
+            tokens_per_s=said.tokens_per_s if said and index == 0 else None,
+            busy_s=said.busy_s if said and index == 0 else None,
+            beat_s=max(0.0, snapshot.now - pulse.time) if pulse else None,
+            at=str(pulse) if pulse else "no sign of life yet",
+            card=card,
+        )
+
+
+def model_flops_per_token(plan: Plan) -> float:
+    """Floating-point operations that a token needs, forward and backward, whatever the implementation does.
+
+    The convention is PaLM's (appendix B) for frozen weights: 2 a weight forward and 2 backward, since no gradient of
+    a frozen weight is made; 6 an adapter parameter; causal attention scores over half of `seq_len`, forward once and
+    backward twice. The head counts as a weight, the embedding's look-up as nothing, recomputation as nothing.
+    """
+    facts, lora = plan.facts, plan.spec.lora
+    weights = facts.layers * sum(linear.weights for linear in facts.linears) + facts.vocab * facts.hidden
+    adapter = facts.adapter_parameters(lora.r, lora.targets, plan.pool)
+    scores = 6 * plan.seq_len * facts.heads * facts.head_dim * facts.layers
+    return 4.0 * weights + 6 * adapter + scores
+
+
+def mfu(snapshot: Snapshot, tokens_per_s: float | None) -> float | None:
+    """A share: model FLOPs a second, by the sustained 16-bit matmul rate of all GPUs; None where a part is unknown."""
+    gpus = sum(len(rank.gpus) for rank in snapshot.plan.ranks)
+    if not gpus or not snapshot.matmul_flops_s or tokens_per_s is None:
+        return None
+    return tokens_per_s * model_flops_per_token(snapshot.plan) / (gpus * snapshot.matmul_flops_s)

@@ -1,0 +1,1 @@
+"""Records from files, folders and the hub."""

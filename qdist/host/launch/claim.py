@@ -1,0 +1,126 @@
+"""Makes a run directory one launch's own: locked first, looked at again, cleared, and only then written."""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+from qdist.core.errors import JobError, RunError
+from qdist.core.planning.plan import digest
+from qdist.core.text import resuming
+from qdist.host.files import is_full, locked, sweep, write_atomic
+from qdist.host.launch.prepare import Job
+from qdist.host.launch.refusals import ELSEWHERE, refuse_used
+from qdist.host.run.rundir import ENDED, LOCK, STOP, RunDir, free_name, of_ranks
+from qdist.host.run.state import sign
+
+
+class Claim(NamedTuple):
+    """A run directory that nobody else starts ranks in while this is held, its files written."""
+
+    job: Job
+    lock: int
+    """Descriptor of the lock: who inherits it holds the run as well."""
+    launch: str
+    """The id of this launch."""
+
+    def is_lost(self) -> bool:
+        """Whether the run directory was removed, moved or replaced since."""
+        try:
+            there = os.stat(self.job.run.path / LOCK)
+        except OSError as error:
+            # A network disk that does not answer for a moment has lost nothing.
+            return error.errno in (errno.ENOENT, errno.ENOTDIR)
+        return not os.path.samestat(there, os.fstat(self.lock))
+
+
+@contextmanager
+def claimed(job: Job) -> Iterator[Claim]:
+    """Hold a job's run directory and write its files. What another launch did there meanwhile is seen and refused.
+
+    A name that qdist chose is created, and the next one taken where another launch was faster.
+    Raises RunError where the run is another's by now, or cannot be written to; JobError where the disk is full. What
+    this call created is gone again then.
+    """
+    job, created = _with_folder(job)
+    with ExitStack() as stack:
+        try:
+            busy = f"{job.run.path} is being trained by another process"
+            lock = stack.enter_context(locked(job.run.path / LOCK, busy=busy))
+            _look_again(job)
+            _clear(job.run)
+            launch = sign(lock)
+            _write_files(job)
+        except OSError as error:
+            if created:
+                shutil.rmtree(job.run.path, ignore_errors=True)
+            raise _unwritable(job.run, error) from error
+        yield Claim(job, lock, launch)
+
+
+def tidy(run: RunDir) -> None:
+    """Clear what a kill left in a run that has ended; nothing where a process holds it, or it cannot be written to."""
+    with contextlib.suppress(RunError, OSError), locked(run.path / LOCK, busy="held"):
+        _clear(run)
+
+
+def write(job: Job) -> RunDir:
+    """Write a run that nobody is to start now; its directory. Raises as `claimed` does."""
+    with claimed(job) as own:
+        return own.job.run
+
+
+def _with_folder(job: Job) -> tuple[Job, bool]:
+    """The job with its directory there; whether it was created for it."""
+    try:
+        job.run.path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                job.run.path.mkdir()
+            except FileExistsError:
+                if not job.stem:
+                    return job, False
+                job = job._replace(run=RunDir(free_name(job.run.path.parent, job.stem)))
+            else:
+                return job, True
+    except OSError as error:
+        raise _unwritable(job.run, error) from error
+
+
+def _unwritable(run: RunDir, error: OSError) -> RunError:
+    kind = JobError if is_full(error) else RunError
+    return kind(f"{run.path} cannot be written: {error.strerror}", try_=ELSEWHERE)
+
+
+def _look_again(job: Job) -> None:
+    """Raise RunError where another launch has written the plan since it was looked at."""
+    run = job.run
+    if not job.resumes:
+        refuse_used(run, held=True)
+    elif run.result() is not None:
+        raise RunError(f"another launch has finished {run.path} meanwhile", try_="its adapter")
+    elif digest(run.plan()) != job.resumes:
+        raise RunError(f"another launch has gone on with {run.path} meanwhile", try_=resuming(run.path))
+
+
+def _clear(run: RunDir) -> None:
+    """Take away what says how an earlier launch ended, and what a kill left half-written."""
+    for leftover in (STOP, ENDED):
+        (run.path / leftover).unlink(missing_ok=True)
+    for folder in (run.path, run.checkpoints, run.pulses):
+        sweep(folder)
+    for path in of_ranks(run.pulses, ".new"):
+        path.unlink(missing_ok=True)
+    for path in run.path.glob(".rehearsal.*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write_files(job: Job) -> None:
+    """The plan last: a directory without it is not a run."""
+    for folder in (job.run.events, job.run.logs, job.run.checkpoints):
+        folder.mkdir(exist_ok=True)
+    for name, text in job.files.items():
+        write_atomic(job.run.path / name, text)

@@ -1,0 +1,307 @@
+"""From a spec to a planned run: what must be there is looked for, refused, prepared and planned."""
+
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from qdist.core.data import demo
+from qdist.core.errors import SpecError
+from qdist.core.model.gptq import of_run
+from qdist.core.model.shapes import ModelFacts, from_config, require_library_class
+from qdist.core.planning.plan import DataFacts, Plan, Prepared, Source, digest
+from qdist.core.planning.planner import make_plan
+from qdist.core.planning.render import (
+    ACCELERATE_FILE,
+    DEEPSPEED_FILE,
+    accelerate_config,
+    deepspeed_config,
+    deepspeed_policy,
+    launch_script,
+)
+from qdist.core.planning.resources import count_of
+from qdist.core.spec.spec import RunSpec, flatten, resolve, to_toml
+from qdist.host import templates
+from qdist.host.data.records import check_source, source_notes
+from qdist.host.launch import tasks
+from qdist.host.launch.refusals import (
+    of_the_same,
+    refuse_other_files,
+    refuse_small_disk,
+    refuse_unwritable,
+    refuse_unwritable_cache,
+    refuse_used,
+)
+from qdist.host.launch.survey import Survey, Work, counted, expected, require_room, survey, tokenizing
+from qdist.host.launch.trackers import refuse_missing
+from qdist.host.machine import probe
+from qdist.host.run import calibration
+from qdist.host.run.rundir import MACHINE, PLAN, RunDir, free_name
+from qdist.host.sources import cache
+from qdist.host.sources.model_folder import require_same_tensors
+from qdist.host.sources.models import shape
+
+RESUMABLE = frozenset((
+    "run", "gpus", "placement", "gpus_per_group", "split.schedule", "split.offload_layers", "micro_batch",
+    "max_memory", "trackers", "liger", "zero.stage", "zero.offload",
+    "train.checkpointing", "train.eval_steps", "train.save_steps", "train.keep", "train.answers",
+    "train.verify_steps", "train.stuck_seconds",
+))  # fmt: skip
+"""Settings that may change when a run goes on: none of them changes what a step computes."""
+
+
+_RUNS = Path("runs")
+
+
+class Job(NamedTuple):
+    """A planned run and the files that its directory will hold."""
+
+    run: RunDir
+    plan: Plan
+    files: dict[str, str]
+    notes: tuple[str, ...]
+    stem: str = ""
+    """What the run's name begins with where qdist chose it; empty for one that the user chose."""
+    resumes: str = ""
+    """Digest of the plan that this one takes the place of; empty for a new run."""
+
+
+class Preview(NamedTuple):
+    """What a launch would do, found out without doing any of it."""
+
+    run: RunDir
+    job: Job | None
+    """None for a model whose shape is known only once it was fetched."""
+    work: tuple[Work, ...] = ()
+    """What comes before the ranks, and what of it is done already."""
+    knows_steps: bool = True
+    """Whether the plan's steps are the run's: epochs cannot be counted over data that lie on a hub."""
+
+
+def prepare(spec: RunSpec) -> Job:
+    """Plan a new run; writes nothing but caches.
+
+    Raises SpecError, ModelError, DataError or PlanError for what the user can put right.
+    """
+    run = _new_run(spec)
+    refuse_unwritable(run, probe=True)
+    prepared = _synthetic(spec) if spec.load_format == "dummy" else _real(spec, run)
+    return _job(run, spec, prepared)
+
+
+def preview(spec: RunSpec) -> Preview:
+    """The first half of `prepare`: what is there is looked at, the rest is estimated. Writes nothing at all.
+
+    Raises as `prepare` does.
+    """
+    run = _new_run(spec)
+    if spec.load_format == "dummy":
+        return Preview(run, _job(run, spec, _synthetic(spec)))
+    found = _surveyed(spec, run)
+    before = cache.remembered(spec, found.folder) if found.folder else None
+    records = None if before else counted(spec)
+    work = (*found.work, *tokenizing(spec, records, before))
+    if before:
+        return Preview(run, _job(run, spec, before), work)
+    if found.facts is None or found.source is None:
+        return Preview(run, None, work)
+    data = None if records is None else expected(spec, found.facts, records)
+    known = data is not None or spec.steps is not None
+    estimate = Prepared(source=found.source, data=data, notes=_estimate_notes(spec, found, data))
+    return Preview(run, _job(run, spec if known else _one_step(spec), estimate), work, known)
+
+
+def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Job:
+    """Plan the rest of a run, on what is here now; its model, data and arithmetic stay as they were.
+
+    changes: settings given again, nested. Raises SpecError when one of them would make it another run, RunError when
+    its model or data are others now.
+    """
+    old, spec = _resumed(run, changes)
+    refuse_unwritable(run, probe=True)
+    before = Prepared(source=old.source, data=old.data, notes=_changed_since(old))
+    prepared = before
+    if not cache.all_there(before):
+        refuse_other_files(old, run)
+        prepared = _real(spec, run)
+        prepared = of_the_same(old, prepared, run)
+    require_same_tensors(old.source, prepared.source.packed, run=str(run.path))
+    return _job(run, spec, prepared, old=old)
+
+
+def preview_resume(run: RunDir, changes: Mapping[str, Any]) -> Preview:
+    """What `prepare_resume` would do, as `preview` does."""
+    old, spec = _resumed(run, changes)
+    before = Prepared(source=old.source, data=old.data, notes=_changed_since(old))
+    work: tuple[Work, ...] = ()
+    if cache.all_there(before):
+        require_same_tensors(old.source, old.source.packed, run=str(run.path))
+    else:
+        refuse_other_files(old, run)
+        tokenized = before if old.data and os.path.exists(old.data.path) else None
+        work = (*_surveyed(spec, run).work, *tokenizing(spec, None, tokenized))
+    return Preview(run, _job(run, spec, before, old=old), work)
+
+
+def _new_run(spec: RunSpec) -> RunDir:
+    """The directory of a new run, which need not be there yet. Raises RunError for one that cannot be it."""
+    if not spec.model:
+        raise SpecError("no model was named", try_="--model smollm2-135m")
+    run = RunDir(spec.run) if spec.run else RunDir(free_name(_RUNS, _stem(spec)))
+    refuse_used(run)
+    refuse_unwritable(run)
+    refuse_missing(spec.trackers)
+    return run
+
+
+def _resumed(run: RunDir, changes: Mapping[str, Any]) -> tuple[Plan, RunSpec]:
+    """The plan of a run and the spec of its rest."""
+    old = run.plan()
+    before = msgspec.to_builtins(old.spec)
+    if "steps" in changes or "epochs" in changes:  # two ways to say how long: the newer one counts
+        before |= {"steps": None, "epochs": None}
+    spec = resolve(before, changes)
+    was, now = flatten(old.spec), flatten(spec)
+    for key in was:
+        if was[key] != now[key] and not _resumable(key, spec):
+            raise SpecError(
+                f"{run.path} was started with {key}={_shown(was[key])}, not {_shown(now[key])}; a resumed run keeps it",
+                try_=f"leave {key} out, or start a new run",
+            )
+    refuse_unwritable(run)
+    refuse_missing(spec.trackers)
+    return old, spec
+
+
+def _changed_since(old: Plan) -> tuple[str, ...]:
+    """A note where the tokens of a run are no longer those of its files."""
+    data, source = old.data, old.spec.data
+    now = cache.files_digest(source) if data and data.digest and os.path.exists(data.path) else ""
+    if data is None or now in ("", data.digest):
+        return ()
+    return (f"{source} has changed since: the run goes on with the {data.samples:,} samples it was started with",)
+
+
+def _job(run: RunDir, spec: RunSpec, prepared: Prepared, *, old: Plan | None = None) -> Job:
+    """old: the plan that a resumed run goes on from."""
+    facts = from_config(prepared.source.config, name=spec.model)
+    usual_micro_batch = old.micro_batch if old else None
+    plan = _planned(spec, prepared.source, facts, prepared.data, usual_micro_batch=usual_micro_batch)
+    refuse_small_disk(plan, run)
+    files = {
+        "recipe.toml": to_toml(msgspec.structs.replace(spec, run=None)),
+        MACHINE: msgspec.json.format(msgspec.json.encode(probe.cluster()), indent=1).decode() + "\n",
+        "versions.json": json.dumps(probe.versions(), indent=2) + "\n",
+    }
+    if plan.engine == "deepspeed":
+        config = deepspeed_config(plan, templates.policy(deepspeed_policy(plan)))
+        files[DEEPSPEED_FILE] = json.dumps(config, indent=2) + "\n"
+    files[ACCELERATE_FILE] = json.dumps(accelerate_config(plan), indent=2) + "\n"
+    files["launch.sh"] = launch_script(plan, python=sys.executable)
+    files[PLAN] = msgspec.json.format(msgspec.json.encode(plan), indent=1).decode() + "\n"
+    stem, resumes = ("", digest(old)) if old else ("" if spec.run else _stem(spec), "")
+    return Job(run, plan, files, prepared.notes, stem, resumes)
+
+
+def _surveyed(spec: RunSpec, run: RunDir) -> Survey:
+    """What is there of a run's model, once everything has been refused that recipe and file system can tell of."""
+    if not spec.data:
+        raise SpecError("no data was named", try_="--data FILE, a hub id, or --data demo")
+    if spec.data != demo.NAME:
+        check_source(spec.data)
+    count_of(spec, probe.cluster())
+    refuse_unwritable_cache()
+    found = survey(spec)
+    _rehearse(spec, found, run)
+    require_room(spec, found.work)
+    return found
+
+
+def _real(spec: RunSpec, run: RunDir) -> Prepared:
+    _surveyed(spec, run)
+    refuse_unwritable_cache(probe=True)
+    prepared = tasks.prepare(spec)
+    with contextlib.suppress(OSError):  # a cache that has no room for a note fails no run
+        cache.remember(spec, prepared)
+    return prepared
+
+
+def _rehearse(spec: RunSpec, found: Survey, run: RunDir) -> None:
+    """Plan with the shortest data there could be, so that what cannot work fails before a download or conversion."""
+    if found.source is None or found.facts is None:
+        return
+    shortest = DataFacts(path="", samples=2, train_samples=1, held_out_samples=1, tokens=2, longest=8)
+    refuse_small_disk(_planned(spec, found.source, found.facts, shortest), run)
+
+
+def _estimate_notes(spec: RunSpec, found: Survey, data: DataFacts | None) -> tuple[str, ...]:
+    """Where the shape is from, what is left out of a folder, and what is known only once the data are tokenized."""
+    left_out = () if spec.data == demo.NAME else source_notes(spec.data)
+    if data is None:
+        open_ = f"steps and the longest sample are known once {spec.data} is fetched and tokenized"
+    else:
+        guess = f"{data.samples:,} samples of {data.longest} tokens"
+        open_ = f"steps and the longest sample are known once the data are tokenized: this is for {guess}"
+    return tuple(filter(None, (found.note, *left_out, open_)))
+
+
+def _one_step(spec: RunSpec) -> RunSpec:
+    return msgspec.structs.replace(spec, steps=1, epochs=None)
+
+
+def _planned(
+    spec: RunSpec,
+    source: Source,
+    facts: ModelFacts,
+    data: DataFacts | None,
+    *,
+    usual_micro_batch: int | None = None,
+) -> Plan:
+    """The plan for what is here, corrected by what earlier runs here have taught."""
+    cluster = probe.cluster()
+    return make_plan(
+        spec,
+        source,
+        facts,
+        cluster,
+        data,
+        has_liger=find_spec("liger_kernel") is not None,
+        usual_micro_batch=usual_micro_batch,
+        correction=calibration.correction_for(cluster, world_size=spec.gpus, bits=spec.bits),
+    )
+
+
+def _synthetic(spec: RunSpec) -> Prepared:
+    """Random weights and random tokens: nothing to convert or tokenize."""
+    if spec.data:
+        raise SpecError(f"random weights train on random tokens, not on {spec.data!r}", try_="leave --data out")
+    if spec.train.answers or spec.new_tokens:
+        raise SpecError("train.answers and new_tokens need a tokenizer, and random weights have none")
+    config, _ = shape(spec.model)
+    require_library_class(config, name=spec.model)
+    source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=of_run(spec, config))
+    return Prepared(source=source, data=None)
+
+
+def _resumable(key: str, spec: RunSpec) -> bool:
+    """Whether a run may go on with another value; the length only where the learning rate does not follow it."""
+    return key in RESUMABLE or (key in ("steps", "epochs") and spec.optim.schedule == "constant")
+
+
+def _stem(spec: RunSpec) -> str:
+    model = re.sub(
+        r"[^\w.-]+", "-", Path(spec.model).stem if spec.model.lower().endswith(".gguf") else Path(spec.model).name
+    )
+    data = re.sub(r"[^\w.-]+", "-", Path(spec.data).stem) if spec.data else "dummy"
+    return f"{model}-{spec.method}-{data}".lower()
+
+
+def _shown(value: object) -> str:
+    return json.dumps(msgspec.to_builtins(value), ensure_ascii=False)

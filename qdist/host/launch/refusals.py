@@ -1,0 +1,133 @@
+"""What a launch must leave alone or cannot do: told before anything is started, fetched or made."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from qdist.core.errors import RunError
+from qdist.core.planning.disk import storage
+from qdist.core.planning.plan import DataFacts, Plan, Prepared
+from qdist.core.text import command, format_bytes, resuming
+from qdist.host.files import cache_path, free_bytes, obstacle, require_space, unusable_cache
+from qdist.host.launch.survey import counted
+from qdist.host.run.rundir import RunDir
+from qdist.host.run.state import launcher_is_gone, state_of
+from qdist.host.sources.cache import files_digest
+from qdist.host.sources.model_folder import require_same_model, require_same_original
+
+ELSEWHERE = "a --run folder that you may write to, on a disk with room"
+
+
+def refuse_running(run: RunDir) -> None:
+    """Raise RunError where ranks are at work on a run: its plan must stay that of its ranks."""
+    if run.exists() and state_of(run) == "running":
+        raise RunError(f"{run.path} is being trained by another process", try_=command("monitor", run.path))
+
+
+def await_ranks(run: RunDir, say: Callable[[str], None], *, patience_s: float = 15.0) -> None:
+    """Wait while ranks hold a run whose launcher was killed: they are about to end. No longer than that."""
+    if not run.exists() or state_of(run) != "running" or not launcher_is_gone(run):
+        return
+    say("waiting for the ranks of the launch before to end")
+    end = time.monotonic() + patience_s
+    while state_of(run) == "running" and time.monotonic() < end:
+        time.sleep(0.1)
+
+
+def refuse_used(run: RunDir, *, held: bool = False) -> None:
+    """Raise RunError where a new run cannot lie. held: its lock is held by this process."""
+    if not held:
+        refuse_running(run)
+    if run.result() is not None:
+        raise RunError(f"{run.path} holds a finished run", try_="another --run")
+    if run.exists():
+        steps = run.checkpoint_steps()
+        where = f"a checkpoint of step {steps[-1]}" if steps else "no checkpoint yet"
+        raise RunError(
+            f"{run.path} holds an unfinished run with {where}",
+            try_=f"{resuming(run.path)}, or another --run",
+        )
+    if run.path.exists() and not (run.path.is_dir() and run.is_bare()):
+        raise RunError(f"{run.path} exists and is not a run", try_="another --run")
+
+
+def refuse_unwritable(run: RunDir, *, probe: bool = False) -> None:
+    """Raise RunError where a run directory cannot be written. probe: as `obstacle` has it."""
+    if why := obstacle(run.path, probe=probe):
+        raise RunError(f"{run.path} cannot be written: {why}", try_=ELSEWHERE)
+
+
+def refuse_unwritable_cache(*, probe: bool = False) -> None:
+    """Raise MachineError where nothing can be kept for later launches. probe: as `obstacle` has it."""
+    if why := obstacle(cache_path(), probe=probe):
+        raise unusable_cache(why)
+
+
+def refuse_small_disk(plan: Plan, run: RunDir) -> None:
+    """Raise PlanError where the disk of a run has no room for its checkpoints and adapter."""
+    takes, there = storage(plan), sum(file.stat().st_size for file in run.checkpoints.rglob("*") if file.is_file())
+    most = f"{takes.most_checkpoints} checkpoints" if takes.most_checkpoints > 1 else "a checkpoint"
+    other = "make room there" if run.exists() else "a --run folder on another disk"
+    enough = _keeping_one(plan) - there <= free_bytes(run.path)
+    require_space(
+        run.path,
+        takes.total - there,
+        purpose=f"keeping {most} of {format_bytes(takes.checkpoint)} and an adapter of {format_bytes(takes.adapter)}",
+        try_=f"--set train.keep=1, or {other}" if enough else other,
+    )
+
+
+def refuse_other_files(old: Plan, run: RunDir) -> None:
+    """Raise RunError where a run's model or data are known to be others than those it was started with."""
+    if Path(old.source.path).is_dir():
+        require_same_original(old.source, run=str(run.path))
+    data, now = old.data, files_digest(old.spec.data)
+    if data is not None and data.digest and now not in ("", data.digest):
+        raise _other_data(old, run, f"{counted(old.spec):,} records now")
+
+
+def of_the_same(old: Plan, prepared: Prepared, run: RunDir) -> Prepared:
+    """What was prepared again for a run, with a note where the same model was packed to other bytes.
+
+    Raises RunError where its model or data are others than those it was started with.
+    """
+    require_same_model(old.source, prepared.source, run=str(run.path))
+    refuse_other_data(old, prepared.data, run)
+    if old.source.digest in ("", prepared.source.digest):
+        return prepared
+    note = "the same model was packed to other bytes than the run began with: by other versions, or on another device"
+    return msgspec.structs.replace(prepared, notes=(*prepared.notes, note))
+
+
+def refuse_other_data(old: Plan, now: DataFacts | None, run: RunDir) -> None:
+    """Raise RunError where a run's data, tokenized again, are others than those it was started with."""
+    if old.data is None or now is None or os.path.basename(now.path) == os.path.basename(old.data.path):
+        return
+    if old.data.digest and now.digest == old.data.digest:
+        raise RunError(
+            f"{old.spec.data} is as {run.path} was started with, and gives other tokens now: {_size(old.data)} then, "
+            f"{_size(now)} now",
+            try_="the versions of qdist and transformers in its versions.json, or a new run",
+        )
+    raise _other_data(old, run, f"{_size(now)} now")
+
+
+def _other_data(old: Plan, run: RunDir, now: str) -> RunError:
+    assert old.data is not None
+    return RunError(
+        f"{old.spec.data} is not what {run.path} was started with: {_size(old.data)} then, {now}",
+        try_="put the file back, or start a new run",
+    )
+
+
+def _size(data: DataFacts) -> str:
+    return f"{data.samples:,} samples and {data.tokens:,} tokens"
+
+
+def _keeping_one(plan: Plan) -> int:
+    train = msgspec.structs.replace(plan.spec.train, keep=1)
+    spec = msgspec.structs.replace(plan.spec, train=train)
+    return storage(msgspec.structs.replace(plan, spec=spec)).total

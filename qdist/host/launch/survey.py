@@ -1,0 +1,188 @@
+"""What is there already of what a launch needs, and what would it fetch, convert, pack and tokenize? Writes nothing."""
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from qdist.core.data import demo
+from qdist.core.model.gptq import Gptq
+from qdist.core.model.shapes import ModelFacts, from_config
+from qdist.core.model.storage import packing_of
+from qdist.core.planning.disk import packed_bytes
+from qdist.core.planning.plan import DataFacts, Prepared, Source, held_out_of
+from qdist.core.spec.spec import RunSpec
+from qdist.host import files
+from qdist.host.data.records import count_conversations
+from qdist.host.files import cache_path
+from qdist.host.sources import cache as cached
+from qdist.host.sources.model_folder import gptq_of, safetensors_of
+from qdist.host.sources.models import Located, Shape, find_shape, read_json
+from qdist.host.sources.targets import check_model
+
+Action = Literal["fetch", "convert", "pack", "tokenize"]
+
+
+class Work(NamedTuple):
+    """Something that a launch does once, before any rank starts, unless it is there."""
+
+    action: Action
+    what: str
+    """To be fetched, converted, ...: as the user calls it."""
+    into: str
+    """Such as 'a bfloat16 folder' or 'nf4'; empty where nothing is to be said."""
+    folder: Path
+    """Where it goes."""
+    size_bytes: int | None
+    """As far as can be told from shapes; None where only the hub knows."""
+    there: Path | None = None
+    """Where it is already."""
+
+
+class Survey(NamedTuple):
+    """A model, as far as it is known without torch and without a hub."""
+
+    folder: Path | None
+    """As transformers opens it; None where it has to be made or fetched."""
+    work: tuple[Work, ...]
+    source: Source | None = None
+    """To plan with; None where only a hub or the weights could tell of its shape."""
+    facts: ModelFacts | None = None
+    """None as well, then."""
+    note: str = ""
+    """Where the shape is from, if not from the model itself."""
+
+
+def survey(spec: RunSpec) -> Survey:
+    """Look for a run's model, and for what an earlier launch made of it.
+
+    Raises ModelError for a model that is not there or cannot be opened, SpecError where method and model do not go
+    together.
+    """
+    folder, work = _folder_of(check_model(spec.model))
+    known = _shape(spec, folder)
+    if known is None:
+        return Survey(folder, tuple(work))
+    config, facts, note = known
+    gptq = gptq_of(spec, config, folder)
+    work = [each._replace(size_bytes=2 * facts.parameters) for each in work]  # in 16 bits
+    packing = _packing_work(spec, folder, config, facts, gptq)
+    source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=gptq)
+    return Survey(folder, (*work, *packing), source, facts, note)
+
+
+def require_room(spec: RunSpec, work: tuple[Work, ...]) -> None:
+    """Raise PlanError where a disk has no room for what would be fetched, converted and packed."""
+    verbs = {"fetch": "fetching", "convert": "converting", "pack": "packing"}
+    by_disk: dict[int, list[Work]] = defaultdict(list)
+    for each in work:
+        if each.there is None and each.size_bytes:
+            by_disk[os.stat(files.nearest(each.folder)).st_dev].append(each)
+    for several in by_disk.values():
+        cache = any(each.folder.is_relative_to(cache_path()) for each in several)
+        files.require_space(
+            cache_path() if cache else several[0].folder,
+            sum(each.size_bytes or 0 for each in several),
+            purpose=f"{' and '.join(verbs[each.action] for each in several)} {spec.model}",
+            try_=f"{'QDIST_CACHE' if cache else 'HF_HOME'}=FOLDER, on a disk with room",
+        )
+
+
+def counted(spec: RunSpec) -> int | None:
+    """Records of a run's data; None where they lie on a hub. Raises DataError for those that cannot be used."""
+    if not _is_here(spec.data):
+        return None
+    return count_conversations(spec.data, data_format=None if spec.format == "auto" else spec.format)
+
+
+def expected(spec: RunSpec, facts: ModelFacts, records: int) -> DataFacts:
+    """The data if every record becomes a sample as long as may be: what to plan with until they are tokenized."""
+    longest = min(spec.seq_len, facts.max_positions)
+    held_out = held_out_of(records, spec.train.held_out)
+    return DataFacts(
+        path="",
+        samples=records,
+        train_samples=records - held_out,
+        held_out_samples=held_out,
+        tokens=records * longest,
+        longest=longest,
+    )
+
+
+def tokenizing(spec: RunSpec, records: int | None, before: Prepared | None) -> tuple[Work, ...]:
+    """What is to be done with the data. before: what an earlier launch prepared of the same."""
+    there = Path(before.data.path) if before and before.data else None
+    size = there.stat().st_size if there else None
+    what = spec.data + (f" ({records:,} records)" if records is not None else "")
+    tokenize = Work("tokenize", what, "", cache_path() / "tokens", size, there)
+    if there or _is_here(spec.data):
+        return (tokenize,)
+    return Work("fetch", spec.data, "", Path(), None), tokenize
+
+
+def _is_here(data: str) -> bool:
+    return data == demo.NAME or Path(data).expanduser().exists()
+
+
+def _folder_of(located: Located) -> tuple[Path | None, list[Work]]:
+    """The model's folder, if it is there, and what makes one; sizes are still unknown."""
+    if located.kind == "folder":
+        return Path(located.path), []
+    if located.kind == "hub":
+        fetched, hub = _fetched(located.path)
+        return fetched, [Work("fetch", located.path, "", hub, None, fetched)]
+    file = Path(located.path)
+    folder = cached.known_converted_folder(file)
+    there = folder if folder and folder.is_dir() else None
+    return there, [Work("convert", file.name, "a bfloat16 folder", cache_path() / "models", None, there)]
+
+
+def _fetched(hub_id: str) -> tuple[Path | None, Path]:
+    """Where the hub's cache has a model, whole, or None; and where that cache is."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    hub = Path(HF_HUB_CACHE)
+    if not (hub / f"models--{hub_id.replace('/', '--')}").is_dir():
+        return None, hub  # which saves a third of a second for most
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(hub_id, "config.json", cache_dir=hub)
+    if not isinstance(config, str):
+        return None, hub
+    folder = Path(config).parent
+    names = safetensors_of(folder)
+    whole = all((folder / name).is_file() for name in names) if names else any(folder.glob("*.bin"))
+    return (folder if whole else None), hub
+
+
+def _shape(spec: RunSpec, folder: Path | None) -> Shape | None:
+    """As `find_shape`, from what was converted or fetched where it is there."""
+    if folder is None:
+        return find_shape(spec.model)
+    config = read_json(folder / "config.json")
+    return Shape(config, from_config(config, name=spec.model), "")
+
+
+def _packing_work(
+    spec: RunSpec, folder: Path | None, config: Mapping[str, Any], facts: ModelFacts, gptq: Gptq | None
+) -> list[Work]:
+    """What the ranks read in place of the model as it came."""
+    if gptq is not None:
+        pickled = [] if folder is None or safetensors_of(folder) else list(folder.glob("*.bin"))
+        size = sum(file.stat().st_size for file in pickled)
+        return [Work("convert", spec.model, "safetensors", cache_path() / "gptq", size)] if pickled else []
+    as_it_is = spec.bits == 16 and (folder is None or bool(safetensors_of(folder)))
+    if config.get("quantization_config") or as_it_is:
+        return []
+    packing = packing_of(spec)
+    stored = 4 if folder is not None and (config.get("dtype") or config.get("torch_dtype")) == "float32" else 2
+    into = f"{packing.bits} bits {packing}" if packing.bits < 16 else "a 16-bit folder"
+    size = packed_bytes(facts, packing, stored_bytes=stored)
+    there = None
+    if folder is not None:
+        out = cached.packed_folder(folder, packing, name=spec.model)
+        there = out if out.is_dir() else None
+        half = cached.work_folder(out)
+        size = max(0, size - sum(file.stat().st_size for file in half.glob("*.safetensors")))
+    return [Work("pack", spec.model, into, cache_path() / "packed", size, there)]

@@ -1,0 +1,1 @@
+"""Run directories: written, followed, watched, listed."""

@@ -1,0 +1,142 @@
+"""A look at a run directory, as often as one likes: what is new is read, and a snapshot made."""
+
+import os
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from statistics import median
+
+from qdist.core.errors import MachineError, RunError
+from qdist.core.machine.cards import rates_of
+from qdist.core.machine.cluster import Cluster
+from qdist.core.telemetry.events import State
+from qdist.core.telemetry.heartbeat import Pulse
+from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.snapshot import Reading, Snapshot
+from qdist.core.text import resuming
+from qdist.host.machine.probe import ranks_per_gpu
+from qdist.host.machine.readings import Readings
+from qdist.host.opening import readable
+from qdist.host.run.follow import Follower
+from qdist.host.run.rundir import PLAN, RunDir
+from qdist.host.run.state import state_of
+from qdist.host.run.watchdog import SILENT_S, environment_of, read_pulses, troubles
+
+_STILL_S, _STILL_STEPS = 30.0, 5
+"""A rank that is alive may stand still for so long, and for as many steps' time."""
+_LOG_BYTES = 1 << 16
+
+
+class Look:
+    """Follows one run. fold: one that others fill, such as the launcher; by default its own."""
+
+    def __init__(self, run: RunDir, *, fold: Fold | None = None) -> None:
+        self.run, self.plan = run, run.plan()
+        self._planned = _written(run)
+        self._fold = fold or Fold(total_steps=self.plan.steps)
+        self._follower = None if fold else Follower(run.path)
+        self._machine = run.machine()
+        self._readings: Readings | None = None
+        self._shown: str | None = None
+
+    def snapshot(self, *, log_rank: int | None = None, log_lines: int = 200) -> Snapshot:
+        """The run now. log_rank: whose log to read, if any. Raises RunError for events that are none."""
+        if (written := _written(self.run)) != self._planned:  # a resumed run may lie on other GPUs
+            self.plan, self._planned, self._machine = self.run.plan(), written, self.run.machine()
+        if self._follower:
+            self._follower.fold_into(self._fold)
+        now, state = time.time(), state_of(self.run)
+        pulses = {
+            rank: pulse
+            for rank, pulse in read_pulses(self.run).items()
+            # Beats from before the plan are of an earlier launch.
+            if rank < self.plan.world_size and pulse.time >= self._planned / 1e9
+        }
+        message, attempt = _ending(self.run, state)
+        return Snapshot(
+            name=self.run.path.name or str(self.run.path),
+            plan=self.plan,
+            fold=self._fold,
+            state=state,
+            now=now,
+            pulses=pulses,
+            troubles=self._troubles(pulses, now) if state == "running" else (),
+            message=message,
+            try_=attempt,
+            stopping=state == "running" and self.run.stop_requested(),
+            cards=self._cards(pulses) if state == "running" else {},
+            card_bytes=tuple(gpu.total_bytes for gpu in self._machine.gpus) if self._machine else (),
+            matmul_flops_s=_matmul_flops_s(self._machine),
+            log_rank=log_rank or 0,
+            log=() if log_rank is None else last_lines(self.run, log_rank, log_lines),
+        )
+
+    def _troubles(self, pulses: Mapping[int, Pulse], now: float) -> tuple[str, ...]:
+        found = troubles(pulses, now=now, after_s=SILENT_S)
+        recent = self._fold.columns.seconds[-10:]
+        still_s = max(_STILL_S, _STILL_STEPS * median(recent)) if recent else _STILL_S
+        silent = [one for one in found if one.silent]
+        # Those that wait for a silent rank are no news.
+        return tuple(map(str, silent or [one for one in found if one.seconds >= still_s][:1]))
+
+    def _cards(self, pulses: Mapping[int, Pulse]) -> dict[int, tuple[Reading, ...]]:
+        """Of the ranks whose GPUs are those of this machine."""
+        here = {rank: pulse for rank, pulse in pulses.items() if pulse.host == socket.gethostname()}
+        if self.plan.device != "cuda" or not here:
+            return {}
+        environment = _environment(here.values())
+        try:
+            if self._readings is None or self._shown != environment.get("CUDA_VISIBLE_DEVICES"):
+                self._readings = Readings(environment=environment)
+                self._shown = environment.get("CUDA_VISIBLE_DEVICES")
+            share = ranks_per_gpu(environment)
+        except MachineError:
+            return {}  # a run is watched all the same
+        read = self._readings.read()
+        found = {}
+        for rank in self.plan.ranks:
+            positions = [gpu // share for gpu in rank.gpus]
+            if rank.rank in here and all(position < len(read) for position in positions):
+                found[rank.rank] = tuple(read[position] for position in positions)
+        return found
+
+
+def _environment(pulses: Iterable[Pulse]) -> Mapping[str, str]:
+    """Of the ranks, which need not see the GPUs that this process sees; its own where theirs cannot be asked."""
+    return next(filter(None, map(environment_of, pulses)), os.environ)
+
+
+def last_lines(run: RunDir, rank: int, count: int) -> tuple[str, ...]:
+    """The last lines of a rank's log; empty where it has none yet."""
+    path = run.log_file(rank)
+    if not path.is_file():
+        return ()
+    with readable(path, RunError), open(path, "rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - _LOG_BYTES))
+        return tuple(file.read().decode(errors="replace").splitlines()[-count:])
+
+
+def _matmul_flops_s(machine: Cluster | None) -> float | None:
+    if machine is None or machine.device == "cpu":
+        return None
+    if machine.rates:
+        return machine.rates.matmul_flops_s
+    known = [rates.matmul_flops_s for gpu in machine.gpus if (rates := rates_of(gpu.name))]
+    return min(known, default=None)
+
+
+def _ending(run: RunDir, state: State) -> tuple[str, str]:
+    """(what ended a run before its last step, what to try); empty for one that has not ended so."""
+    resume = resuming(run.path)
+    if state == "killed":
+        return "its launcher ended without a word", resume
+    ended = run.ended() if state in ("failed", "stopped") else None
+    return (ended.message, ended.try_ or resume) if ended else ("", "")
+
+
+def _written(run: RunDir) -> int:
+    try:
+        return os.stat(run.path / PLAN).st_mtime_ns
+    except FileNotFoundError:
+        raise RunError(f"{run.path} is not a run: it has no {PLAN}") from None

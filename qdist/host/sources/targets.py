@@ -1,0 +1,176 @@
+"""What can be opened by a name, and which step a run's adapter is of? Told from small files, before torch is loaded."""
+
+from pathlib import Path
+
+import msgspec
+
+from qdist.core.errors import ModelError, RunError, SpecError
+from qdist.core.model.aliases import same_shape
+from qdist.core.model.shapes import require_library_class
+from qdist.core.text import command, parse_bytes, resuming
+from qdist.host.files import cache_path
+from qdist.host.machine import probe
+from qdist.host.opening import require_file, told
+from qdist.host.run.rundir import RunDir
+from qdist.host.run.state import state_of
+from qdist.host.sources.gguf_header import parts_of
+from qdist.host.sources.models import ADAPTER_FOLDER, Located, locate, nearest_model, opening
+
+
+def check_target(name: str) -> None:
+    """Refuse what `generate` and `chat` cannot open: they take a run with an adapter, or a model.
+
+    Raises RunError or ModelError, with what is nearest.
+    """
+    run, folder = RunDir(name), Path(name).expanduser()
+    if run.exists():
+        require_base(run)
+        require_adapter(run)
+    elif folder.is_dir() and not (folder / "config.json").is_file():
+        raise _no_target(folder)
+    elif not folder.exists() and (near := nearest_model(name)) and RunDir(near).exists():
+        raise RunError(f"{name} is neither a run nor a model", try_=near)
+    else:
+        check_model(name)
+
+
+def _no_target(folder: Path) -> RunError:
+    if (folder / ADAPTER_FOLDER).is_file() and RunDir(folder.parent).exists():
+        return RunError(f"{folder} is the adapter of a run", try_=f"the run: {folder.parent}")
+    inside = " or ".join(str(path) for path, _ in zip(opening(folder), range(5), strict=False))
+    return RunError(
+        f"{folder} is neither a run nor a model: it has no plan.json and no config.json",
+        try_=inside or "a run, a folder with config.json, a .gguf file, an alias or a hub id",
+    )
+
+
+def check_model(name: str) -> Located:
+    """Where a model is that can be opened, not only planned for.
+
+    Raises ModelError for one that is not there, that only its own code computes, or whose GGUF file is split.
+    """
+    located = locate(name)
+    require_readable(located, name=name)
+    return located
+
+
+def require_readable(located: Located, *, name: str) -> None:
+    """Raise ModelError for a model that was found and cannot be opened."""
+    config = located.config
+    if located.kind == "hub" and config is None and (same := same_shape(located.path)):
+        config = same.config
+    require_library_class(config or {}, name=name)
+    if located.kind == "gguf" and len(parts := parts_of(Path(located.path))) > 1:
+        raise ModelError(
+            f"{name} is split into {len(parts)} files, which transformers does not read",
+            try_="llama-gguf-split --merge of llama.cpp, which makes one file of them",
+        )
+
+
+def memory_cap(amount: str | None) -> tuple[str, ...]:
+    """Flags, of the process that opens a model, for what it may put on each GPU. amount: such as '20GiB', or None.
+
+    Raises SpecError for what is no amount, and where there is no GPU.
+    """
+    if amount is None:
+        return ()
+    wanted = parse_bytes(amount, "max_memory")
+    if probe.cluster().device == "cpu":
+        raise SpecError("--max-memory caps GPUs, and this machine has none", try_="leave it out")
+    return ("--max-memory-bytes", str(wanted))
+
+
+def require_checkpoint(run: RunDir) -> None:
+    """Raise RunError where there is nothing to gather an adapter from yet."""
+    if not run.checkpoint_steps():
+        raise RunError(f"{run.path} has no whole checkpoint yet", try_=_for_a_checkpoint(run))
+
+
+def require_base(run: RunDir) -> None:
+    """Raise RunError where the user's model that a run was trained on is gone, and so is what was packed from it.
+
+    What is missing from a cache is made or fetched again.
+    """
+    plan = run.plan()
+    path, packed = Path(plan.source.path), plan.source.packed
+    there = path.is_dir() or (packed and Path(packed).is_dir())
+    if plan.source.kind == "dummy" or there or path.is_relative_to(cache_path()) or "snapshots" in path.parts:
+        return
+    raise RunError(
+        f"the model that {run.path} was trained on is no longer at {plan.source.path}", try_="put it back there"
+    )
+
+
+def require_adapter(run: RunDir) -> None:
+    """Raise RunError where a run has no adapter yet: it is not at its end."""
+    if not run.adapter.is_dir():
+        there = bool(run.checkpoint_steps())
+        raise RunError(
+            f"{run.path} has no adapter yet" + ", and no whole checkpoint" * (not there),
+            try_=command("gather", run.path) if there else _for_a_checkpoint(run),
+        )
+
+
+def _for_a_checkpoint(run: RunDir) -> str:
+    return command("monitor", run.path) if state_of(run) == "running" else resuming(run.path)
+
+
+ADAPTER = "adapter_model.safetensors"
+_MOST_HEADER_BYTES = 100_000_000
+"""safetensors' own limit."""
+
+
+class _Header(msgspec.Struct):
+    """What is read of a header."""
+
+    metadata: dict[str, str] = msgspec.field(default_factory=dict, name="__metadata__")
+
+
+def step_metadata(step: int, steps: int, *, checkpoint: str = "") -> dict[str, str]:
+    """What an adapter's file says of itself beside its tensors, where PEFT does not look.
+
+    checkpoint: what it was asked for by, where that was not its step.
+    """
+    said = {"step": str(step), "steps": str(steps)}
+    return said | {"checkpoint": checkpoint} if checkpoint else said
+
+
+def adapter_step(run: RunDir) -> tuple[int, int] | None:
+    """(step, steps of the run) of the adapter that lies in a run; None where it does not say, or there is none."""
+    step = _metadata(run).get("step", "")
+    return (int(step), run.plan().steps) if step.isdecimal() else None
+
+
+def step_note(run: RunDir) -> str:
+    """'adapter of step 20 of 60 (checkpoint best)'; empty for that of the last step."""
+    found = adapter_step(run)
+    if found is None or found[0] == found[1]:
+        return ""
+    checkpoint = _metadata(run).get("checkpoint")
+    return f"adapter of step {found[0]} of {found[1]}" + (f" (checkpoint {checkpoint})" if checkpoint else "")
+
+
+def step_of(run: RunDir, which: str) -> int | None:
+    """The step that `last` or a number names; None for `best`. Raises RunError listing the steps there are."""
+    steps = run.checkpoint_steps()
+    if which == "best":
+        return None
+    if which == "last" and steps:
+        return steps[-1]
+    if not which.isdecimal() or int(which) not in steps:
+        raise RunError(
+            f"{run.path} has no checkpoint {which!r}",
+            try_=f"--checkpoint last, best or a step: {', '.join(map(str, steps))}",
+        )
+    return int(which)
+
+
+def _metadata(run: RunDir) -> dict[str, str]:
+    path = run.adapter / ADAPTER
+    try:
+        require_file(path, RunError)
+        with told(str(path), RunError), open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            return msgspec.json.decode(file.read(min(length, _MOST_HEADER_BYTES)), type=_Header).metadata
+    except RunError:
+        return {}

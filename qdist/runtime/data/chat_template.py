@@ -1,0 +1,307 @@
+"""What a chat template makes of a conversation, within limits of time and memory, beside what the record said."""
+
+import resource
+import signal
+import sys
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from msgspec.structs import replace
+
+from qdist.core.data.conversation import Conversation, Role
+from qdist.core.errors import DataError, ModelError
+from qdist.core.text import format_bytes
+from qdist.host.opening import told
+
+T = TypeVar("T")
+
+MOST_S = 10.0
+MOST_BYTES = 1 << 30
+_KILLED_S = 30.0
+
+
+class TooLong(BaseException):
+    """A call took longer than `MOST_S`. No Exception, so that what it interrupts does not take it for its own."""
+
+
+def limited(call: Callable[[], T]) -> T:
+    """What a call gives. Raises TooLong, MemoryError, and what it raises itself.
+
+    Signals are the main thread's alone: in others there is the limit of memory, and that on Linux.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return _small(call)
+    _listen()
+    signal.setitimer(signal.ITIMER_VIRTUAL, MOST_S)
+    signal.setitimer(signal.ITIMER_PROF, _KILLED_S)
+    try:
+        return _small(call)
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+@cache
+def _listen() -> None:
+    """Once: to set a handler takes as long as to render a short conversation."""
+    signal.signal(signal.SIGVTALRM, _ring)
+
+
+def _ring(*_: object) -> None:
+    raise TooLong
+
+
+def _small(call: Callable[[], T]) -> T:
+    if sys.platform != "linux":
+        return call()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    most = _address_space(int(time.monotonic())) + MOST_BYTES
+    if limits[0] == resource.RLIM_INFINITY or most < limits[0]:
+        resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
+    try:
+        return call()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@lru_cache(maxsize=1)
+def _address_space(_second: int) -> int:
+    """Bytes that this process has mapped, looked up once a second."""
+    return int(Path("/proc/self/statm").read_bytes().split()[0]) * resource.getpagesize()
+
+
+_THOUGHT, _THOUGHT_END = "<think>", "</think>"
+_TOGETHER = "records, or a chat_template, that go together"
+_MOST_CHARACTERS = 1 << 26
+_STAND_IN = "qdist-stands-in"
+"""Written in place of an answer to see what a template puts around it."""
+
+
+class Answer(NamedTuple):
+    """A learned turn within a rendering; `start` and `end` are places in its text."""
+
+    start: int
+    """Of the first character that a model would write: behind the header, and behind `lead`."""
+    end: int
+    """Behind what ends the turn."""
+    lead: str
+    """What the template writes between the header and the text; empty where that is white space."""
+    mark: str
+    """What ends the turn; empty where that is white space, or nothing."""
+
+
+class Rendering(NamedTuple):
+    """A conversation, or what came before and with one of its answers, as the template writes it."""
+
+    text: str
+    answers: tuple[Answer, ...]
+
+
+class Rendered(NamedTuple):
+    """One rendering; several where the template writes earlier answers otherwise once later ones follow."""
+
+    parts: tuple[Rendering, ...]
+    left_out: frozenset[Role]
+    """Whose turns, of those that are not learned, the template does not show."""
+    thoughts: int = 0
+    """Answers whose reasoning the template leaves out; they are written as the record has them."""
+    doubled: int = 0
+    """Answers that ended with the end of the turn already; it is written once."""
+
+
+def require_template(tokenizer: Any) -> None:
+    """Raise ModelError for a tokenizer with chat templates of which none is the default."""
+    named = tokenizer.chat_template
+    if isinstance(named, dict) and "default" not in named:
+        raise ModelError(
+            f"the tokenizer has chat templates called {', '.join(sorted(named))}, and none called default",
+            try_="rename one of them to default in its tokenizer_config.json",
+        )
+
+
+def render(conversation: Conversation, tokenizer: Any) -> Rendered:
+    """The conversation through the chat template, and where each learned turn stands.
+
+    An answer begins behind the rendering of the turns before it with the header that asks for a reply, which is what
+    a model will be given, and ends where the template ends the turn. Its text must stand there, once.
+
+    Raises DataError when the template refuses the conversation, changes an answer or leaves out a part of it.
+    """
+    writer, turns = _Writer(conversation, tokenizer), conversation.turns
+    learned = [index for index, turn in enumerate(turns) if turn.learn]
+    own = [writer.answered(index) for index in learned]
+    bare = {index: _bare(turns[index].text, answer.mark) for index, (_, answer) in zip(learned, own, strict=True)}
+    again = {index: text for index, text in bare.items() if text != turns[index].text}
+    if again:
+        once = (
+            replace(turn, text=again[index], learn=bool(again[index].strip())) if index in again else turn
+            for index, turn in enumerate(turns)
+        )
+        return render(replace(conversation, turns=tuple(once)), tokenizer)._replace(doubled=len(again))
+    whole = own[-1][0] if turns[-1].learn else writer.through(len(turns) - 1)
+    shared = [_within(whole, text, answer) for text, answer in own]
+    if None not in shared:
+        parts: tuple[Rendering, ...] = (Rendering(whole, tuple(answer for answer in shared if answer)),)
+    else:
+        parts = tuple(Rendering(text, (answer,)) for text, answer in own)
+    context = [turn for turn in turns[: learned[-1] if learned else None] if not turn.learn]
+    left_out = frozenset(turn.role for turn in context if turn.said.strip() not in parts[-1].text)
+    return Rendered(parts, left_out, thoughts=writer.thoughts)
+
+
+def prompt_text(conversation: Conversation, tokenizer: Any) -> str:
+    """The conversation up to and with the header that asks for a reply. Raises DataError when the template refuses."""
+    return _Writer(conversation, tokenizer).before(len(conversation.turns))
+
+
+class _Writer:
+    """A conversation and the template that writes it."""
+
+    def __init__(self, conversation: Conversation, tokenizer: Any) -> None:
+        self._conversation, self._tokenizer = conversation, tokenizer
+        self._messages = [{"role": turn.role, "content": turn.said} for turn in conversation.turns]
+        self.thoughts = 0
+
+    def before(self, count: int) -> str:
+        """The first turns, and the header that asks for a reply."""
+        return self._written(self._messages[:count], reply=True)
+
+    def through(self, index: int) -> str:
+        """The turns up to one, and with it."""
+        return self._written(self._messages[: index + 1], reply=False)
+
+    def answered(self, index: int) -> tuple[str, Answer]:
+        """The turns up to a learned one, and where it stands."""
+        said, before, through = self._conversation.turns[index].text.strip(), self.before(index), self.through(index)
+        ahead, found, tail = through.removeprefix(before).partition(said)
+        if through.startswith(before) and found and said not in tail and not ahead.strip():
+            return through, _answer(through, before, "", tail)
+        written, tail = self._around(index)
+        own = through[len(written) : len(through) - len(tail)]
+        kept = through == written + own + tail and own.strip() == said
+        if kept and written.startswith(before):
+            return through, _answer(through, before, written.removeprefix(before), tail)
+        if kept and self._is_asked_alike(index, before, written):
+            # Such as Mistral's, which writes the system's message before the last question alone.
+            text = before + _white_end(written).removeprefix(_white_end(before)) + own + tail
+            return text, _answer(text, before, "", tail)
+        opened = before.rstrip().endswith(_THOUGHT)
+        spoken = said.rpartition(_THOUGHT_END)[2].strip()
+        if _THOUGHT_END in said and spoken in through and (opened or written.startswith(before)):
+            # Templates drop or rewrite what was thought.
+            text = before + (said.removeprefix(_THOUGHT).lstrip() if opened else said) + tail
+            self.thoughts += text != through
+            return text, _answer(text, before, "", tail)
+        raise self._changed(index, before, through, said)
+
+    def _around(self, index: int) -> tuple[str, str]:
+        """What the template writes before an answer and behind it, as far as that does not hang on what it says."""
+        stand_in = {**self._messages[index], "content": _STAND_IN}
+        text = self._written([*self._messages[:index], stand_in], reply=False)
+        if text.count(_STAND_IN) > 1:
+            raise DataError(
+                f"{self._conversation.where}: the tokenizer's chat template writes turn {index + 1} twice",
+                try_="a chat_template that writes each turn once",
+            )
+        written, _, tail = text.partition(_STAND_IN)
+        return written, tail
+
+    def _is_asked_alike(self, index: int, before: str, written: str) -> bool:
+        """Whether the question and the header behind it are the same, though something earlier is not."""
+        question = self._conversation.turns[index - 1].said.strip()
+        shared = _common(before.rstrip()[::-1], written.rstrip()[::-1])[::-1]
+        return bool(question) and question in shared
+
+    def _changed(self, index: int, before: str, through: str, said: str) -> DataError:
+        where, turn = self._conversation.where, f"turn {index + 1}"
+        header = _common(before, through)
+        region = through[len(header) :]
+        if said in region:
+            asked = before[len(header) :] or header
+            return DataError(
+                f"{where}: the tokenizer's chat template asks for {turn} by {asked[-40:]!r} and does not write that "
+                "before the answer itself, so a model would be asked in another way than it was trained",
+                try_="a chat_template that writes the same header with add_generation_prompt",
+            )
+        missing = _missing(said, region)
+        return DataError(
+            f"{where}: the tokenizer's chat template leaves out {len(missing):,} characters of {turn}, "
+            f"{missing[:20]!r}...",
+            try_="a chat_template that writes answers as they are",
+        )
+
+    def _written(self, messages: Sequence[dict[str, str]], *, reply: bool) -> str:
+        where, apply = self._conversation.where, self._tokenizer.apply_chat_template
+        call = partial(apply, list(messages), tokenize=False, add_generation_prompt=reply)
+        try:
+            with told(f"{where}: the tokenizer's chat template refuses it", DataError, try_=_TOGETHER):
+                rendered: str = limited(call)
+        except TooLong:
+            raise _endless(f"took longer than {MOST_S:g} s", where) from None
+        except DataError as error:
+            if isinstance(error.__cause__, MemoryError):
+                raise _endless(f"took more than {format_bytes(MOST_BYTES)} of memory", where) from None
+            raise
+        if len(rendered) > _MOST_CHARACTERS:
+            raise _endless(f"wrote {len(rendered):,} characters", where)
+        return rendered
+
+
+def _endless(what: str, where: str) -> ModelError:
+    """Not of the one record: with the next it would be the same."""
+    return ModelError(f"the tokenizer's chat template {what} on {where}", try_="another chat_template")
+
+
+def _within(whole: str, text: str, answer: Answer) -> Answer | None:
+    """An answer's place in the whole conversation; None where that does not write it in the same way.
+
+    What a template writes at the very end ('<|end|>\\n<|endoftext|>') stands behind the last answer alone.
+    """
+    first = next(iter(answer.mark.split()), "")
+    for own in (answer, answer._replace(end=answer.end - len(answer.mark) + len(first), mark=first)):
+        if whole[: own.end] == text[: own.end]:
+            return own
+    return None
+
+
+def _answer(text: str, before: str, lead: str, tail: str) -> Answer:
+    """The place of an answer.
+
+    White space behind the mark ('<|im_end|>\\n') opens the next turn and isn't learned; where nothing but white
+    space follows the text, that is the end of the turn.
+    """
+    start, mark = len(before) + (len(lead) if lead.strip() else 0), tail.strip()
+    if mark and before.rstrip().endswith(mark):
+        mark = mark.split()[0]  # the template asks for one more answer, whether it is told to or not
+    end = len(text) - len(tail) + tail.index(mark) + len(mark) if mark else len(text)
+    return Answer(start, end, lead if lead.strip() else "", mark)
+
+
+def _bare(text: str, mark: str) -> str:
+    """An answer without the end of the turn that it holds itself, all of it or its beginning."""
+    said = text.rstrip()
+    doubled = next((end for end in (mark, *mark.split()[:1]) if end and said.endswith(end)), "")
+    return said.removesuffix(doubled) if doubled else text
+
+
+def _missing(said: str, region: str) -> str:
+    """What of an answer is not there: all behind its longest beginning that is, or all before its longest end."""
+    lengths = range(1, len(said) + 1)
+    first = bisect_left(lengths, True, key=lambda length: said[:length] not in region)
+    last = bisect_left(lengths, True, key=lambda length: said[len(said) - length :] not in region)
+    return said[first:] if first >= last else said[: len(said) - last]
+
+
+def _common(one: str, other: str) -> str:
+    """What two texts begin with."""
+    shorter = min(one, other, key=len)
+    return shorter[: next((at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)]
+
+
+def _white_end(text: str) -> str:
+    return text[len(text.rstrip()) :]

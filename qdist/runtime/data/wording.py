@@ -1,0 +1,153 @@
+"""How records were worded, summed up over a pass; and prompts written in the same way."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from msgspec.structs import replace
+
+from qdist.core.data.conversation import HUMAN, Conversation, Style, Turn, Way, Wording, template_of
+from qdist.core.errors import DataError
+from qdist.core.text import counted
+from qdist.runtime.data.chat_template import prompt_text, require_template
+from qdist.runtime.data.encode import Encoded, End, opening, prompt_of_segments
+
+_MARKED, _NEXT = "qdist-one-answer", "qdist-next-question"
+
+
+class Told:
+    """What the records of a pass had in common, and what a user is to know of how they were written."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.unused: dict[str, None] = {}
+        self._formats, self._ways = Counter[str](), Counter[tuple[Way, str, bool]]()
+        self._answer_ends, self._leads = Counter[End](), Counter[str]()
+        self._left_out = Counter[str]()
+        self._thoughts = self._doubled = self._apart = 0
+
+    def add(self, conversation: Conversation, encoded: Encoded) -> None:
+        """Take note of a record that is used."""
+        self._formats[conversation.format] += 1
+        style: Way = "chat" if encoded.chat else conversation.style
+        self._ways[style, "\n" if encoded.chat else conversation.gap, conversation.verbatim] += 1
+        self._answer_ends.update(encoded.ends)
+        self._leads.update(encoded.leads)
+        self._left_out.update(encoded.left_out)
+        self._thoughts += encoded.thoughts
+        self._doubled += encoded.doubled
+        self._apart += len(encoded.samples) > 1
+
+    def summed_up(self, records: int) -> tuple[Wording, tuple[str, ...]]:
+        """The wording of most records, and notes."""
+        style, gap, raw = self._ways.most_common(1)[0][0]
+        heading = HUMAN if raw and style == "headings" else ""
+        ends, end_text = self._ends() if style == "chat" else ({self._tokenizer.eos_token_id}, heading)
+        wording = Wording(
+            format=", ".join(name for name, _ in self._formats.most_common()),
+            style=style,
+            gap=gap,
+            raw=raw,
+            lead=self._leads.most_common(1)[0][0] if self._leads else "",
+            ends=tuple(sorted(ends)),
+            end_text=end_text,
+        )
+        return wording, tuple(self._notes(wording, records))
+
+    def _ends(self) -> tuple[set[int], str]:
+        """Tokens that end answers, and the text that does where it is no single token."""
+        ends, text = {own.token for own in self._answer_ends if own.token is not None}, ""
+        for own, _ in self._answer_ends.most_common():
+            if own.token is None:
+                text = text or own.mark or self._next_header()
+        if self._is_unmarked():
+            ends.add(self._tokenizer.eos_token_id)
+        return ends, text
+
+    def _is_unmarked(self) -> bool:
+        """Whether answers end with white space alone."""
+        return any(not own.mark for own in self._answer_ends)
+
+    def _next_header(self) -> str:
+        """What the template writes between an answer and the next question, where white space ends the answer."""
+        turns = (Turn("user", "a", False), Turn("assistant", _MARKED, False), Turn("user", _NEXT, False))
+        try:
+            text = prompt_text(Conversation(turns=turns, where="the chat template"), self._tokenizer)
+        except DataError:
+            return ""
+        return text.partition(_MARKED)[2].partition(_NEXT)[0].strip()
+
+    def _notes(self, wording: Wording, records: int) -> Iterator[str]:
+        total = f"of {records:,} records"
+        if self.unused:
+            yield f"not used: {', '.join(self.unused)}"
+        if len(self._ways) > 1:
+            ways = ", ".join(
+                f"{count:,} {Wording(style=style, gap=gap, raw=raw)}" for (style, gap, raw), count in self._ways.items()
+            )
+            yield f"records are worded in several ways ({ways}); prompts will be in the first: {wording}"
+        yield from self._end_notes(wording)
+        for role, count in self._left_out.items():
+            yield f"the chat template leaves out turns of the {role}'s: in {count:,} {total}"
+        if self._thoughts:
+            yield (
+                f"the chat template leaves out the reasoning of {counted(self._thoughts, 'answer')}, which is learned "
+                "as the records have it"
+            )
+        if self._doubled:
+            yield f"{counted(self._doubled, 'answer')} held the end of the turn already: it is written once"
+        if self._apart:
+            yield (
+                f"{self._apart:,} {total} give a sample for each answer: earlier answers become other text or tokens "
+                "once later ones follow"
+            )
+        for lead, count in self._leads.items():
+            if lead:
+                yield f"{lead!r} stands before {counted(count, 'answer')}: it is given, not learned"
+
+    def _end_notes(self, wording: Wording) -> Iterator[str]:
+        own = self._tokenizer.eos_token
+        others = [self._tokenizer.convert_ids_to_tokens(end) for end in wording.ends]
+        if own not in others:
+            yield f"answers end with {', '.join(others) or repr(wording.end_text)}, the tokenizer's eos is {own}"
+        if self._is_unmarked():
+            yield f"the chat template writes nothing behind an answer: {own} is learned there"
+        if wording.end_text:
+            yield (
+                f"answers also end where {wording.end_text!r} follows, which is no single token: generation stops "
+                "there, other programs need it as a stop string"
+            )
+
+
+def usual_wording(tokenizer: Any) -> Wording:
+    """How a model that is no run of ours is prompted: by its chat template, or under headings where it has none."""
+    return Wording(style="chat" if tokenizer.chat_template else "headings")
+
+
+def encode_prompt(conversation: Conversation, tokenizer: Any, wording: Wording) -> list[int]:
+    """The tokens of a conversation that waits for a reply, worded as the model was trained.
+
+    Raises DataError where the chat template refuses it.
+    """
+    if wording.style == "chat" and not conversation.verbatim:
+        require_template(tokenizer)
+        text = prompt_text(conversation, tokenizer) + wording.lead
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+    return prompt_of_segments(worded(conversation, wording), tokenizer)
+
+
+def worded(conversation: Conversation, wording: Wording) -> Conversation:
+    """A conversation in the style of a wording; raw text stays as it is."""
+    style: Style = "headings" if wording.style == "chat" else wording.style
+    return replace(conversation, style=style, gap=wording.gap)
+
+
+def keep_wording(tokenizer: Any, wording: Wording) -> str:
+    """Give a tokenizer the chat template that writes what was trained on, where that was not its own; a note of it."""
+    if wording.style == "chat":
+        return ""
+    own = template_of(wording.style, wording.gap, opening=bool(opening(tokenizer)))
+    had = tokenizer.chat_template
+    tokenizer.chat_template = {**had, "default": own} if isinstance(had, dict) else own
+    return f"the chat template saved with the adapter writes {wording}, as the records do" if had else ""

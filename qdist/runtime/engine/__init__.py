@@ -1,0 +1,1 @@
+"""Gradients, optimizer steps and the objective."""

@@ -1,0 +1,115 @@
+"""The training objective: cross entropy summed over learned tokens, with logits for those alone, as was planned."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from qdist.runtime.data.batches import Samples
+
+IGNORED = -100
+
+
+def summed_loss(model: Any, batch: Mapping[str, torch.Tensor], *, fused: bool) -> torch.Tensor:
+    """Sum of the next-token cross entropy over labels other than -100, as a float32 scalar.
+
+    batch: input_ids and labels, int64 [batch, length] on the CPU, right-padded. Causal attention makes a mask
+    unnecessary: no real token attends to the padding behind it.
+    fused: use Liger's fused linear cross entropy (Hsu et al. 2024), which never holds all logits.
+    """
+    inputs = batch["input_ids"].to(model.device, non_blocking=True)
+    return loss_of(model, hidden_states(model, inputs), batch["labels"], fused=fused)
+
+
+def hidden_states(model: Any, inputs: torch.Tensor) -> torch.Tensor:
+    """What the decoder makes of token ids, int64 [batch, length], or of hidden states, [batch, length, hidden]."""
+    name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
+    hidden: torch.Tensor = model.get_decoder()(**{name: inputs}, use_cache=False)[0]
+    return hidden
+
+
+def loss_of(model: Any, hidden: torch.Tensor, labels: torch.Tensor, *, fused: bool) -> torch.Tensor:
+    """The summed loss, from hidden states behind the final norm and labels on the CPU, both [batch, length, ...]."""
+    head = model.get_output_embeddings()
+    device = next(head.parameters()).device  # of a model spread over GPUs, not always where the hidden states are
+    targets = labels[:, 1:].reshape(-1)
+    learned = (targets != IGNORED).nonzero().squeeze(1)
+    flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    picked = flat.index_select(0, learned.to(hidden.device, non_blocking=True)).to(device)
+    wanted = targets[learned].to(device, non_blocking=True)
+    # A sharded head brings the method itself, so that FSDP gathers its weights around it.
+    entropy = getattr(head, "cross_entropy", None) or partial(cross_entropy, head)
+    total: torch.Tensor = entropy(picked, wanted, fused=fused)
+    return total
+
+
+def cross_entropy(head: Any, hidden: torch.Tensor, wanted: torch.Tensor, *, fused: bool) -> torch.Tensor:
+    """Summed cross entropy of an output embedding on hidden states [tokens, hidden], where `wanted` is right."""
+    if fused:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        fused_loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+        total: torch.Tensor = fused_loss(head.weight, hidden.to(head.weight.dtype), wanted, head.bias)
+        return total
+    return functional.cross_entropy(head(hidden).float(), wanted, reduction="sum")
+
+
+CameTo = Callable[[int], None]
+"""Told the number of each micro-batch, from 1, before it is computed."""
+Evaluate = Callable[[list[list[int]], CameTo], tuple[float, int]]
+"""A rank's (summed loss, learned tokens) over micro-batches of sample indices."""
+
+
+def unseen(count: int) -> None:
+    """For an evaluation that nobody watches."""
+
+
+class Forward:
+    """Losses of a PEFT model. The adapter is float32; autocast brings it to the backbone's precision."""
+
+    def __init__(self, model: Any, samples: Samples, *, dtype: torch.dtype, fused: bool) -> None:
+        self.model, self.samples, self.dtype, self.fused = model, samples, dtype, fused
+        self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Cross entropy summed over the learned tokens of a micro-batch."""
+        with self._autocast():
+            return summed_loss(self._base, batch, fused=self.fused)
+
+    def part(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The decoder layers that are here: token ids, or the hidden states of the stage before, to hidden states."""
+        with self._autocast():
+            return hidden_states(self._base, inputs)
+
+    def loss_of(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The last stage's end: the summed loss of what `part` gave."""
+        with self._autocast():
+            return loss_of(self._base, hidden, labels, fused=self.fused)
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[list[int]], came_to: CameTo = unseen) -> tuple[float, int]:
+        """(summed loss, learned tokens) over micro-batches of sample indices, without dropout."""
+        losses = []
+        with self.without_dropout():
+            for count, indices in enumerate(batches, 1):
+                came_to(count)
+                losses.append(self.loss(self.samples.batch(indices)).double())
+        return float(sum(losses)), sum(map(self.samples.learned, batches))
+
+    @contextlib.contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """The model as it judges; then as it was."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self._base.device.type, dtype=self.dtype)

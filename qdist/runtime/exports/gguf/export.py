@@ -1,0 +1,192 @@
+"""A run's merged model as a GGUF file, read back and compared tensor by tensor."""
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+
+from qdist.core.errors import ModelError, RunError
+from qdist.core.planning.plan import Plan
+from qdist.core.text import format_bytes
+from qdist.host.files import require_space, sync
+from qdist.host.opening import told
+from qdist.host.terminal import say
+from qdist.runtime.exports.backbone import Backbone
+from qdist.runtime.exports.gguf.blocks import Affine, Kind, Make, Stored, Type, dense, made, rows_of
+from qdist.runtime.exports.gguf.file import file_bytes, write_gguf
+from qdist.runtime.exports.gguf.metadata import rope_of
+from qdist.runtime.exports.gguf.tensors import facts_of, stored_tensors
+from qdist.runtime.exports.job import Export
+from qdist.runtime.exports.merged_16bit import Merged
+from qdist.runtime.exports.update import Adapters
+from qdist.runtime.formats.work_folder import reserved
+from qdist.runtime.kernels.gptq_bits import unpack, unpack_zeros
+from qdist.runtime.model.packed_gptq import PackedGptq
+
+_U, _T, _FLOAT = 2.0**-11, 2.0**-25, 2.0**-24
+_ARITHMETIC = 1e-6
+"""What float32 itself adds, relative to M or a bound, when weights are computed for the comparison."""
+
+
+def check_gguf(
+    out: Path, tensors: Mapping[str, tuple[tuple[int, ...], Make]], *, config: Mapping[str, Any], kind: Kind
+) -> float:
+    """The largest error of any weight, relative to the largest magnitude in its tensor.
+
+    Arguments as `write_gguf` was given them. The file is mapped, and each tensor is made once more.
+    Raises ModelError where a tensor is missing, of another shape or type, or further off than its type rounds to.
+    """
+    facts, rope = facts_of(config, name=out.name), rope_of(config, name=out.name)
+    stored = stored_tensors(tensors, facts, rope, kind)
+    with told(f"{out} is no whole GGUF file", ModelError, try_="export it again"):
+        found = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
+    odd = sorted(found.keys() ^ {tensor.name for tensor in stored})
+    if odd:
+        raise ModelError(f"{out} and the model differ in {odd[0]}", try_="export it again")
+    return max((_error(tensor, found[tensor.name], out) for tensor in stored), default=0.0)
+
+
+def _error(tensor: Stored, found: Any, out: Path) -> float:
+    """The largest error of a tensor, relative to its largest magnitude."""
+    if found.tensor_type != tensor.type or tuple(reversed(found.shape.tolist())) != tensor.shape:
+        shape = list(reversed(found.shape.tolist()))
+        raise ModelError(
+            f"{out} has {tensor.name} as {found.tensor_type.name} {shape}, not {tensor.type.name} {list(tensor.shape)}",
+            try_="export it again",
+        )
+    value = made(tensor)
+    furthest = largest = 0.0
+    for rows in rows_of(tensor, value):
+        read = torch.from_numpy(gguf.quants.dequantize(found.data[rows.start : rows.stop], found.tensor_type).copy())
+        asked = dense(rows.part) if isinstance(rows.part, Affine) else rows.part.to(torch.float32)
+        largest = max(largest, float(asked.abs().max()))
+        difference = float((read - asked).abs().max())
+        if difference != difference:
+            raise ModelError(f"{out} has numbers in {tensor.name} that are not finite", try_="export it again")
+        furthest = max(furthest, difference)
+    _require_within(tensor, furthest, _bound(tensor, value, largest), largest, out)
+    return furthest / largest if largest else 0.0
+
+
+def _require_within(tensor: Stored, furthest: float, bound: float, largest: float, out: Path) -> None:
+    allowed = bound * (1 + 1e-5) + _ARITHMETIC * largest
+    if furthest > allowed:
+        raise ModelError(
+            f"{out} has {tensor.source} off by {furthest:.3g}, and {tensor.type.name} rounds by {allowed:.3g} at most",
+            try_="export it again",
+        )
+
+
+def _bound(tensor: Stored, value: torch.Tensor | Affine, largest: float) -> float:
+    """How far any weight may be off: see the head of this file."""
+    if tensor.type == Type.F32:
+        return _FLOAT * largest
+    if tensor.type == Type.F16:
+        return _U * largest + _T
+    if tensor.type == Type.Q8_0:
+        return largest / 254 + _U * largest + 127 * _T
+    assert isinstance(value, Affine)
+    return 15 * _rounding(value.scales) + _rounding(value.minimums)
+
+
+def _rounding(numbers: torch.Tensor) -> float:
+    """What fp16 changes of them, the most."""
+    return float((numbers.to(torch.float16).to(torch.float32) - numbers.to(torch.float32)).abs().max())
+
+
+def run(job: Export) -> None:
+    """Write the file, read it back, and say how far it is from the merged model. Killed, it is begun anew."""
+    adapters = job.adapters
+    plan = adapters.plan
+    reason = _why_not_q4_1(plan, adapters)
+    kind = job.type or ("f16" if reason else "q4_1")
+    if kind == "q4_1" and reason:
+        raise RunError(f"{adapters.runs[0].path} cannot be Q4_1: {reason}", try_="--type q8_0, or f16")
+    model = _Model(Backbone(plan, onto=job.onto), adapters, kind)
+    tensors = dict(model.tensors())
+    config = model.backbone.model.config.to_dict() | {"vocab_size": plan.source.vocab_rows or plan.facts.vocab}
+    tokenizer = Path(plan.source.tokenizer) if plan.source.tokenizer else None
+    unchecked = job.out.with_name(f".{job.out.stem}.unchecked.gguf")
+    with reserved(job.out):
+        needed = file_bytes(tensors, config=config, name=plan.spec.model, kind=kind)
+        require_space(job.out.parent, needed, purpose=f"writing {job.out.name}")
+        try:
+            report = write_gguf(
+                unchecked, tensors, config=config, tokenizer=tokenizer, name=plan.spec.model, kind=kind, ends=plan.ends
+            )
+            furthest = check_gguf(unchecked, tensors, config=config, kind=kind)
+            os.replace(unchecked, job.out)
+        finally:
+            unchecked.unlink(missing_ok=True)
+        sync(job.out.parent)
+    kinds = ", ".join(f"{count} {name}" for name, count in report.tensors.items())
+    say(f"{job.out}: {format_bytes(report.bytes)}, tensors {kinds}")
+    say(f"read back: no weight is further than {furthest:.1e} of its tensor's largest from the merged model")
+    if model.lost:
+        say(f"minimums in float16 take {model.lost:.1%} of the adapter")
+    for note in (*([f"not Q4_1: {reason}"] if reason and not job.type else []), *report.notes):
+        say(f"note  {note}")
+
+
+def _why_not_q4_1(plan: Plan, adapters: Adapters) -> str:
+    """Why the merged weights are no scale x integer + minimum in blocks of 32; empty where they are."""
+    gptq = plan.source.gptq
+    if gptq is None:
+        return f"{plan.spec.method} has no integer weights; Q4_1 would round them once more"
+    widths = {gptq.shape.bits, *(e.shape.bits if e.shape else 16 for e in gptq.overrides)}
+    sizes = gptq.group_sizes
+    if max(widths) > 4:
+        return f"its weights have up to {max(widths)} bits"
+    if any(size % 32 for size in sizes):
+        return f"its groups are of {', '.join(map(str, sorted(sizes)))} inputs, and blocks of 32 must lie in one each"
+    if adapters.pool == 1:
+        return "its adapter is plain LoRA, which changes each weight by itself; --method qa-lora changes groups"
+    return ""
+
+
+class _Model:
+    """The merged model's tensors, made when their turn comes."""
+
+    def __init__(self, backbone: Backbone, adapters: Adapters, kind: Kind) -> None:
+        self.backbone, self._adapters, self._kind = backbone, adapters, kind
+        self._merged = Merged(backbone, adapters, torch.float32)
+        self._rounded: dict[str, tuple[float, float]] = {}
+
+    @property
+    def lost(self) -> float:
+        """What float16 minimums take of the update, norm by norm, over the linears that were made."""
+        missing, total = (sum(sums) for sums in zip(*self._rounded.values(), strict=True)) if self._rounded else (0, 0)
+        return math.sqrt(missing / total) if total else 0.0
+
+    def tensors(self) -> Iterator[tuple[str, tuple[tuple[int, ...], Make]]]:
+        """Every weight, under transformers' names."""
+        for weight in self.backbone.weights():
+            module = self.backbone.model.get_submodule(weight.name.rpartition(".")[0])
+            affine = self._kind == "q4_1" and isinstance(module, PackedGptq) and weight.name.endswith(".weight")
+            yield weight.name, (weight.shape, partial(self._affine if affine else self._plain, weight.name))
+
+    def _plain(self, name: str) -> torch.Tensor:
+        return self._merged.read(name).cpu()
+
+    def _affine(self, name: str) -> Affine:
+        """scale x (value - zero) + what the adapter adds to the group."""
+        path = name.removesuffix(".weight")
+        linear, update = self.backbone.linear(path), self._adapters.of(path)
+        shape = linear.shape
+        scales = linear.scales.detach().float()
+        minimums = -scales * unpack_zeros(linear.qzeros.detach(), shape.bits, linear.offset).float()
+        if linear.shift is not None:
+            before = linear.weight_offset.detach().float() * linear.shift.scale
+            minimums += before.repeat_interleave(linear.shift.group_size // shape.group_size, dim=0)
+        if update is not None:
+            added = update.pooled(shape.group_size).to(minimums.device)
+            minimums += added
+            off = (minimums.half().float() - minimums).double()
+            self._rounded[path] = float(off.square().sum()), float(added.double().square().sum())
+        values = unpack(linear.weight.detach(), shape.bits).t()
+        return Affine(values.cpu(), scales.cpu(), minimums.cpu(), shape.group_size)

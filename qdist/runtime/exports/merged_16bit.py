@@ -1,0 +1,179 @@
+"""Writes runs' merged 16-bit model: the frozen weights plus what adapters add, rounded once, a file a decoder layer."""
+
+import hashlib
+import json
+import time
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qdist.core.errors import ModelError
+from qdist.core.text import counted, format_bytes, format_duration
+from qdist.host.files import require_space
+from qdist.host.terminal import say
+from qdist.runtime.exports.backbone import Backbone, Onto, Weight
+from qdist.runtime.exports.job import Export
+from qdist.runtime.exports.model_files import write_model_files
+from qdist.runtime.exports.update import Adapters, Update
+from qdist.runtime.formats.packed_folder import Entry, Written, file_name, finished, write_index, write_tensors
+from qdist.runtime.formats.recorded_sums import keep_sums
+from qdist.runtime.formats.work_folder import filled, reserved
+
+_ROWS = 1024
+"""Of a matrix that are in float32 at a time."""
+
+
+class Merged:
+    """The weights of a backbone with adapters merged into it, computed when they are asked for."""
+
+    def __init__(self, backbone: Backbone, adapters: Adapters, dtype: torch.dtype) -> None:
+        """dtype: bfloat16 or float16."""
+        self.backbone, self.adapters, self.dtype = backbone, adapters, dtype
+
+    def weights(self) -> tuple[Weight, ...]:
+        """All of them; a tied table is there once."""
+        return self.backbone.weights()
+
+    def read(self, name: str) -> torch.Tensor:
+        """A weight, rounded to `dtype`. Raises ModelError where it holds no such number."""
+        path, _, leaf = name.rpartition(".")
+        update = self.adapters.of(path) if leaf == "weight" and path in self.adapters.paths else None
+        frozen = self.backbone.read(name)
+        merged = torch.empty(frozen.shape, dtype=self.dtype, device=frozen.device)
+        for first in range(0, len(frozen), _ROWS):
+            rows = frozen[first : first + _ROWS].float()
+            if update is not None:
+                rows = rows + _rows(update, first, rows.device)
+            _require_range(rows, name, self.dtype)
+            merged[first : first + _ROWS] = rows
+        trained = self.adapters.rows(path) if leaf == "weight" else None
+        if trained is not None:
+            _require_range(trained, name, self.dtype)
+            merged[list(self.backbone.source.new_token_ids)] = trained.to(merged.device, self.dtype)
+        return merged
+
+    def of(self, path: str, module: nn.Module) -> Mapping[str, torch.Tensor]:
+        """As other sources of weights have it, for `skeleton.fill`."""
+        return _OfModule(self, path, [name for name, _ in module.named_parameters(recurse=False)])
+
+    def check(self) -> None:
+        """Each weight is held against what was written as it is read."""
+        self.backbone.check()
+
+
+class _OfModule(Mapping[str, torch.Tensor]):
+    """The tensors of one module by their names in it, computed on use."""
+
+    def __init__(self, merged: Merged, path: str, names: list[str]) -> None:
+        self._merged, self._path, self._names = merged, path, names
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._merged.read(f"{self._path}.{name}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _rows(update: Update, first: int, device: torch.device) -> torch.Tensor:
+    """What is added to `_ROWS` rows, float32."""
+    terms = [
+        term._replace(up=term.up[first : first + _ROWS].to(device), down=term.down.to(device)) for term in update.terms
+    ]
+    return Update(tuple(terms)).dense()
+
+
+def _require_range(values: torch.Tensor, name: str, dtype: torch.dtype) -> None:
+    """Refuse what would be infinite once rounded."""
+    if dtype != torch.float16:
+        return  # bfloat16 holds what float32 holds
+    low, high = (float(end) for end in values.aminmax())
+    largest = torch.finfo(dtype).max
+    if max(-low, high) > largest:
+        raise ModelError(
+            f"{name} reaches {max(-low, high):.3g} once merged; float16 ends at {largest:,.0f}", try_="--dtype bfloat16"
+        )
+
+
+_VERSION = 1
+"""Raise it whenever the same runs would become other bytes."""
+_BESIDE_BYTES = 32 << 20
+"""Of tokenizer, index and configurations, at most."""
+_TELL_S = 10.0
+"""How often writing says how far it is."""
+
+
+def run(job: Export) -> None:
+    """Write the model, and say what it is."""
+    began = time.monotonic()
+    size = write(job.adapters, job.out, onto=job.onto, dtype=job.torch_dtype)
+    took = format_duration(time.monotonic() - began)
+    what = f"{counted(len(job.runs), 'adapter')} merged onto the {job.onto} backbone, {job.dtype}"
+    say(f"{job.out}: {what}, {format_bytes(size)}, {took}")
+
+
+def write(adapters: Adapters, out: Path, *, onto: Onto, dtype: torch.dtype) -> int:
+    """The sum W + factor B A is taken in float32 and rounded once. Gives the bytes of all tensors.
+
+    out: must be empty or absent. dtype: bfloat16 or float16.
+    Raises RunError where `out` is there, or the original is not to be had; ModelError for a weight that float16 does
+    not hold; PlanError when the disk is too small.
+    """
+    with reserved(out):
+        merged = Merged(Backbone(adapters.plan, onto=onto), adapters, dtype)
+        files = _files(merged)
+        with filled(out, _identity(merged, onto)) as work:
+            written = {name: there for name in files if (there := finished(work, name))}
+            missing = sum(entry.bytes for name in files if name not in written for entry in files[name])
+            require_space(out.parent, missing + _BESIDE_BYTES, purpose=f"writing {out.name}")
+            _write(work, files, written)
+            backbone = merged.backbone
+            write_model_files(work, backbone.model, backbone.plan, dtype)
+            keep_sums(work, written.values())
+            write_index(work, written)
+    return sum(part.tensor_bytes for part in written.values())
+
+
+def _files(merged: Merged) -> dict[str, list[Entry]]:
+    """What is in each file; nothing is computed yet."""
+    layers = merged.backbone.layers
+    files: dict[str, list[Entry]] = {file_name(position, layers): [] for position in range(layers + 1)}
+    for weight in merged.weights():
+        entry = Entry(weight.name, merged.dtype, weight.shape, partial(merged.read, weight.name))
+        files[file_name(weight.position, layers)].append(entry)
+    return files
+
+
+def _identity(merged: Merged, onto: Onto) -> str:
+    """SHA-256 of what decides the bytes: adapters and their weights, the backbone, and to what they are merged."""
+    contents = [_VERSION, merged.adapters.stamp, onto, str(merged.dtype), merged.backbone.identity()]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+
+def _write(work: Path, files: dict[str, list[Entry]], written: dict[str, Written]) -> None:
+    """The files that are not there yet, added to `written`."""
+    progress = _Progress(files, written)
+    for name, entries in files.items():
+        if name not in written:
+            written[name] = write_tensors(work, name, entries)
+            progress.done(written)
+
+
+class _Progress:
+    """Says on stderr how far a long export is."""
+
+    def __init__(self, files: dict[str, list[Entry]], written: Collection[str]) -> None:
+        self._files, self._told = files, time.monotonic()
+        if written:
+            say(f"{len(written)} of {len(files)} files are there already", err=True)
+
+    def done(self, written: dict[str, Written]) -> None:
+        if time.monotonic() - self._told > _TELL_S:
+            self._told = time.monotonic()
+            size = format_bytes(sum(part.tensor_bytes for part in written.values()))
+            say(f"  {len(written)} of {len(self._files)} files, {size}", err=True)

@@ -1,0 +1,120 @@
+"""QA-LoRA adapters as an ordinary LoRA adapter over the same base: each column of A once for every input of its group.
+
+B A pool(x) = B A' x where A' repeats the columns of A; the sum of several adapters is one of their ranks together. So
+PEFT and vLLM compute what the run computed, without knowing of groups.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qdist.core.errors import RunError
+from qdist.core.text import counted, format_bytes
+from qdist.host.files import require_space
+from qdist.host.sources.targets import ADAPTER
+from qdist.host.terminal import say
+from qdist.runtime.data.tokenizer import copy_beside
+from qdist.runtime.exports.job import Export
+from qdist.runtime.exports.update import PREFIX, Adapters
+from qdist.runtime.formats.packed_folder import Entry, write_tensors
+from qdist.runtime.formats.recorded_sums import ADAPTER_CONFIG
+from qdist.runtime.formats.work_folder import built
+from qdist.runtime.quantize.pack import goes_along
+
+_VERSION = 1
+"""Raise it whenever the same runs would become other bytes."""
+
+
+def run(job: Export) -> None:
+    """Write the adapter, and say what it is."""
+    adapters = job.adapters
+    rank, plan = widen(adapters, job.out), adapters.plan
+    size = format_bytes((job.out / ADAPTER).stat().st_size)
+    readers = "PEFT" if plan.source.new_token_ids else "PEFT and vLLM"
+    say(f"{job.out}: LoRA r={rank}, {size}, for {readers} over {plan.source.path or plan.spec.model}")
+
+
+def widen(adapters: Adapters, out: Path) -> int:
+    """Write the adapter folder `out`, which must not be there. Returns its rank.
+
+    Factors go into A, so that alpha equals r: PEFT's `alpha_pattern`, which vLLM does not read, is not needed.
+    Raises RunError where there is nothing to widen or to add up.
+    """
+    if len(adapters.runs) == 1 and adapters.pool == 1:
+        raise RunError(_has_it_already(adapters), try_=f"{adapters.runs[0].adapter} as it is")
+    gptq = adapters.plan.source.gptq
+    if gptq is not None and gptq.offset is not None:
+        raise RunError(
+            f"{adapters.plan.source.path} has an adapter merged into it, and no other program opens it: an adapter "
+            "over it would be of no use there",
+            try_="--to 16bit, or gguf",
+        )
+    rank = sum(int(config["r"]) for config in adapters.configs)
+    with built(out, f"lora {_VERSION} {adapters.stamp}") as work:
+        entries = [*_matrices(adapters, rank), *_rows(adapters)]
+        require_space(out.parent, sum(entry.bytes for entry in entries), purpose="the adapter")
+        write_tensors(work, ADAPTER, entries)
+        (work / ADAPTER_CONFIG).write_text(json.dumps(_config(adapters, rank), indent=2) + "\n")
+        for path in sorted(adapters.runs[0].adapter.iterdir()):
+            if goes_along(path) and path.name != ADAPTER_CONFIG:
+                copy_beside(path, work)
+    return rank
+
+
+def _has_it_already(adapters: Adapters) -> str:
+    rows = len(adapters.plan.source.new_token_ids)
+    if not rows:
+        return f"{adapters.runs[0].path} has plain LoRA already"
+    return (
+        f"{adapters.runs[0].path} has LoRA and {counted(rows, 'trained row')} of the vocabulary already; PEFT reads "
+        "the rows, vLLM does not"
+    )
+
+
+def _matrices(adapters: Adapters, rank: int) -> list[Entry]:
+    entries = []
+    for path in sorted(adapters.paths):
+        update = adapters.of(path)
+        assert update is not None
+        outputs, first = update.terms[0].up.shape[0], update.terms[0]
+        shapes = {"A": (rank, first.down.shape[1] * first.pool), "B": (outputs, rank)}
+        entries += [
+            Entry(
+                f"{PREFIX}{path}.lora_{side}.weight", torch.float32, shape, partial(_side, adapters, path, side, rank)
+            )
+            for side, shape in shapes.items()
+        ]
+    return entries
+
+
+def _side(adapters: Adapters, path: str, side: str, rank: int) -> torch.Tensor:
+    """A [r, in] or B [out, r] of all adapters together; zeros for one that does not change this linear."""
+    update = adapters.of(path)
+    assert update is not None
+    if side == "A":
+        parts = [term.factor * term.down.repeat_interleave(term.pool, dim=1) for term in update.terms]
+        joined = torch.cat(parts)
+        return torch.nn.functional.pad(joined, (0, 0, 0, rank - joined.shape[0]))
+    joined = torch.cat([term.up for term in update.terms], dim=1)
+    return torch.nn.functional.pad(joined, (0, rank - joined.shape[1]))
+
+
+def _rows(adapters: Adapters) -> list[Entry]:
+    """Trained rows of new tokens, as they are."""
+    return [entry for entry in adapters.entries(0) if ".lora_" not in entry.name]
+
+
+def _config(adapters: Adapters, rank: int) -> dict[str, Any]:
+    targets = sorted({name for config in adapters.configs for name in config["target_modules"]})
+    return {
+        **adapters.configs[0],
+        "r": rank,
+        "lora_alpha": rank,
+        "alpha_pattern": {},
+        "use_qalora": False,
+        "qalora_group_size": 16,
+        "target_modules": targets,
+    }

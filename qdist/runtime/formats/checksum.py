@@ -1,0 +1,233 @@
+"""Checksums of bytes that lie in slices on several ranks, and whether the bytes read of a tensor are those written."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from qdist.core.errors import ModelError
+from qdist.core.text import quoted
+from qdist.host.files import cache_path
+from qdist.runtime.kernels import sums
+
+MODULUS = 1 << 64
+_ROW_WORDS = 1 << 11
+FEW_BYTES = 1 << 20
+_FEW_WORDS = 1 << 14
+"""Up to here fewer calls count for more than fewer bytes."""
+_CHUNK_WORDS = {"cpu": 1 << 16, "cuda": 1 << 22}
+"""What fits a core's own cache together with its copy in 64 bits; what keeps a GPU busy and leaves its memory alone."""
+
+
+def slice_checksum(flat_bytes: torch.Tensor, first_byte: int) -> tuple[int, int]:
+    """Two sums modulo 2**64 over a slice of a byte string; see `slice_sums`.
+
+    flat_bytes: uint8, one-dimensional, on any device.
+    first_byte: where the slice begins in the whole.
+    """
+    plain, weighted = slice_sums(flat_bytes, first_byte).tolist()
+    return plain % MODULUS, weighted % MODULUS
+
+
+def slice_sums(flat_bytes: torch.Tensor, first_byte: int) -> torch.Tensor:
+    """The two sums of `slice_checksum` as int64 [2], where the bytes are: what an all-reduce adds up over ranks.
+
+    With the whole read as little-endian signed 32-bit words w_0, w_1, ...: the sum of w_k, and that of (k + 1) * w_k,
+    both modulo 2**64. Each byte adds its own share, so sums of slices add up wherever the whole was cut. The weights
+    make a swap of two words show. Nothing as large as the slice is made, unless it begins within a word: then chunks
+    are copied, one at a time.
+    """
+    if flat_bytes.dtype != torch.uint8 or flat_bytes.dim() != 1:
+        raise ValueError(f"a checksum is over uint8 [n], not {flat_bytes.dtype} {list(flat_bytes.shape)}")
+    chunk_words = _CHUNK_WORDS[flat_bytes.device.type]
+    if _is_whole_words(flat_bytes, first_byte):
+        return _word_sums(flat_bytes.view(torch.int32), first_byte // 4, chunk_words)
+    start, total = 0, torch.zeros(2, dtype=torch.int64, device=flat_bytes.device)
+    while start < flat_bytes.numel():
+        # Each chunk ends at a word of the whole.
+        lead = (first_byte + start) % 4
+        stop = min(flat_bytes.numel(), start + 4 * chunk_words - lead)
+        words = _words(flat_bytes[start:stop], lead)
+        total += _word_sums(words, (first_byte + start) // 4, chunk_words)
+        start = stop
+    return total
+
+
+def tensor_checksum(tensor: torch.Tensor) -> tuple[int, int]:
+    """The checksum of a whole tensor's bytes, as they lie in a file."""
+    if has_few_bytes(tensor):
+        return _few_bytes_checksum(tensor)
+    return slice_checksum(tensor.detach().contiguous().reshape(-1).view(torch.uint8), 0)
+
+
+def has_few_bytes(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is on the CPU, and so small that its checksum is there at once."""
+    return tensor.device.type == "cpu" and tensor.nbytes <= FEW_BYTES
+
+
+def _few_bytes_checksum(tensor: torch.Tensor) -> tuple[int, int]:
+    """Of up to FEW_BYTES on the CPU, by one thread, in a tenth of the time: there torch's calls, and its threads that
+    wait for each other, cost more than the bytes.
+    """
+    content = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    if content.size % 4:
+        content = np.pad(content, (0, -content.size % 4))
+    words = content.view("<i4").astype(np.int64)
+    return int(words.sum()) % MODULUS, int(words @ _numbered()[: len(words)]) % MODULUS
+
+
+@cache
+def _numbered() -> "np.ndarray[Any, np.dtype[np.int64]]":
+    return np.arange(1, FEW_BYTES // 4 + 1)
+
+
+def file_checksum(file: Path) -> tuple[int, int]:
+    """The checksum of a file's bytes."""
+    size = file.stat().st_size
+    return slice_checksum(torch.from_file(str(file), size=size, dtype=torch.uint8), 0) if size else (0, 0)
+
+
+def add_checksums(*checksums: tuple[int, int]) -> tuple[int, int]:
+    """The checksum of the whole from those of its slices."""
+    return sum(plain for plain, _ in checksums) % MODULUS, sum(weighted for _, weighted in checksums) % MODULUS
+
+
+def _is_whole_words(flat_bytes: torch.Tensor, first_byte: int) -> bool:
+    aligned = flat_bytes.data_ptr() % 4 == 0 and flat_bytes.storage_offset() % 4 == 0
+    return aligned and first_byte % 4 == 0 and flat_bytes.numel() % 4 == 0
+
+
+def _words(chunk: torch.Tensor, lead: int) -> torch.Tensor:
+    """Bytes as int32 words, with zeros for the bytes of the first and last word that belong to other slices."""
+    count = lead + chunk.numel()
+    padded = torch.zeros(-(-count // 4) * 4, dtype=torch.uint8, device=chunk.device)
+    padded[lead:count] = chunk
+    return padded.view(torch.int32)
+
+
+def _word_sums(words: torch.Tensor, first_word: int, chunk_words: int) -> torch.Tensor:
+    """Both sums, by rows and columns: sum((r * width + c) * w) needs no vector of positions a word.
+
+    Words are widened a chunk at a time into one buffer: a sum that widens as it goes is ten times slower on a CPU, and
+    on a GPU makes a copy for each of the two sums.
+    """
+    if words.is_cuda and words.numel() and sums.usable(words.device):
+        found = sums.word_sums(words)
+        return found + first_word * torch.stack((torch.zeros_like(found[0]), found[0])) if first_word else found
+    if words.numel() <= _FEW_WORDS:
+        values = words.long()
+        return torch.stack((values.sum(), (values * (_positions(values) + (first_word + 1))).sum()))
+    rows = words.numel() // _ROW_WORDS
+    table, rest = words[: rows * _ROW_WORDS].view(rows, _ROW_WORDS), words[rows * _ROW_WORDS :].long()
+    at_a_time = max(1, min(rows, chunk_words // _ROW_WORDS))
+    wide = torch.empty((at_a_time, _ROW_WORDS), dtype=torch.int64, device=words.device)
+    by_row = torch.empty(rows, dtype=torch.int64, device=words.device)
+    by_column = torch.zeros(_ROW_WORDS, dtype=torch.int64, device=words.device)
+    for first in range(0, rows, at_a_time):
+        part = wide[: min(at_a_time, rows - first)].copy_(table[first : first + at_a_time])
+        torch.sum(part, 1, out=by_row[first : first + at_a_time])
+        by_column += part.sum(0)
+    plain = by_row.sum() + rest.sum()
+    within = (by_row * _positions(by_row)).sum() * _ROW_WORDS + (by_column * _positions(by_column)).sum()
+    within += (rest * (_positions(rest) + rows * _ROW_WORDS)).sum()
+    return torch.stack((plain, within + (first_word + 1) * plain))
+
+
+def _positions(values: torch.Tensor) -> torch.Tensor:
+    return torch.arange(values.numel(), device=values.device)
+
+
+Sums = Mapping[str, tuple[int, int]]
+"""`qdist.runtime.formats.checksum` of each tensor of a folder, by its name."""
+
+
+def digest_of(sums: Sums) -> str:
+    """SHA-256 over names and sums: which tensors they are, in whatever files and whenever written."""
+    return hashlib.sha256(json.dumps(sorted((name, *pair) for name, pair in sums.items())).encode()).hexdigest()
+
+
+def require_sums(file: Path, name: str, tensor: torch.Tensor, expected: Sums | None) -> torch.Tensor:
+    """The tensor, read whole from a file. Raises ModelError where its sums are others than those expected of it."""
+    check = SumCheck(expected)
+    check.add(file, name, tensor)
+    check.finish()
+    return tensor
+
+
+class _Read(NamedTuple):
+    file: Path
+    name: str
+    sums: torch.Tensor
+    """int64 [2], where the bytes are."""
+    group: Any
+    """The ranks that hold the rest of a sharded tensor; None where all of it is here."""
+
+
+class SumCheck:
+    """Sums of what is read, taken where it lies and compared at the end: a GPU is waited for once."""
+
+    def __init__(self, expected: Sums | None, *, share: tuple[int, int] = (0, 1)) -> None:
+        """expected: None where nobody has summed the folder: nothing is summed here either.
+
+        share: (which, of how many): processes that map the same files into the same memory divide whole tensors.
+        """
+        self.expected, self._share = expected, share
+        self._read: list[_Read] = []
+
+    def add(
+        self,
+        file: Path,
+        name: str,
+        tensor: torch.Tensor,
+        *,
+        first_byte: int = 0,
+        group: Any = None,
+        is_whole: bool = True,
+    ) -> None:
+        """Sum a tensor, or of a sharded one the rows that are here, which begin at `first_byte` of the whole."""
+        if self.expected is None or (is_whole and crc32(name.encode()) % self._share[1] != self._share[0]):
+            return
+        if name not in self.expected:
+            raise ModelError(f"{file}: nothing was recorded of the tensor {name}", try_=again(file.parent))
+        if is_whole and has_few_bytes(tensor):
+            self._require(file, name, tensor_checksum(tensor))
+            return
+        content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        self._read.append(_Read(file, name, slice_sums(content, first_byte), group))
+
+    def finish(self) -> None:
+        """Compare all that was read since. Collective where tensors are sharded.
+
+        Raises ModelError naming the first tensor whose bytes are others; `add` does so at once of small ones.
+        """
+        read, self._read = self._read, []
+        for device in {each.sums.device for each in read}:
+            here = [each for each in read if each.sums.device == device]
+            for group in {each.group for each in here}:
+                self._compare([each for each in here if each.group is group], group)
+
+    def _compare(self, read: list[_Read], group: Any) -> None:
+        found = torch.stack([each.sums for each in read])
+        if group is not None:
+            dist.all_reduce(found, group=group)
+        for each, (plain, weighted) in zip(read, found.tolist(), strict=True):
+            self._require(each.file, each.name, (plain % MODULUS, weighted % MODULUS))
+
+    def _require(self, file: Path, name: str, sums: tuple[int, int]) -> None:
+        assert self.expected is not None  # or nothing would have been summed
+        if sums != tuple(self.expected[name]):
+            raise ModelError(f"{file}: the bytes of {name} are not those that were written", try_=again(file.parent))
+
+
+def again(folder: Path) -> str:
+    """What brings a damaged folder back."""
+    if folder.resolve().is_relative_to(cache_path().resolve()):
+        return f"{quoted('rm', '-r', folder)}: what is in the cache is made again from the model"
+    return f"put a whole copy of {folder} in its place: download it, or quantize or export it again"

@@ -1,0 +1,225 @@
+"""The folder that packed weights lie in: a file a decoder layer and one for the rest, an index, `qdist.json`.
+
+config.json                         with transformers' `quantization_config`
+model-00001-of-00031.safetensors    decoder layer 0, ..., the last file holds everything outside the layers
+model.safetensors.index.json        which tensor is in which file
+qdist.json                          a `Manifest`: where it came from, and a checksum of each tensor
+tokenizer and generation files      as the source has them
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import msgspec
+import torch
+
+from qdist.core.errors import ModelError
+from qdist.core.model.storage import FORMAT, Packing
+from qdist.host.files import sync, write_atomic
+from qdist.host.opening import converted, read_object, read_typed, require_file, told
+from qdist.host.sources.model_folder import INDEX, weight_map
+from qdist.runtime.formats.checksum import Sums, require_sums, tensor_checksum
+
+MANIFEST = "qdist.json"
+_NAMES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.uint8: "U8",
+    torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `qdist.json` says."""
+
+    format: int = FORMAT
+    packing: Packing
+    source: str
+    """The folder that was packed."""
+    source_identity: str
+    """SHA-256 of its files' names, sizes and times, and of the packing."""
+    source_fingerprint: str = ""
+    """Of its weights, wherever they lie; empty in folders of a qdist that kept none."""
+    layers: int
+    bytes: int
+    """Of all tensors."""
+    files: dict[str, int]
+    """Bytes of each file of tensors."""
+    checksums: dict[str, tuple[int, int]]
+    """`qdist.runtime.formats.checksum` of the bytes of each tensor."""
+    versions: dict[str, str]
+
+
+class Entry(NamedTuple):
+    """A tensor that is written when its turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
+
+    @property
+    def bytes(self) -> int:
+        count = self.dtype.itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class Written(msgspec.Struct, frozen=True):
+    """A finished file."""
+
+    bytes: int
+    tensor_bytes: int
+    checksums: dict[str, tuple[int, int]]
+
+
+def entries_of(tensors: Mapping[str, torch.Tensor]) -> list[Entry]:
+    """Tensors that are there already."""
+    return [
+        Entry(name, value.dtype, tuple(value.shape), partial(torch.Tensor.detach, value))
+        for name, value in tensors.items()
+    ]
+
+
+def stored_entries(folder: Path, file: str, sums: Sums | None = None) -> list[Entry]:
+    """The tensors of a file, read one at a time when their turn comes. sums: see `read_tensor`."""
+    kinds = {name: dtype for dtype, name in _NAMES.items()}
+    with opened(folder / file) as handle:
+        parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  (a handle is no dict)
+        return [
+            Entry(
+                name, kinds[part.get_dtype()], tuple(part.get_shape()), partial(read_tensor, folder / file, name, sums)
+            )
+            for name, part in parts.items()
+        ]
+
+
+def read_tensor(file: Path, name: str, sums: Sums | None = None) -> torch.Tensor:
+    """One tensor of a file. Raises ModelError where it is not what `sums` says of it."""
+    # Opened anew each time: the pages of a mapping that stays open count as memory of this process.
+    with opened(file) as handle:
+        tensor: torch.Tensor = handle.get_tensor(name)
+    return require_sums(file, name, tensor, sums)
+
+
+def file_name(position: int, layers: int) -> str:
+    """The file of decoder layer `position`; that of everything else for `position == layers`."""
+    return f"model-{position + 1:05d}-of-{layers + 1:05d}.safetensors"
+
+
+def finished(folder: Path, name: str) -> Written | None:
+    """What an earlier process wrote to the end, or None."""
+    record = folder / f".{name}.json"
+    if not record.is_file():
+        return None
+    try:
+        written = read_typed(record, Written, ModelError)
+    except ModelError:
+        return None
+    return written if (folder / name).is_file() and (folder / name).stat().st_size == written.bytes else None
+
+
+def write_tensors(
+    folder: Path, name: str, entries: Iterable[Entry], *, metadata: Mapping[str, str] | None = None
+) -> Written:
+    """A safetensors file, one tensor in memory at a time; a record of it beside, once it is whole."""
+    beside = folder / f".{name}.unfinished"
+    with open(beside, "wb") as file:
+        written = write_safetensors(file, entries, metadata=metadata)
+    sync(beside)
+    os.replace(beside, folder / name)
+    write_atomic(folder / f".{name}.json", msgspec.json.encode(written))
+    return written
+
+
+def write_safetensors(
+    file: BinaryIO, entries: Iterable[Entry], *, metadata: Mapping[str, str] | None = None
+) -> Written:
+    """The bytes of a safetensors file, one tensor in memory at a time.
+
+    safetensors' own `save_file` first copies every tensor into memory, puts metadata in an order of chance, and writes
+    into a file of a name of its own beside, which a kill leaves there.
+    """
+    ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
+    header, checksums = _header(ordered, {"format": "pt", **(metadata or {})}), {}
+    file.write(header)
+    for entry in ordered:
+        value = entry.make().detach().to("cpu", entry.dtype).contiguous()
+        if tuple(value.shape) != entry.shape:
+            raise ModelError(f"{entry.name} has shape {list(value.shape)}, not {list(entry.shape)}")
+        checksums[entry.name] = tensor_checksum(value)
+        file.write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+    tensor_bytes = sum(entry.bytes for entry in ordered)
+    return Written(len(header) + tensor_bytes, tensor_bytes, checksums)
+
+
+def _header(entries: list[Entry], metadata: Mapping[str, str]) -> bytes:
+    """safetensors' header: its length in 8 bytes, then JSON padded with spaces to a multiple of 8."""
+    table: dict[str, object] = {"__metadata__": metadata}
+    start = 0
+    for entry in entries:
+        offsets = [start, start + entry.bytes]
+        table[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+        start += entry.bytes
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_index(folder: Path, files: Mapping[str, Written]) -> None:
+    """Which tensor is in which file, as transformers reads it."""
+    weight_map = {name: file for file, written in files.items() for name in written.checksums}
+    total = sum(written.tensor_bytes for written in files.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def finish(folder: Path, written: Mapping[str, Written], manifest: Manifest) -> None:
+    """Write index and manifest, and remove the records of finished files."""
+    write_index(folder, written)
+    (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+    for name in written:
+        (folder / f".{name}.json").unlink(missing_ok=True)
+
+
+def read_manifest(folder: str | Path) -> Manifest | None:
+    """What qdist wrote about a folder, or None where it is not one of qdist's.
+
+    Raises ModelError for a manifest of another format.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        return None
+    again = "pack the model again"
+    content = read_object(path, ModelError, try_=again)
+    found = content.get("format")
+    if found == FORMAT:
+        return converted(content, Manifest, str(path), ModelError, try_=again)
+    raise ModelError(f"{folder} has packing format {found}, this qdist reads {FORMAT}", try_="pack the model again")
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, mapped; its pages are given back at the end. Raises ModelError where it is not whole."""
+    from safetensors import safe_open
+
+    again = "download or pack the model again"
+    require_file(file, ModelError, try_=again)
+    with told(str(file), ModelError, try_=again), safe_open(file, framework="pt") as handle:
+        yield handle
+
+
+def tensor_files(folder: Path) -> dict[str, str]:
+    """The file of each tensor of a folder of safetensors; empty where there are none."""
+    indexed = weight_map(folder)
+    if indexed is not None:
+        return indexed
+    names: dict[str, str] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with opened(file) as handle:
+            names.update(dict.fromkeys(handle.keys(), file.name))
+    return names

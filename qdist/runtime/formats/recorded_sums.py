@@ -1,0 +1,180 @@
+"""Where are the sums of a folder's tensors? In it where qdist wrote it, in the cache, or in a file's own header."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import torch
+
+from qdist.core.errors import ModelError, RunError
+from qdist.core.planning.plan import Source
+from qdist.core.text import command
+from qdist.host.files import cache_dir, cache_path, write_atomic
+from qdist.host.opening import decoded, read_bytes, read_object
+from qdist.host.sources.cache import CHECKSUMS, remembered_of
+from qdist.host.sources.targets import ADAPTER
+from qdist.runtime.formats.checksum import SumCheck, Sums, again, digest_of, tensor_checksum
+from qdist.runtime.formats.packed_folder import Written, opened, read_manifest, tensor_files
+
+_THREADS = 4
+"""That sum the files of a folder: more do not read memory any faster."""
+
+
+class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `checksums.json` says."""
+
+    tensors: dict[str, tuple[int, int]]
+
+
+def keep_sums(folder: Path, files: Iterable[Written]) -> None:
+    """Record the sums of a folder's tensors in it. files: all that were written."""
+    _write(folder / CHECKSUMS, {name: pair for written in files for name, pair in written.checksums.items()})
+
+
+def keep_computed_sums(folder: Path) -> None:
+    """The same of files that somebody else's code wrote, read once more."""
+    _write(folder / CHECKSUMS, computed_sums(folder))
+
+
+def stated_sums(folder: Path) -> Sums | None:
+    """What a folder says of its own tensors; None where it says nothing. Raises ModelError where that is not whole."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        return manifest.checksums
+    return _read(folder / CHECKSUMS, folder)
+
+
+def computed_sums(folder: Path) -> Sums:
+    """The sums of all tensors of a folder, read now."""
+    files = sorted(set(tensor_files(folder).values()))
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(max(1, min(_THREADS, threads, len(files)))) as pool:
+        parts = list(pool.map(lambda file: _file_sums(folder / file), files))
+    return {name: pair for part in parts for name, pair in part.items()}
+
+
+def digest_of_folder(folder: Path) -> str:
+    """Which tensors a folder holds, `digest_of` their sums. Those that it does not state are computed, and kept.
+
+    The cache knows what was computed by the files' paths, sizes, times and inodes.
+    """
+    stated = stated_sums(folder)
+    if stated is not None:
+        return digest_of(stated)
+    files = [folder / name for name in sorted(set(tensor_files(folder).values()))]
+    return remembered_of("tensors", files, lambda: _kept(computed_sums(folder)))
+
+
+def expected_sums(source: Source) -> Sums | None:
+    """What the tensors in `source.packed` must sum up to; None for runs of a qdist that kept no digest of them.
+
+    Raises RunError where they are those of another model.
+    """
+    folder = Path(source.packed)
+    stated = stated_sums(folder)
+    if not source.digest:
+        return stated
+    if stated is None and (kept := _read(_record(source.digest), cache_path() / "sums")):
+        stated = kept
+    sums = computed_sums(folder) if stated is None else stated
+    if digest_of(sums) != source.digest:
+        raise RunError(
+            f"{folder} does not hold the tensors that the run was prepared with: their digest is "
+            f"{digest_of(sums)[:12]}, and was {source.digest[:12]}",
+            try_=again(folder),
+        )
+    if stated is None:
+        _kept(sums)
+    return sums
+
+
+def verify_folder(folder: Path) -> None:
+    """Read a folder that states its sums, for readers that know of none. Raises ModelError naming a tensor."""
+    stated = stated_sums(folder)
+    if stated is None:
+        return
+    for file in sorted(set(tensor_files(folder).values())):
+        check = SumCheck(stated)
+        with opened(folder / file) as handle:
+            for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no dict)
+                check.add(folder / file, name, handle.get_tensor(name))
+        check.finish()
+
+
+def _file_sums(file: Path) -> dict[str, tuple[int, int]]:
+    with opened(file) as handle:
+        return {name: tensor_checksum(handle.get_tensor(name)) for name in handle.keys()}  # noqa: SIM118
+
+
+def _record(digest: str) -> Path:
+    return cache_path() / "sums" / f"{digest}.json"
+
+
+def _kept(sums: Sums) -> str:
+    """Put sums into the cache, under their digest, which is returned."""
+    cache_dir("sums")
+    digest = digest_of(sums)
+    _write(_record(digest), sums)
+    return digest
+
+
+def _write(path: Path, sums: Sums) -> None:
+    write_atomic(path, msgspec.json.encode(_Record(dict(sums))))
+
+
+def _read(path: Path, folder: Path) -> Sums | None:
+    if not path.is_file():
+        return None
+    mend = again(folder)
+    raw = read_bytes(path, ModelError, try_=mend)
+    return decoded(raw, _Record, f"{path} cannot be read", ModelError, try_=mend).tensors
+
+
+_SEAL, _CONFIG, ADAPTER_CONFIG = "sha256", "config_sha256", "adapter_config.json"
+_WRITTEN_BY_ALL = "format"
+"""What readers of safetensors want to find, whoever wrote it."""
+
+
+def sealed(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of a file with these tensors, and a digest of both."""
+    return {**metadata, _SEAL: _digest(tensors, metadata)}
+
+
+def is_intact(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bool:
+    """Whether a file holds what it says; True for one that says nothing, of an older qdist or of others.
+
+    metadata: its own.
+    """
+    return _SEAL not in metadata or metadata[_SEAL] == _digest(tensors, metadata)
+
+
+def config_seal(config: str) -> dict[str, str]:
+    """What an adapter's file says of the adapter_config.json beside it, but for the base's name, which users change."""
+    return _seal_of(json.loads(config))
+
+
+def _seal_of(config: Mapping[str, object]) -> dict[str, str]:
+    said = {key: value for key, value in config.items() if key != "base_model_name_or_path"}
+    return {_CONFIG: hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}
+
+
+def require_adapter(folder: Path, *, run: Path | None = None) -> None:
+    """Raise RunError where an adapter folder is not as it was gathered. run: from whose checkpoints it can be again."""
+    gather = command("gather", run or folder.parent)
+    with opened(folder / ADAPTER) as handle:
+        metadata: dict[str, str] = handle.metadata() or {}
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (a handle is no dict)
+    if not is_intact(tensors, metadata):
+        raise RunError(f"{folder / ADAPTER} does not hold the tensors that were gathered", try_=gather)
+    found = _seal_of(read_object(folder / ADAPTER_CONFIG, RunError, try_=gather))
+    if metadata.get(_CONFIG, found[_CONFIG]) != found[_CONFIG]:
+        raise RunError(f"{folder / ADAPTER_CONFIG} does not say what was gathered", try_=gather)
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    said = sorted((key, value) for key, value in metadata.items() if key not in (_SEAL, _WRITTEN_BY_ALL))
+    held = [(name, str(own.dtype), list(own.shape), tensor_checksum(own)) for name, own in sorted(tensors.items())]
+    return hashlib.sha256(json.dumps([said, held]).encode()).hexdigest()

@@ -1,1 +1,0 @@
-"""GPTQ checkpoints: their bits, their files, and making them."""

@@ -1,0 +1,1 @@
+"""Using a model: loading, answering, chatting."""

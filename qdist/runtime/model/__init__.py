@@ -1,0 +1,1 @@
+"""The frozen backbone: packed linears, skeleton, weights."""

@@ -1,0 +1,225 @@
+"""Frozen linear layers whose packed weights are parameters, so that any placement can move, shard or split them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from qdist.core.errors import ModelError
+from qdist.core.planning.memory import BLOCK, NESTED_BLOCK
+from qdist.core.spec.spec import Quant
+from qdist.host.opening import told
+from qdist.runtime.kernels.four_bit import absmax_code_book, dequantize
+
+FEW_TOKENS = 16
+"""Up to here a GPU multiplies with the packed weights; above, unpacking them first is faster (H100 and H200)."""
+DEVIATION = 0.02
+"""Of random weights."""
+PACKING = (".absmax", ".scale", ".qzeros", ".scales", ".weight_offset")
+"""Parameters of packed layers that are neither weights nor biases."""
+
+
+class Slices(Protocol):
+    """A tensor on disk or in memory of which rows can be read."""
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        """The rows, on any device."""
+
+
+class PackedLinear(nn.Linear):
+    """A frozen linear [out_features, in_features]; subclasses say how its weights are packed.
+
+    It is an `nn.Linear` to libraries that look for one; `weight` holds packed bytes.
+    """
+
+    kind: str
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.compute_dtype = in_features, out_features, dtype
+        self.register_parameter("bias", empty((out_features,), dtype) if bias else None)
+
+    def matrix(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The weights unpacked, [out_features, in_features]."""
+        raise NotImplementedError
+
+    def unpacked(self, device: torch.device) -> torch.Tensor:
+        """The weights as products see them, float32 [out_features, in_features]: rounded to what they compute in."""
+        return self.matrix(self.compute_dtype, device).to(torch.float32, copy=True)
+
+    def product(self, inputs: torch.Tensor) -> torch.Tensor:
+        """inputs [tokens, in_features] times the weights, plus bias: a tensor of its own, [tokens, out_features]."""
+        bias = None if self.bias is None else self.bias.to(inputs.device, inputs.dtype)
+        return functional.linear(inputs, self.matrix(inputs.dtype, inputs.device), bias)
+
+    def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of the inputs from that of the outputs, [tokens, out_features]."""
+        return gradient @ self.matrix(gradient.dtype, gradient.device)
+
+    def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A float matrix as the tensors that the layer holds, by their names here."""
+        raise NotImplementedError
+
+    def drawn(self, matrix: Callable[[], torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Random tensors for this layer; by default a random matrix, packed.
+
+        matrix: makes weights of N(0, 0.02), [out, in]. generator: for who needs no matrix.
+        """
+        return self.pack(matrix())
+
+    def stored(self, file: Mapping[str, Slices]) -> dict[str, Slices]:
+        """The layer's tensors as checkpoints of its kind store them, by their names here."""
+        raise NotImplementedError
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = _Frozen.apply(inputs, self)
+        return product
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.kind}"
+
+
+class Packed4bit(PackedLinear):
+    """NF4 or FP4 in blocks of 64 (QLoRA, Dettmers et al. 2023), with or without quantized absmaxes."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, quant: Quant) -> None:
+        super().__init__(in_features, out_features, bias=bias, dtype=dtype)
+        self.quant, self.kind = quant, quant.type
+        count = in_features * out_features
+        blocks = -(-count // BLOCK)
+        self.weight = empty(((count + 1) // 2, 1), torch.uint8)
+        self.absmax = empty((blocks,), torch.uint8 if quant.double else torch.float32)
+        # A 32,768th of the weights: whole on every rank.
+        nested = torch.empty(-(-blocks // NESTED_BLOCK), device="meta") if quant.double else None
+        self.register_buffer("nested_absmax", nested, persistent=False)
+        self.register_buffer("nested_offset", torch.empty(1, device="meta") if quant.double else None, persistent=False)
+
+    def matrix(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        weight, absmax = self.weight, self.absmax
+        if weight.device != device:
+            weight, absmax = weight.to(device, non_blocking=True), absmax.to(device, non_blocking=True)
+        return dequantize(
+            weight,
+            absmax,
+            (self.nested_absmax, self.nested_offset) if self.quant.double else None,
+            quant_type=self.quant.type,
+            shape=(self.out_features, self.in_features),
+            dtype=dtype,
+        )
+
+    def product(self, inputs: torch.Tensor) -> torch.Tensor:
+        if not inputs.is_cuda or inputs.shape[0] > FEW_TOKENS or is_offloaded(self):
+            return super().product(inputs)
+        scales = (
+            {"absmax_8bit": self.absmax, "absmax_code": absmax_code_book(inputs.device)} if self.quant.double else {}
+        )
+        if self.quant.double:
+            scales["absmax_offset"] = self.nested_offset
+        product: torch.Tensor = torch.ops.bitsandbytes.gemm_4bit(
+            inputs,
+            self.weight,
+            (self.out_features, self.in_features),
+            self.nested_absmax if self.quant.double else self.absmax,
+            BLOCK,
+            self.quant.type,
+            bias=None if self.bias is None else self.bias.to(inputs.dtype),
+            **scales,
+        )
+        return product
+
+    def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        from bitsandbytes.functional import quantize_4bit
+
+        packed, state = quantize_4bit(
+            weight, blocksize=BLOCK, quant_type=self.quant.type, compress_statistics=self.quant.double
+        )
+        tensors = {"weight": packed, "absmax": state.absmax}
+        if self.quant.double:
+            tensors |= {"nested_absmax": state.state2.absmax, "nested_offset": state.offset.reshape(1)}
+        return tensors
+
+    def stored(self, file: Mapping[str, Slices]) -> dict[str, Slices]:
+        import json
+
+        tensors: dict[str, Slices] = {"weight": file["weight"], "absmax": file["weight.absmax"]}
+        if self.quant.double:
+            state = bytes(file[f"weight.quant_state.bitsandbytes__{self.quant.type}"][:].tolist())
+            tensors["nested_absmax"] = file["weight.nested_absmax"]
+            with told("the state of packed weights", ModelError, try_="pack the model again"):
+                tensors["nested_offset"] = torch.tensor([json.loads(state)["nested_offset"]], dtype=torch.float32)
+        return tensors
+
+
+class Packed8bit(PackedLinear):
+    """LLM.int8 (Dettmers et al. 2022): a byte a weight, a scale a row; input outliers are multiplied in 16 bits."""
+
+    kind = "int8"
+    threshold = 6.0
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__(in_features, out_features, bias=bias, dtype=dtype)
+        self.weight = empty((out_features, in_features), torch.int8)
+        self.scale = empty((out_features,), torch.float32)
+        """The largest magnitude of each row; bitsandbytes' SCB."""
+
+    def matrix(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        scale = self.scale.to(device).unsqueeze(1).mul(1.0 / 127.0)
+        return self.weight.to(device, non_blocking=True).to(dtype, copy=True).mul_(scale)
+
+    def product(self, inputs: torch.Tensor) -> torch.Tensor:
+        import bitsandbytes as bnb
+
+        state = bnb.MatmulLtState()
+        state.threshold, state.has_fp16_weights = self.threshold, False
+        state.is_training = inputs.device.type == "cpu"  # there bitsandbytes multiplies unpacked weights
+        weight = self.weight.to(inputs.device, non_blocking=True)
+        state.CB, state.SCB = weight, self.scale.to(inputs.device)
+        bias = None if self.bias is None else self.bias.to(inputs.device, inputs.dtype)
+        with torch.no_grad():
+            product: torch.Tensor = bnb.matmul(inputs, weight, bias=bias, threshold=self.threshold, state=state)
+        return product
+
+    def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        from bitsandbytes.functional import int8_vectorwise_quant
+
+        packed, scale, _ = int8_vectorwise_quant(weight.to(torch.float16))
+        return {"weight": packed, "scale": scale}
+
+    def stored(self, file: Mapping[str, Slices]) -> dict[str, Slices]:
+        return {"weight": file["weight"], "scale": file["SCB"]}
+
+
+class _Frozen(torch.autograd.Function):
+    """A frozen product that keeps nothing for the backward pass but the layer."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
+        ctx.layer, ctx.dtype = layer, inputs.dtype
+        dtype = compute_dtype(inputs)
+        product = layer.product(inputs.reshape(-1, inputs.shape[-1]).to(dtype))
+        return product.reshape(*inputs.shape[:-1], layer.out_features)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gradient = gradients[0]
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        inputs = ctx.layer.input_gradient(flat)
+        return inputs.reshape(*gradient.shape[:-1], -1).to(ctx.dtype), None
+
+
+def compute_dtype(inputs: torch.Tensor) -> torch.dtype:
+    """What a linear computes in: autocast's type where it is on, else the inputs' own."""
+    kind = inputs.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs.dtype
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether a linear's weights wait in host memory; its attribute `runs_on` says where it computes."""
+    return getattr(module, "offloaded", False)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    """A frozen parameter that has no bytes yet."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)

@@ -1,0 +1,209 @@
+"""A model on the meta device, its linears ready to hold packed bytes; and filling it, whole or a rank's part."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qdist.core.errors import ModelError
+from qdist.core.planning.plan import Source
+from qdist.core.spec.spec import Quant
+from qdist.host.opening import require_files, told
+from qdist.runtime.data.tokenizer import add_rows
+from qdist.runtime.formats.recorded_sums import expected_sums
+from qdist.runtime.kernels.gptq_bits import require_whole_words
+from qdist.runtime.model.packed import Packed4bit, Packed8bit, Slices, is_offloaded
+from qdist.runtime.model.packed_gptq import PackedGptq
+from qdist.runtime.model.weights import FolderWeights, ModelWeights, RandomWeights, Stored, Weights
+
+
+def open_config(folder: Path) -> Any:
+    """transformers' configuration. Raises ModelError."""
+    from transformers import AutoConfig
+
+    require_files(folder, ModelError)
+    with refused(folder):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+@contextmanager
+def refused(folder: Path) -> Iterator[None]:
+    """What transformers raises in this block is the fault of the folder's config.json: raise ModelError instead."""
+    with told(f"{folder}/config.json: transformers makes no model of it", ModelError, try_="its published config.json"):
+        yield
+
+
+def skeleton(source: Source, *, bits: int, quant: Quant, dtype: torch.dtype, linear_names: tuple[str, ...]) -> Any:
+    """A causal language model whose parameters are on the meta device; its buffers are real.
+
+    linear_names: leaf names of the linears inside decoder layers, which are packed to `bits`.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = (
+        open_config(Path(source.path))
+        if source.path and Path(source.path).is_dir()  # a run whose model is gone goes by its plan
+        else AutoConfig.for_model(str(source.config["model_type"]), **_without_type(source.config))
+    )
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model.tie_weights()
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and path.rpartition(".")[2] in linear_names and bits < 16:
+            model.set_submodule(path, _packed(module, path, source, bits, quant, dtype))
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def _without_type(config: dict[str, object]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "model_type"}
+
+
+def _packed(linear: nn.Linear, path: str, source: Source, bits: int, quant: Quant, dtype: torch.dtype) -> nn.Linear:
+    bias = linear.bias is not None
+    if source.gptq:
+        shape = source.gptq.of(path)
+        if shape is None:
+            return linear
+        require_whole_words(path, shape.bits, inputs=linear.in_features, outputs=linear.out_features)
+        return PackedGptq(
+            linear.in_features, linear.out_features, bias=bias, dtype=dtype, shape=shape,
+            offset=source.gptq.zero_offset, ordered=source.gptq.desc_act,
+            scale_dtype=getattr(torch, source.gptq.scales),
+            shift=source.gptq.offset if source.gptq.offset and source.gptq.offset.of(path) else None,
+        )  # fmt: skip
+    if bits == 4:
+        return Packed4bit(linear.in_features, linear.out_features, bias=bias, dtype=dtype, quant=quant)
+    return Packed8bit(linear.in_features, linear.out_features, bias=bias, dtype=dtype)
+
+
+def fill(model: nn.Module, weights: Weights, *, device: torch.device) -> None:
+    """Give every parameter its values, and move the buffers; no more than one module's tensors at a time.
+
+    A parameter that is sharded already (a DTensor) takes its own rows and no others. The weights of a linear that is
+    marked `offloaded` stay in pinned host memory.
+    device: where modules lie that do not say so themselves, with an attribute `runs_on`.
+    Raises ModelError where what was read is not what was written.
+    """
+    filled: dict[nn.Parameter, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        place = getattr(module, "runs_on", device)
+        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+        # A tied head finds its table filled already, and need not be in the folder.
+        tensors = weights.of(path, module) if any(parameter not in filled for parameter in own.values()) else {}
+        for name, parameter in own.items():
+            if parameter not in filled:
+                filled[parameter] = _filled(parameter, tensors[name], place)
+                if is_offloaded(module) and name != "bias":
+                    filled[parameter] = _in_host_memory(filled[parameter], place)
+            module.register_parameter(name, filled[parameter])
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = (tensors[name][:] if buffer.is_meta else buffer).to(place, buffer.dtype)
+        if is_offloaded(module):
+            module.runs_on = place
+    weights.check()
+
+
+def offload(model: Any, layers: Sequence[int]) -> None:
+    """Mark the linears of decoder layers: their weights wait in host memory and visit the GPU for each use."""
+    stack = decoder_layers(model)
+    for module in (module for index in layers for module in stack[index].modules()):
+        if isinstance(module, nn.Linear):
+            module.offloaded = True
+
+
+def _in_host_memory(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+    held = parameter.detach().cpu()
+    return nn.Parameter(held.pin_memory() if device.type == "cuda" else held, requires_grad=False)
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder layers of a causal language model, in order."""
+    count = model.config.num_hidden_layers
+    return next(found for found in model.modules() if isinstance(found, nn.ModuleList) and len(found) == count)
+
+
+def first_row(parameter: Any) -> int:
+    """Where this rank's rows of a sharded parameter (a DTensor) begin in the whole."""
+    mesh = parameter.device_mesh
+    rows: int = parameter.shape[0]
+    return min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
+
+
+def _filled(parameter: nn.Parameter, values: Slices, device: torch.device) -> nn.Parameter:
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(parameter, DTensor):
+        whole = (
+            values.to(device, parameter.dtype) if isinstance(values, Stored) else values[:].to(device, parameter.dtype)
+        )
+        return nn.Parameter(whole, requires_grad=False)
+    local = parameter.to_local()
+    mine = torch.zeros(local.shape, dtype=local.dtype, device=device)
+    first = first_row(parameter)
+    if isinstance(values, Stored):
+        values.fill_rows(mine, first, parameter.device_mesh.get_group())
+    elif local.shape[0]:
+        mine.copy_(values[first : first + local.shape[0]])
+    sharded = DTensor.from_local(
+        mine, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    )
+    return nn.Parameter(sharded, requires_grad=False)
+
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+Arrange = Callable[[Any], None]
+"""Takes away or shards what a rank does not hold, while the model has no bytes yet."""
+
+
+def load_backbone(
+    source: Source,
+    *,
+    bits: int,
+    quant: Quant,
+    dtype: torch.dtype,
+    device: torch.device,
+    linear_names: tuple[str, ...],
+    arrange: Arrange | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> Any:
+    """A frozen transformers causal language model, its decoder linears packed to `bits`.
+
+    dtype: of what is not packed, and of the arithmetic.
+    linear_names: leaf names of the decoder linears.
+    share: (which, of how many) of the processes that map the same packed folder, and read it on each other's behalf.
+    Raises ModelError where packed bytes are not those that were written.
+    """
+    model = skeleton(source, bits=bits, quant=quant, dtype=dtype, linear_names=linear_names)
+    if arrange is not None:
+        arrange(model)
+    weights: Weights
+    if source.kind == "dummy":
+        weights = RandomWeights(device, dtype)
+    elif source.packed:
+        weights = FolderWeights(source.packed, expected_sums(source), share=share)
+    else:
+        plain = load_plain(source.path, dtype="auto", device=torch.device("cpu"))
+        weights = ModelWeights(plain, device=device, dtype=dtype)
+    fill(model, weights, device=device)
+    add_rows(model, source.new_token_ids, source.vocab_rows)
+    return model.requires_grad_(False)
+
+
+def load_plain(path: str, *, dtype: torch.dtype | str, device: torch.device) -> Any:
+    """A model with its weights as they are stored."""
+    from transformers import AutoModelForCausalLM
+
+    require_files(Path(path), ModelError)
+    with told(path, ModelError, try_="a folder with config.json and *.safetensors"):
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, device_map={"": device}, local_files_only=True, trust_remote_code=False
+        )

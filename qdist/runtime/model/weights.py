@@ -1,0 +1,172 @@
+"""Where a backbone's tensors come from: a folder of safetensors read through mmap, or random numbers by name."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from functools import cached_property, partial
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from qdist.core.errors import ModelError
+from qdist.runtime.formats.checksum import SumCheck, Sums
+from qdist.runtime.formats.packed_folder import opened, tensor_files
+from qdist.runtime.model.packed import DEVIATION, PackedLinear, Slices
+
+_COPIED_ELEMENTS = 1 << 18
+"""Up to here a tensor is copied out of its file: left there, each would keep a mapping of all of the file, and the 64
+KiB around what it touches. SmolLM2's 630 scales did so with 33 MiB of every rank."""
+
+
+class Weights(Protocol):
+    """Tensors by module; whoever reads takes the rows it owns."""
+
+    def of(self, path: str, module: nn.Module) -> Mapping[str, Slices]:
+        """The parameters and buffers that a module holds itself, by their names in it."""
+
+    def check(self) -> None:
+        """Hold what was read since against what was written. Collective where a tensor is sharded.
+
+        Raises ModelError naming a tensor that is not what it was.
+        """
+
+
+class Stored:
+    """A tensor in a file, of which nothing is read yet. What is read is summed, on the device that it goes to."""
+
+    def __init__(self, part: Any, file: Path, name: str, check: SumCheck) -> None:
+        """part: safetensors' slice of it."""
+        self._part, self._file, self._name, self._check = part, file, name, check
+
+    @property
+    def elements(self) -> int:
+        return prod(self._part.get_shape())
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        values: torch.Tensor = self._part[rows]
+        if rows == slice(None):
+            self._check.add(self._file, self._name, values)
+        return values
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """All of it."""
+        values: torch.Tensor = self._part[:]
+        if values.dtype != dtype:
+            return self[:].to(device, dtype)
+        values = values.to(device)
+        self._check.add(self._file, self._name, values)
+        return values
+
+    def fill_rows(self, rows: torch.Tensor, first: int, group: Any) -> None:
+        """Fill `rows`, those from `first` on. group: the ranks that hold the others; all come, even for no rows."""
+        values: torch.Tensor = self._part[first : first + len(rows)] if len(rows) else self._part[0:0]
+        row_bytes = values.element_size() * prod(values.shape[1:])
+        if len(rows):
+            rows.copy_(values)
+        summed = rows if values.dtype == rows.dtype else values.to(rows.device)
+        self._check.add(self._file, self._name, summed, first_byte=first * row_bytes, group=group, is_whole=False)
+
+
+class ModelWeights:
+    """Another model's, of the same modules and not packed. Linears are packed here, on `device`, one at a time."""
+
+    def __init__(self, model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.model, self.device, self.dtype = model, device, dtype
+
+    def of(self, path: str, module: nn.Module) -> Mapping[str, Slices]:
+        tensors: dict[str, Any] = dict(self.model.get_submodule(path).named_parameters(recurse=False))
+        if isinstance(module, PackedLinear):
+            tensors |= module.pack(tensors["weight"].detach().to(self.device, self.dtype))
+        return tensors
+
+    def check(self) -> None:
+        """Nothing is read: whoever loaded the model has."""
+
+
+class FolderWeights:
+    """A folder of safetensors under module names, linears packed as bitsandbytes stores them; see `qdist quantize`."""
+
+    def __init__(self, folder: str | Path, sums: Sums | None = None, *, share: tuple[int, int] = (0, 1)) -> None:
+        """sums: what its tensors must sum up to. share: see `SumCheck`."""
+        self.folder, self._check = Path(folder), SumCheck(sums, share=share)
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """The file of each tensor."""
+        return tensor_files(self.folder)
+
+    def of(self, path: str, module: nn.Module) -> Mapping[str, Slices]:
+        file = _Prefixed(self, path)
+        if not isinstance(module, PackedLinear):
+            return file
+        tensors = module.stored(file)
+        if module.bias is not None:
+            tensors["bias"] = file["bias"]
+        return tensors
+
+    def check(self) -> None:
+        self._check.finish()
+
+    def open(self, name: str) -> Slices:
+        """A tensor, of which nothing is read yet unless it is small. Raises ModelError where there is none."""
+        if name not in self.files:
+            raise ModelError(f"{self.folder} has no tensor {name}", try_="another folder, or pack the model again")
+        place = self.folder / self.files[name]
+        with opened(place) as file:
+            tensor = Stored(file.get_slice(name), place, name, self._check)
+            return tensor[:].clone() if tensor.elements <= _COPIED_ELEMENTS else tensor
+
+
+class _Prefixed(Mapping[str, Slices]):
+    """The tensors of one module by their names in it, opened on use."""
+
+    def __init__(self, folder: FolderWeights, path: str) -> None:
+        self._folder, self._path = folder, path
+
+    def __getitem__(self, name: str) -> Slices:
+        return self._folder.open(f"{self._path}.{name}")
+
+    def __iter__(self) -> Iterator[str]:
+        prefix = f"{self._path}."
+        return (name.removeprefix(prefix) for name in self._folder.files if name.startswith(prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class RandomWeights:
+    """Matrices are N(0, 0.02), norms 1, biases 0: activations stay finite however deep the model.
+
+    A tensor depends on its name alone, so any rank can make any part of the same model.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+
+    def of(self, path: str, module: nn.Module) -> Mapping[str, Slices]:
+        tensors: dict[str, Any] = {}
+        if isinstance(module, PackedLinear):
+            name, shape = f"{path}.weight", (module.out_features, module.in_features)
+            tensors |= module.drawn(partial(self._matrix, name, shape), self._generator(name))
+        for name, parameter in module.named_parameters(recurse=False):
+            if name not in tensors:
+                tensors[name] = self._values(f"{path}.{name}", tuple(parameter.shape))
+        return tensors
+
+    def check(self) -> None:
+        """They are made of their names."""
+
+    def _values(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if len(shape) < 2:
+            return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=self.dtype, device=self.device)
+        return self._matrix(name, shape)
+
+    def _matrix(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        values = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return values.normal_(0.0, DEVIATION, generator=self._generator(name))
+
+    def _generator(self, name: str) -> torch.Generator:
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+        return torch.Generator(self.device).manual_seed(seed)

@@ -1,0 +1,1 @@
+"""Whole layers on each GPU: a rank a stage, or one process over several GPUs."""

@@ -1,0 +1,140 @@
+"""The engine of a pipeline: a schedule makes the gradients of a stage, torch or DeepSpeed steps over them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from qdist.runtime.engine.deepspeed import DeepSpeedEngine
+from qdist.runtime.engine.objective import CameTo, unseen
+from qdist.runtime.engine.torch import Adapter, Held, MicroBatch, State, StepResult, TorchEngine, nothing
+from qdist.runtime.placements.split.pipeline import Pipeline
+from qdist.runtime.placements.split.stages import Grid
+
+
+class PipelineEngine:
+    """`inner` owns the optimizer of this stage's part of the adapter. States are of the whole adapter."""
+
+    def __init__(self, pipeline: Pipeline, adapter: Adapter, inner: TorchEngine | DeepSpeedEngine) -> None:
+        self.pipeline, self.adapter, self.inner = pipeline, adapter, inner
+
+    def accumulate(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        weight: float,
+        loss_scale: float,
+        computed: Callable[[], None] = nothing,
+    ) -> torch.Tensor:
+        loss = self.pipeline.train(micro_batches, scale=weight * loss_scale)
+        computed()
+        if isinstance(self.inner, DeepSpeedEngine):
+            gradients = [parameter.grad for parameter in self.adapter.parameters()]
+            for parameter in self.adapter.parameters():
+                parameter.grad = None
+            self.inner.backward(gradients, weight=1.0 / loss_scale, loss_scale=loss_scale, last=True)
+        return loss
+
+    def evaluate(self, batches: list[list[int]], came_to: CameTo = unseen) -> tuple[float, int]:
+        """(summed loss, learned tokens) of the held-out micro-batches of this group; (0, 0) but on the last stage."""
+        return self.pipeline.evaluate(batches, came_to)
+
+    def step(self, learning_rate: float, loss_scale: float) -> StepResult:
+        return self.inner.step(learning_rate, loss_scale)
+
+    def held(self) -> Held:
+        return self.inner.held()
+
+    def state(self) -> State:
+        return gather_state(self.inner.state(), self.pipeline.grid, self.pipeline.device)
+
+    def restore(self, state: State) -> None:
+        self.inner.restore(state)
+
+
+class Twins(Adapter):
+    """An adapter's parameters a second time, over the same memory, for DeepSpeed to hang its hooks on.
+
+    Hooks on the model's own parameters would fire, and reduce, at each micro-batch of the schedule. `forward` takes
+    the gradients that the schedule has added up, and its backward delivers them, once.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        nn.Module.__init__(self)
+        self.names = adapter.names
+        for name, parameter in adapter.named_parameters():
+            twin = nn.Parameter(parameter.detach())
+            twin.model_parallel = True  # so that DeepSpeed counts it on every stage, not on the first alone
+            self.register_parameter(name, twin)
+
+    def forward(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        delivered: torch.Tensor = _Deliver.apply(gradients, *self.parameters())
+        return delivered
+
+
+class _Deliver(torch.autograd.Function):
+    """Nothing forward; backward, gradients that were computed elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.gradients = gradients
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        factor = float(outer[0])
+        return (None, *(gradient.mul_(factor) for gradient in gradients))
+
+
+def deepspeed_over_stage(adapter: Adapter, optimizer_of: Any, config: dict[str, Any], grid: Grid) -> tuple[Twins, Any]:
+    """DeepSpeed's engine over this stage's adapter and the ranks that hold the same stage.
+
+    optimizer_of: makes the optimizer over a list of parameters.
+    """
+    import deepspeed
+
+    twins = Twins(adapter)
+    engine, *_ = deepspeed.initialize(
+        model=twins, optimizer=optimizer_of(list(twins.parameters())), config=config, mpu=grid
+    )
+    # ZeRO has moved its parameters into flat buffers; the model follows.
+    for parameter, twin in zip(adapter.parameters(), twins.parameters(), strict=True):
+        parameter.data = twin.data
+    return twins, engine
+
+
+def gather_state(own: State, grid: Grid, device: torch.device) -> State:
+    """The states of all stages as one, on rank 0; the others get back their own. Collective.
+
+    Tensors travel one at a time: pickled together they would be on GPU 0 all at once.
+    """
+    if grid.group > 0 or grid.stages == 1:
+        return own
+    flat = _flat(own)
+    shapes: list[Any] = [None] * grid.stages
+    dist.all_gather_object(shapes, {key: list(value.shape) for key, value in flat.items()}, group=grid.mates)
+    if grid.position > 0:
+        for value in flat.values():
+            dist.send(value.to(device), 0, group=grid.mates)
+        return own
+    for position in range(1, grid.stages):
+        for key, shape in shapes[position].items():
+            part = torch.empty(shape, device=device)
+            dist.recv(part, position, group=grid.mates)
+            flat[key] = part.cpu()
+    parameters = {name: value for (kind, name), value in flat.items() if not kind}
+    moments = {
+        moment: {name: value for (kind, name), value in flat.items() if kind == moment} for moment in own.moments
+    }
+    return State(parameters, moments, own.optimizer_steps)
+
+
+def _flat(state: State) -> dict[tuple[str, str], torch.Tensor]:
+    """Tensors by (moment, name); parameters have no moment."""
+    flat = {("", name): value for name, value in state.parameters.items()}
+    for moment, values in state.moments.items():
+        flat.update({(moment, name): value for name, value in values.items()})
+    return flat

@@ -1,0 +1,48 @@
+"""One process over several GPUs: decoder layers where the layer map says, hidden states following them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from qdist.runtime.model.skeleton import decoder_layers
+from qdist.runtime.placements.split.stages import FINAL_NORMS
+
+
+def spread(model: Any, layer_devices: Sequence[torch.device]) -> None:
+    """Say on which device each part of a causal language model lies, and have every part fetch what it is given.
+
+    The parts get their weights there afterwards (`fill`), and adapters follow them.
+    layer_devices: of each decoder layer. What comes before the layers goes to the first device, final norm and head
+    to the last; a head that is tied to the embedding stays with it.
+    """
+    decoder, layers = model.get_decoder(), decoder_layers(model)
+    first, last = layer_devices[0], layer_devices[-1]
+    end = [module for name in (*FINAL_NORMS, "project_out") if (module := getattr(decoder, name, None)) is not None]
+    end_ids = {id(module) for module in end}
+    for child in decoder.children():
+        if child is not layers:
+            _put(child, last if id(child) in end_ids else first)
+    for layer, device in zip(layers, layer_devices, strict=True):
+        _put(layer, device)
+    head = model.get_output_embeddings()
+    _put(head, first if head.weight is model.get_input_embeddings().weight else last)
+
+
+def _put(part: nn.Module, device: torch.device) -> None:
+    for module in part.modules():
+        module.runs_on = device
+    fetch_to(part, device)
+
+
+def fetch_to(part: nn.Module, device: torch.device) -> None:
+    """Before each pass of a part, move the tensors that it is given: hidden states, masks, positions."""
+
+    def fetch(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton launches its kernels there, wherever their arguments are
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), (inputs, named))
+
+    part.register_forward_pre_hook(fetch, with_kwargs=True)

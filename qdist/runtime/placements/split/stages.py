@@ -1,0 +1,212 @@
+"""Stages of a split backbone: which ranks hold which, and the model without the parts that other ranks hold."""
+
+import contextlib
+import datetime
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from qdist.core.errors import PlanError, RunError
+from qdist.core.planning.plan import Plan
+from qdist.runtime.model.skeleton import decoder_layers
+
+FINAL_NORMS = ("norm", "final_layer_norm", "ln_f")
+_TUPLES = ("BloomBlock",)
+"""Decoder layers whose output is the first of a tuple."""
+
+
+class Absent(nn.Module):
+    """Where a part was that another rank holds: no parameters, and what comes in goes out."""
+
+    def __init__(self, *, as_tuple: bool = False) -> None:
+        super().__init__()
+        self.as_tuple = as_tuple
+
+    def forward(self, hidden: torch.Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden,) if self.as_tuple else hidden
+
+
+class _NoPositions(nn.Module):
+    """In place of OPT's position embedding, which is added by the first stage: nothing to add."""
+
+    def forward(self, mask: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.zeros((), device=mask.device)
+
+
+def keep_stage(model: Any, layers: range, *, first: bool, last: bool) -> None:
+    """Take out of a causal language model what this stage does not own, in place, with or without weights in it.
+
+    Kept modules keep their names (model.layers.37...), and so do adapters and checkpoints. The first stage embeds,
+    the last one has the final norm and the head; a head that is tied to the embedding keeps that table.
+    Other stages are given hidden states as `inputs_embeds` of the decoder.
+    """
+    decoder, stack = model.get_decoder(), decoder_layers(model)
+    as_tuple = type(stack[0]).__name__ in _TUPLES
+    for index in range(len(stack)):
+        if index not in layers:
+            stack[index] = Absent(as_tuple=as_tuple)
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head.weight is table.weight
+    if not last:
+        _without_end(decoder)
+        model.set_output_embeddings(Absent())
+    if not first:
+        _without_beginning(decoder)
+        if not (last and tied):
+            decoder.set_input_embeddings(Absent())
+    if tied and not last:
+        # There is one of the two here, and nothing to tie it to.
+        model.config.tie_word_embeddings = False
+        model._tied_weights_keys, model.all_tied_weights_keys = {}, {}
+
+
+def arrange_stage(plan: Plan, rank: int) -> Any:
+    """What `load_backbone` takes as `arrange` for a rank of a split plan whose ranks are stages.
+
+    Raises PlanError for a plan with new vocabulary rows: first and last stage would each train some of them.
+    """
+    if plan.source.new_token_ids:
+        raise PlanError(
+            f"split cannot train {len(plan.source.new_token_ids)} new row(s) of the vocabulary",
+            try_="--placement shard, or a tokenizer that needs no new tokens",
+        )
+    position = plan.ranks[rank].position
+    layers = layers_of(plan, position)
+
+    def arrange(model: Any) -> None:
+        keep_stage(model, layers, first=position == 0, last=position == plan.gpus_per_group - 1)
+
+    return arrange
+
+
+def layers_of(plan: Plan, position: int) -> range:
+    """The decoder layers of a position. Raises PlanError when the layer map gives it none, or not one after another."""
+    layers = [layer for layer, owner in enumerate(plan.layer_map) if owner == position]
+    if not layers or layers != list(range(layers[0], layers[-1] + 1)):
+        raise PlanError(
+            f"position {position} of {plan.gpus_per_group} has layers {layers}", try_="one run of layers for each GPU"
+        )
+    return range(layers[0], layers[-1] + 1)
+
+
+@contextlib.contextmanager
+def only_present(model: Any) -> Iterator[None]:
+    """For code that patches every layer and the final norm of a model (Liger): absent parts are out of its sight.
+
+    Absent layers leave the list meanwhile, and an absent final norm that was patched is made anew.
+    """
+    decoder, stack = model.get_decoder(), decoder_layers(model)
+    everything = dict(stack._modules)
+    for key, layer in everything.items():
+        if isinstance(layer, Absent):
+            del stack._modules[key]
+    absent = [name for name in FINAL_NORMS if isinstance(getattr(decoder, name, None), Absent)]
+    try:
+        yield
+    finally:
+        kept = dict(stack._modules)
+        stack._modules.clear()
+        stack._modules.update({key: kept.get(key, layer) for key, layer in everything.items()})
+        for name in absent:
+            setattr(decoder, name, Absent())
+
+
+def _without_end(decoder: Any) -> None:
+    for name in FINAL_NORMS:
+        if getattr(decoder, name, None) is not None:
+            setattr(decoder, name, Absent())
+    if getattr(decoder, "project_out", None) is not None:  # OPT
+        decoder.project_out = None
+
+
+def _without_beginning(decoder: Any) -> None:
+    """What older families do between the embedding and the first layer."""
+    if hasattr(decoder, "word_embeddings_layernorm"):  # BLOOM
+        decoder.word_embeddings_layernorm = Absent()
+    if hasattr(decoder, "emb_dropout"):  # GPT-NeoX
+        decoder.emb_dropout = Absent()
+    if hasattr(decoder, "embed_positions"):  # OPT
+        decoder.embed_positions = _NoPositions()
+    if getattr(decoder, "project_in", None) is not None:  # OPT
+        decoder.project_in = None
+
+
+class Grid(NamedTuple):
+    """Where this rank is. Ranks are numbered group by group, and stage by stage within one."""
+
+    group: int
+    position: int
+    groups: int
+    stages: int
+    mates: Any
+    """Process group: the stages of this group."""
+    peers: Any
+    """Process group: the ranks with this stage, one in each group."""
+
+    @property
+    def first(self) -> bool:
+        """This stage embeds tokens."""
+        return self.position == 0
+
+    @property
+    def last(self) -> bool:
+        """This stage computes the loss."""
+        return self.position == self.stages - 1
+
+    def over_stages(self, value: torch.Tensor) -> torch.Tensor:
+        """A scalar summed over the stages of this group."""
+        total = value.clone()
+        dist.all_reduce(total, group=self.mates)
+        return total
+
+    # What DeepSpeed asks of an `mpu`. Stages are its model parallelism: it sums norms and overflows over them.
+
+    def get_model_parallel_rank(self) -> int:
+        return self.position
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.stages
+
+    def get_model_parallel_group(self) -> Any:
+        return self.mates
+
+    def get_data_parallel_rank(self) -> int:
+        return self.group
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.groups
+
+    def get_data_parallel_group(self) -> Any:
+        return self.peers
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return [group * self.stages + self.position for group in range(self.groups)]
+
+
+def make_grid(plan: Plan, *, timeout: datetime.timedelta) -> Grid:
+    """Make the process groups of a split plan. Collective over all ranks of the run.
+
+    Raises RunError when the ranks are not those of the plan.
+    """
+    groups, stages = plan.groups, plan.gpus_per_group
+    if not dist.is_initialized() or dist.get_world_size() != groups * stages:
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        raise RunError(f"{groups} group(s) of {stages} stages, and {ranks} rank(s)", try_="--resume")
+    rank = dist.get_rank()
+    mates = peers = None
+    if groups == 1:  # all ranks of the run, whose communicator there is already: a second one takes 0.5 GiB
+        mates = dist.group.WORLD
+    # Every rank makes every process group, in the same order.
+    for group in range(groups if groups > 1 else 0):
+        made = dist.new_group([group * stages + position for position in range(stages)], timeout=timeout)
+        mates = made if group == rank // stages else mates
+    for position in range(stages):
+        made = dist.new_group([group * stages + position for group in range(groups)], timeout=timeout)
+        peers = made if position == rank % stages else peers
+    grid = Grid(rank // stages, rank % stages, groups, stages, mates, peers)
+    # NCCL wants all ranks in a group's first exchange, and the first one of a pipeline is between two.
+    dist.barrier(group=mates)
+    return grid

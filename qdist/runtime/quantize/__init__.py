@@ -1,0 +1,1 @@
+"""From 16-bit weights to packed ones."""

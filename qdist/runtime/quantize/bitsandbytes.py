@@ -1,0 +1,150 @@
+"""Finds or makes the packed form of a model: `python -m qdist.runtime.quantize.bitsandbytes MODEL OUT --method nf4`."""
+
+import argparse
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from qdist.core.errors import ModelError, RunError
+from qdist.core.model.storage import Packing
+from qdist.core.text import command, format_bytes, format_duration, quoted
+from qdist.host.files import cache_dir, locked
+from qdist.host.sources import cache
+from qdist.host.sources.model_folder import fingerprint
+from qdist.host.sources.models import locate, read_json
+from qdist.host.terminal import say
+from qdist.runtime.formats.packed_folder import Manifest, read_manifest
+from qdist.runtime.quantize.pack import pack
+from qdist.runtime.quantize.source import blueprint, check_packed, quantized_as, streamed
+from qdist.runtime.quiet import quiet
+
+
+class Packed(NamedTuple):
+    """A folder that ranks read, and what to tell the user about it."""
+
+    folder: Path
+    note: str = ""
+
+
+def packed_folder(folder: Path, packing: Packing, *, name: str) -> Packed:
+    """The folder that holds a model packed as asked: its own, one from the cache, or one packed now.
+
+    folder: a materialized model. name: what the user calls it.
+    Raises ModelError when it is packed otherwise already, PlanError when the disk is too small.
+    """
+    there = _already(folder, name)
+    if there is not None:
+        _require_same(name, there, packing)
+        check_packed(folder, blueprint(folder), there)
+        return Packed(folder)
+    if packing.bits == 16 and (tensors := streamed(folder, blueprint(folder))) and tensors.canonical:
+        return Packed(folder)
+    out = cache.packed_folder(folder, packing, name=name)
+    if out.is_dir():
+        return _packed_before(out, folder)
+    with _alone(out, name):
+        if out.is_dir():
+            return _packed_before(out, folder)
+        began = time.monotonic()
+        manifest = pack(folder, out, packing, name=name)
+    took = format_duration(time.monotonic() - began)
+    return Packed(out, f"packed {name} to {packing}, once: {format_bytes(manifest.bytes)} in {took}")
+
+
+def _packed_before(out: Path, folder: Path) -> Packed:
+    """What is there. Raises ModelError where it was made of other weights whose files had the same sizes and times."""
+    manifest = read_manifest(out)
+    if manifest is not None and manifest.source_fingerprint not in ("", fingerprint(folder)):
+        raise ModelError(
+            f"{out} was packed when {folder} held other weights, in files of the same sizes and times",
+            try_=f"{quoted('rm', '-r', out)}: it is packed again",
+        )
+    return Packed(out)
+
+
+def quantize(model: str, out: Path, packing: Packing) -> Manifest:
+    """Write a packed model to a folder of the user's. Raises RunError where something is there already."""
+    from qdist.runtime.quantize.materialize import materialize
+
+    folder = materialize(locate(model))
+    there = _already(folder, model)
+    if there is not None:
+        raise ModelError(f"{model} is packed to {there} already", try_=command("launch", "--model", model))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(out, model):
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+        if os.path.lexists(out):
+            raise RunError(f"{out} exists", try_="another --out")
+        return pack(folder, out, packing, name=model)
+
+
+def _already(folder: Path, name: str) -> Packing | None:
+    """How the model is packed as it comes, or None. A folder without config.json is refused where it is read."""
+    config = folder / "config.json"
+    return quantized_as(read_json(config), name=name) if config.is_file() else None
+
+
+def _require_same(name: str, there: Packing, wanted: Packing) -> None:
+    if (there.bits, there.type, there.double) == (wanted.bits, wanted.type, wanted.double):
+        return
+    flags = f"--bits {there.bits}"
+    if there.bits == 4:
+        flags += f" --set quant.type={there.type} --set quant.double={str(there.double).lower()}"
+    raise ModelError(
+        f"{name} is packed to {there} ({there.bits} bits); this run wants {wanted} ({wanted.bits} bits)",
+        try_=f"{flags}, or the model it was packed from",
+    )
+
+
+@contextmanager
+def _alone(out: Path, name: str) -> Iterator[None]:
+    """One process at a time packs to a folder; another waits, and says so."""
+    lock = cache_dir("packed") / f".{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]}.lock"
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock, busy=f"{out} is being packed"))
+        except RunError:
+            say(f"waiting: another process is packing {name}", err=True)
+            stack.enter_context(locked(lock))
+        yield
+
+
+def main() -> None:
+    """Started by the command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--method", choices=("nf4", "fp4", "int8"), required=True)
+    parser.add_argument("--single", action="store_true")
+    parser.add_argument("--dtype", default="auto")
+    given = parser.parse_args()
+    quiet()
+    packing = (
+        Packing(bits=8, dtype=given.dtype)
+        if given.method == "int8"
+        else Packing(bits=4, type=given.method, double=not given.single, dtype=given.dtype)
+    )
+    began = time.monotonic()
+    manifest = quantize(given.model, given.out, packing)
+    took = format_duration(time.monotonic() - began)
+    say(f"{given.out}: {packing}, {manifest.layers} layers, {format_bytes(manifest.bytes)}, {took}")
+    say(f"use it  {command('launch', '--model', given.out, *_flags(packing), '--data', 'FILE')}")
+
+
+def _flags(packing: Packing) -> list[str]:
+    """What a run over such a backbone is told, where it differs from the defaults."""
+    flags = ["--bits", str(packing.bits)]
+    if packing.bits == 4 and packing.type != "nf4":
+        flags += ["--set", f"quant.type={packing.type}"]
+    if packing.bits == 4 and not packing.double:
+        flags += ["--set", "quant.double=false"]
+    return flags
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Makes a model a local folder that transformers opens: converts GGUF once, downloads hub ids once."""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+from qdist.core.errors import ModelError
+from qdist.core.model.shapes import own_code
+from qdist.host.files import cache_dir, locked, publish_folder
+from qdist.host.opening import told
+from qdist.host.sources.cache import converted_folder
+from qdist.host.sources.models import Located, read_json
+from qdist.host.sources.targets import require_readable
+from qdist.host.terminal import say
+
+
+def materialize(located: Located) -> Path:
+    """The local folder of a located model. Processes that race for a conversion wait for the first."""
+    require_readable(located, name=located.path)
+    if located.kind == "gguf":
+        return _converted(Path(located.path))
+    folder = _download(located.path) if located.kind == "hub" else Path(located.path)
+    _require_class(folder, located.path)
+    return folder
+
+
+def _require_class(folder: Path, name: str) -> None:
+    """Raise ModelError for a model that brings the code of its class along, where transformers has none."""
+    file = folder / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    if config.get("auto_map"):
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+        if config.get("model_type") not in CONFIG_MAPPING_NAMES:
+            raise own_code(name)
+
+
+def _converted(file: Path) -> Path:
+    folder = converted_folder(file)
+    if not folder.is_dir():
+        cache_dir(folder.parent.name)
+        with locked(folder.with_name(f".{folder.name}.lock")):
+            if not folder.is_dir():
+                _convert(file, folder)
+    return folder
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Dequantize a GGUF file to bfloat16 safetensors, with its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from qdist.runtime.formats.recorded_sums import keep_computed_sums
+
+    say(f"converting {file.name}, once: the result is cached")
+    beside = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
+    with (
+        told(f"{file} cannot be converted", ModelError, try_="a GGUF file of a Llama, Mistral or Qwen model"),
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stderr(nowhere),  # a progress bar of 272 lines
+    ):
+        model = AutoModelForCausalLM.from_pretrained(
+            str(file.parent), gguf_file=file.name, dtype=torch.bfloat16, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
+    # transformers keeps calling the model GGUF-quantized and refuses to save it.
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    model.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    keep_computed_sums(beside)
+    publish_folder(beside, folder)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    other = "a local folder, --load-format dummy, or HF_TOKEN for a gated model"
+    with told(f"{hub_id} cannot be fetched from the hub", ModelError, try_=other):
+        _require_class(Path(snapshot_download(hub_id, allow_patterns=["config.json"])), hub_id)
+        folder = Path(
+            snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+        )
+        if not any(folder.glob("*.safetensors")):  # older models have torch's own files alone
+            snapshot_download(hub_id, allow_patterns=["*.bin"])
+        return folder

@@ -1,0 +1,294 @@
+"""Packs a model folder as bitsandbytes stores it, a decoder layer at a time; killed, it goes on where it was."""
+
+import math
+import shutil
+import sys
+import time
+from collections.abc import Collection
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from qdist.core.errors import ModelError
+from qdist.core.model.storage import Packing
+from qdist.core.planning.memory import BLOCK, NESTED_BLOCK
+from qdist.core.text import format_bytes
+from qdist.host.files import publish_folder, require_space
+from qdist.host.sources.cache import BESIDE, CHECKSUMS, source_identity, work_folder
+from qdist.host.sources.model_folder import fingerprint
+from qdist.host.terminal import say
+from qdist.runtime.data.tokenizer import TEMPLATES, copy_beside
+from qdist.runtime.formats.packed_folder import (
+    MANIFEST,
+    Entry,
+    Manifest,
+    entries_of,
+    file_name,
+    finish,
+    finished,
+    write_tensors,
+)
+from qdist.runtime.quantize.source import Blueprint, Tensors, blueprint, require_finite, tensors_of
+
+_PIECE = 1 << 22
+"""Elements unpacked at a time: bitsandbytes' CPU kernels take 16 bytes each beside the matrix."""
+
+
+def pack_matrix(weight: torch.Tensor, packing: Packing, device: torch.device) -> dict[str, torch.Tensor]:
+    """A matrix [out, in] in 16 or 32 bits as the tensors that transformers saves, by their names after the module's.
+
+    The work is done on `device` in pieces, the result is on the CPU. The same bytes as packing it in one go.
+    """
+    return _four_bit(weight, packing, device) if packing.bits == 4 else _int8(weight, device)
+
+
+def packed_bytes(shape: tuple[int, ...], packing: Packing) -> int:
+    """An upper bound for what `pack_matrix` returns, within a hundred bytes."""
+    rows, columns = shape
+    if packing.bits == 8:
+        return rows * columns + 4 * rows + 1
+    blocks = -(-rows * columns // BLOCK)
+    absmax = blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 * 256 if packing.double else 4 * blocks
+    return (rows * columns + 1) // 2 + absmax + 4 * 16 + 256  # the codes' table, and the state as JSON
+
+
+def _four_bit(weight: torch.Tensor, packing: Packing, device: torch.device) -> dict[str, torch.Tensor]:
+    from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, quantize_blockwise
+
+    packed, absmaxes = [], []
+    for piece in weight.reshape(-1).split(_PIECE):
+        values, state = quantize_4bit(
+            piece.to(device), blocksize=BLOCK, compress_statistics=False, quant_type=packing.type
+        )
+        packed.append(values.cpu())
+        absmaxes.append(state.absmax)
+    absmax = torch.cat(absmaxes)
+    offset, nested = None, None
+    if packing.double:  # as `quantize_4bit(compress_statistics=True)` does it
+        offset = absmax.mean()
+        absmax, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+    whole = QuantState(
+        absmax=absmax,
+        shape=weight.shape,
+        code=get_4bit_type(packing.type, device=device),
+        blocksize=BLOCK,
+        quant_type=packing.type,
+        dtype=weight.dtype,
+        offset=offset,
+        state2=nested,
+    )
+    stored = {f"weight.{name}": value.cpu() for name, value in whole.as_dict(packed=True).items()}
+    return {"weight": torch.cat(packed), **stored}
+
+
+def _int8(weight: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    pieces = weight.split(max(1, _PIECE // weight.shape[1]))
+    parts = [int8_vectorwise_quant(piece.to(device, torch.float16)) for piece in pieces]
+    return {
+        "weight": torch.cat([part[0].cpu() for part in parts]),
+        "SCB": torch.cat([part[1].cpu() for part in parts]),
+        "weight_format": torch.tensor(0, dtype=torch.uint8),  # by rows
+    }
+
+
+_HEADER_BYTES = 1 << 10
+"""Of a packed linear in a file's header, at most."""
+
+
+_LARGEST = torch.finfo(torch.float16).max
+
+
+class Job(NamedTuple):
+    """A model folder, read, and what it is to become."""
+
+    folder: Path
+    packing: Packing
+    shape: Blueprint
+    tensors: Tensors
+
+    def names(self, position: int) -> list[str]:
+        """The tensors of a decoder layer, or of everything else."""
+        return [name for name in self.shape.shapes if self.shape.layer(name) == position]
+
+    def packs(self, name: str) -> bool:
+        return self.packing.bits < 16 and name in self.shape.linears
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What a tensor is stored in, or packed from."""
+        stored = self.tensors.dtype(name)
+        plain: torch.dtype = getattr(torch, self.packing.dtype) if self.packing.dtype != "auto" else stored
+        return plain if stored.is_floating_point else stored
+
+    def source_bytes(self, position: int) -> int:
+        return sum(math.prod(self.shape.shapes[name]) * self.tensors.dtype(name).itemsize
+                   for name in self.names(position))  # fmt: skip
+
+    def bytes(self, position: int) -> int:
+        """Of a file that is not there yet: a little too many."""
+        total = 0
+        for name in self.names(position):
+            size = self.shape.shapes[name]
+            plain = math.prod(size) * self.dtype(name).itemsize
+            total += _HEADER_BYTES + (packed_bytes(size, self.packing) if self.packs(name) else plain)
+        return total
+
+
+def pack(folder: Path, out: Path, packing: Packing, *, name: str) -> Manifest:
+    """Write `out`, which must not exist: into a folder beside, which outlives a kill, renamed at the end.
+
+    name: what the user calls the model.
+    Raises ModelError for a model that cannot be read, PlanError when the disk is too small.
+    """
+    shape = blueprint(folder)
+    job = Job(folder, packing, shape, tensors_of(folder, shape))
+    identity = source_identity(folder, packing)
+    work = _work_folder(out, identity)
+    files = {file_name(position, shape.layers): position for position in range(shape.layers + 1)}
+    written = {file: there for file in files if (there := finished(work, file))}
+    others = [path for path in sorted(folder.iterdir()) if goes_along(path)]
+    _require_space(job, [files[file] for file in files if file not in written], others, out, name)
+    work.mkdir(exist_ok=True)
+    (work / ".identity").write_text(identity)
+    progress = _Progress(job, files, written, name)
+    for file, position in files.items():
+        if file not in written:
+            written[file] = write_tensors(work, file, _entries(job, position))
+            progress.done(position)
+    for path in others:
+        copy_beside(path, work)
+    _write_config(job, work)
+    manifest = Manifest(
+        packing=packing,
+        source=str(folder.resolve()),
+        source_identity=identity,
+        source_fingerprint=fingerprint(folder),
+        layers=shape.layers,
+        bytes=sum(part.tensor_bytes for part in written.values()),
+        files={file: written[file].bytes for file in files},
+        checksums={tensor: sums for file in files for tensor, sums in written[file].checksums.items()},
+        versions={package: metadata.version(package) for package in ("bitsandbytes", "torch", "transformers")},
+    )
+    (work / ".identity").unlink()
+    finish(work, written, manifest)
+    publish_folder(work, out)
+    return manifest
+
+
+def _work_folder(out: Path, identity: str) -> Path:
+    """The folder beside `out` with what an earlier process finished, if it packed the same."""
+    work = work_folder(out)
+    mark = work / ".identity"
+    if work.is_dir() and (not mark.is_file() or mark.read_bytes() != identity.encode()):
+        shutil.rmtree(work)
+    for leftover in work.glob(".*.unfinished"):
+        leftover.unlink()
+    return work
+
+
+def _require_space(job: Job, positions: list[int], others: list[Path], out: Path, name: str) -> None:
+    needed = sum(job.bytes(position) for position in positions) + sum(path.stat().st_size for path in others)
+    require_space(
+        out.parent,
+        needed,
+        purpose=f"packing {name} to {job.packing}",
+        try_="another disk: --out FOLDER, or QDIST_CACHE=FOLDER for what `launch` keeps",
+    )
+
+
+def _entries(job: Job, position: int) -> list[Entry]:
+    """A file's tensors: linears packed now, the others read when their turn comes."""
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    entries = []
+    for name in job.names(position):
+        if job.packs(name):
+            value = _packable(job, name)
+            packed = pack_matrix(value, job.packing, device)
+            path = name.removesuffix("weight")
+            entries += entries_of({path + leaf: part for leaf, part in packed.items()})
+        else:
+            entries.append(Entry(name, job.dtype(name), job.shape.shapes[name], partial(_plain, job, name)))
+    return entries
+
+
+def _packable(job: Job, name: str) -> torch.Tensor:
+    """A matrix as it is packed. Raises ModelError where it is not finite, or not within what int8 is packed from."""
+    value = require_finite(job.tensors.read(name), name).to(job.dtype(name))
+    if job.packing.bits == 8:
+        low, high = (float(end) for end in value.aminmax())
+        if max(-low, high) > _LARGEST:
+            raise ModelError(
+                f"{name} reaches {max(-low, high):.3g}, and int8 is packed from float16, which ends at {_LARGEST:,.0f}",
+                try_="4 bits",
+            )
+    return value
+
+
+def _plain(job: Job, name: str) -> torch.Tensor:
+    return require_finite(job.tensors.read(name), name)
+
+
+def _write_config(job: Job, work: Path) -> None:
+    """config.json, as transformers' `save_pretrained` writes it for a bitsandbytes model."""
+    config = job.shape.config
+    config.architectures = [job.shape.architecture]
+    config.dtype = job.dtype(min(job.shape.linears))
+    if job.packing.bits < 16:
+        config.quantization_config = _quantization(job.packing, config.dtype, job.shape.skipped)
+    config.save_pretrained(work)
+
+
+def _quantization(packing: Packing, dtype: torch.dtype, skipped: tuple[str, ...] | None) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    skip = None if skipped is None else list(skipped)
+    if packing.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=packing.type,
+        bnb_4bit_use_double_quant=packing.double,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skip,
+    )
+
+
+def goes_along(path: Path) -> bool:
+    """Whether a part of a model is copied as it is: tokenizer, chat templates, generation settings."""
+    if path.name == TEMPLATES and path.is_dir():
+        return True
+    ours = (
+        path.name in ("config.json", MANIFEST, CHECKSUMS)
+        or path.name.endswith(".index.json")
+        or path.name.startswith(".")
+    )
+    return path.is_file() and path.suffix in BESIDE and not ours
+
+
+class _Progress:
+    """Says on stderr how far packing is: one line that changes on a terminal, else one every tenth."""
+
+    def __init__(self, job: Job, files: dict[str, int], written: Collection[str], name: str) -> None:
+        self._sizes = {position: job.source_bytes(position) for position in files.values()}
+        self._before = sum(self._sizes[files[file]] for file in written)
+        self._done, self._total, self._layers = self._before, sum(self._sizes.values()), job.shape.layers
+        self._began, self._tenth = time.monotonic(), 10 * self._before // max(1, self._total)
+        self._live = sys.stderr.isatty()
+        size = format_bytes(sum(job.bytes(position) for position in files.values()))
+        again = f"; {len(written)} of {len(files)} files are there already" if written else ""
+        say(f"packing {name} to {job.packing}, once: {size}{again}", err=True)
+
+    def done(self, position: int) -> None:
+        self._done += self._sizes[position]
+        tenth = 10 * self._done // self._total
+        last = self._done == self._total
+        if self._live or tenth > self._tenth:
+            self._tenth = tenth
+            rate = (self._done - self._before) / 1e6 / max(1e-9, time.monotonic() - self._began)
+            layer = f"layer {min(position + 1, self._layers)} of {self._layers}"
+            line = f"  {layer}, {format_bytes(self._done)} of {format_bytes(self._total)} read, {rate:.0f} MB/s"
+            say(line, end="" if self._live and not last else "\n", err=True, over=self._live)

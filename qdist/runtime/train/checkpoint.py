@@ -1,0 +1,187 @@
+"""Checkpoints free of the world size: whole on disk or absent, read back on any number of ranks."""
+
+import hashlib
+import os
+import re
+import shutil
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+
+from qdist.core.errors import JobError, RunError
+from qdist.core.text import quoted, resuming
+from qdist.host.files import publish_folder, write_atomic
+from qdist.host.opening import read_typed, require_file, told
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.engine.torch import State
+from qdist.runtime.formats.checksum import file_checksum
+
+_FILES = ("state.json", "adapter.safetensors", "optimizer.safetensors")
+"""What DONE closes."""
+_HELD_OUT = "held_out.json"
+"""Beside the files that DONE closes: what an evaluation said after the checkpoint was written."""
+_LEFT = re.compile(r"\.step_\d{6,}\.\d+")
+"""Names of checkpoints that are written, or on their way out."""
+
+
+class _Closed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What DONE says: of each file its bytes, and the two sums of `qdist.runtime.formats.checksum`."""
+
+    files: dict[str, tuple[int, int, int]]
+
+
+class _HeldOut(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `held_out.json` says."""
+
+    held_out: tuple[tuple[int, float], ...]
+    sha256: str
+    """Of the points as JSON."""
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a run stands after `step` optimizer steps. Generators need no state: they are seeded from (seed, step)."""
+
+    step: int
+    samples: int
+    """Position in the endless stream of training samples."""
+    optimizer_steps: int = 0
+    loss_scale: float = 1.0
+    finite_steps: int = 0
+    """Steps since the loss scale last changed."""
+    held_out: tuple[tuple[int, float], ...] = ()
+    """(step, loss) of every evaluation so far."""
+
+    @property
+    def best_step(self) -> int | None:
+        """The evaluated step with the lowest held-out loss, the start of the run left out."""
+        trained = [(loss, step) for step, loss in self.held_out if step > 0]
+        return min(trained)[1] if trained else None
+
+
+def save(run: RunDir, progress: Progress, state: State, *, keep: int) -> Path:
+    """Write one checkpoint, then delete the oldest beyond `keep` and the best. For one rank only."""
+    final = run.checkpoint(progress.step)
+    if (final / "DONE").is_file():
+        return final
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    beside = run.checkpoints / f".{final.name}.{os.getpid()}"
+    shutil.rmtree(beside, ignore_errors=True)  # a killed rank of the same process id, as in a restarted container
+    _remove(final)
+    beside.mkdir()
+    try:
+        _write(beside, progress, state)
+        publish_folder(beside, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise JobError(
+            f"the checkpoint of step {progress.step} cannot be written to {run.checkpoints}: {error}; "
+            f"{run.last_saved()}",
+            try_=f"make room there, then {resuming(run.path)}",
+        ) from error
+    prune(run, keep=keep, best=progress.best_step)
+    return final
+
+
+def note(run: RunDir, step: int, held_out: tuple[tuple[int, float], ...], *, keep: int) -> None:
+    """Add the evaluation that followed a checkpoint to it; then only the new best is kept beyond `keep`."""
+    # A file of its own: DONE holds the sums of the others, and two files cannot be replaced at the same moment.
+    content = msgspec.json.encode(_HeldOut(held_out, _digest(held_out)))
+    write_atomic(run.checkpoint(step) / _HELD_OUT, content, inside=run.checkpoints)
+    prune(run, keep=keep, best=Progress(step=step, samples=0, held_out=held_out).best_step)
+
+
+def _digest(held_out: tuple[tuple[int, float], ...]) -> str:
+    return hashlib.sha256(msgspec.json.encode(held_out)).hexdigest()
+
+
+def _encoded(progress: Progress) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(progress), indent=2) + b"\n"
+
+
+def _write(folder: Path, progress: Progress, state: State) -> None:
+    _save_tensors(state.parameters, folder / "adapter.safetensors")
+    flat = {f"{moment}.{name}": tensor for moment, tensors in state.moments.items() for name, tensor in tensors.items()}
+    _save_tensors(flat, folder / "optimizer.safetensors")
+    (folder / "state.json").write_bytes(_encoded(progress))
+    closed = _Closed({name: _size_and_sums(folder / name) for name in _FILES})
+    (folder / "DONE").write_bytes(msgspec.json.encode(closed))
+
+
+def _size_and_sums(file: Path) -> tuple[int, int, int]:
+    return file.stat().st_size, *file_checksum(file)
+
+
+def load(path: Path) -> tuple[Progress, State]:
+    """Read a checkpoint. Raises RunError when it is not whole, or not as it was saved; offers the one before."""
+    if not (path / "DONE").is_file():
+        raise RunError(f"{path} has no DONE: it was not finished", try_=_other(path))
+    _require_closed(path)
+    progress = read_typed(path / "state.json", Progress, RunError, try_=_other(path))
+    if (path / _HELD_OUT).is_file():
+        said = read_typed(path / _HELD_OUT, _HeldOut, RunError, try_=_other(path))
+        if said.sha256 != _digest(said.held_out):
+            raise RunError(f"{path / _HELD_OUT} is not as it was saved", try_=_other(path))
+        progress = msgspec.structs.replace(progress, held_out=said.held_out)
+    moments: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_tensors(path / "optimizer.safetensors").items():
+        moment, _, name = key.partition(".")
+        moments.setdefault(moment, {})[name] = tensor
+    return progress, State(load_tensors(path / "adapter.safetensors"), moments, progress.optimizer_steps)
+
+
+def _require_closed(path: Path) -> None:
+    """Raise RunError for a file whose sums are not those in DONE; one that is empty is of a qdist that kept none."""
+    if not (path / "DONE").stat().st_size:
+        return
+    closed = read_typed(path / "DONE", _Closed, RunError, try_=_other(path)).files
+    if set(closed) != set(_FILES):
+        raise RunError(f"{path / 'DONE'} is not as it was saved", try_=_other(path))
+    for name, said in closed.items():
+        file = path / name
+        if not file.is_file():
+            raise RunError(f"{path} has no {name}", try_=_other(path))
+        if _size_and_sums(file) != said:
+            raise RunError(f"{file} is not as it was saved: its bytes have other sums", try_=_other(path))
+
+
+def _other(path: Path) -> str:
+    """How to go on without a checkpoint."""
+    run = RunDir(path.parent.parent)
+    steps = [step for step in run.checkpoint_steps() if run.checkpoint(step) != path]
+    rest = f"the newest checkpoint is then that of step {steps[-1]}" if steps else "the run then begins anew"
+    return f"{quoted('mv', path, run.path / f'broken-{path.name}')}: {rest}"
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file of a checkpoint, or an adapter's, whole. Raises RunError when it is cut short."""
+    from safetensors.torch import load_file
+
+    require_file(path, RunError, try_=_other(path.parent))
+    with told(f"{path} cannot be read", RunError, try_=_other(path.parent)):
+        return load_file(path)
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def prune(run: RunDir, *, keep: int, best: int | None) -> None:
+    """Delete the oldest beyond `keep` and the best, and what a killed process was writing or deleting."""
+    for path in run.checkpoints.iterdir():
+        if _LEFT.fullmatch(path.name):
+            shutil.rmtree(path)
+    for step in run.checkpoint_steps()[:-keep]:
+        if step != best:
+            _remove(run.checkpoint(step))
+
+
+def _remove(folder: Path) -> None:
+    """Out of sight first: a kill in the middle leaves no half checkpoint."""
+    if folder.exists():
+        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+        os.rename(folder, aside)
+        shutil.rmtree(aside)

@@ -1,0 +1,97 @@
+"""A rank's beat: a thread that says every second what the rank is at, and its stacks when it is asked for them.
+
+The thread goes on while the rank waits in a collective; it stops when the process does. So silence says that the
+process is stopped or gone, and a beat whose `moved` stays says that it waits.
+"""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from qdist.core.machine.environment import LAUNCH
+from qdist.core.telemetry.heartbeat import Phase, Pulse, encode
+from qdist.host.run.rundir import RunDir
+from qdist.host.run.state import is_anothers
+from qdist.host.terminal import say
+
+BEAT_S = 1.0
+
+
+class Beat:
+    """What this rank is at. Moving costs some attributes; a thread writes them down.
+
+    memory_now: bytes, asked for at each beat from that thread.
+    """
+
+    def __init__(self, run: RunDir, rank: int, *, memory_now: Callable[[], int] = lambda: 0) -> None:
+        run.pulses.mkdir(exist_ok=True)
+        run.stacks.mkdir(exist_ok=True)
+        self._run, self._path, self._rank, self._host = run, run.pulse_file(rank), rank, socket.gethostname()
+        self._launch = os.environ.get(LAUNCH, "")
+        self.memory_now = memory_now
+        self._now: tuple[Phase, int, int, int] = ("starting", 0, 0, 0)
+        self._moved = time.time()
+        self._stacks = open(run.stack_file(rank), "wb", buffering=0)  # noqa: SIM115  (open until the process ends)
+        faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
+        self._write()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="beat")
+        self._thread.start()
+
+    def move(self, phase: Phase, step: int = 0, micro_batch: int = 0, micro_batches: int = 0) -> None:
+        """The rank is at something else from now on."""
+        self._now, self._moved = (phase, step, micro_batch, micro_batches), time.time()
+
+    def end(self) -> None:
+        """The last beat."""
+        self.move("ended", self._now[1])
+        self._ended.set()
+        self._thread.join()
+        self._tell()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT_S):
+            if self._launch and is_anothers(self._run, self._launch):
+                say("error: another launch goes on with this run: this rank of an earlier one ends")
+                os._exit(1)  # what waits in a collective would wait for ever
+            self._tell()
+
+    def _tell(self) -> None:
+        """Miss a beat where the disk is full for a moment: a thread that ended would leave the rank silent for ever."""
+        with contextlib.suppress(OSError):
+            self._write()
+
+    def _write(self) -> None:
+        phase, step, micro_batch, micro_batches = self._now
+        pulse = Pulse(
+            rank=self._rank,
+            pid=os.getpid(),
+            host=self._host,
+            launch=self._launch,
+            time=time.time(),
+            phase=phase,
+            moved=self._moved,
+            step=step,
+            micro_batch=micro_batch,
+            micro_batches=micro_batches,
+            memory_bytes=self.memory_now(),
+        )
+        beside = self._path.with_suffix(".new")
+        beside.write_bytes(encode(pulse))
+        os.replace(beside, self._path)
+
+
+class Move(Protocol):
+    """Says what a rank is at from now on: `Beat.move`, or `silent`."""
+
+    def __call__(self, phase: Phase, step: int = 0, micro_batch: int = 0, micro_batches: int = 0) -> None: ...
+
+
+def silent(phase: Phase, step: int = 0, micro_batch: int = 0, micro_batches: int = 0) -> None:
+    """For a trainer that nobody watches."""

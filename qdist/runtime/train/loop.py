@@ -1,0 +1,280 @@
+"""The training loop, top to bottom, with its learning rates and the factor that keeps fp16 gradients representable."""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from qdist.core.errors import JobError
+from qdist.core.planning.plan import Plan
+from qdist.core.spec.spec import Optim
+from qdist.core.telemetry.events import Event
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.data.batches import Samples, micro_batch_seed
+from qdist.runtime.engine.comm import Comm
+from qdist.runtime.engine.objective import Evaluate, unseen
+from qdist.runtime.engine.torch import Engine, MicroBatch
+from qdist.runtime.train import checkpoint
+from qdist.runtime.train.checkpoint import Progress
+from qdist.runtime.train.heartbeat import Move, silent
+from qdist.runtime.train.measure import Stopwatch
+
+
+def learning_rate(optim: Optim, *, step: int, steps: int) -> float:
+    """Rate of step `step` (from 0) of `steps`: linear warm-up, then constant, linear or cosine decay to 0."""
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    if optim.schedule == "constant":
+        return optim.lr
+    progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+    if optim.schedule == "linear":
+        return optim.lr * (1 - progress)
+    return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+_INITIAL, _SMALLEST, _LARGEST = 2.0**16, 2.0**-4, 2.0**24
+_GROWTH_INTERVAL = 500
+
+
+def before_training(what: str, loss: float, *, fp16: bool) -> JobError:
+    """The error for a loss that is no number although no update was made yet."""
+    fault = "weights, data or the range of fp16 are at fault" if fp16 else "weights or data are at fault"
+    return JobError(
+        f"{what} is {loss} before any training: {fault}, not the learning rate",
+        try_="--set dtype=bfloat16" if fp16 else "download the model again, or other data",
+    )
+
+
+class LossScale:
+    """Halves when gradients are not finite, doubles after GROWTH_INTERVAL finite steps; fixed at 1 unless fp16."""
+
+    def __init__(self, *, dynamic: bool) -> None:
+        self.dynamic = dynamic
+        self.value = _INITIAL if dynamic else 1.0
+        self.finite_steps = 0
+
+    def update(self, *, skipped: bool, step: int, loss: float, run: RunDir) -> None:
+        """Take note of a step.
+
+        loss: of the step, for the error. run: whose checkpoints it names.
+
+        Raises JobError when gradients are not finite for a reason that no scale can mend.
+        """
+        if not skipped:
+            self.finite_steps += 1
+            if self.dynamic and self.finite_steps >= _GROWTH_INTERVAL and self.value < _LARGEST:
+                self.value, self.finite_steps = self.value * 2, 0
+            return
+        if not self.dynamic:
+            if step == 1 and not math.isfinite(loss):
+                raise before_training("the loss of step 1", loss, fp16=False)
+            raise JobError(
+                f"{_what(loss)} at step {step}; {run.last_saved()}",
+                try_="a smaller --set optim.lr in a new run: this one would come to the same when resumed",
+            )
+        self.value, self.finite_steps = self.value / 2, 0
+        if self.value < _SMALLEST:
+            raise JobError(
+                f"{_what(loss)} at step {step} in fp16, even at a loss scale of {self.value * 2:g}; {run.last_saved()}",
+                try_="--set dtype=bfloat16, or a smaller optim.lr",
+            )
+
+
+def _what(loss: float) -> str:
+    return "gradients are NaN or infinite" if math.isfinite(loss) else f"the loss is {loss}"
+
+
+Report = Callable[[Event], None]
+"""Writes an event; fills in this rank, the time and its memory."""
+
+
+class Trainer:
+    """One rank's part of a run.
+
+    verify: compares a sharded backbone's bytes once more and says so in words.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        run: RunDir,
+        engine: Engine,
+        samples: Samples,
+        comm: Comm,
+        *,
+        evaluate: Evaluate,
+        checksum: Callable[[], tuple[int, ...]],
+        verify: Callable[[], str],
+        report: Report,
+        move: Move = silent,
+        stopping: Callable[[], bool],
+    ) -> None:
+        self.plan, self.run, self.engine, self.samples, self.comm = plan, run, engine, samples, comm
+        self._evaluate, self._checksum, self._verify = evaluate, checksum, verify
+        self._report, self._stopping, self._move = report, stopping, move
+        self.scale = LossScale(dynamic=plan.compute_dtype == "float16")
+        self.held_out: tuple[tuple[int, float], ...] = ()
+        self._shard = plan.ranks[comm.rank].group if plan.placement == "split" else comm.rank
+        """Which of the data-parallel shares is this rank's; the stages of a pipeline have the same."""
+
+    def train(self) -> bool:
+        """Train from the newest checkpoint to the last step. False when it was asked to stop before."""
+        plan, train = self.plan, self.plan.spec.train
+        step = self._resume()
+        if not self.held_out or (self._judged_at(step) and self.held_out[-1][0] != step):
+            self._judge(step)
+            if step:  # it was killed in this evaluation
+                self._note(step)
+        while step < plan.steps:
+            stop = self._step(step)
+            step += 1
+            if train.verify_steps and step % train.verify_steps == 0:
+                self._report(Event(kind="verify", step=step, total_steps=plan.steps, note=self._verify()))
+            # Saved first: an evaluation may take long, and a kill in it must not cost the steps before it.
+            saved = stop or step == plan.steps or step % train.save_steps == 0
+            if saved:
+                self._save(step)
+            if self._judged_at(step):
+                self._judge(step)
+                if saved:
+                    self._note(step)
+                elif self._is_best(step):
+                    self._save(step)
+            if stop and step < plan.steps:
+                return False
+        return True
+
+    def _step(self, step: int) -> bool:
+        """One optimizer step over the global batch; True when any rank was asked to stop."""
+        plan, clock = self.plan, Stopwatch(self.comm.device)
+        self._move("training", step + 1)  # data may hang, and this rank is to be named then, not one that waits for it
+        batches = self.samples.step(step)
+        learned = sum(map(self.samples.learned, batches))
+        if learned == 0:
+            raise JobError(f"no token of step {step + 1} has a loss", try_="a larger seq_len")
+        own = range(self._shard, len(batches), plan.data_parallel)
+        mine = [
+            MicroBatch(
+                partial(self._load, clock, batches[index], step, count, len(own)),
+                micro_batch_seed(plan.spec.seed, step, index),
+            )
+            for count, index in enumerate(own, 1)
+        ]
+        # Tokens weigh the same wherever they are: each micro-batch is divided by the tokens of the whole step.
+        total = self.engine.accumulate(
+            mine, weight=1.0 / learned, loss_scale=self.scale.value, computed=partial(clock.mark, "computed")
+        )
+        clock.mark("accumulated")
+        self._move("updating", step + 1)
+        rate = learning_rate(plan.spec.optim, step=step, steps=plan.steps)
+        result = self.engine.step(rate, self.scale.value)
+        clock.mark("updated")
+        loss, stops = self.comm.sum(total, float(self._stopping()))
+        self._report(
+            Event(
+                kind="step",
+                step=step + 1,
+                total_steps=plan.steps,
+                loss=loss / learned,
+                learning_rate=rate,
+                gradient_norm=result.gradient_norm,
+                tokens=sum(map(self.samples.tokens, batches)),
+                padding=sum(map(self.samples.padding, batches)),
+                own_tokens=sum(self.samples.tokens(batches[index]) for index in own),
+                seconds=clock.total(),
+                data_s=clock.data_s,
+                busy_s=clock.between("began", "computed"),
+                update_s=clock.between("accumulated", "updated"),
+                skipped=result.skipped,
+                note=f"loss scale {self.scale.value:g}" if result.skipped else "",
+            )
+        )
+        self.scale.update(skipped=result.skipped, step=step + 1, loss=loss / learned, run=self.run)
+        return stops > 0
+
+    def _load(self, clock: Stopwatch, indices: list[int], step: int, count: int, of: int) -> Mapping[str, torch.Tensor]:
+        """A micro-batch, and word that the rank has come to it."""
+        self._move("training", step + 1, count, of)
+        with clock.data():
+            return self.samples.batch(indices)
+
+    def _judged_at(self, step: int) -> bool:
+        every = self.plan.spec.train.eval_steps
+        return bool(self.samples.held_out) and (step == self.plan.steps or (every > 0 and step % every == 0))
+
+    def _judge(self, step: int) -> None:
+        """The held-out loss, weighted by tokens over all ranks."""
+        if not self.samples.held_out:
+            return
+        self._move("evaluating", step)
+        batches = self.samples.held_out_batches()
+        mine = batches[self._shard :: self.plan.data_parallel]
+        own = self._evaluate(mine, lambda count: self._move("evaluating", step, count, len(mine)))
+        if self.plan.placement == "shard" and len(mine) < -(-len(batches) // self.plan.data_parallel):
+            self._evaluate(batches[:1], unseen)  # others have one more, and shards are gathered only by all together
+        loss, tokens = self.comm.sum(*own)
+        self.held_out = (*self.held_out, (step, loss / tokens))
+        self._report(Event(kind="eval", step=step, total_steps=self.plan.steps, held_out_loss=loss / tokens))
+        if step == 0 and not math.isfinite(loss):  # all ranks have the same sum, and end together
+            raise before_training("the held-out loss", loss / tokens, fp16=self.scale.dynamic)
+
+    @property
+    def _different_adapters(self) -> int:
+        """Ranks are numbered group by group, and each stage of a pipeline has its own part of the adapter."""
+        return self.plan.gpus_per_group if self.plan.schedule == "1f1b" else 1
+
+    def _is_best(self, step: int) -> bool:
+        return bool(step and self.held_out and self.held_out[-1][0] == step and self._progress(step).best_step == step)
+
+    def _progress(self, step: int, *, optimizer_steps: int = 0) -> Progress:
+        return Progress(
+            step=step,
+            samples=step * self.plan.spec.global_batch,
+            optimizer_steps=optimizer_steps,
+            loss_scale=self.scale.value,
+            finite_steps=self.scale.finite_steps,
+            held_out=self.held_out,
+        )
+
+    def _save(self, step: int) -> Path:
+        """Write a checkpoint, after all ranks of the same stage have shown that they hold the same adapter."""
+        self._move("saving", step)
+        checksums = self.comm.gather(self._checksum())
+        differing = [
+            rank for rank, checksum in enumerate(checksums) if checksum != checksums[rank % self._different_adapters]
+        ]
+        if differing:
+            raise JobError(
+                f"the adapter of rank(s) {differing} differs from that of the first {self._different_adapters} "
+                f"rank(s) at step {step}",
+                try_="--resume",
+            )
+        state = self.engine.state()
+        if self.comm.rank == 0:
+            progress = self._progress(step, optimizer_steps=state.optimizer_steps)
+            checkpoint.save(self.run, progress, state, keep=self.plan.spec.train.keep)
+            self._report(Event(kind="checkpoint", step=step, total_steps=self.plan.steps))
+        self.comm.barrier()
+        return self.run.checkpoint(step)
+
+    def _note(self, step: int) -> None:
+        """Have the checkpoint of a step know what its evaluation said."""
+        if self.comm.rank == 0:
+            checkpoint.note(self.run, step, self.held_out, keep=self.plan.spec.train.keep)
+
+    def _resume(self) -> int:
+        """Take over the newest whole checkpoint; the step to go on from."""
+        steps = self.run.checkpoint_steps()
+        if not steps:
+            self._report(Event(kind="start", step=0, total_steps=self.plan.steps))
+            return 0
+        progress, state = checkpoint.load(self.run.checkpoint(steps[-1]))
+        self.engine.restore(state)
+        self.scale.value, self.scale.finite_steps = progress.loss_scale, progress.finite_steps
+        self.held_out = progress.held_out
+        if self.comm.rank == 0:  # a killed run may have come no further than to write it
+            checkpoint.prune(self.run, keep=self.plan.spec.train.keep, best=progress.best_step)
+        self._report(Event(kind="resume", step=progress.step, total_steps=self.plan.steps))
+        return progress.samples // self.plan.spec.global_batch

@@ -1,0 +1,136 @@
+"""How much memory this rank has taken, how much it has read, and where a step's time went."""
+
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from qdist.runtime.engine.torch import Engine, bytes_of
+
+
+class Peak(NamedTuple):
+    """Peak bytes of a rank. On the CPU all of it is `context`: there is no telling tensors from the rest."""
+
+    allocated: int
+    """Of torch's tensors on the GPU."""
+    context: int
+    """CUDA context, libraries and communication buffers on the GPU; on the CPU, the largest resident set."""
+    reserved: int = 0
+    """Of torch's allocator on the GPU: the tensors, and what fragmentation and caching add."""
+    load: int = 0
+    """Tensors and context together, while the backbone was loaded; not in the others."""
+
+    @property
+    def total(self) -> int:
+        return self.allocated + self.context
+
+
+def peak(device: torch.device, *, load: int = 0) -> Peak:
+    """The peak since the start or `load_peak`. Where another process uses the same GPU, its memory counts as context.
+
+    load: what `load_peak` gave.
+    """
+    if device.type == "cpu":
+        return Peak(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, 0, load)
+    free, total = torch.cuda.mem_get_info(device)
+    context = max(0, total - free - torch.cuda.memory_reserved(device))
+    return Peak(torch.cuda.max_memory_allocated(device), context, torch.cuda.max_memory_reserved(device), load)
+
+
+def memory_now(devices: Sequence[torch.device], context_bytes: int) -> int:
+    """What this rank holds at the moment; on GPUs, tensors and `context_bytes` beside them. Safe in any thread."""
+    if devices[0].type == "cpu":
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+    return sum(map(torch.cuda.memory_allocated, devices)) + context_bytes
+
+
+class Parts(NamedTuple):
+    """Bytes of a rank's tensors that stay from step to step, on all of its devices together."""
+
+    weights: int
+    """The frozen backbone as this rank holds it."""
+    adapter: int
+    gradients: int
+    optimizer: int
+
+
+def parts(model: nn.Module, engine: Engine) -> Parts:
+    """What a rank holds after its last step; a shard counts with its own part."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    return Parts(
+        bytes_of(map(_local, (*frozen, *model.buffers()))),
+        bytes_of(parameter for parameter in model.parameters() if parameter.requires_grad),
+        *engine.held(),
+    )
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def load_peak(device: torch.device) -> int:
+    """The peak so far, to be called once the backbone is loaded; from then on `peak` counts anew.
+
+    What the allocator kept of loading is given back, or it would show as reserved by the training.
+    """
+    reached = peak(device).total
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return reached
+
+
+def disk_read_bytes() -> int:
+    """Bytes that this process has had from disks so far (Linux); a page that was in memory already costs nothing."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), 0)
+
+
+class Stopwatch:
+    """Marks on the way through a step. It runs from when it is made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._began = time.perf_counter()
+        self._marks: dict[str, Any] = {}
+        self.data_s = 0.0
+        """Seconds in `data`, on the CPU."""
+        self.mark("began")
+
+    def mark(self, name: str) -> None:
+        """This place in the step; on a GPU, when it gets here."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks[name] = event
+        else:
+            self._marks[name] = time.perf_counter()
+
+    @contextmanager
+    def data(self) -> Iterator[None]:
+        """Samples are being made."""
+        began = time.perf_counter()
+        yield
+        self.data_s += time.perf_counter() - began
+
+    def between(self, first: str, last: str) -> float:
+        """Seconds from one mark to another. A GPU must have come to the second."""
+        if self._cuda:
+            milliseconds: float = self._marks[first].elapsed_time(self._marks[last])
+            return milliseconds / 1e3
+        seconds: float = self._marks[last] - self._marks[first]
+        return seconds
+
+    def total(self) -> float:
+        """Seconds so far, by the CPU's clock."""
+        return time.perf_counter() - self._began

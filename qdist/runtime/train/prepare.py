@@ -1,0 +1,158 @@
+"""Converts, repairs, tokenizes and packs what a run needs, once, before any process group exists."""
+
+import hashlib
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from qdist.core.data import demo
+from qdist.core.errors import QdistError
+from qdist.core.model.gptq import Gptq
+from qdist.core.model.pooling import require_packed
+from qdist.core.model.shapes import from_config
+from qdist.core.model.storage import packing_of
+from qdist.core.planning.plan import DataFacts, Prepared, Source
+from qdist.core.spec.spec import RunSpec
+from qdist.host.data.records import source_notes
+from qdist.host.files import cache_dir, locked, publish_folder, told_of_disks
+from qdist.host.launch.tasks import Outcome
+from qdist.host.sources.cache import files_digest
+from qdist.host.sources.model_folder import fingerprint, gptq_of
+from qdist.host.sources.models import locate
+from qdist.runtime.quiet import quiet
+
+if TYPE_CHECKING:
+    from qdist.runtime.quantize.bitsandbytes import Packed
+
+
+def main() -> None:
+    """Read a RunSpec from one open file, write an `Outcome` into another; both are named by their descriptors."""
+    given, told = map(int, sys.argv[1:3])
+    with open(given, "rb") as file:
+        file.seek(0)
+        spec = msgspec.json.decode(file.read(), type=RunSpec)
+    try:
+        with told_of_disks():
+            outcome = Outcome(prepared=prepare(spec))
+    except QdistError as error:
+        outcome = Outcome(kind=type(error).__name__, message=error.message, try_=error.try_)
+    with open(told, "wb") as file:
+        file.write(msgspec.json.encode(outcome))
+    if outcome.prepared is None:
+        raise SystemExit(1)
+
+
+def prepare(spec: RunSpec) -> Prepared:
+    """The model as a local folder, packed; its tokenizer repaired; the data tokenized. All of it cached."""
+    from qdist.runtime.data.batches import fullest, split
+    from qdist.runtime.data.chat_template import require_template
+    from qdist.runtime.data.tokenized import cached_tokenize
+    from qdist.runtime.data.tokenizer import open_tokenizer, repair
+    from qdist.runtime.data.wording import keep_wording
+    from qdist.runtime.formats.recorded_sums import digest_of_folder
+    from qdist.runtime.model.skeleton import open_config
+    from qdist.runtime.quantize.materialize import materialize
+
+    quiet()
+    located = locate(spec.model)
+    folder = materialize(located)
+    config: dict[str, Any] = open_config(folder).to_dict()
+    tokenizer = open_tokenizer(folder, f"{spec.model} has no tokenizer to read data with")
+    require_template(tokenizer)
+    repaired = repair(tokenizer, config, new_tokens=spec.new_tokens)
+    tokenized, path = cached_tokenize(
+        spec.data,
+        tokenizer,
+        seq_len=spec.seq_len,
+        train_on_source=spec.train.train_on_source,
+        folder=cache_dir("tokens"),
+        data_format=None if spec.format == "auto" else spec.format,
+        rows=repaired.rows or int(config["vocab_size"]),
+    )
+    summary = tokenized.summary
+    kept_note = keep_wording(tokenizer, summary.wording) if summary.wording else ""
+    train, held_out = split(len(tokenized), held_out=spec.train.held_out, seed=spec.seed)
+    lengths = tokenized.offsets.diff()
+    gptq, packed = _packed(spec, folder, config)
+    as_it_came = located.kind != "gguf" and (gptq is not None or packed.folder == folder)
+    return Prepared(
+        source=Source(
+            kind="folder",
+            path=str(folder),
+            packed=str(packed.folder),
+            fingerprint=fingerprint(packed.folder) if as_it_came else "",
+            original=fingerprint(folder),
+            digest=digest_of_folder(packed.folder),
+            gptq=gptq,
+            config=config,
+            tokenizer=str(_keep_tokenizer(tokenizer)),
+            new_token_ids=repaired.new_ids,
+            vocab_rows=repaired.rows,
+        ),
+        data=DataFacts(
+            path=str(path),
+            samples=len(tokenized),
+            train_samples=len(train),
+            held_out_samples=len(held_out),
+            tokens=int(lengths.sum()),
+            longest=int(lengths.max()),
+            records=summary.records,
+            wording=summary.wording,
+            digest=files_digest(spec.data),
+            fullest=fullest(tokenized, train, spec),
+        ),
+        notes=(
+            *_left_out(spec),
+            *repaired.notes,
+            *filter(None, (packed.note,)),
+            *summary.notes,
+            *filter(None, (kept_note,)),
+        ),
+    )
+
+
+def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple[Gptq | None, Packed]":
+    """Where the ranks read packed weights: the cache, or the GPTQ checkpoint itself, which is looked through first."""
+    from qdist.runtime.formats.gptq_folder import in_safetensors
+    from qdist.runtime.quantize.bitsandbytes import Packed, packed_folder
+    from qdist.runtime.quantize.gptq import check
+    from qdist.runtime.quantize.source import blueprint
+
+    gptq = gptq_of(spec, config, folder)
+    if gptq is None:
+        return None, packed_folder(folder, packing_of(spec), name=spec.model)
+    packed, shape = in_safetensors(folder), blueprint(folder)
+    paths = [name.removesuffix(".weight") for name in shape.linears]
+    require_packed(spec, gptq, from_config(config, name=spec.model), paths)
+    return check.checked(packed, shape, gptq), Packed(packed)
+
+
+def _left_out(spec: RunSpec) -> tuple[str, ...]:
+    """Files of a data folder that are not trained on."""
+    return () if spec.data == demo.NAME else source_notes(spec.data)
+
+
+def _keep_tokenizer(tokenizer: Any) -> Path:
+    """The repaired tokenizer in a folder of the cache that its contents name."""
+    tokenizers = cache_dir("tokenizers")
+    beside = tokenizers / ".new"
+    with locked(tokenizers / ".lock"):
+        shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
+        tokenizer.save_pretrained(beside)
+        contents = hashlib.sha256()
+        for file in sorted(path for path in beside.rglob("*") if path.is_file()):
+            contents.update(str(file.relative_to(beside)).encode() + hashlib.sha256(file.read_bytes()).digest())
+        folder = tokenizers / contents.hexdigest()[:16]
+        if folder.is_dir():
+            shutil.rmtree(beside)
+        else:
+            publish_folder(beside, folder)
+    return folder
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""One rank of a run: `python -m qdist.runtime.train.worker RUN --digest D`, started by torch.distributed.run."""
+
+import argparse
+import errno
+import os
+import signal
+import sys
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qdist.core.errors import PlanError, QdistError, RunError
+from qdist.core.machine.environment import AGENT
+from qdist.core.planning.plan import Plan, digest
+from qdist.core.telemetry.events import Event, encode, whole_length
+from qdist.core.text import format_bytes, resuming
+from qdist.host.children import end_with_parent
+from qdist.host.files import told_of_disks
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.train.heartbeat import Beat
+
+
+def main() -> None:
+    """Redirect output to the rank's log, train, and leave with 0 only when everything was written."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--digest", required=True)
+    arguments = parser.parse_args()
+    run = RunDir(arguments.run)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    _log_to(run.log_file(rank))
+    # Of launch.sh's shell, which became torch.distributed.run; by hand, of whatever started this.
+    end_with_parent(int(os.environ.get(AGENT) or os.getppid()), signal.SIGKILL)
+    try:
+        plan = run.checked_plan(arguments.digest)
+        if plan.world_size != world_size:
+            raise RunError(
+                f"planned for {plan.world_size} ranks, started with {world_size}",
+                try_=f"--nproc-per-node {plan.world_size}",
+            )
+        with told_of_disks():
+            _work(plan, run)
+    except QdistError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # Other ranks may be inside a collective that never ends: leave without their goodbye.
+        os._exit(1)
+
+
+def _work(plan: Plan, run: RunDir) -> None:
+    beat = Beat(run, int(os.environ["RANK"]))
+    stop = _StopRequest(run)
+    import torch
+    from transformers.utils import logging
+
+    from qdist.runtime.engine.comm import Comm
+    from qdist.runtime.infer.complete import before_and_after
+    from qdist.runtime.infer.load import load_tokenizer
+    from qdist.runtime.train import trackers
+    from qdist.runtime.train.loop import Trainer
+    from qdist.runtime.train.measure import load_peak, memory_now, parts, peak
+    from qdist.runtime.train.result import adapter_checksum, gather, rehearse, write_result
+    from qdist.runtime.train.setup import assemble, load_part, make_accelerator, pick_devices
+
+    logging.disable_progress_bar()
+    # DeepSpeed 0.19's calls, under torch 2.13: the first and often the only words of every rank's log.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    beat.move("loading")
+    devices = pick_devices(plan, int(os.environ["LOCAL_RANK"]))
+    accelerator = make_accelerator(plan, run)
+    comm = Comm(devices[0])
+    if len(set(comm.gather(digest(plan)))) > 1:
+        raise RunError("the ranks of this run read different plans", try_="a run directory that all nodes share")
+    tracked = trackers.start(plan, run, comm.rank)
+    report = _Reporter(run, comm.rank, devices, tracked)
+    tokenizer = load_tokenizer(plan.source)
+    if comm.rank == 0:
+        rehearse(run)
+    try:
+        loaded = load_part(plan, comm, devices)
+        report(
+            Event(
+                kind="load",
+                total_steps=plan.steps,
+                seconds=loaded.seconds,
+                read_bytes=loaded.read_bytes,
+                note=_verified(loaded.verified_bytes, summed=loaded.summed) if loaded.verify else "",
+            )
+        )
+        loading = tuple(map(load_peak, devices))
+        beat.memory_now = partial(memory_now, devices, sum(peak(device).context for device in devices))
+        pad_id = tokenizer.pad_token_id if tokenizer else 0
+        built = assemble(plan, accelerator, loaded.backbone, devices[0], pad_id=pad_id)
+        trainer = Trainer(
+            plan,
+            run,
+            built.engine,
+            built.forward.samples,
+            comm,
+            evaluate=built.evaluate,
+            checksum=lambda: adapter_checksum(built.adapter) if plan.zero_stage < 3 else (),
+            verify=lambda: _verified(loaded.verify(), summed=loaded.summed) if loaded.verify else "",
+            report=report,
+            move=beat.move,
+            stopping=stop,
+        )
+        stop.listen()
+        finished = trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(plan, run, comm.rank, max(peak(device).total for device in devices), error) from error
+    if finished:
+        beat.move("finishing", plan.steps)
+        reached = tuple(peak(device, load=load) for device, load in zip(devices, loading, strict=True))
+        peaks, held = comm.gather(reached), comm.gather(parts(built.model, built.engine))
+        # A shard answers only together with the others; a stage of a pipeline cannot at all.
+        answering = plan.placement == "shard" or comm.rank == 0
+        wanted = plan.spec.train.answers and plan.schedule != "1f1b"
+        if comm.rank == 0:
+            gather(run, step=plan.steps)
+        answers = before_and_after(plan, built.model, tokenizer, built.forward.samples) if answering and wanted else []
+        if comm.rank == 0:
+            write_result(run, plan, held_out=trainer.held_out, answers=answers, peaks=peaks, held=held)
+        comm.barrier()
+        report(Event(kind="end", step=plan.steps, total_steps=plan.steps, note=tracked.finish()))
+    tracked.finish()
+    accelerator.end_training()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    beat.end()
+
+
+def _verified(count: int, *, summed: bool) -> str:
+    """summed: what the ranks hold was held against the sums of what was packed."""
+    held = "were packed" if summed else "the ranks hold"
+    return f"the {format_bytes(count)} gathered are the bytes that {held}"
+
+
+def _out_of_memory(plan: Plan, run: RunDir, rank: int, reached_bytes: int, error: Exception) -> PlanError:
+    """What a GPU that ran full has to say to the user; torch's own account of its memory goes into the rank's log."""
+    print(error, flush=True)
+    smaller = max(1, plan.micro_batch // 2)
+    return PlanError(
+        f"rank {rank} ran out of GPU memory at {format_bytes(reached_bytes)}, where "
+        f"{format_bytes(plan.ranks[rank].expected[0].total)} were planned: {str(error).split('. ')[0]}",
+        try_=resuming(run.path, "--set", f"micro_batch={smaller}", "--set", "train.checkpointing=true"),
+    )
+
+
+class _StopRequest:
+    """True once the launcher left a stop file or the scheduler sent SIGTERM; the loop then saves and ends.
+
+    Until it listens there is nothing to save, and SIGTERM ends the rank as it ends any program.
+    """
+
+    def __init__(self, run: RunDir) -> None:
+        self._run, self._signalled = run, False
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def listen(self) -> None:
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_: Any) -> None:
+        self._signalled = True
+
+    def __call__(self) -> bool:
+        return self._signalled or self._run.stop_requested()
+
+
+class _Reporter:
+    """Appends events to this rank's file, one write a line, and hands numbers to the trackers."""
+
+    def __init__(self, run: RunDir, rank: int, devices: tuple[Any, ...], trackers: Any) -> None:
+        self._rank, self._devices, self._trackers = rank, devices, trackers
+        path = run.event_file(rank)
+        path.parent.mkdir(exist_ok=True)
+        # A killed rank may have left half a line behind.
+        if path.exists():
+            with open(path, "r+b") as torn:
+                torn.truncate(whole_length(torn.read()))
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def __call__(self, event: Event) -> None:
+        import msgspec
+
+        from qdist.runtime.train.measure import peak
+
+        complete = msgspec.structs.replace(
+            event,
+            rank=self._rank,
+            time=time.time(),
+            memory_bytes=max(peak(device).total for device in self._devices),
+        )
+        line = encode(complete)
+        if os.write(self._descriptor, line) < len(line):  # the next line would be glued to half of this one
+            raise OSError(errno.ENOSPC, f"no room for the events of rank {self._rank}")
+        self._trackers.log(complete)
+
+
+def _log_to(path: Path) -> None:
+    """Everything that this process or its libraries print, from now on, into the rank's log."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+
+if __name__ == "__main__":
+    main()
