@@ -240,11 +240,7 @@ def _sorted(state: Mapping[Any, Any], widths: Mapping[str, Width], group_size: i
     origins: dict[str, str] = {}
     dropped = []
     for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise ModelError(f"{file}: {name!r} is {type(value).__name__}, not a tensor", try_=_FOREIGN)
-        if value.layout is not torch.strided or value.device.type != "cpu":
-            raise ModelError(f"{file}: {name} has no values of its own, it is {value.layout} on {value.device}")
-        path, _, leaf = name.rpartition(".")
+        path, leaf = _stored_name(name, value, file)
         if leaf in _DERIVED:
             dropped.append(name)
             continue
@@ -275,6 +271,16 @@ def _sorted(state: Mapping[Any, Any], widths: Mapping[str, Width], group_size: i
             in_pairs.add(module)
         found.plain.update({f"{module}.{leaf}".lstrip("."): value for leaf, value in leaves.items()})
     return found._replace(in_pairs=frozenset(in_pairs))
+
+
+def _stored_name(name: object, value: object, file: Path) -> tuple[str, str]:
+    """(module path, leaf) of an entry of a state dict. Raises ModelError unless it is a tensor with values of its own."""
+    if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+        raise ModelError(f"{file}: {name!r} is {type(value).__name__}, not a tensor", try_=_FOREIGN)
+    if value.layout is not torch.strided or value.device.type != "cpu":
+        raise ModelError(f"{file}: {name} has no values of its own, it is {value.layout} on {value.device}")
+    path, _, leaf = name.rpartition(".")
+    return path, leaf
 
 
 def _transposed(leaves: Mapping[str, torch.Tensor]) -> bool:
