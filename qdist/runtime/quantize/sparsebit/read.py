@@ -274,7 +274,7 @@ def _sorted(state: Mapping[Any, Any], widths: Mapping[str, Width], group_size: i
 
 
 def _stored_name(name: object, value: object, file: Path) -> tuple[str, str]:
-    """(module path, leaf) of an entry of a state dict. Raises ModelError unless it is a tensor with values of its own."""
+    """(module path, leaf) of an entry of a state dict. Raises ModelError unless it is a tensor with its own values."""
     if not isinstance(name, str) or not isinstance(value, torch.Tensor):
         raise ModelError(f"{file}: {name!r} is {type(value).__name__}, not a tensor", try_=_FOREIGN)
     if value.layout is not torch.strided or value.device.type != "cpu":
