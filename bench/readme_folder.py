@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from readme_commands import QUESTIONS, RECIPE, RUN
 
+from tests.runtime.data.test_tokenized import tiny_tokenizer
 from tests.runtime.sparsebit_files import make, write_config
-from tests.runtime.test_data import tiny_tokenizer
 from tests.runtime.tiny import save_model
 
 SHAPE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 512}

@@ -22,7 +22,7 @@ from qdist.core.errors import QdistError
 from qdist.runtime.data import chat_template
 from qdist.runtime.data import chat_template as limited
 from qdist.runtime.data.tokenizer import open_tokenizer
-from tests.runtime.test_data import tiny_tokenizer
+from tests.runtime.data.test_tokenized import tiny_tokenizer
 
 _MOST_COSTS_US = 10.0
 _CHATML = (

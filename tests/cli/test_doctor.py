@@ -15,9 +15,9 @@ from qdist.core.text import GIB
 from qdist.host.launch import measuring
 from qdist.host.machine import links, nvml, probe, rates
 from qdist.host.machine.doctor import Check, diagnose
-from tests.core.test_measured import CARD, LINKS, card
-from tests.host.test_doctor import changed
-from tests.host.test_doctor import cluster as machine
+from tests.core.machine.test_measured import CARD, LINKS, card
+from tests.host.machine.test_doctor import changed
+from tests.host.machine.test_doctor import cluster as machine
 
 CARDS = tuple(
     nvml.Card(uuid=f"GPU-{n}", position=n, name="H200", total_bytes=140 * GIB, free_bytes=139 * GIB) for n in (0, 1)

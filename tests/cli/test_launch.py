@@ -15,7 +15,7 @@ from qdist.core.spec.spec import RunSpec
 from qdist.host.files import locked
 from qdist.host.launch import claim, prepare, tasks
 from qdist.host.run.rundir import LOCK
-from tests.host.test_gguf_header import LLAMA, header
+from tests.host.sources.test_gguf_header import LLAMA, header
 
 SMALL = ("--model", "smollm2-135m", "--load-format", "dummy", "--gpus", "2", "--set", "seq_len=64")
 

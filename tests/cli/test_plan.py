@@ -22,7 +22,7 @@ from qdist.core.planning.planner import HEADROOM
 from qdist.core.text import GIB
 from qdist.host.machine import probe
 from qdist.host.run import calibration
-from tests.host.test_gguf_header import LLAMA, header
+from tests.host.sources.test_gguf_header import LLAMA, header
 from tests.plans import CPU, gpus, planned
 
 BIG = ("--model", "llama-65b", "--bits", "4", "--gpus", "4", "--gpu-memory")

@@ -27,8 +27,8 @@ from qdist.runtime.quantize.gptq.make import make
 from qdist.runtime.quantize.gptq.solve import curvature, solve
 from tests.gpu.conftest import Launch
 from tests.gpu.test_placements import SHAPE, agree
+from tests.runtime.data.test_tokenized import tiny_tokenizer
 from tests.runtime.gptq_files import quantized
-from tests.runtime.test_data import tiny_tokenizer
 from tests.runtime.tiny import tiny_model
 
 FORMS = [

@@ -8,7 +8,7 @@ import torch
 from qdist.core.model.storage import Packing
 from qdist.runtime.formats.checksum import slice_checksum
 from qdist.runtime.quantize.bitsandbytes import quantize
-from tests.runtime.test_quantize import PACKINGS, by_transformers, loaded, tensors_in
+from tests.runtime.quantize.test_bitsandbytes import PACKINGS, by_transformers, loaded, tensors_in
 from tests.runtime.tiny import tiny_model
 
 pytestmark = [

@@ -23,7 +23,7 @@ from qdist.runtime.model.skeleton import DTYPES, load_backbone
 from qdist.runtime.train import checkpoint
 from qdist.runtime.train.prepare import prepare
 from qdist.runtime.train.result import gather
-from tests.runtime.test_data import tiny_tokenizer
+from tests.runtime.data.test_tokenized import tiny_tokenizer
 
 VOCAB = 320
 _GROUPED: dict[str, Any] = {

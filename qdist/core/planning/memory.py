@@ -25,7 +25,7 @@ def saved_bytes_per_token(
 
     A frozen linear keeps nothing of its input, LoRA's A keeps its input and B the rank-wide product.
     fused_lora: our own adapted linears, which cast nothing; peft's otherwise. pool: above 1, QA-LoRA.
-    tests/core/test_memory.py holds these terms against the tensors that torch saves.
+    tests/core/planning/test_memory.py holds these terms against the tensors that torch saves.
     """
     adapted = facts.targeted(targets)
     fused = fused_layers and facts.norm == "rms"

@@ -12,8 +12,8 @@ from qdist.core.machine.cluster import Rates
 from qdist.core.planning.memory import Sizes
 
 GEMM_SHARE = 0.98
-"""Of the sustained matmul rate, for a layer's shapes: chosen on the rows of tests/core/test_speed.py, which are
-therefore no proof of it."""
+"""Share of the sustained matmul rate, for a layer's shapes: chosen on the rows of tests/core/planning/test_speed.py,
+which are therefore no proof of it."""
 ATTENTION_SHARE = 0.35
 """The same for flash attention, causal, 512 tokens: 13 ms where 4.8 were due."""
 UNPACK_SHARE = 0.8
@@ -22,7 +22,7 @@ TRAFFIC_SHARE = 0.85
 """Of the memory rate, for elementwise kernels: norms, activations, rotations and additions."""
 INT8_SHARE = 0.62
 """Of the 16-bit matmul rate that LLM.int8's forward product reaches with all that surrounds it: quantizing the input,
-scaling the result. Chosen, with the next, on the three rows of 8 bits in tests/core/test_speed.py."""
+scaling the result. Chosen, with the next, on the three rows of 8 bits in tests/core/planning/test_speed.py."""
 INT8_STOP = 0.8
 """Its forward product waits for the GPU to say which columns hold outliers: time by that for launching a linear."""
 PEFT_ACCESSES = 5.0
@@ -85,7 +85,7 @@ def _accesses(sizes: Sizes) -> tuple[float, float]:
 
     Fused: a norm reads and writes h, and three h backward; the gated activation moves 3 and 5 times its width; rotation
     reads and writes q and k; two residual additions, and the sum of the gradients of all that read one tensor.
-    Unfused norms and rotation: chosen on the two stock rows of tests/core/test_speed.py, still 7 to 8 % too fast.
+    Unfused norms and rotation: chosen on the two stock rows of the same tests, still 7 to 8 % too fast.
     """
     facts, job = sizes.facts, sizes.job
     hidden, inner = facts.hidden, facts.intermediate
