@@ -39,12 +39,13 @@ def settled() -> None:
     import transformers.models.llama.modeling_llama
 
     from qdist.cli import main
-    from qdist.runtime import child, gptq
+    from qdist.runtime import child
     from qdist.runtime.exports import merge
     from qdist.runtime.quantize import bitsandbytes as quantize
+    from qdist.runtime.quantize.gptq import make
     from qdist.runtime.train import prepare, result, worker
 
-    assert all((bitsandbytes, peft, transformers, main, child, result, gptq, merge, prepare, quantize, worker))
+    assert all((bitsandbytes, peft, transformers, main, child, result, make, merge, prepare, quantize, worker))
     torch.set_num_threads(1)
 
 

@@ -157,9 +157,7 @@ def test_versions_are_of_what_is_installed() -> None:
 
 
 def test_probing_this_machine_imports_no_torch() -> None:
-    code = (
-        "import sys; from qdist.host import probe; probe.cluster(); probe.versions(); assert 'torch' not in sys.modules"
-    )
+    code = "import sys; from qdist.host.machine import probe; probe.cluster(); probe.versions(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

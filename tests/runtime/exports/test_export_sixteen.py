@@ -229,14 +229,14 @@ import sys
 from pathlib import Path
 import torch
 from qdist.host.run.rundir import RunDir
-from qdist.runtime.exports import sixteen
+from qdist.runtime.exports import merged_16bit
 from qdist.runtime.exports.update import Adapters
 
 def memory(field):
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(field))
 
 def write(run, out):
-    sixteen.write(Adapters([RunDir(run)]), Path(out), onto=sys.argv[1], dtype=torch.bfloat16)
+    merged_16bit.write(Adapters([RunDir(run)]), Path(out), onto=sys.argv[1], dtype=torch.bfloat16)
 
 def peak(run, out):
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew

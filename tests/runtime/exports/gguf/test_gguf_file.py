@@ -128,7 +128,7 @@ LARGE = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from qdist.runtime.exports import gguf_blocks
+from qdist.runtime.exports.gguf import blocks
 from qdist.runtime.exports.gguf.file import Affine, write_gguf
 from qdist.runtime.exports.gguf.export import check_gguf
 
@@ -170,7 +170,7 @@ def watched(act):
     act()
     return (peak() - before) >> 20
 
-gguf_blocks._CHUNK = 1 << 18
+blocks._CHUNK = 1 << 18
 out = Path(sys.argv[1])
 # What is imported and set up once is not of a tensor: a small model goes first.
 sizes, large = {WIDE: 64, INNER: 128}, (shapes, config)
