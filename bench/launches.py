@@ -56,14 +56,14 @@ def main() -> None:
 
 def model_of(run: RunDir) -> tuple:
     """(its loss, number of layers, device) of the run's plan, in this process."""
-    from qdist.runtime.engine.comm import Comm
+    from qdist.runtime.placements.registry import placement_of
     from qdist.runtime.train.setup import assemble, load_part, make_accelerator, pick_devices
 
     plan = run.plan()
     devices = pick_devices(plan, 0)
     accelerator = make_accelerator(plan, run)
-    loaded = load_part(plan, Comm(devices[0]), devices)
-    parts = assemble(plan, accelerator, loaded.backbone, devices[0], pad_id=0)
+    place = placement_of(plan, 0, devices)
+    parts = assemble(place, accelerator, load_part(place).backbone, pad_id=0)
     return parts.forward, plan.facts.layers, devices[0]
 
 

@@ -15,12 +15,14 @@ import torch
 from qdist.core.planning.plan import Plan
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.engine.comm import Comm
+from qdist.runtime.placements.registry import placement_of
 from qdist.runtime.train.setup import assemble, load_part, make_accelerator, pick_devices
 
 
 def compute(plan: Plan, accelerator: Any, comm: Comm, devices: tuple[torch.device, ...]) -> tuple[Any, dict[str, Any]]:
     """Losses of two micro-batches without gradients and of six with, and what those add up to."""
-    parts = assemble(plan, accelerator, load_part(plan, comm, devices).backbone, devices[0], pad_id=0)
+    place = placement_of(plan, comm.rank, devices)
+    parts = assemble(place, accelerator, load_part(place).backbone, pad_id=0)
     for name, parameter in sorted(parts.adapter.named().items()):
         if "lora_B" in name:  # of zeros, A would have no gradient
             generator = torch.Generator().manual_seed(len(name))

@@ -79,7 +79,8 @@ import os, sys
 import torch
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.engine.torch import Adapter, MicroBatch
-from qdist.runtime.train.setup import make_accelerator, make_engine, pick_devices
+from qdist.runtime.placements.base import make_engine
+from qdist.runtime.train.setup import make_accelerator, pick_devices
 
 run = RunDir(sys.argv[1])
 plan = run.plan()

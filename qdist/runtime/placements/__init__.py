@@ -1,1 +1,1 @@
-"""Where the backbone of a group lies."""
+"""Where the backbone of a group lies: a module or folder a placement, behind the promises of `base.Placement`."""

@@ -14,6 +14,26 @@ from qdist.core.planning.plan import Plan
 from qdist.runtime.engine.objective import cross_entropy
 from qdist.runtime.formats.checksum import slice_sums
 from qdist.runtime.model.skeleton import decoder_layers, first_row
+from qdist.runtime.placements.base import Rank
+
+
+class Shard(Rank):
+    """A rank that holds 1/k of every layer's packed bytes. All of a group gather them together, layer by layer."""
+
+    in_step = True
+
+    @property
+    def can_answer(self) -> bool:
+        return True
+
+    def arrange(self, model: Any) -> None:
+        shard(model, self.plan)
+
+    def settle(self, backbone: Any) -> None:
+        settle(backbone)
+
+    def verify(self, backbone: Any) -> int:
+        return check_gathered_bytes(backbone)
 
 
 def shard(model: Any, plan: Plan) -> None:

@@ -16,6 +16,7 @@ from qdist.runtime.data.batches import Samples, micro_batch_seed
 from qdist.runtime.engine.comm import Comm
 from qdist.runtime.engine.objective import Evaluate, unseen
 from qdist.runtime.engine.torch import Engine, MicroBatch
+from qdist.runtime.placements.base import Placement
 from qdist.runtime.train import checkpoint
 from qdist.runtime.train.checkpoint import Progress
 from qdist.runtime.train.heartbeat import Move, silent
@@ -93,7 +94,7 @@ Report = Callable[[Event], None]
 class Trainer:
     """One rank's part of a run.
 
-    verify: compares a sharded backbone's bytes once more and says so in words.
+    place: this rank's side of the placement. verify: compares gathered bytes once more and says so in words.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Trainer:
         engine: Engine,
         samples: Samples,
         comm: Comm,
+        place: Placement,
         *,
         evaluate: Evaluate,
         checksum: Callable[[], tuple[int, ...]],
@@ -111,13 +113,11 @@ class Trainer:
         move: Move = silent,
         stopping: Callable[[], bool],
     ) -> None:
-        self.plan, self.run, self.engine, self.samples, self.comm = plan, run, engine, samples, comm
+        self.plan, self.run, self.engine, self.samples, self.comm, self.place = plan, run, engine, samples, comm, place
         self._evaluate, self._checksum, self._verify = evaluate, checksum, verify
         self._report, self._stopping, self._move = report, stopping, move
         self.scale = LossScale(dynamic=plan.compute_dtype == "float16")
         self.held_out: tuple[tuple[int, float], ...] = ()
-        self._shard = plan.ranks[comm.rank].group if plan.placement == "split" else comm.rank
-        """Which of the data-parallel shares is this rank's; the stages of a pipeline have the same."""
 
     def train(self) -> bool:
         """Train from the newest checkpoint to the last step. False when it was asked to stop before."""
@@ -154,7 +154,7 @@ class Trainer:
         learned = sum(map(self.samples.learned, batches))
         if learned == 0:
             raise JobError(f"no token of step {step + 1} has a loss", try_="a larger seq_len")
-        own = range(self._shard, len(batches), plan.data_parallel)
+        own = range(self.place.data_rank, len(batches), plan.data_parallel)
         mine = [
             MicroBatch(
                 partial(self._load, clock, batches[index], step, count, len(own)),
@@ -210,20 +210,15 @@ class Trainer:
             return
         self._move("evaluating", step)
         batches = self.samples.held_out_batches()
-        mine = batches[self._shard :: self.plan.data_parallel]
+        mine = batches[self.place.data_rank :: self.plan.data_parallel]
         own = self._evaluate(mine, lambda count: self._move("evaluating", step, count, len(mine)))
-        if self.plan.placement == "shard" and len(mine) < -(-len(batches) // self.plan.data_parallel):
-            self._evaluate(batches[:1], unseen)  # others have one more, and shards are gathered only by all together
+        if self.place.in_step and len(mine) < -(-len(batches) // self.plan.data_parallel):
+            self._evaluate(batches[:1], unseen)  # others have one more, and weights are gathered only by all together
         loss, tokens = self.comm.sum(*own)
         self.held_out = (*self.held_out, (step, loss / tokens))
         self._report(Event(kind="eval", step=step, total_steps=self.plan.steps, held_out_loss=loss / tokens))
         if step == 0 and not math.isfinite(loss):  # all ranks have the same sum, and end together
             raise before_training("the held-out loss", loss / tokens, fp16=self.scale.dynamic)
-
-    @property
-    def _different_adapters(self) -> int:
-        """Ranks are numbered group by group, and each stage of a pipeline has its own part of the adapter."""
-        return self.plan.gpus_per_group if self.plan.schedule == "1f1b" else 1
 
     def _is_best(self, step: int) -> bool:
         return bool(step and self.held_out and self.held_out[-1][0] == step and self._progress(step).best_step == step)
@@ -239,16 +234,13 @@ class Trainer:
         )
 
     def _save(self, step: int) -> Path:
-        """Write a checkpoint, after all ranks of the same stage have shown that they hold the same adapter."""
+        """Write a checkpoint, after all ranks with the same part have shown that they hold the same adapter."""
         self._move("saving", step)
-        checksums = self.comm.gather(self._checksum())
-        differing = [
-            rank for rank, checksum in enumerate(checksums) if checksum != checksums[rank % self._different_adapters]
-        ]
+        checksums, parts = self.comm.gather(self._checksum()), self.place.adapter_parts
+        differing = [rank for rank, checksum in enumerate(checksums) if checksum != checksums[rank % parts]]
         if differing:
             raise JobError(
-                f"the adapter of rank(s) {differing} differs from that of the first {self._different_adapters} "
-                f"rank(s) at step {step}",
+                f"the adapter of rank(s) {differing} differs from that of the first {parts} rank(s) at step {step}",
                 try_="--resume",
             )
         state = self.engine.state()

@@ -1,33 +1,23 @@
 """Brings up one rank from the rendered files: Accelerate's state, process group, backbone, adapter, engine."""
 
-import datetime
 import json
 import time
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from qdist.core.errors import PlanError, RunError
+from qdist.core.errors import RunError
 from qdist.core.planning.plan import Plan
 from qdist.core.planning.render import ACCELERATE_FILE
 from qdist.host.machine import probe
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.adapters.lora import add_adapter, prepare_for_training
 from qdist.runtime.data.batches import read_samples
-from qdist.runtime.engine.comm import Comm
-from qdist.runtime.engine.deepspeed import DeepSpeedEngine
 from qdist.runtime.engine.objective import Evaluate, Forward
-from qdist.runtime.engine.torch import Adapter, Engine, TorchEngine, build_optimizer
-from qdist.runtime.model.skeleton import DTYPES, load_backbone, offload
-from qdist.runtime.placements.shard import check_gathered_bytes, settle, shard
-from qdist.runtime.placements.split.sequential import spread
-from qdist.runtime.placements.split.stages import arrange_stage
+from qdist.runtime.engine.torch import Adapter, Engine
+from qdist.runtime.model.skeleton import DTYPES, load_backbone
+from qdist.runtime.placements.base import PROCESS_GROUP_TIMEOUT, Placement
 from qdist.runtime.train.measure import disk_read_bytes
-
-PROCESS_GROUP_TIMEOUT = datetime.timedelta(minutes=30)
-"""Long enough for rank 0 to write answers and checkpoints while the others wait."""
 
 
 def make_accelerator(plan: Plan, run: RunDir) -> Any:
@@ -74,53 +64,6 @@ def _compile_nothing() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def make_engine(plan: Plan, accelerator: Any, adapter: Adapter) -> Engine:
-    """The engine that the plan names, over the adapter's parameters alone."""
-    clip, optimizer_of = plan.spec.optim.clip, _optimizer_of(plan)
-    if plan.engine == "torch":
-        optimizer = optimizer_of(list(adapter.parameters()))
-        return TorchEngine(adapter, optimizer, clip=clip, ranks=plan.data_parallel)
-    engine, _ = accelerator.prepare(adapter, optimizer_of(list(adapter.parameters())))
-    return DeepSpeedEngine(adapter, engine, clip=clip)
-
-
-def make_pipeline(plan: Plan, accelerator: Any, adapter: Adapter, forward: Forward, device: torch.device) -> Any:
-    """The `PipelineEngine` of a rank of a split plan whose ranks are stages. Collective.
-
-    forward: over a model that holds this rank's stage alone; see `stages.arrange_stage`.
-    """
-    from qdist.runtime.placements.split.engine import PipelineEngine, deepspeed_over_stage
-    from qdist.runtime.placements.split.pipeline import Pipeline
-    from qdist.runtime.placements.split.stages import make_grid
-
-    if plan.zero_stage == 3:
-        raise PlanError("ZeRO-3 does not go with split: the stages share no parameters", try_="--set zero.stage=2")
-    grid = make_grid(plan, timeout=PROCESS_GROUP_TIMEOUT)
-    pipeline = Pipeline(forward, grid, hidden_size=plan.facts.hidden, pad_id=forward.samples.pad_id, device=device)
-    clip, optimizer_of = plan.spec.optim.clip, _optimizer_of(plan)
-    inner: TorchEngine | DeepSpeedEngine
-    if plan.engine == "torch":
-        inner = TorchEngine(adapter, optimizer_of(list(adapter.parameters())), clip=clip, across=grid.over_stages)
-    else:
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
-        twins, engine = deepspeed_over_stage(adapter, optimizer_of, config, grid)
-        inner = DeepSpeedEngine(twins, engine, clip=clip, group=grid.peers, across=grid.over_stages)
-    return PipelineEngine(pipeline, adapter, inner)
-
-
-def _optimizer_of(plan: Plan) -> Any:
-    """What makes the planned optimizer over a list of parameters."""
-    optim = plan.spec.optim
-    return partial(
-        build_optimizer,
-        name=plan.optimizer,
-        fused=plan.device == "cuda" and plan.spec.zero.offload == "none",
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-    )
-
-
 def pick_devices(plan: Plan, local_rank: int) -> tuple[torch.device, ...]:
     """This rank's devices in the order of its plan, the memory of each capped as planned."""
     if plan.device == "cpu":
@@ -147,9 +90,8 @@ class Loaded(NamedTuple):
     backbone: Any
     seconds: float
     read_bytes: int
-    verify: Callable[[], int] | None
-    """Gathers a sharded backbone once more; the bytes that were as the ranks hold them. Collective."""
     verified_bytes: int
+    """Gathered once and compared, see `Placement.verify`."""
     summed: bool
     """Whether the packed bytes have recorded sums, which they were held against."""
 
@@ -164,66 +106,35 @@ class Parts(NamedTuple):
     evaluate: Evaluate
 
 
-def load_part(plan: Plan, comm: Comm, devices: tuple[torch.device, ...]) -> Loaded:
-    """Load what this rank holds, and nothing else. Collective where the backbone is sharded.
+def load_part(place: Placement) -> Loaded:
+    """Load what this rank holds, and nothing else. Collective where ranks hold parts of a layer.
 
-    devices: this rank's, in the order of its plan.
-    Raises RunError where the gathered bytes of a shard differ from those that the ranks hold.
+    Raises JobError where gathered bytes differ from those that the ranks hold.
     """
+    plan = place.plan
     began, read_before = time.perf_counter(), disk_read_bytes()
     backbone = load_backbone(
         plan.source,
         bits=plan.spec.bits,
         quant=plan.spec.quant,
         dtype=DTYPES[plan.compute_dtype],
-        device=devices[0],
+        device=place.devices[0],
         linear_names=plan.facts.linear_names,
-        arrange=partial(_arrange, plan, comm, devices),
-        share=_share(plan, comm.rank),
+        arrange=place.arrange,
+        share=place.sums_share(),
     )
-    verify = None
-    if plan.placement == "shard":
-        settle(backbone)
-        verify = partial(check_gathered_bytes, backbone)
-    verified = verify() if verify else 0
-    return Loaded(
-        backbone,
-        time.perf_counter() - began,
-        disk_read_bytes() - read_before,
-        verify,
-        verified,
-        bool(plan.source.digest),
-    )
+    place.settle(backbone)
+    verified = place.verify(backbone)
+    seconds, read = time.perf_counter() - began, disk_read_bytes() - read_before
+    return Loaded(backbone, seconds, read, verified, bool(plan.source.digest))
 
 
-def _share(plan: Plan, rank: int) -> tuple[int, int]:
-    """Which part of the checksums is a rank's: all of its own copy on a GPU; CPU ranks of a node map the same bytes."""
-    own = plan.ranks[rank]
-    if plan.device == "cuda" or plan.placement != "replicate":
-        return 0, 1
-    together = [other.rank for other in plan.ranks if other.node == own.node]
-    return together.index(rank), len(together)
-
-
-def _arrange(plan: Plan, comm: Comm, devices: tuple[torch.device, ...], model: Any) -> None:
-    """Shard or take away what this rank does not hold, and say where the rest lies, while the model has no bytes."""
-    if plan.placement == "shard":
-        shard(model, plan)
-    elif plan.schedule == "1f1b":
-        arrange_stage(plan, comm.rank)(model)
-    elif plan.schedule == "sequential":
-        spread(model, [devices[position] for position in plan.layer_map])
-    offload(model, plan.offloaded_layers)
-
-
-def assemble(plan: Plan, accelerator: Any, backbone: Any, device: torch.device, *, pad_id: int) -> Parts:
+def assemble(place: Placement, accelerator: Any, backbone: Any, *, pad_id: int) -> Parts:
     """The adapter on a loaded backbone and the engine over it. Collective."""
+    plan = place.plan
     model = add_adapter(backbone, plan)
     prepare_for_training(model, plan)
     samples = read_samples(plan, pad_id=pad_id)
     forward = Forward(model, samples, dtype=DTYPES[plan.compute_dtype], fused=plan.liger)
     adapter = Adapter(model, forward.loss)
-    if plan.schedule == "1f1b":
-        pipeline = make_pipeline(plan, accelerator, adapter, forward, device)
-        return Parts(model, forward, adapter, pipeline, pipeline.evaluate)
-    return Parts(model, forward, adapter, make_engine(plan, accelerator, adapter), forward.evaluate)
+    return Parts(model, forward, adapter, *place.build(accelerator, adapter, forward))

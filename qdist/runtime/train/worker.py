@@ -57,6 +57,7 @@ def _work(plan: Plan, run: RunDir) -> None:
     from qdist.runtime.engine.comm import Comm
     from qdist.runtime.infer.complete import before_and_after
     from qdist.runtime.infer.load import load_tokenizer
+    from qdist.runtime.placements.registry import placement_of
     from qdist.runtime.train import trackers
     from qdist.runtime.train.loop import Trainer
     from qdist.runtime.train.measure import load_peak, memory_now, parts, peak
@@ -70,6 +71,7 @@ def _work(plan: Plan, run: RunDir) -> None:
     devices = pick_devices(plan, int(os.environ["LOCAL_RANK"]))
     accelerator = make_accelerator(plan, run)
     comm = Comm(devices[0])
+    place = placement_of(plan, comm.rank, devices)
     if len(set(comm.gather(digest(plan)))) > 1:
         raise RunError("the ranks of this run read different plans", try_="a run directory that all nodes share")
     tracked = trackers.start(plan, run, comm.rank)
@@ -78,29 +80,30 @@ def _work(plan: Plan, run: RunDir) -> None:
     if comm.rank == 0:
         rehearse(run)
     try:
-        loaded = load_part(plan, comm, devices)
+        loaded = load_part(place)
         report(
             Event(
                 kind="load",
                 total_steps=plan.steps,
                 seconds=loaded.seconds,
                 read_bytes=loaded.read_bytes,
-                note=_verified(loaded.verified_bytes, summed=loaded.summed) if loaded.verify else "",
+                note=_verified(loaded.verified_bytes, summed=loaded.summed),
             )
         )
         loading = tuple(map(load_peak, devices))
         beat.memory_now = partial(memory_now, devices, sum(peak(device).context for device in devices))
         pad_id = tokenizer.pad_token_id if tokenizer else 0
-        built = assemble(plan, accelerator, loaded.backbone, devices[0], pad_id=pad_id)
+        built = assemble(place, accelerator, loaded.backbone, pad_id=pad_id)
         trainer = Trainer(
             plan,
             run,
             built.engine,
             built.forward.samples,
             comm,
+            place,
             evaluate=built.evaluate,
             checksum=lambda: adapter_checksum(built.adapter) if plan.zero_stage < 3 else (),
-            verify=lambda: _verified(loaded.verify(), summed=loaded.summed) if loaded.verify else "",
+            verify=lambda: _verified(place.verify(loaded.backbone), summed=loaded.summed),
             report=report,
             move=beat.move,
             stopping=stop,
@@ -113,12 +116,10 @@ def _work(plan: Plan, run: RunDir) -> None:
         beat.move("finishing", plan.steps)
         reached = tuple(peak(device, load=load) for device, load in zip(devices, loading, strict=True))
         peaks, held = comm.gather(reached), comm.gather(parts(built.model, built.engine))
-        # A shard answers only together with the others; a stage of a pipeline cannot at all.
-        answering = plan.placement == "shard" or comm.rank == 0
-        wanted = plan.spec.train.answers and plan.schedule != "1f1b"
+        answering = place.can_answer and plan.spec.train.answers
         if comm.rank == 0:
             gather(run, step=plan.steps)
-        answers = before_and_after(plan, built.model, tokenizer, built.forward.samples) if answering and wanted else []
+        answers = before_and_after(plan, built.model, tokenizer, built.forward.samples) if answering else []
         if comm.rank == 0:
             write_result(run, plan, held_out=trainer.held_out, answers=answers, peaks=peaks, held=held)
         comm.barrier()
@@ -131,7 +132,9 @@ def _work(plan: Plan, run: RunDir) -> None:
 
 
 def _verified(count: int, *, summed: bool) -> str:
-    """summed: what the ranks hold was held against the sums of what was packed."""
+    """summed: what the ranks hold was held against the sums of what was packed. Empty where nothing was gathered."""
+    if not count:
+        return ""
     held = "were packed" if summed else "the ranks hold"
     return f"the {format_bytes(count)} gathered are the bytes that {held}"
 

@@ -157,7 +157,8 @@ def test_versions_are_of_what_is_installed() -> None:
 
 
 def test_probing_this_machine_imports_no_torch() -> None:
-    code = "import sys; from qdist.host.machine import probe; probe.cluster(); probe.versions(); assert 'torch' not in sys.modules"
+    asked = "probe.cluster(); probe.versions(); assert 'torch' not in sys.modules"
+    code = f"import sys; from qdist.host.machine import probe; {asked}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

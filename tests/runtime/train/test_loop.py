@@ -11,6 +11,7 @@ from qdist.core.errors import RunError
 from qdist.core.telemetry.events import Event
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.engine.objective import Forward
+from qdist.runtime.placements.registry import placement_of
 from qdist.runtime.train.loop import Trainer
 from tests.plans import CPU, planned
 
@@ -21,12 +22,14 @@ def trainer_of(
     samples: Any, *, evaluate: Any = None, move: Any = None, total: Any = None, report: Any = None, **settings: Any
 ) -> Trainer:
     comm: Any = SimpleNamespace(rank=0, sum=total or (lambda *values: values))
+    plan = planned("smollm2-135m", CPU, {"gpus": 1, **settings})
     return Trainer(
-        planned("smollm2-135m", CPU, {"gpus": 1, **settings}),
+        plan,
         RunDir("nowhere"),
         engine=None,  # type: ignore[arg-type]
         samples=samples,
         comm=comm,
+        place=placement_of(plan, 0, (torch.device("cpu"),)),
         evaluate=evaluate,
         checksum=tuple,
         verify=str,

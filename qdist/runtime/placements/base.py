@@ -1,0 +1,131 @@
+"""What a rank of any placement promises: its part of the backbone, its engine, its share of data, adapter and answers.
+
+A placement is one module here, or one folder, and one module in `qdist.core.planning.placements`; nobody else asks
+which one a plan has. tests/runtime/placements/test_conformance.py runs all of them through these promises.
+"""
+
+import datetime
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from qdist.core.planning.plan import Plan
+from qdist.runtime.engine.deepspeed import DeepSpeedEngine
+from qdist.runtime.engine.objective import Evaluate, Forward
+from qdist.runtime.engine.torch import Adapter, Engine, TorchEngine, build_optimizer
+
+PROCESS_GROUP_TIMEOUT = datetime.timedelta(minutes=30)
+"""Long enough for rank 0 to write answers and checkpoints while the others wait."""
+
+
+class Built(NamedTuple):
+    """What the loop trains and evaluates with."""
+
+    engine: Engine
+    evaluate: Evaluate
+
+
+class Placement(Protocol):
+    """One rank of a placed run. Methods marked collective must be called by all ranks of the run."""
+
+    plan: Plan
+    rank: int
+    devices: tuple[torch.device, ...]
+    """This rank's, in the order of its plan; the first holds what no other has to."""
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the `plan.data_parallel` shares of a step's micro-batches this rank computes."""
+
+    @property
+    def adapter_parts(self) -> int:
+        """Ranks `r` and `r + adapter_parts` hold the same adapter parameters; 1 where all ranks do."""
+
+    @property
+    def can_answer(self) -> bool:
+        """Whether this rank takes part in generating the answers of a finished run."""
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the ranks exchange weights in each pass, so that all must make as many passes as any."""
+
+    def arrange(self, model: Any) -> None:
+        """Take away or shard what this rank does not hold, and say where the rest lies, while `model` has no bytes."""
+
+    def settle(self, backbone: Any) -> None:
+        """Finish a backbone whose bytes were filled in. Collective."""
+
+    def verify(self, backbone: Any) -> int:
+        """Bytes that were gathered and found to be those that the ranks hold; 0 where nothing is gathered. Collective.
+
+        Raises JobError naming the tensor where they differ.
+        """
+
+    def sums_share(self) -> tuple[int, int]:
+        """(which, of how many): the part of the recorded checksums that this rank holds its bytes against."""
+
+    def build(self, accelerator: Any, adapter: Adapter, forward: Forward) -> Built:
+        """The engine over this rank's adapter parameters, and its evaluation. Collective.
+
+        accelerator: as `setup.make_accelerator` makes it. forward: over a model that was arranged by this placement.
+        """
+
+
+class Rank:
+    """The promises as a rank keeps them that needs no other for its passes and has all of the adapter."""
+
+    in_step = False
+
+    def __init__(self, plan: Plan, rank: int, devices: tuple[torch.device, ...]) -> None:
+        self.plan, self.rank, self.devices = plan, rank, devices
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank
+
+    @property
+    def adapter_parts(self) -> int:
+        return 1
+
+    @property
+    def can_answer(self) -> bool:
+        return self.rank == 0
+
+    def arrange(self, model: Any) -> None:
+        pass
+
+    def settle(self, backbone: Any) -> None:
+        pass
+
+    def verify(self, backbone: Any) -> int:
+        return 0
+
+    def sums_share(self) -> tuple[int, int]:
+        return 0, 1
+
+    def build(self, accelerator: Any, adapter: Adapter, forward: Forward) -> Built:
+        return Built(make_engine(self.plan, accelerator, adapter), forward.evaluate)
+
+
+def make_engine(plan: Plan, accelerator: Any, adapter: Adapter) -> Engine:
+    """The engine that the plan names, over the parameters of a whole adapter alone."""
+    clip, optimizer_of = plan.spec.optim.clip, optimizer_maker(plan)
+    if plan.engine == "torch":
+        optimizer = optimizer_of(list(adapter.parameters()))
+        return TorchEngine(adapter, optimizer, clip=clip, ranks=plan.data_parallel)
+    engine, _ = accelerator.prepare(adapter, optimizer_of(list(adapter.parameters())))
+    return DeepSpeedEngine(adapter, engine, clip=clip)
+
+
+def optimizer_maker(plan: Plan) -> Any:
+    """What makes the planned optimizer over a list of parameters."""
+    optim = plan.spec.optim
+    return partial(
+        build_optimizer,
+        name=plan.optimizer,
+        fused=plan.device == "cuda" and plan.spec.zero.offload == "none",
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+    )
