@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from qdist.core.spec.spec import RunSpec, known_keys
-
 ROOT = Path(__file__).parent.parent
 DATA = {
     f"qdist/_data/{folder}/{path.name}": path
@@ -65,9 +63,3 @@ def test_an_unpacked_wheel_finds_its_own_data(unpacked: Path) -> None:
     )  # fmt: skip
     data = unpacked / "qdist/_data"
     assert done.stdout.splitlines() == [str(data / "launch"), str(data / "ds_configs"), "smollm2-135m", "2"]
-
-
-def test_every_setting_is_described() -> None:
-    table = (ROOT / "docs" / "settings.md").read_text()
-    missing = [key for key, section in known_keys(RunSpec).items() if section is None and f"`{key}`" not in table]
-    assert missing == []

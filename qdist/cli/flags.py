@@ -7,21 +7,21 @@ from typing import Any, TypeVar
 import click
 
 from qdist.core.errors import SpecError
-from qdist.core.spec.spec import RunSpec, known_keys, parse_assignment
+from qdist.core.spec.spec import RunSpec, accepted, choices, description, known_keys, parse_assignment
 from qdist.core.spec.suggest import known_as
 from qdist.core.text import quoted
 
 F = TypeVar("F", bound=Callable[..., Any])
 COMMON = {
-    "steps": ("steps", "Optimizer steps."),
-    "epochs": ("epochs", "Passes over the data, in place of steps."),
-    "lr": ("optim.lr", "Learning rate."),
-    "batch_size": ("global_batch", "Samples a step, over all GPUs."),
-    "seq_len": ("seq_len", "Tokens at which a sample is cut."),
-    "lora_r": ("lora.r", "Rank of the adapter."),
-    "seed": ("seed", "Seed of every random number."),
-}
-"""Parameters of commands: the settings that everybody types, and what `--help` says of them."""
+    "steps": "steps", "epochs": "epochs", "lr": "optim.lr", "batch_size": "global_batch", "seq_len": "seq_len",
+    "lora_r": "lora.r", "seed": "seed",
+}  # fmt: skip
+"""Parameters of commands for the settings that everybody types, and what the settings are called."""
+_LIKE_THEIR_SETTINGS = (
+    "model", "bits", "method", "data", "gpus", "placement", "gpus_per_group", "max_memory", "load_format", "run",
+)  # fmt: skip
+FLAGS = {**{name: name for name in _LIKE_THEIR_SETTINGS}, **COMMON}
+"""Every parameter of a command that is a setting."""
 
 
 def flag_of(name: str) -> str:
@@ -29,11 +29,24 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def common_flags(command: F) -> F:
-    """Give a command the flags of COMMON."""
-    for name, (_, text) in reversed(COMMON.items()):
-        command = click.option(flag_of(name), name, metavar="N", help=text)(command)
-    return command
+def setting_flags(*names: str) -> Callable[[F], F]:
+    """Give a command flags for settings, with the texts and defaults of the spec. names: of FLAGS."""
+
+    def decorated(command: F) -> F:
+        for name in reversed(names):
+            key = FLAGS[name]
+            among = choices(RunSpec, key)
+            numbers = accepted(RunSpec, key).startswith(("integer", "number"))
+            command = click.option(
+                flag_of(name),
+                name,
+                type=click.IntRange(min=1) if name == "gpus" else None,
+                metavar="|".join(among) if among else "N" if numbers else "TEXT",
+                help=description(RunSpec, key),
+            )(command)
+        return command
+
+    return decorated
 
 
 def typed_settings(flags: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
@@ -43,7 +56,7 @@ def typed_settings(flags: Mapping[str, Any], assignments: Iterable[str]) -> dict
     Raises SpecError for what is no setting.
     """
     own = {name: value for name, value in flags.items() if value is not None and name not in COMMON}
-    common = [f"{key}={flags[name]}" for name, (key, _) in COMMON.items() if flags.get(name) is not None]
+    common = [f"{key}={flags[name]}" for name, key in COMMON.items() if flags.get(name) is not None]
     return own | dict(map(parse_assignment, (*common, *assignments)))
 
 
@@ -61,7 +74,7 @@ class SettingsCommand(click.Command):
             if key is None:
                 raise
             value = _value_of(error.option_name, typed)
-            flag = next((flag_of(name) for name, (common, _) in COMMON.items() if common == key), None)
+            flag = next((flag_of(name) for name, flagged in FLAGS.items() if flagged == key), None)
             told = f"its flag is {flag}" if flag else f"{key} is a setting"
             try_ = quoted(flag, value) if flag else quoted("--set", f"{key}={value}")
             raise SpecError(f"{error.option_name} is no flag: {told}", try_=try_) from None

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from qdist.cli.flags import SettingsCommand, common_flags, typed_settings
+from qdist.cli.flags import FLAGS, SettingsCommand, setting_flags, typed_settings
 from qdist.cli.views.plan import plan_lines, preview_lines, shown
 from qdist.cli.watch import Watch, ending
 from qdist.core.data.demo import NAME as DEMO
@@ -25,18 +25,14 @@ from qdist.host.terminal import say
 
 @click.command(cls=SettingsCommand)
 @click.argument("recipe", required=False)
-@click.option("--model", help="Alias, folder, GGUF file or hub id.")
-@click.option("--bits", help="4, 8 or 16; a GPTQ checkpoint's own 2, 3, 4 or 8.")
-@click.option("--method", help="qlora; gptq-lora or qa-lora on a GPTQ checkpoint.")
-@click.option("--data", help="JSON, JSONL, CSV, TSV or Parquet file, folder, hub id, or demo.")
-@click.option("--gpus", type=click.IntRange(min=1), help="Ranks; CPU processes where there is no GPU.")
-@click.option("--placement", help="replicate, shard or split; the planner's choice by default.")
-@click.option("--gpus-per-group", metavar="N", help="GPUs that hold one backbone between them; auto by default.")
-@click.option("--max-memory", help="Cap on each GPU, such as 24GiB.")
-@click.option("--load-format", help="auto, or dummy for random weights.")
-@click.option("--run", "run", help="Run directory; runs/MODEL-METHOD-DATA by default.")
-@common_flags
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any other setting, such as lora.r=16.")
+@setting_flags(*FLAGS)
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Any setting of `qdist settings`, such as lora.alpha=32.",
+)
 @click.option("--resume", is_flag=True, help="Go on with the run in --run from its newest checkpoint.")
 @click.option("--dry-run", is_flag=True, help="Plan and print; start nothing.")
 def launch(recipe: str | None, assignments: tuple[str, ...], resume: bool, dry_run: bool, **flags: Any) -> None:

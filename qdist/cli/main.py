@@ -13,6 +13,8 @@ from qdist.host.terminal import error_text, guard_output, say
 COMMANDS = {
     "launch": ("qdist.cli.launch:launch", "Fine-tune a quantized model on the GPUs that are here."),
     "plan": ("qdist.cli.plan:plan", "Show what launch would do, for this machine or another."),
+    "settings": ("qdist.cli.settings:settings", "List every setting, its values and default."),
+    "models": ("qdist.cli.models:models", "List the models known by a short name."),
     "quantize": ("qdist.cli.quantize:quantize", "Pack a model once, for launch and for transformers."),
     "convert": ("qdist.cli.convert:convert", "Turn another project's packed checkpoint into a GPTQ folder."),
     "gather": ("qdist.cli.gather:gather", "Write a run's adapter from its last checkpoint."),

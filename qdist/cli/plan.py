@@ -8,7 +8,7 @@ from typing import Any
 import click
 import msgspec
 
-from qdist.cli.flags import COMMON, SettingsCommand, common_flags, typed_settings
+from qdist.cli.flags import COMMON, SettingsCommand, setting_flags, typed_settings
 from qdist.cli.views.plan import plan_lines, shown
 from qdist.core.errors import MACHINE, Change, QdistError, SpecError, flags
 from qdist.core.machine.cards import memory_of
@@ -28,24 +28,20 @@ from qdist.host.terminal import say, say_json
 
 Here = Callable[[], Cluster]
 FactsOf = Callable[[str], Shape]
+_SETTINGS = ("model", "bits", "method", "gpus", "placement", "gpus_per_group", "max_memory")
+"""Settings that have a flag of their own, beside the common ones."""
 
 
 @click.command(cls=SettingsCommand)
 @click.argument("recipe", required=False)
-@click.option("--model", help="Alias, folder with config.json, GGUF file or hub id.")
-@click.option("--bits", help="4, 8 or 16; a GPTQ checkpoint's own 2, 3, 4 or 8.")
-@click.option("--method", help="qlora; gptq-lora or qa-lora on a GPTQ checkpoint.")
-@click.option("--gpus", type=click.IntRange(min=1), help="How many GPUs.")
-@click.option("--gpu-memory", help="Memory of each, such as 48GiB; this machine's GPUs by default.")
+@setting_flags(*_SETTINGS, *COMMON)
+@click.option("--gpu-memory", help="Memory of each GPU, such as 48GiB; this machine's GPUs by default.")
 @click.option("--gpu-name", help="The card, such as 'RTX 4090', where it is not this machine's.")
 @click.option("--host-memory", help="Host memory of the machine; where it is not this one, 64GiB or twice its GPUs'.")
-@click.option("--placement", help="replicate, shard or split; the fastest that fits by default.")
-@click.option("--gpus-per-group", metavar="N", help="GPUs that hold one backbone between them; auto by default.")
-@click.option("--max-memory", help="Cap on each GPU, such as 24GiB.")
-@common_flags
 @click.option(
-    "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any other setting, such as seq_len=1024."
-)
+    "--set", "assignments", multiple=True, metavar="KEY=VALUE",
+    help="Any setting of `qdist settings`, such as lora.alpha=32.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="The whole plan as JSON.")
 def plan(as_json: bool, **asked: Any) -> None:
     """Show how a run would lie in memory and how fast it would go; exit 2 when it does not fit."""
@@ -98,10 +94,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         flags = {name: getattr(self, name) for name in (*_SETTINGS, *COMMON)}
         own = nest(typed_settings(flags, self.assignments))
         return merge(*([templates.read_recipe(self.recipe)] if self.recipe is not None else []), own)
-
-
-_SETTINGS = ("model", "bits", "method", "gpus", "placement", "gpus_per_group", "max_memory")
-"""Those that have a flag of their own."""
 
 
 def planned(request: Request, here: Here | None = None) -> Plan:

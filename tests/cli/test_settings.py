@@ -36,10 +36,16 @@ def test_what_is_no_setting_either_is_told_by_click(flag: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["launch", "plan"])
-def test_what_other_programs_call_a_flag_is_answered_with_ours(command: str) -> None:
-    result = CliRunner().invoke(main, [command, "--model", "llama-7b", "--learning-rate", "1e-4"], prog_name="qdist")
+@pytest.mark.parametrize(
+    ("theirs", "value", "ours"),
+    [("--learning-rate", "1e-4", "--lr"), ("--base-model", "llama-7b", "--model"), ("--lora_rank", "8", "--lora-r")],
+)
+def test_what_other_programs_call_a_flag_is_answered_with_ours(
+    command: str, theirs: str, value: str, ours: str
+) -> None:
+    result = CliRunner().invoke(main, [command, theirs, value], prog_name="qdist")
     assert (result.exit_code, result.stderr) == (
-        2, "error: --learning-rate is no flag: its flag is --lr\n  try: --lr 1e-4\n",
+        2, f"error: {theirs} is no flag: its flag is {ours}\n  try: {ours} {value}\n",
     )  # fmt: skip
 
 

