@@ -1,10 +1,11 @@
-"""Does every command of the README work, typed as it stands there, in a folder with spaces and an umlaut?
+"""Does every command of README and guides work, typed as it stands there, in a folder with spaces and an umlaut?
 
     python bench/readme_commands.py WORK [--only WORD]
 
-Takes the commands out of README.md, puts names in for its placeholders, and runs them one after the other in
-WORK/mein Ordner ü/läufe 1, where tiny models have the names that the README uses; `qdist plan` beside it, where the
-names mean the real models. What a run prints as a next command is pasted into bash. On two CPU cores: some 40 minutes.
+Takes the commands out of README.md, docs/guide and docs/tutorial.md, puts names in for their placeholders, and runs them
+one after the other in WORK/mein Ordner ü/läufe 1, where tiny models have the names that the pages use; `qdist plan`
+beside it, where the names mean the real models. What a run prints as a next command is pasted into bash. On two CPU
+cores: some 50 minutes.
 """
 
 import argparse
@@ -37,6 +38,8 @@ PLACEHOLDERS = {
     ("", "OTHER"): "runs/a",
     ("", "RECIPE.toml"): f"'{RECIPE}'",
     ("", "..."): "--model llama-7b --data my.jsonl",
+    ("", "WORD"): "lr",
+    ("", "COMMAND"): "plan",
     ("--data", "D"): "my.jsonl",
     ("--run", "DIR"): f"'{HALTED}'",
     ("--model", "DIR"): f"'{PACKED}'",
@@ -66,7 +69,7 @@ CAN_HAVE = {
     "--type q4_1": f"qdist export runs/mine --to gguf --out '{FRESH}.gguf'",
 }  # fmt: skip
 """Flags that the text names without a command, by how they begin, and a command that can have them."""
-NAMES_ALONE = ("qdist plan", "qdist quantize", "qdist export", "qdist export RUN --to")
+NAMES_ALONE = ("qdist launch", "qdist plan", "qdist quantize", "qdist export", "qdist export RUN --to")
 """Where the text speaks of a command; its help is asked for."""
 BEFOREHAND = (
     "qdist launch --model llama-7b --data my.jsonl --run runs/a",
@@ -133,7 +136,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="commands with this in them, in a folder that is there already")
     arguments = parser.parse_args()
     above = arguments.work.resolve() / "mein Ordner ü"
-    written = read_commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    written = [each for page in pages() for each in read_commands(page.read_text(encoding="utf-8"))]
     cases = [case for each in written for case in cases_of(each)]
     machine = Machine(above)
     if arguments.only:
@@ -146,10 +149,15 @@ def main() -> None:
     raise SystemExit(any(each.fault for each in done))
 
 
-def read_commands(readme: str) -> list[Written]:
-    """Commands in the README's order, each once: of code blocks, tables and sentences."""
+def pages() -> list[Path]:
+    """The documents whose commands are to be typed."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs" / "guide").glob("*.md")), ROOT / "docs" / "tutorial.md"]
+
+
+def read_commands(page: str) -> list[Written]:
+    """Commands in the page's order, each once: of code blocks, tables and sentences."""
     found: list[Written] = []
-    for number, part in enumerate(re.split(r"^```(.*)\n", readme, flags=re.MULTILINE)):
+    for number, part in enumerate(re.split(r"^```(.*)\n", page, flags=re.MULTILINE)):
         if number % 4 == 0:  # then the language, a block, and nothing behind its end
             found += _of_text(part)
         elif number % 4 == 1:

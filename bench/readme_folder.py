@@ -22,12 +22,14 @@ TALKS = "timdettmers/openassistant-guanaco"
 
 def furnish(here: Path) -> None:
     """Write models, data, prompts and a recipe. here: an empty folder."""
-    for name, seed in (("llama-7b", 0), ("llama-65b", 1), ("smollm2-135m", 2)):
+    for seed, name in enumerate(("llama-7b", "llama-65b", "smollm2-135m", "llama3.1-8b", "Qwen/Qwen2.5-7B-Instruct")):
         save_model(here / name, tokenizer=_tokenizer(), seed=seed, **SHAPE)
     torch.save(make(naming="meta", packing="int8").content, here / "llama-7b_4w_pack8.pth.tar")
     _tokenizer().save_pretrained(write_config(here / "LLaMA 7B"))
     orders = [(f"Say {n} in words, slowly, {n % 7} times", f"{'one two three ' * (n % 5)}and {n}") for n in range(350)]
     _write_lines(here / "my.jsonl", [{"instruction": order, "output": answer} for order, answer in orders])
+    (here / "faq.csv").write_text("question,answer\n" + "".join(f'"{ask}",{answer}\n' for ask, answer in orders))
+    (here / "questions.txt").write_text("Say 3 in words\n")
     (here / TALKS).mkdir(parents=True)
     talks = [f"### Human: {order}### Assistant: {answer}" for order, answer in orders]
     _write_lines(here / TALKS / "openassistant_best_replies_train.jsonl", [{"text": talk} for talk in talks])
