@@ -2,10 +2,10 @@
 
     python bench/readme_commands.py WORK [--only WORD]
 
-Takes the commands out of README.md, docs/guide and docs/tutorial.md, puts names in for their placeholders, and runs them
-one after the other in WORK/mein Ordner ü/läufe 1, where tiny models have the names that the pages use; `qdist plan`
-beside it, where the names mean the real models. What a run prints as a next command is pasted into bash. On two CPU
-cores: some 50 minutes.
+Takes the commands out of README.md, docs/guide and docs/tutorial.md, puts names in for their placeholders, and runs
+them one after the other in WORK/mein Ordner ü/läufe 1, where tiny models have the names that the pages use; `qdist
+plan` beside it, where the names mean the real models. What a run prints as a next command is pasted into bash. On two
+CPU cores: some 50 minutes.
 """
 
 import argparse
@@ -42,6 +42,7 @@ PLACEHOLDERS = {
     ("", "COMMAND"): "plan",
     ("--data", "D"): "my.jsonl",
     ("--run", "DIR"): f"'{HALTED}'",
+    ("--run", "runs/NAME"): "runs/demo",
     ("--model", "DIR"): f"'{PACKED}'",
     ("--prompts", "F"): f"'{QUESTIONS}'",
     ("--config", "LLAMA"): "'LLaMA 7B'",
@@ -82,7 +83,7 @@ BEFOREHAND = (
 STEPS = re.compile(rb"^step \d+/\d+  loss", re.MULTILINE)
 NEXT = re.compile(r"^ *(?:chat|merge|go on:|try:) +(qdist [^(,\n]+)$", re.MULTILINE)
 HINT = re.compile(r"^  try: (--[^(\n]+)", re.MULTILINE)
-MISTYPED = re.compile(r"unknown setting '(\S+)'")
+MISTYPED = re.compile(r"unknown setting '(\S+)'|(--\S+) is no flag")
 PATIENCE_S = 900
 
 
@@ -118,6 +119,13 @@ class Case(NamedTuple):
         named = {after for flag, after in itertools.pairwise(words) if flag in flags}
         return named | ({RUN} if RECIPE in words else set())
 
+    @property
+    def needs(self) -> set[str]:
+        """What may be a folder or file that another command makes. The run of a dry run must not be there yet."""
+        words = self.words
+        own = {after for flag, after in itertools.pairwise(words) if flag == "--run" and "--dry-run" in words}
+        return set(words) - self.makes - own
+
 
 class Done(NamedTuple):
     """How a command ended; `fault` is empty where it ended as it should."""
@@ -136,7 +144,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="commands with this in them, in a folder that is there already")
     arguments = parser.parse_args()
     above = arguments.work.resolve() / "mein Ordner ü"
-    written = [each for page in pages() for each in read_commands(page.read_text(encoding="utf-8"))]
+    written = dict.fromkeys(each for page in pages() for each in read_commands(page.read_text(encoding="utf-8")))
     cases = [case for each in written for case in cases_of(each)]
     machine = Machine(above)
     if arguments.only:
@@ -230,7 +238,9 @@ def case_of(written: Written) -> Case:
     words, shown = shlex.split(written.text), written.shown
     if any(line.startswith("error:") for line in shown):
         return Case(written.text, shown, code=2, why="refused, as shown")
-    if ("plan" not in words and "--max-memory" in words) or words == ["qdist", "doctor", "--gpus"]:
+    elsewhere = "plan" in words and {"--gpu-memory", "--gpu-name", "--help"} & set(words)
+    here = not elsewhere and {"--max-memory", "liger=true", "plan"} & set(words)
+    if here or words == ["qdist", "doctor", "--gpus"]:
         return Case(written.text, shown, code=2, why="needs a GPU")
     if "--serve" in words:
         return Case(written.text, code=130, why="fetched once, then Ctrl-C")
@@ -247,8 +257,7 @@ def run_all(cases: list[Case], machine: "Machine") -> Iterator[Done]:
         ready = (
             case
             for position, case in enumerate(waiting)
-            if not (set(case.words) - case.makes)
-            & set().union(*(makes for other, makes in enumerate(made_later) if other != position))
+            if not case.needs & set().union(*(makes for other, makes in enumerate(made_later) if other != position))
         )
         case = next(ready, waiting[0])
         waiting.remove(case)
@@ -274,7 +283,8 @@ def pasted(text: str, after: Case) -> Case:
 def hinted(refused: Case, output: str) -> Case:
     """The command with its hint behind it, in place of a setting that does not exist."""
     mistyped, hint = MISTYPED.search(output), HINT.search(output)
-    text = re.sub(rf"--set {re.escape(mistyped[1])}=\S+", "--dry-run", refused.text) if mistyped else refused.text
+    wrong = (rf"--set {re.escape(mistyped[1])}=\S+" if mistyped[1] else rf"{mistyped[2]} \S+") if mistyped else "$^"
+    text = re.sub(wrong, "--dry-run", refused.text)
     return Case(f"{text} {hint[1].strip() if hint else ''}", pasted=True, why="the hint")
 
 

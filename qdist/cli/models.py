@@ -3,6 +3,7 @@
 import click
 import msgspec
 
+from qdist.core.errors import ModelError
 from qdist.core.model.aliases import ALIASES, Alias, folded
 from qdist.core.model.shapes import OWN_CODE, from_config
 from qdist.core.model.storage import Packing
@@ -35,6 +36,8 @@ def models(word: str | None, as_json: bool) -> None:
     """
     listed = [known(name, alias) for name, alias in ALIASES.items()]
     listed = [each for each in listed if folded(word or "") in folded(f"{each.name} {each.place}")]
+    if not listed:
+        raise ModelError(f"no short name has {word!r} in it", try_="qdist models, or the model's hub id or folder")
     if as_json:
         say_json(msgspec.json.format(msgspec.json.encode(listed), indent=2))
     else:

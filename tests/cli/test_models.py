@@ -31,8 +31,11 @@ def test_a_word_is_looked_for_in_names_and_places_alike() -> None:
     assert "qwen2.5-7b" in models("Qwen/Qwen2.5")
 
 
-def test_what_no_model_is_called_lists_none() -> None:
-    assert models("zzz").splitlines()[1:] == []
+def test_a_word_that_no_model_has_is_a_wrong_request() -> None:
+    result = CliRunner().invoke(main, ["models", "zzz"], prog_name="qdist")
+    assert (result.exit_code, result.stderr) == (
+        2, "error: no short name has 'zzz' in it\n  try: qdist models, or the model's hub id or folder\n",
+    )  # fmt: skip
 
 
 def test_the_model_that_needs_no_hub_names_its_package() -> None:
