@@ -22,7 +22,7 @@ TALKS = "timdettmers/openassistant-guanaco"
 
 def furnish(here: Path) -> None:
     """Write models, data, prompts and a recipe. here: an empty folder."""
-    for seed, name in enumerate(("llama-7b", "llama-65b", "smollm2-135m", "llama3.1-8b", "Qwen/Qwen2.5-7B-Instruct")):
+    for seed, name in enumerate(("llama-7b", "llama-65b", "smollm2-135m", "qwen2.5-7b", "Qwen/Qwen2.5-7B-Instruct")):
         save_model(here / name, tokenizer=_tokenizer(), seed=seed, **SHAPE)
     torch.save(make(naming="meta", packing="int8").content, here / "llama-7b_4w_pack8.pth.tar")
     _tokenizer().save_pretrained(write_config(here / "LLaMA 7B"))
