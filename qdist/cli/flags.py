@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 import click
 
 from qdist.core.errors import SpecError
-from qdist.core.spec.spec import RunSpec, accepted, choices, description, known_keys, parse_assignment
+from qdist.core.spec.keys import accepted, choices, description, known_keys
+from qdist.core.spec.spec import RunSpec, parse_assignment
 from qdist.core.spec.suggest import known_as
 from qdist.core.text import quoted
 

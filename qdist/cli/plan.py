@@ -16,7 +16,8 @@ from qdist.core.machine.cluster import UNNAMED, Cluster, hypothetical
 from qdist.core.planning.advice import needs
 from qdist.core.planning.plan import Plan, Source
 from qdist.core.planning.planner import plan_once
-from qdist.core.spec.spec import RunSpec, given, known_keys, merge, nest, settled
+from qdist.core.spec.keys import known_keys
+from qdist.core.spec.spec import RunSpec, given, merge, nest, settled
 from qdist.core.spec.suggest import or_tried_hint
 from qdist.core.text import format_bytes, parse_bytes
 from qdist.host import templates

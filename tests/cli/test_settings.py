@@ -1,66 +1,57 @@
-"""Settings that are typed as flags."""
+"""Are all settings listed, in the terminal and in docs/settings.md?"""
 
-import json
+from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
-from qdist.cli.flags import typed_settings
+from qdist.cli.flags import FLAGS, flag_of
 from qdist.cli.main import main
+from qdist.cli.settings import listing
+from qdist.core.spec.settings import Setting, all_settings
+
+PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 
 
-@pytest.mark.parametrize("command", ["launch", "plan"])
-@pytest.mark.parametrize(
-    ("typed", "attempt"),
-    [
-        (("--dropout", "0.1"), "--set lora.dropout=0.1"),
-        (("--warmup-steps=9",), "--set optim.warmup_steps=9"),
-        (("--lora-alpha", "8"), "--set lora.alpha=8"),
-        (("--new_tokens", "<a b>"), "--set 'new_tokens=<a b>'"),
-        (("--clip",), "--set optim.clip=VALUE"),
-        (("--clip", "--bits", "4"), "--set optim.clip=VALUE"),
-        (("--clip", "-1"), "--set optim.clip=-1"),
-    ],
-)
-def test_a_setting_that_is_typed_as_a_flag_is_told(command: str, typed: tuple[str, ...], attempt: str) -> None:
-    result = CliRunner().invoke(main, [command, "--model", "llama-7b", *typed], prog_name="qdist")
-    assert result.exit_code == 2
-    key = attempt.removeprefix("--set ").strip("'").partition("=")[0]
-    assert result.stderr == f"error: {typed[0].partition('=')[0]} is no flag: {key} is a setting\n  try: {attempt}\n"
+def qdist(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments, prog_name="qdist")
 
 
-@pytest.mark.parametrize("flag", ["--gpu", "--output", "--zzz"])
-def test_what_is_no_setting_either_is_told_by_click(flag: str) -> None:
-    result = CliRunner().invoke(main, ["launch", flag, "2"], prog_name="qdist")
-    assert (result.exit_code, f"No such option '{flag}'" in result.stderr) == (2, True), result.output
+def test_the_settings_page_is_what_the_spec_says() -> None:
+    """Write it anew: python -m qdist settings --markdown > docs/settings.md."""
+    assert qdist("settings", "--markdown").stdout == PAGE.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("command", ["launch", "plan"])
-@pytest.mark.parametrize(
-    ("theirs", "value", "ours"),
-    [("--learning-rate", "1e-4", "--lr"), ("--base-model", "llama-7b", "--model"), ("--lora_rank", "8", "--lora-r")],
-)
-def test_what_other_programs_call_a_flag_is_answered_with_ours(
-    command: str, theirs: str, value: str, ours: str
-) -> None:
-    result = CliRunner().invoke(main, [command, theirs, value], prog_name="qdist")
+def test_a_list_has_every_setting() -> None:
+    lines = qdist("settings").stdout.splitlines()
+    starts = [line.split(" ")[0] for line in lines if not line.startswith(" ")]
+    assert starts == [each.key for each in all_settings()]
+
+
+def test_a_setting_is_listed_with_default_text_values_and_flag() -> None:
+    assert qdist("settings", "learning_rate").stdout.splitlines()[0] == (
+        "optim.lr  0.0002  Learning rate, at its peak. [number > 0] --lr"
+    )
+
+
+def test_a_narrow_window_breaks_texts_under_themselves() -> None:
+    setting = Setting("a.b", "integer >= 1", "auto", "Something that is told in many words.")
+    assert list(listing([setting], 45)) == [
+        "a.b  auto  Something that is told in many",
+        "           words. [integer >= 1]",
+    ]
+
+
+def test_a_word_that_finds_nothing_is_a_wrong_request() -> None:
+    result = qdist("settings", "zzz")
     assert (result.exit_code, result.stderr) == (
-        2, f"error: {theirs} is no flag: its flag is {ours}\n  try: {ours} {value}\n",
+        2, "error: no setting is called 'zzz' or says so\n  try: qdist settings\n",
     )  # fmt: skip
 
 
-def test_what_everybody_types_is_a_flag() -> None:
-    typed = {"steps": "5", "epochs": None, "lr": "1e-4", "batch_size": "8", "seq_len": "64", "lora_r": "4", "bits": "8"}
-    assert typed_settings(typed, ("seed=3",)) == {
-        "steps": "5", "optim.lr": "1e-4", "global_batch": "8", "seq_len": "64", "lora.r": "4", "bits": "8", "seed": "3",
-    }  # fmt: skip
-
-
-def test_what_an_error_says_to_try_wins_over_what_was_typed_before_it() -> None:
-    assert typed_settings({"lr": "5"}, ("optim.lr=1", "optim.lr=2e-4")) == {"optim.lr": "2e-4"}
-
-
-def test_a_flag_reaches_the_plan() -> None:
-    line = ["plan", "--model", "llama-7b", "--gpus", "1", "--gpu-memory", "48GiB", "--json", "--lora-r", "8"]
-    result = CliRunner().invoke(main, line, prog_name="qdist")
-    assert json.loads(result.stdout)["spec"]["lora"]["r"] == 8
+@pytest.mark.parametrize("command", ["launch", "plan"])
+def test_the_help_of_a_flag_is_the_text_of_its_setting(command: str) -> None:
+    shown = "".join(qdist(command, "--help").stdout.split())
+    texts = {each.key: "".join(each.text.split()) for each in all_settings()}
+    told = [name for name, key in FLAGS.items() if flag_of(name) in shown and texts[key] in shown]
+    assert told == [name for name in FLAGS if command == "launch" or name not in ("data", "load_format", "run")]

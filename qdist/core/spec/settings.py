@@ -4,7 +4,8 @@ import re
 from typing import NamedTuple
 
 from qdist.core.errors import SpecError
-from qdist.core.spec.spec import RunSpec, accepted, description, flatten, json_text, known_keys
+from qdist.core.spec.keys import accepted, description, known_keys
+from qdist.core.spec.spec import RunSpec, flatten, json_text
 from qdist.core.spec.suggest import RELATED_NAMES, known_as
 
 

@@ -9,76 +9,9 @@ from msgspec import Meta
 
 from qdist.core.errors import Change, SpecError
 from qdist.core.spec.contradictions import contradiction
+from qdist.core.spec.keys import choices, known_keys, optional
 from qdist.core.spec.suggest import not_among, of_another_kind, or_tried_hint, unknown
 from qdist.core.text import parse_bytes
-
-Kind = type[msgspec.Struct]
-
-
-def known_keys(kind: Kind, prefix: str = "") -> dict[str, Kind | None]:
-    """Every dotted key; a section maps to its type, a setting to None."""
-    keys: dict[str, Kind | None] = {}
-    for field in msgspec.structs.fields(kind):
-        section = field.type if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct) else None
-        keys[prefix + field.name] = section
-        if section is not None:
-            keys.update(known_keys(section, f"{prefix}{field.name}."))
-    return keys
-
-
-def choices(kind: Kind, key: str) -> list[str]:
-    """The words that a setting is one of; empty where it takes other values."""
-    inner = [each.item_type if isinstance(each, msgspec.inspect.VarTupleType) else each for each in _kinds(kind, key)]
-    return [str(value) for each in inner if isinstance(each, msgspec.inspect.LiteralType) for value in each.values]
-
-
-def optional(kind: Kind, key: str) -> bool:
-    """Whether the plan decides where the setting is absent."""
-    return any(isinstance(each, msgspec.inspect.NoneType) for each in _kinds(kind, key))
-
-
-def description(kind: Kind, key: str) -> str:
-    """What a setting is for, in its field's words; empty where the field has none."""
-    info = _info(kind, key)
-    stated = info.extra_json_schema if isinstance(info, msgspec.inspect.Metadata) else None
-    return str((stated or {}).get("description", ""))
-
-
-def accepted(kind: Kind, key: str) -> str:
-    """The values that a setting takes, in words: 'nf4, fp4', 'integer >= 1', 'names with commas'."""
-    if among := choices(kind, key):
-        return ", ".join(among) + ("; several with commas" if _is_list(kind, key) else "")
-    return " or ".join(_in_words(each) for each in _kinds(kind, key) if not isinstance(each, msgspec.inspect.NoneType))
-
-
-def _in_words(info: msgspec.inspect.Type) -> str:
-    if isinstance(info, (msgspec.inspect.IntType, msgspec.inspect.FloatType)):
-        bounds = ((">=", info.ge), (">", info.gt), ("<", info.lt))  # those above are the largest that are stored
-        name = "integer" if isinstance(info, msgspec.inspect.IntType) else "number"
-        return " ".join((name, ", ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)))
-    if isinstance(info, msgspec.inspect.BoolType):
-        return "true, false"
-    return "names with commas" if isinstance(info, msgspec.inspect.VarTupleType) else "text"
-
-
-def _is_list(kind: Kind, key: str) -> bool:
-    return any(isinstance(each, msgspec.inspect.VarTupleType) for each in _kinds(kind, key))
-
-
-def _kinds(kind: Kind, key: str) -> tuple[msgspec.inspect.Type, ...]:
-    """The types that a setting may have."""
-    info = _info(kind, key)
-    info = info.type if isinstance(info, msgspec.inspect.Metadata) else info
-    return info.types if isinstance(info, msgspec.inspect.UnionType) else (info,)
-
-
-def _info(kind: Kind, key: str) -> msgspec.inspect.Type:
-    """What msgspec knows of a field."""
-    found: type = kind
-    for part in key.split("."):
-        found = {field.name: field.type for field in msgspec.structs.fields(found)}[part]
-    return msgspec.inspect.type_info(found)
-
 
 MOST_STEPS = 2**63 - 1
 Positive = Annotated[int, Meta(ge=1, le=MOST_STEPS)]

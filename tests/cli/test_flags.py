@@ -1,0 +1,66 @@
+"""Settings that are typed as flags."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from qdist.cli.flags import typed_settings
+from qdist.cli.main import main
+
+
+@pytest.mark.parametrize("command", ["launch", "plan"])
+@pytest.mark.parametrize(
+    ("typed", "attempt"),
+    [
+        (("--dropout", "0.1"), "--set lora.dropout=0.1"),
+        (("--warmup-steps=9",), "--set optim.warmup_steps=9"),
+        (("--lora-alpha", "8"), "--set lora.alpha=8"),
+        (("--new_tokens", "<a b>"), "--set 'new_tokens=<a b>'"),
+        (("--clip",), "--set optim.clip=VALUE"),
+        (("--clip", "--bits", "4"), "--set optim.clip=VALUE"),
+        (("--clip", "-1"), "--set optim.clip=-1"),
+    ],
+)
+def test_a_setting_that_is_typed_as_a_flag_is_told(command: str, typed: tuple[str, ...], attempt: str) -> None:
+    result = CliRunner().invoke(main, [command, "--model", "llama-7b", *typed], prog_name="qdist")
+    assert result.exit_code == 2
+    key = attempt.removeprefix("--set ").strip("'").partition("=")[0]
+    assert result.stderr == f"error: {typed[0].partition('=')[0]} is no flag: {key} is a setting\n  try: {attempt}\n"
+
+
+@pytest.mark.parametrize("flag", ["--gpu", "--output", "--zzz"])
+def test_what_is_no_setting_either_is_told_by_click(flag: str) -> None:
+    result = CliRunner().invoke(main, ["launch", flag, "2"], prog_name="qdist")
+    assert (result.exit_code, f"No such option '{flag}'" in result.stderr) == (2, True), result.output
+
+
+@pytest.mark.parametrize("command", ["launch", "plan"])
+@pytest.mark.parametrize(
+    ("theirs", "value", "ours"),
+    [("--learning-rate", "1e-4", "--lr"), ("--base-model", "llama-7b", "--model"), ("--lora_rank", "8", "--lora-r")],
+)
+def test_what_other_programs_call_a_flag_is_answered_with_ours(
+    command: str, theirs: str, value: str, ours: str
+) -> None:
+    result = CliRunner().invoke(main, [command, theirs, value], prog_name="qdist")
+    assert (result.exit_code, result.stderr) == (
+        2, f"error: {theirs} is no flag: its flag is {ours}\n  try: {ours} {value}\n",
+    )  # fmt: skip
+
+
+def test_what_everybody_types_is_a_flag() -> None:
+    typed = {"steps": "5", "epochs": None, "lr": "1e-4", "batch_size": "8", "seq_len": "64", "lora_r": "4", "bits": "8"}
+    assert typed_settings(typed, ("seed=3",)) == {
+        "steps": "5", "optim.lr": "1e-4", "global_batch": "8", "seq_len": "64", "lora.r": "4", "bits": "8", "seed": "3",
+    }  # fmt: skip
+
+
+def test_what_an_error_says_to_try_wins_over_what_was_typed_before_it() -> None:
+    assert typed_settings({"lr": "5"}, ("optim.lr=1", "optim.lr=2e-4")) == {"optim.lr": "2e-4"}
+
+
+def test_a_flag_reaches_the_plan() -> None:
+    line = ["plan", "--model", "llama-7b", "--gpus", "1", "--gpu-memory", "48GiB", "--json", "--lora-r", "8"]
+    result = CliRunner().invoke(main, line, prog_name="qdist")
+    assert json.loads(result.stdout)["spec"]["lora"]["r"] == 8
