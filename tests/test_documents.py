@@ -51,6 +51,33 @@ def test_a_link_leads_somewhere(page: Path) -> None:
     assert [link for link, anchor in links if not leads_somewhere(page, link, anchor)] == []
 
 
+def test_the_tree_of_the_architecture_is_the_tree() -> None:
+    """Every room is drawn, and none that is not there."""
+    drawn, path = set(), [Path("qdist")]
+    for indent, name in re.findall(
+        r"^( *)(\w+)/ ", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), re.MULTILINE
+    ):
+        path = [*path[: len(indent) // 2], Path(name)]
+        drawn.add(Path(*path).as_posix())
+    rooms = {init.parent.relative_to(ROOT).as_posix() for init in (ROOT / "qdist").rglob("__init__.py")}
+    nested = {
+        "qdist/runtime/placements/split",
+        "qdist/runtime/quantize/gptq",
+        "qdist/runtime/quantize/sparsebit",
+        "qdist/runtime/exports/gguf",
+    }
+    assert rooms - drawn - nested == set()
+    assert {each for each in drawn if each.startswith("qdist") and not (ROOT / each).is_dir()} == set()
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_module_or_test_that_a_document_names_is_there(page: Path) -> None:
+    if page.name in ("CHANGELOG.md", "decisions.md"):  # of what was, too
+        return
+    named = re.findall(r"`((?:qdist|tests|bench)/[\w/.]+\.(?:py|json|js|css))", page.read_text(encoding="utf-8"))
+    assert [path for path in named if "NAME" not in path and not (ROOT / path).exists()] == []
+
+
 def leads_somewhere(page: Path, link: str, anchor: str) -> bool:
     """Whether a file is there, and has a heading of that name."""
     target = page.parent / link if link else page
