@@ -332,7 +332,7 @@ FAULTS = {
     "killed": Fault(signalled(signal.SIGKILL), rf"rank {VICTIM} (was killed by SIGKILL|.* process is gone)"),
     "raised": Fault(noted, rf"rank {VICTIM} .*ValueError: made by", environment=functools.partial(doing, RAISES)),
     "hanging": Fault(noted, rf"rank {VICTIM} has not moved", environment=functools.partial(doing, HANGS)),
-    "nan": Fault(not_finite, r"the loss is (nan|inf|not a number)|gradients are NaN or infinite", SURVIVES_NOTHING),
+    "nan": Fault(not_finite, r"the loss is (nan|inf|NaN or infinite)|gradients are NaN or infinite", SURVIVES_NOTHING),
     "memory": Fault(noted, rf"rank {VICTIM} was killed by SIGKILL, which is what Linux does .* memory runs out",
                     environment=functools.partial(doing, EATS), wrap=in_cgroup),
     "pipe": Fault(at_once, r"error: .*pipe\.jsonl", wrap=with_silent_pipe, data="pipe.jsonl", code=2, resumes=False),

@@ -1,10 +1,12 @@
 """`qdist monitor`: watch a run from any terminal, while it runs or after."""
 
+import math
 import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -13,8 +15,8 @@ from rich.console import Console
 from qdist.cli.views.dashboard import KEYS, PANES, Pane, dashboard
 from qdist.cli.views.screen import Keys, Painter
 from qdist.core.errors import RunError
-from qdist.core.telemetry.snapshot import Snapshot
-from qdist.core.telemetry.snapshot_json import as_json
+from qdist.core.telemetry.snapshot import Row, Snapshot, mfu, rows
+from qdist.core.telemetry.warnings import find_warnings
 from qdist.host.run.observer import Look
 from qdist.host.run.rundir import RunDir
 from qdist.host.terminal import say_json
@@ -93,20 +95,14 @@ def _seen(look: Look, screen: Screen) -> Snapshot:
 def _watch(look: Look, screen: Screen, console: Console) -> None:
     """Draw at most twice a second, and at rest only what changed, until q."""
     shown: tuple[object, ...] = ()
-    snapshot, painter = _seen(look, screen), Painter(console)
-
-    def leave() -> None:
-        console.set_alt_screen(False)
-        console.show_cursor(True)
+    snapshot, painter = _seen(look, screen), Painter(console, full=True)
 
     def come_back() -> None:
         nonlocal shown
-        console.set_alt_screen(True)
-        console.show_cursor(False)
-        painter.forget()
+        painter.enter()
         shown = ()
 
-    with console.screen(hide_cursor=True), Keys(leave=leave, come_back=come_back) as keys:
+    with painter, Keys(leave=painter.leave, come_back=come_back) as keys:
         while not screen.quit:
             size = console.size
             clock = int(time.time() / _DRAW_S) if snapshot.state in ("running", "planned") else 0
@@ -118,3 +114,53 @@ def _watch(look: Look, screen: Screen, console: Console) -> None:
             screen.press(key, look.plan.world_size)
             if not screen.paused or key:
                 snapshot = _seen(look, screen)
+
+
+def as_json(snapshot: Snapshot) -> dict[str, Any]:
+    """Plain values with units in their names; None for what nobody has said or what is no number."""
+    fold, plan = snapshot.fold, snapshot.plan
+    mean = fold.mean_tokens_per_s
+    saved = fold.checkpoints[-1] if fold.checkpoints else None
+    found = {
+        "run": snapshot.name,
+        "state": snapshot.state,
+        "message": snapshot.message,
+        "try": snapshot.try_,
+        "time": snapshot.now,
+        "model": plan.spec.model,
+        "method": plan.spec.method,
+        "bits": plan.spec.bits,
+        "step": fold.step,
+        "total_steps": fold.total_steps or plan.steps,
+        "loss": fold.loss,
+        "smoothed_loss": fold.smoothed_loss,
+        "held_out": [{"step": step, "loss": _number(loss)} for step, loss in fold.held_out],
+        "learning_rate": fold.learning_rate,
+        "gradient_norm": fold.gradient_norm,
+        "skipped_updates": len(fold.skipped),
+        "tokens_per_s": fold.tokens_per_s,
+        "mean_tokens_per_s": mean,
+        "predicted_tokens_per_s": plan.tokens_per_second or None,
+        "mfu": mfu(snapshot, fold.tokens_per_s),
+        "mean_mfu": mfu(snapshot, mean),
+        "padding_share": fold.padding_share,
+        "data_share": fold.data_share,
+        "slowest_rank": fold.skew[0] if fold.skew else None,
+        "skew_share": fold.skew[1] if fold.skew else None,
+        "seconds_left": fold.seconds_left,
+        "checkpoint_step": saved[0] if saved else None,
+        "checkpoint_time": saved[1] if saved else None,
+        "ranks": [_row(row) for row in rows(snapshot)],
+        "warnings": [warning.text for warning in find_warnings(snapshot)],
+    }
+    return {key: _number(value) for key, value in found.items()}
+
+
+def _row(row: Row) -> dict[str, Any]:
+    found = row._asdict()
+    found["card"] = None if row.card is None else row.card._asdict()
+    return {key: _number(value) for key, value in found.items()}
+
+
+def _number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,14 +7,12 @@ import click
 from qdist.cli.views.plan import plan_lines
 from qdist.cli.views.report_page import compare_page, page
 from qdist.core.errors import RunError, SpecError
-from qdist.core.telemetry.history import Fold
 from qdist.core.telemetry.report import Found, Report, report_of
 from qdist.core.text import command, format_bytes
 from qdist.host.files import write_out
 from qdist.host.opening import read_bytes, read_typed
-from qdist.host.run.follow import Follower
+from qdist.host.run.observer import Look
 from qdist.host.run.rundir import RunDir, noted
-from qdist.host.run.state import state_of
 from qdist.host.terminal import say
 
 
@@ -30,7 +28,7 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
         names = [str(run) for run in runs]
     found = [_found(RunDir(run), name) for run, name in zip(runs, names, strict=True)]
     reports = [report_of(own) for own in found]
-    plans = [plan_lines(own.plan) for own in found]
+    plans = [plan_lines(own.seen.plan) for own in found]
     text = page(reports[0], plans[0]) if len(runs) == 1 else compare_page(reports, plans)
     path = out or runs[0] / _default_name(reports)
     write_out(path, text)
@@ -43,19 +41,10 @@ def _default_name(reports: list[Report]) -> str:
 
 def _found(run: RunDir, name: str) -> Found:
     """Read a run as it is now. Raises RunError where it is none, or a file of it is broken."""
-    plan = run.plan()
-    state = state_of(run)  # before the events, so that a finished run is never shown without its last ones
-    fold = Fold(total_steps=plan.steps)
-    Follower(run.path).fold_into(fold)
-    ended = run.ended() if state in ("failed", "stopped") else None
+    seen = Look(run).snapshot()._replace(name=name)
     return Found(
-        name=name,
-        plan=plan,
-        fold=fold,
-        state=state,
-        result=run.result_of(plan),
-        message=ended.message if ended else "",
-        try_=ended.try_ if ended else "",
+        seen=seen,
+        result=run.result_of(seen.plan),
         machine=run.machine(),
         versions=_versions(run.path / "versions.json"),
         recipe=_text(run.path / "recipe.toml"),

@@ -5,10 +5,10 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.live import Live
 
 from qdist.cli.views.dashboard import dashboard
 from qdist.cli.views.plan import outcome_rows, start_line
+from qdist.cli.views.screen import Painter
 from qdist.cli.views.text import answers, comparison, plain_line
 from qdist.core.data import demo
 from qdist.core.errors import QdistError
@@ -17,7 +17,8 @@ from qdist.core.telemetry.events import Event
 from qdist.core.telemetry.history import Fold
 from qdist.core.telemetry.memory_report import MEANING
 from qdist.core.telemetry.snapshot import Snapshot
-from qdist.core.text import command, format_bytes, format_count, printable
+from qdist.core.telemetry.warnings import held_out_warnings
+from qdist.core.text import command, format_bytes, format_count
 from qdist.host.run.observer import Look
 from qdist.host.run.rundir import RunDir
 from qdist.host.terminal import say
@@ -40,18 +41,19 @@ class Watch:
         self._console = Console(width=None if sys.stdout.isatty() else width, highlight=False)
         self._due, self._unseen = 0.0, ""
         drawable = sys.stdout.isatty() and not self._console.is_dumb_terminal
-        # Drawn from here alone: another thread must not be there when the launcher forks.
-        self._live = Live(console=self._console, auto_refresh=False) if drawable else None
+        self._painter = Painter(self._console, full=False) if drawable else None
 
     def __enter__(self) -> "Watch":
+        if self._painter:
+            self._painter.enter()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live and self._live.is_started:
-            self._draw()
-            self._live.stop()
+        if self._painter:
+            self._draw(self._painter)
+            self._painter.leave()
 
     def recall(self, events: list[Event]) -> None:
         """Take note of what was said before the run was resumed, without saying it again."""
@@ -60,10 +62,9 @@ class Watch:
     def show(self, events: list[Event]) -> None:
         """Take note of what the ranks said."""
         self._state.add(events)
-        if self._live:
+        if self._painter:
             if (began := time.monotonic()) >= self._due:
-                self._live.start()
-                self._draw()
+                self._draw(self._painter)
                 now = time.monotonic()
                 self._due = now + max(_DRAW_S, (now - began) / _MOST_SHARE)
             return
@@ -74,23 +75,21 @@ class Watch:
 
     def say(self, text: str) -> None:
         """A line for the user, above the live view."""
-        if self._live:
-            self._live.console.print(printable(text), markup=False)
-        else:
-            say(text)
+        if self._painter:
+            self._painter.clear()
+            self._due = 0.0
+        say(text)
 
-    def _draw(self) -> None:
-        if self._live:
-            width, height = self._console.size
-            try:
-                snapshot = self._snapshot()
-            except (QdistError, OSError) as error:  # the ranks need no view of them
-                if str(error) != self._unseen:
-                    self._unseen = str(error)
-                    self.say(f"the view stands still: {error}")
-                return
-            view = dashboard(snapshot, width, max(1, min(_MOST_LINES, height - 2)), foot="")
-            self._live.update(view, refresh=True)
+    def _draw(self, painter: Painter) -> None:
+        width, height = self._console.size
+        try:
+            snapshot = self._snapshot()
+        except (QdistError, OSError) as error:  # the ranks need no view of them
+            if str(error) != self._unseen:
+                self._unseen = str(error)
+                self.say(f"the view stands still: {error}")
+            return
+        painter.draw(dashboard(snapshot, width, max(1, min(_MOST_LINES, height - 2)), foot=""))
 
     def _snapshot(self) -> Snapshot:
         self._look = self._look or Look(self._run, fold=self._state)
@@ -109,8 +108,8 @@ def ending(run: RunDir, plan: Plan) -> None:
     if rows:
         console.print()
         console.print(comparison(rows, ("", "before", "after")))
-        if round(after, 3) > round(before, 3):  # as shown
-            say("the held-out loss rose: this adapter does harm; try a smaller --set optim.lr")
+        for warning in held_out_warnings([(step, loss) for step, loss in result["held_out"]]):
+            say(warning.text)
     console.print()
     console.print(comparison(outcome_rows(plan, result), ("", "predicted", "measured", "error")))
     say(MEANING)

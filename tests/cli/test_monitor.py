@@ -1,6 +1,7 @@
 """Does `qdist monitor` show a run from its folder, in whatever state the folder is?"""
 
 import json
+import math
 import os
 import pty
 import select
@@ -83,14 +84,21 @@ def test_json_is_one_object(run: RunDir) -> None:
     assert (told["step"], told["loss"], told["state"], len(told["ranks"])) == (2, 2.0, "killed", 2)
 
 
+def test_json_has_null_where_a_number_is_none(run: RunDir) -> None:
+    write(run, STEPS[0], Event(kind="step", step=2, total_steps=5, loss=math.nan, memory_bytes=7, time=1.0))
+    told = json.loads(asked(run, "--json").output)
+    assert (told["step"], told["loss"], told["ranks"][0]["peak_bytes"]) == (2, None, 7)
+    assert told["warnings"][0].startswith("the loss is NaN or infinite at step 2")
+
+
 def test_a_killed_run_says_how_it_goes_on_from_here(run: RunDir) -> None:
     write(run, *STEPS)
     told = json.loads(asked(run, "--json").output)
     assert (told["message"], told["try"]) == (
-        "its launcher ended without a word",
+        "its launcher recorded no reason",
         f"qdist launch --resume --run {run.path}",
     )
-    assert "killed: its launcher ended without a word" in asked(run, "--once").output
+    assert "killed: its launcher recorded no reason" in asked(run, "--once").output
 
 
 def test_a_pipe_that_is_to_have_colour_gets_one_view_all_the_same(run: RunDir) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from qdist.cli.views.screen import Painter
 from qdist.cli.watch import Watch, ending
 from qdist.core.telemetry.events import Event
 from qdist.host.run.rundir import RunDir
@@ -92,7 +93,7 @@ def test_a_run_goes_on_where_its_view_cannot_be_read(run: RunDir, monkeypatch: p
 def test_a_view_that_takes_long_is_drawn_less_often(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     now, drawn = [100.0], []
 
-    def draw(watch: Watch) -> None:
+    def draw(watch: Watch, painter: Painter) -> None:
         drawn.append(now[0])
         now[0] += 0.5
 

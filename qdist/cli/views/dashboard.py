@@ -14,7 +14,7 @@ from qdist.cli.views.text import cell
 from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.curves import tokens_per_s
 from qdist.core.telemetry.snapshot import Snapshot, mfu
-from qdist.core.telemetry.warnings import warnings
+from qdist.core.telemetry.warnings import find_warnings
 from qdist.core.text import fitted, format_count, format_duration
 
 Pane = Literal["overview", "ranks", "curves", "log"]
@@ -157,8 +157,8 @@ def _messages(snapshot: Snapshot, width: int, *, most: int) -> list[Text]:
         lines += _wrapped(f"{snapshot.state}: {said}" if said else snapshot.state, width, "bold red")
         if snapshot.try_:
             lines += _wrapped(f"try: {snapshot.try_}", width, "")
-    for words in warnings(snapshot):
-        lines += _wrapped(f"! {words}", width, "bold yellow")
+    for warning in find_warnings(snapshot):
+        lines += _wrapped(f"! {warning.text}", width, "bold yellow")
     if len(lines) > most:
         more = Text(f"… {len(lines) - most + 1} more lines", style="yellow")
         lines = [*lines[: most - 1], more] if most > 1 else lines[:1]

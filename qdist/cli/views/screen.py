@@ -15,38 +15,80 @@ from rich.console import Console
 
 from qdist.cli.views.plot import Lines
 
-_CLEAR, _ERASE_REST = "\x1b[2J", "\x1b[K"
+_CLEAR, _ERASE_LINE, _ERASE_BELOW = "\x1b[2J\x1b[H", "\x1b[K", "\x1b[J"
 
 
 class Painter:
-    """What a terminal shows now. The alternate screen is up to the caller."""
+    """A context in which a terminal shows a view.
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    full: the view takes the whole terminal, which is put back at the end; otherwise it stands below what was printed,
+    and its last lines stay.
+    """
+
+    def __init__(self, console: Console, *, full: bool) -> None:
+        self._console, self._full = console, full
         self._shown: list[str] = []
-        self._size = (0, 0)
+        self._size, self._row = (0, 0), 0
 
-    def forget(self) -> None:
-        """Something else was drawn: the next screen is sent whole."""
-        self._size = (0, 0)
+    def __enter__(self) -> "Painter":
+        self.enter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.leave()
+
+    def enter(self) -> None:
+        """Take the terminal; the next view is sent whole."""
+        if self._full:
+            self._console.set_alt_screen(True)
+        self._console.show_cursor(False)
+        self._shown, self._size, self._row = [], (0, 0), 0
+
+    def leave(self) -> None:
+        """Give the terminal back, for the time being or for good."""
+        if self._full:
+            self._console.set_alt_screen(False)
+        elif self._shown:
+            self._send(self._to(len(self._shown)))
+        self._console.show_cursor(True)
+
+    def clear(self) -> None:
+        """Take the view away, so that something else can be printed; the next one is sent whole."""
+        self._send(self._emptied())
 
     def draw(self, view: Lines) -> None:
-        """Show lines from the top of the terminal; none is wider than it."""
-        size = self._console.size
+        """Show lines in place of those before; none is wider than the terminal."""
+        size = (self._console.size.width, self._console.size.height)
         with self._console.capture() as captured:
             self._console.print(view, end="")
-        lines = captured.get().split("\n")
+        lines = captured.get().split("\n")[: len(view.lines)]
         sent = []
-        if (size.width, size.height) != self._size:
-            self._size, self._shown = (size.width, size.height), []
-            sent.append(_CLEAR)
-        for index, (line, text) in enumerate(zip(lines, view.lines, strict=False)):
+        if size != self._size or len(lines) < len(self._shown):
+            sent.append(self._emptied())
+            self._size = size
+        for index, (line, text) in enumerate(zip(lines, view.lines, strict=True)):
             if index >= len(self._shown) or self._shown[index] != line:
                 # Behind a full line the cursor stands on its last cell, which erasing would take.
-                rest = _ERASE_REST if text.cell_len < size.width else ""
-                sent.append(f"\x1b[{index + 1};1H{line}{rest}")
+                rest = _ERASE_LINE if text.cell_len < size[0] else ""
+                sent.append(f"{self._to(index)}{line}{rest}")
         self._shown = lines
-        self._console.file.write("".join(sent))
+        self._send("".join(sent))
+
+    def _emptied(self) -> str:
+        """What takes the view away, and leaves the cursor where it began."""
+        sent = _CLEAR if self._full else self._to(0) + _ERASE_BELOW if self._shown else ""
+        self._shown, self._size, self._row = [], (0, 0), 0
+        return sent
+
+    def _to(self, row: int) -> str:
+        """What moves the cursor to the start of a line of the view."""
+        down, self._row = row - self._row, row
+        return "\r" + ("\n" * down if down >= 0 else f"\x1b[{-down}A")
+
+    def _send(self, text: str) -> None:
+        self._console.file.write(text)
         self._console.file.flush()
 
 

@@ -29,7 +29,8 @@ from qdist.core.telemetry.report_sections import (
     step_parts,
     took,
 )
-from qdist.core.telemetry.warnings import findings
+from qdist.core.telemetry.snapshot import Snapshot
+from qdist.core.telemetry.warnings import find_warnings
 from qdist.core.text import counted, format_bytes, format_count, format_duration, signed
 
 
@@ -45,16 +46,9 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 class Found(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that a run directory says, as far as it says it."""
 
-    name: str
-    plan: Plan
-    fold: Fold
-    state: str
-    """planned, running, finished, stopped, failed or killed."""
+    seen: Snapshot
     result: Mapping[str, Any] | None = None
     """What `result.json` holds."""
-    message: str = ""
-    """The error that the last launch ended with."""
-    try_: str = ""
     machine: Cluster | None = None
     versions: Mapping[str, str] = {}
     recipe: str = ""
@@ -98,18 +92,19 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 def report_of(found: Found) -> Report:
     """The report of a run in whatever state it is."""
-    plan, fold, result = found.plan, found.fold, found.result
+    seen, result = found.seen, found.result
+    plan, fold = seen.plan, seen.fold
     curves, memory, speed = charts(fold), memory_of(plan, fold, result), measured_speed(fold, result)
     return Report(
-        name=found.name,
-        state=found.state,
-        headline=_headline(found),
-        message=found.message,
-        try_=found.try_,
+        name=seen.name,
+        state=seen.state,
+        headline=_headline(seen),
+        message=seen.message,
+        try_=seen.try_,
         summary=tuple(_summary(plan, fold)),
         commands=found.commands,
         recipe=found.recipe,
-        warnings=findings(plan, fold, curves, memory, speed),
+        warnings=tuple(one.sentence for one in find_warnings(seen, result=result, whole=True)),
         charts=curves,
         marks=marks(fold),
         numbers=numbers_table(curves),
@@ -128,20 +123,20 @@ def report_of(found: Found) -> Report:
     )
 
 
-def _headline(found: Found) -> str:
-    fold, total = found.fold, found.fold.total_steps or found.plan.steps
+def _headline(seen: Snapshot) -> str:
+    fold, total = seen.fold, seen.fold.total_steps or seen.plan.steps
     done = f"step {fold.step:,} of {total:,}"
-    if found.state == "finished":
+    if seen.state == "finished":
         return f"Finished all {counted_steps(total)}."
-    if found.state == "running":
+    if seen.state == "running":
         left = fold.seconds_left
         return f"Running, {done}" + (f", about {format_duration(left)} left." if left is not None else ".")
     return {
         "planned": "Planned, and never started.",
         "stopped": f"Stopped on request at {done}.",
         "failed": f"Failed at {done}.",
-        "killed": f"Killed at {done}: its launcher went without a word.",
-    }[found.state]
+        "killed": f"Killed at {done}.",
+    }[seen.state]
 
 
 def _summary(plan: Plan, fold: Fold) -> Iterator[tuple[str, str]]:

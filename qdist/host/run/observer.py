@@ -43,9 +43,10 @@ class Look:
         """The run now. log_rank: whose log to read, if any. Raises RunError for events that are none."""
         if (written := _written(self.run)) != self._planned:  # a resumed run may lie on other GPUs
             self.plan, self._planned, self._machine = self.run.plan(), written, self.run.machine()
+        # State before events: a finished run is never shown without its last ones.
+        now, state = time.time(), state_of(self.run)
         if self._follower:
             self._follower.fold_into(self._fold)
-        now, state = time.time(), state_of(self.run)
         pulses = {
             rank: pulse
             for rank, pulse in read_pulses(self.run).items()
@@ -130,7 +131,7 @@ def _ending(run: RunDir, state: State) -> tuple[str, str]:
     """(what ended a run before its last step, what to try); empty for one that has not ended so."""
     resume = resuming(run.path)
     if state == "killed":
-        return "its launcher ended without a word", resume
+        return "its launcher recorded no reason", resume
     ended = run.ended() if state in ("failed", "stopped") else None
     return (ended.message, ended.try_ or resume) if ended else ("", "")
 

@@ -145,7 +145,7 @@ def test_a_run_without_a_step_can_be_seen() -> None:
 def test_a_loss_that_is_no_number_is_drawn_as_a_gap_and_said() -> None:
     one = run_of(1)
     one.fold.add([Event(kind="step", step=13, total_steps=60, loss=math.nan)])
-    assert "loss is not a number at step 13" in drawn(one)
+    assert "loss is NaN or infinite at step 13" in drawn(one)
 
 
 def test_nothing_from_a_file_can_touch_the_terminal() -> None:
