@@ -18,6 +18,7 @@ from qdist.host import templates
 from qdist.host.launch import local, prepare
 from qdist.host.launch.claim import claimed, tidy
 from qdist.host.launch.refusals import await_ranks, refuse_running
+from qdist.host.launch.trackers import send_rest
 from qdist.host.run import rundir
 from qdist.host.run.rundir import RunDir
 from qdist.host.terminal import say
@@ -82,6 +83,7 @@ def _resumed(recipe: str | None, given: dict[str, Any], *, dry_run: bool) -> pre
         )
     if result is not None:
         tidy(run)
+        send_rest(run, say=say)
         say(f"{run.path} is finished: {result.get('steps', 'all')} steps, adapter in {run.adapter}")
         return None
     await_ranks(run, say=say)

@@ -122,8 +122,8 @@ def _losses(fold: Fold, span: _Span, *, failed: bool) -> Iterator[RunWarning]:
         of_last = "the last " if span.updates < len(fold.columns) else ""
         yield RunWarning(
             "skipped",
-            f"{len(span.skipped):,} of {of_last}{span.updates:,} updates were skipped because the gradients were NaN or "
-            f"infinite: {_named(span.skipped)}",
+            f"{len(span.skipped):,} of {of_last}{span.updates:,} updates were skipped because the gradients were NaN "
+            f"or infinite: {_named(span.skipped)}",
         )
 
 

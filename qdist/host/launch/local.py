@@ -20,6 +20,7 @@ from qdist.host import children
 from qdist.host.children import killed_by
 from qdist.host.files import write_atomic
 from qdist.host.launch.claim import Claim
+from qdist.host.launch.trackers import Tracking
 from qdist.host.run import calibration
 from qdist.host.run.follow import Follower
 from qdist.host.run.rundir import ENDED, STOP, Ended, RunDir
@@ -55,25 +56,25 @@ def died(run: RunDir, before: Mapping[Path, int], code: int) -> JobError:
 
     before: what `log_lengths` gave when the ranks were started. The message's first line stands for itself.
     """
-    summary = _said(run.logs / "launcher.log", before)
+    summary = read_new_lines(run.logs / "launcher.log", before)
     root = re.search(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", "\n".join(summary), re.DOTALL)
     if root is None:
         ended = "without finishing the run" if code == 0 else f"with exit code {code}"
         return JobError(f"the ranks ended {ended}:\n{_tail(summary)}", try_=f"read {run.logs}")
     rank, exit_code = int(root[1]), int(root[2])
     path = run.log_file(rank)
-    lines = _said(path, before)
+    lines = read_new_lines(path, before)
     if exit_code < 0:
         how = killed_by(-exit_code)
     else:
-        how = f"ended with exit code {exit_code}" + (f": {reason}" if (reason := _reason(lines)) else "")
+        how = f"ended with exit code {exit_code}" + (f": {why}" if (why := find_reason(lines)) else "")
     advice = [line.removeprefix("  try: ") for line in lines[-3:] if line.startswith("  try: ")]
     hint = resuming(run.path) if run.checkpoint_steps() else f"read {path}"
     last = f"\nthe last lines of {path}:\n{_tail(lines)}" if lines else f"\n{path} has no word of it"
     return JobError(f"rank {rank} {how}{last}", try_=advice[-1] if advice else hint)
 
 
-def _said(log: Path, before: Mapping[Path, int]) -> list[str]:
+def read_new_lines(log: Path, before: Mapping[Path, int]) -> list[str]:
     """The lines of a log behind what it held before; none where there is no log."""
     try:
         with open(log, "rb") as file:
@@ -83,7 +84,7 @@ def _said(log: Path, before: Mapping[Path, int]) -> list[str]:
         return []
 
 
-def _reason(lines: Sequence[str]) -> str:
+def find_reason(lines: Sequence[str]) -> str:
     """The error that a rank left with: qdist's own, or the last line of a traceback; empty where there is neither."""
     said = [line.removeprefix("[rank").partition("]: ")[2] if line.startswith("[rank") else line for line in lines]
     for pattern in (r"error: (.+)", r"((?:\w+\.)*\w*(?:Error|Exception)(?:: .*)?)"):
@@ -101,13 +102,18 @@ Show = Callable[[list[Event]], None]
 
 
 def start(own: Claim, *, show: Show, say: Callable[[str], None], recall: Show | None = None) -> None:
-    """Start the ranks of a run that is claimed, and stay until they have ended.
+    """Start the ranks of a run that is claimed, with what tracks it, and stay until they have ended.
 
     show: called a few times a second with what the ranks said since.
     recall: called once before, with what they said before the run was resumed.
     say: called with a line for the user.
     Raises KeyboardInterrupt when the run was stopped and saved, JobError when a rank died or the directory was lost.
     """
+    with Tracking(own.job.run, own.job.plan.spec.trackers, say=say) as tracking:
+        _start(own, tracking, show=show, say=say, recall=recall)
+
+
+def _start(own: Claim, tracking: Tracking, *, show: Show, say: Callable[[str], None], recall: Show | None) -> None:
     run = own.job.run
     follower = Follower(run.path, say=say)
     past = follower.new_events()
@@ -127,7 +133,7 @@ def start(own: Claim, *, show: Show, say: Callable[[str], None], recall: Show | 
             pass_fds=(own.lock,),
             preexec_fn=children.ending_with_this(),
         )
-    stopped, hung = _watch(own, ranks, follower, watchdog, show, say)
+    stopped, hung = _watch(own, ranks, follower, watchdog, tracking, show, say)
     if own.is_lost():
         raise lost(run)
     if run.result() is not None and ranks.returncode == 0:
@@ -147,6 +153,7 @@ def _watch(
     ranks: subprocess.Popen[bytes],
     follower: Follower,
     watchdog: Watchdog,
+    tracking: Tracking,
     show: Show,
     say: Callable[[str], None],
 ) -> tuple[bool, str]:
@@ -170,6 +177,7 @@ def _watch(
         while ranks.poll() is None and not own.is_lost():
             wanted = asked
             readable = readable and _shown_what_is_new(follower, show_and_note, say)
+            tracking.look()
             if wanted and not answered:
                 answered = True
                 _stop(run, ranks, say, has_stepped=stepped or not readable)

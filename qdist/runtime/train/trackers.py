@@ -1,103 +1,157 @@
-"""Hands the numbers of a run to TensorBoard, W&B, MLflow and trackio, through Accelerate's classes for them.
+"""Hands the numbers of a run to one tracker: `python -m qdist.runtime.train.trackers RUN NAME`, beside the ranks.
 
-A tracker that does not start ends the run before it has trained. One that fails later costs its curves a gap and the
-run nothing: all numbers are in `events/`.
+It follows `events/` through Accelerate's classes for TensorBoard, W&B, MLflow and trackio, notes how far it has come,
+and ends once standard input has. Whatever a tracker raises ends this process alone: the launcher starts another.
 """
 
-import json
 import os
-import sqlite3
-import time
+import select
+import sys
 import uuid
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
-from qdist.core.errors import RunError
+import msgspec
+
 from qdist.core.planning.plan import Plan
 from qdist.core.spec.spec import flatten, json_text
-from qdist.core.telemetry.events import Event, decode_lines
-from qdist.core.text import GIB, format_duration
-from qdist.host.files import write_atomic
-from qdist.host.launch.trackers import refuse_missing
-from qdist.host.opening import read_typed
-from qdist.host.run.rundir import RunDir
+from qdist.core.telemetry.events import Event
+from qdist.core.text import GIB
+from qdist.host.files import locked, write_atomic
+from qdist.host.launch.trackers import Sent, refuse_missing, sent_file, sent_to
+from qdist.host.run.follow import Follower
+from qdist.host.run.rundir import PLAN, RunDir
 from qdist.host.terminal import say
 
-KEPT = "trackers.json"
-"""Beside the plan: what each tracker calls this run, so that a resumed one goes on in it."""
 PROJECT = "qdist"
 """Where the environment names no project or experiment."""
-
-_PAUSE_S = 60.0
-"""A tracker that failed is left alone so long, then twice as long, so that a dead server does not slow every step."""
-_LOOK_S = 10.0
-"""Between two looks at how full the other ranks are."""
-_TAIL_BYTES = 4096
-_LONGEST = 160  # characters of an error that are told
-
-_FAILURES: tuple[type[Exception], ...] = (
-    OSError, ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, ImportError, sqlite3.Error,
-)  # fmt: skip
-"""What a client of somebody else's server raises: its connection, its database, and answers that it did not expect."""
-_OWN_FAILURES = {
-    "wandb": ("wandb.errors", "Error"),
-    "mlflow": ("mlflow.exceptions", "MlflowException"),
-    "trackio": ("httpx", "HTTPError"),
-}
-"""Module and class of the errors that derive from none of those."""
-_IN_A_THREAD = ("mlflow",)
-"""It writes 10 rows to a database or a server before it returns: 15 ms a step, where the others' clients take 1. Its
-run is bound to the thread that started it."""
-_REMEDIES = {
-    "tensorboard": "free space in the run directory",
-    "wandb": "WANDB_MODE=offline, or `wandb login`",
-    "mlflow": "unset MLFLOW_TRACKING_URI, or start the server that it names",
-    "trackio": "unset TRACKIO_SPACE_ID and TRACKIO_SERVER_URL",
-}
+_POLL_S = 1.0
 
 
-def start(plan: Plan, run: RunDir, rank: int) -> "Trackers":
-    """Start the trackers that the plan names, on rank 0; on the others there are none.
+class Goal(NamedTuple):
+    """Where a tracker's numbers go."""
 
-    Raises MachineError where a package is missing, and RunError, naming the tracker, where one does not start.
+    run: RunDir
+    known_as: str = ""
+    """What the tracker called the run before."""
+    redone: int | None = None
+    """The first of the steps that it has and that are done again; None where there are none."""
+
+
+class Numbered(NamedTuple):
+    """An event of any rank."""
+
+    number: int
+    """Of rank 0's events so far."""
+    event: Event
+
+
+def main() -> None:
+    """Track until standard input ends."""
+    from accelerate import PartialState
+
+    PartialState(cpu=True)  # or Accelerate looks for GPUs, and holds memory there
+    run, name = RunDir(sys.argv[1]), sys.argv[2]
+    refuse_missing((name,))
+    path = sent_file(run, name)
+    path.parent.mkdir(exist_ok=True)
+    with locked(path.with_suffix(".lock"), busy=f"{name} is being sent this run by another process"):
+        follow(run, name, ended=_input_ended)
+
+
+def _input_ended() -> bool:
+    """Waits a moment. The launcher writes nothing: what can be read is the end."""
+    return bool(select.select([sys.stdin], [], [], _POLL_S)[0])
+
+
+def follow(run: RunDir, name: str, *, ended: Callable[[], bool]) -> None:
+    """Hand a tracker all that it lacks, and then what comes, until the run has ended. Raises what the tracker does.
+
+    ended: called before each further look at the events.
     """
-    names = tuple(dict.fromkeys(plan.spec.trackers)) if rank == 0 else ()
-    refuse_missing(names)
-    path, started = run.path / KEPT, []
-    kept = read_typed(path, dict[str, str], RunError, try_="take it away") if path.exists() else {}
-    for name in names:
-        tracker, known_as = _MAKERS[name](run, kept.get(name, ""))
-        goes_on = bool(known_as) and known_as == kept.get(name)
-        thread = ThreadPoolExecutor(1, f"tracker {name}") if name in _IN_A_THREAD else None
-        settings = None if goes_on else _settings(plan)
-        try:
-            thread.submit(_start, tracker, settings).result() if thread else _start(tracker, settings)
-        except failures_of(name) as error:
-            raise RunError(f"the tracker {name} did not start: {_said(error)}", try_=_REMEDIES[name]) from error
-        if goes_on:
-            say(f"tracker {name} goes on in {known_as}")
-        kept[name] = known_as or tracker.tracker.info.run_id
-        started.append(Guarded(name, tracker, thread=thread))
-    if names:
-        write_atomic(run.path / KEPT, json.dumps(kept, indent=2) + "\n")
-    return Trackers(started, fullest=FullestRank(run, plan.world_size))
-
-
-def _start(tracker: Any, settings: dict[str, Any] | None) -> None:
+    plan, sent, follower = run.plan(), sent_to(run, name), Follower(run.path)
+    numbered = list(_numbered(follower.new_events(), 0))
+    count = numbered[-1].number if numbered else 0
+    goes_on_from = _goes_on_from(run, numbered)
+    unsent, redone = _still_true(numbered, sent.events, goes_on_from)
+    tracker, known_as = _MAKERS[name](Goal(run, sent.known_as, redone))
     tracker.start()
-    if settings is not None:
-        tracker.store_init_configuration(settings)
+    if known_as and known_as == sent.known_as:
+        say(f"tracker {name} goes on in {known_as}")
+    else:
+        tracker.store_init_configuration(_settings(plan))
+        sent = Sent(known_as=known_as or tracker.tracker.info.run_id)
+        unsent, _ = _still_true(numbered, 0, goes_on_from)
+    handed = _Handed(run, name, tracker, sent)
+    while True:
+        handed.send(unsent)
+        if ended():
+            break
+        unsent = list(_numbered(follower.new_events(), count))
+        count = unsent[-1].number if unsent else count
+    handed.send(_numbered(follower.new_events(), count))
+    tracker.finish()
 
 
-def failures_of(name: str) -> tuple[type[Exception], ...]:
-    """What a tracker may raise, its package being installed."""
-    if name not in _OWN_FAILURES:
-        return _FAILURES
-    module, attribute = _OWN_FAILURES[name]
-    return (*_FAILURES, getattr(import_module(module), attribute))
+def _numbered(events: Iterable[Event], count: int) -> Iterator[Numbered]:
+    for event in events:
+        count += event.rank == 0
+        yield Numbered(count, event)
+
+
+def _goes_on_from(run: RunDir, numbered: Iterable[Numbered]) -> int | None:
+    """The step that the ranks are about to go on from; None once they have said so themselves."""
+    planned = (run.path / PLAN).stat().st_mtime
+    if any(event.kind in ("start", "resume") and event.time >= planned for _, event in numbered):
+        return None
+    return next(reversed(run.checkpoint_steps()), 0)
+
+
+def _still_true(numbered: Iterable[Numbered], sent: int, goes_on_from: int | None) -> tuple[list[Numbered], int | None]:
+    """What is left to send, without steps that were taken back since; and the first step that is done again, if any."""
+    kept: list[Numbered] = []
+    cuts: list[int] = []
+
+    def cut(step: int) -> None:
+        cuts.append(step)
+        kept[:] = [one for one in kept if one.event.rank or one.event.step <= step]
+
+    for one in numbered:
+        if one.event.rank == 0 and one.number <= sent:
+            continue
+        if one.event.rank == 0 and one.event.kind in ("start", "resume"):
+            cut(one.event.step)
+        kept.append(one)
+    if goes_on_from is not None:
+        cut(goes_on_from)
+    return kept, min(cuts) + 1 if cuts else None
+
+
+class _Handed:
+    """What a tracker was given, noted in the run directory."""
+
+    def __init__(self, run: RunDir, name: str, tracker: Any, sent: Sent) -> None:
+        self._path, self._tracker, self._sent = sent_file(run, name), tracker, sent
+        self._peaks: dict[int, int] = {}
+        self._note()
+
+    def send(self, numbered: Iterable[Numbered]) -> None:
+        """Hand over rank 0's steps and evaluations."""
+        before = self._sent
+        try:
+            for number, event in numbered:
+                self._peaks[event.rank] = event.memory_bytes or self._peaks.get(event.rank, 0)
+                if event.rank == 0:
+                    if values := values_of(event, fullest_bytes=max(self._peaks.values())):
+                        self._tracker.log(values, step=event.step)
+                    self._sent = msgspec.structs.replace(self._sent, events=number, step=event.step)
+        finally:
+            if self._sent != before:
+                self._note()
+
+    def _note(self) -> None:
+        write_atomic(self._path, msgspec.json.format(msgspec.json.encode(self._sent), indent=2) + b"\n")
 
 
 def values_of(event: Event, *, fullest_bytes: int = 0) -> dict[str, float]:
@@ -121,187 +175,71 @@ def values_of(event: Event, *, fullest_bytes: int = 0) -> dict[str, float]:
     return values
 
 
-class Guarded:
-    """A tracker whose failures are counted and told once, and stop nothing.
-
-    tracker: one of Accelerate's, started.
-    thread: where it was started and is called from then on, so that nobody waits for it but `finish`.
-    clock: seconds that only ever grow.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        tracker: Any,
-        *,
-        thread: ThreadPoolExecutor | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.name, self._tracker, self._thread, self._clock = name, tracker, thread, clock
-        self._failures, self._sent = failures_of(name), deque[Future[None]]()
-        self._asked, self._lost, self._error = 0, 0, ""
-        self._pause_s, self._silent_until = _PAUSE_S, -1.0
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        """Hand numbers over, or lose them."""
-        if not self._thread:
-            self._log(values, step)
-            return
-        self._sent.append(self._thread.submit(self._log, values, step))
-        while self._sent[0].done() and len(self._sent) > 1:
-            self._sent.popleft().result()  # a bug, which is no failure of the tracker, comes out here
-
-    def _log(self, values: dict[str, float], step: int) -> None:
-        self._asked += 1
-        if self._clock() < self._silent_until:
-            self._lost += 1
-            return
-        try:
-            self._tracker.log(values, step=step)
-        except self._failures as error:
-            self._lost += 1
-            self._fail(error)
-        else:
-            self._pause_s = _PAUSE_S
-
-    def finish(self) -> str:
-        """Send what is left; a sentence about what was lost, or ''."""
-        if self._thread:
-            self._sent.append(self._thread.submit(self._finish))
-            for sent in self._sent:
-                sent.result()
-            self._thread.shutdown()
-        else:
-            self._finish()
-        if not self._error:
-            return ""
-        return f"tracker {self.name} lost {self._lost} of {self._asked} entries: {self._error}"
-
-    def _finish(self) -> None:
-        try:
-            self._tracker.finish()
-        except self._failures as error:
-            self._fail(error)
-
-    def _fail(self, error: Exception) -> None:
-        if not self._error:
-            pause = format_duration(self._pause_s)
-            say(f"warning: the tracker {self.name} failed and is asked again in {pause}: {_said(error)}")
-        self._error = _said(error)
-        self._silent_until = self._clock() + self._pause_s
-        self._pause_s *= 2
-
-
-class FullestRank:
-    """The peak of the fullest of so many ranks, from the last line of each one's events; looked up now and then."""
-
-    def __init__(self, run: RunDir, world_size: int, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._files, self._clock = [run.event_file(rank) for rank in range(world_size)], clock
-        self._bytes, self._next = 0, -1.0
-
-    def __call__(self) -> int:
-        """Bytes; 0 while nobody has said anything."""
-        if self._clock() >= self._next:
-            self._next = self._clock() + _LOOK_S
-            self._bytes = max((_last_peak(path) for path in self._files if path.exists()), default=0)
-        return self._bytes
-
-
-def _last_peak(path: Any) -> int:
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - _TAIL_BYTES))
-        tail = file.read()
-    whole = tail if size <= _TAIL_BYTES else tail[tail.find(b"\n") + 1 :]
-    # Peaks start anew when the ranks do, so the last word counts, not the largest.
-    return next((event.memory_bytes for event in reversed(decode_lines(whole))), 0)
-
-
-class Trackers:
-    """All trackers of a run; none on ranks other than 0."""
-
-    def __init__(self, started: Sequence[Guarded], *, fullest: Callable[[], int]) -> None:
-        self._open, self._fullest = list(started), fullest
-
-    def log(self, event: Event) -> None:
-        """Hand a step's or an evaluation's numbers to each."""
-        if self._open and (values := values_of(event, fullest_bytes=self._fullest())):
-            for tracker in self._open:
-                tracker.log(values, event.step)
-
-    def finish(self) -> str:
-        """Close them; what they lost, in a sentence each, or ''. A second call does nothing."""
-        said = [sentence for tracker in self._open if (sentence := tracker.finish())]
-        self._open.clear()
-        for sentence in said:
-            say(f"warning: {sentence}; all of them are in events/")
-        return "; ".join(said)
-
-
-def _tensorboard(run: RunDir, known_as: str) -> tuple[Any, str]:
-    """Its files lie in the run directory; a resumed run hides the steps that it takes back."""
+def _tensorboard(goal: Goal) -> tuple[Any, str]:
+    """Its files lie in the run directory; steps that are done again hide those of before."""
     from accelerate.tracking import TensorBoardTracker
 
-    steps = run.checkpoint_steps()
-    purge = {"purge_step": steps[-1] + 1 if steps else 0} if known_as else {}
-    return TensorBoardTracker("", str(run.path / "tensorboard"), **purge), "tensorboard"
+    purge = {} if goal.redone is None or not goal.known_as else {"purge_step": goal.redone}
+    return TensorBoardTracker("", str(goal.run.path / "tensorboard"), **purge), "tensorboard"
 
 
-def _wandb(run: RunDir, known_as: str) -> tuple[Any, str]:
+def _wandb(goal: Goal) -> tuple[Any, str]:
     """WANDB_MODE, WANDB_PROJECT and WANDB_DIR are honoured; without the last its files lie in the run directory."""
     from accelerate.tracking import WandBTracker
 
-    options: dict[str, Any] = {"name": run.path.name, "id": known_as or uuid.uuid4().hex[:12]}
-    if known_as:
+    options: dict[str, Any] = {"name": goal.run.path.name, "id": goal.known_as or uuid.uuid4().hex[:12]}
+    if goal.known_as:
         options["resume"] = "allow"
     if "WANDB_DIR" not in os.environ:
-        options["dir"] = str(run.path)
+        options["dir"] = str(goal.run.path)
     return WandBTracker(os.environ.get("WANDB_PROJECT") or PROJECT, **options), options["id"]
 
 
-def _mlflow(run: RunDir, known_as: str) -> tuple[Any, str]:
+def _mlflow(goal: Goal) -> tuple[Any, str]:
     """Into the store that MLFLOW_TRACKING_URI names, else into a database in the run directory.
 
     A run that another store knows is a new one here. MLflow names new runs itself.
     """
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # 7 by default: minutes, while all ranks wait
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     folder = None
     if "MLFLOW_TRACKING_URI" not in os.environ:
-        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{run.path.resolve() / 'mlflow.db'}"
-        folder = (run.path / "mlflow").resolve().as_uri()
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{goal.run.path.resolve() / 'mlflow.db'}"
+        folder = (goal.run.path / "mlflow").resolve().as_uri()
     from accelerate.tracking import MLflowTracker
 
-    known = bool(known_as) and _mlflow_knows(known_as)
-    tracker = MLflowTracker(PROJECT, folder, run_id=known_as if known else None, run_name=run.path.name)
-    return tracker, known_as if known else ""
+    known = bool(goal.known_as) and _mlflow_knows(goal.known_as)
+    tracker = MLflowTracker(PROJECT, folder, run_id=goal.known_as if known else None, run_name=goal.run.path.name)
+    return tracker, goal.known_as if known else ""
 
 
 def _mlflow_knows(run_id: str) -> bool:
+    """Whether the store has the run. A store that does not answer is an error, and no new run."""
+    mlflow = import_module("mlflow")
     try:
-        import_module("mlflow").get_run(run_id)
-    except failures_of("mlflow"):
+        mlflow.get_run(run_id)
+    except mlflow.exceptions.MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
         return False
     return True
 
 
-def _trackio(run: RunDir, known_as: str) -> tuple[Any, str]:
+def _trackio(goal: Goal) -> tuple[Any, str]:
     """Into TRACKIO_DIR, or the Space or server that the environment names; else into the run directory."""
-    os.environ.setdefault("TRACKIO_DIR", str(run.path.resolve() / "trackio"))  # read when trackio is imported
+    os.environ.setdefault("TRACKIO_DIR", str(goal.run.path.resolve() / "trackio"))  # read when trackio is imported
     from accelerate.tracking import TrackioTracker
 
-    name = known_as or f"{run.path.name}-{uuid.uuid4().hex[:6]}"
+    name = goal.known_as or f"{goal.run.path.name}-{uuid.uuid4().hex[:6]}"
     project = os.environ.get("TRACKIO_PROJECT") or PROJECT
-    return TrackioTracker(project, name=name, resume="allow" if known_as else "never", embed=False), name
+    return TrackioTracker(project, name=name, resume="allow" if goal.known_as else "never", embed=False), name
 
 
-_MAKERS: dict[str, Callable[[RunDir, str], tuple[Any, str]]] = {
+_MAKERS: dict[str, Callable[[Goal], tuple[Any, str]]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
     "mlflow": _mlflow,
     "trackio": _trackio,
 }
-"""From the run and what the tracker called it before, or '': Accelerate's tracker, and what it calls the run now."""
+"""Accelerate's tracker, and what it calls the run; '' where that is known once it has started."""
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
@@ -312,7 +250,5 @@ def _settings(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _said(error: Exception) -> str:
-    """Its name and the beginning of its first line: clients put whole requests into theirs."""
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first[:_LONGEST]}{'...' if len(first) > _LONGEST else ''}"
+if __name__ == "__main__":
+    main()

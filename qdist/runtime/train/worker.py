@@ -58,7 +58,6 @@ def _work(plan: Plan, run: RunDir) -> None:
     from qdist.runtime.infer.complete import before_and_after
     from qdist.runtime.infer.load import load_tokenizer
     from qdist.runtime.placements.registry import placement_of
-    from qdist.runtime.train import trackers
     from qdist.runtime.train.loop import Trainer
     from qdist.runtime.train.measure import load_peak, memory_now, parts, peak
     from qdist.runtime.train.result import adapter_checksum, gather, rehearse, write_result
@@ -74,8 +73,7 @@ def _work(plan: Plan, run: RunDir) -> None:
     place = placement_of(plan, comm.rank, devices)
     if len(set(comm.gather(digest(plan)))) > 1:
         raise RunError("the ranks of this run read different plans", try_="a run directory that all nodes share")
-    tracked = trackers.start(plan, run, comm.rank)
-    report = _Reporter(run, comm.rank, devices, tracked)
+    report = _Reporter(run, comm.rank, devices)
     tokenizer = load_tokenizer(plan.source)
     if comm.rank == 0:
         rehearse(run)
@@ -123,8 +121,7 @@ def _work(plan: Plan, run: RunDir) -> None:
         if comm.rank == 0:
             write_result(run, plan, held_out=trainer.held_out, answers=answers, peaks=peaks, held=held)
         comm.barrier()
-        report(Event(kind="end", step=plan.steps, total_steps=plan.steps, note=tracked.finish()))
-    tracked.finish()
+        report(Event(kind="end", step=plan.steps, total_steps=plan.steps))
     accelerator.end_training()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -171,10 +168,10 @@ class _StopRequest:
 
 
 class _Reporter:
-    """Appends events to this rank's file, one write a line, and hands numbers to the trackers."""
+    """Appends events to this rank's file, one write a line."""
 
-    def __init__(self, run: RunDir, rank: int, devices: tuple[Any, ...], trackers: Any) -> None:
-        self._rank, self._devices, self._trackers = rank, devices, trackers
+    def __init__(self, run: RunDir, rank: int, devices: tuple[Any, ...]) -> None:
+        self._rank, self._devices = rank, devices
         path = run.event_file(rank)
         path.parent.mkdir(exist_ok=True)
         # A killed rank may have left half a line behind.
@@ -197,7 +194,6 @@ class _Reporter:
         line = encode(complete)
         if os.write(self._descriptor, line) < len(line):  # the next line would be glued to half of this one
             raise OSError(errno.ENOSPC, f"no room for the events of rank {self._rank}")
-        self._trackers.log(complete)
 
 
 def _log_to(path: Path) -> None:

@@ -1,60 +1,63 @@
-"""Do trackers get the numbers of a run, go on where it goes on, and stop nothing when they fail?"""
+"""Do trackers get the numbers of a run, once each, and go on where it goes on?"""
 
+import os
 import sqlite3
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from accelerate import PartialState
 
-from qdist.core.errors import MachineError, RunError
+from qdist.core.errors import MachineError
 from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.events import Event, encode
 from qdist.core.text import GIB
-from qdist.host.launch.trackers import PACKAGES, refuse_missing
+from qdist.host.launch.trackers import PACKAGES, REMEDIES, Tracking, refuse_missing, send_rest, sent_to
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.train import trackers
-from qdist.runtime.train.trackers import FullestRank, Guarded, Trackers, start, values_of
+from qdist.runtime.train.trackers import Goal, follow, values_of
 from tests.plans import CPU, planned
 
 
 class Fake:
     """A tracker that keeps what it is given, and fails when told to."""
 
-    def __init__(self, *, fails: Exception | None = None) -> None:
-        self.fails, self.finished = fails, False
+    def __init__(self) -> None:
+        self.fails_at, self.finished = 0, False
         self.rows: list[tuple[int, dict[str, float]]] = []
         self.settings: dict[str, Any] | None = None
 
     def start(self) -> None:
-        self._fail()
+        """Nothing to do."""
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         self.settings = values
 
     def log(self, values: dict[str, float], step: int) -> None:
-        self._fail()
+        assert step != self.fails_at
         self.rows.append((step, values))
 
     def finish(self) -> None:
-        self._fail()
         self.finished = True
 
-    def _fail(self) -> None:
-        if self.fails:
-            raise self.fails
+    @property
+    def steps(self) -> list[int]:
+        return [number for number, _ in self.rows]
 
 
 def plan_with(*names: str) -> Plan:
     return planned("smollm2-135m", CPU, {"trackers": names, "lora.targets": ("q_proj", "v_proj")})
 
 
-def made(tmp_path: Path) -> RunDir:
+def made(tmp_path: Path, *names: str) -> RunDir:
+    """A run that was planned at second 100."""
     run = RunDir(tmp_path / "run")
-    run.events.mkdir(parents=True, exist_ok=True)
+    for folder in (run.events, run.logs, run.path / "trackers"):
+        folder.mkdir(parents=True)
+    (run.path / "plan.json").write_bytes(msgspec.json.encode(plan_with(*names)))
+    os.utime(run.path / "plan.json", (100, 100))
     return run
 
 
@@ -62,19 +65,51 @@ def step(number: int, **more: Any) -> Event:
     return Event(kind="step", step=number, loss=2.0, learning_rate=1e-4, tokens=75, padding=25, seconds=0.5, **more)
 
 
+def steps(*numbers: int) -> list[Event]:
+    return [step(number) for number in numbers]
+
+
+def begun(kind: Any, number: int = 0, *, time: float = 101.0) -> Event:
+    return Event(kind=kind, step=number, time=time)
+
+
+def write(run: RunDir, events: Sequence[Event]) -> None:
+    for event in events:
+        with open(run.event_file(event.rank), "ab") as file:
+            file.write(encode(event))
+
+
+def checkpoint(run: RunDir, number: int) -> None:
+    run.checkpoint(number).mkdir(parents=True)
+    (run.checkpoint(number) / "DONE").touch()
+
+
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """W&B replaced: 'tracker' is what starts, 'known as' what it was asked to go on in."""
-    made: dict[str, Any] = {"tracker": Fake()}
+    """W&B replaced: 'tracker' is what starts, 'goal' what it was made for."""
+    found: dict[str, Any] = {"tracker": Fake()}
 
-    def make(run: RunDir, known_as: str) -> tuple[Any, str]:
-        made["known as"] = known_as
-        return made["tracker"], known_as or "id-1"
+    def make(goal: Goal) -> tuple[Any, str]:
+        found["goal"] = goal
+        return found["tracker"], goal.known_as or "id-1"
 
     monkeypatch.setitem(trackers._MAKERS, "wandb", make)
-    monkeypatch.setattr(trackers, "_OWN_FAILURES", {})
-    monkeypatch.setattr(trackers, "refuse_missing", lambda names: None)
-    return made
+    return found
+
+
+def track(run: RunDir, fakes: dict[str, Any], *later: Sequence[Event], fails_at: int = 0) -> Fake:
+    """What a tracker's process hands over: of what is there, and of what is written while it follows."""
+    tracker = fakes["tracker"] = Fake()
+    tracker.fails_at = fails_at
+    more = iter(later)
+
+    def ended() -> bool:
+        events = next(more, None)
+        write(run, events or ())
+        return events is None
+
+    follow(run, "wandb", ended=ended)
+    return tracker
 
 
 def test_a_step_has_loss_speed_padding_data_time_and_memory() -> None:
@@ -95,93 +130,91 @@ def test_a_step_of_no_time_has_no_speed() -> None:
     assert "tokens_per_second" not in values_of(Event(kind="step", step=1, tokens=5))
 
 
-def test_the_fullest_rank_is_looked_up_now_and_then_in_the_last_line_of_each(tmp_path: Path) -> None:
-    run, now = made(tmp_path), [0.0]
-    fullest = FullestRank(run, 2, clock=lambda: now[0])
-    assert fullest() == 0
-    lines = [encode(Event(kind="start", note="x" * 3000, memory_bytes=99)), encode(step(1, memory_bytes=9)) * 20]
-    run.event_file(1).write_bytes(b"".join(lines) + encode(step(2, memory_bytes=7))[:-5])
-    run.event_file(0).write_bytes(encode(step(1, memory_bytes=8)))
-    run.event_file(2).write_bytes(encode(step(1, memory_bytes=99)))  # of an earlier launch with more ranks
-    assert fullest() == 0
-    now[0] = 10.0
-    assert fullest() == 9
+def test_a_run_is_followed_to_its_end_and_each_number_sent_once(tmp_path: Path, fakes: dict[str, Any]) -> None:
+    run = made(tmp_path)
+    write(run, [begun("start"), *steps(1, 2)])
+    assert track(run, fakes, steps(3), [], steps(4, 5)).steps == [1, 2, 3, 4, 5]
+    assert fakes["tracker"].finished
+    assert track(run, fakes).steps == []
+    assert (sent_to(run, "wandb").step, sent_to(run, "wandb").events) == (5, 6)
+
+
+def test_the_fullest_rank_is_known_from_the_last_word_of_each(tmp_path: Path, fakes: dict[str, Any]) -> None:
+    run = made(tmp_path)
+    write(run, [begun("start"), step(1, memory_bytes=2 * GIB, time=102.0), step(1, rank=1, memory_bytes=3 * GIB)])
+    later = [step(2, memory_bytes=2 * GIB, time=104.0), step(2, rank=1, memory_bytes=GIB, time=103.0)]
+    tracker = track(run, fakes, later)
+    assert [row["memory_peak_fullest_gib"] for _, row in tracker.rows] == [3.0, 2.0]
 
 
 def test_the_settings_are_kept_once_and_a_resumed_run_goes_on(tmp_path: Path, fakes: dict[str, Any]) -> None:
-    run, plan = made(tmp_path), plan_with("wandb")
-    start(plan, run, rank=0)
-    assert fakes["known as"] == ""
-    settings = fakes["tracker"].settings
+    run = made(tmp_path, "wandb")
+    settings = track(run, fakes).settings
+    assert fakes["goal"].known_as == ""
+    assert settings is not None
     assert (settings["optim.lr"], settings["lora.targets"]) == (2e-4, "q_proj,v_proj")
     assert {type(value) for value in settings.values()} <= {int, float, str, bool}
-    fakes["tracker"] = Fake()
-    start(plan, run, rank=0)
-    assert (fakes["known as"], fakes["tracker"].settings) == ("id-1", None)
+    assert track(run, fakes).settings is None
+    assert fakes["goal"].known_as == "id-1"
 
 
-def test_other_ranks_and_runs_without_trackers_start_none(tmp_path: Path, fakes: dict[str, Any]) -> None:
-    for plan, rank in ((plan_with("wandb"), 1), (plan_with(), 0)):
-        tracked = start(plan, made(tmp_path), rank=rank)
-        tracked.log(step(1))
-        assert tracked.finish() == ""
-    assert "known as" not in fakes
-    assert not (tmp_path / "run/trackers.json").exists()
-
-
-def test_a_tracker_that_does_not_start_is_an_error(tmp_path: Path, fakes: dict[str, Any]) -> None:
-    fakes["tracker"] = Fake(fails=OSError("no route to host\nand a stack"))
-    with pytest.raises(RunError, match=r"^the tracker wandb did not start: OSError: no route to host\n  try: WANDB_M"):
-        start(plan_with("wandb"), made(tmp_path), rank=0)
-
-
-def test_a_failure_is_told_once_leaves_the_tracker_alone_for_longer_each_time_and_is_summed_up(
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize(
+    ("log", "checkpoints", "sent"),
+    [
+        # Started before the ranks of a resumed run have said that they are: steps behind the checkpoint come again.
+        ([begun("start", time=50.0), *steps(1, 2, 3, 4)], [2], [1, 2]),
+        ([begun("start", time=50.0), *steps(1, 2, 3, 4)], [], []),
+        # They have said so, or it is the first launch.
+        ([begun("start", time=50.0), *steps(1, 2, 3, 4), begun("resume", 2), *steps(3)], [2], [1, 2, 3]),
+        ([begun("start"), *steps(1, 2, 3, 4)], [2], [1, 2, 3, 4]),
+    ],
+)
+def test_steps_that_are_taken_back_are_not_sent(
+    tmp_path: Path, fakes: dict[str, Any], log: list[Event], checkpoints: list[int], sent: list[int]
 ) -> None:
-    now, broken, well = [0.0], Fake(fails=sqlite3.OperationalError("disk full")), Fake()
-    guarded = Guarded("tensorboard", broken, clock=lambda: now[0])
-    tracked = Trackers([guarded, Guarded("tensorboard", well)], fullest=lambda: 0)
-    for second in range(200):
-        now[0] = float(second)
-        if second == 100:
-            broken.fails = None
-        tracked.log(step(second))
-    assert [number for number, _ in well.rows] == list(range(200))
-    # Asked at 0 s, at 60 s, and two minutes later, when it was well again.
-    assert [number for number, _ in broken.rows] == list(range(180, 200))
-    said = tracked.finish()
-    assert said == "tracker tensorboard lost 180 of 200 entries: OperationalError: disk full"
-    assert (well.finished, tracked.finish()) == (True, "")
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
-    assert lines[0].startswith("warning: the tracker tensorboard failed and is asked again in 1 min 00 s: Operational")
+    run = made(tmp_path)
+    for number in checkpoints:
+        checkpoint(run, number)
+    write(run, log)
+    assert track(run, fakes).steps == sent
 
 
-def test_nobody_waits_for_a_tracker_in_its_own_thread_but_the_end() -> None:
-    held, slow = threading.Event(), Fake()
-    plain = slow.log
-    slow.log = lambda values, step: (held.wait(10), plain(values, step))[1]  # type: ignore[method-assign]
-    guarded = Guarded("tensorboard", slow, thread=ThreadPoolExecutor(1))
-    for number in (1, 2, 3):
-        guarded.log({"loss": 1.0}, number)
-    assert slow.rows == []
-    held.set()
-    assert guarded.finish() == ""
-    assert ([number for number, _ in slow.rows], slow.finished) == ([1, 2, 3], True)
+def test_a_resumed_run_tells_its_tracker_which_steps_come_again(tmp_path: Path, fakes: dict[str, Any]) -> None:
+    run = made(tmp_path)
+    write(run, [begun("start", time=50.0), *steps(1, 2, 3)])
+    checkpoint(run, 3)
+    track(run, fakes)
+    write(run, [begun("resume", 2), *steps(3, 4)])
+    assert track(run, fakes).steps == [3, 4]
+    assert fakes["goal"].redone == 3
+    write(run, steps(5))
+    track(run, fakes)
+    assert fakes["goal"].redone is None
 
 
-def test_a_bug_of_ours_is_not_taken_for_a_failure() -> None:
+def test_a_tracker_that_fails_goes_on_behind_what_it_has(tmp_path: Path, fakes: dict[str, Any]) -> None:
+    run = made(tmp_path)
+    write(run, [begun("start"), *steps(1, 2, 3, 4)])
     with pytest.raises(AssertionError):
-        Guarded("tensorboard", Fake(fails=AssertionError())).log({"loss": 1.0}, 1)
-    elsewhere = Guarded("tensorboard", Fake(fails=AssertionError()), thread=ThreadPoolExecutor(1))
-    elsewhere.log({"loss": 1.0}, 1)
-    with pytest.raises(AssertionError):
-        elsewhere.finish()
+        track(run, fakes, fails_at=3)
+    assert sent_to(run, "wandb").step == 2
+    assert track(run, fakes).steps == [3, 4]
 
 
-_SET_BY_STARTING = (
-    "MLFLOW_TRACKING_URI", "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT", "TRACKIO_DIR", "WANDB_DIR",
-)  # fmt: skip
+def test_a_store_that_does_not_know_the_run_is_given_all_of_it(
+    tmp_path: Path, fakes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made(tmp_path)
+    write(run, [begun("start"), *steps(1, 2)])
+    track(run, fakes)
+    monkeypatch.setitem(trackers._MAKERS, "wandb", lambda goal: (fakes["tracker"], "id-2"))
+    write(run, steps(3))
+    assert track(run, fakes).steps == [1, 2, 3]
+    assert fakes["tracker"].settings is not None
+    assert sent_to(run, "wandb").known_as == "id-2"
+
+
+_SET_BY_STARTING = ("MLFLOW_TRACKING_URI", "TRACKIO_DIR", "WANDB_DIR")
 
 
 @pytest.fixture
@@ -209,20 +242,16 @@ def real(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
         monkeypatch.setenv(variable, "")  # so that it is put back
         monkeypatch.delenv(variable)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    run, plan = made(tmp_path), plan_with(name)
-    for numbers in ((1, 2, 3), (3, 4)):
-        tracked = start(plan, run, rank=0)
-        for number in numbers:
-            tracked.log(step(number, memory_bytes=GIB))
-        tracked.log(Event(kind="eval", step=numbers[-1], held_out_loss=float(numbers[-1])))
-        assert tracked.finish() == ""
-        (run.checkpoint(2)).mkdir(parents=True, exist_ok=True)
-        (run.checkpoint(2) / "DONE").touch()
+    run = made(tmp_path, name)
+    for start, numbers in ((begun("start"), (1, 2, 3)), (begun("resume", 2), (3, 4))):
+        write(run, [start, *(step(number, memory_bytes=GIB) for number in numbers)])
+        write(run, [Event(kind="eval", step=numbers[-1], held_out_loss=float(numbers[-1]), memory_bytes=GIB)])
+        follow(run, name, ended=lambda: True)
     return run
 
 
 def test_every_tracker_has_a_package_a_maker_and_a_remedy() -> None:
-    assert set(PACKAGES) == set(trackers._MAKERS) == set(trackers._REMEDIES)
+    assert set(PACKAGES) == set(trackers._MAKERS) == set(REMEDIES)
 
 
 @real_package
@@ -278,5 +307,22 @@ def test_an_mlflow_store_that_does_not_know_the_run_gets_a_new_one(
         monkeypatch.setenv(variable, "")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     monkeypatch.setattr(trackers, "_mlflow_knows", lambda run_id: False)
-    tracker, known_as = trackers._mlflow(made(tmp_path), "an-id")
+    tracker, known_as = trackers._mlflow(Goal(made(tmp_path), "an-id"))
     assert (tracker.run_id, known_as, tracker.logging_dir, tracker.run_name) == (None, "", None, "run")
+
+
+@pytest.mark.slow
+def test_a_process_follows_a_run_and_sends_later_what_was_left(tmp_path: Path) -> None:
+    run, said = made(tmp_path, "tensorboard"), list[str]()
+    write(run, [begun("start"), *steps(1, 2)])
+    with Tracking(run, ("tensorboard",), say=said.append) as tracking:
+        tracking.look()
+        write(run, steps(3))
+    assert [line for line in said if line.startswith("warning")] == []
+    assert sent_to(run, "tensorboard").step == 3
+    write(run, steps(4))
+    send_rest(run, say=said.append)
+    assert said[-1] == "sending what is left to tensorboard"
+    assert sent_to(run, "tensorboard").step == 4
+    send_rest(run, say=said.append)
+    assert said.count("sending what is left to tensorboard") == 1

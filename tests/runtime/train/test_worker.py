@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +15,11 @@ from qdist.runtime.train.worker import _Reporter
 def test_half_a_line_on_a_full_disk_ends_the_rank_and_is_cut_off_when_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, trackers = RunDir(tmp_path), SimpleNamespace(log=lambda event: None)
+    run = RunDir(tmp_path)
     write = os.write
 
     def reporter() -> Any:
-        return _Reporter(run, 0, (torch.device("cpu"),), trackers)
+        return _Reporter(run, 0, (torch.device("cpu"),))
 
     report = reporter()
     report(Event(kind="step", step=1))
