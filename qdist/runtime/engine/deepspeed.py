@@ -19,6 +19,7 @@ from qdist.runtime.engine.torch import (
     bytes_of,
     finish_gradients,
     moment_bytes,
+    moment_key,
     moment_of,
     nothing,
     optimizer_steps,
@@ -37,7 +38,10 @@ class DeepSpeedEngine:
     def __init__(
         self, adapter: Adapter, engine: Any, *, clip: float, group: Any = None, across: Across | None = None
     ) -> None:
-        self.adapter, self.engine, self.clip, self.group, self.across = adapter, engine, clip, group, across
+        from deepspeed import utils
+
+        self._accessors = utils
+        self.adapter, self.engine, self.clip, self.across = adapter, engine, clip, across
         self.stage = engine.zero_optimization_stage()
         self.world_size = dist.get_world_size(group)
         self.optimizer = engine.optimizer.optimizer if self.stage else engine.optimizer
@@ -122,6 +126,7 @@ class DeepSpeedEngine:
             self._show_partitions()
             allocate_moments(self.optimizer, state.optimizer_steps)
             self._show_partitions(hide=True)
+            self._link_moments()
         for name, parameter in self.adapter.named().items():
             self._take(parameter, None, state.parameters[name])
             for moment, tensors in state.moments.items():
@@ -133,77 +138,56 @@ class DeepSpeedEngine:
             for index, group in enumerate(self.optimizer.param_groups):
                 group["params"] = [] if hide else [self.engine.optimizer.fp32_partitioned_groups_flat[index]]
 
+    def _link_moments(self) -> None:
+        """ZeRO 1 and 2 find their parts of moments once a step has made them; these were not made by a step."""
+        if self.stage in (1, 2):
+            zero = self.engine.optimizer
+            for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+                self._accessors.lazy_init_hp_params_optimizer_state(parameters, flat, self.optimizer.state)
+
+    def _key(self, moment: str) -> str:
+        """A moment's name in Adam's state."""
+        return moment_key(next(iter(self.optimizer.state.values())), moment)
+
     def _full(self, parameter: nn.Parameter, moment: str | None) -> torch.Tensor:
         """The whole of a parameter or moment, from the partitions of all ranks."""
-        if self.stage == 0:
-            return to_cpu(parameter if moment is None else moment_of(self.optimizer.state[parameter], moment))
-        if self.stage == 3:
-            shard = _Shard(self.engine.optimizer, parameter, self.optimizer)
-            return to_cpu(shard.gather(moment)).reshape(shard.shape)
-        if moment is None:
-            return to_cpu(parameter)
-        whole = torch.zeros(parameter.numel(), device=parameter.device)
-        mapping = parameter._hp_mapping
-        if mapping is not None:
-            inside, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
-            source = self._flat(moment).narrow(0, flat.start, flat.numel)
-            whole.narrow(0, inside.start, inside.numel).copy_(source)
-        dist.all_reduce(whole, group=self.group)
-        return to_cpu(whole).reshape(parameter.shape)
+        if self.stage == 0 and moment is not None:
+            return to_cpu(moment_of(self.optimizer.state[parameter], moment))
+        if moment is not None:
+            return to_cpu(self._accessors.safe_get_full_optimizer_state(parameter, self._key(moment)))
+        return to_cpu(self._accessors.safe_get_full_fp32_param(parameter) if self.stage == 3 else parameter)
 
     def _take(self, parameter: nn.Parameter, moment: str | None, value: torch.Tensor) -> None:
         """Keep this rank's part of a whole parameter or moment."""
         with torch.no_grad():
             if self.stage == 3:
-                _Shard(self.engine.optimizer, parameter, self.optimizer).scatter(moment, value)
+                self._take_shard(parameter, self._key(moment) if moment else None, value)
                 return
             if moment is None:
                 parameter.copy_(value)
             if self.stage == 0:
                 if moment is not None:
                     moment_of(self.optimizer.state[parameter], moment).copy_(value)
-                return
-            mapping = parameter._hp_mapping
-            if mapping is not None:
-                inside, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
-                self._flat(moment).narrow(0, flat.start, flat.numel).copy_(
-                    value.flatten().narrow(0, inside.start, inside.numel)
-                )
+            elif moment is None:
+                self._accessors.safe_set_full_fp32_param(parameter, value)
+            else:
+                self._accessors.safe_set_full_optimizer_state(parameter, value, self._key(moment))
 
-    def _flat(self, moment: str | None) -> torch.Tensor:
-        """ZeRO 1 and 2: this rank's flat partition of the parameters or of a moment."""
-        partition: torch.Tensor = self.engine.optimizer.single_partition_of_fp32_groups[0]
-        return partition.data if moment is None else moment_of(self.optimizer.state[partition], moment)
+    def _take_shard(self, parameter: Any, key: str | None, value: torch.Tensor) -> None:
+        """ZeRO 3: keep this rank's equal share of a parameter or moment, the last rank's padded with zeros.
 
-
-class _Shard:
-    """ZeRO 3: this rank's equal share of one parameter, the last rank's padded with zeros.
-
-    DeepSpeed gathers a parameter in a hook of the module that owns it, and the adapter's modules are not in its
-    sight; ds_configs/zero3.json therefore keeps parameters persistent, and gradients and moments are what it shards.
-    """
-
-    def __init__(self, zero: Any, parameter: Any, adam: Any) -> None:
-        self.parameter, self.adam, self.shape = parameter, adam, parameter.ds_shape
-        group, start, numel = zero.grad_position[zero.get_param_id(parameter)]
-        self.flat, self.start, self.numel = zero.fp32_partitioned_groups_flat[group], start, numel
-
-    def _part(self, moment: str | None) -> torch.Tensor:
-        whole = self.flat.data if moment is None else moment_of(self.adam.state[self.flat], moment)
-        return whole.narrow(0, self.start, self.numel)
-
-    def gather(self, moment: str | None) -> torch.Tensor:
-        part = self._part(moment).to(self.parameter.device).contiguous()  # paged moments look like CPU tensors
-        parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, part)
-        return torch.cat(parts)[: self.parameter.ds_numel]
-
-    def scatter(self, moment: str | None, value: torch.Tensor) -> None:
-        padded = torch.zeros(self.numel * dist.get_world_size())
-        padded[: self.parameter.ds_numel] = value.flatten()
-        mine = padded.narrow(0, self.numel * dist.get_rank(), self.numel)
-        self._part(moment).copy_(mine)
-        if moment is None:
-            self.parameter.ds_tensor.data.copy_(mine)
-            if self.parameter.data.numel() == value.numel():  # persistent: every rank holds it whole as well
-                self.parameter.data.copy_(value.reshape(self.parameter.shape))
+        DeepSpeed's `safe_set_full_*` fail where the shares do not come out even: docs/upstream.md.
+        DeepSpeed gathers a parameter in a hook of the module that owns it, and the adapter's modules are not in its
+        sight; ds_configs/zero3.json therefore keeps parameters persistent: gradients and moments are what it shards.
+        """
+        share = parameter.ds_tensor.numel()
+        padded = torch.zeros(share * dist.get_world_size())
+        padded[: value.numel()] = value.flatten()
+        mine = padded.narrow(0, share * dist.get_rank(), share)
+        if key is not None:
+            self._accessors.safe_set_local_optimizer_state(parameter, mine, key)
+            return
+        self._accessors.safe_set_local_fp32_param(parameter, mine)
+        parameter.ds_tensor.data.copy_(mine)
+        if parameter.data.numel() == value.numel():  # persistent: every rank holds it whole as well
+            parameter.data.copy_(value.reshape(parameter.shape))

@@ -256,9 +256,14 @@ def optimizer_steps(optimizer: Any) -> int:
     return int(states[0]["step"]) if states else 0
 
 
+def moment_key(state: Mapping[str, Any], moment: str) -> str:
+    """The name of Adam's first or second moment: torch's or bitsandbytes'."""
+    return moment if moment in state else _BNB_NAMES[moment]
+
+
 def moment_of(state: Mapping[str, Any], moment: str) -> torch.Tensor:
-    """Adam's first or second moment, under torch's name or bitsandbytes'."""
-    found = state[moment] if moment in state else state[_BNB_NAMES[moment]]
+    """Adam's first or second moment."""
+    found = state[moment_key(state, moment)]
     assert isinstance(found, torch.Tensor)
     return found
 

@@ -106,6 +106,6 @@ def move(model: Any, residence: Residence) -> Any:
                     moved[parameter] = nn.Parameter(parameter.detach().to(place), requires_grad=False)
                 module.register_parameter(name, moved[parameter])
         for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(place)
+            setattr(module, name, buffer.to(place))
     settle(model, residence)
     return model

@@ -95,7 +95,7 @@ def fill(model: nn.Module, weights: Weights, *, device: torch.device) -> None:
     filled: dict[nn.Parameter, nn.Parameter] = {}
     for path, module in model.named_modules():
         place = getattr(module, "runs_on", device)
-        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
         # A tied head finds its table filled already, and need not be in the folder.
         tensors = weights.of(path, module) if any(parameter not in filled for parameter in own.values()) else {}
         for name, parameter in own.items():
@@ -105,7 +105,7 @@ def fill(model: nn.Module, weights: Weights, *, device: torch.device) -> None:
                     filled[parameter] = _in_host_memory(filled[parameter], place)
             module.register_parameter(name, filled[parameter])
         for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = (tensors[name][:] if buffer.is_meta else buffer).to(place, buffer.dtype)
+            setattr(module, name, (tensors[name][:] if buffer.is_meta else buffer).to(place, buffer.dtype))
         if is_offloaded(module):
             module.runs_on = place
     weights.check()

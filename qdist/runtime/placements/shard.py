@@ -132,7 +132,7 @@ def _held_sums(parameter: DTensor) -> torch.Tensor:
 def _allow_integers() -> None:
     """torch 2.11's FSDP2 makes its sharded parameters without `requires_grad`, which integer tensors refuse.
 
-    Mended in torch 2.13 (`requires_grad=param.requires_grad` in `FSDPParam._init_sharded_param`).
+    https://github.com/pytorch/pytorch/issues/177844; docs/upstream.md.
     """
     from torch.distributed.fsdp._fully_shard import _fsdp_param
 

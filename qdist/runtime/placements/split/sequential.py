@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 from qdist.runtime.model.skeleton import decoder_layers
 from qdist.runtime.placements.split.stages import FINAL_NORMS
@@ -39,10 +38,11 @@ def _put(part: nn.Module, device: torch.device) -> None:
 
 def fetch_to(part: nn.Module, device: torch.device) -> None:
     """Before each pass of a part, move the tensors that it is given: hidden states, masks, positions."""
+    from accelerate.utils import send_to_device
 
     def fetch(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # Triton launches its kernels there, wherever their arguments are
-        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), (inputs, named))
+        return send_to_device((inputs, named), device, non_blocking=True)
 
     part.register_forward_pre_hook(fetch, with_kwargs=True)

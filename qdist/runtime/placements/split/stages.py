@@ -99,17 +99,19 @@ def only_present(model: Any) -> Iterator[None]:
     Absent layers leave the list meanwhile, and an absent final norm that was patched is made anew.
     """
     decoder, stack = model.get_decoder(), decoder_layers(model)
-    everything = dict(stack._modules)
+    everything = dict(stack.named_children())
     for key, layer in everything.items():
         if isinstance(layer, Absent):
-            del stack._modules[key]
+            delattr(stack, key)
     absent = [name for name in FINAL_NORMS if isinstance(getattr(decoder, name, None), Absent)]
     try:
         yield
     finally:
-        kept = dict(stack._modules)
-        stack._modules.clear()
-        stack._modules.update({key: kept.get(key, layer) for key, layer in everything.items()})
+        kept = dict(stack.named_children())
+        for key in kept:
+            delattr(stack, key)
+        for key, layer in everything.items():
+            stack.add_module(key, kept.get(key, layer))
         for name in absent:
             setattr(decoder, name, Absent())
 
