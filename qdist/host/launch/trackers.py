@@ -16,8 +16,8 @@ import msgspec
 from qdist.core.errors import MachineError, RunError
 from qdist.core.text import format_duration, resuming
 from qdist.host import children
-from qdist.host.launch import local
 from qdist.host.opening import read_typed
+from qdist.host.run.endings import find_reason, read_new_lines
 from qdist.host.run.rundir import RunDir
 
 PACKAGES = {
@@ -199,8 +199,8 @@ class _Sender:
 
     def reason(self) -> str:
         """Why it ended, in a few words."""
-        lines = local.read_new_lines(self._log, {self._log: self._logged})
-        why = self._broken or local.find_reason(lines) or f"see {self._log}"
+        lines = read_new_lines(self._log, {self._log: self._logged})
+        why = self._broken or find_reason(lines) or f"see {self._log}"
         return why if len(why) <= _LONGEST else f"{why[:_LONGEST]}..."
 
     def step(self) -> int:
