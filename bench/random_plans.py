@@ -141,7 +141,7 @@ def run(drawn: Draw) -> Outcome:
     began = time.process_time()
     try:
         with plan.make_context("plan", list(drawn.words)) as context:
-            typed = {key: value for key, value in context.params.items() if key != "as_json"}
+            typed = {key: value for key, value in context.params.items() if key != "form"}
             planned(Request(**typed), lambda: drawn.here)
     except QdistError as error:
         return Outcome(kind(error), error.message, error.try_, seconds=time.process_time() - began)

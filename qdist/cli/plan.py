@@ -11,9 +11,10 @@ import msgspec
 from qdist.cli.flags import COMMON, SettingsCommand, setting_flags, typed_settings
 from qdist.cli.views.plan import plan_lines, shown
 from qdist.core.errors import MACHINE, Change, QdistError, SpecError, flags
-from qdist.core.machine.cards import memory_of
-from qdist.core.machine.cluster import UNNAMED, Cluster, hypothetical
+from qdist.core.machine.cluster import Cluster
+from qdist.core.machine.described import described
 from qdist.core.planning.advice import needs
+from qdist.core.planning.device_map import device_map
 from qdist.core.planning.plan import Plan, Source
 from qdist.core.planning.planner import plan_once
 from qdist.core.spec.keys import known_keys
@@ -36,20 +37,22 @@ _SETTINGS = ("model", "bits", "method", "gpus", "placement", "gpus_per_group", "
 @click.command(cls=SettingsCommand)
 @click.argument("recipe", required=False)
 @setting_flags(*_SETTINGS, *COMMON)
-@click.option("--gpu-memory", help="Memory of each GPU, such as 48GiB; this machine's GPUs by default.")
-@click.option("--gpu-name", help="The card, such as 'RTX 4090', where it is not this machine's.")
+@click.option("--gpu-memory", help="Memory of each: 48GiB, or '2 x 24GiB + 48GiB'; by default that of the card.")
+@click.option("--gpu-name", help="The card where it is not this machine's: 'RTX 4090', or 'RTX 3090 + RTX 4090'.")
 @click.option("--host-memory", help="Host memory of the machine; where it is not this one, 64GiB or twice its GPUs'.")
 @click.option(
     "--set", "assignments", multiple=True, metavar="KEY=VALUE",
     help="Any setting of `qdist settings`, such as lora.alpha=32.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="The whole plan as JSON.")
-def plan(as_json: bool, **asked: Any) -> None:
+@click.option("--json", "form", flag_value="json", help="The whole plan as JSON.")
+@click.option("--device-map", "form", flag_value="device-map", help="As JSON where transformers is to put each module.")
+def plan(form: str | None, **asked: Any) -> None:
     """Show how a run would lie in memory and how fast it would go; exit 2 when it does not fit."""
     request = Request(**asked)
     decided = planned(request)
-    if as_json:
-        say_json(msgspec.json.format(msgspec.json.encode(decided), indent=2))
+    if form:
+        shape = decided if form == "json" else device_map(decided)
+        say_json(msgspec.json.format(msgspec.json.encode(shape), indent=2))
         return
     plain = decided.device == "cuda" and not decided.liger and decided.spec.liger is None
     of_another = known_shape(decided.spec.model).note
@@ -160,6 +163,4 @@ def _machine(request: Request, gpus: int | None, here: Here) -> Cluster:
     host_bytes = None if request.host_memory is None else parse_bytes(request.host_memory, "host_memory")
     if not request.described:
         return msgspec.structs.replace(here(), memory_bytes=host_bytes) if host_bytes else here()
-    known_bytes = 0 if request.gpu_name is None else memory_of(request.gpu_name)
-    each = known_bytes if request.gpu_memory is None else parse_bytes(request.gpu_memory, "gpu_memory")
-    return hypothetical(gpus or 1, each, name=request.gpu_name or UNNAMED, host_memory_bytes=host_bytes)
+    return described(gpus=gpus, gpu_name=request.gpu_name, gpu_memory=request.gpu_memory, host_memory_bytes=host_bytes)

@@ -113,6 +113,18 @@ def test_a_card_can_be_named_instead_of_its_memory() -> None:
     assert plan("--model", "llama-7b", "--gpu-name", "abacus").exit_code == 2
 
 
+def test_a_machine_of_different_cards_is_planned_with_caps_and_a_device_map_for_transformers() -> None:
+    two = ("--model", "llama-65b", "--gpu-name", "RTX 3090 + RTX 4090", "--max-memory", "1=23GiB")
+    lines = labels(plan(*two).stdout)
+    assert lines["ranks"] == "2 GPUs"
+    assert lines["layout"].startswith("split: the 2 GPUs")
+    assert "table: RTX 3090" in plan(*two).stdout
+    modules = json.loads(plan(*two, "--device-map").stdout)
+    assert (modules["model.embed_tokens"], modules["model.layers.79"], modules["lm_head"]) == (0, 1, 1)
+    shard = plan(*BIG, "24GiB", "--placement", "shard", "--device-map")
+    assert (shard.exit_code, shard.stderr.splitlines()[1]) == (2, "  try: --placement split")
+
+
 def test_the_host_memory_of_a_described_machine_is_said_where_layers_wait_in_it() -> None:
     one = ("--model", "llama-65b", "--gpus", "1", "--gpu-memory", "24GiB", "--set", "liger=true")
     assumed = plan(*one).stdout

@@ -7,6 +7,7 @@ import msgspec
 
 from qdist.core.errors import SpecError
 from qdist.core.machine.cluster import UNNAMED, Cluster, Rates
+from qdist.core.machine.measured import least
 from qdist.core.text import GIB
 
 MATMUL_SHARE = 0.68
@@ -97,7 +98,7 @@ def rates_for(cluster: Cluster) -> tuple[Rates | None, tuple[str, ...]]:
         return cluster.rates, ()
     known = [rates for gpu in cluster.gpus if (rates := rates_of(gpu.name)) is not None]
     if len(known) == len(cluster.gpus):
-        slowest = min(known, key=lambda rates: rates.matmul_flops_s)
+        slowest = least(sorted(known, key=lambda rates: rates.matmul_flops_s))
         return slowest, (f"speed is predicted from the {slowest.source}; qdist doctor --gpus measures it",)
     card = usual_card(min(gpu.total_bytes for gpu in cluster.gpus))
     unknown = next(gpu.name for gpu in cluster.gpus if rates_of(gpu.name) is None)
@@ -105,11 +106,13 @@ def rates_for(cluster: Cluster) -> tuple[Rates | None, tuple[str, ...]]:
     return rates_of(card), (f"{why}: speed is predicted as of the {card}",)
 
 
-def memory_of(name: str) -> int:
-    """Bytes of a known card. Raises SpecError for another."""
+def memory_of(name: str, *, typed: str | None = None) -> int:
+    """Bytes of a known card. Raises SpecError for another. typed: where its name stands among those of other cards."""
     card = _card(name)
     if card is None:
-        raise SpecError(f"no card is known as {name!r}", ways=[{"gpu_name": title} for title in _nearest(name)])
+        whole = typed if typed and name else name
+        ways = [{"gpu_name": whole.replace(name, title)} for title in _nearest(name)]
+        raise SpecError(f"no card is known as {name!r}", ways=ways)
     return card.gib * GIB
 
 

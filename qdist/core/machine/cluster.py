@@ -1,5 +1,6 @@
 """What machine is there, or would be there."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -63,10 +64,10 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 def hypothetical(
     gpus: int, gpu_memory_bytes: int, *, name: str = UNNAMED, host_memory_bytes: int | None = None
 ) -> Cluster:
-    """A machine that one does not have, to plan for. Each GPU is empty and brings 8 cores.
+    """A machine of equal GPUs that one does not have, to plan for.
 
     name: of the card, from which the plan knows how fast it is.
-    host_memory_bytes: by default twice what the GPUs have, and at least 64 GiB.
+    host_memory_bytes: as for `machine_of`.
 
     Raises SpecError when the machine would have no GPU or no memory.
     """
@@ -77,19 +78,29 @@ def hypothetical(
             f"a machine to plan for has at most {MOST_RANKS:,} GPUs, not {gpus:,}",
             ways=[{"gpus": count} for count in (64, 8)],
         )
-    if gpu_memory_bytes < GIB:
+    return machine_of(((name, gpu_memory_bytes),) * gpus, host_memory_bytes=host_memory_bytes)
+
+
+def machine_of(cards: Sequence[tuple[str, int]], *, host_memory_bytes: int | None = None) -> Cluster:
+    """A machine that one does not have, by the name and the bytes of each card. Each is empty and brings 8 cores.
+
+    host_memory_bytes: by default twice what the GPUs have, and at least 64 GiB.
+
+    Raises SpecError when a card has no memory to speak of.
+    """
+    smallest = min(size for _, size in cards)
+    if smallest < GIB:
         raise SpecError(
-            f"a GPU of {format_bytes(gpu_memory_bytes)} is too small to plan for",
+            f"a GPU of {format_bytes(smallest)} is too small to plan for",
             ways=[{"gpu_memory": f"{gib}GiB"} for gib in (24, 48, 80)],
         )
-    host_bytes = host_memory_bytes or max(_USUAL_HOST_BYTES, 2 * gpus * gpu_memory_bytes)
+    host_bytes = host_memory_bytes or max(_USUAL_HOST_BYTES, 2 * sum(size for _, size in cards))
     return Cluster(
         device="cuda",
         gpus=tuple(
-            Gpu(index=index, name=name, total_bytes=gpu_memory_bytes, free_bytes=gpu_memory_bytes)
-            for index in range(gpus)
+            Gpu(index=index, name=name, total_bytes=size, free_bytes=size) for index, (name, size) in enumerate(cards)
         ),
-        cpu_count=8 * gpus,
+        cpu_count=8 * len(cards),
         memory_bytes=host_bytes,
         memory_free_bytes=host_bytes,
         described=True,

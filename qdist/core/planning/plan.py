@@ -1,7 +1,8 @@
 """Every decision of a run, made once by `qdist.core.planning.planner`; the rest derives from it."""
 
 import hashlib
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import msgspec
 
@@ -12,7 +13,7 @@ from qdist.core.model.shapes import ModelFacts
 from qdist.core.planning.memory import MemoryBudget
 from qdist.core.spec.spec import RunSpec
 
-VERSION = 2
+VERSION = 3
 
 Placement = Literal["replicate", "shard", "split"]
 """How the GPUs of a group hold the backbone: each all of it, each a part of every layer, each some whole layers."""
@@ -155,7 +156,6 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     zero_stage: int
     liger: bool
     threads_per_rank: int
-    memory_cap_bytes: int | None
     ranks: tuple[RankPlan, ...]
     tokens_per_second: float = 0.0
     """Predicted, all ranks together; 0 where nothing is known of the device."""
@@ -186,6 +186,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def data_parallel(self) -> int:
         """Micro-batches that are computed at a time, on different samples: a pipeline's stages share theirs."""
         return self.groups if self.placement == "split" else self.world_size
+
+
+def upgraded(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan of an earlier version, as read from its JSON, in the fields of this one; any other as it is."""
+    if found.get("version") != 2:
+        return dict(found)
+    fields = {key: value for key, value in found.items() if key != "memory_cap_bytes"}  # spec.max_memory says it
+    return {**fields, "version": VERSION}
 
 
 def digest(plan: Plan) -> str:

@@ -36,7 +36,7 @@ from qdist.core.planning.ranking import (
     nonexistent,
 )
 from qdist.core.planning.resources import count_of, dtype_of, liger_of, optimizer_of, rooms_of
-from qdist.core.spec.spec import MOST_STEPS, RunSpec, changed, flatten, max_memory_bytes
+from qdist.core.spec.spec import MOST_STEPS, RunSpec, changed, flatten
 from qdist.core.spec.suggest import or_tried_hint
 
 __all__ = ["HEADROOM", "make_plan", "plan_once"]
@@ -173,7 +173,6 @@ def plan_once(
         zero_stage=layout.zero_stage,
         liger=inputs.liger,
         threads_per_rank=max(1, cluster.cpu_count // layout.world_size),
-        memory_cap_bytes=max_memory_bytes(spec),
         ranks=_ranks(setting, winner, count, cluster.device),
         tokens_per_second=round(tokens_s(winner), 1),
         load_peak_bytes=max(winner.load_peaks),

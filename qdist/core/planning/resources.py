@@ -6,8 +6,8 @@ from qdist.core.errors import PlanError, SpecError
 from qdist.core.machine.cards import has_bfloat16
 from qdist.core.machine.cluster import MOST_RANKS, Cluster
 from qdist.core.planning.candidates import HEADROOM
-from qdist.core.spec.spec import RunSpec, max_memory_bytes
-from qdist.core.text import GIB, format_bytes
+from qdist.core.spec.spec import RunSpec, memory_cap_of, memory_caps
+from qdist.core.text import GIB, counted, format_bytes
 
 
 def count_of(spec: RunSpec, cluster: Cluster) -> int:
@@ -59,15 +59,24 @@ def liger_of(spec: RunSpec, cluster: Cluster, has_liger: bool) -> bool:
 
 def rooms_of(spec: RunSpec, cluster: Cluster, count: int) -> tuple[int, ...] | None:
     """Bytes that the plan may fill of each GPU; None on CPU, where ranks share the machine's memory."""
-    cap = max_memory_bytes(spec)
+    caps = memory_caps(spec)
     if cluster.device == "cpu":
-        if cap is not None:
+        if caps:
             raise SpecError("--max-memory caps GPUs, and this machine has none", ways=[{"max_memory": None}])
         return None
     totals = [gpu.total_bytes for gpu in cluster.gpus[:count]]
-    if cap is not None and cap > max(totals):
+    if (last := max((gpu for gpu in caps if gpu is not None), default=0)) >= count:
         raise PlanError(
-            f"--max-memory {format_bytes(cap)}, but the largest GPU has {format_bytes(max(totals))}",
-            ways=[{"max_memory": f"{max(totals) // GIB}GiB"}, {"max_memory": None}],
+            f"--max-memory caps GPU {last}, and the last of {counted(count, 'GPU')} is GPU {count - 1}",
+            ways=[{"max_memory": spec.max_memory.rpartition("=")[2]}] if spec.max_memory else [],
         )
-    return tuple(int(HEADROOM * min(cap or total, total)) for total in totals)
+    for gpu, cap in caps.items():
+        most = max(totals) if gpu is None else totals[gpu]
+        if cap > most:
+            own, which = ("", "the largest GPU") if gpu is None else (f"{gpu}=", f"GPU {gpu}")
+            raise PlanError(
+                f"--max-memory {own}{format_bytes(cap)}, but {which} has {format_bytes(most)}",
+                ways=[{"max_memory": f"{max(totals) // GIB}GiB"}, {"max_memory": None}],
+            )
+    usable = (min(memory_cap_of(spec, gpu) or total, total) for gpu, total in enumerate(totals))
+    return tuple(int(HEADROOM * size) for size in usable)

@@ -1,5 +1,6 @@
 """What the user wants: one frozen `RunSpec`, from flags over a recipe over defaults, and back to a recipe."""
 
+import re
 from collections.abc import Mapping
 from functools import reduce
 from typing import Annotated, Any, Literal
@@ -194,7 +195,11 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Meta(description="GPUs that hold one backbone between them; groups work on different samples."),
     ] = None
     max_memory: Annotated[
-        str | None, Meta(description="Cap on each GPU, such as 24GiB, enforced in the ranks. Auto: no cap.")
+        str | None,
+        Meta(
+            description="Cap on each GPU, such as 24GiB, or GPU by GPU, such as 0=20GiB,1=10GiB; enforced in the ranks. "
+            "Auto: no cap."
+        ),
     ] = None
     load_format: Annotated[
         Literal["auto", "dummy"], Meta(description="dummy: random weights and random tokens, nothing to download.")
@@ -237,9 +242,29 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     train: Train = Train()
 
 
-def max_memory_bytes(spec: RunSpec) -> int | None:
-    """The cap on each GPU in bytes, or None."""
-    return None if spec.max_memory is None else parse_bytes(spec.max_memory, "max_memory")
+def memory_caps(spec: RunSpec) -> dict[int | None, int]:
+    """The caps in bytes, by GPU; under None that of every GPU which has none of its own.
+
+    Raises SpecError for what is no amount of memory or no number of a GPU.
+    """
+    caps: dict[int | None, int] = {}
+    for entry in () if spec.max_memory is None else spec.max_memory.split(","):
+        gpu, separator, amount = entry.rpartition("=")
+        number = gpu.strip()
+        if separator and not re.fullmatch(r"[0-9]{1,6}", number):
+            raise SpecError(f"max_memory: {number!r} is not the number of a GPU", ways=[{"max_memory": amount.strip()}])
+        key = int(number) if separator else None
+        if key in caps:
+            where = "every GPU" if key is None else f"GPU {key}"
+            raise SpecError(f"max_memory={spec.max_memory} caps {where} twice", ways=[{"max_memory": amount.strip()}])
+        caps[key] = parse_bytes(amount, "max_memory")
+    return caps
+
+
+def memory_cap_of(spec: RunSpec, gpu: int) -> int | None:
+    """The cap on a GPU in bytes, or None."""
+    caps = memory_caps(spec)
+    return caps.get(gpu, caps.get(None))
 
 
 def resolve(*layers: Mapping[str, Any]) -> RunSpec:
@@ -358,7 +383,7 @@ def _value_error(message: str, merged: Mapping[str, Any]) -> SpecError:
 
 def checked(spec: RunSpec) -> RunSpec:
     """The spec. Raises SpecError for settings that contradict each other, so that none is ever ignored."""
-    max_memory_bytes(spec)
+    memory_caps(spec)
     if error := contradiction(flatten(spec), flatten(RunSpec())):
         raise error
     return spec

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from qdist.core.planning.plan import Plan, RankPlan
+from qdist.core.spec.spec import memory_cap_of
 from qdist.core.telemetry.heartbeat import Pulse
 from qdist.core.telemetry.history import Fold
 
@@ -101,7 +102,7 @@ def _rows_of(snapshot: Snapshot, rank: RankPlan) -> Iterator[Row]:
             now_bytes=held or None,
             peak_bytes=(said.memory_bytes or None) if said and index == fullest else None,
             expected_bytes=expected.total,
-            limit_bytes=None if gpu is None else snapshot.plan.memory_cap_bytes or total,
+            limit_bytes=None if gpu is None else memory_cap_of(snapshot.plan.spec, gpu) or total,
             tokens_per_s=said.tokens_per_s if said and index == 0 else None,
             busy_s=said.busy_s if said and index == 0 else None,
             beat_s=max(0.0, snapshot.now - pulse.time) if pulse else None,

@@ -11,7 +11,7 @@ import msgspec
 
 from qdist.core.errors import RunError, nearest
 from qdist.core.machine.cluster import Cluster
-from qdist.core.planning.plan import VERSION, Plan, digest
+from qdist.core.planning.plan import VERSION, Plan, digest, upgraded
 from qdist.core.telemetry.events import Count
 from qdist.core.text import resuming
 from qdist.host.files import BESIDE, write_atomic
@@ -145,7 +145,7 @@ class RunDir:
         path = self.path / PLAN
         if not os.path.lexists(path):
             raise RunError(f"{self.path} is not a run: it has no {PLAN}", try_=self._runs_nearby())
-        found = read_object(path, RunError, try_=_AGAIN)
+        found = upgraded(read_object(path, RunError, try_=_AGAIN))
         version = found.get("version")
         if version != VERSION:
             raise RunError(

@@ -9,6 +9,7 @@ import torch
 from qdist.core.errors import RunError
 from qdist.core.planning.plan import Plan
 from qdist.core.planning.render import ACCELERATE_FILE
+from qdist.core.spec.spec import memory_cap_of
 from qdist.host.machine import probe
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.adapters.lora import add_adapter, prepare_for_training
@@ -75,12 +76,12 @@ def pick_devices(plan: Plan, local_rank: int) -> tuple[torch.device, ...]:
     rank = plan.ranks[local_rank]
     devices = tuple(torch.device("cuda", gpu // sharing) for gpu in rank.gpus)
     torch.cuda.set_device(devices[0])
-    if plan.memory_cap_bytes is not None:
-        for device, expected in zip(devices, rank.expected, strict=True):
+    for gpu, device, expected in zip(rank.gpus, devices, rank.expected, strict=True):
+        cap = memory_cap_of(plan.spec, gpu)
+        if cap is not None:
             # The cap is on the whole GPU; torch can only be held to what the CUDA context and NCCL leave of it.
             total = torch.cuda.get_device_properties(device).total_memory
-            allowed = plan.memory_cap_bytes - expected.context
-            torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, (cap - expected.context) / total), device)
     return devices
 
 

@@ -17,7 +17,7 @@ from qdist.core.planning.memory import MemoryBudget, resident
 from qdist.core.planning.plan import Plan, Source
 from qdist.core.planning.planner import make_plan
 from qdist.core.planning.ranking import choose
-from qdist.core.spec.spec import nest, resolve
+from qdist.core.spec.spec import memory_cap_of, nest, resolve
 from qdist.core.text import GIB
 from tests.plans import CPU, gpus, machine, planned
 
@@ -50,8 +50,8 @@ def check(plan: Plan, cluster: Cluster) -> None:
     for rank in plan.ranks:
         assert len(rank.expected) == max(1, len(rank.gpus))
         for gpu, own in zip(rank.gpus, rank.expected, strict=False):
-            room = HEADROOM * min(cluster.gpus[gpu].total_bytes, plan.memory_cap_bytes or cluster.gpus[gpu].total_bytes)
-            assert own.required <= room
+            total = cluster.gpus[gpu].total_bytes
+            assert own.required <= HEADROOM * min(total, memory_cap_of(plan.spec, gpu) or total)
             assert all(part >= 0 for part in msgspec.structs.astuple(own))
     assert (plan.tokens_per_second > 0) == bool(cluster.gpus)
     assert msgspec.json.decode(msgspec.json.encode(plan), type=Plan) == plan
@@ -110,6 +110,16 @@ def test_all_cards_are_capped() -> None:
     check(plan, cluster)
     with pytest.raises(PlanError, match=r"the largest GPU has 80\.0 GiB"):
         planned("llama-65b", cluster, {"max_memory": "96GiB"})
+
+
+def test_each_card_can_have_a_cap_of_its_own() -> None:
+    cluster = gpus(2, 48)
+    sequential = SPLIT | {"split.schedule": "sequential"}
+    wide, narrow = (planned("llama-65b", cluster, sequential | {"max_memory": cap}) for cap in ("1=20GiB", "0=20GiB"))
+    for plan in (wide, narrow):
+        check(plan, cluster)
+    assert wide.layer_map.count(0) > wide.layer_map.count(1)
+    assert narrow.layer_map.count(0) < narrow.layer_map.count(1)
 
 
 BEST: list[tuple[str, int, int, dict[str, Any], tuple[str, str | None, int]]] = [

@@ -87,7 +87,6 @@ def test_a_cpu_plan_has_no_gpu_and_shares_the_cores() -> None:
     plan = planned("smollm2-135m", CPU, {"gpus": 4})
     assert (plan.device, plan.world_size, plan.threads_per_rank) == ("cpu", 4, 2)
     assert (plan.compute_dtype, plan.optimizer, plan.liger) == ("float32", "adamw", False)
-    assert plan.memory_cap_bytes is None
     assert planned("smollm2-135m", CPU, {"gpus": 16}).threads_per_rank == 1
 
 
@@ -165,6 +164,10 @@ REFUSALS: list[tuple[str, Cluster, dict[str, Any], type[QdistError], str, str]] 
     ("llama-7b", gpus(2, 80), {"gpus": 4}, PlanError, "--gpus 4, but this machine has 2", "--gpus 2"),
     ("llama-7b", gpus(1, 24), {"max_memory": "48GiB"}, PlanError,
      r"--max-memory 48\.0 GiB, but the largest GPU has 24\.0 GiB", "--max-memory 24GiB"),
+    ("llama-7b", gpus(2, 24), {"max_memory": "20GiB,1=48GiB"}, PlanError,
+     r"--max-memory 1=48\.0 GiB, but GPU 1 has 24\.0 GiB", "--max-memory 24GiB"),
+    ("llama-7b", gpus(2, 24), {"max_memory": "0=20GiB,2=16GiB"}, PlanError,
+     "--max-memory caps GPU 2, and the last of 2 GPUs is GPU 1", "--max-memory 16GiB"),
     ("llama-7b", gpus(3, 80), {}, SpecError, "global_batch=16 cannot be spread over 3 ranks", "--set global_batch=18"),
     ("llama-7b", gpus(4, 80), {"micro_batch": 8}, SpecError,
      "4 ranks x micro_batch=8 does not divide global_batch=16", "--set micro_batch=4"),
@@ -340,7 +343,7 @@ def test_the_digest_changes_with_every_field() -> None:
         "engine": "deepspeed", "placement": "split", "schedule": "1f1b",
         "layer_map": (0, 1), "offloaded_layers": (1,), "alternatives": (), "correction": Correction(speed=0.5),
         "liger": not plan.liger,
-        "memory_cap_bytes": GIB, "ranks": plan.ranks[:1], "notes": ("a note",),
+        "ranks": plan.ranks[:1], "notes": ("a note",),
     }  # fmt: skip
     fields = [field.name for field in msgspec.structs.fields(Plan)]
     other |= {name: getattr(plan, name) + 1 for name in fields if name not in other}

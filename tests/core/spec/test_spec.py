@@ -16,7 +16,7 @@ from qdist.core.spec.spec import (
     Train,
     Zero,
     known_keys,
-    max_memory_bytes,
+    memory_cap_of,
     nest,
     parse_assignment,
     resolve,
@@ -184,6 +184,9 @@ def test_a_key_like_no_other_points_to_the_list() -> None:
         ({"epochs": float("inf")}, "epochs cannot be inf: expected a number <= 1e+300", "--set epochs=auto"),
         ({"train": {"checkpointing": "maybe"}}, "train.checkpointing cannot be 'maybe': expected true or false",
          "--set train.checkpointing=auto"),
+        ({"max_memory": "gpu0=24GiB"}, "max_memory: 'gpu0' is not the number of a GPU", "--max-memory 24GiB"),
+        ({"max_memory": "8GiB,9GiB"}, "max_memory=8GiB,9GiB caps every GPU twice", "--max-memory 9GiB"),
+        ({"max_memory": "0=8GiB,0=9GiB"}, "max_memory=0=8GiB,0=9GiB caps GPU 0 twice", "--max-memory 9GiB"),
         ({"max_memory": "24GX"}, "'24GX' is not an amount of memory such as 24GiB or 24GB", "--max-memory 24GiB"),
         ({"split": 3}, "'split' is a section, not a setting", "split.schedule, split.offload_layers"),
     ],
@@ -309,8 +312,17 @@ def test_an_unknown_key_is_refused_wherever_it_enters(call: Any) -> None:
 
 
 def test_the_memory_cap_is_read_in_its_unit() -> None:
-    assert max_memory_bytes(RunSpec()) is None
-    assert max_memory_bytes(RunSpec(max_memory="24GiB")) == 24 * GIB
+    assert memory_cap_of(RunSpec(), 0) is None
+    assert memory_cap_of(RunSpec(max_memory="24GiB"), 3) == 24 * GIB
+
+
+@pytest.mark.parametrize(
+    ("typed", "gib"),
+    [("0=20GiB,1=10GiB", (20, 10, None)), ("24 GiB, 1 = 10GiB", (24, 10, 24)), ("2=8GiB", (None, None, 8))],
+)
+def test_each_gpu_can_have_a_cap_of_its_own(typed: str, gib: tuple[int | None, ...]) -> None:
+    spec = resolve(dict([parse_assignment(f"max_memory={typed}")]))
+    assert tuple(memory_cap_of(spec, gpu) for gpu in range(3)) == tuple(each and each * GIB for each in gib)
 
 
 @pytest.mark.parametrize("name", ["placement", "gpus_per_group", "max_memory"])

@@ -7,8 +7,9 @@ import pytest
 
 from qdist.core.errors import RunError
 from qdist.core.planning.plan import VERSION, digest
+from qdist.core.text import GIB
 from qdist.host.run.rundir import RunDir, free_name, of_ranks
-from tests.plans import CPU, planned
+from tests.plans import CPU, gpus, planned
 
 PLAN = planned("smollm2-135m", CPU)
 
@@ -67,6 +68,13 @@ def test_a_plan_of_another_version_is_refused_before_its_fields_are_read(version
     (tmp_path / "plan.json").write_text(f'{{"version": {version}, "unheard_of": 1}}')
     with pytest.raises(RunError, match=f"plan version {version}, this one reads {VERSION}"):
         RunDir(tmp_path).plan()
+
+
+def test_a_plan_of_the_version_before_is_read_as_one_of_this(tmp_path: Path) -> None:
+    plan = planned("llama-7b", gpus(2, 80), {"max_memory": "64GiB"})
+    older = msgspec.to_builtins(plan) | {"version": 2, "memory_cap_bytes": 64 * GIB}
+    (tmp_path / "plan.json").write_bytes(msgspec.json.encode(older))
+    assert RunDir(tmp_path).plan() == plan
 
 
 def test_checkpoints_count_once_they_are_whole_and_in_order_of_steps(tmp_path: Path) -> None:
