@@ -64,7 +64,7 @@ def model_of(run: RunDir) -> tuple:
     accelerator = make_accelerator(plan, run)
     place = placement_of(plan, 0, devices)
     parts = assemble(place, accelerator, load_part(place).backbone, pad_id=0)
-    return parts.forward, plan.facts.layers, devices[0]
+    return parts.forward, plan.facts.layer_count, devices[0]
 
 
 def batch_of(forward: object, tokens: int, device: torch.device) -> dict:

@@ -114,8 +114,8 @@ def _batch(plan: Plan) -> str:
 def _checkpointing(plan: Plan) -> str:
     if not plan.checkpointing:
         return ""
-    every = plan.checkpointed_layers == plan.facts.layers
-    return ", checkpointing" + ("" if every else f" {plan.checkpointed_layers} of {plan.facts.layers} layers")
+    every = plan.checkpointed_layers == plan.facts.layer_count
+    return ", checkpointing" + ("" if every else f" {plan.checkpointed_layers} of {plan.facts.layer_count} layers")
 
 
 def _speed(plan: Plan) -> Iterator[str]:

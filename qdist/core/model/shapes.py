@@ -1,6 +1,7 @@
 """What is a model made of? Shapes read from its Hugging Face config.json, and what can be counted from them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import msgspec
@@ -36,29 +37,22 @@ class Linear(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.weights + self.outputs * self.bias
 
 
-class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The shape of a causal language model. Counts are parameters, never bytes."""
+class LayerShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The shape of one decoder layer. Counts are parameters, never bytes."""
 
-    name: str
-    family: str
-    """The `model_type` of the config."""
-    layers: int
     hidden: int
+    """Width of what enters and leaves."""
+    linears: tuple[Linear, ...]
+    """In module order: what is quantized and adapted."""
     intermediate: int
+    """Width of the MLP."""
     heads: int
+    """Of queries; 0, as the next two, in a layer without attention."""
     kv_heads: int
     head_dim: int
-    vocab: int
-    max_positions: int
-    tied_embeddings: bool
-    """The output head is the input embedding: one matrix, counted once."""
-    linears: tuple[Linear, ...]
-    """The linears of ONE decoder layer, in module order: what is quantized and adapted. lm_head is neither."""
     norm: Literal["rms", "layer"] = "rms"
-    norms_per_layer: int = 2
-    """Norms over the hidden size in one decoder layer."""
-    outer_norms: int = 1
-    """Norms over the hidden size outside the decoder layers."""
+    norms: int = 2
+    """Norms over the hidden size."""
     qk_norm: bool = False
     """Queries and keys each pass a norm over the head dimension (Qwen3)."""
     mlp: Literal["gated", "gelu", "relu"] = "gated"
@@ -66,28 +60,116 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     attention: Literal["flash", "repacked", "eager"] = "flash"
     """repacked: rotating part of a head lays queries out anew, so the output is copied before it is projected.
     eager: the model writes out its scores (ALiBi), and no flash kernel runs."""
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights and biases of the linears."""
+        return sum(linear.parameters for linear in self.linears)
+
+    @property
+    def norm_parameters(self) -> int:
+        """All norms."""
+        return self.norms * self.norm_width + 2 * self.head_dim * self.qk_norm
+
+    @property
+    def norm_width(self) -> int:
+        """Parameters of a norm over the hidden size: a layer norm has a scale and a shift, an RMS norm a scale."""
+        return self.hidden * (2 if self.norm == "layer" else 1)
+
+    @property
+    def parameters(self) -> int:
+        """The whole layer."""
+        return self.linear_parameters + self.norm_parameters
+
+    @property
+    def weights(self) -> int:
+        """Elements of all matrices: what is quantized."""
+        return sum(linear.weights for linear in self.linears)
+
+    @property
+    def largest_matrix(self) -> int:
+        """Elements of the largest matrix."""
+        return max(linear.weights for linear in self.linears)
+
+    def targeted(self, targets: tuple[str, ...]) -> tuple[Linear, ...]:
+        """The linears that `targets` names; `all-linear` names every one."""
+        return tuple(linear for linear in self.linears if ALL_LINEAR in targets or linear.name in targets)
+
+
+class LayerRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """So many decoder layers of one shape, one behind the other."""
+
+    shape: LayerShape
+    count: int
+
+
+class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The shape of a causal language model. Counts are parameters, never bytes."""
+
+    name: str
+    family: str
+    """The `model_type` of the config."""
+    layers: tuple[LayerRun, ...]
+    """The decoder layers in order, run-length coded."""
+    vocab: int
+    max_positions: int
+    tied_embeddings: bool
+    """The output head is the input embedding: one matrix, counted once."""
+    outer_norms: int = 1
+    """Norms over the hidden size outside the decoder layers, of the kind that these have."""
     learned_positions: int = 0
     """Rows of a learned position table (OPT), or 0."""
 
     @property
+    def hidden(self) -> int:
+        """Width of hidden states, the same between all layers."""
+        return self.layers[0].shape.hidden
+
+    @property
+    def layer_count(self) -> int:
+        """Decoder layers."""
+        return sum(run.count for run in self.layers)
+
+    @property
+    def shapes(self) -> tuple[LayerShape, ...]:
+        """The shape of each run."""
+        return tuple(run.shape for run in self.layers)
+
+    @property
+    def run_of_layer(self) -> tuple[int, ...]:
+        """The run of each decoder layer, by its number in `layers`."""
+        return tuple(index for index, run in enumerate(self.layers) for _ in range(run.count))
+
+    def counts(self, first: int, number: int) -> tuple[int, ...]:
+        """How many of so many layers from `first` on belong to each run."""
+        ends = tuple(accumulate((run.count for run in self.layers), initial=0))
+        return tuple(max(0, min(end, first + number) - max(start, first)) for start, end in pairwise(ends))
+
+    def runs(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """How many layers, given by their numbers, belong to each run."""
+        run_of_layer = self.run_of_layer if layers else ()
+        found = [run_of_layer[layer] for layer in layers]
+        return tuple(found.count(run) for run in range(len(self.layers)))
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Every linear of every kind of decoder layer, each once. lm_head is none."""
+        return tuple(dict.fromkeys(linear for shape in self.shapes for linear in shape.linears))
+
+    @property
     def linear_names(self) -> tuple[str, ...]:
         """What `targets` may name."""
-        return tuple(linear.name for linear in self.linears)
+        return tuple(dict.fromkeys(linear.name for linear in self.linears))
 
     @property
-    def linear_parameters_per_layer(self) -> int:
-        """Weights and biases of the linears of one decoder layer."""
-        return sum(linear.parameters for linear in self.linears)
+    def linear_weights(self) -> int:
+        """Elements of all matrices in decoder layers: what is quantized."""
+        return sum(run.count * run.shape.weights for run in self.layers)
 
     @property
-    def norm_parameters_per_layer(self) -> int:
-        """All norms of one decoder layer."""
-        return self.norms_per_layer * self._norm_width + 2 * self.head_dim * self.qk_norm
-
-    @property
-    def norm_parameters(self) -> int:
-        """All norms of the model, those outside the decoder layers included."""
-        return self.layers * self.norm_parameters_per_layer + self.outer_norms * self._norm_width
+    def outer_norm_parameters(self) -> int:
+        """All norms outside the decoder layers."""
+        return self.outer_norms * self.layers[0].shape.norm_width
 
     @property
     def embedding_parameters(self) -> int:
@@ -96,42 +178,38 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return (tables * self.vocab + self.learned_positions) * self.hidden
 
     @property
-    def layer_parameters(self) -> int:
-        """One whole decoder layer."""
-        return self.linear_parameters_per_layer + self.norm_parameters_per_layer
-
-    @property
     def parameters(self) -> int:
         """The whole model, a tied head counted once."""
-        return self.layers * self.linear_parameters_per_layer + self.norm_parameters + self.embedding_parameters
-
-    @property
-    def _norm_width(self) -> int:
-        """A layer norm has a scale and a shift, an RMS norm a scale."""
-        return self.hidden * (2 if self.norm == "layer" else 1)
+        layers = sum(run.count * run.shape.parameters for run in self.layers)
+        return layers + self.outer_norm_parameters + self.embedding_parameters
 
     def targeted(self, targets: tuple[str, ...]) -> tuple[Linear, ...]:
-        """The linears of one layer that `targets` names; `all-linear` names every one.
+        """Every linear of every kind of layer that `targets` names, each once; `all-linear` names every one.
 
         Raises ModelError when a target is no linear of this model.
         """
-        if ALL_LINEAR in targets:
-            return self.linears
-        for target in (target for target in targets if target not in self.linear_names):
+        strangers = [] if ALL_LINEAR in targets else [name for name in targets if name not in self.linear_names]
+        if strangers:
             known = ", ".join(self.linear_names)
             meant = dict.fromkeys(filter(None, (nearest(each, self.linear_names) for each in targets)))
             raise ModelError(
-                f"{self.name} has no linear {target!r} among {known}",
+                f"{self.name} has no linear {strangers[0]!r} among {known}",
                 ways=[{"lora.targets": tuple(meant) or (ALL_LINEAR,)}],
             )
-        return tuple(linear for linear in self.linears if linear.name in targets)
+        return tuple(dict.fromkeys(linear for shape in self.shapes for linear in shape.targeted(targets)))
 
     def adapter_parameters(self, rank: int, targets: tuple[str, ...], pool: int = 1) -> int:
-        """LoRA parameters: A is rank x inputs and B is outputs x rank, for each target of each layer.
+        """LoRA parameters of the model. Raises ModelError when a target is no linear of it."""
+        self.targeted(targets)
+        return sum(run.count * adapter_parameters(run.shape, rank, targets, pool) for run in self.layers)
 
-        pool: inputs that share a column of A (QA-LoRA).
-        """
-        return self.layers * sum(rank * (linear.inputs // pool + linear.outputs) for linear in self.targeted(targets))
+
+def adapter_parameters(shape: LayerShape, rank: int, targets: tuple[str, ...], pool: int = 1) -> int:
+    """LoRA parameters of a layer: A is rank x inputs and B is outputs x rank, for each target.
+
+    pool: inputs that share a column of A (QA-LoRA).
+    """
+    return sum(rank * (linear.inputs // pool + linear.outputs) for linear in shape.targeted(targets))
 
 
 def from_config(config: Mapping[str, object], *, name: str) -> ModelFacts:
@@ -170,27 +248,33 @@ def _facts(
     kv_heads: int | None = None,
     max_positions: int | None = None,
     tied: bool = False,
+    outer_norms: int = 1,
+    learned_positions: int = 0,
     **own: Any,
 ) -> ModelFacts:
-    """The keys that all families share, in the spellings they have; `own` are fields where a family is no Llama."""
+    """The keys that all families share, in the spellings they have; `own` are fields of layers that are no Llama's."""
     hidden, heads = keys.count("hidden_size", "n_embed"), keys.count("num_attention_heads", "n_head")
     if head_dim is None:
         keys.divides("num_attention_heads", heads, "hidden_size", hidden)
     keys.divides("num_key_value_heads", kv_heads or heads, "num_attention_heads", heads)
-    return ModelFacts(
-        name=keys.name,
-        family=keys.text("model_type"),
-        layers=keys.count("num_hidden_layers", "n_layer", most=10_000),
+    shape = LayerShape(
         hidden=hidden,
+        linears=linears,
         intermediate=next(linear.inputs for linear in linears if linear.reads == "mlp_out"),
         heads=heads,
         kv_heads=kv_heads or heads,
         head_dim=head_dim or hidden // heads,
+        **own,
+    )
+    return ModelFacts(
+        name=keys.name,
+        family=keys.text("model_type"),
+        layers=(LayerRun(shape, keys.count("num_hidden_layers", "n_layer", most=10_000)),),
         vocab=keys.count("vocab_size"),
         max_positions=keys.count("max_position_embeddings", "model_max_length", "seq_length", default=max_positions),
         tied_embeddings=keys.flag("tie_word_embeddings", default=tied),
-        linears=linears,
-        **own,
+        outer_norms=outer_norms,
+        learned_positions=learned_positions,
     )
 
 
@@ -219,7 +303,7 @@ def _grouped(keys: Keys) -> ModelFacts:
     )
     return _facts(
         keys, linears, head_dim=head_dim, kv_heads=kv_heads, qk_norm=qwen3,
-        norms_per_layer=4 if family == "glm4" else 2, attention="repacked" if glm else "flash",
+        norms=4 if family == "glm4" else 2, attention="repacked" if glm else "flash",
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from qdist.core.machine.cards import has_bfloat16
 from qdist.core.machine.cluster import Cluster
 from qdist.core.planning.candidates import HEADROOM, Candidate, Setting
 from qdist.core.planning.layouts import OPEN
-from qdist.core.planning.memory import MemoryBudget
+from qdist.core.planning.memory import MemoryBudget, Sizes
 from qdist.core.planning.plan import Plan
 from qdist.core.planning.ranking import shortage
 from qdist.core.spec.spec import Optim, RunSpec, flatten
@@ -40,16 +40,16 @@ def too_big(spec: RunSpec, cluster: Cluster, closest: Candidate, in_host: tuple[
     return TooBigError(message, ways=list(_ways(spec, cluster, in_host[1] if in_host else 0)))
 
 
-def too_many_offloaded(spec: RunSpec, cluster: Cluster, winner: Candidate, layer_bytes: int) -> TooBigError | None:
+def too_many_offloaded(spec: RunSpec, cluster: Cluster, winner: Candidate, sizes: Sizes) -> TooBigError | None:
     """The error where host memory does not hold the layers that were taken off the GPUs; None where it does."""
-    needed, room = len(winner.offloaded) * layer_bytes, int(HEADROOM * cluster.memory_bytes)
+    needed, room = sizes.held_by(winner.offloaded), int(HEADROOM * cluster.memory_bytes)
     if needed <= room:
         return None
     message = (
         f"{counted(len(winner.offloaded), 'offloaded layer')} need {format_bytes(needed)} of host memory; "
         f"{HEADROOM * 100:.0f} % of this machine's is {format_bytes(room)}"
     )
-    fewer: list[Change] = [{"split.offload_layers": room // layer_bytes}, {"split.offload_layers": None}]
+    fewer: list[Change] = [{"split.offload_layers": room // sizes.widest_layer}, {"split.offload_layers": None}]
     return TooBigError(message, ways=[*fewer, *_ways(spec, cluster, needed)])
 
 
@@ -156,12 +156,12 @@ def notes(setting: Setting, winner: Candidate, barred: SpecError | None) -> Iter
 
     barred: why a faster layout was passed over, if one was.
     """
-    spec, layers = setting.spec, setting.sizes.facts.layers
+    spec, layers = setting.spec, setting.sizes.facts.layer_count
     if winner.layout.schedule == "sequential" and spec.split.schedule is None and barred:
         yield f"sequential: {barred.message}"
     if winner.offloaded:
         why = ", since nothing else fits" if spec.split.offload_layers is None else ""
-        held = format_bytes(len(winner.offloaded) * setting.sizes.layer)
+        held = format_bytes(setting.sizes.held_by(winner.offloaded))
         yield (
             f"{len(winner.offloaded)} of {layers} layers wait in host memory{why}: {held} of it; "
             "each pass copies them to the GPU"

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from functools import cached_property, partial
+from itertools import accumulate
 from typing import NamedTuple
 
 from qdist.core.machine.calibration import Correction
 from qdist.core.machine.cluster import Rates
-from qdist.core.planning.layer_map import balance, least, map_of, scattered, spread_layers
+from qdist.core.planning.layer_map import balance, least, map_of, pace, scattered, spread_layers
 from qdist.core.planning.layouts import Layout
 from qdist.core.planning.memory import STAGE_WIDTH, MemoryBudget, Share, Sizes, budget, load_peak_bytes, resident
 from qdist.core.planning.plan import Fullest
@@ -104,8 +105,8 @@ def options(setting: Setting, layout: Layout) -> Iterator[Candidate]:
 
 def offloading(setting: Setting, layout: Layout) -> Iterator[Candidate]:
     """As `options`, with as few layers in host memory as fit; every layer is recomputed."""
-    layers = setting.sizes.facts.layers
-    most = min(layers, int(HEADROOM * setting.host_bytes) // setting.sizes.layer)
+    layers = setting.sizes.facts.layer_count
+    most = min(layers, int(HEADROOM * setting.host_bytes) // setting.sizes.widest_layer)
     recomputed = 0 if setting.spec.train.checkpointing is False else layers
 
     def fewest(size: int) -> Candidate:
@@ -131,7 +132,7 @@ def micro_batches(setting: Setting, layout: Layout) -> list[int]:
 
 
 def _fewest_recomputed(setting: Setting, layout: Layout, size: int) -> Candidate:
-    wanted, layers = setting.spec.train.checkpointing, setting.sizes.facts.layers
+    wanted, layers = setting.spec.train.checkpointing, setting.sizes.facts.layer_count
     away = setting.spec.split.offload_layers or 0
 
     def with_(recomputed: int) -> Candidate:
@@ -157,7 +158,8 @@ class _Arrangement:
 
     def __init__(self, setting: Setting, layout: Layout, size: int, recomputed: int, away: int) -> None:
         self.setting, self.layout, self.size, self.recomputed = setting, layout, size, recomputed
-        self.layers = setting.sizes.facts.layers
+        self.facts = setting.sizes.facts
+        self.layers = self.facts.layer_count
         self.offloaded = scattered(self.layers, away)
         self.micro_batches = max(1, setting.spec.global_batch // (size * layout.data_parallel))
         self.split = layout.placement == "split"
@@ -165,7 +167,7 @@ class _Arrangement:
 
     def candidate(self) -> Candidate:
         layer_map = self._layer_map() if self.split else ()
-        counts = [layer_map.count(position) for position in range(self.positions)] if self.split else [self.layers]
+        counts = self._counts(layer_map) if self.split else [self.facts.counts(0, self.layers)]
         shares = [self._share(at, count, self._away(layer_map, at)) for at, count in enumerate(counts)]
         if self.setting.rooms is None and self.layout.schedule == "sequential":
             shares = [self._alone()]
@@ -198,41 +200,72 @@ class _Arrangement:
         used = rooms[: self.layout.groups * self.layout.gpus_per_group]
         return tuple(min(used[at :: self.positions]) for at in range(self.positions))
 
+    def _counts(self, layer_map: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Layers of each position, by run."""
+        numbers = [layer_map.count(position) for position in range(self.positions)]
+        starts = accumulate(numbers, initial=0)
+        return [self.facts.counts(start, number) for start, number in zip(starts, numbers, strict=False)]
+
     def _layer_map(self) -> tuple[int, ...]:
         if self.positions == 1:
             return (0,) * self.layers
         if self.layout.schedule == "1f1b":
-            extra = [0.0] * (self.positions - 1) + [self._head_in_layers()]
-            most = [self._most(at) for at in range(self.positions)]
-            counts = balance(self.layers, most, extra) or balance(self.layers, [self.layers] * self.positions, extra)
-            assert counts is not None
-            return map_of(counts)
-        one, two = (budget(self.setting.sizes, self._share(1, count)).required for count in (1, 2))
-        away = set(self.offloaded)
-        layer_bytes = [two - one - (self.setting.sizes.layer if index in away else 0) for index in range(self.layers)]
+            return map_of(self._stages())
+        runs = range(len(self.facts.layers))
+        one, two = ([self._of_run(run, count) for run in runs] for count in (1, 2))
+        pairs = zip(one, two, strict=True)
+        each = [
+            budget(self.setting.sizes, self._share(1, more)).required
+            - budget(self.setting.sizes, self._share(1, less)).required
+            for less, more in pairs
+        ]
+        run_of_layer = self.facts.run_of_layer
+        layer_bytes = [each[run] for run in run_of_layer]
+        for layer in self.offloaded:
+            layer_bytes[layer] -= self.setting.sizes.layers[run_of_layer[layer]].packed
         if self.rooms is None:
             return spread_layers(layer_bytes, [1] * self.positions)
-        fixed = [self._required(at, 1) - (two - one) for at in range(self.positions)]
+        fixed = [max(self._required(at, one[run]) - each[run] for run in runs) for at in range(self.positions)]
         return spread_layers(layer_bytes, [room - own for room, own in zip(self.rooms, fixed, strict=True)])
 
-    def _most(self, position: int) -> int:
-        """Layers for which a stage has memory."""
-        if self.rooms is None:
-            return self.layers
-        room = self.rooms[position]
-        return least(lambda count: self._required(position, count + 1) > room, 0, self.layers)
+    def _stages(self) -> tuple[int, ...]:
+        """Layers of each stage: those for which all have memory, or, where there is no such way, as if they had."""
+        times, head = self._times()
+        extra = [0.0] * (self.positions - 1) + [head]
+        if len(times) > 1:
+            each = [times[run] for run in self.facts.run_of_layer]
+            counts = pace(each, extra, self._holds) or pace(each, extra, lambda *_: True)
+        else:
+            extra[-1] /= times[0]
+            most = [self._most(at) for at in range(self.positions)]
+            counts = balance(self.layers, most, extra) or balance(self.layers, [self.layers] * self.positions, extra)
+        assert counts is not None
+        return counts
 
-    def _required(self, position: int, count: int) -> int:
-        share = self._share(position, count, 1 if self.offloaded else 0)
+    def _of_run(self, run: int, count: int) -> tuple[int, ...]:
+        """So many layers of one run."""
+        return tuple(count * (run == other) for other in range(len(self.facts.layers)))
+
+    def _holds(self, position: int, first: int, number: int) -> bool:
+        """Whether a stage has memory for so many layers from `first` on."""
+        return self.rooms is None or self._required(position, self.facts.counts(first, number)) <= self.rooms[position]
+
+    def _most(self, position: int) -> int:
+        """Layers for which a stage has memory, where all are alike."""
+        return least(lambda count: not self._holds(position, 0, count + 1), 0, self.layers)
+
+    def _required(self, position: int, counts: tuple[int, ...]) -> int:
+        share = self._share(position, counts, counts if self.offloaded else ())
         return max(budget(self.setting.sizes, share).required, load_peak_bytes(self.setting.sizes, share))
 
-    def _share(self, position: int, count: int, away: int = 0) -> Share:
+    def _share(self, position: int, counts: tuple[int, ...], away: tuple[int, ...] = ()) -> Share:
         layout, last = self.layout, self.positions - 1
         pipelined = layout.schedule == "1f1b"
         neighbours = (position > 0) + (position < last)
+        number = sum(counts)
         return Share(
-            layers=count,
-            checkpointed=count if self.positions > 1 and self.recomputed else min(count, self.recomputed),
+            layers=counts,
+            checkpointed=number if self.positions > 1 and self.recomputed else min(number, self.recomputed),
             micro_batch=self.size,
             positions=self.fullest[0],
             learned=self.fullest[1],
@@ -254,7 +287,7 @@ class _Arrangement:
     def _alone(self) -> Share:
         """One CPU process that holds what would lie on several GPUs."""
         return Share(
-            layers=self.layers, checkpointed=self.recomputed, micro_batch=self.size,
+            layers=self.facts.counts(0, self.layers), checkpointed=self.recomputed, micro_batch=self.size,
             positions=self.fullest[0], learned=self.fullest[1],
             gradient_accumulation=self.micro_batches, context_bytes=self._context_bytes(),
         )  # fmt: skip
@@ -279,7 +312,7 @@ class _Arrangement:
         return resident_set(
             own,
             holes=hole_bytes(sizes.job, self.layout, 0 if large else own.activations),
-            copied=sizes.trained * (self.layers if gathers else share.layers),
+            copied=sizes.trained(self.facts.counts(0, self.layers) if gathers else share.layers),
             alone=self.layout.world_size == 1,
         )
 
@@ -291,18 +324,19 @@ class _Arrangement:
             return self.setting.correction.context_bytes
         return cuda_context_bytes(self.layout, neighbours)
 
-    def _away(self, layer_map: tuple[int, ...], position: int) -> int:
-        return sum(layer_map[index] == position for index in self.offloaded)
+    def _away(self, layer_map: tuple[int, ...], position: int) -> tuple[int, ...]:
+        """Offloaded layers of a position, by run."""
+        return self.facts.runs([index for index in self.offloaded if layer_map[index] == position])
 
-    def _head_in_layers(self) -> float:
-        """What the last stage computes beside its layers."""
+    def _times(self) -> tuple[list[float], float]:
+        """What a layer of each run takes of a stage, and what the head takes of the last: seconds, or weights."""
         if self.setting.rates is None:
-            facts = self.setting.sizes.facts
-            return facts.vocab * facts.hidden / facts.linear_parameters_per_layer
-        one = passes(self.setting.sizes, self.setting.rates, self.size)
-        return one.head_s / (one.backward_s + one.forward_s * (2 if self.recomputed else 1))
+            return [float(shape.linear_parameters) for shape in self.facts.shapes], self.facts.vocab * self.facts.hidden
+        one, visits = passes(self.setting.sizes, self.setting.rates, self.size), 2 if self.recomputed else 1
+        both = zip(one.forward_s, one.backward_s, strict=True)
+        return [backward + forward * visits for forward, backward in both], one.head_s
 
-    def _seconds(self, counts: list[int], budgets: tuple[MemoryBudget, ...], *, paged: bool) -> float:
+    def _seconds(self, counts: list[tuple[int, ...]], budgets: tuple[MemoryBudget, ...], *, paged: bool) -> float:
         rates, layout = self.setting.rates, self.layout
         if rates is None or self.rooms is None:
             return 0.0
@@ -315,7 +349,7 @@ class _Arrangement:
             ranks=layout.data_parallel,
             shards=layout.gpus_per_group if layout.placement == "shard" else 1,
             sequential=layout.schedule == "sequential",
-            offloaded=len(self.offloaded),
+            offloaded=self.facts.runs(self.offloaded),
             paged=paged,
             paged_out_bytes=max(0, min(over, max(own.pageable for own in budgets))),
         )

@@ -48,7 +48,7 @@ def device_map(plan: Plan) -> dict[str, int | str]:
         )
     modules = _OTHERS.get(plan.facts.family, _LLAMA)
     gpus = [gpu for rank in plan.ranks if rank.group == 0 for gpu in rank.gpus]
-    layer_map = plan.layer_map or (0,) * plan.facts.layers
+    layer_map = plan.layer_map or (0,) * plan.facts.layer_count
     devices: list[int | str] = [gpus[position] if gpus else "cpu" for position in layer_map]
     found = dict.fromkeys(modules.before, devices[0])
     found |= {

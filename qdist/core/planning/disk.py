@@ -49,4 +49,4 @@ def packed_bytes(facts: ModelFacts, packing: Packing, *, stored_bytes: int = 2) 
         seq_len=1,
     )
     parts = sizes(facts, job)
-    return facts.layers * parts.layer + parts.embedding + parts.head
+    return parts.packed(run.count for run in facts.layers) + parts.embedding + parts.head

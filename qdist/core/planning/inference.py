@@ -9,7 +9,7 @@ import msgspec
 
 from qdist.core.errors import PlanError
 from qdist.core.model.gptq import Gptq
-from qdist.core.model.shapes import ALL_LINEAR, ModelFacts
+from qdist.core.model.shapes import ALL_LINEAR, LayerShape, ModelFacts
 from qdist.core.planning.candidates import HEADROOM
 from qdist.core.planning.layer_map import scattered, spread_layers
 from qdist.core.planning.memory import STAGED_LAYERS, Job, sizes
@@ -57,11 +57,10 @@ def _range(first: int, last: int) -> str:
 class Footprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Bytes of a model's parts while it answers or is evaluated."""
 
-    layers: int
-    layer: int
-    """A decoder layer: its weights, its adapter, and the keys and values that it keeps."""
-    waiting: int
-    """Of `layer`: what leaves the GPU where the layer's weights wait in host memory."""
+    layers: tuple[int, ...]
+    """Of each decoder layer: its weights, its adapter, and the keys and values that it keeps."""
+    waiting: tuple[int, ...]
+    """Of each layer: what leaves the GPU where its weights wait in host memory."""
     staged: int
     """On every GPU while any layer waits: layers that are visiting."""
     first: int
@@ -70,6 +69,11 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """What comes behind them."""
     everywhere: int
     """On every GPU: CUDA context, unpacked matrices, what a layer computes."""
+
+    @property
+    def model(self) -> int:
+        """The whole model, wherever it lies."""
+        return self.first + sum(self.layers) + self.last
 
 
 def footprint(
@@ -96,16 +100,21 @@ def footprint(
         pool=pool, seq_len=1,
     )  # fmt: skip
     parts = sizes(facts, job)
-    weights = sum(linear.weights for linear in facts.linears)
-    matrix = max(linear.weights for linear in facts.linears)
-    cached = 2 * facts.kv_heads * facts.head_dim * compute_bytes * tokens
-    work = (2 * matrix + tokens * (4 * facts.hidden + 3 * facts.intermediate)) * compute_bytes
+    cached = [2 * shape.kv_heads * shape.head_dim * compute_bytes * tokens for shape in facts.shapes]
+    work = max(
+        (2 * shape.largest_matrix + tokens * (4 * facts.hidden + 3 * shape.intermediate)) * compute_bytes
+        for shape in facts.shapes
+    )
     loss = scored * facts.vocab * _SCORED_BYTES
+    layer = [own.packed + 4 * own.trained + kept for own, kept in zip(parts.layers, cached, strict=True)]
+    waiting = [
+        own.packed - (shape.parameters - shape.weights) * compute_bytes
+        for own, shape in zip(parts.layers, facts.shapes, strict=True)
+    ]
     return Footprint(
-        layers=facts.layers,
-        layer=parts.layer + 4 * parts.trained + cached,
-        waiting=parts.layer - (facts.layer_parameters - weights) * compute_bytes,
-        staged=STAGED_LAYERS * parts.layer,
+        layers=tuple(layer[run] for run in facts.run_of_layer),
+        waiting=tuple(waiting[run] for run in facts.run_of_layer),
+        staged=STAGED_LAYERS * parts.widest_layer,
         first=parts.embedding + loss * facts.tied_embeddings,
         last=parts.head + loss * (not facts.tied_embeddings),
         everywhere=CUDA_CONTEXT_BYTES + work,
@@ -125,21 +134,23 @@ def reside(parts: Footprint, rooms: Sequence[int], *, host_bytes: int | None = N
 
     Raises PlanError where not even that fits.
     """
-    one = parts.everywhere + parts.first + parts.layers * parts.layer + parts.last
+    one, count = parts.everywhere + parts.model, len(parts.layers)
     for gpu, own in enumerate(rooms):
         if one <= own:
-            return Residence(layer_gpu=(gpu,) * parts.layers)
-    for waiting in range(parts.layers + 1):
-        offloaded = scattered(parts.layers, waiting)
-        layer_bytes = [parts.layer - parts.waiting * (index in offloaded) for index in range(parts.layers)]
+            return Residence(layer_gpu=(gpu,) * count)
+    for waiting in range(count + 1):
+        offloaded = scattered(count, waiting)
+        layer_bytes = list(parts.layers)
+        for layer in offloaded:
+            layer_bytes[layer] -= parts.waiting[layer]
         staged = parts.staged if waiting else 0
         layer_gpu = _placed(layer_bytes, parts, [own - staged for own in rooms])
         if layer_gpu is not None:
-            _require_host_memory(parts, waiting, host_bytes)
+            _require_host_memory(parts, offloaded, host_bytes)
             return Residence(layer_gpu=layer_gpu, offloaded=offloaded)
-    least = one - parts.layers * parts.waiting + parts.staged
+    least = one - sum(parts.waiting) + parts.staged
     raise PlanError(
-        f"even with all {parts.layers} layers in host memory the model takes {format_bytes(least)} of a GPU; "
+        f"even with all {count} layers in host memory the model takes {format_bytes(least)} of a GPU; "
         f"there is room for {', '.join(map(format_bytes, rooms))}",
         try_="more free GPU memory, smaller batches or shorter answers, or the CPU (CUDA_VISIBLE_DEVICES= )",
     )
@@ -175,12 +186,12 @@ def _placed_on(
     return tuple(gpus[place] for place in places) if fits else None
 
 
-def _require_host_memory(parts: Footprint, waiting: int, host_bytes: int | None) -> None:
-    needed = waiting * parts.waiting
+def _require_host_memory(parts: Footprint, offloaded: Sequence[int], host_bytes: int | None) -> None:
+    needed = sum(parts.waiting[layer] for layer in offloaded)
     if host_bytes is not None and needed > host_bytes:
         raise PlanError(
-            f"{waiting} of {parts.layers} layers would have to wait in host memory and take {format_bytes(needed)}; "
-            f"{format_bytes(host_bytes)} is free",
+            f"{len(offloaded)} of {len(parts.layers)} layers would have to wait in host memory and take "
+            f"{format_bytes(needed)}; {format_bytes(host_bytes)} is free",
             try_="more free GPU memory, or smaller batches and shorter answers",
         )
 
@@ -220,29 +231,42 @@ class Needs(NamedTuple):
 def needs(
     facts: ModelFacts, *, batch: int, tokens: int, hidden: int, lanes: int, number_bytes: int, first: bool
 ) -> Needs:
-    """What a GPU needs.
+    """What a GPU needs at the layer that takes most.
 
     batch: samples of `tokens` tokens that go through a layer together. hidden: bytes of hidden states that stay.
     lanes: sums that the GPU makes. number_bytes: of a weight at work. first: the GPU on which sums are added up.
     """
-    squares = [_FLOAT * linear.inputs**2 for linear in facts.linears]
-    widest, count = max(linear.inputs for linear in facts.linears), batch * tokens
-    readers = Counter(linear.reads for linear in facts.linears)  # those of one tensor are solved on a GPU each
-    mlp = 3 * facts.intermediate + 4 * facts.hidden
+    found = (
+        _layer_needs(
+            shape, batch=batch, tokens=tokens, hidden=hidden, lanes=lanes, number_bytes=number_bytes, first=first
+        )
+        for shape in facts.shapes
+    )
+    return max(found, key=lambda own: own.total)
+
+
+def _layer_needs(
+    shape: LayerShape, *, batch: int, tokens: int, hidden: int, lanes: int, number_bytes: int, first: bool
+) -> Needs:
+    """As `needs`, at a layer of this shape."""
+    squares = [_FLOAT * linear.inputs**2 for linear in shape.linears]
+    widest, count = max(linear.inputs for linear in shape.linears), batch * tokens
+    readers = Counter(linear.reads for linear in shape.linears)  # those of one tensor are solved on a GPU each
+    mlp = 3 * shape.intermediate + 4 * shape.hidden
     # Scores that a model writes out are there as products, in float32 for the softmax, and after it.
-    scores = facts.heads * tokens * (2 * number_bytes + 2 * _FLOAT) if facts.attention == "eager" else 0
-    attention = 10 * facts.hidden * number_bytes + scores
+    scores = shape.heads * tokens * (2 * number_bytes + 2 * _FLOAT) if shape.attention == "eager" else 0
+    attention = 10 * shape.hidden * number_bytes + scores
     columns = 4 * _FLOAT * widest * _COLUMNS
     return Needs(
-        layer=number_bytes * sum(linear.weights for linear in facts.linears),
+        layer=number_bytes * shape.weights,
         hidden=hidden,
-        running=count * max(mlp * number_bytes, attention, 3 * _FLOAT * facts.hidden),
+        running=count * max(mlp * number_bytes, attention, 3 * _FLOAT * shape.hidden),
         summing=max(squares) * (1 + (lanes - 1).bit_length()) + columns // 4,  # by twos, as in a binary counter
         factoring=_SQUARES * max(squares) + columns if first else 0,
         solving=max(
             (
                 2 * _FLOAT * linear.inputs**2 + _WEIGHTS * _FLOAT * linear.weights
-                for linear in facts.linears
+                for linear in shape.linears
                 if first or readers[linear.reads] > 1
             ),
             default=0,

@@ -77,6 +77,43 @@ def balance(layers: int, most: Sequence[int], extra: Sequence[float]) -> tuple[i
     return tuple(counts)
 
 
+def pace(
+    layer_times: Sequence[float], extra: Sequence[float], holds: Callable[[int, int, int], bool]
+) -> tuple[int, ...] | None:
+    """As `balance`, for layers that take different times; None when they do not fit.
+
+    extra: what each stage takes beside layers. holds: whether a stage has memory for so many layers from one on.
+    Of ways that are as fast, the one in which early stages have most.
+    """
+    before = list(accumulate(layer_times, initial=0.0))
+    fastest = None
+    low, high = 0.0, 2 * (before[-1] + max(extra))
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        counts = _paced(before, extra, holds, middle)
+        fastest = counts or fastest
+        low, high = (low, middle) if counts else (middle, high)
+    return fastest
+
+
+def _paced(
+    before: Sequence[float], extra: Sequence[float], holds: Callable[[int, int, int], bool], slowest: float
+) -> tuple[int, ...] | None:
+    """Layers of each stage when one after the other takes all that it can within a time; None where some are left."""
+    counts: list[int] = []
+    start, layers = 0, len(before) - 1
+    for stage, beside in enumerate(extra):
+        end = bisect_right(before, before[start] + slowest - beside) - 1
+        most = min(end, layers - (len(extra) - 1 - stage)) - start  # each later stage needs one
+        while most > 0 and not holds(stage, start, most):
+            most -= 1
+        if most < 1:
+            return None
+        counts.append(most)
+        start += most
+    return tuple(counts) if start == layers else None
+
+
 def map_of(counts: Sequence[int]) -> tuple[int, ...]:
     """(2, 1) -> (0, 0, 1)."""
     return tuple(position for position, count in enumerate(counts) for _ in range(count))

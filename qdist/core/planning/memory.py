@@ -1,15 +1,17 @@
 """How many bytes will a GPU need to fine-tune a model? Derived term by term from shapes, not fitted."""
 
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from math import ceil
 
 import msgspec
 
 from qdist.core.model.gptq import Gptq
-from qdist.core.model.shapes import Linear, ModelFacts
+from qdist.core.model.shapes import LayerShape, Linear, ModelFacts, adapter_parameters
 
 
 def saved_bytes_per_token(
-    facts: ModelFacts,
+    shape: LayerShape,
     *,
     bits: int,
     compute_bytes: int,
@@ -27,50 +29,50 @@ def saved_bytes_per_token(
     fused_lora: our own adapted linears, which cast nothing; peft's otherwise. pool: above 1, QA-LoRA.
     tests/core/planning/test_memory.py holds these terms against the tensors that torch saves.
     """
-    adapted = facts.targeted(targets)
-    fused = fused_layers and facts.norm == "rms"
+    adapted = shape.targeted(targets)
+    fused = fused_layers and shape.norm == "rms"
     return (
-        _saved_by_norms(facts, compute_bytes, fused)
-        + _saved_by_attention(facts, compute_bytes, seq_len)
-        + _saved_by_activation(facts, compute_bytes, fused)
+        _saved_by_norms(shape, compute_bytes, fused)
+        + _saved_by_attention(shape, compute_bytes, seq_len)
+        + _saved_by_activation(shape, compute_bytes, fused)
         + (
-            _saved_linear_inputs(facts, adapted, bits, compute_bytes, fused_lora, lora_dropout)
+            _saved_linear_inputs(shape, adapted, bits, compute_bytes, fused_lora, lora_dropout)
             if pool == 1
-            else _saved_pooled_inputs(facts, adapted, pool, compute_bytes, lora_dropout)
+            else _saved_pooled_inputs(shape, adapted, pool, compute_bytes, lora_dropout)
         )
         + len(adapted) * rank_r * compute_bytes
     )
 
 
-def _saved_by_norms(facts: ModelFacts, compute_bytes: int, fused: bool) -> int:
+def _saved_by_norms(shape: LayerShape, compute_bytes: int, fused: bool) -> int:
     """A norm computes in fp32 and keeps its upcast input; a fused one keeps the input as it is."""
     width = compute_bytes if fused else 4
-    heads = (facts.heads + facts.kv_heads) * facts.head_dim * facts.qk_norm
-    return width * (facts.norms_per_layer * facts.hidden + heads)
+    heads = (shape.heads + shape.kv_heads) * shape.head_dim * shape.qk_norm
+    return width * (shape.norms * shape.hidden + heads)
 
 
-def _saved_by_attention(facts: ModelFacts, compute_bytes: int, seq_len: int) -> int:
+def _saved_by_attention(shape: LayerShape, compute_bytes: int, seq_len: int) -> int:
     """Flash: q, k, v, the output, and a log-sum-exp for each head. Eager: q, k, v, the fp32 softmax and its cast."""
-    queries, keys = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     saved = compute_bytes * (queries + 2 * keys)
-    if facts.attention == "eager":
-        return saved + facts.heads * seq_len * (4 + (compute_bytes if compute_bytes < 4 else 0))
-    if sum(linear.reads == "attention_in" for linear in facts.linears) == 1:
+    if shape.attention == "eager":
+        return saved + shape.heads * seq_len * (4 + (compute_bytes if compute_bytes < 4 else 0))
+    if sum(linear.reads == "attention_in" for linear in shape.linears) == 1:
         saved += compute_bytes * (queries + keys)  # v is a view, and keeps all of the fused projection alive
-    return saved + compute_bytes * queries + 4 * facts.heads
+    return saved + compute_bytes * queries + 4 * shape.heads
 
 
-def _saved_by_activation(facts: ModelFacts, compute_bytes: int, fused: bool) -> int:
+def _saved_by_activation(shape: LayerShape, compute_bytes: int, fused: bool) -> int:
     """Gated: gate, activation(gate) and up (fused: gate and up). GELU: its input. ReLU: its output.
 
     `_saved_linear_inputs` counts what the last linear reads; ReLU's output is that very tensor.
     """
-    tensors = {"gated": 2 if fused else 3, "gelu": 1, "relu": 0}[facts.mlp]
-    return tensors * facts.intermediate * compute_bytes
+    tensors = {"gated": 2 if fused else 3, "gelu": 1, "relu": 0}[shape.mlp]
+    return tensors * shape.intermediate * compute_bytes
 
 
 def _saved_linear_inputs(
-    facts: ModelFacts,
+    shape: LayerShape,
     adapted: tuple[Linear, ...],
     bits: int,
     compute_bytes: int,
@@ -85,27 +87,27 @@ def _saved_linear_inputs(
     autocast = compute_bytes < 4
     own = sum(linear.inputs for linear in adapted)
     widths = {linear.reads: linear.inputs for linear in adapted}
-    if facts.attention == "flash":
+    if shape.attention == "flash":
         widths.pop("attention_out", None)  # attention has kept it already
     if lora_dropout:
-        kept = facts.intermediate * (facts.mlp == "relu")
+        kept = shape.intermediate * (shape.mlp == "relu")
         return (own + kept) * compute_bytes + own * (1 if autocast else 4)
     if autocast and bits == 16 and not fused_lora:
         return own * compute_bytes
-    if facts.mlp == "relu":
-        widths["mlp_out"] = facts.intermediate
+    if shape.mlp == "relu":
+        widths["mlp_out"] = shape.intermediate
     behind_norms = [linear for linear in adapted if linear.reads in ("attention_in", "mlp_in")]
     copies = len(behind_norms) - len({linear.reads for linear in behind_norms})
-    extra = copies * facts.hidden if autocast and facts.norm == "layer" else 0
+    extra = copies * shape.hidden if autocast and shape.norm == "layer" else 0
     return (sum(widths.values()) + extra) * compute_bytes
 
 
 def _saved_pooled_inputs(
-    facts: ModelFacts, adapted: tuple[Linear, ...], pool: int, compute_bytes: int, lora_dropout: bool
+    shape: LayerShape, adapted: tuple[Linear, ...], pool: int, compute_bytes: int, lora_dropout: bool
 ) -> int:
     """QA-LoRA's A keeps the pooled input alone, each reader its own; dropout keeps its masks, peft pools in fp32."""
     own = sum(linear.inputs for linear in adapted)
-    kept = facts.intermediate * compute_bytes * (facts.mlp == "relu")
+    kept = shape.intermediate * compute_bytes * (shape.mlp == "relu")
     if lora_dropout:
         return kept + own // pool * 4 + own * (1 if compute_bytes < 4 else 4)
     return kept + own // pool * compute_bytes
@@ -193,9 +195,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The part of a model that one GPU works on, and how."""
+    """The part of a model that one GPU works on, and how. Tuples count layers, aligned with the runs of the model's."""
 
-    layers: int
+    layers: tuple[int, ...]
     checkpointed: int
     """Of its layers, from the first: recomputed in the backward pass. The others keep what they computed."""
     micro_batch: int
@@ -223,13 +225,41 @@ class Share(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Buffers, each for the hidden states of a micro-batch, into which a stage's neighbours send ahead."""
     sends: bool = False
     """A later stage reads its output, which is kept with the other activations."""
-    offloaded: int = 0
-    """Of its layers: packed weights that wait in host memory."""
+    offloaded: tuple[int, ...] = ()
+    """Of its layers: packed weights that wait in host memory; empty for none."""
     context_bytes: int = 0
 
     def tokens(self, seq_len: int) -> int:
         """Of the fullest micro-batch, padding included."""
         return self.positions or self.micro_batch * seq_len
+
+    @property
+    def recomputed(self) -> tuple[int, ...]:
+        """Its layers that are recomputed."""
+        return first_of(self.layers, self.checkpointed)
+
+
+def first_of(layers: Sequence[int], number: int) -> tuple[int, ...]:
+    """So many of layers, from the first, counted by run as these are."""
+    before = accumulate(layers, initial=0)
+    return tuple(min(count, max(0, number - start)) for count, start in zip(layers, before, strict=False))
+
+
+class LayerSizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of a decoder layer, and of one token in it."""
+
+    packed: int
+    """Bytes of the frozen layer."""
+    trained: int
+    """Adapter parameters."""
+    saved_token: int
+    casts: int
+    """Bytes of the LoRA matrices in 16 bits that a layer of peft's keeps for the backward pass."""
+    working: int
+    working_token: int
+    """Alive only while the backward pass is in its MLP, its widest place."""
+    loading: int
+    """Alive while its largest matrix is loaded: it comes whole and is packed."""
 
 
 class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -237,44 +267,71 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     facts: ModelFacts
     job: Job
-    layer: int
+    layers: tuple[LayerSizes, ...]
+    """A layer of each run."""
     embedding: int
     head: int
     """The output head unless it is the embedding, and the norms outside of layers."""
-    trained: int
-    """Adapter parameters of one layer."""
-    saved_token: int
     entering_token: int
     """A layer's input."""
-    casts: int
-    """LoRA matrices in 16 bits that a layer of peft's keeps for the backward pass."""
 
     @property
     def table(self) -> int:
         """The token embedding, or the head, alone."""
         return self.facts.vocab * self.facts.hidden * self.job.compute_bytes
 
+    @property
+    def widest_layer(self) -> int:
+        """Bytes of the largest packed layer."""
+        return max(own.packed for own in self.layers)
+
+    def packed(self, counts: Iterable[int]) -> int:
+        """Bytes of so many packed layers of each run."""
+        return sum(count * own.packed for count, own in zip(counts, self.layers, strict=False))
+
+    def trained(self, counts: Iterable[int]) -> int:
+        """Adapter parameters of so many layers of each run."""
+        return sum(count * own.trained for count, own in zip(counts, self.layers, strict=False))
+
+    def held_by(self, layers: Iterable[int]) -> int:
+        """Bytes of packed layers by their place in the model."""
+        run_of_layer = self.facts.run_of_layer
+        return sum(self.layers[run_of_layer[layer]].packed for layer in layers)
+
 
 def sizes(facts: ModelFacts, job: Job) -> Sizes:
     """Count a model's parts. Raises ModelError when a target of the adapter is no linear of the model."""
-    outer_norms = facts.norm_parameters - facts.layers * facts.norm_parameters_per_layer
-    head = (0 if facts.tied_embeddings else facts.vocab * facts.hidden) + outer_norms
-    trained = facts.adapter_parameters(job.rank_r, job.targets, job.pool) // facts.layers
-    saved = saved_bytes_per_token(
-        facts, bits=job.bits, compute_bytes=job.compute_bytes, rank_r=job.rank_r, targets=job.targets,
-        pool=job.pool, seq_len=job.seq_len, fused_layers=job.fused_layers, fused_lora=job.fused_lora,
-        lora_dropout=job.lora_dropout,
-    )  # fmt: skip
+    facts.targeted(job.targets)
+    head = (0 if facts.tied_embeddings else facts.vocab * facts.hidden) + facts.outer_norm_parameters
     return Sizes(
         facts=facts,
         job=job,
-        layer=packed_layer_bytes(facts, job),
+        layers=tuple(_layer_sizes(shape, job) for shape in facts.shapes),
         embedding=(facts.vocab + facts.learned_positions) * facts.hidden * job.compute_bytes,
         head=head * job.compute_bytes,
+        entering_token=facts.hidden * job.compute_bytes,
+    )
+
+
+def _layer_sizes(shape: LayerShape, job: Job) -> LayerSizes:
+    trained = adapter_parameters(shape, job.rank_r, job.targets, job.pool)
+    saved = saved_bytes_per_token(
+        shape, bits=job.bits, compute_bytes=job.compute_bytes, rank_r=job.rank_r, targets=job.targets,
+        pool=job.pool, seq_len=job.seq_len, fused_layers=job.fused_layers, fused_lora=job.fused_lora,
+        lora_dropout=job.lora_dropout,
+    )  # fmt: skip
+    widest = max(shape.linears, key=lambda linear: linear.weights)
+    # In the backward pass, three gradients as wide as the MLP (of the product, the gate and up), and the largest weight
+    # matrix twice: dequantized, and in the type of the matmul. A 16-bit backbone has the matrix already; this is too
+    # small to tell.
+    return LayerSizes(
+        packed=packed_layer_bytes(shape, job),
         trained=trained,
         saved_token=saved,
-        entering_token=facts.hidden * job.compute_bytes,
         casts=trained * job.compute_bytes if job.compute_bytes < 4 and not job.fused_lora else 0,
+        working=2 * widest.weights * job.compute_bytes,
+        working_token=3 * shape.intermediate * job.compute_bytes,
+        loading=widest.weights * job.compute_bytes + (_packed_bytes(widest, job) if job.bits < 16 else 0),
     )
 
 
@@ -282,11 +339,10 @@ def budget(sizes: Sizes, share: Share) -> MemoryBudget:
     """What one GPU holds at the peak of a training step with AdamW on LoRA parameters."""
     facts, job = sizes.facts, sizes.job
     tokens = share.tokens(job.seq_len)
-    trained = sizes.trained * share.layers
+    trained, layers = sizes.trained(share.layers), sum(share.layers)
     kept, anew = _kept(sizes, share, tokens)
-    work = anew * (share.checkpointed == share.layers) + _backward_work(
-        facts, tokens=tokens, compute_bytes=job.compute_bytes
-    )
+    work = max(own.working + tokens * own.working_token for own in _kinds(sizes, share))
+    work += anew * (share.checkpointed == layers)
     gathered = _gathered(sizes, share)
     learned = share.learned or tokens
     loss = _loss_bytes(facts, tokens=learned, compute_bytes=job.compute_bytes, fused=job.fused_loss) * share.head
@@ -296,7 +352,7 @@ def budget(sizes: Sizes, share: Share) -> MemoryBudget:
     gradients = 4 * trained // (share.data_parallel if divided else 1)
     if share.gradient_accumulation == share.data_parallel == 1 and share.zero_stage == 0:
         # They fill as the backward pass frees what was kept; only their excess raises the peak.
-        late = anew * (0 < share.checkpointed < share.layers)
+        late = anew * (0 < share.checkpointed < layers)
         gradients = max(0, gradients + late - kept - logits)
     held = _optimizer_bytes(trained, job.moment_bytes, share.zero_stage, share.data_parallel)
     moments = held - _optimizer_bytes(trained, 0, share.zero_stage, share.data_parallel)
@@ -321,16 +377,14 @@ def resident(own: MemoryBudget) -> MemoryBudget:
 
 
 def load_peak_bytes(sizes: Sizes, share: Share) -> int:
-    """Peak of a GPU while its part of the backbone is loaded: one matrix at a time comes whole and is packed."""
-    job = sizes.job
-    matrix = max(sizes.facts.linears, key=lambda linear: linear.weights)
-    packed = _packed_bytes(matrix, job) if job.bits < 16 else 0
-    return weight_bytes(sizes, share) + matrix.weights * job.compute_bytes + packed + share.context_bytes
+    """Peak of a GPU while its part of the backbone is loaded, one matrix at a time."""
+    loading = max(own.loading for own in _kinds(sizes, share))
+    return weight_bytes(sizes, share) + loading + share.context_bytes
 
 
 def weight_bytes(sizes: Sizes, share: Share) -> int:
     """The frozen weights that one GPU keeps: its layers, or its shard of them, and the tables."""
-    layers = (share.layers - share.offloaded) * sizes.layer
+    layers = sizes.packed(share.layers) - sizes.packed(share.offloaded)
     own_table = share.head and not share.embedding and sizes.facts.tied_embeddings
     tables = sizes.embedding * share.embedding + sizes.head * share.head + sizes.table * own_table
     if _shards_tables(sizes, share):
@@ -338,11 +392,11 @@ def weight_bytes(sizes: Sizes, share: Share) -> int:
     return ceil(layers / share.shards) + tables
 
 
-def packed_layer_bytes(facts: ModelFacts, job: Job) -> int:
+def packed_layer_bytes(shape: LayerShape, job: Job) -> int:
     """One frozen decoder layer: packed linears, with their biases and the norms in 16 bits."""
-    rest = facts.layer_parameters - sum(linear.weights for linear in facts.linears)
+    rest = shape.parameters - shape.weights
     stated = job.gptq.layer_bytes if job.gptq else 0
-    packed = stated or sum(_packed_bytes(linear, job) for linear in facts.linears)
+    packed = stated or sum(_packed_bytes(linear, job) for linear in shape.linears)
     return packed + rest * job.compute_bytes
 
 
@@ -375,27 +429,23 @@ def _kept(sizes: Sizes, share: Share, tokens: int) -> tuple[int, int]:
     Non-reentrant checkpointing keeps each layer's input, and saves a layer anew when the backward pass enters it. Where
     the last layers are not checkpointed, they are gone by then and leave room for that.
     """
-    saved, entering = tokens * sizes.saved_token, tokens * sizes.entering_token
-    plain = share.layers - share.checkpointed
-    once = share.checkpointed * entering + plain * (saved + sizes.casts)
-    once += entering * share.sends
-    return share.in_flight * once, saved
+    entering, recomputed = tokens * sizes.entering_token, share.recomputed
+    once = share.checkpointed * entering + entering * share.sends
+    for own, count, anew in zip(sizes.layers, share.layers, recomputed, strict=True):
+        once += (count - anew) * (tokens * own.saved_token + own.casts)
+    anew_token = max(own.saved_token for own in _kinds(sizes, share))
+    return share.in_flight * once, tokens * anew_token
+
+
+def _kinds(sizes: Sizes, share: Share) -> Sequence[LayerSizes]:
+    """The kinds of layers that a share has any of; all of them for a share without layers."""
+    return [own for own, count in zip(sizes.layers, share.layers, strict=True) if count] or sizes.layers
 
 
 def _gathered(sizes: Sizes, share: Share) -> int:
     """Layers that lie elsewhere, in part or whole, and were brought in to be used."""
-    sharded = GATHERED_LAYERS * sizes.layer * (share.shards > 1)
-    return sharded + STAGED_LAYERS * sizes.layer * (share.offloaded > 0)
-
-
-def _backward_work(facts: ModelFacts, *, tokens: int, compute_bytes: int) -> int:
-    """Alive only while the backward pass is in a layer's MLP, its widest place.
-
-    Three gradients as wide as the MLP (of the product, the gate and up), and the largest weight matrix twice:
-    dequantized, and in the type of the matmul. A 16-bit backbone has the matrix already; this is too small to tell.
-    """
-    matrix = max(linear.weights for linear in facts.linears)
-    return (3 * tokens * facts.intermediate + 2 * matrix) * compute_bytes
+    widest = max(own.packed for own in _kinds(sizes, share))
+    return widest * (GATHERED_LAYERS * (share.shards > 1) + STAGED_LAYERS * any(share.offloaded))
 
 
 def _loss_bytes(facts: ModelFacts, *, tokens: int, compute_bytes: int, fused: bool) -> int:

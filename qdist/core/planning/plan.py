@@ -9,7 +9,7 @@ import msgspec
 from qdist.core.data.conversation import Wording
 from qdist.core.machine.calibration import Correction
 from qdist.core.model.gptq import Gptq
-from qdist.core.model.shapes import ModelFacts
+from qdist.core.model.shapes import LayerShape, ModelFacts
 from qdist.core.planning.memory import MemoryBudget
 from qdist.core.spec.spec import RunSpec
 
@@ -193,7 +193,16 @@ def upgraded(found: Mapping[str, Any]) -> dict[str, Any]:
     if found.get("version") != 2:
         return dict(found)
     fields = {key: value for key, value in found.items() if key != "memory_cap_bytes"}  # spec.max_memory says it
-    return {**fields, "version": VERSION}
+    return {**fields, "version": VERSION, "facts": _facts_in_runs(found.get("facts"))}
+
+
+def _facts_in_runs(facts: Any) -> Any:
+    """Facts of a model of which all layers were of one shape."""
+    if not isinstance(facts, Mapping):
+        return facts
+    renamed = {"norms" if key == "norms_per_layer" else key: value for key, value in facts.items()}
+    shape = {key: renamed.pop(key) for key in LayerShape.__struct_fields__ if key in renamed}
+    return {**renamed, "layers": [{"shape": shape, "count": renamed.get("layers")}]}
 
 
 def digest(plan: Plan) -> str:

@@ -122,10 +122,10 @@ def plan_once(
             f"seq_len={longest}, but {spec.model} has {facts.max_positions} positions",
             ways=[{"seq_len": facts.max_positions}],
         )
-    if (spec.split.offload_layers or 0) > facts.layers:
+    if (spec.split.offload_layers or 0) > facts.layer_count:
         raise SpecError(
-            f"split.offload_layers={spec.split.offload_layers}, but {spec.model} has {facts.layers} layers",
-            ways=[{"split.offload_layers": facts.layers}, {"split.offload_layers": None}],
+            f"split.offload_layers={spec.split.offload_layers}, but {spec.model} has {facts.layer_count} layers",
+            ways=[{"split.offload_layers": facts.layer_count}, {"split.offload_layers": None}],
         )
     rates, rate_notes = rates_for(cluster)
     inputs = _Inputs(
@@ -199,7 +199,7 @@ def _decide(inputs: _Inputs) -> _Decision:
     winner = choose(tried) or last_resort(setting, count)
     if winner is None:
         raise too_big(spec, cluster, closest(tried), host_memory_wanted(setting, count))
-    refused = too_many_offloaded(spec, cluster, winner, setting.sizes.layer)
+    refused = too_many_offloaded(spec, cluster, winner, setting.sizes)
     if cluster.device == "cpu":
         refused = too_many_ranks(spec, cluster, winner)
     if refused:

@@ -74,7 +74,7 @@ def contenders(setting: Setting, found: Sequence[Layout]) -> list[list[Candidate
 
 def barring(setting: Setting, layout: Layout) -> SpecError | None:
     """Why a layout cannot exist, or its ranks cannot do what is wanted; None where they can."""
-    spec, layers = setting.spec, setting.sizes.facts.layers
+    spec, layers = setting.spec, setting.sizes.facts.layer_count
     return impossible(spec, layout, layers) or unable(spec, layout, setting.new_rows)
 
 
@@ -100,9 +100,10 @@ def last_resort(setting: Setting, count: int) -> Candidate | None:
 
 def host_memory_wanted(setting: Setting, count: int) -> tuple[int, int] | None:
     """(layers, bytes) that would have to wait in host memory, were there enough of it; None where that cannot help."""
-    boundless = setting._replace(host_bytes=2 * setting.sizes.layer * setting.sizes.facts.layers)
-    away = min((len(own.offloaded) for own in _offloading(boundless, count) if own.fits), default=0)
-    return (away, away * setting.sizes.layer) if away else None
+    sizes = setting.sizes
+    boundless = setting._replace(host_bytes=2 * sizes.widest_layer * sizes.facts.layer_count)
+    away = min((own.offloaded for own in _offloading(boundless, count) if own.fits), key=len, default=())
+    return (len(away), sizes.held_by(away)) if away else None
 
 
 def _offloading(setting: Setting, count: int) -> list[Candidate]:
@@ -170,7 +171,7 @@ def alternatives(
 
 def nonexistent(setting: Setting, found: Iterable[Layout]) -> tuple[Alternative, ...]:
     """Layouts that the model has too few layers for."""
-    refused = ((layout, impossible(setting.spec, layout, setting.sizes.facts.layers)) for layout in found)
+    refused = ((layout, impossible(setting.spec, layout, setting.sizes.facts.layer_count)) for layout in found)
     return tuple(
         Alternative(
             placement=layout.placement,
@@ -238,4 +239,4 @@ def _works(setting: Setting, layout: Layout) -> bool:
         check_batches(setting, layout)
     except SpecError:
         return False
-    return impossible(setting.spec, layout, setting.sizes.facts.layers) is None
+    return impossible(setting.spec, layout, setting.sizes.facts.layer_count) is None

@@ -4,12 +4,14 @@ A layer's pass is matrix products at a share of the card's rate, attention, the 
 elementwise work that moves bytes. Python launches its kernels one by one, which bounds small micro-batches.
 """
 
+from collections.abc import Sequence
 from math import ceil
 
 import msgspec
 
 from qdist.core.machine.cluster import Rates
-from qdist.core.planning.memory import Sizes
+from qdist.core.model.shapes import LayerShape
+from qdist.core.planning.memory import Job, LayerSizes, Sizes, first_of
 
 GEMM_SHARE = 0.98
 """Share of the sustained matmul rate, for a layer's shapes: chosen on the rows of tests/core/planning/test_speed.py,
@@ -47,10 +49,10 @@ FLOAT32_SLOWDOWN = 15
 
 
 class Passes(msgspec.Struct, frozen=True):
-    """Seconds of one micro-batch: each pass through one layer, and the head with its loss."""
+    """Seconds of one micro-batch: each pass through a layer of each run, and the head with its loss."""
 
-    forward_s: float
-    backward_s: float
+    forward_s: tuple[float, ...]
+    backward_s: tuple[float, ...]
     """Without recomputing."""
     head_s: float
     token_bytes: int
@@ -61,47 +63,59 @@ def passes(sizes: Sizes, rates: Rates, micro_batch: int) -> Passes:
     """Time one micro-batch on one GPU that has every weight at hand."""
     facts, job = sizes.facts, sizes.job
     tokens = micro_batch * job.seq_len
-    weights = sum(linear.weights for linear in facts.linears)
+    pairs = zip(facts.shapes, sizes.layers, strict=True)
+    times = [_layer_passes(shape, own, job, rates, tokens) for shape, own in pairs]
+    slow = FLOAT32_SLOWDOWN if job.compute_bytes == 4 else 1
+    flops_s = rates.matmul_flops_s * GEMM_SHARE / slow
+    traffic_s = rates.memory_bytes_s * TRAFFIC_SHARE
+    head = 4 * facts.vocab * facts.hidden * tokens / flops_s + _loss_traffic(sizes, tokens) / traffic_s
+    return Passes(
+        tuple(forward for forward, _ in times),
+        tuple(backward for _, backward in times),
+        head,
+        tokens * sizes.entering_token,
+    )
+
+
+def _layer_passes(shape: LayerShape, own: LayerSizes, job: Job, rates: Rates, tokens: int) -> tuple[float, float]:
+    """Seconds of a layer, forward and backward."""
+    weights = shape.weights
     slow = FLOAT32_SLOWDOWN if job.compute_bytes == 4 else 1
     flops_s = rates.matmul_flops_s * GEMM_SHARE / slow
     product = max(2 * weights * tokens / flops_s, 2 * weights / rates.memory_bytes_s)
-    stops = INT8_STOP * rates.linear_s * len(facts.linears)
+    stops = INT8_STOP * rates.linear_s * len(shape.linears)
     quantized = product / INT8_SHARE + stops if job.bits == 8 else product
-    scores = 2 * tokens * job.seq_len * facts.heads * facts.head_dim
+    scores = 2 * tokens * job.seq_len * shape.heads * shape.head_dim
     attention = scores / (rates.matmul_flops_s * ATTENTION_SHARE / slow)
-    unpack = 0.0 if job.bits == 16 else (sizes.layer + 2 * weights) / (rates.memory_bytes_s * UNPACK_SHARE)
-    forward_bytes, backward_bytes = (tokens * size * job.compute_bytes for size in _accesses(sizes))
-    adapter = 2 * sizes.trained * tokens / flops_s
+    unpack = 0.0 if job.bits == 16 else (own.packed + 2 * weights) / (rates.memory_bytes_s * UNPACK_SHARE)
+    forward_bytes, backward_bytes = (tokens * size * job.compute_bytes for size in _accesses(shape, job))
+    adapter = 2 * own.trained * tokens / flops_s
     traffic_s = rates.memory_bytes_s * TRAFFIC_SHARE
     forward = quantized + attention + adapter + unpack * (job.bits == 4) + forward_bytes / traffic_s
     backward = product + 2.5 * attention + 2 * adapter + unpack + backward_bytes / traffic_s
-    head = 4 * facts.vocab * facts.hidden * tokens / flops_s + _loss_traffic(sizes, tokens) / traffic_s
-    launch = LAUNCH_SHARE * len(facts.linears) * rates.linear_s / 2
-    return Passes(max(forward, launch), max(backward, launch), head, tokens * sizes.entering_token)
+    launch = LAUNCH_SHARE * len(shape.linears) * rates.linear_s / 2
+    return max(forward, launch), max(backward, launch)
 
 
-def _accesses(sizes: Sizes) -> tuple[float, float]:
+def _accesses(shape: LayerShape, job: Job) -> tuple[float, float]:
     """Elements read and written for one token in one layer, forward and backward, outside of products.
 
     Fused: a norm reads and writes h, and three h backward; the gated activation moves 3 and 5 times its width; rotation
     reads and writes q and k; two residual additions, and the sum of the gradients of all that read one tensor.
     Unfused norms and rotation: chosen on the two stock rows of the same tests, still 7 to 8 % too fast.
     """
-    facts, job = sizes.facts, sizes.job
-    hidden, inner = facts.hidden, facts.intermediate
-    rotated = (facts.heads + facts.kv_heads) * facts.head_dim
-    fused = job.fused_layers and facts.norm == "rms"
+    hidden, inner = shape.hidden, shape.intermediate
+    rotated = (shape.heads + shape.kv_heads) * shape.head_dim
+    fused = job.fused_layers and shape.norm == "rms"
     norm, norm_back = (2, 3) if fused else (16, 32)
-    gate, gate_back = {"gated": (3, 5) if fused else (5, 8), "gelu": (2, 3), "relu": (2, 3)}[facts.mlp]
+    gate, gate_back = {"gated": (3, 5) if fused else (5, 8), "gelu": (2, 3), "relu": (2, 3)}[shape.mlp]
     turn = 2 if fused else 12
-    forward: float = facts.norms_per_layer * norm * hidden + gate * inner + turn * rotated + 6 * hidden
-    readers = len(facts.linears) - len({linear.reads for linear in facts.linears})
-    backward: float = (
-        facts.norms_per_layer * norm_back * hidden + gate_back * inner + turn * rotated + (6 + 3 * readers) * hidden
-    )
-    if facts.attention == "eager":
-        forward, backward = forward + 12 * facts.heads * job.seq_len, backward + 12 * facts.heads * job.seq_len
-    adapted = facts.targeted(job.targets)
+    forward: float = shape.norms * norm * hidden + gate * inner + turn * rotated + 6 * hidden
+    readers = len(shape.linears) - len({linear.reads for linear in shape.linears})
+    backward: float = shape.norms * norm_back * hidden + gate_back * inner + turn * rotated + (6 + 3 * readers) * hidden
+    if shape.attention == "eager":
+        forward, backward = forward + 12 * shape.heads * job.seq_len, backward + 12 * shape.heads * job.seq_len
+    adapted = shape.targeted(job.targets)
     inputs, outputs = sum(linear.inputs for linear in adapted), sum(linear.outputs for linear in adapted)
     # Thin products move bytes: A reads the input, B adds to the output; backward the same, and A's gradient, which
     # reads the input once more unless it was pooled.
@@ -119,19 +133,22 @@ def _loss_traffic(sizes: Sizes, tokens: int) -> float:
 
 
 def _adapter_step_s(
-    sizes: Sizes, rates: Rates, *, layers: int, stage: int, ranks: int, micro_batches: int, paged: bool
+    sizes: Sizes, rates: Rates, *, layers: Sequence[int], stage: int, ranks: int, micro_batches: int, paged: bool
 ) -> float:
-    """The optimizer's step and what ZeRO exchanges, for the adapter of so many layers."""
-    trained, job = sizes.trained * layers, sizes.job
+    """The optimizer's step and what ZeRO exchanges, for the adapter of so many layers of each run."""
+    trained, job = sizes.trained(layers), sizes.job
+    matrices = 2 * sum(
+        count * len(shape.targeted(job.targets)) for count, shape in zip(layers, sizes.facts.shapes, strict=True)
+    )
     own = ceil(trained / ranks) if stage else trained
     if job.optimizer_on_gpu:
         seconds = own * OPTIMIZER_ACCESS_BYTES / (rates.memory_bytes_s * (PAGED_SHARE if paged else 1))
     else:
         seconds = own / CPU_ADAM_PARAMETERS_S
     if stage:
-        seconds += ZERO_MATRIX_S * 2 * layers * len(sizes.facts.targeted(job.targets))
+        seconds += ZERO_MATRIX_S * matrices
     if stage == 3:
-        seconds += ZERO3_MATRIX_S * 2 * layers * len(sizes.facts.targeted(job.targets))
+        seconds += ZERO3_MATRIX_S * matrices
     if ranks > 1:
         exchanges = (micro_batches if stage >= 2 else 1) + 1
         seconds += exchanges * 4 * trained * (ranks - 1) / ranks / rates.link_bytes_s
@@ -139,9 +156,9 @@ def _adapter_step_s(
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """What `step_seconds` needs to know of a candidate."""
+    """What `step_seconds` needs to know of a candidate. Layers are counted by run, as in `memory.Share`."""
 
-    counts: tuple[int, ...]
+    counts: tuple[tuple[int, ...], ...]
     """Layers of each GPU of a group that computes by itself: all of them, or those of each stage."""
     checkpointed: int
     micro_batches: int
@@ -149,7 +166,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     ranks: int
     shards: int = 1
     sequential: bool = False
-    offloaded: int = 0
+    offloaded: tuple[int, ...] = ()
     paged: bool = False
     paged_out_bytes: int = 0
     """Moments of the fullest GPU that have no room there and cross the bus twice a step."""
@@ -157,24 +174,42 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 
 def step_seconds(sizes: Sizes, rates: Rates, one: Passes, step: Step) -> float:
     """Seconds of a whole optimizer step."""
-    layers = sum(step.counts)
-    recomputed = step.checkpointed / layers
-    end = _adapter_step_s(
-        sizes, rates, layers=max(step.counts) if not step.sequential else layers, stage=step.zero_stage,
-        ranks=step.ranks, micro_batches=step.micro_batches, paged=step.paged,
+    layers = tuple(map(sum, zip(*step.counts, strict=True)))
+    pipelined = len(step.counts) > 1 and not step.sequential
+    end = max(
+        _adapter_step_s(
+            sizes, rates, layers=own, stage=step.zero_stage, ranks=step.ranks, micro_batches=step.micro_batches,
+            paged=step.paged,
+        )
+        for own in (step.counts if pipelined else (layers,))
     ) + 2 * step.paged_out_bytes / rates.host_bytes_s  # fmt: skip
-    forward, backward = one.forward_s, one.backward_s
-    if step.shards > 1:
-        copies = SHARD_COPIES * sizes.layer / rates.memory_bytes_s
-        gather = sizes.layer * (step.shards - 1) / step.shards / rates.link_bytes_s
-        forward, backward = max(forward, gather) + copies, max(backward, gather) + copies
-    if len(step.counts) > 1 and not step.sequential:
+    forward, backward = _gathering(sizes, rates, one, step.shards)
+    recomputed = first_of(layers, step.checkpointed)
+    shares = [anew / count if count else 0.0 for anew, count in zip(recomputed, layers, strict=True)]
+    if pipelined:
         slots = step.micro_batches + len(step.counts) - 1
-        times = [count * (forward * (1 + recomputed) + backward) for count in step.counts]
+        each = [there * (1 + anew) + back for there, back, anew in zip(forward, backward, shares, strict=True)]
+        times = [sum(count * own for count, own in zip(counts, each, strict=True)) for counts in step.counts]
         times[-1] += one.head_s
         return slots * (max(times) + 2 * one.token_bytes / rates.link_bytes_s) + end
-    copied = step.offloaded * sizes.layer / rates.host_bytes_s
-    there, back = layers * forward, layers * (backward + recomputed * forward)
-    visits = (1 + recomputed) if step.offloaded else 1
+    copied = sizes.packed(step.offloaded) / rates.host_bytes_s
+    there = sum(count * own for count, own in zip(layers, forward, strict=True))
+    back = sum(
+        count * (own + anew * again) for count, own, anew, again in zip(layers, backward, shares, forward, strict=True)
+    )
+    visits = (1 + step.checkpointed / sum(layers)) if any(step.offloaded) else 1
     back = max(back, copied * visits)
     return step.micro_batches * (max(there, copied) + back + one.head_s) + end
+
+
+def _gathering(sizes: Sizes, rates: Rates, one: Passes, shards: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Each pass through a layer of each run, where its weights are gathered for it."""
+    if shards == 1:
+        return one.forward_s, one.backward_s
+    gathers = [own.packed * (shards - 1) / shards / rates.link_bytes_s for own in sizes.layers]
+    copies = [SHARD_COPIES * own.packed / rates.memory_bytes_s for own in sizes.layers]
+
+    def slower(times: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(max(own, gather) + copy for own, gather, copy in zip(times, gathers, copies, strict=True))
+
+    return slower(one.forward_s), slower(one.backward_s)

@@ -119,9 +119,9 @@ def model_flops_per_token(plan: Plan) -> float:
     backward twice. The head counts as a weight, the embedding's look-up as nothing, recomputation as nothing.
     """
     facts, lora = plan.facts, plan.spec.lora
-    weights = facts.layers * sum(linear.weights for linear in facts.linears) + facts.vocab * facts.hidden
+    weights = facts.linear_weights + facts.vocab * facts.hidden
     adapter = facts.adapter_parameters(lora.r, lora.targets, plan.pool)
-    scores = 6 * plan.seq_len * facts.heads * facts.head_dim * facts.layers
+    scores = 6 * plan.seq_len * sum(run.count * run.shape.heads * run.shape.head_dim for run in facts.layers)
     return 4.0 * weights + 6 * adapter + scores
 
 

@@ -59,7 +59,7 @@ class Backbone:
             linear_names=plan.facts.linear_names,
         )
         """On the meta device; linears as they are packed."""
-        self.layers: int = plan.facts.layers
+        self.layers: int = plan.facts.layer_count
         self._weights = self._weights_of_modules()
         self.tables = self._paths_of_tables()
         """Paths of the tables that have rows for new tokens."""

@@ -137,7 +137,7 @@ def _residence(plan: Plan, dtype: torch.dtype) -> Residence:
 
 
 def _require_host_memory(parts: Footprint) -> None:
-    needed = parts.first + parts.layers * parts.layer + parts.last
+    needed = parts.model
     free = probe.host_memory(Path("/"))[1]
     if needed > free:
         raise PlanError(f"it takes {format_bytes(needed)} of host memory, {format_bytes(free)} is free")

@@ -26,7 +26,7 @@ def choose(parts: Footprint, *, device: str | None, max_memory_bytes: int | None
         return reside(parts, [room(free, max_memory_bytes) for free in free_bytes()], host_bytes=host_bytes)
     if max_memory_bytes is not None:
         raise SpecError(f"max_memory is of GPUs to choose from; here is {device or 'none'}", try_="without max_memory")
-    return on_device(torch.device(device or "cpu"), layers=parts.layers)
+    return on_device(torch.device(device or "cpu"), layers=len(parts.layers))
 
 
 def on_device(device: torch.device, *, layers: int) -> Residence:

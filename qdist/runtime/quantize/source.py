@@ -83,13 +83,16 @@ def blueprint(folder: Path) -> Blueprint:
     head = [path for path in paths if model.get_submodule(path) is model.get_output_embeddings()]
     left = [path for path in paths if path not in packed]
     linears = frozenset(f"{path}.weight" for path in packed)
-    if len(linears) != facts.layers * len(facts.linears):
+    expected = sum(run.count * len(run.shape.linears) for run in facts.layers)
+    if len(linears) != expected:
         raise ModelError(
-            f"{folder} has {len(linears)} linears in decoder layers, not {facts.layers} x {len(facts.linears)}",
+            f"{folder} has {len(linears)} linears in {facts.layer_count} decoder layers, not {expected}",
             try_="qdist doctor: transformers may be of another version",
         )
     skipped = tuple(left) if set(left) - set(head) else None
-    return Blueprint(config, type(model).__name__, str(model.base_model_prefix), facts.layers, shapes, linears, skipped)
+    return Blueprint(
+        config, type(model).__name__, str(model.base_model_prefix), facts.layer_count, shapes, linears, skipped
+    )
 
 
 class StreamedTensors:

@@ -63,8 +63,8 @@ def test_facts_agree_with_the_modules_that_transformers_builds(alias: str) -> No
         if isinstance(module, torch.nn.Linear)
     ]
     assert model.num_parameters() == facts.parameters
-    assert len(layers) == facts.layers
-    assert sum(weight.numel() for weight in layers[0].parameters()) == facts.layer_parameters
+    assert len(layers) == facts.layer_count
+    assert sum(weight.numel() for weight in layers[0].parameters()) == facts.shapes[0].parameters
     assert linears == [(linear.name, linear.inputs, linear.outputs, linear.bias) for linear in facts.linears]
 
 

@@ -41,10 +41,10 @@ def check(plan: Plan, cluster: Cluster) -> None:
         assert plan.gradient_accumulation >= size
         assert plan.zero_stage <= 2
         assert set(plan.layer_map) == set(range(size))
-        assert plan.checkpointed_layers in (0, plan.facts.layers)
-    assert len(plan.layer_map) == (plan.facts.layers if plan.placement == "split" else 0)
+        assert plan.checkpointed_layers in (0, plan.facts.layer_count)
+    assert len(plan.layer_map) == (plan.facts.layer_count if plan.placement == "split" else 0)
     assert list(plan.layer_map) == sorted(plan.layer_map)
-    assert 0 <= plan.checkpointed_layers <= plan.facts.layers
+    assert 0 <= plan.checkpointed_layers <= plan.facts.layer_count
     used = [gpu for rank in plan.ranks for gpu in rank.gpus]
     assert used == (list(range(plan.groups * size)) if cluster.gpus else [])
     for rank in plan.ranks:

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from qdist.core.model.aliases import config_of
-from qdist.core.model.shapes import ModelFacts, from_config
+from qdist.core.model.shapes import LayerRun, ModelFacts, from_config
 from qdist.core.planning.inference import Needs, needs
 from qdist.core.text import GIB
 
@@ -37,7 +37,9 @@ def test_the_fullest_moment_counts_and_what_stays_is_there_in_all_of_them() -> N
 def test_a_batch_takes_more_with_its_tokens_and_with_scores_that_are_written_out() -> None:
     llama = facts_of("llama-7b")
     assert need(llama, batch=8).running == 2 * need(llama).running
-    eager = msgspec.structs.replace(llama, attention="eager")
+    (run,) = llama.layers
+    written_out = msgspec.structs.replace(run.shape, attention="eager")
+    eager = msgspec.structs.replace(llama, layers=(LayerRun(written_out, run.count),))
     scores = 4 * 2048 * 2048 * 32 * (2 * 2 + 2 * 4)
     assert need(eager).running > scores
     assert need(llama).running < scores

@@ -62,7 +62,7 @@ def predict(alias: str, **settings: Any) -> MemoryBudget:
 def described(alias: str, **settings: Any) -> tuple[Sizes, Share]:
     """A model's sizes and one GPU's share of it; every layer is recomputed unless told."""
     facts = facts_of(alias)
-    given = USUAL | {"layers": facts.layers, "checkpointed": facts.layers} | settings
+    given = USUAL | {"layers": (facts.layer_count,), "checkpointed": facts.layer_count} | settings
     parts = [{key: value for key, value in given.items() if key in kind.__struct_fields__} for kind in (Job, Share)]
     assert given.keys() == parts[0].keys() | parts[1].keys()
     return sizes(facts, Job(**parts[0])), Share(**parts[1])
@@ -78,8 +78,8 @@ def test_predicted_peaks_are_within_a_tenth_of_the_measured_ones() -> None:
 def test_packed_weights_have_the_bytes_of_their_format() -> None:
     facts = facts_of("llama-7b")
     linear, other = 6_476_005_376, facts.parameters - 6_476_005_376
-    rows = sum(layer.outputs for layer in facts.linears) * facts.layers
-    matrices = facts.layers * len(facts.linears)
+    rows = sum(layer.outputs for layer in facts.linears) * facts.layer_count
+    matrices = facts.layer_count * len(facts.linears)
     expected = {
         (4, False): linear // 2 + linear // 64 * 4,
         (4, True): linear // 2 + linear // 64 + linear // (64 * 256) * 4 + 4 * matrices,
@@ -172,7 +172,7 @@ def test_shards_divide_the_backbone_and_nothing_else(alias: str) -> None:
     table = described(alias)[0].table
     assert part.weights == pytest.approx((whole.weights - table * tied) / 4 + table * tied, rel=1e-5)
     assert (part.adapter, part.gradients, part.optimizer) == (whole.adapter, whole.gradients, whole.optimizer)
-    assert part.gathers - whole.gathers == GATHERED_LAYERS * described(alias)[0].layer
+    assert part.gathers - whole.gathers == GATHERED_LAYERS * described(alias)[0].widest_layer
     kept_whole = predict(alias, **SHARDED, whole_tables=True)
     assert kept_whole.weights > part.weights or tied
 
@@ -180,9 +180,10 @@ def test_shards_divide_the_backbone_and_nothing_else(alias: str) -> None:
 @pytest.mark.parametrize("alias", ["llama-65b", "qwen3-4b", "bloom-7b1"])
 def test_stages_hold_between_them_what_one_gpu_holds(alias: str) -> None:
     facts = facts_of(alias)
-    counts = (facts.layers // 3, facts.layers // 3, facts.layers - 2 * (facts.layers // 3))
+    third = facts.layer_count // 3
+    counts = (third, third, facts.layer_count - 2 * third)
     stages = [
-        predict(alias, layers=count, checkpointed=count, embedding=at == 0, head=at == 2, pipelined=True)
+        predict(alias, layers=(count,), checkpointed=count, embedding=at == 0, head=at == 2, pipelined=True)
         for at, count in enumerate(counts)
     ]
     tied = described(alias)[0].table * facts.tied_embeddings
@@ -191,7 +192,7 @@ def test_stages_hold_between_them_what_one_gpu_holds(alias: str) -> None:
 
 
 def test_a_stage_keeps_as_many_micro_batches_as_are_in_flight() -> None:
-    stage: dict[str, Any] = {"layers": 20, "checkpointed": 20, "micro_batch": 4, "head": False, "pipelined": True}
+    stage: dict[str, Any] = {"layers": (20,), "checkpointed": 20, "micro_batch": 4, "head": False, "pipelined": True}
     one, four = (predict("llama-65b", **stage, in_flight=count, sends=True) for count in (1, 4))
     hidden = 4 * 512 * 8192 * 2
     assert four.activations - one.activations == 3 * 21 * hidden
@@ -202,8 +203,8 @@ def test_a_stage_keeps_as_many_micro_batches_as_are_in_flight() -> None:
 
 
 def test_offloaded_layers_leave_the_gpu_but_for_the_two_in_transit() -> None:
-    own, away = predict("llama-65b"), predict("llama-65b", offloaded=30)
-    layer = described("llama-65b")[0].layer
+    own, away = predict("llama-65b"), predict("llama-65b", offloaded=(30,))
+    layer = described("llama-65b")[0].widest_layer
     assert own.weights - away.weights == 30 * layer
     assert away.gathers - own.gathers == 2 * layer
 
@@ -246,7 +247,7 @@ def test_autograd_saves_what_the_terms_say(family: str, lora_dropout: float, whi
     three, two = (saved_bytes(family, layers, targets, lora_dropout, bits=16) for layers in (3, 2))
     shared_input = 4 * facts.hidden if family == "gpt_neox" else 0
     own = saved_bytes_per_token(
-        facts, bits=16, compute_bytes=4, rank_r=RANK, targets=targets, seq_len=LENGTH,
+        facts.shapes[0], bits=16, compute_bytes=4, rank_r=RANK, targets=targets, seq_len=LENGTH,
         fused_layers=False, fused_lora=False, lora_dropout=lora_dropout > 0,
     )  # fmt: skip
     assert own - shared_input == pytest.approx((three - two) / (BATCH * LENGTH), rel=0.02)
@@ -267,7 +268,7 @@ def test_autograd_saves_under_autocast_what_the_terms_say(
     three, two = (saved_bytes(family, layers, targets, 0.0, bits=bits, autocast=True) for layers in (3, 2))
     casts = 2 * facts.adapter_parameters(RANK, targets)
     own = saved_bytes_per_token(
-        facts, bits=bits, compute_bytes=2, rank_r=RANK, targets=targets, seq_len=LENGTH,
+        facts.shapes[0], bits=bits, compute_bytes=2, rank_r=RANK, targets=targets, seq_len=LENGTH,
         fused_layers=False, fused_lora=False, lora_dropout=False,
     )  # fmt: skip
     assert own == pytest.approx((three - two - casts) / (BATCH * LENGTH), rel=0.02)
@@ -291,7 +292,7 @@ def test_our_adapted_linears_save_what_the_terms_say(family: str, autocast: bool
         saved_bytes(family, layers, targets, 0.0, bits=16, autocast=autocast, fused_lora=True) for layers in (3, 2)
     )
     own = saved_bytes_per_token(
-        facts, bits=16, compute_bytes=2 if autocast else 4, rank_r=RANK, targets=targets, seq_len=LENGTH,
+        facts.shapes[0], bits=16, compute_bytes=2 if autocast else 4, rank_r=RANK, targets=targets, seq_len=LENGTH,
         fused_layers=False, fused_lora=True, lora_dropout=False,
     )  # fmt: skip
     shared_input = 4 * facts.hidden if family == "gpt_neox" and not autocast else 0
@@ -309,8 +310,8 @@ def test_pooling_linears_keep_groups_alone(family: str, lora_dropout: float, aut
     given = {"bits": 16, "autocast": autocast, "fused_lora": True, "pool": 16}
     three, two = (saved_bytes(family, layers, targets, lora_dropout, **given) for layers in (3, 2))
     own = saved_bytes_per_token(
-        facts, bits=16, compute_bytes=2 if autocast else 4, rank_r=RANK, targets=targets, pool=16, seq_len=LENGTH,
-        fused_layers=False, fused_lora=True, lora_dropout=lora_dropout > 0,
+        facts.shapes[0], bits=16, compute_bytes=2 if autocast else 4, rank_r=RANK, targets=targets, pool=16,
+        seq_len=LENGTH, fused_layers=False, fused_lora=True, lora_dropout=lora_dropout > 0,
     )  # fmt: skip
     assert own == pytest.approx((three - two) / (BATCH * LENGTH), rel=0.02)
 

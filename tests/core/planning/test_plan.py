@@ -295,7 +295,7 @@ def test_moments_are_paged_where_not_even_full_recomputation_leaves_them_room(
 ) -> None:
     plan = planned(model, gpus(count, gib), settings)
     assert plan.optimizer == "paged-adamw"
-    assert plan.checkpointed_layers == plan.facts.layers
+    assert plan.checkpointed_layers == plan.facts.layer_count
     owns = [own for rank in plan.ranks for own in rank.expected]
     assert max(own.total for own in owns) > HEADROOM * gib * GIB
     assert all(own.required <= HEADROOM * gib * GIB and own.pageable > 0 for own in owns)
@@ -321,12 +321,12 @@ def test_layers_keep_what_they_compute_only_in_room_that_moments_leave(gib: int)
     settings = {"micro_batch": 8}
     plan = planned("llama-7b", gpus(1, gib), settings)
     assert plan.optimizer == "adamw"
-    assert 0 < plan.checkpointed_layers < plan.facts.layers
+    assert 0 < plan.checkpointed_layers < plan.facts.layer_count
     job = Job(
         bits=4, rank_r=64, targets=("all-linear",), seq_len=512, fused_loss=True, fused_layers=True, fused_lora=True,
     )  # fmt: skip
     share = Share(
-        layers=32, checkpointed=plan.checkpointed_layers, micro_batch=8, gradient_accumulation=2,
+        layers=(32,), checkpointed=plan.checkpointed_layers, micro_batch=8, gradient_accumulation=2,
         context_bytes=CUDA_CONTEXT_BYTES,
     )  # fmt: skip
     assert budget(sizes(plan.facts, job), share) == plan.ranks[0].expected[0]

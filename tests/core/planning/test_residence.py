@@ -9,14 +9,14 @@ from qdist.core.planning.inference import Footprint, Residence, footprint, resid
 from qdist.core.text import GIB
 from tests.core.planning.test_memory import facts_of
 
-PARTS = Footprint(layers=8, layer=10, waiting=8, staged=16, first=5, last=7, everywhere=3)
+PARTS = Footprint(layers=(10,) * 8, waiting=(8,) * 8, staged=16, first=5, last=7, everywhere=3)
 
 
 def held(parts: Footprint, residence: Residence) -> dict[int, int]:
     """Bytes on each GPU."""
     total = dict.fromkeys(residence.gpus, parts.everywhere + parts.staged * bool(residence.offloaded))
     for index, gpu in enumerate(residence.layer_gpu):
-        total[gpu] += parts.layer - parts.waiting * (index in residence.offloaded)
+        total[gpu] += parts.layers[index] - parts.waiting[index] * (index in residence.offloaded)
     total[residence.layer_gpu[0]] += parts.first
     total[residence.layer_gpu[-1]] += parts.last
     return total

@@ -119,7 +119,7 @@ def test_a_shape_is_known_offline(name: str, here: Path) -> None:
     saved(here / "mine")
     config, facts = shape(name)
     assert config == config_of("llama-7b")
-    assert (facts.name, facts.layers, facts.hidden) == (name, 32, 4096)
+    assert (facts.name, facts.layer_count, facts.hidden) == (name, 32, 4096)
 
 
 def test_a_shape_that_only_a_hub_could_tell_is_refused(here: Path) -> None:
@@ -221,11 +221,11 @@ def test_the_configuration_in_the_hubs_cache_wins_over_the_name(here: Path, monk
     monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(here), raising=False)
     named = find_shape("meta-llama/Llama-2-7b-chat-hf")
     assert named is not None
-    assert (named.facts.layers, "shape of llama2-7b" in named.note) == (32, True)
+    assert (named.facts.layer_count, "shape of llama2-7b" in named.note) == (32, True)
     folder = here / "models--meta-llama--Llama-2-7b-chat-hf"
     saved(folder / "snapshots" / "f00d", json.dumps(config_of("llama2-7b") | {"num_hidden_layers": 3}))
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("f00d")
     cached = find_shape("meta-llama/Llama-2-7b-chat-hf")
     assert cached is not None
-    assert (cached.facts.layers, cached.note) == (3, "")
+    assert (cached.facts.layer_count, cached.note) == (3, "")

@@ -33,7 +33,7 @@ WAYS = [
     Residence(layer_gpu=(1, 2), offloaded=(0, 1)),
 ]
 CPU = torch.device("cpu")
-TINY = Footprint(layers=2, layer=40, waiting=30, staged=10, first=5, last=5, everywhere=10)
+TINY = Footprint(layers=(40,) * 2, waiting=(30,) * 2, staged=10, first=5, last=5, everywhere=10)
 
 
 @pytest.fixture

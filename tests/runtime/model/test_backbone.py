@@ -58,7 +58,7 @@ def test_a_layer_holds_exactly_the_bytes_that_were_predicted(
 ) -> None:
     model, plan = random_backbone(tmp_path, family, kind, dtype="bfloat16")
     job = Job(bits=kind[1], double_quant=kind[2], compute_bytes=2, rank_r=1, targets=("all-linear",), seq_len=8)  # type: ignore[arg-type]
-    predicted = packed_layer_bytes(plan.facts, job)
+    predicted = packed_layer_bytes(plan.facts.shapes[0], job)
     assert [held_bytes(layer) for layer in layers(model)] == [predicted] * 2
 
 

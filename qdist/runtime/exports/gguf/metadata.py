@@ -103,14 +103,15 @@ def add_metadata(writer: Any, facts: ModelFacts, rope: Rope, config: Mapping[str
     writer.add_name(facts.name)
     writer.add_file_type(int(_FILE_TYPES[kind]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_block_count(facts.layers)
+    (shape,) = facts.shapes  # these architectures have layers of one kind
+    writer.add_block_count(facts.layer_count)
     writer.add_context_length(facts.max_positions)
     writer.add_embedding_length(facts.hidden)
-    writer.add_feed_forward_length(facts.intermediate)
-    writer.add_head_count(facts.heads)
-    writer.add_head_count_kv(facts.kv_heads)
-    writer.add_key_length(facts.head_dim)
-    writer.add_value_length(facts.head_dim)
+    writer.add_feed_forward_length(shape.intermediate)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
     writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps") or _EPSILON))
     writer.add_vocab_size(facts.vocab)
     _add_rope(writer, facts, rope)
@@ -118,7 +119,7 @@ def add_metadata(writer: Any, facts: ModelFacts, rope: Rope, config: Mapping[str
 
 def _add_rope(writer: Any, facts: ModelFacts, rope: Rope) -> None:
     """llama3's scaling is a tensor, so that no key says it."""
-    writer.add_rope_dimension_count(facts.head_dim)
+    writer.add_rope_dimension_count(facts.shapes[0].head_dim)
     writer.add_rope_freq_base(rope.theta)
     if rope.type == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)

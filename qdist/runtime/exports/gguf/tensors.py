@@ -33,13 +33,14 @@ def facts_of(config: Mapping[str, Any], *, name: str) -> ModelFacts:
     activation = config.get("hidden_act") or "silu"
     if activation != "silu":
         raise ModelError(f"{name} has hidden_act {activation!r}, and GGUF readers compute silu", try_="a merged folder")
-    if facts.family == "qwen2" and facts.heads * facts.head_dim != facts.hidden:
-        width = facts.heads * facts.head_dim
+    (shape,) = facts.shapes  # these architectures have layers of one kind
+    width = shape.heads * shape.head_dim
+    if facts.family == "qwen2" and width != facts.hidden:
         raise ModelError(
             f"{name} has heads of {width} in all, and llama.cpp reads Qwen2 with {facts.hidden} like its hidden size",
             try_="a merged folder",
         )
-    if facts.family == "qwen3" and any(linear.bias for linear in facts.linears):
+    if facts.family == "qwen3" and any(linear.bias for linear in shape.linears):
         raise ModelError(f"{name} has attention_bias, and llama.cpp reads Qwen3 without", try_="a merged folder")
     return facts
 
@@ -62,8 +63,8 @@ def stored_tensors(tensors: Tensors, facts: ModelFacts, rope: Rope, kind: Kind) 
         if not name.endswith(_REMADE) and not (name == _HEAD and facts.tied_embeddings)
     }
     _require_same(expected, given, facts.name)
-    names = gguf.get_tensor_name_map(_ARCHITECTURES[facts.family], facts.layers)
-    factors = rope_factors(rope, facts.head_dim)
+    names = gguf.get_tensor_name_map(_ARCHITECTURES[facts.family], facts.layer_count)
+    factors = rope_factors(rope, facts.shapes[0].head_dim)
     stored = [
         Stored(
             name=names.get_name(source, try_suffixes=(".weight", ".bias")),
@@ -83,18 +84,18 @@ def stored_tensors(tensors: Tensors, facts: ModelFacts, rope: Rope, kind: Kind) 
 
 def _expected(facts: ModelFacts) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield _EMBEDDING, (facts.vocab, facts.hidden)
-    for layer in range(facts.layers):
-        before = f"model.layers.{layer}"
-        for linear in facts.linears:
+    for layer, run in enumerate(facts.run_of_layer):
+        before, shape = f"model.layers.{layer}", facts.shapes[run]
+        for linear in shape.linears:
             module = f"{before}.{_block(linear)}.{linear.name}"
             yield f"{module}.weight", (linear.outputs, linear.inputs)
             if linear.bias:
                 yield f"{module}.bias", (linear.outputs,)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield f"{before}.{norm}.weight", (facts.hidden,)
-        if facts.qk_norm:
+        if shape.qk_norm:
             for norm in ("q_norm", "k_norm"):
-                yield f"{before}.self_attn.{norm}.weight", (facts.head_dim,)
+                yield f"{before}.self_attn.{norm}.weight", (shape.head_dim,)
     yield _NORM, (facts.hidden,)
     if not facts.tied_embeddings:
         yield _HEAD, (facts.vocab, facts.hidden)
@@ -141,4 +142,5 @@ def _interleaved_heads(source: str, facts: ModelFacts) -> int:
     if _ARCHITECTURES[facts.family] != gguf.MODEL_ARCH.LLAMA:
         return 0
     module = source.rsplit(".", 2)[-2]
-    return {"q_proj": facts.heads, "k_proj": facts.kv_heads}.get(module, 0)
+    shape = facts.shapes[0]
+    return {"q_proj": shape.heads, "k_proj": shape.kv_heads}.get(module, 0)

@@ -170,11 +170,15 @@ def _devices() -> tuple[torch.device, ...]:
 
 def _require_space(job: Job, work: Path) -> None:
     widest = Shape(job.wanted.bits[-1], job.wanted.group_size)
-    linears = sum(widest.bytes_of(part.inputs, part.outputs, ordered=True) for part in job.decoder.facts.linears)
+    packed = [
+        sum(widest.bytes_of(part.inputs, part.outputs, ordered=True) for part in shape.linears)
+        for shape in job.decoder.facts.shapes
+    ]
+    linears = [packed[run] for run in job.decoder.facts.run_of_layer]
     needed = 0
-    for position in range(job.layers + 1):
+    for position, own in enumerate((*linears, 0)):
         if finished(work, file_name(position, job.layers)) is None:
-            needed += sum(entry.bytes for entry in job.plain(position)) + linears * (position < job.layers)
+            needed += sum(entry.bytes for entry in job.plain(position)) + own
     needed += sum(path.stat().st_size for path in job.beside)
     require_space(work.parent, needed, purpose=f"quantizing {job.name}")
 

@@ -128,7 +128,7 @@ def test_linears_of_several_widths_load_as_their_overrides_say(tmp_path: Path) -
     held = [
         sum(value.numel() * value.element_size() for value in layer.parameters()) for layer in decoder_layers(model)
     ]
-    assert packed_layer_bytes(facts, job) == max(held)
+    assert packed_layer_bytes(facts.shapes[0], job) == max(held)
 
 
 @pytest.mark.parametrize("desc_act", [False, True])
@@ -142,7 +142,7 @@ def test_a_layer_holds_the_bytes_that_were_predicted(tmp_path: Path, bits: Any, 
     layer = decoder_layers(model)[0]
     indices = [module.g_idx for module in layer.modules() if getattr(module, "g_idx", None) is not None]
     held = sum(value.numel() * value.element_size() for value in (*layer.parameters(), *indices))
-    assert packed_layer_bytes(facts, job) == held
+    assert packed_layer_bytes(facts.shapes[0], job) == held
 
 
 UP = "model.layers.1.mlp.up_proj"
