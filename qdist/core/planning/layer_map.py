@@ -1,6 +1,6 @@
 """Which layers lie on which GPU of a split backbone?"""
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
@@ -83,7 +83,7 @@ def pace(
     """As `balance`, for layers that take different times; None when they do not fit.
 
     extra: what each stage takes beside layers. holds: whether a stage has memory for so many layers from one on.
-    Of ways that are as fast, the one in which early stages have most.
+    Of ways that are as fast, the one in which later stages have most: these keep fewer micro-batches.
     """
     before = list(accumulate(layer_times, initial=0.0))
     fastest = None
@@ -99,19 +99,19 @@ def pace(
 def _paced(
     before: Sequence[float], extra: Sequence[float], holds: Callable[[int, int, int], bool], slowest: float
 ) -> tuple[int, ...] | None:
-    """Layers of each stage when one after the other takes all that it can within a time; None where some are left."""
+    """Layers of each stage when from the last on each takes all that it can within a time; None where some are left."""
     counts: list[int] = []
-    start, layers = 0, len(before) - 1
-    for stage, beside in enumerate(extra):
-        end = bisect_right(before, before[start] + slowest - beside) - 1
-        most = min(end, layers - (len(extra) - 1 - stage)) - start  # each later stage needs one
-        while most > 0 and not holds(stage, start, most):
-            most -= 1
-        if most < 1:
+    end = len(before) - 1
+    for stage in reversed(range(len(extra))):
+        start = bisect_left(before, before[end] - (slowest - extra[stage]))
+        number = end - max(start, stage)  # each earlier stage needs one
+        while number > 0 and not holds(stage, end - number, number):
+            number -= 1
+        if number < 1:
             return None
-        counts.append(most)
-        start += most
-    return tuple(counts) if start == layers else None
+        counts.append(number)
+        end -= number
+    return None if end else tuple(reversed(counts))
 
 
 def map_of(counts: Sequence[int]) -> tuple[int, ...]:

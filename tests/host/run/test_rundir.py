@@ -73,8 +73,14 @@ def test_a_plan_of_another_version_is_refused_before_its_fields_are_read(version
 def test_a_plan_of_the_version_before_is_read_as_one_of_this(tmp_path: Path) -> None:
     plan = planned("llama-7b", gpus(2, 80), {"max_memory": "64GiB"})
     older = msgspec.to_builtins(plan) | {"version": 2, "memory_cap_bytes": 64 * GIB}
+    ((shape, count),) = (run.values() for run in older["facts"].pop("layers"))
+    older["facts"] |= shape | {"layers": count, "norms_per_layer": shape["norms"]}
+    del older["facts"]["norms"]
     (tmp_path / "plan.json").write_bytes(msgspec.json.encode(older))
     assert RunDir(tmp_path).plan() == plan
+    (tmp_path / "plan.json").write_bytes(msgspec.json.encode(older | {"facts": {"layers": 32}}))
+    with pytest.raises(RunError, match="is not a plan"):
+        RunDir(tmp_path).plan()
 
 
 def test_checkpoints_count_once_they_are_whole_and_in_order_of_steps(tmp_path: Path) -> None:
