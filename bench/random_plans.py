@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from qdist.cli.plan import Request, plan, planned
 from qdist.core.errors import QdistError
-from qdist.core.machine.cards import TITLES
+from qdist.core.machine.cards import CARDS
 from qdist.core.machine.cluster import Cluster, Gpu
 from qdist.core.model.aliases import ALIASES
 from qdist.core.text import GIB
@@ -209,7 +209,7 @@ def machine(chance: random.Random, odd: bool) -> list[str]:
     if described < 0.65:
         words += ["--gpu-memory", f"{chance.choice(MEMORIES)}GiB"]
     elif described < 0.9:
-        words += ["--gpu-name", chance.choice(TITLES)]
+        words += ["--gpu-name", chance.choice(CARDS).title]
     if chance.random() < 0.85:
         words += ["--gpus", str(chance.choice(COUNTS))]
     if chance.random() < 0.25:

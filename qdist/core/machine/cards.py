@@ -26,6 +26,8 @@ HOST_SHARE = 0.80
 class Card(msgspec.Struct, frozen=True):
     """One card's data sheet. Rates in TFLOP/s, GB/s; dense, with 32-bit accumulation; links in one direction."""
 
+    title: str
+    """What people call it."""
     name: str
     """A pattern in NVML's name, in lower case with single spaces."""
     gib: int
@@ -39,39 +41,66 @@ class Card(msgspec.Struct, frozen=True):
 
 CARDS = (
     # The first that matches wins: a form with fewer words comes after those with more.
-    Card(r"g?b200|b100", 180, 2250, 8000, 64, 900),
-    Card(r"h200 nvl", 140, 835, 4800, 64, 300),
-    Card(r"h200|gh200", 140, 989, 4800, 64, 450),
-    Card(r"h100 nvl", 94, 835, 3900, 64, 300),
-    Card(r"h100 pcie", 80, 756, 2039, 64),
-    Card(r"h100", 80, 989, 3350, 64, 450),
-    Card(r"a100.*sxm.*80gb", 80, 312, 2039, 32, 300),
-    Card(r"a100.*80gb", 80, 312, 1935, 32),
-    Card(r"a100.*sxm\d", 40, 312, 1555, 32, 300),
-    Card(r"a100", 40, 312, 1555, 32),
-    Card(r"rtx 6000 ada", 48, 364, 960, 32),
-    Card(r"l40s", 48, 362, 864, 32),
-    Card(r"l40", 48, 181, 864, 32),
-    Card(r"l4", 24, 121, 300, 32),
-    Card(r"a40", 48, 150, 696, 32),
-    Card(r"a10g", 24, 70, 600, 32),
-    Card(r"a10", 24, 125, 600, 32),
-    Card(r"a6000", 48, 155, 768, 32),
-    Card(r"rtx 5090", 32, 209, 1792, 64),
-    Card(r"rtx 4090", 24, 165, 1008, 32),
-    Card(r"rtx 3090", 24, 71, 936, 32),
-    Card(r"v100.*sxm.*32gb", 32, 125, 900, 16, 150, bfloat16=False),
-    Card(r"v100.*sxm\d", 16, 125, 900, 16, 150, bfloat16=False),
-    Card(r"v100", 16, 112, 900, 16, bfloat16=False),
-    Card(r"t4", 16, 65, 320, 16, bfloat16=False),
-    Card(r"2080 ti", 11, 54, 616, 16, bfloat16=False),
+    # Where a sheet has no such figure, of GeForce cards from Ampere on twice the FP32 rate, which is what their matrix
+    # units do with 32-bit accumulation; of Blackwell's others an eighth of the TOPS, which count sparse FP4.
+    Card("B300", r"g?b300", 268, 2250, 8000, 128, 900),
+    Card("B200", r"g?b200|b100", 180, 2250, 8000, 64, 900),
+    Card("H200 NVL", r"h200 nvl", 140, 835, 4800, 64, 300),
+    Card("H200", r"h200|gh200", 140, 989, 4800, 64, 450),
+    Card("H100 NVL", r"h100 nvl", 94, 835, 3900, 64, 300),
+    Card("H100 PCIe", r"h100 pcie", 80, 756, 2039, 64),
+    Card("H100", r"h100", 80, 989, 3350, 64, 450),
+    Card("A100-SXM4-80GB", r"a100.*sxm.*80gb", 80, 312, 2039, 32, 300),
+    Card("A100 80GB PCIe", r"a100.*80gb", 80, 312, 1935, 32),
+    Card("A100-SXM4-40GB", r"a100.*sxm\d", 40, 312, 1555, 32, 300),
+    Card("A100-PCIE-40GB", r"a100", 40, 312, 1555, 32),
+    Card("GB10", r"gb10", 119, 125, 273, 64),
+    Card("RTX PRO 6000 Blackwell Max-Q", r"rtx pro 6000.*max q", 96, 439, 1792, 64),
+    Card("RTX PRO 6000 Blackwell", r"rtx pro 6000", 96, 504, 1792, 64),
+    Card("RTX PRO 5000 Blackwell", r"rtx pro 5000", 48, 258, 1344, 64),
+    Card("RTX PRO 4000 Blackwell", r"rtx pro 4000", 24, 147, 672, 64),
+    Card("RTX 6000 Ada", r"rtx 6000 ada", 48, 364, 960, 32),
+    Card("L40S", r"l40s", 48, 362, 864, 32),
+    Card("L40", r"l40", 48, 181, 864, 32),
+    Card("L4", r"l4", 24, 121, 300, 32),
+    Card("A40", r"a40", 48, 150, 696, 32),
+    Card("A10G", r"a10g", 24, 70, 600, 32),
+    Card("A10", r"a10", 24, 125, 600, 32),
+    Card("RTX A6000", r"a6000", 48, 155, 768, 32),
+    Card("RTX A5000", r"a5000", 24, 111, 768, 32),
+    Card("RTX A4500", r"a4500", 20, 95, 640, 32),
+    Card("RTX A4000", r"a4000", 16, 77, 448, 32),
+    Card("RTX 5090", r"rtx 5090", 32, 209, 1792, 64),
+    Card("RTX 5080", r"rtx 5080", 16, 113, 960, 64),
+    Card("RTX 5070 Ti", r"rtx 5070 ti", 16, 88, 896, 64),
+    Card("RTX 5070", r"rtx 5070", 12, 62, 672, 64),
+    Card("RTX 5060 Ti 8GB", r"rtx 5060 ti 8gb", 8, 47, 448, 32),
+    Card("RTX 5060 Ti", r"rtx 5060 ti", 16, 47, 448, 32),
+    Card("RTX 4090", r"rtx 4090", 24, 165, 1008, 32),
+    Card("RTX 4080 SUPER", r"rtx 4080 super", 16, 104, 736, 32),
+    Card("RTX 4080", r"rtx 4080", 16, 97, 717, 32),
+    Card("RTX 4070 Ti SUPER", r"rtx 4070 ti super", 16, 88, 672, 32),
+    Card("RTX 4070 Ti", r"rtx 4070 ti", 12, 80, 504, 32),
+    Card("RTX 4070 SUPER", r"rtx 4070 super", 12, 71, 504, 32),
+    Card("RTX 4070", r"rtx 4070", 12, 58, 504, 32),
+    Card("RTX 4060 Ti 16GB", r"rtx 4060 ti 16gb", 16, 44, 288, 16),
+    Card("RTX 4060 Ti", r"rtx 4060 ti", 8, 44, 288, 16),
+    Card("RTX 4060", r"rtx 4060", 8, 30, 272, 16),
+    Card("RTX 3090", r"rtx 3090", 24, 71, 936, 32),
+    Card("RTX 3080 Ti", r"rtx 3080 ti", 12, 68, 912, 32),
+    Card("RTX 3080", r"rtx 3080", 10, 60, 760, 32),
+    Card("RTX 3070 Ti", r"rtx 3070 ti", 8, 44, 608, 32),
+    Card("RTX 3070", r"rtx 3070", 8, 41, 448, 32),
+    Card("RTX 3060 Ti", r"rtx 3060 ti", 8, 32, 448, 32),
+    Card("RTX 3060", r"rtx 3060", 12, 25, 360, 32),
+    Card("V100-SXM2-32GB", r"v100.*sxm.*32gb", 32, 125, 900, 16, 150, bfloat16=False),
+    Card("V100-SXM2-16GB", r"v100.*sxm\d", 16, 125, 900, 16, 150, bfloat16=False),
+    Card("V100-PCIE-16GB", r"v100", 16, 112, 900, 16, bfloat16=False),
+    Card("T4", r"t4", 16, 65, 320, 16, bfloat16=False),
+    Card("RTX 2080 Ti", r"2080 ti", 11, 54, 616, 16, bfloat16=False),
 )
-TITLES = (
-    "B200", "H200", "H200 NVL", "H100", "H100 NVL", "H100 PCIe", "A100-SXM4-80GB", "A100 80GB PCIe", "A100-SXM4-40GB",
-    "A100-PCIE-40GB", "RTX 6000 Ada", "L40S", "L40", "L4", "A40", "A10G", "A10", "RTX A6000", "RTX 5090", "RTX 4090",
-    "RTX 3090", "V100-SXM2-32GB", "V100-SXM2-16GB", "V100-PCIE-16GB", "T4", "RTX 2080 Ti",
-)  # fmt: skip
-"""What people call them."""
+_SMALLER = re.compile(r"\b(?:laptop|notebook|mobile|max q design)\b")
+"""Of a laptop's card, which has fewer units, less memory and less power than the desktop's of that name."""
 TABLE = "table"
 """How the source of rates that nobody measured begins."""
 _USUAL = (
@@ -129,7 +158,7 @@ def usual_card(memory_bytes: int) -> str:
 
 def _nearest(name: str) -> list[str]:
     """Up to three titles that look like a name, the likest first; usual ones where none does."""
-    squeezed = {re.sub(r"\W", "", title).lower(): title for title in TITLES}
+    squeezed = {re.sub(r"\W", "", title).lower(): title for title in (card.title for card in CARDS)}
     wanted = re.sub(r"[\W_]|nvidia|geforce", "", name.lower())
     close = [title for key, title in squeezed.items() if wanted and (wanted in key or key in wanted)]
     close = close or [squeezed[key] for key in get_close_matches(wanted, squeezed, n=3, cutoff=0.5)]
@@ -139,6 +168,8 @@ def _nearest(name: str) -> list[str]:
 def _card(name: str) -> Card | None:
     folded = re.sub(r"[\s_-]+", " ", name.lower())
     folded = re.sub(r"\b(rtx|geforce|nvidia|tesla)(?=\w*\d)", r"\1 ", re.sub(r"(?<=\d)ti\b", " ti", folded))
+    if _SMALLER.search(folded):
+        return None
     return next((card for card in CARDS if re.search(rf"\b(?:{card.name})\b", folded)), None)
 
 

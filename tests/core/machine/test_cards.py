@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 from qdist.core.errors import SpecError
-from qdist.core.machine.cards import CARDS, TITLES, has_bfloat16, memory_of, rates_of, usual_card
+from qdist.core.machine.cards import CARDS, has_bfloat16, memory_of, rates_of, usual_card
 from qdist.core.text import GIB
 
 NAMES = [
@@ -31,6 +31,37 @@ NAMES = [
     ("NVIDIA GeForce RTX 3090", 71, 936, False),
     ("NVIDIA GeForce RTX 4090", 165, 1008, False),
     ("NVIDIA GeForce RTX 5090", 209, 1792, False),
+    ("NVIDIA B300 SXM6 AC", 2250, 8000, True),
+    ("NVIDIA GB300", 2250, 8000, True),
+    ("NVIDIA GB10", 125, 273, False),
+    ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 504, 1792, False),
+    ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 504, 1792, False),
+    ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", 439, 1792, False),
+    ("NVIDIA RTX PRO 5000 Blackwell", 258, 1344, False),
+    ("NVIDIA RTX PRO 4000 Blackwell", 147, 672, False),
+    ("NVIDIA RTX A5000", 111, 768, False),
+    ("NVIDIA RTX A4500", 95, 640, False),
+    ("NVIDIA RTX A4000", 77, 448, False),
+    ("NVIDIA GeForce RTX 5080", 113, 960, False),
+    ("NVIDIA GeForce RTX 5070 Ti", 88, 896, False),
+    ("NVIDIA GeForce RTX 5070", 62, 672, False),
+    ("NVIDIA GeForce RTX 5060 Ti", 47, 448, False),
+    ("RTX 5060 Ti 8GB", 47, 448, False),
+    ("NVIDIA GeForce RTX 4080 SUPER", 104, 736, False),
+    ("NVIDIA GeForce RTX 4080", 97, 717, False),
+    ("NVIDIA GeForce RTX 4070 Ti SUPER", 88, 672, False),
+    ("NVIDIA GeForce RTX 4070 Ti", 80, 504, False),
+    ("NVIDIA GeForce RTX 4070 SUPER", 71, 504, False),
+    ("NVIDIA GeForce RTX 4070", 58, 504, False),
+    ("NVIDIA GeForce RTX 4060 Ti", 44, 288, False),
+    ("RTX 4060 Ti 16GB", 44, 288, False),
+    ("NVIDIA GeForce RTX 4060", 30, 272, False),
+    ("NVIDIA GeForce RTX 3080 Ti", 68, 912, False),
+    ("NVIDIA GeForce RTX 3080", 60, 760, False),
+    ("NVIDIA GeForce RTX 3070 Ti", 44, 608, False),
+    ("NVIDIA GeForce RTX 3070", 41, 448, False),
+    ("NVIDIA GeForce RTX 3060 Ti", 32, 448, False),
+    ("NVIDIA GeForce RTX 3060", 25, 360, False),
     ("Tesla V100-SXM2-32GB", 125, 900, True),
     ("Tesla V100-SXM2-16GB", 125, 900, True),
     ("Tesla V100-PCIE-16GB", 112, 900, False),
@@ -54,6 +85,32 @@ def test_an_unknown_card_has_no_rates(name: str) -> None:
     assert rates_of(name) is None
     with pytest.raises(SpecError, match="no card is known"):
         memory_of(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA GeForce RTX 4080 Laptop GPU",
+        "NVIDIA GeForce RTX 3080 Ti Laptop GPU",
+        "NVIDIA GeForce RTX 5090 Laptop GPU",
+        "NVIDIA RTX A5000 Laptop GPU",
+        "NVIDIA RTX PRO 5000 Blackwell Generation Laptop GPU",
+        "NVIDIA RTX 6000 Ada Generation Laptop GPU",
+        "NVIDIA GeForce RTX 2080 Ti with Max-Q Design",
+        "rtx4090-laptop",
+    ],
+)
+def test_the_card_of_a_laptop_is_not_the_desktops_of_that_name(name: str) -> None:
+    assert rates_of(name) is None
+    with pytest.raises(SpecError, match="no card is known"):
+        memory_of(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["NVIDIA RTX 4000 SFF Ada Generation", "Quadro RTX 5000", "NVIDIA RTX A400", "NVIDIA GeForce RTX 5060"]
+)
+def test_a_card_that_is_not_in_the_table_is_not_taken_for_one_that_is(name: str) -> None:
+    assert rates_of(name) is None
 
 
 def test_each_card_in_the_table_can_be_reached() -> None:
@@ -88,4 +145,5 @@ def test_an_unknown_name_lists_the_nearest(name: str, near: str) -> None:
 
 
 def test_what_is_suggested_is_known() -> None:
-    assert len({rates_of(title) for title in TITLES}) == len(TITLES) == len(CARDS)
+    assert all(memory_of(card.title) == card.gib * GIB for card in CARDS)
+    assert len({rates_of(card.title) for card in CARDS}) == len(CARDS)
