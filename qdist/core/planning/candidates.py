@@ -211,22 +211,25 @@ class _Arrangement:
             return (0,) * self.layers
         if self.layout.schedule == "1f1b":
             return map_of(self._stages())
-        runs = range(len(self.facts.layers))
-        one, two = ([self._of_run(run, count) for run in runs] for count in (1, 2))
-        pairs = zip(one, two, strict=True)
-        each = [
-            budget(self.setting.sizes, self._share(1, more)).required
-            - budget(self.setting.sizes, self._share(1, less)).required
-            for less, more in pairs
-        ]
-        run_of_layer = self.facts.run_of_layer
+        return self._spread()
+
+    def _spread(self) -> tuple[int, ...]:
+        """The layer map of one process: every GPU as full, for its room, as the others."""
+        sizes, runs, run_of_layer = self.setting.sizes, range(len(self.facts.layers)), self.facts.run_of_layer
+        one, two = (
+            [budget(sizes, self._share(1, self._of_run(run, count))).required for run in runs] for count in (1, 2)
+        )
+        each = [more - less for less, more in zip(one, two, strict=True)]
         layer_bytes = [each[run] for run in run_of_layer]
         for layer in self.offloaded:
-            layer_bytes[layer] -= self.setting.sizes.layers[run_of_layer[layer]].packed
+            layer_bytes[layer] -= sizes.layers[run_of_layer[layer]].packed
         if self.rooms is None:
             return spread_layers(layer_bytes, [1] * self.positions)
-        fixed = [max(self._required(at, one[run]) - each[run] for run in runs) for at in range(self.positions)]
-        return spread_layers(layer_bytes, [room - own for room, own in zip(self.rooms, fixed, strict=True)])
+        useful = (
+            room - max(self._required(at, self._of_run(run, 1)) - each[run] for run in runs)
+            for at, room in enumerate(self.rooms)
+        )
+        return spread_layers(layer_bytes, list(useful))
 
     def _stages(self) -> tuple[int, ...]:
         """Layers of each stage: those for which all have memory, or, where there is no such way, as if they had."""
