@@ -197,7 +197,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     max_memory: Annotated[
         str | None,
         Meta(
-            description="Cap on each GPU, such as 24GiB, or GPU by GPU, such as 0=20GiB,1=10GiB; enforced in the ranks. "
+            description="Cap on each GPU, such as 24GiB, or by GPU, such as 0=20GiB,1=10GiB; enforced in the ranks. "
             "Auto: no cap."
         ),
     ] = None

@@ -7,6 +7,7 @@ import pytest
 
 from qdist.core.model.aliases import config_of
 from qdist.core.model.shapes import ModelFacts, from_config
+from qdist.core.planning.activations import saved_bytes_per_token
 from qdist.core.planning.memory import (
     GATHERED_LAYERS,
     Job,
@@ -15,7 +16,6 @@ from qdist.core.planning.memory import (
     Sizes,
     budget,
     load_peak_bytes,
-    saved_bytes_per_token,
     sizes,
 )
 from qdist.core.text import GIB

@@ -20,7 +20,7 @@ from qdist.core.planning.speed import Step, passes, step_seconds
 from qdist.core.spec.spec import nest, resolve
 from qdist.core.telemetry.snapshot import model_flops_per_token
 from qdist.core.text import GIB, MIB
-from tests.core.test_speed import H200
+from tests.core.planning.test_speed import H200
 
 HIDDEN, NARROW, WIDE, VOCAB = 256, 512, 4096, 1024
 
