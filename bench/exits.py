@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from qdist.core.requests import Export
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.exports import merged_16bit, qalora_as_lora
 from qdist.runtime.exports.evaluation import Evaluation
 from qdist.runtime.exports.gguf import export
-from qdist.runtime.exports.job import Export
 from qdist.runtime.exports.qalora_merge import merge_offsets
+from qdist.runtime.exports.update import Adapters
 from qdist.runtime.infer.load import with_packed
 from qdist.runtime.model.skeleton import DTYPES, load_backbone
 from qdist.runtime.quiet import quiet
@@ -55,7 +56,7 @@ def ways(evaluation: Evaluation, run: Path, work: Path) -> dict[str, Callable[[]
 
 def merged(evaluation: Evaluation, run: Path, out: Path) -> float:
     """As `qdist merge` writes it."""
-    difference = merge_offsets(Export(runs=(run,), out=out).adapters, out, lambda _: None)
+    difference = merge_offsets(Adapters([RunDir(run)]), out, lambda _: None)
     print(f"{'':28}offsets {difference.relative:.1e} off the update, {difference.unchanged} tensors bit for bit")
     return value(evaluation.quantized(out))
 
@@ -64,7 +65,7 @@ def widened(evaluation: Evaluation, run: Path, out: Path) -> float:
     """PEFT with its own LoRA layers over the packed base."""
     from peft import PeftModel
 
-    qalora_as_lora.widen(Export(runs=(run,), out=out).adapters, out)
+    qalora_as_lora.widen(Adapters([RunDir(run)]), out)
     plan = evaluation.plan
     backbone = load_backbone(
         with_packed(plan), bits=plan.spec.bits, quant=plan.spec.quant, dtype=DTYPES[plan.compute_dtype],
@@ -76,9 +77,8 @@ def widened(evaluation: Evaluation, run: Path, out: Path) -> float:
 
 def written(evaluation: Evaluation, run: Path, out: Path, dtype: Any) -> float:
     """A 16-bit model, read back."""
-    job = Export(runs=(run,), out=out, dtype=dtype)
-    merged_16bit.write(job.adapters, out, onto="dequantized", dtype=job.torch_dtype)
-    return value(evaluation.written(out, job.torch_dtype))
+    merged_16bit.write(Adapters([RunDir(run)]), out, onto="dequantized", dtype=DTYPES[dtype])
+    return value(evaluation.written(out, DTYPES[dtype]))
 
 
 def in_gguf(evaluation: Evaluation, run: Path, out: Path, kind: Any) -> float:
@@ -87,7 +87,7 @@ def in_gguf(evaluation: Evaluation, run: Path, out: Path, kind: Any) -> float:
 
     out.parent.mkdir()
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        export.run(Export(runs=(run,), out=out, type=kind))
+        export.run(Export(to="gguf", runs=(str(run),), out=str(out), type=kind))
     print(f"{'':28}{said.getvalue().splitlines()[0].partition(': ')[2]}")
     model = AutoModelForCausalLM.from_pretrained(out.parent, gguf_file=out.name, dtype=torch.float32).eval()
     return evaluation.held_out(model, torch.float32)

@@ -8,7 +8,7 @@ import argparse
 import json
 import os
 import shutil
-import sys
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -18,18 +18,20 @@ import torch
 
 from qdist.core.machine.cluster import hypothetical
 from qdist.core.model.aliases import config_of
+from qdist.core.requests import Export, Folding, Merge, request_of
 from qdist.core.spec.spec import nest, resolve
 from qdist.core.text import GIB, format_bytes
 from qdist.host.launch import claim, prepare
+from qdist.host.launch.tasks import handed_over
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.engine.torch import State
 from qdist.runtime.train import checkpoint
 from qdist.runtime.train.result import gather
 
-COMMANDS = {
-    "merge": ("qdist.runtime.exports.merge", ()),
-    "export --to lora": ("qdist.runtime.exports.main", ("lora",)),
-    "export --to 16bit": ("qdist.runtime.exports.main", ("16bit",)),
+COMMANDS: dict[str, tuple[type[Folding], dict[str, str]]] = {
+    "merge": (Merge, {}),
+    "export --to lora": (Export, {"to": "lora"}),
+    "export --to 16bit": (Export, {"to": "16bit"}),
 }
 
 
@@ -45,12 +47,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=given.work) as folder:
         for layers in map(int, given.layers.split(",")):
             run = made(given.model, layers, given.method, Path(folder))
-            for name, (module, flags) in COMMANDS.items():
+            for name, (kind, told) in COMMANDS.items():
                 if given.only not in name or (given.method != "qa-lora" and name != "export --to 16bit"):
                     continue
                 out = Path(folder, "out")
                 began = time.monotonic()
-                peak = measured(module, (*flags, str(run.path), "--out", str(out)))
+                peak = measured(request_of(kind, {**told, "runs": (str(run.path),), "out": str(out)}))
                 size = sum(file.stat().st_size for file in out.iterdir())
                 took = f"{time.monotonic() - began:.0f} s"
                 wrote = format_bytes(size)
@@ -82,12 +84,14 @@ def made(model: str, layers: int, method: str, folder: Path) -> RunDir:
     return job.run
 
 
-def measured(module: str, arguments: tuple[str, ...]) -> int:
+def measured(request: Folding) -> int:
     """Bytes of host memory that a process takes at its peak. It must end well."""
-    child = os.posix_spawn(sys.executable, [sys.executable, "-m", module, *arguments], os.environ)
-    _, status, usage = os.wait4(child, 0)
-    if os.waitstatus_to_exitcode(status):
-        raise SystemExit(f"{module} ended with {os.waitstatus_to_exitcode(status)}")
+    with handed_over(request) as task:
+        child = subprocess.Popen(task.command, pass_fds=task.descriptors)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            raise SystemExit(f"{request} ended with {child.returncode}: {task.answer()}")
     return usage.ru_maxrss * 1024
 
 

@@ -22,10 +22,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qdist.core.model.gptq import Shape, from_config
+from qdist.core.requests import GptqSettings
 from qdist.host.sources.models import locate
 from qdist.runtime.formats.gptq_folder import Quantized
 from qdist.runtime.formats.packed_folder import opened, tensor_files
-from qdist.runtime.quantize.gptq.job import Wanted
 from qdist.runtime.quantize.gptq.make import make
 from qdist.runtime.quantize.gptq.solve import curvature, solve, unpacked
 from qdist.runtime.quantize.materialize import materialize
@@ -66,7 +66,7 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
         if variant in GPTQ:
             data = given.data or str(rest)
-            wanted = Wanted(**{"data": data, "samples": given.samples, "seq_len": given.seq_len, **GPTQ[variant]})
+            wanted = GptqSettings(**{"data": data, "samples": given.samples, "seq_len": given.seq_len, **GPTQ[variant]})
             make(given.model, work / variant, wanted)
             put_back(model, work / variant, names)
             shutil.rmtree(work / variant)

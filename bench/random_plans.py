@@ -15,12 +15,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from typing import Any, NamedTuple
 
-from qdist.cli.plan import Request, plan, planned
+from qdist.cli.plan import plan, requested
 from qdist.core.errors import QdistError
 from qdist.core.machine.cards import CARDS
 from qdist.core.machine.cluster import Cluster, Gpu
 from qdist.core.model.aliases import ALIASES
 from qdist.core.text import GIB
+from qdist.host.launch.planning import planned
 
 NO_HINT = "a smaller model, or larger GPUs"
 NO_GPU = Cluster(device="cpu", gpus=(), cpu_count=8, memory_bytes=32 * GIB, memory_free_bytes=30 * GIB)
@@ -142,7 +143,7 @@ def run(drawn: Draw) -> Outcome:
     try:
         with plan.make_context("plan", list(drawn.words)) as context:
             typed = {key: value for key, value in context.params.items() if key != "form"}
-            planned(Request(**typed), lambda: drawn.here)
+            planned(requested(**typed), lambda: drawn.here)
     except QdistError as error:
         return Outcome(kind(error), error.message, error.try_, seconds=time.process_time() - began)
     return Outcome(seconds=time.process_time() - began)

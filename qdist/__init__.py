@@ -1,7 +1,85 @@
-"""qdist: fine-tune quantized language models on whatever GPUs are there, with one command."""
+"""qdist: fine-tune quantized language models on whatever GPUs are there, with one command.
+
+`plan` and `launch` are what the commands of these names do, from Python; `load` opens what came of them. Settings are
+keywords: keys of `core.spec.RunSpec` (`seq_len`, `**{"lora.r": 8}`), the last part of one where only one ends so
+(`dropout`), or the name of a flag (`lora_r`). What the user can put right is a `core.errors.QdistError`: one sentence,
+and one thing to try.
+"""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from qdist.core.planning.plan import Plan
+
+
+class Finished(NamedTuple):
+    """A run that has come to its end."""
+
+    path: Path
+    """Its directory, which `load` takes."""
+    plan: "Plan"
+    result: dict[str, Any]
+    """What it wrote last: steps, held-out losses, speed, peaks of memory."""
+
+
+def plan(
+    recipe: str | Path | None = None,
+    *,
+    gpu_memory: str | None = None,
+    gpu_name: str | None = None,
+    host_memory: str | None = None,
+    **settings: Any,
+) -> "Plan":
+    """How a run would lie in memory and how fast it would go: `qdist.plan(model="smollm2-135m", gpus=2)`.
+
+    recipe: a TOML file, or the name of one that is shipped; settings win over it.
+    gpu_memory, gpu_name, host_memory: of another machine than this one, such as '48GiB' and 'RTX 4090'.
+
+    Raises SpecError for what is no setting, with the nearest, or contradicts another; PlanError for what does not fit.
+    """
+    from qdist.core.spec.spec import named_settings
+    from qdist.host.launch.planning import PlanRequest, planned
+
+    return planned(
+        PlanRequest(
+            recipe=None if recipe is None else str(recipe),
+            settings=named_settings(settings),
+            gpu_memory=gpu_memory,
+            gpu_name=gpu_name,
+            host_memory=host_memory,
+        )
+    )
+
+
+def launch(recipe: str | Path | None = None, *, resume: bool = False, **settings: Any) -> Finished:
+    """Plan a run, start its ranks, and stay until it has ended: `qdist.launch(model="smollm2-135m", data="my.jsonl")`.
+
+    recipe: as `plan` has it. resume: go on with the run in `run`, and with settings that are changed for its rest.
+    Lines for the user go to standard error; the run's directory has everything else.
+
+    Raises what `plan` raises; ModelError and DataError for what cannot be read; RunError for a directory that cannot be
+    used; JobError when a rank died, with what it said last; KeyboardInterrupt when the run was stopped and saved.
+    """
+    from functools import partial
+
+    from qdist.core.spec.spec import named_settings, nest
+    from qdist.host import terminal
+    from qdist.host.launch import local, prepare
+    from qdist.host.launch.claim import claimed
+    from qdist.host.launch.planning import job_of
+    from qdist.host.run.rundir import RunDir
+
+    say = partial(terminal.say, err=True)
+    given = nest(named_settings(settings))
+    job = job_of(None if recipe is None else str(recipe), given, resume=resume, say=say)
+    run = job if isinstance(job, RunDir) else job.run
+    if isinstance(job, prepare.Job):
+        with claimed(job) as own:
+            run = own.job.run
+            local.start(own, show=lambda events: None, say=say)
+    decided = run.plan()
+    return Finished(run.path, decided, run.result_of(decided, whole=True) or {})
 
 
 def load(
@@ -17,4 +95,4 @@ def load(
     return heavy_load(run_or_model, dtype=dtype, device=device, max_memory=max_memory)
 
 
-__all__ = ["load"]
+__all__ = ["Finished", "launch", "load", "plan"]

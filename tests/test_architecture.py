@@ -118,3 +118,11 @@ def test_the_core_is_pure(path: Path) -> None:
     assert banned & {name.partition(".")[0] for name in imported} == set()
     calls = [node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     assert {"open", "input", "print"} & set(calls) == set()
+
+
+def test_one_place_prints_errors_and_one_parses_arguments() -> None:
+    """A command's flags are its request's fields; a process that it starts answers instead of printing."""
+    texts = {named(path): path.read_text() for path in MODULES}
+    printing = {name for name, text in texts.items() if "error_text(" in text}
+    assert printing == {"qdist.host.terminal", "qdist.cli.main"}
+    assert [name for name, text in texts.items() if "ArgumentParser" in text] == []

@@ -39,13 +39,13 @@ def settled() -> None:
     import transformers.models.llama.modeling_llama
 
     from qdist.cli import main
-    from qdist.runtime import child
+    from qdist.runtime import tasks
     from qdist.runtime.exports import merge
     from qdist.runtime.quantize import bitsandbytes as quantize
     from qdist.runtime.quantize.gptq import make
     from qdist.runtime.train import prepare, result, worker
 
-    assert all((bitsandbytes, peft, transformers, main, child, result, make, merge, prepare, quantize, worker))
+    assert all((bitsandbytes, peft, transformers, main, tasks, result, make, merge, prepare, quantize, worker))
     torch.set_num_threads(1)
 
 
@@ -108,11 +108,12 @@ def qdist(*arguments: str) -> int:
 
 def _child(command: Sequence[str], *_: Any, pass_fds: Sequence[int] = (), **__: Any) -> int:
     """In place of a process of its own for a module that needs torch, with descriptors of its own too."""
-    from qdist.runtime import child
+    from qdist.host.launch.tasks import ENTRY
+    from qdist.runtime import tasks
 
-    place, own = list(command).index("qdist.runtime.child"), {str(number): str(os.dup(number)) for number in pass_fds}
+    place, own = list(command).index(ENTRY), {str(number): str(os.dup(number)) for number in pass_fds}
     before, sys.argv = sys.argv, [own.get(word, word) for word in command[place:]]
-    code = _code(child.main)
+    code = _code(tasks.main)
     sys.argv = before
     return code
 

@@ -1,33 +1,24 @@
-"""Settings as they are typed: the common ones as flags, any by --set, and what is said of others typed as a flag."""
+"""The flags of commands: for settings, for the fields of a request, and what is said of those that there are not."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
 import click
+import msgspec
 
-from qdist.core.errors import SpecError
-from qdist.core.spec.keys import accepted, choices, description, known_keys
-from qdist.core.spec.spec import RunSpec, parse_assignment
+from qdist.core.errors import SpecError, flag_of
+from qdist.core.spec.keys import accepted, choices, description, kinds_of, known_keys
+from qdist.core.spec.spec import COMMON, RunSpec
 from qdist.core.spec.suggest import known_as
 from qdist.core.text import quoted
 
 F = TypeVar("F", bound=Callable[..., Any])
-COMMON = {
-    "steps": "steps", "epochs": "epochs", "lr": "optim.lr", "batch_size": "global_batch", "seq_len": "seq_len",
-    "lora_r": "lora.r", "seed": "seed",
-}  # fmt: skip
-"""Parameters of commands for the settings that everybody types, and what the settings are called."""
 _LIKE_THEIR_SETTINGS = (
     "model", "bits", "method", "data", "gpus", "placement", "gpus_per_group", "max_memory", "load_format", "run",
 )  # fmt: skip
 FLAGS = {**{name: name for name in _LIKE_THEIR_SETTINGS}, **COMMON}
 """Every parameter of a command that is a setting."""
-
-
-def flag_of(name: str) -> str:
-    """The flag of a command's parameter: '--seq-len'."""
-    return f"--{name.replace('_', '-')}"
 
 
 def setting_flags(*names: str) -> Callable[[F], F]:
@@ -50,15 +41,29 @@ def setting_flags(*names: str) -> Callable[[F], F]:
     return decorated
 
 
-def typed_settings(flags: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """What was typed, by dotted keys. flags: by the names of a command's parameters; None for those that were not.
+def flags_of(kind: type[msgspec.Struct]) -> Callable[[F], F]:
+    """Give a command a flag for each field of a request that has a description. `request_of` checks their values."""
 
-    The last --set of a key wins, also over its flag: what an error says to try is typed behind the same command.
-    Raises SpecError for what is no setting.
-    """
-    own = {name: value for name, value in flags.items() if value is not None and name not in COMMON}
-    common = [f"{key}={flags[name]}" for name, key in COMMON.items() if flags.get(name) is not None]
-    return own | dict(map(parse_assignment, (*common, *assignments)))
+    def decorated(command: F) -> F:
+        for field in reversed(msgspec.structs.fields(kind)):
+            if text := description(kind, field.encode_name):
+                command = _flag(kind, field, text)(command)
+        return command
+
+    return decorated
+
+
+def _flag(kind: type[msgspec.Struct], field: msgspec.structs.FieldInfo, text: str) -> Callable[[F], F]:
+    name, usual = field.encode_name, field.default
+    flag, kinds = flag_of(name), kinds_of(kind, name)
+    if usual and not field.required and "[default: " not in text:
+        text += f"  [default: {name if usual is True else usual}]"
+    if msgspec.inspect.BoolType() in kinds:
+        both = flag if usual is False else f"{flag}/--no-{flag[2:]}"
+        return click.option(both, name, is_flag=True, default=None, help=text)
+    number = any(isinstance(each, (msgspec.inspect.IntType, msgspec.inspect.FloatType)) for each in kinds)
+    metavar = f"[{'|'.join(among)}]" if (among := choices(kind, name)) else "N" if number else None
+    return click.option(flag, name, required=field.required, metavar=metavar, help=text)
 
 
 class SettingsCommand(click.Command):

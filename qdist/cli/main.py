@@ -2,12 +2,15 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 import click
 
-from qdist.core.errors import QdistError, nearest
+from qdist.core.errors import QdistError, SpecError, nearest
+from qdist.core.text import command
 from qdist.host.terminal import error_text, guard_output, say
 
 COMMANDS = {
@@ -38,15 +41,17 @@ class LazyGroup(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """As click does it, over output that fails without a traceback."""
         guard_output()
-        try:
-            return super().main(*args, **kwargs)
-        finally:
-            sys.stdout.flush()
+        return super().main(*args, **kwargs)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """As click does it; a wrong flag of the group, or of `--help` the output, is told as any error."""
+        with errors_told():
+            return super().make_context(*args, **kwargs)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Refuses names that no plan, written in UTF-8, could hold."""
         if odd := next((word for word in args if not word.isascii() and _is_no_text(word)), None):
-            ctx.fail(f"{odd!r} is no UTF-8: rename the file, or set the locale that it was named in.")
+            raise SpecError(f"{odd!r} is no UTF-8", try_="rename the file, or set the locale that it was named in")
         return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -56,8 +61,8 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
-        command: click.Command = getattr(import_module(module), attribute)
-        return command
+        found: click.Command = getattr(import_module(module), attribute)
+        return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -69,26 +74,51 @@ class LazyGroup(click.Group):
         """Names the nearest command; click looks only among the commands already imported."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-"):
-            close = nearest(name, COMMANDS)
-            hint = f"Did you mean {close!r}?" if close else f"There are {', '.join(COMMANDS)}."
-            ctx.fail(f"No such command {name!r}. {hint}")
+            near = nearest(name, COMMANDS)
+            raise SpecError(f"{name} is no command", try_=command(near) if near else ", ".join(COMMANDS))
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run the subcommand. What the user can put right is said in two lines; a bug keeps its traceback."""
+        """Run the subcommand. A bug keeps its traceback."""
         if os.environ.get("NO_COLOR"):  # rich knows it, click does not (https://no-color.org)
             ctx.color = False
         from qdist.host.files import told_of_disks  # costs a part of the time that --help may take
 
         try:
-            with told_of_disks():
-                return super().invoke(ctx)
-        except QdistError as error:
-            say(error_text(error), err=True)
-            ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            say("stopped", err=True)
+            with errors_told(ctx), told_of_disks():
+                done = super().invoke(ctx)
+                sys.stdout.flush()
+                return done
+        except KeyboardInterrupt as stop:
+            say("; ".join(filter(None, ("stopped", *stop.args))), err=True)
             ctx.exit(130)
+
+
+@contextmanager
+def errors_told(ctx: click.Context | None = None) -> Iterator[None]:
+    """End a command with what the user can put right in two lines: the one place in the project that prints errors."""
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except (QdistError, click.UsageError) as raised:
+        error = raised if isinstance(raised, QdistError) else _in_our_form(raised, ctx)
+        say(error_text(error), err=True)
+        raise click.exceptions.Exit(error.exit_code) from None
+
+
+def _in_our_form(error: click.UsageError, ctx: click.Context | None) -> SpecError:
+    """A wrong flag or argument; the nearest flag is what to try, else the command's help."""
+    near = error.possibilities if isinstance(error, click.NoSuchOption) else None
+    message = f"{error.option_name} is no flag" if isinstance(error, click.NoSuchOption) else _said(error)
+    subcommand = (ctx.invoked_subcommand,) if ctx and ctx.invoked_subcommand else ()
+    return SpecError(message, try_=near[0] if near else command(*subcommand, "--help"))
+
+
+def _said(error: click.UsageError) -> str:
+    """'Missing option '--out'.' -> 'missing option '--out''."""
+    text = error.format_message().rstrip(".")
+    return text[:1].lower() + text[1:]
 
 
 def _is_no_text(word: str) -> bool:

@@ -4,26 +4,27 @@ from typing import Any
 
 import click
 
-from qdist.cli.export import checked_flags, merge_options
-from qdist.cli.kept import run_kept
+from qdist.cli.export import with_runs_checked
+from qdist.cli.flags import flags_of
 from qdist.core.errors import SpecError
+from qdist.core.requests import Merge, request_of
+from qdist.host.launch.tasks import run_task
 from qdist.host.run.rundir import RunDir
 
 
 @click.command()
-@merge_options
-@click.pass_context
-def merge(context: click.Context, /, **given: Any) -> None:
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@flags_of(Merge)
+def merge(**given: Any) -> None:
     """Fold the adapters of RUNs over one base into it, added up; print the held-out losses before and after.
 
     QA-LoRA: the GPTQ checkpoint stays as it is, and gets an offset for each group: no bit of it is lost. Other methods:
     a 16-bit model that plain transformers loads. Killed, the same command goes on where it was.
     """
-    flags = checked_flags(given, to="16bit")
-    exact = all(RunDir(run).plan().pool > 1 for run in given["runs"])
-    if exact and (given["onto"] or given["dtype"]):
+    request = with_runs_checked(request_of(Merge, given))
+    if (request.onto or request.dtype) and all(RunDir(run).plan().pool > 1 for run in request.runs):
         raise SpecError(
             "--onto and --dtype are of 16-bit models; QA-LoRA is merged into its GPTQ checkpoint as it is",
             try_="leave them out, or qdist export --to 16bit",
         )
-    context.exit(run_kept("qdist.runtime.exports.merge", flags))
+    run_task(request)

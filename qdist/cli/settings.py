@@ -6,7 +6,8 @@ from itertools import groupby
 
 import click
 
-from qdist.cli.flags import FLAGS, flag_of
+from qdist.cli.flags import FLAGS
+from qdist.core.errors import flag_of
 from qdist.core.spec.settings import Setting, all_settings, find_settings, sections
 from qdist.core.text import fitted
 from qdist.host.terminal import say

@@ -1,19 +1,19 @@
 """What qdist raises when the user, not the program, can put it right.
 
-    QdistError
-    ├── SpecError      a setting is unknown, malformed or contradicts another
-    ├── ModelError     the model cannot be found, read or used as asked
-    ├── DataError      a data file or record cannot be used
-    ├── PlanError      the job does not fit the machine
-    ├── RunError       a run directory, checkpoint or adapter is not what it must be
-    │   └── JobError   a run or another job was started, and failed
-    └── MachineError   a package, driver or device is missing
+    QdistError         exit code
+    ├── SpecError      2  a setting or flag is unknown, malformed or contradicts another
+    ├── ModelError     2  the model cannot be found, read or used as asked
+    ├── DataError      2  a data file or record cannot be used
+    ├── PlanError      2  the job does not fit the machine
+    ├── RunError       2  a run directory, checkpoint or adapter is not what it must be
+    │   └── JobError   1  a run or another job was started, and failed
+    └── MachineError   2  a package, driver or device is missing
 
 Each carries one sentence that says what is wrong, with numbers, and one thing to try. Anything else that
 escapes is a bug and keeps its traceback.
 
-Exit codes of every command: 0 done; 1 a run or a job failed (JobError, or a bug); 2 the user asked for something that
-cannot be (all others); 130 Ctrl-C.
+Exit codes of every command, wherever the error is found, also in a process that the command started: 0 done; 1 a run or
+a job failed (JobError, or a bug); 2 the user asked for something that cannot be; 130 Ctrl-C.
 
 How does one type a change to what was asked?
 """
@@ -34,11 +34,16 @@ _FLAGS = frozenset(("model", "method", "bits", "gpus", "placement", "gpus_per_gr
 _REMARKS = {"train.answers": "(and qdist generate RUN afterwards)"}
 
 
+def flag_of(name: str) -> str:
+    """The flag of a command's parameter: '--seq-len'."""
+    return f"--{name.replace('_', '-')}"
+
+
 def typed(key: str, value: object) -> str:
     """A setting as one types it: '--bits 4', '--set lora.r=16', '--placement auto'."""
     text = value_text(value)
     if key in _FLAGS:
-        return f"--{key.replace('_', '-')} {shlex.quote(text)}"
+        return f"{flag_of(key)} {shlex.quote(text)}"
     return f"--set {shlex.quote(f'{key}={text}')}"
 
 

@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 
-from qdist.core.errors import QdistError
+from qdist.core.errors import JobError, QdistError
 from qdist.core.text import fitted, printable
 
 BROKEN_PIPE = 141
@@ -57,7 +57,7 @@ def guard_output() -> None:
     """Make standard output and error ones that cannot fail with a traceback, whatever they lead to.
 
     Closed from the start, they lead nowhere. Where output's reader goes away, the program ends with BROKEN_PIPE; on a
-    full disk with a sentence and 1. What standard error does not take is lost. Characters that an encoding lacks are
+    full disk a JobError is raised. What standard error does not take is lost. Characters that an encoding lacks are
     escaped.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -106,5 +106,4 @@ class _Output(_Guarded):
         super()._fail(error)
         if isinstance(error, BrokenPipeError):
             raise SystemExit(BROKEN_PIPE)
-        say(f"error: standard output cannot be written: {error.strerror}", err=True)
-        raise SystemExit(1)
+        raise JobError(f"standard output cannot be written: {error.strerror}") from error

@@ -1,10 +1,9 @@
-"""Measures one card and its links: `python -m qdist.runtime.gpu_rates OUT --rank 0 --ranks 4`, a process a card.
+"""Measures one card and its links, a process a card.
 
 Each rank writes OUT/rank0.json, a `CardRates`: once before it talks to the others, so that broken links lose nothing
 else, and once more at the end.
 """
 
-import argparse
 import datetime
 import math
 import time
@@ -18,7 +17,9 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from qdist.core.errors import MachineError
 from qdist.core.machine.measured import CardRates, LinkRates
+from qdist.core.requests import MeasureRates
 from qdist.core.text import MIB
 from qdist.host.files import write_atomic
 
@@ -250,25 +251,17 @@ def _wrong(arrived: torch.Tensor, sent: torch.Tensor) -> int:
     return int((arrived != sent).sum())
 
 
-def main() -> None:
-    """Started by `qdist.host.launch.measuring`."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--ranks", type=int, required=True)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    arguments = parser.parse_args()
-    if arguments.device == "cpu":
+def run(request: MeasureRates) -> None:
+    """Measure as one of the ranks. Raises MachineError where torch finds fewer GPUs than there are to be ranks."""
+    if request.device == "cpu":
         torch.set_num_threads(1)
         device, sizes = torch.device("cpu"), TINY
     else:
-        if torch.cuda.device_count() < arguments.ranks:
-            found = f"torch {torch.__version__} finds {torch.cuda.device_count()} GPUs of {arguments.ranks}"
-            raise SystemExit(found)
-        device, sizes = torch.device("cuda", arguments.rank), FULL
+        if torch.cuda.device_count() < request.ranks:
+            raise MachineError(
+                f"torch {torch.__version__} finds {torch.cuda.device_count()} GPUs of {request.ranks}",
+                try_="qdist doctor",
+            )
+        device, sizes = torch.device("cuda", request.rank), FULL
         torch.cuda.set_device(device)
-    measure(arguments.out.resolve(), rank=arguments.rank, ranks=arguments.ranks, device=device, sizes=sizes)
-
-
-if __name__ == "__main__":
-    main()
+    measure(Path(request.out).resolve(), rank=request.rank, ranks=request.ranks, device=device, sizes=sizes)

@@ -1,10 +1,12 @@
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
 from qdist.cli import convert as command
 from qdist.cli.main import main
+from qdist.core.requests import Convert, Request
 
 
 def invoke(*arguments: str) -> tuple[int, str]:
@@ -18,21 +20,16 @@ def source(tmp_path: Path) -> str:
     return str(tmp_path / "llama.pth")
 
 
-def test_flags_reach_the_process_that_converts_and_its_code_comes_back(
-    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[tuple[str, tuple[str, ...]]] = []
-    monkeypatch.setattr(command, "run_module", lambda module, given: calls.append((module, tuple(given))) or 3)
+def test_flags_reach_the_process_that_converts(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Request] = []
+    monkeypatch.setattr(command, "run_task", calls.append)
     out, config = str(tmp_path / "out"), tmp_path / "config"
     config.mkdir()
     (config / "config.json").write_text("{}")
-    assert invoke(source, "--from", "sparsebit", "--out", out)[0] == 3
-    assert invoke(source, "--from", "sparsebit", "--out", out, "--config", str(config), "--drop-bias")[0] == 3
-    module = "qdist.runtime.quantize.sparsebit.convert"
-    assert calls == [
-        (module, (source, out, "--from", "sparsebit")),
-        (module, (source, out, "--from", "sparsebit", "--config", str(config), "--drop-bias")),
-    ]
+    assert invoke(source, "--from", "sparsebit", "--out", out)[0] == 0
+    assert invoke(source, "--from", "sparsebit", "--out", out, "--config", str(config), "--drop-bias")[0] == 0
+    plain = Convert(source=source, out=out, origin="sparsebit")
+    assert calls == [plain, msgspec.structs.replace(plain, config=str(config), drop_bias=True)]
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:

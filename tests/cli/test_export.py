@@ -1,6 +1,7 @@
 """`qdist export` and `qdist merge`: wrong flags end at once, right ones reach their process."""
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -9,6 +10,7 @@ from click.testing import CliRunner
 from qdist.cli import export as exporting
 from qdist.cli import merge as merging
 from qdist.cli.main import main
+from qdist.core.requests import Export, Merge, Request
 from qdist.host.launch import claim
 from qdist.host.run.rundir import RunDir
 from tests.runtime.tiny import dummy_job, save_config
@@ -25,15 +27,12 @@ def runs(tmp_path: Path) -> tuple[str, str]:
     return str(tmp_path / "one"), str(tmp_path / "two")
 
 
-Call = tuple[str, tuple[str, ...]]
-
-
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
-    """The processes that would have been started; each ends with the code 3."""
-    made: list[Call] = []
-    for module, name in ((exporting, "run_module"), (merging, "run_kept")):
-        monkeypatch.setattr(module, name, lambda name, given: made.append((name, tuple(given))) or 3)
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """What processes would have been asked to do."""
+    made: list[Request] = []
+    for module in (exporting, merging):
+        monkeypatch.setattr(module, "run_task", made.append)
     return made
 
 
@@ -64,8 +63,8 @@ def test_what_cannot_be_ends_before_anything_starts(
         (runs, out, ("--weights", "1"), 2, "weights are 1, runs are 2\n  try: a weight for each run"),
         (runs, out, ("--weights", "1,x"), 2, "weights cannot be '1,x'"),
         (runs, out, ("--weights", "1,nan"), 2, "weights cannot be '1,nan': they are finite"),
-        (runs, out, ("--onto", "nothing"), 2, "'nothing' is not one of"),
-        (runs, out, ("--dtype", "float32"), 2, "'float32' is not one of"),
+        (runs, out, ("--onto", "nothing"), 2, "onto cannot be 'nothing': it is one of dequantized, original"),
+        (runs, out, ("--dtype", "float32"), 2, "dtype cannot be 'float32': it is one of bfloat16, float16"),
     ]
     for given, where, flags, code, message in cases:
         found, output = invoke(*command, *given, "--out", where, *flags)
@@ -76,17 +75,17 @@ def test_what_cannot_be_ends_before_anything_starts(
 @pytest.mark.parametrize(
     ("command", "code"),
     [(("merge",), 2), (("export", "--to", "16bit"), 2), (("export", "--to", "zeros", "--lossy"), 2),
-     (("export", "--to", "lora"), 3)],
+     (("export", "--to", "lora"), 0)],
 )  # fmt: skip
 def test_what_reads_a_base_that_is_gone_is_refused_before_anything_starts(
-    command: tuple[str, ...], code: int, runs: tuple[str, str], calls: list[Call], tmp_path: Path
+    command: tuple[str, ...], code: int, runs: tuple[str, str], calls: list[Request], tmp_path: Path
 ) -> None:
     run = RunDir(runs[0])
     plan = run.plan()
     source = msgspec.structs.replace(plan.source, kind="folder", path=str(tmp_path / "gone"))
     (run.path / "plan.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(plan, source=source)))
     found, output = invoke(*command, runs[0], "--out", str(tmp_path / "out"))
-    assert (found, len(calls)) == (code, int(code == 3)), output
+    assert (found, len(calls)) == (code, int(code == 0)), output
     assert ("is no longer at" in output) == (code == 2)
 
 
@@ -105,42 +104,43 @@ def test_an_option_of_another_target_is_refused(runs: tuple[str, str], tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("flags", "passed"),
+    ("flags", "told"),
     [
-        ((), ()),
+        ((), {}),
         (
             ("--onto", "original", "--dtype", "float16", "--weights", "0.7,-1e-3"),
-            ("--weights=0.7,-0.001", "--onto", "original", "--dtype", "float16"),
+            {"onto": "original", "dtype": "float16", "weights": (0.7, -1e-3)},
         ),
     ],
 )
-def test_flags_reach_the_process_that_writes_and_its_code_comes_back(
-    flags: tuple[str, ...], passed: tuple[str, ...], runs: tuple[str, str], tmp_path: Path, calls: list[Call]
+def test_flags_reach_the_process_that_writes(
+    flags: tuple[str, ...], told: dict[str, Any], runs: tuple[str, str], tmp_path: Path, calls: list[Request]
 ) -> None:
     out = str(tmp_path / "out")
-    assert invoke("merge", *runs, "--out", out, *flags)[0] == 3
-    assert invoke("export", *runs, "--to", "16bit", "--out", out, *flags)[0] == 3
-    arguments = (*runs, "--out", out, *passed)
-    assert calls == [("qdist.runtime.exports.merge", arguments), ("qdist.runtime.exports.main", ("16bit", *arguments))]
+    assert invoke("merge", *runs, "--out", out, *flags)[0] == 0
+    assert invoke("export", *runs, "--to", "16bit", "--out", out, *flags)[0] == 0
+    assert calls == [Merge(runs=runs, out=out, **told), Export(to="16bit", runs=runs, out=out, **told)]
 
 
 @pytest.mark.parametrize(
-    ("target", "flags"),
+    ("target", "flags", "told"),
     [
-        ("lora", ()),
-        ("gguf", ("--onto", "original", "--type", "q8_0")),
-        ("gptq", ("--onto", "original", "--data", "demo", "--samples", "8", "--bits", "3", "--group-size", "32")),
-        ("zeros", ("--lossy",)),
+        ("lora", "", {}),
+        ("gguf", "--onto original --type q8_0", {"onto": "original", "type": "q8_0"}),
+        (
+            "gptq",
+            "--onto original --data demo --samples 8 --bits 3 --group-size 32",
+            {"onto": "original", "data": "demo", "samples": 8, "bits": 3, "group_size": 32},
+        ),
+        ("zeros", "--lossy", {"lossy": True}),
     ],
 )
 def test_each_target_takes_its_own_flags(
-    target: str, flags: tuple[str, ...], runs: tuple[str, str], tmp_path: Path, calls: list[Call]
+    target: Any, flags: str, told: dict[str, Any], runs: tuple[str, str], tmp_path: Path, calls: list[Request]
 ) -> None:
     out = str(tmp_path / "out.gguf")
-    assert invoke("export", runs[0], "--to", target, "--out", out, *flags)[0] == 3
-    ((_, (*said,)),) = calls
-    assert said[:4] == [target, runs[0], "--out", out]
-    assert sorted(said[4:]) == sorted(flags)
+    assert invoke("export", runs[0], "--to", target, "--out", out, *flags.split())[0] == 0
+    assert calls == [Export(to=target, runs=runs[:1], out=out, **told)]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_each_target_takes_its_own_flags(
     ],
 )
 def test_flags_of_other_targets_are_refused(
-    target: str, flags: tuple[str, ...], message: str, runs: tuple[str, str], tmp_path: Path, calls: list[Call]
+    target: str, flags: tuple[str, ...], message: str, runs: tuple[str, str], tmp_path: Path, calls: list[Request]
 ) -> None:
     out = str(tmp_path / ("out.gguf" if flags else "out"))
     code, output = invoke("export", runs[0], "--to", target, "--out", out, *flags)
@@ -166,7 +166,7 @@ def test_flags_of_other_targets_are_refused(
     assert calls == []
 
 
-def test_exact_merges_take_no_flags_of_16_bit_models(tmp_path: Path, calls: list[Call]) -> None:
+def test_exact_merges_take_no_flags_of_16_bit_models(tmp_path: Path, calls: list[Request]) -> None:
     job = dummy_job(save_config(tmp_path / "model"), tmp_path / "run", method="qa-lora", **{"quant.group_size": 32})
     claim.write(job)
     job.run.adapter.mkdir()
@@ -175,4 +175,4 @@ def test_exact_merges_take_no_flags_of_16_bit_models(tmp_path: Path, calls: list
         assert code == 2
         assert "QA-LoRA is merged into its GPTQ checkpoint as it is" in output
     assert calls == []
-    assert invoke("merge", str(tmp_path / "run"), "--out", str(tmp_path / "out"))[0] == 3
+    assert invoke("merge", str(tmp_path / "run"), "--out", str(tmp_path / "out"))[0] == 0

@@ -7,6 +7,7 @@ from click.testing import CliRunner, Result
 
 from qdist.cli import gather
 from qdist.cli.main import main
+from qdist.core.requests import Gather, Request
 from qdist.core.spec.spec import resolve
 from qdist.host.launch import claim, prepare
 from qdist.host.run.rundir import RunDir
@@ -27,15 +28,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     """What would have been started."""
-    calls: list[tuple[str, ...]] = []
-
-    def note(module: str, arguments: tuple[str, ...]) -> int:
-        calls.append((module, *arguments))
-        return 0
-
-    monkeypatch.setattr(gather, "run_module", note)
+    calls: list[Request] = []
+    monkeypatch.setattr(gather, "run_task", calls.append)
     return calls
 
 
@@ -46,17 +42,15 @@ def qdist(*arguments: str) -> Result:
 @pytest.mark.parametrize(
     ("arguments", "handed_on"),
     [
-        (["run"], ["run", "--checkpoint", "last"]),
-        (["run", "--checkpoint", "20"], ["run", "--checkpoint", "20"]),
-        (["run", "--checkpoint", "best", "--out", "run/best"], ["run", "--checkpoint", "best", "--out", "run/best"]),
+        (["run"], Gather(run="run")),
+        (["run", "--checkpoint", "20"], Gather(run="run", checkpoint="20")),
+        (["run", "--checkpoint", "best", "--out", "run/best"], Gather(run="run", checkpoint="best", out="run/best")),
     ],
 )
-def test_what_can_be_gathered_is(
-    run: RunDir, started: list[tuple[str, ...]], arguments: list[str], handed_on: list[str]
-) -> None:
+def test_what_can_be_gathered_is(run: RunDir, started: list[Request], arguments: list[str], handed_on: Gather) -> None:
     result = qdist(*arguments)
     assert result.exit_code == 0, result.output
-    assert started == [("qdist.runtime.train.result", "gather", *handed_on)]
+    assert started == [handed_on]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +64,7 @@ def test_what_can_be_gathered_is(
     ],
 )
 def test_what_cannot_be_gathered_is_refused(
-    run: RunDir, started: list[tuple[str, ...]], arguments: list[str], said: str, tmp_path: Path
+    run: RunDir, started: list[Request], arguments: list[str], said: str, tmp_path: Path
 ) -> None:
     Path("file").touch()
     result = qdist(*arguments)

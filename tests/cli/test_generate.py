@@ -1,32 +1,28 @@
 """What `qdist generate` and `qdist chat` hand on."""
 
-from collections.abc import Sequence
+from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
 from qdist.cli import chat, generate
 from qdist.core.errors import SpecError
+from qdist.core.requests import Answering, Chat, Generate
 from qdist.core.text import GIB
 from qdist.host.machine import probe
+from qdist.host.sources import targets
 from tests.plans import CPU, gpus
 
 FILE = ["run", "--prompts", "p.txt", "--out", "o.jsonl"]
 
 
-def handed_on(monkeypatch: pytest.MonkeyPatch, command: str, *options: str) -> tuple[str, ...]:
-    """The arguments of `python -m qdist.runtime.infer.generate`."""
-    seen: list[tuple[str, ...]] = []
-
-    def run_module(_: str, arguments: Sequence[str], *, asks: bool = False) -> int:
-        assert asks == (command == "chat")
-        seen.append(tuple(arguments))
-        return 0
-
-    monkeypatch.setattr(chat, "run_module", run_module)
-    monkeypatch.setattr(generate, "run_kept", run_module)
+def handed_on(monkeypatch: pytest.MonkeyPatch, command: str, *options: str) -> Answering:
+    """What a process is asked to do."""
+    seen: list[Any] = []
     for module in (chat, generate):
-        monkeypatch.setattr(module, "check_target", lambda name: None)
+        monkeypatch.setattr(module, "run_task", seen.append)
+        monkeypatch.setattr(targets, "check_model", lambda name: None)
     monkeypatch.setattr(generate, "read_prompts", lambda path: [])
     if command == "chat":
         result = CliRunner().invoke(chat.chat, ["run", *options])
@@ -35,19 +31,24 @@ def handed_on(monkeypatch: pytest.MonkeyPatch, command: str, *options: str) -> t
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output
-    return seen[0]
+    found: Answering = seen[0]
+    return found
 
 
 @pytest.mark.parametrize("command", ["chat", "file"])
-def test_memory_is_handed_on_in_bytes_and_only_where_it_is_given(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+def test_memory_is_handed_on_and_only_where_it_is_given(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     monkeypatch.setattr(probe, "cluster", lambda: gpus(1, 24))
     plain = handed_on(monkeypatch, command)
-    assert plain[:2] == (command, "run")
-    assert handed_on(monkeypatch, command, "--max-memory", "20GiB") == (
-        *plain, "--max-memory-bytes", str(20 * GIB)
-    )  # fmt: skip
+    assert (type(plain), plain.run, plain.max_memory_bytes) == (Chat if command == "chat" else Generate, "run", None)
+    capped = handed_on(monkeypatch, command, "--max-memory", "20GiB")
+    assert capped == msgspec.structs.replace(plain, max_memory="20GiB")
+    assert capped.max_memory_bytes == 20 * GIB
     with pytest.raises(SpecError, match="not an amount of memory"):
         handed_on(monkeypatch, command, "--max-memory", "much")
+
+
+def test_only_a_chat_reads_what_is_typed_and_answers_ctrl_c_itself() -> None:
+    assert (Chat.asks, Generate.asks) == (True, False)
 
 
 @pytest.mark.parametrize("command", ["chat", "file"])

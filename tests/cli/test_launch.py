@@ -138,7 +138,7 @@ def test_what_the_file_system_tells_is_refused_before_a_child_starts(
     def start(*_: object) -> None:
         raise AssertionError("a child was started")
 
-    monkeypatch.setattr(tasks, "run_module", start)
+    monkeypatch.setattr(tasks, "run_task", start)
     before = tree(whole)
     more = ["--dry-run"] if dry_run else []
     result = qdist("launch", "--model", "model", "--set", "seq_len=64", *arguments, *more)

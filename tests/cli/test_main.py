@@ -73,8 +73,19 @@ def test_an_error_is_two_lines_and_no_traceback(error: QdistError, code: int, mo
     assert result.stderr == "error: bits is 5\n  try: --bits 4\n"
 
 
-def test_an_interrupt_stops_with_the_shells_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert invoked(monkeypatch, "launch", raises=KeyboardInterrupt()).exit_code == 130
+@pytest.mark.parametrize(
+    ("interrupt", "said"),
+    [
+        (KeyboardInterrupt(), "stopped\n"),
+        (KeyboardInterrupt(""), "stopped\n"),
+        (KeyboardInterrupt("the same command goes on"), "stopped; the same command goes on\n"),
+    ],
+)
+def test_an_interrupt_stops_with_the_shells_code(
+    interrupt: KeyboardInterrupt, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = invoked(monkeypatch, "launch", raises=interrupt)
+    assert (result.exit_code, result.stderr) == (130, said)
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,17 +95,26 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        (["lanch"], "Did you mean 'launch'?"),
-        (["docter", "--help"], "Did you mean 'doctor'?"),
-        (["zzzz"], "There are launch, plan, "),
-        (["launch", "--micro-bach", "4"], "Did you mean '--micro-batch'?"),
-        (["--verion"], "Did you mean '--version'?"),
+        (["lanch"], "lanch is no command\n  try: qdist launch\n"),
+        (["docter", "--help"], "docter is no command\n  try: qdist doctor\n"),
+        (["zzzz"], "zzzz is no command\n  try: launch, plan, "),
+        (["launch", "--micro-bach", "4"], "--micro-bach is no flag\n  try: --micro-batch\n"),
+        (["launch", "--micro-batch"], "option '--micro-batch' requires an argument\n  try: qdist launch --help\n"),
+        (["launch", "4"], "got unexpected extra argument (4)\n  try: qdist launch --help\n"),
+        (["--verion"], "--verion is no flag\n  try: --version\n"),
+        (["\udcff"], "'\\udcff' is no UTF-8\n  try: rename the file"),
     ],
 )
 def test_a_typo_names_the_nearest(arguments: list[str], hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     result = invoked(monkeypatch, *arguments)
     assert result.exit_code == 2
-    assert hint in result.stderr
+    assert result.stderr.startswith(f"error: {hint}")
+
+
+def test_without_a_command_the_commands_are_listed() -> None:
+    result = CliRunner().invoke(cli.main, [], prog_name="qdist")
+    assert "Usage: qdist" in result.output
+    assert "error:" not in result.output
 
 
 def test_each_line_of_help_fits_a_terminal() -> None:

@@ -1,11 +1,14 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from qdist.cli import quantize as command
 from qdist.cli.main import main
+from qdist.core.model.storage import Packing
+from qdist.core.requests import GptqSettings, MakeGptq, Pack, Request
 
 
 def invoke(*arguments: str) -> tuple[int, str]:
@@ -14,6 +17,14 @@ def invoke(*arguments: str) -> tuple[int, str]:
 
 
 GPTQ = ("--method", "gptq", "--data", "demo")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """What processes would have been asked to do."""
+    made: list[Request] = []
+    monkeypatch.setattr(command, "run_task", made.append)
+    return made
 
 
 @pytest.fixture
@@ -70,48 +81,56 @@ def test_a_model_that_does_not_exist_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "passed"),
+    ("arguments", "told"),
     [
-        ((), ("--method", "nf4")),
-        (("--method", "fp4", "--no-double"), ("--method", "fp4", "--single")),
-        (("--method", "int8", "--dtype", "float16"), ("--method", "int8", "--dtype", "float16")),
-        (("--double",), ("--method", "nf4")),
+        ((), {}),
+        (("--method", "fp4", "--no-double"), {"method": "fp4", "double": False}),
+        (("--method", "int8", "--dtype", "float16"), {"method": "int8", "dtype": "float16"}),
+        (("--double",), {"double": True}),
     ],
 )
-def test_flags_reach_the_process_that_packs_and_its_code_comes_back(
-    arguments: tuple[str, ...], passed: tuple[str, ...], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_flags_reach_the_process_that_packs(
+    arguments: tuple[str, ...], told: dict[str, Any], model: str, tmp_path: Path, calls: list[Request]
 ) -> None:
-    calls: list[tuple[str, tuple[str, ...]]] = []
-    monkeypatch.setattr(command, "run_kept", lambda module, given: calls.append((module, tuple(given))) or 3)
     out = str(tmp_path / "out")
-    code, _ = invoke(model, "--out", out, *arguments)
-    assert code == 3
-    assert calls == [("qdist.runtime.quantize.bitsandbytes", (model, out, *passed))]
+    assert invoke(model, "--out", out, *arguments)[0] == 0
+    assert calls == [Pack(model=model, out=out, **told)]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "passed"),
+    ("arguments", "told"),
     [
-        ((), "--bits 4 --group-size 128 --damping 0.01 --format gptq"),
-        (("--bits", "3"), "--bits 3 --group-size 128 --damping 0.01 --format gptq_v2"),
-        (("--no-sym", "--bits", "3"), "--bits 3 --group-size 128 --damping 0.01 --format gptq_v2 --no-sym"),
+        ((), {}),
+        (("--bits", "3"), {"bits": (3,), "format": "gptq_v2"}),
+        (("--no-sym", "--bits", "3"), {"bits": (3,), "format": "gptq_v2", "sym": False}),
         (
             ("--no-sym", "--format", "gptq", "--desc-act", "--group-size", "-1"),
-            "--bits 4 --group-size -1 --damping 0.01 --format gptq --no-sym --desc-act",
+            {"group_size": -1, "format": "gptq", "sym": False, "desc_act": True},
         ),
         (
             ("--candidate-bits", "4,2,3", "--max-error", "0.05", "--samples", "1000000", "--seq-len", "64"),
-            "--bits 2 3 4 --group-size 128 --damping 0.01 --format gptq_v2 --max-error 0.05 --samples 1000000 "
-            "--seq-len 64",
+            {"bits": (2, 3, 4), "format": "gptq_v2", "max_error": 0.05, "samples": 1_000_000, "seq_len": 64},
         ),
     ],
 )
-def test_flags_of_gptq_reach_its_own_process(
-    arguments: tuple[str, ...], passed: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_flags_of_gptq_reach_the_process_that_quantizes(
+    arguments: tuple[str, ...], told: dict[str, Any], model: str, tmp_path: Path, calls: list[Request]
 ) -> None:
-    calls: list[tuple[str, tuple[str, ...]]] = []
-    monkeypatch.setattr(command, "run_kept", lambda module, given: calls.append((module, tuple(given))) or 0)
     out = str(tmp_path / "out")
-    code, _ = invoke(model, "--out", out, *GPTQ, *arguments)
-    assert code == 0
-    assert calls == [("qdist.runtime.quantize.gptq.make", (model, out, "--data", "demo", *passed.split()))]
+    assert invoke(model, "--out", out, *GPTQ, *arguments)[0] == 0
+    assert calls == [MakeGptq(model=model, out=out, settings=GptqSettings(data="demo", **told))]
+
+
+@pytest.mark.parametrize(
+    ("told", "packing"),
+    [
+        ({}, Packing(bits=4)),
+        (
+            {"method": "fp4", "double": False, "dtype": "float16"},
+            Packing(bits=4, type="fp4", double=False, dtype="float16"),
+        ),
+        ({"method": "int8"}, Packing(bits=8)),
+    ],
+)
+def test_what_is_asked_for_is_what_is_packed_to(told: dict[str, Any], packing: Packing) -> None:
+    assert Pack(model="m", out="o", **told).packing == packing

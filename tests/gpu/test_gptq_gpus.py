@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from qdist.core.model.gptq import Gptq, Shape
+from qdist.core.requests import GptqSettings
 from qdist.runtime.kernels import gptq_bits as reference
 from qdist.runtime.kernels.gptq import triton_dequantize, triton_product
 from qdist.runtime.kernels.grids import torch_fit, triton_fit
@@ -22,7 +23,6 @@ from qdist.runtime.quantize.gptq import calibrate
 from qdist.runtime.quantize.gptq import make as making
 from qdist.runtime.quantize.gptq import solve as solving
 from qdist.runtime.quantize.gptq.calibrate import add_products, mirror
-from qdist.runtime.quantize.gptq.job import Wanted
 from qdist.runtime.quantize.gptq.make import make
 from qdist.runtime.quantize.gptq.solve import curvature, solve
 from tests.gpu.conftest import Launch
@@ -136,7 +136,7 @@ def test_a_model_is_the_same_to_the_byte_on_any_number_of_gpus_and_after_a_kill(
     tiny_tokenizer(bos=False).save_pretrained(source)
     letters = torch.randint(32, 127, (12000,), generator=torch.Generator().manual_seed(7))
     text.write_text("".join(map(chr, letters.tolist())))
-    wanted = Wanted(data=str(text), samples=16, seq_len=64, group_size=32, bits=(2, 4), max_error=0.05)
+    wanted = GptqSettings(data=str(text), samples=16, seq_len=64, group_size=32, bits=(2, 4), max_error=0.05)
     gpus = tuple(torch.device("cuda", number % torch.cuda.device_count()) for number in range(3))
     make(str(source), tmp_path / "one", wanted, devices=gpus[:1])
     make(str(source), tmp_path / "three", wanted, devices=gpus)

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from qdist.core.errors import RunError
+from qdist.core.requests import Generate
 from qdist.host import children
-from qdist.host.launch.tasks import run_module
+from qdist.host.launch.tasks import handed_over
 from tests.signals import hears_signals
 
 PARENT = "import os, sys; from qdist.host import children; children.run(sys.argv[1:], os.environ)"
@@ -65,47 +66,67 @@ def test_a_program_does_not_outlive_who_runs_it(tmp_path: Path, force: signal.Si
     until(lambda: not alive(child))
 
 
-def test_ctrl_c_ends_both_and_leaves_no_traceback(tmp_path: Path) -> None:
+def asked(folder: Path, answer: str, *, request: str = "Gather(run='r')") -> tuple[list[str], dict[str, str]]:
+    """A program that asks for a job, in whose process `answer` is the code of the job, and its environment.
+
+    It prints what it was answered.
+    """
+    (folder / "sitecustomize.py").write_text(
+        "import sys\nfrom types import ModuleType, SimpleNamespace\n"
+        "if 'qdist.runtime.tasks' in sys.orig_argv:\n"
+        "    job, transformers, utils = map(ModuleType, ('job', 'transformers', 'transformers.utils'))\n"
+        "    utils.logging = SimpleNamespace(disable_progress_bar=lambda: None, set_verbosity_error=lambda: None)\n"
+        f"    exec({answer!r}, job.__dict__)\n"
+        "    for name in ('infer.chat', 'train.result', 'exports.merge'): sys.modules[f'qdist.runtime.{name}'] = job\n"
+        "    sys.modules |= {'transformers': transformers, 'transformers.utils': utils}\n"
+    )
+    code = (
+        "from qdist.core.errors import QdistError\nfrom qdist.core.requests import *\n"
+        "from qdist.host.launch.tasks import run_task\n"
+        f"try:\n    print('answered', run_task({request}))\n"
+        "except (QdistError, KeyboardInterrupt) as error:\n    print(type(error).__name__, error, sep=': ')"
+    )
+    return [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        ("Gather(run='r')", ""),
+        ("Merge(runs=('r',), out='o')", "the same command goes on from what is written"),
+    ],
+)
+def test_ctrl_c_ends_both_and_leaves_no_traceback(request_: str, said: str, tmp_path: Path) -> None:
     note = tmp_path / "pid"
-    (tmp_path / "asleep.py").write_text(ASLEEP)
-    runner = [sys.executable, "-m", "qdist.runtime.child", "asleep", str(note)]
-    imports, _, run = PARENT.rpartition("; ")
-    code = f"{imports}\ntry:\n    {run}\nexcept KeyboardInterrupt:\n    print('stopped')"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    asleep = "def run(request): " + ASLEEP.replace("sys.argv[1]", repr(str(note)))
+    command, environment = asked(tmp_path, asleep, request=request_)
     with subprocess.Popen(
-        [sys.executable, "-c", code, *runner], start_new_session=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env=environment, text=True, preexec_fn=hears_signals,
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True,
+        preexec_fn=hears_signals,
     ) as parent:  # fmt: skip
         until(lambda: note.is_file() and bool(note.read_text()))
         os.killpg(parent.pid, signal.SIGINT)
-        said, complained = parent.communicate(timeout=30)
-    assert (said, complained, parent.returncode) == ("stopped\n", "", 0)
+        told, complained = parent.communicate(timeout=30)
+    assert (told, complained, parent.returncode) == (f"KeyboardInterrupt: {said}\n", "", 0)
     assert not alive(int(note.read_text()))
 
 
 def test_ctrl_c_while_the_child_starts_leaves_no_traceback_either(tmp_path: Path) -> None:
     """Its interpreter stops in a module that Python imports before any other, and is interrupted there."""
     note = tmp_path / "pid"
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, sys, time\n"
-        "if 'qdist.runtime.child' in sys.orig_argv:\n"
-        f"    open({str(note)!r}, 'w').write('here')\n"
-        f"    while not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.01)"
-    )
-    (tmp_path / "asleep.py").write_text(ASLEEP)
-    run = "children.run([sys.executable, '-m', 'qdist.runtime.child', 'asleep', 'unused'], os.environ)"
-    imports = "import os, sys; from qdist.host import children"
-    code = f"{imports}\ntry:\n    {run}\nexcept KeyboardInterrupt:\n    print('stopped')"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    wait = f"import os, time\nopen({str(note)!r}, 'w').write('here')\n"
+    wait += f"while not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.01)\n"
+    unused = f"def run(request): open({str(tmp_path / 'unused')!r}, 'w')"
+    command, environment = asked(tmp_path, wait + unused)
     with subprocess.Popen(
-        [sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=environment, text=True, preexec_fn=hears_signals,
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True,
+        preexec_fn=hears_signals,
     ) as parent:  # fmt: skip
         until(note.is_file)
         os.killpg(parent.pid, signal.SIGINT)
         (tmp_path / "go").touch()
         said, complained = parent.communicate(timeout=30)
-    assert (said, complained, parent.returncode) == ("stopped\n", "", 0)
+    assert (said, complained, parent.returncode) == ("KeyboardInterrupt: \n", "", 0)
     assert not (tmp_path / "unused").exists()
 
 
@@ -121,25 +142,48 @@ def test_a_program_that_alone_was_interrupted_counts_as_stopped() -> None:
         children.run([sys.executable, "-c", "raise SystemExit(130)"], os.environ)
 
 
-def test_a_module_runs_with_its_own_arguments(tmp_path: Path) -> None:
-    (tmp_path / "speaks.py").write_text("import sys\nprint(__name__, sys.argv[1:])")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    done = subprocess.run(
-        [sys.executable, "-m", "qdist.runtime.child", "speaks", "a", "--b"], env=environment, capture_output=True,
-        text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout == "__main__ ['a', '--b']\n"
+DISK = (
+    "a disk cannot be written to (full: file)\n  try: make room there, then the same command again, or `qdist launch "
+)
+KILLED = (
+    "the process that was at work was killed by SIGKILL, which is what Linux does to a process when memory runs out"
+)
+AGAIN = "\n  try: the same command again"
 
 
-@pytest.mark.parametrize(("kind", "code"), [("RunError", 2), ("JobError", 1)])
-def test_an_error_of_a_module_is_two_lines_and_its_exit_code(kind: str, code: int, tmp_path: Path) -> None:
-    (tmp_path / "fails.py").write_text(f"from qdist.core.errors import {kind}\nraise {kind}('no', try_='yes')")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    done = subprocess.run(
-        [sys.executable, "-m", "qdist.runtime.child", "fails"], env=environment, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (code, "", "error: no\n  try: yes\n")
+@pytest.mark.parametrize(
+    ("job", "said", "complained"),
+    [
+        ("print(request)", "Gather(run='r', checkpoint='last', out=None)\nanswered None\n", ""),
+        ("raise errors.RunError('no', try_='yes')", "RunError: no\n  try: yes\n", ""),
+        ("raise errors.JobError('no', try_='yes')", "JobError: no\n  try: yes\n", ""),
+        ("raise hints.TooBigError('too big')", "PlanError: too big\n", ""),
+        ("raise OSError(28, 'full', 'file')", f"JobError: {DISK}--resume` of a run\n", ""),
+        (
+            "raise ZeroDivisionError",
+            f"JobError: the process that was at work ended with exit code 1{AGAIN}; what it said is above\n",
+            "ZeroDivisionError\n",
+        ),
+        ("os.kill(os.getpid(), 9)", f"JobError: {KILLED}{AGAIN}\n", ""),
+        ("sys.exit(130)", "KeyboardInterrupt: \n", ""),
+        ("sys.exit(141)", "", ""),
+    ],
+)
+def test_what_a_process_came_to_reaches_who_asked_and_it_prints_no_error_itself(
+    job: str, said: str, complained: str, tmp_path: Path
+) -> None:
+    code = f"import os, sys\nfrom qdist.core import errors, hints\ndef run(request): {job}"
+    command, environment = asked(tmp_path, code)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr[-len(complained) :] if complained else done.stderr) == (said, complained)
+
+
+@pytest.mark.parametrize(("kind", "heard"), [("Gather", ""), ("Chat", "y")])
+def test_only_a_job_that_asks_hears_what_is_typed(kind: str, heard: str, tmp_path: Path) -> None:
+    job = "import sys\ndef run(request): print(f'heard {sys.stdin.read()!r}')"
+    command, environment = asked(tmp_path, job, request=f"{kind}(run='r')")
+    done = subprocess.run(command, env=environment, input="y", capture_output=True, text=True, check=True)
+    assert done.stdout == f"heard {heard!r}\nanswered None\n"
 
 
 SHADOWS = ("json", "torch", "transformers", "numpy", "msgspec", "qdist", "sitecustomize", "encodings", "re", "click")
@@ -152,9 +196,9 @@ def test_nothing_of_the_working_directory_is_imported(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", "") + ":")
     (tmp_path / "inner").mkdir()
-    code = "import json, re, click, msgspec, qdist.host.launch.tasks"
-    assert children.run([sys.executable, "-P", "-c", code], children.environment()) == 0
-    assert run_module("json.tool", ["--help"]) == 0
+    code = "import json, re, click, msgspec, qdist.host.launch.tasks, qdist.runtime.tasks as tasks; tasks.quiet()"
+    with handed_over(Generate(run="r", prompts="p", out="o")) as task:
+        assert children.run([*task.command[:2], "-c", code], children.environment()) == 0
     assert not (tmp_path / "ran").exists()
 
 

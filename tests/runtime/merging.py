@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
+from qdist.core.requests import Merge
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.exports import merge as merging
-from qdist.runtime.exports.job import Export
 
 
 def merge(run: RunDir, out: Path, *, onto: Any, dtype: torch.dtype) -> SimpleNamespace:
     """adapter, dequantized, original; None where there is none."""
     name: Any = str(dtype).removeprefix("torch.")
-    losses = merging.merge(Export(runs=(run.path,), out=out, onto=onto, dtype=name))
+    losses = merging.merge(Merge(runs=(str(run.path),), out=str(out), onto=onto, dtype=name))
     return SimpleNamespace(**{key: loss and loss.value for key, loss in losses._asdict().items()})

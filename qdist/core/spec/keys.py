@@ -18,13 +18,13 @@ def known_keys(kind: Kind, prefix: str = "") -> dict[str, Kind | None]:
 
 def choices(kind: Kind, key: str) -> list[str]:
     """The words that a setting is one of; empty where it takes other values."""
-    inner = [each.item_type if isinstance(each, msgspec.inspect.VarTupleType) else each for each in _kinds(kind, key)]
+    inner = [each.item_type if isinstance(each, msgspec.inspect.VarTupleType) else each for each in kinds_of(kind, key)]
     return [str(value) for each in inner if isinstance(each, msgspec.inspect.LiteralType) for value in each.values]
 
 
 def optional(kind: Kind, key: str) -> bool:
     """Whether the plan decides where the setting is absent."""
-    return any(isinstance(each, msgspec.inspect.NoneType) for each in _kinds(kind, key))
+    return any(isinstance(each, msgspec.inspect.NoneType) for each in kinds_of(kind, key))
 
 
 def description(kind: Kind, key: str) -> str:
@@ -38,7 +38,9 @@ def accepted(kind: Kind, key: str) -> str:
     """The values that a setting takes, in words: 'nf4, fp4', 'integer >= 1', 'names with commas'."""
     if among := choices(kind, key):
         return ", ".join(among) + ("; several with commas" if _is_list(kind, key) else "")
-    return " or ".join(_in_words(each) for each in _kinds(kind, key) if not isinstance(each, msgspec.inspect.NoneType))
+    return " or ".join(
+        _in_words(each) for each in kinds_of(kind, key) if not isinstance(each, msgspec.inspect.NoneType)
+    )
 
 
 def _in_words(info: msgspec.inspect.Type) -> str:
@@ -52,10 +54,10 @@ def _in_words(info: msgspec.inspect.Type) -> str:
 
 
 def _is_list(kind: Kind, key: str) -> bool:
-    return any(isinstance(each, msgspec.inspect.VarTupleType) for each in _kinds(kind, key))
+    return any(isinstance(each, msgspec.inspect.VarTupleType) for each in kinds_of(kind, key))
 
 
-def _kinds(kind: Kind, key: str) -> tuple[msgspec.inspect.Type, ...]:
+def kinds_of(kind: Kind, key: str) -> tuple[msgspec.inspect.Type, ...]:
     """The types that a setting may have."""
     info = _info(kind, key)
     info = info.type if isinstance(info, msgspec.inspect.Metadata) else info
@@ -66,5 +68,5 @@ def _info(kind: Kind, key: str) -> msgspec.inspect.Type:
     """What msgspec knows of a field."""
     found: type = kind
     for part in key.split("."):
-        found = {field.name: field.type for field in msgspec.structs.fields(found)}[part]
+        found = {field.encode_name: field.type for field in msgspec.structs.fields(found)}[part]
     return msgspec.inspect.type_info(found)

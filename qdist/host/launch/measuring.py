@@ -4,20 +4,23 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from qdist.core.errors import MachineError
 from qdist.core.machine.cluster import Cluster, Rates
 from qdist.core.machine.measured import CardRates
+from qdist.core.requests import Answer, MeasureRates
 from qdist.core.text import GIB, MIB, format_bytes
 from qdist.host import children
 from qdist.host.files import cache_dir, cache_path, locked
+from qdist.host.launch.tasks import handed_over
 from qdist.host.machine import links, rates
 from qdist.host.machine.doctor import Check
 from qdist.host.opening import read_typed
@@ -55,7 +58,7 @@ def check_room(cluster: Cluster) -> None:
             )
 
 
-def measure(ranks: int, *, device: str = "cuda", timeout_s: float = 200.0) -> Measured:
+def measure(ranks: int, *, device: Literal["cuda", "cpu"] = "cuda", timeout_s: float = 200.0) -> Measured:
     """Measure disk and cards. Ranks that fail or hang are a finding; what was measured before is kept.
 
     The environment is passed on as it is, NCCL's settings included: what is measured is what a run would get.
@@ -77,39 +80,44 @@ def read_cards(folder: Path) -> tuple[CardRates, ...]:
     return tuple(sorted(found, key=lambda card: card.rank))
 
 
-def _run_ranks(folder: Path, ranks: int, device: str, timeout_s: float) -> str:
+def _run_ranks(folder: Path, ranks: int, device: Literal["cuda", "cpu"], timeout_s: float) -> str:
     """Start all, wait for all; what went wrong in a sentence, or nothing."""
-    processes = []
-    try:
+    processes, answers = [], []
+    with ExitStack() as stack:
         for rank in range(ranks):
-            command = [sys.executable, "-P", "-m", "qdist.runtime.gpu_rates", str(folder), "--rank", str(rank)]
-            command += ["--ranks", str(ranks), "--device", device]
-            with open(folder / f"rank{rank}.log", "wb") as log:
-                processes.append(
-                    subprocess.Popen(
-                        command,
-                        env=children.environment(),
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        preexec_fn=children.ending_with_this(),
-                    )
-                )
-        return _wait(processes, folder, timeout_s)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+            request = MeasureRates(out=str(folder), rank=rank, ranks=ranks, device=device)
+            task = stack.enter_context(handed_over(request))
+            process = subprocess.Popen(
+                task.command,
+                env=children.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=stack.enter_context(open(folder / f"rank{rank}.log", "wb")),
+                stderr=subprocess.STDOUT,
+                preexec_fn=children.ending_with_this(),
+                pass_fds=task.descriptors,
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            processes.append(process)
+            answers.append(task.answer)
+        return _wait(processes, answers, folder, timeout_s)
 
 
-def _wait(processes: Sequence["subprocess.Popen[bytes]"], folder: Path, timeout_s: float) -> str:
+def _wait(
+    processes: Sequence["subprocess.Popen[bytes]"],
+    answers: Sequence[Callable[[], Answer | None]],
+    folder: Path,
+    timeout_s: float,
+) -> str:
     """Until all have ended well or one has not: the others would wait for it in a collective."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         codes = [process.poll() for process in processes]
         for rank, code in enumerate(codes):
             if code:
-                return f"rank {rank} ended with exit code {code}: {_last_words(folder / f'rank{rank}.log')}"
+                answer = answers[rank]()
+                said = answer.message if answer else _last_words(folder / f"rank{rank}.log")
+                return f"rank {rank} ended with exit code {code}: {said}"
         if all(code == 0 for code in codes):
             return ""
         time.sleep(0.05)

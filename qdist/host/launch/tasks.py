@@ -1,62 +1,88 @@
-"""Runs one of qdist's torch-side modules in a process of its own, with its errors as our errors."""
+"""Has a process of its own do what needs torch: a request goes in, what comes of it or its error comes out."""
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO, NamedTuple
 
 import msgspec
 
-from qdist.core import errors
+from qdist.core.errors import JobError
 from qdist.core.planning.plan import Prepared
 from qdist.core.planning.render import PASSIVE
+from qdist.core.requests import Answer, Prepare, Request
 from qdist.core.spec.spec import RunSpec
 from qdist.host import children
 from qdist.host.machine import probe
+from qdist.host.terminal import BROKEN_PIPE
+
+ENTRY = "qdist.runtime.tasks"
+"""The module that answers requests."""
 
 
-class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How preparing ended: with what was prepared, or an error of the user's to mend."""
+class Task(NamedTuple):
+    """A request that lies ready for a process."""
 
-    prepared: Prepared | None = None
-    kind: str = ""
-    """Name of a class of `qdist.core.errors`."""
-    message: str = ""
-    try_: str = ""
+    command: list[str]
+    descriptors: tuple[int, int]
+    """What the process must be handed on: where the request is, and where its answer goes."""
+    told: BinaryIO
+
+    def answer(self) -> Answer | None:
+        """What the process said; None where it came to no end."""
+        self.told.seek(0)
+        content = self.told.read()
+        return msgspec.json.decode(content, type=Answer) if content else None
 
 
-def prepare(spec: RunSpec) -> Prepared:
-    """Convert, repair and tokenize in a separate process, so that the launcher stays free of torch.
-
-    Raises whatever QdistError the process ended with.
-    """
-    # Files in memory, without a name: a kill leaves nothing behind.
-    with os.fdopen(os.memfd_create("spec"), "w+b") as given, os.fdopen(os.memfd_create("prepared"), "w+b") as told:
-        given.write(msgspec.json.encode(spec))
+@contextmanager
+def handed_over(request: Request) -> Iterator[Task]:
+    """A request in files in memory, without a name: a kill leaves nothing behind."""
+    with os.fdopen(os.memfd_create("request"), "w+b") as given, os.fdopen(os.memfd_create("answer"), "w+b") as told:
+        given.write(msgspec.json.encode(request))
         given.flush()
         descriptors = (given.fileno(), told.fileno())
-        code = run_module("qdist.runtime.train.prepare", tuple(map(str, descriptors)), pass_fds=descriptors)
-        told.seek(0)
-        answer = told.read()
-    if not answer:
-        raise errors.JobError(
-            f"preparing model and data ended with exit code {code}",
-            try_="the same command again; what it said is above",
-        )
-    outcome = msgspec.json.decode(answer, type=Outcome)
-    if outcome.prepared is None:
-        raise getattr(errors, outcome.kind)(outcome.message, try_=outcome.try_)
-    return outcome.prepared
+        command = [sys.executable, "-P", "-m", ENTRY, type(request).__name__, *map(str, descriptors)]
+        yield Task(command, descriptors, told)
 
 
-def run_module(module: str, arguments: Sequence[str], *, asks: bool = False, pass_fds: Sequence[int] = ()) -> int:
-    """Run a module's `main` in a process of its own, on this terminal; its exit code.
+def run_task(request: Request) -> Prepared | None:
+    """Do a job in a process of its own, on this terminal; what was prepared, of `Prepare`.
 
-    asks, pass_fds: as `children.run` has them.
-    Raises KeyboardInterrupt once it has ended by Ctrl-C, JobError when a signal killed it.
+    Raises the QdistError that the process ended with; KeyboardInterrupt, with what the user should know, once it has
+    ended by Ctrl-C; JobError when a signal or a bug ended it.
     """
     environment = children.environment()
     if probe.cluster().device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed, once imported, warns that it found no GPU
         environment.setdefault("OMP_WAIT_POLICY", PASSIVE)
-    command = [sys.executable, "-P", "-m", "qdist.runtime.child", module, *arguments]
-    return children.run(command, environment, asks=asks, pass_fds=pass_fds)
+    with handed_over(request) as task:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if request.asks else None
+        try:
+            code = children.run(task.command, environment, asks=request.asks, pass_fds=task.descriptors)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(request.when_stopped) from None
+        finally:
+            if request.asks:
+                signal.signal(signal.SIGINT, before)
+        answer = task.answer()
+    if answer is None and code == BROKEN_PIPE:
+        raise SystemExit(code)
+    if answer is None:
+        raise JobError(
+            f"the process that was at work ended with exit code {code}",
+            try_="the same command again; what it said is above",
+        )
+    if error := answer.error:
+        raise error
+    return answer.prepared
+
+
+def prepare(spec: RunSpec) -> Prepared:
+    """Convert, repair and tokenize in a separate process, so that the launcher stays free of torch."""
+    prepared = run_task(Prepare(spec=spec))
+    if prepared is None:
+        raise JobError("nothing was prepared", try_="the same command again")
+    return prepared

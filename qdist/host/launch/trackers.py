@@ -34,7 +34,7 @@ REMEDIES = {
     "trackio": "unset TRACKIO_SPACE_ID and TRACKIO_SERVER_URL",
 }
 
-_MODULE = ("-P", "-m", "qdist.runtime.child", "qdist.runtime.train.trackers")
+_MODULE = ("-P", "-m", "qdist.runtime.train.trackers")
 _PAUSE_S = 60.0
 """Until a tracker's process that failed is started again; twice as long each further time."""
 _PATIENCE_S, _SOON_S = 30.0, 2.0

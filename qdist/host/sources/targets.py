@@ -7,7 +7,7 @@ import msgspec
 from qdist.core.errors import ModelError, RunError, SpecError
 from qdist.core.model.aliases import same_shape
 from qdist.core.model.shapes import require_library_class
-from qdist.core.text import command, parse_bytes, resuming
+from qdist.core.text import command, resuming
 from qdist.host.files import cache_path
 from qdist.host.machine import probe
 from qdist.host.opening import require_file, told
@@ -17,11 +17,13 @@ from qdist.host.sources.gguf_header import parts_of
 from qdist.host.sources.models import ADAPTER_FOLDER, Located, locate, nearest_model, opening
 
 
-def check_target(name: str) -> None:
+def check_target(name: str, *, max_memory: str | None = None) -> None:
     """Refuse what `generate` and `chat` cannot open: they take a run with an adapter, or a model.
 
-    Raises RunError or ModelError, with what is nearest.
+    Raises RunError or ModelError, with what is nearest; SpecError for a cap on GPUs where there are none.
     """
+    if max_memory is not None and probe.cluster().device == "cpu":
+        raise SpecError("--max-memory caps GPUs, and this machine has none", try_="leave it out")
     run, folder = RunDir(name), Path(name).expanduser()
     if run.exists():
         require_base(run)
@@ -65,19 +67,6 @@ def require_readable(located: Located, *, name: str) -> None:
             f"{name} is split into {len(parts)} files, which transformers does not read",
             try_="llama-gguf-split --merge of llama.cpp, which makes one file of them",
         )
-
-
-def memory_cap(amount: str | None) -> tuple[str, ...]:
-    """Flags, of the process that opens a model, for what it may put on each GPU. amount: such as '20GiB', or None.
-
-    Raises SpecError for what is no amount, and where there is no GPU.
-    """
-    if amount is None:
-        return ()
-    wanted = parse_bytes(amount, "max_memory")
-    if probe.cluster().device == "cpu":
-        raise SpecError("--max-memory caps GPUs, and this machine has none", try_="leave it out")
-    return ("--max-memory-bytes", str(wanted))
 
 
 def require_checkpoint(run: RunDir) -> None:

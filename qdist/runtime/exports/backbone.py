@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from qdist.core.errors import RunError
 from qdist.core.model.storage import Packing
 from qdist.core.planning.plan import Plan
+from qdist.core.requests import Onto
 from qdist.core.text import GIB
 from qdist.host.sources.cache import source_identity
 from qdist.runtime.formats.checksum import Sums
@@ -24,8 +25,6 @@ from qdist.runtime.model.skeleton import DTYPES, decoder_layers, fill, skeleton
 from qdist.runtime.model.weights import FolderWeights, RandomWeights, Weights
 from qdist.runtime.quantize.source import Originals, find_originals
 
-Onto = Literal["dequantized", "original"]
-"""A backbone as training sees it, or as it was before it was packed."""
 _GPU_BYTES = 4 * GIB
 """Of a GPU that unpacks: twice the context and the matrices of the largest models that qdist knows."""
 _COLUMNS = 1024

@@ -1,18 +1,19 @@
 """Merges runs, exactly or into 16 bits, and says what it costs."""
 
+from pathlib import Path
 from typing import NamedTuple
 
+from qdist.core.requests import Folding, Merge, Onto
 from qdist.core.text import counted
 from qdist.host.terminal import say
 from qdist.runtime.exports import merged_16bit
-from qdist.runtime.exports.backbone import Backbone, Onto
+from qdist.runtime.exports.backbone import Backbone
 from qdist.runtime.exports.evaluation import Evaluation, Loss, losses_of
-from qdist.runtime.exports.job import Export
-from qdist.runtime.exports.main import job_from, parser
 from qdist.runtime.exports.merged_16bit import Merged
 from qdist.runtime.exports.qalora_merge import merge_offsets
+from qdist.runtime.exports.update import Adapters
+from qdist.runtime.model.skeleton import DTYPES
 from qdist.runtime.quantize.source import find_originals
-from qdist.runtime.quiet import quiet
 
 
 class Losses(NamedTuple):
@@ -24,13 +25,13 @@ class Losses(NamedTuple):
     """None where there is no original to merge onto."""
 
 
-def merge(job: Export) -> Losses:
+def merge(request: Folding) -> Losses:
     """Write the merged model, then evaluate what merging onto either backbone costs.
 
-    Raises what `sixteen.write` raises; nothing is at `job.out` then.
+    Raises what `sixteen.write` raises; nothing is at its `out` then.
     """
-    merged_16bit.run(job)
-    adapters = job.adapters
+    merged_16bit.run(request)
+    adapters, dtype = Adapters.named_in(request), DTYPES[request.stored]
     if not adapters.alone:
         several = "several runs, each with held-out samples of its own"
         none = Loss(None, several if len(adapters.runs) > 1 else "with a weight it is not the adapter of the run")
@@ -41,9 +42,9 @@ def merge(job: Export) -> Losses:
     def loss_of(onto: Onto) -> Loss:
         if evaluation.refusal:
             return Loss(None, evaluation.refusal)
-        if onto == job.onto:
-            return evaluation.written(job.out, job.torch_dtype)
-        return evaluation.unwritten(Merged(Backbone(plan, onto=onto), adapters, job.torch_dtype))
+        if onto == request.backbone:
+            return evaluation.written(Path(request.out), dtype)
+        return evaluation.unwritten(Merged(Backbone(plan, onto=onto), adapters, dtype))
 
     no_original = isinstance(find_originals(plan.source), str)
     return Losses(evaluation.adapter(), loss_of("dequantized"), None if no_original else loss_of("original"))
@@ -59,28 +60,22 @@ def report(losses: Losses) -> str:
     return losses_of({name: loss for name, loss in rows.items() if loss is not None})
 
 
-def merge_exactly(job: Export) -> str:
+def merge_exactly(request: Folding) -> str:
     """Write QA-LoRA's checkpoint with offsets; what differs from the adapter, in weights and in losses."""
-    adapters = job.adapters
-    difference = merge_offsets(adapters, job.out, lambda line: say(f"  {line}", err=True))
+    adapters, out = Adapters.named_in(request), Path(request.out)
+    difference = merge_offsets(adapters, out, lambda line: say(f"  {line}", err=True))
     relative, largest = difference.relative, difference.largest
     kept = f"; all {difference.unchanged} tensors of the base as they were" if difference.unchanged else ""
     lines = [
-        f"{job.out}: {counted(len(job.runs), 'adapter')} merged{kept}",
+        f"{out}: {counted(len(request.runs), 'adapter')} merged{kept}",
         f"weights differ from those under the adapter by {relative:.2e} of its update, at most by {largest:.1e}",
     ]
     if adapters.alone:
         evaluation = Evaluation(adapters.runs[0])
-        lines.append(losses_of({"adapter": evaluation.adapter(), "merged": evaluation.quantized(job.out)}))
+        lines.append(losses_of({"adapter": evaluation.adapter(), "merged": evaluation.quantized(out)}))
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Started by the command line, which has checked the flags."""
-    quiet()
-    job = job_from(parser().parse_args())
-    say(merge_exactly(job) if job.adapters.pool > 1 else report(merge(job)))
-
-
-if __name__ == "__main__":
-    main()
+def run(request: Merge) -> None:
+    """Merge as the method allows, and say what it costs."""
+    say(merge_exactly(request) if Adapters.named_in(request).pool > 1 else report(merge(request)))

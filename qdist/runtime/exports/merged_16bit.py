@@ -11,16 +11,17 @@ import torch
 from torch import nn
 
 from qdist.core.errors import ModelError
+from qdist.core.requests import Folding, Onto
 from qdist.core.text import counted, format_bytes, format_duration
 from qdist.host.files import require_space
 from qdist.host.terminal import say
-from qdist.runtime.exports.backbone import Backbone, Onto, Weight
-from qdist.runtime.exports.job import Export
+from qdist.runtime.exports.backbone import Backbone, Weight
 from qdist.runtime.exports.model_files import write_model_files
 from qdist.runtime.exports.update import Adapters, Update
 from qdist.runtime.formats.packed_folder import Entry, Written, file_name, finished, write_index, write_tensors
 from qdist.runtime.formats.recorded_sums import keep_sums
 from qdist.runtime.formats.work_folder import filled, reserved
+from qdist.runtime.model.skeleton import DTYPES
 
 _ROWS = 1024
 """Of a matrix that are in float32 at a time."""
@@ -108,13 +109,13 @@ _TELL_S = 10.0
 """How often writing says how far it is."""
 
 
-def run(job: Export) -> None:
+def run(request: Folding) -> None:
     """Write the model, and say what it is."""
     began = time.monotonic()
-    size = write(job.adapters, job.out, onto=job.onto, dtype=job.torch_dtype)
+    size = write(Adapters.named_in(request), Path(request.out), onto=request.backbone, dtype=DTYPES[request.stored])
     took = format_duration(time.monotonic() - began)
-    what = f"{counted(len(job.runs), 'adapter')} merged onto the {job.onto} backbone, {job.dtype}"
-    say(f"{job.out}: {what}, {format_bytes(size)}, {took}")
+    what = f"{counted(len(request.runs), 'adapter')} merged onto the {request.backbone} backbone, {request.stored}"
+    say(f"{request.out}: {what}, {format_bytes(size)}, {took}")
 
 
 def write(adapters: Adapters, out: Path, *, onto: Onto, dtype: torch.dtype) -> int:

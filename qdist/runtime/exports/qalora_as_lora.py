@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from qdist.core.errors import RunError
+from qdist.core.requests import Export
 from qdist.core.text import counted, format_bytes
 from qdist.host.files import require_space
 from qdist.host.sources.targets import ADAPTER
 from qdist.host.terminal import say
 from qdist.runtime.data.tokenizer import copy_beside
-from qdist.runtime.exports.job import Export
 from qdist.runtime.exports.update import PREFIX, Adapters
 from qdist.runtime.formats.packed_folder import Entry, write_tensors
 from qdist.runtime.formats.recorded_sums import ADAPTER_CONFIG
@@ -28,13 +28,13 @@ _VERSION = 1
 """Raise it whenever the same runs would become other bytes."""
 
 
-def run(job: Export) -> None:
+def run(request: Export) -> None:
     """Write the adapter, and say what it is."""
-    adapters = job.adapters
-    rank, plan = widen(adapters, job.out), adapters.plan
-    size = format_bytes((job.out / ADAPTER).stat().st_size)
+    adapters, out = Adapters.named_in(request), Path(request.out)
+    rank, plan = widen(adapters, out), adapters.plan
+    size = format_bytes((out / ADAPTER).stat().st_size)
     readers = "PEFT" if plan.source.new_token_ids else "PEFT and vLLM"
-    say(f"{job.out}: LoRA r={rank}, {size}, for {readers} over {plan.source.path or plan.spec.model}")
+    say(f"{out}: LoRA r={rank}, {size}, for {readers} over {plan.source.path or plan.spec.model}")
 
 
 def widen(adapters: Adapters, out: Path) -> int:

@@ -13,10 +13,10 @@ import torch
 
 from qdist.core.errors import RunError
 from qdist.core.model.gptq import Gptq
+from qdist.core.requests import Export
 from qdist.host.files import require_space
 from qdist.host.terminal import say
 from qdist.runtime.exports.gptq_base import OFFSET, GptqBase, GroupUpdates, Packed
-from qdist.runtime.exports.job import Export
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.formats.packed_folder import Entry, finished, write_tensors
 from qdist.runtime.formats.work_folder import built
@@ -37,16 +37,17 @@ class Lost(NamedTuple):
     zeros: int
 
 
-def run(job: Export) -> None:
-    """Write the checkpoint and say what is lost. Raises RunError, with that, unless the job is to be lossy."""
-    if not job.lossy:
-        lost = loss_of_zeros(job.adapters)
+def run(request: Export) -> None:
+    """Write the checkpoint and say what is lost. Raises RunError, with that, unless it may be lossy."""
+    adapters, out = Adapters.named_in(request), Path(request.out)
+    if not request.lossy:
+        lost = loss_of_zeros(adapters)
         raise RunError(
             f"integer zeros would lose {lost.relative:.1%} of the adapter",
             try_="qdist merge, which loses nothing, or --lossy",
         )
-    lost = fold_zeros(job.adapters, job.out)
-    say(f"{job.out}: {lost.relative:.1%} of the adapter is lost; {lost.clipped:,} of {lost.zeros:,} zeros were clipped")
+    lost = fold_zeros(adapters, out)
+    say(f"{out}: {lost.relative:.1%} of the adapter is lost; {lost.clipped:,} of {lost.zeros:,} zeros were clipped")
 
 
 def loss_of_zeros(adapters: Adapters) -> Lost:

@@ -6,53 +6,58 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from qdist.core.errors import RunError
 from qdist.core.model.gptq import Gptq, Shape, usual_format
 from qdist.core.planning.plan import Plan
+from qdist.core.requests import Export, GptqSettings
 from qdist.core.text import format_bytes
 from qdist.host.terminal import say
 from qdist.runtime.exports import merged_16bit
 from qdist.runtime.exports.backbone import Backbone
 from qdist.runtime.exports.evaluation import Evaluation, Loss, losses_of
-from qdist.runtime.exports.job import Export
+from qdist.runtime.exports.update import Adapters
 from qdist.runtime.formats.work_folder import reserved
 from qdist.runtime.infer.load import load_tokenizer
+from qdist.runtime.model.skeleton import DTYPES
 from qdist.runtime.quantize.gptq.calibrate import pieces
-from qdist.runtime.quantize.gptq.job import Wanted
 from qdist.runtime.quantize.gptq.make import make
 
 
-def run(job: Export) -> None:
+def run(request: Export) -> None:
     """Write a GPTQ checkpoint with the groups and the order of the run's own, or of 128; say what each step loses.
 
     The 16-bit model lies beside until the checkpoint is there; killed, the same command goes on where it was.
     Raises RunError for random weights, which have no tokenizer to read calibration data with; DataError, before
     anything is written, for too little data.
     """
-    plan, asked = job.adapters.plan, wanted(job, job.adapters.plan)
+    adapters, out = Adapters.named_in(request), Path(request.out)
+    plan = adapters.plan
     if plan.source.kind == "dummy":
         raise RunError("random weights have no data to calibrate on", try_="--to 16bit")
+    asked = wanted(request, plan)
     tokenizer = load_tokenizer(plan.source)
     pieces(asked.data, tokenizer, samples=asked.samples, seq_len=asked.seq_len, seed=asked.seed)
-    prefix = f"{job.out.name}.16bit-"
-    with reserved(job.out.with_name(f".{prefix}lock")):
-        between = job.out.with_name(f".{prefix}{_stamp(job, plan)}")
+    prefix = f"{out.name}.16bit-"
+    with reserved(out.with_name(f".{prefix}lock")):
+        between = out.with_name(f".{prefix}{_stamp(request, adapters)}")
         _remove_others(between, prefix)
         if not between.is_dir():
-            merged_16bit.write(job.adapters, between, onto=job.onto, dtype=job.torch_dtype)
-        losses = _losses(job, between)
-        gptq = make(str(between), job.out, asked, when_written=partial(_remove, between, prefix))
-    losses["merged and quantized"] = Evaluation(job.adapters.runs[0]).quantized(job.out)
-    size = sum(file.stat().st_size for file in Path(job.out).glob("*.safetensors"))
-    say(f"{job.out}: {gptq}, {format_bytes(size)}")
+            merged_16bit.write(adapters, between, onto=request.backbone, dtype=DTYPES[request.stored])
+        losses = _losses(adapters, between, DTYPES[request.stored])
+        gptq = make(str(between), out, asked, when_written=partial(_remove, between, prefix))
+    losses["merged and quantized"] = Evaluation(adapters.runs[0]).quantized(out)
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    say(f"{out}: {gptq}, {format_bytes(size)}")
     say(losses_of(losses))
 
 
-def _losses(job: Export, between: Path) -> dict[str, Loss]:
+def _losses(adapters: Adapters, between: Path, dtype: torch.dtype) -> dict[str, Loss]:
     """Before quantizing. The adapter's own loss is of one run, as it is."""
-    evaluation = Evaluation(job.adapters.runs[0])
-    own = {"adapter": evaluation.adapter()} if job.adapters.alone else {}
-    return {**own, "merged, 16 bits": evaluation.written(between, job.torch_dtype)}
+    evaluation = Evaluation(adapters.runs[0])
+    own = {"adapter": evaluation.adapter()} if adapters.alone else {}
+    return {**own, "merged, 16 bits": evaluation.written(between, dtype)}
 
 
 def _remove_others(between: Path, prefix: str) -> None:
@@ -68,23 +73,24 @@ def _remove(between: Path, prefix: str) -> None:
     shutil.rmtree(between.with_name(f".{prefix}spent"))
 
 
-def _stamp(job: Export, plan: Plan) -> str:
+def _stamp(request: Export, adapters: Adapters) -> str:
     """Says what the 16-bit model was made of."""
-    contents = f"{job.adapters.stamp} {job.onto} {job.dtype} {Backbone(plan, onto=job.onto).identity()}"
+    backbone = Backbone(adapters.plan, onto=request.backbone)
+    contents = f"{adapters.stamp} {request.backbone} {request.stored} {backbone.identity()}"
     return hashlib.sha256(contents.encode()).hexdigest()[:12]
 
 
-def wanted(job: Export, plan: Plan) -> Wanted:
+def wanted(request: Export, plan: Plan) -> GptqSettings:
     """As the run's checkpoint was quantized; what it was trained on is what it is calibrated on, unless told."""
     own = plan.source.gptq or Gptq(shape=Shape(4, 128))
-    bits = job.bits or own.shape.bits
-    return Wanted(
-        data=job.data or plan.spec.data,
+    bits = request.bits or own.shape.bits
+    return GptqSettings(
+        data=request.data or plan.spec.data,
         bits=(bits,),
-        group_size=job.group_size or own.shape.group_size,
+        group_size=request.group_size or own.shape.group_size,
         sym=own.sym,
         desc_act=own.desc_act,
         format=usual_format(sym=own.sym, widths=(bits,)),
-        samples=job.samples,
+        samples=request.samples or 128,
         seq_len=min(plan.seq_len, plan.facts.max_positions),
     )

@@ -11,6 +11,7 @@ import torch
 
 from qdist.core.errors import ModelError, RunError
 from qdist.core.planning.plan import Plan
+from qdist.core.requests import Folding
 from qdist.core.text import command
 from qdist.host.opening import converted, read_object
 from qdist.host.run.rundir import RunDir
@@ -59,6 +60,11 @@ class Update(NamedTuple):
 
 class Adapters:
     """The adapters of runs over one base, each with a weight that its update is multiplied by."""
+
+    @classmethod
+    def named_in(cls, request: Folding) -> "Adapters":
+        """Those that a request names. Raises RunError as the constructor does."""
+        return cls([RunDir(run) for run in request.runs], request.weights)
 
     def __init__(self, runs: Sequence[RunDir], weights: Sequence[float] = ()) -> None:
         """weights: aligned with `runs`; one run may go without.

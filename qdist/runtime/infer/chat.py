@@ -6,6 +6,7 @@ from typing import Any
 
 from qdist.core.data.conversation import Conversation, Turn
 from qdist.core.errors import DataError, nearest
+from qdist.core.requests import Chat
 from qdist.host.terminal import say
 from qdist.runtime.infer.complete import answer_of, as_written, complete, text_of
 from qdist.runtime.infer.load import ROOM_TOKENS, open_model
@@ -16,6 +17,16 @@ _HELP = "\n".join((
     *(f"{name:7}{what}" for name, what in _COMMANDS.items()),
     "Ctrl-C ends an answer and keeps what was said; at the prompt it leaves, as an empty line does",
 ))  # fmt: skip
+
+
+def run(request: Chat) -> None:
+    """Talk until the user leaves."""
+    chat(
+        request.run,
+        system=request.system,
+        max_new_tokens=request.max_new_tokens,
+        max_memory_bytes=request.max_memory_bytes,
+    )
 
 
 def chat(target: str, *, max_new_tokens: int, system: str, max_memory_bytes: int | None = None) -> None:

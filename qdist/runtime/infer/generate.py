@@ -1,6 +1,5 @@
 """Answers a file of prompts, or a person, with a run's adapter or any model."""
 
-import argparse
 import hashlib
 import json
 import os
@@ -8,21 +7,19 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from qdist.core.data.conversation import Conversation
 from qdist.core.errors import RunError
+from qdist.core.requests import Generate
 from qdist.host.data.records import read_prompts
 from qdist.host.files import sync, unwritable, write_atomic, write_out
 from qdist.host.opening import decoded, node_of, read_text
 from qdist.host.run.rundir import PLAN, RunDir
 from qdist.host.terminal import say
 from qdist.runtime.formats.work_folder import reserved
-from qdist.runtime.infer.chat import chat
 from qdist.runtime.infer.complete import complete, text_of
 from qdist.runtime.infer.load import open_model
 from qdist.runtime.infer.prompts import Speech, encode_prompts, speech_of
-from qdist.runtime.quiet import quiet
 
 
 def generate_file(
@@ -146,26 +143,14 @@ def _messages(conversation: Conversation) -> list[dict[str, str]]:
     return [{"role": turn.role, "content": turn.said} for turn in conversation.turns]
 
 
-def main() -> None:
-    """Started by the command line."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("file", "chat"))
-    parser.add_argument("target")
-    parser.add_argument("--prompts", type=Path)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--system", default="")
-    parser.add_argument("--max-memory-bytes", type=int)
-    given = parser.parse_args()
-    quiet()
-    shared: dict[str, Any] = {"max_new_tokens": given.max_new_tokens, "max_memory_bytes": given.max_memory_bytes}
-    if given.what == "chat":
-        chat(given.target, system=given.system, **shared)
-    else:
-        count = generate_file(given.target, given.prompts, given.out, batch=given.batch, **shared)
-        say(f"{count} answers in {given.out}")
-
-
-if __name__ == "__main__":
-    main()
+def run(request: Generate) -> None:
+    """Answer, and say how many there were."""
+    count = generate_file(
+        request.run,
+        Path(request.prompts),
+        Path(request.out),
+        max_new_tokens=request.max_new_tokens,
+        batch=request.batch,
+        max_memory_bytes=request.max_memory_bytes,
+    )
+    say(f"{count} answers in {request.out}")

@@ -1,6 +1,5 @@
-"""Finds or makes the packed form of a model: `python -m qdist.runtime.quantize.bitsandbytes MODEL OUT --method nf4`."""
+"""Finds or makes the packed form of a model."""
 
-import argparse
 import hashlib
 import os
 import time
@@ -11,6 +10,7 @@ from typing import NamedTuple
 
 from qdist.core.errors import ModelError, RunError
 from qdist.core.model.storage import Packing
+from qdist.core.requests import Pack
 from qdist.core.text import command, format_bytes, format_duration, quoted
 from qdist.host.files import cache_dir, locked
 from qdist.host.sources import cache
@@ -20,7 +20,6 @@ from qdist.host.terminal import say
 from qdist.runtime.formats.packed_folder import Manifest, read_manifest
 from qdist.runtime.quantize.pack import pack
 from qdist.runtime.quantize.source import blueprint, check_packed, quantized_as, streamed
-from qdist.runtime.quiet import quiet
 
 
 class Packed(NamedTuple):
@@ -114,26 +113,14 @@ def _alone(out: Path, name: str) -> Iterator[None]:
         yield
 
 
-def main() -> None:
-    """Started by the command line."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--method", choices=("nf4", "fp4", "int8"), required=True)
-    parser.add_argument("--single", action="store_true")
-    parser.add_argument("--dtype", default="auto")
-    given = parser.parse_args()
-    quiet()
-    packing = (
-        Packing(bits=8, dtype=given.dtype)
-        if given.method == "int8"
-        else Packing(bits=4, type=given.method, double=not given.single, dtype=given.dtype)
-    )
+def run(request: Pack) -> None:
+    """Pack, and say what was packed and how to use it."""
+    packing, out = request.packing, Path(request.out)
     began = time.monotonic()
-    manifest = quantize(given.model, given.out, packing)
+    manifest = quantize(request.model, out, packing)
     took = format_duration(time.monotonic() - began)
-    say(f"{given.out}: {packing}, {manifest.layers} layers, {format_bytes(manifest.bytes)}, {took}")
-    say(f"use it  {command('launch', '--model', given.out, *_flags(packing), '--data', 'FILE')}")
+    say(f"{out}: {packing}, {manifest.layers} layers, {format_bytes(manifest.bytes)}, {took}")
+    say(f"use it  {command('launch', '--model', out, *_flags(packing), '--data', 'FILE')}")
 
 
 def _flags(packing: Packing) -> list[str]:
@@ -144,7 +131,3 @@ def _flags(packing: Packing) -> list[str]:
     if packing.bits == 4 and not packing.double:
         flags += ["--set", "quant.double=false"]
     return flags
-
-
-if __name__ == "__main__":
-    main()

@@ -2,48 +2,31 @@
 
 import hashlib
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from qdist.core.data import demo
-from qdist.core.errors import QdistError
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.pooling import require_packed
 from qdist.core.model.shapes import from_config
 from qdist.core.model.storage import packing_of
 from qdist.core.planning.plan import DataFacts, Prepared, Source
+from qdist.core.requests import Prepare
 from qdist.core.spec.spec import RunSpec
 from qdist.host.data.records import source_notes
-from qdist.host.files import cache_dir, locked, publish_folder, told_of_disks
-from qdist.host.launch.tasks import Outcome
+from qdist.host.files import cache_dir, locked, publish_folder
 from qdist.host.sources.cache import files_digest
 from qdist.host.sources.model_folder import fingerprint, gptq_of
 from qdist.host.sources.models import locate
-from qdist.runtime.quiet import quiet
 
 if TYPE_CHECKING:
     from qdist.runtime.quantize.bitsandbytes import Packed
 
 
-def main() -> None:
-    """Read a RunSpec from one open file, write an `Outcome` into another; both are named by their descriptors."""
-    given, told = map(int, sys.argv[1:3])
-    with open(given, "rb") as file:
-        file.seek(0)
-        spec = msgspec.json.decode(file.read(), type=RunSpec)
-    try:
-        with told_of_disks():
-            outcome = Outcome(prepared=prepare(spec))
-    except QdistError as error:
-        outcome = Outcome(kind=type(error).__name__, message=error.message, try_=error.try_)
-    with open(told, "wb") as file:
-        file.write(msgspec.json.encode(outcome))
-    if outcome.prepared is None:
-        raise SystemExit(1)
+def run(request: Prepare) -> Prepared:
+    """What a process that only prepares answers."""
+    return prepare(request.spec)
 
 
 def prepare(spec: RunSpec) -> Prepared:
@@ -57,7 +40,6 @@ def prepare(spec: RunSpec) -> Prepared:
     from qdist.runtime.model.skeleton import open_config
     from qdist.runtime.quantize.materialize import materialize
 
-    quiet()
     located = locate(spec.model)
     folder = materialize(located)
     config: dict[str, Any] = open_config(folder).to_dict()
@@ -152,7 +134,3 @@ def _keep_tokenizer(tokenizer: Any) -> Path:
         else:
             publish_folder(beside, folder)
     return folder
-
-
-if __name__ == "__main__":
-    main()

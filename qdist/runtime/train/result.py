@@ -1,6 +1,5 @@
 """Gathers a checkpoint's adapter into a plain PEFT folder, checked, and writes what a finished run ends with."""
 
-import argparse
 import json
 import os
 import re
@@ -14,6 +13,7 @@ import torch
 
 from qdist.core.errors import RunError
 from qdist.core.planning.plan import Plan
+from qdist.core.requests import Gather
 from qdist.core.telemetry.events import start_of, steady_tokens_s
 from qdist.host.files import locked, publish_folder, replace_folder, write_atomic
 from qdist.host.run.follow import Follower
@@ -236,23 +236,13 @@ def choose_step(run: RunDir, which: str) -> int:
     )
 
 
-def main() -> None:
-    """`python -m qdist.runtime.train.result gather RUN`, started by the command line."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("gather",))
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--checkpoint", default="last")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    run = RunDir(arguments.run)
-    folder, step = gather_named(run, arguments.checkpoint, out=arguments.out)
+def run(request: Gather) -> None:
+    """Gather, and say what was gathered."""
+    run = RunDir(request.run)
+    folder, step = gather_named(run, request.checkpoint, out=Path(request.out) if request.out else None)
     require_adapter(folder, run=run.path)
     tensors = load_tensors(folder / ADAPTER)
     total, parameters = run.plan().steps, sum(tensor.numel() for tensor in tensors.values())
     say(f"{folder}: step {step} of {total}, {len(tensors)} tensors, {parameters:,} parameters")
-    if arguments.out is None and step != total:
+    if request.out is None and step != total:
         say(f"note     it is not the end's: what uses {run.path} says so, until it is gathered again")
-
-
-if __name__ == "__main__":
-    main()

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from qdist.core.errors import QdistError
 from qdist.core.planning.plan import Plan
 from qdist.core.spec.spec import flatten, json_text
 from qdist.core.telemetry.events import Event
 from qdist.core.text import GIB
-from qdist.host.files import locked, write_atomic
+from qdist.host.files import locked, told_of_disks, write_atomic
 from qdist.host.launch.trackers import Sent, refuse_missing, sent_file, sent_to
 from qdist.host.run.follow import Follower
 from qdist.host.run.rundir import PLAN, RunDir
@@ -251,4 +252,8 @@ def _settings(plan: Plan) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        with told_of_disks():
+            main()
+    except QdistError as error:
+        raise SystemExit(f"error: {error.message}") from None  # into the tracker's log, where the launcher looks

@@ -1,6 +1,5 @@
 """One rank of a run: `python -m qdist.runtime.train.worker RUN --digest D`, started by torch.distributed.run."""
 
-import argparse
 import errno
 import os
 import signal
@@ -24,17 +23,13 @@ from qdist.runtime.train.heartbeat import Beat
 
 def main() -> None:
     """Redirect output to the rank's log, train, and leave with 0 only when everything was written."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--digest", required=True)
-    arguments = parser.parse_args()
-    run = RunDir(arguments.run)
+    run, planned = _arguments()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     _log_to(run.log_file(rank))
     # Of launch.sh's shell, which became torch.distributed.run; by hand, of whatever started this.
     end_with_parent(int(os.environ.get(AGENT) or os.getppid()), signal.SIGKILL)
     try:
-        plan = run.checked_plan(arguments.digest)
+        plan = run.checked_plan(planned)
         if plan.world_size != world_size:
             raise RunError(
                 f"planned for {plan.world_size} ranks, started with {world_size}",
@@ -46,6 +41,14 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # Other ranks may be inside a collective that never ends: leave without their goodbye.
         os._exit(1)
+
+
+def _arguments() -> tuple[RunDir, str]:
+    """The run, and the digest of the plan that its launcher made."""
+    match sys.argv[1:]:
+        case [run, "--digest", planned]:
+            return RunDir(run), planned
+    raise SystemExit("usage: python -m qdist.runtime.train.worker RUN --digest DIGEST; launch.sh of the run has them")
 
 
 def _work(plan: Plan, run: RunDir) -> None:

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from qdist.core.errors import ModelError, PlanError, RunError
 from qdist.core.model.gptq import Gptq, Shape
+from qdist.core.requests import Export, Merge
 from qdist.host.machine import probe
 from qdist.host.run.rundir import RunDir
 from qdist.host.sources.targets import ADAPTER
-from qdist.runtime.exports import main as exporting
+from qdist.runtime import tasks
 from qdist.runtime.exports import merge as merging
 from qdist.runtime.exports import merged_16bit
 from qdist.runtime.exports.update import Adapters
@@ -194,8 +195,7 @@ def test_losses_are_told_or_why_there_are_none(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(probe, "host_memory", lambda _: (1 << 20, 1 << 17))
-    monkeypatch.setattr("sys.argv", ["merge", str(run.path), "--out", str(tmp_path / "out")])
-    merging.main()
+    merging.run(Merge(runs=(str(run.path),), out=str(tmp_path / "out")))
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{tmp_path / 'out'}: 1 adapter merged onto the dequantized backbone, bfloat16, ")
     assert [line[:41] for line in lines] == [
@@ -208,20 +208,16 @@ def test_losses_are_told_or_why_there_are_none(
     assert logits_of(plain(tmp_path / "out"), high=250).isfinite().all()
 
 
-def test_one_command_writes_several_runs_and_evaluates_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_command_writes_several_runs_and_evaluates_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = save_model(tmp_path / "model", tokenizer=padded())
-    runs = [str(run_over(tmp_path / name, source).path) for name in ("a", "b")]
-    flags = [*runs, "--out", str(tmp_path / "merged"), "--weights=0.5,-1e-3"]
-    monkeypatch.setattr("sys.argv", ["merge", *flags])
-    merging.main()
+    runs = tuple(str(run_over(tmp_path / name, source).path) for name in ("a", "b"))
+    merging.run(Merge(runs=runs, out=str(tmp_path / "merged"), weights=(0.5, -1e-3)))
     assert capsys.readouterr().out.endswith(
         "held-out loss  not evaluated: several runs, each with held-out samples of its own\n"
     )
-    monkeypatch.setattr("sys.argv", ["main", "16bit", *flags])
+    again = Export(to="16bit", runs=runs, out=str(tmp_path / "merged"), weights=(0.5, -1e-3))
     with pytest.raises(RunError, match="merged exists\n  try: another --out"):
-        exporting.main()
+        tasks.perform(again)
 
 
 MEASURE = """

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from qdist.core.errors import DataError, ModelError, RunError
 from qdist.core.model.gptq import Gptq, Shape
+from qdist.core.requests import Export
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.exports import qalora_as_lora, qalora_integer_zeros, requantize
 from qdist.runtime.exports.gguf import export
-from qdist.runtime.exports.job import Export
 from qdist.runtime.exports.qalora_merge import merge_offsets
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.infer.load import load
@@ -27,7 +27,7 @@ from tests.runtime.tiny import adapted_run, dummy_job, logits_of, real_job, save
 
 def exported(run: RunDir | tuple[RunDir, ...], out: Path, **options: Any) -> Export:
     runs = (run,) if isinstance(run, RunDir) else run
-    return Export(runs=tuple(one.path for one in runs), out=out, **options)
+    return Export(**{"to": "lora", "runs": tuple(str(one.path) for one in runs), "out": str(out), **options})
 
 
 def qlora_run(folder: Path, **settings: Any) -> RunDir:
@@ -63,8 +63,8 @@ def test_several_adapters_become_one_of_their_ranks_together(tmp_path: Path) -> 
     job = exported(runs, tmp_path / "lora", weights=(0.5, -2.0))
     qalora_as_lora.run(job)
     stored = load_file(tmp_path / "lora" / "adapter_model.safetensors")
-    for path in job.adapters.paths:
-        update = job.adapters.of(path)
+    for path in Adapters.named_in(job).paths:
+        update = Adapters.named_in(job).of(path)
         assert update is not None
         down, up = (stored[f"base_model.model.{path}.lora_{side}.weight"] for side in "AB")
         assert down.shape[0] == up.shape[1] == 12
@@ -92,7 +92,7 @@ def test_q4_1_holds_the_integers_of_qa_lora(tmp_path: Path, gptq: Gptq, capsys: 
     """Read back by transformers: away from the adapter by no more than fp16 minimums are."""
     model = save_gptq(tmp_path / "gptq", gptq, tokenizer=padded())
     run = run_over(model, tmp_path / "run", bits=gptq.shape.bits)
-    export.run(exported(run, tmp_path / "model.gguf"))
+    export.run(exported(run, tmp_path / "model.gguf", to="gguf"))
     said = capsys.readouterr().out
     assert "14 Q4_1" in said
     assert re.search(r"minimums in float16 take \d+\.\d% of the adapter", said)
@@ -112,7 +112,7 @@ def test_q4_1_after_two_merges_holds_both(tmp_path: Path) -> None:
     first = run_over(save_gptq(tmp_path / "gptq", SYMMETRIC, tokenizer=padded()), tmp_path / "run")
     merge_offsets(Adapters([first]), tmp_path / "merged", lambda _: None)
     second = run_over(tmp_path / "merged", tmp_path / "again")
-    export.run(exported(second, tmp_path / "model.gguf"))
+    export.run(exported(second, tmp_path / "model.gguf", to="gguf"))
     own = logits_of(of_gguf(tmp_path / "model.gguf"), high=250)
     assert relative(own, logits_of(load(second.path)[0], high=250)) < 6e-3
 
@@ -124,7 +124,7 @@ def test_any_method_is_rounded_to_f16_and_q8_0(tmp_path: Path, kind: Any, roundi
         run = qlora_run(tmp_path)
     else:
         run = run_over(save_gptq(tmp_path / "gptq", SYMMETRIC, tokenizer=padded()), tmp_path / "run", method=method)
-    export.run(exported(run, tmp_path / "model.gguf", type=kind))
+    export.run(exported(run, tmp_path / "model.gguf", type=kind, to="gguf"))
     own = logits_of(of_gguf(tmp_path / "model.gguf"), high=250)
     assert relative(own, logits_of(load(run.path)[0], high=250)) < rounding
 
@@ -140,7 +140,7 @@ def test_q4_1_is_refused_where_it_would_round_again(tmp_path: Path, method: str)
         settings = {"method": "qa-lora", "bits": 8} if eight else {"method": "gptq-lora"}
         run = run_over(model, tmp_path / "run", **settings)
     with pytest.raises(RunError, match=said) as caught:
-        export.run(exported(run, tmp_path / "model.gguf", type="q4_1"))
+        export.run(exported(run, tmp_path / "model.gguf", type="q4_1", to="gguf"))
     assert "--type q8_0" in str(caught.value.try_)
     assert not (tmp_path / "model.gguf").exists()
 
@@ -148,7 +148,7 @@ def test_q4_1_is_refused_where_it_would_round_again(tmp_path: Path, method: str)
 def test_a_family_that_gguf_readers_have_no_name_for_is_refused(tmp_path: Path) -> None:
     run = run_over(save_gptq(tmp_path / "gptq", SYMMETRIC, "opt"), tmp_path / "run")
     with pytest.raises(ModelError, match="opt"):
-        export.run(exported(run, tmp_path / "model.gguf"))
+        export.run(exported(run, tmp_path / "model.gguf", to="gguf"))
     assert not (tmp_path / "model.gguf").exists()
 
 
@@ -157,10 +157,10 @@ def test_integer_zeros_lose_what_is_said(tmp_path: Path, gptq: Gptq, capsys: pyt
     model = save_gptq(tmp_path / "gptq", gptq, tokenizer=padded())
     run = run_over(model, tmp_path / "run", scale=0.3)
     with pytest.raises(RunError, match=r"would lose \d+\.\d% of the adapter") as caught:
-        qalora_integer_zeros.run(exported(run, tmp_path / "zeros"))
+        qalora_integer_zeros.run(exported(run, tmp_path / "zeros", to="zeros"))
     assert "qdist merge" in str(caught.value.try_)
     assert not (tmp_path / "zeros").exists()
-    qalora_integer_zeros.run(exported(run, tmp_path / "zeros", lossy=True))
+    qalora_integer_zeros.run(exported(run, tmp_path / "zeros", lossy=True, to="zeros"))
     lost = qalora_integer_zeros.loss_of_zeros(Adapters([run]))
     assert f"{lost.relative:.1%} of the adapter is lost" in capsys.readouterr().out
     assert 0.01 < lost.relative < 1
@@ -194,7 +194,7 @@ def test_merged_and_quantized_again(tmp_path: Path, method: str, capsys: pytest.
     else:
         model = save_gptq(tmp_path / "gptq", ASYMMETRIC, tokenizer=padded())
         run, shape = run_over(model, tmp_path / "run", method=method, train__held_out=0.2), ASYMMETRIC.shape
-    requantize.run(exported(run, tmp_path / "out", samples=4))
+    requantize.run(exported(run, tmp_path / "out", samples=4, to="gptq"))
     said = capsys.readouterr().out
     losses = [float(line.split()[-1]) for line in said.splitlines() if line.split()[-1].replace(".", "").isdigit()]
     assert len(losses) == 3
@@ -214,7 +214,7 @@ def test_what_was_left_of_another_export_is_not_taken_for_this_one(tmp_path: Pat
     stale = [tmp_path / name for name in (".out.16bit-0123456789ab", "..out.16bit-0123456789ab.unfinished")]
     for folder in stale:
         folder.mkdir()
-    requantize.run(exported(run, tmp_path / "out", samples=2))
+    requantize.run(exported(run, tmp_path / "out", samples=2, to="gptq"))
     assert not any(folder.exists() for folder in stale)
     assert (tmp_path / "out" / "config.json").is_file()
 
@@ -233,9 +233,9 @@ def test_the_sixteen_bit_model_is_gone_before_the_checkpoint_is_there(
     with monkeypatch.context() as patch:
         patch.setattr("qdist.runtime.exports.requantize.shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            requantize.run(exported(run, tmp_path / "out", samples=2))
+            requantize.run(exported(run, tmp_path / "out", samples=2, to="gptq"))
     assert not (tmp_path / "out").exists()
-    requantize.run(exported(run, tmp_path / "out", samples=2))
+    requantize.run(exported(run, tmp_path / "out", samples=2, to="gptq"))
     assert (tmp_path / "out" / "config.json").is_file()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
@@ -244,16 +244,16 @@ def test_too_little_calibration_data_is_said_before_anything_is_written(tmp_path
     run = qlora_run(tmp_path)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(DataError):
-        requantize.run(exported(run, tmp_path / "out", samples=100_000))
+        requantize.run(exported(run, tmp_path / "out", samples=100_000, to="gptq"))
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_integer_zeros_need_a_gptq_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is no GPTQ checkpoint"):
-        qalora_integer_zeros.run(exported(qlora_run(tmp_path), tmp_path / "zeros", lossy=True))
+        qalora_integer_zeros.run(exported(qlora_run(tmp_path), tmp_path / "zeros", lossy=True, to="zeros"))
 
 
 def test_random_weights_are_not_quantized_again(tmp_path: Path) -> None:
     run, _ = adapted_run(dummy_job(save_config(tmp_path / "model"), tmp_path / "run"))
     with pytest.raises(RunError, match="no data to calibrate on"):
-        requantize.run(exported(run, tmp_path / "out"))
+        requantize.run(exported(run, tmp_path / "out", to="gptq"))

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from qdist.core.errors import ModelError, RunError, SpecError
 from qdist.core.model.gptq import SHIFTED, Gptq, Override, Shape
+from qdist.core.requests import Merge
 from qdist.host.run.rundir import RunDir
 from qdist.host.sources.model_folder import stated
 from qdist.runtime.exports import merge as merging
 from qdist.runtime.exports import qalora_merge
-from qdist.runtime.exports.job import Export
 from qdist.runtime.exports.qalora_merge import BOUND, Difference, merge_offsets
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.infer.load import load
@@ -366,7 +366,7 @@ def test_an_emptied_cache_keeps_nobody_from_merging(tmp_path: Path) -> None:
     assert plan.data is not None
     shutil.rmtree(plan.source.tokenizer)
     Path(plan.data.path).unlink()
-    said = merging.merge_exactly(Export(runs=(run.path,), out=tmp_path / "merged"))
+    said = merging.merge_exactly(Merge(runs=(str(run.path),), out=str(tmp_path / "merged")))
     assert "not evaluated: the run's tokens are gone from the cache" in said
     assert load(tmp_path / "merged")[1].pad_token_id is not None
 

@@ -13,9 +13,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from qdist.core.errors import ModelError, RunError
+from qdist.core.requests import Export
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.exports.gguf.export import run as to_gguf
-from qdist.runtime.exports.job import Export
 from qdist.runtime.exports.merged_16bit import write
 from qdist.runtime.exports.qalora_as_lora import widen
 from qdist.runtime.exports.update import Adapters
@@ -83,7 +83,7 @@ def test_merged_models_and_gguf_files_end_where_the_run_did(chat: RunDir, tmp_pa
     adapters = Adapters((chat,))
     write(adapters, tmp_path / "merged", onto="dequantized", dtype=torch.bfloat16)
     assert GenerationConfig.from_pretrained(str(tmp_path / "merged")).eos_token_id == [3, 1]
-    to_gguf(Export(runs=(chat.path,), out=tmp_path / "m.gguf"))
+    to_gguf(Export(to="gguf", runs=(str(chat.path),), out=str(tmp_path / "m.gguf")))
     reader = GGUFReader(tmp_path / "m.gguf")
     ids = {what: int(reader.fields[f"tokenizer.ggml.{what}_token_id"].contents()) for what in ("eos", "eot", "padding")}
     assert ids == {"eos": 1, "eot": 3, "padding": 1}
@@ -116,7 +116,7 @@ def test_padding_is_no_row_of_the_vocabulary(tmp_path: Path) -> None:
         PeftModel.from_pretrained(base, str(run.adapter))
         write(Adapters((run,)), tmp_path / name / "merged", onto="dequantized", dtype=torch.bfloat16)
         assert json.loads((tmp_path / name / "merged" / "config.json").read_text())["vocab_size"] == rows
-        to_gguf(Export(runs=(run.path,), out=tmp_path / name / "m.gguf"))
+        to_gguf(Export(to="gguf", runs=(str(run.path),), out=str(tmp_path / name / "m.gguf")))
 
 
 def test_trained_rows_are_told_where_plain_lora_is_asked_for(tmp_path: Path) -> None:

@@ -12,12 +12,14 @@ import torch
 from qdist.core.data.conversation import Conversation
 from qdist.core.data.records import asked
 from qdist.core.errors import DataError, ModelError, RunError, SpecError
+from qdist.core.requests import Answering, Chat, Generate, request_of
 from qdist.host.data.records import read_prompts
 from qdist.host.run.rundir import RunDir
+from qdist.runtime import tasks
 from qdist.runtime.data.wording import encode_prompt, usual_wording
 from qdist.runtime.infer import generate
 from qdist.runtime.infer.complete import complete
-from qdist.runtime.infer.generate import generate_file, main
+from qdist.runtime.infer.generate import generate_file
 from qdist.runtime.infer.load import load
 from qdist.runtime.infer.prompts import Speech, encode_prompts, speech_of
 from tests.runtime.data.test_tokenized import CHATML, tiny_tokenizer
@@ -262,18 +264,21 @@ def test_words_with_a_slash_are_commands_and_are_told(run: RunDir) -> None:
     assert done.stdout.count("> ") == 4
 
 
-@pytest.mark.parametrize("arguments", [("chat",), ("file", "--prompts", "p.txt", "--out", "o.jsonl")])
+def answering(kind: type[Answering], target: Path, **more: str) -> Answering:
+    files = {"prompts": "p.txt", "out": "o.jsonl"} if kind is Generate else {}
+    return request_of(kind, {"run": str(target), **files, **more})
+
+
+@pytest.mark.parametrize("kind", [Chat, Generate])
 def test_a_tokenizer_is_looked_for_before_weights_are_read(
-    tmp_path: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kind: type[Answering], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The folder has no weights at all."""
     (tmp_path / "p.txt").write_text("hello\n")
     model = save_config(tmp_path / "mute")
-    what, *options = arguments
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["generate", what, str(model), *options])
     with pytest.raises(ModelError) as caught:
-        main()
+        tasks.perform(answering(kind, model))
     assert str(caught.value) == (
         f"{model} has no tokenizer to read prompts with\n  try: put its tokenizer.json beside the weights"
     )
@@ -287,15 +292,13 @@ def test_a_run_over_random_weights_has_nothing_to_say(tmp_path: Path) -> None:
     assert caught.value.try_
 
 
-@pytest.mark.parametrize("arguments", [("chat",), ("file", "--prompts", "p.txt", "--out", "o.jsonl")])
+@pytest.mark.parametrize("kind", [Chat, Generate])
 def test_memory_for_gpus_is_refused_without_any(
-    run: RunDir, tmp_path: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    run: RunDir, tmp_path: Path, kind: type[Answering], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "p.txt").write_text("hello\n")
-    what, *options = arguments
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["generate", what, str(run.path), *options, "--max-memory-bytes", "99"])
     with pytest.raises(SpecError, match="max_memory is of GPUs to choose from; here is none"):
-        main()
+        tasks.perform(answering(kind, run.path, max_memory="99MiB"))
     assert not (tmp_path / "o.jsonl").exists()

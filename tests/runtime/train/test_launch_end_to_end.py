@@ -331,9 +331,7 @@ def test_ctrl_c_while_model_and_data_are_prepared_leaves_neither_a_run_nor_a_tra
 ) -> None:
     run, data = folder / "interrupted-preparing", save_data(folder / "preparing.jsonl")
     process = launch("--model", save_model(folder / "whole"), "--data", data, "--gpus", "1", "--run", run)
-    wait_until(
-        lambda: "qdist.runtime.train.prepare" in children_of(process.pid), "nothing was prepared", process=process
-    )
+    wait_until(lambda: "Prepare" in children_of(process.pid), "nothing was prepared", process=process)
     for each in (process.pid, *children_of(process.pid).values()):  # as a terminal does
         os.kill(each, signal.SIGINT)
     said, _ = process.communicate(timeout=60)
@@ -342,14 +340,14 @@ def test_ctrl_c_while_model_and_data_are_prepared_leaves_neither_a_run_nor_a_tra
 
 
 def children_of(parent: int) -> dict[str, int]:
-    """The modules that a process runs in processes of their own, and the numbers of these."""
+    """The jobs that a process has done in processes of their own, and the numbers of these."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             fields = (path / "stat").read_text().rpartition(")")[2].split()
             words = (path / "cmdline").read_text().split("\0")
-            if int(fields[1]) == parent and "qdist.runtime.child" in words:
-                found[words[words.index("qdist.runtime.child") + 1]] = int(path.name)
+            if int(fields[1]) == parent and "qdist.runtime.tasks" in words:
+                found[words[words.index("qdist.runtime.tasks") + 1]] = int(path.name)
     return found
 
 

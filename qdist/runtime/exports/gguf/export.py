@@ -12,6 +12,7 @@ import torch
 
 from qdist.core.errors import ModelError, RunError
 from qdist.core.planning.plan import Plan
+from qdist.core.requests import Export
 from qdist.core.text import format_bytes
 from qdist.host.files import require_space, sync
 from qdist.host.opening import told
@@ -21,7 +22,6 @@ from qdist.runtime.exports.gguf.blocks import Affine, Kind, Make, Stored, Type, 
 from qdist.runtime.exports.gguf.file import file_bytes, write_gguf
 from qdist.runtime.exports.gguf.metadata import rope_of
 from qdist.runtime.exports.gguf.tensors import facts_of, stored_tensors
-from qdist.runtime.exports.job import Export
 from qdist.runtime.exports.merged_16bit import Merged
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.formats.work_folder import reserved
@@ -99,37 +99,37 @@ def _rounding(numbers: torch.Tensor) -> float:
     return float((numbers.to(torch.float16).to(torch.float32) - numbers.to(torch.float32)).abs().max())
 
 
-def run(job: Export) -> None:
+def run(request: Export) -> None:
     """Write the file, read it back, and say how far it is from the merged model. Killed, it is begun anew."""
-    adapters = job.adapters
+    adapters, out = Adapters.named_in(request), Path(request.out)
     plan = adapters.plan
     reason = _why_not_q4_1(plan, adapters)
-    kind = job.type or ("f16" if reason else "q4_1")
+    kind = request.type or ("f16" if reason else "q4_1")
     if kind == "q4_1" and reason:
         raise RunError(f"{adapters.runs[0].path} cannot be Q4_1: {reason}", try_="--type q8_0, or f16")
-    model = _Model(Backbone(plan, onto=job.onto), adapters, kind)
+    model = _Model(Backbone(plan, onto=request.backbone), adapters, kind)
     tensors = dict(model.tensors())
     config = model.backbone.model.config.to_dict() | {"vocab_size": plan.source.vocab_rows or plan.facts.vocab}
     tokenizer = Path(plan.source.tokenizer) if plan.source.tokenizer else None
-    unchecked = job.out.with_name(f".{job.out.stem}.unchecked.gguf")
-    with reserved(job.out):
+    unchecked = out.with_name(f".{out.stem}.unchecked.gguf")
+    with reserved(out):
         needed = file_bytes(tensors, config=config, name=plan.spec.model, kind=kind)
-        require_space(job.out.parent, needed, purpose=f"writing {job.out.name}")
+        require_space(out.parent, needed, purpose=f"writing {out.name}")
         try:
             report = write_gguf(
                 unchecked, tensors, config=config, tokenizer=tokenizer, name=plan.spec.model, kind=kind, ends=plan.ends
             )
             furthest = check_gguf(unchecked, tensors, config=config, kind=kind)
-            os.replace(unchecked, job.out)
+            os.replace(unchecked, out)
         finally:
             unchecked.unlink(missing_ok=True)
-        sync(job.out.parent)
+        sync(out.parent)
     kinds = ", ".join(f"{count} {name}" for name, count in report.tensors.items())
-    say(f"{job.out}: {format_bytes(report.bytes)}, tensors {kinds}")
+    say(f"{out}: {format_bytes(report.bytes)}, tensors {kinds}")
     say(f"read back: no weight is further than {furthest:.1e} of its tensor's largest from the merged model")
     if model.lost:
         say(f"minimums in float16 take {model.lost:.1%} of the adapter")
-    for note in (*([f"not Q4_1: {reason}"] if reason and not job.type else []), *report.notes):
+    for note in (*([f"not Q4_1: {reason}"] if reason and not request.type else []), *report.notes):
         say(f"note  {note}")
 
 

@@ -4,15 +4,16 @@ import hashlib
 import json
 from functools import partial, reduce
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import torch
 
 from qdist.core.errors import JobError, ModelError, PlanError, SpecError
-from qdist.core.model.gptq import WORD, Gptq, Override, Shape, method_of
+from qdist.core.model.gptq import WORD, method_of
 from qdist.core.model.storage import Packing
 from qdist.core.planning.inference import Needs, needs
+from qdist.core.requests import GptqSettings
 from qdist.core.text import format_bytes
 from qdist.host.sources.cache import source_identity
 from qdist.host.sources.models import read_json
@@ -28,42 +29,13 @@ _VERSION = 4
 _MOST_TOKENS = 2048
 
 
-class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """What the user asked for."""
-
-    data: str
-    bits: tuple[Literal[2, 3, 4, 8], ...] = (4,)
-    """Widths to try for each linear, narrowest first; the last one is taken where none errs as little as wanted."""
-    max_error: float = 0.0
-    """Relative error of a linear's outputs that ends the trying."""
-    group_size: int = 128
-    sym: bool = True
-    desc_act: bool = False
-    format: Literal["gptq", "gptq_v2"] = "gptq"
-    samples: int = 128
-    seq_len: int = 0
-    """Tokens of a sample; 0: 2,048, or as many as the model takes."""
-    seed: int = 0
-    damping: float = 0.01
-
-    def gptq(self, bits: Literal[2, 3, 4, 8], overrides: tuple[Override, ...] = ()) -> Gptq:
-        """What the checkpoint says of itself."""
-        return Gptq(
-            shape=Shape(bits, self.group_size),
-            sym=self.sym,
-            desc_act=self.desc_act,
-            format=self.format,
-            overrides=overrides,
-        )
-
-
 class Job(NamedTuple):
     """A model, read, and what it is to become."""
 
     name: str
     """What the user calls the model."""
     folder: Path
-    wanted: Wanted
+    wanted: GptqSettings
     decoder: Decoder
     tensors: Tensors
     samples: torch.Tensor
@@ -107,7 +79,7 @@ class Job(NamedTuple):
         return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
-def read_job(name: str, folder: Path, wanted: Wanted, devices: tuple[torch.device, ...]) -> Job:
+def read_job(name: str, folder: Path, wanted: GptqSettings, devices: tuple[torch.device, ...]) -> Job:
     """Read a model folder and draw its samples.
 
     Raises ModelError, DataError or SpecError where they do not fit each other or GPTQ.

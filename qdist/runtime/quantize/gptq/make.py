@@ -1,6 +1,5 @@
 """Quantizes a model by GPTQ, a decoder layer at a time, and says on stderr how far it is."""
 
-import argparse
 import re
 import time
 from collections import Counter
@@ -12,7 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qdist.core.model.gptq import BITS, FORMATS, WORD, Gptq, Override, Shape
+from qdist.core.model.gptq import WORD, Gptq, Override, Shape
+from qdist.core.requests import GptqSettings, MakeGptq
 from qdist.core.text import format_bytes, format_duration
 from qdist.host.files import require_space
 from qdist.host.sources.models import locate, read_json
@@ -22,9 +22,8 @@ from qdist.runtime.formats.gptq_folder import Quantized, entries, finish, how_to
 from qdist.runtime.formats.packed_folder import Entry, Written, file_name, finished, opened, write_tensors
 from qdist.runtime.formats.work_folder import filled, reserved
 from qdist.runtime.quantize.gptq.calibrate import Calibration, batches
-from qdist.runtime.quantize.gptq.job import Job, Wanted, out_of_memory, peak, read_job, require_memory
+from qdist.runtime.quantize.gptq.job import Job, out_of_memory, peak, read_job, require_memory
 from qdist.runtime.quantize.gptq.solve import Curvature, Solution, curvature, solve, unpacked
-from qdist.runtime.quiet import quiet
 
 _WIDTH = 80
 
@@ -136,7 +135,7 @@ def _say(line: str) -> None:
 def make(
     model: str,
     out: Path,
-    wanted: Wanted,
+    wanted: GptqSettings,
     *,
     devices: tuple[torch.device, ...] = (),
     when_written: Callable[[], None] = lambda: None,
@@ -307,35 +306,14 @@ def _described(job: Job, work: Path) -> Gptq:
     return job.wanted.gptq(common, overrides)
 
 
-def main() -> None:
-    """Started by the command line, which has checked the flags."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--bits", type=int, choices=BITS, nargs="+", default=[4])
-    parser.add_argument("--max-error", type=float, default=0.0)
-    parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--no-sym", dest="sym", action="store_false")
-    parser.add_argument("--desc-act", action="store_true")
-    parser.add_argument("--format", choices=FORMATS, required=True)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--seq-len", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--damping", type=float, default=0.01)
-    given = vars(parser.parse_args())
-    model, out = given.pop("model"), given.pop("out")
-    quiet()
-    began = time.monotonic()
+def run(request: MakeGptq) -> None:
+    """Quantize, and say what became of it and how to use it."""
+    out, began = Path(request.out), time.monotonic()
     try:
-        gptq = make(model, out, Wanted(**{**given, "bits": tuple(given["bits"])}))
+        gptq = make(request.model, out, request.settings)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(_devices(), error) from error
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     most = f", tensors took {format_bytes(held)} of a GPU at most" if (held := peak(_devices())) else ""
     say(f"{out}: {gptq}, {format_bytes(size)}, {format_duration(time.monotonic() - began)}{most}")
     say(how_to_use(out, gptq))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,5 @@
 """Turns packed checkpoints of Sparsebit's alpaca-qlora into GPTQ folders, when they hold all of a Llama."""
 
-import argparse
 import json
 import re
 import shutil
@@ -16,6 +15,7 @@ import torch
 from qdist.core.errors import ModelError, PlanError
 from qdist.core.model.aliases import config_of
 from qdist.core.model.gptq import WORD, Gptq, Override, Shape
+from qdist.core.requests import Convert
 from qdist.core.text import format_bytes, format_duration
 from qdist.host.files import folder_to_write, write_atomic
 from qdist.host.sources.models import read_json
@@ -367,26 +367,13 @@ def _more_notes(job: Job, loss: float) -> list[str]:
     return notes
 
 
-def main() -> None:
-    """Started by the command line."""
-    from transformers.utils import logging
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument("source", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--from", dest="origin", choices=("sparsebit",), required=True)
-    parser.add_argument("--config", type=Path)
-    parser.add_argument("--drop-bias", action="store_true")
-    given = parser.parse_args()
-    logging.set_verbosity_error()
-    began = time.monotonic()
-    done = convert(given.source, given.out, config=given.config, drop_bias=given.drop_bias)
+def run(request: Convert) -> None:
+    """Convert, and say what was written and how to use it."""
+    out, began = Path(request.out), time.monotonic()
+    config = Path(request.config) if request.config else None
+    done = convert(Path(request.source), out, config=config, drop_bias=request.drop_bias)
     took = format_duration(time.monotonic() - began)
-    say(f"{given.out}: {done.gptq}, {done.layers} layers, {format_bytes(done.bytes)}, {took}")
+    say(f"{out}: {done.gptq}, {done.layers} layers, {format_bytes(done.bytes)}, {took}")
     say("\n".join(f"  {note}" for note in done.notes))
-    if given.config:
-        say(how_to_use(given.out, done.gptq))
-
-
-if __name__ == "__main__":
-    main()
+    if config:
+        say(how_to_use(out, done.gptq))

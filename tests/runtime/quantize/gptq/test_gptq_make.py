@@ -13,6 +13,7 @@ import torch
 
 from qdist.core.errors import DataError, JobError, ModelError, PlanError, QdistError, RunError, SpecError
 from qdist.core.model.gptq import Gptq, Shape, from_config
+from qdist.core.requests import GptqSettings, MakeGptq
 from qdist.host.files import locked
 from qdist.runtime.formats import work_folder
 from qdist.runtime.formats.gptq_folder import Quantized
@@ -23,8 +24,8 @@ from qdist.runtime.quantize.gptq import make as making
 from qdist.runtime.quantize.gptq.calibrate import Calibration, LaneSums, batches, pieces
 from qdist.runtime.quantize.gptq.check import checked
 from qdist.runtime.quantize.gptq.decoder import Decoder
-from qdist.runtime.quantize.gptq.job import Job, Wanted
-from qdist.runtime.quantize.gptq.make import main, make
+from qdist.runtime.quantize.gptq.job import Job
+from qdist.runtime.quantize.gptq.make import make, run
 from qdist.runtime.quantize.gptq.solve import relative_error, unpacked
 from qdist.runtime.quantize.source import blueprint, tensors_of
 from tests.runtime.data.test_tokenized import tiny_tokenizer
@@ -49,8 +50,8 @@ def text(tmp_path: Path) -> str:
     return str(tmp_path / "text.txt")
 
 
-def wanted(data: str, **changes: Any) -> Wanted:
-    return Wanted(**{"data": data, "samples": 8, "seq_len": 64, "group_size": 32, **changes})
+def wanted(data: str, **changes: Any) -> GptqSettings:
+    return GptqSettings(**{"data": data, "samples": 8, "seq_len": 64, "group_size": 32, **changes})
 
 
 def loaded(folder: Path, source: Path) -> tuple[Any, Gptq, dict[str, Quantized]]:
@@ -272,7 +273,7 @@ def test_weights_at_work_hold_every_linear_as_it_is_stored() -> None:
     for linears, dtype in (("ab", torch.bfloat16), ("c", torch.float16), ("ac", torch.float32), ("abd", torch.float32)):
         decoder: Any = SimpleNamespace(shape=SimpleNamespace(linears=frozenset(linears)))
         tensors: Any = SimpleNamespace(dtype=stored.__getitem__)
-        job = Job("m", Path(), wanted(""), decoder, tensors, torch.empty(0), (torch.device("cuda", 0),))
+        job = Job("m", Path(), wanted("text"), decoder, tensors, torch.empty(0), (torch.device("cuda", 0),))
         assert job.dtype == dtype
 
 
@@ -422,7 +423,7 @@ def test_nan_ends_it_with_the_module_named(tmp_path: Path, model: Path, text: st
 
 
 def test_what_cannot_be_is_refused_before_anything_starts(tmp_path: Path, model: Path, text: str) -> None:
-    cases: list[tuple[Path, Wanted, type[QdistError], str]] = [
+    cases: list[tuple[Path, GptqSettings, type[QdistError], str]] = [
         (model, wanted(text, seq_len=256), SpecError, "256 tokens are longer than the 128"),
         (model, wanted(text, samples=4000), DataError, r"make \d+ samples of 64 tokens; 4000 are wanted\n.*--samples"),
         (model, wanted(str(tmp_path / "none.txt")), DataError, "none.txt does not exist"),
@@ -468,9 +469,7 @@ def test_a_gpu_that_is_too_full_is_told_before_anything_starts(
 def test_memory_that_runs_out_is_told_in_words_and_what_is_written_stays(
     tmp_path: Path, model: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    flags = ["--data", text, "--format", "gptq", "--samples", "8", "--seq-len", "64", "--group-size", "32"]
-    monkeypatch.setattr("sys.argv", ["make", str(model), str(out), *flags])
+    request = MakeGptq(model=str(model), out=str(tmp_path / "out"), settings=wanted(text))
     solve, left = making.solve, iter(range(8))
 
     def full(*given: Any, **more: Any) -> Any:
@@ -481,10 +480,10 @@ def test_memory_that_runs_out_is_told_in_words_and_what_is_written_stays(
     with monkeypatch.context() as patch:
         patch.setattr(making, "solve", full)
         with pytest.raises(JobError) as caught:
-            main()
+            run(request)
     assert caught.value.message.startswith("GPU memory ran out: CUDA out of memory. Tried to allocate 2.00 GiB.")
     assert caught.value.try_.startswith("CUDA_VISIBLE_DEVICES= in front")
-    main()
+    run(request)
     assert "1 of 2  there already" in capsys.readouterr().err
 
 
@@ -518,12 +517,11 @@ def test_records_and_text_make_samples_drawn_by_a_seed(tmp_path: Path, text: str
 
 
 def test_the_command_tells_of_each_layer_and_how_to_go_on(
-    tmp_path: Path, model: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, model: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "out")
-    flags = ["--data", text, "--format", "gptq", "--samples", "8", "--seq-len", "64", "--group-size", "32"]
-    monkeypatch.setattr("sys.argv", ["make", str(model), out, *flags])
-    main()
+    request = MakeGptq(model=str(model), out=out, settings=wanted(text))
+    run(request)
     told = capsys.readouterr()
     lines = told.err.splitlines()[-4:]
     assert lines[0] == "relative squared error of each linear's outputs, of these samples"
@@ -534,7 +532,7 @@ def test_the_command_tells_of_each_layer_and_how_to_go_on(
     assert lines[3].endswith(" done")
     assert told.out.splitlines()[-1] == f"use it  qdist launch --model {out} --method gptq-lora --data FILE"
     with pytest.raises(RunError, match=f"^{out} exists"):
-        main()
+        run(request)
     shutil.rmtree(out)
 
 

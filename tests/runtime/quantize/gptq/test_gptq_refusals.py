@@ -12,9 +12,9 @@ import qdist
 from qdist.core.errors import ModelError, QdistError, SpecError
 from qdist.core.model.gptq import Gptq, Shape
 from qdist.core.model.storage import Packing
+from qdist.core.requests import GptqSettings
 from qdist.core.spec.spec import nest, resolve
 from qdist.runtime.quantize.bitsandbytes import quantize
-from qdist.runtime.quantize.gptq.job import Wanted
 from qdist.runtime.quantize.gptq.make import make
 from qdist.runtime.quantize.source import is_finite
 from qdist.runtime.train.prepare import prepare
@@ -45,7 +45,7 @@ def data(folder: Path) -> Path:
 
 
 def quantized(model: Path, data: Path, out: Path) -> Any:
-    return make(str(model), out, Wanted(data=str(data), samples=2, seq_len=32, group_size=32))
+    return make(str(model), out, GptqSettings(data=str(data), samples=2, seq_len=32, group_size=32))
 
 
 def spoil(model: Path, name: str, value: float) -> None:

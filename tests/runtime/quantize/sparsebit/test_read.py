@@ -9,11 +9,12 @@ import torch
 
 from qdist.core.errors import RunError
 from qdist.core.model.aliases import config_of
+from qdist.core.requests import Convert
 from qdist.host.sources.model_folder import stated
 from qdist.runtime.kernels.gptq_bits import unpack_zeros
 from qdist.runtime.quantize.gptq.check import checked
 from qdist.runtime.quantize.source import blueprint
-from qdist.runtime.quantize.sparsebit.convert import convert, main, model_config
+from qdist.runtime.quantize.sparsebit.convert import convert, model_config, run
 from qdist.runtime.quantize.sparsebit.read import Checkpoint, halves
 from tests.runtime.sparsebit_files import (
     CONFIG,
@@ -304,13 +305,11 @@ def test_alpaca_qloras_own_config_is_read(write: Callable[[object], Path], confi
 
 
 def test_the_command_says_what_it_did_and_what_to_do_with_it(
-    write: Callable[[object], Path], config: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    write: Callable[[object], Path], config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     source, out = write(make(mixed=True, group_size=32).content), tmp_path / "out"
-    arguments = [str(source), str(out), "--from", "sparsebit", "--config", str(config)]
-    monkeypatch.setattr("sys.argv", ["convert", *arguments])
-    main()
+    request = Convert(source=str(source), out=str(out), origin="sparsebit", config=str(config))
+    run(request)
     first, *notes, last = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{out}: GPTQ 4 bits, groups of 32, several widths, 2 layers, 48.5 KiB")
     assert notes[:2] == [
@@ -319,4 +318,4 @@ def test_the_command_says_what_it_did_and_what_to_do_with_it(
     ]
     assert last == f"use it  qdist launch --model {out} --method gptq-lora --data FILE"
     with pytest.raises(RunError, match=f"^{out} exists\n  try: another --out$"):
-        main()
+        run(request)

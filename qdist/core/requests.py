@@ -1,0 +1,381 @@
+"""What may a process that imports torch be asked to do? A request a job, refused here where arguments alone tell.
+
+A command's flags are the fields of its request that have a description (`cli.settings.flags_of`); nothing else checks
+them. What needs a file, a GPU or a model to be looked at is checked by the command, before the process is started.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from qdist.core import errors
+from qdist.core.errors import QdistError, SpecError, flag_of, nearest
+from qdist.core.model.gptq import BITS, WORD, Gptq, Override, Shape, usual_format
+from qdist.core.model.storage import Packing
+from qdist.core.planning.plan import Prepared
+from qdist.core.spec.keys import choices
+from qdist.core.spec.spec import Count, Positive, RunSpec
+from qdist.core.spec.suggest import not_among, of_another_kind
+from qdist.core.text import parse_bytes, quoted
+
+Kind = TypeVar("Kind", bound=msgspec.Struct)
+Bits = Literal[2, 3, 4, 8]
+Onto = Literal["dequantized", "original"]
+"""A backbone as training sees it, or as it was before it was packed."""
+_KEPT = "the same command goes on from what is written"
+_OUT_FOLDER = "Folder to write; must be empty or absent."
+
+
+def _help(text: str) -> Meta:
+    """What `--help` says of a field; a field without it is no flag."""
+    return Meta(description=text)
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True, tag_field="job"):
+    """One job for a process of its own. `request_of` makes one of flags or keywords."""
+
+    asks: ClassVar[bool] = False
+    """Whether it reads what is typed, and answers Ctrl-C itself."""
+    when_stopped: ClassVar[str] = ""
+    """What the user should know once Ctrl-C has ended it."""
+
+
+class Prepare(Request, frozen=True, kw_only=True):
+    """Convert, repair, pack and tokenize what a run needs; answered with `Prepared`."""
+
+    spec: RunSpec
+
+
+class Gather(Request, frozen=True, kw_only=True):
+    """Write a run's adapter from one of its checkpoints."""
+
+    run: str
+    checkpoint: Annotated[str, _help("last, best, or a step.")] = "last"
+    out: Annotated[str | None, _help("A folder to write instead; must not be there yet.  [default: RUN/adapter]")] = (
+        None
+    )
+
+
+class Folding(Request, frozen=True, kw_only=True):
+    """What is told of every way out of one or several runs over one base."""
+
+    runs: tuple[str, ...]
+    out: Annotated[str, _help("What to write; must not be there yet.")]
+    weights: Annotated[
+        tuple[float, ...], _help("What each run's update is multiplied by, such as 0.7,0.3.  [default: 1]")
+    ] = ()
+    onto: Annotated[
+        Onto | None, _help("16 bits: what the adapter was trained on, or the original.  [default: dequantized]")
+    ] = None
+    dtype: Annotated[Literal["bfloat16", "float16"] | None, _help("16 bits.  [default: bfloat16]")] = None
+
+    def __post_init__(self) -> None:
+        factors, count = self.weights, len(self.runs)
+        if factors and len(factors) != count:
+            raise SpecError(f"weights are {len(factors)}, runs are {count}", try_="a weight for each run")
+        if not all(map(math.isfinite, factors)):
+            text = ",".join(f"{factor:g}" for factor in factors)
+            raise SpecError(f"weights cannot be {text!r}: they are finite", try_="such as 0.7,0.3")
+
+    @property
+    def backbone(self) -> Onto:
+        """Which weights the update is added to."""
+        return self.onto or "dequantized"
+
+    @property
+    def stored(self) -> Literal["bfloat16", "float16"]:
+        """What 16-bit weights are written in."""
+        return self.dtype or "bfloat16"
+
+
+class Merge(Folding, frozen=True, kw_only=True):
+    """Fold adapters into their backbone, and evaluate what that costs."""
+
+    when_stopped = _KEPT
+
+
+class Export(Folding, frozen=True, kw_only=True):
+    """Write what runs have learnt in a form that needs no qdist."""
+
+    to: Annotated[
+        Literal["lora", "16bit", "gguf", "gptq", "zeros"],
+        _help(
+            "lora: an ordinary LoRA adapter. 16bit: merged, for plain transformers. gguf: merged, for llama.cpp. "
+            "gptq: merged and quantized again. zeros: QA-LoRA in integer zeros."
+        ),
+    ]
+    type: Annotated[
+        Literal["q4_1", "q8_0", "f16"] | None, _help("gguf.  [default: q4_1 where QA-LoRA's groups allow it, else f16]")
+    ] = None
+    data: Annotated[str | None, _help("gptq: calibration data.  [default: the run's own]")] = None
+    samples: Annotated[Positive | None, _help("gptq: of them.  [default: 128]")] = None
+    bits: Annotated[Bits | None, _help("gptq.  [default: as the run's own, or 4]")] = None
+    group_size: Annotated[int | None, _help("gptq.  [default: as the run's own, or 128]")] = None
+    lossy: Annotated[bool, _help("zeros: write them, whatever is lost.")] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("onto", "dtype", "type", "data", "samples", "bits", "group_size", "lossy"):
+            if getattr(self, name) not in (None, False) and name not in _OF_TARGET[self.to]:
+                owners = " and ".join(target for target, options in _OF_TARGET.items() if name in options)
+                raise SpecError(f"{flag_of(name)} is of --to {owners}, not {self.to}", try_="leave it out")
+        if self.to == "gguf" and not self.out.endswith(".gguf"):
+            raise SpecError(
+                f"{self.out} is not the name of a GGUF file", try_=quoted("--out", f"{self.out.rstrip('/')}.gguf")
+            )
+        _check_group_size(self.group_size)
+
+
+_OF_TARGET: Mapping[str, tuple[str, ...]] = {
+    "lora": (),
+    "16bit": ("onto", "dtype"),
+    "gguf": ("onto", "type"),
+    "gptq": ("onto", "data", "samples", "bits", "group_size"),
+    "zeros": ("lossy",),
+}
+"""The fields that a target of `Export` takes beside those of all."""
+
+
+class Pack(Request, frozen=True, kw_only=True):
+    """Pack a model by bitsandbytes."""
+
+    when_stopped = _KEPT
+
+    model: str
+    out: Annotated[str, _help(_OUT_FOLDER)]
+    method: Literal["nf4", "fp4", "int8"] = "nf4"
+    double: Annotated[bool | None, _help("Quantize the scales of 4-bit blocks too.  [default: double]")] = None
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        _help("Of what is not packed, and what is packed from; auto: as the model is stored."),
+    ] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.method == "int8" and self.double is not None:
+            raise SpecError(
+                "--double and --no-double are of 4-bit blocks; int8 has one scale a row", try_="leave it out"
+            )
+
+    @property
+    def packing(self) -> Packing:
+        """What the weights become."""
+        if self.method == "int8":
+            return Packing(bits=8, dtype=self.dtype)
+        return Packing(bits=4, type=self.method, double=self.double is not False, dtype=self.dtype)
+
+
+class GptqSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How GPTQ is to quantize."""
+
+    data: Annotated[str, _help("GPTQ: calibration data, a .txt file or what `launch --data` takes.")] = ""
+    bits: tuple[Bits, ...] = (4,)
+    """Widths to try for each linear, narrowest first; the last one is taken where none errs as little as wanted."""
+    max_error: Annotated[float, _help("GPTQ: relative squared error of outputs, for --candidate-bits.")] = 0.0
+    """Relative error of a linear's outputs that ends the trying."""
+    group_size: Annotated[int, _help("GPTQ: inputs that share a scale; -1: all.")] = 128
+    sym: Annotated[bool, _help("GPTQ: zeros in the middle of the range.")] = True
+    desc_act: Annotated[bool, _help("GPTQ: take inputs by falling activation.")] = False
+    format: Annotated[
+        Literal["gptq", "gptq_v2"], _help("GPTQ: of the files.  [default: gptq where all read it alike]")
+    ] = "gptq"
+    samples: Annotated[Positive, _help("GPTQ: calibration samples.")] = 128
+    seq_len: Annotated[Count, _help("GPTQ: tokens of each; 0: 2048, if the model can.")] = 0
+    seed: Annotated[Count, _help("GPTQ: of the choice of samples.")] = 0
+    damping: Annotated[float, _help("GPTQ: part of the Hessian's mean diagonal added to it.")] = 0.01
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise SpecError("gptq needs calibration data", try_="--data FILE, such as what it will be trained on")
+        _check_group_size(self.group_size)
+        if not 0 < self.damping <= 1:
+            raise SpecError(f"damping cannot be {self.damping:g}: it is above 0 and at most 1", try_="--damping 0.01")
+        if not 0 <= self.max_error < 1 or (len(self.bits) > 1 and not self.max_error):
+            raise SpecError(f"max error cannot be {self.max_error:g}: it is between 0 and 1", try_="--max-error 0.05")
+
+    def gptq(self, bits: Bits, overrides: tuple[Override, ...] = ()) -> Gptq:
+        """What the checkpoint says of itself."""
+        shape = Shape(bits, self.group_size)
+        return Gptq(shape=shape, sym=self.sym, desc_act=self.desc_act, format=self.format, overrides=overrides)
+
+
+class MakeGptq(Request, frozen=True, kw_only=True):
+    """Quantize a model by GPTQ."""
+
+    when_stopped = _KEPT
+
+    model: str
+    out: str
+    settings: GptqSettings
+
+
+class Convert(Request, frozen=True, kw_only=True):
+    """Turn another project's packed checkpoint into a GPTQ folder."""
+
+    source: str
+    out: Annotated[str, _help(_OUT_FOLDER)]
+    origin: Annotated[
+        Literal["sparsebit"], _help("Whose format IN has: sparsebit is that of alpaca-qlora, 2 to 4 bits.")
+    ] = msgspec.field(name="from")
+    config: Annotated[
+        str | None,
+        _help(
+            "Folder with config.json and tokenizer; by default the first Llama's 7B to 65B are told by their shapes."
+        ),
+    ] = None
+    drop_bias: Annotated[bool, _help("Leave biases out, as alpaca-qlora's own training did.")] = False
+
+
+class Answering(Request, frozen=True, kw_only=True):
+    """What is told of every process that answers prompts."""
+
+    run: str
+    """A run, or any model."""
+    max_memory: Annotated[str | None, _help("What to put on each GPU at most, such as 20GiB.")] = None
+
+    def __post_init__(self) -> None:
+        if self.max_memory is not None:
+            parse_bytes(self.max_memory, "max_memory")
+
+    @property
+    def max_memory_bytes(self) -> int | None:
+        """The cap on each GPU; None where there is none."""
+        return None if self.max_memory is None else parse_bytes(self.max_memory)
+
+
+class Generate(Answering, frozen=True, kw_only=True):
+    """Answer a file of prompts into JSONL."""
+
+    when_stopped = _KEPT
+
+    prompts: Annotated[str, _help("Text file with a prompt a line, or data with prompt or messages.")]
+    out: Annotated[str, _help("JSONL file to write; must not be there yet.")]
+    max_new_tokens: Annotated[Positive, _help("Tokens of an answer, at most.")] = 256
+    batch: Annotated[Positive, _help("Prompts at a time.")] = 8
+
+
+class Chat(Answering, frozen=True, kw_only=True):
+    """Talk to a model on a terminal."""
+
+    asks = True
+
+    system: Annotated[str, _help("System message.")] = ""
+    max_new_tokens: Annotated[Positive, _help("Tokens of an answer, at most.")] = 512
+
+
+class MeasureRates(Request, frozen=True, kw_only=True):
+    """Measure one card and its links, together with the other ranks."""
+
+    out: str
+    """Folder in which each rank writes `rank0.json` and its like, a `CardRates`."""
+    rank: Count
+    ranks: Positive
+    device: Literal["cuda", "cpu"] = "cuda"
+
+
+Job = Prepare | Gather | Merge | Export | Pack | MakeGptq | Convert | Generate | Chat | MeasureRates
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a job ended: well, perhaps with what was prepared, or with an error that the user can put right."""
+
+    prepared: Prepared | None = None
+    kind: str = ""
+    """Name of a class of `qdist.core.errors`."""
+    message: str = ""
+    try_: str = ""
+
+    @classmethod
+    def refusing(cls, error: QdistError) -> "Answer":
+        """The answer that carries an error to another process."""
+        kind = next(kind.__name__ for kind in type(error).__mro__ if hasattr(errors, kind.__name__))
+        return cls(kind=kind, message=error.message, try_=error.try_)
+
+    @property
+    def error(self) -> QdistError | None:
+        """The error, of the class that it had."""
+        error: QdistError | None = getattr(errors, self.kind)(self.message, try_=self.try_) if self.kind else None
+        return error
+
+
+def request_of(kind: type[Kind], given: Mapping[str, Any]) -> Kind:
+    """A request of what was typed, by the names of its flags: text becomes numbers, what is None is left out.
+
+    Raises SpecError naming the flag, what is wrong with its value, and one that is right.
+    """
+    lists = [field.encode_name for field in msgspec.structs.fields(kind) if isinstance(field.default, tuple)]
+    stated = {
+        name: value.split(",") if name in lists and isinstance(value, str) else value
+        for name, value in given.items()
+        if value is not None
+    }
+    try:
+        return msgspec.convert(stated, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _value_error(kind, str(error), given) from None
+
+
+def _value_error(kind: type[msgspec.Struct], message: str, given: Mapping[str, Any]) -> SpecError:
+    """msgspec's 'Expected ... - at `$.samples`' with the value that was given and one to try."""
+    reason, _, where = message.partition(" - at `$.")
+    name = where.rstrip("`").partition("[")[0]
+    if name not in given:
+        return SpecError(f"{kind.__name__}: {message[:1].lower()}{message[1:]}")
+    field = next(field for field in msgspec.structs.fields(kind) if field.encode_name == name)
+    usual = None if field.default in (msgspec.NODEFAULT, ()) else field.default
+    if isinstance(field.default, tuple):
+        return SpecError(f"{name} cannot be {given[name]!r}", try_="numbers with commas between, such as 0.7,0.3")
+    if among := choices(kind, name):
+        error = not_among(name, given[name], among, "" if usual is None else str(usual))
+    else:
+        error = of_another_kind(name, given[name], reason, {} if usual is None else {name: usual})
+    try_ = quoted(flag_of(name), *error.ways[0].values()) if error.ways else f"another {flag_of(name)}"
+    return SpecError(error.message, try_=try_)
+
+
+METHODS = ("nf4", "fp4", "int8", "gptq")
+"""What `quantization_of` may be asked for."""
+
+
+def quantization_of(method: str, given: Mapping[str, Any]) -> Pack | MakeGptq:
+    """The request of `qdist quantize`, of its flags. Raises SpecError, also for flags of another method."""
+    if method not in METHODS:
+        raise SpecError(
+            f"method cannot be {method!r}: it is one of {', '.join(METHODS)}",
+            try_=f"--method {nearest(method, METHODS) or METHODS[0]}",
+        )
+    stated = {name: value for name, value in given.items() if value is not None}
+    own = ("model", "out", *((*GptqSettings.__struct_fields__, "candidate_bits") if method == "gptq" else _OF_PACK))
+    if foreign := [flag_of(name) for name in stated if name not in own]:
+        owner = "nf4, fp4 and int8" if method == "gptq" else "gptq"
+        raise SpecError(f"{', '.join(foreign)}: {owner} alone, not {method}", try_="leave it out")
+    if method != "gptq":
+        return request_of(Pack, {**stated, "method": method})
+    model, out, mixed = stated.pop("model"), stated.pop("out"), stated.pop("candidate_bits", None)
+    widths = _widths(mixed, stated)
+    layout = {"format": usual_format(sym=stated.get("sym", True), widths=widths), **stated, "bits": widths}
+    return MakeGptq(model=model, out=out, settings=request_of(GptqSettings, layout))
+
+
+_OF_PACK = ("double", "dtype")
+
+
+def _widths(mixed: str | None, given: Mapping[str, Any]) -> Collection[int]:
+    """The widths to try, narrowest first. mixed: `--candidate-bits` as it was typed."""
+    if mixed and "bits" in given:
+        raise SpecError("--bits and --candidate-bits both say how wide weights are", try_="one of them")
+    if bool(mixed) != ("max_error" in given):
+        raise SpecError("--candidate-bits and --max-error go together", try_="--candidate-bits 2,3,4 --max-error 0.05")
+    stated = mixed.split(",") if mixed else [str(given.get("bits", 4))]
+    if wrong := [width for width in stated if width.strip() not in map(str, BITS)]:
+        flag = "--candidate-bits 2,3,4" if mixed else "--bits 4"
+        raise SpecError(f"bits cannot be {wrong[0]}: GPTQ has 2, 3, 4 or 8", try_=flag)
+    return sorted({int(width) for width in stated})
+
+
+def _check_group_size(size: int | None) -> None:
+    """Refuse what readers of GPTQ checkpoints have no kernels for."""
+    if size is not None and size != -1 and (size <= 0 or size % WORD):
+        raise SpecError(f"group size cannot be {size}: it is -1 or a multiple of {WORD}", try_="--group-size 128")

@@ -1,0 +1,174 @@
+"""From what is asked, by flags or keywords, to a plan for this machine or another, or to a run that can be started."""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from qdist.core.data.demo import NAME as DEMO
+from qdist.core.errors import MACHINE, Change, QdistError, RunError, SpecError, flags
+from qdist.core.machine.cluster import Cluster
+from qdist.core.machine.described import described
+from qdist.core.planning.advice import needs
+from qdist.core.planning.plan import Plan, Source
+from qdist.core.planning.planner import plan_once
+from qdist.core.spec.keys import known_keys
+from qdist.core.spec.spec import RunSpec, given, merge, nest, resolve, settled, typed_settings
+from qdist.core.spec.suggest import or_tried_hint
+from qdist.core.text import parse_bytes
+from qdist.host import templates
+from qdist.host.launch import prepare
+from qdist.host.launch.claim import tidy
+from qdist.host.launch.refusals import await_ranks, refuse_running
+from qdist.host.launch.trackers import send_rest
+from qdist.host.machine import probe
+from qdist.host.run import calibration
+from qdist.host.run.rundir import RunDir
+from qdist.host.sources.model_folder import gptq_of
+from qdist.host.sources.models import EMBEDDED, Shape, known_shape
+
+Here = Callable[[], Cluster]
+FactsOf = Callable[[str], Shape]
+
+
+class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What is to be planned, and for which machine."""
+
+    recipe: str | None = None
+    settings: Mapping[str, Any] = {}
+    """By the names of flags, or by dotted key."""
+    assignments: tuple[str, ...] = ()
+    """Others, as `--set` takes them."""
+    gpu_memory: str | None = None
+    gpu_name: str | None = None
+    host_memory: str | None = None
+
+    @property
+    def described(self) -> bool:
+        """Whether the plan is for another machine than this one."""
+        return self.gpu_memory is not None or self.gpu_name is not None
+
+    def nested(self) -> dict[str, Any]:
+        """Settings over recipe. Raises SpecError for what is no setting."""
+        own = nest(typed_settings(self.settings, self.assignments))
+        return merge(*([templates.read_recipe(self.recipe)] if self.recipe is not None else []), own)
+
+
+def planned(request: PlanRequest, here: Here | None = None) -> Plan:
+    """The plan that was asked for. Raises QdistError with a change to the command that was tried.
+
+    here: finds out what this machine is.
+    """
+    here = cache(here or probe.cluster)
+    try:
+        merged = request.nested()
+    except SpecError as error:
+        raise _with_further_hint(error, request, here) if error.ways else error from None
+    facts_of = cache(known_shape)
+
+    def attempt(change: Change) -> Plan:
+        own = msgspec.structs.replace(request, **{key: change[key] for key in MACHINE if key in change})
+        spec = settled(merged, {key: value for key, value in change.items() if key not in MACHINE})
+        return _plan_once(own, spec, here, facts_of)
+
+    def say(change: Change) -> str:
+        elsewhere = "gpu_memory" in change and not request.described
+        return flags(change) + (", for GPUs that are not here" if elsewhere else "")
+
+    machine = {key: getattr(request, key) for key in MACHINE}
+    return or_tried_hint(attempt, {**given(merged), **machine}, say=say, remark=needs)
+
+
+def _with_further_hint(error: SpecError, request: PlanRequest, here: Here) -> SpecError:
+    """The error for a setting that does not exist; its hint says as well what is wrong beside it."""
+    known = known_keys(RunSpec)
+    mistyped = next(each for each in request.assignments if each.partition("=")[0].strip() not in known)
+    (meant,) = (f"{key}={value}" for key, value in error.ways[0].items())
+    mended = (*(each for each in request.assignments if each != mistyped), meant)
+    try:
+        planned(msgspec.structs.replace(request, assignments=mended), here)
+    except QdistError as further:
+        if further.try_.startswith("--"):
+            changed_again = meant.partition("=")[0] + "=" in further.try_
+            error.try_ = further.try_ if changed_again else f"{error.try_} {further.try_}"
+        error.message += f", {further.message}" * further.message.startswith("unknown setting")
+    return error
+
+
+def _plan_once(request: PlanRequest, spec: RunSpec, here: Here, facts_of: FactsOf) -> Plan:
+    if not spec.model:
+        models = ("llama-65b", "llama-7b", EMBEDDED)
+        raise SpecError("no model was named", ways=[{"model": model} for model in models])
+    # Epochs cannot be counted without the data, and steps have no weight.
+    spec = spec if spec.steps else msgspec.structs.replace(spec, steps=1, epochs=None)
+    config, facts, _ = facts_of(spec.model)
+    cluster = machine_of(request, spec.gpus, here)
+    # What another machine has installed is for the user to say.
+    has_liger = find_spec("liger_kernel") is not None or (spec.liger is True and request.described)
+    learnt = None
+    if not request.described:
+        learnt = calibration.correction_for(cluster, world_size=spec.gpus, bits=spec.bits)
+    source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=gptq_of(spec, config))
+    return plan_once(spec, source, facts, cluster, None, has_liger=has_liger, correction=learnt)
+
+
+def machine_of(request: PlanRequest, gpus: int | None, here: Here) -> Cluster:
+    """The machine that was described, or this one; with other host memory if that was named."""
+    host_bytes = None if request.host_memory is None else parse_bytes(request.host_memory, "host_memory")
+    if not request.described:
+        return msgspec.structs.replace(here(), memory_bytes=host_bytes) if host_bytes else here()
+    return described(gpus=gpus, gpu_name=request.gpu_name, gpu_memory=request.gpu_memory, host_memory_bytes=host_bytes)
+
+
+def job_of(
+    recipe: str | None,
+    given: Mapping[str, Any],
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    say: Callable[[str], None],
+) -> prepare.Job | prepare.Preview | RunDir:
+    """A run of nested settings over a recipe, or the rest of one; what it would be, with `dry_run`.
+
+    say: called with a line for the user. Gives the run itself where it is to be resumed and is finished.
+    Raises SpecError, ModelError, DataError or PlanError for what the user can put right, RunError for a run that
+    cannot be resumed.
+    """
+    if resume:
+        if recipe or not given.get("run"):
+            raise SpecError(
+                "--resume goes with --run DIR alone: the run knows its recipe",
+                try_="qdist launch --resume --run runs/NAME",
+            )
+        changes = {key: value for key, value in given.items() if key != "run"}
+        return _rest_of(RunDir(Path(given["run"])), changes, dry_run=dry_run, say=say)
+    recipe = recipe or (DEMO if given.get("data") == DEMO else None)
+    spec = resolve(*([templates.read_recipe(recipe)] if recipe else []), given)
+    job = prepare.preview(spec) if dry_run else prepare.prepare(spec)
+    if recipe:
+        say(f"recipe   {recipe}" + (" (chosen because of --data demo)" if recipe == DEMO else ""))
+    return job
+
+
+def _rest_of(
+    run: RunDir, changes: Mapping[str, Any], *, dry_run: bool, say: Callable[[str], None]
+) -> prepare.Job | prepare.Preview | RunDir:
+    result = run.result()
+    if result is not None and changes:
+        raise RunError(
+            f"{run.path} is finished after {result.get('steps', 'all')} steps and cannot be changed", try_="a new run"
+        )
+    if result is not None:
+        tidy(run)
+        send_rest(run, say=say)
+        say(f"{run.path} is finished: {result.get('steps', 'all')} steps, adapter in {run.adapter}")
+        return run
+    await_ranks(run, say=say)
+    refuse_running(run)
+    job = prepare.preview_resume(run, changes) if dry_run else prepare.prepare_resume(run, changes)
+    steps = run.checkpoint_steps()
+    say(f"resuming {run.path} " + (f"from step {steps[-1]}" if steps else "from the start: it has no checkpoint"))
+    return job
