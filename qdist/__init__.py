@@ -38,7 +38,7 @@ def plan(
 
     Raises SpecError for what is no setting, with the nearest, or contradicts another; PlanError for what does not fit.
     """
-    from qdist.core.spec.spec import named_settings
+    from qdist.core.spec.settings import named_settings
     from qdist.host.launch.planning import PlanRequest, planned
 
     return planned(
@@ -63,7 +63,8 @@ def launch(recipe: str | Path | None = None, *, resume: bool = False, **settings
     """
     from functools import partial
 
-    from qdist.core.spec.spec import named_settings, nest
+    from qdist.core.spec.settings import named_settings
+    from qdist.core.spec.spec import nest
     from qdist.host import terminal
     from qdist.host.launch import local, prepare
     from qdist.host.launch.claim import claimed

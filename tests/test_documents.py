@@ -103,7 +103,7 @@ def test_what_documents_show_is_what_is_printed(
     written: Written, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qdist.cli.plan.find_spec", lambda name: None)  # as on a machine without Liger
+    monkeypatch.setattr("qdist.host.launch.planning.find_spec", lambda name: None)  # as on a machine without Liger
     result = qdist(*shlex.split(written.text)[1:])
     assert result.output.splitlines() == [line.rstrip() for line in written.shown]
 

@@ -9,7 +9,8 @@ import msgspec
 
 from qdist.core.errors import SpecError, flag_of
 from qdist.core.spec.keys import accepted, choices, description, kinds_of, known_keys
-from qdist.core.spec.spec import COMMON, RunSpec
+from qdist.core.spec.settings import COMMON
+from qdist.core.spec.spec import RunSpec
 from qdist.core.spec.suggest import known_as
 from qdist.core.text import quoted
 
@@ -32,7 +33,6 @@ def setting_flags(*names: str) -> Callable[[F], F]:
             command = click.option(
                 flag_of(name),
                 name,
-                type=click.IntRange(min=1) if name == "gpus" else None,
                 metavar="|".join(among) if among else "N" if numbers else "TEXT",
                 help=description(RunSpec, key),
             )(command)

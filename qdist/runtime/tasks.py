@@ -1,4 +1,4 @@
-"""The one entry of what needs torch: `python -m qdist.runtime.tasks JOB GIVEN TOLD`, started by `qdist.host.launch.tasks`.
+"""The one entry of what needs torch: `python -m qdist.runtime.tasks JOB GIVEN TOLD`, by `qdist.host.launch.tasks`.
 
 JOB is for people who look at processes; GIVEN and TOLD are descriptors of a file with the request and of one for its
 answer. Nothing here prints an error: the process that asked does.

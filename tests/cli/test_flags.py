@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from qdist.cli.main import main
-from qdist.core.spec.spec import typed_settings
+from qdist.core.spec.settings import typed_settings
 
 
 @pytest.mark.parametrize("command", ["launch", "plan"])

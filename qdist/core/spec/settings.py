@@ -1,12 +1,20 @@
-"""Which settings are there, what does each say of itself, and which of them does a word mean?"""
+"""Which settings are there, what does each say of itself, and which of them does a word, a flag or a keyword mean?"""
 
 import re
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from qdist.core.errors import SpecError
 from qdist.core.spec.keys import accepted, description, known_keys
-from qdist.core.spec.spec import RunSpec, flatten, json_text
+from qdist.core.spec.spec import RunSpec, flatten, json_text, parse_assignment, unknown_key
 from qdist.core.spec.suggest import RELATED_NAMES, known_as
+
+COMMON = {
+    "steps": "steps", "epochs": "epochs", "lr": "optim.lr", "batch_size": "global_batch", "seq_len": "seq_len",
+    "lora_r": "lora.r", "seed": "seed",
+}  # fmt: skip
+"""Names of flags for the settings that everybody types, and what the settings are called."""
 
 
 class Setting(NamedTuple):
@@ -23,6 +31,33 @@ class Setting(NamedTuple):
     def section(self) -> str:
         """The table of a recipe in which it stands; empty for the settings at the top."""
         return self.key.rpartition(".")[0]
+
+
+def typed_settings(flags: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """What was typed, by dotted keys. flags: by their names, or by dotted keys; None for those that were not.
+
+    The last --set of a key wins, also over its flag: what an error says to try is typed behind the same command.
+    Raises SpecError for what is no setting.
+    """
+    own = {name: value for name, value in flags.items() if value is not None and name not in COMMON}
+    common = [f"{key}={flags[name]}" for name, key in COMMON.items() if flags.get(name) is not None]
+    return own | dict(map(parse_assignment, (*common, *assignments)))
+
+
+def named_settings(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted key, of what a program calls them: 'optim.lr', 'lr', 'lora_r', 'warmup_steps'.
+
+    Raises SpecError, with the nearest that there is, for what no setting or several are called.
+    """
+    settings = [key for key, section in known_keys(RunSpec).items() if section is None]
+    leaves = Counter(key.rpartition(".")[2] for key in settings)
+    names = {leaf: key for key in settings if leaves[leaf := key.rpartition(".")[2]] == 1}
+    names |= COMMON | {key: key for key in settings}
+    for name in named:
+        if name not in names:
+            raise unknown_key(name)
+    plain = {names[name]: value for name, value in named.items()}
+    return {key: str(value) if hasattr(value, "__fspath__") else value for key, value in plain.items()}
 
 
 def all_settings() -> tuple[Setting, ...]:

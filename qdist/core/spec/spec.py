@@ -1,8 +1,7 @@
 """What the user wants: one frozen `RunSpec`, from flags over a recipe over defaults, and back to a recipe."""
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import reduce
 from typing import Annotated, Any, Literal
 
@@ -22,11 +21,6 @@ Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Rate = Annotated[float, Meta(gt=0, le=1e300)]
 Amount = Annotated[float, Meta(ge=0, le=1e300)]
 
-COMMON = {
-    "steps": "steps", "epochs": "epochs", "lr": "optim.lr", "batch_size": "global_batch", "seq_len": "seq_len",
-    "lora_r": "lora.r", "seed": "seed",
-}  # fmt: skip
-"""Names of flags for the settings that everybody types, and what the settings are called."""
 Pool = Literal["peft", "mean", "sum"]
 GPTQ_METHODS = ("gptq-lora", "qa-lora")
 """Methods whose backbone is a GPTQ checkpoint."""
@@ -346,33 +340,6 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 def _or_open(key: str, value: Any) -> Any:
     """None where the value leaves a setting to the plan."""
     return None if isinstance(value, str) and value.lower() in ("none", "auto") and optional(RunSpec, key) else value
-
-
-def typed_settings(flags: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """What was typed, by dotted keys. flags: by their names, or by dotted keys; None for those that were not.
-
-    The last --set of a key wins, also over its flag: what an error says to try is typed behind the same command.
-    Raises SpecError for what is no setting.
-    """
-    own = {name: value for name, value in flags.items() if value is not None and name not in COMMON}
-    common = [f"{key}={flags[name]}" for name, key in COMMON.items() if flags.get(name) is not None]
-    return own | dict(map(parse_assignment, (*common, *assignments)))
-
-
-def named_settings(named: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by dotted key, of what a program calls them: 'optim.lr', 'lr', 'lora_r', 'warmup_steps'.
-
-    Raises SpecError, with the nearest that there is, for what no setting or several are called.
-    """
-    settings = [key for key, section in known_keys(RunSpec).items() if section is None]
-    leaves = Counter(key.rpartition(".")[2] for key in settings)
-    names = {leaf: key for key in settings if leaves[leaf := key.rpartition(".")[2]] == 1}
-    names |= COMMON | {key: key for key in settings}
-    for name in named:
-        if name not in names:
-            raise unknown_key(name)
-    plain = {names[name]: value for name, value in named.items()}
-    return {key: str(value) if hasattr(value, "__fspath__") else value for key, value in plain.items()}
 
 
 def unknown_key(key: str, value: Any = None) -> SpecError:

@@ -16,7 +16,8 @@ from qdist.core.planning.advice import needs
 from qdist.core.planning.plan import Plan, Source
 from qdist.core.planning.planner import plan_once
 from qdist.core.spec.keys import known_keys
-from qdist.core.spec.spec import RunSpec, given, merge, nest, resolve, settled, typed_settings
+from qdist.core.spec.settings import typed_settings
+from qdist.core.spec.spec import RunSpec, given, merge, nest, resolve, settled
 from qdist.core.spec.suggest import or_tried_hint
 from qdist.core.text import parse_bytes
 from qdist.host import templates

@@ -77,7 +77,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
 
 def program(run: RunDir, script: str) -> None:
     path = Path(sys.executable)
-    path.write_text(f"#!/bin/sh\nshift 4\n{script}\n")
+    path.write_text(f"#!/bin/sh\nshift 3\n{script}\n")
     path.chmod(0o755)
 
 
