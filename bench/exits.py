@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from qdist.runtime.quiet import quiet
 
 from qdist.core.requests import Export
 from qdist.host.run.rundir import RunDir
@@ -22,7 +23,6 @@ from qdist.runtime.exports.qalora_merge import merge_offsets
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.infer.load import with_packed
 from qdist.runtime.model.skeleton import DTYPES, load_backbone
-from qdist.runtime.quiet import quiet
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ def launch(recipe: str | Path | None = None, *, resume: bool = False, **settings
     from qdist.core.spec.settings import named_settings
     from qdist.core.spec.spec import nest
     from qdist.host import terminal
-    from qdist.host.launch import local, prepare
+    from qdist.host.launch import prepare, ranks
     from qdist.host.launch.claim import claimed
     from qdist.host.launch.planning import job_of
     from qdist.host.run.rundir import RunDir
@@ -78,7 +78,7 @@ def launch(recipe: str | Path | None = None, *, resume: bool = False, **settings
     if isinstance(job, prepare.Job):
         with claimed(job) as own:
             run = own.job.run
-            local.start(own, show=lambda events: None, say=say)
+            ranks.start(own, show=lambda events: None, say=say)
     decided = run.plan()
     return Finished(run.path, decided, run.result_of(decided, whole=True) or {})
 

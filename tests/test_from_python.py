@@ -15,7 +15,7 @@ import qdist
 from qdist.cli.main import main
 from qdist.core.errors import JobError, PlanError, RunError, SpecError
 from qdist.core.spec.settings import named_settings
-from qdist.host.launch import local
+from qdist.host.launch import ranks
 from qdist.host.launch.claim import Claim
 from qdist.host.run.rundir import RESULT
 from tests.runtime.tiny import save_config
@@ -82,7 +82,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Claim]:
         result |= {"tokens_per_s": {"predicted": 1.0, "measured": None}, "start_seconds": START, "peaks": PEAKS}
         (own.job.run.path / RESULT).write_text(json.dumps(result))
 
-    monkeypatch.setattr(local, "start", start)
+    monkeypatch.setattr(ranks, "start", start)
     return runs
 
 
@@ -106,7 +106,7 @@ def test_a_launch_that_fails_raises_what_its_ranks_came_to(tmp_path: Path, monke
     def start(*_: object, **__: object) -> None:
         raise JobError("rank 0 died", try_="the same again")
 
-    monkeypatch.setattr(local, "start", start)
+    monkeypatch.setattr(ranks, "start", start)
     with pytest.raises(JobError, match="rank 0 died"):
         qdist.launch(
             model=save_config(tmp_path / "model"),

@@ -12,7 +12,7 @@ from qdist.cli.watch import Watch, ending
 from qdist.core.spec.settings import typed_settings
 from qdist.core.spec.spec import nest
 from qdist.core.text import resuming
-from qdist.host.launch import local, prepare
+from qdist.host.launch import prepare, ranks
 from qdist.host.launch.claim import claimed
 from qdist.host.launch.planning import job_of
 from qdist.host.run import rundir
@@ -50,7 +50,7 @@ def launch(recipe: str | None, assignments: tuple[str, ...], resume: bool, dry_r
         say(f"run      {run.path}")
         try:
             with Watch(job.plan, run, width=shutil.get_terminal_size().columns) as watch:
-                local.start(own, show=watch.show, say=watch.say, recall=watch.recall)
+                ranks.start(own, show=watch.show, say=watch.say, recall=watch.recall)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_how_to_go_on(run)) from None
     ending(run, job.plan)

@@ -160,7 +160,7 @@ def test_a_launch_keeps_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def fails(*_: object, **__: object) -> None:
         raise RunError("no ranks today")
 
-    monkeypatch.setattr(launch.local, "start", fails)
+    monkeypatch.setattr(launch.ranks, "start", fails)
     arguments = ["launch", "--model", "smollm2-135m", "--load-format", "dummy", "--set", "steps=2", "--run"]
     monkeypatch.setattr(sys, "argv", ["qdist", *arguments, "r"])
     done = CliRunner().invoke(main, [*arguments, str(tmp_path / "r")])

@@ -172,7 +172,8 @@ AGAIN = "\n  try: the same command again"
 def test_what_a_process_came_to_reaches_who_asked_and_it_prints_no_error_itself(
     job: str, said: str, complained: str, tmp_path: Path
 ) -> None:
-    code = f"import os, sys\nfrom qdist.core import errors\nfrom qdist.core.spec import suggest as hints\ndef run(request): {job}"
+    imports = "import os, sys\nfrom qdist.core import errors\nfrom qdist.core.spec import suggest as hints"
+    code = f"{imports}\ndef run(request): {job}"
     command, environment = asked(tmp_path, code)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr[-len(complained) :] if complained else done.stderr) == (said, complained)

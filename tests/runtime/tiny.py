@@ -113,7 +113,7 @@ def real_job(model: Path, data: Path, run: Path, **settings: Any) -> launcher.Jo
         return launcher.prepare(spec)
 
 
-def _prepared(spec: RunSpec) -> Prepared:
+def _prepared(spec: RunSpec, *, device: str) -> Prepared:
     return msgspec.json.decode(msgspec.json.encode(prepare(spec)), type=Prepared)
 
 

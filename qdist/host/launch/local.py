@@ -1,145 +1,43 @@
-"""Starts the ranks of a written run on this machine, stays with them to the end, and stops them when asked."""
+"""Ranks on this machine: one shell that becomes torch.distributed.run, in a session of its own."""
 
-import contextlib
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable
-from types import FrameType
 
-from qdist.core.errors import RunError
 from qdist.core.machine.environment import LAUNCH
-from qdist.core.telemetry.events import Event
 from qdist.core.text import argument
 from qdist.host import children
 from qdist.host.launch.claim import Claim
-from qdist.host.launch.trackers import Tracking
-from qdist.host.run import calibration
-from qdist.host.run.endings import died, log_lengths, lost, note, stuck
-from qdist.host.run.follow import Follower
-from qdist.host.run.rundir import STOP, Ended, RunDir
-from qdist.host.run.watchdog import Watchdog
-
-Show = Callable[[list[Event]], None]
+from qdist.host.run.rundir import STOP, RunDir
 
 
-def start(own: Claim, *, show: Show, say: Callable[[str], None], recall: Show | None = None) -> None:
-    """Start the ranks of a run that is claimed, with what tracks it, and stay until they have ended.
+class LocalRanks:
+    """The ranks of a claimed run, started by its launch.sh; they end with this process. See `ranks.Ranks`."""
 
-    show: called a few times a second with what the ranks said since.
-    recall: called once before, with what they said before the run was resumed.
-    say: called with a line for the user.
-    Raises KeyboardInterrupt when the run was stopped and saved, JobError when a rank died or the directory was lost.
-    """
-    with Tracking(own.job.run, own.job.plan.spec.trackers, say=say) as tracking:
-        _start(own, tracking, show=show, say=say, recall=recall)
+    def __init__(self, own: Claim) -> None:
+        self._run: RunDir = own.job.run
+        with open(self._run.logs / "launcher.log", "ab") as log:
+            self._process = subprocess.Popen(
+                ["/bin/sh", argument(self._run.path / "launch.sh")],
+                env={**children.environment(), LAUNCH: own.launch},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=(own.lock,),
+                preexec_fn=children.ending_with_this(),
+            )
 
+    def poll(self) -> int | None:
+        return self._process.poll()
 
-def _start(own: Claim, tracking: Tracking, *, show: Show, say: Callable[[str], None], recall: Show | None) -> None:
-    run = own.job.run
-    follower = Follower(run.path, say=say)
-    past = follower.new_events()
-    if recall:
-        recall(past)
-    before = log_lengths(run)
-    plan = own.job.plan
-    watchdog = Watchdog(run, plan.spec.train.stuck_seconds, ranks=plan.world_size, launch=own.launch)
-    with open(run.logs / "launcher.log", "ab") as log:
-        ranks = subprocess.Popen(
-            ["/bin/sh", argument(run.path / "launch.sh")],
-            env={**children.environment(), LAUNCH: own.launch},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            pass_fds=(own.lock,),
-            preexec_fn=children.ending_with_this(),
-        )
-    stopped, hung = _watch(own, ranks, follower, watchdog, tracking, show, say)
-    if own.is_lost():
-        raise lost(run)
-    if run.result() is not None and ranks.returncode == 0:
-        with contextlib.suppress(OSError):  # a cache that cannot be written to makes no run fail
-            calibration.learn(run)
-        return
-    if stopped and not hung and ranks.returncode in (0, -signal.SIGKILL):
-        note(run, Ended(state="stopped", time=time.time()))
-        raise KeyboardInterrupt
-    error = stuck(run, hung) if hung else died(run, before, ranks.returncode)
-    note(run, Ended(state="failed", message=error.message, try_=error.try_, time=time.time()))
-    raise error
+    def stop(self) -> None:
+        (self._run.path / STOP).touch()
 
+    def kill(self) -> None:
+        # Also called in a signal handler, where waiting could wait for the code that was interrupted.
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
 
-def _watch(
-    own: Claim,
-    ranks: subprocess.Popen[bytes],
-    follower: Follower,
-    watchdog: Watchdog,
-    tracking: Tracking,
-    show: Show,
-    say: Callable[[str], None],
-) -> tuple[bool, str]:
-    """Follow the ranks to their end: whether the user or a scheduler asked them to stop, and who was stuck in what."""
-    run, asked, stuck, stepped, answered = own.job.run, 0, "", False, False
-
-    def ask(*_: int | FrameType | None) -> None:
-        nonlocal asked
-        asked += 1
-        if asked > 1:
-            os.killpg(ranks.pid, signal.SIGKILL)
-
-    def show_and_note(events: list[Event]) -> None:
-        nonlocal stepped
-        stepped = stepped or any(event.kind == "step" for event in events)
-        show(events)
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        readable = True
-        while ranks.poll() is None and not own.is_lost():
-            wanted = asked
-            readable = readable and _shown_what_is_new(follower, show_and_note, say)
-            tracking.look()
-            if wanted and not answered:
-                answered = True
-                _stop(run, ranks, say, has_stepped=stepped or not readable)
-            elif not answered and run.stop_requested():
-                answered = True
-                say("stopping after this step, with a checkpoint: qdist stop asked for it")
-            if stuck := watchdog.stuck():
-                break
-            time.sleep(0.2)
-        if readable and not own.is_lost():
-            _shown_what_is_new(follower, show_and_note, say)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        if ranks.poll() is None:
-            os.killpg(ranks.pid, signal.SIGKILL)
-            ranks.wait()
-        elsewhere = run.stop_requested()  # ranks may have ended before it was seen above
-        (run.path / STOP).unlink(missing_ok=True)
-    return asked > 0 or elsewhere, stuck
-
-
-def _stop(run: RunDir, ranks: subprocess.Popen[bytes], say: Callable[[str], None], *, has_stepped: bool) -> None:
-    """Have the ranks save and end; before their first step, when they are still loading, there is nothing to save."""
-    if has_stepped:
-        (run.path / STOP).touch()
-        say("stopping after this step, with a checkpoint; a second Ctrl-C stops at once")
-    else:
-        which = "next" if run.checkpoint_steps() else "first"
-        say(f"stopped before the {which} step; nothing to save")
-        os.killpg(ranks.pid, signal.SIGKILL)
-
-
-def _shown_what_is_new(follower: Follower, show: Show, say: Callable[[str], None]) -> bool:
-    """Whether events can be read. Where they cannot, that is said, and the ranks go on unseen."""
-    try:
-        events = follower.new_events()
-    except (RunError, OSError) as error:
-        say(f"the run goes on, and is not shown any more: {error}")
-        return False
-    show(events)
-    return True
+    def wait(self) -> int:
+        return self._process.wait()

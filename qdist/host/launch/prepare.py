@@ -14,6 +14,7 @@ import msgspec
 
 from qdist.core.data import demo
 from qdist.core.errors import SpecError
+from qdist.core.machine.cluster import Cluster
 from qdist.core.model.gptq import of_run
 from qdist.core.model.shapes import ModelFacts, from_config, require_library_class
 from qdist.core.planning.plan import DataFacts, Plan, Prepared, Source, digest
@@ -85,15 +86,22 @@ class Preview(NamedTuple):
     """Whether the plan's steps are the run's: epochs cannot be counted over data that lie on a hub."""
 
 
+class _Asked(NamedTuple):
+    """One launch: what is asked for, and the machine that it is planned for, probed once."""
+
+    run: RunDir
+    spec: RunSpec
+    here: Cluster
+    old: Plan | None = None
+    """The plan that a resumed run goes on from."""
+
+
 def prepare(spec: RunSpec) -> Job:
     """Plan a new run; writes nothing but caches.
 
     Raises SpecError, ModelError, DataError or PlanError for what the user can put right.
     """
-    run = _new_run(spec)
-    refuse_unwritable(run, probe=True)
-    prepared = _synthetic(spec) if spec.load_format == "dummy" else _real(spec, run)
-    return _job(run, spec, prepared)
+    return _prepared(_new_run(spec))
 
 
 def preview(spec: RunSpec) -> Preview:
@@ -101,21 +109,21 @@ def preview(spec: RunSpec) -> Preview:
 
     Raises as `prepare` does.
     """
-    run = _new_run(spec)
+    asked = _new_run(spec)
     if spec.load_format == "dummy":
-        return Preview(run, _job(run, spec, _synthetic(spec)))
-    found = _surveyed(spec, run)
+        return Preview(asked.run, _job(asked, _synthetic(spec)))
+    found = _surveyed(asked)
     before = cache.remembered(spec, found.folder) if found.folder else None
     records = None if before else counted(spec)
     work = (*found.work, *tokenizing(spec, records, before))
     if before:
-        return Preview(run, _job(run, spec, before), work)
+        return Preview(asked.run, _job(asked, before), work)
     if found.facts is None or found.source is None:
-        return Preview(run, None, work)
+        return Preview(asked.run, None, work)
     data = None if records is None else expected(spec, found.facts, records)
     known = data is not None or spec.steps is not None
     estimate = Prepared(source=found.source, data=data, notes=_estimate_notes(spec, found, data))
-    return Preview(run, _job(run, spec if known else _one_step(spec), estimate), work, known)
+    return Preview(asked.run, _job(asked if known else _one_step(asked), estimate), work, known)
 
 
 def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Job:
@@ -124,45 +132,72 @@ def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Job:
     changes: settings given again, nested. Raises SpecError when one of them would make it another run, RunError when
     its model or data are others now.
     """
-    old, spec = _resumed(run, changes)
-    refuse_unwritable(run, probe=True)
-    before = Prepared(source=old.source, data=old.data, notes=_changed_since(old))
-    prepared = before
-    if not cache.all_there(before):
-        refuse_other_files(old, run)
-        prepared = _real(spec, run)
-        prepared = of_the_same(old, prepared, run)
-    require_same_tensors(old.source, prepared.source.packed, run=str(run.path))
-    return _job(run, spec, prepared, old=old)
+    return _prepared(_resumed(run, changes))
 
 
 def preview_resume(run: RunDir, changes: Mapping[str, Any]) -> Preview:
     """What `prepare_resume` would do, as `preview` does."""
-    old, spec = _resumed(run, changes)
-    before = Prepared(source=old.source, data=old.data, notes=_changed_since(old))
-    work: tuple[Work, ...] = ()
-    if cache.all_there(before):
-        require_same_tensors(old.source, old.source.packed, run=str(run.path))
-    else:
-        refuse_other_files(old, run)
-        tokenized = before if old.data and os.path.exists(old.data.path) else None
-        work = (*_surveyed(spec, run).work, *tokenizing(spec, None, tokenized))
-    return Preview(run, _job(run, spec, before, old=old), work)
+    asked = _resumed(run, changes)
+    kept = _kept(asked)
+    if kept is not None:
+        return Preview(run, _job(asked, kept))
+    found, before = _surveyed(asked), _of(run.plan())
+    tokenized = before if before.data and os.path.exists(before.data.path) else None
+    work = (*found.work, *tokenizing(asked.spec, None, tokenized))
+    return Preview(run, _job(asked, before), work)
 
 
-def _new_run(spec: RunSpec) -> RunDir:
-    """The directory of a new run, which need not be there yet. Raises RunError for one that cannot be it."""
+def _prepared(asked: _Asked) -> Job:
+    """Both kinds of launch from here on: what there is of it is kept, the rest is made, and all of it planned."""
+    refuse_unwritable(asked.run, probe=True)
+    if asked.old is None and asked.spec.load_format == "dummy":
+        return _job(asked, _synthetic(asked.spec))
+    return _job(asked, _kept(asked) or _made(asked))
+
+
+def _kept(asked: _Asked) -> Prepared | None:
+    """What a resumed run was prepared from, if all of it is still there and the same. Raises RunError if it is not."""
+    old = asked.old
+    if old is None:
+        return None
+    before = _of(old)
+    if not cache.all_there(before):
+        refuse_other_files(old, asked.run)
+        return None
+    require_same_tensors(old.source, before.source.packed, run=str(asked.run.path))
+    return before
+
+
+def _made(asked: _Asked) -> Prepared:
+    """Convert, repair, tokenize and pack, in a process of its own. Raises RunError where a resumed run gets others."""
+    _surveyed(asked)
+    refuse_unwritable_cache(probe=True)
+    prepared = tasks.prepare(asked.spec, device=asked.here.device)
+    with contextlib.suppress(OSError):  # a cache that has no room for a note fails no run
+        cache.remember(asked.spec, prepared)
+    if asked.old:
+        prepared = of_the_same(asked.old, prepared, asked.run)
+        require_same_tensors(asked.old.source, prepared.source.packed, run=str(asked.run.path))
+    return prepared
+
+
+def _of(old: Plan) -> Prepared:
+    return Prepared(source=old.source, data=old.data, notes=_changed_since(old))
+
+
+def _new_run(spec: RunSpec) -> _Asked:
+    """A new run, whose directory need not be there yet. Raises RunError for one that cannot be it."""
     if not spec.model:
         raise SpecError("no model was named", try_="--model smollm2-135m")
     run = RunDir(spec.run) if spec.run else RunDir(free_name(_RUNS, _stem(spec)))
     refuse_used(run)
     refuse_unwritable(run)
     refuse_missing(spec.trackers)
-    return run
+    return _Asked(run, spec, probe.cluster())
 
 
-def _resumed(run: RunDir, changes: Mapping[str, Any]) -> tuple[Plan, RunSpec]:
-    """The plan of a run and the spec of its rest."""
+def _resumed(run: RunDir, changes: Mapping[str, Any]) -> _Asked:
+    """The rest of a run."""
     old = run.plan()
     before = msgspec.to_builtins(old.spec)
     if "steps" in changes or "epochs" in changes:  # two ways to say how long: the newer one counts
@@ -177,7 +212,7 @@ def _resumed(run: RunDir, changes: Mapping[str, Any]) -> tuple[Plan, RunSpec]:
             )
     refuse_unwritable(run)
     refuse_missing(spec.trackers)
-    return old, spec
+    return _Asked(run, spec, probe.cluster(), old)
 
 
 def _changed_since(old: Plan) -> tuple[str, ...]:
@@ -189,15 +224,14 @@ def _changed_since(old: Plan) -> tuple[str, ...]:
     return (f"{source} has changed since: the run goes on with the {data.samples:,} samples it was started with",)
 
 
-def _job(run: RunDir, spec: RunSpec, prepared: Prepared, *, old: Plan | None = None) -> Job:
-    """old: the plan that a resumed run goes on from."""
+def _job(asked: _Asked, prepared: Prepared) -> Job:
+    run, spec, here, old = asked
     facts = from_config(prepared.source.config, name=spec.model)
-    usual_micro_batch = old.micro_batch if old else None
-    plan = _planned(spec, prepared.source, facts, prepared.data, usual_micro_batch=usual_micro_batch)
+    plan = _planned(asked, prepared.source, facts, prepared.data)
     refuse_small_disk(plan, run)
     files = {
         "recipe.toml": to_toml(msgspec.structs.replace(spec, run=None)),
-        MACHINE: msgspec.json.format(msgspec.json.encode(probe.cluster()), indent=1).decode() + "\n",
+        MACHINE: msgspec.json.format(msgspec.json.encode(here), indent=1).decode() + "\n",
         "versions.json": json.dumps(probe.versions(), indent=2) + "\n",
     }
     if plan.engine == "deepspeed":
@@ -210,35 +244,27 @@ def _job(run: RunDir, spec: RunSpec, prepared: Prepared, *, old: Plan | None = N
     return Job(run, plan, files, prepared.notes, stem, resumes)
 
 
-def _surveyed(spec: RunSpec, run: RunDir) -> Survey:
+def _surveyed(asked: _Asked) -> Survey:
     """What is there of a run's model, once everything has been refused that recipe and file system can tell of."""
+    spec = asked.spec
     if not spec.data:
         raise SpecError("no data was named", try_="--data FILE, a hub id, or --data demo")
     if spec.data != demo.NAME:
         check_source(spec.data)
-    count_of(spec, probe.cluster())
+    count_of(spec, asked.here)
     refuse_unwritable_cache()
     found = survey(spec)
-    _rehearse(spec, found, run)
+    _rehearse(asked, found)
     require_room(spec, found.work)
     return found
 
 
-def _real(spec: RunSpec, run: RunDir) -> Prepared:
-    _surveyed(spec, run)
-    refuse_unwritable_cache(probe=True)
-    prepared = tasks.prepare(spec)
-    with contextlib.suppress(OSError):  # a cache that has no room for a note fails no run
-        cache.remember(spec, prepared)
-    return prepared
-
-
-def _rehearse(spec: RunSpec, found: Survey, run: RunDir) -> None:
+def _rehearse(asked: _Asked, found: Survey) -> None:
     """Plan with the shortest data there could be, so that what cannot work fails before a download or conversion."""
     if found.source is None or found.facts is None:
         return
     shortest = DataFacts(path="", samples=2, train_samples=1, held_out_samples=1, tokens=2, longest=8)
-    refuse_small_disk(_planned(spec, found.source, found.facts, shortest), run)
+    refuse_small_disk(_planned(asked._replace(old=None), found.source, found.facts, shortest), asked.run)
 
 
 def _estimate_notes(spec: RunSpec, found: Survey, data: DataFacts | None) -> tuple[str, ...]:
@@ -252,29 +278,22 @@ def _estimate_notes(spec: RunSpec, found: Survey, data: DataFacts | None) -> tup
     return tuple(filter(None, (found.note, *left_out, open_)))
 
 
-def _one_step(spec: RunSpec) -> RunSpec:
-    return msgspec.structs.replace(spec, steps=1, epochs=None)
+def _one_step(asked: _Asked) -> _Asked:
+    return asked._replace(spec=msgspec.structs.replace(asked.spec, steps=1, epochs=None))
 
 
-def _planned(
-    spec: RunSpec,
-    source: Source,
-    facts: ModelFacts,
-    data: DataFacts | None,
-    *,
-    usual_micro_batch: int | None = None,
-) -> Plan:
+def _planned(asked: _Asked, source: Source, facts: ModelFacts, data: DataFacts | None) -> Plan:
     """The plan for what is here, corrected by what earlier runs here have taught."""
-    cluster = probe.cluster()
+    spec, here = asked.spec, asked.here
     return make_plan(
         spec,
         source,
         facts,
-        cluster,
+        here,
         data,
         has_liger=find_spec("liger_kernel") is not None,
-        usual_micro_batch=usual_micro_batch,
-        correction=calibration.correction_for(cluster, world_size=spec.gpus, bits=spec.bits),
+        usual_micro_batch=asked.old.micro_batch if asked.old else None,
+        correction=calibration.correction_for(here, world_size=spec.gpus, bits=spec.bits),
     )
 
 

@@ -48,14 +48,15 @@ def handed_over(request: Request) -> Iterator[Task]:
         yield Task(command, descriptors, told)
 
 
-def run_task(request: Request) -> Prepared | None:
+def run_task(request: Request, *, device: str | None = None) -> Prepared | None:
     """Do a job in a process of its own, on this terminal; what was prepared, of `Prepare`.
 
+    device: 'cuda' or 'cpu' where the machine has been probed already.
     Raises the QdistError that the process ended with; KeyboardInterrupt, with what the user should know, once it has
     ended by Ctrl-C; JobError when a signal or a bug ended it.
     """
     environment = children.environment()
-    if probe.cluster().device == "cpu":
+    if (device or probe.cluster().device) == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed, once imported, warns that it found no GPU
         environment.setdefault("OMP_WAIT_POLICY", PASSIVE)
     with handed_over(request) as task:
@@ -80,9 +81,9 @@ def run_task(request: Request) -> Prepared | None:
     return answer.prepared
 
 
-def prepare(spec: RunSpec) -> Prepared:
+def prepare(spec: RunSpec, *, device: str | None = None) -> Prepared:
     """Convert, repair and tokenize in a separate process, so that the launcher stays free of torch."""
-    prepared = run_task(Prepare(spec=spec))
+    prepared = run_task(Prepare(spec=spec), device=device)
     if prepared is None:
         raise JobError("nothing was prepared", try_="the same command again")
     return prepared

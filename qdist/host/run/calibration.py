@@ -43,13 +43,13 @@ def correction_for(
 def learn(run: RunDir, *, cluster: Cluster | None = None) -> Lesson | None:
     """Keep the lesson of a finished run; None where there is none: on CPU ranks, or before the run has finished.
 
-    cluster: of the machine that the run was on; by default this one.
+    cluster: of the machine that the run was on; by default the one that it was planned for.
     """
     plan = run.plan()
     result = run.result_of(plan)
     if result is None or plan.device == "cpu" or "peaks" not in result:
         return None
-    found = lesson_of(plan, result, cluster or probe.cluster())
+    found = lesson_of(plan, result, cluster or run.machine() or probe.cluster())
     if found is not None:
         append(found)
     return found

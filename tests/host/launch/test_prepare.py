@@ -18,14 +18,14 @@ import qdist
 from qdist.cli.main import main
 from qdist.core.errors import JobError, PlanError, QdistError, RunError, SpecError
 from qdist.core.machine.calibration import Correction
-from qdist.core.machine.cluster import hypothetical
+from qdist.core.machine.cluster import Cluster, hypothetical
 from qdist.core.planning.plan import Plan, digest
 from qdist.core.spec.spec import RunSpec, nest, resolve
 from qdist.core.telemetry.events import Event, encode
 from qdist.core.text import GIB
 from qdist.host import children
 from qdist.host.files import locked
-from qdist.host.launch import claim, local, prepare
+from qdist.host.launch import claim, prepare, ranks
 from qdist.host.launch.prepare import Job
 from qdist.host.launch.survey import survey
 from qdist.host.machine import probe
@@ -65,7 +65,7 @@ def started(
     """Run it to its end; what was said to the user."""
     said = [] if said is None else said
     with claim.claimed(job) as own:
-        local.start(own, show=show, say=said.append)
+        ranks.start(own, show=show, say=said.append)
     return said
 
 
@@ -84,11 +84,10 @@ def is_running(pid_file: str) -> bool:
 
 def test_the_rehearsal_knows_what_runs_here_have_taught(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = resolve({"model": "llama-7b", "data": "demo", "placement": "replicate"})
-    monkeypatch.setattr(probe, "cluster", lambda: hypothetical(1, 24 * GIB))
-    prepare._rehearse(wanted, survey(wanted), RunDir("run"))
+    prepare._rehearse(prepare._Asked(RunDir("run"), wanted, hypothetical(1, 24 * GIB)), survey(wanted))
     monkeypatch.setattr(calibration, "correction_for", lambda *_, **__: Correction(context_bytes=23 * GIB))
     with pytest.raises(PlanError, match="llama-7b at 4 bits needs"):
-        prepare._rehearse(wanted, survey(wanted), RunDir("run"))
+        prepare._rehearse(prepare._Asked(RunDir("run"), wanted, hypothetical(1, 24 * GIB)), survey(wanted))
 
 
 def test_preparing_random_weights_writes_nothing(here: Path) -> None:
@@ -98,6 +97,28 @@ def test_preparing_random_weights_writes_nothing(here: Path) -> None:
     assert list(job.files) == [
         "recipe.toml", "machine.json", "versions.json", "deepspeed.json", "accelerate.json", "launch.sh", "plan.json",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["prepare", "preview", "resume", "preview of a resume"])
+def test_the_machine_is_probed_once_and_kept_as_it_was_planned_on(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim.write(prepare.prepare(spec(run="old")))
+    probed = []
+
+    def cluster() -> Cluster:
+        probed.append(hypothetical(2, (20 + len(probed)) * GIB, name="NVIDIA H200"))
+        return probed[-1]
+
+    monkeypatch.setattr(probe, "cluster", cluster)
+    old = RunDir(Path("old"))
+    made = {
+        "prepare": lambda: prepare.prepare(spec()),
+        "preview": lambda: prepare.preview(spec()).job,
+        "resume": lambda: prepare.prepare_resume(old, {}),
+        "preview of a resume": lambda: prepare.preview_resume(old, {}).job,
+    }[way]()
+    assert made is not None
+    assert len(probed) == 1
+    assert msgspec.json.decode(made.files["machine.json"], type=Cluster) == probed[0]
 
 
 def test_one_rank_gets_no_deepspeed_file() -> None:

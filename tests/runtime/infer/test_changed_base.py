@@ -64,7 +64,7 @@ def test_a_run_does_not_go_on_over_another_quantization(run: RunDir, replaced: P
 def test_nor_where_its_data_have_to_be_prepared_again(
     run: RunDir, replaced: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(tasks, "prepare", prepare)
+    monkeypatch.setattr(tasks, "prepare", lambda spec, *, device: prepare(spec))
     monkeypatch.setenv("QDIST_CACHE", str(tmp_path))
     data = Path(run.plan().data.path)  # type: ignore[union-attr]
     hidden = data.rename(data.with_name("hidden"))

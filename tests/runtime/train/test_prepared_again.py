@@ -40,7 +40,7 @@ def started(model: Path, here: Path) -> Job:
 def resumed(job: Job, **changes: Any) -> Job:
     """The rest of a run, prepared in this process."""
 
-    def prepared(spec: RunSpec) -> Prepared:
+    def prepared(spec: RunSpec, *, device: str) -> Prepared:
         return msgspec.json.decode(msgspec.json.encode(prepare(spec)), type=Prepared)
 
     with mock.patch.object(tasks, "prepare", prepared):
