@@ -21,7 +21,7 @@ from qdist.runtime.formats.recorded_sums import computed_sums, digest_of_folder,
 from qdist.runtime.model import weights
 from qdist.runtime.model.skeleton import fill
 from qdist.runtime.model.weights import FolderWeights
-from qdist.runtime.train.setup import _share
+from qdist.runtime.placements.registry import placement_of
 from tests.plans import CPU, planned
 from tests.runtime.conftest import TrainRun
 from tests.runtime.gptq_files import padded, save_gptq
@@ -114,10 +114,13 @@ def test_processes_of_one_node_divide_what_they_map(tmp_path: Path) -> None:
 
 def test_cpu_ranks_share_and_gpus_do_not() -> None:
     plan: Plan = planned("smollm2-135m", CPU, {"gpus": 2})
-    assert [_share(plan, rank) for rank in range(2)] == [(0, 2), (1, 2)]
-    shards = msgspec.structs.replace(plan, placement="shard")
-    assert [_share(shards, rank) for rank in range(2)] == [(0, 1), (0, 1)]
-    assert _share(msgspec.structs.replace(plan, device="cuda"), 1) == (0, 1)
+
+    def shares(plan: Plan) -> list[tuple[int, int]]:
+        return [placement_of(plan, rank, (torch.device("cpu"),)).sums_share() for rank in range(2)]
+
+    assert shares(plan) == [(0, 2), (1, 2)]
+    assert shares(msgspec.structs.replace(plan, placement="shard")) == [(0, 1), (0, 1)]
+    assert shares(msgspec.structs.replace(plan, device="cuda")) == [(0, 1), (0, 1)]
 
 
 @pytest.fixture
