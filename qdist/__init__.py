@@ -6,17 +6,19 @@ keywords: keys of `core.spec.RunSpec` (`seq_len`, `**{"lora.r": 8}`), the last p
 and one thing to try.
 """
 
-from pathlib import Path
+from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from pathlib import Path  # a third of the time that `qdist --help` takes
+
     from qdist.core.planning.plan import Plan
 
 
 class Finished(NamedTuple):
     """A run that has come to its end."""
 
-    path: Path
+    path: "Path"
     """Its directory, which `load` takes."""
     plan: "Plan"
     result: dict[str, Any]
@@ -24,7 +26,7 @@ class Finished(NamedTuple):
 
 
 def plan(
-    recipe: str | Path | None = None,
+    recipe: str | PathLike[str] | None = None,
     *,
     gpu_memory: str | None = None,
     gpu_name: str | None = None,
@@ -52,7 +54,7 @@ def plan(
     )
 
 
-def launch(recipe: str | Path | None = None, *, resume: bool = False, **settings: Any) -> Finished:
+def launch(recipe: str | PathLike[str] | None = None, *, resume: bool = False, **settings: Any) -> Finished:
     """Plan a run, start its ranks, and stay until it has ended: `qdist.launch(model="smollm2-135m", data="my.jsonl")`.
 
     recipe: as `plan` has it. resume: go on with the run in `run`, and with settings that are changed for its rest.
@@ -84,7 +86,7 @@ def launch(recipe: str | Path | None = None, *, resume: bool = False, **settings
 
 
 def load(
-    run_or_model: str | Path,
+    run_or_model: str | PathLike[str],
     *,
     dtype: str = "auto",
     device: str | None = None,

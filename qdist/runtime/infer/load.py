@@ -1,5 +1,6 @@
 """Opens a run or a model for use: `model, tokenizer = qdist.load(RUN_OR_MODEL)`."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -178,7 +179,7 @@ class Opened(NamedTuple):
 
 
 def load(
-    run_or_model: str | Path,
+    run_or_model: str | os.PathLike[str],
     *,
     dtype: str = "auto",
     device: str | None = None,
