@@ -6,7 +6,7 @@ keywords: keys of `core.spec.RunSpec` (`seq_len`, `**{"lora.r": 8}`), the last p
 and one thing to try.
 """
 
-from os import PathLike
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def load(
     """A run with its adapter on, or any model, as `(model, tokenizer)`; see `qdist.runtime.infer.load.load`."""
     from qdist.runtime.infer.load import load as heavy_load
 
-    return heavy_load(run_or_model, dtype=dtype, device=device, max_memory=max_memory)
+    return heavy_load(fspath(run_or_model), dtype=dtype, device=device, max_memory=max_memory)
 
 
 __all__ = ["Finished", "launch", "load", "plan"]

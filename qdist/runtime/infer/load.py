@@ -1,6 +1,5 @@
 """Opens a run or a model for use: `model, tokenizer = qdist.load(RUN_OR_MODEL)`."""
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,7 +178,7 @@ class Opened(NamedTuple):
 
 
 def load(
-    run_or_model: str | os.PathLike[str],
+    run_or_model: str | Path,
     *,
     dtype: str = "auto",
     device: str | None = None,
