@@ -53,9 +53,9 @@ def format_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def counted(number: int, name: str) -> str:
-    """'1 GPU', '4 GPUs'."""
-    return f"{number} {name}{'' if number == 1 else 's'}"
+def counted(number: int, name: str, plural: str = "s") -> str:
+    """'1 GPU', '4 GPUs'; with 'es' '2 processes'."""
+    return f"{number} {name}{'' if number == 1 else plural}"
 
 
 def format_duration(seconds: float) -> str:

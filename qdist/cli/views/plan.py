@@ -3,12 +3,13 @@
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import Any, NamedTuple
 
 from qdist.cli.views.text import loading
 from qdist.core.planning.disk import storage
 from qdist.core.planning.memory import MemoryBudget
+from qdist.core.planning.placements.base import unit_of
+from qdist.core.planning.placements.registry import layout_of
 from qdist.core.planning.plan import Alternative, Plan
 from qdist.core.telemetry.memory_report import shown_error
 from qdist.core.text import counted, fitted, format_bytes, format_count, format_duration
@@ -30,9 +31,9 @@ def plan_lines(plan: Plan, *, notes: tuple[str, ...] = ()) -> list[str]:
         f"{plan.compute_dtype} arithmetic",
         f"adapter  {kind} r={spec.lora.r} alpha={spec.lora.alpha:g}: {format_count(trained)} parameters",
         f"ranks    {_where(plan)}",
-        f"layout   {_layout(plan)}",
+        f"layout   {layout_of(plan).in_words(plan)}",
         f"engine   {_engine(plan)}, {plan.optimizer}",
-        f"batch    {spec.global_batch} = {_batch(plan)} of up to {plan.seq_len} tokens"
+        f"batch    {spec.global_batch} = {layout_of(plan).batch_in_words(plan)} of up to {plan.seq_len} tokens"
         + _checkpointing(plan)
         + (", Liger kernels" if plan.liger else ""),
         *_data(plan),
@@ -72,43 +73,9 @@ def wrapped(lines: Sequence[str], width: int) -> list[str]:
 
 def _where(plan: Plan) -> str:
     if plan.device == "cpu":
-        threads = _count(plan.threads_per_rank, "thread", "s")
-        return f"{_count(plan.world_size, 'CPU process', 'es')} of {threads}: no GPU here"
-    gpus = _count(plan.groups * plan.gpus_per_group, "GPU", "s")
-    return f"one process on {gpus}" if plan.schedule == "sequential" else gpus
-
-
-def _layout(plan: Plan) -> str:
-    """The placement in words."""
-    size, unit = plan.gpus_per_group, "GPU" if plan.device == "cuda" else "rank"
-    if plan.placement == "replicate":
-        return f"replicate: each {unit} holds the whole backbone"
-    groups = f"{plan.groups} groups of {size}" if plan.groups > 1 else f"the {size} {unit}s"
-    if plan.placement == "shard":
-        return f"shard: {groups}; each {unit} holds 1/{size} of every layer and gathers it for use"
-    spans = ", ".join(_span(layers) for layers in _stages(plan))
-    if plan.schedule == "1f1b":
-        return f"split: {groups}; each {unit} a stage of layers ({spans}), micro-batches in flight (1F1B)"
-    away = f"; {_count(len(plan.offloaded_layers), 'layer', 's')} in host memory" if plan.offloaded_layers else ""
-    visited = f"{unit} after {unit}, layers {spans}" if size > 1 else f"one {unit}"
-    return f"split: {visited}{away}"
-
-
-def _stages(plan: Plan) -> list[list[int]]:
-    numbered = groupby(range(len(plan.layer_map)), key=lambda layer: plan.layer_map[layer])
-    return [list(layers) for _, layers in numbered]
-
-
-def _span(layers: list[int]) -> str:
-    return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
-
-
-def _batch(plan: Plan) -> str:
-    samples = _count(plan.micro_batch, "sample", "s")
-    if plan.placement == "split":
-        groups = f"{plan.groups} groups x " if plan.groups > 1 else ""
-        return f"{groups}{_count(plan.gradient_accumulation, 'micro-batch', 'es')} of {samples}"
-    return f"{_count(plan.world_size, 'rank', 's')} x {plan.gradient_accumulation} x {samples}"
+        threads = counted(plan.threads_per_rank, "thread")
+        return f"{counted(plan.world_size, 'CPU process', 'es')} of {threads}: no GPU here"
+    return layout_of(plan).gpus_in_words
 
 
 def _checkpointing(plan: Plan) -> str:
@@ -131,7 +98,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     for rank in plan.ranks:
         for gpu, budget in zip(rank.gpus or (rank.rank,), rank.expected, strict=True):
             held.setdefault(budget, []).append(gpu)
-    unit = "GPU" if plan.device == "cuda" else "rank"
+    unit = unit_of(plan)
     for index, (budget, gpus) in enumerate(held.items()):
         where = f"a {unit}" if len(held) == 1 else f"on {unit} {', '.join(map(str, gpus))}"
         yield (
@@ -181,10 +148,6 @@ def _weights(plan: Plan) -> str:
     if plan.source.gptq or spec.bits != 4:
         return str(plan.source.gptq or f"{spec.bits} bits")
     return f"4 bits {spec.quant.type}" + ", double quantization" * spec.quant.double
-
-
-def _count(number: int, name: str, plural: str) -> str:
-    return f"{number} {name}{'' if number == 1 else plural}"
 
 
 def _engine(plan: Plan) -> str:
@@ -254,7 +217,7 @@ def outcome_rows(plan: Plan, result: dict[str, Any]) -> list[Row]:
     shown = found
     if len(found) > 2 and _alike(found):
         fullest = max(found, key=lambda memory: memory.measured)
-        shown = [fullest._replace(label=f"memory of the fullest of {len(found)} {_kind(plan)}s")]
+        shown = [fullest._replace(label=f"memory of the fullest of {len(found)} {unit_of(plan)}s")]
     rows = [_row(memory.label, memory.predicted, memory.measured, format_bytes) for memory in shown]
     if plan.device == "cpu":
         return rows
@@ -278,17 +241,13 @@ def start_line(result: dict[str, Any]) -> str:
 def _memories(plan: Plan, result: dict[str, Any]) -> list[_Memory]:
     return [
         _Memory(
-            f"memory of {_kind(plan)} {rank.gpus[position] if rank.gpus else rank.rank}",
+            f"memory of {unit_of(plan)} {rank.gpus[position] if rank.gpus else rank.rank}",
             expected.total,
             peak["allocated"] + peak["context"],
         )
         for rank, peaks in zip(plan.ranks, result["peaks"], strict=True)
         for position, (expected, peak) in enumerate(zip(rank.expected, peaks, strict=True))
     ]
-
-
-def _kind(plan: Plan) -> str:
-    return "GPU" if plan.device == "cuda" else "rank"
 
 
 def _alike(found: list[_Memory]) -> bool:

@@ -9,8 +9,9 @@ from qdist.core.machine.calibration import Correction
 from qdist.core.machine.cards import has_bfloat16
 from qdist.core.machine.cluster import Cluster
 from qdist.core.planning.candidates import HEADROOM, Candidate, Setting
-from qdist.core.planning.layouts import OPEN
 from qdist.core.planning.memory import MemoryBudget, Sizes
+from qdist.core.planning.placements.base import OPEN, Placement, unit_of
+from qdist.core.planning.placements.registry import PLACEMENTS
 from qdist.core.planning.plan import Plan
 from qdist.core.planning.ranking import shortage
 from qdist.core.spec.spec import Optim, RunSpec, flatten
@@ -64,7 +65,8 @@ def too_many_ranks(spec: RunSpec, cluster: Cluster, winner: Candidate) -> TooBig
         f"this machine has {format_bytes(cluster.memory_bytes)}, no GPU"
     )
     fitting = min(cluster.memory_bytes // max(own), ranks - 1)
-    fewer: list[Change] = [{"gpus": number} for number in (fitting, 1) if number and spec.placement != "split"]
+    whole = not (spec.placement and winner.layer_map)  # else fewer ranks hold more layers each
+    fewer: list[Change] = [{"gpus": number} for number in (fitting, 1) if number and whole]
     return TooBigError(message, ways=[*fewer, *_ways(spec, cluster, 0)])
 
 
@@ -72,9 +74,8 @@ def needs(plan: Plan) -> str:
     """'21.4 GiB a GPU, shard'."""
     budgets: list[MemoryBudget] = [own for rank in plan.ranks for own in rank.expected]
     required = max(plan.load_peak_bytes, *(own.required for own in budgets))
-    unit = "GPU" if plan.device == "cuda" else "rank"
     away = f", {counted(len(plan.offloaded_layers), 'layer')} in host memory" if plan.offloaded_layers else ""
-    return f"{format_bytes(required)} a {unit}, {plan.placement}{away}"
+    return f"{format_bytes(required)} a {unit_of(plan)}, {plan.placement}{away}"
 
 
 def _ways(spec: RunSpec, cluster: Cluster, in_host: int) -> Iterator[Change]:
@@ -132,19 +133,17 @@ def _placed(spec: RunSpec) -> Iterator[Change]:
     if not spec.placement:
         return
     if spec.gpus_per_group:
-        yield {"gpus_per_group": None, **_stages_of(spec, spec.placement)}
-    for other in ("shard", "split"):
-        if other != spec.placement:
-            yield {**OPEN, "placement": other, **_stages_of(spec, other)}
+        (own,) = (placement for placement in PLACEMENTS if placement.name == spec.placement)
+        yield {"gpus_per_group": None, **_without(spec, own)}
+    for other in PLACEMENTS[1:]:
+        if other.name != spec.placement:
+            yield {**OPEN, "placement": other.name, **_without(spec, other)}
 
 
-def _stages_of(spec: RunSpec, placement: str) -> Change:
-    """Without what a split cannot have."""
-    if placement != "split":
-        return {}
-    without: Change = {"train.verify_steps": 0, "zero.stage": None}
+def _without(spec: RunSpec, placement: Placement) -> Change:
+    """Without what a placement cannot have."""
     now = flatten(spec)
-    return {key: value for key, value in without.items() if now[key] not in (0, value)}
+    return {key: value for key, value in placement.without.items() if now[key] not in (0, value)}
 
 
 _WORTH_SAYING = 0.1
@@ -157,8 +156,8 @@ def notes(setting: Setting, winner: Candidate, barred: SpecError | None) -> Iter
     barred: why a faster layout was passed over, if one was.
     """
     spec, layers = setting.spec, setting.sizes.facts.layer_count
-    if winner.layout.schedule == "sequential" and spec.split.schedule is None and barred:
-        yield f"sequential: {barred.message}"
+    if barred and winner.layout.schedule and spec.split.schedule is None:
+        yield f"{winner.layout.schedule}: {barred.message}"
     if winner.offloaded:
         why = ", since nothing else fits" if spec.split.offload_layers is None else ""
         held = format_bytes(setting.sizes.held_by(winner.offloaded))
@@ -169,15 +168,14 @@ def notes(setting: Setting, winner: Candidate, barred: SpecError | None) -> Iter
     if winner.checkpointed and spec.train.checkpointing is None:
         which = "every layer" if winner.checkpointed == layers else f"{winner.checkpointed} of {layers} layers"
         yield f"what {which} would keep for the backward pass does not fit, and is computed anew"
-    if winner.layout.schedule == "1f1b":
-        stages = winner.layout.gpus_per_group
-        idle = (stages - 1) / (winner.micro_batches + stages - 1)
-        if idle > _WORTH_SAYING:
-            unit = "GPU" if setting.rooms is not None else "rank"
-            yield (
-                f"with {winner.micro_batches} micro-batches in {stages} stages each {unit} waits {100 * idle:.0f} % of "
-                "the time; a larger global_batch waits less"
-            )
+    stages = winner.layout.stages
+    idle = (stages - 1) / (winner.micro_batches + stages - 1)
+    if idle > _WORTH_SAYING:
+        unit = "GPU" if setting.rooms is not None else "rank"
+        yield (
+            f"with {winner.micro_batches} micro-batches in {stages} stages each {unit} waits {100 * idle:.0f} % of "
+            "the time; a larger global_batch waits less"
+        )
     if winner.layout.zero_stage == 3:
         yield (
             "zero.stage=3 gathers adapters that stay whole on every rank: 7B on 2 H200s ran at 18,517 tokens/s under "

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from qdist.core.machine.calibration import Correction
 from qdist.core.machine.cluster import Rates
-from qdist.core.planning.layer_map import balance, least, map_of, pace, scattered, spread_layers
-from qdist.core.planning.layouts import Layout
+from qdist.core.planning.layer_map import least, scattered
 from qdist.core.planning.memory import STAGE_WIDTH, MemoryBudget, Share, Sizes, budget, load_peak_bytes, resident
+from qdist.core.planning.placements.base import Layout
 from qdist.core.planning.plan import Fullest
 from qdist.core.planning.process_memory import (
     OWN_PAGES_BYTES,
@@ -21,8 +21,6 @@ from qdist.core.planning.process_memory import (
 from qdist.core.planning.speed import Step, passes, step_seconds
 from qdist.core.spec.spec import RunSpec
 
-RECEIVED_AHEAD = 1
-"""Micro-batches that each neighbour of a stage has sent, or is sending, before they are used; then activations."""
 HEADROOM = 0.95
 """Share of a GPU, or of host memory, that a plan may fill."""
 MAX_MICRO_BATCH_TOKENS, MAX_CPU_MICRO_BATCH_TOKENS = 8192, 2048
@@ -118,11 +116,10 @@ def offloading(setting: Setting, layout: Layout) -> Iterator[Candidate]:
 
 def micro_batches(setting: Setting, layout: Layout) -> list[int]:
     """Sizes to try. A pipeline wants at least as many micro-batches as it has stages."""
-    spec, seq_len = setting.spec, setting.sizes.job.seq_len
+    spec, seq_len, stages = setting.spec, setting.sizes.job.seq_len, layout.stages
     each = spec.global_batch // layout.data_parallel
     if spec.micro_batch:
         return [spec.micro_batch]
-    stages = layout.gpus_per_group if layout.schedule == "1f1b" else 1
     usual = setting.usual_micro_batch
     if usual and each % usual == 0 and each // usual >= stages:
         return [usual]
@@ -142,7 +139,7 @@ def _fewest_recomputed(setting: Setting, layout: Layout, size: int) -> Candidate
         return with_(layers if wanted else 0)
     if (free := with_(0)).roomy:
         return free
-    if layout.placement == "split" and layout.gpus_per_group > 1:
+    if layout.positions > 1:
         return with_(layers)  # the slowest stage sets the pace: all recompute, or none
     # Moments that leave the GPU cross the bus twice a step, which costs more than recomputing saves.
     return with_(least(lambda count: with_(count).roomy, 1, layers) if with_(layers - 1).roomy else layers)
@@ -158,19 +155,16 @@ class _Arrangement:
 
     def __init__(self, setting: Setting, layout: Layout, size: int, recomputed: int, away: int) -> None:
         self.setting, self.layout, self.size, self.recomputed = setting, layout, size, recomputed
-        self.facts = setting.sizes.facts
+        self.sizes, self.facts = setting.sizes, setting.sizes.facts
         self.layers = self.facts.layer_count
         self.offloaded = scattered(self.layers, away)
         self.micro_batches = max(1, setting.spec.global_batch // (size * layout.data_parallel))
-        self.split = layout.placement == "split"
-        self.positions = layout.gpus_per_group if self.split else 1
+        self.positions = layout.positions
 
     def candidate(self) -> Candidate:
-        layer_map = self._layer_map() if self.split else ()
-        counts = self._counts(layer_map) if self.split else [self.facts.counts(0, self.layers)]
+        layer_map = self.layout.layer_map(self)
+        counts = self._counts(layer_map) if layer_map else [self.facts.counts(0, self.layers)]
         shares = [self._share(at, count, self._away(layer_map, at)) for at, count in enumerate(counts)]
-        if self.setting.rooms is None and self.layout.schedule == "sequential":
-            shares = [self._alone()]
         budgets = tuple(budget(self.setting.sizes, share) for share in shares)
         if self.setting.rooms is None:
             budgets = tuple(map(self._resident_set, shares, budgets))
@@ -187,7 +181,7 @@ class _Arrangement:
             budgets=budgets,
             load_peaks=tuple(load_peak_bytes(self.setting.sizes, share) for share in shares),
             rooms=self.rooms,
-            seconds=self._seconds(counts, budgets, paged=paged),
+            seconds=self._seconds(shares, budgets, paged=paged),
             paged=paged,
         )
 
@@ -206,67 +200,18 @@ class _Arrangement:
         starts = accumulate(numbers, initial=0)
         return [self.facts.counts(start, number) for start, number in zip(starts, numbers, strict=False)]
 
-    def _layer_map(self) -> tuple[int, ...]:
-        if self.positions == 1:
-            return (0,) * self.layers
-        if self.layout.schedule == "1f1b":
-            return map_of(self._stages())
-        return self._spread()
-
-    def _spread(self) -> tuple[int, ...]:
-        """The layer map of one process: every GPU as full, for its room, as the others."""
-        sizes, runs, run_of_layer = self.setting.sizes, range(len(self.facts.layers)), self.facts.run_of_layer
-        one, two = (
-            [budget(sizes, self._share(1, self._of_run(run, count))).required for run in runs] for count in (1, 2)
-        )
-        each = [more - less for less, more in zip(one, two, strict=True)]
-        layer_bytes = [each[run] for run in run_of_layer]
-        for layer in self.offloaded:
-            layer_bytes[layer] -= sizes.layers[run_of_layer[layer]].packed
-        if self.rooms is None:
-            return spread_layers(layer_bytes, [1] * self.positions)
-        useful = (
-            room - max(self._required(at, self._of_run(run, 1)) - each[run] for run in runs)
-            for at, room in enumerate(self.rooms)
-        )
-        return spread_layers(layer_bytes, list(useful))
-
-    def _stages(self) -> tuple[int, ...]:
-        """Layers of each stage: those for which all have memory, or, where there is no such way, as if they had."""
-        times, head = self._times()
-        extra = [0.0] * (self.positions - 1) + [head]
-        if len(times) > 1:
-            each = [times[run] for run in self.facts.run_of_layer]
-            counts = pace(each, extra, self._holds) or pace(each, extra, lambda *_: True)
-        else:
-            extra[-1] /= times[0]
-            most = [self._most(at) for at in range(self.positions)]
-            counts = balance(self.layers, most, extra) or balance(self.layers, [self.layers] * self.positions, extra)
-        assert counts is not None
-        return counts
-
-    def _of_run(self, run: int, count: int) -> tuple[int, ...]:
-        """So many layers of one run."""
-        return tuple(count * (run == other) for other in range(len(self.facts.layers)))
-
-    def _holds(self, position: int, first: int, number: int) -> bool:
-        """Whether a stage has memory for so many layers from `first` on."""
-        return self.rooms is None or self._required(position, self.facts.counts(first, number)) <= self.rooms[position]
-
-    def _most(self, position: int) -> int:
-        """Layers for which a stage has memory, where all are alike."""
-        return least(lambda count: not self._holds(position, 0, count + 1), 0, self.layers)
-
-    def _required(self, position: int, counts: tuple[int, ...]) -> int:
+    def required(self, position: int, counts: tuple[int, ...]) -> int:
+        """Bytes that a position cannot do without for so many layers of each run, loading included."""
         share = self._share(position, counts, counts if self.offloaded else ())
-        return max(budget(self.setting.sizes, share).required, load_peak_bytes(self.setting.sizes, share))
+        return max(budget(self.sizes, share).required, load_peak_bytes(self.sizes, share))
+
+    def held(self, position: int, counts: tuple[int, ...]) -> int:
+        """The same of a step alone, with no layer offloaded."""
+        return budget(self.sizes, self._share(position, counts)).required
 
     def _share(self, position: int, counts: tuple[int, ...], away: tuple[int, ...] = ()) -> Share:
-        layout, last = self.layout, self.positions - 1
-        pipelined = layout.schedule == "1f1b"
-        neighbours = (position > 0) + (position < last)
         number = sum(counts)
-        return Share(
+        own = Share(
             layers=counts,
             checkpointed=number if self.positions > 1 and self.recomputed else min(number, self.recomputed),
             micro_batch=self.size,
@@ -274,26 +219,14 @@ class _Arrangement:
             learned=self.fullest[1],
             gradient_accumulation=self.micro_batches,
             embedding=position == 0,
-            head=position == last,
-            shards=layout.gpus_per_group if layout.placement == "shard" else 1,
+            head=position == self.positions - 1,
             whole_tables=self.setting.whole_tables,
-            zero_stage=layout.zero_stage,
-            data_parallel=layout.data_parallel,
-            pipelined=pipelined,
-            in_flight=min(self.micro_batches, self.positions - position) if pipelined else 1,
-            received=RECEIVED_AHEAD * neighbours if pipelined else 0,
-            sends=pipelined and position < last,
+            zero_stage=self.layout.zero_stage,
+            data_parallel=self.layout.data_parallel,
             offloaded=away,
-            context_bytes=self._context_bytes(neighbours if pipelined else 0),
+            context_bytes=self._context_bytes(position),
         )
-
-    def _alone(self) -> Share:
-        """One CPU process that holds what would lie on several GPUs."""
-        return Share(
-            layers=self.facts.counts(0, self.layers), checkpointed=self.recomputed, micro_batch=self.size,
-            positions=self.fullest[0], learned=self.fullest[1],
-            gradient_accumulation=self.micro_batches, context_bytes=self._context_bytes(),
-        )  # fmt: skip
+        return self.layout.share(own, position)
 
     @cached_property
     def fullest(self) -> tuple[int, int]:
@@ -304,7 +237,7 @@ class _Arrangement:
         if own is None:
             return 0, 0
         positions = max(own.positions) if rank is None else own.positions[rank]
-        if self.layout.schedule == "1f1b":
+        if self.layout.stages > 1:
             positions = self.size * -(-positions // self.size // STAGE_WIDTH) * STAGE_WIDTH
         return positions, max(own.learned) if rank is None else own.learned[rank]
 
@@ -319,19 +252,19 @@ class _Arrangement:
             alone=self.layout.world_size == 1,
         )
 
-    def _context_bytes(self, neighbours: int = 0) -> int:
+    def _context_bytes(self, position: int) -> int:
         """What a rank holds beside what the budget counts."""
         if self.setting.rooms is None:
             return library_bytes(self.layout)
         if self.setting.correction and self.setting.correction.context_bytes is not None:
             return self.setting.correction.context_bytes
-        return cuda_context_bytes(self.layout, neighbours)
+        return cuda_context_bytes(self.layout, position)
 
     def _away(self, layer_map: tuple[int, ...], position: int) -> tuple[int, ...]:
         """Offloaded layers of a position, by run."""
         return self.facts.runs([index for index in self.offloaded if layer_map[index] == position])
 
-    def _times(self) -> tuple[list[float], float]:
+    def times(self) -> tuple[list[float], float]:
         """What a layer of each run takes of a stage, and what the head takes of the last: seconds, or weights."""
         if self.setting.rates is None:
             return [float(shape.linear_parameters) for shape in self.facts.shapes], self.facts.vocab * self.facts.hidden
@@ -339,19 +272,19 @@ class _Arrangement:
         both = zip(one.forward_s, one.backward_s, strict=True)
         return [backward + forward * visits for forward, backward in both], one.head_s
 
-    def _seconds(self, counts: list[tuple[int, ...]], budgets: tuple[MemoryBudget, ...], *, paged: bool) -> float:
+    def _seconds(self, shares: list[Share], budgets: tuple[MemoryBudget, ...], *, paged: bool) -> float:
         rates, layout = self.setting.rates, self.layout
         if rates is None or self.rooms is None:
             return 0.0
         over = max(own.total - int(room / HEADROOM) for own, room in zip(budgets, self.rooms, strict=True))
         step = Step(
-            counts=tuple(counts),
+            counts=tuple(share.layers for share in shares),
             checkpointed=self.recomputed,
             micro_batches=self.micro_batches,
             zero_stage=layout.zero_stage,
             ranks=layout.data_parallel,
-            shards=layout.gpus_per_group if layout.placement == "shard" else 1,
-            sequential=layout.schedule == "sequential",
+            shards=shares[0].shards,
+            pipelined=shares[0].pipelined,
             offloaded=self.facts.runs(self.offloaded),
             paged=paged,
             paged_out_bytes=max(0, min(over, max(own.pageable for own in budgets))),

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from qdist.core.errors import SpecError
+from qdist.core.planning.placements.registry import layout_of
 from qdist.core.planning.plan import Plan
 
 
@@ -42,10 +42,8 @@ def device_map(plan: Plan) -> dict[str, int | str]:
 
     GPUs go by their number, offloaded layers and those of CPU ranks by 'cpu'. Raises SpecError for a sharded backbone.
     """
-    if plan.placement == "shard":
-        raise SpecError(
-            "a device_map lays whole layers, and each GPU of a shard has a part of every one", try_="--placement split"
-        )
+    if refused := layout_of(plan).unmapped():
+        raise refused
     modules = _OTHERS.get(plan.facts.family, _LLAMA)
     gpus = [gpu for rank in plan.ranks if rank.group == 0 for gpu in rank.gpus]
     layer_map = plan.layer_map or (0,) * plan.facts.layer_count

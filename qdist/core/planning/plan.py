@@ -11,14 +11,9 @@ from qdist.core.machine.calibration import Correction
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.shapes import LayerShape, ModelFacts
 from qdist.core.planning.memory import MemoryBudget
-from qdist.core.spec.spec import RunSpec
+from qdist.core.spec.spec import Placement, RunSpec, Schedule
 
 VERSION = 3
-
-Placement = Literal["replicate", "shard", "split"]
-"""How the GPUs of a group hold the backbone: each all of it, each a part of every layer, each some whole layers."""
-Schedule = Literal["1f1b", "sequential"]
-"""Of a split backbone: a rank a stage with micro-batches in flight, or one process that visits GPU after GPU."""
 
 
 class Fullest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -133,7 +128,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     pool: int = 1
     """Inputs of a linear that share a column of the adapter's A: 1, or QA-LoRA's group."""
     device: Literal["cuda", "cpu"]
-    placement: Placement = "replicate"
+    placement: Placement
     schedule: Schedule | None = None
     """None unless the backbone is split."""
     groups: int
@@ -185,7 +180,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     @property
     def data_parallel(self) -> int:
         """Micro-batches that are computed at a time, on different samples: a pipeline's stages share theirs."""
-        return self.groups if self.placement == "split" else self.world_size
+        return self.groups if self.layer_map else self.world_size
 
 
 def upgraded(found: Mapping[str, Any]) -> dict[str, Any]:

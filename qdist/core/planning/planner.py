@@ -21,8 +21,8 @@ from qdist.core.planning.advice import (
     warmup_notes,
 )
 from qdist.core.planning.candidates import HEADROOM, Candidate, Setting, arrange
-from qdist.core.planning.layouts import layouts
 from qdist.core.planning.memory import Job, MemoryBudget, sizes
+from qdist.core.planning.placements.registry import layouts
 from qdist.core.planning.plan import Alternative, DataFacts, Fullest, Plan, RankPlan, Source
 from qdist.core.planning.ranking import (
     alternatives,
@@ -142,7 +142,7 @@ def plan_once(
         usual_micro_batch=usual_micro_batch,
         fullest=data.fullest if data and cluster.device == "cpu" else (),
     )
-    decision = _decide(inputs)
+    decision = _decide(inputs, count)
     setting, winner, layout = decision.setting, decision.winner, decision.winner.layout
 
     def tokens_s(candidate: Candidate) -> float:
@@ -173,7 +173,7 @@ def plan_once(
         zero_stage=layout.zero_stage,
         liger=inputs.liger,
         threads_per_rank=max(1, cluster.cpu_count // layout.world_size),
-        ranks=_ranks(setting, winner, count, cluster.device),
+        ranks=_ranks(setting, winner, cluster.device),
         tokens_per_second=round(tokens_s(winner), 1),
         load_peak_bytes=max(winner.load_peaks),
         alternatives=(*alternatives(setting, winner, decision.rows, tokens_s), *decision.nonexistent),
@@ -188,10 +188,9 @@ def plan_once(
     )
 
 
-def _decide(inputs: _Inputs) -> _Decision:
+def _decide(inputs: _Inputs, count: int) -> _Decision:
     """The best candidate and all that were tried. Raises PlanError when none fits."""
     spec, cluster = inputs.spec, inputs.cluster
-    count = count_of(spec, cluster)
     setting = _setting(inputs, count)
     found = layouts(spec, count, device=cluster.device)
     rows = contenders(setting, found)
@@ -241,21 +240,22 @@ def _setting(inputs: _Inputs, count: int) -> Setting:
     )
 
 
-def _ranks(setting: Setting, winner: Candidate, count: int, device: str) -> tuple[RankPlan, ...]:
+def _ranks(setting: Setting, winner: Candidate, device: str) -> tuple[RankPlan, ...]:
     """The grid's processes, group by group."""
-    layout, size = winner.layout, winner.layout.gpus_per_group
-    if layout.schedule == "sequential":
-        gpus = tuple(range(count)) if device == "cuda" else ()
-        return (RankPlan(rank=0, node=0, gpus=gpus, expected=winner.budgets),)
-    split = layout.placement == "split"
+    layout, own = winner.layout, winner.layout.gpus_per_rank
+
+    def budgets(rank: int) -> tuple[MemoryBudget, ...]:
+        data_rank, stage = divmod(rank, layout.stages)
+        return _budgets(setting, winner, data_rank)[stage * own : (stage + 1) * own]
+
     return tuple(
         RankPlan(
             rank=rank,
             node=0,
-            gpus=(rank,) if device == "cuda" else (),
-            expected=(_budgets(setting, winner, rank // size if split else rank)[rank % size if split else 0],),
-            group=rank // size,
-            position=rank % size,
+            gpus=tuple(range(rank * own, (rank + 1) * own)) if device == "cuda" else (),
+            expected=budgets(rank),
+            group=rank * own // layout.gpus_per_group,
+            position=rank * own % layout.gpus_per_group,
         )
         for rank in range(layout.world_size)
     )

@@ -2,8 +2,8 @@
 
 import msgspec
 
-from qdist.core.planning.layouts import Layout
 from qdist.core.planning.memory import Job, MemoryBudget
+from qdist.core.planning.placements.base import Layout
 from qdist.core.text import MIB
 
 LIBRARIES_BYTES = 495 * MIB
@@ -14,7 +14,7 @@ DEEPSPEED_BYTES = 20 * MIB
 DEEPSPEED_HOLES_BYTES = 60 * MIB
 """What it leaves of the heap when it has moved parameters, gradients and moments into flat buffers: 45 to 75 over ten
 ranks with 119 to 232 MiB of activations, and nothing over two whose GPTQ matrices fill it."""
-HOLES, HOLES_16_BIT, HOLES_GPTQ, HOLES_1F1B = 0.14, 0.3, 0.1, 0.06
+HOLES, HOLES_16_BIT, HOLES_GPTQ, HOLES_STAGES = 0.14, 0.3, 0.1, 0.06
 """Share of the activations by which the heap outgrows them: small objects lie between tensors, and what was freed there
 is too small for the next one. NF4 and int8: 8 to 22 % in ten runs. A 16-bit backbone, without matrices that come and
 go and fill holes: 30 and 34 % in two. GPTQ, which unpacks through several matrices at once: 0 to 7 % in four runs over
@@ -31,8 +31,8 @@ def library_bytes(layout: Layout) -> int:
 def hole_bytes(job: Job, layout: Layout, activations: int) -> int:
     """What the heap holds of memory that was freed, at its fullest."""
     share = HOLES_GPTQ if job.gptq else HOLES_16_BIT if job.bits == 16 else HOLES
-    if layout.schedule == "1f1b":
-        share = HOLES_1F1B
+    if layout.stages > 1:
+        share = HOLES_STAGES
     flattened = layout.engine == "deepspeed" and not job.gptq
     return round(share * activations) + DEEPSPEED_HOLES_BYTES * flattened
 
@@ -59,12 +59,12 @@ STAGE_LINK_BYTES = 390 * MIB
 """For sending to a neighbouring stage and receiving from it: 960 MiB with all channels, of which these keep 0.4."""
 
 
-def cuda_context_bytes(layout: Layout, neighbours: int = 0) -> int:
-    """Of a rank. neighbours: stages of a pipeline that it sends to or receives from."""
+def cuda_context_bytes(layout: Layout, position: int) -> int:
+    """Of the rank at a position of its group."""
     if layout.world_size == 1:
         return CUDA_CONTEXT_BYTES
     first, second = COMMUNICATOR_BYTES, SECOND_COMMUNICATOR_BYTES
-    if layout.schedule == "1f1b":
+    if layout.stages > 1:
         first, second = NARROW_COMMUNICATOR_BYTES, NARROW_SECOND_BYTES
     own = first + second * (not layout.one_communicator)
-    return CUDA_CONTEXT_BYTES + own + neighbours * STAGE_LINK_BYTES
+    return CUDA_CONTEXT_BYTES + own + layout.neighbours(position) * STAGE_LINK_BYTES

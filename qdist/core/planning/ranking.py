@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from qdist.core.errors import Change, SpecError
 from qdist.core.planning.candidates import HEADROOM, Candidate, Setting, offloading, options
-from qdist.core.planning.layouts import Layout, divisions, impossible, one_process, unable
+from qdist.core.planning.placements.base import Layout
+from qdist.core.planning.placements.registry import last_resorts, simplicity
 from qdist.core.planning.plan import Alternative
 from qdist.core.spec.contradictions import largest_divisor
 from qdist.core.spec.spec import RunSpec
@@ -18,7 +19,7 @@ moments, then the one that needs less memory."""
 def check_batches(setting: Setting, layout: Layout) -> None:
     """Raises SpecError when the batch cannot be spread over a layout."""
     spec, ranks = setting.spec, layout.data_parallel
-    noun = "group" if layout.placement == "split" else "rank"
+    noun = "group" if layout.stages > 1 else "rank"
     size = spec.micro_batch or 1
     if spec.global_batch % ranks:
         raise SpecError(
@@ -35,8 +36,8 @@ def check_batches(setting: Setting, layout: Layout) -> None:
                 _rounded(spec.global_batch, ranks * size),
             ],
         )
-    stages = layout.gpus_per_group
-    if layout.schedule == "1f1b" and each // size < stages:
+    stages = layout.stages
+    if each // size < stages:
         smaller = [{"micro_batch": largest_divisor(each, each // stages)}] if each >= stages else []
         raise SpecError(
             f"{stages} stages need at least {stages} micro-batches a step; global_batch={spec.global_batch} has "
@@ -66,7 +67,7 @@ def contenders(setting: Setting, found: Sequence[Layout]) -> list[list[Candidate
         raise refused
     check_batches(setting, simplest)
     return [
-        [own for divided in divisions(setting.spec, layout) for own in options(setting, divided)]
+        [own for divided in layout.state_ways(setting.spec) for own in options(setting, divided)]
         for layout in found
         if _works(setting, layout)
     ]
@@ -75,12 +76,12 @@ def contenders(setting: Setting, found: Sequence[Layout]) -> list[list[Candidate
 def barring(setting: Setting, layout: Layout) -> SpecError | None:
     """Why a layout cannot exist, or its ranks cannot do what is wanted; None where they can."""
     spec, layers = setting.spec, setting.sizes.facts.layer_count
-    return impossible(spec, layout, layers) or unable(spec, layout, setting.new_rows)
+    return layout.impossible(spec, layers) or layout.unable(spec, setting.new_rows)
 
 
 def eligible(setting: Setting, rows: Iterable[Iterable[Candidate]]) -> list[Candidate]:
     """The candidates whose ranks can do all that is wanted."""
-    return [own for row in rows for own in row if not unable(setting.spec, own.layout, setting.new_rows)]
+    return [own for row in rows for own in row if not own.layout.unable(setting.spec, setting.new_rows)]
 
 
 def choose(candidates: Iterable[Candidate]) -> Candidate | None:
@@ -90,7 +91,7 @@ def choose(candidates: Iterable[Candidate]) -> Candidate | None:
         return fitting[0] if fitting else None
     fastest = min(candidate.seconds for candidate in fitting)
     tied = [candidate for candidate in fitting if candidate.seconds * (1 - TIE) <= fastest]
-    return min(tied, key=lambda own: (own.layout.simplicity, own.paged, own.required_bytes))
+    return min(tied, key=lambda own: (simplicity(own.layout), own.paged, own.required_bytes))
 
 
 def last_resort(setting: Setting, count: int) -> Candidate | None:
@@ -108,22 +109,13 @@ def host_memory_wanted(setting: Setting, count: int) -> tuple[int, int] | None:
 
 def _offloading(setting: Setting, count: int) -> list[Candidate]:
     """With layers in host memory; none where the user decided otherwise."""
-    spec = setting.spec
-    if setting.rooms is None or spec.placement not in (None, "split") or spec.gpus_per_group not in (None, count):
-        return []
-    if spec.split.schedule == "1f1b" or spec.split.offload_layers is not None:
-        return []
-    try:
-        layout = one_process(spec, count)
-        check_batches(setting, layout)
-    except SpecError:
-        return []
-    return list(offloading(setting, layout))
+    found = last_resorts(setting.spec, count) if setting.rooms is not None else []
+    return [own for layout in found if _works(setting, layout) for own in offloading(setting, layout)]
 
 
 def closest(candidates: Iterable[Candidate]) -> Candidate:
     """Of those that do not fit, the one that misses least."""
-    return min(candidates, key=lambda candidate: (candidate.missing, candidate.layout.simplicity))
+    return min(candidates, key=lambda candidate: (candidate.missing, simplicity(candidate.layout)))
 
 
 def barred(setting: Setting, winner: Candidate, rows: Iterable[Sequence[Candidate]]) -> SpecError | None:
@@ -132,7 +124,7 @@ def barred(setting: Setting, winner: Candidate, rows: Iterable[Sequence[Candidat
         best = choose(row)
         if best is None or best.seconds > winner.seconds:
             continue
-        if refused := unable(setting.spec, best.layout, setting.new_rows):
+        if refused := best.layout.unable(setting.spec, setting.new_rows):
             return refused
     return None
 
@@ -150,7 +142,7 @@ def alternatives(
             continue
         best = choose(row)
         own = best or closest(row)
-        refused = unable(setting.spec, own.layout, setting.new_rows)
+        refused = own.layout.unable(setting.spec, setting.new_rows)
         lost.append(
             Alternative(
                 placement=own.layout.placement,
@@ -171,7 +163,7 @@ def alternatives(
 
 def nonexistent(setting: Setting, found: Iterable[Layout]) -> tuple[Alternative, ...]:
     """Layouts that the model has too few layers for."""
-    refused = ((layout, impossible(setting.spec, layout, setting.sizes.facts.layer_count)) for layout in found)
+    refused = ((layout, layout.impossible(setting.spec, setting.sizes.facts.layer_count)) for layout in found)
     return tuple(
         Alternative(
             placement=layout.placement,
@@ -209,7 +201,7 @@ def _slower(own: Candidate, winner: Candidate) -> str:
         return "not known to be faster, and less simple"
     ratio = 1 - winner.seconds / own.seconds
     if ratio < TIE:
-        if own.layout.simplicity > winner.layout.simplicity:
+        if simplicity(own.layout) > simplicity(winner.layout):
             return "no faster, and less simple"
         if own.paged > winner.paged:
             return "no faster, and has no room for the optimizer's moments"
@@ -218,20 +210,15 @@ def _slower(own: Candidate, winner: Candidate) -> str:
 
 
 def _why_slower(own: Candidate, winner: Candidate) -> str:
-    kind, size = own.layout.schedule or own.layout.placement, own.layout.gpus_per_group
-    if kind == "1f1b":
-        return f"stages wait for each other: {own.micro_batches} micro-batches in {size} stages"
-    if kind == "sequential":
-        return "one GPU works at a time"
-    if kind == "shard" != winner.layout.placement:
-        return "gathers every layer for every pass"
+    if why := own.layout.why_slower(winner.layout, own.micro_batches):
+        return why
     if own.checkpointed > winner.checkpointed:
         return f"recomputes {own.checkpointed} layers where {winner.checkpointed} do"
     if own.micro_batch < winner.micro_batch:
         return f"micro-batches of {own.micro_batch} where {winner.micro_batch} have room"
     if own.paged > winner.paged:
         return "has no room for the optimizer's moments"
-    return f"gathers from {size} GPUs" if kind == "shard" else "each step does more beside the layers"
+    return own.layout.overhead
 
 
 def _works(setting: Setting, layout: Layout) -> bool:
@@ -239,4 +226,4 @@ def _works(setting: Setting, layout: Layout) -> bool:
         check_batches(setting, layout)
     except SpecError:
         return False
-    return impossible(setting.spec, layout, setting.sizes.facts.layer_count) is None
+    return layout.impossible(setting.spec, setting.sizes.facts.layer_count) is None

@@ -6,6 +6,7 @@ from typing import Any
 
 from qdist.core.errors import SpecError
 from qdist.core.machine.environment import AGENT, FOREIGN
+from qdist.core.planning.placements.registry import layout_of
 from qdist.core.planning.plan import Plan, digest
 
 DEEPSPEED_FILE = "deepspeed.json"
@@ -93,7 +94,7 @@ def launch_script(plan: Plan, *, python: str) -> str:
         # NVML numbers cards by bus, CUDA fastest first unless told; the plan speaks NVML.
         exports |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     # Unless the environment says otherwise.
-    usual = {CHANNELS: str(STAGE_CHANNELS)} if plan.schedule == "1f1b" else {}
+    usual = {CHANNELS: str(STAGE_CHANNELS)} if layout_of(plan).stages > 1 else {}
     if plan.device == "cpu":
         usual |= {"OMP_WAIT_POLICY": PASSIVE, "GLIBC_TUNABLES": COALESCE}
     lines = [

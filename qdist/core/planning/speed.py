@@ -159,13 +159,14 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     """What `step_seconds` needs to know of a candidate. Layers are counted by run, as in `memory.Share`."""
 
     counts: tuple[tuple[int, ...], ...]
-    """Layers of each GPU of a group that computes by itself: all of them, or those of each stage."""
+    """Layers of each GPU of a group that holds layers of its own; of one where all hold the same."""
     checkpointed: int
     micro_batches: int
     zero_stage: int
     ranks: int
     shards: int = 1
-    sequential: bool = False
+    pipelined: bool = False
+    """Each GPU is a stage, and all compute at a time."""
     offloaded: tuple[int, ...] = ()
     paged: bool = False
     paged_out_bytes: int = 0
@@ -175,18 +176,17 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 def step_seconds(sizes: Sizes, rates: Rates, one: Passes, step: Step) -> float:
     """Seconds of a whole optimizer step."""
     layers = tuple(map(sum, zip(*step.counts, strict=True)))
-    pipelined = len(step.counts) > 1 and not step.sequential
     end = max(
         _adapter_step_s(
             sizes, rates, layers=own, stage=step.zero_stage, ranks=step.ranks, micro_batches=step.micro_batches,
             paged=step.paged,
         )
-        for own in (step.counts if pipelined else (layers,))
+        for own in (step.counts if step.pipelined else (layers,))
     ) + 2 * step.paged_out_bytes / rates.host_bytes_s  # fmt: skip
     forward, backward = _gathering(sizes, rates, one, step.shards)
     recomputed = first_of(layers, step.checkpointed)
     shares = [anew / count if count else 0.0 for anew, count in zip(recomputed, layers, strict=True)]
-    if pipelined:
+    if step.pipelined:
         slots = step.micro_batches + len(step.counts) - 1
         each = [there * (1 + anew) + back for there, back, anew in zip(forward, backward, shares, strict=True)]
         times = [sum(count * own for count, own in zip(counts, each, strict=True)) for counts in step.counts]

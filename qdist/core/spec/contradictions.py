@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from qdist.core.errors import Change, SpecError
+from qdist.core.spec.placements import verified
 
 Flat = Mapping[str, Any]
 """Every setting by its dotted key."""
@@ -88,14 +89,6 @@ def _warmup(now: Flat, _: Flat) -> Iterator[SpecError]:
         )
 
 
-def _verified(now: Flat, _: Flat) -> Iterator[SpecError]:
-    if now["train.verify_steps"] and now["placement"] != "shard":
-        yield SpecError(
-            f"train.verify_steps={now['train.verify_steps']} compares the bytes of a sharded backbone",
-            ways=[{"train.verify_steps": 0}, {"placement": "shard"}],
-        )
-
-
 def _held_out(now: Flat, usual: Flat) -> Iterator[SpecError]:
     if now["train.held_out"] == 0 and (now["train.eval_steps"] or now["train.answers"]):
         yield SpecError(
@@ -110,5 +103,5 @@ def _as_usual(keys: tuple[str, ...], now: Flat, usual: Flat) -> Change:
 
 
 _RULES: tuple[Callable[[Flat, Flat], Iterator[SpecError]], ...] = (
-    _width, _packing, _pooling, _length, _batch, _state, _warmup, _verified, _held_out,
+    _width, _packing, _pooling, _length, _batch, _state, _warmup, verified, _held_out,
 )  # fmt: skip

@@ -21,6 +21,10 @@ Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Rate = Annotated[float, Meta(gt=0, le=1e300)]
 Amount = Annotated[float, Meta(ge=0, le=1e300)]
 
+Placement = Literal["replicate", "shard", "split"]
+"""How the GPUs of a group hold the backbone: each all of it, each a part of every layer, each some whole layers."""
+Schedule = Literal["1f1b", "sequential"]
+"""Of a split backbone: a rank a stage with micro-batches in flight, or one process that visits GPU after GPU."""
 Pool = Literal["peft", "mean", "sum"]
 GPTQ_METHODS = ("gptq-lora", "qa-lora")
 """Methods whose backbone is a GPTQ checkpoint."""
@@ -108,7 +112,7 @@ class Split(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """How a backbone is trained of which each GPU holds some whole layers."""
 
     schedule: Annotated[
-        Literal["1f1b", "sequential"] | None,
+        Schedule | None,
         Meta(
             description="1f1b: one rank per pipeline stage, several micro-batches in flight. sequential: one process "
             "that visits one GPU after another."
@@ -184,7 +188,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Meta(description="Number of GPUs; of CPU processes where there is no GPU. Auto: all GPUs, or one process."),
     ] = None
     placement: Annotated[
-        Literal["replicate", "shard", "split"] | None,
+        Placement | None,
         Meta(
             description="What each GPU of a group holds of the backbone: all of it, a part of every layer, or some "
             "whole layers. Auto: the fastest that fits."

@@ -6,6 +6,7 @@ from heapq import heappop, heappush
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from qdist.core.errors import Change, PlanError, QdistError, Say, SpecError, in_words, nearest, typed
+from qdist.core.spec.placements import CALLED_ELSEWHERE
 
 __all__ = ["OTHER_NAMES", "RELATED_NAMES", "known_as", "not_among", "of_another_kind", "typed", "unknown"]
 
@@ -43,19 +44,8 @@ RELATED_NAMES = {
 }  # fmt: skip
 """What other programs call a setting whose values differ from ours: where to look, not what to type."""
 
-_OFFLOADED: Change = {"placement": "split", "split.offload_layers": 8}
-_SHARDED, _REPLICATED, _SPLIT = ({"placement": name} for name in ("shard", "replicate", "split"))
-_ELSEWHERE: dict[str, dict[str, Change]] = {
-    "placement": {
-        "offload": _OFFLOADED, "cpu": _OFFLOADED,
-        "fsdp": _SHARDED, "fsdp2": _SHARDED, "full_shard": _SHARDED,
-        "ddp": _REPLICATED, "data": _REPLICATED, "dp": _REPLICATED,
-        "pipeline": _SPLIT, "pp": _SPLIT, "device_map": _SPLIT,
-        "1f1b": {"placement": None, "split.schedule": "1f1b"},
-        "sequential": {"placement": None, "split.schedule": "sequential"},
-    },
-}  # fmt: skip
-"""What other tools call a value."""
+_ELSEWHERE = {"placement": CALLED_ELSEWHERE}
+"""What other tools call a value of a setting, and what was meant."""
 
 
 def unknown(key: str, settings: Sequence[str], value: Any = None) -> SpecError:

@@ -12,8 +12,8 @@ from qdist.core.machine.cluster import Cluster, Gpu, Rates, hypothetical
 from qdist.core.model.aliases import config_of
 from qdist.core.model.shapes import from_config
 from qdist.core.planning.candidates import HEADROOM, Candidate
-from qdist.core.planning.layouts import layouts
 from qdist.core.planning.memory import MemoryBudget, resident
+from qdist.core.planning.placements.registry import layouts
 from qdist.core.planning.plan import Plan, Source
 from qdist.core.planning.planner import make_plan
 from qdist.core.planning.ranking import choose

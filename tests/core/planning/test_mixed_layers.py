@@ -208,7 +208,7 @@ def test_a_step_takes_what_its_layers_take() -> None:
     one = msgspec.structs.replace(one, **times)
     step = Step(counts=((3, 2, 1),), checkpointed=4, micro_batches=2, zero_stage=0, ranks=1)
     assert step_seconds(own, H200, one, step) == pytest.approx(2 * (42 + 8 + 0.5), rel=1e-3)
-    stages = msgspec.structs.replace(step, counts=((3, 0, 0), (0, 2, 1)), checkpointed=6)
+    stages = msgspec.structs.replace(step, counts=((3, 0, 0), (0, 2, 1)), checkpointed=6, pipelined=True)
     assert step_seconds(own, H200, one, stages) == pytest.approx(3 * (2 * 20 + 4 + 0.5), rel=1e-3)
     # A layer without its weights on the GPU is copied to it twice.
     slow = msgspec.structs.replace(H200, host_bytes_s=packed(WIDE) / 100)

@@ -6,14 +6,15 @@ import msgspec
 import pytest
 
 from qdist.core.model.gptq import Gptq, Shape
-from qdist.core.planning.layouts import Layout
 from qdist.core.planning.memory import Job, MemoryBudget
+from qdist.core.planning.placements.replicate import Replicated
+from qdist.core.planning.placements.split import Pipeline
 from qdist.core.planning.plan import DataFacts, Fullest, Plan
 from qdist.core.planning.process_memory import (
     HOLES,
-    HOLES_1F1B,
     HOLES_16_BIT,
     HOLES_GPTQ,
+    HOLES_STAGES,
     LIBRARIES_BYTES,
     OWN_PAGES_BYTES,
     hole_bytes,
@@ -24,7 +25,7 @@ from qdist.core.text import MIB
 from tests.plans import CPU, gpus, planned
 
 GPTQ = Gptq(shape=Shape(4, 32))
-LAYOUT = Layout(placement="replicate", groups=1, gpus_per_group=1, zero_stage=0, engine="torch")
+LAYOUT = Replicated(groups=1, gpus_per_group=1)
 FULLEST = (
     Fullest(samples=4, positions=(4 * 40,), learned=(50,)),
     Fullest(samples=4, positions=(4 * 40, 4 * 24), learned=(50, 30)),
@@ -56,8 +57,8 @@ def test_deepspeed_is_imported_where_it_is_the_engine() -> None:
 def test_the_heap_has_holes_that_unpacking_fills(settings: dict[str, Any], share: float) -> None:
     job = Job(**{"bits": 4, "compute_bytes": 4, "rank_r": 8, "targets": ("all-linear",), "seq_len": 64} | settings)
     assert hole_bytes(job, LAYOUT, 500 * MIB) == round(share * 500 * MIB)
-    stages = msgspec.structs.replace(LAYOUT, placement="split", schedule="1f1b", gpus_per_group=2)
-    assert hole_bytes(job, stages, 500 * MIB) == round(HOLES_1F1B * 500 * MIB)
+    stages = Pipeline(groups=1, gpus_per_group=2)
+    assert hole_bytes(job, stages, 500 * MIB) == round(HOLES_STAGES * 500 * MIB)
 
 
 def test_tensors_with_pages_of_their_own_leave_no_holes() -> None:

@@ -45,7 +45,7 @@ MEASURED: list[tuple[str, str, dict[str, Any], float]] = [
     ("2 stages, 8 of 8x512", "llama-7b", OURS | ALL | {"stages": 2, "micro_batch": 8, "micro_batches": 8}, 20_760),
     ("2 stages, 16 of 4x512", "llama-13b", OURS | {"stages": 2, "micro_batch": 4, "micro_batches": 16}, 17_020),
     ("2 stages, 8 of 4x512", "llama-65b", OURS | ALL | {"stages": 2, "micro_batch": 4, "micro_batches": 8}, 2_404),
-    ("sequential on 2, 8x512", "llama-13b", OURS | ALL | {"micro_batch": 8, "sequential": True}, 6_882),
+    ("sequential on 2, 8x512", "llama-13b", OURS | ALL | {"micro_batch": 8}, 6_882),
     ("summed on 2", "llama-7b", OURS | {"ranks": 2}, 35_095),
     ("summed on 2, checkpointing", "llama-7b", OURS | ALL | {"ranks": 2}, 24_494),
     (
@@ -59,11 +59,11 @@ MEASURED: list[tuple[str, str, dict[str, Any], float]] = [
     ("4x2048", "llama-7b", OURS | ALL | {"micro_batch": 4, "seq_len": 2048}, 12_488),
     ("8x512", "qwen2.5-7b", OURS | ALL | {"micro_batch": 8}, 11_753),
     ("8x512", "llama-33b", OURS | ALL | {"micro_batch": 8}, 2_772),
-    ("8 layers in host memory", "llama-7b", OURS | {"sequential": True, "offloaded": (8,)}, 17_844),
+    ("8 layers in host memory", "llama-7b", OURS | {"offloaded": (8,)}, 17_844),
 ]
 
 
-STEP = ("shards", "sequential", "offloaded", "micro_batches", "paged")
+STEP = ("shards", "offloaded", "micro_batches", "paged")
 
 
 def predicted(model: str, how: dict[str, Any], rates: Rates = H200) -> float:
@@ -79,6 +79,7 @@ def predicted(model: str, how: dict[str, Any], rates: Rates = H200) -> float:
     step = Step(
         counts=((facts.layer_count // given["stages"],),) * given["stages"],
         checkpointed=int(given["checkpointed"] * facts.layer_count),
+        pipelined=given["stages"] > 1,
         zero_stage=given.get("zero_stage", 0),
         ranks=given.get("ranks", 1),
         **{key: given[key] for key in STEP if key in given},
@@ -124,7 +125,7 @@ def test_a_faster_machine_is_no_slower(part: str) -> None:
         PEFT,
         ALL | {"ranks": 4, "shards": 4},
         {"stages": 4, "micro_batches": 8},
-        {"sequential": True, "offloaded": (9,)},
+        {"offloaded": (9,)},
     ):
         assert predicted("llama-7b", how, faster) >= predicted("llama-7b", how)
 
@@ -137,7 +138,7 @@ def test_slow_links_make_shards_slow() -> None:
 
 def test_layers_in_host_memory_wait_for_the_bus() -> None:
     slow = msgspec.structs.replace(H200, host_bytes_s=5e9)
-    away = {"sequential": True, "offloaded": (20,), "micro_batch": 1}
+    away = {"offloaded": (20,), "micro_batch": 1}
     assert predicted("llama-7b", away, slow) < predicted("llama-7b", away | {"offloaded": (0,)}, slow) / 2
     assert predicted("llama-7b", away) == pytest.approx(predicted("llama-7b", away | {"offloaded": (0,)}), rel=0.1)
 

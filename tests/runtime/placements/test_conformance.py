@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from qdist.core.planning.placements.registry import PLACEMENTS as PLANNED
 from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.events import losses
 from qdist.host.launch import prepare
@@ -55,6 +56,7 @@ def ranks_of(plan: Plan) -> list[Placement]:
 
 def test_no_placement_is_left_out() -> None:
     assert {str(settings["placement"]) for settings in LAID.values()} == set(PLACEMENTS)
+    assert [placement.name for placement in PLANNED] == list(PLACEMENTS), "each in planning and in runtime"
 
 
 @laid

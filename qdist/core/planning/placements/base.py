@@ -1,0 +1,221 @@
+"""What a placement promises the planner: its layouts and refusals, its share of memory and time, and its words.
+
+A placement is one module here, and one module or folder in `qdist.runtime.placements`; nobody else asks which one a
+layout has. tests/core/planning/test_placements.py runs all of them through these promises.
+"""
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal, NamedTuple, Protocol
+
+import msgspec
+
+from qdist.core.errors import Change, SpecError
+from qdist.core.planning.memory import Share, Sizes
+from qdist.core.planning.plan import Plan
+from qdist.core.spec.spec import Placement as Name
+from qdist.core.spec.spec import RunSpec, Schedule
+from qdist.core.text import counted
+
+OPEN: Change = {"placement": None, "gpus_per_group": None, "split.schedule": None, "split.offload_layers": None}
+"""The layout left to the planner."""
+_UNITS = {"cuda": "GPU", "cpu": "CPU rank"}
+
+
+class Wanted(NamedTuple):
+    """A spec on so many GPUs or CPU ranks, for which a placement offers layouts."""
+
+    spec: RunSpec
+    total: int
+    device: Literal["cuda", "cpu"]
+    named: bool = False
+    """Whether the spec asks for this placement and no other."""
+
+    @property
+    def unit(self) -> str:
+        """'GPU' or 'CPU rank'."""
+        return _UNITS[self.device]
+
+    @property
+    def sizes(self) -> list[int]:
+        """GPUs per group that are worth a try where a group shares a backbone."""
+        if self.spec.gpus_per_group:
+            return [self.spec.gpus_per_group]
+        return [self.total] if self.named else divisors_of(self.total)
+
+    def too_few(self, what: str) -> SpecError:
+        """The error for groups of one."""
+        larger: list[Change] = [{"gpus_per_group": size} for size in divisors_of(self.total)[::-1]]
+        ways = [*(larger or [{"gpus": 2}]), OPEN]
+        return SpecError(f"{what} needs at least 2 {self.unit}s in a group", ways=ways)
+
+
+def divisors_of(count: int) -> list[int]:
+    """Sizes above 1 of groups into which so many GPUs can be divided."""
+    return [number for number in range(2, count + 1) if count % number == 0]
+
+
+class Arrangement(Protocol):
+    """What a layer map is made from: what layers of one micro-batch take of the positions of a group."""
+
+    sizes: Sizes
+    offloaded: tuple[int, ...]
+    """Layers whose packed weights are offloaded to host memory."""
+
+    @property
+    def rooms(self) -> tuple[int, ...] | None:
+        """Bytes that the plan may fill at each position; None for CPU ranks."""
+
+    def required(self, position: int, counts: tuple[int, ...]) -> int:
+        """Bytes that a position cannot do without for so many layers of each run, loading included."""
+
+    def held(self, position: int, counts: tuple[int, ...]) -> int:
+        """The same while it trains, with no layer offloaded."""
+
+    def times(self) -> tuple[list[float], float]:
+        """What a layer of each run takes of a micro-batch, and what the head takes: seconds, or weights."""
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A grid of `groups` x `gpus_per_group`, and who keeps the adapter's state.
+
+    Each placement has a subclass for each of its kinds. The promises are kept here as by ranks that all compute with
+    the whole backbone.
+    """
+
+    placement: ClassVar[Name]
+    schedule: ClassVar[Schedule | None] = None
+    groups: int
+    gpus_per_group: int
+    zero_stage: int = 0
+    engine: Literal["torch", "deepspeed"] = "torch"
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run."""
+        return self.groups * self.gpus_per_group
+
+    @property
+    def positions(self) -> int:
+        """GPUs of a group that hold different layers; 1 where all GPUs hold the same."""
+        return 1
+
+    @property
+    def stages(self) -> int:
+        """Ranks that pass a micro-batch on from one to the next; it takes as many micro-batches to keep all busy."""
+        return 1
+
+    @property
+    def data_parallel(self) -> int:
+        """Micro-batches that are computed at a time on different samples; ZeRO divides among as many."""
+        return self.world_size // self.stages
+
+    @property
+    def gpus_per_rank(self) -> int:
+        """GPUs that one process uses."""
+        return self.groups * self.gpus_per_group // self.world_size
+
+    @property
+    def one_communicator(self) -> bool:
+        """Whether all exchanges are among all ranks, by torch: DeepSpeed and groups have their own."""
+        return self.engine == "torch" and 1 in (self.groups, self.gpus_per_group)
+
+    def neighbours(self, position: int) -> int:
+        """Stages to which a position sends and from which it receives."""
+        return (0 < position < self.stages) + (position < self.stages - 1)
+
+    def with_state(self, spec: RunSpec) -> "Layout":
+        """The same with ZeRO's stage and engine: 2 where the adapter's state can be divided, torch where nothing is."""
+        stage, offload, many = spec.zero.stage, spec.zero.offload == "cpu", self.data_parallel > 1
+        if stage is None:
+            stage = 2 if many or offload else 0
+        # Stages of several groups are DeepSpeed's whatever the stage; elsewhere torch adds up undivided gradients.
+        divides = stage or offload or (many and self.stages > 1)
+        return msgspec.structs.replace(self, zero_stage=stage, engine="deepspeed" if divides else "torch")
+
+    def state_ways(self, spec: RunSpec) -> tuple["Layout", ...]:
+        """The layout, and the same with the adapter's state whole on every rank, where the user leaves that open."""
+        if spec.zero.stage is not None or spec.zero.offload == "cpu" or not self.zero_stage:
+            return (self,)
+        return self, msgspec.structs.replace(self, zero_stage=0, engine="torch")
+
+    def impossible(self, spec: RunSpec, layers: int) -> SpecError | None:
+        """Why there is no such layout of a model of so many layers, or None."""
+        return None
+
+    def unable(self, spec: RunSpec, new_rows: int) -> SpecError | None:
+        """What the run wants that the ranks cannot do, or None. new_rows: of the vocabulary, to be trained."""
+        return None
+
+    def unmapped(self) -> SpecError | None:
+        """Why no `device_map` of transformers says where the layers lie, or None."""
+        return None
+
+    def layer_map(self, arrangement: Arrangement) -> tuple[int, ...]:
+        """The position of each layer, never decreasing; empty where all positions hold the same."""
+        return ()
+
+    def share(self, own: Share, position: int) -> Share:
+        """What a position holds and computes of its layers. own: as if it had them for itself, alone."""
+        return own
+
+    def why_slower(self, winner: "Layout", micro_batches: int) -> str:
+        """What makes it slower than the winner; empty where the two differ in degree alone."""
+        return ""
+
+    @property
+    def overhead(self) -> str:
+        """What else makes it slower than another of its kind."""
+        return "each step does more beside the layers"
+
+    @property
+    def gpus_in_words(self) -> str:
+        """'4 GPUs'."""
+        return counted(self.groups * self.gpus_per_group, "GPU")
+
+    def in_words(self, plan: Plan) -> str:
+        """The placement of a plan, its numbers and what they mean."""
+        raise NotImplementedError
+
+    def batch_in_words(self, plan: Plan) -> str:
+        """What the global batch of a plan is computed as: '4 ranks x 2 x 8 samples'."""
+        samples = counted(plan.micro_batch, "sample")
+        return f"{counted(self.world_size, 'rank')} x {plan.gradient_accumulation} x {samples}"
+
+
+def groups_in_words(plan: Plan) -> str:
+    """'2 groups of 4', 'the 4 GPUs'."""
+    size = plan.gpus_per_group
+    return f"{plan.groups} groups of {size}" if plan.groups > 1 else f"the {size} {unit_of(plan)}s"
+
+
+def unit_of(plan: Plan) -> str:
+    """'GPU' or 'rank'."""
+    return "GPU" if plan.device == "cuda" else "rank"
+
+
+class Placement(Protocol):
+    """One way of placing a backbone on the GPUs of a group."""
+
+    name: Name
+    kinds: tuple[type[Layout], ...]
+    """Of its layouts, the simplest first."""
+    without: ClassVar[Change] = {}
+    """Settings that go with other placements only, and what leaves them out."""
+
+    def is_named(self, spec: RunSpec) -> bool:
+        """Whether the spec asks for this placement, by name or by settings that no other has."""
+        return spec.placement == self.name
+
+    def check(self, wanted: Wanted) -> None:
+        """Raises SpecError where settings contradict this placement, so that no setting is ignored."""
+        return
+
+    def layouts(self, wanted: Wanted) -> Iterator[Layout]:
+        """The layouts that are worth a try, `gpus_per_group` being a divisor of the count.
+
+        Raises SpecError where there is none although it was asked for.
+        """
+
+    def last_resorts(self, wanted: Wanted) -> Iterator[Layout]:
+        """Layouts that offload layers to host memory, where the user left that open."""
+        yield from ()

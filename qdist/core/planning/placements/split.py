@@ -1,0 +1,300 @@
+"""Every GPU holds some whole layers: a rank a stage with micro-batches in flight, or one process over all GPUs."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import groupby
+from typing import ClassVar
+
+import msgspec
+
+from qdist.core.errors import Change, SpecError
+from qdist.core.planning.layer_map import balance, least, map_of, pace, spread_layers
+from qdist.core.planning.memory import Share
+from qdist.core.planning.placements.base import (
+    OPEN,
+    Arrangement,
+    Layout,
+    Placement,
+    Wanted,
+    divisors_of,
+    groups_in_words,
+    unit_of,
+)
+from qdist.core.planning.plan import Plan
+from qdist.core.spec.spec import RunSpec, Split
+from qdist.core.text import counted
+
+RECEIVED_AHEAD = 1
+"""Micro-batches that each neighbour of a stage has sent, or is sending, before they are used; then activations."""
+
+
+class _OfLayers(Layout, frozen=True):
+    """What both schedules have in common."""
+
+    placement = "split"
+
+    @property
+    def positions(self) -> int:
+        return self.gpus_per_group
+
+    def state_ways(self, spec: RunSpec) -> tuple[Layout, ...]:
+        return (self,)
+
+    def batch_in_words(self, plan: Plan) -> str:
+        groups = f"{self.groups} groups x " if self.groups > 1 else ""
+        number = counted(plan.gradient_accumulation, "micro-batch", "es")
+        return f"{groups}{number} of {counted(plan.micro_batch, 'sample')}"
+
+
+class Pipeline(_OfLayers, frozen=True):
+    """A rank a stage, with several micro-batches in flight."""
+
+    schedule = "1f1b"
+
+    @property
+    def stages(self) -> int:
+        return self.gpus_per_group
+
+    def impossible(self, spec: RunSpec, layers: int) -> SpecError | None:
+        """A stage has at least one layer."""
+        if self.stages <= layers:
+            return None
+        smaller = [size for size in divisors_of(self.groups * self.stages) if size <= layers]
+        return SpecError(
+            f"{self.stages} stages need at least as many layers, and {spec.model} has {counted(layers, 'layer')}",
+            ways=[
+                *({"gpus_per_group": size} for size in smaller[-1:]),
+                *({"gpus": number} for number in (layers,) if number > 1),
+                OPEN,
+            ],
+        )
+
+    def unable(self, spec: RunSpec, new_rows: int) -> SpecError | None:
+        """A stage has no whole model."""
+        if new_rows:
+            rows = "a new row" if new_rows == 1 else f"{new_rows} new rows"
+            return SpecError(
+                f"the stages of a 1f1b split cannot train {rows} of the vocabulary", ways=[_sharded(spec), OPEN]
+            )
+        if spec.train.answers:
+            return SpecError(
+                f"the stages of a 1f1b split cannot generate the answers of train.answers={spec.train.answers}",
+                ways=[{"train.answers": 0}, _sharded(spec)],
+            )
+        return None
+
+    def layer_map(self, arrangement: Arrangement) -> tuple[int, ...]:
+        return map_of(_layers_of_stages(self.stages, arrangement))
+
+    def share(self, own: Share, position: int) -> Share:
+        return msgspec.structs.replace(
+            own,
+            pipelined=True,
+            in_flight=min(own.gradient_accumulation, self.stages - position),
+            received=RECEIVED_AHEAD * self.neighbours(position),
+            sends=position < self.stages - 1,
+        )
+
+    def why_slower(self, winner: Layout, micro_batches: int) -> str:
+        return f"stages wait for each other: {micro_batches} micro-batches in {self.stages} stages"
+
+    def in_words(self, plan: Plan) -> str:
+        stage = f"each {unit_of(plan)} a stage of layers ({_spans(plan)}), micro-batches in flight (1F1B)"
+        return f"split: {groups_in_words(plan)}; {stage}"
+
+
+class OneProcess(_OfLayers, frozen=True):
+    """One process that visits GPU after GPU: the only layout that can offload layers to host memory."""
+
+    schedule = "sequential"
+
+    @property
+    def world_size(self) -> int:
+        return 1
+
+    def layer_map(self, arrangement: Arrangement) -> tuple[int, ...]:
+        return _spread(arrangement) if self.positions > 1 else (0,) * arrangement.sizes.facts.layer_count
+
+    def why_slower(self, winner: Layout, micro_batches: int) -> str:
+        return "one GPU works at a time"
+
+    @property
+    def gpus_in_words(self) -> str:
+        return f"one process on {super().gpus_in_words}"
+
+    def in_words(self, plan: Plan) -> str:
+        unit, away = unit_of(plan), len(plan.offloaded_layers)
+        visited = f"{unit} after {unit}, layers {_spans(plan)}" if self.positions > 1 else f"one {unit}"
+        return f"split: {visited}" + (f"; {counted(away, 'layer')} in host memory" if away else "")
+
+
+class SplitLayers(Placement):
+    """Groups of stages, or all GPUs as one group of one process."""
+
+    name = "split"
+    kinds = (Pipeline, OneProcess)
+    without: ClassVar[Change] = {"train.verify_steps": 0, "zero.stage": None}
+
+    def is_named(self, spec: RunSpec) -> bool:
+        return spec.placement == self.name or spec.split != Split()
+
+    def check(self, wanted: Wanted) -> None:
+        spec, split, size = wanted.spec, wanted.spec.split, wanted.spec.gpus_per_group
+        if size == 1 < wanted.total and spec.placement == self.name and split.schedule is None:
+            raise SpecError(
+                f"placement=split needs at least 2 {wanted.unit}s in a group, not gpus_per_group=1",
+                ways=[*({"gpus_per_group": number} for number in divisors_of(wanted.total)[::-1]), OPEN],
+            )
+        if split != Split() and spec.placement not in (None, self.name):
+            raise SpecError(
+                f"split.* describes placement=split, not {spec.placement}",
+                ways=[{"placement": self.name}, {"split.schedule": None, "split.offload_layers": None}],
+            )
+        if split.offload_layers and split.schedule == "1f1b":
+            raise SpecError(
+                "split.offload_layers goes with one process, not with 1f1b",
+                ways=[{"split.schedule": "sequential"}, {"split.offload_layers": None}],
+            )
+        if wanted.device == "cpu":
+            _check_without_gpus(split)
+
+    def layouts(self, wanted: Wanted) -> Iterator[Layout]:
+        refused: SpecError | None = None
+        found: list[Layout] = []
+        for kind, size in _grid(wanted):
+            try:
+                found.append(_laid(kind, size, wanted))
+            except SpecError as error:
+                refused = refused or error
+        if not found:
+            raise refused or wanted.too_few("placement=split")
+        yield from found
+
+    def last_resorts(self, wanted: Wanted) -> Iterator[Layout]:
+        spec = wanted.spec
+        if spec.placement not in (None, self.name) or spec.gpus_per_group not in (None, wanted.total):
+            return
+        if spec.split.schedule == "1f1b" or spec.split.offload_layers is not None:
+            return
+        try:
+            yield _laid(OneProcess, wanted.total, wanted)
+        except SpecError:
+            return
+
+
+def _check_without_gpus(split: Split) -> None:
+    if split.schedule == "sequential":
+        raise SpecError(
+            "split.schedule=sequential is one process that visits GPU after GPU, and there is none here",
+            ways=[{"split.schedule": "1f1b"}, {"split.schedule": None}, OPEN],
+        )
+    if split.offload_layers:
+        raise SpecError(
+            "split.offload_layers needs a GPU to copy layers to", ways=[{"split.offload_layers": None}, OPEN]
+        )
+
+
+def _grid(wanted: Wanted) -> Iterator[tuple[type[Layout], int]]:
+    """Kinds and sizes of a group that are worth a try."""
+    split, count = wanted.spec.split, wanted.total
+    for size in wanted.sizes:
+        if split.schedule == "1f1b" or (split.schedule is None and not split.offload_layers and size > 1):
+            yield Pipeline, size
+        single = split.schedule is None and (wanted.named or size == count > 1)
+        if wanted.device == "cuda" and (split.schedule == "sequential" or single):
+            yield OneProcess, size
+
+
+def _laid(kind: type[Layout], size: int, wanted: Wanted) -> Layout:
+    """A layout with its adapter's state. Raises SpecError where its groups or its state cannot be."""
+    groups = wanted.total // size
+    if kind is OneProcess and groups > 1:
+        raise SpecError(
+            f"split.schedule=sequential is one process over all {wanted.unit}s, not {groups} groups of {size}",
+            ways=[{"gpus_per_group": wanted.total}, *([{"split.schedule": "1f1b"}] if size > 1 else []), OPEN],
+        )
+    if kind is Pipeline and size == 1:
+        raise wanted.too_few("split.schedule=1f1b")
+    layout = kind(groups=groups, gpus_per_group=size)
+    _check_state(layout, wanted)
+    return layout.with_state(wanted.spec)
+
+
+def _check_state(layout: Layout, wanted: Wanted) -> None:
+    """Only groups of stages can divide the adapter's state, and only up to its gradients."""
+    spec, size = wanted.spec, layout.gpus_per_group
+    offload, stage = spec.zero.offload == "cpu", spec.zero.stage
+    if offload or stage == 3:
+        what = "zero.offload=cpu" if offload else "zero.stage=3"
+        plain: Change = {"zero.offload": "none"} if offload else {"zero.stage": None}
+        raise SpecError(f"{what} does not go with a split backbone", ways=[_sharded(spec), plain, OPEN])
+    if stage and layout.groups == 1:
+        smaller = divisors_of(size)[:-1] if layout.stages > 1 else []
+        raise SpecError(
+            f"zero.stage={stage} divides the adapter's state among groups, and a split over "
+            f"{counted(size, wanted.unit)} is one group",
+            ways=[{"zero.stage": None}, *({"gpus_per_group": number} for number in smaller)],
+        )
+
+
+def _sharded(spec: RunSpec) -> Change:
+    """Shards instead, without what only a split has."""
+    fixed = [name for name, value in msgspec.structs.asdict(spec.split).items() if value is not None]
+    return {"placement": "shard", **{f"split.{name}": None for name in fixed}}
+
+
+def _layers_of_stages(stages: int, arrangement: Arrangement) -> tuple[int, ...]:
+    """Layers of each stage: those for which all have memory, or, where there is no such way, as if they had."""
+    facts, rooms = arrangement.sizes.facts, arrangement.rooms
+    times, head = arrangement.times()
+    extra = [0.0] * (stages - 1) + [head]
+
+    def holds(stage: int, first: int, number: int) -> bool:
+        return rooms is None or arrangement.required(stage, facts.counts(first, number)) <= rooms[stage]
+
+    if len(times) > 1:
+        each = [times[run] for run in facts.run_of_layer]
+        counts = pace(each, extra, holds) or pace(each, extra, lambda *_: True)
+    else:
+        layers = facts.layer_count
+        extra[-1] /= times[0]
+        most = [_most(partial(holds, stage, 0), layers) for stage in range(stages)]
+        counts = balance(layers, most, extra) or balance(layers, [layers] * stages, extra)
+    assert counts is not None
+    return counts
+
+
+def _most(holds: Callable[[int], bool], layers: int) -> int:
+    """Layers for which a stage has memory, where all are alike."""
+    return least(lambda count: not holds(count + 1), 0, layers)
+
+
+def _spread(arrangement: Arrangement) -> tuple[int, ...]:
+    """The layer map of one process: every GPU as full, for its room, as the others."""
+    sizes, rooms = arrangement.sizes, arrangement.rooms
+    assert rooms is not None
+    runs, run_of_layer = range(len(sizes.layers)), sizes.facts.run_of_layer
+
+    def of_run(run: int, count: int) -> tuple[int, ...]:
+        return tuple(count * (run == other) for other in runs)
+
+    one, two = ([arrangement.held(1, of_run(run, count)) for run in runs] for count in (1, 2))
+    each = [more - less for less, more in zip(one, two, strict=True)]
+    layer_bytes = [each[run] for run in run_of_layer]
+    for layer in arrangement.offloaded:
+        layer_bytes[layer] -= sizes.layers[run_of_layer[layer]].packed
+    useful = (
+        room - max(arrangement.required(at, of_run(run, 1)) - each[run] for run in runs)
+        for at, room in enumerate(rooms)
+    )
+    return spread_layers(layer_bytes, list(useful))
+
+
+def _spans(plan: Plan) -> str:
+    """'0-15, 16-31': the layers of each position."""
+    numbered = groupby(range(len(plan.layer_map)), key=lambda layer: plan.layer_map[layer])
+    return ", ".join(_span(list(layers)) for _, layers in numbered)
+
+
+def _span(layers: list[int]) -> str:
+    return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
