@@ -9,7 +9,7 @@ import pytest
 
 from qdist.core.errors import ModelError
 from qdist.core.model.aliases import ALIASES, config_of, lookup, same_shape
-from qdist.core.model.shapes import from_config
+from qdist.core.model.families import from_config
 
 
 @pytest.mark.parametrize(

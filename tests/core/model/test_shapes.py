@@ -6,7 +6,7 @@ import pytest
 
 from qdist.core.errors import ModelError
 from qdist.core.model.aliases import ALIASES, config_of
-from qdist.core.model.shapes import from_config
+from qdist.core.model.families import from_config
 
 NO_CLASS = {alias for alias in ALIASES if alias.startswith("baichuan")}
 """Baichuan's classes are in its repositories, not in transformers; PUBLISHED below checks its totals."""
@@ -97,9 +97,10 @@ def test_a_config_that_cannot_be_read_is_refused_by_its_key(change: dict[str, An
         from_config(config_of("llama-7b") | change, name="llama-7b")
 
 
-def test_an_opt_with_projected_embeddings_is_refused() -> None:
-    with pytest.raises(ModelError, match="projected embedding"):
-        from_config(config_of("opt-125m") | {"word_embed_proj_dim": 512}, name="opt-350m")
+@pytest.mark.parametrize("change", [{"word_embed_proj_dim": 512}, {"do_layer_norm_before": False}])
+def test_an_opt_with_projected_embeddings_or_norms_behind_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="projected embedding or norms behind"):
+        from_config(config_of("opt-125m") | change, name="opt-350m")
 
 
 def test_a_target_that_is_no_linear_is_refused_with_the_nearest_one() -> None:

@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from qdist.core.model.aliases import config_of
-from qdist.core.model.shapes import ModelFacts, from_config
+from qdist.core.model.families import from_config
+from qdist.core.model.shapes import ModelFacts
 from qdist.core.planning.activations import saved_bytes_per_token
 from qdist.core.planning.memory import (
     GATHERED_LAYERS,

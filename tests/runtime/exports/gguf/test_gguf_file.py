@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qdist.core.errors import ModelError
-from qdist.core.model.shapes import from_config
+from qdist.core.model.families import from_config
 from qdist.host.sources.models import find_shape
 from qdist.runtime.exports.gguf.export import check_gguf
 from qdist.runtime.exports.gguf.file import Affine, Kind
