@@ -50,8 +50,8 @@ class LayerShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     norm: Literal["rms", "layer"] = "rms"
     norms: int = 2
     """Norms over the hidden size."""
-    qk_norm: bool = False
-    """Queries and keys each pass a norm over the head dimension (Qwen3)."""
+    qk_norm: bool | Literal["whole"] = False
+    """Queries and keys each pass a norm: True for one over each head, 'whole' for one over all heads."""
     mlp: Literal["gated", "gelu", "relu"] = "gated"
     """activation(gate) * up, or the activation of up alone."""
     attention: Literal["flash", "repacked", "eager"] = "flash"
@@ -73,7 +73,8 @@ class LayerShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         """Parameters of the norms of queries and of keys; empty where there are none."""
         if not self.qk_norm:
             return ()
-        return (self.head_dim, self.head_dim)
+        heads = (self.heads, self.kv_heads) if self.qk_norm == "whole" else (1, 1)
+        return tuple(count * self.head_dim for count in heads)
 
     @property
     def norm_width(self) -> int:

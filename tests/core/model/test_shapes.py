@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from qdist.core.errors import ModelError
@@ -132,3 +133,11 @@ def test_a_configuration_that_makes_no_model_is_refused(keys: dict[str, object],
     with pytest.raises(ModelError, match=message) as caught:
         from_config(config_of("llama-7b") | keys, name="mine")
     assert caught.value.try_
+
+
+@pytest.mark.parametrize(("qk_norm", "widths"), [(False, ()), (True, (16, 16)), ("whole", (64, 32))])
+def test_norms_of_queries_and_keys_are_over_a_head_or_over_all(qk_norm: Any, widths: tuple[int, ...]) -> None:
+    (shape,) = from_config(config_of("llama-7b"), name="llama-7b").shapes
+    shape = msgspec.structs.replace(shape, heads=4, kv_heads=2, head_dim=16, qk_norm=qk_norm)
+    assert shape.qk_norm_widths == widths
+    assert shape.norm_parameters == 2 * 4096 + sum(widths)
