@@ -29,6 +29,10 @@ PUBLISHED = {
     "bloom-176b": 176_247_271_424,
     "pythia-6.9b": 6_857_302_016,
     "glm-4-9b": 9_399_951_360,
+    "olmo2-1b": 1_484_916_736,
+    "olmo2-7b": 7_298_617_344,
+    "olmo2-13b": 13_716_198_400,
+    "olmo2-32b": 32_234_279_936,
     "baichuan-7b": 7_000_559_616,
     "baichuan-13b": 13_264_901_120,
     "baichuan2-7b": 7_505_973_248,
@@ -71,7 +75,7 @@ def test_facts_agree_with_the_modules_that_transformers_builds(alias: str) -> No
 
 def test_the_config_that_transformers_writes_back_gives_the_same_facts() -> None:
     transformers = pytest.importorskip("transformers")
-    for alias in ("llama3.2-1b", "qwen3-8b", "bloom-7b1", "opt-6.7b", "pythia-6.9b", "glm-4-9b"):
+    for alias in ("llama3.2-1b", "qwen3-8b", "bloom-7b1", "opt-6.7b", "pythia-6.9b", "glm-4-9b", "olmo2-7b"):
         written = transformers.AutoConfig.for_model(**config_of(alias)).to_dict()
         assert from_config(written, name=alias) == from_config(config_of(alias), name=alias)
 

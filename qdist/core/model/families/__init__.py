@@ -12,11 +12,12 @@ from qdist.core.model.families.glm import GLM, GLM4
 from qdist.core.model.families.gpt_neox import GPT_NEOX
 from qdist.core.model.families.llama import LLAMA
 from qdist.core.model.families.mistral import MISTRAL
+from qdist.core.model.families.olmo2 import OLMO2
 from qdist.core.model.families.opt import OPT
 from qdist.core.model.families.qwen import QWEN2, QWEN3
 from qdist.core.model.shapes import ModelFacts
 
-_FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, BLOOM, OPT, GPT_NEOX, BAICHUAN, GLM, GLM4)
+_FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, BLOOM, OPT, GPT_NEOX, BAICHUAN, GLM, GLM4, OLMO2)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _FAMILIES}
 """Each family by its `model_type`, in the order in which models are listed."""
 _TOKENS = "tokenizer.ggml.tokens"
