@@ -4,7 +4,7 @@ from typing import Any
 
 from qdist.core.machine.cluster import Cluster, Gpu, hypothetical
 from qdist.core.model.aliases import config_of
-from qdist.core.model.shapes import from_config
+from qdist.core.model.families import from_config
 from qdist.core.planning.plan import DataFacts, Plan, Source
 from qdist.core.planning.planner import make_plan
 from qdist.core.spec.spec import nest, resolve

@@ -10,6 +10,7 @@ import pytest
 
 import qdist
 from qdist.cli.main import COMMANDS
+from qdist.core.model.families import FAMILIES
 
 ROOT = Path(str(qdist.__file__)).parent
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path.read_text().strip())
@@ -126,3 +127,14 @@ def test_one_place_prints_errors_and_one_parses_arguments() -> None:
     printing = {name for name, text in texts.items() if "error_text(" in text}
     assert printing == {"qdist.host.terminal", "qdist.cli.main"}
     assert [name for name, text in texts.items() if "ArgumentParser" in text] == []
+
+
+OTHERS_WORDS = ("qdist.runtime.quantize.sparsebit.convert", "qdist.runtime.exports.gguf.tokenizer")
+"""Sparsebit packs Llama alone; llama.cpp calls kinds of tokenizers by names of families."""
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.parent.name != "families"], ids=named)
+def test_a_family_is_named_in_its_own_file_alone(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert texts & FAMILIES.keys() == set() or named(path) in OTHERS_WORDS

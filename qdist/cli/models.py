@@ -4,8 +4,9 @@ import click
 import msgspec
 
 from qdist.core.errors import ModelError
-from qdist.core.model.aliases import ALIASES, Alias, folded
-from qdist.core.model.shapes import OWN_CODE, from_config
+from qdist.core.model.aliases import ALIASES, folded
+from qdist.core.model.families import FAMILIES, from_config
+from qdist.core.model.families.family import Alias
 from qdist.core.model.storage import Packing
 from qdist.core.planning.disk import packed_bytes
 from qdist.core.text import format_bytes, format_count
@@ -52,7 +53,7 @@ def known(name: str, alias: Alias) -> Known:
         parameters=facts.parameters,
         packed_bytes=packed_bytes(facts, Packing(bits=4)),
         place=alias.hub_id or f"PyPI package {EMBEDDED_PACKAGE.replace('_', '-')}",
-        trainable=alias.config["model_type"] not in OWN_CODE,
+        trainable=not FAMILIES[alias.config["model_type"]].own_code,
     )
 
 

@@ -39,6 +39,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _GROUPED,
     "mistral": _GROUPED,
     "qwen2": _GROUPED,
+    "olmo2": _GROUPED,
     "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
     "opt": {
         "hidden_size": 64,

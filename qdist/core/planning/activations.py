@@ -40,7 +40,7 @@ def saved_bytes_per_token(
 def _saved_by_norms(shape: LayerShape, compute_bytes: int, fused: bool) -> int:
     """A norm computes in fp32 and keeps its upcast input; a fused one keeps the input as it is."""
     width = compute_bytes if fused else 4
-    heads = (shape.heads + shape.kv_heads) * shape.head_dim * shape.qk_norm
+    heads = (shape.heads + shape.kv_heads) * shape.head_dim * bool(shape.qk_norm)
     return width * (shape.norms * shape.hidden + heads)
 
 

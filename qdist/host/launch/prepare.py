@@ -15,8 +15,9 @@ import msgspec
 from qdist.core.data import demo
 from qdist.core.errors import SpecError
 from qdist.core.machine.cluster import Cluster
+from qdist.core.model.families import from_config, require_library_class
 from qdist.core.model.gptq import of_run
-from qdist.core.model.shapes import ModelFacts, from_config, require_library_class
+from qdist.core.model.shapes import ModelFacts
 from qdist.core.planning.plan import DataFacts, Plan, Prepared, Source, digest
 from qdist.core.planning.planner import make_plan
 from qdist.core.planning.render import (

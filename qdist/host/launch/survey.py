@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from qdist.core.data import demo
+from qdist.core.model.families import from_config
 from qdist.core.model.gptq import Gptq
-from qdist.core.model.shapes import ModelFacts, from_config
+from qdist.core.model.shapes import ModelFacts
 from qdist.core.model.storage import packing_of
 from qdist.core.planning.disk import packed_bytes
 from qdist.core.planning.plan import DataFacts, Prepared, Source, held_out_of

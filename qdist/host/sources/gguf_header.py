@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qdist.core.errors import ModelError
-from qdist.core.model.config import config_of_header
+from qdist.core.model.families import config_of_header
 from qdist.host.opening import readable, require_file, told
 
 MAGIC = b"GGUF"

@@ -9,8 +9,10 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from qdist.core.errors import MachineError, ModelError, nearest
-from qdist.core.model.aliases import ALIASES, Alias, folded, lookup, same_shape
-from qdist.core.model.shapes import ModelFacts, from_config
+from qdist.core.model.aliases import ALIASES, folded, lookup, same_shape
+from qdist.core.model.families import from_config
+from qdist.core.model.families.family import Alias
+from qdist.core.model.shapes import ModelFacts
 from qdist.core.text import command, quoted, resuming
 from qdist.host.opening import read_object
 from qdist.host.run.rundir import PLAN, RunDir

@@ -6,7 +6,7 @@ import msgspec
 
 from qdist.core.errors import ModelError, RunError, SpecError
 from qdist.core.model.aliases import same_shape
-from qdist.core.model.shapes import require_library_class
+from qdist.core.model.families import require_library_class
 from qdist.core.text import command, resuming
 from qdist.host.files import cache_path
 from qdist.host.machine import probe

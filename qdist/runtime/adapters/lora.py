@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.variants import QALoraLinearVariant
 from torch import nn
 
+from qdist.core.model.families import FAMILIES
 from qdist.core.model.pooling import alphas, factor_of
 from qdist.core.planning.plan import Plan
 from qdist.host.sources.models import public_name
@@ -60,10 +61,6 @@ def settle_offloaded(model: nn.Module) -> None:
                 matrices.to(module.base_layer.runs_on)
         if is_offloaded(module) and not isinstance(module, PackedLinear):
             module.forward = partial(frozen_product, module)
-
-
-_TABLES = {"bloom": ("word_embeddings", "lm_head"), "gpt_neox": ("embed_in", "lm_head")}
-"""Leaf names of the input and output embeddings where they are not embed_tokens and lm_head."""
 
 
 def lora_config(plan: Plan) -> Any:
@@ -128,7 +125,7 @@ def _token_rows(plan: Plan) -> dict[str, list[int]] | None:
     if not plan.source.new_token_ids:
         return None
     rows = list(plan.source.new_token_ids)
-    tables = _TABLES.get(plan.facts.family, ("embed_tokens", "lm_head"))
+    tables = FAMILIES[plan.facts.family].modules.tables
     return dict.fromkeys(tables[:1] if plan.facts.tied_embeddings else tables, rows)
 
 

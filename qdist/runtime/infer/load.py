@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from qdist.core.errors import MachineError, ModelError, PlanError, RunError, SpecError
+from qdist.core.model.families import from_config
 from qdist.core.model.gptq import Gptq
-from qdist.core.model.shapes import from_config
 from qdist.core.model.storage import packing_of
 from qdist.core.planning.inference import Footprint, Residence, footprint, room
 from qdist.core.planning.plan import Plan, Source

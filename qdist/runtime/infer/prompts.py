@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from qdist.core.data.conversation import Conversation, Wording
 from qdist.core.data.records import BadRecords, require_whole_characters
 from qdist.core.errors import DataError, ModelError
-from qdist.core.model.shapes import from_config
+from qdist.core.model.families import from_config
 from qdist.host.run.rundir import RunDir
 from qdist.host.sources.models import locate, read_json
 from qdist.host.sources.targets import step_note

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from qdist.core.errors import ModelError
-from qdist.core.model.shapes import own_code
+from qdist.core.model.families import own_code
 from qdist.host.files import cache_dir, locked, publish_folder
 from qdist.host.opening import told
 from qdist.host.sources.cache import converted_folder

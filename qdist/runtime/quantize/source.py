@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from qdist.core.errors import ModelError, RunError
+from qdist.core.model.families import FAMILIES, from_config
 from qdist.core.model.gptq import method_of
-from qdist.core.model.shapes import from_config
 from qdist.core.model.storage import Packing
 from qdist.core.planning.plan import Source
 from qdist.core.text import counted
@@ -24,8 +24,6 @@ from qdist.runtime.formats.recorded_sums import stated_sums
 from qdist.runtime.model.skeleton import open_config, refused
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_OLD_NAMES = {"lm_head.weight": "embed_out.weight"}
-"""Pythia's files keep a name that transformers' class has given up."""
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "ffn_dim", "max_position_embeddings")
 """Keys of config.json that give a tensor's rows or columns by themselves."""
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -168,8 +166,9 @@ def streamed(folder: Path, shape: Blueprint) -> StreamedTensors | None:
     """
     files = tensor_files(folder)
     stored: dict[str, tuple[str, str]] = {}
+    old_names = FAMILIES[shape.config.model_type].old_names
     for name in shape.shapes:
-        names = (name, name.removeprefix(f"{shape.prefix}."), _OLD_NAMES.get(name, name))
+        names = (name, name.removeprefix(f"{shape.prefix}."), old_names.get(name, name))
         there = next((candidate for candidate in names if candidate in files), None)
         if there is None:
             return None

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdist.core.data import demo
+from qdist.core.model.families import from_config
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.pooling import require_packed
-from qdist.core.model.shapes import from_config
 from qdist.core.model.storage import packing_of
 from qdist.core.planning.plan import DataFacts, Prepared, Source
 from qdist.core.requests import Prepare

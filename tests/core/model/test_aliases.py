@@ -9,7 +9,7 @@ import pytest
 
 from qdist.core.errors import ModelError
 from qdist.core.model.aliases import ALIASES, config_of, lookup, same_shape
-from qdist.core.model.shapes import from_config
+from qdist.core.model.families import from_config
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,7 @@ from qdist.core.model.shapes import from_config
         ("bigscience/bloom", "bloom-176b"),
         ("glm4-9b", "glm-4-9b"),
         ("mistral-7b-v0.3", "mistral-7b"),
+        ("OLMo-2-7B", "olmo2-7b"),
     ],
 )
 def test_a_model_is_found_in_every_usual_spelling(spelling: str, alias: str) -> None:
@@ -77,6 +78,9 @@ def test_a_name_like_no_other_is_refused_with_all_aliases(name: str) -> None:
         ("EleutherAI/pythia-1.4b-deduped", "pythia-1.4b"),
         ("baichuan-inc/Baichuan2-7B-Chat", "baichuan2-7b"),
         ("THUDM/glm-4-9b-hf", "glm-4-9b"),
+        ("allenai/OLMo-2-1124-7B-Instruct", "olmo2-7b"),
+        ("allenai/OLMo-2-1124-13B-DPO", "olmo2-13b"),
+        ("allenai/OLMo-2-0425-1B-Instruct", "olmo2-1b"),
     ],
 )
 def test_a_hub_id_has_the_shape_of_what_it_was_made_from(hub_id: str, alias: str) -> None:
@@ -97,6 +101,7 @@ def test_a_hub_id_has_the_shape_of_what_it_was_made_from(hub_id: str, alias: str
         "THUDM/glm-4-9b-chat-hf", "meta-llama/Llama-3.2-11B-Vision-Instruct", "meta-llama/Llama-2-7b-something",
         "gradientai/Llama-3-8B-Instruct-Gradient-1048k", "nvidia/Llama-3.1-Nemotron-70B-Instruct",
         "openlm-research/open_llama_7b", "HuggingFaceTB/SmolLM-135M", "facebook/opt-350m", "owner/unheard-of",
+        "allenai/OLMo-7B-hf", "allenai/OLMo-2-7B-Instruct-something",
     ],
 )  # fmt: skip
 def test_another_size_generation_or_architecture_has_no_known_shape(hub_id: str) -> None:

@@ -6,9 +6,10 @@ import pytest
 
 from qdist.core.errors import SpecError
 from qdist.core.model.aliases import config_of
+from qdist.core.model.families import from_config
 from qdist.core.model.gptq import Gptq, Override, Shape
 from qdist.core.model.pooling import alphas, factor_of, pool_of
-from qdist.core.model.shapes import ModelFacts, from_config
+from qdist.core.model.shapes import ModelFacts
 from qdist.core.spec.spec import RunSpec, nest, resolve
 
 GROUPS_OF_32 = Gptq(shape=Shape(4, 32))

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from qdist.core.errors import ModelError
 from qdist.core.model.aliases import ALIASES, config_of
-from qdist.core.model.shapes import from_config
+from qdist.core.model.families import from_config
 
 NO_CLASS = {alias for alias in ALIASES if alias.startswith("baichuan")}
 """Baichuan's classes are in its repositories, not in transformers; PUBLISHED below checks its totals."""
@@ -28,6 +29,10 @@ PUBLISHED = {
     "bloom-176b": 176_247_271_424,
     "pythia-6.9b": 6_857_302_016,
     "glm-4-9b": 9_399_951_360,
+    "olmo2-1b": 1_484_916_736,
+    "olmo2-7b": 7_298_617_344,
+    "olmo2-13b": 13_716_198_400,
+    "olmo2-32b": 32_234_279_936,
     "baichuan-7b": 7_000_559_616,
     "baichuan-13b": 13_264_901_120,
     "baichuan2-7b": 7_505_973_248,
@@ -70,7 +75,7 @@ def test_facts_agree_with_the_modules_that_transformers_builds(alias: str) -> No
 
 def test_the_config_that_transformers_writes_back_gives_the_same_facts() -> None:
     transformers = pytest.importorskip("transformers")
-    for alias in ("llama3.2-1b", "qwen3-8b", "bloom-7b1", "opt-6.7b", "pythia-6.9b", "glm-4-9b"):
+    for alias in ("llama3.2-1b", "qwen3-8b", "bloom-7b1", "opt-6.7b", "pythia-6.9b", "glm-4-9b", "olmo2-7b"):
         written = transformers.AutoConfig.for_model(**config_of(alias)).to_dict()
         assert from_config(written, name=alias) == from_config(config_of(alias), name=alias)
 
@@ -97,9 +102,10 @@ def test_a_config_that_cannot_be_read_is_refused_by_its_key(change: dict[str, An
         from_config(config_of("llama-7b") | change, name="llama-7b")
 
 
-def test_an_opt_with_projected_embeddings_is_refused() -> None:
-    with pytest.raises(ModelError, match="projected embedding"):
-        from_config(config_of("opt-125m") | {"word_embed_proj_dim": 512}, name="opt-350m")
+@pytest.mark.parametrize("change", [{"word_embed_proj_dim": 512}, {"do_layer_norm_before": False}])
+def test_an_opt_with_projected_embeddings_or_norms_behind_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="projected embedding or norms behind"):
+        from_config(config_of("opt-125m") | change, name="opt-350m")
 
 
 def test_a_target_that_is_no_linear_is_refused_with_the_nearest_one() -> None:
@@ -131,3 +137,11 @@ def test_a_configuration_that_makes_no_model_is_refused(keys: dict[str, object],
     with pytest.raises(ModelError, match=message) as caught:
         from_config(config_of("llama-7b") | keys, name="mine")
     assert caught.value.try_
+
+
+@pytest.mark.parametrize(("qk_norm", "widths"), [(False, ()), (True, (16, 16)), ("whole", (64, 32))])
+def test_norms_of_queries_and_keys_are_over_a_head_or_over_all(qk_norm: Any, widths: tuple[int, ...]) -> None:
+    (shape,) = from_config(config_of("llama-7b"), name="llama-7b").shapes
+    shape = msgspec.structs.replace(shape, heads=4, kv_heads=2, head_dim=16, qk_norm=qk_norm)
+    assert shape.qk_norm_widths == widths
+    assert shape.norm_parameters == 2 * 4096 + sum(widths)

@@ -10,7 +10,7 @@ from qdist.core.errors import PlanError, QdistError, SpecError
 from qdist.core.machine.calibration import Correction
 from qdist.core.machine.cluster import Cluster, Gpu, Rates, hypothetical
 from qdist.core.model.aliases import config_of
-from qdist.core.model.shapes import from_config
+from qdist.core.model.families import from_config
 from qdist.core.planning.candidates import HEADROOM, Candidate
 from qdist.core.planning.memory import MemoryBudget, resident
 from qdist.core.planning.placements.registry import layouts

@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from qdist.core.model.aliases import config_of
-from qdist.core.model.shapes import LayerRun, ModelFacts, from_config
+from qdist.core.model.families import from_config
+from qdist.core.model.shapes import LayerRun, ModelFacts
 from qdist.core.planning.inference import Needs, needs
 from qdist.core.text import GIB
 

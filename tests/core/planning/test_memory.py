@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from qdist.core.model.aliases import config_of
-from qdist.core.model.shapes import ModelFacts, from_config
+from qdist.core.model.families import from_config
+from qdist.core.model.shapes import ModelFacts
 from qdist.core.planning.activations import saved_bytes_per_token
 from qdist.core.planning.memory import (
     GATHERED_LAYERS,
@@ -222,7 +223,7 @@ LLAMA_SHAPE = {
     "vocab_size": 128, "max_position_embeddings": 256, "pad_token_id": 0,
 }  # fmt: skip
 TINY: dict[str, dict[str, Any]] = {
-    **{family: LLAMA_SHAPE | {"model_type": family} for family in ("llama", "qwen2", "qwen3", "glm", "glm4")},
+    **{family: LLAMA_SHAPE | {"model_type": family} for family in ("llama", "qwen2", "qwen3", "glm", "glm4", "olmo2")},
     "mistral": LLAMA_SHAPE | {"model_type": "mistral", "sliding_window": None},
     "bloom": {"model_type": "bloom", "hidden_size": 64, "n_head": 4, "vocab_size": 128},
     "opt": {
@@ -253,7 +254,7 @@ def test_autograd_saves_what_the_terms_say(family: str, lora_dropout: float, whi
     assert own - shared_input == pytest.approx((three - two) / (BATCH * LENGTH), rel=0.02)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "glm", "glm4"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "glm", "glm4", "olmo2"])
 @pytest.mark.parametrize("bits", [4, 16])
 def test_autograd_saves_under_autocast_what_the_terms_say(
     family: str, bits: int, monkeypatch: pytest.MonkeyPatch

@@ -8,7 +8,8 @@ import pytest
 from qdist.core.machine.cards import rates_of
 from qdist.core.machine.cluster import hypothetical
 from qdist.core.model.aliases import config_of
-from qdist.core.model.shapes import ALL_LINEAR, LayerRun, LayerShape, Linear, ModelFacts, from_config
+from qdist.core.model.families import from_config
+from qdist.core.model.shapes import ALL_LINEAR, LayerRun, LayerShape, Linear, ModelFacts
 from qdist.core.model.storage import Packing
 from qdist.core.planning.disk import packed_bytes
 from qdist.core.planning.inference import footprint

@@ -8,7 +8,7 @@ import pytest
 
 from qdist.core.machine.cluster import Rates
 from qdist.core.model.aliases import config_of
-from qdist.core.model.shapes import from_config
+from qdist.core.model.families import from_config
 from qdist.core.planning.memory import Job, sizes
 from qdist.core.planning.speed import Step, passes, step_seconds
 

@@ -3,7 +3,7 @@
 import pytest
 
 from qdist.core.model.aliases import config_of
-from qdist.core.model.shapes import from_config
+from qdist.core.model.families import from_config
 from qdist.core.model.storage import Packing
 from qdist.core.planning.disk import packed_bytes, storage
 from qdist.core.planning.plan import held_out_of

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qdist.core.errors import ModelError
-from qdist.core.model.shapes import from_config
+from qdist.core.model.families import from_config
 from qdist.host.sources.gguf_header import parts_of, read_config, read_header
 from qdist.host.sources.models import find_shape
 from qdist.host.sources.targets import check_model

@@ -42,7 +42,7 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
     ("bits", "family"),
     [
         (4, "llama"), (4, "bloom"), (4, "gpt_neox"), (4, "opt"), (4, "qwen2"), (8, "llama"), (8, "bloom"), (16, "opt"),
-        (16, "qwen2"),
+        (16, "qwen2"), (4, "olmo2"), (8, "olmo2"), (16, "olmo2"),
     ],
 )  # fmt: skip
 def test_a_merged_model_says_what_the_adapter_says(tmp_path: Path, family: str, bits: int) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from qdist.core.planning.memory import Job, packed_layer_bytes
 from qdist.runtime.model.packed import Packed4bit, Packed8bit
-from tests.runtime.tiny import FAMILIES, backbone_of, plan_of, save_config, save_model
+from tests.runtime.tiny import FAMILIES, backbone_of, logits_of, plan_of, real_job, save_config, save_data, save_model
 
 KINDS = [("nf4", 4, True), ("nf4", 4, False), ("fp4", 4, True), ("int8", 8, True), ("16-bit", 16, True)]
 
@@ -104,3 +104,17 @@ def test_tied_tables_stay_one(tmp_path: Path, family: str) -> None:
     plan = plan_of(save_config(tmp_path / "model", family, tie_word_embeddings=True), tmp_path / "run")
     model = backbone_of(plan)
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_16_bits_and_float32_arithmetic_it_is_plain_transformers_to_the_last_bit(
+    tmp_path: Path, family: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = save_model(tmp_path / "model", family)
+    job = real_job(folder, save_data(tmp_path / "data.jsonl"), tmp_path / "run", bits=16, dtype="float32", seq_len=64)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    high = plain.config.vocab_size
+    ours = logits_of(backbone_of(job.plan), high=high)[..., :high]
+    assert torch.equal(ours, logits_of(plain, high=high))

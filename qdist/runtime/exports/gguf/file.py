@@ -14,8 +14,8 @@ import numpy as np
 from qdist.core.errors import ModelError
 from qdist.host.files import sync
 from qdist.runtime.exports.gguf.blocks import Affine, Kind, Make, Stored, encoded, made, rows_of
-from qdist.runtime.exports.gguf.metadata import add_metadata, model_notes, rope_of
-from qdist.runtime.exports.gguf.tensors import architecture_of, facts_of, stored_tensors
+from qdist.runtime.exports.gguf.metadata import add_metadata, gguf_of, model_notes, rope_of
+from qdist.runtime.exports.gguf.tensors import facts_of, stored_tensors
 from qdist.runtime.exports.gguf.tokenizer import Vocabulary, add_vocabulary, read_vocabulary
 
 __all__ = ["Affine", "Kind", "Make", "Report", "file_bytes", "write_gguf"]
@@ -45,7 +45,7 @@ def write_gguf(
     kind: Kind,
     ends: tuple[int, ...] = (),
 ) -> Report:
-    """Write a Llama, Mistral, Qwen2 or Qwen3 model to `out`, replacing what is there.
+    """Write a model of a family that has GGUF names to `out`, replacing what is there.
 
     tensors: the whole model under transformers' names, each with its shape and what makes it when its turn comes.
         For q4_1, every linear of a decoder layer must be made as `Affine`; elsewhere an `Affine` becomes its weights.
@@ -63,7 +63,7 @@ def write_gguf(
     stored = stored_tensors(tensors, facts, rope, kind)
     vocabulary = None if tokenizer is None else read_vocabulary(tokenizer, rows=facts.vocab, config=config, ends=ends)
     beside = out.with_name(f".{out.name}.unfinished")
-    writer = gguf.GGUFWriter(beside, architecture_of(facts))
+    writer = gguf.GGUFWriter(beside, gguf_of(facts).architecture)
     add_metadata(writer, facts, rope, config, kind)
     if vocabulary is None:
         writer.add_tokenizer_model("none")

@@ -8,12 +8,21 @@ import gguf
 import torch
 
 from qdist.core.errors import ModelError
+from qdist.core.model.families import FAMILIES
+from qdist.core.model.families.family import Gguf
 from qdist.core.model.shapes import ModelFacts
 from qdist.runtime.exports.gguf.blocks import Kind
 
 _DEFAULTS = {"attention_factor": None, "mscale": None, "mscale_all_dim": None, "truncate": True,
              "beta_fast": 32, "beta_slow": 1}  # fmt: skip
 """What llama.cpp computes YaRN with, and no key of a file changes for these architectures."""
+
+
+def gguf_of(facts: ModelFacts) -> Gguf:
+    """How llama.cpp has a model's family, which must have a form there."""
+    found = FAMILIES[facts.family].gguf
+    assert found is not None
+    return found
 
 
 class Rope(NamedTuple):
@@ -133,7 +142,7 @@ def _add_rope(writer: Any, facts: ModelFacts, rope: Rope) -> None:
 def model_notes(facts: ModelFacts, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Where llama.cpp computes something else than transformers."""
     window = config.get("sliding_window")
-    windowed = facts.family == "mistral" or config.get("use_sliding_window")
+    windowed = gguf_of(facts).windowed or config.get("use_sliding_window")
     if window and windowed and window < facts.max_positions:
         return (f"llama.cpp attends to the whole context, the model to its last {window} tokens",)
     return ()

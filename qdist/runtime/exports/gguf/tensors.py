@@ -1,4 +1,4 @@
-"""Which tensors a GGUF file has: names, types and row orders for Llama, Mistral, Qwen2 and Qwen3."""
+"""Which tensors a GGUF file has: names, types and row orders, for the families that have llama.cpp's names."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -7,16 +7,11 @@ from typing import Any
 import gguf
 
 from qdist.core.errors import ModelError
-from qdist.core.model.shapes import Linear, ModelFacts, from_config
+from qdist.core.model.families import FAMILIES, from_config
+from qdist.core.model.shapes import Linear, ModelFacts
 from qdist.runtime.exports.gguf.blocks import BLOCK, Kind, Make, Stored, Type
-from qdist.runtime.exports.gguf.metadata import Rope, rope_factors
+from qdist.runtime.exports.gguf.metadata import Rope, gguf_of, rope_factors
 
-_ARCHITECTURES = {
-    "llama": gguf.MODEL_ARCH.LLAMA,
-    "mistral": gguf.MODEL_ARCH.LLAMA,
-    "qwen2": gguf.MODEL_ARCH.QWEN2,
-    "qwen3": gguf.MODEL_ARCH.QWEN3,
-}
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _REMADE = "rotary_emb.inv_freq"
 """Ends the names of tables that old checkpoints carry and every reader makes anew."""
@@ -25,29 +20,25 @@ Tensors = Mapping[str, tuple[tuple[int, ...], Make]]
 
 def facts_of(config: Mapping[str, Any], *, name: str) -> ModelFacts:
     """The model's facts. Raises ModelError for a family or a variant that GGUF readers would compute otherwise."""
-    family = config.get("model_type")
-    if family not in _ARCHITECTURES:
-        known = ", ".join(_ARCHITECTURES)
-        raise ModelError(f"{name} is of the family {family!r}; GGUF is written for {known}", try_="a merged folder")
+    family = str(config.get("model_type"))
+    known = [key for key, own in FAMILIES.items() if own.gguf]
+    if family not in known:
+        raise ModelError(
+            f"{name} is of the family {family!r}; GGUF is written for {', '.join(known)}", try_="a merged folder"
+        )
     facts = from_config(config, name=name)
     activation = config.get("hidden_act") or "silu"
     if activation != "silu":
         raise ModelError(f"{name} has hidden_act {activation!r}, and GGUF readers compute silu", try_="a merged folder")
-    (shape,) = facts.shapes  # these architectures have layers of one kind
-    width = shape.heads * shape.head_dim
-    if facts.family == "qwen2" and width != facts.hidden:
-        raise ModelError(
-            f"{name} has heads of {width} in all, and llama.cpp reads Qwen2 with {facts.hidden} like its hidden size",
-            try_="a merged folder",
-        )
-    if facts.family == "qwen3" and any(linear.bias for linear in shape.linears):
-        raise ModelError(f"{name} has attention_bias, and llama.cpp reads Qwen3 without", try_="a merged folder")
+    refusal = gguf_of(facts).refusal(facts)
+    if refusal:
+        raise ModelError(f"{name} {refusal}", try_="a merged folder")
     return facts
 
 
-def architecture_of(facts: ModelFacts) -> str:
-    """general.architecture: llama, qwen2 or qwen3."""
-    return str(gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[facts.family]])
+def _architecture(facts: ModelFacts) -> gguf.MODEL_ARCH:
+    wanted = gguf_of(facts).architecture
+    return next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == wanted)
 
 
 def stored_tensors(tensors: Tensors, facts: ModelFacts, rope: Rope, kind: Kind) -> tuple[Stored, ...]:
@@ -63,7 +54,7 @@ def stored_tensors(tensors: Tensors, facts: ModelFacts, rope: Rope, kind: Kind) 
         if not name.endswith(_REMADE) and not (name == _HEAD and facts.tied_embeddings)
     }
     _require_same(expected, given, facts.name)
-    names = gguf.get_tensor_name_map(_ARCHITECTURES[facts.family], facts.layer_count)
+    names = gguf.get_tensor_name_map(_architecture(facts), facts.layer_count)
     factors = rope_factors(rope, facts.shapes[0].head_dim)
     stored = [
         Stored(
@@ -91,11 +82,10 @@ def _expected(facts: ModelFacts) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{module}.weight", (linear.outputs, linear.inputs)
             if linear.bias:
                 yield f"{module}.bias", (linear.outputs,)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
+        for norm in gguf_of(facts).norms:
             yield f"{before}.{norm}.weight", (facts.hidden,)
-        if shape.qk_norm:
-            for norm in ("q_norm", "k_norm"):
-                yield f"{before}.self_attn.{norm}.weight", (shape.head_dim,)
+        for norm, width in zip(("q_norm", "k_norm"), shape.qk_norm_widths, strict=False):
+            yield f"{before}.self_attn.{norm}.weight", (width,)
     yield _NORM, (facts.hidden,)
     if not facts.tied_embeddings:
         yield _HEAD, (facts.vocab, facts.hidden)
@@ -138,8 +128,9 @@ def _type(source: str, shape: tuple[int, ...], kind: Kind) -> Any:
 
 
 def _interleaved_heads(source: str, facts: ModelFacts) -> int:
-    """Heads of q_proj and k_proj of the architecture llama; Qwen's are rotated as transformers rotates them."""
-    if _ARCHITECTURES[facts.family] != gguf.MODEL_ARCH.LLAMA:
+    """Heads of q_proj and k_proj where llama.cpp rotates neighbouring pairs, and not as transformers does; 0 for all
+    other tensors."""
+    if not gguf_of(facts).interleaved:
         return 0
     module = source.rsplit(".", 2)[-2]
     shape = facts.shapes[0]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qdist.runtime.model.skeleton import decoder_layers
-from qdist.runtime.placements.split.stages import FINAL_NORMS
+from qdist.runtime.placements.split.stages import modules_of
 
 
 def spread(model: Any, layer_devices: Sequence[torch.device]) -> None:
@@ -19,11 +19,10 @@ def spread(model: Any, layer_devices: Sequence[torch.device]) -> None:
     """
     decoder, layers = model.get_decoder(), decoder_layers(model)
     first, last = layer_devices[0], layer_devices[-1]
-    end = [module for name in (*FINAL_NORMS, "project_out") if (module := getattr(decoder, name, None)) is not None]
-    end_ids = {id(module) for module in end}
+    norm = model.get_submodule(modules_of(model).final_norm)
     for child in decoder.children():
         if child is not layers:
-            _put(child, last if id(child) in end_ids else first)
+            _put(child, last if child is norm else first)
     for layer, device in zip(layers, layer_devices, strict=True):
         _put(layer, device)
     head = model.get_output_embeddings()

@@ -10,12 +10,10 @@ import torch.distributed as dist
 from torch import nn
 
 from qdist.core.errors import PlanError, RunError
+from qdist.core.model.families import FAMILIES
+from qdist.core.model.families.family import Modules
 from qdist.core.planning.plan import Plan
 from qdist.runtime.model.skeleton import decoder_layers
-
-FINAL_NORMS = ("norm", "final_layer_norm", "ln_f")
-_TUPLES = ("BloomBlock",)
-"""Decoder layers whose output is the first of a tuple."""
 
 
 class Absent(nn.Module):
@@ -29,11 +27,16 @@ class Absent(nn.Module):
         return (hidden,) if self.as_tuple else hidden
 
 
-class _NoPositions(nn.Module):
-    """In place of OPT's position embedding, which is added by the first stage: nothing to add."""
+class _NothingToAdd(nn.Module):
+    """In place of a module whose output the first stage has added already, such as OPT's position embedding."""
 
-    def forward(self, mask: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return torch.zeros((), device=mask.device)
+    def forward(self, given: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.zeros((), device=given.device)
+
+
+def modules_of(model: Any) -> Modules:
+    """Where transformers' class has the parts of a causal language model."""
+    return FAMILIES[model.config.model_type].modules
 
 
 def keep_stage(model: Any, layers: range, *, first: bool, last: bool) -> None:
@@ -43,20 +46,19 @@ def keep_stage(model: Any, layers: range, *, first: bool, last: bool) -> None:
     the last one has the final norm and the head; a head that is tied to the embedding keeps that table.
     Other stages are given hidden states as `inputs_embeds` of the decoder.
     """
-    decoder, stack = model.get_decoder(), decoder_layers(model)
-    as_tuple = type(stack[0]).__name__ in _TUPLES
+    modules, stack = modules_of(model), decoder_layers(model)
+    as_tuple = FAMILIES[model.config.model_type].layers_return_tuples
     for index in range(len(stack)):
         if index not in layers:
             stack[index] = Absent(as_tuple=as_tuple)
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = head.weight is table.weight
+    tied = model.get_submodule(modules.head).weight is model.get_submodule(modules.embedding).weight
     if not last:
-        _without_end(decoder)
-        model.set_output_embeddings(Absent())
+        _put(model, Absent, modules.final_norm, modules.head)
     if not first:
-        _without_beginning(decoder)
+        _put(model, Absent, *modules.before)
+        _put(model, _NothingToAdd, *modules.added)
         if not (last and tied):
-            decoder.set_input_embeddings(Absent())
+            _put(model, Absent, modules.embedding)
     if tied and not last:
         # There is one of the two here, and nothing to tie it to.
         model.config.tie_word_embeddings = False
@@ -98,12 +100,12 @@ def only_present(model: Any) -> Iterator[None]:
 
     Absent layers leave the list meanwhile, and an absent final norm that was patched is made anew.
     """
-    decoder, stack = model.get_decoder(), decoder_layers(model)
+    norm, stack = modules_of(model).final_norm, decoder_layers(model)
     everything = dict(stack.named_children())
     for key, layer in everything.items():
         if isinstance(layer, Absent):
             delattr(stack, key)
-    absent = [name for name in FINAL_NORMS if isinstance(getattr(decoder, name, None), Absent)]
+    without_norm = isinstance(model.get_submodule(norm), Absent)
     try:
         yield
     finally:
@@ -112,28 +114,14 @@ def only_present(model: Any) -> Iterator[None]:
             delattr(stack, key)
         for key, layer in everything.items():
             stack.add_module(key, kept.get(key, layer))
-        for name in absent:
-            setattr(decoder, name, Absent())
+        if without_norm:
+            _put(model, Absent, norm)
 
 
-def _without_end(decoder: Any) -> None:
-    for name in FINAL_NORMS:
-        if getattr(decoder, name, None) is not None:
-            setattr(decoder, name, Absent())
-    if getattr(decoder, "project_out", None) is not None:  # OPT
-        decoder.project_out = None
-
-
-def _without_beginning(decoder: Any) -> None:
-    """What older families do between the embedding and the first layer."""
-    if hasattr(decoder, "word_embeddings_layernorm"):  # BLOOM
-        decoder.word_embeddings_layernorm = Absent()
-    if hasattr(decoder, "emb_dropout"):  # GPT-NeoX
-        decoder.emb_dropout = Absent()
-    if hasattr(decoder, "embed_positions"):  # OPT
-        decoder.embed_positions = _NoPositions()
-    if getattr(decoder, "project_in", None) is not None:  # OPT
-        decoder.project_in = None
+def _put(model: nn.Module, kind: type[nn.Module], *paths: str) -> None:
+    """Put a module of a kind in the place of each that is there."""
+    for path in paths:
+        model.set_submodule(path, kind())
 
 
 class Grid(NamedTuple):

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from qdist.core.model.shapes import Reads, from_config
+from qdist.core.model.families import FAMILIES, from_config
+from qdist.core.model.shapes import Reads
 from qdist.runtime.quantize.source import Blueprint, Tensors
 
 _STEPS: tuple[Reads, ...] = ("attention_in", "attention_out", "mlp_in", "mlp_out")
@@ -93,7 +94,7 @@ class Decoder:
         parent, _, leaf = self._list.rpartition(".")
         real = self._model.get_submodule(self._list)
         last = self.shape.layers - 1
-        in_tuple = self.facts.family == "bloom"
+        in_tuple = FAMILIES[self.facts.family].layers_return_tuples
         recorders = [_Recorder(last=position == last, in_tuple=in_tuple) for position in range(last + 1)]
         setattr(self._model.get_submodule(parent), leaf, nn.ModuleList(recorders))
         hidden = []

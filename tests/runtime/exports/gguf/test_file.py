@@ -191,3 +191,34 @@ def test_positions_that_readers_would_rotate_otherwise_are_refused(
     with pytest.raises(ModelError, match=said):
         written(tmp_path, model, config={**config_of(model), "rope_parameters": rope})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_olmo2_is_written_under_the_names_that_llama_cpp_reads(kind: Kind, tmp_path: Path) -> None:
+    """transformers reads no such file: its tensors are given back to transformers' class by hand."""
+    model = model_of("olmo2")
+    out, tensors, _ = written(tmp_path, model, kind)
+    assert check_gguf(out, tensors, config=config_of(model), kind=kind) < ERRORS[kind]
+    names = {
+        "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+        **{f"blk.{layer}.{theirs}": f"model.layers.{layer}.{ours}" for layer in (0, 1) for theirs, ours in OLMO2},
+    }  # fmt: skip
+    found = {tensor.name.removesuffix(".weight"): tensor for tensor in gguf.GGUFReader(out).tensors}
+    assert found.keys() == names.keys()
+    twin = model_of("olmo2")
+    values = {
+        f"{names[name]}.weight": torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        for name, tensor in found.items()
+    }
+    twin.load_state_dict(values)
+    assert difference(rounded(model, kind), twin) < EXACT
+    assert fields(out)["general.architecture"] == "olmo2"
+    assert fields(out)["olmo2.attention.head_count_kv"] == 2
+
+
+OLMO2 = (
+    ("attn_q", "self_attn.q_proj"), ("attn_k", "self_attn.k_proj"), ("attn_v", "self_attn.v_proj"),
+    ("attn_output", "self_attn.o_proj"), ("attn_q_norm", "self_attn.q_norm"), ("attn_k_norm", "self_attn.k_norm"),
+    ("post_attention_norm", "post_attention_layernorm"), ("ffn_gate", "mlp.gate_proj"), ("ffn_up", "mlp.up_proj"),
+    ("ffn_down", "mlp.down_proj"), ("post_ffw_norm", "post_feedforward_layernorm"),
+)  # fmt: skip

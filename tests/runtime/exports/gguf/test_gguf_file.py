@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qdist.core.errors import ModelError
-from qdist.core.model.shapes import from_config
+from qdist.core.model.families import from_config
 from qdist.host.sources.models import find_shape
 from qdist.runtime.exports.gguf.export import check_gguf
 from qdist.runtime.exports.gguf.file import Affine, Kind
@@ -49,7 +49,13 @@ def test_another_model_is_refused_before_anything_is_written(
 
 @pytest.mark.parametrize(
     ("family", "changes", "said"),
-    [("qwen3", {"attention_bias": True}, "has attention_bias"), ("qwen2", {"head_dim": 32}, "heads of 128 in all")],
+    [
+        ("qwen3", {"attention_bias": True}, "has attention_bias"),
+        ("qwen2", {"head_dim": 32}, "heads of 128 in all"),
+        ("olmo2", {"attention_bias": True}, "has attention_bias"),
+        ("olmo2", {"head_dim": 32}, "heads of 128 in all"),
+        ("olmo2", {"tie_word_embeddings": True}, "has tied embeddings"),
+    ],
 )
 def test_what_llama_cpp_does_not_load_is_refused(
     family: str, changes: dict[str, Any], said: str, tmp_path: Path

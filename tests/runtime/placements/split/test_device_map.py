@@ -8,7 +8,7 @@ import torch
 
 from qdist.core.errors import SpecError
 from qdist.core.machine.described import described
-from qdist.core.model.shapes import from_config
+from qdist.core.model.families import from_config
 from qdist.core.planning.candidates import HEADROOM
 from qdist.core.planning.device_map import device_map
 from qdist.core.planning.plan import Plan, Source

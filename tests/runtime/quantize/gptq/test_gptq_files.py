@@ -15,8 +15,8 @@ from torch import nn
 
 import qdist
 from qdist.core.errors import ModelError
+from qdist.core.model.families import from_config
 from qdist.core.model.gptq import Gptq, Override, Shape
-from qdist.core.model.shapes import from_config
 from qdist.core.planning.memory import Job, packed_layer_bytes
 from qdist.host.sources.model_folder import stated
 from qdist.runtime.formats.gptq_folder import entries

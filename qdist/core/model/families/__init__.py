@@ -1,0 +1,75 @@
+"""Which model families are there, and which of them is a configuration of?"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from qdist.core.errors import ModelError
+from qdist.core.model.config import Keys
+from qdist.core.model.families.baichuan import BAICHUAN
+from qdist.core.model.families.bloom import BLOOM
+from qdist.core.model.families.family import Family
+from qdist.core.model.families.glm import GLM, GLM4
+from qdist.core.model.families.gpt_neox import GPT_NEOX
+from qdist.core.model.families.llama import LLAMA
+from qdist.core.model.families.mistral import MISTRAL
+from qdist.core.model.families.olmo2 import OLMO2
+from qdist.core.model.families.opt import OPT
+from qdist.core.model.families.qwen import QWEN2, QWEN3
+from qdist.core.model.shapes import ModelFacts
+
+_FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, BLOOM, OPT, GPT_NEOX, BAICHUAN, GLM, GLM4, OLMO2)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _FAMILIES}
+"""Each family by its `model_type`, in the order in which models are listed."""
+_TOKENS = "tokenizer.ggml.tokens"
+
+
+def from_config(config: Mapping[str, object], *, name: str) -> ModelFacts:
+    """Facts from the content of a config.json. Keys a family may omit take transformers' defaults.
+
+    Raises ModelError when the model_type is not supported, a key is missing or its value is of the wrong kind.
+    """
+    keys = Keys(config, name)
+    family = keys.text("model_type")
+    if family not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        own = ", and runs code out of its own repository, which qdist does not" if config.get("auto_map") else ""
+        raise ModelError(f"{name} has model_type {family!r}, which qdist does not know{own}", try_=f"one of: {known}")
+    return FAMILIES[family].read(keys)
+
+
+def config_of_header(
+    metadata: Mapping[str, object], lengths: Mapping[str, int], tensors: Collection[str], *, name: str
+) -> dict[str, Any]:
+    """The shape that the header of a GGUF file states, as a config.json.
+
+    metadata: its keys with one value each. lengths: of its keys that hold an array, how long that is.
+    tensors: names of all tensors of the model.
+    Raises ModelError for an architecture that qdist does not read.
+    """
+    readable = {key: own.gguf.header_keys for key, own in FAMILIES.items() if own.gguf and own.gguf.header_keys}
+    architecture = str(metadata.get("general.architecture"))
+    if architecture not in readable:
+        raise ModelError(
+            f"{name} has architecture {architecture!r}, which qdist does not read from GGUF",
+            try_=f"one of {', '.join(readable)}, or the model's own folder or hub id",
+        )
+    found = {key: metadata.get(f"{architecture}.{own}") for own, key in readable[architecture].items()}
+    config = {key: value for key, value in found.items() if value is not None}
+    if _TOKENS in lengths:
+        config.setdefault("vocab_size", lengths[_TOKENS])
+    return {"model_type": architecture, **config, "tie_word_embeddings": "output.weight" not in tensors}
+
+
+def require_library_class(config: Mapping[str, object], *, name: str) -> None:
+    """Raise ModelError for a model that only code out of its own repository computes. config: of its config.json."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family and family.own_code:
+        raise own_code(name, "; `qdist plan` works, launch does not")
+
+
+def own_code(name: str, more: str = "") -> ModelError:
+    """What is said of a model whose code would have to be run: it is not."""
+    return ModelError(
+        f"{name} runs code out of its own repository, which qdist does not{more}",
+        try_="a model that transformers has a class for, such as llama-7b",
+    )

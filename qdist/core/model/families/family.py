@@ -1,0 +1,222 @@
+"""What is to be known of a model family, and the parts that several families have in common."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import msgspec
+
+from qdist.core.model.config import Keys
+from qdist.core.model.shapes import LayerRun, LayerShape, Linear, ModelFacts
+
+Config = dict[str, Any]
+"""The content of a config.json."""
+
+
+class Alias(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One model that has a short name."""
+
+    hub_id: str
+    """`owner/name` on the Hugging Face Hub; empty when the weights come from elsewhere."""
+    config: Config
+    tuned: dict[str, Config] = {}
+    """Words in the names of models that were made from this one and have its shape, such as 'instruct', and what their
+    config.json has otherwise."""
+    also: tuple[str, ...] = ()
+    """Names of other models of exactly this shape, without their owners."""
+
+
+class Modules(NamedTuple):
+    """Paths of modules in transformers' class, by what they do in a forward pass. Llama's, unless a family differs."""
+
+    embedding: str = "model.embed_tokens"
+    before: tuple[str, ...] = ()
+    """What hidden states pass between the embedding and the first layer."""
+    added: tuple[str, ...] = ()
+    """Modules whose output is added to the embedding, such as learned positions."""
+    shared: tuple[str, ...] = ("model.rotary_emb",)
+    """What every layer is given the output of, so that every stage of a split computes it."""
+    layers: str = "model.layers"
+    """The list of decoder layers."""
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+
+    @property
+    def until_layers(self) -> tuple[str, ...]:
+        """Everything that runs before the first layer, in order."""
+        return (self.embedding, *self.before, *self.added, *self.shared)
+
+    @property
+    def tables(self) -> tuple[str, str]:
+        """Leaf names of the input and output embeddings."""
+        return self.embedding.rpartition(".")[2], self.head.rpartition(".")[2]
+
+
+_HEADER_KEYS = {
+    "context_length": "max_position_embeddings",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "embedding_length": "hidden_size",
+    "rope.freq_base": "rope_theta",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "vocab_size": "vocab_size",
+}
+
+
+class Gguf(NamedTuple):
+    """How llama.cpp has a family of Llama-like layers."""
+
+    architecture: str
+    """general.architecture of the files that are written."""
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    """transformers' names of a layer's norms over the hidden size."""
+    interleaved: bool = False
+    """Queries and keys are rotated in neighbouring pairs, so that their rows are reordered."""
+    windowed: bool = False
+    """A `sliding_window` of config.json is in force whether or not `use_sliding_window` says so."""
+    refusal: Callable[[ModelFacts], str] = lambda _: ""
+    """Why llama.cpp would compute a variant otherwise, to be read behind its name; empty where it does not."""
+    header_keys: dict[str, str] = _HEADER_KEYS
+    """Key of a file's header behind the architecture -> key of config.json: those that transformers converts.
+    Empty where transformers does not convert the architecture, so that files are written and not read."""
+
+
+HEADER_KEYS_WITH_HEADS = _HEADER_KEYS | {"rope.dimension_count": "head_dim"}
+
+
+class Family(msgspec.Struct, frozen=True, kw_only=True):
+    """All that qdist knows of the models of one `model_type`."""
+
+    model_type: str
+    read: Callable[[Keys], ModelFacts]
+    """The facts of a config.json. Keys that may be absent take transformers' defaults."""
+    modules: Modules = Modules()
+    layers_return_tuples: bool = False
+    """The output of a decoder layer is the first of a tuple."""
+    own_code: bool = False
+    """Only code in the models' own repositories computes it: transformers has no class, and it can only be planned."""
+    old_names: dict[str, str] = {}
+    """Names of tensors in transformers' class -> names in older files that the class has given up."""
+    gguf: Gguf | None = None
+    """None where GGUF is neither written nor read."""
+    aliases: dict[str, Alias] = {}
+    """The models that people name."""
+
+
+def decoder_config(
+    model_type: str,
+    hidden: int,
+    inner: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    *,
+    vocab: int,
+    positions: int,
+    theta: float = 10_000.0,
+    eps: float = 1e-6,
+    bos: int | None = 1,
+    eos: int | list[int] = 2,
+    tied: bool = False,
+    **more: Any,
+) -> Config:
+    """The keys that the configs of Llama-like models share."""
+    return {
+        "model_type": model_type,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": positions,
+        "rope_theta": theta,
+        "rms_norm_eps": eps,
+        "hidden_act": "silu",
+        "tie_word_embeddings": tied,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        **more,
+    }
+
+
+def read_facts(
+    keys: Keys,
+    linears: tuple[Linear, ...],
+    *,
+    head_dim: int | None = None,
+    kv_heads: int | None = None,
+    max_positions: int | None = None,
+    tied: bool = False,
+    outer_norms: int = 1,
+    learned_positions: int = 0,
+    **own: Any,
+) -> ModelFacts:
+    """The keys that all families share, in the spellings they have; `own` are fields of layers that are no Llama's."""
+    hidden, heads = keys.count("hidden_size", "n_embed"), keys.count("num_attention_heads", "n_head")
+    if head_dim is None:
+        keys.divides("num_attention_heads", heads, "hidden_size", hidden)
+    keys.divides("num_key_value_heads", kv_heads or heads, "num_attention_heads", heads)
+    shape = LayerShape(
+        hidden=hidden,
+        linears=linears,
+        intermediate=next(linear.inputs for linear in linears if linear.reads == "mlp_out"),
+        heads=heads,
+        kv_heads=kv_heads or heads,
+        head_dim=head_dim or hidden // heads,
+        **own,
+    )
+    return ModelFacts(
+        name=keys.name,
+        family=keys.text("model_type"),
+        layers=(LayerRun(shape, keys.count("num_hidden_layers", "n_layer", most=10_000)),),
+        vocab=keys.count("vocab_size"),
+        max_positions=keys.count("max_position_embeddings", "model_max_length", "seq_length", default=max_positions),
+        tied_embeddings=keys.flag("tie_word_embeddings", default=tied),
+        outer_norms=outer_norms,
+        learned_positions=learned_positions,
+    )
+
+
+def read_grouped(
+    keys: Keys,
+    *,
+    bias: bool = False,
+    out_bias: bool | None = None,
+    mlp_bias: bool = False,
+    head_dim: int | None = None,
+    fused_gate: bool = False,
+    **own: Any,
+) -> ModelFacts:
+    """Facts of a model with Llama's layer: RMS norms, grouped queries, a gated MLP.
+
+    bias: of queries, keys and values. out_bias: of their output, None for the same.
+    head_dim: where the config does not state one; None for hidden / heads.
+    fused_gate: gate and up are one linear.
+    """
+    hidden, inner, heads = (keys.count(key) for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
+    kv_heads = keys.count("num_key_value_heads", default=heads)
+    if not (head_dim or keys.states("head_dim")):
+        keys.divides("num_attention_heads", heads, "hidden_size", hidden)
+    head_dim = keys.count("head_dim", default=head_dim or hidden // heads)
+    up = [("gate_up_proj", 2 * inner)] if fused_gate else [("gate_proj", inner), ("up_proj", inner)]
+    linears = (
+        Linear("q_proj", hidden, heads * head_dim, bias, "attention_in"),
+        Linear("k_proj", hidden, kv_heads * head_dim, bias, "attention_in"),
+        Linear("v_proj", hidden, kv_heads * head_dim, bias, "attention_in"),
+        Linear("o_proj", heads * head_dim, hidden, bias if out_bias is None else out_bias, "attention_out"),
+        *(Linear(leaf, hidden, width, mlp_bias, "mlp_in") for leaf, width in up),
+        Linear("down_proj", inner, hidden, mlp_bias, "mlp_out"),
+    )
+    return read_facts(keys, linears, head_dim=head_dim, kv_heads=kv_heads, **own)
+
+
+def fused_linears(hidden: int, inner: int, attention_bias: bool) -> tuple[Linear, ...]:
+    """The linears of BLOOM and GPT-NeoX: queries, keys and values in one."""
+    return (
+        Linear("query_key_value", hidden, 3 * hidden, attention_bias, "attention_in"),
+        Linear("dense", hidden, hidden, attention_bias, "attention_out"),
+        Linear("dense_h_to_4h", hidden, inner, True, "mlp_in"),
+        Linear("dense_4h_to_h", inner, hidden, True, "mlp_out"),
+    )
