@@ -6,8 +6,10 @@ from math import ceil
 
 import msgspec
 
+from qdist.core.model.adapters.lora import LoraMethod
+from qdist.core.model.adapters.registry import LORA
 from qdist.core.model.gptq import Gptq
-from qdist.core.model.shapes import LayerShape, Linear, ModelFacts, adapter_parameters
+from qdist.core.model.shapes import LayerShape, Linear, ModelFacts
 from qdist.core.model.storage import matrix_bytes
 from qdist.core.planning.activations import saved_bytes_per_token
 
@@ -72,8 +74,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     rank_r: int
     targets: tuple[str, ...]
     """Leaf names that LoRA adapts."""
-    pool: int = 1
-    """Inputs that share a column of A (QA-LoRA)."""
+    adapter: LoraMethod = LORA
     seq_len: int
     fused_loss: bool = False
     """Cross entropy from hidden states in chunks."""
@@ -210,10 +211,10 @@ def sizes(facts: ModelFacts, job: Job) -> Sizes:
 
 
 def _layer_sizes(shape: LayerShape, job: Job) -> LayerSizes:
-    trained = adapter_parameters(shape, job.rank_r, job.targets, job.pool)
+    trained = sum(job.adapter.parameters(linear, job.rank_r) for linear in shape.targeted(job.targets))
     saved = saved_bytes_per_token(
         shape, bits=job.bits, compute_bytes=job.compute_bytes, rank_r=job.rank_r, targets=job.targets,
-        pool=job.pool, seq_len=job.seq_len, fused_layers=job.fused_layers, fused_lora=job.fused_lora,
+        adapter=job.adapter, seq_len=job.seq_len, fused_layers=job.fused_layers, fused_lora=job.fused_lora,
         lora_dropout=job.lora_dropout,
     )  # fmt: skip
     widest = max(shape.linears, key=lambda linear: linear.weights)

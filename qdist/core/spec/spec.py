@@ -55,6 +55,9 @@ class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         ),
     ] = None
 
+    def __str__(self) -> str:
+        return f"r={self.r} alpha={self.alpha:g}"
+
 
 class Quant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the frozen backbone is packed. Where a setting does not apply to the method, only its default is accepted."""

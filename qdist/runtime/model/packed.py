@@ -209,6 +209,21 @@ class _Frozen(torch.autograd.Function):
         return inputs.reshape(*gradient.shape[:-1], -1).to(ctx.dtype), None
 
 
+def frozen_product(layer: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+    """inputs [tokens, in] times the weights of a frozen linear, plus its bias."""
+    if isinstance(layer, PackedLinear):
+        return layer.product(inputs)
+    bias = None if layer.bias is None else layer.bias.to(inputs.device, inputs.dtype)
+    return functional.linear(inputs, layer.weight.to(inputs.device, inputs.dtype, non_blocking=True), bias)
+
+
+def frozen_input_gradient(layer: nn.Linear, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient of a frozen linear's inputs, [tokens, in]."""
+    if isinstance(layer, PackedLinear):
+        return layer.input_gradient(gradient)
+    return gradient @ layer.weight.to(gradient.device, gradient.dtype, non_blocking=True)
+
+
 def compute_dtype(inputs: torch.Tensor) -> torch.dtype:
     """What a linear computes in: autocast's type where it is on, else the inputs' own."""
     kind = inputs.device.type

@@ -7,8 +7,7 @@ import torch
 from qdist.core.model.gptq import Shape, WeightOffset
 from qdist.runtime.kernels import gptq_bits as packing
 from qdist.runtime.kernels.gptq import FEW_TOKENS, dequantize, triton_product
-from qdist.runtime.kernels.pooling import means
-from qdist.runtime.model.adapted import add_pooled_gradient
+from qdist.runtime.kernels.pooling import add_pooled_gradient, means
 from qdist.runtime.model.packed import DEVIATION, PackedLinear, Slices, empty, is_offloaded
 
 
