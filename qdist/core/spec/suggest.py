@@ -39,7 +39,8 @@ RELATED_NAMES = {
     "optimizer": "optim.name", "lora_target_linear": "lora.targets",
     "use_gradient_checkpointing": "train.checkpointing", "adapter": "method", "finetuning_type": "method",
     "datasets": "data", "tensor_parallel": "placement", "warmup_ratio": "optim.warmup_steps",
-    "evals_per_epoch": "train.eval_steps", "saves_per_epoch": "train.save_steps",
+    "evals_per_epoch": "train.eval_steps", "saves_per_epoch": "train.save_steps", "use_rslora": "lora.variant",
+    "peft_use_rslora": "lora.variant",
 }  # fmt: skip
 """What other programs call a setting whose values differ from ours: where to look, not what to type."""
 

@@ -33,6 +33,7 @@ class LoraSettings(msgspec.Struct):
     lora_alpha: float
     target_modules: list[str]
     alpha_pattern: dict[str, float] = {}
+    use_rslora: bool = False
 
     @property
     def pool(self) -> int:
@@ -41,7 +42,8 @@ class LoraSettings(msgspec.Struct):
 
     def factor(self, path: str, down: torch.Tensor) -> float:
         """What B A is multiplied by in the linear at a module path."""
-        return self.alpha_pattern.get(path.rpartition(".")[2], self.lora_alpha) / down.shape[0]
+        alpha, rank = self.alpha_pattern.get(path.rpartition(".")[2], self.lora_alpha), down.shape[0]
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)  # Kalajdzievski 2023
 
 
 class Lora:
@@ -53,7 +55,8 @@ class Lora:
     def peft_settings(self, plan: Plan) -> dict[str, Any]:
         """What PEFT's configuration says of it."""
         lora = plan.spec.lora
-        return {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+        scale = {"lora_alpha": lora.alpha, "use_rslora": lora.variant == "rslora"}
+        return {"r": lora.r, "lora_dropout": lora.dropout, **scale}
 
     def variant(self) -> Any:
         """PEFT's `LoraVariant` for it; None where PEFT chooses."""
@@ -75,7 +78,7 @@ class Lora:
 
 def unscaled(rank: int) -> dict[str, Any]:
     """The settings under which PEFT adds B A as it is."""
-    return {"r": rank, "lora_alpha": rank, "alpha_pattern": {}}
+    return {"r": rank, "lora_alpha": rank, "alpha_pattern": {}, "use_rslora": False}
 
 
 def tensor_name(path: str, side: str) -> str:

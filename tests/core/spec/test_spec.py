@@ -45,7 +45,7 @@ OTHER = RunSpec(
     liger=False,
     new_tokens=("<|a b|>", 'say "ü"', "\\n"),
     trackers=("wandb", "tensorboard"),
-    lora=Lora(r=8, alpha=0.1, dropout=0.05, targets=("q_proj", "v_proj")),
+    lora=Lora(r=8, variant="rslora", alpha=0.1, dropout=0.05, targets=("q_proj", "v_proj")),
     quant=Quant(type="fp4", double=False),
     optim=Optim(
         name="adamw", lr=1e-30, schedule="cosine", warmup_steps=5, beta1=0.85, beta2=0.95, eps=1e16,
