@@ -61,9 +61,11 @@ _ELSEWHERE: dict[str, dict[str, Change]] = {
 
 def unknown(key: str, settings: Sequence[str], value: Any = None) -> SpecError:
     """The error for a setting that does not exist, naming the nearest that does. value: what it was to be set to."""
-    by_leaf, leaf = _by_leaf(settings), key.rpartition(".")[2]
-    guess = known_as(key, settings) or nearest(key, settings) or by_leaf.get(nearest(leaf, by_leaf) or "")
-    message = f"unknown setting {key!r}"
+    by_leaf, leaf, message = _by_leaf(settings), key.rpartition(".")[2], f"unknown setting {key!r}"
+    guess = known_as(key, settings)
+    if guess is None and leaf in RELATED_NAMES:
+        return SpecError(message, try_=f"qdist settings {leaf}")
+    guess = guess or nearest(key, settings) or by_leaf.get(nearest(leaf, by_leaf) or "")
     if guess and value is not None:
         return SpecError(message, ways=[{guess: value}])
     return SpecError(message, try_=guess or "a setting that `qdist launch --help` lists")

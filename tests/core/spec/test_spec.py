@@ -133,6 +133,13 @@ def nested(key: str, value: object) -> dict[str, Any]:
     return value
 
 
+@pytest.mark.parametrize("key", ["use_rslora", "lora.peft_use_rslora", "load_in_4bit", "warmup_ratio"])
+def test_what_others_call_a_setting_of_other_values_points_to_ours_and_guesses_none(key: str) -> None:
+    leaf = key.rpartition(".")[2]
+    for error in (unknown_key(key), unknown_key(key, "true"), refusal(nested(key, 1))):
+        assert (error.message, error.try_) == (f"unknown setting {key!r}", f"qdist settings {leaf}")
+
+
 def test_a_key_like_no_other_points_to_the_list() -> None:
     assert unknown_key("zzzzzz").try_ == "a setting that `qdist launch --help` lists"
 
