@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import qdist
-from qdist.runtime.adapters.lora import FusedLora
+from qdist.runtime.adapters.attach import FusedLora
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ import torch
 from qdist.core.model.aliases import config_of
 from qdist.core.model.families import from_config
 from qdist.core.model.shapes import ModelFacts
-from qdist.core.planning.memory import BLOCK, NESTED_BLOCK
+from qdist.core.model.storage import BLOCK, NESTED_BLOCK
 from qdist.core.planning.plan import Source
 from qdist.core.spec.spec import Quant
 from qdist.runtime.formats.checksum import slice_sums

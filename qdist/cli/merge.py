@@ -22,7 +22,7 @@ def merge(**given: Any) -> None:
     a 16-bit model that plain transformers loads. Killed, the same command goes on where it was.
     """
     request = with_runs_checked(request_of(Merge, given))
-    if (request.onto or request.dtype) and all(RunDir(run).plan().pool > 1 for run in request.runs):
+    if (request.onto or request.dtype) and all(RunDir(run).plan().adapter.merges_exactly for run in request.runs):
         raise SpecError(
             "--onto and --dtype are of 16-bit models; QA-LoRA is merged into its GPTQ checkpoint as it is",
             try_="leave them out, or qdist export --to 16bit",

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from qdist.core.model.gptq import Shape, WeightOffset
+from qdist.runtime.adapters.lora import adapted_product
 from qdist.runtime.kernels.gptq import FEW_TOKENS
 from qdist.runtime.kernels.pooling import triton_means
-from qdist.runtime.model.adapted import adapted_product
 from qdist.runtime.model.packed_gptq import PackedGptq
 from qdist.runtime.model.skeleton import fill
 from qdist.runtime.model.weights import RandomWeights
@@ -36,7 +36,7 @@ def test_gradients_are_near_those_of_float32(dtype: torch.dtype) -> None:
     update = (up @ down).repeat_interleave(POOL, dim=1) / POOL
     nn.functional.linear(x, layer.matrix(torch.float32, device) + 0.5 * update).backward(outer)
     with torch.autocast("cuda", dtype=dtype):
-        product = adapted_product(*rounded, layer, 0.5, POOL)
+        product = adapted_product(*rounded, layer, 0.5)
     product.backward(outer.to(dtype))
     for near, wanted in zip(rounded, exact, strict=True):
         assert float((near.grad - wanted.grad).norm() / wanted.grad.norm()) < 1e-2

@@ -14,7 +14,7 @@ from qdist.core.spec.spec import RunSpec, nest, resolve
 from qdist.host.launch import claim, tasks
 from qdist.host.launch import prepare as launcher
 from qdist.host.run.rundir import RunDir
-from qdist.runtime.adapters.lora import add_adapter, prepare_for_training
+from qdist.runtime.adapters.attach import add_adapter
 from qdist.runtime.data.batches import Samples, collate, read_samples
 from qdist.runtime.data.tokenized import IGNORED, Summary, TokenizedSet
 from qdist.runtime.engine.objective import Forward
@@ -23,6 +23,7 @@ from qdist.runtime.model.skeleton import DTYPES, load_backbone
 from qdist.runtime.train import checkpoint
 from qdist.runtime.train.prepare import prepare
 from qdist.runtime.train.result import gather
+from qdist.runtime.train.setup import prepare_for_training
 from tests.runtime.data.test_tokenized import tiny_tokenizer
 
 VOCAB = 320

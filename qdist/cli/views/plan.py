@@ -24,12 +24,10 @@ _PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits
 def plan_lines(plan: Plan, *, notes: tuple[str, ...] = ()) -> list[str]:
     """What will run, where, how fast, what each GPU will hold, and why it is not done otherwise."""
     spec = plan.spec
-    trained = plan.facts.adapter_parameters(spec.lora.r, spec.lora.targets, plan.pool)
-    kind = "LoRA" if plan.pool == 1 else f"QA-LoRA, inputs pooled by {plan.pool},"
     return [
         f"model    {spec.model}: {format_count(plan.facts.parameters)} parameters, {_weights(plan)}, "
         f"{plan.compute_dtype} arithmetic",
-        f"adapter  {kind} r={spec.lora.r} alpha={spec.lora.alpha:g}: {format_count(trained)} parameters",
+        f"adapter  {plan.adapter.title} {spec.lora}: {format_count(plan.adapter_parameters)} parameters",
         f"ranks    {_where(plan)}",
         f"layout   {layout_of(plan).in_words(plan)}",
         f"engine   {_engine(plan)}, {plan.optimizer}",

@@ -36,6 +36,15 @@ class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Rows of scales and zeros."""
         return 1 if self.group_size == -1 else -(-inputs // self.group_size)
 
+    def tensors(self, inputs: int, outputs: int) -> dict[str, tuple[int, int]]:
+        """Shapes of the tensors of a packed linear, by their names in files: weights and zeros as words, and scales."""
+        groups = self.groups(inputs)
+        return {
+            "qweight": (inputs * self.bits // WORD, outputs),
+            "qzeros": (groups, outputs * self.bits // WORD),
+            "scales": (groups, outputs),
+        }
+
     def bytes_of(self, inputs: int, outputs: int, *, scale_bytes: int = 2, ordered: bool = False) -> int:
         """Packed weights, zeros and scales; with `ordered` the group of each input as well."""
         packed = inputs * outputs * self.bits // 8
@@ -73,6 +82,10 @@ class WeightOffset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """Whether the linear at a module path has offsets."""
         return path.rpartition(".")[2] in self.linears
 
+    def bytes_of(self, inputs: int, outputs: int) -> int:
+        """Bytes of the offsets of one linear."""
+        return (4 if self.dtype == "float32" else 2) * (inputs // self.group_size) * outputs
+
 
 class Gptq(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a checkpoint is quantized."""
@@ -96,6 +109,15 @@ class Gptq(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             if re.match(override.pattern, path):
                 return override.shape
         return self.shape
+
+    def bytes_of(self, name: str, inputs: int, outputs: int) -> int:
+        """Bytes of a packed linear with its scales and zeros, and its offsets if it has any. name: its leaf name."""
+        packed = self.shape.bytes_of(
+            inputs, outputs, scale_bytes=4 if self.scales == "float32" else 2, ordered=self.desc_act
+        )
+        if self.offset is None or not self.offset.of(name):
+            return packed
+        return packed + self.offset.bytes_of(inputs, outputs)
 
     @property
     def group_sizes(self) -> frozenset[int]:

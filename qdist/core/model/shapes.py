@@ -202,16 +202,3 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 ways=[{"lora.targets": tuple(meant) or (ALL_LINEAR,)}],
             )
         return tuple(dict.fromkeys(linear for shape in self.shapes for linear in shape.targeted(targets)))
-
-    def adapter_parameters(self, rank: int, targets: tuple[str, ...], pool: int = 1) -> int:
-        """LoRA parameters of the model. Raises ModelError when a target is no linear of it."""
-        self.targeted(targets)
-        return sum(run.count * adapter_parameters(run.shape, rank, targets, pool) for run in self.layers)
-
-
-def adapter_parameters(shape: LayerShape, rank: int, targets: tuple[str, ...], pool: int = 1) -> int:
-    """LoRA parameters of a layer: A is rank x inputs and B is outputs x rank, for each target.
-
-    pool: inputs that share a column of A (QA-LoRA).
-    """
-    return sum(rank * (linear.inputs // pool + linear.outputs) for linear in shape.targeted(targets))

@@ -1,5 +1,6 @@
-"""What are weights packed to?"""
+"""What are weights packed to, and how many bytes is that?"""
 
+from math import ceil
 from typing import Literal
 
 import msgspec
@@ -8,6 +9,8 @@ from qdist.core.spec.spec import RunSpec
 
 FORMAT = 1
 """Raise it whenever the same source would be packed to other bytes or files."""
+BLOCK, NESTED_BLOCK = 64, 256
+"""bitsandbytes: weights that share an absmax, and absmaxes that share one when they are quantized in turn."""
 
 
 class Packing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -28,6 +31,26 @@ class Packing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def __str__(self) -> str:
         plain = self.bits == 4 and not self.double
         return f"{self.method} without double quantization" if plain else self.method
+
+
+def matrix_bytes(inputs: int, outputs: int, *, bits: int, double: bool = True, plain_bytes: int = 2) -> int:
+    """Bytes of a packed matrix, and of what its quantization needs to undo itself.
+
+    bits: 4, 8 or 16. double: quantize the absmaxes of 4-bit weights too. plain_bytes: of a weight that is not packed.
+    """
+    if bits == 16:
+        return inputs * outputs * plain_bytes
+    if bits == 8:
+        return inputs * outputs + 4 * outputs  # LLM.int8: an fp32 scale for each output row
+    blocks, nested = blocks_of(inputs * outputs)
+    # QLoRA section 3: absmax in fp32, or in 8 bits with an fp32 absmax of its own and one fp32 offset.
+    return ceil(inputs * outputs / 2) + (blocks + 4 * nested + 4 if double else 4 * blocks)
+
+
+def blocks_of(weights: int) -> tuple[int, int]:
+    """Absmaxes of so many 4-bit weights, and the absmaxes of those when they are quantized in turn."""
+    blocks = ceil(weights / BLOCK)
+    return blocks, ceil(blocks / NESTED_BLOCK)
 
 
 def packing_of(spec: RunSpec) -> Packing:

@@ -28,11 +28,11 @@ class Storage(NamedTuple):
 
 def storage(plan: Plan) -> Storage:
     """What a run will leave on the disk of its directory."""
-    train, lora, facts = plan.spec.train, plan.spec.lora, plan.facts
+    train, facts = plan.spec.train, plan.facts
     tables = 1 if facts.tied_embeddings else 2
     # Before a model is prepared nobody knows which of the tokens it has: they all count as new.
     rows = len(plan.source.new_token_ids) or (len(plan.spec.new_tokens) if plan.source.kind == "dummy" else 0)
-    adapter = 4 * (facts.adapter_parameters(lora.r, lora.targets, plan.pool) + rows * facts.hidden * tables)
+    adapter = 4 * (plan.adapter_parameters + rows * facts.hidden * tables)
     written = ceil(plan.steps / train.save_steps) + (plan.steps // train.eval_steps if train.eval_steps else 0)
     kept = train.keep + (train.eval_steps > 0) + 1
     return Storage(adapter, (1 + _MOMENTS) * adapter, min(kept, written))

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import msgspec
 
 from qdist.core.errors import PlanError
+from qdist.core.model.adapters.lora import LoraMethod
+from qdist.core.model.adapters.registry import LORA
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.shapes import ALL_LINEAR, LayerShape, ModelFacts
 from qdist.core.planning.candidates import HEADROOM
@@ -86,18 +88,18 @@ def footprint(
     tokens: int,
     rank_r: int = 0,
     targets: tuple[str, ...] = (ALL_LINEAR,),
-    pool: int = 1,
+    adapter: LoraMethod = LORA,
     scored: int = 0,
 ) -> Footprint:
     """Count a model in use.
 
     tokens: of all sequences together, prompts and answers, for whose keys and values there is to be room.
-    rank_r: of the adapter, in float32; 0 without one. pool: inputs that share a column of its A.
+    rank_r: of the adapter, in float32; 0 without one.
     scored: tokens whose logits exist at a time, for a loss.
     """
     job = Job(
         bits=bits, double_quant=double_quant, compute_bytes=compute_bytes, gptq=gptq, rank_r=rank_r, targets=targets,
-        pool=pool, seq_len=1,
+        adapter=adapter, seq_len=1,
     )  # fmt: skip
     parts = sizes(facts, job)
     cached = [2 * shape.kv_heads * shape.head_dim * compute_bytes * tokens for shape in facts.shapes]

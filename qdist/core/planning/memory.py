@@ -6,8 +6,11 @@ from math import ceil
 
 import msgspec
 
+from qdist.core.model.adapters.lora import LoraMethod
+from qdist.core.model.adapters.registry import LORA
 from qdist.core.model.gptq import Gptq
-from qdist.core.model.shapes import LayerShape, Linear, ModelFacts, adapter_parameters
+from qdist.core.model.shapes import LayerShape, Linear, ModelFacts
+from qdist.core.model.storage import matrix_bytes
 from qdist.core.planning.activations import saved_bytes_per_token
 
 GATHERED_LAYERS = 3
@@ -17,8 +20,6 @@ GATHERED_TABLES = 2
 """The same for the head or the embedding while it is in use; neither is gathered ahead of a layer."""
 STAGED_LAYERS = 2
 """Packed layers of an offloaded backbone on the GPU: the one in use and the one being copied."""
-BLOCK, NESTED_BLOCK = 64, 256
-"""bitsandbytes: weights that share an absmax, and absmaxes that share one when they are quantized in turn."""
 STAGE_WIDTH = 64
 """Micro-batches of a pipeline's step are padded to the longest, rounded up to this: buffers between stages have fixed
 shapes."""
@@ -73,8 +74,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     rank_r: int
     targets: tuple[str, ...]
     """Leaf names that LoRA adapts."""
-    pool: int = 1
-    """Inputs that share a column of A (QA-LoRA)."""
+    adapter: LoraMethod = LORA
     seq_len: int
     fused_loss: bool = False
     """Cross entropy from hidden states in chunks."""
@@ -211,10 +211,10 @@ def sizes(facts: ModelFacts, job: Job) -> Sizes:
 
 
 def _layer_sizes(shape: LayerShape, job: Job) -> LayerSizes:
-    trained = adapter_parameters(shape, job.rank_r, job.targets, job.pool)
+    trained = sum(job.adapter.parameters(linear, job.rank_r) for linear in shape.targeted(job.targets))
     saved = saved_bytes_per_token(
         shape, bits=job.bits, compute_bytes=job.compute_bytes, rank_r=job.rank_r, targets=job.targets,
-        pool=job.pool, seq_len=job.seq_len, fused_layers=job.fused_layers, fused_lora=job.fused_lora,
+        adapter=job.adapter, seq_len=job.seq_len, fused_layers=job.fused_layers, fused_lora=job.fused_lora,
         lora_dropout=job.lora_dropout,
     )  # fmt: skip
     widest = max(shape.linears, key=lambda linear: linear.weights)
@@ -298,22 +298,11 @@ def packed_layer_bytes(shape: LayerShape, job: Job) -> int:
 
 
 def _packed_bytes(linear: Linear, job: Job) -> int:
-    """A frozen weight matrix and what its quantization needs to undo itself."""
     if job.gptq:
-        scale_bytes, offset = 4 if job.gptq.scales == "float32" else 2, job.gptq.offset
-        offsets = linear.inputs // offset.group_size if offset and linear.name in offset.linears else 0
-        offset_bytes = 4 if offset and offset.dtype == "float32" else 2
-        return offset_bytes * offsets * linear.outputs + job.gptq.shape.bytes_of(
-            linear.inputs, linear.outputs, scale_bytes=scale_bytes, ordered=job.gptq.desc_act
-        )
-    if job.bits == 16:
-        return linear.weights * job.compute_bytes
-    if job.bits == 8:
-        return linear.weights + 4 * linear.outputs  # LLM.int8: an fp32 scale for each output row
-    blocks = ceil(linear.weights / BLOCK)
-    # QLoRA section 3: absmax in fp32, or in 8 bits with an fp32 absmax of its own and one fp32 offset.
-    absmax = blocks + 4 * ceil(blocks / NESTED_BLOCK) + 4 if job.double_quant else 4 * blocks
-    return ceil(linear.weights / 2) + absmax
+        return job.gptq.bytes_of(linear.name, linear.inputs, linear.outputs)
+    return matrix_bytes(
+        linear.inputs, linear.outputs, bits=job.bits, double=job.double_quant, plain_bytes=job.compute_bytes
+    )
 
 
 def _shards_tables(sizes: Sizes, share: Share) -> bool:

@@ -8,6 +8,8 @@ import msgspec
 
 from qdist.core.data.conversation import Wording
 from qdist.core.machine.calibration import Correction
+from qdist.core.model.adapters.lora import LoraMethod
+from qdist.core.model.adapters.registry import ADAPTERS, adapter_parameters
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.shapes import LayerShape, ModelFacts
 from qdist.core.planning.memory import MemoryBudget
@@ -171,6 +173,16 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def ends(self) -> tuple[int, ...]:
         """Tokens that end the answers that the run learned."""
         return self.wording.ends if self.wording else ()
+
+    @property
+    def adapter(self) -> LoraMethod:
+        """What is trained."""
+        return ADAPTERS[self.spec.method](self.pool)
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Trained parameters beside the linears of the whole model."""
+        return adapter_parameters(self.facts, self.spec.lora.r, self.spec.lora.targets, self.adapter)
 
     @property
     def checkpointing(self) -> bool:

@@ -8,7 +8,7 @@ from qdist.core.machine.calibration import Correction
 from qdist.core.machine.cards import rates_for
 from qdist.core.machine.cluster import Cluster, Rates
 from qdist.core.machine.cluster import changed as machine_changed
-from qdist.core.model.pooling import pool_of
+from qdist.core.model.adapters.registry import ADAPTERS
 from qdist.core.model.shapes import ModelFacts
 from qdist.core.planning.advice import (
     correction_notes,
@@ -153,7 +153,7 @@ def plan_once(
         source=source,
         facts=facts,
         data=data,
-        pool=setting.sizes.job.pool,
+        pool=setting.sizes.job.adapter.pool,
         device=cluster.device,
         placement=layout.placement,
         schedule=layout.schedule,
@@ -217,7 +217,7 @@ def _setting(inputs: _Inputs, count: int) -> Setting:
         compute_bytes=4 if inputs.dtype == "float32" else 2,
         rank_r=spec.lora.r,
         targets=spec.lora.targets,
-        pool=pool_of(spec, source.gptq, inputs.facts),
+        adapter=ADAPTERS[spec.method].of_run(spec, source.gptq, inputs.facts),
         seq_len=inputs.longest,
         fused_loss=inputs.liger,
         fused_layers=inputs.liger,

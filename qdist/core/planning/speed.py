@@ -117,9 +117,10 @@ def _accesses(shape: LayerShape, job: Job) -> tuple[float, float]:
         forward, backward = forward + 12 * shape.heads * job.seq_len, backward + 12 * shape.heads * job.seq_len
     adapted = shape.targeted(job.targets)
     inputs, outputs = sum(linear.inputs for linear in adapted), sum(linear.outputs for linear in adapted)
-    # Thin products move bytes: A reads the input, B adds to the output; backward the same, and A's gradient, which
-    # reads the input once more unless it was pooled.
-    forward, backward = forward + inputs + 2 * outputs, backward + (3 if job.pool == 1 else 2) * inputs + 2 * outputs
+    # Thin products move bytes: A reads the input, B adds to the output; backward the input's gradient is read and
+    # written, and A's gradient may read the input once more.
+    backward_inputs = (2 + job.adapter.gradient_reads) * inputs
+    forward, backward = forward + inputs + 2 * outputs, backward + backward_inputs + 2 * outputs
     if not job.fused_lora:
         forward, backward = forward + PEFT_ACCESSES * outputs, backward + PEFT_ACCESSES * outputs
         if job.bits == 16:

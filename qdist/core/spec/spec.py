@@ -31,10 +31,17 @@ GPTQ_METHODS = ("gptq-lora", "qa-lora")
 
 
 class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The adapter (Hu et al. 2021): W + alpha / r * B A."""
+    """The adapter (Hu et al. 2021): W + alpha / r * B A, or what `variant` puts in place of r."""
 
     r: Annotated[Positive, Meta(description="Rank of the adapter.")] = 64
     alpha: Annotated[Rate, Meta(description="Scale of the adapter, which adds alpha / r * B A.")] = 16.0
+    variant: Annotated[
+        Literal["lora", "rslora"],
+        Meta(
+            description="What alpha is divided by. lora: the rank. rslora: its square root, so that the updates of "
+            "large ranks do not shrink (Kalajdzievski 2023)."
+        ),
+    ] = "lora"
     dropout: Annotated[Fraction, Meta(description="Share of the adapter's inputs dropped in training.")] = 0.0
     targets: Annotated[
         tuple[str, ...],
@@ -58,6 +65,9 @@ class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             "size."
         ),
     ] = None
+
+    def __str__(self) -> str:
+        return f"r={self.r} alpha={self.alpha:g}" + (" (rsLoRA)" if self.variant == "rslora" else "")
 
 
 class Quant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

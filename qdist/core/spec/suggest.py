@@ -40,7 +40,8 @@ RELATED_NAMES = {
     "optimizer": "optim.name", "lora_target_linear": "lora.targets",
     "use_gradient_checkpointing": "train.checkpointing", "adapter": "method", "finetuning_type": "method",
     "datasets": "data", "tensor_parallel": "placement", "warmup_ratio": "optim.warmup_steps",
-    "evals_per_epoch": "train.eval_steps", "saves_per_epoch": "train.save_steps",
+    "evals_per_epoch": "train.eval_steps", "saves_per_epoch": "train.save_steps", "use_rslora": "lora.variant",
+    "peft_use_rslora": "lora.variant",
 }  # fmt: skip
 """What other programs call a setting whose values differ from ours: where to look, not what to type."""
 
@@ -50,9 +51,11 @@ _ELSEWHERE = {"placement": CALLED_ELSEWHERE}
 
 def unknown(key: str, settings: Sequence[str], value: Any = None) -> SpecError:
     """The error for a setting that does not exist, naming the nearest that does. value: what it was to be set to."""
-    by_leaf, leaf = _by_leaf(settings), key.rpartition(".")[2]
-    guess = known_as(key, settings) or nearest(key, settings) or by_leaf.get(nearest(leaf, by_leaf) or "")
-    message = f"unknown setting {key!r}"
+    by_leaf, leaf, message = _by_leaf(settings), key.rpartition(".")[2], f"unknown setting {key!r}"
+    guess = known_as(key, settings)
+    if guess is None and leaf in RELATED_NAMES:
+        return SpecError(message, try_=f"qdist settings {leaf}")
+    guess = guess or nearest(key, settings) or by_leaf.get(nearest(leaf, by_leaf) or "")
     if guess and value is not None:
         return SpecError(message, ways=[{guess: value}])
     return SpecError(message, try_=guess or "a setting that `qdist launch --help` lists")

@@ -143,8 +143,7 @@ def _summary(plan: Plan, fold: Fold) -> Iterator[tuple[str, str]]:
     spec, unit = plan.spec, "CPU process" if plan.device == "cpu" else "GPU"
     count = processors(plan)
     yield "Model", f"{spec.model}, {format_count(plan.facts.parameters)} parameters"
-    pooled = f", inputs pooled by {plan.pool}" if plan.pool > 1 else ""
-    yield "Method", f"{spec.method}, {spec.bits} bits, LoRA r={spec.lora.r} alpha={spec.lora.alpha:g}{pooled}"
+    yield "Method", f"{spec.method}, {spec.bits} bits, {plan.adapter.title} {spec.lora}"
     schedule = f" {plan.schedule}" if plan.schedule else ""
     yield "Placement", f"{plan.placement}{schedule}, {counted(plan.groups, 'group')} of {plan.gpus_per_group}"
     engine = f"DeepSpeed ZeRO-{plan.zero_stage}" if plan.engine == "deepspeed" else "torch"

@@ -118,11 +118,10 @@ def model_flops_per_token(plan: Plan) -> float:
     a frozen weight is made; 6 an adapter parameter; causal attention scores over half of `seq_len`, forward once and
     backward twice. The head counts as a weight, the embedding's look-up as nothing, recomputation as nothing.
     """
-    facts, lora = plan.facts, plan.spec.lora
+    facts = plan.facts
     weights = facts.linear_weights + facts.vocab * facts.hidden
-    adapter = facts.adapter_parameters(lora.r, lora.targets, plan.pool)
     scores = 6 * plan.seq_len * sum(run.count * run.shape.heads * run.shape.head_dim for run in facts.layers)
-    return 4.0 * weights + 6 * adapter + scores
+    return 4.0 * weights + 6 * plan.adapter_parameters + scores
 
 
 def mfu(snapshot: Snapshot, tokens_per_s: float | None) -> float | None:

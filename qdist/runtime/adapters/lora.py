@@ -1,146 +1,151 @@
-"""Puts a LoRA adapter on a backbone through PEFT, computes it as one product, and takes it off as plain tensors."""
+"""LoRA in PEFT's terms: its settings, names and update, and W' and B A as one product."""
 
-import hashlib
 import math
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.variants import QALoraLinearVariant
 from torch import nn
 
-from qdist.core.model.families import FAMILIES
-from qdist.core.model.pooling import alphas, factor_of
 from qdist.core.planning.plan import Plan
-from qdist.host.sources.models import public_name
-from qdist.runtime.model.adapted import adapted_product, frozen_product
-from qdist.runtime.model.packed import PackedLinear, is_offloaded
-from qdist.runtime.model.skeleton import decoder_layers
+from qdist.runtime.kernels.pooling import means
+from qdist.runtime.model.packed import compute_dtype, frozen_input_gradient, frozen_product
+
+_PREFIX = "base_model.model."
+"""PEFT's, before the path of a module."""
 
 
-class FusedLora(LoraLinear):
-    """PEFT's LoRA layer, whose training pass is `adapted_product`; whatever else PEFT can do is left to PEFT.
+class Term(NamedTuple):
+    """What one adapter adds to a linear: factor x B A, each column of A for `pool` inputs that follow each other."""
 
-    So is QA-LoRA, which PEFT 0.21 itself offers on GPTQModel's layers alone.
-    """
-
-    def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> Any:
-        """PEFT's own way to compute QA-LoRA, where the adapter is one."""
-        return QALoraLinearVariant() if config.use_qalora else super().resolve_lora_variant(config=config, **kwargs)
-
-    def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        """Make an adapter's matrices, for all of the base layer: PEFT 0.21 would measure this rank's shard of it."""
-        base = self.get_base_layer()
-        self.in_features, self.out_features = base.in_features, base.out_features
-        super().update_layer(*args, **kwargs)
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        active = self.active_adapters
-        if self.disable_adapters or self.merged or len(active) != 1 or active[0] not in self.lora_A or args or kwargs:
-            return super().forward(x, *args, **kwargs)
-        name = active[0]
-        if self.training and not isinstance(self.lora_dropout[name], nn.Identity):
-            return super().forward(x)
-        down, up = self.lora_A[name].weight, self.lora_B[name].weight
-        if name not in self.lora_variant:
-            return adapted_product(x, down, up, self.get_base_layer(), self.scaling[name])
-        # PEFT's convention: the mean of a group times the number of groups.
-        scaling, pool = self.scaling[name] * down.shape[1], self.qalora_group_size[name]
-        return adapted_product(x, down, up, self.get_base_layer(), scaling, pool)
+    down: torch.Tensor
+    """A, float32 [r, in / pool]."""
+    up: torch.Tensor
+    """B, float32 [out, r]."""
+    factor: float
+    pool: int
 
 
-def settle_offloaded(model: nn.Module) -> None:
-    """Of layers whose weights wait in host memory, bring the adapter to the GPU, and have plain linears compute there.
+class LoraSettings(msgspec.Struct):
+    """What is used of PEFT's adapter_config.json."""
 
-    To be called once the adapter is on: PEFT 0.21 puts its matrices where the weights are.
-    """
-    for module in model.modules():
-        if hasattr(module, "lora_A") and is_offloaded(module.base_layer):
-            for matrices in (module.lora_A, module.lora_B):
-                matrices.to(module.base_layer.runs_on)
-        if is_offloaded(module) and not isinstance(module, PackedLinear):
-            module.forward = partial(frozen_product, module)
+    r: int
+    lora_alpha: float
+    target_modules: list[str]
+    alpha_pattern: dict[str, float] = {}
+    use_rslora: bool = False
 
+    @property
+    def pool(self) -> int:
+        """Inputs that share a column of A."""
+        return 1
 
-def lora_config(plan: Plan) -> Any:
-    """PEFT's configuration of the plan's adapter."""
-    from peft import LoraConfig
-
-    spec, targeted = plan.spec, plan.facts.targeted(plan.spec.lora.targets)
-    pooling: dict[str, Any] = {}
-    if plan.pool > 1:
-        pooling = {"use_qalora": True, "qalora_group_size": plan.pool}
-        if spec.lora.pool != "peft":
-            pooling["alpha_pattern"] = alphas(spec, targeted, plan.pool)
-    return LoraConfig(
-        r=spec.lora.r,
-        lora_alpha=spec.lora.alpha,
-        lora_dropout=spec.lora.dropout,
-        target_modules=sorted(linear.name for linear in targeted),
-        bias="none",
-        task_type="CAUSAL_LM",
-        trainable_token_indices=_token_rows(plan),
-        base_model_name_or_path=public_name(spec.model, plan.source.path) if plan.source.path else None,
-        **pooling,
-    )
+    def factor(self, path: str, down: torch.Tensor) -> float:
+        """What B A is multiplied by in the linear at a module path."""
+        alpha, rank = self.alpha_pattern.get(path.rpartition(".")[2], self.lora_alpha), down.shape[0]
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)  # Kalajdzievski 2023
 
 
-def add_adapter(model: Any, plan: Plan) -> Any:
-    """A PEFT model whose float32 LoRA matrices, and rows of new tokens, are all that trains.
+class Lora:
+    """How PEFT is told of a method, and what is computed of it: LoRA's answers, which others override."""
 
-    The initial A depends on the seed alone: every rank, and every number of ranks, starts from the same one.
-    """
-    from peft import get_peft_model
+    settings_type = LoraSettings
+    """What is read of its adapter_config.json."""
 
-    torch.manual_seed(plan.spec.seed)
-    config = lora_config(plan)
-    config._register_custom_module({nn.Linear: FusedLora})
-    adapted = get_peft_model(model, config)
-    settle_offloaded(adapted)
-    _draw_by_name(adapted, plan)
-    return adapted
+    def peft_settings(self, plan: Plan) -> dict[str, Any]:
+        """What PEFT's configuration says of it."""
+        lora = plan.spec.lora
+        scale = {"lora_alpha": lora.alpha, "use_rslora": lora.variant == "rslora"}
+        return {"r": lora.r, "lora_dropout": lora.dropout, **scale}
 
-
-def _draw_by_name(model: nn.Module, plan: Plan) -> None:
-    """PEFT's initial A (He et al. 2015, as nn.Linear), drawn for each layer from the seed and its name.
-
-    So a rank that holds some of the layers starts from the same numbers as one that holds them all. QA-LoRA's column of
-    a group has the variance of the sum of its inputs' columns in LoRA, in every convention.
-    """
-    for name, parameter in model.named_parameters():
-        if ".lora_A." in name:
-            digest = hashlib.sha256(f"{plan.spec.seed} {name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-            values = torch.empty(parameter.shape, dtype=parameter.dtype)
-            inputs = values.shape[1] * plan.pool
-            factor = 1.0 if plan.pool == 1 else factor_of(plan.spec.lora.pool, inputs, plan.pool)
-            bound = math.sqrt(plan.pool / inputs) / factor
-            values.uniform_(-bound, bound, generator=generator)
-            parameter.data.copy_(values)
-
-
-def _token_rows(plan: Plan) -> dict[str, list[int]] | None:
-    """New rows to train, by the leaf name of the table that holds them."""
-    if not plan.source.new_token_ids:
+    def variant(self) -> Any:
+        """PEFT's `LoraVariant` for it; None where PEFT chooses."""
         return None
-    rows = list(plan.source.new_token_ids)
-    tables = FAMILIES[plan.facts.family].modules.tables
-    return dict.fromkeys(tables[:1] if plan.facts.tied_embeddings else tables, rows)
+
+    def start_bound(self, plan: Plan, columns: int) -> float:
+        """The initial A [r, columns] is uniform between this and its negative (He et al. 2015, as nn.Linear)."""
+        return math.sqrt(1 / columns)
+
+    def metadata(self, plan: Plan) -> dict[str, str]:
+        """What the header of the adapter's file says of it."""
+        return {}
+
+    def scaling(self, layer: Any, name: str) -> float:
+        """The scaling of `adapted_product` that gives what a PEFT layer computes with one of its adapters."""
+        scaling: float = layer.scaling[name]
+        return scaling
 
 
-def prepare_for_training(model: Any, plan: Plan) -> None:
-    """Gradient checkpointing (non-reentrant) and fused kernels, as planned."""
-    if plan.liger:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+def unscaled(rank: int) -> dict[str, Any]:
+    """The settings under which PEFT adds B A as it is."""
+    return {"r": rank, "lora_alpha": rank, "alpha_pattern": {}, "use_rslora": False}
 
-        from qdist.runtime.placements.split.stages import only_present
 
-        # The loss is fused in qdist.runtime.engine.objective, on learned tokens only.
-        with only_present(model.get_base_model()):
-            _apply_liger_kernel_to_instance(model.get_base_model(), fused_linear_cross_entropy=False)
-    if plan.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in decoder_layers(model.get_base_model())[plan.checkpointed_layers :]:
-            layer.gradient_checkpointing = False
-    model.train()
+def tensor_name(path: str, side: str) -> str:
+    """PEFT's name for matrix A or B of the linear at a module path."""
+    return f"{_PREFIX}{path}.lora_{side}.weight"
+
+
+def adapted_path(name: str) -> str | None:
+    """The module path of the linear whose A a tensor is; None for other tensors."""
+    end = tensor_name("", "A").removeprefix(_PREFIX)
+    return name.removeprefix(_PREFIX).removesuffix(end) if name.endswith(end) else None
+
+
+def adapted_product(
+    inputs: torch.Tensor, down: torch.Tensor, up: torch.Tensor, layer: nn.Linear, scaling: float
+) -> torch.Tensor:
+    """inputs [..., in] W' + scaling (inputs A') B', with gradients for the inputs, A and B.
+
+    down: A, float32 [r, in]. With fewer columns, each reads the mean of as many inputs that follow each other.
+    up: B, float32 [out, r].
+    """
+    product: torch.Tensor = _Adapted.apply(inputs, down, up, layer, scaling)
+    return product
+
+
+class _Adapted(torch.autograd.Function):
+    """y = x W' + s (x A') B' (Hu et al. 2021), where ' is the transpose.
+
+    The low-rank terms are added inside the matrix products (beta = 1), where PEFT multiplies by s and adds over the
+    whole output, and autograd adds the two input gradients. A and B are cast anew in the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: torch.Tensor, down: torch.Tensor, up: torch.Tensor, layer: nn.Linear, scaling: float
+    ) -> torch.Tensor:
+        dtype, pool = compute_dtype(inputs), inputs.shape[-1] // down.shape[1]
+        flat = inputs.reshape(-1, inputs.shape[-1]).to(dtype)
+        product = frozen_product(layer, flat)
+        read = flat if pool == 1 else means(flat, pool)  # sums would overflow in float16
+        narrow = read @ down.to(dtype).t()
+        product.addmm_(narrow, up.to(dtype).t(), alpha=scaling)
+        ctx.save_for_backward(read, narrow, down, up)
+        ctx.layer, ctx.scaling, ctx.pool, ctx.input_dtype = layer, scaling, pool, inputs.dtype
+        return product.view(*inputs.shape[:-1], product.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        read, narrow, down, up = ctx.saved_tensors
+        outer = gradients[0]
+        gradient = outer.reshape(-1, outer.shape[-1]).to(read.dtype)
+        narrow_gradient = (gradient @ up.to(read.dtype)).mul_(ctx.scaling)
+        inputs = None
+        if ctx.needs_input_grad[0]:
+            inputs = frozen_input_gradient(ctx.layer, gradient)
+            # A as wide as the inputs is small, and adding within the product is a pass over memory less.
+            wide = down.to(read.dtype).repeat_interleave(ctx.pool, dim=1) if ctx.pool > 1 else down.to(read.dtype)
+            inputs.addmm_(narrow_gradient, wide, alpha=1 / ctx.pool)
+            inputs = inputs.view(*outer.shape[:-1], inputs.shape[-1]).to(ctx.input_dtype)
+        up_gradient = _product_in(up.dtype, gradient.t(), narrow).mul_(ctx.scaling)
+        down_gradient = _product_in(down.dtype, narrow_gradient.t(), read)
+        return inputs, down_gradient, up_gradient, None, None
+
+
+def _product_in(dtype: torch.dtype, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right, rounded once to `dtype` where the device can."""
+    if left.is_cuda and left.dtype != dtype:
+        product: torch.Tensor = torch.mm(left, right, out_dtype=dtype)
+        return product
+    return (left @ right).to(dtype)

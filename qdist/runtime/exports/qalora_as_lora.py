@@ -17,8 +17,10 @@ from qdist.core.text import counted, format_bytes
 from qdist.host.files import require_space
 from qdist.host.sources.targets import ADAPTER
 from qdist.host.terminal import say
+from qdist.runtime.adapters.lora import tensor_name, unscaled
+from qdist.runtime.adapters.qa_lora import UNPOOLED
 from qdist.runtime.data.tokenizer import copy_beside
-from qdist.runtime.exports.update import PREFIX, Adapters
+from qdist.runtime.exports.update import Adapters
 from qdist.runtime.formats.packed_folder import Entry, write_tensors
 from qdist.runtime.formats.recorded_sums import ADAPTER_CONFIG
 from qdist.runtime.formats.work_folder import built
@@ -82,9 +84,7 @@ def _matrices(adapters: Adapters, rank: int) -> list[Entry]:
         outputs, first = update.terms[0].up.shape[0], update.terms[0]
         shapes = {"A": (rank, first.down.shape[1] * first.pool), "B": (outputs, rank)}
         entries += [
-            Entry(
-                f"{PREFIX}{path}.lora_{side}.weight", torch.float32, shape, partial(_side, adapters, path, side, rank)
-            )
+            Entry(tensor_name(path, side), torch.float32, shape, partial(_side, adapters, path, side, rank))
             for side, shape in shapes.items()
         ]
     return entries
@@ -109,12 +109,4 @@ def _rows(adapters: Adapters) -> list[Entry]:
 
 def _config(adapters: Adapters, rank: int) -> dict[str, Any]:
     targets = sorted({name for config in adapters.configs for name in config["target_modules"]})
-    return {
-        **adapters.configs[0],
-        "r": rank,
-        "lora_alpha": rank,
-        "alpha_pattern": {},
-        "use_qalora": False,
-        "qalora_group_size": 16,
-        "target_modules": targets,
-    }
+    return {**adapters.configs[0], **unscaled(rank), **UNPOOLED, "target_modules": targets}

@@ -4,9 +4,8 @@ import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from math import gcd
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import msgspec
 import torch
 
 from qdist.core.errors import ModelError, RunError
@@ -16,25 +15,14 @@ from qdist.core.text import command
 from qdist.host.opening import converted, read_object
 from qdist.host.run.rundir import RunDir
 from qdist.host.sources.targets import ADAPTER
+from qdist.runtime.adapters.lora import LoraSettings, Term, adapted_path, tensor_name
+from qdist.runtime.adapters.registry import method_of
 from qdist.runtime.formats.packed_folder import Entry, opened, stored_entries
 from qdist.runtime.formats.recorded_sums import ADAPTER_CONFIG, require_adapter
 from qdist.runtime.infer.load import load_tokenizer, plan_of
 
-PREFIX = "base_model.model."
-"""PEFT's, before the path of a module."""
-_ROWS = ".token_adapter.trainable_tokens_delta"
-
-
-class Term(NamedTuple):
-    """What one adapter adds to a linear: factor x B A, each column of A for `pool` inputs that follow each other."""
-
-    down: torch.Tensor
-    """A, float32 [r, in / pool]."""
-    up: torch.Tensor
-    """B, float32 [out, r]."""
-    factor: float
-    pool: int
-    """1: LoRA. Else QA-LoRA (Xu et al. 2023), and the update is constant within a group."""
+_ROWS = "base_model.model.%s.token_adapter.trainable_tokens_delta"
+"""PEFT's name of the trained rows of the table at a module path."""
 
 
 class Update(NamedTuple):
@@ -101,11 +89,13 @@ class Adapters:
         )
 
     @cached_property
-    def _settings(self) -> tuple["_Settings", ...]:
-        return tuple(
-            converted(config, _Settings, str(run.adapter / ADAPTER_CONFIG), RunError, try_=command("gather", run.path))
-            for run, config in zip(self.runs, self.configs, strict=True)
-        )
+    def _settings(self) -> tuple[LoraSettings, ...]:
+        return tuple(self._settings_of(run, config) for run, config in zip(self.runs, self.configs, strict=True))
+
+    @staticmethod
+    def _settings_of(run: RunDir, config: dict[str, Any]) -> LoraSettings:
+        path, kind = run.adapter / ADAPTER_CONFIG, method_of(config).settings_type
+        return converted(config, kind, str(path), RunError, try_=command("gather", run.path))
 
     @property
     def pool(self) -> int:
@@ -129,12 +119,7 @@ class Adapters:
     @cached_property
     def paths(self) -> frozenset[str]:
         """Modules that any of them changes."""
-        return frozenset(
-            name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-            for names in self._names
-            for name in names
-            if name.endswith(".lora_A.weight")
-        )
+        return frozenset(path for names in self._names for name in names if (path := adapted_path(name)) is not None)
 
     def of(self, path: str) -> Update | None:
         """What is added to the linear at a module path; None where nothing is."""
@@ -149,19 +134,14 @@ class Adapters:
 
         Of several runs the first one's: they have none but that of a pad token, which is masked everywhere.
         """
-        name = f"{PREFIX}{path}{_ROWS}"
+        name = _ROWS % path
         return self._read(0, name).float() if name in self._names[0] else None
 
     def _term(self, index: int, path: str) -> Term | None:
-        name = f"{PREFIX}{path}.lora_%s.weight"
-        if name % "A" not in self._names[index]:
+        if tensor_name(path, "A") not in self._names[index]:
             return None
-        config, down, up = self._settings[index], self._read(index, name % "A"), self._read(index, name % "B")
-        alpha = config.alpha_pattern.get(path.rpartition(".")[2], config.lora_alpha)
-        factor, pool = self.weights[index] * alpha / down.shape[0], config.pool
-        if config.use_qalora:
-            factor *= down.shape[1] / pool  # PEFT takes the mean of a group times the number of groups
-        return Term(down.float(), up.float(), factor, pool)
+        own, down, up = self._settings[index], *(self._read(index, tensor_name(path, side)) for side in "AB")
+        return Term(down.float(), up.float(), self.weights[index] * own.factor(path, down), own.pool)
 
     @cached_property
     def _names(self) -> tuple[frozenset[str], ...]:
@@ -175,21 +155,6 @@ class Adapters:
         with opened(self.runs[index].adapter / ADAPTER) as handle:
             tensor: torch.Tensor = handle.get_tensor(name)
         return tensor
-
-
-class _Settings(msgspec.Struct):
-    """What is used of PEFT's adapter_config.json."""
-
-    r: int
-    lora_alpha: float
-    target_modules: list[str]
-    alpha_pattern: dict[str, float] = {}
-    use_qalora: bool = False
-    qalora_group_size: Annotated[int, msgspec.Meta(gt=0)] = 16
-
-    @property
-    def pool(self) -> int:
-        return self.qalora_group_size if self.use_qalora else 1
 
 
 def _learnt_rows(run: RunDir) -> bool:

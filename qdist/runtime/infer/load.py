@@ -282,7 +282,7 @@ def footprint_of(plan: Plan, dtype: torch.dtype, *, tokens: int, scored: int = 0
         tokens=tokens,
         rank_r=spec.lora.r,
         targets=spec.lora.targets,
-        pool=plan.pool,
+        adapter=plan.adapter,
         scored=scored,
     )
 
@@ -291,7 +291,7 @@ def load_run(run: RunDir, dtype: torch.dtype, residence: Residence) -> tuple[Any
     """A run's backbone with its adapter on, where it is to lie, and the run's tokenizer."""
     from peft import PeftConfig, PeftModel
 
-    from qdist.runtime.adapters.lora import FusedLora
+    from qdist.runtime.adapters.attach import FusedLora
     from qdist.runtime.data.tokenizer import align_config
 
     require_adapter(run.adapter)

@@ -9,7 +9,7 @@ from torch import nn
 from qdist.core.errors import SpecError
 from qdist.core.planning.inference import Footprint, Residence, reside, room
 from qdist.host.machine import nvml, probe
-from qdist.runtime.adapters.lora import settle_offloaded
+from qdist.runtime.adapters.attach import settle_offloaded
 from qdist.runtime.model.packed import is_offloaded
 from qdist.runtime.model.skeleton import offload
 from qdist.runtime.placements.split.sequential import fetch_to, spread

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from qdist.core.planning.memory import BLOCK, NESTED_BLOCK
+from qdist.core.model.storage import BLOCK, NESTED_BLOCK
 from qdist.runtime.kernels.launching import on_device
 
 

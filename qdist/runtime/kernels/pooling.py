@@ -21,6 +21,11 @@ def means(inputs: torch.Tensor, pool: int) -> torch.Tensor:
     return inputs.reshape(inputs.shape[0], -1, pool).mean(-1)
 
 
+def add_pooled_gradient(inputs: torch.Tensor, gradient: torch.Tensor, pool: int) -> None:
+    """To the gradient of inputs [tokens, in] add that of the sums of their groups, [tokens, in / pool]."""
+    inputs.view(*gradient.shape, pool).add_(gradient.unsqueeze(-1))
+
+
 def triton_means(inputs: torch.Tensor, pool: int) -> torch.Tensor:
     """`means` of contiguous inputs, for a pool that is a power of two; added up in float32."""
     out = torch.empty((inputs.shape[0], inputs.shape[1] // pool), dtype=inputs.dtype, device=inputs.device)

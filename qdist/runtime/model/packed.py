@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from qdist.core.errors import ModelError
-from qdist.core.planning.memory import BLOCK, NESTED_BLOCK
+from qdist.core.model.storage import BLOCK, blocks_of
 from qdist.core.spec.spec import Quant
 from qdist.host.opening import told
 from qdist.runtime.kernels.four_bit import absmax_code_book, dequantize
@@ -88,11 +88,11 @@ class Packed4bit(PackedLinear):
         super().__init__(in_features, out_features, bias=bias, dtype=dtype)
         self.quant, self.kind = quant, quant.type
         count = in_features * out_features
-        blocks = -(-count // BLOCK)
+        blocks, nested_blocks = blocks_of(count)
         self.weight = empty(((count + 1) // 2, 1), torch.uint8)
         self.absmax = empty((blocks,), torch.uint8 if quant.double else torch.float32)
         # A 32,768th of the weights: whole on every rank.
-        nested = torch.empty(-(-blocks // NESTED_BLOCK), device="meta") if quant.double else None
+        nested = torch.empty(nested_blocks, device="meta") if quant.double else None
         self.register_buffer("nested_absmax", nested, persistent=False)
         self.register_buffer("nested_offset", torch.empty(1, device="meta") if quant.double else None, persistent=False)
 
@@ -207,6 +207,21 @@ class _Frozen(torch.autograd.Function):
         flat = gradient.reshape(-1, gradient.shape[-1])
         inputs = ctx.layer.input_gradient(flat)
         return inputs.reshape(*gradient.shape[:-1], -1).to(ctx.dtype), None
+
+
+def frozen_product(layer: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+    """inputs [tokens, in] times the weights of a frozen linear, plus its bias."""
+    if isinstance(layer, PackedLinear):
+        return layer.product(inputs)
+    bias = None if layer.bias is None else layer.bias.to(inputs.device, inputs.dtype)
+    return functional.linear(inputs, layer.weight.to(inputs.device, inputs.dtype, non_blocking=True), bias)
+
+
+def frozen_input_gradient(layer: nn.Linear, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient of a frozen linear's inputs, [tokens, in]."""
+    if isinstance(layer, PackedLinear):
+        return layer.input_gradient(gradient)
+    return gradient @ layer.weight.to(gradient.device, gradient.dtype, non_blocking=True)
 
 
 def compute_dtype(inputs: torch.Tensor) -> torch.dtype:

@@ -7,8 +7,7 @@ import torch
 from qdist.core.model.gptq import Shape, WeightOffset
 from qdist.runtime.kernels import gptq_bits as packing
 from qdist.runtime.kernels.gptq import FEW_TOKENS, dequantize, triton_product
-from qdist.runtime.kernels.pooling import means
-from qdist.runtime.model.adapted import add_pooled_gradient
+from qdist.runtime.kernels.pooling import add_pooled_gradient, means
 from qdist.runtime.model.packed import DEVIATION, PackedLinear, Slices, empty, is_offloaded
 
 
@@ -38,10 +37,10 @@ class PackedGptq(PackedLinear):
     ) -> None:
         super().__init__(in_features, out_features, bias=bias, dtype=dtype)
         self.shape, self.offset, self.shift = shape, offset, shift
-        groups, words = shape.groups(in_features), out_features * shape.bits // 32
-        self.weight = empty((in_features * shape.bits // 32, out_features), torch.int32)
-        self.qzeros = empty((groups, words), torch.int32)
-        self.scales = empty((groups, out_features), scale_dtype)
+        sizes = shape.tensors(in_features, out_features)
+        self.weight = empty(sizes["qweight"], torch.int32)
+        self.qzeros = empty(sizes["qzeros"], torch.int32)
+        self.scales = empty(sizes["scales"], scale_dtype)
         index = torch.empty(in_features, dtype=torch.int32, device="meta") if ordered else None
         self.register_buffer("g_idx", index, persistent=False)
         if shift is not None:

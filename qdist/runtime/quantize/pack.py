@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qdist.core.errors import ModelError
-from qdist.core.model.storage import Packing
-from qdist.core.planning.memory import BLOCK, NESTED_BLOCK
+from qdist.core.model.storage import BLOCK, NESTED_BLOCK, Packing, matrix_bytes
 from qdist.core.text import format_bytes
 from qdist.host.files import publish_folder, require_space
 from qdist.host.sources.cache import BESIDE, CHECKSUMS, source_identity, work_folder
@@ -35,6 +34,8 @@ from qdist.runtime.quantize.source import Blueprint, Tensors, blueprint, require
 
 _PIECE = 1 << 22
 """Elements unpacked at a time: bitsandbytes' CPU kernels take 16 bytes each beside the matrix."""
+_CODES_BYTES, _STATE_BYTES = 4 * 16, 256
+"""Beside a matrix of 4 bits: the values that codes stand for, and at most the state as JSON."""
 
 
 def pack_matrix(weight: torch.Tensor, packing: Packing, device: torch.device) -> dict[str, torch.Tensor]:
@@ -48,11 +49,9 @@ def pack_matrix(weight: torch.Tensor, packing: Packing, device: torch.device) ->
 def packed_bytes(shape: tuple[int, ...], packing: Packing) -> int:
     """An upper bound for what `pack_matrix` returns, within a hundred bytes."""
     rows, columns = shape
-    if packing.bits == 8:
-        return rows * columns + 4 * rows + 1
-    blocks = -(-rows * columns // BLOCK)
-    absmax = blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 * 256 if packing.double else 4 * blocks
-    return (rows * columns + 1) // 2 + absmax + 4 * 16 + 256  # the codes' table, and the state as JSON
+    size = matrix_bytes(columns, rows, bits=packing.bits, double=packing.double)
+    absmax_codes = 4 * 256 if packing.double else 0
+    return size + (1 if packing.bits == 8 else absmax_codes + _CODES_BYTES + _STATE_BYTES)
 
 
 def _four_bit(weight: torch.Tensor, packing: Packing, device: torch.device) -> dict[str, torch.Tensor]:

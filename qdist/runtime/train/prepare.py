@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdist.core.data import demo
+from qdist.core.model.adapters.registry import ADAPTERS
 from qdist.core.model.families import from_config
 from qdist.core.model.gptq import Gptq
-from qdist.core.model.pooling import require_packed
 from qdist.core.model.storage import packing_of
 from qdist.core.planning.plan import DataFacts, Prepared, Source
 from qdist.core.requests import Prepare
@@ -109,7 +109,8 @@ def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple
         return None, packed_folder(folder, packing_of(spec), name=spec.model)
     packed, shape = in_safetensors(folder), blueprint(folder)
     paths = [name.removesuffix(".weight") for name in shape.linears]
-    require_packed(spec, gptq, from_config(config, name=spec.model), paths)
+    facts = from_config(config, name=spec.model)
+    ADAPTERS[spec.method].require_packed(spec, gptq, facts, paths)
     return check.checked(packed, shape, gptq), Packed(packed)
 
 

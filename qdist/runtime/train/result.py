@@ -20,6 +20,7 @@ from qdist.host.run.follow import Follower
 from qdist.host.run.rundir import PLAN, RESULT, RunDir
 from qdist.host.sources.targets import ADAPTER, step_metadata, step_of
 from qdist.host.terminal import say
+from qdist.runtime.adapters.registry import METHODS
 from qdist.runtime.data.tokenizer import copy_beside, open_tokenizer
 from qdist.runtime.engine.torch import Adapter
 from qdist.runtime.exports.model_files import write_generation_config
@@ -105,8 +106,7 @@ def _write_adapter(run: RunDir, step: int, folder: Path, *, named: str) -> None:
     _, state = load(run.checkpoint(step))
     tensors = {_peft_name(name): tensor for name, tensor in state.parameters.items()}
     check_adapter(tensors, where=str(run.checkpoint(step)))
-    pooling = {"pool": plan.spec.lora.pool, "pool_group_size": str(plan.pool)} if plan.pool > 1 else {}
-    metadata = pooling | step_metadata(step, plan.steps, checkpoint=named)
+    metadata = METHODS[plan.spec.method].metadata(plan) | step_metadata(step, plan.steps, checkpoint=named)
     write_beside(folder, plan)
     metadata |= config_seal((folder / ADAPTER_CONFIG).read_text())
     write_tensors(folder, ADAPTER, entries_of(tensors), metadata=sealed(tensors, metadata))
@@ -176,7 +176,7 @@ def _peft_name(name: str) -> str:
 
 def _adapter_config(plan: Plan) -> str:
     """PEFT's adapter_config.json, written by PEFT."""
-    from qdist.runtime.adapters.lora import lora_config
+    from qdist.runtime.adapters.attach import lora_config
 
     config = lora_config(plan)
     config.inference_mode = True

@@ -12,11 +12,11 @@ from qdist.core.planning.render import ACCELERATE_FILE
 from qdist.core.spec.spec import memory_cap_of
 from qdist.host.machine import probe
 from qdist.host.run.rundir import RunDir
-from qdist.runtime.adapters.lora import add_adapter, prepare_for_training
+from qdist.runtime.adapters.attach import add_adapter
 from qdist.runtime.data.batches import read_samples
 from qdist.runtime.engine.objective import Evaluate, Forward
 from qdist.runtime.engine.torch import Adapter, Engine
-from qdist.runtime.model.skeleton import DTYPES, load_backbone
+from qdist.runtime.model.skeleton import DTYPES, decoder_layers, load_backbone
 from qdist.runtime.placements.base import PROCESS_GROUP_TIMEOUT, Placement
 from qdist.runtime.train.measure import disk_read_bytes
 
@@ -139,3 +139,20 @@ def assemble(place: Placement, accelerator: Any, backbone: Any, *, pad_id: int) 
     forward = Forward(model, samples, dtype=DTYPES[plan.compute_dtype], fused=plan.liger)
     adapter = Adapter(model, forward.loss)
     return Parts(model, forward, adapter, *place.build(accelerator, adapter, forward))
+
+
+def prepare_for_training(model: Any, plan: Plan) -> None:
+    """Gradient checkpointing (non-reentrant) and fused kernels, as planned."""
+    if plan.liger:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        from qdist.runtime.placements.split.stages import only_present
+
+        # The loss is fused in qdist.runtime.engine.objective, on learned tokens only.
+        with only_present(model.get_base_model()):
+            _apply_liger_kernel_to_instance(model.get_base_model(), fused_linear_cross_entropy=False)
+    if plan.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in decoder_layers(model.get_base_model())[plan.checkpointed_layers :]:
+            layer.gradient_checkpointing = False
+    model.train()

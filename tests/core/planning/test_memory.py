@@ -5,6 +5,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from qdist.core.model.adapters.qa_lora import QaLoraMethod
+from qdist.core.model.adapters.registry import adapter_parameters
 from qdist.core.model.aliases import config_of
 from qdist.core.model.families import from_config
 from qdist.core.model.shapes import ModelFacts
@@ -101,7 +103,7 @@ def test_a_tied_head_costs_nothing() -> None:
     [(0, 4.0, 8.0, 0.0), (1, 4.0, 12 / 4, 0.0), (2, 4 / 4, 12 / 4, 50e6 * 4), (3, 4 / 4, 12 / 4, 50e6 * 4)],
 )
 def test_zero_divides_what_its_stage_divides(stage: int, gradients: float, optimizer: float, bucket: float) -> None:
-    trained = facts_of("llama-7b").adapter_parameters(64, ("all-linear",))
+    trained = adapter_parameters(facts_of("llama-7b"), 64, ("all-linear",))
     own = predict("llama-7b", zero_stage=stage, data_parallel=4)
     assert (own.adapter, own.gradients) == (4 * trained, gradients * trained)
     assert (own.optimizer, own.gathers) == (optimizer * trained, bucket)
@@ -115,7 +117,7 @@ def test_gradients_count_in_full_when_they_outlive_a_micro_batch() -> None:
 
 
 def test_paged_moments_leave_the_gpu_and_the_fp32_copy_of_zero_stays() -> None:
-    trained = facts_of("llama-7b").adapter_parameters(64, ("all-linear",))
+    trained = adapter_parameters(facts_of("llama-7b"), 64, ("all-linear",))
     assert predict("llama-7b", optimizer_on_gpu=False).optimizer == 0
     assert predict("llama-7b", optimizer_on_gpu=False, zero_stage=2, data_parallel=4).optimizer == trained
 
@@ -267,7 +269,7 @@ def test_autograd_saves_under_autocast_what_the_terms_say(
     facts = from_config(layered(family, 1), name=family)
     targets = facts.linear_names
     three, two = (saved_bytes(family, layers, targets, 0.0, bits=bits, autocast=True) for layers in (3, 2))
-    casts = 2 * facts.adapter_parameters(RANK, targets)
+    casts = 2 * adapter_parameters(facts, RANK, targets)
     own = saved_bytes_per_token(
         facts.shapes[0], bits=bits, compute_bytes=2, rank_r=RANK, targets=targets, seq_len=LENGTH,
         fused_layers=False, fused_lora=False, lora_dropout=False,
@@ -311,8 +313,8 @@ def test_pooling_linears_keep_groups_alone(family: str, lora_dropout: float, aut
     given = {"bits": 16, "autocast": autocast, "fused_lora": True, "pool": 16}
     three, two = (saved_bytes(family, layers, targets, lora_dropout, **given) for layers in (3, 2))
     own = saved_bytes_per_token(
-        facts.shapes[0], bits=16, compute_bytes=2 if autocast else 4, rank_r=RANK, targets=targets, pool=16,
-        seq_len=LENGTH, fused_layers=False, fused_lora=True, lora_dropout=lora_dropout > 0,
+        facts.shapes[0], bits=16, compute_bytes=2 if autocast else 4, rank_r=RANK, targets=targets,
+        adapter=QaLoraMethod(16), seq_len=LENGTH, fused_layers=False, fused_lora=True, lora_dropout=lora_dropout > 0,
     )  # fmt: skip
     assert own == pytest.approx((three - two) / (BATCH * LENGTH), rel=0.02)
 
@@ -344,7 +346,7 @@ def saved_bytes(
     pooling = {"use_qalora": True, "qalora_group_size": pool} if pool > 1 else {}
     lora = peft.LoraConfig(r=RANK, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM", **pooling)
     if fused_lora:
-        fused = pytest.importorskip("qdist.runtime.adapters.lora")
+        fused = pytest.importorskip("qdist.runtime.adapters.attach")
         lora._register_custom_module({torch.nn.Linear: fused.FusedLora})
     model = peft.get_peft_model(model, lora).train()
     model.enable_input_require_grads()

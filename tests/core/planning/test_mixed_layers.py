@@ -7,6 +7,7 @@ import pytest
 
 from qdist.core.machine.cards import rates_of
 from qdist.core.machine.cluster import hypothetical
+from qdist.core.model.adapters.registry import adapter_parameters
 from qdist.core.model.aliases import config_of
 from qdist.core.model.families import from_config
 from qdist.core.model.shapes import ALL_LINEAR, LayerRun, LayerShape, Linear, ModelFacts
@@ -108,8 +109,8 @@ def test_parameters_are_those_of_the_model_in_torch() -> None:
         sum(value.numel() for value in layer.parameters()) for layer in model.model.layers
     ] == [MIXED.shapes[run].parameters for run in MIXED.run_of_layer]  # fmt: skip
     assert MIXED.linear_weights == sum(map(weights, INNER))
-    assert MIXED.adapter_parameters(8, (ALL_LINEAR,)) == sum(map(trained, INNER))
-    assert MIXED.adapter_parameters(8, ("down_proj",)) == sum(8 * (inner + HIDDEN) for inner in INNER)
+    assert adapter_parameters(MIXED, 8, (ALL_LINEAR,)) == sum(map(trained, INNER))
+    assert adapter_parameters(MIXED, 8, ("down_proj",)) == sum(8 * (inner + HIDDEN) for inner in INNER)
 
 
 def test_packed_bytes_and_memory_are_sums_over_the_layers_that_a_gpu_has() -> None:

@@ -45,7 +45,7 @@ OTHER = RunSpec(
     liger=False,
     new_tokens=("<|a b|>", 'say "ü"', "\\n"),
     trackers=("wandb", "tensorboard"),
-    lora=Lora(r=8, alpha=0.1, dropout=0.05, targets=("q_proj", "v_proj")),
+    lora=Lora(r=8, variant="rslora", alpha=0.1, dropout=0.05, targets=("q_proj", "v_proj")),
     quant=Quant(type="fp4", double=False),
     optim=Optim(
         name="adamw", lr=1e-30, schedule="cosine", warmup_steps=5, beta1=0.85, beta2=0.95, eps=1e16,
@@ -131,6 +131,13 @@ def nested(key: str, value: object) -> dict[str, Any]:
         value = {part: value}
     assert isinstance(value, dict)
     return value
+
+
+@pytest.mark.parametrize("key", ["use_rslora", "lora.peft_use_rslora", "load_in_4bit", "warmup_ratio"])
+def test_what_others_call_a_setting_of_other_values_points_to_ours_and_guesses_none(key: str) -> None:
+    leaf = key.rpartition(".")[2]
+    for error in (unknown_key(key), unknown_key(key, "true"), refusal(nested(key, 1))):
+        assert (error.message, error.try_) == (f"unknown setting {key!r}", f"qdist settings {leaf}")
 
 
 def test_a_key_like_no_other_points_to_the_list() -> None:

@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn import functional
 
 from qdist.core.errors import SpecError
+from qdist.core.model.adapters.qa_lora import factor_of
 from qdist.core.model.gptq import Gptq, Shape
-from qdist.core.model.pooling import factor_of
 from qdist.host.run.rundir import RunDir
+from qdist.runtime.adapters.lora import adapted_product
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.infer.load import load
-from qdist.runtime.model.adapted import adapted_product
 from tests.runtime.conftest import TrainRun
 from tests.runtime.gptq_files import padded, save_gptq
 from tests.runtime.tiny import adapted_run, backbone_of, logits_of, real_job, save_data, trainable
@@ -50,7 +50,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
     layer = layer_of(4, 32, inputs=64, outputs=32)
     layer.bias.data = layer.bias.data.double()
     leaves = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((1, 3, 64), (4, 2), (32, 4))]
-    assert torch.autograd.gradcheck(lambda x, a, b: adapted_product(x, a, b, layer, 0.7, 32), leaves)
+    assert torch.autograd.gradcheck(lambda x, a, b: adapted_product(x, a, b, layer, 0.7), leaves)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -64,7 +64,7 @@ def test_half_precision_is_near_float32(dtype: torch.dtype) -> None:
     wide = (up @ down).repeat_interleave(32, dim=1) / 32
     functional.linear(x, matrix + 0.5 * wide, layer.bias).backward(outer)
     with torch.autocast("cpu", dtype=dtype):
-        product = adapted_product(*rounded, layer, 0.5, 32)
+        product = adapted_product(*rounded, layer, 0.5)
     product.backward(outer.to(dtype))
     for near, wanted in zip(rounded, exact, strict=True):
         assert float((near.grad - wanted.grad).norm() / wanted.grad.norm()) < 1e-2

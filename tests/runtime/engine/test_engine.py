@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from qdist.core.model.adapters.registry import adapter_parameters
 from qdist.core.planning.plan import Plan
 from qdist.runtime.data.batches import Samples
 from qdist.runtime.engine.torch import Adapter, MicroBatch, State, TorchEngine, build_optimizer, finish_gradients
@@ -163,7 +164,7 @@ def test_an_adapter_holds_what_trains_and_nothing_else(plan: Plan) -> None:
     assert set(adapter.named()) == wanted
     assert all("lora_" in name for name in wanted)
     assert all(parameter.dtype == torch.float32 for parameter in adapter.parameters())
-    assert sum(p.numel() for p in adapter.parameters()) == plan.facts.adapter_parameters(4, ("all-linear",))
+    assert sum(p.numel() for p in adapter.parameters()) == adapter_parameters(plan.facts, 4, ("all-linear",))
 
 
 def test_the_first_adapter_follows_the_seed_alone(plan: Plan) -> None:

@@ -11,7 +11,7 @@ from qdist.core.errors import PlanError, SpecError
 from qdist.core.planning.inference import Footprint, Residence
 from qdist.host.machine.nvml import Card, Driver
 from qdist.host.run.rundir import RunDir
-from qdist.runtime.adapters.lora import FusedLora
+from qdist.runtime.adapters.attach import FusedLora
 from qdist.runtime.infer import residence as places
 from qdist.runtime.infer.generate import complete
 from qdist.runtime.infer.load import load, load_run

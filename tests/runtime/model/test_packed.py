@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from qdist.core.spec.spec import Quant
-from qdist.runtime.adapters.lora import FusedLora
+from qdist.runtime.adapters.attach import FusedLora
 from qdist.runtime.kernels.four_bit import dequantize_reference
 from qdist.runtime.model.packed import Packed4bit, Packed8bit, PackedLinear
 from qdist.runtime.model.skeleton import fill
@@ -112,7 +112,7 @@ def test_a_fused_adapter_computes_what_peft_does(kind: str, dropout: float) -> N
 
 
 def test_gradients_of_the_fused_adapter_are_those_of_finite_differences() -> None:
-    from qdist.runtime.model.adapted import adapted_product
+    from qdist.runtime.adapters.lora import adapted_product
 
     layer = nn.Linear(6, 5, dtype=torch.float64).requires_grad_(False)
     leaves = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 6), (4, 6), (5, 4))]

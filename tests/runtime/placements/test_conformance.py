@@ -13,7 +13,7 @@ from qdist.core.telemetry.events import losses
 from qdist.host.launch import prepare
 from qdist.host.run.follow import Follower
 from qdist.host.run.rundir import RunDir
-from qdist.runtime.adapters.lora import add_adapter
+from qdist.runtime.adapters.attach import add_adapter
 from qdist.runtime.placements.base import Placement
 from qdist.runtime.placements.registry import PLACEMENTS, placement_of
 from qdist.runtime.train.checkpoint import load_tensors

@@ -12,8 +12,8 @@ from qdist.core.model.gptq import Gptq, Shape
 from qdist.core.telemetry.events import losses
 from qdist.host.run.follow import Follower
 from qdist.host.run.rundir import RunDir
+from qdist.runtime.adapters.lora import adapted_product
 from qdist.runtime.infer.load import open_model
-from qdist.runtime.model.adapted import adapted_product
 from qdist.runtime.model.packed_gptq import PackedGptq
 from qdist.runtime.model.skeleton import fill
 from qdist.runtime.model.weights import RandomWeights

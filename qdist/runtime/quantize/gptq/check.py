@@ -111,10 +111,8 @@ def _plain(folder: Path, tensors: dict[str, _Tensor], name: str, shape: tuple[in
 def _shapes(folder: Path, tensors: dict[str, _Tensor], path: str, shape: Shape, inputs: int, outputs: int) -> int:
     """Check the tensors of one linear; their bytes."""
     require_whole_words(f"{folder}: {path}", shape.bits, inputs=inputs, outputs=outputs)
-    groups = shape.groups(inputs)
-    _expect(folder, tensors, f"{path}.qweight", (inputs * shape.bits // 32, outputs), ("I32",))
-    _expect(folder, tensors, f"{path}.qzeros", (groups, outputs * shape.bits // 32), ("I32",))
-    _expect(folder, tensors, f"{path}.scales", (groups, outputs), _PLAIN)
+    for name, size in shape.tensors(inputs, outputs).items():
+        _expect(folder, tensors, f"{path}.{name}", size, _PLAIN if name == "scales" else ("I32",))
     if f"{path}.g_idx" in tensors:
         _expect(folder, tensors, f"{path}.g_idx", (inputs,), ("I32", "I64"))
     return shape.bytes_of(inputs, outputs)
@@ -129,11 +127,11 @@ def _offsets(folder: Path, tensors: dict[str, _Tensor], path: str, gptq: Gptq, i
         raise ModelError(f"{folder}: {path} has {inputs} inputs, which offsets of groups of {size} do not fit",
                          try_=_MERGE)  # fmt: skip
     name = f"{path}.weight_offset"
-    wide = gptq.offset.dtype == "float32"
-    _expect(folder, tensors, name, (inputs // size, outputs), ("F32" if wide else "F16",))
+    stored = "F32" if gptq.offset.dtype == "float32" else "F16"
+    _expect(folder, tensors, name, (inputs // size, outputs), (stored,))
     if not bool(torch.isfinite(_read(folder, tensors, name)).all()):
         raise ModelError(f"{folder}: {name} holds values that are no numbers", try_=_MERGE)
-    return (4 if wide else 2) * inputs // size * outputs
+    return gptq.offset.bytes_of(inputs, outputs)
 
 
 def _contents(

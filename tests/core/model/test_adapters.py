@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 
 from qdist.core.errors import SpecError
+from qdist.core.model.adapters.lora import LoraMethod
+from qdist.core.model.adapters.qa_lora import QaLoraMethod, alphas, factor_of
+from qdist.core.model.adapters.registry import ADAPTERS, adapter_parameters
 from qdist.core.model.aliases import config_of
 from qdist.core.model.families import from_config
 from qdist.core.model.gptq import Gptq, Override, Shape
-from qdist.core.model.pooling import alphas, factor_of, pool_of
 from qdist.core.model.shapes import ModelFacts
 from qdist.core.spec.spec import RunSpec, nest, resolve
 
@@ -23,22 +25,26 @@ def facts_of(alias: str) -> ModelFacts:
     return from_config(config_of(alias), name=alias)
 
 
+def adapter_of(spec: RunSpec, gptq: Gptq, facts: ModelFacts) -> LoraMethod:
+    return ADAPTERS[spec.method].of_run(spec, gptq, facts)
+
+
 @pytest.mark.parametrize(
     ("alias", "millions"), [("llama-7b", 89.3), ("llama-13b", 139.9), ("llama-33b", 272.4), ("llama-65b", 446.5)]
 )
 def test_adapters_have_the_published_sizes(alias: str, millions: float) -> None:
     """QA-LoRA, table 2 of the paper: r=64 on all linears, groups of 32."""
-    count = facts_of(alias).adapter_parameters(64, ("all-linear",), 32)
+    count = adapter_parameters(facts_of(alias), 64, ("all-linear",), QaLoraMethod(32))
     assert count / 1e6 == pytest.approx(millions, abs=0.06)
 
 
 def test_inputs_are_pooled_by_the_gptq_group_unless_one_says_otherwise() -> None:
     facts = facts_of("llama-7b")
-    assert pool_of(spec_of(), GROUPS_OF_32, facts) == 32
-    assert pool_of(spec_of(**{"lora.pool_group_size": 128}), GROUPS_OF_32, facts) == 128
+    assert adapter_of(spec_of(), GROUPS_OF_32, facts) == QaLoraMethod(32)
+    assert adapter_of(spec_of(**{"lora.pool_group_size": 128}), GROUPS_OF_32, facts) == QaLoraMethod(128)
     mixed = Gptq(shape=Shape(4, 32), overrides=(Override("x", Shape(4, 64)), Override("y", None)))
-    assert pool_of(spec_of(), mixed, facts) == 64
-    assert pool_of(resolve({"method": "gptq-lora"}), GROUPS_OF_32, facts) == 1
+    assert adapter_of(spec_of(), mixed, facts) == QaLoraMethod(64)
+    assert adapter_of(resolve({"method": "gptq-lora"}), GROUPS_OF_32, facts) == LoraMethod()
 
 
 @pytest.mark.parametrize(
@@ -52,13 +58,13 @@ def test_inputs_are_pooled_by_the_gptq_group_unless_one_says_otherwise() -> None
 )
 def test_a_pool_that_could_not_be_merged_is_refused(gptq: Gptq, settings: dict, said: str, attempt: str) -> None:
     with pytest.raises(SpecError, match=said) as caught:
-        pool_of(spec_of(**settings), gptq, facts_of("llama-7b"))
+        adapter_of(spec_of(**settings), gptq, facts_of("llama-7b"))
     assert attempt in str(caught.value.try_)
 
 
 def test_a_linear_that_its_group_does_not_divide_is_named() -> None:
     with pytest.raises(SpecError, match="q_proj of m has 576 inputs, which groups of 128 do not divide") as caught:
-        pool_of(spec_of(), Gptq(shape=Shape(4, 128)), facts_of("smollm2-135m"))
+        adapter_of(spec_of(), Gptq(shape=Shape(4, 128)), facts_of("smollm2-135m"))
     assert caught.value.try_ == "a GPTQ checkpoint with --group-size 64"
 
 

@@ -1,0 +1,1 @@
+"""What each adapter method counts and refuses: one file a method."""

@@ -1,0 +1,69 @@
+"""What does LoRA count? Hu et al. 2021: B A beside a linear, A [r, in] and B [out, r]."""
+
+from collections.abc import Iterable
+from typing import ClassVar, Self
+
+import msgspec
+
+from qdist.core.model.gptq import Gptq
+from qdist.core.model.shapes import LayerShape, Linear, ModelFacts
+from qdist.core.spec.spec import RunSpec
+
+
+class LoraMethod(msgspec.Struct, frozen=True):
+    """What planner and storage ask of a method: LoRA's answers, on a backbone of any kind, which others override."""
+
+    pool: int = 1
+    """Inputs that share a column of A, and of the update."""
+    merges_exactly: ClassVar[bool] = False
+    """Whether merging leaves every bit of the backbone; otherwise the sum is rounded to 16 bits."""
+    gradient_reads: ClassVar[int] = 1
+    """Times that the gradient of A reads a linear's inputs."""
+
+    @property
+    def title(self) -> str:
+        """What plans and reports call it."""
+        return "LoRA"
+
+    @classmethod
+    def of_run(cls, spec: RunSpec, gptq: Gptq | None, facts: ModelFacts) -> Self:
+        """What a run trains. Raises SpecError where the model does not take it."""
+        return cls()
+
+    def parameters(self, linear: Linear, rank: int) -> int:
+        """Trained parameters beside one linear."""
+        return rank * (linear.inputs // self.pool + linear.outputs)
+
+    def saved_inputs(
+        self, shape: LayerShape, adapted: tuple[Linear, ...], compute_bytes: int, *, casts: bool, dropout: bool
+    ) -> int:
+        """Bytes per token of what a layer's A matrices keep of their inputs for the backward pass.
+
+        casts: peft casts the inputs to float32 and keeps those. dropout: on those inputs.
+        One tensor serves all that read it, unless each reader makes its own: dropout gives each a masked copy and a
+        mask (bytes on a GPU, floats on a CPU); peft casts the input of a 16-bit linear to fp32, and a layer norm leaves
+        autocast in fp32, so each reader casts its own back.
+        """
+        autocast = compute_bytes < 4
+        own = sum(linear.inputs for linear in adapted)
+        widths = {linear.reads: linear.inputs for linear in adapted}
+        if shape.attention == "flash":
+            widths.pop("attention_out", None)  # attention has kept it already
+        if dropout:
+            kept = shape.intermediate * (shape.mlp == "relu")
+            return (own + kept) * compute_bytes + own * (1 if autocast else 4)
+        if casts:
+            return own * compute_bytes
+        if shape.mlp == "relu":
+            widths["mlp_out"] = shape.intermediate
+        behind_norms = [linear for linear in adapted if linear.reads in ("attention_in", "mlp_in")]
+        copies = len(behind_norms) - len({linear.reads for linear in behind_norms})
+        extra = copies * shape.hidden if autocast and shape.norm == "layer" else 0
+        return (sum(widths.values()) + extra) * compute_bytes
+
+    @staticmethod
+    def require_packed(spec: RunSpec, gptq: Gptq, facts: ModelFacts, paths: Iterable[str]) -> None:
+        """Refuse a GPTQ checkpoint that leaves in 16 bits what the method needs packed.
+
+        paths: of all linears that could be quantized. Raises SpecError naming the first.
+        """
