@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from qdist.core.errors import Change, SpecError
 from qdist.core.spec.contradictions import contradiction
-from qdist.core.spec.keys import choices, known_keys, optional
+from qdist.core.spec.keys import choices, is_list, known_keys, names_of, optional, read_value
 from qdist.core.spec.suggest import not_among, of_another_kind, or_tried_hint, unknown
 from qdist.core.text import parse_bytes
 
@@ -325,16 +325,17 @@ def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """'lora.r=32' -> ('lora.r', '32'). A value with commas becomes a tuple where the setting is a list."""
+    """'lora.r=32' -> ('lora.r', '32'). The value is read as `read_value` has it.
+
+    Raises SpecError for what is not an assignment, and for an unknown key.
+    """
     key, separator, value = text.partition("=")
     key, value = key.strip(), value.strip()
     if not separator or not key:
         raise SpecError(f"{text!r} is not key=value", try_="--set lora.r=32")
     if key not in known_keys(RunSpec):
         raise unknown_key(key, value)
-    if key in ("lora.targets", "trackers", "new_tokens"):
-        return key, [part.strip() for part in value.split(",") if part.strip()]
-    return key, _or_open(key, value)
+    return key, _or_open(key, value if known_keys(RunSpec)[key] else read_value(RunSpec, key, value))
 
 
 def _or_open(key: str, value: Any) -> Any:
@@ -355,12 +356,19 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any], prefix: str) -> dic
         if key not in keys:
             raise unknown_key(key)
         if keys[key] is None:
-            merged[name] = value.lower() if isinstance(value, str) and value.lower() in choices(RunSpec, key) else value
+            merged[name] = _in_our_case(key, names_of(value) if is_list(RunSpec, key) else value)
         elif isinstance(value, Mapping):
             merged[name] = _merge(merged.get(name, {}), value, f"{key}.")
         else:
             raise SpecError(f"{key!r} is a section, not a setting", try_=_settings_of(key))
     return merged
+
+
+def _in_our_case(key: str, value: Any) -> Any:
+    """A choice as we write it, where it was written in another case."""
+    if isinstance(value, list):
+        return [_in_our_case(key, each) for each in value]
+    return value.lower() if isinstance(value, str) and value.lower() in choices(RunSpec, key) else value
 
 
 def _settings_of(section: str) -> str:

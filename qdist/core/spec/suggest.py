@@ -96,7 +96,14 @@ def of_another_kind(key: str, value: Any, reason: str, usual: Change) -> SpecErr
     """
     # What was got shows already, and as a flag's or recipe's text it is a `str` whatever it looks like.
     wanted = reason.partition(", got ")[0].replace(" | null", "")
-    for kind, words in (("`int`", "a whole number"), ("`float`", "a number"), ("`bool`", "true or false")):
+    for kind, words in (
+        ("`int`", "a whole number"),
+        ("`float`", "a number"),
+        ("`bool`", "true or false"),
+        ("`str`", "text"),
+        ("`array` of length >= 1", "one or more names"),
+        ("`array`", "a list of names"),
+    ):
         wanted = wanted.replace(kind, words)
     wanted = re.sub(r" number >= ([\d.]+)$", r" number, \1 or more", wanted)
     return SpecError(
