@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from qdist.core.data.demo import NAME as DEMO
-from qdist.core.errors import MACHINE, Change, QdistError, RunError, SpecError, flags
+from qdist.core.errors import MACHINE, Change, QdistError, SpecError, flags
 from qdist.core.machine.cluster import Cluster
 from qdist.core.machine.described import described
 from qdist.core.planning.advice import needs
@@ -158,11 +158,7 @@ def _rest_of(
     run: RunDir, changes: Mapping[str, Any], *, dry_run: bool, say: Callable[[str], None]
 ) -> prepare.Job | prepare.Preview | RunDir:
     result = run.result()
-    if result is not None and changes:
-        raise RunError(
-            f"{run.path} is finished after {result.get('steps', 'all')} steps and cannot be changed", try_="a new run"
-        )
-    if result is not None:
+    if result is not None and not changes:
         tidy(run)
         send_rest(run, say=say)
         say(f"{run.path} is finished: {result.get('steps', 'all')} steps, adapter in {run.adapter}")

@@ -34,6 +34,7 @@ from qdist.host.data.records import check_source, source_notes
 from qdist.host.launch import tasks
 from qdist.host.launch.refusals import (
     of_the_same,
+    refuse_done,
     refuse_other_files,
     refuse_small_disk,
     refuse_unwritable,
@@ -127,10 +128,12 @@ def preview(spec: RunSpec) -> Preview:
 
 
 def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Job:
-    """Plan the rest of a run, on what is here now; its model, data and arithmetic stay as they were.
+    """Plan the rest of a run, or more steps of a finished one, on what is here now.
+
+    Its model, data and arithmetic stay as they were.
 
     changes: settings given again, nested. Raises SpecError when one of them would make it another run, RunError when
-    its model or data are others now.
+    its model or data are others now, or it has done its steps.
     """
     return _prepared(_resumed(run, changes))
 
@@ -207,7 +210,8 @@ def _resumed(run: RunDir, changes: Mapping[str, Any]) -> _Asked:
     for key in was:
         if was[key] != now[key] and not _resumable(key, spec):
             raise SpecError(
-                f"{run.path} was started with {key}={_shown(was[key])}, not {_shown(now[key])}; a resumed run keeps it",
+                f"{run.path} was started with {key}={_shown(was[key])}, not {_shown(now[key])}; a resumed run keeps it"
+                + _because(key, spec),
                 try_=f"leave {key} out, or start a new run",
             )
     refuse_unwritable(run)
@@ -228,6 +232,8 @@ def _job(asked: _Asked, prepared: Prepared) -> Job:
     run, spec, here, old = asked
     facts = from_config(prepared.source.config, name=spec.model)
     plan = _planned(asked, prepared.source, facts, prepared.data)
+    if old:
+        refuse_done(plan, run)
     refuse_small_disk(plan, run)
     files = {
         "recipe.toml": to_toml(msgspec.structs.replace(spec, run=None)),
@@ -312,6 +318,11 @@ def _synthetic(spec: RunSpec) -> Prepared:
 def _resumable(key: str, spec: RunSpec) -> bool:
     """Whether a run may go on with another value; the length only where the learning rate does not follow it."""
     return key in RESUMABLE or (key in ("steps", "epochs") and spec.optim.schedule == "constant")
+
+
+def _because(key: str, spec: RunSpec) -> str:
+    """Why a run keeps its length: ': its ...'; empty for settings that speak for themselves."""
+    return f": its {spec.optim.schedule} learning rate ends with them" if key in ("steps", "epochs") else ""
 
 
 def _stem(spec: RunSpec) -> str:
