@@ -16,7 +16,8 @@ from qdist.core.text import quoted
 
 F = TypeVar("F", bound=Callable[..., Any])
 _LIKE_THEIR_SETTINGS = (
-    "model", "bits", "method", "data", "gpus", "placement", "gpus_per_group", "max_memory", "load_format", "run",
+    "model", "bits", "method", "data", "gpus", "placement", "gpus_per_group", "max_memory", "load_format", "adapter",
+    "run",
 )  # fmt: skip
 FLAGS = {**{name: name for name in _LIKE_THEIR_SETTINGS}, **COMMON}
 """Every parameter of a command that is a setting."""

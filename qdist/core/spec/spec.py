@@ -178,6 +178,13 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Literal["auto", "alpaca", "input-output", "oasst", "sharegpt", "messages", "self-instruct", "text"],
         Meta(description="Format of the records. Auto: detected."),
     ] = "auto"
+    adapter: Annotated[
+        str | None,
+        Meta(
+            description="Adapter to start from: a run, or a folder that PEFT wrote, of this model, rank, alpha and "
+            "targets. Auto: a new one."
+        ),
+    ] = None
     run: Annotated[str | None, Meta(description="Run directory. Auto: runs/MODEL-METHOD-DATA.")] = None
     gpus: Annotated[
         Positive | None,

@@ -28,6 +28,7 @@ from qdist.host.launch.trackers import send_rest
 from qdist.host.machine import probe
 from qdist.host.run import calibration
 from qdist.host.run.rundir import RunDir
+from qdist.host.sources.adapters import require_fit
 from qdist.host.sources.model_folder import gptq_of
 from qdist.host.sources.models import EMBEDDED, Shape, known_shape
 
@@ -113,7 +114,9 @@ def _plan_once(request: PlanRequest, spec: RunSpec, here: Here, facts_of: FactsO
     if not request.described:
         learnt = calibration.correction_for(cluster, world_size=spec.gpus, bits=spec.bits)
     source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=gptq_of(spec, config))
-    return plan_once(spec, source, facts, cluster, None, has_liger=has_liger, correction=learnt)
+    plan = plan_once(spec, source, facts, cluster, None, has_liger=has_liger, correction=learnt)
+    require_fit(plan)
+    return plan
 
 
 def machine_of(request: PlanRequest, gpus: int | None, here: Here) -> Cluster:

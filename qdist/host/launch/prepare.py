@@ -47,6 +47,7 @@ from qdist.host.machine import probe
 from qdist.host.run import calibration
 from qdist.host.run.rundir import MACHINE, PLAN, RunDir, free_name
 from qdist.host.sources import cache
+from qdist.host.sources.adapters import find_adapter, require_fit, require_start, start_of
 from qdist.host.sources.model_folder import require_same_tensors
 from qdist.host.sources.models import shape
 
@@ -196,6 +197,8 @@ def _new_run(spec: RunSpec) -> _Asked:
     refuse_used(run)
     refuse_unwritable(run)
     refuse_missing(spec.trackers)
+    if spec.adapter:
+        find_adapter(spec.adapter)
     return _Asked(run, spec, probe.cluster())
 
 
@@ -231,9 +234,7 @@ def _changed_since(old: Plan) -> tuple[str, ...]:
 def _job(asked: _Asked, prepared: Prepared) -> Job:
     run, spec, here, old = asked
     facts = from_config(prepared.source.config, name=spec.model)
-    plan = _planned(asked, prepared.source, facts, prepared.data)
-    if old:
-        refuse_done(plan, run)
+    plan = _started(asked, _planned(asked, prepared.source, facts, prepared.data))
     refuse_small_disk(plan, run)
     files = {
         "recipe.toml": to_toml(msgspec.structs.replace(spec, run=None)),
@@ -246,8 +247,21 @@ def _job(asked: _Asked, prepared: Prepared) -> Job:
     files[ACCELERATE_FILE] = json.dumps(accelerate_config(plan), indent=2) + "\n"
     files["launch.sh"] = launch_script(plan, python=sys.executable)
     files[PLAN] = msgspec.json.format(msgspec.json.encode(plan), indent=1).decode() + "\n"
+    begins = plan.start.path if plan.start and not run.checkpoint_steps() else ""
+    notes = (f"the adapter begins as that in {begins}",) if begins else ()
     stem, resumes = ("", digest(old)) if old else ("" if spec.run else _stem(spec), "")
-    return Job(run, plan, files, prepared.notes, stem, resumes)
+    return Job(run, plan, files, prepared.notes + notes, stem, resumes)
+
+
+def _started(asked: _Asked, plan: Plan) -> Plan:
+    """The plan, with the adapter that its run starts from. Raises RunError where there is nothing to go on to, or from."""
+    run, old = asked.run, asked.old
+    if old is None:
+        return msgspec.structs.replace(plan, start=start_of(plan))
+    refuse_done(plan, run)
+    if old.start and not run.checkpoint_steps():
+        require_start(old.start, run)
+    return msgspec.structs.replace(plan, start=old.start)
 
 
 def _surveyed(asked: _Asked) -> Survey:
@@ -270,7 +284,10 @@ def _rehearse(asked: _Asked, found: Survey) -> None:
     if found.source is None or found.facts is None:
         return
     shortest = DataFacts(path="", samples=2, train_samples=1, held_out_samples=1, tokens=2, longest=8)
-    refuse_small_disk(_planned(asked._replace(old=None), found.source, found.facts, shortest), asked.run)
+    plan = _planned(asked._replace(old=None), found.source, found.facts, shortest)
+    if asked.old is None:
+        require_fit(plan)
+    refuse_small_disk(plan, asked.run)
 
 
 def _estimate_notes(spec: RunSpec, found: Survey, data: DataFacts | None) -> tuple[str, ...]:

@@ -193,6 +193,26 @@ def test_a_finished_run_goes_on_as_if_it_had_never_ended(
     assert any(bool((first[name] != tensor).any()) for name, tensor in adapter(run).items())
 
 
+def test_a_run_from_an_adapter_starts_where_that_ended_and_goes_on_without_its_folder(
+    train: TrainRun, model: Path, folder: Path, alone: RunDir
+) -> None:
+    import shutil
+
+    start = folder / "peft"
+    shutil.copytree(alone.adapter, start)
+    job = dummy_job(model, folder / "second", gpus=1, **DOTTED, micro_batch=2, adapter=str(start))
+    run = train(job)
+    result, before = run.result(), alone.result()
+    assert result is not None
+    assert before is not None
+    assert result["held_out"][0] == [0, before["held_out"][-1][1]]
+    assert load(run.checkpoint(2))[0].optimizer_steps == 2
+    shutil.rmtree(start)
+    again = copied(run, folder / "second-again", up_to=2)
+    train(prepare.prepare_resume(again, {}))
+    assert furthest(again, run) == 0.0
+
+
 # --- real processes -----------------------------------------------------------------------------------------------
 
 
