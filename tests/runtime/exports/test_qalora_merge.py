@@ -30,11 +30,8 @@ ASYMMETRIC = Gptq(shape=Shape(4, 32), sym=False, format="gptq_v2")
 SYMMETRIC = Gptq(shape=Shape(4, 32))
 
 
-def quiet(_: str) -> None: ...
-
-
 def merged(*runs: RunDir, out: Path, weights: tuple[float, ...] = ()) -> Difference:
-    return merge_offsets(Adapters(runs, weights), out, quiet)
+    return merge_offsets(Adapters(runs, weights), out)
 
 
 def run_over(model: Path, run: Path, *, scale: float = 0.05, method: str = "qa-lora", **settings: Any) -> RunDir:
