@@ -21,11 +21,11 @@ OTHER_NAMES = {
     # Axolotl
     "base_model": "model", "micro_batch_size": "micro_batch", "sequence_len": "seq_len", "num_epochs": "epochs",
     "lora_r": "lora.r", "lora_target_modules": "lora.targets", "lr_scheduler": "optim.schedule",
-    "val_set_size": "train.held_out", "train_on_inputs": "train.train_on_source",
+    "lora_model_dir": "adapter", "val_set_size": "train.held_out", "train_on_inputs": "train.train_on_source",
     # LLaMA-Factory
     "model_name_or_path": "model", "dataset": "data", "cutoff_len": "seq_len", "quantization_bit": "bits",
-    "lora_rank": "lora.r", "lora_target": "lora.targets", "val_size": "train.held_out",
-    "train_on_prompt": "train.train_on_source",
+    "adapter_name_or_path": "adapter", "lora_rank": "lora.r", "lora_target": "lora.targets",
+    "val_size": "train.held_out", "train_on_prompt": "train.train_on_source",
     # Unsloth
     "model_name": "model", "max_seq_length": "seq_len", "random_state": "seed",
     # QLoRA's script, DeepSpeed, and what people say

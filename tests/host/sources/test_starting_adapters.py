@@ -170,6 +170,7 @@ def test_the_plan_records_the_adapter_and_a_resume_sees_another(trained: RunDir)
     job = prepare.prepare(resolve({**SMALL, "run": "second", "adapter": "first"}))
     assert job.plan.start is not None
     assert job.plan.start.path == str(trained.adapter.resolve())
+    assert job.notes == (f"the adapter begins as that in {trained.adapter.resolve()}",)
     run = claim.write(job)
     assert prepare.prepare_resume(run, {}).plan.start == job.plan.start
     (trained.adapter / TENSORS).write_bytes((trained.adapter / TENSORS).read_bytes() + b"x")
@@ -180,7 +181,8 @@ def test_the_plan_records_the_adapter_and_a_resume_sees_another(trained: RunDir)
         prepare.prepare_resume(run, {})
     run.checkpoint(1).mkdir()
     (run.checkpoint(1) / "DONE").touch()
-    assert prepare.prepare_resume(run, {}).plan.start == job.plan.start
+    rest = prepare.prepare_resume(run, {})
+    assert (rest.plan.start, rest.notes) == (job.plan.start, ())
 
 
 @pytest.mark.parametrize(
