@@ -254,7 +254,7 @@ def _job(asked: _Asked, prepared: Prepared) -> Job:
 
 
 def _started(asked: _Asked, plan: Plan) -> Plan:
-    """The plan, with the adapter that its run starts from. Raises RunError where there is nothing to go on to, or from."""
+    """The plan, with what its run starts from. Raises RunError where that is gone, or nothing left to do."""
     run, old = asked.run, asked.old
     if old is None:
         return msgspec.structs.replace(plan, start=start_of(plan))
