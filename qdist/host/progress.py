@@ -14,7 +14,7 @@ _SOON_S, _LATE_S = 1.0, 10.0
 other."""
 
 
-class Progress:
+class ProgressLine:
     """A context that tells of the parts of a job as they are done.
 
     On a terminal it is one line that changes; elsewhere a line for each tenth, or every ten seconds.
@@ -35,7 +35,7 @@ class Progress:
         self._began = self._told = clock()
         self._tenth, self._live, self._open = 10 * done // max(1, total), sys.stderr.isatty(), False
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressLine":
         return self
 
     def __exit__(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from qdist.host.progress import Progress
+from qdist.host.progress import ProgressLine
 
 
 class Terminal(io.StringIO):
@@ -24,7 +24,7 @@ def work(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stderr", stream)
         patch.setenv("COLUMNS", "40")
-        with Progress(total, "written", done=done, in_bytes=in_bytes, clock=lambda: now[0]) as progress:
+        with ProgressLine(total, "written", done=done, in_bytes=in_bytes, clock=lambda: now[0]) as progress:
             for number, (seconds, count) in enumerate(parts, 1):
                 now[0] += seconds
                 progress.advance(count, f"layer {number}" if in_bytes else "")

@@ -22,7 +22,7 @@ from qdist.core.errors import ModelError
 from qdist.core.model.storage import FORMAT, Packing
 from qdist.host.files import sync, write_atomic
 from qdist.host.opening import converted, read_object, read_typed, require_file, told
-from qdist.host.progress import Progress
+from qdist.host.progress import ProgressLine
 from qdist.host.sources.model_folder import INDEX, weight_map
 from qdist.host.terminal import say
 from qdist.runtime.formats.checksum import Sums, require_sums, tensor_checksum
@@ -136,7 +136,7 @@ def write_missing(folder: Path, files: Collection[str], entries: Callable[[str],
     missing = {file: entries(file) for file in files if file not in written}
     done = sum(there.tensor_bytes for there in written.values())
     total = done + sum(entry.bytes for own in missing.values() for entry in own)
-    with Progress(total, "written", done=done, in_bytes=True) as progress:
+    with ProgressLine(total, "written", done=done, in_bytes=True) as progress:
         for file, own in missing.items():
             written[file] = write_tensors(folder, file, own, wrote=progress.advance)
     return written

@@ -14,7 +14,7 @@ from qdist.core.requests import Generate
 from qdist.host.data.records import read_prompts
 from qdist.host.files import sync, unwritable, write_atomic, write_out
 from qdist.host.opening import decoded, node_of, read_text
-from qdist.host.progress import Progress
+from qdist.host.progress import ProgressLine
 from qdist.host.run.rundir import PLAN, RunDir
 from qdist.host.terminal import say
 from qdist.runtime.formats.work_folder import reserved
@@ -74,7 +74,7 @@ def _answer(
         say(line, err=True)
     if kept.answers:
         say(f"{len(kept.answers)} of {len(encoded)} answers are there already", err=True)
-    with Progress(len(encoded), "answered", done=len(kept.answers)) as progress:
+    with ProgressLine(len(encoded), "answered", done=len(kept.answers)) as progress:
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
             found = complete(

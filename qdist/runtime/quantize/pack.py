@@ -14,7 +14,7 @@ from qdist.core.model.storage import Packing
 from qdist.core.planning.memory import BLOCK, NESTED_BLOCK
 from qdist.core.text import format_bytes
 from qdist.host.files import publish_folder, require_space
-from qdist.host.progress import Progress
+from qdist.host.progress import ProgressLine
 from qdist.host.sources.cache import BESIDE, CHECKSUMS, source_identity, work_folder
 from qdist.host.sources.model_folder import fingerprint
 from qdist.host.terminal import say
@@ -181,7 +181,7 @@ def _write_missing(job: Job, work: Path, files: dict[str, int], written: dict[st
     say(f"packing {name} to {job.packing}, once: {size}{again}", err=True)
     sizes = {file: job.source_bytes(position) for file, position in files.items()}
     done = sum(sizes[file] for file in written)
-    with Progress(sum(sizes.values()), "read", done=done, in_bytes=True) as progress:
+    with ProgressLine(sum(sizes.values()), "read", done=done, in_bytes=True) as progress:
         for file, position in files.items():
             if file not in written:
                 written[file] = write_tensors(work, file, _entries(job, position))

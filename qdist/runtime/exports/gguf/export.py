@@ -16,7 +16,7 @@ from qdist.core.requests import Export
 from qdist.core.text import format_bytes
 from qdist.host.files import require_space, sync
 from qdist.host.opening import told
-from qdist.host.progress import Progress
+from qdist.host.progress import ProgressLine
 from qdist.host.terminal import say
 from qdist.runtime.exports.backbone import Backbone
 from qdist.runtime.exports.gguf.blocks import Affine, Kind, Make, Stored, Type, dense, made, rows_of
@@ -50,7 +50,7 @@ def check_gguf(
     if odd:
         raise ModelError(f"{out} and the model differ in {odd[0]}", try_="export it again")
     furthest = 0.0
-    with Progress(sum(tensor.bytes for tensor in stored), "checked", in_bytes=True) as progress:
+    with ProgressLine(sum(tensor.bytes for tensor in stored), "checked", in_bytes=True) as progress:
         for tensor in stored:
             furthest = max(furthest, _error(tensor, found[tensor.name], out))
             progress.advance(tensor.bytes)

@@ -18,7 +18,7 @@ from qdist.core.model.gptq import WORD, Gptq, Override, Shape
 from qdist.core.requests import Convert
 from qdist.core.text import format_bytes, format_duration
 from qdist.host.files import folder_to_write, write_atomic
-from qdist.host.progress import Progress
+from qdist.host.progress import ProgressLine
 from qdist.host.sources.models import read_json
 from qdist.host.terminal import say
 from qdist.runtime.data.tokenizer import copy_beside
@@ -286,7 +286,7 @@ def _write(job: Job, work: Path) -> tuple[dict[str, Written], float]:
     """A file a decoder layer and one for the rest. Also the largest relative change of a scale."""
     layers, loss = job.shape.layers, 0.0
     files: dict[str, Written] = {}
-    with Progress(layers + 1, "files written") as progress:
+    with ProgressLine(layers + 1, "files written") as progress:
         for position in range(layers + 1):
             tensors, lost = _tensors(job, position)
             loss, file = max(loss, lost), file_name(position, layers)
