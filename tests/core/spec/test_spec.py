@@ -30,6 +30,7 @@ OTHER = RunSpec(
     bits=4,
     data="C:\\data\nfile\u007f.jsonl",
     format="sharegpt",
+    adapter="runs/one, two",
     run="runs/naïve 'one'",
     gpus=4,
     placement="split",
