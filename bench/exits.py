@@ -56,7 +56,7 @@ def ways(evaluation: Evaluation, run: Path, work: Path) -> dict[str, Callable[[]
 
 def merged(evaluation: Evaluation, run: Path, out: Path) -> float:
     """As `qdist merge` writes it."""
-    difference = merge_offsets(Adapters([RunDir(run)]), out, lambda _: None)
+    difference = merge_offsets(Adapters([RunDir(run)]), out)
     print(f"{'':28}offsets {difference.relative:.1e} off the update, {difference.unchanged} tensors bit for bit")
     return value(evaluation.quantized(out))
 

@@ -95,7 +95,7 @@ def test_a_launch_runs_to_its_end_and_a_finished_run_is_given_back(
     assert (done.path, done.plan.steps, done.result["steps"]) == (tmp_path / "run", 3, 3)
     assert qdist.launch(run=tmp_path / "run", resume=True) == done
     assert len(started) == 1
-    with pytest.raises(RunError, match="is finished after 3 steps and cannot be changed"):
+    with pytest.raises(RunError, match="is finished after 3 steps, and no checkpoint of it is left to go on from"):
         qdist.launch(run=tmp_path / "run", resume=True, steps=5)
     out, err = capfd.readouterr()
     assert out == ""

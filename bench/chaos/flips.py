@@ -251,7 +251,7 @@ def _merged(ground: Ground) -> Path:
     out, run = ground.folder / "with-offsets", RunDir(ground.folder / "qa-lora")
     if not out.is_dir():
         adapted_run(real_job(ground.gptq, ground.data, run.path, seq_len=32, method="qa-lora"))
-        merge_offsets(Adapters([run]), out, lambda line: None)
+        merge_offsets(Adapters([run]), out)
     return out
 
 

@@ -16,7 +16,8 @@ from qdist.core.text import quoted
 
 F = TypeVar("F", bound=Callable[..., Any])
 _LIKE_THEIR_SETTINGS = (
-    "model", "bits", "method", "data", "gpus", "placement", "gpus_per_group", "max_memory", "load_format", "run",
+    "model", "bits", "method", "data", "gpus", "placement", "gpus_per_group", "max_memory", "load_format", "adapter",
+    "run",
 )  # fmt: skip
 FLAGS = {**{name: name for name in _LIKE_THEIR_SETTINGS}, **COMMON}
 """Every parameter of a command that is a setting."""
@@ -35,6 +36,7 @@ def setting_flags(*names: str) -> Callable[[F], F]:
                 name,
                 metavar="|".join(among) if among else "N" if numbers else "TEXT",
                 help=description(RunSpec, key),
+                shell_complete=_completed(among),
             )(command)
         return command
 
@@ -63,7 +65,14 @@ def _flag(kind: type[msgspec.Struct], field: msgspec.structs.FieldInfo, text: st
         return click.option(both, name, is_flag=True, default=None, help=text)
     number = any(isinstance(each, (msgspec.inspect.IntType, msgspec.inspect.FloatType)) for each in kinds)
     metavar = f"[{'|'.join(among)}]" if (among := choices(kind, name)) else "N" if number else None
-    return click.option(flag, name, required=field.required, metavar=metavar, help=text)
+    return click.option(
+        flag, name, required=field.required, metavar=metavar, help=text, shell_complete=_completed(among)
+    )
+
+
+def _completed(among: Sequence[str]) -> Callable[[click.Context, click.Parameter, str], list[str]] | None:
+    """What a shell offers for a flag's value: the words that begin so; files where the flag takes any."""
+    return (lambda _, __, begun: [word for word in among if word.startswith(begun)]) if among else None
 
 
 class SettingsCommand(click.Command):

@@ -73,7 +73,7 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Names the nearest command; click looks only among the commands already imported."""
         name = args[0]
-        if name not in COMMANDS and not name.startswith("-"):
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:  # else a shell completes
             near = nearest(name, COMMANDS)
             raise SpecError(f"{name} is no command", try_=command(near) if near else ", ".join(COMMANDS))
         return super().resolve_command(ctx, args)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from click.shell_completion import BashComplete
 from click.testing import CliRunner
 
 from qdist.cli.main import main
@@ -66,3 +67,19 @@ def test_a_flag_reaches_the_plan() -> None:
     line = ["plan", "--model", "llama-7b", "--gpus", "1", "--gpu-memory", "48GiB", "--json", "--lora-r", "8"]
     result = CliRunner().invoke(main, line, prog_name="qdist")
     assert json.loads(result.stdout)["spec"]["lora"]["r"] == 8
+
+
+@pytest.mark.parametrize(
+    ("typed", "begun", "offered"),
+    [
+        ([], "la", ["launch"]),
+        (["launch"], "--batch", ["--batch-size"]),
+        (["plan", "--placement"], "s", ["shard", "split"]),
+        (["export", "RUN", "--to"], "g", ["gguf", "gptq"]),
+        (["launch", "--nope", "x"], "--adap", ["--adapter"]),
+        (["nonsense"], "--x", []),
+    ],
+)
+def test_a_shell_completes_commands_flags_and_choices(typed: list[str], begun: str, offered: list[str]) -> None:
+    found = BashComplete(main, {}, "qdist", "_QDIST_COMPLETE").get_completions(typed, begun)
+    assert [item.value for item in found if item.type == "plain"] == offered

@@ -231,12 +231,12 @@ def test_what_is_not_as_it_must_be_ends_with_code_2(arguments: tuple[str, ...], 
 
 def test_resuming_says_from_where_and_a_dry_run_changes_nothing(here: Path) -> None:
     job = written("run")
-    job.run.checkpoint(20).mkdir()
-    (job.run.checkpoint(20) / "DONE").touch()
+    job.run.checkpoint(3).mkdir()
+    (job.run.checkpoint(3) / "DONE").touch()
     contents = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
     result = qdist("launch", "--resume", "--run", "run", "--gpus", "2", "--dry-run")
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("resuming run from step 20\n")
+    assert result.stdout.startswith("resuming run from step 3\n")
     assert "2 CPU processes" in result.stdout
     assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == contents
 

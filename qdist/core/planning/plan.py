@@ -88,6 +88,15 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What was repaired, cut or dropped, for the user."""
 
 
+class Start(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The adapter that a run starts from."""
+
+    path: str
+    """Its folder, needed until the first checkpoint."""
+    digest: str
+    """SHA-256 of its file of tensors."""
+
+
 class RankPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one process owns. `expected` is aligned with `gpus`; a CPU rank has one entry and no GPU."""
 
@@ -127,6 +136,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     source: Source
     facts: ModelFacts
     data: DataFacts | None
+    start: Start | None = None
+    """None where the run makes a new adapter."""
     pool: int = 1
     """Inputs of a linear that share a column of the adapter's A: 1, or QA-LoRA's group."""
     device: Literal["cuda", "cpu"]

@@ -1,6 +1,11 @@
 """Which settings does a nested struct have, by dotted key; what is each for, and which values may it take?"""
 
+import tomllib
+from typing import Any
+
 import msgspec
+
+from qdist.core.errors import SpecError, typed
 
 Kind = type[msgspec.Struct]
 
@@ -37,10 +42,51 @@ def description(kind: Kind, key: str) -> str:
 def accepted(kind: Kind, key: str) -> str:
     """The values that a setting takes, in words: 'nf4, fp4', 'integer >= 1', 'names with commas'."""
     if among := choices(kind, key):
-        return ", ".join(among) + ("; several with commas" if _is_list(kind, key) else "")
+        return ", ".join(among) + ("; several with commas" if is_list(kind, key) else "")
     return " or ".join(
         _in_words(each) for each in kinds_of(kind, key) if not isinstance(each, msgspec.inspect.NoneType)
     )
+
+
+def read_value(kind: Kind, key: str, text: str) -> Any:
+    """What was typed for a setting: bare words, several with commas where it is a list, or a TOML value.
+
+    Raises SpecError for quotes or brackets that TOML cannot read.
+    """
+    listed, plain = is_list(kind, key), text.replace("_", "")
+    number = ("_" in text and plain[:1].isdigit()) or plain[:2] in ("0x", "0o", "0b")
+    if number and not any(isinstance(each, msgspec.inspect.StrType) for each in kinds_of(kind, key)):
+        return _read_toml(text, text)
+    if not text.startswith(("'", '"', "[") if listed else ("'", '"')):
+        return names_of(text) if listed else text
+    value = _read_toml(text)
+    if value is not None:
+        return names_of(value) if listed else value
+    names = names_of(text)
+    if listed and not set("'\"") & set(text) and all(name.count("[") == name.count("]") for name in names):
+        return names  # [INST],[/INST] are two words of some models
+    bare = ",".join(filter(None, (name.strip("'\"[] ") for name in names)))
+    kinds = "neither names with commas nor a whole TOML list or string" if listed else "not a whole TOML string"
+    raise SpecError(f"{key} cannot be {text!r}: it is {kinds}", try_=typed(key, bare) if bare else f"another {key}")
+
+
+def _read_toml(text: str, otherwise: Any = None) -> Any:
+    """A TOML value; `otherwise` for what is none."""
+    try:
+        read = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return otherwise
+    return read["value"] if len(read) == 1 else otherwise
+
+
+def names_of(value: Any) -> Any:
+    """The names in a text with commas; anything else as it is."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def is_list(kind: Kind, key: str) -> bool:
+    """Whether a setting takes several values."""
+    return any(isinstance(each, msgspec.inspect.VarTupleType) for each in kinds_of(kind, key))
 
 
 def _in_words(info: msgspec.inspect.Type) -> str:
@@ -51,10 +97,6 @@ def _in_words(info: msgspec.inspect.Type) -> str:
     if isinstance(info, msgspec.inspect.BoolType):
         return "true, false"
     return "names with commas" if isinstance(info, msgspec.inspect.VarTupleType) else "text"
-
-
-def _is_list(kind: Kind, key: str) -> bool:
-    return any(isinstance(each, msgspec.inspect.VarTupleType) for each in kinds_of(kind, key))
 
 
 def kinds_of(kind: Kind, key: str) -> tuple[msgspec.inspect.Type, ...]:
@@ -70,3 +112,10 @@ def _info(kind: Kind, key: str) -> msgspec.inspect.Type:
     for part in key.split("."):
         found = {field.encode_name: field.type for field in msgspec.structs.fields(found)}[part]
     return msgspec.inspect.type_info(found)
+
+
+def json_text(value: Any) -> str:
+    """A setting as one types it."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return msgspec.json.encode(value).decode().strip('"')

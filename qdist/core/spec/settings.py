@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from qdist.core.errors import SpecError
-from qdist.core.spec.keys import accepted, description, known_keys
-from qdist.core.spec.spec import RunSpec, flatten, json_text, parse_assignment, unknown_key
+from qdist.core.spec.keys import accepted, description, json_text, known_keys
+from qdist.core.spec.spec import RunSpec, flatten, parse_assignment, unknown_key
 from qdist.core.spec.suggest import RELATED_NAMES, known_as
 
 COMMON = {

@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from qdist.core.errors import Change, SpecError
 from qdist.core.spec.contradictions import contradiction
-from qdist.core.spec.keys import choices, known_keys, optional
+from qdist.core.spec.keys import choices, is_list, json_text, known_keys, names_of, optional, read_value
 from qdist.core.spec.suggest import not_among, of_another_kind, or_tried_hint, unknown
 from qdist.core.text import parse_bytes
 
@@ -192,6 +192,13 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Literal["auto", "alpaca", "input-output", "oasst", "sharegpt", "messages", "self-instruct", "text"],
         Meta(description="Format of the records. Auto: detected."),
     ] = "auto"
+    adapter: Annotated[
+        str | None,
+        Meta(
+            description="Adapter to start from: a run, or a folder that PEFT wrote, of this model, rank, alpha and "
+            "targets. Auto: a new one."
+        ),
+    ] = None
     run: Annotated[str | None, Meta(description="Run directory. Auto: runs/MODEL-METHOD-DATA.")] = None
     gpus: Annotated[
         Positive | None,
@@ -339,16 +346,17 @@ def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """'lora.r=32' -> ('lora.r', '32'). A value with commas becomes a tuple where the setting is a list."""
+    """'lora.r=32' -> ('lora.r', '32'). The value is read as `read_value` has it.
+
+    Raises SpecError for what is not an assignment, and for an unknown key.
+    """
     key, separator, value = text.partition("=")
     key, value = key.strip(), value.strip()
     if not separator or not key:
         raise SpecError(f"{text!r} is not key=value", try_="--set lora.r=32")
     if key not in known_keys(RunSpec):
         raise unknown_key(key, value)
-    if key in ("lora.targets", "trackers", "new_tokens"):
-        return key, [part.strip() for part in value.split(",") if part.strip()]
-    return key, _or_open(key, value)
+    return key, _or_open(key, value if known_keys(RunSpec)[key] else read_value(RunSpec, key, value))
 
 
 def _or_open(key: str, value: Any) -> Any:
@@ -369,12 +377,19 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any], prefix: str) -> dic
         if key not in keys:
             raise unknown_key(key)
         if keys[key] is None:
-            merged[name] = value.lower() if isinstance(value, str) and value.lower() in choices(RunSpec, key) else value
+            merged[name] = _in_our_case(key, names_of(value) if is_list(RunSpec, key) else value)
         elif isinstance(value, Mapping):
             merged[name] = _merge(merged.get(name, {}), value, f"{key}.")
         else:
             raise SpecError(f"{key!r} is a section, not a setting", try_=_settings_of(key))
     return merged
+
+
+def _in_our_case(key: str, value: Any) -> Any:
+    """A choice as we write it, where it was written in another case."""
+    if isinstance(value, list):
+        return [_in_our_case(key, each) for each in value]
+    return value.lower() if isinstance(value, str) and value.lower() in choices(RunSpec, key) else value
 
 
 def _settings_of(section: str) -> str:
@@ -416,30 +431,3 @@ def flatten(spec: RunSpec) -> dict[str, Any]:
 def changed(spec: RunSpec, change: Change) -> RunSpec:
     """The spec with a change to its settings. Raises SpecError, as `checked` does, with untried hints."""
     return settled(msgspec.to_builtins(spec), change) if change else spec
-
-
-def json_text(value: Any) -> str:
-    """A setting as one types it."""
-    if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
-    return msgspec.json.encode(value).decode().strip('"')
-
-
-def to_toml(spec: RunSpec) -> str:
-    """The spec as a recipe that `qdist launch` reads back; what the plan decides is left out."""
-    plain = msgspec.to_builtins(spec)
-    lines = [
-        f"{key} = {_toml_value(value)}"
-        for key, value in plain.items()
-        if not isinstance(value, dict) and value is not None
-    ]
-    for section, settings in plain.items():
-        if isinstance(settings, dict):
-            lines += ["", f"[{section}]"]
-            lines += [f"{key} = {_toml_value(value)}" for key, value in settings.items() if value is not None]
-    return "\n".join(lines) + "\n"
-
-
-def _toml_value(value: Any) -> str:
-    """TOML's strings, numbers, booleans and arrays of strings are JSON's, but for DEL, which TOML wants escaped."""
-    return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")

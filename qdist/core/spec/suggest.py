@@ -22,11 +22,11 @@ OTHER_NAMES = {
     # Axolotl
     "base_model": "model", "micro_batch_size": "micro_batch", "sequence_len": "seq_len", "num_epochs": "epochs",
     "lora_r": "lora.r", "lora_target_modules": "lora.targets", "lr_scheduler": "optim.schedule",
-    "val_set_size": "train.held_out", "train_on_inputs": "train.train_on_source",
+    "lora_model_dir": "adapter", "val_set_size": "train.held_out", "train_on_inputs": "train.train_on_source",
     # LLaMA-Factory
     "model_name_or_path": "model", "dataset": "data", "cutoff_len": "seq_len", "quantization_bit": "bits",
-    "lora_rank": "lora.r", "lora_target": "lora.targets", "val_size": "train.held_out",
-    "train_on_prompt": "train.train_on_source",
+    "adapter_name_or_path": "adapter", "lora_rank": "lora.r", "lora_target": "lora.targets",
+    "val_size": "train.held_out", "train_on_prompt": "train.train_on_source",
     # Unsloth
     "model_name": "model", "max_seq_length": "seq_len", "random_state": "seed",
     # QLoRA's script, DeepSpeed, and what people say
@@ -38,7 +38,7 @@ RELATED_NAMES = {
     "gradient_accumulation_steps": "global_batch", "load_in_4bit": "bits", "load_in_8bit": "bits", "bf16": "dtype",
     "fp16": "dtype", "fsdp": "placement", "device_map": "placement", "deepspeed": "zero.stage", "optim": "optim.name",
     "optimizer": "optim.name", "lora_target_linear": "lora.targets",
-    "use_gradient_checkpointing": "train.checkpointing", "adapter": "method", "finetuning_type": "method",
+    "use_gradient_checkpointing": "train.checkpointing", "finetuning_type": "method",
     "datasets": "data", "tensor_parallel": "placement", "warmup_ratio": "optim.warmup_steps",
     "evals_per_epoch": "train.eval_steps", "saves_per_epoch": "train.save_steps", "use_rslora": "lora.variant",
     "peft_use_rslora": "lora.variant",
@@ -89,7 +89,14 @@ def of_another_kind(key: str, value: Any, reason: str, usual: Change) -> SpecErr
     """
     # What was got shows already, and as a flag's or recipe's text it is a `str` whatever it looks like.
     wanted = reason.partition(", got ")[0].replace(" | null", "")
-    for kind, words in (("`int`", "a whole number"), ("`float`", "a number"), ("`bool`", "true or false")):
+    for kind, words in (
+        ("`int`", "a whole number"),
+        ("`float`", "a number"),
+        ("`bool`", "true or false"),
+        ("`str`", "text"),
+        ("`array` of length >= 1", "one or more names"),
+        ("`array`", "a list of names"),
+    ):
         wanted = wanted.replace(kind, words)
     wanted = re.sub(r" number >= ([\d.]+)$", r" number, \1 or more", wanted)
     return SpecError(

@@ -14,7 +14,7 @@ from qdist.core.text import resuming
 from qdist.host.files import is_full, locked, sweep, write_atomic
 from qdist.host.launch.prepare import Job
 from qdist.host.launch.refusals import ELSEWHERE, refuse_used
-from qdist.host.run.rundir import ENDED, LOCK, STOP, RunDir, free_name, of_ranks
+from qdist.host.run.rundir import ENDED, LOCK, RESULT, STOP, RunDir, free_name, of_ranks
 from qdist.host.run.state import sign
 
 
@@ -52,6 +52,9 @@ def claimed(job: Job) -> Iterator[Claim]:
             lock = stack.enter_context(locked(job.run.path / LOCK, busy=busy))
             _look_again(job)
             _clear(job.run)
+            (job.run.path / RESULT).unlink(
+                missing_ok=True
+            )  # of a run that goes on; before its plan tells of more steps
             launch = sign(lock)
             _write_files(job)
         except OSError as error:
@@ -100,7 +103,7 @@ def _look_again(job: Job) -> None:
     run = job.run
     if not job.resumes:
         refuse_used(run, held=True)
-    elif run.result() is not None:
+    elif (result := run.result()) is not None and job.plan.steps <= result.get("steps", job.plan.steps):
         raise RunError(f"another launch has finished {run.path} meanwhile", try_="its adapter")
     elif digest(run.plan()) != job.resumes:
         raise RunError(f"another launch has gone on with {run.path} meanwhile", try_=resuming(run.path))

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from qdist.core.data.demo import NAME as DEMO
-from qdist.core.errors import MACHINE, Change, QdistError, RunError, SpecError, flags
+from qdist.core.errors import MACHINE, Change, QdistError, SpecError, flags
 from qdist.core.machine.cluster import Cluster
 from qdist.core.machine.described import described
 from qdist.core.planning.advice import needs
@@ -28,6 +28,7 @@ from qdist.host.launch.trackers import send_rest
 from qdist.host.machine import probe
 from qdist.host.run import calibration
 from qdist.host.run.rundir import RunDir
+from qdist.host.sources.adapters import require_fit
 from qdist.host.sources.model_folder import gptq_of
 from qdist.host.sources.models import EMBEDDED, Shape, known_shape
 
@@ -113,7 +114,9 @@ def _plan_once(request: PlanRequest, spec: RunSpec, here: Here, facts_of: FactsO
     if not request.described:
         learnt = calibration.correction_for(cluster, world_size=spec.gpus, bits=spec.bits)
     source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=gptq_of(spec, config))
-    return plan_once(spec, source, facts, cluster, None, has_liger=has_liger, correction=learnt)
+    plan = plan_once(spec, source, facts, cluster, None, has_liger=has_liger, correction=learnt)
+    require_fit(plan)
+    return plan
 
 
 def machine_of(request: PlanRequest, gpus: int | None, here: Here) -> Cluster:
@@ -158,11 +161,7 @@ def _rest_of(
     run: RunDir, changes: Mapping[str, Any], *, dry_run: bool, say: Callable[[str], None]
 ) -> prepare.Job | prepare.Preview | RunDir:
     result = run.result()
-    if result is not None and changes:
-        raise RunError(
-            f"{run.path} is finished after {result.get('steps', 'all')} steps and cannot be changed", try_="a new run"
-        )
-    if result is not None:
+    if result is not None and not changes:
         tidy(run)
         send_rest(run, say=say)
         say(f"{run.path} is finished: {result.get('steps', 'all')} steps, adapter in {run.adapter}")

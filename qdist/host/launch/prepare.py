@@ -29,12 +29,14 @@ from qdist.core.planning.render import (
     launch_script,
 )
 from qdist.core.planning.resources import count_of
-from qdist.core.spec.spec import RunSpec, flatten, resolve, to_toml
+from qdist.core.spec.recipe import to_toml
+from qdist.core.spec.spec import RunSpec, flatten, resolve
 from qdist.host import templates
 from qdist.host.data.records import check_source, source_notes
 from qdist.host.launch import tasks
 from qdist.host.launch.refusals import (
     of_the_same,
+    refuse_done,
     refuse_other_files,
     refuse_small_disk,
     refuse_unwritable,
@@ -47,6 +49,7 @@ from qdist.host.machine import probe
 from qdist.host.run import calibration
 from qdist.host.run.rundir import MACHINE, PLAN, RunDir, free_name
 from qdist.host.sources import cache
+from qdist.host.sources.adapters import find_adapter, require_fit, require_start, start_of
 from qdist.host.sources.model_folder import require_same_tensors
 from qdist.host.sources.models import shape
 
@@ -128,10 +131,12 @@ def preview(spec: RunSpec) -> Preview:
 
 
 def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Job:
-    """Plan the rest of a run, on what is here now; its model, data and arithmetic stay as they were.
+    """Plan the rest of a run, or more steps of a finished one, on what is here now.
+
+    Its model, data and arithmetic stay as they were.
 
     changes: settings given again, nested. Raises SpecError when one of them would make it another run, RunError when
-    its model or data are others now.
+    its model or data are others now, or it has done its steps.
     """
     return _prepared(_resumed(run, changes))
 
@@ -194,6 +199,8 @@ def _new_run(spec: RunSpec) -> _Asked:
     refuse_used(run)
     refuse_unwritable(run)
     refuse_missing(spec.trackers)
+    if spec.adapter:
+        find_adapter(spec.adapter)
     return _Asked(run, spec, probe.cluster())
 
 
@@ -208,7 +215,8 @@ def _resumed(run: RunDir, changes: Mapping[str, Any]) -> _Asked:
     for key in was:
         if was[key] != now[key] and not _resumable(key, spec):
             raise SpecError(
-                f"{run.path} was started with {key}={_shown(was[key])}, not {_shown(now[key])}; a resumed run keeps it",
+                f"{run.path} was started with {key}={_shown(was[key])}, not {_shown(now[key])}; a resumed run keeps it"
+                + _because(key, spec),
                 try_=f"leave {key} out, or start a new run",
             )
     refuse_unwritable(run)
@@ -228,7 +236,7 @@ def _changed_since(old: Plan) -> tuple[str, ...]:
 def _job(asked: _Asked, prepared: Prepared) -> Job:
     run, spec, here, old = asked
     facts = from_config(prepared.source.config, name=spec.model)
-    plan = _planned(asked, prepared.source, facts, prepared.data)
+    plan = _started(asked, _planned(asked, prepared.source, facts, prepared.data))
     refuse_small_disk(plan, run)
     files = {
         "recipe.toml": to_toml(msgspec.structs.replace(spec, run=None)),
@@ -241,8 +249,21 @@ def _job(asked: _Asked, prepared: Prepared) -> Job:
     files[ACCELERATE_FILE] = json.dumps(accelerate_config(plan), indent=2) + "\n"
     files["launch.sh"] = launch_script(plan, python=sys.executable)
     files[PLAN] = msgspec.json.format(msgspec.json.encode(plan), indent=1).decode() + "\n"
+    begins = plan.start.path if plan.start and not run.checkpoint_steps() else ""
+    notes = (f"the adapter begins as that in {begins}",) if begins else ()
     stem, resumes = ("", digest(old)) if old else ("" if spec.run else _stem(spec), "")
-    return Job(run, plan, files, prepared.notes, stem, resumes)
+    return Job(run, plan, files, prepared.notes + notes, stem, resumes)
+
+
+def _started(asked: _Asked, plan: Plan) -> Plan:
+    """The plan, with what its run starts from. Raises RunError where that is gone, or nothing left to do."""
+    run, old = asked.run, asked.old
+    if old is None:
+        return msgspec.structs.replace(plan, start=start_of(plan))
+    refuse_done(plan, run)
+    if old.start and not run.checkpoint_steps():
+        require_start(old.start, run)
+    return msgspec.structs.replace(plan, start=old.start)
 
 
 def _surveyed(asked: _Asked) -> Survey:
@@ -265,7 +286,10 @@ def _rehearse(asked: _Asked, found: Survey) -> None:
     if found.source is None or found.facts is None:
         return
     shortest = DataFacts(path="", samples=2, train_samples=1, held_out_samples=1, tokens=2, longest=8)
-    refuse_small_disk(_planned(asked._replace(old=None), found.source, found.facts, shortest), asked.run)
+    plan = _planned(asked._replace(old=None), found.source, found.facts, shortest)
+    if asked.old is None:
+        require_fit(plan)
+    refuse_small_disk(plan, asked.run)
 
 
 def _estimate_notes(spec: RunSpec, found: Survey, data: DataFacts | None) -> tuple[str, ...]:
@@ -313,6 +337,11 @@ def _synthetic(spec: RunSpec) -> Prepared:
 def _resumable(key: str, spec: RunSpec) -> bool:
     """Whether a run may go on with another value; the length only where the learning rate does not follow it."""
     return key in RESUMABLE or (key in ("steps", "epochs") and spec.optim.schedule == "constant")
+
+
+def _because(key: str, spec: RunSpec) -> str:
+    """Why a run keeps its length: ': its ...'; empty for settings that speak for themselves."""
+    return f": its {spec.optim.schedule} learning rate ends with them" if key in ("steps", "epochs") else ""
 
 
 def _stem(spec: RunSpec) -> str:

@@ -54,6 +54,25 @@ def refuse_used(run: RunDir, *, held: bool = False) -> None:
         raise RunError(f"{run.path} exists and is not a run", try_="another --run")
 
 
+def refuse_done(plan: Plan, run: RunDir) -> None:
+    """Raise RunError where a run has done the steps of the plan for its rest; a finished one goes on to more only."""
+    result, saved = run.result(), run.checkpoint_steps()
+    if result is None:
+        if saved and plan.steps < saved[-1]:
+            more = resuming(run.path, "--steps", 2 * saved[-1])
+            raise RunError(f"{run.path} has done {saved[-1]:,} steps, more than {plan.steps:,}", try_=more)
+        return
+    done, schedule = result.get("steps", run.plan().steps), plan.spec.optim.schedule
+    finished = f"{run.path} is finished after {done:,} steps"
+    if not saved:
+        raise RunError(f"{finished}, and no checkpoint of it is left to go on from", try_="a new run")
+    if schedule != "constant":
+        raise RunError(f"{finished}: its {schedule} learning rate has ended with them", try_="a new run")
+    if plan.steps <= done:
+        more = resuming(run.path, "--steps", 2 * done)
+        raise RunError(f"{finished}: it goes on to more of them only, not to {plan.steps:,}", try_=more)
+
+
 def refuse_unwritable(run: RunDir, *, probe: bool = False) -> None:
     """Raise RunError where a run directory cannot be written. probe: as `obstacle` has it."""
     if why := obstacle(run.path, probe=probe):

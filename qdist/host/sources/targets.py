@@ -1,6 +1,7 @@
 """What can be opened by a name, and which step a run's adapter is of? Told from small files, before torch is loaded."""
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -109,12 +110,6 @@ _MOST_HEADER_BYTES = 100_000_000
 """safetensors' own limit."""
 
 
-class _Header(msgspec.Struct):
-    """What is read of a header."""
-
-    metadata: dict[str, str] = msgspec.field(default_factory=dict, name="__metadata__")
-
-
 def step_metadata(step: int, steps: int, *, checkpoint: str = "") -> dict[str, str]:
     """What an adapter's file says of itself beside its tensors, where PEFT does not look.
 
@@ -154,12 +149,19 @@ def step_of(run: RunDir, which: str) -> int | None:
     return int(which)
 
 
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """What a file of safetensors says of each of its tensors, and under `__metadata__` of itself.
+
+    Raises RunError where it cannot be read.
+    """
+    require_file(path, RunError)
+    with told(str(path), RunError), open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return msgspec.json.decode(file.read(min(length, _MOST_HEADER_BYTES)), type=dict[str, dict[str, Any]])
+
+
 def _metadata(run: RunDir) -> dict[str, str]:
-    path = run.adapter / ADAPTER
     try:
-        require_file(path, RunError)
-        with told(str(path), RunError), open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            return msgspec.json.decode(file.read(min(length, _MOST_HEADER_BYTES)), type=_Header).metadata
+        return read_header(run.adapter / ADAPTER).get("__metadata__", {})
     except RunError:
         return {}

@@ -13,6 +13,7 @@ from qdist.core.planning.inference import Footprint, Residence, footprint
 from qdist.core.planning.plan import Plan, Source
 from qdist.core.text import format_bytes
 from qdist.host.machine import probe
+from qdist.host.progress import ProgressLine
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.data.batches import Samples, read_samples
 from qdist.runtime.engine.objective import Forward
@@ -119,9 +120,18 @@ class Evaluation:
 
     def held_out(self, model: Any, dtype: torch.dtype) -> float:
         """The loss of any model over the run's held-out samples."""
-        samples = self._samples
-        loss, tokens = Forward(model, samples, dtype=dtype, fused=False).evaluate(samples.held_out_batches())
+        samples, batches = self._samples, self._samples.held_out_batches()
+        with ProgressLine(len(batches), "held-out micro-batches evaluated") as progress:
+            began = partial(_began, progress)
+            loss, tokens = Forward(model, samples, dtype=dtype, fused=False).evaluate(batches, began)
+            progress.advance(1)
         return loss / tokens
+
+
+def _began(progress: ProgressLine, count: int) -> None:
+    """A micro-batch is begun, so the one before it is done."""
+    if count > 1:
+        progress.advance(1)
 
 
 def _residence(plan: Plan, dtype: torch.dtype) -> Residence:

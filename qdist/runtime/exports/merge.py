@@ -63,7 +63,7 @@ def report(losses: Losses) -> str:
 def merge_exactly(request: Folding) -> str:
     """Write QA-LoRA's checkpoint with offsets; what differs from the adapter, in weights and in losses."""
     adapters, out = Adapters.named_in(request), Path(request.out)
-    difference = merge_offsets(adapters, out, lambda line: say(f"  {line}", err=True))
+    difference = merge_offsets(adapters, out)
     relative, largest = difference.relative, difference.largest
     kept = f"; all {difference.unchanged} tensors of the base as they were" if difference.unchanged else ""
     lines = [

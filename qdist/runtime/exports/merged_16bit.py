@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from qdist.host.terminal import say
 from qdist.runtime.exports.backbone import Backbone, Weight
 from qdist.runtime.exports.model_files import write_model_files
 from qdist.runtime.exports.update import Adapters, Update
-from qdist.runtime.formats.packed_folder import Entry, Written, file_name, finished, write_index, write_tensors
+from qdist.runtime.formats.packed_folder import Entry, file_name, finished, write_index, write_missing
 from qdist.runtime.formats.recorded_sums import keep_sums
 from qdist.runtime.formats.work_folder import filled, reserved
 from qdist.runtime.model.skeleton import DTYPES
@@ -105,8 +105,6 @@ _VERSION = 1
 """Raise it whenever the same runs would become other bytes."""
 _BESIDE_BYTES = 32 << 20
 """Of tokenizer, index and configurations, at most."""
-_TELL_S = 10.0
-"""How often writing says how far it is."""
 
 
 def run(request: Folding) -> None:
@@ -132,7 +130,7 @@ def write(adapters: Adapters, out: Path, *, onto: Onto, dtype: torch.dtype) -> i
             written = {name: there for name in files if (there := finished(work, name))}
             missing = sum(entry.bytes for name in files if name not in written for entry in files[name])
             require_space(out.parent, missing + _BESIDE_BYTES, purpose=f"writing {out.name}")
-            _write(work, files, written)
+            written = write_missing(work, files, files.__getitem__)
             backbone = merged.backbone
             write_model_files(work, backbone.model, backbone.plan, dtype)
             keep_sums(work, written.values())
@@ -154,27 +152,3 @@ def _identity(merged: Merged, onto: Onto) -> str:
     """SHA-256 of what decides the bytes: adapters and their weights, the backbone, and to what they are merged."""
     contents = [_VERSION, merged.adapters.stamp, onto, str(merged.dtype), merged.backbone.identity()]
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
-
-
-def _write(work: Path, files: dict[str, list[Entry]], written: dict[str, Written]) -> None:
-    """The files that are not there yet, added to `written`."""
-    progress = _Progress(files, written)
-    for name, entries in files.items():
-        if name not in written:
-            written[name] = write_tensors(work, name, entries)
-            progress.done(written)
-
-
-class _Progress:
-    """Says on stderr how far a long export is."""
-
-    def __init__(self, files: dict[str, list[Entry]], written: Collection[str]) -> None:
-        self._files, self._told = files, time.monotonic()
-        if written:
-            say(f"{len(written)} of {len(files)} files are there already", err=True)
-
-    def done(self, written: dict[str, Written]) -> None:
-        if time.monotonic() - self._told > _TELL_S:
-            self._told = time.monotonic()
-            size = format_bytes(sum(part.tensor_bytes for part in written.values()))
-            say(f"  {len(written)} of {len(self._files)} files, {size}", err=True)

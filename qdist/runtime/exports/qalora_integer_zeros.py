@@ -18,7 +18,7 @@ from qdist.host.files import require_space
 from qdist.host.terminal import say
 from qdist.runtime.exports.gptq_base import OFFSET, GptqBase, GroupUpdates, Packed
 from qdist.runtime.exports.update import Adapters
-from qdist.runtime.formats.packed_folder import Entry, finished, write_tensors
+from qdist.runtime.formats.packed_folder import Entry, finished, write_missing
 from qdist.runtime.formats.work_folder import built
 from qdist.runtime.kernels.gptq_bits import pack_zeros, unpack_zeros
 
@@ -66,9 +66,7 @@ def fold_zeros(adapters: Adapters, out: Path) -> Lost:
         files = {file: there for file in base.files if (there := finished(work, file))}
         missing = base.bytes - sum(there.bytes for there in files.values())
         require_space(out.parent, missing, purpose=f"folding into {base.plan.spec.model}")
-        for file in base.files:
-            if file not in files:
-                files[file] = write_tensors(work, file, folder.entries(file))
+        files = write_missing(work, base.files, folder.entries)
         base.finish(work, folder.gptq, files)
     return folder.lost()
 

@@ -5,7 +5,6 @@ zero, z - dW / s would have to be rounded to an integer (Xu et al. 2023, section
 """
 
 import math
-from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,7 +17,7 @@ from qdist.core.model.gptq import Gptq, WeightOffset
 from qdist.host.files import require_space
 from qdist.runtime.exports.gptq_base import OFFSET, GptqBase, GroupUpdates, Packed, packed_hash
 from qdist.runtime.exports.update import Adapters
-from qdist.runtime.formats.packed_folder import Entry, finished, opened, stored_entries, write_tensors
+from qdist.runtime.formats.packed_folder import Entry, finished, opened, stored_entries, write_missing
 from qdist.runtime.formats.work_folder import built
 
 BOUND = 1e-3
@@ -39,10 +38,9 @@ class Difference(NamedTuple):
     """Tensors of the base, compared bit for bit."""
 
 
-def merge_offsets(adapters: Adapters, out: Path, say: Callable[[str], None]) -> Difference:
+def merge_offsets(adapters: Adapters, out: Path) -> Difference:
     """Write the checkpoint with offsets to `out`, which must not be there.
 
-    say: called with a line of progress.
     Raises RunError where the update is not constant within groups, ModelError where it is no number or rounding takes
     more of it than `BOUND`; nothing is there then.
     """
@@ -53,11 +51,7 @@ def merge_offsets(adapters: Adapters, out: Path, say: Callable[[str], None]) -> 
         files = {file: there for file in base.files if (there := finished(work, file))}
         missing = base.bytes + merger.offset_bytes - sum(there.bytes for there in files.values())
         require_space(out.parent, missing, purpose=f"merging into {plan.spec.model}")
-        for number, file in enumerate(base.files, 1):
-            if file not in files:
-                files[file] = write_tensors(work, file, merger.entries(file))
-            if number * 10 // len(base.files) > (number - 1) * 10 // len(base.files):
-                say(f"{number} of {len(base.files)} files written")
+        files = write_missing(work, base.files, merger.entries)
         difference = merger.compared(work)
         base.finish(work, merger.gptq(packed_hash(files)), files)
     return difference

@@ -9,7 +9,7 @@ tokenizer and generation files      as the source has them
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,9 @@ from qdist.core.errors import ModelError
 from qdist.core.model.storage import FORMAT, Packing
 from qdist.host.files import sync, write_atomic
 from qdist.host.opening import converted, read_object, read_typed, require_file, told
+from qdist.host.progress import ProgressLine
 from qdist.host.sources.model_folder import INDEX, weight_map
+from qdist.host.terminal import say
 from qdist.runtime.formats.checksum import Sums, require_sums, tensor_checksum
 
 MANIFEST = "qdist.json"
@@ -123,13 +125,38 @@ def finished(folder: Path, name: str) -> Written | None:
     return written if (folder / name).is_file() and (folder / name).stat().st_size == written.bytes else None
 
 
+def write_missing(folder: Path, files: Collection[str], entries: Callable[[str], list[Entry]]) -> dict[str, Written]:
+    """Each file of tensors, those that an earlier process finished as they are; says how far it is.
+
+    entries: what is in a file.
+    """
+    written = {file: there for file in files if (there := finished(folder, file))}
+    if written:
+        say(f"{len(written)} of {len(files)} files are there already", err=True)
+    missing = {file: entries(file) for file in files if file not in written}
+    done = sum(there.tensor_bytes for there in written.values())
+    total = done + sum(entry.bytes for own in missing.values() for entry in own)
+    with ProgressLine(total, "written", done=done, in_bytes=True) as progress:
+        for file, own in missing.items():
+            written[file] = write_tensors(folder, file, own, wrote=progress.advance)
+    return written
+
+
 def write_tensors(
-    folder: Path, name: str, entries: Iterable[Entry], *, metadata: Mapping[str, str] | None = None
+    folder: Path,
+    name: str,
+    entries: Iterable[Entry],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    wrote: Callable[[int], None] | None = None,
 ) -> Written:
-    """A safetensors file, one tensor in memory at a time; a record of it beside, once it is whole."""
+    """A safetensors file, one tensor in memory at a time; a record of it beside, once it is whole.
+
+    wrote: called with the bytes of each tensor.
+    """
     beside = folder / f".{name}.unfinished"
     with open(beside, "wb") as file:
-        written = write_safetensors(file, entries, metadata=metadata)
+        written = write_safetensors(file, entries, metadata=metadata, wrote=wrote)
     sync(beside)
     os.replace(beside, folder / name)
     write_atomic(folder / f".{name}.json", msgspec.json.encode(written))
@@ -137,7 +164,11 @@ def write_tensors(
 
 
 def write_safetensors(
-    file: BinaryIO, entries: Iterable[Entry], *, metadata: Mapping[str, str] | None = None
+    file: BinaryIO,
+    entries: Iterable[Entry],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    wrote: Callable[[int], None] | None = None,
 ) -> Written:
     """The bytes of a safetensors file, one tensor in memory at a time.
 
@@ -153,6 +184,8 @@ def write_safetensors(
             raise ModelError(f"{entry.name} has shape {list(value.shape)}, not {list(entry.shape)}")
         checksums[entry.name] = tensor_checksum(value)
         file.write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+        if wrote:
+            wrote(entry.bytes)
     tensor_bytes = sum(entry.bytes for entry in ordered)
     return Written(len(header) + tensor_bytes, tensor_bytes, checksums)
 

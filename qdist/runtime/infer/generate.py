@@ -14,6 +14,7 @@ from qdist.core.requests import Generate
 from qdist.host.data.records import read_prompts
 from qdist.host.files import sync, unwritable, write_atomic, write_out
 from qdist.host.opening import decoded, node_of, read_text
+from qdist.host.progress import ProgressLine
 from qdist.host.run.rundir import PLAN, RunDir
 from qdist.host.terminal import say
 from qdist.runtime.formats.work_folder import reserved
@@ -73,15 +74,16 @@ def _answer(
         say(line, err=True)
     if kept.answers:
         say(f"{len(kept.answers)} of {len(encoded)} answers are there already", err=True)
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        found = complete(
-            opened.model, opened.tokenizer, [encoded[index] for index in chosen],
-            max_new_tokens=_room(speech, [encoded[index] for index in chosen], max_new_tokens),
-            end_text=speech.wording.end_text,
-        )  # fmt: skip
-        kept.add({index: text_of(opened.tokenizer, ids) for index, ids in zip(chosen, found, strict=True)})
-        say(f"{len(kept.answers)}/{len(encoded)} answered", err=True)
+    with ProgressLine(len(encoded), "answered", done=len(kept.answers)) as progress:
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            found = complete(
+                opened.model, opened.tokenizer, [encoded[index] for index in chosen],
+                max_new_tokens=_room(speech, [encoded[index] for index in chosen], max_new_tokens),
+                end_text=speech.wording.end_text,
+            )  # fmt: skip
+            kept.add({index: text_of(opened.tokenizer, ids) for index, ids in zip(chosen, found, strict=True)})
+            progress.advance(len(chosen))
 
 
 def _room(speech: Speech, prompts: Sequence[list[int]], wanted: int) -> int:

@@ -2,9 +2,6 @@
 
 import math
 import shutil
-import sys
-import time
-from collections.abc import Collection
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +13,7 @@ from qdist.core.errors import ModelError
 from qdist.core.model.storage import BLOCK, NESTED_BLOCK, Packing, matrix_bytes
 from qdist.core.text import format_bytes
 from qdist.host.files import publish_folder, require_space
+from qdist.host.progress import ProgressLine
 from qdist.host.sources.cache import BESIDE, CHECKSUMS, source_identity, work_folder
 from qdist.host.sources.model_folder import fingerprint
 from qdist.host.terminal import say
@@ -24,6 +22,7 @@ from qdist.runtime.formats.packed_folder import (
     MANIFEST,
     Entry,
     Manifest,
+    Written,
     entries_of,
     file_name,
     finish,
@@ -153,11 +152,7 @@ def pack(folder: Path, out: Path, packing: Packing, *, name: str) -> Manifest:
     _require_space(job, [files[file] for file in files if file not in written], others, out, name)
     work.mkdir(exist_ok=True)
     (work / ".identity").write_text(identity)
-    progress = _Progress(job, files, written, name)
-    for file, position in files.items():
-        if file not in written:
-            written[file] = write_tensors(work, file, _entries(job, position))
-            progress.done(position)
+    _write_missing(job, work, files, written, name)
     for path in others:
         copy_beside(path, work)
     _write_config(job, work)
@@ -176,6 +171,21 @@ def pack(folder: Path, out: Path, packing: Packing, *, name: str) -> Manifest:
     finish(work, written, manifest)
     publish_folder(work, out)
     return manifest
+
+
+def _write_missing(job: Job, work: Path, files: dict[str, int], written: dict[str, Written], name: str) -> None:
+    """The files that are not there yet, added to `written`."""
+    size = format_bytes(sum(job.bytes(position) for position in files.values()))
+    again = f"; {len(written)} of {len(files)} files are there already" if written else ""
+    say(f"packing {name} to {job.packing}, once: {size}{again}", err=True)
+    sizes = {file: job.source_bytes(position) for file, position in files.items()}
+    done = sum(sizes[file] for file in written)
+    with ProgressLine(sum(sizes.values()), "read", done=done, in_bytes=True) as progress:
+        for file, position in files.items():
+            if file not in written:
+                written[file] = write_tensors(work, file, _entries(job, position))
+                where = f"layer {min(position + 1, job.shape.layers)} of {job.shape.layers}"
+                progress.advance(sizes[file], where)
 
 
 def _work_folder(out: Path, identity: str) -> Path:
@@ -266,28 +276,3 @@ def goes_along(path: Path) -> bool:
         or path.name.startswith(".")
     )
     return path.is_file() and path.suffix in BESIDE and not ours
-
-
-class _Progress:
-    """Says on stderr how far packing is: one line that changes on a terminal, else one every tenth."""
-
-    def __init__(self, job: Job, files: dict[str, int], written: Collection[str], name: str) -> None:
-        self._sizes = {position: job.source_bytes(position) for position in files.values()}
-        self._before = sum(self._sizes[files[file]] for file in written)
-        self._done, self._total, self._layers = self._before, sum(self._sizes.values()), job.shape.layers
-        self._began, self._tenth = time.monotonic(), 10 * self._before // max(1, self._total)
-        self._live = sys.stderr.isatty()
-        size = format_bytes(sum(job.bytes(position) for position in files.values()))
-        again = f"; {len(written)} of {len(files)} files are there already" if written else ""
-        say(f"packing {name} to {job.packing}, once: {size}{again}", err=True)
-
-    def done(self, position: int) -> None:
-        self._done += self._sizes[position]
-        tenth = 10 * self._done // self._total
-        last = self._done == self._total
-        if self._live or tenth > self._tenth:
-            self._tenth = tenth
-            rate = (self._done - self._before) / 1e6 / max(1e-9, time.monotonic() - self._began)
-            layer = f"layer {min(position + 1, self._layers)} of {self._layers}"
-            line = f"  {layer}, {format_bytes(self._done)} of {format_bytes(self._total)} read, {rate:.0f} MB/s"
-            say(line, end="" if self._live and not last else "\n", err=True, over=self._live)

@@ -104,7 +104,7 @@ def _gather_here(run: RunDir, step: int, *, named: str = "") -> None:
 def _write_adapter(run: RunDir, step: int, folder: Path, *, named: str) -> None:
     plan = plan_of(run)
     _, state = load(run.checkpoint(step))
-    tensors = {_peft_name(name): tensor for name, tensor in state.parameters.items()}
+    tensors = {peft_name(name): tensor for name, tensor in state.parameters.items()}
     check_adapter(tensors, where=str(run.checkpoint(step)))
     metadata = METHODS[plan.spec.method].metadata(plan) | step_metadata(step, plan.steps, checkpoint=named)
     write_beside(folder, plan)
@@ -165,7 +165,7 @@ def check_adapter(tensors: dict[str, torch.Tensor], *, where: str) -> None:
         )
 
 
-def _peft_name(name: str) -> str:
+def peft_name(name: str) -> str:
     """A parameter's name as PEFT stores it: without the adapter's own name."""
     return (
         name.replace(".lora_A.default.", ".lora_A.")

@@ -2,23 +2,28 @@
 
 import json
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from qdist.core.errors import RunError
-from qdist.core.planning.plan import Plan
+from qdist.core.planning.plan import Plan, Start
 from qdist.core.planning.render import ACCELERATE_FILE
 from qdist.core.spec.spec import memory_cap_of
 from qdist.host.machine import probe
 from qdist.host.run.rundir import RunDir
+from qdist.host.sources.adapters import digest_of
+from qdist.host.sources.targets import ADAPTER
 from qdist.runtime.adapters.attach import add_adapter
 from qdist.runtime.data.batches import read_samples
 from qdist.runtime.engine.objective import Evaluate, Forward
 from qdist.runtime.engine.torch import Adapter, Engine
 from qdist.runtime.model.skeleton import DTYPES, decoder_layers, load_backbone
 from qdist.runtime.placements.base import PROCESS_GROUP_TIMEOUT, Placement
+from qdist.runtime.train.checkpoint import load_tensors
 from qdist.runtime.train.measure import disk_read_bytes
+from qdist.runtime.train.result import check_adapter, peft_name
 
 
 def make_accelerator(plan: Plan, run: RunDir) -> Any:
@@ -85,6 +90,23 @@ def pick_devices(plan: Plan, local_rank: int) -> tuple[torch.device, ...]:
     return devices
 
 
+def _start_from(start: Start, model: Any) -> None:
+    """Give the adapter of a model, or of a part of one, the values that another has.
+
+    Rows of new tokens that the other lacks stay as they are. Raises RunError where it is not the planned one any more.
+    """
+    folder = Path(start.path)
+    tensors = load_tensors(folder / ADAPTER)
+    if digest_of(folder) != start.digest:
+        raise RunError(f"{folder} has changed since the run was planned", try_="put that adapter back, and --resume")
+    check_adapter(tensors, where=str(folder))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and (found := tensors.get(peft_name(name))) is not None:
+            parameter.data.copy_(found)
+        elif parameter.requires_grad and ".lora_" in name:
+            raise RunError(f"{folder} has no tensor {peft_name(name)}", try_="another --adapter, in a new run")
+
+
 class Loaded(NamedTuple):
     """A rank's part of the backbone, and what loading it took."""
 
@@ -130,10 +152,15 @@ def load_part(place: Placement) -> Loaded:
     return Loaded(backbone, seconds, read, verified, bool(plan.source.digest))
 
 
-def assemble(place: Placement, accelerator: Any, backbone: Any, *, pad_id: int) -> Parts:
-    """The adapter on a loaded backbone and the engine over it. Collective."""
+def assemble(place: Placement, accelerator: Any, backbone: Any, *, pad_id: int, start: Start | None = None) -> Parts:
+    """The adapter on a loaded backbone and the engine over it. Collective.
+
+    start: whose tensors the adapter has at first, instead of PEFT's.
+    """
     plan = place.plan
     model = add_adapter(backbone, plan)
+    if start:
+        _start_from(start, model)
     prepare_for_training(model, plan)
     samples = read_samples(plan, pad_id=pad_id)
     forward = Forward(model, samples, dtype=DTYPES[plan.compute_dtype], fused=plan.liger)

@@ -16,7 +16,8 @@ import msgspec
 
 from qdist.core.errors import QdistError
 from qdist.core.planning.plan import Plan
-from qdist.core.spec.spec import flatten, json_text
+from qdist.core.spec.keys import json_text
+from qdist.core.spec.spec import flatten
 from qdist.core.telemetry.events import Event
 from qdist.core.text import GIB
 from qdist.host.files import locked, told_of_disks, write_atomic

@@ -94,7 +94,8 @@ def _work(plan: Plan, run: RunDir) -> None:
         loading = tuple(map(load_peak, devices))
         beat.memory_now = partial(memory_now, devices, sum(peak(device).context for device in devices))
         pad_id = tokenizer.pad_token_id if tokenizer else 0
-        built = assemble(place, accelerator, loaded.backbone, pad_id=pad_id)
+        start = None if run.checkpoint_steps() else plan.start
+        built = assemble(place, accelerator, loaded.backbone, pad_id=pad_id, start=start)
         trainer = Trainer(
             plan,
             run,

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from qdist.core.errors import SpecError
+from qdist.core.spec.recipe import to_toml
 from qdist.core.spec.spec import (
     Lora,
     Optim,
@@ -20,7 +21,6 @@ from qdist.core.spec.spec import (
     nest,
     parse_assignment,
     resolve,
-    to_toml,
     unknown_key,
 )
 from qdist.core.text import GIB
@@ -30,6 +30,7 @@ OTHER = RunSpec(
     bits=4,
     data="C:\\data\nfile\u007f.jsonl",
     format="sharegpt",
+    adapter="runs/one, two",
     run="runs/naïve 'one'",
     gpus=4,
     placement="split",
@@ -166,9 +167,9 @@ def test_a_key_like_no_other_points_to_the_list() -> None:
         ({"lora": {"r": None}}, "lora.r cannot be None: expected a whole number", "--set lora.r=64"),
         ({"lora": {"dropout": 1}}, "lora.dropout cannot be 1: expected a number < 1.0",
          "--set lora.dropout=0.0"),
-        ({"lora": {"targets": []}}, "lora.targets cannot be []: expected `array` of length >= 1",
+        ({"lora": {"targets": []}}, "lora.targets cannot be []: expected one or more names",
          "--set lora.targets=all-linear"),
-        ({"lora": {"targets": ["q", 3]}}, "lora.targets cannot be ['q', 3]: expected `str`",
+        ({"lora": {"targets": ["q", 3]}}, "lora.targets cannot be ['q', 3]: expected text",
          "--set lora.targets=all-linear"),
         ({"seq_len": 7}, "seq_len cannot be 7: expected a whole number, 8 or more", "--set seq_len=512"),
         ({"steps": True}, "steps cannot be True: expected a whole number", "--set steps=auto"),
@@ -294,6 +295,22 @@ def test_every_setting_can_be_given_its_default_again(key: str) -> None:
         ("zero.offload=none", ("zero.offload", "none")),
         ("lora.targets=q_proj, v_proj,", ("lora.targets", ["q_proj", "v_proj"])),
         ("trackers=", ("trackers", [])),
+        ('lora.targets=["q_proj", "v_proj"]', ("lora.targets", ["q_proj", "v_proj"])),
+        ("lora.targets=['q_proj',\n 'v_proj',]", ("lora.targets", ["q_proj", "v_proj"])),
+        ('lora.targets="q_proj,v_proj"', ("lora.targets", ["q_proj", "v_proj"])),
+        ('new_tokens=["<a,b>"]', ("new_tokens", ["<a,b>"])),
+        ("new_tokens=[INST],[/INST]", ("new_tokens", ["[INST]", "[/INST]"])),
+        ("trackers=[]", ("trackers", [])),
+        ('data="a b.jsonl"', ("data", "a b.jsonl")),
+        (r'data="a\tb.jsonl"', ("data", "a\tb.jsonl")),
+        ("data='a\\b.jsonl'", ("data", "a\\b.jsonl")),
+        ("data=[2024] a.jsonl", ("data", "[2024] a.jsonl")),
+        ("data=2_024", ("data", "2_024")),
+        ("global_batch=1_024", ("global_batch", 1024)),
+        ("seq_len=0x200", ("seq_len", 512)),
+        ("seq_len=1__0", ("seq_len", "1__0")),
+        ("train.checkpointing=true", ("train.checkpointing", "true")),
+        ('micro_batch="auto"', ("micro_batch", None)),
     ],
 )
 def test_an_assignment_is_a_key_and_a_value(text: str, pair: tuple[str, object]) -> None:
@@ -304,6 +321,36 @@ def test_an_assignment_is_a_key_and_a_value(text: str, pair: tuple[str, object])
 def test_what_is_no_assignment_is_refused(text: str) -> None:
     with pytest.raises(SpecError, match="is not key=value"):
         parse_assignment(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "attempt"),
+    [
+        ('lora.targets=["q_proj", "v_proj"',
+         """lora.targets cannot be '["q_proj", "v_proj"': it is neither names with commas nor a whole TOML list or """
+         "string", "--set lora.targets=q_proj,v_proj"),
+        ("lora.targets=[q_proj, v_proj]",
+         "lora.targets cannot be '[q_proj, v_proj]': it is neither names with commas nor a whole TOML list or string",
+         "--set lora.targets=q_proj,v_proj"),
+        ('data="a b.jsonl', """data cannot be '"a b.jsonl': it is not a whole TOML string""",
+         "--set 'data=a b.jsonl'"),
+        ('data="', """data cannot be '"': it is not a whole TOML string""", "another data"),
+        ('data="a"\nseed=1', """data cannot be '"a"\\nseed=1': it is not a whole TOML string""",
+         "--set 'data=a\"\nseed=1'"),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_half_of_toml_is_refused_with_one_that_works(text: str, message: str, attempt: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_assignment(text)
+    assert (caught.value.message, caught.value.try_) == (message, attempt)
+
+
+@pytest.mark.parametrize("targets", ['"q_proj, v_proj"', '["q_proj", "v_proj"]'])
+def test_a_recipe_takes_a_list_and_a_text_with_commas(targets: str) -> None:
+    recipe = tomllib.loads(f'trackers = "TensorBoard,wandb"\n[lora]\ntargets = {targets}\n')
+    spec = resolve(recipe)
+    assert spec.lora.targets == ("q_proj", "v_proj")
+    assert spec.trackers == ("tensorboard", "wandb")
 
 
 def test_a_section_is_not_assigned() -> None:

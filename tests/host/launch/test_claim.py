@@ -14,7 +14,7 @@ from qdist.host.launch import claim, prepare
 from qdist.host.launch.claim import claimed
 from qdist.host.launch.prepare import Job
 from qdist.host.run.rundir import RunDir
-from qdist.host.run.state import is_anothers
+from qdist.host.run.state import is_anothers, state_of
 
 SMALL = {"model": "smollm2-135m", "load_format": "dummy", "steps": 5, "seq_len": 64, "global_batch": 8, "gpus": 1}
 
@@ -72,6 +72,17 @@ def test_of_two_launches_that_resume_a_run_the_second_is_told() -> None:
     Path("run/result.json").write_text("{}")
     with pytest.raises(RunError, match="another launch has finished run meanwhile"):
         claim.write(third)
+
+
+def test_a_finished_run_that_goes_on_is_unfinished_until_its_new_end() -> None:
+    run = claim.write(job())
+    (run.checkpoint(5) / "DONE").parent.mkdir(parents=True)
+    (run.checkpoint(5) / "DONE").touch()
+    Path("run/result.json").write_text('{"steps": 5}')
+    more = prepare.prepare_resume(run, {"steps": 8})
+    assert run.result() == {"steps": 5}
+    claim.write(more)
+    assert (run.result(), run.plan().steps, state_of(run)) == (None, 8, "planned")
 
 
 def test_names_that_qdist_chooses_are_created() -> None:

@@ -281,6 +281,46 @@ def test_a_resumed_run_keeps_what_its_steps_compute(changes: dict[str, Any], mes
     assert caught.value.try_ == attempt
 
 
+@pytest.mark.parametrize(
+    ("result", "checkpoint", "changes", "message", "attempt"),
+    [
+        ("", 4, {"steps": 3}, "run has done 4 steps, more than 3", "qdist launch --resume --run run --steps 8"),
+        ('{"steps": 5}', 5, {"steps": 5}, "run is finished after 5 steps: it goes on to more of them only, not to 5",
+         "qdist launch --resume --run run --steps 10"),
+        ('{"steps": 5}', 5, {"steps": 2}, "run is finished after 5 steps: it goes on to more of them only, not to 2",
+         "qdist launch --resume --run run --steps 10"),
+        ('{"steps": 5}', 5, {"train.keep": 1},
+         "run is finished after 5 steps: it goes on to more of them only, not to 5",
+         "qdist launch --resume --run run --steps 10"),
+        ('{"steps": 5}', 0, {"steps": 9}, "run is finished after 5 steps, and no checkpoint of it is left to go on "
+         "from", "a new run"),
+    ],
+)  # fmt: skip
+def test_a_run_goes_on_to_more_steps_than_it_has_done(
+    result: str, checkpoint: int, changes: dict[str, Any], message: str, attempt: str
+) -> None:
+    run = claim.write(prepare.prepare(spec()))
+    if checkpoint:
+        run.checkpoint(checkpoint).mkdir(parents=True)
+        (run.checkpoint(checkpoint) / "DONE").touch()
+    if result:
+        Path("run/result.json").write_text(result)
+    with pytest.raises(RunError) as caught:
+        prepare.prepare_resume(run, nest(changes))
+    assert (caught.value.message, caught.value.try_) == (message, attempt)
+
+
+@pytest.mark.parametrize("changes", [{"steps": 9}, {"train.keep": 1}])
+def test_a_run_with_a_decaying_learning_rate_keeps_its_length(changes: dict[str, Any]) -> None:
+    run = claim.write(prepare.prepare(spec(optim={"schedule": "linear"})))
+    run.checkpoint(5).mkdir(parents=True)
+    (run.checkpoint(5) / "DONE").touch()
+    Path("run/result.json").write_text('{"steps": 5}')
+    why = "its linear learning rate ends with them" if "steps" in changes else "learning rate has ended with them"
+    with pytest.raises(QdistError, match=why):
+        prepare.prepare_resume(run, nest(changes))
+
+
 def test_what_is_no_run_cannot_be_resumed() -> None:
     with pytest.raises(RunError, match=r"run is not a run: it has no plan\.json"):
         prepare.prepare_resume(RunDir("run"), {})

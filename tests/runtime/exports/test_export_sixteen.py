@@ -20,7 +20,7 @@ from qdist.runtime import tasks
 from qdist.runtime.exports import merge as merging
 from qdist.runtime.exports import merged_16bit
 from qdist.runtime.exports.update import Adapters
-from qdist.runtime.formats import work_folder
+from qdist.runtime.formats import packed_folder, work_folder
 from qdist.runtime.formats.packed_folder import opened, tensor_files
 from qdist.runtime.infer.load import load
 from qdist.runtime.train.checkpoint import load_tensors
@@ -77,25 +77,25 @@ def test_killed_at_a_layer_and_resumed_it_is_the_same_to_the_byte(
 ) -> None:
     write(run, tmp_path / "expected", onto=onto)
     written: list[str] = []
-    real = merged_16bit.write_tensors
+    real = packed_folder.write_tensors
 
-    def killed_at_the_second(folder: Path, name: str, entries: Any) -> Any:
+    def killed_at_the_second(folder: Path, name: str, entries: Any, **more: Any) -> Any:
         if written:
             (folder / f".{name}.unfinished").write_bytes(b"half a file")
             raise Killed
         written.append(name)
-        return real(folder, name, entries)
+        return real(folder, name, entries, **more)
 
-    def noted(folder: Path, name: str, entries: Any) -> Any:
+    def noted(folder: Path, name: str, entries: Any, **more: Any) -> Any:
         written.append(name)
-        return real(folder, name, entries)
+        return real(folder, name, entries, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(merged_16bit, "write_tensors", killed_at_the_second)
+        patch.setattr(packed_folder, "write_tensors", killed_at_the_second)
         with pytest.raises(Killed):
             write(run, tmp_path / "out", onto=onto)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(merged_16bit, "write_tensors", noted)
+    monkeypatch.setattr(packed_folder, "write_tensors", noted)
     write(run, tmp_path / "out", onto=onto)
     assert written == [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
     assert "1 of 3 files are there already" in capsys.readouterr().err

@@ -73,7 +73,7 @@ def test_several_adapters_become_one_of_their_ranks_together(tmp_path: Path) -> 
 
 def test_an_adapter_over_a_merged_checkpoint_is_of_no_use_elsewhere(tmp_path: Path) -> None:
     first = run_over(save_gptq(tmp_path / "gptq", SYMMETRIC, tokenizer=padded()), tmp_path / "run")
-    merge_offsets(Adapters([first]), tmp_path / "merged", lambda _: None)
+    merge_offsets(Adapters([first]), tmp_path / "merged")
     second = run_over(tmp_path / "merged", tmp_path / "again")
     with pytest.raises(RunError, match="no other program opens it"):
         qalora_as_lora.run(exported(second, tmp_path / "lora"))
@@ -110,7 +110,7 @@ def of_gguf(file: Path) -> Any:
 
 def test_q4_1_after_two_merges_holds_both(tmp_path: Path) -> None:
     first = run_over(save_gptq(tmp_path / "gptq", SYMMETRIC, tokenizer=padded()), tmp_path / "run")
-    merge_offsets(Adapters([first]), tmp_path / "merged", lambda _: None)
+    merge_offsets(Adapters([first]), tmp_path / "merged")
     second = run_over(tmp_path / "merged", tmp_path / "again")
     export.run(exported(second, tmp_path / "model.gguf", to="gguf"))
     own = logits_of(of_gguf(tmp_path / "model.gguf"), high=250)

@@ -19,6 +19,7 @@ from qdist.runtime.exports import merge as merging
 from qdist.runtime.exports import qalora_merge
 from qdist.runtime.exports.qalora_merge import BOUND, Difference, merge_offsets
 from qdist.runtime.exports.update import Adapters
+from qdist.runtime.formats import packed_folder
 from qdist.runtime.infer.load import load
 from qdist.runtime.model.packed_gptq import PackedGptq
 from qdist.runtime.quantize.gptq import check
@@ -30,11 +31,8 @@ ASYMMETRIC = Gptq(shape=Shape(4, 32), sym=False, format="gptq_v2")
 SYMMETRIC = Gptq(shape=Shape(4, 32))
 
 
-def quiet(_: str) -> None: ...
-
-
 def merged(*runs: RunDir, out: Path, weights: tuple[float, ...] = ()) -> Difference:
-    return merge_offsets(Adapters(runs, weights), out, quiet)
+    return merge_offsets(Adapters(runs, weights), out)
 
 
 def run_over(model: Path, run: Path, *, scale: float = 0.05, method: str = "qa-lora", **settings: Any) -> RunDir:
@@ -270,19 +268,24 @@ def test_a_killed_merge_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: p
     settings = {"method": "qa-lora", "quant.group_size": 32}
     run, _ = adapted_run(dummy_job(save_config(tmp_path / "model", num_hidden_layers=3), tmp_path / "run", **settings))
     merged(run, out=tmp_path / "whole")
-    write, count = qalora_merge.write_tensors, iter(range(10))
+    write, count = packed_folder.write_tensors, iter(range(10))
 
-    def killed(*arguments: Any) -> Any:
+    def killed(*arguments: Any, **more: Any) -> Any:
         if next(count) == 2:
             raise KeyboardInterrupt
-        return write(*arguments)
+        return write(*arguments, **more)
 
-    monkeypatch.setattr(qalora_merge, "write_tensors", killed)
+    monkeypatch.setattr(packed_folder, "write_tensors", killed)
     with pytest.raises(KeyboardInterrupt):
         merged(run, out=tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     written: list[str] = []
-    monkeypatch.setattr(qalora_merge, "write_tensors", lambda *given: (written.append(given[1]), write(*given))[1])
+
+    def noted(folder: Path, name: str, entries: Any, **more: Any) -> Any:
+        written.append(name)
+        return write(folder, name, entries, **more)
+
+    monkeypatch.setattr(packed_folder, "write_tensors", noted)
     merged(run, out=tmp_path / "merged")
     assert len(written) == 2
     for file in sorted((tmp_path / "whole").iterdir()):

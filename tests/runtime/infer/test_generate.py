@@ -154,7 +154,7 @@ def test_a_file_is_answered_in_its_order_whatever_the_batch(
     assert [answer["messages"][0]["content"] for answer in answers[0]] == prompts.read_text().splitlines()
     said = capfd.readouterr().err
     assert said.count("backbone on the CPU\n") == 3
-    assert "3/3 answered" in said
+    assert "3 of 3 answered" in said
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 

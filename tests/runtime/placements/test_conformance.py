@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def job_of(folder: Path) -> Callable[[dict[str, Any]], prepare.Job]:
     model = save_config(folder / "model", num_hidden_layers=4)
-    return lambda settings: dummy_job(model, folder / f"run{len(list(folder.iterdir()))}", **SHAPE, **settings)
+    return lambda settings: dummy_job(model, folder / f"run{len(list(folder.iterdir()))}", **(SHAPE | settings))
 
 
 def ranks_of(plan: Plan) -> list[Placement]:
@@ -108,6 +108,16 @@ def test_a_run_trains_the_adapter_of_one_process(name: str, job_of: Any, train: 
     first, second = (load_tensors(each.adapter / "adapter_model.safetensors") for each in (run, one))
     assert first.keys() == second.keys()
     assert max(float((first[key] - second[key]).abs().max()) for key in first) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["replicate", "shard", "split"])
+def test_a_run_starts_where_the_run_of_its_adapter_ended(name: str, job_of: Any, train: TrainRun, one: RunDir) -> None:
+    run = train(job_of({**LAID[name], "adapter": str(one.path), "steps": 1}))
+    before, now = one.result(), run.result()
+    assert before is not None
+    assert now is not None
+    assert now["held_out"][0] == [0, pytest.approx(before["held_out"][-1][1], rel=1e-5)]
 
 
 @pytest.fixture(scope="module")

@@ -175,6 +175,44 @@ def test_a_run_goes_on_with_any_ranks_and_stage(
         assert furthest(run, two) < 1e-5
 
 
+def test_a_finished_run_goes_on_as_if_it_had_never_ended(
+    train: TrainRun, model: Path, folder: Path, alone: RunDir
+) -> None:
+    run = train(dummy_job(model, folder / "short", gpus=1, **{**DOTTED, "steps": 3}, micro_batch=2))
+    first = adapter(run)
+    job = prepare.prepare_resume(run, {"steps": 6})
+    assert run.result() is not None
+    train(job)
+    assert losses_of(run) == losses_of(alone)
+    assert furthest(run, alone) == 0.0
+    result, whole = run.result(), alone.result()
+    assert result is not None
+    assert whole is not None
+    assert (result["steps"], result["held_out"][0], result["held_out"][-1]) == (6, *whole["held_out"])
+    assert [step for step, _ in result["held_out"]] == [0, 3, 6]
+    assert any(bool((first[name] != tensor).any()) for name, tensor in adapter(run).items())
+
+
+def test_a_run_from_an_adapter_starts_where_that_ended_and_goes_on_without_its_folder(
+    train: TrainRun, model: Path, folder: Path, alone: RunDir
+) -> None:
+    import shutil
+
+    start = folder / "peft"
+    shutil.copytree(alone.adapter, start)
+    job = dummy_job(model, folder / "second", gpus=1, **DOTTED, micro_batch=2, adapter=str(start))
+    run = train(job)
+    result, before = run.result(), alone.result()
+    assert result is not None
+    assert before is not None
+    assert result["held_out"][0] == [0, before["held_out"][-1][1]]
+    assert load(run.checkpoint(2))[0].optimizer_steps == 2
+    shutil.rmtree(start)
+    again = copied(run, folder / "second-again", up_to=2)
+    train(prepare.prepare_resume(again, {}))
+    assert furthest(again, run) == 0.0
+
+
 # --- real processes -----------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from qdist.host.launch import claim, tasks
 from qdist.host.launch import prepare as launcher
 from qdist.host.launch.prepare import Job
 from qdist.runtime.train.prepare import prepare
-from tests.runtime.tiny import real_job, save_data, save_model
+from tests.runtime.tiny import adapted_run, real_job, save_data, save_model
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +135,18 @@ def test_a_run_with_its_tokens_goes_on_and_says_that_the_file_changed(model: Pat
     assert again.notes == (
         f"{here}/data.jsonl has changed since: the run goes on with the 40 samples it was started with",
     )
+
+
+def test_a_run_with_a_checkpoint_is_prepared_again_without_the_adapter_it_started_from(model: Path, here: Path) -> None:
+    data = save_data(here / "data.jsonl")
+    first, _ = adapted_run(real_job(model, data, here / "first", seq_len=64))
+    job = real_job(model, data, here / "second", seq_len=64, adapter=str(first.path))
+    run = claim.write(job)
+    shutil.rmtree(cache_path())
+    shutil.rmtree(first.path)
+    with pytest.raises(RunError, match="starts from it: there is no checkpoint yet"):
+        resumed(job)
+    run.checkpoint(2).mkdir()
+    (run.checkpoint(2) / "DONE").touch()
+    shutil.rmtree(cache_path())
+    assert resumed(job).plan.start == job.plan.start

@@ -16,6 +16,7 @@ from qdist.core.requests import Export
 from qdist.core.text import format_bytes
 from qdist.host.files import require_space, sync
 from qdist.host.opening import told
+from qdist.host.progress import ProgressLine
 from qdist.host.terminal import say
 from qdist.runtime.exports.backbone import Backbone
 from qdist.runtime.exports.gguf.blocks import Affine, Kind, Make, Stored, Type, dense, made, rows_of
@@ -48,7 +49,12 @@ def check_gguf(
     odd = sorted(found.keys() ^ {tensor.name for tensor in stored})
     if odd:
         raise ModelError(f"{out} and the model differ in {odd[0]}", try_="export it again")
-    return max((_error(tensor, found[tensor.name], out) for tensor in stored), default=0.0)
+    furthest = 0.0
+    with ProgressLine(sum(tensor.bytes for tensor in stored), "checked", in_bytes=True) as progress:
+        for tensor in stored:
+            furthest = max(furthest, _error(tensor, found[tensor.name], out))
+            progress.advance(tensor.bytes)
+    return furthest
 
 
 def _error(tensor: Stored, found: Any, out: Path) -> float:

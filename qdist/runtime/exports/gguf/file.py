@@ -13,6 +13,7 @@ import numpy as np
 
 from qdist.core.errors import ModelError
 from qdist.host.files import sync
+from qdist.host.progress import ProgressLine
 from qdist.runtime.exports.gguf.blocks import Affine, Kind, Make, Stored, encoded, made, rows_of
 from qdist.runtime.exports.gguf.metadata import add_metadata, gguf_of, model_notes, rope_of
 from qdist.runtime.exports.gguf.tensors import facts_of, stored_tensors
@@ -93,8 +94,10 @@ def _publish(writer: Any, stored: tuple[Stored, ...], beside: Path, out: Path) -
             writer.write_ti_data_to_file()
             (file,) = writer.fout
             writer.write_padding(file, file.tell())
-            for tensor in stored:
-                _write_tensor(writer, file, tensor)
+            with ProgressLine(sum(tensor.bytes for tensor in stored), "written", in_bytes=True) as progress:
+                for tensor in stored:
+                    _write_tensor(writer, file, tensor)
+                    progress.advance(tensor.bytes)
         finally:
             writer.close()
         sync(beside)

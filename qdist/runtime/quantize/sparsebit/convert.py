@@ -18,6 +18,7 @@ from qdist.core.model.gptq import WORD, Gptq, Override, Shape
 from qdist.core.requests import Convert
 from qdist.core.text import format_bytes, format_duration
 from qdist.host.files import folder_to_write, write_atomic
+from qdist.host.progress import ProgressLine
 from qdist.host.sources.models import read_json
 from qdist.host.terminal import say
 from qdist.runtime.data.tokenizer import copy_beside
@@ -161,10 +162,6 @@ def beside(config: Path | None) -> list[Path]:
     return list(files.values())
 
 
-_TELL_S = 10.0
-"""How often a long conversion says how far it is."""
-
-
 class Converted(NamedTuple):
     """What was written, and what the user should know of it."""
 
@@ -289,23 +286,27 @@ def _write(job: Job, work: Path) -> tuple[dict[str, Written], float]:
     """A file a decoder layer and one for the rest. Also the largest relative change of a scale."""
     layers, loss = job.shape.layers, 0.0
     files: dict[str, Written] = {}
-    told = time.monotonic()
-    for position in range(layers + 1):
-        if time.monotonic() - told > _TELL_S:
-            told = time.monotonic()
-            say(f"  {position} of {layers} layers written", err=True)
-        tensors: list[Entry] = []
-        for name in (name for name in job.shape.shapes if job.shape.layer(name) == position):
-            path, _, leaf = name.rpartition(".")
-            if path in job.checkpoint.linears and leaf == "weight":
-                linear, lost = _linear(job, path)
-                loss = max(loss, lost)
-                tensors += entries(path, linear)
-            elif path not in job.checkpoint.linears:
-                tensors += entries_of({name: _plain(job, name)})
-        file = file_name(position, layers)
-        files[file] = write_tensors(work, file, tensors)
+    with ProgressLine(layers + 1, "files written") as progress:
+        for position in range(layers + 1):
+            tensors, lost = _tensors(job, position)
+            loss, file = max(loss, lost), file_name(position, layers)
+            files[file] = write_tensors(work, file, tensors)
+            progress.advance(1)
     return files, loss
+
+
+def _tensors(job: Job, position: int) -> tuple[list[Entry], float]:
+    """What a file holds, and the largest relative change of a scale in it."""
+    tensors, loss = list[Entry](), 0.0
+    for name in (name for name in job.shape.shapes if job.shape.layer(name) == position):
+        path, _, leaf = name.rpartition(".")
+        if path in job.checkpoint.linears and leaf == "weight":
+            linear, lost = _linear(job, path)
+            loss = max(loss, lost)
+            tensors += entries(path, linear)
+        elif path not in job.checkpoint.linears:
+            tensors += entries_of({name: _plain(job, name)})
+    return tensors, loss
 
 
 def _rows(job: Job, path: str, value: torch.Tensor, dim: int) -> torch.Tensor:
