@@ -17,8 +17,8 @@ from qdist.runtime.quiet import quiet
 from qdist.core.requests import Export
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.exports import merged_16bit, qalora_as_lora
-from qdist.runtime.exports.evaluation import Evaluation
 from qdist.runtime.exports.gguf import export
+from qdist.runtime.exports.merge import Evaluation
 from qdist.runtime.exports.qalora_merge import merge_offsets
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.infer.load import with_packed

@@ -19,7 +19,7 @@ import torch
 from qdist.core.machine.cluster import hypothetical
 from qdist.core.model.aliases import config_of
 from qdist.core.requests import Export, Folding, Merge, request_of
-from qdist.core.spec.spec import nest, resolve
+from qdist.core.spec.run_spec import nest, resolve
 from qdist.core.text import GIB, format_bytes
 from qdist.host.launch import claim, prepare
 from qdist.host.launch.tasks import handed_over

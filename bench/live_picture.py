@@ -9,7 +9,7 @@ from rich.console import Console
 from qdist.cli.views.dashboard import dashboard
 from qdist.core.telemetry.history import Fold
 from qdist.core.telemetry.snapshot import Snapshot
-from qdist.host.run.follow import Follower
+from qdist.host.run.observer import Follower
 from qdist.host.run.rundir import RunDir
 
 

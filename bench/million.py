@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from qdist.core.spec.spec import resolve
+from qdist.core.spec.run_spec import resolve
 from qdist.core.telemetry.events import Event, encode
 from qdist.core.text import format_bytes
 from qdist.host.launch import claim, prepare

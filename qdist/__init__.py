@@ -1,7 +1,7 @@
 """qdist: fine-tune quantized language models on whatever GPUs are there, with one command.
 
 `plan` and `launch` are what the commands of these names do, from Python; `load` opens what came of them. Settings are
-keywords: keys of `core.spec.RunSpec` (`seq_len`, `**{"lora.r": 8}`), the last part of one where only one ends so
+keywords: keys of `core.spec.run_spec.RunSpec` (`seq_len`, `**{"lora.r": 8}`), the last part of one where only one ends so
 (`dropout`), or the name of a flag (`lora_r`). What the user can put right is a `core.errors.QdistError`: one sentence,
 and one thing to try.
 """
@@ -40,7 +40,7 @@ def plan(
 
     Raises SpecError for what is no setting, with the nearest, or contradicts another; PlanError for what does not fit.
     """
-    from qdist.core.spec.settings import named_settings
+    from qdist.core.spec.lookup import named_settings
     from qdist.host.launch.planning import PlanRequest, planned
 
     return planned(
@@ -65,8 +65,8 @@ def launch(recipe: str | PathLike[str] | None = None, *, resume: bool = False, *
     """
     from functools import partial
 
-    from qdist.core.spec.settings import named_settings
-    from qdist.core.spec.spec import nest
+    from qdist.core.spec.lookup import named_settings
+    from qdist.core.spec.run_spec import nest
     from qdist.host import terminal
     from qdist.host.launch import prepare, ranks
     from qdist.host.launch.claim import claimed

@@ -7,7 +7,7 @@ from qdist.core.model.aliases import config_of
 from qdist.core.model.families import from_config
 from qdist.core.planning.plan import DataFacts, Plan, Source
 from qdist.core.planning.planner import make_plan
-from qdist.core.spec.spec import nest, resolve
+from qdist.core.spec.run_spec import nest, resolve
 from qdist.core.text import GIB
 
 CPU = Cluster(device="cpu", gpus=(), cpu_count=8, memory_bytes=256 * GIB, memory_free_bytes=250 * GIB)

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from bench.readme_commands import Written, cases_of, pages, read_commands
 from qdist.cli.main import COMMANDS, main
-from qdist.core.spec.settings import all_settings
+from qdist.core.spec.lookup import all_settings
 from qdist.host.machine import probe
 from tests.plans import CPU
 

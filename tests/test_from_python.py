@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import qdist
 from qdist.cli.main import main
 from qdist.core.errors import JobError, PlanError, RunError, SpecError
-from qdist.core.spec.settings import named_settings
+from qdist.core.spec.lookup import named_settings
 from qdist.host.launch import ranks
 from qdist.host.launch.claim import Claim
 from qdist.host.run.rundir import RESULT

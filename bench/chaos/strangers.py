@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from bench.chaos.mutations import Form
-from qdist.core.spec.spec import nest, parse_assignment, resolve
+from qdist.core.spec.run_spec import nest, parse_assignment, resolve
 from qdist.core.telemetry.events import Event, encode
 from qdist.core.telemetry.heartbeat import Pulse
 from qdist.core.telemetry.heartbeat import encode as encode_pulse
@@ -24,9 +24,9 @@ from qdist.host.data.records import (
     source_digest,
     source_notes,
 )
-from qdist.host.machine import rates
+from qdist.host.machine import probe
 from qdist.host.run import calibration
-from qdist.host.run.follow import Follower
+from qdist.host.run.observer import Follower
 from qdist.host.run.rundir import RunDir
 from qdist.host.run.state import launcher_is_gone, state_of
 from qdist.host.sources import cache
@@ -176,10 +176,10 @@ def _write_cache(world: Path) -> None:
         card="NVIDIA H200", gpus=1, world_size=1, placement="replicate", gpus_per_group=1, zero_stage=0,
         model="llama-7b", bits=4, seq_len=512, micro_batch=1, checkpointed_layers=0, predicted_bytes=10**10,
         measured_bytes=10**10, predicted_context_bytes=10**9, measured_context_bytes=10**9, predicted_tokens_s=1e4,
-        measured_tokens_s=1e4, rates="table", version="",
+        measured_tokens_s=1e4, probe="table", version="",
     )  # fmt: skip
     calibration.append(lesson)
-    rates.keep(["NVIDIA H200"], "1", rates.tabled(["NVIDIA H200"]) or _no_rates(Rates))
+    probe.keep(["NVIDIA H200"], "1", probe.tabled(["NVIDIA H200"]) or _no_rates(Rates))
     plan = RunDir(world / "run").plan()
     from qdist.core.planning.plan import Prepared
 
@@ -406,7 +406,7 @@ def _remembered(world: Path) -> None:
 def _lessons(world: Path) -> None:
     with _cache(world):
         calibration.read()
-        rates.measured(["NVIDIA H200"], "1")
+        probe.measured(["NVIDIA H200"], "1")
 
 
 def _tokens(world: Path) -> None:

@@ -10,7 +10,8 @@ from qdist.cli.views.text import say_styled
 from qdist.core.errors import MachineError
 from qdist.core.machine.measured import CardRates, slowest
 from qdist.host.launch import measuring
-from qdist.host.machine import links, nvml, probe, rates
+from qdist.host.machine import links, nvml, probe
+from qdist.host.machine import probe as rates
 from qdist.host.machine.doctor import Check, diagnose, look
 from qdist.host.terminal import say
 

@@ -9,8 +9,8 @@ import msgspec
 
 from qdist.core.errors import SpecError, flag_of
 from qdist.core.spec.keys import accepted, choices, description, kinds_of, known_keys
-from qdist.core.spec.settings import COMMON
-from qdist.core.spec.spec import RunSpec
+from qdist.core.spec.lookup import COMMON
+from qdist.core.spec.run_spec import RunSpec
 from qdist.core.spec.suggest import known_as
 from qdist.core.text import quoted
 

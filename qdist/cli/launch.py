@@ -9,8 +9,8 @@ import click
 from qdist.cli.flags import FLAGS, SettingsCommand, setting_flags
 from qdist.cli.views.plan import plan_lines, preview_lines, shown
 from qdist.cli.watch import Watch, ending
-from qdist.core.spec.settings import typed_settings
-from qdist.core.spec.spec import nest
+from qdist.core.spec.lookup import typed_settings
+from qdist.core.spec.run_spec import nest
 from qdist.core.text import resuming
 from qdist.host.launch import prepare, ranks
 from qdist.host.launch.claim import claimed

@@ -15,7 +15,7 @@ from qdist.core.errors import MachineError, QdistError
 from qdist.core.telemetry.history import Fold
 from qdist.core.telemetry.prometheus import CONTENT_TYPE, exposition
 from qdist.host.files import write_out
-from qdist.host.run.follow import Follower
+from qdist.host.run.observer import Follower
 from qdist.host.run.rundir import RunDir
 from qdist.host.run.state import state_of
 from qdist.host.run.watchdog import read_pulses

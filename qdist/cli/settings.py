@@ -8,14 +8,14 @@ import click
 
 from qdist.cli.flags import FLAGS
 from qdist.core.errors import flag_of
-from qdist.core.spec.settings import Setting, all_settings, find_settings, sections
+from qdist.core.spec.lookup import Setting, all_settings, find_settings, sections
 from qdist.core.text import fitted
 from qdist.host.terminal import say
 
 _INTRODUCTION = """\
 # Settings
 
-Written by `qdist settings --markdown` from the texts in `qdist/core/spec/spec.py`; a test compares the two.
+Written by `qdist settings --markdown` from the texts in `qdist/core/spec/run_spec.py`; a test compares the two.
 
 On the command line: the flag that is named here, or `--set lora.r=16`. In a recipe (TOML): `seq_len = 512` at the top,
 `r = 16` under `[lora]`. Flags override the recipe, the recipe overrides the defaults.

@@ -17,7 +17,7 @@ from qdist.core.model.gptq import BITS, WORD, Gptq, Override, Shape, usual_forma
 from qdist.core.model.storage import Packing
 from qdist.core.planning.plan import Prepared
 from qdist.core.spec.keys import choices
-from qdist.core.spec.spec import Count, Positive, RunSpec
+from qdist.core.spec.run_spec import Count, Positive, RunSpec
 from qdist.core.spec.suggest import not_among, of_another_kind
 from qdist.core.text import parse_bytes, quoted
 

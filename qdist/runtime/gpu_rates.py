@@ -129,7 +129,7 @@ def _memory_rate(device: torch.device, sizes: Sizes) -> float:
 
 def _linear_seconds(device: torch.device, dtype: torch.dtype, count: int = 20) -> float:
     """What Python and the driver take to launch an adapted NF4 linear so small that no card is kept busy."""
-    from qdist.core.spec.spec import Quant
+    from qdist.core.spec.run_spec import Quant
     from qdist.runtime.adapters.lora import adapted_product
     from qdist.runtime.model.packed import Packed4bit
     from qdist.runtime.model.skeleton import fill

@@ -13,7 +13,8 @@ from qdist.cli.main import main
 from qdist.core.machine.cluster import Cluster
 from qdist.core.text import GIB
 from qdist.host.launch import measuring
-from qdist.host.machine import links, nvml, probe, rates
+from qdist.host.machine import links, nvml, probe
+from qdist.host.machine import probe as rates
 from qdist.host.machine.doctor import Check, diagnose
 from tests.core.machine.test_measured import CARD, LINKS, card
 from tests.host.machine.test_doctor import changed

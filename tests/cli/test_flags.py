@@ -7,7 +7,7 @@ from click.shell_completion import BashComplete
 from click.testing import CliRunner
 
 from qdist.cli.main import main
-from qdist.core.spec.settings import typed_settings
+from qdist.core.spec.lookup import typed_settings
 
 
 @pytest.mark.parametrize("command", ["launch", "plan"])

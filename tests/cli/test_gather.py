@@ -8,7 +8,7 @@ from click.testing import CliRunner, Result
 from qdist.cli import gather
 from qdist.cli.main import main
 from qdist.core.requests import Gather, Request
-from qdist.core.spec.spec import resolve
+from qdist.core.spec.run_spec import resolve
 from qdist.host.launch import claim, prepare
 from qdist.host.run.rundir import RunDir
 

@@ -8,7 +8,7 @@ from click.testing import CliRunner, Result
 from qdist.cli.flags import FLAGS, flag_of
 from qdist.cli.main import main
 from qdist.cli.settings import listing
-from qdist.core.spec.settings import Setting, all_settings
+from qdist.core.spec.lookup import Setting, all_settings
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 

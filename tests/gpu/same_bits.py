@@ -14,7 +14,7 @@ import torch
 
 from qdist.core.planning.plan import Plan
 from qdist.host.run.rundir import RunDir
-from qdist.runtime.engine.comm import Comm
+from qdist.runtime.engine.torch import Comm
 from qdist.runtime.placements.registry import placement_of
 from qdist.runtime.train.setup import assemble, load_part, make_accelerator, pick_devices
 

@@ -14,8 +14,7 @@ from qdist.core.requests import GptqSettings
 from qdist.runtime.adapters.lora import adapted_product
 from qdist.runtime.kernels import gptq_bits as reference
 from qdist.runtime.kernels.gptq import triton_dequantize, triton_product
-from qdist.runtime.kernels.grids import torch_fit, triton_fit
-from qdist.runtime.kernels.rounding import torch_round_block, triton_round_block
+from qdist.runtime.kernels.gptq_solve import torch_fit, torch_round_block, triton_fit, triton_round_block
 from qdist.runtime.model.packed_gptq import PackedGptq
 from qdist.runtime.model.skeleton import fill
 from qdist.runtime.model.weights import RandomWeights

@@ -7,7 +7,7 @@ import pytest
 from qdist.core.errors import SpecError
 from qdist.core.planning.plan import Source
 from qdist.core.planning.planner import make_plan
-from qdist.core.spec.spec import RunSpec, resolve
+from qdist.core.spec.run_spec import RunSpec, resolve
 from qdist.host.sources.models import shape
 from qdist.host.templates import folder, policy, read_recipe
 from tests.plans import CPU, gpus

@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from qdist.core.planning.plan import Plan, Prepared
-from qdist.core.spec.spec import RunSpec, nest, resolve
+from qdist.core.spec.run_spec import RunSpec, nest, resolve
 from qdist.host.launch import claim, tasks
 from qdist.host.launch import prepare as launcher
 from qdist.host.run.rundir import RunDir

@@ -5,7 +5,7 @@ from typing import Literal
 
 import msgspec
 
-from qdist.core.spec.spec import RunSpec
+from qdist.core.spec.run_spec import RunSpec
 
 FORMAT = 1
 """Raise it whenever the same source would be packed to other bytes or files."""

@@ -19,7 +19,7 @@ from qdist.core.planning.process_memory import (
     resident_set,
 )
 from qdist.core.planning.speed import Step, passes, step_seconds
-from qdist.core.spec.spec import RunSpec
+from qdist.core.spec.run_spec import RunSpec
 
 HEADROOM = 0.95
 """Share of a GPU, or of host memory, that a plan may fill."""

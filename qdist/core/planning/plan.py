@@ -13,7 +13,7 @@ from qdist.core.model.adapters.registry import ADAPTERS, adapter_parameters
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.shapes import LayerShape, ModelFacts
 from qdist.core.planning.memory import MemoryBudget
-from qdist.core.spec.spec import Placement, RunSpec, Schedule
+from qdist.core.spec.run_spec import Placement, RunSpec, Schedule
 
 VERSION = 3
 

@@ -36,7 +36,7 @@ from qdist.core.planning.ranking import (
     nonexistent,
 )
 from qdist.core.planning.resources import count_of, dtype_of, liger_of, optimizer_of, rooms_of
-from qdist.core.spec.spec import MOST_STEPS, RunSpec, changed, flatten
+from qdist.core.spec.run_spec import MOST_STEPS, RunSpec, changed, flatten
 from qdist.core.spec.suggest import or_tried_hint
 
 __all__ = ["HEADROOM", "make_plan", "plan_once"]

@@ -8,7 +8,7 @@ from qdist.core.planning.placements.base import Layout
 from qdist.core.planning.placements.registry import last_resorts, simplicity
 from qdist.core.planning.plan import Alternative
 from qdist.core.spec.contradictions import largest_divisor
-from qdist.core.spec.spec import RunSpec
+from qdist.core.spec.run_spec import RunSpec
 from qdist.core.text import counted, format_bytes
 
 TIE = 0.02

@@ -6,7 +6,7 @@ from qdist.core.errors import PlanError, SpecError
 from qdist.core.machine.cards import has_bfloat16
 from qdist.core.machine.cluster import MOST_RANKS, Cluster
 from qdist.core.planning.candidates import HEADROOM
-from qdist.core.spec.spec import RunSpec, memory_cap_of, memory_caps
+from qdist.core.spec.run_spec import RunSpec, memory_cap_of, memory_caps
 from qdist.core.text import GIB, counted, format_bytes
 
 

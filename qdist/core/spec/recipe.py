@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 
-from qdist.core.spec.spec import RunSpec
+from qdist.core.spec.run_spec import RunSpec
 
 
 def to_toml(spec: RunSpec) -> str:

@@ -10,7 +10,7 @@ import msgspec
 from qdist.core.machine.cluster import Cluster
 from qdist.core.planning.plan import Plan
 from qdist.core.spec.keys import json_text
-from qdist.core.spec.spec import RunSpec, flatten
+from qdist.core.spec.run_spec import RunSpec, flatten
 from qdist.core.telemetry.curves import Chart, evenly, value_at
 from qdist.core.telemetry.history import Fold
 from qdist.core.telemetry.memory_report import MEANING, Parts, shown_error

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from qdist.core.planning.plan import Plan, RankPlan
-from qdist.core.spec.spec import memory_cap_of
+from qdist.core.spec.run_spec import memory_cap_of
 from qdist.core.telemetry.heartbeat import Pulse
 from qdist.core.telemetry.history import Fold
 

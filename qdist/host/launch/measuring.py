@@ -21,7 +21,7 @@ from qdist.core.text import GIB, MIB, format_bytes
 from qdist.host import children
 from qdist.host.files import cache_dir, cache_path, locked
 from qdist.host.launch.tasks import handed_over
-from qdist.host.machine import links, rates
+from qdist.host.machine import links, probe
 from qdist.host.machine.doctor import Check
 from qdist.host.opening import read_typed
 
@@ -158,7 +158,7 @@ def judge(
     cluster: Cluster,
     wiring: links.Wiring | None,
     *,
-    tabled: Callable[[Sequence[str]], Rates | None] = rates.tabled,
+    tabled: Callable[[Sequence[str]], Rates | None] = probe.tabled,
 ) -> tuple[Check, ...]:
     """The findings, in the order a person would look at them."""
     expected = tabled([gpu.name for gpu in cluster.gpus])

@@ -10,14 +10,14 @@ import msgspec
 
 from qdist.core.data.demo import NAME as DEMO
 from qdist.core.errors import MACHINE, Change, QdistError, SpecError, flags
+from qdist.core.machine.cards import described
 from qdist.core.machine.cluster import Cluster
-from qdist.core.machine.described import described
 from qdist.core.planning.advice import needs
 from qdist.core.planning.plan import Plan, Source
 from qdist.core.planning.planner import plan_once
 from qdist.core.spec.keys import known_keys
-from qdist.core.spec.settings import typed_settings
-from qdist.core.spec.spec import RunSpec, given, merge, nest, resolve, settled
+from qdist.core.spec.lookup import typed_settings
+from qdist.core.spec.run_spec import RunSpec, given, merge, nest, resolve, settled
 from qdist.core.spec.suggest import or_tried_hint
 from qdist.core.text import parse_bytes
 from qdist.host import templates

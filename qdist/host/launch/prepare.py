@@ -30,7 +30,7 @@ from qdist.core.planning.render import (
 )
 from qdist.core.planning.resources import count_of
 from qdist.core.spec.recipe import to_toml
-from qdist.core.spec.spec import RunSpec, flatten, resolve
+from qdist.core.spec.run_spec import RunSpec, flatten, resolve
 from qdist.host import templates
 from qdist.host.data.records import check_source, source_notes
 from qdist.host.launch import tasks

@@ -13,9 +13,9 @@ from qdist.host.launch.claim import Claim
 from qdist.host.launch.local import LocalRanks
 from qdist.host.launch.trackers import Tracking
 from qdist.host.run import calibration
-from qdist.host.run.endings import died, log_lengths, lost, note, stuck
-from qdist.host.run.follow import Follower
+from qdist.host.run.observer import Follower
 from qdist.host.run.rundir import STOP, Ended, RunDir
+from qdist.host.run.state import died, log_lengths, lost, note, stuck
 from qdist.host.run.watchdog import Watchdog
 
 Show = Callable[[list[Event]], None]

@@ -13,7 +13,7 @@ from qdist.core.model.shapes import ModelFacts
 from qdist.core.model.storage import packing_of
 from qdist.core.planning.disk import packed_bytes
 from qdist.core.planning.plan import DataFacts, Prepared, Source, held_out_of
-from qdist.core.spec.spec import RunSpec
+from qdist.core.spec.run_spec import RunSpec
 from qdist.host import files
 from qdist.host.data.records import count_conversations
 from qdist.host.files import cache_path

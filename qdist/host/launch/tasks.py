@@ -13,7 +13,7 @@ from qdist.core.errors import JobError
 from qdist.core.planning.plan import Prepared
 from qdist.core.planning.render import PASSIVE
 from qdist.core.requests import Answer, Prepare, Request
-from qdist.core.spec.spec import RunSpec
+from qdist.core.spec.run_spec import RunSpec
 from qdist.host import children
 from qdist.host.machine import probe
 from qdist.host.terminal import BROKEN_PIPE

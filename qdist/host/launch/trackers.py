@@ -17,8 +17,8 @@ from qdist.core.errors import MachineError, RunError
 from qdist.core.text import format_duration, resuming
 from qdist.host import children
 from qdist.host.opening import read_typed
-from qdist.host.run.endings import find_reason, read_new_lines
 from qdist.host.run.rundir import RunDir
+from qdist.host.run.state import find_reason, read_new_lines
 
 PACKAGES = {
     "tensorboard": ("tensorboard",),

@@ -1,7 +1,8 @@
-"""What this machine has: GPUs, and which of them others use; cores, memory, package versions. Never imports torch."""
+"""What this machine has: GPUs, who else uses them, what was measured of them; cores, memory, versions. No torch."""
 
 import os
 import platform
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -9,8 +10,44 @@ from pathlib import Path
 import msgspec
 
 from qdist.core.errors import MachineError
+from qdist.core.machine.cards import rates_of
 from qdist.core.machine.cluster import Cluster, Gpu, Rates
-from qdist.host.machine import nvml, rates
+from qdist.core.machine.measured import least, machine_key
+from qdist.host.files import cache_dir, cache_path, write_atomic
+from qdist.host.machine import nvml
+from qdist.host.opening import read_typed
+
+
+def known(names: Sequence[str], driver: str) -> Rates | None:
+    """Rates of the GPUs with these names: measured here under this driver, else from the table of cards, else None."""
+    return measured(names, driver) or tabled(names)
+
+
+def measured(names: Sequence[str], driver: str) -> Rates | None:
+    """What `keep` was given for the same cards; a file that cannot be read is as if it were not there."""
+    try:
+        return read_typed(_file(names, driver), Rates, MachineError)
+    except MachineError:
+        return None
+
+
+def tabled(names: Sequence[str]) -> Rates | None:
+    """What the table of cards says of the slowest of them; None where it lacks one."""
+    found = [rates for name in dict.fromkeys(names) if (rates := rates_of(name)) is not None]
+    return least(found) if found and len(found) == len(set(names)) else None
+
+
+def keep(names: Sequence[str], driver: str, rates: Rates) -> Path:
+    """Store rates for `known`; the file they are in."""
+    path = _file(names, driver)
+    cache_dir(path.parent.name)
+    write_atomic(path, msgspec.json.format(msgspec.json.encode(rates), indent=1) + b"\n")
+    return path
+
+
+def _file(names: Sequence[str], driver: str) -> Path:
+    return cache_path() / "rates" / (re.sub(r"[^\w.+-]+", "-", machine_key(names, driver)) + ".json")
+
 
 VARIABLE = "QDIST_RANKS_PER_GPU"
 
@@ -65,7 +102,7 @@ ReadRates = Callable[[Sequence[str], str], Rates | None]
 def cluster(
     *,
     read_driver: ReadDriver = nvml.read,
-    read_rates: ReadRates = rates.known,
+    read_rates: ReadRates = known,
     environment: Mapping[str, str] = os.environ,
     root: Path = Path("/"),
 ) -> Cluster:

@@ -12,7 +12,7 @@ from qdist.core.errors import RunError
 from qdist.core.model.adapters.qa_lora import alphas
 from qdist.core.planning.plan import Plan, Start
 from qdist.core.spec.keys import choices
-from qdist.core.spec.spec import RunSpec
+from qdist.core.spec.run_spec import RunSpec
 from qdist.core.text import command, resuming
 from qdist.host.opening import converted, read_typed
 from qdist.host.run.rundir import RunDir

@@ -14,7 +14,7 @@ from qdist.core.data import demo
 from qdist.core.errors import MachineError, RunError
 from qdist.core.model.storage import FORMAT, Packing
 from qdist.core.planning.plan import Prepared
-from qdist.core.spec.spec import RunSpec, flatten
+from qdist.core.spec.run_spec import RunSpec, flatten
 from qdist.host.data.records import source_digest
 from qdist.host.files import cache_dir, cache_path, write_atomic
 from qdist.host.machine import probe

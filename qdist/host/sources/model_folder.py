@@ -7,7 +7,7 @@ from pathlib import Path
 from qdist.core.errors import ModelError, RunError
 from qdist.core.model.gptq import Gptq, method_of, of_run, stated_by, to_config
 from qdist.core.planning.plan import Source
-from qdist.core.spec.spec import RunSpec
+from qdist.core.spec.run_spec import RunSpec
 from qdist.core.text import command
 from qdist.host.opening import converted
 from qdist.host.sources.models import read_json

@@ -10,7 +10,7 @@ import torch
 
 from qdist.core.errors import DataError
 from qdist.core.planning.plan import Fullest, Plan, held_out_of
-from qdist.core.spec.spec import RunSpec
+from qdist.core.spec.run_spec import RunSpec
 from qdist.runtime.data.tokenized import IGNORED, Summary, TokenizedSet, learned_tokens, load
 
 _WIDTH_MULTIPLE = 8

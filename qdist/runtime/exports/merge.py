@@ -1,19 +1,163 @@
-"""Merges runs, exactly or into 16 bits, and says what it costs."""
+"""Merges runs, exactly or into 16 bits, and evaluates what that costs: the held-out losses before and after."""
 
+import gc
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
+
+from qdist.core.errors import PlanError
+from qdist.core.planning.inference import Footprint, Residence, footprint
+from qdist.core.planning.plan import Plan, Source
 from qdist.core.requests import Folding, Merge, Onto
-from qdist.core.text import counted
+from qdist.core.text import counted, format_bytes
+from qdist.host.machine import probe
+from qdist.host.progress import ProgressLine
+from qdist.host.run.rundir import RunDir
 from qdist.host.terminal import say
+from qdist.runtime.data.batches import Samples, read_samples
+from qdist.runtime.engine.objective import Forward
 from qdist.runtime.exports import merged_16bit
 from qdist.runtime.exports.backbone import Backbone
-from qdist.runtime.exports.evaluation import Evaluation, Loss, losses_of
 from qdist.runtime.exports.merged_16bit import Merged
 from qdist.runtime.exports.qalora_merge import merge_offsets
 from qdist.runtime.exports.update import Adapters
-from qdist.runtime.model.skeleton import DTYPES
+from qdist.runtime.infer.load import footprint_of, load_run, load_tokenizer, open_plain, plan_of, residence_of
+from qdist.runtime.infer.residence import arrange, choose, first_device, settle
+from qdist.runtime.model.skeleton import DTYPES, fill, skeleton
+from qdist.runtime.model.weights import FolderWeights, Weights
 from qdist.runtime.quantize.source import find_originals
+
+
+class Loss(NamedTuple):
+    """Of the held-out samples, or why there is none."""
+
+    value: float | None
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"not evaluated: {self.note}" if self.value is None else f"{self.value:.4f}"
+
+
+def losses_of(rows: Mapping[str, Loss]) -> str:
+    """A line for each model; a single one where none was evaluated, and for the same reason."""
+    if len(set(rows.values())) == 1 and next(iter(rows.values())).value is None:
+        return f"held-out loss  {next(iter(rows.values()))}"
+    width = max(map(len, rows)) + 3
+    return "held-out loss  " + "\n               ".join(f"{name:{width}}{loss}" for name, loss in rows.items())
+
+
+class Evaluation:
+    """A run's held-out samples and what models say of them, each on the GPUs, or in host memory where there are none.
+
+    A model that has no room is not evaluated, and what it would need is said.
+    """
+
+    def __init__(self, run: RunDir) -> None:
+        self.run, self.plan = run, plan_of(run)
+
+    @property
+    def refusal(self) -> str:
+        """Why no model is evaluated; empty where they are."""
+        if self.plan.source.kind == "dummy":
+            return "random weights"
+        if self.plan.data and not Path(self.plan.data.path).is_file():
+            return "the run's tokens are gone from the cache"
+        return "" if self._samples.held_out else "the run holds nothing out"
+
+    def adapter(self) -> Loss:
+        """The run's packed backbone with its adapter on."""
+        return self._loss(self._adapter)
+
+    def written(self, folder: Path, dtype: torch.dtype) -> Loss:
+        """A merged model, read back from its folder."""
+        source = Source(kind="folder", path=str(folder), packed=str(folder), config={}, tokenizer="")
+        return self._loss(partial(self._plain, source, FolderWeights(folder), dtype))
+
+    def quantized(self, folder: Path) -> Loss:
+        """A GPTQ checkpoint, merged or not, read back from its folder."""
+        return self._loss(partial(self._checkpoint, folder))
+
+    def unwritten(self, merged: Merged) -> Loss:
+        """A merged model that is on no disk: each of its weights is computed on its way into memory."""
+        return self._loss(partial(self._plain, self.plan.source, merged, merged.dtype))
+
+    @cached_property
+    def _samples(self) -> Samples:
+        tokenizer = load_tokenizer(self.plan.source)
+        return read_samples(self.plan, pad_id=tokenizer.pad_token_id if tokenizer else 0)
+
+    def _loss(self, evaluate: Callable[[], float]) -> Loss:
+        if refusal := self.refusal:
+            return Loss(None, refusal)
+        try:
+            return Loss(evaluate())
+        except PlanError as error:
+            return Loss(None, error.message)
+        except torch.OutOfMemoryError as error:  # what is written stays written
+            return Loss(None, str(error).partition(". GPU ")[0])
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()  # does nothing without a GPU
+
+    def _adapter(self) -> float:
+        plan = self.plan
+        dtype, tokens = DTYPES[plan.compute_dtype], plan.micro_batch * plan.seq_len
+        residence = residence_of(plan, dtype, tokens=tokens, scored=tokens)
+        if not residence.gpus:
+            _require_host_memory(footprint_of(plan, dtype, tokens=tokens, scored=tokens))
+        model, _ = load_run(self.run, dtype, residence)
+        return self.held_out(model, dtype)
+
+    def _checkpoint(self, folder: Path) -> float:
+        opened = open_plain(str(folder), self.plan.compute_dtype, None, None)
+        return self.held_out(opened.model, DTYPES[self.plan.compute_dtype])
+
+    def _plain(self, source: Source, weights: Weights, dtype: torch.dtype) -> float:
+        used = dtype if torch.cuda.is_available() else torch.float32  # most CPUs emulate 16-bit arithmetic
+        residence = _residence(self.plan, used)
+        names = self.plan.facts.linear_names
+        model = skeleton(source, bits=16, quant=self.plan.spec.quant, dtype=used, linear_names=names)
+        arrange(model, residence)
+        fill(model, weights, device=first_device(residence))
+        settle(model, residence)
+        return self.held_out(model, used)
+
+    def held_out(self, model: Any, dtype: torch.dtype) -> float:
+        """The loss of any model over the run's held-out samples."""
+        samples, batches = self._samples, self._samples.held_out_batches()
+        with ProgressLine(len(batches), "held-out micro-batches evaluated") as progress:
+            began = partial(_began, progress)
+            loss, tokens = Forward(model, samples, dtype=dtype, fused=False).evaluate(batches, began)
+            progress.advance(1)
+        return loss / tokens
+
+
+def _began(progress: ProgressLine, count: int) -> None:
+    """A micro-batch is begun, so the one before it is done."""
+    if count > 1:
+        progress.advance(1)
+
+
+def _residence(plan: Plan, dtype: torch.dtype) -> Residence:
+    """Of the merged model. Raises PlanError where it has no room."""
+    tokens = plan.micro_batch * plan.seq_len
+    parts = footprint(
+        plan.facts, bits=16, double_quant=False, compute_bytes=dtype.itemsize, tokens=tokens, scored=tokens
+    )
+    residence = choose(parts, device=None, max_memory_bytes=None)
+    if not residence.gpus:
+        _require_host_memory(parts)
+    return residence
+
+
+def _require_host_memory(parts: Footprint) -> None:
+    needed = parts.model
+    free = probe.host_memory(Path("/"))[1]
+    if needed > free:
+        raise PlanError(f"it takes {format_bytes(needed)} of host memory, {format_bytes(free)} is free")
 
 
 class Losses(NamedTuple):

@@ -16,7 +16,7 @@ from qdist.core.text import format_bytes
 from qdist.host.terminal import say
 from qdist.runtime.exports import merged_16bit
 from qdist.runtime.exports.backbone import Backbone
-from qdist.runtime.exports.evaluation import Evaluation, Loss, losses_of
+from qdist.runtime.exports.merge import Evaluation, Loss, losses_of
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.formats.work_folder import reserved
 from qdist.runtime.infer.load import load_tokenizer

@@ -8,7 +8,7 @@ from qdist.core.data.conversation import Conversation, Turn
 from qdist.core.errors import DataError, nearest
 from qdist.core.requests import Chat
 from qdist.host.terminal import say
-from qdist.runtime.infer.complete import answer_of, as_written, complete, text_of
+from qdist.runtime.infer.decoding import answer_of, as_written, complete, text_of
 from qdist.runtime.infer.load import ROOM_TOKENS, open_model
 from qdist.runtime.infer.prompts import Speech, encode_prompts, speech_of
 

@@ -18,7 +18,7 @@ from qdist.host.progress import ProgressLine
 from qdist.host.run.rundir import PLAN, RunDir
 from qdist.host.terminal import say
 from qdist.runtime.formats.work_folder import reserved
-from qdist.runtime.infer.complete import complete, text_of
+from qdist.runtime.infer.decoding import complete, text_of
 from qdist.runtime.infer.load import open_model
 from qdist.runtime.infer.prompts import Speech, encode_prompts, speech_of
 

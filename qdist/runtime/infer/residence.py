@@ -12,7 +12,7 @@ from qdist.host.machine import nvml, probe
 from qdist.runtime.adapters.attach import settle_offloaded
 from qdist.runtime.model.packed import is_offloaded
 from qdist.runtime.model.skeleton import offload
-from qdist.runtime.placements.split.sequential import fetch_to, spread
+from qdist.runtime.placements.split.stages import fetch_to, spread
 
 
 def choose(parts: Footprint, *, device: str | None, max_memory_bytes: int | None, in_host: bool = False) -> Residence:

@@ -10,7 +10,7 @@ from torch import nn
 
 from qdist.core.errors import ModelError
 from qdist.core.planning.plan import Source
-from qdist.core.spec.spec import Quant
+from qdist.core.spec.run_spec import Quant
 from qdist.host.opening import require_files, told
 from qdist.runtime.data.tokenizer import add_rows
 from qdist.runtime.formats.recorded_sums import expected_sums

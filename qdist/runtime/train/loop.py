@@ -9,13 +9,12 @@ import torch
 
 from qdist.core.errors import JobError
 from qdist.core.planning.plan import Plan
-from qdist.core.spec.spec import Optim
+from qdist.core.spec.run_spec import Optim
 from qdist.core.telemetry.events import Event
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.data.batches import Samples, micro_batch_seed
-from qdist.runtime.engine.comm import Comm
 from qdist.runtime.engine.objective import Evaluate, unseen
-from qdist.runtime.engine.torch import Engine, MicroBatch
+from qdist.runtime.engine.torch import Comm, Engine, MicroBatch
 from qdist.runtime.placements.base import Placement
 from qdist.runtime.train import checkpoint
 from qdist.runtime.train.checkpoint import Progress

@@ -13,7 +13,7 @@ from qdist.core.model.gptq import Gptq
 from qdist.core.model.storage import packing_of
 from qdist.core.planning.plan import DataFacts, Prepared, Source
 from qdist.core.requests import Prepare
-from qdist.core.spec.spec import RunSpec
+from qdist.core.spec.run_spec import RunSpec
 from qdist.host.data.records import source_notes
 from qdist.host.files import cache_dir, locked, publish_folder
 from qdist.host.sources.cache import files_digest

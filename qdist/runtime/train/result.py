@@ -16,7 +16,7 @@ from qdist.core.planning.plan import Plan
 from qdist.core.requests import Gather
 from qdist.core.telemetry.events import start_of, steady_tokens_s
 from qdist.host.files import locked, publish_folder, replace_folder, write_atomic
-from qdist.host.run.follow import Follower
+from qdist.host.run.observer import Follower
 from qdist.host.run.rundir import PLAN, RESULT, RunDir
 from qdist.host.sources.targets import ADAPTER, step_metadata, step_of
 from qdist.host.terminal import say

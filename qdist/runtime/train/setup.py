@@ -10,7 +10,7 @@ import torch
 from qdist.core.errors import RunError
 from qdist.core.planning.plan import Plan, Start
 from qdist.core.planning.render import ACCELERATE_FILE
-from qdist.core.spec.spec import memory_cap_of
+from qdist.core.spec.run_spec import memory_cap_of
 from qdist.host.machine import probe
 from qdist.host.run.rundir import RunDir
 from qdist.host.sources.adapters import digest_of

@@ -17,12 +17,12 @@ import msgspec
 from qdist.core.errors import QdistError
 from qdist.core.planning.plan import Plan
 from qdist.core.spec.keys import json_text
-from qdist.core.spec.spec import flatten
+from qdist.core.spec.run_spec import flatten
 from qdist.core.telemetry.events import Event
 from qdist.core.text import GIB
 from qdist.host.files import locked, told_of_disks, write_atomic
 from qdist.host.launch.trackers import Sent, refuse_missing, sent_file, sent_to
-from qdist.host.run.follow import Follower
+from qdist.host.run.observer import Follower
 from qdist.host.run.rundir import PLAN, RunDir
 from qdist.host.terminal import say
 

@@ -57,8 +57,8 @@ def _work(plan: Plan, run: RunDir) -> None:
     import torch
     from transformers.utils import logging
 
-    from qdist.runtime.engine.comm import Comm
-    from qdist.runtime.infer.complete import before_and_after
+    from qdist.runtime.engine.torch import Comm
+    from qdist.runtime.infer.decoding import before_and_after
     from qdist.runtime.infer.load import load_tokenizer
     from qdist.runtime.placements.registry import placement_of
     from qdist.runtime.train.loop import Trainer

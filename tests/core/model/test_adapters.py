@@ -12,7 +12,7 @@ from qdist.core.model.aliases import config_of
 from qdist.core.model.families import from_config
 from qdist.core.model.gptq import Gptq, Override, Shape
 from qdist.core.model.shapes import ModelFacts
-from qdist.core.spec.spec import RunSpec, nest, resolve
+from qdist.core.spec.run_spec import RunSpec, nest, resolve
 
 GROUPS_OF_32 = Gptq(shape=Shape(4, 32))
 

@@ -17,7 +17,7 @@ from qdist.core.planning.placements.registry import layouts
 from qdist.core.planning.plan import Plan, Source
 from qdist.core.planning.planner import make_plan
 from qdist.core.planning.ranking import choose
-from qdist.core.spec.spec import memory_cap_of, nest, resolve
+from qdist.core.spec.run_spec import memory_cap_of, nest, resolve
 from qdist.core.text import GIB
 from tests.plans import CPU, gpus, machine, planned
 

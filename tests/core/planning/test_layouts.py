@@ -7,7 +7,7 @@ import pytest
 from qdist.core.errors import SpecError
 from qdist.core.planning.placements.base import Layout
 from qdist.core.planning.placements.registry import layouts, simplicity
-from qdist.core.spec.spec import nest, resolve
+from qdist.core.spec.run_spec import nest, resolve
 
 
 def named(layout: Layout) -> str:

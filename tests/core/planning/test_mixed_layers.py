@@ -19,7 +19,7 @@ from qdist.core.planning.memory import Job, Share, budget, load_peak_bytes, size
 from qdist.core.planning.plan import Plan, Source
 from qdist.core.planning.planner import make_plan
 from qdist.core.planning.speed import Step, passes, step_seconds
-from qdist.core.spec.spec import nest, resolve
+from qdist.core.spec.run_spec import nest, resolve
 from qdist.core.telemetry.snapshot import model_flops_per_token
 from qdist.core.text import GIB, MIB
 from tests.core.planning.test_speed import H200

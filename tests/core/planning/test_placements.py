@@ -11,7 +11,7 @@ from qdist.core.machine.cluster import Cluster
 from qdist.core.planning.placements.base import Layout
 from qdist.core.planning.placements.registry import PLACEMENTS, last_resorts, layout_of, layouts, simplicity
 from qdist.core.planning.plan import Plan
-from qdist.core.spec.spec import Placement, RunSpec, Schedule, changed, flatten, nest, resolve
+from qdist.core.spec.run_spec import Placement, RunSpec, Schedule, changed, flatten, nest, resolve
 from tests.plans import CPU, gpus, planned
 
 LAID: dict[str, tuple[Cluster, dict[str, Any]]] = {

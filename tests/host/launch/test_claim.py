@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qdist.core.errors import JobError, RunError
-from qdist.core.spec.spec import RunSpec, nest, resolve
+from qdist.core.spec.run_spec import RunSpec, nest, resolve
 from qdist.host.launch import claim, prepare
 from qdist.host.launch.claim import claimed
 from qdist.host.launch.prepare import Job

@@ -20,7 +20,7 @@ from qdist.core.errors import JobError, PlanError, QdistError, RunError, SpecErr
 from qdist.core.machine.calibration import Correction
 from qdist.core.machine.cluster import Cluster, hypothetical
 from qdist.core.planning.plan import Plan, digest
-from qdist.core.spec.spec import RunSpec, nest, resolve
+from qdist.core.spec.run_spec import RunSpec, nest, resolve
 from qdist.core.telemetry.events import Event, encode
 from qdist.core.text import GIB
 from qdist.host import children

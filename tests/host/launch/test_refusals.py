@@ -10,7 +10,7 @@ import pytest
 
 from qdist.core.errors import PlanError, RunError
 from qdist.core.planning.plan import DataFacts, Plan
-from qdist.core.spec.spec import resolve
+from qdist.core.spec.run_spec import resolve
 from qdist.host import files
 from qdist.host.launch import claim, prepare, refusals
 from qdist.host.launch.refusals import (

@@ -12,7 +12,7 @@ from qdist.core.errors import DataError, ModelError, PlanError
 from qdist.core.model.aliases import config_of
 from qdist.core.model.storage import packing_of
 from qdist.core.planning.plan import DataFacts, Prepared, Source
-from qdist.core.spec.spec import RunSpec, resolve
+from qdist.core.spec.run_spec import RunSpec, resolve
 from qdist.host import files as disk
 from qdist.host.launch.survey import Work, counted, expected, require_room, survey, tokenizing
 from qdist.host.sources import cache

@@ -10,7 +10,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from qdist.core.errors import MachineError
-from qdist.core.spec.spec import RunSpec, resolve
+from qdist.core.spec.run_spec import RunSpec, resolve
 from qdist.host.launch import claim, prepare, trackers
 from qdist.host.launch.trackers import PACKAGES, REMEDIES, Tracking, refuse_missing
 from qdist.host.machine.probe import PACKAGES as PROBED

@@ -7,7 +7,7 @@ import pytest
 from qdist.core.errors import RunError
 from qdist.core.telemetry.events import Event, encode
 from qdist.core.telemetry.history import Fold
-from qdist.host.run.follow import Follower
+from qdist.host.run.observer import Follower
 
 
 def line(step: int, *, rank: int = 0, time: float = 0.0) -> bytes:

@@ -15,8 +15,8 @@ from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.events import Event, encode
 from qdist.core.telemetry.history import Fold
 from qdist.host.files import write_atomic
-from qdist.host.run.follow import Follower
 from qdist.host.run.listing import Listed, find, listed, skim
+from qdist.host.run.observer import Follower
 from qdist.host.run.rundir import Ended, RunDir
 from qdist.host.run.state import state_of
 from tests.plans import CPU, gpus, planned

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qdist.core.errors import RunError
-from qdist.core.spec.spec import resolve
+from qdist.core.spec.run_spec import resolve
 from qdist.host.launch import claim, prepare
 from qdist.host.run.rundir import RunDir
 from qdist.host.sources.targets import ADAPTER, adapter_step, step_metadata, step_note, step_of

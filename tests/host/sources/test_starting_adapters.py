@@ -10,7 +10,7 @@ import pytest
 from qdist.core.errors import QdistError, RunError
 from qdist.core.model.adapters.qa_lora import alphas
 from qdist.core.planning.plan import Plan
-from qdist.core.spec.spec import resolve
+from qdist.core.spec.run_spec import resolve
 from qdist.host.launch import claim, prepare
 from qdist.host.run.rundir import RunDir
 from qdist.host.sources.adapters import find_adapter, require_fit, start_of

@@ -19,7 +19,7 @@ from qdist.runtime.exports.gguf.export import run as to_gguf
 from qdist.runtime.exports.merged_16bit import write
 from qdist.runtime.exports.qalora_as_lora import widen
 from qdist.runtime.exports.update import Adapters
-from qdist.runtime.infer.complete import complete, text_of
+from qdist.runtime.infer.decoding import complete, text_of
 from qdist.runtime.infer.load import load
 from qdist.runtime.train.result import rehearse
 from tests.runtime.data.test_tokenized import CHATML, HEADINGS, tiny_tokenizer

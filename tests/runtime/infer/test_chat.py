@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from qdist.core.data.conversation import Turn, Wording
 from qdist.runtime.infer import chat
 from qdist.runtime.infer.chat import _exchange, _Printer
-from qdist.runtime.infer.complete import text_of
+from qdist.runtime.infer.decoding import text_of
 from qdist.runtime.infer.prompts import Speech
 from tests.runtime.data.test_tokenized import CHATML, tiny_tokenizer
 from tests.runtime.tiny import tiny_model

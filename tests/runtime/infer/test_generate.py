@@ -18,7 +18,7 @@ from qdist.host.run.rundir import RunDir
 from qdist.runtime import tasks
 from qdist.runtime.data.wording import encode_prompt, usual_wording
 from qdist.runtime.infer import generate
-from qdist.runtime.infer.complete import complete
+from qdist.runtime.infer.decoding import complete
 from qdist.runtime.infer.generate import generate_file
 from qdist.runtime.infer.load import load
 from qdist.runtime.infer.prompts import Speech, encode_prompts, speech_of

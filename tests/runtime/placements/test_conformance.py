@@ -11,7 +11,7 @@ from qdist.core.planning.placements.registry import PLACEMENTS as PLANNED
 from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.events import losses
 from qdist.host.launch import prepare
-from qdist.host.run.follow import Follower
+from qdist.host.run.observer import Follower
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.adapters.attach import add_adapter
 from qdist.runtime.placements.base import Placement

@@ -12,7 +12,7 @@ import pytest
 
 from qdist.core.telemetry.events import Event, losses
 from qdist.host.launch import prepare
-from qdist.host.run.follow import Follower
+from qdist.host.run.observer import Follower
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.train.checkpoint import load_tensors
 from tests.runtime.tiny import dummy_job, save_config

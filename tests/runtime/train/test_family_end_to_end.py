@@ -11,7 +11,7 @@ import torch
 from qdist.core.requests import Export
 from qdist.core.telemetry.events import losses
 from qdist.host.launch import prepare
-from qdist.host.run.follow import Follower
+from qdist.host.run.observer import Follower
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.engine.objective import summed_loss
 from qdist.runtime.exports.gguf import export

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qdist.core.model.gptq import Gptq, Shape
-from qdist.core.spec.spec import nest
+from qdist.core.spec.run_spec import nest
 from qdist.host.launch import prepare
 from qdist.host.run.rundir import RunDir
 from qdist.host.sources.targets import ADAPTER

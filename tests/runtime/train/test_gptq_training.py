@@ -10,7 +10,7 @@ from torch.nn import functional
 from qdist.core.errors import ModelError, RunError, SpecError
 from qdist.core.model.gptq import Gptq, Shape
 from qdist.core.telemetry.events import losses
-from qdist.host.run.follow import Follower
+from qdist.host.run.observer import Follower
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.adapters.lora import adapted_product
 from qdist.runtime.infer.load import open_model

@@ -16,7 +16,7 @@ import torch
 
 from qdist.core.telemetry.events import Event, losses
 from qdist.host.launch import prepare
-from qdist.host.run.follow import Follower
+from qdist.host.run.observer import Follower
 from qdist.host.run.rundir import RunDir
 from qdist.host.run.state import state_of
 from qdist.runtime.train.checkpoint import load, load_tensors

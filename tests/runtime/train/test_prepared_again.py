@@ -10,7 +10,7 @@ import pytest
 
 from qdist.core.errors import RunError
 from qdist.core.planning.plan import Prepared, digest
-from qdist.core.spec.spec import RunSpec
+from qdist.core.spec.run_spec import RunSpec
 from qdist.host.files import cache_path
 from qdist.host.launch import claim, tasks
 from qdist.host.launch import prepare as launcher

@@ -7,7 +7,7 @@ import msgspec
 
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.shapes import LayerShape, Linear, ModelFacts
-from qdist.core.spec.spec import RunSpec
+from qdist.core.spec.run_spec import RunSpec
 
 
 class LoraMethod(msgspec.Struct, frozen=True):

@@ -12,8 +12,8 @@ import msgspec
 from qdist.core.errors import Change, SpecError
 from qdist.core.planning.memory import Share, Sizes
 from qdist.core.planning.plan import Plan
-from qdist.core.spec.spec import Placement as Name
-from qdist.core.spec.spec import RunSpec, Schedule
+from qdist.core.spec.run_spec import Placement as Name
+from qdist.core.spec.run_spec import RunSpec, Schedule
 from qdist.core.text import counted
 
 OPEN: Change = {"placement": None, "gpus_per_group": None, "split.schedule": None, "split.offload_layers": None}

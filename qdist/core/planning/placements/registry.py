@@ -8,7 +8,7 @@ from qdist.core.planning.placements.replicate import Replicate
 from qdist.core.planning.placements.shard import Shard
 from qdist.core.planning.placements.split import SplitLayers
 from qdist.core.planning.plan import Plan
-from qdist.core.spec.spec import RunSpec
+from qdist.core.spec.run_spec import RunSpec
 from qdist.core.text import counted
 
 PLACEMENTS: tuple[Placement, ...] = (Replicate(), Shard(), SplitLayers())

@@ -21,7 +21,7 @@ from qdist.core.planning.placements.base import (
     unit_of,
 )
 from qdist.core.planning.plan import Plan
-from qdist.core.spec.spec import RunSpec, Split
+from qdist.core.spec.run_spec import RunSpec, Split
 from qdist.core.text import counted
 
 RECEIVED_AHEAD = 1

@@ -13,8 +13,7 @@ from qdist.runtime.model.skeleton import offload
 from qdist.runtime.placements.base import PROCESS_GROUP_TIMEOUT, Built, Placement, Rank, optimizer_maker
 from qdist.runtime.placements.split.engine import PipelineEngine, deepspeed_over_stage
 from qdist.runtime.placements.split.pipeline import Pipeline
-from qdist.runtime.placements.split.sequential import spread
-from qdist.runtime.placements.split.stages import arrange_stage, make_grid
+from qdist.runtime.placements.split.stages import arrange_stage, make_grid, spread
 
 
 def split(plan: Plan, rank: int, devices: tuple[torch.device, ...]) -> Placement:

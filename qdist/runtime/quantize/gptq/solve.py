@@ -11,8 +11,7 @@ from qdist.core.errors import ModelError
 from qdist.core.model.gptq import Shape
 from qdist.runtime.formats.gptq_folder import Quantized
 from qdist.runtime.kernels.gptq_bits import dequantize, pack, pack_zeros
-from qdist.runtime.kernels.grids import Grid, fit
-from qdist.runtime.kernels.rounding import round_block
+from qdist.runtime.kernels.gptq_solve import Grid, fit, round_block
 
 DAMPING = 0.01
 _MOST_DAMPING = 100.0

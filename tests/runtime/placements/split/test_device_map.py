@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from qdist.core.errors import SpecError
-from qdist.core.machine.described import described
+from qdist.core.machine.cards import described
 from qdist.core.model.families import from_config
 from qdist.core.planning.candidates import HEADROOM
-from qdist.core.planning.device_map import device_map
+from qdist.core.planning.layer_map import device_map
 from qdist.core.planning.plan import Plan, Source
 from qdist.core.planning.planner import make_plan
-from qdist.core.spec.spec import memory_cap_of, nest, resolve
+from qdist.core.spec.run_spec import memory_cap_of, nest, resolve
 from tests.plans import CPU, gpus, planned
 from tests.runtime.tiny import FAMILIES, tiny_config, tiny_model
 

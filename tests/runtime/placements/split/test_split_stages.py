@@ -8,8 +8,7 @@ import torch
 
 from qdist.core.errors import PlanError
 from qdist.runtime.engine.objective import hidden_states, loss_of, summed_loss
-from qdist.runtime.placements.split.sequential import spread
-from qdist.runtime.placements.split.stages import Absent, keep_stage, layers_of, only_present
+from qdist.runtime.placements.split.stages import Absent, keep_stage, layers_of, only_present, spread
 from tests.runtime.tiny import FAMILIES, padded, tiny_config, tiny_model
 
 CUTS = [(1, 3), (3, 1), (1, 2, 1), (1, 1, 1, 1)]

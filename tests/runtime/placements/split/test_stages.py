@@ -21,7 +21,7 @@ from qdist.core.planning.render import (
 from qdist.core.telemetry.events import Event, losses
 from qdist.host import templates
 from qdist.host.launch import prepare
-from qdist.host.run.follow import Follower
+from qdist.host.run.observer import Follower
 from qdist.host.run.rundir import PLAN, RunDir
 from qdist.runtime.train.checkpoint import load, load_tensors
 from tests.runtime.data.test_tokenized import tiny_tokenizer

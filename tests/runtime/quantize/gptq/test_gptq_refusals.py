@@ -13,7 +13,7 @@ from qdist.core.errors import ModelError, QdistError, SpecError
 from qdist.core.model.gptq import Gptq, Shape
 from qdist.core.model.storage import Packing
 from qdist.core.requests import GptqSettings
-from qdist.core.spec.spec import nest, resolve
+from qdist.core.spec.run_spec import nest, resolve
 from qdist.runtime.quantize.bitsandbytes import quantize
 from qdist.runtime.quantize.gptq.make import make
 from qdist.runtime.quantize.source import is_finite

@@ -6,7 +6,7 @@ import torch
 from qdist.core.errors import ModelError
 from qdist.core.model.gptq import Shape
 from qdist.runtime.kernels.gptq_bits import dequantize
-from qdist.runtime.kernels.grids import fit
+from qdist.runtime.kernels.gptq_solve import fit
 from qdist.runtime.quantize.gptq import solve as solving
 from qdist.runtime.quantize.gptq.solve import Solution, curvature, relative_error, solve, unpacked
 

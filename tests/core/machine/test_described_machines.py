@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from qdist.core.errors import SpecError
+from qdist.core.machine.cards import described, each_card
 from qdist.core.machine.cluster import UNNAMED, Cluster
-from qdist.core.machine.described import described, each_card
 from qdist.core.text import GIB
 
 

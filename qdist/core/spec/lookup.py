@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from qdist.core.errors import SpecError
 from qdist.core.spec.keys import accepted, description, json_text, known_keys
-from qdist.core.spec.spec import RunSpec, flatten, parse_assignment, unknown_key
+from qdist.core.spec.run_spec import RunSpec, flatten, parse_assignment, unknown_key
 from qdist.core.spec.suggest import RELATED_NAMES, known_as
 
 COMMON = {

@@ -8,7 +8,7 @@ import pytest
 
 from qdist.core.errors import SpecError
 from qdist.core.spec.recipe import to_toml
-from qdist.core.spec.spec import (
+from qdist.core.spec.run_spec import (
     Lora,
     Optim,
     Quant,

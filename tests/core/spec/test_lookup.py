@@ -3,7 +3,7 @@
 import pytest
 
 from qdist.core.errors import SpecError
-from qdist.core.spec.settings import all_settings, find_settings, sections
+from qdist.core.spec.lookup import all_settings, find_settings, sections
 from qdist.core.spec.suggest import OTHER_NAMES, RELATED_NAMES
 
 EVERY = {each.key: each for each in all_settings()}
