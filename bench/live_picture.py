@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from qdist.cli.views.dashboard import dashboard
-from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.history import RunHistory
 from qdist.core.telemetry.snapshot import Snapshot
 from qdist.host.run.observer import Follower
 from qdist.host.run.rundir import RunDir
@@ -18,7 +18,7 @@ def main() -> None:
     run, step, out = RunDir(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     plan = run.plan()
     events = [event for event in Follower(run.path).new_events() if event.step <= step and event.kind != "end"]
-    state = Fold(total_steps=plan.steps)
+    state = RunHistory(total_steps=plan.steps)
     state.add(events)
     console = Console(record=True, width=88, force_terminal=True, file=StringIO())
     snapshot = Snapshot(name=run.path.name, plan=plan, fold=state, state="running", now=events[-1].time)

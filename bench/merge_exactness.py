@@ -62,7 +62,7 @@ def main() -> None:
     base: Path = parser.parse_args().base
     gptq = stated(base)
     if gptq is None:
-        raise SystemExit(f"{base} is no GPTQ checkpoint")
+        raise SystemExit(f"{base} is not a GPTQ checkpoint")
     lost = {(form, share): [0.0, 0.0] for form in FORMS for share in SHARES}
     generator = torch.Generator().manual_seed(0)
     for path, scales, zeros in linears(base, gptq):

@@ -46,7 +46,7 @@ def main() -> None:
         print(f"report.html: {format_bytes((run.path / 'report.html').stat().st_size)}")
 
 
-def job(run: RunDir) -> prepare.Job:
+def job(run: RunDir) -> prepare.Launch:
     """A plan for a model that is not there."""
     config = Path(run.path.parent.parent, "model", "config.json")
     config.parent.mkdir(parents=True)

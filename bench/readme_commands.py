@@ -83,7 +83,7 @@ BEFOREHAND = (
 STEPS = re.compile(rb"^step \d+/\d+  loss", re.MULTILINE)
 NEXT = re.compile(r"^ *(?:chat|merge|go on:|try:) +(qdist [^(,\n]+)$", re.MULTILINE)
 HINT = re.compile(r"^  try: (--[^(\n]+)", re.MULTILINE)
-MISTYPED = re.compile(r"unknown setting '(\S+)'|(--\S+) is no flag")
+MISTYPED = re.compile(r"unknown setting '(\S+)'|(--\S+) is not a flag")
 PATIENCE_S = 900
 
 

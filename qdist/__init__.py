@@ -1,9 +1,9 @@
 """qdist: fine-tune quantized language models on whatever GPUs are there, with one command.
 
 `plan` and `launch` are what the commands of these names do, from Python; `load` opens what came of them. Settings are
-keywords: keys of `core.spec.run_spec.RunSpec` (`seq_len`, `**{"lora.r": 8}`), the last part of one where only one ends so
-(`dropout`), or the name of a flag (`lora_r`). What the user can put right is a `core.errors.QdistError`: one sentence,
-and one thing to try.
+keywords: keys of `qdist.core.spec.run_spec.RunSpec` (`seq_len`, `**{"lora.r": 8}`), the last part of one where only one
+ends so (`dropout`), or the name of a flag (`lora_r`). What the user can put right is a `qdist.core.errors.QdistError`:
+one sentence, and one thing to try.
 """
 
 from os import PathLike, fspath
@@ -38,7 +38,8 @@ def plan(
     recipe: a TOML file, or the name of one that is shipped; settings win over it.
     gpu_memory, gpu_name, host_memory: of another machine than this one, such as '48GiB' and 'RTX 4090'.
 
-    Raises SpecError for what is no setting, with the nearest, or contradicts another; PlanError for what does not fit.
+    Raises SpecError for what is not a setting, with the nearest, or contradicts another; PlanError for what does not
+    fit.
     """
     from qdist.core.spec.lookup import named_settings
     from qdist.host.launch.planning import PlanRequest, planned
@@ -77,7 +78,7 @@ def launch(recipe: str | PathLike[str] | None = None, *, resume: bool = False, *
     given = nest(named_settings(settings))
     job = job_of(None if recipe is None else str(recipe), given, resume=resume, say=say)
     run = job if isinstance(job, RunDir) else job.run
-    if isinstance(job, prepare.Job):
+    if isinstance(job, prepare.Launch):
         with claimed(job) as own:
             run = own.job.run
             ranks.start(own, show=lambda events: None, say=say)

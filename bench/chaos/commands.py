@@ -203,16 +203,16 @@ def _launch(run: str, *more: str, model: str = "", **settings: str) -> Command:
 
 def _lesson(world: Path) -> int:
     """What a finished run on GPUs leaves in the cache; none of this machine can be made."""
-    from qdist.core.machine.calibration import Lesson
+    from qdist.core.machine.calibration import CalibrationSample
     from qdist.host.run import calibration
 
-    fields = dict.fromkeys(Lesson.__struct_fields__, 1) | {
+    fields = dict.fromkeys(CalibrationSample.__struct_fields__, 1) | {
         "card": "a card", "placement": "replicate", "model": "a model", "rates": "table", "version": "1"
     }  # fmt: skip
     with contextlib.suppress(FileNotFoundError):
         (world / "cache" / calibration.FILE).unlink()
     for _ in range(2):
-        calibration.append(Lesson(**fields))
+        calibration.append(CalibrationSample(**fields))
     return 0
 
 

@@ -59,7 +59,7 @@ class Kind(NamedTuple):
     files: tuple[Path, ...]
     read: Read
     command: tuple[str, ...] = ()
-    """Of qdist, that must end with a sentence; empty where the reader is no command's alone."""
+    """Of qdist, that must end with a sentence; empty where the reader is not a command's alone."""
 
 
 class Flip(NamedTuple):

@@ -13,7 +13,7 @@ import msgspec
 from bench.chaos.mutations import Form
 from qdist.core.spec.run_spec import nest, parse_assignment, resolve
 from qdist.core.telemetry.events import Event, encode
-from qdist.core.telemetry.heartbeat import Pulse
+from qdist.core.telemetry.heartbeat import Heartbeat
 from qdist.core.telemetry.heartbeat import encode as encode_pulse
 from qdist.host import templates
 from qdist.host.data.records import (
@@ -132,7 +132,7 @@ def _write_models(world: Path) -> None:
 
 
 def _write_run(world: Path) -> None:
-    from qdist.runtime.train.measure import Parts, Peak
+    from qdist.runtime.train.measure import HeldMemory, Peak
     from qdist.runtime.train.result import write_result
     from tests.runtime.tiny import adapted_run, real_job
 
@@ -147,13 +147,13 @@ def _write_run(world: Path) -> None:
                    seconds=0.5, memory_bytes=10**9, time=2.0 + step) for step in range(1, 5)]  # fmt: skip
     told += [Event(kind="eval", step=4, held_out_loss=2.0, time=7.0), Event(kind="end", step=4, time=8.0)]
     run.event_file(0).write_bytes(b"".join(map(encode, told)))
-    beat = Pulse(rank=0, pid=os.getpid(), host="here", time=2e9, phase="training", moved=2e9, step=1)
+    beat = Heartbeat(rank=0, pid=os.getpid(), host="here", time=2e9, phase="training", moved=2e9, step=1)
     run.pulse_file(0).write_bytes(encode_pulse(beat))
     run.log_file(0).write_text("hello\n")
     write_result(
         run, job.plan, held_out=((0, 3.0), (4, 2.0)),
         answers=[{"question": "q", "before": "b", "after": "a", "expected": "e"}],
-        peaks=[[Peak(1, 2)]], held=[Parts(1, 2, 3, 4)],
+        peaks=[[Peak(1, 2)]], held=[HeldMemory(1, 2, 3, 4)],
     )  # fmt: skip
     broken = world / "broken"
     import shutil
@@ -167,12 +167,12 @@ def _write_run(world: Path) -> None:
 
 
 def _write_cache(world: Path) -> None:
-    from qdist.core.machine.calibration import Lesson
+    from qdist.core.machine.calibration import CalibrationSample
     from qdist.core.machine.cluster import Rates
     from qdist.runtime.data import tokenized
     from tests.runtime.tiny import samples_of
 
-    lesson = Lesson(
+    lesson = CalibrationSample(
         card="NVIDIA H200", gpus=1, world_size=1, placement="replicate", gpus_per_group=1, zero_stage=0,
         model="llama-7b", bits=4, seq_len=512, micro_batch=1, checkpointed_layers=0, predicted_bytes=10**10,
         measured_bytes=10**10, predicted_context_bytes=10**9, measured_context_bytes=10**9, predicted_tokens_s=1e4,

@@ -17,8 +17,8 @@ def chat(**given: Any) -> None:
     """Talk to RUN's adapter, or to any model; answers stream.
 
     The model goes to the first GPU with room for it; else its layers are spread over the GPUs; else as many as need be
-    wait in host memory. A line says where it lies. Ctrl-C ends an answer and keeps the conversation; /help tells the
-    commands.
+    are offloaded to host memory. A line says where it lies. Ctrl-C ends an answer and keeps the conversation; /help
+    lists the commands.
     """
     request = request_of(Chat, given)
     check_target(request.run, max_memory=request.max_memory)

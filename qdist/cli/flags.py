@@ -92,7 +92,7 @@ class SettingsCommand(click.Command):
             flag = next((flag_of(name) for name, flagged in FLAGS.items() if flagged == key), None)
             told = f"its flag is {flag}" if flag else f"{key} is a setting"
             try_ = quoted(flag, value) if flag else quoted("--set", f"{key}={value}")
-            raise SpecError(f"{error.option_name} is no flag: {told}", try_=try_) from None
+            raise SpecError(f"{error.option_name} is not a flag: {told}", try_=try_) from None
 
 
 def _value_of(option: str, typed: Sequence[str]) -> str:

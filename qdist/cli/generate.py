@@ -21,8 +21,8 @@ def generate(**given: Any) -> None:
     """Answer prompts with RUN's adapter, or with any model.
 
     The model goes to the first GPU with room for it and the answers; else its layers are spread over the GPUs; else as
-    many as need be wait in host memory. A line says where it lies. Answers are kept as they come: killed, the same
-    command goes on where it was.
+    many as need be are offloaded to host memory. A line says where it lies. Answers are kept as they come:
+    killed, the same command goes on where it was.
     """
     request = request_of(Generate, given)
     request = msgspec.structs.replace(request, out=stream_to_write(request.out))

@@ -51,7 +51,7 @@ class LazyGroup(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Refuses names that no plan, written in UTF-8, could hold."""
         if odd := next((word for word in args if not word.isascii() and _is_no_text(word)), None):
-            raise SpecError(f"{odd!r} is no UTF-8", try_="rename the file, or set the locale that it was named in")
+            raise SpecError(f"{odd!r} is not UTF-8", try_="rename the file, or set the locale that it was named in")
         return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -75,7 +75,7 @@ class LazyGroup(click.Group):
         name = args[0]
         if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:  # else a shell completes
             near = nearest(name, COMMANDS)
-            raise SpecError(f"{name} is no command", try_=command(near) if near else ", ".join(COMMANDS))
+            raise SpecError(f"{name} is not a command", try_=command(near) if near else ", ".join(COMMANDS))
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> object:
@@ -110,7 +110,7 @@ def errors_told(ctx: click.Context | None = None) -> Iterator[None]:
 def _in_our_form(error: click.UsageError, ctx: click.Context | None) -> SpecError:
     """A wrong flag or argument; the nearest flag is what to try, else the command's help."""
     near = error.possibilities if isinstance(error, click.NoSuchOption) else None
-    message = f"{error.option_name} is no flag" if isinstance(error, click.NoSuchOption) else _said(error)
+    message = f"{error.option_name} is not a flag" if isinstance(error, click.NoSuchOption) else _said(error)
     subcommand = (ctx.invoked_subcommand,) if ctx and ctx.invoked_subcommand else ()
     return SpecError(message, try_=near[0] if near else command(*subcommand, "--help"))
 

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from qdist.core.errors import MachineError, QdistError
-from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.history import RunHistory
 from qdist.core.telemetry.prometheus import CONTENT_TYPE, exposition
 from qdist.host.files import write_out
 from qdist.host.run.observer import Follower
@@ -51,7 +51,7 @@ class Source:
     """The figures of a run as they are now. Of its events, each call reads only those that are new; any thread may."""
 
     def __init__(self, run: RunDir) -> None:
-        self._run, self._follower, self._fold = run, Follower(run.path), Fold()
+        self._run, self._follower, self._fold = run, Follower(run.path), RunHistory()
         self._name, self._lock = str(run.path), threading.Lock()
 
     def text(self) -> str:

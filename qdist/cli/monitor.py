@@ -17,7 +17,7 @@ from qdist.cli.views.screen import Keys, Painter
 from qdist.core.errors import RunError
 from qdist.core.telemetry.snapshot import Row, Snapshot, mfu, rows
 from qdist.core.telemetry.warnings import find_warnings
-from qdist.host.run.observer import Look
+from qdist.host.run.observer import RunObserver
 from qdist.host.run.rundir import RunDir
 from qdist.host.terminal import say_json
 
@@ -68,7 +68,7 @@ def monitor(run: Path, once: bool, as_object: bool, rank: int | None) -> None:
     """Watch RUN: memory, speed, loss, warnings. Keys: q, p (pause), tab (panes), l (logs)."""
     if as_object and rank is not None:
         raise click.UsageError("--json tells of all ranks: leave --rank out")
-    look = Look(RunDir(run))
+    look = RunObserver(RunDir(run))
     if rank is not None and rank >= look.plan.world_size:
         raise RunError(f"{run} has no rank {rank}", try_=f"--rank 0 to {look.plan.world_size - 1}")
     screen = Screen(pane="overview" if rank is None else "log", rank=rank or 0)
@@ -88,11 +88,11 @@ def monitor(run: Path, once: bool, as_object: bool, rank: int | None) -> None:
         return
 
 
-def _seen(look: Look, screen: Screen) -> Snapshot:
+def _seen(look: RunObserver, screen: Screen) -> Snapshot:
     return look.snapshot(log_rank=screen.rank if screen.pane == "log" else None)
 
 
-def _watch(look: Look, screen: Screen, console: Console) -> None:
+def _watch(look: RunObserver, screen: Screen, console: Console) -> None:
     """Draw at most twice a second, and at rest only what changed, until q."""
     shown: tuple[object, ...] = ()
     snapshot, painter = _seen(look, screen), Painter(console, full=True)
@@ -117,7 +117,7 @@ def _watch(look: Look, screen: Screen, console: Console) -> None:
 
 
 def as_json(snapshot: Snapshot) -> dict[str, Any]:
-    """Plain values with units in their names; None for what nobody has said or what is no number."""
+    """Plain values with units in their names; None for what nobody has said or what is not a number."""
     fold, plan = snapshot.fold, snapshot.plan
     mean = fold.mean_tokens_per_s
     saved = fold.checkpoints[-1] if fold.checkpoints else None

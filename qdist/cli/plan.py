@@ -7,7 +7,7 @@ import msgspec
 
 from qdist.cli.flags import SettingsCommand, setting_flags
 from qdist.cli.views.plan import plan_lines, shown
-from qdist.core.planning.layer_map import device_map
+from qdist.core.planning.device_map import device_map
 from qdist.core.spec.lookup import COMMON
 from qdist.core.text import format_bytes
 from qdist.host.launch.planning import PlanRequest, machine_of, planned

@@ -11,7 +11,7 @@ from qdist.core.telemetry.report import Found, Report, report_of
 from qdist.core.text import command, format_bytes
 from qdist.host.files import write_out
 from qdist.host.opening import read_bytes, read_typed
-from qdist.host.run.observer import Look
+from qdist.host.run.observer import RunObserver
 from qdist.host.run.rundir import RunDir, noted
 from qdist.host.terminal import say
 
@@ -41,7 +41,7 @@ def _default_name(reports: list[Report]) -> str:
 
 def _found(run: RunDir, name: str) -> Found:
     """Read a run as it is now. Raises RunError where it is none, or a file of it is broken."""
-    seen = Look(run).snapshot()._replace(name=name)
+    seen = RunObserver(run).snapshot()._replace(name=name)
     return Found(
         seen=seen,
         result=run.result_of(seen.plan),

@@ -14,12 +14,12 @@ from qdist.core.data import demo
 from qdist.core.errors import QdistError
 from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.events import Event
-from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.history import RunHistory
 from qdist.core.telemetry.memory_report import MEANING
 from qdist.core.telemetry.snapshot import Snapshot
 from qdist.core.telemetry.warnings import held_out_warnings
 from qdist.core.text import command, format_bytes, format_count
-from qdist.host.run.observer import Look
+from qdist.host.run.observer import RunObserver
 from qdist.host.run.rundir import RunDir
 from qdist.host.terminal import say
 
@@ -31,13 +31,13 @@ _MOST_SHARE = 0.05
 class Watch:
     """A context in which events are shown as they come.
 
-    run: its folder, where ranks leave their beats. width: of the terminal, for output that is no terminal's.
+    run: its folder, where ranks leave their beats. width: of the terminal, for output that is not a terminal's.
     """
 
     def __init__(self, plan: Plan, run: RunDir, *, width: int) -> None:
         self._run = run
-        self._state = Fold(total_steps=plan.steps)
-        self._look: Look | None = None
+        self._state = RunHistory(total_steps=plan.steps)
+        self._look: RunObserver | None = None
         self._console = Console(width=None if sys.stdout.isatty() else width, highlight=False)
         self._due, self._unseen = 0.0, ""
         drawable = sys.stdout.isatty() and not self._console.is_dumb_terminal
@@ -92,7 +92,7 @@ class Watch:
         painter.draw(dashboard(snapshot, width, max(1, min(_MOST_LINES, height - 2)), foot=""))
 
     def _snapshot(self) -> Snapshot:
-        self._look = self._look or Look(self._run, fold=self._state)
+        self._look = self._look or RunObserver(self._run, fold=self._state)
         # What ended it is said below the view.
         return self._look.snapshot()._replace(message="", try_="")
 

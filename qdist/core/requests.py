@@ -30,7 +30,7 @@ _OUT_FOLDER = "Folder to write; must be empty or absent."
 
 
 def _help(text: str) -> Meta:
-    """What `--help` says of a field; a field without it is no flag."""
+    """What `--help` says of a field; a field without it is not a flag."""
     return Meta(description=text)
 
 

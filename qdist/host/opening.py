@@ -108,7 +108,7 @@ def node_of(path: Path) -> str:
 
 
 def require_file(path: Path, kind: Kind, *, try_: str = "") -> None:
-    """Raise an error for what is no regular file: a pipe would block, a device may never end."""
+    """Raise an error for what is not a regular file: a pipe would block, a device may never end."""
     if node := node_of(path):
         raise kind(f"{path} is {node}, not a file", try_=try_)
 
@@ -136,7 +136,7 @@ def encoding_of(head: bytes) -> str:
 def read_text(path: Path, kind: Kind, *, try_: str = "") -> str:
     """A text file, whole; a byte order mark tells its encoding and is left out."""
     raw = read_bytes(path, kind, try_=try_)
-    with told(f"{path} is no text", kind, try_=try_):
+    with told(f"{path} is not text", kind, try_=try_):
         return raw.decode(encoding_of(raw))
 
 
@@ -146,7 +146,7 @@ def read_value(path: Path, kind: Kind, *, try_: str = "") -> object:
     with told(f"{path} is not JSON", kind, try_=try_):
         found: object = json.loads(text)
         if _ESCAPED.search(text) and holds_half_pair(found):
-            raise kind(f"{path} holds half of a surrogate pair, which is no character", try_=try_)
+            raise kind(f"{path} holds half of a surrogate pair, which is not a character", try_=try_)
     return found
 
 

@@ -57,7 +57,7 @@ WRONG: tuple[tuple[str, str], ...] = (
     ("metrics gone", "gone is not a run"),
     ("report gone", "gone is not a run"),
     ("doctor extra", "got unexpected extra argument"),
-    *((f"{name} --zzz", "--zzz is no flag") for name in COMMANDS),
+    *((f"{name} --zzz", "--zzz is not a flag") for name in COMMANDS),
 )
 """A command that cannot be done, and how what it says begins."""
 FORM = r"error: [^\n]+\n  try: [^\n]+\n"

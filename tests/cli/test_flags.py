@@ -27,7 +27,7 @@ def test_a_setting_that_is_typed_as_a_flag_is_told(command: str, typed: tuple[st
     result = CliRunner().invoke(main, [command, "--model", "llama-7b", *typed], prog_name="qdist")
     assert result.exit_code == 2
     key = attempt.removeprefix("--set ").strip("'").partition("=")[0]
-    assert result.stderr == f"error: {typed[0].partition('=')[0]} is no flag: {key} is a setting\n  try: {attempt}\n"
+    assert result.stderr == f"error: {typed[0].partition('=')[0]} is not a flag: {key} is a setting\n  try: {attempt}\n"
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_a_setting_that_is_typed_as_a_flag_is_told(command: str, typed: tuple[st
 )
 def test_what_is_no_setting_either_is_told_in_the_same_form(flag: str, attempt: str) -> None:
     result = CliRunner().invoke(main, ["launch", flag, "2"], prog_name="qdist")
-    assert (result.exit_code, result.stderr) == (2, f"error: {flag} is no flag\n  try: {attempt}\n")
+    assert (result.exit_code, result.stderr) == (2, f"error: {flag} is not a flag\n  try: {attempt}\n")
 
 
 @pytest.mark.parametrize("command", ["launch", "plan"])
@@ -48,7 +48,7 @@ def test_what_other_programs_call_a_flag_is_answered_with_ours(
 ) -> None:
     result = CliRunner().invoke(main, [command, theirs, value], prog_name="qdist")
     assert (result.exit_code, result.stderr) == (
-        2, f"error: {theirs} is no flag: its flag is {ours}\n  try: {ours} {value}\n",
+        2, f"error: {theirs} is not a flag: its flag is {ours}\n  try: {ours} {value}\n",
     )  # fmt: skip
 
 

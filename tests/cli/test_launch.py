@@ -38,7 +38,7 @@ def listing(folder: Path) -> list[str]:
     return sorted(str(path) for path in folder.rglob("*"))
 
 
-def written(name: str) -> prepare.Job:
+def written(name: str) -> prepare.Launch:
     job = prepare.prepare(RunSpec(model="smollm2-135m", load_format="dummy", steps=5, seq_len=64, run=name))
     claim.write(job)
     return job

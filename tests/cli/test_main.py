@@ -95,14 +95,14 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        (["lanch"], "lanch is no command\n  try: qdist launch\n"),
-        (["docter", "--help"], "docter is no command\n  try: qdist doctor\n"),
-        (["zzzz"], "zzzz is no command\n  try: launch, plan, "),
-        (["launch", "--micro-bach", "4"], "--micro-bach is no flag\n  try: --micro-batch\n"),
+        (["lanch"], "lanch is not a command\n  try: qdist launch\n"),
+        (["docter", "--help"], "docter is not a command\n  try: qdist doctor\n"),
+        (["zzzz"], "zzzz is not a command\n  try: launch, plan, "),
+        (["launch", "--micro-bach", "4"], "--micro-bach is not a flag\n  try: --micro-batch\n"),
         (["launch", "--micro-batch"], "option '--micro-batch' requires an argument\n  try: qdist launch --help\n"),
         (["launch", "4"], "got unexpected extra argument (4)\n  try: qdist launch --help\n"),
-        (["--verion"], "--verion is no flag\n  try: --version\n"),
-        (["\udcff"], "'\\udcff' is no UTF-8\n  try: rename the file"),
+        (["--verion"], "--verion is not a flag\n  try: --version\n"),
+        (["\udcff"], "'\\udcff' is not UTF-8\n  try: rename the file"),
     ],
 )
 def test_a_typo_names_the_nearest(arguments: list[str], hint: str, monkeypatch: pytest.MonkeyPatch) -> None:

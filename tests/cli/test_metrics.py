@@ -16,7 +16,7 @@ from qdist.cli.main import main
 from qdist.cli.metrics import Source, server
 from qdist.core.errors import MachineError
 from qdist.core.telemetry.events import Event, encode
-from qdist.core.telemetry.heartbeat import Pulse
+from qdist.core.telemetry.heartbeat import Heartbeat
 from qdist.core.telemetry.heartbeat import encode as encode_pulse
 from qdist.core.telemetry.prometheus import CONTENT_TYPE
 from qdist.host.run.rundir import RunDir
@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> RunDir:
     run.events.mkdir(parents=True)
     run.pulses.mkdir()
     (run.path / "plan.json").write_bytes(msgspec.json.encode(planned("smollm2-135m", CPU)))
-    run.pulse_file(0).write_bytes(encode_pulse(Pulse(rank=0, pid=1, host="h", time=5.0)))
+    run.pulse_file(0).write_bytes(encode_pulse(Heartbeat(rank=0, pid=1, host="h", time=5.0)))
     told(run, 1, loss=3.5)
     return run
 

@@ -19,11 +19,11 @@ from click.testing import CliRunner, Result
 from qdist.cli.main import main
 from qdist.cli.monitor import Screen
 from qdist.core.telemetry.events import Event, encode
-from qdist.core.telemetry.heartbeat import Pulse
+from qdist.core.telemetry.heartbeat import Heartbeat
 from qdist.core.telemetry.heartbeat import encode as encode_pulse
 from qdist.host.files import locked
 from qdist.host.run import observer as look_module
-from qdist.host.run.observer import Look
+from qdist.host.run.observer import RunObserver
 from qdist.host.run.rundir import LOCK, RunDir
 from qdist.host.run.watchdog import environment_of
 from tests.plans import CPU, gpus, planned
@@ -50,7 +50,9 @@ def write(run: RunDir, *events: Event, torn: bytes = b"") -> None:
 
 def beat(run: RunDir, rank: int, age_s: float) -> None:
     then = time.time() - age_s
-    one = Pulse(rank=rank, pid=os.getpid(), host=socket.gethostname(), time=then, moved=then, phase="training", step=3)
+    one = Heartbeat(
+        rank=rank, pid=os.getpid(), host=socket.gethostname(), time=then, moved=then, phase="training", step=3
+    )
     run.pulse_file(rank).write_bytes(encode_pulse(one))
 
 
@@ -72,7 +74,7 @@ def test_one_view_is_printed_where_no_terminal_is(run: RunDir) -> None:
 
 def test_a_torn_last_line_is_waited_for(run: RunDir) -> None:
     write(run, *STEPS, torn=b'{"kind":"step","step":3,"lo')
-    look = Look(run)
+    look = RunObserver(run)
     assert look.snapshot().fold.step == 2
     write(run, torn=b'ss":1.5}\n')
     assert look.snapshot().fold.step == 3
@@ -170,16 +172,16 @@ def test_a_silent_rank_of_a_living_run_is_named_and_those_that_wait_are_not(run:
     beat(run, 0, age_s=1)
     beat(run, 1, age_s=12)
     with locked(run.path / LOCK, busy=""):
-        (trouble,) = Look(run).snapshot().troubles
+        (trouble,) = RunObserver(run).snapshot().troubles
     assert trouble.startswith("rank 1 has been silent for 12 s")
-    assert Look(run).snapshot().troubles == ()
+    assert RunObserver(run).snapshot().troubles == ()
 
 
 def test_beats_of_an_earlier_launch_are_no_word_of_this_one(run: RunDir) -> None:
     write(run, *STEPS)
     beat(run, 0, age_s=601)
     with locked(run.path / LOCK, busy=""):
-        snapshot = Look(run).snapshot()
+        snapshot = RunObserver(run).snapshot()
     assert (snapshot.pulses, snapshot.troubles) == ({}, ())
 
 
@@ -202,11 +204,11 @@ def test_gpus_are_those_that_the_ranks_see_and_not_the_watcher(
     os.utime(run.path / "plan.json", (1, 1))
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": own} if own else {}
     with locked(run.path / LOCK, busy=""), subprocess.Popen(["sleep", "60"], env=environment) as rank:
-        pulse = Pulse(rank=0, pid=rank.pid, host=socket.gethostname(), time=time.time())
+        pulse = Heartbeat(rank=0, pid=rank.pid, host=socket.gethostname(), time=time.time())
         run.pulse_file(0).write_bytes(encode_pulse(pulse))
         while own and environment_of(pulse).get("CUDA_VISIBLE_DEVICES") != own:
             time.sleep(0.01)  # between a fork and its exec
-        look = Look(run)
+        look = RunObserver(run)
         look.snapshot()
         look.snapshot()
         rank.kill()
@@ -217,15 +219,15 @@ def test_a_rank_that_stands_still_is_named_after_longer(run: RunDir) -> None:
     write(run, *STEPS)
     for rank in (0, 1):
         then = time.time() - (35 if rank else 20)
-        one = Pulse(rank=rank, pid=os.getpid(), host="far", time=time.time(), moved=then, phase="training", step=3)
+        one = Heartbeat(rank=rank, pid=os.getpid(), host="far", time=time.time(), moved=then, phase="training", step=3)
         run.pulse_file(rank).write_bytes(encode_pulse(one))
     with locked(run.path / LOCK, busy=""):
-        (trouble,) = Look(run).snapshot().troubles
+        (trouble,) = RunObserver(run).snapshot().troubles
     assert trouble.startswith("rank 1 has not moved for 35 s")
 
 
 def test_a_run_planned_anew_is_seen_with_its_new_ranks(run: RunDir) -> None:
-    look = Look(run)
+    look = RunObserver(run)
     assert look.snapshot().plan.world_size == 2
     (run.path / "plan.json").write_bytes(msgspec.json.encode(planned("smollm2-135m", CPU, {"gpus": 1})))
     os.utime(run.path / "plan.json", ns=(1, 1))

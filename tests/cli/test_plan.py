@@ -18,7 +18,7 @@ from qdist.core.machine.calibration import Correction
 from qdist.core.machine.cluster import hypothetical
 from qdist.core.model.aliases import config_of, lookup
 from qdist.core.planning.plan import Plan
-from qdist.core.planning.planner import HEADROOM
+from qdist.core.planning.planner import USABLE_SHARE
 from qdist.core.text import GIB
 from qdist.host.machine import probe
 from qdist.host.run import calibration
@@ -109,7 +109,7 @@ def test_each_stage_of_a_split_shows_its_own_memory() -> None:
 def test_a_card_can_be_named_instead_of_its_memory() -> None:
     result = plan("--model", "llama-7b", "--gpu-name", "rtx 3090", "--json")
     decided = msgspec.json.decode(result.stdout, type=Plan)
-    assert decided.ranks[0].expected[0].required <= HEADROOM * 24 * GIB
+    assert decided.ranks[0].expected[0].required <= USABLE_SHARE * 24 * GIB
     assert plan("--model", "llama-7b", "--gpu-name", "abacus").exit_code == 2
 
 
@@ -128,12 +128,12 @@ def test_a_machine_of_different_cards_is_planned_with_caps_and_a_device_map_for_
 def test_the_host_memory_of_a_described_machine_is_said_where_layers_wait_in_it() -> None:
     one = ("--model", "llama-65b", "--gpus", "1", "--gpu-memory", "24GiB", "--set", "liger=true")
     assumed = plan(*one).stdout
-    assert "62 of 80 layers wait in host memory, since nothing else fits: 24.1 GiB of it" in assumed
+    assert "62 of 80 layers are offloaded to host memory, since nothing else fits: 24.1 GiB of it" in assumed
     assert "note     the machine is taken to have 64.0 GiB of host memory: --host-memory" in assumed
     assert "is taken to have" not in plan(*one, "--host-memory", "80GiB").stdout
     poor = plan(*one, "--host-memory", "16GiB")
     assert poor.exit_code == 2
-    assert "48 layers could wait in host memory, but they are 18.7 GiB and 95 % of it 15.2 GiB" in poor.stderr
+    assert "48 layers could be offloaded to host memory, but they are 18.7 GiB and 95 % of it 15.2 GiB" in poor.stderr
 
 
 def test_what_runs_here_taught_corrects_the_plan_of_this_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_a_plan_as_json_is_the_plan() -> None:
     result = plan(*BIG, "48GiB", "--json")
     decided = msgspec.json.decode(result.stdout, type=Plan)
     assert (decided.spec.model, decided.world_size, decided.device) == ("llama-65b", 4, "cuda")
-    assert decided.ranks[3].expected[0].total <= HEADROOM * 48 * GIB
+    assert decided.ranks[3].expected[0].total <= USABLE_SHARE * 48 * GIB
 
 
 def test_what_does_not_fit_ends_with_code_2_and_the_missing_bytes() -> None:
@@ -256,11 +256,11 @@ def test_a_gptq_checkpoint_is_planned_as_its_files_say_and_an_alias_without_any(
     ("spoilt", "message"),
     [
         ({"stated": None, "beside": None},
-         "error: FOLDER is no GPTQ checkpoint\n  try: qdist quantize FOLDER --method gptq --data DATA --out DIR, "
+         "error: FOLDER is not a GPTQ checkpoint\n  try: qdist quantize FOLDER --method gptq --data DATA --out DIR, "
          "or --method qlora\n"),
         ({"stated": {"quant_method": "bitsandbytes", "load_in_4bit": True}, "beside": None},
-         "error: FOLDER is quantized with bitsandbytes and is no GPTQ checkpoint\n  try: the 16-bit model that it was "
-         "made from: qdist quantize MODEL --method gptq --data DATA --out DIR\n"),
+         "error: FOLDER is quantized with bitsandbytes and is not a GPTQ checkpoint\n  try: the 16-bit model that it "
+         "was made from: qdist quantize MODEL --method gptq --data DATA --out DIR\n"),
         ({"beside": QUANTIZED | {"group_size": 64}},
          "error: FOLDER: config.json says GPTQ 4 bits, groups of 128 in the format gptq, and quantize_config.json "
          "GPTQ 4 bits, groups of 64 in gptq\n  try: the checkpoint's own pair of files\n"),
@@ -294,8 +294,8 @@ def test_random_weights_of_a_folders_shape_can_be_planned(tmp_path: Path) -> Non
     ("name", "content", "message"),
     [
         ("config.json", b"[4]", "config.json is not a JSON object: it holds a list"),
-        ("config.json", b'{"a": "\xff"}', "config.json is no text: byte 0xff at position 7"),
-        ("model.safetensors.index.json", b"{}", "model.safetensors.index.json says of no tensor where it is"),
+        ("config.json", b'{"a": "\xff"}', "config.json is not text: byte 0xff at position 7"),
+        ("model.safetensors.index.json", b"{}", "model.safetensors.index.json has no weight_map"),
     ],
 )
 def test_a_small_file_that_is_not_what_it_should_be_is_named(
@@ -317,7 +317,7 @@ def test_a_quantization_config_that_is_no_object_is_named(tmp_path: Path) -> Non
     flags = ["plan", "--method", "gptq-lora", "--gpus", "1", "--gpu-memory", "24GiB", "--model", str(tmp_path)]
     done = CliRunner().invoke(main, flags)
     assert done.exit_code == 2
-    assert "quantization_config is no object in config.json" in done.output
+    assert "quantization_config is not an object in config.json" in done.output
 
 
 ONE = ("--gpus", "1", "--gpu-memory", "24GiB")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qdist.core.errors import PlanError
-from qdist.core.planning.inference import HEADROOM, Footprint, Residence, footprint
+from qdist.core.planning.inference import USABLE_SHARE, Footprint, Residence, footprint
 from qdist.core.planning.process_memory import CUDA_CONTEXT_BYTES
 from qdist.core.text import GIB
 from qdist.host.run.rundir import RunDir
@@ -127,7 +127,7 @@ def capped(run: RunDir, *, whole: bool) -> tuple[Footprint, int]:
         targets=plan.spec.lora.targets,
     )  # fmt: skip
     needed = parts.everywhere + parts.first + parts.last + parts.layers * parts.layer
-    return parts, int((needed if whole else needed - parts.layer // 2) / HEADROOM) + 1024
+    return parts, int((needed if whole else needed - parts.layer // 2) / USABLE_SHARE) + 1024
 
 
 @pytest.mark.gpu
@@ -141,7 +141,7 @@ def test_what_does_not_fit_one_gpu_waits_and_the_cap_holds(folder: Path, monkeyp
     before = torch.cuda.memory_allocated(0)
     cap = capped(run, whole=False)[1]
     opened = open_model(run.path, max_memory_bytes=cap)
-    assert "of 4 layers wait in host memory" in opened.where
+    assert "of 4 layers are offloaded to host memory" in opened.where
     complete(opened.model, opened.tokenizer, PROMPTS, max_new_tokens=12)
     assert torch.cuda.max_memory_allocated(0) - before + CUDA_CONTEXT_BYTES < cap
     with pytest.raises(PlanError, match="even with all 4 layers in host memory"):
@@ -170,7 +170,7 @@ def test_the_driver_and_torch_agree_on_what_is_free(folder: Path) -> None:
 def test_a_plain_model_that_does_not_fit_one_gpu_lies_on_two(folder: Path) -> None:
     source = save_model(folder / "plain", **WIDE)
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    cap = int((CUDA_CONTEXT_BYTES + _WORK_BYTES + 0.75 * size) / HEADROOM)
+    cap = int((CUDA_CONTEXT_BYTES + _WORK_BYTES + 0.75 * size) / USABLE_SHARE)
     two, one = open_plain(str(source), "auto", None, cap), open_plain(str(source), "auto", None, None)
     assert "on GPU 1" in two.where
     assert one.where == "backbone on GPU 0"

@@ -36,7 +36,7 @@ def test_text_is_read_in_the_encoding_that_it_says(content: bytes, text: str, tm
         (b"", "is not JSON: line 1, column 1: Expecting value"),
         (b'{"a": 1,}', "is not JSON: line 1, column 9: "),
         (b"[1]", "is not a JSON object: it holds a list"),
-        (b"\xff", "is no text: byte 0xff at position 0 is no UTF-8"),
+        (b"\xff", "is not text: byte 0xff at position 0 is not UTF-8"),
         (b"[" * 100_000, "is not JSON: nested too deeply"),
         (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON: a number of more than 4,300 digits"),
         (b'{"a": "\\ud800"}', "holds half of a surrogate pair"),

@@ -132,7 +132,7 @@ def test_data_in_place_of_a_recipe_is_told(tmp_path: Path) -> None:
 
 def test_a_recipe_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_bytes(b"model = '\xff'\n")
-    with pytest.raises(SpecError, match=r"mine\.toml is no text: byte 0xff at position 9 is no UTF-8"):
+    with pytest.raises(SpecError, match=r"mine\.toml is not text: byte 0xff at position 9 is not UTF-8"):
         read_recipe(str(tmp_path / "mine.toml"))
 
 

@@ -13,7 +13,7 @@ from qdist.core.planning.plan import digest
 from qdist.host.launch import claim, prepare
 from qdist.host.run.rundir import RunDir
 
-TrainRun = Callable[[prepare.Job], RunDir]
+TrainRun = Callable[[prepare.Launch], RunDir]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -43,7 +43,7 @@ def train() -> Iterator[TrainRun]:
         [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ}
     )
 
-    def run(job: prepare.Job) -> RunDir:
+    def run(job: prepare.Launch) -> RunDir:
         claim.write(job)
         assert server.stdin is not None
         assert server.stdout is not None

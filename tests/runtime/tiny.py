@@ -103,12 +103,12 @@ def save_data(path: Path, count: int = 40) -> Path:
     return path
 
 
-def dummy_job(model: Path, run: Path, **settings: Any) -> launcher.Job:
+def dummy_job(model: Path, run: Path, **settings: Any) -> launcher.Launch:
     """A run over random weights and tokens, planned and not yet written. Settings are dotted, with `__` for the dot."""
     return launcher.prepare(_spec(settings, model=str(model), run=str(run), load_format="dummy"))
 
 
-def real_job(model: Path, data: Path, run: Path, **settings: Any) -> launcher.Job:
+def real_job(model: Path, data: Path, run: Path, **settings: Any) -> launcher.Launch:
     """A run over a saved model and data, prepared in this process."""
     spec = _spec(settings, model=str(model), run=str(run), data=str(data))
     with mock.patch.object(tasks, "prepare", _prepared):
@@ -149,7 +149,7 @@ def trainable(plan: Plan) -> tuple[Any, Adapter, Samples]:
     return model, Adapter(model, forward.loss), samples
 
 
-def written(job: launcher.Job) -> RunDir:
+def written(job: launcher.Launch) -> RunDir:
     claim.write(job)
     return job.run
 
@@ -172,7 +172,7 @@ def padded(lengths: list[int], *, pad_id: int = 2, seed: int = 0) -> dict[str, t
     return collate(range(len(lengths)), samples_of(lengths, seed=seed), pad_id=pad_id)
 
 
-def adapted_run(job: launcher.Job, *, scale: float = 0.05) -> tuple[RunDir, Any]:
+def adapted_run(job: launcher.Launch, *, scale: float = 0.05) -> tuple[RunDir, Any]:
     """A run as it is after its last step, with random numbers in place of training; and the model that 'trained'."""
     run = written(job)
     model, adapter, _ = trainable(job.plan)

@@ -9,8 +9,8 @@ from string import Template
 
 import msgspec
 
-from qdist.core.telemetry.memory_report import MEANING, PARTS, REST, TOTAL, WORKING, Parts, shown_error
-from qdist.core.telemetry.report import Answer, Report, differences, metrics_beside
+from qdist.core.telemetry.memory_report import MEANING, PARTS, REST, TOTAL, WORKING, MemoryParts, shown_error
+from qdist.core.telemetry.report import Report, SampleAnswer, differences, metrics_beside
 from qdist.core.telemetry.report_sections import Rows, Table, took
 from qdist.core.text import format_bytes
 
@@ -75,7 +75,7 @@ def _measured_how(report: Report) -> str:
     )
 
 
-def _key(memory: Sequence[Parts]) -> str:
+def _key(memory: Sequence[MemoryParts]) -> str:
     used = {name for own in memory for parts in (own.predicted, own.measured) for name, size in parts.items() if size}
     names = [name for name in (*PARTS, WORKING, REST, TOTAL, "all tensors") if name in used]
     return '<p class="key">' + "".join(f'<span><i class="{_kind(name)}"></i>{name}</span>' for name in names) + "</p>"
@@ -97,7 +97,7 @@ def _bar(label: str, parts: Mapping[str, int], most: int) -> str:
     return f'<div class="bar"><b>{label}</b><span class="track">{pieces}</span><em>{total}</em></div>'
 
 
-def _memory_table(own: Parts) -> str:
+def _memory_table(own: MemoryParts) -> str:
     rows = [(name, size, own.measured.get(name)) for name, size in own.predicted.items() if name not in _WORKED]
     working = sum(own.predicted[name] for name in _WORKED)
     if REST in own.measured:
@@ -145,7 +145,7 @@ def step_bar(report: Report) -> str:
     )
 
 
-def answers(found: Sequence[Answer]) -> str:
+def answers(found: Sequence[SampleAnswer]) -> str:
     """Held-out questions and what the model said, before and after."""
     if not found:
         return "<p>No questions were asked: <code>--set train.answers=3</code> asks three.</p>"
@@ -164,7 +164,7 @@ def answers(found: Sequence[Answer]) -> str:
     )
 
 
-def _same(own: Answer) -> str:
+def _same(own: SampleAnswer) -> str:
     return ' <span class="same">as expected</span>' if own.after.strip() == own.expected.strip() else ""
 
 

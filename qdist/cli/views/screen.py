@@ -93,7 +93,7 @@ class Painter:
 
 
 class Keys:
-    """A context in which keys can be read. Nothing comes where standard input is no terminal.
+    """A context in which keys can be read. Nothing comes where standard input is not a terminal.
 
     leave, come_back: called around a Ctrl-Z.
     """

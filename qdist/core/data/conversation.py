@@ -130,7 +130,7 @@ class Wording(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ends: tuple[int, ...] = ()
     """Tokens that end an answer."""
     end_text: str = ""
-    """Text that ends an answer, where that is no single token."""
+    """Text that ends an answer, where that is not a single token."""
 
     def __str__(self) -> str:
         """'oasst, raw text'."""

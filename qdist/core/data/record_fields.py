@@ -105,7 +105,7 @@ def is_empty(value: object) -> bool:
 
 
 def says_something(value: object) -> bool:
-    """Whether a key that is no text has a value; '[]' is how ShareGPT files write no tools."""
+    """Whether a key that is not text has a value; '[]' is how ShareGPT files write no tools."""
     return not is_empty(value) and value not in ("[]", "{}", "null")
 
 

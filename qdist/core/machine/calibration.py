@@ -14,7 +14,7 @@ _STRANGE_CONTEXT_BYTES = 2 * GIB
 """A context that exceeds its prediction by more than this holds another process's memory."""
 
 
-class Lesson(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CalibrationSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One finished run on GPUs. Memory is of the GPU that came fullest."""
 
     card: str
@@ -61,7 +61,7 @@ class Correction(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def correction(
-    lessons: Sequence[Lesson],
+    lessons: Sequence[CalibrationSample],
     *,
     card: str,
     world_size: int,
@@ -101,7 +101,7 @@ def correction(
     )
 
 
-def _ratio(timed: Sequence[Lesson]) -> float:
+def _ratio(timed: Sequence[CalibrationSample]) -> float:
     """Measured over predicted speed, kept from running away: a throttled card is no reason to expect nothing of it."""
     middle = median(lesson.measured_tokens_s / lesson.predicted_tokens_s for lesson in timed[-_NEWEST:])
     return min(_MOST_SPEED, max(_LEAST_SPEED, middle))

@@ -192,7 +192,8 @@ def described(
     gpu_name, gpu_memory: of every card, or of each: 'RTX 3090 + RTX 4090', '2 x 24GiB + 48GiB'. Memory is that of the
     named cards unless told.
 
-    Raises SpecError for unknown cards, for what is no amount of memory, and where names and amounts differ in number.
+    Raises SpecError for unknown cards, for what is not an amount of memory, and where names and amounts differ in
+    number.
     """
     names = (UNNAMED,) if gpu_name is None else each_card(gpu_name, "gpu_name")
     amounts = () if gpu_memory is None else each_card(gpu_memory, "gpu_memory")

@@ -37,10 +37,10 @@ class Keys:
         return self._config.get(key) is not None
 
     def divides(self, parts: str, count: int, whole: str, size: int) -> None:
-        """Raise ModelError where a size of the configuration is no multiple of another."""
+        """Raise ModelError where a size of the configuration is not a multiple of another."""
         if size % count:
             raise ModelError(
-                f"{self.name}: config.json has {whole} = {size}, which is no multiple of {parts} = {count}",
+                f"{self.name}: config.json has {whole} = {size}, which is not a multiple of {parts} = {count}",
                 try_=_PUBLISHED,
             )
 

@@ -220,7 +220,9 @@ def stated_by(config: Mapping[str, Any], beside: Mapping[str, Any] | None, *, na
     """
     own = config.get("quantization_config")
     if own is not None and not isinstance(own, Mapping):
-        raise ModelError(f"{name}: quantization_config is no object in config.json", try_="download the model again")
+        raise ModelError(
+            f"{name}: quantization_config is not an object in config.json", try_="download the model again"
+        )
     found = from_config(own, name=name) if own and method_of(own) in METHODS else None
     if beside is None or (own and found is None):
         return found
@@ -284,7 +286,7 @@ def _override(pattern: str, change: Mapping[str, Any], base: Shape, name: str) -
         re.compile(bare)
     except re.error as error:
         raise ModelError(
-            f"{name}: dynamic has {pattern!r}, which is no regular expression: {error}", try_=_OWN
+            f"{name}: dynamic has {pattern!r}, which is not a regular expression: {error}", try_=_OWN
         ) from None
     if pattern.startswith("-:"):
         return Override(bare, None)

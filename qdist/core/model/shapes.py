@@ -191,7 +191,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def targeted(self, targets: tuple[str, ...]) -> tuple[Linear, ...]:
         """Every linear of every kind of layer that `targets` names, each once; `all-linear` names every one.
 
-        Raises ModelError when a target is no linear of this model.
+        Raises ModelError when a target is not a linear of this model.
         """
         strangers = [] if ALL_LINEAR in targets else [name for name in targets if name not in self.linear_names]
         if strangers:

@@ -8,7 +8,7 @@ from qdist.core.errors import Change, SpecError
 from qdist.core.machine.calibration import Correction
 from qdist.core.machine.cards import has_bfloat16
 from qdist.core.machine.cluster import Cluster
-from qdist.core.planning.candidates import HEADROOM, Candidate, Setting
+from qdist.core.planning.candidates import USABLE_SHARE, Candidate, PlanningContext
 from qdist.core.planning.memory import MemoryBudget, Sizes
 from qdist.core.planning.placements.base import OPEN, Placement, unit_of
 from qdist.core.planning.placements.registry import PLACEMENTS
@@ -35,20 +35,20 @@ def too_big(spec: RunSpec, cluster: Cluster, closest: Candidate, in_host: tuple[
     if in_host:
         layers, held = in_host
         message += (
-            f"; {layers} layers could wait in host memory, but they are {format_bytes(held)} and "
-            f"{HEADROOM * 100:.0f} % of it {format_bytes(HEADROOM * cluster.memory_bytes)}"
+            f"; {layers} layers could be offloaded to host memory, but they are {format_bytes(held)} and "
+            f"{USABLE_SHARE * 100:.0f} % of it {format_bytes(USABLE_SHARE * cluster.memory_bytes)}"
         )
     return TooBigError(message, ways=list(_ways(spec, cluster, in_host[1] if in_host else 0)))
 
 
 def too_many_offloaded(spec: RunSpec, cluster: Cluster, winner: Candidate, sizes: Sizes) -> TooBigError | None:
     """The error where host memory does not hold the layers that were taken off the GPUs; None where it does."""
-    needed, room = sizes.held_by(winner.offloaded), int(HEADROOM * cluster.memory_bytes)
+    needed, room = sizes.held_by(winner.offloaded), int(USABLE_SHARE * cluster.memory_bytes)
     if needed <= room:
         return None
     message = (
         f"{counted(len(winner.offloaded), 'offloaded layer')} need {format_bytes(needed)} of host memory; "
-        f"{HEADROOM * 100:.0f} % of this machine's is {format_bytes(room)}"
+        f"{USABLE_SHARE * 100:.0f} % of this machine's is {format_bytes(room)}"
     )
     fewer: list[Change] = [{"split.offload_layers": room // sizes.widest_layer}, {"split.offload_layers": None}]
     return TooBigError(message, ways=[*fewer, *_ways(spec, cluster, needed)])
@@ -87,7 +87,7 @@ def _ways(spec: RunSpec, cluster: Cluster, in_host: int) -> Iterator[Change]:
         all_eased |= {key: value for key, value in ease.items() if now[key] != value}
         yield dict(all_eased)
     if in_host:
-        yield {"host_memory": f"{ceil(in_host / HEADROOM / GIB)}GiB"}
+        yield {"host_memory": f"{ceil(in_host / USABLE_SHARE / GIB)}GiB"}
     smallest, count = min((gpu.total_bytes for gpu in cluster.gpus), default=0), len(cluster.gpus)
     for gib in _LARGER_GIB if spec.max_memory else ():
         if gib * GIB <= smallest:
@@ -150,7 +150,7 @@ _WORTH_SAYING = 0.1
 """Share of the time that a pipeline waits beyond which a larger batch is worth a note."""
 
 
-def notes(setting: Setting, winner: Candidate, barred: SpecError | None) -> Iterator[str]:
+def notes(setting: PlanningContext, winner: Candidate, barred: SpecError | None) -> Iterator[str]:
     """One sentence for each decision that one would not guess.
 
     barred: why a faster layout was passed over, if one was.
@@ -162,12 +162,12 @@ def notes(setting: Setting, winner: Candidate, barred: SpecError | None) -> Iter
         why = ", since nothing else fits" if spec.split.offload_layers is None else ""
         held = format_bytes(setting.sizes.held_by(winner.offloaded))
         yield (
-            f"{len(winner.offloaded)} of {layers} layers wait in host memory{why}: {held} of it; "
+            f"{len(winner.offloaded)} of {layers} layers are offloaded to host memory{why}: {held} of it; "
             "each pass copies them to the GPU"
         )
     if winner.checkpointed and spec.train.checkpointing is None:
         which = "every layer" if winner.checkpointed == layers else f"{winner.checkpointed} of {layers} layers"
-        yield f"what {which} would keep for the backward pass does not fit, and is computed anew"
+        yield f"activations of {which} do not fit and are recomputed in the backward pass"
     stages = winner.layout.stages
     idle = (stages - 1) / (winner.micro_batches + stages - 1)
     if idle > _WORTH_SAYING:

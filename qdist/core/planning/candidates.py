@@ -21,13 +21,13 @@ from qdist.core.planning.process_memory import (
 from qdist.core.planning.speed import Step, passes, step_seconds
 from qdist.core.spec.run_spec import RunSpec
 
-HEADROOM = 0.95
+USABLE_SHARE = 0.95
 """Share of a GPU, or of host memory, that a plan may fill."""
 MAX_MICRO_BATCH_TOKENS, MAX_CPU_MICRO_BATCH_TOKENS = 8192, 2048
 """Tokens of a micro-batch beyond which throughput no longer grows, only memory."""
 
 
-class Setting(NamedTuple):
+class PlanningContext(NamedTuple):
     """What all candidates of a run share."""
 
     spec: RunSpec
@@ -95,16 +95,16 @@ def _hold(rooms: tuple[int, ...] | None, budgets: tuple[MemoryBudget, ...]) -> b
     return rooms is None or all(own.total <= room for own, room in zip(budgets, rooms, strict=True))
 
 
-def options(setting: Setting, layout: Layout) -> Iterator[Candidate]:
+def options(setting: PlanningContext, layout: Layout) -> Iterator[Candidate]:
     """One for each micro-batch, the largest first, with as few layers recomputed as fit."""
     for size in micro_batches(setting, layout):
         yield _fewest_recomputed(setting, layout, size)
 
 
-def offloading(setting: Setting, layout: Layout) -> Iterator[Candidate]:
+def offloading(setting: PlanningContext, layout: Layout) -> Iterator[Candidate]:
     """As `options`, with as few layers in host memory as fit; every layer is recomputed."""
     layers = setting.sizes.facts.layer_count
-    most = min(layers, int(HEADROOM * setting.host_bytes) // setting.sizes.widest_layer)
+    most = min(layers, int(USABLE_SHARE * setting.host_bytes) // setting.sizes.widest_layer)
     recomputed = 0 if setting.spec.train.checkpointing is False else layers
 
     def fewest(size: int) -> Candidate:
@@ -114,7 +114,7 @@ def offloading(setting: Setting, layout: Layout) -> Iterator[Candidate]:
     return map(fewest, micro_batches(setting, layout))
 
 
-def micro_batches(setting: Setting, layout: Layout) -> list[int]:
+def micro_batches(setting: PlanningContext, layout: Layout) -> list[int]:
     """Sizes to try. A pipeline wants at least as many micro-batches as it has stages."""
     spec, seq_len, stages = setting.spec, setting.sizes.job.seq_len, layout.stages
     each = spec.global_batch // layout.data_parallel
@@ -128,7 +128,7 @@ def micro_batches(setting: Setting, layout: Layout) -> list[int]:
     return [size for size in range(most, 0, -1) if each % size == 0] or [1]
 
 
-def _fewest_recomputed(setting: Setting, layout: Layout, size: int) -> Candidate:
+def _fewest_recomputed(setting: PlanningContext, layout: Layout, size: int) -> Candidate:
     wanted, layers = setting.spec.train.checkpointing, setting.sizes.facts.layer_count
     away = setting.spec.split.offload_layers or 0
 
@@ -145,7 +145,7 @@ def _fewest_recomputed(setting: Setting, layout: Layout, size: int) -> Candidate
     return with_(least(lambda count: with_(count).roomy, 1, layers) if with_(layers - 1).roomy else layers)
 
 
-def arrange(setting: Setting, layout: Layout, size: int, recomputed: int, away: int = 0) -> Candidate:
+def arrange(setting: PlanningContext, layout: Layout, size: int, recomputed: int, away: int = 0) -> Candidate:
     """Lay out one candidate: layer map, the memory of each GPU of a group, the time of a step."""
     return _Arrangement(setting, layout, size, recomputed, away).candidate()
 
@@ -153,7 +153,7 @@ def arrange(setting: Setting, layout: Layout, size: int, recomputed: int, away: 
 class _Arrangement:
     """The steps of `arrange`, which share what they are asked."""
 
-    def __init__(self, setting: Setting, layout: Layout, size: int, recomputed: int, away: int) -> None:
+    def __init__(self, setting: PlanningContext, layout: Layout, size: int, recomputed: int, away: int) -> None:
         self.setting, self.layout, self.size, self.recomputed = setting, layout, size, recomputed
         self.sizes, self.facts = setting.sizes, setting.sizes.facts
         self.layers = self.facts.layer_count
@@ -276,7 +276,7 @@ class _Arrangement:
         rates, layout = self.setting.rates, self.layout
         if rates is None or self.rooms is None:
             return 0.0
-        over = max(own.total - int(room / HEADROOM) for own, room in zip(budgets, self.rooms, strict=True))
+        over = max(own.total - int(room / USABLE_SHARE) for own, room in zip(budgets, self.rooms, strict=True))
         step = Step(
             counts=tuple(share.layers for share in shares),
             checkpointed=self.recomputed,

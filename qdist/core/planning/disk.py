@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from qdist.core.model.shapes import ALL_LINEAR, ModelFacts
 from qdist.core.model.storage import Packing
-from qdist.core.planning.memory import Job, sizes
+from qdist.core.planning.memory import TrainingShape, sizes
 from qdist.core.planning.plan import Plan
 
 _MOMENTS = 2
@@ -40,7 +40,7 @@ def storage(plan: Plan) -> Storage:
 
 def packed_bytes(facts: ModelFacts, packing: Packing, *, stored_bytes: int = 2) -> int:
     """A model's weights, packed. stored_bytes: of a number of what is not packed."""
-    job = Job(
+    job = TrainingShape(
         bits=packing.bits,
         double_quant=packing.double,
         compute_bytes=stored_bytes,

@@ -12,9 +12,9 @@ from qdist.core.model.adapters.lora import LoraMethod
 from qdist.core.model.adapters.registry import LORA
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.shapes import ALL_LINEAR, LayerShape, ModelFacts
-from qdist.core.planning.candidates import HEADROOM
+from qdist.core.planning.candidates import USABLE_SHARE
 from qdist.core.planning.layer_map import scattered, spread_layers
-from qdist.core.planning.memory import STAGED_LAYERS, Job, sizes
+from qdist.core.planning.memory import STAGED_LAYERS, TrainingShape, sizes
 from qdist.core.planning.process_memory import CUDA_CONTEXT_BYTES
 from qdist.core.text import format_bytes
 
@@ -29,7 +29,7 @@ class Residence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Of each decoder layer, never going back to an earlier GPU; empty on a CPU. What comes before the layers lies with
     the first of them, norm and head with the last."""
     offloaded: tuple[int, ...] = ()
-    """Layers whose weights wait in host memory and visit their GPU for each use."""
+    """Layers whose weights are offloaded to host memory and visit their GPU for each use."""
 
     @property
     def gpus(self) -> tuple[int, ...]:
@@ -37,7 +37,7 @@ class Residence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return tuple(gpu for gpu, _ in groupby(self.layer_gpu))
 
     def __str__(self) -> str:
-        """'backbone on GPU 0', 'layers 0-39 on GPU 0, 40-79 on GPU 1; 12 of 80 layers wait in host memory'."""
+        """'backbone on GPU 0', 'layers 0-39 on GPU 0, 40-79 on GPU 1; 12 of 80 layers are offloaded to host memory'."""
         if not self.layer_gpu:
             return "backbone on the CPU"
         if len(self.gpus) == 1:
@@ -48,7 +48,7 @@ class Residence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 f"{_range(run[0], run[-1])} on GPU {gpu}" for run, gpu in zip(runs, self.gpus, strict=True)
             )
         count = len(self.offloaded)
-        waiting = f"{count} of {len(self.layer_gpu)} layers wait in host memory"
+        waiting = f"{count} of {len(self.layer_gpu)} layers are offloaded to host memory"
         return f"{text}; {waiting}" if count else text
 
 
@@ -62,7 +62,7 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     layers: tuple[int, ...]
     """Of each decoder layer: its weights, its adapter, and the keys and values that it keeps."""
     waiting: tuple[int, ...]
-    """Of each layer: what leaves the GPU where its weights wait in host memory."""
+    """Of each layer: what leaves the GPU where its weights are offloaded to host memory."""
     staged: int
     """On every GPU while any layer waits: layers that are visiting."""
     first: int
@@ -97,7 +97,7 @@ def footprint(
     rank_r: of the adapter, in float32; 0 without one.
     scored: tokens whose logits exist at a time, for a loss.
     """
-    job = Job(
+    job = TrainingShape(
         bits=bits, double_quant=double_quant, compute_bytes=compute_bytes, gptq=gptq, rank_r=rank_r, targets=targets,
         adapter=adapter, seq_len=1,
     )  # fmt: skip
@@ -125,7 +125,7 @@ def footprint(
 
 def room(free_bytes: int, cap_bytes: int | None) -> int:
     """What of a GPU may be filled. cap_bytes: what the user allows."""
-    return int(HEADROOM * min(free_bytes, free_bytes if cap_bytes is None else cap_bytes))
+    return int(USABLE_SHARE * min(free_bytes, free_bytes if cap_bytes is None else cap_bytes))
 
 
 def reside(parts: Footprint, rooms: Sequence[int], *, host_bytes: int | None = None) -> Residence:
@@ -192,7 +192,7 @@ def _require_host_memory(parts: Footprint, offloaded: Sequence[int], host_bytes:
     needed = sum(parts.waiting[layer] for layer in offloaded)
     if host_bytes is not None and needed > host_bytes:
         raise PlanError(
-            f"{len(offloaded)} of {len(parts.layers)} layers would have to wait in host memory and take "
+            f"{len(offloaded)} of {len(parts.layers)} layers would have to be offloaded to host memory and take "
             f"{format_bytes(needed)}; {format_bytes(host_bytes)} is free",
             try_="more free GPU memory, or smaller batches and shorter answers",
         )

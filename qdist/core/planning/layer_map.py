@@ -1,13 +1,10 @@
-"""Which layers lie on which GPU of a split backbone, as numbers and as transformers' `device_map`?"""
+"""Which layers lie on which GPU of a split backbone?"""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
 from qdist.core.errors import PlanError
-from qdist.core.model.families import FAMILIES
-from qdist.core.planning.placements.registry import layout_of
-from qdist.core.planning.plan import Plan
 from qdist.core.text import format_bytes
 
 _HALVINGS = 40
@@ -133,22 +130,3 @@ def least(fits: Callable[[int], bool], low: int, high: int) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle + 1, high)
     return high
-
-
-def device_map(plan: Plan) -> dict[str, int | str]:
-    """The device of each module for `from_pretrained(..., device_map=...)`, of the first group of GPUs.
-
-    GPUs go by their number, offloaded layers and those of CPU ranks by 'cpu'. Raises SpecError for a sharded backbone.
-    """
-    if refused := layout_of(plan).unmapped():
-        raise refused
-    modules = FAMILIES[plan.facts.family].modules
-    gpus = [gpu for rank in plan.ranks if rank.group == 0 for gpu in rank.gpus]
-    layer_map = plan.layer_map or (0,) * plan.facts.layer_count
-    devices: list[int | str] = [gpus[position] if gpus else "cpu" for position in layer_map]
-    found = dict.fromkeys(modules.until_layers, devices[0])
-    found |= {
-        f"{modules.layers}.{layer}": "cpu" if layer in plan.offloaded_layers else device
-        for layer, device in enumerate(devices)
-    }
-    return found | dict.fromkeys((modules.final_norm, modules.head), devices[-1])

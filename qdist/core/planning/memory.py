@@ -62,7 +62,7 @@ class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return self.total - self.pageable
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class TrainingShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a run computes with, wherever its layers lie."""
 
     bits: int
@@ -123,7 +123,7 @@ class Share(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     sends: bool = False
     """A later stage reads its output, which is kept with the other activations."""
     offloaded: tuple[int, ...] = ()
-    """Of its layers: packed weights that wait in host memory; empty for none."""
+    """Of its layers: packed weights that are offloaded to host memory; empty for none."""
     context_bytes: int = 0
 
     def tokens(self, seq_len: int) -> int:
@@ -163,7 +163,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """What follows from model and job alone: bytes of a layer, and of one token in a layer. Counted once a plan."""
 
     facts: ModelFacts
-    job: Job
+    job: TrainingShape
     layers: tuple[LayerSizes, ...]
     """A layer of each run."""
     embedding: int
@@ -196,8 +196,8 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return sum(self.layers[run_of_layer[layer]].packed for layer in layers)
 
 
-def sizes(facts: ModelFacts, job: Job) -> Sizes:
-    """Count a model's parts. Raises ModelError when a target of the adapter is no linear of the model."""
+def sizes(facts: ModelFacts, job: TrainingShape) -> Sizes:
+    """Count a model's parts. Raises ModelError when a target of the adapter is not a linear of the model."""
     facts.targeted(job.targets)
     head = (0 if facts.tied_embeddings else facts.vocab * facts.hidden) + facts.outer_norm_parameters
     return Sizes(
@@ -210,7 +210,7 @@ def sizes(facts: ModelFacts, job: Job) -> Sizes:
     )
 
 
-def _layer_sizes(shape: LayerShape, job: Job) -> LayerSizes:
+def _layer_sizes(shape: LayerShape, job: TrainingShape) -> LayerSizes:
     trained = sum(job.adapter.parameters(linear, job.rank_r) for linear in shape.targeted(job.targets))
     saved = saved_bytes_per_token(
         shape, bits=job.bits, compute_bytes=job.compute_bytes, rank_r=job.rank_r, targets=job.targets,
@@ -289,7 +289,7 @@ def weight_bytes(sizes: Sizes, share: Share) -> int:
     return ceil(layers / share.shards) + tables
 
 
-def packed_layer_bytes(shape: LayerShape, job: Job) -> int:
+def packed_layer_bytes(shape: LayerShape, job: TrainingShape) -> int:
     """One frozen decoder layer: packed linears, with their biases and the norms in 16 bits."""
     rest = shape.parameters - shape.weights
     stated = job.gptq.layer_bytes if job.gptq else 0
@@ -297,7 +297,7 @@ def packed_layer_bytes(shape: LayerShape, job: Job) -> int:
     return packed + rest * job.compute_bytes
 
 
-def _packed_bytes(linear: Linear, job: Job) -> int:
+def _packed_bytes(linear: Linear, job: TrainingShape) -> int:
     if job.gptq:
         return job.gptq.bytes_of(linear.name, linear.inputs, linear.outputs)
     return matrix_bytes(

@@ -149,7 +149,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     layer_map: tuple[int, ...] = ()
     """Of a split backbone: each decoder layer's position in its group, never decreasing. Empty otherwise."""
     offloaded_layers: tuple[int, ...] = ()
-    """Decoder layers whose packed weights wait in host memory and visit the GPU for each use."""
+    """Decoder layers whose packed weights are offloaded to host memory and visit the GPU for each use."""
     world_size: int
     micro_batch: int
     gradient_accumulation: int

@@ -20,8 +20,8 @@ from qdist.core.planning.advice import (
     too_many_ranks,
     warmup_notes,
 )
-from qdist.core.planning.candidates import HEADROOM, Candidate, Setting, arrange
-from qdist.core.planning.memory import Job, MemoryBudget, sizes
+from qdist.core.planning.candidates import USABLE_SHARE, Candidate, PlanningContext, arrange
+from qdist.core.planning.memory import MemoryBudget, TrainingShape, sizes
 from qdist.core.planning.placements.registry import layouts
 from qdist.core.planning.plan import Alternative, DataFacts, Fullest, Plan, RankPlan, Source
 from qdist.core.planning.ranking import (
@@ -39,7 +39,7 @@ from qdist.core.planning.resources import count_of, dtype_of, liger_of, optimize
 from qdist.core.spec.run_spec import MOST_STEPS, RunSpec, changed, flatten
 from qdist.core.spec.suggest import or_tried_hint
 
-__all__ = ["HEADROOM", "make_plan", "plan_once"]
+__all__ = ["USABLE_SHARE", "make_plan", "plan_once"]
 
 
 class _Inputs(NamedTuple):
@@ -60,7 +60,7 @@ class _Inputs(NamedTuple):
 
 
 class _Decision(NamedTuple):
-    setting: Setting
+    setting: PlanningContext
     winner: Candidate
     rows: list[list[Candidate]]
     nonexistent: tuple[Alternative, ...]
@@ -206,11 +206,11 @@ def _decide(inputs: _Inputs, count: int) -> _Decision:
     return _Decision(setting, winner, rows, nonexistent(setting, found))
 
 
-def _setting(inputs: _Inputs, count: int) -> Setting:
+def _setting(inputs: _Inputs, count: int) -> PlanningContext:
     spec, source = inputs.spec, inputs.source
     # Before a model is prepared nobody knows which of the tokens it has: they all count as new.
     new_rows = len(source.new_token_ids) or (len(spec.new_tokens) if source.kind == "dummy" else 0)
-    job = Job(
+    job = TrainingShape(
         bits=4 if source.gptq else spec.bits,  # at any width GPTQ unpacks first, as NF4 does
         gptq=source.gptq,
         double_quant=spec.quant.double,
@@ -226,7 +226,7 @@ def _setting(inputs: _Inputs, count: int) -> Setting:
         optimizer_on_gpu=spec.zero.offload == "none",
         paged=inputs.optimizer == "paged-adamw",
     )
-    return Setting(
+    return PlanningContext(
         spec=spec,
         sizes=sizes(inputs.facts, job),
         rooms=rooms_of(spec, inputs.cluster, count),
@@ -240,7 +240,7 @@ def _setting(inputs: _Inputs, count: int) -> Setting:
     )
 
 
-def _ranks(setting: Setting, winner: Candidate, device: str) -> tuple[RankPlan, ...]:
+def _ranks(setting: PlanningContext, winner: Candidate, device: str) -> tuple[RankPlan, ...]:
     """The grid's processes, group by group."""
     layout, own = winner.layout, winner.layout.gpus_per_rank
 
@@ -261,7 +261,7 @@ def _ranks(setting: Setting, winner: Candidate, device: str) -> tuple[RankPlan, 
     )
 
 
-def _budgets(setting: Setting, winner: Candidate, rank: int) -> tuple[MemoryBudget, ...]:
+def _budgets(setting: PlanningContext, winner: Candidate, rank: int) -> tuple[MemoryBudget, ...]:
     """Of a data-parallel rank; where the data were counted, its own micro-batches decide."""
     if not setting.fullest:
         return winner.budgets

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from qdist.core.planning.memory import Job, MemoryBudget
+from qdist.core.planning.memory import MemoryBudget, TrainingShape
 from qdist.core.planning.placements.base import Layout
 from qdist.core.text import MIB
 
@@ -28,7 +28,7 @@ def library_bytes(layout: Layout) -> int:
     return LIBRARIES_BYTES + DEEPSPEED_BYTES * (layout.engine == "deepspeed")
 
 
-def hole_bytes(job: Job, layout: Layout, activations: int) -> int:
+def hole_bytes(job: TrainingShape, layout: Layout, activations: int) -> int:
     """What the heap holds of memory that was freed, at its fullest."""
     share = HOLES_GPTQ if job.gptq else HOLES_16_BIT if job.bits == 16 else HOLES
     if layout.stages > 1:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from qdist.core.errors import Change, SpecError
-from qdist.core.planning.candidates import HEADROOM, Candidate, Setting, offloading, options
+from qdist.core.planning.candidates import USABLE_SHARE, Candidate, PlanningContext, offloading, options
 from qdist.core.planning.placements.base import Layout
 from qdist.core.planning.placements.registry import last_resorts, simplicity
 from qdist.core.planning.plan import Alternative
@@ -16,7 +16,7 @@ TIE = 0.02
 moments, then the one that needs less memory."""
 
 
-def check_batches(setting: Setting, layout: Layout) -> None:
+def check_batches(setting: PlanningContext, layout: Layout) -> None:
     """Raises SpecError when the batch cannot be spread over a layout."""
     spec, ranks = setting.spec, layout.data_parallel
     noun = "group" if layout.stages > 1 else "rank"
@@ -57,7 +57,7 @@ def _fewer(spec: RunSpec, layout: Layout) -> list[Change]:
     return [{"gpus": number} for number in dividing[:2]]
 
 
-def contenders(setting: Setting, found: Sequence[Layout]) -> list[list[Candidate]]:
+def contenders(setting: PlanningContext, found: Sequence[Layout]) -> list[list[Candidate]]:
     """The candidates of each layout whose batch arithmetic works out, whether or not its ranks are `unable`.
 
     Raises SpecError where no layout can, or the batch does not work out for the simplest that can: it was asked for.
@@ -73,13 +73,13 @@ def contenders(setting: Setting, found: Sequence[Layout]) -> list[list[Candidate
     ]
 
 
-def barring(setting: Setting, layout: Layout) -> SpecError | None:
+def barring(setting: PlanningContext, layout: Layout) -> SpecError | None:
     """Why a layout cannot exist, or its ranks cannot do what is wanted; None where they can."""
     spec, layers = setting.spec, setting.sizes.facts.layer_count
     return layout.impossible(spec, layers) or layout.unable(spec, setting.new_rows)
 
 
-def eligible(setting: Setting, rows: Iterable[Iterable[Candidate]]) -> list[Candidate]:
+def eligible(setting: PlanningContext, rows: Iterable[Iterable[Candidate]]) -> list[Candidate]:
     """The candidates whose ranks can do all that is wanted."""
     return [own for row in rows for own in row if not own.layout.unable(setting.spec, setting.new_rows)]
 
@@ -94,20 +94,20 @@ def choose(candidates: Iterable[Candidate]) -> Candidate | None:
     return min(tied, key=lambda own: (simplicity(own.layout), own.paged, own.required_bytes))
 
 
-def last_resort(setting: Setting, count: int) -> Candidate | None:
+def last_resort(setting: PlanningContext, count: int) -> Candidate | None:
     """Layers in host memory, where nothing else fits and nothing speaks against it."""
     return choose(_offloading(setting, count))
 
 
-def host_memory_wanted(setting: Setting, count: int) -> tuple[int, int] | None:
-    """(layers, bytes) that would have to wait in host memory, were there enough of it; None where that cannot help."""
+def host_memory_wanted(setting: PlanningContext, count: int) -> tuple[int, int] | None:
+    """(layers, bytes) to offload to host memory, were there enough of it; None where that cannot help."""
     sizes = setting.sizes
     boundless = setting._replace(host_bytes=2 * sizes.widest_layer * sizes.facts.layer_count)
     away = min((own.offloaded for own in _offloading(boundless, count) if own.fits), key=len, default=())
     return (len(away), sizes.held_by(away)) if away else None
 
 
-def _offloading(setting: Setting, count: int) -> list[Candidate]:
+def _offloading(setting: PlanningContext, count: int) -> list[Candidate]:
     """With layers in host memory; none where the user decided otherwise."""
     found = last_resorts(setting.spec, count) if setting.rooms is not None else []
     return [own for layout in found if _works(setting, layout) for own in offloading(setting, layout)]
@@ -118,7 +118,7 @@ def closest(candidates: Iterable[Candidate]) -> Candidate:
     return min(candidates, key=lambda candidate: (candidate.missing, simplicity(candidate.layout)))
 
 
-def barred(setting: Setting, winner: Candidate, rows: Iterable[Sequence[Candidate]]) -> SpecError | None:
+def barred(setting: PlanningContext, winner: Candidate, rows: Iterable[Sequence[Candidate]]) -> SpecError | None:
     """Why a layout that would have won cannot do what is wanted; None where none would."""
     for row in rows:
         best = choose(row)
@@ -130,7 +130,7 @@ def barred(setting: Setting, winner: Candidate, rows: Iterable[Sequence[Candidat
 
 
 def alternatives(
-    setting: Setting,
+    setting: PlanningContext,
     winner: Candidate,
     rows: Sequence[Sequence[Candidate]],
     tokens_s: Callable[[Candidate], float],
@@ -161,7 +161,7 @@ def alternatives(
     return tuple(lost)
 
 
-def nonexistent(setting: Setting, found: Iterable[Layout]) -> tuple[Alternative, ...]:
+def nonexistent(setting: PlanningContext, found: Iterable[Layout]) -> tuple[Alternative, ...]:
     """Layouts that the model has too few layers for."""
     refused = ((layout, layout.impossible(setting.spec, setting.sizes.facts.layer_count)) for layout in found)
     return tuple(
@@ -192,7 +192,7 @@ def shortage(candidate: Candidate) -> str:
     room = candidate.rooms[at]
     return (
         f"needs {format_bytes(candidate.needs[at])} on {where}, {format_bytes(missing)} more than "
-        f"{HEADROOM * 100:.0f} % of {format_bytes(room / HEADROOM)}"
+        f"{USABLE_SHARE * 100:.0f} % of {format_bytes(room / USABLE_SHARE)}"
     )
 
 
@@ -221,7 +221,7 @@ def _why_slower(own: Candidate, winner: Candidate) -> str:
     return own.layout.overhead
 
 
-def _works(setting: Setting, layout: Layout) -> bool:
+def _works(setting: PlanningContext, layout: Layout) -> bool:
     try:
         check_batches(setting, layout)
     except SpecError:

@@ -5,7 +5,7 @@ from typing import Literal
 from qdist.core.errors import PlanError, SpecError
 from qdist.core.machine.cards import has_bfloat16
 from qdist.core.machine.cluster import MOST_RANKS, Cluster
-from qdist.core.planning.candidates import HEADROOM
+from qdist.core.planning.candidates import USABLE_SHARE
 from qdist.core.spec.run_spec import RunSpec, memory_cap_of, memory_caps
 from qdist.core.text import GIB, counted, format_bytes
 
@@ -79,4 +79,4 @@ def rooms_of(spec: RunSpec, cluster: Cluster, count: int) -> tuple[int, ...] | N
                 ways=[{"max_memory": f"{max(totals) // GIB}GiB"}, {"max_memory": None}],
             )
     usable = (min(memory_cap_of(spec, gpu) or total, total) for gpu, total in enumerate(totals))
-    return tuple(int(HEADROOM * size) for size in usable)
+    return tuple(int(USABLE_SHARE * size) for size in usable)

@@ -11,7 +11,7 @@ import msgspec
 
 from qdist.core.machine.cluster import Rates
 from qdist.core.model.shapes import LayerShape
-from qdist.core.planning.memory import Job, LayerSizes, Sizes, first_of
+from qdist.core.planning.memory import LayerSizes, Sizes, TrainingShape, first_of
 
 GEMM_SHARE = 0.98
 """Share of the sustained matmul rate, for a layer's shapes: chosen on the rows of tests/core/planning/test_speed.py,
@@ -77,7 +77,9 @@ def passes(sizes: Sizes, rates: Rates, micro_batch: int) -> Passes:
     )
 
 
-def _layer_passes(shape: LayerShape, own: LayerSizes, job: Job, rates: Rates, tokens: int) -> tuple[float, float]:
+def _layer_passes(
+    shape: LayerShape, own: LayerSizes, job: TrainingShape, rates: Rates, tokens: int
+) -> tuple[float, float]:
     """Seconds of a layer, forward and backward."""
     weights = shape.weights
     slow = FLOAT32_SLOWDOWN if job.compute_bytes == 4 else 1
@@ -97,7 +99,7 @@ def _layer_passes(shape: LayerShape, own: LayerSizes, job: Job, rates: Rates, to
     return max(forward, launch), max(backward, launch)
 
 
-def _accesses(shape: LayerShape, job: Job) -> tuple[float, float]:
+def _accesses(shape: LayerShape, job: TrainingShape) -> tuple[float, float]:
     """Elements read and written for one token in one layer, forward and backward, outside of products.
 
     Fused: a norm reads and writes h, and three h backward; the gated activation moves 3 and 5 times its width; rotation

@@ -37,7 +37,7 @@ def typed_settings(flags: Mapping[str, Any], assignments: Iterable[str]) -> dict
     """What was typed, by dotted keys. flags: by their names, or by dotted keys; None for those that were not.
 
     The last --set of a key wins, also over its flag: what an error says to try is typed behind the same command.
-    Raises SpecError for what is no setting.
+    Raises SpecError for what is not a setting.
     """
     own = {name: value for name, value in flags.items() if value is not None and name not in COMMON}
     common = [f"{key}={flags[name]}" for name, key in COMMON.items() if flags.get(name) is not None]

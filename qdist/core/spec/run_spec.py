@@ -266,7 +266,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 def memory_caps(spec: RunSpec) -> dict[int | None, int]:
     """The caps in bytes, by GPU; under None that of every GPU which has none of its own.
 
-    Raises SpecError for what is no amount of memory or no number of a GPU.
+    Raises SpecError for what is not an amount of memory or no number of a GPU.
     """
     caps: dict[int | None, int] = {}
     for entry in () if spec.max_memory is None else spec.max_memory.split(","):

@@ -82,7 +82,7 @@ def not_among(key: str, value: Any, choices: Sequence[str], usual: str = "") -> 
 
 
 def of_another_kind(key: str, value: Any, reason: str, usual: Change) -> SpecError:
-    """The error for a number out of its range, or what is no number.
+    """The error for a number out of its range, or what is not a number.
 
     reason: msgspec's.
     usual: what may be typed instead, if there is such.

@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.history import RunHistory
 
 MOST_POINTS = 2000
 """Of one curve; a screen is no wider."""
@@ -44,7 +44,7 @@ class Marks(msgspec.Struct, frozen=True, kw_only=True):
     resumes: list[int]
 
 
-def charts(fold: Fold) -> tuple[Chart, ...]:
+def charts(fold: RunHistory) -> tuple[Chart, ...]:
     """Loss, learning rate, gradient norm and tokens/s; empty before the first step."""
     columns = fold.columns
     if not len(columns):
@@ -72,13 +72,13 @@ def charts(fold: Fold) -> tuple[Chart, ...]:
     )
 
 
-def marks(fold: Fold) -> Marks:
+def marks(fold: RunHistory) -> Marks:
     """Checkpoints and resumes; of very many checkpoints, evenly chosen ones."""
     steps = sorted({step for step, _ in fold.checkpoints})
     return Marks(checkpoints=evenly(steps, _MOST_MARKS), resumes=sorted({step for step, _ in fold.resumed}))
 
 
-def tokens_per_s(fold: Fold) -> "array[float]":
+def tokens_per_s(fold: RunHistory) -> "array[float]":
     """Of each step; NaN where a step has no time."""
     columns = fold.columns
     return array(

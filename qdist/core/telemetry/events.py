@@ -81,7 +81,7 @@ class Block(NamedTuple):
 def decode_lines(data: bytes) -> list[Event]:
     """Events of every line that ends; what follows the last newline was torn by a kill and is left out.
 
-    So is a line that is no event: `decode_blocks` tells which.
+    So is a line that is not an event: `decode_blocks` tells which.
     """
     return list(chain.from_iterable(block.events for block in decode_blocks(data)))
 
@@ -118,7 +118,7 @@ def _decode_block(block: bytes, first_line: int) -> Block:
 
 
 def _decode(line: bytes) -> Event | None:
-    """None for a line that is no event. NUL bytes before one are what was to be there of lines that were lost."""
+    """None for a line that is not an event. NUL bytes before one are what was to be there of lines that were lost."""
     line = line.lstrip(b"\0")
     try:
         fields = msgspec.json.decode(line, type=dict[str, str | int | float | bool | None])

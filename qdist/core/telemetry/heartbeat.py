@@ -20,7 +20,7 @@ UNMEASURED: frozenset[Phase] = frozenset(("starting", "loading", "saving", "fini
 """Phases that say nothing of how far they are, so that a long one is no sign of a rank that is stuck."""
 
 
-class Pulse(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """One rank, alive when it wrote this."""
 
     rank: int
@@ -48,6 +48,6 @@ class Pulse(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return WORDS[self.phase] + where + part
 
 
-def encode(pulse: Pulse) -> bytes:
+def encode(pulse: Heartbeat) -> bytes:
     """JSON and a newline."""
     return msgspec.json.encode(pulse) + b"\n"

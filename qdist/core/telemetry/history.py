@@ -95,7 +95,7 @@ class RankFold:
         return steps
 
 
-class Fold:
+class RunHistory:
     """A run so far. `add` takes events as they come; the order between ranks does not matter."""
 
     def __init__(self, *, total_steps: int = 0) -> None:

@@ -7,7 +7,7 @@ import msgspec
 
 from qdist.core.planning.memory import MemoryBudget
 from qdist.core.planning.plan import Plan
-from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.history import RunHistory
 from qdist.core.text import signed
 
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "gathers", "context")
@@ -21,7 +21,7 @@ _ALIKE = 0.02
 _MOST_SHOWN = 4
 
 
-class Parts(msgspec.Struct, frozen=True, kw_only=True):
+class MemoryParts(msgspec.Struct, frozen=True, kw_only=True):
     """One GPU, or one rank on CPUs. Bytes of each part, in the order of PARTS."""
 
     label: str
@@ -40,7 +40,7 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
         return sum(self.measured.values())
 
 
-def memory_of(plan: Plan, fold: Fold, result: Mapping[str, Any] | None) -> tuple[Parts, ...]:
+def memory_of(plan: Plan, fold: RunHistory, result: Mapping[str, Any] | None) -> tuple[MemoryParts, ...]:
     """Of each GPU that the plan uses, ranks in order.
 
     result: what `result.json` holds; while there is none, the peaks that ranks have said are all that is known.
@@ -48,14 +48,14 @@ def memory_of(plan: Plan, fold: Fold, result: Mapping[str, Any] | None) -> tuple
     return tuple(_finished(plan, result) if result and "peaks" in result else _running(plan, fold))
 
 
-def shown(parts: tuple[Parts, ...]) -> tuple[Parts, ...]:
+def shown(parts: tuple[MemoryParts, ...]) -> tuple[MemoryParts, ...]:
     """All of a few; of many that were predicted alike and came out alike, the fullest for all of them."""
     if len(parts) <= _MOST_SHOWN:
         return parts
-    kinds: dict[tuple[int, ...], list[Parts]] = {}
+    kinds: dict[tuple[int, ...], list[MemoryParts]] = {}
     for own in parts:
         kinds.setdefault(tuple(own.predicted.values()), []).append(own)
-    found: list[Parts] = []
+    found: list[MemoryParts] = []
     for alike in kinds.values():
         fullest = max(alike, key=lambda own: own.measured_bytes)
         least = min(own.measured_bytes for own in alike)
@@ -66,25 +66,25 @@ def shown(parts: tuple[Parts, ...]) -> tuple[Parts, ...]:
     return tuple(found)
 
 
-def _finished(plan: Plan, result: Mapping[str, Any]) -> Iterator[Parts]:
+def _finished(plan: Plan, result: Mapping[str, Any]) -> Iterator[MemoryParts]:
     held_by_rank = result.get("held") or [{}] * len(plan.ranks)
     for rank, peaks, held in zip(plan.ranks, result["peaks"], held_by_rank, strict=True):
         stays = {name: held[name] for name in _HELD} if held and len(peaks) == 1 else {}
         for position, (expected, peak) in enumerate(zip(rank.expected, peaks, strict=True)):
-            yield Parts(
+            yield MemoryParts(
                 label=_label(plan, rank.gpus, position, rank.rank),
                 predicted=_predicted(expected),
                 measured=_on_cpu(peak, stays) if plan.device == "cpu" else _on_gpu(peak, stays),
             )
 
 
-def _running(plan: Plan, fold: Fold) -> Iterator[Parts]:
+def _running(plan: Plan, fold: RunHistory) -> Iterator[MemoryParts]:
     for rank in plan.ranks:
         said = fold.ranks[rank.rank].memory_bytes if rank.rank in fold.ranks else 0
         for position, expected in enumerate(rank.expected):
             measured = {TOTAL: said} if said and len(rank.expected) == 1 else {}
             label = _label(plan, rank.gpus, position, rank.rank)
-            yield Parts(label=label, predicted=_predicted(expected), measured=measured)
+            yield MemoryParts(label=label, predicted=_predicted(expected), measured=measured)
 
 
 def _on_gpu(peak: Mapping[str, int], stays: Mapping[str, int]) -> dict[str, int]:

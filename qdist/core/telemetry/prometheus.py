@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple, get_args
 
 from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.events import State
-from qdist.core.telemetry.heartbeat import Phase, Pulse
-from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.heartbeat import Heartbeat, Phase
+from qdist.core.telemetry.history import RunHistory
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -27,7 +27,7 @@ class Metric(NamedTuple):
     samples: Iterable[Sample]
 
 
-def exposition(run: str, plan: Plan, fold: Fold, pulses: Mapping[int, Pulse], state: State) -> str:
+def exposition(run: str, plan: Plan, fold: RunHistory, pulses: Mapping[int, Heartbeat], state: State) -> str:
     """The text of all metrics, each value labelled with `run`. A metric without a value is left out.
 
     run: what the series are called apart by, such as the run directory.
@@ -55,7 +55,7 @@ def _of_run(plan: Plan, state: State) -> Iterator[Metric]:
     yield _one("qdist_predicted_tokens_per_second", "Predicted by the plan, all ranks together.", predicted)
 
 
-def _of_training(plan: Plan, fold: Fold) -> Iterator[Metric]:
+def _of_training(plan: Plan, fold: RunHistory) -> Iterator[Metric]:
     yield _one("qdist_step", "Optimizer steps done; goes back when a killed run is resumed.", fold.step)
     yield _one("qdist_loss", "Training loss of the last step.", fold.loss)
     yield _one("qdist_smoothed_loss", "Mean training loss of the last 10 steps.", fold.smoothed_loss)
@@ -75,7 +75,7 @@ def _of_training(plan: Plan, fold: Fold) -> Iterator[Metric]:
     yield _one("qdist_resumes_total", "Times that the run went on from a checkpoint.", len(fold.resumed), "counter")
 
 
-def _of_ranks(plan: Plan, fold: Fold, pulses: Mapping[int, Pulse]) -> Iterator[Metric]:
+def _of_ranks(plan: Plan, fold: RunHistory, pulses: Mapping[int, Heartbeat]) -> Iterator[Metric]:
     """What was measured of a rank, and beside it what the plan said."""
     # An earlier launch may have had more ranks.
     said = [(number, rank) for number, rank in sorted(fold.ranks.items()) if number < plan.world_size]

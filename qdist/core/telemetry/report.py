@@ -8,8 +8,8 @@ import msgspec
 from qdist.core.machine.cluster import Cluster
 from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.curves import Chart, Marks, charts, marks
-from qdist.core.telemetry.history import Fold
-from qdist.core.telemetry.memory_report import Parts, memory_of, shown
+from qdist.core.telemetry.history import RunHistory
+from qdist.core.telemetry.memory_report import MemoryParts, memory_of, shown
 from qdist.core.telemetry.report_sections import (
     Rows,
     StepPart,
@@ -34,7 +34,7 @@ from qdist.core.telemetry.warnings import find_warnings
 from qdist.core.text import counted, format_bytes, format_count, format_duration, signed
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class SampleAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """A held-out question with the model's answers before and after training, and the one in the data."""
 
     question: str
@@ -72,14 +72,14 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     charts: tuple[Chart, ...]
     marks: Marks
     numbers: Table
-    memory: tuple[Parts, ...]
+    memory: tuple[MemoryParts, ...]
     """Of each GPU, or of the fullest of those that are alike."""
     on_cpu: bool
     step: tuple[StepPart, ...]
     pace: Rows
     ranks: Table
     held_out: Table
-    answers: tuple[Answer, ...]
+    answers: tuple[SampleAnswer, ...]
     settings: Table
     """Those that differ from their defaults."""
     machine: Rows
@@ -114,7 +114,7 @@ def report_of(found: Found) -> Report:
         pace=tuple(pace_rows(plan, fold, result, speed)),
         ranks=ranks_table(fold),
         held_out=held_out_table(fold),
-        answers=tuple(msgspec.convert(answer, Answer) for answer in (result or {}).get("answers", ())),
+        answers=tuple(msgspec.convert(answer, SampleAnswer) for answer in (result or {}).get("answers", ())),
         settings=settings_table(plan.spec),
         machine=tuple(machine_rows(found.machine)),
         versions=tuple(found.versions.items()),
@@ -139,7 +139,7 @@ def _headline(seen: Snapshot) -> str:
     }[seen.state]
 
 
-def _summary(plan: Plan, fold: Fold) -> Iterator[tuple[str, str]]:
+def _summary(plan: Plan, fold: RunHistory) -> Iterator[tuple[str, str]]:
     spec, unit = plan.spec, "CPU process" if plan.device == "cpu" else "GPU"
     count = processors(plan)
     yield "Model", f"{spec.model}, {format_count(plan.facts.parameters)} parameters"

@@ -12,8 +12,8 @@ from qdist.core.planning.plan import Plan
 from qdist.core.spec.keys import json_text
 from qdist.core.spec.run_spec import RunSpec, flatten
 from qdist.core.telemetry.curves import Chart, evenly, value_at
-from qdist.core.telemetry.history import Fold
-from qdist.core.telemetry.memory_report import MEANING, Parts, shown_error
+from qdist.core.telemetry.history import RunHistory
+from qdist.core.telemetry.memory_report import MEANING, MemoryParts, shown_error
 from qdist.core.text import format_bytes, format_count, format_duration
 
 _MOST_ROWS = 24
@@ -53,7 +53,7 @@ def processors(plan: Plan) -> int:
     return sum(len(rank.gpus) or 1 for rank in plan.ranks)
 
 
-def measured_speed(fold: Fold, result: Mapping[str, Any] | None) -> float | None:
+def measured_speed(fold: RunHistory, result: Mapping[str, Any] | None) -> float | None:
     """Measured tokens/s: the whole run's once it is finished, of late before."""
     measured = (result or {}).get("tokens_per_s", {}).get("measured")
     return fold.tokens_per_s if measured is None else float(measured)
@@ -84,7 +84,7 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def step_parts(fold: Fold) -> tuple[StepPart, ...]:
+def step_parts(fold: RunHistory) -> tuple[StepPart, ...]:
     """Of all steps; empty where the events are of a qdist that did not say."""
     columns = fold.columns
     seconds, busy = sum(columns.seconds), sum(columns.busy_s)
@@ -104,7 +104,7 @@ def step_parts(fold: Fold) -> tuple[StepPart, ...]:
 
 
 def pace_rows(
-    plan: Plan, fold: Fold, result: Mapping[str, Any] | None, speed: float | None
+    plan: Plan, fold: RunHistory, result: Mapping[str, Any] | None, speed: float | None
 ) -> Iterator[tuple[str, str]]:
     """Speed against its prediction, what was wasted, and how long the start took."""
     if plan.tokens_per_second:
@@ -130,7 +130,7 @@ def took(seconds: float) -> str:
     return f"{1000 * seconds:,.1f} ms" if seconds < 10 else f"{seconds:,.1f} s"
 
 
-def ranks_table(fold: Fold) -> Table:
+def ranks_table(fold: RunHistory) -> Table:
     """What each rank said last."""
     rows = tuple(
         (
@@ -145,7 +145,7 @@ def ranks_table(fold: Fold) -> Table:
     return Table(headers=("rank", "last step", "own tokens/s while busy", "busy a step", "peak memory"), rows=rows)
 
 
-def held_out_table(fold: Fold) -> Table:
+def held_out_table(fold: RunHistory) -> Table:
     """Evaluations; of very many, evenly chosen ones and the best."""
     points = sorted(fold.held_out)
     best = min((loss for _, loss in points if math.isfinite(loss)), default=math.nan)
@@ -204,7 +204,7 @@ def choices_of(plan: Plan) -> dict[str, str]:
     return given | {f"{key}, as planned": value for key, value in decided.items() if given.get(key) != value}
 
 
-def metrics_of(plan: Plan, fold: Fold, memory: tuple[Parts, ...], speed: float | None) -> dict[str, float]:
+def metrics_of(plan: Plan, fold: RunHistory, memory: tuple[MemoryParts, ...], speed: float | None) -> dict[str, float]:
     """In the order in which a comparison shows them."""
     columns = fold.columns
     losses = [loss for loss in columns.loss[-20:] if math.isfinite(loss)]

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from qdist.core.planning.plan import Plan, RankPlan
 from qdist.core.spec.run_spec import memory_cap_of
-from qdist.core.telemetry.heartbeat import Pulse
-from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.heartbeat import Heartbeat
+from qdist.core.telemetry.history import RunHistory
 
 
 class Reading(NamedTuple):
@@ -30,11 +30,11 @@ class Snapshot(NamedTuple):
 
     name: str
     plan: Plan
-    fold: Fold
+    fold: RunHistory
     state: str
     """planned, running, finished, stopped, failed or killed."""
     now: float
-    pulses: Mapping[int, Pulse] = {}
+    pulses: Mapping[int, Heartbeat] = {}
     troubles: tuple[str, ...] = ()
     """Ranks that do not go on, those to blame first, as sentences."""
     message: str = ""

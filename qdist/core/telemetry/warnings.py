@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.curves import thinned
-from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.history import RunHistory
 from qdist.core.telemetry.memory_report import memory_of
 from qdist.core.telemetry.report_sections import measured_speed
 from qdist.core.telemetry.snapshot import Snapshot, rows
@@ -75,14 +75,14 @@ def find_warnings(seen: Snapshot, *, result: Mapping[str, Any] | None = None, wh
     ]
 
 
-def _last_steps(fold: Fold) -> _Span:
+def _last_steps(fold: RunHistory) -> _Span:
     columns, count = fold.columns, _WATCHED + _BEFORE
     steps = columns.step[-count:]
     skipped = [step for step in fold.skipped[-count:] if steps and step >= steps[0]]
     return _Span(steps, columns.loss[-count:], skipped, len(steps), fold.data_share or 0.0)
 
 
-def _all_steps(fold: Fold) -> _Span:
+def _all_steps(fold: RunHistory) -> _Span:
     columns, seconds = fold.columns, sum(fold.columns.seconds)
     share = sum(columns.data_s) / seconds if seconds else 0.0
     return _Span(columns.step, columns.loss, fold.skipped, len(columns), share)
@@ -104,7 +104,7 @@ def _alive(seen: Snapshot) -> Iterator[RunWarning]:
             yield RunWarning("throttled", f"GPU {row.gpu} of rank {row.rank} throttles: {row.card.throttled}{heat}")
 
 
-def _losses(fold: Fold, span: _Span, *, failed: bool) -> Iterator[RunWarning]:
+def _losses(fold: RunHistory, span: _Span, *, failed: bool) -> Iterator[RunWarning]:
     if not math.isfinite(sum(span.losses)):
         bad = [step for step, loss in zip(span.steps, span.losses, strict=True) if not math.isfinite(loss)]
         advice = "" if failed else ": try a smaller optim.lr"  # what to try after a failure, its error says
@@ -176,7 +176,7 @@ def _loss(point: tuple[int, float]) -> float:
     return point[1]
 
 
-def _over_plan(plan: Plan, fold: Fold, result: Mapping[str, Any] | None) -> Iterator[RunWarning]:
+def _over_plan(plan: Plan, fold: RunHistory, result: Mapping[str, Any] | None) -> Iterator[RunWarning]:
     memory = memory_of(plan, fold, result)
     over = [own for own in memory if own.measured_bytes > _OVER_PLAN * own.predicted_bytes > 0]
     if over:
@@ -190,7 +190,7 @@ def _over_plan(plan: Plan, fold: Fold, result: Mapping[str, Any] | None) -> Iter
         )
 
 
-def _pace(plan: Plan, fold: Fold, span: _Span, result: Mapping[str, Any] | None) -> Iterator[RunWarning]:
+def _pace(plan: Plan, fold: RunHistory, span: _Span, result: Mapping[str, Any] | None) -> Iterator[RunWarning]:
     if fold.skew and fold.skew[1] > _APART:
         rank, share = fold.skew
         yield RunWarning(
@@ -213,7 +213,7 @@ def _pace(plan: Plan, fold: Fold, span: _Span, result: Mapping[str, Any] | None)
         )
 
 
-def _resumes(fold: Fold) -> Iterator[RunWarning]:
+def _resumes(fold: RunHistory) -> Iterator[RunWarning]:
     if fold.resumed:
         steps = [step for step, _ in fold.resumed]
         yield RunWarning("resumed", f"the run was resumed {counted(len(steps), 'time')}: from {_named(steps)}")

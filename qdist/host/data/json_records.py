@@ -28,8 +28,8 @@ _LISTS = frozenset(("messages", "conversations", "conversation", "instances"))
 def json_records(path: Path) -> Iterator[Located]:
     """The records of a JSON file in whichever of the four arrangements it is; lines and lists are not held whole.
 
-    Raises DataError for an object that is no record and holds no list of them, and where a list or an object over many
-    lines breaks off; a line that is no object is told in its place.
+    Raises DataError for an object that is not a record and holds no list of them, and where a list or an object over
+    many lines breaks off; a line that is not an object is told in its place.
     """
     opening, first, more = _beginning(path)
     if opening == "[":
@@ -126,7 +126,9 @@ def _record(item: object, where: str, *, escaped: bool = True) -> Record | DataE
         return DataError(f"{where}: a record must be a JSON object, not {JSON_KINDS[type(item)]}", try_=_EXAMPLE)
     try:
         if escaped and holds_half_pair(item):
-            return DataError(f"{where}: half of a surrogate pair, which is no character", try_="leave out that record")
+            return DataError(
+                f"{where}: half of a surrogate pair, which is not a character", try_="leave out that record"
+            )
     except RecursionError as error:
         return DataError(f"{where}: {_beyond(error)}")
     return item
@@ -179,7 +181,7 @@ def _has_objects(items: list[object]) -> bool:
 
 
 def _table(found: Record) -> str:
-    """The Python expression that makes records of an object `d` that pandas wrote; empty where it is no table."""
+    """The Python expression that makes records of an object `d` that pandas wrote; empty where it is not a table."""
     values = list(found.values())
     if {"columns", "data"} <= found.keys():
         return '[dict(zip(d["columns"], row)) for row in d["data"]]'

@@ -1,4 +1,4 @@
-"""The text of a data file: its encoding, its lines, and the place of a byte that is no text."""
+"""The text of a data file: its encoding, its lines, and the place of a byte that is not text."""
 
 import codecs
 from collections.abc import Iterator

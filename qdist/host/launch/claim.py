@@ -12,7 +12,7 @@ from qdist.core.errors import JobError, RunError
 from qdist.core.planning.plan import digest
 from qdist.core.text import resuming
 from qdist.host.files import is_full, locked, sweep, write_atomic
-from qdist.host.launch.prepare import Job
+from qdist.host.launch.prepare import Launch
 from qdist.host.launch.refusals import ELSEWHERE, refuse_used
 from qdist.host.run.rundir import ENDED, LOCK, RESULT, STOP, RunDir, free_name, of_ranks
 from qdist.host.run.state import sign
@@ -21,7 +21,7 @@ from qdist.host.run.state import sign
 class Claim(NamedTuple):
     """A run directory that nobody else starts ranks in while this is held, its files written."""
 
-    job: Job
+    job: Launch
     lock: int
     """Descriptor of the lock: who inherits it holds the run as well."""
     launch: str
@@ -38,7 +38,7 @@ class Claim(NamedTuple):
 
 
 @contextmanager
-def claimed(job: Job) -> Iterator[Claim]:
+def claimed(job: Launch) -> Iterator[Claim]:
     """Hold a job's run directory and write its files. What another launch did there meanwhile is seen and refused.
 
     A name that qdist chose is created, and the next one taken where another launch was faster.
@@ -70,13 +70,13 @@ def tidy(run: RunDir) -> None:
         _clear(run)
 
 
-def write(job: Job) -> RunDir:
+def write(job: Launch) -> RunDir:
     """Write a run that nobody is to start now; its directory. Raises as `claimed` does."""
     with claimed(job) as own:
         return own.job.run
 
 
-def _with_folder(job: Job) -> tuple[Job, bool]:
+def _with_folder(job: Launch) -> tuple[Launch, bool]:
     """The job with its directory there; whether it was created for it."""
     try:
         job.run.path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def _unwritable(run: RunDir, error: OSError) -> RunError:
     return kind(f"{run.path} cannot be written: {error.strerror}", try_=ELSEWHERE)
 
 
-def _look_again(job: Job) -> None:
+def _look_again(job: Launch) -> None:
     """Raise RunError where another launch has written the plan since it was looked at."""
     run = job.run
     if not job.resumes:
@@ -121,7 +121,7 @@ def _clear(run: RunDir) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_files(job: Job) -> None:
+def _write_files(job: Launch) -> None:
     """The plan last: a directory without it is not a run."""
     for folder in (job.run.events, job.run.logs, job.run.checkpoints):
         folder.mkdir(exist_ok=True)

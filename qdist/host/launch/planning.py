@@ -54,7 +54,7 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
         return self.gpu_memory is not None or self.gpu_name is not None
 
     def nested(self) -> dict[str, Any]:
-        """Settings over recipe. Raises SpecError for what is no setting."""
+        """Settings over recipe. Raises SpecError for what is not a setting."""
         own = nest(typed_settings(self.settings, self.assignments))
         return merge(*([templates.read_recipe(self.recipe)] if self.recipe is not None else []), own)
 
@@ -134,7 +134,7 @@ def job_of(
     resume: bool = False,
     dry_run: bool = False,
     say: Callable[[str], None],
-) -> prepare.Job | prepare.Preview | RunDir:
+) -> prepare.Launch | prepare.Preview | RunDir:
     """A run of nested settings over a recipe, or the rest of one; what it would be, with `dry_run`.
 
     say: called with a line for the user. Gives the run itself where it is to be resumed and is finished.
@@ -159,7 +159,7 @@ def job_of(
 
 def _rest_of(
     run: RunDir, changes: Mapping[str, Any], *, dry_run: bool, say: Callable[[str], None]
-) -> prepare.Job | prepare.Preview | RunDir:
+) -> prepare.Launch | prepare.Preview | RunDir:
     result = run.result()
     if result is not None and not changes:
         tidy(run)

@@ -65,7 +65,7 @@ RESUMABLE = frozenset((
 _RUNS = Path("runs")
 
 
-class Job(NamedTuple):
+class Launch(NamedTuple):
     """A planned run and the files that its directory will hold."""
 
     run: RunDir
@@ -82,7 +82,7 @@ class Preview(NamedTuple):
     """What a launch would do, found out without doing any of it."""
 
     run: RunDir
-    job: Job | None
+    job: Launch | None
     """None for a model whose shape is known only once it was fetched."""
     work: tuple[Work, ...] = ()
     """What comes before the ranks, and what of it is done already."""
@@ -100,7 +100,7 @@ class _Asked(NamedTuple):
     """The plan that a resumed run goes on from."""
 
 
-def prepare(spec: RunSpec) -> Job:
+def prepare(spec: RunSpec) -> Launch:
     """Plan a new run; writes nothing but caches.
 
     Raises SpecError, ModelError, DataError or PlanError for what the user can put right.
@@ -130,7 +130,7 @@ def preview(spec: RunSpec) -> Preview:
     return Preview(asked.run, _job(asked if known else _one_step(asked), estimate), work, known)
 
 
-def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Job:
+def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Launch:
     """Plan the rest of a run, or more steps of a finished one, on what is here now.
 
     Its model, data and arithmetic stay as they were.
@@ -153,7 +153,7 @@ def preview_resume(run: RunDir, changes: Mapping[str, Any]) -> Preview:
     return Preview(run, _job(asked, before), work)
 
 
-def _prepared(asked: _Asked) -> Job:
+def _prepared(asked: _Asked) -> Launch:
     """Both kinds of launch from here on: what there is of it is kept, the rest is made, and all of it planned."""
     refuse_unwritable(asked.run, probe=True)
     if asked.old is None and asked.spec.load_format == "dummy":
@@ -233,7 +233,7 @@ def _changed_since(old: Plan) -> tuple[str, ...]:
     return (f"{source} has changed since: the run goes on with the {data.samples:,} samples it was started with",)
 
 
-def _job(asked: _Asked, prepared: Prepared) -> Job:
+def _job(asked: _Asked, prepared: Prepared) -> Launch:
     run, spec, here, old = asked
     facts = from_config(prepared.source.config, name=spec.model)
     plan = _started(asked, _planned(asked, prepared.source, facts, prepared.data))
@@ -252,7 +252,7 @@ def _job(asked: _Asked, prepared: Prepared) -> Job:
     begins = plan.start.path if plan.start and not run.checkpoint_steps() else ""
     notes = (f"the adapter begins as that in {begins}",) if begins else ()
     stem, resumes = ("", digest(old)) if old else ("" if spec.run else _stem(spec), "")
-    return Job(run, plan, files, prepared.notes + notes, stem, resumes)
+    return Launch(run, plan, files, prepared.notes + notes, stem, resumes)
 
 
 def _started(asked: _Asked, plan: Plan) -> Plan:

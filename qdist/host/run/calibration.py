@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 from qdist.core.errors import RunError
-from qdist.core.machine.calibration import Correction, Lesson, correction
+from qdist.core.machine.calibration import CalibrationSample, Correction, correction
 from qdist.core.machine.cluster import Cluster
 from qdist.core.planning.plan import Plan
 from qdist.host.files import cache_dir, cache_path, locked, write_atomic
@@ -40,7 +40,7 @@ def correction_for(
     )
 
 
-def learn(run: RunDir, *, cluster: Cluster | None = None) -> Lesson | None:
+def learn(run: RunDir, *, cluster: Cluster | None = None) -> CalibrationSample | None:
     """Keep the lesson of a finished run; None where there is none: on CPU ranks, or before the run has finished.
 
     cluster: of the machine that the run was on; by default the one that it was planned for.
@@ -55,7 +55,7 @@ def learn(run: RunDir, *, cluster: Cluster | None = None) -> Lesson | None:
     return found
 
 
-def lesson_of(plan: Plan, result: dict[str, object], cluster: Cluster) -> Lesson | None:
+def lesson_of(plan: Plan, result: dict[str, object], cluster: Cluster) -> CalibrationSample | None:
     """What a run on these GPUs teaches. result: what `result.json` holds."""
     measured = converted(result, _Result, "result.json", RunError)
     peaks = [
@@ -67,7 +67,7 @@ def lesson_of(plan: Plan, result: dict[str, object], cluster: Cluster) -> Lesson
         return None
     total, peak, expected = max(peaks, key=lambda each: each[0])
     index = plan.ranks[0].gpus[0]
-    return Lesson(
+    return CalibrationSample(
         card=cluster.gpus[index if index < len(cluster.gpus) else 0].name,
         gpus=len(cluster.gpus),
         world_size=plan.world_size,
@@ -123,8 +123,8 @@ def _version() -> str:
     return probe.versions().get("qdist", "")
 
 
-def read() -> tuple[Lesson, ...]:
-    """All lessons, oldest first. A line that is no lesson of this version, or was torn by a kill, is passed over."""
+def read() -> tuple[CalibrationSample, ...]:
+    """All lessons, oldest first. A line that is not a lesson of this version, or was torn by a kill, is passed over."""
     try:
         lines = read_bytes(cache_path() / FILE, RunError).splitlines()
     except RunError:
@@ -132,14 +132,14 @@ def read() -> tuple[Lesson, ...]:
     return tuple(lesson for line in lines if (lesson := _decode(line)) is not None)
 
 
-def _decode(line: bytes) -> Lesson | None:
+def _decode(line: bytes) -> CalibrationSample | None:
     try:
-        return decoded(line, Lesson, FILE, RunError)
+        return decoded(line, CalibrationSample, FILE, RunError)
     except RunError:
         return None
 
 
-def append(lesson: Lesson) -> None:
+def append(lesson: CalibrationSample) -> None:
     """Add a lesson, on disk when this returns; the oldest beyond the last 500 go in time."""
     folder = cache_dir()
     path = folder / FILE

@@ -11,7 +11,7 @@ import msgspec
 from qdist.core.errors import QdistError, RunError
 from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.events import State, decode_lines
-from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.history import RunHistory
 from qdist.host.run.rundir import PLAN, RunDir
 from qdist.host.run.state import state_of
 
@@ -116,9 +116,9 @@ def _row(run: RunDir, plan: Plan, planned: float) -> Listed:
     )
 
 
-def skim(run: RunDir) -> Fold:
+def skim(run: RunDir) -> RunHistory:
     """A fold of the last steps, of every evaluation and of when the ranks were there; its other columns are short."""
-    fold, path = Fold(), run.event_file(0)
+    fold, path = RunHistory(), run.event_file(0)
     if not path.is_file() or not path.stat().st_size:
         return fold
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -13,8 +13,8 @@ from qdist.core.errors import MachineError, RunError
 from qdist.core.machine.cards import rates_of
 from qdist.core.machine.cluster import Cluster
 from qdist.core.telemetry.events import Event, State, decode_blocks, whole_length
-from qdist.core.telemetry.heartbeat import Pulse
-from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.heartbeat import Heartbeat
+from qdist.core.telemetry.history import RunHistory
 from qdist.core.telemetry.snapshot import Reading, Snapshot
 from qdist.core.text import resuming
 from qdist.host.machine.probe import ranks_per_gpu
@@ -50,7 +50,7 @@ class Follower:
         streams = [list(chain.from_iterable(self._blocks(path))) for path in self._files()]
         return list(merge(*streams, key=lambda event: event.time))
 
-    def fold_into(self, fold: Fold) -> None:
+    def fold_into(self, fold: RunHistory) -> None:
         """Add the events since the last call to a fold: faster where there are many.
 
         Where another run has taken the folder, the fold begins anew with it.
@@ -94,7 +94,7 @@ class Follower:
 
     def _tell(self, path: Path, bad: Sequence[int]) -> None:
         more = f" and {len(bad) - 1:,} more" if len(bad) > 1 else ""
-        self.unread = f"{path}: line {bad[0]:,}{more} is no event, and is left out"
+        self.unread = f"{path}: line {bad[0]:,}{more} is not an event, and is left out"
         if self._say:
             self._say(f"warning: {self.unread}")
 
@@ -104,13 +104,13 @@ _STILL_S, _STILL_STEPS = 30.0, 5
 _LOG_BYTES = 1 << 16
 
 
-class Look:
+class RunObserver:
     """Follows one run. fold: one that others fill, such as the launcher; by default its own."""
 
-    def __init__(self, run: RunDir, *, fold: Fold | None = None) -> None:
+    def __init__(self, run: RunDir, *, fold: RunHistory | None = None) -> None:
         self.run, self.plan = run, run.plan()
         self._planned = _written(run)
-        self._fold = fold or Fold(total_steps=self.plan.steps)
+        self._fold = fold or RunHistory(total_steps=self.plan.steps)
         self._follower = None if fold else Follower(run.path)
         self._machine = run.machine()
         self._readings: Readings | None = None
@@ -149,7 +149,7 @@ class Look:
             log=() if log_rank is None else last_lines(self.run, log_rank, log_lines),
         )
 
-    def _troubles(self, pulses: Mapping[int, Pulse], now: float) -> tuple[str, ...]:
+    def _troubles(self, pulses: Mapping[int, Heartbeat], now: float) -> tuple[str, ...]:
         found = troubles(pulses, now=now, after_s=SILENT_S)
         recent = self._fold.columns.seconds[-10:]
         still_s = max(_STILL_S, _STILL_STEPS * median(recent)) if recent else _STILL_S
@@ -157,7 +157,7 @@ class Look:
         # Those that wait for a silent rank are no news.
         return tuple(map(str, silent or [one for one in found if one.seconds >= still_s][:1]))
 
-    def _cards(self, pulses: Mapping[int, Pulse]) -> dict[int, tuple[Reading, ...]]:
+    def _cards(self, pulses: Mapping[int, Heartbeat]) -> dict[int, tuple[Reading, ...]]:
         """Of the ranks whose GPUs are those of this machine."""
         here = {rank: pulse for rank, pulse in pulses.items() if pulse.host == socket.gethostname()}
         if self.plan.device != "cuda" or not here:
@@ -179,7 +179,7 @@ class Look:
         return found
 
 
-def _environment(pulses: Iterable[Pulse]) -> Mapping[str, str]:
+def _environment(pulses: Iterable[Heartbeat]) -> Mapping[str, str]:
     """Of the ranks, which need not see the GPUs that this process sees; its own where theirs cannot be asked."""
     return next(filter(None, map(environment_of, pulses)), os.environ)
 

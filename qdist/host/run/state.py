@@ -36,7 +36,7 @@ class Holder(msgspec.Struct, frozen=True):
 
 
 def state_of(run: RunDir) -> State:
-    """planned: never started. killed: its launcher went without a word, and holds the lock no more."""
+    """planned: never started. killed: its launcher recorded no reason, and holds the lock no more."""
     if run.result() is not None:
         return "finished"
     if _held(run):
@@ -143,7 +143,7 @@ def died(run: RunDir, before: Mapping[Path, int], code: int) -> JobError:
         how = f"ended with exit code {exit_code}" + (f": {why}" if (why := find_reason(lines)) else "")
     advice = [line.removeprefix("  try: ") for line in lines[-3:] if line.startswith("  try: ")]
     hint = resuming(run.path) if run.checkpoint_steps() else f"read {path}"
-    last = f"\nthe last lines of {path}:\n{_tail(lines)}" if lines else f"\n{path} has no word of it"
+    last = f"\nthe last lines of {path}:\n{_tail(lines)}" if lines else f"\n{path} says nothing about it"
     return JobError(f"rank {rank} {how}{last}", try_=advice[-1] if advice else hint)
 
 

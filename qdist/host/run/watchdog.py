@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from qdist.core.errors import RunError
-from qdist.core.telemetry.heartbeat import UNMEASURED, Pulse
+from qdist.core.telemetry.heartbeat import UNMEASURED, Heartbeat
 from qdist.core.text import format_duration
 from qdist.host.opening import read_typed
 from qdist.host.run.rundir import RunDir, of_ranks
@@ -18,19 +18,19 @@ from qdist.host.run.rundir import RunDir, of_ranks
 Process = Literal["runs", "stopped", "gone", "elsewhere"]
 
 
-def read_pulses(run: RunDir) -> dict[int, Pulse]:
+def read_pulses(run: RunDir) -> dict[int, Heartbeat]:
     """The last beat of each rank that has one. A beat that was torn by a kill is left out."""
     found = {}
     for path in of_ranks(run.pulses, ".json"):
         try:
-            pulse = read_typed(path, Pulse, RunError)
+            pulse = read_typed(path, Heartbeat, RunError)
         except RunError:
             continue
         found[pulse.rank] = pulse
     return found
 
 
-def process_of(pulse: Pulse, *, proc: Path = Path("/proc")) -> Process:
+def process_of(pulse: Heartbeat, *, proc: Path = Path("/proc")) -> Process:
     """How the rank's process is: stopped by a signal or a debugger; gone; or on another machine, where nobody knows."""
     if pulse.host != socket.gethostname():
         return "elsewhere"
@@ -48,7 +48,7 @@ def stat_of(pid: int, *, proc: Path = Path("/proc")) -> list[str] | None:
     return None if not fields or fields[0] in "ZX" else fields
 
 
-def environment_of(pulse: Pulse, *, proc: Path = Path("/proc")) -> dict[str, str]:
+def environment_of(pulse: Heartbeat, *, proc: Path = Path("/proc")) -> dict[str, str]:
     """What the rank's process was started with; empty where it is gone or another user's."""
     try:
         entries = os.fsdecode((proc / str(pulse.pid) / "environ").read_bytes()).split("\0")
@@ -57,7 +57,7 @@ def environment_of(pulse: Pulse, *, proc: Path = Path("/proc")) -> dict[str, str
     return {name: value for name, _, value in (entry.partition("=") for entry in entries) if name}
 
 
-def signalled(pulse: Pulse, number: int) -> bool:
+def signalled(pulse: Heartbeat, number: int) -> bool:
     """Send a signal to a rank's process; whether there was one to take it."""
     try:
         os.kill(pulse.pid, number)
@@ -81,7 +81,7 @@ class Trouble(NamedTuple):
     silent: bool
     """It gives no sign of life; otherwise it is alive and waits."""
     process: Process
-    pulse: Pulse
+    pulse: Heartbeat
 
     def __str__(self) -> str:
         """'rank 1 has been silent for 31 s: its process is stopped, last seen in forward and ...'."""
@@ -97,7 +97,7 @@ class Trouble(NamedTuple):
         return f"rank {self.rank} has been silent for {for_how_long}: {how}, last seen {self.pulse}"
 
 
-def troubles(pulses: Mapping[int, Pulse], *, now: float, after_s: float, since: float = 0.0) -> list[Trouble]:
+def troubles(pulses: Mapping[int, Heartbeat], *, now: float, after_s: float, since: float = 0.0) -> list[Trouble]:
     """Ranks that have been silent, or have not moved, for `after_s` seconds; those to blame first.
 
     A rank that waits in a collective does not move either, so the silent come before the waiting, and among these the
@@ -122,7 +122,7 @@ def troubles(pulses: Mapping[int, Pulse], *, now: float, after_s: float, since: 
     )  # fmt: skip
 
 
-def collect_stacks(run: RunDir, pulses: Mapping[int, Pulse]) -> list[int]:
+def collect_stacks(run: RunDir, pulses: Mapping[int, Heartbeat]) -> list[int]:
     """Have every rank of this machine write the stacks of its threads to RUN/stacks; the ranks that did.
 
     A stopped one is woken for it: it is to be ended anyway.

@@ -57,16 +57,16 @@ def parts_of(path: Path) -> tuple[Path, ...]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The shape of a model as a config.json. Raises ModelError where the file is no GGUF file, damaged or unknown."""
+    """The shape of a model as a config.json. Raises ModelError if it is not a GGUF file, damaged or unknown."""
     first, *others = map(read_header, parts_of(path))
     tensors = {tensor for header in (first, *others) for tensor in header.tensors}
     return config_of_header(first.metadata, first.lengths, tensors, name=str(path))
 
 
 def read_header(path: Path) -> Header:
-    """Raises ModelError where the file is no GGUF file, or ends before its header does."""
+    """Raises ModelError where the file is not a GGUF file, or ends before its header does."""
     if not is_gguf(path):
-        raise ModelError(f"{path} is no GGUF file: it does not begin with GGUF", try_=_AGAIN)
+        raise ModelError(f"{path} is not a GGUF file: it does not begin with GGUF", try_=_AGAIN)
     with (
         told(f"{path} is cut short or damaged, its header cannot be read", ModelError, try_=_AGAIN),
         open(path, "rb") as file,

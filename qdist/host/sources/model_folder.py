@@ -22,7 +22,7 @@ def gptq_of(spec: RunSpec, config: Mapping[str, object], folder: Path | None = N
 
     config: the content of the model's config.json.
     folder: where the model lies; by default where its name says, and an alias lies nowhere: its weights are random.
-    Raises ModelError for a folder that is no GPTQ checkpoint, contradicts itself or lacks files; SpecError where the
+    Raises ModelError for a folder that is not a GPTQ checkpoint, contradicts itself or lacks files; SpecError where the
     method and the model do not go together.
     """
     folder = folder or Path(spec.model).expanduser()
@@ -43,10 +43,10 @@ def _not_gptq(name: str, config: Mapping[str, object]) -> ModelError:
     stored = config.get("quantization_config")
     if isinstance(stored, Mapping) and stored:
         return ModelError(
-            f"{name} is quantized with {method_of(stored) or 'bitsandbytes'} and is no GPTQ checkpoint",
+            f"{name} is quantized with {method_of(stored) or 'bitsandbytes'} and is not a GPTQ checkpoint",
             try_=f"the 16-bit model that it was made from: {_quantizing('MODEL')}",
         )
-    return ModelError(f"{name} is no GPTQ checkpoint", try_=f"{_quantizing(name)}, or --method qlora")
+    return ModelError(f"{name} is not a GPTQ checkpoint", try_=f"{_quantizing(name)}, or --method qlora")
 
 
 def _quantizing(model: str) -> str:
@@ -67,7 +67,7 @@ def weight_map(folder: Path) -> dict[str, str] | None:
     again = "download the model again"
     found = read_json(index).get("weight_map")
     if found is None:
-        raise ModelError(f"{index} says of no tensor where it is", try_=again)
+        raise ModelError(f"{index} has no weight_map", try_=again)
     return converted(found, dict[str, str], f"{index}: weight_map", ModelError, try_=again)
 
 

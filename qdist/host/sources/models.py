@@ -118,7 +118,7 @@ def locate(name: str) -> Located:
         config = _cached_config(name)
         if config or same_shape(name) or not path.parent.is_dir():
             return Located(kind="hub", path=name, config=config)
-        why = f", and {path.parent} is a folder here: it is no hub id"
+        why = f", and {path.parent} is a folder here: it is not a hub id"
     else:
         why = ""
     raise ModelError(f"no folder or file {name}{why}", try_=_on_the_hub(name) or nearest_model(name) or _A_MODEL)

@@ -44,7 +44,7 @@ class FusedLora(LoraLinear):
 
 
 def settle_offloaded(model: nn.Module) -> None:
-    """Of layers whose weights wait in host memory, bring the adapter to the GPU, and have plain linears compute there.
+    """Bring the adapters of offloaded layers to the GPU, and have their plain linears compute there.
 
     To be called once the adapter is on: PEFT 0.21 puts its matrices where the weights are.
     """

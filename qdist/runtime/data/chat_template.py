@@ -82,7 +82,7 @@ _STAND_IN = "qdist-stands-in"
 """Written in place of an answer to see what a template puts around it."""
 
 
-class Answer(NamedTuple):
+class LearnedAnswer(NamedTuple):
     """A learned turn within a rendering; `start` and `end` are places in its text."""
 
     start: int
@@ -99,7 +99,7 @@ class Rendering(NamedTuple):
     """A conversation, or what came before and with one of its answers, as the template writes it."""
 
     text: str
-    answers: tuple[Answer, ...]
+    answers: tuple[LearnedAnswer, ...]
 
 
 class Rendered(NamedTuple):
@@ -175,7 +175,7 @@ class _Writer:
         """The turns up to one, and with it."""
         return self._written(self._messages[: index + 1], reply=False)
 
-    def answered(self, index: int) -> tuple[str, Answer]:
+    def answered(self, index: int) -> tuple[str, LearnedAnswer]:
         """The turns up to a learned one, and where it stands."""
         said, before, through = self._conversation.turns[index].text.strip(), self.before(index), self.through(index)
         ahead, found, tail = through.removeprefix(before).partition(said)
@@ -257,7 +257,7 @@ def _endless(what: str, where: str) -> ModelError:
     return ModelError(f"the tokenizer's chat template {what} on {where}", try_="another chat_template")
 
 
-def _within(whole: str, text: str, answer: Answer) -> Answer | None:
+def _within(whole: str, text: str, answer: LearnedAnswer) -> LearnedAnswer | None:
     """An answer's place in the whole conversation; None where that does not write it in the same way.
 
     What a template writes at the very end ('<|end|>\\n<|endoftext|>') stands behind the last answer alone.
@@ -269,7 +269,7 @@ def _within(whole: str, text: str, answer: Answer) -> Answer | None:
     return None
 
 
-def _answer(text: str, before: str, lead: str, tail: str) -> Answer:
+def _answer(text: str, before: str, lead: str, tail: str) -> LearnedAnswer:
     """The place of an answer.
 
     White space behind the mark ('<|im_end|>\\n') opens the next turn and isn't learned; where nothing but white
@@ -279,7 +279,7 @@ def _answer(text: str, before: str, lead: str, tail: str) -> Answer:
     if mark and before.rstrip().endswith(mark):
         mark = mark.split()[0]  # the template asks for one more answer, whether it is told to or not
     end = len(text) - len(tail) + tail.index(mark) + len(mark) if mark else len(text)
-    return Answer(start, end, lead if lead.strip() else "", mark)
+    return LearnedAnswer(start, end, lead if lead.strip() else "", mark)
 
 
 def _bare(text: str, mark: str) -> str:

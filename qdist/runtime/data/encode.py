@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from qdist.core.data.conversation import Conversation, Role, Segment
 from qdist.core.errors import DataError, ModelError
-from qdist.runtime.data.chat_template import Answer, Rendering, render
+from qdist.runtime.data.chat_template import LearnedAnswer, Rendering, render
 
 
 class Sample(NamedTuple):
@@ -166,7 +166,7 @@ class Encoder:
             ids, learn = [*ids, self._tokenizer.eos_token_id], [*learn, True]
         return Sample(ids, learn), tuple(ends)
 
-    def _end(self, tokens: "_Tokens", text: str, answer: Answer, span: tuple[int, int]) -> End:
+    def _end(self, tokens: "_Tokens", text: str, answer: LearnedAnswer, span: tuple[int, int]) -> End:
         at = answer.end - len(answer.mark)
         place = bisect_left(tokens.offsets, at + 1, *span, key=lambda offset: offset[1])
         if not answer.mark or place == span[1]:

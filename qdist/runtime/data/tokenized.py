@@ -91,7 +91,7 @@ def load(path: Path, *, key: str) -> TokenizedSet:
     require_file(path, DataError, try_=gone)
     with told(f"{path} is damaged", DataError, try_=gone), safe_open(path, framework="pt", device="cpu") as stored:
         found = stored.metadata() or {}
-        arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (a handle is no dict)
+        arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (a handle is not a dict)
         if not is_intact(arrays, found):
             raise DataError(f"{path} is damaged: it does not hold the tokens that were written", try_=gone)
         if found.get("key") != key:

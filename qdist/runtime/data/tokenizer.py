@@ -59,7 +59,7 @@ def open_tokenizer(folder: Path, lacking: str, *, try_: str = BESIDE) -> Any:
 
 
 def _require_json(folder: Path) -> None:
-    """Raise ModelError naming the file that is to blame, where one of them is no JSON object."""
+    """Raise ModelError naming the file that is to blame, where one of them is not a JSON object."""
     for file in sorted(folder.glob("*token*.json")):
         read_json(file)
 

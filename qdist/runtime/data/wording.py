@@ -55,7 +55,7 @@ class Told:
         return wording, tuple(self._notes(wording, records))
 
     def _ends(self) -> tuple[set[int], str]:
-        """Tokens that end answers, and the text that does where it is no single token."""
+        """Tokens that end answers, and the text that does where it is not a single token."""
         ends, text = {own.token for own in self._answer_ends if own.token is not None}, ""
         for own, _ in self._answer_ends.most_common():
             if own.token is None:
@@ -114,7 +114,7 @@ class Told:
             yield f"the chat template writes nothing behind an answer: {own} is learned there"
         if wording.end_text:
             yield (
-                f"answers also end where {wording.end_text!r} follows, which is no single token: generation stops "
+                f"answers also end where {wording.end_text!r} follows, which is not a single token: generation stops "
                 "there, other programs need it as a stop string"
             )
 

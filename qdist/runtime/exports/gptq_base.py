@@ -52,7 +52,7 @@ class GptqBase:
     def __init__(self, plan: Plan, adapters: Adapters) -> None:
         if plan.source.gptq is None:
             raise RunError(
-                f"the run's {plan.spec.model} is no GPTQ checkpoint", try_="qdist export --to 16bit, or gptq"
+                f"the run's {plan.spec.model} is not a GPTQ checkpoint", try_="qdist export --to 16bit, or gptq"
             )
         self.plan, self.gptq, self._adapters = plan, plan.source.gptq, adapters
         self.backbone = Backbone(plan)

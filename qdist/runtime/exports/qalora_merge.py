@@ -41,7 +41,7 @@ class Difference(NamedTuple):
 def merge_offsets(adapters: Adapters, out: Path) -> Difference:
     """Write the checkpoint with offsets to `out`, which must not be there.
 
-    Raises RunError where the update is not constant within groups, ModelError where it is no number or rounding takes
+    Raises RunError where the update is not constant within groups, ModelError where it is NaN or rounding takes
     more of it than `BOUND`; nothing is there then.
     """
     plan = adapters.plan

@@ -165,7 +165,7 @@ def _learnt_rows(run: RunDir) -> bool:
 
 
 def require_finite(values: torch.Tensor, path: str) -> None:
-    """Refuse an update that is no number, or too large to be one."""
+    """Refuse an update that is not a number, or too large to be one."""
     if not bool(torch.isfinite(values).all()):
         raise ModelError(
             f"the update of {path} is infinite or no number", try_="another checkpoint, or smaller weights"

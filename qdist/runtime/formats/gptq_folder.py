@@ -117,5 +117,5 @@ def _tensors(file: Path) -> dict[str, torch.Tensor]:
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise ModelError(f"{file} is no table of tensors by name", try_="the same checkpoint in safetensors")
+        raise ModelError(f"{file} is not a table of tensors by name", try_="the same checkpoint in safetensors")
     return found

@@ -91,7 +91,7 @@ def stored_entries(folder: Path, file: str, sums: Sums | None = None) -> list[En
     """The tensors of a file, read one at a time when their turn comes. sums: see `read_tensor`."""
     kinds = {name: dtype for dtype, name in _NAMES.items()}
     with opened(folder / file) as handle:
-        parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  (a handle is no dict)
+        parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  (a handle is not a dict)
         return [
             Entry(
                 name, kinds[part.get_dtype()], tuple(part.get_shape()), partial(read_tensor, folder / file, name, sums)

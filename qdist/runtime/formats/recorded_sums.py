@@ -99,7 +99,7 @@ def verify_folder(folder: Path) -> None:
     for file in sorted(set(tensor_files(folder).values())):
         check = SumCheck(stated)
         with opened(folder / file) as handle:
-            for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no dict)
+            for name in handle.keys():  # noqa: SIM118  (a safetensors handle is not a dict)
                 check.add(folder / file, name, handle.get_tensor(name))
         check.finish()
 
@@ -166,7 +166,7 @@ def require_adapter(folder: Path, *, run: Path | None = None) -> None:
     gather = command("gather", run or folder.parent)
     with opened(folder / ADAPTER) as handle:
         metadata: dict[str, str] = handle.metadata() or {}
-        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (a handle is no dict)
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (a handle is not a dict)
     if not is_intact(tensors, metadata):
         raise RunError(f"{folder / ADAPTER} does not hold the tensors that were gathered", try_=gather)
     found = _seal_of(read_object(folder / ADAPTER_CONFIG, RunError, try_=gather))

@@ -187,7 +187,7 @@ def load(
     """A transformers model ready to generate, and its tokenizer, or None where there is none.
 
     A backbone goes to the first GPU with room for it, its adapter and 2,048 tokens; else its layers are spread over
-    the GPUs; else as many as need be wait in host memory. Without a GPU it goes to the CPU.
+    the GPUs; else as many as need be are offloaded to host memory. Without a GPU it goes to the CPU.
 
     run_or_model: a run directory (its quantized backbone with its adapter on), or any model that `qdist launch`
     takes: an alias, a folder, a GGUF file, a hub id.

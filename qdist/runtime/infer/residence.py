@@ -67,7 +67,7 @@ def settle(model: Any, residence: Residence) -> None:
     """Finish a model that was arranged and filled, after its adapter was put on.
 
     Tables that were resized, and the modules that PEFT puts around them, fetch what they are given as the parts did
-    that `arrange` saw. Of layers that wait in host memory the adapter comes to the GPU (PEFT 0.21 puts it where the
+    that `arrange` saw. The adapter of offloaded layers comes to the GPU (PEFT 0.21 puts it where the
     weights are), and linears that nobody packed multiply there.
     """
     settle_offloaded(model)

@@ -231,7 +231,7 @@ def compute_dtype(inputs: torch.Tensor) -> torch.dtype:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether a linear's weights wait in host memory; its attribute `runs_on` says where it computes."""
+    """Whether a linear's weights are offloaded to host memory; its attribute `runs_on` says where it computes."""
     return getattr(module, "offloaded", False)
 
 

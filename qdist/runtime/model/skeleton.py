@@ -112,7 +112,7 @@ def fill(model: nn.Module, weights: Weights, *, device: torch.device) -> None:
 
 
 def offload(model: Any, layers: Sequence[int]) -> None:
-    """Mark the linears of decoder layers: their weights wait in host memory and visit the GPU for each use."""
+    """Mark the linears of decoder layers: their weights are offloaded to host memory and visit the GPU for each use."""
     stack = decoder_layers(model)
     for module in (module for index in layers for module in stack[index].modules()):
         if isinstance(module, nn.Linear):

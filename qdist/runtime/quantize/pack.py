@@ -101,7 +101,7 @@ _HEADER_BYTES = 1 << 10
 _LARGEST = torch.finfo(torch.float16).max
 
 
-class Job(NamedTuple):
+class PackJob(NamedTuple):
     """A model folder, read, and what it is to become."""
 
     folder: Path
@@ -143,7 +143,7 @@ def pack(folder: Path, out: Path, packing: Packing, *, name: str) -> Manifest:
     Raises ModelError for a model that cannot be read, PlanError when the disk is too small.
     """
     shape = blueprint(folder)
-    job = Job(folder, packing, shape, tensors_of(folder, shape))
+    job = PackJob(folder, packing, shape, tensors_of(folder, shape))
     identity = source_identity(folder, packing)
     work = _work_folder(out, identity)
     files = {file_name(position, shape.layers): position for position in range(shape.layers + 1)}
@@ -173,7 +173,7 @@ def pack(folder: Path, out: Path, packing: Packing, *, name: str) -> Manifest:
     return manifest
 
 
-def _write_missing(job: Job, work: Path, files: dict[str, int], written: dict[str, Written], name: str) -> None:
+def _write_missing(job: PackJob, work: Path, files: dict[str, int], written: dict[str, Written], name: str) -> None:
     """The files that are not there yet, added to `written`."""
     size = format_bytes(sum(job.bytes(position) for position in files.values()))
     again = f"; {len(written)} of {len(files)} files are there already" if written else ""
@@ -199,7 +199,7 @@ def _work_folder(out: Path, identity: str) -> Path:
     return work
 
 
-def _require_space(job: Job, positions: list[int], others: list[Path], out: Path, name: str) -> None:
+def _require_space(job: PackJob, positions: list[int], others: list[Path], out: Path, name: str) -> None:
     needed = sum(job.bytes(position) for position in positions) + sum(path.stat().st_size for path in others)
     require_space(
         out.parent,
@@ -209,7 +209,7 @@ def _require_space(job: Job, positions: list[int], others: list[Path], out: Path
     )
 
 
-def _entries(job: Job, position: int) -> list[Entry]:
+def _entries(job: PackJob, position: int) -> list[Entry]:
     """A file's tensors: linears packed now, the others read when their turn comes."""
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     entries = []
@@ -224,7 +224,7 @@ def _entries(job: Job, position: int) -> list[Entry]:
     return entries
 
 
-def _packable(job: Job, name: str) -> torch.Tensor:
+def _packable(job: PackJob, name: str) -> torch.Tensor:
     """A matrix as it is packed. Raises ModelError where it is not finite, or not within what int8 is packed from."""
     value = require_finite(job.tensors.read(name), name).to(job.dtype(name))
     if job.packing.bits == 8:
@@ -237,11 +237,11 @@ def _packable(job: Job, name: str) -> torch.Tensor:
     return value
 
 
-def _plain(job: Job, name: str) -> torch.Tensor:
+def _plain(job: PackJob, name: str) -> torch.Tensor:
     return require_finite(job.tensors.read(name), name)
 
 
-def _write_config(job: Job, work: Path) -> None:
+def _write_config(job: PackJob, work: Path) -> None:
     """config.json, as transformers' `save_pretrained` writes it for a bitsandbytes model."""
     config = job.shape.config
     config.architectures = [job.shape.architecture]

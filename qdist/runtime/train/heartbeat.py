@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from qdist.core.machine.environment import LAUNCH
-from qdist.core.telemetry.heartbeat import Phase, Pulse, encode
+from qdist.core.telemetry.heartbeat import Heartbeat, Phase, encode
 from qdist.host.run.rundir import RunDir
 from qdist.host.run.state import is_anothers
 from qdist.host.terminal import say
@@ -23,7 +23,7 @@ from qdist.host.terminal import say
 BEAT_S = 1.0
 
 
-class Beat:
+class HeartbeatThread:
     """What this rank is at. Moving costs some attributes; a thread writes them down.
 
     memory_now: bytes, asked for at each beat from that thread.
@@ -69,7 +69,7 @@ class Beat:
 
     def _write(self) -> None:
         phase, step, micro_batch, micro_batches = self._now
-        pulse = Pulse(
+        pulse = Heartbeat(
             rank=self._rank,
             pid=os.getpid(),
             host=self._host,

@@ -39,7 +39,7 @@ _GROWTH_INTERVAL = 500
 
 
 def before_training(what: str, loss: float, *, fp16: bool) -> JobError:
-    """The error for a loss that is no number although no update was made yet."""
+    """The error for a loss that is not a number although no update was made yet."""
     fault = "weights, data or the range of fp16 are at fault" if fp16 else "weights or data are at fault"
     return JobError(
         f"{what} is {loss} before any training: {fault}, not the learning rate",

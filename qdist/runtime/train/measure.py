@@ -51,7 +51,7 @@ def memory_now(devices: Sequence[torch.device], context_bytes: int) -> int:
     return sum(map(torch.cuda.memory_allocated, devices)) + context_bytes
 
 
-class Parts(NamedTuple):
+class HeldMemory(NamedTuple):
     """Bytes of a rank's tensors that stay from step to step, on all of its devices together."""
 
     weights: int
@@ -61,10 +61,10 @@ class Parts(NamedTuple):
     optimizer: int
 
 
-def parts(model: nn.Module, engine: Engine) -> Parts:
+def parts(model: nn.Module, engine: Engine) -> HeldMemory:
     """What a rank holds after its last step; a shard counts with its own part."""
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    return Parts(
+    return HeldMemory(
         bytes_of(map(_local, (*frozen, *model.buffers()))),
         bytes_of(parameter for parameter in model.parameters() if parameter.requires_grad),
         *engine.held(),

@@ -30,7 +30,7 @@ from qdist.runtime.formats.recorded_sums import ADAPTER_CONFIG, config_seal, req
 from qdist.runtime.formats.work_folder import built
 from qdist.runtime.infer.load import TOKENIZER, plan_of
 from qdist.runtime.train.checkpoint import load, load_tensors
-from qdist.runtime.train.measure import Parts, Peak
+from qdist.runtime.train.measure import HeldMemory, Peak
 
 _NEW, _BEFORE = ".adapter.new", ".adapter.old"
 """The adapter while it is written; the one whose place it takes, for a moment, where a disk cannot exchange the two."""
@@ -191,7 +191,7 @@ def write_result(
     held_out: tuple[tuple[int, float], ...],
     answers: list[dict[str, str]],
     peaks: Sequence[Sequence[Peak]],
-    held: Sequence[Parts],
+    held: Sequence[HeldMemory],
 ) -> None:
     """Write `result.json`, which makes the run finished.
 

@@ -119,7 +119,7 @@ class Loaded(NamedTuple):
     """Whether the packed bytes have recorded sums, which they were held against."""
 
 
-class Parts(NamedTuple):
+class Assembled(NamedTuple):
     """What the loop and the end of a run need."""
 
     model: Any
@@ -152,7 +152,9 @@ def load_part(place: Placement) -> Loaded:
     return Loaded(backbone, seconds, read, verified, bool(plan.source.digest))
 
 
-def assemble(place: Placement, accelerator: Any, backbone: Any, *, pad_id: int, start: Start | None = None) -> Parts:
+def assemble(
+    place: Placement, accelerator: Any, backbone: Any, *, pad_id: int, start: Start | None = None
+) -> Assembled:
     """The adapter on a loaded backbone and the engine over it. Collective.
 
     start: whose tensors the adapter has at first, instead of PEFT's.
@@ -165,7 +167,7 @@ def assemble(place: Placement, accelerator: Any, backbone: Any, *, pad_id: int, 
     samples = read_samples(plan, pad_id=pad_id)
     forward = Forward(model, samples, dtype=DTYPES[plan.compute_dtype], fused=plan.liger)
     adapter = Adapter(model, forward.loss)
-    return Parts(model, forward, adapter, *place.build(accelerator, adapter, forward))
+    return Assembled(model, forward, adapter, *place.build(accelerator, adapter, forward))
 
 
 def prepare_for_training(model: Any, plan: Plan) -> None:

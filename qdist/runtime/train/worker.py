@@ -18,7 +18,7 @@ from qdist.core.text import format_bytes, resuming
 from qdist.host.children import end_with_parent
 from qdist.host.files import told_of_disks
 from qdist.host.run.rundir import RunDir
-from qdist.runtime.train.heartbeat import Beat
+from qdist.runtime.train.heartbeat import HeartbeatThread
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def _arguments() -> tuple[RunDir, str]:
 
 
 def _work(plan: Plan, run: RunDir) -> None:
-    beat = Beat(run, int(os.environ["RANK"]))
+    beat = HeartbeatThread(run, int(os.environ["RANK"]))
     stop = _StopRequest(run)
     import torch
     from transformers.utils import logging

@@ -12,8 +12,8 @@ from rich.console import Console
 from qdist.cli.views.dashboard import PANES, Pane, dashboard
 from qdist.cli.views.plot import plot
 from qdist.core.telemetry.events import Event
-from qdist.core.telemetry.heartbeat import Pulse
-from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.heartbeat import Heartbeat
+from qdist.core.telemetry.history import RunHistory
 from qdist.core.telemetry.snapshot import Reading, Snapshot
 from qdist.core.text import GIB, MIB
 from tests.plans import CPU, machine, planned
@@ -22,7 +22,7 @@ NOW = 1000.0
 
 
 def run_of(ranks: int, *, steps: int = 12, **fields: Any) -> Snapshot:
-    fold = Fold()
+    fold = RunHistory()
     told = [Event(kind="eval", step=0, total_steps=60, held_out_loss=2.3)]
     for number in range(1, steps + 1):
         told += [
@@ -38,7 +38,7 @@ def run_of(ranks: int, *, steps: int = 12, **fields: Any) -> Snapshot:
     device = fields.pop("device", machine(*[24] * ranks))
     plan = planned("smollm2-135m", device, {"gpus": ranks, "global_batch": 4 * ranks, "placement": "replicate"})
     pulses = {
-        rank: Pulse(rank=rank, pid=1, host=socket.gethostname(), time=NOW - 2, phase="training", step=steps + 1,
+        rank: Heartbeat(rank=rank, pid=1, host=socket.gethostname(), time=NOW - 2, phase="training", step=steps + 1,
                     memory_bytes=GIB)
         for rank in range(ranks)
     }  # fmt: skip
@@ -198,5 +198,5 @@ def test_time_left_is_counted_down_through_a_step_and_no_further() -> None:
     ("phase", "word"), [("loading", "loading"), ("evaluating", "evaluating"), ("saving", "saving")]
 )
 def test_what_a_run_does_beside_training_is_said(phase: Any, word: str) -> None:
-    pulse = Pulse(rank=0, pid=1, host="here", time=NOW, phase=phase)
+    pulse = Heartbeat(rank=0, pid=1, host="here", time=NOW, phase=phase)
     assert word in drawn(run_of(1, steps=0, pulses={0: pulse})).splitlines()[0]

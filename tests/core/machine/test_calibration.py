@@ -5,10 +5,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from qdist.core.machine.calibration import Correction, Lesson, correction
+from qdist.core.machine.calibration import CalibrationSample, Correction, correction
 from qdist.core.text import GIB, MIB
 
-LESSON = Lesson(
+LESSON = CalibrationSample(
     card="NVIDIA H200", gpus=4, world_size=4, placement="shard", gpus_per_group=4, zero_stage=0, model="llama-65b",
     bits=4, seq_len=512, micro_batch=16, checkpointed_layers=80, predicted_bytes=24 * GIB, measured_bytes=25 * GIB,
     predicted_context_bytes=GIB, measured_context_bytes=2 * GIB, predicted_tokens_s=5000.0, measured_tokens_s=4500.0,
@@ -16,11 +16,11 @@ LESSON = Lesson(
 )  # fmt: skip
 
 
-def lesson(**changes: Any) -> Lesson:
+def lesson(**changes: Any) -> CalibrationSample:
     return msgspec.structs.replace(LESSON, **changes)
 
 
-def learnt(*lessons: Lesson, **asked: Any) -> Correction | None:
+def learnt(*lessons: CalibrationSample, **asked: Any) -> Correction | None:
     return correction(lessons, **{"card": "NVIDIA H200", "world_size": 4, **asked})
 
 

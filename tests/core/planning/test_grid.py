@@ -11,7 +11,7 @@ from qdist.core.machine.calibration import Correction
 from qdist.core.machine.cluster import Cluster, Gpu, Rates, hypothetical
 from qdist.core.model.aliases import config_of
 from qdist.core.model.families import from_config
-from qdist.core.planning.candidates import HEADROOM, Candidate
+from qdist.core.planning.candidates import USABLE_SHARE, Candidate
 from qdist.core.planning.memory import MemoryBudget, resident
 from qdist.core.planning.placements.registry import layouts
 from qdist.core.planning.plan import Plan, Source
@@ -51,7 +51,7 @@ def check(plan: Plan, cluster: Cluster) -> None:
         assert len(rank.expected) == max(1, len(rank.gpus))
         for gpu, own in zip(rank.gpus, rank.expected, strict=False):
             total = cluster.gpus[gpu].total_bytes
-            assert own.required <= HEADROOM * min(total, memory_cap_of(plan.spec, gpu) or total)
+            assert own.required <= USABLE_SHARE * min(total, memory_cap_of(plan.spec, gpu) or total)
             assert all(part >= 0 for part in msgspec.structs.astuple(own))
     assert (plan.tokens_per_second > 0) == bool(cluster.gpus)
     assert msgspec.json.decode(msgspec.json.encode(plan), type=Plan) == plan
@@ -171,11 +171,13 @@ def test_slow_links_make_a_split_faster_than_shards() -> None:
 def test_layers_go_to_host_memory_only_where_nothing_else_fits() -> None:
     plan = planned("llama-65b", gpus(1, 24))
     assert len(plan.offloaded_layers) == 62
-    assert any("62 of 80 layers wait in host memory, since nothing else fits" in note for note in plan.notes)
+    assert any("62 of 80 layers are offloaded to host memory, since nothing else fits" in note for note in plan.notes)
     assert planned("llama-65b", gpus(1, 24), {"split.offload_layers": 75}).offloaded_layers[0] == 0
     assert planned("llama-65b", gpus(2, 24), SPLIT | {"split.offload_layers": 4}).offloaded_layers == (10, 30, 50, 70)
     poor = msgspec.structs.replace(gpus(1, 24), memory_bytes=8 * GIB)
-    with pytest.raises(PlanError, match=r"48 layers could wait in host memory, but they are 18\.7 GiB and 95 % of"):
+    with pytest.raises(
+        PlanError, match=r"48 layers could be offloaded to host memory, but they are 18\.7 GiB and 95 % of"
+    ):
         planned("llama-65b", poor)
     poor = msgspec.structs.replace(gpus(1, 48), memory_bytes=8 * GIB)
     with pytest.raises(PlanError, match=r"40 offloaded layers need 15\.\d GiB of host memory"):

@@ -13,10 +13,10 @@ from qdist.core.model.shapes import ModelFacts
 from qdist.core.planning.activations import saved_bytes_per_token
 from qdist.core.planning.memory import (
     GATHERED_LAYERS,
-    Job,
     MemoryBudget,
     Share,
     Sizes,
+    TrainingShape,
     budget,
     load_peak_bytes,
     sizes,
@@ -66,9 +66,11 @@ def described(alias: str, **settings: Any) -> tuple[Sizes, Share]:
     """A model's sizes and one GPU's share of it; every layer is recomputed unless told."""
     facts = facts_of(alias)
     given = USUAL | {"layers": (facts.layer_count,), "checkpointed": facts.layer_count} | settings
-    parts = [{key: value for key, value in given.items() if key in kind.__struct_fields__} for kind in (Job, Share)]
+    parts = [
+        {key: value for key, value in given.items() if key in kind.__struct_fields__} for kind in (TrainingShape, Share)
+    ]
     assert given.keys() == parts[0].keys() | parts[1].keys()
-    return sizes(facts, Job(**parts[0])), Share(**parts[1])
+    return sizes(facts, TrainingShape(**parts[0])), Share(**parts[1])
 
 
 def test_predicted_peaks_are_within_a_tenth_of_the_measured_ones() -> None:

@@ -15,7 +15,7 @@ from qdist.core.model.storage import Packing
 from qdist.core.planning.disk import packed_bytes
 from qdist.core.planning.inference import footprint
 from qdist.core.planning.layer_map import pace
-from qdist.core.planning.memory import Job, Share, budget, load_peak_bytes, sizes
+from qdist.core.planning.memory import Share, TrainingShape, budget, load_peak_bytes, sizes
 from qdist.core.planning.plan import Plan, Source
 from qdist.core.planning.planner import make_plan
 from qdist.core.planning.speed import Step, passes, step_seconds
@@ -58,7 +58,7 @@ def model_of(*runs: tuple[LayerShape, int]) -> ModelFacts:
 
 MIXED = model_of((shape(NARROW), 3), (shape(WIDE), 2), (shape(NARROW), 1))
 INNER = (NARROW, NARROW, NARROW, WIDE, WIDE, NARROW)
-JOB = Job(bits=4, double_quant=False, rank_r=8, targets=(ALL_LINEAR,), seq_len=64, fused_lora=True)
+JOB = TrainingShape(bits=4, double_quant=False, rank_r=8, targets=(ALL_LINEAR,), seq_len=64, fused_lora=True)
 
 
 def weights(inner: int) -> int:

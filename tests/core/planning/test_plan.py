@@ -9,9 +9,9 @@ import pytest
 from qdist.core.errors import PlanError, QdistError, SpecError
 from qdist.core.machine.calibration import Correction
 from qdist.core.machine.cluster import Cluster, Gpu, hypothetical
-from qdist.core.planning.memory import Job, Share, budget, sizes
+from qdist.core.planning.memory import Share, TrainingShape, budget, sizes
 from qdist.core.planning.plan import DataFacts, Plan, digest
-from qdist.core.planning.planner import HEADROOM
+from qdist.core.planning.planner import USABLE_SHARE
 from qdist.core.planning.process_memory import CUDA_CONTEXT_BYTES
 from qdist.core.spec.run_spec import Train
 from qdist.core.text import GIB, format_bytes
@@ -70,7 +70,7 @@ def test_every_plan_keeps_the_global_batch_and_its_place_in_memory(
     assert [rank.gpus for rank in plan.ranks] == [(rank,) if cards else () for rank in range(plan.world_size)]
     if cards:
         cap = 12 if settings.get("max_memory") == "12GiB" else 24 if "max_memory" in settings else gib
-        assert all(rank.expected[0].required <= HEADROOM * cap * GIB for rank in plan.ranks)
+        assert all(rank.expected[0].required <= USABLE_SHARE * cap * GIB for rank in plan.ranks)
 
 
 def test_the_adapter_state_is_divided_where_it_has_no_room_or_zero_is_asked_for() -> None:
@@ -239,7 +239,7 @@ def test_a_run_that_does_not_fit_says_by_how_much_and_what_would(
     larger = re.match(r"GPUs of (\d+) GiB", attempt)
     gib = int(larger[1]) if larger else gib
     plan = planned(model, gpus(max(cards, int(changes.get("gpus", 1))), gib), settings | changes)
-    assert all(own.required <= HEADROOM * gib * GIB for rank in plan.ranks for own in rank.expected)
+    assert all(own.required <= USABLE_SHARE * gib * GIB for rank in plan.ranks for own in rank.expected)
 
 
 def test_the_missing_bytes_are_what_is_needed_less_what_is_there() -> None:
@@ -251,13 +251,13 @@ def test_the_missing_bytes_are_what_is_needed_less_what_is_there() -> None:
     least = max(needed.required, load)
     assert caught.value.message == (
         f"llama-7b at 4 bits needs {format_bytes(least)} on every GPU, "
-        f"{format_bytes(least - int(HEADROOM * 4 * GIB))} more than 95 % of 4.0 GiB"
+        f"{format_bytes(least - int(USABLE_SHARE * 4 * GIB))} more than 95 % of 4.0 GiB"
     )
 
 
 def test_a_note_says_what_is_recomputed_and_where_rates_come_from() -> None:
     assert planned("llama-65b", gpus(1, 48)).notes == (
-        "what every layer would keep for the backward pass does not fit, and is computed anew",
+        "activations of every layer do not fit and are recomputed in the backward pass",
         "no card was named: speed is predicted as of the RTX A6000",
     )
     assert planned("llama-65b", gpus(4, 48), {"placement": "replicate"}).notes[0].startswith("what 77 of 80 layers")
@@ -283,7 +283,7 @@ def test_moments_stay_on_gpus_that_have_room_for_everything(
     assert plan.optimizer == "adamw"
     for rank in plan.ranks:
         assert rank.expected[0].pageable == 0
-        assert rank.expected[0].total == rank.expected[0].required <= HEADROOM * gib * GIB
+        assert rank.expected[0].total == rank.expected[0].required <= USABLE_SHARE * gib * GIB
 
 
 @pytest.mark.parametrize(("model", "count", "gib", "settings"), [
@@ -297,8 +297,8 @@ def test_moments_are_paged_where_not_even_full_recomputation_leaves_them_room(
     assert plan.optimizer == "paged-adamw"
     assert plan.checkpointed_layers == plan.facts.layer_count
     owns = [own for rank in plan.ranks for own in rank.expected]
-    assert max(own.total for own in owns) > HEADROOM * gib * GIB
-    assert all(own.required <= HEADROOM * gib * GIB and own.pageable > 0 for own in owns)
+    assert max(own.total for own in owns) > USABLE_SHARE * gib * GIB
+    assert all(own.required <= USABLE_SHARE * gib * GIB and own.pageable > 0 for own in owns)
 
 
 def test_an_optimizer_that_was_named_is_kept() -> None:
@@ -312,7 +312,7 @@ def test_an_optimizer_that_was_named_is_kept() -> None:
     assert paged.tokens_per_second < resident.tokens_per_second
     small = planned("llama-7b", gpus(1, 8), {"optim.name": "adamw"})
     assert small.optimizer == "adamw"
-    assert small.ranks[0].expected[0].total <= HEADROOM * 8 * GIB
+    assert small.ranks[0].expected[0].total <= USABLE_SHARE * 8 * GIB
 
 
 @pytest.mark.parametrize("gib", [10, 12, 16, 20, 24])
@@ -322,7 +322,7 @@ def test_layers_keep_what_they_compute_only_in_room_that_moments_leave(gib: int)
     plan = planned("llama-7b", gpus(1, gib), settings)
     assert plan.optimizer == "adamw"
     assert 0 < plan.checkpointed_layers < plan.facts.layer_count
-    job = Job(
+    job = TrainingShape(
         bits=4, rank_r=64, targets=("all-linear",), seq_len=512, fused_loss=True, fused_layers=True, fused_lora=True,
     )  # fmt: skip
     share = Share(
@@ -331,7 +331,7 @@ def test_layers_keep_what_they_compute_only_in_room_that_moments_leave(gib: int)
     )  # fmt: skip
     assert budget(sizes(plan.facts, job), share) == plan.ranks[0].expected[0]
     more = msgspec.structs.replace(share, checkpointed=plan.checkpointed_layers - 1)
-    assert budget(sizes(plan.facts, job), more).total > HEADROOM * gib * GIB
+    assert budget(sizes(plan.facts, job), more).total > USABLE_SHARE * gib * GIB
 
 
 def test_the_digest_changes_with_every_field() -> None:

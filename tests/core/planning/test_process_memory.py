@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from qdist.core.model.gptq import Gptq, Shape
-from qdist.core.planning.memory import Job, MemoryBudget
+from qdist.core.planning.memory import MemoryBudget, TrainingShape
 from qdist.core.planning.placements.replicate import Replicated
 from qdist.core.planning.placements.split import Pipeline
 from qdist.core.planning.plan import DataFacts, Fullest, Plan
@@ -55,7 +55,9 @@ def test_deepspeed_is_imported_where_it_is_the_engine() -> None:
     [({}, HOLES), ({"bits": 8}, HOLES), ({"bits": 16}, HOLES_16_BIT), ({"gptq": GPTQ}, HOLES_GPTQ)],
 )
 def test_the_heap_has_holes_that_unpacking_fills(settings: dict[str, Any], share: float) -> None:
-    job = Job(**{"bits": 4, "compute_bytes": 4, "rank_r": 8, "targets": ("all-linear",), "seq_len": 64} | settings)
+    job = TrainingShape(
+        **{"bits": 4, "compute_bytes": 4, "rank_r": 8, "targets": ("all-linear",), "seq_len": 64} | settings
+    )
     assert hole_bytes(job, LAYOUT, 500 * MIB) == round(share * 500 * MIB)
     stages = Pipeline(groups=1, gpus_per_group=2)
     assert hole_bytes(job, stages, 500 * MIB) == round(HOLES_STAGES * 500 * MIB)

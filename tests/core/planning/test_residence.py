@@ -96,7 +96,10 @@ def test_a_card_is_filled_up_to_what_is_allowed_and_a_twentieth_is_kept() -> Non
         (Residence(), "backbone on the CPU"),
         (Residence(layer_gpu=(1,) * 4), "backbone on GPU 1"),
         (Residence(layer_gpu=(0, 0, 0, 2)), "layers 0-2 on GPU 0, 3 on GPU 2"),
-        (Residence(layer_gpu=(0,) * 4, offloaded=(1,)), "backbone on GPU 0; 1 of 4 layers wait in host memory"),
+        (
+            Residence(layer_gpu=(0,) * 4, offloaded=(1,)),
+            "backbone on GPU 0; 1 of 4 layers are offloaded to host memory",
+        ),
     ],
 )
 def test_where_a_model_lies_is_one_line(residence: Residence, text: str) -> None:

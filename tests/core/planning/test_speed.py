@@ -9,7 +9,7 @@ import pytest
 from qdist.core.machine.cluster import Rates
 from qdist.core.model.aliases import config_of
 from qdist.core.model.families import from_config
-from qdist.core.planning.memory import Job, sizes
+from qdist.core.planning.memory import TrainingShape, sizes
 from qdist.core.planning.speed import Step, passes, step_seconds
 
 H200 = Rates(matmul_flops_s=673e12, memory_bytes_s=4177e9, link_bytes_s=255e9, host_bytes_s=54e9, source="measured")
@@ -70,9 +70,9 @@ def predicted(model: str, how: dict[str, Any], rates: Rates = H200) -> float:
     """Tokens a second."""
     facts = from_config(config_of(model), name=model)
     given = {"micro_batch": 16, "micro_batches": 1, "stages": 1, "checkpointed": 0.0} | how
-    job = Job(**(
+    job = TrainingShape(**(
         {"bits": 4, "rank_r": 64, "targets": ("all-linear",), "seq_len": 512}
-        | {key: value for key, value in given.items() if key in Job.__struct_fields__}
+        | {key: value for key, value in given.items() if key in TrainingShape.__struct_fields__}
     ))  # fmt: skip
     own = sizes(facts, job)
     one = passes(own, rates, given["micro_batch"])

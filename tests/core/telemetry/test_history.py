@@ -1,11 +1,11 @@
 import math
 
 from qdist.core.telemetry.events import Event
-from qdist.core.telemetry.history import Fold, Stretch
+from qdist.core.telemetry.history import RunHistory, Stretch
 
 
-def folded(events: list[Event]) -> Fold:
-    fold = Fold()
+def folded(events: list[Event]) -> RunHistory:
+    fold = RunHistory()
     fold.add(events)
     return fold
 
@@ -45,7 +45,7 @@ def test_a_state_does_not_depend_on_how_its_events_were_cut_up() -> None:
         *(step(number, 2.0, rank=rank, memory_bytes=number + rank) for number in (13, 14) for rank in (0, 1)),
         Event(kind="end", step=14),
     ]
-    state = Fold()
+    state = RunHistory()
     for event in events:
         state.add([event])
     whole = folded(events)

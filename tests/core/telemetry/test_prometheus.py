@@ -7,8 +7,8 @@ import pytest
 
 from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.events import Event, State
-from qdist.core.telemetry.heartbeat import Pulse
-from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.heartbeat import Heartbeat
+from qdist.core.telemetry.history import RunHistory
 from qdist.core.telemetry.prometheus import exposition
 from tests.plans import CPU, planned
 
@@ -19,8 +19,8 @@ LABEL = re.compile(r'([a-z]+)="((?:[^"\\]|\\[\\n"])*)"')
 SAMPLE = re.compile(rf"([a-z_]+)\{{({LABEL.pattern}(?:,{LABEL.pattern})*)\}} (\S+)")
 
 
-def fold_of(*events: Event) -> Fold:
-    fold = Fold(total_steps=PLAN.steps)
+def fold_of(*events: Event) -> RunHistory:
+    fold = RunHistory(total_steps=PLAN.steps)
     fold.add(events)
     return fold
 
@@ -33,9 +33,9 @@ def step(number: int, *, loss: float | None = 2.0, rank: int = 0, memory_bytes: 
 
 
 def text(
-    fold: Fold | None = None, *, run: str = "r", plan: Plan = PLAN, state: State = "running", **pulses: Pulse
+    fold: RunHistory | None = None, *, run: str = "r", plan: Plan = PLAN, state: State = "running", **pulses: Heartbeat
 ) -> str:
-    return exposition(run, plan, fold or Fold(), {pulse.rank: pulse for pulse in pulses.values()}, state)
+    return exposition(run, plan, fold or RunHistory(), {pulse.rank: pulse for pulse in pulses.values()}, state)
 
 
 def parsed(exposed: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -99,7 +99,7 @@ def test_figures_are_the_folds_and_the_ranks_own() -> None:
 
 
 def test_beats_say_memory_time_and_phase() -> None:
-    beat = Pulse(rank=1, pid=1, host="h", time=12.5, phase="saving", memory_bytes=7)
+    beat = Heartbeat(rank=1, pid=1, host="h", time=12.5, phase="saving", memory_bytes=7)
     exposed = text(beat=beat)
     assert value(exposed, "qdist_rank_memory_bytes", rank="1") == 7
     assert value(exposed, "qdist_rank_beat_timestamp_seconds", rank="1") == 12.5

@@ -9,7 +9,7 @@ import pytest
 from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.curves import evenly, smoothed, thinned
 from qdist.core.telemetry.events import Event
-from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.history import RunHistory
 from qdist.core.telemetry.memory_report import REST, TOTAL, WORKING, memory_of, shown
 from qdist.core.telemetry.report import Found, Report, differences, metrics_beside, report_of
 from qdist.core.telemetry.report_sections import number
@@ -25,13 +25,15 @@ def step(number: int, loss: float | None = 2.0, *, rank: int = 0, **more: Any) -
     return Event(kind="step", step=number, total_steps=60, loss=loss, rank=rank, time=2.0 * number, **said)
 
 
-def folded(*events: Event) -> Fold:
-    fold = Fold(total_steps=60)
+def folded(*events: Event) -> RunHistory:
+    fold = RunHistory(total_steps=60)
     fold.add([Event(kind="start", total_steps=60), *events])
     return fold
 
 
-def report(fold: Fold, plan: Plan = PLAN, *, state: str = "running", result: dict[str, Any] | None = None) -> Report:
+def report(
+    fold: RunHistory, plan: Plan = PLAN, *, state: str = "running", result: dict[str, Any] | None = None
+) -> Report:
     seen = Snapshot(name="r", plan=plan, fold=fold, now=0.0, state=state)
     return report_of(Found(seen=seen, result=result))
 
@@ -89,7 +91,7 @@ def test_a_state_is_told_in_words(state: str, headline: str) -> None:
 
 
 def test_a_run_that_never_started_has_a_report() -> None:
-    own = report(Fold(total_steps=60), state="planned")
+    own = report(RunHistory(total_steps=60), state="planned")
     assert (own.charts, own.step, own.warnings, own.numbers.rows) == ((), (), (), ())
     assert own.memory[0].measured == {}
 
@@ -108,16 +110,16 @@ def test_the_parts_of_a_step_are_all_of_it() -> None:
 
 
 def test_what_the_peak_exceeds_the_lasting_tensors_by_is_the_working_set() -> None:
-    own = memory_of(PLAN, Fold(), result_of(PLAN))[0]
+    own = memory_of(PLAN, RunHistory(), result_of(PLAN))[0]
     assert (own.label, own.measured[WORKING], own.measured_bytes) == ("GPU 0", GIB, 6 * GIB)
     assert own.predicted_bytes == PLAN.ranks[0].expected[0].total
 
 
 def test_a_rank_on_cpus_has_parts_and_a_rest() -> None:
     plan = planned("smollm2-135m", CPU, {"gpus": 2})
-    own = memory_of(plan, Fold(), result_of(plan))[1]
+    own = memory_of(plan, RunHistory(), result_of(plan))[1]
     assert (own.label, own.measured[REST], own.measured_bytes) == ("rank 1", 2 * GIB, 6 * GIB)
-    assert memory_of(plan, Fold(), result_of(plan, held=False))[0].measured == {TOTAL: 6 * GIB}
+    assert memory_of(plan, RunHistory(), result_of(plan, held=False))[0].measured == {TOTAL: 6 * GIB}
 
 
 def test_a_running_run_knows_the_peak_alone() -> None:
@@ -127,7 +129,7 @@ def test_a_running_run_knows_the_peak_alone() -> None:
 
 def test_of_many_gpus_that_are_alike_the_fullest_is_shown() -> None:
     plan = planned("smollm2-135m", gpus(8, 140), {"gpus": 8, "global_batch": 64})
-    (own,) = shown(memory_of(plan, Fold(), result_of(plan)))
+    (own,) = shown(memory_of(plan, RunHistory(), result_of(plan)))
     assert own.label == "GPU 0, the fullest of 8 alike"
 
 
@@ -171,7 +173,7 @@ def test_what_is_odd_is_said(events: list[Event], words: str) -> None:
 
 def test_settings_that_differ_from_their_defaults_are_listed() -> None:
     plan = planned("smollm2-135m", gpus(1, 140), {"lora.r": 8})
-    assert ("lora.r", "8", "64") in report(Fold(), plan).settings.rows
+    assert ("lora.r", "8", "64") in report(RunHistory(), plan).settings.rows
 
 
 def test_two_runs_are_told_apart_by_settings_and_figures() -> None:

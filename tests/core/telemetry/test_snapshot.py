@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from qdist.core.telemetry.events import Event
-from qdist.core.telemetry.heartbeat import Pulse
-from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.heartbeat import Heartbeat
+from qdist.core.telemetry.history import RunHistory
 from qdist.core.telemetry.snapshot import Reading, Snapshot, mfu, model_flops_per_token, rows
 from qdist.core.telemetry.warnings import find_warnings
 from qdist.core.text import GIB
@@ -22,8 +22,8 @@ def warnings(seen: Snapshot) -> list[str]:
     return [warning.text for warning in find_warnings(seen)]
 
 
-def steps(losses: list[float], *, ranks: int = 1, memory_gib: float = 1, **fields: Any) -> Fold:
-    fold = Fold(total_steps=100)
+def steps(losses: list[float], *, ranks: int = 1, memory_gib: float = 1, **fields: Any) -> RunHistory:
+    fold = RunHistory(total_steps=100)
     for rank in range(ranks):
         told = {"tokens": 4096, "own_tokens": 2048, "seconds": 2.0, "busy_s": 1.0 + rank * fields.pop("apart", 0.0)}
         told |= {"learning_rate": 2e-4, **fields}
@@ -37,15 +37,17 @@ def steps(losses: list[float], *, ranks: int = 1, memory_gib: float = 1, **field
     return fold
 
 
-def snapshot(fold: Fold, *, device: str = "cuda", ranks: int = 1, **fields: Any) -> Snapshot:
+def snapshot(fold: RunHistory, *, device: str = "cuda", ranks: int = 1, **fields: Any) -> Snapshot:
     plan = planned("llama-7b", CPU if device == "cpu" else machine(*[140] * ranks), {"gpus": ranks})
     plan = msgspec.structs.replace(plan, tokens_per_second=2048.0)  # as `steps` are
     fields = {"card_bytes": (140 * GIB,) * ranks, "state": "running", **fields}
     return Snapshot(name="r1", plan=plan, fold=fold, now=NOW, **fields)
 
 
-def pulse(rank: int, *, memory_bytes: int = 0) -> Pulse:
-    return Pulse(rank=rank, pid=1, host=socket.gethostname(), time=NOW - 3, phase="training", memory_bytes=memory_bytes)
+def pulse(rank: int, *, memory_bytes: int = 0) -> Heartbeat:
+    return Heartbeat(
+        rank=rank, pid=1, host=socket.gethostname(), time=NOW - 3, phase="training", memory_bytes=memory_bytes
+    )
 
 
 def test_a_run_that_goes_well_has_no_warnings() -> None:
@@ -71,7 +73,7 @@ def test_what_to_try_after_a_failure_is_left_to_its_error() -> None:
         ),
     ],
 )
-def test_what_goes_wrong_is_said_with_its_numbers(fold: Fold, said: str) -> None:
+def test_what_goes_wrong_is_said_with_its_numbers(fold: RunHistory, said: str) -> None:
     (sentence,) = [text for text in warnings(snapshot(fold)) if "over plan" not in text]
     assert sentence.startswith(said)
 
@@ -82,7 +84,7 @@ def test_the_noise_of_small_losses_is_no_jump() -> None:
 
 def test_ranks_that_drift_apart_are_named() -> None:
     slow = [Event(kind="step", step=1, loss=1.0, rank=rank, own_tokens=9, busy_s=1 + rank / 2) for rank in (0, 1)]
-    fold = Fold()
+    fold = RunHistory()
     fold.add(slow)
     assert "rank 1's passes take 50 % longer" in warnings(snapshot(fold, ranks=2))[0]
 
@@ -124,7 +126,7 @@ def test_cpu_ranks_have_no_limit_of_their_own() -> None:
 
 
 def test_a_token_costs_four_operations_a_frozen_weight_and_six_an_adapter_parameter() -> None:
-    plan = snapshot(Fold()).plan
+    plan = snapshot(RunHistory()).plan
     layer = 4 * 4096 * 4096 + 3 * 4096 * 11008
     adapter = 32 * plan.spec.lora.r * (4 * 8192 + 3 * (4096 + 11008))
     scores = 6 * plan.seq_len * 4096 * 32
@@ -132,11 +134,11 @@ def test_a_token_costs_four_operations_a_frozen_weight_and_six_an_adapter_parame
 
 
 def test_mfu_is_of_all_gpus_and_unknown_without_a_rate() -> None:
-    seen = snapshot(Fold(), ranks=2, matmul_flops_s=1e15)
+    seen = snapshot(RunHistory(), ranks=2, matmul_flops_s=1e15)
     assert mfu(seen, 1000.0) == pytest.approx(1000 * model_flops_per_token(seen.plan) / 2e15)
     assert mfu(seen, None) is None
     assert mfu(seen._replace(matmul_flops_s=None), 1000.0) is None
-    assert mfu(snapshot(Fold(), device="cpu", matmul_flops_s=1e15), 1000.0) is None
+    assert mfu(snapshot(RunHistory(), device="cpu", matmul_flops_s=1e15), 1000.0) is None
 
 
 def test_an_alarm_lasts_for_thirty_steps_and_a_report_keeps_it() -> None:

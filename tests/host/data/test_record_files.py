@@ -127,10 +127,10 @@ def test_one_record_alone_is_a_record_and_not_a_list_of_its_turns(tmp_path: Path
         (LINES + "\0\0\0\n", {":3": ":3:1: invalid JSON: a NUL byte"}),
         (LINES + '{"a": ' + "[" * 99999 + "\n", {":3": ":3: JSON nested too deeply"}),
         (LINES + '{"a": ' + "9" * 5000 + "}\n", {":3": ":3: a number of more than 4,300 digits"}),
-        (LINES + '{"a": "\\ud800"}\n', {":3": ":3: half of a surrogate pair, which is no character"}),
+        (LINES + '{"a": "\\ud800"}\n', {":3": ":3: half of a surrogate pair, which is not a character"}),
         (f"[5, {LIST[1:-1]}]", {", record 1": ", record 1: a record must be a JSON object, not a number"}),
         ('[{"a": ["\\ud800"]}, ' + LIST[1:],
-         {", record 1": ", record 1: half of a surrogate pair, which is no character"}),
+         {", record 1": ", record 1: half of a surrogate pair, which is not a character"}),
     ],
 )  # fmt: skip
 def test_a_bad_record_is_told_in_its_place_and_the_next_follows(

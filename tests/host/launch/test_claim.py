@@ -12,7 +12,7 @@ from qdist.core.errors import JobError, RunError
 from qdist.core.spec.run_spec import RunSpec, nest, resolve
 from qdist.host.launch import claim, prepare
 from qdist.host.launch.claim import claimed
-from qdist.host.launch.prepare import Job
+from qdist.host.launch.prepare import Launch
 from qdist.host.run.rundir import RunDir
 from qdist.host.run.state import is_anothers, state_of
 
@@ -30,7 +30,7 @@ def spec(**settings: Any) -> RunSpec:
     return resolve(SMALL, nest({key.replace("__", "."): value for key, value in settings.items()}))
 
 
-def job(**settings: Any) -> Job:
+def job(**settings: Any) -> Launch:
     return prepare.prepare(spec(run="run", **settings))
 
 

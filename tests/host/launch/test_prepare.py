@@ -26,7 +26,7 @@ from qdist.core.text import GIB
 from qdist.host import children
 from qdist.host.files import locked
 from qdist.host.launch import claim, prepare, ranks
-from qdist.host.launch.prepare import Job
+from qdist.host.launch.prepare import Launch
 from qdist.host.launch.survey import survey
 from qdist.host.machine import probe
 from qdist.host.run import calibration
@@ -51,7 +51,7 @@ def spec(**settings: Any) -> RunSpec:
     return resolve(SMALL, {"run": "run"}, settings)
 
 
-def job_with_script(script: str) -> Job:
+def job_with_script(script: str) -> Launch:
     """A written job whose ranks are a shell script."""
     job = prepare.prepare(spec())
     job = job._replace(files={**job.files, "launch.sh": f"cd run || exit 9\n{script}"})
@@ -60,7 +60,7 @@ def job_with_script(script: str) -> Job:
 
 
 def started(
-    job: Job, show: Callable[[list[Event]], None] = lambda events: None, said: list[str] | None = None
+    job: Launch, show: Callable[[list[Event]], None] = lambda events: None, said: list[str] | None = None
 ) -> list[str]:
     """Run it to its end; what was said to the user."""
     said = [] if said is None else said
@@ -417,7 +417,7 @@ def test_what_an_earlier_launch_logged_is_no_word_of_this_one() -> None:
     job.run.log_file(1).write_text("error: the loss is nan at step 2\n  try: a smaller optim.lr\n")
     with pytest.raises(RunError) as caught:
         started(job)
-    assert caught.value.message.splitlines()[1:] == ["run/logs/rank001.log has no word of it"]
+    assert caught.value.message.splitlines()[1:] == ["run/logs/rank001.log says nothing about it"]
     assert caught.value.try_ == "read run/logs/rank001.log"
 
 
@@ -492,7 +492,7 @@ def test_ranks_do_not_outlive_a_view_that_fails() -> None:
 
 def test_ranks_go_on_where_a_line_of_their_events_is_none() -> None:
     job = job_with_script("echo no event > events/rank001.jsonl; sleep 0.6; echo '{}' > result.json")
-    assert started(job) == ["warning: run/events/rank001.jsonl: line 1 is no event, and is left out"]
+    assert started(job) == ["warning: run/events/rank001.jsonl: line 1 is not an event, and is left out"]
 
 
 def test_a_rank_that_is_stuck_is_told_also_after_a_request_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:

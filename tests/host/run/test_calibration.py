@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from qdist.core.machine.calibration import Correction, Lesson
+from qdist.core.machine.calibration import CalibrationSample, Correction
 from qdist.core.machine.cluster import Cluster, Rates
 from qdist.core.planning.plan import Plan
 from qdist.core.text import GIB, MIB
@@ -110,7 +110,7 @@ def test_cpu_ranks_and_unfinished_runs_teach_nothing(tmp_path: Path, cache: Path
     assert not list(cache.iterdir())
 
 
-def numbered(number: int) -> Lesson:
+def numbered(number: int) -> CalibrationSample:
     return msgspec.structs.replace(LESSON, seq_len=number)
 
 

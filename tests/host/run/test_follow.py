@@ -6,7 +6,7 @@ import pytest
 
 from qdist.core.errors import RunError
 from qdist.core.telemetry.events import Event, encode
-from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.history import RunHistory
 from qdist.host.run.observer import Follower
 
 
@@ -83,14 +83,14 @@ def test_lines_that_are_no_events_are_left_out_and_told_once(tmp_path: Path) -> 
     assert [event.step for event in follower.new_events()] == [3, 4]
     append(tmp_path, 3, b"[" * 100_000 + b"\n" + line(5))
     assert [event.step for event in follower.new_events()] == [5]
-    assert told == [f"warning: {tmp_path}/events/rank003.jsonl: line 4 and 1 more is no event, and is left out"]
+    assert told == [f"warning: {tmp_path}/events/rank003.jsonl: line 4 and 1 more is not an event, and is left out"]
 
 
 def test_what_was_left_out_is_a_warning_of_the_fold(tmp_path: Path) -> None:
-    fold = Fold()
+    fold = RunHistory()
     append(tmp_path, 0, line(1) + b"\0\n")
     Follower(tmp_path).fold_into(fold)
-    assert fold.unread == f"{tmp_path}/events/rank000.jsonl: line 2 is no event, and is left out"
+    assert fold.unread == f"{tmp_path}/events/rank000.jsonl: line 2 is not an event, and is left out"
 
 
 def test_a_pipe_in_the_place_of_events_is_an_error(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_pipe_in_the_place_of_events_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_run_that_takes_the_folder_of_another_begins_anew(tmp_path: Path) -> None:
-    follower, fold = Follower(tmp_path), Fold()
+    follower, fold = Follower(tmp_path), RunHistory()
     append(tmp_path, 0, line(1) + line(2) + line(3))
     follower.fold_into(fold)
     shutil.rmtree(tmp_path / "events")

@@ -13,7 +13,7 @@ import pytest
 from qdist.core.errors import RunError
 from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.events import Event, encode
-from qdist.core.telemetry.history import Fold
+from qdist.core.telemetry.history import RunHistory
 from qdist.host.files import write_atomic
 from qdist.host.run.listing import Listed, find, listed, skim
 from qdist.host.run.observer import Follower
@@ -130,7 +130,7 @@ def test_hours_of_cpu_processes_are_not_gpu_hours(tmp_path: Path) -> None:
         ("plan.json", b'{"version": 1}', "planned by another qdist (plan version 1"),
         ("plan.json", b"[]", "is not a JSON object"),
         ("plan.json", b"{", "is not JSON"),
-        ("plan.json", b"\xff\x80", "is no text"),
+        ("plan.json", b"\xff\x80", "is not text"),
         ("result.json", b"{", "is not JSON"),
         ("result.json", b'{"tokens_per_s": 3}', "Expected `object`, got `int`"),
         ("ended.json", b'{"state": "exploded", "time": 1}', "exploded"),
@@ -180,7 +180,7 @@ def long_log(run: RunDir, steps: int) -> None:
 
 @pytest.mark.parametrize("steps", [9, 600, 6000])
 def test_skimming_says_what_reading_everything_says(tmp_path: Path, steps: int) -> None:
-    run, whole = made(tmp_path / "run"), Fold()
+    run, whole = made(tmp_path / "run"), RunHistory()
     long_log(run, steps)
     told(run, Event(kind="end", step=steps, time=50_000.0))
     Follower(run.path).fold_into(whole)

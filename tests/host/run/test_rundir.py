@@ -110,7 +110,7 @@ def test_a_result_and_a_request_to_stop_are_seen(tmp_path: Path) -> None:
     [
         ("plan.json", b"[]", "is not a JSON object"),
         ("plan.json", b"", "is not JSON"),
-        ("plan.json", b"\xff\xfe\x00", "is no text"),
+        ("plan.json", b"\xff\xfe\x00", "is not text"),
         ("plan.json", b"[" * 100_000, "is not JSON: nested too deeply"),
         ("plan.json", b'{"version": "\\ud800"}', "holds half of a surrogate pair"),
         ("result.json", b"[]", "is not a JSON object"),

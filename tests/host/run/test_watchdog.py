@@ -13,20 +13,20 @@ from typing import Any
 import pytest
 
 from qdist.core.machine.environment import LAUNCH
-from qdist.core.telemetry.heartbeat import Pulse, encode
+from qdist.core.telemetry.heartbeat import Heartbeat, encode
 from qdist.host.run.rundir import RunDir
 from qdist.host.run.watchdog import Watchdog, environment_of, process_of, read_pulses, troubles
 
 NOW = 1000.0
 
 
-def pulse(rank: int, *, beat: float = 0.0, moved: float = 0.0, **fields: Any) -> Pulse:
+def pulse(rank: int, *, beat: float = 0.0, moved: float = 0.0, **fields: Any) -> Heartbeat:
     """beat, moved: seconds ago."""
     fields = {"pid": os.getpid(), "host": socket.gethostname(), "phase": "training", "step": 7, **fields}
-    return Pulse(rank=rank, time=NOW - beat, moved=NOW - moved, **fields)
+    return Heartbeat(rank=rank, time=NOW - beat, moved=NOW - moved, **fields)
 
 
-def blamed(*pulses: Pulse) -> list[int]:
+def blamed(*pulses: Heartbeat) -> list[int]:
     return [one.rank for one in troubles({each.rank: each for each in pulses}, now=NOW, after_s=30)]
 
 
@@ -70,7 +70,7 @@ def test_a_rank_that_has_ended_is_no_trouble() -> None:
         ),
     ],
 )
-def test_a_sentence_says_who_since_when_and_in_what(one: Pulse, sentence: str) -> None:
+def test_a_sentence_says_who_since_when_and_in_what(one: Heartbeat, sentence: str) -> None:
     assert [str(trouble) for trouble in troubles({one.rank: one}, now=NOW, after_s=30)] == [sentence]
 
 
@@ -209,5 +209,5 @@ def test_nobody_is_stuck_where_the_recipe_says_to_wait_for_ever(tmp_path: Path) 
     run = RunDir(tmp_path)
     run.pulses.mkdir()
     watchdog = Watchdog(run, 0, ranks=1, launch="")
-    run.pulse_file(0).write_bytes(encode(Pulse(rank=0, pid=1, host="x", time=time.time() + 9)))
+    run.pulse_file(0).write_bytes(encode(Heartbeat(rank=0, pid=1, host="x", time=time.time() + 9)))
     assert watchdog.stuck() == ""

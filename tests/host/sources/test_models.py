@@ -158,7 +158,7 @@ def test_a_path_that_is_not_there_is_never_a_hub_id_and_names_the_nearest(name: 
 def test_a_hub_id_that_is_known_stays_one_beside_a_folder_of_its_owners_name(here: Path) -> None:
     (here / "Qwen").mkdir()
     assert locate("Qwen/Qwen2.5-7B-Instruct").kind == "hub"
-    with pytest.raises(ModelError, match="no folder or file Qwen/Mine, and Qwen is a folder here: it is no hub id"):
+    with pytest.raises(ModelError, match="no folder or file Qwen/Mine, and Qwen is a folder here: it is not a hub id"):
         locate("Qwen/Mine")
 
 
@@ -204,7 +204,7 @@ def test_what_is_no_model_says_what_it_is_and_what_to_do(here: Path) -> None:
         ("outer/inner/model.safetensors", "is a file, and no GGUF file", "outer/inner"),
         ("outer/inner/config.json", "is a file, and no GGUF file", "outer/inner"),
         ("loose.bin", "is a file, and no GGUF file", "a folder with config.json, a .gguf file, an alias or a hub id"),
-        ("alone.gguf", "is no GGUF file: it does not begin with GGUF", "download the file again"),
+        ("alone.gguf", "is not a GGUF file: it does not begin with GGUF", "download the file again"),
     ):
         with pytest.raises(ModelError, match=message) as caught:
             find_shape(name)

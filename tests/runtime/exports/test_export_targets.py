@@ -249,7 +249,7 @@ def test_too_little_calibration_data_is_said_before_anything_is_written(tmp_path
 
 
 def test_integer_zeros_need_a_gptq_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="is no GPTQ checkpoint"):
+    with pytest.raises(RunError, match="is not a GPTQ checkpoint"):
         qalora_integer_zeros.run(exported(qlora_run(tmp_path), tmp_path / "zeros", lossy=True, to="zeros"))
 
 

@@ -35,7 +35,7 @@ def flip(file: Path, byte: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> prepare.Job:
+def job(tmp_path_factory: pytest.TempPathFactory) -> prepare.Launch:
     """Over a model whose packed matrices are too large to be copied out of their file."""
     folder = tmp_path_factory.mktemp("sums")
     model = save_model(folder / "model", intermediate_size=8256, tokenizer=padded())
@@ -48,7 +48,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> prepare.Job:
     ids=lambda layout: str(layout["placement"]),
 )
 def test_a_rank_that_reads_a_flipped_bit_ends_the_run_with_its_name(
-    train: TrainRun, job: prepare.Job, tmp_path: Path, layout: dict[str, Any]
+    train: TrainRun, job: prepare.Launch, tmp_path: Path, layout: dict[str, Any]
 ) -> None:
     plan = job.plan
     again = real_job(

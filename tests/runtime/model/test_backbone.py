@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from qdist.core.planning.memory import Job, packed_layer_bytes
+from qdist.core.planning.memory import TrainingShape, packed_layer_bytes
 from qdist.runtime.model.packed import Packed4bit, Packed8bit
 from tests.runtime.tiny import FAMILIES, backbone_of, logits_of, plan_of, real_job, save_config, save_data, save_model
 
@@ -57,7 +57,9 @@ def test_a_layer_holds_exactly_the_bytes_that_were_predicted(
     tmp_path: Path, family: str, kind: tuple[str, int, bool]
 ) -> None:
     model, plan = random_backbone(tmp_path, family, kind, dtype="bfloat16")
-    job = Job(bits=kind[1], double_quant=kind[2], compute_bytes=2, rank_r=1, targets=("all-linear",), seq_len=8)  # type: ignore[arg-type]
+    job = TrainingShape(
+        bits=kind[1], double_quant=kind[2], compute_bytes=2, rank_r=1, targets=("all-linear",), seq_len=8
+    )  # type: ignore[arg-type]
     predicted = packed_layer_bytes(plan.facts.shapes[0], job)
     assert [held_bytes(layer) for layer in layers(model)] == [predicted] * 2
 

@@ -19,7 +19,7 @@ from qdist.runtime.placements.registry import PLACEMENTS, placement_of
 from qdist.runtime.train.checkpoint import load_tensors
 from tests.runtime.tiny import backbone_of, dummy_job, save_config
 
-TrainRun = Callable[[prepare.Job], RunDir]
+TrainRun = Callable[[prepare.Launch], RunDir]
 
 LAID: dict[str, dict[str, Any]] = {
     "replicate": {"placement": "replicate", "gpus": 2},
@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def job_of(folder: Path) -> Callable[[dict[str, Any]], prepare.Job]:
+def job_of(folder: Path) -> Callable[[dict[str, Any]], prepare.Launch]:
     model = save_config(folder / "model", num_hidden_layers=4)
     return lambda settings: dummy_job(model, folder / f"run{len(list(folder.iterdir()))}", **(SHAPE | settings))
 

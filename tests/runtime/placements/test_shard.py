@@ -18,7 +18,7 @@ from qdist.runtime.train.checkpoint import load_tensors
 from tests.runtime.tiny import dummy_job, save_config
 
 pytestmark = pytest.mark.slow
-TrainRun = Callable[[prepare.Job], RunDir]
+TrainRun = Callable[[prepare.Launch], RunDir]
 
 SHAPE: dict[str, Any] = {
     "seq_len": 16, "global_batch": 8, "micro_batch": 1, "steps": 12, "lora__r": 4, "optim__lr": 3e-3,

@@ -19,7 +19,7 @@ from qdist.host.sources.targets import ADAPTER, adapter_step, step_note
 from qdist.runtime.engine.torch import Adapter, State
 from qdist.runtime.model.skeleton import load_plain
 from qdist.runtime.train import checkpoint
-from qdist.runtime.train.measure import Parts, Peak
+from qdist.runtime.train.measure import HeldMemory, Peak
 from qdist.runtime.train.result import adapter_checksum, check_adapter, choose_step, gather, gather_named, write_result
 from tests.runtime.tiny import (
     VOCAB,
@@ -206,7 +206,7 @@ def test_a_result_holds_every_ranks_peaks_and_speed_and_start_beside_the_predict
         ]  # fmt: skip
         run.event_file(rank).write_bytes(b"".join(map(encode, said)))
     peaks = [[Peak(100, 20, 130, 90)], [Peak(101, 21, 131, 91)]]
-    write_result(run, run.plan(), held_out=((0, 2.0),), answers=[], peaks=peaks, held=[Parts(9, 8, 7, 6)] * 2)
+    write_result(run, run.plan(), held_out=((0, 2.0),), answers=[], peaks=peaks, held=[HeldMemory(9, 8, 7, 6)] * 2)
     result = run.result()
     assert result is not None
     assert result["adapter_parameters"] == 6

@@ -22,7 +22,7 @@ from tests.runtime.merging import merge
 from tests.runtime.tiny import logits_of, padded, real_job, save_data, save_model, trainable
 
 pytestmark = pytest.mark.slow
-TrainRun = Callable[[prepare.Job], RunDir]
+TrainRun = Callable[[prepare.Launch], RunDir]
 
 FAMILIES = ("olmo2",)
 SHAPE: dict[str, Any] = {
@@ -44,7 +44,7 @@ def alone(train: TrainRun, model: Path) -> RunDir:
     return train(job_of(model, "alone", gpus=1))
 
 
-def job_of(model: Path, run: str, **settings: Any) -> prepare.Job:
+def job_of(model: Path, run: str, **settings: Any) -> prepare.Launch:
     folder = model.parent
     return real_job(model, folder / "data.jsonl", folder / run, **{**SHAPE, **settings})
 

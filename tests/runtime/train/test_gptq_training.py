@@ -158,7 +158,7 @@ def test_what_does_not_go_together_is_refused(
 
 def test_a_plain_model_is_refused_with_the_way_to_quantize_it(folder: Path, alone: RunDir) -> None:
     plain = save_model(folder / "plain")
-    with pytest.raises(ModelError, match="is no GPTQ checkpoint") as caught:
+    with pytest.raises(ModelError, match="is not a GPTQ checkpoint") as caught:
         real_job(plain, folder / "d.jsonl", folder / "refused", method="gptq-lora")
     assert "--method gptq" in caught.value.try_
 

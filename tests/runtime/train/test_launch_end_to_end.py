@@ -24,7 +24,7 @@ from tests.runtime.tiny import dummy_job, save_config, save_data, save_model
 from tests.signals import hears_signals
 
 pytestmark = pytest.mark.slow
-TrainRun = Callable[[prepare.Job], RunDir]
+TrainRun = Callable[[prepare.Launch], RunDir]
 
 SHAPE = {
     "seq_len": 16, "global_batch": 8, "steps": 6, "lora.r": 4, "lora.dropout": 0.1, "optim.lr": 3e-3,

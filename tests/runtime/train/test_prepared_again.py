@@ -14,7 +14,7 @@ from qdist.core.spec.run_spec import RunSpec
 from qdist.host.files import cache_path
 from qdist.host.launch import claim, tasks
 from qdist.host.launch import prepare as launcher
-from qdist.host.launch.prepare import Job
+from qdist.host.launch.prepare import Launch
 from qdist.runtime.train.prepare import prepare
 from tests.runtime.tiny import adapted_run, real_job, save_data, save_model
 
@@ -31,13 +31,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def started(model: Path, here: Path) -> Job:
+def started(model: Path, here: Path) -> Launch:
     job = real_job(model, save_data(here / "data.jsonl"), here / "run", seq_len=64)
     claim.write(job)
     return job
 
 
-def resumed(job: Job, **changes: Any) -> Job:
+def resumed(job: Launch, **changes: Any) -> Launch:
     """The rest of a run, prepared in this process."""
 
     def prepared(spec: RunSpec, *, device: str) -> Prepared:

@@ -12,7 +12,7 @@ ADAPTERS: Mapping[str, type[LoraMethod]] = {"qlora": LoraMethod, "gptq-lora": Lo
 
 
 def adapter_parameters(facts: ModelFacts, rank: int, targets: tuple[str, ...], adapter: LoraMethod = LORA) -> int:
-    """Trained parameters of a model. Raises ModelError when a target is no linear of it."""
+    """Trained parameters of a model. Raises ModelError when a target is not a linear of it."""
     facts.targeted(targets)
     return sum(
         run.count * adapter.parameters(linear, rank) for run in facts.layers for linear in run.shape.targeted(targets)

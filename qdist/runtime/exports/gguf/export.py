@@ -44,7 +44,7 @@ def check_gguf(
     """
     facts, rope = facts_of(config, name=out.name), rope_of(config, name=out.name)
     stored = stored_tensors(tensors, facts, rope, kind)
-    with told(f"{out} is no whole GGUF file", ModelError, try_="export it again"):
+    with told(f"{out} is not a whole GGUF file", ModelError, try_="export it again"):
         found = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
     odd = sorted(found.keys() ^ {tensor.name for tensor in stored})
     if odd:

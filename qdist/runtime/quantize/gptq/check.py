@@ -73,7 +73,7 @@ def _tensors(folder: Path) -> dict[str, _Tensor]:
         raise ModelError(f"{folder} holds no safetensors", try_="a GPTQ checkpoint in safetensors")
     for file in sorted(set(files.values())):
         with opened(folder / file) as handle:
-            for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no dict)
+            for name in handle.keys():  # noqa: SIM118  (a safetensors handle is not a dict)
                 part = handle.get_slice(name)
                 found[name] = _Tensor(file, part.get_dtype(), tuple(part.get_shape()))
     return found

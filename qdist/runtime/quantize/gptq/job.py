@@ -29,7 +29,7 @@ _VERSION = 4
 _MOST_TOKENS = 2048
 
 
-class Job(NamedTuple):
+class GptqJob(NamedTuple):
     """A model, read, and what it is to become."""
 
     name: str
@@ -79,7 +79,7 @@ class Job(NamedTuple):
         return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
-def read_job(name: str, folder: Path, wanted: GptqSettings, devices: tuple[torch.device, ...]) -> Job:
+def read_job(name: str, folder: Path, wanted: GptqSettings, devices: tuple[torch.device, ...]) -> GptqJob:
     """Read a model folder and draw its samples.
 
     Raises ModelError, DataError or SpecError where they do not fit each other or GPTQ.
@@ -100,7 +100,7 @@ def read_job(name: str, folder: Path, wanted: GptqSettings, devices: tuple[torch
         raise ModelError(
             f"the tokenizer of {name} gives token {int(samples.max())}, of {decoder.facts.vocab} that it has"
         )
-    job = Job(name, folder, wanted, decoder, tensors, samples, devices)
+    job = GptqJob(name, folder, wanted, decoder, tensors, samples, devices)
     for entry in job.plain(job.layers):  # written last, after hours of layers
         entry.make()
     return job
@@ -137,7 +137,7 @@ _PARTS = {
 _ON_CPU = "CUDA_VISIBLE_DEVICES= in front of the command, to quantize on the CPU, or a GPU with more memory"
 
 
-def require_memory(job: Job) -> int:
+def require_memory(job: GptqJob) -> int:
     """Bytes that the fullest GPU will need; 0 on a CPU. Raises PlanError for a GPU with less."""
     found = [0]
     for worker, device in enumerate(_gpus(job.devices)):
@@ -154,7 +154,7 @@ def require_memory(job: Job) -> int:
     return max(found)
 
 
-def needed(job: Job, worker: int, free: int) -> Needs:
+def needed(job: GptqJob, worker: int, free: int) -> Needs:
     """Of a device with so many free bytes."""
     count, tokens = job.samples.shape
     lanes = -(-LANES // len(job.devices))

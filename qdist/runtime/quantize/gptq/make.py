@@ -22,7 +22,7 @@ from qdist.runtime.formats.gptq_folder import Quantized, entries, finish, how_to
 from qdist.runtime.formats.packed_folder import Entry, Written, file_name, finished, opened, write_tensors
 from qdist.runtime.formats.work_folder import filled, reserved
 from qdist.runtime.quantize.gptq.calibrate import Calibration, batches
-from qdist.runtime.quantize.gptq.job import Job, out_of_memory, peak, read_job, require_memory
+from qdist.runtime.quantize.gptq.job import GptqJob, out_of_memory, peak, read_job, require_memory
 from qdist.runtime.quantize.gptq.solve import Curvature, Solution, curvature, solve, unpacked
 
 _WIDTH = 80
@@ -167,7 +167,7 @@ def _devices() -> tuple[torch.device, ...]:
     return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count())) or (torch.device("cpu"),)
 
 
-def _require_space(job: Job, work: Path) -> None:
+def _require_space(job: GptqJob, work: Path) -> None:
     widest = Shape(job.wanted.bits[-1], job.wanted.group_size)
     packed = [
         sum(widest.bytes_of(part.inputs, part.outputs, ordered=True) for part in shape.linears)
@@ -182,7 +182,7 @@ def _require_space(job: Job, work: Path) -> None:
     require_space(work.parent, needed, purpose=f"quantizing {job.name}")
 
 
-def _write_layers(job: Job, work: Path, memory: int) -> dict[str, Written]:
+def _write_layers(job: GptqJob, work: Path, memory: int) -> dict[str, Written]:
     """All files of tensors, those that are there already as they are. memory: bytes that a GPU will need."""
     names = [file_name(position, job.layers) for position in range(job.layers + 1)]
     files = {name: there for name in names if (there := finished(work, name))}
@@ -199,7 +199,7 @@ def _write_layers(job: Job, work: Path, memory: int) -> dict[str, Written]:
     return {name: files[name] for name in names}
 
 
-def _write_missing(job: Job, work: Path, progress: Progress, missing: list[int]) -> dict[str, Written]:
+def _write_missing(job: GptqJob, work: Path, progress: Progress, missing: list[int]) -> dict[str, Written]:
     """The files of layers. One thread reads from the disk and writes to it, while the devices are at another layer."""
     calibration = Calibration(job.decoder.start(batches(job.samples), job.dtype), job.devices)
     read = partial(job.decoder.read, pin=job.devices[0].type == "cuda")
@@ -229,7 +229,7 @@ def _wait_for(written: dict[str, Future[Written]]) -> dict[str, Written]:
     return {name: future.result() for name, future in written.items()}
 
 
-def _quantize_layer(job: Job, calibration: Calibration, position: int) -> tuple[list[Entry], dict[str, Outcome]]:
+def _quantize_layer(job: GptqJob, calibration: Calibration, position: int) -> tuple[list[Entry], dict[str, Outcome]]:
     """A layer's packed linears; for the user, what became of each.
 
     Linears see what those before them in the layer give once quantized (the paper's true-sequential order).
@@ -248,7 +248,7 @@ def _quantize_layer(job: Job, calibration: Calibration, position: int) -> tuple[
 
 
 def _solved(
-    job: Job, calibration: Calibration, inputs: Curvature, step: list[str], root: str
+    job: GptqJob, calibration: Calibration, inputs: Curvature, step: list[str], root: str
 ) -> list[tuple[Solution, Quantized]]:
     """The linears that read the same inputs, each on a device of its own as far as there are some; packed on the CPU.
 
@@ -265,7 +265,7 @@ def _solved(
     return calibration.workers.spread(solved, len(step))
 
 
-def _narrowest(job: Job, weight: torch.Tensor, inputs: Curvature, path: str) -> Solution:
+def _narrowest(job: GptqJob, weight: torch.Tensor, inputs: Curvature, path: str) -> Solution:
     """In the first of the wanted widths that errs as little as wanted, else in the last."""
     wanted = job.wanted
     for bits in wanted.bits:
@@ -276,7 +276,7 @@ def _narrowest(job: Job, weight: torch.Tensor, inputs: Curvature, path: str) -> 
     return solution
 
 
-def _restore(job: Job, calibration: Calibration, file: Path, position: int) -> None:
+def _restore(job: GptqJob, calibration: Calibration, file: Path, position: int) -> None:
     """Give a layer the weights that an earlier process wrote."""
     with opened(file) as handle:
         for path in (path for step in job.decoder.steps(position) for path in step):
@@ -290,7 +290,7 @@ def _bits(words: int, inputs: int) -> int:
     return words * WORD // inputs
 
 
-def _described(job: Job, work: Path) -> Gptq:
+def _described(job: GptqJob, work: Path) -> Gptq:
     """The widths that were chosen, as the files have them: the most common, and linears that have another."""
     shapes, widths = job.decoder.shape.shapes, dict[str, Any]()
     for position in range(job.layers):

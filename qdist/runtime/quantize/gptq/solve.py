@@ -76,7 +76,7 @@ def curvature(hessian: torch.Tensor, *, damping: float = DAMPING, by_activation:
 
     damping: the part of the mean diagonal that is added to it, ten times more until a Cholesky factor exists.
     by_activation: take inputs by falling diagonal (`desc_act`), else as they are.
-    Raises ModelError for NaN and for a matrix that is no Hessian.
+    Raises ModelError for NaN and for a matrix that is not a Hessian.
     """
     if not bool(torch.isfinite(hessian).all()):
         raise ModelError(f"{name} reads inputs that are NaN or infinite", try_="other data, or a --dtype of more range")

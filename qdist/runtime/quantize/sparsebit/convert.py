@@ -171,7 +171,7 @@ class Converted(NamedTuple):
     notes: tuple[str, ...]
 
 
-class Job(NamedTuple):
+class Conversion(NamedTuple):
     """A checkpoint, the model that it belongs to, and how its numbers are written."""
 
     checkpoint: Checkpoint
@@ -207,7 +207,9 @@ def convert(source: Path, out: Path, *, config: Path | None = None, drop_bias: b
         shape = blueprint(work)
         check(checkpoint._replace(biases=biases), shape, source)
         zeros = _all_zeros(checkpoint)
-        job = Job(checkpoint._replace(biases=biases), shape, _heads(checkpoint, shape), zeros, _gptq(checkpoint, zeros))
+        job = Conversion(
+            checkpoint._replace(biases=biases), shape, _heads(checkpoint, shape), zeros, _gptq(checkpoint, zeros)
+        )
         files, loss = _write(job, work)
         for path in beside(config):
             copy_beside(path, work)
@@ -282,7 +284,7 @@ def _heads(checkpoint: Checkpoint, shape: Blueprint) -> dict[str, int]:
     }
 
 
-def _write(job: Job, work: Path) -> tuple[dict[str, Written], float]:
+def _write(job: Conversion, work: Path) -> tuple[dict[str, Written], float]:
     """A file a decoder layer and one for the rest. Also the largest relative change of a scale."""
     layers, loss = job.shape.layers, 0.0
     files: dict[str, Written] = {}
@@ -295,7 +297,7 @@ def _write(job: Job, work: Path) -> tuple[dict[str, Written], float]:
     return files, loss
 
 
-def _tensors(job: Job, position: int) -> tuple[list[Entry], float]:
+def _tensors(job: Conversion, position: int) -> tuple[list[Entry], float]:
     """What a file holds, and the largest relative change of a scale in it."""
     tensors, loss = list[Entry](), 0.0
     for name in (name for name in job.shape.shapes if job.shape.layer(name) == position):
@@ -309,14 +311,14 @@ def _tensors(job: Job, position: int) -> tuple[list[Entry], float]:
     return tensors, loss
 
 
-def _rows(job: Job, path: str, value: torch.Tensor, dim: int) -> torch.Tensor:
+def _rows(job: Conversion, path: str, value: torch.Tensor, dim: int) -> torch.Tensor:
     """The outputs of a linear in transformers' order."""
     if path not in job.heads:
         return value
     return value.index_select(dim, halves(value.shape[dim], job.heads[path]))
 
 
-def _linear(job: Job, path: str) -> tuple[Quantized, float]:
+def _linear(job: Conversion, path: str) -> tuple[Quantized, float]:
     linear = job.checkpoint.linears[path]
     scales, lost = _half_scales(linear)
     zeros = _rows(job, path, job.zeros[path], 1)
@@ -344,7 +346,7 @@ def _half_scales(linear: Linear) -> tuple[torch.Tensor, float]:
     return halves.t().contiguous(), float(((kept - wide).abs() / wide).max())
 
 
-def _plain(job: Job, name: str) -> torch.Tensor:
+def _plain(job: Conversion, name: str) -> torch.Tensor:
     """A tensor that is not quantized; zeros for a bias that only others have."""
     path, _, leaf = name.rpartition(".")
     if leaf == "bias":
@@ -355,7 +357,7 @@ def _plain(job: Job, name: str) -> torch.Tensor:
     return _rows(job, path, value, 0)
 
 
-def _more_notes(job: Job, loss: float) -> list[str]:
+def _more_notes(job: Conversion, loss: float) -> list[str]:
     notes = []
     if job.heads:
         notes.append(f"rows of {len(job.heads)} query and key weights reordered from Meta's order to transformers'")

@@ -9,8 +9,8 @@ import torch
 from qdist.core.errors import SpecError
 from qdist.core.machine.cards import described
 from qdist.core.model.families import from_config
-from qdist.core.planning.candidates import HEADROOM
-from qdist.core.planning.layer_map import device_map
+from qdist.core.planning.candidates import USABLE_SHARE
+from qdist.core.planning.device_map import device_map
 from qdist.core.planning.plan import Plan, Source
 from qdist.core.planning.planner import make_plan
 from qdist.core.spec.run_spec import memory_cap_of, nest, resolve
@@ -50,7 +50,7 @@ def test_different_cards_are_planned_each_within_its_own_memory(
     assert plan.tokens_per_second > 0
     for rank in plan.ranks:
         for gpu, own in zip(rank.gpus, rank.expected, strict=True):
-            assert own.required <= HEADROOM * min(totals[gpu], memory_cap_of(plan.spec, gpu) or totals[gpu])
+            assert own.required <= USABLE_SHARE * min(totals[gpu], memory_cap_of(plan.spec, gpu) or totals[gpu])
     if plan.placement == "split":
         assert {gpu for rank in plan.ranks for gpu in rank.gpus} == set(range(len(totals)))
 

@@ -28,7 +28,7 @@ from tests.runtime.data.test_tokenized import tiny_tokenizer
 from tests.runtime.tiny import dummy_job, real_job, save_config, save_data, save_model
 
 pytestmark = pytest.mark.slow
-TrainRun = Callable[[prepare.Job], RunDir]
+TrainRun = Callable[[prepare.Launch], RunDir]
 
 SHAPE: dict[str, Any] = {
     "seq_len": 16, "global_batch": 8, "micro_batch": 1, "steps": 12, "lora__r": 4, "optim__lr": 3e-3,
@@ -52,7 +52,7 @@ def alone(train: TrainRun, model: Path, folder: Path) -> RunDir:
     return train(dummy_job(model, folder / "alone", gpus=1, **SHAPE))
 
 
-def split(job: prepare.Job, layer_map: tuple[int, ...], *, groups: int = 1, zero: int = 0) -> prepare.Job:
+def split(job: prepare.Launch, layer_map: tuple[int, ...], *, groups: int = 1, zero: int = 0) -> prepare.Launch:
     """A planned job, its backbone in stages."""
     plan = job.plan
     stages = max(layer_map) + 1
@@ -77,7 +77,7 @@ def split(job: prepare.Job, layer_map: tuple[int, ...], *, groups: int = 1, zero
     return job._replace(plan=new, files=files_of(new, job))
 
 
-def files_of(plan: Plan, job: prepare.Job) -> dict[str, str]:
+def files_of(plan: Plan, job: prepare.Launch) -> dict[str, str]:
     files = {**job.files, PLAN: msgspec.json.encode(plan).decode()}
     files[ACCELERATE_FILE] = json.dumps(accelerate_config(plan))
     if plan.engine == "deepspeed":

@@ -17,7 +17,7 @@ import qdist
 from qdist.core.errors import ModelError
 from qdist.core.model.families import from_config
 from qdist.core.model.gptq import Gptq, Override, Shape
-from qdist.core.planning.memory import Job, packed_layer_bytes
+from qdist.core.planning.memory import TrainingShape, packed_layer_bytes
 from qdist.host.sources.model_folder import stated
 from qdist.runtime.formats.gptq_folder import entries
 from qdist.runtime.formats.packed_folder import write_tensors
@@ -124,7 +124,7 @@ def test_linears_of_several_widths_load_as_their_overrides_say(tmp_path: Path) -
     assert widths == [3, 4, 2, 4, 16]
     facts = from_config(json.loads((folder / "config.json").read_text()), name="mixed")
     told = check.checked(folder, blueprint(folder), gptq)
-    job = Job(bits=4, gptq=told, compute_bytes=2, rank_r=1, targets=("all-linear",), seq_len=8)
+    job = TrainingShape(bits=4, gptq=told, compute_bytes=2, rank_r=1, targets=("all-linear",), seq_len=8)
     held = [
         sum(value.numel() * value.element_size() for value in layer.parameters()) for layer in decoder_layers(model)
     ]
@@ -138,7 +138,7 @@ def test_a_layer_holds_the_bytes_that_were_predicted(tmp_path: Path, bits: Any, 
     folder = save_gptq(tmp_path / "gptq", gptq)
     model, _ = qdist.load(folder)
     facts = from_config(json.loads((folder / "config.json").read_text()), name="gptq")
-    job = Job(bits=4, gptq=gptq, compute_bytes=2, rank_r=1, targets=("all-linear",), seq_len=8)
+    job = TrainingShape(bits=4, gptq=gptq, compute_bytes=2, rank_r=1, targets=("all-linear",), seq_len=8)
     layer = decoder_layers(model)[0]
     indices = [module.g_idx for module in layer.modules() if getattr(module, "g_idx", None) is not None]
     held = sum(value.numel() * value.element_size() for value in (*layer.parameters(), *indices))
@@ -286,7 +286,7 @@ def test_an_old_file_is_read_as_tensors_alone(
     (folder / name).write_bytes((folder / name).read_bytes()[:2000])
     refused(folder, name)
     torch.save([1, 2], folder / name)
-    refused(folder, "is no table of tensors by name")
+    refused(folder, "is not a table of tensors by name")
 
 
 REFERENCE = Path(__file__).parents[5] / "shared/data/gptq_sym_g128"

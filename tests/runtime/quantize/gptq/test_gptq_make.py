@@ -24,7 +24,7 @@ from qdist.runtime.quantize.gptq import make as making
 from qdist.runtime.quantize.gptq.calibrate import Calibration, LaneSums, batches, pieces
 from qdist.runtime.quantize.gptq.check import checked
 from qdist.runtime.quantize.gptq.decoder import Decoder
-from qdist.runtime.quantize.gptq.job import Job
+from qdist.runtime.quantize.gptq.job import GptqJob
 from qdist.runtime.quantize.gptq.make import make, run
 from qdist.runtime.quantize.gptq.solve import relative_error, unpacked
 from qdist.runtime.quantize.source import blueprint, tensors_of
@@ -273,7 +273,7 @@ def test_weights_at_work_hold_every_linear_as_it_is_stored() -> None:
     for linears, dtype in (("ab", torch.bfloat16), ("c", torch.float16), ("ac", torch.float32), ("abd", torch.float32)):
         decoder: Any = SimpleNamespace(shape=SimpleNamespace(linears=frozenset(linears)))
         tensors: Any = SimpleNamespace(dtype=stored.__getitem__)
-        job = Job("m", Path(), wanted("text"), decoder, tensors, torch.empty(0), (torch.device("cuda", 0),))
+        job = GptqJob("m", Path(), wanted("text"), decoder, tensors, torch.empty(0), (torch.device("cuda", 0),))
         assert job.dtype == dtype
 
 

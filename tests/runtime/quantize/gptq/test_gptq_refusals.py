@@ -64,7 +64,7 @@ def refused_by_launch(model: Path, data: Path, tmp_path: Path, **settings: Any) 
     ("content", "says"),
     [
         (b'{"bits": 4,', "quantize_config.json is not JSON: line 1, column 12: Expecting property name"),
-        (b'{"bits": "\xff"}', "quantize_config.json is no text: byte 0xff at position 10 is no UTF-8"),
+        (b'{"bits": "\xff"}', "quantize_config.json is not text: byte 0xff at position 10 is not UTF-8"),
         (b"[4]", "quantize_config.json is not a JSON object: it holds a list"),
         (b"null", "quantize_config.json is not a JSON object: it holds null"),
     ],
@@ -165,7 +165,7 @@ def test_a_model_that_bitsandbytes_packed_is_not_to_be_quantized_again(plain: Pa
     quantize(str(plain), packed, Packing(bits=4))
     error = refused_by_launch(packed, data, tmp_path)
     assert isinstance(error, ModelError)
-    assert "is no GPTQ checkpoint" in error.message
+    assert "is not a GPTQ checkpoint" in error.message
     assert error.try_.startswith("the 16-bit model that it was made from")
     assert f"qdist quantize {packed}" not in error.try_
     with pytest.raises(ModelError, match="is quantized already, with bitsandbytes"):
