@@ -176,10 +176,10 @@ def _write_cache(world: Path) -> None:
         card="NVIDIA H200", gpus=1, world_size=1, placement="replicate", gpus_per_group=1, zero_stage=0,
         model="llama-7b", bits=4, seq_len=512, micro_batch=1, checkpointed_layers=0, predicted_bytes=10**10,
         measured_bytes=10**10, predicted_context_bytes=10**9, measured_context_bytes=10**9, predicted_tokens_s=1e4,
-        measured_tokens_s=1e4, probe="table", version="",
+        measured_tokens_s=1e4, rates="table", version="",
     )  # fmt: skip
     calibration.append(lesson)
-    probe.keep(["NVIDIA H200"], "1", probe.tabled(["NVIDIA H200"]) or _no_rates(Rates))
+    probe.keep_rates(["NVIDIA H200"], "1", probe.tabled_rates(["NVIDIA H200"]) or _no_rates(Rates))
     plan = RunDir(world / "run").plan()
     from qdist.core.planning.plan import Prepared
 
@@ -388,7 +388,9 @@ def _packed(world: Path) -> None:
 
 def _model(world: Path) -> None:
     from qdist.runtime.infer.load import load
+    from qdist.runtime.tasks import quiet
 
+    quiet()  # as every command that loads a model is
     with _cache(world):
         load(world / "model")
 
@@ -406,7 +408,7 @@ def _remembered(world: Path) -> None:
 def _lessons(world: Path) -> None:
     with _cache(world):
         calibration.read()
-        probe.measured(["NVIDIA H200"], "1")
+        probe.measured_rates(["NVIDIA H200"], "1")
 
 
 def _tokens(world: Path) -> None:

@@ -11,7 +11,6 @@ from qdist.core.errors import MachineError
 from qdist.core.machine.measured import CardRates, slowest
 from qdist.host.launch import measuring
 from qdist.host.machine import links, nvml, probe
-from qdist.host.machine import probe as rates
 from qdist.host.machine.doctor import Check, diagnose, look
 from qdist.host.terminal import say
 
@@ -48,7 +47,7 @@ def _measure() -> tuple[Check, ...]:
     kept = slowest(found.cards, source=time.strftime("measured %Y-%m-%d"))
     say("\n" + verdict(checks, found.seconds))
     if kept is not None and not any(check.status == "fail" for check in checks):
-        path = rates.keep([card.name for card in chosen], driver.version, kept)
+        path = probe.keep_rates([card.name for card in chosen], driver.version, kept)
         say(f"plans use these rates from now on: {path}")
     return checks
 

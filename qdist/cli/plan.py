@@ -52,5 +52,5 @@ def plan(form: str | None, **asked: Any) -> None:
 
 def requested(**asked: Any) -> PlanRequest:
     """What the flags of `qdist plan` ask for."""
-    own = {name: asked.pop(name) for name in PlanRequest.__struct_fields__ if name in asked}
+    own = {name: asked.pop(name) for name in msgspec.structs.asdict(PlanRequest()) if name in asked}
     return PlanRequest(settings=asked, **own)

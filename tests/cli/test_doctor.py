@@ -14,7 +14,6 @@ from qdist.core.machine.cluster import Cluster
 from qdist.core.text import GIB
 from qdist.host.launch import measuring
 from qdist.host.machine import links, nvml, probe
-from qdist.host.machine import probe as rates
 from qdist.host.machine.doctor import Check, diagnose
 from tests.core.machine.test_measured import CARD, LINKS, card
 from tests.host.machine.test_doctor import changed
@@ -60,7 +59,7 @@ def test_rates_are_shown_judged_and_kept(monkeypatch: pytest.MonkeyPatch) -> Non
         "  1    790 TFLOP/s  4000 GB/s    55 GB/s    300 GB/s    250 GB/s  200 GB/s    0.90 ms",
     ]
     assert "fit for training (measured in 21 s)" in lines
-    kept = rates.measured(["H200", "H200"], "580.1")
+    kept = probe.measured_rates(["H200", "H200"], "580.1")
     assert kept is not None
     assert (kept.link_bytes_s, kept.source.split()[0]) == (300e9, "measured")
 
@@ -71,7 +70,7 @@ def test_gpus_that_alter_bytes_are_not_trained_on_and_not_kept(monkeypatch: pyte
     assert result.exit_code == 1
     assert "12,345 bytes changed on the way from GPU 1 to GPU 0" in result.stdout
     assert "these GPUs alter what they send each other: train on one of them" in result.stdout
-    assert rates.measured(["H200", "H200"], "580.1") is None
+    assert probe.measured_rates(["H200", "H200"], "580.1") is None
 
 
 def test_links_that_could_not_be_measured_fail_and_the_cards_are_still_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,7 +219,7 @@ def _facts_in_runs(facts: Any) -> Any:
     if not isinstance(facts, Mapping):
         return facts
     renamed = {"norms" if key == "norms_per_layer" else key: value for key, value in facts.items()}
-    shape = {key: renamed.pop(key) for key in LayerShape.__struct_fields__ if key in renamed}
+    shape = {key: renamed.pop(key) for field in msgspec.structs.fields(LayerShape) if (key := field.name) in renamed}
     return {**renamed, "layers": [{"shape": shape, "count": renamed.get("layers")}]}
 
 

@@ -158,7 +158,7 @@ def judge(
     cluster: Cluster,
     wiring: links.Wiring | None,
     *,
-    tabled: Callable[[Sequence[str]], Rates | None] = probe.tabled,
+    tabled: Callable[[Sequence[str]], Rates | None] = probe.tabled_rates,
 ) -> tuple[Check, ...]:
     """The findings, in the order a person would look at them."""
     expected = tabled([gpu.name for gpu in cluster.gpus])

@@ -18,12 +18,12 @@ from qdist.host.machine import nvml
 from qdist.host.opening import read_typed
 
 
-def known(names: Sequence[str], driver: str) -> Rates | None:
+def known_rates(names: Sequence[str], driver: str) -> Rates | None:
     """Rates of the GPUs with these names: measured here under this driver, else from the table of cards, else None."""
-    return measured(names, driver) or tabled(names)
+    return measured_rates(names, driver) or tabled_rates(names)
 
 
-def measured(names: Sequence[str], driver: str) -> Rates | None:
+def measured_rates(names: Sequence[str], driver: str) -> Rates | None:
     """What `keep` was given for the same cards; a file that cannot be read is as if it were not there."""
     try:
         return read_typed(_file(names, driver), Rates, MachineError)
@@ -31,13 +31,13 @@ def measured(names: Sequence[str], driver: str) -> Rates | None:
         return None
 
 
-def tabled(names: Sequence[str]) -> Rates | None:
+def tabled_rates(names: Sequence[str]) -> Rates | None:
     """What the table of cards says of the slowest of them; None where it lacks one."""
     found = [rates for name in dict.fromkeys(names) if (rates := rates_of(name)) is not None]
     return least(found) if found and len(found) == len(set(names)) else None
 
 
-def keep(names: Sequence[str], driver: str, rates: Rates) -> Path:
+def keep_rates(names: Sequence[str], driver: str, rates: Rates) -> Path:
     """Store rates for `known`; the file they are in."""
     path = _file(names, driver)
     cache_dir(path.parent.name)
@@ -102,7 +102,7 @@ ReadRates = Callable[[Sequence[str], str], Rates | None]
 def cluster(
     *,
     read_driver: ReadDriver = nvml.read,
-    read_rates: ReadRates = known,
+    read_rates: ReadRates = known_rates,
     environment: Mapping[str, str] = os.environ,
     root: Path = Path("/"),
 ) -> Cluster:

@@ -10,7 +10,7 @@ from qdist.core.errors import PlanError, QdistError, SpecError
 from qdist.core.machine.calibration import Correction
 from qdist.core.machine.cluster import Cluster, Gpu, hypothetical
 from qdist.core.planning.memory import Share, TrainingShape, budget, sizes
-from qdist.core.planning.plan import DataFacts, Plan, digest
+from qdist.core.planning.plan import DataFacts, Plan, Start, digest
 from qdist.core.planning.planner import USABLE_SHARE
 from qdist.core.planning.process_memory import CUDA_CONTEXT_BYTES
 from qdist.core.spec.run_spec import Train
@@ -260,7 +260,11 @@ def test_a_note_says_what_is_recomputed_and_where_rates_come_from() -> None:
         "activations of every layer do not fit and are recomputed in the backward pass",
         "no card was named: speed is predicted as of the RTX A6000",
     )
-    assert planned("llama-65b", gpus(4, 48), {"placement": "replicate"}).notes[0].startswith("what 77 of 80 layers")
+    assert (
+        planned("llama-65b", gpus(4, 48), {"placement": "replicate"})
+        .notes[0]
+        .startswith("activations of 77 of 80 layers")
+    )
 
 
 def test_a_plan_survives_json_with_its_digest() -> None:
@@ -342,7 +346,7 @@ def test_the_digest_changes_with_every_field() -> None:
         "facts": msgspec.structs.replace(plan.facts, vocab=7), "compute_dtype": "float16", "optimizer": "paged-adamw",
         "engine": "deepspeed", "placement": "split", "schedule": "1f1b",
         "layer_map": (0, 1), "offloaded_layers": (1,), "alternatives": (), "correction": Correction(speed=0.5),
-        "liger": not plan.liger,
+        "liger": not plan.liger, "start": Start(path="an adapter", digest="ab"),
         "ranks": plan.ranks[:1], "notes": ("a note",),
     }  # fmt: skip
     fields = [field.name for field in msgspec.structs.fields(Plan)]

@@ -101,7 +101,7 @@ def test_qa_lora_takes_the_scale_and_merges_with_it(folder: Path, tmp_path: Path
     peft = PeftModel.from_pretrained(backbone_of(run.plan()), run.adapter, config=config).eval()
     wanted = logits_of(load(run.path)[0], high=250)
     assert error(logits_of(peft, high=250), wanted) < 1e-5
-    merge_offsets(Adapters([run]), tmp_path / "merged", lambda _: None)
+    merge_offsets(Adapters([run]), tmp_path / "merged")
     assert error(logits_of(load(str(tmp_path / "merged"), dtype="float32")[0], high=250), wanted) < 10 * BOUND
 
 
