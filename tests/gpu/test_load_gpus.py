@@ -126,8 +126,8 @@ def capped(run: RunDir, *, whole: bool) -> tuple[Footprint, int]:
         plan.facts, bits=16, double_quant=True, compute_bytes=2, tokens=2048, rank_r=plan.spec.lora.r,
         targets=plan.spec.lora.targets,
     )  # fmt: skip
-    needed = parts.everywhere + parts.first + parts.last + parts.layers * parts.layer
-    return parts, int((needed if whole else needed - parts.layer // 2) / USABLE_SHARE) + 1024
+    needed = parts.everywhere + parts.first + parts.last + sum(parts.layers)
+    return parts, int((needed if whole else needed - parts.layers[0] // 2) / USABLE_SHARE) + 1024
 
 
 @pytest.mark.gpu
