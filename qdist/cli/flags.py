@@ -11,8 +11,8 @@ from qdist.core.errors import SpecError, flag_of
 from qdist.core.spec.keys import accepted, choices, description, kinds_of, known_keys
 from qdist.core.spec.lookup import COMMON
 from qdist.core.spec.run_spec import RunSpec
-from qdist.core.spec.suggest import known_as
-from qdist.core.text import quoted
+from qdist.core.spec.suggest import RELATED_NAMES, known_as
+from qdist.core.text import command, quoted
 
 F = TypeVar("F", bound=Callable[..., Any])
 _LIKE_THEIR_SETTINGS = (
@@ -85,11 +85,20 @@ class SettingsCommand(click.Command):
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             settings = [key for key, section in known_keys(RunSpec).items() if section is None]
-            key = known_as(error.option_name.lstrip("-").replace("-", "_"), settings)
+            word = error.option_name.lstrip("-").replace("-", "_")
+            key = known_as(word, settings)
+            if key is None and (related := RELATED_NAMES.get(word)):
+                told = f"{error.option_name} is not a flag: {related} has other values"
+                raise SpecError(told, try_=command("settings", word)) from None
             if key is None:
                 raise
             value = _value_of(error.option_name, typed)
             flag = next((flag_of(name) for name, flagged in FLAGS.items() if flagged == key), None)
+            if flag == error.option_name:
+                raise SpecError(
+                    f"{flag} is a flag of launch, and {ctx.info_name} does without it",
+                    try_="leave it out, or qdist launch with --dry-run",
+                ) from None
             told = f"its flag is {flag}" if flag else f"{key} is a setting"
             try_ = quoted(flag, value) if flag else quoted("--set", f"{key}={value}")
             raise SpecError(f"{error.option_name} is not a flag: {told}", try_=try_) from None

@@ -58,5 +58,5 @@ def launch(recipe: str | None, assignments: tuple[str, ...], resume: bool, dry_r
 
 def _how_to_go_on(run: RunDir) -> str:
     steps = run.checkpoint_steps()
-    kept = f"the checkpoint of step {steps[-1]} is whole" if steps else "there is no checkpoint yet"
+    kept = f"the checkpoint of step {steps[-1]} is saved" if steps else "there is no checkpoint yet"
     return f"{kept}\n  go on: {resuming(run.path)}"

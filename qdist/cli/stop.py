@@ -27,7 +27,7 @@ def stop(run: str) -> None:
         (folder.path / STOP).touch()
     except OSError as error:
         raise RunError(f"{run} cannot be asked to stop: {error.strerror}", try_="the user who launched it") from error
-    say(f"{run} saves and ends after its step")
+    say(f"{run} saves a checkpoint after this step and ends")
     while state_of(folder) == "running":
         time.sleep(0.2)
     if folder.result() is not None:

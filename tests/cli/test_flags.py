@@ -83,3 +83,19 @@ def test_a_flag_reaches_the_plan() -> None:
 def test_a_shell_completes_commands_flags_and_choices(typed: list[str], begun: str, offered: list[str]) -> None:
     found = BashComplete(main, {}, "qdist", "_QDIST_COMPLETE").get_completions(typed, begun)
     assert [item.value for item in found if item.type == "plain"] == offered
+
+
+def test_a_flag_of_launch_is_not_answered_with_itself() -> None:
+    result = CliRunner().invoke(main, ["plan", "--model", "llama-7b", "--data", "my.jsonl"], prog_name="qdist")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: --data is a flag of launch, and plan does without it\n"
+        "  try: leave it out, or qdist launch with --dry-run\n"
+    )
+
+
+@pytest.mark.parametrize("theirs", ["--use_rslora", "--bf16"])
+def test_a_name_of_others_with_other_values_leads_to_what_it_is_here(theirs: str) -> None:
+    result = CliRunner().invoke(main, ["launch", theirs, "true"], prog_name="qdist")
+    assert result.exit_code == 2
+    assert f"try: qdist settings {theirs[2:]}" in result.stderr

@@ -216,7 +216,7 @@ def test_a_wrong_setting_ends_in_two_lines_and_code_2(arguments: tuple[str, ...]
         (("--run", "gone", "--resume"), "error: gone is not a run: it has no plan.json\n"),
         (
             ("--model", "lama-7b", "--load-format", "dummy"),
-            "error: no model is called 'lama-7b': it is no run, folder, file or alias here",
+            "error: no model is called 'lama-7b': no run, folder, file or alias here has that name",
         ),
     ],
 )

@@ -45,7 +45,7 @@ def test_a_narrow_window_breaks_texts_under_themselves() -> None:
 def test_a_word_that_finds_nothing_is_a_wrong_request() -> None:
     result = qdist("settings", "zzz")
     assert (result.exit_code, result.stderr) == (
-        2, "error: no setting is called 'zzz' or says so\n  try: qdist settings\n",
+        2, "error: no setting matches 'zzz'\n  try: qdist settings\n",
     )  # fmt: skip
 
 

@@ -217,7 +217,7 @@ def each_card(text: str, flag: str) -> tuple[str, ...]:
     Raises SpecError for none, and for more cards than a machine can have. flag: where it was typed.
     """
     found: list[str] = []
-    for part in text.split("+"):
+    for part in re.split(r"[+,]", text):
         match = re.fullmatch(r"\s*(\d{1,9})\s*x\s*(.+)", part, re.IGNORECASE)
         count, own = (int(match[1]), match[2]) if match else (1, part)
         if not 1 <= count <= MOST_RANKS - len(found):

@@ -87,7 +87,7 @@ def find_settings(word: str) -> tuple[Setting, ...]:
     by_text = [each for each in every if re.search(rf"(?<!\w){re.escape(word)}", each.text, re.IGNORECASE)]
     found = dict.fromkeys([each for each in every if each.key == meant] + by_key + by_text)
     if not found:
-        raise SpecError(f"no setting is called {word!r} or says so", try_="qdist settings")
+        raise SpecError(f"no setting matches {word!r}", try_="qdist settings")
     return tuple(found)
 
 

@@ -42,7 +42,10 @@ def refuse_used(run: RunDir, *, held: bool = False) -> None:
     if not held:
         refuse_running(run)
     if run.result() is not None:
-        raise RunError(f"{run.path} holds a finished run", try_="another --run")
+        raise RunError(
+            f"{run.path} holds a finished run",
+            try_=f"another --run, or more steps: {resuming(run.path, '--steps', 'N')}",
+        )
     if run.exists():
         steps = run.checkpoint_steps()
         where = f"a checkpoint of step {steps[-1]}" if steps else "no checkpoint yet"
@@ -70,7 +73,7 @@ def refuse_done(plan: Plan, run: RunDir) -> None:
         raise RunError(f"{finished}: its {schedule} learning rate has ended with them", try_="a new run")
     if plan.steps <= done:
         more = resuming(run.path, "--steps", 2 * done)
-        raise RunError(f"{finished}: it goes on to more of them only, not to {plan.steps:,}", try_=more)
+        raise RunError(f"{finished}: it can only go on to more steps, not to {plan.steps:,}", try_=more)
 
 
 def refuse_unwritable(run: RunDir, *, probe: bool = False) -> None:

@@ -189,7 +189,7 @@ def _alias(name: str) -> Alias:
         return lookup(name)
     except ModelError as error:
         raise ModelError(
-            f"{error.message}: it is no run, folder, file or alias here", try_=nearest_model(name) or error.try_
+            f"{error.message}: no run, folder, file or alias here has that name", try_=nearest_model(name) or error.try_
         ) from None
 
 

@@ -245,4 +245,4 @@ def run(request: Gather) -> None:
     total, parameters = run.plan().steps, sum(tensor.numel() for tensor in tensors.values())
     say(f"{folder}: step {step} of {total}, {len(tensors)} tensors, {parameters:,} parameters")
     if request.out is None and step != total:
-        say(f"note     it is not the end's: what uses {run.path} says so, until it is gathered again")
+        say(f"note     it is not the run's last step: commands that use {run.path} say so until it is gathered again")

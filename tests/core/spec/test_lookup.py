@@ -56,7 +56,7 @@ def test_a_word_finds_settings_by_key_and_text(word: str, keys: list[str]) -> No
 
 
 def test_a_word_that_no_setting_has_is_refused() -> None:
-    with pytest.raises(SpecError, match="no setting is called 'zzz'"):
+    with pytest.raises(SpecError, match="no setting matches 'zzz'"):
         find_settings("zzz")
 
 

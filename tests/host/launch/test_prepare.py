@@ -184,7 +184,8 @@ def test_a_spec_that_lacks_something_is_refused(settings: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("files", "message", "attempt"),
     [
-        (["plan.json", "result.json"], "run holds a finished run", "another --run"),
+        (["plan.json", "result.json"], "run holds a finished run",
+         "another --run, or more steps: qdist launch --resume --run run --steps N"),
         (["plan.json"], "run holds an unfinished run with no checkpoint yet",
          "qdist launch --resume --run run, or another --run"),
         (["plan.json", "checkpoints/step_000020/DONE", "checkpoints/step_000040/state.json"],
@@ -285,12 +286,12 @@ def test_a_resumed_run_keeps_what_its_steps_compute(changes: dict[str, Any], mes
     ("result", "checkpoint", "changes", "message", "attempt"),
     [
         ("", 4, {"steps": 3}, "run has done 4 steps, more than 3", "qdist launch --resume --run run --steps 8"),
-        ('{"steps": 5}', 5, {"steps": 5}, "run is finished after 5 steps: it goes on to more of them only, not to 5",
+        ('{"steps": 5}', 5, {"steps": 5}, "run is finished after 5 steps: it can only go on to more steps, not to 5",
          "qdist launch --resume --run run --steps 10"),
-        ('{"steps": 5}', 5, {"steps": 2}, "run is finished after 5 steps: it goes on to more of them only, not to 2",
+        ('{"steps": 5}', 5, {"steps": 2}, "run is finished after 5 steps: it can only go on to more steps, not to 2",
          "qdist launch --resume --run run --steps 10"),
         ('{"steps": 5}', 5, {"train.keep": 1},
-         "run is finished after 5 steps: it goes on to more of them only, not to 5",
+         "run is finished after 5 steps: it can only go on to more steps, not to 5",
          "qdist launch --resume --run run --steps 10"),
         ('{"steps": 5}', 0, {"steps": 9}, "run is finished after 5 steps, and no checkpoint of it is left to go on "
          "from", "a new run"),
@@ -600,7 +601,7 @@ def test_a_run_that_is_asked_to_stop_from_another_terminal_is_stopped_and_not_fa
         started(job, show)
     said, _ = asked[0].communicate(timeout=30)
     assert said == (
-        "run saves and ends after its step\nstopped; there is no checkpoint yet\n"
+        "run saves a checkpoint after this step and ends\nstopped; there is no checkpoint yet\n"
         "  go on: qdist launch --resume --run run\n"
     )
     assert state_of(job.run) == "stopped"

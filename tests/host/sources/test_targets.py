@@ -68,7 +68,7 @@ def test_a_run_whose_model_is_gone_is_refused_and_opens_once_it_is_back(here: Pa
         ("my runs/doen", "my runs/doen is neither a run nor a model", "my runs/done"),
         ("my runs/done/adapter", "adapter is the adapter of a run", "the run: my runs/done"),
         ("my runs", "my runs is neither a run nor a model", "my runs/begun or my runs/done"),
-        ("tny", "no model is called 'tny': it is no run, folder, file or alias here", "tiny"),
+        ("tny", "no model is called 'tny': no run, folder, file or alias here has that name", "tiny"),
         ("./tiny/nothing.gguf", "no file ./tiny/nothing.gguf", "the path of a .gguf file"),
     ],
 )

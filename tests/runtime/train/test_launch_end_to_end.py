@@ -334,7 +334,7 @@ def test_ctrl_c_saves_and_the_rest_runs_to_its_end_and_says_when_it_is_finished(
     assert process.returncode == 130, said
     nothing_left(run.path)
     (step,) = run.checkpoint_steps()
-    assert f"the checkpoint of step {step} is whole" in said
+    assert f"the checkpoint of step {step} is saved" in said
     resumed = launch("--resume", "--run", run.path)
     said, _ = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, said
