@@ -44,7 +44,7 @@ def main() -> None:
     """Exit with the names that differ."""
     sharded, whole = RunDir(sys.argv[1]), RunDir(sys.argv[2])
     plan = sharded.plan()
-    devices = pick_devices(plan, int(os.environ["LOCAL_RANK"]))
+    devices = pick_devices(plan, int(os.environ["RANK"]))
     accelerator = make_accelerator(plan, sharded)
     comm = Comm(devices[0])
     (losses, gradients), (others, wanted) = (compute(each, accelerator, comm, devices) for each in (plan, whole.plan()))

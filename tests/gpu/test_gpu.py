@@ -84,7 +84,7 @@ from qdist.runtime.train.setup import make_accelerator, pick_devices
 
 run = RunDir(sys.argv[1])
 plan = run.plan()
-(device,) = pick_devices(plan, int(os.environ["LOCAL_RANK"]))
+(device,) = pick_devices(plan, int(os.environ["RANK"]))
 accelerator = make_accelerator(plan, run)
 layer = torch.nn.Linear(64, 64, bias=False, device=device)
 adapter = Adapter(layer, lambda batch: layer(batch).square().sum())

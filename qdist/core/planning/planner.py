@@ -8,6 +8,7 @@ from qdist.core.machine.calibration import Correction
 from qdist.core.machine.cards import rates_for
 from qdist.core.machine.cluster import Cluster, Rates
 from qdist.core.machine.cluster import changed as machine_changed
+from qdist.core.machine.world import Rank, World, checked_world
 from qdist.core.model.adapters.registry import ADAPTERS
 from qdist.core.model.shapes import ModelFacts
 from qdist.core.planning.advice import (
@@ -243,21 +244,22 @@ def _setting(inputs: _Inputs, count: int) -> PlanningContext:
 def _ranks(setting: PlanningContext, winner: Candidate, device: str) -> tuple[RankPlan, ...]:
     """The grid's processes, group by group."""
     layout, own = winner.layout, winner.layout.gpus_per_rank
+    world = checked_world(World(layout.groups, layout.gpus_per_group, own))
 
-    def budgets(rank: int) -> tuple[MemoryBudget, ...]:
+    def budgets(rank: Rank) -> tuple[MemoryBudget, ...]:
         data_rank, stage = divmod(rank, layout.stages)
         return _budgets(setting, winner, data_rank)[stage * own : (stage + 1) * own]
 
     return tuple(
         RankPlan(
             rank=rank,
-            node=0,
-            gpus=tuple(range(rank * own, (rank + 1) * own)) if device == "cuda" else (),
+            node=world.node_of(rank),
+            gpus=world.gpus_of(rank) if device == "cuda" else (),
             expected=budgets(rank),
-            group=rank * own // layout.gpus_per_group,
-            position=rank * own % layout.gpus_per_group,
+            group=world.group_of(rank),
+            position=world.position_of(rank),
         )
-        for rank in range(layout.world_size)
+        for rank in world.ranks
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qdist.core.errors import RunError
+from qdist.core.machine.world import Rank
 from qdist.core.planning.plan import Plan, Start
 from qdist.core.planning.render import ACCELERATE_FILE
 from qdist.core.spec.run_spec import memory_cap_of
@@ -70,15 +71,15 @@ def _compile_nothing() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def pick_devices(plan: Plan, local_rank: int) -> tuple[torch.device, ...]:
-    """This rank's devices in the order of its plan, the memory of each capped as planned."""
+def pick_devices(plan: Plan, number: Rank) -> tuple[torch.device, ...]:
+    """The devices of a rank of this node in the order of its plan, the memory of each capped as planned."""
     if plan.device == "cpu":
         torch.set_num_threads(plan.threads_per_rank)
         return (torch.device("cpu"),)
     torch.backends.cuda.matmul.allow_tf32 = True
     sharing = probe.ranks_per_gpu()
-    probe.take_turns(local_rank, sharing)
-    rank = plan.ranks[local_rank]
+    probe.take_turns(plan.world.local_rank_of(number), sharing)
+    rank = plan.ranks[number]
     devices = tuple(torch.device("cuda", gpu // sharing) for gpu in rank.gpus)
     torch.cuda.set_device(devices[0])
     for gpu, device, expected in zip(rank.gpus, devices, rank.expected, strict=True):

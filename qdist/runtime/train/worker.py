@@ -12,6 +12,7 @@ from typing import Any
 
 from qdist.core.errors import PlanError, QdistError, RunError
 from qdist.core.machine.environment import AGENT
+from qdist.core.machine.world import LocalRank, Rank
 from qdist.core.planning.plan import Plan, digest
 from qdist.core.telemetry.events import Event, encode, whole_length
 from qdist.core.text import format_bytes, resuming
@@ -43,6 +44,18 @@ def main() -> None:
         os._exit(1)
 
 
+def _own_rank(plan: Plan) -> Rank:
+    """This process' number in the run. Raises RunError where the agent has put it on another place of its node."""
+    rank, local_rank = Rank(int(os.environ["RANK"])), LocalRank(int(os.environ["LOCAL_RANK"]))
+    if plan.world.local_rank_of(rank) != local_rank:
+        raise RunError(
+            f"rank {rank} is planned as number {plan.world.local_rank_of(rank)} of its node, and was started as "
+            f"number {local_rank}",
+            try_=f"--nproc-per-node {plan.world.ranks_per_node}",
+        )
+    return rank
+
+
 def _arguments() -> tuple[RunDir, str]:
     """The run, and the digest of the plan that its launcher made."""
     match sys.argv[1:]:
@@ -70,7 +83,7 @@ def _work(plan: Plan, run: RunDir) -> None:
     # DeepSpeed 0.19's calls, under torch 2.13: the first and often the only words of every rank's log.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     beat.move("loading")
-    devices = pick_devices(plan, int(os.environ["LOCAL_RANK"]))
+    devices = pick_devices(plan, _own_rank(plan))
     accelerator = make_accelerator(plan, run)
     comm = Comm(devices[0])
     place = placement_of(plan, comm.rank, devices)
