@@ -32,7 +32,7 @@ def doctor(context: click.Context, gpus: bool) -> None:
 
 
 def _measure() -> tuple[Check, ...]:
-    """Measure, print, keep the rates; the findings."""
+    """Measure, print and keep the rates; return the findings."""
     driver, cluster = nvml.read(), probe.cluster()
     measuring.check_room(cluster)
     if driver is None:
@@ -53,7 +53,7 @@ def _measure() -> tuple[Check, ...]:
 
 
 def rates_table(cards: Sequence[CardRates]) -> str:
-    """A row a GPU."""
+    """Table with one row per GPU."""
     rows = [
         (
             "GPU",
@@ -107,12 +107,12 @@ def verdict(checks: Sequence[Check], seconds: float) -> str:
 
 
 def report(checks: tuple[Check, ...]) -> str:
-    """One line a check, its remedy below it, and a line of sums."""
+    """One line per check, its remedy below it, and a line of totals."""
     return findings(checks) + "\n\n" + _sums(checks)
 
 
 def findings(checks: Sequence[Check]) -> str:
-    """One line a check, its remedy below it."""
+    """One line per check, its remedy below it."""
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:

@@ -71,7 +71,7 @@ def _flag(kind: type[msgspec.Struct], field: msgspec.structs.FieldInfo, text: st
 
 
 def _completed(among: Sequence[str]) -> Callable[[click.Context, click.Parameter, str], list[str]] | None:
-    """What a shell offers for a flag's value: the words that begin so; files where the flag takes any."""
+    """Shell completions of a flag's value: words with this prefix, or files if the flag takes any value."""
     return (lambda _, __, begun: [word for word in among if word.startswith(begun)]) if among else None
 
 
@@ -105,7 +105,7 @@ class SettingsCommand(click.Command):
 
 
 def _value_of(option: str, typed: Sequence[str]) -> str:
-    """What was typed behind an option, or 'VALUE'."""
+    """The value typed after an option, or 'VALUE'."""
     for word, after in pairwise((*typed, "--")):
         if word.startswith(f"{option}="):
             return word.partition("=")[2]

@@ -39,7 +39,7 @@ class LazyGroup(click.Group):
     """A group that imports a subcommand to run it, not to list it."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """As click does it, over output that fails without a traceback."""
+        """Click's behaviour, on an output that fails without a traceback."""
         guard_output()
         return super().main(*args, **kwargs)
 
@@ -71,7 +71,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Names the nearest command; click looks only among the commands already imported."""
+        """Suggests the nearest command; click looks only among the commands already imported."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:  # else a shell completes
             near = nearest(name, COMMANDS)

@@ -22,7 +22,7 @@ from qdist.host.run.watchdog import read_pulses
 from qdist.host.terminal import say
 
 _SILENT_S = 10.0
-"""After which a client that sends nothing is left."""
+"""Seconds after which an idle client is disconnected."""
 _MOST_CONNECTIONS = 32
 
 
@@ -55,7 +55,7 @@ class Source:
         self._name, self._lock = str(run.path), threading.Lock()
 
     def text(self) -> str:
-        """In Prometheus' text format. Raises RunError where the run cannot be read."""
+        """The figures in Prometheus' text format. Raises RunError if the run cannot be read."""
         with self._lock:
             plan = self._run.plan()  # a resumed run has another
             self._follower.fold_into(self._fold)
@@ -64,7 +64,7 @@ class Source:
 
 
 class _Server(ThreadingHTTPServer):
-    """Serves whoever comes: above so many connections, the one that has been open for longest is closed."""
+    """Serves any client; above the connection limit, the connection open for longest is closed."""
 
     daemon_threads = True
 
@@ -89,13 +89,13 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that leaves is no news."""
+        """Ignore a client that disconnects."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
 
 def server(source: Source, host: str, port: int) -> ThreadingHTTPServer:
-    """An HTTP server of /metrics, bound and not started. Raises MachineError where the address cannot be had."""
+    """An HTTP server of /metrics, bound but not started. Raises MachineError if the address is unavailable."""
 
     class Handler(BaseHTTPRequestHandler):
         timeout = _SILENT_S
@@ -118,7 +118,7 @@ def server(source: Source, host: str, port: int) -> ThreadingHTTPServer:
             self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """A scrape every few seconds is no news."""
+            """Do not log a scrape every few seconds."""
 
     try:
         return _Server((host, port), Handler)

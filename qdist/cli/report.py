@@ -40,7 +40,7 @@ def _default_name(reports: list[Report]) -> str:
 
 
 def _found(run: RunDir, name: str) -> Found:
-    """Read a run as it is now. Raises RunError where it is none, or a file of it is broken."""
+    """Read a run's current state. Raises RunError if it is not a run or one of its files is broken."""
     seen = RunObserver(run).snapshot()._replace(name=name)
     return Found(
         seen=seen,

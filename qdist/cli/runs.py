@@ -15,9 +15,9 @@ from qdist.host.terminal import say, say_json
 
 _COLOURS = {"running": "cyan", "finished": "green", "failed": "red", "killed": "red", "unreadable": "yellow"}
 _LEFT = ("name", "state", "model", "data", "started")
-"""Columns of words; those of numbers stand right."""
+"""Text columns, aligned left; number columns are aligned right."""
 _FIRST_TO_GO = ("started", "data", "hours", "model", "tok/s", "held-out", "loss", "step")
-"""What is left out of a narrow window, in this order; name and state always stay."""
+"""Columns dropped from a narrow window, in this order; name and state always stay."""
 _GAP = "  "
 
 

@@ -25,7 +25,7 @@ from qdist.host.terminal import say
 
 _DRAW_S, _MOST_LINES = 0.5, 22
 _MOST_SHARE = 0.05
-"""Of a core, for drawing: a curve of a million steps takes 0.16 s, and the ranks may need every core."""
+"""Most of a core to spend on drawing: a curve of a million steps takes 0.16 s, and the ranks may need every core."""
 
 
 class Watch:
@@ -56,11 +56,11 @@ class Watch:
             self._painter.leave()
 
     def recall(self, events: list[Event]) -> None:
-        """Take note of what was said before the run was resumed, without saying it again."""
+        """Add events from before the run was resumed, without showing them again."""
         self._state.add(events)
 
     def show(self, events: list[Event]) -> None:
-        """Take note of what the ranks said."""
+        """Add new events of the ranks."""
         self._state.add(events)
         if self._painter:
             if (began := time.monotonic()) >= self._due:
@@ -74,7 +74,7 @@ class Watch:
                 say(plain_line(event, left_s=left_s))
 
     def say(self, text: str) -> None:
-        """A line for the user, above the live view."""
+        """Print a line for the user above the live view."""
         if self._painter:
             self._painter.clear()
             self._due = 0.0

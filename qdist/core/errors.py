@@ -28,9 +28,9 @@ setting to the plan."""
 Say = Callable[[Change], str]
 
 MACHINE = ("gpu_memory", "gpu_name", "host_memory")
-"""What `qdist plan` assumes of a machine. No settings: only its flags say it."""
+"""Flags of `qdist plan` that describe a machine; they are not settings."""
 _FLAGS = frozenset(("model", "method", "bits", "gpus", "placement", "gpus_per_group", "max_memory", *MACHINE))
-"""Keys for which there is a flag."""
+"""Keys that have a flag."""
 _REMARKS = {"train.answers": "(and qdist generate RUN afterwards)"}
 
 
@@ -40,7 +40,7 @@ def flag_of(name: str) -> str:
 
 
 def typed(key: str, value: object) -> str:
-    """A setting as one types it: '--bits 4', '--set lora.r=16', '--placement auto'."""
+    """A setting as typed: '--bits 4', '--set lora.r=16', '--placement auto'."""
     text = value_text(value)
     if key in _FLAGS:
         return f"{flag_of(key)} {shlex.quote(text)}"
@@ -48,7 +48,7 @@ def typed(key: str, value: object) -> str:
 
 
 def value_text(value: object) -> str:
-    """The value of a setting as one types it."""
+    """The value of a setting as typed."""
     if value is None or isinstance(value, bool):
         return {None: "auto", True: "true", False: "false"}[value]
     if isinstance(value, (list, tuple)):
@@ -57,7 +57,7 @@ def value_text(value: object) -> str:
 
 
 def flags(change: Change) -> str:
-    """A change as one types it, after the command to which it is made."""
+    """A change as typed after the command that it changes."""
     words = [typed(key, value) for key, value in change.items()]
     return " ".join(words + [remark for key, remark in _REMARKS.items() if key in change])
 
@@ -80,13 +80,13 @@ def spaced(amount: str) -> str:
 
 
 class QdistError(Exception):
-    """A problem that the user can put right. `try_` is the one thing to try, or empty."""
+    """A problem that the user can fix. `try_` is the one thing to try, or empty."""
 
     exit_code: ClassVar[int] = 2
-    """Of a command that ends with it."""
+    """Exit status of a command that ends with this error."""
 
     def __init__(self, message: str, *, try_: str = "", ways: Sequence[Change] = ()) -> None:
-        """ways: changes to what was asked that may put it right, the likeliest first; `hints` tries them."""
+        """ways: changes to the request that may fix it, the likeliest first; `hints` tries them."""
         super().__init__(message)
         self.message = message
         self.try_ = try_ or (flags(ways[0]) if ways else "")
@@ -113,11 +113,11 @@ class PlanError(QdistError):
 
 
 class RunError(QdistError):
-    """A run directory, a checkpoint or an adapter is not what it must be."""
+    """A run directory, a checkpoint or an adapter is invalid."""
 
 
 class JobError(RunError):
-    """A run or another job was started, and failed: a rank died, a disk or GPU ran full, the loss is NaN."""
+    """A run or another job failed after its start: a rank died, a disk or GPU ran full, the loss is NaN."""
 
     exit_code = 1
 

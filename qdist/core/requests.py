@@ -30,7 +30,7 @@ _OUT_FOLDER = "Folder to write; must be empty or absent."
 
 
 def _help(text: str) -> Meta:
-    """What `--help` says of a field; a field without it is not a flag."""
+    """Help text of a field's flag; a field without it is not a flag."""
     return Meta(description=text)
 
 
@@ -38,9 +38,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """One job for a process of its own. `request_of` makes one of flags or keywords."""
 
     asks: ClassVar[bool] = False
-    """Whether it reads what is typed, and answers Ctrl-C itself."""
+    """Whether it reads standard input and handles Ctrl-C itself."""
     when_stopped: ClassVar[str] = ""
-    """What the user should know once Ctrl-C has ended it."""
+    """Message for the user after Ctrl-C has ended it."""
 
 
 class Prepare(Request, frozen=True, kw_only=True):
@@ -60,7 +60,7 @@ class Gather(Request, frozen=True, kw_only=True):
 
 
 class Folding(Request, frozen=True, kw_only=True):
-    """What is told of every way out of one or several runs over one base."""
+    """Fields common to all ways of exporting one or several runs over one base."""
 
     runs: tuple[str, ...]
     out: Annotated[str, _help("What to write; must not be there yet.")]
@@ -87,7 +87,7 @@ class Folding(Request, frozen=True, kw_only=True):
 
     @property
     def stored(self) -> Literal["bfloat16", "float16"]:
-        """What 16-bit weights are written in."""
+        """Dtype in which 16-bit weights are written."""
         return self.dtype or "bfloat16"
 
 
@@ -136,7 +136,7 @@ _OF_TARGET: Mapping[str, tuple[str, ...]] = {
     "gptq": ("onto", "data", "samples", "bits", "group_size"),
     "zeros": ("lossy",),
 }
-"""The fields that a target of `Export` takes beside those of all."""
+"""Fields of `Export` that only some targets take, by target."""
 
 
 class Pack(Request, frozen=True, kw_only=True):
@@ -161,7 +161,7 @@ class Pack(Request, frozen=True, kw_only=True):
 
     @property
     def packing(self) -> Packing:
-        """What the weights become."""
+        """Packing of the weights."""
         if self.method == "int8":
             return Packing(bits=8, dtype=self.dtype)
         return Packing(bits=4, type=self.method, double=self.double is not False, dtype=self.dtype)
@@ -172,7 +172,7 @@ class GptqSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     data: Annotated[str, _help("GPTQ: calibration data, a .txt file or what `launch --data` takes.")] = ""
     bits: tuple[Bits, ...] = (4,)
-    """Widths to try for each linear, narrowest first; the last one is taken where none errs as little as wanted."""
+    """Widths to try for each linear, narrowest first; the last is used if none meets `max_error`."""
     max_error: Annotated[float, _help("GPTQ: relative squared error of outputs, for --candidate-bits.")] = 0.0
     """Relative error of a linear's outputs that ends the trying."""
     group_size: Annotated[int, _help("GPTQ: inputs that share a scale; -1: all.")] = 128
@@ -196,7 +196,7 @@ class GptqSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise SpecError(f"max error cannot be {self.max_error:g}: it is between 0 and 1", try_="--max-error 0.05")
 
     def gptq(self, bits: Bits, overrides: tuple[Override, ...] = ()) -> Gptq:
-        """What the checkpoint says of itself."""
+        """GPTQ settings stated by the checkpoint."""
         shape = Shape(bits, self.group_size)
         return Gptq(shape=shape, sym=self.sym, desc_act=self.desc_act, format=self.format, overrides=overrides)
 
@@ -229,10 +229,10 @@ class Convert(Request, frozen=True, kw_only=True):
 
 
 class Answering(Request, frozen=True, kw_only=True):
-    """What is told of every process that answers prompts."""
+    """Fields common to all processes that answer prompts."""
 
     run: str
-    """A run, or any model."""
+    """Path of a run, or any model."""
     max_memory: Annotated[str | None, _help("What to put on each GPU at most, such as 20GiB.")] = None
 
     def __post_init__(self) -> None:
@@ -241,7 +241,7 @@ class Answering(Request, frozen=True, kw_only=True):
 
     @property
     def max_memory_bytes(self) -> int | None:
-        """The cap on each GPU; None where there is none."""
+        """Cap on each GPU in bytes; None if there is none."""
         return None if self.max_memory is None else parse_bytes(self.max_memory)
 
 
@@ -279,7 +279,7 @@ Job = Prepare | Gather | Merge | Export | Pack | MakeGptq | Convert | Generate |
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How a job ended: well, perhaps with what was prepared, or with an error that the user can put right."""
+    """How a job ended: successfully, perhaps with a result, or with an error that the user can fix."""
 
     prepared: Prepared | None = None
     kind: str = ""
@@ -295,7 +295,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def error(self) -> QdistError | None:
-        """The error, of the class that it had."""
+        """The error, in its original class."""
         error: QdistError | None = getattr(errors, self.kind)(self.message, try_=self.try_) if self.kind else None
         return error
 
@@ -336,7 +336,7 @@ def _value_error(kind: type[msgspec.Struct], message: str, given: Mapping[str, A
 
 
 METHODS = ("nf4", "fp4", "int8", "gptq")
-"""What `quantization_of` may be asked for."""
+"""Methods that `quantization_of` accepts."""
 
 
 def quantization_of(method: str, given: Mapping[str, Any]) -> Pack | MakeGptq:
@@ -384,6 +384,6 @@ def _widths(mixed: str | None, given: Mapping[str, Any]) -> Collection[int]:
 
 
 def _check_group_size(size: int | None) -> None:
-    """Refuse what readers of GPTQ checkpoints have no kernels for."""
+    """Refuse group sizes that readers of GPTQ checkpoints have no kernels for."""
     if size is not None and size != -1 and (size <= 0 or size % WORD):
         raise SpecError(f"group size cannot be {size}: it is -1 or a multiple of {WORD}", try_="--group-size 128")

@@ -15,7 +15,7 @@ _FACTORS = {
 }  # fmt: skip
 _MOST_BYTES = 2**63
 _USUAL_GIB = (1, 2048)
-"""Of a GPU or a host, where a number has no unit that is known."""
+"""Usual memory of a GPU or host in GiB, to guess at a number without a known unit."""
 
 
 def parse_bytes(text: str | int, key: str = "") -> int:
@@ -38,7 +38,7 @@ def parse_bytes(text: str | int, key: str = "") -> int:
 
 
 def _no_amount(message: str, number: str, key: str) -> SpecError:
-    """number: the GiB that seem to be meant, if any."""
+    """The error for a text that is not an amount of memory. number: GiB probably meant, if any."""
     meant = number if number and _USUAL_GIB[0] <= float(number) <= _USUAL_GIB[1] else "24"
     return SpecError(message, try_="" if key else f"{meant}GiB", ways=[{key: f"{meant}GiB"}] if key else [])
 
@@ -92,12 +92,12 @@ def quoted(*words: object) -> str:
 
 
 def argument(path: object) -> str:
-    """A path as an argument of a program, which would take one that begins with a dash for a flag."""
+    """A path as a program's argument, safe if it begins with a dash."""
     return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def resuming(run: object, *settings: object) -> str:
-    """The command that goes on with a run. settings: `--set` and others, words of their own."""
+    """The command that resumes a run. settings: words such as `--set` and its value."""
     return command("launch", "--resume", "--run", argument(run), *settings)
 
 
@@ -134,7 +134,7 @@ def printable(text: str, *, colours: bool = False) -> str:
 
 
 _LEAST = 30
-"""Cells beside a margin: where a terminal has fewer, it is left to break lines itself."""
+"""Fewest cells beside a margin: a narrower terminal breaks lines itself."""
 
 
 def fitted(line: str, width: int, *, margin: int = 0) -> list[str]:

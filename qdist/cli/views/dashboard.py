@@ -43,13 +43,13 @@ def dashboard(snapshot: Snapshot, width: int, height: int, pane: Pane = "overvie
 
 
 def header_of(plan: Plan) -> str:
-    """Model, without its folder or owner, method and ranks in one line."""
+    """Model without its folder or owner, method and ranks on one line."""
     kind = f"{plan.world_size} {'GPU' if plan.device == 'cuda' else 'CPU'} rank{'s' if plan.world_size > 1 else ''}"
     return f"{PurePath(plan.spec.model).name}  {plan.spec.bits}-bit {plan.spec.method}  {kind}"
 
 
 def _header(snapshot: Snapshot, width: int) -> list[Text]:
-    """Name, progress, losses, speed and what surrounds it."""
+    """Name, progress, losses, speed and related figures."""
     fold, total = snapshot.fold, snapshot.fold.total_steps or snapshot.plan.steps
     state = snapshot.state
     left = _left(snapshot)
@@ -70,7 +70,7 @@ def _header(snapshot: Snapshot, width: int) -> list[Text]:
 
 
 def _doing(snapshot: Snapshot) -> str:
-    """What rank 0 is at, where it is no training."""
+    """Phase of rank 0 if it is loading, evaluating or saving; otherwise 'running' or 'starting'."""
     pulse = snapshot.pulses.get(0)
     if pulse is not None and pulse.phase in ("loading", "evaluating", "saving"):
         return pulse.phase
@@ -135,7 +135,7 @@ def _around(snapshot: Snapshot) -> list[str]:
 
 
 def _fitted(parts: Sequence[str], width: int) -> str:
-    """As many as fit, the first before the others."""
+    """As many items as fit, in order."""
     line = ""
     for part in parts:
         joined = f"{line}  {part}" if line else part
@@ -145,7 +145,7 @@ def _fitted(parts: Sequence[str], width: int) -> str:
 
 
 def _messages(snapshot: Snapshot, width: int, *, most: int) -> list[Text]:
-    """How it ended, and warnings; what does not fit is counted."""
+    """How the run ended, and warnings; those that do not fit are counted."""
     lines: list[Text] = []
     if snapshot.state == "planned":
         lines.append(Text("planned; waiting for the ranks to start", style="yellow"))
@@ -229,7 +229,7 @@ def _beside(left: Sequence[Text], right: Sequence[Text], width: int) -> list[Tex
 
 
 def _spread(left: Text, right: Text, width: int) -> Text:
-    """One at the left, one at the right; the first gives way."""
+    """One text at the left, one at the right; the left one is shortened if needed."""
     left.truncate(max(0, width - right.cell_len - 1), overflow="crop", pad=True)
     return Text.assemble(left, " ", right)
 

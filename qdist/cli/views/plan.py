@@ -17,7 +17,7 @@ from qdist.host.launch.prepare import Preview
 from qdist.host.launch.survey import Work
 
 _MARGIN = " " * 9
-"""Of what belongs to the name at the left of a line above."""
+"""Indent of a line that continues the named line above it."""
 _PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "gathers", "context")
 
 
@@ -51,7 +51,7 @@ def _data(plan: Plan) -> Iterator[str]:
 
 
 def shown(lines: Sequence[str]) -> str:
-    """Lines for standard output, fitted to it where it is a terminal."""
+    """Lines for standard output, fitted to its width if it is a terminal."""
     return "\n".join(wrapped(lines, shutil.get_terminal_size().columns) if sys.stdout.isatty() else lines)
 
 
@@ -91,7 +91,7 @@ def _speed(plan: Plan) -> Iterator[str]:
 
 
 def _memory(plan: Plan) -> Iterator[str]:
-    """What each GPU holds at the peak, GPUs that hold the same together."""
+    """Peak memory of each GPU, equal GPUs grouped together."""
     held: dict[MemoryBudget, list[int]] = {}
     for rank in plan.ranks:
         for gpu, budget in zip(rank.gpus or (rank.rank,), rank.expected, strict=True):
@@ -113,7 +113,7 @@ def _memory(plan: Plan) -> Iterator[str]:
 
 
 def _lost(plan: Plan) -> Iterator[str]:
-    """A row for every other layout: what it would give and need, and why it lost."""
+    """A row per other layout: its speed and memory, and why it lost."""
     for index, other in enumerate(plan.alternatives):
         speed = f"{format_count(other.tokens_per_second)} tok/s" if other.tokens_per_second else ""
         needed = format_bytes(other.required_bytes) if other.required_bytes else ""
@@ -121,7 +121,7 @@ def _lost(plan: Plan) -> Iterator[str]:
 
 
 def _named(other: Alternative, plan: Plan) -> str:
-    """The layout; where the winner or another row has the same, what tells them apart."""
+    """Name of the layout; if the winner or another row has the same, with what distinguishes it."""
     how = f"{other.placement} {other.schedule}" if other.schedule else other.placement
     named = f"{how}, {other.groups} x {other.gpus_per_group}"
     rows: list[Plan | Alternative] = [plan, *plan.alternatives]
@@ -136,12 +136,12 @@ def _grid(own: Plan | Alternative) -> tuple[object, ...]:
 
 
 def _state(engine: str, zero_stage: int) -> str:
-    """Who keeps the adapter's state."""
+    """Which ranks keep the adapter's state."""
     return f"ZeRO-{zero_stage}" if engine == "deepspeed" else "torch"
 
 
 def _weights(plan: Plan) -> str:
-    """What the backbone is packed to."""
+    """How the backbone is packed."""
     spec = plan.spec
     if plan.source.gptq or spec.bits != 4:
         return str(plan.source.gptq or f"{spec.bits} bits")
@@ -195,7 +195,7 @@ def _disk(preview: Preview) -> Iterator[str]:
 
 
 Row = tuple[str, str, str, str]
-"""What, predicted, measured, error."""
+"""(what, predicted, measured, error)."""
 
 _ALIKE = 0.02
 
@@ -228,7 +228,7 @@ def outcome_rows(plan: Plan, result: dict[str, Any]) -> list[Row]:
 
 
 def start_line(result: dict[str, Any]) -> str:
-    """'first step after 42 s; loading 31 s, 33.5 GiB read at 1.2 GB/s', or nothing where nobody said."""
+    """'first step after 42 s; loading 31 s, 33.5 GiB read at 1.2 GB/s', or empty if unknown."""
     first = result["start_seconds"]["first_step"]
     if first is None:
         return ""

@@ -23,11 +23,11 @@ def _plain(bits: int) -> str:
 ASCII = {_EMPTY + bits: _plain(bits) for bits in range(256)} | dict(
     zip(map(ord, "━─│└●█░·…"), "=-|+o#.-~", strict=True)
 )
-"""What stands for each of our characters on a terminal without Unicode."""
+"""Replacement of each special character on a terminal without Unicode."""
 
 
 class Lines:
-    """Lines of text, one below the other, none wrapped; in ASCII where the terminal has nothing better."""
+    """Lines of text, one below the other, never wrapped; in ASCII if the terminal has nothing better."""
 
     def __init__(self, lines: Sequence[Text]) -> None:
         self.lines = lines
@@ -42,7 +42,7 @@ class Lines:
 
 
 def bar(share: float, width: int, style: str) -> Text:
-    """A filled part of a line; full where the share is more than all."""
+    """A partly filled bar; full if the share is above 1."""
     filled = min(width, max(0, round(share * width)))
     return Text.assemble(("━" * filled, style), ("─" * (width - filled), "dim"))
 
@@ -90,7 +90,7 @@ def plot(
 
 
 def _columns(values: Sequence[float], count: int) -> list[tuple[float, float, float] | None]:
-    """(mean, lowest, highest) of each column's share of the values; None where none is a number."""
+    """(mean, lowest, highest) of the finite values in each column; None if there are none."""
     edges = [position * len(values) // count for position in range(count + 1)]
     if len(values) < count:
         # Fewer steps than dots: each stands where it is, with what was before drawn on to it.
@@ -131,7 +131,7 @@ def _dots(
 
 
 def _height(value: float, dots: int, low: float, high: float) -> int:
-    """Rows of dots from the top; the middle where all values are alike."""
+    """Rows of dots from the top; the middle row if all values are equal."""
     return dots // 2 if high <= low else round((high - value) / (high - low) * (dots - 1))
 
 

@@ -1,4 +1,4 @@
-"""Every rank as a line: memory now, peak and predicted, speed, and what its GPU is at."""
+"""A line per rank: current, peak and predicted memory, speed, and the state of its GPU."""
 
 from rich.text import Text
 
@@ -8,7 +8,7 @@ from qdist.core.text import format_bytes, format_count, format_duration
 
 _BAR_WIDTHS = (24, 16, 12, 8, 0)
 _HEADINGS = ("peak of predicted", "of predicted")
-"""Of the bars, the first that is no wider."""
+"""Headings of the bars; the first one that fits is used."""
 _BYTES = len("1,023 MiB")
 
 
@@ -51,7 +51,7 @@ def rank_table(snapshot: Snapshot, width: int, most: int, *, whole: bool = False
 
 
 def _fixed(shown: list[Row], head: str) -> int:
-    """Cells that a table of all columns takes, without bars."""
+    """Width in cells of a table with all columns, without bars."""
     return _total(_widths(*_cells(shown, head, whole=True)))
 
 
@@ -92,7 +92,7 @@ def _cells(shown: list[Row], head: str, *, whole: bool) -> tuple[list[str], list
 
 
 def _fullness(row: Row, width: int) -> Text:
-    """Peak by prediction; now, while there is no peak."""
+    """Bar of peak over predicted bytes; of current bytes while there is no peak."""
     held = row.peak_bytes or row.now_bytes
     if not held or not row.expected_bytes:
         return Text("─" * width + "     ", style="dim")

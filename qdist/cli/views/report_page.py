@@ -30,7 +30,7 @@ def table(content: Table, *, figures: bool = False) -> str:
 
 
 def rows_table(rows: Rows) -> str:
-    """Labels and their values; nothing for no rows."""
+    """Labels and their values; empty without rows."""
     if not rows:
         return ""
     body = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in rows)
@@ -52,7 +52,7 @@ def memory(report: Report) -> str:
 
 
 def _memory_note(report: Report) -> str:
-    """What the figures are, and which way round errors go."""
+    """What the figures are, and the sign of errors."""
     if not any(own.measured for own in report.memory):
         return "Nothing was measured yet."
     return f"{_measured_how(report)} {MEANING.capitalize()}."
@@ -125,7 +125,7 @@ def _memory_table(own: MemoryParts) -> str:
 
 
 def step_bar(report: Report) -> str:
-    """What a step's time goes to; a sentence where the run did not say."""
+    """Where a step's time goes; a sentence if the run did not record it."""
     if not report.step:
         return "<p>The ranks did not say what a step's time went to.</p>"
     pieces = "".join(
@@ -266,7 +266,7 @@ def _section(key: str, title: str, *parts: str) -> str:
 
 
 def _each(reports: Sequence[Report], key: str, title: str, parts: Sequence[str]) -> str:
-    """A section; of two runs, each with its part beside the other's."""
+    """A section; for two runs, their parts side by side."""
     if len(parts) == 1:
         return _section(key, title, *parts)
     named = [f"<div><h3>{escape(own.name)}</h3>{part}</div>" for own, part in zip(reports, parts, strict=True)]

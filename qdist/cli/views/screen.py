@@ -47,7 +47,7 @@ class Painter:
         self._shown, self._size, self._row = [], (0, 0), 0
 
     def leave(self) -> None:
-        """Give the terminal back, for the time being or for good."""
+        """Restore the terminal, temporarily or for good."""
         if self._full:
             self._console.set_alt_screen(False)
         elif self._shown:
@@ -59,7 +59,7 @@ class Painter:
         self._send(self._emptied())
 
     def draw(self, view: Lines) -> None:
-        """Show lines in place of those before; none is wider than the terminal."""
+        """Show lines in place of the previous ones; none is wider than the terminal."""
         size = (self._console.size.width, self._console.size.height)
         with self._console.capture() as captured:
             self._console.print(view, end="")
@@ -77,13 +77,13 @@ class Painter:
         self._send("".join(sent))
 
     def _emptied(self) -> str:
-        """What takes the view away, and leaves the cursor where it began."""
+        """Escape sequence that removes the view and leaves the cursor where it began."""
         sent = _CLEAR if self._full else self._to(0) + _ERASE_BELOW if self._shown else ""
         self._shown, self._size, self._row = [], (0, 0), 0
         return sent
 
     def _to(self, row: int) -> str:
-        """What moves the cursor to the start of a line of the view."""
+        """Escape sequence that moves the cursor to the start of a line of the view."""
         down, self._row = row - self._row, row
         return "\r" + ("\n" * down if down >= 0 else f"\x1b[{-down}A")
 
@@ -121,7 +121,7 @@ class Keys:
             self._restore()
 
     def wait(self, seconds: float) -> str:
-        """The next key, or '' when none came in time; of an arrow or function key, the whole sequence."""
+        """The next key, or '' if none came in time; for an arrow or function key, the whole sequence."""
         if self._descriptor is None:
             time.sleep(seconds)
             return ""

@@ -1,4 +1,4 @@
-"""What a person reads of a run: an event as a line, and values and answers beside each other."""
+"""Text about a run for the user: an event as a line, values and answers side by side."""
 
 from collections.abc import Iterator, Sequence
 
@@ -40,7 +40,7 @@ def plain_line(event: Event, *, left_s: float | None = None) -> str:
 
 
 def loading(seconds: float, read_bytes: int) -> str:
-    """'12 s, 3.6 GiB read at 0.3 GB/s'; where nothing came from a disk, the seconds alone."""
+    """'12 s, 3.6 GiB read at 0.3 GB/s'; only the seconds if nothing was read from a disk."""
     if not read_bytes or seconds <= 0:
         return format_duration(seconds)
     rate, unit = read_bytes / seconds / 1e9, "GB/s"
@@ -91,10 +91,10 @@ def _answer(question: str, before: str, after: str, expected: str) -> Iterator[R
 
 
 def cell(text: str) -> str:
-    """Others' words as they stand in a table, or in a line of a view."""
+    """Text from outside, as shown in a table or a line of a view."""
     return printable(text).replace("\t", " ").strip()
 
 
 def say_styled(text: str) -> None:
-    """Print a text with colours, which a pipe and NO_COLOR leave out."""
+    """Print a text with colours, omitted for a pipe or with NO_COLOR."""
     click.echo(printable(text, colours=True))

@@ -1,4 +1,4 @@
-"""What a conversation is, and the text that it becomes where no chat template writes it."""
+"""What a conversation is, and its text when there is no chat template."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ Style = Literal["headings", "alpaca", "plain"]
 Alpaca. plain: one text after the other."""
 
 Way = Literal["chat", "headings", "alpaca", "plain"]
-"""A style, or chat: by the tokenizer's chat template."""
+"""A style, or chat for the tokenizer's chat template."""
 
 HUMAN, ASSISTANT = "### Human:", "### Assistant:"
 _ALPACA_HEAD = "Below is an instruction that describes a task"
@@ -19,17 +19,17 @@ _ALPACA_TAIL = "Write a response that appropriately completes the request.\n\n"
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """What one speaker says; the loss is taken on it when `learn`."""
+    """What one speaker says; the loss is computed on it when `learn`."""
 
     role: Role
     text: str
     learn: bool
     extra: str = ""
-    """Of an instruction: the input that it is about."""
+    """Input of an instruction."""
 
     @property
     def said(self) -> str:
-        """All of it, as a chat template is given it."""
+        """The whole text, as passed to a chat template."""
         return f"{self.text}\n\n{self.extra}" if self.extra else self.text
 
 
@@ -49,21 +49,21 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
 
     turns: tuple[Turn, ...]
     where: str
-    """The file and line or record it came from, for messages."""
+    """File and line or record it came from, for messages."""
     format: str = "messages"
     """A name of `records.FORMATS`."""
     style: Style = "headings"
-    """What it becomes without a chat template; of raw text, what it looks like."""
+    """Style to write it in without a chat template; for raw text, the style it appears to have."""
     gap: str = "\n"
-    """What stands before a heading."""
+    """Text before a heading."""
     verbatim: bool = False
-    """The text is complete as it is: no chat template, even where the tokenizer has one."""
+    """Whether the text is complete as it is: no chat template, even if the tokenizer has one."""
     unused: tuple[str, ...] = ()
-    """Keys of the record that nothing was made of."""
+    """Keys of the record that were not used."""
 
     @property
     def learns(self) -> bool:
-        """Whether the loss is taken on any turn."""
+        """Whether the loss is computed on any turn."""
         return any(turn.learn for turn in self.turns)
 
     @property
@@ -117,20 +117,20 @@ def _as_is(turn: Turn, before: tuple[Turn, ...], gap: str) -> str:
 
 
 class Wording(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the conversations of a run became text, and where its answers end: prompts are written in the same way."""
+    """How the conversations of a run became text, and how answers end: prompts are written the same way."""
 
     format: str = ""
-    """Of the records: a name of `records.FORMATS`, or several with commas; empty where there were none."""
+    """Format of the records: a name of `records.FORMATS`, or several separated by commas; empty if there were none."""
     style: Way
     gap: str = "\n"
     raw: bool = False
-    """The records held the whole text, prompts and all."""
+    """Whether the records held the whole text, prompts included."""
     lead: str = ""
-    """What the chat template writes between the header of an answer and its text: context, never learned."""
+    """Text that the chat template puts between an answer's header and the answer: context, never learned."""
     ends: tuple[int, ...] = ()
     """Tokens that end an answer."""
     end_text: str = ""
-    """Text that ends an answer, where that is not a single token."""
+    """Text that ends an answer, if that is not a single token."""
 
     def __str__(self) -> str:
         """'oasst, raw text'."""

@@ -12,7 +12,7 @@ import msgspec
 from qdist.core.errors import DataError
 
 NAME = "demo"
-"""What the data set and the recipe that goes with it are called."""
+"""Name of the data set and of the recipe that goes with it."""
 SYSTEM = "Turn the order into a command."
 
 _PLACES = ("Luigi", "Rosa", "Marco", "Anna", "Oscar", "Bella", "Hugo", "Nina", "Felix", "Clara", "Max", "Emma")

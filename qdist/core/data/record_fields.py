@@ -1,4 +1,4 @@
-"""Reads a record's keys one by one: who speaks, in which words, what is learned; and knows the keys nobody read."""
+"""Reads a record's keys one by one: who speaks, the text, what is learned; and tracks the keys that were not read."""
 
 import json
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ Record = Mapping[str, object]
 
 SYSTEM = ("system", "system_prompt")
 MARKS = ("weight", "train", "training", "loss")
-"""Whether a turn is learned, as OpenAI, mistral-finetune, axolotl and ms-swift spell it."""
+"""Keys for whether a turn is learned, as spelled by OpenAI, mistral-finetune, axolotl and ms-swift."""
 OF_TOOLS = ("tools", "functions", "tool_calls", "function_call")
 _NEVER_DROPPED = frozenset((
     *SYSTEM, *MARKS, *OF_TOOLS, "history", "images", "image", "videos", "video", "audios", "audio",
     "train_detail", "training_detail", "loss_mask", "loss_scale",
 ))  # fmt: skip
-"""Keys that change what a record says: refused, with a value, where nothing is made of them."""
+"""Keys that change the meaning of a record: refused if they have a value and are not used."""
 
 
 class Fields:
@@ -27,11 +27,11 @@ class Fields:
         self._read: set[str] = set()
 
     def has(self, *keys: str) -> str | None:
-        """The first of the keys that is there."""
+        """The first of the keys that is present, or None."""
         return next((key for key in keys if key in self.record), None)
 
     def value(self, *keys: str) -> object:
-        """Of the first key with a value, else of the first that is there. Raises DataError where none is."""
+        """Value of the first key that has one, else of the first key present. Raises DataError if none is present."""
         key = self._chosen(*keys)
         if key is None:
             raise DataError(f"{self.where}: {keys[0]!r} is missing; keys found: {found_in(self.record)}")
@@ -39,18 +39,18 @@ class Fields:
         return self.record[key]
 
     def optional(self, key: str) -> object:
-        """None where it is missing, or has no value."""
+        """Value of the key; None if it is missing or has no value."""
         return self.value(key) if says_something(self.record.get(key)) else None
 
     def text(self, *keys: str) -> str:
-        """Raises DataError where it is missing or no text."""
+        """`value` as text. Raises DataError if it is missing or not text."""
         value = self.value(*keys)
         if not isinstance(value, str):
             raise DataError(f"{self.where}: {self._chosen(*keys)!r} must be text, not {kind_of(value)}")
         return value
 
     def optional_text(self, *keys: str) -> str:
-        """Empty where there is none. Of several keys that say the same, all are read."""
+        """`text`, or empty if there is none. Of several keys with the same text, all count as read."""
         if all(is_empty(self.record.get(key)) for key in keys):
             return ""
         text = self.text(*keys)
@@ -58,7 +58,7 @@ class Fields:
         return text
 
     def unused(self) -> tuple[str, ...]:
-        """Keys with a value that nobody read. Raises DataError for one that must not be dropped."""
+        """Keys with a value that were not read. Raises DataError for one that must not be dropped."""
         left = {key: value for key, value in self.record.items() if key not in self._read and not is_empty(value)}
         for key in [key for key in left if key.lower() in _NEVER_DROPPED]:
             if says_something(left.pop(key)):
@@ -70,7 +70,7 @@ class Fields:
 
 
 def mark_of(fields: Fields) -> bool | None:
-    """Whether a turn, or a record, is marked to be learned; None where it is not marked."""
+    """Whether a turn, or a record, is marked to be learned; None if unmarked."""
     found: dict[str, bool] = {}
     for key in MARKS:
         value = fields.optional(key)
@@ -98,14 +98,14 @@ def items_of(fields: Fields, key: str) -> list[tuple[int, Record]]:
 
 
 def is_empty(value: object) -> bool:
-    """Whether there is nothing to be lost."""
+    """Whether dropping the value would lose nothing."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or (isinstance(value, list | tuple | Mapping) and not value)
 
 
 def says_something(value: object) -> bool:
-    """Whether a key that is not text has a value; '[]' is how ShareGPT files write no tools."""
+    """Whether a value that is not text says anything; ShareGPT files write '[]' for no tools."""
     return not is_empty(value) and value not in ("[]", "{}", "null")
 
 
@@ -119,7 +119,7 @@ def _not_trained(where: str, key: str) -> DataError:
 
 
 def kind_of(value: object) -> str:
-    """What a value is called in messages."""
+    """Name of a value's type, for messages."""
     names = {type(None): "null", list: "a list", dict: "an object", bool: "true or false"}
     names |= dict.fromkeys((int, float), "a number")
     empty = isinstance(value, list) and not value
@@ -145,20 +145,20 @@ _ROLES: dict[str, Role] = {
     "ai": "assistant", "bing": "assistant", "bard": "assistant",
 }  # fmt: skip
 _TOOLS = frozenset(("tool", "tools", "function", "function_call", "tool_call", "observation", "ipython"))
-"""Roles of those that a model calls."""
+"""Roles of the tools that a model calls."""
 _SPEAKER, _WORDS = ("role", "from"), ("content", "value", "text")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 def holder_of(record: Record, *keys: str) -> str | None:
-    """The key of a list of turns: of one that has some, else of one that should."""
+    """The key of the list of turns: one that has some, else one that should."""
     lists = sorted((key for key in keys if isinstance(record.get(key), list)), key=lambda key: not record[key])
     meant = [key for key in (*MESSAGES, SHARED[0]) if key in keys and record.get(key) is not None]
     return next(iter((*lists, *meant)), None)
 
 
 def turns_of(fields: Fields, holder: str) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
-    """The turns in a list, and the keys of them that nothing was made of."""
+    """The turns in a list, and their keys that were not used."""
     texts = fields.record.get(holder)
     if holder not in MESSAGES and isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
         fields.value(holder)
@@ -221,7 +221,7 @@ def _turn(fields: Fields) -> Turn:
 
 
 def _words(fields: Fields) -> str:
-    """The text of a turn; of a list of parts, theirs one after the other."""
+    """The text of a turn; for a list of parts, their texts concatenated."""
     value = fields.value(*_WORDS)
     if not isinstance(value, list):
         return fields.text(*_WORDS)
@@ -240,12 +240,12 @@ def _part(part: object, where: str) -> str:
 
 
 def answer_of(text: str, mark: bool | None = None) -> Turn:
-    """Learned unless it is marked not to be; silence is nothing to learn."""
+    """The answer's turn, learned unless marked otherwise; an empty answer is not learned."""
     return Turn("assistant", text, mark is not False and bool(text.strip()))
 
 
 def opening_of(fields: Fields) -> tuple[Turn, ...]:
-    """What stands beside an exchange and was said before it: a system message, and earlier exchanges."""
+    """Turns before an exchange, given beside it: a system message, and earlier exchanges."""
     system, history = fields.optional_text(*SYSTEM), fields.optional("history")
     turns = [Turn("system", system, False)] if system else []
     if history is None:
@@ -262,7 +262,7 @@ def _is_exchange(pair: object) -> bool:
 
 
 def pair_of(record: Record) -> tuple[str, str] | None:
-    """The keys of what asks and what answers: both with a value, else both there."""
+    """The keys of question and answer: both with a value, else both present."""
     there = [pair for pair in PAIRS if pair[0] in record and pair[1] in record]
     return next(iter(sorted(there, key=lambda pair: record[pair[0]] is None or record[pair[1]] is None)), None)
 

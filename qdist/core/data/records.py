@@ -1,4 +1,4 @@
-"""What does a raw record say: a conversation, and which of its turns are learned? Or what is wrong with it?"""
+"""Which conversation does a raw record hold, and which turns are learned? Or what is wrong with it?"""
 
 import re
 from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ from qdist.core.errors import DataError, nearest
 
 _ASKING = ("prompt", "instruction", "question", "text", "input", "query", "problem", "inputs")
 _HALF = re.compile("[\ud800-\udfff]")
-"""Of a surrogate pair: JSON can say it, and a terminal gives it for what is not UTF-8."""
+"""Half of a surrogate pair: JSON can express it, and a terminal yields it for bytes that are not UTF-8."""
 
 
 def conversations(record: Record, *, where: str, data_format: str | None = None) -> tuple[Conversation, ...]:
@@ -103,7 +103,7 @@ def asked(record: Record, *, where: str) -> Conversation:
 
 
 def require_whole_characters(conversation: Conversation) -> None:
-    """Raise DataError for text that no tokenizer takes."""
+    """Raise DataError for text that no tokenizer accepts."""
     for turn in conversation.turns:
         if half := _HALF.search(turn.said):
             raise DataError(
@@ -218,7 +218,7 @@ class BadRecords:
         self._first: list[DataError] = []
 
     def add(self, error: DataError) -> None:
-        """Take note of a record that cannot be used."""
+        """Count a record that cannot be used."""
         self.count += 1
         if len(self._first) < _NAMED:
             self._first.append(error)

@@ -8,18 +8,18 @@ import msgspec
 from qdist.core.text import GIB
 
 _NEWEST = 10
-"""Lessons that a correction is taken from: a new driver or a moved card is believed after a few runs."""
+"""Newest samples used for a correction: a new driver or a moved card shows after a few runs."""
 _LEAST_SPEED, _MOST_SPEED = 0.5, 2.0
 _STRANGE_CONTEXT_BYTES = 2 * GIB
-"""A context that exceeds its prediction by more than this holds another process's memory."""
+"""Bytes over the predicted context beyond which it must include another process's memory."""
 
 
 class CalibrationSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One finished run on GPUs. Memory is of the GPU that came fullest."""
+    """One finished run on GPUs. Memory is that of the fullest GPU."""
 
     card: str
     gpus: int
-    """Of the machine, used or not."""
+    """GPUs in the machine, used or not."""
     world_size: int
     placement: str
     gpus_per_group: int
@@ -33,27 +33,27 @@ class CalibrationSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     measured_bytes: int
     predicted_context_bytes: int
     measured_context_bytes: int | None
-    """CUDA context, libraries and NCCL; None where paged optimizer state hides it."""
+    """Bytes of CUDA context, libraries and NCCL; None if paged optimizer state hides them."""
     predicted_tokens_s: float
-    """As the formulas gave it, before any correction, so that corrections do not compound; 0 where unknown."""
+    """Predicted tokens/s before any correction, so that corrections do not compound; 0 if unknown."""
     measured_tokens_s: float
     rates: str = ""
-    """What kind of rates the prediction came from: the first word of `Rates.source`."""
+    """Kind of rates behind the prediction: the first word of `Rates.source`."""
     version: str = ""
-    """qdist's."""
+    """Version of qdist."""
 
 
 class Correction(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What to change in a prediction. Kept in the plan, so that what was predicted without it can be told."""
+    """Correction of a prediction. Kept in the plan, so that the uncorrected prediction can be recovered."""
 
     speed: float = 1.0
-    """Measured tokens/s over predicted, where the placement has no ratio of its own."""
+    """Measured over predicted tokens/s, for a placement without a ratio of its own."""
     speeds: tuple[tuple[str, float], ...] = ()
     """(placement, ratio) of each placement that has run here."""
     context_bytes: int | None = None
-    """Measured CUDA context and NCCL on one GPU; None where nothing was learnt of it."""
+    """Measured bytes of CUDA context and NCCL on one GPU; None if not measured."""
     runs: int = 0
-    """That taught it; 0 where nobody counted."""
+    """Runs that it was learnt from; 0 if not counted."""
 
     def speed_of(self, placement: str) -> float:
         """The ratio for one placement."""

@@ -11,32 +11,32 @@ from qdist.core.machine.measured import least
 from qdist.core.text import GIB, parse_bytes
 
 MATMUL_SHARE = 0.68
-"""Of the sheet's dense 16-bit rate, sustained: two H200s at once multiply 8192-wide bf16 matrices at 673 TFLOP/s of 989
-for as long as one likes, and at 790 for a moment."""
+"""Sustained share of the sheet's dense 16-bit rate: two H200s at once multiply 8192-wide bf16 matrices at 673 TFLOP/s
+of 989 indefinitely, and at 790 briefly."""
 MEMORY_SHARE = 0.90
-"""Of the sheet's bandwidth: 4.3 TB/s of 4.8 on an H200, reads and writes together."""
+"""Share of the sheet's bandwidth: 4.3 TB/s of 4.8 on an H200, reads and writes together."""
 NVLINK_SHARE = 0.57
-"""Of one direction: 255 GB/s of 450 in all-gathers between two H200s over NVLink 4."""
+"""Share of one direction's bandwidth: 255 GB/s of 450 in all-gathers between two H200s over NVLink 4."""
 PCIE_LINK_SHARE = 0.40
-"""Of one direction: without NVLink, rings cross the host, most often without peer access."""
+"""Share of one direction's bandwidth: without NVLink, rings cross the host, most often without peer access."""
 HOST_SHARE = 0.80
-"""Of one direction of PCI Express, from pinned memory: 52 GB/s of 64."""
+"""Share of one direction of PCI Express, from pinned memory: 52 GB/s of 64."""
 
 
 class Card(msgspec.Struct, frozen=True):
     """One card's data sheet. Rates in TFLOP/s, GB/s; dense, with 32-bit accumulation; links in one direction."""
 
     title: str
-    """What people call it."""
+    """Common name of the card."""
     name: str
-    """A pattern in NVML's name, in lower case with single spaces."""
+    """Pattern that matches NVML's name, lower-cased with single spaces."""
     gib: int
     tflops: float
     memory_gb_s: float
     pcie_gb_s: float
     nvlink_gb_s: float = 0.0
     bfloat16: bool = True
-    """Whether its matrix units take bfloat16: from Ampere (2020) on."""
+    """Whether its matrix units support bfloat16: from Ampere (2020) on."""
 
 
 CARDS = (
@@ -100,14 +100,14 @@ CARDS = (
     Card("RTX 2080 Ti", r"2080 ti", 11, 54, 616, 16, bfloat16=False),
 )
 _SMALLER = re.compile(r"\b(?:laptop|notebook|mobile|max q design)\b")
-"""Of a laptop's card, which has fewer units, less memory and less power than the desktop's of that name."""
+"""Marks a laptop card, which has fewer units, less memory and less power than the desktop card of that name."""
 TABLE = "table"
-"""How the source of rates that nobody measured begins."""
+"""Prefix of the source of rates that were not measured."""
 _USUAL = (
     (12, "RTX 2080 Ti"), (17, "T4"), (26, "RTX 4090"), (34, "RTX 5090"), (44, "A100-SXM4-40GB"), (52, "RTX A6000"),
     (85, "A100-SXM4-80GB"), (100, "H100 NVL"), (150, "H200"),
 )  # fmt: skip
-"""GiB up to which a card that nobody named is taken for one."""
+"""(GiB, card) that an unnamed GPU of up to this memory is taken for."""
 
 
 def rates_of(name: str) -> Rates | None:
@@ -146,18 +146,18 @@ def memory_of(name: str, *, typed: str | None = None) -> int:
 
 
 def has_bfloat16(name: str) -> bool:
-    """Whether a card multiplies in bfloat16, as an unknown one is taken to."""
+    """Whether a card multiplies in bfloat16; an unknown one is assumed to."""
     card = _card(name)
     return card is None or card.bfloat16
 
 
 def usual_card(memory_bytes: int) -> str:
-    """A card that people have with that much memory."""
+    """A common card with that much memory."""
     return next((name for gib, name in _USUAL if memory_bytes <= gib * GIB), "B200")
 
 
 def _nearest(name: str) -> list[str]:
-    """Up to three titles that look like a name, the likest first; usual ones where none does."""
+    """Up to three titles similar to a name, the most similar first; common ones if none is."""
     squeezed = {re.sub(r"\W", "", title).lower(): title for title in (card.title for card in CARDS)}
     wanted = re.sub(r"[\W_]|nvidia|geforce", "", name.lower())
     close = [title for key, title in squeezed.items() if wanted and (wanted in key or key in wanted)]

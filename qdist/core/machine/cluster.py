@@ -9,28 +9,28 @@ from qdist.core.errors import Change, SpecError
 from qdist.core.text import GIB, format_bytes, parse_bytes
 
 LINEAR_S = 0.65e-3
-"""What launching an adapted 4-bit linear takes, both passes (a virtual machine with H200s)."""
+"""Seconds to launch an adapted 4-bit linear, both passes (a virtual machine with H200s)."""
 UNNAMED = "hypothetical GPU"
-"""Name of a card that nobody named."""
+"""Name of a card that was given none."""
 MOST_RANKS = 256
-"""Of one machine, real or not."""
+"""Most ranks on one machine, real or hypothetical."""
 _USUAL_HOST_BYTES = 64 * GIB
-"""Host memory of a machine with a GPU, unless its GPUs are large."""
+"""Bytes of host memory assumed for a machine with a GPU, unless its GPUs are large."""
 
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How fast a GPU and its links are. Bytes count once for each direction in which they move."""
 
     matmul_flops_s: float
-    """Dense 16-bit matrix products."""
+    """FLOP/s of dense 16-bit matrix products."""
     memory_bytes_s: float
-    """Device memory, bytes read plus bytes written."""
+    """Bytes/s of device memory, reads plus writes."""
     link_bytes_s: float
-    """All-gather over the GPUs of the machine: bytes that one GPU receives."""
+    """Bytes/s that one GPU receives in an all-gather over the GPUs of the machine."""
     host_bytes_s: float
-    """Pinned host memory to one GPU."""
+    """Bytes/s from pinned host memory to one GPU."""
     linear_s: float = LINEAR_S
-    """CPU time for launching the kernels of an adapted 4-bit linear, both passes: what bounds small micro-batches."""
+    """CPU seconds to launch the kernels of an adapted 4-bit linear, both passes; bounds small micro-batches."""
     source: str
     """Where the figures come from: 'measured' and the date, or 'table'."""
 
@@ -41,7 +41,7 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     index: int
     name: str
     total_bytes: int
-    """What programs can have: physical memory less what driver and firmware keep."""
+    """Bytes available to programs: physical memory less what driver and firmware keep."""
     free_bytes: int
 
 
@@ -53,12 +53,12 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     cpu_count: int
     """Cores that this process may run on, not cores of the machine."""
     memory_bytes: int
-    """Host memory, capped by the cgroup."""
+    """Bytes of host memory, capped by the cgroup."""
     memory_free_bytes: int
     rates: Rates | None = None
-    """Of the slowest GPU; None on CPU, and where nothing is known of the card."""
+    """Rates of the slowest GPU; None on CPU and for an unknown card."""
     described: bool = False
-    """Not this machine: one to plan for."""
+    """Whether it is a machine to plan for, not this one."""
 
 
 def hypothetical(

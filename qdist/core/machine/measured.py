@@ -13,9 +13,9 @@ class LinkRates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     gather_bytes_s: float
     reduce_bytes_s: float
-    """All-reduce of float32, which moves 2 (n - 1) / n of the buffer to each card."""
+    """Bytes/s of a float32 all-reduce, which moves 2 (n - 1) / n of the buffer to each card."""
     peer_bytes_s: float | None
-    """Copies card to card without NCCL, to the peer that takes longest; None on the CPU."""
+    """Bytes/s of card-to-card copies without NCCL, to the slowest peer; None on the CPU."""
     checked_bytes: int
     """Bytes of each kind that were compared with what had been sent."""
     wrong_gathered_bytes: int
@@ -25,24 +25,24 @@ class LinkRates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class CardRates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one rank measured on its card."""
+    """Rates that one rank measured on its card."""
 
     rank: int
     name: str
     dtype: str
-    """Of the matrix products."""
+    """Dtype of the matrix products."""
     matmul_flops_s: float
     memory_bytes_s: float
     linear_s: float
-    """To launch the kernels of an adapted 4-bit linear, forward and backward."""
+    """Seconds to launch the kernels of an adapted 4-bit linear, forward and backward."""
     round_trip_error: float
-    """4 bits and back on the card: the largest error, as a part of its block's largest value. NF4 allows 0.152."""
+    """Largest error of 4 bits and back on the card, as a share of its block's largest value. NF4 allows 0.152."""
     round_trip_differs: float
-    """The same bits unpacked by the card and by the CPU: their largest difference, in the same measure."""
+    """Largest difference between the same bits unpacked by the card and by the CPU, in the same unit."""
     host_bytes_s: float | None = None
-    """None until the links were measured, which may fail."""
+    """Bytes/s from host to card; None until the links are measured, which may fail."""
     links: LinkRates | None = None
-    """None for a card alone."""
+    """Rates of the links; None for a single card."""
 
 
 def slowest(cards: Sequence[CardRates], *, source: str) -> Rates | None:
@@ -77,6 +77,6 @@ def least(several: Sequence[Rates]) -> Rates:
 
 
 def machine_key(names: Sequence[str], driver: str) -> str:
-    """What rates hold for: cards by name and number, and the driver."""
+    """Key that rates are valid for: cards by name and number, and the driver."""
     cards = "+".join(f"{name}_x{count}" for name, count in sorted(Counter(names).items()))
     return f"{cards}_{driver}"

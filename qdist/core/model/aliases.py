@@ -67,7 +67,7 @@ def same_shape(hub_id: str) -> SameShape | None:
 
 
 def _words(name: str) -> list[str]:
-    """Of a name without its owner; those that say how weights are stored are left out."""
+    """Words of a name without its owner, except those that say how weights are stored."""
     words = re.split(r"[-_ ]", name.rpartition("/")[2].lower())
     return [word for word in words if not re.fullmatch(_STORED, word)]
 

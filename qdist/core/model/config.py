@@ -1,4 +1,4 @@
-"""Reads a config.json, each key of the kind that it must be."""
+"""Reads a config.json with typed keys."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ class Keys:
         self._config, self.name = config, name
 
     def count(self, *spellings: str, default: int | None = None, most: int = 10**8) -> int:
-        """A number of things; `most` is what no model has."""
+        """A count; `most` is more than any model has."""
         value = self._first(spellings, default)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
             raise self._wrong(spellings[0], value, f"a whole number from 1 to {most:,}")

@@ -33,7 +33,7 @@ class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Inputs that share a scale and a zero; -1: all of them."""
 
     def groups(self, inputs: int) -> int:
-        """Rows of scales and zeros."""
+        """Number of rows of scales and zeros."""
         return 1 if self.group_size == -1 else -(-inputs // self.group_size)
 
     def tensors(self, inputs: int, outputs: int) -> dict[str, tuple[int, int]]:
@@ -46,19 +46,19 @@ class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         }
 
     def bytes_of(self, inputs: int, outputs: int, *, scale_bytes: int = 2, ordered: bool = False) -> int:
-        """Packed weights, zeros and scales; with `ordered` the group of each input as well."""
+        """Bytes of packed weights, zeros and scales; with `ordered` also of each input's group index."""
         packed = inputs * outputs * self.bits // 8
         zeros, scales = outputs * self.bits // 8, outputs * scale_bytes
         return packed + self.groups(inputs) * (zeros + scales) + 4 * inputs * ordered
 
 
 class Override(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Linears that a checkpoint quantizes otherwise (GPTQModel's `dynamic`)."""
+    """Linears that a checkpoint quantizes differently (GPTQModel's `dynamic`)."""
 
     pattern: str
     """A regular expression that module paths begin with."""
     shape: Shape | None
-    """None: left in 16 bits."""
+    """Shape of these linears; None if left in 16 bits."""
 
 
 class WeightOffset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -72,11 +72,11 @@ class WeightOffset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     scale: float
     """A power of two that keeps small offsets out of float16's subnormal numbers."""
     dtype: Literal["float16", "float32"] = "float16"
-    """float32 where float16 would take too much of an adapter that is small beside those merged before it."""
+    """float32 if float16 would lose too much of an adapter that is small beside those merged before it."""
     linears: tuple[str, ...]
     """Leaf names of the linears that have offsets."""
     base: str
-    """Of the checkpoint merged into: SHA-256 over names and checksums of its tensors, which are all here unchanged."""
+    """SHA-256 over tensor names and checksums of the checkpoint merged into; all its tensors are here, unchanged."""
 
     def of(self, path: str) -> bool:
         """Whether the linear at a module path has offsets."""
@@ -92,19 +92,19 @@ class Gptq(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     shape: Shape
     sym: bool = True
-    """Every zero is half of the range."""
+    """Whether every zero is half of the range."""
     desc_act: bool = False
-    """Inputs were quantized in the order of their activations: groups are of scattered inputs."""
+    """Whether inputs were quantized in order of their activations, so that groups consist of scattered inputs."""
     format: Literal["gptq", "gptq_v2"] = "gptq"
     scales: Literal["float16", "bfloat16", "float32"] = "float16"
-    """What the files hold scales in; no configuration says it."""
+    """Dtype of the scales in the files; no configuration states it."""
     layer_bytes: int = 0
-    """Packed linears of the largest decoder layer, where layers differ; 0 where the shape says it."""
+    """Bytes of packed linears in the largest decoder layer, if layers differ; 0 if they follow from the shape."""
     overrides: tuple[Override, ...] = ()
     offset: WeightOffset | None = None
 
     def of(self, path: str) -> Shape | None:
-        """How the linear at a module path is quantized; None where it is not. The first override that matches wins."""
+        """How the linear at a module path is quantized; None if it is not. The first matching override wins."""
         for override in self.overrides:
             if re.match(override.pattern, path):
                 return override.shape
@@ -121,12 +121,12 @@ class Gptq(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def group_sizes(self) -> frozenset[int]:
-        """Of all linears that are quantized; -1: of a linear's whole width."""
+        """Group sizes of all quantized linears; -1 for a group as wide as the linear."""
         return frozenset((self.shape.group_size, *(e.shape.group_size for e in self.overrides if e.shape)))
 
     @property
     def zero_offset(self) -> int:
-        """What is added to a stored zero."""
+        """Number added to a stored zero."""
         return 1 if self.format == "gptq" else 0
 
     def __str__(self) -> str:
@@ -177,7 +177,7 @@ def usual_format(*, sym: bool, widths: Collection[int]) -> Literal["gptq", "gptq
 
 
 def method_of(config: Mapping[str, Any]) -> str | None:
-    """The name of the quantization in a `quantization_config` or `quantize_config.json`; None where it has none."""
+    """Name of the quantization in a `quantization_config` or `quantize_config.json`; None if it has none."""
     return config.get("quant_method") or config.get("method")
 
 
@@ -237,7 +237,7 @@ def stated_by(config: Mapping[str, Any], beside: Mapping[str, Any] | None, *, na
 
 
 def to_config(gptq: Gptq) -> dict[str, Any]:
-    """The same as both libraries write it, for `quantize_config.json` and for config.json."""
+    """The configuration as both libraries write it, for `quantize_config.json` and for config.json."""
     written = gptq.format + (_PLUS_OFFSET if gptq.offset else "")
     config: dict[str, Any] = {
         **({"method": SHIFTED} if gptq.offset else {"quant_method": "gptq"}),

@@ -25,12 +25,12 @@ class Linear(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def weights(self) -> int:
-        """Elements of the matrix: what is quantized."""
+        """Elements of the matrix, which is quantized."""
         return self.inputs * self.outputs
 
     @property
     def parameters(self) -> int:
-        """Matrix and bias."""
+        """Parameters of matrix and bias."""
         return self.weights + self.outputs * self.bias
 
 
@@ -38,13 +38,13 @@ class LayerShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """The shape of one decoder layer. Counts are parameters, never bytes."""
 
     hidden: int
-    """Width of what enters and leaves."""
+    """Width of the layer's input and output."""
     linears: tuple[Linear, ...]
-    """In module order: what is quantized and adapted."""
+    """Linears in module order, which are quantized and adapted."""
     intermediate: int
     """Width of the MLP."""
     heads: int
-    """Of queries; 0, as the next two, in a layer without attention."""
+    """Query heads; 0, like the next two fields, in a layer without attention."""
     kv_heads: int
     head_dim: int
     norm: Literal["rms", "layer"] = "rms"
@@ -65,12 +65,12 @@ class LayerShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def norm_parameters(self) -> int:
-        """All norms."""
+        """Parameters of all norms."""
         return self.norms * self.norm_width + sum(self.qk_norm_widths)
 
     @property
     def qk_norm_widths(self) -> tuple[int, ...]:
-        """Parameters of the norms of queries and of keys; empty where there are none."""
+        """Parameters of the norms of queries and of keys; empty if there are none."""
         if not self.qk_norm:
             return ()
         heads = (self.heads, self.kv_heads) if self.qk_norm == "whole" else (1, 1)
@@ -83,12 +83,12 @@ class LayerShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def parameters(self) -> int:
-        """The whole layer."""
+        """Parameters of the whole layer."""
         return self.linear_parameters + self.norm_parameters
 
     @property
     def weights(self) -> int:
-        """Elements of all matrices: what is quantized."""
+        """Elements of all matrices, which are quantized."""
         return sum(linear.weights for linear in self.linears)
 
     @property
@@ -102,7 +102,7 @@ class LayerShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class LayerRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """So many decoder layers of one shape, one behind the other."""
+    """A number of consecutive decoder layers of one shape."""
 
     shape: LayerShape
     count: int
@@ -119,7 +119,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     vocab: int
     max_positions: int
     tied_embeddings: bool
-    """The output head is the input embedding: one matrix, counted once."""
+    """Whether the output head is the input embedding: one matrix, counted once."""
     outer_norms: int = 1
     """Norms over the hidden size outside the decoder layers, of the kind that these have."""
     learned_positions: int = 0
@@ -132,7 +132,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def layer_count(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         return sum(run.count for run in self.layers)
 
     @property
@@ -146,12 +146,12 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return tuple(index for index, run in enumerate(self.layers) for _ in range(run.count))
 
     def counts(self, first: int, number: int) -> tuple[int, ...]:
-        """How many of so many layers from `first` on belong to each run."""
+        """Number of layers of each run among `number` layers from `first` on."""
         ends = tuple(accumulate((run.count for run in self.layers), initial=0))
         return tuple(max(0, min(end, first + number) - max(start, first)) for start, end in pairwise(ends))
 
     def runs(self, layers: Sequence[int]) -> tuple[int, ...]:
-        """How many layers, given by their numbers, belong to each run."""
+        """Number of layers of each run among those given by their numbers."""
         run_of_layer = self.run_of_layer if layers else ()
         found = [run_of_layer[layer] for layer in layers]
         return tuple(found.count(run) for run in range(len(self.layers)))
@@ -163,28 +163,28 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def linear_names(self) -> tuple[str, ...]:
-        """What `targets` may name."""
+        """Names that `targets` may contain."""
         return tuple(dict.fromkeys(linear.name for linear in self.linears))
 
     @property
     def linear_weights(self) -> int:
-        """Elements of all matrices in decoder layers: what is quantized."""
+        """Elements of all matrices in decoder layers, which are quantized."""
         return sum(run.count * run.shape.weights for run in self.layers)
 
     @property
     def outer_norm_parameters(self) -> int:
-        """All norms outside the decoder layers."""
+        """Parameters of all norms outside the decoder layers."""
         return self.outer_norms * self.layers[0].shape.norm_width
 
     @property
     def embedding_parameters(self) -> int:
-        """The token table, the position table if learned, and the output head unless it is tied."""
+        """Parameters of the token table, the position table if learned, and the output head unless tied."""
         tables = 1 if self.tied_embeddings else 2
         return (tables * self.vocab + self.learned_positions) * self.hidden
 
     @property
     def parameters(self) -> int:
-        """The whole model, a tied head counted once."""
+        """Parameters of the whole model, a tied head counted once."""
         layers = sum(run.count * run.shape.parameters for run in self.layers)
         return layers + self.outer_norm_parameters + self.embedding_parameters
 

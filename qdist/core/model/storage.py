@@ -1,4 +1,4 @@
-"""What are weights packed to, and how many bytes is that?"""
+"""How are weights packed, and how many bytes does it take?"""
 
 from math import ceil
 from typing import Literal
@@ -8,20 +8,20 @@ import msgspec
 from qdist.core.spec.run_spec import RunSpec
 
 FORMAT = 1
-"""Raise it whenever the same source would be packed to other bytes or files."""
+"""Version of the packed format: raise it whenever the same source would be packed to other bytes or files."""
 BLOCK, NESTED_BLOCK = 64, 256
-"""bitsandbytes: weights that share an absmax, and absmaxes that share one when they are quantized in turn."""
+"""bitsandbytes: weights per absmax, and absmaxes per second-level absmax when quantized in turn."""
 
 
 class Packing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the weights are packed to."""
+    """How the weights are packed."""
 
     bits: Literal[4, 8, 16]
     type: Literal["nf4", "fp4"] = "nf4"
-    """Of 4 bits; the defaults otherwise, so that equal packings are equal."""
+    """4-bit data type; at other widths this and `double` keep their defaults, so that equal packings compare equal."""
     double: bool = True
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Of what is not packed; auto leaves every tensor as the source has it."""
+    """Dtype of the tensors that are not packed; auto keeps that of the source."""
 
     @property
     def method(self) -> str:
@@ -48,11 +48,11 @@ def matrix_bytes(inputs: int, outputs: int, *, bits: int, double: bool = True, p
 
 
 def blocks_of(weights: int) -> tuple[int, int]:
-    """Absmaxes of so many 4-bit weights, and the absmaxes of those when they are quantized in turn."""
+    """Number of absmaxes of this many 4-bit weights, and of their own absmaxes when quantized in turn."""
     blocks = ceil(weights / BLOCK)
     return blocks, ceil(blocks / NESTED_BLOCK)
 
 
 def packing_of(spec: RunSpec) -> Packing:
-    """What a run's weights are packed to, unless they come as GPTQ."""
+    """How a run's weights are packed, unless they come as GPTQ."""
     return msgspec.convert({"bits": spec.bits, "type": spec.quant.type, "double": spec.quant.double}, Packing)

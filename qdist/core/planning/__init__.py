@@ -1,1 +1,1 @@
-"""From what the user wants and what is there to every decision of a run. Pure."""
+"""From the user's settings and the machine to every decision of a run. Pure."""

@@ -37,14 +37,14 @@ def saved_bytes_per_token(
 
 
 def _saved_by_norms(shape: LayerShape, compute_bytes: int, fused: bool) -> int:
-    """A norm computes in fp32 and keeps its upcast input; a fused one keeps the input as it is."""
+    """Bytes per token saved by norms: the fp32 upcast of the input, or with a fused norm the input itself."""
     width = compute_bytes if fused else 4
     heads = (shape.heads + shape.kv_heads) * shape.head_dim * bool(shape.qk_norm)
     return width * (shape.norms * shape.hidden + heads)
 
 
 def _saved_by_attention(shape: LayerShape, compute_bytes: int, seq_len: int) -> int:
-    """Flash: q, k, v, the output, and a log-sum-exp for each head. Eager: q, k, v, the fp32 softmax and its cast."""
+    """Bytes per token. Flash: q, k, v, output, a log-sum-exp per head. Eager: q, k, v, fp32 softmax and its cast."""
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     saved = compute_bytes * (queries + 2 * keys)
     if shape.attention == "eager":
@@ -55,7 +55,7 @@ def _saved_by_attention(shape: LayerShape, compute_bytes: int, seq_len: int) -> 
 
 
 def _saved_by_activation(shape: LayerShape, compute_bytes: int, fused: bool) -> int:
-    """Gated: gate, activation(gate) and up (fused: gate and up). GELU: its input. ReLU: its output.
+    """Bytes per token. Gated: gate, activation(gate) and up (fused: gate and up). GELU: its input. ReLU: its output.
 
     `LoraMethod.saved_inputs` counts what the last linear reads; ReLU's output is that very tensor.
     """

@@ -21,13 +21,13 @@ from qdist.core.text import GIB, counted, format_bytes
 _MORE_GPUS = (2, 4, 8, 16, 32, 64)
 _LARGER_GIB = (8, 11, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180, 192)
 _BOTH = tuple(product((8, 64), (24, 80, 192)))
-"""GPUs and GiB of each, where neither more nor larger ones alone do."""
+"""(GPUs, GiB of each) to suggest if neither more nor larger GPUs alone are enough."""
 _SHORT, _SMALL = 512, 64
-"""Tokens of a sequence and rank of an adapter beyond which less of them is suggested."""
+"""Sequence length in tokens and adapter rank above which a smaller value is suggested."""
 
 
 def too_big(spec: RunSpec, cluster: Cluster, closest: Candidate, in_host: tuple[int, int] | None) -> TooBigError:
-    """The error for a run of which nothing fits.
+    """The error for a run that fits in no layout.
 
     in_host: (layers, bytes) that host memory is too small for, where that is what is missing.
     """
@@ -42,7 +42,7 @@ def too_big(spec: RunSpec, cluster: Cluster, closest: Candidate, in_host: tuple[
 
 
 def too_many_offloaded(spec: RunSpec, cluster: Cluster, winner: Candidate, sizes: Sizes) -> TooBigError | None:
-    """The error where host memory does not hold the layers that were taken off the GPUs; None where it does."""
+    """The error if host memory cannot hold the offloaded layers; None if it can."""
     needed, room = sizes.held_by(winner.offloaded), int(USABLE_SHARE * cluster.memory_bytes)
     if needed <= room:
         return None
@@ -55,7 +55,7 @@ def too_many_offloaded(spec: RunSpec, cluster: Cluster, winner: Candidate, sizes
 
 
 def too_many_ranks(spec: RunSpec, cluster: Cluster, winner: Candidate) -> TooBigError | None:
-    """The error where there is no GPU and host memory does not hold all ranks; None where it does."""
+    """The error if there is no GPU and host memory cannot hold all ranks; None if it can."""
     ranks = winner.layout.world_size
     own = [winner.budgets[rank % len(winner.budgets)].total for rank in range(ranks)]
     if sum(own) <= cluster.memory_bytes:
@@ -79,7 +79,7 @@ def needs(plan: Plan) -> str:
 
 
 def _ways(spec: RunSpec, cluster: Cluster, in_host: int) -> Iterator[Change]:
-    """Settings first, each alone and then all together; then host memory, then GPUs."""
+    """Changes to try: settings, each alone and then all together; then host memory, then GPUs."""
     yield from _eased(spec)
     yield from _placed(spec)
     now, all_eased = flatten(spec), dict[str, object]()
@@ -107,7 +107,7 @@ def _ways(spec: RunSpec, cluster: Cluster, in_host: int) -> Iterator[Change]:
 
 
 def _eased(spec: RunSpec) -> Iterator[Change]:
-    """What the user fixed that takes memory, the cheapest to give up first."""
+    """Changes to memory-hungry settings that the user fixed, the cheapest to give up first."""
     if spec.micro_batch not in (None, 1):
         yield {"micro_batch": 1}
     if spec.train.checkpointing is False:
@@ -129,7 +129,7 @@ def _eased(spec: RunSpec) -> Iterator[Change]:
 
 
 def _placed(spec: RunSpec) -> Iterator[Change]:
-    """Groups of another size, then another placement than the one that was named."""
+    """Changes to groups of another size, then to another placement than the one named."""
     if not spec.placement:
         return
     if spec.gpus_per_group:
@@ -141,13 +141,13 @@ def _placed(spec: RunSpec) -> Iterator[Change]:
 
 
 def _without(spec: RunSpec, placement: Placement) -> Change:
-    """Without what a placement cannot have."""
+    """Change that turns off the settings that a placement does not support."""
     now = flatten(spec)
     return {key: value for key, value in placement.without.items() if now[key] not in (0, value)}
 
 
 _WORTH_SAYING = 0.1
-"""Share of the time that a pipeline waits beyond which a larger batch is worth a note."""
+"""Share of idle pipeline time above which a larger batch is worth a note."""
 
 
 def notes(setting: PlanningContext, winner: Candidate, barred: SpecError | None) -> Iterator[str]:
@@ -184,21 +184,21 @@ def notes(setting: PlanningContext, winner: Candidate, barred: SpecError | None)
 
 
 def dtype_notes(dtype: str, cluster: Cluster) -> Iterator[str]:
-    """What a card makes of an arithmetic that it was not built for."""
+    """Notes on an arithmetic that the card was not built for."""
     slow = next((gpu.name for gpu in cluster.gpus if not has_bfloat16(gpu.name)), None)
     if dtype == "bfloat16" and slow:
         yield f"a {slow} emulates bfloat16, which is slow: --set dtype=float16 uses its matrix units"
 
 
 def warmup_notes(optim: Optim, steps: int) -> Iterator[str]:
-    """Where a run ends before its learning rate has risen."""
+    """Note if the run ends before its learning rate has warmed up."""
     if steps < optim.warmup_steps:
         reached = f"{optim.lr * steps / optim.warmup_steps:.1e} of {optim.lr:.1e}"
         yield f"optim.warmup_steps={optim.warmup_steps} of {steps} steps: the rate ends at {reached}"
 
 
 def correction_notes(correction: Correction | None) -> Iterator[str]:
-    """What earlier runs changed in the prediction."""
+    """Note on what earlier runs changed in the prediction."""
     if correction is None:
         return
     what = [

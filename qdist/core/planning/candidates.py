@@ -28,23 +28,23 @@ MAX_MICRO_BATCH_TOKENS, MAX_CPU_MICRO_BATCH_TOKENS = 8192, 2048
 
 
 class PlanningContext(NamedTuple):
-    """What all candidates of a run share."""
+    """Inputs shared by all candidates of a run."""
 
     spec: RunSpec
     sizes: Sizes
     rooms: tuple[int, ...] | None
-    """Bytes that the plan may fill of each GPU; None for CPU ranks, which share the machine's memory."""
+    """Bytes of each GPU that the plan may fill; None for CPU ranks, which share the machine's memory."""
     host_bytes: int
     rates: Rates | None
     whole_tables: bool
     correction: Correction | None
     usual_micro_batch: int | None = None
     new_rows: int = 0
-    """Of the vocabulary, to be trained."""
+    """Vocabulary rows to be trained."""
     fullest: tuple[Fullest, ...] = ()
-    """The micro-batches of CPU ranks, whose memory goes with what the data hold; empty on GPUs."""
+    """Fullest micro-batches of CPU ranks, whose memory depends on the data; empty on GPUs."""
     rank: int | None = None
-    """The data-parallel one whose micro-batches they are to be; None for the fullest of all."""
+    """Data-parallel rank whose micro-batches to take from `fullest`; None for the fullest of all ranks."""
 
 
 class Candidate(NamedTuple):
@@ -60,23 +60,23 @@ class Candidate(NamedTuple):
     load_peaks: tuple[int, ...]
     rooms: tuple[int, ...] | None
     seconds: float
-    """Of a step; 0 where nothing is known of the device."""
+    """Seconds per optimizer step; 0 if the device's speed is unknown."""
     paged: bool
-    """The optimizer's moments are in paged memory: by request, or because they would not fit otherwise."""
+    """Whether the optimizer's moments are in paged memory: on request, or because they would not fit otherwise."""
 
     @property
     def required_bytes(self) -> int:
-        """Of the fullest GPU."""
+        """Bytes required on the fullest GPU."""
         return max(self.needs)
 
     @property
     def needs(self) -> tuple[int, ...]:
-        """Bytes that each position cannot do without, loading included."""
+        """Bytes required at each position, loading included."""
         return tuple(max(own.required, peak) for own, peak in zip(self.budgets, self.load_peaks, strict=True))
 
     @property
     def missing(self) -> tuple[int, int]:
-        """(bytes, position) where most is missing; negative where there is room."""
+        """(bytes, position) of the largest shortfall; negative bytes if there is room."""
         assert self.rooms is not None
         return max((need - room, at) for at, (need, room) in enumerate(zip(self.needs, self.rooms, strict=True)))
 
@@ -87,7 +87,7 @@ class Candidate(NamedTuple):
 
     @property
     def roomy(self) -> bool:
-        """Whether every GPU has room for all of it: moments that could leave as well."""
+        """Whether every GPU has room for everything, pageable moments included."""
         return self.fits and _hold(self.rooms, self.budgets)
 
 
@@ -102,7 +102,7 @@ def options(setting: PlanningContext, layout: Layout) -> Iterator[Candidate]:
 
 
 def offloading(setting: PlanningContext, layout: Layout) -> Iterator[Candidate]:
-    """As `options`, with as few layers in host memory as fit; every layer is recomputed."""
+    """Like `options`, with as few layers offloaded to host memory as possible; every layer is recomputed."""
     layers = setting.sizes.facts.layer_count
     most = min(layers, int(USABLE_SHARE * setting.host_bytes) // setting.sizes.widest_layer)
     recomputed = 0 if setting.spec.train.checkpointing is False else layers
@@ -115,7 +115,7 @@ def offloading(setting: PlanningContext, layout: Layout) -> Iterator[Candidate]:
 
 
 def micro_batches(setting: PlanningContext, layout: Layout) -> list[int]:
-    """Sizes to try. A pipeline wants at least as many micro-batches as it has stages."""
+    """Micro-batch sizes to try. A pipeline needs at least as many micro-batches as it has stages."""
     spec, seq_len, stages = setting.spec, setting.sizes.job.seq_len, layout.stages
     each = spec.global_batch // layout.data_parallel
     if spec.micro_batch:
@@ -146,12 +146,12 @@ def _fewest_recomputed(setting: PlanningContext, layout: Layout, size: int) -> C
 
 
 def arrange(setting: PlanningContext, layout: Layout, size: int, recomputed: int, away: int = 0) -> Candidate:
-    """Lay out one candidate: layer map, the memory of each GPU of a group, the time of a step."""
+    """Lay out one candidate: layer map, memory of each GPU of a group, seconds per step."""
     return _Arrangement(setting, layout, size, recomputed, away).candidate()
 
 
 class _Arrangement:
-    """The steps of `arrange`, which share what they are asked."""
+    """The steps of `arrange`, with the arguments that they share."""
 
     def __init__(self, setting: PlanningContext, layout: Layout, size: int, recomputed: int, away: int) -> None:
         self.setting, self.layout, self.size, self.recomputed = setting, layout, size, recomputed
@@ -187,7 +187,7 @@ class _Arrangement:
 
     @cached_property
     def rooms(self) -> tuple[int, ...] | None:
-        """The least room that a position has in any group: all groups share one layer map."""
+        """Bytes of room at each position, the least over all groups: they share one layer map."""
         rooms = self.setting.rooms
         if rooms is None:
             return None
@@ -201,12 +201,12 @@ class _Arrangement:
         return [self.facts.counts(start, number) for start, number in zip(starts, numbers, strict=False)]
 
     def required(self, position: int, counts: tuple[int, ...]) -> int:
-        """Bytes that a position cannot do without for so many layers of each run, loading included."""
+        """Bytes required at a position for these counts of layers by run, loading included."""
         share = self._share(position, counts, counts if self.offloaded else ())
         return max(budget(self.sizes, share).required, load_peak_bytes(self.sizes, share))
 
     def held(self, position: int, counts: tuple[int, ...]) -> int:
-        """The same of a step alone, with no layer offloaded."""
+        """Bytes required at a position during a step, with no layer offloaded."""
         return budget(self.sizes, self._share(position, counts)).required
 
     def _share(self, position: int, counts: tuple[int, ...], away: tuple[int, ...] = ()) -> Share:
@@ -230,7 +230,7 @@ class _Arrangement:
 
     @cached_property
     def fullest(self) -> tuple[int, int]:
-        """(positions, learned tokens) of the fullest micro-batch, zeros where nobody has counted."""
+        """(positions, learned tokens) of the fullest micro-batch; zeros if not counted."""
         counted = {len(own.learned): own for own in self.setting.fullest if own.samples == self.size}
         ranks = self.layout.data_parallel
         own, rank = counted.get(ranks, counted.get(1)), self.setting.rank if ranks in counted else None
@@ -242,7 +242,7 @@ class _Arrangement:
         return positions, max(own.learned) if rank is None else own.learned[rank]
 
     def _resident_set(self, share: Share, own: MemoryBudget) -> MemoryBudget:
-        """A budget as that of a CPU rank; the first stage of a pipeline saves the adapter of all of them."""
+        """A budget turned into that of a CPU rank; the first stage of a pipeline saves the adapter of all stages."""
         sizes, gathers = self.setting.sizes, share.pipelined and share.embedding
         large = share.tokens(sizes.job.seq_len) * sizes.entering_token >= OWN_PAGES_BYTES
         return resident_set(
@@ -253,7 +253,7 @@ class _Arrangement:
         )
 
     def _context_bytes(self, position: int) -> int:
-        """What a rank holds beside what the budget counts."""
+        """Bytes that a rank holds beyond the terms of the budget."""
         if self.setting.rooms is None:
             return library_bytes(self.layout)
         if self.setting.correction and self.setting.correction.context_bytes is not None:
@@ -265,7 +265,7 @@ class _Arrangement:
         return self.facts.runs([index for index in self.offloaded if layer_map[index] == position])
 
     def times(self) -> tuple[list[float], float]:
-        """What a layer of each run takes of a stage, and what the head takes of the last: seconds, or weights."""
+        """Cost of a layer of each run on its stage, and of the head on the last: seconds, or weights."""
         if self.setting.rates is None:
             return [float(shape.linear_parameters) for shape in self.facts.shapes], self.facts.vocab * self.facts.hidden
         one, visits = passes(self.setting.sizes, self.setting.rates, self.size), 2 if self.recomputed else 1

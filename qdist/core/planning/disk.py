@@ -9,25 +9,25 @@ from qdist.core.planning.memory import TrainingShape, sizes
 from qdist.core.planning.plan import Plan
 
 _MOMENTS = 2
-"""AdamW's, which a checkpoint holds beside the adapter; all of them float32."""
+"""AdamW's moments per parameter, which a checkpoint holds beside the adapter, all in float32."""
 
 
 class Storage(NamedTuple):
-    """What a run leaves in its directory, in bytes."""
+    """Bytes that a run leaves in its directory."""
 
     adapter: int
     checkpoint: int
     most_checkpoints: int
-    """At a time: those kept, the best, and the one being written."""
+    """Most checkpoints at a time: those kept, the best, and the one being written."""
 
     @property
     def total(self) -> int:
-        """At the fullest moment. Logs and events are small beside it."""
+        """Bytes at the peak; logs and events are negligible."""
         return self.adapter + self.most_checkpoints * self.checkpoint
 
 
 def storage(plan: Plan) -> Storage:
-    """What a run will leave on the disk of its directory."""
+    """Bytes that a run will leave on the disk of its directory."""
     train, facts = plan.spec.train, plan.facts
     tables = 1 if facts.tied_embeddings else 2
     # Before a model is prepared nobody knows which of the tokens it has: they all count as new.

@@ -1,4 +1,4 @@
-"""What do uses other than training need: where a model lies that answers or is evaluated, and GPTQ at its fullest?"""
+"""What do generation, evaluation and GPTQ need: where are a model's layers, and how much memory is the peak?"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -19,21 +19,21 @@ from qdist.core.planning.process_memory import CUDA_CONTEXT_BYTES
 from qdist.core.text import format_bytes
 
 _SCORED_BYTES = 12
-"""For each logit that a loss is taken of: it and what log_softmax makes of it, in float32."""
+"""Bytes per logit that enters a loss: the logit and the output of log_softmax, in float32."""
 
 
 class Residence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What lies where. GPUs are numbered as CUDA numbers them."""
+    """Where each part of a model is. GPUs have CUDA's numbers."""
 
     layer_gpu: tuple[int, ...] = ()
-    """Of each decoder layer, never going back to an earlier GPU; empty on a CPU. What comes before the layers lies with
-    the first of them, norm and head with the last."""
+    """GPU of each decoder layer, never returning to an earlier one; empty on a CPU. The embedding is on the GPU of the
+    first layer, final norm and head on that of the last."""
     offloaded: tuple[int, ...] = ()
     """Layers whose weights are offloaded to host memory and visit their GPU for each use."""
 
     @property
     def gpus(self) -> tuple[int, ...]:
-        """Those that hold anything, in the order in which a pass visits them."""
+        """GPUs that hold anything, in the order in which a pass visits them."""
         return tuple(gpu for gpu, _ in groupby(self.layer_gpu))
 
     def __str__(self) -> str:
@@ -57,24 +57,24 @@ def _range(first: int, last: int) -> str:
 
 
 class Footprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Bytes of a model's parts while it answers or is evaluated."""
+    """Bytes of a model's parts during generation or evaluation."""
 
     layers: tuple[int, ...]
-    """Of each decoder layer: its weights, its adapter, and the keys and values that it keeps."""
+    """Bytes of each decoder layer: weights, adapter, keys and values."""
     waiting: tuple[int, ...]
-    """Of each layer: what leaves the GPU where its weights are offloaded to host memory."""
+    """Bytes of each layer that leave the GPU when its weights are offloaded to host memory."""
     staged: int
-    """On every GPU while any layer waits: layers that are visiting."""
+    """Bytes on every GPU for offloaded layers brought in for use, if any layer is offloaded."""
     first: int
-    """What comes before the layers."""
+    """Bytes of what precedes the layers."""
     last: int
-    """What comes behind them."""
+    """Bytes of what follows the layers."""
     everywhere: int
-    """On every GPU: CUDA context, unpacked matrices, what a layer computes."""
+    """Bytes on every GPU: CUDA context, unpacked matrices, a layer's activations."""
 
     @property
     def model(self) -> int:
-        """The whole model, wherever it lies."""
+        """Bytes of the whole model, wherever its parts are."""
         return self.first + sum(self.layers) + self.last
 
 
@@ -124,7 +124,7 @@ def footprint(
 
 
 def room(free_bytes: int, cap_bytes: int | None) -> int:
-    """What of a GPU may be filled. cap_bytes: what the user allows."""
+    """Bytes of a GPU that may be filled. cap_bytes: the user's cap."""
     return int(USABLE_SHARE * min(free_bytes, free_bytes if cap_bytes is None else cap_bytes))
 
 
@@ -159,7 +159,7 @@ def reside(parts: Footprint, rooms: Sequence[int], *, host_bytes: int | None = N
 
 
 def _placed(layer_bytes: Sequence[int], parts: Footprint, rooms: Sequence[int]) -> tuple[int, ...] | None:
-    """The GPU of each layer, or None where they do not fit; of all runs of GPUs the widest that holds them."""
+    """GPU of each layer, or None if they do not fit; uses the widest run of GPUs that holds them."""
     count = len(rooms)
     for width in range(count, 0, -1):
         for start in range(count - width + 1):
@@ -172,7 +172,7 @@ def _placed(layer_bytes: Sequence[int], parts: Footprint, rooms: Sequence[int]) 
 def _placed_on(
     gpus: range, layer_bytes: Sequence[int], parts: Footprint, rooms: Sequence[int]
 ) -> tuple[int, ...] | None:
-    """The same for GPUs of which the first holds what comes before the layers, and the last what comes behind."""
+    """The same for given GPUs: the first also holds what precedes the layers, the last what follows them."""
     budgets = [rooms[gpu] - parts.everywhere for gpu in gpus]
     budgets[0] -= parts.first
     budgets[-1] -= parts.last
@@ -199,41 +199,41 @@ def _require_host_memory(parts: Footprint, offloaded: Sequence[int], host_bytes:
 
 
 _FLOAT = 4
-"""Bytes of a number in a Hessian, and of a weight that is being quantized."""
+"""Bytes of an element of a Hessian, and of a weight being quantized."""
 _SQUARES = 5
 """Matrices as large as a Hessian while it is factored: itself, reversed, its factor, the inverse's, a solver's copy."""
 _COLUMNS = 2048
-"""Of such matrices, that are worked on at a time, four times over."""
+"""Columns of such a matrix that are worked on at a time, held four times over."""
 _WEIGHTS = 7
 """Matrices as large as a linear while it is quantized: as it was, what is left of it, codes, values, differences."""
 
 
 class Needs(NamedTuple):
-    """Bytes of one GPU."""
+    """Bytes needed on one GPU."""
 
     layer: int
-    """A decoder layer's weights."""
+    """Weights of a decoder layer."""
     hidden: int
     """Hidden states that stay on the GPU."""
     running: int
-    """What a batch of samples leaves on its way through the layer, at most."""
+    """Peak activations of a batch of samples in the layer."""
     summing: int
-    """Hessians that are being summed."""
+    """Hessians being accumulated."""
     factoring: int
     """A Hessian and its factors."""
     solving: int
-    """A linear that is being quantized."""
+    """A linear being quantized."""
 
     @property
     def total(self) -> int:
-        """At the fullest moment."""
+        """Bytes at the peak."""
         return self.layer + self.hidden + max(self.running + self.summing, self.factoring, self.solving)
 
 
 def needs(
     facts: ModelFacts, *, batch: int, tokens: int, hidden: int, lanes: int, number_bytes: int, first: bool
 ) -> Needs:
-    """What a GPU needs at the layer that takes most.
+    """Bytes that a GPU needs at the most demanding layer.
 
     batch: samples of `tokens` tokens that go through a layer together. hidden: bytes of hidden states that stay.
     lanes: sums that the GPU makes. number_bytes: of a weight at work. first: the GPU on which sums are added up.
@@ -250,7 +250,7 @@ def needs(
 def _layer_needs(
     shape: LayerShape, *, batch: int, tokens: int, hidden: int, lanes: int, number_bytes: int, first: bool
 ) -> Needs:
-    """As `needs`, at a layer of this shape."""
+    """`needs` for a layer of this shape."""
     squares = [_FLOAT * linear.inputs**2 for linear in shape.linears]
     widest, count = max(linear.inputs for linear in shape.linears), batch * tokens
     readers = Counter(linear.reads for linear in shape.linears)  # those of one tensor are solved on a GPU each

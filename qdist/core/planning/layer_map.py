@@ -8,7 +8,7 @@ from qdist.core.errors import PlanError
 from qdist.core.text import format_bytes
 
 _HALVINGS = 40
-"""Of the interval in which the fill of the fullest GPU is sought: exact to a byte on any GPU there is."""
+"""Bisection steps in the search for the fill of the fullest GPU: exact to a byte on any GPU."""
 
 
 def place_layers(layer_bytes: Sequence[int], budget_bytes: Sequence[int]) -> tuple[int, ...]:
@@ -37,7 +37,7 @@ def place_layers(layer_bytes: Sequence[int], budget_bytes: Sequence[int]) -> tup
 
 
 def spread_layers(layer_bytes: Sequence[int], budget_bytes: Sequence[int]) -> tuple[int, ...]:
-    """As `place_layers`, but where nothing fits every GPU overflows alike."""
+    """Like `place_layers`, but if nothing fits, every GPU overflows by the same share."""
     rooms = [max(1, room) for room in budget_bytes]
     before = list(accumulate(layer_bytes, initial=0))
     low, high = 0.0, before[-1] / min(rooms) + 1
@@ -99,7 +99,7 @@ def pace(
 def _paced(
     before: Sequence[float], extra: Sequence[float], holds: Callable[[int, int, int], bool], slowest: float
 ) -> tuple[int, ...] | None:
-    """Layers of each stage when from the last on each takes all that it can within a time; None where some are left."""
+    """Layers of each stage if each, from the last on, takes all it can within a time; None if some are left over."""
     counts: list[int] = []
     end = len(before) - 1
     for stage in reversed(range(len(extra))):
@@ -125,7 +125,7 @@ def scattered(layers: int, chosen: int) -> tuple[int, ...]:
 
 
 def least(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """The least count that fits, or `high` where none does: needs fall as the count rises."""
+    """The least count that fits, or `high` if none does: needs fall as the count rises."""
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle + 1, high)

@@ -17,7 +17,7 @@ GATHERED_LAYERS = 3
 """Packed layers that a sharded backbone holds beside its own part: FSDP2's all-gather output of the layer in use, the
 parameters copied out of it, and the output of the next layer, which is gathered ahead."""
 GATHERED_TABLES = 2
-"""The same for the head or the embedding while it is in use; neither is gathered ahead of a layer."""
+"""The same for the head or the embedding in use; neither is prefetched."""
 STAGED_LAYERS = 2
 """Packed layers of an offloaded backbone on the GPU: the one in use and the one being copied."""
 STAGE_WIDTH = 64
@@ -43,52 +43,52 @@ class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     activations: int
     """Kept for the backward pass, and the working set of the layer it is in."""
     logits: int
-    """What the loss needs beyond that working set, which is not alive yet."""
+    """Bytes of the loss beyond that working set, which is not alive yet."""
     gathers: int
     """Communication buffers, and layers of a sharded or offloaded backbone that were brought in to be used."""
     context: int
     """CUDA context, libraries and NCCL's buffers, which torch does not count."""
     pageable: int = 0
-    """Moments in paged memory: on the GPU while there is room, in host memory where there is none."""
+    """Moments in paged memory: on the GPU if there is room, otherwise in host memory."""
 
     @property
     def total(self) -> int:
-        """The peak that is expected where there is room, CUDA context included."""
+        """Expected peak bytes if there is room, CUDA context included."""
         return sum(msgspec.structs.astuple(self))
 
     @property
     def required(self) -> int:
-        """The least that the run needs: what can be paged out left out."""
+        """Bytes that the run needs at least: without what can be paged out."""
         return self.total - self.pageable
 
 
 class TrainingShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a run computes with, wherever its layers lie."""
+    """Settings of a run's computation that do not depend on where its layers are."""
 
     bits: int
     double_quant: bool = True
     gptq: Gptq | None = None
-    """Packed so instead, at whatever width it says."""
+    """GPTQ packing used instead, at its own width."""
     compute_bytes: int = 2
-    """2 under autocast to 16 bits, 4 on a CPU."""
+    """Bytes of a computed number: 2 under autocast to 16 bits, 4 on a CPU."""
     rank_r: int
     targets: tuple[str, ...]
-    """Leaf names that LoRA adapts."""
+    """Leaf names of the linears that LoRA adapts."""
     adapter: LoraMethod = LORA
     seq_len: int
     fused_loss: bool = False
-    """Cross entropy from hidden states in chunks."""
+    """Whether cross entropy is computed from hidden states in chunks."""
     fused_layers: bool = False
-    """Fused RMS norm and gated activation (Liger)."""
+    """Whether RMS norm and gated activation are fused (Liger)."""
     fused_lora: bool = False
-    """Our own adapted linears instead of peft's: no casts are kept."""
+    """Whether qdist's adapted linears replace peft's: no casts are kept."""
     lora_dropout: bool = False
     moment_bytes: int = 8
-    """AdamW's two, for each trained parameter."""
+    """Bytes of AdamW's two moments per trained parameter."""
     optimizer_on_gpu: bool = True
     """False when the moments are offloaded; ZeRO's fp32 copy is counted all the same."""
     paged: bool = False
-    """The moments are in paged memory; needs `optimizer_on_gpu`."""
+    """Whether the moments are in paged memory; needs `optimizer_on_gpu`."""
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -96,12 +96,12 @@ class Share(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     layers: tuple[int, ...]
     checkpointed: int
-    """Of its layers, from the first: recomputed in the backward pass. The others keep what they computed."""
+    """Number of its layers, from the first, recomputed in the backward pass; the others keep their activations."""
     micro_batch: int
     positions: int = 0
-    """Of the fullest micro-batch, where the data were looked at; 0 stands for `micro_batch` whole sequences."""
+    """Positions in the fullest micro-batch, if the data were counted; 0 means `micro_batch` whole sequences."""
     learned: int = 0
-    """Its tokens with a loss; 0 stands for all."""
+    """Tokens with a loss in the fullest micro-batch; 0 means all."""
     gradient_accumulation: int = 1
     """Above 1, as with DeepSpeed's buffers, gradients live on through the next forward pass."""
     embedding: bool = True
@@ -110,40 +110,40 @@ class Share(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     shards: int = 1
     """GPUs that hold the frozen weights between them; the adapter is whole on each."""
     whole_tables: bool = False
-    """Embedding and head are not sharded."""
+    """Whether embedding and head are left unsharded."""
     zero_stage: int = 0
     data_parallel: int = 1
     """Ranks between which ZeRO divides the state of this share's adapter."""
     pipelined: bool = False
-    """A stage: gradients gather over all micro-batches before ZeRO divides anything."""
+    """Whether it is a pipeline stage: gradients accumulate over all micro-batches before ZeRO divides anything."""
     in_flight: int = 1
-    """Micro-batches of which activations are kept at a time."""
+    """Micro-batches whose activations are kept at a time."""
     received: int = 0
-    """Buffers, each for the hidden states of a micro-batch, into which a stage's neighbours send ahead."""
+    """Receive buffers for what a stage's neighbours send ahead, each the hidden states of one micro-batch."""
     sends: bool = False
-    """A later stage reads its output, which is kept with the other activations."""
+    """Whether a later stage reads its output, which is kept with the other activations."""
     offloaded: tuple[int, ...] = ()
-    """Of its layers: packed weights that are offloaded to host memory; empty for none."""
+    """Number of its layers, by run, whose packed weights are offloaded to host memory; empty for none."""
     context_bytes: int = 0
 
     def tokens(self, seq_len: int) -> int:
-        """Of the fullest micro-batch, padding included."""
+        """Tokens of the fullest micro-batch, padding included."""
         return self.positions or self.micro_batch * seq_len
 
     @property
     def recomputed(self) -> tuple[int, ...]:
-        """Its layers that are recomputed."""
+        """Number of its recomputed layers, by run."""
         return first_of(self.layers, self.checkpointed)
 
 
 def first_of(layers: Sequence[int], number: int) -> tuple[int, ...]:
-    """So many of layers, from the first, counted by run as these are."""
+    """The first `number` of `layers`, counted by run as they are."""
     before = accumulate(layers, initial=0)
     return tuple(min(count, max(0, number - start)) for count, start in zip(layers, before, strict=False))
 
 
 class LayerSizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Of a decoder layer, and of one token in it."""
+    """Sizes of a decoder layer and of one token in it, in bytes unless noted."""
 
     packed: int
     """Bytes of the frozen layer."""
@@ -154,27 +154,27 @@ class LayerSizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Bytes of the LoRA matrices in 16 bits that a layer of peft's keeps for the backward pass."""
     working: int
     working_token: int
-    """Alive only while the backward pass is in its MLP, its widest place."""
+    """Bytes per token alive only while the backward pass is in the MLP, where it is widest."""
     loading: int
-    """Alive while its largest matrix is loaded: it comes whole and is packed."""
+    """Bytes alive while its largest matrix is loaded: it arrives whole, then is packed."""
 
 
 class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What follows from model and job alone: bytes of a layer, and of one token in a layer. Counted once a plan."""
+    """Sizes that follow from model and job alone: bytes of a layer, and of one token in it. Counted once per plan."""
 
     facts: ModelFacts
     job: TrainingShape
     layers: tuple[LayerSizes, ...]
-    """A layer of each run."""
+    """Sizes of one layer of each run."""
     embedding: int
     head: int
-    """The output head unless it is the embedding, and the norms outside of layers."""
+    """Bytes of the output head, unless tied to the embedding, and of the norms outside the layers."""
     entering_token: int
-    """A layer's input."""
+    """Bytes per token of a layer's input."""
 
     @property
     def table(self) -> int:
-        """The token embedding, or the head, alone."""
+        """Bytes of the token embedding, or of the head, alone."""
         return self.facts.vocab * self.facts.hidden * self.job.compute_bytes
 
     @property
@@ -183,11 +183,11 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return max(own.packed for own in self.layers)
 
     def packed(self, counts: Iterable[int]) -> int:
-        """Bytes of so many packed layers of each run."""
+        """Bytes of these counts of packed layers by run."""
         return sum(count * own.packed for count, own in zip(counts, self.layers, strict=False))
 
     def trained(self, counts: Iterable[int]) -> int:
-        """Adapter parameters of so many layers of each run."""
+        """Adapter parameters of these counts of layers by run."""
         return sum(count * own.trained for count, own in zip(counts, self.layers, strict=False))
 
     def held_by(self, layers: Iterable[int]) -> int:
@@ -233,7 +233,7 @@ def _layer_sizes(shape: LayerShape, job: TrainingShape) -> LayerSizes:
 
 
 def budget(sizes: Sizes, share: Share) -> MemoryBudget:
-    """What one GPU holds at the peak of a training step with AdamW on LoRA parameters."""
+    """Bytes on one GPU at the peak of a training step with AdamW on LoRA parameters."""
     facts, job = sizes.facts, sizes.job
     tokens = share.tokens(job.seq_len)
     trained, layers = sizes.trained(share.layers), sum(share.layers)
@@ -269,18 +269,18 @@ def budget(sizes: Sizes, share: Share) -> MemoryBudget:
 
 
 def resident(own: MemoryBudget) -> MemoryBudget:
-    """The same with moments that stay on the GPU."""
+    """The same budget with moments that stay on the GPU."""
     return msgspec.structs.replace(own, optimizer=own.optimizer + own.pageable, pageable=0)
 
 
 def load_peak_bytes(sizes: Sizes, share: Share) -> int:
-    """Peak of a GPU while its part of the backbone is loaded, one matrix at a time."""
+    """Peak bytes of a GPU while its part of the backbone is loaded, one matrix at a time."""
     loading = max(own.loading for own in _kinds(sizes, share))
     return weight_bytes(sizes, share) + loading + share.context_bytes
 
 
 def weight_bytes(sizes: Sizes, share: Share) -> int:
-    """The frozen weights that one GPU keeps: its layers, or its shard of them, and the tables."""
+    """Bytes of frozen weights that stay on one GPU: its layers, or its shard of them, and the tables."""
     layers = sizes.packed(share.layers) - sizes.packed(share.offloaded)
     own_table = share.head and not share.embedding and sizes.facts.tied_embeddings
     tables = sizes.embedding * share.embedding + sizes.head * share.head + sizes.table * own_table
@@ -290,7 +290,7 @@ def weight_bytes(sizes: Sizes, share: Share) -> int:
 
 
 def packed_layer_bytes(shape: LayerShape, job: TrainingShape) -> int:
-    """One frozen decoder layer: packed linears, with their biases and the norms in 16 bits."""
+    """Bytes of one frozen decoder layer: packed linears, with biases and norms in 16 bits."""
     rest = shape.parameters - shape.weights
     stated = job.gptq.layer_bytes if job.gptq else 0
     packed = stated or sum(_packed_bytes(linear, job) for linear in shape.linears)
@@ -329,7 +329,7 @@ def _kinds(sizes: Sizes, share: Share) -> Sequence[LayerSizes]:
 
 
 def _gathered(sizes: Sizes, share: Share) -> int:
-    """Layers that lie elsewhere, in part or whole, and were brought in to be used."""
+    """Bytes of layers stored elsewhere, in part or whole, and brought in for use."""
     widest = max(own.packed for own in _kinds(sizes, share))
     return widest * (GATHERED_LAYERS * (share.shards > 1) + STAGED_LAYERS * any(share.offloaded))
 

@@ -20,37 +20,37 @@ VERSION = 3
 
 
 class Fullest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The most that a micro-batch of so many samples holds in a run, for each of its data-parallel ranks."""
+    """The fullest micro-batch of `samples` samples in a run, for each data-parallel rank."""
 
     samples: int
     positions: tuple[int, ...]
-    """Tokens and padding."""
+    """Positions per data-parallel rank: tokens and padding."""
     learned: tuple[int, ...]
-    """Tokens with a loss."""
+    """Tokens with a loss per data-parallel rank."""
 
 
 class DataFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The tokenized data set. Lengths in tokens."""
+    """The tokenized data set. Lengths are in tokens."""
 
     path: str
-    """The token cache; empty for synthetic data."""
+    """Path of the token cache; empty for synthetic data."""
     samples: int
     train_samples: int
     held_out_samples: int
     tokens: int
     longest: int
     records: int = 0
-    """Of the source, the dropped ones included; 0 where nobody counted."""
+    """Records in the source, dropped ones included; 0 if not counted."""
     wording: Wording | None = None
-    """How its records became text, which prompts do as well; None for synthetic data."""
+    """How its records, and prompts, become text; None for synthetic data."""
     digest: str = ""
-    """Of the files that were tokenized; empty where they lie on a hub, or nobody kept it."""
+    """Digest of the tokenized files; empty if they are on a hub or it was not kept."""
     fullest: tuple[Fullest, ...] = ()
-    """For each size of a micro-batch and number of ranks that there may be; empty where nobody has counted."""
+    """Fullest micro-batch for each possible micro-batch size and number of ranks; empty if not counted."""
 
 
 def held_out_of(samples: int, share: float) -> int:
-    """Samples that are held out: at least one where the share is above 0, and never all."""
+    """Number of held-out samples: at least one if the share is above 0, and never all."""
     return min(max(round(samples * share), 1), samples - 1) if share else 0
 
 
@@ -63,39 +63,39 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     packed: str = ""
     """The folder of safetensors that ranks read: packed to the run's bits, under the names of the modules."""
     fingerprint: str = ""
-    """Of the tensors in `packed`, where that is the user's model as it came, which another may replace."""
+    """Fingerprint of the tensors in `packed`, if that is the user's own folder, where another may replace them."""
     original: str = ""
-    """Fingerprint of the weights in `path`, from which `packed` was made; empty in plans of a qdist that kept none."""
+    """Fingerprint of the weights in `path`, from which `packed` was made; empty in older plans, which kept none."""
     digest: str = ""
-    """SHA-256 over names and checksums of all tensors in `packed`; empty in plans of a qdist that kept none."""
+    """SHA-256 over names and checksums of all tensors in `packed`; empty in older plans, which kept none."""
     config: dict[str, object]
     """transformers' configuration, from which random weights are made."""
     tokenizer: str
-    """The folder of the repaired tokenizer; empty where there is none."""
+    """Folder of the repaired tokenizer; empty if there is none."""
     gptq: Gptq | None = None
     """How a GPTQ backbone is quantized; None for others."""
     new_token_ids: tuple[int, ...] = ()
     """Vocabulary rows that the repair added."""
     vocab_rows: int | None = None
-    """Rows of the embedding after the repair, where it added any."""
+    """Rows of the embedding after the repair; None if it added none."""
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What must be there before a plan: the model as a folder, its tokenizer, the tokenized data."""
+    """What a plan needs first: the model as a folder, its tokenizer, the tokenized data."""
 
     source: Source
     data: DataFacts | None
     notes: tuple[str, ...] = ()
-    """What was repaired, cut or dropped, for the user."""
+    """What was repaired, cut or dropped, as messages for the user."""
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The adapter that a run starts from."""
+    """The existing adapter that a run starts from."""
 
     path: str
-    """Its folder, needed until the first checkpoint."""
+    """Folder of the adapter, needed until the first checkpoint."""
     digest: str
-    """SHA-256 of its file of tensors."""
+    """SHA-256 of the adapter's tensor file."""
 
 
 class RankPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -112,7 +112,7 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Alternative(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A way to run that lost, and why."""
+    """A candidate that was not chosen, and why."""
 
     placement: Placement
     schedule: Schedule | None = None
@@ -121,9 +121,9 @@ class Alternative(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     micro_batch: int
     checkpointed_layers: int
     tokens_per_second: float
-    """Predicted, all ranks together; 0 where it does not fit."""
+    """Predicted tokens/s of all ranks together; 0 if it does not fit."""
     required_bytes: int
-    """Of the fullest GPU; 0 for a layout that cannot exist."""
+    """Bytes on the fullest GPU; 0 for a layout that cannot exist."""
     engine: Literal["torch", "deepspeed"] = "torch"
     zero_stage: int = 0
     reason: str
@@ -138,9 +138,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     facts: ModelFacts
     data: DataFacts | None
     start: Start | None = None
-    """None where the run makes a new adapter."""
+    """Adapter to start from; None if the run makes a new one."""
     pool: int = 1
-    """Inputs of a linear that share a column of the adapter's A: 1, or QA-LoRA's group."""
+    """Inputs of a linear that share a column of the adapter's A: 1, or QA-LoRA's group size."""
     device: Literal["cuda", "cpu"]
     placement: Placement
     schedule: Schedule | None = None
@@ -148,7 +148,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     groups: int
     gpus_per_group: int
     layer_map: tuple[int, ...] = ()
-    """Of a split backbone: each decoder layer's position in its group, never decreasing. Empty otherwise."""
+    """Position in its group of each decoder layer of a split backbone, never decreasing; empty otherwise."""
     offloaded_layers: tuple[int, ...] = ()
     """Decoder layers whose packed weights are offloaded to host memory and visit the GPU for each use."""
     world_size: int
@@ -156,7 +156,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     gradient_accumulation: int
     steps: int
     seq_len: int
-    """Longest sequence that the ranks will see: `spec.seq_len`, or less where the data are shorter."""
+    """Tokens of the longest sequence that the ranks will see: `spec.seq_len`, or less if the data are shorter."""
     checkpointed_layers: int
     """Decoder layers, from the first, that are recomputed in the backward pass; the others keep what they computed."""
     compute_dtype: Literal["bfloat16", "float16", "float32"]
@@ -167,12 +167,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     threads_per_rank: int
     ranks: tuple[RankPlan, ...]
     tokens_per_second: float = 0.0
-    """Predicted, all ranks together; 0 where nothing is known of the device."""
+    """Predicted tokens/s of all ranks together; 0 if the device's speed is unknown."""
     load_peak_bytes: int = 0
-    """Predicted peak of a GPU while the backbone is loaded."""
+    """Predicted peak bytes of a GPU while the backbone is loaded."""
     alternatives: tuple[Alternative, ...] = ()
     correction: Correction | None = None
-    """What earlier runs on this machine had taught, and is in the predictions."""
+    """Correction learnt from earlier runs on this machine, already applied to the predictions."""
     notes: tuple[str, ...]
     """What was decided for the user, and why."""
 
@@ -184,22 +184,22 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def wording(self) -> Wording | None:
-        """How the run's records became text; None for random tokens, and for runs of a qdist that did not keep it."""
+        """How the run's records became text; None for random tokens, and for older runs, which did not keep it."""
         return self.data.wording if self.data else None
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """Tokens that end the answers that the run learned."""
+        """Tokens that end an answer, as the run learned it."""
         return self.wording.ends if self.wording else ()
 
     @property
     def adapter(self) -> LoraMethod:
-        """What is trained."""
+        """Adapter method that is trained."""
         return ADAPTERS[self.spec.method](self.pool)
 
     @property
     def adapter_parameters(self) -> int:
-        """Trained parameters beside the linears of the whole model."""
+        """Adapter parameters beside the linears of the whole model."""
         return adapter_parameters(self.facts, self.spec.lora.r, self.spec.lora.targets, self.adapter)
 
     @property
@@ -209,7 +209,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def data_parallel(self) -> int:
-        """Micro-batches that are computed at a time, on different samples: a pipeline's stages share theirs."""
+        """Micro-batches computed at a time on different samples; the stages of a pipeline share one."""
         return self.groups if self.layer_map else self.world_size
 
 
@@ -222,7 +222,7 @@ def upgraded(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _facts_in_runs(facts: Any) -> Any:
-    """Facts of a model of which all layers were of one shape."""
+    """Facts of a model whose layers all had one shape, from an earlier version."""
     if not isinstance(facts, Mapping):
         return facts
     renamed = {"norms" if key == "norms_per_layer" else key: value for key, value in facts.items()}

@@ -44,7 +44,7 @@ __all__ = ["USABLE_SHARE", "make_plan", "plan_once"]
 
 
 class _Inputs(NamedTuple):
-    """What `make_plan` was given, and what it decided before looking for a layout."""
+    """Arguments of `make_plan`, and what it decides before looking for a layout."""
 
     spec: RunSpec
     source: Source
@@ -115,7 +115,7 @@ def plan_once(
     usual_micro_batch: int | None = None,
     correction: Correction | None = None,
 ) -> Plan:
-    """As `make_plan`; what a refusal suggests has not been tried."""
+    """Like `make_plan`, but the suggestions of a refusal are untried."""
     count = count_of(spec, cluster)
     longest = min(spec.seq_len, data.longest) if data else spec.seq_len
     if longest > facts.max_positions:
@@ -190,7 +190,7 @@ def plan_once(
 
 
 def _decide(inputs: _Inputs, count: int) -> _Decision:
-    """The best candidate and all that were tried. Raises PlanError when none fits."""
+    """The best candidate, and all that were tried. Raises PlanError when none fits."""
     spec, cluster = inputs.spec, inputs.cluster
     setting = _setting(inputs, count)
     found = layouts(spec, count, device=cluster.device)
@@ -264,7 +264,7 @@ def _ranks(setting: PlanningContext, winner: Candidate, device: str) -> tuple[Ra
 
 
 def _budgets(setting: PlanningContext, winner: Candidate, rank: int) -> tuple[MemoryBudget, ...]:
-    """Of a data-parallel rank; where the data were counted, its own micro-batches decide."""
+    """Memory budgets of a data-parallel rank, from its own micro-batches if the data were counted."""
     if not setting.fullest:
         return winner.budgets
     own = setting._replace(rank=rank)
@@ -272,7 +272,7 @@ def _budgets(setting: PlanningContext, winner: Candidate, rank: int) -> tuple[Me
 
 
 def _steps(spec: RunSpec, data: DataFacts | None) -> int:
-    """Steps of the run: as told, or the epochs (one, unless told) over the training samples, rounded up."""
+    """Steps of the run: as set, or the epochs (one by default) over the training samples, rounded up."""
     if spec.steps is not None:
         return spec.steps
     if data is None or data.train_samples == 0:

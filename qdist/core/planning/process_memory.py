@@ -10,7 +10,7 @@ LIBRARIES_BYTES = 495 * MIB
 """A rank that has imported torch, transformers and peft, read a tokenizer and computed a step, less its tensors: pages
 of libraries 110 MiB, objects of Python and C++ 300 to 340, MKL's buffers 30 to 50, loose ends the rest."""
 DEEPSPEED_BYTES = 20 * MIB
-"""What DeepSpeed's own modules add."""
+"""Bytes that DeepSpeed's own modules add."""
 DEEPSPEED_HOLES_BYTES = 60 * MIB
 """What it leaves of the heap when it has moved parameters, gradients and moments into flat buffers: 45 to 75 over ten
 ranks with 119 to 232 MiB of activations, and nothing over two whose GPTQ matrices fill it."""
@@ -24,12 +24,12 @@ OWN_PAGES_BYTES = 32 * MIB
 
 
 def library_bytes(layout: Layout) -> int:
-    """What a rank holds beside tensors, however large they are."""
+    """Bytes that a rank holds besides tensors, whatever their size."""
     return LIBRARIES_BYTES + DEEPSPEED_BYTES * (layout.engine == "deepspeed")
 
 
 def hole_bytes(job: TrainingShape, layout: Layout, activations: int) -> int:
-    """What the heap holds of memory that was freed, at its fullest."""
+    """Bytes of freed memory that the heap still holds at its peak."""
     share = HOLES_GPTQ if job.gptq else HOLES_16_BIT if job.bits == 16 else HOLES
     if layout.stages > 1:
         share = HOLES_STAGES
@@ -48,19 +48,19 @@ def resident_set(own: MemoryBudget, *, holes: int, copied: int, alone: bool) -> 
 
 
 CUDA_CONTEXT_BYTES = 830 * MIB
-"""CUDA context, kernels and cuBLAS workspaces of one rank (H200: used less what torch reserved)."""
+"""Bytes of CUDA context, kernels and cuBLAS workspaces of one rank (H200: used minus reserved by torch)."""
 COMMUNICATOR_BYTES = 840 * MIB
-"""What NCCL takes of each GPU of an NVLink pair for a first communicator (2 H200s, NCCL 2.28)."""
+"""Bytes that NCCL's first communicator takes on each GPU of an NVLink pair (2 H200s, NCCL 2.28)."""
 SECOND_COMMUNICATOR_BYTES = 430 * MIB
-"""For one of DeepSpeed's or of a group of GPUs beside the first."""
+"""Bytes of a second communicator: DeepSpeed's, or one for a group of GPUs."""
 NARROW_COMMUNICATOR_BYTES, NARROW_SECOND_BYTES = 504 * MIB, 150 * MIB
-"""The same with the few channels that a pipeline gets, which never gathers weights (render.STAGE_CHANNELS)."""
+"""The same with a pipeline's few channels, since it never gathers weights (render.STAGE_CHANNELS)."""
 STAGE_LINK_BYTES = 390 * MIB
-"""For sending to a neighbouring stage and receiving from it: 960 MiB with all channels, of which these keep 0.4."""
+"""Bytes for sending to and receiving from a neighbouring stage: 960 MiB with all channels, 0.4 of it with these."""
 
 
 def cuda_context_bytes(layout: Layout, position: int) -> int:
-    """Of the rank at a position of its group."""
+    """Bytes of CUDA context and communicators of the rank at a position of its group."""
     if layout.world_size == 1:
         return CUDA_CONTEXT_BYTES
     first, second = COMMUNICATOR_BYTES, SECOND_COMMUNICATOR_BYTES

@@ -51,7 +51,7 @@ def _rounded(batch: int, multiple: int) -> Change:
 
 
 def _fewer(spec: RunSpec, layout: Layout) -> list[Change]:
-    """Fewer GPUs, for a batch that is to stay as it is."""
+    """Changes to fewer GPUs that keep the batch as it is."""
     count = layout.groups * layout.gpus_per_group
     dividing = [number for number in range(count - 1, 0, -1) if spec.global_batch % number == 0]
     return [{"gpus": number} for number in dividing[:2]]
@@ -74,18 +74,18 @@ def contenders(setting: PlanningContext, found: Sequence[Layout]) -> list[list[C
 
 
 def barring(setting: PlanningContext, layout: Layout) -> SpecError | None:
-    """Why a layout cannot exist, or its ranks cannot do what is wanted; None where they can."""
+    """Why a layout cannot exist, or its ranks cannot do what is wanted; None if it can."""
     spec, layers = setting.spec, setting.sizes.facts.layer_count
     return layout.impossible(spec, layers) or layout.unable(spec, setting.new_rows)
 
 
 def eligible(setting: PlanningContext, rows: Iterable[Iterable[Candidate]]) -> list[Candidate]:
-    """The candidates whose ranks can do all that is wanted."""
+    """The candidates whose ranks support everything the spec asks for."""
     return [own for row in rows for own in row if not own.layout.unable(setting.spec, setting.new_rows)]
 
 
 def choose(candidates: Iterable[Candidate]) -> Candidate | None:
-    """The fastest that fits. Where speed is unknown the first: the simplest layout and the largest micro-batch."""
+    """The fastest that fits; if speed is unknown, the first: the simplest layout with the largest micro-batch."""
     fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting or not fitting[0].seconds:
         return fitting[0] if fitting else None
@@ -95,12 +95,12 @@ def choose(candidates: Iterable[Candidate]) -> Candidate | None:
 
 
 def last_resort(setting: PlanningContext, count: int) -> Candidate | None:
-    """Layers in host memory, where nothing else fits and nothing speaks against it."""
+    """The candidate with offloaded layers, if nothing else fits and nothing forbids it."""
     return choose(_offloading(setting, count))
 
 
 def host_memory_wanted(setting: PlanningContext, count: int) -> tuple[int, int] | None:
-    """(layers, bytes) to offload to host memory, were there enough of it; None where that cannot help."""
+    """(layers, bytes) to offload to host memory if there were enough of it; None if that cannot help."""
     sizes = setting.sizes
     boundless = setting._replace(host_bytes=2 * sizes.widest_layer * sizes.facts.layer_count)
     away = min((own.offloaded for own in _offloading(boundless, count) if own.fits), key=len, default=())
@@ -108,18 +108,18 @@ def host_memory_wanted(setting: PlanningContext, count: int) -> tuple[int, int] 
 
 
 def _offloading(setting: PlanningContext, count: int) -> list[Candidate]:
-    """With layers in host memory; none where the user decided otherwise."""
+    """Candidates with layers offloaded to host memory; none if the user decided otherwise."""
     found = last_resorts(setting.spec, count) if setting.rooms is not None else []
     return [own for layout in found if _works(setting, layout) for own in offloading(setting, layout)]
 
 
 def closest(candidates: Iterable[Candidate]) -> Candidate:
-    """Of those that do not fit, the one that misses least."""
+    """The candidate with the smallest shortfall, of those that do not fit."""
     return min(candidates, key=lambda candidate: (candidate.missing, simplicity(candidate.layout)))
 
 
 def barred(setting: PlanningContext, winner: Candidate, rows: Iterable[Sequence[Candidate]]) -> SpecError | None:
-    """Why a layout that would have won cannot do what is wanted; None where none would."""
+    """Why a layout that would have won cannot do what is wanted; None if there is no such layout."""
     for row in rows:
         best = choose(row)
         if best is None or best.seconds > winner.seconds:
@@ -135,7 +135,7 @@ def alternatives(
     rows: Sequence[Sequence[Candidate]],
     tokens_s: Callable[[Candidate], float],
 ) -> tuple[Alternative, ...]:
-    """The best of every other layout, and in words why it lost."""
+    """The best candidate of every other layout, and why it lost, in words."""
     lost = []
     for row in rows:
         if winner in row:

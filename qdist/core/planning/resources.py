@@ -1,4 +1,4 @@
-"""What of a machine may a run use: how many GPUs, which arithmetic, optimizer and kernels, how much of each memory?"""
+"""What may a run use of a machine: how many GPUs, which dtype, optimizer and kernels, how much of each memory?"""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ from qdist.core.text import GIB, counted, format_bytes
 
 
 def count_of(spec: RunSpec, cluster: Cluster) -> int:
-    """GPUs, or CPU ranks, of the run."""
+    """Number of GPUs, or of CPU ranks, of the run."""
     if cluster.device == "cpu":
         if spec.gpus is not None and spec.gpus > MOST_RANKS:
             raise SpecError(
@@ -27,14 +27,14 @@ def count_of(spec: RunSpec, cluster: Cluster) -> int:
 
 
 def dtype_of(spec: RunSpec, cluster: Cluster) -> Literal["bfloat16", "float16", "float32"]:
-    """16 bits on GPUs, in the form that all of them have; 32 on CPUs, which emulate bfloat16 (docs/decisions.md)."""
+    """Compute dtype: the 16-bit one that all GPUs have; float32 on CPUs, which emulate bfloat16 (docs/decisions.md)."""
     if spec.dtype or cluster.device == "cpu":
         return spec.dtype or "float32"
     return "bfloat16" if all(has_bfloat16(gpu.name) for gpu in cluster.gpus) else "float16"
 
 
 def optimizer_of(spec: RunSpec, cluster: Cluster) -> Literal["adamw", "paged-adamw"]:
-    """Paged AdamW on GPUs, unless a candidate has room for its state; plain AdamW where it lies on the CPU anyway."""
+    """Paged AdamW on GPUs, unless a candidate has room for its state; plain AdamW if the state is on the CPU anyway."""
     on_gpu = cluster.device == "cuda" and spec.zero.offload == "none"
     if spec.optim.name == "paged-adamw" and not on_gpu:
         where = "a GPU" if cluster.device == "cpu" else "zero.offload=none"
@@ -46,7 +46,7 @@ def optimizer_of(spec: RunSpec, cluster: Cluster) -> Literal["adamw", "paged-ada
 
 
 def liger_of(spec: RunSpec, cluster: Cluster, has_liger: bool) -> bool:
-    """Whether Liger's kernels run: wherever they can, unless told."""
+    """Whether Liger's kernels run: wherever they can, unless set."""
     if spec.liger and cluster.device == "cpu":
         raise SpecError("liger=true needs a GPU: its kernels are written in Triton", ways=[{"liger": False}])
     if spec.liger and not has_liger:
@@ -58,7 +58,7 @@ def liger_of(spec: RunSpec, cluster: Cluster, has_liger: bool) -> bool:
 
 
 def rooms_of(spec: RunSpec, cluster: Cluster, count: int) -> tuple[int, ...] | None:
-    """Bytes that the plan may fill of each GPU; None on CPU, where ranks share the machine's memory."""
+    """Bytes of each GPU that the plan may fill; None on CPU, where ranks share the machine's memory."""
     caps = memory_caps(spec)
     if cluster.device == "cpu":
         if caps:

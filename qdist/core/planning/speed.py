@@ -17,35 +17,35 @@ GEMM_SHARE = 0.98
 """Share of the sustained matmul rate, for a layer's shapes: chosen on the rows of tests/core/planning/test_speed.py,
 which are therefore no proof of it."""
 ATTENTION_SHARE = 0.35
-"""The same for flash attention, causal, 512 tokens: 13 ms where 4.8 were due."""
+"""The same for flash attention, causal, 512 tokens: 13 ms instead of 4.8."""
 UNPACK_SHARE = 0.8
-"""Of the memory rate, for NF4 to 16 bits in one kernel: 3.3 to 3.5 TB/s of 4.2 (H200, matrices of 7B and 65B)."""
+"""Share of the memory rate for NF4 to 16 bits in one kernel: 3.3 to 3.5 TB/s of 4.2 (H200, matrices of 7B and 65B)."""
 TRAFFIC_SHARE = 0.85
-"""Of the memory rate, for elementwise kernels: norms, activations, rotations and additions."""
+"""Share of the memory rate for elementwise kernels: norms, activations, rotations and additions."""
 INT8_SHARE = 0.62
-"""Of the 16-bit matmul rate that LLM.int8's forward product reaches with all that surrounds it: quantizing the input,
+"""Share of the 16-bit matmul rate that LLM.int8's forward product reaches, overhead included: quantizing the input,
 scaling the result. Chosen, with the next, on the three rows of 8 bits in tests/core/planning/test_speed.py."""
 INT8_STOP = 0.8
-"""Its forward product waits for the GPU to say which columns hold outliers: time by that for launching a linear."""
+"""Its forward product's wait for the GPU to report outlier columns, as a multiple of the time to launch a linear."""
 PEFT_ACCESSES = 5.0
-"""16-bit accesses for each output of an adapted linear, in each pass, that peft's scaling, adding and casting cost."""
+"""16-bit accesses per output of an adapted linear and pass for peft's scaling, adding and casting."""
 LAUNCH_SHARE = 1.35
-"""Time for launching all of a layer's kernels by that for its linears, which bounds small micro-batches."""
+"""Time to launch all of a layer's kernels over that for its linears alone; bounds small micro-batches."""
 PAGED_SHARE = 0.09
-"""Of the memory rate, for AdamW on moments in paged memory that lie on the GPU. 65B on an H200: 78 ms a step more."""
+"""Share of the memory rate for AdamW on paged moments that are on the GPU. 65B on an H200: 78 ms more per step."""
 OPTIMIZER_ACCESS_BYTES = 40
-"""A trained parameter and step: gradient read for the norm, scaled, read; parameter and moments read and written."""
+"""Bytes per trained parameter and step: gradient read for norm, scaled, read; parameter and moments read, written."""
 ZERO_MATRIX_S = 58e-6
-"""DeepSpeed's end of a step for each adapter matrix: norms one by one, flat copies. 7B without checkpointing on 2 H200s
+"""Seconds at the end of a DeepSpeed step per adapter matrix: norms, flat copies. 7B without checkpointing on 2 H200s
 under ZeRO-2: 28 ms a step more than on one, of which communication is 2.5; 448 matrices."""
 ZERO3_MATRIX_S = 0.3e-3
-"""ZeRO-3's bookkeeping for each adapter matrix. 7B on 2 H200s: 139 ms a step more than ZeRO-2, 448 matrices."""
+"""Seconds of ZeRO-3 bookkeeping per adapter matrix. 7B on 2 H200s: 139 ms more per step than ZeRO-2, 448 matrices."""
 CPU_ADAM_PARAMETERS_S = 256e6
-"""Parameters a second that a rank's CPU steps, transfers included. 7B on 2 H200s: 313 ms a step for 80 M."""
+"""Parameters/s that a rank's CPU updates, transfers included. 7B on 2 H200s: 313 ms per step for 80 M."""
 SHARD_COPIES = 4
-"""Times that a gathered layer's bytes move through memory: into the gather, out of it, each read and written."""
+"""Memory passes over a gathered layer's bytes: into the gather and out of it, each read and written."""
 FLOAT32_SLOWDOWN = 15
-"""Products in 32 bits against 16: they leave the matrix units."""
+"""Slowdown of 32-bit matrix products over 16-bit ones: they do not use the matrix units."""
 
 
 class Passes(msgspec.Struct, frozen=True):
@@ -53,14 +53,14 @@ class Passes(msgspec.Struct, frozen=True):
 
     forward_s: tuple[float, ...]
     backward_s: tuple[float, ...]
-    """Without recomputing."""
+    """Backward seconds of a layer of each run, without recomputation."""
     head_s: float
     token_bytes: int
-    """Hidden states of the micro-batch, as a stage sends them."""
+    """Bytes of the micro-batch's hidden states, as a stage sends them."""
 
 
 def passes(sizes: Sizes, rates: Rates, micro_batch: int) -> Passes:
-    """Time one micro-batch on one GPU that has every weight at hand."""
+    """Predict the time of one micro-batch on one GPU that holds all its weights."""
     facts, job = sizes.facts, sizes.job
     tokens = micro_batch * job.seq_len
     pairs = zip(facts.shapes, sizes.layers, strict=True)
@@ -138,7 +138,7 @@ def _loss_traffic(sizes: Sizes, tokens: int) -> float:
 def _adapter_step_s(
     sizes: Sizes, rates: Rates, *, layers: Sequence[int], stage: int, ranks: int, micro_batches: int, paged: bool
 ) -> float:
-    """The optimizer's step and what ZeRO exchanges, for the adapter of so many layers of each run."""
+    """Seconds of the optimizer step and ZeRO's exchanges, for the adapter on these counts of layers by run."""
     trained, job = sizes.trained(layers), sizes.job
     matrices = 2 * sum(
         count * len(shape.targeted(job.targets)) for count, shape in zip(layers, sizes.facts.shapes, strict=True)
@@ -159,21 +159,21 @@ def _adapter_step_s(
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """What `step_seconds` needs to know of a candidate. Layers are counted by run, as in `memory.Share`."""
+    """Inputs of `step_seconds` from a candidate. Layers are counted by run, as in `memory.Share`."""
 
     counts: tuple[tuple[int, ...], ...]
-    """Layers of each GPU of a group that holds layers of its own; of one where all hold the same."""
+    """Layers by run on each GPU of a group; one entry if all GPUs hold the same layers."""
     checkpointed: int
     micro_batches: int
     zero_stage: int
     ranks: int
     shards: int = 1
     pipelined: bool = False
-    """Each GPU is a stage, and all compute at a time."""
+    """Whether each GPU is a pipeline stage, all computing at once."""
     offloaded: tuple[int, ...] = ()
     paged: bool = False
     paged_out_bytes: int = 0
-    """Moments of the fullest GPU that have no room there and cross the bus twice a step."""
+    """Bytes of the fullest GPU's moments that do not fit there and cross the bus twice per step."""
 
 
 def step_seconds(sizes: Sizes, rates: Rates, one: Passes, step: Step) -> float:
@@ -206,7 +206,7 @@ def step_seconds(sizes: Sizes, rates: Rates, one: Passes, step: Step) -> float:
 
 
 def _gathering(sizes: Sizes, rates: Rates, one: Passes, shards: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Each pass through a layer of each run, where its weights are gathered for it."""
+    """Seconds of each pass through a layer of each run if its weights are gathered for it."""
     if shards == 1:
         return one.forward_s, one.backward_s
     gathers = [own.packed * (shards - 1) / shards / rates.link_bytes_s for own in sizes.layers]

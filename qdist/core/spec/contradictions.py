@@ -1,4 +1,4 @@
-"""Which settings contradict each other, whatever the model and the machine are, and what settles it?"""
+"""Which settings contradict each other, whatever the model and machine, and how is that resolved?"""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,17 +10,17 @@ Flat = Mapping[str, Any]
 """Every setting by its dotted key."""
 
 _MOST_SAMPLES = 8192
-"""Of a micro-batch that is suggested."""
+"""Most samples in a suggested micro-batch."""
 _WIDTHS = {"qlora": (4, 8, 16), "gptq-lora": (2, 3, 4, 8), "qa-lora": (2, 3, 4, 8)}
 
 
 def contradiction(now: Flat, usual: Flat) -> SpecError | None:
-    """The first that there is, or None. usual: the default of every setting."""
+    """The first contradiction found, or None. usual: the default of every setting."""
     return next((error for rule in _RULES for error in rule(now, usual)), None)
 
 
 def largest_divisor(number: int, at_most: int) -> int:
-    """Of a batch: the largest number of samples, up to so many, of which it is a multiple."""
+    """The largest divisor of a batch of `number` samples that is at most `at_most`."""
     return next(n for n in range(min(number, at_most, _MOST_SAMPLES), 0, -1) if number % n == 0)
 
 
@@ -98,7 +98,7 @@ def _held_out(now: Flat, usual: Flat) -> Iterator[SpecError]:
 
 
 def _as_usual(keys: tuple[str, ...], now: Flat, usual: Flat) -> Change:
-    """The defaults of settings that have another value; nothing where none has."""
+    """Changes to the defaults of settings that have another value; empty if none has."""
     return {key: usual[key] for key in keys if now[key] != usual[key]}
 
 

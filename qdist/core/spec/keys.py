@@ -22,18 +22,18 @@ def known_keys(kind: Kind, prefix: str = "") -> dict[str, Kind | None]:
 
 
 def choices(kind: Kind, key: str) -> list[str]:
-    """The words that a setting is one of; empty where it takes other values."""
+    """The words that a setting accepts; empty if it takes other values."""
     inner = [each.item_type if isinstance(each, msgspec.inspect.VarTupleType) else each for each in kinds_of(kind, key)]
     return [str(value) for each in inner if isinstance(each, msgspec.inspect.LiteralType) for value in each.values]
 
 
 def optional(kind: Kind, key: str) -> bool:
-    """Whether the plan decides where the setting is absent."""
+    """Whether the plan decides if the setting is absent."""
     return any(isinstance(each, msgspec.inspect.NoneType) for each in kinds_of(kind, key))
 
 
 def description(kind: Kind, key: str) -> str:
-    """What a setting is for, in its field's words; empty where the field has none."""
+    """A setting's description, from its field; empty if the field has none."""
     info = _info(kind, key)
     stated = info.extra_json_schema if isinstance(info, msgspec.inspect.Metadata) else None
     return str((stated or {}).get("description", ""))
@@ -71,7 +71,7 @@ def read_value(kind: Kind, key: str, text: str) -> Any:
 
 
 def _read_toml(text: str, otherwise: Any = None) -> Any:
-    """A TOML value; `otherwise` for what is none."""
+    """A TOML value; `otherwise` for text that is not TOML."""
     try:
         read = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
@@ -80,7 +80,7 @@ def _read_toml(text: str, otherwise: Any = None) -> Any:
 
 
 def names_of(value: Any) -> Any:
-    """The names in a text with commas; anything else as it is."""
+    """The comma-separated names in a text; anything else unchanged."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
@@ -107,7 +107,7 @@ def kinds_of(kind: Kind, key: str) -> tuple[msgspec.inspect.Type, ...]:
 
 
 def _info(kind: Kind, key: str) -> msgspec.inspect.Type:
-    """What msgspec knows of a field."""
+    """msgspec's information on a field."""
     found: type = kind
     for part in key.split("."):
         found = {field.encode_name: field.type for field in msgspec.structs.fields(found)}[part]

@@ -1,4 +1,4 @@
-"""Which settings are there, what does each say of itself, and which of them does a word, a flag or a keyword mean?"""
+"""Which settings are there, how are they described, and which of them does a word, a flag or a keyword mean?"""
 
 import re
 from collections import Counter
@@ -14,22 +14,22 @@ COMMON = {
     "steps": "steps", "epochs": "epochs", "lr": "optim.lr", "batch_size": "global_batch", "seq_len": "seq_len",
     "lora_r": "lora.r", "seed": "seed",
 }  # fmt: skip
-"""Names of flags for the settings that everybody types, and what the settings are called."""
+"""Flags for the most used settings -> the names of these settings."""
 
 
 class Setting(NamedTuple):
-    """One setting, as it is shown to a person."""
+    """One setting, as shown to the user."""
 
     key: str
     accepted: str
-    """The values that it takes."""
+    """Values that it accepts."""
     default: str
-    """As one types it; auto where the planner decides, empty where there is none."""
+    """Default as typed; auto if the planner decides, empty if there is none."""
     text: str
 
     @property
     def section(self) -> str:
-        """The table of a recipe in which it stands; empty for the settings at the top."""
+        """Name of its table in a recipe; empty for top-level settings."""
         return self.key.rpartition(".")[0]
 
 
@@ -69,7 +69,7 @@ def all_settings() -> tuple[Setting, ...]:
 
 
 def sections() -> dict[str, str]:
-    """What each table of a recipe is for; the empty name is the top."""
+    """Purpose of each table of a recipe, by name; the empty name is the top level."""
     kinds = {"": RunSpec, **{key: kind for key, kind in known_keys(RunSpec).items() if kind is not None}}
     return {name: (kind.__doc__ or "").partition("\n")[0] for name, kind in kinds.items()}
 

@@ -19,7 +19,7 @@ CALLED_ELSEWHERE: dict[str, Change] = {
 
 
 def verified(now: Mapping[str, Any], _: Mapping[str, Any]) -> Iterator[SpecError]:
-    """A rule of `contradictions`: bytes are gathered, and can be compared, where they are sharded."""
+    """A rule of `contradictions`: only sharded bytes are gathered, and can be compared."""
     if now["train.verify_steps"] and now["placement"] != "shard":
         yield SpecError(
             f"train.verify_steps={now['train.verify_steps']} compares the bytes of a sharded backbone",

@@ -24,7 +24,7 @@ Amount = Annotated[float, Meta(ge=0, le=1e300)]
 Placement = Literal["replicate", "shard", "split"]
 """How the GPUs of a group hold the backbone: each all of it, each a part of every layer, each some whole layers."""
 Schedule = Literal["1f1b", "sequential"]
-"""Of a split backbone: a rank a stage with micro-batches in flight, or one process that visits GPU after GPU."""
+"""How a split backbone runs: one rank per stage with micro-batches in flight, or one process visiting GPU after GPU."""
 Pool = Literal["peft", "mean", "sum"]
 GPTQ_METHODS = ("gptq-lora", "qa-lora")
 """Methods whose backbone is a GPTQ checkpoint."""
@@ -316,7 +316,7 @@ def settled(merged: Mapping[str, Any], change: Change) -> RunSpec:
 
 
 def given(merged: Mapping[str, Any]) -> dict[str, Any]:
-    """What nested settings set, by dotted key, and the default of every other setting."""
+    """Every setting by dotted key: as given in nested settings, otherwise its default."""
     return {**flatten(RunSpec()), **_flat(merged, "")}
 
 
@@ -360,7 +360,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def _or_open(key: str, value: Any) -> Any:
-    """None where the value leaves a setting to the plan."""
+    """The value, or None if it leaves the setting to the plan."""
     return None if isinstance(value, str) and value.lower() in ("none", "auto") and optional(RunSpec, key) else value
 
 
@@ -386,7 +386,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any], prefix: str) -> dic
 
 
 def _in_our_case(key: str, value: Any) -> Any:
-    """A choice as we write it, where it was written in another case."""
+    """A choice in its proper case, if it was written in another."""
     if isinstance(value, list):
         return [_in_our_case(key, each) for each in value]
     return value.lower() if isinstance(value, str) and value.lower() in choices(RunSpec, key) else value
@@ -411,7 +411,7 @@ def _value_error(message: str, merged: Mapping[str, Any]) -> SpecError:
 
 
 def checked(spec: RunSpec) -> RunSpec:
-    """The spec. Raises SpecError for settings that contradict each other, so that none is ever ignored."""
+    """The spec, unless its settings contradict each other: then raises SpecError, so that none is ever ignored."""
     memory_caps(spec)
     if error := contradiction(flatten(spec), flatten(RunSpec())):
         raise error
@@ -429,5 +429,5 @@ def flatten(spec: RunSpec) -> dict[str, Any]:
 
 
 def changed(spec: RunSpec, change: Change) -> RunSpec:
-    """The spec with a change to its settings. Raises SpecError, as `checked` does, with untried hints."""
+    """The spec with a change to its settings. Raises SpecError like `checked`, with untried hints."""
     return settled(msgspec.to_builtins(spec), change) if change else spec

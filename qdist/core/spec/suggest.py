@@ -33,7 +33,7 @@ OTHER_NAMES = {
     "source_max_len": "seq_len", "quant_type": "quant.type", "double_quant": "quant.double", "stage": "zero.stage",
     "zero_stage": "zero.stage", "batch_size": "global_batch", "rank": "lora.r", "warmup": "optim.warmup_steps",
 }  # fmt: skip
-"""What other programs call a setting of ours that takes the same values."""
+"""Other programs' names for a qdist setting that takes the same values."""
 RELATED_NAMES = {
     "gradient_accumulation_steps": "global_batch", "load_in_4bit": "bits", "load_in_8bit": "bits", "bf16": "dtype",
     "fp16": "dtype", "fsdp": "placement", "device_map": "placement", "deepspeed": "zero.stage", "optim": "optim.name",
@@ -43,10 +43,10 @@ RELATED_NAMES = {
     "evals_per_epoch": "train.eval_steps", "saves_per_epoch": "train.save_steps", "use_rslora": "lora.variant",
     "peft_use_rslora": "lora.variant",
 }  # fmt: skip
-"""What other programs call a setting whose values differ from ours: where to look, not what to type."""
+"""Other programs' names for a setting whose values differ from qdist's: where to look, not what to type."""
 
 _ELSEWHERE = {"placement": CALLED_ELSEWHERE}
-"""What other tools call a value of a setting, and what was meant."""
+"""Other tools' names for a value of a setting, with the change meant."""
 
 
 def unknown(key: str, settings: Sequence[str], value: Any = None) -> SpecError:
@@ -62,7 +62,7 @@ def unknown(key: str, settings: Sequence[str], value: Any = None) -> SpecError:
 
 
 def known_as(name: str, settings: Sequence[str]) -> str | None:
-    """The setting whose last part is that of `name`, or that other programs call so; None where there is none."""
+    """The setting with the same last part as `name`, or with that name in other programs; None if there is none."""
     leaf = name.rpartition(".")[2]
     return _by_leaf(settings).get(leaf) or OTHER_NAMES.get(leaf)
 
@@ -112,9 +112,9 @@ _MOST, _MOST_COSTLY = 256, 40
 """Changes that are tried for one refusal, and how many of them may turn out to take too much memory: to find that out
 every layout is laid out."""
 _WAY = 1
-"""What a way costs beside its place: two likely ones, one after the other, come before the fourth out of a refusal."""
+"""Cost of a way besides its place: two likely ones in a row are tried before the fourth way out of one refusal."""
 _MOST_TOO_BIG = 1
-"""Of the ways round a contradiction that end in too little memory, those from which more memory is looked for."""
+"""Ways round a contradiction that run out of memory and are still searched for ways to fit."""
 
 
 class TooBigError(PlanError):
@@ -151,15 +151,15 @@ def or_tried_hint(
 
 
 class _Step(NamedTuple):
-    """A change to be tried. The smallest comes first."""
+    """A change to try. The smallest comes first."""
 
     memory: int
-    """Its place among the ways to fit, which go from small to large; 0 for one that only settles contradictions."""
+    """Its place among the ways to fit, from small to large; 0 for one that only resolves contradictions."""
     cost: int
-    """Of all the ways that it takes, the likeliest out of each refusal being the cheapest."""
+    """Summed cost of the ways taken; the likeliest way out of each refusal is the cheapest."""
     number: int
     ways: tuple[Change, ...]
-    """Out of one refusal after another; those to fit setting by setting, for not all of them may be needed."""
+    """Ways out of successive refusals; ways to fit are split by setting, since not all may be needed."""
 
 
 class _Search(Generic[Made]):
@@ -172,10 +172,10 @@ class _Search(Generic[Made]):
         self.seen = {frozenset[str]()}
         self.too_big = 0
         self.furthest: Change = {}
-        """A change that settles all but that it takes too much memory."""
+        """A change that resolves everything except too little memory."""
 
     def smallest(self, error: QdistError) -> tuple[Change, Made] | None:
-        """The smallest change that works, and what comes of it; None where none of those tried does."""
+        """The smallest change that works, and its result; None if none of those tried does."""
         self._open(error, _Step(0, 0, 0, ()))
         for _ in range(_MOST):
             if not self.steps or self.too_big > _MOST_COSTLY:
@@ -190,7 +190,7 @@ class _Search(Generic[Made]):
         return None
 
     def _open(self, error: QdistError, step: _Step) -> None:
-        """Queue the ways out of a refusal. Those to fit are complete: none is taken after another."""
+        """Queue the ways out of a refusal. Ways to fit are complete: none is combined with another."""
         short_of_memory = isinstance(error, TooBigError)
         if short_of_memory:
             self.furthest = self.furthest or self._together(step.ways)
@@ -206,12 +206,12 @@ class _Search(Generic[Made]):
                 heappush(self.steps, _Step(memory, step.cost + _WAY + place, len(self.seen), ways))
 
     def _together(self, ways: tuple[Change, ...]) -> Change:
-        """Ways as one change, without what is so already."""
+        """Ways as one change, without what is already set."""
         change = {key: value for way in ways for key, value in way.items()}
         return {key: value for key, value in change.items() if typed(key, value) != self.now.get(key)}
 
     def _without_the_needless(self, ways: tuple[Change, ...], made: Made) -> tuple[Change, Made]:
-        """As few of the ways as will do."""
+        """As few of the ways as suffice."""
         for way in ways:
             fewer = tuple(other for other in ways if other is not way)
             less = self._together(fewer)

@@ -1,1 +1,1 @@
-"""What a run says of itself, and what is made of it: history, warnings, reports."""
+"""What a run reports, and what is derived from it: history, warnings, reports."""

@@ -12,7 +12,7 @@ import msgspec
 from qdist.core.telemetry.history import RunHistory
 
 MOST_POINTS = 2000
-"""Of one curve; a screen is no wider."""
+"""Most points of one curve; a screen is no wider."""
 _LEAST_WINDOW, _WINDOWS = 10, 100
 """Steps that are smoothed together: this many, or this part of a long run."""
 _MOST_MARKS = 500
@@ -38,7 +38,7 @@ class Chart(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Marks(msgspec.Struct, frozen=True, kw_only=True):
-    """Steps at which something happened."""
+    """Steps to mark on a chart: checkpoints and resumes."""
 
     checkpoints: list[int]
     resumes: list[int]
@@ -79,7 +79,7 @@ def marks(fold: RunHistory) -> Marks:
 
 
 def tokens_per_s(fold: RunHistory) -> "array[float]":
-    """Of each step; NaN where a step has no time."""
+    """Tokens/s of each step; NaN if a step has no time."""
     columns = fold.columns
     return array(
         "d",
@@ -130,7 +130,7 @@ def smoothed(
 
 
 def evenly(items: Sequence[int], most: int) -> list[int]:
-    """At most so many, first and last among them, at equal distances."""
+    """At most `most` items, evenly spaced, the first and last among them."""
     if len(items) <= most:
         return list(items)
     return [items[index * (len(items) - 1) // (most - 1)] for index in range(most)]
@@ -152,5 +152,5 @@ def _mean(sums: Sequence[float], counts: Sequence[int], start: int, end: int) ->
 
 
 def _rounded(values: Sequence[float]) -> list[float]:
-    """Six significant digits: more than a chart shows, and half the bytes."""
+    """Values to six significant digits: more than a chart shows, in half the bytes."""
     return [float(f"{value:.6g}") for value in values]

@@ -1,4 +1,4 @@
-"""What a running rank says each step, and how its lines are read back."""
+"""What a running rank logs each step, and how its lines are read back."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -9,12 +9,12 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 
 State = Literal["planned", "running", "finished", "stopped", "failed", "killed"]
-"""Of a run, as its files tell: see `qdist.host.run.state`."""
+"""State of a run, read from its files: see `qdist.host.run.state`."""
 Kind = Literal["load", "start", "step", "eval", "verify", "checkpoint", "resume", "end"]
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 _UNSTEADY = 3
-"""First steps of a run, in which kernels are chosen and memory grows."""
+"""First steps of a run, while kernels are chosen and memory grows."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):
@@ -32,36 +32,36 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     learning_rate: float | None = None
     gradient_norm: float | None = None
     tokens: Count = 0
-    """Of all ranks, in this step."""
+    """Tokens of all ranks in this step."""
     padding: Count = 0
     """Positions of all ranks' micro-batches in this step that hold no token."""
     own_tokens: Count = 0
-    """Of this rank's micro-batches alone."""
+    """Tokens of this rank's micro-batches."""
     seconds: float = 0.0
-    """Of this step; for `load`, of loading the backbone."""
+    """Seconds of this step; for `load`, of loading the backbone."""
     data_s: float = 0.0
-    """Of the step's seconds: this rank's samples were made."""
+    """Seconds of the step that this rank spent on making samples."""
     busy_s: float = 0.0
     """This rank's forward and backward passes, `data_s` included, before it waits for gradients of other ranks. Under
     ZeRO, which adds gradients up during the last backward pass, and in a pipeline, waiting is part of it."""
     update_s: float = 0.0
-    """The optimizer's step."""
+    """Seconds of the optimizer step."""
     read_bytes: Count = 0
-    """For `load`: what this rank had from the disk, pages that were in memory already not counted."""
+    """For `load`: bytes that this rank read from disk, without pages that were already in memory."""
     memory_bytes: Count = 0
-    """This rank's peak so far; on the CPU, its largest resident set."""
+    """Peak bytes of this rank so far; on the CPU, its largest resident set."""
     rank: Count = 0
     time: float = 0.0
-    """Seconds since the epoch, given by the caller."""
+    """Seconds since the epoch, set by the caller."""
     skipped: bool = False
-    """The update was not made, the gradients being NaN or infinite."""
+    """Whether the update was skipped because the gradients were NaN or infinite."""
     note: str = ""
 
 
 _EVENTS = msgspec.json.Decoder(Event)
 _UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _BLOCK_BYTES = 1 << 20
-"""Lines that are decoded together."""
+"""Bytes of lines that are decoded together."""
 
 
 def encode(event: Event) -> bytes:
@@ -70,12 +70,12 @@ def encode(event: Event) -> bytes:
 
 
 class Block(NamedTuple):
-    """Some lines of a file of events."""
+    """A block of lines of an event file."""
 
     events: list[Event]
     lines: int
     bad: tuple[int, ...] = ()
-    """Numbers of the lines that are no events: a disk that lost power leaves NUL bytes, for one."""
+    """Numbers of the lines that are not events: a power loss can leave NUL bytes, for example."""
 
 
 def decode_lines(data: bytes) -> list[Event]:
@@ -105,7 +105,7 @@ def whole_length(data: bytes) -> int:
 
 
 def _decode_block(block: bytes, first_line: int) -> Block:
-    """Whole lines. Those that may hold a NaN, or are no events, are looked at one by one."""
+    """Decode whole lines. Those that may hold a NaN, or are not events, are decoded one by one."""
     if b"null" not in block and b"\n\n" not in block and not block.startswith(b"\n"):
         try:
             found = _EVENTS.decode_lines(block)
@@ -142,7 +142,7 @@ def losses(events: Iterable[Event]) -> dict[int, float]:
 
 
 def steady_tokens_s(events: Iterable[Event]) -> float | None:
-    """Median speed of the last stretch, from one rank's events: without its first steps where it has more."""
+    """Median tokens/s of the last stretch, from one rank's events, without the first steps if there are more."""
     speeds: list[float] = []
     for event in events:
         if event.kind in ("start", "resume"):
@@ -153,20 +153,20 @@ def steady_tokens_s(events: Iterable[Event]) -> float | None:
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
-    """How a run came to its first step. Seconds are from when its plan was written; None where nobody said."""
+    """How a run got to its first step. Seconds are since its plan was written; None if unknown."""
 
     load_s: float | None
-    """Until the last rank had its backbone."""
+    """Seconds until the last rank had loaded the backbone."""
     first_step_s: float | None
-    """Until the first step was done."""
+    """Seconds until the first step was done."""
     loading_s: float
-    """What the slowest rank spent on loading; 0 where nobody said."""
+    """Seconds that the slowest rank spent on loading; 0 if unknown."""
     read_bytes: int
-    """From disk while loading, all ranks together."""
+    """Bytes read from disk while loading, all ranks together."""
 
 
 def start_of(events: Iterable[Event], *, planned_at: float) -> Start:
-    """From the events of all ranks; those from before the plan are of an earlier launch."""
+    """The start, from the events of all ranks; events older than the plan belong to an earlier launch."""
     since = [event for event in events if event.time >= planned_at]
     loads = {event.rank: event for event in since if event.kind == "load"}
     steps = [event.time for event in since if event.kind == "step"]

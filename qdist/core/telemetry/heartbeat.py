@@ -1,4 +1,4 @@
-"""What a rank is at now: a small file that it writes again every second, beside the events that it appends to."""
+"""A rank's current state: a small file that it rewrites every second, beside the events that it appends."""
 
 from typing import Literal
 
@@ -17,29 +17,29 @@ WORDS: dict[Phase, str] = {
     "ended": "ended",
 }
 UNMEASURED: frozenset[Phase] = frozenset(("starting", "loading", "saving", "finishing"))
-"""Phases that say nothing of how far they are, so that a long one is no sign of a rank that is stuck."""
+"""Phases without progress reports, so that a long one is no sign of a stuck rank."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One rank, alive when it wrote this."""
+    """Heartbeat of one rank, which was alive when it wrote this."""
 
     rank: int
     pid: int
     host: str
     launch: str = ""
-    """The id of the launch that started it; empty where its launch.sh was started by hand."""
+    """Id of the launch that started the rank; empty if its launch.sh was started by hand."""
     time: float
-    """Seconds since the epoch, of this beat."""
+    """Time of this heartbeat, in seconds since the epoch."""
     phase: Phase = "starting"
     moved: float = 0.0
-    """Seconds since the epoch: when the phase, the step or the micro-batch last changed."""
+    """Time of the last change of phase, step or micro-batch, in seconds since the epoch."""
     step: int = 0
-    """The step that it works on, from 1."""
+    """Current step, from 1."""
     micro_batch: int = 0
-    """Of its own in this step, from 1; 0 outside of training and evaluating."""
+    """This rank's current micro-batch in the step, from 1; 0 outside training and evaluation."""
     micro_batches: int = 0
     memory_bytes: int = 0
-    """Now: tensors and context on its GPUs, all of them together; on the CPU its resident set."""
+    """Current bytes of tensors and context on all its GPUs together; on the CPU, its resident set."""
 
     def __str__(self) -> str:
         """'in forward and backward passes of step 12, micro-batch 3 of 8'."""
@@ -49,5 +49,5 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 def encode(pulse: Heartbeat) -> bytes:
-    """JSON and a newline."""
+    """A heartbeat as JSON and a newline."""
     return msgspec.json.encode(pulse) + b"\n"

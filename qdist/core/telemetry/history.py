@@ -16,16 +16,16 @@ from typing import NamedTuple
 from qdist.core.telemetry.events import Event
 
 _WINDOW = 10
-"""Steps over which speed and smoothed loss are taken."""
+"""Steps over which speed and smoothed loss are averaged."""
 _PACE_S, _MOST_STEPS = 5.0, 100
 """The pace of a rank is that of the window or, where steps are short, of so many seconds, in so many steps at most: a
 few milliseconds are noise."""
 _TAIL = 4 * _MOST_STEPS
-"""Events of a rank that say all of how it is: what they count has been counting since the ranks were started."""
+"""Last events of a rank that suffice for its state: their counters run since the ranks were started."""
 
 
 class Columns:
-    """One entry a step, steps ascending; what was not said is 0, and NaN where 0 would be a word."""
+    """One entry per step, ascending; a missing value is 0, or NaN where 0 would be a valid value."""
 
     def __init__(self) -> None:
         self.step, self.tokens, self.padding = array("q"), array("q"), array("q")
@@ -37,13 +37,13 @@ class Columns:
         return len(self.step)
 
     def cut(self, length: int) -> None:
-        """Forget what comes after so many steps."""
+        """Forget everything after this many steps."""
         for column in vars(self).values():
             del column[length:]
 
 
 class Stretch(NamedTuple):
-    """From one start of the ranks to their last word before the next."""
+    """One launch, from the start of the ranks to their last event before the next."""
 
     began: float
     ended: float
@@ -52,18 +52,18 @@ class Stretch(NamedTuple):
 
 
 class RankFold:
-    """What one rank has said."""
+    """History of one rank, from its events."""
 
     def __init__(self) -> None:
         self.memory_bytes = 0
-        """Peak since the run was last started."""
+        """Peak bytes since the run was last started."""
         self.last_time, self.last_step = 0.0, 0
         self.finished = False
         self.recent: deque[tuple[int, float]] = deque(maxlen=_MOST_STEPS)
         """(own tokens, busy seconds) of the last steps since the run was last started."""
 
     def note(self, event: Event) -> None:
-        """Take note of this rank's next event."""
+        """Add this rank's next event."""
         if event.kind in ("start", "resume"):
             self.memory_bytes = 0
             self.recent.clear()
@@ -74,13 +74,13 @@ class RankFold:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Of its own micro-batches while it was busy with them: median of the last steps."""
+        """Tokens/s of its own micro-batches while busy with them: median of the last steps."""
         speeds = [tokens / seconds for tokens, seconds in self._pace if seconds > 0]
         return median(speeds) if speeds else None
 
     @property
     def busy_s(self) -> float | None:
-        """Median of the last steps."""
+        """Busy seconds per step: median of the last steps."""
         return median(seconds for _, seconds in self._pace) if self.recent else None
 
     @property
@@ -106,24 +106,24 @@ class RunHistory:
         self.step, self.total_steps, self.finished = 0, total_steps, False
         self.columns = Columns()
         self.held_out: list[tuple[int, float]] = []
-        """(step, loss)"""
+        """(step, loss) of each evaluation."""
         self.skipped: list[int] = []
         """Steps whose update was not made."""
         self.checkpoints: list[tuple[int, float]] = []
-        """(step, seconds since the epoch)"""
+        """(step, seconds since the epoch) of each checkpoint."""
         self.resumed: list[tuple[int, float]] = []
-        """(step, seconds since the epoch) of each time that a run went on."""
+        """(step, seconds since the epoch) of each resume."""
         self.notes: list[tuple[int, str]] = []
-        """(step, what rank 0 said beside)"""
+        """(step, note of rank 0)."""
         self.stretches: list[Stretch] = []
         self.ranks: dict[int, RankFold] = {}
         self.unread = ""
-        """What could not be read of the events, as a sentence; empty where all could."""
+        """What could not be read from the events, as a sentence; empty if everything could."""
         self._since = 0
-        """Columns of earlier stretches."""
+        """Number of column entries from earlier stretches."""
 
     def add(self, events: Sequence[Event]) -> None:
-        """Take note of more events, each rank's in its own order."""
+        """Add events, each rank's in its own order."""
         by_rank: dict[int, list[Event]] = {}
         for event in events:
             by_rank.setdefault(event.rank, []).append(event)
@@ -131,7 +131,7 @@ class RunHistory:
             self.add_of_rank(rank, own)
 
     def add_of_rank(self, rank: int, events: Sequence[Event]) -> None:
-        """Take note of more events of one rank, in its own order: the faster way for many."""
+        """Add events of one rank, in its own order: faster for many."""
         known = self.ranks.setdefault(rank, RankFold())
         turns = (event for event in events[:-_TAIL] if event.kind in ("start", "resume"))
         for event in chain(turns, events[-_TAIL:]):
@@ -164,7 +164,7 @@ class RunHistory:
         self._lengthen(event.time)
 
     def _steps(self, events: list[Event]) -> None:
-        """Steps that follow each other, a column at a time."""
+        """Add consecutive steps, a column at a time."""
         columns = self.columns
         if columns.step and events[0].step <= columns.step[-1]:
             columns.cut(bisect_left(columns.step, events[0].step))
@@ -205,23 +205,23 @@ class RunHistory:
 
     @property
     def present(self) -> dict[int, RankFold]:
-        """The ranks that have spoken since the last launch: one before may have had more."""
+        """Ranks with events since the last launch: an earlier one may have had more."""
         since = self.stretches[-1].began if self.stretches else -math.inf
         return {number: rank for number, rank in self.ranks.items() if rank.last_time >= since}
 
     @property
     def trained_s(self) -> float:
-        """Seconds that ranks were there, all launches together."""
+        """Seconds that ranks were running, all launches together."""
         return sum(stretch.ended - stretch.began for stretch in self.stretches)
 
     @property
     def loss(self) -> float | None:
-        """Of the last step."""
+        """Loss of the last step."""
         return self.columns.loss[-1] if len(self.columns) else None
 
     @property
     def smoothed_loss(self) -> float | None:
-        """Mean of the last steps whose loss is a number."""
+        """Mean loss of the last steps, NaN and infinity left out."""
         finite = [loss for loss in self.columns.loss[-_WINDOW:] if math.isfinite(loss)]
         return fmean(finite) if finite else None
 
@@ -235,7 +235,7 @@ class RunHistory:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Median of the last steps, so that one checkpoint or compilation does not show."""
+        """Tokens/s: median of the last steps, so that one checkpoint or compilation does not show."""
         columns, start = self.columns, self._recent
         speeds = [
             tokens / seconds
@@ -246,13 +246,13 @@ class RunHistory:
 
     @property
     def mean_tokens_per_s(self) -> float | None:
-        """All tokens by the time of all steps."""
+        """Tokens/s over all steps."""
         seconds = sum(self.columns.seconds)
         return sum(self.columns.tokens) / seconds if seconds > 0 else None
 
     @property
     def seconds_left(self) -> float | None:
-        """At the median pace of the last steps, with as long pauses between steps as there were so far."""
+        """Seconds to the last step, at the median pace of the last steps and the mean pause between steps so far."""
         if self.finished:
             return 0.0
         recent = [seconds for seconds in self.columns.seconds[self._recent :] if seconds > 0]
@@ -262,13 +262,13 @@ class RunHistory:
 
     @property
     def padding_share(self) -> float | None:
-        """Of all positions that were computed, those that held no token."""
+        """Share of all computed positions that held no token."""
         padding, tokens = sum(self.columns.padding), sum(self.columns.tokens)
         return padding / (padding + tokens) if padding + tokens else None
 
     @property
     def data_share(self) -> float | None:
-        """Of the last steps' time, what rank 0 spent on making samples."""
+        """Share of the last steps' time that rank 0 spent on making samples."""
         start = self._recent
         seconds = sum(self.columns.seconds[start:])
         return sum(self.columns.data_s[start:]) / seconds if seconds > 0 else None
@@ -285,7 +285,7 @@ class RunHistory:
 
     @property
     def _pause_s(self) -> float:
-        """Mean of what evaluations, checkpoints and the like took between two steps since the run was last started."""
+        """Mean seconds between two steps for evaluations, checkpoints and the like since the run was last started."""
         columns, since = self.columns, self._since
         between = len(columns) - since - 1
         if between < 1:
@@ -295,7 +295,7 @@ class RunHistory:
 
     @property
     def _recent(self) -> int:
-        """First column of the last steps since the run was last started."""
+        """Index of the first of the last steps since the run was last started."""
         return max(self._since, len(self.columns) - _WINDOW)
 
 

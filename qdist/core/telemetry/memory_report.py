@@ -12,9 +12,9 @@ from qdist.core.text import signed
 
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "gathers", "context")
 WORKING = "activations, logits and gathers"
-"""Measured together: what torch's peak holds beside what stays from step to step."""
+"""Parts measured together: torch's peak without what stays from step to step."""
 REST = "everything else"
-"""Of a CPU rank: its resident set beside the tensors that stay."""
+"""Resident set of a CPU rank without the tensors that stay."""
 TOTAL = "total"
 _HELD = ("weights", "adapter", "gradients", "optimizer")
 _ALIKE = 0.02
@@ -27,21 +27,21 @@ class MemoryParts(msgspec.Struct, frozen=True, kw_only=True):
     label: str
     predicted: dict[str, int]
     measured: dict[str, int]
-    """Fewer and larger parts where measuring cannot tell them apart; empty while nobody has said anything."""
+    """Measured bytes of each part, merged where they cannot be told apart; empty until something is measured."""
 
     @property
     def predicted_bytes(self) -> int:
-        """The whole prediction."""
+        """Predicted bytes of all parts."""
         return sum(self.predicted.values())
 
     @property
     def measured_bytes(self) -> int:
-        """The measured peak."""
+        """Measured peak bytes."""
         return sum(self.measured.values())
 
 
 def memory_of(plan: Plan, fold: RunHistory, result: Mapping[str, Any] | None) -> tuple[MemoryParts, ...]:
-    """Of each GPU that the plan uses, ranks in order.
+    """Memory by part of each GPU that the plan uses, in rank order.
 
     result: what `result.json` holds; while there is none, the peaks that ranks have said are all that is known.
     """
@@ -120,11 +120,11 @@ MEANING = "an error of +3 % means that 3 % more was predicted than measured"
 
 
 def error(predicted: float | None, measured: float | None) -> float | None:
-    """Of a prediction, as a share of what was measured: 0.03 is 3 % too much. None where one of them is not known."""
+    """Error of a prediction as a share of the measured value: 0.03 is 3 % too much; None if either is unknown."""
     return predicted / measured - 1 if predicted and measured else None
 
 
 def shown_error(predicted: float | None, measured: float | None) -> str:
-    """'+3.1 %'; nothing where one of them is not known."""
+    """'+3.1 %'; empty if either is unknown."""
     found = error(predicted, measured)
     return "" if found is None else signed(found)

@@ -15,11 +15,11 @@ from qdist.core.telemetry.history import RunHistory
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 Sample = tuple[Mapping[str, str | int], float | None]
-"""Labels beside `run`, and a value; None where nobody has said, which is not written."""
+"""Labels besides `run`, and a value; None if unknown, which is not written."""
 
 
 class Metric(NamedTuple):
-    """One name, what it means, and its values."""
+    """One metric: name, meaning and values."""
 
     name: str
     kind: Literal["gauge", "counter"]
@@ -76,7 +76,7 @@ def _of_training(plan: Plan, fold: RunHistory) -> Iterator[Metric]:
 
 
 def _of_ranks(plan: Plan, fold: RunHistory, pulses: Mapping[int, Heartbeat]) -> Iterator[Metric]:
-    """What was measured of a rank, and beside it what the plan said."""
+    """Measured values of each rank, beside the planned ones."""
     # An earlier launch may have had more ranks.
     said = [(number, rank) for number, rank in sorted(fold.ranks.items()) if number < plan.world_size]
     peaks = [({"rank": number}, rank.memory_bytes or None) for number, rank in said]

@@ -48,13 +48,13 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
 
     seen: Snapshot
     result: Mapping[str, Any] | None = None
-    """What `result.json` holds."""
+    """Contents of `result.json`."""
     machine: Cluster | None = None
     versions: Mapping[str, str] = {}
     recipe: str = ""
-    """`recipe.toml`, as it is."""
+    """Contents of `recipe.toml`."""
     commands: tuple[str, ...] = ()
-    """Each launch as it was typed; empty where the run kept none."""
+    """Each launch command as typed; empty if the run kept none."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,7 +73,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     marks: Marks
     numbers: Table
     memory: tuple[MemoryParts, ...]
-    """Of each GPU, or of the fullest of those that are alike."""
+    """Memory by part of each GPU, or of the fullest of those that are alike."""
     on_cpu: bool
     step: tuple[StepPart, ...]
     pace: Rows
@@ -81,17 +81,17 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     held_out: Table
     answers: tuple[SampleAnswer, ...]
     settings: Table
-    """Those that differ from their defaults."""
+    """Settings that differ from their defaults."""
     machine: Rows
     versions: Rows
     choices: dict[str, str]
-    """Every setting and decision, for a comparison."""
+    """Every setting and decision, to compare runs by."""
     metrics: dict[str, float]
-    """What runs are compared by, where it is known. Units are in the keys."""
+    """Metrics to compare runs by, as far as known. Units are in the keys."""
 
 
 def report_of(found: Found) -> Report:
-    """The report of a run in whatever state it is."""
+    """The report of a run in any state."""
     seen, result = found.seen, found.result
     plan, fold = seen.plan, seen.fold
     curves, memory, speed = charts(fold), memory_of(plan, fold, result), measured_speed(fold, result)
@@ -185,7 +185,7 @@ _METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def metrics_beside(a: Report, b: Report) -> Table:
-    """What both or one of them measured, and by how much B differs from A."""
+    """Metrics of both runs or of one, and the difference of B from A."""
     rows = []
     for key, (label, as_text) in _METRICS.items():
         first, second = a.metrics.get(key), b.metrics.get(key)
@@ -197,7 +197,7 @@ def metrics_beside(a: Report, b: Report) -> Table:
 
 
 def differences(a: Report, b: Report) -> Table:
-    """Settings, decisions and versions that are not the same."""
+    """Settings, decisions and versions that differ."""
     mine, other = a.choices | dict(a.versions), b.choices | dict(b.versions)
     keys = [*mine, *(key for key in other if key not in mine)]
     rows = tuple(

@@ -17,10 +17,10 @@ from qdist.core.telemetry.memory_report import MEANING, MemoryParts, shown_error
 from qdist.core.text import format_bytes, format_count, format_duration
 
 _MOST_ROWS = 24
-"""Of the curves as a table."""
+"""Most rows of the curves' table."""
 
 Rows = tuple[tuple[str, str], ...]
-"""What, and its value in words."""
+"""Labels, each with its value in words."""
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,7 +31,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepPart(msgspec.Struct, frozen=True, kw_only=True):
-    """What a part of a step takes: mean milliseconds, and its share of the whole."""
+    """Part of a step: mean milliseconds, and its share of the whole."""
 
     name: str
     milliseconds: float
@@ -39,7 +39,7 @@ class StepPart(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def time(self) -> str:
-        """In words."""
+        """The time in words."""
         return took(self.milliseconds / 1000)
 
 
@@ -54,7 +54,7 @@ def processors(plan: Plan) -> int:
 
 
 def measured_speed(fold: RunHistory, result: Mapping[str, Any] | None) -> float | None:
-    """Measured tokens/s: the whole run's once it is finished, of late before."""
+    """Measured tokens/s: of the whole run once it is finished, until then of the last steps."""
     measured = (result or {}).get("tokens_per_s", {}).get("measured")
     return fold.tokens_per_s if measured is None else float(measured)
 
@@ -85,7 +85,7 @@ def number(value: float) -> str:
 
 
 def step_parts(fold: RunHistory) -> tuple[StepPart, ...]:
-    """Of all steps; empty where the events are of a qdist that did not say."""
+    """Parts of a step, averaged over all steps; empty if the events, from an older qdist, do not have them."""
     columns = fold.columns
     seconds, busy = sum(columns.seconds), sum(columns.busy_s)
     if not seconds or not busy:
@@ -131,7 +131,7 @@ def took(seconds: float) -> str:
 
 
 def ranks_table(fold: RunHistory) -> Table:
-    """What each rank said last."""
+    """Last values from each rank."""
     rows = tuple(
         (
             str(rank),
@@ -190,7 +190,7 @@ def machine_rows(machine: Cluster | None) -> Iterator[tuple[str, str]]:
 
 
 def choices_of(plan: Plan) -> dict[str, str]:
-    """Settings as given, and what the plan made of them."""
+    """Settings as given, and the plan's decisions."""
     decided = {
         key: str(getattr(plan, key))
         for key in (
@@ -205,7 +205,7 @@ def choices_of(plan: Plan) -> dict[str, str]:
 
 
 def metrics_of(plan: Plan, fold: RunHistory, memory: tuple[MemoryParts, ...], speed: float | None) -> dict[str, float]:
-    """In the order in which a comparison shows them."""
+    """Metrics of a run, in the order in which a comparison shows them."""
     columns = fold.columns
     losses = [loss for loss in columns.loss[-20:] if math.isfinite(loss)]
     # At step 0 nothing has been learnt yet.

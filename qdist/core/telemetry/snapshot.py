@@ -10,11 +10,11 @@ from qdist.core.telemetry.history import RunHistory
 
 
 class Reading(NamedTuple):
-    """What the driver says of one GPU; None where it does not say."""
+    """What the driver reports of one GPU; None for what it does not report."""
 
     name: str
     used_bytes: int
-    """Of all processes together."""
+    """Bytes used by all processes together."""
     total_bytes: int
     utilization: float | None = None
     """Share of the last moment in which a kernel ran."""
@@ -22,7 +22,7 @@ class Reading(NamedTuple):
     power_limit_w: float | None = None
     temperature_c: int | None = None
     throttled: str = ""
-    """Why its clocks are held down, where that is a fault: 'it is too hot'. A reached power limit is none."""
+    """Why its clocks are throttled, if that is a fault: 'it is too hot'. Reaching the power limit is not."""
 
 
 class Snapshot(NamedTuple):
@@ -36,39 +36,39 @@ class Snapshot(NamedTuple):
     now: float
     pulses: Mapping[int, Heartbeat] = {}
     troubles: tuple[str, ...] = ()
-    """Ranks that do not go on, those to blame first, as sentences."""
+    """Ranks that are stuck, as sentences, the cause first."""
     message: str = ""
     """The error that ended the run."""
     try_: str = ""
     stopping: bool = False
-    """It was asked to stop, and will once its step is done and saved."""
+    """Whether it was asked to stop, and will once its step is done and saved."""
     cards: Mapping[int, tuple[Reading, ...]] = {}
-    """Of each rank on this machine, aligned with its GPUs."""
+    """Driver readings of each rank on this machine, aligned with its GPUs."""
     card_bytes: tuple[int, ...] = ()
-    """Of each GPU as the launch saw it."""
+    """Bytes of each GPU as detected at launch."""
     matmul_flops_s: float | None = None
-    """Of the slowest GPU, 16-bit; None on CPU and for an unknown card."""
+    """16-bit matmul FLOP/s of the slowest GPU; None on CPU and for an unknown card."""
     log_rank: int = 0
     log: tuple[str, ...] = ()
     """The last lines of that rank's log."""
 
 
 class Row(NamedTuple):
-    """One GPU of a rank, or a rank on CPUs; None for what nobody has said."""
+    """One GPU of a rank, or a rank on CPUs; None for unknown values."""
 
     rank: int
     gpu: int | None
     now_bytes: int | None
     peak_bytes: int | None
     expected_bytes: int
-    """Predicted peak."""
+    """Predicted peak bytes."""
     limit_bytes: int | None
-    """What it may fill; None on CPU, where ranks share the machine's memory."""
+    """Bytes that it may fill; None on CPU, where ranks share the machine's memory."""
     tokens_per_s: float | None
-    """Of the rank's own micro-batches."""
+    """Tokens/s of the rank's own micro-batches."""
     busy_s: float | None
     beat_s: float | None
-    """Age of its last sign of life."""
+    """Seconds since its last heartbeat."""
     at: str
     card: Reading | None
 
@@ -79,7 +79,7 @@ class Row(NamedTuple):
 
 
 def rows(snapshot: Snapshot) -> list[Row]:
-    """Every GPU, or CPU rank, in the order of ranks."""
+    """A row per GPU, or per CPU rank, in rank order."""
     return [row for rank in snapshot.plan.ranks for row in _rows_of(snapshot, rank)]
 
 
@@ -125,7 +125,7 @@ def model_flops_per_token(plan: Plan) -> float:
 
 
 def mfu(snapshot: Snapshot, tokens_per_s: float | None) -> float | None:
-    """A share: model FLOPs a second, by the sustained 16-bit matmul rate of all GPUs; None where a part is unknown."""
+    """Model FLOP/s as a share of the sustained 16-bit matmul rate of all GPUs; None if either is unknown."""
     gpus = sum(len(rank.gpus) for rank in snapshot.plan.ranks)
     if not gpus or not snapshot.matmul_flops_s or tokens_per_s is None:
         return None

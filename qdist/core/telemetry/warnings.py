@@ -1,4 +1,4 @@
-"""What of a run needs a person: alarms while it trains, findings in its report."""
+"""What in a run needs attention: alarms while it trains, findings in its report."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,19 +28,19 @@ this much above it."""
 _OVERFIT = 1.05
 """The last held-out loss as a multiple of the best."""
 _NEAR_LIMIT, _OVER_PLAN = 0.97, 1.05
-"""Memory as a share of what a GPU may fill, and of what was planned."""
+"""Memory as a share of a GPU's limit, and of the plan."""
 _APART, _DATA, _PADDING, _SLOWER = 0.15, 0.05, 0.30, 0.10
 _WATCHED = 30
-"""Steps for which a monitor goes on showing what happened in one."""
+"""Steps for which a monitor keeps showing what happened in one."""
 _MOST_NAMED = 8
 
 
 class RunWarning(NamedTuple):
-    """One thing to look at."""
+    """One warning."""
 
     kind: Kind
     text: str
-    """Without a capital and a full stop."""
+    """Text without capital and full stop."""
 
     @property
     def sentence(self) -> str:
@@ -49,7 +49,7 @@ class RunWarning(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """The steps that are asked about."""
+    """The steps asked about."""
 
     steps: Sequence[int]
     losses: Sequence[float]
@@ -89,7 +89,7 @@ def _all_steps(fold: RunHistory) -> _Span:
 
 
 def _alive(seen: Snapshot) -> Iterator[RunWarning]:
-    """Ranks that stand still, memory near its limit and slowed GPUs: news only while a run is running."""
+    """Warnings of stuck ranks, memory near its limit and throttled GPUs: only while a run is running."""
     yield from (RunWarning("stuck", trouble) for trouble in seen.troubles)
     for row in rows(seen):
         held = max(row.now_bytes or 0, row.peak_bytes or 0)
@@ -128,7 +128,7 @@ def _losses(fold: RunHistory, span: _Span, *, failed: bool) -> Iterator[RunWarni
 
 
 def _risen(losses: Sequence[float]) -> tuple[float, float] | None:
-    """(first loss, mean of the last ones) where the last are so much higher that training has done harm."""
+    """(first loss, mean of the last ones) if the last are so much higher that training has done harm."""
     last = [loss for loss in losses[max(1, len(losses) - _BEFORE) :] if math.isfinite(loss)]
     if len(last) < _RISEN_STEPS or not math.isfinite(losses[0]):
         return None
@@ -137,7 +137,7 @@ def _risen(losses: Sequence[float]) -> tuple[float, float] | None:
 
 
 def _jumps(span: _Span, first_losses: Sequence[float]) -> list[tuple[float, float, int]]:
-    """(mean of the losses before, loss, step) of each loss that is far above those before it."""
+    """(mean of the preceding losses, loss, step) of each loss far above them."""
     curve = thinned("loss", "raw", span.steps, span.losses)  # a jump is among the points that are kept
     points = [(step, loss) for step, loss in zip(curve.x, curve.y, strict=True) if math.isfinite(loss)]
     finite = [loss for loss in first_losses if math.isfinite(loss)]

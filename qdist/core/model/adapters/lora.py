@@ -11,23 +11,23 @@ from qdist.core.spec.run_spec import RunSpec
 
 
 class LoraMethod(msgspec.Struct, frozen=True):
-    """What planner and storage ask of a method: LoRA's answers, on a backbone of any kind, which others override."""
+    """What planner and storage ask of a method: LoRA's answers, for any backbone, which other methods override."""
 
     pool: int = 1
-    """Inputs that share a column of A, and of the update."""
+    """Inputs that share a column of A and of the update."""
     merges_exactly: ClassVar[bool] = False
-    """Whether merging leaves every bit of the backbone; otherwise the sum is rounded to 16 bits."""
+    """Whether merging keeps every bit of the backbone; otherwise the sum is rounded to 16 bits."""
     gradient_reads: ClassVar[int] = 1
     """Times that the gradient of A reads a linear's inputs."""
 
     @property
     def title(self) -> str:
-        """What plans and reports call it."""
+        """Name of the method in plans and reports."""
         return "LoRA"
 
     @classmethod
     def of_run(cls, spec: RunSpec, gptq: Gptq | None, facts: ModelFacts) -> Self:
-        """What a run trains. Raises SpecError where the model does not take it."""
+        """The adapter method of a run. Raises SpecError if the model does not support it."""
         return cls()
 
     def parameters(self, linear: Linear, rank: int) -> int:

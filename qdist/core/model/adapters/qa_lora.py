@@ -11,7 +11,7 @@ from qdist.core.spec.run_spec import Pool, RunSpec
 
 _UNPOOLED: Change = {"method": "gptq-lora", "lora.pool": "peft", "lora.pool_group_size": None}
 _OTHER_GROUPS: tuple[Change, ...] = tuple({"quant.group_size": size} for size in (128, 64, 32))
-"""For random weights; a checkpoint keeps its own."""
+"""Changes of the group size to suggest for random weights; a checkpoint keeps its own."""
 
 
 class QaLoraMethod(LoraMethod, frozen=True):
@@ -19,7 +19,7 @@ class QaLoraMethod(LoraMethod, frozen=True):
 
     merges_exactly: ClassVar[bool] = True
     gradient_reads: ClassVar[int] = 0
-    """The pooled inputs are kept."""
+    """0, because the pooled inputs are kept."""
 
     @property
     def title(self) -> str:
@@ -105,7 +105,7 @@ def _dividing(inputs: int) -> int:
 
 
 def factor_of(pool: Pool, inputs: int, group_size: int) -> float:
-    """What the sum of a group of inputs is multiplied by before A reads it."""
+    """Factor applied to the sum of a group of inputs before A reads it."""
     return {"peft": inputs / group_size**2, "mean": 1 / group_size, "sum": 1.0}[pool]
 
 

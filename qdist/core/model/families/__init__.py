@@ -68,7 +68,7 @@ def require_library_class(config: Mapping[str, object], *, name: str) -> None:
 
 
 def own_code(name: str, more: str = "") -> ModelError:
-    """What is said of a model whose code would have to be run: it is not."""
+    """Message for a model whose own code would have to be run: it never is."""
     return ModelError(
         f"{name} runs code out of its own repository, which qdist does not{more}",
         try_="a model that transformers has a class for, such as llama-7b",

@@ -6,7 +6,7 @@ from qdist.core.model.shapes import Linear, ModelFacts
 
 
 def _read(keys: Keys) -> ModelFacts:
-    """As in vLLM, the width tells the 7B models, with rotary positions, from the 13B ones, with ALiBi."""
+    """As in vLLM, the width distinguishes the 7B models, with rotary positions, from the 13B ones, with ALiBi."""
     hidden, inner = keys.count("hidden_size"), keys.count("intermediate_size")
     linears = (
         Linear("W_pack", hidden, 3 * hidden, False, "attention_in"),

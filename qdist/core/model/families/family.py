@@ -1,4 +1,4 @@
-"""What is to be known of a model family, and the parts that several families have in common."""
+"""What qdist knows about a model family, and parts shared by several families."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ class Alias(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`owner/name` on the Hugging Face Hub; empty when the weights come from elsewhere."""
     config: Config
     tuned: dict[str, Config] = {}
-    """Words in the names of models that were made from this one and have its shape, such as 'instruct', and what their
+    """Words in the names of models derived from this one with the same shape, such as 'instruct', and what their
     config.json has otherwise."""
     also: tuple[str, ...] = ()
     """Names of other models of exactly this shape, without their owners."""
@@ -30,11 +30,11 @@ class Modules(NamedTuple):
 
     embedding: str = "model.embed_tokens"
     before: tuple[str, ...] = ()
-    """What hidden states pass between the embedding and the first layer."""
+    """Modules that hidden states pass between the embedding and the first layer."""
     added: tuple[str, ...] = ()
     """Modules whose output is added to the embedding, such as learned positions."""
     shared: tuple[str, ...] = ("model.rotary_emb",)
-    """What every layer is given the output of, so that every stage of a split computes it."""
+    """Modules whose output every layer gets, so that every stage of a split computes it."""
     layers: str = "model.layers"
     """The list of decoder layers."""
     final_norm: str = "model.norm"
@@ -65,18 +65,18 @@ _HEADER_KEYS = {
 
 
 class Gguf(NamedTuple):
-    """How llama.cpp has a family of Llama-like layers."""
+    """How llama.cpp represents a family of Llama-like layers."""
 
     architecture: str
-    """general.architecture of the files that are written."""
+    """`general.architecture` of the files written."""
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     """transformers' names of a layer's norms over the hidden size."""
     interleaved: bool = False
-    """Queries and keys are rotated in neighbouring pairs, so that their rows are reordered."""
+    """Whether queries and keys are rotated in neighbouring pairs, so that their rows are reordered."""
     windowed: bool = False
-    """A `sliding_window` of config.json is in force whether or not `use_sliding_window` says so."""
+    """Whether config.json's `sliding_window` applies regardless of `use_sliding_window`."""
     refusal: Callable[[ModelFacts], str] = lambda _: ""
-    """Why llama.cpp would compute a variant otherwise, to be read behind its name; empty where it does not."""
+    """Why llama.cpp would compute a variant differently, worded to follow its name; empty if it would not."""
     header_keys: dict[str, str] = _HEADER_KEYS
     """Key of a file's header behind the architecture -> key of config.json: those that transformers converts.
     Empty where transformers does not convert the architecture, so that files are written and not read."""
@@ -86,22 +86,22 @@ HEADER_KEYS_WITH_HEADS = _HEADER_KEYS | {"rope.dimension_count": "head_dim"}
 
 
 class Family(msgspec.Struct, frozen=True, kw_only=True):
-    """All that qdist knows of the models of one `model_type`."""
+    """All that qdist knows about the models of one `model_type`."""
 
     model_type: str
     read: Callable[[Keys], ModelFacts]
     """The facts of a config.json. Keys that may be absent take transformers' defaults."""
     modules: Modules = Modules()
     layers_return_tuples: bool = False
-    """The output of a decoder layer is the first of a tuple."""
+    """Whether a decoder layer returns a tuple whose first item is its output."""
     own_code: bool = False
     """Only code in the models' own repositories computes it: transformers has no class, and it can only be planned."""
     old_names: dict[str, str] = {}
     """Names of tensors in transformers' class -> names in older files that the class has given up."""
     gguf: Gguf | None = None
-    """None where GGUF is neither written nor read."""
+    """GGUF representation; None if GGUF is neither written nor read."""
     aliases: dict[str, Alias] = {}
-    """The models that people name."""
+    """Known models of the family by their short names."""
 
 
 def decoder_config(

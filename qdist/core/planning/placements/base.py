@@ -17,12 +17,12 @@ from qdist.core.spec.run_spec import RunSpec, Schedule
 from qdist.core.text import counted
 
 OPEN: Change = {"placement": None, "gpus_per_group": None, "split.schedule": None, "split.offload_layers": None}
-"""The layout left to the planner."""
+"""Change that leaves the layout to the planner."""
 _UNITS = {"cuda": "GPU", "cpu": "CPU rank"}
 
 
 class Wanted(NamedTuple):
-    """A spec on so many GPUs or CPU ranks, for which a placement offers layouts."""
+    """A spec and a number of GPUs or CPU ranks, for which a placement offers layouts."""
 
     spec: RunSpec
     total: int
@@ -37,7 +37,7 @@ class Wanted(NamedTuple):
 
     @property
     def sizes(self) -> list[int]:
-        """GPUs per group that are worth a try where a group shares a backbone."""
+        """GPUs per group worth trying if a group shares a backbone."""
         if self.spec.gpus_per_group:
             return [self.spec.gpus_per_group]
         return [self.total] if self.named else divisors_of(self.total)
@@ -50,12 +50,12 @@ class Wanted(NamedTuple):
 
 
 def divisors_of(count: int) -> list[int]:
-    """Sizes above 1 of groups into which so many GPUs can be divided."""
+    """Group sizes above 1 into which `count` GPUs divide evenly."""
     return [number for number in range(2, count + 1) if count % number == 0]
 
 
 class Arrangement(Protocol):
-    """What a layer map is made from: what layers of one micro-batch take of the positions of a group."""
+    """Inputs of a layer map: memory and time of layers, for one micro-batch, at the positions of a group."""
 
     sizes: Sizes
     offloaded: tuple[int, ...]
@@ -63,16 +63,16 @@ class Arrangement(Protocol):
 
     @property
     def rooms(self) -> tuple[int, ...] | None:
-        """Bytes that the plan may fill at each position; None for CPU ranks."""
+        """Bytes of room for the plan at each position; None for CPU ranks."""
 
     def required(self, position: int, counts: tuple[int, ...]) -> int:
-        """Bytes that a position cannot do without for so many layers of each run, loading included."""
+        """Bytes required at a position for these counts of layers by run, loading included."""
 
     def held(self, position: int, counts: tuple[int, ...]) -> int:
-        """The same while it trains, with no layer offloaded."""
+        """The same during training, with no layer offloaded."""
 
     def times(self) -> tuple[list[float], float]:
-        """What a layer of each run takes of a micro-batch, and what the head takes: seconds, or weights."""
+        """Cost per micro-batch of a layer of each run, and of the head: seconds, or weights."""
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -91,27 +91,27 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def world_size(self) -> int:
-        """Processes of the run."""
+        """Number of processes of the run."""
         return self.groups * self.gpus_per_group
 
     @property
     def positions(self) -> int:
-        """GPUs of a group that hold different layers; 1 where all GPUs hold the same."""
+        """GPUs of a group that hold different layers; 1 if all GPUs hold the same."""
         return 1
 
     @property
     def stages(self) -> int:
-        """Ranks that pass a micro-batch on from one to the next; it takes as many micro-batches to keep all busy."""
+        """Ranks that pass a micro-batch on from one to the next; keeping all busy takes as many micro-batches."""
         return 1
 
     @property
     def data_parallel(self) -> int:
-        """Micro-batches that are computed at a time on different samples; ZeRO divides among as many."""
+        """Micro-batches computed at a time on different samples; ZeRO partitions among this many ranks."""
         return self.world_size // self.stages
 
     @property
     def gpus_per_rank(self) -> int:
-        """GPUs that one process uses."""
+        """GPUs per process."""
         return self.groups * self.gpus_per_group // self.world_size
 
     @property
@@ -120,11 +120,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.engine == "torch" and 1 in (self.groups, self.gpus_per_group)
 
     def neighbours(self, position: int) -> int:
-        """Stages to which a position sends and from which it receives."""
+        """Number of stages that a position exchanges data with."""
         return (0 < position < self.stages) + (position < self.stages - 1)
 
     def with_state(self, spec: RunSpec) -> "Layout":
-        """The same with ZeRO's stage and engine: 2 where the adapter's state can be divided, torch where nothing is."""
+        """The layout with ZeRO's stage and engine: 2 if the adapter's state can be partitioned, torch if nothing is."""
         stage, offload, many = spec.zero.stage, spec.zero.offload == "cpu", self.data_parallel > 1
         if stage is None:
             stage = 2 if many or offload else 0
@@ -133,38 +133,38 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return msgspec.structs.replace(self, zero_stage=stage, engine="deepspeed" if divides else "torch")
 
     def state_ways(self, spec: RunSpec) -> tuple["Layout", ...]:
-        """The layout, and the same with the adapter's state whole on every rank, where the user leaves that open."""
+        """The layout, and if the user leaves it open, the same with the adapter's state whole on every rank."""
         if spec.zero.stage is not None or spec.zero.offload == "cpu" or not self.zero_stage:
             return (self,)
         return self, msgspec.structs.replace(self, zero_stage=0, engine="torch")
 
     def impossible(self, spec: RunSpec, layers: int) -> SpecError | None:
-        """Why there is no such layout of a model of so many layers, or None."""
+        """Why this layout is impossible for a model of this many layers, or None."""
         return None
 
     def unable(self, spec: RunSpec, new_rows: int) -> SpecError | None:
-        """What the run wants that the ranks cannot do, or None. new_rows: of the vocabulary, to be trained."""
+        """The error for what the run wants but the ranks cannot do, or None. new_rows: vocabulary rows to train."""
         return None
 
     def unmapped(self) -> SpecError | None:
-        """Why no `device_map` of transformers says where the layers lie, or None."""
+        """Why a `device_map` of transformers cannot express this layout, or None."""
         return None
 
     def layer_map(self, arrangement: Arrangement) -> tuple[int, ...]:
-        """The position of each layer, never decreasing; empty where all positions hold the same."""
+        """Position of each layer, never decreasing; empty if all positions hold the same."""
         return ()
 
     def share(self, own: Share, position: int) -> Share:
-        """What a position holds and computes of its layers. own: as if it had them for itself, alone."""
+        """Share of a position: what it holds and computes of its layers. own: as if it were alone."""
         return own
 
     def why_slower(self, winner: "Layout", micro_batches: int) -> str:
-        """What makes it slower than the winner; empty where the two differ in degree alone."""
+        """What makes it slower than the winner; empty if they differ only in degree."""
         return ""
 
     @property
     def overhead(self) -> str:
-        """What else makes it slower than another of its kind."""
+        """What else makes it slower than another layout of its kind."""
         return "each step does more beside the layers"
 
     @property
@@ -177,7 +177,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         raise NotImplementedError
 
     def batch_in_words(self, plan: Plan) -> str:
-        """What the global batch of a plan is computed as: '4 ranks x 2 x 8 samples'."""
+        """How the global batch of a plan is split: '4 ranks x 2 x 8 samples'."""
         samples = counted(plan.micro_batch, "sample")
         return f"{counted(self.world_size, 'rank')} x {plan.gradient_accumulation} x {samples}"
 
@@ -198,12 +198,12 @@ class Placement(Protocol):
 
     name: Name
     kinds: tuple[type[Layout], ...]
-    """Of its layouts, the simplest first."""
+    """Classes of its layouts, the simplest first."""
     without: ClassVar[Change] = {}
-    """Settings that go with other placements only, and what leaves them out."""
+    """Settings that only other placements support, with values that turn them off."""
 
     def is_named(self, spec: RunSpec) -> bool:
-        """Whether the spec asks for this placement, by name or by settings that no other has."""
+        """Whether the spec asks for this placement, by name or by settings that only it has."""
         return spec.placement == self.name
 
     def check(self, wanted: Wanted) -> None:
@@ -211,11 +211,11 @@ class Placement(Protocol):
         return
 
     def layouts(self, wanted: Wanted) -> Iterator[Layout]:
-        """The layouts that are worth a try, `gpus_per_group` being a divisor of the count.
+        """Layouts worth trying, with `gpus_per_group` a divisor of the GPU count.
 
         Raises SpecError where there is none although it was asked for.
         """
 
     def last_resorts(self, wanted: Wanted) -> Iterator[Layout]:
-        """Layouts that offload layers to host memory, where the user left that open."""
+        """Layouts that offload layers to host memory, if the user left that open."""
         yield from ()

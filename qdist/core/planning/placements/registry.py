@@ -1,4 +1,4 @@
-"""Which placements are there, and which layouts do they offer for a spec on so many GPUs?"""
+"""Which placements are there, and which layouts do they offer for a spec and a number of GPUs?"""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ from qdist.core.spec.run_spec import RunSpec
 from qdist.core.text import counted
 
 PLACEMENTS: tuple[Placement, ...] = (Replicate(), Shard(), SplitLayers())
-"""In order of simplicity: where two are as fast, the earlier wins."""
+"""Placements in order of simplicity: of two equally fast ones, the earlier wins."""
 _KINDS = [kind for placement in PLACEMENTS for kind in placement.kinds]
 
 
@@ -42,18 +42,18 @@ def layouts(spec: RunSpec, count: int, *, device: Literal["cuda", "cpu"]) -> tup
 
 
 def last_resorts(spec: RunSpec, count: int) -> list[Layout]:
-    """Layouts of GPUs that offload layers to host memory, where the user left that open."""
+    """Layouts of GPUs that offload layers to host memory, if the user left that open."""
     wanted = Wanted(spec, count, "cuda")
     return [layout for placement in PLACEMENTS for layout in placement.last_resorts(wanted)]
 
 
 def simplicity(layout: Layout) -> int:
-    """Smaller is simpler."""
+    """Sort key of a layout: smaller is simpler."""
     return _KINDS.index(type(layout))
 
 
 def layout_of(plan: Plan) -> Layout:
-    """The layout that a plan has."""
+    """The layout of a plan."""
     kind = next(own for own in _KINDS if (own.placement, own.schedule) == (plan.placement, plan.schedule))
     return kind(groups=plan.groups, gpus_per_group=plan.gpus_per_group, zero_stage=plan.zero_stage, engine=plan.engine)
 

@@ -1,4 +1,4 @@
-"""Every GPU holds the whole backbone: the fastest, and the simplest, where it fits."""
+"""Every GPU holds the whole backbone: the fastest and simplest placement, if it fits."""
 
 from collections.abc import Iterator
 

@@ -29,7 +29,7 @@ RECEIVED_AHEAD = 1
 
 
 class _OfLayers(Layout, frozen=True):
-    """What both schedules have in common."""
+    """What both schedules share."""
 
     placement = "split"
 
@@ -56,7 +56,7 @@ class Pipeline(_OfLayers, frozen=True):
         return self.gpus_per_group
 
     def impossible(self, spec: RunSpec, layers: int) -> SpecError | None:
-        """A stage has at least one layer."""
+        """The error if there are more stages than layers."""
         if self.stages <= layers:
             return None
         smaller = [size for size in divisors_of(self.groups * self.stages) if size <= layers]
@@ -70,7 +70,7 @@ class Pipeline(_OfLayers, frozen=True):
         )
 
     def unable(self, spec: RunSpec, new_rows: int) -> SpecError | None:
-        """A stage has no whole model."""
+        """The error for what needs a whole model, which no stage has."""
         if new_rows:
             rows = "a new row" if new_rows == 1 else f"{new_rows} new rows"
             return SpecError(
@@ -195,7 +195,7 @@ def _check_without_gpus(split: Split) -> None:
 
 
 def _grid(wanted: Wanted) -> Iterator[tuple[type[Layout], int]]:
-    """Kinds and sizes of a group that are worth a try."""
+    """Kinds and group sizes worth trying."""
     split, count = wanted.spec.split, wanted.total
     for size in wanted.sizes:
         if split.schedule == "1f1b" or (split.schedule is None and not split.offload_layers and size > 1):
@@ -238,13 +238,13 @@ def _check_state(layout: Layout, wanted: Wanted) -> None:
 
 
 def _sharded(spec: RunSpec) -> Change:
-    """Shards instead, without what only a split has."""
+    """Change to shards instead, without the settings that only a split has."""
     fixed = [name for name, value in msgspec.structs.asdict(spec.split).items() if value is not None]
     return {"placement": "shard", **{f"split.{name}": None for name in fixed}}
 
 
 def _layers_of_stages(stages: int, arrangement: Arrangement) -> tuple[int, ...]:
-    """Layers of each stage: those for which all have memory, or, where there is no such way, as if they had."""
+    """Layers of each stage, within every stage's memory if possible, otherwise as if memory sufficed."""
     facts, rooms = arrangement.sizes.facts, arrangement.rooms
     times, head = arrangement.times()
     extra = [0.0] * (stages - 1) + [head]
@@ -265,12 +265,12 @@ def _layers_of_stages(stages: int, arrangement: Arrangement) -> tuple[int, ...]:
 
 
 def _most(holds: Callable[[int], bool], layers: int) -> int:
-    """Layers for which a stage has memory, where all are alike."""
+    """Layers that fit in a stage's memory, if all are alike."""
     return least(lambda count: not holds(count + 1), 0, layers)
 
 
 def _spread(arrangement: Arrangement) -> tuple[int, ...]:
-    """The layer map of one process: every GPU as full, for its room, as the others."""
+    """Layer map of one process: every GPU filled to the same share of its room."""
     sizes, rooms = arrangement.sizes, arrangement.rooms
     assert rooms is not None
     runs, run_of_layer = range(len(sizes.layers)), sizes.facts.run_of_layer
