@@ -67,7 +67,7 @@ def reason_of(error: BaseException) -> str:
         case json.JSONDecodeError():
             return f"line {error.lineno}, column {error.colno}: {error.msg.removesuffix(' at')}"
         case UnicodeDecodeError():
-            return f"byte 0x{error.object[error.start]:02x} at position {error.start} is no {error.encoding.upper()}"
+            return f"byte 0x{error.object[error.start]:02x} at position {error.start} is not {error.encoding.upper()}"
         case OSError() if error.strerror:
             return error.strerror
         case RecursionError():

@@ -77,8 +77,8 @@ def test_a_sentence_says_who_since_when_and_in_what(one: Heartbeat, sentence: st
 SLEEPER = """
 import sys, time
 from qdist.host.run.rundir import RunDir
-from qdist.runtime.train.heartbeat import Beat
-beat = Beat(RunDir(sys.argv[1]), int(sys.argv[2]))
+from qdist.runtime.train.heartbeat import HeartbeatThread
+beat = HeartbeatThread(RunDir(sys.argv[1]), int(sys.argv[2]))
 def standing_still():
     time.sleep(60)
 beat.move("training", 3, 1, 2)

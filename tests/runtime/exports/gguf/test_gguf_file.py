@@ -265,7 +265,7 @@ def test_another_file_is_told_apart(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"differ in output\.weight"):
         check_gguf(out, tensors, config=tied, kind="f16")
     out.write_bytes(out.read_bytes()[:-5000])
-    with pytest.raises(ModelError, match="no whole GGUF file"):
+    with pytest.raises(ModelError, match="not a whole GGUF file"):
         check_gguf(out, tensors, config=config_of(model), kind="f16")
 
 

@@ -222,7 +222,7 @@ def _stated(folder: Path, **changes: Any) -> None:
         ({"checkpoint_format": "gptq_v2"}, "says that it is in the format gptq_v2, and its zeros are those of gptq"),
         ({"lm_head": True}, "its lm_head is quantized"),
         ({"sym": "yes"}, "sym is 'yes'"),
-        ({"dynamic": {"+:[": {}}}, "no regular expression"),
+        ({"dynamic": {"+:[": {}}}, "is not a regular expression"),
     ],
     ids=str,
 )
