@@ -1,4 +1,4 @@
-"""Processes that are started here, do not outlive this one, and of which it is known how they ended."""
+"""Child processes that end with their parent, and their exit status."""
 
 import ctypes
 import os
@@ -12,18 +12,18 @@ from qdist.core.errors import JobError
 from qdist.core.machine.environment import for_children
 
 _PATIENCE_S = 5.0
-"""For a child that was asked to end, before it is asked with more force."""
+"""Seconds that a child gets to end before it is asked with more force."""
 _USUAL: Mapping[int, str] = {
     signal.SIGKILL: ", which is what Linux does to a process when memory runs out",
     signal.SIGPROF: ", which ends a chat template that nothing else could stop",
 }
-"""What a signal is mostly sent for."""
+"""The usual cause of a signal, by its number."""
 _INTERRUPTED = 130
 """Exit code of a program that Ctrl-C ended."""
 
 
 def end_with_parent(parent: int, by: signal.Signals = signal.SIGTERM) -> None:
-    """In a child, also before it becomes another program: the kernel sends it a signal when its parent dies (Linux).
+    """Have the kernel signal this child process when its parent dies (Linux); the setting survives exec.
 
     parent: process id of who started it. One that died before the kernel was asked sends none: then it ends here.
     """
@@ -35,13 +35,13 @@ def end_with_parent(parent: int, by: signal.Signals = signal.SIGTERM) -> None:
 
 
 def ending_with_this() -> Callable[[], None]:
-    """For `preexec_fn`: the program that is started ends with this process."""
+    """A `preexec_fn` that makes the started program end with this process."""
     parent = os.getpid()
     return lambda: end_with_parent(parent)
 
 
 def environment(**more: str) -> dict[str, str]:
-    """What a Python that is started here gets: this process's environment as `for_children` leaves it, and `more`."""
+    """The environment for a child Python: this process's environment as `for_children` leaves it, and `more`."""
     root = str(Path(__file__).resolve().parents[2])
     # `python -m qdist` in a checkout finds the package in its working directory alone, where no child looks.
     only_here = root not in sys.path[1:] and bool(sys.path) and os.path.realpath(sys.path[0]) == root
@@ -49,12 +49,12 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def hear_ctrl_c() -> None:
-    """In a child that `run` started: from now on it is interrupted, and at once where it was meanwhile."""
+    """Accept Ctrl-C again in a child that `run` started; one that came in the meantime takes effect at once."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _beginning() -> Callable[[], None]:
-    """Keep Ctrl-C back while an interpreter starts, or it answers with a traceback that nothing can catch."""
+    """Block Ctrl-C while an interpreter starts, when it would print a traceback that nothing can catch."""
     bind = ending_with_this()
 
     def begin() -> None:
@@ -67,7 +67,7 @@ def _beginning() -> Callable[[], None]:
 def run(
     command: Sequence[str], environment: Mapping[str, str], *, asks: bool = False, pass_fds: Sequence[int] = ()
 ) -> int:
-    """Run a program on this terminal to its end; its exit code. It is deaf to Ctrl-C until it calls `hear_ctrl_c`.
+    """Run a program on this terminal until it ends; its exit code. It ignores Ctrl-C until it calls `hear_ctrl_c`.
 
     asks: it reads what is typed. Otherwise its standard input is closed: no library can wait there for an answer.
     pass_fds: descriptors that it shares with this process, beside its standard streams.
@@ -88,7 +88,7 @@ def run(
 
 
 def killed_by(number: int) -> str:
-    """'was killed by SIGTERM', and of others who usually does."""
+    """'was killed by SIGTERM', with the usual cause of the signal if it has one."""
     return f"was killed by {signal.Signals(number).name}{_USUAL.get(number, '')}"
 
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, where a command may write, whether the disk has room, and qdist's caches."""
+"""Atomic file writes, checks that a path is writable and the disk has room, and qdist's caches."""
 
 import contextlib
 import ctypes
@@ -19,11 +19,11 @@ from qdist.core.text import format_bytes
 from qdist.host.opening import node_of
 
 BESIDE = r"\..+\.[a-z0-9_]{8}\.tmp"
-"""Names of files that `replacing` is still writing, as a regular expression."""
+"""Regular expression for the names of temporary files that `replacing` is still writing."""
 
 
 def write_atomic(path: Path, content: bytes | str, *, inside: Path | None = None) -> None:
-    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never half of one.
+    """Write to a temporary file, flush it and rename: readers see the old file or the new one, never a partial one.
 
     inside: the folder of the same disk where it is written; by default that of `path`.
     """
@@ -34,10 +34,10 @@ def write_atomic(path: Path, content: bytes | str, *, inside: Path | None = None
 
 @contextmanager
 def replacing(path: Path, *, inside: Path | None = None) -> Iterator[tuple[int, Path]]:
-    """A new file beside, as an open descriptor and a name, that is flushed to disk and is `path` at the end of the
-    block, unless that raised. What killed processes left of such files in the folder goes.
+    """A temporary file, as an open descriptor and a path, that replaces `path` at the end unless the block raised.
 
-    inside: as `write_atomic` has it.
+    It is flushed to disk first. Temporary files that killed processes left in the folder are removed.
+    inside: as for `write_atomic`.
     """
     folder = inside or path.parent
     sweep(folder)
@@ -54,8 +54,9 @@ def replacing(path: Path, *, inside: Path | None = None) -> Iterator[tuple[int, 
 
 
 def sweep(folder: Path) -> None:
-    """Remove what `replacing` could not finish in a folder because it was killed; no other file, and none that is
-    being written now: its writer holds a lock on it.
+    """Remove temporary files that a killed `replacing` left in a folder.
+
+    Other files stay, and so do those still being written, which their writers have locked.
     """
     try:
         names = os.listdir(folder)
@@ -73,7 +74,7 @@ def sweep(folder: Path) -> None:
 
 
 def _beside(folder: Path, wanted: str) -> tuple[int, str]:
-    """A new file to write what is to have a name, locked: its descriptor and name."""
+    """Create and lock a temporary file for contents that will get the name `wanted`: its descriptor and name."""
     while True:
         name = str(folder / f".{wanted}.{secrets.token_hex(4)}.tmp")
         descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -84,14 +85,14 @@ def _beside(folder: Path, wanted: str) -> tuple[int, str]:
 
 
 def publish_folder(beside: Path, final: Path) -> None:
-    """Rename a finished folder into place, its files flushed to disk first. `final` must not exist."""
+    """Flush a finished folder's files and rename it into place. `final` must not exist."""
     flush(beside)
     os.rename(beside, final)
     sync(final.parent)
 
 
 def replace_folder(beside: Path, final: Path, *, aside: Path) -> None:
-    """Publish a folder in the place of another, which is removed: at every moment one of the two is at `final`.
+    """Publish a folder in place of another, which is removed: at every moment one of the two is at `final`.
 
     aside: where the old one lies for a moment on a disk that cannot exchange two names (NFS): only there `final` is
     missing in between, and a process killed just then leaves the old one at `aside`.
@@ -111,7 +112,7 @@ def replace_folder(beside: Path, final: Path, *, aside: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in a step (Linux, renameat2); whether the kernel and the disk can."""
+    """Swap two names atomically (Linux, renameat2); whether the kernel and the disk support it."""
     at_fdcwd, rename_exchange = -100, 2
     try:
         renameat2 = ctypes.CDLL(None).renameat2
@@ -121,7 +122,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def flush(beside: Path) -> None:
-    """A folder's files to disk, readable as the umask has it, and their names."""
+    """Flush a folder's files and names to disk, readable as the umask allows."""
     mode = umasked(0o666)
     for file in [path for path in beside.rglob("*") if path.is_file()]:
         file.chmod(mode)  # safetensors writes 0600, and adapters are made to be shared
@@ -130,7 +131,7 @@ def flush(beside: Path) -> None:
 
 
 def umasked(mode: int) -> int:
-    """The mode that a file made with `mode` gets from this process's umask."""
+    """The mode that a file created with `mode` gets from this process's umask."""
     try:
         # Asking the system sets it as well, for all threads.
         status = Path("/proc/self/status").read_text()
@@ -142,13 +143,13 @@ def umasked(mode: int) -> int:
 
 
 def cache_path() -> Path:
-    """`$QDIST_CACHE`, else `qdist` in the user's cache folder; nobody says that it is there."""
+    """`$QDIST_CACHE`, else `qdist` in the user's cache folder; it need not exist."""
     explicit = os.environ.get("QDIST_CACHE")
     return Path(explicit) if explicit else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdist"
 
 
 def cache_dir(*inner: str) -> Path:
-    """The cache, or a folder in it, made where it is not there. Raises MachineError where it cannot be."""
+    """The cache or a folder in it, created if missing. Raises MachineError if it cannot be created."""
     folder = cache_path().joinpath(*inner)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -158,7 +159,7 @@ def cache_dir(*inner: str) -> Path:
 
 
 def unusable_cache(why: str) -> MachineError:
-    """The error of a cache that cannot be used."""
+    """The error for a cache that cannot be used."""
     return MachineError(
         f"the cache {cache_path()} cannot be written: {why}", try_="QDIST_CACHE=FOLDER, one that you may write to"
     )
@@ -166,7 +167,7 @@ def unusable_cache(why: str) -> MachineError:
 
 @contextmanager
 def locked(path: Path, *, busy: str = "") -> Iterator[int]:
-    """Hold an exclusive lock on a file; it ends with the process, however the process ends. Yields its descriptor.
+    """Hold an exclusive lock on a file; it ends with the process, however that ends. Yields its descriptor.
 
     busy: the message of the RunError raised when another process holds it; empty waits instead.
     """
@@ -182,7 +183,7 @@ def locked(path: Path, *, busy: str = "") -> Iterator[int]:
 
 
 def _locks(descriptor: int, *, attempts: int = 5) -> bool:
-    """Try for a moment: who only asks whether the lock is held, holds it for that moment."""
+    """Try for a moment: a process that only checks whether the lock is held holds it for that long."""
     for attempt in range(attempts):
         if attempt:
             time.sleep(0.05)
@@ -204,11 +205,11 @@ def sync(path: Path) -> None:
 
 
 _BROKEN = (errno.EROFS, errno.EIO, errno.ESTALE)
-"""What a disk answers with that went away while it was written to: remounted for reading, broken, on a lost server."""
+"""Errors from a disk that failed during a write: remounted read-only, broken, or on a lost server."""
 
 
 def obstacle(folder: Path, *, probe: bool = False) -> str:
-    """Why a folder cannot be written, or made where it is not there; empty where nothing is known against it.
+    """Why a folder cannot be written, or created if missing; empty if no obstacle is known.
 
     probe: make a file there, without a name where the disk can. Permissions alone do not tell of a quota, nor root of
     anything.
@@ -228,22 +229,22 @@ def obstacle(folder: Path, *, probe: bool = False) -> str:
 
 
 def is_full(error: OSError) -> bool:
-    """Whether a disk, or a user's share of it, has no room left."""
+    """Whether a disk, or a user's quota on it, is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def nearest(path: Path) -> Path:
-    """The path itself, or the innermost of its parents that is there."""
+    """The path itself, or its innermost parent that exists."""
     return next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
 
 
 def free_bytes(folder: Path) -> int:
-    """Room on the disk of a folder, which need not be there."""
+    """Free bytes on the disk of a folder, which need not exist."""
     return shutil.disk_usage(nearest(folder)).free
 
 
 def require_space(folder: Path, needed_bytes: int, *, purpose: str, try_: str = "--out on another disk") -> None:
-    """Raise PlanError where the disk of a folder has less room. purpose: such as 'quantizing llama-7b'."""
+    """Raise PlanError if the disk of a folder has less room. purpose: such as 'quantizing llama-7b'."""
     free = free_bytes(folder)
     if needed_bytes > free:
         raise PlanError(
@@ -255,7 +256,7 @@ def require_space(folder: Path, needed_bytes: int, *, purpose: str, try_: str = 
 
 @contextmanager
 def told_of_disks() -> Iterator[None]:
-    """Raise JobError where a disk that was looked at before is full or gone by now; other errors stay as they are."""
+    """Raise JobError if a disk that was checked before has filled up or gone; other errors pass through."""
     try:
         yield
     except OSError as error:
@@ -273,23 +274,23 @@ _OTHER = "another --out"
 
 
 def folder_to_write(out: str) -> str:
-    """The place of a folder that is to be written. Raises RunError where something is there, or it cannot be."""
+    """The path of a folder to be written. Raises RunError if something exists there or it cannot be created."""
     return _free(out, "a folder")
 
 
 def file_to_write(out: str) -> str:
-    """The place of a file that is to be written and read back. Raises RunError as `folder_to_write` does."""
+    """The path of a file to be written and read back. Raises RunError as `folder_to_write` does."""
     return _free(out, "a file")
 
 
 def stream_to_write(out: str) -> str:
-    """The same for what is written once from its beginning to its end: it may go to a device or a pipe."""
+    """The path of a file written once from beginning to end, which may be a device or a pipe."""
     place = _followed(out)
     return str(place) if node_of(place) in ("a device", "a pipe") else _free(out, "a file")
 
 
 def write_out(out: Path, content: str) -> None:
-    """Write a file that may replace one of its name, or go to a device or a pipe. Raises RunError or JobError."""
+    """Write a file that may replace an existing one, or be a device or a pipe. Raises RunError or JobError."""
     place = _followed(str(out))
     with unwritable(out):
         if node_of(place):
@@ -300,7 +301,7 @@ def write_out(out: Path, content: str) -> None:
 
 @contextmanager
 def unwritable(out: Path) -> Iterator[None]:
-    """What the system refuses to write in this block is a RunError, and a disk that runs full a JobError."""
+    """Raise RunError for writes that the system refuses in this block, and JobError for a full disk."""
     try:
         yield
     except OSError as error:
@@ -308,7 +309,7 @@ def unwritable(out: Path) -> Iterator[None]:
 
 
 def unwritten(out: Path, error: OSError, *, try_: str = _OTHER) -> QdistError:
-    """The error of what could not be written."""
+    """The error for output that could not be written."""
     if is_full(error):
         return JobError(f"no room is left for {out} ({error.strerror})", try_="make room there")
     return RunError(f"{out} cannot be written: {error.strerror}", try_=try_)
@@ -327,7 +328,7 @@ def _free(out: str, wanted: str) -> str:
 
 
 def _followed(out: str) -> Path:
-    """Where a link leads, which need not be there."""
+    """The target of a link, which need not exist."""
     if not os.path.islink(out):
         return Path(out)
     place = Path(os.path.realpath(out))

@@ -1,4 +1,4 @@
-"""Opens what a user, a hub or another program wrote: what goes wrong is a sentence with the file, of the caller's kind.
+"""Opens files from users, hubs and other programs; failures become one-sentence errors that name the file.
 
 No caller knows a library's exceptions. Libraries raise of any class over foreign bytes, their parts' classes too
 (tokenizers raises Exception itself, a panic of Rust is not even that), so they are all taken here, and here alone.
@@ -28,7 +28,7 @@ JSON_KINDS = {
     dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false",
     type(None): "null",
 }  # fmt: skip
-"""What a JSON value is called in messages."""
+"""Names of JSON types in messages."""
 _MARKS = (
     (BOM_UTF32_LE, "utf-32"),  # starts with the mark of UTF-16, so it is asked for first
     (BOM_UTF32_BE, "utf-32"),
@@ -46,7 +46,7 @@ _LONGEST_REASON = 300
 
 @contextmanager
 def told(what: str, kind: Kind, *, try_: str = "") -> Iterator[None]:
-    """Raise whatever is raised in this block as one error: `what`, a colon, and the reason.
+    """Raise any exception in this block as one error: `what`, a colon, and the reason.
 
     There must be nothing in it but calls of a library over foreign bytes: a fault of ours would be blamed on them.
     QdistErrors pass, and so does what ends the process.
@@ -62,7 +62,7 @@ def told(what: str, kind: Kind, *, try_: str = "") -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why something could not be read, in a phrase: what the system or a library says, without its own jargon."""
+    """Why something could not be read, in a phrase from the system or a library, without jargon."""
     match error:
         case json.JSONDecodeError():
             return f"line {error.lineno}, column {error.colno}: {error.msg.removesuffix(' at')}"
@@ -85,7 +85,7 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def readable(path: Path, kind: Kind, *, try_: str = "") -> Iterator[None]:
-    """Tell what the system says of a file or folder that cannot be read."""
+    """Report what the system says about a file or folder that cannot be read."""
     try:
         yield
     except FileNotFoundError as error:
@@ -99,7 +99,7 @@ def readable(path: Path, kind: Kind, *, try_: str = "") -> Iterator[None]:
 
 
 def node_of(path: Path) -> str:
-    """'a folder', 'a pipe', 'a device' or 'a socket'; empty for a file, and for what is not there."""
+    """'a folder', 'a pipe', 'a device' or 'a socket'; empty for a regular file or a missing path."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
@@ -108,13 +108,13 @@ def node_of(path: Path) -> str:
 
 
 def require_file(path: Path, kind: Kind, *, try_: str = "") -> None:
-    """Raise an error for what is not a regular file: a pipe would block, a device may never end."""
+    """Raise an error for anything but a regular file: a pipe would block, a device may never end."""
     if node := node_of(path):
         raise kind(f"{path} is {node}, not a file", try_=try_)
 
 
 def require_files(folder: Path, kind: Kind, *, try_: str = "") -> None:
-    """Raise an error for a pipe or device in a folder that a library is to open: it would wait, beyond any signal."""
+    """Raise an error for a pipe or device in a folder that a library will open: it would block uninterruptibly."""
     with readable(folder, kind, try_=try_):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if node_of(path) not in ("", "a folder"):
@@ -122,26 +122,26 @@ def require_files(folder: Path, kind: Kind, *, try_: str = "") -> None:
 
 
 def read_bytes(path: Path, kind: Kind, *, try_: str = "") -> bytes:
-    """A file, whole."""
+    """The whole contents of a file."""
     require_file(path, kind, try_=try_)
     with readable(path, kind, try_=try_):
         return path.read_bytes()
 
 
 def encoding_of(head: bytes) -> str:
-    """The encoding that the byte order mark of a file says; UTF-8 where there is none."""
+    """The encoding given by a file's byte order mark; UTF-8 without one."""
     return next((name for mark, name in _MARKS if head.startswith(mark)), UTF8)
 
 
 def read_text(path: Path, kind: Kind, *, try_: str = "") -> str:
-    """A text file, whole; a byte order mark tells its encoding and is left out."""
+    """The whole contents of a text file; a byte order mark selects the encoding and is dropped."""
     raw = read_bytes(path, kind, try_=try_)
     with told(f"{path} is not text", kind, try_=try_):
         return raw.decode(encoding_of(raw))
 
 
 def read_value(path: Path, kind: Kind, *, try_: str = "") -> object:
-    """What a JSON file holds. Half of a surrogate pair is refused: no other file could hold it."""
+    """The value in a JSON file. Refuses half of a surrogate pair, which no other file could hold."""
     text = read_text(path, kind, try_=try_)
     with told(f"{path} is not JSON", kind, try_=try_):
         found: object = json.loads(text)
@@ -151,12 +151,12 @@ def read_value(path: Path, kind: Kind, *, try_: str = "") -> object:
 
 
 def holds_half_pair(found: object) -> bool:
-    """Whether half of a surrogate pair is in a JSON value. Raises RecursionError for one that is nested too deeply."""
+    """Whether a JSON value contains half of a surrogate pair. Raises RecursionError if nested too deeply."""
     return bool(_SURROGATE.search(json.dumps(found, ensure_ascii=False)))
 
 
 def read_object(path: Path, kind: Kind, *, try_: str = "") -> dict[str, Any]:
-    """A JSON file that holds an object."""
+    """The object in a JSON file."""
     found = read_value(path, kind, try_=try_)
     if not isinstance(found, dict):
         raise kind(f"{path} is not a JSON object: it holds {JSON_KINDS[type(found)]}", try_=try_)
@@ -164,24 +164,24 @@ def read_object(path: Path, kind: Kind, *, try_: str = "") -> dict[str, Any]:
 
 
 def read_typed(path: Path, type_: type[T], kind: Kind, *, try_: str = "") -> T:
-    """A JSON file of a known shape, such as qdist itself writes."""
+    """A JSON file of a known schema, such as those that qdist writes."""
     return decoded(read_bytes(path, kind, try_=try_), type_, str(path), kind, try_=try_)
 
 
 def decoded(raw: bytes, type_: type[T], what: str, kind: Kind, *, try_: str = "") -> T:
-    """JSON of a known shape. what: where it is from."""
+    """JSON of a known schema. what: its origin, for errors."""
     with told(what, kind, try_=try_):
         return msgspec.json.decode(raw, type=type_)
 
 
 def converted(found: object, type_: type[T], what: str, kind: Kind, *, try_: str = "") -> T:
-    """Values of JSON or TOML as a known shape. what: where they are from."""
+    """Values from JSON or TOML converted to a known schema. what: their origin, for errors."""
     with told(what, kind, try_=try_):
         return msgspec.convert(found, type_)
 
 
 def read_toml(path: Path, kind: Kind, *, try_: str = "") -> dict[str, Any]:
-    """A TOML file."""
+    """The contents of a TOML file."""
     text = read_text(path, kind, try_=try_)
     with told(f"{path} is not TOML", kind, try_=try_):
         return tomllib.loads(text.replace("\r\n", "\n"))

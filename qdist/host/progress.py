@@ -1,4 +1,4 @@
-"""How far is a long job, how fast is it, and how long will it take? A line on standard error."""
+"""Progress of a long job, its rate and the time left, as a line on standard error."""
 
 import shutil
 import sys
@@ -10,12 +10,11 @@ from qdist.core.text import format_bytes, format_duration
 from qdist.host.terminal import say
 
 _SOON_S, _LATE_S = 1.0, 10.0
-"""Where there is no terminal, a line for every tenth: not sooner than the one after the last, nor later than the
-other."""
+"""Least and most seconds between lines without a terminal, where each tenth of the job gets a line."""
 
 
 class ProgressLine:
-    """A context that tells of the parts of a job as they are done.
+    """A context that reports the parts of a job as they are done.
 
     On a terminal it is one line that changes; elsewhere a line for each tenth, or every ten seconds.
     """
@@ -29,7 +28,7 @@ class ProgressLine:
         in_bytes: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """total: parts, or bytes. what: becomes of them, such as 'answered'. done: of them, by an earlier process."""
+        """total: parts or bytes. what: the verb for them, such as 'answered'. done: by an earlier process."""
         self._total, self._what, self._in_bytes, self._clock = total, what, in_bytes, clock
         self._before = self._done = done
         self._began = self._told = clock()
@@ -45,7 +44,7 @@ class ProgressLine:
             say(err=True)
 
     def advance(self, parts: int, where: str = "") -> None:
-        """Take note of more parts. where: the last of them, such as 'layer 3 of 24'."""
+        """Count more parts as done. where: the last of them, such as 'layer 3 of 24'."""
         self._done += parts
         now, tenth, last = self._clock(), 10 * self._done // max(1, self._total), self._done >= self._total
         waited = now - self._told

@@ -1,4 +1,4 @@
-"""Finds the shipped data folders `launch/` and `ds_configs/`, from a wheel and from a checkout alike."""
+"""Finds the shipped data folders `launch/` and `ds_configs/`, in a wheel or a checkout."""
 
 import json
 from collections.abc import Collection
@@ -13,20 +13,20 @@ from qdist.host.opening import read_toml
 
 
 def folder(name: str) -> Path:
-    """`launch` or `ds_configs`: inside the package when installed from a wheel, else at the checkout's root."""
+    """`launch` or `ds_configs`: inside the package if installed from a wheel, else at the checkout's root."""
     package = Path(__file__).resolve().parent.parent
     inside = package / "_data" / name
     return inside if inside.is_dir() else package.parent / name
 
 
 def policy(name: str) -> dict[str, Any]:
-    """One of `ds_configs/`."""
+    """One of the policies in `ds_configs/`."""
     loaded: dict[str, Any] = json.loads((folder("ds_configs") / name).read_text())
     return loaded
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """A recipe's settings: a TOML file, or the name of one that is shipped.
+    """A recipe's settings, from a TOML file or by the name of a shipped recipe.
 
     Raises SpecError naming the line of a syntax error, or what was meant: the flag of a model or of data, or the
     nearest recipe.
@@ -44,7 +44,7 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def _meant(path: Path, shipped: Collection[str]) -> str:
-    """What to type in place of a recipe that is not there. shipped: names of recipes."""
+    """What to type instead of a recipe that does not exist. shipped: names of recipes."""
     if (path / "config.json").is_file() or path.suffix.lower() == ".gguf" or _is_model(str(path)):
         return quoted("--model", path)
     if path.is_dir():

@@ -1,4 +1,4 @@
-"""What is printed, by commands and by the processes that they start: clean, and never with a traceback of its own.
+"""Terminal output of commands and of their child processes: sanitized, and never failing with a traceback.
 
 Everything goes through `say`: names of files, a model's answers, logs and libraries' messages are others' words.
 """
@@ -13,14 +13,14 @@ from qdist.core.errors import JobError, QdistError
 from qdist.core.text import fitted, printable
 
 BROKEN_PIPE = 141
-"""Exit code of a program whose reader went away, as shells give it (128 + SIGPIPE)."""
+"""Exit code of a program whose reader has closed the pipe, as in shells (128 + SIGPIPE)."""
 _LONGEST_LINE = 2000
 _ERASE = "\r\033[K"
 _UNSEEN = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u206f\ufeff]")
 
 
 def say(text: str = "", *, err: bool = False, end: str = "\n", over: bool = False) -> None:
-    """Print a text without what could control a terminal.
+    """Print text without terminal control characters.
 
     err: to standard error. over: in place of the line that stands there.
     """
@@ -30,12 +30,12 @@ def say(text: str = "", *, err: bool = False, end: str = "\n", over: bool = Fals
 
 
 def say_json(encoded: bytes) -> None:
-    """Print JSON; characters that could control a terminal are escaped, which changes no value."""
+    """Print JSON with terminal control characters escaped, which changes no value."""
     say(_UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", encoded.decode()))
 
 
 def error_text(error: QdistError) -> str:
-    """What is wrong, and below it what to try.
+    """The error, and below it what to try.
 
     Fitted to standard error where it is a terminal; what may be copied, and a log's lines, stay as they are.
     """
@@ -54,7 +54,7 @@ def _short(line: str) -> str:
 
 
 def guard_output() -> None:
-    """Make standard output and error ones that cannot fail with a traceback, whatever they lead to.
+    """Wrap standard output and error so that writing never fails with a traceback, wherever they lead.
 
     Closed from the start, they lead nowhere. Where output's reader goes away, the program ends with BROKEN_PIPE; on a
     full disk a JobError is raised. What standard error does not take is lost. Characters that an encoding lacks are
@@ -71,7 +71,7 @@ def guard_output() -> None:
 
 
 class _Guarded(io.TextIOWrapper):
-    """A stream over the bytes of another. What cannot be written is lost."""
+    """A text stream over another's bytes that drops what cannot be written."""
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
         self._descriptor = stream.fileno()
@@ -93,14 +93,14 @@ class _Guarded(io.TextIOWrapper):
             self._fail(error)
 
     def _fail(self, error: OSError) -> None:
-        """Lead to nowhere from now on, so that what is still held back fails no more."""
+        """Redirect to nowhere, so that flushing buffered text does not fail again."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._descriptor)
         os.close(nowhere)
 
 
 class _Output(_Guarded):
-    """What cannot be written ends the program: a command has nothing else to do."""
+    """A guarded stream whose write failures end the program: a command has nothing else to do."""
 
     def _fail(self, error: OSError) -> None:
         super()._fail(error)

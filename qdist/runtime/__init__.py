@@ -1,4 +1,4 @@
-"""All that needs torch: a run's ranks, and what is done with models and adapters."""
+"""Everything that needs torch: a run's ranks, and operations on models and adapters."""
 
 import logging
 

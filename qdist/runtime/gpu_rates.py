@@ -1,4 +1,4 @@
-"""Measures one card and its links, a process a card.
+"""Benchmarks one card and its links, one process per card.
 
 Each rank writes OUT/rank0.json, a `CardRates`: once before it talks to the others, so that broken links lose nothing
 else, and once more at the end.
@@ -24,20 +24,20 @@ from qdist.core.text import MIB
 from qdist.host.files import write_atomic
 
 _TIMEOUT = datetime.timedelta(seconds=100)
-"""Ranks wait for each other to import torch, which a cold network disk makes slow."""
+"""Time for ranks to wait for each other to import torch, which a cold network disk makes slow."""
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""torch 2.13 renamed it."""
+"""Renamed in torch 2.13."""
 
 
 class Sizes(NamedTuple):
-    """How much work is timed."""
+    """How much work each measurement does."""
 
     matrix: int
     copy_bytes: int
     link_bytes: int
-    """Of each rank's part."""
+    """Bytes of each rank's part."""
     warm_s: float
-    """Matrix products before the timed ones: cards lower their clock once they draw full power."""
+    """Seconds of matrix products before the timed ones: cards lower their clock once they draw full power."""
 
 
 FULL = Sizes(8192, 512 * MIB, 256 * MIB, 0.7)
@@ -45,7 +45,7 @@ TINY = Sizes(64, MIB, MIB, 0.0)
 
 
 def measure(out: Path, *, rank: int, ranks: int, device: torch.device, sizes: Sizes) -> None:
-    """Measure as one of `ranks` processes that all call this."""
+    """Benchmark as one of `ranks` processes that all call this."""
     path = out / f"rank{rank}.json"
     alone = _card(rank, device, sizes)
     write_atomic(path, msgspec.json.encode(alone))
@@ -81,7 +81,7 @@ def _card(rank: int, device: torch.device, sizes: Sizes) -> CardRates:
 
 
 def _seconds(device: torch.device, work: Callable[[], object], *, warm_s: float = 0.0) -> float:
-    """Of one call: median over batches of calls, after warming up. Without `warm_s` all ranks make as many calls."""
+    """Median seconds per call over batches of calls, after warm-up. Without `warm_s`, all ranks make as many calls."""
     calls, batches = 5, 7
     for _ in range(calls):
         work()
@@ -114,7 +114,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> float:
-    """On random data: zeros switch no transistors and run faster than any real work."""
+    """Matrix product rate on random data: zeros switch no transistors and run faster than any real work."""
     n = sizes.matrix
     one, other = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(one)
@@ -128,7 +128,7 @@ def _memory_rate(device: torch.device, sizes: Sizes) -> float:
 
 
 def _linear_seconds(device: torch.device, dtype: torch.dtype, count: int = 20) -> float:
-    """What Python and the driver take to launch an adapted NF4 linear so small that no card is kept busy."""
+    """Seconds for Python and the driver to launch an adapted NF4 linear too small to keep any card busy."""
     from qdist.core.spec.run_spec import Quant
     from qdist.runtime.adapters.lora import adapted_product
     from qdist.runtime.model.packed import Packed4bit
@@ -158,14 +158,14 @@ def _linear_seconds(device: torch.device, dtype: torch.dtype, count: int = 20) -
 
 
 def _host_rate(device: torch.device, sizes: Sizes) -> float:
-    """All cards at once: they share the host's memory and often a PCIe switch, as they would in a run that offloads."""
+    """Host copy rate with all cards at once: they share host memory and often a PCIe switch, as when offloading."""
     source = torch.empty(sizes.link_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
     target = torch.empty_like(source, device=device)
     return sizes.link_bytes / _seconds(device, lambda: target.copy_(source, non_blocking=True))
 
 
 def _round_trip(device: torch.device) -> tuple[float, float]:
-    """Normal numbers to NF4 and back: the error on the card, and how the card's unpacking differs from the CPU's."""
+    """Normal numbers to NF4 and back: the error on the card, and how its unpacking differs from the CPU's."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     block, settings = 64, {"blocksize": 64, "quant_type": "nf4"}
@@ -201,7 +201,7 @@ def _links(rank: int, ranks: int, device: torch.device, sizes: Sizes) -> LinkRat
 
 
 def _gathered(mine: torch.Tensor, ranks: int) -> tuple[float, int]:
-    """Seconds of an all-gather, and the bytes that arrived as others."""
+    """Seconds of an all-gather, and the number of bytes that arrived corrupted."""
     part = mine.numel()
     everyone = torch.empty(ranks * part, dtype=torch.uint8, device=mine.device)
     _gather(everyone, mine)
@@ -211,7 +211,7 @@ def _gathered(mine: torch.Tensor, ranks: int) -> tuple[float, int]:
 
 
 def _reduced(count: int, rank: int, ranks: int, device: torch.device) -> tuple[float, int]:
-    """Seconds of an all-reduce of `count` floats, and the sums that came out wrong."""
+    """Seconds of an all-reduce of `count` floats, and the number of wrong sums."""
     summed = torch.full((count,), rank + 1.0, device=device)
     dist.all_reduce(summed)
     wrong = int((summed != ranks * (ranks + 1) / 2).sum())
@@ -220,7 +220,7 @@ def _reduced(count: int, rank: int, ranks: int, device: torch.device) -> tuple[f
 
 
 def _peers(mine: torch.Tensor, rank: int, ranks: int) -> tuple[float, tuple[tuple[int, int], ...]]:
-    """Copy to every other card, all ranks at once and each to another: the slowest rate, and where bytes changed."""
+    """Copy to every other card, all ranks at once to different ones: the slowest rate, and where bytes changed."""
     rates, wrong = [], []
     for distance in range(1, ranks):
         peer = torch.device("cuda", (rank + distance) % ranks)
@@ -237,7 +237,7 @@ def _peers(mine: torch.Tensor, rank: int, ranks: int) -> tuple[float, tuple[tupl
 
 
 def pattern(count: int, *, seed: int, device: torch.device) -> torch.Tensor:
-    """`count` bytes that look random, every 16-bit NaN among them, the same on any device: a hash of the position."""
+    """`count` pseudorandom bytes that include every 16-bit NaN, the same on any device: a hash of the position."""
     words = torch.arange(math.ceil(count / 4), dtype=torch.int32, device=device)
     words += seed * 0x01000193
     for shift, factor in ((15, -1640531527), (12, 0x2C1B3C6D), (15, 0x297A2D39)):
@@ -252,7 +252,7 @@ def _wrong(arrived: torch.Tensor, sent: torch.Tensor) -> int:
 
 
 def run(request: MeasureRates) -> None:
-    """Measure as one of the ranks. Raises MachineError where torch finds fewer GPUs than there are to be ranks."""
+    """Benchmark as one of the ranks. Raises MachineError if torch finds fewer GPUs than ranks."""
     if request.device == "cpu":
         torch.set_num_threads(1)
         device, sizes = torch.device("cpu"), TINY

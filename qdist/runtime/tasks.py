@@ -1,4 +1,4 @@
-"""The one entry of what needs torch: `python -m qdist.runtime.tasks JOB GIVEN TOLD`, by `qdist.host.launch.tasks`.
+"""Entry point for work that needs torch: `python -m qdist.runtime.tasks JOB GIVEN TOLD`, by `qdist.host.launch.tasks`.
 
 JOB is for people who look at processes; GIVEN and TOLD are descriptors of a file with the request and of one for its
 answer. Nothing here prints an error: the process that asked does.
@@ -29,7 +29,7 @@ JOBS: Mapping[type[Request], str] = {
     requests.Chat: "qdist.runtime.infer.chat:run",
     requests.MeasureRates: "qdist.runtime.gpu_rates:run",
 }
-"""Request -> the function that takes it, imported when it is asked for."""
+"""Request -> the function that handles it, imported on demand."""
 TARGETS: Mapping[str, str] = {
     "lora": "qdist.runtime.exports.qalora_as_lora:run",
     "16bit": "qdist.runtime.exports.merged_16bit:run",
@@ -37,11 +37,11 @@ TARGETS: Mapping[str, str] = {
     "gptq": "qdist.runtime.exports.requantize:run",
     "zeros": "qdist.runtime.exports.qalora_integer_zeros:run",
 }
-"""The same for `Export`, by its target."""
+"""The same for `Export`, by target."""
 
 
 def perform(request: Request) -> Any:
-    """Do the job; what is prepared, of `Prepare`. Raises QdistError for what the user can put right."""
+    """Do the job; returns what was prepared, for `Prepare`. Raises QdistError for what the user can fix."""
     quiet()
     place = TARGETS[request.to] if isinstance(request, requests.Export) else JOBS[type(request)]
     module, _, function = place.partition(":")
@@ -49,7 +49,7 @@ def perform(request: Request) -> Any:
 
 
 def quiet() -> None:
-    """Keep what transformers prints for its own developers away from what a user reads."""
+    """Hide from users what transformers prints for its own developers."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -57,7 +57,7 @@ def quiet() -> None:
 
 
 def answer_to(request: Request) -> Answer:
-    """As `perform`, with an error as an answer too; output that is held back is written before."""
+    """`perform`, with errors as answers too; buffered output is flushed first."""
     try:
         with told_of_disks():
             prepared = perform(request)
@@ -68,7 +68,7 @@ def answer_to(request: Request) -> Answer:
 
 
 def main() -> None:
-    """Read, do, answer. Ctrl-C leaves no traceback; a bug keeps its own."""
+    """Read the request, do the job, answer. Ctrl-C leaves no traceback; a bug keeps its own."""
     guard_output()
     given, told = map(int, sys.argv[-2:])
     with open(given, "rb") as file:

@@ -1,4 +1,4 @@
-"""What a data file is, told by what is in it, and the reader that takes it."""
+"""What format a data file is in, judged by its contents, and the reader for it."""
 
 import hashlib
 import json
@@ -19,13 +19,13 @@ READ = "JSON, JSON lines, CSV, TSV, Parquet or Arrow"
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 TABLE_SUFFIXES = (".csv", ".tsv")
 SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES, ".parquet", ".arrow")
-"""Of files that are data files without a look into them."""
+"""Suffixes that mark a data file without looking into it."""
 
 _HEAD_BYTES = 1 << 16
 _MOST_BAD = 1000
-"""Bad records before a file without any good one is given up."""
+"""Number of bad records after which a file without a single good one is given up."""
 _CHECKED_BYTES = 4 << 20
-"""Of a text file whose first record is read before anything starts: a JSON object has to be read whole."""
+"""Largest text file, in bytes, whose first record is read before anything starts: a JSON object must be read whole."""
 
 _MAGIC: tuple[tuple[bytes, Literal["parquet", "arrow", "arrow-stream"]], ...] = (
     (b"PAR1", "parquet"), (b"ARROW1", "arrow"), (b"\xff\xff\xff\xff", "arrow-stream"),
@@ -44,20 +44,20 @@ _FOREIGN = (
 _ARCHIVE = re.compile(r"\.(tar(\.\w+)?|tgz)$")
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 _MOST_CONTROL = 0.05
-"""Share of bytes that no text has, at which a file is binary and not a text with a damaged place."""
+"""Share of control bytes at which a file counts as binary instead of text with a damaged spot."""
 _SURE_JSON = re.compile(r'\s*(\{\s*["}]|\[\s*[{"\[\]])')
 
 
 class Form(NamedTuple):
-    """How the records are kept in a file."""
+    """The format in which a file holds its records."""
 
     kind: Literal["json", "table", "parquet", "arrow", "arrow-stream"]
     delimiter: str = ""
-    """Of a table's fields."""
+    """What separates the fields of a table."""
 
 
 def form_of(path: Path) -> Form:
-    """The form of a data file. Raises DataError where there is none that is read, with what it is and what to run."""
+    """The format of a data file. Raises DataError if it is not supported, saying what it is and what to run."""
     head = _head(path)
     if not head.strip() and len(head) < _HEAD_BYTES:
         raise DataError(f"{path} holds no record ({path.stat().st_size} bytes)", try_="a file with records")
@@ -81,9 +81,9 @@ def form_of(path: Path) -> Form:
 
 
 def file_records(path: Path) -> Iterator[Located]:
-    """The records of a data file, and in their places those that cannot be read.
+    """The records of a data file, with an error in place of each one that cannot be read.
 
-    Raises DataError where the file cannot be read as a whole, holds no record, or none that is good.
+    Raises DataError if the file cannot be read as a whole, holds no record, or none that is good.
     """
     located, bad = _located(path, form_of(path)), list[Located]()
     for item in located:
@@ -100,14 +100,14 @@ def file_records(path: Path) -> Iterator[Located]:
 
 
 def check_file(path: Path) -> None:
-    """Raise DataError for what a look at the file's beginning and end shows, without reading Parquet or Arrow."""
+    """Raise DataError for problems visible at the file's beginning and end, without reading Parquet or Arrow."""
     form = form_of(path)
     if form.kind == "table" or (form.kind == "json" and path.stat().st_size <= _CHECKED_BYTES):
         next(file_records(path))
 
 
 def file_digest(path: Path) -> str:
-    """The sha256 of a file's bytes and form: equal means equal records, whatever it is called."""
+    """SHA-256 of a file's bytes and format: equal means equal records, whatever the file's name."""
     refuse_special(path)
     with readable(path, DataError), path.open("rb") as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -118,7 +118,7 @@ def file_digest(path: Path) -> str:
 
 
 def holds_records(path: Path) -> bool:
-    """Whether a file of prompts holds records rather than a prompt a line. Raises DataError for what is neither."""
+    """Whether a file of prompts holds records rather than one prompt per line. Raises DataError if it is neither."""
     head = _head(path)
     if any(head.startswith(magic) for magic, _ in _MAGIC):
         return True
@@ -127,7 +127,7 @@ def holds_records(path: Path) -> bool:
 
 
 def is_plain_text(source: str) -> bool:
-    """Whether a name is that of a `.txt` file of text, which is no records."""
+    """Whether a name is that of a `.txt` file: plain text without records."""
     path = Path(source).expanduser()
     return path.suffix.lower() == ".txt" and path.is_file() and not holds_records(path)
 
@@ -141,7 +141,7 @@ def read_text_lines(path: Path) -> list[tuple[str, str]]:
 
 
 def refuse_special(path: Path) -> None:
-    """Raise DataError for a pipe or device, which would block or be empty when it is read again."""
+    """Raise DataError for a pipe or device, which would block or be empty when read a second time."""
     if path.exists() and not path.is_file():
         raise DataError(
             f"{path} is not a regular file, and data is read more than once", try_="write it to a file first"

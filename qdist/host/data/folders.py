@@ -1,4 +1,4 @@
-"""Which files of a folder are trained on: by splits, by the state of a saved data set, or all of them."""
+"""Which files of a folder to train on: chosen by split, by the state of a saved data set, or all of them."""
 
 import os
 import re
@@ -18,24 +18,24 @@ _HELD_OUT = frozenset((
 ))  # fmt: skip
 _NO_DATA = frozenset(("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"))
 _MAYBE = frozenset(("", ".txt", ".gz", ".zst", ".xz", ".bz2", ".zip", ".pkl", ".pickle", ".xlsx", ".feather", ".dat"))
-"""Suffixes of files that are looked into, and named where they hold no records."""
+"""Suffixes of files that are inspected, and reported if they hold no records."""
 _PAPERS = frozenset(
     ("readme", "license", "licence", "notice", "copying", "makefile", "dockerfile", "citation", "_success")
 )
 _SHARD = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?$")
 _DEEPEST = 3
-"""Folders inside one another in which data files are looked for."""
+"""How many folder levels deep data files are searched for."""
 _NAMED = 5
 
 
 class Chosen(NamedTuple):
-    """The data files of a folder in the order they are read, and what else is there."""
+    """A folder's data files in reading order, and what else it contains."""
 
     files: tuple[Path, ...]
     left_out: tuple[Path, ...] = ()
 
     def notes(self, folder: Path) -> tuple[str, ...]:
-        """What a user might not expect of the choice; empty where the folder holds one data file."""
+        """Notes on choices that may surprise the user; empty if the folder holds a single data file."""
         if len(self.files) == 1 and not self.left_out:
             return ()
         count = f"{len(self.files)} files: " if len(self.files) > 1 else ""
@@ -47,7 +47,7 @@ def choose_files(folder: Path) -> Chosen:
     """The files of a folder that are trained on.
 
     Where names say so, those of the training split; where not, all of them; else those of the only folder in it.
-    Raises DataError where there is no data file, where several sets lie side by side, and for a folder without access.
+    Raises DataError if there is no data file, where several sets lie side by side, and for a folder without access.
     """
     with readable(folder, DataError):
         return _saved(folder) or _chosen(folder)
@@ -79,7 +79,7 @@ def _refuse_first(unread: Sequence[Path]) -> None:
 
 
 def _entries(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
-    """The data files of a folder, the folders with some, and what could be data but is not read; each sorted."""
+    """A folder's data files, its subfolders that have some, and unread candidates; each sorted."""
     files, folders, unread = list[Path](), list[Path](), list[Path]()
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name.lower() in _NO_DATA or path.stem.lower() in _PAPERS:
@@ -94,7 +94,7 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
 
 
 def _may_hold_data(folder: Path, depth: int = 1) -> bool:
-    """Whether files with a suffix of data lie in a folder; true of a folder that must not be looked into."""
+    """Whether a folder holds files with a data suffix; True for a folder that may not be listed."""
     try:
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
         if any(entry.is_file() and Path(entry.name).suffix.lower() in SUFFIXES for entry in entries):
@@ -112,14 +112,14 @@ def _has_form(path: Path) -> bool:
 
 
 def _split(path: Path) -> str | None:
-    """The split that a name says a file or folder is: 'train' or another; None where it says none, or both."""
+    """The split that a file or folder name denotes: 'train' or another; None if it denotes none, or both."""
     words = re.split(r"[-_.\d\s]+", path.name.lower())
     train, held_out = (next((word for word in words if word in split), None) for split in (_TRAIN, _HELD_OUT))
     return None if train and held_out else ("train" if train else held_out)
 
 
 def _training(paths: Sequence[Path]) -> list[Path]:
-    """What is called train; else what has it in its name: 'train_small.jsonl' beside 'train.jsonl' is a part of it."""
+    """Those named exactly train, else those with it in their name: 'train_small.jsonl' is part of 'train.jsonl'."""
     named = [path for path in paths if _split(path) == "train"]
     return [path for path in named if _SHARD.sub("", path.name.lower().partition(".")[0]) in _TRAIN] or named
 
@@ -134,7 +134,7 @@ def _only(folder: Path, folders: Sequence[Path]) -> list[Path]:
 
 
 def _only_split(folder: Path, held_out: Sequence[Path]) -> list[Path]:
-    """Files for tests and the like, which are trained on where there is nothing else and no choice."""
+    """Files of test splits and the like, used for training only if there is nothing else and no choice."""
     if len({_split(path) for path in held_out}) > 1:
         names = ", ".join(path.name for path in held_out)
         raise DataError(f"{folder} holds no training data by its names: {names}", try_=str(held_out[0]))
@@ -142,7 +142,7 @@ def _only_split(folder: Path, held_out: Sequence[Path]) -> list[Path]:
 
 
 def _saved(folder: Path) -> Chosen | None:
-    """The files of a folder that `save_to_disk` of datasets wrote, in the order of its state."""
+    """The files of a folder written by datasets' `save_to_disk`, in the order of its state."""
     path = folder / "state.json"
     state = _object_in(path) if path.is_file() else {}
     listed = state.get("_data_files")

@@ -1,4 +1,4 @@
-"""Records in JSON: objects a line, one list, objects one after another, or one object that holds the list."""
+"""Records in JSON: one object per line, one list, concatenated objects, or one object that contains the list."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from qdist.host.data.text import FIELDS, Located, Record, lines, open_text
 from qdist.host.opening import JSON_KINDS, holds_half_pair
 
 _CHUNK = 1 << 20
-"""Characters of a file that are read at a time."""
+"""Characters read from a file at a time."""
 _LONGEST_WORD = len("-Infinity") + 1
 _SPACE = re.compile(r"[ \t\n\r]*")
 _START = re.compile(r'\s*(\{\s*["}]|\[\s*(["{}\[\]]|$))')
@@ -26,7 +26,7 @@ _LISTS = frozenset(("messages", "conversations", "conversation", "instances"))
 
 
 def json_records(path: Path) -> Iterator[Located]:
-    """The records of a JSON file in whichever of the four arrangements it is; lines and lists are not held whole.
+    """The records of a JSON file in any of the four layouts; lines and lists are streamed, not held in memory.
 
     Raises DataError for an object that is not a record and holds no list of them, and where a list or an object over
     many lines breaks off; a line that is not an object is told in its place.
@@ -43,7 +43,7 @@ def json_records(path: Path) -> Iterator[Located]:
 
 
 def _over_lines(path: Path) -> Iterator[Located]:
-    """Objects over many lines; where the first is none and most lines are objects, it was a broken one among lines."""
+    """Objects that span lines; if the first is invalid and most lines are objects, treat it as one broken line."""
     values = _values(path)
     try:
         first = next(values)
@@ -56,7 +56,7 @@ def _over_lines(path: Path) -> Iterator[Located]:
 
 
 def holds_json(text: str, *, whole: bool) -> bool:
-    """Whether the beginning of a file without a telling suffix is JSON records rather than text in brackets.
+    """Whether the beginning of a file without a known suffix is JSON records rather than text in brackets.
 
     whole: the text is all of the file.
     """
@@ -69,7 +69,7 @@ def holds_json(text: str, *, whole: bool) -> bool:
 
 
 def line_state(line: str) -> Literal["object", "value", "cut", "broken"]:
-    """A JSON object, another JSON value, the beginning of either, or neither."""
+    """Whether a line is a JSON object, another JSON value, the beginning of one, or neither."""
     text = line.strip().removeprefix("\ufeff")
     try:
         return "object" if isinstance(json.loads(text), dict) else "value"
@@ -80,7 +80,7 @@ def line_state(line: str) -> Literal["object", "value", "cut", "broken"]:
 
 
 def _beginning(path: Path) -> tuple[str, str, bool]:
-    """The first character that is no space; of an object also its line, and whether others with text follow."""
+    """The first non-space character; for an object, also its line and whether more lines with text follow."""
     with open_text(path) as stream:
         head = next((text for chunk in iter(lambda: stream.read(_CHUNK), "") if (text := chunk.lstrip())), "")
         if not head.startswith("{"):
@@ -116,12 +116,12 @@ def _reason(error: json.JSONDecodeError) -> str:
 
 
 def _beyond(error: Exception) -> str:
-    """What json raises besides JSONDecodeError: RecursionError, and ValueError by int()."""
+    """The message for json's exceptions other than JSONDecodeError: RecursionError, and ValueError from int()."""
     return "JSON nested too deeply" if isinstance(error, RecursionError) else "a number of more than 4,300 digits"
 
 
 def _record(item: object, where: str, *, escaped: bool = True) -> Record | DataError:
-    """escaped: half of a surrogate pair may be in it; UTF-8 has none, and tokenizers fail on them."""
+    """A record, or the error in its place. escaped: it may contain half a surrogate pair, which tokenizers fail on."""
     if not isinstance(item, dict):
         return DataError(f"{where}: a record must be a JSON object, not {JSON_KINDS[type(item)]}", try_=_EXAMPLE)
     try:
@@ -147,7 +147,7 @@ def _listed(path: Path) -> Iterator[object]:
 
 
 def _values(path: Path) -> Iterator[object]:
-    """One object after another; where there is one alone, it is the record or holds the list of them."""
+    """Concatenated objects, one at a time; a single object is the record itself or contains the list."""
     with open_text(path) as stream:
         scanner = _Scanner(stream, path)
         first = scanner.value()
@@ -160,7 +160,7 @@ def _values(path: Path) -> Iterator[object]:
 
 
 def _records_in(found: Record, path: Path) -> list[object]:
-    """The records that a file's only object is or holds. Raises DataError where it does neither."""
+    """The records in a file's only object: the object itself or its list. Raises DataError if it is neither."""
     table = _table(found)
     if FIELDS & found.keys() and not table:
         return [found]
@@ -181,7 +181,7 @@ def _has_objects(items: list[object]) -> bool:
 
 
 def _table(found: Record) -> str:
-    """The Python expression that makes records of an object `d` that pandas wrote; empty where it is not a table."""
+    """A Python expression that turns an object `d` written by pandas into records; empty if it is not a table."""
     values = list(found.values())
     if {"columns", "data"} <= found.keys():
         return '[dict(zip(d["columns"], row)) for row in d["data"]]'
@@ -196,19 +196,19 @@ def _table(found: Record) -> str:
 
 
 def _rewriting(path: Path, records: str) -> str:
-    """A command that writes the records beside the file."""
+    """A command that writes the records to a new file next to this one."""
     out = path.with_name(f"{path.stem}.records.json")
     code = f'import json; d = json.load(open({_literal(path)}, "rb")); json.dump({records}, open({_literal(out)}, "w"))'
     return f"python3 -c {quote(code)}"
 
 
 def _literal(value: object) -> str:
-    """A string of Python in double quotes, as a shell takes it between single ones."""
+    """A double-quoted Python string that can stand inside single quotes in a shell."""
     return json.dumps(str(value), ensure_ascii=False)
 
 
 class _Scanner:
-    """JSON values out of a text, one at a time; the value at hand is the most of it that is held."""
+    """Reads JSON values from a text stream one at a time, buffering no more than the current value."""
 
     def __init__(self, stream: TextIO, path: Path) -> None:
         self._stream, self._path = stream, path
@@ -217,7 +217,7 @@ class _Scanner:
         self._decoder = json.JSONDecoder()
 
     def items(self) -> Iterator[object]:
-        """The items of the list that comes next, with which the text must end."""
+        """The items of the next list, which must be the last thing in the text."""
         self._take("[")
         if self.peek() != "]":
             yield self.value()
@@ -229,7 +229,7 @@ class _Scanner:
             raise self._error(self._at, "another value follows the list")
 
     def peek(self) -> str:
-        """The next character that is no space, or empty at the end."""
+        """The next non-space character; empty at the end."""
         while True:
             space = _SPACE.match(self._text, self._at)
             self._at = space.end() if space else self._at
@@ -239,7 +239,7 @@ class _Scanner:
                 return ""
 
     def value(self) -> Any:
-        """The value that comes next. Raises DataError, with its place, where there is none."""
+        """The next value. Raises DataError with its position if there is none."""
         self.peek()
         while True:
             try:
@@ -255,7 +255,7 @@ class _Scanner:
                     return found
 
     def _is_cut(self, error: json.JSONDecodeError) -> bool:
-        """Whether the value may be whole once more of the text is read."""
+        """Whether the value may be complete once more of the text is read."""
         return error.msg.startswith("Unterminated string") or error.pos > len(self._text) - _LONGEST_WORD
 
     def _take(self, wanted: str) -> None:
@@ -264,7 +264,7 @@ class _Scanner:
         self._at += 1
 
     def _more(self) -> bool:
-        """Read three times what is held, for a value over many chunks is parsed again, and let go of what was taken."""
+        """Drop what was consumed and triple the buffer, because a value that spans many chunks is parsed again."""
         chunk = self._stream.read(max(_CHUNK, 3 * (len(self._text) - self._at)))
         if chunk:
             self._line, self._column = self._position(self._at)

@@ -1,4 +1,4 @@
-"""Where raw records, conversations and prompts come from: files, folders of files, and the hub."""
+"""Where raw records, conversations and prompts come from: files, folders, and the hub."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^/\s]+)?")
 _WEB = re.compile(r"(https?|hf|s3|gs)://(\S+)")
 _HUB_PAGE = re.compile(r"(?:huggingface\.co/)?datasets/([\w.-]+/[\w.-]+)/?")
 _VERY_CLOSE = 0.8
-"""Likeness of names at which one without a suffix means the file here and not a data set of the hub."""
+"""Similarity above which a name without a suffix means a local file instead of a hub data set."""
 
 
 def read_records(source: str) -> Iterator[Located]:
@@ -48,19 +48,19 @@ def read_records(source: str) -> Iterator[Located]:
 
 
 def check_source(source: str) -> None:
-    """Raise DataError now for what a look at the files' beginnings shows; a hub data set is asked for later."""
+    """Raise DataError for problems visible at the beginnings of the files; a hub data set is checked later."""
     for path in (_chosen(source) or Chosen(())).files:
         check_file(path)
 
 
 def source_notes(source: str) -> tuple[str, ...]:
-    """Which of a folder's files are read and which left out; empty for one file, or a hub data set."""
+    """Which of a folder's files are read and which are skipped; empty for a single file or a hub data set."""
     chosen, folder = _chosen(source), _path(source)
     return chosen.notes(folder) if chosen and folder.is_dir() else ()
 
 
 def source_digest(source: str) -> str:
-    """The sha256 of the files' contents, or of the hub data set's name and revision: equal means equal records."""
+    """SHA-256 of the files' contents, or of the hub data set's name and revision: equal means equal records."""
     digest = hashlib.sha256()
     chosen = _chosen(source)
     if chosen is None:
@@ -101,7 +101,7 @@ def _on_the_web(source: str, address: str) -> DataError:
 
 
 def _means_a_file(source: str, path: Path) -> bool:
-    """Whether a name that does not exist was meant as a file rather than as 'owner/name' on the hub."""
+    """Whether a nonexistent name was meant as a file rather than as 'owner/name' on the hub."""
     rooted = source.startswith(("/", ".", "~")) or not _HUB_NAME.fullmatch(source)
     in_a_folder = path.parent != Path() and path.parent.exists()
     suffixed = path.suffix.lower() in SUFFIXES or ("/" not in source and path.suffix != "")
@@ -127,7 +127,7 @@ def _missing(path: Path) -> DataError:
 
 
 def _nearest_path(path: Path) -> str:
-    """A path that exists, each mistyped part of it replaced by the nearest name; empty where nothing is close."""
+    """An existing path with each mistyped part replaced by the closest name; empty if nothing is close."""
     found = Path(path.anchor)
     for part in path.relative_to(path.anchor).parts:
         if (found / part).exists():
@@ -155,14 +155,14 @@ def _hub_records(source: str) -> Iterator[Located]:
 
 
 def _hub_revision(name: str) -> str:
-    """The commit that the hub, or without network its cache, has of a data set."""
+    """Commit of a data set on the hub, or in the hub's cache without network."""
     with _hub(name) as datasets:
         return str(datasets.load_dataset_builder(name).hash)
 
 
 @contextmanager
 def _hub(name: str) -> Iterator[Any]:
-    """The package datasets, with what it and its HTTP client raise about `name` told as a DataError."""
+    """The datasets package, with its errors and its HTTP client's about `name` raised as DataError."""
     try:
         import datasets
     except ImportError as error:
@@ -174,9 +174,9 @@ def _hub(name: str) -> Iterator[Any]:
 
 
 def read_conversations(source: str, *, data_format: str | None = None) -> Iterator[Conversation | DataError]:
-    """The conversations of a source, in order; in place of a record that cannot be used, the reason.
+    """The conversations of a source, in order, with the reason in place of each unusable record.
 
-    Raises DataError where the source itself cannot be read.
+    Raises DataError if the source itself cannot be read.
     """
     if source == demo.NAME:
         located: Iterable[tuple[str, Any]] = (
@@ -197,7 +197,7 @@ def read_conversations(source: str, *, data_format: str | None = None) -> Iterat
 
 
 def count_conversations(source: str, *, data_format: str | None = None) -> int:
-    """How many there are. Raises DataError as `read_conversations` does, and once for all that cannot be used."""
+    """Number of conversations. Raises DataError like `read_conversations`, and once for all unusable records."""
     bad, count = BadRecords(), 0
     for found in read_conversations(source, data_format=data_format):
         if isinstance(found, DataError):
@@ -208,7 +208,7 @@ def count_conversations(source: str, *, data_format: str | None = None) -> int:
 
 
 def read_prompts(path: Path) -> list[Conversation]:
-    """What a file asks: of a text file each line, of data files each record with `prompt`, `messages` and their like.
+    """A file's prompts: each line of a text file; each record with `prompt`, `messages` or similar of a data file.
 
     Raises DataError naming file and line; once for all prompts that cannot be used.
     """

@@ -1,4 +1,4 @@
-"""Records in tables: CSV and its relatives, Parquet, Arrow."""
+"""Records in tables: CSV and TSV, Parquet, Arrow."""
 
 import csv
 import re
@@ -16,17 +16,17 @@ DELIMITERS = (",", "\t", ";", "|")
 _NAME = re.compile(r"[\w.-]{1,40}")
 _LONGEST_FIELD = 1 << 30
 _ROWS = 1024
-"""Rows of a Parquet or Arrow file that are made Python objects at a time."""
+"""Rows of a Parquet or Arrow file that are converted to Python objects at a time."""
 
 
 def delimiter_of(header: str, *, usual: str) -> str:
-    """What parts the fields of a header: the usual delimiter, or where it is in none of them the one that is."""
+    """The delimiter of a header's fields: the usual one, or if no field has it, the one that occurs."""
     counts = {delimiter: len(_fields(header, delimiter)) for delimiter in (usual, *DELIMITERS)}
     return usual if counts[usual] > 1 else max(counts, key=lambda delimiter: counts[delimiter])
 
 
 def told_delimiter(header: str) -> str | None:
-    """What parts the fields of a line that is a header without doubt, or None: plain text has commas too."""
+    """The delimiter of a line that is certainly a header, or None: plain text contains commas too."""
     for delimiter in DELIMITERS:
         names = [name.strip() for name in _fields(header, delimiter)]
         if len(names) > 1 and all(map(_NAME.fullmatch, names)) and FIELDS & {name.lower() for name in names}:
@@ -42,7 +42,7 @@ def _fields(header: str, delimiter: str) -> list[str]:
 
 
 def csv_records(path: Path, *, delimiter: str) -> Iterator[Located]:
-    """A record a row, by the names in the header; a row with other fields is told in its place."""
+    """One record per row, keyed by the header; a row with a different number of fields is reported in its place."""
     csv.field_size_limit(_LONGEST_FIELD)  # the module's own limit is 131,072 characters, which documents exceed
     rows = csv.reader(lines(path), delimiter=delimiter, strict=True)
     try:
@@ -90,7 +90,7 @@ def _row(header: list[str], row: list[str], where: str) -> Record | DataError:
 
 
 def parquet_records(path: Path) -> Iterator[Located]:
-    """The rows of a Parquet file, a batch in memory at a time."""
+    """The rows of a Parquet file, one batch in memory at a time."""
     with _arrow(path, "Parquet"):
         from pyarrow.parquet import ParquetFile
 
@@ -99,7 +99,7 @@ def parquet_records(path: Path) -> Iterator[Located]:
 
 
 def arrow_records(path: Path, *, stream: bool) -> Iterator[Located]:
-    """The rows of an Arrow file, or of an Arrow stream, which `save_to_disk` of datasets writes."""
+    """The rows of an Arrow file, or of an Arrow stream as datasets' `save_to_disk` writes it."""
     with _arrow(path, "Arrow") as arrow, arrow.memory_map(str(path)) as source:
         if stream:
             yield from _rows(path, arrow.ipc.open_stream(source))
@@ -110,7 +110,7 @@ def arrow_records(path: Path, *, stream: bool) -> Iterator[Located]:
 
 @contextmanager
 def _arrow(path: Path, form: str) -> Iterator[Any]:
-    """The package pyarrow, with what it raises over a file told as a DataError."""
+    """The pyarrow package, with its errors about a file raised as DataError."""
     try:
         import pyarrow
     except ImportError as error:

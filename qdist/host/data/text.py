@@ -1,4 +1,4 @@
-"""The text of a data file: its encoding, its lines, and the place of a byte that is not text."""
+"""The text of a data file: its encoding, its lines, and the position of a byte that is not text."""
 
 import codecs
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from qdist.host.opening import UTF8, encoding_of, readable
 
 @contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    """A file as text whose lines end at a newline only: U+2028 and its like may stand inside a JSON string.
+    """A file as text, with lines ending only at newlines: U+2028 and similar may occur inside a JSON string.
 
     Raises DataError for what cannot be read or is not text in its encoding.
     """
@@ -28,18 +28,18 @@ def open_text(path: Path) -> Iterator[TextIO]:
 
 
 def lines(path: Path) -> Iterator[str]:
-    """The lines of a text file with their newlines, read as they are asked for."""
+    """The lines of a text file with their newlines, read lazily."""
     with open_text(path) as stream:
         yield from stream
 
 
 def beside(path: Path, infix: str) -> str:
-    """A name for a mended copy of a file, quoted for a shell: 'my data.csv' and 'utf8' give "'my data.utf8.csv'"."""
+    """Shell-quoted name for a repaired copy of a file: 'my data.csv' and 'utf8' give "'my data.utf8.csv'"."""
     return quote(str(path.with_name(f"{path.stem}.{infix}{path.suffix}")))
 
 
 def from_encoding(path: Path, encoding: str) -> str:
-    """A command that writes a file in UTF-8 beside the one in another encoding."""
+    """A command that writes a UTF-8 copy of a file next to the one in another encoding."""
     return f"iconv -f {encoding} -t UTF-8 {quote(str(path))} > {beside(path, 'utf8')}"
 
 
@@ -47,11 +47,11 @@ class _Fault(NamedTuple):
     """The first byte of a file that is not UTF-8."""
 
     position: int
-    """Bytes before it in the file."""
+    """Offset of the byte in the file."""
     line: int
     byte: int
     after_utf8: bool
-    """Characters of several bytes stand before it, so the file is UTF-8 with a damaged place."""
+    """Whether multi-byte characters precede it, so that the file is UTF-8 with a damaged spot."""
 
 
 def _undecodable(path: Path, encoding: str, reason: str) -> DataError:
@@ -81,7 +81,7 @@ def _fault(path: Path) -> _Fault | None:
 
 
 def _is_windows_1252(path: Path) -> bool:
-    """Whether all bytes are characters there; in ISO-8859-1 they always are, but quotes and dashes are not."""
+    """Whether every byte is a character in Windows-1252; in ISO-8859-1 every byte is, but quotes and dashes differ."""
     with path.open("rb") as stream:
         try:
             while chunk := stream.read(1 << 20):
@@ -93,10 +93,10 @@ def _is_windows_1252(path: Path) -> bool:
 
 Record = dict[str, object]
 Located = tuple[str, Record | DataError]
-"""'file.jsonl:17' or 'file.json, record 3', and the record there or what is wrong with it."""
+"""'file.jsonl:17' or 'file.json, record 3', and the record there or the error about it."""
 
 FIELDS = frozenset((
     "messages", "conversations", "conversation", "instances", "instruction", "input", "output", "prompt", "completion",
     "question", "answer", "response", "text",
 ))  # fmt: skip
-"""Names that a record, or the header of a table, is known by where the suffix of the file says nothing."""
+"""Field names that identify a record or a table header when the file's suffix does not."""

@@ -1,4 +1,4 @@
-"""Makes a run directory one launch's own: locked first, looked at again, cleared, and only then written."""
+"""Claims a run directory for one launch: locks it, checks it again, clears it, and only then writes to it."""
 
 import contextlib
 import errno
@@ -19,11 +19,11 @@ from qdist.host.run.state import sign
 
 
 class Claim(NamedTuple):
-    """A run directory that nobody else starts ranks in while this is held, its files written."""
+    """A run directory with its files written, locked so that no other launch starts ranks in it."""
 
     job: Launch
     lock: int
-    """Descriptor of the lock: who inherits it holds the run as well."""
+    """Descriptor of the lock: a process that inherits it holds the run as well."""
     launch: str
     """The id of this launch."""
 
@@ -39,10 +39,10 @@ class Claim(NamedTuple):
 
 @contextmanager
 def claimed(job: Launch) -> Iterator[Claim]:
-    """Hold a job's run directory and write its files. What another launch did there meanwhile is seen and refused.
+    """Lock a job's run directory and write its files; refuses if another launch has changed it in the meantime.
 
     A name that qdist chose is created, and the next one taken where another launch was faster.
-    Raises RunError where the run is another's by now, or cannot be written to; JobError where the disk is full. What
+    Raises RunError if the run is another's by now, or cannot be written to; JobError where the disk is full. What
     this call created is gone again then.
     """
     job, created = _with_folder(job)
@@ -65,19 +65,19 @@ def claimed(job: Launch) -> Iterator[Claim]:
 
 
 def tidy(run: RunDir) -> None:
-    """Clear what a kill left in a run that has ended; nothing where a process holds it, or it cannot be written to."""
+    """Remove what a killed launch left in a run that has ended; does nothing if the run is locked or read-only."""
     with contextlib.suppress(RunError, OSError), locked(run.path / LOCK, busy="held"):
         _clear(run)
 
 
 def write(job: Launch) -> RunDir:
-    """Write a run that nobody is to start now; its directory. Raises as `claimed` does."""
+    """Write a run without starting it; returns its directory. Raises as `claimed` does."""
     with claimed(job) as own:
         return own.job.run
 
 
 def _with_folder(job: Launch) -> tuple[Launch, bool]:
-    """The job with its directory there; whether it was created for it."""
+    """The job with its directory created, and whether it was created for it."""
     try:
         job.run.path.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -99,7 +99,7 @@ def _unwritable(run: RunDir, error: OSError) -> RunError:
 
 
 def _look_again(job: Launch) -> None:
-    """Raise RunError where another launch has written the plan since it was looked at."""
+    """Raise RunError if another launch has written the plan since it was checked."""
     run = job.run
     if not job.resumes:
         refuse_used(run, held=True)
@@ -110,7 +110,7 @@ def _look_again(job: Launch) -> None:
 
 
 def _clear(run: RunDir) -> None:
-    """Take away what says how an earlier launch ended, and what a kill left half-written."""
+    """Remove the record of how an earlier launch ended, and files that a kill left half-written."""
     for leftover in (STOP, ENDED):
         (run.path / leftover).unlink(missing_ok=True)
     for folder in (run.path, run.checkpoints, run.pulses):
@@ -122,7 +122,7 @@ def _clear(run: RunDir) -> None:
 
 
 def _write_files(job: Launch) -> None:
-    """The plan last: a directory without it is not a run."""
+    """Write the run's files, the plan last: a directory without a plan is not a run."""
     for folder in (job.run.events, job.run.logs, job.run.checkpoints):
         folder.mkdir(exist_ok=True)
     for name, text in job.files.items():

@@ -1,4 +1,4 @@
-"""Ranks on this machine: one shell that becomes torch.distributed.run, in a session of its own."""
+"""Ranks on this machine: a shell that becomes torch.distributed.run, in its own session."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Has this machine's GPUs measured, a process a card, and judges what came of it."""
+"""Benchmarks this machine's GPUs, one process per card, and judges the results."""
 
 import os
 import re
@@ -26,25 +26,25 @@ from qdist.host.machine.doctor import Check
 from qdist.host.opening import read_typed
 
 _ROOM_BYTES, _ROOM_PER_PEER_BYTES = 4 * GIB, 768 * MIB
-"""Buffers and a CUDA context; and what a peer gathers here, and the context that it needs to copy here."""
+"""Bytes for buffers and a CUDA context; and per peer, for what it gathers and the context it needs to copy."""
 _ROUND_TRIP_ERROR, _ROUND_TRIP_DIFFERS = 0.16, 1e-3
 _MUCH_SLOWER, _FAR_BELOW_TABLE = 0.85, 0.6
 _SLOW_NVLINK_BYTES_S, _SLOW_DISK_BYTES_S = 20e9, 200e6
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """What was measured on the whole machine."""
+    """Measurements of the whole machine."""
 
     cards: tuple[CardRates, ...]
     problem: str
-    """Why a card or the links could not be measured to the end, or empty."""
+    """Why a card or the links could not be fully measured; empty if they were."""
     disk_bytes_s: float | None
-    """Read rate of the cache folder; None where it has no room for a test file."""
+    """Read rate of the cache folder in bytes/s; None if it has no room for a test file."""
     seconds: float
 
 
 def check_room(cluster: Cluster) -> None:
-    """Raise MachineError where there is no GPU, or one is too full to be measured."""
+    """Raise MachineError if there is no GPU, or one has too little free memory to be measured."""
     if not cluster.gpus:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         why = f" (CUDA_VISIBLE_DEVICES={hidden})" if hidden is not None else ""
@@ -59,7 +59,7 @@ def check_room(cluster: Cluster) -> None:
 
 
 def measure(ranks: int, *, device: Literal["cuda", "cpu"] = "cuda", timeout_s: float = 200.0) -> Measured:
-    """Measure disk and cards. Ranks that fail or hang are a finding; what was measured before is kept.
+    """Benchmark disk and cards. Ranks that fail or hang are a finding; earlier measurements are kept.
 
     The environment is passed on as it is, NCCL's settings included: what is measured is what a run would get.
     """
@@ -75,13 +75,13 @@ def measure(ranks: int, *, device: Literal["cuda", "cpu"] = "cuda", timeout_s: f
 
 
 def read_cards(folder: Path) -> tuple[CardRates, ...]:
-    """What the ranks wrote, in their order."""
+    """The rates that the ranks wrote, in rank order."""
     found = [read_typed(path, CardRates, MachineError) for path in folder.glob("rank*.json")]
     return tuple(sorted(found, key=lambda card: card.rank))
 
 
 def _run_ranks(folder: Path, ranks: int, device: Literal["cuda", "cpu"], timeout_s: float) -> str:
-    """Start all, wait for all; what went wrong in a sentence, or nothing."""
+    """Start all ranks and wait for them; what went wrong in one sentence, or empty."""
     processes, answers = [], []
     with ExitStack() as stack:
         for rank in range(ranks):
@@ -109,7 +109,7 @@ def _wait(
     folder: Path,
     timeout_s: float,
 ) -> str:
-    """Until all have ended well or one has not: the others would wait for it in a collective."""
+    """Wait until all ranks have succeeded or one has failed: the others would wait for it in a collective."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         codes = [process.poll() for process in processes]
@@ -126,7 +126,7 @@ def _wait(
 
 
 def _last_words(log: Path) -> str:
-    """The last line that names an error, else the last line."""
+    """The last line that names an error, or else the last line."""
     said = re.sub(r"^\[rank\d+\]:", "", log.read_text(errors="replace"), flags=re.MULTILINE)
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line.split(":")[0]]
@@ -134,7 +134,7 @@ def _last_words(log: Path) -> str:
 
 
 def disk_rate(folder: Path, *, size: int = 256 * MIB) -> float | None:
-    """Bytes/s of reading a file that is not in memory; None where the folder has not four times the room for it."""
+    """Rate in bytes/s of reading an uncached file; None if the folder has less than four times the room for it."""
     usage = os.statvfs(folder)
     if usage.f_bavail * usage.f_frsize < 4 * size:
         return None
@@ -160,7 +160,7 @@ def judge(
     *,
     tabled: Callable[[Sequence[str]], Rates | None] = probe.tabled_rates,
 ) -> tuple[Check, ...]:
-    """The findings, in the order a person would look at them."""
+    """The findings, in the order in which a person would check them."""
     expected = tabled([gpu.name for gpu in cluster.gpus])
     return (
         *([Check("wiring", "ok", links.describe(wiring))] if wiring else []),

@@ -1,4 +1,4 @@
-"""From what is asked, by flags or keywords, to a plan for this machine or another, or to a run that can be started."""
+"""Turns a request, by flags or keywords, into a plan for this or another machine, or into a run ready to start."""
 
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -37,30 +37,30 @@ FactsOf = Callable[[str], Shape]
 
 
 class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What is to be planned, and for which machine."""
+    """What to plan, and for which machine."""
 
     recipe: str | None = None
     settings: Mapping[str, Any] = {}
-    """By the names of flags, or by dotted key."""
+    """Settings by flag name or dotted key."""
     assignments: tuple[str, ...] = ()
-    """Others, as `--set` takes them."""
+    """Further settings, as `--set` takes them."""
     gpu_memory: str | None = None
     gpu_name: str | None = None
     host_memory: str | None = None
 
     @property
     def described(self) -> bool:
-        """Whether the plan is for another machine than this one."""
+        """Whether the plan is for a machine other than this one."""
         return self.gpu_memory is not None or self.gpu_name is not None
 
     def nested(self) -> dict[str, Any]:
-        """Settings over recipe. Raises SpecError for what is not a setting."""
+        """The settings merged over the recipe. Raises SpecError for unknown settings."""
         own = nest(typed_settings(self.settings, self.assignments))
         return merge(*([templates.read_recipe(self.recipe)] if self.recipe is not None else []), own)
 
 
 def planned(request: PlanRequest, here: Here | None = None) -> Plan:
-    """The plan that was asked for. Raises QdistError with a change to the command that was tried.
+    """The requested plan. Raises QdistError with a suggested change to the command.
 
     here: finds out what this machine is.
     """
@@ -85,7 +85,7 @@ def planned(request: PlanRequest, here: Here | None = None) -> Plan:
 
 
 def _with_further_hint(error: SpecError, request: PlanRequest, here: Here) -> SpecError:
-    """The error for a setting that does not exist; its hint says as well what is wrong beside it."""
+    """The error for an unknown setting, with a hint that also names other errors in the request."""
     known = known_keys(RunSpec)
     mistyped = next(each for each in request.assignments if each.partition("=")[0].strip() not in known)
     (meant,) = (f"{key}={value}" for key, value in error.ways[0].items())
@@ -120,7 +120,7 @@ def _plan_once(request: PlanRequest, spec: RunSpec, here: Here, facts_of: FactsO
 
 
 def machine_of(request: PlanRequest, gpus: int | None, here: Here) -> Cluster:
-    """The machine that was described, or this one; with other host memory if that was named."""
+    """The described machine, or this one; with the host memory overridden if it was given."""
     host_bytes = None if request.host_memory is None else parse_bytes(request.host_memory, "host_memory")
     if not request.described:
         return msgspec.structs.replace(here(), memory_bytes=host_bytes) if host_bytes else here()
@@ -135,7 +135,7 @@ def job_of(
     dry_run: bool = False,
     say: Callable[[str], None],
 ) -> prepare.Launch | prepare.Preview | RunDir:
-    """A run of nested settings over a recipe, or the rest of one; what it would be, with `dry_run`.
+    """A run from nested settings over a recipe, or the rest of one; with `dry_run`, only a preview of it.
 
     say: called with a line for the user. Gives the run itself where it is to be resumed and is finished.
     Raises SpecError, ModelError, DataError or PlanError for what the user can put right, RunError for a run that

@@ -1,4 +1,4 @@
-"""From a spec to a planned run: what must be there is looked for, refused, prepared and planned."""
+"""Turns a spec into a planned run: checks what must exist, refuses, prepares and plans."""
 
 import contextlib
 import json
@@ -59,7 +59,7 @@ RESUMABLE = frozenset((
     "train.checkpointing", "train.eval_steps", "train.save_steps", "train.keep", "train.answers",
     "train.verify_steps", "train.stuck_seconds",
 ))  # fmt: skip
-"""Settings that may change when a run goes on: none of them changes what a step computes."""
+"""Settings that may change on resume, because they do not affect what a step computes."""
 
 
 _RUNS = Path("runs")
@@ -73,31 +73,31 @@ class Launch(NamedTuple):
     files: dict[str, str]
     notes: tuple[str, ...]
     stem: str = ""
-    """What the run's name begins with where qdist chose it; empty for one that the user chose."""
+    """Prefix of the run's name if qdist chose it; empty if the user did."""
     resumes: str = ""
-    """Digest of the plan that this one takes the place of; empty for a new run."""
+    """Digest of the plan that this one replaces; empty for a new run."""
 
 
 class Preview(NamedTuple):
-    """What a launch would do, found out without doing any of it."""
+    """What a launch would do, determined without doing any of it."""
 
     run: RunDir
     job: Launch | None
-    """None for a model whose shape is known only once it was fetched."""
+    """None for a model whose shape is known only once it is downloaded."""
     work: tuple[Work, ...] = ()
-    """What comes before the ranks, and what of it is done already."""
+    """Preparation steps before the ranks start, and which are done already."""
     knows_steps: bool = True
-    """Whether the plan's steps are the run's: epochs cannot be counted over data that lie on a hub."""
+    """Whether the plan's step count is exact: epochs cannot be counted over data on a hub."""
 
 
 class _Asked(NamedTuple):
-    """One launch: what is asked for, and the machine that it is planned for, probed once."""
+    """One launch: the request, and the machine it is planned for, probed once."""
 
     run: RunDir
     spec: RunSpec
     here: Cluster
     old: Plan | None = None
-    """The plan that a resumed run goes on from."""
+    """The plan that a resumed run continues."""
 
 
 def prepare(spec: RunSpec) -> Launch:
@@ -109,7 +109,7 @@ def prepare(spec: RunSpec) -> Launch:
 
 
 def preview(spec: RunSpec) -> Preview:
-    """The first half of `prepare`: what is there is looked at, the rest is estimated. Writes nothing at all.
+    """The first half of `prepare`: existing files are inspected, the rest is estimated. Writes nothing at all.
 
     Raises as `prepare` does.
     """
@@ -131,7 +131,7 @@ def preview(spec: RunSpec) -> Preview:
 
 
 def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Launch:
-    """Plan the rest of a run, or more steps of a finished one, on what is here now.
+    """Plan the rest of a run, or more steps of a finished one, for this machine as it is now.
 
     Its model, data and arithmetic stay as they were.
 
@@ -142,7 +142,7 @@ def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Launch:
 
 
 def preview_resume(run: RunDir, changes: Mapping[str, Any]) -> Preview:
-    """What `prepare_resume` would do, as `preview` does."""
+    """What `prepare_resume` would do; see `preview`."""
     asked = _resumed(run, changes)
     kept = _kept(asked)
     if kept is not None:
@@ -154,7 +154,7 @@ def preview_resume(run: RunDir, changes: Mapping[str, Any]) -> Preview:
 
 
 def _prepared(asked: _Asked) -> Launch:
-    """Both kinds of launch from here on: what there is of it is kept, the rest is made, and all of it planned."""
+    """The common part of both kinds of launch: reuse what is prepared, make the rest, and plan all of it."""
     refuse_unwritable(asked.run, probe=True)
     if asked.old is None and asked.spec.load_format == "dummy":
         return _job(asked, _synthetic(asked.spec))
@@ -162,7 +162,7 @@ def _prepared(asked: _Asked) -> Launch:
 
 
 def _kept(asked: _Asked) -> Prepared | None:
-    """What a resumed run was prepared from, if all of it is still there and the same. Raises RunError if it is not."""
+    """What a resumed run was prepared from, if it is complete and unchanged. Raises RunError if it is not."""
     old = asked.old
     if old is None:
         return None
@@ -175,7 +175,7 @@ def _kept(asked: _Asked) -> Prepared | None:
 
 
 def _made(asked: _Asked) -> Prepared:
-    """Convert, repair, tokenize and pack, in a process of its own. Raises RunError where a resumed run gets others."""
+    """Convert, repair, tokenize and pack in a child process. Raises RunError if a resumed run would get other data."""
     _surveyed(asked)
     refuse_unwritable_cache(probe=True)
     prepared = tasks.prepare(asked.spec, device=asked.here.device)
@@ -192,7 +192,7 @@ def _of(old: Plan) -> Prepared:
 
 
 def _new_run(spec: RunSpec) -> _Asked:
-    """A new run, whose directory need not be there yet. Raises RunError for one that cannot be it."""
+    """A new run, whose directory need not exist yet. Raises RunError if there is something in the way."""
     if not spec.model:
         raise SpecError("no model was named", try_="--model smollm2-135m")
     run = RunDir(spec.run) if spec.run else RunDir(free_name(_RUNS, _stem(spec)))
@@ -205,7 +205,7 @@ def _new_run(spec: RunSpec) -> _Asked:
 
 
 def _resumed(run: RunDir, changes: Mapping[str, Any]) -> _Asked:
-    """The rest of a run."""
+    """The rest of an existing run."""
     old = run.plan()
     before = msgspec.to_builtins(old.spec)
     if "steps" in changes or "epochs" in changes:  # two ways to say how long: the newer one counts
@@ -225,7 +225,7 @@ def _resumed(run: RunDir, changes: Mapping[str, Any]) -> _Asked:
 
 
 def _changed_since(old: Plan) -> tuple[str, ...]:
-    """A note where the tokens of a run are no longer those of its files."""
+    """Notes on data files that have changed since the run tokenized them."""
     data, source = old.data, old.spec.data
     now = cache.files_digest(source) if data and data.digest and os.path.exists(data.path) else ""
     if data is None or now in ("", data.digest):
@@ -256,7 +256,7 @@ def _job(asked: _Asked, prepared: Prepared) -> Launch:
 
 
 def _started(asked: _Asked, plan: Plan) -> Plan:
-    """The plan, with what its run starts from. Raises RunError where that is gone, or nothing left to do."""
+    """The plan with the adapter it starts from. Raises RunError if that is gone or no steps are left."""
     run, old = asked.run, asked.old
     if old is None:
         return msgspec.structs.replace(plan, start=start_of(plan))
@@ -267,7 +267,7 @@ def _started(asked: _Asked, plan: Plan) -> Plan:
 
 
 def _surveyed(asked: _Asked) -> Survey:
-    """What is there of a run's model, once everything has been refused that recipe and file system can tell of."""
+    """What exists of a run's model, once all errors visible in the recipe and the file system have been raised."""
     spec = asked.spec
     if not spec.data:
         raise SpecError("no data was named", try_="--data FILE, a hub id, or --data demo")
@@ -282,7 +282,7 @@ def _surveyed(asked: _Asked) -> Survey:
 
 
 def _rehearse(asked: _Asked, found: Survey) -> None:
-    """Plan with the shortest data there could be, so that what cannot work fails before a download or conversion."""
+    """Plan with the shortest possible data, so that impossible runs fail before a download or conversion."""
     if found.source is None or found.facts is None:
         return
     shortest = DataFacts(path="", samples=2, train_samples=1, held_out_samples=1, tokens=2, longest=8)
@@ -293,7 +293,7 @@ def _rehearse(asked: _Asked, found: Survey) -> None:
 
 
 def _estimate_notes(spec: RunSpec, found: Survey, data: DataFacts | None) -> tuple[str, ...]:
-    """Where the shape is from, what is left out of a folder, and what is known only once the data are tokenized."""
+    """Notes on where the shape is from, what is left out of a folder, and what tokenizing will determine."""
     left_out = () if spec.data == demo.NAME else source_notes(spec.data)
     if data is None:
         open_ = f"steps and the longest sample are known once {spec.data} is fetched and tokenized"
@@ -308,7 +308,7 @@ def _one_step(asked: _Asked) -> _Asked:
 
 
 def _planned(asked: _Asked, source: Source, facts: ModelFacts, data: DataFacts | None) -> Plan:
-    """The plan for what is here, corrected by what earlier runs here have taught."""
+    """The plan for this machine, corrected by what earlier runs here have taught."""
     spec, here = asked.spec, asked.here
     return make_plan(
         spec,
@@ -323,7 +323,7 @@ def _planned(asked: _Asked, source: Source, facts: ModelFacts, data: DataFacts |
 
 
 def _synthetic(spec: RunSpec) -> Prepared:
-    """Random weights and random tokens: nothing to convert or tokenize."""
+    """Random weights and random tokens, which need no conversion or tokenizing."""
     if spec.data:
         raise SpecError(f"random weights train on random tokens, not on {spec.data!r}", try_="leave --data out")
     if spec.train.answers or spec.new_tokens:
@@ -335,12 +335,12 @@ def _synthetic(spec: RunSpec) -> Prepared:
 
 
 def _resumable(key: str, spec: RunSpec) -> bool:
-    """Whether a run may go on with another value; the length only where the learning rate does not follow it."""
+    """Whether a run may resume with another value; the length only if the learning rate does not depend on it."""
     return key in RESUMABLE or (key in ("steps", "epochs") and spec.optim.schedule == "constant")
 
 
 def _because(key: str, spec: RunSpec) -> str:
-    """Why a run keeps its length: ': its ...'; empty for settings that speak for themselves."""
+    """Why a run's length is fixed: ': its ...'; empty for settings that need no explanation."""
     return f": its {spec.optim.schedule} learning rate ends with them" if key in ("steps", "epochs") else ""
 
 

@@ -1,4 +1,4 @@
-"""Starts the ranks of a written run by a backend, stays with them to the end, and stops them when asked."""
+"""Starts the ranks of a written run through a backend, follows them to the end, and stops them on request."""
 
 import contextlib
 import signal
@@ -22,23 +22,23 @@ Show = Callable[[list[Event]], None]
 
 
 class Ranks(Protocol):
-    """The processes of a run, wherever a backend has started them. The run's directory is shared with them."""
+    """The processes of a run, wherever a backend started them. They share the run's directory."""
 
     def poll(self) -> int | None:
-        """The exit code of all together, None while one is running; -SIGKILL where they were killed."""
+        """The common exit code; None while any process is running, -SIGKILL if they were killed."""
 
     def stop(self) -> None:
-        """Ask them to save after this step and end."""
+        """Ask the ranks to save after the current step and exit."""
 
     def kill(self) -> None:
-        """End every process at once; does not wait for it."""
+        """Kill all processes at once, without waiting for them."""
 
     def wait(self) -> int:
-        """The exit code of all together, once all have ended."""
+        """The common exit code, once all processes have ended."""
 
 
 Backend = Callable[[Claim], Ranks]
-"""Starts the ranks of a claimed run, and comes back at once. `local.LocalRanks` is the first."""
+"""Starts the ranks of a claimed run and returns at once. `local.LocalRanks` is the first one."""
 
 
 def start(
@@ -49,7 +49,7 @@ def start(
     recall: Show | None = None,
     backend: Backend = LocalRanks,
 ) -> None:
-    """Start the ranks of a run that is claimed, with what tracks it, and stay until they have ended.
+    """Start the ranks of a claimed run and its trackers, and stay until they have ended.
 
     show: called a few times a second with what the ranks said since.
     recall: called once before, with what they said before the run was resumed.
@@ -103,7 +103,7 @@ def _watch(
     show: Show,
     say: Callable[[str], None],
 ) -> tuple[bool, str]:
-    """Follow the ranks to their end: whether the user or a scheduler asked them to stop, and who was stuck in what."""
+    """Follow the ranks to their end: whether the user or a scheduler stopped them, and which rank was stuck in what."""
     run, asked, stuck, stepped, answered = own.job.run, 0, "", False, False
 
     def ask(*_: int | FrameType | None) -> None:
@@ -146,7 +146,7 @@ def _watch(
 
 
 def _stop(run: RunDir, ranks: Ranks, say: Callable[[str], None], *, has_stepped: bool) -> None:
-    """Have the ranks save and end; before their first step, when they are still loading, there is nothing to save."""
+    """Have the ranks save and exit; before their first step there is nothing to save."""
     if has_stepped:
         ranks.stop()
         say("stopping after this step, with a checkpoint; a second Ctrl-C stops at once")
@@ -157,7 +157,7 @@ def _stop(run: RunDir, ranks: Ranks, say: Callable[[str], None], *, has_stepped:
 
 
 def _shown_what_is_new(follower: Follower, show: Show, say: Callable[[str], None]) -> bool:
-    """Whether events can be read. Where they cannot, that is said, and the ranks go on unseen."""
+    """Show new events; whether they can be read. If not, say so, and the ranks go on unseen."""
     try:
         events = follower.new_events()
     except (RunError, OSError) as error:

@@ -1,4 +1,4 @@
-"""What a launch must leave alone or cannot do: told before anything is started, fetched or made."""
+"""Refuses what a launch must not touch or cannot do, before anything is started, downloaded or created."""
 
 import os
 import time
@@ -22,13 +22,13 @@ ELSEWHERE = "a --run folder that you may write to, on a disk with room"
 
 
 def refuse_running(run: RunDir) -> None:
-    """Raise RunError where ranks are at work on a run: its plan must stay that of its ranks."""
+    """Raise RunError if ranks are running: their plan must not change."""
     if run.exists() and state_of(run) == "running":
         raise RunError(f"{run.path} is being trained by another process", try_=command("monitor", run.path))
 
 
 def await_ranks(run: RunDir, say: Callable[[str], None], *, patience_s: float = 15.0) -> None:
-    """Wait while ranks hold a run whose launcher was killed: they are about to end. No longer than that."""
+    """Wait, up to `patience_s` seconds, for ranks whose launcher was killed: they are about to end."""
     if not run.exists() or state_of(run) != "running" or not launcher_is_gone(run):
         return
     say("waiting for the ranks of the launch before to end")
@@ -38,7 +38,7 @@ def await_ranks(run: RunDir, say: Callable[[str], None], *, patience_s: float = 
 
 
 def refuse_used(run: RunDir, *, held: bool = False) -> None:
-    """Raise RunError where a new run cannot lie. held: its lock is held by this process."""
+    """Raise RunError if a directory cannot take a new run. held: this process holds its lock."""
     if not held:
         refuse_running(run)
     if run.result() is not None:
@@ -58,7 +58,7 @@ def refuse_used(run: RunDir, *, held: bool = False) -> None:
 
 
 def refuse_done(plan: Plan, run: RunDir) -> None:
-    """Raise RunError where a run has done the steps of the plan for its rest; a finished one goes on to more only."""
+    """Raise RunError if a run has done all steps of the new plan; a finished run resumes only for more steps."""
     result, saved = run.result(), run.checkpoint_steps()
     if result is None:
         if saved and plan.steps < saved[-1]:
@@ -77,19 +77,19 @@ def refuse_done(plan: Plan, run: RunDir) -> None:
 
 
 def refuse_unwritable(run: RunDir, *, probe: bool = False) -> None:
-    """Raise RunError where a run directory cannot be written. probe: as `obstacle` has it."""
+    """Raise RunError if a run directory is not writable. probe: see `obstacle`."""
     if why := obstacle(run.path, probe=probe):
         raise RunError(f"{run.path} cannot be written: {why}", try_=ELSEWHERE)
 
 
 def refuse_unwritable_cache(*, probe: bool = False) -> None:
-    """Raise MachineError where nothing can be kept for later launches. probe: as `obstacle` has it."""
+    """Raise MachineError if the cache is not writable. probe: see `obstacle`."""
     if why := obstacle(cache_path(), probe=probe):
         raise unusable_cache(why)
 
 
 def refuse_small_disk(plan: Plan, run: RunDir) -> None:
-    """Raise PlanError where the disk of a run has no room for its checkpoints and adapter."""
+    """Raise PlanError if a run's disk has no room for its checkpoints and adapter."""
     takes, there = storage(plan), sum(file.stat().st_size for file in run.checkpoints.rglob("*") if file.is_file())
     most = f"{takes.most_checkpoints} checkpoints" if takes.most_checkpoints > 1 else "a checkpoint"
     other = "make room there" if run.exists() else "a --run folder on another disk"
@@ -103,7 +103,7 @@ def refuse_small_disk(plan: Plan, run: RunDir) -> None:
 
 
 def refuse_other_files(old: Plan, run: RunDir) -> None:
-    """Raise RunError where a run's model or data are known to be others than those it was started with."""
+    """Raise RunError if a run's model or data are known to differ from those it was started with."""
     if Path(old.source.path).is_dir():
         require_same_original(old.source, run=str(run.path))
     data, now = old.data, files_digest(old.spec.data)
@@ -112,9 +112,9 @@ def refuse_other_files(old: Plan, run: RunDir) -> None:
 
 
 def of_the_same(old: Plan, prepared: Prepared, run: RunDir) -> Prepared:
-    """What was prepared again for a run, with a note where the same model was packed to other bytes.
+    """The newly prepared files of a run, with a note if the same model was packed to different bytes.
 
-    Raises RunError where its model or data are others than those it was started with.
+    Raises RunError if its model or data are others than those it was started with.
     """
     require_same_model(old.source, prepared.source, run=str(run.path))
     refuse_other_data(old, prepared.data, run)
@@ -125,7 +125,7 @@ def of_the_same(old: Plan, prepared: Prepared, run: RunDir) -> Prepared:
 
 
 def refuse_other_data(old: Plan, now: DataFacts | None, run: RunDir) -> None:
-    """Raise RunError where a run's data, tokenized again, are others than those it was started with."""
+    """Raise RunError if a run's data, tokenized again, differ from those it was started with."""
     if old.data is None or now is None or os.path.basename(now.path) == os.path.basename(old.data.path):
         return
     if old.data.digest and now.digest == old.data.digest:

@@ -1,4 +1,4 @@
-"""What is there already of what a launch needs, and what would it fetch, convert, pack and tokenize? Writes nothing."""
+"""What a launch needs, what of it exists, and what would be downloaded, converted or tokenized; writes nothing."""
 
 import os
 from collections import defaultdict
@@ -26,37 +26,37 @@ Action = Literal["fetch", "convert", "pack", "tokenize"]
 
 
 class Work(NamedTuple):
-    """Something that a launch does once, before any rank starts, unless it is there."""
+    """A preparation step that a launch does once, before any rank starts, unless its result exists."""
 
     action: Action
     what: str
-    """To be fetched, converted, ...: as the user calls it."""
+    """What is downloaded, converted and so on, by the user's name for it."""
     into: str
-    """Such as 'a bfloat16 folder' or 'nf4'; empty where nothing is to be said."""
+    """The resulting form, such as 'a bfloat16 folder' or 'nf4'; empty if there is nothing to say."""
     folder: Path
-    """Where it goes."""
+    """Where the result goes."""
     size_bytes: int | None
-    """As far as can be told from shapes; None where only the hub knows."""
+    """Bytes of the result, as far as shapes tell; None if only the hub knows."""
     there: Path | None = None
-    """Where it is already."""
+    """Where the result is, if it exists already."""
 
 
 class Survey(NamedTuple):
-    """A model, as far as it is known without torch and without a hub."""
+    """What is known of a model without torch or a hub."""
 
     folder: Path | None
-    """As transformers opens it; None where it has to be made or fetched."""
+    """The folder that transformers opens; None if it has to be created or downloaded."""
     work: tuple[Work, ...]
     source: Source | None = None
-    """To plan with; None where only a hub or the weights could tell of its shape."""
+    """Source to plan with; None if only a hub or the weights could tell its shape."""
     facts: ModelFacts | None = None
-    """None as well, then."""
+    """Model facts; None if `source` is."""
     note: str = ""
     """Where the shape is from, if not from the model itself."""
 
 
 def survey(spec: RunSpec) -> Survey:
-    """Look for a run's model, and for what an earlier launch made of it.
+    """Look for a run's model, and for what earlier launches made from it.
 
     Raises ModelError for a model that is not there or cannot be opened, SpecError where method and model do not go
     together.
@@ -74,7 +74,7 @@ def survey(spec: RunSpec) -> Survey:
 
 
 def require_room(spec: RunSpec, work: tuple[Work, ...]) -> None:
-    """Raise PlanError where a disk has no room for what would be fetched, converted and packed."""
+    """Raise PlanError if a disk has no room for what would be downloaded, converted and packed."""
     verbs = {"fetch": "fetching", "convert": "converting", "pack": "packing"}
     by_disk: dict[int, list[Work]] = defaultdict(list)
     for each in work:
@@ -91,14 +91,14 @@ def require_room(spec: RunSpec, work: tuple[Work, ...]) -> None:
 
 
 def counted(spec: RunSpec) -> int | None:
-    """Records of a run's data; None where they lie on a hub. Raises DataError for those that cannot be used."""
+    """Number of a run's records; None if they are on a hub. Raises DataError for unusable ones."""
     if not _is_here(spec.data):
         return None
     return count_conversations(spec.data, data_format=None if spec.format == "auto" else spec.format)
 
 
 def expected(spec: RunSpec, facts: ModelFacts, records: int) -> DataFacts:
-    """The data if every record becomes a sample as long as may be: what to plan with until they are tokenized."""
+    """The data if every record were a sample of maximal length: what to plan with until they are tokenized."""
     longest = min(spec.seq_len, facts.max_positions)
     held_out = held_out_of(records, spec.train.held_out)
     return DataFacts(
@@ -112,7 +112,7 @@ def expected(spec: RunSpec, facts: ModelFacts, records: int) -> DataFacts:
 
 
 def tokenizing(spec: RunSpec, records: int | None, before: Prepared | None) -> tuple[Work, ...]:
-    """What is to be done with the data. before: what an earlier launch prepared of the same."""
+    """The remaining work on the data. before: what an earlier launch prepared from the same data."""
     there = Path(before.data.path) if before and before.data else None
     size = there.stat().st_size if there else None
     what = spec.data + (f" ({records:,} records)" if records is not None else "")
@@ -127,7 +127,7 @@ def _is_here(data: str) -> bool:
 
 
 def _folder_of(located: Located) -> tuple[Path | None, list[Work]]:
-    """The model's folder, if it is there, and what makes one; sizes are still unknown."""
+    """The model's folder, if it exists, and the work that creates one; sizes are still unknown."""
     if located.kind == "folder":
         return Path(located.path), []
     if located.kind == "hub":
@@ -140,7 +140,7 @@ def _folder_of(located: Located) -> tuple[Path | None, list[Work]]:
 
 
 def _fetched(hub_id: str) -> tuple[Path | None, Path]:
-    """Where the hub's cache has a model, whole, or None; and where that cache is."""
+    """Where the hub's cache has the complete model, or None; and where that cache is."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     hub = Path(HF_HUB_CACHE)
@@ -158,7 +158,7 @@ def _fetched(hub_id: str) -> tuple[Path | None, Path]:
 
 
 def _shape(spec: RunSpec, folder: Path | None) -> Shape | None:
-    """As `find_shape`, from what was converted or fetched where it is there."""
+    """The shape as `find_shape` has it, read from converted or downloaded files if they exist."""
     if folder is None:
         return find_shape(spec.model)
     config = read_json(folder / "config.json")
@@ -168,7 +168,7 @@ def _shape(spec: RunSpec, folder: Path | None) -> Shape | None:
 def _packing_work(
     spec: RunSpec, folder: Path | None, config: Mapping[str, Any], facts: ModelFacts, gptq: Gptq | None
 ) -> list[Work]:
-    """What the ranks read in place of the model as it came."""
+    """The work of packing the weights that the ranks read in place of the original ones."""
     if gptq is not None:
         pickled = [] if folder is None or safetensors_of(folder) else list(folder.glob("*.bin"))
         size = sum(file.stat().st_size for file in pickled)

@@ -1,4 +1,4 @@
-"""Has a process of its own do what needs torch: a request goes in, what comes of it or its error comes out."""
+"""Runs what needs torch in a child process: a request goes in, its result or error comes out."""
 
 import os
 import signal
@@ -19,19 +19,19 @@ from qdist.host.machine import probe
 from qdist.host.terminal import BROKEN_PIPE
 
 ENTRY = "qdist.runtime.tasks"
-"""The module that answers requests."""
+"""The module that answers requests in the child process."""
 
 
 class Task(NamedTuple):
-    """A request that lies ready for a process."""
+    """A request that is ready for a child process."""
 
     command: list[str]
     descriptors: tuple[int, int]
-    """What the process must be handed on: where the request is, and where its answer goes."""
+    """Descriptors to pass on to the process: one to read the request from, one to write the answer to."""
     told: BinaryIO
 
     def answer(self) -> Answer | None:
-        """What the process said; None where it came to no end."""
+        """The process's answer; None if it ended without one."""
         self.told.seek(0)
         content = self.told.read()
         return msgspec.json.decode(content, type=Answer) if content else None
@@ -39,7 +39,7 @@ class Task(NamedTuple):
 
 @contextmanager
 def handed_over(request: Request) -> Iterator[Task]:
-    """A request in files in memory, without a name: a kill leaves nothing behind."""
+    """A request in unnamed in-memory files, so that a kill leaves nothing behind."""
     with os.fdopen(os.memfd_create("request"), "w+b") as given, os.fdopen(os.memfd_create("answer"), "w+b") as told:
         given.write(msgspec.json.encode(request))
         given.flush()
@@ -49,7 +49,7 @@ def handed_over(request: Request) -> Iterator[Task]:
 
 
 def run_task(request: Request, *, device: str | None = None) -> Prepared | None:
-    """Do a job in a process of its own, on this terminal; what was prepared, of `Prepare`.
+    """Run a job in a child process on this terminal; returns what was prepared, for `Prepare`.
 
     device: 'cuda' or 'cpu' where the machine has been probed already.
     Raises the QdistError that the process ended with; KeyboardInterrupt, with what the user should know, once it has
@@ -82,7 +82,7 @@ def run_task(request: Request, *, device: str | None = None) -> Prepared | None:
 
 
 def prepare(spec: RunSpec, *, device: str | None = None) -> Prepared:
-    """Convert, repair and tokenize in a separate process, so that the launcher stays free of torch."""
+    """Convert, repair and tokenize in a child process, which keeps the launcher free of torch."""
     prepared = run_task(Prepare(spec=spec), device=device)
     if prepared is None:
         raise JobError("nothing was prepared", try_="the same command again")

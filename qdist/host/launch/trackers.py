@@ -1,4 +1,4 @@
-"""Trackers of a run: their packages, and the processes that hand them its numbers without touching its ranks."""
+"""Trackers of a run: their packages, and the processes that send them its numbers without disturbing its ranks."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ PACKAGES = {
     "mlflow": ("mlflow", "mlflow-skinny"),
     "trackio": ("trackio",),
 }
-"""Tracker -> the packages of which one will do, the one to install first. mlflow-skinny talks to servers alone."""
+"""Tracker -> alternative packages, the one to install first; mlflow-skinny only talks to servers."""
 REMEDIES = {
     "tensorboard": "free space in the run directory",
     "wandb": "WANDB_MODE=offline, or `wandb login`",
@@ -36,36 +36,36 @@ REMEDIES = {
 
 _MODULE = ("-P", "-m", "qdist.runtime.train.trackers")
 _PAUSE_S = 60.0
-"""Until a tracker's process that failed is started again; twice as long each further time."""
+"""Seconds before a failed tracker process is restarted; doubled each further time."""
 _PATIENCE_S, _SOON_S = 30.0, 2.0
-"""How long the end of a run waits for its trackers; and without saying so."""
+"""Seconds that the end of a run waits for its trackers, and how many of them silently."""
 _LONGEST = 160  # characters of an error that are told: clients put whole requests into theirs
 
 
 class Sent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a tracker has of a run."""
+    """What has been sent to a tracker."""
 
     known_as: str = ""
-    """What it calls the run, so that a resumed one goes on in it."""
+    """The tracker's id for the run, so that a resumed run continues in it."""
     events: int = 0
-    """Lines of rank 0's events that it was given, or that it needs no more."""
+    """Lines of rank 0's events that were sent or need not be."""
     step: int = 0
-    """Of the last one."""
+    """The last step that was sent."""
 
 
 def sent_file(run: RunDir, name: str) -> Path:
-    """Where a tracker's process notes what it has sent."""
+    """The file in which a tracker's process records what it has sent."""
     return run.path / "trackers" / f"{name}.json"
 
 
 def sent_to(run: RunDir, name: str) -> Sent:
-    """What a tracker has of a run so far."""
+    """What has been sent to a tracker so far."""
     path = sent_file(run, name)
     return read_typed(path, Sent, RunError, try_=f"take {path} away") if path.exists() else Sent()
 
 
 class Tracking:
-    """A context in which each tracker has a process that reads the run's events; its failures are told, and no more.
+    """A context that runs one process per tracker to send the run's events; failures are reported, never raised.
 
     A process that ends is started again after a pause, and goes on where it stopped.
 
@@ -96,7 +96,7 @@ class Tracking:
         self._finish()
 
     def look(self) -> None:
-        """Tell of processes that ended, and start them again in time. Returns at once; to be called now and then."""
+        """Report processes that ended, and restart them when due. Returns at once; call it regularly."""
         for sender in self._senders:
             if sender.is_running():
                 continue
@@ -112,7 +112,7 @@ class Tracking:
                 sender.start()
 
     def _finish(self) -> None:
-        """Have all that is left sent, for so long and no longer; say what was not."""
+        """Wait a limited time for the rest to be sent; report what was not."""
         for sender in self._senders:
             if not sender.is_running():
                 sender.start()
@@ -137,7 +137,7 @@ class Tracking:
 
 
 def send_rest(run: RunDir, *, say: Callable[[str], None]) -> None:
-    """Hand the trackers of a run that has ended what they lack of it."""
+    """Send the trackers of an ended run whatever they lack."""
     path = run.event_file(0)
     there = path.read_bytes().count(b"\n") if path.exists() else 0
     behind = [name for name in run.plan().spec.trackers if sent_to(run, name).events < there]
@@ -152,13 +152,13 @@ class _Sender:
     def __init__(self, run: RunDir, name: str) -> None:
         self.run, self.name = run, name
         self.due: float | None = None
-        """When it is started again; None while it runs, or nobody has noticed that it ended."""
+        """When to restart it; None while it runs, or until its end is noticed."""
         self.pause_s = _PAUSE_S
         self._process: subprocess.Popen[bytes] | None = None
         self._log, self._logged, self._broken = run.logs / f"tracker-{name}.log", 0, ""
 
     def start(self) -> None:
-        """Start it. What keeps it from starting is as if it had ended."""
+        """Start the process. A failure to start is treated as if it had ended."""
         self.close()
         self._process, self.due, self._broken = None, None, ""
         try:
@@ -180,7 +180,7 @@ class _Sender:
         return self._process is not None and self._process.poll() is None
 
     def close(self) -> None:
-        """Tell it that no more events come."""
+        """Signal that no more events will come."""
         if self._process and self._process.stdin:
             self._process.stdin.close()
 
@@ -190,7 +190,7 @@ class _Sender:
                 self._process.wait(seconds)
 
     def ending(self) -> str:
-        """Why it has not sent everything; empty where it has. It is ended where it is still at it."""
+        """Why it has not sent everything; empty if it has. A process still at work is killed."""
         if self._process and self.is_running():
             os.killpg(self._process.pid, signal.SIGKILL)  # with what clients start of their own
             self._process.wait()
@@ -198,13 +198,13 @@ class _Sender:
         return self.reason() if self._process is None or self._process.returncode else ""
 
     def reason(self) -> str:
-        """Why it ended, in a few words."""
+        """Why it ended, briefly."""
         lines = read_new_lines(self._log, {self._log: self._logged})
         why = self._broken or find_reason(lines) or f"see {self._log}"
         return why if len(why) <= _LONGEST else f"{why[:_LONGEST]}..."
 
     def step(self) -> int:
-        """The last step that the tracker has."""
+        """The last step that was sent."""
         with contextlib.suppress(RunError):
             return sent_to(self.run, self.name).step
         return 0
@@ -216,7 +216,7 @@ def refuse_missing(
     version_of: Callable[[str], str] = metadata.version,
     environment: Mapping[str, str] = os.environ,
 ) -> None:
-    """Raise MachineError for the first tracker without its package: Accelerate would drop it without a word.
+    """Raise MachineError for the first tracker whose package is missing: Accelerate would silently drop it.
 
     Metadata is asked, not the import system, for which a folder `./wandb` that holds curves is a package.
     """

@@ -1,4 +1,4 @@
-"""What on this machine stands in the way of a run, and what would put it right."""
+"""What on this machine would prevent a run, and how to fix it."""
 
 import os
 import resource
@@ -28,7 +28,7 @@ _OPTIONAL = {
 
 
 class Check(msgspec.Struct, frozen=True):
-    """One thing looked at. `remedy` is the one thing to try, or empty."""
+    """One check. `remedy` is the one thing to try, or empty."""
 
     name: str
     status: Literal["ok", "warn", "fail"]
@@ -42,16 +42,16 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     cluster: Cluster
     driver: nvml.Driver | None
     driver_problem: str
-    """Why the driver or the list of visible GPUs cannot be used, or empty."""
+    """Why the driver or the list of visible GPUs is unusable; empty if they work."""
     versions: Mapping[str, str]
     requires_python: str
     requirements: tuple[str, ...] | None
-    """qdist's own, as pip reads them; None when qdist runs from a checkout that was not installed."""
+    """qdist's own requirements, in pip's syntax; None if qdist runs from a checkout that was not installed."""
     disk_free_bytes: tuple[tuple[str, Path, int], ...]
-    """(what lies there, folder, free bytes)"""
+    """(what is stored there, folder, free bytes) of each folder."""
     shm_bytes: int | None
     open_files: int
-    """Soft limit."""
+    """Soft limit on open files."""
 
 
 def look(
@@ -93,14 +93,14 @@ def _own_requirements() -> tuple[str, tuple[str, ...] | None]:
 
 
 def _model_cache(environment: Mapping[str, str]) -> tuple[str, Path, int]:
-    """Where huggingface_hub puts downloads: HF_HUB_CACHE, else HF_HOME/hub, else ~/.cache/huggingface/hub."""
+    """Where huggingface_hub stores downloads: HF_HUB_CACHE, else HF_HOME/hub, else ~/.cache/huggingface/hub."""
     home = environment.get("HF_HOME") or Path(environment.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     folder = Path(environment.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
     return "model cache", folder, _free(folder)
 
 
 def _free(folder: Path) -> int:
-    """Free bytes for this user where the folder is, or would be made."""
+    """Free bytes for this user where the folder is, or would be created."""
     folder = folder.resolve()
     while not folder.exists():
         folder = folder.parent
@@ -114,7 +114,7 @@ def _size(folder: Path) -> int:
 
 
 def diagnose(facts: Facts) -> tuple[Check, ...]:
-    """Judge the facts, in the order a person would look at them."""
+    """Judge the facts, in the order in which a person would check them."""
     return (
         _python(facts),
         *_gpus(facts),
@@ -179,7 +179,7 @@ def _torch_build(facts: Facts) -> Iterator[Check]:
 
 
 def _packages(facts: Facts) -> Iterator[Check]:
-    """Required ones against the ranges of qdist's own metadata, then optional ones."""
+    """Required packages against the version ranges of qdist's own metadata, then optional ones."""
     if facts.requirements is None:
         detail = "runs from a checkout that is not installed, so which versions it needs is not known"
         yield Check("qdist", "warn", detail, "pip install -e .")
@@ -203,7 +203,7 @@ def _name(requirement: str) -> str:
 
 
 def _always(requirement: str) -> bool:
-    """Whether this machine needs it without any extra being asked for."""
+    """Whether this machine needs a requirement even without any extra."""
     marker = Requirement(requirement).marker
     return marker is None or marker.evaluate({"extra": ""})
 
@@ -244,7 +244,7 @@ def _disk(what: str, folder: Path, free_bytes: int) -> Check:
 
 
 def _shm(facts: Facts) -> Iterator[Check]:
-    """NCCL's and the data loader's processes talk through it; Docker gives 64 MiB unless told."""
+    """/dev/shm, through which NCCL's and the data loader's processes talk; Docker gives 64 MiB by default."""
     if facts.shm_bytes is None:
         yield Check("/dev/shm", "warn", "not there", "mount it: mount -t tmpfs -o size=8g tmpfs /dev/shm")
     elif facts.shm_bytes < GIB and len(facts.cluster.gpus) > 1:

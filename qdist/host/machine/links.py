@@ -16,11 +16,11 @@ _ANCESTORS = {
     40: "over the CPU",
     50: "from CPU to CPU",
 }
-"""nvmlGpuTopologyLevel_t."""
+"""Descriptions of nvmlGpuTopologyLevel_t values."""
 
 
 class Port(msgspec.Struct, frozen=True, kw_only=True):
-    """One GPU's own links. None: the driver does not say."""
+    """One GPU's own links; None if the driver does not say."""
 
     pcie_generation: int | None
     pcie_width: int | None
@@ -29,19 +29,19 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Wiring(msgspec.Struct, frozen=True, kw_only=True):
-    """Ports in the order asked for; for each pair of positions, the shortest way between them in words."""
+    """Ports in the order requested, and for each pair of positions the shortest path between them in words."""
 
     ports: tuple[Port, ...]
     pairs: tuple[tuple[int, int, str], ...]
 
     @property
     def nvlink(self) -> bool:
-        """Whether every pair has NVLink between it."""
+        """Whether every pair is connected by NVLink."""
         return bool(self.pairs) and all(way == "NVLink" for _, _, way in self.pairs)
 
 
 def read(uuids: Sequence[str], *, root: Path = Path("/")) -> Wiring | None:
-    """Ask NVML; None where there is none. Raises MachineError for a driver that does not answer."""
+    """Query NVML; None if there is none. Raises MachineError for a driver that does not answer."""
     pynvml = opened()
     if pynvml is None:
         return None
@@ -52,7 +52,7 @@ def read(uuids: Sequence[str], *, root: Path = Path("/")) -> Wiring | None:
 
 
 def wiring(nvml: Any, uuids: Sequence[str], *, root: Path) -> Wiring | None:
-    """What NVML says of these GPUs; None when it does not know one of them."""
+    """What NVML reports about these GPUs; None if it does not know one of them."""
     handles = [asked(nvml, nvml.nvmlDeviceGetHandleByUUID, uuid) for uuid in uuids]
     if None in handles:
         return None
@@ -110,7 +110,7 @@ def _port(nvml: Any, handle: Any, root: Path) -> Port:
 
 
 def _numa(pci: Any, root: Path) -> int | None:
-    """From sysfs, which writes the PCI domain with four digits where NVML writes eight; -1 there is 'not known'."""
+    """NUMA node from sysfs, whose PCI domains have four digits to NVML's eight; -1 there means unknown."""
     if pci is None:
         return None
     bus = pci.busId.decode() if isinstance(pci.busId, bytes) else str(pci.busId)

@@ -1,4 +1,4 @@
-"""What the NVIDIA driver says of itself and its GPUs. No CUDA context is made, so asking costs no GPU memory."""
+"""What the NVIDIA driver reports about itself and its GPUs, without the memory cost of a CUDA context."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +15,7 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
 
     uuid: str
     position: int | None
-    """What nvidia-smi calls it."""
+    """GPU index as in nvidia-smi."""
     name: str
     total_bytes: int
     free_bytes: int
@@ -26,12 +26,12 @@ class Driver(msgspec.Struct, frozen=True, kw_only=True):
 
     version: str
     cuda: tuple[int, int]
-    """The newest CUDA it runs."""
+    """The newest CUDA version it supports."""
     cards: tuple[Card, ...]
 
 
 def read() -> Driver | None:
-    """Ask NVML; None when this machine has no NVML library or no driver.
+    """Query NVML; None if this machine has no NVML library or no driver.
 
     Raises MachineError when a driver is there but cannot be used, so that no run falls back to the CPU unnoticed.
     """
@@ -52,7 +52,7 @@ def read() -> Driver | None:
 
 
 def opened() -> Any:
-    """pynvml, initialized, for the caller to shut down; None where there is no NVML library or no driver.
+    """pynvml, initialized, for the caller to shut down; None if there is no NVML library or driver.
 
     Raises MachineError when a driver is there but does not answer.
     """
@@ -73,7 +73,7 @@ def opened() -> Any:
 
 
 def asked(nvml: Any, question: Callable[..., Any], *arguments: Any) -> Any:
-    """The answer, or None from a driver or card that has none."""
+    """NVML's answer, or None if the driver or card does not support the question."""
     try:
         return question(*arguments)
     except nvml.NVMLError:
@@ -81,7 +81,7 @@ def asked(nvml: Any, question: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def memory_of(nvml: Any, handle: Any) -> Any:
-    """`total`, `free` and `used`; `reserved` for the driver, which drivers before R510 count as used."""
+    """`total`, `free` and `used` bytes; also `reserved` for the driver, which drivers before R510 count as used."""
     try:
         return nvml.nvmlDeviceGetMemoryInfo(handle, version=_NVML_MEMORY_V2)
     except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):
@@ -89,12 +89,12 @@ def memory_of(nvml: Any, handle: Any) -> Any:
 
 
 def total_bytes(memory: Any) -> int:
-    """Of what `memory_of` gave: what programs can have."""
+    """Bytes that programs can allocate, from the answer of `memory_of`: the total without the driver's reserve."""
     return int(memory.total - getattr(memory, "reserved", 0))
 
 
 def cards(nvml: Any) -> Iterator[Card]:
-    """Every GPU in PCI bus order; a GPU cut by MIG gives its slices instead."""
+    """Every GPU in PCI bus order; a GPU partitioned by MIG gives its slices instead."""
     for position in range(nvml.nvmlDeviceGetCount()):
         handle = nvml.nvmlDeviceGetHandleByIndex(position)
         if _is_cut(nvml, handle):

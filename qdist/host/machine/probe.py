@@ -1,4 +1,4 @@
-"""What this machine has: GPUs, who else uses them, what was measured of them; cores, memory, versions. No torch."""
+"""What this machine has: GPUs, their users and measured rates; cores, memory, versions. No torch."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ def known_rates(names: Sequence[str], driver: str) -> Rates | None:
 
 
 def measured_rates(names: Sequence[str], driver: str) -> Rates | None:
-    """What `keep` was given for the same cards; a file that cannot be read is as if it were not there."""
+    """What `keep_rates` stored for the same cards; an unreadable file counts as missing."""
     try:
         return read_typed(_file(names, driver), Rates, MachineError)
     except MachineError:
@@ -32,13 +32,13 @@ def measured_rates(names: Sequence[str], driver: str) -> Rates | None:
 
 
 def tabled_rates(names: Sequence[str]) -> Rates | None:
-    """What the table of cards says of the slowest of them; None where it lacks one."""
+    """The tabled rates of the slowest of the cards; None if the table lacks one."""
     found = [rates for name in dict.fromkeys(names) if (rates := rates_of(name)) is not None]
     return least(found) if found and len(found) == len(set(names)) else None
 
 
 def keep_rates(names: Sequence[str], driver: str, rates: Rates) -> Path:
-    """Store rates for `known`; the file they are in."""
+    """Store rates for `known_rates`; returns their file."""
     path = _file(names, driver)
     cache_dir(path.parent.name)
     write_atomic(path, msgspec.json.format(msgspec.json.encode(rates), indent=1) + b"\n")
@@ -53,7 +53,7 @@ VARIABLE = "QDIST_RANKS_PER_GPU"
 
 
 def ranks_per_gpu(environment: Mapping[str, str] = os.environ) -> int:
-    """How many ranks each GPU takes: 1 unless the environment says more.
+    """How many ranks share each GPU: 1 unless the environment says more.
 
     Raises MachineError when it says anything but a positive number.
     """
@@ -64,7 +64,7 @@ def ranks_per_gpu(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def divided(gpus: Sequence[Gpu], count: int) -> tuple[Gpu, ...]:
-    """Each GPU as `count` GPUs of a part of its memory, under another name: what it teaches plans is of such parts."""
+    """Each GPU as `count` GPUs with a share of its memory, under another name, so that lessons stay separate."""
     return tuple(
         msgspec.structs.replace(
             gpu,
@@ -79,7 +79,7 @@ def divided(gpus: Sequence[Gpu], count: int) -> tuple[Gpu, ...]:
 
 
 def take_turns(rank: int, count: int, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Prepare this process for sharing its GPU with `count` - 1 others; nothing for a count of 1.
+    """Prepare this process to share its GPU with `count` - 1 others; does nothing for a count of 1.
 
     Called before any library looks at the environment for a device or makes a communicator.
     """
@@ -96,7 +96,7 @@ PACKAGES = (
 
 ReadDriver = Callable[[], nvml.Driver | None]
 ReadRates = Callable[[Sequence[str], str], Rates | None]
-"""From the names of the GPUs and the driver's version."""
+"""Takes the GPUs' names and the driver's version."""
 
 
 def cluster(
@@ -106,7 +106,7 @@ def cluster(
     environment: Mapping[str, str] = os.environ,
     root: Path = Path("/"),
 ) -> Cluster:
-    """This machine as a run started from here would see it: CUDA_VISIBLE_DEVICES, affinity and cgroup honoured.
+    """This machine as a run started here would see it, honouring CUDA_VISIBLE_DEVICES, affinity and cgroups.
 
     root: where /proc and /sys are found.
     """
@@ -125,7 +125,7 @@ def cluster(
 
 
 def driver(*, read_driver: ReadDriver = nvml.read) -> str | None:
-    """The NVIDIA driver's version, or None where there is none."""
+    """The NVIDIA driver's version, or None if there is none."""
     found = read_driver()
     return found.version if found else None
 
@@ -145,7 +145,7 @@ def versions(*, also: Iterable[str] = ()) -> dict[str, str]:
 
 
 def visible(cards: Sequence[nvml.Card], setting: str | None) -> tuple[Gpu, ...]:
-    """The GPUs that CUDA shows a process, numbered as it numbers them.
+    """The GPUs that CUDA shows a process, in CUDA's numbering.
 
     setting: CUDA_VISIBLE_DEVICES, or None when unset. It lists positions or beginnings of UUIDs; the first entry that
     names no GPU ends the list, so '-1' and '' show none (CUDA C++ Programming Guide, "CUDA Environment Variables").
@@ -160,7 +160,7 @@ def visible(cards: Sequence[nvml.Card], setting: str | None) -> tuple[Gpu, ...]:
 
 
 def visible_cards(cards: Sequence[nvml.Card], setting: str | None) -> list[nvml.Card]:
-    """As `visible`, as the driver knows them."""
+    """The driver's cards of the GPUs that `visible` gives."""
     chosen = _default(cards) if setting is None else list(_named(cards, setting))
     if len({card.uuid for card in chosen}) < len(chosen):
         raise MachineError(f"CUDA_VISIBLE_DEVICES={setting} names a GPU twice", try_="name each GPU once")
@@ -184,7 +184,7 @@ def _named(cards: Sequence[nvml.Card], setting: str) -> Iterator[nvml.Card]:
 
 
 def host_memory(root: Path) -> tuple[int, int]:
-    """Total and available host bytes: /proc/meminfo, lowered by every cgroup limit above this process."""
+    """Total and available host bytes: /proc/meminfo, capped by every cgroup limit above this process."""
     lines = (root / "proc/meminfo").read_text().splitlines()
     kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
     total = kib["MemTotal"] * 1024
@@ -221,7 +221,7 @@ def _cgroup_limits(root: Path) -> Iterator[tuple[int, int]]:
 
 
 def _count(path: Path) -> int | None:
-    """The number in a cgroup file; None for 'max' or where the file is not there."""
+    """The number in a cgroup file; None for 'max' or a missing file."""
     try:
         text = path.read_text().strip()
     except OSError:
@@ -230,7 +230,7 @@ def _count(path: Path) -> int | None:
 
 
 def _reclaimable(stat: Path) -> int:
-    """Cached file pages: charged to the cgroup, given back by the kernel when asked."""
+    """Bytes of cached file pages: charged to the cgroup, but reclaimed by the kernel when needed."""
     try:
         fields = dict(line.split() for line in stat.read_text().splitlines())
     except OSError:

@@ -1,4 +1,4 @@
-"""What the GPUs of this machine are at: memory, utilization, power, heat. NVML is opened once, and asking is cheap."""
+"""Current memory, utilization, power and temperature of this machine's GPUs, from an NVML handle kept open."""
 
 import os
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ _FAULTS = (
 
 
 class Readings:
-    """The GPUs that CUDA shows this process, as it numbers them; none where there is no driver.
+    """The GPUs that CUDA shows this process, in its numbering; none without a driver.
 
     module: pynvml, or what stands for it in a test.
-    Raises MachineError where the driver cannot name its GPUs.
+    Raises MachineError if the driver cannot name its GPUs.
     """
 
     def __init__(self, module: Any = None, environment: Mapping[str, str] = os.environ) -> None:
@@ -46,7 +46,7 @@ class Readings:
             self._nvml, self._handles = None, []
 
     def read(self) -> tuple[Reading, ...]:
-        """Every GPU now; a GPU that was lost has no reading of anything but its name."""
+        """Read every GPU now; a lost GPU reports only its name."""
         return tuple(self._read(handle, name) for handle, name in self._handles)
 
     def _read(self, handle: Any, name: str) -> Reading:

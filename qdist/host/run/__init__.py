@@ -1,1 +1,1 @@
-"""Run directories: written, followed, watched, listed."""
+"""Run directories: writing, following, watching and listing them."""

@@ -1,4 +1,4 @@
-"""Keeps what finished runs teach the planner: one JSON line a run, beside the other caches of this machine."""
+"""Stores what finished runs teach the planner: one JSON line per run, next to this machine's other caches."""
 
 import os
 from pathlib import Path
@@ -16,13 +16,13 @@ from qdist.host.run.rundir import RunDir
 
 FILE, LOCK = "lessons.jsonl", ".lessons.lock"
 _KEPT, _SPARE = 500, 100
-"""The file is cut back to the newest once it holds that many more."""
+"""Lines kept when the file is trimmed, and how many more trigger that."""
 
 
 def correction_for(
     cluster: Cluster, *, world_size: int | None = None, bits: int | None = None, placement: str | None = None
 ) -> Correction | None:
-    """What runs on this machine's kind of card have taught, for the planner; None on a CPU and before the first run.
+    """The planner's correction from earlier runs on this kind of card; None on a CPU and before the first run.
 
     world_size: of the run to be planned; by default all GPUs.
     bits, placement: learn speed from such runs alone.
@@ -41,7 +41,7 @@ def correction_for(
 
 
 def learn(run: RunDir, *, cluster: Cluster | None = None) -> CalibrationSample | None:
-    """Keep the lesson of a finished run; None where there is none: on CPU ranks, or before the run has finished.
+    """Store the lesson of a finished run; None if there is none: on CPU ranks, or for an unfinished run.
 
     cluster: of the machine that the run was on; by default the one that it was planned for.
     """
@@ -56,7 +56,7 @@ def learn(run: RunDir, *, cluster: Cluster | None = None) -> CalibrationSample |
 
 
 def lesson_of(plan: Plan, result: dict[str, object], cluster: Cluster) -> CalibrationSample | None:
-    """What a run on these GPUs teaches. result: what `result.json` holds."""
+    """What a run on these GPUs teaches. result: the contents of `result.json`."""
     measured = converted(result, _Result, "result.json", RunError)
     peaks = [
         (peak.allocated + peak.context, peak, expected)
@@ -101,20 +101,20 @@ class _Peak(msgspec.Struct):
 
 
 class _Result(msgspec.Struct):
-    """What a lesson needs of `result.json`."""
+    """The fields of `result.json` that a lesson needs."""
 
     peaks: list[list[_Peak]]
     tokens_per_s: _Speed
 
 
 def _context(measured: int, predicted: int, pageable: int) -> int | None:
-    """Without the paged moments, which torch does not count either; None where they seem to lie in host memory."""
+    """Context bytes without paged moments, which torch does not count; None if those seem to be in host memory."""
     left = measured - pageable
     return left if not pageable or left >= predicted // 2 else None
 
 
 def _rates(cluster: Cluster) -> str:
-    """'measured' or 'table': ratios to predictions from one say nothing of predictions from the other."""
+    """'measured' or 'table': ratios to one kind of prediction do not apply to the other."""
     words = cluster.rates.source.split() if cluster.rates else []
     return words[0].rstrip(":") if words else ""
 
@@ -124,7 +124,7 @@ def _version() -> str:
 
 
 def read() -> tuple[CalibrationSample, ...]:
-    """All lessons, oldest first. A line that is not a lesson of this version, or was torn by a kill, is passed over."""
+    """All lessons, oldest first. Skips lines of other versions and lines torn by a kill."""
     try:
         lines = read_bytes(cache_path() / FILE, RunError).splitlines()
     except RunError:
@@ -140,7 +140,7 @@ def _decode(line: bytes) -> CalibrationSample | None:
 
 
 def append(lesson: CalibrationSample) -> None:
-    """Add a lesson, on disk when this returns; the oldest beyond the last 500 go in time."""
+    """Add a lesson and flush it to disk; lessons older than the last 500 are eventually dropped."""
     folder = cache_dir()
     path = folder / FILE
     with locked(folder / LOCK):
@@ -151,7 +151,7 @@ def append(lesson: CalibrationSample) -> None:
 
 
 def _append_line(path: Path, line: bytes) -> None:
-    """In one write, on a line of its own even where a kill left half a line."""
+    """Append in one write, on a new line even after a line torn by a kill."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         size = os.fstat(descriptor).st_size

@@ -1,4 +1,4 @@
-"""Which runs are there, and how far did each come? Reads of a long log only the lines that answer it."""
+"""Which runs exist and how far each has come, from only the relevant lines of a long log."""
 
 import mmap
 import os
@@ -16,43 +16,43 @@ from qdist.host.run.rundir import PLAN, RunDir
 from qdist.host.run.state import state_of
 
 _TAIL_BYTES = 1 << 16
-"""Of the last steps: more than the fold looks at."""
+"""Bytes read from the end of a log: more than the last steps that the fold looks at."""
 _TURNS = (b'{"kind":"load"', b'{"kind":"start"', b'{"kind":"resume"')
-"""How a line begins before which the ranks may have been away."""
+"""Prefixes of lines before which the ranks may have been down."""
 _EVALUATION = b'{"kind":"eval"'
 
 
 class Listed(msgspec.Struct, frozen=True, kw_only=True):
-    """One run in a list. None: nobody has said."""
+    """One run in a list. None means unknown."""
 
     path: str
     state: State | Literal["unreadable"]
     why: str = ""
-    """First line of the error that ended it, or of what makes it unreadable."""
+    """First line of the error that ended the run, or of why it is unreadable."""
     model: str = ""
     method: str = ""
     bits: int = 0
     data: str = ""
-    """Empty for random tokens."""
+    """The data's name; empty for random tokens."""
     step: int = 0
     steps: int = 0
     loss: float | None = None
-    """Mean of the last steps."""
+    """Mean loss of the last steps."""
     held_out_loss: float | None = None
-    """Of the last evaluation."""
+    """Loss of the last evaluation."""
     tokens_per_s: float | None = None
     device: Literal["cuda", "cpu", ""] = ""
     gpu_hours: float | None = None
-    """Hours that the ranks were there times the GPUs of the last launch; None for a run of CPU processes."""
+    """Hours that the ranks were up times the GPUs of the last launch; None for a run of CPU processes."""
     cpu_rank_hours: float | None = None
     started: float | None = None
-    """Seconds since the epoch: the first launch; None for a run that was only planned."""
+    """First launch, in seconds since the epoch; None for a run that was only planned."""
     planned: float
-    """Seconds since the epoch: when its plan was last written."""
+    """When its plan was last written, in seconds since the epoch."""
 
 
 def find(folders: Iterable[Path]) -> list[Path]:
-    """Folders with a plan: those named, and up to two levels below them; none inside another run.
+    """Folders with a plan: those given, and up to two levels below them; none inside another run.
 
     Raises RunError for a folder that does not exist.
     """
@@ -74,7 +74,7 @@ def _below(folder: Path, *, levels: int) -> Iterator[Path]:
 
 
 def listed(paths: Iterable[Path]) -> list[Listed]:
-    """A run each, newest first. One that cannot be read is listed with the reason."""
+    """One entry per run, newest first. An unreadable run is listed with the reason."""
     rows = [_look(RunDir(path)) for path in paths]
     return sorted(rows, key=lambda row: row.started or row.planned, reverse=True)
 
@@ -117,7 +117,7 @@ def _row(run: RunDir, plan: Plan, planned: float) -> Listed:
 
 
 def skim(run: RunDir) -> RunHistory:
-    """A fold of the last steps, of every evaluation and of when the ranks were there; its other columns are short."""
+    """A fold of the last steps, every evaluation and the ranks' uptime; its other columns are incomplete."""
     fold, path = RunHistory(), run.event_file(0)
     if not path.is_file() or not path.stat().st_size:
         return fold
@@ -136,7 +136,7 @@ def skim(run: RunDir) -> RunHistory:
 
 
 def _starts(data: mmap.mmap, beginning: bytes, end: int) -> Iterator[int]:
-    """Where lines before `end` begin so."""
+    """Offsets before `end` of lines that start with `beginning`."""
     start = data.find(beginning, 0, end)
     while start >= 0:
         if start == 0 or data[start - 1] == ord("\n"):

@@ -1,4 +1,4 @@
-"""What the ranks of a run have said since last asked, and a snapshot of it, as often as one likes."""
+"""What a run's ranks have reported since the last call, and a snapshot of the run at any time."""
 
 import os
 import socket
@@ -28,7 +28,7 @@ _TAIL_BYTES = 1 << 18
 
 
 class Follower:
-    """Reads `<run>/events/rank*.jsonl` as they grow. A line that is still being written waits for its end.
+    """Reads `<run>/events/rank*.jsonl` as they grow. A line still being written is read once it is complete.
 
     The run may not have started: files and the folder itself may appear later.
     say: called with a warning, the first time that lines are left out for they are no events.
@@ -37,13 +37,13 @@ class Follower:
     def __init__(self, run: Path, *, say: Callable[[str], None] | None = None) -> None:
         self._folder, self._say = run / "events", say
         self.unread = ""
-        """A sentence about the lines that were left out; empty where there are none."""
+        """A sentence about skipped lines; empty if there are none."""
         self._read_bytes: dict[Path, int] = {}
         self._read_lines: dict[Path, int] = {}
         self._inodes: dict[Path, int] = {}
 
     def new_events(self) -> list[Event]:
-        """Events since the last call, by time; those of one rank stay in the order written.
+        """Events since the last call, sorted by time; each rank's events keep their order.
 
         Lines that are no events are left out, and told once.
         """
@@ -51,7 +51,7 @@ class Follower:
         return list(merge(*streams, key=lambda event: event.time))
 
     def fold_into(self, fold: RunHistory) -> None:
-        """Add the events since the last call to a fold: faster where there are many.
+        """Add the events since the last call to a fold: faster if there are many.
 
         Where another run has taken the folder, the fold begins anew with it.
         """
@@ -66,16 +66,16 @@ class Follower:
         fold.unread = self.unread
 
     def _files(self) -> list[Path]:
-        """One a rank; a copy that somebody keeps beside it is none."""
+        """The event file of each rank, without copies that someone keeps next to them."""
         return of_ranks(self._folder, ".jsonl")
 
     def _replaced(self) -> bool:
-        """Whether a file is another one, or shorter: a rank that is resumed cuts off no more than half a line."""
+        """Whether a file was replaced or truncated: a resuming rank cuts off at most half a line."""
         there = [(path, path.stat()) for path in self._inodes if path.exists()]
         return any(now.st_ino != self._inodes[path] or now.st_size < self._read_bytes[path] for path, now in there)
 
     def _blocks(self, path: Path, *, most_bytes: int | None = None) -> Iterator[list[Event]]:
-        """What a file has more than before, or the whole lines of the last `most_bytes` of it."""
+        """The new contents of a file, or the complete lines of its last `most_bytes`."""
         offset, lines = self._read_bytes.get(path, 0), self._read_lines.get(path, 0)
         require_file(path, RunError)
         with readable(path, RunError), path.open("rb") as file:
@@ -100,12 +100,12 @@ class Follower:
 
 
 _STILL_S, _STILL_STEPS = 30.0, 5
-"""A rank that is alive may stand still for so long, and for as many steps' time."""
+"""How long a live rank may stand still: seconds, and multiples of the step time."""
 _LOG_BYTES = 1 << 16
 
 
 class RunObserver:
-    """Follows one run. fold: one that others fill, such as the launcher; by default its own."""
+    """Follows one run. fold: filled by someone else, such as the launcher; by default its own."""
 
     def __init__(self, run: RunDir, *, fold: RunHistory | None = None) -> None:
         self.run, self.plan = run, run.plan()
@@ -117,7 +117,7 @@ class RunObserver:
         self._shown: str | None = None
 
     def snapshot(self, *, log_rank: int | None = None, log_lines: int = 200) -> Snapshot:
-        """The run now. log_rank: whose log to read, if any. Raises RunError for events that are none."""
+        """The run as of now. log_rank: the rank whose log to include, if any. Raises RunError for invalid events."""
         if (written := _written(self.run)) != self._planned:  # a resumed run may lie on other GPUs
             self.plan, self._planned, self._machine = self.run.plan(), written, self.run.machine()
         # State before events: a finished run is never shown without its last ones.
@@ -158,7 +158,7 @@ class RunObserver:
         return tuple(map(str, silent or [one for one in found if one.seconds >= still_s][:1]))
 
     def _cards(self, pulses: Mapping[int, Heartbeat]) -> dict[int, tuple[Reading, ...]]:
-        """Of the ranks whose GPUs are those of this machine."""
+        """Readings of the GPUs of each rank on this machine, by rank."""
         here = {rank: pulse for rank, pulse in pulses.items() if pulse.host == socket.gethostname()}
         if self.plan.device != "cuda" or not here:
             return {}
@@ -180,12 +180,12 @@ class RunObserver:
 
 
 def _environment(pulses: Iterable[Heartbeat]) -> Mapping[str, str]:
-    """Of the ranks, which need not see the GPUs that this process sees; its own where theirs cannot be asked."""
+    """The ranks' environment, which may show other GPUs than this process sees; this process's own where unknown."""
     return next(filter(None, map(environment_of, pulses)), os.environ)
 
 
 def last_lines(run: RunDir, rank: int, count: int) -> tuple[str, ...]:
-    """The last lines of a rank's log; empty where it has none yet."""
+    """The last lines of a rank's log; empty if it has none yet."""
     path = run.log_file(rank)
     if not path.is_file():
         return ()
@@ -205,7 +205,7 @@ def _matmul_flops_s(machine: Cluster | None) -> float | None:
 
 
 def _ending(run: RunDir, state: State) -> tuple[str, str]:
-    """(what ended a run before its last step, what to try); empty for one that has not ended so."""
+    """(what ended a run before its last step, what to try); empty strings if it did not end early."""
     resume = resuming(run.path)
     if state == "killed":
         return "its launcher recorded no reason", resume

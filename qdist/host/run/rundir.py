@@ -1,4 +1,4 @@
-"""A run's directory: its files, its plan and the commands that it was launched and resumed with."""
+"""A run's directory: its files, its plan and the commands that launched and resumed it."""
 
 import os
 import re
@@ -23,19 +23,19 @@ _AGAIN = "start the run again"
 _WRITTEN = ("steps", "adapter_bytes", "adapter_parameters", "peaks", "tokens_per_s", "start_seconds")
 T = TypeVar("T")
 _AT_FIRST = re.compile(rf"\.lock|(recipe\.toml|(machine|versions|deepspeed|accelerate)\.json|launch\.sh)|{BESIDE}")
-"""What is written before a plan."""
+"""Names of files that are written before the plan."""
 
 
 class Ended(msgspec.Struct, frozen=True, kw_only=True):
-    """How a launch ended before its last step."""
+    """How a launch ended before the run's last step."""
 
     state: Literal["failed", "stopped"]
-    """stopped: the user or a scheduler asked for it, and it saved."""
+    """stopped: on request of the user or a scheduler, after saving."""
     message: str = ""
-    """The error as it was printed."""
+    """The error as printed."""
     try_: str = ""
     time: float
-    """Seconds since the epoch."""
+    """When it ended, in seconds since the epoch."""
 
 
 class _Speeds(msgspec.Struct):
@@ -72,7 +72,7 @@ class _Loading(msgspec.Struct):
 
 
 class _Result(msgspec.Struct):
-    """The kinds of what `result.json` holds."""
+    """The types of the fields of `result.json`."""
 
     steps: Count = 0
     held_out: list[tuple[Count, float]] = []
@@ -88,7 +88,7 @@ class _Result(msgspec.Struct):
 
 
 class RunDir:
-    """Paths and small facts of one run. Making one touches nothing."""
+    """Paths and basic facts of one run. Creating the object touches nothing on disk."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -133,7 +133,7 @@ class RunDir:
         return (self.path / PLAN).is_file()
 
     def is_bare(self) -> bool:
-        """Whether the directory is empty, or holds nothing but what a launch that was killed at once leaves in it."""
+        """Whether the directory is empty, or holds only what a launch killed at its start leaves."""
         folders = {folder.name for folder in (self.events, self.logs, self.checkpoints, self.pulses, self.stacks)}
         return all(
             not any(path.iterdir()) if path.name in folders and path.is_dir() else _AT_FIRST.fullmatch(path.name)
@@ -141,7 +141,7 @@ class RunDir:
         )
 
     def plan(self) -> Plan:
-        """The plan of this run. Raises RunError where there is none or it is of another version."""
+        """The run's plan. Raises RunError if there is none or it is of another version."""
         path = self.path / PLAN
         if not os.path.lexists(path):
             raise RunError(f"{self.path} is not a run: it has no {PLAN}", try_=self._runs_nearby())
@@ -154,7 +154,7 @@ class RunDir:
         return converted(found, Plan, f"{path} is not a plan", RunError, try_=_AGAIN)
 
     def _runs_nearby(self) -> str:
-        """Runs inside this folder, beside it, or in `runs/`: what the user may have meant."""
+        """Runs inside this folder, next to it, or in `runs/`: candidates for what the user meant."""
         for folder in (self.path, self.path.parent, Path("runs")):
             found = {plan.parent.name: str(plan.parent) for plan in sorted(folder.glob(f"*/{PLAN}"))}
             if found:
@@ -163,7 +163,7 @@ class RunDir:
         return "a folder that `qdist launch` made"
 
     def checked_plan(self, expected_digest: str) -> Plan:
-        """The plan, refused when it is not the one that was launched."""
+        """The plan; raises if it is not the one that was launched."""
         plan = self.plan()
         found = digest(plan)
         if found != expected_digest:
@@ -174,14 +174,14 @@ class RunDir:
         return plan
 
     def checkpoint_steps(self) -> list[int]:
-        """Steps of the whole checkpoints, ascending; one without DONE does not count."""
+        """Steps of the complete checkpoints, ascending; one without DONE does not count."""
         if not self.checkpoints.is_dir():
             return []
         numbered = [(path, re.fullmatch(r"step_(\d{6,})", path.name)) for path in self.checkpoints.iterdir()]
         return sorted(int(name[1]) for path, name in numbered if name and (path / "DONE").is_file())
 
     def last_saved(self) -> str:
-        """'the last checkpoint is of step 40', for an error."""
+        """'the last checkpoint is of step 40', for use in an error."""
         steps = self.checkpoint_steps()
         return f"the last checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
 
@@ -189,16 +189,16 @@ class RunDir:
         return self.checkpoints / f"step_{step:06d}"
 
     def result(self) -> dict[str, Any] | None:
-        """What a finished run wrote last, or None while it is unfinished."""
+        """The result that a finished run wrote, or None while it is unfinished."""
         found = _object(self.path / RESULT)
         if found is not None:
             converted(found, _Result, str(self.path / RESULT), RunError, try_=resuming(self.path))
         return found
 
     def result_of(self, plan: Plan, *, whole: bool = False) -> dict[str, Any] | None:
-        """The same, of a plan. Raises RunError where it is of other ranks.
+        """The result of a given plan. Raises RunError if it belongs to other ranks.
 
-        whole: and where it lacks what a run of this version writes.
+        whole: also raise if it lacks what a run of this version writes.
         """
         found = self.result() or {}
         lacking = [key for key in _WRITTEN if key not in found] if whole else []
@@ -211,7 +211,7 @@ class RunDir:
         return found or None
 
     def ended(self) -> Ended | None:
-        """How the last launch ended where it was not by finishing; None while it runs, or when nobody could say."""
+        """How the last launch ended if it did not finish; None while it runs or if that is unknown."""
         return _typed(self.path / ENDED, Ended)
 
     def machine(self) -> Cluster | None:
@@ -223,7 +223,7 @@ class RunDir:
 
 
 def _object(path: Path) -> dict[str, Any] | None:
-    """What a file holds; None where there is none, or no longer."""
+    """The object in a file; None if the file is missing or was removed."""
     try:
         return read_object(path, RunError, try_=_AGAIN)
     except RunError:
@@ -238,7 +238,7 @@ def _typed(path: Path, kind: type[T]) -> T | None:
 
 
 def of_ranks(folder: Path, suffix: str) -> list[Path]:
-    """The files of ranks in a folder, in their order, by their whole names: what somebody copied beside is not ours."""
+    """The ranks' files in a folder, in rank order, matched by full name: copies next to them are ignored."""
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -259,7 +259,7 @@ COMMANDS = "command.txt"
 
 
 def note(run: RunDir, argv: Sequence[str]) -> None:
-    """Add a launch to those before it. argv: of the process; of its program only the name is kept."""
+    """Append a launch to the list of launches. argv: the process's; of its program only the name is kept."""
     program, *arguments = argv
     # What holds a line break is quoted; bash reads one back from $'\n', and a command stays one line.
     line = shlex.join((Path(program).name, *arguments)).replace("\n", "'$'\\n''")
@@ -267,6 +267,6 @@ def note(run: RunDir, argv: Sequence[str]) -> None:
 
 
 def noted(run: RunDir) -> tuple[str, ...]:
-    """Each launch, first to last; empty for a run of a qdist that kept none."""
+    """Every launch, first to last; empty for a run of a qdist that recorded none."""
     path = run.path / COMMANDS
     return tuple(read_bytes(path, RunError).decode(errors="replace").splitlines()) if os.path.lexists(path) else ()

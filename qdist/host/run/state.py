@@ -1,4 +1,4 @@
-"""How does a run stand, and how did a launch of it end? As a word, as an error, and as a file for later."""
+"""A run's state and how a launch of it ended: as a word, as an error, and as a file for later."""
 
 import contextlib
 import fcntl
@@ -21,22 +21,22 @@ from qdist.host.run.rundir import ENDED, LOCK, Ended, RunDir, of_ranks
 from qdist.host.run.watchdog import stat_of
 
 _BEGAN = 19
-"""Place of a process's start time in what `stat_of` gives: a number is given to another process one day."""
+"""Index of a process's start time in `stat_of`; it tells a process from a later one with the same id."""
 
 
 class Holder(msgspec.Struct, frozen=True):
-    """The launcher that took a run's lock."""
+    """The launcher that holds a run's lock."""
 
     pid: int
     host: str
     began: str
-    """In the kernel's ticks."""
+    """Start time of its process, in the kernel's ticks."""
     launch: str = ""
-    """An id that no other launch has; its ranks' beats carry it."""
+    """Unique id of the launch, which its ranks' heartbeats carry."""
 
 
 def state_of(run: RunDir) -> State:
-    """planned: never started. killed: its launcher recorded no reason, and holds the lock no more."""
+    """The run's state. planned: never started. killed: its launcher recorded no reason and no longer holds the lock."""
     if run.result() is not None:
         return "finished"
     if _held(run):
@@ -50,7 +50,7 @@ def state_of(run: RunDir) -> State:
 
 
 def _held(run: RunDir) -> bool:
-    """Whether a launcher, or a rank that it left, holds the run's lock."""
+    """Whether a launcher, or a rank that outlived it, holds the run's lock."""
     try:
         descriptor = os.open(run.path / LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -67,7 +67,7 @@ def _held(run: RunDir) -> bool:
 
 
 def sign(lock: int) -> str:
-    """Write into a run's lock, through its descriptor, who holds it; the id of this launch.
+    """Record in a run's lock file, through its descriptor, who holds it; returns the launch's id.
 
     What starts the ranks holds the lock as well, and may outlive the launcher for a moment.
     """
@@ -79,7 +79,7 @@ def sign(lock: int) -> str:
 
 
 def launcher_is_gone(run: RunDir) -> bool:
-    """Whether the launcher that last took a run's lock was on this machine and is not there any more."""
+    """Whether the launcher that last locked a run was on this machine and has exited."""
     holder = _holder(run)
     if holder is None or holder.host != socket.gethostname():
         return False
@@ -88,7 +88,7 @@ def launcher_is_gone(run: RunDir) -> bool:
 
 
 def is_anothers(run: RunDir, launch: str) -> bool:
-    """Whether another launch than `launch` has taken a run since. A lock that cannot be read says of nobody."""
+    """Whether a launch other than `launch` has locked a run since. An unreadable lock counts as no."""
     holder = _holder(run)
     return holder is not None and bool(holder.launch) and holder.launch != launch
 
@@ -101,18 +101,18 @@ def _holder(run: RunDir) -> Holder | None:
 
 
 def note(run: RunDir, ended: Ended) -> None:
-    """For whoever looks at the run later; a full disk must not hide the error itself."""
+    """Record for later how a run ended; a full disk must not hide the error itself."""
     with contextlib.suppress(OSError):
         write_atomic(run.path / ENDED, msgspec.json.format(msgspec.json.encode(ended), indent=1).decode() + "\n")
 
 
 def stuck(run: RunDir, sentence: str) -> JobError:
-    """The error of a run that the launcher ended."""
+    """The error for a run that the launcher killed."""
     return JobError(f"{sentence}; {run.last_saved()}", try_=resuming(run.path))
 
 
 def lost(run: RunDir) -> JobError:
-    """The error of a run whose directory was taken away."""
+    """The error for a run whose directory was removed."""
     return JobError(
         f"{run.path} was removed or moved while it was being trained; its ranks were ended",
         try_="put it back and resume it, or a new run",
@@ -120,12 +120,12 @@ def lost(run: RunDir) -> JobError:
 
 
 def log_lengths(run: RunDir) -> dict[Path, int]:
-    """Bytes of each log: what earlier launches said, which is no word of the one to come."""
+    """Bytes of each log from earlier launches, to be skipped when reading the next one's."""
     return {path: path.stat().st_size for path in run.logs.glob("*.log")}
 
 
 def died(run: RunDir, before: Mapping[Path, int], code: int) -> JobError:
-    """The rank that torch.distributed.run saw die first, why, and the last lines of its log.
+    """The error for the rank that torch.distributed.run saw die first, with the reason and its log's last lines.
 
     before: what `log_lengths` gave when the ranks were started. The message's first line stands for itself.
     """
@@ -148,7 +148,7 @@ def died(run: RunDir, before: Mapping[Path, int], code: int) -> JobError:
 
 
 def read_new_lines(log: Path, before: Mapping[Path, int]) -> list[str]:
-    """The lines of a log behind what it held before; none where there is no log."""
+    """The lines added to a log since it had its length in `before`; none if there is no log."""
     try:
         with open(log, "rb") as file:
             file.seek(before.get(log, 0))
@@ -158,7 +158,7 @@ def read_new_lines(log: Path, before: Mapping[Path, int]) -> list[str]:
 
 
 def find_reason(lines: Sequence[str]) -> str:
-    """The error that a rank left with: qdist's own, or the last line of a traceback; empty where there is neither."""
+    """The error that a rank exited with: qdist's own, or a traceback's last line; empty if there is neither."""
     said = [line.removeprefix("[rank").partition("]: ")[2] if line.startswith("[rank") else line for line in lines]
     for pattern in (r"error: (.+)", r"((?:\w+\.)*\w*(?:Error|Exception)(?:: .*)?)"):
         found = [match[1] for line in said if (match := re.fullmatch(pattern, line))]

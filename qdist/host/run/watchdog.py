@@ -1,4 +1,4 @@
-"""The ranks of a run as processes: their last heartbeats, what the kernel says of them, and whether one is stuck."""
+"""The processes of a run's ranks: their last heartbeats, their state in the kernel, and whether one is stuck."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ Process = Literal["runs", "stopped", "gone", "elsewhere"]
 
 
 def read_pulses(run: RunDir) -> dict[int, Heartbeat]:
-    """The last beat of each rank that has one. A beat that was torn by a kill is left out."""
+    """The last heartbeat of each rank that has one; heartbeats torn by a kill are skipped."""
     found = {}
     for path in of_ranks(run.pulses, ".json"):
         try:
@@ -31,7 +31,7 @@ def read_pulses(run: RunDir) -> dict[int, Heartbeat]:
 
 
 def process_of(pulse: Heartbeat, *, proc: Path = Path("/proc")) -> Process:
-    """How the rank's process is: stopped by a signal or a debugger; gone; or on another machine, where nobody knows."""
+    """State of a rank's process: stopped by a signal or debugger, gone, or unknown because on another machine."""
     if pulse.host != socket.gethostname():
         return "elsewhere"
     stat = stat_of(pulse.pid, proc=proc)
@@ -39,7 +39,7 @@ def process_of(pulse: Heartbeat, *, proc: Path = Path("/proc")) -> Process:
 
 
 def stat_of(pid: int, *, proc: Path = Path("/proc")) -> list[str] | None:
-    """What the kernel says of a process, from its state on (proc(5), /proc/pid/stat); None where it is gone."""
+    """The kernel's fields for a process, from its state on (proc(5), /proc/pid/stat); None if it is gone."""
     try:
         # The name, in parentheses, may hold anything; the state follows the last of them.
         fields = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
@@ -49,7 +49,7 @@ def stat_of(pid: int, *, proc: Path = Path("/proc")) -> list[str] | None:
 
 
 def environment_of(pulse: Heartbeat, *, proc: Path = Path("/proc")) -> dict[str, str]:
-    """What the rank's process was started with; empty where it is gone or another user's."""
+    """The environment a rank's process was started with; empty if it is gone or another user's."""
     try:
         entries = os.fsdecode((proc / str(pulse.pid) / "environ").read_bytes()).split("\0")
     except OSError:
@@ -58,7 +58,7 @@ def environment_of(pulse: Heartbeat, *, proc: Path = Path("/proc")) -> dict[str,
 
 
 def signalled(pulse: Heartbeat, number: int) -> bool:
-    """Send a signal to a rank's process; whether there was one to take it."""
+    """Send a signal to a rank's process; whether it could be delivered."""
     try:
         os.kill(pulse.pid, number)
     except (ProcessLookupError, PermissionError):
@@ -67,19 +67,19 @@ def signalled(pulse: Heartbeat, number: int) -> bool:
 
 
 SILENT_S = 10.0
-"""A beat comes every second; without one for so long the process is stopped, gone, or starved."""
+"""Seconds without a heartbeat, normally one per second, after which a process is stopped, gone or starved."""
 _STACKS_S = 5.0
 _START_S = 120.0
-"""For the first beat at least: what starts the ranks imports torch before, from a network disk perhaps."""
+"""Minimum seconds to wait for the first heartbeat: torch is imported first, perhaps from a network disk."""
 
 
 class Trouble(NamedTuple):
-    """A rank that does not go on."""
+    """A rank that makes no progress."""
 
     rank: int
     seconds: float
     silent: bool
-    """It gives no sign of life; otherwise it is alive and waits."""
+    """Whether it sends no heartbeats; otherwise it is alive and waits."""
     process: Process
     pulse: Heartbeat
 
@@ -98,7 +98,7 @@ class Trouble(NamedTuple):
 
 
 def troubles(pulses: Mapping[int, Heartbeat], *, now: float, after_s: float, since: float = 0.0) -> list[Trouble]:
-    """Ranks that have been silent, or have not moved, for `after_s` seconds; those to blame first.
+    """Ranks that have been silent, or have not moved, for `after_s` seconds; the likely culprits first.
 
     A rank that waits in a collective does not move either, so the silent come before the waiting, and among these the
     one that stands still at the earliest place: the others wait for it.
@@ -123,7 +123,7 @@ def troubles(pulses: Mapping[int, Heartbeat], *, now: float, after_s: float, sin
 
 
 def collect_stacks(run: RunDir, pulses: Mapping[int, Heartbeat]) -> list[int]:
-    """Have every rank of this machine write the stacks of its threads to RUN/stacks; the ranks that did.
+    """Have every rank on this machine write its threads' stacks to RUN/stacks; the ranks that did.
 
     A stopped one is woken for it: it is to be ended anyway.
     """
@@ -149,7 +149,7 @@ def _size(run: RunDir, rank: int) -> int:
 
 
 class Watchdog:
-    """Looks at the ranks' beats, from now on.
+    """Watches the ranks' heartbeats from now on.
 
     after_s: how long one may stand still, or give no beat at all; 0 for ever.
     ranks: how many there are to be.
@@ -161,7 +161,7 @@ class Watchdog:
         self._awake, self._last = time.time(), 0.0
 
     def stuck(self) -> str:
-        """A sentence about the rank that is to blame, with stacks written; empty while all go on."""
+        """A sentence about the rank to blame, with stacks written; empty while all make progress."""
         now = time.time()
         if not self._after_s or now - self._last < 1.0:
             return ""

@@ -1,1 +1,1 @@
-"""Models by name, and what their folders hold."""
+"""Finding models by name, and reading what their folders hold."""

@@ -1,4 +1,4 @@
-"""Which trained adapter does a new run start from, and does it fit the run? Told from small reads, without torch."""
+"""Which trained adapter a new run starts from, and whether it fits the run; small reads only, no torch."""
 
 import hashlib
 import re
@@ -21,17 +21,17 @@ from qdist.host.sources.targets import ADAPTER, read_header, require_adapter
 
 _MATRIX = re.compile(r".*?\.(\d+)\.(?:.+\.)?(\w+)\.lora_([AB])\.weight")
 Shapes = dict[tuple[int, str, str], tuple[int, ...]]
-"""By layer, leaf name of the linear, and A or B."""
+"""Shapes by (layer, leaf name of the linear, A or B)."""
 
 
 class _Tensor(msgspec.Struct):
-    """What is read of a tensor in a file's header."""
+    """What is read about a tensor from a file's header."""
 
     shape: tuple[int, ...]
 
 
 class _Config(msgspec.Struct):
-    """What is read of PEFT's adapter_config.json."""
+    """What is read from PEFT's adapter_config.json."""
 
     peft_type: str
     r: int
@@ -48,13 +48,13 @@ class _Config(msgspec.Struct):
 
     @property
     def new_tokens(self) -> tuple[int, ...]:
-        """Rows of the vocabulary that it has trained."""
+        """Vocabulary rows that the adapter has trained."""
         rows = self.trainable_token_indices or ()
         return next(iter(rows.values()), ()) if isinstance(rows, dict) else rows
 
     @property
     def foreign(self) -> str:
-        """What it has that no adapter of ours has; empty for nothing."""
+        """Features that no qdist adapter has; empty for none."""
         has = {
             f"peft_type={self.peft_type}": self.peft_type != "LORA", "rank_pattern": bool(self.rank_pattern),
             "use_dora": self.use_dora, "modules_to_save": bool(self.modules_to_save),
@@ -64,7 +64,7 @@ class _Config(msgspec.Struct):
 
 
 def find_adapter(name: str) -> Path:
-    """The folder of an adapter: a run's, or one that PEFT wrote. Raises RunError where there is none."""
+    """The folder of an adapter: a run's, or one that PEFT wrote. Raises RunError if there is none."""
     run, folder = RunDir(name), Path(name).expanduser()
     if run.exists():
         require_adapter(run)
@@ -79,7 +79,7 @@ def find_adapter(name: str) -> Path:
 
 
 def start_of(plan: Plan) -> Start | None:
-    """The adapter that a new run starts from, by its place and bytes; None for a run with a new one.
+    """Location and digest of the adapter that a new run starts from; None if it starts with a fresh one.
 
     Raises RunError as `require_fit` does.
     """
@@ -91,13 +91,13 @@ def start_of(plan: Plan) -> Start | None:
 
 
 def digest_of(folder: Path) -> str:
-    """SHA-256 of an adapter's tensors as a file."""
+    """SHA-256 of the file with an adapter's tensors."""
     with open(folder / ADAPTER, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_start(start: Start, run: RunDir) -> None:
-    """Raise RunError where a run that has no checkpoint yet would start from another adapter than planned."""
+    """Raise RunError if a run without checkpoints would start from a different adapter than planned."""
     folder = Path(start.path)
     if not (folder / ADAPTER).is_file():
         raise RunError(
@@ -113,7 +113,7 @@ def require_start(start: Start, run: RunDir) -> None:
 
 
 def require_fit(plan: Plan) -> None:
-    """Raise RunError, with numbers, where the adapter that a run is to start from is not one that the run trains."""
+    """Raise RunError, with numbers, if the adapter to start from does not match the one that the run trains."""
     spec, name = plan.spec, plan.spec.adapter
     if name is None:
         return
@@ -138,7 +138,7 @@ def require_fit(plan: Plan) -> None:
 
 
 def _shapes(path: Path) -> Shapes:
-    """Those of a file's matrices."""
+    """The shapes of a file's matrices."""
     named = ((_MATRIX.fullmatch(key), value) for key, value in read_header(path).items())
     return {
         (int(at[1]), at[2], at[3]): converted(value, _Tensor, str(path), RunError).shape for at, value in named if at
@@ -146,7 +146,7 @@ def _shapes(path: Path) -> Shapes:
 
 
 def _require_same_base(old: Plan, plan: Plan, name: str) -> None:
-    """Refuse a run that trained another model, or by another method."""
+    """Refuse an adapter trained on another model or by another method."""
     if old.spec.method != plan.spec.method:
         raise RunError(
             f"{name} was trained by {old.spec.method}, and this run is {plan.spec.method}",
@@ -171,7 +171,7 @@ def _require_same_base(old: Plan, plan: Plan, name: str) -> None:
 
 
 def _differences(config: _Config, found: Shapes, plan: Plan) -> Iterator[tuple[str, Any]]:
-    """The settings with which the run would train such an adapter, where it has others."""
+    """The settings that differ, with the values that would make the run train such an adapter."""
     spec = plan.spec
     if config.use_qalora != (spec.method == "qa-lora"):
         yield "method", "qa-lora" if config.use_qalora else "gptq-lora"
@@ -206,7 +206,7 @@ def _other_pooling(config: _Config, plan: Plan) -> Iterator[tuple[str, Any]]:
 
 
 def _require_shapes(found: Shapes, plan: Plan, name: str) -> None:
-    """Refuse an adapter over another shape, naming the first linear that differs."""
+    """Refuse an adapter for another model shape, naming the first linear that differs."""
     wanted: Shapes = {}
     for layer, run in enumerate(plan.facts.run_of_layer):
         for linear in plan.facts.shapes[run].targeted(plan.spec.lora.targets):

@@ -1,4 +1,4 @@
-"""Where in the cache is what a launch makes of a model and its data, and what did an earlier launch make of them?"""
+"""Where the cache keeps what a launch makes from a model and its data, and what earlier launches made."""
 
 import contextlib
 import hashlib
@@ -22,25 +22,25 @@ from qdist.host.opening import read_typed
 
 WEIGHTS = (".safetensors", ".bin")
 BESIDE = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-"""Endings of the files that make weights a model: tokenizer, chat template, generation settings."""
+"""Suffixes of the files that accompany weights: tokenizer, chat template, generation settings."""
 _CONVERSION = 2
-"""Raise it whenever the same GGUF file would become another folder."""
+"""Increment whenever the same GGUF file would convert to a different folder."""
 _DECIDING = (
     "model", "method", "bits", "format", "load_format", "seq_len", "seed", "new_tokens", "quant.", "lora.targets",
     "lora.pool", "train.held_out", "train.train_on_source",
 )  # fmt: skip
-"""Settings that preparing looks at."""
+"""Settings that affect preparation."""
 CHECKSUMS = "checksums.json"
-"""In a folder that qdist wrote: the sums of its tensors."""
+"""File in a folder written by qdist that holds its tensors' checksums."""
 
 
 def converted_folder(file: Path) -> Path:
-    """The folder that a GGUF file becomes, which need not be there. The whole file is read, once."""
+    """The folder that a GGUF file converts to, which need not exist. Reads the whole file, once."""
     return _converted_folder(file, remembered_of("file", [file], lambda: _file_digest(file)))
 
 
 def known_converted_folder(file: Path) -> Path | None:
-    """The same of a file that was read before, as it is now; None for others. Reads and writes next to nothing."""
+    """The same for a file read before and unchanged since; None for others. Reads and writes next to nothing."""
     known = recalled_of("file", [file])
     return _converted_folder(file, known) if known else None
 
@@ -56,7 +56,7 @@ def _file_digest(file: Path) -> str:
 
 
 def remembered_of(what: str, files: Sequence[Path], compute: Callable[[], str]) -> str:
-    """What is computed of the contents of files, once for their paths, sizes, times and inodes.
+    """A value computed from files' contents, cached by their paths, sizes, times and inodes.
 
     what: names the computation. A cache that cannot be written forgets it.
     """
@@ -73,7 +73,7 @@ def remembered_of(what: str, files: Sequence[Path], compute: Callable[[], str]) 
 
 
 def recalled_of(what: str, files: Sequence[Path]) -> str:
-    """What `remembered_of` computed of these files as they are; empty where it did not."""
+    """What `remembered_of` computed for these unchanged files; empty if it did not."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         return _known_file(what, files).read_text()
     return ""
@@ -86,18 +86,18 @@ def _known_file(what: str, files: Sequence[Path]) -> Path:
 
 
 def packed_folder(folder: Path, packing: Packing, *, name: str) -> Path:
-    """The folder that a model is packed to, which need not be there. name: what the user calls the model."""
+    """The folder that a model is packed to, which need not exist. name: what the user calls the model."""
     stem = re.sub(r"[^\w.-]+", "-", Path(name).name.removesuffix(".gguf")).lower()
     return cache_path() / "packed" / f"{stem}-{packing.method}-{source_identity(folder, packing)[:16]}"
 
 
 def work_folder(out: Path) -> Path:
-    """Where a packed folder grows before it is there; it outlives a kill."""
+    """Where a packed folder is built before it is complete; it survives a kill."""
     return out.with_name(f".{out.name}.packing")
 
 
 def source_identity(folder: Path, packing: Packing) -> str:
-    """SHA-256 of what decides the packed bytes: the folder's files by name, size and time, and the packing."""
+    """SHA-256 of what determines the packed bytes: the folder's files by name, size and time, and the packing."""
     files = [
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)
         for path in sorted(folder.iterdir())
@@ -108,13 +108,13 @@ def source_identity(folder: Path, packing: Packing) -> str:
 
 
 def files_digest(data: str) -> str:
-    """`source_digest` of data that lie in files here; empty for others, which a hub would be asked about."""
+    """`source_digest` of local data; empty for others, which would require asking a hub."""
     there = data != demo.NAME and Path(data).expanduser().exists()
     return source_digest(data) if there else ""
 
 
 def remembered(spec: RunSpec, folder: Path) -> Prepared | None:
-    """What an earlier launch prepared of the same model and data, where all of it is still there."""
+    """What an earlier launch prepared from the same model and data, if all of it still exists."""
     try:
         prepared = read_typed(_record(spec, folder), Prepared, RunError)
     except RunError:
@@ -123,7 +123,7 @@ def remembered(spec: RunSpec, folder: Path) -> Prepared | None:
 
 
 def remember(spec: RunSpec, prepared: Prepared) -> None:
-    """Keep what was prepared for `remembered`; of its notes, those that are true of the next launch as well."""
+    """Store what was prepared for `remembered`, with those notes that also hold for the next launch."""
     path = _record(spec, Path(prepared.source.path))
     cache_dir(path.parent.name)
     lasting = tuple(note for note in prepared.notes if not note.startswith("packed "))
@@ -131,14 +131,14 @@ def remember(spec: RunSpec, prepared: Prepared) -> None:
 
 
 def all_there(prepared: Prepared) -> bool:
-    """Whether all that a run reads is where it was put."""
+    """Whether everything that a run reads still exists."""
     source, data = prepared.source, prepared.data
     paths = (source.path, source.packed, source.tokenizer, data.path if data else "")
     return all(os.path.exists(path) for path in paths if path)
 
 
 def _record(spec: RunSpec, folder: Path) -> Path:
-    """The file for what is prepared of a model's folder: named for all that decides it, versions included."""
+    """The file that records what is prepared from a model's folder, named by all that determines it."""
     versions = probe.versions()
     parts = [
         [versions.get(name) for name in ("qdist", "transformers", "bitsandbytes")],

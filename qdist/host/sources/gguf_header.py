@@ -1,4 +1,4 @@
-"""Reads what stands before the weights in a GGUF file, without torch: keys, and names of tensors.
+"""Reads the header of a GGUF file without torch: keys, and names of tensors.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -16,30 +16,30 @@ from qdist.host.opening import readable, require_file, told
 MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""struct's name of each kind of number."""
+"""struct format characters of the number types."""
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 _AGAIN = "download the file again"
 
 
 class Header(NamedTuple):
-    """Of one file."""
+    """The header of one GGUF file."""
 
     metadata: dict[str, Any]
-    """Keys that hold one value."""
+    """Values of the scalar keys."""
     lengths: dict[str, int]
-    """Keys that hold an array, and its length."""
+    """Lengths of the array keys."""
     tensors: tuple[str, ...]
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins as a GGUF file does."""
+    """Whether a file starts with the GGUF magic."""
     require_file(path, ModelError, try_=_AGAIN)
     with readable(path, ModelError), open(path, "rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 
 
 def parts_of(path: Path) -> tuple[Path, ...]:
-    """The files of a model that llama.cpp has split, first to last; the file alone where it is whole.
+    """All files of a model that llama.cpp has split, in order; only the file itself if it is not split.
 
     Raises ModelError for a part that is not the first, or where a part is missing.
     """
@@ -57,14 +57,14 @@ def parts_of(path: Path) -> tuple[Path, ...]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The shape of a model as a config.json. Raises ModelError if it is not a GGUF file, damaged or unknown."""
+    """A model's shape as a config.json. Raises ModelError if the file is not GGUF, damaged or unknown."""
     first, *others = map(read_header, parts_of(path))
     tensors = {tensor for header in (first, *others) for tensor in header.tensors}
     return config_of_header(first.metadata, first.lengths, tensors, name=str(path))
 
 
 def read_header(path: Path) -> Header:
-    """Raises ModelError where the file is not a GGUF file, or ends before its header does."""
+    """The header of a file. Raises ModelError if it is not a GGUF file, or is cut off within its header."""
     if not is_gguf(path):
         raise ModelError(f"{path} is not a GGUF file: it does not begin with GGUF", try_=_AGAIN)
     with (
@@ -76,7 +76,7 @@ def read_header(path: Path) -> Header:
 
 
 class _Reader:
-    """Goes through a header from its first byte on."""
+    """Reads a header sequentially from its first byte."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self._content, self._at = content, len(MAGIC)
@@ -109,7 +109,7 @@ class _Reader:
         return found.decode()
 
     def _pass_array(self) -> int:
-        """Its length; its values are passed over."""
+        """Skip an array's values; returns its length."""
         kind, length = self._number("I"), self._number("Q")
         if kind == _STRING:
             for _ in range(length):

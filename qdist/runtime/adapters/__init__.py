@@ -1,1 +1,1 @@
-"""What is trained: a file a method."""
+"""Adapters, one file per method."""

@@ -1,4 +1,4 @@
-"""Puts an adapter on a backbone through PEFT, whatever the method."""
+"""Attaches an adapter to a backbone through PEFT, for any method."""
 
 import hashlib
 from functools import partial
@@ -19,14 +19,14 @@ _BY_VARIANT = {type(method.variant()): method for method in METHODS.values()}
 
 
 class FusedLora(LoraLinear):
-    """PEFT's LoRA layer, whose training pass is `adapted_product`; whatever else PEFT can do is left to PEFT."""
+    """PEFT's LoRA layer with `adapted_product` as its training pass; everything else is PEFT's."""
 
     def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> Any:
-        """PEFT's own way to compute an adapter, the method's where it names one."""
+        """PEFT's way to compute an adapter, or the method's own if it has one."""
         return method_of(vars(config)).variant() or super().resolve_lora_variant(config=config, **kwargs)
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        """Make an adapter's matrices, for all of the base layer: PEFT 0.21 would measure this rank's shard of it."""
+        """Create an adapter's matrices for the full base layer: PEFT 0.21 would measure this rank's shard of it."""
         base = self.get_base_layer()
         self.in_features, self.out_features = base.in_features, base.out_features
         super().update_layer(*args, **kwargs)
@@ -44,7 +44,7 @@ class FusedLora(LoraLinear):
 
 
 def settle_offloaded(model: nn.Module) -> None:
-    """Bring the adapters of offloaded layers to the GPU, and have their plain linears compute there.
+    """Move the adapters of offloaded layers to the GPU, and have their plain linears compute there.
 
     To be called once the adapter is on: PEFT 0.21 puts its matrices where the weights are.
     """
@@ -72,7 +72,7 @@ def lora_config(plan: Plan) -> Any:
 
 
 def add_adapter(model: Any, plan: Plan) -> Any:
-    """A PEFT model whose float32 LoRA matrices, and rows of new tokens, are all that trains.
+    """A PEFT model whose only trainable parameters are float32 LoRA matrices and rows of new tokens.
 
     The initial A depends on the seed alone: every rank, and every number of ranks, starts from the same one.
     """
@@ -88,7 +88,7 @@ def add_adapter(model: Any, plan: Plan) -> Any:
 
 
 def _draw_by_name(model: nn.Module, plan: Plan) -> None:
-    """Draw the initial A of each layer from the seed and its name.
+    """Initialize each layer's A from the seed and the layer's name.
 
     So a rank that holds some of the layers starts from the same numbers as one that holds them all.
     """
@@ -104,7 +104,7 @@ def _draw_by_name(model: nn.Module, plan: Plan) -> None:
 
 
 def _token_rows(plan: Plan) -> dict[str, list[int]] | None:
-    """New rows to train, by the leaf name of the table that holds them."""
+    """Ids of the new rows to train, by leaf name of the table that holds them."""
     if not plan.source.new_token_ids:
         return None
     rows = list(plan.source.new_token_ids)

@@ -12,11 +12,11 @@ from qdist.runtime.kernels.pooling import means
 from qdist.runtime.model.packed import compute_dtype, frozen_input_gradient, frozen_product
 
 _PREFIX = "base_model.model."
-"""PEFT's, before the path of a module."""
+"""PEFT's prefix of a module path."""
 
 
 class Term(NamedTuple):
-    """What one adapter adds to a linear: factor x B A, each column of A for `pool` inputs that follow each other."""
+    """What one adapter adds to a linear: factor x B A, each column of A shared by `pool` consecutive inputs."""
 
     down: torch.Tensor
     """A, float32 [r, in / pool]."""
@@ -27,7 +27,7 @@ class Term(NamedTuple):
 
 
 class LoraSettings(msgspec.Struct):
-    """What is used of PEFT's adapter_config.json."""
+    """The fields used from PEFT's adapter_config.json."""
 
     r: int
     lora_alpha: float
@@ -37,29 +37,29 @@ class LoraSettings(msgspec.Struct):
 
     @property
     def pool(self) -> int:
-        """Inputs that share a column of A."""
+        """Consecutive inputs that share a column of A."""
         return 1
 
     def factor(self, path: str, down: torch.Tensor) -> float:
-        """What B A is multiplied by in the linear at a module path."""
+        """Factor on B A in the linear at a module path."""
         alpha, rank = self.alpha_pattern.get(path.rpartition(".")[2], self.lora_alpha), down.shape[0]
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)  # Kalajdzievski 2023
 
 
 class Lora:
-    """How PEFT is told of a method, and what is computed of it: LoRA's answers, which others override."""
+    """A method in PEFT's terms and its computations: LoRA's, for other methods to override."""
 
     settings_type = LoraSettings
-    """What is read of its adapter_config.json."""
+    """Type of the fields read from its adapter_config.json."""
 
     def peft_settings(self, plan: Plan) -> dict[str, Any]:
-        """What PEFT's configuration says of it."""
+        """The method's settings in PEFT's configuration."""
         lora = plan.spec.lora
         scale = {"lora_alpha": lora.alpha, "use_rslora": lora.variant == "rslora"}
         return {"r": lora.r, "lora_dropout": lora.dropout, **scale}
 
     def variant(self) -> Any:
-        """PEFT's `LoraVariant` for it; None where PEFT chooses."""
+        """PEFT's `LoraVariant` for the method; None if PEFT chooses."""
         return None
 
     def start_bound(self, plan: Plan, columns: int) -> float:
@@ -67,17 +67,17 @@ class Lora:
         return math.sqrt(1 / columns)
 
     def metadata(self, plan: Plan) -> dict[str, str]:
-        """What the header of the adapter's file says of it."""
+        """The method's metadata in the header of the adapter's file."""
         return {}
 
     def scaling(self, layer: Any, name: str) -> float:
-        """The scaling of `adapted_product` that gives what a PEFT layer computes with one of its adapters."""
+        """The scaling for `adapted_product` that reproduces a PEFT layer's result for one of its adapters."""
         scaling: float = layer.scaling[name]
         return scaling
 
 
 def unscaled(rank: int) -> dict[str, Any]:
-    """The settings under which PEFT adds B A as it is."""
+    """Settings that make PEFT add B A without scaling."""
     return {"r": rank, "lora_alpha": rank, "alpha_pattern": {}, "use_rslora": False}
 
 
@@ -87,7 +87,7 @@ def tensor_name(path: str, side: str) -> str:
 
 
 def adapted_path(name: str) -> str | None:
-    """The module path of the linear whose A a tensor is; None for other tensors."""
+    """The module path of the linear that an A tensor belongs to; None for other tensors."""
     end = tensor_name("", "A").removeprefix(_PREFIX)
     return name.removeprefix(_PREFIX).removesuffix(end) if name.endswith(end) else None
 
@@ -95,7 +95,7 @@ def adapted_path(name: str) -> str | None:
 def adapted_product(
     inputs: torch.Tensor, down: torch.Tensor, up: torch.Tensor, layer: nn.Linear, scaling: float
 ) -> torch.Tensor:
-    """inputs [..., in] W' + scaling (inputs A') B', with gradients for the inputs, A and B.
+    """inputs [..., in] W' + scaling (inputs A') B', differentiable in the inputs, A and B.
 
     down: A, float32 [r, in]. With fewer columns, each reads the mean of as many inputs that follow each other.
     up: B, float32 [out, r].
@@ -144,7 +144,7 @@ class _Adapted(torch.autograd.Function):
 
 
 def _product_in(dtype: torch.dtype, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right, rounded once to `dtype` where the device can."""
+    """left @ right, rounded once to `dtype` if the device supports it."""
     if left.is_cuda and left.dtype != dtype:
         product: torch.Tensor = torch.mm(left, right, out_dtype=dtype)
         return product

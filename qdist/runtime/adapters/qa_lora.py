@@ -1,4 +1,4 @@
-"""QA-LoRA in PEFT's terms (Xu et al. 2023): LoRA of the means of inputs that follow each other."""
+"""QA-LoRA in PEFT's terms (Xu et al. 2023): LoRA on the means of consecutive inputs."""
 
 import math
 from typing import Annotated, Any
@@ -11,11 +11,11 @@ from qdist.core.planning.plan import Plan
 from qdist.runtime.adapters.lora import Lora, LoraSettings
 
 UNPOOLED = {"use_qalora": False, "qalora_group_size": 16}
-"""PEFT's settings of an adapter that pools nothing."""
+"""PEFT's settings of an adapter without pooling."""
 
 
 class QaLoraSettings(LoraSettings):
-    """What is used of PEFT's adapter_config.json."""
+    """The fields used from PEFT's adapter_config.json."""
 
     use_qalora: bool = False
     qalora_group_size: Annotated[int, Meta(gt=0)] = 16
@@ -30,12 +30,12 @@ class QaLoraSettings(LoraSettings):
 
 
 class QaLora(Lora):
-    """LoRA of means, which PEFT 0.21 itself offers on GPTQModel's layers alone."""
+    """LoRA on pooled means, which PEFT 0.21 itself offers only on GPTQModel's layers."""
 
     settings_type = QaLoraSettings
 
     def peft_settings(self, plan: Plan) -> dict[str, Any]:
-        """A convention other than PEFT's is a factor on alpha."""
+        """The method's settings in PEFT's configuration; conventions other than PEFT's become a factor on alpha."""
         spec = plan.spec
         factors = {}
         if spec.lora.pool != "peft":
@@ -48,7 +48,7 @@ class QaLora(Lora):
         return QALoraLinearVariant()
 
     def start_bound(self, plan: Plan, columns: int) -> float:
-        """A group's column has the variance of the sum of its inputs' columns in LoRA, in every convention."""
+        """Bound that gives a group's column the variance of the sum of its inputs' LoRA columns, in any convention."""
         inputs = columns * plan.pool
         return math.sqrt(plan.pool / inputs) / factor_of(plan.spec.lora.pool, inputs, plan.pool)
 
@@ -56,6 +56,6 @@ class QaLora(Lora):
         return {"pool": plan.spec.lora.pool, "pool_group_size": str(plan.pool)}
 
     def scaling(self, layer: Any, name: str) -> float:
-        """PEFT's convention: the mean of a group times the number of groups."""
+        """The scaling in PEFT's convention: the mean of a group times the number of groups."""
         groups: int = layer.lora_A[name].weight.shape[1]
         return super().scaling(layer, name) * groups

@@ -1,4 +1,4 @@
-"""Which adapter methods are there, and which of them does a PEFT configuration describe?"""
+"""The available adapter methods, and which of them a PEFT configuration describes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from qdist.runtime.adapters.qa_lora import QaLora
 
 _LORA, _QA_LORA = Lora(), QaLora()
 METHODS: Mapping[str, Lora] = {"qlora": _LORA, "gptq-lora": _LORA, "qa-lora": _QA_LORA}
-"""The setting `method` -> how it is done."""
+"""Value of the setting `method` -> its implementation."""
 
 
 def method_of(config: Mapping[str, Any]) -> Lora:

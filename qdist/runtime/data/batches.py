@@ -1,4 +1,4 @@
-"""What a step trains on, what a run is judged by, and how full the fullest micro-batch is."""
+"""The samples of each step and of evaluation, and how full the fullest micro-batch is."""
 
 import hashlib
 import math
@@ -14,11 +14,11 @@ from qdist.core.spec.run_spec import RunSpec
 from qdist.runtime.data.tokenized import IGNORED, Summary, TokenizedSet, learned_tokens, load
 
 _WIDTH_MULTIPLE = 8
-"""Tensor cores want matrix sides in multiples of 8 16-bit numbers."""
+"""Row widths are multiples of this: Tensor Cores want matrix sides in multiples of 8 16-bit numbers."""
 
 
 def split(n: int, *, held_out: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The samples to train on and the ones held out: int64 indices, each in the order of the data.
+    """The training samples and the held-out samples: int64 indices, each in data order.
 
     held_out: the share to hold out; at least one sample where it is above 0, and never all.
 
@@ -48,12 +48,12 @@ def sample_order(n_train: int, *, seed: int, position: int, count: int) -> list[
 
 
 def width_of(samples: Sequence[int], tokenized: TokenizedSet) -> int:
-    """Positions of each row of a micro-batch."""
+    """Positions per row of a micro-batch."""
     return padded(max(span.stop - span.start for span in map(tokenized.span, samples)))
 
 
 def padded(longest: int) -> int:
-    """Positions of each row where the longest sample has so many tokens."""
+    """Positions per row if the longest sample has that many tokens."""
     return -(-longest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
 
 
@@ -79,17 +79,17 @@ def collate(samples: Sequence[int], tokenized: TokenizedSet, *, pad_id: int) -> 
 
 @lru_cache(maxsize=4)
 def _permutation(n: int, seed: int) -> torch.Tensor:
-    """A shuffled range(n), kept because consecutive steps ask for the same epoch. Not to be written to."""
+    """A shuffled range(n), cached because consecutive steps ask for the same epoch. Do not modify it."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
 def _derived(seed: int, purpose: int | str) -> int:
-    """A seed of its own for each purpose: seed + epoch would make seed 1 repeat what seed 0 does an epoch later."""
+    """A separate seed for each purpose: with seed + epoch, seed 1 would repeat seed 0's next epoch."""
     return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:4], "big")
 
 
 class Samples:
-    """Micro-batches by step. Everything is a function of the plan and the step, never of what came before."""
+    """Micro-batches by step, determined by the plan and the step alone, never by earlier steps."""
 
     def __init__(self, plan: Plan, tokenized: TokenizedSet, *, pad_id: int) -> None:
         self.plan, self.tokenized, self.pad_id = plan, tokenized, pad_id
@@ -97,14 +97,14 @@ class Samples:
         self.held_out: list[int] = held_out.tolist()
 
     def step(self, step: int) -> list[list[int]]:
-        """The samples of a step, micro-batch by micro-batch, for all ranks together."""
+        """Sample indices of a step, micro-batch by micro-batch, for all ranks together."""
         size = self.plan.spec.global_batch
         order = sample_order(len(self._train), seed=self.plan.spec.seed, position=step * size, count=size)
         chosen = self._train[order].tolist()
         return [chosen[start : start + self.plan.micro_batch] for start in range(0, size, self.plan.micro_batch)]
 
     def held_out_batches(self) -> list[list[int]]:
-        """The held-out samples in micro-batches, in an order that no number of ranks changes."""
+        """The held-out samples in micro-batches, in an order independent of the number of ranks."""
         size = self.plan.micro_batch
         return [self.held_out[start : start + size] for start in range(0, len(self.held_out), size)]
 
@@ -113,20 +113,20 @@ class Samples:
         return collate(indices, self.tokenized, pad_id=self.pad_id)
 
     def learned(self, indices: Sequence[int]) -> int:
-        """Tokens of these samples that have a loss."""
+        """Number of tokens of these samples that have a loss."""
         return learned_tokens(self.tokenized, indices)
 
     def tokens(self, indices: Sequence[int]) -> int:
-        """Tokens of these samples, padding not counted."""
+        """Number of tokens of these samples, without padding."""
         return sum(span.stop - span.start for span in map(self.tokenized.span, indices))
 
     def padding(self, indices: Sequence[int]) -> int:
-        """Positions of one micro-batch of these samples that hold no token."""
+        """Padding positions in a micro-batch of these samples."""
         return len(indices) * width_of(indices, self.tokenized) - self.tokens(indices)
 
 
 def read_samples(plan: Plan, *, pad_id: int) -> Samples:
-    """The data set of the plan, mapped from the token cache; random tokens where the run has none."""
+    """The plan's data set, memory-mapped from the token cache; random tokens if the run has none."""
     if plan.data is None or not plan.data.path:
         return Samples(plan, _random_tokens(plan), pad_id=pad_id)
     path = Path(plan.data.path)
@@ -148,13 +148,13 @@ def _random_tokens(plan: Plan) -> TokenizedSet:
 
 
 def micro_batch_seed(seed: int, step: int, index: int) -> int:
-    """The seed of one micro-batch's dropout: the same whichever rank computes it, and after any resume."""
+    """Dropout seed of one micro-batch: independent of the rank that computes it and of resuming."""
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {index}".encode()).digest()[:8], "big") >> 1
 
 
 _MOST_RANKS = 8
 _MOST_SAMPLES = 1 << 18
-"""Of the run, from its start, that are looked at: a later micro-batch is hardly fuller than the fullest of so many."""
+"""Samples examined from the start of the run: later micro-batches are hardly fuller than the fullest of these."""
 
 
 def fullest(tokenized: TokenizedSet, train: torch.Tensor, spec: RunSpec) -> tuple[Fullest, ...]:
@@ -176,7 +176,7 @@ def fullest(tokenized: TokenizedSet, train: torch.Tensor, spec: RunSpec) -> tupl
 
 
 def _of(lengths: torch.Tensor, learned: torch.Tensor) -> Fullest:
-    """Both [micro-batches of a rank, ranks, samples]: ranks take turns, micro-batch by micro-batch."""
+    """The fullest micro-batches; both inputs are [micro-batches of a rank, ranks, samples], ranks taking turns."""
     samples = lengths.shape[2]
     return Fullest(
         samples=samples,
@@ -186,7 +186,7 @@ def _of(lengths: torch.Tensor, learned: torch.Tensor) -> Fullest:
 
 
 def _learned(tokenized: TokenizedSet) -> torch.Tensor:
-    """Tokens of each sample that have a loss; the first of a sample never has."""
+    """Number of tokens with a loss in each sample; a sample's first token never has one."""
     counts = (tokenized.labels != IGNORED).to(torch.int64)
     counts[tokenized.offsets[:-1]] = 0
     before = torch.cat([counts.new_zeros(1), counts.cumsum(0)])

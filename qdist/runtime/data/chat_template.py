@@ -1,4 +1,4 @@
-"""What a chat template makes of a conversation, within limits of time and memory, beside what the record said."""
+"""Renders conversations with a chat template, within time and memory limits, and compares with the record."""
 
 import resource
 import signal
@@ -26,11 +26,11 @@ _KILLED_S = 30.0
 
 
 class TooLong(BaseException):
-    """A call took longer than `MOST_S`. No Exception, so that what it interrupts does not take it for its own."""
+    """A call took longer than `MOST_S`. Not an Exception, so that the interrupted code does not catch it."""
 
 
 def limited(call: Callable[[], T]) -> T:
-    """What a call gives. Raises TooLong, MemoryError, and what it raises itself.
+    """The result of a call. Raises TooLong, MemoryError, and whatever the call raises.
 
     Signals are the main thread's alone: in others there is the limit of memory, and that on Linux.
     """
@@ -48,7 +48,7 @@ def limited(call: Callable[[], T]) -> T:
 
 @cache
 def _listen() -> None:
-    """Once: to set a handler takes as long as to render a short conversation."""
+    """Install the handler, once: that takes as long as rendering a short conversation."""
     signal.signal(signal.SIGVTALRM, _ring)
 
 
@@ -71,7 +71,7 @@ def _small(call: Callable[[], T]) -> T:
 
 @lru_cache(maxsize=1)
 def _address_space(_second: int) -> int:
-    """Bytes that this process has mapped, looked up once a second."""
+    """Bytes mapped by this process, looked up at most once a second."""
     return int(Path("/proc/self/statm").read_bytes().split()[0]) * resource.getpagesize()
 
 
@@ -79,43 +79,43 @@ _THOUGHT, _THOUGHT_END = "<think>", "</think>"
 _TOGETHER = "records, or a chat_template, that go together"
 _MOST_CHARACTERS = 1 << 26
 _STAND_IN = "qdist-stands-in"
-"""Written in place of an answer to see what a template puts around it."""
+"""Placeholder answer that reveals what a template puts around an answer."""
 
 
 class LearnedAnswer(NamedTuple):
-    """A learned turn within a rendering; `start` and `end` are places in its text."""
+    """A learned turn within a rendering; `start` and `end` are positions in its text."""
 
     start: int
-    """Of the first character that a model would write: behind the header, and behind `lead`."""
+    """Position of the first character that a model would write: after the header and `lead`."""
     end: int
-    """Behind what ends the turn."""
+    """Position after the marker that ends the turn."""
     lead: str
-    """What the template writes between the header and the text; empty where that is white space."""
+    """What the template writes between the header and the text; empty if only white space."""
     mark: str
-    """What ends the turn; empty where that is white space, or nothing."""
+    """The marker that ends the turn; empty if there is none or only white space."""
 
 
 class Rendering(NamedTuple):
-    """A conversation, or what came before and with one of its answers, as the template writes it."""
+    """A conversation, or its turns up to one of its answers, as rendered by the template."""
 
     text: str
     answers: tuple[LearnedAnswer, ...]
 
 
 class Rendered(NamedTuple):
-    """One rendering; several where the template writes earlier answers otherwise once later ones follow."""
+    """One rendering, or several if the template renders earlier answers differently once later ones follow."""
 
     parts: tuple[Rendering, ...]
     left_out: frozenset[Role]
-    """Whose turns, of those that are not learned, the template does not show."""
+    """Roles, other than learned ones, whose turns the template omits."""
     thoughts: int = 0
-    """Answers whose reasoning the template leaves out; they are written as the record has them."""
+    """Number of answers whose reasoning the template omits; they are written as in the record."""
     doubled: int = 0
-    """Answers that ended with the end of the turn already; it is written once."""
+    """Number of answers that already ended with the end-of-turn marker, which is written once."""
 
 
 def require_template(tokenizer: Any) -> None:
-    """Raise ModelError for a tokenizer with chat templates of which none is the default."""
+    """Raise ModelError for a tokenizer with chat templates but no default one."""
     named = tokenizer.chat_template
     if isinstance(named, dict) and "default" not in named:
         raise ModelError(
@@ -125,7 +125,7 @@ def require_template(tokenizer: Any) -> None:
 
 
 def render(conversation: Conversation, tokenizer: Any) -> Rendered:
-    """The conversation through the chat template, and where each learned turn stands.
+    """The conversation through the chat template, with the position of each learned turn.
 
     An answer begins behind the rendering of the turns before it with the header that asks for a reply, which is what
     a model will be given, and ends where the template ends the turn. Its text must stand there, once.
@@ -155,12 +155,12 @@ def render(conversation: Conversation, tokenizer: Any) -> Rendered:
 
 
 def prompt_text(conversation: Conversation, tokenizer: Any) -> str:
-    """The conversation up to and with the header that asks for a reply. Raises DataError when the template refuses."""
+    """The conversation including the header that asks for a reply. Raises DataError if the template refuses."""
     return _Writer(conversation, tokenizer).before(len(conversation.turns))
 
 
 class _Writer:
-    """A conversation and the template that writes it."""
+    """Renders parts of a conversation through its template."""
 
     def __init__(self, conversation: Conversation, tokenizer: Any) -> None:
         self._conversation, self._tokenizer = conversation, tokenizer
@@ -168,15 +168,15 @@ class _Writer:
         self.thoughts = 0
 
     def before(self, count: int) -> str:
-        """The first turns, and the header that asks for a reply."""
+        """The first `count` turns and the header that asks for a reply."""
         return self._written(self._messages[:count], reply=True)
 
     def through(self, index: int) -> str:
-        """The turns up to one, and with it."""
+        """The turns up to and including `index`."""
         return self._written(self._messages[: index + 1], reply=False)
 
     def answered(self, index: int) -> tuple[str, LearnedAnswer]:
-        """The turns up to a learned one, and where it stands."""
+        """The turns up to and including a learned one, with its position."""
         said, before, through = self._conversation.turns[index].text.strip(), self.before(index), self.through(index)
         ahead, found, tail = through.removeprefix(before).partition(said)
         if through.startswith(before) and found and said not in tail and not ahead.strip():
@@ -200,7 +200,7 @@ class _Writer:
         raise self._changed(index, before, through, said)
 
     def _around(self, index: int) -> tuple[str, str]:
-        """What the template writes before an answer and behind it, as far as that does not hang on what it says."""
+        """What the template writes before and after an answer, as far as it does not depend on the answer."""
         stand_in = {**self._messages[index], "content": _STAND_IN}
         text = self._written([*self._messages[:index], stand_in], reply=False)
         if text.count(_STAND_IN) > 1:
@@ -212,7 +212,7 @@ class _Writer:
         return written, tail
 
     def _is_asked_alike(self, index: int, before: str, written: str) -> bool:
-        """Whether the question and the header behind it are the same, though something earlier is not."""
+        """Whether the question and the header after it are unchanged even though earlier text differs."""
         question = self._conversation.turns[index - 1].said.strip()
         shared = _common(before.rstrip()[::-1], written.rstrip()[::-1])[::-1]
         return bool(question) and question in shared
@@ -253,12 +253,12 @@ class _Writer:
 
 
 def _endless(what: str, where: str) -> ModelError:
-    """Not of the one record: with the next it would be the same."""
+    """The error for a template that never ends, which would repeat with every record."""
     return ModelError(f"the tokenizer's chat template {what} on {where}", try_="another chat_template")
 
 
 def _within(whole: str, text: str, answer: LearnedAnswer) -> LearnedAnswer | None:
-    """An answer's place in the whole conversation; None where that does not write it in the same way.
+    """An answer's position in the whole conversation; None if it is written differently there.
 
     What a template writes at the very end ('<|end|>\\n<|endoftext|>') stands behind the last answer alone.
     """
@@ -270,7 +270,7 @@ def _within(whole: str, text: str, answer: LearnedAnswer) -> LearnedAnswer | Non
 
 
 def _answer(text: str, before: str, lead: str, tail: str) -> LearnedAnswer:
-    """The place of an answer.
+    """The position of an answer in a rendering.
 
     White space behind the mark ('<|im_end|>\\n') opens the next turn and isn't learned; where nothing but white
     space follows the text, that is the end of the turn.
@@ -283,14 +283,14 @@ def _answer(text: str, before: str, lead: str, tail: str) -> LearnedAnswer:
 
 
 def _bare(text: str, mark: str) -> str:
-    """An answer without the end of the turn that it holds itself, all of it or its beginning."""
+    """An answer without the end-of-turn marker, or its beginning, that the answer itself contains."""
     said = text.rstrip()
     doubled = next((end for end in (mark, *mark.split()[:1]) if end and said.endswith(end)), "")
     return said.removesuffix(doubled) if doubled else text
 
 
 def _missing(said: str, region: str) -> str:
-    """What of an answer is not there: all behind its longest beginning that is, or all before its longest end."""
+    """The part of an answer that is missing: all after its longest prefix found, or before its longest suffix."""
     lengths = range(1, len(said) + 1)
     first = bisect_left(lengths, True, key=lambda length: said[:length] not in region)
     last = bisect_left(lengths, True, key=lambda length: said[len(said) - length :] not in region)
@@ -298,7 +298,7 @@ def _missing(said: str, region: str) -> str:
 
 
 def _common(one: str, other: str) -> str:
-    """What two texts begin with."""
+    """Common prefix of two texts."""
     shorter = min(one, other, key=len)
     return shorter[: next((at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)]
 

@@ -1,4 +1,4 @@
-"""Which tokens a conversation becomes, and which of them are learned."""
+"""The tokens of a conversation, and which of them are learned."""
 
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from qdist.runtime.data.chat_template import LearnedAnswer, Rendering, render
 
 
 class Sample(NamedTuple):
-    """One sample before truncation: token ids, and for each whether its loss is taken."""
+    """One sample before truncation: token ids, and whether each one's loss counts."""
 
     tokens: list[int]
     learn: list[bool]
@@ -21,31 +21,31 @@ class End(NamedTuple):
     """What ends an answer."""
 
     mark: str
-    """Empty where the end-of-text token was added."""
+    """Text of the marker; empty if the end-of-text token was added."""
     token: int | None
-    """That stands for it, or begins it where that is a special one; None where it is text as any other."""
+    """The marker's token, or its first one if that is special; None if it is ordinary text."""
 
 
 class Encoded(NamedTuple):
-    """What one conversation becomes."""
+    """The encoded form of one conversation."""
 
     samples: tuple[Sample, ...]
-    """One; one an answer where earlier answers become other text, or other tokens, once later ones follow."""
+    """One sample; one per answer if later turns change the text or tokens of earlier answers."""
     chat: bool
-    """Whether a chat template wrote it."""
+    """Whether a chat template rendered it."""
     ends: tuple["End", ...] = ()
-    """What ends each learned turn."""
+    """The end of each learned turn."""
     leads: tuple[str, ...] = ()
-    """What stands between header and text of each."""
+    """The text between header and answer of each learned turn."""
     left_out: frozenset[Role] = frozenset()
-    """Whose turns the chat template does not show."""
+    """Roles whose turns the chat template omits."""
     thoughts: int = 0
     doubled: int = 0
     """See `Rendered`."""
 
 
 class Encoder:
-    """Makes tokens of conversations, through the tokenizer's chat template where there is one and it applies."""
+    """Tokenizes conversations, through the tokenizer's chat template if there is one and it applies."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -54,7 +54,7 @@ class Encoder:
         self._dividing = {token for token, own in added if own.special and not own.normalized}
 
     def encode(self, conversation: Conversation) -> Encoded:
-        """The tokens of one conversation, uncut.
+        """The tokens of one conversation, not truncated.
 
         Raises DataError for a conversation that the template does not write as it is, ModelError for a tokenizer that
         cannot say which tokens are whose, or where a text ends.
@@ -79,7 +79,7 @@ class Encoder:
         )
 
     def _of_rendering(self, part: Rendering, *, where: str) -> list[tuple[Sample, tuple[End, ...]]]:
-        """A sample, or one an answer, with the ends of its answers.
+        """One sample, or one per answer, with the ends of its answers.
 
         The tokens before an answer are the ones that a model is given when it is asked for it.
         """
@@ -105,7 +105,7 @@ class Encoder:
         return _Tokens(encoded["input_ids"], encoded["offset_mapping"])
 
     def _in_pieces(self, part: Rendering, whole: "_Tokens") -> Iterator["_Tokens"]:
-        """The last answer tokenized apart from what asks for it, for text in which a token would span both.
+        """The last answer tokenized separately from its prompt, for text in which a token would span both.
 
         First alone, then behind a special token, where tokenizers that begin a text with a space put none. Pieces that
         say something else than the whole are none.
@@ -125,7 +125,7 @@ class Encoder:
         return said
 
     def _spans(self, tokens: "_Tokens", part: Rendering) -> list[tuple[int, int]] | None:
-        """From which token to which each answer goes; None where a prompt alone would be other tokens."""
+        """The token range of each answer; None if a prompt alone would be tokenized differently."""
         spans = []
         for answer in part.answers:
             begin = self._asked(tokens, part.text, answer.start)
@@ -135,7 +135,7 @@ class Encoder:
         return spans
 
     def _asked(self, tokens: "_Tokens", text: str, start: int) -> int | None:
-        """How many tokens stand before an answer; None where its prompt alone would be others.
+        """Number of tokens before an answer; None if its prompt alone would be tokenized differently.
 
         The last special token divides the text: what comes before it has no part in what follows, and is not tokenized
         again.
@@ -177,31 +177,31 @@ class Encoder:
 
 
 class _Tokens(NamedTuple):
-    """Token ids, and the characters of each."""
+    """Token ids, and the character range of each."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
 
 
 def _first_character(offset: tuple[int, int]) -> int:
-    """Of a token; one that is all white space is given as empty, behind it, by tokenizers that trim."""
+    """Position of a token's first character; tokenizers that trim give an all-whitespace token as empty, after it."""
     start, stop = offset
     return start - (start == stop)
 
 
 def prompt_of_segments(conversation: Conversation, tokenizer: Any) -> list[int]:
-    """The tokens of a conversation that waits for a reply, without a chat template."""
+    """The tokens of a conversation that awaits a reply, without a chat template."""
     return _of_segments(conversation, tokenizer)[0].tokens
 
 
 def opening(tokenizer: Any) -> list[int]:
-    """The begin-of-text token, where the tokenizer itself puts one before a prompt."""
+    """The begin-of-text token, if the tokenizer itself prepends one to prompts."""
     first = tokenizer("a")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []
 
 
 def _of_segments(conversation: Conversation, tokenizer: Any) -> tuple[Sample, int]:
-    """Each piece tokenized for itself, the learned ones ended by the end-of-text token (QLoRA's way).
+    """Each segment tokenized separately, learned ones followed by the end-of-text token (as in QLoRA).
 
     Begin and end of text that the record holds already are not written again; how many ends were there.
     """

@@ -1,4 +1,4 @@
-"""A tokenized data set, in memory and as a file, made once: later runs with the same contents map that file."""
+"""A tokenized data set, in memory and as a file that later runs with the same contents memory-map."""
 
 import hashlib
 import json
@@ -25,27 +25,27 @@ from qdist.runtime.formats.packed_folder import entries_of, write_safetensors
 from qdist.runtime.formats.recorded_sums import is_intact, sealed
 
 IGNORED = -100
-"""The label of a token without loss, as transformers and torch have it."""
+"""Label of tokens without a loss, as in transformers and torch."""
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of the records."""
+    """Statistics of tokenizing the records."""
 
     records: int
     dropped: int
-    """Nothing to learn was in them, or left of them after truncation; not in the set."""
+    """Records left out because they have nothing to learn, before or after truncation."""
     truncated: int
-    """Cut at seq_len, dropped ones included."""
+    """Records cut at seq_len, including dropped ones."""
     tokens: int
     learned_tokens: int
     wording: Wording | None = None
     """None for random tokens."""
     notes: tuple[str, ...] = ()
-    """What was dropped, cut or written otherwise, for the user."""
+    """What was dropped, cut or written differently, for the user."""
 
 
 class TokenizedSet(NamedTuple):
-    """Samples laid end to end; sample i is `offsets[i]:offsets[i + 1]`.
+    """Concatenated samples; sample i is `offsets[i]:offsets[i + 1]`.
 
     tokens, labels: int32 [tokens]. A label is aligned with its token, as transformers has it: the loss of position
     p - 1 is taken against label p, so the first label of a sample never counts.
@@ -61,18 +61,18 @@ class TokenizedSet(NamedTuple):
         return self.offsets.numel() - 1
 
     def span(self, index: int) -> slice:
-        """Where sample `index` lies in `tokens` and `labels`."""
+        """Range of sample `index` in `tokens` and `labels`."""
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
 
 def learned_tokens(tokenized: TokenizedSet, indices: Iterable[int]) -> int:
-    """How many tokens of these samples have a loss: the first of a sample has nothing before it to predict it."""
+    """Number of tokens of these samples that have a loss: a sample's first token has nothing to predict it."""
     spans = (tokenized.span(index) for index in indices)
     return sum(int((tokenized.labels[span.start + 1 : span.stop] != IGNORED).sum()) for span in spans)
 
 
 def save(tokenized: TokenizedSet, path: Path, *, key: str) -> None:
-    """Write the set beside `path` and rename it there, so that no reader ever sees half of it."""
+    """Write the set to a temporary file and rename it to `path`, so that no reader sees a partial one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {"tokens": tokenized.tokens, "labels": tokenized.labels, "offsets": tokenized.offsets}
     summary = msgspec.json.encode(tokenized.summary).decode()
@@ -83,7 +83,7 @@ def save(tokenized: TokenizedSet, path: Path, *, key: str) -> None:
 
 
 def load(path: Path, *, key: str) -> TokenizedSet:
-    """Map the set at `path` into memory; it is summed, and then read again as it is used.
+    """Memory-map the set at `path`; it is read once for its checksum, and again as it is used.
 
     Raises DataError when the file is damaged or was written for another key.
     """
@@ -101,10 +101,10 @@ def load(path: Path, *, key: str) -> TokenizedSet:
 
 
 DEMO = demo.NAME
-"""The source that names the generated data set of `qdist.core.data.demo`."""
+"""Source name of the generated data set of `qdist.core.data.demo`."""
 
 _VERSION = 3
-"""Raise it whenever the same records would become other tokens or labels."""
+"""Increment whenever the same records would give other tokens or labels."""
 
 
 def cached_tokenize(
@@ -117,7 +117,7 @@ def cached_tokenize(
     data_format: str | None = None,
     rows: int | None = None,
 ) -> tuple[TokenizedSet, Path]:
-    """The tokenized set of `source` and its file in `folder`, written unless it is there.
+    """The tokenized set of `source` and its file in `folder`, written if missing.
 
     source: 'demo', a file, a folder or a hub data set, as `read_records` takes them.
     folder: where sets are kept, each under its key; ranks may race for it, the files are equal.
@@ -138,14 +138,14 @@ def cached_tokenize(
 def cache_key(
     source: str, tokenizer: Any, *, seq_len: int, train_on_source: bool, data_format: str | None = None
 ) -> str:
-    """The sha256 of all that decides what a tokenized set holds."""
+    """SHA-256 of everything that determines a tokenized set."""
     records = _digest(demo.records()) if source == DEMO else source_digest(source)
     parts = [_VERSION, records, tokenizer_digest(tokenizer), data_format, seq_len, train_on_source]
     return _digest(parts)
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """The sha256 of a tokenizer's vocabulary, rules, special tokens and chat template.
+    """SHA-256 of a tokenizer's vocabulary, rules, special tokens and chat template.
 
     The padding and truncation that a fast tokenizer keeps from its last call are left out.
     """
@@ -165,7 +165,7 @@ def tokenize(
     train_on_source: bool,
     rows: int | None = None,
 ) -> TokenizedSet:
-    """Tokenize for causal training, with the loss on the assistant's turns only, or on all with `train_on_source`.
+    """Tokenize for causal training, with the loss on the assistant's turns, or on all with `train_on_source`.
 
     found: conversations, and errors in place of those that could not be read.
     tokenizer: a transformers tokenizer; the chat template, where it has one, needs a fast one.
@@ -181,7 +181,7 @@ def tokenize(
 
 
 class _Pass:
-    """One way through all records."""
+    """One pass over all records."""
 
     def __init__(self, tokenizer: Any, *, seq_len: int, train_on_source: bool, rows: int | None) -> None:
         self._tokenizer, self._seq_len, self._all, self._rows = tokenizer, seq_len, train_on_source, rows
@@ -191,7 +191,7 @@ class _Pass:
         self._bad, self._told, self._encoder = BadRecords(), Told(tokenizer), Encoder(tokenizer)
 
     def add(self, conversation: Conversation | DataError) -> None:
-        """Take in the next record."""
+        """Process the next record."""
         self._records += 1
         if isinstance(conversation, DataError):
             self._bad.add(conversation)
@@ -217,7 +217,7 @@ class _Pass:
             self._drop(f"nothing to learn within seq_len={self._seq_len}")
 
     def tokenized(self) -> TokenizedSet:
-        """The set of all that was kept. Raises DataError as `tokenize` does."""
+        """The set of all kept samples. Raises DataError as `tokenize` does."""
         self._bad.raise_any(self._records)
         if len(self._offsets) == 1:
             raise self._nothing_left()
@@ -239,7 +239,7 @@ class _Pass:
         )
 
     def _keep(self, sample: Sample) -> bool:
-        """Add a sample, cut; whether anything was left to learn of it."""
+        """Truncate and add a sample; whether anything was left to learn."""
         prompt = sample.learn.index(True) if True in sample.learn else len(sample.tokens)
         self._longest_prompt = max(self._longest_prompt, prompt)
         tokens = sample.tokens[: self._seq_len]
@@ -256,7 +256,7 @@ class _Pass:
         self._dropped[reason] = self._dropped.get(reason, 0) + 1
 
     def _require_no_marks(self, conversation: Conversation) -> None:
-        """With everything learned, a turn that is not to be learned would be."""
+        """Refuse turns that are marked as not learned, because with `train_on_source` everything is."""
         marked = any(turn.role == "assistant" and not turn.learn and turn.text.strip() for turn in conversation.turns)
         if self._all and marked:
             raise DataError(

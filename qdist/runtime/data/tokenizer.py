@@ -1,4 +1,4 @@
-"""Opens a model folder's tokenizer, or says why not; repairs missing special tokens, gives added ones their rows."""
+"""Opens a model folder's tokenizer or explains why not; repairs special tokens and adds rows for new ones."""
 
 import re
 import shutil
@@ -19,13 +19,13 @@ _FILES = (
     "spiece.model", "sentencepiece.bpe.model", "*.tiktoken",
 )  # fmt: skip
 _OF_FILES = (OSError, ValueError, KeyError)
-"""What transformers says of files that are not there or do not go together; of other classes it trips over values."""
+"""transformers' errors for missing or mismatched files; other classes are failures on their contents."""
 TEMPLATES = "additional_chat_templates"
-"""The folder in which transformers keeps chat templates beside the default one."""
+"""Folder in which transformers keeps chat templates other than the default."""
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there is a file of a tokenizer."""
+    """Whether the folder has a tokenizer file."""
     return any(any(folder.glob(file)) for file in _FILES)
 
 
@@ -38,7 +38,7 @@ def copy_beside(path: Path, folder: Path) -> None:
 
 
 def open_tokenizer(folder: Path, lacking: str, *, try_: str = BESIDE) -> Any:
-    """transformers' tokenizer.
+    """transformers' tokenizer for a folder.
 
     lacking: what a user is told where there is none; transformers' reason is added.
     Raises ModelError.
@@ -59,7 +59,7 @@ def open_tokenizer(folder: Path, lacking: str, *, try_: str = BESIDE) -> Any:
 
 
 def _require_json(folder: Path) -> None:
-    """Raise ModelError naming the file that is to blame, where one of them is not a JSON object."""
+    """Raise ModelError naming the file at fault, if one of them is not a JSON object."""
     for file in sorted(folder.glob("*token*.json")):
         read_json(file)
 
@@ -76,7 +76,7 @@ def _unreadable(folder: Path, error: ModelError) -> ModelError:
 
 
 def _reason(error: ModelError) -> str:
-    """The first line; empty where it only announces the lines behind it."""
+    """The error's first line; empty if it only announces the following lines."""
     first = str(error.__cause__).partition("\n")[0].strip()
     return "" if first.endswith(":") else error.message.removeprefix(": ")
 
@@ -86,16 +86,16 @@ PAD_CANDIDATES = (
     "<unk>",
 )  # fmt: skip
 _RESERVED = re.compile(r"[<\[]\|?(reserved|unused|extra)[\w-]*?\d+\|?[>\]]")
-"""Tokens that a vocabulary keeps for whoever needs one."""
+"""Placeholder tokens that a vocabulary reserves for later use."""
 
 
 class Repair(NamedTuple):
-    """What was changed. `new_ids` are vocabulary rows that did not have a meaning before."""
+    """What was changed. `new_ids` are vocabulary rows that had no meaning before."""
 
     notes: tuple[str, ...]
     new_ids: tuple[int, ...]
     rows: int | None
-    """Rows that the embedding must have, or None where it keeps its own."""
+    """Rows that the embedding must have, or None if unchanged."""
 
 
 def repair(tokenizer: Any, config: dict[str, Any], *, new_tokens: tuple[str, ...] = ()) -> Repair:
@@ -138,7 +138,7 @@ def repair(tokenizer: Any, config: dict[str, Any], *, new_tokens: tuple[str, ...
 
 
 def _pad(tokenizer: Any, vocabulary: dict[str, int], rows: int) -> str:
-    """A token that stands for nothing else, else the end of a text, which masks and lengths tell from padding."""
+    """An otherwise meaningless token, else the end-of-text token, which masks and lengths tell from padding."""
     usable = {token for token, index in vocabulary.items() if index < rows}
     free = usable - {tokenizer.eos_token, tokenizer.bos_token}
     named = next((token for token in PAD_CANDIDATES if token in free), None)
@@ -149,7 +149,7 @@ def _pad(tokenizer: Any, vocabulary: dict[str, int], rows: int) -> str:
 
 
 def _better_eos(tokenizer: Any, config: dict[str, Any], vocabulary: dict[str, int]) -> str | None:
-    """The token that should end a text, where the tokenizer's own cannot; None where it can."""
+    """The token that should end a text if the tokenizer's own cannot; None if it can."""
     own = tokenizer.eos_token
     if own and own != tokenizer.bos_token:
         return None
@@ -164,7 +164,7 @@ def _better_eos(tokenizer: Any, config: dict[str, Any], vocabulary: dict[str, in
 
 
 def add_rows(model: Any, new_ids: tuple[int, ...], rows: int | None) -> None:
-    """Give new tokens their embedding rows, input and output, each starting at the mean of the old rows.
+    """Add embedding rows for new tokens, input and output, each initialized to the mean of the old rows.
 
     The mean keeps the new token's logit near the average instead of far above every other (Hewitt 2021).
     """
@@ -187,7 +187,7 @@ def add_rows(model: Any, new_ids: tuple[int, ...], rows: int | None) -> None:
 
 
 def align_config(model: Any, tokenizer: Any, ends: tuple[int, ...] = ()) -> None:
-    """Make the model stop and pad on the tokenizer's tokens.
+    """Set the model's stop and pad tokens to the tokenizer's.
 
     ends: tokens that end an answer beside them, as `Wording` has them.
     """

@@ -1,4 +1,4 @@
-"""How records were worded, summed up over a pass; and prompts written in the same way."""
+"""How records were worded, collected over a pass; and prompts written in the same way."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _MARKED, _NEXT = "qdist-one-answer", "qdist-next-question"
 
 
 class Told:
-    """What the records of a pass had in common, and what a user is to know of how they were written."""
+    """What the records of a pass have in common, and what to tell the user about their wording."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -27,7 +27,7 @@ class Told:
         self._thoughts = self._doubled = self._apart = 0
 
     def add(self, conversation: Conversation, encoded: Encoded) -> None:
-        """Take note of a record that is used."""
+        """Count a record that is used."""
         self._formats[conversation.format] += 1
         style: Way = "chat" if encoded.chat else conversation.style
         self._ways[style, "\n" if encoded.chat else conversation.gap, conversation.verbatim] += 1
@@ -55,7 +55,7 @@ class Told:
         return wording, tuple(self._notes(wording, records))
 
     def _ends(self) -> tuple[set[int], str]:
-        """Tokens that end answers, and the text that does where it is not a single token."""
+        """Tokens that end answers, and the text that does if it is not a single token."""
         ends, text = {own.token for own in self._answer_ends if own.token is not None}, ""
         for own, _ in self._answer_ends.most_common():
             if own.token is None:
@@ -65,11 +65,11 @@ class Told:
         return ends, text
 
     def _is_unmarked(self) -> bool:
-        """Whether answers end with white space alone."""
+        """Whether answers end with only white space."""
         return any(not own.mark for own in self._answer_ends)
 
     def _next_header(self) -> str:
-        """What the template writes between an answer and the next question, where white space ends the answer."""
+        """What the template writes between an answer and the next question, if answers end with white space."""
         turns = (Turn("user", "a", False), Turn("assistant", _MARKED, False), Turn("user", _NEXT, False))
         try:
             text = prompt_text(Conversation(turns=turns, where="the chat template"), self._tokenizer)
@@ -120,14 +120,14 @@ class Told:
 
 
 def usual_wording(tokenizer: Any) -> Wording:
-    """How a model that is no run of ours is prompted: by its chat template, or under headings where it has none."""
+    """How to prompt a model that is not from a qdist run: by its chat template, or with headings if it has none."""
     return Wording(style="chat" if tokenizer.chat_template else "headings")
 
 
 def encode_prompt(conversation: Conversation, tokenizer: Any, wording: Wording) -> list[int]:
-    """The tokens of a conversation that waits for a reply, worded as the model was trained.
+    """The tokens of a conversation that awaits a reply, worded as in training.
 
-    Raises DataError where the chat template refuses it.
+    Raises DataError if the chat template refuses it.
     """
     if wording.style == "chat" and not conversation.verbatim:
         require_template(tokenizer)
@@ -138,13 +138,13 @@ def encode_prompt(conversation: Conversation, tokenizer: Any, wording: Wording) 
 
 
 def worded(conversation: Conversation, wording: Wording) -> Conversation:
-    """A conversation in the style of a wording; raw text stays as it is."""
+    """A conversation in the style of a wording; raw text is unchanged."""
     style: Style = "headings" if wording.style == "chat" else wording.style
     return replace(conversation, style=style, gap=wording.gap)
 
 
 def keep_wording(tokenizer: Any, wording: Wording) -> str:
-    """Give a tokenizer the chat template that writes what was trained on, where that was not its own; a note of it."""
+    """Give a tokenizer the chat template used in training if that was not its own; returns a note about it."""
     if wording.style == "chat":
         return ""
     own = template_of(wording.style, wording.gap, opening=bool(opening(tokenizer)))

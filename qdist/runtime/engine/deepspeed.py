@@ -1,4 +1,4 @@
-"""Adapter gradients and optimizer state under DeepSpeed's ZeRO, and their full form for checkpoints."""
+"""Adapter gradients and optimizer state under DeepSpeed's ZeRO, and their unsharded form for checkpoints."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -29,7 +29,7 @@ from qdist.runtime.engine.torch import (
 
 
 class DeepSpeedEngine:
-    """Several ranks, or offloaded optimizer state. `engine` is what DeepSpeed made from deepspeed.json.
+    """For several ranks, or offloaded optimizer state. `engine` is what DeepSpeed made from deepspeed.json.
 
     group: the ranks that hold the same parameters; None for all.
     across: over the stages of a pipeline.
@@ -45,7 +45,7 @@ class DeepSpeedEngine:
         self.stage = engine.zero_optimization_stage()
         self.world_size = dist.get_world_size(group)
         self.optimizer = engine.optimizer.optimizer if self.stage else engine.optimizer
-        """Adam itself, over flat partitions where ZeRO made them."""
+        """Adam itself, over flat partitions if ZeRO made them."""
         self._gradient_bytes = 0
         if self.stage == 3:
             parameters: list[Any] = list(adapter.parameters())
@@ -69,7 +69,7 @@ class DeepSpeedEngine:
         return torch.stack(losses).sum()
 
     def backward(self, batch: Any, *, weight: float, loss_scale: float, last: bool) -> torch.Tensor:
-        """One micro-batch. last: no further one before `step`. Returns its summed loss, detached."""
+        """Forward and backward of one micro-batch; returns its summed loss, detached. last: no more before `step`."""
         if self.stage:
             self.engine.optimizer.override_loss_scale(loss_scale)
         else:
@@ -104,7 +104,7 @@ class DeepSpeedEngine:
         return Held(self._gradient_bytes, moment_bytes(self.optimizer) + bytes_of(flat))
 
     def _own_gradients(self) -> Iterable[torch.Tensor | None]:
-        """What ZeRO has left of the gradients on this rank; all of them without it."""
+        """This rank's gradients: ZeRO's partition of them, or all without ZeRO."""
         yield from (parameter.grad for parameter in self.adapter.parameters())
         if self.stage:
             for group in self.engine.optimizer.averaged_gradients.values():
@@ -133,24 +133,24 @@ class DeepSpeedEngine:
                 self._take(parameter, moment, tensors[name])
 
     def _show_partitions(self, *, hide: bool = False) -> None:
-        """ZeRO 3 puts its flat partitions into Adam's groups for the length of a step only."""
+        """Put ZeRO 3's flat partitions into Adam's groups, or hide them again: ZeRO does so only during a step."""
         if self.stage == 3:
             for index, group in enumerate(self.optimizer.param_groups):
                 group["params"] = [] if hide else [self.engine.optimizer.fp32_partitioned_groups_flat[index]]
 
     def _link_moments(self) -> None:
-        """ZeRO 1 and 2 find their parts of moments once a step has made them; these were not made by a step."""
+        """Link moments not made by a step to ZeRO 1 and 2, which find their parts only after a step."""
         if self.stage in (1, 2):
             zero = self.engine.optimizer
             for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
                 self._accessors.lazy_init_hp_params_optimizer_state(parameters, flat, self.optimizer.state)
 
     def _key(self, moment: str) -> str:
-        """A moment's name in Adam's state."""
+        """Key of a moment in Adam's state."""
         return moment_key(next(iter(self.optimizer.state.values())), moment)
 
     def _full(self, parameter: nn.Parameter, moment: str | None) -> torch.Tensor:
-        """The whole of a parameter or moment, from the partitions of all ranks."""
+        """The full parameter or moment, assembled from the partitions of all ranks."""
         if self.stage == 0 and moment is not None:
             return to_cpu(moment_of(self.optimizer.state[parameter], moment))
         if moment is not None:
@@ -158,7 +158,7 @@ class DeepSpeedEngine:
         return to_cpu(self._accessors.safe_get_full_fp32_param(parameter) if self.stage == 3 else parameter)
 
     def _take(self, parameter: nn.Parameter, moment: str | None, value: torch.Tensor) -> None:
-        """Keep this rank's part of a whole parameter or moment."""
+        """Store this rank's part of a full parameter or moment."""
         with torch.no_grad():
             if self.stage == 3:
                 self._take_shard(parameter, self._key(moment) if moment else None, value)
@@ -174,7 +174,7 @@ class DeepSpeedEngine:
                 self._accessors.safe_set_full_optimizer_state(parameter, value, self._key(moment))
 
     def _take_shard(self, parameter: Any, key: str | None, value: torch.Tensor) -> None:
-        """ZeRO 3: keep this rank's equal share of a parameter or moment, the last rank's padded with zeros.
+        """ZeRO 3: store this rank's equal share of a parameter or moment; the last rank's is zero-padded.
 
         DeepSpeed's `safe_set_full_*` fail where the shares do not come out even: docs/upstream.md.
         DeepSpeed gathers a parameter in a hook of the module that owns it, and the adapter's modules are not in its

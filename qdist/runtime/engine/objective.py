@@ -1,4 +1,4 @@
-"""The training objective: cross entropy summed over learned tokens, with logits for those alone, as was planned."""
+"""The training objective: cross entropy summed over learned tokens, computing logits only for those."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +14,7 @@ IGNORED = -100
 
 
 def summed_loss(model: Any, batch: Mapping[str, torch.Tensor], *, fused: bool) -> torch.Tensor:
-    """Sum of the next-token cross entropy over labels other than -100, as a float32 scalar.
+    """Sum of the next-token cross entropy over labels other than -100, a float32 scalar.
 
     batch: input_ids and labels, int64 [batch, length] on the CPU, right-padded. Causal attention makes a mask
     unnecessary: no real token attends to the padding behind it.
@@ -25,14 +25,14 @@ def summed_loss(model: Any, batch: Mapping[str, torch.Tensor], *, fused: bool) -
 
 
 def hidden_states(model: Any, inputs: torch.Tensor) -> torch.Tensor:
-    """What the decoder makes of token ids, int64 [batch, length], or of hidden states, [batch, length, hidden]."""
+    """The decoder's output for token ids, int64 [batch, length], or for hidden states, [batch, length, hidden]."""
     name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
     hidden: torch.Tensor = model.get_decoder()(**{name: inputs}, use_cache=False)[0]
     return hidden
 
 
 def loss_of(model: Any, hidden: torch.Tensor, labels: torch.Tensor, *, fused: bool) -> torch.Tensor:
-    """The summed loss, from hidden states behind the final norm and labels on the CPU, both [batch, length, ...]."""
+    """The summed loss from hidden states after the final norm and labels on the CPU, both [batch, length, ...]."""
     head = model.get_output_embeddings()
     device = next(head.parameters()).device  # of a model spread over GPUs, not always where the hidden states are
     targets = labels[:, 1:].reshape(-1)
@@ -47,7 +47,7 @@ def loss_of(model: Any, hidden: torch.Tensor, labels: torch.Tensor, *, fused: bo
 
 
 def cross_entropy(head: Any, hidden: torch.Tensor, wanted: torch.Tensor, *, fused: bool) -> torch.Tensor:
-    """Summed cross entropy of an output embedding on hidden states [tokens, hidden], where `wanted` is right."""
+    """Summed cross entropy of an output embedding on hidden states [tokens, hidden] against the tokens `wanted`."""
     if fused:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
@@ -58,34 +58,34 @@ def cross_entropy(head: Any, hidden: torch.Tensor, wanted: torch.Tensor, *, fuse
 
 
 CameTo = Callable[[int], None]
-"""Told the number of each micro-batch, from 1, before it is computed."""
+"""Called with the number of each micro-batch, from 1, before it is computed."""
 Evaluate = Callable[[list[list[int]], CameTo], tuple[float, int]]
 """A rank's (summed loss, learned tokens) over micro-batches of sample indices."""
 
 
 def unseen(count: int) -> None:
-    """For an evaluation that nobody watches."""
+    """The default callback of an evaluation: does nothing."""
 
 
 class Forward:
-    """Losses of a PEFT model. The adapter is float32; autocast brings it to the backbone's precision."""
+    """Losses of a PEFT model. The adapter is float32; autocast casts it to the backbone's precision."""
 
     def __init__(self, model: Any, samples: Samples, *, dtype: torch.dtype, fused: bool) -> None:
         self.model, self.samples, self.dtype, self.fused = model, samples, dtype, fused
         self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Cross entropy summed over the learned tokens of a micro-batch."""
+        """Cross entropy summed over a micro-batch's learned tokens."""
         with self._autocast():
             return summed_loss(self._base, batch, fused=self.fused)
 
     def part(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The decoder layers that are here: token ids, or the hidden states of the stage before, to hidden states."""
+        """The decoder layers on this rank: from token ids, or the previous stage's hidden states, to hidden states."""
         with self._autocast():
             return hidden_states(self._base, inputs)
 
     def loss_of(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The last stage's end: the summed loss of what `part` gave."""
+        """The last stage's final step: the summed loss from the output of `part`."""
         with self._autocast():
             return loss_of(self._base, hidden, labels, fused=self.fused)
 
@@ -101,7 +101,7 @@ class Forward:
 
     @contextlib.contextmanager
     def without_dropout(self) -> Iterator[None]:
-        """The model as it judges; then as it was."""
+        """A context with the model in evaluation mode; restores its mode afterwards."""
         training = self.model.training
         self.model.eval()
         try:

@@ -1,4 +1,4 @@
-"""Gradients and optimizer steps of the adapter, by plain torch or by DeepSpeed; and what ranks tell each other."""
+"""Gradients and optimizer steps of the adapter, with plain torch or DeepSpeed; and communication between ranks."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,34 +14,34 @@ _BNB_NAMES = {"exp_avg": "state1", "exp_avg_sq": "state2"}
 
 
 class MicroBatch(NamedTuple):
-    """One micro-batch of a step, made when it is needed. `seed` decides its dropout, whichever rank computes it."""
+    """One micro-batch of a step, built when needed. `seed` determines its dropout, whichever rank computes it."""
 
     load: Callable[[], Mapping[str, torch.Tensor]]
     seed: int
 
 
 Across = Callable[[torch.Tensor], torch.Tensor]
-"""Adds a scalar up over the ranks that hold the other parts of the adapter."""
+"""Sums a scalar over the ranks that hold the other parts of the adapter."""
 
 
 class StepResult(NamedTuple):
-    """One optimizer step. `skipped` when the gradients were not finite; the norm is before clipping."""
+    """Result of an optimizer step. `skipped` if the gradients were not finite; the norm is before clipping."""
 
     gradient_norm: float
     skipped: bool
 
 
 class Held(NamedTuple):
-    """Bytes of what training adds to a rank's adapter, wherever they are; after a step, and zeros before one."""
+    """Bytes that training adds to a rank's adapter, on any device; after a step, and zeros before the first."""
 
     gradients: int
-    """As they were when the last step began: this rank's part of them under ZeRO 2 and 3."""
+    """Bytes of gradients at the start of the last step: only this rank's part under ZeRO 2 and 3."""
     optimizer: int
-    """Moments, and ZeRO's flat fp32 copy of the parameters."""
+    """Bytes of moments, and of ZeRO's flat fp32 copy of the parameters."""
 
 
 class State(NamedTuple):
-    """Everything of the adapter that a checkpoint holds, on no particular number of ranks."""
+    """The adapter's state as a checkpoint holds it, independent of the number of ranks."""
 
     parameters: dict[str, torch.Tensor]
     moments: dict[str, dict[str, torch.Tensor]]
@@ -50,11 +50,11 @@ class State(NamedTuple):
 
 
 def nothing() -> None:
-    """For whom nobody listens to."""
+    """The default callback: does nothing."""
 
 
 class Engine(Protocol):
-    """What the loop needs of either engine."""
+    """The training loop's interface to either engine."""
 
     def accumulate(
         self,
@@ -64,7 +64,7 @@ class Engine(Protocol):
         loss_scale: float,
         computed: Callable[[], None] = nothing,
     ) -> torch.Tensor:
-        """Forward and backward of this rank's micro-batches of a step, all of them.
+        """Forward and backward of all of this rank's micro-batches of a step.
 
         Gradients of weight x summed loss add up over micro-batches and ranks. computed: called once this rank's own
         passes are on their way, and before it waits for other ranks where it can tell the two apart.
@@ -76,17 +76,17 @@ class Engine(Protocol):
         """Clip and apply the accumulated gradients."""
 
     def held(self) -> Held:
-        """What this rank has of gradients and optimizer state."""
+        """Bytes of gradients and optimizer state on this rank."""
 
     def state(self) -> State:
         """The full state, on the CPU. Collective: every rank must call it."""
 
     def restore(self, state: State) -> None:
-        """Take over a full state. Collective."""
+        """Load a full state. Collective."""
 
 
 class Adapter(nn.Module):
-    """The trainable parameters of a model under names without dots, and its loss as `forward`."""
+    """The model's trainable parameters under names without dots, with its loss as `forward`."""
 
     def __init__(self, model: nn.Module, loss: Callable[[Any], torch.Tensor]) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Adapter(nn.Module):
 
 
 class TorchEngine:
-    """torch's own backward and optimizer, every rank with the whole adapter state.
+    """torch's own backward and optimizer; every rank holds the whole adapter state.
 
     across: over the stages of a pipeline. ranks: that compute different samples and add their gradients up, once a
     step. The gradients lie in one flat buffer then: DDP, which adds them up during the backward pass, holds them twice
@@ -185,7 +185,7 @@ class TorchEngine:
 
 
 def _flat_gradients(parameters: list[nn.Parameter]) -> torch.Tensor:
-    """Zeros for the gradients of all parameters, of which each parameter's own is a part."""
+    """Zeros for the gradients of all parameters; each parameter's own gradient is a view into them."""
     flat = torch.zeros(sum(map(torch.Tensor.numel, parameters)), dtype=torch.float32, device=parameters[0].device)
     parts = flat.split([parameter.numel() for parameter in parameters])
     for parameter, part in zip(parameters, parts, strict=True):
@@ -196,7 +196,7 @@ def _flat_gradients(parameters: list[nn.Parameter]) -> torch.Tensor:
 def finish_gradients(
     parameters: list[nn.Parameter], *, clip: float, loss_scale: float, across: Across | None = None
 ) -> StepResult:
-    """Unscale and clip gradients in place; not finite, here or on a rank that `across` asks, means skip."""
+    """Unscale and clip gradients in place; skip if not finite, here or on a rank that `across` sums over."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     here = torch.nn.utils.get_total_norm(gradients)
     norm = float(here if across is None else across(here.double().square()).sqrt()) / loss_scale
@@ -210,12 +210,12 @@ def finish_gradients(
 
 
 def bytes_of(tensors: Iterable[torch.Tensor | None]) -> int:
-    """Of those that are there."""
+    """Total bytes of the tensors, skipping None."""
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def moment_bytes(optimizer: Any) -> int:
-    """Of every tensor of an optimizer's state."""
+    """Bytes of every tensor in an optimizer's state."""
     return bytes_of(
         value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
     )
@@ -233,7 +233,7 @@ def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def allocate_moments(optimizer: Any, steps: int) -> None:
-    """Make Adam's state as it is after `steps` steps, with moments still zero."""
+    """Create Adam's state as after `steps` steps, with moments still zero."""
     for group_index, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
             if hasattr(optimizer, "init_state"):  # bitsandbytes
@@ -247,13 +247,13 @@ def allocate_moments(optimizer: Any, steps: int) -> None:
 
 
 def optimizer_steps(optimizer: Any) -> int:
-    """Steps that Adam has counted; skipped ones are not among them."""
+    """Steps counted by Adam, which leaves out skipped ones."""
     states = [state for state in optimizer.state.values() if "step" in state]
     return int(states[0]["step"]) if states else 0
 
 
 def moment_key(state: Mapping[str, Any], moment: str) -> str:
-    """The name of Adam's first or second moment: torch's or bitsandbytes'."""
+    """Key of Adam's first or second moment: torch's or bitsandbytes'."""
     return moment if moment in state else _BNB_NAMES[moment]
 
 
@@ -282,7 +282,7 @@ def build_optimizer(
 
 
 class Comm:
-    """The ranks of a run. Reductions are in float64, so that the order of the ranks hardly matters."""
+    """Collectives over a run's ranks. Reductions are in float64, so that rank order hardly matters."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -290,7 +290,7 @@ class Comm:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
 
     def sum(self, *values: float | torch.Tensor) -> list[float]:
-        """Each value summed over all ranks; one reduction and one device synchronization for all of them."""
+        """Each value summed over all ranks, with one reduction and one device synchronization for all."""
         parts = [torch.as_tensor(value, dtype=torch.float64, device=self.device).reshape(()) for value in values]
         packed = torch.stack(parts)
         if self.world_size > 1:

@@ -1,1 +1,1 @@
-"""Ways out of a run: its adapter merged, widened, or in another format."""
+"""Exports of a run: its adapter merged, widened, or in another format."""

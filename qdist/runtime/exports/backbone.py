@@ -26,26 +26,26 @@ from qdist.runtime.model.weights import FolderWeights, RandomWeights, Weights
 from qdist.runtime.quantize.source import Originals, find_originals
 
 _GPU_BYTES = 4 * GIB
-"""Of a GPU that unpacks: twice the context and the matrices of the largest models that qdist knows."""
+"""Free bytes a GPU needs to unpack on it: twice the context and matrices of the largest models that qdist knows."""
 _COLUMNS = 1024
-"""Of a table, of which the mean is taken at a time."""
+"""Columns of a table that are averaged at a time."""
 
 
 class Weight(NamedTuple):
-    """A parameter of the model that the backbone was before it was packed."""
+    """A parameter of the model before its backbone was packed."""
 
     name: str
     shape: tuple[int, ...]
-    """Rows of new tokens included."""
+    """Shape, including rows of new tokens."""
     position: int
-    """The decoder layer that it belongs to; their number for what lies outside."""
+    """Index of its decoder layer; the number of layers for anything outside them."""
 
 
 class Backbone:
-    """The weights of a run's backbone under the names of transformers' modules; none of them is held."""
+    """The weights of a run's backbone under the names of transformers' modules, read on demand."""
 
     def __init__(self, plan: Plan, *, onto: Onto = "dequantized", device: torch.device | None = None) -> None:
-        """Raises RunError where the original is not to be had, ModelError where the backbone is gone."""
+        """Raises RunError if the original is not available, ModelError if the backbone is gone."""
         self.plan, self.device = plan, device or unpacking_device()
         self._originals = _originals(plan) if onto == "original" else None
         self.source = plan.source if self._originals else with_packed(plan)
@@ -57,14 +57,14 @@ class Backbone:
             dtype=self.compute_dtype,
             linear_names=plan.facts.linear_names,
         )
-        """On the meta device; linears as they are packed."""
+        """Model on the meta device; its linears are in packed form."""
         self.layers: int = plan.facts.layer_count
         self._weights = self._weights_of_modules()
         self.tables = self._paths_of_tables()
-        """Paths of the tables that have rows for new tokens."""
+        """Module paths of the tables with rows for new tokens."""
 
     def weights(self) -> tuple[Weight, ...]:
-        """All of them, in the order of the modules; a tied table is there once."""
+        """All weights, in module order; a tied table is listed once."""
         stack = decoder_layers(self.model)
         root = next(path for path, module in self.model.named_modules() if module is stack)
         found, seen = [], set[nn.Parameter]()
@@ -80,7 +80,7 @@ class Backbone:
         return tuple(found)
 
     def read(self, name: str) -> torch.Tensor:
-        """A weight, a tensor of its own on `device`: what the forward pass of the run's backbone computes with."""
+        """A weight as a new tensor on `device`, as the forward pass of the run's backbone uses it."""
         path, _, leaf = name.rpartition(".")
         if self._originals is not None:
             value = self._originals.tensors.read(name).to(self.device)
@@ -93,17 +93,17 @@ class Backbone:
         return self.with_new_rows(value) if path in self.tables else value
 
     def linear(self, path: str) -> Any:
-        """A packed linear with its tensors, which are free again when it is dropped."""
+        """A packed linear with its tensors, which are freed when it is dropped."""
         module = copy.deepcopy(self.model.get_submodule(path))
         fill(module, _At(self._weights, path), device=self.device)
         return module
 
     def check(self) -> None:
-        """Raise ModelError where what was read of the folder is not what was written."""
+        """Raise ModelError if the folder's contents differ from what was written."""
         self._weights.check()
 
     def with_new_rows(self, table: torch.Tensor) -> torch.Tensor:
-        """A table with rows for new tokens: the mean of the old ones, as `special_tokens.add_rows` has it."""
+        """A table with rows for new tokens: the mean of the old ones, as in `special_tokens.add_rows`."""
         old, rows = len(table), self.source.vocab_rows
         assert rows is not None  # or it would be no table with new rows
         fresh = sorted({*self.source.new_token_ids, *range(old, rows)})
@@ -114,7 +114,7 @@ class Backbone:
         return grown
 
     def identity(self) -> str:
-        """Says what `read` gives: the run's source, the files that are read, and what unpacks them."""
+        """Identifies what `read` gives: the run's source, the files read, and what unpacks them."""
         folder = self._originals.folder if self._originals else self.source.packed
         files = source_identity(Path(folder), Packing(bits=16)) if folder else ""
         plan = self.plan
@@ -123,7 +123,7 @@ class Backbone:
 
     @cached_property
     def sums(self) -> Sums | None:
-        """What the packed tensors must sum up to; None for random ones, and where nobody has summed them."""
+        """Expected checksums of the packed tensors; None for random ones, or if none were recorded."""
         return None if self.source.kind == "dummy" else expected_sums(self.source)
 
     def _weights_of_modules(self) -> Weights:
@@ -132,7 +132,7 @@ class Backbone:
         return FolderWeights(self.source.packed, self.sums)
 
     def _paths_of_tables(self) -> frozenset[str]:
-        """Tables that have rows for new tokens."""
+        """Module paths of the tables with rows for new tokens."""
         if self.source.vocab_rows is None:
             return frozenset()
         tables = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
@@ -146,7 +146,7 @@ class Backbone:
 
 
 class _At:
-    """Weights of the modules below a path, which are asked for by their paths from there."""
+    """Weights of the modules below a path, by paths relative to it."""
 
     def __init__(self, weights: Weights, path: str) -> None:
         self._weights, self._path = weights, path
@@ -159,7 +159,7 @@ class _At:
 
 
 def unpacking_device() -> torch.device:
-    """The first GPU that has room for a matrix; else the CPU."""
+    """The first GPU with room for a matrix, else the CPU."""
     rooms = enumerate(free_bytes()) if torch.cuda.is_available() else ()
     return next((torch.device("cuda", gpu) for gpu, free in rooms if free >= _GPU_BYTES), torch.device("cpu"))
 

@@ -1,4 +1,4 @@
-"""The GPTQ checkpoint that a run was trained on, and what QA-LoRA adapters add to each of its groups."""
+"""The GPTQ checkpoint that a run was trained on, and the per-group updates of its QA-LoRA adapters."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ class Packed(NamedTuple):
 
 
 class GptqBase:
-    """A folder as it is; or the random weights of a dummy run, a file a decoder layer, made when they are asked for.
+    """An unmodified folder; or a dummy run's random weights, one file per decoder layer, generated on demand.
 
     Tables have the rows of new tokens that adapters have trained; nothing else differs from the base.
     """
@@ -61,38 +61,38 @@ class GptqBase:
 
     @cached_property
     def files(self) -> tuple[str, ...]:
-        """Names of the files of tensors."""
+        """Names of the tensor files."""
         if self.folder is not None:
             return tuple(sorted(set(tensor_files(self.folder).values())))
         return tuple(file_name(position, self.backbone.layers) for position in range(self.backbone.layers + 1))
 
     @property
     def stamp(self) -> str:
-        """Says which base it is, without reading it."""
+        """Identifies the base without reading it."""
         return self.backbone.identity()
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
+        """Bytes of all files."""
         if self.folder is not None:
             return sum((self.folder / file).stat().st_size for file in self.files)
         return max(budget.weights for rank in self.plan.ranks for budget in rank.expected) * self.plan.gpus_per_group
 
     def entries(self, file: str) -> list[Entry]:
-        """The tensors of one file. Those of random weights are made here, a decoder layer of them."""
+        """The tensors of one file; random weights are generated here, one decoder layer at a time."""
         if self.folder is None:
             return self._random(self.files.index(file))
         return [self._with_rows(entry) for entry in stored_entries(self.folder, file, self.backbone.sums)]
 
     def untouched(self, file: str) -> list[Entry]:
-        """Of a folder: the tensors of a file as they are there, those left out that get new rows."""
+        """A file's tensors that are copied unchanged, without those that get new rows; none for random weights."""
         if self.folder is None:  # random weights are made of nothing but their names
             return []
         tables = {f"{path}.weight" for path in self.backbone.tables}
         return [entry for entry in stored_entries(self.folder, file, self.backbone.sums) if entry.name not in tables]
 
     def linears(self, file: str) -> list[Packed]:
-        """The packed linears that have their words in a file."""
+        """The packed linears whose words are in a file."""
         if self.folder is None:
             own = self._modules[self.files.index(file)]
             return [Packed(path, m.in_features, m.out_features) for path, m in own if isinstance(m, PackedGptq)]
@@ -106,13 +106,13 @@ class GptqBase:
         return found
 
     def finish(self, folder: Path, gptq: Gptq, files: Mapping[str, Written]) -> None:
-        """Write what lies beside the tensors: the run's tokenizer, configurations, the index."""
+        """Write what accompanies the tensors: the run's tokenizer, configurations, the index."""
         write_model_files(folder, self.backbone.model, self.plan, getattr(torch, self._dtype))
         finish(folder, read_json(folder / "config.json"), gptq, files)
 
     @property
     def _dtype(self) -> str:
-        """What the base says it computes in; what its scales are, where it says nothing."""
+        """The dtype that the base states for computing; that of its scales if it states none."""
         stored = read_json(self.folder / "config.json") if self.folder else self.plan.source.config
         name = stored.get("dtype") or stored.get("torch_dtype")
         return name if name in DTYPES else self.gptq.scales
@@ -147,7 +147,7 @@ class GptqBase:
 
     @cached_property
     def _modules(self) -> dict[int, list[tuple[str, torch.nn.Module]]]:
-        """Modules that hold tensors, by the file that theirs are in."""
+        """Modules with tensors, by the file that holds those."""
         found: dict[int, dict[str, torch.nn.Module]] = {index: {} for index in range(self.backbone.layers + 1)}
         for weight in self.backbone.weights():
             path = weight.name.rpartition(".")[0]
@@ -156,7 +156,7 @@ class GptqBase:
 
 
 def packed_hash(files: Mapping[str, Written]) -> str:
-    """SHA-256 over names and checksums of the packed tensors of a checkpoint, in the order of their names."""
+    """SHA-256 over names and checksums of a checkpoint's packed tensors, in name order."""
     sums = sorted((name, *s) for file in files.values() for name, s in file.checksums.items() if name.endswith(_PACKED))
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
@@ -165,7 +165,7 @@ OFFSET = ".weight_offset"
 
 
 class GroupUpdates:
-    """Updates by group, in weight units. Raises RunError where an adapter is plain LoRA: no group shares its update."""
+    """Updates per group, in weight units. Raises RunError for plain LoRA, whose updates differ within a group."""
 
     def __init__(self, base: GptqBase, adapters: Adapters) -> None:
         if adapters.pool == 1:
@@ -185,18 +185,18 @@ class GroupUpdates:
         """Inputs that share an update."""
         leaves = {path.rpartition(".")[2] for path in adapters.paths}
         self.leaves = tuple(sorted(leaves | set(old.linears if old else ())))
-        """Leaf names of the linears that are changed."""
+        """Leaf names of the changed linears."""
 
     def linears(self, file: str) -> list[Packed]:
-        """Those that are changed and have their words in a file."""
+        """The changed linears whose words are in a file."""
         return [linear for linear in self._base.linears(file) if linear.path.rpartition(".")[2] in self.leaves]
 
     def groups(self, linear: Packed) -> int:
-        """Of its inputs."""
+        """Number of groups among the linear's inputs."""
         return linear.inputs // self.size
 
     def whole(self, file: str, linear: Packed) -> torch.Tensor:
-        """Float32 [groups, out]: the update, and what was merged before."""
+        """Float32 [groups, out]: the update plus what was merged before."""
         update, old, folder = self.update(linear), self._base.gptq.offset, self._base.folder
         if old is None or folder is None or not old.of(linear.path):
             return update
@@ -207,7 +207,7 @@ class GroupUpdates:
         return whole
 
     def update(self, linear: Packed) -> torch.Tensor:
-        """Float32 [groups, out]: what the adapters add."""
+        """Float32 [groups, out]: the sum of the adapters' updates."""
         update = self._adapters.of(linear.path)
         if update is None:
             return torch.zeros(self.groups(linear), linear.outputs)

@@ -1,4 +1,4 @@
-"""Merges runs, exactly or into 16 bits, and evaluates what that costs: the held-out losses before and after."""
+"""Merges runs, exactly or into 16 bits, and evaluates the cost: held-out losses before and after."""
 
 import gc
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ from qdist.runtime.quantize.source import find_originals
 
 
 class Loss(NamedTuple):
-    """Of the held-out samples, or why there is none."""
+    """Loss on the held-out samples, or why there is none."""
 
     value: float | None
     note: str = ""
@@ -42,7 +42,7 @@ class Loss(NamedTuple):
 
 
 def losses_of(rows: Mapping[str, Loss]) -> str:
-    """A line for each model; a single one where none was evaluated, and for the same reason."""
+    """One line per model, or a single one if none was evaluated, all for the same reason."""
     if len(set(rows.values())) == 1 and next(iter(rows.values())).value is None:
         return f"held-out loss  {next(iter(rows.values()))}"
     width = max(map(len, rows)) + 3
@@ -50,7 +50,7 @@ def losses_of(rows: Mapping[str, Loss]) -> str:
 
 
 class Evaluation:
-    """A run's held-out samples and what models say of them, each on the GPUs, or in host memory where there are none.
+    """Evaluates models on a run's held-out samples, on the GPUs, or in host memory if there are none.
 
     A model that has no room is not evaluated, and what it would need is said.
     """
@@ -60,7 +60,7 @@ class Evaluation:
 
     @property
     def refusal(self) -> str:
-        """Why no model is evaluated; empty where they are."""
+        """Why no model can be evaluated; empty if they can."""
         if self.plan.source.kind == "dummy":
             return "random weights"
         if self.plan.data and not Path(self.plan.data.path).is_file():
@@ -68,20 +68,20 @@ class Evaluation:
         return "" if self._samples.held_out else "the run holds nothing out"
 
     def adapter(self) -> Loss:
-        """The run's packed backbone with its adapter on."""
+        """Loss of the run's packed backbone with its adapter."""
         return self._loss(self._adapter)
 
     def written(self, folder: Path, dtype: torch.dtype) -> Loss:
-        """A merged model, read back from its folder."""
+        """Loss of a merged model, read back from its folder."""
         source = Source(kind="folder", path=str(folder), packed=str(folder), config={}, tokenizer="")
         return self._loss(partial(self._plain, source, FolderWeights(folder), dtype))
 
     def quantized(self, folder: Path) -> Loss:
-        """A GPTQ checkpoint, merged or not, read back from its folder."""
+        """Loss of a GPTQ checkpoint, merged or not, read back from its folder."""
         return self._loss(partial(self._checkpoint, folder))
 
     def unwritten(self, merged: Merged) -> Loss:
-        """A merged model that is on no disk: each of its weights is computed on its way into memory."""
+        """Loss of a merged model that was not written: each weight is computed on its way into memory."""
         return self._loss(partial(self._plain, self.plan.source, merged, merged.dtype))
 
     @cached_property
@@ -126,7 +126,7 @@ class Evaluation:
         return self.held_out(model, used)
 
     def held_out(self, model: Any, dtype: torch.dtype) -> float:
-        """The loss of any model over the run's held-out samples."""
+        """A model's loss over the run's held-out samples."""
         samples, batches = self._samples, self._samples.held_out_batches()
         with ProgressLine(len(batches), "held-out micro-batches evaluated") as progress:
             began = partial(_began, progress)
@@ -136,13 +136,13 @@ class Evaluation:
 
 
 def _began(progress: ProgressLine, count: int) -> None:
-    """A micro-batch is begun, so the one before it is done."""
+    """Report progress when a micro-batch begins, because the previous one is then done."""
     if count > 1:
         progress.advance(1)
 
 
 def _residence(plan: Plan, dtype: torch.dtype) -> Residence:
-    """Of the merged model. Raises PlanError where it has no room."""
+    """Where to place the merged model. Raises PlanError if it does not fit."""
     tokens = plan.micro_batch * plan.seq_len
     parts = footprint(
         plan.facts, bits=16, double_quant=False, compute_bytes=dtype.itemsize, tokens=tokens, scored=tokens
@@ -161,16 +161,16 @@ def _require_host_memory(parts: Footprint) -> None:
 
 
 class Losses(NamedTuple):
-    """Held-out losses, each of them a number or why there is none."""
+    """Held-out losses, each a number or why there is none."""
 
     adapter: Loss
     dequantized: Loss
     original: Loss | None
-    """None where there is no original to merge onto."""
+    """None if there is no original to merge onto."""
 
 
 def merge(request: Folding) -> Losses:
-    """Write the merged model, then evaluate what merging onto either backbone costs.
+    """Write the merged model, then evaluate the cost of merging onto either backbone.
 
     Raises what `sixteen.write` raises; nothing is at its `out` then.
     """
@@ -195,7 +195,7 @@ def merge(request: Folding) -> Losses:
 
 
 def report(losses: Losses) -> str:
-    """Three lines, or one where nothing was evaluated."""
+    """The report: three lines, or one if nothing was evaluated."""
     rows = {
         "adapter": losses.adapter,
         "merged onto dequantized": losses.dequantized,
@@ -205,7 +205,7 @@ def report(losses: Losses) -> str:
 
 
 def merge_exactly(request: Folding) -> str:
-    """Write QA-LoRA's checkpoint with offsets; what differs from the adapter, in weights and in losses."""
+    """Write QA-LoRA's checkpoint with offsets; reports how it differs from the adapter in weights and losses."""
     adapters, out = Adapters.named_in(request), Path(request.out)
     difference = merge_offsets(adapters, out)
     relative, largest = difference.relative, difference.largest
@@ -221,5 +221,5 @@ def merge_exactly(request: Folding) -> str:
 
 
 def run(request: Merge) -> None:
-    """Merge as the method allows, and say what it costs."""
+    """Merge as the method allows, and report the cost."""
     say(merge_exactly(request) if Adapters.named_in(request).pool > 1 else report(merge(request)))

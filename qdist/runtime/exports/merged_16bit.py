@@ -1,4 +1,4 @@
-"""Writes runs' merged 16-bit model: the frozen weights plus what adapters add, rounded once, a file a decoder layer."""
+"""Writes a merged 16-bit model: frozen weights plus adapters' updates, rounded once, one file per decoder layer."""
 
 import hashlib
 import json
@@ -24,22 +24,22 @@ from qdist.runtime.formats.work_folder import filled, reserved
 from qdist.runtime.model.skeleton import DTYPES
 
 _ROWS = 1024
-"""Of a matrix that are in float32 at a time."""
+"""Rows of a matrix held in float32 at a time."""
 
 
 class Merged:
-    """The weights of a backbone with adapters merged into it, computed when they are asked for."""
+    """The weights of a backbone with adapters merged into it, computed on demand."""
 
     def __init__(self, backbone: Backbone, adapters: Adapters, dtype: torch.dtype) -> None:
         """dtype: bfloat16 or float16."""
         self.backbone, self.adapters, self.dtype = backbone, adapters, dtype
 
     def weights(self) -> tuple[Weight, ...]:
-        """All of them; a tied table is there once."""
+        """All weights; a tied table is listed once."""
         return self.backbone.weights()
 
     def read(self, name: str) -> torch.Tensor:
-        """A weight, rounded to `dtype`. Raises ModelError where it holds no such number."""
+        """A weight, rounded to `dtype`. Raises ModelError if that cannot hold it."""
         path, _, leaf = name.rpartition(".")
         update = self.adapters.of(path) if leaf == "weight" and path in self.adapters.paths else None
         frozen = self.backbone.read(name)
@@ -57,16 +57,16 @@ class Merged:
         return merged
 
     def of(self, path: str, module: nn.Module) -> Mapping[str, torch.Tensor]:
-        """As other sources of weights have it, for `skeleton.fill`."""
+        """A module's tensors, with the interface that `skeleton.fill` expects."""
         return _OfModule(self, path, [name for name, _ in module.named_parameters(recurse=False)])
 
     def check(self) -> None:
-        """Each weight is held against what was written as it is read."""
+        """Nothing left to check: each weight is verified as it is read."""
         self.backbone.check()
 
 
 class _OfModule(Mapping[str, torch.Tensor]):
-    """The tensors of one module by their names in it, computed on use."""
+    """The tensors of one module by their names in it, computed on access."""
 
     def __init__(self, merged: Merged, path: str, names: list[str]) -> None:
         self._merged, self._path, self._names = merged, path, names
@@ -82,7 +82,7 @@ class _OfModule(Mapping[str, torch.Tensor]):
 
 
 def _rows(update: Update, first: int, device: torch.device) -> torch.Tensor:
-    """What is added to `_ROWS` rows, float32."""
+    """The update of `_ROWS` rows from `first` on, float32."""
     terms = [
         term._replace(up=term.up[first : first + _ROWS].to(device), down=term.down.to(device)) for term in update.terms
     ]
@@ -90,7 +90,7 @@ def _rows(update: Update, first: int, device: torch.device) -> torch.Tensor:
 
 
 def _require_range(values: torch.Tensor, name: str, dtype: torch.dtype) -> None:
-    """Refuse what would be infinite once rounded."""
+    """Refuse values that would round to infinity."""
     if dtype != torch.float16:
         return  # bfloat16 holds what float32 holds
     low, high = (float(end) for end in values.aminmax())
@@ -102,13 +102,13 @@ def _require_range(values: torch.Tensor, name: str, dtype: torch.dtype) -> None:
 
 
 _VERSION = 1
-"""Raise it whenever the same runs would become other bytes."""
+"""Increment whenever the same runs would give different bytes."""
 _BESIDE_BYTES = 32 << 20
-"""Of tokenizer, index and configurations, at most."""
+"""Upper bound on the bytes of tokenizer, index and configurations."""
 
 
 def run(request: Folding) -> None:
-    """Write the model, and say what it is."""
+    """Write the model and report on it."""
     began = time.monotonic()
     size = write(Adapters.named_in(request), Path(request.out), onto=request.backbone, dtype=DTYPES[request.stored])
     took = format_duration(time.monotonic() - began)
@@ -117,11 +117,11 @@ def run(request: Folding) -> None:
 
 
 def write(adapters: Adapters, out: Path, *, onto: Onto, dtype: torch.dtype) -> int:
-    """The sum W + factor B A is taken in float32 and rounded once. Gives the bytes of all tensors.
+    """Write W + factor B A, summed in float32 and rounded once. Returns the bytes of all tensors.
 
     out: must be empty or absent. dtype: bfloat16 or float16.
-    Raises RunError where `out` is there, or the original is not to be had; ModelError for a weight that float16 does
-    not hold; PlanError when the disk is too small.
+    Raises RunError if `out` exists or the original is not available; ModelError for a weight that float16 cannot
+    hold; PlanError when the disk is too small.
     """
     with reserved(out):
         merged = Merged(Backbone(adapters.plan, onto=onto), adapters, dtype)
@@ -139,7 +139,7 @@ def write(adapters: Adapters, out: Path, *, onto: Onto, dtype: torch.dtype) -> i
 
 
 def _files(merged: Merged) -> dict[str, list[Entry]]:
-    """What is in each file; nothing is computed yet."""
+    """The entries of each file, without computing them yet."""
     layers = merged.backbone.layers
     files: dict[str, list[Entry]] = {file_name(position, layers): [] for position in range(layers + 1)}
     for weight in merged.weights():
@@ -149,6 +149,6 @@ def _files(merged: Merged) -> dict[str, list[Entry]]:
 
 
 def _identity(merged: Merged, onto: Onto) -> str:
-    """SHA-256 of what decides the bytes: adapters and their weights, the backbone, and to what they are merged."""
+    """SHA-256 of what determines the bytes: adapters and weights, the backbone, and the target dtype."""
     contents = [_VERSION, merged.adapters.stamp, onto, str(merged.dtype), merged.backbone.identity()]
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()

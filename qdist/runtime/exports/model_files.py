@@ -1,4 +1,4 @@
-"""What lies beside the weights of an exported model: its configuration, generation settings and tokenizer."""
+"""The files that accompany an exported model's weights: configuration, generation settings and tokenizer."""
 
 import copy
 import json
@@ -19,9 +19,9 @@ _GENERATION = "generation_config.json"
 
 
 def write_model_files(folder: Path, model: Any, plan: Plan, dtype: torch.dtype) -> None:
-    """Everything but weights and index, without a trace of quantization or adapter.
+    """Write everything but weights and index, without any mention of quantization or adapter.
 
-    model: the backbone, whose weights are not looked at. plan: the run's.
+    model: the backbone, whose weights are not used. plan: the run's.
     """
     source = plan.source
     config = copy.deepcopy(model.config)
@@ -39,7 +39,7 @@ def write_model_files(folder: Path, model: Any, plan: Plan, dtype: torch.dtype) 
 
 
 def write_generation_config(folder: Path, plan: Plan) -> None:
-    """What a run's answers begin, end and are padded with, for whoever loads its adapter alone."""
+    """Write the tokens that begin, end and pad a run's answers, for users who load only its adapter."""
     tokenizer = load_tokenizer(plan.source)
     if tokenizer is not None:
         said = SimpleNamespace(eos_token_id=tokenizer.eos_token_id)
@@ -48,7 +48,7 @@ def write_generation_config(folder: Path, plan: Plan) -> None:
 
 
 def generation_settings(model: Any, source: Source) -> dict[str, Any]:
-    """The source's own settings, as they are: transformers refuses to save some that it reads."""
+    """The source's own settings, unchanged: transformers refuses to save some that it reads."""
     own = Path(source.path) / _GENERATION
     if source.path and own.is_file():
         return read_object(own, ModelError, try_="its published file, or none")

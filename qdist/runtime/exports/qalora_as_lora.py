@@ -1,4 +1,4 @@
-"""QA-LoRA adapters as an ordinary LoRA adapter over the same base: each column of A once for every input of its group.
+"""QA-LoRA adapters as an ordinary LoRA adapter over the same base: A's columns repeated for each input of a group.
 
 B A pool(x) = B A' x where A' repeats the columns of A; the sum of several adapters is one of their ranks together. So
 PEFT and vLLM compute what the run computed, without knowing of groups.
@@ -27,11 +27,11 @@ from qdist.runtime.formats.work_folder import built
 from qdist.runtime.quantize.pack import goes_along
 
 _VERSION = 1
-"""Raise it whenever the same runs would become other bytes."""
+"""Increment whenever the same runs would give different bytes."""
 
 
 def run(request: Export) -> None:
-    """Write the adapter, and say what it is."""
+    """Write the adapter and report on it."""
     adapters, out = Adapters.named_in(request), Path(request.out)
     rank, plan = widen(adapters, out), adapters.plan
     size = format_bytes((out / ADAPTER).stat().st_size)
@@ -40,10 +40,10 @@ def run(request: Export) -> None:
 
 
 def widen(adapters: Adapters, out: Path) -> int:
-    """Write the adapter folder `out`, which must not be there. Returns its rank.
+    """Write the adapter folder `out`, which must not exist. Returns its rank.
 
     Factors go into A, so that alpha equals r: PEFT's `alpha_pattern`, which vLLM does not read, is not needed.
-    Raises RunError where there is nothing to widen or to add up.
+    Raises RunError if there is nothing to widen or to add up.
     """
     if len(adapters.runs) == 1 and adapters.pool == 1:
         raise RunError(_has_it_already(adapters), try_=f"{adapters.runs[0].adapter} as it is")
@@ -91,7 +91,7 @@ def _matrices(adapters: Adapters, rank: int) -> list[Entry]:
 
 
 def _side(adapters: Adapters, path: str, side: str, rank: int) -> torch.Tensor:
-    """A [r, in] or B [out, r] of all adapters together; zeros for one that does not change this linear."""
+    """A [r, in] or B [out, r] of all adapters concatenated; zeros for those that do not change this linear."""
     update = adapters.of(path)
     assert update is not None
     if side == "A":
@@ -103,7 +103,7 @@ def _side(adapters: Adapters, path: str, side: str, rank: int) -> torch.Tensor:
 
 
 def _rows(adapters: Adapters) -> list[Entry]:
-    """Trained rows of new tokens, as they are."""
+    """Trained rows of new tokens, unchanged."""
     return [entry for entry in adapters.entries(0) if ".lora_" not in entry.name]
 
 

@@ -28,17 +28,17 @@ _VERSION = 1
 
 
 class Lost(NamedTuple):
-    """What rounding zeros takes away."""
+    """The loss from rounding zeros."""
 
     relative: float
-    """Of the update: norm of what is missing by norm of the update."""
+    """Norm of what is lost, relative to the norm of the update."""
     clipped: int
-    """Zeros that the bits could not hold."""
+    """Number of zeros that exceeded the range of the bits."""
     zeros: int
 
 
 def run(request: Export) -> None:
-    """Write the checkpoint and say what is lost. Raises RunError, with that, unless it may be lossy."""
+    """Write the checkpoint and report the loss. Raises RunError, with the loss, unless losses are allowed."""
     adapters, out = Adapters.named_in(request), Path(request.out)
     if not request.lossy:
         lost = loss_of_zeros(adapters)
@@ -51,14 +51,14 @@ def run(request: Export) -> None:
 
 
 def loss_of_zeros(adapters: Adapters) -> Lost:
-    """What `fold_zeros` would lose; nothing is written."""
+    """What `fold_zeros` would lose, without writing anything."""
     return _Folder(adapters).lost()
 
 
 def fold_zeros(adapters: Adapters, out: Path) -> Lost:
-    """Write a plain GPTQ checkpoint, in the format gptq_v2, to `out`, which must not be there.
+    """Write a plain GPTQ checkpoint, in the format gptq_v2, to `out`, which must not exist.
 
-    Raises RunError where the update is not constant within groups.
+    Raises RunError if the update is not constant within groups.
     """
     folder = _Folder(adapters)
     base = folder.base
@@ -72,7 +72,7 @@ def fold_zeros(adapters: Adapters, out: Path) -> Lost:
 
 
 class _Folder:
-    """A checkpoint with other zeros."""
+    """A checkpoint with changed zeros."""
 
     def __init__(self, adapters: Adapters) -> None:
         self.base = GptqBase(adapters.plan, adapters)
@@ -80,11 +80,11 @@ class _Folder:
 
     @property
     def gptq(self) -> Gptq:
-        """What it says of itself: a zero may be any number, also 0, which the format gptq cannot hold."""
+        """Its GPTQ settings: zeros may be any number, including 0, which the format gptq cannot hold."""
         return msgspec.structs.replace(self.base.gptq, sym=False, format="gptq_v2", offset=None)
 
     def entries(self, file: str) -> list[Entry]:
-        """The base's tensors, zeros replaced."""
+        """The base's tensors with the zeros replaced."""
         before = {e.name: e for e in self.base.entries(file) if not e.name.endswith(OFFSET)}
         after = dict(before)
         for linear in self.base.linears(file):
@@ -93,7 +93,7 @@ class _Folder:
         return list(after.values())
 
     def lost(self) -> Lost:
-        """Over all linears that are changed."""
+        """The loss over all changed linears."""
         missing = total = 0.0
         clipped = count = 0
         for file in self.base.files:
@@ -135,7 +135,7 @@ class _Folder:
 
 
 def _rounded(zeros: torch.Tensor, scales: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    """The integers nearest to the zeros that an update asks for; float32 [groups, out], as all arguments.
+    """The integers nearest to the zeros that an update asks for; float32 [groups, out], like all arguments.
 
     A scale of 0 makes a group of zeros, whatever its zero is: nothing of the update is kept there.
     """

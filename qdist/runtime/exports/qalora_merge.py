@@ -1,4 +1,4 @@
-"""Merges QA-LoRA into its checkpoint: every tensor as it was, and beside each linear what is added to its groups.
+"""Merges QA-LoRA into its checkpoint: every tensor unchanged, plus the offsets of each linear's groups.
 
 W = s (q - z), and an update that is constant within a group is an offset of the group: W + dW = s (q - z) + dW. As a
 zero, z - dW / s would have to be rounded to an integer (Xu et al. 2023, section 3.3; docs/decisions.md, "Merging").
@@ -21,27 +21,27 @@ from qdist.runtime.formats.packed_folder import Entry, finished, opened, stored_
 from qdist.runtime.formats.work_folder import built
 
 BOUND = 1e-3
-"""Of what rounding may take of an update, relative (Frobenius norms)."""
+"""Largest share of an update that rounding may lose (ratio of Frobenius norms)."""
 LARGEST = 2.0**14
-"""Of stored offsets, near: float16 goes to 65504."""
+"""Approximate magnitude of the largest stored offset; float16 goes up to 65504."""
 _VERSION = 1
 
 
 class Difference(NamedTuple):
-    """Between the weights that the adapter gives and those of the merged model, over all linears."""
+    """Difference between the adapter's weights and the merged model's, over all linears."""
 
     largest: float
-    """In weight units."""
+    """Largest absolute difference, in weight units."""
     relative: float
-    """Of the update: norm of the difference by norm of the update."""
+    """Norm of the difference, relative to the norm of the update."""
     unchanged: int
-    """Tensors of the base, compared bit for bit."""
+    """Number of the base's tensors, compared bit for bit."""
 
 
 def merge_offsets(adapters: Adapters, out: Path) -> Difference:
-    """Write the checkpoint with offsets to `out`, which must not be there.
+    """Write the checkpoint with offsets to `out`, which must not exist.
 
-    Raises RunError where the update is not constant within groups, ModelError where it is NaN or rounding takes
+    Raises RunError if the update is not constant within groups, ModelError where it is NaN or rounding takes
     more of it than `BOUND`; nothing is there then.
     """
     plan = adapters.plan
@@ -58,13 +58,13 @@ def merge_offsets(adapters: Adapters, out: Path) -> Difference:
 
 
 class _Merger:
-    """What the files of a merged checkpoint hold."""
+    """The contents of a merged checkpoint's files."""
 
     def __init__(self, base: GptqBase, updates: GroupUpdates) -> None:
         self._base, self._updates = base, updates
 
     def gptq(self, base_hash: str) -> Gptq:
-        """What the merged checkpoint says of itself. The base of one that was merged into before stays what it was."""
+        """The merged checkpoint's GPTQ settings. If its base was already merged, the original base is kept."""
         old = self._base.gptq.offset
         offset = WeightOffset(
             group_size=self._updates.size,
@@ -77,7 +77,7 @@ class _Merger:
 
     @property
     def offset_bytes(self) -> int:
-        """Of all offsets, stored."""
+        """Bytes of all stored offsets."""
         return sum(
             (2 if self._dtype == "float16" else 4) * self._updates.groups(linear) * linear.outputs
             for file in self._base.files
@@ -85,7 +85,7 @@ class _Merger:
         )
 
     def entries(self, file: str) -> list[Entry]:
-        """The base's tensors, and the offsets of linears that have their words in this file."""
+        """The base's tensors, and the offsets of the linears whose words are in this file."""
         kept = [entry for entry in self._base.entries(file) if not entry.name.endswith(OFFSET)]
         return kept + [
             Entry(
@@ -98,7 +98,7 @@ class _Merger:
         ]
 
     def compared(self, work: Path) -> Difference:
-        """Read what was written, and hold it against base and adapters."""
+        """Read back what was written and compare it with base and adapters."""
         largest = lost = total = 0.0
         unchanged = 0
         for file in self._base.files:
@@ -118,7 +118,7 @@ class _Merger:
         return Difference(largest, relative, unchanged)
 
     def _unchanged(self, work: Path, file: str) -> int:
-        """How many tensors of the base are in a written file, bit for bit: all, or RunError."""
+        """Number of the base's tensors found bit for bit in a written file: all, or RunError."""
         written = {entry.name: entry for entry in stored_entries(work, file)}
         kept = [entry for entry in self._base.untouched(file) if not entry.name.endswith(OFFSET)]
         for entry in kept:
@@ -128,7 +128,7 @@ class _Merger:
 
     @cached_property
     def _dtype(self) -> Literal["float16", "float32"]:
-        """float16, unless that rounds away too much of an update that is small beside what was merged before."""
+        """float16, unless that rounds away too much of an update that is small next to what was merged before."""
         lost = total = 0.0
         for file in self._base.files:
             for own in self._updates.linears(file):
@@ -139,7 +139,7 @@ class _Merger:
 
     @cached_property
     def _power(self) -> float:
-        """The power of two with which the largest offset is about `LARGEST`."""
+        """The power of two that brings the largest offset to about `LARGEST`."""
         peaks = [
             float(self._updates.whole(file, own).abs().max())
             for file in self._base.files
@@ -150,16 +150,16 @@ class _Merger:
 
     @property
     def _scale(self) -> float:
-        """What stored offsets are to be multiplied by."""
+        """Factor on the stored offsets."""
         return self._power if self._dtype == "float16" else 1.0
 
     def _stored(self, file: str, linear: Packed) -> torch.Tensor:
-        """[groups, out] as it is written."""
+        """Stored offsets, [groups, out]."""
         return (self._updates.whole(file, linear) / self._scale).to(getattr(torch, self._dtype))
 
 
 def _squares(values: torch.Tensor) -> float:
-    """The sum of squares, in double precision."""
+    """The sum of squares, in float64."""
     return float(values.double().square().sum())
 
 

@@ -1,4 +1,4 @@
-"""Merges a run into 16 bits and quantizes that by GPTQ anew: 4 bits for any reader, at a loss, which is measured."""
+"""Merges a run into 16 bits and requantizes that by GPTQ: 4 bits for any reader, at a loss that is measured."""
 
 import hashlib
 import os
@@ -26,7 +26,7 @@ from qdist.runtime.quantize.gptq.make import make
 
 
 def run(request: Export) -> None:
-    """Write a GPTQ checkpoint with the groups and the order of the run's own, or of 128; say what each step loses.
+    """Write a GPTQ checkpoint with the run's groups and order, or groups of 128; report what each step loses.
 
     The 16-bit model lies beside until the checkpoint is there; killed, the same command goes on where it was.
     Raises RunError for random weights, which have no tokenizer to read calibration data with; DataError, before
@@ -54,34 +54,34 @@ def run(request: Export) -> None:
 
 
 def _losses(adapters: Adapters, between: Path, dtype: torch.dtype) -> dict[str, Loss]:
-    """Before quantizing. The adapter's own loss is of one run, as it is."""
+    """Losses before quantizing. The adapter's own is known only for one unscaled run."""
     evaluation = Evaluation(adapters.runs[0])
     own = {"adapter": evaluation.adapter()} if adapters.alone else {}
     return {**own, "merged, 16 bits": evaluation.written(between, dtype)}
 
 
 def _remove_others(between: Path, prefix: str) -> None:
-    """What killed exports of other runs, or onto another backbone, left of the same name."""
+    """Delete what killed exports of other runs, or onto another backbone, left under the same name."""
     for path in between.parent.iterdir():
         if path.name.lstrip(".").startswith(prefix) and between.name not in path.name and path.is_dir():
             shutil.rmtree(path)
 
 
 def _remove(between: Path, prefix: str) -> None:
-    """Under another name first: half of it must not be taken for a model by the next command."""
+    """Delete a folder, renaming it first: the next command must not mistake half of it for a model."""
     os.rename(between, between.with_name(f".{prefix}spent"))
     shutil.rmtree(between.with_name(f".{prefix}spent"))
 
 
 def _stamp(request: Export, adapters: Adapters) -> str:
-    """Says what the 16-bit model was made of."""
+    """Identifies what the 16-bit model was made from."""
     backbone = Backbone(adapters.plan, onto=request.backbone)
     contents = f"{adapters.stamp} {request.backbone} {request.stored} {backbone.identity()}"
     return hashlib.sha256(contents.encode()).hexdigest()[:12]
 
 
 def wanted(request: Export, plan: Plan) -> GptqSettings:
-    """As the run's checkpoint was quantized; what it was trained on is what it is calibrated on, unless told."""
+    """The quantization settings of the run's checkpoint; calibrated on the training data unless told otherwise."""
     own = plan.source.gptq or Gptq(shape=Shape(4, 128))
     bits = request.bits or own.shape.bits
     return GptqSettings(

@@ -1,4 +1,4 @@
-"""What do trained adapters change of each linear? Read from their folders, a linear at a time."""
+"""The update of each linear by trained adapters, read from their folders one linear at a time."""
 
 import hashlib
 from collections.abc import Sequence
@@ -26,19 +26,19 @@ _ROWS = "base_model.model.%s.token_adapter.trainable_tokens_delta"
 
 
 class Update(NamedTuple):
-    """The sum of what adapters add to one linear."""
+    """The sum of the adapters' updates to one linear."""
 
     terms: tuple[Term, ...]
 
     def dense(self) -> torch.Tensor:
-        """Float32 [out, in]."""
+        """The full update, float32 [out, in]."""
         parts = [t.factor * (t.up @ t.down).repeat_interleave(t.pool, dim=1) for t in self.terms]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
     def pooled(self, pool: int) -> torch.Tensor:
-        """What is added to each weight of a group of `pool` inputs, float32 [groups, out].
+        """The update of each weight in a group of `pool` inputs, float32 [groups, out].
 
-        Raises ValueError where it is not one number.
+        Raises ValueError if it is not one number.
         """
         if any(term.pool % pool for term in self.terms):
             raise ValueError(f"groups of {pool} do not divide those of {[term.pool for term in self.terms]}")
@@ -47,15 +47,15 @@ class Update(NamedTuple):
 
 
 class Adapters:
-    """The adapters of runs over one base, each with a weight that its update is multiplied by."""
+    """The adapters of runs over one base, each with a weight on its update."""
 
     @classmethod
     def named_in(cls, request: Folding) -> "Adapters":
-        """Those that a request names. Raises RunError as the constructor does."""
+        """The adapters in a request. Raises RunError as the constructor does."""
         return cls([RunDir(run) for run in request.runs], request.weights)
 
     def __init__(self, runs: Sequence[RunDir], weights: Sequence[float] = ()) -> None:
-        """weights: aligned with `runs`; one run may go without.
+        """weights: one per run; may be omitted for a single run.
 
         Raises RunError for runs that have no adapter, or are not of one base.
         """
@@ -73,17 +73,17 @@ class Adapters:
 
     @cached_property
     def plan(self) -> Plan:
-        """Of the first run, and of all as far as their base goes."""
+        """Plan of the first run; the runs share everything in it that concerns the base."""
         return plan_of(self.runs[0])
 
     @property
     def alone(self) -> bool:
-        """Whether they are one run's, as it is: what the run's own losses are of."""
+        """Whether this is a single run, unscaled, to which the run's own losses apply."""
         return self.weights == (1.0,)
 
     @cached_property
     def configs(self) -> tuple[dict[str, Any], ...]:
-        """PEFT's, of each run. Raises RunError where one cannot be read."""
+        """PEFT's configuration of each run. Raises RunError if one cannot be read."""
         return tuple(
             read_object(run.adapter / ADAPTER_CONFIG, RunError, try_=command("gather", run.path)) for run in self.runs
         )
@@ -99,7 +99,7 @@ class Adapters:
 
     @property
     def pool(self) -> int:
-        """The largest group within which every update is constant; 1 where one of them is plain LoRA."""
+        """The largest group within which every update is constant; 1 if one of them is plain LoRA."""
         return gcd(*(config.pool for config in self._settings))
 
     def entries(self, index: int) -> list[Entry]:
@@ -118,11 +118,11 @@ class Adapters:
 
     @cached_property
     def paths(self) -> frozenset[str]:
-        """Modules that any of them changes."""
+        """Paths of the modules that any of them changes."""
         return frozenset(path for names in self._names for name in names if (path := adapted_path(name)) is not None)
 
     def of(self, path: str) -> Update | None:
-        """What is added to the linear at a module path; None where nothing is."""
+        """The update of the linear at a module path; None if there is none."""
         terms = [term for index in range(len(self.runs)) if (term := self._term(index, path)) is not None]
         for term in terms:
             # What bounds B A by element, so that nothing as large has to be made.
@@ -130,7 +130,7 @@ class Adapters:
         return Update(tuple(terms)) if terms else None
 
     def rows(self, path: str) -> torch.Tensor | None:
-        """The trained rows of new tokens [new, hidden] of the table at a module path; None where it has none.
+        """The trained rows of new tokens [new, hidden] of the table at a module path; None if it has none.
 
         Of several runs the first one's: they have none but that of a pad token, which is masked everywhere.
         """
@@ -158,14 +158,14 @@ class Adapters:
 
 
 def _learnt_rows(run: RunDir) -> bool:
-    """Whether a run trained rows that texts use. That of a pad token is masked everywhere."""
+    """Whether a run trained rows that texts use. A pad token's row is always masked."""
     plan = plan_of(run)
     tokenizer = load_tokenizer(plan.source)
     return bool(set(plan.source.new_token_ids) - {tokenizer.pad_token_id if tokenizer else None})
 
 
 def require_finite(values: torch.Tensor, path: str) -> None:
-    """Refuse an update that is not a number, or too large to be one."""
+    """Refuse an update with NaN or infinite values."""
     if not bool(torch.isfinite(values).all()):
         raise ModelError(
             f"the update of {path} is infinite or no number", try_="another checkpoint, or smaller weights"

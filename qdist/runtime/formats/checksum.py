@@ -1,4 +1,4 @@
-"""Checksums of bytes that lie in slices on several ranks, and whether the bytes read of a tensor are those written."""
+"""Checksums of bytes sliced over several ranks, and whether the bytes read of a tensor are those written."""
 
 import hashlib
 import json
@@ -21,9 +21,9 @@ MODULUS = 1 << 64
 _ROW_WORDS = 1 << 11
 FEW_BYTES = 1 << 20
 _FEW_WORDS = 1 << 14
-"""Up to here fewer calls count for more than fewer bytes."""
+"""Words below which fewer calls matter more than fewer bytes."""
 _CHUNK_WORDS = {"cpu": 1 << 16, "cuda": 1 << 22}
-"""What fits a core's own cache together with its copy in 64 bits; what keeps a GPU busy and leaves its memory alone."""
+"""Words per chunk: on a CPU, what fits a core's cache with its 64-bit copy; on a GPU, what keeps it busy."""
 
 
 def slice_checksum(flat_bytes: torch.Tensor, first_byte: int) -> tuple[int, int]:
@@ -37,7 +37,7 @@ def slice_checksum(flat_bytes: torch.Tensor, first_byte: int) -> tuple[int, int]
 
 
 def slice_sums(flat_bytes: torch.Tensor, first_byte: int) -> torch.Tensor:
-    """The two sums of `slice_checksum` as int64 [2], where the bytes are: what an all-reduce adds up over ranks.
+    """The two sums of `slice_checksum` as int64 [2], on the bytes' device, for an all-reduce over ranks.
 
     With the whole read as little-endian signed 32-bit words w_0, w_1, ...: the sum of w_k, and that of (k + 1) * w_k,
     both modulo 2**64. Each byte adds its own share, so sums of slices add up wherever the whole was cut. The weights
@@ -61,20 +61,21 @@ def slice_sums(flat_bytes: torch.Tensor, first_byte: int) -> torch.Tensor:
 
 
 def tensor_checksum(tensor: torch.Tensor) -> tuple[int, int]:
-    """The checksum of a whole tensor's bytes, as they lie in a file."""
+    """The checksum of a whole tensor's bytes, as laid out in a file."""
     if has_few_bytes(tensor):
         return _few_bytes_checksum(tensor)
     return slice_checksum(tensor.detach().contiguous().reshape(-1).view(torch.uint8), 0)
 
 
 def has_few_bytes(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is on the CPU, and so small that its checksum is there at once."""
+    """Whether a tensor is on the CPU and small enough that its checksum is immediate."""
     return tensor.device.type == "cpu" and tensor.nbytes <= FEW_BYTES
 
 
 def _few_bytes_checksum(tensor: torch.Tensor) -> tuple[int, int]:
-    """Of up to FEW_BYTES on the CPU, by one thread, in a tenth of the time: there torch's calls, and its threads that
-    wait for each other, cost more than the bytes.
+    """The checksum of up to FEW_BYTES on the CPU, in a tenth of torch's time.
+
+    One thread does it: at this size torch's calls and thread synchronization cost more than the bytes.
     """
     content = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
     if content.size % 4:
@@ -95,7 +96,7 @@ def file_checksum(file: Path) -> tuple[int, int]:
 
 
 def add_checksums(*checksums: tuple[int, int]) -> tuple[int, int]:
-    """The checksum of the whole from those of its slices."""
+    """The checksum of a whole, from those of its slices."""
     return sum(plain for plain, _ in checksums) % MODULUS, sum(weighted for _, weighted in checksums) % MODULUS
 
 
@@ -105,7 +106,7 @@ def _is_whole_words(flat_bytes: torch.Tensor, first_byte: int) -> bool:
 
 
 def _words(chunk: torch.Tensor, lead: int) -> torch.Tensor:
-    """Bytes as int32 words, with zeros for the bytes of the first and last word that belong to other slices."""
+    """Bytes as int32 words, with zeros for bytes of the first and last word that belong to other slices."""
     count = lead + chunk.numel()
     padded = torch.zeros(-(-count // 4) * 4, dtype=torch.uint8, device=chunk.device)
     padded[lead:count] = chunk
@@ -113,7 +114,7 @@ def _words(chunk: torch.Tensor, lead: int) -> torch.Tensor:
 
 
 def _word_sums(words: torch.Tensor, first_word: int, chunk_words: int) -> torch.Tensor:
-    """Both sums, by rows and columns: sum((r * width + c) * w) needs no vector of positions a word.
+    """Both sums, by rows and columns: sum((r * width + c) * w) needs no vector of word positions.
 
     Words are widened a chunk at a time into one buffer: a sum that widens as it goes is ten times slower on a CPU, and
     on a GPU makes a copy for each of the two sums.
@@ -145,16 +146,16 @@ def _positions(values: torch.Tensor) -> torch.Tensor:
 
 
 Sums = Mapping[str, tuple[int, int]]
-"""`qdist.runtime.formats.checksum` of each tensor of a folder, by its name."""
+"""`qdist.runtime.formats.checksum` of each tensor in a folder, by its name."""
 
 
 def digest_of(sums: Sums) -> str:
-    """SHA-256 over names and sums: which tensors they are, in whatever files and whenever written."""
+    """SHA-256 over names and sums: identifies the tensors, whatever their files and however often written."""
     return hashlib.sha256(json.dumps(sorted((name, *pair) for name, pair in sums.items())).encode()).hexdigest()
 
 
 def require_sums(file: Path, name: str, tensor: torch.Tensor, expected: Sums | None) -> torch.Tensor:
-    """The tensor, read whole from a file. Raises ModelError where its sums are others than those expected of it."""
+    """The tensor, read whole from a file. Raises ModelError if its sums differ from the expected ones."""
     check = SumCheck(expected)
     check.add(file, name, tensor)
     check.finish()
@@ -165,16 +166,16 @@ class _Read(NamedTuple):
     file: Path
     name: str
     sums: torch.Tensor
-    """int64 [2], where the bytes are."""
+    """int64 [2], on the device of the bytes."""
     group: Any
-    """The ranks that hold the rest of a sharded tensor; None where all of it is here."""
+    """The ranks that hold the rest of a sharded tensor; None if all of it is on this rank."""
 
 
 class SumCheck:
-    """Sums of what is read, taken where it lies and compared at the end: a GPU is waited for once."""
+    """Sums computed on each tensor's device as it is read, compared at the end: one GPU synchronization in all."""
 
     def __init__(self, expected: Sums | None, *, share: tuple[int, int] = (0, 1)) -> None:
-        """expected: None where nobody has summed the folder: nothing is summed here either.
+        """expected: None if the folder has no recorded sums; then nothing is summed here either.
 
         share: (which, of how many): processes that map the same files into the same memory divide whole tensors.
         """
@@ -191,7 +192,7 @@ class SumCheck:
         group: Any = None,
         is_whole: bool = True,
     ) -> None:
-        """Sum a tensor, or of a sharded one the rows that are here, which begin at `first_byte` of the whole."""
+        """Sum a tensor, or for a sharded one this rank's rows, which begin at `first_byte` of the whole."""
         if self.expected is None or (is_whole and crc32(name.encode()) % self._share[1] != self._share[0]):
             return
         if name not in self.expected:
@@ -203,7 +204,7 @@ class SumCheck:
         self._read.append(_Read(file, name, slice_sums(content, first_byte), group))
 
     def finish(self) -> None:
-        """Compare all that was read since. Collective where tensors are sharded.
+        """Compare everything read so far. Collective if tensors are sharded.
 
         Raises ModelError naming the first tensor whose bytes are others; `add` does so at once of small ones.
         """
@@ -227,7 +228,7 @@ class SumCheck:
 
 
 def again(folder: Path) -> str:
-    """What brings a damaged folder back."""
+    """How to restore a damaged folder."""
     if folder.resolve().is_relative_to(cache_path().resolve()):
         return f"{quoted('rm', '-r', folder)}: what is in the cache is made again from the model"
     return f"put a whole copy of {folder} in its place: download it, or quantize or export it again"

@@ -1,4 +1,4 @@
-"""GPTQ checkpoint folders: written as AutoGPTQ and GPTQModel read them, and made of torch's old pickled files."""
+"""GPTQ checkpoint folders: written as AutoGPTQ and GPTQModel read them, and converted from torch's pickled files."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from qdist.runtime.formats.recorded_sums import keep_computed_sums, keep_sums
 
 
 class Quantized(NamedTuple):
-    """One linear, [out, in], as the file has it."""
+    """One linear, [out, in], as stored in the file."""
 
     qweight: torch.Tensor
     """int32 [in * bits / 32, out]."""
@@ -36,12 +36,12 @@ class Quantized(NamedTuple):
 
 
 def entries(path: str, linear: Quantized) -> list[Entry]:
-    """What `packed_folder.write_tensors` writes for the linear at a module path."""
+    """Entries for `packed_folder.write_tensors` for the linear at a module path."""
     return entries_of({f"{path}.{name}": value for name, value in linear._asdict().items() if value is not None})
 
 
 def finish(folder: Path, config: Mapping[str, Any], gptq: Gptq, files: Mapping[str, Written]) -> None:
-    """Write the configurations and the index: a folder without them is unfinished.
+    """Write the configurations and the index, without which a folder is unfinished.
 
     config: the model's own config.json.
     """
@@ -55,7 +55,7 @@ def finish(folder: Path, config: Mapping[str, Any], gptq: Gptq, files: Mapping[s
 
 
 def how_to_use(folder: Path, gptq: Gptq) -> str:
-    """The last line of a command that wrote such a folder."""
+    """The last line that a command prints after writing such a folder."""
     bits = ("--bits", gptq.shape.bits) if gptq.shape.bits != 4 else ()
     return f"use it  {command('launch', '--model', folder, '--method', 'gptq-lora', *bits, '--data', 'FILE')}"
 
@@ -64,7 +64,7 @@ _NOT_TENSORS = {"training_args.bin", "optimizer.pt", "scheduler.pt"}
 
 
 def in_safetensors(folder: Path) -> Path:
-    """The folder itself, or one of the cache with the same tensors in safetensors.
+    """The folder itself, or one in the cache with the same tensors in safetensors.
 
     Raises ModelError for a file that holds anything but tensors, or is not whole.
     """

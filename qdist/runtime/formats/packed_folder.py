@@ -1,4 +1,4 @@
-"""The folder that packed weights lie in: a file a decoder layer and one for the rest, an index, `qdist.json`.
+"""A folder of packed weights: one file per decoder layer and one for the rest, an index, `qdist.json`.
 
 config.json                         with transformers' `quantization_config`
 model-00001-of-00031.safetensors    decoder layer 0, ..., the last file holds everything outside the layers
@@ -35,7 +35,7 @@ _NAMES = {
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `qdist.json` says."""
+    """The contents of `qdist.json`."""
 
     format: int = FORMAT
     packing: Packing
@@ -44,10 +44,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     source_identity: str
     """SHA-256 of its files' names, sizes and times, and of the packing."""
     source_fingerprint: str = ""
-    """Of its weights, wherever they lie; empty in folders of a qdist that kept none."""
+    """Fingerprint of its weights, independent of their path; empty if written by a qdist that recorded none."""
     layers: int
     bytes: int
-    """Of all tensors."""
+    """Bytes of all tensors."""
     files: dict[str, int]
     """Bytes of each file of tensors."""
     checksums: dict[str, tuple[int, int]]
@@ -56,7 +56,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Entry(NamedTuple):
-    """A tensor that is written when its turn comes."""
+    """A tensor that is created when it is written."""
 
     name: str
     dtype: torch.dtype
@@ -80,7 +80,7 @@ class Written(msgspec.Struct, frozen=True):
 
 
 def entries_of(tensors: Mapping[str, torch.Tensor]) -> list[Entry]:
-    """Tensors that are there already."""
+    """Entries for existing tensors."""
     return [
         Entry(name, value.dtype, tuple(value.shape), partial(torch.Tensor.detach, value))
         for name, value in tensors.items()
@@ -88,7 +88,7 @@ def entries_of(tensors: Mapping[str, torch.Tensor]) -> list[Entry]:
 
 
 def stored_entries(folder: Path, file: str, sums: Sums | None = None) -> list[Entry]:
-    """The tensors of a file, read one at a time when their turn comes. sums: see `read_tensor`."""
+    """The tensors of a file, each read when it is written. sums: see `read_tensor`."""
     kinds = {name: dtype for dtype, name in _NAMES.items()}
     with opened(folder / file) as handle:
         parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  (a handle is not a dict)
@@ -101,7 +101,7 @@ def stored_entries(folder: Path, file: str, sums: Sums | None = None) -> list[En
 
 
 def read_tensor(file: Path, name: str, sums: Sums | None = None) -> torch.Tensor:
-    """One tensor of a file. Raises ModelError where it is not what `sums` says of it."""
+    """One tensor of a file. Raises ModelError if it does not match `sums`."""
     # Opened anew each time: the pages of a mapping that stays open count as memory of this process.
     with opened(file) as handle:
         tensor: torch.Tensor = handle.get_tensor(name)
@@ -109,12 +109,12 @@ def read_tensor(file: Path, name: str, sums: Sums | None = None) -> torch.Tensor
 
 
 def file_name(position: int, layers: int) -> str:
-    """The file of decoder layer `position`; that of everything else for `position == layers`."""
+    """Name of the file of decoder layer `position`, or of everything else if `position == layers`."""
     return f"model-{position + 1:05d}-of-{layers + 1:05d}.safetensors"
 
 
 def finished(folder: Path, name: str) -> Written | None:
-    """What an earlier process wrote to the end, or None."""
+    """What an earlier process finished writing, or None."""
     record = folder / f".{name}.json"
     if not record.is_file():
         return None
@@ -126,7 +126,7 @@ def finished(folder: Path, name: str) -> Written | None:
 
 
 def write_missing(folder: Path, files: Collection[str], entries: Callable[[str], list[Entry]]) -> dict[str, Written]:
-    """Each file of tensors, those that an earlier process finished as they are; says how far it is.
+    """Write the tensor files that an earlier process has not finished, reporting progress.
 
     entries: what is in a file.
     """
@@ -150,7 +150,7 @@ def write_tensors(
     metadata: Mapping[str, str] | None = None,
     wrote: Callable[[int], None] | None = None,
 ) -> Written:
-    """A safetensors file, one tensor in memory at a time; a record of it beside, once it is whole.
+    """Write a safetensors file, one tensor in memory at a time, and a record next to it once it is complete.
 
     wrote: called with the bytes of each tensor.
     """
@@ -170,7 +170,7 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     wrote: Callable[[int], None] | None = None,
 ) -> Written:
-    """The bytes of a safetensors file, one tensor in memory at a time.
+    """Write the bytes of a safetensors file, one tensor in memory at a time.
 
     safetensors' own `save_file` first copies every tensor into memory, puts metadata in an order of chance, and writes
     into a file of a name of its own beside, which a kill leaves there.
@@ -191,7 +191,7 @@ def write_safetensors(
 
 
 def _header(entries: list[Entry], metadata: Mapping[str, str]) -> bytes:
-    """safetensors' header: its length in 8 bytes, then JSON padded with spaces to a multiple of 8."""
+    """safetensors' header: its length in 8 bytes, then JSON padded with spaces to a multiple of 8 bytes."""
     table: dict[str, object] = {"__metadata__": metadata}
     start = 0
     for entry in entries:
@@ -204,7 +204,7 @@ def _header(entries: list[Entry], metadata: Mapping[str, str]) -> bytes:
 
 
 def write_index(folder: Path, files: Mapping[str, Written]) -> None:
-    """Which tensor is in which file, as transformers reads it."""
+    """Write the index of which tensor is in which file, as transformers reads it."""
     weight_map = {name: file for file, written in files.items() for name in written.checksums}
     total = sum(written.tensor_bytes for written in files.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -220,7 +220,7 @@ def finish(folder: Path, written: Mapping[str, Written], manifest: Manifest) -> 
 
 
 def read_manifest(folder: str | Path) -> Manifest | None:
-    """What qdist wrote about a folder, or None where it is not one of qdist's.
+    """What qdist recorded about a folder, or None if it is not one of qdist's.
 
     Raises ModelError for a manifest of another format.
     """
@@ -237,7 +237,7 @@ def read_manifest(folder: str | Path) -> Manifest | None:
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """A safetensors file, mapped; its pages are given back at the end. Raises ModelError where it is not whole."""
+    """A memory-mapped safetensors file, whose pages are released at the end. Raises ModelError if it is incomplete."""
     from safetensors import safe_open
 
     again = "download or pack the model again"
@@ -247,7 +247,7 @@ def opened(file: Path) -> Iterator[Any]:
 
 
 def tensor_files(folder: Path) -> dict[str, str]:
-    """The file of each tensor of a folder of safetensors; empty where there are none."""
+    """The file of each tensor in a folder of safetensors; empty if there are none."""
     indexed = weight_map(folder)
     if indexed is not None:
         return indexed

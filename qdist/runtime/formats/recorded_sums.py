@@ -1,4 +1,4 @@
-"""Where are the sums of a folder's tensors? In it where qdist wrote it, in the cache, or in a file's own header."""
+"""Where the checksums of a folder's tensors are: in it if qdist wrote it, in the cache, or in a file's header."""
 
 import hashlib
 import json
@@ -20,27 +20,27 @@ from qdist.runtime.formats.checksum import SumCheck, Sums, again, digest_of, ten
 from qdist.runtime.formats.packed_folder import Written, opened, read_manifest, tensor_files
 
 _THREADS = 4
-"""That sum the files of a folder: more do not read memory any faster."""
+"""Threads that checksum a folder's files; more do not read memory any faster."""
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `checksums.json` says."""
+    """The contents of `checksums.json`."""
 
     tensors: dict[str, tuple[int, int]]
 
 
 def keep_sums(folder: Path, files: Iterable[Written]) -> None:
-    """Record the sums of a folder's tensors in it. files: all that were written."""
+    """Record the checksums of a folder's tensors in it. files: all that were written."""
     _write(folder / CHECKSUMS, {name: pair for written in files for name, pair in written.checksums.items()})
 
 
 def keep_computed_sums(folder: Path) -> None:
-    """The same of files that somebody else's code wrote, read once more."""
+    """Record the checksums of files that another library wrote, by reading them again."""
     _write(folder / CHECKSUMS, computed_sums(folder))
 
 
 def stated_sums(folder: Path) -> Sums | None:
-    """What a folder says of its own tensors; None where it says nothing. Raises ModelError where that is not whole."""
+    """The checksums that a folder states for its tensors; None if it states none. Raises ModelError if incomplete."""
     manifest = read_manifest(folder)
     if manifest is not None:
         return manifest.checksums
@@ -48,7 +48,7 @@ def stated_sums(folder: Path) -> Sums | None:
 
 
 def computed_sums(folder: Path) -> Sums:
-    """The sums of all tensors of a folder, read now."""
+    """The checksums of all tensors in a folder, computed now."""
     files = sorted(set(tensor_files(folder).values()))
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(max(1, min(_THREADS, threads, len(files)))) as pool:
@@ -57,7 +57,7 @@ def computed_sums(folder: Path) -> Sums:
 
 
 def digest_of_folder(folder: Path) -> str:
-    """Which tensors a folder holds, `digest_of` their sums. Those that it does not state are computed, and kept.
+    """`digest_of` a folder's checksums. Those that it does not state are computed and cached.
 
     The cache knows what was computed by the files' paths, sizes, times and inodes.
     """
@@ -69,9 +69,9 @@ def digest_of_folder(folder: Path) -> str:
 
 
 def expected_sums(source: Source) -> Sums | None:
-    """What the tensors in `source.packed` must sum up to; None for runs of a qdist that kept no digest of them.
+    """Expected checksums of the tensors in `source.packed`; None for runs of a qdist that recorded no digest.
 
-    Raises RunError where they are those of another model.
+    Raises RunError if they are those of another model.
     """
     folder = Path(source.packed)
     stated = stated_sums(folder)
@@ -92,7 +92,7 @@ def expected_sums(source: Source) -> Sums | None:
 
 
 def verify_folder(folder: Path) -> None:
-    """Read a folder that states its sums, for readers that know of none. Raises ModelError naming a tensor."""
+    """Verify a folder that states its checksums, for readers that cannot. Raises ModelError naming a tensor."""
     stated = stated_sums(folder)
     if stated is None:
         return
@@ -114,7 +114,7 @@ def _record(digest: str) -> Path:
 
 
 def _kept(sums: Sums) -> str:
-    """Put sums into the cache, under their digest, which is returned."""
+    """Store checksums in the cache under their digest, which is returned."""
     cache_dir("sums")
     digest = digest_of(sums)
     _write(_record(digest), sums)
@@ -135,16 +135,16 @@ def _read(path: Path, folder: Path) -> Sums | None:
 
 _SEAL, _CONFIG, ADAPTER_CONFIG = "sha256", "config_sha256", "adapter_config.json"
 _WRITTEN_BY_ALL = "format"
-"""What readers of safetensors want to find, whoever wrote it."""
+"""Metadata key that safetensors readers expect, whoever wrote the file."""
 
 
 def sealed(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata of a file with these tensors, and a digest of both."""
+    """The metadata of a file with these tensors, including a digest of both."""
     return {**metadata, _SEAL: _digest(tensors, metadata)}
 
 
 def is_intact(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bool:
-    """Whether a file holds what it says; True for one that says nothing, of an older qdist or of others.
+    """Whether a file matches its digest; True for one without a digest, from an older qdist or other software.
 
     metadata: its own.
     """
@@ -152,7 +152,7 @@ def is_intact(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) 
 
 
 def config_seal(config: str) -> dict[str, str]:
-    """What an adapter's file says of the adapter_config.json beside it, but for the base's name, which users change."""
+    """A digest of the adapter_config.json next to an adapter's file, ignoring the base's name, which users change."""
     return _seal_of(json.loads(config))
 
 
@@ -162,7 +162,7 @@ def _seal_of(config: Mapping[str, object]) -> dict[str, str]:
 
 
 def require_adapter(folder: Path, *, run: Path | None = None) -> None:
-    """Raise RunError where an adapter folder is not as it was gathered. run: from whose checkpoints it can be again."""
+    """Raise RunError if an adapter folder has changed since it was gathered. run: where to gather it again from."""
     gather = command("gather", run or folder.parent)
     with opened(folder / ADAPTER) as handle:
         metadata: dict[str, str] = handle.metadata() or {}

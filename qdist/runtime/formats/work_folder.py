@@ -1,4 +1,4 @@
-"""A folder that is written whole or not at all; what a killed process finished of it, the next one takes over.
+"""A folder that is written completely or not at all; a new process continues from what a killed one finished.
 
 It is built in a hidden folder beside, and renamed at the end. What in that folder has a name with a dot in front is of
 the work, not of the result: a mark that says what is being built, records of finished files.
@@ -19,13 +19,13 @@ _MARK, _WHOLE = ".identity", "whole"
 
 @contextmanager
 def built(out: Path, identity: str) -> Iterator[Path]:
-    """Where to write what is to be at `out`; it is there at the end of the block, unless that raised.
+    """Where to write what will be at `out`, which exists at the end of the block unless that raised.
 
     Holds what an earlier process finished of the same, and no file that it left unfinished; of what ended in a
     ModelError nothing is kept.
     identity: says what is written, of everything that decides its bytes; what is left of another is removed.
 
-    Raises RunError where `out` is there, or is being written.
+    Raises RunError if `out` is there, or is being written.
     """
     with reserved(out), filled(out, identity) as work:
         yield work
@@ -33,7 +33,7 @@ def built(out: Path, identity: str) -> Iterator[Path]:
 
 @contextmanager
 def reserved(out: Path) -> Iterator[None]:
-    """Keep other processes away from `out`. Raises RunError where they are there, or it is; an empty folder goes."""
+    """Keep other processes away from `out`. Raises RunError if one is at work or `out` exists; an empty folder goes."""
     with _told(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -50,7 +50,7 @@ def reserved(out: Path) -> Iterator[None]:
 
 @contextmanager
 def filled(out: Path, identity: str) -> Iterator[Path]:
-    """As `built`, of a folder that is reserved already."""
+    """`built` for a folder that is already reserved."""
     with _told(out):
         work = _work_folder(out, identity)
     try:
@@ -71,13 +71,13 @@ def filled(out: Path, identity: str) -> Iterator[Path]:
 
 
 def _lock(out: Path) -> Path:
-    """Held while `out` is written. Says `_WHOLE` once the work's own files may be gone from what is to be `out`."""
+    """The lock file held while `out` is written; says `_WHOLE` once the work's own files may be removed."""
     return cache_dir() / f".out-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]}.lock"
 
 
 @contextmanager
 def _told(out: Path, inside: Path | None = None) -> Iterator[None]:
-    """In words: a folder that cannot be written to, a disk that another program has filled meanwhile.
+    """Raise clear errors for an unwritable folder or a disk that another program has filled.
 
     inside: where files are written; errors of others are left as they are.
     """

@@ -1,4 +1,4 @@
-"""A conversation with a model on a terminal; answers appear as they are written."""
+"""Chat with a model on a terminal; answers are streamed."""
 
 import signal
 from itertools import takewhile
@@ -20,7 +20,7 @@ _HELP = "\n".join((
 
 
 def run(request: Chat) -> None:
-    """Talk until the user leaves."""
+    """Chat until the user leaves."""
     chat(
         request.run,
         system=request.system,
@@ -54,7 +54,7 @@ def chat(target: str, *, max_new_tokens: int, system: str, max_memory_bytes: int
 
 
 def _typed() -> str:
-    """A line, or nothing where the user wants to leave."""
+    """A line of input; empty if the user wants to leave."""
     try:
         return input("> ").strip()
     except (EOFError, KeyboardInterrupt):
@@ -71,7 +71,7 @@ def _about(text: str) -> str:
 
 
 def _exchange(model: Any, speech: Speech, turns: tuple[Turn, ...], max_new_tokens: int) -> tuple[Turn, ...]:
-    """The conversation with the answer; without what was asked, where there can be none."""
+    """The conversation with the answer added, or without the question if it cannot be answered."""
     try:
         prompt = _encoded(turns, speech, where="the conversation")
     except DataError as error:
@@ -93,7 +93,7 @@ def _encoded(turns: tuple[Turn, ...], speech: Speech, *, where: str) -> list[int
 
 
 class _Printer:
-    """Prints an answer token by token, but for the text at which it ends; transformers calls `put` and `end`."""
+    """Prints an answer token by token, except the text that ends it; transformers calls `put` and `end`."""
 
     def __init__(self, speech: Speech) -> None:
         self._tokenizer, self._end_text, self._ends = speech.tokenizer, speech.wording.end_text, speech.wording.ends
@@ -102,7 +102,7 @@ class _Printer:
         self._printed = ""
 
     def put(self, value: Any) -> None:
-        """The prompt first, then each token."""
+        """Take the prompt first, then each token."""
         if not self._prompted:
             self._prompted = True
             return
@@ -113,12 +113,12 @@ class _Printer:
             self._print(text[: len(text) - self._pending(text)])
 
     def end(self) -> None:
-        """What was held back, and the end of the line."""
+        """Print what was held back, and end the line."""
         self._print(self._text())
         say()
 
     def answer(self, model: Any) -> list[int]:
-        """The tokens that were written, up to the end of the answer."""
+        """The generated tokens, up to the end of the answer."""
         return answer_of(model, self._tokenizer, self._tokens, self._end_text)
 
     def _text(self) -> str:
@@ -128,7 +128,7 @@ class _Printer:
         return text.partition(self._end_text)[0] if self._end_text else text
 
     def _pending(self, text: str) -> int:
-        """Characters at the end that may begin the end text."""
+        """Number of characters at the end that may begin the end text."""
         longest = min(len(self._end_text) - 1, len(text))
         return next((count for count in range(longest, 0, -1) if text.endswith(self._end_text[:count])), 0)
 

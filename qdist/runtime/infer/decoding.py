@@ -1,4 +1,4 @@
-"""Continues prompts up to where an answer ends; and a run's questions, answered before training and after."""
+"""Continues prompts to the end of an answer; and answers a run's questions before and after training."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +24,7 @@ def complete(
     streamer: Any = None,
     **sampling: Any,
 ) -> list[list[int]]:
-    """The new token ids after each prompt, up to and without the end of the turn; greedy unless told otherwise.
+    """The new token ids after each prompt, excluding the end of the turn; greedy unless told otherwise.
 
     prompts: token ids; padded on the left, so that every row's next token is at the same place.
     end_text: text before which an answer ends as well.
@@ -52,19 +52,19 @@ def complete(
 
 
 def answer_of(model: Any, tokenizer: Any, written: list[int], end_text: str = "") -> list[int]:
-    """What was written up to the end of the answer."""
+    """The generated tokens up to the end of the answer."""
     ends = set(_ends(model, tokenizer))
     stop = next((place for place, token in enumerate(written) if token in ends), len(written))
     return _cut(written[:stop], tokenizer, end_text)
 
 
 def text_of(tokenizer: Any, answer: list[int]) -> str:
-    """An answer as a person reads it."""
+    """An answer as text for people."""
     return as_written(tokenizer, answer).strip()
 
 
 def as_written(tokenizer: Any, tokens: Sequence[int], **options: Any) -> str:
-    """Text as it was written: some tokenizers would move the space before a point otherwise."""
+    """Text exactly as generated: some tokenizers would otherwise move the space before punctuation."""
     text: str = tokenizer.decode(tokens, clean_up_tokenization_spaces=False, **options)
     return text
 
@@ -76,7 +76,7 @@ def _ends(model: Any, tokenizer: Any) -> list[int]:
 
 
 class _EndText:
-    """Which rows of a batch have written the text at which an answer ends; transformers' stopping criteria are such."""
+    """Which rows of a batch have produced the text that ends an answer, as a transformers stopping criterion."""
 
     def __init__(self, tokenizer: Any, end_text: str, width: int) -> None:
         self._tokenizer, self._end_text, self._width = tokenizer, end_text, width
@@ -90,7 +90,7 @@ class _EndText:
 
 
 def _cut(answer: list[int], tokenizer: Any, end_text: str) -> list[int]:
-    """What comes before the end text."""
+    """The part of an answer before the end text."""
     before, found, _ = as_written(tokenizer, answer).partition(end_text) if end_text else ("", "", "")
     if not found:
         return answer
@@ -99,7 +99,7 @@ def _cut(answer: list[int], tokenizer: Any, end_text: str) -> list[int]:
 
 
 def before_and_after(plan: Plan, model: Any, tokenizer: Any, samples: Samples) -> list[dict[str, str]]:
-    """Held-out questions answered without the adapter and with it, beside the answer of the data."""
+    """Held-out questions answered without and with the adapter, next to the answer in the data."""
     if tokenizer is None:
         return []
     questions = _questions(plan, tokenizer, samples)
@@ -127,7 +127,7 @@ def before_and_after(plan: Plan, model: Any, tokenizer: Any, samples: Samples) -
 
 
 def _questions(plan: Plan, tokenizer: Any, samples: Samples) -> list[tuple[str, list[int], str]]:
-    """(question, prompt tokens, expected answer): the demo's fixed ones, else the first held-out samples."""
+    """(question, prompt tokens, expected answer): the demo's fixed questions, else the first held-out samples."""
     count = plan.spec.train.answers
     if plan.spec.data == demo.NAME:
         wording = plan.wording or usual_wording(tokenizer)
@@ -154,7 +154,7 @@ def _questions(plan: Plan, tokenizer: Any, samples: Samples) -> list[tuple[str, 
 
 
 def _last_turn(prompt: list[int], tokenizer: Any) -> str:
-    """What the user said last: of the pieces between special tokens, the one before the assistant's header."""
+    """The user's last turn: of the pieces between special tokens, the one before the assistant's header."""
     special = set(tokenizer.all_special_ids)
     pieces: list[list[int]] = [[]]
     for token in prompt:

@@ -1,4 +1,4 @@
-"""Answers a file of prompts, or a person, with a run's adapter or any model."""
+"""Answers a file of prompts with a run's adapter or any model."""
 
 import hashlib
 import json
@@ -26,12 +26,12 @@ from qdist.runtime.infer.prompts import Speech, encode_prompts, speech_of
 def generate_file(
     target: str, prompts: Path, out: Path, *, max_new_tokens: int, batch: int, max_memory_bytes: int | None = None
 ) -> int:
-    """Answer a file of prompts into JSONL; how many there were.
+    """Answer a file of prompts into JSONL; returns their number.
 
     `out` appears when all are answered. Answers are kept beside it as they come: killed, the same command goes on
     where it was.
 
-    Raises RunError where `out` is there or cannot be written, DataError for prompts that cannot be answered, both
+    Raises RunError if `out` is there or cannot be written, DataError for prompts that cannot be answered, both
     before weights are read.
     """
     if node_of(out):  # a device or a pipe, beside which nothing can be kept
@@ -65,7 +65,7 @@ def _answer(
     target: str, speech: Speech, encoded: Sequence[list[int]], kept: "_Kept", *, max_new_tokens: int, batch: int,
     cap: int | None,
 ) -> None:  # fmt: skip
-    """Answer what is not there yet, longest first: the largest batch is where a lack of memory costs least, at once."""
+    """Answer the remaining prompts, longest first, so that running out of memory costs least."""
     order = sorted((i for i in range(len(encoded)) if i not in kept.answers), key=lambda index: -len(encoded[index]))
     most = _most_new(speech, encoded, max_new_tokens)
     tokens = batch * (max(map(len, encoded)) + most)
@@ -92,7 +92,7 @@ def _room(speech: Speech, prompts: Sequence[list[int]], wanted: int) -> int:
 
 
 def _most_new(speech: Speech, encoded: Sequence[list[int]], wanted: int) -> int:
-    """The most that an answer may have; says where positions end some of them earlier."""
+    """The most tokens that an answer may have; warns if positions end some of them earlier."""
     short = sum(_room(speech, [prompt], wanted) < wanted for prompt in encoded)
     if short:
         say(
@@ -104,7 +104,7 @@ def _most_new(speech: Speech, encoded: Sequence[list[int]], wanted: int) -> int:
 
 
 class _Kept:
-    """Answers on disk as they come, beside the file that they will be in.
+    """Answers stored on disk as they are generated, next to the final file.
 
     identity: of model, prompts and settings; answers to others are not taken over.
     """
@@ -115,7 +115,7 @@ class _Kept:
         self._write("w", "\n".join([identity, *([json.dumps(self.answers)] if self.answers else [])]))
 
     def add(self, answers: dict[int, str]) -> None:
-        """Keep some more. A kill in between leaves a line without an end, which is not read."""
+        """Store more answers. A kill during this leaves an unterminated line, which is not read."""
         self.answers |= answers
         self._write("a", json.dumps(answers))
 
@@ -125,7 +125,7 @@ class _Kept:
 
 
 def _answers_in(path: Path, identity: str) -> dict[int, str]:
-    """What was kept there; none of another identity, or of a file that is damaged."""
+    """The answers stored there; none if of another identity or if the file is damaged."""
     try:
         lines = read_text(path, RunError).split("\n")[:-1] if path.exists() else []
         found = [decoded(line.encode(), dict[int, str], str(path), RunError) for line in lines[1:]]
@@ -135,7 +135,7 @@ def _answers_in(path: Path, identity: str) -> dict[int, str]:
 
 
 def _stamp(target: str) -> list[int]:
-    """Tells one training of a run from another."""
+    """Distinguishes one training of a run from another."""
     run = RunDir(target)
     files = (run.path / PLAN, run.adapter / "adapter_model.safetensors")
     return [file.stat().st_mtime_ns for file in files if file.is_file()]
@@ -146,7 +146,7 @@ def _messages(conversation: Conversation) -> list[dict[str, str]]:
 
 
 def run(request: Generate) -> None:
-    """Answer, and say how many there were."""
+    """Answer the prompts and report how many there were."""
     count = generate_file(
         request.run,
         Path(request.prompts),

@@ -34,13 +34,13 @@ from qdist.runtime.quantize.materialize import materialize
 from qdist.runtime.quantize.source import blueprint
 
 _WORK_BYTES = GIB
-"""Left free on each GPU for keys, values and what layers compute: the shapes of a model that is no run are not read."""
+"""Bytes left free per GPU for keys, values and activations, for models that are no run: their shapes are not read."""
 _ROOM_TOKENS = 2048
-"""The same for a GPTQ checkpoint, whose shapes are."""
+"""The same in tokens, for a GPTQ checkpoint, whose shapes are read."""
 
 
 class Plain(NamedTuple):
-    """A model, its tokenizer or None, and where it lies."""
+    """A model, its tokenizer or None, and where it is placed."""
 
     model: Any
     tokenizer: Any
@@ -73,7 +73,7 @@ def open_plain(
 
 
 def open_tokenizer_of(folder: Path, name: str) -> Any:
-    """The tokenizer of a model, as it is. Raises ModelError where there is none."""
+    """The tokenizer of a model, unchanged. Raises ModelError if there is none."""
     lacking = f"{name} has no tokenizer to read prompts with"
     if not has_tokenizer(folder):
         raise ModelError(lacking, try_=BESIDE)
@@ -83,7 +83,7 @@ def open_tokenizer_of(folder: Path, name: str) -> Any:
 def _gptq(
     folder: Path, gptq: Gptq, dtype: torch.dtype | str, device: str | None, cap_bytes: int | None
 ) -> tuple[Any, str]:
-    """A GPTQ checkpoint in our own layers; transformers would want GPTQModel for it."""
+    """A GPTQ checkpoint in qdist's own layers; transformers would need GPTQModel for it."""
     shape, folder = blueprint(folder), in_safetensors(folder)
     facts = from_config(shape.config.to_dict(), name=str(folder))
     found = checked(folder, shape, gptq)
@@ -109,7 +109,7 @@ def _on(folder: Path, dtype: torch.dtype | str, device: torch.device) -> tuple[A
 
 
 def _where_there_is_room(folder: Path, dtype: torch.dtype | str, cap_bytes: int | None) -> tuple[Any, str]:
-    """On the first GPU with room for all of it; else layers over the GPUs, and host memory behind them."""
+    """On the first GPU with room for all of it, else spread over the GPUs with host memory as overflow."""
     rooms = [room(free, cap_bytes) - CUDA_CONTEXT_BYTES - _WORK_BYTES for free in free_bytes()]
     size = _stored_bytes(folder) * (2 if dtype == torch.float32 else 1)
     for gpu, own in enumerate(rooms):
@@ -153,7 +153,7 @@ def _is_quantized(folder: Path) -> bool:
 
 
 def _residence(model: Any) -> Residence:
-    """What accelerate decided, layer by layer; what waits visits the last GPU."""
+    """The placement that accelerate chose, layer by layer; offloaded layers run on the last GPU."""
     devices = [next(layer.parameters()).device for layer in decoder_layers(model)]
     last = max((device.index for device in devices if device.type == "cuda"), default=0)
     layer_gpu = tuple(device.index if device.type == "cuda" else last for device in devices)
@@ -162,9 +162,9 @@ def _residence(model: Any) -> Residence:
 
 
 TOKENIZER = "tokenizer"
-"""In a run: its tokenizer, as the cache had it when the run began."""
+"""Folder in a run with its tokenizer, as the cache had it when the run began."""
 ROOM_TOKENS = 2048
-"""Tokens of all sequences together for whose keys and values room is left, where nobody says how many."""
+"""Tokens, over all sequences, whose keys and values room is left for by default."""
 
 
 class Opened(NamedTuple):
@@ -172,9 +172,9 @@ class Opened(NamedTuple):
 
     model: Any
     tokenizer: Any
-    """None where there is none."""
+    """None if there is none."""
     where: str
-    """On which GPUs it lies, as a line for people."""
+    """Which GPUs it is on, as a line for people."""
 
 
 def load(
@@ -184,7 +184,7 @@ def load(
     device: str | None = None,
     max_memory: str | int | None = None,
 ) -> tuple[Any, Any]:
-    """A transformers model ready to generate, and its tokenizer, or None where there is none.
+    """A transformers model ready to generate, and its tokenizer, or None if there is none.
 
     A backbone goes to the first GPU with room for it, its adapter and 2,048 tokens; else its layers are spread over
     the GPUs; else as many as need be are offloaded to host memory. Without a GPU it goes to the CPU.
@@ -215,9 +215,9 @@ def open_model(
     tokens: int = ROOM_TOKENS,
     needs_tokenizer: bool = False,
 ) -> Opened:
-    """As `load`.
+    """`load`, with the memory to leave for tokens.
 
-    tokens: of all sequences together, prompts and answers, for which there is to be room.
+    tokens: prompts and answers of all sequences together, for whose keys and values room is left.
     needs_tokenizer: refuse a model without one, before its weights are read.
     """
     if dtype != "auto" and dtype not in DTYPES:
@@ -234,7 +234,7 @@ def open_model(
 
 
 def answering_plan(run: RunDir, *, needs_tokenizer: bool) -> Plan:
-    """The plan of a run that has an adapter, and a tokenizer where one is needed."""
+    """The plan of a run that has an adapter, and a tokenizer if one is needed."""
     if not run.adapter.is_dir():
         raise RunError(f"{run.path} has no adapter yet", try_=command("gather", run.path))
     plan = plan_of(run)
@@ -247,7 +247,7 @@ def answering_plan(run: RunDir, *, needs_tokenizer: bool) -> Plan:
 
 
 def plan_of(run: RunDir) -> Plan:
-    """The run's plan. Its tokenizer is the run's own copy where the cache was emptied since, or the adapter's."""
+    """The run's plan. If the cache was emptied since, its tokenizer is the run's own copy, or the adapter's."""
     plan = run.plan()
     if plan.source.tokenizer and not Path(plan.source.tokenizer).is_dir():
         kept = run.path / TOKENIZER
@@ -265,13 +265,13 @@ def residence_of(
     device: str | None = None,
     max_memory_bytes: int | None = None,
 ) -> Residence:
-    """Where a run's backbone and adapter go on this machine; see `footprint` and `choose`."""
+    """Where to place a run's backbone and adapter on this machine; see `footprint` and `choose`."""
     parts = footprint_of(plan, dtype, tokens=tokens, scored=scored)
     return choose(parts, device=device, max_memory_bytes=max_memory_bytes)
 
 
 def footprint_of(plan: Plan, dtype: torch.dtype, *, tokens: int, scored: int = 0) -> Footprint:
-    """What a run's backbone and adapter take in use; see `footprint`."""
+    """Memory that a run's backbone and adapter take in use; see `footprint`."""
     spec = plan.spec
     return footprint(
         plan.facts,
@@ -288,7 +288,7 @@ def footprint_of(plan: Plan, dtype: torch.dtype, *, tokens: int, scored: int = 0
 
 
 def load_run(run: RunDir, dtype: torch.dtype, residence: Residence) -> tuple[Any, Any]:
-    """A run's backbone with its adapter on, where it is to lie, and the run's tokenizer."""
+    """A run's backbone with its adapter, placed as given, and the run's tokenizer."""
     from peft import PeftConfig, PeftModel
 
     from qdist.runtime.adapters.attach import FusedLora
@@ -332,9 +332,9 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def with_packed(plan: Plan) -> Source:
-    """A run's source with packed weights that are there: packed again where the cache was emptied since.
+    """A run's source with packed weights that exist: packed again if the cache was emptied since.
 
-    Raises ModelError where they are gone, RunError where others are in their place.
+    Raises ModelError if they are gone, RunError where others are in their place.
     """
     source, spec = plan.source, plan.spec
     if source.kind == "dummy":
@@ -359,9 +359,9 @@ def with_packed(plan: Plan) -> Source:
 
 
 def with_model(plan: Plan) -> Source:
-    """A run's source with the model that is there: converted or fetched again where the cache was emptied since.
+    """A run's source with a model that exists: converted or downloaded again if the cache was emptied since.
 
-    Raises ModelError where it is gone.
+    Raises ModelError if it is gone.
     """
     source = plan.source
     if Path(source.path).is_dir():

@@ -1,4 +1,4 @@
-"""What prompts become and what answers them: a tokenizer, and the wording that a model was trained in."""
+"""How to prompt a model: its tokenizer, and the wording it was trained with."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,18 +17,18 @@ from qdist.runtime.quantize.materialize import materialize
 
 
 class Speech(NamedTuple):
-    """How a model is spoken to."""
+    """How to prompt a model."""
 
     tokenizer: Any
     wording: Wording
     positions: int | None
-    """Tokens that a prompt and its answer may have together; None where nothing says."""
+    """Maximum tokens of a prompt and its answer together; None if unknown."""
     note: str = ""
-    """Which step's adapter answers, where that is not the last."""
+    """Which step's adapter answers, if not the last."""
 
 
 def speech_of(target: str) -> Speech:
-    """Of a run, or of any model. Reads no weights.
+    """The tokenizer and wording of a run or of any model. Reads no weights.
 
     Raises RunError for a run without an adapter, ModelError for a model without a tokenizer.
     """
@@ -54,7 +54,7 @@ def _positions(config: dict[str, Any], name: str) -> int | None:
 
 
 def encode_prompts(prompts: Sequence[Conversation], speech: Speech) -> list[list[int]]:
-    """The tokens of each prompt, worded as the model was trained.
+    """The tokens of each prompt, worded as in training.
 
     Raises DataError, once for all of them, for prompts that the chat template refuses or that leave no position for an
     answer.

@@ -1,4 +1,4 @@
-"""A model in use lies where `qdist.core.planning.inference` puts it: on one GPU, on several, partly in host memory."""
+"""Places a model in use as `qdist.core.planning.inference` decides: on one or several GPUs, partly in host memory."""
 
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from qdist.runtime.placements.split.stages import fetch_to, spread
 
 
 def choose(parts: Footprint, *, device: str | None, max_memory_bytes: int | None, in_host: bool = False) -> Residence:
-    """Where a model is to lie on this machine, as it is now.
+    """Where to place a model on this machine, as it is now.
 
     device: where all of it goes, whatever is free there. max_memory_bytes: of each GPU. in_host: it is there already.
-    Raises SpecError where the two contradict each other or the machine, PlanError where the model does not fit.
+    Raises SpecError if the two contradict each other or the machine, PlanError where the model does not fit.
     """
     if device is None and torch.cuda.is_available():
         host_bytes = None if in_host else probe.host_memory(Path("/"))[1]
@@ -30,12 +30,12 @@ def choose(parts: Footprint, *, device: str | None, max_memory_bytes: int | None
 
 
 def on_device(device: torch.device, *, layers: int) -> Residence:
-    """All of it on one device."""
+    """Everything on one device."""
     return Residence(layer_gpu=(device.index or 0,) * layers if device.type == "cuda" else ())
 
 
 def free_bytes() -> tuple[int, ...]:
-    """Of each GPU as torch numbers it. The driver is asked: asking CUDA would open a context on every card."""
+    """Free bytes of each GPU in torch's order, from the driver: asking CUDA would open a context on every card."""
     driver = nvml.read()
     free = {card.uuid.removeprefix("GPU-"): card.free_bytes for card in driver.cards} if driver else {}
     found = []
@@ -47,24 +47,24 @@ def free_bytes() -> tuple[int, ...]:
 
 
 def device_of(gpu: int) -> torch.device:
-    """A GPU by its number."""
+    """The device of a GPU number."""
     return torch.device("cuda", gpu)
 
 
 def first_device(residence: Residence) -> torch.device:
-    """Where token ids go in."""
+    """The device that takes token ids."""
     return device_of(residence.layer_gpu[0]) if residence.layer_gpu else torch.device("cpu")
 
 
 def arrange(model: Any, residence: Residence) -> None:
-    """Say of each part of a model where it lies, before or after it has bytes."""
+    """Assign a device to each part of a model, before or after it has bytes."""
     if len(residence.gpus) > 1:
         spread(model, [device_of(gpu) for gpu in residence.layer_gpu])
     offload(model, residence.offloaded)
 
 
 def settle(model: Any, residence: Residence) -> None:
-    """Finish a model that was arranged and filled, after its adapter was put on.
+    """Finish a model that was arranged and filled, after its adapter was attached.
 
     Tables that were resized, and the modules that PEFT puts around them, fetch what they are given as the parts did
     that `arrange` saw. The adapter of offloaded layers comes to the GPU (PEFT 0.21 puts it where the
@@ -80,7 +80,7 @@ def settle(model: Any, residence: Residence) -> None:
 
 
 def _current_while_used(model: nn.Module, device: torch.device) -> None:
-    """Make the model's GPU the current one while it computes, and then the one that was: Triton launches on it."""
+    """Make the model's GPU current while it computes, then restore the previous one: Triton launches on it."""
     before: list[int] = []
 
     def enter(*_: Any) -> None:
@@ -95,7 +95,7 @@ def _current_while_used(model: nn.Module, device: torch.device) -> None:
 
 
 def move(model: Any, residence: Residence) -> Any:
-    """Bring a whole model that is not packed from host memory to where it is to lie."""
+    """Move a whole unpacked model from host memory to its placement."""
     arrange(model, residence)
     moved: dict[nn.Parameter, nn.Parameter] = {}  # a tied head's table moves once
     for module in model.modules():

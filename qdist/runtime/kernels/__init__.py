@@ -1,1 +1,1 @@
-"""Triton kernels, each beside its torch reference."""
+"""Triton kernels, each with its torch reference."""

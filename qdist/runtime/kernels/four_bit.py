@@ -1,4 +1,4 @@
-"""Unpacks bitsandbytes' 4-bit weights: nested absmax and code book in one pass over memory; torch's way beside it."""
+"""Unpacks bitsandbytes' 4-bit weights: nested absmax and code book in one pass over memory, with a torch fallback."""
 
 from functools import cache
 from typing import Any
@@ -19,7 +19,7 @@ def code_book(quant_type: str, device: torch.device) -> torch.Tensor:
 
 @cache
 def absmax_code_book(device: torch.device) -> torch.Tensor:
-    """The 256 values that stand for quantized absmaxes, float32."""
+    """The 256 values that quantized absmaxes represent, float32."""
     from bitsandbytes.functional import create_dynamic_map
 
     return create_dynamic_map().to(device)
@@ -75,7 +75,7 @@ def _fused(
     shape: tuple[int, int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """One kernel that reads 0.52 bytes and writes `dtype` a weight."""
+    """One kernel that reads 0.52 bytes and writes one `dtype` per weight."""
     out = torch.empty(shape, dtype=dtype, device=packed.device)
     blocks = absmax.numel()
     rows = 64
@@ -90,7 +90,7 @@ def _fused(
 
 @cache
 def _kernel() -> Any:
-    """Compiled on first use: Triton is there only with a GPU."""
+    """The kernel, compiled on first use: Triton exists only with a GPU."""
     import triton
     import triton.language as tl
 

@@ -1,4 +1,4 @@
-"""Unpacks GPTQ weights, and multiplies a few tokens with them packed: Triton kernels, and torch's way beside them."""
+"""Unpacks GPTQ weights, and multiplies them while packed with a few tokens: Triton kernels and a torch fallback."""
 
 import torch
 
@@ -6,11 +6,11 @@ from qdist.runtime.kernels import gptq_bits as reference
 from qdist.runtime.kernels.launching import on_device
 
 FEW_TOKENS = 4
-"""Up to here the packed weights are read once for each token; above, unpacking them first is taken to be faster."""
+"""Most tokens for which packed weights are read once per token; above, unpacking first is assumed to be faster."""
 _ROWS, _COLUMNS = 32, 128
-"""Inputs, whole words in any width, and outputs that one program unpacks."""
+"""Inputs, in whole words for any width, and outputs that one program unpacks."""
 _SPLIT_ROWS = 1024
-"""Inputs that one program of `product` goes through."""
+"""Inputs that one program of `product` processes."""
 
 
 def dequantize(
@@ -76,7 +76,7 @@ def triton_product(
     offset: int,
     group_size: int,
 ) -> torch.Tensor:
-    """inputs [tokens, in] times the packed weights, [tokens, out] in the inputs' type; added up in float32."""
+    """inputs [tokens, in] times the packed weights, [tokens, out] in the inputs' dtype; accumulated in float32."""
     from qdist.runtime.kernels import gptq_triton
 
     values, words = reference.period(bits)
@@ -100,7 +100,7 @@ def triton_product(
 def _needed(
     groups: torch.Tensor | None, inputs: int, group_size: int, values: int, device: torch.device
 ) -> torch.Tensor | None:
-    """None where each `values` inputs that follow each other are of one group; else the group of each input."""
+    """None if every `values` consecutive inputs share a group; else the group of each input."""
     if groups is None and group_size != -1 and group_size % values:
         return reference.group_of_inputs(inputs, group_size, device)
     return groups

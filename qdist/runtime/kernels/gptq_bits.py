@@ -1,4 +1,4 @@
-"""Packs small integers into 32-bit words as GPTQ checkpoints do, and what the words stand for.
+"""Packs small integers into 32-bit words as GPTQ checkpoints do, and unpacks them.
 
 Along the first dimension the values follow each other bit by bit, the lowest bit first, so that 3-bit values cross from
 word to word: 32 of them fill 3 words (AutoGPTQ's order; 2, 4 and 8 bits never cross).
@@ -13,13 +13,13 @@ from qdist.core.model.gptq import WORD
 
 
 def period(bits: int) -> tuple[int, int]:
-    """(values, words) after which the pattern begins anew: (8, 1) for 4 bits, (32, 3) for 3."""
+    """(values, words) after which the pattern repeats: (8, 1) for 4 bits, (32, 3) for 3."""
     common = gcd(bits, WORD)
     return WORD // common, bits // common
 
 
 def require_whole_words(path: str, bits: int, *, inputs: int, outputs: int) -> None:
-    """Raise ModelError where the sizes of a linear do not fill words of so many bits."""
+    """Raise ModelError if a linear's sizes do not fill whole words of `bits` bits."""
     values, _ = period(bits)
     for side, size in (("inputs", inputs), ("outputs", outputs)):
         if size % values:
@@ -69,7 +69,7 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def pack_zeros(zeros: torch.Tensor, bits: int, offset: int, *, name: str = "qzeros") -> torch.Tensor:
-    """Zeros [groups, out] as the file has them, int32 [groups, out * bits / 32].
+    """Zeros [groups, out] as stored in the file, int32 [groups, out * bits / 32].
 
     offset: 1 where zeros are stored minus one (format gptq), which leaves no way to store 0; 0 in gptq_v2.
     Raises ModelError for a zero that the format cannot hold.
@@ -81,12 +81,12 @@ def pack_zeros(zeros: torch.Tensor, bits: int, offset: int, *, name: str = "qzer
 
 
 def unpack_zeros(qzeros: torch.Tensor, bits: int, offset: int) -> torch.Tensor:
-    """int16 [groups, out], the values at which a weight is 0."""
+    """int16 [groups, out]: the values that represent a weight of 0."""
     return unpack(qzeros.t(), bits).t().to(torch.int16) + offset
 
 
 def group_of_inputs(inputs: int, group_size: int, device: torch.device | None = None) -> torch.Tensor:
-    """The usual g_idx, int32 [inputs]: groups follow each other."""
+    """The usual g_idx, int32 [inputs]: groups of consecutive inputs."""
     if group_size == -1:
         return torch.zeros(inputs, dtype=torch.int32, device=device)
     return torch.arange(inputs, dtype=torch.int32, device=device) // group_size

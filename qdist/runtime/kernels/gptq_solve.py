@@ -1,4 +1,4 @@
-"""GPTQ's inner loops on a GPU: the grid of a group of weights, and rounding with the errors carried on."""
+"""GPTQ's inner loops on a GPU: fitting a group's grid, and rounding with error propagation."""
 
 from functools import cache
 from typing import Any, NamedTuple
@@ -8,16 +8,16 @@ import torch
 from qdist.runtime.kernels.launching import LAUNCHING, on_device
 
 _COLUMNS, _WARPS = 8, 1
-"""Outputs that one program takes, and the warps that it has."""
+"""Outputs per program, and warps per program."""
 
 
 class Rounded(NamedTuple):
-    """A block of inputs."""
+    """A rounded block of inputs."""
 
     codes: torch.Tensor
     """uint8 [n, out]."""
     errors: torch.Tensor
-    """float32 [n, out], each divided by its input's pivot: what later blocks make good."""
+    """float32 [n, out], each divided by its input's pivot: the errors that later blocks compensate."""
 
 
 def round_block(
@@ -49,8 +49,7 @@ def torch_round_block(
 def triton_round_block(
     left: torch.Tensor, upper: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, *, top: int
 ) -> Rounded:
-    """`round_block` in one launch; contractions into fused products may move a code by one where a weight lies
-    between two."""
+    """`round_block` in one launch; fused multiply-adds may change a code by one if a weight is midway."""
     rows, outputs = left.shape
     codes, errors = torch.empty(left.shape, dtype=torch.uint8, device=left.device), torch.empty_like(left)
     upper = upper.contiguous()  # a triangular solution on a GPU lies column by column
@@ -65,7 +64,7 @@ def triton_round_block(
 
 @cache
 def _kernel() -> Any:
-    """Compiled on first use: Triton is there only with a GPU."""
+    """The kernel, compiled on first use: Triton exists only with a GPU."""
     import triton
     import triton.language as tl
 
@@ -97,20 +96,20 @@ def _kernel() -> Any:
 
 
 _SHRINKS = tuple(1 - step / 40 for step in range(1, 21))
-"""Parts of a group's range that are tried: a grid that cuts off extremes is finer for all others."""
+"""Fractions of a group's range to try: a grid that clips extremes is finer for all other weights."""
 _AT_ONCE = 1 << 24
-"""Weights that torch rounds at a time while ranges are tried: 64 MiB of them, or one range."""
+"""Weights that torch rounds at a time while trying ranges: 64 MiB of them, or one range."""
 _SMALLEST_SCALE = 2.0**-24
 """float16's smallest positive number."""
 _MOST_ROWS, _COLUMNS, _WARPS = 128, 16, 4
-"""Inputs and outputs that a Triton program takes at a time."""
+"""Inputs and outputs per Triton program, and its warps."""
 
 
 class Grid(NamedTuple):
-    """The values that the weights of a group may take: scale x (code - zero), codes from 0 to `top`."""
+    """The values that a group's weights may take: scale x (code - zero), codes from 0 to `top`."""
 
     scale: torch.Tensor
-    """float32 [out], each a float16 number: what is stored is what was optimized for. Of several grids [grids, out]."""
+    """float32 [out], representable in float16: what is stored is what was optimized. [grids, out] for several grids."""
     zero: torch.Tensor
     """float32 [out], integers."""
     top: int
@@ -120,14 +119,14 @@ class Grid(NamedTuple):
         return (weights / self.scale + self.zero).round_().clamp_(0, self.top)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
-        """What codes [..., out] stand for, float32."""
+        """The values of codes [..., out], float32."""
         return (codes - self.zero) * self.scale
 
 
 def fit(
     weights: torch.Tensor, importance: torch.Tensor, bits: int, *, sym: bool, lowest_zero: int, search: bool = True
 ) -> Grid:
-    """The grid of a group, weights [n, out] in float32: their whole range, or with `search` a part that errs less.
+    """The grid of a group, weights [n, out] in float32: their whole range, or with `search` a better part of it.
 
     importance: float32 [n], what a squared error in each input's weights costs (in GPTQ: 1 / U_ii^2).
     lowest_zero: 1 where the format holds no zero of 0.
@@ -139,7 +138,7 @@ def fit(
 def torch_fit(
     weights: torch.Tensor, importance: torch.Tensor, bits: int, *, sym: bool, lowest_zero: int, search: bool = True
 ) -> Grid:
-    """`fit`, several parts of the range at a time."""
+    """`fit`, trying several ranges at a time."""
     low, high = weights.amin(0).clamp_(max=0), weights.amax(0).clamp_(min=0)
     shrinks = _shrinks(weights.device)[: None if search else 1, None]
     tried = _grid(low * shrinks, high * shrinks, bits, sym=sym, lowest_zero=lowest_zero)
@@ -156,12 +155,12 @@ def torch_fit(
 
 @cache
 def _shrinks(device: torch.device) -> torch.Tensor:
-    """On the device once and for all: to copy a few numbers to a GPU is to wait for all that it has yet to do."""
+    """The fractions, copied to the device once: copying a few numbers to a GPU waits for all its pending work."""
     return torch.tensor((1.0, *_SHRINKS), device=device)
 
 
 def _grid(low: torch.Tensor, high: torch.Tensor, bits: int, *, sym: bool, lowest_zero: int) -> Grid:
-    """The grids that reach from low <= 0 to high >= 0, [..., out]."""
+    """The grids from low <= 0 to high >= 0, [..., out]."""
     top = (1 << bits) - 1
     if sym:
         scale = _stored(2 * torch.maximum(-low, high) / top)
@@ -173,13 +172,13 @@ def _grid(low: torch.Tensor, high: torch.Tensor, bits: int, *, sym: bool, lowest
 
 
 def _stored(scale: torch.Tensor) -> torch.Tensor:
-    """Scales as float16 holds them; those of groups without weights are 1."""
+    """Scales rounded to float16; 1 for groups without weights."""
     rounded = scale.to(torch.float16).to(torch.float32).clamp_(min=_SMALLEST_SCALE)
     return torch.where(scale == 0, torch.ones_like(scale), rounded)
 
 
 def _cost(grid: Grid, weights: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-    """What rounding a group [n, out] costs on each of several grids [grids, out], [grids, out]."""
+    """The cost of rounding a group [n, out] on each of several grids [grids, out], [grids, out]."""
     one_each = Grid(grid.scale[:, None], grid.zero[:, None], grid.top)
     return importance @ (one_each.values(one_each.codes(weights)) - weights).square_()
 
@@ -187,7 +186,7 @@ def _cost(grid: Grid, weights: torch.Tensor, importance: torch.Tensor) -> torch.
 def triton_fit(
     weights: torch.Tensor, importance: torch.Tensor, bits: int, *, sym: bool, lowest_zero: int, search: bool = True
 ) -> Grid:
-    """`fit` in one launch; of parts of the range that cost the same to a rounding it may take another."""
+    """`fit` in one launch; among ranges whose costs are equal up to rounding it may choose another."""
     rows, outputs = weights.shape
     top, shrinks = (1 << bits) - 1, _shrinks(weights.device)
     height = min(_MOST_ROWS, 1 << (rows - 1).bit_length())
@@ -203,7 +202,7 @@ def triton_fit(
 
 @cache
 def _grid_kernel() -> Any:
-    """Compiled on first use: Triton is there only with a GPU."""
+    """The kernel, compiled on first use: Triton exists only with a GPU."""
     import triton
     import triton.language as tl
 

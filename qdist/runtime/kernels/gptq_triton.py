@@ -1,4 +1,4 @@
-"""The Triton kernels of `qdist.runtime.kernels.gptq`; to be imported where there is Triton.
+"""The Triton kernels of `qdist.runtime.kernels.gptq`; import only if Triton is installed.
 
 A period is the values of one word, or the 32 values of 3 bits in three words. Words are int32, so a shift to the right
 copies the sign; masks take it off.
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def zero_of(qzeros, group, column, there, zero_words, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The stored zeros of `column` in `group`, which may cross from word to word in 3 bits."""
+    """The stored zeros of `column` in `group`, which may straddle words at 3 bits."""
     bit = column * BITS
     place, shift = group * zero_words + bit // 32, bit % 32
     value = tl.load(qzeros + place, mask=there, other=0) >> shift
@@ -24,7 +24,7 @@ def zero_of(qzeros, group, column, there, zero_words, BITS: tl.constexpr):  # ty
 
 @triton.jit
 def words_of(qweight, row, column, there, outputs, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The words of a period: three, of which 3 bits alone have different ones."""
+    """The words of a period: three, which differ only at 3 bits."""
     at = qweight + row.to(tl.int64) * WORDS * outputs + column
     first = tl.load(at, mask=there, other=0)
     second, third = first, first
@@ -64,7 +64,7 @@ def value_at(first, second, third, BITS: tl.constexpr, PLACE: tl.constexpr):  # 
 def values_of(  # type: ignore[no-untyped-def]
     qweight, row, column, there, inputs, outputs, BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """The stored weights of inputs `row` [ROWS, 1], which begin with a word, for outputs `column` [1, COLUMNS].
+    """The stored weights of inputs `row` [ROWS, 1], starting at a word, for outputs `column` [1, COLUMNS].
 
     All at once, so that they are in the threads that store them: place by place each value would go from the thread
     that read its word to another.
@@ -92,7 +92,7 @@ def unpack(  # type: ignore[no-untyped-def]
     qweight, qzeros, scales, groups, out, inputs, outputs, zero_words, group_size, BITS: tl.constexpr,
     OFFSET: tl.constexpr, ORDERED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """[in, out] of scale x (weight - zero). Without `groups`, ROWS inputs are of one group."""
+    """[in, out] of scale x (weight - zero). Without `groups`, each ROWS inputs share a group."""
     begin = tl.program_id(0) * ROWS
     row = begin + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -110,7 +110,7 @@ def product(  # type: ignore[no-untyped-def]
     BITS: tl.constexpr, OFFSET: tl.constexpr, WORDS: tl.constexpr, VALUES: tl.constexpr, ORDERED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """parts [splits, tokens, out]: what each split of the inputs adds to the product. ROWS counts periods."""
+    """parts [splits, tokens, out]: each input split's contribution to the product. ROWS counts periods."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     split, token = tl.program_id(1), tl.program_id(2)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)

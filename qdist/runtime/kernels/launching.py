@@ -1,4 +1,4 @@
-"""Triton launches on the current device, wherever its arguments lie."""
+"""Triton launches on the device of their arguments."""
 
 import contextlib
 from threading import Lock
@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 LAUNCHING = Lock()
-"""Held by kernels that threads launch on several GPUs at once: Triton compiles and launches for one of them."""
+"""Held by kernels that threads launch on several GPUs: Triton compiles and launches for one at a time."""
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make a device the current one; changing it costs time, and is seldom needed."""
+    """Make a device current; skipped if it already is, because switching takes time."""
     if device.type != "cuda" or torch.cuda.current_device() == device.index:
         return contextlib.nullcontext()
     return torch.cuda.device(device)

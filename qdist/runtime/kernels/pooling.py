@@ -1,4 +1,4 @@
-"""Means of inputs that follow each other (QA-LoRA's pooling): one pass over memory, and torch's way beside it."""
+"""Means of consecutive inputs (QA-LoRA's pooling): one pass over memory, and a torch fallback."""
 
 from functools import cache
 from typing import Any
@@ -8,10 +8,9 @@ import torch
 from qdist.runtime.kernels.launching import on_device
 
 _MANY = 1 << 22
-"""Elements above which a launch of Triton's is worth its time; torch reduces short rows at a part of the memory's rate,
-and is launched faster."""
+"""Elements above which Triton's slower launch pays off; torch reduces short rows at a fraction of memory bandwidth."""
 _ROWS = 128
-"""Groups that one program takes."""
+"""Groups per program."""
 
 
 def means(inputs: torch.Tensor, pool: int) -> torch.Tensor:
@@ -22,12 +21,12 @@ def means(inputs: torch.Tensor, pool: int) -> torch.Tensor:
 
 
 def add_pooled_gradient(inputs: torch.Tensor, gradient: torch.Tensor, pool: int) -> None:
-    """To the gradient of inputs [tokens, in] add that of the sums of their groups, [tokens, in / pool]."""
+    """Add the gradient of group sums, [tokens, in / pool], to the gradient of inputs [tokens, in]."""
     inputs.view(*gradient.shape, pool).add_(gradient.unsqueeze(-1))
 
 
 def triton_means(inputs: torch.Tensor, pool: int) -> torch.Tensor:
-    """`means` of contiguous inputs, for a pool that is a power of two; added up in float32."""
+    """`means` of contiguous inputs, for a pool that is a power of two; accumulated in float32."""
     out = torch.empty((inputs.shape[0], inputs.shape[1] // pool), dtype=inputs.dtype, device=inputs.device)
     groups = out.numel()
     with on_device(inputs.device):
@@ -37,7 +36,7 @@ def triton_means(inputs: torch.Tensor, pool: int) -> torch.Tensor:
 
 @cache
 def _kernel() -> Any:
-    """Compiled on first use: Triton is there only with a GPU."""
+    """The kernel, compiled on first use: Triton exists only with a GPU."""
     import triton
     import triton.language as tl
 

@@ -1,4 +1,4 @@
-"""The sums of `qdist.runtime.formats.checksum` on a GPU, in two launches a tensor where torch takes thirty."""
+"""The checksums of `qdist.runtime.formats.checksum` on a GPU, in two launches per tensor to torch's thirty."""
 
 from functools import cache
 from subprocess import SubprocessError
@@ -9,13 +9,14 @@ import torch
 from qdist.runtime.kernels.launching import LAUNCHING, on_device
 
 _WORDS = 1 << 12
-"""That one program takes."""
+"""Words per program."""
 
 
 @cache
 def usable(device: torch.device) -> bool:
-    """Whether Triton is there, and can compile: it needs a C compiler and Python's headers, which a machine that only
-    trains may not have.
+    """Whether Triton is installed and can compile.
+
+    It needs a C compiler and Python's headers, which a machine that only trains may lack.
     """
     try:
         return word_sums(torch.ones(3, dtype=torch.int32, device=device)).tolist() == [3, 6]
@@ -34,7 +35,7 @@ def word_sums(words: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _kernel() -> Any:
-    """Compiled on first use: Triton is there only with a GPU."""
+    """The kernel, compiled on first use: Triton exists only with a GPU."""
     import triton
     import triton.language as tl
 

@@ -14,22 +14,22 @@ from qdist.host.opening import told
 from qdist.runtime.kernels.four_bit import absmax_code_book, dequantize
 
 FEW_TOKENS = 16
-"""Up to here a GPU multiplies with the packed weights; above, unpacking them first is faster (H100 and H200)."""
+"""Most tokens that a GPU multiplies with packed weights; above, unpacking first is faster (H100 and H200)."""
 DEVIATION = 0.02
-"""Of random weights."""
+"""Standard deviation of random weights."""
 PACKING = (".absmax", ".scale", ".qzeros", ".scales", ".weight_offset")
-"""Parameters of packed layers that are neither weights nor biases."""
+"""Suffixes of packed layers' parameters that are neither weights nor biases."""
 
 
 class Slices(Protocol):
-    """A tensor on disk or in memory of which rows can be read."""
+    """A tensor on disk or in memory that can be read by rows."""
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
         """The rows, on any device."""
 
 
 class PackedLinear(nn.Linear):
-    """A frozen linear [out_features, in_features]; subclasses say how its weights are packed.
+    """A frozen linear [out_features, in_features]; subclasses define the packing.
 
     It is an `nn.Linear` to libraries that look for one; `weight` holds packed bytes.
     """
@@ -42,15 +42,15 @@ class PackedLinear(nn.Linear):
         self.register_parameter("bias", empty((out_features,), dtype) if bias else None)
 
     def matrix(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """The weights unpacked, [out_features, in_features]."""
+        """The unpacked weights, [out_features, in_features]."""
         raise NotImplementedError
 
     def unpacked(self, device: torch.device) -> torch.Tensor:
-        """The weights as products see them, float32 [out_features, in_features]: rounded to what they compute in."""
+        """The weights as products use them, float32 [out_features, in_features]: rounded to the compute dtype."""
         return self.matrix(self.compute_dtype, device).to(torch.float32, copy=True)
 
     def product(self, inputs: torch.Tensor) -> torch.Tensor:
-        """inputs [tokens, in_features] times the weights, plus bias: a tensor of its own, [tokens, out_features]."""
+        """inputs [tokens, in_features] times the weights, plus bias: a new tensor [tokens, out_features]."""
         bias = None if self.bias is None else self.bias.to(inputs.device, inputs.dtype)
         return functional.linear(inputs, self.matrix(inputs.dtype, inputs.device), bias)
 
@@ -59,18 +59,18 @@ class PackedLinear(nn.Linear):
         return gradient @ self.matrix(gradient.dtype, gradient.device)
 
     def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """A float matrix as the tensors that the layer holds, by their names here."""
+        """A float matrix as the tensors that the layer holds, by their names in it."""
         raise NotImplementedError
 
     def drawn(self, matrix: Callable[[], torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Random tensors for this layer; by default a random matrix, packed.
+        """Random tensors for this layer; by default a packed random matrix.
 
         matrix: makes weights of N(0, 0.02), [out, in]. generator: for who needs no matrix.
         """
         return self.pack(matrix())
 
     def stored(self, file: Mapping[str, Slices]) -> dict[str, Slices]:
-        """The layer's tensors as checkpoints of its kind store them, by their names here."""
+        """The layer's tensors as checkpoints of its kind store them, by their names in the layer."""
         raise NotImplementedError
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -153,7 +153,7 @@ class Packed4bit(PackedLinear):
 
 
 class Packed8bit(PackedLinear):
-    """LLM.int8 (Dettmers et al. 2022): a byte a weight, a scale a row; input outliers are multiplied in 16 bits."""
+    """LLM.int8 (Dettmers et al. 2022): a byte per weight, a scale per row; input outliers are multiplied in 16 bits."""
 
     kind = "int8"
     threshold = 6.0
@@ -192,7 +192,7 @@ class Packed8bit(PackedLinear):
 
 
 class _Frozen(torch.autograd.Function):
-    """A frozen product that keeps nothing for the backward pass but the layer."""
+    """A frozen product that saves only the layer for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
@@ -225,16 +225,16 @@ def frozen_input_gradient(layer: nn.Linear, gradient: torch.Tensor) -> torch.Ten
 
 
 def compute_dtype(inputs: torch.Tensor) -> torch.dtype:
-    """What a linear computes in: autocast's type where it is on, else the inputs' own."""
+    """The dtype a linear computes in: autocast's if enabled, else the inputs'."""
     kind = inputs.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs.dtype
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether a linear's weights are offloaded to host memory; its attribute `runs_on` says where it computes."""
+    """Whether a linear's weights are offloaded to host memory; its attribute `runs_on` is where it computes."""
     return getattr(module, "offloaded", False)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
-    """A frozen parameter that has no bytes yet."""
+    """A frozen parameter without storage yet."""
     return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)

@@ -1,4 +1,4 @@
-"""A frozen linear whose weights are packed as GPTQ checkpoints have them (Frantar et al. 2022)."""
+"""A frozen linear with weights packed as in GPTQ checkpoints (Frantar et al. 2022)."""
 
 from collections.abc import Callable, Mapping
 
@@ -12,7 +12,7 @@ from qdist.runtime.model.packed import DEVIATION, PackedLinear, Slices, empty, i
 
 
 class PackedGptq(PackedLinear):
-    """2, 3, 4 or 8 bits; a scale and a zero for each group of inputs. The file's bytes are the parameters.
+    """2, 3, 4 or 8 bits; a scale and a zero per group of inputs. The file's bytes are the parameters.
 
     offset: what is added to stored zeros: 1 in the format gptq, 0 in gptq_v2.
     ordered: groups are of scattered inputs, and `g_idx` says which.
@@ -51,7 +51,7 @@ class PackedGptq(PackedLinear):
         return self._unpacked(dtype, device).t()
 
     def _unpacked(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """[in_features, out_features], as the words lie."""
+        """Unpacked weights, [in_features, out_features], in the order of the words."""
         weight, qzeros, scales = (self._at(value, device) for value in (self.weight, self.qzeros, self.scales))
         return dequantize(
             weight, qzeros, scales, self.g_idx, bits=self.shape.bits, offset=self.offset,
@@ -79,7 +79,7 @@ class PackedGptq(PackedLinear):
         return inputs
 
     def _offsets(self, like: torch.Tensor) -> torch.Tensor:
-        """[in / group_size, out], to be multiplied by the scale."""
+        """Offsets [in / group_size, out], to be multiplied by the scale."""
         return self.weight_offset.to(like.device, like.dtype, non_blocking=True)
 
     def _packed_product(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,7 @@ class PackedGptq(PackedLinear):
         return weights
 
     def drawn(self, matrix: Callable[[], torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Random words, of which each bit is as likely as not, and scales that give their values the deviation.
+        """Random words with uniform bits, and scales that give the weights the standard deviation `DEVIATION`.
 
         Rounding a random matrix would say no more, and takes five times a layer's memory. Scales differ as those of
         groups do: products of numbers with few bits set take a GPU less power, and it would be too fast.

@@ -1,4 +1,4 @@
-"""A model on the meta device, its linears ready to hold packed bytes; and filling it, whole or a rank's part."""
+"""A model on the meta device with linears ready for packed bytes; and filling it, entirely or with a rank's part."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ def open_config(folder: Path) -> Any:
 
 @contextmanager
 def refused(folder: Path) -> Iterator[None]:
-    """What transformers raises in this block is the fault of the folder's config.json: raise ModelError instead."""
+    """Raise ModelError that blames the folder's config.json for what transformers raises in this block."""
     with told(f"{folder}/config.json: transformers makes no model of it", ModelError, try_="its published config.json"):
         yield
 
@@ -85,7 +85,7 @@ def _packed(linear: nn.Linear, path: str, source: Source, bits: int, quant: Quan
 
 
 def fill(model: nn.Module, weights: Weights, *, device: torch.device) -> None:
-    """Give every parameter its values, and move the buffers; no more than one module's tensors at a time.
+    """Load every parameter's values and move the buffers, holding no more than one module's tensors at a time.
 
     A parameter that is sharded already (a DTensor) takes its own rows and no others. The weights of a linear that is
     marked `offloaded` stay in pinned host memory.
@@ -112,7 +112,7 @@ def fill(model: nn.Module, weights: Weights, *, device: torch.device) -> None:
 
 
 def offload(model: Any, layers: Sequence[int]) -> None:
-    """Mark the linears of decoder layers: their weights are offloaded to host memory and visit the GPU for each use."""
+    """Mark the linears of decoder layers as offloaded: weights stay in host memory and visit the GPU for each use."""
     stack = decoder_layers(model)
     for module in (module for index in layers for module in stack[index].modules()):
         if isinstance(module, nn.Linear):
@@ -131,7 +131,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 
 def first_row(parameter: Any) -> int:
-    """Where this rank's rows of a sharded parameter (a DTensor) begin in the whole."""
+    """First row of this rank's part of a sharded parameter (a DTensor)."""
     mesh = parameter.device_mesh
     rows: int = parameter.shape[0]
     return min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
@@ -161,7 +161,7 @@ def _filled(parameter: nn.Parameter, values: Slices, device: torch.device) -> nn
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 Arrange = Callable[[Any], None]
-"""Takes away or shards what a rank does not hold, while the model has no bytes yet."""
+"""Removes or shards what a rank does not hold, before the model has storage."""
 
 
 def load_backbone(
@@ -175,7 +175,7 @@ def load_backbone(
     arrange: Arrange | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> Any:
-    """A frozen transformers causal language model, its decoder linears packed to `bits`.
+    """A frozen transformers causal language model with its decoder linears packed to `bits`.
 
     dtype: of what is not packed, and of the arithmetic.
     linear_names: leaf names of the decoder linears.
@@ -199,7 +199,7 @@ def load_backbone(
 
 
 def load_plain(path: str, *, dtype: torch.dtype | str, device: torch.device) -> Any:
-    """A model with its weights as they are stored."""
+    """A model with its weights as stored."""
     from transformers import AutoModelForCausalLM
 
     require_files(Path(path), ModelError)

@@ -1,4 +1,4 @@
-"""Where a backbone's tensors come from: a folder of safetensors read through mmap, or random numbers by name."""
+"""Sources of a backbone's tensors: a folder of safetensors read through mmap, or random numbers by name."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -16,28 +16,28 @@ from qdist.runtime.formats.packed_folder import opened, tensor_files
 from qdist.runtime.model.packed import DEVIATION, PackedLinear, Slices
 
 _COPIED_ELEMENTS = 1 << 18
-"""Up to here a tensor is copied out of its file: left there, each would keep a mapping of all of the file, and the 64
-KiB around what it touches. SmolLM2's 630 scales did so with 33 MiB of every rank."""
+"""Elements up to which a tensor is copied out of its file: otherwise each would keep the whole file mapped, and 64 KiB
+around what it touches resident. SmolLM2's 630 scales took 33 MiB of every rank that way."""
 
 
 class Weights(Protocol):
-    """Tensors by module; whoever reads takes the rows it owns."""
+    """Tensors by module; each reader takes the rows it owns."""
 
     def of(self, path: str, module: nn.Module) -> Mapping[str, Slices]:
-        """The parameters and buffers that a module holds itself, by their names in it."""
+        """The parameters and buffers of a module itself, without submodules, by their names in it."""
 
     def check(self) -> None:
-        """Hold what was read since against what was written. Collective where a tensor is sharded.
+        """Verify what was read so far against its checksums. Collective if a tensor is sharded.
 
         Raises ModelError naming a tensor that is not what it was.
         """
 
 
 class Stored:
-    """A tensor in a file, of which nothing is read yet. What is read is summed, on the device that it goes to."""
+    """A lazily read tensor in a file. What is read is summed on its target device."""
 
     def __init__(self, part: Any, file: Path, name: str, check: SumCheck) -> None:
-        """part: safetensors' slice of it."""
+        """part: safetensors' slice of the tensor."""
         self._part, self._file, self._name, self._check = part, file, name, check
 
     @property
@@ -51,7 +51,7 @@ class Stored:
         return values
 
     def to(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """All of it."""
+        """The whole tensor."""
         values: torch.Tensor = self._part[:]
         if values.dtype != dtype:
             return self[:].to(device, dtype)
@@ -60,7 +60,7 @@ class Stored:
         return values
 
     def fill_rows(self, rows: torch.Tensor, first: int, group: Any) -> None:
-        """Fill `rows`, those from `first` on. group: the ranks that hold the others; all come, even for no rows."""
+        """Fill `rows`, which start at row `first`. group: the ranks with the other rows; all call, even for no rows."""
         values: torch.Tensor = self._part[first : first + len(rows)] if len(rows) else self._part[0:0]
         row_bytes = values.element_size() * prod(values.shape[1:])
         if len(rows):
@@ -70,7 +70,7 @@ class Stored:
 
 
 class ModelWeights:
-    """Another model's, of the same modules and not packed. Linears are packed here, on `device`, one at a time."""
+    """Another model's unpacked weights, by the same modules. Linears are packed here, on `device`, one at a time."""
 
     def __init__(self, model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
         self.model, self.device, self.dtype = model, device, dtype
@@ -82,14 +82,14 @@ class ModelWeights:
         return tensors
 
     def check(self) -> None:
-        """Nothing is read: whoever loaded the model has."""
+        """Nothing to check: whoever loaded the model did."""
 
 
 class FolderWeights:
     """A folder of safetensors under module names, linears packed as bitsandbytes stores them; see `qdist quantize`."""
 
     def __init__(self, folder: str | Path, sums: Sums | None = None, *, share: tuple[int, int] = (0, 1)) -> None:
-        """sums: what its tensors must sum up to. share: see `SumCheck`."""
+        """sums: expected checksums of its tensors. share: see `SumCheck`."""
         self.folder, self._check = Path(folder), SumCheck(sums, share=share)
 
     @cached_property
@@ -110,7 +110,7 @@ class FolderWeights:
         self._check.finish()
 
     def open(self, name: str) -> Slices:
-        """A tensor, of which nothing is read yet unless it is small. Raises ModelError where there is none."""
+        """A tensor, read lazily unless small. Raises ModelError if there is none."""
         if name not in self.files:
             raise ModelError(f"{self.folder} has no tensor {name}", try_="another folder, or pack the model again")
         place = self.folder / self.files[name]
@@ -120,7 +120,7 @@ class FolderWeights:
 
 
 class _Prefixed(Mapping[str, Slices]):
-    """The tensors of one module by their names in it, opened on use."""
+    """The tensors of one module by their names in it, opened on access."""
 
     def __init__(self, folder: FolderWeights, path: str) -> None:
         self._folder, self._path = folder, path
@@ -156,7 +156,7 @@ class RandomWeights:
         return tensors
 
     def check(self) -> None:
-        """They are made of their names."""
+        """Nothing to check: the values are generated from names."""
 
     def _values(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if len(shape) < 2:

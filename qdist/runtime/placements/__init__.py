@@ -1,1 +1,1 @@
-"""Where the backbone of a group lies: a module or folder a placement, behind the promises of `base.Placement`."""
+"""Placements of a group's backbone, one module or folder each, behind the interface `base.Placement`."""

@@ -1,4 +1,4 @@
-"""What a rank of any placement promises: its part of the backbone, its engine, its share of data, adapter and answers.
+"""The interface of a rank in any placement: its part of the backbone, engine, share of data, adapter and answers.
 
 A placement is one module here, or one folder, and one module in `qdist.core.planning.placements`; nobody else asks
 which one a plan has. tests/runtime/placements/test_conformance.py runs all of them through these promises.
@@ -20,7 +20,7 @@ PROCESS_GROUP_TIMEOUT = datetime.timedelta(minutes=30)
 
 
 class Built(NamedTuple):
-    """What the loop trains and evaluates with."""
+    """The engine and evaluation that the training loop uses."""
 
     engine: Engine
     evaluate: Evaluate
@@ -32,11 +32,11 @@ class Placement(Protocol):
     plan: Plan
     rank: int
     devices: tuple[torch.device, ...]
-    """This rank's, in the order of its plan; the first holds what no other has to."""
+    """This rank's devices, in plan order; the first also holds whatever is not assigned to another."""
 
     @property
     def data_rank(self) -> int:
-        """Which of the `plan.data_parallel` shares of a step's micro-batches this rank computes."""
+        """Index of this rank's share of a step's micro-batches, out of `plan.data_parallel`."""
 
     @property
     def adapter_parts(self) -> int:
@@ -44,26 +44,26 @@ class Placement(Protocol):
 
     @property
     def can_answer(self) -> bool:
-        """Whether this rank takes part in generating the answers of a finished run."""
+        """Whether this rank helps generate the answers of a finished run."""
 
     @property
     def in_step(self) -> bool:
-        """Whether the ranks exchange weights in each pass, so that all must make as many passes as any."""
+        """Whether ranks exchange weights in each pass, so that all must make the same number of passes."""
 
     def arrange(self, model: Any) -> None:
-        """Take away or shard what this rank does not hold, and say where the rest lies, while `model` has no bytes."""
+        """Remove or shard what this rank does not hold and assign devices to the rest, while `model` has no storage."""
 
     def settle(self, backbone: Any) -> None:
-        """Finish a backbone whose bytes were filled in. Collective."""
+        """Finish a backbone after its weights were loaded. Collective."""
 
     def verify(self, backbone: Any) -> int:
-        """Bytes that were gathered and found to be those that the ranks hold; 0 where nothing is gathered. Collective.
+        """Bytes gathered and verified against what the ranks hold; 0 if nothing is gathered. Collective.
 
         Raises JobError naming the tensor where they differ.
         """
 
     def sums_share(self) -> tuple[int, int]:
-        """(which, of how many): the part of the recorded checksums that this rank holds its bytes against."""
+        """(index, count): the share of the recorded checksums that this rank verifies."""
 
     def build(self, accelerator: Any, adapter: Adapter, forward: Forward) -> Built:
         """The engine over this rank's adapter parameters, and its evaluation. Collective.
@@ -73,7 +73,7 @@ class Placement(Protocol):
 
 
 class Rank:
-    """The promises as a rank keeps them that needs no other for its passes and has all of the adapter."""
+    """The interface for a rank that computes its passes alone and has the whole adapter."""
 
     in_step = False
 
@@ -109,7 +109,7 @@ class Rank:
 
 
 def make_engine(plan: Plan, accelerator: Any, adapter: Adapter) -> Engine:
-    """The engine that the plan names, over the parameters of a whole adapter alone."""
+    """The engine named in the plan, over only a whole adapter's parameters."""
     clip, optimizer_of = plan.spec.optim.clip, optimizer_maker(plan)
     if plan.engine == "torch":
         optimizer = optimizer_of(list(adapter.parameters()))
@@ -119,7 +119,7 @@ def make_engine(plan: Plan, accelerator: Any, adapter: Adapter) -> Engine:
 
 
 def optimizer_maker(plan: Plan) -> Any:
-    """What makes the planned optimizer over a list of parameters."""
+    """A function that builds the planned optimizer over a list of parameters."""
     optim = plan.spec.optim
     return partial(
         build_optimizer,

@@ -1,4 +1,4 @@
-"""Which module runs which placement."""
+"""Which module implements which placement."""
 
 import torch
 
@@ -12,6 +12,6 @@ PLACEMENTS = {"replicate": Replicate, "shard": Shard, "split": split}
 
 
 def placement_of(plan: Plan, rank: int, devices: tuple[torch.device, ...]) -> Placement:
-    """A rank's side of the plan's placement. devices: the rank's, in the order of its plan."""
+    """A rank of the plan's placement. devices: the rank's, in plan order."""
     made: Placement = PLACEMENTS[plan.placement](plan, rank, devices)
     return made

@@ -7,7 +7,7 @@ class Replicate(Rank):
     """One rank of a replicated backbone."""
 
     def sums_share(self) -> tuple[int, int]:
-        """All of its own copy on a GPU; CPU ranks of a node map the same bytes, and read them for each other."""
+        """All of a GPU's own copy; CPU ranks of a node map the same bytes and split the verification."""
         if self.plan.device == "cuda":
             return 0, 1
         node = self.plan.ranks[self.rank].node

@@ -18,7 +18,7 @@ from qdist.runtime.placements.base import Rank
 
 
 class Shard(Rank):
-    """A rank that holds 1/k of every layer's packed bytes. All of a group gather them together, layer by layer."""
+    """A rank that holds 1/k of every layer's packed bytes. The group gathers them together, layer by layer."""
 
     in_step = True
 
@@ -37,7 +37,7 @@ class Shard(Rank):
 
 
 def shard(model: Any, plan: Plan) -> None:
-    """Shard a model on the meta device: each decoder layer a unit, and the embeddings where nothing else needs them.
+    """Shard a model on the meta device: one unit per decoder layer, and the embeddings unless needed elsewhere.
 
     Only the frozen backbone is FSDP's. Adapters are put on later and stay out of its sight.
     """
@@ -63,7 +63,7 @@ def shard(model: Any, plan: Plan) -> None:
 
 
 def _keep_out_of_backward(table: Any) -> None:
-    """Have FSDP not gather a table in the backward pass, which does not read it.
+    """Keep FSDP from gathering a table in the backward pass, which does not read it.
 
     Of the embeddings this is more than a saving: nothing below them is trained, so no backward pass ever comes to them,
     yet FSDP2 gathers them ahead of it. At the end of the pass it means the stream to wait for that gather, but waits
@@ -74,12 +74,12 @@ def _keep_out_of_backward(table: Any) -> None:
 
 
 def shards_embeddings(plan: Plan) -> bool:
-    """Tied tables and those with added rows stay whole on every rank: two modules use them, or they are resized."""
+    """Whether embeddings are sharded: tied tables and those with added rows stay whole on every rank."""
     return not plan.facts.tied_embeddings and plan.source.vocab_rows is None
 
 
 def _group_mesh(plan: Plan) -> DeviceMesh:
-    """The ranks that hold one backbone between them."""
+    """The ranks that together hold one backbone."""
     if plan.groups == 1:  # the ranks of the run, whose communicator there is already
         return init_device_mesh(plan.device, (plan.gpus_per_group,), mesh_dim_names=("shard",))
     mesh = init_device_mesh(plan.device, (plan.groups, plan.gpus_per_group), mesh_dim_names=("group", "shard"))
@@ -87,13 +87,13 @@ def _group_mesh(plan: Plan) -> DeviceMesh:
 
 
 def settle(model: Any) -> None:
-    """Have FSDP take over the shards that were filled in after it had seen the model without bytes."""
+    """Have FSDP adopt shards that were filled in after it wrapped the model without storage."""
     # Loading a state dict makes every unit look at its parameters again; an empty one changes none.
     model.load_state_dict({}, strict=False)
 
 
 def check_gathered_bytes(model: Any) -> int:
-    """Gather every unit once and compare its packed bytes with what the ranks hold; the bytes compared.
+    """Gather every unit once and compare its packed bytes with what the ranks hold; returns the bytes compared.
 
     FSDP2 with bf16 or fp16 storage, as is often advised, changes packed bytes: CUDA copies rewrite NaN patterns.
     Raises JobError naming the tensor. Collective.
@@ -121,7 +121,7 @@ def check_gathered_bytes(model: Any) -> int:
 
 
 def _held_sums(parameter: DTensor) -> torch.Tensor:
-    """Checksum of a sharded parameter's bytes from each rank's own rows, added up over the group; int64 [2]."""
+    """Checksum of a sharded parameter's bytes from each rank's own rows, summed over the group; int64 [2]."""
     local = parameter.to_local()
     row_bytes = local.element_size() * (parameter.numel() // parameter.shape[0])
     sums = slice_sums(local.contiguous().view(torch.uint8).flatten(), first_row(parameter) * row_bytes)
@@ -130,7 +130,7 @@ def _held_sums(parameter: DTensor) -> torch.Tensor:
 
 
 def _allow_integers() -> None:
-    """torch 2.11's FSDP2 makes its sharded parameters without `requires_grad`, which integer tensors refuse.
+    """Work around torch 2.11: FSDP2 makes sharded parameters without `requires_grad`, which integer tensors refuse.
 
     https://github.com/pytorch/pytorch/issues/177844; docs/upstream.md.
     """
@@ -142,7 +142,7 @@ def _allow_integers() -> None:
 
 
 class _IntegerNn:
-    """`torch.nn`, whose `Parameter` asks for gradients only of tensors that can have them."""
+    """`torch.nn` with a `Parameter` that requires gradients only for tensors that can have them."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(nn, name)

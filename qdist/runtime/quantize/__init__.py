@@ -1,1 +1,1 @@
-"""From 16-bit weights to packed ones."""
+"""Packing 16-bit weights."""

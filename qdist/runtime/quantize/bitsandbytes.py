@@ -1,4 +1,4 @@
-"""Finds or makes the packed form of a model."""
+"""Finds or creates the packed form of a model."""
 
 import hashlib
 import os
@@ -23,14 +23,14 @@ from qdist.runtime.quantize.source import blueprint, check_packed, quantized_as,
 
 
 class Packed(NamedTuple):
-    """A folder that ranks read, and what to tell the user about it."""
+    """A folder that ranks read, and notes about it for the user."""
 
     folder: Path
     note: str = ""
 
 
 def packed_folder(folder: Path, packing: Packing, *, name: str) -> Packed:
-    """The folder that holds a model packed as asked: its own, one from the cache, or one packed now.
+    """The folder with a model packed as requested: its own, one from the cache, or one packed now.
 
     folder: a materialized model. name: what the user calls it.
     Raises ModelError when it is packed otherwise already, PlanError when the disk is too small.
@@ -55,7 +55,7 @@ def packed_folder(folder: Path, packing: Packing, *, name: str) -> Packed:
 
 
 def _packed_before(out: Path, folder: Path) -> Packed:
-    """What is there. Raises ModelError where it was made of other weights whose files had the same sizes and times."""
+    """The existing packed folder. Raises ModelError if it was made from other weights of the same sizes and times."""
     manifest = read_manifest(out)
     if manifest is not None and manifest.source_fingerprint not in ("", fingerprint(folder)):
         raise ModelError(
@@ -66,7 +66,7 @@ def _packed_before(out: Path, folder: Path) -> Packed:
 
 
 def quantize(model: str, out: Path, packing: Packing) -> Manifest:
-    """Write a packed model to a folder of the user's. Raises RunError where something is there already."""
+    """Write a packed model to a user's folder. Raises RunError if something exists there already."""
     from qdist.runtime.quantize.materialize import materialize
 
     folder = materialize(locate(model))
@@ -83,7 +83,7 @@ def quantize(model: str, out: Path, packing: Packing) -> Manifest:
 
 
 def _already(folder: Path, name: str) -> Packing | None:
-    """How the model is packed as it comes, or None. A folder without config.json is refused where it is read."""
+    """How the model is already packed, or None. A folder without config.json is refused where it is read."""
     config = folder / "config.json"
     return quantized_as(read_json(config), name=name) if config.is_file() else None
 
@@ -102,7 +102,7 @@ def _require_same(name: str, there: Packing, wanted: Packing) -> None:
 
 @contextmanager
 def _alone(out: Path, name: str) -> Iterator[None]:
-    """One process at a time packs to a folder; another waits, and says so."""
+    """A lock so that one process at a time packs to a folder; others wait, and say so."""
     lock = cache_dir("packed") / f".{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]}.lock"
     with ExitStack() as stack:
         try:
@@ -114,7 +114,7 @@ def _alone(out: Path, name: str) -> Iterator[None]:
 
 
 def run(request: Pack) -> None:
-    """Pack, and say what was packed and how to use it."""
+    """Pack a model, and report the result and how to use it."""
     packing, out = request.packing, Path(request.out)
     began = time.monotonic()
     manifest = quantize(request.model, out, packing)
@@ -124,7 +124,7 @@ def run(request: Pack) -> None:
 
 
 def _flags(packing: Packing) -> list[str]:
-    """What a run over such a backbone is told, where it differs from the defaults."""
+    """Flags that a run on such a backbone needs, where they differ from the defaults."""
     flags = ["--bits", str(packing.bits)]
     if packing.bits == 4 and packing.type != "nf4":
         flags += ["--set", f"quant.type={packing.type}"]

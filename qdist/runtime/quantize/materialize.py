@@ -1,4 +1,4 @@
-"""Makes a model a local folder that transformers opens: converts GGUF once, downloads hub ids once."""
+"""Turns a model into a local folder that transformers opens: converts GGUF and downloads hub ids, once each."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from qdist.host.terminal import say
 
 
 def materialize(located: Located) -> Path:
-    """The local folder of a located model. Processes that race for a conversion wait for the first."""
+    """The local folder of a located model. Concurrent processes wait for the first one's conversion."""
     require_readable(located, name=located.path)
     if located.kind == "gguf":
         return _converted(Path(located.path))
@@ -26,7 +26,7 @@ def materialize(located: Located) -> Path:
 
 
 def _require_class(folder: Path, name: str) -> None:
-    """Raise ModelError for a model that brings the code of its class along, where transformers has none."""
+    """Raise ModelError for a model with custom code whose class transformers lacks."""
     file = folder / "config.json"
     config = read_json(file) if file.is_file() else {}
     if config.get("auto_map"):

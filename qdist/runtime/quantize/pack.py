@@ -1,4 +1,4 @@
-"""Packs a model folder as bitsandbytes stores it, a decoder layer at a time; killed, it goes on where it was."""
+"""Packs a model folder as bitsandbytes stores it, one decoder layer at a time; resumes after a kill."""
 
 import math
 import shutil
@@ -32,13 +32,13 @@ from qdist.runtime.formats.packed_folder import (
 from qdist.runtime.quantize.source import Blueprint, Tensors, blueprint, require_finite, tensors_of
 
 _PIECE = 1 << 22
-"""Elements unpacked at a time: bitsandbytes' CPU kernels take 16 bytes each beside the matrix."""
+"""Elements unpacked at a time: bitsandbytes' CPU kernels need 16 bytes each besides the matrix."""
 _CODES_BYTES, _STATE_BYTES = 4 * 16, 256
-"""Beside a matrix of 4 bits: the values that codes stand for, and at most the state as JSON."""
+"""Bytes besides a 4-bit matrix: its code book, and at most the state as JSON."""
 
 
 def pack_matrix(weight: torch.Tensor, packing: Packing, device: torch.device) -> dict[str, torch.Tensor]:
-    """A matrix [out, in] in 16 or 32 bits as the tensors that transformers saves, by their names after the module's.
+    """A matrix [out, in] in 16 or 32 bits as the tensors that transformers saves, by name suffix after the module's.
 
     The work is done on `device` in pieces, the result is on the CPU. The same bytes as packing it in one go.
     """
@@ -46,7 +46,7 @@ def pack_matrix(weight: torch.Tensor, packing: Packing, device: torch.device) ->
 
 
 def packed_bytes(shape: tuple[int, ...], packing: Packing) -> int:
-    """An upper bound for what `pack_matrix` returns, within a hundred bytes."""
+    """An upper bound on the bytes of `pack_matrix`'s result, within a hundred."""
     rows, columns = shape
     size = matrix_bytes(columns, rows, bits=packing.bits, double=packing.double)
     absmax_codes = 4 * 256 if packing.double else 0
@@ -95,14 +95,14 @@ def _int8(weight: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]
 
 
 _HEADER_BYTES = 1 << 10
-"""Of a packed linear in a file's header, at most."""
+"""Upper bound on the bytes that one packed linear takes in a file's header."""
 
 
 _LARGEST = torch.finfo(torch.float16).max
 
 
 class PackJob(NamedTuple):
-    """A model folder, read, and what it is to become."""
+    """A model folder that was read, and its requested packing."""
 
     folder: Path
     packing: Packing
@@ -110,14 +110,14 @@ class PackJob(NamedTuple):
     tensors: Tensors
 
     def names(self, position: int) -> list[str]:
-        """The tensors of a decoder layer, or of everything else."""
+        """Names of the tensors of a decoder layer, or of everything else."""
         return [name for name in self.shape.shapes if self.shape.layer(name) == position]
 
     def packs(self, name: str) -> bool:
         return self.packing.bits < 16 and name in self.shape.linears
 
     def dtype(self, name: str) -> torch.dtype:
-        """What a tensor is stored in, or packed from."""
+        """The dtype that a tensor is stored in, or packed from."""
         stored = self.tensors.dtype(name)
         plain: torch.dtype = getattr(torch, self.packing.dtype) if self.packing.dtype != "auto" else stored
         return plain if stored.is_floating_point else stored
@@ -127,7 +127,7 @@ class PackJob(NamedTuple):
                    for name in self.names(position))  # fmt: skip
 
     def bytes(self, position: int) -> int:
-        """Of a file that is not there yet: a little too many."""
+        """Bytes of a file that does not exist yet, slightly overestimated."""
         total = 0
         for name in self.names(position):
             size = self.shape.shapes[name]
@@ -137,7 +137,7 @@ class PackJob(NamedTuple):
 
 
 def pack(folder: Path, out: Path, packing: Packing, *, name: str) -> Manifest:
-    """Write `out`, which must not exist: into a folder beside, which outlives a kill, renamed at the end.
+    """Write `out`, which must not exist, through a temporary folder that survives a kill and is renamed at the end.
 
     name: what the user calls the model.
     Raises ModelError for a model that cannot be read, PlanError when the disk is too small.
@@ -174,7 +174,7 @@ def pack(folder: Path, out: Path, packing: Packing, *, name: str) -> Manifest:
 
 
 def _write_missing(job: PackJob, work: Path, files: dict[str, int], written: dict[str, Written], name: str) -> None:
-    """The files that are not there yet, added to `written`."""
+    """Write the missing files, adding them to `written`."""
     size = format_bytes(sum(job.bytes(position) for position in files.values()))
     again = f"; {len(written)} of {len(files)} files are there already" if written else ""
     say(f"packing {name} to {job.packing}, once: {size}{again}", err=True)
@@ -189,7 +189,7 @@ def _write_missing(job: PackJob, work: Path, files: dict[str, int], written: dic
 
 
 def _work_folder(out: Path, identity: str) -> Path:
-    """The folder beside `out` with what an earlier process finished, if it packed the same."""
+    """The folder next to `out` with what an earlier process finished, if it packed the same."""
     work = work_folder(out)
     mark = work / ".identity"
     if work.is_dir() and (not mark.is_file() or mark.read_bytes() != identity.encode()):
@@ -210,7 +210,7 @@ def _require_space(job: PackJob, positions: list[int], others: list[Path], out: 
 
 
 def _entries(job: PackJob, position: int) -> list[Entry]:
-    """A file's tensors: linears packed now, the others read when their turn comes."""
+    """A file's tensors: linears packed now, the others read when they are written."""
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     entries = []
     for name in job.names(position):
@@ -225,7 +225,7 @@ def _entries(job: PackJob, position: int) -> list[Entry]:
 
 
 def _packable(job: PackJob, name: str) -> torch.Tensor:
-    """A matrix as it is packed. Raises ModelError where it is not finite, or not within what int8 is packed from."""
+    """A matrix as it is packed. Raises ModelError if it is not finite or exceeds the range that int8 is packed from."""
     value = require_finite(job.tensors.read(name), name).to(job.dtype(name))
     if job.packing.bits == 8:
         low, high = (float(end) for end in value.aminmax())
@@ -267,7 +267,7 @@ def _quantization(packing: Packing, dtype: torch.dtype, skipped: tuple[str, ...]
 
 
 def goes_along(path: Path) -> bool:
-    """Whether a part of a model is copied as it is: tokenizer, chat templates, generation settings."""
+    """Whether a file is copied unchanged: tokenizer, chat templates, generation settings."""
     if path.name == TEMPLATES and path.is_dir():
         return True
     ours = (

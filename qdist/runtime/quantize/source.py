@@ -1,4 +1,4 @@
-"""What is to be packed: a folder's tensors under the names of transformers' modules, read one at a time, finite."""
+"""Source of packing: a folder's tensors under transformers' module names, read one at a time and checked finite."""
 
 import math
 import re
@@ -25,46 +25,46 @@ from qdist.runtime.model.skeleton import open_config, refused
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "ffn_dim", "max_position_embeddings")
-"""Keys of config.json that give a tensor's rows or columns by themselves."""
+"""Keys of config.json that directly give a tensor's rows or columns."""
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
 class Blueprint(NamedTuple):
-    """A model's tensors as transformers' class names them, without their values."""
+    """A model's tensors as named by transformers' class, without their values."""
 
     config: Any
     architecture: str
     prefix: str
-    """Of the backbone's modules, which older files leave out."""
+    """Prefix of the backbone's module names; older files leave it out."""
     layers: int
     shapes: dict[str, tuple[int, ...]]
-    """Of every parameter and stored buffer; a tied one has one name."""
+    """Shape of every parameter and stored buffer by name; a tied one is listed once."""
     linears: frozenset[str]
-    """Names of the weights that are packed: the linears of decoder layers."""
+    """Names of the weights to pack: the linears of decoder layers."""
     skipped: tuple[str, ...] | None
-    """Linears that transformers must be told not to pack; None where it leaves them by itself."""
+    """Linears that transformers must be told not to pack; None if it skips them by itself."""
 
     def layer(self, name: str) -> int:
-        """The decoder layer that a tensor belongs to; `layers` for what lies outside."""
+        """The decoder layer of a tensor; `layers` for anything outside."""
         found = _LAYER.search(name)
         return int(found[1]) if found else self.layers
 
 
 class Tensors(Protocol):
-    """A model's weights in 16 or 32 bits, by the names of its modules."""
+    """A model's weights in 16 or 32 bits, by module names."""
 
     def dtype(self, name: str) -> torch.dtype:
-        """What a tensor is stored in."""
+        """The dtype that a tensor is stored in."""
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor, on the CPU; its memory is free again when it is dropped.
+        """A tensor, on the CPU; its memory is freed when it is dropped.
 
-        Raises ModelError where the folder says that it held another.
+        Raises ModelError if the folder says that it held another.
         """
 
 
 def blueprint(folder: Path) -> Blueprint:
-    """The shape of a model folder. Raises ModelError for a family that qdist does not know."""
+    """The blueprint of a model folder. Raises ModelError for a family that qdist does not know."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -97,7 +97,7 @@ class StreamedTensors:
     """Safetensors, read through mmap; nothing is kept."""
 
     def __init__(self, folder: Path, stored: Mapping[str, tuple[str, str]]) -> None:
-        """stored: the file of each of the model's tensors, and its name there."""
+        """stored: the file of each of the model's tensors, and its name in that file."""
         self._folder, self._stored, self._sums = folder, stored, stated_sums(folder)
         self._dtypes: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -110,7 +110,7 @@ class StreamedTensors:
 
     @property
     def canonical(self) -> bool:
-        """Whether every tensor is stored under the name of its module."""
+        """Whether every tensor is stored under its module's name."""
         return all(name == there for name, (_, there) in self._stored.items())
 
     def dtype(self, name: str) -> torch.dtype:
@@ -128,7 +128,7 @@ class StreamedTensors:
 
 
 class LoadedTensors:
-    """A model that transformers loaded whole: `.bin` files, names that only transformers knows."""
+    """A model that transformers loaded whole: `.bin` files, or names that only transformers maps."""
 
     def __init__(self, folder: Path, shape: Blueprint) -> None:
         from transformers import AutoModelForCausalLM
@@ -160,9 +160,9 @@ class LoadedTensors:
 
 
 def streamed(folder: Path, shape: Blueprint) -> StreamedTensors | None:
-    """The folder's tensors, where there is one for every tensor of the model.
+    """The folder's tensors, if it has one for each tensor of the model; else None.
 
-    Raises ModelError where one is not of the size that config.json gives it, or a layer is left over.
+    Raises ModelError if one is not of the size that config.json gives it, or a layer is left over.
     """
     files = tensor_files(folder)
     stored: dict[str, tuple[str, str]] = {}
@@ -180,7 +180,7 @@ def streamed(folder: Path, shape: Blueprint) -> StreamedTensors | None:
 
 
 def require_shapes(folder: Path, shape: Blueprint, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ModelError for a tensor that is not of the size that config.json gives it. found: sizes in the files."""
+    """Raise ModelError for a tensor whose size differs from config.json's. found: sizes in the files."""
     for name, wanted in shape.shapes.items():
         if name in found and found[name] != wanted:
             raise ModelError(
@@ -190,7 +190,7 @@ def require_shapes(folder: Path, shape: Blueprint, found: Mapping[str, tuple[int
 
 
 def _contradiction(config: Mapping[str, object], name: str, wanted: tuple[int, ...], found: tuple[int, ...]) -> str:
-    """Names the key of the configuration, where one alone gives the size that differs."""
+    """The config.json key that alone explains a differing size, if there is one."""
     axes = [axis for axis, sizes in enumerate(zip(wanted, found, strict=False)) if sizes[0] != sizes[1]]
     keys = [key for key in _SIZES if axes and config.get(key) == wanted[axes[0]]]
     if len(wanted) == len(found) and len(axes) == len(keys) == 1:
@@ -200,7 +200,7 @@ def _contradiction(config: Mapping[str, object], name: str, wanted: tuple[int, .
 
 
 def _require_layers(folder: Path, shape: Blueprint, files: Collection[str]) -> None:
-    """Raise ModelError where the files hold more decoder layers than config.json counts: they would be left out."""
+    """Raise ModelError if the files hold more decoder layers than config.json counts: the rest would be ignored."""
     most = max((int(found[1]) + 1 for name in files if (found := _LAYER.search(name))), default=0)
     if most > shape.layers:
         raise ModelError(
@@ -210,12 +210,12 @@ def _require_layers(folder: Path, shape: Blueprint, files: Collection[str]) -> N
 
 
 def tensors_of(folder: Path, shape: Blueprint) -> Tensors:
-    """The folder's tensors, streamed where that can be, else through transformers."""
+    """The folder's tensors, streamed if possible, else through transformers."""
     return streamed(folder, shape) or LoadedTensors(folder, shape)
 
 
 def quantized_as(config: Mapping[str, Any], *, name: str) -> Packing | None:
-    """How a model is packed already, from its config.json; None where it is not.
+    """How a model is already packed, from its config.json; None if it is not.
 
     Raises ModelError for a packing that is not bitsandbytes'.
     """
@@ -234,7 +234,7 @@ def quantized_as(config: Mapping[str, Any], *, name: str) -> Packing | None:
 
 
 def check_packed(folder: Path, shape: Blueprint, packing: Packing) -> None:
-    """Refuse a packed folder whose tensors are not exactly those that qdist would have written."""
+    """Refuse a packed folder whose tensors differ from those that qdist would have written."""
     names = set(tensor_files(folder))
     ending = ".SCB" if packing.bits == 8 else f".weight.quant_state.bitsandbytes__{packing.type}"
     wanted = {*shape.shapes, *(f"{linear.removesuffix('.weight')}{ending}" for linear in shape.linears)}
@@ -256,7 +256,7 @@ def check_packed(folder: Path, shape: Blueprint, packing: Packing) -> None:
 
 
 class Originals(NamedTuple):
-    """A model folder in 16 or 32 bits, under the names of transformers' modules."""
+    """A model folder in 16 or 32 bits, under transformers' module names."""
 
     folder: Path
     shape: Blueprint
@@ -320,7 +320,7 @@ def is_finite(value: torch.Tensor) -> bool:
 
 
 def require_finite(value: torch.Tensor, name: str, *, try_: str = "download the model again") -> torch.Tensor:
-    """The tensor. Raises ModelError where it cannot be packed: with how many of its values are no numbers."""
+    """The tensor itself. Raises ModelError if it cannot be packed, with the count of its non-finite values."""
     if value.is_floating_point() and not is_finite(value):
         bad = int((~torch.isfinite(value)).sum())
         raise ModelError(

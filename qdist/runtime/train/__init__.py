@@ -1,1 +1,1 @@
-"""One rank of a run, from preparing to its result."""
+"""One rank of a run, from preparation to result."""

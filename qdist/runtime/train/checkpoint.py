@@ -1,4 +1,4 @@
-"""Checkpoints free of the world size: whole on disk or absent, read back on any number of ranks."""
+"""Checkpoints independent of the world size: complete on disk or absent, readable on any number of ranks."""
 
 import hashlib
 import os
@@ -19,29 +19,29 @@ from qdist.runtime.engine.torch import State
 from qdist.runtime.formats.checksum import file_checksum
 
 _FILES = ("state.json", "adapter.safetensors", "optimizer.safetensors")
-"""What DONE closes."""
+"""Files that DONE covers."""
 _HELD_OUT = "held_out.json"
-"""Beside the files that DONE closes: what an evaluation said after the checkpoint was written."""
+"""File next to those that DONE covers, with the evaluation made after the checkpoint was written."""
 _LEFT = re.compile(r"\.step_\d{6,}\.\d+")
-"""Names of checkpoints that are written, or on their way out."""
+"""Names of checkpoints being written or deleted."""
 
 
 class _Closed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What DONE says: of each file its bytes, and the two sums of `qdist.runtime.formats.checksum`."""
+    """The contents of DONE: each file's bytes, and the two sums of `qdist.runtime.formats.checksum`."""
 
     files: dict[str, tuple[int, int, int]]
 
 
 class _HeldOut(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `held_out.json` says."""
+    """The contents of `held_out.json`."""
 
     held_out: tuple[tuple[int, float], ...]
     sha256: str
-    """Of the points as JSON."""
+    """SHA-256 of the points as JSON."""
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where a run stands after `step` optimizer steps. Generators need no state: they are seeded from (seed, step)."""
+    """A run's progress after `step` optimizer steps. Generators need no state: they are seeded from (seed, step)."""
 
     step: int
     samples: int
@@ -55,13 +55,13 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def best_step(self) -> int | None:
-        """The evaluated step with the lowest held-out loss, the start of the run left out."""
+        """The evaluated step with the lowest held-out loss, excluding the start of the run."""
         trained = [(loss, step) for step, loss in self.held_out if step > 0]
         return min(trained)[1] if trained else None
 
 
 def save(run: RunDir, progress: Progress, state: State, *, keep: int) -> Path:
-    """Write one checkpoint, then delete the oldest beyond `keep` and the best. For one rank only."""
+    """Write one checkpoint, then delete the oldest beyond `keep` and the best. Call on one rank only."""
     final = run.checkpoint(progress.step)
     if (final / "DONE").is_file():
         return final
@@ -85,7 +85,7 @@ def save(run: RunDir, progress: Progress, state: State, *, keep: int) -> Path:
 
 
 def note(run: RunDir, step: int, held_out: tuple[tuple[int, float], ...], *, keep: int) -> None:
-    """Add the evaluation that followed a checkpoint to it; then only the new best is kept beyond `keep`."""
+    """Add to a checkpoint the evaluation that followed it, then keep only the new best beyond `keep`."""
     # A file of its own: DONE holds the sums of the others, and two files cannot be replaced at the same moment.
     content = msgspec.json.encode(_HeldOut(held_out, _digest(held_out)))
     write_atomic(run.checkpoint(step) / _HELD_OUT, content, inside=run.checkpoints)
@@ -114,7 +114,7 @@ def _size_and_sums(file: Path) -> tuple[int, int, int]:
 
 
 def load(path: Path) -> tuple[Progress, State]:
-    """Read a checkpoint. Raises RunError when it is not whole, or not as it was saved; offers the one before."""
+    """Read a checkpoint. Raises RunError if it is incomplete or changed, suggesting the one before."""
     if not (path / "DONE").is_file():
         raise RunError(f"{path} has no DONE: it was not finished", try_=_other(path))
     _require_closed(path)
@@ -132,7 +132,7 @@ def load(path: Path) -> tuple[Progress, State]:
 
 
 def _require_closed(path: Path) -> None:
-    """Raise RunError for a file whose sums are not those in DONE; one that is empty is of a qdist that kept none."""
+    """Raise RunError for a file whose sums differ from DONE's; an empty DONE is from a qdist that recorded none."""
     if not (path / "DONE").stat().st_size:
         return
     closed = read_typed(path / "DONE", _Closed, RunError, try_=_other(path)).files
@@ -147,7 +147,7 @@ def _require_closed(path: Path) -> None:
 
 
 def _other(path: Path) -> str:
-    """How to go on without a checkpoint."""
+    """How to go on without this checkpoint."""
     run = RunDir(path.parent.parent)
     steps = [step for step in run.checkpoint_steps() if run.checkpoint(step) != path]
     rest = f"the newest checkpoint is then that of step {steps[-1]}" if steps else "the run then begins anew"
@@ -155,7 +155,7 @@ def _other(path: Path) -> str:
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """A safetensors file of a checkpoint, or an adapter's, whole. Raises RunError when it is cut short."""
+    """All tensors of a checkpoint's or adapter's safetensors file. Raises RunError if it is cut short."""
     from safetensors.torch import load_file
 
     require_file(path, RunError, try_=_other(path.parent))
@@ -170,7 +170,7 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def prune(run: RunDir, *, keep: int, best: int | None) -> None:
-    """Delete the oldest beyond `keep` and the best, and what a killed process was writing or deleting."""
+    """Delete the oldest beyond `keep` and the best, and what a killed process left half-written or half-deleted."""
     for path in run.checkpoints.iterdir():
         if _LEFT.fullmatch(path.name):
             shutil.rmtree(path)
@@ -180,7 +180,7 @@ def prune(run: RunDir, *, keep: int, best: int | None) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Out of sight first: a kill in the middle leaves no half checkpoint."""
+    """Delete a folder, hiding it first: a kill in the middle leaves no half checkpoint."""
     if folder.exists():
         aside = folder.with_name(f".{folder.name}.{os.getpid()}")
         os.rename(folder, aside)

@@ -1,4 +1,4 @@
-"""A rank's beat: a thread that says every second what the rank is at, and its stacks when it is asked for them.
+"""A rank's heartbeat: a thread that reports every second what the rank is doing, and its stacks on request.
 
 The thread goes on while the rank waits in a collective; it stops when the process does. So silence says that the
 process is stopped or gone, and a beat whose `moved` stays says that it waits.
@@ -24,7 +24,7 @@ BEAT_S = 1.0
 
 
 class HeartbeatThread:
-    """What this rank is at. Moving costs some attributes; a thread writes them down.
+    """This rank's current activity. Updating it sets a few attributes; a thread writes them to disk.
 
     memory_now: bytes, asked for at each beat from that thread.
     """
@@ -45,11 +45,11 @@ class HeartbeatThread:
         self._thread.start()
 
     def move(self, phase: Phase, step: int = 0, micro_batch: int = 0, micro_batches: int = 0) -> None:
-        """The rank is at something else from now on."""
+        """Set the rank's current activity."""
         self._now, self._moved = (phase, step, micro_batch, micro_batches), time.time()
 
     def end(self) -> None:
-        """The last beat."""
+        """Write the last heartbeat."""
         self.move("ended", self._now[1])
         self._ended.set()
         self._thread.join()
@@ -63,7 +63,7 @@ class HeartbeatThread:
             self._tell()
 
     def _tell(self) -> None:
-        """Miss a beat where the disk is full for a moment: a thread that ended would leave the rank silent for ever."""
+        """Write a heartbeat, or skip it if the disk is full: a thread that died would silence the rank for good."""
         with contextlib.suppress(OSError):
             self._write()
 
@@ -88,10 +88,10 @@ class HeartbeatThread:
 
 
 class Move(Protocol):
-    """Says what a rank is at from now on: `Beat.move`, or `silent`."""
+    """Sets what a rank is doing: `HeartbeatThread.move`, or `silent`."""
 
     def __call__(self, phase: Phase, step: int = 0, micro_batch: int = 0, micro_batches: int = 0) -> None: ...
 
 
 def silent(phase: Phase, step: int = 0, micro_batch: int = 0, micro_batches: int = 0) -> None:
-    """For a trainer that nobody watches."""
+    """The default of a trainer without a heartbeat: does nothing."""

@@ -1,4 +1,4 @@
-"""The training loop, top to bottom, with its learning rates and the factor that keeps fp16 gradients representable."""
+"""The training loop, top to bottom, with its learning rates and the fp16 loss scale."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -39,7 +39,7 @@ _GROWTH_INTERVAL = 500
 
 
 def before_training(what: str, loss: float, *, fp16: bool) -> JobError:
-    """The error for a loss that is not a number although no update was made yet."""
+    """The error for a loss that is NaN or infinite before the first update."""
     fault = "weights, data or the range of fp16 are at fault" if fp16 else "weights or data are at fault"
     return JobError(
         f"{what} is {loss} before any training: {fault}, not the learning rate",
@@ -56,7 +56,7 @@ class LossScale:
         self.finite_steps = 0
 
     def update(self, *, skipped: bool, step: int, loss: float, run: RunDir) -> None:
-        """Take note of a step.
+        """Update the scale after a step.
 
         loss: of the step, for the error. run: whose checkpoints it names.
 
@@ -87,7 +87,7 @@ def _what(loss: float) -> str:
 
 
 Report = Callable[[Event], None]
-"""Writes an event; fills in this rank, the time and its memory."""
+"""Writes an event, filling in this rank, the time and its memory."""
 
 
 class Trainer:
@@ -119,7 +119,7 @@ class Trainer:
         self.held_out: tuple[tuple[int, float], ...] = ()
 
     def train(self) -> bool:
-        """Train from the newest checkpoint to the last step. False when it was asked to stop before."""
+        """Train from the newest checkpoint to the last step. False if asked to stop before that."""
         plan, train = self.plan, self.plan.spec.train
         step = self._resume()
         if not self.held_out or (self._judged_at(step) and self.held_out[-1][0] != step):
@@ -146,7 +146,7 @@ class Trainer:
         return True
 
     def _step(self, step: int) -> bool:
-        """One optimizer step over the global batch; True when any rank was asked to stop."""
+        """One optimizer step over the global batch; True if any rank was asked to stop."""
         plan, clock = self.plan, Stopwatch(self.comm.device)
         self._move("training", step + 1)  # data may hang, and this rank is to be named then, not one that waits for it
         batches = self.samples.step(step)
@@ -194,7 +194,7 @@ class Trainer:
         return stops > 0
 
     def _load(self, clock: Stopwatch, indices: list[int], step: int, count: int, of: int) -> Mapping[str, torch.Tensor]:
-        """A micro-batch, and word that the rank has come to it."""
+        """Load a micro-batch, and report that the rank has reached it."""
         self._move("training", step + 1, count, of)
         with clock.data():
             return self.samples.batch(indices)
@@ -204,7 +204,7 @@ class Trainer:
         return bool(self.samples.held_out) and (step == self.plan.steps or (every > 0 and step % every == 0))
 
     def _judge(self, step: int) -> None:
-        """The held-out loss, weighted by tokens over all ranks."""
+        """Evaluate the held-out loss, weighted by tokens over all ranks."""
         if not self.samples.held_out:
             return
         self._move("evaluating", step)
@@ -233,7 +233,7 @@ class Trainer:
         )
 
     def _save(self, step: int) -> Path:
-        """Write a checkpoint, after all ranks with the same part have shown that they hold the same adapter."""
+        """Write a checkpoint, once all ranks with the same part have shown that they hold the same adapter."""
         self._move("saving", step)
         checksums, parts = self.comm.gather(self._checksum()), self.place.adapter_parts
         differing = [rank for rank, checksum in enumerate(checksums) if checksum != checksums[rank % parts]]
@@ -251,12 +251,12 @@ class Trainer:
         return self.run.checkpoint(step)
 
     def _note(self, step: int) -> None:
-        """Have the checkpoint of a step know what its evaluation said."""
+        """Record a step's evaluation in its checkpoint."""
         if self.comm.rank == 0:
             checkpoint.note(self.run, step, self.held_out, keep=self.plan.spec.train.keep)
 
     def _resume(self) -> int:
-        """Take over the newest whole checkpoint; the step to go on from."""
+        """Load the newest complete checkpoint; returns the step to resume from."""
         steps = self.run.checkpoint_steps()
         if not steps:
             self._report(Event(kind="start", step=0, total_steps=self.plan.steps))

@@ -1,4 +1,4 @@
-"""How much memory this rank has taken, how much it has read, and where a step's time went."""
+"""A rank's peak memory, its bytes read from disk, and how a step's time is spent."""
 
 import resource
 import time
@@ -15,16 +15,16 @@ from qdist.runtime.engine.torch import Engine, bytes_of
 
 
 class Peak(NamedTuple):
-    """Peak bytes of a rank. On the CPU all of it is `context`: there is no telling tensors from the rest."""
+    """Peak bytes of a rank. On the CPU all of it counts as `context`: tensors cannot be told from the rest."""
 
     allocated: int
-    """Of torch's tensors on the GPU."""
+    """Bytes of torch's tensors on the GPU."""
     context: int
-    """CUDA context, libraries and communication buffers on the GPU; on the CPU, the largest resident set."""
+    """Bytes of CUDA context, libraries and communication buffers on the GPU; on the CPU, the largest resident set."""
     reserved: int = 0
-    """Of torch's allocator on the GPU: the tensors, and what fragmentation and caching add."""
+    """Bytes reserved by torch's allocator on the GPU: tensors plus fragmentation and caching."""
     load: int = 0
-    """Tensors and context together, while the backbone was loaded; not in the others."""
+    """Bytes of tensors and context together while the backbone was loading; not in the other fields."""
 
     @property
     def total(self) -> int:
@@ -32,7 +32,7 @@ class Peak(NamedTuple):
 
 
 def peak(device: torch.device, *, load: int = 0) -> Peak:
-    """The peak since the start or `load_peak`. Where another process uses the same GPU, its memory counts as context.
+    """The peak since the start or `load_peak`. Memory of other processes on the same GPU counts as context.
 
     load: what `load_peak` gave.
     """
@@ -44,7 +44,7 @@ def peak(device: torch.device, *, load: int = 0) -> Peak:
 
 
 def memory_now(devices: Sequence[torch.device], context_bytes: int) -> int:
-    """What this rank holds at the moment; on GPUs, tensors and `context_bytes` beside them. Safe in any thread."""
+    """Bytes that this rank holds now; on GPUs, tensors plus `context_bytes`. Safe in any thread."""
     if devices[0].type == "cpu":
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * resource.getpagesize()
@@ -52,17 +52,17 @@ def memory_now(devices: Sequence[torch.device], context_bytes: int) -> int:
 
 
 class HeldMemory(NamedTuple):
-    """Bytes of a rank's tensors that stay from step to step, on all of its devices together."""
+    """Bytes of a rank's tensors that persist between steps, over all of its devices."""
 
     weights: int
-    """The frozen backbone as this rank holds it."""
+    """Bytes of the frozen backbone on this rank."""
     adapter: int
     gradients: int
     optimizer: int
 
 
 def parts(model: nn.Module, engine: Engine) -> HeldMemory:
-    """What a rank holds after its last step; a shard counts with its own part."""
+    """What a rank holds after its last step; of a shard, only its own part."""
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     return HeldMemory(
         bytes_of(map(_local, (*frozen, *model.buffers()))),
@@ -76,7 +76,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def load_peak(device: torch.device) -> int:
-    """The peak so far, to be called once the backbone is loaded; from then on `peak` counts anew.
+    """The peak so far; call once the backbone is loaded. `peak` then counts anew.
 
     What the allocator kept of loading is given back, or it would show as reserved by the training.
     """
@@ -88,7 +88,7 @@ def load_peak(device: torch.device) -> int:
 
 
 def disk_read_bytes() -> int:
-    """Bytes that this process has had from disks so far (Linux); a page that was in memory already costs nothing."""
+    """Bytes this process has read from disks so far (Linux); pages already in memory do not count."""
     try:
         lines = Path("/proc/self/io").read_text().splitlines()
     except OSError:
@@ -97,18 +97,18 @@ def disk_read_bytes() -> int:
 
 
 class Stopwatch:
-    """Marks on the way through a step. It runs from when it is made."""
+    """Marks points within a step, for timing. Runs from its creation."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._began = time.perf_counter()
         self._marks: dict[str, Any] = {}
         self.data_s = 0.0
-        """Seconds in `data`, on the CPU."""
+        """Seconds spent in `data`, on the CPU."""
         self.mark("began")
 
     def mark(self, name: str) -> None:
-        """This place in the step; on a GPU, when it gets here."""
+        """Mark this point in the step; on a GPU, when it gets here."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -118,13 +118,13 @@ class Stopwatch:
 
     @contextmanager
     def data(self) -> Iterator[None]:
-        """Samples are being made."""
+        """Time the creation of samples."""
         began = time.perf_counter()
         yield
         self.data_s += time.perf_counter() - began
 
     def between(self, first: str, last: str) -> float:
-        """Seconds from one mark to another. A GPU must have come to the second."""
+        """Seconds between two marks. A GPU must have reached the second."""
         if self._cuda:
             milliseconds: float = self._marks[first].elapsed_time(self._marks[last])
             return milliseconds / 1e3
@@ -132,5 +132,5 @@ class Stopwatch:
         return seconds
 
     def total(self) -> float:
-        """Seconds so far, by the CPU's clock."""
+        """Seconds so far, on the CPU's clock."""
         return time.perf_counter() - self._began

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 def run(request: Prepare) -> Prepared:
-    """What a process that only prepares answers."""
+    """Handle a request to prepare."""
     return prepare(request.spec)
 
 
 def prepare(spec: RunSpec) -> Prepared:
-    """The model as a local folder, packed; its tokenizer repaired; the data tokenized. All of it cached."""
+    """The model as a packed local folder, its tokenizer repaired, the data tokenized; all of it cached."""
     from qdist.runtime.data.batches import fullest, split
     from qdist.runtime.data.chat_template import require_template
     from qdist.runtime.data.tokenized import cached_tokenize
@@ -98,7 +98,7 @@ def prepare(spec: RunSpec) -> Prepared:
 
 
 def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple[Gptq | None, Packed]":
-    """Where the ranks read packed weights: the cache, or the GPTQ checkpoint itself, which is looked through first."""
+    """Where ranks read packed weights: the cache, or the GPTQ checkpoint itself, which is checked first."""
     from qdist.runtime.formats.gptq_folder import in_safetensors
     from qdist.runtime.quantize.bitsandbytes import Packed, packed_folder
     from qdist.runtime.quantize.gptq import check
@@ -115,12 +115,12 @@ def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple
 
 
 def _left_out(spec: RunSpec) -> tuple[str, ...]:
-    """Files of a data folder that are not trained on."""
+    """Notes on files of a data folder that are not used."""
     return () if spec.data == demo.NAME else source_notes(spec.data)
 
 
 def _keep_tokenizer(tokenizer: Any) -> Path:
-    """The repaired tokenizer in a folder of the cache that its contents name."""
+    """Store the repaired tokenizer in a cache folder named by its contents."""
     tokenizers = cache_dir("tokenizers")
     beside = tokenizers / ".new"
     with locked(tokenizers / ".lock"):

@@ -1,4 +1,4 @@
-"""Gathers a checkpoint's adapter into a plain PEFT folder, checked, and writes what a finished run ends with."""
+"""Gathers a checkpoint's adapter into a plain, checked PEFT folder, and writes a finished run's results."""
 
 import json
 import os
@@ -33,9 +33,9 @@ from qdist.runtime.train.checkpoint import load, load_tensors
 from qdist.runtime.train.measure import HeldMemory, Peak
 
 _NEW, _BEFORE = ".adapter.new", ".adapter.old"
-"""The adapter while it is written; the one whose place it takes, for a moment, where a disk cannot exchange the two."""
+"""Names of the adapter being written, and briefly of the old one if the disk cannot swap the two."""
 _LEFT = re.compile(r"\.adapter\.(new|old|\d+)")
-"""What a killed process leaves of them, one of an earlier qdist included."""
+"""What a killed process, even of an older qdist, leaves of them."""
 
 
 def adapter_checksum(adapter: Adapter) -> tuple[int, ...]:
@@ -52,7 +52,7 @@ def adapter_checksum(adapter: Adapter) -> tuple[int, ...]:
 
 
 def gather(run: RunDir, *, step: int) -> Path:
-    """Write `adapter/` from the checkpoint of a step: what `PeftModel.from_pretrained` loads.
+    """Write `adapter/` from a step's checkpoint, for `PeftModel.from_pretrained`.
 
     Raises RunError when the adapter is empty, not finite, or never moved.
     """
@@ -62,7 +62,7 @@ def gather(run: RunDir, *, step: int) -> Path:
 
 
 def gather_named(run: RunDir, which: str, *, out: Path | None = None) -> tuple[Path, int]:
-    """The same from a checkpoint that is `last`, `best` or a step; the folder, and the step.
+    """`gather` for a checkpoint named `last`, `best` or by step; returns the folder and the step.
 
     out: write there instead; must not exist, or be an empty folder.
     """
@@ -80,7 +80,7 @@ def gather_named(run: RunDir, which: str, *, out: Path | None = None) -> tuple[P
 
 @contextmanager
 def _alone(run: RunDir) -> Iterator[None]:
-    """One process at a time writes or reads `adapter/`, whoever runs or asks. What a killed one left is cleared."""
+    """A lock so that one process at a time writes or reads `adapter/`; clears what a killed one left."""
     with locked(run.path / ".gather.lock"):
         if not run.adapter.exists() and (run.path / _BEFORE).exists():
             os.rename(run.path / _BEFORE, run.adapter)
@@ -114,7 +114,7 @@ def _write_adapter(run: RunDir, step: int, folder: Path, *, named: str) -> None:
 
 
 def write_beside(folder: Path, plan: Plan) -> None:
-    """What an adapter folder holds beside its tensors: configurations, and the run's tokenizer."""
+    """Write what accompanies an adapter's tensors: configurations, and the run's tokenizer."""
     (folder / ADAPTER_CONFIG).write_text(_adapter_config(plan))
     if plan.source.tokenizer:
         tokenizer = Path(plan.source.tokenizer)
@@ -127,8 +127,9 @@ def write_beside(folder: Path, plan: Plan) -> None:
 
 
 def rehearse(run: RunDir) -> None:
-    """Do all of `gather` but for the tensors, into a folder that is thrown away: what cannot be gathered at the end of
-    a run is no run to start. What is gathered from once the cache is gone is kept in the run.
+    """Do all of `gather` except the tensors, into a temporary folder: a run that cannot be gathered must not start.
+
+    Files that gathering needs are copied into the run, in case the cache is emptied.
     """
     plan = plan_of(run)
     with tempfile.TemporaryDirectory(prefix=".rehearsal.", dir=run.path) as folder:
@@ -139,7 +140,7 @@ def rehearse(run: RunDir) -> None:
 
 
 def _keep_tokenizer(run: RunDir, beside: Path, tokenizer: Path) -> None:
-    """Copy a run's tokenizer into it, unless it is there."""
+    """Copy the tokenizer into the run, unless it is there."""
     kept = run.path / TOKENIZER
     if not kept.is_dir():
         whole = beside / TOKENIZER
@@ -148,7 +149,7 @@ def _keep_tokenizer(run: RunDir, beside: Path, tokenizer: Path) -> None:
 
 
 def check_adapter(tensors: dict[str, torch.Tensor], *, where: str) -> None:
-    """Refuse an adapter that cannot have learnt anything."""
+    """Refuse an adapter that cannot have learned anything."""
     if not tensors:
         raise RunError(f"the adapter in {where} has no tensors", try_="another checkpoint")
     for name, tensor in tensors.items():
@@ -166,7 +167,7 @@ def check_adapter(tensors: dict[str, torch.Tensor], *, where: str) -> None:
 
 
 def peft_name(name: str) -> str:
-    """A parameter's name as PEFT stores it: without the adapter's own name."""
+    """A parameter's name as PEFT stores it: without the adapter's name."""
     return (
         name.replace(".lora_A.default.", ".lora_A.")
         .replace(".lora_B.default.", ".lora_B.")
@@ -193,7 +194,7 @@ def write_result(
     peaks: Sequence[Sequence[Peak]],
     held: Sequence[HeldMemory],
 ) -> None:
-    """Write `result.json`, which makes the run finished.
+    """Write `result.json`, which marks the run as finished.
 
     peaks: of each rank, on each of its GPUs. held: of each rank, after the last step.
     """
@@ -222,7 +223,7 @@ def write_result(
 
 
 def choose_step(run: RunDir, which: str) -> int:
-    """The step that `last`, `best` or a number names. Raises RunError listing the steps there are."""
+    """The step that `last`, `best` or a number names. Raises RunError listing the available steps."""
     named = step_of(run, which)
     if named is not None:
         return named
@@ -237,7 +238,7 @@ def choose_step(run: RunDir, which: str) -> int:
 
 
 def run(request: Gather) -> None:
-    """Gather, and say what was gathered."""
+    """Gather an adapter and report on it."""
     run = RunDir(request.run)
     folder, step = gather_named(run, request.checkpoint, out=Path(request.out) if request.out else None)
     require_adapter(folder, run=run.path)

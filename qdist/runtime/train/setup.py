@@ -62,7 +62,7 @@ def make_accelerator(plan: Plan, run: RunDir) -> Any:
 
 
 def _compile_nothing() -> None:
-    """Keep DeepSpeed from building its shared-memory all-reduce for CPU ranks on the first run.
+    """Keep DeepSpeed from compiling its shared-memory all-reduce for CPU ranks on the first run.
 
     That takes over a minute and a C++ compiler, which a machine with Python alone does not have; gloo does without.
     """
@@ -92,9 +92,9 @@ def pick_devices(plan: Plan, number: Rank) -> tuple[torch.device, ...]:
 
 
 def _start_from(start: Start, model: Any) -> None:
-    """Give the adapter of a model, or of a part of one, the values that another has.
+    """Initialize a model's adapter, or the part of it on this rank, from another adapter.
 
-    Rows of new tokens that the other lacks stay as they are. Raises RunError where it is not the planned one any more.
+    Rows of new tokens that the other lacks stay as they are. Raises RunError if it is not the planned one any more.
     """
     folder = Path(start.path)
     tensors = load_tensors(folder / ADAPTER)
@@ -109,19 +109,19 @@ def _start_from(start: Start, model: Any) -> None:
 
 
 class Loaded(NamedTuple):
-    """A rank's part of the backbone, and what loading it took."""
+    """A rank's part of the backbone, and statistics of loading it."""
 
     backbone: Any
     seconds: float
     read_bytes: int
     verified_bytes: int
-    """Gathered once and compared, see `Placement.verify`."""
+    """Bytes gathered once and compared; see `Placement.verify`."""
     summed: bool
-    """Whether the packed bytes have recorded sums, which they were held against."""
+    """Whether the packed bytes were verified against recorded checksums."""
 
 
 class Assembled(NamedTuple):
-    """What the loop and the end of a run need."""
+    """What the training loop and the end of a run need."""
 
     model: Any
     forward: Forward
@@ -131,7 +131,7 @@ class Assembled(NamedTuple):
 
 
 def load_part(place: Placement) -> Loaded:
-    """Load what this rank holds, and nothing else. Collective where ranks hold parts of a layer.
+    """Load only what this rank holds. Collective if ranks hold parts of a layer.
 
     Raises JobError where gathered bytes differ from those that the ranks hold.
     """
@@ -156,7 +156,7 @@ def load_part(place: Placement) -> Loaded:
 def assemble(
     place: Placement, accelerator: Any, backbone: Any, *, pad_id: int, start: Start | None = None
 ) -> Assembled:
-    """The adapter on a loaded backbone and the engine over it. Collective.
+    """Attach the adapter to a loaded backbone and build the engine. Collective.
 
     start: whose tensors the adapter has at first, instead of PEFT's.
     """

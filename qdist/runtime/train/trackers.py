@@ -1,4 +1,4 @@
-"""Hands the numbers of a run to one tracker: `python -m qdist.runtime.train.trackers RUN NAME`, beside the ranks.
+"""Sends a run's numbers to one tracker: `python -m qdist.runtime.train.trackers RUN NAME`, next to the ranks.
 
 It follows `events/` through Accelerate's classes for TensorBoard, W&B, MLflow and trackio, notes how far it has come,
 and ends once standard input has. Whatever a tracker raises ends this process alone: the launcher starts another.
@@ -27,25 +27,25 @@ from qdist.host.run.rundir import PLAN, RunDir
 from qdist.host.terminal import say
 
 PROJECT = "qdist"
-"""Where the environment names no project or experiment."""
+"""Default where the environment names no project or experiment."""
 _POLL_S = 1.0
 
 
 class Goal(NamedTuple):
-    """Where a tracker's numbers go."""
+    """Destination of a tracker's numbers."""
 
     run: RunDir
     known_as: str = ""
-    """What the tracker called the run before."""
+    """The tracker's earlier id for the run."""
     redone: int | None = None
-    """The first of the steps that it has and that are done again; None where there are none."""
+    """The first step that the tracker already has and that is repeated; None if there is none."""
 
 
 class Numbered(NamedTuple):
     """An event of any rank."""
 
     number: int
-    """Of rank 0's events so far."""
+    """How many of rank 0's events there are up to this one."""
     event: Event
 
 
@@ -63,12 +63,12 @@ def main() -> None:
 
 
 def _input_ended() -> bool:
-    """Waits a moment. The launcher writes nothing: what can be read is the end."""
+    """Wait a moment; whether standard input has ended. The launcher writes nothing: readable means ended."""
     return bool(select.select([sys.stdin], [], [], _POLL_S)[0])
 
 
 def follow(run: RunDir, name: str, *, ended: Callable[[], bool]) -> None:
-    """Hand a tracker all that it lacks, and then what comes, until the run has ended. Raises what the tracker does.
+    """Send a tracker what it lacks, then new events until the run has ended. Raises what the tracker does.
 
     ended: called before each further look at the events.
     """
@@ -103,7 +103,7 @@ def _numbered(events: Iterable[Event], count: int) -> Iterator[Numbered]:
 
 
 def _goes_on_from(run: RunDir, numbered: Iterable[Numbered]) -> int | None:
-    """The step that the ranks are about to go on from; None once they have said so themselves."""
+    """The step that the ranks will resume from; None once they have reported it themselves."""
     planned = (run.path / PLAN).stat().st_mtime
     if any(event.kind in ("start", "resume") and event.time >= planned for _, event in numbered):
         return None
@@ -111,7 +111,7 @@ def _goes_on_from(run: RunDir, numbered: Iterable[Numbered]) -> int | None:
 
 
 def _still_true(numbered: Iterable[Numbered], sent: int, goes_on_from: int | None) -> tuple[list[Numbered], int | None]:
-    """What is left to send, without steps that were taken back since; and the first step that is done again, if any."""
+    """What is left to send, without undone steps; and the first step that is repeated, if any."""
     kept: list[Numbered] = []
     cuts: list[int] = []
 
@@ -131,7 +131,7 @@ def _still_true(numbered: Iterable[Numbered], sent: int, goes_on_from: int | Non
 
 
 class _Handed:
-    """What a tracker was given, noted in the run directory."""
+    """What was sent to a tracker, recorded in the run directory."""
 
     def __init__(self, run: RunDir, name: str, tracker: Any, sent: Sent) -> None:
         self._path, self._tracker, self._sent = sent_file(run, name), tracker, sent
@@ -139,7 +139,7 @@ class _Handed:
         self._note()
 
     def send(self, numbered: Iterable[Numbered]) -> None:
-        """Hand over rank 0's steps and evaluations."""
+        """Send rank 0's steps and evaluations."""
         before = self._sent
         try:
             for number, event in numbered:
@@ -157,7 +157,7 @@ class _Handed:
 
 
 def values_of(event: Event, *, fullest_bytes: int = 0) -> dict[str, float]:
-    """An event's numbers by the names that trackers show; {} for an event that is neither a step nor an evaluation.
+    """An event's numbers by the names that trackers show; {} for other events than steps and evaluations.
 
     fullest_bytes: peak of the fullest rank; 0 where it is not known.
     """
@@ -178,7 +178,7 @@ def values_of(event: Event, *, fullest_bytes: int = 0) -> dict[str, float]:
 
 
 def _tensorboard(goal: Goal) -> tuple[Any, str]:
-    """Its files lie in the run directory; steps that are done again hide those of before."""
+    """Files go to the run directory; repeated steps hide the earlier ones."""
     from accelerate.tracking import TensorBoardTracker
 
     purge = {} if goal.redone is None or not goal.known_as else {"purge_step": goal.redone}
@@ -186,7 +186,7 @@ def _tensorboard(goal: Goal) -> tuple[Any, str]:
 
 
 def _wandb(goal: Goal) -> tuple[Any, str]:
-    """WANDB_MODE, WANDB_PROJECT and WANDB_DIR are honoured; without the last its files lie in the run directory."""
+    """Honours WANDB_MODE, WANDB_PROJECT and WANDB_DIR; without the last, files go to the run directory."""
     from accelerate.tracking import WandBTracker
 
     options: dict[str, Any] = {"name": goal.run.path.name, "id": goal.known_as or uuid.uuid4().hex[:12]}
@@ -198,7 +198,7 @@ def _wandb(goal: Goal) -> tuple[Any, str]:
 
 
 def _mlflow(goal: Goal) -> tuple[Any, str]:
-    """Into the store that MLFLOW_TRACKING_URI names, else into a database in the run directory.
+    """Uses the store that MLFLOW_TRACKING_URI names, else a database in the run directory.
 
     A run that another store knows is a new one here. MLflow names new runs itself.
     """
@@ -214,7 +214,7 @@ def _mlflow(goal: Goal) -> tuple[Any, str]:
 
 
 def _mlflow_knows(run_id: str) -> bool:
-    """Whether the store has the run. A store that does not answer is an error, and no new run."""
+    """Whether the store has the run. A store that does not answer is an error, not a new run."""
     mlflow = import_module("mlflow")
     try:
         mlflow.get_run(run_id)
@@ -226,7 +226,7 @@ def _mlflow_knows(run_id: str) -> bool:
 
 
 def _trackio(goal: Goal) -> tuple[Any, str]:
-    """Into TRACKIO_DIR, or the Space or server that the environment names; else into the run directory."""
+    """Uses TRACKIO_DIR, or the Space or server that the environment names; else the run directory."""
     os.environ.setdefault("TRACKIO_DIR", str(goal.run.path.resolve() / "trackio"))  # read when trackio is imported
     from accelerate.tracking import TrackioTracker
 
@@ -241,11 +241,11 @@ _MAKERS: dict[str, Callable[[Goal], tuple[Any, str]]] = {
     "mlflow": _mlflow,
     "trackio": _trackio,
 }
-"""Accelerate's tracker, and what it calls the run; '' where that is known once it has started."""
+"""Accelerate's tracker, and its id for the run; '' if known only after it has started."""
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
-    """Each setting by its dotted key, as trackers take them."""
+    """Each setting by its dotted key, in a form that trackers accept."""
     return {
         key: value if isinstance(value, (int, float, str, bool)) else json_text(value)
         for key, value in flatten(plan.spec).items()

@@ -23,7 +23,7 @@ from qdist.runtime.train.heartbeat import HeartbeatThread
 
 
 def main() -> None:
-    """Redirect output to the rank's log, train, and leave with 0 only when everything was written."""
+    """Redirect output to the rank's log, train, and exit with 0 only if everything was written."""
     run, planned = _arguments()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     _log_to(run.log_file(rank))
@@ -57,7 +57,7 @@ def _own_rank(plan: Plan) -> Rank:
 
 
 def _arguments() -> tuple[RunDir, str]:
-    """The run, and the digest of the plan that its launcher made."""
+    """The run, and the digest of its launcher's plan."""
     match sys.argv[1:]:
         case [run, "--digest", planned]:
             return RunDir(run), planned
@@ -154,7 +154,7 @@ def _verified(count: int, *, summed: bool) -> str:
 
 
 def _out_of_memory(plan: Plan, run: RunDir, rank: int, reached_bytes: int, error: Exception) -> PlanError:
-    """What a GPU that ran full has to say to the user; torch's own account of its memory goes into the rank's log."""
+    """The error for a GPU that ran out of memory; torch's own account of it goes to the rank's log."""
     print(error, flush=True)
     smaller = max(1, plan.micro_batch // 2)
     return PlanError(
@@ -165,7 +165,7 @@ def _out_of_memory(plan: Plan, run: RunDir, rank: int, reached_bytes: int, error
 
 
 class _StopRequest:
-    """True once the launcher left a stop file or the scheduler sent SIGTERM; the loop then saves and ends.
+    """True once the launcher left a stop file or the scheduler sent SIGTERM; the loop then saves and exits.
 
     Until it listens there is nothing to save, and SIGTERM ends the rank as it ends any program.
     """
@@ -185,7 +185,7 @@ class _StopRequest:
 
 
 class _Reporter:
-    """Appends events to this rank's file, one write a line."""
+    """Appends events to this rank's file, in one write per line."""
 
     def __init__(self, run: RunDir, rank: int, devices: tuple[Any, ...]) -> None:
         self._rank, self._devices = rank, devices
@@ -214,7 +214,7 @@ class _Reporter:
 
 
 def _log_to(path: Path) -> None:
-    """Everything that this process or its libraries print, from now on, into the rank's log."""
+    """Redirect everything that this process and its libraries print to the rank's log."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)

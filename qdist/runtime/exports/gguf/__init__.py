@@ -1,1 +1,1 @@
-"""GGUF files, for llama.cpp and what is built on it."""
+"""GGUF files, for llama.cpp and programs based on it."""

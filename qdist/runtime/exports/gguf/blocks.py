@@ -1,4 +1,4 @@
-"""How a tensor's numbers lie in a GGUF file: float32, float16, Q8_0 and Q4_1, a few rows at a time.
+"""Encodes a tensor for a GGUF file as float32, float16, Q8_0 or Q4_1, a few rows at a time.
 
 Blocks are those of ggml (ggml-common.h): Q8_0 is fp16 d and 32 int8, Q4_1 is fp16 d, fp16 m and 16 bytes of nibbles.
 """
@@ -13,50 +13,50 @@ import torch
 from qdist.core.errors import ModelError
 
 Kind = Literal["q4_1", "f16", "q8_0"]
-"""What most of a file is stored as; norms and biases are float32 in all of them."""
+"""Type of most tensors in a file; norms and biases are float32 in all of them."""
 Type = gguf.GGMLQuantizationType
 BLOCK = 32
-"""Weights of a block, in both Q8_0 and Q4_1."""
+"""Weights per block, in both Q8_0 and Q4_1."""
 LARGEST = 65504.0
-"""Of fp16."""
+"""Largest finite fp16 value."""
 _CHUNK = 1 << 22
-"""Weights that are converted at once: 16 MiB in float32."""
+"""Weights converted at once: 16 MiB in float32."""
 
 
 class Affine(NamedTuple):
-    """A linear whose weights are scale x value + minimum within groups of inputs that follow each other."""
+    """A linear whose weights are scale x value + minimum within groups of consecutive inputs."""
 
     values: torch.Tensor
     """uint8 [out, in], 0 to 15."""
     scales: torch.Tensor
     """Float [groups, out]."""
     minimums: torch.Tensor
-    """float32 [groups, out]: the weight that a value of 0 stands for."""
+    """float32 [groups, out]: the weight that a value of 0 represents."""
     group_size: int
-    """A multiple of 32, or the whole input width where that is one."""
+    """Inputs per group: a multiple of 32, or the whole input width if there is one group."""
 
 
 Make = Callable[[], torch.Tensor | Affine]
-"""Makes a tensor when its turn comes."""
+"""Creates a tensor when it is needed."""
 
 
 class Stored(NamedTuple):
     """One tensor of a file."""
 
     name: str
-    """In the file."""
+    """Its name in the file."""
     source: str
-    """In transformers."""
+    """Its name in transformers."""
     shape: tuple[int, ...]
     type: Any
     """A `gguf.GGMLQuantizationType`."""
     heads: int
-    """Heads whose two halves of rows are interleaved; 0 leaves the rows alone."""
+    """Number of heads whose two halves of rows are interleaved; 0 leaves the rows as they are."""
     make: Make
 
     @property
     def bytes(self) -> int:
-        """In the file, without what pads it to the next tensor."""
+        """Bytes in the file, without padding to the next tensor."""
         weights, size = gguf.GGML_QUANT_SIZES[self.type]
         count = 1
         for length in self.shape:
@@ -65,7 +65,7 @@ class Stored(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Some rows of a made tensor, in the order of the file."""
+    """Some rows of a tensor, in file order."""
 
     start: int
     stop: int
@@ -73,7 +73,7 @@ class Rows(NamedTuple):
 
 
 def made(stored: Stored) -> torch.Tensor | Affine:
-    """The tensor, on the CPU. Raises ModelError where it is not what was announced."""
+    """The tensor, on the CPU. Raises ModelError if it differs from its description."""
     value = stored.make()
     if isinstance(value, Affine):
         value = value._replace(
@@ -112,7 +112,7 @@ def _require_shape(stored: Stored, value: torch.Tensor) -> None:
 
 
 def rows_of(stored: Stored, value: torch.Tensor | Affine) -> Iterator[Rows]:
-    """The rows in the order of the file, a chunk at a time."""
+    """The tensor's rows in file order, a chunk at a time."""
     count = stored.shape[0]
     width = stored.shape[1] if len(stored.shape) > 1 else 1
     order = row_order(count, stored.heads)
@@ -129,7 +129,7 @@ def rows_of(stored: Stored, value: torch.Tensor | Affine) -> Iterator[Rows]:
 
 
 def row_order(count: int, heads: int) -> torch.Tensor:
-    """Which row of transformers' matrix each row of the file is, int64 [count].
+    """Row of transformers' matrix for each row of the file, int64 [count].
 
     Llama's queries and keys are rotated in pairs: transformers pairs row i of a head with row i + head_dim / 2, ggml
     with its neighbour. So each head's halves alternate in the file.
@@ -139,7 +139,7 @@ def row_order(count: int, heads: int) -> torch.Tensor:
 
 
 def encoded(stored: Stored, part: torch.Tensor | Affine) -> np.ndarray[Any, Any]:
-    """Rows as the file has them. Raises ModelError where fp16 does not reach."""
+    """Rows encoded for the file. Raises ModelError if they exceed fp16."""
     if isinstance(part, Affine):
         if stored.type == Type.Q4_1:
             return _q4_1(stored.source, part)
@@ -157,7 +157,7 @@ def encoded(stored: Stored, part: torch.Tensor | Affine) -> np.ndarray[Any, Any]
 
 
 def dense(part: Affine) -> torch.Tensor:
-    """The weights, float32 [out, in]."""
+    """Dense weights, float32 [out, in]."""
     group = torch.arange(part.values.shape[1]) // part.group_size
     weights = part.values.to(torch.float32)
     weights *= part.scales.to(torch.float32).t()[:, group]

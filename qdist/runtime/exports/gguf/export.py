@@ -31,7 +31,7 @@ from qdist.runtime.model.packed_gptq import PackedGptq
 
 _U, _T, _FLOAT = 2.0**-11, 2.0**-25, 2.0**-24
 _ARITHMETIC = 1e-6
-"""What float32 itself adds, relative to M or a bound, when weights are computed for the comparison."""
+"""Relative error of float32 itself, to M or a bound, when weights are computed for the comparison."""
 
 
 def check_gguf(
@@ -40,7 +40,7 @@ def check_gguf(
     """The largest error of any weight, relative to the largest magnitude in its tensor.
 
     Arguments as `write_gguf` was given them. The file is mapped, and each tensor is made once more.
-    Raises ModelError where a tensor is missing, of another shape or type, or further off than its type rounds to.
+    Raises ModelError if a tensor is missing, of another shape or type, or further off than its type rounds to.
     """
     facts, rope = facts_of(config, name=out.name), rope_of(config, name=out.name)
     stored = stored_tensors(tensors, facts, rope, kind)
@@ -89,7 +89,7 @@ def _require_within(tensor: Stored, furthest: float, bound: float, largest: floa
 
 
 def _bound(tensor: Stored, value: torch.Tensor | Affine, largest: float) -> float:
-    """How far any weight may be off: see the head of this file."""
+    """Error bound of any weight; see the module docstring."""
     if tensor.type == Type.F32:
         return _FLOAT * largest
     if tensor.type == Type.F16:
@@ -101,12 +101,12 @@ def _bound(tensor: Stored, value: torch.Tensor | Affine, largest: float) -> floa
 
 
 def _rounding(numbers: torch.Tensor) -> float:
-    """What fp16 changes of them, the most."""
+    """Largest change from rounding the numbers to fp16."""
     return float((numbers.to(torch.float16).to(torch.float32) - numbers.to(torch.float32)).abs().max())
 
 
 def run(request: Export) -> None:
-    """Write the file, read it back, and say how far it is from the merged model. Killed, it is begun anew."""
+    """Write the file, read it back, and report its distance from the merged model. A killed export starts over."""
     adapters, out = Adapters.named_in(request), Path(request.out)
     plan = adapters.plan
     reason = _why_not_q4_1(plan, adapters)
@@ -140,7 +140,7 @@ def run(request: Export) -> None:
 
 
 def _why_not_q4_1(plan: Plan, adapters: Adapters) -> str:
-    """Why the merged weights are no scale x integer + minimum in blocks of 32; empty where they are."""
+    """Why the merged weights are not scale x integer + minimum in blocks of 32; empty if they are."""
     gptq = plan.source.gptq
     if gptq is None:
         return f"{plan.spec.method} has no integer weights; Q4_1 would round them once more"
@@ -156,7 +156,7 @@ def _why_not_q4_1(plan: Plan, adapters: Adapters) -> str:
 
 
 class _Model:
-    """The merged model's tensors, made when their turn comes."""
+    """The merged model's tensors, created on demand."""
 
     def __init__(self, backbone: Backbone, adapters: Adapters, kind: Kind) -> None:
         self.backbone, self._adapters, self._kind = backbone, adapters, kind
@@ -165,7 +165,7 @@ class _Model:
 
     @property
     def lost(self) -> float:
-        """What float16 minimums take of the update, norm by norm, over the linears that were made."""
+        """What float16 minimums lose of the update, as a ratio of norms, over the linears made so far."""
         missing, total = (sum(sums) for sums in zip(*self._rounded.values(), strict=True)) if self._rounded else (0, 0)
         return math.sqrt(missing / total) if total else 0.0
 
@@ -180,7 +180,7 @@ class _Model:
         return self._merged.read(name).cpu()
 
     def _affine(self, name: str) -> Affine:
-        """scale x (value - zero) + what the adapter adds to the group."""
+        """scale x (value - zero) + the adapter's update of the group."""
         path = name.removesuffix(".weight")
         linear, update = self.backbone.linear(path), self._adapters.of(path)
         shape = linear.shape

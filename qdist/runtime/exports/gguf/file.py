@@ -1,4 +1,4 @@
-"""Writes a GGUF file, for llama.cpp and what is built on it, with one tensor in memory at a time.
+"""Writes a GGUF file, for llama.cpp and programs based on it, holding one tensor in memory at a time.
 
 The file is whole or absent: it grows beside, as `.NAME.unfinished`, and is renamed once it is on disk.
 """
@@ -29,11 +29,11 @@ class Report(NamedTuple):
     path: Path
     bytes: int
     tensors: dict[str, int]
-    """How many tensors there are of each type, such as Q4_1."""
+    """Number of tensors of each type, such as Q4_1."""
     pre: str | None
-    """llama.cpp's name for the way that text is cut, or None where it falls back or has no text at all."""
+    """llama.cpp's name for the pre-tokenizer, or None if it falls back or has no text at all."""
     notes: tuple[str, ...]
-    """What a user should know: where readers will not do what transformers does."""
+    """Notes for the user on where readers differ from transformers."""
 
 
 def write_gguf(
@@ -46,7 +46,7 @@ def write_gguf(
     kind: Kind,
     ends: tuple[int, ...] = (),
 ) -> Report:
-    """Write a model of a family that has GGUF names to `out`, replacing what is there.
+    """Write a model of a family that has GGUF names to `out`, replacing an existing file.
 
     tensors: the whole model under transformers' names, each with its shape and what makes it when its turn comes.
         For q4_1, every linear of a decoder layer must be made as `Affine`; elsewhere an `Affine` becomes its weights.
@@ -80,13 +80,13 @@ def write_gguf(
 def file_bytes(
     tensors: Mapping[str, tuple[tuple[int, ...], Make]], *, config: Mapping[str, Any], name: str, kind: Kind
 ) -> int:
-    """Of all tensors in the file that `write_gguf` would write; its vocabulary takes a few MB more."""
+    """Bytes of all tensors in the file that `write_gguf` would write; its vocabulary takes a few MB more."""
     facts, rope = facts_of(config, name=name), rope_of(config, name=name)
     return sum(tensor.bytes for tensor in stored_tensors(tensors, facts, rope, kind))
 
 
 def _publish(writer: Any, stored: tuple[Stored, ...], beside: Path, out: Path) -> None:
-    """Everything to the file beside, to disk, and into place."""
+    """Write everything to a temporary file, flush it, and rename it into place."""
     try:
         try:
             writer.write_header_to_file()
@@ -109,7 +109,7 @@ def _publish(writer: Any, stored: tuple[Stored, ...], beside: Path, out: Path) -
 
 
 def _write_tensor(writer: Any, file: Any, tensor: Stored) -> None:
-    """A few rows at a time: GGUFWriter's `write_tensor_data` wants the whole tensor in its new form, a second copy."""
+    """Write a tensor a few rows at a time: GGUFWriter's `write_tensor_data` would need a second copy of all of it."""
     value, start = made(tensor), file.tell()
     for rows in rows_of(tensor, value):
         file.write(encoded(tensor, rows.part).tobytes())

@@ -1,4 +1,4 @@
-"""The keys of a GGUF file that say what the model is, rotary positions included, and what readers will not do."""
+"""GGUF metadata keys that describe the model, including rotary positions, and what readers will not do."""
 
 import math
 from collections.abc import Mapping
@@ -15,18 +15,18 @@ from qdist.runtime.exports.gguf.blocks import Kind
 
 _DEFAULTS = {"attention_factor": None, "mscale": None, "mscale_all_dim": None, "truncate": True,
              "beta_fast": 32, "beta_slow": 1}  # fmt: skip
-"""What llama.cpp computes YaRN with, and no key of a file changes for these architectures."""
+"""llama.cpp's YaRN constants, which no key of a file changes for these architectures."""
 
 
 def gguf_of(facts: ModelFacts) -> Gguf:
-    """How llama.cpp has a model's family, which must have a form there."""
+    """llama.cpp's description of a model's family, which must have one."""
     found = FAMILIES[facts.family].gguf
     assert found is not None
     return found
 
 
 class Rope(NamedTuple):
-    """How positions are rotated."""
+    """Parameters of rotary position embeddings."""
 
     theta: float
     type: Literal["default", "linear", "yarn", "llama3"] = "default"
@@ -39,7 +39,7 @@ class Rope(NamedTuple):
 
 
 def rope_of(config: Mapping[str, Any], *, name: str) -> Rope:
-    """What a config.json says. Raises ModelError for scalings that a GGUF file cannot describe."""
+    """Rotary parameters of a config.json. Raises ModelError for scalings that a GGUF file cannot describe."""
     said = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     theta = float(said.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = str(said.get("rope_type") or said.get("type") or "default")
@@ -80,7 +80,7 @@ def _scaled(theta: float, kind: Any, said: Mapping[str, Any], config: Mapping[st
 
 
 def rope_factors(rope: Rope, head_dim: int) -> torch.Tensor | None:
-    """What each frequency is divided by, float32 [head_dim / 2]; None where all are divided alike.
+    """Divisor of each frequency, float32 [head_dim / 2]; None if all are divided alike.
 
     Llama 3.1's rule: wavelengths below original / high stay, those above original / low are stretched by the factor,
     between them the frequency is a mean of both, weighted by where original / wavelength lies between low and high.
@@ -100,13 +100,13 @@ _FILE_TYPES = {
     "q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
 }
 _EPSILON = 1e-6
-"""What transformers' Llama, Mistral and Qwen configurations default to."""
+"""Default norm epsilon of transformers' Llama, Mistral and Qwen configurations."""
 
 
 def add_metadata(writer: Any, facts: ModelFacts, rope: Rope, config: Mapping[str, Any], kind: Kind) -> None:
-    """Everything about the model but its tensors and its vocabulary.
+    """Add all keys about the model except its tensors and vocabulary.
 
-    The length of keys and values is always said: readers take hidden / heads otherwise, which newer models are not.
+    The length of keys and values is always stated: readers default to hidden / heads, which newer models do not use.
     """
     writer.add_type("model")
     writer.add_name(facts.name)
@@ -127,7 +127,7 @@ def add_metadata(writer: Any, facts: ModelFacts, rope: Rope, config: Mapping[str
 
 
 def _add_rope(writer: Any, facts: ModelFacts, rope: Rope) -> None:
-    """llama3's scaling is a tensor, so that no key says it."""
+    """Add the rotary keys; llama3's scaling is a tensor instead."""
     writer.add_rope_dimension_count(facts.shapes[0].head_dim)
     writer.add_rope_freq_base(rope.theta)
     if rope.type == "linear":
@@ -140,7 +140,7 @@ def _add_rope(writer: Any, facts: ModelFacts, rope: Rope) -> None:
 
 
 def model_notes(facts: ModelFacts, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Where llama.cpp computes something else than transformers."""
+    """Notes on where llama.cpp computes something other than transformers."""
     window = config.get("sliding_window")
     windowed = gguf_of(facts).windowed or config.get("use_sliding_window")
     if window and windowed and window < facts.max_positions:

@@ -1,4 +1,4 @@
-"""Which tensors a GGUF file has: names, types and row orders, for the families that have llama.cpp's names."""
+"""The tensors of a GGUF file: names, types and row orders, for the families that have llama.cpp's names."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -14,12 +14,12 @@ from qdist.runtime.exports.gguf.metadata import Rope, gguf_of, rope_factors
 
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _REMADE = "rotary_emb.inv_freq"
-"""Ends the names of tables that old checkpoints carry and every reader makes anew."""
+"""Suffix of tables that old checkpoints contain and every reader recomputes."""
 Tensors = Mapping[str, tuple[tuple[int, ...], Make]]
 
 
 def facts_of(config: Mapping[str, Any], *, name: str) -> ModelFacts:
-    """The model's facts. Raises ModelError for a family or a variant that GGUF readers would compute otherwise."""
+    """The model's facts. Raises ModelError for a family or variant that GGUF readers would compute differently."""
     family = str(config.get("model_type"))
     known = [key for key, own in FAMILIES.items() if own.gguf]
     if family not in known:
@@ -115,7 +115,7 @@ def _first(sources: list[str]) -> str:
 
 
 def _type(source: str, shape: tuple[int, ...], kind: Kind) -> Any:
-    """Vectors are float32; of matrices, a file's kind takes those it can hold, fp16 the rest."""
+    """float32 for vectors; for matrices the file's kind if it can hold them, else fp16."""
     if len(shape) == 1:
         return Type.F32
     if kind == "q8_0" and shape[1] % BLOCK == 0:
@@ -128,8 +128,7 @@ def _type(source: str, shape: tuple[int, ...], kind: Kind) -> Any:
 
 
 def _interleaved_heads(source: str, facts: ModelFacts) -> int:
-    """Heads of q_proj and k_proj where llama.cpp rotates neighbouring pairs, and not as transformers does; 0 for all
-    other tensors."""
+    """Heads of q_proj and k_proj if llama.cpp rotates neighbouring pairs, unlike transformers; 0 for other tensors."""
     if not gguf_of(facts).interleaved:
         return 0
     module = source.rsplit(".", 2)[-2]

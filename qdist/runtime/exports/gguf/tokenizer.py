@@ -1,4 +1,4 @@
-"""A transformers tokenizer as GGUF readers want it: tokens, types, merges or scores, and how text is cut into words."""
+"""A transformers tokenizer in GGUF form: tokens, types, merges or scores, and the pre-tokenizer."""
 
 import json
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ _QWEN2 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}|{_REST}"
 
 
 class _Rules(NamedTuple):
-    """How text is cut, and whether a word that is a token is taken whole, before any merge."""
+    """How text is split, and whether a word that is a token is taken whole before any merge."""
 
     steps: tuple[str, ...]
     whole_words: bool = False
@@ -59,7 +59,7 @@ def pre_of(backend: dict[str, Any]) -> tuple[str | None, tuple[str, ...]]:
 
 
 def flat(step: Any, key: str) -> list[dict[str, Any]]:
-    """The steps of a sequence, of sequences of them, or of one alone."""
+    """The steps of a possibly nested sequence, or a single step."""
     if step is None:
         return []
     if step["type"] == "Sequence":
@@ -68,7 +68,7 @@ def flat(step: Any, key: str) -> list[dict[str, Any]]:
 
 
 def _step(step: dict[str, Any]) -> str:
-    """A step in the words of `_NAMES`; what is not among them, as JSON."""
+    """A step as named in `_NAMES`; other steps as JSON."""
     kind = step["type"]
     if kind == "ByteLevel" and not step["add_prefix_space"]:
         return _GPT2 if step["use_regex"] else _BYTES
@@ -83,35 +83,35 @@ def _step(step: dict[str, Any]) -> str:
 
 _TYPES = gguf.TokenType
 _NO_SCORE = -1000.0
-"""Of tokens that no merge makes: llama.cpp never comes to them through merging."""
+"""Score of tokens that no merge produces: llama.cpp never reaches them by merging."""
 _PROBE = "a"
 
 
 class Vocabulary(NamedTuple):
-    """What a file says about text."""
+    """A file's vocabulary."""
 
     model: Literal["gpt2", "llama"]
     """Byte-level BPE, or SentencePiece's BPE with spaces as U+2581."""
     pre: str | None
-    """llama.cpp's name of the way text is cut into words, of gpt2 alone; None where it has none."""
+    """llama.cpp's name of the pre-tokenizer, for gpt2 only; None if it has none."""
     tokens: tuple[str, ...]
-    """One a row of the embedding."""
+    """Tokens, one per row of the embedding."""
     types: tuple[int, ...]
     scores: tuple[float, ...]
-    """Of llama alone: the higher, the earlier merged."""
+    """Merge priorities, for llama only: higher scores merge earlier."""
     merges: tuple[str, ...]
     ids: dict[str, int]
-    """Of bos, eos, unk and pad, where the tokenizer has them, and of eot, where answers end with another token."""
+    """Token ids of bos, eos, unk and pad if the tokenizer has them, and of eot if answers end with another token."""
     add_bos: bool
     add_eos: bool
     add_space: bool
-    """Whether a text begins with a space that is not there."""
+    """Whether a text is prefixed with a space."""
     chat_template: str | tuple[dict[str, str], ...] | None
     notes: tuple[str, ...]
 
 
 def read_vocabulary(folder: Path, *, rows: int, config: Mapping[str, Any], ends: tuple[int, ...] = ()) -> Vocabulary:
-    """The vocabulary of a folder of tokenizer files, filled to the rows of the embedding.
+    """The vocabulary of a folder's tokenizer files, padded to the rows of the embedding.
 
     ends: tokens that end an answer; the first that is not eos is written as the end of a turn.
     Raises ModelError for a folder without a tokenizer, one that is not BPE, or one with more tokens than rows.
@@ -139,7 +139,7 @@ def read_vocabulary(folder: Path, *, rows: int, config: Mapping[str, Any], ends:
 
 
 def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
-    """The keys of a vocabulary. llama has merges too: llama.cpp goes by the scores, transformers by the merges."""
+    """Add the vocabulary's keys. llama gets merges too: llama.cpp uses the scores, transformers the merges."""
     writer.add_tokenizer_model(vocabulary.model)
     if vocabulary.pre is not None:
         writer.add_tokenizer_pre(vocabulary.pre)
@@ -167,7 +167,7 @@ def _loaded(folder: Path) -> Any:
 
 
 def _require_pieces(folder: Path, backend: dict[str, Any], bytewise: bool) -> None:
-    """SentencePiece's way is known by its pieces for bytes; others no GGUF reader would cut alike."""
+    """Require byte pieces, which identify SentencePiece's method; GGUF readers would split others differently."""
     if not bytewise and not backend["model"].get("byte_fallback"):
         raise ModelError(
             f"{folder} has a BPE tokenizer that works neither on bytes nor with SentencePiece's byte tokens",
@@ -176,7 +176,7 @@ def _require_pieces(folder: Path, backend: dict[str, Any], bytewise: bool) -> No
 
 
 def _pieces(tokenizer: Any) -> dict[str, int]:
-    """The types of SentencePiece's tokens for bytes and of the one for what no token stands for."""
+    """Types of SentencePiece's byte tokens and of its unknown token."""
     types = {f"<0x{byte:02X}>": int(_TYPES.BYTE) for byte in range(256)}
     return types | ({tokenizer.unk_token: int(_TYPES.UNKNOWN)} if tokenizer.unk_token else {})
 
@@ -184,7 +184,7 @@ def _pieces(tokenizer: Any) -> dict[str, int]:
 def _tokens(
     folder: Path, backend: dict[str, Any], *, rows: int, named: Mapping[str, int]
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Tokens and types, one a row; rows without a token are unused. named: types of tokens that are not normal."""
+    """Tokens and types, one per row; rows without a token are unused. named: types of special tokens."""
     table: dict[int, tuple[str, int]] = {
         place: (token, named.get(token, _TYPES.NORMAL)) for token, place in backend["model"]["vocab"].items()
     }
@@ -202,7 +202,7 @@ def _tokens(
 
 
 def _merges(folder: Path, merges: list[Any]) -> tuple[str, ...]:
-    """Pairs with a space between, in the order in which they are tried."""
+    """Pairs joined by a space, in the order in which they are tried."""
     pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     odd = next((pair for pair in pairs if pair.count(" ") != 1), None)
     if odd is not None:
@@ -211,7 +211,7 @@ def _merges(folder: Path, merges: list[Any]) -> tuple[str, ...]:
 
 
 def _scores(tokens: tuple[str, ...], merges: tuple[str, ...]) -> tuple[float, ...]:
-    """Minus the place of the first merge that makes a token: SentencePiece takes the pair with the best score first.
+    """Negated index of the first merge that produces each token: SentencePiece merges the best score first.
 
     tokenizer.model has other numbers in the same order: transformers sorts its merges by them.
     """
@@ -222,7 +222,7 @@ def _scores(tokens: tuple[str, ...], merges: tuple[str, ...]) -> tuple[float, ..
 
 
 def _drop_rowless_specials(backend: dict[str, Any], rows: int) -> None:
-    """Leave out special tokens behind the embedding, such as a pad that the weights were never resized for."""
+    """Drop special tokens beyond the embedding, such as a pad that the weights were never resized for."""
     known = backend["model"]["vocab"]
     backend["added_tokens"] = [
         added
@@ -238,7 +238,7 @@ def _special_ids(tokenizer: Any, ends: tuple[int, ...]) -> dict[str, int]:
 
 
 def _added(tokenizer: Any, ids: Mapping[str, int]) -> tuple[bool, bool]:
-    """Whether the tokenizer puts bos before a text and eos behind it, found out with one."""
+    """Whether the tokenizer puts bos before a text and eos after it, determined by trying."""
     bare = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
     whole = tokenizer(_PROBE)["input_ids"]
     longer = len(whole) > len(bare)
@@ -246,7 +246,7 @@ def _added(tokenizer: Any, ids: Mapping[str, int]) -> tuple[bool, bool]:
 
 
 def _space(tokenizer: Any) -> tuple[bool, tuple[str, ...]]:
-    """Whether a text begins with U+2581, and a note where text behind a special token does not: found out with one.
+    """Whether a text starts with U+2581, and a note if text after a special token does not; determined by trying.
 
     llama.cpp has one setting for both (llama-vocab.cpp, `add_space_prefix`).
     """
@@ -258,7 +258,7 @@ def _space(tokenizer: Any) -> tuple[bool, tuple[str, ...]]:
 
 
 def _spaced(tokenizer: Any, text: str, *, place: int) -> bool:
-    """Whether the token at a place begins with U+2581."""
+    """Whether the token at an index starts with U+2581."""
     pieces = tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"])
     return len(pieces) > place and pieces[place].startswith("\u2581")
 
@@ -271,7 +271,7 @@ def _templates(tokenizer: Any) -> str | tuple[dict[str, str], ...] | None:
 
 
 def _eos_notes(ids: Mapping[str, int], tokens: tuple[str, ...], config: Mapping[str, Any]) -> tuple[str, ...]:
-    """A tokenizer whose eos is not the model's: answers may never end."""
+    """A note if the tokenizer's eos is not the model's: answers may never end."""
     said = config.get("eos_token_id")
     ends = said if isinstance(said, list | tuple) else [said]
     own = ids.get("eos")

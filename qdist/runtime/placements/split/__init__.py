@@ -1,1 +1,1 @@
-"""Whole layers on each GPU: a rank a stage, or one process over several GPUs."""
+"""Whole layers on each GPU: one rank per stage, or one process over several GPUs."""

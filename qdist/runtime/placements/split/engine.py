@@ -1,4 +1,4 @@
-"""The engine of a pipeline: a schedule makes the gradients of a stage, torch or DeepSpeed steps over them."""
+"""The engine of a pipeline: a schedule computes a stage's gradients, and torch or DeepSpeed steps on them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from qdist.runtime.placements.split.stages import Grid
 
 
 class PipelineEngine:
-    """`inner` owns the optimizer of this stage's part of the adapter. States are of the whole adapter."""
+    """`inner` owns the optimizer of this stage's part of the adapter. States cover the whole adapter."""
 
     def __init__(self, pipeline: Pipeline, adapter: Adapter, inner: TorchEngine | DeepSpeedEngine) -> None:
         self.pipeline, self.adapter, self.inner = pipeline, adapter, inner
@@ -38,7 +38,7 @@ class PipelineEngine:
         return loss
 
     def evaluate(self, batches: list[list[int]], came_to: CameTo = unseen) -> tuple[float, int]:
-        """(summed loss, learned tokens) of the held-out micro-batches of this group; (0, 0) but on the last stage."""
+        """(summed loss, learned tokens) of this group's held-out micro-batches; (0, 0) except on the last stage."""
         return self.pipeline.evaluate(batches, came_to)
 
     def step(self, learning_rate: float, loss_scale: float) -> StepResult:
@@ -55,7 +55,7 @@ class PipelineEngine:
 
 
 class Twins(Adapter):
-    """An adapter's parameters a second time, over the same memory, for DeepSpeed to hang its hooks on.
+    """A second set of an adapter's parameters over the same memory, for DeepSpeed's hooks.
 
     Hooks on the model's own parameters would fire, and reduce, at each micro-batch of the schedule. `forward` takes
     the gradients that the schedule has added up, and its backward delivers them, once.
@@ -75,7 +75,7 @@ class Twins(Adapter):
 
 
 class _Deliver(torch.autograd.Function):
-    """Nothing forward; backward, gradients that were computed elsewhere."""
+    """Does nothing forward; backward, returns gradients that were computed elsewhere."""
 
     @staticmethod
     def forward(ctx: Any, gradients: list[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
@@ -107,7 +107,7 @@ def deepspeed_over_stage(adapter: Adapter, optimizer_of: Any, config: dict[str, 
 
 
 def gather_state(own: State, grid: Grid, device: torch.device) -> State:
-    """The states of all stages as one, on rank 0; the others get back their own. Collective.
+    """The states of all stages merged, on rank 0; the others get back their own. Collective.
 
     Tensors travel one at a time: pickled together they would be on GPU 0 all at once.
     """

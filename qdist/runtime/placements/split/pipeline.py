@@ -1,4 +1,4 @@
-"""Micro-batches in flight through the stages of a group: torch.distributed.pipelining's 1F1B, a rank a stage."""
+"""Pipelined micro-batches through the stages of a group: torch.distributed.pipelining's 1F1B, one rank per stage."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from qdist.runtime.placements.split.stages import Grid
 
 
 class Pipeline:
-    """One stage of a group. Every rank of the group must call the same methods, on the same micro-batches."""
+    """One stage of a group. All ranks of the group must call the same methods, on the same micro-batches."""
 
     def __init__(self, forward: Forward, grid: Grid, *, hidden_size: int, pad_id: int, device: torch.device) -> None:
         self.forward, self.grid, self.device = forward, grid, device
@@ -27,7 +27,7 @@ class Pipeline:
         self._schedules: dict[tuple[int, int, int], Schedule1F1B] = {}
 
     def train(self, micro_batches: Sequence[MicroBatch], *, scale: float) -> torch.Tensor:
-        """Forward and backward of all micro-batches; gradients of scale x loss are left in `.grad`.
+        """Forward and backward of all micro-batches, leaving gradients of scale x loss in `.grad`.
 
         Returns the summed loss as a float64 scalar: on the last stage, 0 on the others.
         """
@@ -60,7 +60,7 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, batches: list[list[int]], came_to: CameTo = unseen) -> tuple[float, int]:
-        """(summed loss, learned tokens) over micro-batches, without dropout: on the last stage, (0, 0) on the others.
+        """(summed loss, learned tokens) over micro-batches, without dropout; (0, 0) except on the last stage.
 
         One micro-batch behind the other; a stage goes on with the next while its successor has this one.
         """
@@ -91,7 +91,7 @@ class Pipeline:
         return [*dist.batch_isend_irecv([dist.P2POp(operation, tensor, peer, self.grid.mates)]), tensor]
 
     def _schedule(self, count: int, rows: int, width: int) -> Schedule1F1B:
-        """The schedule for one shape, with shapes and types given, so that stages need not tell each other."""
+        """The schedule for one shape, with shapes and dtypes given so that stages need not exchange them."""
         key = (count, rows, width)
         if key not in self._schedules:
             grid = self.grid
@@ -113,7 +113,7 @@ class Pipeline:
 
 
 class _StageModule(nn.Module):
-    """What the schedule calls for each micro-batch, in order: hidden states in and out; out of the last stage, a loss.
+    """Called by the schedule for each micro-batch in order: hidden states in and out; the last stage returns a loss.
 
     The model is not a submodule: the schedule has no business with its parameters.
     """
@@ -140,7 +140,7 @@ class _StageModule(nn.Module):
 
 
 class _LeanStage(PipelineStage):
-    """A stage whose receive buffers exist from the receiving to the end of the backward.
+    """A stage whose receive buffers exist only from receiving to the end of the backward pass.
 
     PipelineStage (torch 2.11 to 2.13) makes one for each micro-batch of a step, twice: 2 GiB for 32 micro-batches of
     4x512 tokens of a 65B model, where no more than one a stage is in use.
@@ -179,7 +179,7 @@ class _LeanStage(PipelineStage):
 
 
 def _place(received: Sequence[Any], device: Any) -> None:
-    """Give receive buffers new memory, or with device `meta` take it back. What comes from the caller has none."""
+    """Allocate receive buffers, or free them with device `meta`. What comes from the caller has none."""
     for info in received:
         buffer = getattr(info, "buffer", None)
         if buffer is not None:

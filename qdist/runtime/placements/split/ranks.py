@@ -1,4 +1,4 @@
-"""A rank of a split backbone: a stage of a pipeline, or the one process that visits GPU after GPU."""
+"""A rank of a split backbone: a pipeline stage, or the single process that runs GPU after GPU."""
 
 from typing import Any
 
@@ -17,12 +17,12 @@ from qdist.runtime.placements.split.stages import arrange_stage, make_grid, spre
 
 
 def split(plan: Plan, rank: int, devices: tuple[torch.device, ...]) -> Placement:
-    """The rank of a split plan, by its schedule."""
+    """The rank of a split plan, according to its schedule."""
     return (Sequential if plan.schedule == "sequential" else Stage)(plan, rank, devices)
 
 
 class Sequential(Rank):
-    """One process over all GPUs, some layers perhaps offloaded to host memory."""
+    """One process over all GPUs, with some layers possibly offloaded to host memory."""
 
     def arrange(self, model: Any) -> None:
         spread(model, [self.devices[position] for position in self.plan.layer_map])
@@ -30,7 +30,7 @@ class Sequential(Rank):
 
 
 class Stage(Rank):
-    """A rank that holds one run of layers. The stages of a group share their micro-batches; none has a whole model."""
+    """A rank with consecutive layers. The stages of a group share their micro-batches; none has a whole model."""
 
     @property
     def can_answer(self) -> bool:
@@ -42,7 +42,7 @@ class Stage(Rank):
 
     @property
     def adapter_parts(self) -> int:
-        """Ranks are numbered group by group, and stage by stage within one."""
+        """Number of stages: ranks are numbered group by group, and stage by stage within one."""
         return self.plan.gpus_per_group
 
     def arrange(self, model: Any) -> None:

@@ -1,4 +1,4 @@
-"""Stages of a split backbone: who holds which, the model without the others' parts, one process over several GPUs."""
+"""Stages of a split backbone: which rank holds which, removing the others' parts, and one process over several GPUs."""
 
 import contextlib
 import datetime
@@ -17,7 +17,7 @@ from qdist.runtime.model.skeleton import decoder_layers
 
 
 class Absent(nn.Module):
-    """Where a part was that another rank holds: no parameters, and what comes in goes out."""
+    """Stand-in for a part that another rank holds: no parameters, passes its input through."""
 
     def __init__(self, *, as_tuple: bool = False) -> None:
         super().__init__()
@@ -28,19 +28,19 @@ class Absent(nn.Module):
 
 
 class _NothingToAdd(nn.Module):
-    """In place of a module whose output the first stage has added already, such as OPT's position embedding."""
+    """Stand-in for a module whose output the first stage has already added, such as OPT's position embedding."""
 
     def forward(self, given: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return torch.zeros((), device=given.device)
 
 
 def modules_of(model: Any) -> Modules:
-    """Where transformers' class has the parts of a causal language model."""
+    """Paths of a causal language model's parts in transformers' class."""
     return FAMILIES[model.config.model_type].modules
 
 
 def keep_stage(model: Any, layers: range, *, first: bool, last: bool) -> None:
-    """Take out of a causal language model what this stage does not own, in place, with or without weights in it.
+    """Remove from a causal language model what this stage does not own, in place, with or without weights in it.
 
     Kept modules keep their names (model.layers.37...), and so do adapters and checkpoints. The first stage embeds,
     the last one has the final norm and the head; a head that is tied to the embedding keeps that table.
@@ -66,7 +66,7 @@ def keep_stage(model: Any, layers: range, *, first: bool, last: bool) -> None:
 
 
 def arrange_stage(plan: Plan, rank: int) -> Any:
-    """What `load_backbone` takes as `arrange` for a rank of a split plan whose ranks are stages.
+    """The `arrange` argument of `load_backbone` for a rank of a split plan whose ranks are stages.
 
     Raises PlanError for a plan with new vocabulary rows: first and last stage would each train some of them.
     """
@@ -85,7 +85,7 @@ def arrange_stage(plan: Plan, rank: int) -> Any:
 
 
 def layers_of(plan: Plan, position: int) -> range:
-    """The decoder layers of a position. Raises PlanError when the layer map gives it none, or not one after another."""
+    """The decoder layers of a position. Raises PlanError if the layer map gives it none, or gives it a gap."""
     layers = [layer for layer, owner in enumerate(plan.layer_map) if owner == position]
     if not layers or layers != list(range(layers[0], layers[-1] + 1)):
         raise PlanError(
@@ -96,7 +96,7 @@ def layers_of(plan: Plan, position: int) -> range:
 
 @contextlib.contextmanager
 def only_present(model: Any) -> Iterator[None]:
-    """For code that patches every layer and the final norm of a model (Liger): absent parts are out of its sight.
+    """Hide absent parts from code that patches every layer and the final norm of a model (Liger).
 
     Absent layers leave the list meanwhile, and an absent final norm that was patched is made anew.
     """
@@ -119,31 +119,31 @@ def only_present(model: Any) -> Iterator[None]:
 
 
 def _put(model: nn.Module, kind: type[nn.Module], *paths: str) -> None:
-    """Put a module of a kind in the place of each that is there."""
+    """Replace the module at each existing path with one of the given kind."""
     for path in paths:
         model.set_submodule(path, kind())
 
 
 class Grid(NamedTuple):
-    """Where this rank is. Ranks are numbered group by group, and stage by stage within one."""
+    """This rank's position. Ranks are numbered group by group, and stage by stage within one."""
 
     group: int
     position: int
     groups: int
     stages: int
     mates: Any
-    """Process group: the stages of this group."""
+    """Process group of this group's stages."""
     peers: Any
-    """Process group: the ranks with this stage, one in each group."""
+    """Process group of the ranks with this stage, one in each group."""
 
     @property
     def first(self) -> bool:
-        """This stage embeds tokens."""
+        """Whether this stage embeds tokens."""
         return self.position == 0
 
     @property
     def last(self) -> bool:
-        """This stage computes the loss."""
+        """Whether this stage computes the loss."""
         return self.position == self.stages - 1
 
     def over_stages(self, value: torch.Tensor) -> torch.Tensor:
@@ -177,7 +177,7 @@ class Grid(NamedTuple):
 
 
 def make_grid(plan: Plan, *, timeout: datetime.timedelta) -> Grid:
-    """Make the process groups of a split plan. Collective over all ranks of the run.
+    """Create the process groups of a split plan. Collective over all ranks of the run.
 
     Raises RunError when the ranks are not those of the plan.
     """
@@ -203,7 +203,7 @@ def make_grid(plan: Plan, *, timeout: datetime.timedelta) -> Grid:
 
 
 def spread(model: Any, layer_devices: Sequence[torch.device]) -> None:
-    """Say on which device each part of a causal language model lies, and have every part fetch what it is given.
+    """Assign a device to each part of a causal language model, and have every part fetch its inputs.
 
     The parts get their weights there afterwards (`fill`), and adapters follow them.
     layer_devices: of each decoder layer. What comes before the layers goes to the first device, final norm and head
@@ -228,7 +228,7 @@ def _put_on(part: nn.Module, device: torch.device) -> None:
 
 
 def fetch_to(part: nn.Module, device: torch.device) -> None:
-    """Before each pass of a part, move the tensors that it is given: hidden states, masks, positions."""
+    """Before each pass of a part, move its input tensors to its device: hidden states, masks, positions."""
     from accelerate.utils import send_to_device
 
     def fetch(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:

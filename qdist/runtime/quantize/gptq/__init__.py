@@ -1,1 +1,1 @@
-"""Making and checking GPTQ checkpoints."""
+"""Creating and checking GPTQ checkpoints."""

@@ -1,4 +1,4 @@
-"""What goes through a model while it is quantized: pieces of text, their hidden states, the Hessians of linears."""
+"""Calibration data on its way through a model being quantized: samples, hidden states, Hessians of linears."""
 
 import copy
 from array import array
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Workers:
-    """A thread for each device, kept from layer to layer.
+    """One thread per device, kept from layer to layer.
 
     cuDNN's plans for attention are a thread's own, and to make one takes as long as many layers of 2,048 tokens.
     """
@@ -34,11 +34,11 @@ class Workers:
         self._threads = [ThreadPoolExecutor(1) for _ in devices]
 
     def each(self, work: Callable[[int], T]) -> list[T]:
-        """work(worker) of all devices at once."""
+        """Results of work(worker) on all devices at once."""
         return self.spread(lambda _, worker: work(worker), len(self.devices))
 
     def spread(self, work: Callable[[int, int], T], count: int) -> list[T]:
-        """work(number, worker) of so many numbers, dealt out to the devices in turn."""
+        """Results of work(number, worker) for `count` numbers, distributed round-robin over the devices."""
         workers = [number % len(self.devices) for number in range(count)]
         futures: list[Future[T]] = [
             self._threads[worker].submit(work, number, worker) for number, worker in enumerate(workers)
@@ -47,7 +47,7 @@ class Workers:
 
 
 _COLUMNS = 1 << 11
-"""Of a Hessian, that are summed at a time, down to the diagonal: it is symmetric."""
+"""Columns of a Hessian that are summed at a time, down to the diagonal: it is symmetric."""
 
 
 class _Sum(NamedTuple):
@@ -57,7 +57,7 @@ class _Sum(NamedTuple):
 
 
 class LaneSums:
-    """Sums of lanes that follow each other, added by twos: lanes 0 and 1, 2 and 3, then those of 0 to 3.
+    """Sums of consecutive lanes, added pairwise: lanes 0 and 1, 2 and 3, then those of 0 to 3.
 
     So a device adds up what it has before it hands it on, in the order in which one device would add all of it, and
     few sums are kept: the binary digits of their number.
@@ -67,16 +67,16 @@ class LaneSums:
         self._sums = list[_Sum]()
 
     def append(self, lane: int, total: torch.Tensor) -> None:
-        """Take the sum of the next lane, which is not to be used elsewhere."""
+        """Add the sum of the next lane, taking ownership of it."""
         self._push(_Sum(lane, 1, total))
 
     def extend(self, others: "LaneSums") -> None:
-        """Take the sums of another device, of the lanes that come next."""
+        """Add the sums of another device, for the lanes that come next."""
         for other in others._sums:
             self._push(other)
 
     def total(self) -> torch.Tensor:
-        """Of all lanes, where the first of them is."""
+        """The sum over all lanes, on the device of the first lane."""
         while len(self._sums) > 1:
             self._add()
         return self._sums[0].total
@@ -96,7 +96,7 @@ class LaneSums:
 
 
 def add_products(total: torch.Tensor, rows: torch.Tensor, factor: float) -> None:
-    """total += factor X^T X, in float32; what lies far below the diagonal is left to `mirror`.
+    """total += factor X^T X, in float32; what is far below the diagonal is left to `mirror`.
 
     Products of 16-bit numbers are exact there, also on a GPU's matrix units.
     """
@@ -119,22 +119,22 @@ def mirror(total: torch.Tensor) -> None:
 
 
 _TEXT_PIECE = 1 << 20
-"""Characters of plain text that are tokenized at a time, up to the end of a line."""
+"""Characters of plain text tokenized at a time, up to the end of a line."""
 _FEWEST_TOKENS = 32
-"""In samples that may be advised."""
+"""Fewest tokens per sample that an error message may suggest."""
 LANES = 8
-"""Parts of the samples that are summed each for itself, and then by twos: a Hessian is the same to the bit on any
-number of devices, each of which takes whole lanes. More devices than lanes are of no use."""
+"""Parts of the samples that are summed separately, then pairwise, so that a Hessian is bit-identical on any number of
+devices. Each device takes whole lanes; more devices than lanes are of no use."""
 _TOKENS_AT_ONCE = 1 << 13
-"""In one pass through a layer. A GPU is done with 2,048 tokens in little more time than it takes to tell it what to do,
-and several GPUs are told by threads that take turns."""
+"""Tokens per pass through a layer. A GPU computes 2,048 tokens in little more than the launch time of its kernels, and
+the threads that launch on several GPUs take turns."""
 
 
 def pieces(source: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int) -> torch.Tensor:
-    """Calibration samples, int64 [samples, seq_len]: pieces of the source's tokens laid end to end, drawn by a seed.
+    """Calibration samples, int64 [samples, seq_len]: random pieces of the source's concatenated tokens.
 
     source: a `.txt` file, or whatever `launch --data` takes.
-    Raises DataError where it holds too few tokens.
+    Raises DataError if it holds too few tokens.
     """
     read = _text_tokens if is_plain_text(source) else _record_tokens
     tokens = array("q")
@@ -153,7 +153,7 @@ def pieces(source: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int
 
 
 def _record_tokens(source: str, tokenizer: Any) -> Iterator[list[int]]:
-    """Raises DataError, once for all records that cannot be used."""
+    """Tokens of each record. Raises DataError, once for all unusable records."""
     bad, total, encoder = BadRecords(), 0, Encoder(tokenizer)
     for conversation in read_conversations(source):
         total += 1
@@ -175,13 +175,13 @@ def _text_tokens(source: str, tokenizer: Any) -> Iterator[list[int]]:
 
 
 def batches(samples: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Samples, int64 [samples, tokens], as they go through a layer together: so few that all lanes have some."""
+    """Samples, int64 [samples, tokens], in batches for a layer: small enough that every lane has some."""
     count, tokens = samples.shape
     return samples.split(max(1, min(_TOKENS_AT_ONCE // tokens, -(-count // LANES))))
 
 
 class Calibration:
-    """Hidden states of all batches in front of one decoder layer after another.
+    """Hidden states of all batches in front of successive decoder layers.
 
     They wait on the CPU, or on the device that runs them where they take no more than an eighth of its free memory:
     copying them five times a layer takes longer than many layers do.
@@ -198,7 +198,7 @@ class Calibration:
         self._position, self._layers, self._given = 0, list[nn.Module](), list[dict[int, dict[str, Any]]]()
 
     def enter(self, layer: nn.Module) -> None:
-        """Take the next decoder layer, which lies on the first device, and copy it to the others."""
+        """Take the next decoder layer, from the first device, and copy it to the others."""
         self._layers = [layer, *(copy.deepcopy(layer).to(device) for device in self.devices[1:])]
         self._given = [moved(self._arguments[self._position], device) for device in self.devices]
 
@@ -218,24 +218,24 @@ class Calibration:
         return weight.to(torch.float32)
 
     def replace(self, path: str, weight: torch.Tensor) -> None:
-        """Give a linear of the layer other weights, [out, in]."""
+        """Replace the weights [out, in] of a linear of the layer."""
         for layer in self._layers:
             linear = layer.get_submodule(path)
             # Not written in place: on a CPU the old weights may be the source's own memory.
             linear.weight = nn.Parameter(weight.to(linear.weight).contiguous(), requires_grad=False)
 
     def leave(self) -> None:
-        """Carry the hidden states through the layer, and drop it."""
+        """Pass the hidden states through the layer, and drop it."""
         self.workers.each(self._advance)
         self._position, self._layers, self._given = self._position + 1, [], []
 
     def _lanes(self, worker: int) -> range:
-        """The lanes of a device, which follow each other; those of the first device begin them."""
+        """The consecutive lanes of a device, starting with the first device's."""
         first, last = (-(-LANES * border // len(self.devices)) for border in (worker, worker + 1))
         return range(first, min(last, len(self._hidden)))
 
     def _of(self, worker: int) -> list[int]:
-        """The batches of a device."""
+        """Indices of a device's batches."""
         return [index for lane in self._lanes(worker) for index in self._in(lane)]
 
     def _in(self, lane: int) -> range:
@@ -243,7 +243,7 @@ class Calibration:
 
     @torch.no_grad()  # a setting of the thread, not of the process
     def _sums(self, worker: int, path: str, factor: float) -> LaneSums:
-        """Of the lanes of a device."""
+        """The sums over one device's lanes."""
         linear, sums = self._layers[worker].get_submodule(path), LaneSums()
 
         def add(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -271,12 +271,12 @@ class Calibration:
 
 
 def stays(size: int, free: int) -> bool:
-    """Whether so many bytes of hidden states wait on a GPU that has so many free."""
+    """Whether `size` bytes of hidden states stay on a GPU that has `free` bytes free."""
     return 8 * size <= free
 
 
 def _home(device: torch.device, size: int) -> torch.device:
-    """Where so many bytes of hidden states wait."""
+    """The device on which `size` bytes of hidden states wait."""
     if device.type == "cuda" and stays(size, torch.cuda.mem_get_info(device)[0]):
         return device
     return torch.device("cpu")

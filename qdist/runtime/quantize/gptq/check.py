@@ -1,4 +1,4 @@
-"""Is a folder the GPTQ checkpoint that it says it is? Looked at before anything starts; what is wrong is named."""
+"""Checks before anything starts that a folder is the GPTQ checkpoint it claims to be, naming what is wrong."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +26,7 @@ class _Tensor(NamedTuple):
 
 
 def checked(folder: Path, blueprint: Blueprint, gptq: Gptq) -> Gptq:
-    """The same with what only the tensors tell: whether groups are in order, the type of scales, bytes of a layer.
+    """The settings plus what only the tensors tell: whether groups are ordered, the scales' dtype, bytes per layer.
 
     Every quantized linear must have its tensors in the shapes that its bits and groups ask for and every input's group
     must be one of those that there are; scales and what is not quantized must be finite numbers, and zeros those of
@@ -80,7 +80,7 @@ def _tensors(folder: Path) -> dict[str, _Tensor]:
 
 
 def _linears(blueprint: Blueprint) -> Iterator[tuple[str, int, int]]:
-    """(module path, inputs, outputs) of what GPTQ quantizes."""
+    """(module path, inputs, outputs) of each linear that GPTQ quantizes."""
     for name in sorted(blueprint.linears):
         outputs, inputs = blueprint.shapes[name]
         yield name.removesuffix(".weight"), inputs, outputs
@@ -103,13 +103,13 @@ def _expect(
 
 
 def _plain(folder: Path, tensors: dict[str, _Tensor], name: str, shape: tuple[int, ...]) -> None:
-    """Check a tensor that is not quantized."""
+    """Check an unquantized tensor."""
     _expect(folder, tensors, name, shape, _PLAIN)
     require_finite(_read(folder, tensors, name), f"{folder}: {name}", try_=_REMEDY)
 
 
 def _shapes(folder: Path, tensors: dict[str, _Tensor], path: str, shape: Shape, inputs: int, outputs: int) -> int:
-    """Check the tensors of one linear; their bytes."""
+    """Check the tensors of one linear; returns their bytes."""
     require_whole_words(f"{folder}: {path}", shape.bits, inputs=inputs, outputs=outputs)
     for name, size in shape.tensors(inputs, outputs).items():
         _expect(folder, tensors, f"{path}.{name}", size, _PLAIN if name == "scales" else ("I32",))
@@ -119,7 +119,7 @@ def _shapes(folder: Path, tensors: dict[str, _Tensor], path: str, shape: Shape, 
 
 
 def _offsets(folder: Path, tensors: dict[str, _Tensor], path: str, gptq: Gptq, inputs: int, outputs: int) -> int:
-    """Check the offsets of one linear, where it has them; their bytes."""
+    """Check the offsets of one linear, if any; returns their bytes."""
     if gptq.offset is None or not gptq.offset.of(path):
         return 0
     size = gptq.offset.group_size
@@ -137,7 +137,7 @@ def _offsets(folder: Path, tensors: dict[str, _Tensor], path: str, gptq: Gptq, i
 def _contents(
     folder: Path, tensors: dict[str, _Tensor], path: str, shape: Shape, inputs: int, gptq: Gptq
 ) -> tuple[bool, tuple[int, int, int]]:
-    """(whether groups are of scattered inputs, (bits, smallest and largest zero that are stored))."""
+    """(whether groups have scattered inputs, (bits, smallest and largest stored zero))."""
     scales = _read(folder, tensors, f"{path}.scales")
     if not bool(torch.isfinite(scales.float()).all()):
         count = int((~torch.isfinite(scales.float())).sum())
@@ -159,7 +159,7 @@ def _contents(
 
 
 def _check_format(folder: Path, gptq: Gptq, stored: set[tuple[int, int, int]]) -> None:
-    """Zeros that the stated format would not hold. Symmetric ones are known: half of the range, or one less in v1.
+    """Check that stored zeros fit the stated format. Symmetric ones are known: half of the range, or one less in v1.
 
     Others give themselves away in v1 alone, where the largest would stand for a zero outside of the range.
     """

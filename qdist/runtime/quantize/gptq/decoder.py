@@ -1,4 +1,4 @@
-"""A model of which one decoder layer at a time has weights; the rest of it stays on the meta device."""
+"""A model with one decoder layer loaded at a time; the rest stays on the meta device."""
 
 import copy
 import re
@@ -14,24 +14,24 @@ from qdist.core.model.shapes import Reads
 from qdist.runtime.quantize.source import Blueprint, Tensors
 
 _STEPS: tuple[Reads, ...] = ("attention_in", "attention_out", "mlp_in", "mlp_out")
-"""Inputs of a decoder layer's linears in the order in which they are computed."""
+"""Inputs of a decoder layer's linears, in order of computation."""
 _TO_LAYER = re.compile(r"^(.*?)\.\d+\.")
 _OF_A_PAGE = 1 << 10
-"""Numbers of 32 bits in a page of memory; of 16 bits, in half of one."""
+"""32-bit numbers per page of memory; 16-bit ones fill half a page."""
 
 
 class Start(NamedTuple):
-    """What the first decoder layer gets."""
+    """The inputs of the first decoder layer."""
 
     hidden: list[torch.Tensor]
     """[samples, tokens, hidden] for each batch."""
     arguments: tuple[dict[int, dict[str, Any]], ...]
-    """The other arguments of each layer, masks and positions, for a batch of so many samples, which are of one length.
+    """Other arguments of each layer, masks and positions, by batch size; all samples have one length.
     """
 
 
 class Decoder:
-    """Layers of a model folder, loaded when asked for."""
+    """Layers of a model folder, loaded on demand."""
 
     def __init__(self, shape: Blueprint, tensors: Tensors) -> None:
         from accelerate import init_empty_weights
@@ -46,15 +46,15 @@ class Decoder:
         self._list = found[1]
 
     def path(self, position: int) -> str:
-        """Of a decoder layer, as in `model.layers.3`."""
+        """Module path of a decoder layer, such as `model.layers.3`."""
         return f"{self._list}.{position}"
 
     def names(self, position: int) -> list[str]:
-        """The tensors of a decoder layer, or of everything else."""
+        """Names of the tensors of a decoder layer, or of everything else."""
         return [name for name in self.shape.shapes if self.shape.layer(name) == position]
 
     def steps(self, position: int) -> list[list[str]]:
-        """Paths of a layer's linears; those that read the same tensor together, in the order of computation."""
+        """Paths of a layer's linears in order of computation, grouped by the tensor they read."""
         reads = {linear.name: linear.reads for linear in self.facts.linears}
         paths = [name.removesuffix(".weight") for name in self.names(position) if name in self.shape.linears]
         steps = [[path for path in paths if reads[path.rpartition(".")[2]] == step] for step in _STEPS]
@@ -63,7 +63,7 @@ class Decoder:
     def layer(
         self, position: int, read: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device
     ) -> nn.Module:
-        """A decoder layer with the weights that `read` gave, which are free again when it is dropped."""
+        """A decoder layer with the weights from `read`, which are freed when it is dropped."""
         path = self.path(position)
         layer: nn.Module = copy.deepcopy(self._model.get_submodule(path))
         there = {name: value.to(device, non_blocking=True) for name, value in read.items()}
@@ -72,7 +72,7 @@ class Decoder:
         return layer.to(device).requires_grad_(False)
 
     def read(self, position: int, *, pin: bool) -> dict[str, torch.Tensor]:
-        """The tensors of a decoder layer, as they are stored, off the disk.
+        """The tensors of a decoder layer as stored, read from disk.
 
         pin: copy them to page-locked memory, which a GPU reads several times as fast. Without it the file's own pages.
         """
@@ -85,7 +85,7 @@ class Decoder:
 
     @torch.no_grad()
     def start(self, batches: Sequence[torch.Tensor], dtype: torch.dtype) -> Start:
-        """Embed samples, int64 [samples, tokens] each, on the CPU, and see what decoder layers would be called with."""
+        """Embed samples, int64 [samples, tokens] each, on the CPU, and record the arguments of decoder layers."""
         prefix = f"{self.shape.prefix}."
         outer = [name for name in self.names(self.shape.layers) if name.startswith(prefix)]
         values = {name.removeprefix(prefix): _as_computed(self._tensors.read(name), dtype) for name in outer}
@@ -115,11 +115,11 @@ def _as_computed(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class Reached(Exception):
-    """A forward pass has come as far as was wanted."""
+    """Ends a forward pass that has come far enough."""
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer: keeps what it is called with and hands the hidden states on; the last ends it."""
+    """Stand-in for a decoder layer: records its arguments and passes hidden states on; the last one ends the pass."""
 
     def __init__(self, *, last: bool, in_tuple: bool) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class _Recorder(nn.Module):
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """An argument of a layer with all its tensors on a device."""
+    """A layer's argument with all its tensors moved to a device."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, tuple):

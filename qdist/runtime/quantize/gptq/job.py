@@ -1,4 +1,4 @@
-"""What is to be quantized by GPTQ, and whether it can be, in this memory too: checked before anything starts."""
+"""What to quantize by GPTQ, and whether that is possible, memory included: checked before anything starts."""
 
 import hashlib
 import json
@@ -25,12 +25,12 @@ from qdist.runtime.quantize.pack import goes_along
 from qdist.runtime.quantize.source import Tensors, blueprint, require_finite, tensors_of
 
 _VERSION = 4
-"""Raise it whenever the same source and data would become other bytes."""
+"""Increment whenever the same source and data would give different bytes."""
 _MOST_TOKENS = 2048
 
 
 class GptqJob(NamedTuple):
-    """A model, read, and what it is to become."""
+    """A model that was read, and its requested quantization."""
 
     name: str
     """What the user calls the model."""
@@ -47,23 +47,23 @@ class GptqJob(NamedTuple):
 
     @property
     def beside(self) -> list[Path]:
-        """Files that make weights a model."""
+        """Files that accompany the weights."""
         return [path for path in sorted(self.folder.iterdir()) if goes_along(path)]
 
     @property
     def offset(self) -> int:
-        """What the format takes off a zero."""
+        """What the format subtracts from a zero."""
         return self.wanted.gptq(4).zero_offset
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of hidden states and of weights at work: what holds every linear as it is stored; float32 on a CPU."""
+        """Dtype of hidden states and weights while quantizing: holds every linear as stored; float32 on a CPU."""
         if self.devices[0].type == "cpu":
             return torch.float32
         return reduce(torch.promote_types, map(self.tensors.dtype, self.decoder.shape.linears))
 
     def plain(self, position: int) -> list[Entry]:
-        """What is copied as the source has it: norms, biases, embeddings, head. Reading NaN raises ModelError."""
+        """Tensors copied unchanged from the source: norms, biases, embeddings, head. Raises ModelError for NaN."""
         shape = self.decoder.shape
         names = [name for name in self.decoder.names(position) if name not in shape.linears]
         return [Entry(n, self.tensors.dtype(n), shape.shapes[n], partial(self._read, n)) for n in names]
@@ -72,7 +72,7 @@ class GptqJob(NamedTuple):
         return require_finite(self.tensors.read(name), name)
 
     def identity(self) -> str:
-        """SHA-256 of what decides the bytes: model files, wishes, and the samples that were drawn."""
+        """SHA-256 of what determines the bytes: model files, settings, and the drawn samples."""
         samples = hashlib.sha256(self.samples.numpy().tobytes()).hexdigest()
         source = source_identity(self.folder, Packing(bits=16))
         contents = [_VERSION, source, msgspec.to_builtins(self.wanted), samples, str(self.dtype)]
@@ -80,7 +80,7 @@ class GptqJob(NamedTuple):
 
 
 def read_job(name: str, folder: Path, wanted: GptqSettings, devices: tuple[torch.device, ...]) -> GptqJob:
-    """Read a model folder and draw its samples.
+    """Read a model folder and draw its calibration samples.
 
     Raises ModelError, DataError or SpecError where they do not fit each other or GPTQ.
     """
@@ -127,7 +127,7 @@ def _refuse_quantized(folder: Path, name: str) -> None:
 
 
 _MARGIN = 1.1
-"""What torch cannot help keeping in pieces between tensors. It keeps half as much again where nobody needs it."""
+"""Factor for memory fragmentation in torch, which without pressure keeps half as much again."""
 _PARTS = {
     "running": "a batch of samples",
     "summing": "the Hessians of its linears",
@@ -138,7 +138,7 @@ _ON_CPU = "CUDA_VISIBLE_DEVICES= in front of the command, to quantize on the CPU
 
 
 def require_memory(job: GptqJob) -> int:
-    """Bytes that the fullest GPU will need; 0 on a CPU. Raises PlanError for a GPU with less."""
+    """Bytes that the fullest GPU will need; 0 on a CPU. Raises PlanError if a GPU has less."""
     found = [0]
     for worker, device in enumerate(_gpus(job.devices)):
         free = torch.cuda.mem_get_info(device)[0]
@@ -155,7 +155,7 @@ def require_memory(job: GptqJob) -> int:
 
 
 def needed(job: GptqJob, worker: int, free: int) -> Needs:
-    """Of a device with so many free bytes."""
+    """Bytes needed on one device that has `free` bytes free."""
     count, tokens = job.samples.shape
     lanes = -(-LANES // len(job.devices))
     hidden = count * tokens * job.decoder.facts.hidden * job.dtype.itemsize * lanes // LANES
@@ -172,7 +172,7 @@ def _told(need: Needs) -> str:
 
 
 def out_of_memory(devices: tuple[torch.device, ...], error: torch.OutOfMemoryError) -> JobError:
-    """What to tell of a GPU that was full after all: bytes of others, or a model that takes more than was expected."""
+    """The error for a GPU that ran out of memory: through other processes, or a model larger than expected."""
     lines = []
     for device in _gpus(devices):
         free, total = torch.cuda.mem_get_info(device)
@@ -186,7 +186,7 @@ def out_of_memory(devices: tuple[torch.device, ...], error: torch.OutOfMemoryErr
 
 
 def peak(devices: tuple[torch.device, ...]) -> int:
-    """Bytes of tensors on the fullest GPU at its fullest; 0 on a CPU."""
+    """Peak tensor bytes on the fullest GPU; 0 on a CPU."""
     return max(map(torch.cuda.max_memory_allocated, _gpus(devices)), default=0)
 
 

@@ -1,4 +1,4 @@
-"""Quantizes a model by GPTQ, a decoder layer at a time, and says on stderr how far it is."""
+"""Quantizes a model by GPTQ, one decoder layer at a time, reporting progress on stderr."""
 
 import re
 import time
@@ -29,21 +29,21 @@ _WIDTH = 80
 
 
 class Outcome(NamedTuple):
-    """What became of a linear. Not its solution, which would be kept on the GPU for as long."""
+    """Statistics of a linear, without its solution, which would occupy the GPU for as long."""
 
     bits: int
     error: float
     damping: float
-    """That its Hessian took."""
+    """The damping that its Hessian needed."""
 
 
 class Progress:
-    """The time that is left is told from the layers that were made in this process."""
+    """Progress, with the time left estimated from the layers made in this process."""
 
     def __init__(
         self, name: str, layers: int, samples: int, tokens: int, *, made: int, most_error: float, memory: int
     ) -> None:
-        """made: layers that are there already. most_error: up to which widths were to be chosen; 0: one width for all.
+        """made: layers that exist already. most_error: error up to which to choose widths; 0: one width for all.
 
         memory: bytes that the fullest GPU will need; 0 where there is none.
         """
@@ -59,7 +59,7 @@ class Progress:
         self._position, self._began = position, time.monotonic()
 
     def passed(self) -> None:
-        """The layer was there already."""
+        """Count a layer that exists already."""
         _say(f"{self._place()}  there already")
 
     def done(self, outcomes: Mapping[str, Outcome], *, damping: float) -> None:
@@ -84,7 +84,7 @@ class Progress:
                 _say(f"{'':>{len(self._place())}}  {name}: its Hessian took a damping of {outcome.damping:g}")
 
     def ended(self) -> None:
-        """Say which linears of this process err more than was wanted."""
+        """Report which linears of this process exceed the wanted error."""
         above = {path: outcome for path, outcome in self._told.items() if outcome.error > self._most_error}
         if self._most_error and above:
             path, worst = max(above.items(), key=lambda item: item[1].error)
@@ -111,7 +111,7 @@ def _cell(outcome: Outcome, *, mixed: bool) -> str:
 
 
 def _short(seconds: float) -> str:
-    """In six characters."""
+    """A duration in six characters."""
     for unit, name, upto in ((1, "s", 100), (60, "min", 100), (3600, "h", 1000)):
         if round(seconds / unit) < upto:
             return f"{round(seconds / unit)} {name}"
@@ -119,7 +119,7 @@ def _short(seconds: float) -> str:
 
 
 def note_few_tokens(tokens: int, linear: str, inputs: int) -> None:
-    """Where a Hessian has fewer tokens than rows: what is printed says little of other text then."""
+    """Note if a Hessian has fewer tokens than rows: the errors shown then say little about other text."""
     if tokens < inputs:
         _say(
             f"note: {tokens:,} tokens are fewer than the {inputs:,} inputs of {linear}. On other text it will err more "
@@ -128,7 +128,7 @@ def note_few_tokens(tokens: int, linear: str, inputs: int) -> None:
 
 
 def _say(line: str) -> None:
-    """Beside what a script reads of the command."""
+    """Print to stderr, separate from the output that scripts read."""
     say(line, err=True)
 
 
@@ -183,7 +183,7 @@ def _require_space(job: GptqJob, work: Path) -> None:
 
 
 def _write_layers(job: GptqJob, work: Path, memory: int) -> dict[str, Written]:
-    """All files of tensors, those that are there already as they are. memory: bytes that a GPU will need."""
+    """All tensor files, reusing existing ones. memory: bytes that a GPU will need."""
     names = [file_name(position, job.layers) for position in range(job.layers + 1)]
     files = {name: there for name in names if (there := finished(work, name))}
     missing = [position for position, name in enumerate(names[:-1]) if name not in files]
@@ -200,7 +200,7 @@ def _write_layers(job: GptqJob, work: Path, memory: int) -> dict[str, Written]:
 
 
 def _write_missing(job: GptqJob, work: Path, progress: Progress, missing: list[int]) -> dict[str, Written]:
-    """The files of layers. One thread reads from the disk and writes to it, while the devices are at another layer."""
+    """The files of missing layers. One thread does the disk I/O while the devices work on another layer."""
     calibration = Calibration(job.decoder.start(batches(job.samples), job.dtype), job.devices)
     read = partial(job.decoder.read, pin=job.devices[0].type == "cuda")
     written = dict[str, Future[Written]]()
@@ -230,7 +230,7 @@ def _wait_for(written: dict[str, Future[Written]]) -> dict[str, Written]:
 
 
 def _quantize_layer(job: GptqJob, calibration: Calibration, position: int) -> tuple[list[Entry], dict[str, Outcome]]:
-    """A layer's packed linears; for the user, what became of each.
+    """A layer's packed linears, and the outcome of each for the user.
 
     Linears see what those before them in the layer give once quantized (the paper's true-sequential order).
     """
@@ -250,7 +250,7 @@ def _quantize_layer(job: GptqJob, calibration: Calibration, position: int) -> tu
 def _solved(
     job: GptqJob, calibration: Calibration, inputs: Curvature, step: list[str], root: str
 ) -> list[tuple[Solution, Quantized]]:
-    """The linears that read the same inputs, each on a device of its own as far as there are some; packed on the CPU.
+    """The linears that read the same inputs, distributed over the devices; packed on the CPU.
 
     No linear is divided: its products would be rounded otherwise on another number of devices.
     """
@@ -266,7 +266,7 @@ def _solved(
 
 
 def _narrowest(job: GptqJob, weight: torch.Tensor, inputs: Curvature, path: str) -> Solution:
-    """In the first of the wanted widths that errs as little as wanted, else in the last."""
+    """The solution in the narrowest wanted width with a small enough error, else in the last width."""
     wanted = job.wanted
     for bits in wanted.bits:
         shape = Shape(bits, wanted.group_size)
@@ -277,7 +277,7 @@ def _narrowest(job: GptqJob, weight: torch.Tensor, inputs: Curvature, path: str)
 
 
 def _restore(job: GptqJob, calibration: Calibration, file: Path, position: int) -> None:
-    """Give a layer the weights that an earlier process wrote."""
+    """Load the weights that an earlier process wrote into a layer."""
     with opened(file) as handle:
         for path in (path for step in job.decoder.steps(position) for path in step):
             parts = [handle.get_tensor(f"{path}.{name}").to(job.devices[0]) for name in Quantized._fields[:4]]
@@ -291,7 +291,7 @@ def _bits(words: int, inputs: int) -> int:
 
 
 def _described(job: GptqJob, work: Path) -> Gptq:
-    """The widths that were chosen, as the files have them: the most common, and linears that have another."""
+    """The chosen widths as stored in the files: the most common one, and linears that differ."""
     shapes, widths = job.decoder.shape.shapes, dict[str, Any]()
     for position in range(job.layers):
         with opened(work / file_name(position, job.layers)) as handle:
@@ -307,7 +307,7 @@ def _described(job: GptqJob, work: Path) -> Gptq:
 
 
 def run(request: MakeGptq) -> None:
-    """Quantize, and say what became of it and how to use it."""
+    """Quantize, and report the result and how to use it."""
     out, began = Path(request.out), time.monotonic()
     try:
         gptq = make(request.model, out, request.settings)

@@ -1,4 +1,4 @@
-"""Quantizes one linear by GPTQ: input after input, each error made good by the inputs that are still to come.
+"""Quantizes one linear by GPTQ: input by input, each error compensated by the inputs still to come.
 
 Frantar et al. 2022 (arXiv 2210.17323), algorithm 1. Matrices here are [in, out]: an input's weights lie together.
 """
@@ -16,28 +16,27 @@ from qdist.runtime.kernels.gptq_solve import Grid, fit, round_block
 DAMPING = 0.01
 _MOST_DAMPING = 100.0
 _BLOCK = 128
-"""Inputs whose errors are carried to the later ones in one product (the paper's lazy batch updates); no more than a
-group's."""
+"""Inputs whose errors are propagated in one product (the paper's lazy batch updates); at most a group's inputs."""
 _COLUMNS = 1 << 11
-"""Of a triangular inverse, that are computed at a time."""
+"""Columns of a triangular inverse that are computed at a time."""
 _PAIRS = 1 << 11
-"""Inputs whose products with all later ones are computed at a time, to tell what a linear lost."""
+"""Inputs whose products with all later ones are computed at a time, to measure a linear's error."""
 
 
 class Curvature(NamedTuple):
-    """How much errors in each input's weights matter, and how others can make them good."""
+    """How much errors in each input's weights matter, and how other inputs can compensate them."""
 
     hessian: torch.Tensor
     """float32 [in, in], undamped."""
     order: torch.Tensor
-    """int64 [in]: the inputs as they are taken."""
+    """int64 [in]: the inputs in processing order."""
     upper: torch.Tensor
     """float32 [in, in], U of U^T U = the inverse of the damped Hessian, inputs in `order`."""
     damping: float
-    """The part of the mean diagonal that was added to it, as it ended."""
+    """Fraction of the mean diagonal that was finally added to it."""
 
     def to(self, device: torch.device) -> "Curvature":
-        """A copy on another device, which lies in memory in the same order."""
+        """A copy on another device, with the same memory layout."""
         return self._replace(hessian=self.hessian.to(device), order=self.order.to(device), upper=self.upper.to(device))
 
 
@@ -62,7 +61,7 @@ class Solution(NamedTuple):
         return ((self.codes.float() - self.zeros.float()[rows]) * self.scales.float()[rows]).t()
 
     def packed(self, *, offset: int, name: str) -> Quantized:
-        """The words of the file. offset: what its format takes off a zero."""
+        """The linear's words for the file. offset: what its format subtracts from a zero."""
         return Quantized(
             qweight=pack(self.codes, self.shape.bits),
             qzeros=pack_zeros(self.zeros, self.shape.bits, offset, name=name),
@@ -130,7 +129,7 @@ def solve(
     search: bool = True,
     name: str,
 ) -> Solution:
-    """Quantize a weight [out, in] for the inputs that were seen.
+    """Quantize a weight [out, in] for the calibration inputs.
 
     lowest_zero: 1 where the format holds no zero of 0. search: see `fit`. name: the module's path.
     Raises ModelError naming the module for NaN in its weights or in the solution.
@@ -168,7 +167,7 @@ def solve(
 
 
 def relative_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:
-    """||(W - Q) X||^2 / ||W X||^2 of weights [out, in], from X X^T alone; 0 where no input was ever seen."""
+    """||(W - Q) X||^2 / ||W X||^2 of weights [out, in], from X X^T alone; 0 if there were no inputs."""
     size = _size(weight.float(), hessian)
     return _size(weight.float() - quantized.float(), hessian) / size if size > 0 else 0.0
 
@@ -185,7 +184,7 @@ def _size(weights: torch.Tensor, hessian: torch.Tensor) -> float:
 
 
 def unpacked(linear: Quantized, bits: int, *, offset: int) -> torch.Tensor:
-    """float32 [out, in]: the weights of a linear in the file, bit by bit those of `Solution.weight`."""
+    """float32 [out, in]: the weights of a linear in the file, bit for bit those of `Solution.weight`."""
     values = dequantize(
         linear.qweight, linear.qzeros, linear.scales, linear.g_idx, bits=bits, offset=offset, dtype=torch.float32
     )

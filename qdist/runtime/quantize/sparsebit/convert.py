@@ -1,4 +1,4 @@
-"""Turns packed checkpoints of Sparsebit's alpaca-qlora into GPTQ folders, when they hold all of a Llama."""
+"""Converts packed checkpoints of Sparsebit's alpaca-qlora to GPTQ folders, if they hold a complete Llama."""
 
 import json
 import re
@@ -33,11 +33,11 @@ _KNOWN = ("llama-7b", "llama-13b", "llama-33b", "llama-65b")
 _BESIDE = (".json", ".jinja", ".model", ".txt")
 _OURS = ("config.json", "quantize_config.json", "qdist.json")
 _BIASED = {"attention_bias": ".self_attn.", "mlp_bias": ".mlp."}
-"""Key of a Llama's config -> the linears that it gives a bias."""
+"""Key of a Llama's config -> the linears whose bias it enables."""
 
 
 def model_config(checkpoint: Checkpoint, folder: Path | None, source: Path) -> tuple[dict[str, Any], list[str]]:
-    """The model's config.json, and what to say of it."""
+    """The model's config.json, and notes about it."""
     embedding = checkpoint.plain.get("model.embed_tokens.weight")
     dtype = str(embedding.dtype).removeprefix("torch.") if embedding is not None else "float16"
     if folder is None:
@@ -66,7 +66,7 @@ def model_config(checkpoint: Checkpoint, folder: Path | None, source: Path) -> t
 
 
 def _known(checkpoint: Checkpoint) -> str | None:
-    """The model of the first Llama's sizes that has the checkpoint's shapes."""
+    """Name of the original Llama with the checkpoint's shapes."""
     found = (
         checkpoint.shape("model.embed_tokens"),
         checkpoint.shape("model.layers.0.mlp.gate_proj"),
@@ -84,7 +84,7 @@ def _known(checkpoint: Checkpoint) -> str | None:
 def decide_biases(
     checkpoint: Checkpoint, config: dict[str, Any], *, drop: bool
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], list[str]]:
-    """The configuration with its bias keys set, the biases that are written, and what to say of the others.
+    """The configuration with its bias keys set, the biases to write, and notes on the others.
 
     transformers' Llama has a bias on all linears of attention or of the MLP, or on none of them.
     """
@@ -110,7 +110,7 @@ def decide_biases(
 
 
 def check(checkpoint: Checkpoint, shape: Blueprint, source: Path) -> None:
-    """Compare with what the model's class holds, and with what GPTQ's words can hold."""
+    """Compare with what the model's class expects, and with what GPTQ's words can hold."""
     held: dict[str, tuple[int, ...]] = {name: tuple(value.shape) for name, value in checkpoint.plain.items()}
     held.update({f"{path}.weight": linear.shape for path, linear in checkpoint.linears.items()})
     held.update({f"{path}.bias": tuple(value.shape) for path, value in checkpoint.biases.items()})
@@ -147,8 +147,7 @@ def is_linear(name: str) -> bool:
 
 
 def beside(config: Path | None) -> list[Path]:
-    """Tokenizer, chat template and generation settings of a model folder; alpaca-qlora keeps its tokenizer in one of
-    its own, `tokenizer`."""
+    """Tokenizer, chat template and generation settings of a model folder, or of the `tokenizer` folder inside it."""
     if config is None:
         return []
     files = {
@@ -163,7 +162,7 @@ def beside(config: Path | None) -> list[Path]:
 
 
 class Converted(NamedTuple):
-    """What was written, and what the user should know of it."""
+    """What was written, and notes for the user."""
 
     gptq: Gptq
     layers: int
@@ -172,19 +171,19 @@ class Converted(NamedTuple):
 
 
 class Conversion(NamedTuple):
-    """A checkpoint, the model that it belongs to, and how its numbers are written."""
+    """A checkpoint, the model that it belongs to, and its number formats."""
 
     checkpoint: Checkpoint
     shape: Blueprint
     heads: dict[str, int]
-    """Heads of the linears whose rows are reordered."""
+    """Number of heads of the linears whose rows are reordered."""
     zeros: dict[str, torch.Tensor]
     """int8 [groups, out] of each linear."""
     gptq: Gptq
 
 
 def convert(source: Path, out: Path, *, config: Path | None = None, drop_bias: bool = False) -> Converted:
-    """Write a Sparsebit checkpoint as a GPTQ folder, whole or not at all.
+    """Write a Sparsebit checkpoint as a GPTQ folder, completely or not at all.
 
     config: a folder with config.json and tokenizer files; None tells the model by its shapes.
     Raises ModelError for a checkpoint or configuration that cannot be used, RunError where `out` exists, PlanError when
@@ -220,7 +219,7 @@ def convert(source: Path, out: Path, *, config: Path | None = None, drop_bias: b
 
 @contextmanager
 def _nothing_kept(work: Path) -> Iterator[None]:
-    """Of a conversion that fails: it takes seconds, and how far scales changed is known of what was just written."""
+    """Empty the work folder if conversion fails: redoing it takes seconds and measures every scale's change again."""
     try:
         yield
     except BaseException:
@@ -230,7 +229,7 @@ def _nothing_kept(work: Path) -> Iterator[None]:
 
 
 def _all_zeros(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The integer zeros of every linear. Raises ModelError naming the one that is furthest from being integers."""
+    """The integer zeros of every linear. Raises ModelError naming the one furthest from integers."""
     found = {path: integer_zeros(linear) for path, linear in checkpoint.linears.items()}
     off = {path: zeros.residual for path, zeros in found.items() if zeros.residual}
     if off:
@@ -245,7 +244,7 @@ def _all_zeros(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def _gptq(checkpoint: Checkpoint, zeros: dict[str, torch.Tensor]) -> Gptq:
-    """The commonest width is the base, others are overrides; v1, the older format, where every reader reads it alike.
+    """The GPTQ settings: the most common width as the base, overrides for others; the older v1 if readers agree on it.
 
     v1 stores zeros minus one. GPTQModel takes that back as it loads (gptqmodel/utils/model.py,
     convert_gptq_v1_to_v2_format) by adding one constant to whole words, at the base's width in every linear: wrong for
@@ -285,7 +284,7 @@ def _heads(checkpoint: Checkpoint, shape: Blueprint) -> dict[str, int]:
 
 
 def _write(job: Conversion, work: Path) -> tuple[dict[str, Written], float]:
-    """A file a decoder layer and one for the rest. Also the largest relative change of a scale."""
+    """Write one file per decoder layer and one for the rest; also returns the largest relative change of a scale."""
     layers, loss = job.shape.layers, 0.0
     files: dict[str, Written] = {}
     with ProgressLine(layers + 1, "files written") as progress:
@@ -298,7 +297,7 @@ def _write(job: Conversion, work: Path) -> tuple[dict[str, Written], float]:
 
 
 def _tensors(job: Conversion, position: int) -> tuple[list[Entry], float]:
-    """What a file holds, and the largest relative change of a scale in it."""
+    """A file's tensors, and the largest relative change of a scale among them."""
     tensors, loss = list[Entry](), 0.0
     for name in (name for name in job.shape.shapes if job.shape.layer(name) == position):
         path, _, leaf = name.rpartition(".")
@@ -334,7 +333,7 @@ def _linear(job: Conversion, path: str) -> tuple[Quantized, float]:
 
 
 def _half_scales(linear: Linear) -> tuple[torch.Tensor, float]:
-    """float16 [groups, out], and the largest relative change that this made to one.
+    """Scales as float16 [groups, out], and the largest relative change that caused.
 
     Raises ModelError for scales that float16 cannot hold.
     """
@@ -347,7 +346,7 @@ def _half_scales(linear: Linear) -> tuple[torch.Tensor, float]:
 
 
 def _plain(job: Conversion, name: str) -> torch.Tensor:
-    """A tensor that is not quantized; zeros for a bias that only others have."""
+    """An unquantized tensor; zeros for a bias that only other layers have."""
     path, _, leaf = name.rpartition(".")
     if leaf == "bias":
         given = job.checkpoint.biases.get(path)
@@ -371,7 +370,7 @@ def _more_notes(job: Conversion, loss: float) -> list[str]:
 
 
 def run(request: Convert) -> None:
-    """Convert, and say what was written and how to use it."""
+    """Convert, and report the result and how to use it."""
     out, began = Path(request.out), time.monotonic()
     config = Path(request.config) if request.config else None
     done = convert(Path(request.source), out, config=config, drop_bias=request.drop_bias)

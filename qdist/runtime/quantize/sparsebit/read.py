@@ -1,4 +1,4 @@
-"""Reads the packed checkpoints of Sparsebit's alpaca-qlora: what lies in such a file, and what it stands for.
+"""Reads the packed checkpoints of Sparsebit's alpaca-qlora: their layout and meaning.
 
 Sources, all in github.com/megvii-research/Sparsebit under large_language_models/:
 
@@ -54,7 +54,7 @@ _OUTSIDE = {
 }  # fmt: skip
 _IN_PAIRS = ("attention.wq", "attention.wk")
 _DERIVED = ("inv_freq", "freqs", "freqs_cis", "backward_ic_scales", "backward_ic_zeros")
-"""Buffers that a model computes itself: of rotary positions, and alpaca-qlora's for its backward pass."""
+"""Buffers that a model computes itself: rotary tables, and alpaca-qlora's for its backward pass."""
 _BYTES = (torch.int8, torch.uint8)
 _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FOREIGN = "a file that Sparsebit's llama/quantization/convert.py or alpaca-qlora's convert_pack32topack8.py wrote"
@@ -63,7 +63,7 @@ _TOLERANCE, _MOST_TOLERANCE = 0.01, 0.25
 
 
 class Linear(NamedTuple):
-    """One quantized linear as the file has it, of `outputs` x `inputs` weights."""
+    """One quantized linear as stored, with `outputs` x `inputs` weights."""
 
     name: str
     """Its module path in the file."""
@@ -75,7 +75,7 @@ class Linear(NamedTuple):
     """[out, groups], zero x scale."""
     bits: Width
     in_pairs: bool
-    """Rows lie as Meta's rotary positions want them: see `halves`."""
+    """Whether rows are in the order of Meta's rotary positions; see `halves`."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -85,16 +85,16 @@ class Linear(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint under the names of transformers' Llama. Tensors may be mapped from the file."""
+    """A checkpoint under the names of transformers' Llama. Tensors may be memory-mapped."""
 
     linears: dict[str, Linear]
-    """By module path."""
+    """Quantized linears by module path."""
     plain: dict[str, torch.Tensor]
-    """What is not quantized, by tensor name; biases are apart."""
+    """Unquantized tensors by name, without biases."""
     biases: dict[str, torch.Tensor]
-    """By module path."""
+    """Biases by module path."""
     in_pairs: frozenset[str]
-    """Module paths of plain weights in Meta's order of rows."""
+    """Module paths of plain weights in Meta's row order."""
     group_size: int
     dropped: tuple[str, ...]
     """Names in the file of buffers that a model computes itself."""
@@ -105,7 +105,7 @@ class Checkpoint(NamedTuple):
         return len({found[1] for path in paths if (found := re.match(r"model\.layers\.(\d+)\.", path))})
 
     def shape(self, path: str) -> tuple[int, ...] | None:
-        """Of a module's weight."""
+        """Shape of a module's weight; None if the checkpoint has no such weight."""
         if path in self.linears:
             return self.linears[path].shape
         weight = self.plain.get(f"{path}.weight")
@@ -113,7 +113,7 @@ class Checkpoint(NamedTuple):
 
 
 def read(file: Path) -> Checkpoint:
-    """A checkpoint, checked in itself.
+    """A checkpoint, checked for consistency.
 
     Raises ModelError for a file that is missing, cut off, of another kind or holds code, naming the tensor and its
     shape where one is wrong.
@@ -146,11 +146,11 @@ class Zeros(NamedTuple):
     values: torch.Tensor
     """int8 [groups, out]."""
     residual: float
-    """The furthest that a stored zero / scale is from an integer, where rounding cannot explain it; else 0."""
+    """Largest distance of stored zero / scale from an integer that rounding cannot explain, or 0."""
 
 
 def integer_zeros(linear: Linear) -> Zeros:
-    """Divide the scale out of the stored zeros.
+    """The integer zeros: stored zeros divided by their scales.
 
     Two numbers, each rounded to a type whose neighbours lie eps apart, give zero / scale up to zero x eps wrong; below
     the smallest normal number the absolute rounding of both counts. Float32 is granted float16's eps, for it may have
@@ -182,7 +182,7 @@ def halves(rows: int, heads: int) -> torch.Tensor:
 
 
 def _load(file: Path) -> Any:
-    """The content of a torch file, of which nothing is executed; mapped where its format allows."""
+    """The content of a torch file, without executing any of it; memory-mapped if its format allows."""
     if not file.is_file():
         raise ModelError(f"no file {file}", try_="the path of a .pt, .pth, .pth.tar or .bin file")
     with open(file, "rb") as handle:
@@ -221,12 +221,12 @@ def _group_size(given: object, file: Path) -> int:
 
 
 def _old_part(path: str) -> str:
-    """A module path without the prefixes of its model: `layers.0.attention.wq`."""
+    """A module path without its model's prefixes: `layers.0.attention.wq`."""
     return path.removeprefix("model.").removeprefix("decoder.")
 
 
 def _renamed(path: str) -> str:
-    """A module path of the file as transformers' Llama has it."""
+    """A module path of the file in transformers' Llama naming."""
     bare = _old_part(path)
     inside = re.fullmatch(r"layers\.(\d+)\.(.+)", bare)
     if inside:
@@ -235,7 +235,7 @@ def _renamed(path: str) -> str:
 
 
 def _sorted(state: Mapping[Any, Any], widths: Mapping[str, Width], group_size: int, file: Path) -> Checkpoint:
-    """Tell linears, biases, plain tensors and derived buffers apart."""
+    """Separate linears, biases, plain tensors and derived buffers."""
     modules: dict[str, dict[str, torch.Tensor]] = {}
     origins: dict[str, str] = {}
     dropped = []
@@ -284,7 +284,7 @@ def _stored_name(name: object, value: object, file: Path) -> tuple[str, str]:
 
 
 def _transposed(leaves: Mapping[str, torch.Tensor]) -> bool:
-    """Whether bytes lie as [out, bytes], which a square matrix does not tell."""
+    """Whether bytes are laid out as [out, bytes], which a square matrix does not tell."""
     packed, scales = leaves.get("qweight"), leaves.get("scales")
     if packed is None or scales is None or packed.dtype not in _BYTES or packed.dim() != 2 or not scales.dim():
         return False
