@@ -347,15 +347,8 @@ def quantization_of(method: str, given: Mapping[str, Any]) -> Pack | MakeGptq:
             try_=f"--method {nearest(method, METHODS) or METHODS[0]}",
         )
     stated = {name: value for name, value in given.items() if value is not None}
-    own = (
-        "model",
-        "out",
-        *(
-            (*(field.name for field in msgspec.structs.fields(GptqSettings)), "candidate_bits")
-            if method == "gptq"
-            else _OF_PACK
-        ),
-    )
+    of_gptq = (*(field.name for field in msgspec.structs.fields(GptqSettings)), "candidate_bits")
+    own = {"model", "out", *(of_gptq if method == "gptq" else _OF_PACK)}
     if foreign := [flag_of(name) for name in stated if name not in own]:
         owner = "nf4, fp4 and int8" if method == "gptq" else "gptq"
         raise SpecError(f"{', '.join(foreign)}: {owner} alone, not {method}", try_="leave it out")

@@ -59,6 +59,11 @@ class World(NamedTuple):
         return tuple(range(first, first + self.gpus_per_rank))
 
 
+def world_of(groups: int, gpus_per_group: int, *, size: int, nodes: int = 1) -> World:
+    """The world of `size` ranks that share out the GPUs of all groups."""
+    return World(groups, gpus_per_group, groups * gpus_per_group // size, nodes)
+
+
 def checked_world(world: World) -> World:
     """The world, if groups, ranks and nodes go into each other.
 

@@ -8,7 +8,7 @@ import msgspec
 
 from qdist.core.data.conversation import Wording
 from qdist.core.machine.calibration import Correction
-from qdist.core.machine.world import World
+from qdist.core.machine.world import World, world_of
 from qdist.core.model.adapters.lora import LoraMethod
 from qdist.core.model.adapters.registry import ADAPTERS, adapter_parameters
 from qdist.core.model.gptq import Gptq
@@ -180,7 +180,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def world(self) -> World:
         """Its ranks on their nodes."""
         nodes = 1 + max(rank.node for rank in self.ranks)
-        return World(self.groups, self.gpus_per_group, self.groups * self.gpus_per_group // self.world_size, nodes)
+        return world_of(self.groups, self.gpus_per_group, size=self.world_size, nodes=nodes)
 
     @property
     def wording(self) -> Wording | None:

@@ -8,7 +8,7 @@ from qdist.core.machine.calibration import Correction
 from qdist.core.machine.cards import rates_for
 from qdist.core.machine.cluster import Cluster, Rates
 from qdist.core.machine.cluster import changed as machine_changed
-from qdist.core.machine.world import Rank, World, checked_world
+from qdist.core.machine.world import Rank, checked_world
 from qdist.core.model.adapters.registry import ADAPTERS
 from qdist.core.model.shapes import ModelFacts
 from qdist.core.planning.advice import (
@@ -243,8 +243,8 @@ def _setting(inputs: _Inputs, count: int) -> PlanningContext:
 
 def _ranks(setting: PlanningContext, winner: Candidate, device: str) -> tuple[RankPlan, ...]:
     """The grid's processes, group by group."""
-    layout, own = winner.layout, winner.layout.gpus_per_rank
-    world = checked_world(World(layout.groups, layout.gpus_per_group, own))
+    layout, world = winner.layout, checked_world(winner.layout.world)
+    own = world.gpus_per_rank
 
     def budgets(rank: Rank) -> tuple[MemoryBudget, ...]:
         data_rank, stage = divmod(rank, layout.stages)

@@ -72,7 +72,7 @@ class Placement(Protocol):
         """
 
 
-class Rank:
+class LoneRank:
     """The interface for a rank that computes its passes alone and has the whole adapter."""
 
     in_step = False

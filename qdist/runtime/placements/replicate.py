@@ -1,15 +1,15 @@
 """Every rank holds the whole backbone."""
 
-from qdist.runtime.placements.base import Rank
+from qdist.core.machine.world import Rank
+from qdist.runtime.placements.base import LoneRank
 
 
-class Replicate(Rank):
+class Replicate(LoneRank):
     """One rank of a replicated backbone."""
 
     def sums_share(self) -> tuple[int, int]:
         """All of a GPU's own copy; CPU ranks of a node map the same bytes and split the verification."""
         if self.plan.device == "cuda":
             return 0, 1
-        node = self.plan.ranks[self.rank].node
-        together = [other.rank for other in self.plan.ranks if other.node == node]
-        return together.index(self.rank), len(together)
+        world = self.plan.world
+        return world.local_rank_of(Rank(self.rank)), world.ranks_per_node

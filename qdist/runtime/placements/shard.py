@@ -14,10 +14,10 @@ from qdist.core.planning.plan import Plan
 from qdist.runtime.engine.objective import cross_entropy
 from qdist.runtime.formats.checksum import slice_sums
 from qdist.runtime.model.skeleton import decoder_layers, first_row
-from qdist.runtime.placements.base import Rank
+from qdist.runtime.placements.base import LoneRank
 
 
-class Shard(Rank):
+class Shard(LoneRank):
     """A rank that holds 1/k of every layer's packed bytes. The group gathers them together, layer by layer."""
 
     in_step = True

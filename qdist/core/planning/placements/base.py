@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 import msgspec
 
 from qdist.core.errors import Change, SpecError
+from qdist.core.machine.world import World, world_of
 from qdist.core.planning.memory import Share, Sizes
 from qdist.core.planning.plan import Plan
 from qdist.core.spec.run_spec import Placement as Name
@@ -110,9 +111,9 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.world_size // self.stages
 
     @property
-    def gpus_per_rank(self) -> int:
-        """GPUs per process."""
-        return self.groups * self.gpus_per_group // self.world_size
+    def world(self) -> World:
+        """Its ranks on their GPUs."""
+        return world_of(self.groups, self.gpus_per_group, size=self.world_size)
 
     @property
     def one_communicator(self) -> bool:

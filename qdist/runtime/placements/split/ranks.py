@@ -10,7 +10,7 @@ from qdist.runtime.engine.deepspeed import DeepSpeedEngine
 from qdist.runtime.engine.objective import Forward
 from qdist.runtime.engine.torch import Adapter, TorchEngine
 from qdist.runtime.model.skeleton import offload
-from qdist.runtime.placements.base import PROCESS_GROUP_TIMEOUT, Built, Placement, Rank, optimizer_maker
+from qdist.runtime.placements.base import PROCESS_GROUP_TIMEOUT, Built, LoneRank, Placement, optimizer_maker
 from qdist.runtime.placements.split.engine import PipelineEngine, deepspeed_over_stage
 from qdist.runtime.placements.split.pipeline import Pipeline
 from qdist.runtime.placements.split.stages import arrange_stage, make_grid, spread
@@ -21,7 +21,7 @@ def split(plan: Plan, rank: int, devices: tuple[torch.device, ...]) -> Placement
     return (Sequential if plan.schedule == "sequential" else Stage)(plan, rank, devices)
 
 
-class Sequential(Rank):
+class Sequential(LoneRank):
     """One process over all GPUs, with some layers possibly offloaded to host memory."""
 
     def arrange(self, model: Any) -> None:
@@ -29,7 +29,7 @@ class Sequential(Rank):
         offload(model, self.plan.offloaded_layers)
 
 
-class Stage(Rank):
+class Stage(LoneRank):
     """A rank with consecutive layers. The stages of a group share their micro-batches; none has a whole model."""
 
     @property
