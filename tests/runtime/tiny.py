@@ -135,7 +135,7 @@ def backbone_of(plan: Plan, **more: Any) -> Any:
         quant=plan.spec.quant,
         dtype=DTYPES[plan.compute_dtype],
         device=torch.device("cpu"),
-        linear_names=plan.facts.linear_names,
+        facts=plan.facts,
         **more,
     )
 

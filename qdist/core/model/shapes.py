@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -11,10 +11,12 @@ from qdist.core.errors import ModelError, nearest
 Reads = Literal["attention_in", "attention_out", "mlp_in", "mlp_out"]
 """Which tensor of a decoder layer a linear takes as input."""
 ALL_LINEAR = "all-linear"  # stands for every name in `linear_names`, as in peft
+EXPERTS = "experts"
+"""Target that stands for every matrix of every expert, which `all-linear` does not contain, as in peft."""
 
 
 class Linear(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One linear module of a decoder layer, by its leaf name in transformers."""
+    """One linear module of a decoder layer, by its leaf name in transformers; or one matrix of an expert."""
 
     name: str
     inputs: int
@@ -22,6 +24,8 @@ class Linear(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bias: bool
     reads: Reads
     """Linears that read the same tensor share it when autograd keeps it."""
+    within: str = ""
+    """Path in the layer of the module that has it, such as 'mlp.shared_expert'; empty where the name alone tells."""
 
     @property
     def weights(self) -> int:
@@ -32,6 +36,40 @@ class Linear(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def parameters(self) -> int:
         """Parameters of matrix and bias."""
         return self.weights + self.outputs * self.bias
+
+
+class Experts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The routed experts of a decoder layer: 3-D parameters of one matrix an expert, which are quantized."""
+
+    path: str
+    """Path in the layer of the module that has the parameters, such as 'mlp.experts'."""
+    count: int
+    active: int
+    """Experts that a token visits."""
+    matrices: tuple[Linear, ...]
+    """The matrices of one expert by the names of the parameters: [count, outputs, inputs], biases [count, outputs]."""
+    transposed: bool = False
+    """Whether the parameters are [count, inputs, outputs] instead."""
+
+    @property
+    def weights(self) -> int:
+        """Elements of all matrices, which are quantized."""
+        return self.count * sum(matrix.weights for matrix in self.matrices)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all matrices and biases."""
+        return self.count * sum(matrix.parameters for matrix in self.matrices)
+
+
+class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A module of a decoder layer that stays in 16 or 32 bits and is not adapted, with the reason."""
+
+    path: str
+    """Path in the layer."""
+    parameters: int
+    reason: str
+    """A phrase such as 'router', or 'read by a fused kernel'."""
 
 
 class LayerShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -57,11 +95,21 @@ class LayerShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     attention: Literal["flash", "repacked", "eager"] = "flash"
     """repacked: rotating part of a head lays queries out anew, so the output is copied before it is projected.
     eager: the model writes out its scores (ALiBi), and no flash kernel runs."""
+    experts: Experts | None = None
+    kept: tuple[Kept, ...] = ()
+    """Modules and parameters besides linears, experts and norms: routers, convolutions, decays, small gates."""
+    mixer: Literal["attention", "recurrent", "none"] = "attention"
+    """What mixes tokens. recurrent: Gated DeltaNet, Mamba and the like, whose state is as long as the layer is wide."""
 
     @property
     def linear_parameters(self) -> int:
-        """Weights and biases of the linears."""
-        return sum(linear.parameters for linear in self.linears)
+        """Weights and biases of the linears and the experts."""
+        return sum(linear.parameters for linear in self.linears) + (self.experts.parameters if self.experts else 0)
+
+    @property
+    def kept_parameters(self) -> int:
+        """Parameters of what is kept in 16 or 32 bits, norms aside."""
+        return sum(kept.parameters for kept in self.kept)
 
     @property
     def norm_parameters(self) -> int:
@@ -84,12 +132,12 @@ class LayerShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @property
     def parameters(self) -> int:
         """Parameters of the whole layer."""
-        return self.linear_parameters + self.norm_parameters
+        return self.linear_parameters + self.norm_parameters + self.kept_parameters
 
     @property
     def weights(self) -> int:
         """Elements of all matrices, which are quantized."""
-        return sum(linear.weights for linear in self.linears)
+        return sum(linear.weights for linear in self.linears) + (self.experts.weights if self.experts else 0)
 
     @property
     def largest_matrix(self) -> int:
@@ -97,8 +145,44 @@ class LayerShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return max(linear.weights for linear in self.linears)
 
     def targeted(self, targets: tuple[str, ...]) -> tuple[Linear, ...]:
-        """The linears that `targets` names; `all-linear` names every one."""
+        """The linears that `targets` names; `all-linear` names every one. Experts are no linears."""
         return tuple(linear for linear in self.linears if ALL_LINEAR in targets or linear.name in targets)
+
+    def targeted_matrices(self, targets: tuple[str, ...]) -> tuple[Linear, ...]:
+        """The matrices of an expert that `targets` names: `experts` every one, `experts.down_proj` that one."""
+        matrices = self.experts.matrices if self.experts else ()
+        return tuple(each for each in matrices if EXPERTS in targets or f"{EXPERTS}.{each.name}" in targets)
+
+    def packs(self, path: str) -> bool:
+        """Whether the linear at a path in the layer is one of `linears`, which are quantized."""
+        within, _, leaf = path.rpartition(".")
+        return any(linear.name == leaf and linear.within in ("", within) for linear in self.linears)
+
+
+class Modules(NamedTuple):
+    """Paths of modules in transformers' class, by what they do in a forward pass. Llama's, unless a family differs."""
+
+    embedding: str = "model.embed_tokens"
+    before: tuple[str, ...] = ()
+    """Modules that hidden states pass between the embedding and the first layer."""
+    added: tuple[str, ...] = ()
+    """Modules whose output is added to the embedding, such as learned positions."""
+    shared: tuple[str, ...] = ("model.rotary_emb",)
+    """Modules whose output every layer gets, so that every stage of a split computes it."""
+    layers: str = "model.layers"
+    """The list of decoder layers."""
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+
+    @property
+    def until_layers(self) -> tuple[str, ...]:
+        """Everything that runs before the first layer, in order."""
+        return (self.embedding, *self.before, *self.added, *self.shared)
+
+    @property
+    def tables(self) -> tuple[str, str]:
+        """Leaf names of the input and output embeddings."""
+        return self.embedding.rpartition(".")[2], self.head.rpartition(".")[2]
 
 
 class LayerRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -124,6 +208,24 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Norms over the hidden size outside the decoder layers, of the kind that these have."""
     learned_positions: int = 0
     """Rows of a learned position table (OPT), or 0."""
+    modules: Modules = Modules()
+    together_from: int | None = None
+    """First of the decoder layers that must lie in one stage, as later ones read keys and values of earlier ones."""
+    outer_parameters: int = 0
+    """Parameters outside the decoder layers besides embeddings, norms and head, kept in 16 or 32 bits."""
+    left_out: tuple[Kept, ...] = ()
+    """Towers of the whole model that are not loaded for training on text, such as 'model.vision_tower'."""
+    measured: bool = True
+    """Whether activations of the family were measured; otherwise its plan has a margin."""
+    unsplit: str = ""
+    """Why the decoder cannot be cut into stages, to follow 'the model'; empty if it can."""
+
+    def packs(self, path: str) -> bool:
+        """Whether the linear at a module path is quantized: one of its decoder layer's `linears`."""
+        layer, _, inner = path.removeprefix(f"{self.modules.layers}.").partition(".")
+        if not path.startswith(f"{self.modules.layers}.") or not layer.isdecimal():
+            return False
+        return self.shapes[self.run_of_layer[int(layer)]].packs(inner)
 
     @property
     def hidden(self) -> int:
@@ -186,7 +288,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def parameters(self) -> int:
         """Parameters of the whole model, a tied head counted once."""
         layers = sum(run.count * run.shape.parameters for run in self.layers)
-        return layers + self.outer_norm_parameters + self.embedding_parameters
+        return layers + self.outer_norm_parameters + self.embedding_parameters + self.outer_parameters
 
     def targeted(self, targets: tuple[str, ...]) -> tuple[Linear, ...]:
         """Every linear of every kind of layer that `targets` names, each once; `all-linear` names every one.

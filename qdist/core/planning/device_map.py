@@ -1,6 +1,5 @@
 """Where does each module of a planned model lie, in the words of transformers' `device_map`?"""
 
-from qdist.core.model.families import FAMILIES
 from qdist.core.planning.placements.registry import layout_of
 from qdist.core.planning.plan import Plan
 
@@ -12,7 +11,7 @@ def device_map(plan: Plan) -> dict[str, int | str]:
     """
     if refused := layout_of(plan).unmapped():
         raise refused
-    modules = FAMILIES[plan.facts.family].modules
+    modules = plan.facts.modules
     gpus = [gpu for rank in plan.ranks if rank.group == 0 for gpu in rank.gpus]
     layer_map = plan.layer_map or (0,) * plan.facts.layer_count
     devices: list[int | str] = [gpus[position] if gpus else "cpu" for position in layer_map]

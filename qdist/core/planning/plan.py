@@ -11,12 +11,13 @@ from qdist.core.machine.calibration import Correction
 from qdist.core.machine.world import World, world_of
 from qdist.core.model.adapters.lora import LoraMethod
 from qdist.core.model.adapters.registry import ADAPTERS, adapter_parameters
+from qdist.core.model.families import FAMILIES
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.shapes import LayerShape, ModelFacts
 from qdist.core.planning.memory import MemoryBudget
 from qdist.core.spec.run_spec import Placement, RunSpec, Schedule
 
-VERSION = 3
+VERSION = 4
 
 
 class Fullest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -215,16 +216,19 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 def upgraded(found: Mapping[str, Any]) -> dict[str, Any]:
     """A plan of an earlier version, as read from its JSON, in the fields of this one; any other as it is."""
-    if found.get("version") != 2:
+    if found.get("version") not in (2, 3):
         return dict(found)
     fields = {key: value for key, value in found.items() if key != "memory_cap_bytes"}  # spec.max_memory says it
-    return {**fields, "version": VERSION, "facts": _facts_in_runs(found.get("facts"))}
+    facts = found.get("facts")
+    if isinstance(facts, Mapping):
+        facts = facts if found["version"] == 3 else _facts_in_runs(facts)
+        own = FAMILIES.get(str(facts.get("family")))
+        facts = {**facts, **({"modules": own.modules} if own else {})}
+    return {**fields, "version": VERSION, "facts": facts}
 
 
-def _facts_in_runs(facts: Any) -> Any:
+def _facts_in_runs(facts: Mapping[str, Any]) -> Any:
     """Facts of a model whose layers all had one shape, from an earlier version."""
-    if not isinstance(facts, Mapping):
-        return facts
     renamed = {"norms" if key == "norms_per_layer" else key: value for key, value in facts.items()}
     shape = {key: renamed.pop(key) for field in msgspec.structs.fields(LayerShape) if (key := field.name) in renamed}
     return {**renamed, "layers": [{"shape": shape, "count": renamed.get("layers")}]}

@@ -8,7 +8,6 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
-from qdist.core.model.families import FAMILIES
 from qdist.core.planning.plan import Plan
 from qdist.host.sources.models import public_name
 from qdist.runtime.adapters.lora import adapted_product
@@ -108,5 +107,5 @@ def _token_rows(plan: Plan) -> dict[str, list[int]] | None:
     if not plan.source.new_token_ids:
         return None
     rows = list(plan.source.new_token_ids)
-    tables = FAMILIES[plan.facts.family].modules.tables
+    tables = plan.facts.modules.tables
     return dict.fromkeys(tables[:1] if plan.facts.tied_embeddings else tables, rows)

@@ -55,7 +55,7 @@ class Backbone:
             bits=plan.spec.bits,
             quant=plan.spec.quant,
             dtype=self.compute_dtype,
-            linear_names=plan.facts.linear_names,
+            facts=plan.facts,
         )
         """Model on the meta device; its linears are in packed form."""
         self.layers: int = plan.facts.layer_count

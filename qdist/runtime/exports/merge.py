@@ -118,8 +118,7 @@ class Evaluation:
     def _plain(self, source: Source, weights: Weights, dtype: torch.dtype) -> float:
         used = dtype if torch.cuda.is_available() else torch.float32  # most CPUs emulate 16-bit arithmetic
         residence = _residence(self.plan, used)
-        names = self.plan.facts.linear_names
-        model = skeleton(source, bits=16, quant=self.plan.spec.quant, dtype=used, linear_names=names)
+        model = skeleton(source, bits=16, quant=self.plan.spec.quant, dtype=used, facts=self.plan.facts)
         arrange(model, residence)
         fill(model, weights, device=first_device(residence))
         settle(model, residence)

@@ -96,7 +96,7 @@ def _gptq(
         kind="folder", path=str(folder), packed=str(folder), gptq=found, config=shape.config.to_dict(), tokenizer=""
     )
     model = load_backbone(
-        source, bits=4, quant=Quant(), dtype=chosen, device=first_device(residence), linear_names=facts.linear_names,
+        source, bits=4, quant=Quant(), dtype=chosen, device=first_device(residence), facts=facts,
         arrange=partial(arrange, residence=residence),
     )  # fmt: skip
     settle(model, residence)
@@ -302,7 +302,7 @@ def load_run(run: RunDir, dtype: torch.dtype, residence: Residence) -> tuple[Any
         quant=plan.spec.quant,
         dtype=dtype,
         device=first_device(residence),
-        linear_names=plan.facts.linear_names,
+        facts=plan.facts,
         arrange=partial(arrange, residence=residence),
     )
     again = command("gather", run.path)

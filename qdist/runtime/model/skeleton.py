@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from qdist.core.errors import ModelError
+from qdist.core.model.shapes import ModelFacts
 from qdist.core.planning.plan import Source
 from qdist.core.spec.run_spec import Quant
 from qdist.host.opening import require_files, told
 from qdist.runtime.data.tokenizer import add_rows
 from qdist.runtime.formats.recorded_sums import expected_sums
 from qdist.runtime.kernels.gptq_bits import require_whole_words
+from qdist.runtime.model.classes import class_of, empty_model
 from qdist.runtime.model.packed import Packed4bit, Packed8bit, Slices, is_offloaded
 from qdist.runtime.model.packed_gptq import PackedGptq
 from qdist.runtime.model.weights import FolderWeights, ModelWeights, RandomWeights, Stored, Weights
@@ -36,26 +38,21 @@ def refused(folder: Path) -> Iterator[None]:
         yield
 
 
-def skeleton(source: Source, *, bits: int, quant: Quant, dtype: torch.dtype, linear_names: tuple[str, ...]) -> Any:
+def skeleton(source: Source, *, bits: int, quant: Quant, dtype: torch.dtype, facts: ModelFacts) -> Any:
     """A causal language model whose parameters are on the meta device; its buffers are real.
 
-    linear_names: leaf names of the linears inside decoder layers, which are packed to `bits`.
+    facts: say which linears inside decoder layers are packed to `bits`.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = (
         open_config(Path(source.path))
         if source.path and Path(source.path).is_dir()  # a run whose model is gone goes by its plan
         else AutoConfig.for_model(str(source.config["model_type"]), **_without_type(source.config))
     )
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    model.tie_weights()
+    model = empty_model(config, dtype=dtype)
     for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and path.rpartition(".")[2] in linear_names and bits < 16:
+        if isinstance(module, nn.Linear) and facts.packs(path) and bits < 16:
             model.set_submodule(path, _packed(module, path, source, bits, quant, dtype))
     model.requires_grad_(False)
     model.config.use_cache = False
@@ -171,18 +168,18 @@ def load_backbone(
     quant: Quant,
     dtype: torch.dtype,
     device: torch.device,
-    linear_names: tuple[str, ...],
+    facts: ModelFacts,
     arrange: Arrange | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> Any:
     """A frozen transformers causal language model with its decoder linears packed to `bits`.
 
     dtype: of what is not packed, and of the arithmetic.
-    linear_names: leaf names of the decoder linears.
+    facts: say which linears are packed.
     share: (which, of how many) of the processes that map the same packed folder, and read it on each other's behalf.
     Raises ModelError where packed bytes are not those that were written.
     """
-    model = skeleton(source, bits=bits, quant=quant, dtype=dtype, linear_names=linear_names)
+    model = skeleton(source, bits=bits, quant=quant, dtype=dtype, facts=facts)
     if arrange is not None:
         arrange(model)
     weights: Weights
@@ -200,10 +197,9 @@ def load_backbone(
 
 def load_plain(path: str, *, dtype: torch.dtype | str, device: torch.device) -> Any:
     """A model with its weights as stored."""
-    from transformers import AutoModelForCausalLM
-
-    require_files(Path(path), ModelError)
+    folder = Path(path)
+    require_files(folder, ModelError)
     with told(path, ModelError, try_="a folder with config.json and *.safetensors"):
-        return AutoModelForCausalLM.from_pretrained(
+        return class_of(open_config(folder)).from_pretrained(
             path, dtype=dtype, device_map={"": device}, local_files_only=True, trust_remote_code=False
         )

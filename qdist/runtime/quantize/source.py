@@ -21,6 +21,7 @@ from qdist.host.sources.model_folder import fingerprint, require_same_original
 from qdist.host.sources.models import read_json
 from qdist.runtime.formats.packed_folder import Manifest, opened, read_manifest, read_tensor, tensor_files
 from qdist.runtime.formats.recorded_sums import stated_sums
+from qdist.runtime.model.classes import empty_model
 from qdist.runtime.model.skeleton import open_config, refused
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -65,19 +66,14 @@ class Tensors(Protocol):
 
 def blueprint(folder: Path) -> Blueprint:
     """The blueprint of a model folder. Raises ModelError for a family that qdist does not know."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
     config = open_config(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     facts = from_config(config.to_dict(), name=str(folder))
-    with refused(folder), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    with refused(folder):
+        model = empty_model(config)
     tied = set(model.all_tied_weights_keys)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
     paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    packed = [path for path in paths if _LAYER.search(path) and path.rpartition(".")[2] in facts.linear_names]
+    packed = [path for path in paths if facts.packs(path)]
     head = [path for path in paths if model.get_submodule(path) is model.get_output_embeddings()]
     left = [path for path in paths if path not in packed]
     linears = frozenset(f"{path}.weight" for path in packed)

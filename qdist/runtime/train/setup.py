@@ -143,7 +143,7 @@ def load_part(place: Placement) -> Loaded:
         quant=plan.spec.quant,
         dtype=DTYPES[plan.compute_dtype],
         device=place.devices[0],
-        linear_names=plan.facts.linear_names,
+        facts=plan.facts,
         arrange=place.arrange,
         share=place.sums_share(),
     )

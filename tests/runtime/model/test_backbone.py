@@ -95,7 +95,7 @@ def test_a_saved_model_is_packed_as_a_random_one_is(tmp_path: Path, kind: tuple[
         quant=plan.spec.quant,
         dtype=torch.float32,
         device=torch.device("cpu"),
-        linear_names=plan.facts.linear_names,
+        facts=plan.facts,
     )
     assert held_bytes(saved) == held_bytes(random)
     assert [type(module) for module in saved.modules()] == [type(module) for module in random.modules()]

@@ -3,6 +3,8 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from msgspec import structs
+
 from qdist.core.errors import ModelError
 from qdist.core.model.config import Keys
 from qdist.core.model.families.baichuan import BAICHUAN
@@ -34,7 +36,7 @@ def from_config(config: Mapping[str, object], *, name: str) -> ModelFacts:
         known = ", ".join(sorted(FAMILIES))
         own = ", and runs code out of its own repository, which qdist does not" if config.get("auto_map") else ""
         raise ModelError(f"{name} has model_type {family!r}, which qdist does not know{own}", try_=f"one of: {known}")
-    return FAMILIES[family].read(keys)
+    return structs.replace(FAMILIES[family].read(keys), modules=FAMILIES[family].modules)
 
 
 def config_of_header(

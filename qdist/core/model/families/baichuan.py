@@ -1,8 +1,8 @@
 """Baichuan 1 and 2, from the code in their repositories: Llama's layer with q, k, v in W_pack."""
 
 from qdist.core.model.config import Keys
-from qdist.core.model.families.family import Alias, Config, Family, Modules, read_facts
-from qdist.core.model.shapes import Linear, ModelFacts
+from qdist.core.model.families.family import Alias, Config, Family, read_facts
+from qdist.core.model.shapes import Linear, ModelFacts, Modules
 
 
 def _read(keys: Keys) -> ModelFacts:

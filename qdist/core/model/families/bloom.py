@@ -1,8 +1,8 @@
 """BLOOM: a norm behind the embedding, ALiBi, biases everywhere, no bound on positions but the trained 2,048."""
 
 from qdist.core.model.config import Keys
-from qdist.core.model.families.family import Alias, Config, Family, Modules, fused_linears, read_facts
-from qdist.core.model.shapes import ModelFacts
+from qdist.core.model.families.family import Alias, Config, Family, fused_linears, read_facts
+from qdist.core.model.shapes import ModelFacts, Modules
 
 
 def _read(keys: Keys) -> ModelFacts:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from qdist.core.model.config import Keys
-from qdist.core.model.shapes import LayerRun, LayerShape, Linear, ModelFacts
+from qdist.core.model.shapes import LayerRun, LayerShape, Linear, ModelFacts, Modules
 
 Config = dict[str, Any]
 """The content of a config.json."""
@@ -23,32 +23,6 @@ class Alias(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     config.json has otherwise."""
     also: tuple[str, ...] = ()
     """Names of other models of exactly this shape, without their owners."""
-
-
-class Modules(NamedTuple):
-    """Paths of modules in transformers' class, by what they do in a forward pass. Llama's, unless a family differs."""
-
-    embedding: str = "model.embed_tokens"
-    before: tuple[str, ...] = ()
-    """Modules that hidden states pass between the embedding and the first layer."""
-    added: tuple[str, ...] = ()
-    """Modules whose output is added to the embedding, such as learned positions."""
-    shared: tuple[str, ...] = ("model.rotary_emb",)
-    """Modules whose output every layer gets, so that every stage of a split computes it."""
-    layers: str = "model.layers"
-    """The list of decoder layers."""
-    final_norm: str = "model.norm"
-    head: str = "lm_head"
-
-    @property
-    def until_layers(self) -> tuple[str, ...]:
-        """Everything that runs before the first layer, in order."""
-        return (self.embedding, *self.before, *self.added, *self.shared)
-
-    @property
-    def tables(self) -> tuple[str, str]:
-        """Leaf names of the input and output embeddings."""
-        return self.embedding.rpartition(".")[2], self.head.rpartition(".")[2]
 
 
 _HEADER_KEYS = {

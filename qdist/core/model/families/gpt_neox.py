@@ -1,8 +1,8 @@
 """GPT-NeoX and Pythia: rotary positions, attention and MLP side by side."""
 
 from qdist.core.model.config import Keys
-from qdist.core.model.families.family import Alias, Config, Family, Modules, fused_linears, read_facts
-from qdist.core.model.shapes import ModelFacts
+from qdist.core.model.families.family import Alias, Config, Family, fused_linears, read_facts
+from qdist.core.model.shapes import ModelFacts, Modules
 
 
 def _read(keys: Keys) -> ModelFacts:

@@ -2,8 +2,8 @@
 
 from qdist.core.errors import ModelError
 from qdist.core.model.config import Keys
-from qdist.core.model.families.family import Alias, Config, Family, Modules, read_facts
-from qdist.core.model.shapes import Linear, ModelFacts
+from qdist.core.model.families.family import Alias, Config, Family, read_facts
+from qdist.core.model.shapes import Linear, ModelFacts, Modules
 
 
 def _read(keys: Keys) -> ModelFacts:

@@ -11,7 +11,7 @@ from torch import nn
 
 from qdist.core.errors import PlanError, RunError
 from qdist.core.model.families import FAMILIES
-from qdist.core.model.families.family import Modules
+from qdist.core.model.shapes import Modules
 from qdist.core.planning.plan import Plan
 from qdist.runtime.model.skeleton import decoder_layers
 
