@@ -28,6 +28,7 @@ LONGEST_S = 150
 SHAPE = "seq_len=512 train.held_out=0.0 train.save_steps=1000"
 QA = "--method qa-lora"
 CKPT, NONE = "train.checkpointing=true", "train.checkpointing=false"
+R16, EXPERTS = "lora.r=16", 'lora.targets=["all-linear","experts"]'
 RUNS: dict[str, tuple[int, str, str]] = {
     # name: GPUs, flags, settings
     "7b ckpt 16x512": (1, "llama-7b", f"global_batch=16 micro_batch=16 {CKPT}"),
@@ -84,6 +85,28 @@ RUNS: dict[str, tuple[int, str, str]] = {
     "65b 2x2 shard 32GiB": (4, "llama-65b --placement shard --gpus-per-group 2 --max-memory 32GiB", "global_batch=64"),
     "65b 2x2 split 32GiB": (4, "llama-65b --placement split --gpus-per-group 2 --max-memory 32GiB", "global_batch=64"),
     "7b x4 replicate none": (4, "llama-7b --placement replicate", f"global_batch=64 micro_batch=16 {NONE}"),
+    "gemma3-12b ckpt 8x512": (1, "gemma3-12b", f"global_batch=8 micro_batch=8 {R16} {CKPT}"),
+    "gemma3-12b none 1x2048": (1, "gemma3-12b", f"global_batch=1 micro_batch=1 seq_len=2048 {R16} {NONE}"),
+    "qwen3-30b-a3b 24GiB": (1, "qwen3-30b-a3b --max-memory 24GiB", f"global_batch=16 {R16}"),
+    "qwen3-30b-a3b 32GiB experts": (1, "qwen3-30b-a3b --max-memory 32GiB", f"global_batch=16 {R16} {EXPERTS}"),
+    "qwen3-30b-a3b 16x512": (1, "qwen3-30b-a3b", f"global_batch=16 micro_batch=16 {R16} {NONE}"),
+    "qwen3-30b-a3b 16x512 experts": (1, "qwen3-30b-a3b", f"global_batch=16 micro_batch=16 {R16} {EXPERTS} {NONE}"),
+    "qwen3.5-9b none 8x512": (1, "qwen3.5-9b", f"global_batch=8 micro_batch=8 {R16} {NONE}"),
+    "qwen3.5-9b ckpt 2x2048": (1, "qwen3.5-9b", f"global_batch=2 micro_batch=2 seq_len=2048 {R16} {CKPT}"),
+    "phi-4 ckpt 8x512": (1, "phi-4", f"global_batch=8 micro_batch=8 {R16} {CKPT}"),
+    "phi-4 none 2x1024": (1, "phi-4", f"global_batch=2 micro_batch=2 seq_len=1024 {R16} {NONE}"),
+    "gpt-oss-20b 24GiB": (1, "gpt-oss-20b --max-memory 24GiB", f"global_batch=16 {R16}"),
+    "gpt-oss-20b ckpt 8x512": (1, "gpt-oss-20b", f"global_batch=8 micro_batch=8 {R16} {CKPT}"),
+    "granite-8b none 8x512": (1, "granite-8b", f"global_batch=8 micro_batch=8 {R16} {NONE}"),
+    "granite-8b ckpt 2x2048": (1, "granite-8b", f"global_batch=2 micro_batch=2 seq_len=2048 {R16} {CKPT}"),
+    "olmo2-7b none 8x512": (1, "olmo2-7b", f"global_batch=8 micro_batch=8 {R16} {NONE}"),
+    "olmo2-7b ckpt 2x2048": (1, "olmo2-7b", f"global_batch=2 micro_batch=2 seq_len=2048 {R16} {CKPT}"),
+    "mistral-small-24b ckpt 8x512": (1, "mistral-small-24b", f"global_batch=8 micro_batch=8 {R16} {CKPT}"),
+    "mistral-small-24b none 2x1024": (
+        1,
+        "mistral-small-24b",
+        f"global_batch=2 micro_batch=2 seq_len=1024 {R16} {NONE}",
+    ),
     "65b x4 zero2": (4, "llama-65b --placement replicate", f"global_batch=16 micro_batch=4 {CKPT}"),
 }
 
@@ -93,6 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="")
     parser.add_argument("--skip", default="")
+    parser.add_argument("--match", default="", help="only runs whose name contains one of these words: WORD,WORD")
     parser.add_argument("--gpus", type=int, help="GPUs of this machine; by default as NVML counts them")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--out", type=Path)
@@ -104,6 +128,7 @@ def main() -> None:
         return
     names = [name for name in RUNS if not arguments.only or name in arguments.only.split(",")]
     names = [name for name in names if name not in arguments.skip.split(",")]
+    names = [name for name in names if any(word in name for word in arguments.match.split(","))]
     absent = [name for name in names if RUNS[name][0] > present]
     rows = []
     free: Queue[int] = Queue()
