@@ -2,8 +2,8 @@
 
     python bench/stock_experts.py [--model qwen3-30b-a3b] [--layers 2] [--device cuda]
 
-A random checkpoint of a few layers is written in 16 bits, then loaded by both. A layer's bytes are measured, and the whole
-model's are the sum of its layers and tables.
+A random checkpoint of a few layers is written in 16 bits, then loaded by both. Bytes of a layer are measured, and the
+whole model is the sum of its layers and tables.
 """
 
 import argparse
@@ -58,11 +58,12 @@ def stock(folder: Path, device: str) -> Any:
 
 def ours(folder: Path, device: str) -> Any:
     """As a rank of `qdist launch` loads it."""
+    from qdist.runtime.model.describe import facts_of
+
     from qdist.core.model.storage import Packing
     from qdist.core.planning.plan import Source
     from qdist.core.spec.run_spec import Quant
     from qdist.host.sources.models import read_json
-    from qdist.runtime.model.describe import facts_of
     from qdist.runtime.model.skeleton import load_backbone
     from qdist.runtime.quantize.pack import pack
 
