@@ -1,4 +1,4 @@
-"""Entry point for work that needs torch: `python -m qdist.runtime.tasks JOB GIVEN TOLD`, by `qdist.host.launch.tasks`.
+"""Entry point for work that needs torch: `python -m qdist.runtime.tasks JOB GIVEN TOLD`, by `qdist.host.tasks`.
 
 JOB is for people who look at processes; GIVEN and TOLD are descriptors of a file with the request and of one for its
 answer. Nothing here prints an error: the process that asked does.

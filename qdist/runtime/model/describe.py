@@ -50,7 +50,8 @@ def facts_of(config: Mapping[str, Any], *, name: str) -> ModelFacts:
 
     Raises ModelError for a model that transformers has no class for, or that is no causal language model.
     """
-    if str(config.get("model_type")) in FAMILIES:
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind in FAMILIES:
         return from_config(config, name=name)
     return describe(open_mapping(config, name=name), name=name)
 

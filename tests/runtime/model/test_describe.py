@@ -2,14 +2,17 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from transformers import AutoConfig
 
 from qdist.core.errors import ModelError
 from qdist.core.model.shapes import Linear, ModelFacts
+from qdist.core.requests import Answer, Describe
 from qdist.runtime.model.classes import empty_model
 from qdist.runtime.model.describe import describe, facts_of
+from qdist.runtime.tasks import answer_to
 
 SMALL: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -155,6 +158,13 @@ def test_small_gates_stay_in_16_bits() -> None:
 def test_what_is_no_causal_language_model_is_refused_with_the_reason(config: dict[str, Any], reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
         facts_of(config, name="mine")
+
+
+def test_a_request_to_describe_is_answered_with_facts() -> None:
+    config = {"model_type": "phi3", **SMALL}
+    answer = answer_to(Describe(config=config, name="mine"))
+    assert answer.facts == facts_of(config, name="mine")
+    assert msgspec.json.decode(msgspec.json.encode(answer), type=Answer) == answer
 
 
 def test_a_known_family_answers_from_its_own_file() -> None:
