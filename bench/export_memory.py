@@ -22,8 +22,8 @@ from qdist.core.requests import Export, Folding, Merge, request_of
 from qdist.core.spec.run_spec import nest, resolve
 from qdist.core.text import GIB, format_bytes
 from qdist.host.launch import claim, prepare
-from qdist.host.launch.tasks import handed_over
 from qdist.host.run.rundir import RunDir
+from qdist.host.tasks import handed_over
 from qdist.runtime.engine.torch import State
 from qdist.runtime.train import checkpoint
 from qdist.runtime.train.result import gather

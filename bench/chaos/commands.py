@@ -108,7 +108,7 @@ def qdist(*arguments: str) -> int:
 
 def _child(command: Sequence[str], *_: Any, pass_fds: Sequence[int] = (), **__: Any) -> int:
     """In place of a process of its own for a module that needs torch, with descriptors of its own too."""
-    from qdist.host.launch.tasks import ENTRY
+    from qdist.host.tasks import ENTRY
     from qdist.runtime import tasks
 
     place, own = list(command).index(ENTRY), {str(number): str(os.dup(number)) for number in pass_fds}

@@ -6,8 +6,8 @@ import click
 
 from qdist.cli.flags import flags_of
 from qdist.core.requests import Chat, request_of
-from qdist.host.launch.tasks import run_task
 from qdist.host.sources.targets import check_target
+from qdist.host.tasks import run_task
 
 
 @click.command()

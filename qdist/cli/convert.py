@@ -10,7 +10,7 @@ from qdist.cli.flags import flags_of
 from qdist.core.errors import ModelError
 from qdist.core.requests import Convert, request_of
 from qdist.host.files import folder_to_write
-from qdist.host.launch.tasks import run_task
+from qdist.host.tasks import run_task
 
 
 @click.command()

@@ -9,9 +9,9 @@ from qdist.cli.flags import flags_of
 from qdist.cli.quantize import check_data
 from qdist.core.requests import Export, Folding, request_of
 from qdist.host.files import file_to_write, folder_to_write
-from qdist.host.launch.tasks import run_task
 from qdist.host.run.rundir import RunDir
 from qdist.host.sources.targets import require_adapter, require_base, step_note
+from qdist.host.tasks import run_task
 from qdist.host.terminal import say
 
 Of = TypeVar("Of", bound=Folding)

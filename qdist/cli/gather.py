@@ -9,9 +9,9 @@ from qdist.cli.flags import flags_of
 from qdist.core.errors import RunError
 from qdist.core.requests import Gather, request_of
 from qdist.host.files import folder_to_write, obstacle
-from qdist.host.launch.tasks import run_task
 from qdist.host.run.rundir import RunDir
 from qdist.host.sources.targets import require_checkpoint, step_of
+from qdist.host.tasks import run_task
 
 
 @click.command()

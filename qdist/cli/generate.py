@@ -10,8 +10,8 @@ from qdist.cli.flags import flags_of
 from qdist.core.requests import Generate, request_of
 from qdist.host.data.records import read_prompts
 from qdist.host.files import stream_to_write
-from qdist.host.launch.tasks import run_task
 from qdist.host.sources.targets import check_target
+from qdist.host.tasks import run_task
 
 
 @click.command()

@@ -8,8 +8,8 @@ from qdist.cli.export import with_runs_checked
 from qdist.cli.flags import flags_of
 from qdist.core.errors import SpecError
 from qdist.core.requests import Merge, request_of
-from qdist.host.launch.tasks import run_task
 from qdist.host.run.rundir import RunDir
+from qdist.host.tasks import run_task
 
 
 @click.command()

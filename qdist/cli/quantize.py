@@ -11,8 +11,8 @@ from qdist.core.requests import METHODS, GptqSettings, MakeGptq, Pack, quantizat
 from qdist.host.data.files import is_plain_text
 from qdist.host.data.records import check_source
 from qdist.host.files import folder_to_write
-from qdist.host.launch.tasks import run_task
 from qdist.host.sources.targets import check_model
+from qdist.host.tasks import run_task
 
 
 @click.command()

@@ -14,6 +14,7 @@ from msgspec import Meta
 from qdist.core import errors
 from qdist.core.errors import QdistError, SpecError, flag_of, nearest
 from qdist.core.model.gptq import BITS, WORD, Gptq, Override, Shape, usual_format
+from qdist.core.model.shapes import ModelFacts
 from qdist.core.model.storage import Packing
 from qdist.core.planning.plan import Prepared
 from qdist.core.spec.keys import choices
@@ -47,6 +48,15 @@ class Prepare(Request, frozen=True, kw_only=True):
     """Convert, repair, pack and tokenize what a run needs; answered with `Prepared`."""
 
     spec: RunSpec
+
+
+class Describe(Request, frozen=True, kw_only=True):
+    """Read a model's facts from transformers' class for it; answered with `ModelFacts`."""
+
+    config: dict[str, Any]
+    """The content of its config.json."""
+    name: str
+    """What the user calls the model."""
 
 
 class Gather(Request, frozen=True, kw_only=True):
@@ -275,13 +285,14 @@ class MeasureRates(Request, frozen=True, kw_only=True):
     device: Literal["cuda", "cpu"] = "cuda"
 
 
-Job = Prepare | Gather | Merge | Export | Pack | MakeGptq | Convert | Generate | Chat | MeasureRates
+Job = Prepare | Describe | Gather | Merge | Export | Pack | MakeGptq | Convert | Generate | Chat | MeasureRates
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How a job ended: successfully, perhaps with a result, or with an error that the user can fix."""
 
     prepared: Prepared | None = None
+    facts: ModelFacts | None = None
     kind: str = ""
     """Name of a class of `qdist.core.errors`."""
     message: str = ""

@@ -1,4 +1,4 @@
-"""Entry point for work that needs torch: `python -m qdist.runtime.tasks JOB GIVEN TOLD`, by `qdist.host.launch.tasks`.
+"""Entry point for work that needs torch: `python -m qdist.runtime.tasks JOB GIVEN TOLD`, by `qdist.host.tasks`.
 
 JOB is for people who look at processes; GIVEN and TOLD are descriptors of a file with the request and of one for its
 answer. Nothing here prints an error: the process that asked does.
@@ -13,6 +13,7 @@ import msgspec
 
 from qdist.core import requests
 from qdist.core.errors import QdistError
+from qdist.core.model.shapes import ModelFacts
 from qdist.core.requests import Answer, Request
 from qdist.host.children import hear_ctrl_c
 from qdist.host.files import told_of_disks
@@ -20,6 +21,7 @@ from qdist.host.terminal import guard_output
 
 JOBS: Mapping[type[Request], str] = {
     requests.Prepare: "qdist.runtime.train.prepare:run",
+    requests.Describe: "qdist.runtime.model.describe:run",
     requests.Gather: "qdist.runtime.train.result:run",
     requests.Merge: "qdist.runtime.exports.merge:run",
     requests.Pack: "qdist.runtime.quantize.bitsandbytes:run",
@@ -41,7 +43,7 @@ TARGETS: Mapping[str, str] = {
 
 
 def perform(request: Request) -> Any:
-    """Do the job; returns what was prepared, for `Prepare`. Raises QdistError for what the user can fix."""
+    """Do the job; returns what `Prepare` and `Describe` are asked for. Raises QdistError for what the user can fix."""
     quiet()
     place = TARGETS[request.to] if isinstance(request, requests.Export) else JOBS[type(request)]
     module, _, function = place.partition(":")
@@ -60,11 +62,11 @@ def answer_to(request: Request) -> Answer:
     """`perform`, with errors as answers too; buffered output is flushed first."""
     try:
         with told_of_disks():
-            prepared = perform(request)
+            found = perform(request)
             sys.stdout.flush()
     except QdistError as error:
         return Answer.refusing(error)
-    return Answer(prepared=prepared)
+    return Answer(facts=found) if isinstance(found, ModelFacts) else Answer(prepared=found)
 
 
 def main() -> None:

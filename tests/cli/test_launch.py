@@ -12,8 +12,9 @@ from click.testing import CliRunner, Result
 from qdist.cli.main import main
 from qdist.core.model.aliases import config_of
 from qdist.core.spec.run_spec import RunSpec
+from qdist.host import tasks
 from qdist.host.files import locked
-from qdist.host.launch import claim, prepare, tasks
+from qdist.host.launch import claim, prepare
 from qdist.host.run.rundir import LOCK
 from tests.host.sources.test_gguf_header import LLAMA, header
 

@@ -13,7 +13,7 @@ import pytest
 from qdist.core.errors import RunError
 from qdist.core.requests import Generate
 from qdist.host import children
-from qdist.host.launch.tasks import handed_over
+from qdist.host.tasks import handed_over
 from tests.signals import hears_signals
 
 PARENT = "import os, sys; from qdist.host import children; children.run(sys.argv[1:], os.environ)"
@@ -82,7 +82,7 @@ def asked(folder: Path, answer: str, *, request: str = "Gather(run='r')") -> tup
     )
     code = (
         "from qdist.core.errors import QdistError\nfrom qdist.core.requests import *\n"
-        "from qdist.host.launch.tasks import run_task\n"
+        "from qdist.host.tasks import run_task\n"
         f"try:\n    print('answered', run_task({request}))\n"
         "except (QdistError, KeyboardInterrupt) as error:\n    print(type(error).__name__, error, sep=': ')"
     )
@@ -197,7 +197,7 @@ def test_nothing_of_the_working_directory_is_imported(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", "") + ":")
     (tmp_path / "inner").mkdir()
-    code = "import json, re, click, msgspec, qdist.host.launch.tasks, qdist.runtime.tasks as tasks; tasks.quiet()"
+    code = "import json, re, click, msgspec, qdist.host.tasks, qdist.runtime.tasks as tasks; tasks.quiet()"
     with handed_over(Generate(run="r", prompts="p", out="o")) as task:
         assert children.run([*task.command[:2], "-c", code], children.environment()) == 0
     assert not (tmp_path / "ran").exists()

@@ -11,7 +11,8 @@ import torch
 
 from qdist.core.planning.plan import Plan, Prepared
 from qdist.core.spec.run_spec import RunSpec, nest, resolve
-from qdist.host.launch import claim, tasks
+from qdist.host import tasks
+from qdist.host.launch import claim
 from qdist.host.launch import prepare as launcher
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.adapters.attach import add_adapter

@@ -142,7 +142,8 @@ class LayerShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @property
     def largest_matrix(self) -> int:
         """Elements of the largest matrix."""
-        return max(linear.weights for linear in self.linears)
+        matrices = (*self.linears, *(self.experts.matrices if self.experts else ()))
+        return max((matrix.weights for matrix in matrices), default=0)
 
     def targeted(self, targets: tuple[str, ...]) -> tuple[Linear, ...]:
         """The linears that `targets` names; `all-linear` names every one. Experts are no linears."""

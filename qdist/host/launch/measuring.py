@@ -20,10 +20,10 @@ from qdist.core.requests import Answer, MeasureRates
 from qdist.core.text import GIB, MIB, format_bytes
 from qdist.host import children
 from qdist.host.files import cache_dir, cache_path, locked
-from qdist.host.launch.tasks import handed_over
 from qdist.host.machine import links, probe
 from qdist.host.machine.doctor import Check
 from qdist.host.opening import read_typed
+from qdist.host.tasks import handed_over
 
 _ROOM_BYTES, _ROOM_PER_PEER_BYTES = 4 * GIB, 768 * MIB
 """Bytes for buffers and a CUDA context; and per peer, for what it gathers and the context it needs to copy."""

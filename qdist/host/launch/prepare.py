@@ -15,7 +15,7 @@ import msgspec
 from qdist.core.data import demo
 from qdist.core.errors import SpecError
 from qdist.core.machine.cluster import Cluster
-from qdist.core.model.families import from_config, require_library_class
+from qdist.core.model.families import require_library_class
 from qdist.core.model.gptq import of_run
 from qdist.core.model.shapes import ModelFacts
 from qdist.core.planning.plan import DataFacts, Plan, Prepared, Source, digest
@@ -31,9 +31,8 @@ from qdist.core.planning.render import (
 from qdist.core.planning.resources import count_of
 from qdist.core.spec.recipe import to_toml
 from qdist.core.spec.run_spec import RunSpec, flatten, resolve
-from qdist.host import templates
+from qdist.host import tasks, templates
 from qdist.host.data.records import check_source, source_notes
-from qdist.host.launch import tasks
 from qdist.host.launch.refusals import (
     of_the_same,
     refuse_done,
@@ -50,6 +49,7 @@ from qdist.host.run import calibration
 from qdist.host.run.rundir import MACHINE, PLAN, RunDir, free_name
 from qdist.host.sources import cache
 from qdist.host.sources.adapters import find_adapter, require_fit, require_start, start_of
+from qdist.host.sources.facts import facts_of
 from qdist.host.sources.model_folder import require_same_tensors
 from qdist.host.sources.models import shape
 
@@ -235,7 +235,7 @@ def _changed_since(old: Plan) -> tuple[str, ...]:
 
 def _job(asked: _Asked, prepared: Prepared) -> Launch:
     run, spec, here, old = asked
-    facts = from_config(prepared.source.config, name=spec.model)
+    facts = facts_of(prepared.source.config, name=spec.model)
     plan = _started(asked, _planned(asked, prepared.source, facts, prepared.data))
     refuse_small_disk(plan, run)
     files = {

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from qdist.core.data import demo
-from qdist.core.model.families import from_config
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.shapes import ModelFacts
 from qdist.core.model.storage import packing_of
@@ -18,6 +17,7 @@ from qdist.host import files
 from qdist.host.data.records import count_conversations
 from qdist.host.files import cache_path
 from qdist.host.sources import cache as cached
+from qdist.host.sources.facts import facts_of, shape_note
 from qdist.host.sources.model_folder import gptq_of, safetensors_of
 from qdist.host.sources.models import Located, Shape, find_shape, read_json
 from qdist.host.sources.targets import check_model
@@ -162,7 +162,7 @@ def _shape(spec: RunSpec, folder: Path | None) -> Shape | None:
     if folder is None:
         return find_shape(spec.model)
     config = read_json(folder / "config.json")
-    return Shape(config, from_config(config, name=spec.model), "")
+    return Shape(config, facts_of(config, name=spec.model), shape_note(config))
 
 
 def _packing_work(

@@ -16,6 +16,7 @@ from qdist.core.model.shapes import ModelFacts
 from qdist.core.text import command, quoted, resuming
 from qdist.host.opening import read_object
 from qdist.host.run.rundir import PLAN, RunDir
+from qdist.host.sources.facts import facts_of, shape_note
 from qdist.host.sources.gguf_header import is_gguf, parts_of, read_config
 
 _MOST = 5
@@ -161,7 +162,7 @@ def find_shape(name: str) -> Shape | None:
         config = same.config
         if ALIASES[same.alias].hub_id.lower() != located.path.lower():
             note = f"{name} is not here: by its name it has the shape of {same.alias}"
-    return Shape(dict(config), from_config(config, name=name), note)
+    return Shape(dict(config), facts_of(config, name=name), note or shape_note(config))
 
 
 def public_name(name: str, folder: str) -> str:

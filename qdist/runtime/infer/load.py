@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from qdist.core.errors import MachineError, ModelError, PlanError, RunError, SpecError
-from qdist.core.model.families import from_config
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.storage import packing_of
 from qdist.core.planning.inference import Footprint, Residence, footprint, room
@@ -27,6 +26,7 @@ from qdist.runtime.data.tokenizer import BESIDE, align_config, has_tokenizer, op
 from qdist.runtime.formats.gptq_folder import in_safetensors
 from qdist.runtime.formats.recorded_sums import digest_of_folder, require_adapter, verify_folder
 from qdist.runtime.infer.residence import arrange, choose, first_device, free_bytes, on_device, settle
+from qdist.runtime.model.describe import facts_of
 from qdist.runtime.model.skeleton import DTYPES, decoder_layers, load_backbone, load_plain
 from qdist.runtime.quantize.bitsandbytes import packed_folder
 from qdist.runtime.quantize.gptq.check import checked
@@ -85,7 +85,7 @@ def _gptq(
 ) -> tuple[Any, str]:
     """A GPTQ checkpoint in qdist's own layers; transformers would need GPTQModel for it."""
     shape, folder = blueprint(folder), in_safetensors(folder)
-    facts = from_config(shape.config.to_dict(), name=str(folder))
+    facts = facts_of(shape.config.to_dict(), name=str(folder))
     found = checked(folder, shape, gptq)
     chosen = dtype if isinstance(dtype, torch.dtype) else DTYPES[found.scales]
     parts = footprint(

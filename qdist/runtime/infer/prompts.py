@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 from qdist.core.data.conversation import Conversation, Wording
 from qdist.core.data.records import BadRecords, require_whole_characters
 from qdist.core.errors import DataError, ModelError
-from qdist.core.model.families import from_config
 from qdist.host.run.rundir import RunDir
 from qdist.host.sources.models import locate, read_json
 from qdist.host.sources.targets import step_note
 from qdist.runtime.data.tokenizer import repair
 from qdist.runtime.data.wording import encode_prompt, usual_wording
 from qdist.runtime.infer.load import answering_plan, load_tokenizer, open_tokenizer_of
+from qdist.runtime.model.describe import facts_of
 from qdist.runtime.quantize.materialize import materialize
 
 
@@ -48,7 +48,7 @@ def speech_of(target: str) -> Speech:
 
 def _positions(config: dict[str, Any], name: str) -> int | None:
     try:
-        return from_config(config, name=name).max_positions
+        return facts_of(config, name=name).max_positions
     except ModelError:  # a family whose shapes are not known; it can be talked to all the same
         return None
 

@@ -1,27 +1,47 @@
 """Which class of transformers computes a model, and the model itself without storage."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from qdist.core.model.shapes import Kept
 
 _LARGE = 1 << 26
 """Elements from which a new tensor is made on the meta device while a model is built. Buffers, which must be real, are
 smaller; a parameter of experts has some 10^9, and would be made in host memory before it is moved."""
+TOWER = "not needed for text"
+"""Reason for leaving out a tower of images or sound."""
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full)
 
 
 def class_of(config: Any) -> Any:
-    """transformers' auto class that makes a model from a configuration: of text, or of images and text around it."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+    """transformers' auto class that makes a model from a configuration: of text, or of images and text around it.
 
-    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    Where there are two classes for a configuration of both, it is the one that the published weights are named for.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or config.get_text_config() is config:
+        return AutoModelForCausalLM
+    of_text = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+    return AutoModelForCausalLM if of_text in (config.architectures or ()) else AutoModelForImageTextToText
 
 
-def empty_model(config: Any, *, dtype: torch.dtype | None = None) -> Any:
+def empty_model(config: Any, *, dtype: torch.dtype | None = None, whole: bool = False) -> Any:
     """A model whose parameters are on the meta device; its buffers are real.
 
     config: transformers'. A quantization that it states is taken out of it. dtype: of parameters; None for the default.
+    whole: with the towers that training on text leaves out.
     """
     from accelerate import init_empty_weights
 
@@ -31,7 +51,36 @@ def empty_model(config: Any, *, dtype: torch.dtype | None = None) -> Any:
         given = {} if dtype is None else {"dtype": dtype}
         model = class_of(config).from_config(config, **given, trust_remote_code=False)
     model.tie_weights()
+    if not whole:
+        leave_out_towers(model)
     return model
+
+
+def leave_out_towers(model: Any) -> tuple[Kept, ...]:
+    """Remove what a wrapper around a text model has besides it: towers of images and sound, and their projectors.
+
+    The text model and the head keep the names that they have in the whole model. Returns what was removed, by path.
+    """
+    config = model.config
+    if config.get_text_config(decoder=True) is config:
+        return ()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    removed = []
+    for path, parent in _wrappers(model, embedding, type(config.get_text_config(decoder=True))):
+        for name, child in list(parent.named_children()):
+            inside = set(child.modules())
+            if embedding not in inside and head not in inside:
+                setattr(parent, name, None)
+                removed.append(Kept(f"{path}.{name}".lstrip("."), sum(p.numel() for p in child.parameters()), TOWER))
+    return tuple(removed)
+
+
+def _wrappers(model: Any, embedding: nn.Module, text: type) -> Iterator[tuple[str, Any]]:
+    """The modules around the text model, which has a configuration of its own kind."""
+    for path, module in list(model.named_modules()):
+        is_text = module is embedding or isinstance(getattr(module, "config", None), text)
+        if embedding in set(module.modules()) and not is_text:
+            yield path, module
 
 
 class _LargeOnMeta(TorchFunctionMode):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qdist.core.errors import ModelError, RunError
-from qdist.core.model.families import FAMILIES, from_config
+from qdist.core.model.families import FAMILIES
 from qdist.core.model.gptq import method_of
 from qdist.core.model.storage import Packing
 from qdist.core.planning.plan import Source
@@ -22,6 +22,7 @@ from qdist.host.sources.models import read_json
 from qdist.runtime.formats.packed_folder import Manifest, opened, read_manifest, read_tensor, tensor_files
 from qdist.runtime.formats.recorded_sums import stated_sums
 from qdist.runtime.model.classes import empty_model
+from qdist.runtime.model.describe import facts_of
 from qdist.runtime.model.skeleton import open_config, refused
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -67,7 +68,7 @@ class Tensors(Protocol):
 def blueprint(folder: Path) -> Blueprint:
     """The blueprint of a model folder. Raises ModelError for a family that qdist does not know."""
     config = open_config(folder)
-    facts = from_config(config.to_dict(), name=str(folder))
+    facts = facts_of(config.to_dict(), name=str(folder))
     with refused(folder):
         model = empty_model(config)
     tied = set(model.all_tied_weights_keys)

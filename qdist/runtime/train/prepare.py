@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from qdist.core.data import demo
 from qdist.core.model.adapters.registry import ADAPTERS
-from qdist.core.model.families import from_config
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.storage import packing_of
 from qdist.core.planning.plan import DataFacts, Prepared, Source
@@ -100,6 +99,7 @@ def prepare(spec: RunSpec) -> Prepared:
 def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple[Gptq | None, Packed]":
     """Where ranks read packed weights: the cache, or the GPTQ checkpoint itself, which is checked first."""
     from qdist.runtime.formats.gptq_folder import in_safetensors
+    from qdist.runtime.model.describe import facts_of
     from qdist.runtime.quantize.bitsandbytes import Packed, packed_folder
     from qdist.runtime.quantize.gptq import check
     from qdist.runtime.quantize.source import blueprint
@@ -109,7 +109,7 @@ def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple
         return None, packed_folder(folder, packing_of(spec), name=spec.model)
     packed, shape = in_safetensors(folder), blueprint(folder)
     paths = [name.removesuffix(".weight") for name in shape.linears]
-    facts = from_config(config, name=spec.model)
+    facts = facts_of(config, name=spec.model)
     ADAPTERS[spec.method].require_packed(spec, gptq, facts, paths)
     return check.checked(packed, shape, gptq), Packed(packed)
 

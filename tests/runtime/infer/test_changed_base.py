@@ -12,8 +12,8 @@ import torch
 from qdist.core.errors import RunError
 from qdist.core.model.gptq import Gptq, Shape
 from qdist.core.planning.plan import Plan
+from qdist.host import tasks
 from qdist.host.launch import prepare as launcher
-from qdist.host.launch import tasks
 from qdist.host.run.rundir import PLAN, RunDir
 from qdist.runtime.exports.backbone import Backbone
 from qdist.runtime.exports.update import Adapters

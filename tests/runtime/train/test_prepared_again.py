@@ -11,8 +11,9 @@ import pytest
 from qdist.core.errors import RunError
 from qdist.core.planning.plan import Prepared, digest
 from qdist.core.spec.run_spec import RunSpec
+from qdist.host import tasks
 from qdist.host.files import cache_path
-from qdist.host.launch import claim, tasks
+from qdist.host.launch import claim
 from qdist.host.launch import prepare as launcher
 from qdist.host.launch.prepare import Launch
 from qdist.runtime.train.prepare import prepare

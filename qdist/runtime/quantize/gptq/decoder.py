@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from qdist.core.model.families import FAMILIES, from_config
+from qdist.core.model.families import FAMILIES
 from qdist.core.model.shapes import Reads
+from qdist.runtime.model.describe import facts_of
 from qdist.runtime.quantize.source import Blueprint, Tensors
 
 _STEPS: tuple[Reads, ...] = ("attention_in", "attention_out", "mlp_in", "mlp_out")
@@ -40,7 +41,7 @@ class Decoder:
         self.shape, self._tensors = shape, tensors
         with init_empty_weights(include_buffers=False):
             self._model = AutoModelForCausalLM.from_config(shape.config, trust_remote_code=False).eval()
-        self.facts = from_config(shape.config.to_dict(), name=shape.architecture)
+        self.facts = facts_of(shape.config.to_dict(), name=shape.architecture)
         found = _TO_LAYER.match(min(shape.linears))
         assert found is not None  # blueprint found each linear by the number of its layer
         self._list = found[1]

@@ -49,7 +49,12 @@ def handed_over(request: Request) -> Iterator[Task]:
 
 
 def run_task(request: Request, *, device: str | None = None) -> Prepared | None:
-    """Run a job in a child process on this terminal; returns what was prepared, for `Prepare`.
+    """`ask` for a job whose answer is what was prepared, for `Prepare`, or nothing."""
+    return ask(request, device=device).prepared
+
+
+def ask(request: Request, *, device: str | None = None) -> Answer:
+    """Run a job in a child process on this terminal; returns its answer.
 
     device: 'cuda' or 'cpu' where the machine has been probed already.
     Raises the QdistError that the process ended with; KeyboardInterrupt, with what the user should know, once it has
@@ -78,7 +83,7 @@ def run_task(request: Request, *, device: str | None = None) -> Prepared | None:
         )
     if error := answer.error:
         raise error
-    return answer.prepared
+    return answer
 
 
 def prepare(spec: RunSpec, *, device: str | None = None) -> Prepared:

@@ -1,0 +1,291 @@
+"""Which facts are there of a model's configuration: a family's own, or those of transformers' class built on meta."""
+
+import inspect
+import re
+from collections import Counter
+from collections.abc import Mapping
+from itertools import groupby
+from typing import Any, Literal
+
+from torch import nn
+
+from qdist.core.errors import ModelError
+from qdist.core.model.families import FAMILIES, from_config
+from qdist.core.model.shapes import Kept, LayerRun, LayerShape, ModelFacts, Modules
+from qdist.core.requests import Describe
+from qdist.host.opening import told
+from qdist.runtime.model.classes import empty_model, leave_out_towers
+from qdist.runtime.model.layer_parts import SHARED, Facts, is_linear, read, shape_of
+
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks")
+_POSITIONS = (
+    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "model_max_length",
+    "max_sequence_length", "context_length", "max_target_positions",
+)  # fmt: skip
+_UNLIMITED = 1 << 20
+"""Positions of a model that states no limit, as those without attention do."""
+_USUAL_ARGUMENTS = frozenset(
+    (
+        "self", "hidden_states", "x", "attention_mask", "mask", "position_ids", "past_key_value", "past_key_values",
+        "use_cache", "cache_position", "cache_params", "cache_param", "position_embeddings", "output_attentions",
+        "output_router_logits", "output_hidden_states", "kwargs", "head_mask", "layer_head_mask", "layer_past",
+        "encoder_hidden_states", "encoder_attention_mask", "causal_mask", "state", "cache", "layer_idx", "residual",
+        "alibi", "position_bias", "params", "token_type_ids", "sequence_length", "linear_attn_mask",
+        "activations", "hidden", "codebook_idx", "shared_kv_states",
+        "cu_seq_lens_q", "mamba_attention_mask", "return_dict", "cross_attn_layer_head_mask", "padding_mask",
+        "cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask", "position_embeddings_global",
+        "position_embeddings_local", "conv_mask", "rotary_emb", "time_mix_state",
+    )
+)  # fmt: skip
+"""What a decoder layer may be given besides hidden states, without its stage needing anything of another."""
+
+
+def run(request: Describe) -> ModelFacts:
+    """Answer a request of a command."""
+    return facts_of(request.config, name=request.name)
+
+
+def facts_of(config: Mapping[str, Any], *, name: str) -> ModelFacts:
+    """Facts from the content of a config.json: a known family's, otherwise those of transformers' class.
+
+    Raises ModelError for a model that transformers has no class for, or that is no causal language model.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind in FAMILIES:
+        return from_config(config, name=name)
+    return describe(open_mapping(config, name=name), name=name)
+
+
+def open_mapping(config: Mapping[str, Any], *, name: str) -> Any:
+    """transformers' configuration of a config.json's content. Raises ModelError."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = str(config.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        own = ", and runs code out of its own repository" if config.get("auto_map") else ""
+        raise ModelError(
+            f"{name} has model_type {kind!r}, which transformers has no class for{own}",
+            try_="a newer transformers, or a model of a family that it knows",
+        )
+    with told(f"{name}: transformers makes no configuration of its config.json", ModelError, try_=_PUBLISHED):
+        return AutoConfig.for_model(kind, **{key: value for key, value in config.items() if key != "model_type"})
+
+
+_PUBLISHED = "its published config.json"
+
+
+def describe(config: Any, *, name: str) -> ModelFacts:
+    """The facts of transformers' class for a configuration, which is built on the meta device and walked.
+
+    config: transformers'.
+    Raises ModelError for a class that is no causal decoder, or whose parameters are not all found.
+    """
+    if why := _why_not_by_config(config):
+        raise _refusal(name, why)
+    with told(f"{name}: transformers makes no model of its config.json", ModelError, try_=_PUBLISHED):
+        model = empty_model(config, whole=True)
+    every = _unique(model)
+    left_out = leave_out_towers(model)
+    if why := why_not(config, model):
+        raise _refusal(name, why)
+    facts = _described(model, left_out, name)
+    counted = facts.parameters + sum(tower.parameters for tower in left_out)
+    if counted != every:
+        raise ModelError(
+            f"{name}: of the {every:,} parameters of {type(model).__name__}, qdist finds {counted:,}",
+            try_="qdist doctor: transformers may be of another version",
+        )
+    return facts
+
+
+def why_not(config: Any, model: Any) -> str:
+    """Why a model cannot be fine-tuned as a causal language model, to follow 'is' or 'has'; empty if it can."""
+    if why := _why_not_by_config(config):
+        return why
+    own = config.get_text_config(decoder=True)
+    if getattr(own, "is_decoder", None) is False and "if not config.is_decoder" in inspect.getsource(type(model)):
+        return "is an encoder: its config.json does not say is_decoder = true"
+    path = layers_path(model)
+    if not path:
+        return "has no list of decoder layers of its own"
+    layers = model.get_submodule(path)
+    if re.search(r"encoder_attn|crossattention", " ".join(name for name, _ in layers[0].named_children())):
+        return "is the decoder of an encoder-decoder"
+    if not any(map(is_linear, layers.modules())):
+        return "has no linear in its decoder layers"
+    if model.get_output_embeddings() is None:
+        return "has no output head"
+    return ""
+
+
+def _why_not_by_config(config: Any) -> str:
+    """The same, of what the configuration alone tells."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "is an encoder-decoder"
+    if getattr(config, "causal", None) is False or getattr(config, "attn_type", None) == "bi":
+        return "is an encoder: its attention looks both ways"
+    return ""
+
+
+def _refusal(name: str, why: str) -> ModelError:
+    return ModelError(
+        f"{name} {why}, and is not fine-tuned as a causal language model", try_="a decoder such as llama3.2-1b"
+    )
+
+
+def layers_path(model: nn.Module) -> str:
+    """Module path of the list of decoder layers; empty if there is not exactly one.
+
+    get_decoder of some classes returns the head or the model itself; so this is the list with the most parameters
+    among those that are in no other list. A second list of layers of the same class is run besides it.
+    """
+    lists = {
+        path: sum(parameter.numel() for parameter in module.parameters())
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and not re.search(r"\.\d+(\.|$)", path)
+    }
+    if not lists:
+        return ""
+    count = read(_text_config(model), *_COUNTS)
+    largest = max(lists, key=lambda path: (_length(model, path) == count, lists[path]))
+    kinds = [type(next(iter(model.get_submodule(path).children()), model)) for path in lists if lists[path]]
+    return largest if kinds.count(type(model.get_submodule(largest)[0])) == 1 else ""
+
+
+def _length(model: nn.Module, path: str) -> int:
+    found: Any = model.get_submodule(path)
+    return len(found)
+
+
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config(decoder=True)
+
+
+def _unique(module: nn.Module) -> int:
+    """Parameters of a module, each counted once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _described(model: Any, left_out: tuple[Kept, ...], name: str) -> ModelFacts:
+    path, config = layers_path(model), _text_config(model)
+    layers = list(model.get_submodule(path))
+    embedding = model.get_input_embeddings().weight
+    hidden = embedding.shape[1]
+    counted: set[int] = set()
+    shared = _shared(layers)
+    facts = Facts(config, hidden, _attention(model, config), shared)
+    shapes = [shape_of(layer, facts, counted) for layer in layers]
+    runs = tuple(LayerRun(shape, len(list(same))) for shape, same in groupby(shapes))
+    head = model.get_output_embeddings()
+    rows = min(len(embedding), len(head.weight))
+    tied = head.weight is embedding
+    modules = _modules(model, path)
+    outer_norms = int(bool(modules.final_norm) and _unique(model.get_submodule(modules.final_norm)) == _norm(runs))
+    positions = _position_rows(model, modules, hidden)
+    named = {id(embedding), id(head.weight)}
+    if outer_norms:
+        named.update(map(id, model.get_submodule(modules.final_norm).parameters()))
+    if positions:
+        named.update(id(model.get_submodule(added).weight) for added in modules.added)
+    outer = sum(each.numel() for each in model.parameters() if id(each) not in named and id(each) not in counted)
+    outer += embedding.numel() + (0 if tied else head.weight.numel()) - (1 if tied else 2) * rows * hidden
+    return ModelFacts(
+        name=name,
+        family=str(model.config.model_type),
+        layers=runs,
+        vocab=rows,
+        max_positions=read(config, *_POSITIONS, default=_UNLIMITED),
+        tied_embeddings=tied,
+        outer_norms=outer_norms,
+        learned_positions=positions,
+        modules=modules,
+        together_from=_together_from(config, len(layers)),
+        outer_parameters=outer,
+        left_out=left_out,
+        measured=False,
+        unsplit=_unsplit(layers[0], shapes, config),
+    )
+
+
+def _norm(runs: tuple[LayerRun, ...]) -> int:
+    return runs[0].shape.norm_width
+
+
+def _shared(layers: list[nn.Module]) -> frozenset[int]:
+    """Identities of the parameters that several layers have."""
+    seen = Counter(key for layer in layers for key in {id(parameter) for parameter in layer.parameters()})
+    return frozenset(key for key, count in seen.items() if count > 1)
+
+
+def _attention(model: Any, config: Any) -> Literal["flash", "repacked", "eager"]:
+    if not getattr(model, "_supports_sdpa", False):
+        return "eager"
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [rope, *(each for each in rope.values() if isinstance(each, dict))]
+    shares = [getattr(config, "partial_rotary_factor", None), *(each.get("partial_rotary_factor") for each in nested)]
+    return "repacked" if any(isinstance(share, float) and share < 1 for share in shares) else "flash"
+
+
+def _modules(model: nn.Module, layers: str) -> Modules:
+    """Paths of the parts around a list of decoder layers."""
+    paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
+    above = layers.rpartition(".")[0]
+    beside = dict(model.get_submodule(above).named_children())
+    names = list(beside)
+    embedding = paths[id(model.get_input_embeddings())]
+    join = f"{above}." if above else ""
+    norms = [name for name in names if re.search(r"norm|^ln", name, re.IGNORECASE) and _norm_of_hidden(beside[name])]
+    at = names.index(layers.rpartition(".")[2])
+    final = [name for name in norms if names.index(name) > at][:1] or norms[-1:]
+    return Modules(
+        embedding=embedding,
+        before=tuple(
+            f"{join}{name}" for name in names[:at]
+            if name not in final and (isinstance(beside[name], nn.Dropout) or name in norms)
+        ),
+        added=tuple(f"{join}{name}" for name in names if _is_position_table(name, beside[name])),
+        shared=tuple(f"{join}{name}" for name in names if re.search(r"rotary|rope", name)),
+        layers=layers,
+        final_norm=f"{join}{final[-1]}" if final else "",
+        head=paths[id(model.get_output_embeddings())],
+    )  # fmt: skip
+
+
+def _norm_of_hidden(module: nn.Module) -> bool:
+    return not list(module.children()) and all(parameter.dim() == 1 for parameter in module.parameters())
+
+
+def _is_position_table(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and bool(re.search(r"position|wpe", name))
+
+
+def _position_rows(model: nn.Module, modules: Modules, hidden: int) -> int:
+    """Rows of the learned tables of positions."""
+    tables: list[Any] = [model.get_submodule(path) for path in modules.added]
+    return sum(table.weight.shape[0] for table in tables) if all(t.weight.shape[1] == hidden for t in tables) else 0
+
+
+def _together_from(config: Any, count: int) -> int | None:
+    """First of the layers that must be in one stage, where the last ones read keys and values of earlier ones.
+
+    They read those of the last layer of their kind that has its own.
+    """
+    readers = read(config, "num_kv_shared_layers")
+    kinds = list(getattr(config, "layer_types", None) or ["full_attention"] * count)
+    owners = kinds[: count - readers]
+    if not readers or not owners:
+        return None
+    last = {kind: index for index, kind in enumerate(owners)}
+    return min(last[kind] for kind in kinds[count - readers :] if kind in last)
+
+
+def _unsplit(layer: nn.Module, shapes: list[LayerShape], config: Any) -> str:
+    """Why layers need more than the hidden states that the layer before them returns; empty if they do not."""
+    if any(kept.reason == SHARED for shape in shapes for kept in shape.kept):
+        return "has modules that several of its layers share"
+    if read(config, "hc_mult", "altup_num_inputs", "num_residual_streams") > 1:
+        return "has several streams of hidden states"
+    given = set(inspect.signature(layer.forward).parameters) - _USUAL_ARGUMENTS
+    needed = sorted(given - ({"per_layer_input"} if not read(config, "hidden_size_per_layer_input") else set()))
+    return f"gives its layers {', '.join(needed)} beside hidden states" if needed else ""
