@@ -12,10 +12,23 @@ _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, tor
 
 
 def class_of(config: Any) -> Any:
-    """transformers' auto class that makes a model from a configuration: of text, or of images and text around it."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+    """transformers' auto class that makes a model from a configuration: of text, or of images and text around it.
 
-    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    Where there are two classes for a configuration of both, it is the one that the published weights are named for.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or config.get_text_config() is config:
+        return AutoModelForCausalLM
+    of_text = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+    return AutoModelForCausalLM if of_text in (config.architectures or ()) else AutoModelForImageTextToText
 
 
 def empty_model(config: Any, *, dtype: torch.dtype | None = None) -> Any:
