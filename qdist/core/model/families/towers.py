@@ -55,3 +55,15 @@ def qwen(vision: Keys) -> int:
         + vision.count("depth", default=27) * layer
         + merger
     )
+
+
+def gemma4(vision: Keys) -> int:
+    """Parameters of the tower of Gemma 4."""
+    hidden, inner = vision.count("hidden_size", default=768), vision.count("intermediate_size", default=3072)
+    heads, kv_heads = vision.count("num_attention_heads", default=12), vision.count("num_key_value_heads", default=12)
+    head_dim = vision.count("head_dim", default=64)
+    attention = 2 * hidden * (heads + kv_heads) * head_dim + 2 * head_dim
+    layer = attention + 3 * hidden * inner + 4 * hidden
+    patches = 3 * vision.count("patch_size", default=16) ** 2 * hidden
+    positions = 2 * vision.count("position_embedding_size", default=10_240) * hidden
+    return patches + positions + vision.count("num_hidden_layers", default=16) * layer
