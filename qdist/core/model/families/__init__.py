@@ -7,19 +7,43 @@ from msgspec import structs
 
 from qdist.core.errors import ModelError
 from qdist.core.model.config import Keys
+from qdist.core.model.families.arcee import ARCEE
 from qdist.core.model.families.baichuan import BAICHUAN
 from qdist.core.model.families.bloom import BLOOM
+from qdist.core.model.families.cohere2 import COHERE2
+from qdist.core.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from qdist.core.model.families.family import Family
+from qdist.core.model.families.gemma2 import GEMMA2
+from qdist.core.model.families.gemma3 import GEMMA3, GEMMA3_TEXT
+from qdist.core.model.families.gemma4 import GEMMA4, GEMMA4_TEXT
 from qdist.core.model.families.glm import GLM, GLM4
+from qdist.core.model.families.glm4_moe import GLM4_MOE, GLM4_MOE_LITE
+from qdist.core.model.families.gpt2 import GPT2
 from qdist.core.model.families.gpt_neox import GPT_NEOX
+from qdist.core.model.families.gpt_oss import GPT_OSS
+from qdist.core.model.families.granite import GRANITE
 from qdist.core.model.families.llama import LLAMA
 from qdist.core.model.families.mistral import MISTRAL
+from qdist.core.model.families.mistral3 import MINISTRAL3, MISTRAL3
+from qdist.core.model.families.mixtral import MIXTRAL
 from qdist.core.model.families.olmo2 import OLMO2
+from qdist.core.model.families.olmo3 import OLMO3
 from qdist.core.model.families.opt import OPT
+from qdist.core.model.families.phi3 import PHI3
 from qdist.core.model.families.qwen import QWEN2, QWEN3
+from qdist.core.model.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_5_MOE_TEXT, QWEN3_5_TEXT, QWEN3_NEXT
+from qdist.core.model.families.qwen3_moe import QWEN3_MOE
+from qdist.core.model.families.seed_oss import SEED_OSS
+from qdist.core.model.families.smollm3 import SMOLLM3
 from qdist.core.model.shapes import ModelFacts
 
-_FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, BLOOM, OPT, GPT_NEOX, BAICHUAN, GLM, GLM4, OLMO2)
+_FAMILIES = (
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, BLOOM, OPT, GPT_NEOX, BAICHUAN, GLM, GLM4, OLMO2),
+    *(PHI3, SMOLLM3, GRANITE, OLMO3, COHERE2, ARCEE, SEED_OSS),
+    *(GEMMA2, GEMMA3_TEXT, GEMMA3, GEMMA4_TEXT, GEMMA4, MINISTRAL3, MISTRAL3),
+    *(QWEN3_MOE, MIXTRAL, QWEN3_5_TEXT, QWEN3_5, QWEN3_5_MOE_TEXT, QWEN3_5_MOE, QWEN3_NEXT, GPT_OSS),
+    *(GLM4_MOE, GLM4_MOE_LITE, DEEPSEEK_V2, DEEPSEEK_V3, GPT2),
+)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _FAMILIES}
 """Each family by its `model_type`, in the order in which models are listed."""
 _TOKENS = "tokenizer.ggml.tokens"
@@ -36,7 +60,8 @@ def from_config(config: Mapping[str, object], *, name: str) -> ModelFacts:
         known = ", ".join(sorted(FAMILIES))
         own = ", and runs code out of its own repository, which qdist does not" if config.get("auto_map") else ""
         raise ModelError(f"{name} has model_type {family!r}, which qdist does not know{own}", try_=f"one of: {known}")
-    return structs.replace(FAMILIES[family].read(keys), modules=FAMILIES[family].modules)
+    known_family = FAMILIES[family]
+    return structs.replace(known_family.read(keys), modules=known_family.modules, measured=known_family.measured)
 
 
 def config_of_header(

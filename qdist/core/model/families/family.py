@@ -4,9 +4,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgspec
+from msgspec import structs
 
 from qdist.core.model.config import Keys
-from qdist.core.model.shapes import LayerRun, LayerShape, Linear, ModelFacts, Modules
+from qdist.core.model.families.layers import attention_linears, mlp_linears
+from qdist.core.model.shapes import Kept, LayerRun, LayerShape, Linear, ModelFacts, Modules
 
 Config = dict[str, Any]
 """The content of a config.json."""
@@ -24,6 +26,14 @@ class Alias(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     also: tuple[str, ...] = ()
     """Names of other models of exactly this shape, without their owners."""
 
+
+WRAPPED = Modules(
+    embedding="model.language_model.embed_tokens",
+    shared=("model.language_model.rotary_emb",),
+    layers="model.language_model.layers",
+    final_norm="model.language_model.norm",
+)
+"""Where a Llama-like decoder lies in a model of images and text."""
 
 _HEADER_KEYS = {
     "context_length": "max_position_embeddings",
@@ -68,6 +78,8 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     modules: Modules = Modules()
     layers_return_tuples: bool = False
     """Whether a decoder layer returns a tuple whose first item is its output."""
+    measured: bool = True
+    """Whether what its layers keep for the backward pass was measured; otherwise a plan has a margin."""
     own_code: bool = False
     """Only code in the models' own repositories computes it: transformers has no class, and it can only be planned."""
     old_names: dict[str, str] = {}
@@ -121,35 +133,73 @@ def read_facts(
     *,
     head_dim: int | None = None,
     kv_heads: int | None = None,
+    intermediate: int | None = None,
     max_positions: int | None = None,
     tied: bool = False,
     outer_norms: int = 1,
     learned_positions: int = 0,
     **own: Any,
 ) -> ModelFacts:
-    """The keys that all families share, in the spellings they have; `own` are fields of layers that are no Llama's."""
-    hidden, heads = keys.count("hidden_size", "n_embed"), keys.count("num_attention_heads", "n_head")
+    """The keys that all families share, in the spellings they have; `own` are fields of layers that are no Llama's.
+
+    intermediate: width of the MLP where that is not among the linears.
+    """
+    hidden, heads = keys.count("hidden_size", "n_embed", "n_embd"), keys.count("num_attention_heads", "n_head")
     if head_dim is None:
         keys.divides("num_attention_heads", heads, "hidden_size", hidden)
     keys.divides("num_key_value_heads", kv_heads or heads, "num_attention_heads", heads)
     shape = LayerShape(
         hidden=hidden,
         linears=linears,
-        intermediate=next(linear.inputs for linear in linears if linear.reads == "mlp_out"),
+        intermediate=intermediate or next(linear.inputs for linear in linears if linear.reads == "mlp_out"),
         heads=heads,
         kv_heads=kv_heads or heads,
         head_dim=head_dim or hidden // heads,
         **own,
     )
+    return read_model(
+        keys,
+        (LayerRun(shape, count_layers(keys)),),
+        max_positions=max_positions,
+        tied=tied,
+        outer_norms=outer_norms,
+        learned_positions=learned_positions,
+    )
+
+
+def count_layers(keys: Keys) -> int:
+    """Number of decoder layers."""
+    return keys.count("num_hidden_layers", "n_layer", most=10_000)
+
+
+def read_model(
+    keys: Keys, layers: tuple[LayerRun, ...], *, max_positions: int | None = None, tied: bool = False, **own: Any
+) -> ModelFacts:
+    """What all families state outside their layers; `own` are fields of models that are no Llama's.
+
+    max_positions, tied: where the config does not say.
+    """
+    positions = ("max_position_embeddings", "model_max_length", "seq_length", "n_positions")
     return ModelFacts(
         name=keys.name,
         family=keys.text("model_type"),
-        layers=(LayerRun(shape, keys.count("num_hidden_layers", "n_layer", most=10_000)),),
+        layers=layers,
         vocab=keys.count("vocab_size"),
-        max_positions=keys.count("max_position_embeddings", "model_max_length", "seq_length", default=max_positions),
+        max_positions=keys.count(*positions, default=max_positions),
         tied_embeddings=keys.flag("tie_word_embeddings", default=tied),
-        outer_norms=outer_norms,
-        learned_positions=learned_positions,
+        **own,
+    )
+
+
+def read_wrapped(
+    keys: Keys, read: Callable[[Keys], ModelFacts], left_out: tuple[Kept, ...], *, tied: bool = False
+) -> ModelFacts:
+    """Facts of the decoder of a model of images and text. tied: where the outer config does not say."""
+    return structs.replace(
+        read(keys.inner("text_config")),
+        family=keys.text("model_type"),
+        tied_embeddings=keys.flag("tie_word_embeddings", default=tied),
+        left_out=left_out,
     )
 
 
@@ -161,27 +211,23 @@ def read_grouped(
     mlp_bias: bool = False,
     head_dim: int | None = None,
     fused_gate: bool = False,
+    gated: bool = True,
     **own: Any,
 ) -> ModelFacts:
     """Facts of a model with Llama's layer: RMS norms, grouped queries, a gated MLP.
 
     bias: of queries, keys and values. out_bias: of their output, None for the same.
     head_dim: where the config does not state one; None for hidden / heads.
-    fused_gate: gate and up are one linear.
+    fused_gate: gate and up are one linear. gated: whether there is a gate.
     """
     hidden, inner, heads = (keys.count(key) for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
     kv_heads = keys.count("num_key_value_heads", default=heads)
     if not (head_dim or keys.states("head_dim")):
         keys.divides("num_attention_heads", heads, "hidden_size", hidden)
     head_dim = keys.count("head_dim", default=head_dim or hidden // heads)
-    up = [("gate_up_proj", 2 * inner)] if fused_gate else [("gate_proj", inner), ("up_proj", inner)]
     linears = (
-        Linear("q_proj", hidden, heads * head_dim, bias, "attention_in"),
-        Linear("k_proj", hidden, kv_heads * head_dim, bias, "attention_in"),
-        Linear("v_proj", hidden, kv_heads * head_dim, bias, "attention_in"),
-        Linear("o_proj", heads * head_dim, hidden, bias if out_bias is None else out_bias, "attention_out"),
-        *(Linear(leaf, hidden, width, mlp_bias, "mlp_in") for leaf, width in up),
-        Linear("down_proj", inner, hidden, mlp_bias, "mlp_out"),
+        *attention_linears(hidden, heads, kv_heads, head_dim, bias=bias, out_bias=out_bias),
+        *mlp_linears(hidden, inner, bias=mlp_bias, fused=fused_gate, gated=gated),
     )
     return read_facts(keys, linears, head_dim=head_dim, kv_heads=kv_heads, **own)
 
