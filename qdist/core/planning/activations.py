@@ -4,7 +4,7 @@ from typing import Literal
 
 from qdist.core.model.adapters.lora import LoraMethod
 from qdist.core.model.adapters.registry import LORA
-from qdist.core.model.shapes import LayerShape, Linear
+from qdist.core.model.shapes import Experts, LayerShape, Linear
 
 Recurrence = Literal["torch", "fla"]
 """Which kernel recurrent layers run: torch's own operations, or flash-linear-attention's."""
@@ -42,7 +42,7 @@ def saved_bytes_per_token(
     mixed = {"attention": _saved_by_attention(shape, compute_bytes, seq_len), "none": 0}
     return (
         _saved_by_norms(shape, compute_bytes, fused)
-        + (_saved_by_recurrence(shape, compute_bytes, recurrence) if shape.mixer == "recurrent" else mixed[shape.mixer])
+        + (saved_by_recurrence(shape, compute_bytes, recurrence) if shape.mixer == "recurrent" else mixed[shape.mixer])
         + _saved_by_activation(shape, compute_bytes, fused)
         + adapter.saved_inputs(shape, adapted, compute_bytes, casts=casts, dropout=lora_dropout)
         + len(adapted) * rank_r * compute_bytes
@@ -50,14 +50,16 @@ def saved_bytes_per_token(
     )
 
 
-def working_bytes_per_token(shape: LayerShape, *, compute_bytes: int, seq_len: int, recurrence: Recurrence) -> int:
+def working_bytes_per_token(
+    shape: LayerShape, *, compute_bytes: int, targets: tuple[str, ...], seq_len: int, recurrence: Recurrence
+) -> int:
     """Bytes per token alive only while the backward pass is in the widest part of a layer.
 
     MLP: three gradients as wide as it (of the product, the gate and up).
     """
     return max(
         3 * shape.intermediate * compute_bytes,
-        _working_of_experts(shape, compute_bytes),
+        _working_of_experts(shape, compute_bytes, adapted=bool(shape.targeted_matrices(targets))),
         _working_of_scores(shape, compute_bytes, seq_len),
         4 * _BACK * _values_of(shape) if shape.mixer == "recurrent" else 0,
     )
@@ -107,33 +109,41 @@ def _saved_by_experts(
 ) -> int:
     """Bytes per token of the routed experts, whose pairs of token and expert are as many whatever the router does.
 
-    Kept of a pair: the first product, and what the down matrix reads; beside an adapted matrix the rank-wide product.
-    Kept of a token: the router's probabilities in fp32, indices and weights of its experts and their places when
-    sorted; the layer's input, unless an adapted linear keeps that already.
+    Kept of a pair: the first product, with which the backward pass computes the gate anew; beside an adapted matrix the
+    rank-wide product. Kept of a token: the router's probabilities in fp32, indices and weights of its experts; the
+    layer's input if the first matrix is adapted, unless an adapted linear keeps it already.
     """
     experts = shape.experts
     if experts is None:
         return 0
-    first = sum(matrix.outputs for matrix in experts.matrices if matrix.reads == "mlp_in")
-    last = sum(matrix.inputs for matrix in experts.matrices if matrix.reads == "mlp_out")
+    first, _ = widths_of(experts)
     reads = any(matrix.reads == "mlp_in" for matrix in matrices)
     own_input = shape.hidden * (reads and not any(linear.reads == "mlp_in" for linear in adapted))
-    pairs = experts.active * (first + last + rank_r * len(matrices))
-    routing = 4 * experts.count + experts.active * (8 + 8 + 4 + 4)
+    pairs = experts.active * (first + rank_r * len(matrices))
+    routing = 4 * experts.count + experts.active * (8 + 4 + 4)
     return (pairs + own_input) * compute_bytes + routing
 
 
-def _working_of_experts(shape: LayerShape, compute_bytes: int) -> int:
-    """Bytes per token of gradients of pairs: of the output, the inputs of both matrices, and the first product."""
+def widths_of(experts: Experts) -> tuple[int, int]:
+    """Widths of an expert's first product, and of what its last matrix reads."""
+    first = sum(matrix.outputs for matrix in experts.matrices if matrix.reads == "mlp_in")
+    return first, sum(matrix.inputs for matrix in experts.matrices if matrix.reads == "mlp_out")
+
+
+def _working_of_experts(shape: LayerShape, compute_bytes: int, *, adapted: bool) -> int:
+    """Bytes per token of the backward pass over its pairs while the first product's matrices are unpacked.
+
+    Gradients of the output, the input and the first product; the gate's output and its gradient. Beside adapters also
+    the gathered input, and what the last matrix read.
+    """
     experts = shape.experts
     if experts is None:
         return 0
-    first = sum(matrix.outputs for matrix in experts.matrices if matrix.reads == "mlp_in")
-    last = sum(matrix.inputs for matrix in experts.matrices if matrix.reads == "mlp_out")
-    return experts.active * (2 * shape.hidden + first + last) * compute_bytes
+    first, last = widths_of(experts)
+    return experts.active * ((2 + adapted) * (shape.hidden + last) + first) * compute_bytes
 
 
-def _saved_by_recurrence(shape: LayerShape, compute_bytes: int, recurrence: Recurrence) -> int:
+def saved_by_recurrence(shape: LayerShape, compute_bytes: int, recurrence: Recurrence) -> int:
     """Bytes per token of Gated DeltaNet, from transformers' torch code or fla's; of others a rough count.
 
     Queries and keys are repeated to as many heads as values have, and taken to be as wide.

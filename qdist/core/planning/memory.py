@@ -89,6 +89,8 @@ class TrainingShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     fused_lora: bool = False
     """Whether qdist's adapted linears replace peft's: no casts are kept."""
     lora_dropout: bool = False
+    grouped: bool = True
+    """Whether one kernel multiplies all experts of a layer, for which all their matrices are unpacked."""
     recurrence: Recurrence = "torch"
     """Which kernel recurrent layers run."""
     moment_bytes: int = 8
@@ -155,6 +157,8 @@ class LayerSizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     packed: int
     """Bytes of the frozen layer."""
+    packed_experts: int
+    """Those of them that are matrices of experts."""
     trained: int
     """Adapter parameters."""
     saved_token: int
@@ -229,12 +233,13 @@ def _layer_sizes(shape: LayerShape, job: TrainingShape) -> LayerSizes:
     cast = sum(job.adapter.parameters(linear, job.rank_r) for linear in shape.targeted(job.targets))
     return LayerSizes(
         packed=packed_layer_bytes(shape, job),
+        packed_experts=_experts_bytes(shape, job),
         trained=trained,
         saved_token=saved,
         casts=cast * job.compute_bytes if job.compute_bytes < 4 and not job.fused_lora else 0,
         working=_unpacked_bytes(shape, job),
         working_token=working_bytes_per_token(
-            shape, compute_bytes=job.compute_bytes, seq_len=job.seq_len, recurrence=job.recurrence
+            shape, compute_bytes=job.compute_bytes, targets=job.targets, seq_len=job.seq_len, recurrence=job.recurrence
         ),
         loading=_loading_bytes(shape, job),
     )
@@ -244,13 +249,14 @@ def _unpacked_bytes(shape: LayerShape, job: TrainingShape) -> int:
     """Bytes of the weights unpacked at a time in the backward pass.
 
     The largest matrix twice: dequantized, and in the type of the product. A 16-bit backbone has the matrix already;
-    this is too small to tell. Of experts one parameter is unpacked at a time, all its matrices for a grouped product.
+    this is too small to tell. Of experts one parameter is unpacked at a time: for a grouped product all its matrices,
+    otherwise one in turn.
     """
     linear = 2 * shape.largest_matrix * job.compute_bytes
     if shape.experts is None or (job.bits == 16 and not job.mxfp4):
         return linear
     widest = max(matrix.weights for matrix in shape.experts.matrices)
-    return max(linear, shape.experts.count * widest * job.compute_bytes)
+    return max(linear, (shape.experts.count if job.grouped else 1) * widest * job.compute_bytes)
 
 
 def _loading_bytes(shape: LayerShape, job: TrainingShape) -> int:
@@ -329,11 +335,18 @@ def packed_layer_bytes(shape: LayerShape, job: TrainingShape) -> int:
     rest = shape.parameters - shape.weights
     stated = job.gptq.layer_bytes if job.gptq else 0
     packed = stated or sum(_packed_bytes(linear, job) for linear in shape.linears)
-    if shape.experts:
-        packed += experts_bytes(
+    return packed + _experts_bytes(shape, job) + rest * job.compute_bytes
+
+
+def _experts_bytes(shape: LayerShape, job: TrainingShape) -> int:
+    """Bytes of the packed matrices of a layer's experts; 0 without any."""
+    return (
+        0
+        if shape.experts is None
+        else experts_bytes(
             shape.experts, bits=job.bits, double=job.double_quant, mxfp4=job.mxfp4, plain_bytes=job.compute_bytes
         )
-    return packed + rest * job.compute_bytes
+    )
 
 
 def _packed_bytes(linear: Linear, job: TrainingShape) -> int:
