@@ -77,6 +77,7 @@ def qwen3_5() -> ModelFacts:
         kv_heads=4,
         head_dim=256,
         qk_norm=True,
+        attention="repacked",
     )
     recurrent = LayerShape(
         hidden=4096,

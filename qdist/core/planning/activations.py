@@ -74,9 +74,9 @@ def _saved_by_norms(shape: LayerShape, compute_bytes: int, fused: bool) -> int:
 
 def _saved_by_attention(shape: LayerShape, compute_bytes: int, seq_len: int) -> int:
     """Bytes per token. Flash: q, k, v, output, a log-sum-exp per head. Eager: q, fp32 softmax and its cast, and k and v
-    repeated for every query head. A gate on the output keeps its sigmoid."""
+    repeated for every query head."""
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    gate = compute_bytes * queries * shape.output_gate
+    gate = compute_bytes * _saved_by_output_gate(shape, queries, compute_bytes) * shape.output_gate
     if shape.attention == "eager":
         scores = shape.heads * seq_len * (4 + (compute_bytes if compute_bytes < 4 else 0))
         return compute_bytes * 3 * queries + scores + gate
@@ -84,6 +84,13 @@ def _saved_by_attention(shape: LayerShape, compute_bytes: int, seq_len: int) -> 
     if sum(linear.reads == "attention_in" for linear in shape.linears) == 1:
         saved += compute_bytes * (queries + keys)  # v is a view, and keeps all of the fused projection alive
     return saved + compute_bytes * queries + 4 * shape.heads
+
+
+def _saved_by_output_gate(shape: LayerShape, queries: int, compute_bytes: int) -> int:
+    """Elements per token: the gate's sigmoid; the output that was copied for it; and in fp32, where a norm keeps a view
+    of the queries, the gate beside them."""
+    view = compute_bytes == 4 and bool(shape.qk_norm)
+    return queries * (1 + (shape.attention == "repacked") + view)
 
 
 def _working_of_scores(shape: LayerShape, compute_bytes: int, seq_len: int) -> int:
@@ -153,16 +160,16 @@ def saved_by_recurrence(shape: LayerShape, compute_bytes: int, recurrence: Recur
     if not any(linear.name == "in_proj_z" for linear in shape.linears) or not heads:
         return 4 * _MAMBA_TENSORS * max(projected, values, shape.hidden)
     mixed = projected - values  # queries, keys and values enter the convolution together
-    norm = 4 * 3 * values + 2 * compute_bytes * values  # in fp32: input, gate and its SiLU; scaled and normed
-    convolution = 2 * mixed * compute_bytes
+    norm = (4 * 3 + compute_bytes) * values  # in fp32: input, gate, the gate's SiLU; and the normed input
+    outside = norm + 2 * mixed * compute_bytes  # the convolution's input and output
     if recurrence == "fla":
-        return norm + convolution + compute_bytes * (3 * values + CHUNK * heads) + 4 * 4 * heads
+        return outside + compute_bytes * (3 * values + CHUNK * heads) + 4 * 4 * heads
     states = values * (values // heads) // CHUNK
     if compute_bytes == 4:
-        return norm + convolution + 4 * (11 * values + states + 5 * CHUNK * heads)
+        return outside + 4 * (15 * values + states + 5 * CHUNK * heads + 9 * heads)
     # Autocast casts what enters each product, and keeps the copies.
-    full = 4 * (8 * values + states + 2 * CHUNK * heads)
-    return norm + convolution + full + compute_bytes * (7 * values + states + 3 * CHUNK * heads)
+    full = 4 * (8 * values + states + 2 * CHUNK * heads + 9 * heads)
+    return outside + full + compute_bytes * (9 * values + 2 * states + 3 * CHUNK * heads)
 
 
 def _values_of(shape: LayerShape) -> int:
