@@ -17,8 +17,12 @@ def saved_by(
     autocast: bool = False,
     fused_lora: bool = False,
     pool: int = 1,
+    our_experts: bool = False,
 ) -> int:
-    """Bytes of the distinct storages that a forward pass saves for the backward one, parameters left out."""
+    """Bytes of the distinct storages that a forward pass saves for the backward one, parameters left out.
+
+    our_experts: whether experts are computed as in a run.
+    """
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
     model = transformers.AutoModelForCausalLM.from_config(
@@ -27,6 +31,11 @@ def saved_by(
     )
     if bits == 4:
         pack_linears(model)
+    if our_experts:
+        experts = pytest.importorskip("qdist.runtime.model.experts")
+        for path, module in model.named_modules():
+            if path.endswith(".mlp.experts"):
+                experts.compute_experts(module, path)
     pooling = {"use_qalora": True, "qalora_group_size": pool} if pool > 1 else {}
     lora = peft.LoraConfig(r=rank, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM", **pooling)
     if fused_lora:

@@ -6,7 +6,7 @@ import pytest
 
 from qdist.core.model.shapes import Kept, LayerShape, Linear
 from qdist.core.planning.activations import saved_bytes_per_token
-from tests.models import attention, gated_mlp
+from tests.models import attention, experts_of, gated_mlp
 from tests.saved_tensors import saved_by
 
 BATCH, LENGTH, RANK = 2, 128, 8
@@ -35,23 +35,40 @@ FOUR_NORMS = LayerShape(
     hidden=64, linears=(*attention(64, 128, 64), *gated_mlp(64, 160)), intermediate=160, heads=4, kv_heads=2,
     head_dim=32, norms=4, qk_norm=True,
 )  # fmt: skip
+SPARSE = LayerShape(
+    hidden=64, linears=attention(64, 128, 64), intermediate=48, heads=4, kv_heads=2, head_dim=32, qk_norm=True,
+    experts=experts_of(64, 48, 8, 2), kept=(Kept("mlp.gate", 8 * 64, "router"),),
+)  # fmt: skip
 LAYERS: dict[str, tuple[LayerShape, dict[str, Any]]] = {
     "linear_attention": (RECURRENT, HYBRID),
     "full_attention": (FULL, HYBRID),
-    "gemma3": (FOUR_NORMS, WIDTHS | {"model_type": "gemma3_text", "sliding_window": 64}),
+    "experts": (
+        SPARSE,
+        WIDTHS
+        | {
+            "model_type": "qwen3_moe",
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+        },
+    ),
+    "gemma3": (
+        FOUR_NORMS,
+        WIDTHS | {"model_type": "gemma3_text", "sliding_window": 64},
+    ),
 }
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_autograd_saves_in_a_layer_of_each_kind_what_the_terms_say(kind: str, autocast: bool) -> None:
-    shape, config = LAYERS[kind]
+    shape = LAYERS[kind][0]
     targets = tuple(dict.fromkeys(linear.name for linear in shape.linears))
-    layer = kind if kind.endswith("attention") else "full_attention"
     three, two = (
         saved_by(
-            config | {"num_hidden_layers": count, "layer_types": [layer] * count}, targets, 0.0, rank=RANK,
-            batch=BATCH, length=LENGTH, bits=16, autocast=autocast, fused_lora=True,
+            layered(kind, count), targets, 0.0, rank=RANK, batch=BATCH, length=LENGTH, bits=16, autocast=autocast,
+            fused_lora=True, our_experts=shape.experts is not None,
         )
         for count in (3, 2)
     )  # fmt: skip
@@ -60,3 +77,10 @@ def test_autograd_saves_in_a_layer_of_each_kind_what_the_terms_say(kind: str, au
         fused_layers=False, fused_lora=True, lora_dropout=False,
     )  # fmt: skip
     assert own == pytest.approx((three - two) / (BATCH * LENGTH), rel=0.02)
+
+
+def layered(kind: str, count: int) -> dict[str, Any]:
+    """A configuration of `count` layers of one kind."""
+    mixed = kind if kind.endswith("attention") else "full_attention"
+    kinds = {} if kind == "experts" else {"layer_types": [mixed] * count}
+    return LAYERS[kind][1] | {"num_hidden_layers": count} | kinds
