@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from qdist.cli.views.model_parts import adapter_in_words, experts_lines, kept_lines
 from qdist.cli.views.text import loading
 from qdist.core.planning.disk import storage
 from qdist.core.planning.memory import MemoryBudget
@@ -18,7 +19,7 @@ from qdist.host.launch.survey import Work
 
 _MARGIN = " " * 9
 """Indent of a line that continues the named line above it."""
-_PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "gathers", "context")
+_PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "gathers", "context", "margin")
 
 
 def plan_lines(plan: Plan, *, notes: tuple[str, ...] = ()) -> list[str]:
@@ -27,7 +28,9 @@ def plan_lines(plan: Plan, *, notes: tuple[str, ...] = ()) -> list[str]:
     return [
         f"model    {spec.model}: {format_count(plan.facts.parameters)} parameters, {_weights(plan)}, "
         f"{plan.compute_dtype} arithmetic",
-        f"adapter  {plan.adapter.title} {spec.lora}: {format_count(plan.adapter_parameters)} parameters",
+        *experts_lines(plan.facts),
+        f"adapter  {plan.adapter.title} {spec.lora}: {adapter_in_words(plan)}",
+        *kept_lines(plan),
         f"ranks    {_where(plan)}",
         f"layout   {layout_of(plan).in_words(plan)}",
         f"engine   {_engine(plan)}, {plan.optimizer}",
@@ -145,6 +148,8 @@ def _weights(plan: Plan) -> str:
     spec = plan.spec
     if plan.source.gptq or spec.bits != 4:
         return str(plan.source.gptq or f"{spec.bits} bits")
+    if plan.packing and plan.packing.type == "mxfp4":
+        return "experts in MXFP4 as they come, linears in 16 bits"
     return f"4 bits {spec.quant.type}" + ", double quantization" * spec.quant.double
 
 

@@ -141,9 +141,19 @@ class LayerShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def largest_matrix(self) -> int:
-        """Elements of the largest matrix."""
-        matrices = (*self.linears, *(self.experts.matrices if self.experts else ()))
-        return max((matrix.weights for matrix in matrices), default=0)
+        """Elements of the largest matrix; 0 in a layer without linears."""
+        return max((linear.weights for linear in self.linears), default=0)
+
+    @property
+    def output_gate(self) -> bool:
+        """Whether the query projection is twice as wide, for a gate on attention's output."""
+        readers = [linear for linear in self.linears if linear.reads == "attention_in"]
+        return len(readers) > 2 and readers[0].outputs == 2 * self.heads * self.head_dim > 0
+
+    @property
+    def inner(self) -> int:
+        """Width of the MLPs that are linears, shared experts among them: what their last linears read."""
+        return sum(linear.inputs for linear in self.linears if linear.reads == "mlp_out")
 
     def targeted(self, targets: tuple[str, ...]) -> tuple[Linear, ...]:
         """The linears that `targets` names; `all-linear` names every one. Experts are no linears."""
@@ -266,8 +276,20 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def linear_names(self) -> tuple[str, ...]:
-        """Names that `targets` may contain."""
+        """Names of linears that `targets` may contain."""
         return tuple(dict.fromkeys(linear.name for linear in self.linears))
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """Everything that `targets` may contain besides `all-linear`: linears, then experts."""
+        experts = [shape.experts for shape in self.shapes if shape.experts]
+        matrices = (f"{EXPERTS}.{matrix.name}" for own in experts for matrix in own.matrices)
+        return (*self.linear_names, *dict.fromkeys((*([EXPERTS] if experts else []), *matrices)))
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of all routed experts."""
+        return sum(run.count * run.shape.experts.parameters for run in self.layers if run.shape.experts)
 
     @property
     def linear_weights(self) -> int:
@@ -294,14 +316,25 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def targeted(self, targets: tuple[str, ...]) -> tuple[Linear, ...]:
         """Every linear of every kind of layer that `targets` names, each once; `all-linear` names every one.
 
-        Raises ModelError when a target is not a linear of this model.
+        Raises ModelError when a target is neither a linear of this model nor experts of it.
         """
-        strangers = [] if ALL_LINEAR in targets else [name for name in targets if name not in self.linear_names]
-        if strangers:
-            known = ", ".join(self.linear_names)
-            meant = dict.fromkeys(filter(None, (nearest(each, self.linear_names) for each in targets)))
-            raise ModelError(
-                f"{self.name} has no linear {strangers[0]!r} among {known}",
-                ways=[{"lora.targets": tuple(meant) or (ALL_LINEAR,)}],
-            )
+        self.require_targets(targets)
         return tuple(dict.fromkeys(linear for shape in self.shapes for linear in shape.targeted(targets)))
+
+    def require_targets(self, targets: tuple[str, ...]) -> None:
+        """Raise ModelError naming the first target that this model does not have, or that is kept as it is."""
+        known = self.target_names
+        strangers = [name for name in targets if name != ALL_LINEAR and name not in known]
+        if not strangers:
+            return
+        meant = dict.fromkeys(filter(None, (each if each == ALL_LINEAR else nearest(each, known) for each in targets)))
+        raise ModelError(self._why_not(strangers[0], known), ways=[{"lora.targets": tuple(meant) or (ALL_LINEAR,)}])
+
+    def _why_not(self, target: str, known: tuple[str, ...]) -> str:
+        """Why a target cannot be adapted."""
+        kept = [own for shape in self.shapes for own in shape.kept if target in (own.path, own.path.rpartition(".")[2])]
+        if kept:
+            return f"{target} of {self.name} is not adapted: {kept[0].reason}"
+        if target.partition(".")[0] == EXPERTS and EXPERTS not in known:
+            return f"{self.name} has no experts, which lora.targets names"
+        return f"{self.name} has no linear {target!r} among {', '.join(known)}"

@@ -1,35 +1,46 @@
 """How are weights packed, and how many bytes does it take?"""
 
+from collections.abc import Mapping
 from math import ceil
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
+from qdist.core.errors import SpecError
+from qdist.core.model.shapes import Experts, Linear
 from qdist.core.spec.run_spec import RunSpec
 
 FORMAT = 1
 """Version of the packed format: raise it whenever the same source would be packed to other bytes or files."""
 BLOCK, NESTED_BLOCK = 64, 256
 """bitsandbytes: weights per absmax, and absmaxes per second-level absmax when quantized in turn."""
+MX_BLOCK = 32
+"""MXFP4: inputs that share a scale, a power of two in one byte (OCP microscaling formats, e8m0)."""
 
 
 class Packing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the weights are packed."""
 
     bits: Literal[4, 8, 16]
-    type: Literal["nf4", "fp4"] = "nf4"
-    """4-bit data type; at other widths this and `double` keep their defaults, so that equal packings compare equal."""
+    type: Literal["nf4", "fp4", "mxfp4"] = "nf4"
+    """4-bit data type; at other widths this and `double` keep their defaults, so that equal packings compare equal.
+    mxfp4: experts as gpt-oss' checkpoints store them, beside linears in 16 bits."""
     double: bool = True
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Dtype of the tensors that are not packed; auto keeps that of the source."""
 
     @property
     def method(self) -> str:
-        """nf4, fp4, int8 or 16-bit."""
+        """nf4, fp4, mxfp4, int8 or 16-bit."""
         return {4: self.type, 8: "int8", 16: "16-bit"}[self.bits]
 
+    @property
+    def linear_bits(self) -> Literal[4, 8, 16]:
+        """Bits of the weights of linears, which are not experts'."""
+        return 16 if self.type == "mxfp4" else self.bits
+
     def __str__(self) -> str:
-        plain = self.bits == 4 and not self.double
+        plain = self.bits == 4 and not self.double and self.type != "mxfp4"
         return f"{self.method} without double quantization" if plain else self.method
 
 
@@ -53,6 +64,48 @@ def blocks_of(weights: int) -> tuple[int, int]:
     return blocks, ceil(blocks / NESTED_BLOCK)
 
 
-def packing_of(spec: RunSpec) -> Packing:
-    """How a run's weights are packed, unless they come as GPTQ."""
-    return msgspec.convert({"bits": spec.bits, "type": spec.quant.type, "double": spec.quant.double}, Packing)
+def experts_bytes(
+    experts: Experts, *, bits: int, double: bool = True, mxfp4: bool = False, plain_bytes: int = 2
+) -> int:
+    """Bytes of the packed matrices of a layer's experts, each of which is packed by itself; biases are not in it."""
+    each = (
+        expert_matrix_bytes(experts, matrix, bits=bits, double=double, mxfp4=mxfp4, plain_bytes=plain_bytes)
+        for matrix in experts.matrices
+    )
+    return experts.count * sum(each)
+
+
+def expert_matrix_bytes(
+    experts: Experts, matrix: Linear, *, bits: int, double: bool = True, mxfp4: bool = False, plain_bytes: int = 2
+) -> int:
+    """Bytes of one expert's packed matrix: absmaxes, their own absmaxes and an offset are of it alone."""
+    if mxfp4:
+        return matrix.outputs * ceil(matrix.inputs / MX_BLOCK) * (MX_BLOCK // 2 + 1)
+    rows, columns = (matrix.inputs, matrix.outputs) if experts.transposed else (matrix.outputs, matrix.inputs)
+    return matrix_bytes(columns, rows, bits=bits, double=double, plain_bytes=plain_bytes)
+
+
+def stores_mxfp4(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint stores its experts in MXFP4. config: the content of its config.json."""
+    stored = config.get("quantization_config")
+    return isinstance(stored, Mapping) and stored.get("quant_method") == "mxfp4"
+
+
+def packing_of(spec: RunSpec, config: Mapping[str, Any] | None = None) -> Packing:
+    """How a run's weights are packed, unless they come as GPTQ.
+
+    config: the content of the model's config.json. Random weights of gpt-oss are in MXFP4, as its checkpoints are.
+    Raises SpecError for a width or type that a checkpoint in MXFP4 does not have.
+    """
+    dummy = spec.load_format == "dummy" and config is not None and config.get("model_type") == "gpt_oss"
+    if config is None or not (dummy or stores_mxfp4(config)):
+        return msgspec.convert({"bits": spec.bits, "type": spec.quant.type, "double": spec.quant.double}, Packing)
+    if spec.bits != 4 or spec.quant.type != "nf4" or not spec.quant.double:
+        raise SpecError(
+            f"the experts of {spec.model} are in MXFP4, 4 bits with a scale for 32 weights, and are trained on as they "
+            f"come; this run wants {spec.bits} bits"
+            + (f" of {spec.quant.type}" + " without double quantization" * (not spec.quant.double))
+            * (spec.bits == 4),
+            ways=[{"bits": 4, "quant.type": "nf4", "quant.double": True}],
+        )
+    return Packing(bits=4, type="mxfp4", double=False)

@@ -8,8 +8,10 @@ from qdist.core.errors import Change, SpecError
 from qdist.core.machine.calibration import Correction
 from qdist.core.machine.cards import has_bfloat16
 from qdist.core.machine.cluster import Cluster
+from qdist.core.model.shapes import ModelFacts
+from qdist.core.planning.activations import Recurrence
 from qdist.core.planning.candidates import USABLE_SHARE, Candidate, PlanningContext
-from qdist.core.planning.memory import MemoryBudget, Sizes
+from qdist.core.planning.memory import UNMEASURED_SHARE, MemoryBudget, Sizes
 from qdist.core.planning.placements.base import OPEN, Placement, unit_of
 from qdist.core.planning.placements.registry import PLACEMENTS
 from qdist.core.planning.plan import Plan
@@ -180,6 +182,21 @@ def notes(setting: PlanningContext, winner: Candidate, barred: SpecError | None)
         yield (
             "zero.stage=3 gathers adapters that stay whole on every rank: 7B on 2 H200s ran at 18,517 tokens/s under "
             "it, at 21,976 under zero.stage=2"
+        )
+
+
+def model_notes(facts: ModelFacts, recurrence: Recurrence | None) -> Iterator[str]:
+    """Notes on what a plan assumes of a model's layers."""
+    if not facts.measured:
+        yield (
+            f"nobody has measured the activations of {facts.family}: {100 * UNMEASURED_SHARE:.0f} % are added to what "
+            "its shapes say of them"
+        )
+    if recurrence == "torch":
+        count = sum(run.count for run in facts.layers if run.shape.mixer == "recurrent")
+        yield (
+            f"{counted(count, 'recurrent layer')} of {facts.layer_count} run torch's own operations, which are slower "
+            "and keep more: pip install flash-linear-attention causal-conv1d, for GPUs"
         )
 
 

@@ -41,7 +41,8 @@ def storage(plan: Plan) -> Storage:
 def packed_bytes(facts: ModelFacts, packing: Packing, *, stored_bytes: int = 2) -> int:
     """A model's weights, packed. stored_bytes: of a number of what is not packed."""
     job = TrainingShape(
-        bits=packing.bits,
+        bits=packing.linear_bits,
+        mxfp4=packing.type == "mxfp4",
         double_quant=packing.double,
         compute_bytes=stored_bytes,
         rank_r=1,

@@ -12,6 +12,7 @@ from qdist.core.model.adapters.lora import LoraMethod
 from qdist.core.model.adapters.registry import LORA
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.shapes import ALL_LINEAR, LayerShape, ModelFacts
+from qdist.core.planning.activations import widths_of
 from qdist.core.planning.candidates import USABLE_SHARE
 from qdist.core.planning.layer_map import scattered, spread_layers
 from qdist.core.planning.memory import STAGED_LAYERS, TrainingShape, sizes
@@ -84,6 +85,7 @@ def footprint(
     bits: int,
     double_quant: bool,
     compute_bytes: int,
+    mxfp4: bool = False,
     gptq: Gptq | None = None,
     tokens: int,
     rank_r: int = 0,
@@ -98,15 +100,16 @@ def footprint(
     scored: tokens whose logits exist at a time, for a loss.
     """
     job = TrainingShape(
-        bits=bits, double_quant=double_quant, compute_bytes=compute_bytes, gptq=gptq, rank_r=rank_r, targets=targets,
-        adapter=adapter, seq_len=1,
+        bits=bits, double_quant=double_quant, compute_bytes=compute_bytes, mxfp4=mxfp4, gptq=gptq, rank_r=rank_r,
+        targets=targets, adapter=adapter, seq_len=1,
     )  # fmt: skip
     parts = sizes(facts, job)
     cached = [2 * shape.kv_heads * shape.head_dim * compute_bytes * tokens for shape in facts.shapes]
     work = max(
-        (2 * shape.largest_matrix + tokens * (4 * facts.hidden + 3 * shape.intermediate)) * compute_bytes
+        max((2 * shape.largest_matrix + tokens * (4 * facts.hidden + 3 * shape.intermediate)) * compute_bytes,
+            _experts_work(shape, tokens, compute_bytes))
         for shape in facts.shapes
-    )
+    )  # fmt: skip
     loss = scored * facts.vocab * _SCORED_BYTES
     layer = [own.packed + 4 * own.trained + kept for own, kept in zip(parts.layers, cached, strict=True)]
     waiting = [
@@ -121,6 +124,16 @@ def footprint(
         last=parts.head + loss * (not facts.tied_embeddings),
         everywhere=CUDA_CONTEXT_BYTES + work,
     )
+
+
+def _experts_work(shape: LayerShape, tokens: int, compute_bytes: int) -> int:
+    """Bytes of one parameter unpacked, of all experts, and of each pair's rows: input, first product, gate, output."""
+    experts = shape.experts
+    if experts is None:
+        return 0
+    first, last = widths_of(experts)
+    unpacked = experts.count * max(matrix.weights for matrix in experts.matrices)
+    return (unpacked + tokens * experts.active * (2 * shape.hidden + first + last)) * compute_bytes
 
 
 def room(free_bytes: int, cap_bytes: int | None) -> int:

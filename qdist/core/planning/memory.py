@@ -7,11 +7,11 @@ from math import ceil
 import msgspec
 
 from qdist.core.model.adapters.lora import LoraMethod
-from qdist.core.model.adapters.registry import LORA
+from qdist.core.model.adapters.registry import LORA, trained_parameters
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.shapes import LayerShape, Linear, ModelFacts
-from qdist.core.model.storage import matrix_bytes
-from qdist.core.planning.activations import saved_bytes_per_token
+from qdist.core.model.storage import expert_matrix_bytes, experts_bytes, matrix_bytes
+from qdist.core.planning.activations import Recurrence, saved_bytes_per_token, working_bytes_per_token
 
 GATHERED_LAYERS = 3
 """Packed layers that a sharded backbone holds beside its own part: FSDP2's all-gather output of the layer in use, the
@@ -27,6 +27,8 @@ _REDUCE_BUCKET = 50_000_000
 """Elements of the flat buffer into which ZeRO 2 and 3 reduce gradients (`reduce_bucket_size` of ds_configs/)."""
 _LOSS_CHUNKS = 8
 """A fused loss walks the tokens in at least this many pieces: Liger splits by vocab / hidden, 8 for Llama-7B."""
+UNMEASURED_SHARE = 0.1
+"""Margin of a family whose activations nobody has measured, as a share of what is predicted for them."""
 
 
 class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -50,6 +52,8 @@ class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """CUDA context, libraries and NCCL's buffers, which torch does not count."""
     pageable: int = 0
     """Moments in paged memory: on the GPU if there is room, otherwise in host memory."""
+    margin: int = 0
+    """Added for a family whose activations nobody has measured."""
 
     @property
     def total(self) -> int:
@@ -67,13 +71,15 @@ class TrainingShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     bits: int
     double_quant: bool = True
+    mxfp4: bool = False
+    """Whether experts are in MXFP4; `bits` are then of the linears alone."""
     gptq: Gptq | None = None
     """GPTQ packing used instead, at its own width."""
     compute_bytes: int = 2
     """Bytes of a computed number: 2 under autocast to 16 bits, 4 on a CPU."""
     rank_r: int
     targets: tuple[str, ...]
-    """Leaf names of the linears that LoRA adapts."""
+    """What LoRA adapts: leaf names of linears, 'experts', 'experts.down_proj'."""
     adapter: LoraMethod = LORA
     seq_len: int
     fused_loss: bool = False
@@ -83,6 +89,10 @@ class TrainingShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     fused_lora: bool = False
     """Whether qdist's adapted linears replace peft's: no casts are kept."""
     lora_dropout: bool = False
+    grouped: bool = True
+    """Whether one kernel multiplies all experts of a layer, for which all their matrices are unpacked."""
+    recurrence: Recurrence = "torch"
+    """Which kernel recurrent layers run."""
     moment_bytes: int = 8
     """Bytes of AdamW's two moments per trained parameter."""
     optimizer_on_gpu: bool = True
@@ -147,6 +157,8 @@ class LayerSizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     packed: int
     """Bytes of the frozen layer."""
+    packed_experts: int
+    """Those of them that are matrices of experts."""
     trained: int
     """Adapter parameters."""
     saved_token: int
@@ -197,39 +209,67 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 def sizes(facts: ModelFacts, job: TrainingShape) -> Sizes:
-    """Count a model's parts. Raises ModelError when a target of the adapter is not a linear of the model."""
-    facts.targeted(job.targets)
+    """Count a model's parts. Raises ModelError when the model does not have a target of the adapter."""
+    facts.require_targets(job.targets)
     head = (0 if facts.tied_embeddings else facts.vocab * facts.hidden) + facts.outer_norm_parameters
+    first = (facts.vocab + facts.learned_positions) * facts.hidden + facts.outer_parameters
     return Sizes(
         facts=facts,
         job=job,
         layers=tuple(_layer_sizes(shape, job) for shape in facts.shapes),
-        embedding=(facts.vocab + facts.learned_positions) * facts.hidden * job.compute_bytes,
+        embedding=first * job.compute_bytes,
         head=head * job.compute_bytes,
         entering_token=facts.hidden * job.compute_bytes,
     )
 
 
 def _layer_sizes(shape: LayerShape, job: TrainingShape) -> LayerSizes:
-    trained = sum(job.adapter.parameters(linear, job.rank_r) for linear in shape.targeted(job.targets))
+    trained = trained_parameters(shape, job.rank_r, job.targets, job.adapter)
     saved = saved_bytes_per_token(
         shape, bits=job.bits, compute_bytes=job.compute_bytes, rank_r=job.rank_r, targets=job.targets,
         adapter=job.adapter, seq_len=job.seq_len, fused_layers=job.fused_layers, fused_lora=job.fused_lora,
-        lora_dropout=job.lora_dropout,
+        lora_dropout=job.lora_dropout, recurrence=job.recurrence,
     )  # fmt: skip
-    widest = max(shape.linears, key=lambda linear: linear.weights)
-    # In the backward pass, three gradients as wide as the MLP (of the product, the gate and up), and the largest weight
-    # matrix twice: dequantized, and in the type of the matmul. A 16-bit backbone has the matrix already; this is too
-    # small to tell.
+    cast = sum(job.adapter.parameters(linear, job.rank_r) for linear in shape.targeted(job.targets))
     return LayerSizes(
         packed=packed_layer_bytes(shape, job),
+        packed_experts=_experts_bytes(shape, job),
         trained=trained,
         saved_token=saved,
-        casts=trained * job.compute_bytes if job.compute_bytes < 4 and not job.fused_lora else 0,
-        working=2 * widest.weights * job.compute_bytes,
-        working_token=3 * shape.intermediate * job.compute_bytes,
-        loading=widest.weights * job.compute_bytes + (_packed_bytes(widest, job) if job.bits < 16 else 0),
+        casts=cast * job.compute_bytes if job.compute_bytes < 4 and not job.fused_lora else 0,
+        working=_unpacked_bytes(shape, job),
+        working_token=working_bytes_per_token(
+            shape, compute_bytes=job.compute_bytes, targets=job.targets, seq_len=job.seq_len, recurrence=job.recurrence
+        ),
+        loading=_loading_bytes(shape, job),
     )
+
+
+def _unpacked_bytes(shape: LayerShape, job: TrainingShape) -> int:
+    """Bytes of the weights unpacked at a time in the backward pass.
+
+    The largest matrix twice: dequantized, and in the type of the product. A 16-bit backbone has the matrix already;
+    this is too small to tell. Of experts one parameter is unpacked at a time: for a grouped product all its matrices,
+    otherwise one in turn.
+    """
+    linear = 2 * shape.largest_matrix * job.compute_bytes
+    if shape.experts is None or (job.bits == 16 and not job.mxfp4):
+        return linear
+    widest = max(matrix.weights for matrix in shape.experts.matrices)
+    return max(linear, (shape.experts.count if job.grouped else 1) * widest * job.compute_bytes)
+
+
+def _loading_bytes(shape: LayerShape, job: TrainingShape) -> int:
+    """Bytes of the largest matrix, an expert's included, before and after it is packed."""
+    found = [
+        linear.weights * job.compute_bytes + (_packed_bytes(linear, job) if job.bits < 16 else 0)
+        for linear in sorted(shape.linears, key=lambda linear: linear.weights)[-1:]
+    ]
+    if experts := shape.experts:
+        widest = max(experts.matrices, key=lambda matrix: matrix.weights)
+        packed = expert_matrix_bytes(experts, widest, bits=job.bits, double=job.double_quant, mxfp4=job.mxfp4)
+        found.append(widest.weights * job.compute_bytes + packed * (job.bits < 16 or job.mxfp4))
+    return max(found, default=0)
 
 
 def budget(sizes: Sizes, share: Share) -> MemoryBudget:
@@ -265,6 +305,7 @@ def budget(sizes: Sizes, share: Share) -> MemoryBudget:
         + (4 * min(_REDUCE_BUCKET, trained) if share.zero_stage >= 2 else 0)
         + share.received * tokens * sizes.entering_token,
         context=share.context_bytes,
+        margin=0 if facts.measured else int(UNMEASURED_SHARE * (kept + work)),
     )
 
 
@@ -290,11 +331,22 @@ def weight_bytes(sizes: Sizes, share: Share) -> int:
 
 
 def packed_layer_bytes(shape: LayerShape, job: TrainingShape) -> int:
-    """Bytes of one frozen decoder layer: packed linears, with biases and norms in 16 bits."""
+    """Bytes of one frozen decoder layer: packed linears and experts, with biases, norms and what is kept in 16 bits."""
     rest = shape.parameters - shape.weights
     stated = job.gptq.layer_bytes if job.gptq else 0
     packed = stated or sum(_packed_bytes(linear, job) for linear in shape.linears)
-    return packed + rest * job.compute_bytes
+    return packed + _experts_bytes(shape, job) + rest * job.compute_bytes
+
+
+def _experts_bytes(shape: LayerShape, job: TrainingShape) -> int:
+    """Bytes of the packed matrices of a layer's experts; 0 without any."""
+    return (
+        0
+        if shape.experts is None
+        else experts_bytes(
+            shape.experts, bits=job.bits, double=job.double_quant, mxfp4=job.mxfp4, plain_bytes=job.compute_bytes
+        )
+    )
 
 
 def _packed_bytes(linear: Linear, job: TrainingShape) -> int:

@@ -10,10 +10,12 @@ from qdist.core.data.conversation import Wording
 from qdist.core.machine.calibration import Correction
 from qdist.core.machine.world import World, world_of
 from qdist.core.model.adapters.lora import LoraMethod
-from qdist.core.model.adapters.registry import ADAPTERS, adapter_parameters
+from qdist.core.model.adapters.registry import ADAPTERS, adapter_parameters, expert_adapter_parameters
 from qdist.core.model.families import FAMILIES
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.shapes import LayerShape, ModelFacts
+from qdist.core.model.storage import Packing, packing_of
+from qdist.core.planning.activations import Recurrence
 from qdist.core.planning.memory import MemoryBudget
 from qdist.core.spec.run_spec import Placement, RunSpec, Schedule
 
@@ -165,6 +167,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     engine: Literal["torch", "deepspeed"]
     zero_stage: int
     liger: bool
+    recurrence: Recurrence | None = None
+    """Kernel that recurrent layers run; None if there are none."""
     threads_per_rank: int
     ranks: tuple[RankPlan, ...]
     tokens_per_second: float = 0.0
@@ -200,8 +204,23 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def adapter_parameters(self) -> int:
-        """Adapter parameters beside the linears of the whole model."""
+        """Adapter parameters of the whole model, beside linears and experts."""
         return adapter_parameters(self.facts, self.spec.lora.r, self.spec.lora.targets, self.adapter)
+
+    @property
+    def expert_adapter_parameters(self) -> int:
+        """Those of them that are beside experts."""
+        return expert_adapter_parameters(self.facts, self.spec.lora.r, self.spec.lora.targets)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether one kernel multiplies all experts: torch's, for bfloat16 on GPUs; else they are taken in turn."""
+        return self.device == "cuda" and self.compute_dtype == "bfloat16"
+
+    @property
+    def packing(self) -> Packing | None:
+        """How the weights are packed; None if they come as GPTQ."""
+        return None if self.source.gptq else packing_of(self.spec, self.source.config)
 
     @property
     def checkpointing(self) -> bool:

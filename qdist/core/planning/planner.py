@@ -11,9 +11,12 @@ from qdist.core.machine.cluster import changed as machine_changed
 from qdist.core.machine.world import Rank, checked_world
 from qdist.core.model.adapters.registry import ADAPTERS
 from qdist.core.model.shapes import ModelFacts
+from qdist.core.model.storage import packing_of
+from qdist.core.planning.activations import Recurrence
 from qdist.core.planning.advice import (
     correction_notes,
     dtype_notes,
+    model_notes,
     needs,
     notes,
     too_big,
@@ -36,7 +39,8 @@ from qdist.core.planning.ranking import (
     last_resort,
     nonexistent,
 )
-from qdist.core.planning.resources import count_of, dtype_of, liger_of, optimizer_of, rooms_of
+from qdist.core.planning.resources import count_of, dtype_of, liger_of, optimizer_of, recurrence_of, rooms_of
+from qdist.core.planning.unsupported import require_supported
 from qdist.core.spec.run_spec import MOST_STEPS, RunSpec, changed, flatten
 from qdist.core.spec.suggest import or_tried_hint
 
@@ -56,6 +60,7 @@ class _Inputs(NamedTuple):
     optimizer: Literal["adamw", "paged-adamw"]
     rates: Rates | None
     correction: Correction | None
+    recurrence: Recurrence | None
     usual_micro_batch: int | None
     fullest: tuple[Fullest, ...]
 
@@ -75,11 +80,13 @@ def make_plan(
     data: DataFacts | None,
     *,
     has_liger: bool = False,
+    has_fla: bool = False,
     usual_micro_batch: int | None = None,
     correction: Correction | None = None,
 ) -> Plan:
     """Decide placement, batches, precision and engine.
 
+    has_liger, has_fla: whether liger-kernel and flash-linear-attention are installed.
     usual_micro_batch: what the run had before it was resumed. It is kept where the ranks allow, since dropout is drawn
     for each micro-batch.
     correction: what runs on this machine have taught.
@@ -97,6 +104,7 @@ def make_plan(
             machine_changed(cluster, change, own.gpus),
             data,
             has_liger=has_liger,
+            has_fla=has_fla,
             usual_micro_batch=usual_micro_batch,
             correction=correction,
         )
@@ -112,10 +120,12 @@ def plan_once(
     data: DataFacts | None,
     *,
     has_liger: bool = False,
+    has_fla: bool = False,
     usual_micro_batch: int | None = None,
     correction: Correction | None = None,
 ) -> Plan:
     """Like `make_plan`, but the suggestions of a refusal are untried."""
+    require_supported(spec, facts, source.config)
     count = count_of(spec, cluster)
     longest = min(spec.seq_len, data.longest) if data else spec.seq_len
     if longest > facts.max_positions:
@@ -140,6 +150,7 @@ def plan_once(
         optimizer=optimizer_of(spec, cluster),
         rates=rates,
         correction=correction,
+        recurrence=recurrence_of(facts, cluster, has_fla),
         usual_micro_batch=usual_micro_batch,
         fullest=data.fullest if data and cluster.device == "cpu" else (),
     )
@@ -173,6 +184,7 @@ def plan_once(
         engine=layout.engine,
         zero_stage=layout.zero_stage,
         liger=inputs.liger,
+        recurrence=inputs.recurrence,
         threads_per_rank=max(1, cluster.cpu_count // layout.world_size),
         ranks=_ranks(setting, winner, cluster.device),
         tokens_per_second=round(tokens_s(winner), 1),
@@ -181,6 +193,7 @@ def plan_once(
         correction=correction,
         notes=(
             *notes(setting, winner, barred(setting, winner, decision.rows)),
+            *model_notes(facts, inputs.recurrence),
             *dtype_notes(inputs.dtype, cluster),
             *rate_notes,
             *correction_notes(correction),
@@ -211,8 +224,10 @@ def _setting(inputs: _Inputs, count: int) -> PlanningContext:
     spec, source = inputs.spec, inputs.source
     # Before a model is prepared nobody knows which of the tokens it has: they all count as new.
     new_rows = len(source.new_token_ids) or (len(spec.new_tokens) if source.kind == "dummy" else 0)
+    packing = None if source.gptq else packing_of(spec, source.config)
     job = TrainingShape(
-        bits=4 if source.gptq else spec.bits,  # at any width GPTQ unpacks first, as NF4 does
+        bits=packing.linear_bits if packing else 4,  # at any width GPTQ unpacks first, as NF4 does
+        mxfp4=packing is not None and packing.type == "mxfp4",
         gptq=source.gptq,
         double_quant=spec.quant.double,
         compute_bytes=4 if inputs.dtype == "float32" else 2,
@@ -224,6 +239,8 @@ def _setting(inputs: _Inputs, count: int) -> PlanningContext:
         fused_layers=inputs.liger,
         fused_lora=spec.lora.dropout == 0,
         lora_dropout=spec.lora.dropout > 0,
+        grouped=inputs.cluster.device == "cuda" and inputs.dtype == "bfloat16",
+        recurrence=inputs.recurrence or "torch",
         optimizer_on_gpu=spec.zero.offload == "none",
         paged=inputs.optimizer == "paged-adamw",
     )

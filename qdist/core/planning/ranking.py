@@ -75,8 +75,8 @@ def contenders(setting: PlanningContext, found: Sequence[Layout]) -> list[list[C
 
 def barring(setting: PlanningContext, layout: Layout) -> SpecError | None:
     """Why a layout cannot exist, or its ranks cannot do what is wanted; None if it can."""
-    spec, layers = setting.spec, setting.sizes.facts.layer_count
-    return layout.impossible(spec, layers) or layout.unable(spec, setting.new_rows)
+    spec = setting.spec
+    return layout.impossible(spec, setting.sizes.facts) or layout.unable(spec, setting.new_rows)
 
 
 def eligible(setting: PlanningContext, rows: Iterable[Iterable[Candidate]]) -> list[Candidate]:
@@ -162,8 +162,8 @@ def alternatives(
 
 
 def nonexistent(setting: PlanningContext, found: Iterable[Layout]) -> tuple[Alternative, ...]:
-    """Layouts that the model has too few layers for."""
-    refused = ((layout, layout.impossible(setting.spec, setting.sizes.facts.layer_count)) for layout in found)
+    """Layouts that the model has too few layers for, or that would cut it where it cannot be cut."""
+    refused = ((layout, layout.impossible(setting.spec, setting.sizes.facts)) for layout in found)
     return tuple(
         Alternative(
             placement=layout.placement,
@@ -226,4 +226,4 @@ def _works(setting: PlanningContext, layout: Layout) -> bool:
         check_batches(setting, layout)
     except SpecError:
         return False
-    return layout.impossible(setting.spec, setting.sizes.facts.layer_count) is None
+    return layout.impossible(setting.spec, setting.sizes.facts) is None

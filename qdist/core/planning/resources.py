@@ -5,6 +5,8 @@ from typing import Literal
 from qdist.core.errors import PlanError, SpecError
 from qdist.core.machine.cards import has_bfloat16
 from qdist.core.machine.cluster import MOST_RANKS, Cluster
+from qdist.core.model.shapes import ModelFacts
+from qdist.core.planning.activations import Recurrence
 from qdist.core.planning.candidates import USABLE_SHARE
 from qdist.core.spec.run_spec import RunSpec, memory_cap_of, memory_caps
 from qdist.core.text import GIB, counted, format_bytes
@@ -55,6 +57,13 @@ def liger_of(spec: RunSpec, cluster: Cluster, has_liger: bool) -> bool:
             ways=[{"liger": None}],
         )
     return cluster.device == "cuda" and has_liger if spec.liger is None else spec.liger
+
+
+def recurrence_of(facts: ModelFacts, cluster: Cluster, has_fla: bool) -> Recurrence | None:
+    """Which kernel recurrent layers run: flash-linear-attention's on GPUs where it is installed; None without any."""
+    if not any(shape.mixer == "recurrent" for shape in facts.shapes):
+        return None
+    return "fla" if has_fla and cluster.device == "cuda" else "torch"
 
 
 def rooms_of(spec: RunSpec, cluster: Cluster, count: int) -> tuple[int, ...] | None:

@@ -11,6 +11,7 @@ import msgspec
 
 from qdist.core.machine.cluster import Rates
 from qdist.core.model.shapes import LayerShape
+from qdist.core.planning.activations import CHUNK, saved_by_recurrence, widths_of
 from qdist.core.planning.memory import LayerSizes, Sizes, TrainingShape, first_of
 
 GEMM_SHARE = 0.98
@@ -25,6 +26,12 @@ TRAFFIC_SHARE = 0.85
 INT8_SHARE = 0.62
 """Share of the 16-bit matmul rate that LLM.int8's forward product reaches, overhead included: quantizing the input,
 scaling the result. Chosen, with the next, on the three rows of 8 bits in tests/core/planning/test_speed.py."""
+GROUPED_SHARE = 0.6
+"""Share of the sustained matmul rate for grouped products over experts, whose groups are of many sizes: an estimate."""
+RECURRENT_VISITS = {"fla": 2.0, "torch": 4.0}
+"""Times that the tensors which a recurrent layer keeps are moved in each pass, by its kernel: an estimate."""
+CHUNK_LAUNCHES = 0.15
+"""Time to launch torch's operations on one chunk of a recurrence, as a multiple of that for a linear: an estimate."""
 INT8_STOP = 0.8
 """Its forward product's wait for the GPU to report outlier columns, as a multiple of the time to launch a linear."""
 PEFT_ACCESSES = 5.0
@@ -81,7 +88,7 @@ def _layer_passes(
     shape: LayerShape, own: LayerSizes, job: TrainingShape, rates: Rates, tokens: int
 ) -> tuple[float, float]:
     """Seconds of a layer, forward and backward."""
-    weights = shape.weights
+    weights = sum(linear.weights for linear in shape.linears)
     slow = FLOAT32_SLOWDOWN if job.compute_bytes == 4 else 1
     flops_s = rates.matmul_flops_s * GEMM_SHARE / slow
     product = max(2 * weights * tokens / flops_s, 2 * weights / rates.memory_bytes_s)
@@ -89,14 +96,55 @@ def _layer_passes(
     quantized = product / INT8_SHARE + stops if job.bits == 8 else product
     scores = 2 * tokens * job.seq_len * shape.heads * shape.head_dim
     attention = scores / (rates.matmul_flops_s * ATTENTION_SHARE / slow)
-    unpack = 0.0 if job.bits == 16 else (own.packed + 2 * weights) / (rates.memory_bytes_s * UNPACK_SHARE)
+    own_packed = own.packed - own.packed_experts
+    unpack = 0.0 if job.bits == 16 else (own_packed + 2 * weights) / (rates.memory_bytes_s * UNPACK_SHARE)
     forward_bytes, backward_bytes = (tokens * size * job.compute_bytes for size in _accesses(shape, job))
-    adapter = 2 * own.trained * tokens / flops_s
+    adapter = 2 * _visited_adapter(shape, job) * tokens / flops_s
     traffic_s = rates.memory_bytes_s * TRAFFIC_SHARE
     forward = quantized + attention + adapter + unpack * (job.bits == 4) + forward_bytes / traffic_s
     backward = product + 2.5 * attention + 2 * adapter + unpack + backward_bytes / traffic_s
-    launch = LAUNCH_SHARE * len(shape.linears) * rates.linear_s / 2
+    experts, recurrence = _experts_s(shape, own, job, rates, tokens), _recurrence_s(shape, job, rates, tokens)
+    forward, backward = forward + experts + recurrence, backward + experts + 2 * recurrence
+    launch = LAUNCH_SHARE * _launched(shape, job, tokens) * rates.linear_s / 2
     return max(forward, launch), max(backward, launch)
+
+
+def _launched(shape: LayerShape, job: TrainingShape, tokens: int) -> float:
+    """Linears of a layer, and what takes as long to launch: grouped products, or one for each expert with tokens."""
+    experts = shape.experts
+    chunks = tokens / CHUNK * (shape.mixer == "recurrent" and job.recurrence == "torch")
+    if experts is None:
+        return len(shape.linears) + CHUNK_LAUNCHES * chunks
+    each = 1 if job.grouped else min(experts.count, tokens * experts.active)
+    return len(shape.linears) + len(experts.matrices) * each + CHUNK_LAUNCHES * chunks
+
+
+def _visited_adapter(shape: LayerShape, job: TrainingShape) -> int:
+    """Adapter parameters that a token passes."""
+    linears = sum(job.adapter.parameters(linear, job.rank_r) for linear in shape.targeted(job.targets))
+    matrices = sum(matrix.inputs + matrix.outputs for matrix in shape.targeted_matrices(job.targets))
+    return linears + (shape.experts.active * job.rank_r * matrices if shape.experts else 0)
+
+
+def _experts_s(shape: LayerShape, own: LayerSizes, job: TrainingShape, rates: Rates, tokens: int) -> float:
+    """Seconds of a pass through the routed experts: products of the active ones, all of them unpacked and read."""
+    experts = shape.experts
+    if experts is None:
+        return 0.0
+    visited = experts.active * sum(matrix.weights for matrix in experts.matrices)
+    slow = FLOAT32_SLOWDOWN if job.compute_bytes == 4 else 1
+    product = 2 * visited * tokens / (rates.matmul_flops_s * GROUPED_SHARE / slow)
+    packed = job.bits < 16 or job.mxfp4
+    unpack = (own.packed_experts + 2 * experts.weights) / (rates.memory_bytes_s * UNPACK_SHARE) if packed else 0.0
+    return max(product, 2 * experts.weights / rates.memory_bytes_s) + unpack
+
+
+def _recurrence_s(shape: LayerShape, job: TrainingShape, rates: Rates, tokens: int) -> float:
+    """Seconds of a forward pass through a recurrence, from what it keeps."""
+    if shape.mixer != "recurrent":
+        return 0.0
+    kept = tokens * saved_by_recurrence(shape, job.compute_bytes, job.recurrence)
+    return RECURRENT_VISITS[job.recurrence] * kept / (rates.memory_bytes_s * TRAFFIC_SHARE)
 
 
 def _accesses(shape: LayerShape, job: TrainingShape) -> tuple[float, float]:
@@ -106,7 +154,8 @@ def _accesses(shape: LayerShape, job: TrainingShape) -> tuple[float, float]:
     reads and writes q and k; two residual additions, and the sum of the gradients of all that read one tensor.
     Unfused norms and rotation: chosen on the two stock rows of the same tests, still 7 to 8 % too fast.
     """
-    hidden, inner = shape.hidden, shape.intermediate
+    experts = shape.experts
+    hidden, inner = shape.hidden, shape.inner + (experts.active * widths_of(experts)[1] if experts else 0)
     rotated = (shape.heads + shape.kv_heads) * shape.head_dim
     fused = job.fused_layers and shape.norm == "rms"
     norm, norm_back = (2, 3) if fused else (16, 32)
@@ -117,6 +166,8 @@ def _accesses(shape: LayerShape, job: TrainingShape) -> tuple[float, float]:
     backward: float = shape.norms * norm_back * hidden + gate_back * inner + turn * rotated + (6 + 3 * readers) * hidden
     if shape.attention == "eager":
         forward, backward = forward + 12 * shape.heads * job.seq_len, backward + 12 * shape.heads * job.seq_len
+    if experts:  # rows gathered, weighed and summed, forward and backward
+        forward, backward = forward + 5 * experts.active * hidden, backward + 8 * experts.active * hidden
     adapted = shape.targeted(job.targets)
     inputs, outputs = sum(linear.inputs for linear in adapted), sum(linear.outputs for linear in adapted)
     # Thin products move bytes: A reads the input, B adds to the output; backward the input's gradient is read and
@@ -141,7 +192,8 @@ def _adapter_step_s(
     """Seconds of the optimizer step and ZeRO's exchanges, for the adapter on these counts of layers by run."""
     trained, job = sizes.trained(layers), sizes.job
     matrices = 2 * sum(
-        count * len(shape.targeted(job.targets)) for count, shape in zip(layers, sizes.facts.shapes, strict=True)
+        count * (len(shape.targeted(job.targets)) + len(shape.targeted_matrices(job.targets)))
+        for count, shape in zip(layers, sizes.facts.shapes, strict=True)
     )
     own = ceil(trained / ranks) if stage else trained
     if job.optimizer_on_gpu:

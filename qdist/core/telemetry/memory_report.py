@@ -103,9 +103,10 @@ def _on_cpu(peak: Mapping[str, int], stays: Mapping[str, int]) -> dict[str, int]
 
 
 def _predicted(expected: MemoryBudget) -> dict[str, int]:
-    """Optimizer state that can be paged out counts as optimizer state."""
+    """Optimizer state that can be paged out counts as optimizer state, the margin for activations as activations."""
     found = {name: int(getattr(expected, name)) for name in PARTS}
-    return found | {"optimizer": found["optimizer"] + expected.pageable}
+    own = {"optimizer": expected.pageable, "activations": expected.margin}
+    return found | {name: found[name] + more for name, more in own.items()}
 
 
 def _label(plan: Plan, gpus: tuple[int, ...], position: int, rank: int) -> str:

@@ -114,7 +114,10 @@ def _plan_once(request: PlanRequest, spec: RunSpec, here: Here, facts_of: FactsO
     if not request.described:
         learnt = calibration.correction_for(cluster, world_size=spec.gpus, bits=spec.bits)
     source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=gptq_of(spec, config))
-    plan = plan_once(spec, source, facts, cluster, None, has_liger=has_liger, correction=learnt)
+    plan = plan_once(
+        spec, source, facts, cluster, None, has_liger=has_liger, has_fla=find_spec("fla") is not None,
+        correction=learnt,
+    )  # fmt: skip
     require_fit(plan)
     return plan
 

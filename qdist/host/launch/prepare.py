@@ -317,6 +317,7 @@ def _planned(asked: _Asked, source: Source, facts: ModelFacts, data: DataFacts |
         here,
         data,
         has_liger=find_spec("liger_kernel") is not None,
+        has_fla=find_spec("fla") is not None,
         usual_micro_batch=asked.old.micro_batch if asked.old else None,
         correction=calibration.correction_for(here, world_size=spec.gpus, bits=spec.bits),
     )

@@ -176,7 +176,7 @@ def _packing_work(
     as_it_is = spec.bits == 16 and (folder is None or bool(safetensors_of(folder)))
     if config.get("quantization_config") or as_it_is:
         return []
-    packing = packing_of(spec)
+    packing = packing_of(spec, config)
     stored = 4 if folder is not None and (config.get("dtype") or config.get("torch_dtype")) == "float32" else 2
     into = f"{packing.bits} bits {packing}" if packing.bits < 16 else "a 16-bit folder"
     size = packed_bytes(facts, packing, stored_bytes=stored)

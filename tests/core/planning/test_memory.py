@@ -22,6 +22,7 @@ from qdist.core.planning.memory import (
     sizes,
 )
 from qdist.core.text import GIB
+from tests.saved_tensors import saved_by
 
 LIGER = {"fused_loss": True, "fused_layers": True}
 NO_CHECKPOINTS, PAGED = {"checkpointed": 0}, {"optimizer_on_gpu": False}
@@ -325,58 +326,5 @@ def layered(family: str, layers: int) -> dict[str, Any]:
     return TINY[family] | {"n_layer" if family == "bloom" else "num_hidden_layers": layers}
 
 
-def saved_bytes(
-    family: str,
-    layers: int,
-    targets: tuple[str, ...],
-    dropout: float,
-    *,
-    bits: int,
-    autocast: bool = False,
-    fused_lora: bool = False,
-    pool: int = 1,
-) -> int:
-    """Bytes of the distinct storages that a forward pass saves for the backward one, parameters left out."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    peft = pytest.importorskip("peft")
-    model = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(**layered(family, layers)),
-        dtype=torch.bfloat16 if autocast else torch.float32,
-    )
-    if bits == 4:
-        pack_linears(model)
-    pooling = {"use_qalora": True, "qalora_group_size": pool} if pool > 1 else {}
-    lora = peft.LoraConfig(r=RANK, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM", **pooling)
-    if fused_lora:
-        fused = pytest.importorskip("qdist.runtime.adapters.attach")
-        lora._register_custom_module({torch.nn.Linear: fused.FusedLora})
-    model = peft.get_peft_model(model, lora).train()
-    model.enable_input_require_grads()
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, Any] = {}
-
-    def keep(tensor: Any) -> Any:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    ids = torch.randint(3, 128, (BATCH, LENGTH))
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        model(input_ids=ids, use_cache=False)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
-def pack_linears(model: Any) -> None:
-    """Put NF4 linears of bitsandbytes in place of the plain ones in decoder layers."""
-    torch, bnb = pytest.importorskip("torch"), pytest.importorskip("bitsandbytes")
-    for module in list(model.modules()):
-        for leaf, linear in list(module.named_children()):
-            if isinstance(linear, torch.nn.Linear) and leaf != "lm_head":
-                packed = bnb.nn.Linear4bit(
-                    linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=torch.bfloat16
-                )
-                packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
-                packed.bias = linear.bias
-                setattr(module, leaf, packed.to("cpu"))
-    model.is_loaded_in_4bit = True
+def saved_bytes(family: str, layers: int, *given: Any, **more: Any) -> int:
+    return saved_by(layered(family, layers), *given, rank=RANK, batch=BATCH, length=LENGTH, **more)

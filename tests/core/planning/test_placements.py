@@ -4,10 +4,14 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any, get_args
 
+import msgspec
 import pytest
 
 from qdist.core.errors import Change, SpecError
 from qdist.core.machine.cluster import Cluster
+from qdist.core.model.aliases import config_of
+from qdist.core.model.families import from_config
+from qdist.core.model.shapes import LayerRun, ModelFacts
 from qdist.core.planning.placements.base import Layout
 from qdist.core.planning.placements.registry import PLACEMENTS, last_resorts, layout_of, layouts, simplicity
 from qdist.core.planning.plan import Plan
@@ -35,6 +39,11 @@ SETTINGS: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("split.offload_layers", (None, 2)),
     ("zero.stage", (None, 3)),
 )
+
+
+def layers(count: int) -> ModelFacts:
+    facts = from_config(config_of("llama-7b"), name="m")
+    return msgspec.structs.replace(facts, layers=(LayerRun(facts.shapes[0], count),))
 
 
 def plan_of(name: str, **more: Any) -> Plan:
@@ -103,11 +112,14 @@ def test_every_refusal_has_a_way_that_works(count: int, device: Any, specs: list
 @laid
 def test_a_layout_that_a_run_cannot_have_is_refused_with_a_way_that_works(name: str) -> None:
     layout, spec = layout_of(plan_of(name)), resolve({"train": {"answers": 2}, "model": "m"})
-    refusals = (layout.impossible(spec, 1), layout.impossible(spec, 99), layout.unable(spec, 0), layout.unable(spec, 3))
+    one, many = layers(1), layers(99)
+    refusals = (
+        layout.impossible(spec, one), layout.impossible(spec, many), layout.unable(spec, 0), layout.unable(spec, 3),
+    )  # fmt: skip
     for refused in filter(None, refusals):
         assert refused.message
         assert any(is_way_out(spec, layout.groups * layout.gpus_per_group, "cuda", way) for way in refused.ways)
-    assert layout.impossible(spec, 99) is None
+    assert layout.impossible(spec, many) is None
     assert layout.unable(resolve(), 0) is None
 
 

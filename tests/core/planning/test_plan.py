@@ -346,7 +346,7 @@ def test_the_digest_changes_with_every_field() -> None:
         "facts": msgspec.structs.replace(plan.facts, vocab=7), "compute_dtype": "float16", "optimizer": "paged-adamw",
         "engine": "deepspeed", "placement": "split", "schedule": "1f1b",
         "layer_map": (0, 1), "offloaded_layers": (1,), "alternatives": (), "correction": Correction(speed=0.5),
-        "liger": not plan.liger, "start": Start(path="an adapter", digest="ab"),
+        "liger": not plan.liger, "recurrence": "fla", "start": Start(path="an adapter", digest="ab"),
         "ranks": plan.ranks[:1], "notes": ("a note",),
     }  # fmt: skip
     fields = [field.name for field in msgspec.structs.fields(Plan)]

@@ -46,20 +46,21 @@ class LoraMethod(msgspec.Struct, frozen=True):
         """
         autocast = compute_bytes < 4
         own = sum(linear.inputs for linear in adapted)
-        widths = {linear.reads: linear.inputs for linear in adapted}
-        if shape.attention == "flash":
-            widths.pop("attention_out", None)  # attention has kept it already
+        read = {(linear.reads, linear.inputs, linear.within * (linear.reads == "mlp_out")) for linear in adapted}
+        if shape.attention == "flash" and shape.mixer == "attention" and not shape.output_gate:
+            read = {each for each in read if each[0] != "attention_out"}  # attention has kept it already
+        widths = sum(inputs for _, inputs, _ in read)
         if dropout:
-            kept = shape.intermediate * (shape.mlp == "relu")
+            kept = shape.inner * (shape.mlp == "relu")
             return (own + kept) * compute_bytes + own * (1 if autocast else 4)
         if casts:
             return own * compute_bytes
-        if shape.mlp == "relu":
-            widths["mlp_out"] = shape.intermediate
+        if shape.mlp == "relu" and not any(linear.reads == "mlp_out" for linear in adapted):
+            widths += shape.inner
         behind_norms = [linear for linear in adapted if linear.reads in ("attention_in", "mlp_in")]
         copies = len(behind_norms) - len({linear.reads for linear in behind_norms})
         extra = copies * shape.hidden if autocast and shape.norm == "layer" else 0
-        return (sum(widths.values()) + extra) * compute_bytes
+        return (widths + extra) * compute_bytes
 
     @staticmethod
     def require_packed(spec: RunSpec, gptq: Gptq, facts: ModelFacts, paths: Iterable[str]) -> None:

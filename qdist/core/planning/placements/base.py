@@ -11,6 +11,7 @@ import msgspec
 
 from qdist.core.errors import Change, SpecError
 from qdist.core.machine.world import World, world_of
+from qdist.core.model.shapes import ModelFacts
 from qdist.core.planning.memory import Share, Sizes
 from qdist.core.planning.plan import Plan
 from qdist.core.spec.run_spec import Placement as Name
@@ -139,8 +140,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             return (self,)
         return self, msgspec.structs.replace(self, zero_stage=0, engine="torch")
 
-    def impossible(self, spec: RunSpec, layers: int) -> SpecError | None:
-        """Why this layout is impossible for a model of this many layers, or None."""
+    def impossible(self, spec: RunSpec, facts: ModelFacts) -> SpecError | None:
+        """Why this layout is impossible for a model with such layers, or None."""
         return None
 
     def unable(self, spec: RunSpec, new_rows: int) -> SpecError | None:

@@ -1,13 +1,14 @@
 """Every GPU holds some whole layers: a rank a stage with micro-batches in flight, or one process over all GPUs."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import groupby
+from functools import cache, partial
+from itertools import accumulate, groupby, pairwise
 from typing import ClassVar
 
 import msgspec
 
 from qdist.core.errors import Change, SpecError
+from qdist.core.model.shapes import ModelFacts
 from qdist.core.planning.layer_map import balance, least, map_of, pace, spread_layers
 from qdist.core.planning.memory import Share
 from qdist.core.planning.placements.base import (
@@ -37,6 +38,14 @@ class _OfLayers(Layout, frozen=True):
     def positions(self) -> int:
         return self.gpus_per_group
 
+    def impossible(self, spec: RunSpec, facts: ModelFacts) -> SpecError | None:
+        """The error if the decoder cannot be cut at all, or not into so many parts."""
+        if self.positions == 1:
+            return None
+        if facts.unsplit:
+            return SpecError(f"{spec.model} cannot be split: the model {facts.unsplit}", ways=[_sharded(spec), OPEN])
+        return None
+
     def state_ways(self, spec: RunSpec) -> tuple[Layout, ...]:
         return (self,)
 
@@ -55,13 +64,19 @@ class Pipeline(_OfLayers, frozen=True):
     def stages(self) -> int:
         return self.gpus_per_group
 
-    def impossible(self, spec: RunSpec, layers: int) -> SpecError | None:
-        """The error if there are more stages than layers."""
+    def impossible(self, spec: RunSpec, facts: ModelFacts) -> SpecError | None:
+        """The error if there are more stages than layers, or blocks of layers that stay together."""
+        layers = len(_blocks(facts))
+        if cut := super().impossible(spec, facts):
+            return cut
         if self.stages <= layers:
             return None
         smaller = [size for size in divisors_of(self.groups * self.stages) if size <= layers]
+        there = counted(layers, "layer")
+        if facts.together_from is not None:
+            there = f"{counted(facts.layer_count, 'layer')}, {_together(facts)}"
         return SpecError(
-            f"{self.stages} stages need at least as many layers, and {spec.model} has {counted(layers, 'layer')}",
+            f"{self.stages} stages need at least as many layers, and {spec.model} has {there}",
             ways=[
                 *({"gpus_per_group": size} for size in smaller[-1:]),
                 *({"gpus": number} for number in (layers,) if number > 1),
@@ -243,18 +258,37 @@ def _sharded(spec: RunSpec) -> Change:
     return {"placement": "shard", **{f"split.{name}": None for name in fixed}}
 
 
+def _blocks(facts: ModelFacts) -> list[int]:
+    """Number of layers of each block that no cut goes through, in order: 1, but for those that stay together."""
+    count, first = facts.layer_count, facts.together_from
+    return [1] * count if first is None else [1] * first + [count - first] * (first < count)
+
+
+def _together(facts: ModelFacts) -> str:
+    """'of which those from 15 on stay together, as they read keys and values of earlier ones'."""
+    return f"of which those from {facts.together_from} on stay together, as they read keys and values of earlier ones"
+
+
 def _layers_of_stages(stages: int, arrangement: Arrangement) -> tuple[int, ...]:
     """Layers of each stage, within every stage's memory if possible, otherwise as if memory sufficed."""
     facts, rooms = arrangement.sizes.facts, arrangement.rooms
     times, head = arrangement.times()
     extra = [0.0] * (stages - 1) + [head]
+    blocks = _blocks(facts)
+    starts = list(accumulate(blocks, initial=0))
 
+    @cache
     def holds(stage: int, first: int, number: int) -> bool:
-        return rooms is None or arrangement.required(stage, facts.counts(first, number)) <= rooms[stage]
+        own = facts.counts(starts[first], starts[first + number] - starts[first])
+        return rooms is None or arrangement.required(stage, own) <= rooms[stage]
 
-    if len(times) > 1:
-        each = [times[run] for run in facts.run_of_layer]
-        counts = pace(each, extra, holds) or pace(each, extra, lambda *_: True)
+    if len(times) > 1 or len(blocks) < facts.layer_count:
+        before = list(accumulate((times[run] for run in facts.run_of_layer), initial=0.0))
+        each = [before[end] - before[start] for start, end in pairwise(starts)]
+        found = pace(each, extra, holds) or pace(each, extra, lambda *_: True)
+        assert found is not None
+        ends = [starts[end] for end in accumulate(found, initial=0)]
+        counts: tuple[int, ...] | None = tuple(end - start for start, end in pairwise(ends))
     else:
         layers = facts.layer_count
         extra[-1] /= times[0]
@@ -287,7 +321,11 @@ def _spread(arrangement: Arrangement) -> tuple[int, ...]:
         room - max(arrangement.required(at, of_run(run, 1)) - each[run] for run in runs)
         for at, room in enumerate(rooms)
     )
-    return spread_layers(layer_bytes, list(useful))
+    blocks = _blocks(sizes.facts)
+    starts = list(accumulate(blocks, initial=0))
+    block_bytes = [sum(layer_bytes[start:end]) for start, end in pairwise(starts)]
+    placed = spread_layers(block_bytes, list(useful))
+    return tuple(at for at, count in zip(placed, blocks, strict=True) for _ in range(count))
 
 
 def _spans(plan: Plan) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 
 from qdist.core.model.families import FAMILIES
 from qdist.core.model.shapes import Reads
+from qdist.core.planning.unsupported import require_dense
 from qdist.runtime.model.describe import facts_of
 from qdist.runtime.quantize.source import Blueprint, Tensors
 
@@ -42,6 +43,7 @@ class Decoder:
         with init_empty_weights(include_buffers=False):
             self._model = AutoModelForCausalLM.from_config(shape.config, trust_remote_code=False).eval()
         self.facts = facts_of(shape.config.to_dict(), name=shape.architecture)
+        require_dense(self.facts, what="GPTQ")
         found = _TO_LAYER.match(min(shape.linears))
         assert found is not None  # blueprint found each linear by the number of its layer
         self._list = found[1]

@@ -1,0 +1,67 @@
+"""What a plan says of a model's parts: experts, what is adapted, what stays in 16 bits or is left out, kernels."""
+
+from collections.abc import Iterator
+
+from qdist.core.model.shapes import Kept, LayerShape, ModelFacts
+from qdist.core.planning.plan import Plan
+from qdist.core.text import counted, format_count
+
+_NAMED = 4
+"""Reasons named in the line of what is kept."""
+
+
+def experts_lines(facts: ModelFacts) -> Iterator[str]:
+    """'experts  48 layers of 128 experts, 8 active; 29.0 B of 30.5 B parameters in experts', for each kind of layer."""
+    kinds: dict[tuple[int, int], int] = {}
+    for run in facts.layers:
+        if experts := run.shape.experts:
+            kind = experts.count, experts.active
+            kinds[kind] = kinds.get(kind, 0) + run.count
+    if not kinds:
+        return
+    layers = ", ".join(
+        f"{counted(number, 'layer')} of {count} experts, {active} active" for (count, active), number in kinds.items()
+    )
+    own, whole = format_count(facts.expert_parameters), format_count(facts.parameters)
+    yield (
+        f"experts  {layers}; {own} of {whole} parameters in experts; memory is the same however tokens are routed: "
+        f"pairs of token and expert are tokens x {' or '.join(str(active) for _, active in kinds)}"
+    )
+
+
+def adapter_in_words(plan: Plan) -> str:
+    """'40.0 M parameters', and of experts '13.4 M parameters on linears, 1.7 B on experts'."""
+    beside = plan.expert_adapter_parameters
+    rest = format_count(plan.adapter_parameters - beside)
+    if beside:
+        return f"{rest} parameters on linears, {format_count(beside)} on experts"
+    return f"{rest} parameters" + (" on linears, none on experts" if plan.facts.expert_parameters else "")
+
+
+def kept_lines(plan: Plan) -> Iterator[str]:
+    """What is kept in 16 bits and why, what is not loaded, and the kernels assumed."""
+    facts = plan.facts
+    reasons: dict[str, int] = {}
+    for run in facts.layers:
+        for kept in run.shape.kept:
+            reasons[kept.reason] = reasons.get(kept.reason, 0) + run.count * kept.parameters
+    if reasons:
+        largest = sorted(reasons, key=lambda reason: -reasons[reason])
+        told = [f"{reason} ({format_count(reasons[reason])})" for reason in largest[:_NAMED]]
+        more = [f"{counted(len(largest) - _NAMED, 'more reason')}"] if len(largest) > _NAMED else []
+        yield f"kept     {format_count(sum(reasons.values()))} parameters in 16 bits: {', '.join((*told, *more))}"
+    if facts.left_out:
+        yield f"left out {', '.join(map(_tower, facts.left_out))}: not loaded for training on text"
+    if special := [*_kernels(facts.shapes, plan)]:
+        yield f"kernels  {', '.join(special)}"
+
+
+def _tower(tower: Kept) -> str:
+    return tower.path + (f" ({format_count(tower.parameters)} parameters)" if tower.parameters else "")
+
+
+def _kernels(shapes: tuple[LayerShape, ...], plan: Plan) -> Iterator[str]:
+    if plan.recurrence:
+        yield "recurrence by " + ("flash-linear-attention" if plan.recurrence == "fla" else "torch's operations")
+    if any(shape.experts for shape in shapes):
+        yield "experts " + ("by grouped products" if plan.grouped else "one by one")

@@ -1,0 +1,65 @@
+"""What cannot be trained of a model, whatever the machine: settings that its parts rule out."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qdist.core.errors import SpecError
+from qdist.core.model.shapes import ALL_LINEAR, EXPERTS, ModelFacts
+from qdist.core.spec.run_spec import GPTQ_METHODS, RunSpec
+
+_BALANCE_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef", "aux_loss_alpha")
+"""Keys under which configurations weigh the balance loss of a router."""
+
+
+def require_supported(spec: RunSpec, facts: ModelFacts, config: Mapping[str, Any]) -> None:
+    """Raise SpecError for the first setting that a model's experts or routers rule out, ModelError for a target that it
+    does not have. config: the content of the model's config.json.
+    """
+    facts.require_targets(spec.lora.targets)
+    if error := next(_contradictions(spec, facts, config), None):
+        raise error
+
+
+def require_dense(facts: ModelFacts, *, what: str) -> None:
+    """Raise SpecError if a model has experts, which GPTQ does not quantize. what: what was asked for, as a subject."""
+    if error := next(_with_experts(facts, what), None):
+        raise error
+
+
+def _contradictions(spec: RunSpec, facts: ModelFacts, config: Mapping[str, Any]) -> Iterator[SpecError]:
+    if spec.method in GPTQ_METHODS:
+        yield from _with_experts(facts, f"method={spec.method}")
+    adapted = tuple(name for name in spec.lora.targets if name.partition(".")[0] == EXPERTS)
+    if adapted and spec.lora.dropout:
+        rest = tuple(name for name in spec.lora.targets if name not in adapted)
+        yield SpecError(
+            f"lora.dropout={spec.lora.dropout:g} does not go with adapters on experts: PEFT applies theirs to the "
+            "weights, where no input can be dropped",
+            ways=[{"lora.dropout": 0.0}, {"lora.targets": rest or (ALL_LINEAR,)}],
+        )
+    yield from _balance_loss(spec, config)
+
+
+def _with_experts(facts: ModelFacts, what: str) -> Iterator[SpecError]:
+    experts = next((shape.experts for shape in facts.shapes if shape.experts), None)
+    if experts is not None:
+        yield SpecError(
+            f"{what} is for dense models: {facts.name} has {experts.count} experts in a layer, whose matrices are "
+            "packed by bitsandbytes or as they come",
+            ways=[{"method": "qlora", "bits": 4, "quant.group_size": 128, "lora.pool": "peft",
+                   "lora.pool_group_size": None}],
+        )  # fmt: skip
+
+
+def _balance_loss(spec: RunSpec, config: Mapping[str, Any]) -> Iterator[SpecError]:
+    """The balance loss of routers, which transformers adds where a configuration asks for their logits."""
+    inner = config.get("text_config")
+    for own in (config, *([inner] if isinstance(inner, Mapping) else [])):
+        weight = next((own[key] for key in _BALANCE_WEIGHTS if own.get(key) is not None), None)
+        if own.get("output_router_logits") is True and weight != 0:
+            times = f", times {weight:g}" if isinstance(weight, int | float) else ""
+            yield SpecError(
+                f"{spec.model} asks for the balance loss of its routers (output_router_logits is true{times}), which "
+                "qdist does not add to the loss: routers are frozen",
+                try_='"output_router_logits": false in its config.json',
+            )
