@@ -51,7 +51,7 @@ def settle_offloaded(model: nn.Module) -> None:
         if hasattr(module, "lora_A") and is_offloaded(module.base_layer):
             for matrices in (module.lora_A, module.lora_B):
                 matrices.to(module.base_layer.runs_on)
-        if is_offloaded(module) and not isinstance(module, PackedLinear):
+        if is_offloaded(module) and isinstance(module, nn.Linear) and not isinstance(module, PackedLinear):
             module.forward = partial(frozen_product, module)
 
 

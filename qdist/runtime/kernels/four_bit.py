@@ -75,9 +75,9 @@ def dequantize_matrices_reference(
     """The same, a matrix at a time, unless the blocks of one end where those of the next begin."""
     if nested is None and shape[1] * shape[2] % BLOCK == 0:
         rows = (shape[0] * shape[1], shape[2])
-        return dequantize_reference(packed, absmax.flatten(), None, quant_type=quant_type, shape=rows, dtype=dtype).view(
-            shape
-        )
+        return dequantize_reference(
+            packed, absmax.flatten(), None, quant_type=quant_type, shape=rows, dtype=dtype
+        ).view(shape)
     out = torch.empty(shape, dtype=dtype, device=packed.device)
     for index in range(shape[0]):
         inner = None if nested is None else (nested[0][index], nested[1][index : index + 1])

@@ -33,10 +33,10 @@ class Factors(NamedTuple):
 
 
 def compute_experts(module: nn.Module, path: str) -> None:
-    """Have an experts' module of transformers compute its forward pass here. Raises ModelError if it is of another kind.
+    """Have an experts' module of transformers compute its forward pass here.
 
     The parameters that it needs are gate_up_proj or up_proj, and down_proj, each maybe with a bias (`..._bias`); any
-    may be `PackedMatrices` by now.
+    may be `PackedMatrices` by now. Raises ModelError if it is of another kind.
     """
     known = hasattr(module, first_name(module)) and hasattr(module, LAST)
     if not known or not (hasattr(module, "_apply_gate") or first_name(module) == UNGATED):
@@ -47,9 +47,19 @@ def compute_experts(module: nn.Module, path: str) -> None:
     module.forward = MethodType(_experts_forward, module)
 
 
+def is_experts(module: nn.Module) -> bool:
+    """Whether `compute_experts` was called for a module."""
+    return getattr(module.forward, "__func__", None) is _experts_forward
+
+
 def first_name(module: nn.Module) -> str:
     """The name of the parameter that the first product of experts reads."""
     return GATED if hasattr(module, GATED) else UNGATED
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the parameters of an experts' module are [experts, in, out]."""
+    return bool(getattr(module, "is_transposed", False))
 
 
 def matrices_of(module: nn.Module, name: str) -> Matrices:
@@ -57,7 +67,7 @@ def matrices_of(module: nn.Module, name: str) -> Matrices:
     held = getattr(module, name)
     if isinstance(held, PackedMatrices):
         return held
-    return PlainMatrices(held, transposed=bool(getattr(module, "is_transposed", False)))
+    return PlainMatrices(held, transposed=is_transposed(module))
 
 
 def _experts_forward(
@@ -103,14 +113,14 @@ class _Product(NamedTuple):
         product = expert_products(rows, self.matrices, pairs)
         if self.factors is None:
             return product, None
-        down, up = (each.to(rows.dtype).transpose(1, 2).contiguous() for each in self.factors[:2])
+        down, up = (each.to(rows.dtype).contiguous().transpose(1, 2) for each in self.factors[:2])
         narrow = products(rows, down, pairs)
         return product.add_(products(narrow, up, pairs), alpha=self.factors.scaling), narrow
 
     def gradients(
         self, gradient: torch.Tensor, rows: torch.Tensor | None, narrow: torch.Tensor | None, pairs: Pairs
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Gradients of the rows and of LoRA's A and B."""
+        """Gradients of the rows and of LoRA's A and B, from that of the outputs. rows: read for A's alone."""
         inputs = expert_gradients(gradient, self.matrices, pairs)
         if self.factors is None or rows is None or narrow is None:
             return inputs, None, None

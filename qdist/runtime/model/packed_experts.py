@@ -135,7 +135,7 @@ class Matrices4bit(PackedMatrices):
 
 
 class Matrices8bit(PackedMatrices):
-    """A byte per weight and a scale per row of a matrix as the class holds it, as LLM.int8 (Dettmers et al. 2022) packs.
+    """A byte per weight and a scale per row of a matrix as the class holds it, packed as LLM.int8 (Dettmers et al. 2022).
 
     Unpacked to 16 bits and multiplied there: the product of bytes, with outliers apart, is for one matrix at a time.
     """
