@@ -79,7 +79,8 @@ class PackedMatrices(nn.Module):
 
     def stored(self, file: Mapping[str, Slices], name: str) -> dict[str, Slices]:
         """The tensors as folders store them. file: of the experts' module, by names in it. name: the parameter's."""
-        return {part: file[f"{name}.{part}"] for part in (*self._parameters, *self._buffers)}
+        tensors = (*self.named_parameters(), *self.named_buffers())
+        return {part: file[f"{name}.{part}"] for part, _ in tensors}
 
     def _at(self, values: torch.Tensor, experts: slice, device: torch.device) -> torch.Tensor:
         return values[experts].to(device, non_blocking=True)
@@ -135,7 +136,7 @@ class Matrices4bit(PackedMatrices):
 
 
 class Matrices8bit(PackedMatrices):
-    """A byte per weight and a scale per row of a matrix as the class holds it, packed as LLM.int8 (Dettmers et al. 2022).
+    """A byte per weight and a scale per row of a matrix as the class holds it, as bitsandbytes packs for LLM.int8.
 
     Unpacked to 16 bits and multiplied there: the product of bytes, with outliers apart, is for one matrix at a time.
     """
@@ -192,7 +193,7 @@ class MatricesMxfp4(PackedMatrices):
         return {"blocks": _random_bytes(self.blocks, generator), "scales": scales}
 
     def stored(self, file: Mapping[str, Slices], name: str) -> dict[str, Slices]:
-        return {part: file[f"{name}_{part}"] for part in self._parameters}
+        return {part: file[f"{name}_{part}"] for part, _ in self.named_parameters()}
 
 
 def packed_matrices(
