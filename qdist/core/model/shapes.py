@@ -239,6 +239,12 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return self.shapes[self.run_of_layer[int(layer)]].packs(inner)
 
     @property
+    def experts(self) -> dict[str, Experts]:
+        """The experts of the layers that have any, by the paths of their modules."""
+        found = (self.shapes[run].experts for run in self.run_of_layer)
+        return {f"{self.modules.layers}.{index}.{each.path}": each for index, each in enumerate(found) if each}
+
+    @property
     def hidden(self) -> int:
         """Width of hidden states, the same between all layers."""
         return self.layers[0].shape.hidden

@@ -1,6 +1,8 @@
 """Attaches an adapter to a backbone through PEFT, for any method."""
 
+import copy
 import hashlib
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -8,10 +10,13 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
+from qdist.core.errors import SpecError
 from qdist.core.planning.plan import Plan
 from qdist.host.sources.models import public_name
-from qdist.runtime.adapters.lora import adapted_product
+from qdist.runtime.adapters.experts import adapt_experts, expert_parameters
+from qdist.runtime.adapters.lora import adapted_product, peft_name
 from qdist.runtime.adapters.registry import METHODS, method_of
+from qdist.runtime.model.experts import is_experts
 from qdist.runtime.model.packed import PackedLinear, frozen_product, is_offloaded
 
 _BY_VARIANT = {type(method.variant()): method for method in METHODS.values()}
@@ -51,7 +56,7 @@ def settle_offloaded(model: nn.Module) -> None:
         if hasattr(module, "lora_A") and is_offloaded(module.base_layer):
             for matrices in (module.lora_A, module.lora_B):
                 matrices.to(module.base_layer.runs_on)
-        if is_offloaded(module) and not isinstance(module, PackedLinear):
+        if is_offloaded(module) and isinstance(module, nn.Linear) and not isinstance(module, PackedLinear):
             module.forward = partial(frozen_product, module)
 
 
@@ -60,9 +65,18 @@ def lora_config(plan: Plan) -> Any:
     from peft import LoraConfig
 
     spec = plan.spec
+    linears = {linear.name for shape in plan.facts.shapes for linear in shape.targeted(spec.lora.targets)}
+    as_parameters = {name for name in linears if name in _taken_for_experts(plan.facts.family)}
+    if as_parameters and spec.lora.dropout:
+        raise SpecError(
+            f"PEFT reads adapters of {', '.join(sorted(as_parameters))} in {plan.facts.name} without dropout alone",
+            ways=[{"lora.dropout": 0.0}],
+        )
+    parameters = [*expert_parameters(plan.facts, spec.lora.targets), *(f"{name}.weight" for name in as_parameters)]
     return LoraConfig(
         **METHODS[spec.method].peft_settings(plan),
-        target_modules=sorted(linear.name for linear in plan.facts.targeted(spec.lora.targets)),
+        target_modules=sorted(linears - as_parameters),
+        target_parameters=sorted(parameters) or None,
         bias="none",
         task_type="CAUSAL_LM",
         trainable_token_indices=_token_rows(plan),
@@ -70,20 +84,67 @@ def lora_config(plan: Plan) -> Any:
     )
 
 
+def _taken_for_experts(family: str) -> Collection[str]:
+    """Names of linears that PEFT 0.21 turns into parameters of experts where a configuration has them as modules.
+
+    So adapters of transformers 4 are loaded, whose experts were linears; but a shared expert or a dense layer may have
+    linears of these names, and its adapter would be lost. As the parameter `weight` of a linear they stay.
+    """
+    from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+
+    return _MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(family), ())
+
+
 def add_adapter(model: Any, plan: Plan) -> Any:
     """A PEFT model whose only trainable parameters are float32 LoRA matrices and rows of new tokens.
 
     The initial A depends on the seed alone: every rank, and every number of ranks, starts from the same one.
     """
-    from peft import get_peft_model
-
     torch.manual_seed(plan.spec.seed)
-    config = lora_config(plan)
-    config._register_custom_module({nn.Linear: FusedLora})
-    adapted = get_peft_model(model, config)
+    adapted = adapt(model, lora_config(plan))
     settle_offloaded(adapted)
     _draw_by_name(adapted, plan)
     return adapted
+
+
+def adapt(model: Any, config: Any) -> Any:
+    """A PEFT model with the adapter that a configuration describes. Matrices beside experts are zero."""
+    from peft import get_peft_model
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    config._register_custom_module({nn.Linear: FusedLora})
+    names, experts, linears = config.target_parameters or (), set[str](), set[str]()
+    for path, module in model.named_modules():
+        experts |= {name for name in names if is_experts(module) and _is_in(path, name)}
+        linears |= {f"{path}.weight" for name in names if isinstance(module, nn.Linear) and _is_in(path, name)}
+    outside = copy.copy(config)
+    # By whole paths: packed matrices of experts have parameters called `weight` too.
+    outside.target_parameters = sorted(linears) or None
+    outside.target_modules = config.target_modules or (set() if linears else DUMMY_TARGET_MODULES)
+    adapted = get_peft_model(model, outside)
+    adapt_experts(adapted, config, tuple(sorted(experts)))
+    return adapted
+
+
+def _is_in(path: str, parameter: str) -> bool:
+    """Whether a parameter that `target_parameters` names may be of the module at a path."""
+    return f".{path}".endswith(f".{parameter.rpartition('.')[0]}")
+
+
+def fill_adapter(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> tuple[list[str], list[str]]:
+    """Copy tensors by PEFT's stored names into an adapter, or into the part of it on this rank.
+
+    Returns the names that only the model has, and those that only the tensors have.
+    """
+    lacking, given = [], set(tensors)
+    for name, parameter in model.named_parameters():
+        stored = peft_name(name)
+        if stored in tensors:
+            parameter.data.copy_(tensors[stored])
+            given.discard(stored)
+        elif ".lora_" in name:
+            lacking.append(stored)
+    return lacking, sorted(given)
 
 
 def _draw_by_name(model: nn.Module, plan: Plan) -> None:

@@ -86,6 +86,15 @@ def tensor_name(path: str, side: str) -> str:
     return f"{_PREFIX}{path}.lora_{side}.weight"
 
 
+def peft_name(name: str) -> str:
+    """A parameter's name as PEFT stores it: without the adapter's name."""
+    return (
+        name.replace(".lora_A.default.", ".lora_A.")
+        .replace(".lora_B.default.", ".lora_B.")
+        .replace(".token_adapter.trainable_tokens_delta.default", ".token_adapter.trainable_tokens_delta")
+    )
+
+
 def adapted_path(name: str) -> str | None:
     """The module path of the linear that an A tensor belongs to; None for other tensors."""
     end = tensor_name("", "A").removeprefix(_PREFIX)

@@ -20,7 +20,7 @@ from qdist.host.opening import reason_of, require_files, told
 from qdist.host.run.rundir import RunDir
 from qdist.host.sources.model_folder import require_same_original, require_same_tensors, stated
 from qdist.host.sources.models import locate, read_json
-from qdist.host.sources.targets import step_note
+from qdist.host.sources.targets import ADAPTER, step_note
 from qdist.host.terminal import say
 from qdist.runtime.data.tokenizer import BESIDE, align_config, has_tokenizer, open_tokenizer, repair
 from qdist.runtime.formats.gptq_folder import in_safetensors
@@ -289,9 +289,8 @@ def footprint_of(plan: Plan, dtype: torch.dtype, *, tokens: int, scored: int = 0
 
 def load_run(run: RunDir, dtype: torch.dtype, residence: Residence) -> tuple[Any, Any]:
     """A run's backbone with its adapter, placed as given, and the run's tokenizer."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
 
-    from qdist.runtime.adapters.attach import FusedLora
     from qdist.runtime.data.tokenizer import align_config
 
     require_adapter(run.adapter)
@@ -309,10 +308,8 @@ def load_run(run: RunDir, dtype: torch.dtype, residence: Residence) -> tuple[Any
     require_files(run.adapter, RunError, try_=again)
     with told(f"{run.adapter} cannot be read", RunError, try_=again):
         config = PeftConfig.from_pretrained(str(run.adapter))
-    config._register_custom_module({nn.Linear: FusedLora})
-    # The file is read into host memory: PEFT's own choice is all of it on GPU 0, beside the matrices that it fills.
     with told(f"{run.adapter} cannot be read", RunError, try_=again):
-        model = PeftModel.from_pretrained(backbone, str(run.adapter), config=config, torch_device="cpu")
+        model = _with_adapter(backbone, run.adapter, config)
     model.eval()
     settle(model, residence)
     tokenizer = load_tokenizer(plan.source)
@@ -320,6 +317,24 @@ def load_run(run: RunDir, dtype: torch.dtype, residence: Residence) -> tuple[Any
         align_config(model, tokenizer, plan.ends)
     model.config.use_cache = True
     return model, tokenizer
+
+
+def _with_adapter(backbone: Any, folder: Path, config: Any) -> Any:
+    """A PEFT model with the adapter of a folder."""
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    from qdist.runtime.adapters.attach import FusedLora, adapt, fill_adapter
+
+    if not config.target_parameters:
+        config._register_custom_module({nn.Linear: FusedLora})
+        # The file is read into host memory: PEFT's own choice is all of it on GPU 0, beside the matrices that it fills.
+        return PeftModel.from_pretrained(backbone, str(folder), config=config, torch_device="cpu")
+    model = adapt(backbone, config)
+    lacking, unknown = fill_adapter(model, load_file(folder / ADAPTER))
+    if lacking or unknown:
+        raise RunError(f"{folder} is an adapter of another model: {[*lacking, *unknown][0]}", try_="that model's run")
+    return model
 
 
 def load_tokenizer(source: Source) -> Any:

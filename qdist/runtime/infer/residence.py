@@ -101,7 +101,7 @@ def move(model: Any, residence: Residence) -> Any:
     for module in model.modules():
         place = getattr(module, "runs_on", first_device(residence))
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if name == "bias" or not is_offloaded(module):
+            if name.endswith("bias") or not is_offloaded(module):
                 if parameter not in moved:
                     moved[parameter] = nn.Parameter(parameter.detach().to(place), requires_grad=False)
                 module.register_parameter(name, moved[parameter])

@@ -44,6 +44,49 @@ def dequantize(
     return dequantize_reference(packed, absmax, nested, quant_type=quant_type, shape=shape, dtype=dtype)
 
 
+def dequantize_matrices(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    nested: tuple[torch.Tensor, torch.Tensor] | None,
+    *,
+    quant_type: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Matrices [count, rows, columns], each packed by itself, in `dtype`.
+
+    Arguments are those of `dequantize` with a dimension for the matrices in front: nested = (float32 [count, blocks /
+    256 rounded up], float32 [count]).
+    """
+    if packed.is_cuda and nested is not None and shape[1] * shape[2] % (2 * BLOCK) == 0:
+        return _fused(packed, absmax, nested, quant_type, shape, dtype)
+    return dequantize_matrices_reference(packed, absmax, nested, quant_type=quant_type, shape=shape, dtype=dtype)
+
+
+def dequantize_matrices_reference(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    nested: tuple[torch.Tensor, torch.Tensor] | None,
+    *,
+    quant_type: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The same, a matrix at a time, unless the blocks of one end where those of the next begin."""
+    if nested is None and shape[1] * shape[2] % BLOCK == 0:
+        rows = (shape[0] * shape[1], shape[2])
+        return dequantize_reference(
+            packed, absmax.flatten(), None, quant_type=quant_type, shape=rows, dtype=dtype
+        ).view(shape)
+    out = torch.empty(shape, dtype=dtype, device=packed.device)
+    for index in range(shape[0]):
+        inner = None if nested is None else (nested[0][index], nested[1][index : index + 1])
+        out[index] = dequantize_reference(
+            packed[index], absmax[index], inner, quant_type=quant_type, shape=shape[1:], dtype=dtype
+        )
+    return out
+
+
 def dequantize_reference(
     packed: torch.Tensor,
     absmax: torch.Tensor,
@@ -72,18 +115,18 @@ def _fused(
     absmax: torch.Tensor,
     nested: tuple[torch.Tensor, torch.Tensor],
     quant_type: str,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """One kernel that reads 0.52 bytes and writes one `dtype` per weight."""
+    """One kernel that reads 0.52 bytes and writes one `dtype` per weight, of one matrix or of several."""
     out = torch.empty(shape, dtype=dtype, device=packed.device)
-    blocks = absmax.numel()
+    blocks, matrices = absmax.numel(), nested[1].numel()
     rows = 64
     device = packed.device
     with on_device(device):
         _kernel()[(-(-blocks // rows),)](
             packed, absmax, absmax_code_book(device), nested[0], nested[1], code_book(quant_type, device),
-            out, blocks, ROWS=rows, num_warps=8,
+            out, blocks, blocks // matrices, nested[0].numel() // matrices, ROWS=rows, num_warps=8,
         )  # fmt: skip
     return out
 
@@ -95,11 +138,13 @@ def _kernel() -> Any:
     import triton.language as tl
 
     @triton.jit
-    def unpack(packed, absmax, scale_book, nested, offset, book, out, blocks, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    def unpack(packed, absmax, scale_book, nested, offset, book, out, blocks, per, outer, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
         block = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         there = block < blocks
         code = tl.load(absmax + block, mask=there, other=0).to(tl.int32)
-        scale = tl.load(scale_book + code) * tl.load(nested + block // 256, mask=there, other=0.0) + tl.load(offset)
+        matrix = block // per
+        wide = tl.load(nested + matrix * outer + block % per // 256, mask=there, other=0.0)
+        scale = tl.load(scale_book + code) * wide + tl.load(offset + matrix, mask=there, other=0.0)
         place = block.to(tl.int64)[:, None] * 32 + tl.arange(0, 32)[None, :]
         pair = tl.load(packed + place, mask=there[:, None], other=0).to(tl.int32)
         first = tl.load(book + (pair >> 4)) * scale[:, None]

@@ -1,6 +1,6 @@
 """A model on the meta device with linears ready for packed bytes; and filling it, entirely or with a rank's part."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qdist.core.errors import ModelError
-from qdist.core.model.shapes import ModelFacts
+from qdist.core.model.shapes import Experts, ModelFacts
 from qdist.core.planning.plan import Source
 from qdist.core.spec.run_spec import Quant
 from qdist.host.opening import require_files, told
@@ -17,7 +17,9 @@ from qdist.runtime.data.tokenizer import add_rows
 from qdist.runtime.formats.recorded_sums import expected_sums
 from qdist.runtime.kernels.gptq_bits import require_whole_words
 from qdist.runtime.model.classes import class_of, empty_model
+from qdist.runtime.model.experts import compute_experts, is_experts, is_transposed
 from qdist.runtime.model.packed import Packed4bit, Packed8bit, Slices, is_offloaded
+from qdist.runtime.model.packed_experts import PackedMatrices, packed_matrices
 from qdist.runtime.model.packed_gptq import PackedGptq
 from qdist.runtime.model.weights import FolderWeights, ModelWeights, RandomWeights, Stored, Weights
 
@@ -41,7 +43,7 @@ def refused(folder: Path) -> Iterator[None]:
 def skeleton(source: Source, *, bits: int, quant: Quant, dtype: torch.dtype, facts: ModelFacts) -> Any:
     """A causal language model whose parameters are on the meta device; its buffers are real.
 
-    facts: say which linears inside decoder layers are packed to `bits`.
+    facts: say which linears and experts inside decoder layers are packed to `bits`.
     """
     from transformers import AutoConfig
 
@@ -54,6 +56,9 @@ def skeleton(source: Source, *, bits: int, quant: Quant, dtype: torch.dtype, fac
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and facts.packs(path) and bits < 16:
             model.set_submodule(path, _packed(module, path, source, bits, quant, dtype))
+    for path, experts in facts.experts.items():
+        _pack_experts(model.get_submodule(path), experts, bits, quant, mxfp4=comes_in_mxfp4(source.config))
+        compute_experts(model.get_submodule(path), path)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()
@@ -81,6 +86,25 @@ def _packed(linear: nn.Linear, path: str, source: Source, bits: int, quant: Quan
     return Packed8bit(linear.in_features, linear.out_features, bias=bias, dtype=dtype)
 
 
+def comes_in_mxfp4(config: Mapping[str, object]) -> bool:
+    """Whether the config.json of a checkpoint says that its experts are in MXFP4, as gpt-oss'."""
+    stored = config.get("quantization_config")
+    return isinstance(stored, dict) and stored.get("quant_method") == "mxfp4"
+
+
+def _pack_experts(module: nn.Module, experts: Experts, bits: int, quant: Quant, *, mxfp4: bool) -> None:
+    """Replace the parameters of an experts' module by empty modules of the same names."""
+    if bits == 16:
+        return
+    for matrix in experts.matrices:
+        count, rows, columns = module.get_parameter(matrix.name).shape
+        delattr(module, matrix.name)
+        packed = packed_matrices(
+            (count, rows, columns), transposed=is_transposed(module), bits=bits, quant=quant, mxfp4=mxfp4 and bits == 4
+        )
+        module.add_module(matrix.name, packed)
+
+
 def fill(model: nn.Module, weights: Weights, *, device: torch.device) -> None:
     """Load every parameter's values and move the buffers, holding no more than one module's tensors at a time.
 
@@ -98,7 +122,7 @@ def fill(model: nn.Module, weights: Weights, *, device: torch.device) -> None:
         for name, parameter in own.items():
             if parameter not in filled:
                 filled[parameter] = _filled(parameter, tensors[name], place)
-                if is_offloaded(module) and name != "bias":
+                if is_offloaded(module) and not name.endswith("bias"):
                     filled[parameter] = _in_host_memory(filled[parameter], place)
             module.register_parameter(name, filled[parameter])
         for name, buffer in module.named_buffers(recurse=False):
@@ -109,10 +133,13 @@ def fill(model: nn.Module, weights: Weights, *, device: torch.device) -> None:
 
 
 def offload(model: Any, layers: Sequence[int]) -> None:
-    """Mark the linears of decoder layers as offloaded: weights stay in host memory and visit the GPU for each use."""
+    """Mark the linears and experts of decoder layers as offloaded.
+
+    Their weights stay in host memory and visit the GPU for each use.
+    """
     stack = decoder_layers(model)
     for module in (module for index in layers for module in stack[index].modules()):
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | PackedMatrices) or is_experts(module):
             module.offloaded = True
 
 

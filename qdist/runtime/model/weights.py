@@ -14,6 +14,7 @@ from qdist.core.errors import ModelError
 from qdist.runtime.formats.checksum import SumCheck, Sums
 from qdist.runtime.formats.packed_folder import opened, tensor_files
 from qdist.runtime.model.packed import DEVIATION, PackedLinear, Slices
+from qdist.runtime.model.packed_experts import PackedMatrices
 
 _COPIED_ELEMENTS = 1 << 18
 """Elements up to which a tensor is copied out of its file: otherwise each would keep the whole file mapped, and 64 KiB
@@ -70,12 +71,14 @@ class Stored:
 
 
 class ModelWeights:
-    """Another model's unpacked weights, by the same modules. Linears are packed here, on `device`, one at a time."""
+    """Another model's unpacked weights, by the same modules. Matrices are packed here, on `device`, one at a time."""
 
     def __init__(self, model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
         self.model, self.device, self.dtype = model, device, dtype
 
     def of(self, path: str, module: nn.Module) -> Mapping[str, Slices]:
+        if isinstance(module, PackedMatrices):
+            return module.pack(self.model.get_parameter(path), self.device, self.dtype)
         tensors: dict[str, Any] = dict(self.model.get_submodule(path).named_parameters(recurse=False))
         if isinstance(module, PackedLinear):
             tensors |= module.pack(tensors["weight"].detach().to(self.device, self.dtype))
@@ -98,6 +101,9 @@ class FolderWeights:
         return tensor_files(self.folder)
 
     def of(self, path: str, module: nn.Module) -> Mapping[str, Slices]:
+        if isinstance(module, PackedMatrices):
+            experts, _, parameter = path.rpartition(".")
+            return module.stored(_Prefixed(self, experts), parameter)
         file = _Prefixed(self, path)
         if not isinstance(module, PackedLinear):
             return file
@@ -146,6 +152,8 @@ class RandomWeights:
         self.device, self.dtype = device, dtype
 
     def of(self, path: str, module: nn.Module) -> Mapping[str, Slices]:
+        if isinstance(module, PackedMatrices):
+            return module.drawn(self._generator(path))
         tensors: dict[str, Any] = {}
         if isinstance(module, PackedLinear):
             name, shape = f"{path}.weight", (module.out_features, module.in_features)

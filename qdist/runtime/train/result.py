@@ -20,6 +20,7 @@ from qdist.host.run.observer import Follower
 from qdist.host.run.rundir import PLAN, RESULT, RunDir
 from qdist.host.sources.targets import ADAPTER, step_metadata, step_of
 from qdist.host.terminal import say
+from qdist.runtime.adapters.lora import peft_name
 from qdist.runtime.adapters.registry import METHODS
 from qdist.runtime.data.tokenizer import copy_beside, open_tokenizer
 from qdist.runtime.engine.torch import Adapter
@@ -164,15 +165,6 @@ def check_adapter(tensors: dict[str, torch.Tensor], *, where: str) -> None:
         raise RunError(
             f"every lora_B in {where} is zero: the adapter changes nothing", try_="more steps, or a larger optim.lr"
         )
-
-
-def peft_name(name: str) -> str:
-    """A parameter's name as PEFT stores it: without the adapter's name."""
-    return (
-        name.replace(".lora_A.default.", ".lora_A.")
-        .replace(".lora_B.default.", ".lora_B.")
-        .replace(".token_adapter.trainable_tokens_delta.default", ".token_adapter.trainable_tokens_delta")
-    )
 
 
 def _adapter_config(plan: Plan) -> str:

@@ -16,7 +16,7 @@ from qdist.host.machine import probe
 from qdist.host.run.rundir import RunDir
 from qdist.host.sources.adapters import digest_of
 from qdist.host.sources.targets import ADAPTER
-from qdist.runtime.adapters.attach import add_adapter
+from qdist.runtime.adapters.attach import add_adapter, fill_adapter
 from qdist.runtime.data.batches import read_samples
 from qdist.runtime.engine.objective import Evaluate, Forward
 from qdist.runtime.engine.torch import Adapter, Engine
@@ -24,7 +24,7 @@ from qdist.runtime.model.skeleton import DTYPES, decoder_layers, load_backbone
 from qdist.runtime.placements.base import PROCESS_GROUP_TIMEOUT, Placement
 from qdist.runtime.train.checkpoint import load_tensors
 from qdist.runtime.train.measure import disk_read_bytes
-from qdist.runtime.train.result import check_adapter, peft_name
+from qdist.runtime.train.result import check_adapter
 
 
 def make_accelerator(plan: Plan, run: RunDir) -> Any:
@@ -101,11 +101,9 @@ def _start_from(start: Start, model: Any) -> None:
     if digest_of(folder) != start.digest:
         raise RunError(f"{folder} has changed since the run was planned", try_="put that adapter back, and --resume")
     check_adapter(tensors, where=str(folder))
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and (found := tensors.get(peft_name(name))) is not None:
-            parameter.data.copy_(found)
-        elif parameter.requires_grad and ".lora_" in name:
-            raise RunError(f"{folder} has no tensor {peft_name(name)}", try_="another --adapter, in a new run")
+    lacking, _ = fill_adapter(model, tensors)
+    if lacking:
+        raise RunError(f"{folder} has no tensor {lacking[0]}", try_="another --adapter, in a new run")
 
 
 class Loaded(NamedTuple):
