@@ -19,6 +19,7 @@ from qdist.runtime.kernels.gptq_bits import require_whole_words
 from qdist.runtime.model.classes import class_of, empty_model
 from qdist.runtime.model.packed import Packed4bit, Packed8bit, Slices, is_offloaded
 from qdist.runtime.model.packed_gptq import PackedGptq
+from qdist.runtime.model.parts import decoder_layers
 from qdist.runtime.model.weights import FolderWeights, ModelWeights, RandomWeights, Stored, Weights
 
 
@@ -51,6 +52,7 @@ def skeleton(source: Source, *, bits: int, quant: Quant, dtype: torch.dtype, fac
         else AutoConfig.for_model(str(source.config["model_type"]), **_without_type(source.config))
     )
     model = empty_model(config, dtype=dtype)
+    model.qdist_parts = facts.modules
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and facts.packs(path) and bits < 16:
             model.set_submodule(path, _packed(module, path, source, bits, quant, dtype))
@@ -119,12 +121,6 @@ def offload(model: Any, layers: Sequence[int]) -> None:
 def _in_host_memory(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
     held = parameter.detach().cpu()
     return nn.Parameter(held.pin_memory() if device.type == "cuda" else held, requires_grad=False)
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The decoder layers of a causal language model, in order."""
-    count = model.config.num_hidden_layers
-    return next(found for found in model.modules() if isinstance(found, nn.ModuleList) and len(found) == count)
 
 
 def first_row(parameter: Any) -> int:
