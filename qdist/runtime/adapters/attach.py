@@ -8,6 +8,7 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
+from qdist.core.model.adapters.targets import excluded_modules, target_modules
 from qdist.core.planning.plan import Plan
 from qdist.host.sources.models import public_name
 from qdist.runtime.adapters.lora import adapted_product
@@ -28,6 +29,7 @@ class FusedLora(LoraLinear):
         """Create an adapter's matrices for the full base layer: PEFT 0.21 would measure this rank's shard of it."""
         base = self.get_base_layer()
         self.in_features, self.out_features = base.in_features, base.out_features
+        self.fan_in_fan_out = False  # true of a `Conv1D`, in whose place there is a linear here
         super().update_layer(*args, **kwargs)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -62,7 +64,9 @@ def lora_config(plan: Plan) -> Any:
     spec = plan.spec
     return LoraConfig(
         **METHODS[spec.method].peft_settings(plan),
-        target_modules=sorted(linear.name for linear in plan.facts.targeted(spec.lora.targets)),
+        target_modules=target_modules(plan.facts, spec.lora.targets),
+        exclude_modules=excluded_modules(plan.facts, spec.lora.targets),
+        fan_in_fan_out=any(linear.transposed for linear in plan.facts.targeted(spec.lora.targets)),
         bias="none",
         task_type="CAUSAL_LM",
         trainable_token_indices=_token_rows(plan),

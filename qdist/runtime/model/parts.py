@@ -34,7 +34,7 @@ def find_parts(model: Any) -> Modules:
     inner = dict(model.get_submodule(decoder).named_children())
     norms = [name for name, child in inner.items() if "Norm" in type(child).__name__]
     behind = list(inner)[list(inner).index(layers.removeprefix(f"{decoder}.").partition(".")[0]) :]
-    final = [name for name in norms if name in behind or "final" in name][-1:]
+    final = sorted((name for name in norms if name in behind or "final" in name), key=lambda name: "emb" not in name)[-1:]
     tables = [name for name, child in inner.items() if isinstance(child, nn.Embedding)]
     return Modules(
         embedding=embedding,
@@ -91,15 +91,24 @@ def items_returned(layer: type[nn.Module]) -> int:
     """
     function = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(layer.forward)))).body[0]
     assigned = {
-        target.id: node.value
+        target.id: length
         for node in ast.walk(function)
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
+        if isinstance(node, ast.Assign) and (length := _tuple_length(node.value))
         for target in node.targets
         if isinstance(target, ast.Name)
     }
     returned = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
-    values = [assigned.get(value.id, value) if isinstance(value, ast.Name) else value for value in returned]
-    return max((len(value.elts) for value in values if isinstance(value, ast.Tuple)), default=0)
+    return max(
+        (assigned.get(value.id, 0) if isinstance(value, ast.Name) else _tuple_length(value) for value in returned),
+        default=0,
+    )
+
+
+def _tuple_length(value: ast.expr | None) -> int:
+    """Length of a tuple as it is written, without what is appended to it; 0 for anything else."""
+    if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add):
+        return _tuple_length(value.left)
+    return len(value.elts) if isinstance(value, ast.Tuple) else 0
 
 
 def _embedding(model: Any) -> Any:
@@ -120,8 +129,11 @@ def _layers(model: Any, embedding: str) -> str:
     lists = [
         path for path, each in model.named_modules() if isinstance(each, nn.ModuleList) and len(each) == count
     ]
+    if not lists:  # longcat_flash counts each layer twice
+        longest = max((len(each) for each in model.modules() if isinstance(each, nn.ModuleList)), default=0)
+        lists = [path for path, each in model.named_modules() if isinstance(each, nn.ModuleList) and len(each) == longest]
     if not lists:
-        raise ModelError(f"{type(model).__name__} has no list of {count} layers", try_="a causal language model")
+        raise ModelError(f"{type(model).__name__} has no list of layers", try_="a causal language model")
     # Towers may have as many layers; they share less of their path with the tokens' table.
     return min(lists, key=lambda path: (-len(common_parent(path, embedding)), path.count(".")))
 

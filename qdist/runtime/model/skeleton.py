@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from qdist.core.errors import ModelError
 from qdist.core.model.shapes import ModelFacts
@@ -54,11 +55,23 @@ def skeleton(source: Source, *, bits: int, quant: Quant, dtype: torch.dtype, fac
     model = empty_model(config, dtype=dtype)
     model.qdist_parts = facts.modules
     for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and facts.packs(path) and bits < 16:
-            model.set_submodule(path, _packed(module, path, source, bits, quant, dtype))
+        if not isinstance(module, nn.Linear | Conv1D) or not facts.packs(path):
+            continue
+        linear = module if isinstance(module, nn.Linear) else _as_linear(module)
+        if bits < 16:
+            linear = _packed(linear, path, source, bits, quant, dtype)
+        if linear is not module:
+            model.set_submodule(path, linear)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()
+
+
+def _as_linear(module: Conv1D) -> nn.Linear:
+    """A linear for a `Conv1D`, whose matrix it holds as [outputs, inputs]."""
+    linear = nn.Linear(module.nx, module.nf, device="meta", dtype=module.weight.dtype)
+    linear.bias = module.bias
+    return linear
 
 
 def _without_type(config: dict[str, object]) -> dict[str, Any]:

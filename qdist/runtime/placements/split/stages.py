@@ -71,8 +71,8 @@ class _StageForward:
 
     def __call__(self, *given: Any, inputs_embeds: Any = None, **named: Any) -> Any:
         if self._entrance is not None:
-            # What the class makes of these is not used, only their shape, device and dtype.
-            self._entrance.received, inputs_embeds = inputs_embeds, inputs_embeds.detach()
+            # What the class makes of these (CTRL in place) is not used, only their shape, device and dtype.
+            self._entrance.received, inputs_embeds = inputs_embeds, torch.zeros_like(inputs_embeds)
         outputs = self._forward(*given, inputs_embeds=inputs_embeds, **named)
         if self._entrance is not None:
             self._entrance.received = None
