@@ -16,7 +16,7 @@ from qdist.runtime.infer import residence as places
 from qdist.runtime.infer.generate import complete
 from qdist.runtime.infer.load import _WORK_BYTES, load, load_run, open_model, open_plain
 from qdist.runtime.model.packed import is_offloaded
-from qdist.runtime.model.skeleton import decoder_layers
+from qdist.runtime.model.parts import decoder_layers
 from tests.runtime.merging import merge
 from tests.runtime.tiny import adapted_run, real_job, save_data, save_model
 

@@ -26,6 +26,8 @@ class Linear(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Linears that read the same tensor share it when autograd keeps it."""
     within: str = ""
     """Path in the layer of the module that has it, such as 'mlp.shared_expert'; empty where the name alone tells."""
+    transposed: bool = False
+    """Whether transformers' class holds the matrix as [inputs, outputs]: a `Conv1D`, as in GPT-2."""
 
     @property
     def weights(self) -> int:

@@ -11,6 +11,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
 from qdist.core.errors import SpecError
+from qdist.core.model.adapters.targets import excluded_modules, target_modules
 from qdist.core.planning.plan import Plan
 from qdist.host.sources.models import public_name
 from qdist.runtime.adapters.experts import adapt_experts, expert_parameters
@@ -33,6 +34,7 @@ class FusedLora(LoraLinear):
         """Create an adapter's matrices for the full base layer: PEFT 0.21 would measure this rank's shard of it."""
         base = self.get_base_layer()
         self.in_features, self.out_features = base.in_features, base.out_features
+        self.fan_in_fan_out = False  # true of a `Conv1D`, in whose place there is a linear here
         super().update_layer(*args, **kwargs)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -75,8 +77,10 @@ def lora_config(plan: Plan) -> Any:
     parameters = [*expert_parameters(plan.facts, spec.lora.targets), *(f"{name}.weight" for name in as_parameters)]
     return LoraConfig(
         **METHODS[spec.method].peft_settings(plan),
-        target_modules=sorted(linears - as_parameters),
+        target_modules=target_modules(plan.facts, spec.lora.targets, as_parameters),
         target_parameters=sorted(parameters) or None,
+        exclude_modules=excluded_modules(plan.facts, spec.lora.targets),
+        fan_in_fan_out=any(linear.transposed for linear in plan.facts.targeted(spec.lora.targets)),
         bias="none",
         task_type="CAUSAL_LM",
         trainable_token_indices=_token_rows(plan),

@@ -31,7 +31,8 @@ class LoraSettings(msgspec.Struct):
 
     r: int
     lora_alpha: float
-    target_modules: list[str]
+    target_modules: list[str] | str
+    """Leaf names; or a regular expression of whole paths."""
     alpha_pattern: dict[str, float] = {}
     use_rslora: bool = False
 

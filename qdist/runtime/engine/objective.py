@@ -9,6 +9,8 @@ import torch
 from torch.nn import functional
 
 from qdist.runtime.data.batches import Samples
+from qdist.runtime.engine.head import HeadRule, class_logits, head_rule
+from qdist.runtime.model.parts import decoder_of, head_of
 
 IGNORED = -100
 
@@ -27,34 +29,41 @@ def summed_loss(model: Any, batch: Mapping[str, torch.Tensor], *, fused: bool) -
 def hidden_states(model: Any, inputs: torch.Tensor) -> torch.Tensor:
     """The decoder's output for token ids, int64 [batch, length], or for hidden states, [batch, length, hidden]."""
     name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
-    hidden: torch.Tensor = model.get_decoder()(**{name: inputs}, use_cache=False)[0]
+    hidden: torch.Tensor = decoder_of(model)(**{name: inputs}, use_cache=False)[0]
     return hidden
 
 
 def loss_of(model: Any, hidden: torch.Tensor, labels: torch.Tensor, *, fused: bool) -> torch.Tensor:
     """The summed loss from hidden states after the final norm and labels on the CPU, both [batch, length, ...]."""
-    head = model.get_output_embeddings()
+    head, rule = head_of(model), head_rule(model)
     device = next(head.parameters()).device  # of a model spread over GPUs, not always where the hidden states are
     targets = labels[:, 1:].reshape(-1)
     learned = (targets != IGNORED).nonzero().squeeze(1)
     flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     picked = flat.index_select(0, learned.to(hidden.device, non_blocking=True)).to(device)
     wanted = targets[learned].to(device, non_blocking=True)
+    if not rule.plain:
+        return functional.cross_entropy(class_logits(model, picked[None])[0].float(), wanted, reduction="sum")
     # A sharded head brings the method itself, so that FSDP gathers its weights around it.
     entropy = getattr(head, "cross_entropy", None) or partial(cross_entropy, head)
-    total: torch.Tensor = entropy(picked, wanted, fused=fused)
+    total: torch.Tensor = entropy(picked, wanted, rule, fused=fused)
     return total
 
 
-def cross_entropy(head: Any, hidden: torch.Tensor, wanted: torch.Tensor, *, fused: bool) -> torch.Tensor:
+def cross_entropy(
+    head: Any, hidden: torch.Tensor, wanted: torch.Tensor, rule: HeadRule, *, fused: bool
+) -> torch.Tensor:
     """Summed cross entropy of an output embedding on hidden states [tokens, hidden] against the tokens `wanted`."""
     if fused:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-        fused_loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-        total: torch.Tensor = fused_loss(head.weight, hidden.to(head.weight.dtype), wanted, head.bias)
+        fused_loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=rule.softcap)
+        scale = rule.before * rule.after
+        scaled = (hidden if scale == 1.0 else hidden * scale).to(head.weight.dtype)
+        bias = head.bias if head.bias is None or rule.after == 1.0 else head.bias * rule.after
+        total: torch.Tensor = fused_loss(head.weight, scaled, wanted, bias)
         return total
-    return functional.cross_entropy(head(hidden).float(), wanted, reduction="sum")
+    return functional.cross_entropy(rule.of(head(rule.into(hidden)).float()), wanted, reduction="sum")
 
 
 CameTo = Callable[[int], None]

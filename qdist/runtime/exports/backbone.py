@@ -21,7 +21,8 @@ from qdist.runtime.formats.recorded_sums import expected_sums
 from qdist.runtime.infer.load import with_packed
 from qdist.runtime.infer.residence import free_bytes
 from qdist.runtime.model.packed import PackedLinear, Slices
-from qdist.runtime.model.skeleton import DTYPES, decoder_layers, fill, skeleton
+from qdist.runtime.model.parts import decoder_layers
+from qdist.runtime.model.skeleton import DTYPES, fill, skeleton
 from qdist.runtime.model.weights import FolderWeights, RandomWeights, Weights
 from qdist.runtime.quantize.source import Originals, find_originals
 

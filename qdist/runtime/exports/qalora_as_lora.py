@@ -108,5 +108,8 @@ def _rows(adapters: Adapters) -> list[Entry]:
 
 
 def _config(adapters: Adapters, rank: int) -> dict[str, Any]:
-    targets = sorted({name for config in adapters.configs for name in config["target_modules"]})
+    named = [config["target_modules"] for config in adapters.configs]
+    expressions = dict.fromkeys(f"(?:{each})" for each in named if isinstance(each, str))
+    # Adapters of one model are all written with expressions, or none is.
+    targets = "|".join(expressions) if expressions else sorted({name for names in named for name in names})
     return {**adapters.configs[0], **unscaled(rank), **UNPOOLED, "target_modules": targets}

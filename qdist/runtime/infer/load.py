@@ -27,7 +27,8 @@ from qdist.runtime.formats.gptq_folder import in_safetensors
 from qdist.runtime.formats.recorded_sums import digest_of_folder, require_adapter, verify_folder
 from qdist.runtime.infer.residence import arrange, choose, first_device, free_bytes, on_device, settle
 from qdist.runtime.model.describe import facts_of
-from qdist.runtime.model.skeleton import DTYPES, decoder_layers, load_backbone, load_plain
+from qdist.runtime.model.parts import decoder_layers
+from qdist.runtime.model.skeleton import DTYPES, load_backbone, load_plain
 from qdist.runtime.quantize.bitsandbytes import packed_folder
 from qdist.runtime.quantize.gptq.check import checked
 from qdist.runtime.quantize.materialize import materialize

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from qdist.core.errors import ModelError
 from qdist.core.model.shapes import Experts, ModelFacts
@@ -21,6 +22,7 @@ from qdist.runtime.model.experts import compute_experts, is_experts, is_transpos
 from qdist.runtime.model.packed import Packed4bit, Packed8bit, Slices, is_offloaded
 from qdist.runtime.model.packed_experts import PackedMatrices, packed_matrices
 from qdist.runtime.model.packed_gptq import PackedGptq
+from qdist.runtime.model.parts import decoder_layers
 from qdist.runtime.model.weights import FolderWeights, ModelWeights, RandomWeights, Stored, Weights
 
 
@@ -53,15 +55,28 @@ def skeleton(source: Source, *, bits: int, quant: Quant, dtype: torch.dtype, fac
         else AutoConfig.for_model(str(source.config["model_type"]), **_without_type(source.config))
     )
     model = empty_model(config, dtype=dtype)
+    model.qdist_parts = facts.modules
     for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and facts.packs(path) and bits < 16:
-            model.set_submodule(path, _packed(module, path, source, bits, quant, dtype))
+        if not isinstance(module, nn.Linear | Conv1D) or not facts.packs(path):
+            continue
+        linear = module if isinstance(module, nn.Linear) else _as_linear(module)
+        if bits < 16:
+            linear = _packed(linear, path, source, bits, quant, dtype)
+        if linear is not module:
+            model.set_submodule(path, linear)
     for path, experts in facts.experts.items():
         _pack_experts(model.get_submodule(path), experts, bits, quant, mxfp4=comes_in_mxfp4(source.config))
         compute_experts(model.get_submodule(path), path)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()
+
+
+def _as_linear(module: Conv1D) -> nn.Linear:
+    """A linear for a `Conv1D`, whose matrix it holds as [outputs, inputs]."""
+    linear = nn.Linear(module.nx, module.nf, device="meta", dtype=module.weight.dtype)
+    linear.bias = module.bias
+    return linear
 
 
 def _without_type(config: dict[str, object]) -> dict[str, Any]:
@@ -146,12 +161,6 @@ def offload(model: Any, layers: Sequence[int]) -> None:
 def _in_host_memory(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
     held = parameter.detach().cpu()
     return nn.Parameter(held.pin_memory() if device.type == "cuda" else held, requires_grad=False)
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The decoder layers of a causal language model, in order."""
-    count = model.config.num_hidden_layers
-    return next(found for found in model.modules() if isinstance(found, nn.ModuleList) and len(found) == count)
 
 
 def first_row(parameter: Any) -> int:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from qdist.core.errors import ModelError
 from qdist.runtime.formats.checksum import SumCheck, Sums
@@ -79,7 +80,10 @@ class ModelWeights:
     def of(self, path: str, module: nn.Module) -> Mapping[str, Slices]:
         if isinstance(module, PackedMatrices):
             return module.pack(self.model.get_parameter(path), self.device, self.dtype)
-        tensors: dict[str, Any] = dict(self.model.get_submodule(path).named_parameters(recurse=False))
+        plain = self.model.get_submodule(path)
+        tensors: dict[str, Any] = dict(plain.named_parameters(recurse=False))
+        if isinstance(plain, Conv1D):  # [inputs, outputs], and a linear in its place
+            tensors["weight"] = tensors["weight"].detach().t().contiguous()
         if isinstance(module, PackedLinear):
             tensors |= module.pack(tensors["weight"].detach().to(self.device, self.dtype))
         return tensors

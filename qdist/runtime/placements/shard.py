@@ -11,9 +11,11 @@ from torch.distributed.tensor import DTensor
 
 from qdist.core.errors import JobError
 from qdist.core.planning.plan import Plan
+from qdist.runtime.engine.head import head_rule
 from qdist.runtime.engine.objective import cross_entropy
 from qdist.runtime.formats.checksum import slice_sums
-from qdist.runtime.model.skeleton import decoder_layers, first_row
+from qdist.runtime.model.parts import decoder_layers, decoder_of, embedding_of, head_of
+from qdist.runtime.model.skeleton import first_row
 from qdist.runtime.placements.base import LoneRank
 
 
@@ -31,6 +33,9 @@ class Shard(LoneRank):
 
     def settle(self, backbone: Any) -> None:
         settle(backbone)
+        if self.plan.liger and shards_embeddings(self.plan) and head_rule(backbone).plain:
+            # The fused loss has computed its gradient when the backward pass begins.
+            _keep_out_of_backward(head_of(backbone))
 
     def verify(self, backbone: Any) -> int:
         return check_gathered_bytes(backbone)
@@ -47,7 +52,7 @@ def shard(model: Any, plan: Plan) -> None:
     mesh = _group_mesh(plan)
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = embedding_of(model), head_of(model)
     whole: set[nn.Parameter] = set()
     if shards_embeddings(plan):
         for table in (embedding, head):
@@ -55,11 +60,9 @@ def shard(model: Any, plan: Plan) -> None:
         head.cross_entropy = MethodType(cross_entropy, head)
         register_fsdp_forward_method(head, "cross_entropy")
         _keep_out_of_backward(embedding)
-        if plan.liger:  # whose loss has computed its gradient when the backward pass begins
-            _keep_out_of_backward(head)
     else:
         whole.update(embedding.parameters(), head.parameters())
-    fully_shard(model.get_decoder(), mesh=mesh, reshard_after_forward=False, ignored_params=whole)
+    fully_shard(decoder_of(model), mesh=mesh, reshard_after_forward=False, ignored_params=whole)
 
 
 def _keep_out_of_backward(table: Any) -> None:

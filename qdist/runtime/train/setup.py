@@ -20,7 +20,8 @@ from qdist.runtime.adapters.attach import add_adapter, fill_adapter
 from qdist.runtime.data.batches import read_samples
 from qdist.runtime.engine.objective import Evaluate, Forward
 from qdist.runtime.engine.torch import Adapter, Engine
-from qdist.runtime.model.skeleton import DTYPES, decoder_layers, load_backbone
+from qdist.runtime.model.parts import decoder_layers
+from qdist.runtime.model.skeleton import DTYPES, load_backbone
 from qdist.runtime.placements.base import PROCESS_GROUP_TIMEOUT, Placement
 from qdist.runtime.train.checkpoint import load_tensors
 from qdist.runtime.train.measure import disk_read_bytes

@@ -10,21 +10,76 @@ import torch.distributed as dist
 from torch import nn
 
 from qdist.core.errors import PlanError, RunError
-from qdist.core.model.families import FAMILIES
-from qdist.core.model.shapes import Modules
 from qdist.core.planning.plan import Plan
-from qdist.runtime.model.skeleton import decoder_layers
+from qdist.runtime.model.parts import (
+    decoder_layers,
+    decoder_of,
+    embedding_of,
+    head_of,
+    items_returned,
+    parts_of,
+)
 
 
 class Absent(nn.Module):
     """Stand-in for a part that another rank holds: no parameters, passes its input through."""
 
-    def __init__(self, *, as_tuple: bool = False) -> None:
-        super().__init__()
-        self.as_tuple = as_tuple
+    def __init__(self, *, items: int = 0) -> None:
+        """items: length of the tuple to return, of which hidden states are the first; 0 for hidden states alone."""
+        nn.Module.__init__(self)  # not that of the layer's class, which a stand-in for a layer has too
+        self.items = items
 
-    def forward(self, hidden: torch.Tensor, *_: Any, **__: Any) -> Any:
-        return (hidden,) if self.as_tuple else hidden
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        return nn.Module.__call__(self, *given, **named)  # a layer's own would checkpoint what computes nothing
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        hidden = self.passed(given[0] if given else next(iter(named.values())))
+        return (hidden, *[None] * (self.items - 1)) if self.items else hidden
+
+    def passed(self, hidden: Any) -> Any:
+        """What goes on to the next part."""
+        return hidden
+
+
+class Entrance(Absent):
+    """Stand-in for the layer before a stage's first: gives it exactly what was received from the stage before.
+
+    Whatever the class does to embeddings on the way to its layers (scales, norms, positions) was done by stage 0.
+    """
+
+    received: Any = None
+
+    def passed(self, hidden: Any) -> Any:
+        return self.received
+
+
+class Exit(Absent):
+    """Stand-in for the layer behind a stage's last: takes what this would read, before any final norm."""
+
+    taken: Any = None
+
+    def passed(self, hidden: Any) -> Any:
+        self.taken = hidden
+        return hidden
+
+
+class _StageForward:
+    """The forward pass of a decoder with some of its layers, from and to hidden states between layers."""
+
+    def __init__(self, forward: Any, entrance: Entrance | None, exit_: Exit | None) -> None:
+        self._forward, self._entrance, self._exit = forward, entrance, exit_
+
+    def __call__(self, *given: Any, inputs_embeds: Any = None, **named: Any) -> Any:
+        if self._entrance is not None:
+            # What the class makes of these (CTRL in place) is not used, only their shape, device and dtype.
+            self._entrance.received, inputs_embeds = inputs_embeds, torch.zeros_like(inputs_embeds)
+        outputs = self._forward(*given, inputs_embeds=inputs_embeds, **named)
+        if self._entrance is not None:
+            self._entrance.received = None
+        if self._exit is None:
+            return outputs
+        taken, self._exit.taken = self._exit.taken, None
+        return (taken,)
 
 
 class _NothingToAdd(nn.Module):
@@ -34,11 +89,6 @@ class _NothingToAdd(nn.Module):
         return torch.zeros((), device=given.device)
 
 
-def modules_of(model: Any) -> Modules:
-    """Paths of a causal language model's parts in transformers' class."""
-    return FAMILIES[model.config.model_type].modules
-
-
 def keep_stage(model: Any, layers: range, *, first: bool, last: bool) -> None:
     """Remove from a causal language model what this stage does not own, in place, with or without weights in it.
 
@@ -46,12 +96,10 @@ def keep_stage(model: Any, layers: range, *, first: bool, last: bool) -> None:
     the last one has the final norm and the head; a head that is tied to the embedding keeps that table.
     Other stages are given hidden states as `inputs_embeds` of the decoder.
     """
-    modules, stack = modules_of(model), decoder_layers(model)
-    as_tuple = FAMILIES[model.config.model_type].layers_return_tuples
-    for index in range(len(stack)):
-        if index not in layers:
-            stack[index] = Absent(as_tuple=as_tuple)
-    tied = model.get_submodule(modules.head).weight is model.get_submodule(modules.embedding).weight
+    modules, decoder = parts_of(model), decoder_of(model)
+    tied = head_of(model).weight is embedding_of(model).weight
+    entrance, exit_ = _empty_others(decoder_layers(model), layers)
+    decoder.forward = _StageForward(decoder.forward, entrance, exit_)
     if not last:
         _put(model, Absent, modules.final_norm, modules.head)
     if not first:
@@ -61,19 +109,49 @@ def keep_stage(model: Any, layers: range, *, first: bool, last: bool) -> None:
             _put(model, Absent, modules.embedding)
     if tied and not last:
         # There is one of the two here, and nothing to tie it to.
-        model.config.tie_word_embeddings = False
+        for config in (model.config, model.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = False
         model._tied_weights_keys, model.all_tied_weights_keys = {}, {}
+
+
+def _empty_others(stack: nn.ModuleList, layers: range) -> tuple[Entrance | None, Exit | None]:
+    """Put stand-ins in the place of layers that are not this stage's; those next to its own, if it has such."""
+    kinds: dict[int, type[Absent]] = {layers[0] - 1: Entrance, layers[-1] + 1: Exit}
+    for index in range(len(stack)):
+        if index not in layers:
+            stack[index] = _stand_in(kinds.get(index, Absent), stack[index])
+    before = stack[layers[0] - 1] if layers[0] > 0 else None
+    behind = stack[layers[-1] + 1] if layers[-1] + 1 < len(stack) else None
+    return before, behind
+
+
+def _stand_in(kind: type[Absent], layer: nn.Module) -> Absent:
+    """A stand-in for a layer that is of its class and has its plain attributes, which decoders look at."""
+    made: Absent = type(kind.__name__, (kind, type(layer)), {})(items=items_returned(type(layer)))
+    for name, value in vars(layer).items():
+        if not name.startswith("_") and name not in ("forward", "training"):
+            setattr(made, name, value)
+    return made
 
 
 def arrange_stage(plan: Plan, rank: int) -> Any:
     """The `arrange` argument of `load_backbone` for a rank of a split plan whose ranks are stages.
 
-    Raises PlanError for a plan with new vocabulary rows: first and last stage would each train some of them.
+    Raises PlanError for a plan with new vocabulary rows, as first and last stage would each train some of them, and
+    for a model or a layer map that cannot be computed in stages.
     """
     if plan.source.new_token_ids:
         raise PlanError(
             f"split cannot train {len(plan.source.new_token_ids)} new row(s) of the vocabulary",
             try_="--placement shard, or a tokenizer that needs no new tokens",
+        )
+    if plan.facts.unsplit:
+        raise PlanError(f"the model {plan.facts.unsplit}: its layers cannot lie in stages", try_="--placement shard")
+    together = set(plan.layer_map[plan.facts.together_from :]) if plan.facts.together_from is not None else set()
+    if len(together) > 1:
+        raise PlanError(
+            f"layers from {plan.facts.together_from} on share keys and values, and lie in {len(together)} stages",
+            try_="--placement shard, or fewer stages",
         )
     position = plan.ranks[rank].position
     layers = layers_of(plan, position)
@@ -100,12 +178,12 @@ def only_present(model: Any) -> Iterator[None]:
 
     Absent layers leave the list meanwhile, and an absent final norm that was patched is made anew.
     """
-    norm, stack = modules_of(model).final_norm, decoder_layers(model)
+    norm, stack = parts_of(model).final_norm, decoder_layers(model)
     everything = dict(stack.named_children())
     for key, layer in everything.items():
         if isinstance(layer, Absent):
             delattr(stack, key)
-    without_norm = isinstance(model.get_submodule(norm), Absent)
+    without_norm = bool(norm) and isinstance(model.get_submodule(norm), Absent)
     try:
         yield
     finally:
@@ -120,7 +198,7 @@ def only_present(model: Any) -> Iterator[None]:
 
 def _put(model: nn.Module, kind: type[nn.Module], *paths: str) -> None:
     """Replace the module at each existing path with one of the given kind."""
-    for path in paths:
+    for path in filter(None, paths):
         model.set_submodule(path, kind())
 
 
@@ -209,16 +287,16 @@ def spread(model: Any, layer_devices: Sequence[torch.device]) -> None:
     layer_devices: of each decoder layer. What comes before the layers goes to the first device, final norm and head
     to the last; a head that is tied to the embedding stays with it.
     """
-    decoder, layers = model.get_decoder(), decoder_layers(model)
+    decoder, layers = decoder_of(model), decoder_layers(model)
     first, last = layer_devices[0], layer_devices[-1]
-    norm = model.get_submodule(modules_of(model).final_norm)
+    norm = model.get_submodule(parts_of(model).final_norm) if parts_of(model).final_norm else None
     for child in decoder.children():
         if child is not layers:
             _put_on(child, last if child is norm else first)
     for layer, device in zip(layers, layer_devices, strict=True):
         _put_on(layer, device)
-    head = model.get_output_embeddings()
-    _put_on(head, first if head.weight is model.get_input_embeddings().weight else last)
+    head = head_of(model)
+    _put_on(head, first if head.weight is embedding_of(model).weight else last)
 
 
 def _put_on(part: nn.Module, device: torch.device) -> None:

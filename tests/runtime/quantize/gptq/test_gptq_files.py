@@ -23,7 +23,8 @@ from qdist.runtime.formats.gptq_folder import entries
 from qdist.runtime.formats.packed_folder import write_tensors
 from qdist.runtime.kernels.gptq_bits import pack, pack_zeros, unpack, unpack_zeros
 from qdist.runtime.model.packed_gptq import PackedGptq
-from qdist.runtime.model.skeleton import decoder_layers, fill
+from qdist.runtime.model.parts import decoder_layers
+from qdist.runtime.model.skeleton import fill
 from qdist.runtime.model.weights import FolderWeights
 from qdist.runtime.quantize.gptq import check
 from qdist.runtime.quantize.source import blueprint
