@@ -75,6 +75,7 @@ def _work(plan: Plan, run: RunDir) -> None:
     from qdist.runtime.infer.decoding import before_and_after
     from qdist.runtime.infer.load import load_tokenizer
     from qdist.runtime.placements.registry import placement_of
+    from qdist.runtime.train.gradients import GradientWatch
     from qdist.runtime.train.inventory import inventory_of
     from qdist.runtime.train.loop import Trainer
     from qdist.runtime.train.measure import load_peak, memory_now, parts, peak
@@ -127,6 +128,7 @@ def _work(plan: Plan, run: RunDir) -> None:
             report=report,
             move=beat.move,
             stopping=stop,
+            gradients=GradientWatch(built.adapter.named(), plan.facts, compute_dtype=plan.compute_dtype),
         )
         stop.listen()
         finished = trainer.train()
