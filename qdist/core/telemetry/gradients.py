@@ -7,12 +7,14 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from qdist.core.errors import JobError
-from qdist.core.text import counted
+from qdist.core.text import counted, first_few
 
 Magnitudes = Mapping[str, Sequence[float]]
 """Largest magnitude of each section of each tensor's gradient; without those that had none."""
-_NAMED = 3
-"""Tensors that an error names."""
+
+
+_NUMBERS = 8
+"""Experts of a module that are named."""
 
 
 class Section(NamedTuple):
@@ -48,7 +50,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
             said += f"; {self.idle_rows:,} of {counted(self.rows, 'row')} of new tokens saw no token"
         if self.idle_experts:
             said += f"; {self.idle_experts:,} of {counted(self.experts, 'expert')} saw no token"
-        return said + (f" ({_some(self.named)})" if self.named else "")
+        return said + (f" ({first_few(self.named)})" if self.named else "")
 
 
 def combine(ranks: Iterable[Magnitudes]) -> dict[str, list[float]]:
@@ -85,7 +87,14 @@ def judge(sections: Mapping[str, Section], updates: Sequence[Magnitudes]) -> Fou
         idle_rows=rows.count(0.0),
         experts=sum({section.owner: section.parts for section in sections.values() if section.owner}.values()),
         idle_experts=sum(map(len, idle.values())),
-        named=(*resting, *(f"{owner} {_numbers(numbers)}" for owner, numbers in idle.items() if numbers)),
+        named=(
+            *resting,
+            *(
+                f"{owner} {first_few(tuple(map(str, numbers)), most=_NUMBERS)}"
+                for owner, numbers in idle.items()
+                if numbers
+            ),
+        ),
     )
 
 
@@ -134,21 +143,11 @@ def _refuse(names: Sequence[str], total: int, what: str) -> None:
     if names:
         found = list(dict.fromkeys(names))
         raise JobError(
-            f"{len(found)} of {counted(total, 'trained tensor')} {what}: {_some(found)}",
+            f"{len(found)} of {counted(total, 'trained tensor')} {what}: {first_few(found)}",
             try_="report this with the output of qdist doctor, or other --set lora.targets",
         )
 
 
 def not_finite(names: Sequence[str], total: int) -> str:
     """Which of all trained tensors have such gradients, to follow the sentence that says so."""
-    return f", in {len(names)} of {counted(total, 'trained tensor')}: {_some(names)}" if names else ""
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _numbers(numbers: Sequence[int]) -> str:
-    more = len(numbers) - 8
-    return ", ".join(map(str, numbers[:8])) + (f" and {more} more" if more > 0 else "")
+    return f", in {len(names)} of {counted(total, 'trained tensor')}: {first_few(names)}" if names else ""

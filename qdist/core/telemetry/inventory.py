@@ -11,7 +11,7 @@ import msgspec
 
 from qdist.core.errors import DataError, ModelError
 from qdist.core.model.shapes import ALL_LINEAR, EXPERTS
-from qdist.core.text import counted, format_bytes
+from qdist.core.text import counted, first_few, format_bytes
 
 UNPACKED = "not packed"
 """Reason of a decoder layer's linear or expert that is in 16 bits for no other: the run is refused for such ones."""
@@ -20,8 +20,6 @@ STORED = "stored so in the checkpoint"
 OTHER = "other parameters"
 MOST_UNPACKED = 0.01
 """Largest share of the bytes of linears and experts that may be in 16 bits where fewer were asked for."""
-_NAMED = 3
-"""Modules that an error names."""
 
 Kind = Literal["linear", "expert", "other"]
 
@@ -53,7 +51,7 @@ class Part(NamedTuple):
 
     modules: tuple[Module, ...]
     missing: tuple[str, ...] = ()
-    """Linears and experts of this rank's layers that the plan counts, and the model does not have."""
+    """Linears and experts of this rank's layers that the plan counts, and the model does not have, in words."""
 
 
 class Held(msgspec.Struct, frozen=True, kw_only=True):
@@ -180,7 +178,7 @@ def _refuse_missing(missing: Sequence[str]) -> None:
     if missing:
         raise ModelError(
             f"{counted(len(missing), 'module')} that the plan counts {_are(missing)} not in the model: "
-            f"{_named(missing)}",
+            f"{first_few(missing)}",
             try_="report this with the output of qdist doctor: the model's facts are wrong",
         )
 
@@ -193,14 +191,14 @@ def _refuse_unadapted(modules: Sequence[Module], targets: Sequence[str]) -> None
     if lacking:
         raise ModelError(
             f"{len(lacking)} of the {len(targeted)} linears and experts that lora.targets names have no adapter: "
-            f"{_named(lacking)}",
+            f"{first_few(lacking)}",
             try_=report,
         )
     strangers = [module.path for module in modules if module.is_adapted and not module.is_targeted]
     if strangers:
         raise ModelError(
             f"{counted(len(strangers), 'module')} that lora.targets does not name {_are(strangers)} adapted: "
-            f"{_named(strangers)}",
+            f"{first_few(strangers)}",
             try_=report,
         )
     for target in targets:
@@ -223,14 +221,9 @@ def _refuse_unpacked(found: Inventory) -> None:
     size = sum(held.bytes for held in found.held if held.reason == UNPACKED)
     raise ModelError(
         f"{format_bytes(size)} of the linears and experts of the decoder layers, {found.unpacked_share:.1%} of their "
-        f"bytes, would stay in 16 bits where {found.bits} were asked for: {_named(found.unpacked)}",
+        f"bytes, would stay in 16 bits where {found.bits} were asked for: {first_few(found.unpacked)}",
         ways=[{"bits": 16}],
     )
-
-
-def _named(paths: Sequence[str]) -> str:
-    more = len(paths) - _NAMED
-    return ", ".join(paths[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _are(paths: Sequence[str]) -> str:

@@ -127,16 +127,16 @@ class _Reader:
             yield self._parameter(path, name, module, parameter)
 
     def missing(self) -> Iterator[str]:
-        """Paths of linears and matrices that the facts have in layers that are here, and that were not met."""
+        """'q_proj of model.layers.3': what the facts have in layers that are here, and was not met."""
         for number, met in self._met.items():
             shape = self._shapes[number]
             stem = f"{self._facts.modules.layers}.{number}"
             for linear in shape.linears:
                 if linear not in met:
-                    yield ".".join(filter(None, (stem, linear.within, linear.name)))
-            for matrix in shape.experts.matrices if shape.experts else ():
-                if matrix not in met:
-                    yield f"{stem}.{shape.experts.path if shape.experts else ''}.{matrix.name}"
+                    yield f"{linear.name} of {stem}{linear.within and f'.{linear.within}'}"
+            if shape.experts:
+                lacking = (matrix for matrix in shape.experts.matrices if matrix not in met)
+                yield from (f"{matrix.name} of {stem}.{shape.experts.path}" for matrix in lacking)
 
     def _layer(self, path: str) -> tuple[int, LayerShape, str] | None:
         """The decoder layer that a path is in, its shape, and the path in it."""
