@@ -9,7 +9,7 @@ from rich.console import Console
 from qdist.cli.views.dashboard import dashboard
 from qdist.cli.views.plan import outcome_rows, start_line
 from qdist.cli.views.screen import Painter
-from qdist.cli.views.text import answers, comparison, plain_line
+from qdist.cli.views.text import answers, comparison, plain_lines
 from qdist.core.data import demo
 from qdist.core.errors import QdistError
 from qdist.core.planning.plan import Plan
@@ -63,6 +63,10 @@ class Watch:
         """Add new events of the ranks."""
         self._state.add(events)
         if self._painter:
+            for event in events:
+                if event.rank == 0 and event.kind == "inventory":
+                    for line in plain_lines(event):
+                        self.say(line)
             if (began := time.monotonic()) >= self._due:
                 self._draw(self._painter)
                 now = time.monotonic()
@@ -71,7 +75,8 @@ class Watch:
         left_s = self._state.seconds_left if events else None
         for event in events:
             if event.rank == 0:
-                say(plain_line(event, left_s=left_s))
+                for line in plain_lines(event, left_s=left_s):
+                    say(line)
 
     def say(self, text: str) -> None:
         """Print a line for the user above the live view."""

@@ -3,6 +3,7 @@
 import re
 import shlex
 import textwrap
+from collections.abc import Sequence
 
 from qdist.core.errors import SpecError
 
@@ -56,6 +57,12 @@ def format_bytes(count: float) -> str:
 def counted(number: int, name: str, plural: str = "s") -> str:
     """'1 GPU', '4 GPUs'; with 'es' '2 processes'."""
     return f"{number} {name}{'' if number == 1 else plural}"
+
+
+def first_few(names: Sequence[str], *, most: int = 3) -> str:
+    """'a, b, c and 4 more'."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def format_duration(seconds: float) -> str:

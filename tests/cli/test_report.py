@@ -92,7 +92,7 @@ def test_what_a_model_says_is_never_markup(tmp_path: Path) -> None:
     text = written(run)
     assert "<img" not in text
     assert Page(text).tags.count("script") == 3
-    assert Page(text).tags.count("section") == clean.tags.count("section") == 10
+    assert Page(text).tags.count("section") == clean.tags.count("section") == 11
 
 
 @pytest.mark.parametrize("steps", [0, 1])

@@ -189,7 +189,9 @@ def _overview(snapshot: Snapshot, width: int, room: int) -> list[Text]:
 
 
 def _ranks(snapshot: Snapshot, width: int, room: int) -> list[Text]:
-    return rank_table(snapshot, width, room, whole=True)
+    """The table, and below it what is trained on."""
+    told = [*snapshot.fold.inventory.splitlines(), *filter(None, (snapshot.fold.gradients,))]
+    return [*rank_table(snapshot, width, room, whole=True), Text(""), *(Text(cell(line)) for line in told)]
 
 
 def _curves(snapshot: Snapshot, width: int, room: int) -> list[Text]:

@@ -251,6 +251,7 @@ def _sections(reports: Sequence[Report], plans: Sequence[Sequence[str]]) -> Iter
     yield _each(reports, "warnings", "Warnings", [_warnings(own) for own in reports])
     yield _section("curves", "Curves", _charts(reports), *(_numbers(own, len(reports) > 1) for own in reports))
     yield _each(reports, "memory", "Memory, predicted against measured", [memory(own) for own in reports])
+    yield _each(reports, "inventory", "What was trained on", [rows_table(own.inventory) for own in reports])
     yield _each(reports, "time", "Where the time went", [_time(own) for own in reports])
     yield _each(reports, "evaluation", "Evaluation", [_evaluation(own) for own in reports])
     yield _each(reports, "samples", "Samples", [answers(own.answers) for own in reports])

@@ -14,6 +14,14 @@ _SLOW_GB_S = 0.1
 """What is read slower is told in MB/s; below as many of those, pages lay in memory and no rate says anything."""
 
 
+def plain_lines(event: Event, *, left_s: float | None = None) -> Iterator[str]:
+    """An event as lines of a log: those of an inventory as they are, of any other one `plain_line`."""
+    if event.kind == "inventory":
+        yield from map(cell, event.note.splitlines())
+    else:
+        yield plain_line(event, left_s=left_s)
+
+
 def plain_line(event: Event, *, left_s: float | None = None) -> str:
     """An event as a line of a log: 'step 12/60  loss 1.234  lr 2.0e-04  812 tok/s  rank0 1.9 GiB  3 min 20 s left'.
 
@@ -30,7 +38,7 @@ def plain_line(event: Event, *, left_s: float | None = None) -> str:
         parts.append(f"{format_count(event.tokens / event.seconds)} tok/s")
     if event.kind == "load":
         parts.append(loading(event.seconds, event.read_bytes))
-    if event.memory_bytes:
+    if event.memory_bytes and event.kind != "gradients":
         parts.append(f"rank{event.rank} {format_bytes(event.memory_bytes)}")
     if event.kind == "step" and left_s:
         parts.append(f"{format_duration(left_s)} left")
@@ -57,6 +65,7 @@ def _plain_head(event: Event) -> str:
         "step": where,
         "eval": where,
         "verify": f"{where}  backbone verified",
+        "gradients": f"{where}  gradients checked",
         "checkpoint": f"{where}  checkpoint written",
         "resume": f"resumed at {where}",
     }

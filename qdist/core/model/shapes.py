@@ -166,10 +166,25 @@ class LayerShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         matrices = self.experts.matrices if self.experts else ()
         return tuple(each for each in matrices if EXPERTS in targets or f"{EXPERTS}.{each.name}" in targets)
 
+    def linear_at(self, path: str) -> Linear | None:
+        """The one of `linears`, which are quantized, that is at a path in the layer."""
+        within, _, leaf = path.rpartition(".")
+        found = (linear for linear in self.linears if linear.name == leaf and linear.within in ("", within))
+        return next(found, None)
+
+    def matrix_at(self, path: str) -> Linear | None:
+        """The matrix of an expert whose parameter is at a path in the layer."""
+        within, _, leaf = path.rpartition(".")
+        matrices = self.experts.matrices if self.experts and self.experts.path == within else ()
+        return next((matrix for matrix in matrices if matrix.name == leaf), None)
+
+    def kept_at(self, path: str) -> Kept | None:
+        """What of `kept` is, or has, the module or parameter at a path in the layer."""
+        return next((kept for kept in self.kept if f"{path}.".startswith(f"{kept.path}.")), None)
+
     def packs(self, path: str) -> bool:
         """Whether the linear at a path in the layer is one of `linears`, which are quantized."""
-        within, _, leaf = path.rpartition(".")
-        return any(linear.name == leaf and linear.within in ("", within) for linear in self.linears)
+        return self.linear_at(path) is not None
 
 
 class Modules(NamedTuple):
@@ -233,12 +248,16 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     unsplit: str = ""
     """Why the decoder cannot be cut into stages, to follow 'the model'; empty if it can."""
 
+    def layer_at(self, path: str) -> tuple[int, str] | None:
+        """The decoder layer that a module path is in, and the path in it; None for other modules."""
+        layer, _, inner = path.removeprefix(f"{self.modules.layers}.").partition(".")
+        inside = path.startswith(f"{self.modules.layers}.") and layer.isdecimal()
+        return (int(layer), inner) if inside else None
+
     def packs(self, path: str) -> bool:
         """Whether the linear at a module path is quantized: one of its decoder layer's `linears`."""
-        layer, _, inner = path.removeprefix(f"{self.modules.layers}.").partition(".")
-        if not path.startswith(f"{self.modules.layers}.") or not layer.isdecimal():
-            return False
-        return self.shapes[self.run_of_layer[int(layer)]].packs(inner)
+        found = self.layer_at(path)
+        return found is not None and self.shapes[self.run_of_layer[found[0]]].packs(found[1])
 
     @property
     def experts(self) -> dict[str, Experts]:

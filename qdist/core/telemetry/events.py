@@ -10,7 +10,7 @@ import msgspec
 
 State = Literal["planned", "running", "finished", "stopped", "failed", "killed"]
 """State of a run, read from its files: see `qdist.host.run.state`."""
-Kind = Literal["load", "start", "step", "eval", "verify", "checkpoint", "resume", "end"]
+Kind = Literal["load", "start", "step", "eval", "verify", "checkpoint", "resume", "end", "inventory", "gradients"]
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 _UNSTEADY = 3

@@ -113,6 +113,8 @@ class RunHistory:
         """(step, seconds since the epoch) of each checkpoint."""
         self.resumed: list[tuple[int, float]] = []
         """(step, seconds since the epoch) of each resume."""
+        self.inventory, self.gradients = "", ""
+        """Lines of what is trained on, counted before the first step; and what was found of the gradients."""
         self.notes: list[tuple[int, str]] = []
         """(step, note of rank 0)."""
         self.stretches: list[Stretch] = []
@@ -158,7 +160,11 @@ class RunHistory:
             self.checkpoints.append((event.step, event.time))
         elif event.kind == "end":
             self.finished = True
-        if event.note:
+        elif event.kind == "inventory":
+            self.inventory = event.note
+        elif event.kind == "gradients":
+            self.gradients = event.note
+        if event.note and event.kind not in ("inventory", "gradients"):
             self.notes.append((event.step, event.note))
         self.step = max(self.step, event.step)
         self._lengthen(event.time)

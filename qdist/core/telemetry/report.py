@@ -9,6 +9,7 @@ from qdist.core.machine.cluster import Cluster
 from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.curves import Chart, Marks, charts, marks
 from qdist.core.telemetry.history import RunHistory
+from qdist.core.telemetry.inventory import rows_of
 from qdist.core.telemetry.memory_report import MemoryParts, memory_of, shown
 from qdist.core.telemetry.report_sections import (
     Rows,
@@ -77,6 +78,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     on_cpu: bool
     step: tuple[StepPart, ...]
     pace: Rows
+    inventory: Rows
+    """What was trained on, and whether all of it got gradients."""
     ranks: Table
     held_out: Table
     answers: tuple[SampleAnswer, ...]
@@ -112,6 +115,7 @@ def report_of(found: Found) -> Report:
         on_cpu=plan.device == "cpu",
         step=step_parts(fold),
         pace=tuple(pace_rows(plan, fold, result, speed)),
+        inventory=(*rows_of(fold.inventory), *((("gradients", fold.gradients),) if fold.gradients else ())),
         ranks=ranks_table(fold),
         held_out=held_out_table(fold),
         answers=tuple(msgspec.convert(answer, SampleAnswer) for answer in (result or {}).get("answers", ())),

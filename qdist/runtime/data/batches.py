@@ -143,7 +143,8 @@ def _random_tokens(plan: Plan) -> TokenizedSet:
         dtype=torch.int32,
         generator=torch.Generator().manual_seed(plan.spec.seed),
     )
-    summary = Summary(records=count, dropped=0, truncated=0, tokens=count * length, learned_tokens=count * (length - 1))
+    learned = count * (length - 1)
+    summary = Summary(records=count, dropped=0, truncated=0, tokens=count * length, learned_tokens=learned, whole=count)
     return TokenizedSet(tokens, tokens.clone(), torch.arange(count + 1) * length, summary)
 
 

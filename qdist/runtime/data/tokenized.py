@@ -38,6 +38,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """Records cut at seq_len, including dropped ones."""
     tokens: int
     learned_tokens: int
+    whole: int | None = None
+    """Records of which every token is learned; None in sets of an older qdist, which did not count them."""
     wording: Wording | None = None
     """None for random tokens."""
     notes: tuple[str, ...] = ()
@@ -186,7 +188,7 @@ class _Pass:
     def __init__(self, tokenizer: Any, *, seq_len: int, train_on_source: bool, rows: int | None) -> None:
         self._tokenizer, self._seq_len, self._all, self._rows = tokenizer, seq_len, train_on_source, rows
         self._tokens, self._labels, self._offsets = array("i"), array("i"), array("q", [0])
-        self._records = self._truncated = self._learned = self._longest_prompt = 0
+        self._records = self._truncated = self._learned = self._longest_prompt = self._whole = 0
         self._dropped: dict[str, int] = {}
         self._bad, self._told, self._encoder = BadRecords(), Told(tokenizer), Encoder(tokenizer)
 
@@ -213,8 +215,12 @@ class _Pass:
             return
         self._told.add(conversation, encoded)
         self._truncated += any(len(sample.tokens) > self._seq_len for sample in encoded.samples)
-        if not sum(map(self._keep, encoded.samples)):
+        learned, tokens = self._learned, len(self._tokens)
+        kept = sum(map(self._keep, encoded.samples))
+        if not kept:
             self._drop(f"nothing to learn within seq_len={self._seq_len}")
+        # A sample's first token never has a loss.
+        self._whole += bool(kept) and self._learned - learned == len(self._tokens) - tokens - kept
 
     def tokenized(self) -> TokenizedSet:
         """The set of all kept samples. Raises DataError as `tokenize` does."""
@@ -228,6 +234,7 @@ class _Pass:
             truncated=self._truncated,
             tokens=len(self._tokens),
             learned_tokens=self._learned,
+            whole=self._whole,
             wording=wording,
             notes=(*self._counts(), *notes),
         )
@@ -288,6 +295,8 @@ class _Pass:
             yield f"{self._truncated:,} of {self._records:,} records were cut at seq_len={self._seq_len}"
         for reason, count in self._dropped.items():
             yield f"{count:,} of {self._records:,} records were dropped: {reason}"
+        if self._whole and not self._all:
+            yield f"every token of {self._whole:,} of {self._records:,} records has a loss: nothing in them is given"
 
     def _nothing_left(self) -> DataError:
         if not self._records:

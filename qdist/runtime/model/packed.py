@@ -1,7 +1,7 @@
 """Frozen linear layers whose packed weights are parameters, so that any placement can move, shard or split them."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -28,6 +28,16 @@ class Slices(Protocol):
         """The rows, on any device."""
 
 
+@runtime_checkable
+class PackedModule(Protocol):
+    """A module whose weights are packed."""
+
+    kind: str
+    """nf4, fp4, int8, gptq, mxfp4."""
+    bits: int
+    """Bits of a weight, without its share of scales."""
+
+
 class PackedLinear(nn.Linear):
     """A frozen linear [out_features, in_features]; subclasses define the packing.
 
@@ -35,6 +45,7 @@ class PackedLinear(nn.Linear):
     """
 
     kind: str
+    bits: int
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -83,6 +94,8 @@ class PackedLinear(nn.Linear):
 
 class Packed4bit(PackedLinear):
     """NF4 or FP4 in blocks of 64 (QLoRA, Dettmers et al. 2023), with or without quantized absmaxes."""
+
+    bits = 4
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, quant: Quant) -> None:
         super().__init__(in_features, out_features, bias=bias, dtype=dtype)
@@ -155,7 +168,7 @@ class Packed4bit(PackedLinear):
 class Packed8bit(PackedLinear):
     """LLM.int8 (Dettmers et al. 2022): a byte per weight, a scale per row; input outliers are multiplied in 16 bits."""
 
-    kind = "int8"
+    kind, bits = "int8", 8
     threshold = 6.0
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype) -> None:

@@ -36,7 +36,7 @@ class PackedGptq(PackedLinear):
         shift: WeightOffset | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias=bias, dtype=dtype)
-        self.shape, self.offset, self.shift = shape, offset, shift
+        self.shape, self.offset, self.shift, self.bits = shape, offset, shift, shape.bits
         sizes = shape.tensors(in_features, out_features)
         self.weight = empty(sizes["qweight"], torch.int32)
         self.qzeros = empty(sizes["qzeros"], torch.int32)

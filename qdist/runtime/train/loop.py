@@ -18,6 +18,7 @@ from qdist.runtime.engine.torch import Comm, Engine, MicroBatch
 from qdist.runtime.placements.base import Placement
 from qdist.runtime.train import checkpoint
 from qdist.runtime.train.checkpoint import Progress
+from qdist.runtime.train.gradients import UPDATES, GradientWatch
 from qdist.runtime.train.heartbeat import Move, silent
 from qdist.runtime.train.measure import Stopwatch
 
@@ -55,10 +56,11 @@ class LossScale:
         self.value = _INITIAL if dynamic else 1.0
         self.finite_steps = 0
 
-    def update(self, *, skipped: bool, step: int, loss: float, run: RunDir) -> None:
+    def update(self, *, skipped: bool, step: int, loss: float, run: RunDir, where: Callable[[], str] = str) -> None:
         """Update the scale after a step.
 
-        loss: of the step, for the error. run: whose checkpoints it names.
+        loss: of the step, for the error. run: whose checkpoints it names. where: in which tensors gradients are not
+        finite, to follow the sentence that says so; asked on all ranks, before the error.
 
         Raises JobError when gradients are not finite for a reason that no scale can mend.
         """
@@ -71,13 +73,14 @@ class LossScale:
             if step == 1 and not math.isfinite(loss):
                 raise before_training("the loss of step 1", loss, fp16=False)
             raise JobError(
-                f"{_what(loss)} at step {step}; {run.last_saved()}",
+                f"{_what(loss)} at step {step}{where()}; {run.last_saved()}",
                 try_="a smaller --set optim.lr in a new run: this one would come to the same when resumed",
             )
         self.value, self.finite_steps = self.value / 2, 0
         if self.value < _SMALLEST:
             raise JobError(
-                f"{_what(loss)} at step {step} in fp16, even at a loss scale of {self.value * 2:g}; {run.last_saved()}",
+                f"{_what(loss)} at step {step} in fp16, even at a loss scale of {self.value * 2:g}{where()}; "
+                f"{run.last_saved()}",
                 try_="--set dtype=bfloat16, or a smaller optim.lr",
             )
 
@@ -94,6 +97,7 @@ class Trainer:
     """One rank's part of a run.
 
     place: this rank's side of the placement. verify: compares gathered bytes once more and says so in words.
+    gradients: watches those of the first updates; None for a run that does without.
     """
 
     def __init__(
@@ -111,10 +115,11 @@ class Trainer:
         report: Report,
         move: Move = silent,
         stopping: Callable[[], bool],
+        gradients: GradientWatch | None = None,
     ) -> None:
         self.plan, self.run, self.engine, self.samples, self.comm, self.place = plan, run, engine, samples, comm, place
         self._evaluate, self._checksum, self._verify = evaluate, checksum, verify
-        self._report, self._stopping, self._move = report, stopping, move
+        self._report, self._stopping, self._move, self._gradients = report, stopping, move, gradients
         self.scale = LossScale(dynamic=plan.compute_dtype == "float16")
         self.held_out: tuple[tuple[int, float], ...] = ()
 
@@ -190,8 +195,23 @@ class Trainer:
                 note=f"loss scale {self.scale.value:g}" if result.skipped else "",
             )
         )
-        self.scale.update(skipped=result.skipped, step=step + 1, loss=loss / learned, run=self.run)
+        self.scale.update(
+            skipped=result.skipped, step=step + 1, loss=loss / learned, run=self.run, where=self._not_finite
+        )
+        self._check_gradients(step + 1, skipped=result.skipped, rate=rate)
         return stops > 0
+
+    def _check_gradients(self, step: int, *, skipped: bool, rate: float) -> None:
+        """Once two updates are done, end the run if a trained tensor had no gradient. Before the step is saved."""
+        if self._gradients is not None and self._gradients.end_step(skipped=skipped, learning_rate=rate):
+            watch, self._gradients = self._gradients, None
+            note = watch.found(self.comm).words
+            if self.comm.rank == 0:
+                self._report(Event(kind="gradients", step=step, total_steps=self.plan.steps, note=note))
+
+    def _not_finite(self) -> str:
+        """In which tensors gradients of this step are not finite, while they are watched."""
+        return self._gradients.not_finite(self.comm) if self._gradients is not None else ""
 
     def _load(self, clock: Stopwatch, indices: list[int], step: int, count: int, of: int) -> Mapping[str, torch.Tensor]:
         """Load a micro-batch, and report that the rank has reached it."""
@@ -265,6 +285,9 @@ class Trainer:
         self.engine.restore(state)
         self.scale.value, self.scale.finite_steps = progress.loss_scale, progress.finite_steps
         self.held_out = progress.held_out
+        if self._gradients is not None and progress.optimizer_steps >= UPDATES:  # they were checked then
+            self._gradients.close()
+            self._gradients = None
         if self.comm.rank == 0:  # a killed run may have come no further than to write it
             checkpoint.prune(self.run, keep=self.plan.spec.train.keep, best=progress.best_step)
         self._report(Event(kind="resume", step=progress.step, total_steps=self.plan.steps))

@@ -15,6 +15,7 @@ from qdist.core.errors import RunError
 from qdist.core.planning.plan import Plan
 from qdist.core.requests import Gather
 from qdist.core.telemetry.events import start_of, steady_tokens_s
+from qdist.core.telemetry.inventory import Inventory, plain
 from qdist.host.files import locked, publish_folder, replace_folder, write_atomic
 from qdist.host.run.observer import Follower
 from qdist.host.run.rundir import PLAN, RESULT, RunDir
@@ -185,10 +186,12 @@ def write_result(
     answers: list[dict[str, str]],
     peaks: Sequence[Sequence[Peak]],
     held: Sequence[HeldMemory],
+    inventory: Inventory | None = None,
 ) -> None:
     """Write `result.json`, which marks the run as finished.
 
     peaks: of each rank, on each of its GPUs. held: of each rank, after the last step.
+    inventory: of the launch that finished the run.
     """
     with _alone(run):
         require_adapter(run.adapter)
@@ -210,6 +213,9 @@ def write_result(
         },
         "start_seconds": {"load": start.load_s, "first_step": start.first_step_s},
         "loading": {"seconds": start.loading_s, "read_bytes": start.read_bytes},
+        "inventory": plain(inventory) if inventory else None,
+        # Of the launch that did the first steps.
+        "gradients": next((event.note for event in reversed(events) if event.kind == "gradients"), ""),
     }
     write_atomic(run.path / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 

@@ -15,6 +15,7 @@ from qdist.core.machine.environment import AGENT
 from qdist.core.machine.world import LocalRank, Rank
 from qdist.core.planning.plan import Plan, digest
 from qdist.core.telemetry.events import Event, encode, whole_length
+from qdist.core.telemetry.inventory import lines_of
 from qdist.core.text import format_bytes, resuming
 from qdist.host.children import end_with_parent
 from qdist.host.files import told_of_disks
@@ -74,6 +75,8 @@ def _work(plan: Plan, run: RunDir) -> None:
     from qdist.runtime.infer.decoding import before_and_after
     from qdist.runtime.infer.load import load_tokenizer
     from qdist.runtime.placements.registry import placement_of
+    from qdist.runtime.train.gradients import GradientWatch
+    from qdist.runtime.train.inventory import inventory_of
     from qdist.runtime.train.loop import Trainer
     from qdist.runtime.train.measure import load_peak, memory_now, parts, peak
     from qdist.runtime.train.result import adapter_checksum, gather, rehearse, write_result
@@ -109,6 +112,9 @@ def _work(plan: Plan, run: RunDir) -> None:
         pad_id = tokenizer.pad_token_id if tokenizer else 0
         start = None if run.checkpoint_steps() else plan.start
         built = assemble(place, accelerator, loaded.backbone, pad_id=pad_id, start=start)
+        inventory = inventory_of(built.model, plan, built.forward.samples, comm)
+        if comm.rank == 0:
+            report(Event(kind="inventory", total_steps=plan.steps, note="\n".join(lines_of(inventory))))
         trainer = Trainer(
             plan,
             run,
@@ -122,6 +128,7 @@ def _work(plan: Plan, run: RunDir) -> None:
             report=report,
             move=beat.move,
             stopping=stop,
+            gradients=GradientWatch(built.adapter.named(), plan.facts, compute_dtype=plan.compute_dtype),
         )
         stop.listen()
         finished = trainer.train()
@@ -136,7 +143,9 @@ def _work(plan: Plan, run: RunDir) -> None:
             gather(run, step=plan.steps)
         answers = before_and_after(plan, built.model, tokenizer, built.forward.samples) if answering else []
         if comm.rank == 0:
-            write_result(run, plan, held_out=trainer.held_out, answers=answers, peaks=peaks, held=held)
+            write_result(
+                run, plan, held_out=trainer.held_out, answers=answers, peaks=peaks, held=held, inventory=inventory
+            )
         comm.barrier()
         report(Event(kind="end", step=plan.steps, total_steps=plan.steps))
     accelerator.end_training()

@@ -63,6 +63,11 @@ def agree(run: RunDir, other: RunDir) -> None:
     ]
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-4)
     assert held_out[0]
+    counted, wanted_counts = run.result(), other.result()
+    assert counted is not None
+    assert wanted_counts is not None
+    assert counted["inventory"] == wanted_counts["inventory"]
+    assert counted["gradients"] == wanted_counts["gradients"] != ""
     first, second = (load_tensors(each.adapter / "adapter_model.safetensors") for each in (run, other))
     assert first.keys() == second.keys()
     assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-4

@@ -99,6 +99,11 @@ def agree(run: RunDir, other: RunDir, *, steps: int = 12) -> None:
         wanted = {e.step: getattr(e, field) for e in two if getattr(e, field) is not None}
         assert found == pytest.approx(wanted, rel=1e-3)
         assert found
+    counted, wanted_counts = run.result(), other.result()
+    assert counted is not None
+    assert wanted_counts is not None
+    assert counted["inventory"] == wanted_counts["inventory"]
+    assert counted["gradients"] == wanted_counts["gradients"] != ""
     first, second = (load_tensors(each.adapter / "adapter_model.safetensors") for each in (run, other))
     assert first.keys() == second.keys()
     assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-4
