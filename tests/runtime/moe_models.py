@@ -9,7 +9,7 @@ from qdist.core.model.shapes import Experts, LayerRun, LayerShape, Linear, Model
 from qdist.core.planning.plan import Source
 from qdist.core.spec.run_spec import Quant
 from qdist.runtime.model.packed_experts import PackedMatrices
-from qdist.runtime.model.skeleton import load_backbone
+from qdist.runtime.model.skeleton import Arrange, load_backbone
 
 VOCAB, HIDDEN = 96, 64
 _COMMON: dict[str, Any] = {
@@ -92,22 +92,21 @@ def _experts(path: str, module: Any) -> Experts:
     return Experts(path=path, count=module.num_experts, active=2, matrices=tuple(matrices), transposed=transposed)
 
 
-def packed_model(family: str, *, bits: int = 4, mxfp4: bool = False, quant: Quant | None = None) -> Any:
+def packed_model(family: str, *, bits: int = 4, mxfp4: bool = False, arrange: Arrange | None = None) -> Any:
     """Our model over random weights, in float32."""
     config = config_of(family)
     if mxfp4:
         config["quantization_config"] = {"quant_method": "mxfp4"}
     source = Source(kind="dummy", path="", config=config, tokenizer="")
     model = load_backbone(
-        source, bits=bits, quant=quant or Quant(), dtype=torch.float32, device=torch.device("cpu"),
-        facts=facts_of_experts(family),
+        source, bits=bits, quant=Quant(), dtype=torch.float32, device=torch.device("cpu"),
+        facts=facts_of_experts(family), arrange=arrange,
     )  # fmt: skip
-    widen(model)
-    return model
+    return model if arrange else widened(model)
 
 
-def widen(model: nn.Module) -> None:
-    """Make biases of experts and plain matrices large enough to matter."""
+def widened(model: Any) -> Any:
+    """The model with biases of experts and plain matrices that are large enough to matter."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.dim() > 1 and parameter.shape[-1] > 1:
@@ -116,6 +115,7 @@ def widen(model: nn.Module) -> None:
         for name, scales in module.named_parameters(recurse=False):
             if name == "scale":
                 scales.data.mul_(1 + torch.rand(scales.shape, generator=generator))
+    return model
 
 
 def unpacked_twin(model: Any, family: str) -> Any:

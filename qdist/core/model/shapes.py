@@ -265,6 +265,12 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         found = (self.shapes[run].experts for run in self.run_of_layer)
         return {f"{self.modules.layers}.{index}.{each.path}": each for index, each in enumerate(found) if each}
 
+    def targeted_parameters(self, targets: tuple[str, ...]) -> tuple[str, ...]:
+        """Paths in a layer of the parameters of experts that `targets` names, for PEFT's `target_parameters`."""
+        found = ((shape.experts, shape.targeted_matrices(targets)) for shape in self.shapes)
+        names = (f"{experts.path}.{matrix.name}" for experts, matrices in found if experts for matrix in matrices)
+        return tuple(dict.fromkeys(names))
+
     @property
     def hidden(self) -> int:
         """Width of hidden states, the same between all layers."""

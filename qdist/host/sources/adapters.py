@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import msgspec
 
 from qdist.core.errors import RunError
 from qdist.core.model.adapters.qa_lora import alphas
+from qdist.core.model.shapes import EXPERTS, LayerShape
 from qdist.core.planning.plan import Plan, Start
 from qdist.core.spec.keys import choices
 from qdist.core.spec.run_spec import RunSpec
@@ -20,6 +21,8 @@ from qdist.host.sources.models import ADAPTER_FOLDER
 from qdist.host.sources.targets import ADAPTER, read_header, require_adapter
 
 _MATRIX = re.compile(r".*?\.(\d+)\.(?:.+\.)?(\w+)\.lora_([AB])\.weight")
+_INNER = "base_layer"
+"""PEFT's name for what an adapter lies around."""
 Shapes = dict[tuple[int, str, str], tuple[int, ...]]
 """Shapes by (layer, leaf name of the linear, A or B)."""
 
@@ -40,6 +43,7 @@ class _Config(msgspec.Struct):
     qalora_group_size: int = 16
     alpha_pattern: dict[str, float] = {}
     rank_pattern: dict[str, int] = {}
+    target_parameters: list[str] | None = None
     use_rslora: bool = False
     use_dora: bool = False
     modules_to_save: list[str] | None = None
@@ -182,12 +186,29 @@ def _differences(config: _Config, found: Shapes, plan: Plan) -> Iterator[tuple[s
         yield "lora.alpha", config.lora_alpha
     if config.use_rslora != (spec.lora.variant == "rslora"):
         yield "lora.variant", "rslora" if config.use_rslora else "lora"
-    targeted = {linear.name for linear in plan.facts.targeted(spec.lora.targets)}
-    names = {name for _, name, _ in found}
-    if names != targeted and names <= set(plan.facts.linear_names):
-        yield "lora.targets", tuple(name for name in plan.facts.linear_names if name in names)
+    targeted = {linear.name for shape in plan.facts.shapes for linear in shape.targeted(spec.lora.targets)}
+    names = {name for _, name, _ in found} - _nested(plan)
+    experts = _expert_targets(config.target_parameters or (), plan)
+    others = experts != _expert_targets(plan.facts.targeted_parameters(spec.lora.targets), plan)
+    if (names != targeted or others) and names <= set(plan.facts.linear_names):
+        yield "lora.targets", (*(name for name in plan.facts.linear_names if name in names), *experts)
     elif config.use_qalora:
         yield from _other_pooling(config, plan)
+
+
+def _expert_targets(parameters: Collection[str], plan: Plan) -> tuple[str, ...]:
+    """Targets that stand for parameters of experts, of which `target_parameters` may have others too."""
+    there = plan.facts.targeted_parameters((EXPERTS,))
+    found = [name for name in there if name in parameters]
+    if found and len(found) == len(there):
+        return (EXPERTS,)
+    return tuple(dict.fromkeys(f"{EXPERTS}.{name.rpartition('.')[2]}" for name in found))
+
+
+def _nested(plan: Plan) -> set[str]:
+    """Leaf names under which PEFT stores adapters of experts: around their module, and within that one."""
+    paths = (shape.experts.path for shape in plan.facts.shapes if shape.experts)
+    return {_INNER, *(path.rpartition(".")[2] for path in paths)}
 
 
 def _other_pooling(config: _Config, plan: Plan) -> Iterator[tuple[str, Any]]:
@@ -212,6 +233,7 @@ def _require_shapes(found: Shapes, plan: Plan, name: str) -> None:
         for linear in plan.facts.shapes[run].targeted(plan.spec.lora.targets):
             wanted[layer, linear.name, "A"] = (plan.spec.lora.r, linear.inputs // plan.pool)
             wanted[layer, linear.name, "B"] = (linear.outputs, plan.spec.lora.r)
+        wanted |= _expert_shapes(layer, plan.facts.shapes[run], plan)
     for key in sorted({*wanted, *found}):
         if wanted.get(key) != found.get(key):
             layer, leaf, matrix = key
@@ -220,6 +242,18 @@ def _require_shapes(found: Shapes, plan: Plan, name: str) -> None:
                 f"{_size(found.get(key))}, and would be {_size(wanted.get(key))}",
                 try_="the model that it was trained on",
             )
+
+
+def _expert_shapes(layer: int, shape: LayerShape, plan: Plan) -> Shapes:
+    """The shapes of adapters of a layer's experts. PEFT nests them: the last parameter's lies around the others'."""
+    wanted: Shapes = {}
+    matrices = shape.targeted_matrices(plan.spec.lora.targets)
+    for matrix in matrices:
+        assert shape.experts  # whose matrices these are
+        leaf = shape.experts.path.rpartition(".")[2] if matrix is matrices[-1] else _INNER
+        rows = plan.spec.lora.r * shape.experts.count
+        wanted[layer, leaf, "A"], wanted[layer, leaf, "B"] = (rows, matrix.inputs), (matrix.outputs, rows)
+    return wanted
 
 
 def _size(shape: tuple[int, ...] | None) -> str:

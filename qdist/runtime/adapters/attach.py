@@ -14,7 +14,7 @@ from qdist.core.errors import SpecError
 from qdist.core.model.adapters.targets import excluded_modules, target_modules
 from qdist.core.planning.plan import Plan
 from qdist.host.sources.models import public_name
-from qdist.runtime.adapters.experts import adapt_experts, expert_parameters
+from qdist.runtime.adapters.experts import adapt_experts
 from qdist.runtime.adapters.lora import adapted_product, peft_name
 from qdist.runtime.adapters.registry import METHODS, method_of
 from qdist.runtime.model.experts import is_experts
@@ -74,7 +74,7 @@ def lora_config(plan: Plan) -> Any:
             f"PEFT reads adapters of {', '.join(sorted(as_parameters))} in {plan.facts.name} without dropout alone",
             ways=[{"lora.dropout": 0.0}],
         )
-    parameters = [*expert_parameters(plan.facts, spec.lora.targets), *(f"{name}.weight" for name in as_parameters)]
+    parameters = [*plan.facts.targeted_parameters(spec.lora.targets), *(f"{name}.weight" for name in as_parameters)]
     return LoraConfig(
         **METHODS[spec.method].peft_settings(plan),
         target_modules=target_modules(plan.facts, spec.lora.targets, as_parameters),

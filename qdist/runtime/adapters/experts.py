@@ -7,7 +7,6 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from qdist.core.model.shapes import ModelFacts
 from qdist.runtime.model.experts import LAST, Factors, first_name, is_experts
 
 
@@ -55,21 +54,10 @@ def device_of(experts: nn.Module) -> torch.device:
     return place
 
 
-def expert_parameters(facts: ModelFacts, targets: tuple[str, ...]) -> tuple[str, ...]:
-    """Paths in a layer of the parameters of experts that `targets` names, as PEFT's `target_parameters` has them."""
-    found = (
-        f"{shape.experts.path}.{matrix.name}"
-        for shape in facts.shapes
-        if shape.experts
-        for matrix in shape.targeted_matrices(targets)
-    )
-    return tuple(dict.fromkeys(found))
-
-
 def adapt_experts(model: nn.Module, config: Any, parameters: tuple[str, ...]) -> None:
     """Put an adapter of each parameter around the experts of a PEFT model, in the order in which PEFT would.
 
-    config: PEFT's. parameters: as `expert_parameters` gives them.
+    config: PEFT's. parameters: their paths in a layer.
     """
     for path, module in list(model.named_modules()):
         if not is_experts(module):

@@ -49,7 +49,7 @@ def compute_experts(module: nn.Module, path: str) -> None:
 
 def is_experts(module: nn.Module) -> bool:
     """Whether `compute_experts` was called for a module."""
-    return getattr(module.forward, "__func__", None) is _experts_forward
+    return bool(module.forward == MethodType(_experts_forward, module))
 
 
 def first_name(module: nn.Module) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from qdist.core.errors import QdistError, RunError
 from qdist.core.model.adapters.qa_lora import alphas
+from qdist.core.model.shapes import Experts, LayerRun, LayerShape, Linear
 from qdist.core.planning.plan import Plan
 from qdist.core.spec.run_spec import resolve
 from qdist.host.launch import claim, prepare
@@ -217,3 +218,54 @@ def test_a_run_over_other_weights_is_refused_by_their_fingerprints(trained: RunD
         "was aaaaaaaaaaaa"
     )
     assert caught.value.try_ == "--model base-a"
+
+
+def plan_with_experts(plan: Plan, targets: tuple[str, ...]) -> Plan:
+    """A plan whose model has one layer of attention and eight experts."""
+    matrices = (Linear("gate_up_proj", 64, 192, False, "mlp_in"), Linear("down_proj", 96, 64, False, "mlp_out"))
+    shape = LayerShape(
+        hidden=64, linears=(Linear("q_proj", 64, 64, False, "attention_in"),), intermediate=96, heads=4, kv_heads=4,
+        head_dim=16, experts=Experts(path="mlp.experts", count=8, active=2, matrices=matrices),
+    )  # fmt: skip
+    facts = msgspec.structs.replace(plan.facts, layers=(LayerRun(shape, 1),))
+    lora = msgspec.structs.replace(plan.spec.lora, targets=targets)
+    return msgspec.structs.replace(plan, facts=facts, spec=msgspec.structs.replace(plan.spec, lora=lora))
+
+
+def expert_shapes(*, r: int = 4) -> dict[str, tuple[int, ...]]:
+    path = "base_model.model.model.layers.0.mlp.experts"
+    return {
+        f"{path}.base_layer.lora_A.weight": (8 * r, 64),
+        f"{path}.base_layer.lora_B.weight": (192, 8 * r),
+        f"{path}.lora_A.weight": (8 * r, 96),
+        f"{path}.lora_B.weight": (64, 8 * r),
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": (r, 64),
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": (64, r),
+    }
+
+
+PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def test_an_adapter_of_experts_fits_the_run_that_adapts_them(tmp_path: Path) -> None:
+    folder = save(tmp_path / "peft", expert_shapes(), target_parameters=PARAMETERS)
+    require_fit(plan_with_experts(plan_from(folder), ("q_proj", "experts")))
+    message, attempt = refusal(plan_with_experts(plan_from(folder), ("q_proj",)))
+    assert message.startswith("the adapter in A has lora.targets=q_proj,experts, and this run lora.targets=q_proj")
+    assert attempt == "--set lora.targets=q_proj,experts"
+
+
+def test_an_adapter_of_some_parameters_of_experts_is_told_from_one_of_all(tmp_path: Path) -> None:
+    path = "base_model.model.model.layers.0.mlp.experts"
+    tensors = {f"{path}.lora_A.weight": (32, 96), f"{path}.lora_B.weight": (64, 32)}
+    folder = save(tmp_path / "peft", tensors, target_parameters=PARAMETERS[1:])
+    require_fit(plan_with_experts(plan_from(folder), ("experts.down_proj",)))
+    assert refusal(plan_with_experts(plan_from(folder), ("experts",)))[1] == "--set lora.targets=experts.down_proj"
+
+
+def test_an_adapter_of_another_number_of_experts_is_refused(tmp_path: Path) -> None:
+    tensors = expert_shapes()
+    tensors["base_model.model.model.layers.0.mlp.experts.lora_A.weight"] = (16, 96)
+    folder = save(tmp_path / "peft", tensors, target_parameters=PARAMETERS)
+    message, _ = refusal(plan_with_experts(plan_from(folder), ("q_proj", "experts")))
+    assert "A of experts in layer 0 is 16x96, and would be 32x96" in message

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,6 @@ from safetensors.torch import save_file
 from qdist.core.errors import SpecError
 from qdist.core.planning.plan import Plan
 from qdist.runtime.adapters.attach import adapt, add_adapter, fill_adapter, lora_config
-from qdist.runtime.adapters.experts import expert_parameters
 from qdist.runtime.adapters.lora import peft_name
 from tests.runtime.model.test_experts import passes, same
 from tests.runtime.moe_models import ATTENTION, CONFIGS, facts_of_experts, packed_model, unpacked_twin
@@ -32,7 +33,7 @@ def config_for(family: str, targets: tuple[str, ...]) -> Any:
         r=4,
         lora_alpha=6,
         target_modules=[name for name in targets if name in ATTENTION],
-        target_parameters=list(expert_parameters(facts_of_experts(family), targets)),
+        target_parameters=list(facts_of_experts(family).targeted_parameters(targets)),
     )
 
 
@@ -144,3 +145,30 @@ def test_linears_that_peft_takes_for_experts_are_targeted_as_parameters(tmp_path
     dropped = msgspec.structs.replace(plan, facts=facts, spec=msgspec.structs.replace(plan.spec, lora=lora))
     with pytest.raises(SpecError, match="down_proj in qwen3_moe without dropout alone"):
         lora_config(dropped)
+
+
+def test_what_is_kept_for_adapters_is_the_hidden_states_and_narrow_products() -> None:
+    model = adapt(packed_model("qwen3_moe"), config_for("qwen3_moe", ("experts",)))
+    experts = model.base_model.model.model.layers[0].mlp.experts
+    kept: list[torch.Tensor] = []
+    hidden, weights = torch.randn(5, 64, requires_grad=True), torch.rand(5, 2, requires_grad=True)
+    index = torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7], [0, 7]])
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor), tensor)[1], lambda held: held):
+        experts(hidden, index, weights)
+    adapter = {parameter.data_ptr() for parameter in trained(model).values()}
+    new = [tuple(tensor.shape) for tensor in kept if tensor.data_ptr() not in adapter]
+    assert sorted(new) == [(5, 2), (5, 2), (5, 64), (10, 4), (10, 4), (10, 192)]
+    assert any(tensor is hidden for tensor in kept)
+
+
+@pytest.mark.slow
+def test_sharded_experts_compute_what_whole_ones_do(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "sharded_experts.py"
+    starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*starter, str(script), str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [answer["held"] for answer in found] == [4, 4]
+    assert all(answer["worst"] < 1e-5 and answer["checked"] > 100_000 for answer in found)
