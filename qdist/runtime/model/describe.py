@@ -4,6 +4,7 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Mapping
+from copy import deepcopy
 from itertools import groupby
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from qdist.core.model.shapes import Kept, LayerRun, LayerShape, ModelFacts, Modu
 from qdist.core.requests import Describe
 from qdist.host.opening import told
 from qdist.runtime.model.classes import empty_model, leave_out_towers
-from qdist.runtime.model.layer_parts import SHARED, Facts, is_linear, read, shape_of
+from qdist.runtime.model.layer_parts import SHARED, Facts, is_linear, read, shape_of, weights_rescaled
 
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks")
 _POSITIONS = (
@@ -45,11 +46,16 @@ def run(request: Describe) -> ModelFacts:
     return facts_of(request.config, name=request.name)
 
 
-def facts_of(config: Mapping[str, Any], *, name: str) -> ModelFacts:
-    """Facts from the content of a config.json: a known family's, otherwise those of transformers' class.
+def facts_of(config: Any, *, name: str) -> ModelFacts:
+    """Facts of a configuration: a known family's, otherwise those of transformers' class.
+
+    config: transformers', or the content of a config.json.
 
     Raises ModelError for a model that transformers has no class for, or that is no causal language model.
     """
+    if not isinstance(config, Mapping):
+        known = config.model_type in FAMILIES
+        return from_config(config.to_dict(), name=name) if known else describe(deepcopy(config), name=name)
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind in FAMILIES:
         return from_config(config, name=name)
@@ -174,7 +180,8 @@ def _described(model: Any, left_out: tuple[Kept, ...], name: str) -> ModelFacts:
     hidden = embedding.shape[1]
     counted: set[int] = set()
     shared = _shared(layers)
-    facts = Facts(config, hidden, _attention(model, config), shared)
+    decoder: Any = type(model.get_submodule(path.rpartition(".")[0]))
+    facts = Facts(config, hidden, _attention(model, config), shared, weights_rescaled(decoder))
     shapes = [shape_of(layer, facts, counted) for layer in layers]
     runs = tuple(LayerRun(shape, len(list(same))) for shape, same in groupby(shapes))
     head = model.get_output_embeddings()

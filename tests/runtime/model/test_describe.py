@@ -59,6 +59,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": EXPERTS,
     "llama4_text": {**EXPERTS, "intermediate_size_mlp": 384},
     "granitemoe": EXPERTS,
+    "granitemoeshared": {**EXPERTS, "shared_intermediate_size": 192},
     "deepseek_v3": LATENT,
     "glm4_moe_lite": LATENT,
     "qwen3_5_text": {**SMALL, **DELTA},
@@ -103,6 +104,17 @@ def test_a_linear_of_a_fused_kernel_stays_in_16_bits() -> None:
     assert [linear.name for linear in recurrent.linears][-1] == "in_proj"
     assert ("mamba.out_proj", "read by a fused kernel") in [(kept.path, kept.reason) for kept in recurrent.kept]
     assert (recurrent.mixer, attends.mixer) == ("recurrent", "attention")
+
+
+def test_a_linear_that_the_model_rescales_in_place_stays_in_16_bits() -> None:
+    kept = {kept.path: kept.reason for kept in of("rwkv").shapes[0].kept}
+    assert kept["attention.output"] == kept["feed_forward.value"] == "rescaled in place by the model"
+
+
+def test_shared_experts_of_a_class_named_so_are_experts_all_the_same() -> None:
+    (shape,) = of("granitemoeshared").shapes
+    assert shape.experts is not None
+    assert [linear.name for linear in shape.linears][-2:] == ["input_linear", "output_linear"]
 
 
 def test_experts_carry_their_layout() -> None:
