@@ -188,11 +188,10 @@ def _described(model: Any, left_out: tuple[Kept, ...], name: str) -> ModelFacts:
     rows = min(len(embedding), len(head.weight))
     tied = head.weight is embedding
     modules = _modules(model, path)
-    outer_norms = int(bool(modules.final_norm) and _unique(model.get_submodule(modules.final_norm)) == _norm(runs))
+    norms = [each for path in (*modules.before, modules.final_norm) if (each := _norm_at(model, path, runs))]
     positions = _position_rows(model, modules, hidden)
     named = {id(embedding), id(head.weight)}
-    if outer_norms:
-        named.update(map(id, model.get_submodule(modules.final_norm).parameters()))
+    named.update(id(parameter) for norm in norms for parameter in norm.parameters())
     if positions:
         named.update(id(model.get_submodule(added).weight) for added in modules.added)
     outer = sum(each.numel() for each in model.parameters() if id(each) not in named and id(each) not in counted)
@@ -204,7 +203,7 @@ def _described(model: Any, left_out: tuple[Kept, ...], name: str) -> ModelFacts:
         vocab=rows,
         max_positions=read(config, *_POSITIONS, default=_UNLIMITED),
         tied_embeddings=tied,
-        outer_norms=outer_norms,
+        outer_norms=len(norms),
         learned_positions=positions,
         modules=modules,
         together_from=_together_from(config, len(layers)),
@@ -215,8 +214,10 @@ def _described(model: Any, left_out: tuple[Kept, ...], name: str) -> ModelFacts:
     )
 
 
-def _norm(runs: tuple[LayerRun, ...]) -> int:
-    return runs[0].shape.norm_width
+def _norm_at(model: nn.Module, path: str, runs: tuple[LayerRun, ...]) -> nn.Module | None:
+    """The module at a path if it is a norm over the hidden size, of the kind that the layers have."""
+    found: nn.Module = model.get_submodule(path)
+    return found if path and _unique(found) == runs[0].shape.norm_width else None
 
 
 def _shared(layers: list[nn.Module]) -> frozenset[int]:
