@@ -86,7 +86,7 @@ def _gptq(
 ) -> tuple[Any, str]:
     """A GPTQ checkpoint in qdist's own layers; transformers would need GPTQModel for it."""
     shape, folder = blueprint(folder), in_safetensors(folder)
-    facts = facts_of(shape.config.to_dict(), name=str(folder))
+    facts = facts_of(shape.config, name=str(folder))
     found = checked(folder, shape, gptq)
     chosen = dtype if isinstance(dtype, torch.dtype) else DTYPES[found.scales]
     parts = footprint(

@@ -4,6 +4,7 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Mapping
+from copy import deepcopy
 from itertools import groupby
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from qdist.core.model.shapes import Kept, LayerRun, LayerShape, ModelFacts, Modu
 from qdist.core.requests import Describe
 from qdist.host.opening import told
 from qdist.runtime.model.classes import empty_model, leave_out_towers
-from qdist.runtime.model.layer_parts import SHARED, Facts, is_linear, read, shape_of
+from qdist.runtime.model.layer_parts import SHARED, Facts, is_linear, read, shape_of, weights_rescaled
 
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks")
 _POSITIONS = (
@@ -45,11 +46,16 @@ def run(request: Describe) -> ModelFacts:
     return facts_of(request.config, name=request.name)
 
 
-def facts_of(config: Mapping[str, Any], *, name: str) -> ModelFacts:
-    """Facts from the content of a config.json: a known family's, otherwise those of transformers' class.
+def facts_of(config: Any, *, name: str) -> ModelFacts:
+    """Facts of a configuration: a known family's, otherwise those of transformers' class.
+
+    config: transformers', or the content of a config.json.
 
     Raises ModelError for a model that transformers has no class for, or that is no causal language model.
     """
+    if not isinstance(config, Mapping):
+        known = config.model_type in FAMILIES
+        return from_config(config.to_dict(), name=name) if known else describe(deepcopy(config), name=name)
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind in FAMILIES:
         return from_config(config, name=name)
@@ -174,18 +180,18 @@ def _described(model: Any, left_out: tuple[Kept, ...], name: str) -> ModelFacts:
     hidden = embedding.shape[1]
     counted: set[int] = set()
     shared = _shared(layers)
-    facts = Facts(config, hidden, _attention(model, config), shared)
+    decoder: Any = type(model.get_submodule(path.rpartition(".")[0]))
+    facts = Facts(config, hidden, _attention(model, config), shared, weights_rescaled(decoder))
     shapes = [shape_of(layer, facts, counted) for layer in layers]
     runs = tuple(LayerRun(shape, len(list(same))) for shape, same in groupby(shapes))
     head = model.get_output_embeddings()
     rows = min(len(embedding), len(head.weight))
     tied = head.weight is embedding
     modules = _modules(model, path)
-    outer_norms = int(bool(modules.final_norm) and _unique(model.get_submodule(modules.final_norm)) == _norm(runs))
+    norms = [each for path in (*modules.before, modules.final_norm) if (each := _norm_at(model, path, runs))]
     positions = _position_rows(model, modules, hidden)
     named = {id(embedding), id(head.weight)}
-    if outer_norms:
-        named.update(map(id, model.get_submodule(modules.final_norm).parameters()))
+    named.update(id(parameter) for norm in norms for parameter in norm.parameters())
     if positions:
         named.update(id(model.get_submodule(added).weight) for added in modules.added)
     outer = sum(each.numel() for each in model.parameters() if id(each) not in named and id(each) not in counted)
@@ -197,7 +203,7 @@ def _described(model: Any, left_out: tuple[Kept, ...], name: str) -> ModelFacts:
         vocab=rows,
         max_positions=read(config, *_POSITIONS, default=_UNLIMITED),
         tied_embeddings=tied,
-        outer_norms=outer_norms,
+        outer_norms=len(norms),
         learned_positions=positions,
         modules=modules,
         together_from=_together_from(config, len(layers)),
@@ -208,8 +214,10 @@ def _described(model: Any, left_out: tuple[Kept, ...], name: str) -> ModelFacts:
     )
 
 
-def _norm(runs: tuple[LayerRun, ...]) -> int:
-    return runs[0].shape.norm_width
+def _norm_at(model: nn.Module, path: str, runs: tuple[LayerRun, ...]) -> nn.Module | None:
+    """The module at a path if it is a norm over the hidden size, of the kind that the layers have."""
+    found: nn.Module = model.get_submodule(path)
+    return found if path and _unique(found) == runs[0].shape.norm_width else None
 
 
 def _shared(layers: list[nn.Module]) -> frozenset[int]:

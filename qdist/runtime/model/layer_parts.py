@@ -13,6 +13,7 @@ from qdist.core.model.shapes import Experts, Kept, LayerShape, Linear, Reads
 
 FUSED = "read by a fused kernel"
 """Reason for a linear that its own module does not call, but whose weight it hands to a function."""
+RESCALED = "rescaled in place by the model"
 SHARED = "shared between layers"
 SMALL = "too small to pack"
 ROUTER = "router"
@@ -55,6 +56,8 @@ class Facts(NamedTuple):
     attention: Literal["flash", "repacked", "eager"]
     shared: frozenset[int]
     """Identities of the parameters that several layers have."""
+    rescaled: frozenset[str] = frozenset()
+    """Paths in a layer of linears whose weights the model multiplies in place."""
 
 
 def read(config: Any, *spellings: str, default: int = 0) -> int:
@@ -144,8 +147,10 @@ class _Parts:
         """Why a linear is not packed; empty if it is."""
         module, (within, _, leaf) = self._modules[path], path.rpartition(".")
         owner: Any = type(self._modules[within])
-        if leaf in _weights_read(owner):
+        if leaf in weights_read(owner):
             return FUSED
+        if path in self._facts.rescaled:
+            return RESCALED
         if id(module.weight) in self._facts.shared:
             return SHARED
         if self._routed and _routes(path, self._modules[within]):
@@ -293,7 +298,7 @@ def _stacked(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, dict[str, 
     for path, module in modules.items():
         own = {name: value for name, value in module.named_parameters(recurse=False) if value.dim() == 3}
         is_whole = len(own) > 1 and len({value.shape[0] for value in own.values()}) == 1
-        if is_whole and _is_expert(path, module) and "hared" not in type(module).__name__:
+        if is_whole and _is_expert(path, module) and "shared" not in path.rpartition(".")[2]:
             yield path, own
 
 
@@ -314,7 +319,13 @@ def _is_transposed(flat: Mapping[str, Any], hidden: int) -> bool:
 
 
 @cache
-def _weights_read(kind: Any) -> frozenset[str]:
+def weights_rescaled(kind: Any) -> frozenset[str]:
+    """Paths in a layer of the weights that a model's code multiplies in place, as RWKV's does on the way to `eval`."""
+    return frozenset(re.findall(r"\bblock\.([\w.]+)\.weight\.(?:mul|div)_", inspect.getsource(kind)))
+
+
+@cache
+def weights_read(kind: Any) -> frozenset[str]:
     """Names of the children whose weights a module's code reads by itself, instead of calling them."""
     names: set[str] = set()
     for name, function in inspect.getmembers(kind, inspect.isfunction):

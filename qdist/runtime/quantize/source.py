@@ -68,7 +68,7 @@ class Tensors(Protocol):
 def blueprint(folder: Path) -> Blueprint:
     """The blueprint of a model folder. Raises ModelError for a family that qdist does not know."""
     config = open_config(folder)
-    facts = facts_of(config.to_dict(), name=str(folder))
+    facts = facts_of(config, name=str(folder))
     with refused(folder):
         model = empty_model(config)
     tied = set(model.all_tied_weights_keys)

@@ -8,12 +8,16 @@ import torch
 from transformers import AutoConfig
 
 from qdist.core.errors import ModelError
+from qdist.core.model.aliases import ALIASES, config_of
+from qdist.core.model.families import FAMILIES as KNOWN
+from qdist.core.model.families import from_config
 from qdist.core.model.shapes import Linear, ModelFacts
 from qdist.core.requests import Answer, Describe
 from qdist.runtime.model.classes import empty_model
 from qdist.runtime.model.describe import describe, facts_of
 from qdist.runtime.tasks import answer_to
 
+NO_CLASS = {alias for alias in ALIASES if KNOWN[config_of(alias)["model_type"]].own_code}
 SMALL: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512, "pad_token_id": 0,
@@ -59,6 +63,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": EXPERTS,
     "llama4_text": {**EXPERTS, "intermediate_size_mlp": 384},
     "granitemoe": EXPERTS,
+    "granitemoeshared": {**EXPERTS, "shared_intermediate_size": 192},
     "deepseek_v3": LATENT,
     "glm4_moe_lite": LATENT,
     "qwen3_5_text": {**SMALL, **DELTA},
@@ -103,6 +108,17 @@ def test_a_linear_of_a_fused_kernel_stays_in_16_bits() -> None:
     assert [linear.name for linear in recurrent.linears][-1] == "in_proj"
     assert ("mamba.out_proj", "read by a fused kernel") in [(kept.path, kept.reason) for kept in recurrent.kept]
     assert (recurrent.mixer, attends.mixer) == ("recurrent", "attention")
+
+
+def test_a_linear_that_the_model_rescales_in_place_stays_in_16_bits() -> None:
+    kept = {kept.path: kept.reason for kept in of("rwkv").shapes[0].kept}
+    assert kept["attention.output"] == kept["feed_forward.value"] == "rescaled in place by the model"
+
+
+def test_shared_experts_of_a_class_named_so_are_experts_all_the_same() -> None:
+    (shape,) = of("granitemoeshared").shapes
+    assert shape.experts is not None
+    assert [linear.name for linear in shape.linears][-2:] == ["input_linear", "output_linear"]
 
 
 def test_experts_carry_their_layout() -> None:
@@ -170,6 +186,14 @@ def test_a_request_to_describe_is_answered_with_facts() -> None:
 def test_a_known_family_answers_from_its_own_file() -> None:
     facts = facts_of({"model_type": "llama", **SMALL}, name="mine")
     assert facts.measured
+
+
+@pytest.mark.parametrize("alias", sorted(ALIASES.keys() - NO_CLASS))
+def test_the_class_of_a_known_family_is_described_as_its_file_has_it(alias: str) -> None:
+    """Both ways to a model's facts say the same, of every model that has a name."""
+    known = from_config(config_of(alias), name=alias)
+    described = describe(AutoConfig.for_model(**config_of(alias)), name=alias)
+    assert msgspec.structs.replace(described, measured=True) == known
 
 
 WRAPPERS: dict[str, dict[str, Any]] = {

@@ -42,7 +42,7 @@ class Decoder:
         self.shape, self._tensors = shape, tensors
         with init_empty_weights(include_buffers=False):
             self._model = AutoModelForCausalLM.from_config(shape.config, trust_remote_code=False).eval()
-        self.facts = facts_of(shape.config.to_dict(), name=shape.architecture)
+        self.facts = facts_of(shape.config, name=shape.architecture)
         require_dense(self.facts, what="GPTQ")
         found = _TO_LAYER.match(min(shape.linears))
         assert found is not None  # blueprint found each linear by the number of its layer
