@@ -126,7 +126,9 @@ VARIED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mixtral, wide heads": ("mixtral", {**_GROUPED, "head_dim": 24, "num_local_experts": 6}),
-    "gpt_oss, without biases": ("gpt_oss", {**_GROUPED, "head_dim": 24, "num_local_experts": 6, "attention_bias": False}),
+    "gpt_oss, without biases": (
+        "gpt_oss", {**_GROUPED, "head_dim": 24, "num_local_experts": 6, "attention_bias": False}
+    ),
     "qwen3_5_text, layers as listed": (
         "qwen3_5_text", {**_DELTA, "layer_types": [_FULL, "linear_attention", "linear_attention", _FULL]}
     ),
