@@ -155,7 +155,7 @@ NO_CLASS = {alias for alias, model in ALIASES.items() if FAMILIES[model.config["
 
 
 def made(config: dict[str, Any]) -> Any:
-    return empty_model(AutoConfig.for_model(**config))
+    return empty_model(AutoConfig.for_model(**config), whole=True)
 
 
 def linears_of(layer: torch.nn.Module) -> Iterator[tuple[str, Linear]]:
