@@ -42,7 +42,9 @@ def models(word: str | None, as_json: bool) -> None:
     if as_json:
         say_json(msgspec.json.format(msgspec.json.encode(listed), indent=2))
     else:
-        say("\n".join(["name             parameters     4 bits  from", *map(_row, listed)]))
+        width = max(15, *(len(each.name) for each in listed))
+        head = f"{'name':{width}}  parameters     4 bits  from"
+        say("\n".join([head, *(_row(each, width) for each in listed)]))
 
 
 def known(name: str, alias: Alias) -> Known:
@@ -57,7 +59,7 @@ def known(name: str, alias: Alias) -> Known:
     )
 
 
-def _row(model: Known) -> str:
+def _row(model: Known, width: int) -> str:
     planned_only = "" if model.trainable else "  (qdist plan only)"
     sizes = f"{format_count(model.parameters):>10}  {format_bytes(model.packed_bytes):>9}"
-    return f"{model.name:15}  {sizes}  {model.place}{planned_only}"
+    return f"{model.name:{width}}  {sizes}  {model.place}{planned_only}"

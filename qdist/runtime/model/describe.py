@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
@@ -181,7 +182,7 @@ def _described(model: Any, left_out: tuple[Kept, ...], name: str) -> ModelFacts:
     counted: set[int] = set()
     shared = _shared(layers)
     decoder: Any = type(model.get_submodule(path.rpartition(".")[0]))
-    facts = Facts(config, hidden, _attention(model, config), shared, weights_rescaled(decoder))
+    facts = Facts(config, hidden, _attention(model, layers[0]), shared, weights_rescaled(decoder))
     shapes = [shape_of(layer, facts, counted) for layer in layers]
     runs = tuple(LayerRun(shape, len(list(same))) for shape, same in groupby(shapes))
     head = model.get_output_embeddings()
@@ -226,13 +227,12 @@ def _shared(layers: list[nn.Module]) -> frozenset[int]:
     return frozenset(key for key, count in seen.items() if count > 1)
 
 
-def _attention(model: Any, config: Any) -> Literal["flash", "repacked", "eager"]:
+def _attention(model: Any, layer: nn.Module) -> Literal["flash", "repacked", "eager"]:
+    """Queries are laid out anew where the class joins their rotating part with one that passes."""
     if not getattr(model, "_supports_sdpa", False):
         return "eager"
-    rope = getattr(config, "rope_parameters", None) or {}
-    nested = [rope, *(each for each in rope.values() if isinstance(each, dict))]
-    shares = [getattr(config, "partial_rotary_factor", None), *(each.get("partial_rotary_factor") for each in nested)]
-    return "repacked" if any(isinstance(share, float) and share < 1 for share in shares) else "flash"
+    code = inspect.getsource(sys.modules[type(layer).__module__])
+    return "repacked" if re.search(r"\b(q|query)_(pass|nope)\b", code) else "flash"
 
 
 def _modules(model: nn.Module, layers: str) -> Modules:

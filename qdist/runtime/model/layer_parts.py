@@ -24,7 +24,8 @@ _MOST_SMALL = 64
 """Inputs or outputs up to which a linear is too small; an eighth of the hidden size where that is less."""
 _KEYS_OR_VALUES = re.compile(r"(k|v|kv|key|value)(_|$)")
 _ROUTERS = re.compile(r"(^|\.)(router|gate|classifier|wg)(\.|$)")
-_ROUTER_CLASS = re.compile(r"Router|TopK|MoEGate|MoeGate")
+_ROUTER_CLASS = re.compile(r"Router|TopK|MoEGate|MoeGate(?!d)")
+"""Qwen's MoeGatedDeltaNet is none."""
 _RECURRENT = re.compile(r"Mamba|DeltaNet|DeltaAttention|RecurrentBlock|Rglru|Rwkv|ShortConv|LSTM|LightningAttention")
 _ATTENTION = re.compile(r"Attention|Attn|MoA$")
 _PLAIN_PRODUCT = "input @ self.weight.T"
@@ -174,7 +175,7 @@ class _Parts:
             found.append(
                 Linear(
                     leaf, inputs, outputs, bias, _reads(path, inputs, outputs, self._facts.hidden),
-                    within if leaves.count(leaf) > 1 else "",
+                    within if leaves.count(leaf) > 1 or "shared_expert" in within else "",
                 )
             )  # fmt: skip
         return tuple(found)
@@ -357,7 +358,7 @@ def _reads(path: str, inputs: int, outputs: int, hidden: int) -> Reads:
     mixes = bool(_MIXER_PATH.search(within)) and not _MLP_PATH.search(within) and leaf not in ("up_proj", "down_proj")
     if mixes or (not _MLP_PATH.search(path) and not _MLP_LEAF.match(leaf) and _MIXER_LEAF.match(leaf)):
         return "attention_out" if named_out else "attention_in"
-    return "mlp_out" if named_out or (outputs == hidden and inputs > outputs) else "mlp_in"
+    return "mlp_out" if named_out or (outputs == hidden != inputs) else "mlp_in"
 
 
 def _reason(path: str, name: str, module: nn.Module, value: Any, routed: bool) -> str:

@@ -168,7 +168,7 @@ def test_small_gates_stay_in_16_bits() -> None:
         ({"model_type": "blt"}, "has no list of decoder layers of its own"),
         ({"model_type": "nobody_knows"}, "which transformers has no class for"),
         ({"model_type": "nobody", "auto_map": {"AutoModel": "x.y"}}, "runs code out of its own repository"),
-        ({"model_type": "phi3", "hidden_size": "much"}, "transformers makes no"),
+        ({"model_type": "apertus", "hidden_size": "much"}, "transformers makes no"),
     ],
 )
 def test_what_is_no_causal_language_model_is_refused_with_the_reason(config: dict[str, Any], reason: str) -> None:

@@ -126,6 +126,7 @@ def _recurrent_layer(keys: Keys, mlp: Mlp, *, fused: bool = False) -> LayerShape
         heads=0,
         kv_heads=0,
         head_dim=0,
+        attention="repacked",
         mixer="recurrent",
         experts=mlp.experts,
         kept=(
