@@ -24,8 +24,8 @@ def experts_lines(facts: ModelFacts) -> Iterator[str]:
     )
     own, whole = format_count(facts.expert_parameters), format_count(facts.parameters)
     yield (
-        f"experts  {layers}; {own} of {whole} parameters in experts; memory is the same however tokens are routed: "
-        f"pairs of token and expert are tokens x {' or '.join(str(active) for _, active in kinds)}"
+        f"experts  {layers}; {own} of {whole} parameters in experts; however tokens are routed, memory is "
+        f"bounded by {' or '.join(str(active) for _, active in kinds)} pairs of token and expert for each token"
     )
 
 
@@ -61,6 +61,8 @@ def _tower(tower: Kept) -> str:
 
 
 def _kernels(shapes: tuple[LayerShape, ...], plan: Plan) -> Iterator[str]:
+    if any(shape.attention == "eager" and shape.kv_heads < shape.heads for shape in shapes):
+        yield "attention that writes out its scores"
     if plan.recurrence:
         yield "recurrence by " + ("flash-linear-attention" if plan.recurrence == "fla" else "torch's operations")
     if any(shape.experts for shape in shapes):

@@ -142,6 +142,16 @@ class LayerShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return sum(linear.weights for linear in self.linears) + (self.experts.weights if self.experts else 0)
 
     @property
+    def active_weights(self) -> int:
+        """Those of them that a token passes: of experts the ones that it visits."""
+        idle = (
+            (self.experts.count - self.experts.active) * self.experts.weights // self.experts.count
+            if self.experts
+            else 0
+        )
+        return self.weights - idle
+
+    @property
     def largest_matrix(self) -> int:
         """Elements of the largest matrix; 0 in a layer without linears."""
         return max((linear.weights for linear in self.linears), default=0)
@@ -328,6 +338,11 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def linear_weights(self) -> int:
         """Elements of all matrices in decoder layers, which are quantized."""
         return sum(run.count * run.shape.weights for run in self.layers)
+
+    @property
+    def active_weights(self) -> int:
+        """Those of them that a token passes: of experts the ones that it visits."""
+        return sum(run.count * run.shape.active_weights for run in self.layers)
 
     @property
     def outer_norm_parameters(self) -> int:

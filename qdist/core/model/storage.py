@@ -7,7 +7,6 @@ from typing import Any, Literal
 import msgspec
 
 from qdist.core.errors import SpecError
-from qdist.core.model.families import FAMILIES
 from qdist.core.model.shapes import Experts, Linear
 from qdist.core.spec.run_spec import RunSpec
 
@@ -95,11 +94,10 @@ def stores_mxfp4(config: Mapping[str, Any]) -> bool:
 def packing_of(spec: RunSpec, config: Mapping[str, Any] | None = None) -> Packing:
     """How a run's weights are packed, unless they come as GPTQ.
 
-    config: the content of the model's config.json. Random weights are in MXFP4 where a family's checkpoints are.
+    config: the content of the model's config.json, by which random weights go too.
     Raises SpecError for a width or type that a checkpoint in MXFP4 does not have.
     """
-    family = FAMILIES.get(str(config.get("model_type"))) if config and spec.load_format == "dummy" else None
-    if config is None or not (stores_mxfp4(config) or (family and family.mxfp4)):
+    if config is None or not stores_mxfp4(config):
         return msgspec.convert({"bits": spec.bits, "type": spec.quant.type, "double": spec.quant.double}, Packing)
     if spec.bits != 4 or spec.quant.type != "nf4" or not spec.quant.double:
         raise SpecError(

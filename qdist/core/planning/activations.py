@@ -157,7 +157,7 @@ def saved_by_recurrence(shape: LayerShape, compute_bytes: int, recurrence: Recur
     """
     values, heads = _values_of(shape), _decays_of(shape)
     projected = sum(linear.outputs for linear in shape.linears if linear.reads == "attention_in")
-    if not any(linear.name == "in_proj_z" for linear in shape.linears) or not heads:
+    if not any(linear.name.startswith("in_proj_qkv") for linear in shape.linears) or not heads:
         return 4 * _MAMBA_TENSORS * max(projected, values, shape.hidden)
     mixed = projected - values  # queries, keys and values enter the convolution together
     norm = (4 * 3 + compute_bytes) * values  # in fp32: input, gate, the gate's SiLU; and the normed input

@@ -72,6 +72,8 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Bytes of what follows the layers."""
     everywhere: int
     """Bytes on every GPU: CUDA context, unpacked matrices, a layer's activations."""
+    uncut: bool = False
+    """Whether all layers must be on one GPU, since some of them read more than the hidden states of the one before."""
 
     @property
     def model(self) -> int:
@@ -123,6 +125,7 @@ def footprint(
         first=parts.embedding + loss * facts.tied_embeddings,
         last=parts.head + loss * (not facts.tied_embeddings),
         everywhere=CUDA_CONTEXT_BYTES + work,
+        uncut=bool(facts.unsplit) or facts.together_from is not None,
     )
 
 
@@ -174,7 +177,7 @@ def reside(parts: Footprint, rooms: Sequence[int], *, host_bytes: int | None = N
 def _placed(layer_bytes: Sequence[int], parts: Footprint, rooms: Sequence[int]) -> tuple[int, ...] | None:
     """GPU of each layer, or None if they do not fit; uses the widest run of GPUs that holds them."""
     count = len(rooms)
-    for width in range(count, 0, -1):
+    for width in range(1 if parts.uncut else count, 0, -1):
         for start in range(count - width + 1):
             found = _placed_on(range(start, start + width), layer_bytes, parts, rooms)
             if found is not None:

@@ -10,7 +10,7 @@ from qdist.core.data.conversation import Wording
 from qdist.core.machine.calibration import Correction
 from qdist.core.machine.world import World, world_of
 from qdist.core.model.adapters.lora import LoraMethod
-from qdist.core.model.adapters.registry import ADAPTERS, adapter_parameters, expert_adapter_parameters
+from qdist.core.model.adapters.registry import ADAPTERS, adapter_parameters, beside_experts, expert_adapter_parameters
 from qdist.core.model.families import FAMILIES
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.shapes import LayerShape, ModelFacts
@@ -211,6 +211,17 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def expert_adapter_parameters(self) -> int:
         """Those of them that are beside experts."""
         return expert_adapter_parameters(self.facts, self.spec.lora.r, self.spec.lora.targets)
+
+    @property
+    def active_adapter_parameters(self) -> float:
+        """Adapter parameters that a token passes: of experts' those of the ones that it visits."""
+        lora, idle = self.spec.lora, 0.0
+        for run in self.facts.layers:
+            if experts := run.shape.experts:
+                idle += (
+                    (1 - experts.active / experts.count) * run.count * beside_experts(run.shape, lora.r, lora.targets)
+                )
+        return self.adapter_parameters - idle
 
     @property
     def grouped(self) -> bool:

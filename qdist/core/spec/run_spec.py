@@ -47,8 +47,8 @@ class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         tuple[str, ...],
         Meta(
             min_length=1,
-            description="Linear modules that get an adapter, by leaf name, such as q_proj,v_proj; all-linear: every "
-            "one inside the decoder layers.",
+            description="What gets an adapter: linear modules by leaf name, such as q_proj,v_proj; all-linear: every "
+            "one inside the decoder layers; experts, or experts.down_proj: matrices of every routed expert.",
         ),
     ] = ("all-linear",)
     pool: Annotated[

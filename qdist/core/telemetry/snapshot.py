@@ -116,12 +116,13 @@ def model_flops_per_token(plan: Plan) -> float:
 
     The convention is PaLM's (appendix B) for frozen weights: 2 a weight forward and 2 backward, since no gradient of
     a frozen weight is made; 6 an adapter parameter; causal attention scores over half of `seq_len`, forward once and
-    backward twice. The head counts as a weight, the embedding's look-up as nothing, recomputation as nothing.
+    backward twice. The head counts as a weight, the embedding's look-up as nothing, recomputation as nothing. Of
+    experts and their adapters those count that a token visits.
     """
     facts = plan.facts
-    weights = facts.linear_weights + facts.vocab * facts.hidden
+    weights = facts.active_weights + facts.vocab * facts.hidden
     scores = 6 * plan.seq_len * sum(run.count * run.shape.heads * run.shape.head_dim for run in facts.layers)
-    return 4.0 * weights + 6 * plan.adapter_parameters + scores
+    return 4.0 * weights + 6 * plan.active_adapter_parameters + scores
 
 
 def mfu(snapshot: Snapshot, tokens_per_s: float | None) -> float | None:

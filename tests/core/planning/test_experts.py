@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from qdist.cli.views.plan import plan_lines
 from qdist.core.errors import ModelError, SpecError
 from qdist.core.model.adapters.registry import adapter_parameters, expert_adapter_parameters
+from qdist.core.model.aliases import config_of
 from qdist.core.model.shapes import LayerRun, ModelFacts
 from qdist.core.model.storage import Packing, experts_bytes, packing_of
 from qdist.core.planning.disk import packed_bytes
@@ -88,7 +89,7 @@ def test_a_checkpoint_in_mxfp4_is_trained_on_as_it_comes() -> None:
     mxfp4 = Packing(bits=4, type="mxfp4", double=False)
     assert packing_of(resolve(), MXFP4) == mxfp4
     assert (mxfp4.linear_bits, mxfp4.method, str(mxfp4)) == (16, "mxfp4", "mxfp4")
-    assert packing_of(resolve({"load_format": "dummy"}), {"model_type": "gpt_oss"}) == mxfp4
+    assert packing_of(resolve({"load_format": "dummy"}), config_of("gpt-oss-20b")) == mxfp4
     assert packing_of(resolve(), {"model_type": "gpt_oss"}) == Packing(bits=4)  # a copy in 16 bits
     for settings in ({"bits": 8}, {"quant": {"type": "fp4"}}, {"quant": {"double": False}}):
         with pytest.raises(SpecError, match="in MXFP4"):

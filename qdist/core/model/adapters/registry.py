@@ -19,17 +19,17 @@ def adapter_parameters(facts: ModelFacts, rank: int, targets: tuple[str, ...], a
 
 def expert_adapter_parameters(facts: ModelFacts, rank: int, targets: tuple[str, ...]) -> int:
     """Those of them that are beside routed experts."""
-    return sum(run.count * _beside_experts(run.shape, rank, targets) for run in facts.layers)
+    return sum(run.count * beside_experts(run.shape, rank, targets) for run in facts.layers)
 
 
 def trained_parameters(shape: LayerShape, rank: int, targets: tuple[str, ...], adapter: LoraMethod) -> int:
     """Trained parameters of one decoder layer."""
     linears = sum(adapter.parameters(linear, rank) for linear in shape.targeted(targets))
-    return linears + _beside_experts(shape, rank, targets)
+    return linears + beside_experts(shape, rank, targets)
 
 
-def _beside_experts(shape: LayerShape, rank: int, targets: tuple[str, ...]) -> int:
-    """PEFT's layout: A [experts x r, in] and B [out, r x experts] for each 3-D parameter."""
+def beside_experts(shape: LayerShape, rank: int, targets: tuple[str, ...]) -> int:
+    """Those beside a layer's experts, in PEFT's layout: A [experts x r, in], B [out, r x experts], for each."""
     if shape.experts is None:
         return 0
     matrices = shape.targeted_matrices(targets)

@@ -80,8 +80,6 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     """Whether a decoder layer returns a tuple whose first item is its output."""
     measured: bool = True
     """Whether what its layers keep for the backward pass was measured; otherwise a plan has a margin."""
-    mxfp4: bool = False
-    """Whether its published checkpoints have their experts in MXFP4, so that random weights take their place in it."""
     own_code: bool = False
     """Only code in the models' own repositories computes it: transformers has no class, and it can only be planned."""
     old_names: dict[str, str] = {}

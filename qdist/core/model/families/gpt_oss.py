@@ -36,7 +36,7 @@ def _gpt_oss(layers: int, experts: int) -> Config:
     return decoder_config(
         "gpt_oss", 2880, 2880, layers, 64, 8, vocab=201_088, positions=131_072, theta=150_000.0, eps=1e-5, bos=None,
         eos=200_002, pad_token_id=199_999, head_dim=64, num_local_experts=experts, num_experts_per_tok=4,
-        sliding_window=128, attention_bias=True, rope_scaling=rope,
+        sliding_window=128, attention_bias=True, rope_scaling=rope, quantization_config={"quant_method": "mxfp4"},
     )  # fmt: skip
 
 
@@ -44,7 +44,6 @@ GPT_OSS = Family(
     model_type="gpt_oss",
     read=_read,
     measured=False,
-    mxfp4=True,
     aliases={
         "gpt-oss-20b": Alias("openai/gpt-oss-20b", _gpt_oss(24, 32)),
         "gpt-oss-120b": Alias("openai/gpt-oss-120b", _gpt_oss(36, 128)),
