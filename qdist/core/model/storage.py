@@ -91,14 +91,18 @@ def stores_mxfp4(config: Mapping[str, Any]) -> bool:
     return isinstance(stored, Mapping) and stored.get("quant_method") == "mxfp4"
 
 
+def has_mxfp4(config: Mapping[str, Any], *, dummy: bool) -> bool:
+    """Whether experts are in MXFP4: the checkpoint's, or random ones of gpt-oss, whose checkpoints are so."""
+    return stores_mxfp4(config) or (dummy and config.get("model_type") == "gpt_oss")
+
+
 def packing_of(spec: RunSpec, config: Mapping[str, Any] | None = None) -> Packing:
     """How a run's weights are packed, unless they come as GPTQ.
 
-    config: the content of the model's config.json. Random weights of gpt-oss are in MXFP4, as its checkpoints are.
+    config: the content of the model's config.json; see `has_mxfp4`.
     Raises SpecError for a width or type that a checkpoint in MXFP4 does not have.
     """
-    dummy = spec.load_format == "dummy" and config is not None and config.get("model_type") == "gpt_oss"
-    if config is None or not (dummy or stores_mxfp4(config)):
+    if config is None or not has_mxfp4(config, dummy=spec.load_format == "dummy"):
         return msgspec.convert({"bits": spec.bits, "type": spec.quant.type, "double": spec.quant.double}, Packing)
     if spec.bits != 4 or spec.quant.type != "nf4" or not spec.quant.double:
         raise SpecError(

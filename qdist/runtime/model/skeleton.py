@@ -1,6 +1,6 @@
 """A model on the meta device with linears ready for packed bytes; and filling it, entirely or with a rank's part."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qdist.core.errors import ModelError
 from qdist.core.model.shapes import Experts, ModelFacts
+from qdist.core.model.storage import has_mxfp4
 from qdist.core.planning.plan import Source
 from qdist.core.spec.run_spec import Quant
 from qdist.host.opening import require_files, told
@@ -56,16 +57,17 @@ def skeleton(source: Source, *, bits: int, quant: Quant, dtype: torch.dtype, fac
     )
     model = empty_model(config, dtype=dtype)
     model.qdist_parts = facts.modules
+    mxfp4 = bits == 4 and has_mxfp4(source.config, dummy=source.kind == "dummy")
     for path, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear | Conv1D) or not facts.packs(path):
             continue
         linear = module if isinstance(module, nn.Linear) else _as_linear(module)
-        if bits < 16:
+        if bits < 16 and not mxfp4:  # whose checkpoints have linears in 16 bits
             linear = _packed(linear, path, source, bits, quant, dtype)
         if linear is not module:
             model.set_submodule(path, linear)
     for path, experts in facts.experts.items():
-        _pack_experts(model.get_submodule(path), experts, bits, quant, mxfp4=comes_in_mxfp4(source.config))
+        _pack_experts(model.get_submodule(path), experts, bits, quant, mxfp4=mxfp4)
         compute_experts(model.get_submodule(path), path)
     model.requires_grad_(False)
     model.config.use_cache = False
@@ -101,12 +103,6 @@ def _packed(linear: nn.Linear, path: str, source: Source, bits: int, quant: Quan
     return Packed8bit(linear.in_features, linear.out_features, bias=bias, dtype=dtype)
 
 
-def comes_in_mxfp4(config: Mapping[str, object]) -> bool:
-    """Whether the config.json of a checkpoint says that its experts are in MXFP4, as gpt-oss'."""
-    stored = config.get("quantization_config")
-    return isinstance(stored, dict) and stored.get("quant_method") == "mxfp4"
-
-
 def _pack_experts(module: nn.Module, experts: Experts, bits: int, quant: Quant, *, mxfp4: bool) -> None:
     """Replace the parameters of an experts' module by empty modules of the same names."""
     if bits == 16:
@@ -115,7 +111,7 @@ def _pack_experts(module: nn.Module, experts: Experts, bits: int, quant: Quant, 
         count, rows, columns = module.get_parameter(matrix.name).shape
         delattr(module, matrix.name)
         packed = packed_matrices(
-            (count, rows, columns), transposed=is_transposed(module), bits=bits, quant=quant, mxfp4=mxfp4 and bits == 4
+            (count, rows, columns), transposed=is_transposed(module), bits=bits, quant=quant, mxfp4=mxfp4
         )
         module.add_module(matrix.name, packed)
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from qdist.core.model.shapes import LayerShape, Linear, ModelFacts
+from qdist.core.model.storage import has_mxfp4
 from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.inventory import (
     BIASES,
@@ -206,8 +207,7 @@ class _Reader:
         source = self._plan.source
         if self._plan.spec.bits >= 16:
             return ""
-        method = source.config.get("quantization_config")
-        of_experts = isinstance(method, Mapping) and method.get("quant_method") == "mxfp4"
+        of_experts = has_mxfp4(source.config, dummy=source.kind == "dummy")
         left_by_gptq = source.gptq is not None and source.gptq.of(path) is None
         return STORED if left_by_gptq or (of_experts and kind == "linear") else UNPACKED
 
