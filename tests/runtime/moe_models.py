@@ -9,8 +9,10 @@ from qdist.core.model.shapes import Experts, LayerRun, LayerShape, Linear, Model
 from qdist.core.planning.plan import Source
 from qdist.core.spec.run_spec import Quant
 from qdist.runtime.model.packed_experts import PackedMatrices
-from qdist.runtime.model.skeleton import Arrange, load_backbone
+from qdist.runtime.model.skeleton import Arrange, fill, skeleton
+from qdist.runtime.model.weights import RandomWeights
 
+CPU = torch.device("cpu")
 VOCAB, HIDDEN = 96, 64
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -97,11 +99,11 @@ def packed_model(family: str, *, bits: int = 4, mxfp4: bool = False, arrange: Ar
     config = config_of(family)
     if mxfp4:
         config["quantization_config"] = {"quant_method": "mxfp4"}
-    source = Source(kind="dummy", path="", config=config, tokenizer="")
-    model = load_backbone(
-        source, bits=bits, quant=Quant(), dtype=torch.float32, device=torch.device("cpu"),
-        facts=facts_of_experts(family), arrange=arrange,
-    )  # fmt: skip
+    source = Source(kind="folder", path="", config=config, tokenizer="")
+    model = skeleton(source, bits=bits, quant=Quant(), dtype=torch.float32, facts=facts_of_experts(family))
+    if arrange is not None:
+        arrange(model)
+    fill(model, RandomWeights(CPU, torch.float32), device=CPU)
     return model if arrange else widened(model)
 
 
@@ -129,8 +131,9 @@ def unpacked_twin(model: Any, family: str) -> Any:
 def _value(model: Any, name: str) -> torch.Tensor:
     within, _, leaf = name.rpartition(".")
     module = model.get_submodule(within)
+    module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     held = getattr(module, leaf)
     if isinstance(held, PackedMatrices):
-        return held.held(slice(None), torch.float32, torch.device("cpu"))
+        return held.held(slice(None), torch.float32, CPU)
     unpacked = getattr(module, "unpacked", None)
-    return unpacked(torch.device("cpu")) if unpacked and leaf == "weight" else held
+    return unpacked(CPU) if unpacked and leaf == "weight" else held

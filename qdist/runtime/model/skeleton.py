@@ -58,7 +58,7 @@ def skeleton(source: Source, *, bits: int, quant: Quant, dtype: torch.dtype, fac
     )
     model = empty_model(config, dtype=dtype)
     model.qdist_parts = facts.modules
-    mxfp4 = stores_mxfp4(source.config)
+    mxfp4 = bits == 4 and stores_mxfp4(source.config)
     for path, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear | Conv1D) or not facts.packs(path):
             continue
@@ -112,7 +112,7 @@ def _pack_experts(module: nn.Module, experts: Experts, bits: int, quant: Quant, 
         count, rows, columns = module.get_parameter(matrix.name).shape
         delattr(module, matrix.name)
         packed = packed_matrices(
-            (count, rows, columns), transposed=is_transposed(module), bits=bits, quant=quant, mxfp4=mxfp4 and bits == 4
+            (count, rows, columns), transposed=is_transposed(module), bits=bits, quant=quant, mxfp4=mxfp4
         )
         module.add_module(matrix.name, packed)
 

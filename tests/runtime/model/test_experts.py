@@ -9,6 +9,7 @@ from torch import nn
 from qdist.core.errors import ModelError
 from qdist.runtime.kernels.grouped import Pairs, outer_products, products
 from qdist.runtime.model.experts import compute_experts, first_name, is_experts, matrices_of
+from qdist.runtime.model.packed import PackedLinear
 from qdist.runtime.model.packed_experts import PackedMatrices
 from qdist.runtime.model.skeleton import offload
 from tests.runtime.moe_models import CONFIGS, HIDDEN, VOCAB, facts_of_experts, packed_model, plain_model, unpacked_twin
@@ -42,6 +43,7 @@ def test_logits_and_gradients_are_those_of_transformers_experts(family: str, bit
 def test_a_checkpoint_in_mxfp4_stays_so() -> None:
     model = packed_model("gpt_oss", mxfp4=True)
     assert {module.kind for module in model.modules() if isinstance(module, PackedMatrices)} == {"mxfp4"}
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())  # nor do its linears change
     for ours, theirs in zip(passes(model), passes(unpacked_twin(model, "gpt_oss")), strict=True):
         same(ours, theirs)
 

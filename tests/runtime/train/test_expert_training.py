@@ -1,0 +1,55 @@
+"""Runs over models with experts, from random weights: trained, resumed, gathered, read by PEFT and answered from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from qdist.core.telemetry.events import losses
+from qdist.host.run.observer import Follower
+from qdist.host.sources.targets import ADAPTER
+from qdist.runtime.infer.load import load
+from tests.runtime.conftest import TrainRun
+from tests.runtime.moe_models import config_of, unpacked_twin
+from tests.runtime.tiny import adapted_run, dummy_job, logits_of
+
+TARGETS = {"qwen3_moe": ("all-linear", "experts"), "mixtral": ("experts",), "gpt_oss": ("q_proj", "experts.down_proj")}
+SHAPE: dict[str, Any] = {"seq_len": 16, "global_batch": 4, "steps": 3, "lora__r": 4, "train__held_out": 0.0}
+
+
+def saved_config(folder: Path, family: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**config_of(family), "max_position_embeddings": 64}))
+    return folder
+
+
+@pytest.mark.parametrize("family", TARGETS)
+def test_a_gathered_adapter_of_experts_is_read_by_peft_and_by_us(family: str, tmp_path: Path) -> None:
+    job = dummy_job(saved_config(tmp_path / "model", family), tmp_path / "run", lora__targets=TARGETS[family], **SHAPE)
+    run, trained = adapted_run(job)
+    ours = logits_of(trained, high=96)
+    assert torch.equal(logits_of(load(run.path)[0], high=96), ours)
+    twin = unpacked_twin(trained.get_base_model(), family)
+    theirs = PeftModel.from_pretrained(twin, str(run.adapter)).eval()
+    torch.testing.assert_close(logits_of(theirs, high=96), ours, rtol=1e-5, atol=1e-5)
+    assert any(".experts." in name for name in load_file(run.adapter / ADAPTER))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_moe"])
+def test_a_run_that_adapts_experts_trains_on_one_rank_and_on_shards(
+    train: TrainRun, family: str, tmp_path: Path
+) -> None:
+    model = saved_config(tmp_path / "model", family)
+    settings = {**SHAPE, "lora__targets": TARGETS[family], "optim__lr": 1e-2}
+    runs = [
+        train(dummy_job(model, tmp_path / name, gpus=gpus, **more, **settings))
+        for name, gpus, more in (("one", 1, {}), ("shards", 2, {"placement": "shard"}))
+    ]
+    one, two = (losses(event for event in Follower(run.path).new_events() if event.rank == 0) for run in runs)
+    assert len(one) == 3
+    assert list(one.values()) == pytest.approx(list(two.values()), rel=1e-4)
