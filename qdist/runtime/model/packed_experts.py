@@ -46,6 +46,7 @@ class PackedMatrices(nn.Module):
     """
 
     kind: str
+    bits: int
 
     def __init__(self, shape: tuple[int, int, int], *, transposed: bool) -> None:
         """shape: of the parameter. transposed: whether that is [experts, in, out]."""
@@ -91,6 +92,8 @@ class PackedMatrices(nn.Module):
 
 class Matrices4bit(PackedMatrices):
     """NF4 or FP4 in blocks of 64, with or without quantized absmaxes, as bitsandbytes packs each matrix alone."""
+
+    bits = 4
 
     def __init__(self, shape: tuple[int, int, int], *, transposed: bool, quant: Quant) -> None:
         super().__init__(shape, transposed=transposed)
@@ -141,7 +144,7 @@ class Matrices8bit(PackedMatrices):
     Unpacked to 16 bits and multiplied there: the product of bytes, with outliers apart, is for one matrix at a time.
     """
 
-    kind = "int8"
+    kind, bits = "int8", 8
 
     def __init__(self, shape: tuple[int, int, int], *, transposed: bool) -> None:
         super().__init__(shape, transposed=transposed)
@@ -169,7 +172,7 @@ class Matrices8bit(PackedMatrices):
 class MatricesMxfp4(PackedMatrices):
     """MXFP4 as gpt-oss' checkpoints have it: [experts, out, in] whatever the class holds, in blocks of 32 inputs."""
 
-    kind = "mxfp4"
+    kind, bits = "mxfp4", 4
 
     def __init__(self, shape: tuple[int, int, int], *, transposed: bool) -> None:
         super().__init__(shape, transposed=transposed)

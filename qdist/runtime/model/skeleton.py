@@ -56,16 +56,17 @@ def skeleton(source: Source, *, bits: int, quant: Quant, dtype: torch.dtype, fac
     )
     model = empty_model(config, dtype=dtype)
     model.qdist_parts = facts.modules
+    mxfp4 = comes_in_mxfp4(source.config)
     for path, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear | Conv1D) or not facts.packs(path):
             continue
         linear = module if isinstance(module, nn.Linear) else _as_linear(module)
-        if bits < 16:
+        if bits < 16 and not (bits == 4 and mxfp4):  # beside experts that come in MXFP4, linears come in 16 bits
             linear = _packed(linear, path, source, bits, quant, dtype)
         if linear is not module:
             model.set_submodule(path, linear)
     for path, experts in facts.experts.items():
-        _pack_experts(model.get_submodule(path), experts, bits, quant, mxfp4=comes_in_mxfp4(source.config))
+        _pack_experts(model.get_submodule(path), experts, bits, quant, mxfp4=mxfp4)
         compute_experts(model.get_submodule(path), path)
     model.requires_grad_(False)
     model.config.use_cache = False
