@@ -15,7 +15,7 @@ from qdist.core.text import counted, first_few, format_bytes
 
 UNPACKED = "not packed"
 """Reason of a decoder layer's linear or expert that is in 16 bits for no other: the run is refused for such ones."""
-BIASES, NORMS, EMBEDDINGS, HEAD = "biases", "norms", "embeddings", "head"
+BIASES, NORMS, EMBEDDINGS, POSITIONS, HEAD = "biases", "norms", "embeddings", "positions", "head"
 STORED = "stored so in the checkpoint"
 OTHER = "other parameters"
 MOST_UNPACKED = 0.01

@@ -144,7 +144,7 @@ def _random_tokens(plan: Plan) -> TokenizedSet:
         generator=torch.Generator().manual_seed(plan.spec.seed),
     )
     learned = count * (length - 1)
-    summary = Summary(records=count, dropped=0, truncated=0, tokens=count * length, learned_tokens=learned, whole=count)
+    summary = Summary(records=count, dropped=0, truncated=0, tokens=count * length, learned_tokens=learned)
     return TokenizedSet(tokens, tokens.clone(), torch.arange(count + 1) * length, summary)
 
 

@@ -8,7 +8,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from qdist.core.model.shapes import LayerShape, Linear, ModelFacts
-from qdist.core.model.storage import stores_mxfp4
 from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.inventory import (
     BIASES,
@@ -16,6 +15,7 @@ from qdist.core.telemetry.inventory import (
     HEAD,
     NORMS,
     OTHER,
+    POSITIONS,
     STORED,
     UNPACKED,
     Inventory,
@@ -97,8 +97,9 @@ def adapted_paths(model: nn.Module) -> frozenset[str]:
     for name, module in model.named_modules():
         sides = getattr(module, "lora_A", None)
         if sides is not None and any(parameter.requires_grad for parameter in sides.parameters()):
-            parameter = getattr(module, "parameter_name", "")  # PEFT's, of a layer over a parameter
-            found.add(base_path(name) + (f".{parameter}" if parameter else ""))
+            parameter = getattr(module, "parameter_name", "")  # of PEFT's layer over a parameter
+            of_experts = parameter and not is_linear(module.get_base_layer())
+            found.add(base_path(name) + (f".{parameter}" if of_experts else ""))
     return frozenset(found)
 
 
@@ -192,24 +193,25 @@ class _Reader:
         kept = found[1].kept_at(found[2]) if found else None
         if kept:
             return kept.reason
-        if _is_bias(name):
-            return BIASES
         owner = path.rpartition(".")[0]
-        if owner in (modules.embedding, modules.head):
-            return EMBEDDINGS if owner == modules.embedding else HEAD
+        tables = {modules.embedding: EMBEDDINGS, modules.head: HEAD, **dict.fromkeys(modules.added, POSITIONS)}
+        if owner in tables:
+            return tables[owner]
         if "norm" in type(module).__name__.lower() or "norm" in owner.rpartition(".")[2].lower():
             return NORMS
+        if _is_bias(name):
+            return BIASES
         strange = is_linear(module) or (parameter.ndim == 3 and not isinstance(module, nn.Conv1d))
         return self._why_whole(owner, "linear") if found and strange else OTHER
 
     def _why_whole(self, path: str, kind: Kind) -> str:
         """Why a linear, or a parameter of experts, of a decoder layer is not packed."""
-        source = self._plan.source
-        if self._plan.spec.bits >= 16:
+        plan = self._plan
+        if plan.spec.bits >= 16:
             return ""
-        of_experts = stores_mxfp4(source.config)
-        left_by_gptq = source.gptq is not None and source.gptq.of(path) is None
-        return STORED if left_by_gptq or (of_experts and kind == "linear") else UNPACKED
+        beside_experts = kind == "linear" and plan.packing is not None and plan.packing.linear_bits == 16
+        left_by_gptq = plan.source.gptq is not None and plan.source.gptq.of(path) is None
+        return STORED if left_by_gptq or beside_experts else UNPACKED
 
 
 def is_linear(module: nn.Module) -> bool:

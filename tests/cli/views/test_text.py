@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console, RenderableType
 
-from qdist.cli.views.text import answers, comparison, plain_line
+from qdist.cli.views.text import answers, comparison, plain_line, plain_lines
 from qdist.core.telemetry.events import Event
 from qdist.core.text import GIB
 
@@ -39,6 +39,16 @@ STEP = Event(
 )  # fmt: skip
 def test_an_event_is_one_line_of_a_log(event: Event, line: str) -> None:
     assert plain_line(event, left_s=200.0) == line
+
+
+def test_an_inventory_is_told_as_the_lines_that_it_has() -> None:
+    note = "backbone  60.2 MiB in 4 bits (nf4)\nadapted   210 of 210 linears\x1b[2J"
+    assert [*plain_lines(Event(kind="inventory", note=note, memory_bytes=GIB))] == [
+        "backbone  60.2 MiB in 4 bits (nf4)",
+        "adapted   210 of 210 linears",
+    ]
+    checked = Event(kind="gradients", step=2, total_steps=60, note="all 28 trained tensors", memory_bytes=GIB)
+    assert [*plain_lines(checked)] == ["step 2/60  gradients checked  all 28 trained tensors"]
 
 
 def test_before_and_after_stand_side_by_side() -> None:

@@ -75,6 +75,16 @@ def test_evenly_chosen_steps_have_the_first_and_the_last() -> None:
     assert evenly(range(1000), 4) == [0, 333, 666, 999]
 
 
+def test_what_was_trained_on_and_whether_it_got_gradients_is_kept() -> None:
+    told = Event(kind="inventory", note="adapted   14 of 14 linears\ndata      40 samples")
+    checked = Event(kind="gradients", step=2, note="all 28 trained tensors have some")
+    assert report(folded(told, step(1), checked)).inventory == (
+        ("adapted", "14 of 14 linears"),
+        ("data", "40 samples"),
+        ("gradients", "all 28 trained tensors have some"),
+    )
+
+
 @pytest.mark.parametrize(
     ("state", "headline"),
     [

@@ -185,6 +185,17 @@ def test_long_samples_are_cut_and_ones_with_nothing_to_learn_are_dropped_and_cou
     assert tokenized.offsets.tolist() == [0, 4, 10]
 
 
+def test_records_of_which_every_token_is_learned_are_counted_and_told() -> None:
+    """One of them has no prompt, of the other the first token alone is given, which never has a loss."""
+    tokenizer = tiny_tokenizer(bos=False)
+    tokenized = encoded(pair("", "bb"), pair("a", "b"), pair("aa", "b"), tokenizer=tokenizer)
+    assert tokenized.summary.whole == 2
+    assert "every token of 2 of 3 records has a loss: nothing in them is given" in tokenized.summary.notes
+    learned = encoded(TALK, tokenizer=tokenizer, train_on_source=True).summary
+    assert learned.whole == 1
+    assert not any("every token of" in note for note in learned.notes)
+
+
 def test_when_nothing_is_left_the_error_has_the_numbers() -> None:
     with pytest.raises(DataError) as caught:
         encoded(pair("a" * 9, "b"), pair("a" * 5, "b"), tokenizer=tiny_tokenizer(), seq_len=6)

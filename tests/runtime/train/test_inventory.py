@@ -1,5 +1,6 @@
 """Is what a rank holds counted in its real modules, and a fault in them refused before the first step?"""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from qdist.core.errors import DataError, ModelError
 from qdist.core.model.shapes import Experts, Kept, LayerRun, Linear
 from qdist.core.planning.plan import Plan
-from qdist.core.telemetry.inventory import UNPACKED, Inventory, Learned, lines_of
+from qdist.core.telemetry.inventory import STORED, UNPACKED, Inventory, Learned, lines_of
 from qdist.runtime.data.batches import Samples
 from qdist.runtime.data.tokenized import IGNORED, TokenizedSet
 from qdist.runtime.engine.torch import Comm
@@ -136,9 +137,46 @@ def test_experts_are_told_from_their_router(folder: Path) -> None:
     }
 
 
+_SMALL: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128,
+}  # fmt: skip
+_ROUTED = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+_MODERN: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {**_SMALL, **_ROUTED},
+    "gpt_oss": {**_SMALL, **_ROUTED, "quantization_config": {"quant_method": "mxfp4"}},
+    "gpt2": {"vocab_size": 96, "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 128, "bos_token_id": 0},
+    "qwen3_5_text": {
+        **_SMALL, "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "adapted", "held"),
+    [
+        ("qwen3_moe", ("all-linear", "experts"), (8, 8, 4, 4), {"nf4": 12, "router": 2}),
+        ("gpt_oss", ("all-linear",), (8, 8, 0, 4), {"mxfp4": 4, STORED: 8}),
+        ("gpt_oss", ("experts",), (0, 8, 4, 4), {"mxfp4": 4, STORED: 8}),
+        ("gpt2", ("all-linear",), (8, 8, 0, 0), {"nf4": 8, "biases": 8, "positions": 1}),
+        ("qwen3_5_text", ("all-linear",), (13, 13, 0, 0), {"nf4": 13, "convolution": 1, "too small to pack": 2}),
+    ],
+)
+def test_experts_hybrids_and_transposed_linears_are_counted(
+    tmp_path: Path, family: str, targets: tuple[str, ...], adapted: tuple[int, ...], held: dict[str, int]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "eos_token_id": 1, **_MODERN[family]}))
+    found = counted(plan(tmp_path, lora__targets=targets))
+    assert msgspec.structs.astuple(found.adapted) == adapted
+    assert found.unpacked == ()
+    modules = {held.packing or held.reason: held.modules for held in found.held}
+    assert {name: modules.get(name) for name in held} == held
+
+
 def test_samples_are_counted_by_the_set_itself(folder: Path) -> None:
     _, _, samples = trainable(plan(folder))
-    assert learned_of(samples) == Learned(samples=32, tokens=512, learned_tokens=480, records=32, none=0, whole=32)
+    assert learned_of(samples) == Learned(samples=32, tokens=512, learned_tokens=480, records=32, none=0)
 
 
 def test_data_without_a_learned_token_are_refused(folder: Path) -> None:
