@@ -30,9 +30,9 @@ from qdist.runtime.model.describe import facts_of
 from qdist.runtime.model.parts import decoder_layers
 from qdist.runtime.model.skeleton import DTYPES, load_backbone, load_plain
 from qdist.runtime.quantize.bitsandbytes import packed_folder
+from qdist.runtime.quantize.blueprint import blueprint
 from qdist.runtime.quantize.gptq.check import checked
 from qdist.runtime.quantize.materialize import materialize
-from qdist.runtime.quantize.source import blueprint
 
 _WORK_BYTES = GIB
 """Bytes left free per GPU for keys, values and activations, for models that are no run: their shapes are not read."""

@@ -101,8 +101,8 @@ def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple
     from qdist.runtime.formats.gptq_folder import in_safetensors
     from qdist.runtime.model.describe import facts_of
     from qdist.runtime.quantize.bitsandbytes import Packed, packed_folder
+    from qdist.runtime.quantize.blueprint import blueprint
     from qdist.runtime.quantize.gptq import check
-    from qdist.runtime.quantize.source import blueprint
 
     gptq = gptq_of(spec, config, folder)
     if gptq is None:
