@@ -123,6 +123,8 @@ def run(request: Pack) -> None:
     manifest = quantize(request.model, out, packing)
     took = format_duration(time.monotonic() - began)
     say(f"{out}: {packing}, {manifest.layers} layers, {format_bytes(manifest.bytes)}, {took}")
+    if manifest.note:
+        say(f"note  {manifest.note}")
     say(f"use it  {command('launch', '--model', out, *_flags(packing), '--data', 'FILE')}")
 
 

@@ -1,4 +1,7 @@
-"""What tensors does a model folder's class have, and which of them are packed? Names and shapes, without values."""
+"""What tensors does a model folder's class have, and which of them are packed? Names and shapes, without values.
+
+They are those of the whole model: towers of a wrapper are copied in 16 bits, so that the folder is a model by itself.
+"""
 
 import math
 import re
@@ -9,11 +12,11 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from qdist.core.errors import ModelError
-from qdist.core.model.families import from_config
 from qdist.core.model.gptq import method_of
 from qdist.core.model.shapes import ModelFacts
 from qdist.host.sources.models import read_json
 from qdist.runtime.model.classes import empty_model
+from qdist.runtime.model.describe import facts_of
 from qdist.runtime.model.skeleton import open_config, refused
 
 MXFP4_GROUP = 32
@@ -45,8 +48,8 @@ class Blueprint(NamedTuple):
     """Those of `linears` that the class holds as [in, out], GPT-2's. Packed they are [out, in], as in transformers."""
     mxfp4: frozenset[str] = frozenset()
     """Names of experts' blocks and scales that the checkpoint stores as MXFP4, and that stay as they are."""
-    quantization: Mapping[str, Any] | None = None
-    """config.json's `quantization_config` of weights that are dequantized while they are read (FP8)."""
+    fp8: Mapping[str, Any] | None = None
+    """config.json's `quantization_config` of weights in FP8, dequantized while they are read."""
 
     def layer(self, name: str) -> int:
         """The decoder layer of a tensor; `layers` for anything outside."""
@@ -67,12 +70,12 @@ def blueprint(folder: Path, facts: ModelFacts | None = None) -> Blueprint:
     stated = read_json(folder / "config.json").get("quantization_config") or {}
     method = method_of(stated) if stated else None
     config = open_config(folder)
-    facts = facts or from_config(config.to_dict(), name=str(folder))
+    facts = facts or facts_of(config.to_dict(), name=str(folder))
     with refused(folder):
-        model = empty_model(config)
+        model = empty_model(config, whole=True)
     tied = set(model.all_tied_weights_keys)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
-    experts = frozenset(_experts(facts))
+    experts = frozenset(f"{path}.{each.name}" for path, own in facts.experts.items() for each in own.matrices)
     mxfp4 = _as_mxfp4(shapes, experts, transposed=_are_transposed(facts)) if method == "mxfp4" else {}
     kept = {name: size for name, size in shapes.items() if not (mxfp4 and name in experts)}
     linears = {f"{path}.weight": module for path, module in _linears(model) if facts.packs(path)}
@@ -90,7 +93,7 @@ def blueprint(folder: Path, facts: ModelFacts | None = None) -> Blueprint:
         experts=frozenset() if mxfp4 else experts,
         transposed=frozenset(name for name, module in linears.items() if not isinstance(module, nn.Linear)),
         mxfp4=frozenset(mxfp4),
-        quantization=stated if method == "fp8" else None,
+        fp8=stated if method == "fp8" else None,
     )
 
 
@@ -117,14 +120,6 @@ def _require_count(folder: Path, facts: ModelFacts, found: int) -> None:
             f"{folder} has {found} linears in {facts.layer_count} decoder layers, not {expected}",
             try_="qdist doctor: transformers may be of another version",
         )
-
-
-def _experts(facts: ModelFacts) -> Iterator[str]:
-    """Names of the experts' 3-D parameters in the decoder layers."""
-    for layer, run in enumerate(facts.run_of_layer):
-        experts = facts.shapes[run].experts
-        if experts is not None:
-            yield from (f"{facts.modules.layers}.{layer}.{experts.path}.{each.name}" for each in experts.matrices)
 
 
 def _are_transposed(facts: ModelFacts) -> bool:

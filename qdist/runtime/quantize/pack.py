@@ -12,7 +12,7 @@ import torch
 
 from qdist.core.errors import ModelError
 from qdist.core.model.storage import Packing
-from qdist.core.text import format_bytes
+from qdist.core.text import counted, format_bytes
 from qdist.host.files import publish_folder, require_space
 from qdist.host.progress import ProgressLine
 from qdist.host.sources.cache import BESIDE, CHECKSUMS, source_identity, work_folder
@@ -114,11 +114,20 @@ def pack(folder: Path, out: Path, packing: Packing, *, name: str) -> Manifest:
         files={file: written[file].bytes for file in files},
         checksums={tensor: sums for file in files for tensor, sums in written[file].checksums.items()},
         versions={package: metadata.version(package) for package in ("bitsandbytes", "torch", "transformers")},
+        note=_note(job),
     )
     (work / ".identity").unlink()
     finish(work, written, manifest)
     publish_folder(work, out)
     return manifest
+
+
+def _note(job: PackJob) -> str:
+    """What bitsandbytes in transformers, which packs linears alone, does not read."""
+    packed = sum(job.packs_experts(name) for name in job.shape.shapes)
+    if not packed:
+        return ""
+    return f"{counted(packed, 'parameter')} of experts packed too, which bitsandbytes in transformers does not read"
 
 
 def _write_missing(job: PackJob, work: Path, files: dict[str, int], written: dict[str, Written], name: str) -> None:

@@ -16,7 +16,7 @@ from qdist.runtime.formats.packed_folder import opened, tensor_files
 from qdist.runtime.formats.recorded_sums import stated_sums
 from qdist.runtime.model.classes import class_of
 from qdist.runtime.quantize.blueprint import Blueprint
-from qdist.runtime.quantize.stored_names import Recipe, Recipes
+from qdist.runtime.quantize.stored_names import Recipe, reading
 
 _DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "I8": torch.int8,
@@ -52,7 +52,7 @@ class StreamedTensors:
         self._folder, self._sums, self._shape = folder, stated_sums(folder), shape
         self._files = tensor_files(folder)
         self._outlines = outlines(folder, self._files)
-        self._recipes = Recipes(shape.model, self._files, extra=shape.shapes, quantization=shape.quantization)
+        self._recipes = reading(shape.model, self._files, extra=shape.shapes, fp8=shape.fp8)
         self._found = dict[str, tuple[Recipe, torch.Tensor]]()
         with told(str(folder), ModelError, try_="the config.json that came with these weights"):
             for name, recipe, made in self._recipes.outlines(self._outlines.__getitem__):
@@ -64,14 +64,14 @@ class StreamedTensors:
         return {name: tuple(made.shape) for name, (_, made) in self._found.items()}
 
     @property
-    def unused(self) -> dict[str, str]:
-        """Stored names that the class has no use for, by what transformers would call them."""
+    def unused(self) -> Collection[str]:
+        """What transformers would call the stored tensors that the class has no use for."""
         return self._recipes.unused
 
     @property
     def canonical(self) -> bool:
         """Whether every tensor is stored under its module's name."""
-        return all(recipe.stored == (name,) for name, (recipe, _) in self._found.items())
+        return all(recipe.sources == (name,) for name, (recipe, _) in self._found.items())
 
     def dtype(self, name: str) -> torch.dtype:
         found = self._found[name][1].dtype

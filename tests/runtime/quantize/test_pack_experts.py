@@ -2,16 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from qdist.core.model.shapes import Experts, Kept, LayerRun, LayerShape, Linear, ModelFacts
 from qdist.core.model.storage import Packing
 from qdist.runtime.formats.packed_folder import read_manifest
 from qdist.runtime.formats.packing import pack_experts, packed_experts_bytes
-from qdist.runtime.quantize import blueprint as blueprints
 from qdist.runtime.quantize.bitsandbytes import packed_folder, quantize
 from qdist.runtime.quantize.blueprint import blueprint
 from qdist.runtime.quantize.pack import PackJob
@@ -20,43 +17,6 @@ from tests.runtime.quantize.test_bitsandbytes import CPU, PACKINGS, each_packing
 from tests.runtime.quantize.test_tensors import config_of, whole_model
 
 EXPERTS = "model.layers.1.mlp.experts"
-
-
-def facts_of(family: str, **experts: Any) -> ModelFacts:
-    """Facts of the tiny models of experts: attention and experts are packed."""
-    heads = (("q_proj", 32), ("k_proj", 16), ("v_proj", 16))
-    biased = family == "gpt_oss"
-    shape = LayerShape(
-        hidden=32,
-        linears=(
-            *(Linear(name, 32, size, biased, "attention_in") for name, size in heads),
-            Linear("o_proj", 32, 32, biased, "attention_out"),
-        ),
-        intermediate=24,
-        heads=4,
-        kv_heads=2,
-        head_dim=8,
-        experts=Experts(
-            path="mlp.experts",
-            count=4,
-            active=2,
-            matrices=(
-                Linear("gate_up_proj", 32, 96 if biased else 48, biased, "mlp_in"),
-                Linear("down_proj", 48 if biased else 24, 32, biased, "mlp_out"),
-            ),
-            transposed=biased,
-        ),
-        kept=(Kept("mlp.router" if biased else "mlp.gate", 128, "router"),),
-    )
-    runs = (LayerRun(shape, 2),)
-    return ModelFacts(
-        name=family, family=family, layers=runs, vocab=128, max_positions=64, tied_embeddings=False, **experts
-    )
-
-
-@pytest.fixture(autouse=True)
-def _facts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blueprints, "from_config", lambda config, name: facts_of(config["model_type"]))
 
 
 @each_packing
@@ -103,6 +63,7 @@ def test_a_packed_folder_has_its_experts_packed_and_the_rest_as_it_was(
     assert len(biases) == (4 if family == "gpt_oss" else 0)
     assert all(torch.equal(ours[name], held[name]) for name in (*plain, *biases))
     assert read_manifest(tmp_path / "packed") == manifest
+    assert manifest.note.startswith("4 parameters of experts packed too")
     assert packed_folder(tmp_path / "packed", packing, name="it").folder == tmp_path / "packed"
 
 

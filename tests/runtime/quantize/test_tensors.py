@@ -99,7 +99,7 @@ def whole_model(config: Any, *, dtype: torch.dtype = torch.float32) -> Any:
 
 def outline_of(config: Any) -> Blueprint:
     """A blueprint of everything in a class, of which nothing is packed."""
-    model = empty_model(config)
+    model = empty_model(config, whole=True)
     tied = set(model.all_tied_weights_keys)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
     return Blueprint(config, type(model).__name__, model.base_model_prefix, 2, shapes, frozenset(), None, model)
@@ -168,7 +168,7 @@ def test_fp8_is_dequantized_while_it_is_read(tmp_path: Path, family: str) -> Non
 
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
     config.dtype = torch.bfloat16
-    shape = outline_of(config)._replace(quantization=quantization)
+    shape = outline_of(config)._replace(fp8=quantization)
     tensors = streamed(tmp_path, shape)
     assert tensors is not None
     assert [name for name in shape.shapes if not torch.equal(tensors.read(name), theirs[name])] == []
