@@ -11,7 +11,7 @@ from qdist.core.model.gptq import Gptq, Shape
 from qdist.runtime.formats.gptq_folder import Quantized, entries, finish
 from qdist.runtime.formats.packed_folder import Entry, entries_of, write_tensors
 from qdist.runtime.kernels.gptq_bits import group_of_inputs, pack, pack_zeros
-from qdist.runtime.quantize.source import blueprint
+from qdist.runtime.quantize.blueprint import blueprint
 from tests.runtime.data.test_tokenized import tiny_tokenizer
 from tests.runtime.tiny import save_model
 

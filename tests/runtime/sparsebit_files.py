@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from qdist.core.model.gptq import from_config
 from qdist.runtime.kernels.gptq_bits import dequantize
-from qdist.runtime.quantize.source import Blueprint, blueprint
+from qdist.runtime.quantize.blueprint import Blueprint, blueprint
 from qdist.runtime.quantize.sparsebit import convert as conversion
 
 HIDDEN, INNER, VOCAB, LAYERS, HEADS, KV_HEADS = 64, 96, 48, 2, 4, 2

@@ -1,6 +1,7 @@
 """LoRA in PEFT's terms: its settings, names and update, and W' and B A as one product."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -31,8 +32,9 @@ class LoraSettings(msgspec.Struct):
 
     r: int
     lora_alpha: float
-    target_modules: list[str] | str
+    target_modules: list[str] | str | None = None
     """Leaf names; or a regular expression of whole paths."""
+    target_parameters: list[str] | None = None
     alpha_pattern: dict[str, float] = {}
     use_rslora: bool = False
 
@@ -94,6 +96,14 @@ def peft_name(name: str) -> str:
         .replace(".lora_B.default.", ".lora_B.")
         .replace(".token_adapter.trainable_tokens_delta.default", ".token_adapter.trainable_tokens_delta")
     )
+
+
+def parameter_path(path: str, parameters: Sequence[str], name: str) -> str:
+    """PEFT's module path of the adapter of a 3-D parameter of the module at `path`.
+
+    parameters: all of its adapted ones, in the module's order: PEFT wraps the module once for each, the last outermost.
+    """
+    return ".".join((path, *["base_layer"] * (len(parameters) - 1 - parameters.index(name))))
 
 
 def adapted_path(name: str) -> str | None:

@@ -98,6 +98,11 @@ class Repair(NamedTuple):
     """Rows that the embedding must have, or None if unchanged."""
 
 
+def text_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a config.json that concern text, which a wrapper of other towers has within."""
+    return {**config, **(config.get("text_config") or {})}
+
+
 def repair(tokenizer: Any, config: dict[str, Any], *, new_tokens: tuple[str, ...] = ()) -> Repair:
     """Give the tokenizer a bos, an eos that ends a text, and a pad that the model has a row for; add `new_tokens`.
 
@@ -107,6 +112,7 @@ def repair(tokenizer: Any, config: dict[str, Any], *, new_tokens: tuple[str, ...
     and adapters with rows of their own are adapters that many programs cannot load.
     """
     notes: list[str] = []
+    config = text_settings(config)
     vocabulary, rows_there = tokenizer.get_vocab(), int(config["vocab_size"])
     if not tokenizer.bos_token and "<s>" in vocabulary:
         tokenizer.bos_token = "<s>"
@@ -196,7 +202,8 @@ def align_config(model: Any, tokenizer: Any, ends: tuple[int, ...] = ()) -> None
             continue
         target.pad_token_id = tokenizer.pad_token_id
         target.bos_token_id = tokenizer.bos_token_id
-        known = target.eos_token_id if isinstance(target.eos_token_id, list) else [target.eos_token_id]
+        own = getattr(target, "eos_token_id", None)  # a wrapper's configuration may leave it to its text model's
+        known = own if isinstance(own, list) else [own]
         if tokenizer.eos_token_id not in known:
             target.eos_token_id, known = tokenizer.eos_token_id, [tokenizer.eos_token_id]
         if missing := [end for end in ends if end not in known]:

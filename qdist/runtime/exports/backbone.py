@@ -1,8 +1,8 @@
 """A run's frozen backbone, read one tensor at a time: unpacked as training sees it, or as it was before packing."""
 
 import copy
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Iterator, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +17,12 @@ from qdist.core.requests import Onto
 from qdist.core.text import GIB
 from qdist.host.sources.cache import source_identity
 from qdist.runtime.formats.checksum import Sums
+from qdist.runtime.formats.packed_folder import Entry, stored_entries, tensor_files
 from qdist.runtime.formats.recorded_sums import expected_sums
 from qdist.runtime.infer.load import with_packed
 from qdist.runtime.infer.residence import free_bytes
 from qdist.runtime.model.packed import PackedLinear, Slices
-from qdist.runtime.model.parts import decoder_layers
+from qdist.runtime.model.packed_experts import PackedMatrices
 from qdist.runtime.model.skeleton import DTYPES, fill, skeleton
 from qdist.runtime.model.weights import FolderWeights, RandomWeights, Weights
 from qdist.runtime.quantize.source import Originals, find_originals
@@ -66,19 +67,22 @@ class Backbone:
 
     def weights(self) -> tuple[Weight, ...]:
         """All weights, in module order; a tied table is listed once."""
-        stack = decoder_layers(self.model)
-        root = next(path for path, module in self.model.named_modules() if module is stack)
         found, seen = [], set[nn.Parameter]()
         for path, module in self.model.named_modules():
-            inside = path.startswith(f"{root}.")
-            position = int(path.removeprefix(f"{root}.").partition(".")[0]) if inside else self.layers
+            if isinstance(module, PackedMatrices):
+                found.append(Weight(path, tuple(module.shape), self._position(path)))
+                continue
             for leaf, parameter in module.named_parameters(recurse=False):
                 packed = isinstance(module, PackedLinear)
                 if parameter not in seen and (not packed or leaf in ("weight", "bias")):
                     shape = self._shape(path, leaf, module, parameter)
-                    found.append(Weight(f"{path}.{leaf}", shape, position))
+                    found.append(Weight(f"{path}.{leaf}", shape, self._position(path)))
                 seen.add(parameter)
         return tuple(found)
+
+    def _position(self, path: str) -> int:
+        layers = f"{self.plan.facts.modules.layers}."
+        return int(path.removeprefix(layers).partition(".")[0]) if path.startswith(layers) else self.layers
 
     def read(self, name: str) -> torch.Tensor:
         """A weight as a new tensor on `device`, as the forward pass of the run's backbone uses it."""
@@ -93,8 +97,35 @@ class Backbone:
             self.check()
         return self.with_new_rows(value) if path in self.tables else value
 
+    def matrices(self, name: str) -> Iterator[torch.Tensor]:
+        """The matrices of a parameter of experts as the class holds them, one at a time on `device`."""
+        path, _, leaf = name.rpartition(".")
+        if self._originals is not None:
+            yield from (matrix.to(self.device) for matrix in self._originals.tensors.matrices(name))
+        elif isinstance(getattr(self.model.get_submodule(path), leaf), PackedMatrices):
+            packed = self.linear(name)
+            for expert in range(packed.shape[0]):
+                yield packed.held(slice(expert, expert + 1), self.compute_dtype, self.device)[0].float()
+        else:
+            stored = self._weights.of(path, self.model.get_submodule(path))[leaf]
+            for expert in range(self.model.get_parameter(name).shape[0]):
+                yield stored[expert : expert + 1].to(self.device)[0]
+
+    def towers(self) -> list[Entry]:
+        """What a wrapper has besides its text model, as it is stored: a merged model has it unchanged."""
+        if self.source.kind == "dummy" or not self.plan.facts.left_out:
+            return []
+        roots = tuple(f"{kept.path}." for kept in self.plan.facts.left_out)
+        if self._originals is not None:
+            shapes, tensors = self._originals.shape.shapes, self._originals.tensors
+            names = (name for name in shapes if name.startswith(roots))
+            return [Entry(name, tensors.dtype(name), shapes[name], partial(tensors.read, name)) for name in names]
+        folder = Path(self.source.packed)
+        stored = (stored_entries(folder, file, self.sums) for file in sorted(set(tensor_files(folder).values())))
+        return [entry for entries in stored for entry in entries if entry.name.startswith(roots)]
+
     def linear(self, path: str) -> Any:
-        """A packed linear with its tensors, which are freed when it is dropped."""
+        """A packed linear, or the packed matrices of experts, with its tensors, which are freed when it is dropped."""
         module = copy.deepcopy(self.model.get_submodule(path))
         fill(module, _At(self._weights, path), device=self.device)
         return module

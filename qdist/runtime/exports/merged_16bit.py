@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from qdist.host.files import require_space
 from qdist.host.terminal import say
 from qdist.runtime.exports.backbone import Backbone, Weight
 from qdist.runtime.exports.model_files import write_model_files
-from qdist.runtime.exports.update import Adapters, Update
+from qdist.runtime.exports.update import Adapters, Folded, Update
 from qdist.runtime.formats.packed_folder import Entry, file_name, finished, write_index, write_missing
 from qdist.runtime.formats.recorded_sums import keep_sums
 from qdist.runtime.formats.work_folder import filled, reserved
@@ -38,8 +38,15 @@ class Merged:
         """All weights; a tied table is listed once."""
         return self.backbone.weights()
 
+    @cached_property
+    def folded(self) -> Folded:
+        """What of the adapters these weights hold. Raises ModelError if anything of them would be lost."""
+        return self.adapters.require_folded({weight.name for weight in self.weights()}, self.backbone.tables)
+
     def read(self, name: str) -> torch.Tensor:
         """A weight, rounded to `dtype`. Raises ModelError if that cannot hold it."""
+        if name in self._expert_names:
+            return self._experts(name)
         path, _, leaf = name.rpartition(".")
         update = self.adapters.of(path) if leaf == "weight" and path in self.adapters.paths else None
         frozen = self.backbone.read(name)
@@ -55,6 +62,25 @@ class Merged:
             _require_range(trained, name, self.dtype)
             merged[list(self.backbone.source.new_token_ids)] = trained.to(merged.device, self.dtype)
         return merged
+
+    @cached_property
+    def _expert_names(self) -> frozenset[str]:
+        experts = self.backbone.plan.facts.experts
+        return frozenset(f"{path}.{each.name}" for path, own in experts.items() for each in own.matrices)
+
+    def _experts(self, name: str) -> torch.Tensor:
+        """A parameter of experts, a matrix in float32 at a time."""
+        updates = self.adapters.of_experts(name)
+        transposed = self.backbone.plan.facts.experts[name.rpartition(".")[0]].transposed
+        merged = []
+        for expert, frozen in enumerate(self.backbone.matrices(name)):
+            value = frozen.float()
+            if updates is not None:
+                change = updates[expert].dense().to(value.device)
+                value = value + (change.t() if transposed else change)
+            _require_range(value, name, self.dtype)
+            merged.append(value.to(self.dtype))
+        return torch.stack(merged)
 
     def of(self, path: str, module: nn.Module) -> Mapping[str, torch.Tensor]:
         """A module's tensors, with the interface that `skeleton.fill` expects."""
@@ -110,21 +136,25 @@ _BESIDE_BYTES = 32 << 20
 def run(request: Folding) -> None:
     """Write the model and report on it."""
     began = time.monotonic()
-    size = write(Adapters.named_in(request), Path(request.out), onto=request.backbone, dtype=DTYPES[request.stored])
+    size, folded = write(
+        Adapters.named_in(request), Path(request.out), onto=request.backbone, dtype=DTYPES[request.stored]
+    )
     took = format_duration(time.monotonic() - began)
     what = f"{counted(len(request.runs), 'adapter')} merged onto the {request.backbone} backbone, {request.stored}"
     say(f"{request.out}: {what}, {format_bytes(size)}, {took}")
+    say(str(folded))
 
 
-def write(adapters: Adapters, out: Path, *, onto: Onto, dtype: torch.dtype) -> int:
-    """Write W + factor B A, summed in float32 and rounded once. Returns the bytes of all tensors.
+def write(adapters: Adapters, out: Path, *, onto: Onto, dtype: torch.dtype) -> tuple[int, Folded]:
+    """Write W + factor B A, summed in float32 and rounded once. Returns the bytes of all tensors, and what was folded.
 
     out: must be empty or absent. dtype: bfloat16 or float16.
     Raises RunError if `out` exists or the original is not available; ModelError for a weight that float16 cannot
-    hold; PlanError when the disk is too small.
+    hold, and for an adapter's tensor that changes none; PlanError when the disk is too small.
     """
     with reserved(out):
         merged = Merged(Backbone(adapters.plan, onto=onto), adapters, dtype)
+        folded = merged.folded
         files = _files(merged)
         with filled(out, _identity(merged, onto)) as work:
             written = {name: there for name in files if (there := finished(work, name))}
@@ -135,7 +165,7 @@ def write(adapters: Adapters, out: Path, *, onto: Onto, dtype: torch.dtype) -> i
             write_model_files(work, backbone.model, backbone.plan, dtype)
             keep_sums(work, written.values())
             write_index(work, written)
-    return sum(part.tensor_bytes for part in written.values())
+    return sum(part.tensor_bytes for part in written.values()), folded
 
 
 def _files(merged: Merged) -> dict[str, list[Entry]]:
@@ -145,6 +175,7 @@ def _files(merged: Merged) -> dict[str, list[Entry]]:
     for weight in merged.weights():
         entry = Entry(weight.name, merged.dtype, weight.shape, partial(merged.read, weight.name))
         files[file_name(weight.position, layers)].append(entry)
+    files[file_name(layers, layers)] += merged.backbone.towers()
     return files
 
 

@@ -1,7 +1,7 @@
-"""The update of each linear by trained adapters, read from their folders one linear at a time."""
+"""The update of each linear and expert by trained adapters, read from their folders one parameter at a time."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from math import gcd
 from typing import Any, NamedTuple
@@ -11,11 +11,11 @@ import torch
 from qdist.core.errors import ModelError, RunError
 from qdist.core.planning.plan import Plan
 from qdist.core.requests import Folding
-from qdist.core.text import command
+from qdist.core.text import command, counted
 from qdist.host.opening import converted, read_object
 from qdist.host.run.rundir import RunDir
 from qdist.host.sources.targets import ADAPTER
-from qdist.runtime.adapters.lora import LoraSettings, Term, adapted_path, tensor_name
+from qdist.runtime.adapters.lora import LoraSettings, Term, adapted_path, parameter_path, tensor_name
 from qdist.runtime.adapters.registry import method_of
 from qdist.runtime.formats.packed_folder import Entry, opened, stored_entries
 from qdist.runtime.formats.recorded_sums import ADAPTER_CONFIG, require_adapter
@@ -26,7 +26,7 @@ _ROWS = "base_model.model.%s.token_adapter.trainable_tokens_delta"
 
 
 class Update(NamedTuple):
-    """The sum of the adapters' updates to one linear."""
+    """The sum of the adapters' updates to one linear, or to one expert's matrix."""
 
     terms: tuple[Term, ...]
 
@@ -44,6 +44,21 @@ class Update(NamedTuple):
             raise ValueError(f"groups of {pool} do not divide those of {[term.pool for term in self.terms]}")
         parts = [t.factor * (t.up @ t.down).t().repeat_interleave(t.pool // pool, dim=0) for t in self.terms]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+class Folded(NamedTuple):
+    """How much of the adapters went into a model that was written."""
+
+    linears: int
+    all_linears: int
+    experts: int
+    """Parameters of experts, each a layer's."""
+    all_experts: int
+
+    def __str__(self) -> str:
+        words = f"folded {self.linears:,} of {counted(self.all_linears, 'linear')}"
+        experts = counted(self.all_experts, "expert parameter")
+        return words + (f", {self.experts:,} of {experts}" if self.all_experts else "")
 
 
 class Adapters:
@@ -118,16 +133,45 @@ class Adapters:
 
     @cached_property
     def paths(self) -> frozenset[str]:
-        """Paths of the modules that any of them changes."""
-        return frozenset(path for names in self._names for name in names if (path := adapted_path(name)) is not None)
+        """Paths of the linears that any of them changes."""
+        within = {path for own in self._experts for path in own.values()}
+        found = (adapted_path(name) for names in self._names for name in names)
+        return frozenset(path for path in found if path is not None and path not in within)
+
+    @cached_property
+    def experts(self) -> frozenset[str]:
+        """Names of the experts' parameters that any of them changes."""
+        return frozenset(name for own in self._experts for name in own)
 
     def of(self, path: str) -> Update | None:
         """The update of the linear at a module path; None if there is none."""
         terms = [term for index in range(len(self.runs)) if (term := self._term(index, path)) is not None]
-        for term in terms:
-            # What bounds B A by element, so that nothing as large has to be made.
-            require_finite(term.factor * term.up.abs().sum(0) * term.down.abs().amax(1), path)
-        return Update(tuple(terms)) if terms else None
+        return _checked(Update(tuple(terms)), path) if terms else None
+
+    def of_experts(self, name: str) -> tuple[Update, ...] | None:
+        """The update of each expert's matrix [out, in] in a parameter; None if there is none."""
+        terms = [self._terms_of_experts(index, name) for index, own in enumerate(self._experts) if name in own]
+        return tuple(_checked(Update(each), name) for each in zip(*terms, strict=True)) if terms else None
+
+    def require_folded(self, weights: Collection[str], tables: Collection[str]) -> Folded:
+        """What the adapters change, counted.
+
+        weights: names of the weights that are written. tables: module paths of embedding and head.
+
+        Raises ModelError for a tensor of an adapter that changes none of them: it would be lost without a word.
+        """
+        linears = {path for path in self.paths if f"{path}.weight" in weights}
+        experts = {name for name in self.experts if name in weights}
+        for run, names, own in zip(self.runs, self._names, self._experts, strict=True):
+            paths = {*linears, *(path for name, path in own.items() if name in experts)}
+            used = {tensor_name(path, side) for path in paths for side in "AB"}
+            used |= {_ROWS % path for path in tables}
+            if lost := sorted(names - used):
+                raise ModelError(
+                    f"{run.adapter}: {len(lost)} of {len(names)} tensors change no weight, such as {lost[0]}",
+                    try_="qdist doctor: transformers or peft may be of another version than the run's",
+                )
+        return Folded(len(linears), len(self.paths), len(experts), len(self.experts))
 
     def rows(self, path: str) -> torch.Tensor | None:
         """The trained rows of new tokens [new, hidden] of the table at a module path; None if it has none.
@@ -143,6 +187,34 @@ class Adapters:
         own, down, up = self._settings[index], *(self._read(index, tensor_name(path, side)) for side in "AB")
         return Term(down.float(), up.float(), self.weights[index] * own.factor(path, down), own.pool)
 
+    def _terms_of_experts(self, index: int, name: str) -> list[Term]:
+        """PEFT keeps A of all experts as [E r, in], and B as [out, r E] with the experts of a column side by side."""
+        own, path = self._settings[index], self._experts[index][name]
+        down, up = (self._read(index, tensor_name(path, side)).float() for side in "AB")
+        count = self._counts[name]
+        downs = down.reshape(count, -1, down.shape[1])
+        ups = up.reshape(up.shape[0], -1, count).permute(2, 0, 1)
+        factor = self.weights[index] * own.factor(name, downs[0])
+        return [Term(downs[expert], ups[expert].contiguous(), factor, 1) for expert in range(count)]
+
+    @cached_property
+    def _counts(self) -> dict[str, int]:
+        """Experts of each parameter of experts."""
+        return {f"{path}.{each.name}": experts.count for path, experts in self.plan.facts.experts.items()
+                for each in experts.matrices}  # fmt: skip
+
+    @cached_property
+    def _experts(self) -> tuple[dict[str, str], ...]:
+        """For each run, PEFT's module path of the adapter of each parameter of experts."""
+        return tuple(self._experts_of(own) for own in self._settings)
+
+    def _experts_of(self, own: LoraSettings) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for path, experts in self.plan.facts.experts.items():
+            names = [each.name for each in experts.matrices if _is_targeted(f"{path}.{each.name}", own)]
+            found |= {f"{path}.{name}": parameter_path(path, names, name) for name in names}
+        return found
+
     @cached_property
     def _names(self) -> tuple[frozenset[str], ...]:
         found = []
@@ -155,6 +227,18 @@ class Adapters:
         with opened(self.runs[index].adapter / ADAPTER) as handle:
             tensor: torch.Tensor = handle.get_tensor(name)
         return tensor
+
+
+def _is_targeted(name: str, settings: LoraSettings) -> bool:
+    """Whether PEFT adapts a parameter, by its own rule."""
+    return any(f".{name}".endswith(f".{target}") for target in settings.target_parameters or ())
+
+
+def _checked(update: Update, name: str) -> Update:
+    for term in update.terms:
+        # What bounds B A by element, so that nothing as large has to be made.
+        require_finite(term.factor * term.up.abs().sum(0) * term.down.abs().amax(1), name)
+    return update
 
 
 def _learnt_rows(run: RunDir) -> bool:

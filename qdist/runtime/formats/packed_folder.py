@@ -53,6 +53,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     checksums: dict[str, tuple[int, int]]
     """`qdist.runtime.formats.checksum` of the bytes of each tensor."""
     versions: dict[str, str]
+    note: str = ""
+    """What other programs cannot read in the folder; empty if they read all of it."""
 
 
 class Entry(NamedTuple):

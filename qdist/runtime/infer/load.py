@@ -26,13 +26,14 @@ from qdist.runtime.data.tokenizer import BESIDE, align_config, has_tokenizer, op
 from qdist.runtime.formats.gptq_folder import in_safetensors
 from qdist.runtime.formats.recorded_sums import digest_of_folder, require_adapter, verify_folder
 from qdist.runtime.infer.residence import arrange, choose, first_device, free_bytes, on_device, settle
+from qdist.runtime.model.classes import class_of
 from qdist.runtime.model.describe import facts_of
 from qdist.runtime.model.parts import decoder_layers
-from qdist.runtime.model.skeleton import DTYPES, load_backbone, load_plain
+from qdist.runtime.model.skeleton import DTYPES, load_backbone, load_plain, open_config
 from qdist.runtime.quantize.bitsandbytes import packed_folder
+from qdist.runtime.quantize.blueprint import blueprint
 from qdist.runtime.quantize.gptq.check import checked
 from qdist.runtime.quantize.materialize import materialize
-from qdist.runtime.quantize.source import blueprint
 
 _WORK_BYTES = GIB
 """Bytes left free per GPU for keys, values and activations, for models that are no run: their shapes are not read."""
@@ -116,15 +117,13 @@ def _where_there_is_room(folder: Path, dtype: torch.dtype | str, cap_bytes: int 
     for gpu, own in enumerate(rooms):
         if size <= own:
             return _on(folder, dtype, torch.device("cuda", gpu))
-    from transformers import AutoModelForCausalLM
-
     budgets: dict[int | str, int] = {gpu: own for gpu, own in enumerate(rooms) if own > 0}
     if not _is_quantized(folder):  # packed layers cannot compute where their weights are not
         budgets["cpu"] = size
     try:
         require_files(folder, ModelError)
         with told(str(folder), ModelError, try_="a folder with config.json and *.safetensors"):
-            model = AutoModelForCausalLM.from_pretrained(
+            model = class_of(open_config(folder)).from_pretrained(
                 str(folder),
                 dtype=dtype,
                 device_map="auto",

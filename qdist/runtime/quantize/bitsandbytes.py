@@ -18,8 +18,10 @@ from qdist.host.sources.model_folder import fingerprint
 from qdist.host.sources.models import locate, read_json
 from qdist.host.terminal import say
 from qdist.runtime.formats.packed_folder import Manifest, read_manifest
+from qdist.runtime.quantize.blueprint import blueprint
 from qdist.runtime.quantize.pack import pack
-from qdist.runtime.quantize.source import blueprint, check_packed, quantized_as, streamed
+from qdist.runtime.quantize.source import check_packed, quantized_as
+from qdist.runtime.quantize.tensors import streamed
 
 
 class Packed(NamedTuple):
@@ -89,7 +91,8 @@ def _already(folder: Path, name: str) -> Packing | None:
 
 
 def _require_same(name: str, there: Packing, wanted: Packing) -> None:
-    if (there.bits, there.type, there.double) == (wanted.bits, wanted.type, wanted.double):
+    as_it_comes = there.type == "mxfp4" and wanted.bits == 4
+    if as_it_comes or (there.bits, there.type, there.double) == (wanted.bits, wanted.type, wanted.double):
         return
     flags = f"--bits {there.bits}"
     if there.bits == 4:
@@ -120,6 +123,8 @@ def run(request: Pack) -> None:
     manifest = quantize(request.model, out, packing)
     took = format_duration(time.monotonic() - began)
     say(f"{out}: {packing}, {manifest.layers} layers, {format_bytes(manifest.bytes)}, {took}")
+    if manifest.note:
+        say(f"note  {manifest.note}")
     say(f"use it  {command('launch', '--model', out, *_flags(packing), '--data', 'FILE')}")
 
 

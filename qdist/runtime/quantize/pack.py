@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from qdist.core.errors import ModelError
-from qdist.core.model.storage import BLOCK, NESTED_BLOCK, Packing, matrix_bytes
-from qdist.core.text import format_bytes
+from qdist.core.model.storage import Packing
+from qdist.core.text import counted, format_bytes
 from qdist.host.files import publish_folder, require_space
 from qdist.host.progress import ProgressLine
 from qdist.host.sources.cache import BESIDE, CHECKSUMS, source_identity, work_folder
@@ -29,75 +30,13 @@ from qdist.runtime.formats.packed_folder import (
     finished,
     write_tensors,
 )
-from qdist.runtime.quantize.source import Blueprint, Tensors, blueprint, require_finite, tensors_of
-
-_PIECE = 1 << 22
-"""Elements unpacked at a time: bitsandbytes' CPU kernels need 16 bytes each besides the matrix."""
-_CODES_BYTES, _STATE_BYTES = 4 * 16, 256
-"""Bytes besides a 4-bit matrix: its code book, and at most the state as JSON."""
-
-
-def pack_matrix(weight: torch.Tensor, packing: Packing, device: torch.device) -> dict[str, torch.Tensor]:
-    """A matrix [out, in] in 16 or 32 bits as the tensors that transformers saves, by name suffix after the module's.
-
-    The work is done on `device` in pieces, the result is on the CPU. The same bytes as packing it in one go.
-    """
-    return _four_bit(weight, packing, device) if packing.bits == 4 else _int8(weight, device)
-
-
-def packed_bytes(shape: tuple[int, ...], packing: Packing) -> int:
-    """An upper bound on the bytes of `pack_matrix`'s result, within a hundred."""
-    rows, columns = shape
-    size = matrix_bytes(columns, rows, bits=packing.bits, double=packing.double)
-    absmax_codes = 4 * 256 if packing.double else 0
-    return size + (1 if packing.bits == 8 else absmax_codes + _CODES_BYTES + _STATE_BYTES)
-
-
-def _four_bit(weight: torch.Tensor, packing: Packing, device: torch.device) -> dict[str, torch.Tensor]:
-    from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, quantize_blockwise
-
-    packed, absmaxes = [], []
-    for piece in weight.reshape(-1).split(_PIECE):
-        values, state = quantize_4bit(
-            piece.to(device), blocksize=BLOCK, compress_statistics=False, quant_type=packing.type
-        )
-        packed.append(values.cpu())
-        absmaxes.append(state.absmax)
-    absmax = torch.cat(absmaxes)
-    offset, nested = None, None
-    if packing.double:  # as `quantize_4bit(compress_statistics=True)` does it
-        offset = absmax.mean()
-        absmax, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
-    whole = QuantState(
-        absmax=absmax,
-        shape=weight.shape,
-        code=get_4bit_type(packing.type, device=device),
-        blocksize=BLOCK,
-        quant_type=packing.type,
-        dtype=weight.dtype,
-        offset=offset,
-        state2=nested,
-    )
-    stored = {f"weight.{name}": value.cpu() for name, value in whole.as_dict(packed=True).items()}
-    return {"weight": torch.cat(packed), **stored}
-
-
-def _int8(weight: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
-    from bitsandbytes.functional import int8_vectorwise_quant
-
-    pieces = weight.split(max(1, _PIECE // weight.shape[1]))
-    parts = [int8_vectorwise_quant(piece.to(device, torch.float16)) for piece in pieces]
-    return {
-        "weight": torch.cat([part[0].cpu() for part in parts]),
-        "SCB": torch.cat([part[1].cpu() for part in parts]),
-        "weight_format": torch.tensor(0, dtype=torch.uint8),  # by rows
-    }
-
+from qdist.runtime.formats.packing import pack_experts, pack_matrix, packed_bytes, packed_experts_bytes
+from qdist.runtime.quantize.blueprint import Blueprint, blueprint
+from qdist.runtime.quantize.source import require_finite
+from qdist.runtime.quantize.tensors import Tensors, tensors_of
 
 _HEADER_BYTES = 1 << 10
 """Upper bound on the bytes that one packed linear takes in a file's header."""
-
-
 _LARGEST = torch.finfo(torch.float16).max
 
 
@@ -116,6 +55,9 @@ class PackJob(NamedTuple):
     def packs(self, name: str) -> bool:
         return self.packing.bits < 16 and name in self.shape.linears
 
+    def packs_experts(self, name: str) -> bool:
+        return self.packing.bits < 16 and name in self.shape.experts
+
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that a tensor is stored in, or packed from."""
         stored = self.tensors.dtype(name)
@@ -130,10 +72,16 @@ class PackJob(NamedTuple):
         """Bytes of a file that does not exist yet, slightly overestimated."""
         total = 0
         for name in self.names(position):
-            size = self.shape.shapes[name]
-            plain = math.prod(size) * self.dtype(name).itemsize
-            total += _HEADER_BYTES + (packed_bytes(size, self.packing) if self.packs(name) else plain)
+            total += _HEADER_BYTES + self._bytes_of(name)
         return total
+
+    def _bytes_of(self, name: str) -> int:
+        size = self.shape.shapes[name]
+        if self.packs(name):
+            return packed_bytes(self.shape.packed_shape(name), self.packing)
+        if self.packs_experts(name):
+            return packed_experts_bytes(size, self.packing)
+        return math.prod(size) * self.dtype(name).itemsize
 
 
 def pack(folder: Path, out: Path, packing: Packing, *, name: str) -> Manifest:
@@ -166,11 +114,20 @@ def pack(folder: Path, out: Path, packing: Packing, *, name: str) -> Manifest:
         files={file: written[file].bytes for file in files},
         checksums={tensor: sums for file in files for tensor, sums in written[file].checksums.items()},
         versions={package: metadata.version(package) for package in ("bitsandbytes", "torch", "transformers")},
+        note=_note(job),
     )
     (work / ".identity").unlink()
     finish(work, written, manifest)
     publish_folder(work, out)
     return manifest
+
+
+def _note(job: PackJob) -> str:
+    """What bitsandbytes in transformers, which packs linears alone, does not read."""
+    packed = sum(job.packs_experts(name) for name in job.shape.shapes)
+    if not packed:
+        return ""
+    return f"{counted(packed, 'parameter')} of experts packed too, which bitsandbytes in transformers does not read"
 
 
 def _write_missing(job: PackJob, work: Path, files: dict[str, int], written: dict[str, Written], name: str) -> None:
@@ -210,23 +167,30 @@ def _require_space(job: PackJob, positions: list[int], others: list[Path], out: 
 
 
 def _entries(job: PackJob, position: int) -> list[Entry]:
-    """A file's tensors: linears packed now, the others read when they are written."""
+    """A file's tensors: linears and experts packed now, the others read when they are written."""
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     entries = []
     for name in job.names(position):
         if job.packs(name):
-            value = _packable(job, name)
-            packed = pack_matrix(value, job.packing, device)
+            value = _packable(job, name, job.tensors.read(name))
+            whole = value.t().contiguous() if name in job.shape.transposed else value
             path = name.removesuffix("weight")
-            entries += entries_of({path + leaf: part for leaf, part in packed.items()})
+            entries += _named(path, pack_matrix(whole, job.packing, device))
+        elif job.packs_experts(name):
+            matrices = (_packable(job, name, matrix) for matrix in job.tensors.matrices(name))
+            entries += _named(name, pack_experts(matrices, job.packing, device))
         else:
             entries.append(Entry(name, job.dtype(name), job.shape.shapes[name], partial(_plain, job, name)))
     return entries
 
 
-def _packable(job: PackJob, name: str) -> torch.Tensor:
+def _named(prefix: str, tensors: Mapping[str, torch.Tensor]) -> list[Entry]:
+    return entries_of({prefix + suffix: part for suffix, part in tensors.items()})
+
+
+def _packable(job: PackJob, name: str, stored: torch.Tensor) -> torch.Tensor:
     """A matrix as it is packed. Raises ModelError if it is not finite or exceeds the range that int8 is packed from."""
-    value = require_finite(job.tensors.read(name), name).to(job.dtype(name))
+    value = require_finite(stored, name).to(job.dtype(name))
     if job.packing.bits == 8:
         low, high = (float(end) for end in value.aminmax())
         if max(-low, high) > _LARGEST:
@@ -245,7 +209,7 @@ def _write_config(job: PackJob, work: Path) -> None:
     """config.json, as transformers' `save_pretrained` writes it for a bitsandbytes model."""
     config = job.shape.config
     config.architectures = [job.shape.architecture]
-    config.dtype = job.dtype(min(job.shape.linears))
+    config.dtype = job.dtype(min(job.shape.linears | job.shape.experts))
     if job.packing.bits < 16:
         config.quantization_config = _quantization(job.packing, config.dtype, job.shape.skipped)
     config.save_pretrained(work)

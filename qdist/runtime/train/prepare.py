@@ -33,7 +33,7 @@ def prepare(spec: RunSpec) -> Prepared:
     from qdist.runtime.data.batches import fullest, split
     from qdist.runtime.data.chat_template import require_template
     from qdist.runtime.data.tokenized import cached_tokenize
-    from qdist.runtime.data.tokenizer import open_tokenizer, repair
+    from qdist.runtime.data.tokenizer import open_tokenizer, repair, text_settings
     from qdist.runtime.data.wording import keep_wording
     from qdist.runtime.formats.recorded_sums import digest_of_folder
     from qdist.runtime.model.skeleton import open_config
@@ -52,7 +52,7 @@ def prepare(spec: RunSpec) -> Prepared:
         train_on_source=spec.train.train_on_source,
         folder=cache_dir("tokens"),
         data_format=None if spec.format == "auto" else spec.format,
-        rows=repaired.rows or int(config["vocab_size"]),
+        rows=repaired.rows or int(text_settings(config)["vocab_size"]),
     )
     summary = tokenized.summary
     kept_note = keep_wording(tokenizer, summary.wording) if summary.wording else ""
@@ -101,8 +101,8 @@ def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple
     from qdist.runtime.formats.gptq_folder import in_safetensors
     from qdist.runtime.model.describe import facts_of
     from qdist.runtime.quantize.bitsandbytes import Packed, packed_folder
+    from qdist.runtime.quantize.blueprint import blueprint
     from qdist.runtime.quantize.gptq import check
-    from qdist.runtime.quantize.source import blueprint
 
     gptq = gptq_of(spec, config, folder)
     if gptq is None:

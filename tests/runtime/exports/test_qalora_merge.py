@@ -22,8 +22,8 @@ from qdist.runtime.exports.update import Adapters
 from qdist.runtime.formats import packed_folder
 from qdist.runtime.infer.load import load
 from qdist.runtime.model.packed_gptq import PackedGptq
+from qdist.runtime.quantize.blueprint import blueprint
 from qdist.runtime.quantize.gptq import check
-from qdist.runtime.quantize.source import blueprint
 from tests.runtime.gptq_files import padded, save_gptq
 from tests.runtime.tiny import adapted_run, dummy_job, logits_of, real_job, save_config, save_data
 

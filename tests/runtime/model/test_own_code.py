@@ -11,8 +11,8 @@ import pytest
 from qdist.core.errors import ModelError
 from qdist.host.sources.models import locate
 from qdist.runtime.data.tokenizer import open_tokenizer
+from qdist.runtime.quantize.blueprint import blueprint
 from qdist.runtime.quantize.materialize import materialize
-from qdist.runtime.quantize.source import blueprint
 from tests.runtime.tiny import tiny_config
 
 CODE = "from pathlib import Path\nPath({marker!r}).touch()\n"

@@ -11,7 +11,8 @@ from qdist.core.errors import ModelError
 from qdist.runtime.data.tokenizer import open_tokenizer
 from qdist.runtime.formats.packed_folder import Packing
 from qdist.runtime.quantize.bitsandbytes import packed_folder, quantize
-from qdist.runtime.quantize.source import blueprint, tensors_of
+from qdist.runtime.quantize.blueprint import blueprint
+from qdist.runtime.quantize.tensors import tensors_of
 from tests.runtime.data.test_tokenized import tiny_tokenizer
 from tests.runtime.tiny import save_config, save_model
 

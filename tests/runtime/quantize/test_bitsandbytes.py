@@ -18,10 +18,10 @@ from qdist.core.model.storage import Packing
 from qdist.host.sources.models import Located
 from qdist.runtime.formats.checksum import tensor_checksum
 from qdist.runtime.formats.packed_folder import read_manifest, tensor_files
+from qdist.runtime.formats.packing import pack_matrix, packed_bytes
 from qdist.runtime.quantize import pack
 from qdist.runtime.quantize.bitsandbytes import packed_folder, quantize
 from qdist.runtime.quantize.materialize import materialize
-from qdist.runtime.quantize.pack import pack_matrix, packed_bytes
 from tests.runtime.tiny import FAMILIES, logits_of, save_model, tiny_model
 
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def test_a_matrix_packed_in_pieces_is_the_matrix_packed_at_once(
 ) -> None:
     weight = torch.randn(96, 65, generator=torch.Generator().manual_seed(3))
     whole = pack_matrix(weight, packing, CPU)
-    monkeypatch.setattr("qdist.runtime.quantize.pack._PIECE", 128)
+    monkeypatch.setattr("qdist.runtime.formats.packing._PIECE", 128)
     pieces = pack_matrix(weight, packing, CPU)
     assert [name for name in whole if not torch.equal(whole[name], pieces[name])] == []
     size = sum(value.nbytes for value in whole.values())

@@ -82,8 +82,6 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     """Whether what its layers keep for the backward pass was measured; otherwise a plan has a margin."""
     own_code: bool = False
     """Only code in the models' own repositories computes it: transformers has no class, and it can only be planned."""
-    old_names: dict[str, str] = {}
-    """Names of tensors in transformers' class -> names in older files that the class has given up."""
     gguf: Gguf | None = None
     """GGUF representation; None if GGUF is neither written nor read."""
     aliases: dict[str, Alias] = {}

@@ -43,7 +43,6 @@ GPT_NEOX = Family(
         layers="gpt_neox.layers",
         final_norm="gpt_neox.final_layer_norm",
     ),
-    old_names={"lm_head.weight": "embed_out.weight"},
     aliases={
         "pythia-160m": Alias("EleutherAI/pythia-160m", _pythia(768, 12, 12, 50_304), _DEDUPED),
         "pythia-1.4b": Alias("EleutherAI/pythia-1.4b", _pythia(2048, 24, 16, 50_304), _DEDUPED),

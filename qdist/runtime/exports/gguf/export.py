@@ -132,6 +132,7 @@ def run(request: Export) -> None:
         sync(out.parent)
     kinds = ", ".join(f"{count} {name}" for name, count in report.tensors.items())
     say(f"{out}: {format_bytes(report.bytes)}, tensors {kinds}")
+    say(str(model.folded))
     say(f"read back: no weight is further than {furthest:.1e} of its tensor's largest from the merged model")
     if model.lost:
         say(f"minimums in float16 take {model.lost:.1%} of the adapter")
@@ -161,6 +162,7 @@ class _Model:
     def __init__(self, backbone: Backbone, adapters: Adapters, kind: Kind) -> None:
         self.backbone, self._adapters, self._kind = backbone, adapters, kind
         self._merged = Merged(backbone, adapters, torch.float32)
+        self.folded = self._merged.folded
         self._rounded: dict[str, tuple[float, float]] = {}
 
     @property

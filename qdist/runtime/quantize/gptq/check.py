@@ -11,7 +11,8 @@ from qdist.core.errors import ModelError
 from qdist.core.model.gptq import Gptq, Shape
 from qdist.runtime.formats.packed_folder import opened, tensor_files
 from qdist.runtime.kernels.gptq_bits import group_of_inputs, require_whole_words, unpack_zeros
-from qdist.runtime.quantize.source import Blueprint, require_finite
+from qdist.runtime.quantize.blueprint import Blueprint
+from qdist.runtime.quantize.source import require_finite
 
 _SCALES: dict[str, Literal["float16", "bfloat16", "float32"]] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _PLAIN = ("F16", "BF16", "F32")

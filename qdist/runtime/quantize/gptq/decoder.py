@@ -13,7 +13,8 @@ from qdist.core.model.families import FAMILIES
 from qdist.core.model.shapes import Reads
 from qdist.core.planning.unsupported import require_dense
 from qdist.runtime.model.describe import facts_of
-from qdist.runtime.quantize.source import Blueprint, Tensors
+from qdist.runtime.quantize.blueprint import Blueprint
+from qdist.runtime.quantize.tensors import Tensors
 
 _STEPS: tuple[Reads, ...] = ("attention_in", "attention_out", "mlp_in", "mlp_out")
 """Inputs of a decoder layer's linears, in order of computation."""

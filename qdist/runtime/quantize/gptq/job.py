@@ -19,10 +19,12 @@ from qdist.host.sources.cache import source_identity
 from qdist.host.sources.models import read_json
 from qdist.runtime.data.tokenizer import open_tokenizer
 from qdist.runtime.formats.packed_folder import Entry
+from qdist.runtime.quantize.blueprint import blueprint
 from qdist.runtime.quantize.gptq.calibrate import LANES, batches, pieces, stays
 from qdist.runtime.quantize.gptq.decoder import Decoder
 from qdist.runtime.quantize.pack import goes_along
-from qdist.runtime.quantize.source import Tensors, blueprint, require_finite, tensors_of
+from qdist.runtime.quantize.source import require_finite
+from qdist.runtime.quantize.tensors import Tensors, tensors_of
 
 _VERSION = 4
 """Increment whenever the same source and data would give different bytes."""

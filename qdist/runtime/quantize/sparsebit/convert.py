@@ -26,7 +26,7 @@ from qdist.runtime.formats.gptq_folder import Quantized, entries, finish, how_to
 from qdist.runtime.formats.packed_folder import Entry, Written, entries_of, file_name, write_tensors
 from qdist.runtime.formats.work_folder import built
 from qdist.runtime.kernels.gptq_bits import group_of_inputs, pack_zeros, period
-from qdist.runtime.quantize.source import Blueprint, blueprint
+from qdist.runtime.quantize.blueprint import Blueprint, blueprint
 from qdist.runtime.quantize.sparsebit.read import Checkpoint, Linear, halves, integer_zeros, read, words
 
 _KNOWN = ("llama-7b", "llama-13b", "llama-33b", "llama-65b")

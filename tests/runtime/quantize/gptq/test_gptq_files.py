@@ -26,8 +26,8 @@ from qdist.runtime.model.packed_gptq import PackedGptq
 from qdist.runtime.model.parts import decoder_layers
 from qdist.runtime.model.skeleton import fill
 from qdist.runtime.model.weights import FolderWeights
+from qdist.runtime.quantize.blueprint import blueprint
 from qdist.runtime.quantize.gptq import check
-from qdist.runtime.quantize.source import blueprint
 from tests.runtime.gptq_files import dequantized, quantized, save_gptq
 from tests.runtime.tiny import FAMILIES, save_model
 

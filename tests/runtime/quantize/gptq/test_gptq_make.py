@@ -18,6 +18,7 @@ from qdist.host.files import locked
 from qdist.runtime.formats import work_folder
 from qdist.runtime.formats.gptq_folder import Quantized
 from qdist.runtime.formats.packed_folder import opened, tensor_files
+from qdist.runtime.quantize.blueprint import blueprint
 from qdist.runtime.quantize.gptq import calibrate
 from qdist.runtime.quantize.gptq import calibrate as calibrating
 from qdist.runtime.quantize.gptq import make as making
@@ -27,7 +28,7 @@ from qdist.runtime.quantize.gptq.decoder import Decoder
 from qdist.runtime.quantize.gptq.job import GptqJob
 from qdist.runtime.quantize.gptq.make import make, run
 from qdist.runtime.quantize.gptq.solve import relative_error, unpacked
-from qdist.runtime.quantize.source import blueprint, tensors_of
+from qdist.runtime.quantize.tensors import tensors_of
 from tests.runtime.data.test_tokenized import tiny_tokenizer
 from tests.runtime.tiny import logits_of, save_config, save_data, save_model
 

@@ -12,8 +12,8 @@ from qdist.core.model.aliases import config_of
 from qdist.core.requests import Convert
 from qdist.host.sources.model_folder import stated
 from qdist.runtime.kernels.gptq_bits import unpack_zeros
+from qdist.runtime.quantize.blueprint import blueprint
 from qdist.runtime.quantize.gptq.check import checked
-from qdist.runtime.quantize.source import blueprint
 from qdist.runtime.quantize.sparsebit.convert import convert, model_config, run
 from qdist.runtime.quantize.sparsebit.read import Checkpoint, halves
 from tests.runtime.sparsebit_files import (

@@ -1,0 +1,94 @@
+"""Merged models of experts and wrappers are whole models, with which plain transformers computes the same logits."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qdist.core.errors import ModelError
+from qdist.core.model.shapes import EXPERTS
+from qdist.host.launch.prepare import Launch
+from qdist.host.run.rundir import PLAN, RunDir
+from qdist.host.sources.targets import ADAPTER
+from qdist.runtime.exports import merged_16bit
+from qdist.runtime.exports.update import Adapters
+from qdist.runtime.model.classes import class_of
+from tests.runtime.data.test_tokenized import tiny_tokenizer
+from tests.runtime.quantize.test_tensors import config_of, whole_model
+from tests.runtime.tiny import VOCAB, adapted_run, logits_of, real_job, save_data
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def save_whole(folder: Path, family: str) -> Path:
+    """A model as `save_pretrained` writes it: in the hub's names, towers and all."""
+    config = config_of(family)
+    config.get_text_config().vocab_size = VOCAB
+    whole_model(config).save_pretrained(folder)
+    tokenizer = tiny_tokenizer(bos=False)
+    tokenizer.pad_token = "<|im_end|>"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run_over(folder: Path, family: str, *, experts: bool = False, **settings: Any) -> tuple[RunDir, Any]:
+    source, data = save_whole(folder / "source", family), save_data(folder / "d.jsonl")
+    job = real_job(source, data, folder / "run", seq_len=64, **settings)
+    return adapted_run(with_experts(job) if experts else job)
+
+
+def with_experts(job: Launch) -> Launch:
+    """The job with adapters on the experts too."""
+    lora = msgspec.structs.replace(job.plan.spec.lora, targets=(*ATTENTION, EXPERTS))
+    spec = msgspec.structs.replace(job.plan.spec, lora=lora)
+    plan = msgspec.structs.replace(job.plan, spec=spec)
+    return job._replace(plan=plan, files={**job.files, PLAN: msgspec.json.encode(plan).decode()})
+
+
+def plain(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return class_of(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_adapters_of_experts_are_folded_into_each_expert(tmp_path: Path, family: str, bits: int) -> None:
+    run, trained = run_over(tmp_path, family, experts=True, bits=bits)
+    expected = logits_of(trained)
+    with trained.disable_adapter():
+        assert (logits_of(trained) - expected).abs().max() > 0.05
+    # In float32, as rounding to 16 bits would send some tokens to other experts.
+    _, folded = merged_16bit.write(Adapters([run]), tmp_path / "out", onto="dequantized", dtype=torch.float32)
+    assert str(folded) == "folded 8 of 8 linears, 4 of 4 expert parameters"
+    assert (logits_of(plain(tmp_path / "out")) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("onto", ["dequantized", "original"])
+@pytest.mark.parametrize("family", ["qwen3_5", "gemma3", "mistral3"])
+def test_a_merged_wrapper_has_its_towers_and_keeps_its_class(tmp_path: Path, family: str, onto: Any) -> None:
+    run, trained = run_over(tmp_path, family)
+    source, expected = plain(tmp_path / "source"), logits_of(trained)
+    _, folded = merged_16bit.write(Adapters([run]), tmp_path / "out", onto=onto, dtype=torch.float32)
+    assert folded.linears == folded.all_linears > 0
+    merged = plain(tmp_path / "out")
+    assert type(merged) is type(source)
+    changed = [name for name, value in source.state_dict().items() if not torch.equal(merged.state_dict()[name], value)]
+    if onto == "original":
+        assert len(changed) == folded.linears
+    else:
+        assert all(".layers." in name and "language_model" in name for name in changed)
+        assert (logits_of(merged) - expected).abs().max() < 1e-5
+
+
+def test_a_tensor_of_an_adapter_that_is_not_folded_refuses_the_merge(tmp_path: Path) -> None:
+    run, _ = run_over(tmp_path, "qwen3_moe")
+    tensors = load_file(run.adapter / ADAPTER)
+    tensors["base_model.model.model.vision.q_proj.lora_A.weight"] = torch.zeros(4, 32)
+    save_file(tensors, run.adapter / ADAPTER)
+    with pytest.raises(ModelError, match=r"1 of 17 tensors change no weight, such as \S+vision\.q_proj\.lora_A"):
+        merged_16bit.write(Adapters([run]), tmp_path / "out", onto="dequantized", dtype=torch.bfloat16)
+    assert not (tmp_path / "out").exists()
