@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-from torch import nn
-
 from qdist.core.telemetry.kernels import Kernels
 from qdist.runtime.engine.head import head_rule
 from qdist.runtime.model.parts import decoder_layers
@@ -54,7 +52,9 @@ def _norms(model: Any) -> str:
         return ""
     if not patched:
         return "torch's"
-    return "Liger's" if len(patched) == len(norms) else f"Liger's in {len(patched)} of {len(norms)}, torch's in the rest"
+    return (
+        "Liger's" if len(patched) == len(norms) else f"Liger's in {len(patched)} of {len(norms)}, torch's in the rest"
+    )
 
 
 def _is_liger(forward: Any) -> bool:

@@ -34,7 +34,9 @@ def find_parts(model: Any) -> Modules:
     inner = dict(model.get_submodule(decoder).named_children())
     norms = [name for name, child in inner.items() if "Norm" in type(child).__name__]
     behind = list(inner)[list(inner).index(layers.removeprefix(f"{decoder}.").partition(".")[0]) :]
-    final = sorted((name for name in norms if name in behind or "final" in name), key=lambda name: "emb" not in name)[-1:]
+    final = sorted((name for name in norms if name in behind or "final" in name), key=lambda name: "emb" not in name)[
+        -1:
+    ]
     tables = [name for name, child in inner.items() if isinstance(child, nn.Embedding)]
     return Modules(
         embedding=embedding,
@@ -85,30 +87,34 @@ def common_parent(one: str, other: str) -> str:
 
 
 def items_returned(layer: type[nn.Module]) -> int:
-    """Length of the tuple that a class of layers returns, its hidden states first; 0 if it returns them alone.
+    """Length of the tuple or list that a class of layers returns, its hidden states first; 0 if it returns them alone.
 
     Read from the source of its forward pass, as a layer that is not there cannot be tried.
     """
     function = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(layer.forward)))).body[0]
-    assigned = {
-        target.id: length
-        for node in ast.walk(function)
-        if isinstance(node, ast.Assign) and (length := _tuple_length(node.value))
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
+    lengths: dict[str, int] = {}
+    appended: dict[str, int] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            lengths[name] = max(lengths.get(name, 0), _tuple_length(node.value))
+        elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+            appended[name] = max(appended.get(name, 0), _tuple_length(node.value))
     returned = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
     return max(
-        (assigned.get(value.id, 0) if isinstance(value, ast.Name) else _tuple_length(value) for value in returned),
-        default=0,
+        lengths.get(value.id, 0) and lengths[value.id] + appended.get(value.id, 0)
+        if isinstance(value, ast.Name)
+        else _tuple_length(value)
+        for value in returned
     )
 
 
 def _tuple_length(value: ast.expr | None) -> int:
-    """Length of a tuple as it is written, without what is appended to it; 0 for anything else."""
+    """Length of a tuple or list as it is written, without what is added to it under another name; 0 for anything else."""
     if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add):
         return _tuple_length(value.left)
-    return len(value.elts) if isinstance(value, ast.Tuple) else 0
+    return len(value.elts) if isinstance(value, ast.Tuple | ast.List) else 0
 
 
 def _embedding(model: Any) -> Any:
@@ -126,12 +132,12 @@ def _embedding(model: Any) -> Any:
 def _layers(model: Any, embedding: str) -> str:
     config = model.config.get_text_config(decoder=True)
     count = next((getattr(config, key) for key in _LAYER_COUNTS if hasattr(config, key)), None)
-    lists = [
-        path for path, each in model.named_modules() if isinstance(each, nn.ModuleList) and len(each) == count
-    ]
+    lists = [path for path, each in model.named_modules() if isinstance(each, nn.ModuleList) and len(each) == count]
     if not lists:  # longcat_flash counts each layer twice
         longest = max((len(each) for each in model.modules() if isinstance(each, nn.ModuleList)), default=0)
-        lists = [path for path, each in model.named_modules() if isinstance(each, nn.ModuleList) and len(each) == longest]
+        lists = [
+            path for path, each in model.named_modules() if isinstance(each, nn.ModuleList) and len(each) == longest
+        ]
     if not lists:
         raise ModelError(f"{type(model).__name__} has no list of layers", try_="a causal language model")
     # Towers may have as many layers; they share less of their path with the tokens' table.

@@ -69,6 +69,8 @@ def skeleton(source: Source, *, bits: int, quant: Quant, dtype: torch.dtype, fac
         compute_experts(model.get_submodule(path), path)
     model.requires_grad_(False)
     model.config.use_cache = False
+    if hasattr(model.config, "rescale_every"):
+        model.config.rescale_every = 0  # RWKV divides weights in place for inference in float16: packed bytes, here
     return model.eval()
 
 
