@@ -8,21 +8,20 @@ from typing import Any
 
 from qdist.core.telemetry.kernels import Kernels
 from qdist.runtime.engine.head import head_rule
-from qdist.runtime.model.parts import decoder_layers
+from qdist.runtime.model.parts import decoder_layers, head_of
 
 _LIGER = "liger_kernel"
 _OF_A_STEP = ("update", "recurrent")
 
 
-def kernels_of(model: Any, *, fused: bool, holds_head: bool = True, experts: str = "") -> Kernels:
-    """The kernels of a model that was prepared for training.
+def kernels_of(model: Any, *, fused: bool, experts: str = "") -> Kernels:
+    """The kernels of a model, or of a stage of one, that was prepared for training.
 
-    fused: whether the loss is to be fused with the head. holds_head: False for a stage without it.
-    experts: how products with experts are computed, in words.
+    fused: whether the loss is to be fused with the head. experts: how their products are computed, in words.
     """
     return Kernels(
         attention=_attention(model),
-        loss=_loss(model, fused=fused) if holds_head else "",
+        loss=_loss(model, fused=fused) if next(head_of(model).parameters(), None) is not None else "",
         norms=_norms(model),
         recurrence=_recurrence(model),
         experts=experts,
@@ -32,17 +31,13 @@ def kernels_of(model: Any, *, fused: bool, holds_head: bool = True, experts: str
 def _attention(model: Any) -> str:
     if not any("Attention" in type(module).__name__ for module in decoder_layers(model).modules()):
         return ""
-    config = model.config.get_text_config(decoder=True)
-    chosen = config._attn_implementation or "eager"
-    if chosen == "eager":
-        return "eager: the class has no fused attention, so scores of a layer are held in memory"
-    return {"sdpa": "torch's scaled_dot_product_attention"}.get(chosen, str(chosen))
+    return str(model.config.get_text_config(decoder=True)._attn_implementation or "eager")
 
 
 def _loss(model: Any, *, fused: bool) -> str:
     if not head_rule(model).plain:
-        return "cross entropy of the class's own logits: its head is not a linear with a scale or a softcap"
-    return "Liger's fused linear cross entropy" if fused else "cross entropy of the logits of learned tokens"
+        return "of the class's own logits"
+    return "fused (Liger)" if fused else "of torch"
 
 
 def _norms(model: Any) -> str:
@@ -51,10 +46,8 @@ def _norms(model: Any) -> str:
     if not norms:
         return ""
     if not patched:
-        return "torch's"
-    return (
-        "Liger's" if len(patched) == len(norms) else f"Liger's in {len(patched)} of {len(norms)}, torch's in the rest"
-    )
+        return "of torch"
+    return "of Liger" if len(patched) == len(norms) else f"of Liger ({len(patched)} of {len(norms)})"
 
 
 def _is_liger(forward: Any) -> bool:
@@ -69,8 +62,8 @@ def _recurrence(model: Any) -> str:
         for name, function in vars(module).items():
             if name in used and callable(function) and (choice := _choice(function)):
                 taken[choice[0]] = choice
-    return "; ".join(
-        f"{name}: {package}" if fast else f"{name}: torch, much slower ({package} is not installed)"
+    return " and ".join(
+        f"{name} of {package}" if fast else f"{name} of torch (slow: {package} is not installed)"
         for name, package, fast in taken.values()
     )
 

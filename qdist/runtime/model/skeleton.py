@@ -17,8 +17,8 @@ from qdist.host.opening import require_files, told
 from qdist.runtime.data.tokenizer import add_rows
 from qdist.runtime.formats.recorded_sums import expected_sums
 from qdist.runtime.kernels.gptq_bits import require_whole_words
-from qdist.runtime.model.experts import compute_experts, is_experts, is_transposed
 from qdist.runtime.model.classes import choose_attention, class_of, empty_model
+from qdist.runtime.model.experts import compute_experts, is_experts, is_transposed
 from qdist.runtime.model.packed import Packed4bit, Packed8bit, Slices, is_offloaded
 from qdist.runtime.model.packed_experts import PackedMatrices, packed_matrices
 from qdist.runtime.model.packed_gptq import PackedGptq
