@@ -11,6 +11,7 @@ import msgspec
 
 from qdist.core.errors import DataError, ModelError
 from qdist.core.model.shapes import ALL_LINEAR, EXPERTS
+from qdist.core.telemetry.kernels import Kernels
 from qdist.core.text import counted, first_few, format_bytes
 
 UNPACKED = "not packed"
@@ -52,6 +53,7 @@ class Part(NamedTuple):
     modules: tuple[Module, ...]
     missing: tuple[str, ...] = ()
     """Linears and experts of this rank's layers that the plan counts, and the model does not have, in words."""
+    kernels: Kernels = Kernels()
 
 
 class Held(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ from packaging.version import Version
 
 from qdist.core.errors import MachineError
 from qdist.core.machine.cluster import Cluster, Gpu
+from qdist.core.telemetry.kernels import FAST_KERNELS
 from qdist.core.text import GIB, format_bytes
 from qdist.host.machine import nvml, probe
 
@@ -24,6 +25,7 @@ _OPTIONAL = {
     "tensorboard": "curves in TensorBoard",
     "mlflow": "curves in MLflow",
     "trackio": "curves in trackio",
+    **FAST_KERNELS,
 }
 
 

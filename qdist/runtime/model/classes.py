@@ -47,6 +47,7 @@ def empty_model(config: Any, *, dtype: torch.dtype | None = None, whole: bool = 
 
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    choose_attention(config)
     with init_empty_weights(include_buffers=False), _LargeOnMeta():
         given = {} if dtype is None else {"dtype": dtype}
         model = class_of(config).from_config(config, **given, trust_remote_code=False)
@@ -81,6 +82,15 @@ def _wrappers(model: Any, embedding: nn.Module, text: type) -> Iterator[tuple[st
         is_text = module is embedding or isinstance(getattr(module, "config", None), text)
         if embedding in set(module.modules()) and not is_text:
             yield path, module
+
+
+def choose_attention(config: Any) -> None:
+    """Have transformers write out the scores of attention with a softcap, which torch's fused attention leaves out.
+
+    transformers 5.17 lets Gemma 2 take torch's all the same, and computes another function.
+    """
+    if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
+        config._attn_implementation = "eager"
 
 
 class _LargeOnMeta(TorchFunctionMode):

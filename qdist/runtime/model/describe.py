@@ -18,8 +18,8 @@ from qdist.core.requests import Describe
 from qdist.host.opening import told
 from qdist.runtime.model.classes import empty_model, leave_out_towers
 from qdist.runtime.model.layer_parts import SHARED, Facts, is_linear, read, shape_of, weights_rescaled
+from qdist.runtime.model.parts import layers_path, modules_around
 
-_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks")
 _POSITIONS = (
     "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "model_max_length",
     "max_sequence_length", "context_length", "max_target_positions",
@@ -141,30 +141,6 @@ def _refusal(name: str, why: str) -> ModelError:
     )
 
 
-def layers_path(model: nn.Module) -> str:
-    """Module path of the list of decoder layers; empty if there is not exactly one.
-
-    get_decoder of some classes returns the head or the model itself; so this is the list with the most parameters
-    among those that are in no other list. A second list of layers of the same class is run besides it.
-    """
-    lists = {
-        path: sum(parameter.numel() for parameter in module.parameters())
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and not re.search(r"\.\d+(\.|$)", path)
-    }
-    if not lists:
-        return ""
-    count = read(_text_config(model), *_COUNTS)
-    largest = max(lists, key=lambda path: (_length(model, path) == count, lists[path]))
-    kinds = [type(next(iter(model.get_submodule(path).children()), model)) for path in lists if lists[path]]
-    return largest if kinds.count(type(model.get_submodule(largest)[0])) == 1 else ""
-
-
-def _length(model: nn.Module, path: str) -> int:
-    found: Any = model.get_submodule(path)
-    return len(found)
-
-
 def _text_config(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
 
@@ -188,7 +164,7 @@ def _described(model: Any, left_out: tuple[Kept, ...], name: str) -> ModelFacts:
     head = model.get_output_embeddings()
     rows = min(len(embedding), len(head.weight))
     tied = head.weight is embedding
-    modules = _modules(model, path)
+    modules = modules_around(model, path)
     norms = [each for path in (*modules.before, modules.final_norm) if (each := _norm_at(model, path, runs))]
     positions = _position_rows(model, modules, hidden)
     named = {id(embedding), id(head.weight)}
@@ -233,39 +209,6 @@ def _attention(model: Any, layer: nn.Module) -> Literal["flash", "repacked", "ea
         return "eager"
     code = inspect.getsource(sys.modules[type(layer).__module__])
     return "repacked" if re.search(r"\b(q|query)_(pass|nope)\b", code) else "flash"
-
-
-def _modules(model: nn.Module, layers: str) -> Modules:
-    """Paths of the parts around a list of decoder layers."""
-    paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
-    above = layers.rpartition(".")[0]
-    beside = dict(model.get_submodule(above).named_children())
-    names = list(beside)
-    embedding = paths[id(model.get_input_embeddings())]
-    join = f"{above}." if above else ""
-    norms = [name for name in names if re.search(r"norm|^ln", name, re.IGNORECASE) and _norm_of_hidden(beside[name])]
-    at = names.index(layers.rpartition(".")[2])
-    final = [name for name in norms if names.index(name) > at][:1] or norms[-1:]
-    return Modules(
-        embedding=embedding,
-        before=tuple(
-            f"{join}{name}" for name in names[:at]
-            if name not in final and (isinstance(beside[name], nn.Dropout) or name in norms)
-        ),
-        added=tuple(f"{join}{name}" for name in names if _is_position_table(name, beside[name])),
-        shared=tuple(f"{join}{name}" for name in names if re.search(r"rotary|rope", name)),
-        layers=layers,
-        final_norm=f"{join}{final[-1]}" if final else "",
-        head=paths[id(model.get_output_embeddings())],
-    )  # fmt: skip
-
-
-def _norm_of_hidden(module: nn.Module) -> bool:
-    return not list(module.children()) and all(parameter.dim() == 1 for parameter in module.parameters())
-
-
-def _is_position_table(name: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding) and bool(re.search(r"position|wpe", name))
 
 
 def _position_rows(model: nn.Module, modules: Modules, hidden: int) -> int:

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import textwrap
 from typing import Any
 
@@ -9,8 +10,9 @@ from torch import nn
 
 from qdist.core.errors import ModelError
 from qdist.core.model.shapes import Modules
+from qdist.runtime.model.layer_parts import read
 
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks")
 
 
 def parts_of(model: Any) -> Modules:
@@ -22,29 +24,71 @@ def parts_of(model: Any) -> Modules:
 
 
 def find_parts(model: Any) -> Modules:
-    """Paths of the parts of a whole model, found by what they are. Raises ModelError for a model without layers.
+    """Paths of the parts of a whole model, found by what they are. Raises ModelError for a model without layers."""
+    layers = layers_path(model)
+    if not layers:
+        raise ModelError(f"{type(model).__name__} has no single list of layers", try_="a causal language model")
+    return modules_around(model, layers)
 
-    A model without final norm or head has an empty path for it.
+
+def layers_path(model: nn.Module) -> str:
+    """Module path of the list of decoder layers; empty if there is not exactly one.
+
+    get_decoder of some classes returns the head or the model itself; so this is the list with the most parameters
+    among those that are in no other list, beside the table of tokens rather than in a tower. A second list of layers of
+    the same class is run besides it.
     """
-    paths = {module: path for path, module in model.named_modules()}
-    embedding = paths[_embedding(model)]
-    layers = _layers(model, embedding)
-    decoder = common_parent(embedding, layers)
-    head = model.get_output_embeddings()
-    inner = dict(model.get_submodule(decoder).named_children())
-    norms = [name for name, child in inner.items() if "Norm" in type(child).__name__]
-    behind = list(inner)[list(inner).index(layers.removeprefix(f"{decoder}.").partition(".")[0]) :]
-    final = sorted((name for name in norms if name in behind or "final" in name), key=lambda name: "emb" not in name)[-1:]
-    tables = [name for name, child in inner.items() if isinstance(child, nn.Embedding)]
+    lists = {
+        path: sum(parameter.numel() for parameter in module.parameters())
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and not re.search(r"\.\d+(\.|$)", path)
+    }
+    if not lists:
+        return ""
+    count = read(model.config.get_text_config(decoder=True), *_COUNTS)
+    tables = {path: each.num_embeddings for path, each in model.named_modules() if isinstance(each, nn.Embedding)}
+    table = max(tables, key=lambda path: tables[path], default="")
+    largest = max(lists, key=lambda path: (_length(model, path) == count, len(common_parent(path, table)), lists[path]))
+    kinds = [type(next(iter(model.get_submodule(path).children()), model)) for path in lists if lists[path]]
+    return largest if kinds.count(type(model.get_submodule(largest)[0])) == 1 else ""
+
+
+def _length(model: nn.Module, path: str) -> int:
+    found: Any = model.get_submodule(path)
+    return len(found)
+
+
+def modules_around(model: nn.Module, layers: str) -> Modules:
+    """Paths of the parts around a list of decoder layers."""
+    paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
+    above = layers.rpartition(".")[0]
+    beside = dict(model.get_submodule(above).named_children())
+    names = list(beside)
+    embedding = paths[id(model.get_input_embeddings())]
+    join = f"{above}." if above else ""
+    norms = [name for name in names if re.search(r"norm|^ln", name, re.IGNORECASE) and _norm_of_hidden(beside[name])]
+    at = names.index(layers.rpartition(".")[2])
+    final = [name for name in norms if names.index(name) > at][:1] or norms[-1:]
     return Modules(
         embedding=embedding,
-        before=tuple(f"{decoder}.{name}" for name in norms if name not in (*behind, *final)),
-        added=tuple(f"{decoder}.{name}" for name in tables if f"{decoder}.{name}" != embedding),
-        shared=tuple(f"{decoder}.{name}" for name in inner if "rotary" in name),
+        before=tuple(
+            f"{join}{name}" for name in names[:at]
+            if name not in final and (isinstance(beside[name], nn.Dropout) or name in norms)
+        ),
+        added=tuple(f"{join}{name}" for name in names if _is_position_table(name, beside[name])),
+        shared=tuple(f"{join}{name}" for name in names if re.search(r"rotary|rope", name)),
         layers=layers,
-        final_norm=f"{decoder}.{final[0]}" if final else "",
-        head=paths.get(head, "") if head is not None else _linear_over_vocabulary(model, decoder),
-    )
+        final_norm=f"{join}{final[-1]}" if final else "",
+        head=paths.get(id(model.get_output_embeddings()), ""),
+    )  # fmt: skip
+
+
+def _norm_of_hidden(module: nn.Module) -> bool:
+    return not list(module.children()) and all(parameter.dim() == 1 for parameter in module.parameters())
+
+
+def _is_position_table(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and bool(re.search(r"position|wpe", name))
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -85,64 +129,31 @@ def common_parent(one: str, other: str) -> str:
 
 
 def items_returned(layer: type[nn.Module]) -> int:
-    """Length of the tuple that a class of layers returns, its hidden states first; 0 if it returns them alone.
+    """Length of the tuple or list that a class of layers returns, its hidden states first; 0 if it returns them alone.
 
     Read from the source of its forward pass, as a layer that is not there cannot be tried.
     """
     function = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(layer.forward)))).body[0]
-    assigned = {
-        target.id: length
-        for node in ast.walk(function)
-        if isinstance(node, ast.Assign) and (length := _tuple_length(node.value))
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
+    lengths: dict[str, int] = {}
+    appended: dict[str, int] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            lengths[name] = max(lengths.get(name, 0), _tuple_length(node.value))
+        elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+            appended[name] = max(appended.get(name, 0), _tuple_length(node.value))
     returned = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
     return max(
-        (assigned.get(value.id, 0) if isinstance(value, ast.Name) else _tuple_length(value) for value in returned),
-        default=0,
+        lengths.get(value.id, 0) and lengths[value.id] + appended.get(value.id, 0)
+        if isinstance(value, ast.Name)
+        else _tuple_length(value)
+        for value in returned
     )
 
 
 def _tuple_length(value: ast.expr | None) -> int:
-    """Length of a tuple as it is written, without what is appended to it; 0 for anything else."""
+    """Length of a tuple or list as written, without what is added under another name; 0 for anything else."""
     if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add):
         return _tuple_length(value.left)
-    return len(value.elts) if isinstance(value, ast.Tuple) else 0
-
-
-def _embedding(model: Any) -> Any:
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    tables = [each for each in model.modules() if isinstance(each, nn.Embedding) and each.num_embeddings >= vocabulary]
-    try:
-        found = model.get_input_embeddings()
-    except NotImplementedError:  # transformers does not know, either
-        found = None
-    if found is None and not tables:
-        raise ModelError(f"{type(model).__name__} has no table of tokens", try_="a causal language model")
-    return tables[0] if found is None else found
-
-
-def _layers(model: Any, embedding: str) -> str:
-    config = model.config.get_text_config(decoder=True)
-    count = next((getattr(config, key) for key in _LAYER_COUNTS if hasattr(config, key)), None)
-    lists = [
-        path for path, each in model.named_modules() if isinstance(each, nn.ModuleList) and len(each) == count
-    ]
-    if not lists:  # longcat_flash counts each layer twice
-        longest = max((len(each) for each in model.modules() if isinstance(each, nn.ModuleList)), default=0)
-        lists = [path for path, each in model.named_modules() if isinstance(each, nn.ModuleList) and len(each) == longest]
-    if not lists:
-        raise ModelError(f"{type(model).__name__} has no list of layers", try_="a causal language model")
-    # Towers may have as many layers; they share less of their path with the tokens' table.
-    return min(lists, key=lambda path: (-len(common_parent(path, embedding)), path.count(".")))
-
-
-def _linear_over_vocabulary(model: Any, decoder: str) -> str:
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    outside = [
-        path
-        for path, each in model.named_modules()
-        if isinstance(each, nn.Linear) and each.out_features == vocabulary and not path.startswith(f"{decoder}.")
-    ]
-    return outside[-1] if outside else ""
+    return len(value.elts) if isinstance(value, ast.Tuple | ast.List) else 0

@@ -18,7 +18,7 @@ from qdist.host.opening import require_files, told
 from qdist.runtime.data.tokenizer import add_rows
 from qdist.runtime.formats.recorded_sums import expected_sums
 from qdist.runtime.kernels.gptq_bits import require_whole_words
-from qdist.runtime.model.classes import class_of, empty_model
+from qdist.runtime.model.classes import choose_attention, class_of, empty_model
 from qdist.runtime.model.experts import compute_experts, is_experts, is_transposed
 from qdist.runtime.model.packed import Packed4bit, Packed8bit, Slices, is_offloaded
 from qdist.runtime.model.packed_experts import PackedMatrices, packed_matrices
@@ -72,6 +72,8 @@ def skeleton(source: Source, *, bits: int, quant: Quant, dtype: torch.dtype, fac
         compute_experts(model.get_submodule(path), path)
     model.requires_grad_(False)
     model.config.use_cache = False
+    if hasattr(model.config, "rescale_every"):
+        model.config.rescale_every = 0  # RWKV divides weights in place for inference in float16: packed bytes, here
     return model.eval()
 
 
@@ -233,6 +235,8 @@ def load_plain(path: str, *, dtype: torch.dtype | str, device: torch.device) -> 
     folder = Path(path)
     require_files(folder, ModelError)
     with told(path, ModelError, try_="a folder with config.json and *.safetensors"):
-        return class_of(open_config(folder)).from_pretrained(
-            path, dtype=dtype, device_map={"": device}, local_files_only=True, trust_remote_code=False
+        config = open_config(folder)
+        choose_attention(config)
+        return class_of(config).from_pretrained(
+            path, config=config, dtype=dtype, device_map={"": device}, local_files_only=True, trust_remote_code=False
         )

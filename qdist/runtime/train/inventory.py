@@ -25,8 +25,10 @@ from qdist.core.telemetry.inventory import (
     Part,
     take_inventory,
 )
+from qdist.core.telemetry.kernels import joined
 from qdist.runtime.data.batches import Samples
 from qdist.runtime.engine.torch import Comm
+from qdist.runtime.model.kernels import kernels_of
 from qdist.runtime.model.packed import PackedModule
 
 _PEFT = "base_model.model."
@@ -44,7 +46,7 @@ def inventory_of(model: Any, plan: Plan, samples: Samples, comm: Comm) -> Invent
         [part for part, rank in zip(parts, plan.ranks, strict=True) if rank.group == group]
         for group in range(plan.groups)
     ]
-    data, kernels = learned_of(samples), kernels_of(model, plan)
+    data, kernels = learned_of(samples), joined([part.kernels for part in parts]).words
     found = [
         take_inventory(own, bits=plan.spec.bits, targets=plan.spec.lora.targets, data=data, kernels=kernels)
         for own in groups
@@ -65,13 +67,7 @@ def learned_of(samples: Samples) -> Learned:
     )
 
 
-def kernels_of(model: Any, plan: Plan) -> tuple[str, ...]:
-    """Which kernels of attention and loss run."""
-    attention = model.get_base_model().config._attn_implementation
-    return f"attention {attention}", "loss fused (Liger)" if plan.liger else "loss of torch"
-
-
-def count_part(model: nn.Module, plan: Plan) -> Part:
+def count_part(model: Any, plan: Plan) -> Part:
     """What this rank holds of a PEFT model's frozen backbone; what another rank has was removed or is sharded."""
     reader = _Reader(plan, adapted_paths(model))
     modules: list[Module] = []
@@ -83,7 +79,9 @@ def count_part(model: nn.Module, plan: Plan) -> Part:
         if own:
             found = list(reader.read(base_path(name), module, new))
             modules += found if new else ()
-    return Part(tuple(modules), tuple(reader.missing()))
+    experts = "" if not plan.facts.experts else "by grouped products" if plan.grouped else "one by one"
+    kernels = kernels_of(model.get_base_model(), fused=plan.liger, experts=experts)
+    return Part(tuple(modules), tuple(reader.missing()), kernels)
 
 
 def base_path(name: str) -> str:

@@ -2,10 +2,15 @@
 
 import json
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from qdist.core.errors import RunError
 from qdist.core.machine.world import Rank
@@ -20,7 +25,7 @@ from qdist.runtime.adapters.attach import add_adapter, fill_adapter
 from qdist.runtime.data.batches import read_samples
 from qdist.runtime.engine.objective import Evaluate, Forward
 from qdist.runtime.engine.torch import Adapter, Engine
-from qdist.runtime.model.parts import decoder_layers
+from qdist.runtime.model.parts import decoder_layers, decoder_of
 from qdist.runtime.model.skeleton import DTYPES, load_backbone
 from qdist.runtime.placements.base import PROCESS_GROUP_TIMEOUT, Placement
 from qdist.runtime.train.checkpoint import load_tensors
@@ -172,16 +177,50 @@ def assemble(
 
 def prepare_for_training(model: Any, plan: Plan) -> None:
     """Gradient checkpointing (non-reentrant) and fused kernels, as planned."""
+    base = model.get_base_model()
     if plan.liger:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-        from qdist.runtime.placements.split.stages import only_present
-
-        # The loss is fused in qdist.runtime.engine.objective, on learned tokens only.
-        with only_present(model.get_base_model()):
-            _apply_liger_kernel_to_instance(model.get_base_model(), fused_linear_cross_entropy=False)
+        patch(base)
     if plan.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in decoder_layers(model.get_base_model())[plan.checkpointed_layers :]:
-            layer.gradient_checkpointing = False
+        checkpoint_layers(model, plan.checkpointed_layers)
     model.train()
+
+
+def patch(model: Any) -> None:
+    """Have Liger's kernels compute norms and activations of a text model, if Liger knows its type.
+
+    The loss is fused in qdist.runtime.engine.objective, on learned tokens only. A wrapper is patched as the text model
+    in it, as Liger would look for the towers. `kernels_of` says what was patched.
+    """
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    from qdist.runtime.placements.split.stages import only_present
+
+    config = model.config.get_text_config(decoder=True)
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(config.model_type)
+    if apply is None:
+        return
+    taken = signature(apply).parameters
+    wanted = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    inner = model if config is model.config else decoder_of(model)
+    # It raises these for a class that it was not written for; norms that it did not reach are torch's.
+    with only_present(model), suppress(AttributeError, TypeError):
+        apply(model=inner, **{name: value for name, value in wanted.items() if name in taken})
+
+
+def checkpoint_layers(model: Any, count: int) -> None:
+    """Recompute the first `count` decoder layers in the backward pass; transformers' way, or ours where it has none."""
+    base = model.get_base_model()
+    layers = decoder_layers(base)
+    if base.supports_gradient_checkpointing and all(hasattr(layer, "gradient_checkpointing") for layer in layers):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in layers[count:]:
+            layer.gradient_checkpointing = False
+        return
+    for layer in layers[:count]:
+        layer.forward = partial(_recomputed, layer, layer.forward)
+
+
+def _recomputed(layer: Any, forward: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    if not layer.training:
+        return forward(*given, **named)
+    return checkpoint(forward, *given, use_reentrant=False, **named)

@@ -49,7 +49,7 @@ def test_every_byte_is_counted_once(folder: Path) -> None:
         (4, "nf4", 14), (32, "embeddings", 1), (32, "head", 1), (32, "norms", 5),
     ]  # fmt: skip
     assert (found.adapted.linears, found.adapted.of_linears, found.unpacked) == (14, 14, ())
-    assert found.kernels == ("attention sdpa", "loss of torch")
+    assert found.kernels == ("attention sdpa", "loss of torch", "norms of torch")
 
 
 @pytest.mark.parametrize(

@@ -83,10 +83,14 @@ class _StageForward:
 
 
 class _NothingToAdd(nn.Module):
-    """Stand-in for a module whose output the first stage has already added, such as OPT's position embedding."""
+    """Stand-in for a table whose output the first stage has already added, such as OPT's position embedding."""
+
+    def __init__(self, table: nn.Embedding) -> None:
+        super().__init__()
+        self.width = table.embedding_dim
 
     def forward(self, given: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return torch.zeros((), device=given.device)
+        return torch.zeros((*given.shape, self.width), device=given.device)
 
 
 def keep_stage(model: Any, layers: range, *, first: bool, last: bool) -> None:
@@ -101,12 +105,13 @@ def keep_stage(model: Any, layers: range, *, first: bool, last: bool) -> None:
     entrance, exit_ = _empty_others(decoder_layers(model), layers)
     decoder.forward = _StageForward(decoder.forward, entrance, exit_)
     if not last:
-        _put(model, Absent, modules.final_norm, modules.head)
+        _remove(model, modules.final_norm, modules.head)
     if not first:
-        _put(model, Absent, *modules.before)
-        _put(model, _NothingToAdd, *modules.added)
+        _remove(model, *modules.before)
+        for path in modules.added:
+            model.set_submodule(path, _NothingToAdd(model.get_submodule(path)))
         if not (last and tied):
-            _put(model, Absent, modules.embedding)
+            _remove(model, modules.embedding)
     if tied and not last:
         # There is one of the two here, and nothing to tie it to.
         for config in (model.config, model.config.get_text_config(decoder=True)):
@@ -193,13 +198,13 @@ def only_present(model: Any) -> Iterator[None]:
         for key, layer in everything.items():
             stack.add_module(key, kept.get(key, layer))
         if without_norm:
-            _put(model, Absent, norm)
+            _remove(model, norm)
 
 
-def _put(model: nn.Module, kind: type[nn.Module], *paths: str) -> None:
-    """Replace the module at each existing path with one of the given kind."""
+def _remove(model: nn.Module, *paths: str) -> None:
+    """Replace the module at each path, unless empty, with a stand-in."""
     for path in filter(None, paths):
-        model.set_submodule(path, kind())
+        model.set_submodule(path, Absent())
 
 
 class Grid(NamedTuple):

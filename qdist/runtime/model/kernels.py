@@ -1,0 +1,93 @@
+"""Which kernels compute a loaded model: attention, loss, norms and recurrence?"""
+
+import inspect
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from qdist.core.telemetry.kernels import Kernels
+from qdist.runtime.engine.head import head_rule
+from qdist.runtime.model.parts import decoder_layers, head_of
+
+_LIGER = "liger_kernel"
+_OF_A_STEP = ("update", "recurrent")
+
+
+def kernels_of(model: Any, *, fused: bool, experts: str = "") -> Kernels:
+    """The kernels of a model, or of a stage of one, that was prepared for training.
+
+    fused: whether the loss is to be fused with the head. experts: how their products are computed, in words.
+    """
+    return Kernels(
+        attention=_attention(model),
+        loss=_loss(model, fused=fused) if next(head_of(model).parameters(), None) is not None else "",
+        norms=_norms(model),
+        recurrence=_recurrence(model),
+        experts=experts,
+    )
+
+
+def _attention(model: Any) -> str:
+    if not any("Attention" in type(module).__name__ for module in decoder_layers(model).modules()):
+        return ""
+    return str(model.config.get_text_config(decoder=True)._attn_implementation or "eager")
+
+
+def _loss(model: Any, *, fused: bool) -> str:
+    if not head_rule(model).plain:
+        return "of the class's own logits"
+    return "fused (Liger)" if fused else "of torch"
+
+
+def _norms(model: Any) -> str:
+    norms = [module for module in decoder_layers(model).modules() if "Norm" in type(module).__name__]
+    patched = [module for module in norms if _is_liger(vars(module).get("forward"))]
+    if not norms:
+        return ""
+    if not patched:
+        return "of torch"
+    return "of Liger" if len(patched) == len(norms) else f"of Liger ({len(patched)} of {len(norms)})"
+
+
+def _is_liger(forward: Any) -> bool:
+    return str(getattr(forward, "__module__", "")).startswith(_LIGER)
+
+
+def _recurrence(model: Any) -> str:
+    """What transformers took for each function for which it looks for a package (`hub_kernels.py`)."""
+    taken = {}
+    for module in _modeling_modules(model):
+        used = _used_names(model, module)
+        for name, function in vars(module).items():
+            if name in used and callable(function) and (choice := _choice(function)):
+                taken[choice[0]] = choice
+    return " and ".join(
+        f"{name} of {package}" if fast else f"{name} of torch (slow: {package} is not installed)"
+        for name, package, fast in taken.values()
+    )
+
+
+def _modeling_modules(model: Any) -> Iterator[ModuleType]:
+    names = dict.fromkeys(type(layer).__module__ for layer in decoder_layers(model))
+    return (sys.modules[name] for name in names if name in sys.modules)
+
+
+def _used_names(model: Any, module: ModuleType) -> set[str]:
+    """Global names of a modeling file that a model's own modules read, but for those of single steps of decoding."""
+    kinds = {type(part) for part in decoder_layers(model).modules() if type(part).__module__ == module.__name__}
+    methods = [each for kind in kinds for each in vars(kind).values() if inspect.isfunction(each)]
+    names = {name for method in methods for name in inspect.unwrap(method).__code__.co_names}
+    return {name for name in names if not any(word in name for word in _OF_A_STEP)}
+
+
+def _choice(function: Any) -> tuple[str, str, bool] | None:
+    """(function, package, whether the package's is taken) of a function with a fallback in torch; else None."""
+    while function is not None:
+        code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+        named = dict(zip(code.co_freevars, cells, strict=True)) if code is not None and cells else {}
+        if {"func_name", "package", "is_new_implementation"} <= named.keys():
+            taken = {key: cell.cell_contents for key, cell in named.items() if key in named}
+            return taken["func_name"], taken["package"], taken["is_new_implementation"]
+        function = getattr(function, "__wrapped__", None)
+    return None
