@@ -160,8 +160,14 @@ def dequantized(base: Path, plan: Any) -> Any:
 
     model = load_plain(str(base), dtype=torch.float32, device=torch.device("cpu"))
     held, backbone = dict(model.named_parameters()) | dict(model.named_buffers()), Backbone(plan)
+    experts = {f"{path}.{each.name}" for path, own in plan.facts.experts.items() for each in own.matrices}
     for weight in backbone.weights():
-        held[weight.name].data.copy_(backbone.read(weight.name))
+        name, place = weight.name, held[weight.name].data
+        value = torch.stack(list(backbone.matrices(name))) if name in experts else backbone.read(name)
+        transposed = any(linear.transposed for linear in plan.facts.linears) and plan.facts.packs(
+            name.rpartition(".")[0]
+        )
+        place.copy_(value.t() if transposed and name.endswith(".weight") else value)
     return model
 
 

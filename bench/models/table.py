@@ -17,6 +17,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,15 @@ def attempt(model_type: str) -> dict[str, Any]:
 def _through(model_type: str, folder: Path, result: dict[str, Any]) -> None:
     import torch
 
+    from qdist.runtime.model.describe import why_not
     from tests.runtime.every_model import tiny_model
     from tests.runtime.tiny import real_job, save_data, tiny_tokenizer
 
     model = tiny_model(model_type)
     result["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    if why := why_not(model.config, model):
+        result |= {"apart": True, "reason": why}
+        return
     result["failed"] = "plan"
     base = folder / "base"
     model.save_pretrained(base)
@@ -107,15 +112,11 @@ def _compare(base: Path, merged: Path, job: Any) -> dict[str, float]:
     import torch
     from peft import PeftModel
 
-    from qdist.runtime.exports.backbone import Backbone
+    from bench.models.agree import dequantized
     from qdist.runtime.model.skeleton import load_plain
 
     cpu = torch.device("cpu")
-    plain = load_plain(str(base), dtype=torch.float32, device=cpu).eval()
-    backbone = Backbone(job.plan)
-    parameters = dict(plain.named_parameters()) | dict(plain.named_buffers())
-    for weight in backbone.weights():
-        parameters[weight.name].data.copy_(backbone.read(weight.name))
+    plain = dequantized(base, job.plan).eval()
     ids = torch.randint(5, 300, (2, 24), generator=torch.Generator().manual_seed(0))
     before = _logits(plain, ids)
     adapted = PeftModel.from_pretrained(plain, str(job.run.adapter)).eval()
@@ -209,7 +210,7 @@ def main() -> None:
     if given.write:
         from bench.models.page import page
 
-        given.write.write_text(page(known_results(given.results)))
+        given.write.write_text(page(known_results(given.results), version=metadata.version("transformers")))
 
 
 if __name__ == "__main__":
