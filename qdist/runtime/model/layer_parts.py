@@ -24,8 +24,8 @@ _MOST_SMALL = 64
 """Inputs or outputs up to which a linear is too small; an eighth of the hidden size where that is less."""
 _KEYS_OR_VALUES = re.compile(r"(k|v|kv|key|value)(_|$)")
 _ROUTERS = re.compile(r"(^|\.)(router|gate|classifier|wg)(\.|$)")
-_ROUTER_CLASS = re.compile(r"Router|TopK|MoEGate|MoeGate(?!d)")
-"""Qwen's MoeGatedDeltaNet is none."""
+_ROUTER_CLASS = re.compile(r"Router$|TopK\w*$|M[oO][eE]Gate$")
+"""Whole ends of names: Qwen's MoeGatedDeltaNet is none."""
 _RECURRENT = re.compile(r"Mamba|DeltaNet|DeltaAttention|RecurrentBlock|Rglru|Rwkv|ShortConv|LSTM|LightningAttention")
 _ATTENTION = re.compile(r"Attention|Attn|MoA$")
 _PLAIN_PRODUCT = "input @ self.weight.T"
