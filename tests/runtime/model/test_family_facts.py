@@ -157,7 +157,8 @@ NO_CLASS = {alias for alias, model in ALIASES.items() if FAMILIES[model.config["
 
 
 def made(config: dict[str, Any]) -> Any:
-    return empty_model(AutoConfig.for_model(**config), whole=True)
+    with torch.device("meta"):
+        return empty_model(AutoConfig.for_model(**config), whole=True)
 
 
 def linears_of(layer: torch.nn.Module) -> Iterator[tuple[str, Linear]]:
