@@ -275,8 +275,9 @@ def footprint_of(plan: Plan, dtype: torch.dtype, *, tokens: int, scored: int = 0
     spec = plan.spec
     return footprint(
         plan.facts,
-        bits=spec.bits,
+        bits=plan.packing.linear_bits if plan.packing else spec.bits,
         double_quant=spec.quant.double,
+        mxfp4=plan.packing is not None and plan.packing.type == "mxfp4",
         gptq=plan.source.gptq,
         compute_bytes=dtype.itemsize,
         tokens=tokens,

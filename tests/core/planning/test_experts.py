@@ -17,6 +17,7 @@ from qdist.core.planning.memory import UNMEASURED_SHARE, Share, TrainingShape, b
 from qdist.core.planning.plan import Plan, Source
 from qdist.core.planning.planner import make_plan
 from qdist.core.spec.run_spec import nest, resolve
+from qdist.core.telemetry.snapshot import model_flops_per_token
 from qdist.core.text import GIB
 from tests.models import gemma3, gpt_oss, qwen3_5, qwen3_moe, sharing
 from tests.plans import CPU, gpus, machine
@@ -274,6 +275,15 @@ def test_experts_cost_their_active_share_and_the_unpacking_of_all() -> None:
     )
     assert 0.6 * few < many < few
     assert busy < few
+
+
+def test_work_counts_the_experts_that_a_token_visits() -> None:
+    """3 B of 30 B: 8 of 128 experts, attention and the head; and their adapters alike."""
+    plan = planned(qwen3_moe(), gpus(1, 141), {"lora.targets": BOTH})
+    weights = 48 * (2048 * (2 * 4096 + 2 * 512) + 8 * 3 * 768 * 2048) + 151_936 * 2048
+    adapter = plan.adapter_parameters - plan.expert_adapter_parameters * 120 / 128
+    scores = 6 * 512 * 48 * 32 * 128
+    assert model_flops_per_token(plan) == pytest.approx(4 * weights + 6 * adapter + scores)
 
 
 def test_generation_unpacks_all_experts_of_a_layer() -> None:

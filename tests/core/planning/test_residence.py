@@ -2,6 +2,7 @@
 
 from itertools import combinations_with_replacement
 
+import msgspec
 import pytest
 
 from qdist.core.errors import PlanError
@@ -45,6 +46,14 @@ def test_everything_lies_where_there_is_room(
     found = reside(PARTS, rooms)
     assert (found.layer_gpu, found.offloaded) == (layer_gpu, offloaded)
     assert all(bytes_ <= rooms[gpu] for gpu, bytes_ in held(PARTS, found).items())
+
+
+def test_layers_that_cannot_be_cut_lie_on_one_gpu_with_some_in_host_memory() -> None:
+    uncut = msgspec.structs.replace(PARTS, uncut=True)
+    assert set(reside(PARTS, [60, 60]).layer_gpu) == {0, 1}
+    found = reside(uncut, [60, 60])
+    assert len(set(found.layer_gpu)) == 1
+    assert found.offloaded
 
 
 @pytest.mark.parametrize("first", range(20, 70, 7))
