@@ -24,7 +24,7 @@ from qdist.runtime.infer.residence import free_bytes
 from qdist.runtime.model.packed import PackedLinear, Slices
 from qdist.runtime.model.packed_experts import PackedMatrices
 from qdist.runtime.model.skeleton import DTYPES, fill, skeleton
-from qdist.runtime.model.weights import FolderWeights, RandomWeights, Weights
+from qdist.runtime.model.weights import FolderWeights, RandomWeights, Weights, is_transposed
 from qdist.runtime.quantize.source import Originals, find_originals
 
 _GPU_BYTES = 4 * GIB
@@ -89,6 +89,7 @@ class Backbone:
         path, _, leaf = name.rpartition(".")
         if self._originals is not None:
             value = self._originals.tensors.read(name).to(self.device)
+            value = value.t() if self.is_transposed(name) else value
         else:
             module = self.model.get_submodule(path)
             if isinstance(module, PackedLinear) and leaf == "weight":
@@ -96,6 +97,11 @@ class Backbone:
             value = self._weights.of(path, module)[leaf][:].to(self.device, module.get_parameter(leaf).dtype)
             self.check()
         return self.with_new_rows(value) if path in self.tables else value
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether transformers' class holds a matrix as [inputs, outputs], which is read as [outputs, inputs]."""
+        path, _, leaf = name.rpartition(".")
+        return leaf == "weight" and is_transposed(self.model.get_submodule(path))
 
     def matrices(self, name: str) -> Iterator[torch.Tensor]:
         """The matrices of a parameter of experts as the class holds them, one at a time on `device`."""

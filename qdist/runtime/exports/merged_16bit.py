@@ -173,10 +173,17 @@ def _files(merged: Merged) -> dict[str, list[Entry]]:
     layers = merged.backbone.layers
     files: dict[str, list[Entry]] = {file_name(position, layers): [] for position in range(layers + 1)}
     for weight in merged.weights():
-        entry = Entry(weight.name, merged.dtype, weight.shape, partial(merged.read, weight.name))
+        turned = merged.backbone.is_transposed(weight.name)
+        shape = weight.shape[::-1] if turned else weight.shape
+        make = partial(_transposed, merged, weight.name) if turned else partial(merged.read, weight.name)
+        entry = Entry(weight.name, merged.dtype, shape, make)
         files[file_name(weight.position, layers)].append(entry)
     files[file_name(layers, layers)] += merged.backbone.towers()
     return files
+
+
+def _transposed(merged: Merged, name: str) -> torch.Tensor:
+    return merged.read(name).t()
 
 
 def _identity(merged: Merged, onto: Onto) -> str:

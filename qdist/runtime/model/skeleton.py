@@ -67,6 +67,7 @@ def skeleton(source: Source, *, bits: int, quant: Quant, dtype: torch.dtype, fac
             linear = _packed(linear, path, source, bits, quant, dtype)
         if linear is not module:
             model.set_submodule(path, linear)
+        linear.is_transposed = isinstance(module, Conv1D)
     for path, experts in facts.experts.items():
         _pack_experts(model.get_submodule(path), experts, bits, quant, mxfp4=mxfp4)
         compute_experts(model.get_submodule(path), path)

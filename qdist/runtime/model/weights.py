@@ -110,7 +110,7 @@ class FolderWeights:
             return module.stored(_Prefixed(self, experts), parameter)
         file = _Prefixed(self, path)
         if not isinstance(module, PackedLinear):
-            return file
+            return {**file, "weight": _Transposed(file["weight"])} if is_transposed(module) else file
         tensors = module.stored(file)
         if module.bias is not None:
             tensors["bias"] = file["bias"]
@@ -127,6 +127,21 @@ class FolderWeights:
         with opened(place) as file:
             tensor = Stored(file.get_slice(name), place, name, self._check)
             return tensor[:].clone() if tensor.elements <= _COPIED_ELEMENTS else tensor
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear stands for a `Conv1D`, whose weights in 16 bits are stored as [inputs, outputs]."""
+    return bool(getattr(module, "is_transposed", False)) and isinstance(module, nn.Linear)
+
+
+class _Transposed:
+    """A matrix that is stored as [inputs, outputs], by rows of [outputs, inputs]."""
+
+    def __init__(self, stored: Slices) -> None:
+        self._stored = stored
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        return self._stored[:].t()[rows].contiguous()
 
 
 class _Prefixed(Mapping[str, Slices]):

@@ -1,7 +1,7 @@
-"""Which stored tensors make each parameter of a class, and the reverse? transformers' own renamings and conversions.
+"""Which stored tensors make each parameter of a class? transformers' own renamings and conversions, one at a time.
 
 Checkpoints of the hub have other names than transformers' classes: experts one by one, gate and up apart, another
-prefix. transformers holds that as data, `get_model_conversion_mapping`, and applies it while it loads or saves a whole
+prefix. transformers holds that as data, `get_model_conversion_mapping`, and applies it while it loads a whole
 model. Here the same objects are applied to the tensors of one parameter, or to those of one of its experts.
 """
 
@@ -98,26 +98,6 @@ def reading(
         else:
             recipes[name] = recipes.get(name, Recipe(name, {}, by_pattern[pattern])).with_part(pattern, key)
     return Recipes(model, recipes, unused)
-
-
-def writing(model: Any, names: Collection[str]) -> Recipes:
-    """How the hub's tensors are made from the parameters of a class, as transformers' `save_pretrained` does it.
-
-    model: on the meta device. names: of the parameters.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, dot_natural_key, rename_source_key
-
-    forward = get_model_conversion_mapping(model, add_legacy=False)
-    # Whether a prefix was there is not known; the class reads either.
-    kept = [each for each in forward if not isinstance(each, PrefixChange)]
-    renamings, converters, by_pattern = _sorted([each.reverse_transform() for each in reversed(kept)])
-    recipes: dict[str, Recipe] = {}
-    for key in sorted(names, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, reverse=True)
-        converter = None if pattern is None else by_pattern[pattern]
-        recipes[name] = recipes.get(name, Recipe(name, {}, converter)).with_part(pattern or "", key)
-    return Recipes(model, recipes)
 
 
 def _sorted(transforms: list[Any]) -> tuple[list[Any], list[Any], dict[str, Any]]:

@@ -196,8 +196,9 @@ def test_losses_are_told_or_why_there_are_none(
 ) -> None:
     monkeypatch.setattr(probe, "host_memory", lambda _: (1 << 20, 1 << 17))
     merging.run(Merge(runs=(str(run.path),), out=str(tmp_path / "out")))
-    first, *lines = capsys.readouterr().out.splitlines()
+    first, folded, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{tmp_path / 'out'}: 1 adapter merged onto the dequantized backbone, bfloat16, ")
+    assert folded == "folded 14 of 14 linears"
     assert [line[:41] for line in lines] == [
         "held-out loss  adapter                   ",
         "               merged onto dequantized   ",

@@ -84,6 +84,15 @@ def test_a_merged_wrapper_has_its_towers_and_keeps_its_class(tmp_path: Path, fam
         assert (logits_of(merged) - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(("bits", "onto"), [(4, "dequantized"), (4, "original"), (16, "dequantized")])
+def test_matrices_of_gpt2_are_merged_as_its_class_holds_them(tmp_path: Path, bits: int, onto: Any) -> None:
+    run, trained = run_over(tmp_path, "gpt2", bits=bits)
+    _, folded = merged_16bit.write(Adapters([run]), tmp_path / "out", onto=onto, dtype=torch.float32)
+    assert str(folded) == "folded 8 of 8 linears"
+    distance = (logits_of(plain(tmp_path / "out")) - logits_of(trained)).abs().max()
+    assert distance < (1e-5 if onto == "dequantized" else 0.5)
+
+
 def test_a_tensor_of_an_adapter_that_is_not_folded_refuses_the_merge(tmp_path: Path) -> None:
     run, _ = run_over(tmp_path, "qwen3_moe")
     tensors = load_file(run.adapter / ADAPTER)
