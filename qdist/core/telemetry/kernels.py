@@ -26,11 +26,13 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     @property
     def words(self) -> tuple[str, ...]:
         """A phrase for each part: 'attention sdpa'."""
-        named = {name: getattr(self, name) for name in self.__struct_fields__}
-        return tuple(f"{name} {phrase}" for name, phrase in named.items() if phrase)
+        return tuple(f"{name} {phrase}" for name, phrase in msgspec.structs.asdict(self).items() if phrase)
 
 
 def joined(parts: Sequence[Kernels]) -> Kernels:
     """The kernels of a model whose parts different ranks hold; where they differ, all are named."""
-    named = {name: dict.fromkeys(getattr(part, name) for part in parts) for name in Kernels.__struct_fields__}
+    named = {
+        field.name: dict.fromkeys(getattr(part, field.name) for part in parts)
+        for field in msgspec.structs.fields(Kernels)
+    }
     return Kernels(**{name: " and ".join(filter(None, phrases)) for name, phrases in named.items()})

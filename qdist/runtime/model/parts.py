@@ -47,7 +47,8 @@ def layers_path(model: nn.Module) -> str:
         return ""
     count = read(model.config.get_text_config(decoder=True), *_COUNTS)
     tables = {path: each.num_embeddings for path, each in model.named_modules() if isinstance(each, nn.Embedding)}
-    table = max(tables, key=lambda path: tables[path], default="")
+    vocabulary = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
+    table = max(tables, key=lambda path: (tables[path] == vocabulary, tables[path]), default="")
     largest = max(lists, key=lambda path: (_length(model, path) == count, len(common_parent(path, table)), lists[path]))
     kinds = [type(next(iter(model.get_submodule(path).children()), model)) for path in lists if lists[path]]
     return largest if kinds.count(type(model.get_submodule(largest)[0])) == 1 else ""

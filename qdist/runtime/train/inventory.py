@@ -28,8 +28,8 @@ from qdist.core.telemetry.inventory import (
 from qdist.core.telemetry.kernels import joined
 from qdist.runtime.data.batches import Samples
 from qdist.runtime.engine.torch import Comm
-from qdist.runtime.model.kernels import kernels_of
 from qdist.runtime.model.packed import PackedModule
+from qdist.runtime.train.kernels import kernels_of
 
 _PEFT = "base_model.model."
 _WRAPPERS = ("base_layer", "token_adapter")

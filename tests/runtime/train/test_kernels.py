@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from qdist.core.telemetry.kernels import Kernels, joined
-from qdist.runtime.model.kernels import kernels_of
 from qdist.runtime.model.parts import decoder_layers
+from qdist.runtime.train.kernels import kernels_of
 from tests.runtime.every_model import tiny_model
 
 

@@ -75,19 +75,28 @@ def _modeling_modules(model: Any) -> Iterator[ModuleType]:
 
 def _used_names(model: Any, module: ModuleType) -> set[str]:
     """Global names of a modeling file that a model's own modules read, but for those of single steps of decoding."""
-    kinds = {type(part) for part in decoder_layers(model).modules() if type(part).__module__ == module.__name__}
-    methods = [each for kind in kinds for each in vars(kind).values() if inspect.isfunction(each)]
-    names = {name for method in methods for name in inspect.unwrap(method).__code__.co_names}
+    kinds = {type(part) for part in decoder_layers(model).modules()}
+    methods = [
+        inspect.unwrap(method)
+        for kind in kinds
+        if inspect.getmodule(kind) is module
+        for _, method in inspect.getmembers(kind, inspect.isfunction)
+    ]
+    names = {name for method in methods for name in inspect.getclosurevars(method).globals}
     return {name for name in names if not any(word in name for word in _OF_A_STEP)}
 
 
 def _choice(function: Any) -> tuple[str, str, bool] | None:
     """(function, package, whether the package's is taken) of a function with a fallback in torch; else None."""
-    while function is not None:
-        code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
-        named = dict(zip(code.co_freevars, cells, strict=True)) if code is not None and cells else {}
-        if {"func_name", "package", "is_new_implementation"} <= named.keys():
-            taken = {key: cell.cell_contents for key, cell in named.items() if key in named}
-            return taken["func_name"], taken["package"], taken["is_new_implementation"]
-        function = getattr(function, "__wrapped__", None)
-    return None
+    found = inspect.unwrap(function, stop=_chooses)
+    if not _chooses(found):
+        return None
+    taken = inspect.getclosurevars(found).nonlocals
+    return taken["func_name"], taken["package"], taken["is_new_implementation"]
+
+
+def _chooses(function: Any) -> bool:
+    """Whether this is what transformers' `use_kernel_func_from_hub_with_fallback` makes of a function."""
+    if not inspect.isfunction(function):
+        return False
+    return {"func_name", "package", "is_new_implementation"} <= inspect.getclosurevars(function).nonlocals.keys()
