@@ -1,6 +1,7 @@
 """Is what a rank holds counted in its real modules, and a fault in them refused before the first step?"""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +15,16 @@ from qdist.core.errors import DataError, ModelError
 from qdist.core.model.shapes import Experts, Kept, LayerRun, Linear
 from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.inventory import STORED, UNPACKED, Inventory, Learned, lines_of
+from qdist.host.launch import prepare as launcher
+from qdist.host.run.rundir import RunDir
 from qdist.runtime.data.batches import Samples
-from qdist.runtime.data.tokenized import IGNORED, TokenizedSet
+from qdist.runtime.data.tokenized import IGNORED, TokenizedSet, load, save
 from qdist.runtime.engine.torch import Comm
 from qdist.runtime.model import skeleton
 from qdist.runtime.train.inventory import count_part, inventory_of, learned_of
-from tests.runtime.tiny import plan_of, save_config, trainable
+from tests.runtime.tiny import plan_of, real_job, save_config, save_data, save_model, trainable
 
+TrainRun = Callable[[launcher.Launch], RunDir]
 Q_PROJ = "model.layers.1.self_attn.q_proj"
 COMM = Comm(torch.device("cpu"))
 
@@ -198,3 +202,16 @@ def test_every_group_of_ranks_is_checked(folder: Path) -> None:
     comm: Any = SimpleNamespace(gather=lambda own: [own, lame])
     with pytest.raises(ModelError, match="14 of the 14 linears"):
         inventory_of(made, two, samples, comm)
+
+
+def test_a_rank_ends_with_these_words_and_writes_no_checkpoint(train: TrainRun, tmp_path: Path) -> None:
+    """Labels were lost after the data were tokenized."""
+    job = real_job(save_model(tmp_path / "model"), save_data(tmp_path / "data.jsonl"), tmp_path / "run", gpus=1)
+    assert job.plan.data is not None
+    path = Path(job.plan.data.path)
+    kept = load(path, key=path.stem)
+    summary = msgspec.structs.replace(kept.summary, learned_tokens=0)
+    save(TokenizedSet(kept.tokens, torch.full_like(kept.labels, IGNORED), kept.offsets, summary), path, key=path.stem)
+    with pytest.raises(AssertionError, match="error: none of the 563 tokens of 40 samples has a loss"):
+        train(job)
+    assert not job.run.checkpoint_steps()
