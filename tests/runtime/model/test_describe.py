@@ -16,7 +16,6 @@ from qdist.core.requests import Answer, Describe
 from qdist.runtime.model.classes import empty_model
 from qdist.runtime.model.describe import describe, facts_of
 from qdist.runtime.tasks import answer_to
-from tests.runtime.model.test_family_facts import comparable
 
 NO_CLASS = {alias for alias in ALIASES if KNOWN[config_of(alias)["model_type"]].own_code}
 SMALL: dict[str, Any] = {
