@@ -146,14 +146,20 @@ def main() -> None:
         for row in pool.map(alone, [name for name in names if RUNS[name][0] == 1]):
             rows.append(row)
             print(line(row), flush=True)
+            keep(rows, arguments.out)
     for name in names:
         if 1 < RUNS[name][0] <= present:
             rows.append(run(name, arguments.steps, gpu=None))
             print(line(rows[-1]), flush=True)
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "runs.json").write_text(json.dumps(rows, indent=1))
+    keep(rows, arguments.out)
     report(rows, absent)
+
+
+def keep(rows: list[dict], folder: Path | None) -> None:
+    """Write the rows so far."""
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "runs.json").write_text(json.dumps(rows, indent=1))
 
 
 def on_each(name: str, steps: int, present: int) -> None:

@@ -185,7 +185,11 @@ def notes(setting: PlanningContext, winner: Candidate, barred: SpecError | None)
         )
 
 
-def model_notes(facts: ModelFacts, recurrence: Recurrence | None) -> Iterator[str]:
+NO_FLA = "is not installed: pip install flash-linear-attention, for GPUs"
+"""Usual reason why flash-linear-attention is not used, a phrase to follow its name."""
+
+
+def model_notes(facts: ModelFacts, recurrence: Recurrence | None, no_fla: str) -> Iterator[str]:
     """Notes on what a plan assumes of a model's layers."""
     if not facts.measured:
         yield (
@@ -196,7 +200,7 @@ def model_notes(facts: ModelFacts, recurrence: Recurrence | None) -> Iterator[st
         count = sum(run.count for run in facts.layers if run.shape.mixer == "recurrent")
         yield (
             f"{counted(count, 'recurrent layer')} of {facts.layer_count} run torch's own operations, which are slower "
-            "and keep more: pip install flash-linear-attention causal-conv1d, for GPUs"
+            f"and keep more; flash-linear-attention {no_fla or 'is for GPUs'}"
         )
 
 

@@ -14,6 +14,7 @@ from qdist.core.model.shapes import ModelFacts
 from qdist.core.model.storage import packing_of
 from qdist.core.planning.activations import Recurrence
 from qdist.core.planning.advice import (
+    NO_FLA,
     correction_notes,
     dtype_notes,
     model_notes,
@@ -80,13 +81,13 @@ def make_plan(
     data: DataFacts | None,
     *,
     has_liger: bool = False,
-    has_fla: bool = False,
+    no_fla: str = NO_FLA,
     usual_micro_batch: int | None = None,
     correction: Correction | None = None,
 ) -> Plan:
     """Decide placement, batches, precision and engine.
 
-    has_liger, has_fla: whether liger-kernel and flash-linear-attention are installed.
+    has_liger: whether liger-kernel is installed. no_fla: why flash-linear-attention is not used; empty if it is.
     usual_micro_batch: what the run had before it was resumed. It is kept where the ranks allow, since dropout is drawn
     for each micro-batch.
     correction: what runs on this machine have taught.
@@ -104,7 +105,7 @@ def make_plan(
             machine_changed(cluster, change, own.gpus),
             data,
             has_liger=has_liger,
-            has_fla=has_fla,
+            no_fla=no_fla,
             usual_micro_batch=usual_micro_batch,
             correction=correction,
         )
@@ -120,7 +121,7 @@ def plan_once(
     data: DataFacts | None,
     *,
     has_liger: bool = False,
-    has_fla: bool = False,
+    no_fla: str = NO_FLA,
     usual_micro_batch: int | None = None,
     correction: Correction | None = None,
 ) -> Plan:
@@ -150,7 +151,7 @@ def plan_once(
         optimizer=optimizer_of(spec, cluster),
         rates=rates,
         correction=correction,
-        recurrence=recurrence_of(facts, cluster, has_fla),
+        recurrence=recurrence_of(facts, cluster, fla=not no_fla),
         usual_micro_batch=usual_micro_batch,
         fullest=data.fullest if data and cluster.device == "cpu" else (),
     )
@@ -193,7 +194,7 @@ def plan_once(
         correction=correction,
         notes=(
             *notes(setting, winner, barred(setting, winner, decision.rows)),
-            *model_notes(facts, inputs.recurrence),
+            *model_notes(facts, inputs.recurrence, no_fla),
             *dtype_notes(inputs.dtype, cluster),
             *rate_notes,
             *correction_notes(correction),

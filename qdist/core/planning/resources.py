@@ -59,11 +59,11 @@ def liger_of(spec: RunSpec, cluster: Cluster, has_liger: bool) -> bool:
     return cluster.device == "cuda" and has_liger if spec.liger is None else spec.liger
 
 
-def recurrence_of(facts: ModelFacts, cluster: Cluster, has_fla: bool) -> Recurrence | None:
-    """Which kernel recurrent layers run: flash-linear-attention's on GPUs where it is installed; None without any."""
+def recurrence_of(facts: ModelFacts, cluster: Cluster, *, fla: bool) -> Recurrence | None:
+    """Which kernel recurrent layers run: flash-linear-attention's on GPUs that can use it; None without any."""
     if not any(shape.mixer == "recurrent" for shape in facts.shapes):
         return None
-    return "fla" if has_fla and cluster.device == "cuda" else "torch"
+    return "fla" if fla and cluster.device == "cuda" else "torch"
 
 
 def rooms_of(spec: RunSpec, cluster: Cluster, count: int) -> tuple[int, ...] | None:

@@ -26,6 +26,7 @@ from qdist.host.launch.claim import tidy
 from qdist.host.launch.refusals import await_ranks, refuse_running
 from qdist.host.launch.trackers import send_rest
 from qdist.host.machine import probe
+from qdist.host.machine.recurrence import fla_problem
 from qdist.host.run import calibration
 from qdist.host.run.rundir import RunDir
 from qdist.host.sources.adapters import require_fit
@@ -115,7 +116,7 @@ def _plan_once(request: PlanRequest, spec: RunSpec, here: Here, facts_of: FactsO
         learnt = calibration.correction_for(cluster, world_size=spec.gpus, bits=spec.bits)
     source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=gptq_of(spec, config))
     plan = plan_once(
-        spec, source, facts, cluster, None, has_liger=has_liger, has_fla=find_spec("fla") is not None,
+        spec, source, facts, cluster, None, has_liger=has_liger, no_fla=fla_problem(cluster),
         correction=learnt,
     )  # fmt: skip
     require_fit(plan)

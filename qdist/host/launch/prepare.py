@@ -45,6 +45,7 @@ from qdist.host.launch.refusals import (
 from qdist.host.launch.survey import Survey, Work, counted, expected, require_room, survey, tokenizing
 from qdist.host.launch.trackers import refuse_missing
 from qdist.host.machine import probe
+from qdist.host.machine.recurrence import fla_problem
 from qdist.host.run import calibration
 from qdist.host.run.rundir import MACHINE, PLAN, RunDir, free_name
 from qdist.host.sources import cache
@@ -317,7 +318,7 @@ def _planned(asked: _Asked, source: Source, facts: ModelFacts, data: DataFacts |
         here,
         data,
         has_liger=find_spec("liger_kernel") is not None,
-        has_fla=find_spec("fla") is not None,
+        no_fla=fla_problem(here),
         usual_micro_batch=asked.old.micro_batch if asked.old else None,
         correction=calibration.correction_for(here, world_size=spec.gpus, bits=spec.bits),
     )

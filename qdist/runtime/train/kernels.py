@@ -63,7 +63,7 @@ def _recurrence(model: Any) -> str:
             if name in used and callable(function) and (choice := _choice(function)):
                 taken[choice[0]] = choice
     return " and ".join(
-        f"{name} of {package}" if fast else f"{name} of torch (slow: {package} is not installed)"
+        f"{name} of {package}" if fast else f"{name} of torch (slow, without {package})"
         for name, package, fast in taken.values()
     )
 

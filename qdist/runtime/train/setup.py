@@ -2,14 +2,15 @@
 
 import json
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qdist.core.errors import RunError
@@ -25,6 +26,7 @@ from qdist.runtime.adapters.attach import add_adapter, fill_adapter
 from qdist.runtime.data.batches import read_samples
 from qdist.runtime.engine.objective import Evaluate, Forward
 from qdist.runtime.engine.torch import Adapter, Engine
+from qdist.runtime.model.experts import is_experts
 from qdist.runtime.model.parts import decoder_layers, decoder_of
 from qdist.runtime.model.skeleton import DTYPES, load_backbone
 from qdist.runtime.placements.base import PROCESS_GROUP_TIMEOUT, Placement
@@ -203,8 +205,28 @@ def patch(model: Any) -> None:
     wanted = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     inner = model if config is model.config else decoder_of(model)
     # It raises these for a class that it was not written for; norms that it did not reach are torch's.
-    with only_present(model), suppress(AttributeError, TypeError):
+    with only_present(model), own_experts(model), suppress(AttributeError, TypeError):
         apply(model=inner, **{name: value for name, value in wanted.items() if name in taken})
+
+
+@contextmanager
+def own_experts(model: nn.Module) -> Iterator[None]:
+    """Leave experts' forward passes as they are: Liger's read 3-D parameters, which are packed here."""
+    parts = [part for path, module in model.named_modules() if is_experts(module) for part in _around(model, path)]
+    before = [(part, vars(part).get("forward")) for part in parts]
+    yield
+    for part, forward in before:
+        vars(part).pop("forward", None)
+        if forward is not None:
+            part.forward = forward
+
+
+def _around(model: nn.Module, path: str) -> Iterator[nn.Module]:
+    """A module and the adapters around it."""
+    yield model.get_submodule(path)
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+        yield model.get_submodule(path)
 
 
 def checkpoint_layers(model: Any, count: int) -> None:

@@ -45,6 +45,16 @@ def main() -> None:
         os._exit(1)
 
 
+def _leave_out_fla(plan: Plan) -> None:
+    """Have transformers take its own operations for recurrent layers where the plan says so.
+
+    It takes flash-linear-attention's wherever that can be imported, when a model's class is first imported.
+    """
+    if plan.recurrence == "torch" and "fla" not in sys.modules:
+        hidden: Any = None  # Python's way to say that there is no such module
+        sys.modules["fla"] = hidden
+
+
 def _own_rank(plan: Plan) -> Rank:
     """This process' number in the run. Raises RunError where the agent has put it on another place of its node."""
     rank, local_rank = Rank(int(os.environ["RANK"])), LocalRank(int(os.environ["LOCAL_RANK"]))
@@ -68,6 +78,7 @@ def _arguments() -> tuple[RunDir, str]:
 def _work(plan: Plan, run: RunDir) -> None:
     beat = HeartbeatThread(run, int(os.environ["RANK"]))
     stop = _StopRequest(run)
+    _leave_out_fla(plan)
     import torch
     from transformers.utils import logging
 

@@ -233,14 +233,14 @@ def test_the_fused_loss_of_a_large_vocabulary_takes_a_chunk_of_it() -> None:
 
 
 def test_fast_kernels_of_recurrences_are_planned_where_they_are() -> None:
-    slow, fast = (planned(qwen3_5(), gpus(1, 141), has_fla=own) for own in (False, True))
+    slow, fast = (planned(qwen3_5(), gpus(1, 141), no_fla=why) for why in ("is not installed", ""))
     assert (slow.recurrence, fast.recurrence) == ("torch", "fla")
     assert any("24 recurrent layers of 32 run torch's own operations" in note for note in slow.notes)
     assert not any("torch's own" in note for note in fast.notes)
     assert fast.ranks[0].expected[0].activations < 0.5 * slow.ranks[0].expected[0].activations
     assert fast.tokens_per_second > slow.tokens_per_second
-    assert planned(qwen3_moe(), gpus(1, 141), has_fla=True).recurrence is None
-    assert planned(qwen3_5(), CPU, has_fla=True).recurrence == "torch"
+    assert planned(qwen3_moe(), gpus(1, 141), no_fla="").recurrence is None
+    assert planned(qwen3_5(), CPU, no_fla="").recurrence == "torch"
 
 
 def test_a_plan_says_what_its_experts_hold_and_what_is_kept() -> None:
@@ -253,7 +253,7 @@ def test_a_plan_says_what_its_experts_hold_and_what_is_kept() -> None:
     assert "kept     12.6 M parameters in 16 bits: router (12.6 M)" in lines
     attention_alone = plan_lines(planned(qwen3_moe(), gpus(1, 141)))
     assert "adapter  LoRA r=16 alpha=16: 13.4 M parameters on linears, none on experts" in attention_alone
-    hybrid = plan_lines(planned(qwen3_5(), gpus(1, 141), has_fla=True))
+    hybrid = plan_lines(planned(qwen3_5(), gpus(1, 141), no_fla=""))
     assert "left out model.visual (456.0 M parameters): not loaded for training on text" in hybrid
     assert "kernels  recurrence by flash-linear-attention" in hybrid
     assert plan_lines(planned(gpt_oss(), gpus(1, 80), config=MXFP4))[0].split(", ")[1:3] == [
