@@ -37,7 +37,7 @@ def test_attention_and_loss_are_named(model_type: str, attention: str, loss: str
 def test_recurrence_says_which_function_runs(model_type: str, functions: tuple[str, ...], package: str) -> None:
     words = kernels_of(tiny_model(model_type), fused=False).recurrence
     assert all(f"{function} of torch (slow, " in words for function in functions), words
-    assert f"(slow: {package} is not installed)" in words
+    assert f"(slow, without {package})" in words
     assert "update" not in words
 
 
