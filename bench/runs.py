@@ -233,7 +233,7 @@ def figures(run_path: Path) -> dict:
 def line(row: dict) -> str:
     """A row of the table."""
     if row["rc"]:
-        return f"| {row['name']} | failed ({row['rc']}): {row['error'][-700:]} |"
+        return f"| {row['name']} | failed ({row['rc']}): {row['error'][-500:]} |"
     memory, speed = errors(row)
     return (
         f"| {row['name']} | {row['placement']} {row['grid']} | {row['micro_batch']} x {row['accumulation']} | "

@@ -94,8 +94,9 @@ class LayerShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Queries and keys each pass a norm: True for one over each head, 'whole' for one over all heads."""
     mlp: Literal["gated", "gelu", "relu"] = "gated"
     """activation(gate) * up, or the activation of up alone."""
-    attention: Literal["flash", "repacked", "eager"] = "flash"
+    attention: Literal["flash", "repacked", "joined", "eager"] = "flash"
     """repacked: rotating part of a head lays queries out anew, so the output is copied before it is projected.
+    joined: so does the class, but not Liger's rotation, which takes its place where layers are fused.
     eager: the model writes out its scores (ALiBi), and no flash kernel runs."""
     experts: Experts | None = None
     kept: tuple[Kept, ...] = ()

@@ -51,14 +51,23 @@ def saved_bytes_per_token(
 
 
 def working_bytes_per_token(
-    shape: LayerShape, *, compute_bytes: int, targets: tuple[str, ...], seq_len: int, recurrence: Recurrence
+    shape: LayerShape,
+    *,
+    compute_bytes: int,
+    targets: tuple[str, ...],
+    seq_len: int,
+    recurrence: Recurrence,
+    fused: bool = False,
 ) -> int:
     """Bytes per token alive only while the backward pass is in the widest part of a layer.
 
-    MLP: three gradients as wide as it (of the product, the gate and up).
+    MLP: three gradients as wide as it (of the product, the gate and up). fused: Liger writes the latter two over what
+    was kept, and beside the first there are the gradients of the layer's output and input. Seven runs of today's dense
+    models on an H200 had 0.95 to 1.2 times that.
     """
+    mlp = shape.intermediate + 2 * shape.hidden if fused and shape.mlp == "gated" else 3 * shape.intermediate
     return max(
-        3 * shape.intermediate * compute_bytes,
+        mlp * compute_bytes,
         _working_of_experts(shape, compute_bytes, adapted=bool(shape.targeted_matrices(targets))),
         _working_of_scores(shape, compute_bytes, seq_len),
         4 * _BACK * _values_of(shape) if shape.mixer == "recurrent" else 0,
@@ -69,16 +78,18 @@ def _saved_by_norms(shape: LayerShape, compute_bytes: int, fused: bool) -> int:
     """Bytes per token saved by norms: the fp32 upcast of the input, or with a fused norm the input itself."""
     width = compute_bytes if fused else 4
     heads = (shape.heads + shape.kv_heads) * shape.head_dim * bool(shape.qk_norm)
-    return width * (shape.norms * shape.hidden + heads)
+    whole = shape.qk_norm == "whole"  # which Liger 0.8 leaves to torch: olmo2-7b keeps 16 KiB more a token and layer
+    return width * shape.norms * shape.hidden + (4 if whole else width) * heads
 
 
 def _saved_by_attention(shape: LayerShape, compute_bytes: int, seq_len: int) -> int:
     """Bytes per token. Flash: q, k, v, output, a log-sum-exp per head. Eager: q, fp32 softmax and its cast, and k and v
-    repeated for every query head."""
+    repeated for every query head. With attention sinks the softmax is in the compute dtype, and is its own cast."""
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     gate = compute_bytes * _saved_by_output_gate(shape, queries, compute_bytes) * shape.output_gate
     if shape.attention == "eager":
-        scores = shape.heads * seq_len * (4 + (compute_bytes if compute_bytes < 4 else 0))
+        upcast = 4 * (compute_bytes < 4 and not _has_sinks(shape))
+        scores = shape.heads * seq_len * (compute_bytes + upcast)
         return compute_bytes * 3 * queries + scores + gate
     saved = compute_bytes * (queries + 2 * keys) + gate
     if sum(linear.reads == "attention_in" for linear in shape.linears) == 1:
@@ -96,10 +107,16 @@ def _saved_by_output_gate(shape: LayerShape, queries: int, compute_bytes: int) -
 def _working_of_scores(shape: LayerShape, compute_bytes: int, seq_len: int) -> int:
     """Bytes per token of the gradients of written-out scores: in fp32 before the softmax and behind it, and its cast.
 
-    Without repeated keys (BLOOM) the MLP was the widest part in every measurement.
+    With attention sinks all three are in the compute dtype. Without repeated keys (BLOOM) the MLP was the widest part
+    in every measurement.
     """
     written = shape.attention == "eager" and shape.mixer == "attention" and shape.kv_heads < shape.heads
-    return shape.heads * seq_len * (8 + compute_bytes) * written
+    each = 3 * compute_bytes if _has_sinks(shape) else 8 + compute_bytes
+    return shape.heads * seq_len * each * written
+
+
+def _has_sinks(shape: LayerShape) -> bool:
+    return any(kept.path.endswith(".sinks") for kept in shape.kept)
 
 
 def _saved_by_activation(shape: LayerShape, compute_bytes: int, fused: bool) -> int:

@@ -224,6 +224,8 @@ def sizes(facts: ModelFacts, job: TrainingShape) -> Sizes:
 
 
 def _layer_sizes(shape: LayerShape, job: TrainingShape) -> LayerSizes:
+    if shape.attention == "joined" and job.fused_layers:
+        shape = msgspec.structs.replace(shape, attention="flash")
     trained = trained_parameters(shape, job.rank_r, job.targets, job.adapter)
     saved = saved_bytes_per_token(
         shape, bits=job.bits, compute_bytes=job.compute_bytes, rank_r=job.rank_r, targets=job.targets,
@@ -239,7 +241,12 @@ def _layer_sizes(shape: LayerShape, job: TrainingShape) -> LayerSizes:
         casts=cast * job.compute_bytes if job.compute_bytes < 4 and not job.fused_lora else 0,
         working=_unpacked_bytes(shape, job),
         working_token=working_bytes_per_token(
-            shape, compute_bytes=job.compute_bytes, targets=job.targets, seq_len=job.seq_len, recurrence=job.recurrence
+            shape,
+            compute_bytes=job.compute_bytes,
+            targets=job.targets,
+            seq_len=job.seq_len,
+            recurrence=job.recurrence,
+            fused=job.fused_layers and shape.norm == "rms",
         ),
         loading=_loading_bytes(shape, job),
     )
@@ -248,11 +255,12 @@ def _layer_sizes(shape: LayerShape, job: TrainingShape) -> LayerSizes:
 def _unpacked_bytes(shape: LayerShape, job: TrainingShape) -> int:
     """Bytes of the weights unpacked at a time in the backward pass.
 
-    The largest matrix twice: dequantized, and in the type of the product. A 16-bit backbone has the matrix already;
-    this is too small to tell. Of experts one parameter is unpacked at a time: for a grouped product all its matrices,
+    The largest matrix: of bitsandbytes' 4 bits on a GPU once, as its kernel writes the type of the product; otherwise
+    twice, dequantized and in that type. A 16-bit backbone has the matrix already; this is too small to tell. Of experts one parameter is unpacked at a time: for a grouped product all its matrices,
     otherwise one in turn.
     """
-    linear = 2 * shape.largest_matrix * job.compute_bytes
+    once = job.bits == 4 and job.gptq is None and job.compute_bytes < 4
+    linear = (1 if once else 2) * shape.largest_matrix * job.compute_bytes
     if shape.experts is None or (job.bits == 16 and not job.mxfp4):
         return linear
     widest = max(matrix.weights for matrix in shape.experts.matrices)

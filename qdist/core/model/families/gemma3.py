@@ -85,7 +85,6 @@ _TUNED: dict[str, Config] = {"pt": {}, "it": {}}
 GEMMA3_TEXT = Family(
     model_type="gemma3_text",
     read=_read_text,
-    measured=False,
     aliases={
         "gemma3-270m": Alias("google/gemma-3-270m", _small(640, 2048, 18), _TUNED),
         "gemma3-1b": Alias("google/gemma-3-1b-pt", _small(1152, 6912, 26), _TUNED),
@@ -95,7 +94,6 @@ GEMMA3 = Family(
     model_type="gemma3",
     read=_read,
     modules=WRAPPED,
-    measured=False,
     aliases={
         "gemma3-4b": Alias("google/gemma-3-4b-pt", _gemma3(2560, 10_240, 34, 8, 4), _TUNED),
         "gemma3-12b": Alias("google/gemma-3-12b-pt", _gemma3(3840, 15_360, 48, 16, 8), _TUNED),

@@ -43,7 +43,6 @@ def _gpt_oss(layers: int, experts: int) -> Config:
 GPT_OSS = Family(
     model_type="gpt_oss",
     read=_read,
-    measured=False,
     aliases={
         "gpt-oss-20b": Alias("openai/gpt-oss-20b", _gpt_oss(24, 32)),
         "gpt-oss-120b": Alias("openai/gpt-oss-120b", _gpt_oss(36, 128)),

@@ -23,7 +23,6 @@ _TUNED: dict[str, Config] = {"instruct": {}}
 GRANITE = Family(
     model_type="granite",
     read=_read,
-    measured=False,
     aliases={
         "granite-2b": Alias(
             "ibm-granite/granite-3.3-2b-instruct", _granite(2048, 8192, attention=0.015625, logits=8.0), _TUNED

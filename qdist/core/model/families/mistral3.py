@@ -111,7 +111,6 @@ MISTRAL3 = Family(
     model_type="mistral3",
     read=_read,
     modules=WRAPPED,
-    measured=False,
     aliases={
         "mistral-small-24b": Alias(
             "mistralai/Mistral-Small-3.1-24B-Base-2503",

@@ -17,7 +17,7 @@ def _read(keys: Keys) -> ModelFacts:
         Linear("qkv_proj", hidden, (heads + 2 * kv_heads) * head_dim, False, "attention_in"),
         *mlp_linears(hidden, keys.count("intermediate_size"), fused=True),
     )
-    return read_facts(keys, linears, head_dim=head_dim, kv_heads=kv_heads, attention="repacked")
+    return read_facts(keys, linears, head_dim=head_dim, kv_heads=kv_heads, attention="joined")
 
 
 def _phi3(hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> Config:
@@ -35,7 +35,6 @@ _PHI4 = decoder_config(
 PHI3 = Family(
     model_type="phi3",
     read=_read,
-    measured=False,
     aliases={
         "phi-3-mini": Alias("microsoft/Phi-3-mini-4k-instruct", _phi3(3072, 8192, 32, 32, 32)),
         "phi-3-medium": Alias("microsoft/Phi-3-medium-4k-instruct", _phi3(5120, 17_920, 40, 40, 10)),

@@ -251,13 +251,12 @@ _NEXT: Config = {
 }
 _TUNED: dict[str, Config] = {"base": {}}
 
-QWEN3_5_TEXT = Family(model_type="qwen3_5_text", read=_read_text, measured=False)
+QWEN3_5_TEXT = Family(model_type="qwen3_5_text", read=_read_text)
 QWEN3_5_MOE_TEXT = Family(model_type="qwen3_5_moe_text", read=_read_moe_text, measured=False)
 QWEN3_5 = Family(
     model_type="qwen3_5",
     read=_read,
     modules=WRAPPED,
-    measured=False,
     aliases={
         "qwen3.5-9b": Alias("Qwen/Qwen3.5-9B", _qwen35(4096, 12_288, 32, 16, 4, 32, _LARGE), _TUNED),
         "qwen3.5-27b": Alias("Qwen/Qwen3.5-27B", _qwen35(5120, 17_408, 64, 24, 4, 48, _LARGE), also=("Qwen3.6-27B",)),

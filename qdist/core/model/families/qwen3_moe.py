@@ -49,7 +49,6 @@ _TUNED: dict[str, Config] = {"base": {"max_position_embeddings": 32_768, "eos_to
 QWEN3_MOE = Family(
     model_type="qwen3_moe",
     read=_read,
-    measured=False,
     aliases={
         "qwen3-30b-a3b": Alias("Qwen/Qwen3-30B-A3B", _qwen3(2048, 6144, 48, 32, 768), _TUNED),
         "qwen3-235b-a22b": Alias("Qwen/Qwen3-235B-A22B", _qwen3(4096, 12_288, 94, 64, 1536)),
