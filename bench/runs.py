@@ -107,6 +107,17 @@ RUNS: dict[str, tuple[int, str, str]] = {
         "mistral-small-24b",
         f"global_batch=2 micro_batch=2 seq_len=1024 {R16} {NONE}",
     ),
+    # Shapes that were not looked at while the terms were chosen.
+    "new qwen3-30b-a3b 3x1024": (
+        1,
+        "qwen3-30b-a3b",
+        f"global_batch=3 micro_batch=3 seq_len=1024 {R16} {EXPERTS} {NONE}",
+    ),
+    "new gpt-oss-20b 3x768": (1, "gpt-oss-20b", f"global_batch=3 micro_batch=3 seq_len=768 lora.r=8 {NONE}"),
+    "new olmo2-7b 3x777": (1, "olmo2-7b", f"global_batch=3 micro_batch=3 seq_len=777 lora.r=32 {NONE}"),
+    "new gemma3-12b 6x640": (1, "gemma3-12b", f"global_batch=6 micro_batch=6 seq_len=640 lora.r=8 {NONE}"),
+    "new phi-4 5x640": (1, "phi-4", f"global_batch=5 micro_batch=5 seq_len=640 lora.r=32 {CKPT}"),
+    "new granite-8b 3x1536": (1, "granite-8b", f"global_batch=3 micro_batch=3 seq_len=1536 lora.r=8 {CKPT}"),
     "65b x4 zero2": (4, "llama-65b --placement replicate", f"global_batch=16 micro_batch=4 {CKPT}"),
 }
 
