@@ -256,8 +256,8 @@ def _unpacked_bytes(shape: LayerShape, job: TrainingShape) -> int:
     """Bytes of the weights unpacked at a time in the backward pass.
 
     The largest matrix: of bitsandbytes' 4 bits on a GPU once, as its kernel writes the type of the product; otherwise
-    twice, dequantized and in that type. A 16-bit backbone has the matrix already; this is too small to tell. Of experts one parameter is unpacked at a time: for a grouped product all its matrices,
-    otherwise one in turn.
+    twice, dequantized and in that type. A 16-bit backbone has the matrix already; this is too small to tell. Of experts
+    one parameter is unpacked at a time: for a grouped product all its matrices, otherwise one in turn.
     """
     once = job.bits == 4 and job.gptq is None and job.compute_bytes < 4
     linear = (1 if once else 2) * shape.largest_matrix * job.compute_bytes
