@@ -58,12 +58,11 @@ def stock(folder: Path, device: str) -> Any:
 
 def ours(folder: Path, device: str) -> Any:
     """As a rank of `qdist launch` loads it."""
-    from qdist.runtime.model.describe import facts_of
-
     from qdist.core.model.storage import Packing
     from qdist.core.planning.plan import Source
     from qdist.core.spec.run_spec import Quant
     from qdist.host.sources.models import read_json
+    from qdist.runtime.model.describe import facts_of
     from qdist.runtime.model.skeleton import load_backbone
     from qdist.runtime.quantize.pack import pack
 

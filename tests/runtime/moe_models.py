@@ -1,5 +1,6 @@
 """Models with experts of two narrow layers, with facts made by hand."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ def plain_model(family: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
+@cache
 def facts_of_experts(family: str) -> ModelFacts:
     """Facts that say of each layer which experts it has, and which linears attention."""
     model = plain_model(family)

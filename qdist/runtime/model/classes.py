@@ -44,11 +44,12 @@ def empty_model(config: Any, *, dtype: torch.dtype | None = None, whole: bool = 
     whole: with the towers that training on text leaves out.
     """
     from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
 
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     choose_attention(config)
-    with init_empty_weights(include_buffers=False), _LargeOnMeta():
+    with init_empty_weights(include_buffers=False), _LargeOnMeta(), no_init_weights():
         given = {} if dtype is None else {"dtype": dtype}
         model = class_of(config).from_config(config, **given, trust_remote_code=False)
     model.tie_weights()

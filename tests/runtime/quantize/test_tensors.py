@@ -53,6 +53,7 @@ _QWEN35: dict[str, Any] = {
     "linear_value_head_dim": 8,
 }
 MODELS: dict[str, dict[str, Any]] = {
+    "llama": _COMMON,
     "qwen3_moe": {**_COMMON, **_MOE},
     "qwen2_moe": {**_COMMON, **_MOE, "shared_expert_intermediate_size": 24},
     "mixtral": {**_COMMON, "num_local_experts": 4},
@@ -152,7 +153,6 @@ def test_fp8_is_dequantized_while_it_is_read(tmp_path: Path, family: str) -> Non
     from safetensors.torch import load_file, save_file
 
     small = {**_COMMON, **_MOE, "moe_intermediate_size": 32, "intermediate_size": 64}
-    MODELS["llama"] = _COMMON
     config = config_of(family, **small)
     whole_model(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
