@@ -9,7 +9,7 @@ from torch import nn
 
 from qdist.core.errors import ModelError
 from qdist.runtime.kernels.grouped import Pairs, outer_products, products
-from qdist.runtime.model.packed import compute_dtype
+from qdist.runtime.model.packed import compute_dtype, unlike_a_view
 from qdist.runtime.model.packed_experts import (
     Matrices,
     PackedMatrices,
@@ -170,7 +170,7 @@ class _Experts(torch.autograd.Function):
         read = hidden if down is not None else None
         ctx.save_for_backward(read, weights, down, up, last_down, last_up, index, gated, narrow, last_narrow)
         ctx.module, ctx.scalings, ctx.shape, ctx.dtypes = module, scalings, hidden.shape, (hidden.dtype, dtype)
-        return pairs.summed(result).to(hidden.dtype).view(hidden.shape)
+        return unlike_a_view(pairs.summed(result).to(hidden.dtype), hidden.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
