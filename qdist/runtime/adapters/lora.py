@@ -10,7 +10,7 @@ from torch import nn
 
 from qdist.core.planning.plan import Plan
 from qdist.runtime.kernels.pooling import means
-from qdist.runtime.model.packed import compute_dtype, frozen_input_gradient, frozen_product
+from qdist.runtime.model.packed import compute_dtype, frozen_input_gradient, frozen_product, unlike_a_view
 
 _PREFIX = "base_model.model."
 """PEFT's prefix of a module path."""
@@ -143,7 +143,7 @@ class _Adapted(torch.autograd.Function):
         product.addmm_(narrow, up.to(dtype).t(), alpha=scaling)
         ctx.save_for_backward(read, narrow, down, up)
         ctx.layer, ctx.scaling, ctx.pool, ctx.input_dtype = layer, scaling, pool, inputs.dtype
-        return product.view(*inputs.shape[:-1], product.shape[-1])
+        return unlike_a_view(product, (*inputs.shape[:-1], product.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from qdist.core.errors import ModelError
 from qdist.runtime.kernels.grouped import Pairs, outer_products, products
-from qdist.runtime.model.packed import compute_dtype
+from qdist.runtime.model.packed import compute_dtype, unlike_a_view
 from qdist.runtime.model.packed_experts import (
     Matrices,
     PackedMatrices,
@@ -38,13 +38,18 @@ def compute_experts(module: nn.Module, path: str) -> None:
     The parameters that it needs are gate_up_proj or up_proj, and down_proj, each maybe with a bias (`..._bias`); any
     may be `PackedMatrices` by now. Raises ModelError if it is of another kind.
     """
-    known = hasattr(module, first_name(module)) and hasattr(module, LAST)
-    if not known or not (hasattr(module, "_apply_gate") or first_name(module) == UNGATED):
+    if not is_computed(module):
         raise ModelError(
             f"{path} is a {type(module).__name__}, whose experts are computed in a way that qdist does not know",
             try_="a model with experts as those of Qwen3-MoE, Mixtral or gpt-oss",
         )
     module.forward = MethodType(_experts_forward, module)
+
+
+def is_computed(module: nn.Module) -> bool:
+    """Whether the forward pass of an experts' module of transformers is one that is known here."""
+    known = hasattr(module, first_name(module)) and hasattr(module, LAST)
+    return known and (hasattr(module, "_apply_gate") or first_name(module) == UNGATED)
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -165,7 +170,7 @@ class _Experts(torch.autograd.Function):
         read = hidden if down is not None else None
         ctx.save_for_backward(read, weights, down, up, last_down, last_up, index, gated, narrow, last_narrow)
         ctx.module, ctx.scalings, ctx.shape, ctx.dtypes = module, scalings, hidden.shape, (hidden.dtype, dtype)
-        return pairs.summed(result).to(hidden.dtype).view(hidden.shape)
+        return unlike_a_view(pairs.summed(result).to(hidden.dtype), hidden.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -212,7 +212,7 @@ class _Frozen(torch.autograd.Function):
         ctx.layer, ctx.dtype = layer, inputs.dtype
         dtype = compute_dtype(inputs)
         product = layer.product(inputs.reshape(-1, inputs.shape[-1]).to(dtype))
-        return product.reshape(*inputs.shape[:-1], layer.out_features)
+        return unlike_a_view(product, (*inputs.shape[:-1], layer.out_features))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -220,6 +220,12 @@ class _Frozen(torch.autograd.Function):
         flat = gradient.reshape(-1, gradient.shape[-1])
         inputs = ctx.layer.input_gradient(flat)
         return inputs.reshape(*gradient.shape[:-1], -1).to(ctx.dtype), None
+
+
+def unlike_a_view(result: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """What an autograd function returns, in another shape: torch lets no model add to a view in place (Falcon)."""
+    reshaped: torch.Tensor = torch.ops.aten._unsafe_view(result.contiguous(), shape)
+    return reshaped
 
 
 def frozen_product(layer: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:

@@ -132,6 +132,19 @@ def test_what_the_fused_adapter_keeps_is_its_input_and_the_narrow_product() -> N
     assert inputs.data_ptr() in new
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_may_add_to_a_product_in_place(kind: str) -> None:
+    layer, config = filled(KINDS[kind]()), LoraConfig(r=8, target_modules=["linear"])
+    config._register_custom_module({nn.Linear: FusedLora})
+    model = get_peft_model(nn.Sequential(nn.ModuleDict({"linear": layer})), config)
+    for module in (layer, model.base_model.model[0]["linear"]):
+        inputs = torch.randn(2, 6, INPUTS, requires_grad=True)
+        product = module(inputs)
+        product += 1.0
+        product.sum().backward()
+        assert inputs.grad is not None
+
+
 def test_packed_bytes_are_parameters_that_need_no_gradient() -> None:
     for layer in (packed("nf4", True), Packed8bit(INPUTS, OUTPUTS, bias=True, dtype=torch.float32)):
         assert isinstance(layer, PackedLinear)
