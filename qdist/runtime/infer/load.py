@@ -26,7 +26,7 @@ from qdist.runtime.data.tokenizer import BESIDE, align_config, has_tokenizer, op
 from qdist.runtime.formats.gptq_folder import in_safetensors
 from qdist.runtime.formats.recorded_sums import digest_of_folder, require_adapter, verify_folder
 from qdist.runtime.infer.residence import arrange, choose, first_device, free_bytes, on_device, settle
-from qdist.runtime.model.classes import class_of
+from qdist.runtime.model.classes import class_of, content_of
 from qdist.runtime.model.describe import facts_of
 from qdist.runtime.model.parts import decoder_layers
 from qdist.runtime.model.skeleton import DTYPES, load_backbone, load_plain, open_config
@@ -95,7 +95,7 @@ def _gptq(
     )
     residence = choose(parts, device=device, max_memory_bytes=cap_bytes)
     source = Source(
-        kind="folder", path=str(folder), packed=str(folder), gptq=found, config=shape.config.to_dict(), tokenizer=""
+        kind="folder", path=str(folder), packed=str(folder), gptq=found, config=content_of(shape.config), tokenizer=""
     )
     model = load_backbone(
         source, bits=4, quant=Quant(), dtype=chosen, device=first_device(residence), facts=facts,

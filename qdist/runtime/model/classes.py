@@ -1,6 +1,7 @@
 """Which class of transformers computes a model, and the model itself without storage."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +36,35 @@ def class_of(config: Any) -> Any:
         return AutoModelForCausalLM
     of_text = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
     return AutoModelForCausalLM if of_text in (config.architectures or ()) else AutoModelForImageTextToText
+
+
+def config_of(content: Mapping[str, Any]) -> Any:
+    """transformers' configuration of a config.json's content, in which infinite numbers are spelled as objects."""
+    from transformers import AutoConfig
+
+    settings = {key: _number(value) for key, value in content.items() if key != "model_type"}
+    return AutoConfig.for_model(str(content["model_type"]), **settings)
+
+
+def content_of(config: Any) -> dict[str, Any]:
+    """The content of a config.json for a configuration of transformers, of what JSON can hold."""
+    spelled: dict[str, Any] = _spelled(config.to_dict())
+    return spelled
+
+
+def _spelled(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")}
+    if isinstance(value, Mapping):
+        return {key: _spelled(each) for key, each in value.items()}
+    return type(value)(map(_spelled, value)) if type(value) in (list, tuple) else value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        is_number = set(value) == {"__float__"}
+        return float(value["__float__"]) if is_number else {key: _number(each) for key, each in value.items()}
+    return [_number(each) for each in value] if isinstance(value, list) else value
 
 
 def empty_model(config: Any, *, dtype: torch.dtype | None = None, whole: bool = False) -> Any:

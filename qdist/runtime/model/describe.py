@@ -16,7 +16,7 @@ from qdist.core.model.families import FAMILIES, from_config
 from qdist.core.model.shapes import Kept, LayerRun, LayerShape, ModelFacts, Modules
 from qdist.core.requests import Describe
 from qdist.host.opening import told
-from qdist.runtime.model.classes import empty_model, leave_out_towers
+from qdist.runtime.model.classes import config_of, empty_model, leave_out_towers
 from qdist.runtime.model.layer_parts import SHARED, Facts, is_linear, read, shape_of, weights_rescaled
 from qdist.runtime.model.parts import layers_path, modules_around
 
@@ -65,7 +65,6 @@ def facts_of(config: Any, *, name: str) -> ModelFacts:
 
 def open_mapping(config: Mapping[str, Any], *, name: str) -> Any:
     """transformers' configuration of a config.json's content. Raises ModelError."""
-    from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = str(config.get("model_type"))
@@ -76,7 +75,7 @@ def open_mapping(config: Mapping[str, Any], *, name: str) -> Any:
             try_="a newer transformers, or a model of a family that it knows",
         )
     with told(f"{name}: transformers makes no configuration of its config.json", ModelError, try_=_PUBLISHED):
-        return AutoConfig.for_model(kind, **{key: value for key, value in config.items() if key != "model_type"})
+        return config_of(config)
 
 
 _PUBLISHED = "its published config.json"

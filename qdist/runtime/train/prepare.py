@@ -36,12 +36,13 @@ def prepare(spec: RunSpec) -> Prepared:
     from qdist.runtime.data.tokenizer import open_tokenizer, repair, text_settings
     from qdist.runtime.data.wording import keep_wording
     from qdist.runtime.formats.recorded_sums import digest_of_folder
+    from qdist.runtime.model.classes import content_of
     from qdist.runtime.model.skeleton import open_config
     from qdist.runtime.quantize.materialize import materialize
 
     located = locate(spec.model)
     folder = materialize(located)
-    config: dict[str, Any] = open_config(folder).to_dict()
+    config: dict[str, Any] = content_of(open_config(folder))
     tokenizer = open_tokenizer(folder, f"{spec.model} has no tokenizer to read data with")
     require_template(tokenizer)
     repaired = repair(tokenizer, config, new_tokens=spec.new_tokens)
