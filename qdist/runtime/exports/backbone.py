@@ -24,7 +24,7 @@ from qdist.runtime.infer.residence import free_bytes
 from qdist.runtime.model.packed import PackedLinear, Slices
 from qdist.runtime.model.packed_experts import PackedMatrices
 from qdist.runtime.model.skeleton import DTYPES, fill, skeleton
-from qdist.runtime.model.weights import FolderWeights, RandomWeights, Weights, is_transposed
+from qdist.runtime.model.weights import FolderWeights, RandomWeights, Weights, is_transposed, stored_buffers, whole
 from qdist.runtime.quantize.source import Originals, find_originals
 
 _GPU_BYTES = 4 * GIB
@@ -34,13 +34,15 @@ _COLUMNS = 1024
 
 
 class Weight(NamedTuple):
-    """A parameter of the model before its backbone was packed."""
+    """A parameter, or a stored buffer, of the model before its backbone was packed."""
 
     name: str
     shape: tuple[int, ...]
     """Shape, including rows of new tokens."""
     position: int
     """Index of its decoder layer; the number of layers for anything outside them."""
+    buffer_dtype: torch.dtype | None = None
+    """Of a buffer, which keeps it whatever the dtype of the weights; None for a parameter."""
 
 
 class Backbone:
@@ -78,6 +80,10 @@ class Backbone:
                     shape = self._shape(path, leaf, module, parameter)
                     found.append(Weight(f"{path}.{leaf}", shape, self._position(path)))
                 seen.add(parameter)
+            found += [
+                Weight(f"{path}.{leaf}", tuple(buffer.shape), self._position(path), self.read(f"{path}.{leaf}").dtype)
+                for leaf, buffer in stored_buffers(module).items()
+            ]
         return tuple(found)
 
     def _position(self, path: str) -> int:
@@ -94,9 +100,19 @@ class Backbone:
             module = self.model.get_submodule(path)
             if isinstance(module, PackedLinear) and leaf == "weight":
                 return self.linear(path).unpacked(self.device)
-            value = self._weights.of(path, module)[leaf][:].to(self.device, module.get_parameter(leaf).dtype)
+            value = (
+                self._buffer(path, leaf, module)
+                if leaf in stored_buffers(module)
+                else self._weights.of(path, module)[leaf][:].to(self.device, module.get_parameter(leaf).dtype)
+            )
             self.check()
         return self.with_new_rows(value) if path in self.tables else value
+
+    def _buffer(self, path: str, leaf: str, module: nn.Module) -> torch.Tensor:
+        """A stored buffer in the dtype that it is stored in; the class's own where no weights are stored."""
+        tensors = self._weights.of(path, module)
+        found: torch.Tensor = whole(tensors[leaf]) if leaf in tensors else stored_buffers(module)[leaf]
+        return found.to(self.device)
 
     def is_transposed(self, name: str) -> bool:
         """Whether transformers' class holds a matrix as [inputs, outputs], which is read as [outputs, inputs]."""

@@ -30,6 +30,7 @@ from qdist.runtime.formats.packed_folder import (
 from qdist.runtime.kernels.gptq_bits import group_of_inputs
 from qdist.runtime.model.packed_gptq import PackedGptq
 from qdist.runtime.model.skeleton import DTYPES
+from qdist.runtime.model.weights import stored_buffers
 
 _QWEIGHT = ".qweight"
 _PACKED = (_QWEIGHT, ".qzeros", ".scales", ".g_idx")
@@ -137,7 +138,7 @@ class GptqBase:
         tensors: dict[str, torch.Tensor] = {}
         for path, module in self._modules[position]:
             own = self.backbone.linear(path) if isinstance(module, PackedGptq) else None
-            for name, _ in module.named_parameters(recurse=False):
+            for name in (*dict(module.named_parameters(recurse=False)), *stored_buffers(module)):
                 stored = "qweight" if own is not None and name == "weight" else name
                 value = own.get_parameter(name) if own is not None else self.backbone.read(f"{path}.{name}")
                 tensors[f"{path}.{stored}"] = value.detach().cpu()

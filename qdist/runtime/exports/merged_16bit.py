@@ -22,6 +22,7 @@ from qdist.runtime.formats.packed_folder import Entry, file_name, finished, writ
 from qdist.runtime.formats.recorded_sums import keep_sums
 from qdist.runtime.formats.work_folder import filled, reserved
 from qdist.runtime.model.skeleton import DTYPES
+from qdist.runtime.model.weights import stored_buffers
 
 _ROWS = 1024
 """Rows of a matrix held in float32 at a time."""
@@ -50,6 +51,8 @@ class Merged:
         path, _, leaf = name.rpartition(".")
         update = self.adapters.of(path) if leaf == "weight" and path in self.adapters.paths else None
         frozen = self.backbone.read(name)
+        if name in self._buffers:
+            return frozen
         merged = torch.empty(frozen.shape, dtype=self.dtype, device=frozen.device)
         for first in range(0, len(frozen), _ROWS):
             rows = frozen[first : first + _ROWS].float()
@@ -62,6 +65,10 @@ class Merged:
             _require_range(trained, name, self.dtype)
             merged[list(self.backbone.source.new_token_ids)] = trained.to(merged.device, self.dtype)
         return merged
+
+    @cached_property
+    def _buffers(self) -> frozenset[str]:
+        return frozenset(weight.name for weight in self.weights() if weight.buffer_dtype is not None)
 
     @cached_property
     def _expert_names(self) -> frozenset[str]:
@@ -84,7 +91,7 @@ class Merged:
 
     def of(self, path: str, module: nn.Module) -> Mapping[str, torch.Tensor]:
         """A module's tensors, with the interface that `skeleton.fill` expects."""
-        return _OfModule(self, path, [name for name, _ in module.named_parameters(recurse=False)])
+        return _OfModule(self, path, [*dict(module.named_parameters(recurse=False)), *stored_buffers(module)])
 
     def check(self) -> None:
         """Nothing left to check: each weight is verified as it is read."""
@@ -176,7 +183,7 @@ def _files(merged: Merged) -> dict[str, list[Entry]]:
         turned = merged.backbone.is_transposed(weight.name)
         shape = weight.shape[::-1] if turned else weight.shape
         make = partial(_transposed, merged, weight.name) if turned else partial(merged.read, weight.name)
-        entry = Entry(weight.name, merged.dtype, shape, make)
+        entry = Entry(weight.name, weight.buffer_dtype or merged.dtype, shape, make)
         files[file_name(weight.position, layers)].append(entry)
     files[file_name(layers, layers)] += merged.backbone.towers()
     return files

@@ -18,13 +18,21 @@ from qdist.host.opening import require_files, told
 from qdist.runtime.data.tokenizer import add_rows
 from qdist.runtime.formats.recorded_sums import expected_sums
 from qdist.runtime.kernels.gptq_bits import require_whole_words
-from qdist.runtime.model.classes import choose_attention, class_of, empty_model
+from qdist.runtime.model.classes import choose_attention, class_of, config_of, empty_model
 from qdist.runtime.model.experts import compute_experts, is_experts, is_transposed
 from qdist.runtime.model.packed import Packed4bit, Packed8bit, Slices, is_offloaded
 from qdist.runtime.model.packed_experts import PackedMatrices, packed_matrices
 from qdist.runtime.model.packed_gptq import PackedGptq
 from qdist.runtime.model.parts import decoder_layers
-from qdist.runtime.model.weights import FolderWeights, ModelWeights, RandomWeights, Stored, Weights
+from qdist.runtime.model.weights import (
+    FolderWeights,
+    ModelWeights,
+    RandomWeights,
+    Stored,
+    Weights,
+    stored_buffers,
+    whole,
+)
 
 
 def open_config(folder: Path) -> Any:
@@ -49,12 +57,10 @@ def skeleton(source: Source, *, bits: int, quant: Quant, dtype: torch.dtype, fac
     facts: say which linears and experts inside decoder layers are packed to `bits`; linears beside experts that come in
     MXFP4 stay in 16 bits, as they come.
     """
-    from transformers import AutoConfig
-
     config = (
         open_config(Path(source.path))
         if source.path and Path(source.path).is_dir()  # a run whose model is gone goes by its plan
-        else AutoConfig.for_model(str(source.config["model_type"]), **_without_type(source.config))
+        else config_of(source.config)
     )
     model = empty_model(config, dtype=dtype)
     model.qdist_parts = facts.modules
@@ -83,10 +89,6 @@ def _as_linear(module: Conv1D) -> nn.Linear:
     linear = nn.Linear(module.nx, module.nf, device="meta", dtype=module.weight.dtype)
     linear.bias = module.bias
     return linear
-
-
-def _without_type(config: dict[str, object]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "model_type"}
 
 
 def _packed(linear: nn.Linear, path: str, source: Source, bits: int, quant: Quant, dtype: torch.dtype) -> nn.Linear:
@@ -121,7 +123,9 @@ def _pack_experts(module: nn.Module, experts: Experts, bits: int, quant: Quant, 
 
 
 def fill(model: nn.Module, weights: Weights, *, device: torch.device) -> None:
-    """Load every parameter's values and move the buffers, holding no more than one module's tensors at a time.
+    """Load the values of parameters and stored buffers, and move other buffers, a module at a time.
+
+    No more than one module's tensors are held besides.
 
     A parameter that is sharded already (a DTensor) takes its own rows and no others. The weights of a linear that is
     marked `offloaded` stay in pinned host memory.
@@ -133,7 +137,9 @@ def fill(model: nn.Module, weights: Weights, *, device: torch.device) -> None:
         place = getattr(module, "runs_on", device)
         own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
         # A tied head finds its table filled already, and need not be in the folder.
-        tensors = weights.of(path, module) if any(parameter not in filled for parameter in own.values()) else {}
+        buffers = stored_buffers(module)
+        is_read = bool(buffers) or any(parameter not in filled for parameter in own.values())
+        tensors = weights.of(path, module) if is_read else {}
         for name, parameter in own.items():
             if parameter not in filled:
                 filled[parameter] = _filled(parameter, tensors[name], place)
@@ -141,10 +147,18 @@ def fill(model: nn.Module, weights: Weights, *, device: torch.device) -> None:
                     filled[parameter] = _in_host_memory(filled[parameter], place)
             module.register_parameter(name, filled[parameter])
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, (tensors[name][:] if buffer.is_meta else buffer).to(place, buffer.dtype))
+            is_stored = buffer.is_meta or (name in buffers and name in tensors)
+            values = whole(tensors[name]) if is_stored else buffer
+            setattr(module, name, values.to(place, _dtype_of_buffer(model, f"{path}.{name}", buffer)))
         if is_offloaded(module):
             module.runs_on = place
     weights.check()
+
+
+def _dtype_of_buffer(model: Any, path: str, buffer: torch.Tensor) -> torch.dtype:
+    """A buffer's dtype, which is float32 where transformers keeps it so beside weights in 16 bits."""
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    return torch.float32 if any(name in path for name in kept) else buffer.dtype
 
 
 def offload(model: Any, layers: Sequence[int]) -> None:

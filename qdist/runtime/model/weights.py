@@ -47,7 +47,7 @@ class Stored:
         return prod(self._part.get_shape())
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
-        values: torch.Tensor = self._part[rows]
+        values: torch.Tensor = self._part[rows if self._part.get_shape() else ...]  # a single number has no rows
         if rows == slice(None):
             self._check.add(self._file, self._name, values)
         return values
@@ -81,7 +81,7 @@ class ModelWeights:
         if isinstance(module, PackedMatrices):
             return module.pack(self.model.get_parameter(path), self.device, self.dtype)
         plain = self.model.get_submodule(path)
-        tensors: dict[str, Any] = dict(plain.named_parameters(recurse=False))
+        tensors: dict[str, Any] = {**dict(plain.named_parameters(recurse=False)), **stored_buffers(plain)}
         if isinstance(plain, Conv1D):  # [inputs, outputs], and a linear in its place
             tensors["weight"] = tensors["weight"].detach().t().contiguous()
         if isinstance(module, PackedLinear):
@@ -129,6 +129,17 @@ class FolderWeights:
             return tensor[:].clone() if tensor.elements <= _COPIED_ELEMENTS else tensor
 
 
+def whole(tensor: Slices) -> torch.Tensor:
+    """All rows of a tensor, which may be a single number."""
+    return tensor if isinstance(tensor, torch.Tensor) else tensor[:]
+
+
+def stored_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers of a module itself that are part of a checkpoint, such as the bias by which routers choose experts."""
+    passing = module._non_persistent_buffers_set
+    return {name: value for name, value in module.named_buffers(recurse=False) if name not in passing}
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Whether a linear stands for a `Conv1D`, whose weights in 16 bits are stored as [inputs, outputs]."""
     return bool(getattr(module, "is_transposed", False)) and isinstance(module, nn.Linear)
@@ -152,6 +163,9 @@ class _Prefixed(Mapping[str, Slices]):
 
     def __getitem__(self, name: str) -> Slices:
         return self._folder.open(f"{self._path}.{name}")
+
+    def __contains__(self, name: object) -> bool:
+        return f"{self._path}.{name}" in self._folder.files
 
     def __iter__(self) -> Iterator[str]:
         prefix = f"{self._path}."

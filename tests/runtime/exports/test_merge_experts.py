@@ -17,6 +17,7 @@ from qdist.runtime.exports import merged_16bit
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.model.classes import class_of
 from tests.runtime.data.test_tokenized import tiny_tokenizer
+from tests.runtime.every_model import tiny_model
 from tests.runtime.quantize.test_tensors import config_of, whole_model
 from tests.runtime.tiny import VOCAB, adapted_run, logits_of, real_job, save_data
 
@@ -91,6 +92,21 @@ def test_matrices_of_gpt2_are_merged_as_its_class_holds_them(tmp_path: Path, bit
     assert str(folded) == "folded 8 of 8 linears"
     distance = (logits_of(plain(tmp_path / "out")) - logits_of(trained)).abs().max()
     assert distance < (1e-5 if onto == "dequantized" else 0.5)
+
+
+@pytest.mark.parametrize("onto", ["dequantized", "original"])
+def test_the_biases_by_which_routers_choose_are_trained_with_and_merged(tmp_path: Path, onto: Any) -> None:
+    """They are buffers, zero in a new model, and in float32 beside weights in 16 bits."""
+    source, data = tiny_model("glm4_moe"), save_data(tmp_path / "d.jsonl")
+    source.to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    tiny_tokenizer(bos=False).save_pretrained(tmp_path / "source")
+    run, trained = adapted_run(real_job(tmp_path / "source", data, tmp_path / "run", seq_len=64))
+    name = "model.layers.3.mlp.gate.e_score_correction_bias"
+    stored = plain(tmp_path / "source").get_buffer(name)
+    assert stored.min() > 0.0
+    assert torch.equal(trained.get_base_model().get_buffer(name), stored)
+    merged_16bit.write(Adapters([run]), tmp_path / "out", onto=onto, dtype=torch.bfloat16)
+    assert torch.equal(plain(tmp_path / "out").get_buffer(name), stored)
 
 
 def test_a_tensor_of_an_adapter_that_is_not_folded_refuses_the_merge(tmp_path: Path) -> None:

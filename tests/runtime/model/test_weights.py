@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from qdist.core.errors import ModelError
-from qdist.runtime.model.weights import FolderWeights
+from qdist.runtime.model.weights import FolderWeights, whole
 
 LARGE = 1 << 19
 
@@ -33,6 +33,11 @@ def test_a_large_tensor_stays_where_ranks_share_it(folder: FolderWeights) -> Non
     large = folder.open("large")[:]
     assert mapped(folder.folder / "model.safetensors")
     assert torch.equal(large, torch.arange(LARGE))
+
+
+def test_a_single_number_is_read_too(folder: FolderWeights) -> None:
+    save_file({"number": torch.tensor(0.5)}, folder.folder / "other.safetensors")
+    assert whole(folder.open("number")) == 0.5
 
 
 def test_a_tensor_that_is_missing_is_named(folder: FolderWeights) -> None:
