@@ -8,6 +8,11 @@ import msgspec
 
 from qdist.core.errors import ModelError, nearest
 
+MOST_UNPACKED = 0.01
+"""Largest share of linears and experts that may be in 16 bits where fewer were asked for."""
+UNPACKED_EXPERTS = "experts in a layout that is not packed"
+"""Reason for experts that are not one matrix an expert in parameters of one module."""
+
 Reads = Literal["attention_in", "attention_out", "mlp_in", "mlp_out"]
 """Which tensor of a decoder layer a linear takes as input."""
 ALL_LINEAR = "all-linear"  # stands for every name in `linear_names`, as in peft

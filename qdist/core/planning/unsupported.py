@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qdist.core.errors import SpecError
-from qdist.core.model.shapes import ALL_LINEAR, EXPERTS, ModelFacts
+from qdist.core.model.shapes import ALL_LINEAR, EXPERTS, MOST_UNPACKED, UNPACKED_EXPERTS, ModelFacts
 from qdist.core.spec.run_spec import GPTQ_METHODS, RunSpec
 
 _BALANCE_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef", "aux_loss_alpha")
@@ -38,6 +38,8 @@ def _contradictions(spec: RunSpec, facts: ModelFacts, config: Mapping[str, Any])
             ways=[{"lora.dropout": 0.0}, {"lora.targets": rest or (ALL_LINEAR,)}],
         )
     yield from _balance_loss(spec, config)
+    if spec.bits < 16:
+        yield from _unpacked_experts(spec, facts)
 
 
 def _with_experts(facts: ModelFacts, what: str) -> Iterator[SpecError]:
@@ -49,6 +51,21 @@ def _with_experts(facts: ModelFacts, what: str) -> Iterator[SpecError]:
             ways=[{"method": "qlora", "bits": 4, "quant.group_size": 128, "lora.pool": "peft",
                    "lora.pool_group_size": None}],
         )  # fmt: skip
+
+
+def _unpacked_experts(spec: RunSpec, facts: ModelFacts) -> Iterator[SpecError]:
+    """Experts that would stay in 16 bits where fewer were asked for."""
+    left = [
+        run.count * kept.parameters for run in facts.layers for kept in run.shape.kept
+        if kept.reason == UNPACKED_EXPERTS
+    ]  # fmt: skip
+    share = sum(left) / max(1, sum(left) + facts.linear_weights)
+    if share > MOST_UNPACKED:
+        yield SpecError(
+            f"the experts of {facts.name} are in a layout that qdist does not pack: {share:.0%} of the weights of its "
+            f"decoder layers would stay in 16 bits where {spec.bits} were asked for",
+            ways=[{"bits": 16}],
+        )
 
 
 def _balance_loss(spec: RunSpec, config: Mapping[str, Any]) -> Iterator[SpecError]:

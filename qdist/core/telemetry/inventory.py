@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from qdist.core.errors import DataError, ModelError
-from qdist.core.model.shapes import ALL_LINEAR, EXPERTS
+from qdist.core.model.shapes import ALL_LINEAR, EXPERTS, MOST_UNPACKED
 from qdist.core.telemetry.kernels import Kernels
 from qdist.core.text import counted, first_few, format_bytes
 
@@ -19,8 +19,6 @@ UNPACKED = "not packed"
 BIASES, NORMS, EMBEDDINGS, POSITIONS, HEAD = "biases", "norms", "embeddings", "positions", "head"
 STORED = "stored so in the checkpoint"
 OTHER = "other parameters"
-MOST_UNPACKED = 0.01
-"""Largest share of the bytes of linears and experts that may be in 16 bits where fewer were asked for."""
 
 Kind = Literal["linear", "expert", "other"]
 

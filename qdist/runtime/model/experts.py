@@ -38,13 +38,18 @@ def compute_experts(module: nn.Module, path: str) -> None:
     The parameters that it needs are gate_up_proj or up_proj, and down_proj, each maybe with a bias (`..._bias`); any
     may be `PackedMatrices` by now. Raises ModelError if it is of another kind.
     """
-    known = hasattr(module, first_name(module)) and hasattr(module, LAST)
-    if not known or not (hasattr(module, "_apply_gate") or first_name(module) == UNGATED):
+    if not is_computed(module):
         raise ModelError(
             f"{path} is a {type(module).__name__}, whose experts are computed in a way that qdist does not know",
             try_="a model with experts as those of Qwen3-MoE, Mixtral or gpt-oss",
         )
     module.forward = MethodType(_experts_forward, module)
+
+
+def is_computed(module: nn.Module) -> bool:
+    """Whether the forward pass of an experts' module of transformers is one that is known here."""
+    known = hasattr(module, first_name(module)) and hasattr(module, LAST)
+    return known and (hasattr(module, "_apply_gate") or first_name(module) == UNGATED)
 
 
 def is_experts(module: nn.Module) -> bool:

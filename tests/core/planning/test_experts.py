@@ -9,7 +9,7 @@ from qdist.cli.views.plan import plan_lines
 from qdist.core.errors import ModelError, SpecError
 from qdist.core.model.adapters.registry import adapter_parameters, expert_adapter_parameters
 from qdist.core.model.aliases import config_of
-from qdist.core.model.shapes import LayerRun, ModelFacts
+from qdist.core.model.shapes import UNPACKED_EXPERTS, Kept, LayerRun, ModelFacts
 from qdist.core.model.storage import Packing, experts_bytes, packing_of
 from qdist.core.planning.disk import packed_bytes
 from qdist.core.planning.inference import footprint
@@ -179,6 +179,18 @@ def test_the_balance_loss_of_routers_is_refused_wherever_a_configuration_asks_fo
         planned(facts, gpus(1, 141), config={"text_config": asked} if inside else asked)
     planned(facts, gpus(1, 141), config=asked | {"router_aux_loss_coef": 0})
     planned(facts, gpus(1, 141), config=asked | {"output_router_logits": False})
+
+
+def test_experts_that_would_stay_in_16_bits_are_refused_where_fewer_were_asked_for() -> None:
+    facts = qwen3_moe()
+    (run,) = facts.layers
+    assert run.shape.experts is not None
+    lost = Kept("mlp.experts", run.shape.experts.parameters, UNPACKED_EXPERTS)
+    layers = (LayerRun(replace(run.shape, experts=None, kept=(lost,)), run.count),)
+    with pytest.raises(SpecError, match="97% of the weights of its decoder layers would stay in 16 bits") as refused:
+        planned(replace(facts, layers=layers), gpus(1, 141))
+    assert refused.value.try_ == "--bits 16"
+    planned(replace(facts, layers=layers), gpus(1, 141), {"bits": 16})
 
 
 def test_layers_that_share_keys_and_values_stay_in_one_stage() -> None:
