@@ -9,17 +9,18 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qdist.core.model.shapes import Experts, Kept, LayerShape, Linear, Reads
+from qdist.core.model.shapes import UNPACKED_EXPERTS, Experts, Kept, LayerShape, Linear, Reads
+from qdist.runtime.model.experts import is_computed
 
 FUSED = "read by a fused kernel"
 """Reason for a linear that its own module does not call, but whose weight it hands to a function."""
 RESCALED = "rescaled in place by the model"
 SHARED = "shared between layers"
+NO_GRADIENTS = "computed without gradients"
+"""Reason for a linear of a module that only chooses, such as the indexer of sparse attention."""
 SMALL = "too small to pack"
 ROUTER = "router"
 OWN_LINEAR = "a linear with arithmetic of its own"
-UNPACKED_EXPERTS = "experts in a layout that is not packed"
-"""Reason for experts that are not one matrix an expert in parameters of one module."""
 _MOST_SMALL = 64
 """Inputs or outputs up to which a linear is too small; an eighth of the hidden size where that is less."""
 _KEYS_OR_VALUES = re.compile(r"(k|v|kv|key|value)(_|$)")
@@ -126,6 +127,7 @@ class _Parts:
         self._modules = dict(layer.named_modules())
         self._stacked = dict(_stacked(self._modules))
         self._routed = bool(self._stacked) or any(map(_is_expert, self._modules, self._modules.values()))
+        self._without_gradients = [path for path, module in self._modules.items() if _has_no_gradients(type(module))]
         self._kept_linears = {path: why for path in self._linear_paths() if (why := self._why_kept(path))}
         self.recurrent = any(_is_recurrent(module) for module in self._modules.values())
         self._attention = self._find_attention()
@@ -150,6 +152,8 @@ class _Parts:
         owner: Any = type(self._modules[within])
         if leaf in weights_read(owner):
             return FUSED
+        if any(path.startswith(f"{each}.") for each in self._without_gradients):
+            return NO_GRADIENTS
         if path in self._facts.rescaled:
             return RESCALED
         if id(module.weight) in self._facts.shared:
@@ -176,6 +180,7 @@ class _Parts:
                 Linear(
                     leaf, inputs, outputs, bias, _reads(path, inputs, outputs, self._facts.hidden),
                     within if leaves.count(leaf) > 1 or "shared_expert" in within else "",
+                    isinstance(self._modules[path], Conv1D),
                 )
             )  # fmt: skip
         return tuple(found)
@@ -295,11 +300,14 @@ class _Parts:
 
 
 def _stacked(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The 3-D parameters of routed experts, a matrix an expert, by the path of the module that has them all."""
+    """The 3-D parameters of routed experts, a matrix an expert, by the path of the module that has them all.
+
+    Those of a module whose forward pass is not known are not packed, as nothing could read them.
+    """
     for path, module in modules.items():
         own = {name: value for name, value in module.named_parameters(recurse=False) if value.dim() == 3}
         is_whole = len(own) > 1 and len({value.shape[0] for value in own.values()}) == 1
-        if is_whole and _is_expert(path, module) and "shared" not in path.rpartition(".")[2]:
+        if is_whole and is_computed(module) and _is_expert(path, module) and "shared" not in path.rpartition(".")[2]:
             yield path, own
 
 
@@ -333,6 +341,13 @@ def weights_read(kind: Any) -> frozenset[str]:
         if name != "__init__" and function.__module__ == kind.__module__:
             names.update(_WEIGHT_READ.findall(inspect.getsource(function)))
     return frozenset(names)
+
+
+@cache
+def _has_no_gradients(kind: Any) -> bool:
+    """Whether nothing in a module has a gradient, so that no adapter would learn: it only returns indices."""
+    is_theirs = kind.__module__.startswith("transformers.models")
+    return kind.__name__.endswith("Indexer") or (is_theirs and "@torch.no_grad" in inspect.getsource(kind.forward))
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from qdist.core.model.families import FAMILIES as KNOWN
 from qdist.core.model.families import from_config
 from qdist.core.model.shapes import Linear, ModelFacts
 from qdist.core.requests import Answer, Describe
+from qdist.runtime.model.classes import config_of as config_of_content
 from qdist.runtime.model.classes import empty_model
 from qdist.runtime.model.describe import describe, facts_of
 from qdist.runtime.tasks import answer_to
@@ -102,6 +103,26 @@ def test_every_packed_linear_is_a_module_of_its_layer(family: str) -> None:
     weights = sum(model.get_submodule(path).weight.numel() for path in packed)
     experts = sum(run.count * run.shape.experts.weights for run in facts.layers if run.shape.experts)
     assert weights + experts == facts.linear_weights
+
+
+def test_linears_that_the_class_holds_transposed_say_so() -> None:
+    assert all(linear.transposed for linear in of("gpt2").linears)
+    assert not any(linear.transposed for linear in of("phi").linears)
+
+
+def test_linears_that_only_choose_are_neither_packed_nor_adapted() -> None:
+    """The indexer of DeepSeek's sparse attention computes without gradients."""
+    config = {**LATENT, "index_n_heads": 4, "index_head_dim": 64, "index_topk": 16}
+    shapes = describe(AutoConfig.for_model("deepseek_v32", **config), name="deepseek").shapes
+    assert not any("indexer" in linear.within or linear.name == "wq_b" for shape in shapes for linear in shape.linears)
+    reasons = {kept.path: kept.reason for kept in shapes[0].kept}
+    assert reasons["self_attn.indexer.wq_b"] == reasons["self_attn.indexer.wk"] == "computed without gradients"
+
+
+def test_an_infinite_number_of_a_configuration_is_read_as_transformers_writes_it() -> None:
+    limits = [0.0, {"__float__": "Infinity"}]
+    config = config_of_content({"model_type": "bamba", **FAMILIES["bamba"], "time_step_limit": limits})
+    assert tuple(config.time_step_limit) == (0.0, float("inf"))
 
 
 def test_a_linear_of_a_fused_kernel_stays_in_16_bits() -> None:

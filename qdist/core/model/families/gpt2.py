@@ -9,10 +9,10 @@ def _read(keys: Keys) -> ModelFacts:
     hidden = keys.count("n_embd", "hidden_size")
     inner = keys.count("n_inner", default=4 * hidden)
     linears = (
-        Linear("c_attn", hidden, 3 * hidden, True, "attention_in"),
-        Linear("c_proj", hidden, hidden, True, "attention_out", "attn"),
-        Linear("c_fc", hidden, inner, True, "mlp_in"),
-        Linear("c_proj", inner, hidden, True, "mlp_out", "mlp"),
+        Linear("c_attn", hidden, 3 * hidden, True, "attention_in", transposed=True),
+        Linear("c_proj", hidden, hidden, True, "attention_out", "attn", transposed=True),
+        Linear("c_fc", hidden, inner, True, "mlp_in", transposed=True),
+        Linear("c_proj", inner, hidden, True, "mlp_out", "mlp", transposed=True),
     )
     rows = keys.count("n_positions", "max_position_embeddings", default=1024)
     return read_facts(keys, linears, norm="layer", mlp="gelu", tied=True, learned_positions=rows, max_positions=rows)
