@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import re
 from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from qdist.runtime.adapters.lora import adapted_product, peft_name
 from qdist.runtime.adapters.registry import METHODS, method_of
 from qdist.runtime.model.experts import is_experts
 from qdist.runtime.model.packed import PackedLinear, frozen_product, is_offloaded
+from qdist.runtime.model.packed_experts import PackedMatrices
 
 _BY_VARIANT = {type(method.variant()): method for method in METHODS.values()}
 
@@ -125,9 +127,18 @@ def adapt(model: Any, config: Any) -> Any:
     # By whole paths: packed matrices of experts have parameters called `weight` too.
     outside.target_parameters = sorted(linears) or None
     outside.target_modules = config.target_modules or (set() if linears else DUMMY_TARGET_MODULES)
+    outside.exclude_modules = _without_packed_experts(model, config.exclude_modules)
     adapted = get_peft_model(model, outside)
     adapt_experts(adapted, config, tuple(sorted(experts)))
     return adapted
+
+
+def _without_packed_experts(model: nn.Module, excluded: Any) -> Any:
+    """PEFT's `exclude_modules` with packed matrices of experts, which are modules of the names of some linears."""
+    packed = [path for path, module in model.named_modules() if isinstance(module, PackedMatrices)]
+    if isinstance(excluded, str):
+        return "|".join((f"(?:{excluded})", *map(re.escape, packed)))
+    return [*(excluded or ()), *packed] or None
 
 
 def _is_in(path: str, parameter: str) -> bool:

@@ -67,6 +67,14 @@ def test_adapted_experts_compute_what_peft_does(family: str, targets: tuple[str,
         same(trained(ours)[name].grad, parameter.grad)
 
 
+def test_packed_matrices_of_experts_are_no_linears_of_the_same_name() -> None:
+    config = LoraConfig(r=4, target_modules=r".*\.(q_proj|down_proj)", exclude_modules=r".*\.0\.self_attn\.q_proj")
+    adapted = adapt(packed_model("qwen3_moe"), config)
+    names = {name.partition(".lora_")[0] for name in trained(adapted)}
+    assert names
+    assert all(name.endswith("1.self_attn.q_proj") for name in names)
+
+
 def test_a_disabled_adapter_leaves_the_backbone() -> None:
     model = packed_model("mixtral")
     plain = passes(model)[0]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +142,20 @@ def test_names_are_leaves_where_they_tell_enough_and_whole_paths_elsewhere() -> 
     plain = facts_of(tiny_model("llama"), "llama")
     assert target_modules(plain, ("q_proj", "v_proj")) == ["q_proj", "v_proj"]
     assert excluded_modules(plain, ("all-linear",)) is None
+    numbered = tuple(LayerRun(numbers_of(run.shape), run.count) for run in plain.layers)
+    found = target_modules(msgspec.structs.replace(plain, layers=numbered), ("0",))
+    assert re.fullmatch(str(found), "model.layers.0.ffn.0")
+    assert not re.fullmatch(str(found), "model.layers.0")
     wrapper = msgspec.structs.replace(plain, left_out=(Kept("model.vision_tower", 1, "tower"),))
     assert target_modules(wrapper, ("q_proj", "v_proj")) == (
         r"model\.layers\.\d+\.(?:(?:\w+\.)*q_proj|(?:\w+\.)*v_proj)"
     )
+
+
+def numbers_of(shape: LayerShape) -> LayerShape:
+    """The layer with its linears in a Sequential, whose names are numbers as those of the layers are."""
+    linears = (msgspec.structs.replace(linear, name=str(at)) for at, linear in enumerate(shape.linears))
+    return msgspec.structs.replace(shape, linears=tuple(linears))
 
 
 def test_what_is_kept_under_a_linears_name_is_excluded() -> None:

@@ -13,7 +13,8 @@ def target_modules(facts: ModelFacts, targets: tuple[str, ...], without: Collect
     put an adapter on them. without: names of linears that it has as parameters instead.
     """
     linears = [linear for linear in facts.targeted(targets) if linear.name not in without]
-    if not facts.left_out and not any(linear.within for linear in linears):
+    numbers = any(linear.name.isdecimal() for linear in linears)  # of a Sequential, and of the layers themselves
+    if not facts.left_out and not numbers and not any(linear.within for linear in linears):
         return sorted({linear.name for linear in linears})
     return f"{_in_layers(facts)}(?:{'|'.join(sorted({_path(linear) for linear in linears}))})"
 
