@@ -97,6 +97,11 @@ def describe(config: Any, *, name: str) -> ModelFacts:
     left_out = leave_out_towers(model)
     if why := why_not(config, model):
         raise _refusal(name, why)
+    if "_ReversibleFunction" in inspect.getsource(sys.modules[type(model).__module__]):
+        raise ModelError(
+            f"{name} has reversible layers, whose own backward pass gives adapters above frozen embeddings no gradient",
+            try_="another model",
+        )
     facts = _described(model, left_out, name)
     counted = facts.parameters + sum(tower.parameters for tower in left_out)
     if counted != every:

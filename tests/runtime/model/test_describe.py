@@ -196,6 +196,7 @@ def test_small_gates_stay_in_16_bits() -> None:
         ({"model_type": "t5"}, "is an encoder-decoder"),
         ({"model_type": "xlnet"}, "is an encoder"),
         ({"model_type": "prophetnet", "is_encoder_decoder": False}, "is the decoder of an encoder-decoder"),
+        ({"model_type": "reformer", "is_decoder": True}, "has reversible layers"),
         ({"model_type": "blt"}, "has no list of decoder layers of its own"),
         ({"model_type": "nobody_knows"}, "which transformers has no class for"),
         ({"model_type": "nobody", "auto_map": {"AutoModel": "x.y"}}, "runs code out of its own repository"),
