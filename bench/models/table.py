@@ -46,10 +46,13 @@ def _through(model_type: str, folder: Path, result: dict[str, Any]) -> None:
     import torch
 
     from qdist.host.sources import facts as facts_of_hub
-    from qdist.runtime.model.describe import describe, why_not
-    from tests.runtime.every_model import tiny_model
+    from qdist.runtime.model.describe import describe, why_not, why_not_by_config
+    from tests.runtime.every_model import tiny_config, tiny_model
     from tests.runtime.tiny import real_job, save_data, tiny_tokenizer
 
+    if why := why_not_by_config(tiny_config(model_type)):
+        result |= {"apart": True, "reason": why}
+        return
     model = tiny_model(model_type)
     result["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     if why := why_not(model.config, model):

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 VOCAB = 320
@@ -100,6 +101,7 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "inkling_text": {"n_routed_experts": 32},  # as many as leave the shared ones, which are not packed, below 1 %
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
@@ -122,6 +124,14 @@ _OWN: dict[str, dict[str, Any]] = {
         "attention_hidden_size": 128,
         "attention_head_dim": 32,
     },
+}
+
+
+_MUSIC = {kind: {"model_type": own} for kind, own in (("text_encoder", "t5"), ("audio_encoder", "encodec"))}
+_REQUIRED: dict[str, dict[str, Any]] = {
+    # What a type's class asks for even for a default configuration.
+    "musicgen": {**_MUSIC, "decoder": {"model_type": "musicgen_decoder"}},
+    "musicgen_melody": {**_MUSIC, "decoder": {"model_type": "musicgen_melody_decoder"}},
 }
 
 
@@ -169,14 +179,22 @@ def _sample(values: list[Any]) -> list[Any]:
     return [*picked, values[-1]]
 
 
+def tiny_config(model_type: str) -> Any:
+    """transformers' configuration of a tiny model. Raises whatever transformers raises."""
+    from transformers import AutoConfig
+
+    if model_type in _REQUIRED:
+        return AutoConfig.for_model(model_type, **deepcopy(_REQUIRED[model_type]))
+    return AutoConfig.for_model(model_type, **tiny_arguments(model_type, AutoConfig.for_model(model_type).to_dict()))
+
+
 def tiny_model(model_type: str) -> Any:
     """A random float32 model of the type's own class. Raises whatever transformers raises."""
     import torch
-    from transformers import AutoConfig
 
     from qdist.runtime.model.classes import class_of
 
-    config = AutoConfig.for_model(model_type, **tiny_arguments(model_type, AutoConfig.for_model(model_type).to_dict()))
+    config = tiny_config(model_type)
     torch.manual_seed(0)
     model = class_of(config).from_config(config).eval()
     for name, buffer in model.named_buffers():

@@ -40,6 +40,8 @@ _USUAL_ARGUMENTS = frozenset(
     )
 )  # fmt: skip
 """What a decoder layer may be given besides hidden states, without its stage needing anything of another."""
+_CROSS_ATTENTION = re.compile(r"\b(encoder_attn|crossattention|cross_attn)\b")
+"""Attention to an encoder. Some layers of a decoder of text and images have it too (Mllama), but not all."""
 
 
 def run(request: Describe) -> ModelFacts:
@@ -87,7 +89,7 @@ def describe(config: Any, *, name: str) -> ModelFacts:
     config: transformers'.
     Raises ModelError for a class that is no causal decoder, or whose parameters are not all found.
     """
-    if why := _why_not_by_config(config):
+    if why := why_not_by_config(config):
         raise _refusal(name, why)
     with told(f"{name}: transformers makes no model of its config.json", ModelError, try_=_PUBLISHED):
         model = empty_model(config, whole=True)
@@ -95,6 +97,11 @@ def describe(config: Any, *, name: str) -> ModelFacts:
     left_out = leave_out_towers(model)
     if why := why_not(config, model):
         raise _refusal(name, why)
+    if "_ReversibleFunction" in inspect.getsource(sys.modules[type(model).__module__]):
+        raise ModelError(
+            f"{name} has reversible layers, whose own backward pass gives adapters above frozen embeddings no gradient",
+            try_="another model",
+        )
     facts = _described(model, left_out, name)
     counted = facts.parameters + sum(tower.parameters for tower in left_out)
     if counted != every:
@@ -107,7 +114,7 @@ def describe(config: Any, *, name: str) -> ModelFacts:
 
 def why_not(config: Any, model: Any) -> str:
     """Why a model cannot be fine-tuned as a causal language model, to follow 'is' or 'has'; empty if it can."""
-    if why := _why_not_by_config(config):
+    if why := why_not_by_config(config):
         return why
     own = config.get_text_config(decoder=True)
     if getattr(own, "is_decoder", None) is False and "if not config.is_decoder" in inspect.getsource(type(model)):
@@ -116,7 +123,7 @@ def why_not(config: Any, model: Any) -> str:
     if not path:
         return "has no list of decoder layers of its own"
     layers = model.get_submodule(path)
-    if re.search(r"encoder_attn|crossattention", " ".join(name for name, _ in layers[0].named_children())):
+    if all(_CROSS_ATTENTION.search(" ".join(dict(layer.named_children()))) for layer in layers.children()):
         return "is the decoder of an encoder-decoder"
     if not any(map(is_linear, layers.modules())):
         return "has no linear in its decoder layers"
@@ -125,7 +132,7 @@ def why_not(config: Any, model: Any) -> str:
     return ""
 
 
-def _why_not_by_config(config: Any) -> str:
+def why_not_by_config(config: Any) -> str:
     """The same, of what the configuration alone tells."""
     if getattr(config, "is_encoder_decoder", False):
         return "is an encoder-decoder"

@@ -20,6 +20,7 @@ NO_GRADIENTS = "computed without gradients"
 """Reason for a linear of a module that only chooses, such as the indexer of sparse attention."""
 SMALL = "too small to pack"
 ROUTER = "router"
+SKIPPED = "of a layer that text without images skips"
 OWN_LINEAR = "a linear with arithmetic of its own"
 _MOST_SMALL = 64
 """Inputs or outputs up to which a linear is too small; an eighth of the hidden size where that is less."""
@@ -27,6 +28,8 @@ _KEYS_OR_VALUES = re.compile(r"(k|v|kv|key|value)(_|$)")
 _ROUTERS = re.compile(r"(^|\.)(router|gate|classifier|wg)(\.|$)")
 _ROUTER_CLASS = re.compile(r"Router$|TopK\w*$|M[oO][eE]Gate$")
 """Whole ends of names: Qwen's MoeGatedDeltaNet is none."""
+_FOR_IMAGES = re.compile(r"CrossAttention\w*Layer$")
+"""A layer that reads images alone, between layers that read text (Mllama)."""
 _RECURRENT = re.compile(r"Mamba|DeltaNet|DeltaAttention|RecurrentBlock|Rglru|Rwkv|ShortConv|LSTM|LightningAttention")
 _ATTENTION = re.compile(r"Attention|Attn|MoA$")
 _PLAIN_PRODUCT = "input @ self.weight.T"
@@ -150,6 +153,8 @@ class _Parts:
         """Why a linear is not packed; empty if it is."""
         module, (within, _, leaf) = self._modules[path], path.rpartition(".")
         owner: Any = type(self._modules[within])
+        if _FOR_IMAGES.search(type(self._modules[""]).__name__):
+            return SKIPPED
         if leaf in weights_read(owner):
             return FUSED
         if any(path.startswith(f"{each}.") for each in self._without_gradients):

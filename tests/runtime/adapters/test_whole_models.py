@@ -150,6 +150,14 @@ def test_names_are_leaves_where_they_tell_enough_and_whole_paths_elsewhere() -> 
     assert target_modules(wrapper, ("q_proj", "v_proj")) == (
         r"model\.layers\.\d+\.(?:(?:\w+\.)*q_proj|(?:\w+\.)*v_proj)"
     )
+    beside = msgspec.structs.replace(plain, outer_parameters=1)  # a tower that is loaded, as in Phi-4-multimodal
+    assert target_modules(beside, ("q_proj",)) == r"model\.layers\.\d+\.(?:(?:\w+\.)*q_proj)"
+
+
+def numbers_of(shape: LayerShape) -> LayerShape:
+    """The layer with its linears in a Sequential, whose names are numbers as those of the layers are."""
+    linears = (msgspec.structs.replace(linear, name=str(at)) for at, linear in enumerate(shape.linears))
+    return msgspec.structs.replace(shape, linears=tuple(linears))
 
 
 def numbers_of(shape: LayerShape) -> LayerShape:

@@ -174,6 +174,14 @@ def test_layers_that_read_others_keys_stay_together_with_them() -> None:
     assert not of("gemma4_text", num_kv_shared_layers=0, hidden_size_per_layer_input=0).unsplit
 
 
+def test_layers_that_text_without_images_skips_are_not_adapted() -> None:
+    config = AutoConfig.for_model("mllama", text_config={**SMALL, "cross_attention_layers": [1]})
+    facts = describe(config, name="mllama")
+    kinds = [{kept.reason for kept in shape.kept} for shape in facts.shapes]
+    assert [len(shape.linears) for shape in facts.shapes] == [7, 0, 7]
+    assert "of a layer that text without images skips" in kinds[1]
+
+
 def test_small_gates_stay_in_16_bits() -> None:
     recurrent = of("qwen3_5_text").shapes[0]
     small = [kept.path for kept in recurrent.kept if kept.reason == "too small to pack"]
@@ -187,6 +195,8 @@ def test_small_gates_stay_in_16_bits() -> None:
         ({"model_type": "bart"}, "is an encoder-decoder"),
         ({"model_type": "t5"}, "is an encoder-decoder"),
         ({"model_type": "xlnet"}, "is an encoder"),
+        ({"model_type": "prophetnet", "is_encoder_decoder": False}, "is the decoder of an encoder-decoder"),
+        ({"model_type": "reformer", "is_decoder": True}, "has reversible layers"),
         ({"model_type": "blt"}, "has no list of decoder layers of its own"),
         ({"model_type": "nobody_knows"}, "which transformers has no class for"),
         ({"model_type": "nobody", "auto_map": {"AutoModel": "x.y"}}, "runs code out of its own repository"),

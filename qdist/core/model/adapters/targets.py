@@ -9,12 +9,13 @@ from qdist.core.model.shapes import Linear, ModelFacts
 def target_modules(facts: ModelFacts, targets: tuple[str, ...], without: Collection[str] = ()) -> list[str] | str:
     """PEFT's `target_modules`: leaf names if they tell the linears from all else, otherwise a regular expression.
 
-    Towers of the whole model, which are left out here, have linears of the same names, and PEFT, like servers, would
-    put an adapter on them. without: names of linears that it has as parameters instead.
+    Towers of the whole model, left out here or not, have linears of the same names, and PEFT, like servers, would put
+    an adapter on them. without: names of linears that it has as parameters instead.
     """
     linears = [linear for linear in facts.targeted(targets) if linear.name not in without]
     numbers = any(linear.name.isdecimal() for linear in linears)  # of a Sequential, and of the layers themselves
-    if not facts.left_out and not numbers and not any(linear.within for linear in linears):
+    beside = facts.left_out or facts.outer_parameters
+    if not beside and not numbers and not any(linear.within for linear in linears):
         return sorted({linear.name for linear in linears})
     return f"{_in_layers(facts)}(?:{'|'.join(sorted({_path(linear) for linear in linears}))})"
 
