@@ -33,6 +33,7 @@ class Case:
 
     def __init__(self, model_type: str, folder: Path) -> None:
         from tests.runtime.every_model import tiny_model
+        from tests.runtime.moe_models import store_as_mxfp4
         from tests.runtime.tiny import save_data, tiny_tokenizer
 
         self.folder, self.base = folder, folder / "base"
@@ -58,23 +59,6 @@ class Case:
 
         path = self.folder / "alone"
         return RunDir(path) if path.exists() else trained(self.job("alone", gpus=1))
-
-
-def store_as_mxfp4(folder: Path) -> None:
-    """Put random blocks and scales in place of a gpt-oss' experts, whose inputs are multiples of 32."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    stored, draw = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(2)
-    for name in [name for name in stored if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        count, inputs, outputs = stored.pop(name).shape
-        groups = (count, outputs, inputs // 32)
-        stored[f"{name}_blocks"] = torch.randint(0, 256, (*groups, 16), dtype=torch.uint8, generator=draw)
-        stored[f"{name}_scales"] = torch.randint(118, 124, groups, dtype=torch.uint8, generator=draw)
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def trained(job: Any) -> Any:
@@ -159,8 +143,6 @@ def plan_pad(plan: Any) -> int:
 
 
 def _config(text: str) -> Any:
-    import json
-
     from peft import LoraConfig
 
     return LoraConfig.from_peft_type(**json.loads(text) | {"inference_mode": False})
@@ -180,7 +162,7 @@ def dequantized(base: Path, plan: Any) -> Any:
     from qdist.runtime.exports.backbone import Backbone
     from qdist.runtime.model.skeleton import load_plain
 
-    model = load_plain(str(base), dtype=torch.float32, device=torch.device("cpu"))
+    model = load_plain(str(base), dtype=torch.float32, device=torch.device("cpu")).float()  # MXFP4 comes as bfloat16
     held, backbone = dict(model.named_parameters()) | dict(model.named_buffers()), Backbone(plan)
     experts = {f"{path}.{each.name}" for path, own in plan.facts.experts.items() for each in own.matrices}
     for weight in backbone.weights():
