@@ -1,4 +1,4 @@
-"""Runs over models with experts, from random weights: trained, resumed, gathered, read by PEFT and answered from."""
+"""Adapters of experts: trained as plain PEFT trains them, gathered, and read by PEFT and by us."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from bench.models.agree import plain_losses
-from qdist.core.telemetry.events import losses
-from qdist.host.run.observer import Follower
 from qdist.host.sources.targets import ADAPTER
 from qdist.runtime.infer.load import load
-from tests.runtime.conftest import TrainRun
 from tests.runtime.engine.test_engine import advance, engine_of
 from tests.runtime.every_model import tiny_model
 from tests.runtime.gptq_files import padded as padded_tokenizer
@@ -55,19 +52,3 @@ def test_ten_steps_have_the_losses_of_plain_transformers_and_peft(tmp_path: Path
     ours = [total / tokens for total, tokens in zip(advance(engine, samples, range(10)), learned, strict=True)]
     assert ours[-1] < 0.98 * ours[0]
     assert ours == pytest.approx(plain_losses(tmp_path / "base", job.plan), rel=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3_moe"])
-def test_a_run_that_adapts_experts_trains_on_one_rank_and_on_shards(
-    train: TrainRun, family: str, tmp_path: Path
-) -> None:
-    model = saved_config(tmp_path / "model", family)
-    settings = {**SHAPE, "lora__targets": TARGETS[family], "optim__lr": 1e-2}
-    runs = [
-        train(dummy_job(model, tmp_path / name, gpus=gpus, **more, **settings))
-        for name, gpus, more in (("one", 1, {}), ("shards", 2, {"placement": "shard"}))
-    ]
-    one, two = (losses(event for event in Follower(run.path).new_events() if event.rank == 0) for run in runs)
-    assert len(one) == 3
-    assert list(one.values()) == pytest.approx(list(two.values()), rel=1e-4)

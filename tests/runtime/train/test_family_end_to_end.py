@@ -32,8 +32,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """What each family's runs have set besides `SHAPE`."""
 SHAPE: dict[str, Any] = {
-    "seq_len": 64, "global_batch": 4, "micro_batch": 1, "steps": 6, "lora__r": 4, "optim__lr": 3e-3,
-    "lora__dropout": 0.0, "train__held_out": 0.2, "train__save_steps": 3, "train__keep": 9, "dtype": "float32",
+    "seq_len": 64, "global_batch": 4, "micro_batch": 1, "steps": 4, "lora__r": 4, "optim__lr": 3e-3,
+    "lora__dropout": 0.0, "train__held_out": 0.2, "train__save_steps": 2, "train__keep": 9, "dtype": "float32",
 }  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def furthest(one: RunDir, other: RunDir) -> float:
 def test_two_ranks_train_the_adapter_of_one(train: TrainRun, model: Path, alone: RunDir, placement: str) -> None:
     run = train(job_of(model, placement, gpus=2, placement=placement))
     assert run.plan().gpus_per_group == 2
-    assert len(losses_of(alone)) == 6
+    assert len(losses_of(alone)) == 4
     assert losses_of(run) == pytest.approx(losses_of(alone), rel=1e-4)
     assert furthest(run, alone) < 1e-4
 
@@ -97,7 +97,7 @@ def test_killed_behind_a_checkpoint_and_resumed_it_ends_with_the_same_numbers(
     shutil.copytree(alone.path, resumed.path)
     (resumed.path / "result.json").unlink()
     shutil.rmtree(resumed.adapter)
-    shutil.rmtree(resumed.checkpoint(6))
+    shutil.rmtree(resumed.checkpoint(4))
     train(prepare.prepare_resume(resumed, {}))
     assert losses_of(resumed) == losses_of(alone)
     assert furthest(resumed, alone) == 0.0
@@ -107,6 +107,8 @@ def test_killed_behind_a_checkpoint_and_resumed_it_ends_with_the_same_numbers(
 def test_merged_it_says_what_the_adapter_says(model: Path, alone: RunDir, tmp_path: Path, onto: str) -> None:
     from transformers import AutoModelForCausalLM
 
+    if onto == "original" and model.name == "qwen3_5":
+        pytest.skip("test_merge_experts.py merges wrappers onto their original")
     merged = merge(alone, tmp_path / "merged", onto=onto, dtype=torch.bfloat16)
     if onto == "dequantized":
         wanted = logits_of(load(alone.path)[0], high=250)
