@@ -1,13 +1,16 @@
 """Do today's families learn the same everywhere? Tiny random models on CPU ranks, float32.
 
-    python -m bench.models.agree [TYPE ...] [--skip plain,ranks,resume]
+    python -m bench.models.agree [TYPE ...] [--only plain,ranks,resume,engines,merged]
 
 plain: 10 steps beside a loop of plain transformers and PEFT over the same dequantized weights, experts adapted too.
 ranks: two ranks, replicated, sharded and split, against one process. resume: killed behind a checkpoint and resumed.
+engines: ZeRO 1, 2 and 3 on two ranks, and shards on three, against one process. merged: logits of the model merged to
+16 bits against the adapter's in plain PEFT. `gpt_oss:mxfp4` is gpt-oss with its experts as the hub has them.
 The last lines are a table: largest difference of a loss, or why there is none.
 """
 
 import argparse
+import json
 import os
 import shutil
 import tempfile
@@ -30,11 +33,15 @@ class Case:
 
     def __init__(self, model_type: str, folder: Path) -> None:
         from tests.runtime.every_model import tiny_model
+        from tests.runtime.moe_models import store_as_mxfp4
         from tests.runtime.tiny import save_data, tiny_tokenizer
 
         self.folder, self.base = folder, folder / "base"
+        model_type, _, stored = model_type.partition(":")
         model = tiny_model(model_type)
         model.save_pretrained(self.base)
+        if stored:
+            store_as_mxfp4(self.base)
         tiny_tokenizer(bos=False).save_pretrained(self.base)
         self.data = save_data(folder / "data.jsonl", 24)
         experts = any(parameter.dim() == 3 and "expert" in name for name, parameter in model.named_parameters())
@@ -86,11 +93,11 @@ def furthest(ours: list[float], theirs: list[float]) -> float:
 
 def plain(case: Case) -> float:
     """Losses beside those of plain transformers and PEFT."""
-    return furthest(losses_of(case.alone()), plain_losses(case, case.alone()))
+    return furthest(losses_of(case.alone()), plain_losses(case.base, case.alone().plan()))
 
 
-def plain_losses(case: Case, run: Any) -> list[float]:
-    """Everybody's loop over the run's micro-batches: the class's own loss, torch's AdamW, one process."""
+def plain_losses(base: Path, plan: Any) -> list[float]:
+    """Everybody's loop over a run's micro-batches: logits of the class, torch's AdamW, one process. base: the model."""
     import torch
     from peft import get_peft_model, set_peft_model_state_dict
 
@@ -99,10 +106,9 @@ def plain_losses(case: Case, run: Any) -> list[float]:
     from qdist.runtime.train.result import _adapter_config
     from tests.runtime.tiny import backbone_of
 
-    plan = run.plan()
     start = add_adapter(backbone_of(plan), plan)
     initial = adapter_tensors(start, plan)
-    model = dequantized(case.base, plan)
+    model = dequantized(base, plan)
     config = _config(_adapter_config(plan))
     model = get_peft_model(model, config).train()
     loaded = set_peft_model_state_dict(model, initial)
@@ -137,8 +143,6 @@ def plan_pad(plan: Any) -> int:
 
 
 def _config(text: str) -> Any:
-    import json
-
     from peft import LoraConfig
 
     return LoraConfig.from_peft_type(**json.loads(text) | {"inference_mode": False})
@@ -158,7 +162,7 @@ def dequantized(base: Path, plan: Any) -> Any:
     from qdist.runtime.exports.backbone import Backbone
     from qdist.runtime.model.skeleton import load_plain
 
-    model = load_plain(str(base), dtype=torch.float32, device=torch.device("cpu"))
+    model = load_plain(str(base), dtype=torch.float32, device=torch.device("cpu")).float()  # MXFP4 comes as bfloat16
     held, backbone = dict(model.named_parameters()) | dict(model.named_buffers()), Backbone(plan)
     experts = {f"{path}.{each.name}" for path, own in plan.facts.experts.items() for each in own.matrices}
     for weight in backbone.weights():
@@ -173,15 +177,39 @@ def dequantized(base: Path, plan: Any) -> Any:
 
 def ranks(case: Case) -> str:
     """Losses of two ranks in each placement beside those of one process."""
-    found = []
-    for placement in ("replicate", "shard", "split"):
-        settings = {"micro_batch": 1, "gpus": 2, "placement": placement}
-        try:
-            run = trained(case.job(placement, **settings))
-            found.append(f"{furthest(losses_of(run), losses_of(case.alone())):.1e}")
-        except Exception as error:  # noqa: BLE001  (what is raised is the result)
-            found.append(f"{type(error).__name__}: {str(error)[:160]}")
-    return " / ".join(found)
+    laid = {name: {"gpus": 2, "placement": name} for name in ("replicate", "shard", "split")}
+    return " / ".join(beside(case, name, settings) for name, settings in laid.items())
+
+
+def engines(case: Case) -> str:
+    """Losses of ZeRO's stages, and of shards that do not come out even, beside those of one process."""
+    laid: dict[str, dict[str, Any]] = {
+        f"zero{stage}": {"gpus": 2, "placement": "replicate", "zero__stage": stage} for stage in (1, 2, 3)
+    }
+    laid["three"] = {"gpus": 3, "placement": "shard", "global_batch": 3}
+    return " / ".join(beside(case, name, settings) for name, settings in laid.items())
+
+
+def beside(case: Case, name: str, settings: dict[str, Any]) -> str:
+    """Largest difference between the losses of a run and those of one process over the same batches, or the error."""
+    try:
+        one = case.alone()
+        if batch := settings.get("global_batch"):
+            one = trained(case.job(f"alone-{batch}", gpus=1, global_batch=batch))
+        return f"{furthest(losses_of(trained(case.job(name, **settings))), losses_of(one)):.1e}"
+    except Exception as error:  # noqa: BLE001  (what is raised is the result)
+        return f"{type(error).__name__}: {str(error)[:160]}"
+
+
+def merged(case: Case) -> float:
+    """Logits of the merged model beside those of plain PEFT, both rounded to bfloat16."""
+    import torch
+
+    from bench.models.table import _compare, _export
+
+    _export(case.alone().path, case.folder / "merged")
+    with torch.no_grad():
+        return _compare(case.base, case.folder / "merged", case.alone())["difference"]
 
 
 def resume(case: Case) -> float:
@@ -202,17 +230,21 @@ def resume(case: Case) -> float:
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-CHECKS = {"plain": plain, "ranks": ranks, "resume": resume}
+CHECKS = {"plain": plain, "ranks": ranks, "resume": resume, "engines": engines, "merged": merged}
 
 
 def main() -> None:
     """Try every type and print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("types", nargs="*", default=TYPES)
-    parser.add_argument("--skip", default="")
+    parser.add_argument("--only", default="plain,ranks,resume")
     given = parser.parse_args()
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     os.environ.setdefault("QDIST_CACHE", tempfile.mkdtemp())
+    import bitsandbytes  # noqa: F401  (once, not in every rank that is forked)
+    import deepspeed  # noqa: F401
+    import peft  # noqa: F401
+
     for model_type in given.types:
         row = []
         with tempfile.TemporaryDirectory() as folder:
@@ -222,7 +254,7 @@ def main() -> None:
                 print(f"| {model_type} | {type(error).__name__}: {error}", flush=True)
                 continue
             for name, check in CHECKS.items():
-                if name in given.skip.split(","):
+                if name not in given.only.split(","):
                     continue
                 try:
                     value = check(case)

@@ -79,7 +79,7 @@ def _through(model_type: str, folder: Path, result: dict[str, Any]) -> None:
     _export(job.run.path, out)
     result["failed"] = "logits"
     with torch.no_grad():
-        result |= _compare(base, out, job)
+        result |= _compare(base, out, job.run)
     if result["difference"] > _TOLERANCE:
         raise ValueError(f"logits differ by {result['difference']:.2g} of their size")
     if result["learned"] == 0.0:
@@ -119,7 +119,7 @@ def _export(run: Path, out: Path) -> None:
         perform(Export(to="16bit", runs=(str(run),), out=str(out)))
 
 
-def _compare(base: Path, merged: Path, job: Any) -> dict[str, float]:
+def _compare(base: Path, merged: Path, run: Any) -> dict[str, float]:
     """The relative difference of logits between merged folder and adapter, and what the adapter changes."""
     import torch
     from peft import PeftModel
@@ -128,10 +128,10 @@ def _compare(base: Path, merged: Path, job: Any) -> dict[str, float]:
     from qdist.runtime.model.skeleton import load_plain
 
     cpu = torch.device("cpu")
-    plain = dequantized(base, job.plan).eval()
+    plain = dequantized(base, run.plan()).eval()
     ids = torch.randint(5, 300, (2, 24), generator=torch.Generator().manual_seed(0))
     before = _logits(plain, ids)
-    adapted = PeftModel.from_pretrained(plain, str(job.run.adapter)).eval()
+    adapted = PeftModel.from_pretrained(plain, str(run.adapter)).eval()
     after = _logits(adapted, ids)
     whole = adapted.merge_and_unload()
     for parameter in whole.parameters():

@@ -1,9 +1,12 @@
 """Models with experts of two narrow layers, with facts made by hand."""
 
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qdist.core.model.shapes import Experts, LayerRun, LayerShape, Linear, ModelFacts, Modules
@@ -107,6 +110,22 @@ def packed_model(family: str, *, bits: int = 4, mxfp4: bool = False, arrange: Ar
         arrange(model)
     fill(model, RandomWeights(CPU, torch.float32), device=CPU)
     return model if arrange else widened(model)
+
+
+def store_as_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
+    """Put random blocks and scales in place of a saved gpt-oss' experts; all that the folder stores then."""
+    stored: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
+    draw = torch.Generator().manual_seed(2)
+    for name in [name for name in stored if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        count, inputs, outputs = stored.pop(name).shape
+        groups = (count, outputs, inputs // 32)
+        stored[f"{name}_blocks"] = torch.randint(0, 256, (*groups, 16), dtype=torch.uint8, generator=draw)
+        stored[f"{name}_scales"] = torch.randint(118, 124, groups, dtype=torch.uint8, generator=draw)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return stored
 
 
 def widened(model: Any) -> Any:

@@ -48,8 +48,13 @@ def _fork(job: dict[str, object], rank: int, world_size: int, port: int) -> int:
     }
     code = 1
     try:
+        import torch
+
         from qdist.runtime.train import worker
 
+        # What a plan gives one rank is all cores, and other tests run on them: threads would wait for each other many
+        # times longer than they work.
+        torch.set_num_threads = lambda count: None
         sys.argv = ["worker", str(job["run"]), "--digest", str(job["digest"])]
         worker.main()
         code = 0

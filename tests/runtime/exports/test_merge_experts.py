@@ -18,6 +18,8 @@ from qdist.runtime.exports.update import Adapters
 from qdist.runtime.model.classes import class_of
 from tests.runtime.data.test_tokenized import tiny_tokenizer
 from tests.runtime.every_model import tiny_model
+from tests.runtime.gptq_files import padded as padded_tokenizer
+from tests.runtime.moe_models import store_as_mxfp4
 from tests.runtime.quantize.test_tensors import config_of, whole_model
 from tests.runtime.tiny import VOCAB, adapted_run, logits_of, real_job, save_data
 
@@ -66,6 +68,24 @@ def test_adapters_of_experts_are_folded_into_each_expert(tmp_path: Path, family:
     _, folded = merged_16bit.write(Adapters([run]), tmp_path / "out", onto="dequantized", dtype=torch.float32)
     assert str(folded) == "folded 8 of 8 linears, 4 of 4 expert parameters"
     assert (logits_of(plain(tmp_path / "out")) - expected).abs().max() < 1e-5
+
+
+def test_experts_that_came_in_mxfp4_are_trained_as_they_are_and_merged_to_plain_matrices(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    tiny_model("gpt_oss").save_pretrained(source)
+    padded_tokenizer().save_pretrained(source)
+    store_as_mxfp4(source)
+    targets = ("all-linear", EXPERTS)
+    job = real_job(source, save_data(tmp_path / "d.jsonl"), tmp_path / "run", lora__targets=targets, dtype="float32")
+    run, trained = adapted_run(job)
+    experts = trained.get_submodule("base_model.model.model.layers.0.mlp.experts")
+    assert "mxfp4" in repr(experts)
+    expected = logits_of(trained)
+    _, folded = merged_16bit.write(Adapters([run]), tmp_path / "out", onto="dequantized", dtype=torch.float32)
+    assert str(folded) == "folded 16 of 16 linears, 8 of 8 expert parameters"
+    merged = plain(tmp_path / "out")
+    assert not hasattr(merged.config, "quantization_config")
+    assert (logits_of(merged) - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("onto", ["dequantized", "original"])

@@ -1,6 +1,5 @@
 """Experts are packed a matrix at a time, byte for byte what bitsandbytes makes of each; what comes packed stays so."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from qdist.runtime.quantize.bitsandbytes import packed_folder, quantize
 from qdist.runtime.quantize.blueprint import blueprint
 from qdist.runtime.quantize.pack import PackJob
 from qdist.runtime.quantize.tensors import tensors_of
+from tests.runtime.moe_models import store_as_mxfp4
 from tests.runtime.quantize.test_bitsandbytes import CPU, PACKINGS, each_packing, tensors_in
 from tests.runtime.quantize.test_tensors import config_of, whole_model
 
@@ -87,21 +87,8 @@ def _tensors(folder: Path, position: int) -> dict[str, torch.Tensor]:
 
 def as_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
     """gpt-oss as the hub has it: experts in blocks and scales, everything else in bfloat16."""
-    from safetensors.torch import load_file, save_file
-
     whole_model(config_of("gpt_oss", intermediate_size=64), dtype=torch.bfloat16).save_pretrained(folder)
-    stored: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
-    draw = torch.Generator().manual_seed(2)
-    for name in [name for name in stored if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        count, inputs, outputs = stored.pop(name).shape
-        groups = (count, outputs, inputs // 32)
-        stored[f"{name}_blocks"] = torch.randint(0, 256, (*groups, 16), dtype=torch.uint8, generator=draw)
-        stored[f"{name}_scales"] = torch.randint(118, 124, groups, dtype=torch.uint8, generator=draw)
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
-    (folder / "config.json").write_text(json.dumps(config))
-    return stored
+    return store_as_mxfp4(folder)
 
 
 def test_mxfp4_is_used_as_it_comes(tmp_path: Path) -> None:

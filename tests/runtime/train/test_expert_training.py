@@ -1,4 +1,4 @@
-"""Runs over models with experts, from random weights: trained, resumed, gathered, read by PEFT and answered from."""
+"""Adapters of experts: trained as plain PEFT trains them, gathered, and read by PEFT and by us."""
 
 import json
 from pathlib import Path
@@ -9,13 +9,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from qdist.core.telemetry.events import losses
-from qdist.host.run.observer import Follower
+from bench.models.agree import plain_losses
 from qdist.host.sources.targets import ADAPTER
 from qdist.runtime.infer.load import load
-from tests.runtime.conftest import TrainRun
+from tests.runtime.engine.test_engine import advance, engine_of
+from tests.runtime.every_model import tiny_model
+from tests.runtime.gptq_files import padded as padded_tokenizer
 from tests.runtime.moe_models import config_of, unpacked_twin
-from tests.runtime.tiny import adapted_run, dummy_job, logits_of
+from tests.runtime.tiny import adapted_run, dummy_job, logits_of, real_job, save_data
 
 TARGETS = {"qwen3_moe": ("all-linear", "experts"), "mixtral": ("experts",), "gpt_oss": ("q_proj", "experts.down_proj")}
 SHAPE: dict[str, Any] = {"seq_len": 16, "global_batch": 4, "steps": 3, "lora__r": 4, "train__held_out": 0.0}
@@ -39,17 +40,15 @@ def test_a_gathered_adapter_of_experts_is_read_by_peft_and_by_us(family: str, tm
     assert any(".experts." in name for name in load_file(run.adapter / ADAPTER))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3_moe"])
-def test_a_run_that_adapts_experts_trains_on_one_rank_and_on_shards(
-    train: TrainRun, family: str, tmp_path: Path
-) -> None:
-    model = saved_config(tmp_path / "model", family)
-    settings = {**SHAPE, "lora__targets": TARGETS[family], "optim__lr": 1e-2}
-    runs = [
-        train(dummy_job(model, tmp_path / name, gpus=gpus, **more, **settings))
-        for name, gpus, more in (("one", 1, {}), ("shards", 2, {"placement": "shard"}))
-    ]
-    one, two = (losses(event for event in Follower(run.path).new_events() if event.rank == 0) for run in runs)
-    assert len(one) == 3
-    assert list(one.values()) == pytest.approx(list(two.values()), rel=1e-4)
+def test_ten_steps_have_the_losses_of_plain_transformers_and_peft(tmp_path: Path) -> None:
+    """Over the same dequantized weights, with an adapter on every expert."""
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "base")
+    padded_tokenizer().save_pretrained(tmp_path / "base")
+    data = save_data(tmp_path / "data.jsonl", 24)
+    settings = {**SHAPE, "seq_len": 32, "steps": 10, "dtype": "float32", "optim__lr": 1e-2, "optim__weight_decay": 0.01}
+    job = real_job(tmp_path / "base", data, tmp_path / "run", lora__targets=TARGETS["qwen3_moe"], **settings)
+    engine, samples = engine_of(job.plan)
+    learned = [sum(map(samples.learned, samples.step(step))) for step in range(10)]
+    ours = [total / tokens for total, tokens in zip(advance(engine, samples, range(10)), learned, strict=True)]
+    assert ours[-1] < 0.98 * ours[0]
+    assert ours == pytest.approx(plain_losses(tmp_path / "base", job.plan), rel=1e-4)
