@@ -349,7 +349,7 @@ def weights_read(kind: Any) -> frozenset[str]:
 
 
 @cache
-def _has_no_gradients(kind: Any) -> bool:
+def _has_no_gradients(kind: type[nn.Module]) -> bool:
     """Whether nothing in a module has a gradient, so that no adapter would learn: it only returns indices."""
     is_theirs = kind.__module__.startswith("transformers.models")
     return kind.__name__.endswith("Indexer") or (is_theirs and "@torch.no_grad" in inspect.getsource(kind.forward))

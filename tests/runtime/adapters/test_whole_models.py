@@ -160,12 +160,6 @@ def numbers_of(shape: LayerShape) -> LayerShape:
     return msgspec.structs.replace(shape, linears=tuple(linears))
 
 
-def numbers_of(shape: LayerShape) -> LayerShape:
-    """The layer with its linears in a Sequential, whose names are numbers as those of the layers are."""
-    linears = (msgspec.structs.replace(linear, name=str(at)) for at, linear in enumerate(shape.linears))
-    return msgspec.structs.replace(shape, linears=tuple(linears))
-
-
 def test_what_is_kept_under_a_linears_name_is_excluded() -> None:
     facts = facts_of(tiny_model("llama"), "llama")
     run = facts.layers[0]
