@@ -130,7 +130,8 @@ class _Parts:
         self._modules = dict(layer.named_modules())
         self._stacked = dict(_stacked(self._modules))
         self._routed = bool(self._stacked) or any(map(_is_expert, self._modules, self._modules.values()))
-        self._without_gradients = [path for path, module in self._modules.items() if _has_no_gradients(type(module))]
+        kinds: dict[str, Any] = {path: type(module) for path, module in self._modules.items()}
+        self._without_gradients = [path for path, kind in kinds.items() if _has_no_gradients(kind)]
         self._kept_linears = {path: why for path in self._linear_paths() if (why := self._why_kept(path))}
         self.recurrent = any(_is_recurrent(module) for module in self._modules.values())
         self._attention = self._find_attention()
@@ -349,7 +350,7 @@ def weights_read(kind: Any) -> frozenset[str]:
 
 
 @cache
-def _has_no_gradients(kind: type[nn.Module]) -> bool:
+def _has_no_gradients(kind: Any) -> bool:
     """Whether nothing in a module has a gradient, so that no adapter would learn: it only returns indices."""
     is_theirs = kind.__module__.startswith("transformers.models")
     return kind.__name__.endswith("Indexer") or (is_theirs and "@torch.no_grad" in inspect.getsource(kind.forward))
