@@ -88,7 +88,7 @@ def _saved_by_attention(shape: LayerShape, compute_bytes: int, seq_len: int) -> 
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     gate = compute_bytes * _saved_by_output_gate(shape, queries, compute_bytes) * shape.output_gate
     if shape.attention == "eager":
-        upcast = 4 * (compute_bytes < 4 and not _has_sinks(shape))
+        upcast = 4 * (compute_bytes < 4 and not has_sinks(shape))
         scores = shape.heads * seq_len * (compute_bytes + upcast)
         return compute_bytes * 3 * queries + scores + gate
     saved = compute_bytes * (queries + 2 * keys) + gate
@@ -111,11 +111,12 @@ def _working_of_scores(shape: LayerShape, compute_bytes: int, seq_len: int) -> i
     in every measurement.
     """
     written = shape.attention == "eager" and shape.mixer == "attention" and shape.kv_heads < shape.heads
-    each = 3 * compute_bytes if _has_sinks(shape) else 8 + compute_bytes
+    each = 3 * compute_bytes if has_sinks(shape) else 8 + compute_bytes
     return shape.heads * seq_len * each * written
 
 
-def _has_sinks(shape: LayerShape) -> bool:
+def has_sinks(shape: LayerShape) -> bool:
+    """Whether the softmax has a learned term of its own for each head."""
     return any(kept.path.endswith(".sinks") for kept in shape.kept)
 
 

@@ -11,7 +11,7 @@ import msgspec
 
 from qdist.core.machine.cluster import Rates
 from qdist.core.model.shapes import LayerShape
-from qdist.core.planning.activations import CHUNK, saved_by_recurrence, widths_of
+from qdist.core.planning.activations import CHUNK, has_sinks, saved_by_recurrence, widths_of
 from qdist.core.planning.memory import LayerSizes, Sizes, TrainingShape, first_of
 
 GEMM_SHARE = 0.98
@@ -30,8 +30,16 @@ GROUPED_SHARE = 0.6
 """Share of the sustained matmul rate for grouped products over experts, whose groups are of many sizes: an estimate."""
 RECURRENT_VISITS = {"fla": 2.0, "torch": 4.0}
 """Times that the tensors which a recurrent layer keeps are moved in each pass, by its kernel: an estimate."""
-CHUNK_LAUNCHES = 0.15
-"""Time to launch torch's operations on one chunk of a recurrence, as a multiple of that for a linear: an estimate."""
+CHUNK_LAUNCHES, RECURRENCE_LAUNCHES = 1.7, 11.0
+"""Time to launch torch's operations on one chunk of a recurrence's sequence, and on all chunks together (it inverts 64
+rows one after the other), as multiples of that for a linear: qwen3.5-9b on an H200, 8x512 and 2x2048."""
+EXPERTS_LAUNCHES, EXPERTS_ADAPTER = 3, 1
+"""Time to launch the passes of a parameter of experts, and of its adapter, as multiples of that for a linear."""
+PAIR_ACCESSES, GATE_ACCESSES = (9, 18), (9, 25)
+"""16-bit accesses, forward and backward, per element of a pair of token and expert that is gathered, weighed and
+summed, and per element of its gate, which torch computes; from spikes of a layer of Qwen3-30B-A3B on an H200."""
+SINKS_ACCESSES = 30
+"""16-bit accesses per written-out score with attention sinks: gpt-oss-20b on an H200."""
 INT8_STOP = 0.8
 """Its forward product's wait for the GPU to report outlier columns, as a multiple of the time to launch a linear."""
 PEFT_ACCESSES = 5.0
@@ -112,11 +120,12 @@ def _layer_passes(
 def _launched(shape: LayerShape, job: TrainingShape, tokens: int) -> float:
     """Linears of a layer, and what takes as long to launch: grouped products, or one for each expert with tokens."""
     experts = shape.experts
-    chunks = tokens / CHUNK * (shape.mixer == "recurrent" and job.recurrence == "torch")
+    by_torch = shape.mixer == "recurrent" and job.recurrence == "torch"
+    own = len(shape.linears) + (RECURRENCE_LAUNCHES + CHUNK_LAUNCHES * job.seq_len / CHUNK) * by_torch
     if experts is None:
-        return len(shape.linears) + CHUNK_LAUNCHES * chunks
-    each = 1 if job.grouped else min(experts.count, tokens * experts.active)
-    return len(shape.linears) + len(experts.matrices) * each + CHUNK_LAUNCHES * chunks
+        return own
+    each = EXPERTS_LAUNCHES if job.grouped else min(experts.count, tokens * experts.active)
+    return own + len(experts.matrices) * each + EXPERTS_ADAPTER * len(shape.targeted_matrices(job.targets))
 
 
 def _visited_adapter(shape: LayerShape, job: TrainingShape) -> int:
@@ -155,7 +164,7 @@ def _accesses(shape: LayerShape, job: TrainingShape) -> tuple[float, float]:
     Unfused norms and rotation: chosen on the two stock rows of the same tests, still 7 to 8 % too fast.
     """
     experts = shape.experts
-    hidden, inner = shape.hidden, shape.inner + (experts.active * widths_of(experts)[1] if experts else 0)
+    hidden, inner = shape.hidden, shape.inner
     rotated = (shape.heads + shape.kv_heads) * shape.head_dim
     fused = job.fused_layers and shape.norm == "rms"
     norm, norm_back = (2, 3) if fused else (16, 32)
@@ -165,9 +174,12 @@ def _accesses(shape: LayerShape, job: TrainingShape) -> tuple[float, float]:
     readers = len(shape.linears) - len({linear.reads for linear in shape.linears})
     backward: float = shape.norms * norm_back * hidden + gate_back * inner + turn * rotated + (6 + 3 * readers) * hidden
     if shape.attention == "eager":
-        forward, backward = forward + 12 * shape.heads * job.seq_len, backward + 12 * shape.heads * job.seq_len
-    if experts:  # rows gathered, weighed and summed, forward and backward
-        forward, backward = forward + 5 * experts.active * hidden, backward + 8 * experts.active * hidden
+        visits = SINKS_ACCESSES if has_sinks(shape) else 12
+        forward, backward = forward + visits * shape.heads * job.seq_len, backward + visits * shape.heads * job.seq_len
+    if experts:
+        pairs, gates = experts.active * hidden, experts.active * widths_of(experts)[1]
+        forward += PAIR_ACCESSES[0] * pairs + GATE_ACCESSES[0] * gates
+        backward += PAIR_ACCESSES[1] * pairs + GATE_ACCESSES[1] * gates
     adapted = shape.targeted(job.targets)
     inputs, outputs = sum(linear.inputs for linear in adapted), sum(linear.outputs for linear in adapted)
     # Thin products move bytes: A reads the input, B adds to the output; backward the input's gradient is read and

@@ -124,7 +124,7 @@ def test_packed_bytes_and_memory_are_sums_over_the_layers_that_a_gpu_has() -> No
     assert found.adapter == found.gradients == 4 * (trained(NARROW) + 2 * trained(WIDE))
     # The first two are recomputed and keep what enters them; the third, a wide one, keeps all; a wide one is at work.
     saved = own.layers[1].saved_token
-    assert found.activations == 64 * (2 * HIDDEN * 2 + saved) + 2 * (3 * 64 * WIDE + 2 * HIDDEN * WIDE)
+    assert found.activations == 64 * (2 * HIDDEN * 2 + saved) + 2 * (3 * 64 * WIDE + HIDDEN * WIDE)
     less = budget(own, msgspec.structs.replace(share, offloaded=(0, 1, 0)))
     assert found.weights - less.weights == packed(WIDE)
     assert less.gathers - found.gathers == 2 * packed(WIDE)
