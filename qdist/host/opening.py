@@ -57,7 +57,8 @@ def told(what: str, kind: Kind, *, try_: str = "") -> Iterator[None]:
         raise
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise kind(f"{what}: {reason_of(error)}", try_=try_) from error
+            install = "pip install what is named there" if isinstance(error, ImportError) else ""
+            raise kind(f"{what}: {reason_of(error)}", try_=install or try_) from error
         raise
 
 

@@ -103,6 +103,12 @@ def test_whatever_a_library_raises_is_told(error: BaseException) -> None:
     assert caught.value.__cause__ is error
 
 
+def test_a_library_that_is_not_installed_is_the_thing_to_try() -> None:
+    with pytest.raises(ModelError) as caught, told("x.json", ModelError, try_="y"):
+        raise ImportError("TimmWrapperModel requires the timm library")
+    assert caught.value.try_ == "pip install what is named there"
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), DataError("ours")])
 def test_what_ends_the_process_and_errors_of_ours_pass(error: BaseException) -> None:
     with pytest.raises(type(error)) as caught, told("x.json", ModelError):

@@ -61,10 +61,19 @@ _SIZES: tuple[tuple[str, int], ...] = (
 )
 
 
+_ZERO_AT_FIRST = ("e_score_correction_bias", "correct_output_scale")
+"""Buffers and parameters that are zeros in a new model, which no checkpoint has."""
+_DRAFTER: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16, "vocab_size": VOCAB,
+    "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": VOCAB,
+}  # fmt: skip
 _OWN: dict[str, dict[str, Any]] = {
     # What a type's own validation asks for, beside the sizes.
     "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {"encoder_hash_byte_group_vocab": 512},
+    "gemma4_assistant": {"text_config": _DRAFTER | {"model_type": "gemma4_text"}},
+    "gemma4_unified_assistant": {"text_config": _DRAFTER | {"model_type": "gemma4_unified_text"}},
     "longcat_flash": {"head_dim": 8},
     "xmod": {"default_language": "en_XX"},
     "cohere_compass_text": {
@@ -197,7 +206,7 @@ def tiny_model(model_type: str) -> Any:
     config = tiny_config(model_type)
     torch.manual_seed(0)
     model = class_of(config).from_config(config).eval()
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.uniform_(0.0, 0.1)  # zero at first, so that one which is lost would not show
+    for name, value in (*model.named_buffers(), *model.named_parameters()):
+        if name.endswith(_ZERO_AT_FIRST):
+            value.data.uniform_(0.0, 0.1)  # otherwise one that is lost would not show, or nothing before it would learn
     return model

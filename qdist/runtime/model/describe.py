@@ -138,7 +138,15 @@ def why_not_by_config(config: Any) -> str:
         return "is an encoder-decoder"
     if getattr(config, "causal", None) is False or getattr(config, "attn_type", None) == "bi":
         return "is an encoder: its attention looks both ways"
+    if "shared_kv_states" in inspect.signature(_class_of_text(config).forward).parameters:
+        return "drafts for another model, whose keys and values it reads"
     return ""
+
+
+def _class_of_text(config: Any) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), PreTrainedModel)
 
 
 def _refusal(name: str, why: str) -> ModelError:

@@ -49,9 +49,24 @@ def layers_path(model: nn.Module) -> str:
     tables = {path: each.num_embeddings for path, each in model.named_modules() if isinstance(each, nn.Embedding)}
     vocabulary = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
     table = max(tables, key=lambda path: (tables[path] == vocabulary, tables[path]), default="")
-    largest = max(lists, key=lambda path: (_length(model, path) == count, len(common_parent(path, table)), lists[path]))
+    others = _other_models(model)
+    largest = max(
+        lists,
+        key=lambda path: (
+            _length(model, path) == count, not path.startswith(others), len(common_parent(path, table)), lists[path],
+        ),
+    )  # fmt: skip
     kinds = [type(next(iter(model.get_submodule(path).children()), model)) for path in lists if lists[path]]
     return largest if kinds.count(type(model.get_submodule(largest)[0])) == 1 else ""
+
+
+def _other_models(model: Any) -> tuple[str, ...]:
+    """Prefixes of the paths in models inside this one that are of another configuration, such as one of images."""
+    from transformers import PreTrainedModel
+
+    own = {type(model.config), type(model.config.get_text_config(decoder=True))}
+    inner = ((path, each) for path, each in model.named_modules() if isinstance(each, PreTrainedModel))
+    return tuple(f"{path}." for path, each in inner if path and type(each.config) not in own)
 
 
 def _length(model: nn.Module, path: str) -> int:

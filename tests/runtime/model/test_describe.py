@@ -16,7 +16,9 @@ from qdist.core.requests import Answer, Describe
 from qdist.runtime.model.classes import config_of as config_of_content
 from qdist.runtime.model.classes import empty_model
 from qdist.runtime.model.describe import describe, facts_of
+from qdist.runtime.model.parts import layers_path
 from qdist.runtime.tasks import answer_to
+from tests.runtime.every_model import tiny_model
 
 NO_CLASS = {alias for alias in ALIASES if KNOWN[config_of(alias)["model_type"]].own_code}
 SMALL: dict[str, Any] = {
@@ -117,6 +119,16 @@ def test_linears_that_only_choose_are_neither_packed_nor_adapted() -> None:
     assert not any("indexer" in linear.within or linear.name == "wq_b" for shape in shapes for linear in shape.linears)
     reasons = {kept.path: kept.reason for kept in shapes[0].kept}
     assert reasons["self_attn.indexer.wq_b"] == reasons["self_attn.indexer.wk"] == "computed without gradients"
+
+
+def test_the_layers_of_a_tower_are_not_taken_for_those_of_the_text() -> None:
+    """GIT's image encoder has as many, and more parameters, in a model that is no wrapper."""
+    assert layers_path(tiny_model("git")) == "git.encoder.layer"
+
+
+def test_a_model_that_drafts_for_another_is_refused() -> None:
+    with pytest.raises(ModelError, match="drafts for another model, whose keys and values it reads"):
+        describe(AutoConfig.for_model("gemma4_assistant"), name="drafter")
 
 
 def test_an_infinite_number_of_a_configuration_is_read_as_transformers_writes_it() -> None:
