@@ -116,6 +116,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "attn_layers": ["local", "local"],
         "feed_forward_size": 128,
     },
+    "youtu": {"pad_token_id": 1},  # the tokenizer's: its class zeroes that row of weights that it loads
     "zaya": {"num_experts_per_tok": 1},
     "zamba2": {
         "num_hidden_layers": 6,
@@ -200,4 +201,7 @@ def tiny_model(model_type: str) -> Any:
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.uniform_(0.0, 0.1)  # zero at first, so that one which is lost would not show
+    for name, parameter in model.named_parameters():
+        if not parameter.any() and not name.endswith("bias"):
+            parameter.data.normal_(std=0.02)  # zero at first, and behind it nothing would have a gradient
     return model
