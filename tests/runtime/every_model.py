@@ -101,7 +101,7 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "inkling_text": {"n_routed_experts": 32},  # as many as leave the shared ones, which are not packed, below 1 %
+    "inkling_text": {"n_routed_experts": 128},  # as many as leave the shared ones, which are not packed, below 1 %
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
