@@ -110,7 +110,7 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "inkling_text": {"n_routed_experts": 32},  # as many as leave the shared ones, which are not packed, below 1 %
+    "inkling_text": {"n_routed_experts": 128},  # as many as leave the shared ones, which are not packed, below 1 %
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
@@ -125,6 +125,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "attn_layers": ["local", "local"],
         "feed_forward_size": 128,
     },
+    "youtu": {"pad_token_id": 1},  # the tokenizer's: its class zeroes that row of weights that it loads
     "zaya": {"num_experts_per_tok": 1},
     "zamba2": {
         "num_hidden_layers": 6,
@@ -206,7 +207,10 @@ def tiny_model(model_type: str) -> Any:
     config = tiny_config(model_type)
     torch.manual_seed(0)
     model = class_of(config).from_config(config).eval()
-    for name, value in (*model.named_buffers(), *model.named_parameters()):
+    for name, buffer in model.named_buffers():
         if name.endswith(_ZERO_AT_FIRST):
-            value.data.uniform_(0.0, 0.1)  # otherwise one that is lost would not show, or nothing before it would learn
+            buffer.uniform_(0.0, 0.1)  # zero at first, so that one which is lost would not show
+    for name, parameter in model.named_parameters():
+        if not parameter.any() and not name.endswith("bias"):
+            parameter.data.normal_(std=0.02)  # zero at first, and behind it nothing would have a gradient
     return model

@@ -21,6 +21,9 @@ NO_GRADIENTS = "computed without gradients"
 SMALL = "too small to pack"
 ROUTER = "router"
 SKIPPED = "of a layer that text without images skips"
+RENAMED = "its adapter would be loaded under another name"
+"""Reason for a linear whose name one of transformers' patterns for old checkpoints takes for another, as PEFT applies
+them to adapters too: in transformers 5.17 'mlp.shared_expert.' of Laguna, whose dot is any letter."""
 OWN_LINEAR = "a linear with arithmetic of its own"
 _MOST_SMALL = 64
 """Inputs or outputs up to which a linear is too small; an eighth of the hidden size where that is less."""
@@ -162,6 +165,8 @@ class _Parts:
             return NO_GRADIENTS
         if path in self._facts.rescaled:
             return RESCALED
+        if _renamed(path, self._facts.config.model_type).rpartition(".lora_A")[0] not in self._modules:
+            return RENAMED
         if id(module.weight) in self._facts.shared:
             return SHARED
         if self._routed and _routes(path, self._modules[within]):
@@ -347,6 +352,24 @@ def weights_read(kind: Any) -> frozenset[str]:
         if name != "__init__" and function.__module__ == kind.__module__:
             names.update(_WEIGHT_READ.findall(inspect.getsource(function)))
     return frozenset(names)
+
+
+def _renamed(path: str, model_type: str) -> str:
+    """What transformers makes of the name of the adapter of a linear, by the linear's path in its layer."""
+    name = f"{path}.lora_A.weight"
+    for each in _renamings(model_type):
+        name = each.rename_source_key(name)[0]
+    return name
+
+
+@cache
+def _renamings(model_type: str) -> tuple[Any, ...]:
+    """How transformers renames the tensors of old checkpoints of a type."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    found = get_checkpoint_conversion_mapping(model_type) or ()
+    return tuple(each for each in found if type(each) is WeightRenaming)
 
 
 @cache

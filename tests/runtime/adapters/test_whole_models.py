@@ -167,3 +167,12 @@ def test_what_is_kept_under_a_linears_name_is_excluded() -> None:
     mixed = msgspec.structs.replace(facts, layers=(msgspec.structs.replace(run, shape=kept), *facts.layers[1:]))
     assert excluded_modules(mixed, ("all-linear",)) == r"model\.layers\.\d+\.(?:mamba\.o_proj)"
     assert excluded_modules(mixed, ("q_proj",)) is None
+
+
+def test_what_only_some_layers_keep_is_excluded_there_alone() -> None:
+    facts = facts_of(tiny_model("llama"), "llama")
+    run, *_ = facts.layers
+    skipped = msgspec.structs.replace(run.shape, linears=(), kept=(Kept("mlp.up_proj", 1, "skipped"),))
+    layers = (LayerRun(run.shape, 1), LayerRun(skipped, 1))
+    mixed = msgspec.structs.replace(facts, layers=layers)
+    assert excluded_modules(mixed, ("all-linear",)) == r"model\.layers\.1\.(?:mlp\.up_proj)"

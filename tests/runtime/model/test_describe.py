@@ -194,6 +194,20 @@ def test_layers_that_text_without_images_skips_are_not_adapted() -> None:
     assert "of a layer that text without images skips" in kinds[1]
 
 
+def test_a_linear_whose_adapter_would_be_loaded_under_another_name_is_not_adapted() -> None:
+    config = AutoConfig.for_model("laguna", **EXPERTS, shared_expert_intermediate_size=192)
+    shape = describe(config, name="laguna").shapes[-1]
+    assert not any("shared" in linear.within for linear in shape.linears)
+    reasons = {kept.path: kept.reason for kept in shape.kept}
+    assert reasons["mlp.shared_experts.up_proj"] == "its adapter would be loaded under another name"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_other_family_has_such_linears(family: str) -> None:
+    reasons = {kept.reason for shape in of(family).shapes for kept in shape.kept}
+    assert "its adapter would be loaded under another name" not in reasons
+
+
 def test_small_gates_stay_in_16_bits() -> None:
     recurrent = of("qwen3_5_text").shapes[0]
     small = [kept.path for kept in recurrent.kept if kept.reason == "too small to pack"]

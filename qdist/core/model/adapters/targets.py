@@ -23,8 +23,17 @@ def target_modules(facts: ModelFacts, targets: tuple[str, ...], without: Collect
 def excluded_modules(facts: ModelFacts, targets: tuple[str, ...]) -> str | None:
     """PEFT's `exclude_modules`: what is kept in 16 bits under the name of a linear that has an adapter; else None."""
     names = {linear.name for linear in facts.targeted(targets) if not linear.within}
-    kept = {kept.path for shape in facts.shapes for kept in shape.kept if kept.path.rpartition(".")[2] in names}
-    return f"{_in_layers(facts)}(?:{'|'.join(map(re.escape, sorted(kept)))})" if kept else None
+    kept = [{own.path for own in shape.kept if own.path.rpartition(".")[2] in names} for shape in facts.shapes]
+    common = {path for own, shape in zip(kept, facts.shapes, strict=True) if shape.linears for path in own}
+    found = [_excluded(_in_layers(facts), common)] if common else []
+    for layer, run in enumerate(facts.run_of_layer):  # other layers may have an adapter where one without linears keeps
+        if own := kept[run] - common:
+            found.append(_excluded(f"{re.escape(facts.modules.layers)}\\.{layer}\\.", own))
+    return "|".join(found) or None
+
+
+def _excluded(layers: str, paths: Collection[str]) -> str:
+    return f"{layers}(?:{'|'.join(map(re.escape, sorted(paths)))})"
 
 
 def _in_layers(facts: ModelFacts) -> str:
