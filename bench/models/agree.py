@@ -5,7 +5,8 @@
 plain: 10 steps beside a loop of plain transformers and PEFT over the same dequantized weights, experts adapted too.
 ranks: two ranks, replicated, sharded and split, against one process. resume: killed behind a checkpoint and resumed.
 engines: ZeRO 1, 2 and 3 on two ranks, and shards on three, against one process. merged: logits of the model merged to
-16 bits against the adapter's in plain PEFT. `gpt_oss:mxfp4` is gpt-oss with its experts as the hub has them.
+16 bits against the adapter's in plain PEFT. `gpt_oss:mxfp4` is gpt-oss with its experts as the hub has them, and
+`gemma4_text:num_hidden_layers=8:layer_types=null:hidden_size_per_layer_input=0` has those keys in its config.json.
 The last lines are a table: largest difference of a loss, or why there is none.
 """
 
@@ -37,10 +38,11 @@ class Case:
         from tests.runtime.tiny import save_data, tiny_tokenizer
 
         self.folder, self.base = folder, folder / "base"
-        model_type, _, stored = model_type.partition(":")
-        model = tiny_model(model_type)
+        model_type, *variants = model_type.split(":")
+        changes = [variant.split("=") for variant in variants if "=" in variant]
+        model = tiny_model(model_type, **{key: json.loads(value) for key, value in changes})
         model.save_pretrained(self.base)
-        if stored:
+        if "mxfp4" in variants:
             store_as_mxfp4(self.base)
         tiny_tokenizer(bos=False).save_pretrained(self.base)
         self.data = save_data(folder / "data.jsonl", 24)
