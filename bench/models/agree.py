@@ -5,7 +5,8 @@
 plain: 10 steps beside a loop of plain transformers and PEFT over the same dequantized weights, experts adapted too.
 ranks: two ranks, replicated, sharded and split, against one process. resume: killed behind a checkpoint and resumed.
 engines: ZeRO 1, 2 and 3 on two ranks, and shards on three, against one process. merged: logits of the model merged to
-16 bits against the adapter's in plain PEFT. `gpt_oss:mxfp4` is gpt-oss with its experts as the hub has them.
+16 bits against the adapter's in plain PEFT. `gpt_oss:mxfp4` is gpt-oss with its experts as the hub has them, and
+`TYPE:KEY=VALUE` has another value in its config.json.
 The last lines are a table: largest difference of a loss, or why there is none.
 """
 
@@ -18,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 TYPES = (
-    "phi3", "smollm3", "olmo2", "olmo3", "granite", "cohere2", "arcee", "seed_oss", "gemma2", "gemma3", "gemma3_text",
-    "gemma4", "gemma4_text", "mistral3", "ministral3", "qwen3_moe", "mixtral", "qwen3_5", "qwen3_5_moe", "gpt_oss",
+    "phi3", "smollm3", "olmo2", "olmo3", "granite", "cohere2", "arcee", "gemma2", "gemma3", "gemma3_text", "gemma4",
+    "gemma4_text", "mistral3", "ministral3", "qwen3_moe", "mixtral", "qwen3_5", "qwen3_5_moe", "gpt_oss",
+    "gpt_oss:mxfp4", "gemma4_text:num_hidden_layers=8:layer_types=null:hidden_size_per_layer_input=0",
+    "seed_oss:attention_dropout=0.0:residual_dropout=0.0",  # PEFT, and each stage of a split, draws masks of its own
 )  # fmt: skip
 SHAPE: dict[str, Any] = {
     "seq_len": 32, "global_batch": 4, "micro_batch": 1, "steps": 10, "lora__r": 4, "optim__lr": 3e-3,
@@ -37,10 +40,11 @@ class Case:
         from tests.runtime.tiny import save_data, tiny_tokenizer
 
         self.folder, self.base = folder, folder / "base"
-        model_type, _, stored = model_type.partition(":")
-        model = tiny_model(model_type)
+        model_type, *variants = model_type.split(":")
+        changes = [variant.split("=") for variant in variants if "=" in variant]
+        model = tiny_model(model_type, **{key: json.loads(value) for key, value in changes})
         model.save_pretrained(self.base)
-        if stored:
+        if "mxfp4" in variants:
             store_as_mxfp4(self.base)
         tiny_tokenizer(bos=False).save_pretrained(self.base)
         self.data = save_data(folder / "data.jsonl", 24)

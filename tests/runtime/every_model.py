@@ -69,7 +69,7 @@ _DRAFTER: dict[str, Any] = {
     "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": VOCAB,
 }  # fmt: skip
 _OWN: dict[str, dict[str, Any]] = {
-    # What a type's own validation asks for, beside the sizes.
+    # What a type's own validation asks for beside the sizes, and what published models have unlike its defaults.
     "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {"encoder_hash_byte_group_vocab": 512},
     "gemma4_assistant": {"text_config": _DRAFTER | {"model_type": "gemma4_text"}},
@@ -109,6 +109,14 @@ _OWN: dict[str, dict[str, Any]] = {
         "layers_block_type": [*["linear_attention"] * 2, "hybrid", *["linear_attention"] * 4, "hybrid"],
     },
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128},
+    "gemma4_text": {"global_head_dim": 32},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.75}},
+    "granite": {
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8.0,
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "inkling_text": {"n_routed_experts": 128},  # as many as leave the shared ones, which are not packed, below 1 %
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
@@ -160,6 +168,8 @@ def shrunk(config: Mapping[str, Any]) -> dict[str, Any]:
         (config[key] for key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers") if config.get(key)), 0
     )
     for key, value in config.items():
+        if key == "per_layer_config":
+            continue  # made by the class of what else it is given, such as Gemma 4's second width of heads
         if isinstance(value, Mapping) and key.endswith(("config", "_config")):
             found[key] = tiny_arguments(str(value.get("model_type", "")), value)
         elif isinstance(value, list) and layers and len(value) == layers and key != "architectures":
@@ -189,22 +199,23 @@ def _sample(values: list[Any]) -> list[Any]:
     return [*picked, values[-1]]
 
 
-def tiny_config(model_type: str) -> Any:
-    """transformers' configuration of a tiny model. Raises whatever transformers raises."""
+def tiny_config(model_type: str, **changes: Any) -> Any:
+    """transformers' configuration of a tiny model. Raises whatever transformers raises. changes: to its sizes."""
     from transformers import AutoConfig
 
     if model_type in _REQUIRED:
-        return AutoConfig.for_model(model_type, **deepcopy(_REQUIRED[model_type]))
-    return AutoConfig.for_model(model_type, **tiny_arguments(model_type, AutoConfig.for_model(model_type).to_dict()))
+        return AutoConfig.for_model(model_type, **deepcopy(_REQUIRED[model_type]) | changes)
+    arguments = tiny_arguments(model_type, AutoConfig.for_model(model_type).to_dict())
+    return AutoConfig.for_model(model_type, **arguments | changes)
 
 
-def tiny_model(model_type: str) -> Any:
-    """A random float32 model of the type's own class. Raises whatever transformers raises."""
+def tiny_model(model_type: str, **changes: Any) -> Any:
+    """A random float32 model of the type's own class. Raises whatever transformers raises. changes: to its sizes."""
     import torch
 
     from qdist.runtime.model.classes import class_of
 
-    config = tiny_config(model_type)
+    config = tiny_config(model_type, **changes)
     torch.manual_seed(0)
     model = class_of(config).from_config(config).eval()
     for name, buffer in model.named_buffers():

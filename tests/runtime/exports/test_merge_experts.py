@@ -26,9 +26,9 @@ from tests.runtime.tiny import VOCAB, adapted_run, logits_of, real_job, save_dat
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def save_whole(folder: Path, family: str) -> Path:
+def save_whole(folder: Path, family: str, **changes: Any) -> Path:
     """A model as `save_pretrained` writes it: in the hub's names, towers and all."""
-    config = config_of(family)
+    config = config_of(family, **changes)
     config.get_text_config().vocab_size = VOCAB
     whole_model(config).save_pretrained(folder)
     tokenizer = tiny_tokenizer(bos=False)
