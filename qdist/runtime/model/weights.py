@@ -136,8 +136,9 @@ def whole(tensor: Slices) -> torch.Tensor:
 
 def stored_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     """Buffers of a module itself that are part of a checkpoint, such as the bias by which routers choose experts."""
-    passing = module._non_persistent_buffers_set
-    return {name: value for name, value in module.named_buffers(recurse=False) if name not in passing}
+    buffers = dict(module.named_buffers(recurse=False))
+    stored = module.state_dict() if buffers else {}
+    return {name: value for name, value in buffers.items() if name in stored}
 
 
 def is_transposed(module: nn.Module) -> bool:
