@@ -40,7 +40,7 @@ def plan(form: str | None, **asked: Any) -> None:
         say_json(msgspec.json.format(msgspec.json.encode(shape), indent=2))
         return
     plain = decided.device == "cuda" and not decided.liger and decided.spec.liger is None
-    of_another = known_shape(decided.spec.model).note
+    of_another = known_shape(decided.spec.model, decided.spec.trust_remote_code).note
     notes = [of_another] if of_another else []
     notes += ["liger-kernel is not installed here: --set liger=true plans with its kernels"] if plain else []
     if request.described and request.host_memory is None and decided.offloaded_layers:

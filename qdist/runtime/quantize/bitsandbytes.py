@@ -19,6 +19,7 @@ from qdist.host.sources.models import locate, read_json
 from qdist.host.terminal import say
 from qdist.runtime.formats.packed_folder import Manifest, read_manifest
 from qdist.runtime.quantize.blueprint import blueprint
+from qdist.runtime.quantize.materialize import materialize, trust
 from qdist.runtime.quantize.pack import pack
 from qdist.runtime.quantize.source import check_packed, quantized_as
 from qdist.runtime.quantize.tensors import streamed
@@ -69,8 +70,6 @@ def _packed_before(out: Path, folder: Path) -> Packed:
 
 def quantize(model: str, out: Path, packing: Packing) -> Manifest:
     """Write a packed model to a user's folder. Raises RunError if something exists there already."""
-    from qdist.runtime.quantize.materialize import materialize
-
     folder = materialize(locate(model))
     there = _already(folder, model)
     if there is not None:
@@ -119,6 +118,8 @@ def _alone(out: Path, name: str) -> Iterator[None]:
 def run(request: Pack) -> None:
     """Pack a model, and report the result and how to use it."""
     packing, out = request.packing, Path(request.out)
+    if request.trust_remote_code:
+        trust(request.model)
     began = time.monotonic()
     manifest = quantize(request.model, out, packing)
     took = format_duration(time.monotonic() - began)
