@@ -76,8 +76,6 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     read: Callable[[Keys], ModelFacts]
     """The facts of a config.json. Keys that may be absent take transformers' defaults."""
     modules: Modules = Modules()
-    layers_return_tuples: bool = False
-    """Whether a decoder layer returns a tuple whose first item is its output."""
     measured: bool = True
     """Whether what its layers keep for the backward pass was measured; otherwise a plan has a margin."""
     own_code: bool = False
