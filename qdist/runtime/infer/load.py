@@ -368,7 +368,7 @@ def with_packed(plan: Plan) -> Source:
     if source.gptq:
         packed = in_safetensors(Path(source.path))
     else:
-        packed = packed_folder(Path(source.path), packing_of(spec), name=spec.model).folder
+        packed = packed_folder(Path(source.path), packing_of(spec, source.config), name=spec.model).folder
     digest = digest_of_folder(packed)
     if source.digest not in ("", digest):
         say(

@@ -90,8 +90,7 @@ def _already(folder: Path, name: str) -> Packing | None:
 
 
 def _require_same(name: str, there: Packing, wanted: Packing) -> None:
-    as_it_comes = there.type == "mxfp4" and wanted.bits == 4
-    if as_it_comes or (there.bits, there.type, there.double) == (wanted.bits, wanted.type, wanted.double):
+    if (there.bits, there.type, there.double) == (wanted.bits, wanted.type, wanted.double):
         return
     flags = f"--bits {there.bits}"
     if there.bits == 4:

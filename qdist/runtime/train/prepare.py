@@ -109,7 +109,7 @@ def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple
 
     gptq = gptq_of(spec, config, folder)
     if gptq is None:
-        return None, packed_folder(folder, packing_of(spec), name=spec.model)
+        return None, packed_folder(folder, packing_of(spec, config), name=spec.model)
     packed, shape = in_safetensors(folder), blueprint(folder)
     paths = [name.removesuffix(".weight") for name in shape.linears]
     facts = facts_of(config, name=spec.model)
