@@ -40,6 +40,12 @@ def _contradictions(spec: RunSpec, facts: ModelFacts, config: Mapping[str, Any])
     yield from _balance_loss(spec, config)
     if spec.bits < 16:
         yield from _unpacked_experts(spec, facts)
+    if z_loss := config.get("z_loss_coefficient"):
+        yield SpecError(
+            f"z_loss_coefficient={z_loss} in the config.json of {spec.model} adds to the cross entropy, which qdist "
+            "does not do",
+            try_='"z_loss_coefficient": 0 in its config.json',
+        )
 
 
 def _with_experts(facts: ModelFacts, what: str) -> Iterator[SpecError]:

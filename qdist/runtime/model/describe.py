@@ -17,7 +17,7 @@ from qdist.core.model.families import FAMILIES, from_config, own_code
 from qdist.core.model.shapes import Kept, LayerRun, LayerShape, ModelFacts, Modules
 from qdist.core.requests import Describe
 from qdist.host.opening import told
-from qdist.runtime.model.classes import config_of, empty_model, leave_out_towers
+from qdist.runtime.model.classes import config_of, empty_model, leave_out_towers, read_softcap
 from qdist.runtime.model.layer_parts import SHARED, Facts, is_linear, read, shape_of, weights_rescaled
 from qdist.runtime.model.own_code import require_class
 from qdist.runtime.model.parts import layers_path, modules_around
@@ -216,7 +216,8 @@ def _shared(layers: list[nn.Module]) -> frozenset[int]:
 
 def _attention(model: Any, layer: nn.Module) -> Literal["flash", "repacked", "eager"]:
     """Queries are laid out anew where the class joins their rotating part with one that passes."""
-    if not getattr(model, "_supports_sdpa", False):
+    capped = read_softcap(_text_config(model)) is not None
+    if capped or not getattr(model, "_supports_sdpa", False):
         return "eager"
     code = inspect.getsource(sys.modules[type(layer).__module__])
     return "repacked" if re.search(r"\b(q|query)_(pass|nope)\b", code) else "flash"
