@@ -15,7 +15,7 @@ from qdist.host.machine import probe
 from qdist.host.sources.models import known_shape
 from qdist.host.terminal import say, say_json
 
-_SETTINGS = ("model", "bits", "method", "gpus", "placement", "gpus_per_group", "max_memory")
+_SETTINGS = ("model", "trust_remote_code", "bits", "method", "gpus", "placement", "gpus_per_group", "max_memory")
 """Settings with a flag of their own, besides the common ones."""
 
 

@@ -79,7 +79,7 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     measured: bool = True
     """Whether what its layers keep for the backward pass was measured; otherwise a plan has a margin."""
     own_code: bool = False
-    """Only code in the models' own repositories computes it: transformers has no class, and it can only be planned."""
+    """Only code in the models' own repositories computes it: run only where `trust_remote_code` is set."""
     gguf: Gguf | None = None
     """GGUF representation; None if GGUF is neither written nor read."""
     aliases: dict[str, Alias] = {}
