@@ -21,5 +21,5 @@ def chat(**given: Any) -> None:
     lists the commands.
     """
     request = request_of(Chat, given)
-    check_target(request.run, max_memory=request.max_memory)
+    check_target(request.run, max_memory=request.max_memory, trusted=request.trust_remote_code)
     run_task(request)

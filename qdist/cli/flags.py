@@ -17,7 +17,7 @@ from qdist.core.text import command, quoted
 F = TypeVar("F", bound=Callable[..., Any])
 _LIKE_THEIR_SETTINGS = (
     "model", "bits", "method", "data", "gpus", "placement", "gpus_per_group", "max_memory", "load_format", "adapter",
-    "run",
+    "run", "trust_remote_code",
 )  # fmt: skip
 FLAGS = {**{name: name for name in _LIKE_THEIR_SETTINGS}, **COMMON}
 """Every parameter of a command that is a setting."""
@@ -30,6 +30,11 @@ def setting_flags(*names: str) -> Callable[[F], F]:
         for name in reversed(names):
             key = FLAGS[name]
             among = choices(RunSpec, key)
+            if msgspec.inspect.BoolType() in kinds_of(RunSpec, key):
+                command = click.option(flag_of(name), name, is_flag=True, default=None, help=description(RunSpec, key))(
+                    command
+                )
+                continue
             numbers = accepted(RunSpec, key).startswith(("integer", "number"))
             command = click.option(
                 flag_of(name),

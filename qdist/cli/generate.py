@@ -27,5 +27,5 @@ def generate(**given: Any) -> None:
     request = request_of(Generate, given)
     request = msgspec.structs.replace(request, out=stream_to_write(request.out))
     read_prompts(Path(request.prompts))
-    check_target(request.run, max_memory=request.max_memory)
+    check_target(request.run, max_memory=request.max_memory, trusted=request.trust_remote_code)
     run_task(request)

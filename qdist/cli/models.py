@@ -60,6 +60,6 @@ def known(name: str, alias: Alias) -> Known:
 
 
 def _row(model: Known, width: int) -> str:
-    planned_only = "" if model.trainable else "  (qdist plan only)"
+    own_code = "" if model.trainable else "  (trained with --trust-remote-code)"
     sizes = f"{format_count(model.parameters):>10}  {format_bytes(model.packed_bytes):>9}"
-    return f"{model.name:{width}}  {sizes}  {model.place}{planned_only}"
+    return f"{model.name:{width}}  {sizes}  {model.place}{own_code}"

@@ -15,7 +15,7 @@ from qdist.host.machine import probe
 from qdist.host.sources.models import known_shape
 from qdist.host.terminal import say, say_json
 
-_SETTINGS = ("model", "bits", "method", "gpus", "placement", "gpus_per_group", "max_memory")
+_SETTINGS = ("model", "trust_remote_code", "bits", "method", "gpus", "placement", "gpus_per_group", "max_memory")
 """Settings with a flag of their own, besides the common ones."""
 
 
@@ -40,7 +40,7 @@ def plan(form: str | None, **asked: Any) -> None:
         say_json(msgspec.json.format(msgspec.json.encode(shape), indent=2))
         return
     plain = decided.device == "cuda" and not decided.liger and decided.spec.liger is None
-    of_another = known_shape(decided.spec.model).note
+    of_another = known_shape(decided.spec.model, decided.spec.trust_remote_code).note
     notes = [of_another] if of_another else []
     notes += ["liger-kernel is not installed here: --set liger=true plans with its kernels"] if plain else []
     if request.described and request.host_memory is None and decided.offloaded_layers:

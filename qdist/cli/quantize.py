@@ -33,7 +33,7 @@ def quantize(method: str, **given: Any) -> None:
     request = quantization_of(method, given)
     if isinstance(request, MakeGptq):
         check_data(request.settings.data)
-    check_model(request.model)
+    check_model(request.model, trusted=isinstance(request, Pack) and request.trust_remote_code)
     run_task(msgspec.structs.replace(request, out=folder_to_write(request.out)))
 
 

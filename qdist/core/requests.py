@@ -57,6 +57,8 @@ class Describe(Request, frozen=True, kw_only=True):
     """The content of its config.json."""
     name: str
     """What the user calls the model."""
+    code: str = ""
+    """Folder of the model's own code, if its user has asked to run that."""
 
 
 class Gather(Request, frozen=True, kw_only=True):
@@ -162,6 +164,9 @@ class Pack(Request, frozen=True, kw_only=True):
         Literal["auto", "bfloat16", "float16", "float32"],
         _help("Of what is not packed, and what is packed from; auto: as the model is stored."),
     ] = "auto"
+    trust_remote_code: Annotated[
+        bool, _help("Run the Python files of the model's own repository where transformers has no class for it.")
+    ] = False
 
     def __post_init__(self) -> None:
         if self.method == "int8" and self.double is not None:
@@ -244,6 +249,9 @@ class Answering(Request, frozen=True, kw_only=True):
     run: str
     """Path of a run, or any model."""
     max_memory: Annotated[str | None, _help("What to put on each GPU at most, such as 20GiB.")] = None
+    trust_remote_code: Annotated[
+        bool, _help("Run the Python files of the model's own repository where transformers has no class for it.")
+    ] = False
 
     def __post_init__(self) -> None:
         if self.max_memory is not None:
@@ -371,7 +379,7 @@ def quantization_of(method: str, given: Mapping[str, Any]) -> Pack | MakeGptq:
     return MakeGptq(model=model, out=out, settings=request_of(GptqSettings, layout))
 
 
-_OF_PACK = ("double", "dtype")
+_OF_PACK = ("double", "dtype", "trust_remote_code")
 
 
 def _widths(mixed: str | None, given: Mapping[str, Any]) -> Collection[int]:

@@ -344,4 +344,4 @@ def test_baichuan_is_planned_and_not_launched() -> None:
     assert plan("--model", "baichuan-7b", *ONE).exit_code == 0
     launched = CliRunner().invoke(main, ["launch", "--model", "baichuan-7b", "--data", "demo"], prog_name="qdist")
     assert launched.exit_code == 2
-    assert launched.stderr.startswith("error: baichuan-7b runs code out of its own repository, which qdist does not; ")
+    assert launched.stderr.startswith("error: transformers has no class for baichuan-7b: Python files out of its own ")

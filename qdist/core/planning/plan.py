@@ -81,6 +81,9 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Vocabulary rows that the repair added."""
     vocab_rows: int | None = None
     """Rows of the embedding after the repair; None if it added none."""
+    own_code: str = ""
+    """Folder of Python files out of the model's own repository that every process of the run executes; empty for none.
+    `spec.trust_remote_code` asks for it."""
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -40,6 +40,7 @@ def _contradictions(spec: RunSpec, facts: ModelFacts, config: Mapping[str, Any])
     yield from _balance_loss(spec, config)
     if spec.bits < 16:
         yield from _unpacked_experts(spec, facts)
+    yield from _z_loss(spec, config)
 
 
 def _with_experts(facts: ModelFacts, what: str) -> Iterator[SpecError]:
@@ -65,6 +66,15 @@ def _unpacked_experts(spec: RunSpec, facts: ModelFacts) -> Iterator[SpecError]:
             f"the experts of {facts.name} are in a layout that qdist does not pack: {share:.0%} of the weights of its "
             f"decoder layers would stay in 16 bits where {spec.bits} were asked for",
             ways=[{"bits": 16}],
+        )
+
+
+def _z_loss(spec: RunSpec, config: Mapping[str, Any]) -> Iterator[SpecError]:
+    if weight := config.get("z_loss_coefficient"):
+        yield SpecError(
+            f"z_loss_coefficient={weight} in the config.json of {spec.model} adds to the cross entropy, which qdist "
+            "does not do",
+            try_='"z_loss_coefficient": 0 in its config.json',
         )
 
 

@@ -185,6 +185,13 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Literal[2, 3, 4, 8, 16],
         Meta(description="Bits of a backbone weight: 4, 8 or 16; a GPTQ checkpoint has its own."),
     ] = 4
+    trust_remote_code: Annotated[
+        bool,
+        Meta(
+            description="Run the Python files of the model's own repository on this machine, with all your rights, "
+            "where transformers has no class for the model."
+        ),
+    ] = False
     data: Annotated[
         str, Meta(description="Records: a JSON, JSONL, CSV, TSV, Parquet or Arrow file, a folder, a hub id, or demo.")
     ] = ""

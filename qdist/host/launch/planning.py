@@ -34,7 +34,7 @@ from qdist.host.sources.model_folder import gptq_of
 from qdist.host.sources.models import EMBEDDED, Shape, known_shape
 
 Here = Callable[[], Cluster]
-FactsOf = Callable[[str], Shape]
+FactsOf = Callable[[str, bool], Shape]
 
 
 class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,14 +107,14 @@ def _plan_once(request: PlanRequest, spec: RunSpec, here: Here, facts_of: FactsO
         raise SpecError("no model was named", ways=[{"model": model} for model in models])
     # Epochs cannot be counted without the data, and steps have no weight.
     spec = spec if spec.steps else msgspec.structs.replace(spec, steps=1, epochs=None)
-    config, facts, _ = facts_of(spec.model)
+    config, facts, _, code = facts_of(spec.model, spec.trust_remote_code)
     cluster = machine_of(request, spec.gpus, here)
     # What another machine has installed is for the user to say.
     has_liger = find_spec("liger_kernel") is not None or (spec.liger is True and request.described)
     learnt = None
     if not request.described:
         learnt = calibration.correction_for(cluster, world_size=spec.gpus, bits=spec.bits)
-    source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=gptq_of(spec, config))
+    source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=gptq_of(spec, config), own_code=code)
     plan = plan_once(
         spec, source, facts, cluster, None, has_liger=has_liger, no_fla=fla_problem(cluster),
         correction=learnt,

@@ -52,7 +52,7 @@ from qdist.host.sources import cache
 from qdist.host.sources.adapters import find_adapter, require_fit, require_start, start_of
 from qdist.host.sources.facts import facts_of
 from qdist.host.sources.model_folder import require_same_tensors
-from qdist.host.sources.models import shape
+from qdist.host.sources.models import known_shape
 
 RESUMABLE = frozenset((
     "run", "gpus", "placement", "gpus_per_group", "split.schedule", "split.offload_layers", "micro_batch",
@@ -236,7 +236,7 @@ def _changed_since(old: Plan) -> tuple[str, ...]:
 
 def _job(asked: _Asked, prepared: Prepared) -> Launch:
     run, spec, here, old = asked
-    facts = facts_of(prepared.source.config, name=spec.model)
+    facts = facts_of(prepared.source.config, name=spec.model, code=prepared.source.own_code)
     plan = _started(asked, _planned(asked, prepared.source, facts, prepared.data))
     refuse_small_disk(plan, run)
     files = {
@@ -330,9 +330,9 @@ def _synthetic(spec: RunSpec) -> Prepared:
         raise SpecError(f"random weights train on random tokens, not on {spec.data!r}", try_="leave --data out")
     if spec.train.answers or spec.new_tokens:
         raise SpecError("train.answers and new_tokens need a tokenizer, and random weights have none")
-    config, _ = shape(spec.model)
-    require_library_class(config, name=spec.model)
-    source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=of_run(spec, config))
+    config, _, _, code = known_shape(spec.model, spec.trust_remote_code)
+    require_library_class(config, name=spec.model, trusted=bool(code))
+    source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=of_run(spec, config), own_code=code)
     return Prepared(source=source, data=None)
 
 

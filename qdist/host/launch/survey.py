@@ -19,7 +19,7 @@ from qdist.host.files import cache_path
 from qdist.host.sources import cache as cached
 from qdist.host.sources.facts import facts_of, shape_note
 from qdist.host.sources.model_folder import gptq_of, safetensors_of
-from qdist.host.sources.models import Located, Shape, find_shape, read_json
+from qdist.host.sources.models import Located, Shape, code_of, find_shape, read_json
 from qdist.host.sources.targets import check_model
 
 Action = Literal["fetch", "convert", "pack", "tokenize"]
@@ -61,15 +61,15 @@ def survey(spec: RunSpec) -> Survey:
     Raises ModelError for a model that is not there or cannot be opened, SpecError where method and model do not go
     together.
     """
-    folder, work = _folder_of(check_model(spec.model))
+    folder, work = _folder_of(check_model(spec.model, trusted=spec.trust_remote_code))
     known = _shape(spec, folder)
     if known is None:
         return Survey(folder, tuple(work))
-    config, facts, note = known
+    config, facts, note, code = known
     gptq = gptq_of(spec, config, folder)
     work = [each._replace(size_bytes=2 * facts.parameters) for each in work]  # in 16 bits
     packing = _packing_work(spec, folder, config, facts, gptq)
-    source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=gptq)
+    source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=gptq, own_code=code)
     return Survey(folder, (*work, *packing), source, facts, note)
 
 
@@ -160,9 +160,11 @@ def _fetched(hub_id: str) -> tuple[Path | None, Path]:
 def _shape(spec: RunSpec, folder: Path | None) -> Shape | None:
     """The shape as `find_shape` has it, read from converted or downloaded files if they exist."""
     if folder is None:
-        return find_shape(spec.model)
+        return find_shape(spec.model, trusted=spec.trust_remote_code)
     config = read_json(folder / "config.json")
-    return Shape(config, facts_of(config, name=spec.model), shape_note(config))
+    found = Located(kind="folder", path=str(folder), config=config)
+    code = code_of(found, config) if spec.trust_remote_code else ""
+    return Shape(config, facts_of(config, name=spec.model, code=code), shape_note(config), code)
 
 
 def _packing_work(

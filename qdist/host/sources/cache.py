@@ -21,13 +21,13 @@ from qdist.host.machine import probe
 from qdist.host.opening import read_typed
 
 WEIGHTS = (".safetensors", ".bin")
-BESIDE = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-"""Suffixes of the files that accompany weights: tokenizer, chat template, generation settings."""
+BESIDE = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
+"""Suffixes of the files that accompany weights: tokenizer, chat template, generation settings, the model's own code."""
 _CONVERSION = 2
 """Increment whenever the same GGUF file would convert to a different folder."""
 _DECIDING = (
-    "model", "method", "bits", "format", "load_format", "seq_len", "seed", "new_tokens", "quant.", "lora.targets",
-    "lora.pool", "train.held_out", "train.train_on_source",
+    "model", "trust_remote_code", "method", "bits", "format", "load_format", "seq_len", "seed", "new_tokens", "quant.",
+    "lora.targets", "lora.pool", "train.held_out", "train.train_on_source",
 )  # fmt: skip
 """Settings that affect preparation."""
 CHECKSUMS = "checksums.json"

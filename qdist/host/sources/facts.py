@@ -18,23 +18,24 @@ from qdist.host.files import cache_dir, cache_path, write_atomic
 from qdist.host.opening import read_typed
 from qdist.host.tasks import ask
 
-_DESCRIPTION = 2
+_DESCRIPTION = 3
 """Increment whenever the same class would be described differently."""
 _FOLDER = "facts"
 
 
-def facts_of(config: Mapping[str, Any], *, name: str) -> ModelFacts:
+def facts_of(config: Mapping[str, Any], *, name: str, code: str = "") -> ModelFacts:
     """Facts from the content of a config.json, without torch where its family is known.
 
     Those of another model are read from transformers' class by a child process, once: the cache keeps them.
+    code: folder of the model's own code, if that may be run to define the class.
     Raises ModelError for a model that transformers has no class for, or that is no causal language model.
     """
     if is_known(config):
         return from_config(config, name=name)
-    place = _place(config)
+    place = _place(config, code)
     with contextlib.suppress(ModelError):  # not there yet, or written by another version
         return msgspec.structs.replace(read_typed(place, ModelFacts, ModelError), name=name)
-    facts = ask(Describe(config=dict(config), name=name), device="cpu").facts
+    facts = ask(Describe(config=dict(config), name=name, code=code), device="cpu").facts
     if facts is None:
         raise JobError(f"the class of {name} was not described", try_="the same command again")
     with contextlib.suppress(OSError, MachineError):
@@ -56,8 +57,9 @@ def is_known(config: Mapping[str, Any]) -> bool:
     return kind in FAMILIES if isinstance(kind, str) else True
 
 
-def _place(config: Mapping[str, Any]) -> Path:
+def _place(config: Mapping[str, Any], code: str) -> Path:
     """The file for a configuration, named by all that determines its facts."""
-    parts = [_DESCRIPTION, metadata.version("transformers"), dict(config)]
+    own = [[file.name, file.read_text(errors="replace")] for file in sorted(Path(code).glob("*.py"))] if code else []
+    parts = [_DESCRIPTION, metadata.version("transformers"), dict(config), *own]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
     return cache_path() / _FOLDER / f"{key[:32]}.json"

@@ -1,7 +1,7 @@
 """Resolves a model's name: an alias, folder, GGUF file, run or hub id; and suggests fixes for mistyped names."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -10,13 +10,13 @@ import msgspec
 
 from qdist.core.errors import MachineError, ModelError, nearest
 from qdist.core.model.aliases import ALIASES, folded, lookup, same_shape
-from qdist.core.model.families import from_config
+from qdist.core.model.families import FAMILIES, from_config
 from qdist.core.model.families.family import Alias
 from qdist.core.model.shapes import ModelFacts
 from qdist.core.text import command, quoted, resuming
 from qdist.host.opening import read_object
 from qdist.host.run.rundir import PLAN, RunDir
-from qdist.host.sources.facts import facts_of, shape_note
+from qdist.host.sources.facts import facts_of, is_known, shape_note
 from qdist.host.sources.gguf_header import is_gguf, parts_of, read_config
 
 _MOST = 5
@@ -95,6 +95,8 @@ class Shape(NamedTuple):
     facts: ModelFacts
     note: str
     """Where the configuration is from, if not from the model itself; otherwise empty."""
+    code: str = ""
+    """Folder of the model's own code, if its facts are from that."""
 
 
 def locate(name: str) -> Located:
@@ -127,13 +129,13 @@ def locate(name: str) -> Located:
 
 def shape(name: str) -> tuple[dict[str, Any], ModelFacts]:
     """`known_shape` without its note."""
-    config, facts, _ = known_shape(name)
+    config, facts, _, _ = known_shape(name)
     return config, facts
 
 
-def known_shape(name: str) -> Shape:
+def known_shape(name: str, trusted: bool = False) -> Shape:
     """`find_shape`, raising ModelError if only a hub could tell."""
-    found = find_shape(name)
+    found = find_shape(name, trusted=trusted)
     if found is None:
         near = nearest(name.rpartition("/")[2], ALIASES) or "llama-7b"
         raise ModelError(
@@ -142,11 +144,12 @@ def known_shape(name: str) -> Shape:
     return found
 
 
-def find_shape(name: str) -> Shape | None:
+def find_shape(name: str, *, trusted: bool = False) -> Shape | None:
     """A model's configuration and facts, offline; None if only a hub could tell.
 
     They are from a folder, a GGUF header, an alias, or a hub id that is cached or has a telling name.
 
+    trusted: whether the model's own code may be run where transformers has no class for it.
     Raises ModelError for a name that means nothing, and for a model that qdist does not know.
     """
     if _is_word(name) and not Path(name).exists():
@@ -162,7 +165,21 @@ def find_shape(name: str) -> Shape | None:
         config = same.config
         if ALIASES[same.alias].hub_id.lower() != located.path.lower():
             note = f"{name} is not here: by its name it has the shape of {same.alias}"
-    return Shape(dict(config), facts_of(config, name=name), note or shape_note(config))
+    code = code_of(located, config) if trusted else ""
+    if located.kind == "hub" and trusted and not code and config.get("auto_map") and not is_known(config):
+        return None  # its code is not here yet
+    return Shape(dict(config), facts_of(config, name=name, code=code), note or shape_note(config), code)
+
+
+def code_of(located: Located, config: Mapping[str, Any]) -> str:
+    """The folder of a model's own code, if it names one and that is here; otherwise empty. config: the model's."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    if not config.get("auto_map") or (family and not family.own_code):
+        return ""
+    if located.kind == "folder":
+        return located.path
+    file = _cached_file(located.path, "config.json") if located.kind == "hub" else None
+    return str(file.parent) if file and any(file.parent.glob("*.py")) else ""
 
 
 def public_name(name: str, folder: str) -> str:
@@ -203,14 +220,19 @@ def _on_the_hub(name: str) -> str:
 
 def _cached_config(hub_id: str) -> dict[str, Any] | None:
     """The config.json of a previously downloaded model; None if there is none. Does not contact the hub."""
+    file = _cached_file(hub_id, "config.json")
+    return read_json(file) if file else None
+
+
+def _cached_file(hub_id: str, name: str) -> Path | None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     if not Path(HF_HUB_CACHE, f"models--{hub_id.replace('/', '--')}").is_dir():
         return None  # which saves a third of a second for most
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(hub_id, "config.json")
-    return read_json(Path(found)) if isinstance(found, str) else None
+    found = try_to_load_from_cache(hub_id, name)
+    return Path(found) if isinstance(found, str) else None
 
 
 def _embedded_file() -> Path:

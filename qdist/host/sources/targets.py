@@ -18,9 +18,10 @@ from qdist.host.sources.gguf_header import parts_of
 from qdist.host.sources.models import ADAPTER_FOLDER, Located, locate, nearest_model, opening
 
 
-def check_target(name: str, *, max_memory: str | None = None) -> None:
+def check_target(name: str, *, max_memory: str | None = None, trusted: bool = False) -> None:
     """Refuse what `generate` and `chat` cannot open: anything but a run with an adapter, or a model.
 
+    trusted: whether the model's own code may be run.
     Raises RunError or ModelError, with what is nearest; SpecError for a cap on GPUs where there are none.
     """
     if max_memory is not None and probe.cluster().device == "cpu":
@@ -34,7 +35,7 @@ def check_target(name: str, *, max_memory: str | None = None) -> None:
     elif not folder.exists() and (near := nearest_model(name)) and RunDir(near).exists():
         raise RunError(f"{name} is neither a run nor a model", try_=near)
     else:
-        check_model(name)
+        check_model(name, trusted=trusted)
 
 
 def _no_target(folder: Path) -> RunError:
@@ -47,22 +48,23 @@ def _no_target(folder: Path) -> RunError:
     )
 
 
-def check_model(name: str) -> Located:
+def check_model(name: str, *, trusted: bool = False) -> Located:
     """Location of a model that can be opened, not only planned for.
 
+    trusted: whether its own code may be run.
     Raises ModelError for one that is not there, that only its own code computes, or whose GGUF file is split.
     """
     located = locate(name)
-    require_readable(located, name=name)
+    require_readable(located, name=name, trusted=trusted)
     return located
 
 
-def require_readable(located: Located, *, name: str) -> None:
+def require_readable(located: Located, *, name: str, trusted: bool = False) -> None:
     """Raise ModelError for a model that exists but cannot be opened."""
     config = located.config
     if located.kind == "hub" and config is None and (same := same_shape(located.path)):
         config = same.config
-    require_library_class(config or {}, name=name)
+    require_library_class(config or {}, name=name, trusted=trusted)
     if located.kind == "gguf" and len(parts := parts_of(Path(located.path))) > 1:
         raise ModelError(
             f"{name} is split into {len(parts)} files, which transformers does not read",

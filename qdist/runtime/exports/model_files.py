@@ -12,7 +12,7 @@ from qdist.core.errors import ModelError
 from qdist.core.planning.plan import Plan, Source
 from qdist.host.files import write_atomic
 from qdist.host.opening import read_object
-from qdist.runtime.data.tokenizer import align_config
+from qdist.runtime.data.tokenizer import align_config, copy_beside
 from qdist.runtime.infer.load import load_tokenizer
 
 _GENERATION = "generation_config.json"
@@ -35,6 +35,8 @@ def write_model_files(folder: Path, model: Any, plan: Plan, dtype: torch.dtype) 
         align_config(SimpleNamespace(config=config, generation_config=generation), tokenizer, plan.ends)
         tokenizer.save_pretrained(folder)
     config.save_pretrained(folder)
+    for file in sorted(Path(source.own_code).glob("*.py")) if source.own_code else ():
+        copy_beside(file, folder)
     write_atomic(folder / _GENERATION, json.dumps(vars(generation), indent=2, sort_keys=True) + "\n")
 
 

@@ -11,6 +11,7 @@ from qdist.host.terminal import say
 from qdist.runtime.infer.decoding import answer_of, as_written, complete, text_of
 from qdist.runtime.infer.load import ROOM_TOKENS, open_model
 from qdist.runtime.infer.prompts import Speech, encode_prompts, speech_of
+from qdist.runtime.quantize.materialize import trust
 
 _COMMANDS = {"/new": "start over", "/help": "show this", "/quit": "leave"}
 _HELP = "\n".join((
@@ -21,6 +22,8 @@ _HELP = "\n".join((
 
 def run(request: Chat) -> None:
     """Chat until the user leaves."""
+    if request.trust_remote_code:
+        trust(request.run)
     chat(
         request.run,
         system=request.system,

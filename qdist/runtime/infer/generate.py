@@ -21,6 +21,7 @@ from qdist.runtime.formats.work_folder import reserved
 from qdist.runtime.infer.decoding import complete, text_of
 from qdist.runtime.infer.load import open_model
 from qdist.runtime.infer.prompts import Speech, encode_prompts, speech_of
+from qdist.runtime.quantize.materialize import trust
 
 
 def generate_file(
@@ -147,6 +148,8 @@ def _messages(conversation: Conversation) -> list[dict[str, str]]:
 
 def run(request: Generate) -> None:
     """Answer the prompts and report how many there were."""
+    if request.trust_remote_code:
+        trust(request.run)
     count = generate_file(
         request.run,
         Path(request.prompts),

@@ -28,6 +28,7 @@ from qdist.runtime.formats.recorded_sums import digest_of_folder, require_adapte
 from qdist.runtime.infer.residence import arrange, choose, first_device, free_bytes, on_device, settle
 from qdist.runtime.model.classes import class_of, content_of
 from qdist.runtime.model.describe import facts_of
+from qdist.runtime.model.own_code import run_code_for
 from qdist.runtime.model.parts import decoder_layers
 from qdist.runtime.model.skeleton import DTYPES, load_backbone, load_plain, open_config
 from qdist.runtime.quantize.bitsandbytes import packed_folder
@@ -247,8 +248,12 @@ def answering_plan(run: RunDir, *, needs_tokenizer: bool) -> Plan:
 
 
 def plan_of(run: RunDir) -> Plan:
-    """The run's plan. If the cache was emptied since, its tokenizer is the run's own copy, or the adapter's."""
+    """The run's plan. If the cache was emptied since, its tokenizer is the run's own copy, or the adapter's.
+
+    Code of the model's own that the run was allowed to execute is executed here, before anything is opened with it.
+    """
     plan = run.plan()
+    run_code_for(plan.source)
     if plan.source.tokenizer and not Path(plan.source.tokenizer).is_dir():
         kept = run.path / TOKENIZER
         source = msgspec.structs.replace(plan.source, tokenizer=str(kept if kept.is_dir() else run.adapter))
@@ -363,7 +368,7 @@ def with_packed(plan: Plan) -> Source:
     if source.gptq:
         packed = in_safetensors(Path(source.path))
     else:
-        packed = packed_folder(Path(source.path), packing_of(spec), name=spec.model).folder
+        packed = packed_folder(Path(source.path), packing_of(spec, source.config), name=spec.model).folder
     digest = digest_of_folder(packed)
     if source.digest not in ("", digest):
         say(
@@ -385,7 +390,7 @@ def with_model(plan: Plan) -> Source:
     from qdist.runtime.quantize.materialize import materialize
 
     try:
-        found = materialize(locate(plan.spec.model))
+        found = materialize(locate(plan.spec.model), trusted=plan.spec.trust_remote_code)
     except (ModelError, MachineError) as error:
         raise ModelError(
             f"{source.path}, which the run was trained on, is gone, and so is what was packed from it: {error.message}",

@@ -120,8 +120,14 @@ def choose_attention(config: Any) -> None:
 
     transformers 5.17 lets Gemma 2 take torch's all the same, and computes another function.
     """
-    if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
+    if read_softcap(config.get_text_config(decoder=True)) is not None:
         config._attn_implementation = "eager"
+
+
+def read_softcap(config: Any) -> float | None:
+    """The cap on the scores of attention; None if there is none. config: of the text model."""
+    cap: float | None = getattr(config, "attn_logit_softcapping", None)
+    return cap
 
 
 class _LargeOnMeta(TorchFunctionMode):

@@ -7,17 +7,19 @@ from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
 from qdist.core.errors import ModelError
-from qdist.core.model.families import FAMILIES, from_config
+from qdist.core.model.families import FAMILIES, from_config, own_code
 from qdist.core.model.shapes import Kept, LayerRun, LayerShape, ModelFacts, Modules
 from qdist.core.requests import Describe
 from qdist.host.opening import told
-from qdist.runtime.model.classes import config_of, empty_model, leave_out_towers
+from qdist.runtime.model.classes import config_of, empty_model, leave_out_towers, read_softcap
 from qdist.runtime.model.layer_parts import SHARED, Facts, is_linear, read, shape_of, weights_rescaled
+from qdist.runtime.model.own_code import require_class
 from qdist.runtime.model.parts import layers_path, modules_around
 
 _POSITIONS = (
@@ -46,6 +48,8 @@ _CROSS_ATTENTION = re.compile(r"\b(encoder_attn|crossattention|cross_attn)\b")
 
 def run(request: Describe) -> ModelFacts:
     """Answer a request of a command."""
+    if request.code:
+        require_class(Path(request.code), request.name, trusted=True)
     return facts_of(request.config, name=request.name)
 
 
@@ -71,9 +75,10 @@ def open_mapping(config: Mapping[str, Any], *, name: str) -> Any:
 
     kind = str(config.get("model_type"))
     if kind not in CONFIG_MAPPING:
-        own = ", and runs code out of its own repository" if config.get("auto_map") else ""
+        if config.get("auto_map"):
+            raise own_code(name)
         raise ModelError(
-            f"{name} has model_type {kind!r}, which transformers has no class for{own}",
+            f"{name} has model_type {kind!r}, which transformers has no class for",
             try_="a newer transformers, or a model of a family that it knows",
         )
     with told(f"{name}: transformers makes no configuration of its config.json", ModelError, try_=_PUBLISHED):
@@ -219,7 +224,8 @@ def _shared(layers: list[nn.Module]) -> frozenset[int]:
 
 def _attention(model: Any, layer: nn.Module) -> Literal["flash", "repacked", "eager"]:
     """Queries are laid out anew where the class joins their rotating part with one that passes."""
-    if not getattr(model, "_supports_sdpa", False):
+    capped = read_softcap(_text_config(model)) is not None
+    if capped or not getattr(model, "_supports_sdpa", False):
         return "eager"
     code = inspect.getsource(sys.modules[type(layer).__module__])
     return "repacked" if re.search(r"\b(q|query)_(pass|nope)\b", code) else "flash"

@@ -6,8 +6,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from qdist.core.model.storage import BLOCK, blocks_of
+from qdist.core.model.storage import Packing, blocks_of
 from qdist.core.spec.run_spec import Quant
+from qdist.runtime.formats.packing import pack_experts
 from qdist.runtime.kernels import mxfp4
 from qdist.runtime.kernels.four_bit import code_book, dequantize_matrices
 from qdist.runtime.kernels.grouped import Pairs, has_kernel, looped, products
@@ -64,11 +65,12 @@ class PackedMatrices(nn.Module):
 
     def pack(self, parameter: torch.Tensor, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """A float parameter as the tensors that this holds, by their names in it. Packed on `device`, from `dtype`."""
-        each = [self.pack_matrix(matrix.detach().to(device, dtype)) for matrix in parameter]
-        return {name: torch.stack([tensors[name] for tensors in each]) for name in each[0]}
+        packed = pack_experts((matrix.detach().to(device, dtype) for matrix in parameter), self.packing, device)
+        return {suffix.removeprefix("."): values for suffix, values in packed.items()}
 
-    def pack_matrix(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
-        """One expert's matrix as rows of these tensors."""
+    @property
+    def packing(self) -> Packing:
+        """How the matrices are packed."""
         raise NotImplementedError
 
     def drawn(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -114,16 +116,9 @@ class Matrices4bit(PackedMatrices):
         shape = (len(weight), self.shape[1], self.shape[2])
         return dequantize_matrices(weight, absmax, nested, quant_type=self.quant.type, shape=shape, dtype=dtype)
 
-    def pack_matrix(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
-        from bitsandbytes.functional import quantize_4bit
-
-        packed, state = quantize_4bit(
-            matrix.contiguous(), blocksize=BLOCK, quant_type=self.quant.type, compress_statistics=self.quant.double
-        )
-        tensors = {"weight": packed.flatten(), "absmax": state.absmax}
-        if self.quant.double:
-            tensors |= {"nested_absmax": state.state2.absmax, "nested_offset": state.offset.reshape(())}
-        return tensors
+    @property
+    def packing(self) -> Packing:
+        return Packing(bits=4, type=self.quant.type, double=self.quant.double)
 
     def drawn(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
         device = generator.device
@@ -156,11 +151,9 @@ class Matrices8bit(PackedMatrices):
         scale = self._at(self.scale, experts, device).unsqueeze(-1).mul(1.0 / 127.0)
         return self._at(self.weight, experts, device).to(dtype, copy=True).mul_(scale)
 
-    def pack_matrix(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
-        from bitsandbytes.functional import int8_vectorwise_quant
-
-        packed, scale, _ = int8_vectorwise_quant(matrix.to(torch.float16))
-        return {"weight": packed, "scale": scale}
+    @property
+    def packing(self) -> Packing:
+        return Packing(bits=8)
 
     def drawn(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
         weight = torch.empty(self.weight.shape, dtype=torch.int8, device=generator.device)

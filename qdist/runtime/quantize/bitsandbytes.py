@@ -19,6 +19,7 @@ from qdist.host.sources.models import locate, read_json
 from qdist.host.terminal import say
 from qdist.runtime.formats.packed_folder import Manifest, read_manifest
 from qdist.runtime.quantize.blueprint import blueprint
+from qdist.runtime.quantize.materialize import materialize, trust
 from qdist.runtime.quantize.pack import pack
 from qdist.runtime.quantize.source import check_packed, quantized_as
 from qdist.runtime.quantize.tensors import streamed
@@ -69,8 +70,6 @@ def _packed_before(out: Path, folder: Path) -> Packed:
 
 def quantize(model: str, out: Path, packing: Packing) -> Manifest:
     """Write a packed model to a user's folder. Raises RunError if something exists there already."""
-    from qdist.runtime.quantize.materialize import materialize
-
     folder = materialize(locate(model))
     there = _already(folder, model)
     if there is not None:
@@ -91,8 +90,7 @@ def _already(folder: Path, name: str) -> Packing | None:
 
 
 def _require_same(name: str, there: Packing, wanted: Packing) -> None:
-    as_it_comes = there.type == "mxfp4" and wanted.bits == 4
-    if as_it_comes or (there.bits, there.type, there.double) == (wanted.bits, wanted.type, wanted.double):
+    if (there.bits, there.type, there.double) == (wanted.bits, wanted.type, wanted.double):
         return
     flags = f"--bits {there.bits}"
     if there.bits == 4:
@@ -119,6 +117,8 @@ def _alone(out: Path, name: str) -> Iterator[None]:
 def run(request: Pack) -> None:
     """Pack a model, and report the result and how to use it."""
     packing, out = request.packing, Path(request.out)
+    if request.trust_remote_code:
+        trust(request.model)
     began = time.monotonic()
     manifest = quantize(request.model, out, packing)
     took = format_duration(time.monotonic() - began)

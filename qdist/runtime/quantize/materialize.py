@@ -6,34 +6,36 @@ import shutil
 from pathlib import Path
 
 from qdist.core.errors import ModelError
-from qdist.core.model.families import own_code
 from qdist.host.files import cache_dir, locked, publish_folder
 from qdist.host.opening import told
+from qdist.host.run.rundir import RunDir
 from qdist.host.sources.cache import converted_folder
-from qdist.host.sources.models import Located, read_json
+from qdist.host.sources.models import Located, locate
 from qdist.host.sources.targets import require_readable
 from qdist.host.terminal import say
+from qdist.runtime.model.own_code import require_class
 
 
-def materialize(located: Located) -> Path:
-    """The local folder of a located model. Concurrent processes wait for the first one's conversion."""
-    require_readable(located, name=located.path)
+def materialize(located: Located, *, trusted: bool = False) -> Path:
+    """The local folder of a located model. Concurrent processes wait for the first one's conversion.
+
+    trusted: whether its own code may be run, where transformers has no class for it; this process has then run it.
+    """
+    require_readable(located, name=located.path, trusted=trusted)
     if located.kind == "gguf":
         return _converted(Path(located.path))
-    folder = _download(located.path) if located.kind == "hub" else Path(located.path)
-    _require_class(folder, located.path)
+    folder = _download(located.path, trusted=trusted) if located.kind == "hub" else Path(located.path)
+    require_class(folder, located.path, trusted=trusted)
     return folder
 
 
-def _require_class(folder: Path, name: str) -> None:
-    """Raise ModelError for a model with custom code whose class transformers lacks."""
-    file = folder / "config.json"
-    config = read_json(file) if file.is_file() else {}
-    if config.get("auto_map"):
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+def trust(name: str) -> None:
+    """Run a model's own code, if transformers has no class for it; this process may then open the model.
 
-        if config.get("model_type") not in CONFIG_MAPPING_NAMES:
-            raise own_code(name)
+    name: as the user has it; of a run nothing is to be done, since its plan says what is trusted.
+    """
+    if not RunDir(name).exists():
+        materialize(locate(name), trusted=True)
 
 
 def _converted(file: Path) -> Path:
@@ -74,15 +76,16 @@ def _convert(file: Path, folder: Path) -> None:
     publish_folder(beside, folder)
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, *, trusted: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     other = "a local folder, --load-format dummy, or HF_TOKEN for a gated model"
     with told(f"{hub_id} cannot be fetched from the hub", ModelError, try_=other):
-        _require_class(Path(snapshot_download(hub_id, allow_patterns=["config.json"])), hub_id)
-        folder = Path(
-            snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
-        )
+        told_of = Path(snapshot_download(hub_id, allow_patterns=["config.json"]))
+        if not trusted:
+            require_class(told_of, hub_id, trusted=False)
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *(["*.py"] if trusted else [])]
+        folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
         if not any(folder.glob("*.safetensors")):  # older models have torch's own files alone
             snapshot_download(hub_id, allow_patterns=["*.bin"])
         return folder

@@ -37,11 +37,12 @@ def prepare(spec: RunSpec) -> Prepared:
     from qdist.runtime.data.wording import keep_wording
     from qdist.runtime.formats.recorded_sums import digest_of_folder
     from qdist.runtime.model.classes import content_of
+    from qdist.runtime.model.own_code import needs_code
     from qdist.runtime.model.skeleton import open_config
     from qdist.runtime.quantize.materialize import materialize
 
     located = locate(spec.model)
-    folder = materialize(located)
+    folder = materialize(located, trusted=spec.trust_remote_code)
     config: dict[str, Any] = content_of(open_config(folder))
     tokenizer = open_tokenizer(folder, f"{spec.model} has no tokenizer to read data with")
     require_template(tokenizer)
@@ -74,6 +75,7 @@ def prepare(spec: RunSpec) -> Prepared:
             tokenizer=str(_keep_tokenizer(tokenizer)),
             new_token_ids=repaired.new_ids,
             vocab_rows=repaired.rows,
+            own_code=str(folder) if needs_code(config) else "",
         ),
         data=DataFacts(
             path=str(path),
@@ -107,7 +109,7 @@ def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple
 
     gptq = gptq_of(spec, config, folder)
     if gptq is None:
-        return None, packed_folder(folder, packing_of(spec), name=spec.model)
+        return None, packed_folder(folder, packing_of(spec, config), name=spec.model)
     packed, shape = in_safetensors(folder), blueprint(folder)
     paths = [name.removesuffix(".weight") for name in shape.linears]
     facts = facts_of(config, name=spec.model)

@@ -213,6 +213,7 @@ def write_result(
         },
         "start_seconds": {"load": start.load_s, "first_step": start.first_step_s},
         "loading": {"seconds": start.loading_s, "read_bytes": start.read_bytes},
+        "own_code": plan.source.own_code or None,
         "inventory": plain(inventory) if inventory else None,
         # Of the launch that did the first steps.
         "gradients": next((event.note for event in reversed(events) if event.kind == "gradients"), ""),

@@ -85,6 +85,7 @@ def _work(plan: Plan, run: RunDir) -> None:
     from qdist.runtime.engine.torch import Comm
     from qdist.runtime.infer.decoding import before_and_after
     from qdist.runtime.infer.load import load_tokenizer
+    from qdist.runtime.model.own_code import run_code_for
     from qdist.runtime.placements.registry import placement_of
     from qdist.runtime.train.gradients import GradientWatch
     from qdist.runtime.train.inventory import inventory_of
@@ -104,6 +105,7 @@ def _work(plan: Plan, run: RunDir) -> None:
     if len(set(comm.gather(digest(plan)))) > 1:
         raise RunError("the ranks of this run read different plans", try_="a run directory that all nodes share")
     report = _Reporter(run, comm.rank, devices)
+    run_code_for(plan.source)
     tokenizer = load_tokenizer(plan.source)
     if comm.rank == 0:
         rehearse(run)

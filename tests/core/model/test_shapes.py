@@ -128,7 +128,7 @@ def test_a_target_that_is_no_linear_is_refused_with_the_nearest_one() -> None:
         ({"attention_bias": "no"}, "attention_bias = 'no'; it must be true or false"),
         ({"model_type": ["llama"]}, r"model_type \"\['llama'\]\""),
         ({"model_type": "mine", "auto_map": {}}, "model_type 'mine', which qdist does not know\n"),
-        ({"model_type": "mine", "auto_map": {"AutoConfig": "own.Config"}}, "and runs code out of its own repository"),
+        ({"model_type": "mine", "auto_map": {"AutoConfig": "own.Config"}}, "and brings code of its own"),
     ],
 )
 def test_a_configuration_that_makes_no_model_is_refused(keys: dict[str, object], message: str) -> None:

@@ -193,6 +193,12 @@ def test_experts_that_would_stay_in_16_bits_are_refused_where_fewer_were_asked_f
     planned(replace(facts, layers=layers), gpus(1, 141), {"bits": 16})
 
 
+def test_a_loss_of_logits_besides_the_cross_entropy_is_refused_before_anything_is_downloaded() -> None:
+    with pytest.raises(SpecError, match=r"z_loss_coefficient=0.001 in the config.json of .* adds to the cross entropy"):
+        planned(qwen3_moe(), gpus(1, 141), config={"z_loss_coefficient": 0.001})
+    planned(qwen3_moe(), gpus(1, 141), config={"z_loss_coefficient": 0.0})
+
+
 def test_layers_that_share_keys_and_values_stay_in_one_stage() -> None:
     settings = {"placement": "split", "split.schedule": "1f1b", "gpus_per_group": 2}
     free, held = (planned(sharing(30, first), gpus(2, 80), settings).layer_map for first in (29, 10))

@@ -26,6 +26,7 @@ from qdist.core.spec.run_spec import (
 from qdist.core.text import GIB
 
 OTHER = RunSpec(
+    trust_remote_code=True,
     model='a "quoted" \\ folder/Modèle 模型\t',
     bits=4,
     data="C:\\data\nfile\u007f.jsonl",

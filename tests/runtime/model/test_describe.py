@@ -225,7 +225,7 @@ def test_small_gates_stay_in_16_bits() -> None:
         ({"model_type": "reformer", "is_decoder": True}, "has reversible layers"),
         ({"model_type": "blt"}, "has no list of decoder layers of its own"),
         ({"model_type": "nobody_knows"}, "which transformers has no class for"),
-        ({"model_type": "nobody", "auto_map": {"AutoModel": "x.y"}}, "runs code out of its own repository"),
+        ({"model_type": "nobody", "auto_map": {"AutoModel": "x.y"}}, "Python files out of its own repository"),
         ({"model_type": "apertus", "hidden_size": "much"}, "transformers makes no"),
     ],
 )

@@ -83,6 +83,7 @@ VARIED: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2, biases": ("cohere2", {**_GROUPED, "attention_bias": True}),
     "arcee, wide heads": ("arcee", {**_GROUPED, "head_dim": 24, "mlp_bias": True}),
     "seed_oss, biases": ("seed_oss", {**_GROUPED, "attention_out_bias": True, "mlp_bias": True, "head_dim": 24}),
+    "gemma2, without a cap on scores": ("gemma2", {**_GROUPED, "head_dim": 24, "attn_logit_softcapping": None}),
     "gemma2, untied": ("gemma2", {**_GROUPED, "head_dim": 24, "tie_word_embeddings": False}),
     "gemma3_text, biases": ("gemma3_text", {**_GROUPED, "head_dim": 24, "attention_bias": True}),
     "gemma3": (

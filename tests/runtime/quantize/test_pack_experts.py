@@ -13,7 +13,7 @@ from qdist.runtime.quantize.blueprint import blueprint
 from qdist.runtime.quantize.pack import PackJob
 from qdist.runtime.quantize.tensors import tensors_of
 from tests.runtime.moe_models import store_as_mxfp4
-from tests.runtime.quantize.test_bitsandbytes import CPU, PACKINGS, each_packing, tensors_in
+from tests.runtime.quantize.test_bitsandbytes import CPU, each_packing, tensors_in
 from tests.runtime.quantize.test_tensors import config_of, whole_model
 
 EXPERTS = "model.layers.1.mlp.experts"
@@ -95,7 +95,7 @@ def test_mxfp4_is_used_as_it_comes(tmp_path: Path) -> None:
     stored = as_mxfp4(tmp_path)
     shape = blueprint(tmp_path)
     tensors = tensors_of(tmp_path, shape)
-    assert packed_folder(tmp_path, PACKINGS["nf4"], name="it").folder == tmp_path
+    assert packed_folder(tmp_path, Packing(bits=4, type="mxfp4", double=False), name="it").folder == tmp_path
     assert set(shape.shapes) == set(stored)
     assert not shape.linears | shape.experts
     assert [name for name, value in stored.items() if not torch.equal(tensors.read(name), value)] == []

@@ -58,7 +58,7 @@ def from_config(config: Mapping[str, object], *, name: str) -> ModelFacts:
     family = keys.text("model_type")
     if family not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        own = ", and runs code out of its own repository, which qdist does not" if config.get("auto_map") else ""
+        own = ", and brings code of its own" if config.get("auto_map") else ""
         raise ModelError(f"{name} has model_type {family!r}, which qdist does not know{own}", try_=f"one of: {known}")
     known_family = FAMILIES[family]
     return structs.replace(known_family.read(keys), modules=known_family.modules, measured=known_family.measured)
@@ -87,16 +87,20 @@ def config_of_header(
     return {"model_type": architecture, **config, "tie_word_embeddings": "output.weight" not in tensors}
 
 
-def require_library_class(config: Mapping[str, object], *, name: str) -> None:
-    """Raise ModelError for a model that only code out of its own repository computes. config: of its config.json."""
+def require_library_class(config: Mapping[str, object], *, name: str, trusted: bool = False) -> None:
+    """Raise ModelError for a model that only code out of its own repository computes. config: of its config.json.
+
+    trusted: whether that code may be run.
+    """
     family = FAMILIES.get(str(config.get("model_type")))
-    if family and family.own_code:
-        raise own_code(name, "; `qdist plan` works, launch does not")
+    if family and family.own_code and not trusted:
+        raise own_code(name)
 
 
-def own_code(name: str, more: str = "") -> ModelError:
-    """Message for a model whose own code would have to be run: it never is."""
+def own_code(name: str) -> ModelError:
+    """The error for a model whose own code would have to be run, which nobody has asked for."""
     return ModelError(
-        f"{name} runs code out of its own repository, which qdist does not{more}",
-        try_="a model that transformers has a class for, such as llama-7b",
+        f"transformers has no class for {name}: Python files out of its own repository compute it, and would run on "
+        "this machine with all your rights",
+        try_="--trust-remote-code with its folder or hub id, once you have read those files",
     )

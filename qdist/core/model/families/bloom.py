@@ -45,7 +45,6 @@ BLOOM = Family(
         layers="transformer.h",
         final_norm="transformer.ln_f",
     ),
-    layers_return_tuples=True,
     aliases={
         "bloom-560m": Alias("bigscience/bloom-560m", _bloom(1024, 24, 16)),
         "bloom-1b7": Alias("bigscience/bloom-1b7", _bloom(2048, 24, 16)),

@@ -76,12 +76,10 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     read: Callable[[Keys], ModelFacts]
     """The facts of a config.json. Keys that may be absent take transformers' defaults."""
     modules: Modules = Modules()
-    layers_return_tuples: bool = False
-    """Whether a decoder layer returns a tuple whose first item is its output."""
     measured: bool = True
     """Whether what its layers keep for the backward pass was measured; otherwise a plan has a margin."""
     own_code: bool = False
-    """Only code in the models' own repositories computes it: transformers has no class, and it can only be planned."""
+    """Only code in the models' own repositories computes it: run only where `trust_remote_code` is set."""
     gguf: Gguf | None = None
     """GGUF representation; None if GGUF is neither written nor read."""
     aliases: dict[str, Alias] = {}

@@ -7,7 +7,9 @@ from qdist.core.model.shapes import ModelFacts
 
 def _read(keys: Keys) -> ModelFacts:
     bias = keys.flag("attention_bias", default=False)
-    return read_grouped(keys, bias=bias, head_dim=256, norms=4, tied=True)
+    # torch's fused attention leaves the cap on scores out, so transformers writes the scores out.
+    attention = "flash" if keys.is_null("attn_logit_softcapping") else "eager"
+    return read_grouped(keys, bias=bias, head_dim=256, norms=4, tied=True, attention=attention)
 
 
 def _gemma2(hidden: int, inner: int, layers: int, heads: int, head_dim: int, scale: int) -> Config:

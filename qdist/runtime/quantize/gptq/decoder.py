@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from qdist.core.model.families import FAMILIES
 from qdist.core.model.shapes import Reads
 from qdist.core.planning.unsupported import require_dense
 from qdist.runtime.model.describe import facts_of
+from qdist.runtime.model.parts import items_returned
 from qdist.runtime.quantize.blueprint import Blueprint
 from qdist.runtime.quantize.tensors import Tensors
 
@@ -96,9 +96,9 @@ class Decoder:
         base = self._model.get_submodule(self.shape.prefix)
         base.load_state_dict(values, assign=True, strict=False)
         parent, _, leaf = self._list.rpartition(".")
-        real = self._model.get_submodule(self._list)
+        real: Any = self._model.get_submodule(self._list)
         last = self.shape.layers - 1
-        in_tuple = FAMILIES[self.facts.family].layers_return_tuples
+        in_tuple = items_returned(type(real[0])) > 0
         recorders = [_Recorder(last=position == last, in_tuple=in_tuple) for position in range(last + 1)]
         setattr(self._model.get_submodule(parent), leaf, nn.ModuleList(recorders))
         hidden = []
