@@ -8,6 +8,8 @@ from qdist.core.text import counted, format_count
 
 _NAMED = 4
 """Reasons named in the line of what is kept."""
+_WORTH_COUNTING = 0.01
+"""Share of what is kept from which a reason's parameters are counted there."""
 
 
 def experts_lines(facts: ModelFacts) -> Iterator[str]:
@@ -44,10 +46,14 @@ def kept_lines(plan: Plan) -> Iterator[str]:
             reasons[kept.reason] = reasons.get(kept.reason, 0) + run.count * kept.parameters
     if reasons:
         largest = sorted(reasons, key=lambda reason: -reasons[reason])
-        told = [f"{reason} ({format_count(reasons[reason])})" for reason in largest[:_NAMED]]
+        whole = sum(reasons.values())
+        told = [
+            f"{reason} ({format_count(reasons[reason])})" if reasons[reason] >= _WORTH_COUNTING * whole else reason
+            for reason in largest[:_NAMED]
+        ]
         more = [f"{counted(len(largest) - _NAMED, 'more reason')}"] if len(largest) > _NAMED else []
         why = ", ".join((*told, *more)) if len(largest) > 1 else largest[0]
-        yield f"kept     {format_count(sum(reasons.values()))} parameters not packed: {why}"
+        yield f"kept     {format_count(whole)} parameters not packed: {why}"
     if facts.left_out:
         yield f"left out {', '.join(map(_tower, facts.left_out))}: not needed for text"
     if special := [*_kernels(facts.shapes, plan)]:

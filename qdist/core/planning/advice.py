@@ -185,7 +185,7 @@ def notes(setting: PlanningContext, winner: Candidate, barred: SpecError | None)
         )
 
 
-NO_FLA = "is not installed (pip install flash-linear-attention)"
+NO_FLA = "is not installed"
 """Usual reason why flash-linear-attention is not used, a phrase to follow its name."""
 
 
@@ -199,8 +199,8 @@ def model_notes(facts: ModelFacts, recurrence: Recurrence | None, no_fla: str) -
     if recurrence == "torch":
         count = sum(run.count for run in facts.layers if run.shape.mixer == "recurrent")
         yield (
-            f"{count} of {facts.layer_count} layers are recurrent, slow and large without flash-linear-attention: "
-            f"it {no_fla or 'is for GPUs'}"
+            f"{count} of {facts.layer_count} layers are recurrent and run torch's slow operations: "
+            f"flash-linear-attention {no_fla or 'is for GPUs'}"
         )
 
 

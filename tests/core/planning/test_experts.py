@@ -248,7 +248,7 @@ def test_the_fused_loss_of_a_large_vocabulary_takes_a_chunk_of_it() -> None:
 def test_fast_kernels_of_recurrences_are_planned_where_they_are() -> None:
     slow, fast = (planned(qwen3_5(), gpus(1, 141), no_fla=why) for why in ("is not installed", ""))
     assert (slow.recurrence, fast.recurrence) == ("torch", "fla")
-    assert any("24 of 32 layers are recurrent, slow and large without" in note for note in slow.notes)
+    assert any("24 of 32 layers are recurrent and run torch's slow operations" in note for note in slow.notes)
     assert not any("are recurrent" in note for note in fast.notes)
     assert fast.ranks[0].expected[0].activations < 0.5 * slow.ranks[0].expected[0].activations
     assert fast.tokens_per_second > slow.tokens_per_second
@@ -273,6 +273,8 @@ def test_a_plan_says_what_its_experts_hold_and_what_is_kept() -> None:
     attention_alone = plan_lines(planned(qwen3_moe(), gpus(1, 141)))
     assert "adapter  LoRA r=16 alpha=16: 13.4 M parameters on linears, none on experts" in attention_alone
     hybrid = plan_lines(planned(qwen3_5(), gpus(1, 141), no_fla=""))
+    kept = "too small to pack (6.3 M), convolution (786,432), norms, part of a recurrence"
+    assert f"kept     7.1 M parameters not packed: {kept}" in hybrid
     assert "left out model.visual (456.0 M): not needed for text" in hybrid
     assert "kernels  recurrence by flash-linear-attention" in hybrid
     assert plan_lines(planned(gpt_oss(), gpus(1, 80), config=MXFP4))[0].split(", ")[1:3] == [
