@@ -33,7 +33,7 @@ class Known(msgspec.Struct, frozen=True):
 def models(word: str | None, as_json: bool) -> None:
     """List the models that --model knows by a short name; with WORD, those that have it in a name.
 
-    Any other model of the same families is named by its hub id or folder.
+    Any other model that transformers has a class for is named by its hub id or folder.
     """
     listed = [known(name, alias) for name, alias in ALIASES.items()]
     listed = [each for each in listed if folded(word or "") in folded(f"{each.name} {each.place}")]

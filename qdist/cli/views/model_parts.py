@@ -8,10 +8,12 @@ from qdist.core.text import counted, format_count
 
 _NAMED = 4
 """Reasons named in the line of what is kept."""
+_WORTH_COUNTING = 0.01
+"""Share of what is kept from which a reason's parameters are counted there."""
 
 
 def experts_lines(facts: ModelFacts) -> Iterator[str]:
-    """'experts  48 layers of 128 experts, 8 active; 29.0 B of 30.5 B parameters in experts', for each kind of layer."""
+    """'experts  48 layers of 128, 8 active: 29.0 B of 30.5 B parameters', and that memory does not vary."""
     kinds: dict[tuple[int, int], int] = {}
     for run in facts.layers:
         if experts := run.shape.experts:
@@ -20,13 +22,10 @@ def experts_lines(facts: ModelFacts) -> Iterator[str]:
     if not kinds:
         return
     layers = ", ".join(
-        f"{counted(number, 'layer')} of {count} experts, {active} active" for (count, active), number in kinds.items()
+        f"{counted(number, 'layer')} of {count}, {active} active" for (count, active), number in kinds.items()
     )
     own, whole = format_count(facts.expert_parameters), format_count(facts.parameters)
-    yield (
-        f"experts  {layers}; {own} of {whole} parameters in experts; however tokens are routed, memory is "
-        f"bounded by {' or '.join(str(active) for _, active in kinds)} pairs of token and expert for each token"
-    )
+    yield f"experts  {layers}: {own} of {whole} parameters; memory is the same however tokens are routed"
 
 
 def adapter_in_words(plan: Plan) -> str:
@@ -47,22 +46,27 @@ def kept_lines(plan: Plan) -> Iterator[str]:
             reasons[kept.reason] = reasons.get(kept.reason, 0) + run.count * kept.parameters
     if reasons:
         largest = sorted(reasons, key=lambda reason: -reasons[reason])
-        told = [f"{reason} ({format_count(reasons[reason])})" for reason in largest[:_NAMED]]
+        whole = sum(reasons.values())
+        told = [
+            f"{reason} ({format_count(reasons[reason])})" if reasons[reason] >= _WORTH_COUNTING * whole else reason
+            for reason in largest[:_NAMED]
+        ]
         more = [f"{counted(len(largest) - _NAMED, 'more reason')}"] if len(largest) > _NAMED else []
-        yield f"kept     {format_count(sum(reasons.values()))} parameters in 16 bits: {', '.join((*told, *more))}"
+        why = ", ".join((*told, *more)) if len(largest) > 1 else largest[0]
+        yield f"kept     {format_count(whole)} parameters not packed: {why}"
     if facts.left_out:
-        yield f"left out {', '.join(map(_tower, facts.left_out))}: not loaded for training on text"
+        yield f"left out {', '.join(map(_tower, facts.left_out))}: not needed for text"
     if special := [*_kernels(facts.shapes, plan)]:
         yield f"kernels  {', '.join(special)}"
 
 
 def _tower(tower: Kept) -> str:
-    return tower.path + (f" ({format_count(tower.parameters)} parameters)" if tower.parameters else "")
+    return tower.path + (f" ({format_count(tower.parameters)})" if tower.parameters else "")
 
 
 def _kernels(shapes: tuple[LayerShape, ...], plan: Plan) -> Iterator[str]:
     if any(shape.attention == "eager" and shape.kv_heads < shape.heads for shape in shapes):
-        yield "attention that writes out its scores"
+        yield "attention that writes out its scores (eager)"
     if plan.recurrence:
         yield "recurrence by " + ("flash-linear-attention" if plan.recurrence == "fla" else "torch's operations")
     if any(shape.experts for shape in shapes):

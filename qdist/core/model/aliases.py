@@ -23,7 +23,7 @@ def lookup(name: str) -> Alias:
         if wanted and wanted in (folded(alias), hub_id, hub_id.rpartition("/")[2]):
             return model
     close = nearest(name.rpartition("/")[2], ALIASES)
-    raise ModelError(f"no model is called {name!r}", try_=f"{close}" if close else f"one of {', '.join(ALIASES)}")
+    raise ModelError(f"no model is called {name!r}", try_=close or "a folder, a Hub id, or a name of qdist models")
 
 
 def config_of(name: str) -> Config:

@@ -185,7 +185,7 @@ def notes(setting: PlanningContext, winner: Candidate, barred: SpecError | None)
         )
 
 
-NO_FLA = "is not installed: pip install flash-linear-attention, for GPUs"
+NO_FLA = "is not installed"
 """Usual reason why flash-linear-attention is not used, a phrase to follow its name."""
 
 
@@ -193,14 +193,14 @@ def model_notes(facts: ModelFacts, recurrence: Recurrence | None, no_fla: str) -
     """Notes on what a plan assumes of a model's layers."""
     if not facts.measured:
         yield (
-            f"nobody has measured the activations of {facts.family}: {100 * UNMEASURED_SHARE:.0f} % are added to what "
-            "its shapes say of them"
+            f"the activations of {facts.family} are computed from its shapes, not measured yet: "
+            f"{100 * UNMEASURED_SHARE:.0f} % are added"
         )
     if recurrence == "torch":
         count = sum(run.count for run in facts.layers if run.shape.mixer == "recurrent")
         yield (
-            f"{counted(count, 'recurrent layer')} of {facts.layer_count} run torch's own operations, which are slower "
-            f"and keep more; flash-linear-attention {no_fla or 'is for GPUs'}"
+            f"{count} of {facts.layer_count} layers are recurrent and run torch's slow operations: "
+            f"flash-linear-attention {no_fla or 'is for GPUs'}"
         )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qdist.core.errors import SpecError
+from qdist.core.errors import ModelError, SpecError
 from qdist.core.model.shapes import ALL_LINEAR, EXPERTS, MOST_UNPACKED, UNPACKED_EXPERTS, ModelFacts
 from qdist.core.spec.run_spec import GPTQ_METHODS, RunSpec
 
@@ -21,9 +21,9 @@ def require_supported(spec: RunSpec, facts: ModelFacts, config: Mapping[str, Any
 
 
 def require_dense(facts: ModelFacts, *, what: str) -> None:
-    """Raise SpecError if a model has experts, which GPTQ does not quantize. what: what was asked for, as a subject."""
-    if error := next(_with_experts(facts, what), None):
-        raise error
+    """Raise ModelError if a model has experts, which GPTQ does not quantize. what: what was asked for, as a subject."""
+    if any(shape.experts for shape in facts.shapes):
+        raise ModelError(_for_dense_models(facts, what), try_="qdist quantize MODEL --method nf4, for experts too")
 
 
 def _contradictions(spec: RunSpec, facts: ModelFacts, config: Mapping[str, Any]) -> Iterator[SpecError]:
@@ -43,12 +43,15 @@ def _contradictions(spec: RunSpec, facts: ModelFacts, config: Mapping[str, Any])
     yield from _z_loss(spec, config)
 
 
+def _for_dense_models(facts: ModelFacts, what: str) -> str:
+    most = max(shape.experts.count for shape in facts.shapes if shape.experts)
+    return f"{what} is for dense models: {facts.name} has {most} experts in a layer, which are packed to NF4 or int8"
+
+
 def _with_experts(facts: ModelFacts, what: str) -> Iterator[SpecError]:
-    experts = next((shape.experts for shape in facts.shapes if shape.experts), None)
-    if experts is not None:
+    if any(shape.experts for shape in facts.shapes):
         yield SpecError(
-            f"{what} is for dense models: {facts.name} has {experts.count} experts in a layer, whose matrices are "
-            "packed by bitsandbytes or as they come",
+            _for_dense_models(facts, what),
             ways=[{"method": "qlora", "bits": 4, "quant.group_size": 128, "lora.pool": "peft",
                    "lora.pool_group_size": None}],
         )  # fmt: skip

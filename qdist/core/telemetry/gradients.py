@@ -44,13 +44,17 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def words(self) -> str:
-        """'all 28 trained tensors have some that are finite and not zero'."""
-        said = f"all {self.tensors:,} trained tensors have some that are finite and not zero"
+        """'finite and not zero in all 28 trained tensors'."""
+        said = f"finite and not zero in {_all(self.tensors)}"
         if self.idle_rows:
             said += f"; {self.idle_rows:,} of {counted(self.rows, 'row')} of new tokens saw no token"
         if self.idle_experts:
             said += f"; {self.idle_experts:,} of {counted(self.experts, 'expert')} saw no token"
         return said + (f" ({first_few(self.named)})" if self.named else "")
+
+
+def _all(tensors: int) -> str:
+    return f"all {tensors:,} trained tensors" if tensors > 1 else "the trained tensor"
 
 
 def combine(ranks: Iterable[Magnitudes]) -> dict[str, list[float]]:

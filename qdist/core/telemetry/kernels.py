@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import msgspec
 
 FAST_KERNELS = {
-    "flash-linear-attention": "kernels of Gated DeltaNet and Kimi's attention: without them models of which these are "
-    "most layers (Qwen3.5) train 1.5 to 1.7 times slower, on torch's operations",
-    "causal-conv1d": "convolutions of recurrent layers: without them torch's operations run, slower",
-    "mamba-ssm": "scans of Mamba layers: without them torch's operations run, several times slower",
-    "kernels": "kernels from the Hugging Face Hub, which qdist does not ask for",
+    "flash-linear-attention": "Gated DeltaNet and Kimi's attention; Qwen3.5 trains 1.5 to 1.7 times slower without",
+    "causal-conv1d": "convolutions of recurrent layers; slower without",
+    "mamba-ssm": "scans of Mamba layers; several times slower without",
+    "kernels": "from the Hugging Face Hub; qdist does not use them",
 }
 """Optional packages of kernels, by distribution, and what they are for and what their absence costs."""
 

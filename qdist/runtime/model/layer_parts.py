@@ -267,7 +267,7 @@ class _Parts:
         rms = sum(size == hidden for size in rest.values())
         kind: Literal["rms", "layer"] = "layer" if layer > rms else "rms"
         width = 2 * hidden if kind == "layer" else hidden
-        odd = tuple(Kept(path, size, "norm") for path, size in rest.items() if size != width)
+        odd = tuple(Kept(path, size, "norms") for path, size in rest.items() if size != width)
         return kind, len(rest) - len(odd), qk_norm, odd
 
     def _qk_norm(self, sizes: Mapping[str, int]) -> bool | Literal["whole"]:

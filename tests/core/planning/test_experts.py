@@ -16,6 +16,7 @@ from qdist.core.planning.inference import footprint
 from qdist.core.planning.memory import UNMEASURED_SHARE, Share, TrainingShape, budget, load_peak_bytes, sizes
 from qdist.core.planning.plan import Plan, Source
 from qdist.core.planning.planner import make_plan
+from qdist.core.planning.unsupported import require_dense
 from qdist.core.spec.run_spec import nest, resolve
 from qdist.core.telemetry.snapshot import model_flops_per_token
 from qdist.core.text import GIB
@@ -236,7 +237,7 @@ def test_a_family_that_nobody_measured_has_a_margin_and_a_note() -> None:
     assert own.margin == int(UNMEASURED_SHARE * own.activations)
     assert own.total - measured.total == own.margin
     noted, silent = (planned(each, gpus(1, 80)).notes for each in (facts, replace(facts, measured=True)))
-    assert any("nobody has measured the activations of gemma3: 10 %" in note for note in noted)
+    assert any("of gemma3 are computed from its shapes, not measured yet: 10 %" in note for note in noted)
     assert not any("measured" in note for note in silent if "activations" in note)
 
 
@@ -253,26 +254,34 @@ def test_the_fused_loss_of_a_large_vocabulary_takes_a_chunk_of_it() -> None:
 def test_fast_kernels_of_recurrences_are_planned_where_they_are() -> None:
     slow, fast = (planned(qwen3_5(), gpus(1, 141), no_fla=why) for why in ("is not installed", ""))
     assert (slow.recurrence, fast.recurrence) == ("torch", "fla")
-    assert any("24 recurrent layers of 32 run torch's own operations" in note for note in slow.notes)
-    assert not any("torch's own" in note for note in fast.notes)
+    assert any("24 of 32 layers are recurrent and run torch's slow operations" in note for note in slow.notes)
+    assert not any("are recurrent" in note for note in fast.notes)
     assert fast.ranks[0].expected[0].activations < 0.5 * slow.ranks[0].expected[0].activations
     assert fast.tokens_per_second > slow.tokens_per_second
     assert planned(qwen3_moe(), gpus(1, 141), no_fla="").recurrence is None
     assert planned(qwen3_5(), CPU, no_fla="").recurrence == "torch"
 
 
+def test_gptq_of_experts_is_refused_with_what_packs_them() -> None:
+    with pytest.raises(ModelError, match="GPTQ is for dense models: qwen3-30b-a3b has 128 experts") as refused:
+        require_dense(qwen3_moe(), what="GPTQ")
+    assert refused.value.try_ == "qdist quantize MODEL --method nf4, for experts too"
+
+
 def test_a_plan_says_what_its_experts_hold_and_what_is_kept() -> None:
     lines = plan_lines(planned(qwen3_moe(), gpus(1, 141), {"lora.targets": BOTH}))
-    assert any(
-        line.startswith("experts  48 layers of 128 experts, 8 active; 29.0 B of 30.5 B parameters in experts")
-        for line in lines
+    assert (
+        "experts  48 layers of 128, 8 active: 29.0 B of 30.5 B parameters; memory is the same however tokens are routed"
+        in lines
     )
     assert "adapter  LoRA r=16 alpha=16: 13.4 M parameters on linears, 629.1 M on experts" in lines
-    assert "kept     12.6 M parameters in 16 bits: router (12.6 M)" in lines
+    assert "kept     12.6 M parameters not packed: router" in lines
     attention_alone = plan_lines(planned(qwen3_moe(), gpus(1, 141)))
     assert "adapter  LoRA r=16 alpha=16: 13.4 M parameters on linears, none on experts" in attention_alone
     hybrid = plan_lines(planned(qwen3_5(), gpus(1, 141), no_fla=""))
-    assert "left out model.visual (456.0 M parameters): not loaded for training on text" in hybrid
+    kept = "too small to pack (6.3 M), convolution (786,432), norms, part of a recurrence"
+    assert f"kept     7.1 M parameters not packed: {kept}" in hybrid
+    assert "left out model.visual (456.0 M): not needed for text" in hybrid
     assert "kernels  recurrence by flash-linear-attention" in hybrid
     assert plan_lines(planned(gpt_oss(), gpus(1, 80), config=MXFP4))[0].split(", ")[1:3] == [
         "experts in MXFP4 as they come", "linears in 16 bits",

@@ -14,7 +14,7 @@ A, B = (Section("experts", 4, "mlp.experts", side) for side in ("A", "B"))  # ty
 
 def test_a_matrix_a_has_its_first_gradient_in_the_second_update() -> None:
     found = judge({"A": ONE, "B": ONE}, [{"A": [0.0], "B": [1.0]}, {"A": [2.0], "B": [1.0]}])
-    assert found.words == "all 2 trained tensors have some that are finite and not zero"
+    assert found.words == "finite and not zero in all 2 trained tensors"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from qdist.core.model.shapes import Experts, Kept, LayerRun, LayerShape, Linear
 ROUTER = "router"
 """Reason why a router is kept in 16 bits: which experts a token visits depends on small differences of its output."""
 TOO_SMALL = "too small to pack"
-NORM = "norm"
+NORM = "norms"
 CONVOLUTION = "convolution"
 RECURRENCE = "part of a recurrence"
 SINKS = "attention sinks"
