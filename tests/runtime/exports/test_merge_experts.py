@@ -14,8 +14,11 @@ from qdist.host.launch.prepare import Launch
 from qdist.host.run.rundir import PLAN, RunDir
 from qdist.host.sources.targets import ADAPTER
 from qdist.runtime.exports import merged_16bit
+from qdist.runtime.exports.merged_16bit import Merged
 from qdist.runtime.exports.update import Adapters
+from qdist.runtime.formats.packed_folder import tensor_files
 from qdist.runtime.model.classes import class_of
+from qdist.runtime.quantize.tensors import outlines
 from tests.runtime.data.test_tokenized import tiny_tokenizer
 from tests.runtime.every_model import tiny_model
 from tests.runtime.gptq_files import padded as padded_tokenizer
@@ -137,3 +140,23 @@ def test_a_tensor_of_an_adapter_that_is_not_folded_refuses_the_merge(tmp_path: P
     with pytest.raises(ModelError, match=r"1 of 17 tensors change no weight, such as \S+vision\.q_proj\.lora_A"):
         merged_16bit.write(Adapters([run]), tmp_path / "out", onto="dequantized", dtype=torch.bfloat16)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "mistral3", "qwen3_5"])
+def test_a_merged_model_has_the_names_that_save_pretrained_writes(tmp_path: Path, family: str) -> None:
+    run, _ = run_over(tmp_path, family)
+    merged_16bit.write(Adapters([run]), tmp_path / "out", onto="dequantized", dtype=torch.bfloat16)
+    sizes = [
+        {name: tuple(made.shape) for name, made in outlines(folder, tensor_files(folder)).items()}
+        for folder in (tmp_path / "source", tmp_path / "out")
+    ]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("onto", ["dequantized", "original"])
+def test_experts_are_merged_one_at_a_time(tmp_path: Path, onto: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = run_over(tmp_path, "qwen3_moe", experts=True)
+    whole: list[str] = []
+    monkeypatch.setattr(Merged, "_experts", lambda _, name: whole.append(name))
+    merged_16bit.write(Adapters([run]), tmp_path / "out", onto=onto, dtype=torch.bfloat16)
+    assert not whole
