@@ -24,6 +24,11 @@ class OfExpert(NamedTuple):
     rows: torch.Tensor
     """Indices of its rows in the matrix, in their order."""
 
+    @property
+    def module(self) -> str:
+        """The path of the linear that it would be the weight of."""
+        return self.name.removesuffix(".weight")
+
 
 MatrixOf = Callable[[str, int], torch.Tensor]
 """The matrix of an expert in a parameter, as the class holds it."""
@@ -35,7 +40,7 @@ def expert_parts(model: Any, experts: Mapping[str, Experts]) -> dict[str, tuple[
     model: the class, on the meta device. experts: by the paths of their modules.
     """
     parameters = parameters_of(experts)
-    recipes = writing(model, [name for name in parameters if name in dict(model.named_parameters())])
+    recipes = writing(model, parameters)
     found = {name: _parts(recipes, recipe, parameters) for recipe in recipes for name in recipe.sources}
     return {name: parts for name, parts in found.items() if parts}
 

@@ -40,15 +40,25 @@ def save_whole(folder: Path, family: str) -> Path:
     return folder
 
 
-def run_over(folder: Path, family: str, *, experts: bool = False, **settings: Any) -> tuple[RunDir, Any]:
-    source, data = save_whole(folder / "source", family), save_data(folder / "d.jsonl")
-    job = real_job(source, data, folder / "run", seq_len=64, **settings)
-    return adapted_run(with_experts(job) if experts else job)
+def run_over(
+    folder: Path,
+    family: str,
+    *,
+    name: str = "run",
+    experts: bool = False,
+    expert_targets: tuple[str, ...] = (EXPERTS,),
+    **settings: Any,
+) -> tuple[RunDir, Any]:
+    source = folder / "source"
+    if not source.exists():
+        save_whole(source, family)
+    job = real_job(source, save_data(folder / "d.jsonl"), folder / name, seq_len=64, **settings)
+    return adapted_run(with_experts(job, expert_targets) if experts else job)
 
 
-def with_experts(job: Launch) -> Launch:
+def with_experts(job: Launch, targets: tuple[str, ...] = (EXPERTS,)) -> Launch:
     """The job with adapters on the experts too."""
-    lora = msgspec.structs.replace(job.plan.spec.lora, targets=(*ATTENTION, EXPERTS))
+    lora = msgspec.structs.replace(job.plan.spec.lora, targets=(*ATTENTION, *targets))
     spec = msgspec.structs.replace(job.plan.spec, lora=lora)
     plan = msgspec.structs.replace(job.plan, spec=spec)
     return job._replace(plan=plan, files={**job.files, PLAN: msgspec.json.encode(plan).decode()})
