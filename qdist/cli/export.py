@@ -36,7 +36,7 @@ def with_runs_checked(request: Of) -> Of:
     target = request.to if isinstance(request, Export) else "16bit"
     for run in map(RunDir, request.runs):
         run.plan()
-        if target != "lora":  # the others take the weights that the adapters lie over
+        if target not in ("lora", "vllm"):  # the others take the weights that the adapters lie over
             require_base(run)
         require_adapter(run)
         if note := step_note(run):

@@ -113,10 +113,11 @@ class Export(Folding, frozen=True, kw_only=True):
     """Write what runs have learnt in a form that needs no qdist."""
 
     to: Annotated[
-        Literal["lora", "16bit", "gguf", "gptq", "zeros"],
+        Literal["lora", "vllm", "16bit", "gguf", "gptq", "zeros"],
         _help(
-            "lora: an ordinary LoRA adapter. 16bit: merged, for plain transformers. gguf: merged, for llama.cpp. "
-            "gptq: merged and quantized again. zeros: QA-LoRA in integer zeros."
+            "lora: an ordinary LoRA adapter. vllm: adapters of experts, as vLLM reads them. 16bit: merged, for plain "
+            "transformers. gguf: merged, for llama.cpp. gptq: merged and quantized again. zeros: QA-LoRA in integer "
+            "zeros."
         ),
     ]
     type: Annotated[
@@ -143,6 +144,7 @@ class Export(Folding, frozen=True, kw_only=True):
 
 _OF_TARGET: Mapping[str, tuple[str, ...]] = {
     "lora": (),
+    "vllm": (),
     "16bit": ("onto", "dtype"),
     "gguf": ("onto", "type"),
     "gptq": ("onto", "data", "samples", "bits", "group_size"),

@@ -34,6 +34,7 @@ JOBS: Mapping[type[Request], str] = {
 """Request -> the function that handles it, imported on demand."""
 TARGETS: Mapping[str, str] = {
     "lora": "qdist.runtime.exports.qalora_as_lora:run",
+    "vllm": "qdist.runtime.exports.vllm_adapter:run",
     "16bit": "qdist.runtime.exports.merged_16bit:run",
     "gguf": "qdist.runtime.exports.gguf.export:run",
     "gptq": "qdist.runtime.exports.requantize:run",

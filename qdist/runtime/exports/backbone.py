@@ -1,7 +1,7 @@
 """A run's frozen backbone, read one tensor at a time: unpacked as training sees it, or as it was before packing."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,19 +119,21 @@ class Backbone:
         path, _, leaf = name.rpartition(".")
         return leaf == "weight" and is_transposed(self.model.get_submodule(path))
 
-    def matrices(self, name: str) -> Iterator[torch.Tensor]:
-        """The matrices of a parameter of experts as the class holds them, one at a time on `device`."""
+    def matrix_of(self, name: str) -> Callable[[int], torch.Tensor]:
+        """What reads any one matrix of a parameter of experts as the class holds it, on `device`.
+
+        It keeps the packed parameter in memory until it is dropped.
+        """
         path, _, leaf = name.rpartition(".")
         if self._originals is not None:
-            yield from (matrix.to(self.device) for matrix in self._originals.tensors.matrices(name))
-        elif isinstance(getattr(self.model.get_submodule(path), leaf), PackedMatrices):
-            packed = self.linear(name)
-            for expert in range(packed.shape[0]):
-                yield packed.held(slice(expert, expert + 1), self.compute_dtype, self.device)[0].float()
-        else:
-            stored = self._weights.of(path, self.model.get_submodule(path))[leaf]
-            for expert in range(self.model.get_parameter(name).shape[0]):
-                yield stored[expert : expert + 1].to(self.device)[0]
+            return _on(self.device, self._originals.tensors.matrix_of(name))
+        if isinstance(getattr(self.model.get_submodule(path), leaf), PackedMatrices):
+            return partial(self._unpacked, self.linear(name))
+        stored = self._weights.of(path, self.model.get_submodule(path))[leaf]
+        return lambda expert: stored[expert : expert + 1].to(self.device)[0]
+
+    def _unpacked(self, packed: PackedMatrices, expert: int) -> torch.Tensor:
+        return packed.held(slice(expert, expert + 1), self.compute_dtype, self.device)[0].float()
 
     def towers(self) -> list[Entry]:
         """What a wrapper has besides its text model, as it is stored: a merged model has it unchanged."""
@@ -210,6 +212,10 @@ class _At:
 
     def check(self) -> None:
         self._weights.check()
+
+
+def _on(device: torch.device, read: Callable[[int], torch.Tensor]) -> Callable[[int], torch.Tensor]:
+    return lambda index: read(index).to(device)
 
 
 def unpacking_device() -> torch.device:

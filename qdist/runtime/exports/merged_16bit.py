@@ -1,9 +1,10 @@
 """Writes a merged 16-bit model: frozen weights plus adapters' updates, rounded once, one file per decoder layer."""
 
+import copy
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from qdist.host.files import require_space
 from qdist.host.terminal import say
 from qdist.runtime.exports.backbone import Backbone, Weight
 from qdist.runtime.exports.model_files import write_model_files
+from qdist.runtime.exports.stored_layout import as_stored
 from qdist.runtime.exports.update import Adapters, Folded, Update
 from qdist.runtime.formats.packed_folder import Entry, file_name, finished, write_index, write_missing
 from qdist.runtime.formats.recorded_sums import keep_sums
 from qdist.runtime.formats.work_folder import filled, reserved
+from qdist.runtime.model.classes import empty_model
 from qdist.runtime.model.skeleton import DTYPES
 from qdist.runtime.model.weights import stored_buffers
 
@@ -34,6 +37,7 @@ class Merged:
     def __init__(self, backbone: Backbone, adapters: Adapters, dtype: torch.dtype) -> None:
         """dtype: bfloat16 or float16."""
         self.backbone, self.adapters, self.dtype = backbone, adapters, dtype
+        self._opened: _OpenedExperts | None = None
 
     def weights(self) -> tuple[Weight, ...]:
         """All weights; a tied table is listed once."""
@@ -77,17 +81,16 @@ class Merged:
 
     def _experts(self, name: str) -> torch.Tensor:
         """A parameter of experts, a matrix in float32 at a time."""
-        updates = self.adapters.of_experts(name)
-        transposed = self.backbone.plan.facts.experts[name.rpartition(".")[0]].transposed
-        merged = []
-        for expert, frozen in enumerate(self.backbone.matrices(name)):
-            value = frozen.float()
-            if updates is not None:
-                change = updates[expert].dense().to(value.device)
-                value = value + (change.t() if transposed else change)
-            _require_range(value, name, self.dtype)
-            merged.append(value.to(self.dtype))
-        return torch.stack(merged)
+        count = self.backbone.plan.facts.experts[name.rpartition(".")[0]].count
+        return torch.stack([self.matrix(name, expert) for expert in range(count)])
+
+    def matrix(self, name: str, expert: int) -> torch.Tensor:
+        """An expert's matrix in a parameter, as the class holds it."""
+        path = name.rpartition(".")[0]
+        if self._opened is None or self._opened.path != path:
+            self._opened = None  # before the next ones are read
+            self._opened = _OpenedExperts(self, path)
+        return self._opened.matrix(name, expert)
 
     def of(self, path: str, module: nn.Module) -> Mapping[str, torch.Tensor]:
         """A module's tensors, with the interface that `skeleton.fill` expects."""
@@ -96,6 +99,33 @@ class Merged:
     def check(self) -> None:
         """Nothing left to check: each weight is verified as it is read."""
         self.backbone.check()
+
+
+class _OpenedExperts:
+    """The matrices of one layer's experts, merged one at a time; the last of each parameter is kept for its halves."""
+
+    def __init__(self, merged: Merged, path: str) -> None:
+        self.path, self._merged = path, merged
+        self._transposed = merged.backbone.plan.facts.experts[path].transposed
+        self._frozen: dict[str, Callable[[int], torch.Tensor]] = {}
+        self._updates: dict[str, tuple[Update, ...] | None] = {}
+        self._last: dict[str, tuple[int, torch.Tensor]] = {}
+
+    def matrix(self, name: str, expert: int) -> torch.Tensor:
+        if name not in self._frozen:
+            self._frozen[name] = self._merged.backbone.matrix_of(name)
+            self._updates[name] = self._merged.adapters.of_experts(name)
+        if self._last.get(name, (None,))[0] != expert:
+            self._last[name] = expert, self._added(name, expert)
+        return self._last[name][1]
+
+    def _added(self, name: str, expert: int) -> torch.Tensor:
+        value, updates = self._frozen[name](expert).float(), self._updates[name]
+        if updates is not None:
+            change = updates[expert].dense().to(value.device)
+            value = value + (change.t() if self._transposed else change)
+        _require_range(value, name, self._merged.dtype)
+        return value.to(self._merged.dtype)
 
 
 class _OfModule(Mapping[str, torch.Tensor]):
@@ -134,7 +164,7 @@ def _require_range(values: torch.Tensor, name: str, dtype: torch.dtype) -> None:
         )
 
 
-_VERSION = 1
+_VERSION = 2
 """Increment whenever the same runs would give different bytes."""
 _BESIDE_BYTES = 32 << 20
 """Upper bound on the bytes of tokenizer, index and configurations."""
@@ -177,16 +207,22 @@ def write(adapters: Adapters, out: Path, *, onto: Onto, dtype: torch.dtype) -> t
 
 def _files(merged: Merged) -> dict[str, list[Entry]]:
     """The entries of each file, without computing them yet."""
-    layers = merged.backbone.layers
+    backbone, layers = merged.backbone, merged.backbone.layers
+    positions = {weight.name: weight.position for weight in merged.weights()}
     files: dict[str, list[Entry]] = {file_name(position, layers): [] for position in range(layers + 1)}
-    for weight in merged.weights():
-        turned = merged.backbone.is_transposed(weight.name)
-        shape = weight.shape[::-1] if turned else weight.shape
-        make = partial(_transposed, merged, weight.name) if turned else partial(merged.read, weight.name)
-        entry = Entry(weight.name, weight.buffer_dtype or merged.dtype, shape, make)
-        files[file_name(weight.position, layers)].append(entry)
-    files[file_name(layers, layers)] += merged.backbone.towers()
+    model = empty_model(copy.deepcopy(backbone.model.config), whole=True)
+    own = [*map(partial(_entry, merged), merged.weights()), *backbone.towers()]
+    for entry, source in as_stored(own, model, backbone.plan.facts.experts, merged.matrix):
+        files[file_name(positions.get(source.name, layers), layers)].append(entry)
     return files
+
+
+def _entry(merged: Merged, weight: Weight) -> Entry:
+    """A weight as its class holds it."""
+    turned = merged.backbone.is_transposed(weight.name)
+    shape = weight.shape[::-1] if turned else weight.shape
+    make = partial(_transposed, merged, weight.name) if turned else partial(merged.read, weight.name)
+    return Entry(weight.name, weight.buffer_dtype or merged.dtype, shape, make)
 
 
 def _transposed(merged: Merged, name: str) -> torch.Tensor:

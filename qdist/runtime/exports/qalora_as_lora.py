@@ -20,7 +20,7 @@ from qdist.host.terminal import say
 from qdist.runtime.adapters.lora import tensor_name, unscaled
 from qdist.runtime.adapters.qa_lora import UNPOOLED
 from qdist.runtime.data.tokenizer import copy_beside
-from qdist.runtime.exports.update import Adapters
+from qdist.runtime.exports.update import Adapters, Folded, Update
 from qdist.runtime.formats.packed_folder import Entry, write_tensors
 from qdist.runtime.formats.recorded_sums import ADAPTER_CONFIG
 from qdist.runtime.formats.work_folder import built
@@ -33,18 +33,24 @@ _VERSION = 1
 def run(request: Export) -> None:
     """Write the adapter and report on it."""
     adapters, out = Adapters.named_in(request), Path(request.out)
-    rank, plan = widen(adapters, out), adapters.plan
+    folded, plan, rank = widen(adapters, out), adapters.plan, rank_of(adapters)
     size = format_bytes((out / ADAPTER).stat().st_size)
     readers = "PEFT" if plan.source.new_token_ids else "PEFT and vLLM"
     say(f"{out}: LoRA r={rank}, {size}, for {readers} over {plan.source.path or plan.spec.model}")
+    say(str(folded))
 
 
-def widen(adapters: Adapters, out: Path) -> int:
-    """Write the adapter folder `out`, which must not exist. Returns its rank.
+def widen(adapters: Adapters, out: Path) -> Folded:
+    """Write the adapter folder `out`, which must not exist. Returns what of the adapters is in it.
 
     Factors go into A, so that alpha equals r: PEFT's `alpha_pattern`, which vLLM does not read, is not needed.
-    Raises RunError if there is nothing to widen or to add up.
+    Raises RunError if there is nothing to widen or to add up, and for adapters of experts.
     """
+    if adapters.experts:
+        raise RunError(
+            f"{adapters.runs[0].path} has adapters of experts, which PEFT's layout does not hold added up",
+            try_="--to vllm, or qdist merge",
+        )
     if len(adapters.runs) == 1 and adapters.pool == 1:
         raise RunError(_has_it_already(adapters), try_=f"{adapters.runs[0].adapter} as it is")
     gptq = adapters.plan.source.gptq
@@ -54,16 +60,27 @@ def widen(adapters: Adapters, out: Path) -> int:
             "over it would be of no use there",
             try_="--to 16bit, or gguf",
         )
-    rank = sum(int(config["r"]) for config in adapters.configs)
+    rank = rank_of(adapters)
     with built(out, f"lora {_VERSION} {adapters.stamp}") as work:
-        entries = [*_matrices(adapters, rank), *_rows(adapters)]
+        entries = [*matrices(adapters, rank), *_rows(adapters)]
         require_space(out.parent, sum(entry.bytes for entry in entries), purpose="the adapter")
         write_tensors(work, ADAPTER, entries)
         (work / ADAPTER_CONFIG).write_text(json.dumps(_config(adapters, rank), indent=2) + "\n")
-        for path in sorted(adapters.runs[0].adapter.iterdir()):
-            if goes_along(path) and path.name != ADAPTER_CONFIG:
-                copy_beside(path, work)
-    return rank
+        copy_others(adapters, work)
+    count = len(adapters.paths)
+    return Folded(count, count, 0, 0)
+
+
+def rank_of(adapters: Adapters) -> int:
+    """The rank of the sum of all adapters."""
+    return sum(int(config["r"]) for config in adapters.configs)
+
+
+def copy_others(adapters: Adapters, folder: Path) -> None:
+    """Copy what lies beside the first adapter, such as its tokenizer."""
+    for path in sorted(adapters.runs[0].adapter.iterdir()):
+        if goes_along(path) and path.name != ADAPTER_CONFIG:
+            copy_beside(path, folder)
 
 
 def _has_it_already(adapters: Adapters) -> str:
@@ -76,7 +93,8 @@ def _has_it_already(adapters: Adapters) -> str:
     )
 
 
-def _matrices(adapters: Adapters, rank: int) -> list[Entry]:
+def matrices(adapters: Adapters, rank: int) -> list[Entry]:
+    """A and B of every linear that the adapters change."""
     entries = []
     for path in sorted(adapters.paths):
         update = adapters.of(path)
@@ -91,15 +109,19 @@ def _matrices(adapters: Adapters, rank: int) -> list[Entry]:
 
 
 def _side(adapters: Adapters, path: str, side: str, rank: int) -> torch.Tensor:
-    """A [r, in] or B [out, r] of all adapters concatenated; zeros for those that do not change this linear."""
     update = adapters.of(path)
     assert update is not None
+    return joined(update, side, rank)
+
+
+def joined(update: Update, side: str, rank: int) -> torch.Tensor:
+    """A [r, in] or B [out, r] of all adapters concatenated; zeros for those that do not change this matrix."""
     if side == "A":
         parts = [term.factor * term.down.repeat_interleave(term.pool, dim=1) for term in update.terms]
-        joined = torch.cat(parts)
-        return torch.nn.functional.pad(joined, (0, 0, 0, rank - joined.shape[0]))
-    joined = torch.cat([term.up for term in update.terms], dim=1)
-    return torch.nn.functional.pad(joined, (0, rank - joined.shape[1]))
+        downs = torch.cat(parts)
+        return torch.nn.functional.pad(downs, (0, 0, 0, rank - downs.shape[0]))
+    ups = torch.cat([term.up for term in update.terms], dim=1)
+    return torch.nn.functional.pad(ups, (0, rank - ups.shape[1]))
 
 
 def _rows(adapters: Adapters) -> list[Entry]:
@@ -111,5 +133,5 @@ def _config(adapters: Adapters, rank: int) -> dict[str, Any]:
     named = [config["target_modules"] for config in adapters.configs]
     expressions = dict.fromkeys(f"(?:{each})" for each in named if isinstance(each, str))
     # Adapters of one model are all written with expressions, or none is.
-    targets = "|".join(expressions) if expressions else sorted({name for names in named for name in names})
+    targets = "|".join(expressions) if expressions else sorted({name for names in named for name in names or ()})
     return {**adapters.configs[0], **unscaled(rank), **UNPOOLED, "target_modules": targets}

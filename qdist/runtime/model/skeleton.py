@@ -51,18 +51,20 @@ def refused(folder: Path) -> Iterator[None]:
         yield
 
 
+def config_behind(source: Source) -> Any:
+    """transformers' configuration of a run's model. A run whose model is gone goes by its plan."""
+    if source.path and Path(source.path).is_dir():
+        return open_config(Path(source.path))
+    return config_of(source.config)
+
+
 def skeleton(source: Source, *, bits: int, quant: Quant, dtype: torch.dtype, facts: ModelFacts) -> Any:
     """A causal language model whose parameters are on the meta device; its buffers are real.
 
     facts: say which linears and experts inside decoder layers are packed to `bits`; linears beside experts that come in
     MXFP4 stay in 16 bits, as they come.
     """
-    config = (
-        open_config(Path(source.path))
-        if source.path and Path(source.path).is_dir()  # a run whose model is gone goes by its plan
-        else config_of(source.config)
-    )
-    model = empty_model(config, dtype=dtype)
+    model = empty_model(config_behind(source), dtype=dtype)
     model.qdist_parts = facts.modules
     mxfp4 = bits == 4 and stores_mxfp4(source.config)
     for path, module in list(model.named_modules()):

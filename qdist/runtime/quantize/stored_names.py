@@ -50,6 +50,9 @@ class Recipes:
         self.unused = unused
         """What transformers would call the stored tensors that belong to no parameter."""
 
+    def __iter__(self) -> Iterator[Recipe]:
+        return iter(self._recipes.values())
+
     def make(self, recipe: Recipe, values: Values) -> dict[str, torch.Tensor]:
         """What a recipe makes, by name; meta tensors give meta tensors."""
         if recipe.converter is None:
@@ -66,7 +69,7 @@ class Recipes:
 
         outline: a meta tensor for a name that recipes are made of.
         """
-        for recipe in self._recipes.values():
+        for recipe in self:
             values = {pattern: [outline(name) for name in names] for pattern, names in recipe.parts.items()}
             for name, made in self.make(recipe, values).items():
                 yield name, recipe, made
@@ -93,11 +96,38 @@ def reading(
             name, pattern = rename_source_key(key, [], [], prefix, own)
         if name not in own:
             unused.append(name)
-        elif pattern is None:
-            recipes.setdefault(name, Recipe(name, {"": (key,)}))
         else:
-            recipes[name] = recipes.get(name, Recipe(name, {}, by_pattern[pattern])).with_part(pattern, key)
+            _add(recipes, name, key, pattern, by_pattern)
     return Recipes(model, recipes, unused)
+
+
+def writing(model: Any, own: Collection[str]) -> Recipes:
+    """How the tensors of a checkpoint are made from a class's parameters, as its `save_pretrained` does it.
+
+    model: on the meta device. own: names of the parameters that are written.
+    Raises NotImplementedError for a conversion that transformers does not reverse.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, dot_natural_key, rename_source_key
+
+    # As for any model that was not read from a folder, whose prefix would be the folder's.
+    forward = [
+        each for each in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(each, PrefixChange)
+    ]
+    renamings, converters, by_pattern = _sorted([each.reverse_transform() for each in reversed(forward)])
+    recipes: dict[str, Recipe] = {}
+    for key in sorted(own, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, reverse=True)
+        _add(recipes, name, key, pattern, by_pattern)
+    return Recipes(model, recipes)
+
+
+def _add(recipes: dict[str, Recipe], name: str, key: str, pattern: str | None, by_pattern: Mapping[str, Any]) -> None:
+    """Note that the tensor `key` is a part of what makes `name`."""
+    if pattern is None:
+        recipes.setdefault(name, Recipe(name, {"": (key,)}))
+    else:
+        recipes[name] = recipes.get(name, Recipe(name, {}, by_pattern[pattern])).with_part(pattern, key)
 
 
 def _sorted(transforms: list[Any]) -> tuple[list[Any], list[Any], dict[str, Any]]:

@@ -1,7 +1,7 @@
 """A model folder's tensors under the names of transformers' class, read one at a time."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +42,9 @@ class Tensors(Protocol):
 
     def matrices(self, name: str) -> Iterator[torch.Tensor]:
         """The matrices of a 3-D parameter in order, one expert's in memory at a time where they are stored so."""
+
+    def matrix_of(self, name: str) -> Callable[[int], torch.Tensor]:
+        """What reads any one of them. Where they are stored together it keeps them all until it is dropped."""
 
 
 class StreamedTensors:
@@ -87,12 +90,12 @@ class StreamedTensors:
         return self._make(name, None)
 
     def matrices(self, name: str) -> Iterator[torch.Tensor]:
-        count = self.shapes[name][0]
-        if not self._is_by_expert(name):
-            yield from self.read(name)
-            return
-        for expert in range(count):
-            yield self._make(name, expert)[0]
+        yield from map(self.matrix_of(name), range(self.shapes[name][0]))
+
+    def matrix_of(self, name: str) -> Callable[[int], torch.Tensor]:
+        if self._is_by_expert(name):
+            return lambda expert: self._make(name, expert)[0]
+        return self.read(name).__getitem__
 
     def _is_by_expert(self, name: str) -> bool:
         """Whether the parameter's first axis is a list of stored tensors, so that one matrix can be made alone."""
@@ -161,6 +164,9 @@ class LoadedTensors:
 
     def matrices(self, name: str) -> Iterator[torch.Tensor]:
         yield from self._values[name]
+
+    def matrix_of(self, name: str) -> Callable[[int], torch.Tensor]:
+        return self._values[name].__getitem__
 
 
 def streamed(folder: Path, shape: Blueprint) -> StreamedTensors | None:

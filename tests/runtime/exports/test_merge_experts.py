@@ -14,8 +14,11 @@ from qdist.host.launch.prepare import Launch
 from qdist.host.run.rundir import PLAN, RunDir
 from qdist.host.sources.targets import ADAPTER
 from qdist.runtime.exports import merged_16bit
+from qdist.runtime.exports.merged_16bit import Merged
 from qdist.runtime.exports.update import Adapters
+from qdist.runtime.formats.packed_folder import tensor_files
 from qdist.runtime.model.classes import class_of
+from qdist.runtime.quantize.tensors import outlines
 from tests.runtime.data.test_tokenized import tiny_tokenizer
 from tests.runtime.every_model import tiny_model
 from tests.runtime.gptq_files import padded as padded_tokenizer
@@ -37,15 +40,25 @@ def save_whole(folder: Path, family: str, **changes: Any) -> Path:
     return folder
 
 
-def run_over(folder: Path, family: str, *, experts: bool = False, **settings: Any) -> tuple[RunDir, Any]:
-    source, data = save_whole(folder / "source", family), save_data(folder / "d.jsonl")
-    job = real_job(source, data, folder / "run", seq_len=64, **settings)
-    return adapted_run(with_experts(job) if experts else job)
+def run_over(
+    folder: Path,
+    family: str,
+    *,
+    name: str = "run",
+    experts: bool = False,
+    expert_targets: tuple[str, ...] = (EXPERTS,),
+    **settings: Any,
+) -> tuple[RunDir, Any]:
+    source = folder / "source"
+    if not source.exists():
+        save_whole(source, family)
+    job = real_job(source, save_data(folder / "d.jsonl"), folder / name, seq_len=64, **settings)
+    return adapted_run(with_experts(job, expert_targets) if experts else job)
 
 
-def with_experts(job: Launch) -> Launch:
+def with_experts(job: Launch, targets: tuple[str, ...] = (EXPERTS,)) -> Launch:
     """The job with adapters on the experts too."""
-    lora = msgspec.structs.replace(job.plan.spec.lora, targets=(*ATTENTION, EXPERTS))
+    lora = msgspec.structs.replace(job.plan.spec.lora, targets=(*ATTENTION, *targets))
     spec = msgspec.structs.replace(job.plan.spec, lora=lora)
     plan = msgspec.structs.replace(job.plan, spec=spec)
     return job._replace(plan=plan, files={**job.files, PLAN: msgspec.json.encode(plan).decode()})
@@ -137,3 +150,23 @@ def test_a_tensor_of_an_adapter_that_is_not_folded_refuses_the_merge(tmp_path: P
     with pytest.raises(ModelError, match=r"1 of 17 tensors change no weight, such as \S+vision\.q_proj\.lora_A"):
         merged_16bit.write(Adapters([run]), tmp_path / "out", onto="dequantized", dtype=torch.bfloat16)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "mistral3", "qwen3_5"])
+def test_a_merged_model_has_the_names_that_save_pretrained_writes(tmp_path: Path, family: str) -> None:
+    run, _ = run_over(tmp_path, family)
+    merged_16bit.write(Adapters([run]), tmp_path / "out", onto="dequantized", dtype=torch.bfloat16)
+    sizes = [
+        {name: tuple(made.shape) for name, made in outlines(folder, tensor_files(folder)).items()}
+        for folder in (tmp_path / "source", tmp_path / "out")
+    ]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("onto", ["dequantized", "original"])
+def test_experts_are_merged_one_at_a_time(tmp_path: Path, onto: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = run_over(tmp_path, "qwen3_moe", experts=True)
+    whole: list[str] = []
+    monkeypatch.setattr(Merged, "_experts", lambda _, name: whole.append(name))
+    merged_16bit.write(Adapters([run]), tmp_path / "out", onto=onto, dtype=torch.bfloat16)
+    assert not whole
