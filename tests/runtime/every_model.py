@@ -66,7 +66,7 @@ _ZERO_AT_FIRST = ("e_score_correction_bias", "correct_output_scale")
 _DRAFTER: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16, "vocab_size": VOCAB,
-    "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": VOCAB,
+    "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
 }  # fmt: skip
 _OWN: dict[str, dict[str, Any]] = {
     # What a type's own validation asks for beside the sizes, and what published models have unlike its defaults.

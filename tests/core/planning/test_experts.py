@@ -279,7 +279,7 @@ def test_a_plan_says_what_its_experts_hold_and_what_is_kept() -> None:
     attention_alone = plan_lines(planned(qwen3_moe(), gpus(1, 141)))
     assert "adapter  LoRA r=16 alpha=16: 13.4 M parameters on linears, none on experts" in attention_alone
     hybrid = plan_lines(planned(qwen3_5(), gpus(1, 141), no_fla=""))
-    kept = "too small to pack (6.3 M), convolution (786,432), norms, part of a recurrence"
+    kept = "too small to pack (6.3 M), convolution (786,432), norm inside, decay"
     assert f"kept     7.1 M parameters not packed: {kept}" in hybrid
     assert "left out model.visual (456.0 M): not needed for text" in hybrid
     assert "kernels  recurrence by flash-linear-attention" in hybrid
