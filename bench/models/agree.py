@@ -171,7 +171,10 @@ def dequantized(base: Path, plan: Any) -> Any:
     experts = {f"{path}.{each.name}" for path, own in plan.facts.experts.items() for each in own.matrices}
     for weight in backbone.weights():
         name, place = weight.name, held[weight.name].data
-        value = torch.stack(list(backbone.matrices(name))) if name in experts else backbone.read(name)
+        if name in experts:
+            value = torch.stack([*map(backbone.matrix_of(name), range(len(place)))])
+        else:
+            value = backbone.read(name)
         transposed = any(linear.transposed for linear in plan.facts.linears) and plan.facts.packs(
             name.rpartition(".")[0]
         )

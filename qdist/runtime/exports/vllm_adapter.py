@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qdist.core.errors import RunError
+from qdist.core.model.families import FAMILIES
 from qdist.core.model.shapes import Experts
 from qdist.core.requests import Export
 from qdist.core.text import format_bytes
@@ -33,8 +34,6 @@ from qdist.runtime.model.skeleton import config_behind
 
 _VERSION = 1
 """Increment whenever the same runs would give different bytes."""
-_TOGETHER = ("gpt_oss", "qwen3_5_moe", "qwen3_vl_moe")
-"""Families whose classes in vLLM say `is_3d_moe_weight`: they read PEFT's layout, gpt-oss' with rows interleaved."""
 _INNER = "base_layer"
 """PEFT's name of the first of two parameters of a module: the second one's adapter lies around it."""
 UpdatesOf = Callable[[str], tuple[Update, ...] | None]
@@ -76,7 +75,8 @@ def _of_experts(adapters: Adapters, model: Any) -> tuple[list[Entry], set[str]]:
     if all(f"{path}.{each.name}" in parts for path, own in experts.items() for each in own.matrices):
         apart = [part for each in parts.values() for part in each]
         return [*_one_by_one(apart, experts, read, rank)], {part.module.rpartition(".")[2] for part in apart}
-    if facts.family in _TOGETHER:
+    family = FAMILIES.get(facts.family)
+    if family and family.experts_together:
         return [*_together(experts, read, rank)], set()
     raise RunError(
         f"{facts.family}'s checkpoints hold experts together, and how vLLM reads adapters of them is not known",

@@ -232,7 +232,8 @@ def test_facts_of_a_varied_configuration_are_those_of_the_class(variant: str) ->
 
 
 def comparable(facts: ModelFacts) -> ModelFacts:
-    """Facts without the order of what is kept, and without what no class tells: BLOOM was trained on 2,048 tokens."""
+    """Facts without the order of what is kept, and without what no class tells: BLOOM was trained on 2,048 tokens, and
+    Liger's rotation takes the place of Phi-3's."""
     layers = tuple(
         LayerRun(
             structs.replace(

@@ -78,6 +78,8 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     modules: Modules = Modules()
     measured: bool = True
     """Whether what its layers keep for the backward pass was measured; otherwise a plan has a margin."""
+    experts_together: bool = False
+    """Whether vLLM's class says `is_3d_moe_weight`: it reads adapters of experts in PEFT's layout."""
     own_code: bool = False
     """Only code in the models' own repositories computes it: run only where `trust_remote_code` is set."""
     gguf: Gguf | None = None

@@ -43,6 +43,7 @@ def _gpt_oss(layers: int, experts: int) -> Config:
 GPT_OSS = Family(
     model_type="gpt_oss",
     read=_read,
+    experts_together=True,
     aliases={
         "gpt-oss-20b": Alias("openai/gpt-oss-20b", _gpt_oss(24, 32)),
         "gpt-oss-120b": Alias("openai/gpt-oss-120b", _gpt_oss(36, 128)),

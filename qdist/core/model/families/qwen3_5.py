@@ -266,6 +266,7 @@ QWEN3_5_MOE = Family(
     model_type="qwen3_5_moe",
     read=_read_moe,
     modules=WRAPPED,
+    experts_together=True,
     measured=False,
     aliases={
         "qwen3.5-35b-a3b": Alias("Qwen/Qwen3.5-35B-A3B", _35B_A3B, _TUNED, also=("Qwen3.6-35B-A3B",)),
