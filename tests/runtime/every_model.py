@@ -108,7 +108,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "attention_head_dim": 32,
         "layers_block_type": [*["linear_attention"] * 2, "hybrid", *["linear_attention"] * 4, "hybrid"],
     },
-    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128, "mamba_chunk_size": 16},
     "gemma4_text": {"global_head_dim": 32},
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.75}},
     "granite": {
@@ -123,7 +123,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
-    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16},
     "ministral": {"head_dim": 16},
     "modernbert-decoder": {"cls_token_id": 1, "sep_token_id": 2},
     "nemotron": {"num_key_value_heads": 2},
