@@ -22,7 +22,7 @@ def handed_on(monkeypatch: pytest.MonkeyPatch, command: str, *options: str) -> A
     seen: list[Any] = []
     for module in (chat, generate):
         monkeypatch.setattr(module, "run_task", seen.append)
-        monkeypatch.setattr(targets, "check_model", lambda name: None)
+        monkeypatch.setattr(targets, "check_model", lambda name, *, trusted: None)
     monkeypatch.setattr(generate, "read_prompts", lambda path: [])
     if command == "chat":
         result = CliRunner().invoke(chat.chat, ["run", *options])
