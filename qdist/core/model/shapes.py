@@ -69,6 +69,10 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return self.count * sum(matrix.parameters for matrix in self.matrices)
 
 
+_MLP_NAMES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "experts")
+"""What users name for the matrices of an MLP."""
+
+
 class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A module of a decoder layer that stays in 16 or 32 bits and is not adapted, with the reason."""
 
@@ -381,7 +385,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         strangers = [name for name in targets if name != ALL_LINEAR and name not in known]
         if not strangers:
             return
-        meant = dict.fromkeys(filter(None, (each if each == ALL_LINEAR else nearest(each, known) for each in targets)))
+        meant = dict.fromkeys(filter(None, (_meant_target(each, known) for each in targets)))
         raise ModelError(self._why_not(strangers[0], known), ways=[{"lora.targets": tuple(meant) or (ALL_LINEAR,)}])
 
     def _why_not(self, target: str, known: tuple[str, ...]) -> str:
@@ -392,3 +396,11 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         if target.partition(".")[0] == EXPERTS and EXPERTS not in known:
             return f"{self.name} has no experts, which lora.targets names"
         return f"{self.name} has no linear {target!r} among {', '.join(known)}"
+
+
+def _meant_target(target: str, known: tuple[str, ...]) -> str | None:
+    """The target of a model that is most likely meant: matrices of an MLP are those of its experts, if it has them."""
+    if target == ALL_LINEAR or target in known:
+        return target
+    is_mlp = target.rpartition(".")[2] in _MLP_NAMES
+    return EXPERTS if is_mlp and EXPERTS in known else nearest(target, known)

@@ -262,6 +262,13 @@ def test_fast_kernels_of_recurrences_are_planned_where_they_are() -> None:
     assert planned(qwen3_5(), CPU, no_fla="").recurrence == "torch"
 
 
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "gate_up_proj", "mlp.experts", "w1"])
+def test_matrices_of_an_mlp_as_targets_are_answered_with_experts(name: str) -> None:
+    with pytest.raises(ModelError) as refused:
+        qwen3_moe().require_targets(("q_proj", name))
+    assert refused.value.ways == ({"lora.targets": ("q_proj", "experts")},)
+
+
 def test_gptq_of_experts_is_refused_with_what_packs_them() -> None:
     with pytest.raises(ModelError, match="GPTQ is for dense models: qwen3-30b-a3b has 128 experts") as refused:
         require_dense(qwen3_moe(), what="GPTQ")
