@@ -18,7 +18,7 @@ from qdist.host.files import cache_dir, cache_path, write_atomic
 from qdist.host.opening import read_typed
 from qdist.host.tasks import ask
 
-_DESCRIPTION = 3
+_DESCRIPTION = 4
 """Increment whenever the same class would be described differently."""
 _FOLDER = "facts"
 
