@@ -27,8 +27,10 @@ from qdist.runtime.exports.update import Adapters
 from qdist.runtime.infer.load import footprint_of, load_run, load_tokenizer, open_plain, plan_of, residence_of
 from qdist.runtime.infer.residence import arrange, choose, first_device, settle
 from qdist.runtime.model.skeleton import DTYPES, fill, skeleton
-from qdist.runtime.model.weights import FolderWeights, Weights
+from qdist.runtime.model.weights import Weights
+from qdist.runtime.quantize.blueprint import blueprint
 from qdist.runtime.quantize.source import find_originals
+from qdist.runtime.quantize.tensors import StoredModel
 
 
 class Loss(NamedTuple):
@@ -74,7 +76,8 @@ class Evaluation:
     def written(self, folder: Path, dtype: torch.dtype) -> Loss:
         """Loss of a merged model, read back from its folder."""
         source = Source(kind="folder", path=str(folder), packed=str(folder), config={}, tokenizer="")
-        return self._loss(partial(self._plain, source, FolderWeights(folder), dtype))
+        weights = StoredModel(folder, blueprint(folder, self.plan.facts))
+        return self._loss(partial(self._plain, source, weights, dtype))
 
     def quantized(self, folder: Path) -> Loss:
         """Loss of a GPTQ checkpoint, merged or not, read back from its folder."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from qdist.core.errors import ModelError
 from qdist.core.text import counted, format_bytes
@@ -188,6 +189,30 @@ def streamed(folder: Path, shape: Blueprint) -> StreamedTensors | None:
 def tensors_of(folder: Path, shape: Blueprint) -> Tensors:
     """The folder's tensors, streamed if possible, else through transformers."""
     return streamed(folder, shape) or LoadedTensors(folder, shape)
+
+
+class StoredModel:
+    """A folder in 16 bits, in whatever layout it is stored, as the weights that fill a model."""
+
+    def __init__(self, folder: Path, shape: Blueprint) -> None:
+        """Raises ModelError as `tensors_of` does."""
+        self._tensors, self._shape = tensors_of(folder, shape), shape
+
+    def of(self, path: str, module: nn.Module) -> Mapping[str, torch.Tensor]:
+        return {leaf: self._read(name) for name in self._shape.shapes if (leaf := _leaf_at(name, path))}
+
+    def check(self) -> None:
+        """Nothing to check: each tensor is verified as it is read."""
+
+    def _read(self, name: str) -> torch.Tensor:
+        value = self._tensors.read(name)
+        return value.t().contiguous() if name in self._shape.transposed else value
+
+
+def _leaf_at(name: str, path: str) -> str:
+    """A tensor's name in the module at a path; empty if it is another module's."""
+    above, _, leaf = name.rpartition(".")
+    return leaf if above == path else ""
 
 
 def require_shapes(folder: Path, shape: Blueprint, found: Mapping[str, tuple[int, ...]]) -> None:
