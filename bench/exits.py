@@ -69,7 +69,7 @@ def widened(evaluation: Evaluation, run: Path, out: Path) -> float:
     plan = evaluation.plan
     backbone = load_backbone(
         with_packed(plan), bits=plan.spec.bits, quant=plan.spec.quant, dtype=DTYPES[plan.compute_dtype],
-        device=torch.device("cpu"), linear_names=plan.facts.linear_names,
+        device=torch.device("cpu"), facts=plan.facts,
     )  # fmt: skip
     model = PeftModel.from_pretrained(backbone, str(out)).eval()
     return evaluation.held_out(model, DTYPES[plan.compute_dtype])

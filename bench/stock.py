@@ -10,6 +10,7 @@ from bitsandbytes.optim import PagedAdamW32bit
 from peft import LoraConfig, get_peft_model
 
 from qdist.core.model.aliases import config_of
+from qdist.core.model.families import from_config
 from qdist.core.planning.plan import Source
 from qdist.core.spec.run_spec import Quant
 from qdist.runtime.model.skeleton import load_backbone
@@ -24,7 +25,8 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     source = Source(kind="dummy", path="", config=config_of("llama-7b"), tokenizer="")
     device = torch.device("cuda", 0)
-    model = load_backbone(source, bits=4, quant=Quant(), dtype=torch.bfloat16, device=device, linear_names=NAMES)
+    facts = from_config(source.config, name="llama-7b")
+    model = load_backbone(source, bits=4, quant=Quant(), dtype=torch.bfloat16, device=device, facts=facts)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = get_peft_model(

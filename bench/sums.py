@@ -39,7 +39,7 @@ def written(folder: Path, config: dict[str, object], facts: ModelFacts) -> Sourc
     (folder / "config.json").write_text(json.dumps(config))
     source = Source(kind="folder", path=str(folder), packed=str(folder), config=config, tokenizer="")
     if not (folder / "checksums.json").is_file():
-        model = skeleton(source, bits=4, quant=Quant(), dtype=torch.bfloat16, linear_names=facts.linear_names)
+        model = skeleton(source, bits=4, quant=Quant(), dtype=torch.bfloat16, facts=facts)
         files = [write_tensors(folder, _FILE.format(n), entries_of(own)) for n, own in enumerate(_parts(model))]
         keep_sums(folder, files)
     return source
@@ -74,7 +74,7 @@ def loaded(source: Source, facts: ModelFacts, device: torch.device, *, summed: b
     began = time.perf_counter()
     with mock.patch.object(backbone, "expected_sums", backbone.expected_sums if summed else lambda source: None):
         model = backbone.load_backbone(
-            source, bits=4, quant=Quant(), dtype=torch.bfloat16, device=device, linear_names=facts.linear_names
+            source, bits=4, quant=Quant(), dtype=torch.bfloat16, device=device, facts=facts
         )
     if device.type == "cuda":
         torch.cuda.synchronize()

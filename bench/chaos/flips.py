@@ -193,7 +193,7 @@ def _backbone(run: RunDir) -> object:
         return _state(
             load_backbone(
                 source, bits=plan.spec.bits, quant=plan.spec.quant, dtype=DTYPES[plan.compute_dtype], device=device,
-                linear_names=plan.facts.linear_names,
+                facts=plan.facts,
             )
         )  # fmt: skip
 

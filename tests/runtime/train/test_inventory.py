@@ -205,13 +205,14 @@ def test_every_group_of_ranks_is_checked(folder: Path) -> None:
 
 
 def test_a_rank_ends_with_these_words_and_writes_no_checkpoint(train: TrainRun, tmp_path: Path) -> None:
-    """Labels were lost after the data were tokenized."""
-    job = real_job(save_model(tmp_path / "model"), save_data(tmp_path / "data.jsonl"), tmp_path / "run", gpus=1)
+    """Labels were lost after the data were tokenized; of data that no other test has, as the cache is all tests'."""
+    data = save_data(tmp_path / "data.jsonl", 37)
+    job = real_job(save_model(tmp_path / "model"), data, tmp_path / "run", gpus=1)
     assert job.plan.data is not None
     path = Path(job.plan.data.path)
     kept = load(path, key=path.stem)
     summary = msgspec.structs.replace(kept.summary, learned_tokens=0)
     save(TokenizedSet(kept.tokens, torch.full_like(kept.labels, IGNORED), kept.offsets, summary), path, key=path.stem)
-    with pytest.raises(AssertionError, match="error: none of the 563 tokens of 40 samples has a loss"):
+    with pytest.raises(AssertionError, match=r"error: none of the \d+ tokens of 37 samples has a loss"):
         train(job)
     assert not job.run.checkpoint_steps()
