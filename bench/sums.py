@@ -73,9 +73,7 @@ def loaded(source: Source, facts: ModelFacts, device: torch.device, *, summed: b
     """Seconds until the backbone is there; and until every page of it was read."""
     began = time.perf_counter()
     with mock.patch.object(backbone, "expected_sums", backbone.expected_sums if summed else lambda source: None):
-        model = backbone.load_backbone(
-            source, bits=4, quant=Quant(), dtype=torch.bfloat16, device=device, facts=facts
-        )
+        model = backbone.load_backbone(source, bits=4, quant=Quant(), dtype=torch.bfloat16, device=device, facts=facts)
     if device.type == "cuda":
         torch.cuda.synchronize()
     there = time.perf_counter() - began

@@ -1,5 +1,6 @@
 """docs/models.md from the results of bench/models/table.py."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -42,7 +43,9 @@ def _row(result: Mapping[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "/").replace("\n", " ")[:240]
+    """The sentence of an error, without its class, the way out and the place of a passing model."""
+    sentence = re.sub(r"^\w+Error: +|\s+try: .*| \[.*\]$", "", text.replace("\n", " "))
+    return re.sub(r"/\S+/base", "the model", sentence).replace("|", "/")[:240]
 
 
 def _lines(rows: Iterable[str]) -> str:
