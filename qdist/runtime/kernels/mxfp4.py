@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 
+from qdist.core.model.storage import MX_BLOCK
 from qdist.runtime.kernels.launching import on_device
 
-GROUP = 32
-"""Weights that share a scale (OCP Microscaling Formats 1.0)."""
 BIAS = 127
 """What is subtracted from a stored exponent."""
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -49,7 +48,7 @@ def dequantize_reference(blocks: torch.Tensor, scales: torch.Tensor, dtype: torc
 
 def _fused(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """One kernel that reads 0.53 bytes and writes one `dtype` per weight."""
-    out = torch.empty((*scales.shape[:-1], scales.shape[-1] * GROUP), dtype=dtype, device=blocks.device)
+    out = torch.empty((*scales.shape[:-1], scales.shape[-1] * MX_BLOCK), dtype=dtype, device=blocks.device)
     groups, rows = scales.numel(), 64
     with on_device(blocks.device):
         _kernel()[(-(-groups // rows),)](

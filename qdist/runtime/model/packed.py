@@ -17,8 +17,6 @@ FEW_TOKENS = 16
 """Most tokens that a GPU multiplies with packed weights; above, unpacking first is faster (H100 and H200)."""
 DEVIATION = 0.02
 """Standard deviation of random weights."""
-PACKING = (".absmax", ".scale", ".qzeros", ".scales", ".weight_offset")
-"""Suffixes of packed layers' parameters that are neither weights nor biases."""
 
 
 class Slices(Protocol):

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from qdist.core.model.storage import Packing, blocks_of
+from qdist.core.model.storage import MX_BLOCK, Packing, blocks_of
 from qdist.core.spec.run_spec import Quant
 from qdist.runtime.formats.packing import pack_experts
 from qdist.runtime.kernels import mxfp4
@@ -170,8 +170,8 @@ class MatricesMxfp4(PackedMatrices):
     def __init__(self, shape: tuple[int, int, int], *, transposed: bool) -> None:
         super().__init__(shape, transposed=transposed)
         inputs, outputs = (shape[1], shape[2]) if transposed else (shape[2], shape[1])
-        groups = inputs // mxfp4.GROUP
-        self.blocks = empty((shape[0], outputs, groups, mxfp4.GROUP // 2), torch.uint8)
+        groups = inputs // MX_BLOCK
+        self.blocks = empty((shape[0], outputs, groups, MX_BLOCK // 2), torch.uint8)
         self.scales = empty((shape[0], outputs, groups), torch.uint8)
 
     def of(self, experts: slice, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

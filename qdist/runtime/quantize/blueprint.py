@@ -14,13 +14,12 @@ from torch import nn
 from qdist.core.errors import ModelError
 from qdist.core.model.gptq import method_of
 from qdist.core.model.shapes import ModelFacts
+from qdist.core.model.storage import MX_BLOCK
 from qdist.host.sources.models import read_json
 from qdist.runtime.model.classes import empty_model
 from qdist.runtime.model.describe import facts_of
 from qdist.runtime.model.skeleton import open_config, refused
 
-MXFP4_GROUP = 32
-"""Weights of a row that share an e8m0 scale in MXFP4; two weights a byte."""
 _BLOCKS, _SCALES = "_blocks", "_scales"
 
 
@@ -134,7 +133,7 @@ def _as_mxfp4(
     for name in experts:
         count, rows, columns = shapes[name]
         outputs, inputs = (columns, rows) if transposed else (rows, columns)
-        groups = math.ceil(inputs / MXFP4_GROUP)
-        found[name + _BLOCKS] = (count, outputs, groups, MXFP4_GROUP // 2)
+        groups = math.ceil(inputs / MX_BLOCK)
+        found[name + _BLOCKS] = (count, outputs, groups, MX_BLOCK // 2)
         found[name + _SCALES] = (count, outputs, groups)
     return found

@@ -197,9 +197,13 @@ class StoredModel:
     def __init__(self, folder: Path, shape: Blueprint) -> None:
         """Raises ModelError as `tensors_of` does."""
         self._tensors, self._shape = tensors_of(folder, shape), shape
+        self._names: dict[str, list[str]] = {}
+        """Names of the tensors of each module, by its path."""
+        for name in shape.shapes:
+            self._names.setdefault(name.rpartition(".")[0], []).append(name)
 
     def of(self, path: str, module: nn.Module) -> Mapping[str, torch.Tensor]:
-        return {leaf: self._read(name) for name in self._shape.shapes if (leaf := _leaf_at(name, path))}
+        return {name.rpartition(".")[2]: self._read(name) for name in self._names.get(path, ())}
 
     def check(self) -> None:
         """Nothing to check: each tensor is verified as it is read."""
@@ -207,12 +211,6 @@ class StoredModel:
     def _read(self, name: str) -> torch.Tensor:
         value = self._tensors.read(name)
         return value.t().contiguous() if name in self._shape.transposed else value
-
-
-def _leaf_at(name: str, path: str) -> str:
-    """A tensor's name in the module at a path; empty if it is another module's."""
-    above, _, leaf = name.rpartition(".")
-    return leaf if above == path else ""
 
 
 def require_shapes(folder: Path, shape: Blueprint, found: Mapping[str, tuple[int, ...]]) -> None:
