@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from qdist.core.model.aliases import config_of
 from qdist.core.model.families import from_config
 from qdist.core.planning.plan import Source
-from qdist.core.spec.run_spec import Quant
+from qdist.core.spec.sections import Quant
 from qdist.runtime.model.skeleton import load_backbone
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

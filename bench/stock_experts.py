@@ -60,7 +60,7 @@ def ours(folder: Path, device: str) -> Any:
     """As a rank of `qdist launch` loads it."""
     from qdist.core.model.storage import Packing
     from qdist.core.planning.plan import Source
-    from qdist.core.spec.run_spec import Quant
+    from qdist.core.spec.sections import Quant
     from qdist.host.sources.models import read_json
     from qdist.runtime.model.describe import facts_of
     from qdist.runtime.model.skeleton import load_backbone

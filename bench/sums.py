@@ -22,7 +22,7 @@ from qdist.core.model.families import from_config
 from qdist.core.model.shapes import ModelFacts
 from qdist.core.model.storage import BLOCK, NESTED_BLOCK
 from qdist.core.planning.plan import Source
-from qdist.core.spec.run_spec import Quant
+from qdist.core.spec.sections import Quant
 from qdist.runtime.formats.checksum import slice_sums
 from qdist.runtime.formats.packed_folder import entries_of, write_tensors
 from qdist.runtime.formats.recorded_sums import keep_sums

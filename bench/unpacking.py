@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qdist.core.model.gptq import Shape
-from qdist.core.spec.run_spec import Quant
+from qdist.core.spec.sections import Quant
 from qdist.runtime.model.packed import Packed4bit, PackedLinear
 from qdist.runtime.model.packed_gptq import PackedGptq
 from qdist.runtime.model.skeleton import fill

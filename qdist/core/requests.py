@@ -18,7 +18,8 @@ from qdist.core.model.shapes import ModelFacts
 from qdist.core.model.storage import Packing
 from qdist.core.planning.plan import Prepared
 from qdist.core.spec.keys import choices
-from qdist.core.spec.run_spec import Count, Positive, RunSpec
+from qdist.core.spec.run_spec import RunSpec
+from qdist.core.spec.sections import Count, Positive
 from qdist.core.spec.suggest import not_among, of_another_kind
 from qdist.core.text import parse_bytes, quoted
 

@@ -129,7 +129,7 @@ def _memory_rate(device: torch.device, sizes: Sizes) -> float:
 
 def _linear_seconds(device: torch.device, dtype: torch.dtype, count: int = 20) -> float:
     """Seconds for Python and the driver to launch an adapted NF4 linear too small to keep any card busy."""
-    from qdist.core.spec.run_spec import Quant
+    from qdist.core.spec.sections import Quant
     from qdist.runtime.adapters.lora import adapted_product
     from qdist.runtime.model.packed import Packed4bit
     from qdist.runtime.model.skeleton import fill

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from qdist.core.spec.run_spec import Quant
+from qdist.core.spec.sections import Quant
 from qdist.runtime.kernels import mxfp4
 from qdist.runtime.kernels.four_bit import dequantize_matrices, dequantize_matrices_reference
 from qdist.runtime.kernels.grouped import Pairs, has_kernel, outer_products, products

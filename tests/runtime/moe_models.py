@@ -11,7 +11,7 @@ from torch import nn
 
 from qdist.core.model.shapes import Experts, LayerRun, LayerShape, Linear, ModelFacts, Modules
 from qdist.core.planning.plan import Source
-from qdist.core.spec.run_spec import Quant
+from qdist.core.spec.sections import Quant
 from qdist.runtime.model.packed_experts import PackedMatrices
 from qdist.runtime.model.skeleton import Arrange, fill, skeleton
 from qdist.runtime.model.weights import RandomWeights

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import msgspec
 
 from qdist.core.errors import ModelError, SpecError
-from qdist.core.spec.run_spec import GPTQ_METHODS, Quant, RunSpec
+from qdist.core.spec.run_spec import RunSpec
+from qdist.core.spec.sections import GPTQ_METHODS, Quant
 
 BITS = (2, 3, 4, 8)
 SHIFTED = "qdist-gptq-offset"

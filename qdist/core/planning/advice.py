@@ -16,7 +16,8 @@ from qdist.core.planning.placements.base import OPEN, Placement, unit_of
 from qdist.core.planning.placements.registry import PLACEMENTS
 from qdist.core.planning.plan import Plan
 from qdist.core.planning.ranking import shortage
-from qdist.core.spec.run_spec import Optim, RunSpec, flatten
+from qdist.core.spec.run_spec import RunSpec, flatten
+from qdist.core.spec.sections import Optim
 from qdist.core.spec.suggest import TooBigError
 from qdist.core.text import GIB, counted, format_bytes
 

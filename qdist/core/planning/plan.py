@@ -17,7 +17,8 @@ from qdist.core.model.shapes import LayerShape, ModelFacts
 from qdist.core.model.storage import Packing, packing_of
 from qdist.core.planning.activations import Recurrence
 from qdist.core.planning.memory import MemoryBudget
-from qdist.core.spec.run_spec import Placement, RunSpec, Schedule
+from qdist.core.spec.run_spec import RunSpec
+from qdist.core.spec.sections import Placement, Schedule
 
 VERSION = 4
 

@@ -42,7 +42,8 @@ from qdist.core.planning.ranking import (
 )
 from qdist.core.planning.resources import count_of, dtype_of, liger_of, optimizer_of, recurrence_of, rooms_of
 from qdist.core.planning.unsupported import require_supported
-from qdist.core.spec.run_spec import MOST_STEPS, RunSpec, changed, flatten
+from qdist.core.spec.run_spec import RunSpec, changed, flatten
+from qdist.core.spec.sections import MOST_STEPS
 from qdist.core.spec.suggest import or_tried_hint
 
 __all__ = ["USABLE_SHARE", "make_plan", "plan_once"]

@@ -5,7 +5,8 @@ from typing import Any
 
 from qdist.core.errors import ModelError, SpecError
 from qdist.core.model.shapes import ALL_LINEAR, EXPERTS, MOST_UNPACKED, UNPACKED_EXPERTS, ModelFacts
-from qdist.core.spec.run_spec import GPTQ_METHODS, RunSpec
+from qdist.core.spec.run_spec import RunSpec
+from qdist.core.spec.sections import GPTQ_METHODS
 
 _BALANCE_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef", "aux_loss_alpha")
 """Keys under which configurations weigh the balance loss of a router."""

@@ -14,7 +14,7 @@ from qdist.core.model.storage import packing_of
 from qdist.core.planning.inference import Footprint, Residence, footprint, room
 from qdist.core.planning.plan import Plan, Source
 from qdist.core.planning.process_memory import CUDA_CONTEXT_BYTES
-from qdist.core.spec.run_spec import Quant
+from qdist.core.spec.sections import Quant
 from qdist.core.text import GIB, command, format_bytes, parse_bytes
 from qdist.host.opening import reason_of, require_files, told
 from qdist.host.run.rundir import RunDir

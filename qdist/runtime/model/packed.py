@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from qdist.core.errors import ModelError
 from qdist.core.model.storage import BLOCK, blocks_of
-from qdist.core.spec.run_spec import Quant
+from qdist.core.spec.sections import Quant
 from qdist.host.opening import told
 from qdist.runtime.kernels.four_bit import absmax_code_book, dequantize
 

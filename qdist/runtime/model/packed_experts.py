@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qdist.core.model.storage import MX_BLOCK, Packing, blocks_of
-from qdist.core.spec.run_spec import Quant
+from qdist.core.spec.sections import Quant
 from qdist.runtime.formats.packing import pack_experts
 from qdist.runtime.kernels import mxfp4
 from qdist.runtime.kernels.four_bit import code_book, dequantize_matrices

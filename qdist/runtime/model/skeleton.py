@@ -13,7 +13,7 @@ from qdist.core.errors import ModelError
 from qdist.core.model.shapes import Experts, ModelFacts
 from qdist.core.model.storage import stores_mxfp4
 from qdist.core.planning.plan import Source
-from qdist.core.spec.run_spec import Quant
+from qdist.core.spec.sections import Quant
 from qdist.host.opening import require_files, told
 from qdist.runtime.data.tokenizer import add_rows
 from qdist.runtime.formats.recorded_sums import expected_sums

@@ -9,7 +9,7 @@ import torch
 
 from qdist.core.errors import JobError
 from qdist.core.planning.plan import Plan
-from qdist.core.spec.run_spec import Optim
+from qdist.core.spec.sections import Optim
 from qdist.core.telemetry.events import Event
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.data.batches import Samples, micro_batch_seed

@@ -15,7 +15,8 @@ from qdist.core.model.shapes import LayerRun, ModelFacts
 from qdist.core.planning.placements.base import Layout
 from qdist.core.planning.placements.registry import PLACEMENTS, last_resorts, layout_of, layouts, simplicity
 from qdist.core.planning.plan import Plan
-from qdist.core.spec.run_spec import Placement, RunSpec, Schedule, changed, flatten, nest, resolve
+from qdist.core.spec.run_spec import RunSpec, changed, flatten, nest, resolve
+from qdist.core.spec.sections import Placement, Schedule
 from tests.plans import CPU, gpus, planned
 
 LAID: dict[str, tuple[Cluster, dict[str, Any]]] = {

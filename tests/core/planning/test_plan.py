@@ -13,7 +13,7 @@ from qdist.core.planning.memory import Share, TrainingShape, budget, sizes
 from qdist.core.planning.plan import DataFacts, Plan, Start, digest
 from qdist.core.planning.planner import USABLE_SHARE
 from qdist.core.planning.process_memory import CUDA_CONTEXT_BYTES
-from qdist.core.spec.run_spec import Train
+from qdist.core.spec.sections import Train
 from qdist.core.text import GIB, format_bytes
 from tests.plans import CPU, gpus, machine, planned
 

@@ -8,21 +8,8 @@ import pytest
 
 from qdist.core.errors import SpecError
 from qdist.core.spec.recipe import to_toml
-from qdist.core.spec.run_spec import (
-    Lora,
-    Optim,
-    Quant,
-    RunSpec,
-    Split,
-    Train,
-    Zero,
-    known_keys,
-    memory_cap_of,
-    nest,
-    parse_assignment,
-    resolve,
-    unknown_key,
-)
+from qdist.core.spec.run_spec import RunSpec, known_keys, memory_cap_of, nest, parse_assignment, resolve, unknown_key
+from qdist.core.spec.sections import Lora, Optim, Quant, Split, Train, Zero
 from qdist.core.text import GIB
 
 OTHER = RunSpec(

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from qdist.core.spec.run_spec import Quant
+from qdist.core.spec.sections import Quant
 from qdist.runtime.adapters.attach import FusedLora
 from qdist.runtime.kernels.four_bit import dequantize_reference
 from qdist.runtime.model.packed import Packed4bit, Packed8bit, PackedLinear

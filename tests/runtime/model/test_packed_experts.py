@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from qdist.core.spec.run_spec import Quant
+from qdist.core.spec.sections import Quant
 from qdist.runtime.model.packed import DEVIATION
 from qdist.runtime.model.packed_experts import (
     Matrices4bit,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qdist.core.spec.run_spec import Optim
+from qdist.core.spec.sections import Optim
 from qdist.runtime.train.loop import learning_rate
 
 

@@ -7,7 +7,8 @@ from qdist.core.errors import Change, SpecError
 from qdist.core.model.adapters.lora import LoraMethod
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.shapes import LayerShape, Linear, ModelFacts
-from qdist.core.spec.run_spec import Pool, RunSpec
+from qdist.core.spec.run_spec import RunSpec
+from qdist.core.spec.sections import Pool
 
 _UNPOOLED: Change = {"method": "gptq-lora", "lora.pool": "peft", "lora.pool_group_size": None}
 _OTHER_GROUPS: tuple[Change, ...] = tuple({"quant.group_size": size} for size in (128, 64, 32))

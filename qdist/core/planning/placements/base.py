@@ -14,8 +14,9 @@ from qdist.core.machine.world import World, world_of
 from qdist.core.model.shapes import ModelFacts
 from qdist.core.planning.memory import Share, Sizes
 from qdist.core.planning.plan import Plan
-from qdist.core.spec.run_spec import Placement as Name
-from qdist.core.spec.run_spec import RunSpec, Schedule
+from qdist.core.spec.run_spec import RunSpec
+from qdist.core.spec.sections import Placement as Name
+from qdist.core.spec.sections import Schedule
 from qdist.core.text import counted
 
 OPEN: Change = {"placement": None, "gpus_per_group": None, "split.schedule": None, "split.offload_layers": None}

@@ -22,7 +22,8 @@ from qdist.core.planning.placements.base import (
     unit_of,
 )
 from qdist.core.planning.plan import Plan
-from qdist.core.spec.run_spec import RunSpec, Split
+from qdist.core.spec.run_spec import RunSpec
+from qdist.core.spec.sections import Split
 from qdist.core.text import counted
 
 RECEIVED_AHEAD = 1
