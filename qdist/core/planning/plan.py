@@ -33,6 +33,19 @@ class Fullest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Tokens with a loss per data-parallel rank."""
 
 
+class Fill(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How full packed micro-batches of one size are: rows of `samples` times the longest sequence. Issue 18."""
+
+    samples: int
+    """Longest sequences that a micro-batch has room for: the plan's `micro_batch`."""
+    ranks: int
+    """Data-parallel ranks."""
+    micro_batches: float
+    """Micro-batches of a rank and optimizer step, in the mean."""
+    share: float
+    """Share of their positions that hold tokens."""
+
+
 class DataFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The tokenized data set. Lengths are in tokens."""
 
@@ -51,6 +64,8 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Digest of the tokenized files; empty if they are on a hub or it was not kept."""
     fullest: tuple[Fullest, ...] = ()
     """Fullest micro-batch for each possible micro-batch size and number of ranks; empty if not counted."""
+    fills: tuple[Fill, ...] = ()
+    """How full packed micro-batches are, by size and number of ranks; empty if not counted."""
 
 
 def held_out_of(samples: int, share: float) -> int:
@@ -161,6 +176,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     world_size: int
     micro_batch: int
     gradient_accumulation: int
+    packed: bool = False
+    """Whether a micro-batch is one row of `micro_batch * seq_len` positions that holds as many samples as fit."""
+    graphs: bool = False
+    """Whether the passes of a micro-batch are captured as a CUDA graph, once a shape, and replayed."""
     steps: int
     seq_len: int
     """Tokens of the longest sequence that the ranks will see: `spec.seq_len`, or less if the data are shorter."""

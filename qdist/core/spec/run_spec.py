@@ -102,6 +102,20 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = 512
     micro_batch: Annotated[Positive | None, Meta(description="Samples at a time on one rank.")] = None
     global_batch: Annotated[Positive, Meta(description="Samples per optimizer step, over all ranks.")] = 16
+    pack: Annotated[
+        bool | None,
+        Meta(
+            description="Several samples in one row, none of which sees another. Auto: where samples are much shorter "
+            "than seq_len and the model's attention can keep them apart."
+        ),
+    ] = None
+    graphs: Annotated[
+        bool | None,
+        Meta(
+            description="Capture the passes of a micro-batch as CUDA graphs and replay them, so that no GPU waits for "
+            "Python. Auto: on GPUs, where everything in them can be captured."
+        ),
+    ] = None
     steps: Annotated[Positive | None, Meta(description="Optimizer steps, instead of epochs. Auto: one epoch.")] = None
     epochs: Annotated[Rate | None, Meta(description="Passes over the data, instead of steps. Auto: one.")] = None
     seed: Annotated[Count, Meta(description="Seed of every random number.")] = 0

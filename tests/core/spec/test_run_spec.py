@@ -32,6 +32,8 @@ OTHER = RunSpec(
     steps=7,
     seed=2**63 - 1,
     liger=False,
+    pack=False,
+    graphs=False,
     new_tokens=("<|a b|>", 'say "ü"', "\\n"),
     trackers=("wandb", "tensorboard"),
     lora=Lora(r=8, variant="rslora", alpha=0.1, dropout=0.05, targets=("q_proj", "v_proj")),
