@@ -186,6 +186,12 @@ def notes(setting: PlanningContext, winner: Candidate, barred: SpecError | None)
         )
 
 
+def graph_notes(spec: RunSpec, device: str, eager: str) -> Iterator[str]:
+    """A note where a GPU's passes are not captured, and nobody asked for that. eager: why."""
+    if device == "cuda" and eager and spec.graphs is None:
+        yield f"passes are launched kernel by kernel, not as CUDA graphs: {eager}"
+
+
 NO_FLA = "is not installed"
 """Usual reason why flash-linear-attention is not used, a phrase to follow its name."""
 

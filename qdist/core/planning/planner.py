@@ -17,6 +17,7 @@ from qdist.core.planning.advice import (
     NO_FLA,
     correction_notes,
     dtype_notes,
+    graph_notes,
     model_notes,
     needs,
     notes,
@@ -26,6 +27,7 @@ from qdist.core.planning.advice import (
     warmup_notes,
 )
 from qdist.core.planning.candidates import USABLE_SHARE, Candidate, PlanningContext, arrange
+from qdist.core.planning.graphs import require_captured, why_eager
 from qdist.core.planning.memory import MemoryBudget, TrainingShape, sizes
 from qdist.core.planning.placements.registry import layouts
 from qdist.core.planning.plan import Alternative, DataFacts, Fullest, Plan, RankPlan, Source
@@ -158,6 +160,10 @@ def plan_once(
     )
     decision = _decide(inputs, count)
     setting, winner, layout = decision.setting, decision.winner, decision.winner.layout
+    eager = why_eager(
+        spec, facts, layout, device=cluster.device, compute_dtype=inputs.dtype, offloaded=len(winner.offloaded)
+    )
+    require_captured(spec, eager)
 
     def tokens_s(candidate: Candidate) -> float:
         return spec.global_batch * longest / candidate.seconds if candidate.seconds else 0.0
@@ -178,6 +184,7 @@ def plan_once(
         world_size=layout.world_size,
         micro_batch=winner.micro_batch,
         gradient_accumulation=winner.micro_batches,
+        graphs=not eager,
         steps=_steps(spec, data),
         seq_len=longest,
         checkpointed_layers=winner.checkpointed,
@@ -197,6 +204,7 @@ def plan_once(
             *notes(setting, winner, barred(setting, winner, decision.rows)),
             *model_notes(facts, inputs.recurrence, no_fla),
             *dtype_notes(inputs.dtype, cluster),
+            *graph_notes(spec, cluster.device, eager),
             *rate_notes,
             *correction_notes(correction),
             *(warmup_notes(spec.optim, _steps(spec, data)) if data else ()),

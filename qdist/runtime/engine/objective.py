@@ -10,6 +10,8 @@ from torch.nn import functional
 
 from qdist.runtime.data.batches import Samples
 from qdist.runtime.engine.head import HeadRule, class_logits, head_rule
+from qdist.runtime.kernels.cross_entropy import fused_cross_entropy
+from qdist.runtime.model.causal import takes_whole_rows, whole_rows
 from qdist.runtime.model.parts import decoder_of, head_of
 
 IGNORED = -100
@@ -20,7 +22,7 @@ def summed_loss(model: Any, batch: Mapping[str, torch.Tensor], *, fused: bool) -
 
     batch: input_ids and labels, int64 [batch, length] on the CPU, right-padded. Causal attention makes a mask
     unnecessary: no real token attends to the padding behind it.
-    fused: use Liger's fused linear cross entropy (Hsu et al. 2024), which never holds all logits.
+    fused: use the fused linear cross entropy, which never holds all logits.
     """
     inputs = batch["input_ids"].to(model.device, non_blocking=True)
     return loss_of(model, hidden_states(model, inputs), batch["labels"], fused=fused)
@@ -29,7 +31,8 @@ def summed_loss(model: Any, batch: Mapping[str, torch.Tensor], *, fused: bool) -
 def hidden_states(model: Any, inputs: torch.Tensor) -> torch.Tensor:
     """The decoder's output for token ids, int64 [batch, length], or for hidden states, [batch, length, hidden]."""
     name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
-    hidden: torch.Tensor = decoder_of(model)(**{name: inputs}, use_cache=False)[0]
+    seen = {"attention_mask": whole_rows(inputs)} if takes_whole_rows(model) else {}
+    hidden: torch.Tensor = decoder_of(model)(**{name: inputs}, **seen, use_cache=False)[0]
     return hidden
 
 
@@ -55,14 +58,8 @@ def cross_entropy(
 ) -> torch.Tensor:
     """Summed cross entropy of an output embedding on hidden states [tokens, hidden] against the tokens `wanted`."""
     if fused:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        fused_loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=rule.softcap)
-        scale = rule.before * rule.after
-        scaled = (hidden if scale == 1.0 else hidden * scale).to(head.weight.dtype)
-        bias = head.bias if head.bias is None or rule.after == 1.0 else head.bias * rule.after
-        total: torch.Tensor = fused_loss(head.weight, scaled, wanted, bias)
-        return total
+        inner = rule.into(hidden).to(head.weight.dtype)
+        return fused_cross_entropy(inner, head.weight, head.bias, wanted, after=rule.after, softcap=rule.softcap)
     return functional.cross_entropy(rule.of(head(rule.into(hidden)).float()), wanted, reduction="sum")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from qdist.core.telemetry.kernels import Kernels
 from qdist.runtime.engine.head import head_rule
+from qdist.runtime.model.causal import NAME
 from qdist.runtime.model.parts import decoder_layers, head_of
 
 _LIGER = "liger_kernel"
@@ -31,13 +32,14 @@ def kernels_of(model: Any, *, fused: bool, experts: str = "") -> Kernels:
 def _attention(model: Any) -> str:
     if not any("Attention" in type(module).__name__ for module in decoder_layers(model).modules()):
         return ""
-    return str(model.config.get_text_config(decoder=True)._attn_implementation or "eager")
+    name = str(model.config.get_text_config(decoder=True)._attn_implementation or "eager")
+    return "sdpa" if name == NAME else name
 
 
 def _loss(model: Any, *, fused: bool) -> str:
     if not head_rule(model).plain:
         return "of the class's own logits"
-    return "fused (Liger)" if fused else "of torch"
+    return "fused" if fused else "of torch"
 
 
 def _norms(model: Any) -> str:

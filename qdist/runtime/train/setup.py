@@ -26,6 +26,7 @@ from qdist.runtime.adapters.attach import add_adapter, fill_adapter
 from qdist.runtime.data.batches import read_samples
 from qdist.runtime.engine.objective import Evaluate, Forward
 from qdist.runtime.engine.torch import Adapter, Engine
+from qdist.runtime.model.causal import take_whole_rows
 from qdist.runtime.model.experts import is_experts
 from qdist.runtime.model.parts import decoder_layers, decoder_of
 from qdist.runtime.model.skeleton import DTYPES, load_backbone
@@ -180,6 +181,8 @@ def assemble(
 def prepare_for_training(model: Any, plan: Plan) -> None:
     """Gradient checkpointing (non-reentrant) and fused kernels, as planned."""
     base = model.get_base_model()
+    if plan.device == "cuda":
+        take_whole_rows(base)
     if plan.liger:
         patch(base)
     if plan.checkpointing:
