@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 bench/shard_trace.py [--layers 12] [--rows 4]
 
-A few layers of llama-65b with random weights, all recomputed, of which each GPU holds a half. The last lines are a table
-of milliseconds a layer and step.
+A few layers of llama-65b with random weights, all recomputed, of which each GPU holds a half. The last lines are a
+table of milliseconds a layer and step.
 """
 
 import argparse
