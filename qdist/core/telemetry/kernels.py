@@ -21,6 +21,7 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     norms: str = ""
     recurrence: str = ""
     experts: str = ""
+    passes: str = ""
 
     @property
     def words(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Forward and backward of a micro-batch as one CUDA graph, captured once a shape and replayed.
 
-Python launches some 160 kernels a layer and pass; a small micro-batch leaves the GPU waiting for them. A graph launches
-them all at once. Gradients are added up in place, so they must be there before the capture and stay where they are.
+Python launches some 160 kernels a layer; a small micro-batch leaves the GPU waiting for them. A graph launches them all
+at once. Gradients are added up in place, so they must be there before the capture and stay where they are.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,69 +12,91 @@ import torch
 Batch = Mapping[str, torch.Tensor]
 Passes = Callable[[Batch], torch.Tensor]
 """Forward and backward of a micro-batch; returns its summed loss, detached, a scalar on the device."""
-Key = tuple[tuple[str, tuple[int, ...]], ...]
+Capture = Callable[[Passes, Batch], tuple[Callable[[], None], torch.Tensor]]
+"""Records passes over a batch without running them: (runs them again, the loss that they leave)."""
+MOST = 24
+"""Shapes to capture. Each graph of a 7B takes some 0.1 GiB and half a second."""
+_Key = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 class _Captured(NamedTuple):
-    graph: Any
-    inputs: dict[str, torch.Tensor]
+    replay: Callable[[], None]
+    inputs: Batch
     loss: torch.Tensor
 
 
-class Graphs:
-    """Runs the passes of micro-batches, as graphs where they can be.
+class Replayed:
+    """Runs the passes of micro-batches, replaying those of shapes that it has captured.
 
-    A shape is seen once without a graph: whatever kernels compile or allocate the first time, they do then. All graphs
-    share one pool of memory, as no two run at a time and nothing in it outlives a replay but the loss.
+    A shape's first micro-batch is launched kernel by kernel: whatever compiles or allocates once does it then. Nothing
+    is captured before `start`: a replay calls no hook.
 
     passes: reads only tensors on the device that are the same objects every time, beside its argument.
     """
 
-    def __init__(self, passes: Passes, device: torch.device, *, most: int = 24) -> None:
-        self._passes, self._device, self._most = passes, device, most
-        self._captured: dict[Key, _Captured] = {}
-        self._seen: set[Key] = set()
-        self._pool: Any = None
-        self._stream: Any = None
+    def __init__(self, passes: Passes, device: torch.device, capture: Capture | None = None) -> None:
+        self._passes, self._device = passes, device
+        self._capture = capture or captured_in_pool(device)
+        self._captured: dict[_Key, _Captured] = {}
+        self._seen: set[_Key] = set()
+        self._started = False
         self.refused = ""
-        """Why passes are no longer captured; empty while they are."""
-        self.ready = True
-        """Whether to capture yet: not while hooks watch the passes, which a replay would not call."""
+        """Why shapes are captured no more, as a sentence; empty while they are."""
+
+    def start(self) -> None:
+        """Capture from now on."""
+        self._started = True
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """The summed loss of a micro-batch [], float64; its gradients are added to those that are there."""
+        """The summed loss of a micro-batch, a float64 scalar; its gradients are added to those that are there."""
         key = tuple((name, tuple(value.shape)) for name, value in sorted(batch.items()))
-        captured = self._captured.get(key)
-        if captured is None and self.ready and key in self._seen and not self.refused:
-            captured = self._capture(key, batch)
-        if captured is None:
+        if key not in self._captured and self._started and key in self._seen and not self.refused:
+            self._try_to_capture(key, batch)
+        if (own := self._captured.get(key)) is None:
             self._seen.add(key)
             return self._passes(self._moved(batch)).double()
-        for name, place in captured.inputs.items():
-            place.copy_(_pinned(batch[name]), non_blocking=True)
-        captured.graph.replay()
-        return captured.loss.double()
+        for name, place in own.inputs.items():
+            place.copy_(_pinned(batch[name], self._device), non_blocking=True)
+        own.replay()
+        return own.loss.double()  # a copy: the next replay writes over it
+
+    def _try_to_capture(self, key: _Key, batch: Batch) -> None:
+        if len(self._captured) >= MOST:
+            self.refused = f"micro-batches have more than {MOST} shapes"
+            return
+        inputs = {name: value.clone() for name, value in self._moved(batch).items()}
+        try:
+            replay, loss = self._capture(self._passes, inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what CUDA forbids in a capture; nothing has run, so nothing is lost
+            self.refused = str(error).partition("\n")[0]
+            return
+        self._captured[key] = _Captured(replay, inputs, loss)
 
     def _moved(self, batch: Batch) -> Batch:
-        return {name: _pinned(value).to(self._device, non_blocking=True) for name, value in batch.items()}
+        return {name: _pinned(value, self._device).to(self._device, non_blocking=True) for name, value in batch.items()}
 
-    def _capture(self, key: Key, batch: Batch) -> _Captured | None:
-        """Capture a shape's passes; None, with the reason kept, where that cannot be done."""
-        if len(self._captured) >= self._most:
-            self.refused = f"more than {self._most} shapes of micro-batches"
-            return None
-        inputs = {name: value.clone() for name, value in self._moved(batch).items()}
-        if self._pool is None:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
-        torch.cuda.synchronize(self._device)
+
+def captured_in_pool(device: torch.device) -> Capture:
+    """Captures CUDA graphs that share one pool of memory: no two run at a time, and nothing in it outlives a replay."""
+    pool: Any = None
+    stream: Any = None
+
+    def capture(passes: Passes, inputs: Batch) -> tuple[Callable[[], None], torch.Tensor]:
+        nonlocal pool, stream
+        if pool is None:
+            pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        torch.cuda.synchronize(device)
         torch.cuda.empty_cache()  # what passes without a graph have left is not in the graphs' pool
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            loss = self._passes(inputs)
-        self._captured[key] = _Captured(graph, inputs, loss)
-        return self._captured[key]
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            loss = passes(inputs)
+        return graph.replay, loss
+
+    return capture
 
 
-def _pinned(values: torch.Tensor) -> torch.Tensor:
-    """Pageable memory would have the copy wait for the GPU."""
-    return values if values.is_cuda or values.is_pinned() else values.pin_memory()
+def _pinned(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy from pageable memory would wait for the GPU."""
+    return values.pin_memory() if device.type == "cuda" and not (values.is_cuda or values.is_pinned()) else values

@@ -15,10 +15,11 @@ _LIGER = "liger_kernel"
 _OF_A_STEP = ("update", "recurrent")
 
 
-def kernels_of(model: Any, *, fused: bool, experts: str = "") -> Kernels:
+def kernels_of(model: Any, *, fused: bool, experts: str = "", graphs: bool = False) -> Kernels:
     """The kernels of a model, or of a stage of one, that was prepared for training.
 
-    fused: whether the loss is to be fused with the head. experts: how their products are computed, in words.
+    fused: whether the loss is to be fused with the head. experts: how their products are computed, in words. graphs:
+    whether passes are captured.
     """
     return Kernels(
         attention=_attention(model),
@@ -26,6 +27,7 @@ def kernels_of(model: Any, *, fused: bool, experts: str = "") -> Kernels:
         norms=_norms(model),
         recurrence=_recurrence(model),
         experts=experts,
+        passes="replayed as CUDA graphs" if graphs else "",
     )
 
 

@@ -1,0 +1,109 @@
+"""When micro-batches are captured and what a replay is given; graphs themselves need a GPU (tests/gpu)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from qdist.runtime.engine import graphs
+from qdist.runtime.engine.graphs import Batch, Passes, Replayed
+
+CPU = torch.device("cpu")
+
+
+class Recorder:
+    """Passes that add a batch's values to a gradient, and a capture that runs them again when replayed."""
+
+    def __init__(self) -> None:
+        self.gradient = torch.zeros(())
+        self.launched: list[tuple[int, ...]] = []
+        self.captured: list[tuple[int, ...]] = []
+        self.fault: Exception | None = None
+
+    def passes(self, batch: Batch) -> torch.Tensor:
+        self.launched.append(tuple(batch["x"].shape))
+        return self._computed(batch)
+
+    def _computed(self, batch: Batch) -> torch.Tensor:
+        self.gradient += batch["x"].sum()
+        return batch["x"].sum()
+
+    def capture(self, passes: Passes, inputs: Batch) -> tuple[Callable[[], None], torch.Tensor]:
+        if self.fault:
+            raise self.fault
+        self.captured.append(tuple(inputs["x"].shape))
+        loss = torch.zeros(())
+        return lambda: loss.copy_(self._computed(inputs)), loss
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def replayed(recorder: Recorder) -> Replayed:
+    return Replayed(recorder.passes, CPU, recorder.capture)
+
+
+def batch(value: float, width: int = 2) -> dict[str, torch.Tensor]:
+    return {"x": torch.full((1, width), value)}
+
+
+def test_nothing_is_captured_before_the_start(recorder: Recorder, replayed: Replayed) -> None:
+    for value in (1.0, 2.0, 3.0):
+        replayed(batch(value))
+    assert recorder.captured == []
+    assert len(recorder.launched) == 3
+
+
+def test_a_shape_is_launched_once_and_then_replayed_with_new_values(recorder: Recorder, replayed: Replayed) -> None:
+    replayed.start()
+    losses = [float(replayed(batch(value))) for value in (1.0, 2.0, 3.0)]
+    assert losses == [2.0, 4.0, 6.0]
+    assert recorder.captured == [(1, 2)]
+    assert recorder.launched == [(1, 2)]
+    assert float(recorder.gradient) == 12.0
+
+
+def test_each_shape_has_a_graph_of_its_own(recorder: Recorder, replayed: Replayed) -> None:
+    replayed.start()
+    for width in (2, 4, 2, 4, 2):
+        replayed(batch(1.0, width))
+    assert recorder.captured == [(1, 2), (1, 4)]
+    assert recorder.launched == [(1, 2), (1, 4)]
+
+
+def test_a_loss_does_not_change_with_the_next_replay(replayed: Replayed) -> None:
+    replayed.start()
+    replayed(batch(1.0))
+    first = replayed(batch(2.0))
+    replayed(batch(3.0))
+    assert float(first) == 4.0
+
+
+def test_what_cannot_be_captured_is_launched_and_told(recorder: Recorder, replayed: Replayed) -> None:
+    recorder.fault = RuntimeError("operation not permitted when stream is capturing\nmore")
+    replayed.start()
+    losses = [float(replayed(batch(value))) for value in (1.0, 2.0)]
+    assert losses == [2.0, 4.0]
+    assert len(recorder.launched) == 2
+    assert replayed.refused == "operation not permitted when stream is capturing"
+
+
+def test_memory_that_runs_out_in_a_capture_is_an_error(recorder: Recorder, replayed: Replayed) -> None:
+    recorder.fault = torch.OutOfMemoryError("of 1 GiB")
+    replayed.start()
+    replayed(batch(1.0))
+    with pytest.raises(torch.OutOfMemoryError):
+        replayed(batch(1.0))
+
+
+def test_too_many_shapes_are_launched(recorder: Recorder, replayed: Replayed, monkeypatch: Any) -> None:
+    monkeypatch.setattr(graphs, "MOST", 1)
+    replayed.start()
+    for width in (2, 2, 4, 4):
+        replayed(batch(1.0, width))
+    assert recorder.captured == [(1, 2)]
+    assert replayed.refused == "micro-batches have more than 1 shapes"
