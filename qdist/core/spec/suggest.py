@@ -29,6 +29,8 @@ OTHER_NAMES = {
     "val_size": "train.held_out", "train_on_prompt": "train.train_on_source",
     # Unsloth
     "model_name": "model", "max_seq_length": "seq_len", "random_state": "seed",
+    # what all of them call several samples in a row
+    "packing": "pack", "sample_packing": "pack", "neat_packing": "pack",
     # QLoRA's script, DeepSpeed, and what people say
     "source_max_len": "seq_len", "quant_type": "quant.type", "double_quant": "quant.double", "stage": "zero.stage",
     "zero_stage": "zero.stage", "batch_size": "global_batch", "rank": "lora.r", "warmup": "optim.warmup_steps",
