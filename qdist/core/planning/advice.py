@@ -115,7 +115,7 @@ def _eased(spec: RunSpec) -> Iterator[Change]:
         yield {"micro_batch": 1}
     if spec.train.checkpointing is False:
         yield {"train.checkpointing": True}
-    if spec.optim.name == "adamw":
+    if spec.optim.name in ("adamw", "adamw-8bit"):
         yield {"optim.name": None}
     if spec.zero.stage is not None:
         yield {"zero.stage": None}

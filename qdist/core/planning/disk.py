@@ -3,13 +3,11 @@
 from math import ceil
 from typing import NamedTuple
 
+from qdist.core.model.adapters.registry import trained_matrices
 from qdist.core.model.shapes import ALL_LINEAR, ModelFacts
 from qdist.core.model.storage import Packing
-from qdist.core.planning.memory import TrainingShape, sizes
+from qdist.core.planning.memory import TrainingShape, eight_bit_moments, sizes
 from qdist.core.planning.plan import Plan
-
-_MOMENTS = 2
-"""AdamW's moments per parameter, which a checkpoint holds beside the adapter, all in float32."""
 
 
 class Storage(NamedTuple):
@@ -28,14 +26,21 @@ class Storage(NamedTuple):
 
 def storage(plan: Plan) -> Storage:
     """Bytes that a run will leave on the disk of its directory."""
-    train, facts = plan.spec.train, plan.facts
+    train, lora, facts = plan.spec.train, plan.spec.lora, plan.facts
     tables = 1 if facts.tied_embeddings else 2
     # Before a model is prepared nobody knows which of the tokens it has: they all count as new.
     rows = len(plan.source.new_token_ids) or (len(plan.spec.new_tokens) if plan.source.kind == "dummy" else 0)
     adapter = 4 * (plan.adapter_parameters + rows * facts.hidden * tables)
+    moments = 2 * adapter
+    if plan.optimizer == "adamw-8bit":
+        own = (
+            run.count * sum(map(eight_bit_moments, trained_matrices(run.shape, lora.r, lora.targets, plan.adapter)))
+            for run in facts.layers
+        )
+        moments = sum(own) + tables * eight_bit_moments(rows * facts.hidden)
     written = ceil(plan.steps / train.save_steps) + (plan.steps // train.eval_steps if train.eval_steps else 0)
     kept = train.keep + (train.eval_steps > 0) + 1
-    return Storage(adapter, (1 + _MOMENTS) * adapter, min(kept, written))
+    return Storage(adapter, adapter + moments, min(kept, written))
 
 
 def packed_bytes(facts: ModelFacts, packing: Packing, *, stored_bytes: int = 2) -> int:

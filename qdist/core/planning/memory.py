@@ -7,7 +7,7 @@ from math import ceil
 import msgspec
 
 from qdist.core.model.adapters.lora import LoraMethod
-from qdist.core.model.adapters.registry import LORA, trained_parameters
+from qdist.core.model.adapters.registry import LORA, trained_matrices
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.shapes import LayerShape, Linear, ModelFacts
 from qdist.core.model.storage import expert_matrix_bytes, experts_bytes, matrix_bytes
@@ -25,6 +25,10 @@ STAGE_WIDTH = 64
 shapes."""
 _REDUCE_BUCKET = 50_000_000
 """Elements of the flat buffer into which ZeRO 2 and 3 reduce gradients (`reduce_bucket_size` of ds_configs/)."""
+_EIGHT_BIT_BLOCK, _EIGHT_BIT_FROM = 256, 4096
+"""Numbers that share a scale in bitsandbytes 0.50's AdamW8bit, and parameters of the smallest tensor in 8 bits."""
+EIGHT_BIT_CODES = 2 * 4 * 256
+"""Bytes of the values that its bytes stand for, signed and unsigned, in fp32; one pair for all tensors."""
 _LOSS_CHUNKS = 8
 """A fused loss walks the tokens in at least this many pieces: Liger splits by vocab / hidden, 8 for Llama-7B."""
 UNMEASURED_SHARE = 0.1
@@ -93,8 +97,8 @@ class TrainingShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Whether one kernel multiplies all experts of a layer, for which all their matrices are unpacked."""
     recurrence: Recurrence = "torch"
     """Which kernel recurrent layers run."""
-    moment_bytes: int = 8
-    """Bytes of AdamW's two moments per trained parameter."""
+    eight_bit: bool = False
+    """Whether AdamW's two moments are in 8 bits, with a scale for each block of numbers; else in fp32."""
     optimizer_on_gpu: bool = True
     """False when the moments are offloaded; ZeRO's fp32 copy is counted all the same."""
     paged: bool = False
@@ -126,6 +130,8 @@ class Share(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Ranks between which ZeRO divides the state of this share's adapter."""
     pipelined: bool = False
     """Whether it is a pipeline stage: gradients accumulate over all micro-batches before ZeRO divides anything."""
+    persistent_gradients: bool = False
+    """Whether gradients stay allocated between micro-batches and steps, as a CUDA graph adds them up in place."""
     in_flight: int = 1
     """Micro-batches whose activations are kept at a time."""
     received: int = 0
@@ -161,6 +167,8 @@ class LayerSizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Those of them that are matrices of experts."""
     trained: int
     """Adapter parameters."""
+    moments: int
+    """Bytes of their moments."""
     saved_token: int
     casts: int
     """Bytes of the LoRA matrices in 16 bits that a layer of peft's keeps for the backward pass."""
@@ -202,6 +210,11 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         """Adapter parameters of these counts of layers by run."""
         return sum(count * own.trained for count, own in zip(counts, self.layers, strict=False))
 
+    def moments(self, counts: Iterable[int]) -> int:
+        """Bytes of the moments of these counts of layers by run, all of them on one GPU."""
+        layers = sum(count * own.moments for count, own in zip(counts, self.layers, strict=False))
+        return layers + EIGHT_BIT_CODES * self.job.eight_bit
+
     def held_by(self, layers: Iterable[int]) -> int:
         """Bytes of packed layers by their place in the model."""
         run_of_layer = self.facts.run_of_layer
@@ -226,7 +239,7 @@ def sizes(facts: ModelFacts, job: TrainingShape) -> Sizes:
 def _layer_sizes(shape: LayerShape, job: TrainingShape) -> LayerSizes:
     if shape.attention == "joined" and job.fused_layers:
         shape = msgspec.structs.replace(shape, attention="flash")
-    trained = trained_parameters(shape, job.rank_r, job.targets, job.adapter)
+    matrices = trained_matrices(shape, job.rank_r, job.targets, job.adapter)
     saved = saved_bytes_per_token(
         shape, bits=job.bits, compute_bytes=job.compute_bytes, rank_r=job.rank_r, targets=job.targets,
         adapter=job.adapter, seq_len=job.seq_len, fused_layers=job.fused_layers, fused_lora=job.fused_lora,
@@ -236,7 +249,8 @@ def _layer_sizes(shape: LayerShape, job: TrainingShape) -> LayerSizes:
     return LayerSizes(
         packed=packed_layer_bytes(shape, job),
         packed_experts=_experts_bytes(shape, job),
-        trained=trained,
+        trained=sum(matrices),
+        moments=sum(eight_bit_moments(count) if job.eight_bit else 8 * count for count in matrices),
         saved_token=saved,
         casts=cast * job.compute_bytes if job.compute_bytes < 4 and not job.fused_lora else 0,
         working=_unpacked_bytes(shape, job),
@@ -295,11 +309,12 @@ def budget(sizes: Sizes, share: Share) -> MemoryBudget:
     logits = max(0, at_loss - work - gathered)
     divided = share.zero_stage >= 2 and not share.pipelined
     gradients = 4 * trained // (share.data_parallel if divided else 1)
-    if share.gradient_accumulation == share.data_parallel == 1 and share.zero_stage == 0:
+    emptied = share.zero_stage == 0 and not share.persistent_gradients
+    if share.gradient_accumulation == share.data_parallel == 1 and emptied:
         # They fill as the backward pass frees what was kept; only their excess raises the peak.
         late = anew * (0 < share.checkpointed < layers)
         gradients = max(0, gradients + late - kept - logits)
-    held = _optimizer_bytes(trained, job.moment_bytes, share.zero_stage, share.data_parallel)
+    held = _optimizer_bytes(trained, sizes.moments(share.layers), share.zero_stage, share.data_parallel)
     moments = held - _optimizer_bytes(trained, 0, share.zero_stage, share.data_parallel)
     return MemoryBudget(
         weights=weight_bytes(sizes, share),
@@ -407,6 +422,13 @@ def _loss_bytes(facts: ModelFacts, *, tokens: int, compute_bytes: int, fused: bo
     return chunk * facts.vocab * (compute_bytes + 4) + tokens * facts.hidden * compute_bytes
 
 
-def _optimizer_bytes(trained: int, bytes_per_param: int, zero_stage: int, data_parallel: int) -> int:
+def _optimizer_bytes(trained: int, moments: int, zero_stage: int, data_parallel: int) -> int:
     """Moments, whole; under ZeRO this rank's part, with the fp32 copy of the parameters that it steps."""
-    return trained * bytes_per_param if zero_stage == 0 else ceil(trained * (bytes_per_param + 4) / data_parallel)
+    return moments if zero_stage == 0 else ceil((moments + 4 * trained) / data_parallel)
+
+
+def eight_bit_moments(parameters: int) -> int:
+    """Bytes of the two moments of one tensor in bitsandbytes' AdamW8bit: of small tensors they stay in fp32."""
+    if parameters < _EIGHT_BIT_FROM:
+        return 8 * parameters
+    return 2 * parameters + 2 * 4 * ceil(parameters / _EIGHT_BIT_BLOCK)

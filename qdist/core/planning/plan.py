@@ -18,7 +18,7 @@ from qdist.core.model.storage import Packing, packing_of
 from qdist.core.planning.activations import Recurrence
 from qdist.core.planning.memory import MemoryBudget
 from qdist.core.spec.run_spec import RunSpec
-from qdist.core.spec.sections import Placement, Schedule
+from qdist.core.spec.sections import Optimizer, Placement, Schedule
 
 VERSION = 4
 
@@ -186,7 +186,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     checkpointed_layers: int
     """Decoder layers, from the first, that are recomputed in the backward pass; the others keep what they computed."""
     compute_dtype: Literal["bfloat16", "float16", "float32"]
-    optimizer: Literal["adamw", "paged-adamw"]
+    optimizer: Optimizer
     engine: Literal["torch", "deepspeed"]
     zero_stage: int
     liger: bool

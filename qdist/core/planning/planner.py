@@ -45,7 +45,7 @@ from qdist.core.planning.ranking import (
 from qdist.core.planning.resources import count_of, dtype_of, liger_of, optimizer_of, recurrence_of, rooms_of
 from qdist.core.planning.unsupported import require_supported
 from qdist.core.spec.run_spec import RunSpec, changed, flatten
-from qdist.core.spec.sections import MOST_STEPS
+from qdist.core.spec.sections import MOST_STEPS, Optimizer
 from qdist.core.spec.suggest import or_tried_hint
 
 __all__ = ["USABLE_SHARE", "make_plan", "plan_once"]
@@ -61,7 +61,7 @@ class _Inputs(NamedTuple):
     longest: int
     dtype: Literal["bfloat16", "float16", "float32"]
     liger: bool
-    optimizer: Literal["adamw", "paged-adamw"]
+    optimizer: Optimizer
     rates: Rates | None
     correction: Correction | None
     recurrence: Recurrence | None
@@ -189,7 +189,7 @@ def plan_once(
         seq_len=longest,
         checkpointed_layers=winner.checkpointed,
         compute_dtype=inputs.dtype,
-        optimizer="paged-adamw" if winner.paged else "adamw",
+        optimizer="adamw" if inputs.optimizer == "paged-adamw" and not winner.paged else inputs.optimizer,
         engine=layout.engine,
         zero_stage=layout.zero_stage,
         liger=inputs.liger,
@@ -253,6 +253,7 @@ def _setting(inputs: _Inputs, count: int) -> PlanningContext:
         recurrence=inputs.recurrence or "torch",
         optimizer_on_gpu=spec.zero.offload == "none",
         paged=inputs.optimizer == "paged-adamw",
+        eight_bit=inputs.optimizer == "adamw-8bit",
     )
     return PlanningContext(
         spec=spec,

@@ -9,6 +9,7 @@ from qdist.core.model.shapes import ModelFacts
 from qdist.core.planning.activations import Recurrence
 from qdist.core.planning.candidates import USABLE_SHARE
 from qdist.core.spec.run_spec import RunSpec, memory_cap_of, memory_caps
+from qdist.core.spec.sections import Optimizer
 from qdist.core.text import GIB, counted, format_bytes
 
 
@@ -35,8 +36,10 @@ def dtype_of(spec: RunSpec, cluster: Cluster) -> Literal["bfloat16", "float16", 
     return "bfloat16" if all(has_bfloat16(gpu.name) for gpu in cluster.gpus) else "float16"
 
 
-def optimizer_of(spec: RunSpec, cluster: Cluster) -> Literal["adamw", "paged-adamw"]:
-    """Paged AdamW on GPUs, unless a candidate has room for its state; plain AdamW if the state is on the CPU anyway."""
+def optimizer_of(spec: RunSpec, cluster: Cluster) -> Optimizer:
+    """The one that is set. Otherwise paged AdamW on GPUs, unless a candidate has room for its state, and plain AdamW if
+    the state is on the CPU anyway.
+    """
     on_gpu = cluster.device == "cuda" and spec.zero.offload == "none"
     if spec.optim.name == "paged-adamw" and not on_gpu:
         where = "a GPU" if cluster.device == "cpu" else "zero.offload=none"

@@ -50,6 +50,8 @@ PAGED_SHARE = 0.09
 """Share of the memory rate for AdamW on paged moments that are on the GPU. 65B on an H200: 78 ms more per step."""
 OPTIMIZER_ACCESS_BYTES = 40
 """Bytes per trained parameter and step: gradient read for norm, scaled, read; parameter and moments read, written."""
+EIGHT_BIT_ACCESS_BYTES, EIGHT_BIT_MATRIX_S = 28, 25e-6
+"""The same for AdamW in 8 bits, and seconds to launch its update of one adapter matrix: an estimate."""
 ZERO_MATRIX_S = 58e-6
 """Seconds at the end of a DeepSpeed step per adapter matrix: norms, flat copies. 7B without checkpointing on 2 H200s
 under ZeRO-2: 28 ms a step more than on one, of which communication is 2.5; 448 matrices."""
@@ -208,7 +210,9 @@ def _adapter_step_s(
         for count, shape in zip(layers, sizes.facts.shapes, strict=True)
     )
     own = ceil(trained / ranks) if stage else trained
-    if job.optimizer_on_gpu:
+    if job.eight_bit:
+        seconds = max(EIGHT_BIT_MATRIX_S * matrices, own * EIGHT_BIT_ACCESS_BYTES / rates.memory_bytes_s)
+    elif job.optimizer_on_gpu:
         seconds = own * OPTIMIZER_ACCESS_BYTES / (rates.memory_bytes_s * (PAGED_SHARE if paged else 1))
     else:
         seconds = own / CPU_ADAM_PARAMETERS_S

@@ -81,6 +81,17 @@ def _state(now: Flat, _: Flat) -> Iterator[SpecError]:
         )
 
 
+def _moments(now: Flat, usual: Flat) -> Iterator[SpecError]:
+    if now["optim.name"] != "adamw-8bit" or not (now["zero.stage"] or now["zero.offload"] == "cpu"):
+        return
+    what = f"zero.stage={now['zero.stage']}" if now["zero.stage"] else "zero.offload=cpu"
+    yield SpecError(
+        f"optim.name=adamw-8bit does not go with {what}: ZeRO cuts the adapter's state into equal shares, and so cuts "
+        "through the blocks of 256 numbers that share a scale",
+        ways=[{"zero.stage": None, "zero.offload": usual["zero.offload"]}, {"optim.name": None}],
+    )
+
+
 def _warmup(now: Flat, _: Flat) -> Iterator[SpecError]:
     if now["optim.warmup_steps"] and now["optim.schedule"] == "constant":
         yield SpecError(
@@ -103,5 +114,5 @@ def _as_usual(keys: tuple[str, ...], now: Flat, usual: Flat) -> Change:
 
 
 _RULES: tuple[Callable[[Flat, Flat], Iterator[SpecError]], ...] = (
-    _width, _packing, _pooling, _length, _batch, _state, _warmup, verified, _held_out,
+    _width, _packing, _pooling, _length, _batch, _state, _moments, _warmup, verified, _held_out,
 )  # fmt: skip

@@ -17,6 +17,18 @@ Placement = Literal["replicate", "shard", "split"]
 Schedule = Literal["1f1b", "sequential"]
 """How a split backbone runs: one rank per stage with micro-batches in flight, or one process visiting GPU after GPU."""
 Pool = Literal["peft", "mean", "sum"]
+Optimizer = Literal["adamw", "paged-adamw", "adamw-8bit"]
+"""Forms of AdamW, which differ in where and how wide the moments are."""
+OPTIMIZERS_ELSEWHERE: dict[str, dict[str, object]] = {
+    other: {"optim.name": name}
+    for name, others in {
+        "adamw": ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_bnb_32bit", "adam"),
+        "paged-adamw": ("paged_adamw_32bit", "adamw_paged"),
+        "adamw-8bit": ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adamw8bit", "bnb_adamw_8bit", "adam8bit"),
+    }.items()
+    for other in others
+}
+"""What transformers, Axolotl, Unsloth and bitsandbytes call a form of AdamW."""
 GPTQ_METHODS = ("gptq-lora", "qa-lora")
 """Methods whose backbone is a GPTQ checkpoint."""
 
@@ -79,10 +91,17 @@ class Optim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """AdamW and its learning-rate schedule."""
 
     name: Annotated[
-        Literal["adamw", "paged-adamw"] | None,
-        Meta(description="Optimizer. Auto: paged-adamw on GPUs without room for the optimizer state, else adamw."),
+        Optimizer | None,
+        Meta(
+            description="Optimizer. adamw-8bit: moments in 8 bits, a scale for each 256 numbers of a matrix; not with "
+            "ZeRO 1 to 3. Auto: paged-adamw on GPUs without room for the optimizer state, else adamw."
+        ),
     ] = None
     lr: Annotated[Rate, Meta(description="Learning rate, at its peak.")] = 2e-4
+    lr_ratio_b: Annotated[
+        Rate,
+        Meta(description="LoRA+ (Hayou et al. 2024): learning rate of the adapter's B matrices over that of the rest."),
+    ] = 1.0
     schedule: Annotated[
         Literal["constant", "linear", "cosine"],
         Meta(description="Learning rate after the warmup: constant, or decaying to 0."),

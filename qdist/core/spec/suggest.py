@@ -7,6 +7,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from qdist.core.errors import Change, PlanError, QdistError, Say, SpecError, in_words, nearest, typed
 from qdist.core.spec.placements import CALLED_ELSEWHERE
+from qdist.core.spec.sections import OPTIMIZERS_ELSEWHERE
 
 __all__ = ["OTHER_NAMES", "RELATED_NAMES", "known_as", "not_among", "of_another_kind", "typed", "unknown"]
 
@@ -23,6 +24,7 @@ OTHER_NAMES = {
     "base_model": "model", "micro_batch_size": "micro_batch", "sequence_len": "seq_len", "num_epochs": "epochs",
     "lora_r": "lora.r", "lora_target_modules": "lora.targets", "lr_scheduler": "optim.schedule",
     "lora_model_dir": "adapter", "val_set_size": "train.held_out", "train_on_inputs": "train.train_on_source",
+    "loraplus_lr_ratio": "optim.lr_ratio_b",
     # LLaMA-Factory
     "model_name_or_path": "model", "dataset": "data", "cutoff_len": "seq_len", "quantization_bit": "bits",
     "adapter_name_or_path": "adapter", "lora_rank": "lora.r", "lora_target": "lora.targets",
@@ -47,7 +49,7 @@ RELATED_NAMES = {
 }  # fmt: skip
 """Other programs' names for a setting whose values differ from qdist's: where to look, not what to type."""
 
-_ELSEWHERE = {"placement": CALLED_ELSEWHERE}
+_ELSEWHERE: Mapping[str, Mapping[str, Change]] = {"placement": CALLED_ELSEWHERE, "optim.name": OPTIMIZERS_ELSEWHERE}
 """Other tools' names for a value of a setting, with the change meant."""
 
 

@@ -7,25 +7,26 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from qdist.runtime.engine.torch import (
+from qdist.runtime.engine.adamw import (
     MOMENTS,
-    Across,
+    allocate_moments,
+    collect_moments,
+    moment_key,
+    optimizer_steps,
+    set_rate,
+)
+from qdist.runtime.engine.torch import (
     Adapter,
     Held,
     MicroBatch,
     State,
-    StepResult,
-    allocate_moments,
     bytes_of,
-    finish_gradients,
+    fill_moments,
     moment_bytes,
-    moment_key,
-    moment_of,
     nothing,
-    optimizer_steps,
-    set_rate,
     to_cpu,
 )
+from qdist.runtime.engine.update import Across, StepResult, finish_gradients
 
 
 class DeepSpeedEngine:
@@ -112,8 +113,11 @@ class DeepSpeedEngine:
 
     def state(self) -> State:
         named = self.adapter.named()
-        moments = {}
-        if self.optimizer.state:
+        moments: dict[str, dict[str, torch.Tensor]] = {}
+        if self.stage == 0:
+            for moment, values in collect_moments(self.optimizer, named).items():
+                moments[moment] = {name: to_cpu(value) for name, value in values.items()}
+        elif self.optimizer.state:
             moments = {moment: {name: self._full(p, moment) for name, p in named.items()} for moment in MOMENTS}
         return State(
             {name: self._full(parameter, None) for name, parameter in named.items()},
@@ -122,15 +126,18 @@ class DeepSpeedEngine:
         )
 
     def restore(self, state: State) -> None:
+        named = self.adapter.named()
         if state.moments:
             self._show_partitions()
             allocate_moments(self.optimizer, state.optimizer_steps)
             self._show_partitions(hide=True)
             self._link_moments()
-        for name, parameter in self.adapter.named().items():
+        for name, parameter in named.items():
             self._take(parameter, None, state.parameters[name])
-            for moment, tensors in state.moments.items():
+            for moment, tensors in state.moments.items() if self.stage else ():
                 self._take(parameter, moment, tensors[name])
+        if state.moments and self.stage == 0:
+            fill_moments(self.optimizer, named, state)
 
     def _show_partitions(self, *, hide: bool = False) -> None:
         """Put ZeRO 3's flat partitions into Adam's groups, or hide them again: ZeRO does so only during a step."""
@@ -150,26 +157,21 @@ class DeepSpeedEngine:
         return moment_key(next(iter(self.optimizer.state.values())), moment)
 
     def _full(self, parameter: nn.Parameter, moment: str | None) -> torch.Tensor:
-        """The full parameter or moment, assembled from the partitions of all ranks."""
-        if self.stage == 0 and moment is not None:
-            return to_cpu(moment_of(self.optimizer.state[parameter], moment))
+        """The full parameter, or under ZeRO moment, assembled from the partitions of all ranks."""
         if moment is not None:
             return to_cpu(self._accessors.safe_get_full_optimizer_state(parameter, self._key(moment)))
         return to_cpu(self._accessors.safe_get_full_fp32_param(parameter) if self.stage == 3 else parameter)
 
     def _take(self, parameter: nn.Parameter, moment: str | None, value: torch.Tensor) -> None:
-        """Store this rank's part of a full parameter or moment."""
+        """Store this rank's part of a full parameter, or under ZeRO of a moment."""
         with torch.no_grad():
             if self.stage == 3:
                 self._take_shard(parameter, self._key(moment) if moment else None, value)
                 return
             if moment is None:
                 parameter.copy_(value)
-            if self.stage == 0:
-                if moment is not None:
-                    moment_of(self.optimizer.state[parameter], moment).copy_(value)
-            elif moment is None:
-                self._accessors.safe_set_full_fp32_param(parameter, value)
+                if self.stage:
+                    self._accessors.safe_set_full_fp32_param(parameter, value)
             else:
                 self._accessors.safe_set_full_optimizer_state(parameter, value, self._key(moment))
 

@@ -1,6 +1,5 @@
 """Gradients and optimizer steps of the adapter, with plain torch or DeepSpeed; and communication between ranks."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -8,9 +7,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-_BNB_NAMES = {"exp_avg": "state1", "exp_avg_sq": "state2"}
-"""bitsandbytes' names for Adam's moments."""
+from qdist.runtime.engine.adamw import (
+    allocate_moments,
+    collect_moments,
+    optimizer_steps,
+    set_rate,
+    update_parameters,
+)
+from qdist.runtime.engine.update import Across, DeviceUpdate, StepResult, finish_gradients
 
 
 class MicroBatch(NamedTuple):
@@ -18,17 +22,6 @@ class MicroBatch(NamedTuple):
 
     load: Callable[[], Mapping[str, torch.Tensor]]
     seed: int
-
-
-Across = Callable[[torch.Tensor], torch.Tensor]
-"""Sums a scalar over the ranks that hold the other parts of the adapter."""
-
-
-class StepResult(NamedTuple):
-    """Result of an optimizer step. `skipped` if the gradients were not finite; the norm is before clipping."""
-
-    gradient_norm: float
-    skipped: bool
 
 
 class Held(NamedTuple):
@@ -45,7 +38,7 @@ class State(NamedTuple):
 
     parameters: dict[str, torch.Tensor]
     moments: dict[str, dict[str, torch.Tensor]]
-    """{'exp_avg': {name: tensor}, ...}; empty before the first step."""
+    """{'exp_avg': {name: tensor}, ...}; empty before the first step. Of 8-bit ones the bytes, and their scales."""
     optimizer_steps: int
 
 
@@ -109,20 +102,27 @@ class TorchEngine:
 
     across: over the stages of a pipeline. ranks: that compute different samples and add their gradients up, once a
     step. The gradients lie in one flat buffer then: DDP, which adds them up during the backward pass, holds them twice
-    as soon as a step has several micro-batches.
+    as soon as a step has several micro-batches. persistent: so they do for one rank, as a CUDA graph adds them up in
+    place.
     """
 
     def __init__(
         self,
         adapter: Adapter,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Any,
         *,
         clip: float,
         across: Across | None = None,
         ranks: int = 1,
+        persistent: bool = False,
     ) -> None:
-        self.adapter, self.optimizer, self.clip, self.across = adapter, optimizer, clip, across
-        self.gradients = _flat_gradients(list(adapter.parameters())) if ranks > 1 else None
+        self.adapter, self.optimizer, self.clip, self.across, self.ranks = adapter, optimizer, clip, across, ranks
+        own = list(adapter.parameters())
+        self.gradients = _flat_gradients(own) if ranks > 1 or persistent else None
+        self.update: DeviceUpdate | None = None
+        """The update as device work alone; None where it has to wait for the norm."""
+        if optimizer.defaults.get("capturable"):
+            self.update = DeviceUpdate(own, optimizer, clip=clip, across=across, flat=self.gradients)
         self._gradient_bytes = 0
 
     def accumulate(
@@ -140,36 +140,41 @@ class TorchEngine:
             (loss * (weight * loss_scale)).backward()
             losses.append(loss.detach().double())
         computed()
-        if self.gradients is not None:
+        if self.ranks > 1:
             dist.all_reduce(self.gradients)
         return torch.stack(losses).sum()
 
     def step(self, learning_rate: float, loss_scale: float) -> StepResult:
         self._gradient_bytes = bytes_of(parameter.grad for parameter in self.adapter.parameters())
+        if self.update is not None:
+            self.update.prepare(learning_rate, loss_scale)
+            self.update.launch()
+            self._clear_gradients()
+            return self.update.read()
         result = finish_gradients(
             list(self.adapter.parameters()), clip=self.clip, loss_scale=loss_scale, across=self.across
         )
         if not result.skipped:
             set_rate(self.optimizer, learning_rate)
-            self.optimizer.step()
+            update_parameters(self.optimizer)
+        self._clear_gradients()
+        return result
+
+    def _clear_gradients(self) -> None:
         if self.gradients is None:
             self.optimizer.zero_grad(set_to_none=True)
         else:
             self.gradients.zero_()
-        return result
 
     def held(self) -> Held:
         return Held(self._gradient_bytes, moment_bytes(self.optimizer))
 
     def state(self) -> State:
         named = self.adapter.named()
-        moments = {}
-        if self.optimizer.state:
-            for moment in MOMENTS:
-                moments[moment] = {
-                    name: to_cpu(moment_of(self.optimizer.state[parameter], moment))
-                    for name, parameter in named.items()
-                }
+        moments = {
+            moment: {name: to_cpu(value) for name, value in values.items()}
+            for moment, values in collect_moments(self.optimizer, named).items()
+        }
         return State({name: to_cpu(value) for name, value in named.items()}, moments, optimizer_steps(self.optimizer))
 
     def restore(self, state: State) -> None:
@@ -179,9 +184,14 @@ class TorchEngine:
                 parameter.copy_(state.parameters[name])
         if state.moments:
             allocate_moments(self.optimizer, state.optimizer_steps)
-            for moment, tensors in state.moments.items():
-                for name, parameter in named.items():
-                    moment_of(self.optimizer.state[parameter], moment).copy_(tensors[name])
+            fill_moments(self.optimizer, named, state)
+
+
+def fill_moments(optimizer: Any, named: Mapping[str, nn.Parameter], state: State) -> None:
+    """Copy a state's moments into an optimizer's allocated ones, over whole parameters."""
+    for moment, values in collect_moments(optimizer, named).items():
+        for name, value in values.items():
+            value.copy_(state.moments[moment][name])
 
 
 def _flat_gradients(parameters: list[nn.Parameter]) -> torch.Tensor:
@@ -193,92 +203,21 @@ def _flat_gradients(parameters: list[nn.Parameter]) -> torch.Tensor:
     return flat
 
 
-def finish_gradients(
-    parameters: list[nn.Parameter], *, clip: float, loss_scale: float, across: Across | None = None
-) -> StepResult:
-    """Unscale and clip gradients in place; skip if not finite, here or on a rank that `across` sums over."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    here = torch.nn.utils.get_total_norm(gradients)
-    norm = float(here if across is None else across(here.double().square()).sqrt()) / loss_scale
-    if not math.isfinite(norm):
-        return StepResult(norm, True)
-    factor = (1.0 / loss_scale) * (min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0)
-    if factor != 1.0:
-        for device in {gradient.device for gradient in gradients}:
-            torch._foreach_mul_([gradient for gradient in gradients if gradient.device == device], factor)
-    return StepResult(norm, False)
-
-
 def bytes_of(tensors: Iterable[torch.Tensor | None]) -> int:
     """Total bytes of the tensors, skipping None."""
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def moment_bytes(optimizer: Any) -> int:
-    """Bytes of every tensor in an optimizer's state."""
-    return bytes_of(
-        value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
-    )
-
-
-def set_rate(optimizer: Any, learning_rate: float) -> None:
-    """Give every parameter group this rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+    """Bytes of every tensor in an optimizer's state; those that parameters share count once."""
+    tensors = (value for state in optimizer.state.values() for value in state.values())
+    return bytes_of({id(value): value for value in tensors if isinstance(value, torch.Tensor)}.values())
 
 
 def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """A float32 copy on the CPU."""
-    return tensor.detach().to("cpu", torch.float32, copy=True)
-
-
-def allocate_moments(optimizer: Any, steps: int) -> None:
-    """Create Adam's state as after `steps` steps, with moments still zero."""
-    for group_index, group in enumerate(optimizer.param_groups):
-        for index, parameter in enumerate(group["params"]):
-            if hasattr(optimizer, "init_state"):  # bitsandbytes
-                optimizer.init_state(group, parameter, group_index, index)
-                optimizer.state[parameter]["step"] = steps
-            else:
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(steps), device=parameter.device if group.get("fused") else "cpu"),
-                    **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
-                }
-
-
-def optimizer_steps(optimizer: Any) -> int:
-    """Steps counted by Adam, which leaves out skipped ones."""
-    states = [state for state in optimizer.state.values() if "step" in state]
-    return int(states[0]["step"]) if states else 0
-
-
-def moment_key(state: Mapping[str, Any], moment: str) -> str:
-    """Key of Adam's first or second moment: torch's or bitsandbytes'."""
-    return moment if moment in state else _BNB_NAMES[moment]
-
-
-def moment_of(state: Mapping[str, Any], moment: str) -> torch.Tensor:
-    """Adam's first or second moment."""
-    found = state[moment_key(state, moment)]
-    assert isinstance(found, torch.Tensor)
-    return found
-
-
-def build_optimizer(
-    parameters: list[nn.Parameter],
-    *,
-    name: str,
-    fused: bool,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> Any:
-    """AdamW over float32 parameters: torch's, or bitsandbytes' paged 32-bit one. The loop sets the rate."""
-    if name == "paged-adamw":
-        from bitsandbytes.optim import PagedAdamW32bit
-
-        return PagedAdamW32bit(parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay)
-    return torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+    """A copy on the CPU: in float32, or of integers as they are."""
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to("cpu", dtype, copy=True)
 
 
 class Comm:

@@ -5,15 +5,17 @@ which one a plan has. tests/runtime/placements/test_conformance.py runs all of t
 """
 
 import datetime
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from qdist.core.planning.plan import Plan
+from qdist.runtime.engine.adamw import build_optimizer
 from qdist.runtime.engine.deepspeed import DeepSpeedEngine
 from qdist.runtime.engine.objective import Evaluate, Forward
-from qdist.runtime.engine.torch import Adapter, Engine, TorchEngine, build_optimizer
+from qdist.runtime.engine.torch import Adapter, Engine, TorchEngine
 
 PROCESS_GROUP_TIMEOUT = datetime.timedelta(minutes=30)
 """Long enough for rank 0 to write answers and checkpoints while the others wait."""
@@ -110,22 +112,25 @@ class LoneRank:
 
 def make_engine(plan: Plan, accelerator: Any, adapter: Adapter) -> Engine:
     """The engine named in the plan, over only a whole adapter's parameters."""
-    clip, optimizer_of = plan.spec.optim.clip, optimizer_maker(plan)
+    clip, optimizer = plan.spec.optim.clip, optimizer_maker(plan)(adapter)
     if plan.engine == "torch":
-        optimizer = optimizer_of(list(adapter.parameters()))
-        return TorchEngine(adapter, optimizer, clip=clip, ranks=plan.data_parallel)
-    engine, _ = accelerator.prepare(adapter, optimizer_of(list(adapter.parameters())))
+        return TorchEngine(adapter, optimizer, clip=clip, ranks=plan.data_parallel, persistent=plan.graphs)
+    engine, _ = accelerator.prepare(adapter, optimizer)
     return DeepSpeedEngine(adapter, engine, clip=clip)
 
 
-def optimizer_maker(plan: Plan) -> Any:
-    """A function that builds the planned optimizer over a list of parameters."""
-    optim = plan.spec.optim
-    return partial(
+def optimizer_maker(plan: Plan) -> Callable[[Adapter], Any]:
+    """A function that builds the planned optimizer over an adapter's parameters."""
+    optim, fused = plan.spec.optim, plan.device == "cuda" and plan.spec.zero.offload == "none"
+    one_device = all(len(rank.gpus) == 1 for rank in plan.ranks)
+    build = partial(
         build_optimizer,
         name=plan.optimizer,
-        fused=plan.device == "cuda" and plan.spec.zero.offload == "none",
+        fused=fused,
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
         weight_decay=optim.weight_decay,
+        ratio_b=optim.lr_ratio_b,
+        capturable=fused and one_device and plan.engine == "torch" and plan.optimizer == "adamw",
     )
+    return lambda adapter: build(adapter.named())

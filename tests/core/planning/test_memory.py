@@ -12,12 +12,14 @@ from qdist.core.model.families import from_config
 from qdist.core.model.shapes import ModelFacts
 from qdist.core.planning.activations import saved_bytes_per_token
 from qdist.core.planning.memory import (
+    EIGHT_BIT_CODES,
     GATHERED_LAYERS,
     MemoryBudget,
     Share,
     Sizes,
     TrainingShape,
     budget,
+    eight_bit_moments,
     load_peak_bytes,
     sizes,
 )
@@ -123,6 +125,32 @@ def test_paged_moments_leave_the_gpu_and_the_fp32_copy_of_zero_stays() -> None:
     trained = adapter_parameters(facts_of("llama-7b"), 64, ("all-linear",))
     assert predict("llama-7b", optimizer_on_gpu=False).optimizer == 0
     assert predict("llama-7b", optimizer_on_gpu=False, zero_stage=2, data_parallel=4).optimizer == trained
+
+
+def test_gradients_that_stay_between_steps_count_in_full() -> None:
+    own = predict("llama-7b", persistent_gradients=True)
+    assert own.gradients == own.adapter
+    assert predict("llama-7b", persistent_gradients=True, zero_stage=2, data_parallel=4).gradients == own.adapter // 4
+
+
+@pytest.mark.parametrize(
+    ("parameters", "moments"),
+    [
+        (4095, 8 * 4095),
+        (4096, 2 * 4096 + 2 * 4 * 16),
+        (4097, 2 * 4097 + 2 * 4 * 17),
+        (64 * 11008, 64 * 11008 * 65 // 32),
+    ],
+)
+def test_8_bit_moments_have_a_byte_each_and_scales_from_4096_parameters_on(parameters: int, moments: int) -> None:
+    assert eight_bit_moments(parameters) == moments
+
+
+def test_8_bit_moments_of_a_7b_are_a_quarter_of_those_in_fp32() -> None:
+    own, whole = predict("llama-7b", eight_bit=True), predict("llama-7b")
+    trained = adapter_parameters(facts_of("llama-7b"), 64, ("all-linear",))
+    assert own.optimizer == trained * 65 // 32 + EIGHT_BIT_CODES
+    assert whole.total - own.total == 8 * trained - own.optimizer
 
 
 def test_gradients_beyond_the_activations_they_replace_count() -> None:

@@ -185,6 +185,13 @@ def test_what_cannot_work_is_refused_and_the_way_out_works(
     planned(model, cluster, settings | followed(attempt))
 
 
+@pytest.mark.parametrize("settings", [{}, {"zero.stage": 0}, {"placement": "shard"}, {"placement": "split"}])
+def test_8_bit_moments_lie_whole_on_every_rank(settings: dict[str, Any]) -> None:
+    plan = planned("llama-7b", gpus(2, 24), {"optim.name": "adamw-8bit", **settings})
+    assert (plan.optimizer, plan.zero_stage, plan.engine) == ("adamw-8bit", 0, "torch")
+    assert all(budget.pageable == 0 < budget.optimizer for rank in plan.ranks for budget in rank.expected)
+
+
 def test_liger_that_is_not_installed_is_refused() -> None:
     with pytest.raises(SpecError, match="liger-kernel is not installed") as caught:
         planned("llama-7b", ONE_CARD_OF_80, {"liger": True}, has_liger=False)

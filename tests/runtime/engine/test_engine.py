@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 from qdist.core.model.adapters.registry import adapter_parameters
 from qdist.core.planning.plan import Plan
 from qdist.runtime.data.batches import Samples
-from qdist.runtime.engine.torch import Adapter, MicroBatch, State, TorchEngine, build_optimizer, finish_gradients
+from qdist.runtime.engine.adamw import build_optimizer
+from qdist.runtime.engine.torch import Adapter, MicroBatch, State, TorchEngine
+from qdist.runtime.engine.update import finish_gradients
 from tests.runtime.tiny import plan_of, save_config, trainable
 
 
@@ -20,12 +23,23 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     return plan_of(save_config(folder / "model"), folder / "run")
 
 
-def engine_of(plan: Plan) -> tuple[TorchEngine, Samples]:
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """With matrices of 4,096 numbers and more, whose moments can be in 8 bits, and some of fewer."""
+    folder = tmp_path_factory.mktemp("wide")
+    return plan_of(save_config(folder / "model"), folder / "run", lora__r=64, optim__name="adamw-8bit")
+
+
+def engine_of(
+    plan: Plan, *, name: str = "adamw", on_device: bool = False, clip: float = 0.3, ratio_b: float = 1.0, **how: Any
+) -> tuple[TorchEngine, Samples]:
+    """on_device: as on a GPU, where the update does not wait for the norm."""
     _, adapter, samples = trainable(plan)
     optimizer = build_optimizer(
-        list(adapter.parameters()), name="adamw", fused=False, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01
-    )
-    return TorchEngine(adapter, optimizer, clip=0.3), samples
+        adapter.named(), name=name, fused=on_device, capturable=on_device, betas=(0.9, 0.999), eps=1e-8,
+        weight_decay=0.01, ratio_b=ratio_b,
+    )  # fmt: skip
+    return TorchEngine(adapter, optimizer, clip=clip, **how), samples
 
 
 def advance(engine: TorchEngine, samples: Samples, steps: range, *, loss_scale: float = 1.0) -> list[float]:
@@ -49,12 +63,23 @@ def same(one: State, other: State) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_restored_engine_goes_on_bit_for_bit(plan: Plan) -> None:
-    whole, samples = engine_of(plan)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"ratio_b": 16.0},
+        {"on_device": True},
+        {"on_device": True, "persistent": True, "ratio_b": 4.0},
+        {"name": "adamw-8bit"},
+    ],
+)
+def test_a_restored_engine_goes_on_bit_for_bit(plan: Plan, wide: Plan, how: dict[str, Any]) -> None:
+    plan = wide if "name" in how else plan
+    whole, samples = engine_of(plan, **how)
     advance(whole, samples, range(3))
     saved = whole.state()
     losses = advance(whole, samples, range(3, 6))
-    fresh, _ = engine_of(plan)
+    fresh, _ = engine_of(plan, **how)
     fresh.restore(saved)
     assert same(fresh.state(), saved)
     assert fresh.state().optimizer_steps == 3
@@ -97,9 +122,10 @@ def test_a_loss_scale_that_is_a_power_of_two_changes_nothing(plan: Plan, loss_sc
     assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-6
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_gradients_that_are_not_finite_leave_everything_untouched(plan: Plan, wrong: float) -> None:
-    engine, samples = engine_of(plan)
+def test_gradients_that_are_not_finite_leave_everything_untouched(plan: Plan, wrong: float, on_device: bool) -> None:
+    engine, samples = engine_of(plan, on_device=on_device)
     advance(engine, samples, range(2))
     before = engine.state()
     for parameter in engine.adapter.parameters():
@@ -109,6 +135,52 @@ def test_gradients_that_are_not_finite_leave_everything_untouched(plan: Plan, wr
     assert same(engine.state(), before)
     assert engine.state().optimizer_steps == 2
     assert all(parameter.grad is None for parameter in engine.adapter.parameters())
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize(("clip", "loss_scale"), [(0.3, 1.0), (0.0, 1.0), (1e9, 1.0), (0.3, 2.0**12), (0.0, 2.0**12)])
+def test_an_update_that_does_not_wait_for_the_norm_is_the_same_update(
+    plan: Plan, clip: float, loss_scale: float, persistent: bool
+) -> None:
+    waiting, _ = engine_of(plan, clip=clip)
+    ours, _ = engine_of(plan, clip=clip, on_device=True, persistent=persistent)
+    assert (waiting.update is None, ours.update is None) == (True, False)
+    for step in range(3):
+        for engine in (waiting, ours):
+            give_gradients(engine, scale=loss_scale, seed=step)
+        wanted = waiting.step(1e-2, loss_scale)
+        assert ours.step(1e-2, loss_scale) == (pytest.approx(wanted.gradient_norm, rel=1e-6), False)
+    first, second = flat(waiting.state()), flat(ours.state())
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.allclose(value, second[name], rtol=1e-5, atol=1e-8), name
+    assert ours.state().optimizer_steps == 3
+
+
+def give_gradients(engine: TorchEngine, *, scale: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in engine.adapter.parameters():
+        made = torch.randn(parameter.shape, generator=generator) * scale
+        if parameter.grad is None:
+            parameter.grad = made
+        else:
+            parameter.grad.copy_(made)
+
+
+def test_persistent_gradients_stay_where_they_are_and_are_zero_after_a_step(plan: Plan) -> None:
+    engine, samples = engine_of(plan, persistent=True)
+    before = [gradient(parameter).data_ptr() for parameter in engine.adapter.parameters()]
+    advance(engine, samples, range(2))
+    assert [gradient(parameter).data_ptr() for parameter in engine.adapter.parameters()] == before
+    assert not any(gradient(parameter).any() for parameter in engine.adapter.parameters())
+
+
+def test_what_another_stage_lacks_skips_an_update_on_the_device_too(plan: Plan) -> None:
+    engine, samples = engine_of(plan, on_device=True, across=lambda square: square + float("inf"))
+    before = engine.state()
+    advance(engine, samples, range(1))
+    assert all(torch.equal(engine.state().parameters[name], value) for name, value in before.parameters.items())
+    assert engine.state().optimizer_steps == 0
 
 
 def parameters_with_gradients(scale: float) -> list[nn.Parameter]:

@@ -30,9 +30,13 @@ class LoraMethod(msgspec.Struct, frozen=True):
         """The adapter method of a run. Raises SpecError if the model does not support it."""
         return cls()
 
+    def matrices(self, linear: Linear, rank: int) -> tuple[int, ...]:
+        """Trained parameters of each matrix beside one linear."""
+        return rank * (linear.inputs // self.pool), rank * linear.outputs
+
     def parameters(self, linear: Linear, rank: int) -> int:
         """Trained parameters beside one linear."""
-        return rank * (linear.inputs // self.pool + linear.outputs)
+        return sum(self.matrices(linear, rank))
 
     def saved_inputs(
         self, shape: LayerShape, adapted: tuple[Linear, ...], compute_bytes: int, *, casts: bool, dropout: bool

@@ -1,6 +1,7 @@
 """Which adapter methods are there?"""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 
 from qdist.core.model.adapters.lora import LoraMethod
 from qdist.core.model.adapters.qa_lora import QaLoraMethod
@@ -24,13 +25,24 @@ def expert_adapter_parameters(facts: ModelFacts, rank: int, targets: tuple[str, 
 
 def trained_parameters(shape: LayerShape, rank: int, targets: tuple[str, ...], adapter: LoraMethod) -> int:
     """Trained parameters of one decoder layer."""
-    linears = sum(adapter.parameters(linear, rank) for linear in shape.targeted(targets))
-    return linears + beside_experts(shape, rank, targets)
+    return sum(trained_matrices(shape, rank, targets, adapter))
+
+
+def trained_matrices(
+    shape: LayerShape, rank: int, targets: tuple[str, ...], adapter: LoraMethod = LORA
+) -> tuple[int, ...]:
+    """Trained parameters of each matrix of one decoder layer."""
+    linears = (adapter.matrices(linear, rank) for linear in shape.targeted(targets))
+    return (*chain.from_iterable(linears), *_matrices_beside_experts(shape, rank, targets))
 
 
 def beside_experts(shape: LayerShape, rank: int, targets: tuple[str, ...]) -> int:
-    """Those beside a layer's experts, in PEFT's layout: A [experts x r, in], B [out, r x experts], for each."""
-    if shape.experts is None:
-        return 0
-    matrices = shape.targeted_matrices(targets)
-    return shape.experts.count * rank * sum(matrix.inputs + matrix.outputs for matrix in matrices)
+    """Those beside a layer's experts."""
+    return sum(_matrices_beside_experts(shape, rank, targets))
+
+
+def _matrices_beside_experts(shape: LayerShape, rank: int, targets: tuple[str, ...]) -> Iterator[int]:
+    """Parameters of each matrix in PEFT's layout: A [experts x r, in], B [out, r x experts]."""
+    if shape.experts is not None:
+        for matrix in shape.targeted_matrices(targets):
+            yield from (shape.experts.count * rank * width for width in (matrix.inputs, matrix.outputs))

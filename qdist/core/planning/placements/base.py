@@ -130,7 +130,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """The layout with ZeRO's stage and engine: 2 if the adapter's state can be partitioned, torch if nothing is."""
         stage, offload, many = spec.zero.stage, spec.zero.offload == "cpu", self.data_parallel > 1
         if stage is None:
-            stage = 2 if many or offload else 0
+            stage = 2 if (many or offload) and spec.optim.name != "adamw-8bit" else 0
         # Stages of several groups are DeepSpeed's whatever the stage; elsewhere torch adds up undivided gradients.
         divides = stage or offload or (many and self.stages > 1)
         return msgspec.structs.replace(self, zero_stage=stage, engine="deepspeed" if divides else "torch")

@@ -9,7 +9,8 @@ from torch import nn
 
 from qdist.runtime.engine.deepspeed import DeepSpeedEngine
 from qdist.runtime.engine.objective import CameTo, unseen
-from qdist.runtime.engine.torch import Adapter, Held, MicroBatch, State, StepResult, TorchEngine, nothing
+from qdist.runtime.engine.torch import Adapter, Held, MicroBatch, State, TorchEngine, nothing
+from qdist.runtime.engine.update import StepResult
 from qdist.runtime.placements.split.pipeline import Pipeline
 from qdist.runtime.placements.split.stages import Grid
 
@@ -92,14 +93,12 @@ class _Deliver(torch.autograd.Function):
 def deepspeed_over_stage(adapter: Adapter, optimizer_of: Any, config: dict[str, Any], grid: Grid) -> tuple[Twins, Any]:
     """DeepSpeed's engine over this stage's adapter and the ranks that hold the same stage.
 
-    optimizer_of: makes the optimizer over a list of parameters.
+    optimizer_of: makes the optimizer over the parameters of an adapter.
     """
     import deepspeed
 
     twins = Twins(adapter)
-    engine, *_ = deepspeed.initialize(
-        model=twins, optimizer=optimizer_of(list(twins.parameters())), config=config, mpu=grid
-    )
+    engine, *_ = deepspeed.initialize(model=twins, optimizer=optimizer_of(twins), config=config, mpu=grid)
     # ZeRO has moved its parameters into flat buffers; the model follows.
     for parameter, twin in zip(adapter.parameters(), twins.parameters(), strict=True):
         parameter.data = twin.data
@@ -115,20 +114,19 @@ def gather_state(own: State, grid: Grid, device: torch.device) -> State:
         return own
     flat = _flat(own)
     shapes: list[Any] = [None] * grid.stages
-    dist.all_gather_object(shapes, {key: list(value.shape) for key, value in flat.items()}, group=grid.mates)
+    dist.all_gather_object(shapes, {key: (value.shape, value.dtype) for key, value in flat.items()}, group=grid.mates)
     if grid.position > 0:
         for value in flat.values():
             dist.send(value.to(device), 0, group=grid.mates)
         return own
     for position in range(1, grid.stages):
-        for key, shape in shapes[position].items():
-            part = torch.empty(shape, device=device)
+        for key, (shape, dtype) in shapes[position].items():
+            part = torch.empty(shape, dtype=dtype, device=device)
             dist.recv(part, position, group=grid.mates)
             flat[key] = part.cpu()
     parameters = {name: value for (kind, name), value in flat.items() if not kind}
-    moments = {
-        moment: {name: value for (kind, name), value in flat.items() if kind == moment} for moment in own.moments
-    }
+    kinds = dict.fromkeys(kind for kind, _ in flat if kind)  # of another stage too: small tensors have no scales
+    moments = {moment: {name: value for (kind, name), value in flat.items() if kind == moment} for moment in kinds}
     return State(parameters, moments, own.optimizer_steps)
 
 

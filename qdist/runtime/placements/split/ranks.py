@@ -57,7 +57,7 @@ class Stage(LoneRank):
         clip, optimizer_of = plan.spec.optim.clip, optimizer_maker(plan)
         inner: TorchEngine | DeepSpeedEngine
         if plan.engine == "torch":
-            inner = TorchEngine(adapter, optimizer_of(list(adapter.parameters())), clip=clip, across=grid.over_stages)
+            inner = TorchEngine(adapter, optimizer_of(adapter), clip=clip, across=grid.over_stages)
         else:
             config = accelerator.state.deepspeed_plugin.deepspeed_config
             twins, engine = deepspeed_over_stage(adapter, optimizer_of, config, grid)
