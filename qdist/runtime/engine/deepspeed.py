@@ -118,6 +118,7 @@ class DeepSpeedEngine:
             for moment, values in collect_moments(self.optimizer, named).items():
                 moments[moment] = {name: to_cpu(value) for name, value in values.items()}
         elif self.optimizer.state:
+            self._link_moments()
             moments = {moment: {name: self._full(p, moment) for name, p in named.items()} for moment in MOMENTS}
         return State(
             {name: self._full(parameter, None) for name, parameter in named.items()},
@@ -146,7 +147,10 @@ class DeepSpeedEngine:
                 group["params"] = [] if hide else [self.engine.optimizer.fp32_partitioned_groups_flat[index]]
 
     def _link_moments(self) -> None:
-        """Link moments not made by a step to ZeRO 1 and 2, which find their parts only after a step."""
+        """Have ZeRO 1 and 2 find the moments: before a step they find none, and after it those of the first group.
+
+        DeepSpeed 0.19 links the moments of all parameter groups as soon as the first has some: docs/upstream.md.
+        """
         if self.stage in (1, 2):
             zero = self.engine.optimizer
             for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):

@@ -140,6 +140,55 @@ def test_ranks_in_half_precision_train_finitely(train: TrainRun, model: Path, fo
     assert load(run.checkpoint(6))[0].optimizer_steps == 6 - len(skipped)
 
 
+@pytest.fixture(scope="module")
+def plus(train: TrainRun, model: Path, folder: Path) -> RunDir:
+    """One rank with LoRA+, plain torch."""
+    return train(dummy_job(model, folder / "plus", gpus=1, **DOTTED, micro_batch=4, optim__lr_ratio_b=8.0))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_b_has_its_own_rate_under_every_zero_stage_and_when_resumed(
+    train: TrainRun, model: Path, folder: Path, two: RunDir, plus: RunDir, stage: int
+) -> None:
+    whole = dummy_job(
+        model, folder / f"plus-{stage}", gpus=2, **DOTTED, micro_batch=4, optim__lr_ratio_b=8.0, zero__stage=stage
+    )
+    run = train(whole)
+    assert furthest(run, plus) < 1e-4
+    assert furthest(run, two) > 1e-2
+    resumed = copied(run, folder / f"plus-{stage}-resumed", up_to=2)
+    train(prepare.prepare_resume(resumed, {"gpus": 2}))
+    assert losses_of(resumed) == losses_of(run)
+    assert furthest(resumed, run) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("placement", "ranks", "engine"),
+    [("replicate", 2, "torch"), ("shard", 2, "torch"), ("split", 2, "torch"), ("split", 4, "deepspeed")],
+)
+def test_moments_in_8_bits_go_on_with_the_same_losses(
+    train: TrainRun, model: Path, folder: Path, placement: str, ranks: int, engine: str
+) -> None:
+    """Four ranks are two groups of two stages, whose gradients DeepSpeed adds up without ZeRO."""
+    settings = {
+        **DOTTED, "lora__r": 64, "lora__dropout": 0.0, "micro_batch": 2, "optim__name": "adamw-8bit",
+        "placement": placement, "gpus": ranks, "gpus_per_group": 2 if placement == "split" else None,
+    }  # fmt: skip
+    name = f"8bit-{placement}-{ranks}"
+    run = train(dummy_job(model, folder / name, **settings))
+    assert (run.plan().optimizer, run.plan().engine) == ("adamw-8bit", engine)
+    _, state = load(run.checkpoint(6))
+    assert {value.dtype for value in state.moments["exp_avg"].values()} == {torch.uint8, torch.float32}
+    assert set(state.moments["exp_avg"]) == set(state.parameters)
+    resumed = copied(run, folder / f"{name}-resumed", up_to=2)
+    train(prepare.prepare_resume(resumed, {}))
+    assert losses_of(resumed) == losses_of(run)
+    assert furthest(resumed, run) == 0.0
+    alone = copied(run, folder / f"{name}-alone", up_to=2)
+    train(prepare.prepare_resume(alone, {"gpus": 1, "placement": None, "gpus_per_group": None}))
+    assert furthest(alone, run) < 1e-3
+
+
 # --- resuming -----------------------------------------------------------------------------------------------------
 
 
