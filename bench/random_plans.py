@@ -37,7 +37,7 @@ PLAUSIBLE: dict[str, Sequence[Any]] = {
     "zero.stage": (0, 1, 2, 3), "zero.offload": ("none", "cpu"), "split.schedule": ("1f1b", "sequential"),
     "split.offload_layers": (0, 4, 16), "max_memory": ("12GiB", "24GiB", "40GB"),
     "train.checkpointing": ("true", "false"), "train.verify_steps": (0, 50), "train.answers": (0, 5),
-    "train.held_out": (0, 0.1), "train.eval_steps": (0, 50), "optim.name": ("adamw", "paged-adamw"),
+    "train.held_out": (0, 0.1), "train.eval_steps": (0, 50), "optim.name": ("adamw", "paged-adamw", "adamw-8bit"), "optim.lr_ratio_b": (1, 16),
     "optim.schedule": ("constant", "cosine", "linear"), "optim.warmup_steps": (0, 10), "liger": ("true", "false"),
     "dtype": ("bfloat16", "float16", "float32"), "quant.type": ("nf4", "fp4"), "quant.double": ("true", "false"),
     "quant.group_size": (-1, 32, 64, 128), "lora.pool": ("peft", "mean", "sum"), "lora.pool_group_size": (32, 64, 128),

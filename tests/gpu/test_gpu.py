@@ -46,11 +46,13 @@ def test_every_kind_of_backbone_trains_finitely(launch: Launch, kind: str, bits:
 
 
 @pytest.mark.gpu
-def test_paged_adamw_goes_on_bit_for_bit(launch: Launch) -> None:
-    """As if the run had been killed behind the checkpoint of step 2."""
-    whole = plain_run(launch)
-    assert whole.plan().optimizer == "paged-adamw"
-    resumed = RunDir(whole.path.with_name("resumed"))
+@pytest.mark.parametrize("optimizer", ["paged-adamw", "adamw-8bit", "adamw"])
+def test_every_optimizer_goes_on_bit_for_bit(launch: Launch, optimizer: str) -> None:
+    """As if the run had been killed behind the checkpoint of step 2. At rank 64 matrices have moments in 8 bits."""
+    own = {"dtype": "bfloat16", "optim.name": optimizer, "optim.lr_ratio_b": 4.0, "lora.r": 64}
+    whole = plain_run(launch) if optimizer == "paged-adamw" else launch(f"whole-{optimizer}", **own)
+    assert whole.plan().optimizer == optimizer
+    resumed = RunDir(whole.path.with_name(f"resumed-{optimizer}"))
     shutil.copytree(whole.path, resumed.path)
     (resumed.path / "result.json").unlink()
     shutil.rmtree(resumed.adapter)
