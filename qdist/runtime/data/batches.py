@@ -49,8 +49,8 @@ def collate_bin(
     """One packed micro-batch: all samples in one row, padded on the right.
 
     longest: tokens of the longest sample of the run, of which padding has no longer segments either.
-    Returns input_ids, labels and positions, int64 [1, size.positions], and ends, int32 [segments + 1], as long for every
-    bin of the run: where samples end, from 0, then pieces of padding, then nothing at the end of the row.
+    Returns input_ids, labels and positions, int64 [1, size.positions], and ends, int32 [segments + 1], as long for
+    every bin of the run: where samples end, from 0, then pieces of padding, then nothing at the end of the row.
     """
     batch = {
         "input_ids": torch.full((1, size.positions), pad_id, dtype=torch.int64),
@@ -60,7 +60,9 @@ def collate_bin(
     for span in map(tokenized.span, samples):
         start, stop = ends[-1], ends[-1] + span.stop - span.start
         batch["input_ids"][0, start:stop] = tokenized.tokens[span]
-        batch["labels"][0, start + 1 : stop] = tokenized.labels[span.start + 1 : span.stop]  # nothing predicts the first
+        batch["labels"][0, start + 1 : stop] = tokenized.labels[
+            span.start + 1 : span.stop
+        ]  # nothing predicts the first
         ends.append(stop)
     while ends[-1] < size.positions:
         ends.append(min(ends[-1] + longest, size.positions))
@@ -150,7 +152,9 @@ class Samples:
     def _width(self, indices: Sequence[int]) -> int:
         """Positions per row of an unpacked micro-batch: one of a few on GPUs, where each shape is captured once."""
         tight = width_of(indices, self.tokenized)
-        return tight if self._sizes is None else size_for(tight, tuple(self._sizes), otherwise=padded(self.plan.seq_len))
+        return (
+            tight if self._sizes is None else size_for(tight, tuple(self._sizes), otherwise=padded(self.plan.seq_len))
+        )
 
     @cached_property
     def _sizes(self) -> Mapping[int, tuple[int, ...]] | None:

@@ -13,7 +13,7 @@ from qdist.runtime.engine.head import HeadRule, class_logits, head_rule
 from qdist.runtime.kernels.cross_entropy import fused_cross_entropy
 from qdist.runtime.model.apart import Boundaries, keep_samples_apart, keeps_samples_apart, require_apart
 from qdist.runtime.model.causal import takes_whole_rows, whole_rows
-from qdist.runtime.model.parts import decoder_of, embedding_of, head_of
+from qdist.runtime.model.parts import decoder_layers, decoder_of, head_of
 
 
 def summed_loss(model: Any, batch: Mapping[str, torch.Tensor], *, fused: bool, longest: int = 0) -> torch.Tensor:
@@ -138,12 +138,12 @@ class Forward:
             "positions": torch.arange(_TRIED).repeat(1, 2),
             "ends": torch.tensor([0, _TRIED, 2 * _TRIED], dtype=torch.int32),
         }
-        device = self._base.device
-        embeds = next(embedding_of(self._base).parameters(), None) is not None
-        inputs = torch.zeros((1, 2 * _TRIED), dtype=torch.int64, device=device)
-        if not embeds:  # a later stage
-            width = self.samples.plan.facts.hidden
-            inputs = torch.zeros((1, 2 * _TRIED, width), dtype=self.dtype, device=device)
+        shape, device = (1, 2 * _TRIED), self._base.device
+        inputs = torch.zeros(shape, dtype=torch.int64, device=device)
+        if (
+            next(decoder_layers(self._base)[0].parameters(), None) is None
+        ):  # a later stage, which is given hidden states
+            inputs = torch.zeros((*shape, self.samples.plan.facts.hidden), dtype=self.dtype, device=device)
         with self.without_dropout():
             self.part(inputs, batch)
         require_apart(self._base)

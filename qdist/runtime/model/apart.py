@@ -86,7 +86,7 @@ def attend(
     max_length_q: int | None = None,
     **named: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as transformers calls it: query, key and value [1, heads, width, head]; returns [1, width, heads, head].
+    """Attention as transformers calls it, of query, key and value [1, heads, width, head], to [1, width, heads, head].
 
     cu_seq_lens_q, max_length_q: `ends` and `longest` of `Boundaries`. sliding_window: tokens that one sees, itself
     among them.

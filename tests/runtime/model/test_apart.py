@@ -1,5 +1,6 @@
 """Samples that share a row have the losses and gradients of rows of their own, in every family that packs."""
 
+import copy
 from typing import Any
 
 import msgspec
@@ -16,7 +17,9 @@ from qdist.runtime.model.apart import block_mask, keep_samples_apart, require_ap
 from qdist.runtime.model.classes import content_of
 from qdist.runtime.model.describe import facts_of
 from qdist.runtime.model.parts import decoder_layers
-from tests.runtime.every_model import tiny_config, tiny_model
+from qdist.runtime.placements.split.stages import keep_stage
+from qdist.runtime.train.setup import checkpoint_layers
+from tests.runtime.every_model import LAYERS, tiny_config, tiny_model
 from tests.runtime.tiny import samples_of
 
 OWN_CODE = "baichuan"
@@ -62,6 +65,38 @@ def test_a_packed_row_has_the_losses_and_gradients_of_its_samples_alone(kind: st
     for name, gradient in alone[1].items():
         scale = float(gradient.abs().max())
         assert float((packed[1][name] - gradient).abs().max()) <= 1e-5 * max(1.0, scale), name
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2", "gemma3"])
+def test_stages_keep_samples_apart_as_the_whole_model_does(kind: str) -> None:
+    model = tiny_model(kind)
+    keep_samples_apart(model)
+    batch, count = collate_bin([2, 0, 3], samples_of(LENGTHS), pad_id=2, size=SIZE, longest=20), LAYERS
+    boundaries = boundaries_of(batch, torch.device("cpu"), longest=20)
+    with torch.no_grad():
+        hidden = batch["input_ids"]
+        for position, layers in enumerate((range(1), range(1, count - 1), range(count - 1, count))):
+            part = copy.deepcopy(model)
+            keep_stage(part, layers, first=position == 0, last=position == 2)
+            hidden = hidden_states(part, hidden, boundaries)
+            require_apart(part)
+        assert torch.equal(hidden, hidden_states(model, batch["input_ids"], boundaries))
+
+
+def test_recomputed_layers_know_the_boundaries_of_their_own_micro_batch() -> None:
+    """Two are in flight, as in a pipeline: the first one's layers are recomputed once the second has gone through."""
+    model, tokenized = tiny_model("llama").train(), samples_of(LENGTHS)
+    keep_samples_apart(model)
+    batches = [collate_bin(own, tokenized, pad_id=2, size=SIZE, longest=20) for own in ([0, 1], [2, 3])]
+    kept = losses_and_gradients(model, batches)
+    model.get_base_model = lambda: model
+    checkpoint_layers(model, LAYERS)
+    model.zero_grad()
+    losses = [summed_loss(model, batch, fused=False, longest=20) for batch in batches]
+    for loss in losses:
+        loss.backward()
+    assert float(sum(losses).detach()) == kept[0]
+    assert all(torch.equal(model.get_parameter(name).grad, gradient) for name, gradient in kept[1].items())
 
 
 def test_most_families_pack_and_the_others_say_why_not() -> None:

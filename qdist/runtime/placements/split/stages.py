@@ -90,7 +90,9 @@ class _NothingToAdd(nn.Module):
         self.width = table.embedding_dim
 
     def forward(self, given: torch.Tensor, *_: Any, position_ids: Any = None, **__: Any) -> torch.Tensor:
-        places = given if position_ids is None else position_ids  # OPT gives its mask first, and positions if it has any
+        places = (
+            given if position_ids is None else position_ids
+        )  # OPT gives its mask first, and positions if it has any
         return torch.zeros((*places.shape, self.width), device=places.device)
 
 
