@@ -16,6 +16,8 @@ from qdist.runtime.data.tokenized import IGNORED, Summary, TokenizedSet, learned
 
 _MOST_MEASURED = 1 << 13
 """Samples, from the start of the run, whose micro-batches a run's sizes are chosen for: they are the sizes of all."""
+_PICKED_OF_A_WIDTH = 2
+"""Numbers of picked positions for each width of unpacked rows: each is a shape, and captured by itself."""
 
 
 def width_of(samples: Sequence[int], tokenized: TokenizedSet) -> int:
@@ -169,7 +171,7 @@ class Samples:
         for own in batches:
             width = size_for(width_of(own, self.tokenized), widths, otherwise=widths[-1])
             learned[width].append(self.learned(own))
-        return {width: few_sizes(counts) for width, counts in learned.items() if counts}
+        return {width: few_sizes(counts, most=_PICKED_OF_A_WIDTH) for width, counts in learned.items() if counts}
 
     def _measured(self) -> Iterator[list[int]]:
         """Micro-batches of the first steps, which the sizes of all are chosen for."""

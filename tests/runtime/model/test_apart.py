@@ -51,6 +51,7 @@ def losses_and_gradients(model: Any, batches: list[dict[str, torch.Tensor]]) -> 
 
 @pytest.mark.parametrize("kind", PACKING)
 def test_a_packed_row_has_the_losses_and_gradients_of_its_samples_alone(kind: str) -> None:
+    """And an empty one, which a rank may have so that it has as many as the others, adds nothing."""
     model, tokenized = tiny_model(kind), samples_of(LENGTHS)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -58,7 +59,8 @@ def test_a_packed_row_has_the_losses_and_gradients_of_its_samples_alone(kind: st
                 parameter.mul_(3.0)  # so that attention prefers some tokens clearly
     alone = losses_and_gradients(model, [collate([index], tokenized, pad_id=2) for index in range(4)])
     keep_samples_apart(model)
-    packed = losses_and_gradients(model, [collate_bin([2, 0, 3, 1], tokenized, pad_id=2, size=SIZE, longest=20)])
+    bins = [collate_bin(own, tokenized, pad_id=2, size=SIZE, longest=20) for own in ([2, 0, 3, 1], [])]
+    packed = losses_and_gradients(model, bins)
     require_apart(model)
     assert packed[0] == pytest.approx(alone[0], rel=1e-5)
     assert packed[1].keys() == alone[1].keys()
