@@ -100,14 +100,22 @@ def attend(
     if not getattr(module, "keeps_apart", False):
         module.keeps_apart = True
     window = sliding_window if sliding_window and sliding_window < max_length_q else 0
+    heads = _Heads(query, key, value)
     if query.device.type == "cpu":
-        mixed = _one_by_one(query, key, value, cu_seq_lens_q, scaling, window, dropout)
+        mixed = _one_by_one(heads, cu_seq_lens_q, scaling, window, dropout)
     elif dropout == 0 and _has_flash(query):
-        return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, window)[None], None
+        return _flash(heads, cu_seq_lens_q, max_length_q, scaling, window)[None], None
     else:
-        mask = block_mask(cu_seq_lens_q, query.shape[2], window)
-        mixed = _masked(query, key, value, mask, scaling, dropout)
+        mixed = _masked(heads, block_mask(cu_seq_lens_q, query.shape[2], window), scaling, dropout)
     return mixed.transpose(1, 2).contiguous(), None
+
+
+class _Heads(NamedTuple):
+    """What attention reads, [1, heads, width, head]; keys and values may have fewer heads, values another width."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
 
 
 def block_mask(ends: torch.Tensor, width: int, window: int) -> torch.Tensor:
@@ -119,45 +127,28 @@ def block_mask(ends: torch.Tensor, width: int, window: int) -> torch.Tensor:
     return seen & (back < window) if window else seen
 
 
-def _one_by_one(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    ends: torch.Tensor,
-    scale: float | None,
-    window: int,
-    dropout: float,
-) -> torch.Tensor:
+def _one_by_one(heads: _Heads, ends: torch.Tensor, scale: float | None, window: int, dropout: float) -> torch.Tensor:
     """Each sample by itself, with the work of its own length squared; where reading `ends` waits for nothing."""
     mixed = []
     for start, stop in pairwise(ends.tolist()):
         if start == stop:
             continue
-        parts = (each[:, :, start:stop] for each in (query, key, value))
-        own = torch.tensor([0, stop - start], dtype=ends.dtype)
-        mask = block_mask(own, stop - start, window) if 0 < window < stop - start else None
-        mixed.append(_masked(*parts, mask, scale, dropout))
+        own = _Heads(*(each[:, :, start:stop] for each in heads))
+        whole = torch.tensor([0, stop - start], dtype=ends.dtype)
+        mask = block_mask(whole, stop - start, window) if 0 < window < stop - start else None
+        mixed.append(_masked(own, mask, scale, dropout))
     return torch.cat(mixed, dim=2)
 
 
-def _masked(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float | None,
-    dropout: float,
-) -> torch.Tensor:
+def _masked(heads: _Heads, mask: torch.Tensor | None, scale: float | None, dropout: float) -> torch.Tensor:
     """torch's fused attention under a mask, or causal without one."""
     return functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
+        *heads,
         attn_mask=mask,
         dropout_p=dropout,
         is_causal=mask is None,
         scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=heads.query.shape[1] != heads.key.shape[1],
     )
 
 
@@ -184,38 +175,30 @@ def _compute_dtype(query: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
 
 
-def _flash(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    ends: torch.Tensor,
-    longest: int,
-    scale: float | None,
-    window: int,
-) -> torch.Tensor:
+def _flash(heads: _Heads, ends: torch.Tensor, longest: int, scale: float | None, window: int) -> torch.Tensor:
     """torch's attention over samples of any lengths; [width, heads, head]."""
     from torch.nn.attention import varlen
 
-    head, of_values = query.shape[-1], value.shape[-1]
+    head, of_values = heads.query.shape[-1], heads.value.shape[-1]
     wide = -(-max(head, of_values) // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
-    groups = query.shape[1] // key.shape[1]
-    kwargs: dict[str, Any] = {}
-    if groups > 1:
-        if _varlen_takes("enable_gqa"):
-            kwargs["enable_gqa"] = True
-        else:  # torch 2.11
-            key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
-    dtype = _compute_dtype(query)
-    rows = [_widened(each[0].transpose(0, 1).to(dtype), wide) for each in (query, key, value)]
+    dtype, groups = _compute_dtype(heads.query), heads.query.shape[1] // heads.key.shape[1]
+    query, key, value = (_widened(each[0].transpose(0, 1).to(dtype), wide) for each in heads)
+    grouped: dict[str, Any] = {}
+    if groups > 1 and _varlen_takes("enable_gqa"):
+        grouped["enable_gqa"] = True
+    elif groups > 1:  # torch 2.11
+        key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
     mixed = varlen.varlen_attn(
-        *rows,
+        query,
+        key,
+        value,
         ends,
         ends,
         longest,
         longest,
         scale=head**-0.5 if scale is None else scale,
         window_size=(window - 1 if window else -1, 0),
-        **kwargs,
+        **grouped,
     )
     assert isinstance(mixed, torch.Tensor)
     return mixed[..., :of_values]
