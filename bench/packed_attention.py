@@ -3,8 +3,8 @@
     python bench/packed_attention.py
 
 Without a GPU, at a tiny size and with the CPU's own way. Prints for each shape the largest difference of outputs and
-gradients from float32 under a mask, relative to the largest number, milliseconds of both passes by boundaries, under the
-mask, and for the same samples each padded to the longest, and whether a CUDA graph of the pass gave the same numbers.
+gradients from float32 under a mask, relative to the largest number; milliseconds of both passes by boundaries, under a
+mask, and of the same samples each padded to the longest; and whether a CUDA graph of the passes gave the same numbers.
 """
 
 import random

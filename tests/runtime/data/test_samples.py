@@ -104,11 +104,11 @@ FEW = ([0], [1], [2])
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_on_gpus_micro_batches_of_a_run_have_few_shapes(plan: Plan, packed: bool) -> None:
-    """On CPUs, where nothing is captured, they have no more padding than they need."""
+def test_micro_batches_that_are_captured_have_few_shapes(plan: Plan, packed: bool) -> None:
+    """Others have no more padding than they need."""
     shapes: dict[str, set[tuple[tuple[int, ...], ...]]] = {}
     for device in ("cuda", "cpu"):
-        samples = samples_with(plan, packed=packed, micro_batch=2, device=device, steps=6)
+        samples = samples_with(plan, packed=packed, micro_batch=2, device=device, graphs=device == "cuda", steps=6)
         batches = [batch for step in range(6) for batch in samples.step(step)]
         made = [samples.batch(own) for own in batches]
         shapes[device] = {tuple(tuple(value.shape) for value in batch.values()) for batch in made}
@@ -118,3 +118,10 @@ def test_on_gpus_micro_batches_of_a_run_have_few_shapes(plan: Plan, packed: bool
     assert len(shapes["cuda"]) <= (4 if packed else 8)
     assert len(shapes["cuda"]) < len(shapes["cpu"])
     assert len({shape[0] for shape in shapes["cuda"]}) <= (1 if packed else 4)
+
+
+def test_rows_on_a_gpu_that_are_not_captured_are_as_wide_as_they_must_be(plan: Plan) -> None:
+    plain, tight = (samples_with(plan, micro_batch=2, device=device) for device in ("cuda", "cpu"))
+    for own in plain.step(0):
+        assert plain.batch(own)["input_ids"].shape == tight.batch(own)["input_ids"].shape
+        assert len(plain.batch(own)["targets"]) == plain.learned(own)
