@@ -75,7 +75,8 @@ def plain_losses(run: RunDir) -> list[float]:
         tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
         total = 0.0
         for batch in batches:
-            loss = model(**batch, num_items_in_batch=torch.tensor(tokens)).loss
+            given = {key: batch[key] for key in ("input_ids", "labels")}
+            loss = model(**given, num_items_in_batch=torch.tensor(tokens)).loss
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(trainable, 0.3)

@@ -1,91 +1,92 @@
-"""The samples of each step and of evaluation, and how full the fullest micro-batch is."""
+"""The micro-batches of each step and of evaluation, as tensors of few shapes."""
 
-import hashlib
-import math
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 
-from qdist.core.errors import DataError
-from qdist.core.planning.plan import Fullest, Plan, held_out_of
-from qdist.core.spec.run_spec import RunSpec
+from qdist.core.planning.plan import Plan
+from qdist.runtime.data.bins import BinSize, bin_size, cut, deal, pack
+from qdist.runtime.data.sizes import few_sizes, padded, size_for
+from qdist.runtime.data.stream import SampleStream, ShuffledEpochs, split
 from qdist.runtime.data.tokenized import IGNORED, Summary, TokenizedSet, learned_tokens, load
 
-_WIDTH_MULTIPLE = 8
-"""Row widths are multiples of this: Tensor Cores want matrix sides in multiples of 8 16-bit numbers."""
-
-
-def split(n: int, *, held_out: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The training samples and the held-out samples: int64 indices, each in data order.
-
-    held_out: the share to hold out; at least one sample where it is above 0, and never all.
-
-    Raises DataError when there is no sample to hold out without leaving none to train on.
-    """
-    if not 0 <= held_out < 1:
-        raise DataError(f"the held-out share is {held_out}", try_="at least 0 and below 1, such as 0.05")
-    if held_out and n < 2:
-        raise DataError(f"{n} sample cannot be split into training and held-out data", try_="--set train.held_out=0")
-    count = held_out_of(n, held_out)
-    order = _permutation(n, _derived(seed, "split"))
-    return order[count:].sort().values, order[:count].sort().values
-
-
-def sample_order(n_train: int, *, seed: int, position: int, count: int) -> list[int]:
-    """Samples `position` up to `position + count` of the endless stream of epochs, each in its own shuffled order.
-
-    A function of its arguments alone: whoever knows the position can go on, with any number of ranks.
-    """
-    if n_train < 1:
-        raise DataError("there is no sample to train on")
-    order: list[int] = []
-    while len(order) < count:
-        epoch, start = divmod(position + len(order), n_train)
-        order += _permutation(n_train, _derived(seed, epoch))[start : start + count - len(order)].tolist()
-    return order
+_MOST_MEASURED = 1 << 13
+"""Samples, from the start of the run, whose micro-batches a run's sizes are chosen for: they are the sizes of all."""
+_PICKED_OF_A_WIDTH = 2
+"""Numbers of picked positions for each width of unpacked rows: each is a shape, and captured by itself."""
 
 
 def width_of(samples: Sequence[int], tokenized: TokenizedSet) -> int:
-    """Positions per row of a micro-batch."""
+    """Positions per row of a micro-batch without more padding than there must be."""
     return padded(max(span.stop - span.start for span in map(tokenized.span, samples)))
 
 
-def padded(longest: int) -> int:
-    """Positions per row if the longest sample has that many tokens."""
-    return -(-longest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
+def collate(
+    samples: Sequence[int], tokenized: TokenizedSet, *, pad_id: int, width: int | None = None
+) -> dict[str, torch.Tensor]:
+    """One micro-batch with a row a sample, padded on the right to `width`, or to the longest sample if that is None.
 
-
-def collate(samples: Sequence[int], tokenized: TokenizedSet, *, pad_id: int) -> dict[str, torch.Tensor]:
-    """One micro-batch, padded on the right to its longest sample and on to a multiple of 8.
-
-    Returns input_ids, attention_mask and labels, each int64 [samples, width].
+    Returns input_ids and labels, each int64 [samples, width]. Causal attention makes a mask unnecessary.
     """
     spans = [tokenized.span(index) for index in samples]
-    shape = (len(spans), width_of(samples, tokenized))
+    shape = (len(spans), width or width_of(samples, tokenized))
     batch = {
         "input_ids": torch.full(shape, pad_id, dtype=torch.int64),
-        "attention_mask": torch.zeros(shape, dtype=torch.int64),
         "labels": torch.full(shape, IGNORED, dtype=torch.int64),
     }
     for row, span in enumerate(spans):
         length = span.stop - span.start
         batch["input_ids"][row, :length] = tokenized.tokens[span]
-        batch["attention_mask"][row, :length] = 1
         batch["labels"][row, :length] = tokenized.labels[span]
     return batch
 
 
-@lru_cache(maxsize=4)
-def _permutation(n: int, seed: int) -> torch.Tensor:
-    """A shuffled range(n), cached because consecutive steps ask for the same epoch. Do not modify it."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+def collate_bin(
+    samples: Sequence[int], tokenized: TokenizedSet, *, pad_id: int, size: BinSize, longest: int
+) -> dict[str, torch.Tensor]:
+    """One packed micro-batch: all samples in one row, padded on the right.
+
+    longest: tokens of the longest sample of the run, of which padding has no longer segments either.
+    Returns input_ids, labels and positions, int64 [1, size.positions], and ends, int32 [segments + 1], as long for
+    every bin of the run: where samples end, from 0, then pieces of padding, then nothing at the end of the row.
+    """
+    batch = {
+        "input_ids": torch.full((1, size.positions), pad_id, dtype=torch.int64),
+        "labels": torch.full((1, size.positions), IGNORED, dtype=torch.int64),
+    }
+    ends = [0]
+    for span in map(tokenized.span, samples):
+        start, stop = ends[-1], ends[-1] + span.stop - span.start
+        batch["input_ids"][0, start:stop] = tokenized.tokens[span]
+        batch["labels"][0, start + 1 : stop] = tokenized.labels[
+            span.start + 1 : span.stop
+        ]  # nothing predicts the first
+        ends.append(stop)
+    while ends[-1] < size.positions:
+        ends.append(min(ends[-1] + longest, size.positions))
+    segments = size.samples + -(-size.positions // longest)
+    batch["positions"] = torch.cat([torch.arange(stop - start) for start, stop in pairwise(ends)])[None]
+    batch["ends"] = torch.tensor(ends + [size.positions] * (segments + 1 - len(ends)), dtype=torch.int32)
+    return batch
 
 
-def _derived(seed: int, purpose: int | str) -> int:
-    """A separate seed for each purpose: with seed + epoch, seed 1 would repeat seed 0's next epoch."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:4], "big")
+def pick(labels: torch.Tensor, sizes: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
+    """The positions with a loss, and the tokens wanted there, of labels aligned with their tokens [rows, width].
+
+    sizes: ascending; padded with (0, -100) to the smallest that is enough, or to all positions. None for no padding.
+    Returns picked, int64 [n] in the flattened micro-batch, and targets, int64 [n].
+    """
+    rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    picked, targets = rows * labels.shape[1] + columns, labels[rows, columns + 1]
+    if sizes is not None:
+        missing = size_for(len(picked), sizes, otherwise=padded(labels.numel())) - len(picked)
+        picked = functional.pad(picked, (0, missing))
+        targets = functional.pad(targets, (0, missing), value=IGNORED)
+    return {"picked": picked, "targets": targets}
 
 
 class Samples:
@@ -93,24 +94,49 @@ class Samples:
 
     def __init__(self, plan: Plan, tokenized: TokenizedSet, *, pad_id: int) -> None:
         self.plan, self.tokenized, self.pad_id = plan, tokenized, pad_id
-        self._train, held_out = split(len(tokenized), held_out=plan.spec.train.held_out, seed=plan.spec.seed)
+        train, held_out = split(len(tokenized), held_out=plan.spec.train.held_out, seed=plan.spec.seed)
+        self.stream: SampleStream = ShuffledEpochs(train, seed=plan.spec.seed)
         self.held_out: list[int] = held_out.tolist()
+        self.bin_size = bin_size(
+            micro_batch=plan.micro_batch,
+            seq_len=plan.seq_len,
+            mean_length=len(tokenized.tokens) / max(1, len(tokenized)),
+        )
 
     def step(self, step: int) -> list[list[int]]:
-        """Sample indices of a step, micro-batch by micro-batch, for all ranks together."""
-        size = self.plan.spec.global_batch
-        order = sample_order(len(self._train), seed=self.plan.spec.seed, position=step * size, count=size)
-        chosen = self._train[order].tolist()
-        return [chosen[start : start + self.plan.micro_batch] for start in range(0, size, self.plan.micro_batch)]
+        """Sample indices of a step, micro-batch by micro-batch, for all ranks together: rank r has r, r + ranks, ...
+
+        Packed, as many for each rank, of which some may be empty.
+        """
+        plan, size = self.plan, self.plan.spec.global_batch
+        chosen = self.stream.take(step * size, size)
+        if not plan.packed:
+            return cut(chosen, plan.micro_batch)
+        least = plan.gpus_per_group if plan.schedule == "1f1b" else 1
+        bins = deal(self.lengths(chosen), self.bin_size, ranks=plan.data_parallel, least=least)
+        return [[chosen[place] for place in own] for own in bins]
 
     def held_out_batches(self) -> list[list[int]]:
         """The held-out samples in micro-batches, in an order independent of the number of ranks."""
-        size = self.plan.micro_batch
-        return [self.held_out[start : start + size] for start in range(0, len(self.held_out), size)]
+        if not self.plan.packed:
+            return cut(self.held_out, self.plan.micro_batch)
+        bins = pack(self.lengths(self.held_out), self.bin_size)
+        return [[self.held_out[place] for place in own] for own in bins]
 
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """One micro-batch as padded tensors."""
-        return collate(indices, self.tokenized, pad_id=self.pad_id)
+        """One micro-batch as padded tensors: input_ids, labels, picked and targets; packed, positions and ends too."""
+        if self.plan.packed:
+            batch = collate_bin(
+                indices, self.tokenized, pad_id=self.pad_id, size=self.bin_size, longest=self.plan.seq_len
+            )
+        else:
+            batch = collate(indices, self.tokenized, pad_id=self.pad_id, width=self._width(indices))
+        width = batch["labels"].shape[1]
+        return batch | pick(batch["labels"], self._sizes.get(width, ()) if self._sizes is not None else None)
+
+    def lengths(self, indices: Sequence[int]) -> list[int]:
+        """Tokens of each of these samples."""
+        return [span.stop - span.start for span in map(self.tokenized.span, indices)]
 
     def learned(self, indices: Sequence[int]) -> int:
         """Number of tokens of these samples that have a loss."""
@@ -118,11 +144,44 @@ class Samples:
 
     def tokens(self, indices: Sequence[int]) -> int:
         """Number of tokens of these samples, without padding."""
-        return sum(span.stop - span.start for span in map(self.tokenized.span, indices))
+        return sum(self.lengths(indices))
 
     def padding(self, indices: Sequence[int]) -> int:
         """Padding positions in a micro-batch of these samples."""
-        return len(indices) * width_of(indices, self.tokenized) - self.tokens(indices)
+        positions = self.bin_size.positions if self.plan.packed else len(indices) * self._width(indices)
+        return positions - self.tokens(indices)
+
+    def _width(self, indices: Sequence[int]) -> int:
+        """Positions per row of an unpacked micro-batch: one of a few where each shape is captured."""
+        tight = width_of(indices, self.tokenized)
+        return (
+            tight if self._sizes is None else size_for(tight, tuple(self._sizes), otherwise=padded(self.plan.seq_len))
+        )
+
+    @cached_property
+    def _sizes(self) -> Mapping[int, tuple[int, ...]] | None:
+        """The widths of a run, ascending, and of each how many positions may be picked; None where any are.
+
+        Padding to few widths costs a run of unpacked rows a quarter of its positions (oasst_600, seq_len 2048), so it
+        is for graphs alone. Packed rows have one width, and an empty one must not be empty for a GPU's kernels.
+        """
+        if self.plan.device == "cpu" or not (self.plan.packed or self.plan.graphs):
+            return None
+        batches = list(self._measured())
+        if self.plan.packed:
+            return {self.bin_size.positions: few_sizes(self.learned(own) for own in batches)}
+        widths = few_sizes(width_of(own, self.tokenized) for own in batches)
+        learned: dict[int, list[int]] = {width: [] for width in widths}
+        for own in batches:
+            width = size_for(width_of(own, self.tokenized), widths, otherwise=widths[-1])
+            learned[width].append(self.learned(own))
+        return {width: few_sizes(counts, most=_PICKED_OF_A_WIDTH) for width, counts in learned.items() if counts}
+
+    def _measured(self) -> Iterator[list[int]]:
+        """Micro-batches of the first steps, which the sizes of all are chosen for."""
+        size = self.plan.spec.global_batch
+        for step in range(max(1, min(self.plan.steps, _MOST_MEASURED // size))):
+            yield from self.step(step)
 
 
 def read_samples(plan: Plan, *, pad_id: int) -> Samples:
@@ -146,53 +205,3 @@ def _random_tokens(plan: Plan) -> TokenizedSet:
     learned = count * (length - 1)
     summary = Summary(records=count, dropped=0, truncated=0, tokens=count * length, learned_tokens=learned)
     return TokenizedSet(tokens, tokens.clone(), torch.arange(count + 1) * length, summary)
-
-
-def micro_batch_seed(seed: int, step: int, index: int) -> int:
-    """Dropout seed of one micro-batch: independent of the rank that computes it and of resuming."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {step} {index}".encode()).digest()[:8], "big") >> 1
-
-
-_MOST_RANKS = 8
-_MOST_SAMPLES = 1 << 18
-"""Samples examined from the start of the run: later micro-batches are hardly fuller than the fullest of these."""
-
-
-def fullest(tokenized: TokenizedSet, train: torch.Tensor, spec: RunSpec) -> tuple[Fullest, ...]:
-    """The fullest micro-batch of each size that divides the global batch, by data-parallel rank, of up to 8 ranks.
-
-    train: the samples to train on, as `batches.split` gives them.
-    """
-    size = spec.global_batch
-    steps = spec.steps or math.ceil((spec.epochs or 1.0) * len(train) / size)
-    count = size * max(1, min(steps, _MOST_SAMPLES // size))
-    order = train[sample_order(len(train), seed=spec.seed, position=0, count=count)]
-    lengths, learned = tokenized.offsets.diff()[order], _learned(tokenized)[order]
-    return tuple(
-        _of(lengths.view(-1, ranks, each), learned.view(-1, ranks, each))
-        for each in _divisors(size)
-        for ranks in _divisors(size // each)
-        if ranks <= _MOST_RANKS
-    )
-
-
-def _of(lengths: torch.Tensor, learned: torch.Tensor) -> Fullest:
-    """The fullest micro-batches; both inputs are [micro-batches of a rank, ranks, samples], ranks taking turns."""
-    samples = lengths.shape[2]
-    return Fullest(
-        samples=samples,
-        positions=tuple(samples * padded(longest) for longest in lengths.amax(dim=(0, 2)).tolist()),
-        learned=tuple(learned.sum(dim=2).amax(dim=0).tolist()),
-    )
-
-
-def _learned(tokenized: TokenizedSet) -> torch.Tensor:
-    """Number of tokens with a loss in each sample; a sample's first token never has one."""
-    counts = (tokenized.labels != IGNORED).to(torch.int64)
-    counts[tokenized.offsets[:-1]] = 0
-    before = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return before[tokenized.offsets[1:]] - before[tokenized.offsets[:-1]]
-
-
-def _divisors(number: int) -> Iterator[int]:
-    return (size for size in range(1, number + 1) if number % size == 0)

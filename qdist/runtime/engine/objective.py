@@ -8,43 +8,63 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from qdist.runtime.data.batches import Samples
+from qdist.runtime.data.batches import Samples, pick
 from qdist.runtime.engine.head import HeadRule, class_logits, head_rule
 from qdist.runtime.kernels.cross_entropy import fused_cross_entropy
+from qdist.runtime.model.apart import Boundaries, keep_samples_apart, keeps_samples_apart, require_apart
 from qdist.runtime.model.causal import takes_whole_rows, whole_rows
-from qdist.runtime.model.parts import decoder_of, head_of
-
-IGNORED = -100
+from qdist.runtime.model.parts import decoder_layers, decoder_of, head_of
 
 
-def summed_loss(model: Any, batch: Mapping[str, torch.Tensor], *, fused: bool) -> torch.Tensor:
+def summed_loss(model: Any, batch: Mapping[str, torch.Tensor], *, fused: bool, longest: int = 0) -> torch.Tensor:
     """Sum of the next-token cross entropy over labels other than -100, a float32 scalar.
 
-    batch: input_ids and labels, int64 [batch, length] on the CPU, right-padded. Causal attention makes a mask
-    unnecessary: no real token attends to the padding behind it.
+    batch: as `Samples.batch` makes it, on any device; without `picked` and `targets` they are found in `labels`.
+    Padding is on the right, so causal attention makes a mask unnecessary: no real token attends to what is behind it.
     fused: use the fused linear cross entropy, which never holds all logits.
+    longest: tokens of the longest sample in a packed row; 0 for the whole row.
     """
     inputs = batch["input_ids"].to(model.device, non_blocking=True)
-    return loss_of(model, hidden_states(model, inputs), batch["labels"], fused=fused)
+    hidden = hidden_states(model, inputs, boundaries_of(batch, inputs.device, longest=longest))
+    return loss_of(model, hidden, batch, fused=fused)
 
 
-def hidden_states(model: Any, inputs: torch.Tensor) -> torch.Tensor:
-    """The decoder's output for token ids, int64 [batch, length], or for hidden states, [batch, length, hidden]."""
+def boundaries_of(batch: Mapping[str, torch.Tensor], device: torch.device, *, longest: int = 0) -> Boundaries | None:
+    """Where the samples of a packed micro-batch are, on a device; None for one with a row a sample."""
+    if "ends" not in batch:
+        return None
+    positions, ends = (batch[key].to(device, non_blocking=True) for key in ("positions", "ends"))
+    return Boundaries(positions, ends, longest or positions.shape[1])
+
+
+def hidden_states(model: Any, inputs: torch.Tensor, boundaries: Boundaries | None = None) -> torch.Tensor:
+    """The decoder's output for token ids, int64 [batch, length], or for hidden states, [batch, length, hidden].
+
+    boundaries: of the samples in a packed row, for a model whose attention goes by them (`keep_samples_apart`).
+    """
     name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
-    seen = {"attention_mask": whole_rows(inputs)} if takes_whole_rows(model) else {}
-    hidden: torch.Tensor = decoder_of(model)(**{name: inputs}, **seen, use_cache=False)[0]
+    named: dict[str, Any] = {}
+    if boundaries is not None:
+        assert keeps_samples_apart(model)
+        named = boundaries.arguments()
+    elif takes_whole_rows(model):
+        named = {"attention_mask": whole_rows(inputs)}
+    hidden: torch.Tensor = decoder_of(model)(**{name: inputs}, use_cache=False, **named)[0]
     return hidden
 
 
-def loss_of(model: Any, hidden: torch.Tensor, labels: torch.Tensor, *, fused: bool) -> torch.Tensor:
-    """The summed loss from hidden states after the final norm and labels on the CPU, both [batch, length, ...]."""
+def loss_of(model: Any, hidden: torch.Tensor, batch: Mapping[str, torch.Tensor], *, fused: bool) -> torch.Tensor:
+    """The summed loss from hidden states after the final norm, [batch, length, hidden].
+
+    batch: `picked` and `targets`, the flattened positions with a loss and the tokens wanted there, -100 for none; or
+    `labels`, to find them in.
+    """
     head, rule = head_of(model), head_rule(model)
     device = next(head.parameters()).device  # of a model spread over GPUs, not always where the hidden states are
-    targets = labels[:, 1:].reshape(-1)
-    learned = (targets != IGNORED).nonzero().squeeze(1)
-    flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    picked = flat.index_select(0, learned.to(hidden.device, non_blocking=True)).to(device)
-    wanted = targets[learned].to(device, non_blocking=True)
+    learned = batch if "picked" in batch else pick(batch["labels"])
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    picked = flat.index_select(0, learned["picked"].to(hidden.device, non_blocking=True)).to(device)
+    wanted = learned["targets"].to(device, non_blocking=True)
     if not rule.plain:
         return functional.cross_entropy(class_logits(model, picked[None])[0].float(), wanted, reduction="sum")
     # A sharded head brings the method itself, so that FSDP gathers its weights around it.
@@ -56,13 +76,18 @@ def loss_of(model: Any, hidden: torch.Tensor, labels: torch.Tensor, *, fused: bo
 def cross_entropy(
     head: Any, hidden: torch.Tensor, wanted: torch.Tensor, rule: HeadRule, *, fused: bool
 ) -> torch.Tensor:
-    """Summed cross entropy of an output embedding on hidden states [tokens, hidden] against the tokens `wanted`."""
+    """Summed cross entropy of an output embedding on hidden states [tokens, hidden] against the tokens `wanted`.
+
+    Where -100 is wanted there is no loss.
+    """
     if fused:
         inner = rule.into(hidden).to(head.weight.dtype)
         return fused_cross_entropy(inner, head.weight, head.bias, wanted, after=rule.after, softcap=rule.softcap)
     return functional.cross_entropy(rule.of(head(rule.into(hidden)).float()), wanted, reduction="sum")
 
 
+_TRIED = 4
+"""Tokens of each sample that is tried for a check."""
 CameTo = Callable[[int], None]
 """Called with the number of each micro-batch, from 1, before it is computed."""
 Evaluate = Callable[[list[list[int]], CameTo], tuple[float, int]]
@@ -79,21 +104,49 @@ class Forward:
     def __init__(self, model: Any, samples: Samples, *, dtype: torch.dtype, fused: bool) -> None:
         self.model, self.samples, self.dtype, self.fused = model, samples, dtype, fused
         self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if samples.plan.packed:
+            keep_samples_apart(self._base)
 
     def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Cross entropy summed over a micro-batch's learned tokens."""
         with self._autocast():
-            return summed_loss(self._base, batch, fused=self.fused)
+            return summed_loss(self._base, batch, fused=self.fused, longest=self.samples.plan.seq_len)
 
-    def part(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The decoder layers on this rank: from token ids, or the previous stage's hidden states, to hidden states."""
+    def part(self, inputs: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The decoder layers on this rank: from token ids, or the previous stage's hidden states, to hidden states.
+
+        batch: the micro-batch that they are of, for its boundaries.
+        """
+        boundaries = boundaries_of(batch, inputs.device, longest=self.samples.plan.seq_len)
         with self._autocast():
-            return hidden_states(self._base, inputs)
+            return hidden_states(self._base, inputs, boundaries)
 
-    def loss_of(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss_of(self, hidden: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The last stage's final step: the summed loss from the output of `part`."""
         with self._autocast():
-            return loss_of(self._base, hidden, labels, fused=self.fused)
+            return loss_of(self._base, hidden, batch, fused=self.fused)
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Try a packed row of two samples. Raises JobError if a layer here has attention from one to the other.
+
+        Collective where ranks hold parts of a layer. Does nothing in a run that packs nothing.
+        """
+        if not self.samples.plan.packed:
+            return
+        batch = {
+            "positions": torch.arange(_TRIED).repeat(1, 2),
+            "ends": torch.tensor([0, _TRIED, 2 * _TRIED], dtype=torch.int32),
+        }
+        shape, device = (1, 2 * _TRIED), self._base.device
+        inputs = torch.zeros(shape, dtype=torch.int64, device=device)
+        if (
+            next(decoder_layers(self._base)[0].parameters(), None) is None
+        ):  # a later stage, which is given hidden states
+            inputs = torch.zeros((*shape, self.samples.plan.facts.hidden), dtype=self.dtype, device=device)
+        with self.without_dropout():
+            self.part(inputs, batch)
+        require_apart(self._base)
 
     @torch.no_grad()
     def evaluate(self, batches: list[list[int]], came_to: CameTo = unseen) -> tuple[float, int]:

@@ -12,7 +12,8 @@ from qdist.core.planning.plan import Plan
 from qdist.core.spec.sections import Optim
 from qdist.core.telemetry.events import Event
 from qdist.host.run.rundir import RunDir
-from qdist.runtime.data.batches import Samples, micro_batch_seed
+from qdist.runtime.data.batches import Samples
+from qdist.runtime.data.stream import micro_batch_seed
 from qdist.runtime.engine.objective import Evaluate, unseen
 from qdist.runtime.engine.torch import Comm, Engine, MicroBatch
 from qdist.runtime.placements.base import Placement

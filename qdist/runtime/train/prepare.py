@@ -30,8 +30,9 @@ def run(request: Prepare) -> Prepared:
 
 def prepare(spec: RunSpec) -> Prepared:
     """The model as a packed local folder, its tokenizer repaired, the data tokenized; all of it cached."""
-    from qdist.runtime.data.batches import fullest, split
     from qdist.runtime.data.chat_template import require_template
+    from qdist.runtime.data.fullness import fills, fullest
+    from qdist.runtime.data.stream import split
     from qdist.runtime.data.tokenized import cached_tokenize
     from qdist.runtime.data.tokenizer import open_tokenizer, repair, text_settings
     from qdist.runtime.data.wording import keep_wording
@@ -88,6 +89,7 @@ def prepare(spec: RunSpec) -> Prepared:
             wording=summary.wording,
             digest=files_digest(spec.data),
             fullest=fullest(tokenized, train, spec),
+            fills=fills(tokenized, train, spec),
         ),
         notes=(
             *_left_out(spec),

@@ -174,6 +174,7 @@ def assemble(
     prepare_for_training(model, plan)
     samples = read_samples(plan, pad_id=pad_id)
     forward = Forward(model, samples, dtype=DTYPES[plan.compute_dtype], fused=plan.liger)
+    forward.check()
     adapter = Adapter(model, forward.loss)
     return Assembled(model, forward, adapter, *place.build(accelerator, adapter, forward))
 

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from qdist.core.planning.plan import Plan
-from qdist.runtime.data.batches import Samples, fullest, micro_batch_seed, read_samples, split
+from qdist.runtime.data.batches import Samples, read_samples
 from tests.runtime.tiny import plan_of, samples_of, save_config
 
 LENGTHS = [3 + n % 14 for n in range(50)]
@@ -42,8 +42,10 @@ def test_held_out_batches_hold_each_held_out_sample_once(plan: Plan) -> None:
         assert [index for batch in batches for index in batch] == samples_with(plan).held_out
 
 
-def test_steps_do_not_depend_on_what_was_asked_before(plan: Plan) -> None:
-    fresh, used = samples_with(plan), samples_with(plan)
+@pytest.mark.parametrize("packed", [False, True])
+def test_steps_do_not_depend_on_what_was_asked_before(plan: Plan, packed: bool) -> None:
+    """So a resumed run goes on with the same micro-batches."""
+    fresh, used = samples_with(plan, packed=packed), samples_with(plan, packed=packed)
     for step in range(9):
         used.step(step)
     assert fresh.step(5) == used.step(5)
@@ -56,23 +58,6 @@ def test_learned_tokens_leave_prompts_and_padding_out(plan: Plan) -> None:
     assert samples.learned([0, 13]) == int((batch["labels"][:, 1:] != -100).sum()) == LENGTHS[0] + LENGTHS[13] - 4
 
 
-def test_the_fullest_micro_batch_of_each_size_is_told_before_the_run(plan: Plan) -> None:
-    """By what a plan counts with, against a walk over all that the run will see."""
-    tokenized = samples_of(LENGTHS)
-    spec = msgspec.structs.replace(plan.spec, steps=7)
-    train, _ = split(len(tokenized), held_out=spec.train.held_out, seed=spec.seed)
-    found = fullest(tokenized, train, spec)
-    assert [(own.samples, len(own.learned)) for own in found] == [
-        (1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1),
-    ]  # fmt: skip
-    for own in found:
-        samples, ranks = samples_with(plan, micro_batch=own.samples), len(own.learned)
-        for rank in range(ranks):
-            seen = [batch for step in range(7) for batch in samples.step(step)[rank::ranks]]
-            assert own.learned[rank] == max(map(samples.learned, seen))
-            assert own.positions[rank] == max(samples.batch(batch)["input_ids"].numel() for batch in seen)
-
-
 def test_random_samples_are_the_same_each_time_and_full_length(plan: Plan) -> None:
     first, again = read_samples(plan, pad_id=0), read_samples(plan, pad_id=0)
     assert first.tokenized.tokens.equal(again.tokenized.tokens)
@@ -80,7 +65,63 @@ def test_random_samples_are_the_same_each_time_and_full_length(plan: Plan) -> No
     assert first.tokens([0]) == 16
 
 
-def test_every_micro_batch_has_a_dropout_seed_of_its_own() -> None:
-    seeds = {micro_batch_seed(seed, step, index) for seed in range(4) for step in range(20) for index in range(20)}
-    assert len(seeds) == 1600
-    assert all(0 <= seed < 2**63 for seed in seeds)
+@pytest.mark.parametrize("step", [0, 4])
+def test_packed_and_on_any_number_of_ranks_a_step_has_the_samples_of_the_unpacked_run(plan: Plan, step: int) -> None:
+    wanted = sorted(index for batch in samples_with(plan, micro_batch=2).step(step) for index in batch)
+    for ranks in (1, 2, 3):
+        bins = samples_with(plan, packed=True, micro_batch=2, world_size=ranks).step(step)
+        assert len(bins) % ranks == 0
+        assert sorted(index for own in bins for index in own) == wanted
+
+
+def test_packed_held_out_samples_are_each_in_one_bin(plan: Plan) -> None:
+    samples = samples_with(plan, packed=True, micro_batch=2)
+    bins = samples.held_out_batches()
+    assert sorted(index for own in bins for index in own) == samples.held_out
+    assert len(bins) < len(samples_with(plan, micro_batch=1).held_out_batches())
+
+
+def test_a_pipeline_has_a_bin_for_each_of_its_stages(plan: Plan) -> None:
+    samples = samples_with(
+        plan, packed=True, micro_batch=8, placement="split", schedule="1f1b", gpus_per_group=3, layer_map=(0, 1, 2)
+    )
+    assert [bool(own) for own in samples.step(0)] == [True] * 3
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_empty_bin_is_all_padding_and_learns_nothing(plan: Plan, device: str) -> None:
+    samples = samples_with(plan, packed=True, micro_batch=2, device=device)
+    batch = samples.batch([])
+    assert (samples.learned([]), samples.tokens([]), samples.padding([])) == (0, 0, 2 * plan.seq_len)
+    assert (batch["labels"] == -100).all()
+    assert (batch["targets"] == -100).all()
+    assert len(batch["targets"]) == (
+        0 if device == "cpu" else min(samples.batch(own)["targets"].numel() for own in FEW)
+    )
+
+
+FEW = ([0], [1], [2])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_micro_batches_that_are_captured_have_few_shapes(plan: Plan, packed: bool) -> None:
+    """Others have no more padding than they need."""
+    shapes: dict[str, set[tuple[tuple[int, ...], ...]]] = {}
+    for device in ("cuda", "cpu"):
+        samples = samples_with(plan, packed=packed, micro_batch=2, device=device, graphs=device == "cuda", steps=6)
+        batches = [batch for step in range(6) for batch in samples.step(step)]
+        made = [samples.batch(own) for own in batches]
+        shapes[device] = {tuple(tuple(value.shape) for value in batch.values()) for batch in made}
+        for own, batch in zip(batches, made, strict=True):
+            assert samples.tokens(own) + samples.padding(own) == batch["input_ids"].numel()
+            assert int((batch["targets"] != -100).sum()) == samples.learned(own)
+    assert len(shapes["cuda"]) <= (4 if packed else 8)
+    assert len(shapes["cuda"]) < len(shapes["cpu"])
+    assert len({shape[0] for shape in shapes["cuda"]}) <= (1 if packed else 4)
+
+
+def test_rows_on_a_gpu_that_are_not_captured_are_as_wide_as_they_must_be(plan: Plan) -> None:
+    plain, tight = (samples_with(plan, micro_batch=2, device=device) for device in ("cuda", "cpu"))
+    for own in plain.step(0):
+        assert plain.batch(own)["input_ids"].shape == tight.batch(own)["input_ids"].shape
+        assert len(plain.batch(own)["targets"]) == plain.learned(own)

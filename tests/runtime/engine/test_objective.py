@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qdist.runtime.data.batches import collate
-from qdist.runtime.engine.objective import IGNORED, summed_loss
+from qdist.runtime.data.tokenized import IGNORED
+from qdist.runtime.engine.objective import summed_loss
 from tests.runtime.tiny import FAMILIES, padded, samples_of, tiny_model
 
 

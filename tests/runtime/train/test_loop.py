@@ -43,7 +43,11 @@ def test_a_rank_moves_with_each_micro_batch_of_an_evaluation() -> None:
     moves: list[tuple[Any, ...]] = []
     batches = [[0], [1], [2]]
     samples: Any = SimpleNamespace(
-        held_out=True, held_out_batches=lambda: batches, batch=lambda indices: indices, learned=len
+        held_out=True,
+        held_out_batches=lambda: batches,
+        batch=lambda indices: indices,
+        learned=len,
+        plan=SimpleNamespace(packed=False),
     )
     forward = Forward(torch.nn.Identity(), samples, dtype=torch.float32, fused=False)
     forward.loss = lambda batch: torch.tensor(float(batch[0]))  # type: ignore[assignment,method-assign]

@@ -12,7 +12,9 @@ from torch.nn import functional
 
 from qdist.core.errors import PlanError
 from qdist.core.planning.memory import STAGE_WIDTH
-from qdist.runtime.engine.objective import IGNORED, CameTo, Forward, unseen
+from qdist.runtime.data.batches import pick
+from qdist.runtime.data.tokenized import IGNORED
+from qdist.runtime.engine.objective import CameTo, Forward, unseen
 from qdist.runtime.engine.torch import MicroBatch
 from qdist.runtime.placements.split.stages import Grid
 
@@ -31,7 +33,7 @@ class Pipeline:
 
         Returns the summed loss as a float64 scalar: on the last stage, 0 on the others.
         """
-        batches = [micro_batch.load() for micro_batch in micro_batches]
+        batches = self._of_one_width([micro_batch.load() for micro_batch in micro_batches])
         rows = {len(batch["input_ids"]) for batch in batches}
         if len(rows) > 1 or len(batches) < self.grid.stages:
             raise PlanError(
@@ -39,15 +41,9 @@ class Pipeline:
                 "takes at least one for each stage, all of one size",
                 try_="--set global_batch=N with N a multiple of micro_batch times the stages",
             )
-        width = max(batch["input_ids"].shape[1] for batch in batches)
-        width = -(-width // STAGE_WIDTH) * STAGE_WIDTH
-        self._stage.begin(
-            seeds=[micro_batch.seed for micro_batch in micro_batches],
-            labels=[widened(batch["labels"], width, IGNORED) for batch in batches],
-            scale=scale,
-        )
-        schedule = self._schedule(len(batches), rows.pop(), width)
-        ids = torch.cat([widened(batch["input_ids"], width, self._pad_id) for batch in batches])
+        self._stage.begin(seeds=[micro_batch.seed for micro_batch in micro_batches], batches=batches, scale=scale)
+        ids = torch.cat([batch["input_ids"] for batch in batches])
+        schedule = self._schedule(len(batches), rows.pop(), ids.shape[1])
         inputs = (ids.to(self.device, non_blocking=True),) if self.grid.first else ()
         try:
             # The target only makes the schedule ask for a loss, which the last stage has computed by itself.
@@ -57,6 +53,18 @@ class Pipeline:
                 raise error.__cause__ from None
             raise
         return self._stage.total
+
+    def _of_one_width(self, batches: list[Mapping[str, torch.Tensor]]) -> list[Mapping[str, torch.Tensor]]:
+        """The micro-batches of a step, padded to one of few widths; packed ones have one already."""
+        if "ends" in batches[0]:
+            return batches
+        width = max(batch["input_ids"].shape[1] for batch in batches)
+        width = -(-width // STAGE_WIDTH) * STAGE_WIDTH
+        return [self._widened(batch, width) for batch in batches]
+
+    def _widened(self, batch: Mapping[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
+        labels = widened(batch["labels"], width, IGNORED)
+        return {"input_ids": widened(batch["input_ids"], width, self._pad_id), "labels": labels, **pick(labels)}
 
     @torch.no_grad()
     def evaluate(self, batches: list[list[int]], came_to: CameTo = unseen) -> tuple[float, int]:
@@ -69,9 +77,9 @@ class Pipeline:
         with self.forward.without_dropout():
             for count, batch in enumerate(map(samples.batch, batches), 1):
                 came_to(count)
-                hidden = self.forward.part(self._received(batch))
+                hidden = self.forward.part(self._received(batch), batch)
                 if self.grid.last:
-                    losses.append(self.forward.loss_of(hidden, batch["labels"]).double())
+                    losses.append(self.forward.loss_of(hidden, batch).double())
                     continue
                 _wait(sent)
                 sent = self._exchange(dist.isend, hidden.to(self.forward.dtype).contiguous(), +1)
@@ -122,19 +130,19 @@ class _StageModule(nn.Module):
         super().__init__()
         self._forward, self._grid, self._device = forward, grid, device
 
-    def begin(self, *, seeds: list[int], labels: list[torch.Tensor], scale: float) -> None:
-        self._waiting = list(zip(seeds, labels, strict=True))[::-1]
+    def begin(self, *, seeds: list[int], batches: list[Mapping[str, torch.Tensor]], scale: float) -> None:
+        self._waiting = list(zip(seeds, batches, strict=True))[::-1]
         self._scale = scale
         self.total = torch.zeros((), dtype=torch.float64, device=self._device)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        seed, labels = self._waiting.pop()
+        seed, batch = self._waiting.pop()
         # Stages must not draw the same masks; with dropout, losses are those of this layer map.
         torch.manual_seed(seed + self._grid.position)
-        hidden = self._forward.part(inputs)
+        hidden = self._forward.part(inputs, batch)
         if not self._grid.last:
             return hidden.to(self._forward.dtype).contiguous()
-        loss = self._forward.loss_of(hidden, labels).float()
+        loss = self._forward.loss_of(hidden, batch).float()
         self.total += loss.detach()
         return loss * self._scale
 

@@ -89,8 +89,11 @@ class _NothingToAdd(nn.Module):
         super().__init__()
         self.width = table.embedding_dim
 
-    def forward(self, given: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return torch.zeros((*given.shape, self.width), device=given.device)
+    def forward(self, given: torch.Tensor, *_: Any, position_ids: Any = None, **__: Any) -> torch.Tensor:
+        places = (
+            given if position_ids is None else position_ids
+        )  # OPT gives its mask first, and positions if it has any
+        return torch.zeros((*places.shape, self.width), device=places.device)
 
 
 def keep_stage(model: Any, layers: range, *, first: bool, last: bool) -> None:

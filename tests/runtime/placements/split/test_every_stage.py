@@ -64,7 +64,7 @@ def test_stages_one_behind_the_other_are_the_whole_model(model: Any) -> None:
             hidden = hidden_states(part, hidden)
             assert sum(not isinstance(layer, Absent) for layer in decoder_layers(part)) == len(layers)
         assert torch.equal(hidden, hidden_states(model, given["input_ids"]))
-        assert torch.equal(loss_of(part, hidden, given["labels"], fused=False), summed_loss(model, given, fused=False))
+        assert torch.equal(loss_of(part, hidden, given, fused=False), summed_loss(model, given, fused=False))
 
 
 def test_recomputed_layers_have_the_gradients_of_kept_ones(model: Any) -> None:

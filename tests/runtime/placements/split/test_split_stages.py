@@ -52,7 +52,7 @@ def test_stages_one_behind_the_other_are_the_whole_model(family: str, cut: tuple
         for part in stages(model, cut):
             hidden = hidden_states(part, hidden)
         assert torch.equal(hidden, hidden_states(model, batch["input_ids"]))
-        loss = loss_of(part, hidden, batch["labels"], fused=False)
+        loss = loss_of(part, hidden, batch, fused=False)
         assert torch.equal(loss, summed_loss(model, batch, fused=False))
 
 
@@ -95,7 +95,7 @@ def test_a_first_stage_learns_from_what_comes_back(family: str) -> None:
         part.zero_grad(set_to_none=True)
     sent = hidden_states(one, batch["input_ids"])
     received = sent.detach().requires_grad_()
-    loss_of(two, hidden_states(two, received), batch["labels"], fused=False).backward()
+    loss_of(two, hidden_states(two, received), batch, fused=False).backward()
     sent.backward(received.grad)
     gradients = {name: value.grad for part in (one, two) for name, value in part.named_parameters()}
     assert all(torch.equal(value.grad, gradients[name]) for name, value in model.named_parameters())

@@ -1,0 +1,89 @@
+"""How full are the micro-batches of a run, of every size that a plan may choose? Told before it is planned."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from qdist.core.planning.plan import Fill, Fullest
+from qdist.core.spec.run_spec import RunSpec
+from qdist.runtime.data.bins import bin_size, pack
+from qdist.runtime.data.sizes import padded
+from qdist.runtime.data.stream import sample_order
+from qdist.runtime.data.tokenized import IGNORED, TokenizedSet
+
+_MOST_RANKS = 8
+_MOST_SAMPLES = 1 << 18
+"""Samples examined from the start of the run: later micro-batches are hardly fuller than the fullest of these."""
+_MOST_BIN = 16
+_MOST_PACKED = 1 << 13
+_MOST_STEPS = 200
+"""Samples and steps that are packed for a mean: each size packs them anew, 8,192 samples in some 10 ms."""
+
+
+def fullest(tokenized: TokenizedSet, train: torch.Tensor, spec: RunSpec) -> tuple[Fullest, ...]:
+    """The fullest micro-batch of each size that divides the global batch, by data-parallel rank, of up to 8 ranks.
+
+    train: the samples to train on, as `stream.split` gives them.
+    """
+    size = spec.global_batch
+    order = _first(train, spec, _MOST_SAMPLES)
+    lengths, learned = tokenized.offsets.diff()[order], _learned(tokenized)[order]
+    return tuple(
+        _of(lengths.view(-1, ranks, each), learned.view(-1, ranks, each))
+        for each in _divisors(size)
+        for ranks in _divisors(size // each)
+        if ranks <= _MOST_RANKS
+    )
+
+
+def fills(tokenized: TokenizedSet, train: torch.Tensor, spec: RunSpec) -> tuple[Fill, ...]:
+    """How full packed micro-batches of 1 to 16 sequences are, for up to 8 ranks; none larger than a step needs.
+
+    train: as for `fullest`.
+    """
+    order = _first(train, spec, min(_MOST_PACKED, _MOST_STEPS * spec.global_batch))
+    steps: list[list[int]] = tokenized.offsets.diff()[order].view(-1, spec.global_batch).tolist()
+    seq_len = min(spec.seq_len, int(tokenized.offsets.diff().max()))
+    mean, tokens = len(tokenized.tokens) / len(tokenized), sum(map(sum, steps)) / len(steps)
+    found: list[Fill] = []
+    for samples in range(1, _MOST_BIN + 1):
+        size = bin_size(micro_batch=samples, seq_len=seq_len, mean_length=mean)
+        bins = [len(pack(lengths, size)) for lengths in steps]
+        for ranks in range(1, _MOST_RANKS + 1):
+            each = sum(-(-count // ranks) for count in bins) / len(bins)
+            share = tokens / (each * ranks * size.positions)
+            found.append(Fill(samples=samples, ranks=ranks, micro_batches=each, share=share))
+        if max(bins) == 1:
+            break
+    return tuple(found)
+
+
+def _first(train: torch.Tensor, spec: RunSpec, most: int) -> torch.Tensor:
+    """The samples of a run's first steps, in order: of as many whole steps as have `most` samples, at least one."""
+    size = spec.global_batch
+    steps = spec.steps or math.ceil((spec.epochs or 1.0) * len(train) / size)
+    count = size * max(1, min(steps, most // size))
+    return train[sample_order(len(train), seed=spec.seed, position=0, count=count)]
+
+
+def _of(lengths: torch.Tensor, learned: torch.Tensor) -> Fullest:
+    """The fullest micro-batches; both inputs are [micro-batches of a rank, ranks, samples], ranks taking turns."""
+    samples = lengths.shape[2]
+    return Fullest(
+        samples=samples,
+        positions=tuple(samples * padded(longest) for longest in lengths.amax(dim=(0, 2)).tolist()),
+        learned=tuple(learned.sum(dim=2).amax(dim=0).tolist()),
+    )
+
+
+def _learned(tokenized: TokenizedSet) -> torch.Tensor:
+    """Number of tokens with a loss in each sample; a sample's first token never has one."""
+    counts = (tokenized.labels != IGNORED).to(torch.int64)
+    counts[tokenized.offsets[:-1]] = 0
+    before = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return before[tokenized.offsets[1:]] - before[tokenized.offsets[:-1]]
+
+
+def _divisors(number: int) -> Iterator[int]:
+    return (size for size in range(1, number + 1) if number % size == 0)
