@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from qdist.runtime.model.dropout_seed import dropout_seed_of
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _BNB_NAMES = {"exp_avg": "state1", "exp_avg_sq": "state2"}
 """bitsandbytes' names for Adam's moments."""
@@ -94,7 +96,7 @@ class Adapter(nn.Module):
         trainable = dict(model.named_parameters())
         for name in self.names:
             self.register_parameter(name.replace(".", "/"), trainable[name])
-        self._loss = loss
+        self._loss, self.dropout_seed = loss, dropout_seed_of(model)
 
     def forward(self, batch: Any) -> torch.Tensor:
         return self._loss(batch)
@@ -136,6 +138,7 @@ class TorchEngine:
         losses = []
         for micro_batch in micro_batches:
             torch.manual_seed(micro_batch.seed)
+            self.adapter.dropout_seed.write(micro_batch.seed)
             loss = self.adapter(micro_batch.load())
             (loss * (weight * loss_scale)).backward()
             losses.append(loss.detach().double())

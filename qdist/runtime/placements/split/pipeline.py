@@ -14,6 +14,7 @@ from qdist.core.errors import PlanError
 from qdist.core.planning.memory import STAGE_WIDTH
 from qdist.runtime.engine.objective import IGNORED, CameTo, Forward, unseen
 from qdist.runtime.engine.torch import MicroBatch
+from qdist.runtime.model.dropout_seed import dropout_seed_of
 from qdist.runtime.placements.split.stages import Grid
 
 
@@ -129,8 +130,9 @@ class _StageModule(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         seed, labels = self._waiting.pop()
-        # Stages must not draw the same masks; with dropout, losses are those of this layer map.
+        # For dropout in the model's own layers, of which stages must not draw the same masks.
         torch.manual_seed(seed + self._grid.position)
+        dropout_seed_of(self._forward.model).write(seed, in_flight=True)
         hidden = self._forward.part(inputs)
         if not self._grid.last:
             return hidden.to(self._forward.dtype).contiguous()
