@@ -33,7 +33,7 @@ def saved_bytes_per_token(
     """What autograd keeps of one token in one decoder layer: each distinct tensor once.
 
     A frozen linear keeps nothing of its input, LoRA's A keeps its input and B the rank-wide product.
-    fused_lora: our own adapted linears, which cast nothing; peft's otherwise.
+    fused_lora: our own adapted linears, which keep no casts and draw masks of dropout anew; peft's otherwise.
     tests/core/planning/test_memory.py holds these terms against the tensors that torch saves.
     """
     adapted = shape.targeted(targets)
@@ -44,7 +44,7 @@ def saved_bytes_per_token(
         _saved_by_norms(shape, compute_bytes, fused)
         + (saved_by_recurrence(shape, compute_bytes, recurrence) if shape.mixer == "recurrent" else mixed[shape.mixer])
         + _saved_by_activation(shape, compute_bytes, fused)
-        + adapter.saved_inputs(shape, adapted, compute_bytes, casts=casts, dropout=lora_dropout)
+        + adapter.saved_inputs(shape, adapted, compute_bytes, casts=casts, dropout=lora_dropout and not fused_lora)
         + len(adapted) * rank_r * compute_bytes
         + _saved_by_experts(shape, compute_bytes, rank_r, adapted, shape.targeted_matrices(targets))
     )

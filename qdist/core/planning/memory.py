@@ -91,7 +91,7 @@ class TrainingShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     fused_layers: bool = False
     """Whether RMS norm and gated activation are fused (Liger)."""
     fused_lora: bool = False
-    """Whether qdist's adapted linears replace peft's: no casts are kept."""
+    """Whether qdist's adapted linears replace peft's: neither casts nor masks of dropout are kept."""
     lora_dropout: bool = False
     grouped: bool = True
     """Whether one kernel multiplies all experts of a layer, for which all their matrices are unpacked."""

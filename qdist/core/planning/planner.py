@@ -247,7 +247,7 @@ def _setting(inputs: _Inputs, count: int) -> PlanningContext:
         seq_len=inputs.longest,
         fused_loss=inputs.liger,
         fused_layers=inputs.liger,
-        fused_lora=spec.lora.dropout == 0,
+        fused_lora=True,
         lora_dropout=spec.lora.dropout > 0,
         grouped=inputs.cluster.device == "cuda" and inputs.dtype == "bfloat16",
         recurrence=inputs.recurrence or "torch",

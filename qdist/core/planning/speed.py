@@ -44,6 +44,9 @@ INT8_STOP = 0.8
 """Its forward product's wait for the GPU to report outlier columns, as a multiple of the time to launch a linear."""
 PEFT_ACCESSES = 5.0
 """16-bit accesses per output of an adapted linear and pass for peft's scaling, adding and casting."""
+DROPOUT_ACCESSES = {False: 3.0, True: 0.5}
+"""16-bit accesses per input of an adapted linear and pass for dropout: peft's, which copies; and ours, whose hash
+of each element takes the time of half an access (an estimate)."""
 LAUNCH_SHARE = 1.35
 """Time to launch all of a layer's kernels over that for its linears alone; bounds small micro-batches."""
 PAGED_SHARE = 0.09
@@ -192,7 +195,8 @@ def _accesses(shape: LayerShape, job: TrainingShape) -> tuple[float, float]:
         forward, backward = forward + PEFT_ACCESSES * outputs, backward + PEFT_ACCESSES * outputs
         if job.bits == 16:
             forward, backward = forward + 5 * inputs, backward + 5 * inputs  # casts to fp32 and back
-    return forward + 3 * inputs * job.lora_dropout, backward + 3 * inputs * job.lora_dropout
+    drawn = DROPOUT_ACCESSES[job.fused_lora] * inputs * job.lora_dropout
+    return forward + drawn, backward + drawn
 
 
 def _loss_traffic(sizes: Sizes, tokens: int) -> float:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import re
+import zlib
 from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
@@ -18,6 +19,8 @@ from qdist.host.sources.models import public_name
 from qdist.runtime.adapters.experts import adapt_experts
 from qdist.runtime.adapters.lora import adapted_product, peft_name
 from qdist.runtime.adapters.registry import METHODS, method_of
+from qdist.runtime.kernels.dropout import Mask
+from qdist.runtime.model.dropout_seed import DropoutSeed, give_dropout_seed
 from qdist.runtime.model.experts import is_experts
 from qdist.runtime.model.packed import PackedLinear, frozen_product, is_offloaded
 from qdist.runtime.model.packed_experts import PackedMatrices
@@ -27,6 +30,11 @@ _BY_VARIANT = {type(method.variant()): method for method in METHODS.values()}
 
 class FusedLora(LoraLinear):
     """PEFT's LoRA layer with `adapted_product` as its training pass; everything else is PEFT's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seed, self.constant = DropoutSeed(), 0
+        """What its dropout mask is made from; `give_masks` sets them."""
 
     def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> Any:
         """PEFT's way to compute an adapter, or the method's own if it has one."""
@@ -44,11 +52,27 @@ class FusedLora(LoraLinear):
         if self.disable_adapters or self.merged or len(active) != 1 or active[0] not in self.lora_A or args or kwargs:
             return super().forward(x, *args, **kwargs)
         name = active[0]
-        if self.training and not isinstance(self.lora_dropout[name], nn.Identity):
-            return super().forward(x)
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
         scaling = _BY_VARIANT[type(self.lora_variant.get(name))].scaling(self, name)
-        return adapted_product(x, down, up, self.get_base_layer(), scaling)
+        return adapted_product(x, down, up, self.get_base_layer(), scaling, self.mask(name, x.device))
+
+    def mask(self, name: str, device: torch.device) -> Mask | None:
+        """The dropout of an adapter's input in this micro-batch; None in evaluation."""
+        dropout = self.lora_dropout[name]
+        if not self.training or isinstance(dropout, nn.Identity):
+            return None
+        return Mask(self.seed.on(device), self.constant, dropout.p)
+
+
+def give_masks(model: nn.Module) -> None:
+    """Have the adapted linears of a model share one dropout seed, each with a constant made from its path.
+
+    So masks are the same in every placement, and those of two linears have nothing to do with each other.
+    """
+    seed = give_dropout_seed(model)
+    for path, module in model.named_modules():
+        if isinstance(module, FusedLora):
+            module.seed, module.constant = seed, zlib.crc32(path.encode()) & 0x7FFFFFFF
 
 
 def settle_offloaded(model: nn.Module) -> None:
@@ -130,6 +154,7 @@ def adapt(model: Any, config: Any) -> Any:
     outside.exclude_modules = _without_packed_experts(model, outside)
     adapted = get_peft_model(model, outside)
     adapt_experts(adapted, config, tuple(sorted(experts)))
+    give_masks(adapted)
     return adapted
 
 

@@ -9,8 +9,15 @@ import torch
 from torch import nn
 
 from qdist.core.planning.plan import Plan
+from qdist.runtime.kernels.dropout import Mask, add_dropped, dropped, dropped_gradient, dropped_product
 from qdist.runtime.kernels.pooling import means
-from qdist.runtime.model.packed import compute_dtype, frozen_input_gradient, frozen_product, unlike_a_view
+from qdist.runtime.model.packed import (
+    add_frozen_input_gradient,
+    compute_dtype,
+    frozen_input_gradient,
+    frozen_product,
+    unlike_a_view,
+)
 
 _PREFIX = "base_model.model."
 """PEFT's prefix of a module path."""
@@ -112,55 +119,125 @@ def adapted_path(name: str) -> str | None:
     return name.removeprefix(_PREFIX).removesuffix(end) if name.endswith(end) else None
 
 
+class Reader(NamedTuple):
+    """A frozen linear that reads a tensor, and the factor on its B A."""
+
+    layer: nn.Linear
+    scaling: float
+
+
 def adapted_product(
-    inputs: torch.Tensor, down: torch.Tensor, up: torch.Tensor, layer: nn.Linear, scaling: float
+    inputs: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    layer: nn.Linear,
+    scaling: float,
+    mask: Mask | None = None,
 ) -> torch.Tensor:
     """inputs [..., in] W' + scaling (inputs A') B', differentiable in the inputs, A and B.
 
     down: A, float32 [r, in]. With fewer columns, each reads the mean of as many inputs that follow each other.
     up: B, float32 [out, r].
+    mask: dropout of what A reads, scaled by 1 / (1 - p).
     """
-    product: torch.Tensor = _Adapted.apply(inputs, down, up, layer, scaling)
-    return product
+    return adapted_products(inputs, [down], [up], (Reader(layer, scaling),), mask)[0]
+
+
+def adapted_products(
+    inputs: torch.Tensor,
+    downs: Sequence[torch.Tensor],
+    ups: Sequence[torch.Tensor],
+    readers: tuple[Reader, ...],
+    mask: Mask | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """`adapted_product` of several linears that read one tensor: they share the mask and the passes over it."""
+    products: tuple[torch.Tensor, ...] = _Adapted.apply(inputs, readers, mask, *downs, *ups)
+    return products
 
 
 class _Adapted(torch.autograd.Function):
-    """y = x W' + s (x A') B' (Hu et al. 2021), where ' is the transpose.
+    """y = x W' + s (x A') B' (Hu et al. 2021) for one or several W, A, B, where ' is the transpose.
 
     The low-rank terms are added inside the matrix products (beta = 1), where PEFT multiplies by s and adds over the
-    whole output, and autograd adds the two input gradients. A and B are cast anew in the backward pass.
+    whole output, and autograd adds the input gradients. All A are one thin matrix, and all input gradients one sum that
+    the products add to. A and B are cast anew in the backward pass, and the mask of dropout is drawn anew.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: torch.Tensor, down: torch.Tensor, up: torch.Tensor, layer: nn.Linear, scaling: float
-    ) -> torch.Tensor:
-        dtype, pool = compute_dtype(inputs), inputs.shape[-1] // down.shape[1]
+        ctx: Any, inputs: torch.Tensor, readers: tuple[Reader, ...], mask: Mask | None, *factors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        dtype, downs, ups = compute_dtype(inputs), factors[: len(readers)], factors[len(readers) :]
+        ctx.readers, ctx.mask, ctx.input_dtype = readers, mask, inputs.dtype
+        ctx.pool, ctx.ranks = inputs.shape[-1] // downs[0].shape[1], [down.shape[0] for down in downs]
         flat = inputs.reshape(-1, inputs.shape[-1]).to(dtype)
-        product = frozen_product(layer, flat)
-        read = flat if pool == 1 else means(flat, pool)  # sums would overflow in float16
-        narrow = read @ down.to(dtype).t()
-        product.addmm_(narrow, up.to(dtype).t(), alpha=scaling)
-        ctx.save_for_backward(read, narrow, down, up)
-        ctx.layer, ctx.scaling, ctx.pool, ctx.input_dtype = layer, scaling, pool, inputs.dtype
-        return unlike_a_view(product, (*inputs.shape[:-1], product.shape[-1]))
+        read, narrow = _narrowed(flat, _stacked(downs, dtype), ctx.pool, mask)
+        products = []
+        for reader, up, part in zip(readers, ups, narrow.split(ctx.ranks, dim=1), strict=True):
+            product = frozen_product(reader.layer, flat)
+            product.addmm_(part, up.to(dtype).t(), alpha=_factor(reader, mask))
+            products.append(unlike_a_view(product, (*inputs.shape[:-1], product.shape[-1])))
+        ctx.save_for_backward(read, narrow, *factors)
+        return tuple(products)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        read, narrow, down, up = ctx.saved_tensors
-        outer = gradients[0]
-        gradient = outer.reshape(-1, outer.shape[-1]).to(read.dtype)
-        narrow_gradient = (gradient @ up.to(read.dtype)).mul_(ctx.scaling)
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        read, narrow, *factors = ctx.saved_tensors
+        readers, mask = ctx.readers, ctx.mask
+        downs, ups = factors[: len(readers)], factors[len(readers) :]
+        gradients = [each.reshape(-1, each.shape[-1]).to(read.dtype) for each in outer]
+        narrow_gradient, up_gradients = torch.empty_like(narrow), []
+        parts = (both.split(ctx.ranks, dim=1) for both in (narrow, narrow_gradient))
+        for reader, up, gradient, part, back in zip(readers, ups, gradients, *parts, strict=True):
+            scaling = _factor(reader, mask)
+            back.addmm_(gradient, up.to(read.dtype), beta=0, alpha=scaling)
+            up_gradients.append(_product_in(up.dtype, gradient.t(), part).mul_(scaling))
         inputs = None
         if ctx.needs_input_grad[0]:
-            inputs = frozen_input_gradient(ctx.layer, gradient)
-            # A as wide as the inputs is small, and adding within the product is a pass over memory less.
-            wide = down.to(read.dtype).repeat_interleave(ctx.pool, dim=1) if ctx.pool > 1 else down.to(read.dtype)
-            inputs.addmm_(narrow_gradient, wide, alpha=1 / ctx.pool)
-            inputs = inputs.view(*outer.shape[:-1], inputs.shape[-1]).to(ctx.input_dtype)
-        up_gradient = _product_in(up.dtype, gradient.t(), narrow).mul_(ctx.scaling)
-        down_gradient = _product_in(down.dtype, narrow_gradient.t(), read)
-        return inputs, down_gradient, up_gradient, None, None
+            inputs = _input_gradient(ctx, gradients, narrow_gradient, _stacked(downs, read.dtype))
+            inputs = inputs.view(*outer[0].shape[:-1], inputs.shape[-1]).to(ctx.input_dtype)
+        if mask is not None and ctx.pool == 1:
+            down_gradient = dropped_gradient(narrow_gradient, read, mask).to(downs[0].dtype)
+        else:
+            down_gradient = _product_in(downs[0].dtype, narrow_gradient.t(), read)
+        return inputs, None, None, *down_gradient.split(ctx.ranks), *up_gradients
+
+
+def _factor(reader: Reader, mask: Mask | None) -> float:
+    """What B A is multiplied by: what dropout leaves stands for all."""
+    return reader.scaling if mask is None else reader.scaling / (1.0 - mask.share)
+
+
+def _stacked(downs: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """All A as one matrix [sum of r, in] in `dtype`."""
+    return downs[0].to(dtype) if len(downs) == 1 else torch.cat([down.to(dtype) for down in downs])
+
+
+def _narrowed(
+    flat: torch.Tensor, down: torch.Tensor, pool: int, mask: Mask | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What A reads, kept for its gradient, and the product with A; of inputs [tokens, in]."""
+    if mask is not None and pool == 1:
+        return flat, dropped_product(flat, down, mask)
+    read = flat if mask is None else dropped(flat, mask)
+    read = read if pool == 1 else means(read, pool)  # sums would overflow in float16
+    return read, read @ down.t()
+
+
+def _input_gradient(
+    ctx: Any, gradients: list[torch.Tensor], narrow_gradient: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of the inputs, [tokens, in], from those of the outputs and of the narrow product."""
+    first, *others = zip(ctx.readers, gradients, strict=True)
+    total = frozen_input_gradient(first[0].layer, first[1])
+    for reader, gradient in others:
+        add_frozen_input_gradient(reader.layer, gradient, total)
+    # A as wide as the inputs is small, and adding within the product is a pass over memory less.
+    wide = down.repeat_interleave(ctx.pool, dim=1) if ctx.pool > 1 else down
+    if ctx.mask is None:
+        return total.addmm_(narrow_gradient, wide, alpha=1 / ctx.pool)
+    add_dropped(total, narrow_gradient, wide, ctx.mask, 1 / ctx.pool)
+    return total
 
 
 def _product_in(dtype: torch.dtype, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -63,6 +63,7 @@ class DeepSpeedEngine:
         losses = []
         for micro_batch in micro_batches:
             torch.manual_seed(micro_batch.seed)
+            self.adapter.dropout_seed.write(micro_batch.seed)
             last = micro_batch is micro_batches[-1]
             loss = self.backward(micro_batch.load(), weight=weight, loss_scale=loss_scale, last=last)
             losses.append(loss.double())

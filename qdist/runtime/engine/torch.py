@@ -15,6 +15,7 @@ from qdist.runtime.engine.adamw import (
     update_parameters,
 )
 from qdist.runtime.engine.update import Across, DeviceUpdate, StepResult, finish_gradients
+from qdist.runtime.model.dropout_seed import dropout_seed_of
 
 
 class MicroBatch(NamedTuple):
@@ -87,7 +88,7 @@ class Adapter(nn.Module):
         trainable = dict(model.named_parameters())
         for name in self.names:
             self.register_parameter(name.replace(".", "/"), trainable[name])
-        self._loss = loss
+        self._loss, self.dropout_seed = loss, dropout_seed_of(model)
 
     def forward(self, batch: Any) -> torch.Tensor:
         return self._loss(batch)
@@ -136,6 +137,7 @@ class TorchEngine:
         losses = []
         for micro_batch in micro_batches:
             torch.manual_seed(micro_batch.seed)
+            self.adapter.dropout_seed.write(micro_batch.seed)
             loss = self.adapter(micro_batch.load())
             (loss * (weight * loss_scale)).backward()
             losses.append(loss.detach().double())

@@ -67,6 +67,10 @@ class PackedLinear(nn.Linear):
         """The gradient of the inputs from that of the outputs, [tokens, out_features]."""
         return gradient @ self.matrix(gradient.dtype, gradient.device)
 
+    def add_input_gradient(self, gradient: torch.Tensor, total: torch.Tensor) -> None:
+        """Add `input_gradient` to a sum [tokens, in_features]: inside the product, which spares a pass over memory."""
+        total.addmm_(gradient, self.matrix(gradient.dtype, gradient.device))
+
     def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """A float matrix as the tensors that the layer holds, by their names in it."""
         raise NotImplementedError
@@ -239,6 +243,14 @@ def frozen_input_gradient(layer: nn.Linear, gradient: torch.Tensor) -> torch.Ten
     if isinstance(layer, PackedLinear):
         return layer.input_gradient(gradient)
     return gradient @ layer.weight.to(gradient.device, gradient.dtype, non_blocking=True)
+
+
+def add_frozen_input_gradient(layer: nn.Linear, gradient: torch.Tensor, total: torch.Tensor) -> None:
+    """Add a frozen linear's input gradient to a sum [tokens, in]."""
+    if isinstance(layer, PackedLinear):
+        layer.add_input_gradient(gradient, total)
+    else:
+        total.addmm_(gradient, layer.weight.to(gradient.device, gradient.dtype, non_blocking=True))
 
 
 def compute_dtype(inputs: torch.Tensor) -> torch.dtype:

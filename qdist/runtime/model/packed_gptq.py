@@ -71,12 +71,21 @@ class PackedGptq(PackedLinear):
 
     def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         inputs = super().input_gradient(gradient)
-        if self.shift is not None:
-            # The scale belongs inside the product: stored offsets are large, and the product would leave float16.
-            none, offsets = gradient.new_zeros(1), self._offsets(gradient).t()
-            groups = torch.addmm(none, gradient, offsets, beta=0, alpha=self.shift.scale)
-            add_pooled_gradient(inputs, groups, self.shift.group_size)
+        self._add_shift_gradient(gradient, inputs)
         return inputs
+
+    def add_input_gradient(self, gradient: torch.Tensor, total: torch.Tensor) -> None:
+        super().add_input_gradient(gradient, total)
+        self._add_shift_gradient(gradient, total)
+
+    def _add_shift_gradient(self, gradient: torch.Tensor, total: torch.Tensor) -> None:
+        """Add what offsets contribute to the gradient of the inputs."""
+        if self.shift is None:
+            return
+        # The scale belongs inside the product: stored offsets are large, and the product would leave float16.
+        none, offsets = gradient.new_zeros(1), self._offsets(gradient).t()
+        groups = torch.addmm(none, gradient, offsets, beta=0, alpha=self.shift.scale)
+        add_pooled_gradient(total, groups, self.shift.group_size)
 
     def _offsets(self, like: torch.Tensor) -> torch.Tensor:
         """Offsets [in / group_size, out], to be multiplied by the scale."""

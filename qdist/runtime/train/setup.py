@@ -27,6 +27,7 @@ from qdist.runtime.data.batches import read_samples
 from qdist.runtime.engine.objective import Evaluate, Forward
 from qdist.runtime.engine.torch import Adapter, Engine
 from qdist.runtime.model.causal import take_whole_rows
+from qdist.runtime.model.dropout_seed import dropout_seed_of
 from qdist.runtime.model.experts import is_experts
 from qdist.runtime.model.parts import decoder_layers, decoder_of
 from qdist.runtime.model.skeleton import DTYPES, load_backbone
@@ -236,17 +237,19 @@ def _around(model: nn.Module, path: str) -> Iterator[nn.Module]:
 def checkpoint_layers(model: Any, count: int) -> None:
     """Recompute the first `count` decoder layers in the backward pass; transformers' way, or ours where it has none."""
     base = model.get_base_model()
-    layers = decoder_layers(base)
+    layers, contexts = decoder_layers(base), dropout_seed_of(model).contexts
     if base.supports_gradient_checkpointing and all(hasattr(layer, "gradient_checkpointing") for layer in layers):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
         for layer in layers[count:]:
             layer.gradient_checkpointing = False
         return
     for layer in layers[:count]:
-        layer.forward = partial(_recomputed, layer, layer.forward)
+        layer.forward = partial(_recomputed, layer, layer.forward, contexts)
 
 
-def _recomputed(layer: Any, forward: Callable[..., Any], *given: Any, **named: Any) -> Any:
+def _recomputed(
+    layer: Any, forward: Callable[..., Any], contexts: Callable[..., Any], *given: Any, **named: Any
+) -> Any:
     if not layer.training:
         return forward(*given, **named)
-    return checkpoint(forward, *given, use_reentrant=False, **named)
+    return checkpoint(forward, *given, use_reentrant=False, context_fn=contexts, **named)

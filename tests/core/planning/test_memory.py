@@ -338,7 +338,7 @@ def test_our_adapted_linears_save_what_the_terms_say(family: str, autocast: bool
     [("llama", 0.0, False), ("llama", 0.1, False), ("llama", 0.0, True), ("opt", 0.0, False), ("opt", 0.1, False)],
 )
 def test_pooling_linears_keep_groups_alone(family: str, lora_dropout: float, autocast: bool) -> None:
-    """Of 16 inputs. With dropout PEFT computes, and in float32."""
+    """Of 16 inputs, with dropout and without."""
     facts = from_config(layered(family, 1), name=family)
     targets = facts.linear_names
     given = {"bits": 16, "autocast": autocast, "fused_lora": True, "pool": 16}

@@ -10,6 +10,7 @@ from torch import nn
 
 from qdist.core.spec.sections import Quant
 from qdist.runtime.adapters.attach import FusedLora
+from qdist.runtime.kernels.dropout import Mask, kept
 from qdist.runtime.kernels.four_bit import dequantize_reference
 from qdist.runtime.model.packed import Packed4bit, Packed8bit, PackedLinear
 from qdist.runtime.model.skeleton import fill
@@ -89,6 +90,18 @@ KINDS = {
 }
 
 
+class Masked(nn.Module):
+    """Dropout with a given mask."""
+
+    def __init__(self, mask: Mask) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        keep = kept(self.mask, inputs[..., 0].numel(), inputs.shape[-1]).view(inputs.shape)
+        return inputs * keep / (1 - self.mask.share)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_fused_adapter_computes_what_peft_does(kind: str, dropout: float) -> None:
@@ -101,6 +114,8 @@ def test_a_fused_adapter_computes_what_peft_does(kind: str, dropout: float) -> N
         model = get_peft_model(nn.Sequential(nn.ModuleDict({"linear": filled(KINDS[kind]())})), config)
         layer = model.base_model.model[0]["linear"]
         assert isinstance(layer, FusedLora) == custom
+        if dropout and not custom:
+            layer.lora_dropout["default"] = Masked(Mask(torch.tensor([0]), 0, dropout))
         nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
         leaf = torch.randn(2, 6, INPUTS, requires_grad=True)
         torch.manual_seed(1)

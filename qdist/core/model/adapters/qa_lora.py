@@ -59,11 +59,9 @@ class QaLoraMethod(LoraMethod, frozen=True):
     def saved_inputs(
         self, shape: LayerShape, adapted: tuple[Linear, ...], compute_bytes: int, *, casts: bool, dropout: bool
     ) -> int:
-        """The pooled input alone, each reader its own; dropout keeps its masks, peft pools in fp32."""
+        """The pooled input alone, each reader its own."""
         own = sum(linear.inputs for linear in adapted)
         kept = shape.intermediate * compute_bytes * (shape.mlp == "relu")
-        if dropout:
-            return kept + own // self.pool * 4 + own * (1 if compute_bytes < 4 else 4)
         return kept + own // self.pool * compute_bytes
 
     @staticmethod

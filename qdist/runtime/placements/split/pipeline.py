@@ -16,6 +16,7 @@ from qdist.runtime.data.batches import pick
 from qdist.runtime.data.tokenized import IGNORED
 from qdist.runtime.engine.objective import CameTo, Forward, unseen
 from qdist.runtime.engine.torch import MicroBatch
+from qdist.runtime.model.dropout_seed import dropout_seed_of
 from qdist.runtime.placements.split.stages import Grid
 
 
@@ -137,8 +138,9 @@ class _StageModule(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         seed, batch = self._waiting.pop()
-        # Stages must not draw the same masks; with dropout, losses are those of this layer map.
+        # For dropout in the model's own layers, of which stages must not draw the same masks.
         torch.manual_seed(seed + self._grid.position)
+        dropout_seed_of(self._forward.model).write(seed, in_flight=True)
         hidden = self._forward.part(inputs, batch)
         if not self._grid.last:
             return hidden.to(self._forward.dtype).contiguous()

@@ -1,0 +1,178 @@
+"""Thin products with dropout whose mask is never stored: a hash of seed, linear, token and input says what is kept.
+
+Each token and each input has a hash of its own (two rounds of `_mixed`); an element's is one more round over both.
+Everything is int32 arithmetic that wraps, so that a CPU and a GPU draw the same mask to the bit. Values are not scaled
+by 1 / (1 - p) here: callers put that into a factor which they apply anyway.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+from qdist.runtime.kernels.launching import on_device
+
+FIRST, SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
+"""Multipliers of lowbias32 (Wellons 2018), as int32."""
+
+
+class Mask(NamedTuple):
+    """Which elements of a linear's input [tokens, in] dropout keeps."""
+
+    seed: torch.Tensor
+    """Of the micro-batch, int64 [1] on the input's device."""
+    constant: int
+    """Of the linear, 0 to 2**31 - 1."""
+    share: float
+    """Probability that an element is dropped."""
+
+    @property
+    def threshold(self) -> int:
+        """An element is kept if its hash, an int32, is below."""
+        return min(round((1.0 - self.share) * (1 << 32)), (1 << 32) - 1) - (1 << 31)
+
+
+def kept(mask: Mask, tokens: int, width: int) -> torch.Tensor:
+    """The mask written out, bool [tokens, width]: the reference of the kernels."""
+    seed = mask.seed
+    first = _mixed(_mixed(_as_int32(seed)) ^ mask.constant)
+    second = _mixed(_as_int32(seed >> 32) ^ first)
+    token, column = (torch.arange(count, dtype=torch.int32, device=seed.device) for count in (tokens, width))
+    rows = _mixed(_mixed(token ^ first) + second)
+    columns = _mixed(_mixed(column ^ second) + first)
+    value = (rows[:, None] ^ columns[None, :]) * FIRST
+    value = (value ^ ((value >> 15) & 0x1FFFF)) * SECOND
+    return value < mask.threshold
+
+
+def dropped(inputs: torch.Tensor, mask: Mask) -> torch.Tensor:
+    """A copy of inputs [tokens, in] with zeros where they are dropped."""
+    if inputs.is_cuda:
+        return triton_dropped(inputs.contiguous(), mask)
+    return inputs.masked_fill(~kept(mask, *inputs.shape), 0)
+
+
+def dropped_product(inputs: torch.Tensor, down: torch.Tensor, mask: Mask) -> torch.Tensor:
+    """`dropped(inputs) @ down'`, [tokens, r], for down [r, in]."""
+    if inputs.is_cuda:
+        return triton_product(inputs.contiguous(), down, mask)
+    return dropped(inputs, mask) @ down.t()
+
+
+def dropped_gradient(narrow: torch.Tensor, inputs: torch.Tensor, mask: Mask) -> torch.Tensor:
+    """`narrow' @ dropped(inputs)`, float32 [r, in] (float64 of float64), for narrow [tokens, r]."""
+    if inputs.is_cuda:
+        return triton_gradient(narrow, inputs.contiguous(), mask)
+    product = narrow.t() @ dropped(inputs, mask)
+    return product.to(torch.promote_types(product.dtype, torch.float32))
+
+
+def add_dropped(total: torch.Tensor, narrow: torch.Tensor, down: torch.Tensor, mask: Mask, alpha: float) -> None:
+    """Add `alpha x narrow @ down`, zero where inputs are dropped, to total [tokens, in]; narrow [tokens, r]."""
+    if total.is_cuda:
+        triton_add(total, narrow, down, mask, alpha)
+        return
+    total.add_((narrow @ down).masked_fill_(~kept(mask, *total.shape), 0), alpha=alpha)
+
+
+def triton_dropped(inputs: torch.Tensor, mask: Mask) -> torch.Tensor:
+    """`dropped` of contiguous inputs."""
+    out, (tokens, width) = torch.empty_like(inputs), inputs.shape
+    with on_device(inputs.device):
+        _kernels().copy_kept[(-(-tokens // 32), -(-width // 128))](
+            inputs, mask.seed, out, tokens, width, mask.constant, mask.threshold, BM=32, BK=128, num_warps=4
+        )
+    return out
+
+
+def triton_product(inputs: torch.Tensor, down: torch.Tensor, mask: Mask) -> torch.Tensor:
+    """`dropped_product` of contiguous inputs."""
+    (tokens, width), rank = inputs.shape, down.shape[0]
+    tile = _tile(rank, inputs.dtype)
+    blocks = -(-tokens // _BLOCK), -(-rank // tile["R"])
+    each = _split(width, blocks[0] * blocks[1])
+    splits = -(-width // each)
+    parts = torch.empty((splits, tokens, rank), dtype=torch.float32, device=inputs.device)
+    with on_device(inputs.device):
+        _kernels().product[(*blocks, splits)](
+            inputs, down.contiguous(), mask.seed, parts, tokens, width, rank, mask.constant, mask.threshold,
+            EACH=each, BM=_BLOCK, BK=_BLOCK, **tile,
+        )  # fmt: skip
+    return parts.sum(0).to(inputs.dtype)
+
+
+def triton_gradient(narrow: torch.Tensor, inputs: torch.Tensor, mask: Mask) -> torch.Tensor:
+    """`dropped_gradient` of contiguous inputs."""
+    (tokens, width), rank = inputs.shape, narrow.shape[1]
+    tile = _tile(rank, inputs.dtype)
+    blocks = -(-width // _BLOCK), -(-rank // tile["R"])
+    each = _split(tokens, blocks[0] * blocks[1])
+    splits = -(-tokens // each)
+    parts = torch.empty((splits, rank, width), dtype=torch.float32, device=inputs.device)
+    with on_device(inputs.device):
+        _kernels().gradient[(*blocks, splits)](
+            narrow.contiguous(), inputs, mask.seed, parts, tokens, width, rank, mask.constant, mask.threshold,
+            EACH=each, BM=_BLOCK, BK=_BLOCK, **tile,
+        )  # fmt: skip
+    return parts[0] if splits == 1 else parts.sum(0)
+
+
+def triton_add(total: torch.Tensor, narrow: torch.Tensor, down: torch.Tensor, mask: Mask, alpha: float) -> None:
+    """`add_dropped` to a contiguous total."""
+    (tokens, width), rank = total.shape, narrow.shape[1]
+    with on_device(total.device):
+        _kernels().add_kept[(-(-tokens // _BLOCK), -(-width // 128))](
+            total, narrow.contiguous(), down.contiguous(), mask.seed, tokens, width, alpha, mask.constant,
+            mask.threshold, RANK=rank, BM=_BLOCK, BK=128, R=min(64, _tile(rank, total.dtype)["R"]),
+            PRECISION=_precision(total.dtype), num_warps=8,
+        )  # fmt: skip
+
+
+_BLOCK = 64
+"""Tokens, and inputs, of a program."""
+_PROGRAMS = 264
+"""Programs wanted at least, two for each multiprocessor of an H100 or H200."""
+
+
+def _tile(rank: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Compile-time arguments of the thin products for a rank."""
+    width = min(256, max(16, 1 << (rank - 1).bit_length()))
+    return {
+        "R": width,
+        "PRECISION": _precision(dtype),
+        "num_warps": 8 if width > 64 else 4,
+        "num_stages": 3 if dtype.itemsize == 2 else 2,
+    }
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How matrix units multiply: float32 without rounding to tf32, which other types know nothing of."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def _split(length: int, programs: int) -> int:
+    """Length of the parts, a multiple of `_BLOCK`, into which a sum is divided to fill a GPU."""
+    blocks = -(-length // _BLOCK)
+    wanted = max(1, min(_PROGRAMS // programs, blocks // 4))
+    return -(-blocks // wanted) * _BLOCK
+
+
+def _as_int32(values: torch.Tensor) -> torch.Tensor:
+    """The low 32 bits of int64 values."""
+    low = values & 0xFFFFFFFF
+    return torch.where(low >= 1 << 31, low - (1 << 32), low).to(torch.int32)
+
+
+def _mixed(value: torch.Tensor) -> torch.Tensor:
+    """lowbias32: a bijection of int32 in which each bit of the input reaches all of the output."""
+    value = (value ^ ((value >> 16) & 0xFFFF)) * FIRST
+    value = (value ^ ((value >> 15) & 0x1FFFF)) * SECOND
+    return value ^ ((value >> 16) & 0xFFFF)
+
+
+@cache
+def _kernels() -> Any:
+    """The kernels' module: Triton exists only with a GPU."""
+    from qdist.runtime.kernels import dropout_triton
+
+    return dropout_triton
