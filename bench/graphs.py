@@ -111,10 +111,11 @@ def trained(model: str, settings: dict, steps: int) -> tuple[list[float], list[t
         ]
         losses.append(float(engine.accumulate(own, weight=1 / 508, loss_scale=scale)))
         engine.step(2e-4, scale)
-        if step == 1:
-            engine.capture_passes()
+        if step == 1 and engine.replayed:
+            engine.replayed.start()
     adapter = [parameter.detach().clone() for parameter in built.adapter.parameters()]
-    return losses, adapter, engine.passes_in_words()
+    why = "launched" if engine.replayed is None else engine.replayed.refused or "replayed"
+    return losses, adapter, why
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Can the passes of a layout's micro-batches be captured as CUDA graphs, and if not, why?"""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from qdist.core.errors import SpecError
 from qdist.core.model.shapes import ModelFacts
@@ -15,11 +16,14 @@ def why_eager(
     *,
     device: Literal["cuda", "cpu"],
     compute_dtype: str,
+    config: Mapping[str, Any],
+    recomputed: int = 0,
     offloaded: int = 0,
 ) -> str:
     """Why passes are launched one by one, as the rest of a sentence; empty if they are captured.
 
-    offloaded: number of layers whose weights are in host memory.
+    config: the content of the model's config.json. recomputed, offloaded: number of layers that are recomputed, and
+    whose weights are in host memory.
     """
     if device == "cpu":
         return "there is no GPU"
@@ -35,6 +39,8 @@ def why_eager(
         return "products in int8 wait for the GPU to report outliers"
     if any(shape.experts for shape in facts.shapes) and compute_dtype != "bfloat16":
         return f"experts in {compute_dtype} are taken in turn, as the router has it"
+    if recomputed and (key := _own_dropout(config)):
+        return f"recomputed layers draw the model's own dropout ({key}) again, from a state that a graph cannot read"
     return ""
 
 
@@ -42,3 +48,13 @@ def require_captured(spec: RunSpec, reason: str) -> None:
     """Raise SpecError if graphs were asked for and there is a reason against them."""
     if spec.graphs and reason:
         raise SpecError(f"graphs=true, but {reason}", ways=[{"graphs": None}])
+
+
+def _own_dropout(config: Mapping[str, Any]) -> str:
+    """The first key of a configuration that drops something out; empty if there is none."""
+    inner = config.get("text_config")
+    for own in (config, inner if isinstance(inner, Mapping) else {}):
+        for key, value in own.items():
+            if "drop" in key and isinstance(value, float) and value > 0:
+                return str(key)
+    return ""

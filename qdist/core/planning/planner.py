@@ -161,8 +161,9 @@ def plan_once(
     decision = _decide(inputs, count)
     setting, winner, layout = decision.setting, decision.winner, decision.winner.layout
     eager = why_eager(
-        spec, facts, layout, device=cluster.device, compute_dtype=inputs.dtype, offloaded=len(winner.offloaded)
-    )
+        spec, facts, layout, device=cluster.device, compute_dtype=inputs.dtype, config=source.config,
+        recomputed=winner.checkpointed, offloaded=len(winner.offloaded),
+    )  # fmt: skip
     require_captured(spec, eager)
 
     def tokens_s(candidate: Candidate) -> float:

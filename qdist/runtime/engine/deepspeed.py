@@ -15,6 +15,7 @@ from qdist.runtime.engine.adamw import (
     optimizer_steps,
     set_rate,
 )
+from qdist.runtime.engine.graphs import Replayed
 from qdist.runtime.engine.torch import (
     Adapter,
     Held,
@@ -35,6 +36,8 @@ class DeepSpeedEngine:
     group: the ranks that hold the same parameters; None for all.
     across: over the stages of a pipeline.
     """
+
+    replayed: Replayed | None = None
 
     def __init__(
         self, adapter: Adapter, engine: Any, *, clip: float, group: Any = None, across: Across | None = None

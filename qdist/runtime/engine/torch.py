@@ -14,6 +14,7 @@ from qdist.runtime.engine.adamw import (
     set_rate,
     update_parameters,
 )
+from qdist.runtime.engine.graphs import Batch, Passes, Replayed
 from qdist.runtime.engine.update import Across, DeviceUpdate, StepResult, finish_gradients
 from qdist.runtime.model.dropout_seed import dropout_seed_of
 
@@ -49,6 +50,9 @@ def nothing() -> None:
 
 class Engine(Protocol):
     """The training loop's interface to either engine."""
+
+    replayed: Replayed | None
+    """Replays passes as CUDA graphs, once it is started; None for an engine that launches them kernel by kernel."""
 
     def accumulate(
         self,
@@ -103,8 +107,8 @@ class TorchEngine:
 
     across: over the stages of a pipeline. ranks: that compute different samples and add their gradients up, once a
     step. The gradients lie in one flat buffer then: DDP, which adds them up during the backward pass, holds them twice
-    as soon as a step has several micro-batches. persistent: so they do for one rank, as a CUDA graph adds them up in
-    place.
+    as soon as a step has several micro-batches. graphs: whether to replay the passes of a micro-batch as CUDA graphs,
+    for which gradients lie so too.
     """
 
     def __init__(
@@ -115,16 +119,18 @@ class TorchEngine:
         clip: float,
         across: Across | None = None,
         ranks: int = 1,
-        persistent: bool = False,
+        graphs: bool = False,
     ) -> None:
         self.adapter, self.optimizer, self.clip, self.across, self.ranks = adapter, optimizer, clip, across, ranks
         own = list(adapter.parameters())
-        self.gradients = _flat_gradients(own) if ranks > 1 or persistent else None
+        self.gradients = _flat_gradients(own) if ranks > 1 or graphs else None
         self.update: DeviceUpdate | None = None
         """The update as device work alone; None where it has to wait for the norm."""
         if optimizer.defaults.get("capturable"):
             self.update = DeviceUpdate(own, optimizer, clip=clip, across=across, flat=self.gradients)
         self._gradient_bytes = 0
+        self._scale: torch.Tensor | float = torch.ones((), device=own[0].device) if graphs else 1.0
+        self.replayed: Replayed | None = Replayed(self._passes, own[0].device) if graphs else None
 
     def accumulate(
         self,
@@ -134,17 +140,30 @@ class TorchEngine:
         loss_scale: float,
         computed: Callable[[], None] = nothing,
     ) -> torch.Tensor:
+        self._set_scale(weight * loss_scale)
+        run: Passes = self.replayed or self._passes
         losses = []
         for micro_batch in micro_batches:
             torch.manual_seed(micro_batch.seed)
             self.adapter.dropout_seed.write(micro_batch.seed)
-            loss = self.adapter(micro_batch.load())
-            (loss * (weight * loss_scale)).backward()
-            losses.append(loss.detach().double())
+            losses.append(run(micro_batch.load()).double())
         computed()
         if self.ranks > 1:
             dist.all_reduce(self.gradients)
         return torch.stack(losses).sum()
+
+    def _passes(self, batch: Batch) -> torch.Tensor:
+        loss = self.adapter(batch)
+        (loss * self._scale).backward()
+        detached: torch.Tensor = loss.detach()
+        return detached
+
+    def _set_scale(self, scale: float) -> None:
+        """The factor on losses: a graph reads it from the device."""
+        if isinstance(self._scale, torch.Tensor):
+            self._scale.fill_(scale)
+        else:
+            self._scale = scale
 
     def step(self, learning_rate: float, loss_scale: float) -> StepResult:
         self._gradient_bytes = bytes_of(parameter.grad for parameter in self.adapter.parameters())

@@ -123,11 +123,14 @@ class Trainer:
         self._report, self._stopping, self._move, self._gradients = report, stopping, move, gradients
         self.scale = LossScale(dynamic=plan.compute_dtype == "float16")
         self.held_out: tuple[tuple[int, float], ...] = ()
+        self._told_eager = False
 
     def train(self) -> bool:
         """Train from the newest checkpoint to the last step. False if asked to stop before that."""
         plan, train = self.plan, self.plan.spec.train
         step = self._resume()
+        if self._gradients is None:
+            self._capture_passes()
         if not self.held_out or (self._judged_at(step) and self.held_out[-1][0] != step):
             self._judge(step)
             if step:  # it was killed in this evaluation
@@ -193,7 +196,7 @@ class Trainer:
                 busy_s=clock.between("began", "computed"),
                 update_s=clock.between("accumulated", "updated"),
                 skipped=result.skipped,
-                note=f"loss scale {self.scale.value:g}" if result.skipped else "",
+                note=self._note_of_step(skipped=result.skipped),
             )
         )
         self.scale.update(
@@ -202,10 +205,25 @@ class Trainer:
         self._check_gradients(step + 1, skipped=result.skipped, rate=rate)
         return stops > 0
 
+    def _note_of_step(self, *, skipped: bool) -> str:
+        """What a step has to say, once each: a loss scale that was too large, passes that cannot be captured."""
+        notes = [f"loss scale {self.scale.value:g}"] if skipped else []
+        reason = self.engine.replayed.refused if self.engine.replayed else ""
+        if reason and not self._told_eager:
+            self._told_eager = True
+            notes.append(f"passes are launched kernel by kernel, not as CUDA graphs: {reason}")
+        return "; ".join(notes)
+
+    def _capture_passes(self) -> None:
+        """Replay passes from now on: no hook has to see them any more."""
+        if self.engine.replayed:
+            self.engine.replayed.start()
+
     def _check_gradients(self, step: int, *, skipped: bool, rate: float) -> None:
         """Once two updates are done, end the run if a trained tensor had no gradient. Before the step is saved."""
         if self._gradients is not None and self._gradients.end_step(skipped=skipped, learning_rate=rate):
             watch, self._gradients = self._gradients, None
+            self._capture_passes()
             note = watch.found(self.comm).words
             if self.comm.rank == 0:
                 self._report(Event(kind="gradients", step=step, total_steps=self.plan.steps, note=note))

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from inspect import signature
@@ -188,7 +188,7 @@ def prepare_for_training(model: Any, plan: Plan) -> None:
     if plan.liger:
         patch(base)
     if plan.checkpointing:
-        checkpoint_layers(model, plan.checkpointed_layers)
+        checkpoint_layers(model, plan.checkpointed_layers, graphs=plan.graphs)
     model.train()
 
 
@@ -234,22 +234,28 @@ def _around(model: nn.Module, path: str) -> Iterator[nn.Module]:
         yield model.get_submodule(path)
 
 
-def checkpoint_layers(model: Any, count: int) -> None:
-    """Recompute the first `count` decoder layers in the backward pass; transformers' way, or ours where it has none."""
+def checkpoint_layers(model: Any, count: int, *, graphs: bool = False) -> None:
+    """Recompute the first `count` decoder layers in the backward pass; transformers' way, or ours where it has none.
+
+    graphs: whether the passes are captured, where torch's random state cannot be read. Nothing draws from it then.
+    """
     base = model.get_base_model()
-    layers, contexts = decoder_layers(base), dropout_seed_of(model).contexts
+    layers = decoder_layers(base)
+    settings = {
+        "use_reentrant": False,
+        "context_fn": dropout_seed_of(model).contexts,
+        "preserve_rng_state": not graphs,
+    }
     if base.supports_gradient_checkpointing and all(hasattr(layer, "gradient_checkpointing") for layer in layers):
-        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+        model.gradient_checkpointing_enable(settings)
         for layer in layers[count:]:
             layer.gradient_checkpointing = False
         return
     for layer in layers[:count]:
-        layer.forward = partial(_recomputed, layer, layer.forward, contexts)
+        layer.forward = partial(_recomputed, layer, layer.forward, settings)
 
 
-def _recomputed(
-    layer: Any, forward: Callable[..., Any], contexts: Callable[..., Any], *given: Any, **named: Any
-) -> Any:
+def _recomputed(layer: Any, forward: Callable[..., Any], settings: Mapping[str, Any], *given: Any, **named: Any) -> Any:
     if not layer.training:
         return forward(*given, **named)
-    return checkpoint(forward, *given, use_reentrant=False, context_fn=contexts, **named)
+    return checkpoint(forward, *given, **settings, **named)

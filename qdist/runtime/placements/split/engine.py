@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qdist.runtime.engine.deepspeed import DeepSpeedEngine
+from qdist.runtime.engine.graphs import Replayed
 from qdist.runtime.engine.objective import CameTo, unseen
 from qdist.runtime.engine.torch import Adapter, Held, MicroBatch, State, TorchEngine, nothing
 from qdist.runtime.engine.update import StepResult
@@ -17,6 +18,8 @@ from qdist.runtime.placements.split.stages import Grid
 
 class PipelineEngine:
     """`inner` owns the optimizer of this stage's part of the adapter. States cover the whole adapter."""
+
+    replayed: Replayed | None = None
 
     def __init__(self, pipeline: Pipeline, adapter: Adapter, inner: TorchEngine | DeepSpeedEngine) -> None:
         self.pipeline, self.adapter, self.inner = pipeline, adapter, inner
