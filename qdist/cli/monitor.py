@@ -141,6 +141,8 @@ def as_json(snapshot: Snapshot) -> dict[str, Any]:
         "tokens_per_s": fold.tokens_per_s,
         "mean_tokens_per_s": mean,
         "predicted_tokens_per_s": plan.tokens_per_second or None,
+        "positions_per_s": fold.positions_per_s,
+        "predicted_positions_per_s": plan.positions_per_second or None,
         "mfu": mfu(snapshot, fold.tokens_per_s),
         "mean_mfu": mfu(snapshot, mean),
         "padding_share": fold.padding_share,

@@ -11,6 +11,7 @@ from rich.text import Text
 from qdist.cli.views.plot import Lines, bar, plot
 from qdist.cli.views.rank_table import rank_table
 from qdist.cli.views.text import cell
+from qdist.core.planning.fill import has_padding
 from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.curves import tokens_per_s
 from qdist.core.telemetry.snapshot import Snapshot, mfu
@@ -108,6 +109,9 @@ def _speed(snapshot: Snapshot) -> list[str]:
     if now is None or mean is None:
         return ["speed not known yet"]
     parts = [f"{format_count(now)} tok/s now", f"{format_count(mean)} on average"]
+    positions = snapshot.fold.positions_per_s
+    if positions and has_padding(now / positions):
+        parts[0] = f"{format_count(now)} useful tok/s now, {format_count(positions)} with padding"
     use, mean_use = mfu(snapshot, now), mfu(snapshot, mean)
     if use is not None and mean_use is not None:
         parts.append(f"MFU {use:.1%} now, {mean_use:.1%} on average")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from qdist.cli.views.model_parts import adapter_in_words, experts_lines, kept_lines
 from qdist.cli.views.text import loading
 from qdist.core.planning.disk import storage
+from qdist.core.planning.fill import has_padding
 from qdist.core.planning.memory import MemoryBudget
 from qdist.core.planning.placements.base import unit_of
 from qdist.core.planning.placements.registry import layout_of
@@ -88,9 +89,13 @@ def _checkpointing(plan: Plan) -> str:
 
 def _speed(plan: Plan) -> Iterator[str]:
     if plan.tokens_per_second:
-        seconds = plan.spec.global_batch * plan.seq_len / plan.tokens_per_second
+        seconds = plan.step_tokens / plan.tokens_per_second
         took = f"{seconds:.1f} s" if seconds < 60 else format_duration(seconds)
-        yield f"speed    {format_count(plan.tokens_per_second)} tokens/s predicted, {took} a step"
+        speed = f"{format_count(plan.tokens_per_second)} tokens/s"
+        if has_padding(plan.useful_share):
+            all_of_them = format_count(plan.positions_per_second)
+            speed = f"{format_count(plan.tokens_per_second)} useful tokens/s ({all_of_them} with padding)"
+        yield f"speed    {speed} predicted, {took} a step"
 
 
 def _memory(plan: Plan) -> Iterator[str]:
@@ -229,6 +234,10 @@ def outcome_rows(plan: Plan, result: dict[str, Any]) -> list[Row]:
         rows.append(_row("memory while loading", plan.load_peak_bytes, load, format_bytes))
     if speed := result["tokens_per_s"]["measured"]:
         rows.append(_row("tokens/s", plan.tokens_per_second, speed, format_count))
+    positions = result.get("positions_per_s", {}).get("measured")
+    if speed and positions and has_padding(speed / positions):
+        rows[-1] = ("useful tokens/s", *rows[-1][1:])
+        rows.append(_row("tokens/s with padding", plan.positions_per_second, positions, format_count))
     return rows
 
 

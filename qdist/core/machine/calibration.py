@@ -39,6 +39,9 @@ class CalibrationSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     measured_tokens_s: float
     rates: str = ""
     """Kind of rates behind the prediction: the first word of `Rates.source`."""
+    useful_share: float = 0.0
+    """Expected share of the computed positions that hold tokens; 0 for samples of an older qdist, whose prediction
+    counted padding as tokens."""
     version: str = ""
     """Version of qdist."""
 
@@ -80,7 +83,7 @@ def correction(
     timed = [
         lesson
         for lesson in alike
-        if lesson.predicted_tokens_s > 0 and lesson.measured_tokens_s > 0
+        if lesson.predicted_tokens_s > 0 and lesson.measured_tokens_s > 0 and lesson.useful_share > 0
         if placement in (None, lesson.placement) and bits in (None, lesson.bits)
         if rates in (None, lesson.rates) and version in (None, lesson.version)
     ]

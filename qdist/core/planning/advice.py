@@ -11,6 +11,7 @@ from qdist.core.machine.cluster import Cluster
 from qdist.core.model.shapes import ModelFacts
 from qdist.core.planning.activations import Recurrence
 from qdist.core.planning.candidates import USABLE_SHARE, Candidate, PlanningContext
+from qdist.core.planning.fill import WORTH
 from qdist.core.planning.memory import UNMEASURED_SHARE, MemoryBudget, Sizes
 from qdist.core.planning.placements.base import OPEN, Placement, unit_of
 from qdist.core.planning.placements.registry import PLACEMENTS
@@ -111,6 +112,8 @@ def _ways(spec: RunSpec, cluster: Cluster, in_host: int) -> Iterator[Change]:
 
 def _eased(spec: RunSpec) -> Iterator[Change]:
     """Changes to memory-hungry settings that the user fixed, the cheapest to give up first."""
+    if spec.pack:
+        yield {"pack": None}
     if spec.micro_batch not in (None, 1):
         yield {"micro_batch": 1}
     if spec.train.checkpointing is False:
@@ -190,6 +193,22 @@ def graph_notes(spec: RunSpec, device: str, eager: str) -> Iterator[str]:
     """A note where a GPU's passes are not captured, and nobody asked for that. eager: why."""
     if device == "cuda" and eager and spec.graphs is None:
         yield f"passes are launched kernel by kernel, not as CUDA graphs: {eager}"
+
+
+def packing_notes(setting: PlanningContext, winner: Candidate) -> Iterator[str]:
+    """Note on samples that are short enough to be packed and are not."""
+    batches = setting.batches(winner.layout)
+    if winner.fill is None or setting.spec.pack is not None or setting.rooms is None:
+        return
+    if batches.mean_length >= WORTH * batches.longest:
+        return
+    if winner.packed:
+        yield (
+            f"samples of {batches.mean_length:,.0f} tokens on average are packed, several in a row: "
+            f"{100 * winner.fill.share:.0f} % of the positions hold tokens"
+        )
+    elif setting.unpackable:
+        yield f"short samples are not packed: {setting.sizes.facts.name} {setting.unpackable}"
 
 
 NO_FLA = "is not installed"

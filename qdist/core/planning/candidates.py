@@ -3,14 +3,16 @@
 from collections.abc import Iterator
 from functools import cached_property, partial
 from itertools import accumulate
+from math import ceil
 from typing import NamedTuple
 
 from qdist.core.machine.calibration import Correction
 from qdist.core.machine.cluster import Rates
+from qdist.core.planning.fill import Batches, MicroBatch
 from qdist.core.planning.layer_map import least, scattered
 from qdist.core.planning.memory import STAGE_WIDTH, MemoryBudget, Share, Sizes, budget, load_peak_bytes, resident
 from qdist.core.planning.placements.base import Layout
-from qdist.core.planning.plan import Fullest
+from qdist.core.planning.plan import DataFacts, Fill, Fullest
 from qdist.core.planning.process_memory import (
     OWN_PAGES_BYTES,
     cuda_context_bytes,
@@ -18,7 +20,7 @@ from qdist.core.planning.process_memory import (
     library_bytes,
     resident_set,
 )
-from qdist.core.planning.speed import Step, passes, step_seconds
+from qdist.core.planning.speed import Passes, Step, passes, step_seconds
 from qdist.core.spec.run_spec import RunSpec
 
 USABLE_SHARE = 0.95
@@ -38,13 +40,33 @@ class PlanningContext(NamedTuple):
     rates: Rates | None
     whole_tables: bool
     correction: Correction | None
-    usual_micro_batch: int | None = None
+    data: DataFacts | None = None
+    usual: MicroBatch | None = None
+    """What the run had before it was resumed."""
+    unpackable: str = ""
+    """Why the model cannot keep packed samples apart; empty if it can."""
     new_rows: int = 0
     """Vocabulary rows to be trained."""
     fullest: tuple[Fullest, ...] = ()
     """Fullest micro-batches of CPU ranks, whose memory depends on the data; empty on GPUs."""
     rank: int | None = None
     """Data-parallel rank whose micro-batches to take from `fullest`; None for the fullest of all ranks."""
+
+    def batches(self, layout: Layout) -> Batches:
+        """The samples of a step, as a layout's ranks share them."""
+        longest = self.sizes.job.seq_len
+        return Batches(self.data, self.spec.global_batch, layout.data_parallel, longest, least=layout.stages)
+
+    def packs(self, layout: Layout) -> bool:
+        """Whether a layout's micro-batches are packed: as set, as before a resume, or where that is worth it."""
+        if not layout.packs or self.unpackable:
+            return False
+        if self.spec.pack is not None:
+            return self.spec.pack
+        if self.usual:
+            return self.usual.packed
+        was_read = self.data is not None and bool(self.data.path)
+        return self.rooms is not None and was_read and bool(_packed_sizes(self, layout))
 
 
 class Candidate(NamedTuple):
@@ -53,6 +75,7 @@ class Candidate(NamedTuple):
     layout: Layout
     micro_batch: int
     micro_batches: int
+    """Micro-batches of a rank and step; the mean of packed ones, rounded up."""
     checkpointed: int
     layer_map: tuple[int, ...]
     offloaded: tuple[int, ...]
@@ -63,6 +86,9 @@ class Candidate(NamedTuple):
     """Seconds per optimizer step; 0 if the device's speed is unknown."""
     paged: bool
     """Whether the optimizer's moments are in paged memory: on request, or because they would not fit otherwise."""
+    packed: bool = False
+    fill: Fill | None = None
+    """How full its micro-batches are; None if all samples count as the longest."""
 
     @property
     def required_bytes(self) -> int:
@@ -107,28 +133,47 @@ def offloading(setting: PlanningContext, layout: Layout) -> Iterator[Candidate]:
     most = min(layers, int(USABLE_SHARE * setting.host_bytes) // setting.sizes.widest_layer)
     recomputed = 0 if setting.spec.train.checkpointing is False else layers
 
-    def fewest(size: int) -> Candidate:
+    def fewest(size: MicroBatch) -> Candidate:
         away = partial(arrange, setting, layout, size, recomputed)
         return away(least(lambda count: away(count).fits, 0, most))
 
     return map(fewest, micro_batches(setting, layout))
 
 
-def micro_batches(setting: PlanningContext, layout: Layout) -> list[int]:
-    """Micro-batch sizes to try. A pipeline needs at least as many micro-batches as it has stages."""
-    spec, seq_len, stages = setting.spec, setting.sizes.job.seq_len, layout.stages
+def micro_batches(setting: PlanningContext, layout: Layout) -> list[MicroBatch]:
+    """Micro-batches to try. A pipeline needs at least as many as it has stages."""
+    spec, stages, packed = setting.spec, layout.stages, setting.packs(layout)
     each = spec.global_batch // layout.data_parallel
     if spec.micro_batch:
-        return [spec.micro_batch]
-    usual = setting.usual_micro_batch
-    if usual and each % usual == 0 and each // usual >= stages:
+        return [MicroBatch(spec.micro_batch, packed)]
+    usual = setting.usual
+    if usual and usual.packed == packed and (packed or (each % usual.samples == 0 and each // usual.samples >= stages)):
         return [usual]
-    ceiling = MAX_MICRO_BATCH_TOKENS if setting.rooms is not None else MAX_CPU_MICRO_BATCH_TOKENS
-    most = min(each // stages, ceiling // seq_len)
-    return [size for size in range(most, 0, -1) if each % size == 0] or [1]
+    if packed:
+        return [MicroBatch(size, packed=True) for size in _packed_sizes(setting, layout)]
+    most = min(each // stages, _ceiling(setting))
+    return [MicroBatch(size) for size in range(most, 0, -1) if each % size == 0] or [MicroBatch(1)]
 
 
-def _fewest_recomputed(setting: PlanningContext, layout: Layout, size: int) -> Candidate:
+def _ceiling(setting: PlanningContext) -> int:
+    """Whole sequences of a micro-batch beyond which throughput no longer grows."""
+    tokens = MAX_MICRO_BATCH_TOKENS if setting.rooms is not None else MAX_CPU_MICRO_BATCH_TOKENS
+    return tokens // setting.sizes.job.seq_len
+
+
+def _packed_sizes(setting: PlanningContext, layout: Layout) -> list[int]:
+    """Sizes of packed micro-batches to try, those with the fewest positions a step first; any size works.
+
+    Empty if the setting is the planner's to decide and no size is worth it.
+    """
+    batches, own = setting.batches(layout), setting.spec.micro_batch
+    found = [own] if own else batches.packed_sizes(_ceiling(setting))
+    if setting.spec.pack is None:
+        found = [size for size in found if batches.is_worth_packing(size)]
+    return sorted(found, key=lambda size: (batches.packed_positions(size), -size))
+
+
+def _fewest_recomputed(setting: PlanningContext, layout: Layout, size: MicroBatch) -> Candidate:
     wanted, layers = setting.spec.train.checkpointing, setting.sizes.facts.layer_count
     away = setting.spec.split.offload_layers or 0
 
@@ -145,7 +190,7 @@ def _fewest_recomputed(setting: PlanningContext, layout: Layout, size: int) -> C
     return with_(least(lambda count: with_(count).roomy, 1, layers) if with_(layers - 1).roomy else layers)
 
 
-def arrange(setting: PlanningContext, layout: Layout, size: int, recomputed: int, away: int = 0) -> Candidate:
+def arrange(setting: PlanningContext, layout: Layout, size: MicroBatch, recomputed: int, away: int = 0) -> Candidate:
     """Lay out one candidate: layer map, memory of each GPU of a group, seconds per step."""
     return _Arrangement(setting, layout, size, recomputed, away).candidate()
 
@@ -153,12 +198,19 @@ def arrange(setting: PlanningContext, layout: Layout, size: int, recomputed: int
 class _Arrangement:
     """The steps of `arrange`, with the arguments that they share."""
 
-    def __init__(self, setting: PlanningContext, layout: Layout, size: int, recomputed: int, away: int) -> None:
-        self.setting, self.layout, self.size, self.recomputed = setting, layout, size, recomputed
+    def __init__(self, setting: PlanningContext, layout: Layout, size: MicroBatch, recomputed: int, away: int) -> None:
+        self.setting, self.layout, self.recomputed = setting, layout, recomputed
+        self.size, self.packed = size
         self.sizes, self.facts = setting.sizes, setting.sizes.facts
         self.layers = self.facts.layer_count
         self.offloaded = scattered(self.layers, away)
-        self.micro_batches = max(1, setting.spec.global_batch // (size * layout.data_parallel))
+        self.batches = setting.batches(layout)
+        # Unpacked rows of a pipeline's step are all as wide as its longest.
+        counted = layout.stages == 1 or self.packed
+        self.fill = self.batches.fill_of(size) if counted else self.batches.estimate(size)
+        whole = setting.spec.global_batch // (self.size * layout.data_parallel)
+        self.mean_micro_batches = max(1, self.fill.micro_batches if self.fill else whole)
+        self.micro_batches = ceil(self.mean_micro_batches)
         self.positions = layout.positions
 
     def candidate(self) -> Candidate:
@@ -174,6 +226,8 @@ class _Arrangement:
         return Candidate(
             layout=self.layout,
             micro_batch=self.size,
+            packed=self.packed,
+            fill=self.fill,
             micro_batches=self.micro_batches,
             checkpointed=self.recomputed,
             layer_map=layer_map,
@@ -230,7 +284,9 @@ class _Arrangement:
 
     @cached_property
     def fullest(self) -> tuple[int, int]:
-        """(positions, learned tokens) of the fullest micro-batch; zeros if not counted."""
+        """(positions, learned tokens) of the fullest micro-batch; zeros if not counted, or if all are full."""
+        if self.packed:
+            return 0, 0
         counted = {len(own.learned): own for own in self.setting.fullest if own.samples == self.size}
         ranks = self.layout.data_parallel
         own, rank = counted.get(ranks, counted.get(1)), self.setting.rank if ranks in counted else None
@@ -268,9 +324,19 @@ class _Arrangement:
         """Cost of a layer of each run on its stage, and of the head on the last: seconds, or weights."""
         if self.setting.rates is None:
             return [float(shape.linear_parameters) for shape in self.facts.shapes], self.facts.vocab * self.facts.hidden
-        one, visits = passes(self.setting.sizes, self.setting.rates, self.size), 2 if self.recomputed else 1
+        one, visits = self._passes(self.setting.rates), 2 if self.recomputed else 1
         both = zip(one.forward_s, one.backward_s, strict=True)
         return [backward + forward * visits for forward, backward in both], one.head_s
+
+    def _passes(self, rates: Rates) -> Passes:
+        """Time of a micro-batch that is as full as the data make it."""
+        if self.fill is None:
+            return passes(self.sizes, rates, self.size)
+        mean, data = self.batches.mean_length, self.setting.data
+        if self.packed:
+            return passes(self.sizes, rates, self.size, attended=ceil(data.attended if data else 0) or ceil(mean))
+        width = round(mean / self.fill.share)
+        return passes(self.sizes, rates, self.size, tokens=self.size * width, attended=width)
 
     def _seconds(self, shares: list[Share], budgets: tuple[MemoryBudget, ...], *, paged: bool) -> float:
         rates, layout = self.setting.rates, self.layout
@@ -280,7 +346,7 @@ class _Arrangement:
         step = Step(
             counts=tuple(share.layers for share in shares),
             checkpointed=self.recomputed,
-            micro_batches=self.micro_batches,
+            micro_batches=self.mean_micro_batches,
             zero_stage=layout.zero_stage,
             ranks=layout.data_parallel,
             shards=shares[0].shards,
@@ -289,7 +355,7 @@ class _Arrangement:
             paged=paged,
             paged_out_bytes=max(0, min(over, max(own.pageable for own in budgets))),
         )
-        one = passes(self.setting.sizes, rates, self.size)
+        one = self._passes(rates)
         correction = self.setting.correction
         learnt = correction.speed_of(layout.placement) if correction else 1.0
         return step_seconds(self.setting.sizes, rates, one, step) / learnt

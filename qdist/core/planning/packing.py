@@ -9,12 +9,15 @@ _WIDEST_HEAD = 256
 
 
 def packs_samples(facts: ModelFacts) -> str:
-    """Why samples of a model cannot share a row, to follow 'the model'; empty if they can.
+    """Why samples of a model cannot share a row, to follow its name; empty if they can.
 
     tests/runtime/model/test_apart.py compares each family that can with rows of single samples.
     """
-    if facts.family not in FAMILIES:
+    family = FAMILIES.get(facts.family)
+    if family is None:
         return "is of a type whose attention nobody has seen to keep samples apart"
+    if family.own_code:
+        return "comes with code of its own, whose attention does not know where samples end"
     return next(filter(None, map(_why_not, facts.shapes)), "")
 
 

@@ -34,16 +34,19 @@ class Fullest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Fill(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How full packed micro-batches of one size are: rows of `samples` times the longest sequence. Issue 18."""
+    """How full the micro-batches of one size are: one row of packed samples, or a row a sample."""
 
     samples: int
     """Longest sequences that a micro-batch has room for: the plan's `micro_batch`."""
     ranks: int
-    """Data-parallel ranks."""
+    """Data-parallel ranks; 1 for rows of one sample, which are as full on any number of ranks."""
     micro_batches: float
-    """Micro-batches of a rank and optimizer step, in the mean."""
+    """Mean number of micro-batches of a rank and optimizer step."""
     share: float
     """Share of their positions that hold tokens."""
+    packed: bool = True
+    """Whether samples share a row of `samples` times the longest sequence; otherwise each is padded to the width of its
+    micro-batch."""
 
 
 class DataFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -56,6 +59,8 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     held_out_samples: int
     tokens: int
     longest: int
+    attended: float = 0.0
+    """Mean over all tokens of the length of their sample; 0 if not counted."""
     records: int = 0
     """Records in the source, dropped ones included; 0 if not counted."""
     wording: Wording | None = None
@@ -65,7 +70,12 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     fullest: tuple[Fullest, ...] = ()
     """Fullest micro-batch for each possible micro-batch size and number of ranks; empty if not counted."""
     fills: tuple[Fill, ...] = ()
-    """How full packed micro-batches are, by size and number of ranks; empty if not counted."""
+    """How full micro-batches are, by size and number of ranks, packed and not; empty if not counted."""
+
+
+def mean_length(data: DataFacts | None, *, longest: int) -> float:
+    """Mean tokens of a sample; those of the longest, if the data were not read."""
+    return min(data.tokens / data.samples, longest) if data and data.path and data.tokens else float(longest)
 
 
 def held_out_of(samples: int, share: float) -> int:
@@ -176,8 +186,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     world_size: int
     micro_batch: int
     gradient_accumulation: int
+    """Micro-batches of a rank and optimizer step; packed ones vary, and this is their mean, rounded up."""
     packed: bool = False
     """Whether a micro-batch is one row of `micro_batch * seq_len` positions that holds as many samples as fit."""
+    fill: Fill | None = None
+    """How full its micro-batches are expected to be; None if all samples count as the longest."""
     graphs: bool = False
     """Whether the passes of a micro-batch are captured as a CUDA graph, once a shape, and replayed."""
     steps: int
@@ -195,7 +208,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     threads_per_rank: int
     ranks: tuple[RankPlan, ...]
     tokens_per_second: float = 0.0
-    """Predicted tokens/s of all ranks together; 0 if the device's speed is unknown."""
+    """Predicted tokens/s of all ranks together, without padding; 0 if the device's speed is unknown."""
     load_peak_bytes: int = 0
     """Predicted peak bytes of a GPU while the backbone is loaded."""
     alternatives: tuple[Alternative, ...] = ()
@@ -209,6 +222,21 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """Its ranks on their nodes."""
         nodes = 1 + max(rank.node for rank in self.ranks)
         return world_of(self.groups, self.gpus_per_group, size=self.world_size, nodes=nodes)
+
+    @property
+    def useful_share(self) -> float:
+        """Expected share of the computed positions that hold tokens."""
+        return self.fill.share if self.fill else 1.0
+
+    @property
+    def positions_per_second(self) -> float:
+        """Predicted positions/s of all ranks together, padding included; 0 if the device's speed is unknown."""
+        return self.tokens_per_second / self.useful_share
+
+    @property
+    def step_tokens(self) -> float:
+        """Expected tokens of an optimizer step, without padding."""
+        return self.spec.global_batch * mean_length(self.data if self.fill else None, longest=self.seq_len)
 
     @property
     def wording(self) -> Wording | None:

@@ -21,16 +21,19 @@ from qdist.core.planning.advice import (
     model_notes,
     needs,
     notes,
+    packing_notes,
     too_big,
     too_many_offloaded,
     too_many_ranks,
     warmup_notes,
 )
 from qdist.core.planning.candidates import USABLE_SHARE, Candidate, PlanningContext, arrange
+from qdist.core.planning.fill import MicroBatch
 from qdist.core.planning.graphs import require_captured, why_eager
 from qdist.core.planning.memory import MemoryBudget, TrainingShape, sizes
+from qdist.core.planning.packing import packs_samples
 from qdist.core.planning.placements.registry import layouts
-from qdist.core.planning.plan import Alternative, DataFacts, Fullest, Plan, RankPlan, Source
+from qdist.core.planning.plan import Alternative, DataFacts, Plan, RankPlan, Source
 from qdist.core.planning.ranking import (
     alternatives,
     barred,
@@ -65,8 +68,8 @@ class _Inputs(NamedTuple):
     rates: Rates | None
     correction: Correction | None
     recurrence: Recurrence | None
-    usual_micro_batch: int | None
-    fullest: tuple[Fullest, ...]
+    usual: MicroBatch | None
+    data: DataFacts | None
 
 
 class _Decision(NamedTuple):
@@ -85,14 +88,14 @@ def make_plan(
     *,
     has_liger: bool = False,
     no_fla: str = NO_FLA,
-    usual_micro_batch: int | None = None,
+    usual: MicroBatch | None = None,
     correction: Correction | None = None,
 ) -> Plan:
     """Decide placement, batches, precision and engine.
 
     has_liger: whether liger-kernel is installed. no_fla: why flash-linear-attention is not used; empty if it is.
-    usual_micro_batch: what the run had before it was resumed. It is kept where the ranks allow, since dropout is drawn
-    for each micro-batch.
+    usual: the micro-batch that the run had before it was resumed. It is kept where the ranks allow, since dropout is
+    drawn for each micro-batch.
     correction: what runs on this machine have taught.
 
     Raises PlanError, with the missing bytes, when the run does not fit, and SpecError where settings or the batch
@@ -109,7 +112,7 @@ def make_plan(
             data,
             has_liger=has_liger,
             no_fla=no_fla,
-            usual_micro_batch=usual_micro_batch,
+            usual=usual,
             correction=correction,
         )
 
@@ -125,7 +128,7 @@ def plan_once(
     *,
     has_liger: bool = False,
     no_fla: str = NO_FLA,
-    usual_micro_batch: int | None = None,
+    usual: MicroBatch | None = None,
     correction: Correction | None = None,
 ) -> Plan:
     """Like `make_plan`, but the suggestions of a refusal are untried."""
@@ -155,8 +158,8 @@ def plan_once(
         rates=rates,
         correction=correction,
         recurrence=recurrence_of(facts, cluster, fla=not no_fla),
-        usual_micro_batch=usual_micro_batch,
-        fullest=data.fullest if data and cluster.device == "cpu" else (),
+        usual=usual,
+        data=data,
     )
     decision = _decide(inputs, count)
     setting, winner, layout = decision.setting, decision.winner, decision.winner.layout
@@ -167,7 +170,7 @@ def plan_once(
     require_captured(spec, eager)
 
     def tokens_s(candidate: Candidate) -> float:
-        return spec.global_batch * longest / candidate.seconds if candidate.seconds else 0.0
+        return setting.batches(candidate.layout).tokens / candidate.seconds if candidate.seconds else 0.0
 
     return Plan(
         spec=spec,
@@ -185,6 +188,8 @@ def plan_once(
         world_size=layout.world_size,
         micro_batch=winner.micro_batch,
         gradient_accumulation=winner.micro_batches,
+        packed=winner.packed,
+        fill=winner.fill,
         graphs=not eager,
         steps=_steps(spec, data),
         seq_len=longest,
@@ -203,6 +208,7 @@ def plan_once(
         correction=correction,
         notes=(
             *notes(setting, winner, barred(setting, winner, decision.rows)),
+            *packing_notes(setting, winner),
             *model_notes(facts, inputs.recurrence, no_fla),
             *dtype_notes(inputs.dtype, cluster),
             *graph_notes(spec, cluster.device, eager),
@@ -264,9 +270,11 @@ def _setting(inputs: _Inputs, count: int) -> PlanningContext:
         rates=inputs.rates,
         whole_tables=source.vocab_rows is not None or new_rows > 0,
         correction=inputs.correction,
-        usual_micro_batch=inputs.usual_micro_batch,
+        data=inputs.data,
+        usual=inputs.usual,
+        unpackable=packs_samples(inputs.facts),
         new_rows=new_rows,
-        fullest=inputs.fullest,
+        fullest=inputs.data.fullest if inputs.data and inputs.cluster.device == "cpu" else (),
     )
 
 
@@ -297,7 +305,8 @@ def _budgets(setting: PlanningContext, winner: Candidate, rank: int) -> tuple[Me
     if not setting.fullest:
         return winner.budgets
     own = setting._replace(rank=rank)
-    return arrange(own, winner.layout, winner.micro_batch, winner.checkpointed, len(winner.offloaded)).budgets
+    micro_batch = MicroBatch(winner.micro_batch, winner.packed)
+    return arrange(own, winner.layout, micro_batch, winner.checkpointed, len(winner.offloaded)).budgets
 
 
 def _steps(spec: RunSpec, data: DataFacts | None) -> int:

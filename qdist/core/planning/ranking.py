@@ -26,6 +26,8 @@ def check_batches(setting: PlanningContext, layout: Layout) -> None:
             f"global_batch={spec.global_batch} cannot be spread over {counted(ranks, noun)}",
             ways=[_rounded(spec.global_batch, ranks * size), *_fewer(spec, layout)],
         )
+    if setting.packs(layout):
+        return
     each = spec.global_batch // ranks
     if each % size:
         raise SpecError(
@@ -110,7 +112,8 @@ def host_memory_wanted(setting: PlanningContext, count: int) -> tuple[int, int] 
 def _offloading(setting: PlanningContext, count: int) -> list[Candidate]:
     """Candidates with layers offloaded to host memory; none if the user decided otherwise."""
     found = last_resorts(setting.spec, count) if setting.rooms is not None else []
-    return [own for layout in found if _works(setting, layout) for own in offloading(setting, layout)]
+    able = (layout for layout in found if _works(setting, layout) and not layout.unable(setting.spec, setting.new_rows))
+    return [own for layout in able for own in offloading(setting, layout)]
 
 
 def closest(candidates: Iterable[Candidate]) -> Candidate:

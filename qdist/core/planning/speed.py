@@ -79,10 +79,15 @@ class Passes(msgspec.Struct, frozen=True):
     """Bytes of the micro-batch's hidden states, as a stage sends them."""
 
 
-def passes(sizes: Sizes, rates: Rates, micro_batch: int) -> Passes:
-    """Predict the time of one micro-batch on one GPU that holds all its weights."""
+def passes(sizes: Sizes, rates: Rates, micro_batch: int, *, tokens: int = 0, attended: int = 0) -> Passes:
+    """Predict the time of one micro-batch on one GPU that holds all its weights.
+
+    tokens: its positions, padding included; 0 for `micro_batch` whole sequences.
+    attended: length of the row or the packed sample that a position attends to; 0 for a whole sequence.
+    """
     facts, job = sizes.facts, sizes.job
-    tokens = micro_batch * job.seq_len
+    tokens = tokens or micro_batch * job.seq_len
+    job = msgspec.structs.replace(job, seq_len=attended) if attended else job
     pairs = zip(facts.shapes, sizes.layers, strict=True)
     times = [_layer_passes(shape, own, job, rates, tokens) for shape, own in pairs]
     slow = FLOAT32_SLOWDOWN if job.compute_bytes == 4 else 1
@@ -205,7 +210,7 @@ def _loss_traffic(sizes: Sizes, tokens: int) -> float:
 
 
 def _adapter_step_s(
-    sizes: Sizes, rates: Rates, *, layers: Sequence[int], stage: int, ranks: int, micro_batches: int, paged: bool
+    sizes: Sizes, rates: Rates, *, layers: Sequence[int], stage: int, ranks: int, micro_batches: float, paged: bool
 ) -> float:
     """Seconds of the optimizer step and ZeRO's exchanges, for the adapter on these counts of layers by run."""
     trained, job = sizes.trained(layers), sizes.job
@@ -236,7 +241,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     counts: tuple[tuple[int, ...], ...]
     """Layers by run on each GPU of a group; one entry if all GPUs hold the same layers."""
     checkpointed: int
-    micro_batches: int
+    micro_batches: float
+    """Micro-batches of a rank, in the mean over steps."""
     zero_stage: int
     ranks: int
     shards: int = 1

@@ -5,6 +5,7 @@ from typing import Any
 
 from qdist.core.errors import ModelError, SpecError
 from qdist.core.model.shapes import ALL_LINEAR, EXPERTS, MOST_UNPACKED, UNPACKED_EXPERTS, ModelFacts
+from qdist.core.planning.packing import packs_samples
 from qdist.core.spec.run_spec import RunSpec
 from qdist.core.spec.sections import GPTQ_METHODS
 
@@ -38,6 +39,8 @@ def _contradictions(spec: RunSpec, facts: ModelFacts, config: Mapping[str, Any])
             "weights, where no input can be dropped",
             ways=[{"lora.dropout": 0.0}, {"lora.targets": rest or (ALL_LINEAR,)}],
         )
+    if spec.pack and (reason := packs_samples(facts)):
+        yield SpecError(f"pack=true: {facts.name} {reason}", ways=[{"pack": None}])
     yield from _balance_loss(spec, config)
     if spec.bits < 16:
         yield from _unpacked_experts(spec, facts)

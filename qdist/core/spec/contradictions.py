@@ -66,7 +66,7 @@ def _length(now: Flat, _: Flat) -> Iterator[SpecError]:
 
 def _batch(now: Flat, _: Flat) -> Iterator[SpecError]:
     batch, size = now["global_batch"], now["micro_batch"]
-    if size is not None and batch % size:
+    if size is not None and batch % size and not now["pack"]:
         yield SpecError(
             f"global_batch={batch} is not a multiple of micro_batch={size}",
             ways=[{"micro_batch": largest_divisor(batch, size)}, {"global_batch": -(-batch // size) * size}],

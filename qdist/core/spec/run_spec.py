@@ -100,13 +100,16 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     seq_len: Annotated[
         int, Meta(ge=8, le=MOST_STEPS, description="Longest sample, in tokens; longer ones are cut.")
     ] = 512
-    micro_batch: Annotated[Positive | None, Meta(description="Samples at a time on one rank.")] = None
+    micro_batch: Annotated[
+        Positive | None,
+        Meta(description="Samples at a time on one rank; packed, the samples of seq_len that a row has room for."),
+    ] = None
     global_batch: Annotated[Positive, Meta(description="Samples per optimizer step, over all ranks.")] = 16
     pack: Annotated[
         bool | None,
         Meta(
-            description="Several samples in one row, none of which sees another. Auto: where samples are much shorter "
-            "than seq_len and the model's attention can keep them apart."
+            description="Several samples in one row, none of which sees another. Auto: on GPUs, where samples are much "
+            "shorter than the longest and the model's attention can keep them apart."
         ),
     ] = None
     graphs: Annotated[

@@ -141,15 +141,30 @@ def losses(events: Iterable[Event]) -> dict[int, float]:
     return dict(sorted(found.items()))
 
 
-def steady_tokens_s(events: Iterable[Event]) -> float | None:
-    """Median tokens/s of the last stretch, from one rank's events, without the first steps if there are more."""
-    speeds: list[float] = []
+class SteadySpeed(NamedTuple):
+    """Speed of all ranks together; None if there was no step."""
+
+    tokens_s: float | None
+    """Tokens/s without padding."""
+    positions_s: float | None
+    """Positions/s, padding included."""
+
+
+def steady_speed(events: Iterable[Event]) -> SteadySpeed:
+    """Medians of the last stretch, from one rank's events, without the first steps if there are more."""
+    steps: list[Event] = []
     for event in events:
         if event.kind in ("start", "resume"):
-            speeds = []
+            steps = []
         elif event.kind == "step" and event.seconds > 0:
-            speeds.append(event.tokens / event.seconds)
-    return median(speeds[_UNSTEADY:] or speeds) if speeds else None
+            steps.append(event)
+    steady = steps[_UNSTEADY:] or steps
+    if not steady:
+        return SteadySpeed(None, None)
+    return SteadySpeed(
+        median(step.tokens / step.seconds for step in steady),
+        median((step.tokens + step.padding) / step.seconds for step in steady),
+    )
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
 from itertools import chain, groupby
+from operator import add
 from statistics import fmean, median
 from typing import NamedTuple
 
@@ -241,13 +242,19 @@ class RunHistory:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Tokens/s: median of the last steps, so that one checkpoint or compilation does not show."""
+        """Tokens/s without padding: median of the last steps, so that one checkpoint or compilation does not show."""
+        return self._speed_of(self.columns.tokens[self._recent :])
+
+    @property
+    def positions_per_s(self) -> float | None:
+        """The same for all positions, padding included."""
         columns, start = self.columns, self._recent
-        speeds = [
-            tokens / seconds
-            for tokens, seconds in zip(columns.tokens[start:], columns.seconds[start:], strict=True)
-            if seconds > 0
-        ]
+        return self._speed_of(list(map(add, columns.tokens[start:], columns.padding[start:])))
+
+    def _speed_of(self, counts: Sequence[int]) -> float | None:
+        """Median count a second of the last steps."""
+        pairs = zip(counts, self.columns.seconds[self._recent :], strict=True)
+        speeds = [count / seconds for count, seconds in pairs if seconds > 0]
         return median(speeds) if speeds else None
 
     @property

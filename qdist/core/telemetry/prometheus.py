@@ -64,6 +64,8 @@ def _of_training(plan: Plan, fold: RunHistory) -> Iterator[Metric]:
     yield _one("qdist_learning_rate", "Learning rate of the last step.", fold.learning_rate)
     yield _one("qdist_gradient_norm", "Global gradient norm of the last step, before clipping.", fold.gradient_norm)
     yield _one("qdist_tokens_per_second", "Median of the last 10 steps, all ranks together.", fold.tokens_per_s)
+    positions = "The same with padding: positions that were computed."
+    yield _one("qdist_positions_per_second", positions, fold.positions_per_s)
     yield _one("qdist_tokens", "Tokens trained on so far; goes back with the step.", sum(fold.columns.tokens))
     yield _one("qdist_padding_ratio", "Of all positions computed, those that held no token.", fold.padding_share)
     yield _one("qdist_data_ratio", "Of the last steps' time, what rank 0 spent on making samples.", fold.data_share)

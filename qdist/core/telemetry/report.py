@@ -123,7 +123,7 @@ def report_of(found: Found) -> Report:
         machine=tuple(machine_rows(found.machine)),
         versions=tuple(found.versions.items()),
         choices=choices_of(plan),
-        metrics=metrics_of(plan, fold, memory, speed),
+        metrics=metrics_of(plan, fold, memory, result),
     )
 
 
@@ -154,13 +154,18 @@ def _summary(plan: Plan, fold: RunHistory) -> Iterator[tuple[str, str]]:
     where = f"{count} {unit}{'' if count == 1 else 'es' if unit.endswith('s') else 's'}"
     yield "Ranks", f"{plan.world_size} on {where}, {engine}, {plan.optimizer}, {plan.compute_dtype}"
     yield "Data", _data(plan)
-    yield "Batch", f"{spec.global_batch} samples a step, {plan.micro_batch} at a time on a rank"
+    yield "Batch", f"{spec.global_batch} samples a step, {_at_a_time(plan)} at a time on a rank"
     yield "Steps", f"{fold.step:,} of {fold.total_steps or plan.steps:,}"
     if fold.trained_s:
         yield "Duration", format_duration(fold.trained_s)
         yield ("GPU hours" if plan.device == "cuda" else "Rank hours"), f"{fold.trained_s * count / 3600:.3g}"
     if tokens := sum(fold.columns.tokens):
         yield "Tokens", f"{tokens:,} trained on"
+
+
+def _at_a_time(plan: Plan) -> str:
+    row = f"packed in rows of {plan.micro_batch * plan.seq_len:,} positions, one"
+    return row if plan.packed else f"{plan.micro_batch}"
 
 
 def _data(plan: Plan) -> str:
@@ -179,7 +184,8 @@ _METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
     "best_held_out_loss": ("Held-out loss, best", number),
     "steps": ("Steps", lambda value: f"{value:,.0f}"),
     "tokens": ("Tokens", lambda value: f"{value:,.0f}"),
-    "tokens_per_s": ("Tokens/s", format_count),
+    "tokens_per_s": ("Useful tokens/s", format_count),
+    "positions_per_s": ("Tokens/s with padding", format_count),
     "step_s": ("Time of a step", took),
     "padding_share": ("Padding", lambda value: f"{100 * value:.1f} %"),
     "peak_bytes": ("Peak memory, fullest", format_bytes),

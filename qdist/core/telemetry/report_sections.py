@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from qdist.core.machine.cluster import Cluster
+from qdist.core.planning.fill import has_padding
 from qdist.core.planning.plan import Plan
 from qdist.core.spec.keys import json_text
 from qdist.core.spec.run_spec import RunSpec, flatten
@@ -51,6 +52,12 @@ def counted_steps(steps: int) -> str:
 def processors(plan: Plan) -> int:
     """GPUs of the run, or its processes on CPUs."""
     return sum(len(rank.gpus) or 1 for rank in plan.ranks)
+
+
+def measured_positions(fold: RunHistory, result: Mapping[str, Any] | None) -> float | None:
+    """Measured positions/s, padding included, over the same steps as `measured_speed`."""
+    measured = (result or {}).get("positions_per_s", {}).get("measured")
+    return fold.positions_per_s if measured is None else float(measured)
 
 
 def measured_speed(fold: RunHistory, result: Mapping[str, Any] | None) -> float | None:
@@ -107,10 +114,15 @@ def pace_rows(
     plan: Plan, fold: RunHistory, result: Mapping[str, Any] | None, speed: float | None
 ) -> Iterator[tuple[str, str]]:
     """Speed against its prediction, what was wasted, and how long the start took."""
+    positions = measured_positions(fold, result)
+    padded = has_padding(speed / positions if speed and positions else plan.useful_share)
+    name = "Useful tokens/s" if padded else "Tokens/s"
     if plan.tokens_per_second:
-        yield "Tokens/s predicted", format_count(plan.tokens_per_second)
+        yield f"{name} predicted", format_count(plan.tokens_per_second)
     if speed:
-        yield "Tokens/s measured", format_count(speed)
+        yield f"{name} measured", format_count(speed)
+    if padded and positions:
+        yield "Tokens/s with padding", format_count(positions)
     if off := shown_error(plan.tokens_per_second, speed):
         yield "Error of the prediction", f"{off} ({MEANING})"
     if fold.padding_share is not None:
@@ -196,7 +208,7 @@ def choices_of(plan: Plan) -> dict[str, str]:
         for key in (
             "device", "placement", "schedule", "groups", "gpus_per_group", "world_size", "micro_batch",
             "gradient_accumulation", "steps", "seq_len", "checkpointed_layers", "compute_dtype", "optimizer", "engine",
-            "zero_stage", "liger",
+            "zero_stage", "liger", "packed",
         )
     }  # fmt: skip
     given = {key: _value(value) for key, value in flatten(plan.spec).items() if key != "run"}
@@ -204,7 +216,9 @@ def choices_of(plan: Plan) -> dict[str, str]:
     return given | {f"{key}, as planned": value for key, value in decided.items() if given.get(key) != value}
 
 
-def metrics_of(plan: Plan, fold: RunHistory, memory: tuple[MemoryParts, ...], speed: float | None) -> dict[str, float]:
+def metrics_of(
+    plan: Plan, fold: RunHistory, memory: tuple[MemoryParts, ...], result: Mapping[str, Any] | None
+) -> dict[str, float]:
     """Metrics of a run, in the order in which a comparison shows them."""
     columns = fold.columns
     losses = [loss for loss in columns.loss[-20:] if math.isfinite(loss)]
@@ -217,7 +231,8 @@ def metrics_of(plan: Plan, fold: RunHistory, memory: tuple[MemoryParts, ...], sp
         "best_held_out_loss": min(held_out) if held_out else None,
         "steps": float(fold.step),
         "tokens": float(sum(columns.tokens)),
-        "tokens_per_s": speed,
+        "tokens_per_s": measured_speed(fold, result),
+        "positions_per_s": measured_positions(fold, result),
         "step_s": sum(columns.seconds) / len(columns) if len(columns) else None,
         "padding_share": fold.padding_share,
         "peak_bytes": float(peak) if peak else None,

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
+from qdist.core.planning.packing import packs_samples
+from qdist.core.planning.placements.registry import layout_of
 from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.curves import thinned
 from qdist.core.telemetry.history import RunHistory
@@ -202,8 +204,7 @@ def _pace(plan: Plan, fold: RunHistory, span: _Span, result: Mapping[str, Any] |
     if (padding := fold.padding_share or 0.0) > _PADDING:
         yield RunWarning(
             "padding",
-            f"{_percent(padding)} of the computed positions are padding: a smaller micro_batch, or samples of like "
-            "length in one, would waste less",
+            f"{_percent(padding)} of the computed positions are padding: {_fuller(plan)} would waste less",
         )
     speed, planned = measured_speed(fold, result), plan.tokens_per_second
     if speed and speed < (1 - _SLOWER) * planned and len(fold.columns) >= _BEFORE:  # the first steps compile
@@ -211,6 +212,15 @@ def _pace(plan: Plan, fold: RunHistory, span: _Span, result: Mapping[str, Any] |
             "speed",
             f"training runs at {format_count(speed)} tokens/s, {_percent(1 - speed / planned)} slower than planned",
         )
+
+
+def _fuller(plan: Plan) -> str:
+    """What would waste less on padding."""
+    if plan.packed:
+        return "another micro_batch, or a larger global_batch,"
+    if layout_of(plan).packs and not packs_samples(plan.facts):
+        return "pack=true"
+    return "a smaller micro_batch, or samples of like length in one,"
 
 
 def _resumes(fold: RunHistory) -> Iterator[RunWarning]:

@@ -18,6 +18,7 @@ from qdist.core.machine.cluster import Cluster
 from qdist.core.model.families import require_library_class
 from qdist.core.model.gptq import of_run
 from qdist.core.model.shapes import ModelFacts
+from qdist.core.planning.fill import MicroBatch
 from qdist.core.planning.plan import DataFacts, Plan, Prepared, Source, digest
 from qdist.core.planning.planner import make_plan
 from qdist.core.planning.render import (
@@ -56,7 +57,7 @@ from qdist.host.sources.models import known_shape
 
 RESUMABLE = frozenset((
     "run", "gpus", "placement", "gpus_per_group", "split.schedule", "split.offload_layers", "micro_batch",
-    "max_memory", "trackers", "liger", "zero.stage", "zero.offload",
+    "pack", "max_memory", "trackers", "liger", "zero.stage", "zero.offload",
     "train.checkpointing", "train.eval_steps", "train.save_steps", "train.keep", "train.answers",
     "train.verify_steps", "train.stuck_seconds",
 ))  # fmt: skip
@@ -319,7 +320,7 @@ def _planned(asked: _Asked, source: Source, facts: ModelFacts, data: DataFacts |
         data,
         has_liger=find_spec("liger_kernel") is not None,
         no_fla=fla_problem(here),
-        usual_micro_batch=asked.old.micro_batch if asked.old else None,
+        usual=MicroBatch(asked.old.micro_batch, asked.old.packed) if asked.old else None,
         correction=calibration.correction_for(here, world_size=spec.gpus, bits=spec.bits),
     )
 

@@ -87,6 +87,7 @@ def lesson_of(plan: Plan, result: dict[str, object], cluster: Cluster) -> Calibr
         / (plan.correction.speed_of(plan.placement) if plan.correction else 1),
         measured_tokens_s=measured.tokens_per_s.measured or 0.0,
         rates=_rates(cluster),
+        useful_share=plan.useful_share if plan.fill or plan.data is None else 0.0,
         version=_version(),
     )
 

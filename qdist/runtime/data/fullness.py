@@ -59,6 +59,25 @@ def fills(tokenized: TokenizedSet, train: torch.Tensor, spec: RunSpec) -> tuple[
     return tuple(found)
 
 
+def row_fills(tokenized: TokenizedSet, train: torch.Tensor, spec: RunSpec) -> tuple[Fill, ...]:
+    """How full micro-batches with a row a sample are, for each size that divides the global batch and any ranks.
+
+    train: as for `fullest`. Rows are as wide as they must be; few widths, where passes are captured, pad them further.
+    """
+    size = spec.global_batch
+    lengths = tokenized.offsets.diff()[_first(train, spec, _MOST_SAMPLES)]
+    tokens, positions = int(lengths.sum()), {each: _row_positions(lengths.view(-1, each)) for each in _divisors(size)}
+    return tuple(
+        Fill(samples=each, ranks=1, micro_batches=size / each, share=tokens / count, packed=False)
+        for each, count in positions.items()
+    )
+
+
+def _row_positions(lengths: torch.Tensor) -> int:
+    """Positions of micro-batches whose rows are as wide as their longest sample; lengths: [micro-batches, samples]."""
+    return lengths.shape[1] * sum(map(padded, lengths.amax(dim=1).tolist()))
+
+
 def _first(train: torch.Tensor, spec: RunSpec, most: int) -> torch.Tensor:
     """The samples of a run's first steps, in order: of as many whole steps as have `most` samples, at least one."""
     size = spec.global_batch

@@ -31,7 +31,7 @@ def run(request: Prepare) -> Prepared:
 def prepare(spec: RunSpec) -> Prepared:
     """The model as a packed local folder, its tokenizer repaired, the data tokenized; all of it cached."""
     from qdist.runtime.data.chat_template import require_template
-    from qdist.runtime.data.fullness import fills, fullest
+    from qdist.runtime.data.fullness import fills, fullest, row_fills
     from qdist.runtime.data.stream import split
     from qdist.runtime.data.tokenized import cached_tokenize
     from qdist.runtime.data.tokenizer import open_tokenizer, repair, text_settings
@@ -85,11 +85,12 @@ def prepare(spec: RunSpec) -> Prepared:
             held_out_samples=len(held_out),
             tokens=int(lengths.sum()),
             longest=int(lengths.max()),
+            attended=float(lengths.double().square().sum() / lengths.sum()),
             records=summary.records,
             wording=summary.wording,
             digest=files_digest(spec.data),
             fullest=fullest(tokenized, train, spec),
-            fills=fills(tokenized, train, spec),
+            fills=(*fills(tokenized, train, spec), *row_fills(tokenized, train, spec)),
         ),
         notes=(
             *_left_out(spec),

@@ -14,7 +14,7 @@ import torch
 from qdist.core.errors import RunError
 from qdist.core.planning.plan import Plan
 from qdist.core.requests import Gather
-from qdist.core.telemetry.events import start_of, steady_tokens_s
+from qdist.core.telemetry.events import start_of, steady_speed
 from qdist.core.telemetry.inventory import Inventory, plain
 from qdist.host.files import locked, publish_folder, replace_folder, write_atomic
 from qdist.host.run.observer import Follower
@@ -198,6 +198,7 @@ def write_result(
         tensors, size = load_tensors(run.adapter / ADAPTER), (run.adapter / ADAPTER).stat().st_size
     events = Follower(run.path).new_events()
     start = start_of(events, planned_at=(run.path / PLAN).stat().st_mtime)
+    speed = steady_speed(event for event in events if event.rank == 0)
     result = {
         "steps": plan.steps,
         "held_out": [list(point) for point in held_out],
@@ -209,8 +210,9 @@ def write_result(
         "held": [own._asdict() for own in held],
         "tokens_per_s": {
             "predicted": plan.tokens_per_second,
-            "measured": steady_tokens_s(event for event in events if event.rank == 0),
+            "measured": speed.tokens_s,
         },
+        "positions_per_s": {"predicted": plan.positions_per_second, "measured": speed.positions_s},
         "start_seconds": {"load": start.load_s, "first_step": start.first_step_s},
         "loading": {"seconds": start.loading_s, "read_bytes": start.read_bytes},
         "own_code": plan.source.own_code or None,

@@ -74,6 +74,13 @@ def test_the_overview_of_a_run_on_gpus_has_its_figures() -> None:
         assert words in view
 
 
+def test_useful_tokens_are_told_from_all_tokens_where_there_is_padding() -> None:
+    snapshot = run_of(1)
+    snapshot.fold.add([Event(kind="step", step=n, tokens=4096, padding=4096, seconds=4.0) for n in range(13, 33)])
+    assert "1,024 useful tok/s now, 2,048 with padding" in drawn(snapshot, 120)
+    assert "useful" not in drawn(run_of(1), 120)
+
+
 def test_a_wide_terminal_has_charts_beside_the_ranks() -> None:
     lines = drawn(run_of(2), 200, 50).splitlines()
     (head,) = [line for line in lines if "predicted" in line and "peak" in line]

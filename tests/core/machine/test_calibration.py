@@ -12,7 +12,7 @@ LESSON = CalibrationSample(
     card="NVIDIA H200", gpus=4, world_size=4, placement="shard", gpus_per_group=4, zero_stage=0, model="llama-65b",
     bits=4, seq_len=512, micro_batch=16, checkpointed_layers=80, predicted_bytes=24 * GIB, measured_bytes=25 * GIB,
     predicted_context_bytes=GIB, measured_context_bytes=2 * GIB, predicted_tokens_s=5000.0, measured_tokens_s=4500.0,
-    rates="measured", version="0.1.0",
+    rates="measured", version="0.1.0", useful_share=1.0,
 )  # fmt: skip
 
 
@@ -35,6 +35,11 @@ def test_a_ratio_stays_within_reason(ratio: float, kept: float) -> None:
     found = learnt(lesson(measured_tokens_s=5000.0 * ratio))
     assert found is not None
     assert found.speed == pytest.approx(kept)
+
+
+def test_a_prediction_that_counted_padding_says_nothing_of_speed() -> None:
+    """An older qdist compared positions with tokens: a run of short samples looked half as fast as planned."""
+    assert learnt(lesson(useful_share=0.0)) == Correction(context_bytes=2 * GIB, runs=1)
 
 
 def test_one_odd_run_does_not_count_and_old_ones_are_forgotten() -> None:

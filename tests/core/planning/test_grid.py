@@ -12,6 +12,7 @@ from qdist.core.machine.cluster import Cluster, Gpu, Rates, hypothetical
 from qdist.core.model.aliases import config_of
 from qdist.core.model.families import from_config
 from qdist.core.planning.candidates import USABLE_SHARE, Candidate
+from qdist.core.planning.fill import MicroBatch
 from qdist.core.planning.memory import MemoryBudget, resident
 from qdist.core.planning.placements.registry import layouts
 from qdist.core.planning.plan import Plan, Source
@@ -219,9 +220,9 @@ def test_what_was_learnt_scales_speed_and_replaces_the_context() -> None:
 
 
 def test_a_resumed_run_keeps_its_micro_batch_where_it_can() -> None:
-    usual = planned("llama-7b", gpus(2, 80), {"global_batch": 24}, usual_micro_batch=3)
+    usual = planned("llama-7b", gpus(2, 80), {"global_batch": 24}, usual=MicroBatch(3))
     assert (usual.micro_batch, usual.gradient_accumulation) == (3, 4)
-    assert planned("llama-7b", gpus(2, 80), usual_micro_batch=3).micro_batch in (1, 2, 4, 8)
+    assert planned("llama-7b", gpus(2, 80), usual=MicroBatch(3)).micro_batch in (1, 2, 4, 8)
 
 
 def test_rows_added_to_the_vocabulary_keep_the_tables_whole() -> None:

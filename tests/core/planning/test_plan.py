@@ -354,7 +354,7 @@ def test_the_digest_changes_with_every_field() -> None:
         "engine": "deepspeed", "placement": "split", "schedule": "1f1b",
         "layer_map": (0, 1), "offloaded_layers": (1,), "alternatives": (), "correction": Correction(speed=0.5),
         "liger": not plan.liger, "recurrence": "fla", "start": Start(path="an adapter", digest="ab"),
-        "ranks": plan.ranks[:1], "notes": ("a note",),
+        "ranks": plan.ranks[:1], "notes": ("a note",), "fill": None,
     }  # fmt: skip
     fields = [field.name for field in msgspec.structs.fields(Plan)]
     other |= {name: getattr(plan, name) + 1 for name in fields if name not in other}

@@ -10,7 +10,7 @@ from qdist.core.telemetry.events import (
     encode,
     losses,
     start_of,
-    steady_tokens_s,
+    steady_speed,
     whole_length,
 )
 
@@ -117,7 +117,7 @@ def test_steady_speed_leaves_the_first_steps_out_where_there_are_more(
 ) -> None:
     before = [Event(kind="start"), *(step(number, seconds=0.1) for number in range(9)), Event(kind="resume")]
     steps = [step(number, seconds=took) for number, took in enumerate(seconds, 1)]
-    assert steady_tokens_s([*before, *steps]) == speed
+    assert steady_speed([*before, *steps]).tokens_s == speed
 
 
 def load(rank: int, *, time: float, seconds: float = 1.0, read_bytes: int = 0) -> Event:

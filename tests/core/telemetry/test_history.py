@@ -163,6 +163,12 @@ def test_time_left_counts_evaluations_and_checkpoints_as_there_were_so_far() -> 
     assert state.seconds_left == (60 - 42) * 2.0
 
 
+def test_positions_a_second_count_padding_too() -> None:
+    state = folded([step(number, padding=500) for number in range(1, 6)])
+    assert state.positions_per_s == 1.5 * (state.tokens_per_s or 0.0)
+    assert folded([]).positions_per_s is None
+
+
 def test_padding_and_data_are_shares() -> None:
     state = folded([step(1, padding=1000), step(2, padding=0)])
     assert state.padding_share == 1000 / 3000

@@ -89,6 +89,7 @@ def test_figures_are_the_folds_and_the_ranks_own() -> None:
     figures = {
         "qdist_step": 2, "qdist_loss": 4.0, "qdist_smoothed_loss": 3.0, "qdist_learning_rate": 1e-4,
         "qdist_tokens": 180, "qdist_tokens_per_second": 180.0, "qdist_padding_ratio": 0.1, "qdist_resumes_total": 1,
+        "qdist_positions_per_second": 200.0,
         "qdist_trained_seconds_total": 3.5, "qdist_seconds_left": 1.5, "qdist_skipped_steps": 0,
         "qdist_held_out_loss": None, "qdist_checkpoint_step": None,
     }  # fmt: skip

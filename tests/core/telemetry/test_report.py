@@ -4,6 +4,7 @@ import math
 from array import array
 from typing import Any
 
+import msgspec
 import pytest
 
 from qdist.core.planning.plan import Plan
@@ -143,6 +144,26 @@ def test_of_many_gpus_that_are_alike_the_fullest_is_shown() -> None:
     assert own.label == "GPU 0, the fullest of 8 alike"
 
 
+def test_useful_tokens_stand_beside_all_tokens_where_there_is_padding() -> None:
+    padded = report(folded(*(step(number, padding=1000) for number in range(1, 9))))
+    rows = dict(padded.pace)
+    assert (rows["Useful tokens/s measured"], rows["Tokens/s with padding"]) == ("500", "1,000")
+    assert (padded.metrics["tokens_per_s"], padded.metrics["positions_per_s"]) == (500.0, 1000.0)
+    full = report(folded(*(step(number) for number in range(1, 9))))
+    assert "Tokens/s measured" in dict(full.pace)
+    assert "Tokens/s with padding" not in dict(full.pace)
+    compared = {row[0]: row[1:3] for row in metrics_beside(full, padded).rows}
+    assert (compared["Useful tokens/s"], compared["Tokens/s with padding"]) == (("500", "500"), ("500", "1,000"))
+
+
+def test_the_way_out_of_padding_fits_the_run() -> None:
+    fold = folded(step(1, padding=1000))
+    packed = msgspec.structs.replace(PLAN, packed=True)
+    bloom = planned("bloom-560m", gpus(2, 140), {"gpus": 2})
+    for plan, way in ((packed, "another micro_batch, or a larger global_batch,"), (bloom, "a smaller micro_batch, or")):
+        assert any(f"are padding: {way}" in warning for warning in report(fold, plan).warnings)
+
+
 def test_nothing_odd_gives_no_warning() -> None:
     fold = folded(*(step(number, 3 - number / 100) for number in range(1, 60)))
     allocated = PLAN.ranks[0].expected[0].total - GIB
@@ -161,7 +182,7 @@ def test_nothing_odd_gives_no_warning() -> None:
         ([step(1), step(2, None)], "The loss is NaN or infinite at step 2: try a smaller optim.lr."),
         ([*(step(n) for n in range(1, 20)), step(20, 5.0)], "The loss jumped from 2.000 to 5.000 at step 20."),
         ([step(1, memory_bytes=200 * GIB)], "Memory was"),
-        ([step(1, padding=1000)], "50 % of the computed positions are padding"),
+        ([step(1, padding=1000)], "50 % of the computed positions are padding: pack=true would waste less"),
         ([step(1, data_s=0.5)], "making samples took 25 % of the steps' time"),
         ([step(1), step(1, rank=1, busy_s=1.8)], "rank 1's passes take 20 % longer"),
         ([step(1), Event(kind="resume", step=1, time=9.0)], "The run was resumed 1 time: from step 1."),

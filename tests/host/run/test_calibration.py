@@ -9,7 +9,7 @@ import pytest
 
 from qdist.core.machine.calibration import CalibrationSample, Correction
 from qdist.core.machine.cluster import Cluster, Rates
-from qdist.core.planning.plan import Plan
+from qdist.core.planning.plan import DataFacts, Plan
 from qdist.core.text import GIB, MIB
 from qdist.host.run import calibration
 from qdist.host.run.rundir import PLAN, RESULT, RunDir
@@ -65,6 +65,16 @@ def test_what_a_run_taught_corrects_the_next_plan(tmp_path: Path) -> None:
     assert calibration.correction_for(machine()) == wanted
     assert calibration.correction_for(machine(), world_size=1) == msgspec.structs.replace(wanted, context_bytes=None)
     assert calibration.correction_for(machine(), bits=8) == Correction(context_bytes=2 * GIB, runs=1)
+
+
+def test_only_plans_that_tell_tokens_from_padding_teach_speed() -> None:
+    facts = DataFacts(path="c", samples=10, train_samples=9, held_out_samples=1, tokens=2560, longest=512)
+    padded = planned("llama-7b", machine(), {**SETTINGS, "pack": False}, data=facts)
+    older = msgspec.structs.replace(padded, fill=None)
+    for made, share in ((padded, 0.5), (older, 0.0), (plan(), 1.0)):
+        learnt = calibration.lesson_of(made, result(made), machine())
+        assert learnt is not None
+        assert learnt.useful_share == share
 
 
 def test_ratios_to_the_tables_rates_say_nothing_of_measured_ones(tmp_path: Path) -> None:

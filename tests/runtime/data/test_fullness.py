@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from qdist.core.planning.plan import Plan
-from qdist.runtime.data.fullness import fills, fullest
+from qdist.runtime.data.fullness import fills, fullest, row_fills
 from qdist.runtime.data.stream import split
 from tests.runtime.data.test_samples import LENGTHS, samples_with
 from tests.runtime.tiny import plan_of, samples_of, save_config
@@ -47,3 +47,18 @@ def test_how_full_bins_will_be_is_told_before_the_run(plan: Plan) -> None:
         assert own.micro_batches == pytest.approx(sum(map(len, steps)) / own.ranks / 7)
         positions = sum(map(len, steps)) * own.samples * plan.seq_len
         assert own.share == pytest.approx(sum(samples.tokens(each) for bins in steps for each in bins) / positions)
+
+
+def test_how_full_rows_of_one_sample_will_be_is_told_before_the_run(plan: Plan) -> None:
+    tokenized = samples_of(LENGTHS)
+    spec = msgspec.structs.replace(plan.spec, steps=7)
+    train, _ = split(len(tokenized), held_out=spec.train.held_out, seed=spec.seed)
+    found = row_fills(tokenized, train, spec)
+    assert [(own.samples, own.ranks, own.micro_batches, own.packed) for own in found] == [
+        (1, 1, 8.0, False), (2, 1, 4.0, False), (4, 1, 2.0, False), (8, 1, 1.0, False),
+    ]  # fmt: skip
+    for own in found:
+        samples = samples_with(plan, micro_batch=own.samples)
+        seen = [batch for step in range(7) for batch in samples.step(step)]
+        tokens, padding = (sum(map(count, seen)) for count in (samples.tokens, samples.padding))
+        assert own.share == tokens / (tokens + padding)

@@ -201,7 +201,7 @@ def test_a_result_holds_every_ranks_peaks_and_speed_and_start_beside_the_predict
         said = [
             Event(kind="load", rank=rank, seconds=2.0 + rank, read_bytes=100, time=planned + 3 + rank),
             Event(kind="start", rank=rank, time=planned + 5),
-            *(Event(kind="step", step=step, rank=rank, tokens=64, seconds=[8, 8, 8, 2, 1, 2][step],
+            *(Event(kind="step", step=step, rank=rank, tokens=64, padding=16, seconds=[8, 8, 8, 2, 1, 2][step],
                     time=planned + 10 + step) for step in range(6)),
         ]  # fmt: skip
         run.event_file(rank).write_bytes(b"".join(map(encode, said)))
@@ -216,6 +216,7 @@ def test_a_result_holds_every_ranks_peaks_and_speed_and_start_beside_the_predict
     assert result["peaks"][1][0]["load"] == 91
     assert result["held"] == [{"weights": 9, "adapter": 8, "gradients": 7, "optimizer": 6}] * 2
     assert result["tokens_per_s"] == {"predicted": run.plan().tokens_per_second, "measured": 32.0}
+    assert result["positions_per_s"] == {"predicted": run.plan().positions_per_second, "measured": 40.0}
     assert result["start_seconds"] == pytest.approx({"load": 4.0, "first_step": 10.0}, abs=1e-3)
     assert result["loading"] == {"seconds": 3.0, "read_bytes": 200}
 

@@ -87,6 +87,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     placement: ClassVar[Name]
     schedule: ClassVar[Schedule | None] = None
+    packs: ClassVar[bool] = True
+    """Whether its ranks can compute micro-batches of packed samples."""
     groups: int
     gpus_per_group: int
     zero_stage: int = 0
@@ -181,8 +183,17 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def batch_in_words(self, plan: Plan) -> str:
         """How the global batch of a plan is split: '4 ranks x 2 x 8 samples'."""
+        if plan.packed:
+            return f"{counted(self.world_size, 'rank')} x {rows_in_words(plan)}"
         samples = counted(plan.micro_batch, "sample")
         return f"{counted(self.world_size, 'rank')} x {plan.gradient_accumulation} x {samples}"
+
+
+def rows_in_words(plan: Plan) -> str:
+    """The packed micro-batches of a rank and step: '1.5 packed rows of 2,048 positions, samples'."""
+    number = plan.fill.micro_batches if plan.fill else plan.gradient_accumulation
+    rows = f"{number:.3g} packed row{'' if number == 1 else 's'}"
+    return f"{rows} of {plan.micro_batch * plan.seq_len:,} positions, samples"
 
 
 def groups_in_words(plan: Plan) -> str:

@@ -19,6 +19,7 @@ from qdist.core.planning.placements.base import (
     Wanted,
     divisors_of,
     groups_in_words,
+    rows_in_words,
     unit_of,
 )
 from qdist.core.planning.plan import Plan
@@ -52,6 +53,8 @@ class _OfLayers(Layout, frozen=True):
 
     def batch_in_words(self, plan: Plan) -> str:
         groups = f"{self.groups} groups x " if self.groups > 1 else ""
+        if plan.packed:
+            return f"{groups}{rows_in_words(plan)}"
         number = counted(plan.gradient_accumulation, "micro-batch", "es")
         return f"{groups}{number} of {counted(plan.micro_batch, 'sample')}"
 
@@ -123,6 +126,14 @@ class OneProcess(_OfLayers, frozen=True):
     """One process that visits GPU after GPU: the only layout that can offload layers to host memory."""
 
     schedule = "sequential"
+    packs = False
+
+    def unable(self, spec: RunSpec, new_rows: int) -> SpecError | None:
+        """The error for packed samples, whose ends do not visit GPU after GPU."""
+        if not spec.pack:
+            return None
+        message = "one process over a split backbone does not pack, and pack=true asks for that"
+        return SpecError(message, ways=[{"pack": None}, _sharded(spec), OPEN])
 
     @property
     def world_size(self) -> int:
