@@ -44,8 +44,8 @@ def main() -> None:
     ways: list[tuple[str, dict[str, Any], bool]] = [
         ("waits for the norm", {}, False),
         ("without a wait", {"capturable": True}, False),
-        ("without a wait, flat gradients", {"capturable": True, "persistent": True}, False),
-        ("in a CUDA graph, flat gradients", {"capturable": True, "persistent": True}, True),
+        ("without a wait, flat gradients", {"capturable": True, "graphs": True}, False),
+        ("in a CUDA graph, flat gradients", {"capturable": True, "graphs": True}, True),
         ("adamw-8bit", {"name": "adamw-8bit"}, False),
     ]
     able = [way for way in ways if device.type == "cuda" or not way[2]]
@@ -89,7 +89,7 @@ def engine_of(
     *,
     name: str = "adamw",
     capturable: bool = False,
-    persistent: bool = False,
+    graphs: bool = False,
 ) -> tuple[TorchEngine, list[torch.Tensor]]:
     """An engine over matrices of these shapes, and what their gradients are at every step."""
     torch.manual_seed(0)
@@ -99,7 +99,7 @@ def engine_of(
     optimizer = build_optimizer(
         adapter.named(), name=name, fused=True, capturable=capturable, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
     )
-    return TorchEngine(adapter, optimizer, clip=0.3, persistent=persistent), gradients
+    return TorchEngine(adapter, optimizer, clip=0.3, graphs=graphs), gradients
 
 
 def give(engine: TorchEngine, gradients: list[torch.Tensor]) -> None:

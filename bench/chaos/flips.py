@@ -29,7 +29,8 @@ from qdist.host.run.rundir import RunDir
 from qdist.host.sources.cache import CHECKSUMS
 from qdist.host.sources.targets import step_note
 from qdist.runtime.data.tokenized import load as load_tokens
-from qdist.runtime.engine.torch import MOMENTS, State
+from qdist.runtime.engine.adamw import MOMENTS
+from qdist.runtime.engine.torch import State
 from qdist.runtime.exports.qalora_merge import merge_offsets
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.formats.checksum import tensor_checksum

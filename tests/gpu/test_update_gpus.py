@@ -22,7 +22,7 @@ def engine_of(*, capturable: bool, persistent: bool = False) -> TorchEngine:
         adapter.named(), name="adamw", fused=True, capturable=capturable, betas=(0.9, 0.999), eps=1e-8,
         weight_decay=0.01,
     )  # fmt: skip
-    return TorchEngine(adapter, optimizer, clip=0.3, persistent=persistent)
+    return TorchEngine(adapter, optimizer, clip=0.3, graphs=persistent)
 
 
 def give_gradients(engine: TorchEngine, *, seed: int, scale: float, wrong: bool) -> None:

@@ -69,7 +69,7 @@ def same(one: State, other: State) -> bool:
         {},
         {"ratio_b": 16.0},
         {"on_device": True},
-        {"on_device": True, "persistent": True, "ratio_b": 4.0},
+        {"on_device": True, "graphs": True, "ratio_b": 4.0},
         {"name": "adamw-8bit"},
     ],
 )
@@ -143,7 +143,7 @@ def test_an_update_that_does_not_wait_for_the_norm_is_the_same_update(
     plan: Plan, clip: float, loss_scale: float, persistent: bool
 ) -> None:
     waiting, _ = engine_of(plan, clip=clip)
-    ours, _ = engine_of(plan, clip=clip, on_device=True, persistent=persistent)
+    ours, _ = engine_of(plan, clip=clip, on_device=True, graphs=persistent)
     assert (waiting.update is None, ours.update is None) == (True, False)
     for step in range(3):
         for engine in (waiting, ours):
@@ -168,7 +168,7 @@ def give_gradients(engine: TorchEngine, *, scale: float, seed: int) -> None:
 
 
 def test_persistent_gradients_stay_where_they_are_and_are_zero_after_a_step(plan: Plan) -> None:
-    engine, samples = engine_of(plan, persistent=True)
+    engine, samples = engine_of(plan, graphs=True)
     before = [gradient(parameter).data_ptr() for parameter in engine.adapter.parameters()]
     advance(engine, samples, range(2))
     assert [gradient(parameter).data_ptr() for parameter in engine.adapter.parameters()] == before

@@ -12,7 +12,8 @@ import torch
 
 from qdist.core.errors import RunError
 from qdist.host.run.rundir import RunDir
-from qdist.runtime.engine.torch import MOMENTS, State
+from qdist.runtime.engine.adamw import MOMENTS
+from qdist.runtime.engine.torch import State
 from qdist.runtime.train import checkpoint
 from qdist.runtime.train.checkpoint import Progress, load, note, prune, save
 
