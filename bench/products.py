@@ -11,6 +11,7 @@ the forward and the backward pass.
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,11 +59,9 @@ def made(variant: str, device: torch.device, hidden: int, inter: int) -> Any:
     adapted: Any = adapt(layer, config)
     for group in READS if together else ():
         members = tuple(adapted.base_model.model.get_submodule(name) for name in group)
+        sharing = SharedRead(members)
         for member in members:
-            member.sharing, member.constant = SharedRead(members), members[0].constant
-        sharing = members[0].sharing
-        for member in members:
-            member.sharing = sharing
+            member.sharing, member.constant = sharing, members[0].constant
     if variant.startswith("peft"):
         for module in adapted.modules():
             if isinstance(module, FusedLora):
@@ -118,6 +117,7 @@ def milliseconds(step: Callable[[], None], device: torch.device, repeats: int) -
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     tiny = parser.parse_args().tiny
@@ -130,10 +130,10 @@ def main() -> None:
         outer = torch.randn(1, tokens, hidden, device=device, dtype=torch.bfloat16) * 1e-3
         rows: dict[str, list[float]] = {"": [], " graph": [], " MiB": []}
         for layer in layers.values():
-            step = lambda layer=layer: passes(layer, inputs, outer)  # noqa: E731
+            step = partial(passes, layer, inputs, outer)
             rows[""].append(milliseconds(step, device, 1 if tiny else 10))
-            rows[" MiB"].append(kept_mib(layer, inputs))
             if not tiny:
+                rows[" MiB"].append(kept_mib(layer, inputs))
                 rows[" graph"].append(milliseconds(graphed(step), device, 10))
         for kind, values in rows.items():
             print(f"{f'{tokens}{kind}':>14}" + "".join(f"{value:>17.3f}" for value in values), flush=True)

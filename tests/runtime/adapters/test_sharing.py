@@ -21,13 +21,14 @@ from tests.runtime.model.test_packed import INPUTS, OUTPUTS, filled, packed
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "num_hidden_layers": 2, "pad_token_id": 0, "max_position_embeddings": 64,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "num_hidden_layers": 2,
+    "pad_token_id": 0, "max_position_embeddings": 64,
 }  # fmt: skip
 BLOOM = {"model_type": "bloom", "hidden_size": 64, "n_head": 4, "vocab_size": 128, "n_layer": 2}
 
 
 def gptq() -> PackedGptq:
-    offset = WeightOffset(dtype="float32", group_size=32, scale=0.5, linears=())
+    offset = WeightOffset(dtype="float32", group_size=32, scale=0.5, linears=(), base="")
     layer = PackedGptq(INPUTS, OUTPUTS, bias=False, dtype=torch.float32, shape=Shape(4, 32), offset=1)
     filled(layer)
     layer.shift = offset
@@ -53,10 +54,8 @@ def test_products_together_are_those_of_each_alone(kind: str, pool: int, share: 
     downs, ups = [0.1 * torch.randn(r, INPUTS // pool) for r in (4, 8)], [0.1 * torch.randn(OUTPUTS, r) for r in (4, 8)]
     results = []
     for together in (True, False):
-        leaves = [
-            leaf.clone().requires_grad_()
-            for leaf in (torch.linspace(-1, 1, 6 * INPUTS).view(2, 3, INPUTS), *downs, *ups)
-        ]
+        read = torch.linspace(-1, 1, 6 * INPUTS).view(2, 3, INPUTS)
+        leaves = [leaf.clone().requires_grad_() for leaf in (read, *downs, *ups)]
         inputs, *factors = leaves
         if together:
             products: Any = adapted_products(inputs, factors[:2], factors[2:], readers, mask)
