@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from qdist.core.model.families import from_config
+
 
 def saved_by(
     config: dict[str, Any],
@@ -42,6 +44,8 @@ def saved_by(
         fused = pytest.importorskip("qdist.runtime.adapters.attach")
         lora._register_custom_module({torch.nn.Linear: fused.FusedLora})
     model = peft.get_peft_model(model, lora).train()
+    if fused_lora:
+        fused.share_reads(model, from_config(config, name="tiny"), fused.FusedLora)
     model.enable_input_require_grads()
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, Any] = {}

@@ -44,7 +44,7 @@ def saved_bytes_per_token(
         _saved_by_norms(shape, compute_bytes, fused)
         + (saved_by_recurrence(shape, compute_bytes, recurrence) if shape.mixer == "recurrent" else mixed[shape.mixer])
         + _saved_by_activation(shape, compute_bytes, fused)
-        + adapter.saved_inputs(shape, adapted, compute_bytes, casts=casts, dropout=lora_dropout and not fused_lora)
+        + adapter.saved_inputs(shape, adapted, compute_bytes, casts=casts, dropout=lora_dropout, shared=fused_lora)
         + len(adapted) * rank_r * compute_bytes
         + _saved_by_experts(shape, compute_bytes, rank_r, adapted, shape.targeted_matrices(targets))
     )

@@ -17,8 +17,9 @@ from qdist.core.model.adapters.targets import excluded_modules, target_modules
 from qdist.core.planning.plan import Plan
 from qdist.host.sources.models import public_name
 from qdist.runtime.adapters.experts import adapt_experts
-from qdist.runtime.adapters.lora import adapted_product, peft_name
+from qdist.runtime.adapters.lora import Reader, adapted_product, peft_name
 from qdist.runtime.adapters.registry import METHODS, method_of
+from qdist.runtime.adapters.sharing import SharedRead, share_reads
 from qdist.runtime.kernels.dropout import Mask
 from qdist.runtime.model.dropout_seed import DropoutSeed, give_dropout_seed
 from qdist.runtime.model.experts import is_experts
@@ -35,6 +36,8 @@ class FusedLora(LoraLinear):
         super().__init__(*args, **kwargs)
         self.seed, self.constant = DropoutSeed(), 0
         """What its dropout mask is made from; `give_masks` sets them."""
+        self.sharing: SharedRead | None = None
+        """The linears that read what it reads; `share_reads` sets it."""
 
     def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> Any:
         """PEFT's way to compute an adapter, or the method's own if it has one."""
@@ -48,13 +51,31 @@ class FusedLora(LoraLinear):
         super().update_layer(*args, **kwargs)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        active = self.active_adapters
-        if self.disable_adapters or self.merged or len(active) != 1 or active[0] not in self.lora_A or args or kwargs:
+        name = self.adapter_in_use()
+        if name is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        name = active[0]
-        down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        mask = self.mask(name, x.device)
+        shared = self.sharing.product(self, x, name, mask) if self.sharing else None
+        if shared is not None:
+            return shared
+        return adapted_product(x, *self.factors(name), *self.reader(name), mask)
+
+    def adapter_in_use(self) -> str | None:
+        """Name of the only adapter to compute with; None if PEFT computes."""
+        active = self.active_adapters
+        if self.disable_adapters or self.merged or len(active) != 1 or active[0] not in self.lora_A:
+            return None
+        name: str = active[0]
+        return name
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """An adapter's A and B."""
+        return self.lora_A[name].weight, self.lora_B[name].weight
+
+    def reader(self, name: str) -> Reader:
+        """The frozen linear with the factor on B A."""
         scaling = _BY_VARIANT[type(self.lora_variant.get(name))].scaling(self, name)
-        return adapted_product(x, down, up, self.get_base_layer(), scaling, self.mask(name, x.device))
+        return Reader(self.get_base_layer(), scaling)
 
     def mask(self, name: str, device: torch.device) -> Mask | None:
         """The dropout of an adapter's input in this micro-batch; None in evaluation."""
@@ -133,6 +154,7 @@ def add_adapter(model: Any, plan: Plan) -> Any:
     torch.manual_seed(plan.spec.seed)
     adapted = adapt(model, lora_config(plan))
     settle_offloaded(adapted)
+    share_reads(adapted, plan.facts, FusedLora)
     _draw_by_name(adapted, plan)
     return adapted
 

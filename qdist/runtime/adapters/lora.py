@@ -169,6 +169,8 @@ class _Adapted(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         dtype, downs, ups = compute_dtype(inputs), factors[: len(readers)], factors[len(readers) :]
         ctx.readers, ctx.mask, ctx.input_dtype = readers, mask, inputs.dtype
+        ctx.leading = inputs.shape[:-1]
+        ctx.set_materialize_grads(False)
         ctx.pool, ctx.ranks = inputs.shape[-1] // downs[0].shape[1], [down.shape[0] for down in downs]
         flat = inputs.reshape(-1, inputs.shape[-1]).to(dtype)
         read, narrow = _narrowed(flat, _stacked(downs, dtype), ctx.pool, mask)
@@ -181,26 +183,40 @@ class _Adapted(torch.autograd.Function):
         return tuple(products)
 
     @staticmethod
-    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *outer: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         read, narrow, *factors = ctx.saved_tensors
-        readers, mask = ctx.readers, ctx.mask
-        downs, ups = factors[: len(readers)], factors[len(readers) :]
-        gradients = [each.reshape(-1, each.shape[-1]).to(read.dtype) for each in outer]
-        narrow_gradient, up_gradients = torch.empty_like(narrow), []
-        parts = (both.split(ctx.ranks, dim=1) for both in (narrow, narrow_gradient))
-        for reader, up, gradient, part, back in zip(readers, ups, gradients, *parts, strict=True):
-            scaling = _factor(reader, mask)
-            back.addmm_(gradient, up.to(read.dtype), beta=0, alpha=scaling)
-            up_gradients.append(_product_in(up.dtype, gradient.t(), part).mul_(scaling))
+        if all(each is None for each in outer):
+            return (None,) * (3 + len(factors))
+        readers, downs = ctx.readers, factors[: len(ctx.readers)]
+        gradients = [None if each is None else each.reshape(-1, each.shape[-1]).to(read.dtype) for each in outer]
+        narrow_gradient, up_gradients = _through_up(ctx, gradients, narrow, factors[len(readers) :])
         inputs = None
         if ctx.needs_input_grad[0]:
             inputs = _input_gradient(ctx, gradients, narrow_gradient, _stacked(downs, read.dtype))
-            inputs = inputs.view(*outer[0].shape[:-1], inputs.shape[-1]).to(ctx.input_dtype)
-        if mask is not None and ctx.pool == 1:
-            down_gradient = dropped_gradient(narrow_gradient, read, mask).to(downs[0].dtype)
+            inputs = inputs.view(*ctx.leading, inputs.shape[-1]).to(ctx.input_dtype)
+        if ctx.mask is not None and ctx.pool == 1:
+            down_gradient = dropped_gradient(narrow_gradient, read, ctx.mask).to(downs[0].dtype)
         else:
             down_gradient = _product_in(downs[0].dtype, narrow_gradient.t(), read)
-        return inputs, None, None, *down_gradient.split(ctx.ranks), *up_gradients
+        rows = zip(down_gradient.split(ctx.ranks), gradients, strict=True)
+        return inputs, None, None, *(None if each is None else row for row, each in rows), *up_gradients
+
+
+def _through_up(
+    ctx: Any, gradients: Sequence[torch.Tensor | None], narrow: torch.Tensor, ups: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """The gradient of the narrow product, and those of each B; None for a linear whose output nobody used."""
+    narrow_gradient, up_gradients = torch.empty_like(narrow), list[torch.Tensor | None]()
+    parts = (both.split(ctx.ranks, dim=1) for both in (narrow, narrow_gradient))
+    for reader, up, gradient, part, back in zip(ctx.readers, ups, gradients, *parts, strict=True):
+        if gradient is None:
+            back.zero_()
+            up_gradients.append(None)
+            continue
+        scaling = _factor(reader, ctx.mask)
+        back.addmm_(gradient, up.to(narrow.dtype), beta=0, alpha=scaling)
+        up_gradients.append(_product_in(up.dtype, gradient.t(), part).mul_(scaling))
+    return narrow_gradient, up_gradients
 
 
 def _factor(reader: Reader, mask: Mask | None) -> float:
@@ -225,13 +241,13 @@ def _narrowed(
 
 
 def _input_gradient(
-    ctx: Any, gradients: list[torch.Tensor], narrow_gradient: torch.Tensor, down: torch.Tensor
+    ctx: Any, gradients: Sequence[torch.Tensor | None], narrow_gradient: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
     """The gradient of the inputs, [tokens, in], from those of the outputs and of the narrow product."""
-    first, *others = zip(ctx.readers, gradients, strict=True)
-    total = frozen_input_gradient(first[0].layer, first[1])
-    for reader, gradient in others:
-        add_frozen_input_gradient(reader.layer, gradient, total)
+    used = [(reader.layer, each) for reader, each in zip(ctx.readers, gradients, strict=True) if each is not None]
+    total = frozen_input_gradient(*used[0])
+    for layer, gradient in used[1:]:
+        add_frozen_input_gradient(layer, gradient, total)
     # A as wide as the inputs is small, and adding within the product is a pass over memory less.
     wide = down.repeat_interleave(ctx.pool, dim=1) if ctx.pool > 1 else down
     if ctx.mask is None:

@@ -31,7 +31,9 @@ class GradientWatch:
         self._updates: list[dict[str, torch.Tensor]] = []
         self._hooks = [parameter.register_hook(partial(self._see, name)) for name, parameter in named.items()]
 
-    def _see(self, name: str, gradient: torch.Tensor) -> None:
+    def _see(self, name: str, gradient: torch.Tensor | None) -> None:
+        if gradient is None:  # computed with others that read its input, but used by nobody
+            return
         seen = _largest(gradient.detach(), self._sections[name])
         before = self._step.get(name)
         self._step[name] = seen if before is None else torch.maximum(before, seen)  # which hands NaN on

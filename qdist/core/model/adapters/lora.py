@@ -39,11 +39,19 @@ class LoraMethod(msgspec.Struct, frozen=True):
         return sum(self.matrices(linear, rank))
 
     def saved_inputs(
-        self, shape: LayerShape, adapted: tuple[Linear, ...], compute_bytes: int, *, casts: bool, dropout: bool
+        self,
+        shape: LayerShape,
+        adapted: tuple[Linear, ...],
+        compute_bytes: int,
+        *,
+        casts: bool,
+        dropout: bool,
+        shared: bool,
     ) -> int:
         """Bytes per token of what a layer's A matrices keep of their inputs for the backward pass.
 
         casts: peft casts the inputs to float32 and keeps those. dropout: on those inputs.
+        shared: our own linears, which keep what they read once, whatever a norm hands on, and no masks.
         One tensor serves all that read it, unless each reader makes its own: dropout gives each a masked copy and a
         mask (bytes on a GPU, floats on a CPU); peft casts the input of a 16-bit linear to fp32, and a layer norm leaves
         autocast in fp32, so each reader casts its own back.
@@ -54,7 +62,7 @@ class LoraMethod(msgspec.Struct, frozen=True):
         if shape.attention == "flash" and shape.mixer == "attention" and not shape.output_gate:
             read = {each for each in read if each[0] != "attention_out"}  # attention has kept it already
         widths = sum(inputs for _, inputs, _ in read)
-        if dropout:
+        if dropout and not shared:
             kept = shape.inner * (shape.mlp == "relu")
             return (own + kept) * compute_bytes + own * (1 if autocast else 4)
         if casts:
@@ -63,7 +71,7 @@ class LoraMethod(msgspec.Struct, frozen=True):
             widths += shape.inner
         behind_norms = [linear for linear in adapted if linear.reads in ("attention_in", "mlp_in")]
         copies = len(behind_norms) - len({linear.reads for linear in behind_norms})
-        extra = copies * shape.hidden if autocast and shape.norm == "layer" else 0
+        extra = copies * shape.hidden if autocast and shape.norm == "layer" and not shared else 0
         return (widths + extra) * compute_bytes
 
     @staticmethod

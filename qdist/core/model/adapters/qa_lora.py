@@ -57,10 +57,17 @@ class QaLoraMethod(LoraMethod, frozen=True):
         return cls(pool)
 
     def saved_inputs(
-        self, shape: LayerShape, adapted: tuple[Linear, ...], compute_bytes: int, *, casts: bool, dropout: bool
+        self,
+        shape: LayerShape,
+        adapted: tuple[Linear, ...],
+        compute_bytes: int,
+        *,
+        casts: bool,
+        dropout: bool,
+        shared: bool,
     ) -> int:
-        """The pooled input alone, each reader its own."""
-        own = sum(linear.inputs for linear in adapted)
+        """The pooled input alone, once for all that read it in one module."""
+        own = sum(inputs for _, inputs, _ in {(linear.reads, linear.inputs, linear.within) for linear in adapted})
         kept = shape.intermediate * compute_bytes * (shape.mlp == "relu")
         return kept + own // self.pool * compute_bytes
 
