@@ -4,8 +4,10 @@ Python launches some 160 kernels a layer; a small micro-batch leaves the GPU wai
 at once. Gradients are added up in place, so they must be there before the capture and stay where they are.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +16,8 @@ Passes = Callable[[Batch], torch.Tensor]
 """Forward and backward of a micro-batch; returns its summed loss, detached, a scalar on the device."""
 Capture = Callable[[Passes, Batch], tuple[Callable[[], None], torch.Tensor]]
 """Records passes over a batch without running them: (runs them again, the loss that they leave)."""
+NewPool = Callable[[], Capture]
+"""Begins a pool of memory, in which all captures are until the next one: no two replays run at a time."""
 MOST = 24
 """Shapes to capture. Each graph of a 7B takes some 0.1 GiB and half a second."""
 _Key = tuple[tuple[str, tuple[int, ...]], ...]
@@ -29,14 +33,16 @@ class Replayed:
     """Runs the passes of micro-batches, replaying those of shapes that it has captured.
 
     A shape's first micro-batch is launched kernel by kernel: whatever compiles or allocates once does it then. Nothing
-    is captured before `start`: a replay calls no hook.
+    is captured before `start`: a replay calls no hook. The largest shape is captured first, and the others find room in
+    its memory; where a larger one comes later, all are captured anew.
 
     passes: reads only tensors on the device that are the same objects every time, beside its argument.
     """
 
-    def __init__(self, passes: Passes, device: torch.device, capture: Capture | None = None) -> None:
+    def __init__(self, passes: Passes, device: torch.device, new_pool: NewPool | None = None) -> None:
         self._passes, self._device = passes, device
-        self._capture = capture or captured_in_pool(device)
+        self._new_pool = new_pool or partial(pool_of_graphs, device)
+        self._capture: Capture | None = None
         self._captured: dict[_Key, _Captured] = {}
         self._seen: set[_Key] = set()
         self._started = False
@@ -64,6 +70,9 @@ class Replayed:
         if len(self._captured) >= MOST:
             self.refused = f"micro-batches have more than {MOST} shapes"
             return
+        if self._capture is None or _elements(key) > max(map(_elements, self._captured), default=(0,)):
+            self._captured.clear()
+            self._capture = self._new_pool()
         inputs = {name: value.clone() for name, value in self._moved(batch).items()}
         try:
             replay, loss = self._capture(self._passes, inputs)
@@ -78,23 +87,25 @@ class Replayed:
         return {name: _pinned(value, self._device).to(self._device, non_blocking=True) for name, value in batch.items()}
 
 
-def captured_in_pool(device: torch.device) -> Capture:
-    """Captures CUDA graphs that share one pool of memory: no two run at a time, and nothing in it outlives a replay."""
-    pool: Any = None
-    stream: Any = None
+def pool_of_graphs(device: torch.device) -> Capture:
+    """A pool for CUDA graphs: nothing in it outlives a replay but the losses."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()  # what passes without a graph have left is not in the pool, nor is an older one
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def capture(passes: Passes, inputs: Batch) -> tuple[Callable[[], None], torch.Tensor]:
-        nonlocal pool, stream
-        if pool is None:
-            pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()  # what passes without a graph have left is not in the graphs' pool
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             loss = passes(inputs)
         return graph.replay, loss
 
     return capture
+
+
+def _elements(key: _Key) -> tuple[int, ...]:
+    """Sizes of a shape's tensors, the rows of tokens first: of two shapes the larger needs more memory."""
+    sizes = {name: math.prod(shape) for name, shape in key}
+    return sizes.pop("input_ids", 0), sum(sizes.values())
 
 
 def _pinned(values: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qdist.runtime.engine import graphs
-from qdist.runtime.engine.graphs import Batch, Passes, Replayed
+from qdist.runtime.engine.graphs import Batch, Capture, Passes, Replayed
 
 CPU = torch.device("cpu")
 
@@ -20,19 +20,24 @@ class Recorder:
         self.launched: list[tuple[int, ...]] = []
         self.captured: list[tuple[int, ...]] = []
         self.fault: Exception | None = None
+        self.pools = 0
 
     def passes(self, batch: Batch) -> torch.Tensor:
-        self.launched.append(tuple(batch["x"].shape))
+        self.launched.append(tuple(batch["input_ids"].shape))
         return self._computed(batch)
 
     def _computed(self, batch: Batch) -> torch.Tensor:
-        self.gradient += batch["x"].sum()
-        return batch["x"].sum()
+        self.gradient += batch["input_ids"].sum()
+        return batch["input_ids"].sum()
+
+    def new_pool(self) -> Capture:
+        self.pools += 1
+        return self.capture
 
     def capture(self, passes: Passes, inputs: Batch) -> tuple[Callable[[], None], torch.Tensor]:
         if self.fault:
             raise self.fault
-        self.captured.append(tuple(inputs["x"].shape))
+        self.captured.append(tuple(inputs["input_ids"].shape))
         loss = torch.zeros(())
         return lambda: loss.copy_(self._computed(inputs)), loss
 
@@ -44,11 +49,11 @@ def recorder() -> Recorder:
 
 @pytest.fixture
 def replayed(recorder: Recorder) -> Replayed:
-    return Replayed(recorder.passes, CPU, recorder.capture)
+    return Replayed(recorder.passes, CPU, recorder.new_pool)
 
 
 def batch(value: float, width: int = 2) -> dict[str, torch.Tensor]:
-    return {"x": torch.full((1, width), value)}
+    return {"input_ids": torch.full((1, width), value)}
 
 
 def test_nothing_is_captured_before_the_start(recorder: Recorder, replayed: Replayed) -> None:
@@ -71,8 +76,18 @@ def test_each_shape_has_a_graph_of_its_own(recorder: Recorder, replayed: Replaye
     replayed.start()
     for width in (2, 4, 2, 4, 2):
         replayed(batch(1.0, width))
-    assert recorder.captured == [(1, 2), (1, 4)]
+    assert recorder.captured == [(1, 2), (1, 4), (1, 2)]
     assert recorder.launched == [(1, 2), (1, 4)]
+
+
+def test_a_larger_shape_begins_a_new_pool_and_a_smaller_one_does_not(recorder: Recorder, replayed: Replayed) -> None:
+    replayed.start()
+    for width in (4, 4, 2, 2, 4, 2):
+        replayed(batch(1.0, width))
+    assert (recorder.pools, recorder.captured) == (1, [(1, 4), (1, 2)])
+    for width in (8, 8, 4, 2):
+        replayed(batch(1.0, width))
+    assert (recorder.pools, recorder.captured[2:]) == (2, [(1, 8), (1, 4), (1, 2)])
 
 
 def test_a_loss_does_not_change_with_the_next_replay(replayed: Replayed) -> None:
@@ -103,7 +118,7 @@ def test_memory_that_runs_out_in_a_capture_is_an_error(recorder: Recorder, repla
 def test_too_many_shapes_are_launched(recorder: Recorder, replayed: Replayed, monkeypatch: Any) -> None:
     monkeypatch.setattr(graphs, "MOST", 1)
     replayed.start()
-    for width in (2, 2, 4, 4):
+    for width in (4, 4, 2, 2):
         replayed(batch(1.0, width))
-    assert recorder.captured == [(1, 2)]
+    assert recorder.captured == [(1, 4)]
     assert replayed.refused == "micro-batches have more than 1 shapes"
