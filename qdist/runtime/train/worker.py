@@ -1,4 +1,4 @@
-"""One rank of a run: `python -m qdist.runtime.train.worker RUN --digest D`, started by torch.distributed.run."""
+"""One rank of a run: `python -m qdist.runtime.train.worker RUN --digest D`, started by `qdist.host.launch.agent`."""
 
 import errno
 import os
@@ -28,14 +28,14 @@ def main() -> None:
     run, planned = _arguments()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     _log_to(run.log_file(rank))
-    # Of launch.sh's shell, which became torch.distributed.run; by hand, of whatever started this.
+    # Of launch.sh's shell, which became the agent; by hand, of whatever started this.
     end_with_parent(int(os.environ.get(AGENT) or os.getppid()), signal.SIGKILL)
     try:
         plan = run.checked_plan(planned)
         if plan.world_size != world_size:
             raise RunError(
                 f"planned for {plan.world_size} ranks, started with {world_size}",
-                try_=f"--nproc-per-node {plan.world_size}",
+                try_=f"sh {run.path}/launch.sh, which starts them",
             )
         with told_of_disks():
             _work(plan, run)
@@ -62,7 +62,7 @@ def _own_rank(plan: Plan) -> Rank:
         raise RunError(
             f"rank {rank} is planned as number {plan.world.local_rank_of(rank)} of its node, and was started as "
             f"number {local_rank}",
-            try_=f"--nproc-per-node {plan.world.ranks_per_node}",
+            try_="launch.sh of the run, which starts them in order",
         )
     return rank
 
