@@ -106,7 +106,7 @@ def launch_script(plan: Plan, *, python: str) -> str:
         f"export {AGENT}=$$",
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
         *(f'export {name}="${{{name}:-{value}}}"' for name, value in usual.items()),
-        f"exec {shlex.quote(python)} -P -m qdist.host.launch.agent {plan.world_size} \"$run\" --digest {digest(plan)}",
+        f'exec {shlex.quote(python)} -P -m qdist.host.launch.agent {plan.world_size} "$run" --digest {digest(plan)}',
     ]
     return "\n".join(lines) + "\n"
 
