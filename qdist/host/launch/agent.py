@@ -13,6 +13,8 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
+from qdist.host.terminal import say
+
 WORKER = "qdist.runtime.train.worker"
 _PATIENCE_S = 30.0
 """Seconds that ranks get to save and end once they were asked to; torch.distributed.run's."""
@@ -41,7 +43,7 @@ def main() -> None:
         finally:
             end(ranks)
     if failed is not None:
-        print(describe_failure(failed, ranks[failed].returncode), file=sys.stderr, flush=True)
+        say(describe_failure(failed, ranks[failed].returncode), err=True)
     raise SystemExit(1 if any(rank.returncode for rank in ranks) else 0)
 
 

@@ -12,8 +12,8 @@ import torch
 def import_bitsandbytes() -> None:
     """Import bitsandbytes; what it decorates with `torch.compile` is compiled at its first call.
 
-    bitsandbytes 0.50 compiles reference versions of its operators as it is imported, which imports torch's inductor with
-    sympy and networkx: 1.1 s of the 7 s of CPU time that a rank's imports take (torch 2.13), and ranks hardly call them.
+    bitsandbytes 0.50 compiles reference versions of its operators as it is imported, which imports torch's inductor,
+    sympy and networkx: 1.1 s of the 7 s of CPU time that a rank's imports take (torch 2.13). Ranks hardly call them.
     """
     if "bitsandbytes" in sys.modules:
         return

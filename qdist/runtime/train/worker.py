@@ -21,6 +21,7 @@ from qdist.host.children import end_with_parent
 from qdist.host.files import told_of_disks
 from qdist.host.run.rundir import PLAN, RunDir
 from qdist.runtime.train.heartbeat import HeartbeatThread
+from qdist.runtime.train.warm_up import warm_up
 
 
 def main() -> None:
@@ -81,6 +82,8 @@ def _work(plan: Plan, run: RunDir, clock: "StartClock") -> None:
     beat = HeartbeatThread(run, int(os.environ["RANK"]))
     stop = _StopRequest(run)
     _leave_out_fla(plan)
+    number = _own_rank(plan)
+    warm_up(plan, number, plan.world.local_rank_of(number))
     import torch
 
     from qdist.runtime.kernels.libraries import import_bitsandbytes
@@ -105,7 +108,7 @@ def _work(plan: Plan, run: RunDir, clock: "StartClock") -> None:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     clock.mark("imports")
     beat.move("loading")
-    devices = pick_devices(plan, _own_rank(plan))
+    devices = pick_devices(plan, number)
     accelerator = make_accelerator(plan, run)
     comm = Comm(devices[0])
     clock.mark("devices")

@@ -99,7 +99,7 @@ def test_weights_that_changed_within_the_same_size_and_time_are_prepared(model: 
     content[-4:] = b"1234"
     weights.write_bytes(content)
     os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.raises(ModelError, match="was packed when .* held other weights"):
+    with pytest.raises(ModelError, match=r"was packed when .* held other weights"):
         again(mine, here)
 
 
