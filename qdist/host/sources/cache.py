@@ -13,7 +13,7 @@ import msgspec
 from qdist.core.data import demo
 from qdist.core.errors import MachineError, RunError
 from qdist.core.model.storage import FORMAT, Packing
-from qdist.core.planning.plan import Prepared
+from qdist.core.planning.plan import DataFacts, Prepared
 from qdist.core.spec.run_spec import RunSpec, flatten
 from qdist.host.data.records import source_digest
 from qdist.host.files import cache_dir, cache_path, write_atomic
@@ -154,6 +154,7 @@ def _record(spec: RunSpec, folder: Path, *, to_the_letter: bool) -> Path:
     versions, deciding = probe.versions(), (*_DECIDING, *(_COUNTED if to_the_letter else ()))
     parts = [
         [versions.get(name) for name in ("qdist", "transformers", "bitsandbytes")],
+        DataFacts.__struct_fields__,  # of a qdist that prepares less, or more
         source_identity(folder, Packing(bits=16)),
         spec.data,
         files_digest(spec.data),
