@@ -55,7 +55,7 @@ def main() -> None:
             command = [sys.executable, "-m", "qdist", "launch", "--model", str(folder / "model"), "--data", str(text)]
             subprocess.run([*command, "--run", str(run), *given.flags], check=True, stdout=subprocess.DEVNULL)
             result = json.loads((run / "result.json").read_text())
-            kept = {key: result[key] for key in ("start_seconds", "loading", "held")}
+            kept = {key: result[key] for key in ("start_seconds", "starting", "loading", "held")}
             loads = [peak["load"] for of_rank in result["peaks"] for peak in of_rank]
             print("nothing in memory:" if cold else "in the page cache:", json.dumps(kept), "load", loads, flush=True)
 

@@ -136,7 +136,7 @@ def _started(command: Any, *arguments: Any, **more: Any) -> Any:
 
 
 class Ranks:
-    """In place of torch.distributed.run: a fork that is the only rank."""
+    """In place of qdist.host.launch.agent: a fork that is the only rank."""
 
     def __init__(self, run: Path) -> None:
         from qdist.core.planning.plan import digest

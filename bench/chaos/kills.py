@@ -5,7 +5,7 @@
 Each draw is a run: a layout (replicate, shard, split, groups, ZeRO 0 to 3, offload) of 1 to 4 CPU ranks, a method and a
 precision, with dropout; when it saves, evaluates and forgets is drawn too. It is run once to its end, then `--copies`
 times killed: at a moment drawn from the whole life of the launch, with a cold cache in half of them; what is killed is
-the launcher, torch.distributed.run, a rank, the process that prepares, or all of them. Then the same command with
+the launcher, qdist.host.launch.agent, a rank, the process that prepares, or all of them. Then the same command with
 --resume, or again where there is no plan yet, which may be killed as well. Losses, adapter, checkpoints and what the
 result says must be equal, not close. Exit code 1 where anything differs, stays behind or shows a traceback.
 """
@@ -243,7 +243,7 @@ def kill(place: str, launcher: "subprocess.Popen[bytes]", victim: str, dice: ran
 
 def kind(line: str) -> str:
     """What a process of a launch is, by its command line."""
-    if "torch.distributed.run" in line or "launch.sh" in line:
+    if "qdist.host.launch.agent" in line or "launch.sh" in line:
         return "agent"
     if "qdist.runtime.train.worker" in line:
         return "rank"

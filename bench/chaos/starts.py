@@ -2,7 +2,7 @@
 
     python -m bench.chaos.starts [--count 60] [--jobs 1]
 
-`agent` is torch.distributed.run. Time counts from the moment at which the victim, or what it starts, was first seen:
+`agent` is qdist.host.launch.agent. Time counts from the moment at which the victim, or what it starts, was first seen:
 half of the trials count from the agent's start, half from the first rank's. In one trial of five the same launch is
 given again afterwards, and must reach its end.
 """
@@ -59,7 +59,7 @@ def trial(task: Task) -> Outcome:
         stderr=subprocess.DEVNULL,
     )
     pattern, end = (
-        {"agent": "torch.distributed.run", "rank": "qdist.runtime.train.worker"}[after],
+        {"agent": "qdist.host.launch.agent", "rank": "qdist.runtime.train.worker"}[after],
         time.monotonic() + LONGEST_S,
     )
     while not pids(run, pattern, rank=after == "rank") and launcher.poll() is None:
@@ -68,9 +68,9 @@ def trial(task: Task) -> Outcome:
     time.sleep(delay_s)
     found = {
         "launcher": [launcher.pid],
-        "agent": pids(run, "torch.distributed.run", rank=False),
+        "agent": pids(run, "qdist.host.launch.agent", rank=False),
         "rank": pids(run, "qdist.runtime.train.worker", rank=True)[:1]
-        or pids(run, "torch.distributed.run", rank=False),
+        or pids(run, "qdist.host.launch.agent", rank=False),
         "all": [launcher.pid, *processes(str(run))],
     }[victim]
     for pid in found:
@@ -98,7 +98,7 @@ def trial(task: Task) -> Outcome:
 def pids(run: Path, words: str, *, rank: bool) -> list[int]:
     """Of the agent, or of its ranks: both have the worker's name in their command line."""
     found = {pid: line for pid, line in processes(str(run)).items() if words in line}
-    return [pid for pid, line in found.items() if ("torch.distributed.run" in line) != rank]
+    return [pid for pid, line in found.items() if ("qdist.host.launch.agent" in line) != rank]
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ TARGETS: Mapping[str, str] = {
 def perform(request: Request) -> Any:
     """Do the job; returns what `Prepare` and `Describe` are asked for. Raises QdistError for what the user can fix."""
     quiet()
+    if not isinstance(request, requests.Prepare | requests.Describe):
+        _import_early()
     place = TARGETS[request.to] if isinstance(request, requests.Export) else JOBS[type(request)]
     module, _, function = place.partition(":")
     return getattr(import_module(module), function)(request)
@@ -57,6 +59,13 @@ def quiet() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+def _import_early() -> None:
+    """Import bitsandbytes, which PEFT would import in its own, slow way."""
+    from qdist.runtime.kernels.libraries import import_bitsandbytes
+
+    import_bitsandbytes()
 
 
 def answer_to(request: Request) -> Answer:

@@ -55,7 +55,7 @@ def test_a_dry_run_prints_the_plan_and_the_script_and_writes_nothing(here: Path)
     assert heads == ["model", "adapter", "ranks", "layout", "engine", "batch", "steps", "memory", "at", "load", "disk"]
     assert "2 CPU processes" in result.stdout
     assert "run      runs/smollm2-135m-qlora-dummy, not created; its launch.sh:\n\n#!/bin/sh\n" in result.stdout
-    assert "  --nproc-per-node 2 --max-restarts 0 " in result.stdout
+    assert " -P -m qdist.host.launch.agent 2 " in result.stdout
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:

@@ -11,7 +11,4 @@ export DS_ACCELERATOR=cpu
 export CUDA_VISIBLE_DEVICES=''
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.tcache_count=0}"
-exec '/opt/my venv/bin/python' -P -m torch.distributed.run --standalone --nnodes 1 \
-  --nproc-per-node 2 --max-restarts 0 --monitor-interval 0.1 --start-method spawn \
-  --role default --redirects 0 --tee 0 \
-  -m qdist.runtime.train.worker "$run" --digest DIGEST
+exec '/opt/my venv/bin/python' -P -m qdist.host.launch.agent 2 "$run" --digest DIGEST

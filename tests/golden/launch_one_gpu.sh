@@ -9,7 +9,4 @@ export TOKENIZERS_PARALLELISM=false
 export PYTHONSAFEPATH=1
 export CUDA_DEVICE_ORDER=PCI_BUS_ID
 export PYTORCH_ALLOC_CONF=expandable_segments:True
-exec '/opt/my venv/bin/python' -P -m torch.distributed.run --standalone --nnodes 1 \
-  --nproc-per-node 1 --max-restarts 0 --monitor-interval 0.1 --start-method spawn \
-  --role default --redirects 0 --tee 0 \
-  -m qdist.runtime.train.worker "$run" --digest DIGEST
+exec '/opt/my venv/bin/python' -P -m qdist.host.launch.agent 1 "$run" --digest DIGEST

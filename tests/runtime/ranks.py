@@ -8,17 +8,38 @@ import os
 import socket
 import sys
 import traceback
+from importlib import import_module
+
+IMPORTED = (
+    "bitsandbytes",
+    "deepspeed",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.engine",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "peft",
+    "transformers.models.llama.modeling_llama",
+    "accelerate.commands.config.config_args",
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+    "qdist.runtime.infer.decoding",
+    "qdist.runtime.placements.registry",
+    "qdist.runtime.placements.replicate",
+    "qdist.runtime.placements.shard",
+    "qdist.runtime.placements.split.ranks",
+    "qdist.runtime.train.inventory",
+    "qdist.runtime.train.loop",
+    "qdist.runtime.train.result",
+    "qdist.runtime.train.setup",
+    "qdist.runtime.train.worker",
+)
+"""What ranks import, most of it where they need it."""
 
 
 def main() -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    import bitsandbytes  # noqa: F401
-    import deepspeed  # noqa: F401
-    import peft  # noqa: F401
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
-    from transformers.models.llama import modeling_llama  # noqa: F401
-
+    for name in IMPORTED:
+        import_module(name)
     print("ready", file=sys.__stderr__)
     for line in sys.stdin:
         job = json.loads(line)

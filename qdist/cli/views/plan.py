@@ -242,12 +242,14 @@ def outcome_rows(plan: Plan, result: dict[str, Any]) -> list[Row]:
 
 
 def start_line(result: dict[str, Any]) -> str:
-    """'first step after 42 s; loading 31 s, 33.5 GiB read at 1.2 GB/s', or empty if unknown."""
+    """'first step after 42 s (imports 5.1, weights 31.0); loading 31 s, 33 GiB read at 1 GB/s'; empty if unknown."""
     first = result["start_seconds"]["first_step"]
     if first is None:
         return ""
     own = result.get("loading", {"seconds": 0.0, "read_bytes": 0})
-    return f"first step after {format_duration(first)}; loading {loading(own['seconds'], own['read_bytes'])}"
+    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.get("starting", {}).items())
+    of_these = f" ({phases})" if phases else ""
+    return f"first step after {format_duration(first)}{of_these}; loading {loading(own['seconds'], own['read_bytes'])}"
 
 
 def _memories(plan: Plan, result: dict[str, Any]) -> list[_Memory]:

@@ -38,7 +38,7 @@ def plain_line(event: Event, *, left_s: float | None = None) -> str:
         parts.append(f"{format_count(event.tokens / event.seconds)} tok/s")
     if event.kind == "load":
         parts.append(loading(event.seconds, event.read_bytes))
-    if event.memory_bytes and event.kind != "gradients":
+    if event.memory_bytes and event.kind not in ("gradients", "starting"):
         parts.append(f"rank{event.rank} {format_bytes(event.memory_bytes)}")
     if event.kind == "step" and left_s:
         parts.append(f"{format_duration(left_s)} left")
@@ -62,6 +62,7 @@ def _plain_head(event: Event) -> str:
     where = f"step {event.step}/{event.total_steps}" if event.total_steps else f"step {event.step}"
     words = {
         "load": "backbone loaded",
+        "starting": "ready to train",
         "step": where,
         "eval": where,
         "verify": f"{where}  backbone verified",

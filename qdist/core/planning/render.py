@@ -82,7 +82,6 @@ def launch_script(plan: Plan, *, python: str) -> str:
 
     python: the interpreter of the environment that planned the run.
     """
-    world = plan.world
     exports = {
         "OMP_NUM_THREADS": str(plan.threads_per_rank),
         "TOKENIZERS_PARALLELISM": "false",
@@ -107,10 +106,7 @@ def launch_script(plan: Plan, *, python: str) -> str:
         f"export {AGENT}=$$",
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
         *(f'export {name}="${{{name}:-{value}}}"' for name, value in usual.items()),
-        f"exec {shlex.quote(python)} -P -m torch.distributed.run --standalone --nnodes {world.nodes} \\",
-        f"  --nproc-per-node {world.ranks_per_node} --max-restarts 0 --monitor-interval 0.1 --start-method spawn \\",
-        "  --role default --redirects 0 --tee 0 \\",
-        f'  -m qdist.runtime.train.worker "$run" --digest {digest(plan)}',
+        f'exec {shlex.quote(python)} -P -m qdist.host.launch.agent {plan.world_size} "$run" --digest {digest(plan)}',
     ]
     return "\n".join(lines) + "\n"
 

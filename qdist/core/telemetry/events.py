@@ -1,7 +1,8 @@
 """What a running rank logs each step, and how its lines are read back."""
 
 import math
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from statistics import median
 from typing import Annotated, Literal, NamedTuple
@@ -10,7 +11,9 @@ import msgspec
 
 State = Literal["planned", "running", "finished", "stopped", "failed", "killed"]
 """State of a run, read from its files: see `qdist.host.run.state`."""
-Kind = Literal["load", "start", "step", "eval", "verify", "checkpoint", "resume", "end", "inventory", "gradients"]
+Kind = Literal[
+    "load", "start", "step", "eval", "verify", "checkpoint", "resume", "end", "inventory", "gradients", "starting"
+]
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 _UNSTEADY = 3
@@ -167,6 +170,16 @@ def steady_speed(events: Iterable[Event]) -> SteadySpeed:
     )
 
 
+def write_phases(seconds: Mapping[str, float]) -> str:
+    """The note of a `starting` event: 'launch 0.4 s, imports 5.1 s'."""
+    return ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+
+
+def read_phases(note: str) -> dict[str, float]:
+    """What `write_phases` was given, rounded."""
+    return {name: float(value) for name, value in re.findall(r"([a-z ]+?) (-?\d+\.\d+) s(?:, |$)", note)}
+
+
 class Start(msgspec.Struct, frozen=True, kw_only=True):
     """How a run got to its first step. Seconds are since its plan was written; None if unknown."""
 
@@ -178,6 +191,8 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds that the slowest rank spent on loading; 0 if unknown."""
     read_bytes: int
     """Bytes read from disk while loading, all ranks together."""
+    phases: dict[str, float] = {}
+    """Seconds of rank 0 up to its first step by what they were spent on; empty if unknown."""
 
 
 def start_of(events: Iterable[Event], *, planned_at: float) -> Start:
@@ -185,9 +200,14 @@ def start_of(events: Iterable[Event], *, planned_at: float) -> Start:
     since = [event for event in events if event.time >= planned_at]
     loads = {event.rank: event for event in since if event.kind == "load"}
     steps = [event.time for event in since if event.kind == "step"]
+    begun = next((event for event in since if event.kind == "starting"), None)
+    phases = read_phases(begun.note) if begun else {}
+    if begun and steps:
+        phases["first step"] = round(min(steps) - begun.time, 2)
     return Start(
         load_s=max(event.time for event in loads.values()) - planned_at if loads else None,
         first_step_s=min(steps) - planned_at if steps else None,
         loading_s=max((event.seconds for event in loads.values()), default=0.0),
         read_bytes=sum(event.read_bytes for event in loads.values()),
+        phases=phases,
     )

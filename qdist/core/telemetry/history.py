@@ -165,7 +165,7 @@ class RunHistory:
             self.inventory = event.note
         elif event.kind == "gradients":
             self.gradients = event.note
-        if event.note and event.kind not in ("inventory", "gradients"):
+        if event.note and event.kind not in ("inventory", "gradients", "starting"):
             self.notes.append((event.step, event.note))
         self.step = max(self.step, event.step)
         self._lengthen(event.time)

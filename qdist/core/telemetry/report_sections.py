@@ -133,6 +133,8 @@ def pace_rows(
     first = (result or {}).get("start_seconds", {}).get("first_step")
     if first is not None:
         yield "First step done after", format_duration(first)
+    if phases := (result or {}).get("starting"):
+        yield "Of these", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items())
     if loading := (result or {}).get("loading", {}).get("seconds"):
         yield "Loading the backbone", f"{loading:.1f} s, {format_bytes((result or {})['loading']['read_bytes'])} read"
 

@@ -1,4 +1,4 @@
-"""Ranks on this machine: a shell that becomes torch.distributed.run, in its own session."""
+"""Ranks on this machine: a shell that becomes their agent, in its own session."""
 
 import os
 import signal

@@ -52,7 +52,7 @@ from qdist.host.run.rundir import MACHINE, PLAN, RunDir, free_name
 from qdist.host.sources import cache
 from qdist.host.sources.adapters import find_adapter, require_fit, require_start, start_of
 from qdist.host.sources.facts import facts_of
-from qdist.host.sources.model_folder import require_same_tensors
+from qdist.host.sources.model_folder import fingerprint, require_same_tensors
 from qdist.host.sources.models import known_shape
 
 RESUMABLE = frozenset((
@@ -178,8 +178,10 @@ def _kept(asked: _Asked) -> Prepared | None:
 
 def _made(asked: _Asked) -> Prepared:
     """Convert, repair, tokenize and pack in a child process. Raises RunError if a resumed run would get other data."""
-    _surveyed(asked)
+    found = _surveyed(asked)
     refuse_unwritable_cache(probe=True)
+    if asked.old is None and (known := _known(asked.spec, found)):
+        return known
     prepared = tasks.prepare(asked.spec, device=asked.here.device)
     with contextlib.suppress(OSError):  # a cache that has no room for a note fails no run
         cache.remember(asked.spec, prepared)
@@ -187,6 +189,21 @@ def _made(asked: _Asked) -> Prepared:
         prepared = of_the_same(asked.old, prepared, asked.run)
         require_same_tensors(asked.old.source, prepared.source.packed, run=str(asked.run.path))
     return prepared
+
+
+def _known(spec: RunSpec, found: Survey) -> Prepared | None:
+    """What preparing would only find to be there: that takes a process which imports torch and transformers.
+
+    None for what a hub may have anew, and for weights that differ from those which were prepared.
+    """
+    from_hub = any(work.action == "fetch" for work in found.work) or not cache.is_local(spec.data)
+    if found.folder is None or from_hub:
+        return None
+    known = cache.remembered(spec, found.folder, to_the_letter=True)
+    if known is None or known.source.original != fingerprint(found.folder):
+        return None
+    source = known.source
+    return known if source.fingerprint in ("", fingerprint(Path(source.packed))) else None
 
 
 def _of(old: Plan) -> Prepared:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from qdist.core.data import demo
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.shapes import ModelFacts
 from qdist.core.model.storage import packing_of
@@ -92,7 +91,7 @@ def require_room(spec: RunSpec, work: tuple[Work, ...]) -> None:
 
 def counted(spec: RunSpec) -> int | None:
     """Number of a run's records; None if they are on a hub. Raises DataError for unusable ones."""
-    if not _is_here(spec.data):
+    if not cached.is_local(spec.data):
         return None
     return count_conversations(spec.data, data_format=None if spec.format == "auto" else spec.format)
 
@@ -117,13 +116,9 @@ def tokenizing(spec: RunSpec, records: int | None, before: Prepared | None) -> t
     size = there.stat().st_size if there else None
     what = spec.data + (f" ({records:,} records)" if records is not None else "")
     tokenize = Work("tokenize", what, "", cache_path() / "tokens", size, there)
-    if there or _is_here(spec.data):
+    if there or cached.is_local(spec.data):
         return (tokenize,)
     return Work("fetch", spec.data, "", Path(), None), tokenize
-
-
-def _is_here(data: str) -> bool:
-    return data == demo.NAME or Path(data).expanduser().exists()
 
 
 def _folder_of(located: Located) -> tuple[Path | None, list[Work]]:

@@ -85,6 +85,7 @@ class _Result(msgspec.Struct):
     tokens_per_s: _Speeds | msgspec.UnsetType = msgspec.UNSET
     start_seconds: _Start | msgspec.UnsetType = msgspec.UNSET
     loading: _Loading | msgspec.UnsetType = msgspec.UNSET
+    starting: dict[str, float] = {}
 
 
 class RunDir:

@@ -125,7 +125,7 @@ def log_lengths(run: RunDir) -> dict[Path, int]:
 
 
 def died(run: RunDir, before: Mapping[Path, int], code: int) -> JobError:
-    """The error for the rank that torch.distributed.run saw die first, with the reason and its log's last lines.
+    """The error for the rank that its agent saw fail first, with the reason and its log's last lines.
 
     before: what `log_lengths` gave when the ranks were started. The message's first line stands for itself.
     """

@@ -13,7 +13,7 @@ import msgspec
 from qdist.core.data import demo
 from qdist.core.errors import MachineError, RunError
 from qdist.core.model.storage import FORMAT, Packing
-from qdist.core.planning.plan import Prepared
+from qdist.core.planning.plan import DataFacts, Prepared
 from qdist.core.spec.run_spec import RunSpec, flatten
 from qdist.host.data.records import source_digest
 from qdist.host.files import cache_dir, cache_path, write_atomic
@@ -30,6 +30,8 @@ _DECIDING = (
     "lora.targets", "lora.pool", "train.held_out", "train.train_on_source",
 )  # fmt: skip
 """Settings that affect preparation."""
+_COUNTED = ("global_batch", "steps", "epochs")
+"""Settings that beside those affect what preparation says of the fullest micro-batches."""
 CHECKSUMS = "checksums.json"
 """File in a folder written by qdist that holds its tensors' checksums."""
 
@@ -109,14 +111,22 @@ def source_identity(folder: Path, packing: Packing) -> str:
 
 def files_digest(data: str) -> str:
     """`source_digest` of local data; empty for others, which would require asking a hub."""
-    there = data != demo.NAME and Path(data).expanduser().exists()
-    return source_digest(data) if there else ""
+    return source_digest(data) if data != demo.NAME and is_local(data) else ""
 
 
-def remembered(spec: RunSpec, folder: Path) -> Prepared | None:
-    """What an earlier launch prepared from the same model and data, if all of it still exists."""
+def is_local(data: str) -> bool:
+    """Whether data can be read without asking a hub."""
+    return data == demo.NAME or Path(data).expanduser().exists()
+
+
+def remembered(spec: RunSpec, folder: Path, *, to_the_letter: bool = False) -> Prepared | None:
+    """What an earlier launch prepared from the same model and data, if all of it still exists.
+
+    to_the_letter: only what preparing would give again; otherwise the fullest micro-batches may be of another number of
+    steps or another global batch, which is good enough for an estimate.
+    """
     try:
-        prepared = read_typed(_record(spec, folder), Prepared, RunError)
+        prepared = read_typed(_record(spec, folder, to_the_letter=to_the_letter), Prepared, RunError)
     except RunError:
         return None
     return prepared if all_there(prepared) else None
@@ -124,10 +134,12 @@ def remembered(spec: RunSpec, folder: Path) -> Prepared | None:
 
 def remember(spec: RunSpec, prepared: Prepared) -> None:
     """Store what was prepared for `remembered`, with those notes that also hold for the next launch."""
-    path = _record(spec, Path(prepared.source.path))
-    cache_dir(path.parent.name)
     lasting = tuple(note for note in prepared.notes if not note.startswith("packed "))
-    write_atomic(path, msgspec.json.encode(msgspec.structs.replace(prepared, notes=lasting)))
+    content = msgspec.json.encode(msgspec.structs.replace(prepared, notes=lasting))
+    for to_the_letter in (False, True):
+        path = _record(spec, Path(prepared.source.path), to_the_letter=to_the_letter)
+        cache_dir(path.parent.name)
+        write_atomic(path, content)
 
 
 def all_there(prepared: Prepared) -> bool:
@@ -137,15 +149,16 @@ def all_there(prepared: Prepared) -> bool:
     return all(os.path.exists(path) for path in paths if path)
 
 
-def _record(spec: RunSpec, folder: Path) -> Path:
+def _record(spec: RunSpec, folder: Path, *, to_the_letter: bool) -> Path:
     """The file that records what is prepared from a model's folder, named by all that determines it."""
-    versions = probe.versions()
+    versions, deciding = probe.versions(), (*_DECIDING, *(_COUNTED if to_the_letter else ()))
     parts = [
         [versions.get(name) for name in ("qdist", "transformers", "bitsandbytes")],
+        DataFacts.__struct_fields__,  # of a qdist that prepares less, or more
         source_identity(folder, Packing(bits=16)),
         spec.data,
         files_digest(spec.data),
-        {key: value for key, value in flatten(spec).items() if key.startswith(_DECIDING)},
+        {key: value for key, value in flatten(spec).items() if key.startswith(deciding)},
     ]
     key = hashlib.sha256(json.dumps(parts, default=msgspec.to_builtins).encode()).hexdigest()
     return cache_path() / "prepared" / f"{key[:32]}.json"

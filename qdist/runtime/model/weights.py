@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qdist.core.errors import ModelError
+from qdist.host.opening import told
 from qdist.runtime.formats.checksum import SumCheck, Sums
 from qdist.runtime.formats.packed_folder import opened, tensor_files
 from qdist.runtime.model.packed import DEVIATION, PackedLinear, Slices
@@ -98,6 +100,9 @@ class FolderWeights:
     def __init__(self, folder: str | Path, sums: Sums | None = None, *, share: tuple[int, int] = (0, 1)) -> None:
         """sums: expected checksums of its tensors. share: see `SumCheck`."""
         self.folder, self._check = Path(folder), SumCheck(sums, share=share)
+        self._open: tuple[Path, Any] | None = None
+        """The file that was read last, which holds a layer; opening it for each tensor took longer than reading."""
+        self._closing = ExitStack()
 
     @cached_property
     def files(self) -> dict[str, str]:
@@ -117,15 +122,28 @@ class FolderWeights:
         return tensors
 
     def check(self) -> None:
+        self._close()
         self._check.finish()
+
+    def _close(self) -> None:
+        self._open = None
+        self._closing.close()
+
+    def _handle(self, file: Path) -> Any:
+        """A file's handle, which stays open until another file is read: its pages count as this process's memory."""
+        if self._open is None or self._open[0] != file:
+            self._close()
+            self._open = file, self._closing.enter_context(opened(file))
+        return self._open[1]
 
     def open(self, name: str) -> Slices:
         """A tensor, read lazily unless small. Raises ModelError if there is none."""
         if name not in self.files:
             raise ModelError(f"{self.folder} has no tensor {name}", try_="another folder, or pack the model again")
         place = self.folder / self.files[name]
-        with opened(place) as file:
-            tensor = Stored(file.get_slice(name), place, name, self._check)
+        handle = self._handle(place)
+        with told(str(place), ModelError, try_="download or pack the model again"):
+            tensor = Stored(handle.get_slice(name), place, name, self._check)
             return tensor[:].clone() if tensor.elements <= _COPIED_ELEMENTS else tensor
 
 

@@ -215,6 +215,7 @@ def write_result(
         "positions_per_s": {"predicted": plan.positions_per_second, "measured": speed.positions_s},
         "start_seconds": {"load": start.load_s, "first_step": start.first_step_s},
         "loading": {"seconds": start.loading_s, "read_bytes": start.read_bytes},
+        "starting": start.phases,
         "own_code": plan.source.own_code or None,
         "inventory": plain(inventory) if inventory else None,
         # Of the launch that did the first steps.

@@ -1,4 +1,4 @@
-"""One rank of a run: `python -m qdist.runtime.train.worker RUN --digest D`, started by torch.distributed.run."""
+"""One rank of a run: `python -m qdist.runtime.train.worker RUN --digest D`, started by `qdist.host.launch.agent`."""
 
 import errno
 import os
@@ -14,31 +14,34 @@ from qdist.core.errors import PlanError, QdistError, RunError
 from qdist.core.machine.environment import AGENT
 from qdist.core.machine.world import LocalRank, Rank
 from qdist.core.planning.plan import Plan, digest
-from qdist.core.telemetry.events import Event, encode, whole_length
+from qdist.core.telemetry.events import Event, encode, whole_length, write_phases
 from qdist.core.telemetry.inventory import lines_of
 from qdist.core.text import format_bytes, resuming
 from qdist.host.children import end_with_parent
 from qdist.host.files import told_of_disks
-from qdist.host.run.rundir import RunDir
+from qdist.host.run.rundir import PLAN, RunDir
 from qdist.runtime.train.heartbeat import HeartbeatThread
+from qdist.runtime.train.warm_up import warm_up
 
 
 def main() -> None:
     """Redirect output to the rank's log, train, and exit with 0 only if everything was written."""
     run, planned = _arguments()
+    clock = StartClock(began=(run.path / PLAN).stat().st_mtime)
+    clock.mark("launch")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     _log_to(run.log_file(rank))
-    # Of launch.sh's shell, which became torch.distributed.run; by hand, of whatever started this.
+    # Of launch.sh's shell, which became the agent; by hand, of whatever started this.
     end_with_parent(int(os.environ.get(AGENT) or os.getppid()), signal.SIGKILL)
     try:
         plan = run.checked_plan(planned)
         if plan.world_size != world_size:
             raise RunError(
                 f"planned for {plan.world_size} ranks, started with {world_size}",
-                try_=f"--nproc-per-node {plan.world_size}",
+                try_=f"sh {run.path}/launch.sh, which starts them",
             )
         with told_of_disks():
-            _work(plan, run)
+            _work(plan, run, clock)
     except QdistError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # Other ranks may be inside a collective that never ends: leave without their goodbye.
@@ -62,7 +65,7 @@ def _own_rank(plan: Plan) -> Rank:
         raise RunError(
             f"rank {rank} is planned as number {plan.world.local_rank_of(rank)} of its node, and was started as "
             f"number {local_rank}",
-            try_=f"--nproc-per-node {plan.world.ranks_per_node}",
+            try_="launch.sh of the run, which starts them in order",
         )
     return rank
 
@@ -75,11 +78,17 @@ def _arguments() -> tuple[RunDir, str]:
     raise SystemExit("usage: python -m qdist.runtime.train.worker RUN --digest DIGEST; launch.sh of the run has them")
 
 
-def _work(plan: Plan, run: RunDir) -> None:
+def _work(plan: Plan, run: RunDir, clock: "StartClock") -> None:
     beat = HeartbeatThread(run, int(os.environ["RANK"]))
     stop = _StopRequest(run)
     _leave_out_fla(plan)
+    number = _own_rank(plan)
+    warm_up(plan, number, plan.world.local_rank_of(number))
     import torch
+
+    from qdist.runtime.kernels.libraries import import_bitsandbytes
+
+    import_bitsandbytes()
     from transformers.utils import logging
 
     from qdist.runtime.engine.torch import Comm
@@ -97,10 +106,12 @@ def _work(plan: Plan, run: RunDir) -> None:
     logging.disable_progress_bar()
     # DeepSpeed 0.19's calls, under torch 2.13: the first and often the only words of every rank's log.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    clock.mark("imports")
     beat.move("loading")
-    devices = pick_devices(plan, _own_rank(plan))
+    devices = pick_devices(plan, number)
     accelerator = make_accelerator(plan, run)
     comm = Comm(devices[0])
+    clock.mark("devices")
     place = placement_of(plan, comm.rank, devices)
     if len(set(comm.gather(digest(plan)))) > 1:
         raise RunError("the ranks of this run read different plans", try_="a run directory that all nodes share")
@@ -109,8 +120,10 @@ def _work(plan: Plan, run: RunDir) -> None:
     tokenizer = load_tokenizer(plan.source)
     if comm.rank == 0:
         rehearse(run)
+    clock.mark("tokenizer")
     try:
         loaded = load_part(place)
+        clock.mark("weights")
         report(
             Event(
                 kind="load",
@@ -128,6 +141,8 @@ def _work(plan: Plan, run: RunDir) -> None:
         inventory = inventory_of(built.model, plan, built.forward.samples, comm)
         if comm.rank == 0:
             report(Event(kind="inventory", total_steps=plan.steps, note="\n".join(lines_of(inventory))))
+        clock.mark("adapter")
+        report(Event(kind="starting", total_steps=plan.steps, note=write_phases(clock.seconds)))
         trainer = Trainer(
             plan,
             run,
@@ -184,6 +199,20 @@ def _out_of_memory(plan: Plan, run: RunDir, rank: int, reached_bytes: int, error
         f"{format_bytes(plan.ranks[rank].expected[0].total)} were planned: {str(error).split('. ')[0]}",
         try_=resuming(run.path, "--set", f"micro_batch={smaller}", "--set", "train.checkpointing=true"),
     )
+
+
+class StartClock:
+    """Where the time up to a rank's first step goes: seconds by what was done, one phase after the other."""
+
+    def __init__(self, *, began: float) -> None:
+        """began: seconds since the epoch at which the run's plan was written."""
+        self._last = began
+        self.seconds: dict[str, float] = {}
+
+    def mark(self, phase: str) -> None:
+        """End a phase now."""
+        now = time.time()
+        self.seconds[phase], self._last = max(0.0, now - self._last), now
 
 
 class _StopRequest:

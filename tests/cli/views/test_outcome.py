@@ -83,6 +83,11 @@ def test_what_was_not_predicted_has_no_error() -> None:
     assert len(outcome_rows(plan, result_of(24, load_gib=0, tokens_per_s={"measured": None}))) == 1
 
 
+def test_the_way_to_the_first_step_says_where_the_time_went() -> None:
+    result = {"start_seconds": {"load": 9.0, "first_step": 12.0}, "starting": {"imports": 5.14, "first step": 3.0}}
+    assert start_line(result) == "first step after 12 s (imports 5.1, first step 3.0); loading 0 s"
+
+
 @pytest.mark.parametrize(
     ("first", "seconds", "read_bytes", "line"),
     [

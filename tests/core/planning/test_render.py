@@ -108,8 +108,8 @@ def test_the_script_is_shell_and_starts_the_ranks_beside_it(name: str, tmp_path:
         env={**os.environ, "CDPATH": str(tmp_path / "else")},
     )  # fmt: skip
     words = done.stdout.split("|")[:-1]
-    assert words[:3] == ["-P", "-m", "torch.distributed.run"]
-    assert words[-5:] == ["-m", "qdist.runtime.train.worker", str(tmp_path / "a run"), "--digest", digest(PLANS[name])]
+    ranks, run = str(PLANS[name].world_size), str(tmp_path / "a run")
+    assert words == ["-P", "-m", "qdist.host.launch.agent", ranks, run, "--digest", digest(PLANS[name])]
 
 
 def test_a_models_name_cannot_add_a_line_to_the_script() -> None:

@@ -22,11 +22,20 @@ def mapped(path: Path) -> bool:
     return str(path) in Path("/proc/self/maps").read_text()
 
 
-def test_a_small_tensor_keeps_no_mapping_of_its_file(folder: FolderWeights) -> None:
+def test_a_small_tensor_keeps_no_mapping_of_its_file_once_all_is_read(folder: FolderWeights) -> None:
     small = folder.open("small")
+    folder.check()
     assert not mapped(folder.folder / "model.safetensors")
     assert torch.equal(small[:], torch.arange(64.0))
     assert torch.equal(small[8:16], torch.arange(8.0, 16.0))
+
+
+def test_one_file_is_open_at_a_time(folder: FolderWeights) -> None:
+    save_file({"number": torch.tensor(0.5)}, folder.folder / "other.safetensors")
+    folder.open("small")
+    assert mapped(folder.folder / "model.safetensors")
+    folder.open("number")
+    assert not mapped(folder.folder / "model.safetensors")
 
 
 def test_a_large_tensor_stays_where_ranks_share_it(folder: FolderWeights) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 import qdist
 from qdist.core.errors import RunError
-from qdist.core.telemetry.events import Event, encode
+from qdist.core.telemetry.events import Event, encode, write_phases
 from qdist.host.files import locked
 from qdist.host.run.rundir import PLAN, RunDir
 from qdist.host.sources.targets import ADAPTER, adapter_step, step_note
@@ -200,6 +200,7 @@ def test_a_result_holds_every_ranks_peaks_and_speed_and_start_beside_the_predict
     for rank in (0, 1):
         said = [
             Event(kind="load", rank=rank, seconds=2.0 + rank, read_bytes=100, time=planned + 3 + rank),
+            Event(kind="starting", rank=rank, time=planned + 5, note=write_phases({"launch": 0.5, "imports": 4.5})),
             Event(kind="start", rank=rank, time=planned + 5),
             *(Event(kind="step", step=step, rank=rank, tokens=64, padding=16, seconds=[8, 8, 8, 2, 1, 2][step],
                     time=planned + 10 + step) for step in range(6)),
@@ -219,6 +220,7 @@ def test_a_result_holds_every_ranks_peaks_and_speed_and_start_beside_the_predict
     assert result["positions_per_s"] == {"predicted": run.plan().positions_per_second, "measured": 40.0}
     assert result["start_seconds"] == pytest.approx({"load": 4.0, "first_step": 10.0}, abs=1e-3)
     assert result["loading"] == {"seconds": 3.0, "read_bytes": 200}
+    assert result["starting"] == {"launch": 0.5, "imports": 4.5, "first step": pytest.approx(5.0)}
 
 
 def peft_over(base: Any, run: RunDir) -> Any:

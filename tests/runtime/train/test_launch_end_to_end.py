@@ -312,7 +312,7 @@ def processes(run: Path) -> dict[int, str]:
 
 def rank_process(run: Path, rank: int) -> int:
     for process, line in processes(run).items():
-        if "torch.distributed.run" in line or "qdist.runtime.train.worker" not in line:
+        if "qdist.runtime.train.worker" not in line:
             continue
         environment = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
         if f"RANK={rank}".encode() in environment:

@@ -1,5 +1,6 @@
 """A dry run foresees what a launch prepares, and a resumed run goes on with the data it was started with alone."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from unittest import mock
 import msgspec
 import pytest
 
-from qdist.core.errors import RunError
+from qdist.core.errors import ModelError, RunError
 from qdist.core.planning.plan import Prepared, digest
 from qdist.core.spec.run_spec import RunSpec
 from qdist.host import tasks
@@ -66,6 +67,50 @@ def test_a_dry_run_estimates_first_and_knows_the_plan_once_a_launch_has_prepared
     packed, tokenized = after.work
     assert job.plan.data is not None
     assert (str(packed.there), str(tokenized.there)) == (job.plan.source.packed, job.plan.data.path)
+
+
+def again(model: Path, here: Path, **settings: Any) -> Launch | None:
+    """The same launch again; None if it asked for preparation."""
+    asked: list[RunSpec] = []
+
+    def prepared(spec: RunSpec, *, device: str) -> Prepared:
+        asked.append(spec)
+        return msgspec.json.decode(msgspec.json.encode(prepare(spec)), type=Prepared)
+
+    spec = real_job(model, here / "data.jsonl", here / "new", **{"seq_len": 64, **settings}).plan.spec
+    with mock.patch.object(tasks, "prepare", prepared):
+        job = launcher.prepare(msgspec.structs.replace(spec, run=str(here / "newer")))
+    return None if asked else job
+
+
+def test_what_is_there_already_is_not_prepared_by_another_process(model: Path, here: Path) -> None:
+    first = started(model, here)
+    job = again(model, here)
+    assert job is not None
+    assert (job.plan.source, job.plan.data) == (first.plan.source, first.plan.data)
+
+
+def test_weights_that_changed_within_the_same_size_and_time_are_prepared(model: Path, here: Path) -> None:
+    mine = here / "mine"
+    shutil.copytree(model, mine)
+    started(mine, here)
+    weights = mine / "model.safetensors"
+    times, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-4:] = b"1234"
+    weights.write_bytes(content)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ModelError, match=r"was packed when .* held other weights"):
+        again(mine, here)
+
+
+def test_a_plan_does_not_go_by_the_micro_batches_of_another_global_batch(model: Path, here: Path) -> None:
+    first = started(model, here).plan.data
+    job = real_job(model, here / "data.jsonl", here / "new", seq_len=64, global_batch=6)
+    assert first is not None
+    assert job.plan.data is not None
+    sizes = [[fullest.samples for fullest in data.fullest] for data in (first, job.plan.data)]
+    assert set(sizes[0]) == {1, 2, 4}
+    assert set(sizes[1]) == {1, 2, 3, 6}
 
 
 def test_what_is_packed_is_as_large_as_was_foreseen(model: Path, here: Path) -> None:
