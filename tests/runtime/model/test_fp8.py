@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qdist.core.model.gptq import Gptq, Shape
-from qdist.core.spec.sections import Quant
+from qdist.core.spec.sections import Compute, Quant
 from qdist.runtime.adapters.lora import adapted_product
 from qdist.runtime.kernels.fp8 import FP8, quantize_tokens
 from qdist.runtime.model.packed import FEW_TOKENS, Packed4bit, PackedLinear, set_compute
@@ -120,8 +120,9 @@ def test_only_shapes_that_torch_multiplies_are_set() -> None:
 def test_an_adapter_beside_a_product_in_fp8_learns_what_it_learns_in_16_bits() -> None:
     layer, inputs, outer = linear("nf4"), activations(INPUTS), activations(OUTPUTS)
     found = []
-    for compute in (None, "fp8"):
-        layer.compute = compute  # type: ignore[assignment]
+    computes: tuple[Compute | None, ...] = (None, "fp8")
+    for compute in computes:
+        layer.compute = compute
         generator = torch.Generator().manual_seed(1)
         down = torch.randn(8, INPUTS, generator=generator).requires_grad_()
         up = torch.randn(OUTPUTS, 8, generator=generator).requires_grad_()
