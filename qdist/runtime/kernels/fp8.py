@@ -13,8 +13,9 @@ from qdist.runtime.kernels.four_bit import absmax_code_book, code_book
 from qdist.runtime.kernels.launching import on_device
 
 FP8 = torch.float8_e4m3fn
-LARGEST = 448.0
-"""Largest number in e4m3."""
+LARGEST = {FP8: 448.0, torch.int8: 127.0, torch.float32: 448.0}
+"""Largest number in each type of values that the kernels write. Products are of fp8; int8 is for bench/fp8.py, and
+float32 is fp8 before it is rounded."""
 ALIGNED = 16
 """Inputs and outputs of a matrix that torch multiplies in fp8 are a multiple of this."""
 _SMALLEST = 1e-12
@@ -34,7 +35,7 @@ class Scaled(NamedTuple):
 
 def scale_of(largest: torch.Tensor) -> torch.Tensor:
     """The scales, float32, of rows whose magnitudes are at most these."""
-    return largest.float().clamp_min(_SMALLEST) / LARGEST
+    return largest.float().clamp_min(_SMALLEST) / LARGEST[FP8]
 
 
 def quantize_tokens(inputs: torch.Tensor, factors: torch.Tensor | None = None) -> Scaled:
@@ -51,7 +52,7 @@ def quantize_tokens(inputs: torch.Tensor, factors: torch.Tensor | None = None) -
 
 
 def triton_quantize_tokens(inputs: torch.Tensor, factors: torch.Tensor | None, *, dtype: torch.dtype = FP8) -> Scaled:
-    """The same in one pass over contiguous inputs. dtype: of the values; another than fp8 rounds nothing."""
+    """The same in one pass over contiguous inputs. dtype: of the values, one of `LARGEST`."""
     from qdist.runtime.kernels import fp8_triton
 
     tokens, width = inputs.shape
@@ -61,7 +62,7 @@ def triton_quantize_tokens(inputs: torch.Tensor, factors: torch.Tensor | None, *
     with on_device(inputs.device):
         fp8_triton.quantize_rows[(tokens,)](
             inputs, inputs if factors is None else factors, values, scale, width, FACTORS=factors is not None,
-            WIDTH=block, num_warps=min(16, max(4, block // 1024)),
+            LARGEST=LARGEST[dtype], WIDTH=block, num_warps=min(16, max(4, block // 1024)),
         )  # fmt: skip
     return Scaled(values, scale)
 
@@ -117,7 +118,7 @@ def triton_unpack(weights: FourBit, *, transposed: bool, dtype: torch.dtype = FP
     with on_device(device):
         fp8_triton.row_scales[(-(-outputs // 8),)](
             weights.absmax, book, nested, offset, scale, outputs, blocks, ROWS=8,
-            BLOCKS=1 << (blocks - 1).bit_length(), num_warps=4, **common,
+            LARGEST=LARGEST[dtype], BLOCKS=1 << (blocks - 1).bit_length(), num_warps=4, **common,
         )  # fmt: skip
         fp8_triton.unpack[(-(-outputs // _ROWS), blocks)](
             weights.packed, weights.absmax, book, nested, offset, code_book(weights.quant_type, device), scale, values,

@@ -1,6 +1,6 @@
 """The Triton kernels of `qdist.runtime.kernels.fp8`; import only if Triton is installed.
 
-Values are divided by their scale and stored in the type of their target, which saturates.
+Values are divided by their row's scale, so that none exceeds LARGEST, and stored in the type of their target.
 """
 
 import triton
@@ -8,8 +8,16 @@ import triton.language as tl
 
 
 @triton.jit
+def rounded(value, target):  # type: ignore[no-untyped-def]
+    """Values in the type of a pointer's target; integers are rounded, where a cast would cut them."""
+    if target.dtype.element_ty == tl.int8:
+        value = tl.floor(value + 0.5)
+    return value.to(target.dtype.element_ty)
+
+
+@triton.jit
 def quantize_rows(  # type: ignore[no-untyped-def]
-    inputs, factors, values, scale, width, FACTORS: tl.constexpr, WIDTH: tl.constexpr
+    inputs, factors, values, scale, width, FACTORS: tl.constexpr, LARGEST: tl.constexpr, WIDTH: tl.constexpr
 ):
     """A row [width] of each program, with its scale. With `factors` [width], multiplied by them first."""
     row = tl.program_id(0).to(tl.int64)
@@ -18,9 +26,9 @@ def quantize_rows(  # type: ignore[no-untyped-def]
     value = tl.load(inputs + row * width + column, mask=there, other=0.0).to(tl.float32)
     if FACTORS:
         value *= tl.load(factors + column, mask=there, other=0.0)
-    own = tl.maximum(tl.max(tl.abs(value), 0), 1e-12) / 448.0
+    own = tl.maximum(tl.max(tl.abs(value), 0), 1e-12) / LARGEST
     tl.store(scale + row, own)
-    tl.store(values + row * width + column, (value / own).to(values.dtype.element_ty), mask=there)
+    tl.store(values + row * width + column, rounded(value / own, values), mask=there)
 
 
 @triton.jit
@@ -36,7 +44,7 @@ def convert(  # type: ignore[no-untyped-def]
     value = tl.load(matrix + place, mask=there, other=0.0).to(tl.float32)
     own = tl.load(scale + row, mask=row < outputs, other=1.0)
     target = row[:, None] * row_target + column[None, :] * column_target
-    tl.store(values + target, (value / own[:, None]).to(values.dtype.element_ty), mask=there)
+    tl.store(values + target, rounded(value / own[:, None], values), mask=there)
 
 
 @triton.jit
@@ -54,7 +62,7 @@ def absmax_of(  # type: ignore[no-untyped-def]
 @triton.jit
 def row_scales(  # type: ignore[no-untyped-def]
     absmax, book, nested, offset, scale, outputs, blocks, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    LARGEST: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """The scales of ROWS rows of `blocks` blocks."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -63,7 +71,7 @@ def row_scales(  # type: ignore[no-untyped-def]
     block = row.to(tl.int64)[:, None] * blocks + column[None, :]
     found = absmax_of(absmax, book, nested, offset, block, there, NESTED, NESTED_BLOCK)
     largest = tl.max(tl.where(there, tl.abs(found), 0.0), 1)
-    tl.store(scale + row, tl.maximum(largest, 1e-12) / 448.0, mask=row < outputs)
+    tl.store(scale + row, tl.maximum(largest, 1e-12) / LARGEST, mask=row < outputs)
 
 
 @triton.jit
@@ -83,4 +91,4 @@ def unpack(  # type: ignore[no-untyped-def]
     value = tl.interleave(tl.load(book + (pair >> 4)), tl.load(book + (pair & 15))) * factor[:, None]
     column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     target = row[:, None] * row_target + column[None, :] * column_target
-    tl.store(values + target, value.to(values.dtype.element_ty), mask=there[:, None])
+    tl.store(values + target, rounded(value, values), mask=there[:, None])

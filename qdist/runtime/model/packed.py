@@ -141,15 +141,15 @@ class Packed4bit(PackedLinear):
         self.register_buffer("nested_offset", torch.empty(1, device="meta") if quant.double else None, persistent=False)
 
     def matrix(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        own = self._packed(device)
+        own = self.tensors_on(device)
         return dequantize(own.packed, own.absmax, own.nested, quant_type=own.quant_type, shape=own.shape, dtype=dtype)
 
     def in_fp8(self, device: torch.device, *, transposed: bool) -> fp8.Scaled:
         if device.type != "cuda" or self.in_features % BLOCK:
             return super().in_fp8(device, transposed=transposed)
-        return fp8.triton_unpack(self._packed(device), transposed=transposed)
+        return fp8.triton_unpack(self.tensors_on(device), transposed=transposed)
 
-    def _packed(self, device: torch.device) -> fp8.FourBit:
+    def tensors_on(self, device: torch.device) -> fp8.FourBit:
         """The packed tensors on a device."""
         weight, absmax = self.weight, self.absmax
         if weight.device != device:
