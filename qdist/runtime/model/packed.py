@@ -71,13 +71,13 @@ class PackedLinear(nn.Linear):
     def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient of the inputs from that of the outputs, [tokens, out_features]."""
         if self.multiplies_in_fp8(gradient):
-            return fp8.input_gradient(gradient, self.in_fp8(gradient.device, transposed=True))
+            return self._input_gradient_in_fp8(gradient)
         return gradient @ self.matrix(gradient.dtype, gradient.device)
 
     def add_input_gradient(self, gradient: torch.Tensor, total: torch.Tensor) -> None:
         """Add `input_gradient` to a sum [tokens, in_features]: inside the product, which spares a pass over memory."""
         if self.multiplies_in_fp8(gradient):
-            total.add_(self.input_gradient(gradient))
+            total.add_(self._input_gradient_in_fp8(gradient))
         else:
             total.addmm_(gradient, self.matrix(gradient.dtype, gradient.device))
 
@@ -90,6 +90,9 @@ class PackedLinear(nn.Linear):
         """Like `product`, of inputs that were quantized for all linears that read them."""
         product = fp8.product(inputs, self.in_fp8(inputs.values.device, transposed=False))
         return product if self.bias is None else product.add_(self.bias.to(product.device, product.dtype))
+
+    def _input_gradient_in_fp8(self, gradient: torch.Tensor) -> torch.Tensor:
+        return fp8.input_gradient(gradient, self.in_fp8(gradient.device, transposed=True))
 
     def in_fp8(self, device: torch.device, *, transposed: bool) -> fp8.Scaled:
         """The weights in fp8, with a scale for each output."""

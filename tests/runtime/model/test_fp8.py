@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qdist.core.model.gptq import Gptq, Shape
+from qdist.core.model.gptq import Gptq, Shape, WeightOffset
 from qdist.core.spec.sections import Compute, Quant
 from qdist.runtime.adapters.lora import adapted_product
 from qdist.runtime.kernels.fp8 import FP8, quantize_tokens
@@ -89,6 +89,19 @@ def test_both_passes_multiply_the_same_bytes(kind: str) -> None:
     assert torch.equal(there.scale, back.scale)
     weights = layer.unpacked(torch.device("cpu"))
     assert cosine(there.values.float() * there.scale.unsqueeze(1), weights) > 0.999
+
+
+@pytest.mark.parametrize("kind", ["nf4", "gptq", "merged qa-lora"])
+def test_gradients_are_added_to_a_sum_once(kind: str) -> None:
+    layer = linear("nf4" if kind == "nf4" else "gptq")
+    layer.compute = "fp8"
+    if isinstance(layer, PackedGptq) and kind != "gptq":
+        layer.shift = WeightOffset(group_size=32, scale=0.01, linears=("linear",), base="")
+        layer.weight_offset = nn.Parameter(torch.randn(INPUTS // 32, OUTPUTS).half(), requires_grad=False)
+    outer, total = activations(OUTPUTS), torch.ones(TOKENS, INPUTS, dtype=torch.bfloat16)
+    wanted = total + layer.input_gradient(outer)
+    layer.add_input_gradient(outer, total)
+    torch.testing.assert_close(total, wanted, rtol=0.02, atol=0.02)
 
 
 def test_inputs_that_several_linears_read_can_be_quantized_once() -> None:
