@@ -28,7 +28,7 @@ def plan_lines(plan: Plan, *, notes: tuple[str, ...] = ()) -> list[str]:
     spec = plan.spec
     return [
         f"model    {spec.model}: {format_count(plan.facts.parameters)} parameters, {_weights(plan)}, "
-        f"{plan.compute_dtype} arithmetic",
+        f"{plan.compute_dtype} arithmetic" + (f", products in {spec.compute}" if spec.compute else ""),
         *experts_lines(plan.facts),
         f"adapter  {plan.adapter.title} {spec.lora}: {adapter_in_words(plan)}",
         *kept_lines(plan),

@@ -44,6 +44,8 @@ class CalibrationSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     counted padding as tokens."""
     version: str = ""
     """Version of qdist."""
+    compute: str | None = None
+    """`spec.compute`: fp8, or None for products in 16 bits."""
 
 
 class Correction(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -72,12 +74,14 @@ def correction(
     bits: int | None = None,
     rates: str | None = None,
     version: str | None = None,
+    compute: str | None = None,
 ) -> Correction | None:
     """What the newest lessons say of a card; None when they say nothing.
 
     lessons: oldest first.
     world_size: of the run to come; what NCCL takes depends on it, how fast a card computes does not.
     placement, bits, rates, version: only lessons of these count for speed; None takes any.
+    compute: the arithmetic of the run to come; None for products in 16 bits. Only such lessons count for speed.
     """
     alike = [lesson for lesson in lessons if lesson.card == card]
     timed = [
@@ -85,7 +89,7 @@ def correction(
         for lesson in alike
         if lesson.predicted_tokens_s > 0 and lesson.measured_tokens_s > 0 and lesson.useful_share > 0
         if placement in (None, lesson.placement) and bits in (None, lesson.bits)
-        if rates in (None, lesson.rates) and version in (None, lesson.version)
+        if rates in (None, lesson.rates) and version in (None, lesson.version) and lesson.compute == compute
     ]
     contexts = [
         lesson.measured_context_bytes

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 import msgspec
 
 from qdist.core.errors import SpecError
-from qdist.core.machine.cluster import MOST_RANKS, UNNAMED, Cluster, Rates, hypothetical, machine_of
+from qdist.core.machine.cluster import FP8_RATIO, MOST_RANKS, UNNAMED, Cluster, Gpu, Rates, hypothetical, machine_of
 from qdist.core.machine.measured import least
 from qdist.core.text import GIB, parse_bytes
 
@@ -21,6 +21,8 @@ PCIE_LINK_SHARE = 0.40
 """Share of one direction's bandwidth: without NVLink, rings cross the host, most often without peer access."""
 HOST_SHARE = 0.80
 """Share of one direction of PCI Express, from pinned memory: 52 GB/s of 64."""
+FP8_CAPABILITY = (8, 9)
+"""The first compute capability whose matrix units multiply in fp8: Ada's."""
 
 
 class Card(msgspec.Struct, frozen=True):
@@ -37,6 +39,8 @@ class Card(msgspec.Struct, frozen=True):
     nvlink_gb_s: float = 0.0
     bfloat16: bool = True
     """Whether its matrix units support bfloat16: from Ampere (2020) on."""
+    fp8: bool = True
+    """Whether they support fp8, at twice the 16-bit rate: from Ada and Hopper (2022) on."""
 
 
 CARDS = (
@@ -50,10 +54,10 @@ CARDS = (
     Card("H100 NVL", r"h100 nvl", 94, 835, 3900, 64, 300),
     Card("H100 PCIe", r"h100 pcie", 80, 756, 2039, 64),
     Card("H100", r"h100", 80, 989, 3350, 64, 450),
-    Card("A100-SXM4-80GB", r"a100.*sxm.*80gb", 80, 312, 2039, 32, 300),
-    Card("A100 80GB PCIe", r"a100.*80gb", 80, 312, 1935, 32),
-    Card("A100-SXM4-40GB", r"a100.*sxm\d", 40, 312, 1555, 32, 300),
-    Card("A100-PCIE-40GB", r"a100", 40, 312, 1555, 32),
+    Card("A100-SXM4-80GB", r"a100.*sxm.*80gb", 80, 312, 2039, 32, 300, fp8=False),
+    Card("A100 80GB PCIe", r"a100.*80gb", 80, 312, 1935, 32, fp8=False),
+    Card("A100-SXM4-40GB", r"a100.*sxm\d", 40, 312, 1555, 32, 300, fp8=False),
+    Card("A100-PCIE-40GB", r"a100", 40, 312, 1555, 32, fp8=False),
     Card("GB10", r"gb10", 119, 125, 273, 64),
     Card("RTX PRO 6000 Blackwell Max-Q", r"rtx pro 6000.*max q", 96, 439, 1792, 64),
     Card("RTX PRO 6000 Blackwell", r"rtx pro 6000", 96, 504, 1792, 64),
@@ -63,13 +67,13 @@ CARDS = (
     Card("L40S", r"l40s", 48, 362, 864, 32),
     Card("L40", r"l40", 48, 181, 864, 32),
     Card("L4", r"l4", 24, 121, 300, 32),
-    Card("A40", r"a40", 48, 150, 696, 32),
-    Card("A10G", r"a10g", 24, 70, 600, 32),
-    Card("A10", r"a10", 24, 125, 600, 32),
-    Card("RTX A6000", r"a6000", 48, 155, 768, 32),
-    Card("RTX A5000", r"a5000", 24, 111, 768, 32),
-    Card("RTX A4500", r"a4500", 20, 95, 640, 32),
-    Card("RTX A4000", r"a4000", 16, 77, 448, 32),
+    Card("A40", r"a40", 48, 150, 696, 32, fp8=False),
+    Card("A10G", r"a10g", 24, 70, 600, 32, fp8=False),
+    Card("A10", r"a10", 24, 125, 600, 32, fp8=False),
+    Card("RTX A6000", r"a6000", 48, 155, 768, 32, fp8=False),
+    Card("RTX A5000", r"a5000", 24, 111, 768, 32, fp8=False),
+    Card("RTX A4500", r"a4500", 20, 95, 640, 32, fp8=False),
+    Card("RTX A4000", r"a4000", 16, 77, 448, 32, fp8=False),
     Card("RTX 5090", r"rtx 5090", 32, 209, 1792, 64),
     Card("RTX 5080", r"rtx 5080", 16, 113, 960, 64),
     Card("RTX 5070 Ti", r"rtx 5070 ti", 16, 88, 896, 64),
@@ -86,18 +90,18 @@ CARDS = (
     Card("RTX 4060 Ti 16GB", r"rtx 4060 ti 16gb", 16, 44, 288, 16),
     Card("RTX 4060 Ti", r"rtx 4060 ti", 8, 44, 288, 16),
     Card("RTX 4060", r"rtx 4060", 8, 30, 272, 16),
-    Card("RTX 3090", r"rtx 3090", 24, 71, 936, 32),
-    Card("RTX 3080 Ti", r"rtx 3080 ti", 12, 68, 912, 32),
-    Card("RTX 3080", r"rtx 3080", 10, 60, 760, 32),
-    Card("RTX 3070 Ti", r"rtx 3070 ti", 8, 44, 608, 32),
-    Card("RTX 3070", r"rtx 3070", 8, 41, 448, 32),
-    Card("RTX 3060 Ti", r"rtx 3060 ti", 8, 32, 448, 32),
-    Card("RTX 3060", r"rtx 3060", 12, 25, 360, 32),
-    Card("V100-SXM2-32GB", r"v100.*sxm.*32gb", 32, 125, 900, 16, 150, bfloat16=False),
-    Card("V100-SXM2-16GB", r"v100.*sxm\d", 16, 125, 900, 16, 150, bfloat16=False),
-    Card("V100-PCIE-16GB", r"v100", 16, 112, 900, 16, bfloat16=False),
-    Card("T4", r"t4", 16, 65, 320, 16, bfloat16=False),
-    Card("RTX 2080 Ti", r"2080 ti", 11, 54, 616, 16, bfloat16=False),
+    Card("RTX 3090", r"rtx 3090", 24, 71, 936, 32, fp8=False),
+    Card("RTX 3080 Ti", r"rtx 3080 ti", 12, 68, 912, 32, fp8=False),
+    Card("RTX 3080", r"rtx 3080", 10, 60, 760, 32, fp8=False),
+    Card("RTX 3070 Ti", r"rtx 3070 ti", 8, 44, 608, 32, fp8=False),
+    Card("RTX 3070", r"rtx 3070", 8, 41, 448, 32, fp8=False),
+    Card("RTX 3060 Ti", r"rtx 3060 ti", 8, 32, 448, 32, fp8=False),
+    Card("RTX 3060", r"rtx 3060", 12, 25, 360, 32, fp8=False),
+    Card("V100-SXM2-32GB", r"v100.*sxm.*32gb", 32, 125, 900, 16, 150, bfloat16=False, fp8=False),
+    Card("V100-SXM2-16GB", r"v100.*sxm\d", 16, 125, 900, 16, 150, bfloat16=False, fp8=False),
+    Card("V100-PCIE-16GB", r"v100", 16, 112, 900, 16, bfloat16=False, fp8=False),
+    Card("T4", r"t4", 16, 65, 320, 16, bfloat16=False, fp8=False),
+    Card("RTX 2080 Ti", r"2080 ti", 11, 54, 616, 16, bfloat16=False, fp8=False),
 )
 _SMALLER = re.compile(r"\b(?:laptop|notebook|mobile|max q design)\b")
 """Marks a laptop card, which has fewer units, less memory and less power than the desktop card of that name."""
@@ -151,6 +155,14 @@ def has_bfloat16(name: str) -> bool:
     return card is None or card.bfloat16
 
 
+def has_fp8(gpu: Gpu) -> bool:
+    """Whether a GPU multiplies in fp8: by its compute capability, or its card's name; an unknown one is assumed to."""
+    if gpu.capability is not None:
+        return gpu.capability >= FP8_CAPABILITY
+    card = _card(gpu.name)
+    return card is None or card.fp8
+
+
 def usual_card(memory_bytes: int) -> str:
     """A common card with that much memory."""
     return next((name for gib, name in _USUAL if memory_bytes <= gib * GIB), "B200")
@@ -177,6 +189,7 @@ def _rates(card: Card, name: str) -> Rates:
     link = card.nvlink_gb_s * NVLINK_SHARE or card.pcie_gb_s * PCIE_LINK_SHARE
     return Rates(
         matmul_flops_s=card.tflops * 1e12 * MATMUL_SHARE,
+        fp8_flops_s=FP8_RATIO * card.tflops * 1e12 * MATMUL_SHARE if card.fp8 else 0.0,
         memory_bytes_s=card.memory_gb_s * 1e9 * MEMORY_SHARE,
         link_bytes_s=link * 1e9,
         host_bytes_s=card.pcie_gb_s * 1e9 * HOST_SHARE,

@@ -10,6 +10,8 @@ from qdist.core.text import GIB, format_bytes, parse_bytes
 
 LINEAR_S = 0.65e-3
 """Seconds to launch an adapted 4-bit linear, both passes (a virtual machine with H200s)."""
+FP8_RATIO = 2.0
+"""Rate of fp8 products over that of 16-bit ones, by the data sheets of all cards that have them."""
 UNNAMED = "hypothetical GPU"
 """Name of a card that was given none."""
 MOST_RANKS = 256
@@ -31,6 +33,8 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Bytes/s from pinned host memory to one GPU."""
     linear_s: float = LINEAR_S
     """CPU seconds to launch the kernels of an adapted 4-bit linear, both passes; bounds small micro-batches."""
+    fp8_flops_s: float = 0.0
+    """FLOP/s of dense fp8 products with a scale a row; 0 for none, and where nobody measured it."""
     source: str
     """Where the figures come from: 'measured' and the date, or 'table'."""
 
@@ -43,6 +47,8 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     total_bytes: int
     """Bytes available to programs: physical memory less what driver and firmware keep."""
     free_bytes: int
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability; None if the driver does not say, and of cards that are only described."""
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

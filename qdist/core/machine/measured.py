@@ -72,6 +72,7 @@ def least(several: Sequence[Rates]) -> Rates:
         link_bytes_s=min(rates.link_bytes_s for rates in several),
         host_bytes_s=min(rates.host_bytes_s for rates in several),
         linear_s=max(rates.linear_s for rates in several),
+        fp8_flops_s=min(rates.fp8_flops_s for rates in several),
         source=several[0].source,
     )
 

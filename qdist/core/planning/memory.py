@@ -81,6 +81,8 @@ class TrainingShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """GPTQ packing used instead, at its own width."""
     compute_bytes: int = 2
     """Bytes of a computed number: 2 under autocast to 16 bits, 4 on a CPU."""
+    fp8: bool = False
+    """Whether products with packed linears are in fp8."""
     rank_r: int
     targets: tuple[str, ...]
     """What LoRA adapts: leaf names of linears, 'experts', 'experts.down_proj'."""
@@ -174,7 +176,8 @@ class LayerSizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Bytes of the LoRA matrices in 16 bits that a layer of peft's keeps for the backward pass."""
     working: int
     working_token: int
-    """Bytes per token alive only while the backward pass is in the MLP, where it is widest."""
+    """Bytes per token alive only while the backward pass is in the MLP, where it is widest; in fp8 with the quantized
+    gradient of the widest output, a byte an element."""
     loading: int
     """Bytes alive while its largest matrix is loaded: it arrives whole, then is packed."""
 
@@ -261,7 +264,8 @@ def _layer_sizes(shape: LayerShape, job: TrainingShape) -> LayerSizes:
             seq_len=job.seq_len,
             recurrence=job.recurrence,
             fused=job.fused_layers and shape.norm == "rms",
-        ),
+        )
+        + job.fp8 * max((linear.outputs for linear in shape.linears), default=0),
         loading=_loading_bytes(shape, job),
     )
 
@@ -270,11 +274,14 @@ def _unpacked_bytes(shape: LayerShape, job: TrainingShape) -> int:
     """Bytes of the weights unpacked at a time in the backward pass.
 
     The largest matrix: of bitsandbytes' 4 bits on a GPU once, as its kernel writes the type of the product; otherwise
-    twice, dequantized and in that type. A 16-bit backbone has the matrix already; this is too small to tell. Of experts
-    one parameter is unpacked at a time: for a grouped product all its matrices, otherwise one in turn.
+    twice, dequantized and in that type. In fp8 a byte a weight, of GPTQ beside the dequantized. A 16-bit backbone has
+    the matrix already; this is too small to tell. Of experts one parameter is unpacked at a time: for a grouped product
+    all its matrices, otherwise one in turn.
     """
     once = job.bits == 4 and job.gptq is None and job.compute_bytes < 4
     linear = (1 if once else 2) * shape.largest_matrix * job.compute_bytes
+    if job.fp8:
+        linear = (1 if job.gptq is None else 1 + job.compute_bytes) * shape.largest_matrix
     if shape.experts is None or (job.bits == 16 and not job.mxfp4):
         return linear
     widest = max(matrix.weights for matrix in shape.experts.matrices)

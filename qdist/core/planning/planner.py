@@ -45,7 +45,15 @@ from qdist.core.planning.ranking import (
     last_resort,
     nonexistent,
 )
-from qdist.core.planning.resources import count_of, dtype_of, liger_of, optimizer_of, recurrence_of, rooms_of
+from qdist.core.planning.resources import (
+    count_of,
+    dtype_of,
+    liger_of,
+    optimizer_of,
+    recurrence_of,
+    require_compute,
+    rooms_of,
+)
 from qdist.core.planning.unsupported import require_supported
 from qdist.core.spec.run_spec import RunSpec, changed, flatten
 from qdist.core.spec.sections import MOST_STEPS, Optimizer
@@ -133,6 +141,7 @@ def plan_once(
 ) -> Plan:
     """Like `make_plan`, but the suggestions of a refusal are untried."""
     require_supported(spec, facts, source.config)
+    require_compute(spec, cluster)
     count = count_of(spec, cluster)
     longest = min(spec.seq_len, data.longest) if data else spec.seq_len
     if longest > facts.max_positions:
@@ -248,6 +257,7 @@ def _setting(inputs: _Inputs, count: int) -> PlanningContext:
         gptq=source.gptq,
         double_quant=spec.quant.double,
         compute_bytes=4 if inputs.dtype == "float32" else 2,
+        fp8=spec.compute == "fp8",
         rank_r=spec.lora.r,
         targets=spec.lora.targets,
         adapter=ADAPTERS[spec.method].of_run(spec, source.gptq, inputs.facts),

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from qdist.core.errors import PlanError, SpecError
-from qdist.core.machine.cards import has_bfloat16
+from qdist.core.machine.cards import has_bfloat16, has_fp8
 from qdist.core.machine.cluster import MOST_RANKS, Cluster
 from qdist.core.model.shapes import ModelFacts
 from qdist.core.planning.activations import Recurrence
@@ -34,6 +34,18 @@ def dtype_of(spec: RunSpec, cluster: Cluster) -> Literal["bfloat16", "float16", 
     if spec.dtype or cluster.device == "cpu":
         return spec.dtype or "float32"
     return "bfloat16" if all(has_bfloat16(gpu.name) for gpu in cluster.gpus) else "float16"
+
+
+def require_compute(spec: RunSpec, cluster: Cluster) -> None:
+    """Raise SpecError where GPUs do not multiply in the arithmetic that is asked for."""
+    lacking = next((gpu.name for gpu in cluster.gpus if not has_fp8(gpu)), None)
+    if spec.compute and (lacking or cluster.device == "cpu"):
+        who = f"which a {lacking} does not have" if lacking else "and this machine has no GPU"
+        raise SpecError(
+            f"compute={spec.compute} needs matrix units for fp8, {who}: cards from compute capability 8.9 on do, such "
+            "as RTX 4090, L40S and H100",
+            ways=[{"compute": None}],
+        )
 
 
 def optimizer_of(spec: RunSpec, cluster: Cluster) -> Optimizer:

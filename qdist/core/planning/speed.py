@@ -9,7 +9,7 @@ from math import ceil
 
 import msgspec
 
-from qdist.core.machine.cluster import Rates
+from qdist.core.machine.cluster import FP8_RATIO, Rates
 from qdist.core.model.shapes import LayerShape
 from qdist.core.planning.activations import CHUNK, has_sinks, saved_by_recurrence, widths_of
 from qdist.core.planning.memory import LayerSizes, Sizes, TrainingShape, first_of
@@ -26,6 +26,10 @@ TRAFFIC_SHARE = 0.85
 INT8_SHARE = 0.62
 """Share of the 16-bit matmul rate that LLM.int8's forward product reaches, overhead included: quantizing the input,
 scaling the result. Chosen, with the next, on the three rows of 8 bits in tests/core/planning/test_speed.py."""
+FP8_SHARE = 0.85
+"""Share of the fp8 rate for products with a scale a row, at a layer's shapes: an estimate until bench/fp8.py is run."""
+FP8_BYTES = 3
+"""Bytes moved to quantize an activation or a gradient: 16 bits read, 8 written."""
 GROUPED_SHARE = 0.6
 """Share of the sustained matmul rate for grouped products over experts, whose groups are of many sizes: an estimate."""
 RECURRENT_VISITS = {"fla": 2.0, "torch": 4.0}
@@ -109,14 +113,18 @@ def _layer_passes(
     weights = sum(linear.weights for linear in shape.linears)
     slow = FLOAT32_SLOWDOWN if job.compute_bytes == 4 else 1
     flops_s = rates.matmul_flops_s * GEMM_SHARE / slow
-    product = max(2 * weights * tokens / flops_s, 2 * weights / rates.memory_bytes_s)
+    product = _product_s(weights * tokens, weights, job, rates)
     stops = INT8_STOP * rates.linear_s * len(shape.linears)
     quantized = product / INT8_SHARE + stops if job.bits == 8 else product
     scores = 2 * tokens * job.seq_len * shape.heads * shape.head_dim
     attention = scores / (rates.matmul_flops_s * ATTENTION_SHARE / slow)
     own_packed = own.packed - own.packed_experts
-    unpack = 0.0 if job.bits == 16 else (own_packed + 2 * weights) / (rates.memory_bytes_s * UNPACK_SHARE)
+    unpacked = own_packed + _unpacked_bytes(job) * weights
+    unpack = 0.0 if job.bits == 16 else unpacked / (rates.memory_bytes_s * UNPACK_SHARE)
     forward_bytes, backward_bytes = (tokens * size * job.compute_bytes for size in _accesses(shape, job))
+    if job.fp8:
+        forward_bytes += FP8_BYTES * tokens * sum(linear.inputs for linear in shape.linears)
+        backward_bytes += FP8_BYTES * tokens * sum(linear.outputs for linear in shape.linears)
     adapter = 2 * _visited_adapter(shape, job) * tokens / flops_s
     traffic_s = rates.memory_bytes_s * TRAFFIC_SHARE
     forward = quantized + attention + adapter + unpack * (job.bits == 4) + forward_bytes / traffic_s
@@ -125,6 +133,22 @@ def _layer_passes(
     forward, backward = forward + experts + recurrence, backward + experts + 2 * recurrence
     launch = LAUNCH_SHARE * _launched(shape, job, tokens) * rates.linear_s / 2
     return max(forward, launch), max(backward, launch)
+
+
+def _product_s(products: int, weights: int, job: TrainingShape, rates: Rates) -> float:
+    """Seconds of this many multiplications with so many weights, which are read once."""
+    if job.fp8:
+        fp8_s = (rates.fp8_flops_s or FP8_RATIO * rates.matmul_flops_s) * FP8_SHARE
+        return max(2 * products / fp8_s, weights / rates.memory_bytes_s)
+    slow = FLOAT32_SLOWDOWN if job.compute_bytes == 4 else 1
+    return max(2 * products * slow / (rates.matmul_flops_s * GEMM_SHARE), 2 * weights / rates.memory_bytes_s)
+
+
+def _unpacked_bytes(job: TrainingShape) -> int:
+    """Bytes moved for an unpacked weight: in 16 bits 2, in fp8 1. GPTQ's are in 16 bits first, and read again."""
+    if not job.fp8:
+        return 2
+    return 1 if job.gptq is None else 5
 
 
 def _launched(shape: LayerShape, job: TrainingShape, tokens: int) -> float:

@@ -5,6 +5,7 @@ from typing import Any
 
 from qdist.core.errors import ModelError, SpecError
 from qdist.core.model.shapes import ALL_LINEAR, EXPERTS, MOST_UNPACKED, UNPACKED_EXPERTS, ModelFacts
+from qdist.core.model.storage import packing_of
 from qdist.core.planning.packing import packs_samples
 from qdist.core.spec.run_spec import RunSpec
 from qdist.core.spec.sections import GPTQ_METHODS
@@ -44,6 +45,12 @@ def _contradictions(spec: RunSpec, facts: ModelFacts, config: Mapping[str, Any])
     yield from _balance_loss(spec, config)
     if spec.bits < 16:
         yield from _unpacked_experts(spec, facts)
+    if spec.compute and spec.method == "qlora" and packing_of(spec, config).linear_bits == 16:
+        yield SpecError(
+            f"compute={spec.compute} is for packed linears, and those of {facts.name} are in 16 bits beside experts "
+            "in MXFP4",
+            ways=[{"compute": None}],
+        )
     yield from _z_loss(spec, config)
 
 

@@ -35,6 +35,23 @@ def _width(now: Flat, _: Flat) -> Iterator[SpecError]:
         )
 
 
+def _arithmetic(now: Flat, _: Flat) -> Iterator[SpecError]:
+    if now["compute"] is None:
+        return
+    asked, as_dtype = f"compute={now['compute']}", {"compute": None}
+    if now["dtype"] not in (None, "bfloat16"):
+        yield SpecError(
+            f"{asked} gives products in bfloat16, which dtype={now['dtype']} does not take",
+            ways=[{"dtype": "bfloat16"}, as_dtype],
+        )
+    if now["method"] == "qlora" and now["bits"] != 4:
+        why = {8: "which multiplies in int8 already", 16: "whose weights would be rounded anew for every product"}
+        yield SpecError(
+            f"{asked} is for 4-bit and GPTQ backbones, not for one of {now['bits']} bits, {why[now['bits']]}",
+            ways=[{"bits": 4}, as_dtype],
+        )
+
+
 def _packing(now: Flat, usual: Flat) -> Iterator[SpecError]:
     gptq, nf4, groups = now["method"] != "qlora", ("quant.type", "quant.double"), ("quant.group_size",)
     if gptq and (plain := _as_usual(nf4, now, usual)):
@@ -114,5 +131,5 @@ def _as_usual(keys: tuple[str, ...], now: Flat, usual: Flat) -> Change:
 
 
 _RULES: tuple[Callable[[Flat, Flat], Iterator[SpecError]], ...] = (
-    _width, _packing, _pooling, _length, _batch, _state, _moments, _warmup, verified, _held_out,
+    _width, _arithmetic, _packing, _pooling, _length, _batch, _state, _moments, _warmup, verified, _held_out,
 )  # fmt: skip

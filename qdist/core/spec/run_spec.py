@@ -13,6 +13,7 @@ from qdist.core.spec.contradictions import contradiction
 from qdist.core.spec.keys import choices, is_list, json_text, known_keys, names_of, optional, read_value
 from qdist.core.spec.sections import (
     MOST_STEPS,
+    Compute,
     Count,
     Lora,
     Optim,
@@ -95,6 +96,14 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Meta(
             description="Arithmetic of the backbone; the adapter is always float32. Auto: bfloat16 on GPUs that have "
             "it, float16 on older ones, float32 on CPUs."
+        ),
+    ] = None
+    compute: Annotated[
+        Compute | None,
+        Meta(
+            description="fp8: in training, a 4-bit or GPTQ backbone's linears multiply in e4m3, with a scale for each "
+            "token and each row of weights, on GPUs that can. Adapter, attention, norms, head, experts and evaluations "
+            "stay in bfloat16. Auto: everything in dtype."
         ),
     ] = None
     seq_len: Annotated[

@@ -29,6 +29,8 @@ OPTIMIZERS_ELSEWHERE: dict[str, dict[str, object]] = {
     for other in others
 }
 """What transformers, Axolotl, Unsloth and bitsandbytes call a form of AdamW."""
+Compute = Literal["fp8"]
+"""Arithmetic of the backbone's products in training, where it is not `dtype`."""
 GPTQ_METHODS = ("gptq-lora", "qa-lora")
 """Methods whose backbone is a GPTQ checkpoint."""
 

@@ -40,8 +40,8 @@ OTHER_NAMES = {
 """Other programs' names for a qdist setting that takes the same values."""
 RELATED_NAMES = {
     "gradient_accumulation_steps": "global_batch", "load_in_4bit": "bits", "load_in_8bit": "bits", "bf16": "dtype",
-    "fp16": "dtype", "fsdp": "placement", "device_map": "placement", "deepspeed": "zero.stage", "optim": "optim.name",
-    "optimizer": "optim.name", "lora_target_linear": "lora.targets",
+    "fp16": "dtype", "fp8": "compute", "fsdp": "placement", "device_map": "placement", "deepspeed": "zero.stage",
+    "optim": "optim.name", "optimizer": "optim.name", "lora_target_linear": "lora.targets",
     "use_gradient_checkpointing": "train.checkpointing", "finetuning_type": "method",
     "datasets": "data", "tensor_parallel": "placement", "warmup_ratio": "optim.warmup_steps",
     "evals_per_epoch": "train.eval_steps", "saves_per_epoch": "train.save_steps", "use_rslora": "lora.variant",

@@ -22,6 +22,8 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     recurrence: str = ""
     experts: str = ""
     passes: str = ""
+    products: str = ""
+    """Only where the backbone's linears do not multiply in the run's dtype."""
 
     @property
     def words(self) -> tuple[str, ...]:

@@ -113,7 +113,7 @@ def _plan_once(request: PlanRequest, spec: RunSpec, here: Here, facts_of: FactsO
     has_liger = find_spec("liger_kernel") is not None or (spec.liger is True and request.described)
     learnt = None
     if not request.described:
-        learnt = calibration.correction_for(cluster, world_size=spec.gpus, bits=spec.bits)
+        learnt = calibration.correction_for(cluster, world_size=spec.gpus, bits=spec.bits, compute=spec.compute)
     source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=gptq_of(spec, config), own_code=code)
     plan = plan_once(
         spec, source, facts, cluster, None, has_liger=has_liger, no_fla=fla_problem(cluster),

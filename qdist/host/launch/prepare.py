@@ -338,7 +338,7 @@ def _planned(asked: _Asked, source: Source, facts: ModelFacts, data: DataFacts |
         has_liger=find_spec("liger_kernel") is not None,
         no_fla=fla_problem(here),
         usual=MicroBatch(asked.old.micro_batch, asked.old.packed) if asked.old else None,
-        correction=calibration.correction_for(here, world_size=spec.gpus, bits=spec.bits),
+        correction=calibration.correction_for(here, world_size=spec.gpus, bits=spec.bits, compute=spec.compute),
     )
 
 

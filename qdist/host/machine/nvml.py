@@ -19,6 +19,8 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     total_bytes: int
     free_bytes: int
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability; None if the driver does not say."""
 
 
 class Driver(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,4 +125,5 @@ def _card(nvml: Any, handle: Any, position: int | None) -> Card:
         name=str(nvml.nvmlDeviceGetName(handle)),
         total_bytes=total_bytes(memory),
         free_bytes=int(memory.free),
+        capability=asked(nvml, nvml.nvmlDeviceGetCudaComputeCapability, handle),
     )

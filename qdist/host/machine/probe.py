@@ -154,7 +154,13 @@ def visible(cards: Sequence[nvml.Card], setting: str | None) -> tuple[Gpu, ...]:
     Raises MachineError when a GPU is named twice, at which CUDA itself fails to start (error 101).
     """
     return tuple(
-        Gpu(index=index, name=card.name, total_bytes=card.total_bytes, free_bytes=card.free_bytes)
+        Gpu(
+            index=index,
+            name=card.name,
+            total_bytes=card.total_bytes,
+            free_bytes=card.free_bytes,
+            capability=card.capability,
+        )
         for index, card in enumerate(visible_cards(cards, setting))
     )
 

@@ -20,12 +20,17 @@ _KEPT, _SPARE = 500, 100
 
 
 def correction_for(
-    cluster: Cluster, *, world_size: int | None = None, bits: int | None = None, placement: str | None = None
+    cluster: Cluster,
+    *,
+    world_size: int | None = None,
+    bits: int | None = None,
+    placement: str | None = None,
+    compute: str | None = None,
 ) -> Correction | None:
     """The planner's correction from earlier runs on this kind of card; None on a CPU and before the first run.
 
     world_size: of the run to be planned; by default all GPUs.
-    bits, placement: learn speed from such runs alone.
+    bits, placement, compute: learn speed from such runs alone.
     """
     if not cluster.gpus:
         return None
@@ -37,6 +42,7 @@ def correction_for(
         bits=bits,
         rates=_rates(cluster),
         version=_version(),
+        compute=compute,
     )
 
 
@@ -76,6 +82,7 @@ def lesson_of(plan: Plan, result: dict[str, object], cluster: Cluster) -> Calibr
         zero_stage=plan.zero_stage,
         model=plan.spec.model or "",
         bits=plan.spec.bits,
+        compute=plan.spec.compute,
         seq_len=plan.seq_len,
         micro_batch=plan.micro_batch,
         checkpointed_layers=plan.checkpointed_layers,

@@ -9,8 +9,9 @@ from torch.nn import functional
 
 from qdist.core.errors import ModelError
 from qdist.core.model.storage import BLOCK, blocks_of
-from qdist.core.spec.sections import Quant
+from qdist.core.spec.sections import Compute, Quant
 from qdist.host.opening import told
+from qdist.runtime.kernels import fp8
 from qdist.runtime.kernels.four_bit import absmax_code_book, dequantize
 
 FEW_TOKENS = 16
@@ -44,6 +45,8 @@ class PackedLinear(nn.Linear):
 
     kind: str
     bits: int
+    compute: Compute | None = None
+    """Arithmetic of its products in training; None for that of the tensors that are multiplied."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -60,16 +63,45 @@ class PackedLinear(nn.Linear):
 
     def product(self, inputs: torch.Tensor) -> torch.Tensor:
         """inputs [tokens, in_features] times the weights, plus bias: a new tensor [tokens, out_features]."""
+        if self.multiplies_in_fp8(inputs):
+            return self.product_in_fp8(fp8.quantize_tokens(inputs))
         bias = None if self.bias is None else self.bias.to(inputs.device, inputs.dtype)
         return functional.linear(inputs, self.matrix(inputs.dtype, inputs.device), bias)
 
     def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient of the inputs from that of the outputs, [tokens, out_features]."""
+        if self.multiplies_in_fp8(gradient):
+            return self._input_gradient_in_fp8(gradient)
         return gradient @ self.matrix(gradient.dtype, gradient.device)
 
     def add_input_gradient(self, gradient: torch.Tensor, total: torch.Tensor) -> None:
         """Add `input_gradient` to a sum [tokens, in_features]: inside the product, which spares a pass over memory."""
-        total.addmm_(gradient, self.matrix(gradient.dtype, gradient.device))
+        if self.multiplies_in_fp8(gradient):
+            total.add_(self._input_gradient_in_fp8(gradient))
+        else:
+            total.addmm_(gradient, self.matrix(gradient.dtype, gradient.device))
+
+    def multiplies_in_fp8(self, given: torch.Tensor) -> bool:
+        """Whether a product with these rows is in fp8: in training, and where there are more than a few."""
+        wanted = self.compute == "fp8" and self.training
+        return wanted and given.dtype == torch.bfloat16 and given.shape[0] > FEW_TOKENS
+
+    def product_in_fp8(self, inputs: fp8.Scaled) -> torch.Tensor:
+        """Like `product`, of inputs that were quantized for all linears that read them."""
+        product = fp8.product(inputs, self.in_fp8(inputs.values.device, transposed=False))
+        return product if self.bias is None else product.add_(self.bias.to(product.device, product.dtype))
+
+    def _input_gradient_in_fp8(self, gradient: torch.Tensor) -> torch.Tensor:
+        return fp8.input_gradient(gradient, self.in_fp8(gradient.device, transposed=True))
+
+    def in_fp8(self, device: torch.device, *, transposed: bool) -> fp8.Scaled:
+        """The weights in fp8, with a scale for each output."""
+        matrix = self.matrix(torch.bfloat16, device)
+        return fp8.convert(matrix, fp8.scale_of(self.row_bounds(matrix)), transposed=transposed)
+
+    def row_bounds(self, matrix: torch.Tensor) -> torch.Tensor:
+        """What no magnitude in a row of the unpacked weights exceeds, [out_features]."""
+        return matrix.abs().amax(1)
 
     def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """A float matrix as the tensors that the layer holds, by their names in it."""
@@ -112,17 +144,21 @@ class Packed4bit(PackedLinear):
         self.register_buffer("nested_offset", torch.empty(1, device="meta") if quant.double else None, persistent=False)
 
     def matrix(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        own = self.tensors_on(device)
+        return dequantize(own.packed, own.absmax, own.nested, quant_type=own.quant_type, shape=own.shape, dtype=dtype)
+
+    def in_fp8(self, device: torch.device, *, transposed: bool) -> fp8.Scaled:
+        if device.type != "cuda" or self.in_features % BLOCK:
+            return super().in_fp8(device, transposed=transposed)
+        return fp8.triton_unpack(self.tensors_on(device), transposed=transposed)
+
+    def tensors_on(self, device: torch.device) -> fp8.FourBit:
+        """The packed tensors on a device."""
         weight, absmax = self.weight, self.absmax
         if weight.device != device:
             weight, absmax = weight.to(device, non_blocking=True), absmax.to(device, non_blocking=True)
-        return dequantize(
-            weight,
-            absmax,
-            (self.nested_absmax, self.nested_offset) if self.quant.double else None,
-            quant_type=self.quant.type,
-            shape=(self.out_features, self.in_features),
-            dtype=dtype,
-        )
+        nested = (self.nested_absmax, self.nested_offset) if self.quant.double else None
+        return fp8.FourBit(weight, absmax, nested, self.quant.type, (self.out_features, self.in_features))
 
     def product(self, inputs: torch.Tensor) -> torch.Tensor:
         if not inputs.is_cuda or inputs.shape[0] > FEW_TOKENS or is_offloaded(self):
@@ -228,6 +264,16 @@ def unlike_a_view(result: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """What an autograd function returns, in another shape: torch lets no model add to a view in place (Falcon)."""
     reshaped: torch.Tensor = torch.ops.aten._unsafe_view(result.contiguous(), shape)
     return reshaped
+
+
+def set_compute(model: nn.Module, compute: Compute) -> None:
+    """Have the packed linears of a model that is trained multiply in fp8, but for those of shapes that torch does not.
+
+    Evaluation, and products of a few tokens, stay in 16 bits: a model is judged as it will be served.
+    """
+    for module in model.modules():
+        if isinstance(module, PackedLinear) and not (module.in_features | module.out_features) % fp8.ALIGNED:
+            module.compute = compute
 
 
 def frozen_product(layer: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:

@@ -58,6 +58,10 @@ class PackedGptq(PackedLinear):
             group_size=self.shape.group_size, dtype=dtype,
         )  # fmt: skip
 
+    def row_bounds(self, matrix: torch.Tensor) -> torch.Tensor:
+        """From the scales alone: a stored weight and its zero differ by less than their range, and an offset of 1."""
+        return self._at(self.scales, matrix.device).float().abs().amax(0) * (1 << self.shape.bits)
+
     @staticmethod
     def _at(value: torch.Tensor, device: torch.device) -> torch.Tensor:
         return value if value.device == device else value.to(device, non_blocking=True)

@@ -80,6 +80,8 @@ def count_part(model: Any, plan: Plan) -> Part:
             found = list(reader.read(base_path(name), module, new))
             modules += found if new else ()
     experts = "" if not plan.facts.experts else "by grouped products" if plan.grouped else "one by one"
+    if experts and plan.spec.compute:
+        experts += f" in {plan.compute_dtype}"
     kernels = kernels_of(model.get_base_model(), fused=plan.liger, experts=experts, graphs=plan.graphs)
     return Part(tuple(modules), tuple(reader.missing()), kernels)
 

@@ -7,8 +7,10 @@ from types import ModuleType
 from typing import Any
 
 from qdist.core.telemetry.kernels import Kernels
+from qdist.core.text import counted
 from qdist.runtime.engine.head import head_rule
 from qdist.runtime.model.causal import NAME
+from qdist.runtime.model.packed import PackedLinear
 from qdist.runtime.model.parts import decoder_layers, head_of
 
 _LIGER = "liger_kernel"
@@ -28,7 +30,18 @@ def kernels_of(model: Any, *, fused: bool, experts: str = "", graphs: bool = Fal
         recurrence=_recurrence(model),
         experts=experts,
         passes="replayed as CUDA graphs" if graphs else "",
+        products=_products(model),
     )
+
+
+def _products(model: Any) -> str:
+    """'in fp8', with how many of the linears where some have a shape that torch does not multiply."""
+    linears = [module for module in decoder_layers(model).modules() if isinstance(module, PackedLinear)]
+    set_apart = [linear for linear in linears if linear.compute]
+    if not set_apart:
+        return ""
+    some = f" ({len(set_apart)} of {counted(len(linears), 'linear')})" if len(set_apart) < len(linears) else ""
+    return f"in {set_apart[0].compute}{some}"
 
 
 def _attention(model: Any) -> str:

@@ -29,6 +29,7 @@ from qdist.runtime.engine.torch import Adapter, Engine
 from qdist.runtime.model.causal import take_whole_rows
 from qdist.runtime.model.dropout_seed import dropout_seed_of
 from qdist.runtime.model.experts import is_experts
+from qdist.runtime.model.packed import set_compute
 from qdist.runtime.model.parts import decoder_layers, decoder_of
 from qdist.runtime.model.skeleton import DTYPES, load_backbone
 from qdist.runtime.placements.base import PROCESS_GROUP_TIMEOUT, Placement
@@ -181,10 +182,12 @@ def assemble(
 
 
 def prepare_for_training(model: Any, plan: Plan) -> None:
-    """Gradient checkpointing (non-reentrant) and fused kernels, as planned."""
+    """Gradient checkpointing (non-reentrant), fused kernels and the arithmetic of frozen products, as planned."""
     base = model.get_base_model()
     if plan.device == "cuda":
         take_whole_rows(base)
+    if plan.spec.compute:
+        set_compute(base, plan.spec.compute)
     if plan.liger:
         patch(base)
     if plan.checkpointing:

@@ -79,3 +79,10 @@ def test_speed_is_learnt_on_any_number_of_ranks_and_context_on_the_same() -> Non
     found = learnt(lesson(world_size=2, measured_context_bytes=700 * MIB))
     assert found is not None
     assert (found.speed, found.context_bytes) == (0.9, None)
+
+
+def test_runs_in_fp8_teach_the_speed_of_runs_in_fp8() -> None:
+    found = learnt(lesson(compute="fp8"), compute="fp8")
+    assert found is not None
+    assert found.speed == 0.9
+    assert learnt(lesson(compute="fp8")) == Correction(context_bytes=2 * GIB, runs=1)

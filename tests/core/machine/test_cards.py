@@ -5,7 +5,8 @@ import shlex
 import pytest
 
 from qdist.core.errors import SpecError
-from qdist.core.machine.cards import CARDS, has_bfloat16, memory_of, rates_of, usual_card
+from qdist.core.machine.cards import CARDS, has_bfloat16, has_fp8, memory_of, rates_of, usual_card
+from qdist.core.machine.cluster import Gpu
 from qdist.core.text import GIB
 
 NAMES = [
@@ -147,3 +148,24 @@ def test_an_unknown_name_lists_the_nearest(name: str, near: str) -> None:
 def test_what_is_suggested_is_known() -> None:
     assert all(memory_of(card.title) == card.gib * GIB for card in CARDS)
     assert len({rates_of(card.title) for card in CARDS}) == len(CARDS)
+
+
+def test_fp8_is_of_ada_hopper_and_newer_cards_and_the_driver_knows_best() -> None:
+    def gpu(name: str, capability: tuple[int, int] | None = None) -> Gpu:
+        return Gpu(index=0, name=name, total_bytes=GIB, free_bytes=GIB, capability=capability)
+
+    assert [
+        name for name in ("NVIDIA L4", "NVIDIA GeForce RTX 4090", "NVIDIA H100 PCIe") if not has_fp8(gpu(name))
+    ] == []
+    assert [name for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA A10", "Tesla T4") if has_fp8(gpu(name))] == []
+    assert has_fp8(gpu("Abacus 9"))
+    assert not has_fp8(gpu("Abacus 9", (8, 6)))
+    assert has_fp8(gpu("NVIDIA A10", (8, 9)))
+
+
+def test_fp8_is_twice_as_fast_by_the_sheet_where_there_is_any() -> None:
+    h200, a100 = rates_of("NVIDIA H200"), rates_of("NVIDIA A100-SXM4-80GB")
+    assert h200
+    assert a100
+    assert h200.fp8_flops_s == 2 * h200.matmul_flops_s
+    assert a100.fp8_flops_s == 0

@@ -104,6 +104,18 @@ def test_cards_without_bfloat16_compute_in_float16() -> None:
     assert planned("llama-7b", t4, {"dtype": "bfloat16"}).compute_dtype == "bfloat16"
 
 
+def test_products_in_fp8_are_faster_and_unpack_a_byte_a_weight() -> None:
+    plain, fp8 = (
+        planned("llama-7b", gpus(1, 80), {"compute": compute, "micro_batch": 16}) for compute in (None, "fp8")
+    )
+    assert fp8.compute_dtype == "bfloat16"
+    assert 1.3 < fp8.tokens_per_second / plain.tokens_per_second < 2
+    assert fp8.ranks[0].expected[0].weights == plain.ranks[0].expected[0].weights
+    largest, tokens, quantized = 4096 * 11008, 16 * 512, 11008
+    saved = plain.ranks[0].expected[0].activations - fp8.ranks[0].expected[0].activations
+    assert saved == largest - tokens * quantized
+
+
 def test_the_smallest_card_decides() -> None:
     cards = [Gpu(index=i, name="", total_bytes=gib * GIB, free_bytes=gib * GIB) for i, gib in enumerate((80, 24))]
     uneven = Cluster(device="cuda", gpus=tuple(cards), cpu_count=8, memory_bytes=GIB, memory_free_bytes=GIB)
@@ -155,10 +167,17 @@ def test_sequences_are_no_longer_than_the_data() -> None:
     assert planned("llama-7b", ONE_CARD_OF_80, {"seq_len": 100}, data=DATA).seq_len == 100
 
 
+A100 = hypothetical(1, 80 * GIB, name="NVIDIA A100-SXM4-80GB")
 REFUSALS: list[tuple[str, Cluster, dict[str, Any], type[QdistError], str, str]] = [
     ("smollm2-135m", CPU, {"optim.name": "paged-adamw"}, SpecError, "paged-adamw needs a GPU",
      "--set optim.name=adamw"),
     ("smollm2-135m", CPU, {"liger": True}, SpecError, "liger=true needs a GPU", "--set liger=false"),
+    ("smollm2-135m", CPU, {"compute": "fp8"}, SpecError,
+     "compute=fp8 needs matrix units for fp8, and this machine has no GPU", "--set compute=auto"),
+    ("llama-7b", A100, {"compute": "fp8"}, SpecError,
+     "compute=fp8 needs matrix units for fp8, which a NVIDIA A100-SXM4-80GB does not have", "--set compute=auto"),
+    ("gpt-oss-20b", ONE_CARD_OF_80, {"compute": "fp8"}, SpecError,
+     "those of .* are in 16 bits beside experts in MXFP4", "--set compute=auto"),
     ("smollm2-135m", CPU, {"max_memory": "1GiB"}, SpecError, "--max-memory caps GPUs, and this machine has none",
      "--max-memory auto"),
     ("llama-7b", gpus(2, 80), {"gpus": 4}, PlanError, "--gpus 4, but this machine has 2", "--gpus 2"),

@@ -6,7 +6,8 @@ from qdist.host.machine import nvml
 class FakeNvml:
     """Three GPUs as pynvml shows them: one new, one with a driver too old for memory v2, one cut into two slices."""
 
-    NVMLError_NotSupported = type("NVMLError_NotSupported", (Exception,), {})
+    NVMLError = type("NVMLError", (Exception,), {})
+    NVMLError_NotSupported = type("NVMLError_NotSupported", (NVMLError,), {})
     NVMLError_FunctionNotFound = type("NVMLError_FunctionNotFound", (Exception,), {})
     NVMLError_NotFound = type("NVMLError_NotFound", (Exception,), {})
 
@@ -39,6 +40,11 @@ class FakeNvml:
     def nvmlDeviceGetUUID(self, handle: str) -> str:
         return handle if handle.startswith("MIG") else f"GPU-{handle}"
 
+    def nvmlDeviceGetCudaComputeCapability(self, handle: str) -> tuple[int, int]:
+        if handle == "old":
+            raise self.NVMLError_NotSupported
+        return (9, 0)
+
     def nvmlDeviceGetName(self, handle: str) -> str:
         return f"H200 {handle}"
 
@@ -50,3 +56,7 @@ def test_cards_are_whole_gpus_or_the_slices_of_a_cut_one() -> None:
 
 def test_memory_that_the_driver_keeps_does_not_count_where_the_driver_says_so() -> None:
     assert [card.total_bytes for card in nvml.cards(FakeNvml())] == [93, 100, 93, 93]
+
+
+def test_a_card_has_the_compute_capability_that_the_driver_says() -> None:
+    assert [card.capability for card in nvml.cards(FakeNvml())] == [(9, 0), None, (9, 0), (9, 0)]

@@ -13,9 +13,6 @@ from tests.host.machine.test_nvml import FakeNvml
 class Sensors(FakeNvml):
     """Adds sensors to the fake GPUs; the old one does not know its power."""
 
-    class NVMLError(Exception):
-        """What pynvml raises."""
-
     NVML_TEMPERATURE_GPU = 0
     nvmlClocksThrottleReasonHwThermalSlowdown = 0x40
     nvmlClocksThrottleReasonSwThermalSlowdown = 0x20

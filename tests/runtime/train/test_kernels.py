@@ -4,8 +4,11 @@ from types import MethodType
 from typing import Any
 
 import pytest
+import torch
 
+from qdist.core.spec.sections import Quant
 from qdist.core.telemetry.kernels import Kernels, joined
+from qdist.runtime.model.packed import Packed4bit, set_compute
 from qdist.runtime.model.parts import decoder_layers
 from qdist.runtime.train.kernels import kernels_of
 from tests.runtime.every_model import tiny_model
@@ -63,3 +66,13 @@ def test_norms_that_liger_computes_are_counted() -> None:
 def test_stages_name_the_kernels_of_all_of_them() -> None:
     first, last = Kernels(attention="sdpa", norms="of torch"), Kernels(attention="sdpa", loss="of torch")
     assert joined([first, last]).words == ("attention sdpa", "loss of torch", "norms of torch")
+
+
+def test_products_in_fp8_are_named_and_counted_where_not_all_linears_have_them() -> None:
+    layer: Any = decoder_layers(model := tiny_model("llama"))[0]
+    shape: dict[str, Any] = {"bias": False, "dtype": torch.bfloat16, "quant": Quant()}
+    layer.one = Packed4bit(64, 32, **shape)
+    set_compute(model, "fp8")
+    assert kernels_of(model, fused=False).products == "in fp8"
+    layer.other = Packed4bit(64, 24, **shape)
+    assert kernels_of(model, fused=False).products == "in fp8 (1 of 2 linears)"
