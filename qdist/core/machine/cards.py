@@ -6,7 +6,7 @@ from difflib import get_close_matches
 import msgspec
 
 from qdist.core.errors import SpecError
-from qdist.core.machine.cluster import FP8_RATIO, MOST_RANKS, UNNAMED, Cluster, Gpu, Rates, hypothetical, machine_of
+from qdist.core.machine.cluster import MOST_RANKS, UNNAMED, Cluster, Gpu, Rates, hypothetical, machine_of
 from qdist.core.machine.measured import least
 from qdist.core.text import GIB, parse_bytes
 
@@ -189,7 +189,6 @@ def _rates(card: Card, name: str) -> Rates:
     link = card.nvlink_gb_s * NVLINK_SHARE or card.pcie_gb_s * PCIE_LINK_SHARE
     return Rates(
         matmul_flops_s=card.tflops * 1e12 * MATMUL_SHARE,
-        fp8_flops_s=FP8_RATIO * card.tflops * 1e12 * MATMUL_SHARE if card.fp8 else 0.0,
         memory_bytes_s=card.memory_gb_s * 1e9 * MEMORY_SHARE,
         link_bytes_s=link * 1e9,
         host_bytes_s=card.pcie_gb_s * 1e9 * HOST_SHARE,

@@ -6,12 +6,11 @@ from typing import Literal
 import msgspec
 
 from qdist.core.errors import Change, SpecError
+from qdist.core.machine.kernel_rates import KernelRates, usual_kernel_rates
 from qdist.core.text import GIB, format_bytes, parse_bytes
 
 LINEAR_S = 0.65e-3
 """Seconds to launch an adapted 4-bit linear, both passes (a virtual machine with H200s)."""
-FP8_RATIO = 2.0
-"""Rate of fp8 products over that of 16-bit ones, by the data sheets of all cards that have them."""
 UNNAMED = "hypothetical GPU"
 """Name of a card that was given none."""
 MOST_RANKS = 256
@@ -33,10 +32,15 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Bytes/s from pinned host memory to one GPU."""
     linear_s: float = LINEAR_S
     """CPU seconds to launch the kernels of an adapted 4-bit linear, both passes; bounds small micro-batches."""
-    fp8_flops_s: float = 0.0
-    """FLOP/s of dense fp8 products with a scale a row; 0 for none, and where nobody measured it."""
+    kernels: KernelRates | None = None
+    """Rates of the kernels of a step; None where nobody measured them."""
     source: str
     """Where the figures come from: 'measured' and the date, or 'table'."""
+
+    @property
+    def of_kernels(self) -> KernelRates:
+        """Rates of the kernels of a step: as measured, or as the card's other figures have them."""
+        return self.kernels or usual_kernel_rates(self.matmul_flops_s, self.memory_bytes_s)
 
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

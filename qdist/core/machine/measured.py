@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import msgspec
 
 from qdist.core.machine.cluster import Rates
+from qdist.core.machine.kernel_rates import KernelRates, slowest_kernels
 
 
 class LinkRates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,6 +44,8 @@ class CardRates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Bytes/s from host to card; None until the links are measured, which may fail."""
     links: LinkRates | None = None
     """Rates of the links; None for a single card."""
+    kernels: KernelRates | None = None
+    """Rates of the kernels of a step; None on the CPU."""
 
 
 def slowest(cards: Sequence[CardRates], *, source: str) -> Rates | None:
@@ -60,6 +63,7 @@ def slowest(cards: Sequence[CardRates], *, source: str) -> Rates | None:
         link_bytes_s=min(links or host),
         host_bytes_s=min(host),
         linear_s=max(card.linear_s for card in cards),
+        kernels=slowest_kernels([card.kernels for card in cards]),
         source=source,
     )
 
@@ -72,7 +76,7 @@ def least(several: Sequence[Rates]) -> Rates:
         link_bytes_s=min(rates.link_bytes_s for rates in several),
         host_bytes_s=min(rates.host_bytes_s for rates in several),
         linear_s=max(rates.linear_s for rates in several),
-        fp8_flops_s=min(rates.fp8_flops_s for rates in several),
+        kernels=slowest_kernels([rates.kernels for rates in several]),
         source=several[0].source,
     )
 

@@ -1,14 +1,16 @@
 """What would a layout need, and how fast would it be, for each micro-batch and way of checkpointing?"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from itertools import accumulate
 from math import ceil
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 from qdist.core.machine.calibration import Correction
 from qdist.core.machine.cluster import Rates
 from qdist.core.planning.fill import Batches, MicroBatch
+from qdist.core.planning.graphs import why_eager
 from qdist.core.planning.layer_map import least, scattered
 from qdist.core.planning.memory import STAGE_WIDTH, MemoryBudget, Share, Sizes, budget, load_peak_bytes, resident
 from qdist.core.planning.placements.base import Layout
@@ -16,6 +18,7 @@ from qdist.core.planning.plan import DataFacts, Fill, Fullest
 from qdist.core.planning.process_memory import (
     OWN_PAGES_BYTES,
     cuda_context_bytes,
+    graph_bytes,
     hole_bytes,
     library_bytes,
     resident_set,
@@ -49,6 +52,10 @@ class PlanningContext(NamedTuple):
     """Vocabulary rows to be trained."""
     fullest: tuple[Fullest, ...] = ()
     """Fullest micro-batches of CPU ranks, whose memory depends on the data; empty on GPUs."""
+    dtype: str = "bfloat16"
+    """What products are computed in."""
+    config: Mapping[str, Any] = MappingProxyType({})
+    """Content of the model's config.json."""
     rank: int | None = None
     """Data-parallel rank whose micro-batches to take from `fullest`; None for the fullest of all ranks."""
 
@@ -240,6 +247,16 @@ class _Arrangement:
         )
 
     @cached_property
+    def graphs(self) -> bool:
+        """Whether the passes of a micro-batch are captured."""
+        device: Literal["cuda", "cpu"] = "cpu" if self.setting.rooms is None else "cuda"
+        setting = self.setting
+        return not why_eager(
+            setting.spec, self.facts, self.layout, device=device, compute_dtype=setting.dtype, config=setting.config,
+            recomputed=self.recomputed, offloaded=len(self.offloaded),
+        )  # fmt: skip
+
+    @cached_property
     def rooms(self) -> tuple[int, ...] | None:
         """Bytes of room at each position, the least over all groups: they share one layer map."""
         rooms = self.setting.rooms
@@ -277,6 +294,7 @@ class _Arrangement:
             whole_tables=self.setting.whole_tables,
             zero_stage=self.layout.zero_stage,
             data_parallel=self.layout.data_parallel,
+            persistent_gradients=self.graphs,
             offloaded=away,
             context_bytes=self._context_bytes(position),
         )
@@ -314,7 +332,7 @@ class _Arrangement:
             return library_bytes(self.layout)
         if self.setting.correction and self.setting.correction.context_bytes is not None:
             return self.setting.correction.context_bytes
-        return cuda_context_bytes(self.layout, position)
+        return cuda_context_bytes(self.layout, position) + self.graphs * graph_bytes(self.layers)
 
     def _away(self, layer_map: tuple[int, ...], position: int) -> tuple[int, ...]:
         """Offloaded layers of a position, by run."""
@@ -324,19 +342,20 @@ class _Arrangement:
         """Cost of a layer of each run on its stage, and of the head on the last: seconds, or weights."""
         if self.setting.rates is None:
             return [float(shape.linear_parameters) for shape in self.facts.shapes], self.facts.vocab * self.facts.hidden
-        one, visits = self._passes(self.setting.rates), 2 if self.recomputed else 1
-        both = zip(one.forward_s, one.backward_s, strict=True)
-        return [backward + forward * visits for forward, backward in both], one.head_s
+        one = self._passes(self.setting.rates)
+        each = zip(one.forward_s, one.backward_s, one.recomputed_s, strict=True)
+        return [there + back + again * (self.recomputed > 0) for there, back, again in each], one.head_s
 
     def _passes(self, rates: Rates) -> Passes:
         """Time of a micro-batch that is as full as the data make it."""
         if self.fill is None:
-            return passes(self.sizes, rates, self.size)
+            return passes(self.sizes, rates, self.size, graphs=self.graphs)
         mean, data = self.batches.mean_length, self.setting.data
         if self.packed:
-            return passes(self.sizes, rates, self.size, attended=ceil(data.attended if data else 0) or ceil(mean))
+            attended = ceil(data.attended if data else 0) or ceil(mean)
+            return passes(self.sizes, rates, self.size, attended=attended, graphs=self.graphs)
         width = round(mean / self.fill.share)
-        return passes(self.sizes, rates, self.size, tokens=self.size * width, attended=width)
+        return passes(self.sizes, rates, self.size, tokens=self.size * width, attended=width, graphs=self.graphs)
 
     def _seconds(self, shares: list[Share], budgets: tuple[MemoryBudget, ...], *, paged: bool) -> float:
         rates, layout = self.setting.rates, self.layout
@@ -352,6 +371,7 @@ class _Arrangement:
             shards=shares[0].shards,
             pipelined=shares[0].pipelined,
             offloaded=self.facts.runs(self.offloaded),
+            graphs=self.graphs,
             paged=paged,
             paged_out_bytes=max(0, min(over, max(own.pageable for own in budgets))),
         )

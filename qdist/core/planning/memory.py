@@ -95,6 +95,8 @@ class TrainingShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     fused_lora: bool = False
     """Whether qdist's adapted linears replace peft's: neither casts nor masks of dropout are kept."""
     lora_dropout: bool = False
+    shared_reads: bool = False
+    """Whether linears that read one tensor share the passes over it: one thin product for all their A."""
     grouped: bool = True
     """Whether one kernel multiplies all experts of a layer, for which all their matrices are unpacked."""
     recurrence: Recurrence = "torch"

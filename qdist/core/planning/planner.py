@@ -285,6 +285,8 @@ def _setting(inputs: _Inputs, count: int) -> PlanningContext:
         unpackable=packs_samples(inputs.facts),
         new_rows=new_rows,
         fullest=inputs.data.fullest if inputs.data and inputs.cluster.device == "cpu" else (),
+        dtype=inputs.dtype,
+        config=source.config,
     )
 
 

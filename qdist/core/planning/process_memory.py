@@ -19,6 +19,8 @@ HOLES, HOLES_16_BIT, HOLES_GPTQ, HOLES_STAGES = 0.14, 0.3, 0.1, 0.06
 is too small for the next one. NF4 and int8: 8 to 22 % in ten runs. A 16-bit backbone, without matrices that come and
 go and fill holes: 30 and 34 % in two. GPTQ, which unpacks through several matrices at once: 0 to 7 % in four runs over
 samples of much the same length, 23 and 46 % in two over samples of many. Stages, whose rows have one width: 0 to 9."""
+GRAPH_LAYER_BYTES = 3.2 * MIB
+"""What the driver keeps of a CUDA graph for each layer, some 190 kernels of both passes: an estimate."""
 OWN_PAGES_BYTES = 32 * MIB
 """Tensors from here on have pages of their own, which go back when they are freed: glibc's largest threshold."""
 
@@ -26,6 +28,11 @@ OWN_PAGES_BYTES = 32 * MIB
 def library_bytes(layout: Layout) -> int:
     """Bytes that a rank holds besides tensors, whatever their size."""
     return LIBRARIES_BYTES + DEEPSPEED_BYTES * (layout.engine == "deepspeed")
+
+
+def graph_bytes(layers: int) -> int:
+    """Bytes that a captured micro-batch takes beside tensors, whose memory is that of passes without a graph."""
+    return round(GRAPH_LAYER_BYTES * layers)
 
 
 def hole_bytes(job: TrainingShape, layout: Layout, activations: int) -> int:

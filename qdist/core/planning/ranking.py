@@ -13,7 +13,7 @@ from qdist.core.text import counted, format_bytes
 
 TIE = 0.02
 """Difference in speed that no prediction can tell: the simpler layout wins, then one with room for the optimizer's
-moments, then the one that needs less memory."""
+moments, then one whose state is whole on each rank, then the one that needs less memory."""
 
 
 def check_batches(setting: PlanningContext, layout: Layout) -> None:
@@ -93,7 +93,7 @@ def choose(candidates: Iterable[Candidate]) -> Candidate | None:
         return fitting[0] if fitting else None
     fastest = min(candidate.seconds for candidate in fitting)
     tied = [candidate for candidate in fitting if candidate.seconds * (1 - TIE) <= fastest]
-    return min(tied, key=lambda own: (simplicity(own.layout), own.paged, own.required_bytes))
+    return min(tied, key=lambda own: (simplicity(own.layout), own.paged, own.layout.zero_stage, own.required_bytes))
 
 
 def last_resort(setting: PlanningContext, count: int) -> Candidate | None:

@@ -163,9 +163,7 @@ def test_fp8_is_of_ada_hopper_and_newer_cards_and_the_driver_knows_best() -> Non
     assert has_fp8(gpu("NVIDIA A10", (8, 9)))
 
 
-def test_fp8_is_twice_as_fast_by_the_sheet_where_there_is_any() -> None:
-    h200, a100 = rates_of("NVIDIA H200"), rates_of("NVIDIA A100-SXM4-80GB")
+def test_fp8_is_nearly_twice_as_fast_where_nobody_measured_it() -> None:
+    h200 = rates_of("NVIDIA H200")
     assert h200
-    assert a100
-    assert h200.fp8_flops_s == 2 * h200.matmul_flops_s
-    assert a100.fp8_flops_s == 0
+    assert 1.8 < h200.of_kernels.fp8_flops_s / h200.of_kernels.dense_flops_s < 2

@@ -252,11 +252,11 @@ def test_the_fused_loss_of_a_large_vocabulary_takes_a_chunk_of_it() -> None:
 
 
 def test_fast_kernels_of_recurrences_are_planned_where_they_are() -> None:
-    slow, fast = (planned(qwen3_5(), gpus(1, 141), no_fla=why) for why in ("is not installed", ""))
+    slow, fast = (planned(qwen3_5(), gpus(1, 141), {"micro_batch": 4}, no_fla=why) for why in ("is not installed", ""))
     assert (slow.recurrence, fast.recurrence) == ("torch", "fla")
     assert any("24 of 32 layers are recurrent and run torch's slow operations" in note for note in slow.notes)
     assert not any("are recurrent" in note for note in fast.notes)
-    assert fast.ranks[0].expected[0].activations < 0.5 * slow.ranks[0].expected[0].activations
+    assert fast.ranks[0].expected[0].activations < 0.55 * slow.ranks[0].expected[0].activations
     assert fast.tokens_per_second > slow.tokens_per_second
     assert planned(qwen3_moe(), gpus(1, 141), no_fla="").recurrence is None
     assert planned(qwen3_5(), CPU, no_fla="").recurrence == "torch"

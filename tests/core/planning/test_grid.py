@@ -88,9 +88,9 @@ def test_cpu_ranks_can_shard_and_split(settings: dict[str, Any], bits: int) -> N
 
 UNEVEN: list[tuple[tuple[int, ...], dict[str, Any], tuple[int, ...]]] = [
     # GiB of each card, settings -> layers on each position
-    ((24, 48), SPLIT, (40, 40)),
+    ((24, 48), SPLIT, (37, 43)),
     ((48, 24), SPLIT | {"split.schedule": "sequential"}, (54, 26)),
-    ((16, 24, 40), SPLIT | {"global_batch": 24}, (24, 28, 28)),
+    ((16, 24, 40), SPLIT | {"global_batch": 24}, (22, 29, 29)),
     ((24, 48, 24, 48), SPLIT | TWO | {"train.checkpointing": True}, (38, 42)),
 ]
 

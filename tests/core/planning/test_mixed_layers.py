@@ -164,7 +164,8 @@ def test_stages_have_layers_by_the_time_that_these_take(wide_first: bool) -> Non
     assert rates is not None
     one = passes(sizes(facts, job), rates, plan.micro_batch)
     times = [
-        one.backward_s[run] + one.forward_s[run] * (2 if plan.checkpointing else 1) for run in facts.run_of_layer
+        one.backward_s[run] + one.forward_s[run] + one.recomputed_s[run] * plan.checkpointing
+        for run in facts.run_of_layer
     ]  # fmt: skip
 
     def slowest(first: int) -> float:
@@ -206,7 +207,13 @@ def test_a_step_takes_what_its_layers_take() -> None:
     """Of a pipeline the stage with the wide layers; of one GPU all of them."""
     own = sizes(MIXED, JOB)
     one = passes(own, H200, 8)
-    times = {"forward_s": (1.0, 5.0, 1.0), "backward_s": (2.0, 10.0, 2.0), "head_s": 0.5, "token_bytes": 0}
+    times = {
+        "forward_s": (1.0, 5.0, 1.0),
+        "backward_s": (2.0, 10.0, 2.0),
+        "recomputed_s": (1.0, 5.0, 1.0),
+        "head_s": 0.5,
+        "token_bytes": 0,
+    }
     one = msgspec.structs.replace(one, **times)
     step = Step(counts=((3, 2, 1),), checkpointed=4, micro_batches=2, zero_stage=0, ranks=1)
     assert step_seconds(own, H200, one, step) == pytest.approx(2 * (42 + 8 + 0.5), rel=1e-3)

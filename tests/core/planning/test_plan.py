@@ -12,7 +12,7 @@ from qdist.core.machine.cluster import Cluster, Gpu, hypothetical
 from qdist.core.planning.memory import Share, TrainingShape, budget, sizes
 from qdist.core.planning.plan import DataFacts, Plan, Start, digest
 from qdist.core.planning.planner import USABLE_SHARE
-from qdist.core.planning.process_memory import CUDA_CONTEXT_BYTES
+from qdist.core.planning.process_memory import CUDA_CONTEXT_BYTES, graph_bytes
 from qdist.core.spec.sections import Train
 from qdist.core.text import GIB, format_bytes
 from tests.plans import CPU, gpus, machine, planned
@@ -24,10 +24,10 @@ SHORT = {"seq_len": 64, "global_batch": 8}
 
 TABLE: list[tuple[str, int, float, dict[str, Any], tuple[int, int, bool, int, str]]] = [
     # model, GPUs, GiB of each, settings -> micro_batch, accumulation, checkpointing, ZeRO stage, engine
-    ("llama-7b", 1, 80, {}, (8, 2, False, 0, "torch")),
+    ("llama-7b", 1, 80, {}, (16, 1, False, 0, "torch")),
     ("llama-7b", 1, 24, {}, (4, 4, False, 0, "torch")),
     ("llama-7b", 1, 12, {}, (2, 8, False, 0, "torch")),
-    ("llama-7b", 1, 8, {}, (2, 8, True, 0, "torch")),
+    ("llama-7b", 1, 8, {}, (4, 4, True, 0, "torch")),
     ("llama-7b", 4, 24, {}, (4, 1, False, 0, "torch")),
     ("llama-7b", 1, 24, {"train.checkpointing": False}, (4, 4, False, 0, "torch")),
     ("llama-7b", 2, 24, {"train.checkpointing": True}, (8, 1, True, 0, "torch")),
@@ -35,14 +35,14 @@ TABLE: list[tuple[str, int, float, dict[str, Any], tuple[int, int, bool, int, st
     ("llama-7b", 4, 24, {"gpus": 1}, (4, 4, False, 0, "torch")),
     ("llama3-8b", 1, 80, {"seq_len": 4096}, (1, 16, False, 0, "torch")),
     ("llama3.1-8b", 1, 80, {"seq_len": 16_384, "train.checkpointing": True}, (1, 16, True, 0, "torch")),
-    ("llama-7b", 1, 80, {"global_batch": 128}, (8, 16, False, 0, "torch")),
+    ("llama-7b", 1, 80, {"global_batch": 128}, (16, 8, False, 0, "torch")),
     ("llama-7b", 1, 80, {"max_memory": "12GiB"}, (2, 8, False, 0, "torch")),
-    ("llama-7b", 1, 80, {"bits": 16, "max_memory": "24GiB"}, (4, 4, True, 0, "torch")),
-    ("llama-7b", 1, 80, {"zero.stage": 0}, (8, 2, False, 0, "torch")),
-    ("llama-7b", 1, 80, {"zero.stage": 1}, (8, 2, False, 1, "deepspeed")),
+    ("llama-7b", 1, 80, {"bits": 16, "max_memory": "24GiB"}, (2, 8, False, 0, "torch")),
+    ("llama-7b", 1, 80, {"zero.stage": 0}, (16, 1, False, 0, "torch")),
+    ("llama-7b", 1, 80, {"zero.stage": 1}, (16, 1, False, 1, "deepspeed")),
     ("llama-7b", 1, 80, {"zero.offload": "cpu"}, (8, 2, False, 2, "deepspeed")),
     ("llama-7b", 2, 80, {"zero.stage": 0}, (8, 1, False, 0, "torch")),
-    ("llama-65b", 1, 48, {}, (8, 2, True, 0, "torch")),
+    ("llama-65b", 1, 48, {}, (4, 4, True, 0, "torch")),
     ("llama-65b", 4, 48, {}, (4, 1, True, 2, "deepspeed")),
     ("llama-65b", 4, 48, {"zero.stage": 3}, (4, 1, True, 3, "deepspeed")),
     ("smollm2-135m", 0, 0, {}, (4, 4, False, 0, "torch")),
@@ -357,7 +357,7 @@ def test_layers_keep_what_they_compute_only_in_room_that_moments_leave(gib: int)
     )  # fmt: skip
     share = Share(
         layers=(32,), checkpointed=plan.checkpointed_layers, micro_batch=8, gradient_accumulation=2,
-        context_bytes=CUDA_CONTEXT_BYTES,
+        context_bytes=CUDA_CONTEXT_BYTES + graph_bytes(32),
     )  # fmt: skip
     assert budget(sizes(plan.facts, job), share) == plan.ranks[0].expected[0]
     more = msgspec.structs.replace(share, checkpointed=plan.checkpointed_layers - 1)
