@@ -64,10 +64,13 @@ def rates_table(cards: Sequence[CardRates]) -> str:
             "all-reduce",
             "copies",
             "launching",
+            "full clock",
+            "unpacking",
+            "in a graph",
         )
     ]
     for card in cards:
-        link = card.links
+        link, kernels = card.links, card.kernels
         rows.append((
             str(card.rank),
             f"{card.matmul_flops_s / 1e12:.0f} TFLOP/s",
@@ -77,6 +80,9 @@ def rates_table(cards: Sequence[CardRates]) -> str:
             _speed(link.reduce_bytes_s if link else None),
             _speed(link.peer_bytes_s if link else None),
             f"{card.linear_s * 1e3:.2f} ms",
+            f"{kernels.dense_flops_s / 1e12:.0f} TFLOP/s" if kernels else "-",
+            _speed(kernels.unpack_bytes_s if kernels else None),
+            f"{kernels.kernel_s * 1e6:.1f} us a kernel" if kernels else "-",
         ))  # fmt: skip
     shown = [column for column in zip(*rows, strict=True) if set(column[1:]) != {"-"}]
     widths = [max(map(len, column)) for column in shown]

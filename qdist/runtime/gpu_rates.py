@@ -22,6 +22,7 @@ from qdist.core.machine.measured import CardRates, LinkRates
 from qdist.core.requests import MeasureRates
 from qdist.core.text import MIB
 from qdist.host.files import write_atomic
+from qdist.runtime.kernel_rates import measure_kernels
 
 _TIMEOUT = datetime.timedelta(seconds=100)
 """Time for ranks to wait for each other to import torch, which a cold network disk makes slow."""
@@ -77,6 +78,7 @@ def _card(rank: int, device: torch.device, sizes: Sizes) -> CardRates:
         linear_s=_linear_seconds(device, dtype),
         round_trip_error=error,
         round_trip_differs=differs,
+        kernels=measure_kernels(device, dtype) if device.type == "cuda" else None,
     )
 
 

@@ -36,7 +36,13 @@ def test_one_gpu_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert 1e13 < card.matmul_flops_s < 1e16
     assert 1e11 < card.memory_bytes_s < 1e14
     assert (card.round_trip_error < 0.16, card.round_trip_differs < 1e-3) == (True, True), card
-    assert slowest(found.cards, source="measured") is not None
+    rates = slowest(found.cards, source="measured")
+    assert rates is not None
+    assert rates.kernels is not None
+    assert 0.9 * rates.matmul_flops_s < rates.kernels.dense_flops_s < 2 * rates.matmul_flops_s
+    assert 0.3 < rates.kernels.unpack_bytes_s / rates.memory_bytes_s < 1.5
+    assert 1e-7 < rates.kernels.kernel_s < 2e-5
+    assert all(own.backward_flops_s > 0 for own in rates.kernels.attention)
 
 
 @pytest.mark.gpu2

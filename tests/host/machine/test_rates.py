@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 from qdist.core.machine.cluster import Rates
+from qdist.core.machine.kernel_rates import usual_kernel_rates
 from qdist.host.machine import probe
 
 H200 = Rates(matmul_flops_s=790e12, memory_bytes_s=4e12, link_bytes_s=3e11, host_bytes_s=5e10, source="measured now")
@@ -28,6 +29,18 @@ def test_what_is_kept_is_found_again_for_the_same_cards_and_driver_alone() -> No
 def test_a_file_that_is_no_rates_is_as_if_it_were_not_there(content: bytes) -> None:
     probe.keep_rates(["H200"], "1", H200).write_bytes(content)
     assert probe.measured_rates(["H200"], "1") is None
+
+
+def test_rates_of_kernels_are_kept_and_those_kept_before_there_were_any_are_read() -> None:
+    path = probe.keep_rates(["H200"], "1", H200)
+    assert b'"kernels":null' in path.read_bytes().replace(b" ", b"")
+    measured = msgspec.structs.replace(H200, kernels=usual_kernel_rates(790e12, 4e12))
+    probe.keep_rates(["H200"], "1", measured)
+    assert probe.measured_rates(["H200"], "1") == measured
+    older = msgspec.json.decode(path.read_bytes())
+    del older["kernels"]
+    path.write_bytes(msgspec.json.encode(older))
+    assert probe.measured_rates(["H200"], "1") == H200
 
 
 def test_nothing_is_known_of_a_card_that_nobody_has_heard_of() -> None:
