@@ -353,7 +353,7 @@ class _Arrangement:
         mean, data = self.batches.mean_length, self.setting.data
         if self.packed:
             attended = ceil(data.attended if data else 0) or ceil(mean)
-            return passes(self.sizes, rates, self.size, attended=attended, graphs=self.graphs)
+            return passes(self.sizes, rates, self.size, attended=attended, packed=True, graphs=self.graphs)
         width = round(mean / self.fill.share)
         return passes(self.sizes, rates, self.size, tokens=self.size * width, attended=width, graphs=self.graphs)
 

@@ -52,7 +52,7 @@ def clock(cost: Cost, rates: Rates) -> float:
 
     Dense products alone draw so much power that the clock falls to the sustained rate. Power is taken to grow with the
     square of the clock; other kernels draw `OTHER_POWER`. A 7B at 16x512 on an H200: 398 ms of kernels in one step
-    after a pause, 440 in step after step, where this has 0.92.
+    after a pause, 440 in step after step, where this has 0.91.
     """
     if not cost.gpu_s:
         return 1.0
@@ -64,8 +64,9 @@ def clock(cost: Cost, rates: Rates) -> float:
 class Kernels:
     """The kernels of a run's micro-batches, each with its cost: its work at the card's rates, and a launch."""
 
-    def __init__(self, rates: Rates, job: TrainingShape, tokens: int) -> None:
-        self.rates, self.job, self.tokens = rates.of_kernels, job, tokens
+    def __init__(self, rates: Rates, job: TrainingShape, tokens: int, *, packed: bool = False) -> None:
+        """packed: whether a row holds several samples, which attention keeps apart."""
+        self.rates, self.job, self.tokens, self.packed = rates.of_kernels, job, tokens, packed
         self.memory_bytes_s = rates.memory_bytes_s
         self.slow = FLOAT32_SLOWDOWN if job.compute_bytes == 4 else 1
 

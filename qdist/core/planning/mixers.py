@@ -5,6 +5,9 @@ from qdist.core.model.shapes import LayerShape
 from qdist.core.planning.activations import CHUNK, has_sinks, saved_by_recurrence
 from qdist.core.planning.cost import NOTHING, Cost, Kernels
 
+PACKED_SLOWDOWN = 1.75
+"""Attention within the boundaries of samples (torch's `varlen_attn`, flash) over that of whole rows (cuDNN): 1.70 to
+1.79 at head sizes of 64 to 256, 512 and 2,048 tokens, both passes, on an H200."""
 SCORES_ACCESSES, SINKS_ACCESSES = 15, 30
 """16-bit accesses per written-out score and pass; with attention sinks: gpt-oss-20b on an H200."""
 SCORES_KERNELS = 8
@@ -34,7 +37,8 @@ def scores_flops(shape: LayerShape, kernels: Kernels) -> float:
 
 def _attention(shape: LayerShape, kernels: Kernels) -> tuple[Cost, Cost]:
     """Flash attention: one kernel forward, three backward."""
-    flops, length = scores_flops(shape, kernels) * kernels.slow, kernels.job.seq_len
+    slower = kernels.slow * (PACKED_SLOWDOWN if kernels.packed else 1)
+    flops, length = scores_flops(shape, kernels) * slower, kernels.job.seq_len
     there, back = (
         attention_seconds(kernels.rates, shape.head_dim, length, flops, backward=backward) for backward in (False, True)
     )

@@ -62,17 +62,26 @@ class Passes(msgspec.Struct, frozen=True):
 
 
 def passes(
-    sizes: Sizes, rates: Rates, micro_batch: int, *, tokens: int = 0, attended: int = 0, graphs: bool = False
+    sizes: Sizes,
+    rates: Rates,
+    micro_batch: int,
+    *,
+    tokens: int = 0,
+    attended: int = 0,
+    packed: bool = False,
+    graphs: bool = False,
 ) -> Passes:
     """Predict the time of one micro-batch on one GPU that holds all its weights.
 
     tokens: its positions, padding included; 0 for `micro_batch` whole sequences.
     attended: length of the row or the packed sample that a position attends to; 0 for a whole sequence.
+    packed: whether a row holds several samples.
     graphs: whether both passes are one CUDA graph, in which nothing waits for Python.
     """
     facts, job = sizes.facts, sizes.job
     tokens = tokens or micro_batch * job.seq_len
-    kernels = Kernels(rates, msgspec.structs.replace(job, seq_len=attended) if attended else job, tokens)
+    job = msgspec.structs.replace(job, seq_len=attended) if attended else job
+    kernels = Kernels(rates, job, tokens, packed=packed)
     pairs = zip(facts.shapes, sizes.layers, strict=True)
     layers = [_layer(shape, own, kernels, rates) for shape, own in pairs]
     head = _head(sizes, kernels)

@@ -44,7 +44,7 @@ def error_of(name: str) -> float:
     given = {
         "model": model, "load_format": "dummy", "run": "runs/x", "steps": 6, "seq_len": length, "lora.r": 16,
         "micro_batch": micro_batch, "global_batch": micro_batch, "train.checkpointing": recomputed,
-        "train.held_out": 0.0, **more,
+        "train.held_out": 0.0, "graphs": False, **more,
     }  # fmt: skip
     config = lookup(model).config
     source = Source(kind="dummy", path="", config=config, tokenizer="")

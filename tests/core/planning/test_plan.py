@@ -357,7 +357,7 @@ def test_layers_keep_what_they_compute_only_in_room_that_moments_leave(gib: int)
     )  # fmt: skip
     share = Share(
         layers=(32,), checkpointed=plan.checkpointed_layers, micro_batch=8, gradient_accumulation=2,
-        context_bytes=CUDA_CONTEXT_BYTES + graph_bytes(32),
+        persistent_gradients=True, context_bytes=CUDA_CONTEXT_BYTES + graph_bytes(32),
     )  # fmt: skip
     assert budget(sizes(plan.facts, job), share) == plan.ranks[0].expected[0]
     more = msgspec.structs.replace(share, checkpointed=plan.checkpointed_layers - 1)

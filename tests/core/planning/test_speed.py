@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from qdist.core.machine.cluster import Rates
+from qdist.core.machine.kernel_rates import attention_seconds
 from qdist.core.model.aliases import config_of
 from qdist.core.model.families import from_config
 from qdist.core.planning.memory import TrainingShape, sizes
@@ -170,6 +171,15 @@ def test_a_graph_waits_for_no_python() -> None:
 def test_linears_that_read_one_tensor_share_its_passes() -> None:
     shared = GRAPHS | {"micro_batch": 4, "shared_reads": True}
     assert predicted("llama-7b", shared) > 1.02 * predicted("llama-7b", shared | {"shared_reads": False})
+
+
+def test_samples_packed_in_a_row_take_attention_longer() -> None:
+    facts = from_config(config_of("llama-7b"), name="llama-7b")
+    own = sizes(facts, TrainingShape(bits=4, rank_r=64, targets=("all-linear",), seq_len=2048, **LIGER))
+    whole, packed = (passes(own, H200, 1, attended=512, packed=how, graphs=True) for how in (False, True))
+    attended = attention_seconds(H200.of_kernels, 128, 512, 2.0 * 2048 * 512 * 4096, backward=False)
+    assert 0.4 * attended < packed.forward_s[0] - whole.forward_s[0] < attended
+    assert packed.head_s == pytest.approx(whole.head_s, rel=0.02)
 
 
 def test_fp8_products_are_faster_but_not_twice() -> None:
