@@ -14,7 +14,7 @@ from qdist.core.machine.kernel_rates import GROUPED_SHARE, AttentionRate, Kernel
 _TOKENS, _WIDTHS = (512, 2048, 8192), ((1024, 4096), (4096, 4096), (4096, 11008))
 _FP8_FROM = (8, 9)
 """Compute capability of the first cards that multiply in fp8."""
-_RANK, _WIDTH, _ROWS = 64, 4096, 8192
+_RANK, _WIDTH, _OUTPUTS, _ROWS = 64, 4096, 11008, 8192
 _EXPERTS, _PAIRS, _EXPERT_WIDTHS = 64, 16384, (2048, 1536)
 _ATTENTION = ((64, 512), (128, 512), (128, 2048), (256, 512))
 """(head size, length) of rows to attend to; 8,192 tokens of a width of 4,096 each."""
@@ -86,7 +86,7 @@ def _fp8_rate(device: torch.device) -> float:
     """FLOP/s of an fp8 product with a scale a row; 0 on cards that have none."""
     if torch.cuda.get_device_capability(device) < _FP8_FROM:
         return 0.0
-    rows, inputs, outputs = _ROWS, 4096, 11008
+    rows, inputs, outputs = _ROWS, _WIDTH, _OUTPUTS
     left, right = (_random(device, torch.bfloat16, count, inputs).to(torch.float8_e4m3fn) for count in (rows, outputs))
     scales = torch.ones((rows, 1), device=device), torch.ones((1, outputs), device=device)
     seconds = _seconds(
@@ -137,10 +137,10 @@ def _unpack_rate(device: torch.device, dtype: torch.dtype) -> float:
     from qdist.runtime.model.skeleton import fill
     from qdist.runtime.model.weights import RandomWeights
 
-    layer = Packed4bit(_WIDTH, _WIDTH, bias=False, dtype=dtype, quant=Quant())
+    layer = Packed4bit(_WIDTH, _OUTPUTS, bias=False, dtype=dtype, quant=Quant())
     fill(torch.nn.ModuleList([layer]), RandomWeights(device, dtype), device=device)
     packed = layer.weight.numel() + layer.absmax.numel() * layer.absmax.element_size()
-    return (packed + dtype.itemsize * _WIDTH**2) / _seconds(device, lambda: layer.matrix(dtype, device))
+    return (packed + dtype.itemsize * _WIDTH * _OUTPUTS) / _seconds(device, lambda: layer.matrix(dtype, device))
 
 
 def _traffic_rate(device: torch.device, dtype: torch.dtype) -> float:
