@@ -266,6 +266,7 @@ def _setting(inputs: _Inputs, count: int) -> PlanningContext:
         fused_layers=inputs.liger,
         fused_lora=True,
         lora_dropout=spec.lora.dropout > 0,
+        shared_reads=True,
         grouped=inputs.cluster.device == "cuda" and inputs.dtype == "bfloat16",
         recurrence=inputs.recurrence or "torch",
         optimizer_on_gpu=spec.zero.offload == "none",
