@@ -98,9 +98,9 @@ class Kernels:
         """Kernels that read and write so many elements a token altogether, as often as they do."""
         return self._moved(accesses, self.rates.traffic_bytes_s, kernels=kernels)
 
-    def unpacked(self, weights: int, packed: float) -> Cost:
+    def unpacked(self, weights: int, packed: float, *, fp8: bool = False) -> Cost:
         """Unpacking a matrix, whose weights take `packed` bytes. In fp8 to a byte each, GPTQ's through 16 bits."""
-        each = self.job.compute_bytes if not self.job.fp8 else 1 if self.job.gptq is None else 5
+        each = self.job.compute_bytes if not fp8 else 1 if self.job.gptq is None else 5
         moved = packed + each * weights
         return Cost(other_s=moved / self.rates.unpack_bytes_s + self.rates.kernel_s, launches=1)
 

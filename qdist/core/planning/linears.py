@@ -61,7 +61,7 @@ class Linears:
         return product + self.kernels.elementwise(1.5 * entering) if self.job.fp8 else product
 
     def _unpacked(self, linear: Linear) -> Cost:
-        return self.kernels.unpacked(linear.weights, self.packed * linear.weights)
+        return self.kernels.unpacked(linear.weights, self.packed * linear.weights, fp8=self.job.fp8)
 
     def _groups(self) -> Iterator[list[Linear]]:
         """The adapted linears that share what they do with the tensor that they read."""
