@@ -91,7 +91,7 @@ def test_ranks_that_drift_apart_are_named() -> None:
 
 def test_memory_a_little_further_from_the_limit_is_no_warning() -> None:
     (sentence,) = warnings(snapshot(steps([2.0], memory_gib=135)))
-    assert sentence.startswith("memory was 247 % over plan")
+    assert sentence.startswith("memory was 241 % over plan")
 
 
 def test_a_hot_card_is_a_warning() -> None:
