@@ -146,7 +146,7 @@ def test_layers_in_host_memory_wait_for_the_bus() -> None:
 
 GRAPHS = OURS | {"graphs": True}
 CAPTURED: list[tuple[dict[str, Any], float]] = [
-    # llama-7b on one H200, tokens/s of the passes alone, which gave no constant; the first four wrote out a mask.
+    # llama-7b on one H200, tokens/s of the passes alone; the first four wrote out a mask.
     (GRAPHS | {"micro_batch": 1}, 11_050),
     (GRAPHS | {"micro_batch": 2}, 14_400),
     (GRAPHS | {"micro_batch": 4}, 16_369),
