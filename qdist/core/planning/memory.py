@@ -12,6 +12,7 @@ from qdist.core.model.gptq import Gptq
 from qdist.core.model.shapes import LayerShape, Linear, ModelFacts
 from qdist.core.model.storage import expert_matrix_bytes, experts_bytes, matrix_bytes
 from qdist.core.planning.activations import Recurrence, saved_bytes_per_token, working_bytes_per_token
+from qdist.core.planning.loss import fused_loss_bytes
 
 GATHERED_LAYERS = 3
 """Packed layers that a sharded backbone holds beside its own part: FSDP2's all-gather output of the layer in use, the
@@ -29,8 +30,6 @@ _EIGHT_BIT_BLOCK, _EIGHT_BIT_FROM = 256, 4096
 """Numbers that share a scale in bitsandbytes 0.50's AdamW8bit, and parameters of the smallest tensor in 8 bits."""
 EIGHT_BIT_CODES = 2 * 4 * 256
 """Bytes of the values that its bytes stand for, signed and unsigned, in fp32; one pair for all tensors."""
-_LOSS_CHUNKS = 8
-"""A fused loss walks the tokens in at least this many pieces: Liger splits by vocab / hidden, 8 for Llama-7B."""
 UNMEASURED_SHARE = 0.1
 """Margin of a family whose activations nobody has measured, as a share of what is predicted for them."""
 
@@ -423,12 +422,10 @@ def _loss_bytes(facts: ModelFacts, *, tokens: int, compute_bytes: int, fused: bo
 
     torch's backward pass of log_softmax holds three fp32 tensors at once: the log-probabilities, their gradient and
     that of the logits (12.2 bytes a logit seen on a CPU; the forward pass, 16-bit logits included, takes 10.1).
-    Fused: the same for a chunk of the tokens, and the gradient of all hidden states.
     """
     if not fused:
         return tokens * facts.vocab * 12
-    chunk = ceil(tokens / max(_LOSS_CHUNKS, ceil(facts.vocab / facts.hidden)))
-    return chunk * facts.vocab * (compute_bytes + 4) + tokens * facts.hidden * compute_bytes
+    return fused_loss_bytes(tokens, facts.vocab, facts.hidden, compute_bytes)
 
 
 def _optimizer_bytes(trained: int, moments: int, zero_stage: int, data_parallel: int) -> int:

@@ -16,6 +16,7 @@ from qdist.core.planning.cost import LINEAR_LAUNCHES, Cost, Kernels, clock, tota
 from qdist.core.planning.elementwise import others
 from qdist.core.planning.expert_products import routed
 from qdist.core.planning.linears import INT8_STOP, Linears
+from qdist.core.planning.loss import loss_rows
 from qdist.core.planning.memory import LayerSizes, Sizes, first_of
 from qdist.core.planning.mixers import mixed
 
@@ -112,12 +113,6 @@ def _layer(shape: LayerShape, own: LayerSizes, kernels: Kernels, rates: Rates) -
     return linears.forward() + experts + total(there for there, _ in rest), (
         linears.backward() + experts_back + back + fewer
     )
-
-
-def loss_rows(tokens: int, vocabulary: int, hidden: int) -> int:
-    """Rows of logits that a fused loss has at a time: about as many elements as the hidden states have."""
-    each = ceil(tokens / ceil(vocabulary / hidden))
-    return min(tokens, 1 << (each - 1).bit_length())
 
 
 def _head(sizes: Sizes, kernels: Kernels) -> Cost:

@@ -7,9 +7,10 @@ at once. Gradients are added up in place, so they must be there before the captu
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 Batch = Mapping[str, torch.Tensor]
 Passes = Callable[[Batch], torch.Tensor]
@@ -95,11 +96,37 @@ def pool_of_graphs(device: torch.device) -> Capture:
 
     def capture(passes: Passes, inputs: Batch) -> tuple[Callable[[], None], torch.Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
+        with ConstantsOnDevice(), torch.cuda.graph(graph, pool=pool, stream=stream):
             loss = passes(inputs)
         return graph.replay, loss
 
     return capture
+
+
+class ConstantsOnDevice(TorchFunctionMode):
+    """Has the GPU itself write `torch.tensor(number, device=...)`: a graph cannot hold a copy of pageable memory.
+
+    transformers' written-out masks and ALiBi are made of such constants.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if (
+            func is torch.tensor
+            and len(args) == 1
+            and "device" in named
+            and torch.device(named["device"]).type != "cpu"
+        ):
+            return _written(args[0], named)
+        return func(*args, **named)
+
+
+def _written(data: Any, named: Mapping[str, Any]) -> torch.Tensor:
+    if isinstance(data, int | float):
+        return torch.full((), data, **named)
+    if isinstance(data, list | tuple) and data:
+        return torch.stack([_written(each, named) for each in data])
+    return torch.tensor(data, **named)
 
 
 def _elements(key: _Key) -> tuple[int, ...]:

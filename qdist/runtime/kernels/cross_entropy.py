@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qdist.core.planning.loss import loss_rows
 from qdist.runtime.kernels.launching import on_device
 
 IGNORED = -100
@@ -34,13 +35,6 @@ def fused_cross_entropy(
     return total
 
 
-def tokens_at_a_time(tokens: int, vocabulary: int, hidden: int) -> int:
-    """Rows of logits that are there at a time: about as many elements as the hidden states have."""
-    parts = -(-vocabulary // hidden)
-    each = -(-tokens // parts)
-    return min(tokens, 1 << (each - 1).bit_length())
-
-
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -57,7 +51,7 @@ class _Fused(torch.autograd.Function):
         losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden)
         of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        rows = tokens_at_a_time(tokens, vocabulary, width)
+        rows = loss_rows(tokens, vocabulary, width)
         for start in range(0, tokens, rows):
             part = slice(start, min(start + rows, tokens))
             # Autocast would cast the weights anew for each chunk.
@@ -67,6 +61,7 @@ class _Fused(torch.autograd.Function):
                 torch.mm(logits, weight, out=gradient[part])
                 if of_weight is not None:
                     of_weight.addmm_(logits.t(), hidden[part])
+                del logits  # before the next chunk's are there
         ctx.save_for_backward(gradient, of_weight)
         return losses.sum()
 

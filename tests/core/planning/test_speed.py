@@ -10,8 +10,9 @@ from qdist.core.machine.cluster import Rates
 from qdist.core.machine.kernel_rates import attention_seconds
 from qdist.core.model.aliases import config_of
 from qdist.core.model.families import from_config
+from qdist.core.planning.loss import loss_rows
 from qdist.core.planning.memory import TrainingShape, sizes
-from qdist.core.planning.speed import Step, loss_rows, passes, step_seconds
+from qdist.core.planning.speed import Step, passes, step_seconds
 
 H200 = Rates(matmul_flops_s=673e12, memory_bytes_s=4177e9, link_bytes_s=255e9, host_bytes_s=54e9, source="measured")
 """As `qdist doctor --gpus` measured them on the machines of most rows below."""
@@ -189,9 +190,10 @@ def test_fp8_products_are_faster_but_not_twice() -> None:
 
 def test_a_large_vocabulary_is_read_for_each_chunk_of_the_loss() -> None:
     """Gemma's head of 2 GB is read twice for every 32 rows."""
-    assert loss_rows(2048, 262_208, 3840) == 32
-    assert loss_rows(512, 32_000, 4096) == 64
-    assert loss_rows(8, 32_000, 4096) == 1
+    assert loss_rows(2048, 262_208, 3840) == 256
+    assert loss_rows(512, 32_000, 4096) == 256
+    assert loss_rows(8192, 32_000, 4096) == 1024
+    assert loss_rows(8, 32_000, 4096) == 8
 
 
 def test_kernels_are_launched_one_by_one() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qdist.runtime.engine import graphs
-from qdist.runtime.engine.graphs import Batch, Capture, Passes, Replayed
+from qdist.runtime.engine.graphs import Batch, Capture, ConstantsOnDevice, Passes, Replayed
 
 CPU = torch.device("cpu")
 
@@ -122,3 +122,17 @@ def test_too_many_shapes_are_launched(recorder: Recorder, replayed: Replayed, mo
         replayed(batch(1.0, width))
     assert recorder.captured == [(1, 4)]
     assert replayed.refused == "micro-batches have more than 1 shapes"
+
+
+@pytest.mark.parametrize("data", [0.5, 3, True, [1, 2], [[0.5, 1.5], [2.5, 3.5]]])
+def test_constants_are_written_on_their_device(data: Any) -> None:
+    with ConstantsOnDevice():
+        there = torch.tensor(data, device="meta")
+    assert there.device.type == "meta"
+    assert (there.dtype, there.shape) == (torch.tensor(data).dtype, torch.tensor(data).shape)
+
+
+def test_constants_keep_the_dtype_that_is_asked_for() -> None:
+    with ConstantsOnDevice():
+        assert torch.tensor(2, device="meta", dtype=torch.bfloat16).dtype == torch.bfloat16
+        assert torch.tensor([1.0, 2.0]).tolist() == [1.0, 2.0]
