@@ -88,6 +88,31 @@ class Replayed:
         return {name: _pinned(value, self._device).to(self._device, non_blocking=True) for name, value in batch.items()}
 
 
+class ReplayedWork:
+    """Work on the device without arguments, captured the second time that it is done and replayed from then on.
+
+    The first time it may allocate what it keeps.
+    """
+
+    def __init__(self, work: Callable[[], None], device: torch.device, new_pool: NewPool | None = None) -> None:
+        self._work, self._new_pool = work, new_pool or partial(pool_of_graphs, device)
+        self._times = 0
+        self._replay: Callable[[], None] | None = None
+
+    def __call__(self) -> None:
+        self._times += 1
+        if self._times == 1:
+            self._work()
+            return
+        if self._replay is None:
+            self._replay, _ = self._new_pool()(self._passes, {})
+        self._replay()
+
+    def _passes(self, batch: Batch) -> torch.Tensor:
+        self._work()
+        return torch.empty(0)
+
+
 def pool_of_graphs(device: torch.device) -> Capture:
     """A pool for CUDA graphs: nothing in it outlives a replay but the losses."""
     torch.cuda.synchronize(device)

@@ -14,8 +14,9 @@ from qdist.runtime.engine.adamw import (
     set_rate,
     update_parameters,
 )
-from qdist.runtime.engine.graphs import Batch, Passes, Replayed
+from qdist.runtime.engine.graphs import Batch, Passes, Replayed, ReplayedWork
 from qdist.runtime.engine.update import Across, DeviceUpdate, StepResult, finish_gradients
+from qdist.runtime.model.ahead import unpack_ahead_of
 from qdist.runtime.model.dropout_seed import dropout_seed_of
 
 
@@ -92,7 +93,7 @@ class Adapter(nn.Module):
         trainable = dict(model.named_parameters())
         for name in self.names:
             self.register_parameter(name.replace(".", "/"), trainable[name])
-        self._loss, self.dropout_seed = loss, dropout_seed_of(model)
+        self._loss, self.dropout_seed, self.ahead = loss, dropout_seed_of(model), unpack_ahead_of(model)
 
     def forward(self, batch: Any) -> torch.Tensor:
         return self._loss(batch)
@@ -130,6 +131,9 @@ class TorchEngine:
             self.update = DeviceUpdate(own, optimizer, clip=clip, across=across, flat=self.gradients)
         self._gradient_bytes = 0
         self._scale: torch.Tensor | float = torch.ones((), device=own[0].device) if graphs else 1.0
+        self._update: Callable[[], None] = self._launch_update
+        if graphs and self.update is not None and own[0].is_cuda:
+            self._update = ReplayedWork(self._launch_update, own[0].device)
         self.replayed: Replayed | None = Replayed(self._passes, own[0].device) if graphs else None
 
     def accumulate(
@@ -153,8 +157,13 @@ class TorchEngine:
         return torch.stack(losses).sum()
 
     def _passes(self, batch: Batch) -> torch.Tensor:
+        ahead = self.adapter.ahead
+        if ahead:
+            ahead.begin()
         loss = self.adapter(batch)
         (loss * self._scale).backward()
+        if ahead:
+            ahead.end()
         detached: torch.Tensor = loss.detach()
         return detached
 
@@ -169,8 +178,7 @@ class TorchEngine:
         self._gradient_bytes = bytes_of(parameter.grad for parameter in self.adapter.parameters())
         if self.update is not None:
             self.update.prepare(learning_rate, loss_scale)
-            self.update.launch()
-            self._clear_gradients()
+            self._update()
             return self.update.read()
         result = finish_gradients(
             list(self.adapter.parameters()), clip=self.clip, loss_scale=loss_scale, across=self.across
@@ -180,6 +188,12 @@ class TorchEngine:
             update_parameters(self.optimizer)
         self._clear_gradients()
         return result
+
+    def _launch_update(self) -> None:
+        """Device work alone: the gradients are applied, and zero for the next step."""
+        assert self.update is not None
+        self.update.launch()
+        self._clear_gradients()
 
     def _clear_gradients(self) -> None:
         if self.gradients is None:
