@@ -309,7 +309,7 @@ def budget(sizes: Sizes, share: Share) -> MemoryBudget:
     trained, layers = sizes.trained(share.layers), sum(share.layers)
     kept, anew = _kept(sizes, share, tokens)
     work = max(own.working + tokens * own.working_token for own in _kinds(sizes, share))
-    work += anew * (share.checkpointed == layers) + _unpacked_ahead(sizes, share)
+    work += anew * (share.checkpointed == layers)
     gathered = _gathered(sizes, share)
     learned = share.learned or tokens
     loss = _loss_bytes(facts, tokens=learned, compute_bytes=job.compute_bytes, fused=job.fused_loss) * share.head
@@ -338,14 +338,6 @@ def budget(sizes: Sizes, share: Share) -> MemoryBudget:
         context=share.context_bytes,
         margin=0 if facts.measured else int(UNMEASURED_SHARE * (kept + work)),
     )
-
-
-def _unpacked_ahead(sizes: Sizes, share: Share) -> int:
-    """Bytes of the matrix that is unpacked beside a product inside a CUDA graph, where the weights are whole."""
-    job = sizes.job
-    if not share.persistent_gradients or share.shards > 1 or job.bits != 4 or job.gptq or job.fp8:
-        return 0
-    return max(shape.largest_matrix for shape in sizes.facts.shapes) * job.compute_bytes
 
 
 def resident(own: MemoryBudget) -> MemoryBudget:

@@ -285,11 +285,6 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return None if self.source.gptq else packing_of(self.spec, self.source.config)
 
     @property
-    def unpacks_ahead(self) -> bool:
-        """Whether weights of the next product are unpacked beside the product at hand, into a second buffer."""
-        return self.graphs and self.placement == "replicate" and self.spec.compute is None
-
-    @property
     def checkpointing(self) -> bool:
         """Whether any layer is recomputed in the backward pass."""
         return self.checkpointed_layers > 0

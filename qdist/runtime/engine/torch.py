@@ -16,7 +16,6 @@ from qdist.runtime.engine.adamw import (
 )
 from qdist.runtime.engine.graphs import Batch, Passes, Replayed, ReplayedWork
 from qdist.runtime.engine.update import Across, DeviceUpdate, StepResult, finish_gradients
-from qdist.runtime.model.ahead import unpack_ahead_of
 from qdist.runtime.model.dropout_seed import dropout_seed_of
 
 
@@ -93,7 +92,7 @@ class Adapter(nn.Module):
         trainable = dict(model.named_parameters())
         for name in self.names:
             self.register_parameter(name.replace(".", "/"), trainable[name])
-        self._loss, self.dropout_seed, self.ahead = loss, dropout_seed_of(model), unpack_ahead_of(model)
+        self._loss, self.dropout_seed = loss, dropout_seed_of(model)
 
     def forward(self, batch: Any) -> torch.Tensor:
         return self._loss(batch)
@@ -157,13 +156,8 @@ class TorchEngine:
         return torch.stack(losses).sum()
 
     def _passes(self, batch: Batch) -> torch.Tensor:
-        ahead = self.adapter.ahead
-        if ahead:
-            ahead.begin()
         loss = self.adapter(batch)
         (loss * self._scale).backward()
-        if ahead:
-            ahead.end()
         detached: torch.Tensor = loss.detach()
         return detached
 

@@ -40,9 +40,7 @@ def dequantize(
     `nested` = (float32 absmax of each 256 of them, float32 [1] offset).
     """
     if packed.is_cuda and nested is not None and shape[0] * shape[1] % (2 * BLOCK) == 0:
-        out = torch.empty(shape, dtype=dtype, device=packed.device)
-        fused_dequantize(packed, absmax, nested, quant_type, out)
-        return out
+        return _fused(packed, absmax, nested, quant_type, shape, dtype)
     return dequantize_reference(packed, absmax, nested, quant_type=quant_type, shape=shape, dtype=dtype)
 
 
@@ -61,9 +59,7 @@ def dequantize_matrices(
     256 rounded up], float32 [count]).
     """
     if packed.is_cuda and nested is not None and shape[1] * shape[2] % (2 * BLOCK) == 0:
-        out = torch.empty(shape, dtype=dtype, device=packed.device)
-        fused_dequantize(packed, absmax, nested, quant_type, out)
-        return out
+        return _fused(packed, absmax, nested, quant_type, shape, dtype)
     return dequantize_matrices_reference(packed, absmax, nested, quant_type=quant_type, shape=shape, dtype=dtype)
 
 
@@ -114,14 +110,16 @@ def dequantize_reference(
     return unpacked
 
 
-def fused_dequantize(
+def _fused(
     packed: torch.Tensor,
     absmax: torch.Tensor,
     nested: tuple[torch.Tensor, torch.Tensor],
     quant_type: str,
-    out: torch.Tensor,
-) -> None:
-    """The same on a GPU, of one matrix or several: a kernel that reads 0.52 bytes and writes one of `out` a weight."""
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """One kernel that reads 0.52 bytes and writes one `dtype` per weight, of one matrix or of several."""
+    out = torch.empty(shape, dtype=dtype, device=packed.device)
     blocks, matrices = absmax.numel(), nested[1].numel()
     rows = 64
     device = packed.device
@@ -130,6 +128,7 @@ def fused_dequantize(
             packed, absmax, absmax_code_book(device), nested[0], nested[1], code_book(quant_type, device),
             out, blocks, blocks // matrices, nested[0].numel() // matrices, ROWS=rows, num_warps=8,
         )  # fmt: skip
+    return out
 
 
 @cache

@@ -12,8 +12,7 @@ from qdist.core.model.storage import BLOCK, blocks_of
 from qdist.core.spec.sections import Compute, Quant
 from qdist.host.opening import told
 from qdist.runtime.kernels import fp8
-from qdist.runtime.kernels.four_bit import absmax_code_book, dequantize, fused_dequantize
-from qdist.runtime.model.ahead import UnpackAhead
+from qdist.runtime.kernels.four_bit import absmax_code_book, dequantize
 
 FEW_TOKENS = 16
 """Most tokens that a GPU multiplies with packed weights; above, unpacking first is faster (H100 and H200)."""
@@ -47,8 +46,6 @@ class PackedLinear(nn.Linear):
     kind: str
     bits: int
     compute: Compute | None = None
-    ahead: UnpackAhead | None = None
-    """Who unpacks the weights of training's products, if not each product does."""
     """Arithmetic of its products in training; None for that of the tensors that are multiplied."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype) -> None:
@@ -69,30 +66,20 @@ class PackedLinear(nn.Linear):
         if self.multiplies_in_fp8(inputs):
             return self.product_in_fp8(fp8.quantize_tokens(inputs))
         bias = None if self.bias is None else self.bias.to(inputs.device, inputs.dtype)
-        return functional.linear(inputs, self._matrix_for(inputs), bias)
+        return functional.linear(inputs, self.matrix(inputs.dtype, inputs.device), bias)
 
     def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient of the inputs from that of the outputs, [tokens, out_features]."""
         if self.multiplies_in_fp8(gradient):
             return self._input_gradient_in_fp8(gradient)
-        return gradient @ self._matrix_for(gradient)
+        return gradient @ self.matrix(gradient.dtype, gradient.device)
 
     def add_input_gradient(self, gradient: torch.Tensor, total: torch.Tensor) -> None:
         """Add `input_gradient` to a sum [tokens, in_features]: inside the product, which spares a pass over memory."""
         if self.multiplies_in_fp8(gradient):
             total.add_(self._input_gradient_in_fp8(gradient))
         else:
-            total.addmm_(gradient, self._matrix_for(gradient))
-
-    def _matrix_for(self, given: torch.Tensor) -> torch.Tensor:
-        """The unpacked weights for a product with these rows, unpacked ahead if somebody does that in training."""
-        if self.ahead is not None and self.training and given.dtype == self.ahead.dtype:
-            return self.ahead.take(self)
-        return self.matrix(given.dtype, given.device)
-
-    def unpack_into(self, out: torch.Tensor) -> None:
-        """Write the unpacked weights to out, [out_features, in_features], in its dtype."""
-        raise NotImplementedError
+            total.addmm_(gradient, self.matrix(gradient.dtype, gradient.device))
 
     def multiplies_in_fp8(self, given: torch.Tensor) -> bool:
         """Whether a product with these rows is in fp8: in training, and where there are more than a few."""
@@ -155,17 +142,6 @@ class Packed4bit(PackedLinear):
         nested = torch.empty(nested_blocks, device="meta") if quant.double else None
         self.register_buffer("nested_absmax", nested, persistent=False)
         self.register_buffer("nested_offset", torch.empty(1, device="meta") if quant.double else None, persistent=False)
-
-    @property
-    def may_unpack_ahead(self) -> bool:
-        """Whether `unpack_into` is there for these weights."""
-        return self.quant.double and not is_offloaded(self) and self.in_features * self.out_features % (2 * BLOCK) == 0
-
-    def unpack_into(self, out: torch.Tensor) -> None:
-        assert self.nested_absmax is not None
-        assert self.nested_offset is not None
-        nested = (self.nested_absmax, self.nested_offset)
-        fused_dequantize(self.weight, self.absmax, nested, self.quant.type, out)
 
     def matrix(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         own = self.tensors_on(device)

@@ -26,7 +26,6 @@ from qdist.runtime.adapters.attach import add_adapter, fill_adapter
 from qdist.runtime.data.batches import read_samples
 from qdist.runtime.engine.objective import Evaluate, Forward
 from qdist.runtime.engine.torch import Adapter, Engine
-from qdist.runtime.model.ahead import unpack_ahead
 from qdist.runtime.model.causal import take_whole_rows
 from qdist.runtime.model.dropout_seed import dropout_seed_of
 from qdist.runtime.model.experts import is_experts
@@ -191,8 +190,6 @@ def prepare_for_training(model: Any, plan: Plan) -> None:
         set_compute(base, plan.spec.compute)
     if plan.liger:
         patch(base)
-    if plan.unpacks_ahead:
-        unpack_ahead(model, next(base.parameters()).device, DTYPES[plan.compute_dtype])
     if plan.checkpointing:
         checkpoint_layers(model, plan.checkpointed_layers, graphs=plan.graphs)
     model.train()
