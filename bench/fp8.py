@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import nn
 from unpacking import layers, seconds
 
-from qdist.runtime.kernels.fp8 import quantize_tokens, triton_quantize_tokens, triton_unpack
+from qdist.runtime.kernels.fp8 import ones, quantize_tokens, triton_quantize_tokens, triton_unpack
 from qdist.runtime.model.packed import PackedLinear
 from qdist.runtime.model.skeleton import fill
 from qdist.runtime.model.weights import RandomWeights
@@ -78,8 +78,7 @@ class Fp8(Bf16):
         return quantize_tokens(given, None if weights is None else weights.scale)
 
     def multiply(self, left: Any, weights: Any, *, transposed: bool) -> torch.Tensor:
-        count = weights.values.shape[0]
-        scale = torch.ones(count, dtype=torch.float32, device=self.device) if transposed else weights.scale
+        scale = ones(len(weights.values), self.device) if transposed else weights.scale
         product: torch.Tensor = torch._scaled_mm(
             left.values, weights.values.t(), scale_a=left.scale.unsqueeze(1), scale_b=scale.unsqueeze(0),
             out_dtype=torch.bfloat16, use_fast_accum=self.fast,
@@ -106,11 +105,15 @@ class Int8(Bf16):
 
     def multiply(self, left: Any, weights: Any, *, transposed: bool) -> torch.Tensor:
         sums = torch._int_mm(left.values, weights.values.t())
-        tokens, outputs = sums.shape
-        scale = torch.ones(outputs, dtype=torch.float32, device=self.device) if transposed else weights.scale
-        out = torch.empty((tokens, outputs), dtype=torch.bfloat16, device=self.device)
-        scale_sums[(tokens, -(-outputs // 2048))](sums, left.scale, scale, out, outputs, COLUMNS=2048, num_warps=8)
-        return out
+        return scaled_sums(sums, left.scale, ones(sums.shape[1], self.device) if transposed else weights.scale)
+
+
+def scaled_sums(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """int32 sums [tokens, outputs] times a scale a token and a scale an output, bfloat16."""
+    tokens, outputs = sums.shape
+    out = torch.empty((tokens, outputs), dtype=torch.bfloat16, device=sums.device)
+    scale_sums[(tokens, -(-outputs // 2048))](sums, left, right, out, outputs, COLUMNS=2048, num_warps=8)
+    return out
 
 
 def main() -> None:

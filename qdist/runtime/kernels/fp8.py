@@ -4,6 +4,7 @@ A row r of x is held as e4m3 values q and a float32 scale s with x[r] = s[r] q[r
 are scaled once, when they are written. The kernels are in `fp8_triton`; on a CPU, torch computes the same.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -137,8 +138,14 @@ def input_gradient(gradient: torch.Tensor, weights: Scaled) -> torch.Tensor:
 
     gradient: [tokens, out], not yet in fp8. weights: transposed, [in, out]: the bytes that the forward pass multiplies.
     """
-    ones = torch.ones(weights.values.shape[0], dtype=torch.float32, device=gradient.device)
-    return _multiply(quantize_tokens(gradient, weights.scale), weights.values, ones)
+    scale = ones(weights.values.shape[0], gradient.device)
+    return _multiply(quantize_tokens(gradient, weights.scale), weights.values, scale)
+
+
+@cache
+def ones(count: int, device: torch.device) -> torch.Tensor:
+    """The scales of outputs that have none, float32: torch wants them, and filling them takes a launch."""
+    return torch.ones(count, dtype=torch.float32, device=device)
 
 
 def _multiply(left: Scaled, right: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
