@@ -1,8 +1,8 @@
 """Compiles every Triton kernel for a card that is not there: `python bench/compile_kernels.py` (`pip install triton`).
 
 The kernels' own launchers are called with tensors without storage, so that types, tiles and warps are those in use, and
-what they would launch is compiled to machine code instead. Triton's interpreter, in which kernels can be tried on a CPU,
-knows nothing of types. Exits with 1 if a kernel does not compile.
+what they would launch is compiled to machine code instead. Triton's interpreter, which runs kernels on a CPU, checks no
+types. Exits with 1 if a kernel does not compile.
 """
 
 import argparse
@@ -101,6 +101,7 @@ def absent(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def of_fp8() -> Iterator[Work]:
+    """Conversions to fp8, and to what bench/fp8.py compares it with."""
     targets = ((torch.bfloat16, fp8.FP8), (torch.float16, fp8.FP8), (torch.bfloat16, torch.int8))
     for width, (dtype, target), scaled in product((64, 100, 4096, 22016), targets, BOTH):
         inputs, factors = absent(TOKENS, width, dtype=dtype), absent(width) if scaled else None
@@ -112,8 +113,11 @@ def of_fp8() -> Iterator[Work]:
             yield f"matrix {dtype} {matrix.stride()} to fp8, transposed {transposed}", work
     for shape, nested, target, transposed in product(MATRICES, BOTH, (fp8.FP8, torch.int8, torch.float32), BOTH):
         weights = fp8.FourBit(*nf4(*shape, nested=nested), "nf4", shape)
-        work = partial(fp8.triton_unpack, weights, transposed=transposed, dtype=target)
-        yield f"NF4 {shape} to {target}, nested {nested}, transposed {transposed}", work
+        work = partial(fp8.triton_unpack, weights, absent(shape[0]), transposed=transposed, dtype=target)
+        name = f"NF4 {shape} to {target}, nested {nested}"
+        yield f"{name}, transposed {transposed}", work
+        if not transposed:
+            yield f"scales of {name}", partial(fp8.triton_row_scales, weights, dtype=target)
     yield "scaled sums", partial(scaled_sums, absent(64, 4096, dtype=torch.int32), absent(64), absent(4096))
 
 
@@ -130,6 +134,7 @@ def outer(blocks: int, matrices: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def of_four_bits() -> Iterator[Work]:
+    """Unpacking of NF4, FP4 and MXFP4, of linears and of experts."""
     for shape, dtype in product(((4096, 11008), (8, 2048, 768), (6, 64)), FLOATS):
         weights, absmax, _ = nf4(*shape, nested=True)
         nested = outer(absmax.numel(), shape[0] if len(shape) == 3 else 1)
@@ -140,6 +145,7 @@ def of_four_bits() -> Iterator[Work]:
 
 
 def of_gptq() -> Iterator[Work]:
+    """Unpacking of GPTQ weights, and their products with a few tokens."""
     shapes = product(MATRICES, (2, 3, 4, 8), (32, 128, -1), BOTH)
     for (outputs, inputs), bits, group_size, ordered in shapes:
         if group_size == 128 and inputs % 128:
@@ -157,6 +163,7 @@ def of_gptq() -> Iterator[Work]:
 
 
 def of_solving() -> Iterator[Work]:
+    """Making GPTQ weights."""
     for rows, outputs in ((128, 4096), (32, 100)):
         tensors = absent(rows, outputs), absent(rows, rows), absent(outputs), absent(outputs)
         yield f"round {rows, outputs}", partial(gptq_solve.triton_round_block, *tensors, top=15)
@@ -166,22 +173,21 @@ def of_solving() -> Iterator[Work]:
 
 
 def of_dropout() -> Iterator[Work]:
+    """Dropout, and thin products with it."""
     mask = dropout.Mask(absent(1, dtype=torch.int64), 77, 0.1)
     for width, dtype in product((4096, 100), FLOATS):
         inputs = absent(TOKENS, width, dtype=dtype)
         yield f"copy {width} {dtype}", partial(dropout.triton_dropped, inputs, mask)
         for rank in (8, 64, 192):
-            name, down, narrow = (
-                f"{width} {dtype} {rank}",
-                absent(rank, width, dtype=dtype),
-                absent(TOKENS, rank, dtype=dtype),
-            )
+            down, narrow = absent(rank, width, dtype=dtype), absent(TOKENS, rank, dtype=dtype)
+            name = f"{width} {dtype} {rank}"
             yield f"product {name}", partial(dropout.triton_product, inputs, down, mask)
             yield f"gradient {name}", partial(dropout.triton_gradient, narrow, inputs, mask)
             yield f"add {name}", partial(dropout.triton_add, inputs, narrow, down, mask, 0.5)
 
 
 def of_cross_entropy() -> Iterator[Work]:
+    """Losses of small, of usual and of capped vocabularies."""
     for vocabulary, dtype, after, softcap in product((32000, 49152, 100), FLOATS, (1.0, 0.5), (None, 30.0)):
         logits, wanted, losses = absent(64, vocabulary, dtype=dtype), absent(64, dtype=torch.int64), absent(64)
         work = partial(cross_entropy.losses_and_gradients, logits, wanted, losses, after=after, softcap=softcap)
@@ -189,6 +195,7 @@ def of_cross_entropy() -> Iterator[Work]:
 
 
 def of_the_others() -> Iterator[Work]:
+    """Pooling and checksums."""
     for pool, dtype in product((16, 32, 128), FLOATS):
         yield f"means {pool} {dtype}", partial(pooling.triton_means, absent(1024, 4096, dtype=dtype), pool)
     yield "sums", partial(sums.word_sums, absent(1 << 20, dtype=torch.int32))
