@@ -1,8 +1,8 @@
 """Products of a 4-bit backbone in bfloat16, fp8 and int8, part by part, and their errors: `python bench/fp8.py`.
 
 Shapes of a 7B and a 65B Llama. A part is timed ten times in a row behind work that keeps the GPU busy, all parts in
-turn; the median of five rounds counts. Errors are against float32 products of the unpacked weights, of activations with
-outliers in four channels. `--tiny` runs one small shape on the CPU under TRITON_INTERPRET=1.
+turn; the median of three rounds counts. Errors are against float32 products of the unpacked weights, and activations
+have outliers in four channels. `--tiny` runs one small shape on the CPU under TRITON_INTERPRET=1.
 """
 
 import argparse
@@ -18,21 +18,20 @@ import triton.language as tl
 from torch import nn
 from unpacking import layers, seconds
 
-from qdist.runtime.kernels.fp8 import quantize_tokens, triton_quantize_tokens, triton_unpack
+from qdist.runtime.kernels.fp8 import ones, quantize_tokens, triton_quantize_tokens, triton_row_scales, triton_unpack
 from qdist.runtime.model.packed import PackedLinear
 from qdist.runtime.model.skeleton import fill
 from qdist.runtime.model.weights import RandomWeights
 
 SHAPES = {
-    "7b q, o": (4096, 4096), "7b gate, up": (4096, 11008), "7b down": (11008, 4096),
-    "65b q, o": (8192, 8192), "65b gate, up": (8192, 22016),
+    "7b q, o": (4096, 4096, 8192, 1024), "7b gate, up": (4096, 11008, 8192, 1024),
+    "7b down": (11008, 4096, 8192, 1024), "65b q, o": (8192, 8192, 4096), "65b gate, up": (8192, 22016, 4096),
 }  # fmt: skip
-"""Inputs and outputs."""
-TOKENS = (8192, 4096, 1024)
-TINY = {"tiny": (128, 192)}
+"""Inputs and outputs, and counts of tokens."""
+TINY = {"tiny": (128, 192, 32)}
 OUTLIERS, OUTLIER = 4, 20.0
 """Channels of the activations that are this much larger."""
-ROUNDS = 5
+ROUNDS = 3
 Parts = dict[str, Callable[[], object]]
 
 
@@ -78,8 +77,7 @@ class Fp8(Bf16):
         return quantize_tokens(given, None if weights is None else weights.scale)
 
     def multiply(self, left: Any, weights: Any, *, transposed: bool) -> torch.Tensor:
-        count = weights.values.shape[0]
-        scale = torch.ones(count, dtype=torch.float32, device=self.device) if transposed else weights.scale
+        scale = ones(len(weights.values), self.device) if transposed else weights.scale
         product: torch.Tensor = torch._scaled_mm(
             left.values, weights.values.t(), scale_a=left.scale.unsqueeze(1), scale_b=scale.unsqueeze(0),
             out_dtype=torch.bfloat16, use_fast_accum=self.fast,
@@ -98,19 +96,27 @@ class Int8(Bf16):
 
     name = "int8"
 
+    def __init__(self, layer: PackedLinear, device: torch.device) -> None:
+        super().__init__(layer, device)
+        self.scale = triton_row_scales(layer.tensors_on(device), dtype=torch.int8)
+
     def unpack(self, *, transposed: bool) -> Any:
-        return triton_unpack(self.layer.tensors_on(self.device), transposed=transposed, dtype=torch.int8)
+        return triton_unpack(self.layer.tensors_on(self.device), self.scale, transposed=transposed, dtype=torch.int8)
 
     def quantize(self, given: torch.Tensor, weights: Any) -> Any:
         return triton_quantize_tokens(given, None if weights is None else weights.scale, dtype=torch.int8)
 
     def multiply(self, left: Any, weights: Any, *, transposed: bool) -> torch.Tensor:
         sums = torch._int_mm(left.values, weights.values.t())
-        tokens, outputs = sums.shape
-        scale = torch.ones(outputs, dtype=torch.float32, device=self.device) if transposed else weights.scale
-        out = torch.empty((tokens, outputs), dtype=torch.bfloat16, device=self.device)
-        scale_sums[(tokens, -(-outputs // 2048))](sums, left.scale, scale, out, outputs, COLUMNS=2048, num_warps=8)
-        return out
+        return scaled_sums(sums, left.scale, ones(sums.shape[1], self.device) if transposed else weights.scale)
+
+
+def scaled_sums(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """int32 sums [tokens, outputs] times a scale a token and a scale an output, bfloat16."""
+    tokens, outputs = sums.shape
+    out = torch.empty((tokens, outputs), dtype=torch.bfloat16, device=sums.device)
+    scale_sums[(tokens, -(-outputs // 2048))](sums, left, right, out, outputs, COLUMNS=2048, num_warps=8)
+    return out
 
 
 def main() -> None:
@@ -126,9 +132,9 @@ def main() -> None:
         f"{'linear':13}{'tokens':>6}  {'arithmetic':15}|" + f"{'all':>8}{'unpack':>8}{'quant':>7}{'mm':>8}|" * 2
         + f"{'output':>16}{'gradient':>15}"
     )  # fmt: skip
-    for name, (inputs, outputs) in (TINY if given.tiny else SHAPES).items():
+    for name, (inputs, outputs, *counts) in (TINY if given.tiny else SHAPES).items():
         made = filled(inputs, outputs, device)
-        for tokens in (32,) if given.tiny else TOKENS:
+        for tokens in counts:
             for row in rows(made, tokens, device, rounds=1 if given.tiny else ROUNDS):
                 print(f"{name:13}{tokens:6}  {row}", flush=True)
 

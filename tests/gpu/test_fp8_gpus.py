@@ -81,6 +81,7 @@ def test_a_graph_replays_both_passes() -> None:
         return (product.detach(), *torch.autograd.grad(product, (inputs, down, up), outer))
 
     aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         passes()
     torch.cuda.current_stream().wait_stream(aside)

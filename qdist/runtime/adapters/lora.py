@@ -16,6 +16,7 @@ from qdist.runtime.model.packed import (
     compute_dtype,
     frozen_input_gradient,
     frozen_product,
+    quantize_for,
     unlike_a_view,
 )
 
@@ -174,9 +175,10 @@ class _Adapted(torch.autograd.Function):
         ctx.pool, ctx.ranks = inputs.shape[-1] // downs[0].shape[1], [down.shape[0] for down in downs]
         flat = inputs.reshape(-1, inputs.shape[-1]).to(dtype)
         read, narrow = _narrowed(flat, _stacked(downs, dtype), ctx.pool, mask)
+        quantized = quantize_for((reader.layer for reader in readers), flat)
         products = []
         for reader, up, part in zip(readers, ups, narrow.split(ctx.ranks, dim=1), strict=True):
-            product = frozen_product(reader.layer, flat)
+            product = frozen_product(reader.layer, flat, quantized)
             product.addmm_(part, up.to(dtype).t(), alpha=_factor(reader, mask))
             products.append(unlike_a_view(product, (*inputs.shape[:-1], product.shape[-1])))
         ctx.save_for_backward(read, narrow, *factors)

@@ -4,6 +4,7 @@ A row r of x is held as e4m3 values q and a float32 scale s with x[r] = s[r] q[r
 are scaled once, when they are written. The kernels are in `fp8_triton`; on a CPU, torch computes the same.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -100,31 +101,42 @@ class FourBit(NamedTuple):
     shape: tuple[int, int]
 
 
-def triton_unpack(weights: FourBit, *, transposed: bool, dtype: torch.dtype = FP8) -> Scaled:
-    """4-bit weights in fp8, by two kernels: one reads the absmaxes for the scales, one writes a byte a weight.
+def triton_row_scales(weights: FourBit, *, dtype: torch.dtype = FP8) -> torch.Tensor:
+    """The scale of each row, from its largest absmax: code books end at 1. dtype: as for `triton_quantize_tokens`."""
+    from qdist.runtime.kernels import fp8_triton
 
-    The largest absmax of a row bounds its magnitudes, as code books end at 1. dtype: as for `triton_quantize_tokens`.
-    """
+    outputs, inputs = weights.shape
+    blocks, device = inputs // BLOCK, weights.packed.device
+    scale = torch.empty(outputs, dtype=torch.float32, device=device)
+    with on_device(device):
+        fp8_triton.row_scales[(-(-outputs // 8),)](
+            *_absmaxes(weights), scale, outputs, blocks, NESTED=weights.nested is not None, NESTED_BLOCK=NESTED_BLOCK,
+            LARGEST=LARGEST[dtype], ROWS=8, BLOCKS=1 << (blocks - 1).bit_length(), num_warps=4,
+        )  # fmt: skip
+    return scale
+
+
+def triton_unpack(weights: FourBit, scale: torch.Tensor, *, transposed: bool, dtype: torch.dtype = FP8) -> Scaled:
+    """4-bit weights in fp8, in one pass over memory. scale, dtype: those of `triton_row_scales`."""
     from qdist.runtime.kernels import fp8_triton
 
     (outputs, inputs), device = weights.shape, weights.packed.device
-    blocks = inputs // BLOCK
-    scale = torch.empty(outputs, dtype=torch.float32, device=device)
     values = torch.empty((inputs, outputs) if transposed else (outputs, inputs), dtype=dtype, device=device)
     stride = (1, outputs) if transposed else (inputs, 1)
-    nested, offset = weights.nested or (weights.absmax, weights.absmax)
-    book = absmax_code_book(device) if weights.nested else weights.absmax
-    common = {"NESTED": weights.nested is not None, "NESTED_BLOCK": NESTED_BLOCK}
     with on_device(device):
-        fp8_triton.row_scales[(-(-outputs // 8),)](
-            weights.absmax, book, nested, offset, scale, outputs, blocks, ROWS=8,
-            LARGEST=LARGEST[dtype], BLOCKS=1 << (blocks - 1).bit_length(), num_warps=4, **common,
-        )  # fmt: skip
-        fp8_triton.unpack[(-(-outputs // _ROWS), blocks)](
-            weights.packed, weights.absmax, book, nested, offset, code_book(weights.quant_type, device), scale, values,
-            outputs, blocks, *stride, ROWS=_ROWS, BLOCK=BLOCK, num_warps=8, **common,
+        fp8_triton.unpack[(-(-outputs // _ROWS), inputs // BLOCK)](
+            weights.packed, *_absmaxes(weights), code_book(weights.quant_type, device), scale, values, outputs,
+            inputs // BLOCK, *stride, NESTED=weights.nested is not None, NESTED_BLOCK=NESTED_BLOCK, ROWS=_ROWS,
+            BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
     return Scaled(values, scale)
+
+
+def _absmaxes(weights: FourBit) -> tuple[torch.Tensor, ...]:
+    """What kernels read absmaxes from: themselves, their code book, nested absmaxes and offset."""
+    if weights.nested is None:
+        return (weights.absmax,) * 4
+    return weights.absmax, absmax_code_book(weights.packed.device), *weights.nested
 
 
 def product(inputs: Scaled, weights: Scaled) -> torch.Tensor:
@@ -137,8 +149,14 @@ def input_gradient(gradient: torch.Tensor, weights: Scaled) -> torch.Tensor:
 
     gradient: [tokens, out], not yet in fp8. weights: transposed, [in, out]: the bytes that the forward pass multiplies.
     """
-    ones = torch.ones(weights.values.shape[0], dtype=torch.float32, device=gradient.device)
-    return _multiply(quantize_tokens(gradient, weights.scale), weights.values, ones)
+    scale = ones(weights.values.shape[0], gradient.device)
+    return _multiply(quantize_tokens(gradient, weights.scale), weights.values, scale)
+
+
+@cache
+def ones(count: int, device: torch.device) -> torch.Tensor:
+    """The scales of outputs that have none, float32: torch wants them, and filling them takes a launch."""
+    return torch.ones(count, dtype=torch.float32, device=device)
 
 
 def _multiply(left: Scaled, right: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

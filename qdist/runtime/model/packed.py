@@ -1,6 +1,6 @@
 """Frozen linear layers whose packed weights are parameters, so that any placement can move, shard or split them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -50,6 +50,7 @@ class PackedLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
+        self._row_scales: torch.Tensor | None = None
         self.in_features, self.out_features, self.compute_dtype = in_features, out_features, dtype
         self.register_parameter("bias", empty((out_features,), dtype) if bias else None)
 
@@ -61,10 +62,13 @@ class PackedLinear(nn.Linear):
         """The weights as products use them, float32 [out_features, in_features]: rounded to the compute dtype."""
         return self.matrix(self.compute_dtype, device).to(torch.float32, copy=True)
 
-    def product(self, inputs: torch.Tensor) -> torch.Tensor:
-        """inputs [tokens, in_features] times the weights, plus bias: a new tensor [tokens, out_features]."""
+    def product(self, inputs: torch.Tensor, quantized: fp8.Scaled | None = None) -> torch.Tensor:
+        """inputs [tokens, in_features] times the weights, plus bias: a new tensor [tokens, out_features].
+
+        quantized: the inputs in fp8, if they were quantized for all linears that read them.
+        """
         if self.multiplies_in_fp8(inputs):
-            return self.product_in_fp8(fp8.quantize_tokens(inputs))
+            return self._product_in_fp8(fp8.quantize_tokens(inputs) if quantized is None else quantized)
         bias = None if self.bias is None else self.bias.to(inputs.device, inputs.dtype)
         return functional.linear(inputs, self.matrix(inputs.dtype, inputs.device), bias)
 
@@ -86,8 +90,7 @@ class PackedLinear(nn.Linear):
         wanted = self.compute == "fp8" and self.training
         return wanted and given.dtype == torch.bfloat16 and given.shape[0] > FEW_TOKENS
 
-    def product_in_fp8(self, inputs: fp8.Scaled) -> torch.Tensor:
-        """Like `product`, of inputs that were quantized for all linears that read them."""
+    def _product_in_fp8(self, inputs: fp8.Scaled) -> torch.Tensor:
         product = fp8.product(inputs, self.in_fp8(inputs.values.device, transposed=False))
         return product if self.bias is None else product.add_(self.bias.to(product.device, product.dtype))
 
@@ -96,12 +99,21 @@ class PackedLinear(nn.Linear):
 
     def in_fp8(self, device: torch.device, *, transposed: bool) -> fp8.Scaled:
         """The weights in fp8, with a scale for each output."""
-        matrix = self.matrix(torch.bfloat16, device)
-        return fp8.convert(matrix, fp8.scale_of(self.row_bounds(matrix)), transposed=transposed)
+        scales = self.row_scales(device)
+        return fp8.convert(self.matrix(torch.bfloat16, device), scales, transposed=transposed)
 
-    def row_bounds(self, matrix: torch.Tensor) -> torch.Tensor:
-        """What no magnitude in a row of the unpacked weights exceeds, [out_features]."""
-        return matrix.abs().amax(1)
+    def row_scales(self, device: torch.device) -> torch.Tensor:
+        """The scales of `in_fp8`, float32 [out_features]: computed once, as weights do not change in training."""
+        if self._row_scales is not None and self._row_scales.device == device:
+            return self._row_scales
+        scales = self.find_row_scales(device)
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():  # a capture computes nothing yet
+            self._row_scales = scales
+        return scales
+
+    def find_row_scales(self, device: torch.device) -> torch.Tensor:
+        """Scales with which no weight of a row exceeds fp8's range, float32 [out_features]."""
+        return fp8.scale_of(self.matrix(torch.bfloat16, device).abs().amax(1))
 
     def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """A float matrix as the tensors that the layer holds, by their names in it."""
@@ -148,9 +160,18 @@ class Packed4bit(PackedLinear):
         return dequantize(own.packed, own.absmax, own.nested, quant_type=own.quant_type, shape=own.shape, dtype=dtype)
 
     def in_fp8(self, device: torch.device, *, transposed: bool) -> fp8.Scaled:
-        if device.type != "cuda" or self.in_features % BLOCK:
+        if not self._has_whole_blocks_on(device):
             return super().in_fp8(device, transposed=transposed)
-        return fp8.triton_unpack(self.tensors_on(device), transposed=transposed)
+        return fp8.triton_unpack(self.tensors_on(device), self.row_scales(device), transposed=transposed)
+
+    def find_row_scales(self, device: torch.device) -> torch.Tensor:
+        if not self._has_whole_blocks_on(device):
+            return super().find_row_scales(device)
+        return fp8.triton_row_scales(self.tensors_on(device))
+
+    def _has_whole_blocks_on(self, device: torch.device) -> bool:
+        """Whether rows are whole blocks, and on a GPU, so that Triton converts them packed."""
+        return device.type == "cuda" and self.in_features % BLOCK == 0
 
     def tensors_on(self, device: torch.device) -> fp8.FourBit:
         """The packed tensors on a device."""
@@ -160,9 +181,9 @@ class Packed4bit(PackedLinear):
         nested = (self.nested_absmax, self.nested_offset) if self.quant.double else None
         return fp8.FourBit(weight, absmax, nested, self.quant.type, (self.out_features, self.in_features))
 
-    def product(self, inputs: torch.Tensor) -> torch.Tensor:
+    def product(self, inputs: torch.Tensor, quantized: fp8.Scaled | None = None) -> torch.Tensor:
         if not inputs.is_cuda or inputs.shape[0] > FEW_TOKENS or is_offloaded(self):
-            return super().product(inputs)
+            return super().product(inputs, quantized)
         scales = (
             {"absmax_8bit": self.absmax, "absmax_code": absmax_code_book(inputs.device)} if self.quant.double else {}
         )
@@ -219,7 +240,7 @@ class Packed8bit(PackedLinear):
         scale = self.scale.to(device).unsqueeze(1).mul(1.0 / 127.0)
         return self.weight.to(device, non_blocking=True).to(dtype, copy=True).mul_(scale)
 
-    def product(self, inputs: torch.Tensor) -> torch.Tensor:
+    def product(self, inputs: torch.Tensor, quantized: fp8.Scaled | None = None) -> torch.Tensor:
         import bitsandbytes as bnb
 
         state = bnb.MatmulLtState()
@@ -276,10 +297,20 @@ def set_compute(model: nn.Module, compute: Compute) -> None:
             module.compute = compute
 
 
-def frozen_product(layer: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
-    """inputs [tokens, in] times the weights of a frozen linear, plus its bias."""
+def quantize_for(layers: Iterable[nn.Linear], inputs: torch.Tensor) -> fp8.Scaled | None:
+    """Inputs [tokens, in] in fp8, once for all linears that read them; None if none of these multiplies in fp8."""
+    if any(isinstance(layer, PackedLinear) and layer.multiplies_in_fp8(inputs) for layer in layers):
+        return fp8.quantize_tokens(inputs)
+    return None
+
+
+def frozen_product(layer: nn.Linear, inputs: torch.Tensor, quantized: fp8.Scaled | None = None) -> torch.Tensor:
+    """inputs [tokens, in] times the weights of a frozen linear, plus its bias.
+
+    quantized: the same inputs from `quantize_for`, if it was asked.
+    """
     if isinstance(layer, PackedLinear):
-        return layer.product(inputs)
+        return layer.product(inputs, quantized)
     bias = None if layer.bias is None else layer.bias.to(inputs.device, inputs.dtype)
     return functional.linear(inputs, layer.weight.to(inputs.device, inputs.dtype, non_blocking=True), bias)
 

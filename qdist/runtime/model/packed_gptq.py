@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from qdist.core.model.gptq import Shape, WeightOffset
+from qdist.runtime.kernels import fp8
 from qdist.runtime.kernels import gptq_bits as packing
 from qdist.runtime.kernels.gptq import FEW_TOKENS, dequantize, triton_product
 from qdist.runtime.kernels.pooling import add_pooled_gradient, means
@@ -58,16 +59,16 @@ class PackedGptq(PackedLinear):
             group_size=self.shape.group_size, dtype=dtype,
         )  # fmt: skip
 
-    def row_bounds(self, matrix: torch.Tensor) -> torch.Tensor:
+    def find_row_scales(self, device: torch.device) -> torch.Tensor:
         """From the scales alone: a stored weight and its zero differ by less than their range, and an offset of 1."""
-        return self._at(self.scales, matrix.device).float().abs().amax(0) * (1 << self.shape.bits)
+        return fp8.scale_of(self._at(self.scales, device).float().abs().amax(0) * (1 << self.shape.bits))
 
     @staticmethod
     def _at(value: torch.Tensor, device: torch.device) -> torch.Tensor:
         return value if value.device == device else value.to(device, non_blocking=True)
 
-    def product(self, inputs: torch.Tensor) -> torch.Tensor:
-        product = self._packed_product(inputs)
+    def product(self, inputs: torch.Tensor, quantized: fp8.Scaled | None = None) -> torch.Tensor:
+        product = self._packed_product(inputs, quantized)
         if self.shift is not None:
             size = self.shift.group_size
             product.addmm_(means(inputs, size), self._offsets(inputs), alpha=self.shift.scale * size)
@@ -95,9 +96,9 @@ class PackedGptq(PackedLinear):
         """Offsets [in / group_size, out], to be multiplied by the scale."""
         return self.weight_offset.to(like.device, like.dtype, non_blocking=True)
 
-    def _packed_product(self, inputs: torch.Tensor) -> torch.Tensor:
+    def _packed_product(self, inputs: torch.Tensor, quantized: fp8.Scaled | None) -> torch.Tensor:
         if not inputs.is_cuda or inputs.shape[0] > FEW_TOKENS or is_offloaded(self):
-            return super().product(inputs)
+            return super().product(inputs, quantized)
         product = triton_product(
             inputs, self.weight, self.qzeros, self.scales, self.g_idx, bits=self.shape.bits, offset=self.offset,
             group_size=self.shape.group_size,

@@ -8,8 +8,9 @@ from torch import nn
 
 from qdist.core.model.gptq import Gptq, Shape, WeightOffset
 from qdist.core.spec.sections import Compute, Quant
-from qdist.runtime.adapters.lora import adapted_product
-from qdist.runtime.kernels.fp8 import FP8, quantize_tokens
+from qdist.runtime.adapters.lora import Reader, adapted_product, adapted_products
+from qdist.runtime.kernels import fp8
+from qdist.runtime.kernels.fp8 import FP8, Scaled, quantize_tokens
 from qdist.runtime.model.packed import FEW_TOKENS, Packed4bit, PackedLinear, set_compute
 from qdist.runtime.model.packed_gptq import PackedGptq
 from qdist.runtime.model.skeleton import fill
@@ -41,7 +42,7 @@ def linear(kind: str, *, bias: bool = False) -> PackedLinear:
 def activations(width: int, tokens: int = TOKENS) -> torch.Tensor:
     """With outliers in two channels, as language models have them, and a token of zeros."""
     values = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0))
-    values[:, [3, 77]] *= 20
+    values[:, [3, width // 2]] *= 20
     values[1] = 0
     return values.bfloat16()
 
@@ -104,10 +105,28 @@ def test_gradients_are_added_to_a_sum_once(kind: str) -> None:
     torch.testing.assert_close(total, wanted, rtol=0.02, atol=0.02)
 
 
-def test_inputs_that_several_linears_read_can_be_quantized_once() -> None:
-    layer, inputs = linear("nf4", bias=True), activations(INPUTS)
-    layer.compute = "fp8"
-    assert torch.equal(layer.product_in_fp8(quantize_tokens(inputs)), layer.product(inputs))
+@pytest.mark.parametrize("kind", ["nf4", "gptq"])
+def test_linears_that_read_one_tensor_quantize_it_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, inputs = [linear(kind, bias=True), linear("nf4"), linear("nf4")], activations(INPUTS)
+    layers[0].compute = layers[1].compute = "fp8"
+    wanted, quantized = [layer.product(inputs) for layer in layers], list[torch.Tensor]()
+
+    def quantize(given: torch.Tensor) -> Scaled:
+        quantized.append(given)
+        return quantize_tokens(given)
+
+    monkeypatch.setattr(fp8, "quantize_tokens", quantize)
+    downs, ups = ([torch.zeros(shape)] * 3 for shape in ((8, INPUTS), (OUTPUTS, 8)))
+    products = adapted_products(inputs, downs, ups, tuple(Reader(layer, 1.0) for layer in layers))
+    assert len(quantized) == 1
+    assert all(torch.equal(one, other) for one, other in zip(products, wanted, strict=True))
+
+
+def test_scales_of_weights_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, device = linear("nf4"), torch.device("cpu")
+    first = layer.in_fp8(device, transposed=False)
+    monkeypatch.setattr(layer, "find_row_scales", None)
+    assert layer.in_fp8(device, transposed=True).scale is first.scale
 
 
 def test_evaluation_and_a_few_tokens_stay_in_16_bits() -> None:
