@@ -14,6 +14,7 @@ from qdist.core.planning.activations import saved_bytes_per_token
 from qdist.core.planning.memory import (
     EIGHT_BIT_CODES,
     GATHERED_LAYERS,
+    GATHERED_TABLES,
     MemoryBudget,
     Share,
     Sizes,
@@ -206,7 +207,8 @@ def test_shards_divide_the_backbone_and_nothing_else(alias: str) -> None:
     table = described(alias)[0].table
     assert part.weights == pytest.approx((whole.weights - table * tied) / 4 + table * tied, rel=1e-5)
     assert (part.adapter, part.gradients, part.optimizer) == (whole.adapter, whole.gradients, whole.optimizer)
-    assert part.gathers - whole.gathers == GATHERED_LAYERS * described(alias)[0].widest_layer
+    buffers = GATHERED_LAYERS * described(alias)[0].widest_layer + GATHERED_TABLES * table * (not tied)
+    assert part.gathers - whole.gathers == buffers
     kept_whole = predict(alias, **SHARDED, whole_tables=True)
     assert kept_whole.weights > part.weights or tied
 
