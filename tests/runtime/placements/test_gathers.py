@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from qdist.core.errors import JobError
 from qdist.runtime.placements.gathers import Gathers, slice_units
-from qdist.runtime.train.setup import _recomputed
 from tests.runtime.pretended import CPU, Pretended
 
 WIDTH, VOCAB = 8, 32
@@ -106,7 +105,7 @@ def recompute(model: Model, way: str) -> None:
         model.decoder.call = lambda layer, hidden: checkpoint(layer, hidden, use_reentrant=False)
     if way == "inside":
         for layer in model.decoder.layers:
-            layer.forward = partial(_recomputed, layer, layer.forward)
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 @pytest.mark.parametrize("way", ["kept", "outside", "inside"])
