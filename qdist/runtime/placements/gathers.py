@@ -83,13 +83,13 @@ class Gathers:
         """Have the stream that computes wait for a unit's bytes."""
         self.start(unit)
         arrived = self._buffer_of[unit].arrived
-        if arrived is not None:
+        if arrived is not None and unit.slots:
             torch.cuda.current_stream(self._device).wait_event(arrived)
 
     def start(self, unit: Unit) -> None:
-        """Gather a unit, unless it is there, once what was launched so far is done with its buffer."""
+        """Gather a unit, unless it is there or empty, once what was launched so far is done with its buffer."""
         buffer = self._buffer_of[unit]
-        if buffer.holds is unit:
+        if buffer.holds is unit or not unit.slots:
             return
         buffer.holds = unit
         whole = buffer.content[: unit.bytes]
@@ -112,7 +112,7 @@ class Gathers:
         Raises JobError naming the tensor. Collective.
         """
         self.forget()
-        return sum(map(self._check, (*self.tables, *self.layers)))
+        return sum(self._check(unit) for unit in (*self.tables, *self.layers) if unit.slots)
 
     def _check(self, unit: Unit) -> int:
         self.need(unit)

@@ -189,3 +189,17 @@ def test_what_stands_in_two_units_stays_whole() -> None:
     assert [[slot.name for slot in unit.slots] for unit in units] == [
         ["weight", "norm", "delta"], ["weight", "delta"], ["weight", "norm", "delta"], ["weight", "delta"],
     ]  # fmt: skip
+
+
+def test_a_layer_of_which_everything_stands_elsewhere_too_is_not_gathered() -> None:
+    model = Model()
+    model.decoder.layers[2] = model.decoder.layers[0]
+    peers = Pretended()
+    units = list(slice_units(model, [f"decoder.{name}" for name in LAYERS], peers=peers, device=CPU))
+    gathers = Gathers(units, (), peers=peers, device=CPU)
+    gathers.begin()
+    for index in range(len(LAYERS)):
+        gathers.enter(index)
+    assert [unit.bytes > 0 for unit in units] == [False, True, False, True]
+    assert [part is units[index].part for part, index in zip(peers.gathered, (1, 3), strict=True)] == [True, True]
+    assert gathers.check() == sum(slot.parameter.nbytes for unit in units for slot in unit.slots)
