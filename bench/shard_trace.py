@@ -1,15 +1,17 @@
 """Where does a step of a sharded backbone go? Kernels, gathers and idle time of each of two GPUs, beside one GPU alone.
 
-    torchrun --nproc-per-node 2 bench/shard_trace.py [--layers 12] [--rows 4]
+    torchrun --nproc-per-node 2 bench/shard_trace.py [--layers 12] [--rows 4] [--placement replicate] [--graphs]
 
 A few layers of llama-65b with random weights, all recomputed, of which each GPU holds a half. The last lines are a
-table of milliseconds a layer and step.
+table of milliseconds a layer and step. --graphs: the micro-batch is a CUDA graph, gathers included, and its loss is
+compared with that of a micro-batch that is launched kernel by kernel.
 """
 
 import argparse
 import json
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -19,6 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import qdist
 from qdist.core.model.aliases import lookup
+from qdist.runtime.data.batches import pick
+from qdist.runtime.engine.graphs import Replayed
 
 
 def main() -> None:
@@ -27,16 +31,22 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--placement", default="shard")
+    parser.add_argument("--graphs", action="store_true")
     arguments = parser.parse_args()
     rank, device = int(os.environ["RANK"]), torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
     parts = build(arguments, rank, device)
     batch = batch_of(arguments.rows)
-    times = [timed(parts.forward, batch) for _ in range(8)]
+    run = partial(passes, parts.forward)
+    eager = float(run(batch))
+    if arguments.graphs:
+        run = replayed(run, batch, device)
+        print(f"rank {rank}: losses {eager!r} launched one by one and {float(run(batch))!r} replayed", flush=True)
+    times = [timed(run, batch) for _ in range(8)]
     step = median(times[3:]) / arguments.layers
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        passes(parts.forward, batch)
+        run(batch)
         torch.cuda.synchronize()
     report(trace, step, arguments, rank)
     dist.destroy_process_group()
@@ -60,23 +70,35 @@ def build(arguments, rank, device):
 
 
 def batch_of(rows):
-    """Random tokens."""
+    """Random tokens, of which all but the first of a row have a loss."""
     ids = torch.randint(0, 32000, (rows, 512))
-    return {"input_ids": ids, "labels": ids}
+    return {"input_ids": ids, "labels": ids, **pick(ids)}
 
 
 def passes(forward, batch):
-    """Forward and backward."""
-    (forward.loss(batch) * 1e-4).backward()
+    """Forward and backward; returns the loss."""
+    loss = forward.loss(batch)
+    (loss * 1e-4).backward()
+    return loss.detach()
 
 
-def timed(forward, batch):
+def replayed(run, batch, device):
+    """The passes as a graph that was captured."""
+    graphs = Replayed(run, device)
+    graphs.start()
+    for _ in range(2):  # the second is captured
+        graphs(batch)
+    assert not graphs.refused, graphs.refused
+    return graphs
+
+
+def timed(run, batch):
     """Milliseconds of both passes."""
     dist.barrier()
     torch.cuda.synchronize()
     began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     began.record()
-    passes(forward, batch)
+    run(batch)
     ended.record()
     torch.cuda.synchronize()
     return began.elapsed_time(ended)

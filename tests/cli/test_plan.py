@@ -72,7 +72,7 @@ def test_a_shard_that_loses_to_a_shard_is_told_by_what_differs() -> None:
     decided = planned("llama-65b", gpus(4, 48))
     (other,) = (own for own in decided.alternatives if own.placement == "shard")
     assert decided.placement == "shard"
-    assert other.reason == "no faster, and needs 45.5 GiB where 45.4 GiB do"
+    assert other.reason == "2 % slower: micro-batches of 2 where 4 have room"
 
 
 def test_a_plan_for_gpus_that_are_not_here_keeps_their_number(monkeypatch: pytest.MonkeyPatch) -> None:

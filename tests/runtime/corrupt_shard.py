@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from qdist.core.errors import RunError
-from qdist.runtime.placements import shard
+from qdist.runtime.model.sliced import Peers
+from qdist.runtime.placements.shard import Shard
 from tests.runtime.tiny import backbone_of, dummy_job
 
 
@@ -18,25 +18,22 @@ def main() -> None:
     model = Path(sys.argv[1])
     dist.init_process_group("gloo")
     job = dummy_job(model, model.parent / "never", gpus=2, placement="shard", global_batch=2)
-    backbone = backbone_of(job.plan, arrange=lambda skeleton: shard.shard(skeleton, job.plan))
-    shard.settle(backbone)
-    intact = shard.check_gathered_bytes(backbone)
-    layer = backbone.model.layers[1]
-    original = shard.slice_sums
-    target = layer.self_attn.q_proj.weight
-    assert isinstance(target, DTensor)
-    bytes_of_it = target.numel()
+    place = Shard(job.plan, dist.get_rank(), (torch.device("cpu"),))
+    backbone = backbone_of(job.plan, arrange=place.arrange)
+    place.settle(backbone)
+    intact = place.verify(backbone)
+    target = backbone.model.layers[1].self_attn.q_proj.weight
+    gather = Peers.gather
 
-    def on_the_way(flat: torch.Tensor, first: int) -> torch.Tensor:
-        """What arrives has one bit turned in the first tensor of this size."""
-        if flat.numel() == bytes_of_it and layer.self_attn.q_proj.weight is not target:
-            flat = flat.clone()
-            flat[7] ^= 1
-        return original(flat, first)
+    def on_the_way(peers: Peers, whole: torch.Tensor, part: torch.Tensor) -> None:
+        """One bit of a tensor of the second layer turns."""
+        gather(peers, whole, part)
+        if whole.data_ptr() == backbone.model.layers[1].input_layernorm.weight.untyped_storage().data_ptr():
+            target.view(-1)[7] ^= 1
 
-    shard.slice_sums = on_the_way
+    Peers.gather = on_the_way
     try:
-        shard.check_gathered_bytes(backbone)
+        place.verify(backbone)
         said = ""
     except RunError as error:
         said = str(error)

@@ -14,11 +14,11 @@ from qdist.core.model.storage import expert_matrix_bytes, experts_bytes, matrix_
 from qdist.core.planning.activations import Recurrence, saved_bytes_per_token, working_bytes_per_token
 from qdist.core.planning.loss import fused_loss_bytes
 
-GATHERED_LAYERS = 3
-"""Packed layers that a sharded backbone holds beside its own part: FSDP2's all-gather output of the layer in use, the
-parameters copied out of it, and the output of the next layer, which is gathered ahead."""
-GATHERED_TABLES = 2
-"""The same for the head or the embedding in use; neither is prefetched."""
+GATHERED_LAYERS = 2
+"""Buffers that a sharded backbone keeps beside its own part, each for the widest layer: of the layer in use and of the
+next, which is gathered ahead. Alignment adds less than 6 KiB to a layer of four ranks, and is not counted."""
+GATHERED_TABLES = 1
+"""The same for embedding and head, which are used at different times."""
 STAGED_LAYERS = 2
 """Packed layers of an offloaded backbone on the GPU: the one in use and the one being copied."""
 STAGE_WIDTH = 64
@@ -310,11 +310,10 @@ def budget(sizes: Sizes, share: Share) -> MemoryBudget:
     kept, anew = _kept(sizes, share, tokens)
     work = max(own.working + tokens * own.working_token for own in _kinds(sizes, share))
     work += anew * (share.checkpointed == layers)
-    gathered = _gathered(sizes, share)
+    staged = max(own.packed for own in _kinds(sizes, share)) * STAGED_LAYERS * any(share.offloaded)
     learned = share.learned or tokens
     loss = _loss_bytes(facts, tokens=learned, compute_bytes=job.compute_bytes, fused=job.fused_loss) * share.head
-    at_loss = loss + GATHERED_TABLES * sizes.table * _shards_tables(sizes, share)
-    logits = max(0, at_loss - work - gathered)
+    logits = max(0, loss - work - staged)
     divided = share.zero_stage >= 2 and not share.pipelined
     gradients = 4 * trained // (share.data_parallel if divided else 1)
     emptied = share.zero_stage == 0 and not share.persistent_gradients
@@ -332,7 +331,8 @@ def budget(sizes: Sizes, share: Share) -> MemoryBudget:
         pageable=moments * (job.paged and job.optimizer_on_gpu),
         activations=kept + work,
         logits=logits,
-        gathers=gathered
+        gathers=staged
+        + gather_buffer_bytes(sizes, share)
         + (4 * min(_REDUCE_BUCKET, trained) if share.zero_stage >= 2 else 0)
         + share.received * tokens * sizes.entering_token,
         context=share.context_bytes,
@@ -346,9 +346,9 @@ def resident(own: MemoryBudget) -> MemoryBudget:
 
 
 def load_peak_bytes(sizes: Sizes, share: Share) -> int:
-    """Peak bytes of a GPU while its part of the backbone is loaded, one matrix at a time."""
+    """Peak bytes of a GPU while its part of the backbone is loaded, one matrix at a time, and gathered once."""
     loading = max(own.loading for own in _kinds(sizes, share))
-    return weight_bytes(sizes, share) + loading + share.context_bytes
+    return weight_bytes(sizes, share) + max(loading, gather_buffer_bytes(sizes, share)) + share.context_bytes
 
 
 def weight_bytes(sizes: Sizes, share: Share) -> int:
@@ -356,9 +356,8 @@ def weight_bytes(sizes: Sizes, share: Share) -> int:
     layers = sizes.packed(share.layers) - sizes.packed(share.offloaded)
     own_table = share.head and not share.embedding and sizes.facts.tied_embeddings
     tables = sizes.embedding * share.embedding + sizes.head * share.head + sizes.table * own_table
-    if _shards_tables(sizes, share):
-        return ceil((layers + tables) / share.shards)
-    return ceil(layers / share.shards) + tables
+    sharded = sizes.table * (share.embedding + share.head) * _shards_tables(sizes, share)
+    return ceil((layers + sharded) / share.shards) + tables - sharded
 
 
 def packed_layer_bytes(shape: LayerShape, job: TrainingShape) -> int:
@@ -411,10 +410,12 @@ def _kinds(sizes: Sizes, share: Share) -> Sequence[LayerSizes]:
     return [own for own, count in zip(sizes.layers, share.layers, strict=True) if count] or sizes.layers
 
 
-def _gathered(sizes: Sizes, share: Share) -> int:
-    """Bytes of layers stored elsewhere, in part or whole, and brought in for use."""
+def gather_buffer_bytes(sizes: Sizes, share: Share) -> int:
+    """Bytes of the buffers that a sharded backbone is gathered into, which are kept all along; otherwise 0."""
+    if share.shards == 1:
+        return 0
     widest = max(own.packed for own in _kinds(sizes, share))
-    return widest * (GATHERED_LAYERS * (share.shards > 1) + STAGED_LAYERS * any(share.offloaded))
+    return GATHERED_LAYERS * widest + GATHERED_TABLES * sizes.table * _shards_tables(sizes, share)
 
 
 def _loss_bytes(facts: ModelFacts, *, tokens: int, compute_bytes: int, fused: bool) -> int:

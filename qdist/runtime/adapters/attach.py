@@ -44,9 +44,7 @@ class FusedLora(LoraLinear):
         return method_of(vars(config)).variant() or super().resolve_lora_variant(config=config, **kwargs)
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        """Create an adapter's matrices for the full base layer: PEFT 0.21 would measure this rank's shard of it."""
-        base = self.get_base_layer()
-        self.in_features, self.out_features = base.in_features, base.out_features
+        """Create an adapter's matrices."""
         self.fan_in_fan_out = False  # true of a `Conv1D`, in whose place there is a linear here
         super().update_layer(*args, **kwargs)
 

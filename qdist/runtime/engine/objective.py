@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -67,10 +66,7 @@ def loss_of(model: Any, hidden: torch.Tensor, batch: Mapping[str, torch.Tensor],
     wanted = learned["targets"].to(device, non_blocking=True)
     if not rule.plain:
         return functional.cross_entropy(class_logits(model, picked[None])[0].float(), wanted, reduction="sum")
-    # A sharded head brings the method itself, so that FSDP gathers its weights around it.
-    entropy = getattr(head, "cross_entropy", None) or partial(cross_entropy, head)
-    total: torch.Tensor = entropy(picked, wanted, rule, fused=fused)
-    return total
+    return cross_entropy(head, picked, wanted, rule, fused=fused)
 
 
 def cross_entropy(

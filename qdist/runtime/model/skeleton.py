@@ -24,6 +24,7 @@ from qdist.runtime.model.packed import Packed4bit, Packed8bit, Slices, is_offloa
 from qdist.runtime.model.packed_experts import PackedMatrices, packed_matrices
 from qdist.runtime.model.packed_gptq import PackedGptq
 from qdist.runtime.model.parts import decoder_layers
+from qdist.runtime.model.sliced import Sliced
 from qdist.runtime.model.weights import (
     FolderWeights,
     ModelWeights,
@@ -129,8 +130,8 @@ def fill(model: nn.Module, weights: Weights, *, device: torch.device) -> None:
 
     No more than one module's tensors are held besides.
 
-    A parameter that is sharded already (a DTensor) takes its own rows and no others. The weights of a linear that is
-    marked `offloaded` stay in pinned host memory.
+    Of a sliced parameter this rank's bytes are read and no others. The weights of a linear that is marked `offloaded`
+    stay in pinned host memory.
     device: where modules lie that do not say so themselves, with an attribute `runs_on`.
     Raises ModelError where what was read is not what was written.
     """
@@ -179,32 +180,22 @@ def _in_host_memory(parameter: nn.Parameter, device: torch.device) -> nn.Paramet
     return nn.Parameter(held.pin_memory() if device.type == "cuda" else held, requires_grad=False)
 
 
-def first_row(parameter: Any) -> int:
-    """First row of this rank's part of a sharded parameter (a DTensor)."""
-    mesh = parameter.device_mesh
-    rows: int = parameter.shape[0]
-    return min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
-
-
 def _filled(parameter: nn.Parameter, values: Slices, device: torch.device) -> nn.Parameter:
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(parameter, DTensor):
-        whole = (
-            values.to(device, parameter.dtype) if isinstance(values, Stored) else values[:].to(device, parameter.dtype)
-        )
-        return nn.Parameter(whole, requires_grad=False)
-    local = parameter.to_local()
-    mine = torch.zeros(local.shape, dtype=local.dtype, device=device)
-    first = first_row(parameter)
-    if isinstance(values, Stored):
-        values.fill_rows(mine, first, parameter.device_mesh.get_group())
-    elif local.shape[0]:
-        mine.copy_(values[first : first + local.shape[0]])
-    sharded = DTensor.from_local(
-        mine, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    if isinstance(parameter, Sliced):
+        _fill_slice(parameter, values)
+        return parameter
+    whole_values = (
+        values.to(device, parameter.dtype) if isinstance(values, Stored) else values[:].to(device, parameter.dtype)
     )
-    return nn.Parameter(sharded, requires_grad=False)
+    return nn.Parameter(whole_values, requires_grad=False)
+
+
+def _fill_slice(parameter: Sliced, values: Slices) -> None:
+    part, first = parameter.kept_elements, parameter.first_element
+    if isinstance(values, Stored):
+        values.fill_part(part, first, parameter.group)
+    else:
+        part.copy_(whole(values).reshape(-1)[first : first + len(part)])
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -25,7 +25,7 @@ around what it touches resident. SmolLM2's 630 scales took 33 MiB of every rank 
 
 
 class Weights(Protocol):
-    """Tensors by module; each reader takes the rows it owns."""
+    """Tensors by module; each reader takes the part it owns."""
 
     def of(self, path: str, module: nn.Module) -> Mapping[str, Slices]:
         """The parameters and buffers of a module itself, without submodules, by their names in it."""
@@ -63,14 +63,19 @@ class Stored:
         self._check.add(self._file, self._name, values)
         return values
 
-    def fill_rows(self, rows: torch.Tensor, first: int, group: Any) -> None:
-        """Fill `rows`, which start at row `first`. group: the ranks with the other rows; all call, even for no rows."""
-        values: torch.Tensor = self._part[first : first + len(rows)] if len(rows) else self._part[0:0]
-        row_bytes = values.element_size() * prod(values.shape[1:])
-        if len(rows):
-            rows.copy_(values)
-        summed = rows if values.dtype == rows.dtype else values.to(rows.device)
-        self._check.add(self._file, self._name, summed, first_byte=first * row_bytes, group=group, is_whole=False)
+    def fill_part(self, part: torch.Tensor, first: int, group: Any) -> None:
+        """Fill `part` [n], elements of the flattened tensor from `first` on; only their rows are read.
+
+        group: the ranks with the other elements; all call, even for none.
+        """
+        row = prod(self._part.get_shape()[1:])
+        begin, end = first // row, -(-(first + len(part)) // row) if len(part) else 0
+        rows: torch.Tensor = self._part[begin : max(begin, end)]
+        values = rows.reshape(-1)[first - begin * row :][: len(part)]
+        part.copy_(values)
+        summed = part if values.dtype == part.dtype else values.to(part.device)
+        first_byte = first * values.element_size()
+        self._check.add(self._file, self._name, summed, first_byte=first_byte, group=group, is_whole=False)
 
 
 class ModelWeights:

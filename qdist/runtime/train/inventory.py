@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from qdist.core.model.shapes import LayerShape, Linear, ModelFacts
 from qdist.core.planning.plan import Plan
@@ -29,6 +28,7 @@ from qdist.core.telemetry.kernels import joined
 from qdist.runtime.data.batches import Samples
 from qdist.runtime.engine.torch import Comm
 from qdist.runtime.model.packed import PackedModule
+from qdist.runtime.model.sliced import Sliced
 from qdist.runtime.train.kernels import kernels_of
 
 _PEFT = "base_model.model."
@@ -235,8 +235,8 @@ def _bits_of(tensors: Iterable[torch.Tensor]) -> int:
 
 def _sharded(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of this rank's part of those that are sharded."""
-    return sum(tensor.to_local().nbytes for tensor in tensors if isinstance(tensor, DTensor))
+    return sum(tensor.kept.nbytes for tensor in tensors if isinstance(tensor, Sliced))
 
 
 def _whole(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors if not isinstance(tensor, DTensor))
+    return sum(tensor.nbytes for tensor in tensors if not isinstance(tensor, Sliced))

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from qdist.runtime.engine.torch import Engine, bytes_of
+from qdist.runtime.model.sliced import kept_bytes
 
 
 class Peak(NamedTuple):
@@ -65,14 +65,10 @@ def parts(model: nn.Module, engine: Engine) -> HeldMemory:
     """What a rank holds after its last step; of a shard, only its own part."""
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     return HeldMemory(
-        bytes_of(map(_local, (*frozen, *model.buffers()))),
+        bytes_of(map(kept_bytes, (*frozen, *model.buffers()))),
         bytes_of(parameter for parameter in model.parameters() if parameter.requires_grad),
         *engine.held(),
     )
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def load_peak(device: torch.device) -> int:

@@ -178,5 +178,6 @@ def test_sharded_experts_compute_what_whole_ones_do(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert [answer["held"] for answer in found] == [4, 4]
+    assert min(answer["held"] for answer in found) > 0
+    assert sum(answer["held"] for answer in found) == found[0]["whole"]
     assert all(answer["worst"] < 1e-5 and answer["checked"] > 100_000 for answer in found)
