@@ -108,7 +108,7 @@ def slowest_kernels(several: Sequence[KernelRates | None]) -> KernelRates | None
     longest = {"product_s", "kernel_s", "graph_s"}
     figures = {
         name: (max if name in longest else min)(getattr(rates, name) for rates in known)
-        for name in KernelRates.__struct_fields__
+        for name in (field.name for field in msgspec.structs.fields(KernelRates))
         if name != "attention"
     }
     shared = set.intersection(*({(own.head_dim, own.length) for own in rates.attention} for rates in known))

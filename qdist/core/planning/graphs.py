@@ -29,8 +29,8 @@ def why_eager(
         return "there is no GPU"
     if spec.graphs is False:
         return "graphs=false"
-    if layout.placement != "replicate":
-        return f"placement {layout.placement} exchanges data within a pass"
+    if layout.placement == "split":
+        return "stages of a split wait for each other within a pass"
     if layout.engine == "deepspeed":
         return "DeepSpeed adds gradients up in hooks of the backward pass"
     if offloaded:

@@ -154,7 +154,7 @@ def _record(spec: RunSpec, folder: Path, *, to_the_letter: bool) -> Path:
     versions, deciding = probe.versions(), (*_DECIDING, *(_COUNTED if to_the_letter else ()))
     parts = [
         [versions.get(name) for name in ("qdist", "transformers", "bitsandbytes")],
-        DataFacts.__struct_fields__,  # of a qdist that prepares less, or more
+        tuple(field.name for field in msgspec.structs.fields(DataFacts)),  # of a qdist that prepares less, or more
         source_identity(folder, Packing(bits=16)),
         spec.data,
         files_digest(spec.data),

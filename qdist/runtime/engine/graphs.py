@@ -121,7 +121,9 @@ def pool_of_graphs(device: torch.device) -> Capture:
 
     def capture(passes: Passes, inputs: Batch) -> tuple[Callable[[], None], torch.Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with ConstantsOnDevice(), torch.cuda.graph(graph, pool=pool, stream=stream):
+        # Threads of NCCL and of the heartbeat go on meanwhile.
+        captured = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        with ConstantsOnDevice(), captured:
             loss = passes(inputs)
         return graph.replay, loss
 

@@ -1,6 +1,7 @@
 """Brings up one rank from the rendered files: Accelerate's state, process group, backbone, adapter, engine."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -59,6 +60,9 @@ def make_accelerator(plan: Plan, run: RunDir) -> Any:
         options["gradient_accumulation_steps"] = policy["gradient_accumulation_steps"]
     else:
         options["cpu"] = config.use_cpu
+    if plan.graphs and plan.placement == "shard":
+        # NCCL would have all ranks register buffers of a graph together, and each captures when its shapes say so.
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     if config.num_processes > 1:
         backend = "gloo" if config.use_cpu else "nccl"
         options["kwargs_handlers"] = [InitProcessGroupKwargs(backend=backend, timeout=PROCESS_GROUP_TIMEOUT)]
