@@ -95,6 +95,19 @@ def test_a_graph_replays_both_passes() -> None:
         assert torch.equal(found, wanted)
 
 
+def test_scales_that_a_capture_would_compute_are_not_kept() -> None:
+    linear("nf4").cuda().in_fp8(GPU, transposed=False)  # compiles
+    layer, graph = linear("nf4").cuda(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer.in_fp8(GPU, transposed=False)
+    found = layer.in_fp8(GPU, transposed=False)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(found.scale, captured.scale)
+    assert torch.equal(found.values.float(), captured.values.float())
+    assert layer.in_fp8(GPU, transposed=True).scale is found.scale
+
+
 def in_fp8(launch: Launch, name: str, **settings: Any) -> RunDir:
     run = launch(f"fp8-{name}", **{**SHAPE, "compute": "fp8", **settings})
     assert any("products in fp8" in event.note for event in events(run))
