@@ -27,9 +27,12 @@ def main() -> None:
     parser.add_argument("--model", default="llama-7b")
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--only", default="", help="padded or packed; both by default")
     arguments = parser.parse_args()
     tokens = tokens_of(json.loads(arguments.lengths.read_text()), arguments.seq_len)
     for way, size in WAYS:
+        if arguments.only not in ("", way):
+            continue
         print(timed(arguments, tokens, way, size), flush=True)
 
 
