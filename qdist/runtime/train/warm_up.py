@@ -1,12 +1,11 @@
-"""Does beside a rank's imports what needs no Python: makes the CUDA contexts, and reads the weights' files ahead."""
+"""Reads the weights' files ahead, beside a rank's imports: that needs no Python."""
 
-import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from qdist.core.machine.world import LocalRank, Rank
+from qdist.core.machine.world import LocalRank
 from qdist.core.planning.plan import Plan
 from qdist.host.machine import probe
 
@@ -15,34 +14,19 @@ _MOST = 0.5
 """Share of the available memory up to which files are read ahead: what does not stay in memory is read twice."""
 
 
-def warm_up(plan: Plan, number: Rank, local_rank: LocalRank) -> None:
-    """Start what a rank of a GPU run will wait for; returns at once. What fails here is told where it is needed.
+def warm_up(plan: Plan, local_rank: LocalRank) -> None:
+    """Start to read what a rank of a GPU run will wait for; returns at once. What fails is told where it is needed.
 
-    The first rank of a node reads for all. Both take seconds, in which Python imports torch and transformers.
+    The first rank of a node reads for all. It takes seconds, in which Python imports torch and transformers.
     """
     sharing = probe.ranks_per_gpu()
     if plan.device != "cuda" or sharing > 1:
         return
-    _start(partial(make_contexts, plan.ranks[number].gpus))
     if local_rank == 0 and plan.source.packed:
         files = sorted(Path(plan.source.packed).glob("*.safetensors"))
         if fit_memory(files, probe.host_memory(Path("/"))[1]):
             for first in range(_READERS):
                 _start(partial(read_ahead, files[first::_READERS]))
-
-
-def make_contexts(gpus: Sequence[int]) -> None:
-    """Make the primary context of each GPU, which torch then finds; does nothing without a driver."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return
-    if driver.cuInit(0):
-        return
-    for gpu in gpus:
-        device, context = ctypes.c_int(), ctypes.c_void_p()
-        if not driver.cuDeviceGet(ctypes.byref(device), gpu):
-            driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 
 
 def read_ahead(files: Sequence[Path]) -> int:

@@ -83,7 +83,7 @@ def _work(plan: Plan, run: RunDir, clock: "StartClock") -> None:
     stop = _StopRequest(run)
     _leave_out_fla(plan)
     number = _own_rank(plan)
-    warm_up(plan, number, plan.world.local_rank_of(number))
+    warm_up(plan, plan.world.local_rank_of(number))
     import torch
 
     from qdist.runtime.kernels.libraries import import_bitsandbytes

@@ -1,10 +1,10 @@
-"""Files are read ahead where they stay in memory, and a machine without a driver or a file goes on."""
+"""Files are read ahead where they stay in memory, and a machine without a file goes on."""
 
 from pathlib import Path
 
 import pytest
 
-from qdist.core.machine.world import LocalRank, Rank
+from qdist.core.machine.world import LocalRank
 from qdist.runtime.train import warm_up
 from tests.runtime.tiny import plan_of, save_config
 
@@ -27,10 +27,5 @@ def test_what_would_fill_the_memory_is_not_read_ahead(tmp_path: Path, available:
 
 
 def test_ranks_on_cpus_start_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warm_up, "make_contexts", None)
     monkeypatch.setattr(warm_up, "read_ahead", None)
-    warm_up.warm_up(plan_of(save_config(tmp_path / "model"), tmp_path / "run"), Rank(0), LocalRank(0))
-
-
-def test_without_a_driver_no_context_is_made() -> None:
-    warm_up.make_contexts([0])
+    warm_up.warm_up(plan_of(save_config(tmp_path / "model"), tmp_path / "run"), LocalRank(0))
