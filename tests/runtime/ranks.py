@@ -1,6 +1,7 @@
 """A process that has imported everything once and forks ranks: what a rank's imports cost is paid once a suite.
 
-Reads one JSON job a line, {"run": ..., "world_size": ..., "digest": ...}; writes the exit codes of its ranks.
+Reads one JSON job a line, {"module": ..., "arguments": [...], "world_size": ...}: each rank calls `main` of the module.
+Writes the exit codes of its ranks.
 """
 
 import json
@@ -9,6 +10,7 @@ import socket
 import sys
 import traceback
 from importlib import import_module
+from typing import Any
 
 IMPORTED = (
     "bitsandbytes",
@@ -46,8 +48,8 @@ def main() -> None:
         print(json.dumps(_run(job)), flush=True)
 
 
-def _run(job: dict[str, object]) -> list[int]:
-    world_size = int(str(job["world_size"]))
+def _run(job: dict[str, Any]) -> list[int]:
+    world_size = job["world_size"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -55,7 +57,7 @@ def _run(job: dict[str, object]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def _fork(job: dict[str, object], rank: int, world_size: int, port: int) -> int:
+def _fork(job: dict[str, Any], rank: int, world_size: int, port: int) -> int:
     child = os.fork()
     if child:
         return child
@@ -71,13 +73,11 @@ def _fork(job: dict[str, object], rank: int, world_size: int, port: int) -> int:
     try:
         import torch
 
-        from qdist.runtime.train import worker
-
         # What a plan gives one rank is all cores, and other tests run on them: threads would wait for each other many
         # times longer than they work.
         torch.set_num_threads = lambda count: None
-        sys.argv = ["worker", str(job["run"]), "--digest", str(job["digest"])]
-        worker.main()
+        sys.argv = [job["module"], *job["arguments"]]
+        import_module(job["module"]).main()
         code = 0
     finally:
         if code:
