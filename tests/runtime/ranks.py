@@ -4,6 +4,7 @@ Reads one JSON job a line, {"module": ..., "arguments": [...], "world_size": ...
 Writes the exit codes of its ranks.
 """
 
+import gc
 import json
 import os
 import socket
@@ -42,6 +43,7 @@ def main() -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     for name in IMPORTED:
         import_module(name)
+    gc.freeze()  # what ranks share, so that none of their collections walks it, and copies its pages
     print("ready", file=sys.__stderr__)
     for line in sys.stdin:
         job = json.loads(line)
