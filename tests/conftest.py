@@ -1,7 +1,7 @@
 """How the whole suite is run: what costs each test least.
 
-Two processes take a file at a time (`make unit`). Files of many long tests come first: one that is begun last would keep
-one process at work while the other has nothing left to do.
+Two processes take a file at a time (`make unit`). Files of many long tests come first: one that is begun last would
+keep one process at work while the other has nothing left to do.
 """
 
 import gc
