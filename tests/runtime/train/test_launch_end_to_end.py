@@ -146,8 +146,8 @@ def plus(train: TrainRun, model: Path, folder: Path) -> RunDir:
     return train(dummy_job(model, folder / "plus", gpus=1, **DOTTED, micro_batch=4, optim__lr_ratio_b=8.0))
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_b_has_its_own_rate_under_every_zero_stage_and_when_resumed(
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_b_has_its_own_rate_under_zero_stages_and_when_resumed(
     train: TrainRun, model: Path, folder: Path, two: RunDir, plus: RunDir, stage: int
 ) -> None:
     whole = dummy_job(
@@ -292,9 +292,9 @@ def launch() -> Iterator[Launch]:
         process.communicate()
 
 
-def flags(model: Path, run: Path, **more: Any) -> list[str]:
+def flags(model: Path, run: Path, *, ranks: int = 2, **more: Any) -> list[str]:
     settings = [f"--set={key}={value}" for key, value in {**SHAPE, **more}.items()]
-    return ["--model", str(model), "--load-format", "dummy", "--gpus", "2", "--run", str(run), *settings]
+    return ["--model", str(model), "--load-format", "dummy", "--gpus", str(ranks), "--run", str(run), *settings]
 
 
 def processes(run: Path) -> dict[int, str]:
@@ -442,7 +442,7 @@ def children_of(parent: int) -> dict[str, int]:
 def test_a_rank_that_fails_shows_its_last_lines(launch: Launch, model: Path, folder: Path) -> None:
     """A learning rate that no adapter survives."""
     run = folder / "broken"
-    process = launch(*flags(model, run, **{"optim.lr": 1e30, "optim.clip": 0}))
+    process = launch(*flags(model, run, ranks=1, **{"optim.lr": 1e30, "optim.clip": 0}))
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert re.search("the loss is (nan|inf) at step|gradients are NaN or infinite at step", said)

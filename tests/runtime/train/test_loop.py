@@ -22,11 +22,12 @@ def trainer_of(
     samples: Any, *, evaluate: Any = None, move: Any = None, total: Any = None, report: Any = None, **settings: Any
 ) -> Trainer:
     comm: Any = SimpleNamespace(rank=0, sum=total or (lambda *values: values))
+    engine: Any = SimpleNamespace(replayed=None)
     plan = planned("smollm2-135m", CPU, {"gpus": 1, **settings})
     return Trainer(
         plan,
         RunDir("nowhere"),
-        engine=None,  # type: ignore[arg-type]
+        engine=engine,
         samples=samples,
         comm=comm,
         place=placement_of(plan, 0, (torch.device("cpu"),)),

@@ -31,8 +31,8 @@ pytestmark = pytest.mark.slow
 TrainRun = Callable[[prepare.Launch], RunDir]
 
 SHAPE: dict[str, Any] = {
-    "seq_len": 16, "global_batch": 8, "micro_batch": 1, "steps": 12, "lora__r": 4, "optim__lr": 3e-3,
-    "train__held_out": 0.1, "train__save_steps": 10, "train__eval_steps": 10, "train__keep": 9,
+    "seq_len": 16, "global_batch": 8, "micro_batch": 1, "steps": 6, "lora__r": 4, "optim__lr": 3e-3,
+    "train__held_out": 0.1, "train__save_steps": 4, "train__eval_steps": 4, "train__keep": 9,
 }  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def events(run: RunDir, rank: int = 0) -> list[Event]:
     return [event for event in Follower(run.path).new_events() if event.rank == rank]
 
 
-def agree(run: RunDir, other: RunDir, *, steps: int = 12) -> None:
+def agree(run: RunDir, other: RunDir, *, steps: int = 6) -> None:
     """Losses, held-out losses, gradient norms and adapters are the same."""
     one, two = events(run), events(other)
     assert len(losses(one)) == steps
@@ -153,16 +153,16 @@ def test_stages_in_half_precision_skip_the_same_steps(train: TrainRun, model: Pa
     """A loss scale that is too large overflows, and no stage may step until it has come down."""
     shape = {**SHAPE, "dtype": "float16", "optim__lr": 1e-3}
     begun = train(dummy_job(model, folder / "half", gpus=1, **shape))
-    one, two = (stopped(begun, folder / name, step=10) for name in ("half-alone", "half-stages"))
+    one, two = (stopped(begun, folder / name, step=4) for name in ("half-alone", "half-stages"))
     for run in (one, two):
-        state = run.checkpoint(10) / "state.json"
+        state = run.checkpoint(4) / "state.json"
         state.write_text(state.read_text().replace("65536.0", str(2.0**24)))
         (state.parent / "DONE").write_bytes(b"")  # as of a qdist that kept no sums
     train(prepare.prepare_resume(one, {"gpus": 1}))
     train(split(prepare.prepare_resume(two, {"gpus": 2}), (0, 1, 1, 1), groups=2, zero=2))
     skipped = [sum(event.skipped for event in events(run)) for run in (one, two)]
     assert skipped[0] == skipped[1] > 0
-    assert load(two.checkpoint(12))[0].optimizer_steps == 12 - skipped[1]
+    assert load(two.checkpoint(6))[0].optimizer_steps == 6 - skipped[1]
     assert list(losses(events(two)).values()) == pytest.approx(list(losses(events(one)).values()), rel=1e-2)
 
 
@@ -170,10 +170,10 @@ def test_stages_in_half_precision_skip_the_same_steps(train: TrainRun, model: Pa
 def test_a_run_moves_into_stages_and_out_of_them(
     train: TrainRun, model: Path, folder: Path, alone: RunDir, groups: int
 ) -> None:
-    into = stopped(alone, folder / f"into-{groups}", step=10)
+    into = stopped(alone, folder / f"into-{groups}", step=4)
     job = prepare.prepare_resume(into, {"gpus": groups})
     agree(train(split(job, (0, 0, 0, 1), groups=groups, zero=2 if groups > 1 else 0)), alone)
-    out = stopped(into, folder / f"out-{groups}", step=10)
+    out = stopped(into, folder / f"out-{groups}", step=4)
     agree(train(prepare.prepare_resume(out, {"gpus": 1})), alone)
 
 
@@ -190,6 +190,6 @@ def test_samples_of_different_lengths_pass_through_stages(train: TrainRun, folde
 def test_dropout_and_checkpointing_go_on_after_a_resume(train: TrainRun, model: Path, folder: Path) -> None:
     shape = {**SHAPE, "lora__dropout": 0.1, "train__checkpointing": True}
     whole = train(split(dummy_job(model, folder / "dropout", gpus=1, **shape), (0, 0, 1, 1)))
-    resumed = stopped(whole, folder / "dropout-resumed", step=10)
+    resumed = stopped(whole, folder / "dropout-resumed", step=4)
     train(split(prepare.prepare_resume(resumed, {}), (0, 0, 1, 1)))
     assert losses(events(resumed)) == losses(events(whole))
