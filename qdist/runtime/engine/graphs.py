@@ -54,6 +54,13 @@ class Replayed:
         """Capture from now on."""
         self._started = True
 
+    def release(self) -> None:
+        """Give the memory of all graphs back, for work that is not in one; passes are captured anew when they come."""
+        self._captured.clear()
+        self._capture = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def __call__(self, batch: Batch) -> torch.Tensor:
         """The summed loss of a micro-batch, a float64 scalar; its gradients are added to those that are there."""
         key = tuple((name, tuple(value.shape)) for name, value in sorted(batch.items()))

@@ -247,6 +247,8 @@ class Trainer:
         if not self.samples.held_out:
             return
         self._move("evaluating", step)
+        if self.engine.replayed:
+            self.engine.replayed.release()  # a plan has room for either
         batches = self.samples.held_out_batches()
         mine = batches[self.place.data_rank :: self.plan.data_parallel]
         own = self._evaluate(mine, lambda count: self._move("evaluating", step, count, len(mine)))

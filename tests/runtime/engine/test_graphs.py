@@ -124,6 +124,15 @@ def test_too_many_shapes_are_launched(recorder: Recorder, replayed: Replayed, mo
     assert replayed.refused == "micro-batches have more than 1 shapes"
 
 
+def test_released_graphs_are_captured_anew(recorder: Recorder, replayed: Replayed) -> None:
+    replayed.start()
+    for _ in range(2):
+        replayed(batch(1.0))
+    replayed.release()
+    assert float(replayed(batch(3.0))) == 6.0
+    assert (recorder.pools, recorder.captured, recorder.launched) == (2, [(1, 2), (1, 2)], [(1, 2)])
+
+
 @pytest.mark.parametrize("data", [0.5, 3, True, [1, 2], [[0.5, 1.5], [2.5, 3.5]]])
 def test_constants_are_written_on_their_device(data: Any) -> None:
     with ConstantsOnDevice():
