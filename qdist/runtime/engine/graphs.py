@@ -19,6 +19,8 @@ Capture = Callable[[Passes, Batch], tuple[Callable[[], None], torch.Tensor]]
 """Records passes over a batch without running them: (runs them again, the loss that they leave)."""
 NewPool = Callable[[], Capture]
 """Begins a pool of memory, in which all captures are until the next one: no two replays run at a time."""
+HasRoom = Callable[[float], bool]
+"""Whether launched passes that need so many times the memory of the largest so far fit beside a pool."""
 MOST = 24
 """Shapes to capture. Each graph of a 7B takes some 0.1 GiB and half a second."""
 _Key = tuple[tuple[str, tuple[int, ...]], ...]
@@ -35,14 +37,18 @@ class Replayed:
 
     A shape's first micro-batch is launched kernel by kernel: whatever compiles or allocates once does it then. Nothing
     is captured before `start`: a replay calls no hook. The largest shape is captured first, and the others find room in
-    its memory; where a larger one comes later, all are captured anew.
+    its memory; where a larger one comes later, all are captured anew. Launched passes find none in it: where there is
+    too little besides, the captured ones are given up for them.
 
     passes: reads only tensors on the device that are the same objects every time, beside its argument.
     """
 
-    def __init__(self, passes: Passes, device: torch.device, new_pool: NewPool | None = None) -> None:
+    def __init__(
+        self, passes: Passes, device: torch.device, new_pool: NewPool | None = None, has_room: HasRoom | None = None
+    ) -> None:
         self._passes, self._device = passes, device
         self._new_pool = new_pool or partial(pool_of_graphs, device)
+        self._has_room = has_room or partial(has_room_for, device)
         self._capture: Capture | None = None
         self._captured: dict[_Key, _Captured] = {}
         self._seen: set[_Key] = set()
@@ -53,6 +59,14 @@ class Replayed:
     def start(self) -> None:
         """Capture from now on."""
         self._started = True
+
+    def make_room(self, times: float = 1.0) -> None:
+        """Before passes are launched: give up the pool if they do not fit beside it.
+
+        times: the memory that they need, over that of the largest passes so far.
+        """
+        if self._captured and not self._has_room(times):
+            self.release()
 
     def release(self) -> None:
         """Give the memory of all graphs back, for work that is not in one; passes are captured anew when they come."""
@@ -67,6 +81,7 @@ class Replayed:
         if key not in self._captured and self._started and key in self._seen and not self.refused:
             self._try_to_capture(key, batch)
         if (own := self._captured.get(key)) is None:
+            self.make_room(_elements(key)[0] / max((_elements(each)[0] for each in self._seen), default=1))
             self._seen.add(key)
             return self._passes(self._moved(batch)).double()
         for name, place in own.inputs.items():
@@ -84,10 +99,11 @@ class Replayed:
         inputs = {name: value.clone() for name, value in self._moved(batch).items()}
         try:
             replay, loss = self._capture(self._passes, inputs)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:  # what CUDA forbids in a capture; nothing has run, so nothing is lost
-            self.refused = str(error).partition("\n")[0]
+            cause = _first_of(error)
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            self.refused = str(cause).partition("\n")[0]
             return
         self._captured[key] = _Captured(replay, inputs, loss)
 
@@ -130,11 +146,26 @@ def pool_of_graphs(device: torch.device) -> Capture:
         graph = torch.cuda.CUDAGraph()
         # Threads of NCCL and of the heartbeat go on meanwhile.
         captured = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
-        with ConstantsOnDevice(), captured:
-            loss = passes(inputs)
+        before = torch.cuda.current_stream(device)
+        try:
+            with ConstantsOnDevice(), captured:
+                loss = passes(inputs)
+        finally:
+            torch.cuda.set_stream(before)  # torch 2.13 stays on the other one when the end of a capture fails
         return graph.replay, loss
 
     return capture
+
+
+def has_room_for(device: torch.device, times: float) -> bool:
+    """Whether there is room outside all pools for passes that need `times` the memory of the largest so far."""
+    if device.type != "cuda":
+        return True
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - torch.cuda.memory_reserved(device)
+    needed = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    return needed * times <= min(free, allowed)
 
 
 class ConstantsOnDevice(TorchFunctionMode):
@@ -161,6 +192,14 @@ def _written(data: Any, named: Mapping[str, Any]) -> torch.Tensor:
     if isinstance(data, list | tuple) and data:
         return torch.stack([_written(each, named) for each in data])
     return torch.tensor(data, **named)
+
+
+def _first_of(error: RuntimeError) -> RuntimeError:
+    """The error that others came of: the end of a failed capture fails too, and does not say why."""
+    first, before = error, error.__context__
+    while before is not None:
+        first, before = before if isinstance(before, RuntimeError) else first, before.__context__
+    return first
 
 
 def _elements(key: _Key) -> tuple[int, ...]:

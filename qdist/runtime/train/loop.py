@@ -248,7 +248,7 @@ class Trainer:
             return
         self._move("evaluating", step)
         if self.engine.replayed:
-            self.engine.replayed.release()  # a plan has room for either
+            self.engine.replayed.make_room()  # a plan has room for either
         batches = self.samples.held_out_batches()
         mine = batches[self.place.data_rank :: self.plan.data_parallel]
         own = self._evaluate(mine, lambda count: self._move("evaluating", step, count, len(mine)))

@@ -166,6 +166,8 @@ def _work(plan: Plan, run: RunDir, clock: "StartClock") -> None:
         beat.move("finishing", plan.steps)
         reached = tuple(peak(device, load=load) for device, load in zip(devices, loading, strict=True))
         peaks, held = comm.gather(reached), comm.gather(parts(built.model, built.engine))
+        if built.engine.replayed:  # answers need memory too
+            built.engine.replayed.release()
         answering = place.can_answer and plan.spec.train.answers
         if comm.rank == 0:
             gather(run, step=plan.steps)

@@ -21,6 +21,7 @@ class Recorder:
         self.captured: list[tuple[int, ...]] = []
         self.fault: Exception | None = None
         self.pools = 0
+        self.room = 100.0
 
     def passes(self, batch: Batch) -> torch.Tensor:
         self.launched.append(tuple(batch["input_ids"].shape))
@@ -33,6 +34,9 @@ class Recorder:
     def new_pool(self) -> Capture:
         self.pools += 1
         return self.capture
+
+    def has_room(self, times: float) -> bool:
+        return times <= self.room
 
     def capture(self, passes: Passes, inputs: Batch) -> tuple[Callable[[], None], torch.Tensor]:
         if self.fault:
@@ -49,7 +53,7 @@ def recorder() -> Recorder:
 
 @pytest.fixture
 def replayed(recorder: Recorder) -> Replayed:
-    return Replayed(recorder.passes, CPU, recorder.new_pool)
+    return Replayed(recorder.passes, CPU, recorder.new_pool, recorder.has_room)
 
 
 def batch(value: float, width: int = 2) -> dict[str, torch.Tensor]:
@@ -113,6 +117,51 @@ def test_memory_that_runs_out_in_a_capture_is_an_error(recorder: Recorder, repla
     replayed(batch(1.0))
     with pytest.raises(torch.OutOfMemoryError):
         replayed(batch(1.0))
+
+
+def test_the_end_of_a_capture_does_not_hide_why_it_failed(recorder: Recorder, replayed: Replayed) -> None:
+    recorder.fault = RuntimeError("operation failed due to a previous error during capture")
+    recorder.fault.__context__ = RuntimeError("Cannot copy between CPU and CUDA tensors during CUDA graph capture")
+    recorder.fault.__context__.__context__ = KeyError("handled long ago")
+    replayed.start()
+    for value in (1.0, 2.0):
+        replayed(batch(value))
+    assert replayed.refused == "Cannot copy between CPU and CUDA tensors during CUDA graph capture"
+
+
+def test_the_end_of_a_capture_does_not_hide_that_memory_ran_out(recorder: Recorder, replayed: Replayed) -> None:
+    recorder.fault = RuntimeError("operation failed due to a previous error during capture")
+    recorder.fault.__context__ = torch.OutOfMemoryError("of 1 GiB")
+    replayed.start()
+    replayed(batch(1.0))
+    with pytest.raises(torch.OutOfMemoryError):
+        replayed(batch(1.0))
+
+
+def test_graphs_are_given_up_for_a_new_shape_that_does_not_fit_beside_them(
+    recorder: Recorder, replayed: Replayed
+) -> None:
+    recorder.room = 0.9
+    replayed.start()
+    losses = [float(replayed(batch(1.0, width))) for width in (4, 4, 3, 4, 3)]
+    assert losses == [4.0, 4.0, 3.0, 4.0, 3.0]
+    assert (recorder.pools, recorder.captured) == (1, [(1, 4), (1, 3)]), "three quarters as large: it fits"
+    for width in (5, 4, 5):
+        replayed(batch(1.0, width))
+    assert (recorder.pools, recorder.captured[2:]) == (3, [(1, 4), (1, 5)])
+    assert recorder.launched == [(1, 4), (1, 3), (1, 5)]
+
+
+def test_graphs_stay_while_other_passes_fit_beside_them(recorder: Recorder, replayed: Replayed) -> None:
+    replayed.start()
+    for _ in range(2):
+        replayed(batch(1.0))
+    replayed.make_room()
+    replayed(batch(1.0))
+    recorder.room = 0.0
+    replayed.make_room()
+    replayed(batch(1.0))
+    assert (recorder.pools, len(recorder.captured), len(recorder.launched)) == (2, 2, 1)
 
 
 def test_too_many_shapes_are_launched(recorder: Recorder, replayed: Replayed, monkeypatch: Any) -> None:
