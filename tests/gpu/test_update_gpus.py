@@ -76,3 +76,23 @@ def test_an_update_without_a_wait_is_the_same(loss_scale: float, persistent: boo
     for moment, named in first.moments.items():
         for name, value in named.items():
             assert torch.allclose(value, second.moments[moment][name], rtol=1e-5, atol=1e-9), (moment, name)
+
+
+def test_a_captured_update_goes_on_from_a_restored_state() -> None:
+    engine = engine_of(capturable=True, persistent=True)
+    for step in range(3):
+        give_gradients(engine, seed=step, scale=1.0, wrong=False)
+        engine.step(1e-2, 1.0)
+    before = engine.state()
+    found = []
+    for _ in range(2):
+        for step in (3, 4):
+            give_gradients(engine, seed=step, scale=1.0, wrong=False)
+            engine.step(1e-2, 1.0)
+        found.append(engine.state())
+        engine.restore(before)
+    first, second = found
+    assert first.optimizer_steps == second.optimizer_steps == 5
+    for name, value in first.parameters.items():
+        assert torch.equal(value, second.parameters[name]), name
+        assert torch.equal(first.moments["exp_avg"][name], second.moments["exp_avg"][name]), name

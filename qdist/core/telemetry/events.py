@@ -154,14 +154,20 @@ class SteadySpeed(NamedTuple):
 
 
 def steady_speed(events: Iterable[Event]) -> SteadySpeed:
-    """Medians of the last stretch, from one rank's events, without the first steps if there are more."""
+    """Medians of the last stretch, from the first rank's events, without the first steps if there are more.
+
+    Passes are not captured before their gradients were watched: neither those steps count nor the next, which captures.
+    """
     steps: list[Event] = []
+    unsteady = _UNSTEADY
     for event in events:
         if event.kind in ("start", "resume"):
-            steps = []
+            steps, unsteady = [], _UNSTEADY
         elif event.kind == "step" and event.seconds > 0:
             steps.append(event)
-    steady = steps[_UNSTEADY:] or steps
+        elif event.kind == "gradients":
+            unsteady = max(unsteady, len(steps) + 1)
+    steady = steps[unsteady:] or steps
     if not steady:
         return SteadySpeed(None, None)
     return SteadySpeed(

@@ -130,9 +130,8 @@ class TorchEngine:
             self.update = DeviceUpdate(own, optimizer, clip=clip, across=across, flat=self.gradients)
         self._gradient_bytes = 0
         self._scale: torch.Tensor | float = torch.ones((), device=own[0].device) if graphs else 1.0
-        self._update: Callable[[], None] = self._launch_update
-        if graphs and self.update is not None and own[0].is_cuda:
-            self._update = ReplayedWork(self._launch_update, own[0].device)
+        self._replays_update = graphs and self.update is not None and own[0].is_cuda
+        self._update = self._new_update()
         self.replayed: Replayed | None = Replayed(self._passes, own[0].device) if graphs else None
 
     def accumulate(
@@ -183,6 +182,12 @@ class TorchEngine:
         self._clear_gradients()
         return result
 
+    def _new_update(self) -> Callable[[], None]:
+        """The update, captured anew where it is replayed: a graph writes to the moments that it was captured with."""
+        if self._replays_update:
+            return ReplayedWork(self._launch_update, next(self.adapter.parameters()).device)
+        return self._launch_update
+
     def _launch_update(self) -> None:
         """Device work alone: the gradients are applied, and zero for the next step."""
         assert self.update is not None
@@ -214,6 +219,7 @@ class TorchEngine:
         if state.moments:
             allocate_moments(self.optimizer, state.optimizer_steps)
             fill_moments(self.optimizer, named, state)
+            self._update = self._new_update()
 
 
 def fill_moments(optimizer: Any, named: Mapping[str, nn.Parameter], state: State) -> None:

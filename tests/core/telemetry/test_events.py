@@ -120,6 +120,14 @@ def test_steady_speed_leaves_the_first_steps_out_where_there_are_more(
     assert steady_speed([*before, *steps]).tokens_s == speed
 
 
+def test_steady_speed_leaves_out_steps_before_passes_are_captured_and_the_one_that_captures() -> None:
+    launched = [step(number, seconds=8) for number in range(1, 6)]
+    watched = Event(kind="gradients", step=5)
+    captured = [step(6, seconds=4), step(7, seconds=2), step(8, seconds=2)]
+    assert steady_speed([Event(kind="start"), *launched, watched, *captured]).tokens_s == 500.0
+    assert steady_speed([Event(kind="start"), *launched, watched]).tokens_s == 125.0
+
+
 def load(rank: int, *, time: float, seconds: float = 1.0, read_bytes: int = 0) -> Event:
     return Event(kind="load", rank=rank, time=time, seconds=seconds, read_bytes=read_bytes)
 
