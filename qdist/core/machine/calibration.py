@@ -33,7 +33,8 @@ class CalibrationSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     measured_bytes: int
     predicted_context_bytes: int
     measured_context_bytes: int | None
-    """Bytes of CUDA context, libraries and NCCL; None if paged optimizer state hides them."""
+    """Bytes of CUDA context, libraries and NCCL; None if paged optimizer state hides them. Predicted or measured, they
+    are without those planned for CUDA graphs, which depend on the model."""
     predicted_tokens_s: float
     """Predicted tokens/s before any correction, so that corrections do not compound; 0 if unknown."""
     measured_tokens_s: float

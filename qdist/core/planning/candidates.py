@@ -330,9 +330,9 @@ class _Arrangement:
         """Bytes that a rank holds beyond the terms of the budget."""
         if self.setting.rooms is None:
             return library_bytes(self.layout)
-        if self.setting.correction and self.setting.correction.context_bytes is not None:
-            return self.setting.correction.context_bytes
-        return cuda_context_bytes(self.layout, position) + self.graphs * graph_bytes(self.layers)
+        learnt = self.setting.correction.context_bytes if self.setting.correction else None
+        context = cuda_context_bytes(self.layout, position) if learnt is None else learnt
+        return context + self.graphs * graph_bytes(self.layers)
 
     def _away(self, layer_map: tuple[int, ...], position: int) -> tuple[int, ...]:
         """Offloaded layers of a position, by run."""

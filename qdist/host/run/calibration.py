@@ -9,6 +9,7 @@ from qdist.core.errors import RunError
 from qdist.core.machine.calibration import CalibrationSample, Correction, correction
 from qdist.core.machine.cluster import Cluster
 from qdist.core.planning.plan import Plan
+from qdist.core.planning.process_memory import graph_bytes
 from qdist.host.files import cache_dir, cache_path, locked, write_atomic
 from qdist.host.machine import probe
 from qdist.host.opening import converted, decoded, read_bytes
@@ -73,6 +74,7 @@ def lesson_of(plan: Plan, result: dict[str, object], cluster: Cluster) -> Calibr
         return None
     total, peak, expected = max(peaks, key=lambda each: each[0])
     index = plan.ranks[0].gpus[0]
+    graphs = plan.graphs * graph_bytes(plan.facts.layer_count)
     return CalibrationSample(
         card=cluster.gpus[index if index < len(cluster.gpus) else 0].name,
         gpus=len(cluster.gpus),
@@ -88,8 +90,8 @@ def lesson_of(plan: Plan, result: dict[str, object], cluster: Cluster) -> Calibr
         checkpointed_layers=plan.checkpointed_layers,
         predicted_bytes=expected.total,
         measured_bytes=total,
-        predicted_context_bytes=expected.context,
-        measured_context_bytes=_context(peak.context, expected.context, expected.pageable),
+        predicted_context_bytes=expected.context - graphs,
+        measured_context_bytes=_context(peak.context - graphs, expected.context - graphs, expected.pageable),
         predicted_tokens_s=plan.tokens_per_second
         / (plan.correction.speed_of(plan.placement) if plan.correction else 1),
         measured_tokens_s=measured.tokens_per_s.measured or 0.0,

@@ -160,13 +160,13 @@ def _work(plan: Plan, run: RunDir, clock: "StartClock") -> None:
         )
         stop.listen()
         finished = trainer.train()
+        reached = tuple(peak(device, load=load) for device, load in zip(devices, loading, strict=True))
         if built.engine.replayed:  # answers need memory, and NCCL ends no communicator that a graph uses
             built.engine.replayed.release()
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(plan, run, comm.rank, max(peak(device).total for device in devices), error) from error
     if finished:
         beat.move("finishing", plan.steps)
-        reached = tuple(peak(device, load=load) for device, load in zip(devices, loading, strict=True))
         peaks, held = comm.gather(reached), comm.gather(parts(built.model, built.engine))
         answering = place.can_answer and plan.spec.train.answers
         if comm.rank == 0:

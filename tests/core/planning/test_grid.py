@@ -17,6 +17,7 @@ from qdist.core.planning.memory import MemoryBudget, resident
 from qdist.core.planning.placements.registry import layouts
 from qdist.core.planning.plan import Plan, Source
 from qdist.core.planning.planner import make_plan
+from qdist.core.planning.process_memory import graph_bytes
 from qdist.core.planning.ranking import choose
 from qdist.core.spec.run_spec import memory_cap_of, nest, resolve
 from qdist.core.text import GIB
@@ -211,7 +212,10 @@ def test_what_was_learnt_scales_speed_and_replaces_the_context() -> None:
     learnt = Correction(speed=0.8, speeds=(("shard", 0.5),), context_bytes=3 * GIB, runs=3)
     corrected = planned("llama-7b", gpus(2, 80), correction=learnt)
     assert corrected.tokens_per_second == pytest.approx(0.8 * plain.tokens_per_second, rel=1e-3)
-    assert corrected.ranks[0].expected[0].context == 3 * GIB
+    assert corrected.graphs
+    assert corrected.ranks[0].expected[0].context == 3 * GIB + graph_bytes(32)
+    launched = planned("llama-7b", gpus(2, 80), {"graphs": False}, correction=learnt)
+    assert launched.ranks[0].expected[0].context == 3 * GIB
     assert corrected.correction == learnt
     assert corrected.notes[-1] == "speed and context corrected by 3 earlier runs on this kind of card"
     by_name = {other.placement: other.tokens_per_second for other in corrected.alternatives}

@@ -10,6 +10,7 @@ import pytest
 from qdist.core.machine.calibration import CalibrationSample, Correction
 from qdist.core.machine.cluster import Cluster, Rates
 from qdist.core.planning.plan import DataFacts, Plan
+from qdist.core.planning.process_memory import graph_bytes
 from qdist.core.text import GIB, MIB
 from qdist.host.run import calibration
 from qdist.host.run.rundir import PLAN, RESULT, RunDir
@@ -39,8 +40,9 @@ def plan(**changes: Any) -> Plan:
 
 def result(plan: Plan, *, context_bytes: int = 2 * GIB, tokens_s: float | None = 900.0) -> dict[str, Any]:
     pageable = plan.ranks[0].expected[0].pageable
+    context = context_bytes + pageable + plan.graphs * graph_bytes(plan.facts.layer_count)
     peaks = [
-        [{"allocated": (8 + rank.rank) * GIB, "context": context_bytes + pageable, "reserved": 10 * GIB, "load": GIB}]
+        [{"allocated": (8 + rank.rank) * GIB, "context": context, "reserved": 10 * GIB, "load": GIB}]
         for rank in plan.ranks
     ]
     return {"steps": 5, "peaks": peaks, "tokens_per_s": {"predicted": 1000.0, "measured": tokens_s}}
@@ -59,8 +61,9 @@ def test_what_a_run_taught_corrects_the_next_plan(tmp_path: Path) -> None:
     learnt = calibration.learn(finished(tmp_path / "run", made, result(made)), cluster=machine())
     assert learnt is not None
     assert (learnt.card, learnt.gpus, learnt.world_size, learnt.rates) == ("hypothetical GPU", 2, 2, "measured")
-    assert learnt.measured_bytes == 11 * GIB + made.ranks[0].expected[0].pageable
+    assert learnt.measured_bytes == 11 * GIB + made.ranks[0].expected[0].pageable + graph_bytes(32)
     assert learnt.measured_context_bytes == 2 * GIB
+    assert learnt.predicted_context_bytes == made.ranks[0].expected[0].context - graph_bytes(32)
     wanted = Correction(speed=0.9, speeds=(("replicate", 0.9),), context_bytes=2 * GIB, runs=1)
     assert calibration.correction_for(machine()) == wanted
     assert calibration.correction_for(machine(), world_size=1) == msgspec.structs.replace(wanted, context_bytes=None)
