@@ -57,7 +57,7 @@ from qdist.host.sources.models import known_shape
 
 RESUMABLE = frozenset((
     "run", "gpus", "placement", "gpus_per_group", "split.schedule", "split.offload_layers", "micro_batch",
-    "pack", "max_memory", "trackers", "liger", "zero.stage", "zero.offload",
+    "pack", "graphs", "max_memory", "trackers", "liger", "zero.stage", "zero.offload",
     "train.checkpointing", "train.eval_steps", "train.save_steps", "train.keep", "train.answers",
     "train.verify_steps", "train.stuck_seconds",
 ))  # fmt: skip

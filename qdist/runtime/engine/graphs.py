@@ -81,7 +81,8 @@ class Replayed:
         if key not in self._captured and self._started and key in self._seen and not self.refused:
             self._try_to_capture(key, batch)
         if (own := self._captured.get(key)) is None:
-            self.make_room(_elements(key)[0] / max((_elements(each)[0] for each in self._seen), default=1))
+            if key not in self._seen:
+                self.make_room(_elements(key)[0] / max((_elements(each)[0] for each in self._seen), default=1))
             self._seen.add(key)
             return self._passes(self._moved(batch)).double()
         for name, place in own.inputs.items():
@@ -91,7 +92,7 @@ class Replayed:
 
     def _try_to_capture(self, key: _Key, batch: Batch) -> None:
         if len(self._captured) >= MOST:
-            self.refused = f"micro-batches have more than {MOST} shapes"
+            self._refuse(f"micro-batches have more than {MOST} shapes")
             return
         if self._capture is None or _elements(key) > max(map(_elements, self._captured), default=(0,)):
             self._captured.clear()
@@ -100,12 +101,17 @@ class Replayed:
         try:
             replay, loss = self._capture(self._passes, inputs)
         except RuntimeError as error:  # what CUDA forbids in a capture; nothing has run, so nothing is lost
-            cause = _first_of(error)
-            if isinstance(cause, torch.OutOfMemoryError):
-                raise cause from None
-            self.refused = str(cause).partition("\n")[0]
+            # No name for the first one: it would keep this frame and all that the passes had made.
+            if isinstance(_first_of(error), torch.OutOfMemoryError):
+                raise _first_of(error) from None
+            self._refuse(str(_first_of(error)).partition("\n")[0])
             return
         self._captured[key] = _Captured(replay, inputs, loss)
+
+    def _refuse(self, reason: str) -> None:
+        """Capture no more. What is captured stays if there is room for launched passes beside it."""
+        self.refused = reason
+        self.make_room()
 
     def _moved(self, batch: Batch) -> Batch:
         return {name: _pinned(value, self._device).to(self._device, non_blocking=True) for name, value in batch.items()}

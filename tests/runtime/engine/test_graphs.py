@@ -182,6 +182,20 @@ def test_released_graphs_are_captured_anew(recorder: Recorder, replayed: Replaye
     assert (recorder.pools, recorder.captured, recorder.launched) == (2, [(1, 2), (1, 2)], [(1, 2)])
 
 
+def test_too_many_shapes_leave_no_graphs_where_others_do_not_fit_beside_them(
+    recorder: Recorder, replayed: Replayed, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(graphs, "MOST", 1)
+    replayed.start()
+    for width in (4, 4, 2, 4):
+        replayed(batch(1.0, width))
+    recorder.room = 0.9
+    for width in (2, 4):
+        replayed(batch(1.0, width))
+    assert recorder.captured == [(1, 4)]
+    assert recorder.launched == [(1, 4), (1, 2), (1, 2), (1, 4)]
+
+
 @pytest.mark.parametrize("data", [0.5, 3, True, [1, 2], [[0.5, 1.5], [2.5, 3.5]]])
 def test_constants_are_written_on_their_device(data: Any) -> None:
     with ConstantsOnDevice():
