@@ -244,6 +244,7 @@ def test_an_empty_directory_may_become_a_run(here: Path) -> None:
         {"steps": 9},
         {"train.save_steps": 7, "train.keep": 1},
         {"liger": False},
+        {"graphs": False},
         {"trackers": ["tensorboard"]},
         {"optim.lr": "0.0002"},
         {},
