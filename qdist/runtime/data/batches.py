@@ -123,16 +123,20 @@ class Samples:
         bins = pack(self.lengths(self.held_out), self.bin_size)
         return [[self.held_out[place] for place in own] for own in bins]
 
-    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """One micro-batch as padded tensors: input_ids, labels, picked and targets; packed, positions and ends too."""
+    def batch(self, indices: Sequence[int], beside: Sequence[Sequence[int]] = ()) -> dict[str, torch.Tensor]:
+        """One micro-batch as padded tensors: input_ids, labels, picked and targets; packed, positions and ends too.
+
+        beside: micro-batches that are to have the same shape, where there are few: that of the largest of them.
+        """
+        together = (indices, *beside)
         if self.plan.packed:
             batch = collate_bin(
                 indices, self.tokenized, pad_id=self.pad_id, size=self.bin_size, longest=self.plan.seq_len
             )
         else:
-            batch = collate(indices, self.tokenized, pad_id=self.pad_id, width=self._width(indices))
+            batch = collate(indices, self.tokenized, pad_id=self.pad_id, width=self._width(together))
         width = batch["labels"].shape[1]
-        return batch | pick(batch["labels"], self._sizes.get(width, ()) if self._sizes is not None else None)
+        return batch | pick(batch["labels"], self._picks(width, together))
 
     def lengths(self, indices: Sequence[int]) -> list[int]:
         """Tokens of each of these samples."""
@@ -146,17 +150,25 @@ class Samples:
         """Number of tokens of these samples, without padding."""
         return sum(self.lengths(indices))
 
-    def padding(self, indices: Sequence[int]) -> int:
-        """Padding positions in a micro-batch of these samples."""
-        positions = self.bin_size.positions if self.plan.packed else len(indices) * self._width(indices)
+    def padding(self, indices: Sequence[int], beside: Sequence[Sequence[int]] = ()) -> int:
+        """Padding positions in a micro-batch of these samples. beside: as for `batch`."""
+        packed = self.plan.packed
+        positions = self.bin_size.positions if packed else len(indices) * self._width((indices, *beside))
         return positions - self.tokens(indices)
 
-    def _width(self, indices: Sequence[int]) -> int:
-        """Positions per row of an unpacked micro-batch: one of a few where each shape is captured."""
-        tight = width_of(indices, self.tokenized)
-        return (
-            tight if self._sizes is None else size_for(tight, tuple(self._sizes), otherwise=padded(self.plan.seq_len))
-        )
+    def _width(self, together: Sequence[Sequence[int]]) -> int:
+        """Positions per row of the first of unpacked micro-batches; where shapes are few, of all of them."""
+        if self._sizes is None:
+            return width_of(together[0], self.tokenized)
+        tight = max(width_of(own, self.tokenized) for own in together)
+        return size_for(tight, tuple(self._sizes), otherwise=padded(self.plan.seq_len))
+
+    def _picks(self, width: int, together: Sequence[Sequence[int]]) -> tuple[int, ...] | None:
+        """How many positions may be picked in micro-batches of a width, so that each of these has enough."""
+        if self._sizes is None:
+            return None
+        least = max(map(self.learned, together))
+        return tuple(size for size in self._sizes.get(width, ()) if size >= least)
 
     @cached_property
     def _sizes(self) -> Mapping[int, tuple[int, ...]] | None:

@@ -163,6 +163,11 @@ def pool_of_graphs(device: torch.device) -> Capture:
     return capture
 
 
+def never_room(_: float) -> bool:
+    """For ranks that must do alike: one that has room gives its graphs up with one that has not."""
+    return False
+
+
 def has_room_for(device: torch.device, times: float) -> bool:
     """Whether there is room outside all pools for passes that need `times` the memory of the largest so far."""
     if device.type != "cuda":

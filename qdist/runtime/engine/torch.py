@@ -14,7 +14,7 @@ from qdist.runtime.engine.adamw import (
     set_rate,
     update_parameters,
 )
-from qdist.runtime.engine.graphs import Batch, Passes, Replayed, ReplayedWork
+from qdist.runtime.engine.graphs import Batch, Passes, Replayed, ReplayedWork, never_room
 from qdist.runtime.engine.update import Across, DeviceUpdate, StepResult, finish_gradients
 from qdist.runtime.model.dropout_seed import dropout_seed_of
 
@@ -108,7 +108,7 @@ class TorchEngine:
     across: over the stages of a pipeline. ranks: that compute different samples and add their gradients up, once a
     step. The gradients lie in one flat buffer then: DDP, which adds them up during the backward pass, holds them twice
     as soon as a step has several micro-batches. graphs: whether to replay the passes of a micro-batch as CUDA graphs,
-    for which gradients lie so too.
+    for which gradients lie so too. alike: ranks work together within passes, so all of them must launch, or all replay.
     """
 
     def __init__(
@@ -120,6 +120,7 @@ class TorchEngine:
         across: Across | None = None,
         ranks: int = 1,
         graphs: bool = False,
+        alike: bool = False,
     ) -> None:
         self.adapter, self.optimizer, self.clip, self.across, self.ranks = adapter, optimizer, clip, across, ranks
         own = list(adapter.parameters())
@@ -132,7 +133,8 @@ class TorchEngine:
         self._scale: torch.Tensor | float = torch.ones((), device=own[0].device) if graphs else 1.0
         self._replays_update = graphs and self.update is not None and own[0].is_cuda
         self._update = self._new_update()
-        self.replayed: Replayed | None = Replayed(self._passes, own[0].device) if graphs else None
+        has_room = never_room if alike else None
+        self.replayed: Replayed | None = Replayed(self._passes, own[0].device, has_room=has_room) if graphs else None
 
     def accumulate(
         self,

@@ -165,7 +165,7 @@ class Trainer:
         own = range(self.place.data_rank, len(batches), plan.data_parallel)
         mine = [
             MicroBatch(
-                partial(self._load, clock, batches[index], step, count, len(own)),
+                partial(self._load, clock, batches[index], self._beside(batches, index), step, count, len(own)),
                 micro_batch_seed(plan.spec.seed, step, index),
             )
             for count, index in enumerate(own, 1)
@@ -189,7 +189,9 @@ class Trainer:
                 learning_rate=rate,
                 gradient_norm=result.gradient_norm,
                 tokens=sum(map(self.samples.tokens, batches)),
-                padding=sum(map(self.samples.padding, batches)),
+                padding=sum(
+                    self.samples.padding(each, self._beside(batches, index)) for index, each in enumerate(batches)
+                ),
                 own_tokens=sum(self.samples.tokens(batches[index]) for index in own),
                 seconds=clock.total(),
                 data_s=clock.data_s,
@@ -232,11 +234,21 @@ class Trainer:
         """In which tensors gradients of this step are not finite, while they are watched."""
         return self._gradients.not_finite(self.comm) if self._gradients is not None else ""
 
-    def _load(self, clock: Stopwatch, indices: list[int], step: int, count: int, of: int) -> Mapping[str, torch.Tensor]:
+    def _beside(self, batches: list[list[int]], index: int) -> list[list[int]]:
+        """The micro-batches that all ranks compute at a time, where they exchange weights meanwhile; else none.
+
+        Of one shape they are all launched or all replayed, which NCCL wants of what ranks do together.
+        """
+        ranks = self.plan.data_parallel
+        return batches[index - index % ranks :][:ranks] if self.place.in_step else []
+
+    def _load(
+        self, clock: Stopwatch, indices: list[int], beside: list[list[int]], step: int, count: int, of: int
+    ) -> Mapping[str, torch.Tensor]:
         """Load a micro-batch, and report that the rank has reached it."""
         self._move("training", step + 1, count, of)
         with clock.data():
-            return self.samples.batch(indices)
+            return self.samples.batch(indices, beside)
 
     def _judged_at(self, step: int) -> bool:
         every = self.plan.spec.train.eval_steps

@@ -61,7 +61,7 @@ def make_accelerator(plan: Plan, run: RunDir) -> Any:
     else:
         options["cpu"] = config.use_cpu
     if plan.graphs and plan.placement == "shard":
-        # NCCL would have all ranks register buffers of a graph together, and each captures when its shapes say so.
+        # NCCL would have all ranks register the buffers of each graph together, which was never tried.
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     if config.num_processes > 1:
         backend = "gloo" if config.use_cpu else "nccl"

@@ -125,3 +125,22 @@ def test_rows_on_a_gpu_that_are_not_captured_are_as_wide_as_they_must_be(plan: P
     for own in plain.step(0):
         assert plain.batch(own)["input_ids"].shape == tight.batch(own)["input_ids"].shape
         assert len(plain.batch(own)["targets"]) == plain.learned(own)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_micro_batches_beside_each_other_have_one_shape_where_shapes_are_few(plan: Plan, packed: bool) -> None:
+    """NCCL wants all ranks of a shard to launch, or all of them to replay."""
+    samples = samples_with(plan, packed=packed, micro_batch=2, device="cuda", graphs=True, steps=6, world_size=2)
+    apart = 0
+    for step in range(6):
+        batches = samples.step(step)
+        for first in range(0, len(batches), 2):
+            beside = batches[first : first + 2]
+            made = [samples.batch(own, beside) for own in beside]
+            shapes = {tuple(tuple(value.shape) for value in batch.values()) for batch in made}
+            assert len(shapes) == 1
+            apart += len({samples.batch(own)["targets"].shape for own in beside}) - 1
+            for own, batch in zip(beside, made, strict=True):
+                assert samples.tokens(own) + samples.padding(own, beside) == batch["input_ids"].numel()
+                assert int((batch["targets"] != -100).sum()) == samples.learned(own)
+    assert apart
