@@ -203,7 +203,10 @@ def start_of(events: Iterable[Event], *, planned_at: float) -> Start:
     begun = next((event for event in since if event.kind == "starting"), None)
     phases = read_phases(begun.note) if begun else {}
     if begun and steps:
-        phases["first step"] = round(min(steps) - begun.time, 2)
+        judged = max((event.time for event in since if event.kind == "eval" and event.time < min(steps)), default=None)
+        if judged is not None:
+            phases["evaluation"] = round(judged - begun.time, 2)
+        phases["first step"] = round(min(steps) - (judged or begun.time), 2)
     return Start(
         load_s=max(event.time for event in loads.values()) - planned_at if loads else None,
         first_step_s=min(steps) - planned_at if steps else None,
