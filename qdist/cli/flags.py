@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from qdist.core.errors import SpecError, flag_of
+from qdist.core.errors import SpecError, flag_of, in_words
 from qdist.core.spec.keys import accepted, choices, description, kinds_of, known_keys
 from qdist.core.spec.lookup import COMMON
 from qdist.core.spec.run_spec import RunSpec
-from qdist.core.spec.suggest import RELATED_NAMES, known_as
+from qdist.core.spec.suggest import RELATED_NAMES, known_as, meant_by
 from qdist.core.text import command, quoted
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -93,11 +93,13 @@ class SettingsCommand(click.Command):
             word = error.option_name.lstrip("-").replace("-", "_")
             key = known_as(word, settings)
             if key is None and (related := RELATED_NAMES.get(word)):
-                told = f"{error.option_name} is not a flag: {related} has other values"
-                raise SpecError(told, try_=command("settings", word)) from None
+                meant = meant_by(related, _value_of(error.option_name, typed))
+                told = f"{error.option_name} is not a flag: {related} {'is a setting' if meant else 'has other values'}"
+                raise SpecError(told, try_=in_words(meant) if meant else command("settings", word)) from None
             if key is None:
                 raise
-            value = _value_of(error.option_name, typed)
+            is_switch = msgspec.inspect.BoolType() in kinds_of(RunSpec, key)
+            value = _value_of(error.option_name, typed, without="true" if is_switch else "VALUE")
             flag = next((flag_of(name) for name, flagged in FLAGS.items() if flagged == key), None)
             if flag == error.option_name:
                 raise SpecError(
@@ -109,11 +111,11 @@ class SettingsCommand(click.Command):
             raise SpecError(f"{error.option_name} is not a flag: {told}", try_=try_) from None
 
 
-def _value_of(option: str, typed: Sequence[str]) -> str:
-    """The value typed after an option, or 'VALUE'."""
+def _value_of(option: str, typed: Sequence[str], *, without: str = "VALUE") -> str:
+    """The value typed after an option. without: what it is where none was."""
     for word, after in pairwise((*typed, "--")):
         if word.startswith(f"{option}="):
             return word.partition("=")[2]
         if word == option and not after.startswith("--"):
             return after
-    return "VALUE"
+    return without

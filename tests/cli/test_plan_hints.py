@@ -42,6 +42,11 @@ MACHINE = "--gpu-memory 24GiB "
         ("--model llama-7b --gpu-name 'GeForce 4090'", "no card is known as 'GeForce 4090'", "--gpu-name 'RTX 4090'"),
         ("--model llama-7b --gpus 1000000000000", "a machine has at most 256 ranks, not 1,000,000,000,000",
          "--gpus 1"),
+        ("--model llama-7b --gpu-name H100 --set graphs=true --set split.offload_layers=4",
+         "graphs=true, but offloaded layers are copied within a pass", "--set graphs=auto"),
+        ("--model llama-7b --gpu-name 'RTX 3090' --set compute=fp8", "compute=fp8 needs matrix units for fp8, which "
+         "the RTX 3090 does not have: cards from compute capability 8.9 on do, such as RTX 4090, L40S and H100",
+         "--set compute=auto"),
         ("--model smollm2-135m --max-memory 12GiB", "--max-memory caps GPUs, and this machine has none",
          "--max-memory auto"),
     ],

@@ -154,7 +154,9 @@ def micro_batches(setting: PlanningContext, layout: Layout) -> list[MicroBatch]:
     if spec.micro_batch:
         return [MicroBatch(spec.micro_batch, packed)]
     usual = setting.usual
-    if usual and usual.packed == packed and (packed or (each % usual.samples == 0 and each // usual.samples >= stages)):
+    if usual and usual.packed and packed:
+        return [MicroBatch(min(usual.samples, max(1, each)), packed=True)]  # a row wider than that would be padding
+    if usual and usual.packed == packed and each % usual.samples == 0 and each // usual.samples >= stages:
         return [usual]
     if packed:
         return [MicroBatch(size, packed=True) for size in _packed_sizes(setting, layout)]

@@ -29,12 +29,12 @@ def why_eager(
         return "there is no GPU"
     if spec.graphs is False:
         return "graphs=false"
+    if offloaded:
+        return "offloaded layers are copied within a pass"
     if layout.placement == "split":
         return "stages of a split wait for each other within a pass"
     if layout.engine == "deepspeed":
         return "DeepSpeed adds gradients up in hooks of the backward pass"
-    if offloaded:
-        return "offloaded layers are copied within a pass"
     if spec.bits == 8:
         return "products in int8 wait for the GPU to report outliers"
     if any(shape.experts for shape in facts.shapes) and compute_dtype != "bfloat16":

@@ -40,7 +40,7 @@ def require_compute(spec: RunSpec, cluster: Cluster) -> None:
     """Raise SpecError where GPUs do not multiply in the arithmetic that is asked for."""
     lacking = next((gpu.name for gpu in cluster.gpus if not has_fp8(gpu)), None)
     if spec.compute and (lacking or cluster.device == "cpu"):
-        who = f"which a {lacking} does not have" if lacking else "and this machine has no GPU"
+        who = f"which the {lacking} does not have" if lacking else "and this machine has no GPU"
         raise SpecError(
             f"compute={spec.compute} needs matrix units for fp8, {who}: cards from compute capability 8.9 on do, such "
             "as RTX 4090, L40S and H100",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from qdist.core.errors import SpecError
 from qdist.core.spec.keys import accepted, description, json_text, known_keys
 from qdist.core.spec.run_spec import RunSpec, flatten, parse_assignment, unknown_key
-from qdist.core.spec.suggest import RELATED_NAMES, known_as
+from qdist.core.spec.suggest import RELATED_NAMES, known_as, meant_by
 
 COMMON = {
     "steps": "steps", "epochs": "epochs", "lr": "optim.lr", "batch_size": "global_batch", "seq_len": "seq_len",
@@ -85,6 +85,7 @@ def find_settings(word: str) -> tuple[Setting, ...]:
     meant = known_as(asked, [each.key for each in every]) or RELATED_NAMES.get(asked)
     by_key = [each for each in every if f"_{asked}".replace(".", "_") in f"_{each.key}".replace(".", "_")]
     by_text = [each for each in every if re.search(rf"(?<!\w){re.escape(word)}", each.text, re.IGNORECASE)]
+    by_text += [each for each in every if meant_by(each.key, asked)]
     found = dict.fromkeys([each for each in every if each.key == meant] + by_key + by_text)
     if not found:
         raise SpecError(f"no setting matches {word!r}", try_="qdist settings")

@@ -9,7 +9,7 @@ from qdist.core.errors import Change, PlanError, QdistError, Say, SpecError, in_
 from qdist.core.spec.placements import CALLED_ELSEWHERE
 from qdist.core.spec.sections import OPTIMIZERS_ELSEWHERE
 
-__all__ = ["OTHER_NAMES", "RELATED_NAMES", "known_as", "not_among", "of_another_kind", "typed", "unknown"]
+__all__ = ["OTHER_NAMES", "RELATED_NAMES", "known_as", "meant_by", "not_among", "of_another_kind", "typed", "unknown"]
 
 OTHER_NAMES = {
     # transformers, PEFT, TRL, bitsandbytes
@@ -33,6 +33,8 @@ OTHER_NAMES = {
     "model_name": "model", "max_seq_length": "seq_len", "random_state": "seed",
     # what all of them call several samples in a row
     "packing": "pack", "sample_packing": "pack", "neat_packing": "pack",
+    # and what people call CUDA graphs and LoRA+
+    "cuda_graphs": "graphs", "cudagraphs": "graphs", "use_cuda_graphs": "graphs", "loraplus": "optim.lr_ratio_b",
     # QLoRA's script, DeepSpeed, and what people say
     "source_max_len": "seq_len", "quant_type": "quant.type", "double_quant": "quant.double", "stage": "zero.stage",
     "zero_stage": "zero.stage", "batch_size": "global_batch", "rank": "lora.r", "warmup": "optim.warmup_steps",
@@ -45,7 +47,7 @@ RELATED_NAMES = {
     "use_gradient_checkpointing": "train.checkpointing", "finetuning_type": "method",
     "datasets": "data", "tensor_parallel": "placement", "warmup_ratio": "optim.warmup_steps",
     "evals_per_epoch": "train.eval_steps", "saves_per_epoch": "train.save_steps", "use_rslora": "lora.variant",
-    "peft_use_rslora": "lora.variant",
+    "peft_use_rslora": "lora.variant", "group_by_length": "pack",
 }  # fmt: skip
 """Other programs' names for a setting whose values differ from qdist's: where to look, not what to type."""
 
@@ -58,7 +60,8 @@ def unknown(key: str, settings: Sequence[str], value: Any = None) -> SpecError:
     by_leaf, leaf, message = _by_leaf(settings), key.rpartition(".")[2], f"unknown setting {key!r}"
     guess = known_as(key, settings)
     if guess is None and leaf in RELATED_NAMES:
-        return SpecError(message, try_=f"qdist settings {leaf}")
+        meant = meant_by(RELATED_NAMES[leaf], value)
+        return SpecError(message, try_="" if meant else f"qdist settings {leaf}", ways=[meant] if meant else [])
     guess = guess or nearest(key, settings) or by_leaf.get(nearest(leaf, by_leaf) or "")
     if guess and value is not None:
         return SpecError(message, ways=[{guess: value}])
@@ -71,17 +74,23 @@ def known_as(name: str, settings: Sequence[str]) -> str | None:
     return _by_leaf(settings).get(leaf) or OTHER_NAMES.get(leaf)
 
 
+def meant_by(key: str, value: Any) -> Change | None:
+    """The change that another program's value of a setting stands for, or None: 'adamw_8bit' of optim.name."""
+    return _ELSEWHERE.get(key, {}).get(str(value).lower().replace("-", "_"))
+
+
 def _by_leaf(settings: Sequence[str]) -> dict[str, str]:
     return {name.rpartition(".")[2]: name for name in settings}
 
 
 def not_among(key: str, value: Any, choices: Sequence[str], usual: str = "") -> SpecError:
     """The error for a value that is none of the few that there are. usual: the one to try where none is near."""
-    meant = _ELSEWHERE.get(key, {}).get(str(value).lower().replace("-", "_"))
-    guess = nearest(str(value), choices) or usual or choices[0]
+    usual = usual or (choices[0] if choices[1:] else "auto")
+    among = f"one of {', '.join(choices)}" if choices[1:] else f"{choices[0]} or {usual}"
+    guess = nearest(str(value), choices) or usual
     return SpecError(
-        f"{key} cannot be {value!r}: it is one of {', '.join(choices)}",
-        ways=[meant or {key: guess}, {key: usual or choices[0]}],
+        f"{key} cannot be {value!r}: it is {among}",
+        ways=[meant_by(key, value) or {key: guess}, {key: usual}],
     )
 
 
@@ -102,6 +111,7 @@ def of_another_kind(key: str, value: Any, reason: str, usual: Change) -> SpecErr
         ("`array`", "a list of names"),
     ):
         wanted = wanted.replace(kind, words)
+    wanted = re.sub(r"([<>]=? -?\d+)\.0$", r"\1", wanted)
     wanted = re.sub(r" number >= ([\d.]+)$", r" number, \1 or more", wanted)
     return SpecError(
         f"{key} cannot be {value!r}: {wanted[:1].lower()}{wanted[1:]}",

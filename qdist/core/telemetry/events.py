@@ -206,10 +206,14 @@ def start_of(events: Iterable[Event], *, planned_at: float) -> Start:
     since = [event for event in events if event.time >= planned_at]
     loads = {event.rank: event for event in since if event.kind == "load"}
     steps = [event.time for event in since if event.kind == "step"]
-    begun = next((event for event in since if event.kind == "starting"), None)
+    begun = next((event for event in since if event.kind == "starting" and not event.rank), None)
     phases = read_phases(begun.note) if begun else {}
     if begun and steps:
-        phases["first step"] = round(min(steps) - begun.time, 2)
+        before = [event.time for event in since if event.kind == "eval" and event.time < min(steps)]
+        judged = max(before, default=None)
+        if judged is not None:
+            phases["evaluation"] = round(judged - begun.time, 2)
+        phases["first step"] = round(min(steps) - (judged or begun.time), 2)
     return Start(
         load_s=max(event.time for event in loads.values()) - planned_at if loads else None,
         first_step_s=min(steps) - planned_at if steps else None,

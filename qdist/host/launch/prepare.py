@@ -373,4 +373,4 @@ def _stem(spec: RunSpec) -> str:
 
 
 def _shown(value: object) -> str:
-    return json.dumps(msgspec.to_builtins(value), ensure_ascii=False)
+    return "auto" if value is None else json.dumps(msgspec.to_builtins(value), ensure_ascii=False)

@@ -9,6 +9,7 @@ from typing import Any
 from qdist.core.telemetry.kernels import Kernels
 from qdist.core.text import counted
 from qdist.runtime.engine.head import head_rule
+from qdist.runtime.model.apart import keeps_samples_apart
 from qdist.runtime.model.causal import NAME
 from qdist.runtime.model.packed import PackedLinear
 from qdist.runtime.model.parts import decoder_layers, head_of
@@ -47,6 +48,8 @@ def _products(model: Any) -> str:
 def _attention(model: Any) -> str:
     if not any("Attention" in type(module).__name__ for module in decoder_layers(model).modules()):
         return ""
+    if keeps_samples_apart(model):
+        return "of each sample by itself"
     name = str(model.config.get_text_config(decoder=True)._attn_implementation or "eager")
     return "sdpa" if name == NAME else name
 

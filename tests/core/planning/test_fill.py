@@ -194,6 +194,11 @@ def test_a_resumed_run_goes_on_as_it_was() -> None:
     assert not asked.packed
 
 
+def test_a_packed_run_that_is_resumed_on_more_ranks_has_rows_of_no_more_than_a_ranks_samples() -> None:
+    plan = planned("llama-7b", TWO, {"global_batch": 2}, data=data(150), usual=MicroBatch(2, packed=True))
+    assert (plan.data_parallel, plan.micro_batch, plan.packed) == (2, 1, True)
+
+
 def test_a_batch_of_deepspeed_is_a_product_whatever_the_rows_hold() -> None:
     plan = planned("llama-7b", TWO, {"zero.stage": 2, "pack": True, "micro_batch": 3}, data=data(150))
     config = deepspeed_config(plan, {})

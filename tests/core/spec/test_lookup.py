@@ -49,6 +49,7 @@ def test_what_another_program_calls_a_setting_finds_it_first(name: str) -> None:
         ("warm", ["optim.warmup_steps", "optim.schedule"]),
         ("zero", ["zero.stage", "zero.offload"]),
         ("Heartbeat", ["train.stuck_seconds"]),
+        ("paged_adamw_8bit", ["optim.name"]),
     ],
 )
 def test_a_word_finds_settings_by_key_and_text(word: str, keys: list[str]) -> None:

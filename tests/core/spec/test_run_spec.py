@@ -133,6 +133,7 @@ def test_what_others_call_a_setting_of_other_values_points_to_ours_and_guesses_n
 
 
 def test_a_key_like_no_other_points_to_the_list() -> None:
+    assert unknown_key("optimizer", "adamw_8bit").ways == ({"optim.name": "adamw-8bit"},)
     assert unknown_key("zzzzzz").try_ == "a setting that `qdist launch --help` lists"
 
 
@@ -142,6 +143,8 @@ def test_a_key_like_no_other_points_to_the_list() -> None:
         ({"bits": "5"}, "bits cannot be '5': it is one of 2, 3, 4, 8, 16", "--bits 4"),
         ({"bits": "four"}, "bits cannot be 'four': it is one of 2, 3, 4, 8, 16", "--bits 4"),
         ({"dtype": "bf16"}, "dtype cannot be 'bf16': it is one of bfloat16, float16, float32", "--set dtype=bfloat16"),
+        ({"compute": "fp4"}, "compute cannot be 'fp4': it is fp8 or auto", "--set compute=fp8"),
+        ({"compute": "int4"}, "compute cannot be 'int4': it is fp8 or auto", "--set compute=auto"),
         ({"quant": {"type": "nf"}}, "quant.type cannot be 'nf': it is one of fp4, nf4", "--set quant.type=nf4"),
         ({"zero": {"stage": 4}}, "zero.stage cannot be 4: it is one of 0, 1, 2, 3", "--set zero.stage=0"),
         ({"zero": {"offload": "nvme"}}, "zero.offload cannot be 'nvme': it is one of cpu, none",
@@ -156,7 +159,7 @@ def test_a_key_like_no_other_points_to_the_list() -> None:
         ({"lora": {"r": 0}}, "lora.r cannot be 0: expected a whole number, 1 or more", "--set lora.r=64"),
         ({"lora": {"r": "0.5"}}, "lora.r cannot be '0.5': expected a whole number", "--set lora.r=64"),
         ({"lora": {"r": None}}, "lora.r cannot be None: expected a whole number", "--set lora.r=64"),
-        ({"lora": {"dropout": 1}}, "lora.dropout cannot be 1: expected a number < 1.0",
+        ({"lora": {"dropout": 1}}, "lora.dropout cannot be 1: expected a number < 1",
          "--set lora.dropout=0.0"),
         ({"lora": {"targets": []}}, "lora.targets cannot be []: expected one or more names",
          "--set lora.targets=all-linear"),
@@ -188,7 +191,7 @@ def test_a_key_like_no_other_points_to_the_list() -> None:
          "optim.name cannot be 'adamw_torch_fused': it is one of adamw, adamw-8bit, paged-adamw",
          "--set optim.name=adamw"),
         ({"seed": 2**63}, f"seed cannot be {2**63}: expected a whole number <= {2**63 - 1}", "--set seed=0"),
-        ({"optim": {"lr": float("nan")}}, "optim.lr cannot be nan: expected a number > 0.0",
+        ({"optim": {"lr": float("nan")}}, "optim.lr cannot be nan: expected a number > 0",
          "--set optim.lr=0.0002"),
         ({"optim": {"clip": float("inf")}}, "optim.clip cannot be inf: expected a number <= 1e+300",
          "--set optim.clip=0.3"),

@@ -143,6 +143,16 @@ def test_a_start_is_counted_from_the_plan_of_this_launch() -> None:
     )
 
 
+def test_what_the_held_out_loss_took_is_not_of_the_first_step() -> None:
+    begun = Event(kind="starting", note="imports 5.00 s", time=106.0)
+    judged, later = (Event(kind="eval", held_out_loss=2.0, time=time) for time in (118.0, 140.0))
+    other = Event(kind="starting", rank=1, note="imports 6.00 s", time=106.0)
+    whole = start_of([other, begun, judged, step(1, time=120.0), later], planned_at=100.0)
+    assert whole.phases == {"imports": 5.0, "evaluation": 12.0, "first step": 2.0}
+    bare = start_of([begun, step(1, time=120.0), later], planned_at=100.0)
+    assert bare.phases == {"imports": 5.0, "first step": 14.0}
+
+
 def test_a_start_of_which_nobody_spoke_is_unknown() -> None:
     assert start_of([], planned_at=100.0) == Start(load_s=None, first_step_s=None, loading_s=0.0, read_bytes=0)
 

@@ -266,6 +266,8 @@ def test_a_resumed_run_may_change_what_no_step_computes(changes: dict[str, Any])
         ({"optim.lr": 1e-3}, r"run was started with optim.lr=0\.0002, not 0\.001; a resumed run keeps it",
          "leave optim.lr out, or start a new run"),
         ({"bits": 8}, "run was started with bits=4, not 8", "leave bits out, or start a new run"),
+        ({"dtype": "float32"}, "run was started with dtype=auto, not \"float32\"",
+         "leave dtype out, or start a new run"),
         ({"lora.r": 8}, "run was started with lora.r=64", "leave lora.r out, or start a new run"),
         ({"seed": 3}, "run was started with seed=0, not 3", "leave seed out, or start a new run"),
         ({"global_batch": 16}, "run was started with global_batch=8, not 16",

@@ -8,6 +8,7 @@ import torch
 
 from qdist.core.spec.sections import Quant
 from qdist.core.telemetry.kernels import Kernels, joined
+from qdist.runtime.model.apart import keep_samples_apart
 from qdist.runtime.model.packed import Packed4bit, set_compute
 from qdist.runtime.model.parts import decoder_layers
 from qdist.runtime.train.kernels import kernels_of
@@ -42,6 +43,12 @@ def test_recurrence_says_which_function_runs(model_type: str, functions: tuple[s
     assert all(f"{function} of torch (slow, " in words for function in functions), words
     assert f"(slow, without {package})" in words
     assert "update" not in words
+
+
+def test_attention_that_keeps_samples_apart_is_named_in_words() -> None:
+    model = tiny_model("llama")
+    keep_samples_apart(model)
+    assert kernels_of(model, fused=False).attention == "of each sample by itself"
 
 
 def test_a_model_without_recurrence_says_nothing_of_it() -> None:
