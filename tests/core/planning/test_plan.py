@@ -175,7 +175,7 @@ REFUSALS: list[tuple[str, Cluster, dict[str, Any], type[QdistError], str, str]] 
     ("smollm2-135m", CPU, {"compute": "fp8"}, SpecError,
      "compute=fp8 needs matrix units for fp8, and this machine has no GPU", "--set compute=auto"),
     ("llama-7b", A100, {"compute": "fp8"}, SpecError,
-     "compute=fp8 needs matrix units for fp8, which a NVIDIA A100-SXM4-80GB does not have", "--set compute=auto"),
+     "compute=fp8 needs matrix units for fp8, which the NVIDIA A100-SXM4-80GB does not have", "--set compute=auto"),
     ("gpt-oss-20b", ONE_CARD_OF_80, {"compute": "fp8"}, SpecError,
      "those of .* are in 16 bits beside experts in MXFP4", "--set compute=auto"),
     ("smollm2-135m", CPU, {"max_memory": "1GiB"}, SpecError, "--max-memory caps GPUs, and this machine has none",
