@@ -54,6 +54,14 @@ def test_a_plan_is_a_few_lines() -> None:
     assert "context" in lines[""]
 
 
+@pytest.mark.parametrize(("seq_len", "unit"), [("64", "ms"), ("8192", "s")])
+def test_a_short_step_is_predicted_in_milliseconds(seq_len: str, unit: str) -> None:
+    speed = labels(plan("--model", "smollm2-135m", "--gpu-name", "H100", "--seq-len", seq_len).stdout)["speed"]
+    number, found, *rest = speed.partition(" predicted, ")[2].split()
+    assert float(number) > 0
+    assert (found, rest) == (unit, ["a", "step"])
+
+
 def test_rows_that_only_the_engine_tells_apart_name_it() -> None:
     decided = planned("llama-65b", gpus(4, 48))
     first = decided.alternatives[0]

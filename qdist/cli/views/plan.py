@@ -20,6 +20,8 @@ from qdist.host.launch.survey import Work
 
 _MARGIN = " " * 9
 """Indent of a line that continues the named line above it."""
+_SHORT_S = 0.1
+"""Seconds a step below which milliseconds are shown."""
 _PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "gathers", "context", "margin")
 
 
@@ -91,6 +93,8 @@ def _speed(plan: Plan) -> Iterator[str]:
     if plan.tokens_per_second:
         seconds = plan.step_tokens / plan.tokens_per_second
         took = f"{seconds:.1f} s" if seconds < 60 else format_duration(seconds)
+        if seconds < _SHORT_S:
+            took = f"{1000 * seconds:.0f} ms"
         speed = f"{format_count(plan.tokens_per_second)} tokens/s"
         if has_padding(plan.useful_share):
             all_of_them = format_count(plan.positions_per_second)
