@@ -244,14 +244,15 @@ def _around(model: nn.Module, path: str) -> Iterator[nn.Module]:
 def checkpoint_layers(model: Any, count: int, *, graphs: bool = False) -> None:
     """Recompute the first `count` decoder layers in the backward pass; transformers' way, or ours where it has none.
 
-    graphs: whether the passes are captured, where torch's random state cannot be read. Nothing draws from it then.
+    graphs: whether the passes are to be captured, where torch's random state cannot be read. A model that draws from it
+    keeps it all the same: CUDA then refuses the capture, and the run says so.
     """
     base = model.get_base_model()
     layers = decoder_layers(base)
     settings = {
         "use_reentrant": False,
         "context_fn": dropout_seed_of(model).contexts,
-        "preserve_rng_state": not graphs,
+        "preserve_rng_state": not graphs or has_own_dropout(base),
     }
     if base.supports_gradient_checkpointing and all(hasattr(layer, "gradient_checkpointing") for layer in layers):
         model.gradient_checkpointing_enable(settings)
@@ -260,6 +261,15 @@ def checkpoint_layers(model: Any, count: int, *, graphs: bool = False) -> None:
         return
     for layer in layers[:count]:
         layer.forward = partial(_recomputed, layer, layer.forward, settings)
+
+
+def has_own_dropout(base: Any) -> bool:
+    """Whether a model drops something out in training, its adapters aside: also where its class says so by default."""
+    modules = (module for path, module in base.named_modules() if "lora_dropout" not in path)
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules):
+        return True
+    settings = vars(base.config.get_text_config(decoder=True))
+    return any("drop" in key and isinstance(value, float) and value > 0 for key, value in settings.items())
 
 
 def _recomputed(layer: Any, forward: Callable[..., Any], settings: Mapping[str, Any], *given: Any, **named: Any) -> Any:
