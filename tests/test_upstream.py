@@ -19,7 +19,8 @@ ROOT = Path(str(qdist.__file__)).parent
 PUBLIC = {"_replace", "_asdict", "_fields", "_make", "_exit"}
 """Of named tuples and `os`, whose documentation has them."""
 PYTHONS = {
-    "__version__", "__stdout__", "__stderr__", "__cause__", "__file__", "__path__", "__traceback__", "__annotations__",
+    "__version__", "__stdout__", "__stderr__", "__cause__", "__context__", "__file__", "__path__", "__traceback__",
+    "__annotations__",
     *(name for kind in (object, type, types.FunctionType, types.ModuleType, list, Path) for name in dir(kind)),
 }  # fmt: skip
 
