@@ -94,7 +94,7 @@ def losses_and_gradients_reference(
         scaled = values * after
         capped = scaled if softcap is None else softcap * torch.tanh(scaled / softcap)
         losses = torch.nn.functional.cross_entropy(capped, wanted, reduction="none", ignore_index=IGNORED)
-    (gradients,) = torch.autograd.grad(losses.sum(), values)
+        (gradients,) = torch.autograd.grad(losses.sum(), values)
     return losses.detach(), gradients
 
 
