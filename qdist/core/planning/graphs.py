@@ -39,7 +39,7 @@ def why_eager(
         return "products in int8 wait for the GPU to report outliers"
     if any(shape.experts for shape in facts.shapes) and compute_dtype != "bfloat16":
         return f"experts in {compute_dtype} are taken in turn, as the router has it"
-    if recomputed and (key := _own_dropout(config)):
+    if recomputed and (key := own_dropout(config)):
         return f"recomputed layers draw the model's own dropout ({key}) again, from a state that a graph cannot read"
     return ""
 
@@ -50,7 +50,7 @@ def require_captured(spec: RunSpec, reason: str) -> None:
         raise SpecError(f"graphs=true, but {reason}", ways=[{"graphs": None}])
 
 
-def _own_dropout(config: Mapping[str, Any]) -> str:
+def own_dropout(config: Mapping[str, Any]) -> str:
     """The first key of a configuration that drops something out; empty if there is none."""
     inner = config.get("text_config")
     for own in (config, inner if isinstance(inner, Mapping) else {}):

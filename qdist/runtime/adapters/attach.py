@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import re
-import zlib
 from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ from qdist.runtime.adapters.experts import adapt_experts
 from qdist.runtime.adapters.lora import Reader, adapted_product, peft_name
 from qdist.runtime.adapters.registry import METHODS, method_of
 from qdist.runtime.adapters.sharing import SharedRead, share_reads
-from qdist.runtime.kernels.dropout import Mask
+from qdist.runtime.kernels.dropout import Mask, constant_of
 from qdist.runtime.model.dropout_seed import DropoutSeed, give_dropout_seed
 from qdist.runtime.model.experts import is_experts
 from qdist.runtime.model.packed import PackedLinear, frozen_product, is_offloaded
@@ -86,12 +85,13 @@ class FusedLora(LoraLinear):
 def give_masks(model: nn.Module) -> None:
     """Have the adapted linears of a model share one dropout seed, each with a constant made from its path.
 
-    So masks are the same in every placement, and those of two linears have nothing to do with each other.
+    So micro-batches of one width have the same masks in every placement, and those of two linears have nothing to do
+    with each other.
     """
     seed = give_dropout_seed(model)
     for path, module in model.named_modules():
         if isinstance(module, FusedLora):
-            module.seed, module.constant = seed, zlib.crc32(path.encode()) & 0x7FFFFFFF
+            module.seed, module.constant = seed, constant_of(path)
 
 
 def settle_offloaded(model: nn.Module) -> None:

@@ -1,6 +1,5 @@
 """Which adapted linears read one tensor, and how do they share one pass over it?"""
 
-import zlib
 from collections import defaultdict
 from typing import Protocol
 
@@ -9,7 +8,7 @@ from torch import nn
 
 from qdist.core.model.shapes import ModelFacts, Reads
 from qdist.runtime.adapters.lora import Reader, adapted_products
-from qdist.runtime.kernels.dropout import Mask
+from qdist.runtime.kernels.dropout import Mask, constant_of
 from qdist.runtime.model.packed import is_offloaded
 
 
@@ -71,7 +70,7 @@ def share_reads(model: nn.Module, facts: ModelFacts, kind: type[nn.Module]) -> N
             groups[parent, reads[leaf], module.in_features].append(module)
     for (parent, what, _), members in groups.items():
         if len(members) > 1:
-            _join(tuple(members), zlib.crc32(f"{parent} {what}".encode()) & 0x7FFFFFFF)
+            _join(tuple(members), constant_of(f"{parent} {what}"))
 
 
 def _join(members: tuple[Shareable, ...], constant: int) -> None:

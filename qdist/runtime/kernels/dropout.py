@@ -5,6 +5,7 @@ Everything is int32 arithmetic that wraps, so that a CPU and a GPU draw the same
 by 1 / (1 - p) here: callers put that into a factor which they apply anyway.
 """
 
+import zlib
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -30,6 +31,11 @@ class Mask(NamedTuple):
     def threshold(self) -> int:
         """An element is kept if its hash, an int32, is below."""
         return min(round((1.0 - self.share) * (1 << 32)), (1 << 32) - 1) - (1 << 31)
+
+
+def constant_of(name: str) -> int:
+    """A constant for `Mask`, made from the name of a linear, or of what several read together."""
+    return zlib.crc32(name.encode()) & 0x7FFFFFFF
 
 
 def kept(mask: Mask, tokens: int, width: int) -> torch.Tensor:
@@ -88,33 +94,50 @@ def triton_dropped(inputs: torch.Tensor, mask: Mask) -> torch.Tensor:
 def triton_product(inputs: torch.Tensor, down: torch.Tensor, mask: Mask) -> torch.Tensor:
     """`dropped_product` of contiguous inputs."""
     (tokens, width), rank = inputs.shape, down.shape[0]
-    tile = _tile(rank, inputs.dtype)
-    blocks = -(-tokens // _BLOCK), -(-rank // tile["R"])
-    each = _split(width, blocks[0] * blocks[1])
-    splits = -(-width // each)
-    parts = torch.empty((splits, tokens, rank), dtype=torch.float32, device=inputs.device)
-    with on_device(inputs.device):
-        _kernels().product[(*blocks, splits)](
-            inputs, down.contiguous(), mask.seed, parts, tokens, width, rank, mask.constant, mask.threshold,
-            EACH=each, BM=_BLOCK, BK=_BLOCK, **tile,
-        )  # fmt: skip
+    parts = _in_parts(
+        _kernels().product, inputs, down.contiguous(), mask, (tokens, width, rank), across=tokens, along=width,
+        shape=(tokens, rank),
+    )  # fmt: skip
     return parts.sum(0).to(inputs.dtype)
 
 
 def triton_gradient(narrow: torch.Tensor, inputs: torch.Tensor, mask: Mask) -> torch.Tensor:
     """`dropped_gradient` of contiguous inputs."""
     (tokens, width), rank = inputs.shape, narrow.shape[1]
-    tile = _tile(rank, inputs.dtype)
-    blocks = -(-width // _BLOCK), -(-rank // tile["R"])
-    each = _split(tokens, blocks[0] * blocks[1])
-    splits = -(-tokens // each)
-    parts = torch.empty((splits, rank, width), dtype=torch.float32, device=inputs.device)
-    with on_device(inputs.device):
-        _kernels().gradient[(*blocks, splits)](
-            narrow.contiguous(), inputs, mask.seed, parts, tokens, width, rank, mask.constant, mask.threshold,
-            EACH=each, BM=_BLOCK, BK=_BLOCK, **tile,
+    parts = _in_parts(
+        _kernels().gradient, narrow.contiguous(), inputs, mask, (tokens, width, rank), across=width, along=tokens,
+        shape=(rank, width),
+    )  # fmt: skip
+    return parts[0] if len(parts) == 1 else parts.sum(0)
+
+
+def _in_parts(
+    kernel: Any,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    mask: Mask,
+    sizes: tuple[int, int, int],
+    *,
+    across: int,
+    along: int,
+    shape: tuple[int, int],
+) -> torch.Tensor:
+    """A thin product as float32 [parts, *shape] to be summed, so that there is work for the whole GPU.
+
+    sizes: tokens, width and rank. across: rows or columns of the result beside the rank; along: what is summed over,
+    of which each part has its share.
+    """
+    rank, device = sizes[2], left.device
+    tile = _tile(rank, left.dtype)
+    blocks = -(-across // _BLOCK), -(-rank // tile["R"])
+    each = _split(along, blocks[0] * blocks[1])
+    parts = torch.empty((-(-along // each), *shape), dtype=torch.float32, device=device)
+    with on_device(device):
+        kernel[(*blocks, len(parts))](
+            left, right, mask.seed, parts, *sizes, mask.constant, mask.threshold, EACH=each, BM=_BLOCK, BK=_BLOCK,
+            **tile,
         )  # fmt: skip
-    return parts[0] if splits == 1 else parts.sum(0)
+    return parts
 
 
 def triton_add(total: torch.Tensor, narrow: torch.Tensor, down: torch.Tensor, mask: Mask, alpha: float) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from qdist.core.errors import JobError
+from qdist.runtime.model.packed import compute_dtype
 from qdist.runtime.model.parts import decoder_layers
 
 NAME = "qdist_apart"
@@ -155,7 +156,7 @@ def _masked(heads: _Heads, mask: torch.Tensor | None, scale: float | None, dropo
 def _has_flash(query: torch.Tensor) -> bool:
     """Whether flash attention computes these heads: in 16 bits, from Ampere on, with windows (torch 2.11)."""
     return (
-        _compute_dtype(query) in (torch.float16, torch.bfloat16)
+        compute_dtype(query) in (torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
         and _varlen_takes("window_size")
     )
@@ -169,19 +170,14 @@ def _varlen_takes(argument: str) -> bool:
     return argument in inspect.signature(varlen.varlen_attn).parameters
 
 
-def _compute_dtype(query: torch.Tensor) -> torch.dtype:
-    """The dtype that autocast gives torch's fused attention, but not an operator of torch's own library."""
-    kind = query.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-
-
 def _flash(heads: _Heads, ends: torch.Tensor, longest: int, scale: float | None, window: int) -> torch.Tensor:
     """torch's attention over samples of any lengths; [width, heads, head]."""
     from torch.nn.attention import varlen
 
     head, of_values = heads.query.shape[-1], heads.value.shape[-1]
     wide = -(-max(head, of_values) // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
-    dtype, groups = _compute_dtype(heads.query), heads.query.shape[1] // heads.key.shape[1]
+    # Autocast gives its dtype to torch's fused attention, but not to an operator of torch's own library.
+    dtype, groups = compute_dtype(heads.query), heads.query.shape[1] // heads.key.shape[1]
     query, key, value = (_widened(each[0].transpose(0, 1).to(dtype), wide) for each in heads)
     grouped: dict[str, Any] = {}
     if groups > 1 and _varlen_takes("enable_gqa"):

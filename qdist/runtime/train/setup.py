@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qdist.core.errors import RunError
 from qdist.core.machine.world import Rank
+from qdist.core.planning.graphs import own_dropout
 from qdist.core.planning.plan import Plan, Start
 from qdist.core.planning.render import ACCELERATE_FILE
 from qdist.core.spec.run_spec import memory_cap_of
@@ -268,8 +269,7 @@ def has_own_dropout(base: Any) -> bool:
     modules = (module for path, module in base.named_modules() if "lora_dropout" not in path)
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules):
         return True
-    settings = vars(base.config.get_text_config(decoder=True))
-    return any("drop" in key and isinstance(value, float) and value > 0 for key, value in settings.items())
+    return bool(own_dropout(base.config.get_text_config(decoder=True).to_dict()))
 
 
 def _recomputed(layer: Any, forward: Callable[..., Any], settings: Mapping[str, Any], *given: Any, **named: Any) -> Any:
