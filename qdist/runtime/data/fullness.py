@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
+from qdist.core.planning.fill import MOST_COUNTED
 from qdist.core.planning.plan import Fill, Fullest
 from qdist.core.spec.run_spec import RunSpec
 from qdist.runtime.data.bins import bin_size, pack
@@ -15,7 +16,6 @@ from qdist.runtime.data.tokenized import IGNORED, TokenizedSet
 _MOST_RANKS = 8
 _MOST_SAMPLES = 1 << 18
 """Samples examined from the start of the run: later micro-batches are hardly fuller than the fullest of these."""
-_MOST_BIN = 16
 _MOST_PACKED = 1 << 13
 _MOST_STEPS = 200
 """Samples and steps that are packed for a mean: each size packs them anew, 8,192 samples in some 10 ms."""
@@ -47,7 +47,7 @@ def fills(tokenized: TokenizedSet, train: torch.Tensor, spec: RunSpec) -> tuple[
     seq_len = min(spec.seq_len, int(tokenized.offsets.diff().max()))
     mean, tokens = len(tokenized.tokens) / len(tokenized), sum(map(sum, steps)) / len(steps)
     found: list[Fill] = []
-    for samples in range(1, _MOST_BIN + 1):
+    for samples in range(1, MOST_COUNTED + 1):
         size = bin_size(micro_batch=samples, seq_len=seq_len, mean_length=mean)
         bins = [len(pack(lengths, size)) for lengths in steps]
         for ranks in range(1, _MOST_RANKS + 1):
