@@ -1,5 +1,6 @@
 """Runs written as a 16-bit model: the same after a kill, a matrix at a time, several runs added up, or nothing."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -240,29 +241,33 @@ def peak(run, out):
     write(run, sys.argv[4] + "/" + out)
     return memory("VmHWM")
 
-print(-peak(sys.argv[2], "2") + peak(sys.argv[3], "8"))
+print(-peak(sys.argv[2], "2") + peak(sys.argv[3], "12"))
 """
 
 
 @pytest.fixture(scope="module")
 def shallow_and_deep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Runs over 2 and over 8 layers of the same width."""
+    """Runs over 2 and over 12 layers of the same width."""
     folder = tmp_path_factory.mktemp("depths")
     shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16}
     shallow = run_over(folder / "shallow", save_model(folder / "model2", num_hidden_layers=2, **shape))
-    deep = run_over(folder / "deep", save_model(folder / "model8", num_hidden_layers=8, **shape))
+    deep = run_over(folder / "deep", save_model(folder / "model12", num_hidden_layers=12, **shape))
     return shallow.path, deep.path
 
 
 @pytest.mark.parametrize("onto", ["dequantized", "original"])
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, shallow_and_deep: tuple[Path, Path], onto: str) -> None:
-    """Six more layers are 154 MB more in 16 bits; runs of one depth differ by up to 35 MB."""
+    """Ten more layers are 257 MB more in 16 bits, and 4 MB more at the peak.
+
+    glibc raises its threshold for buffers of their own as they are freed, so that some later ones leave holes: runs of
+    one depth differed by up to 110 MB. Given by the environment, the threshold stays.
+    """
     child = subprocess.run(
         [sys.executable, "-c", MEASURE, onto, *map(str, shallow_and_deep), str(tmp_path)],
-        check=True, capture_output=True, text=True, cwd=ROOT,
+        check=True, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"},
     )  # fmt: skip
     grown = int(child.stdout)
     print(f"grew by {grown / 2**20:.1f} MiB")
-    sizes = [sum(file.stat().st_size for file in (tmp_path / out).glob("*.safetensors")) for out in ("2", "8")]
-    assert sizes[1] - sizes[0] > 150e6
-    assert grown < 70e6
+    sizes = [sum(file.stat().st_size for file in (tmp_path / out).glob("*.safetensors")) for out in ("2", "12")]
+    assert sizes[1] - sizes[0] > 250e6
+    assert grown < 20e6
