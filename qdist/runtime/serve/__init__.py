@@ -1,0 +1,1 @@
+"""A server that answers in OpenAI's protocol, and its page."""
