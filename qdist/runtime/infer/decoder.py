@@ -5,7 +5,7 @@ it waits for the GPU, and no Python runs for a layer.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,9 +23,12 @@ from qdist.runtime.model.parts import decoder_layers
 Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(logits float32 [n, vocabulary], the rows that they are of, int64 [n]) -> the next tokens, int64 [n].
 
-In a step it is captured; there may be rows among them that hold no answer, and whose token nobody reads."""
+In a step it is captured, once for each value of its attribute `variant` if it has one. There may be rows that hold no
+answer, and whose token nobody reads."""
 Assign = Callable[[torch.Tensor], None]
 """Is told before a pass of which row each of its tokens is, int64 [tokens]. In a step it is captured."""
+_Pass = tuple[int, Hashable]
+"""Rows of a step, and the variant of what chooses."""
 PREFILL_TOKENS = 8192
 """Tokens of prompts in one pass, at most, padding among them; a longer prompt has one for itself."""
 _WIDTH_MULTIPLE = 64
@@ -70,8 +73,8 @@ class Decoder:
         self._held = [0] * slots
         self._new_pool = new_pool or partial(pool_of_graphs, self.device)
         self._capture: Capture | None = None
-        self._replays: dict[int, Callable[[], None]] = {}
-        self._launched: set[int] = set()
+        self._replays: dict[_Pass, Callable[[], None]] = {}
+        self._launched: set[_Pass] = set()
         self.refused = "not asked for" if graphs is False else _why_no_graph(self._model, new_pool)
         """Why steps are not captured, as a phrase; empty while they are."""
         if graphs and self.refused:
@@ -161,18 +164,19 @@ class Decoder:
 
     def _run(self, bucket: int) -> None:
         """A step of so many rows: launched the first time, when things compile and allocate, then captured."""
-        if not self.refused and bucket in self._launched and bucket not in self._replays:
+        own = (bucket, getattr(self._choose, "variant", None))
+        if not self.refused and own in self._launched and own not in self._replays:
             self._capture = self._capture or self._new_pool()
             found = try_to_capture(self._capture, lambda _: self._pass(bucket), {})
             if isinstance(found, str):
                 self.refused = found
             else:
-                self._replays[bucket] = found[0]
-        if bucket in self._replays:
-            self._replays[bucket]()
+                self._replays[own] = found[0]
+        if own in self._replays:
+            self._replays[own]()
         else:
             self._pass(bucket)
-            self._launched.add(bucket)
+            self._launched.add(own)
 
     def _pass(self, bucket: int) -> torch.Tensor:
         """One token of the first rows, of which those from `_count` on hold nothing."""

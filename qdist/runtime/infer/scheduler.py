@@ -1,6 +1,6 @@
 """Answers many questions in one batch, which they join and leave at any token."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -26,9 +26,9 @@ class RowDecoder(Protocol):
 class AdapterRows:
     """Which adapter computes each row: its number, 0 for the base, in a device tensor that graphs read."""
 
-    def __init__(self, names: Sequence[str], slots: int, device: torch.device) -> None:
-        """names: of the adapters, the first of which has number 1."""
-        self._numbers = {"": 0, **{name: number for number, name in enumerate(names, 1)}}
+    def __init__(self, numbers: Mapping[str, int], slots: int, device: torch.device) -> None:
+        """numbers: of the adapters by their names, and of the base under the empty name."""
+        self._numbers = numbers
         self.of_row = torch.zeros(slots, dtype=torch.int64, device=device)
 
     def put(self, row: int, name: str) -> None:

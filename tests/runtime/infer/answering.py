@@ -1,6 +1,6 @@
 """A tokenizer, answerers over tiny models, and what is heard from them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,9 +8,10 @@ import torch
 from qdist.core.sampling import Sampling
 from qdist.runtime.infer.answerer import Answerer, Ended, Piece, Question
 from qdist.runtime.infer.choosing import Chooser
+from qdist.runtime.infer.decoder import Decoder
 from qdist.runtime.infer.line import Line
 from qdist.runtime.infer.one_by_one import OneByOne
-from qdist.runtime.infer.scheduler import AdapterRows, Batched
+from qdist.runtime.infer.scheduler import AdapterRows, Batched, RowDecoder
 from qdist.runtime.infer.text import Script
 from tests.runtime.data.test_tokenized import tiny_tokenizer
 from tests.runtime.tiny import VOCAB
@@ -73,8 +74,20 @@ def line_of(*adapters: str, positions: int = 48, ends: Sequence[int] = (1,), end
 
 
 def batched(model: Any, *, slots: int = 4, line: Line | None = None) -> Batched:
-    chooser, line = Chooser(slots, VOCAB, CPU), line or line_of()
-    return Batched(ByAnswer(model, chooser, slots), chooser, line, AdapterRows(line.adapters, slots, CPU))
+    line = line or line_of()
+    return _in_rows(lambda chooser: ByAnswer(model, chooser, slots), line, slots)
+
+
+def by_rows(model: Any, *, slots: int = 4, line: Line | None = None) -> Batched:
+    """As `batched`, by the decoder that models have."""
+    own = line or line_of()
+    return _in_rows(lambda chooser: Decoder(model, slots=slots, positions=own.positions, choose=chooser), own, slots)
+
+
+def _in_rows(make: Callable[[Chooser], RowDecoder], line: Line, slots: int) -> Batched:
+    chooser = Chooser(slots, VOCAB, CPU)
+    rows = AdapterRows(dict.fromkeys(("", *line.adapters), 0), slots, CPU)
+    return Batched(make(chooser), chooser, line, rows)
 
 
 def one_by_one(model: Any, *, slots: int = 4, line: Line | None = None) -> OneByOne:

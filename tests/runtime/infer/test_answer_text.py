@@ -43,7 +43,9 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-@pytest.mark.parametrize("text", ["", "hello there", " hello 🦜🦜 é\n\n there ", "naïve 日本語", "a<|im_start|>b<|im_end|>"])
+@pytest.mark.parametrize(
+    "text", ["", "hello there", " hello 🦜🦜 é\n\n there ", "naïve 日本語", "a<|im_start|>b<|im_end|>"]
+)
 def test_pieces_add_up_to_the_whole_and_hold_no_half_character(text: str) -> None:
     tokenizer = tiny_tokenizer(CHATML, bos=False)
     tokens = ids_of(tokenizer, text)

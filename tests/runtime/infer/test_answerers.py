@@ -11,10 +11,10 @@ from qdist.core.sampling import Sampling
 from qdist.runtime.infer.answerer import Answerer, Ended, Likely, Question
 from qdist.runtime.infer.line import PROMPT_TOKENS
 from qdist.runtime.infer.one_by_one import OneByOne
-from tests.runtime.infer.answering import Heard, answered, batched, line_of, one_by_one, question
+from tests.runtime.infer.answering import Heard, answered, batched, by_rows, line_of, one_by_one, question
 from tests.runtime.tiny import VOCAB, tiny_model
 
-KINDS = (batched, one_by_one)
+KINDS = (batched, by_rows, one_by_one)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_questions_of_several_adapters_are_computed_by_theirs(model: Any) -> Non
 def test_log_probabilities_come_as_many_as_were_asked_for(model: Any) -> None:
     with_two, with_none = answered(batched(model), question(logprobs=2, max_new_tokens=3), question(max_new_tokens=3))
     for piece in with_two.pieces:
-        assert [likely.token for likely in piece.likely][0] == piece.token
+        assert piece.likely[0].token == piece.token
         assert piece.likely[0].logprob == piece.logprob
         assert len(piece.likely) == 2
     assert all(piece.logprob is None and not piece.likely for piece in with_none.pieces)
