@@ -66,21 +66,17 @@ def add_run(model: Any, run: RunDir, name: str) -> None:
 
 
 def switch_of(model: Any, known: Mapping[str, str]) -> Callable[[str], None]:
-    """What has one adapter of a PEFT model compute, or none: for passes that one adapter computes.
+    """What has one adapter of a PEFT model compute all that comes, or the base alone for an empty name.
 
     known: PEFT's names by the adapters' names.
     """
-    in_use: list[str] = []
 
     def select(name: str) -> None:
-        if in_use == [name]:
-            return
-        if name:
-            model.base_model.enable_adapter_layers()
-            model.set_adapter(known[name])
-            model.requires_grad_(False)
-        else:
+        if not name:
             model.base_model.disable_adapter_layers()
-        in_use[:] = [name]
+            return
+        model.base_model.enable_adapter_layers()
+        model.set_adapter(known[name])
+        model.requires_grad_(False)
 
     return select

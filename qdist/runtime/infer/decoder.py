@@ -26,9 +26,9 @@ Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 In a step it is captured, once for each value of its attribute `variant` if it has one. There may be rows that hold no
 answer, and whose token nobody reads."""
 Assign = Callable[[torch.Tensor], None]
-"""Is told before a pass of which row each of its tokens is, int64 [tokens]. In a step it is captured."""
-_Pass = tuple[int, Hashable]
-"""Rows of a step, and the variant of what chooses."""
+"""Is told before a pass of which row each of its tokens is, int64 [tokens]. It is captured as `Choose` is."""
+_Pass = tuple[int, Hashable, Hashable]
+"""Rows of a step, and the variants of what chooses and of what assigns."""
 PREFILL_TOKENS = 8192
 """Tokens of prompts in one pass, at most, padding among them; a longer prompt has one for itself."""
 _WIDTH_MULTIPLE = 64
@@ -164,7 +164,7 @@ class Decoder:
 
     def _run(self, bucket: int) -> None:
         """A step of so many rows: launched the first time, when things compile and allocate, then captured."""
-        own = (bucket, getattr(self._choose, "variant", None))
+        own = (bucket, getattr(self._choose, "variant", None), getattr(self._assign, "variant", None))
         if not self.refused and own in self._launched and own not in self._replays:
             self._capture = self._capture or self._new_pool()
             found = try_to_capture(self._capture, lambda _: self._pass(bucket), {})

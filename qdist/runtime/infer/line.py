@@ -114,15 +114,24 @@ class Line:
             self._waiting.remove(answer)
         answer.end("cancelled")
 
-    def admit(self, places: int) -> list[Answer]:
-        """The next answers in order that there are places for, with `PROMPT_TOKENS` of prompts at most."""
+    def admit(self, places: int, adapter: str | None = None) -> list[Answer]:
+        """The next answers in order that there are places for, with `PROMPT_TOKENS` of prompts at most.
+
+        adapter: let nobody in from the first question on that is for another one.
+        """
         admitted, tokens = list[Answer](), 0
         while self._waiting and len(admitted) < places:
-            tokens += len(self._waiting[0].question.prompt)
-            if admitted and tokens > PROMPT_TOKENS:
+            question = self._waiting[0].question
+            tokens += len(question.prompt)
+            if (admitted and tokens > PROMPT_TOKENS) or adapter not in (None, question.adapter):
                 break
             admitted.append(self._waiting.popleft())
         return admitted
+
+    @property
+    def next_adapter(self) -> str:
+        """The adapter that the first question in the line is for; empty if there is none."""
+        return self._waiting[0].question.adapter if self._waiting else ""
 
     def forget(self, answer: Answer) -> None:
         """Drop an answer that has ended."""

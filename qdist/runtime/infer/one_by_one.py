@@ -1,6 +1,5 @@
 """Answers with any model of transformers: each answer has a cache of its own, and its own pass for each token."""
 
-from collections.abc import Callable
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -10,9 +9,7 @@ from transformers.generation import GenerationMode
 from qdist.runtime.infer.answerer import Listener, Question
 from qdist.runtime.infer.choosing import Chooser
 from qdist.runtime.infer.line import Answer, Line
-
-Select = Callable[[str], None]
-"""Has the adapter of this name compute from now on, or the base alone if empty."""
+from qdist.runtime.infer.scheduler import Select
 
 
 class _Course(NamedTuple):

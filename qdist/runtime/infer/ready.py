@@ -16,9 +16,9 @@ from qdist.runtime.infer.decoder import Decoder, why_not
 from qdist.runtime.infer.decoding import ends_of
 from qdist.runtime.infer.line import PROMPT_TOKENS, Line
 from qdist.runtime.infer.load import answering_plan, load_run, load_tokenizer, open_model, residence_of
-from qdist.runtime.infer.one_by_one import OneByOne, Select
+from qdist.runtime.infer.one_by_one import OneByOne
 from qdist.runtime.infer.prompts import Speech, speech_of
-from qdist.runtime.infer.scheduler import AdapterRows, Batched
+from qdist.runtime.infer.scheduler import AdapterRows, Batched, Select
 from qdist.runtime.infer.text import Script
 from qdist.runtime.model.skeleton import DTYPES
 
@@ -150,23 +150,24 @@ def _answerer(loaded: _Loaded, *, slots: int, positions: int, graphs: bool | Non
     """What answers with a model, and why one by one if it does."""
     model = loaded.model
     base = model.get_base_model() if loaded.known else model
-    scripts = {name: _script(base, speech) for name, speech in loaded.speeches.items()}
-    line, device = Line(scripts, positions), base.device
-    chooser = Chooser(slots, _vocabulary(base), device)
-    numbers = {name: number for number, name in enumerate(loaded.known, 1)}
-    rows = AdapterRows({**dict.fromkeys(scripts, 0), **numbers}, slots, device)
-    reason = why_not(model) or ("adapters are computed by PEFT" if loaded.known else "")
+    line = Line({name: _script(base, speech) for name, speech in loaded.speeches.items()}, positions)
+    chooser = Chooser(slots, _vocabulary(base), base.device)
+    select: Select = switch_of(model, loaded.known) if loaded.known else _nothing
+    reason = why_not(model)
     if not reason:
-        decoder = Decoder(model, slots=slots, positions=positions, choose=chooser, graphs=graphs)
-        return Batched(decoder, chooser, line, rows), ""
+        numbers = {**dict.fromkeys(loaded.speeches, 0), **{name: n for n, name in enumerate(loaded.known, 1)}}
+        rows = AdapterRows(numbers, slots, base.device, select, None if loaded.known else _nothing)
+        decoder = Decoder(model, slots=slots, positions=positions, choose=chooser, graphs=graphs, assign=rows)
+        rows.use(set(loaded.known) if rows.mixes and loaded.known else {next(iter(loaded.known), "")})
+        decoder.prepare()
+        return Batched(decoder, chooser, line, rows, slots=slots), ""
     if graphs:
         raise SpecError(f"steps cannot be captured: {reason}", try_="graphs=None")
-    select: Select = switch_of(model, loaded.known) if loaded.known else _nothing
     return OneByOne(base, chooser, line, slots=slots, select=select), f"each token by a pass of its own: {reason}"
 
 
-def _nothing(_: str) -> None:
-    """Selects the only model there is."""
+def _nothing(_: object) -> None:
+    """Selects the only adapter there is: none."""
 
 
 def _script(base: Any, speech: Speech) -> Script:

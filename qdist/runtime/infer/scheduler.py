@@ -1,6 +1,6 @@
 """Answers many questions in one batch, which they join and leave at any token."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -23,31 +23,61 @@ class RowDecoder(Protocol):
         """Copy a row over another."""
 
 
-class AdapterRows:
-    """Which adapter computes each row: its number, 0 for the base, in a device tensor that graphs read."""
+Select = Callable[[str], None]
+"""Has the adapter of this name compute all that comes, or the base alone if empty."""
+SetRows = Callable[[torch.Tensor], None]
+"""Has the adapters of these numbers compute the next tokens, int64 [tokens]. A graph may capture it."""
 
-    def __init__(self, numbers: Mapping[str, int], slots: int, device: torch.device) -> None:
-        """numbers: of the adapters by their names, and of the base under the empty name."""
-        self._numbers = numbers
-        self.of_row = torch.zeros(slots, dtype=torch.int64, device=device)
+
+class AdapterRows:
+    """Which adapter computes each row. A decoder calls it before each pass with the rows that tokens are of.
+
+    numbers: of the adapters by their names, and 0 of the base under the empty name.
+    set_rows: None where rows of one pass cannot have adapters of their own.
+    """
+
+    def __init__(
+        self, numbers: Mapping[str, int], slots: int, device: torch.device, select: Select, set_rows: SetRows | None
+    ) -> None:
+        self._numbers, self._select, self._set_rows = numbers, select, set_rows
+        self._of_row = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.mixes = set_rows is not None
+        """Whether the rows of one pass may have different adapters."""
+        self.variant: str | None = None
+        """The adapter of all rows, or None if each has its own: a graph is captured for each value."""
+        self.use({""})
+
+    def use(self, names: Collection[str]) -> None:
+        """Compute with these adapters from now on, with one alone faster than with several."""
+        only = next(iter(names)) if len(names) == 1 else None
+        if only != self.variant:
+            self.variant = only
+            if only is not None:
+                self._select(only)
 
     def put(self, row: int, name: str) -> None:
         """Give a row to an adapter."""
-        self.of_row[row] = self._numbers[name]
+        self._of_row[row] = self._numbers[name]
 
     def move(self, source: int, target: int) -> None:
         """Have an answer go on in another row."""
-        self.of_row[target] = self.of_row[source]
+        self._of_row[target] = self._of_row[source]
+
+    def __call__(self, rows: torch.Tensor) -> None:
+        """Choose the adapters of the next tokens by their rows, int64 [tokens]."""
+        if self.variant is None and self._set_rows:
+            self._set_rows(self._of_row[rows])
 
 
 class Batched:
     """An `Answerer` whose answers at work are the first rows of a decoder's cache."""
 
-    def __init__(self, decoder: RowDecoder, chooser: Chooser, line: Line, adapter_rows: AdapterRows) -> None:
+    def __init__(
+        self, decoder: RowDecoder, chooser: Chooser, line: Line, adapter_rows: AdapterRows, *, slots: int
+    ) -> None:
         self._decoder, self._chooser, self._line, self._adapter_rows = decoder, chooser, line, adapter_rows
         self._rows: list[Answer] = []
-        self.adapters, self.positions = line.adapters, line.positions
-        self.slots = len(adapter_rows.of_row)
+        self.adapters, self.positions, self.slots = line.adapters, line.positions, slots
 
     @property
     def working(self) -> int:
@@ -86,8 +116,10 @@ class Batched:
         return True
 
     def _let_in(self) -> None:
-        first = len(self._rows)
-        admitted = self._line.admit(self.slots - first)
+        first, only = len(self._rows), None
+        if not self._adapter_rows.mixes:
+            only = self._rows[0].question.adapter if self._rows else self._line.next_adapter
+        admitted = self._line.admit(self.slots - first, only)
         if not admitted:
             return
         rows = range(first, first + len(admitted))
@@ -100,6 +132,7 @@ class Batched:
 
     def _use(self) -> None:
         self._chooser.use(answer.question.sampling for answer in self._rows)
+        self._adapter_rows.use({answer.question.adapter for answer in self._rows})
 
     def _compact(self) -> None:
         """Have the last rows take the places of answers that ended."""

@@ -8,7 +8,7 @@ import torch
 from qdist.core.sampling import Sampling
 from qdist.runtime.infer.answerer import Answerer, Ended, Piece, Question
 from qdist.runtime.infer.choosing import Chooser
-from qdist.runtime.infer.decoder import Decoder
+from qdist.runtime.infer.decoder import Choose, Decoder
 from qdist.runtime.infer.line import Line
 from qdist.runtime.infer.one_by_one import OneByOne
 from qdist.runtime.infer.scheduler import AdapterRows, Batched, RowDecoder
@@ -46,7 +46,7 @@ class Heard:
 class ByAnswer:
     """A decoder of rows that reads each row's tokens from the start: what its cache must amount to."""
 
-    def __init__(self, model: Any, choose: Chooser, slots: int) -> None:
+    def __init__(self, model: Any, choose: Choose, slots: int) -> None:
         self._model, self._choose = model, choose
         self.rows: list[list[int]] = [[] for _ in range(slots)]
 
@@ -86,8 +86,13 @@ def by_rows(model: Any, *, slots: int = 4, line: Line | None = None) -> Batched:
 
 def _in_rows(make: Callable[[Chooser], RowDecoder], line: Line, slots: int) -> Batched:
     chooser = Chooser(slots, VOCAB, CPU)
-    rows = AdapterRows(dict.fromkeys(("", *line.adapters), 0), slots, CPU)
-    return Batched(make(chooser), chooser, line, rows)
+    return Batched(make(chooser), chooser, line, rows_of(line, slots), slots=slots)
+
+
+def rows_of(line: Line, slots: int) -> AdapterRows:
+    """Where all adapters are the base."""
+    numbers = dict.fromkeys(("", *line.adapters), 0)
+    return AdapterRows(numbers, slots, CPU, select=lambda _: None, set_rows=lambda _: None)
 
 
 def one_by_one(model: Any, *, slots: int = 4, line: Line | None = None) -> OneByOne:

@@ -9,9 +9,11 @@ import torch
 from qdist.core.errors import DataError, JobError
 from qdist.core.sampling import Sampling
 from qdist.runtime.infer.answerer import Answerer, Ended, Likely, Question
+from qdist.runtime.infer.choosing import Chooser
 from qdist.runtime.infer.line import PROMPT_TOKENS
 from qdist.runtime.infer.one_by_one import OneByOne
-from tests.runtime.infer.answering import Heard, answered, batched, by_rows, line_of, one_by_one, question
+from qdist.runtime.infer.scheduler import AdapterRows, Batched
+from tests.runtime.infer.answering import ByAnswer, Heard, answered, batched, by_rows, line_of, one_by_one, question
 from tests.runtime.tiny import VOCAB, tiny_model
 
 KINDS = (batched, by_rows, one_by_one)
@@ -201,6 +203,55 @@ def test_questions_of_several_adapters_are_computed_by_theirs(model: Any) -> Non
         answerer.submit(question(adapter=name), Heard())
     answerer.step()
     assert selected == ["", "a", "b", "b"]
+
+
+class Shifted(ByAnswer):
+    """As if each adapter's answers were the base's, its number of tokens further: rows are computed by theirs."""
+
+    def __init__(self, model: Any, chooser: Chooser, slots: int, *, mixes: bool) -> None:
+        super().__init__(model, self._choose_shifted, slots)
+        self._chooser, self._shifts, self.selected = chooser, torch.zeros(0, dtype=torch.int64), list[str]()
+        self.numbers = {"": 0, "a": 1, "b": 2}
+        self.adapter_rows = AdapterRows(
+            self.numbers, slots, torch.device("cpu"), self.selected.append, self._set_rows if mixes else None
+        )
+
+    def _set_rows(self, numbers: torch.Tensor) -> None:
+        self._shifts = numbers
+
+    def _choose_shifted(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        self.adapter_rows(rows)
+        only = self.adapter_rows.variant
+        shifts = self._shifts.tolist() if only is None else [self.numbers[only]] * len(rows)
+        rolled = [own.roll(shift) for own, shift in zip(logits, shifts, strict=True)]
+        return self._chooser(torch.stack(rolled), rows)
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+def test_rows_are_computed_by_their_adapters_in_one_pass_or_where_they_cannot_one_adapter_at_a_time(
+    mixes: bool, model: Any
+) -> None:
+    line, chooser = line_of("a", "b"), Chooser(3, VOCAB, torch.device("cpu"))
+    decoder = Shifted(model, chooser, 3, mixes=mixes)
+    answerer = Batched(decoder, chooser, line, decoder.adapter_rows, slots=3)
+    names = ("a", "", "b", "b", "a")
+    asked = [question(max_new_tokens=2 + place, adapter=name) for place, name in enumerate(names)]
+    found = [own.tokens for own in answered(answerer, *asked)]
+    for name, own, tokens in zip(names, asked, found, strict=True):
+        alone = OneByOne(
+            model, ShiftedChooser(decoder.numbers[name]), line_of("a", "b"), slots=1, select=lambda _: None
+        )
+        assert tokens == answered(alone, own)[0].tokens
+    assert decoder.selected == (["", "b", "a"] if mixes else ["", "a", "", "b", "a"])
+
+
+class ShiftedChooser(Chooser):
+    def __init__(self, shift: int) -> None:
+        super().__init__(1, VOCAB, torch.device("cpu"))
+        self._shift = shift
+
+    def __call__(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return super().__call__(logits.roll(self._shift, -1), rows)
 
 
 def test_log_probabilities_come_as_many_as_were_asked_for(model: Any) -> None:
