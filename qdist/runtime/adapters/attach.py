@@ -75,6 +75,10 @@ class FusedLora(LoraLinear):
         scaling = _BY_VARIANT[type(self.lora_variant.get(name))].scaling(self, name)
         return Reader(self.get_base_layer(), scaling)
 
+    def is_low_rank(self) -> bool:
+        """Whether all its adapters add factor x B A, and nothing else."""
+        return all(type(self.lora_variant.get(name)) in _BY_VARIANT for name in self.lora_A)
+
     def mask(self, name: str, device: torch.device) -> Mask | None:
         """The dropout of an adapter's input in this micro-batch; None in evaluation."""
         dropout = self.lora_dropout[name]
