@@ -4,6 +4,7 @@ A step has the same tensors and shapes every time, so on a GPU it is one CUDA gr
 it waits for the GPU, and no Python runs for a layer.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qdist.core.errors import DataError, SpecError
+from qdist.core.errors import DataError, ModelError, SpecError
 from qdist.runtime.engine.graphs import Capture, NewPool, pool_of_graphs, try_to_capture
 from qdist.runtime.infer.attention import UndecodableError, attention_by_rows, configurations_of
 from qdist.runtime.infer.slots import Prefill, Slots, Step
@@ -133,7 +134,7 @@ class Decoder:
         group: list[int] = []
         for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
             width = self._width(lengths[group[0]]) if group else 0
-            is_like = 2 * lengths[index] >= width and (len(group) + 1) * width <= PREFILL_TOKENS
+            is_like = 2 * self._width(lengths[index]) >= width and (len(group) + 1) * width <= PREFILL_TOKENS
             if group and (self._is_exact or not is_like):
                 yield group
                 group = []
@@ -211,7 +212,16 @@ def why_not(model: Any) -> str:
         return error.message
     except _OF_A_CLASS as error:
         return f"{type(base).__name__} has a cache of its own ({str(error).partition(chr(10))[0]})"
-    for index, layer in enumerate(decoder_layers(base)):
+    return _apart(base)
+
+
+def _apart(base: Any) -> str:
+    """Which layer did not compute its attention by rows in the step that was tried."""
+    try:
+        layers = decoder_layers(base)
+    except ModelError as error:
+        return error.message
+    for index, layer in enumerate(layers):
         if not any(getattr(module, "attends_by_rows", False) for module in layer.modules()):
             return f"layer {index}, {type(layer).__name__}, computes its attention itself"
     return ""
@@ -220,8 +230,8 @@ def why_not(model: Any) -> str:
 def _other_layers(base: Any) -> str:
     """Which layers a model has that keep something else than keys and values of their own."""
     config = base.config.get_text_config(decoder=True)
-    if config.is_encoder_decoder:
-        return "it has an encoder"
+    if "position_ids" not in inspect.signature(inspect.unwrap(type(base).forward)).parameters:
+        return f"{type(base).__name__} takes no positions"
     others = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
     if others:
         return f"it has layers of {' and '.join(others)}"
