@@ -118,6 +118,21 @@ def test_a_step_is_captured_the_second_time_that_so_many_rows_are_at_work() -> N
     assert counts == [0, 1, 1, 1, 2, 2, 2, 3, 3]
 
 
+def test_each_variant_of_choosing_is_captured_by_itself() -> None:
+    captured, variant = [], ["greedy"]
+
+    def pool() -> Any:
+        return lambda passes, inputs: (captured.append(variant[0]) or (lambda: passes(inputs)), torch.empty(0))
+
+    decoder = Decoder(
+        model_of("llama"), slots=1, positions=40, choose=likeliest, new_pool=pool, variant=lambda: variant[0]
+    )
+    decoder.prefill([[5]], [0])
+    for variant[0] in ("greedy", "greedy", "drawn", "greedy", "drawn"):
+        decoder.step(1)
+    assert captured == ["greedy", "drawn"]
+
+
 def test_preparing_captures_every_number_of_rows() -> None:
     captured = []
 
@@ -208,3 +223,16 @@ def test_graphs_that_cannot_be_are_refused() -> None:
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_models_that_cannot_be_decoded_by_rows_say_why(model_type: str, changes: dict[str, Any], reason: str) -> None:
     assert why_not(every_model.tiny_model(model_type, **changes)) == reason
+
+
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 32, "factor": 4.0}  # fmt: skip
+
+
+def test_frequencies_of_long_texts_are_no_hindrance_to_short_ones() -> None:
+    model = tiny.tiny_model("llama", rope_parameters=LONG)
+    assert why_not(model) == why_not(model, positions=33) == "its rotary frequencies change after 32 tokens"
+    assert why_not(model, positions=32) == ""
+    decoder = Decoder(model, slots=4, positions=32, choose=likeliest)
+    assert answers(decoder) == [expected(model, prompt) for prompt in PROMPTS]
+    assert model.model.rotary_emb.rope_type == "longrope"
