@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils._pytree import tree_map_only
 
 from qdist.core.errors import DataError, SpecError
 from qdist.runtime.infer.attention import NAME
 from qdist.runtime.infer.decoder import Decoder, why_not
+from qdist.runtime.model.skeleton import offload
 from tests.runtime import every_model, tiny
 
 PROMPTS = ([5, 9, 30], [200, 7, 7, 41, 99, 3, 12, 150, 31], [77], [8, 6] * 10)
@@ -191,6 +194,38 @@ def test_each_token_is_assigned_to_its_row() -> None:
     decoder.prefill([[4, 5], [6]], [2, 0])
     decoder.step(3)
     assert told == [[2, 2], [0], [0, 1, 2]]
+
+
+def test_an_adapter_answers_with_the_model() -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(model_of("llama"), config).eval()
+    decoder = Decoder(model, slots=4, positions=40, choose=likeliest)
+    found = answers(decoder)
+    assert found == [expected(model, prompt) for prompt in PROMPTS]
+    with model.disable_adapter():
+        base = answers(decoder)
+        assert base == [expected(model, prompt) for prompt in PROMPTS]
+    assert base != found
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_layers_on_other_devices_are_told_what_they_must_know(model_type: str) -> None:
+    """Each layer gets copies of its inputs, as behind `fetch_to`."""
+    model = model_of(model_type)
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(
+            lambda _, given, named: tree_map_only(torch.Tensor, torch.clone, (given, named)), with_kwargs=True
+        )
+    decoder = Decoder(model, slots=4, positions=40, choose=likeliest)
+    assert answers(decoder) == [expected(model, prompt) for prompt in PROMPTS]
+
+
+def test_offloaded_layers_answer_and_are_not_captured() -> None:
+    model = model_of("llama")
+    offload(model, [0])
+    decoder = Decoder(model, slots=4, positions=40, choose=likeliest)
+    assert decoder.refused == "layers are offloaded to host memory"
+    assert answers(decoder) == [expected(model, prompt) for prompt in PROMPTS]
 
 
 def test_a_prompt_without_a_position_for_an_answer_is_refused() -> None:
