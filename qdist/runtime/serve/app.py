@@ -5,7 +5,6 @@ import hmac
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Literal, TypeVar
-from urllib.parse import urlsplit
 
 import msgspec
 from starlette.applications import Starlette
@@ -119,8 +118,7 @@ class _Guard:
 
     def _check(self, request: Request) -> None:
         """Refuse who calls the server by another's name (as a page of the web may), or has no key."""
-        host = urlsplit(f"//{request.headers.get('host', '')}").hostname if self._service.hosts else None
-        if self._service.hosts and host not in self._service.hosts:
+        if self._service.hosts and _host_name(request.headers.get("host", "")) not in self._service.hosts:
             raise Refusal(
                 "the Host header names another server",
                 try_="the address that qdist serve printed, or QDIST_API_KEY behind a proxy",
@@ -132,6 +130,12 @@ class _Guard:
             if not hmac.compare_digest(given.encode(), key.encode()):
                 what = "the key is wrong" if given else "a key is needed"
                 raise Refusal(what, try_="Authorization: Bearer KEY", status=401, code="invalid_api_key")
+
+
+def _host_name(header: str) -> str:
+    """The name in a Host header, without its port."""
+    name = header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0]
+    return name.lower()
 
 
 async def _refused(_: Request, error: Exception) -> Response:
