@@ -85,7 +85,9 @@ def application(service: Service, pages: Sequence[BaseRoute] = ()) -> ASGIApp:
     ]
     handlers = {Refusal: _refused, HTTPException: _not_found, ClientDisconnect: _went_away}
     guarded = [route.path for route in routes[:6] if route.path != "/health"]
-    return _Guard(Starlette(routes=routes, exception_handlers=handlers), service, tuple(guarded))
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    app.router.redirect_slashes = False  # a redirect has no words
+    return _Guard(app, service, tuple(guarded))
 
 
 class _Guard:

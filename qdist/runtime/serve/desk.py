@@ -18,7 +18,8 @@ T = TypeVar("T")
 class Told(NamedTuple):
     """What was heard of one of a request's questions."""
 
-    index: int
+    choice: int
+    """Which of them, from 0."""
     what: Piece | Ended
 
 
@@ -145,9 +146,9 @@ class Answers:
             if isinstance(heard, QdistError):
                 raise failure(heard)
             if isinstance(heard.what, Piece):
-                self._timers[heard.index].token()
+                self._timers[heard.choice].token()
             else:
-                self._end(heard.index)
+                self._end(heard.choice)
             yield heard
 
     def _end(self, index: int) -> None:

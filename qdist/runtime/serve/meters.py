@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 
-from qdist.core.telemetry.prometheus import Metric, one, text_of
+from qdist.core.telemetry.prometheus import Metric, Sample, one, text_of
 
 _USUAL_ANSWER_S = 5.0
 """Seconds that an answer is taken to need before one has been given."""
@@ -75,7 +75,9 @@ class Meters:
 
     def text(self, *, working: int, waiting: int) -> str:
         """The figures in Prometheus' text format."""
-        counted = [({"path": path, "status": status}, float(n)) for (path, status), n in sorted(self._requests.items())]
+        counted: list[Sample] = [
+            ({"path": path, "status": status}, float(n)) for (path, status), n in sorted(self._requests.items())
+        ]
         metrics = (
             Metric("qdist_serve_requests_total", "counter", "Requests by path and HTTP status.", counted),
             one("qdist_serve_answers_working", "Answers at work.", working),

@@ -11,12 +11,12 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import uvicorn
 from starlette.routing import BaseRoute
 
-from qdist.core.errors import MachineError, QdistError
+from qdist.core.errors import JobError, MachineError, QdistError
 from qdist.core.requests import Serve
 from qdist.host.sources.targets import ServedTargets, targets_to_serve
 from qdist.host.terminal import say
@@ -74,7 +74,7 @@ async def serve(
     ended = _signalled()
     async with _listening(listening, service, pages):
         loading = asyncio.ensure_future(_on_thread(load))
-        await asyncio.wait({loading, ended}, return_when=asyncio.FIRST_COMPLETED)
+        await _first_of(loading, ended)
         if not loading.done():
             return
         ready = loading.result()
@@ -84,7 +84,7 @@ async def serve(
             desk = Desk(runner, models_of(ready, targets), service.meters, most=most)
             service.open(desk)
             say(_about(listening, targets, desk))
-            await asyncio.wait({failed, ended}, return_when=asyncio.FIRST_COMPLETED)
+            await _first_of(failed, ended)
             service.phase = "draining"
             while not (failed.done() or desk.idle):
                 await asyncio.wait({failed}, timeout=_GLANCE_S)
@@ -100,7 +100,15 @@ def _failing() -> tuple[asyncio.Future[QdistError], Callable[[QdistError], None]
     """What a runner tells, on its own thread, of the error that ended it."""
     loop = asyncio.get_running_loop()
     failed: asyncio.Future[QdistError] = loop.create_future()
-    return failed, lambda error: loop.call_soon_threadsafe(failed.set_result, error) and None
+
+    def when_failed(error: QdistError) -> None:
+        loop.call_soon_threadsafe(failed.set_result, error)
+
+    return failed, when_failed
+
+
+async def _first_of(*futures: "asyncio.Future[Any]") -> None:
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
 def models_of(ready: Ready, targets: ServedTargets) -> Mapping[str, Served]:
@@ -126,15 +134,20 @@ def _signalled() -> asyncio.Future[None]:
 
 
 async def _on_thread(work: Callable[[], T]) -> T:
-    """The result of work on a thread that does not keep the process from ending."""
+    """The result of work on a thread that does not keep the process from ending. Raises its QdistError."""
     done = Future[T]()
+    done.set_running_or_notify_cancel()
 
     def call() -> None:
+        error: QdistError | None = JobError("a fault ended the loading; its traceback was printed")
         try:
             done.set_result(work())
-        except BaseException as error:
-            done.set_exception(error)
-            raise
+            error = None
+        except QdistError as found:
+            error = found
+        finally:
+            if error:
+                done.set_exception(error)
 
     threading.Thread(target=call, name="loading", daemon=True).start()
     return await asyncio.wrap_future(done)

@@ -1,6 +1,6 @@
 """Which tokens does a request ask the model to go on from? In the wording that it was trained with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -46,16 +46,12 @@ def completion_prompts(body: CompletionBody, speech: Speech) -> list[list[int]]:
     if isinstance(given, str):
         return [_of_text(given, "prompt", speech)]
     kinds = {type(each) for each in given}
-    if kinds == {int}:
-        return [_of_ids(given, "prompt", speech)]
     if len(kinds) > 1:
         raise unfit("prompt", given, "it is a text, token ids, or a list of either, not of several kinds")
-    return [
-        _of_text(each, f"prompt[{index}]", speech)
-        if isinstance(each, str)
-        else _of_ids(each, f"prompt[{index}]", speech)
-        for index, each in enumerate(given)
-    ]
+    if kinds == {int}:
+        return [_of_ids(given, "prompt", speech)]
+    tokens: dict[type, Callable[[Any, str, Speech], list[int]]] = {str: _of_text, list: _of_ids}
+    return [tokens[type(each)](each, f"prompt[{index}]", speech) for index, each in enumerate(given)]
 
 
 def prompts_in(body: CompletionBody) -> int:
