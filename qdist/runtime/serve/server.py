@@ -31,6 +31,9 @@ from qdist.runtime.serve.desk import Desk
 KEY = "QDIST_API_KEY"
 """Environment variable with the key that clients must send."""
 _GLANCE_S = 0.1
+_ONE_SIGNAL_S = 0.5
+"""Seconds within which signals are one: systemd and `timeout` send theirs to this process and to its parent, which
+passes it on."""
 _LAST_BYTES_S = 30
 """Seconds that clients have to read the ends of their answers when the server ends."""
 T = TypeVar("T")
@@ -118,15 +121,16 @@ def models_of(ready: Ready, targets: ServedTargets) -> Mapping[str, Served]:
     return {each.name: each for each in found}
 
 
-def _signalled() -> asyncio.Future[None]:
-    """Done with the first SIGTERM or Ctrl-C; the second ends the process."""
+def _signalled() -> "asyncio.Future[float]":
+    """Done with the first SIGTERM or Ctrl-C; a second one ends the process."""
     loop = asyncio.get_running_loop()
-    heard = loop.create_future()
+    heard: asyncio.Future[float] = loop.create_future()
 
     def hear(number: signal.Signals) -> None:
-        if heard.done():
+        if not heard.done():
+            heard.set_result(loop.time())
+        elif loop.time() - heard.result() > _ONE_SIGNAL_S:
             os._exit(128 + number)
-        heard.set_result(None)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, hear, number)
