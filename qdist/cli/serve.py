@@ -30,6 +30,11 @@ def serve(**given: Any) -> None:
     if request.engine == "vllm":
         vllm.serve(request, targets)
         return
+    require_server()
+    run_task(request)
+
+
+def require_server() -> None:
+    """Raise MachineError where the packages of the extra `serve` are not installed."""
     if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
         raise MachineError(f"serving needs {' and '.join(missing)}", try_="pip install 'qdist[serve]'")
-    run_task(request)

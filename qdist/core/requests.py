@@ -324,6 +324,12 @@ class Serve(Opening, frozen=True, kw_only=True):
             )
 
 
+class Web(Serve, frozen=True, kw_only=True):
+    """The same, with a page to talk to the models."""
+
+    opens: Annotated[bool, _help("Open it in a browser, given a screen.")] = msgspec.field(default=True, name="open")
+
+
 class MeasureRates(Request, frozen=True, kw_only=True):
     """Measure one card and its links, together with the other ranks."""
 
@@ -334,7 +340,8 @@ class MeasureRates(Request, frozen=True, kw_only=True):
     device: Literal["cuda", "cpu"] = "cuda"
 
 
-Job = Prepare | Describe | Gather | Merge | Export | Pack | MakeGptq | Convert | Generate | Chat | Serve | MeasureRates
+_Answers = Generate | Chat | Serve | Web
+Job = Prepare | Describe | Gather | Merge | Export | Pack | MakeGptq | Convert | _Answers | MeasureRates
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

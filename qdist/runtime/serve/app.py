@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qdist.core.telemetry.prometheus import CONTENT_TYPE
@@ -72,8 +72,8 @@ class Service:
         return self.desk
 
 
-def application(service: Service, pages: Sequence[BaseRoute] = ()) -> ASGIApp:
-    """The server. pages: addresses that need no key, such as those of a page in the browser."""
+def application(service: Service, pages: Sequence[Route] = ()) -> ASGIApp:
+    """The server. pages: more addresses, such as those of a page in the browser; those under /run/ need the key."""
     routes = [
         Route("/v1/models", partial(_models, service), methods=["GET"]),
         Route("/v1/models/{name:path}", partial(_model, service), methods=["GET"]),
@@ -84,7 +84,7 @@ def application(service: Service, pages: Sequence[BaseRoute] = ()) -> ASGIApp:
         *pages,
     ]
     handlers = {Refusal: _refused, HTTPException: _not_found, ClientDisconnect: _went_away}
-    guarded = [route.path for route in routes[:6] if route.path != "/health"]
+    guarded = [route.path for route in routes if route.path.startswith(("/v1/", "/metrics", "/run/"))]
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False  # a redirect has no words
     return _Guard(app, service, tuple(guarded))
@@ -174,15 +174,19 @@ async def _metrics(service: Service, _: Request) -> Response:
 
 async def _models(service: Service, _: Request) -> Response:
     desk = service.ready()
-    return json_response({"object": "list", "data": [_about(service, own) for own in desk.models.values()]})
+    return json_response({"object": "list", "data": [_about(service, desk, own) for own in desk.models.values()]})
 
 
 async def _model(service: Service, request: Request) -> Response:
-    return json_response(_about(service, served(service.ready().models, request.path_params["name"])))
+    desk = service.ready()
+    return json_response(_about(service, desk, served(desk.models, request.path_params["name"])))
 
 
-def _about(service: Service, model: Served) -> dict[str, Any]:
-    return {"id": model.name, "object": "model", "created": service.started, "owned_by": "qdist"}
+def _about(service: Service, desk: Desk, model: Served) -> dict[str, Any]:
+    """OpenAI's model object; `parent` is the base of an adapter, as vLLM says it."""
+    base = next((each.name for each in desk.models.values() if not each.adapter), None)
+    parent = base if model.adapter else None
+    return {"id": model.name, "object": "model", "created": service.started, "owned_by": "qdist", "parent": parent}
 
 
 async def _answer(service: Service, read: Callable[[bytes], Body], request: Request) -> Response:

@@ -11,13 +11,15 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 import uvicorn
-from starlette.routing import BaseRoute
+from starlette.routing import Route
 
 from qdist.core.errors import JobError, MachineError, QdistError
-from qdist.core.requests import Serve
+from qdist.core.requests import Serve, Web
+from qdist.host.run.rundir import RunDir
 from qdist.host.sources.targets import ServedTargets, targets_to_serve
 from qdist.host.terminal import say
 from qdist.runtime.infer.ready import Ready, open_answerer
@@ -27,6 +29,7 @@ from qdist.runtime.serve.app import Service, application
 from qdist.runtime.serve.asking import Served
 from qdist.runtime.serve.connections import Connection
 from qdist.runtime.serve.desk import Desk
+from qdist.runtime.serve.web import announce_page, page_routes
 
 KEY = "QDIST_API_KEY"
 """Environment variable with the key that clients must send."""
@@ -44,7 +47,23 @@ def run(request: Serve) -> None:
 
     Raises MachineError for an address that cannot be bound, and what loading or answering raises.
     """
+    _run(request, targets_to_serve(request.runs))
+
+
+def run_page(request: Web) -> None:
+    """`run`, with a page to talk to the models; it shows the curves of the first run."""
     targets = targets_to_serve(request.runs)
+    path = next(iter(targets.paths.values()))
+    shown = RunDir(path)
+    pages = page_routes(shown if shown.exists() else None)
+    _run(request, targets, pages, announce=partial(announce_page, opens=request.opens))
+
+
+def _run(
+    request: Serve, targets: ServedTargets, pages: Sequence[Route] = (), *,
+    announce: Callable[[str], None] = lambda address: None,
+) -> None:  # fmt: skip
+    """announce: called with the server's address once it is bound."""
     if request.trust_remote_code:
         for path in targets.paths.values():
             trust(path)
@@ -59,12 +78,14 @@ def run(request: Serve) -> None:
         )
 
     with bound_to(request.host, request.port) as listening:
-        asyncio.run(serve(listening, targets, load, most=request.slots + request.queue, host=request.host))
+        announce(address_of(listening))
+        most = request.slots + request.queue
+        asyncio.run(serve(listening, targets, load, most=most, host=request.host, pages=pages))
 
 
 async def serve(
     listening: socket.socket, targets: ServedTargets, load: Callable[[], Ready], *, most: int, host: str,
-    pages: Sequence[BaseRoute] = (),
+    pages: Sequence[Route] = (),
 ) -> None:  # fmt: skip
     """Serve on a bound socket until a signal.
 
@@ -167,7 +188,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def _listening(listening: socket.socket, service: Service, pages: Sequence[BaseRoute]) -> AsyncIterator[None]:
+async def _listening(listening: socket.socket, service: Service, pages: Sequence[Route]) -> AsyncIterator[None]:
     """The server in the background; at the end it closes its connections once their answers are sent."""
     for name in ("uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -221,6 +242,11 @@ def loopback_names(host: str) -> tuple[str, ...]:
 
 
 def _about(listening: socket.socket, targets: ServedTargets, desk: Desk) -> str:
+    return f"serving {targets.title} at {address_of(listening)}/v1 (models: {', '.join(desk.models)})"
+
+
+def address_of(listening: socket.socket) -> str:
+    """'http://127.0.0.1:8000'."""
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    return f"serving {targets.title} at http://{shown}:{port}/v1 (models: {', '.join(desk.models)})"
+    return f"http://{shown}:{port}"
