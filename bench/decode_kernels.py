@@ -45,6 +45,7 @@ def main() -> None:
         kind: {name: [layer(kind, *shape, device) for _ in range(given.layers)] for name, shape in GROUPS.items()}
         for kind in ("nf4", "gptq")
     }
+    groups["nf4 flat"] = {name: [flat(*parts) for parts in layers] for name, layers in groups["nf4"].items()}
     print(torch.cuda.get_device_name(device), torch.__version__)
     print(f"{'microseconds':34}" + "".join(f"{name:>9}" for name in GROUPS) + f"{'GB/s':>7}{'ms/token':>9}{'error':>9}")
     for tokens in numbers:
@@ -64,6 +65,7 @@ def ways(tokens: int) -> list[tuple[str, str, Product]]:
     found: list[tuple[str, str, Product]] = [
         ("nf4 ours", "nf4", without_adapter),
         ("nf4 ours + LoRA", "nf4", triton_products),
+        ("nf4 ours, absmax float32", "nf4 flat", without_adapter),
         ("gptq ours", "gptq", without_adapter),
         ("gptq ours + LoRA", "gptq", triton_products),
     ]
@@ -112,6 +114,17 @@ def layer(kind: str, outputs: tuple[int, ...], width: int, device: torch.device)
     down = torch.randn(RANK * len(outputs), width, device=device, dtype=torch.bfloat16) / 64
     ups = tuple(torch.randn(size, RANK, device=device, dtype=torch.bfloat16) / 64 for size in outputs)
     return members, StackedAdapter(down, ups, None)
+
+
+def flat(members: list[Member], adapter: StackedAdapter) -> Layer:
+    """The same linears with their absmaxes in float32."""
+    book = four_bit.absmax_code_book(adapter.down.device)
+    found = []
+    for weight, _ in members:
+        nested, offset = weight.nested
+        wide = book[weight.absmax.int()] * nested.repeat_interleave(NESTED_BLOCK)[: weight.absmax.numel()] + offset
+        found.append(Member(weight._replace(absmax=wide, nested=None)))
+    return found, adapter
 
 
 def random_nf4(outputs: int, width: int, device: torch.device) -> FourBit:
