@@ -27,6 +27,7 @@ from qdist.runtime.kernels.small_product import (
 
 GROUPS = {"q,k,v": ((4096,) * 3, 4096), "o": ((4096,), 4096), "gate,up": ((11008,) * 2, 4096), "down": ((4096,), 11008)}
 """Outputs of linears that read the same inputs, and these inputs."""
+SWEPT = ("o", "gate,up")
 RANK, GROUP_SIZE = 64, 128
 Layer = tuple[list[Member], StackedAdapter]
 Product = Callable[[torch.Tensor, list[Member], StackedAdapter], Sequence[torch.Tensor]]
@@ -36,7 +37,7 @@ def main() -> None:
     """Print a line for each way and number of tokens."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=20)
-    parser.add_argument("--tokens", default="1,2,4,8,16,32,64")
+    parser.add_argument("--tokens", default="1,4,16,32,64")
     given = parser.parse_args()
     numbers = [int(number) for number in given.tokens.split(",")]
     torch.cuda.init()
@@ -54,7 +55,7 @@ def main() -> None:
     for kind, tokens, tiles in swept():
         name = f"{tokens:3} {kind} {tuple(tiles)}"
         product = partial(without_adapter, tiles=tiles)
-        print(row(name, groups[kind], tokens, product, errors=False), flush=True)
+        print(row(name, {group: groups[kind][group] for group in SWEPT}, tokens, product, errors=False), flush=True)
     for positions in (320, 4096):
         for rows in (1, 32):
             print(attention_row(positions, rows, given.layers, device), flush=True)
@@ -180,8 +181,9 @@ def gptq_before(inputs: torch.Tensor, members: list[Member], adapter: StackedAda
 
 def row(name: str, groups: dict[str, list[Layer]], tokens: int, product: Product, *, errors: bool) -> str:
     """Microseconds of each group of linears, GB/s of packed weights, a token's time and the error."""
-    times, worst = [], 0.0
+    times, worst, weights = [], 0.0, 0
     for layers in groups.values():
+        weights += sum(member.outputs for member in layers[0][0]) * layers[0][1].down.shape[1]
         width = layers[0][1].down.shape[1]
         inputs = torch.randn(tokens, width, device=layers[0][1].down.device, dtype=torch.bfloat16)
         times.append(microseconds([partial(product, inputs, *parts) for parts in layers]))
@@ -189,9 +191,8 @@ def row(name: str, groups: dict[str, list[Layer]], tokens: int, product: Product
             found = product(inputs, *layers[0])
             adapter = layers[0][1] if "LoRA" in name else None
             worst = max(worst, error(inputs, layers[0][0], adapter, found))
-    weights = sum(sum(outputs) * width for outputs, width in GROUPS.values())
     total = sum(times)
-    cells = "".join(f"{time:9.1f}" for time in times)
+    cells = "".join(f"{time:9.1f}" for time in times).ljust(36)
     return f"{name:34}{cells}{weights / 2 / total / 1e3:7.0f}{total * 32 / 1e3:9.3f}" + (
         f"{worst:9.1e}" if errors else ""
     )

@@ -21,7 +21,7 @@ MOST_TOKENS = 64
 """Most tokens that are multiplied with packed weights; above, the whole matrix is unpacked first."""
 MOST_MEMBERS = 3
 """Most linears of one launch: queries, keys and values."""
-_MOST_TILES = 1 << 16
+_MOST_TILES = 1 << 12
 """Tiles of a launch that is split, at most."""
 
 
@@ -229,7 +229,7 @@ def _shared(
     nothing = [0] * (MOST_MEMBERS - len(members))
     mask = None if adapter is None else adapter.mask
     biases = [inputs if member.bias is None else member.bias for member in members]
-    sums = [inputs if narrow is None else narrow, inputs if mask is None else mask]
+    sums = [inputs if narrow is None else narrow, inputs if mask is None else mask.contiguous()]
     constants = {
         "THIN_SPLITS": 0 if narrow is None else narrow.shape[0], "MASKED": mask is not None,
         "BIASED": members[0].bias is not None, "TOKENS": _tokens(inputs.shape[0]),
