@@ -5,11 +5,15 @@ The last column is 32 layers of them. Errors are against the product in float32 
 """
 
 import argparse
+import multiprocessing
 from collections.abc import Callable, Sequence
 from functools import partial
+from unittest.mock import patch
 
 import torch
+from compile_kernels import Absent
 from torch.nn import functional
+from triton.runtime import JITFunction, driver
 
 from qdist.core.model.storage import BLOCK, NESTED_BLOCK
 from qdist.runtime.kernels import four_bit, gptq
@@ -40,7 +44,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,4,16,32,64")
     given = parser.parse_args()
     numbers = [int(number) for number in given.tokens.split(",")]
-    torch.cuda.init()
+    compile_ahead(numbers)
     device = torch.device("cuda", 0)
     groups = {
         kind: {name: [layer(kind, *shape, device) for _ in range(given.layers)] for name, shape in GROUPS.items()}
@@ -59,6 +63,30 @@ def main() -> None:
     for positions in (320, 4096):
         for rows in (1, 32):
             print(attention_row(positions, rows, given.layers, device), flush=True)
+
+
+def compile_ahead(numbers: Sequence[int]) -> None:
+    """Fill Triton's cache in as many processes as there are cores: one after the other takes minutes."""
+    major, minor = torch.cuda.get_device_capability()
+    cases = [(tokens, kind, None) for tokens in numbers for kind in ("nf4", "nf4 flat", "gptq")]
+    cases += [(tokens, kind, tiles) for kind, tokens, tiles in swept()]
+    with multiprocessing.get_context("fork").Pool() as pool:
+        pool.map(partial(compile_case, 10 * major + minor), cases, chunksize=1)
+
+
+def compile_case(capability: int, case: tuple[int, str, Tiles | None]) -> None:
+    """Compile what a case launches, for tensors without storage."""
+    tokens, kind, tiles = case
+    driver.set_active(Absent(capability))
+    with patch.object(JITFunction, "__getitem__", lambda kernel, grid: partial(kernel.warmup, grid=grid)):
+        for name in GROUPS if tiles is None else SWEPT:
+            members, adapter = layer(kind.split()[0], *GROUPS[name], torch.device("meta"))
+            if kind == "nf4 flat":
+                members, adapter = flat(members, adapter)
+            inputs = torch.empty(tokens, adapter.down.shape[1], dtype=torch.bfloat16, device="meta")
+            without_adapter(inputs, members, adapter, tiles=tiles)
+            if tiles is None:
+                triton_products(inputs, members, adapter)
 
 
 def ways(tokens: int) -> list[tuple[str, str, Product]]:
@@ -89,12 +117,12 @@ def swept() -> list[tuple[str, int, Tiles]]:
         (8, 32, 1, 4, 2),
     ]
     dots = [
-        (64, 1, 4, 4, 3),
-        (64, 1, 8, 4, 3),
-        (128, 1, 8, 4, 3),
-        (64, 1, 8, 4, 6),
-        (32, 1, 8, 2, 4),
-        (64, 1, 16, 4, 4),
+        (64, 1, 8, 4, 4, False),
+        (64, 1, 8, 4, 4, True),
+        (64, 1, 4, 4, 3, True),
+        (128, 1, 8, 4, 3, True),
+        (32, 1, 8, 2, 4, True),
+        (64, 1, 16, 4, 6, True),
     ]
     words = [(128, 16, 8, 4, 2), (128, 16, 4, 4, 3), (64, 16, 8, 4, 2), (256, 16, 8, 4, 2), (128, 16, 8, 4, 1)]
     word_dots = [(64, 16, 4, 4, 2), (64, 16, 8, 4, 3), (128, 16, 8, 4, 3), (64, 8, 8, 4, 3), (32, 16, 8, 4, 3)]
