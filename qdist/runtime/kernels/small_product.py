@@ -86,7 +86,8 @@ def small_products(
 ) -> list[torch.Tensor]:
     """inputs [tokens, in] times each member's weights, plus bias and adapter: new tensors [tokens, out].
 
-    At most `MOST_TOKENS` tokens go through the kernels.
+    At most `MOST_TOKENS` tokens go through the kernels. Multiply once before a CUDA graph is captured: kernels are
+    compiled and tables made at the first call. Products of one device must follow each other: see `counters`.
     """
     given = inputs.contiguous()
     if given.is_cuda and given.shape[0] <= MOST_TOKENS and has_kernel(members):
