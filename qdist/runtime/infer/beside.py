@@ -1,6 +1,6 @@
 """Adapters of several runs over one base, in one model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -63,20 +63,3 @@ def add_run(model: Any, run: RunDir, name: str) -> None:
         raise RunError(f"{run.path} has an adapter of another model: {unknown[0]}", try_="runs over one base")
     settle_offloaded(model)
     model.eval()
-
-
-def switch_of(model: Any, known: Mapping[str, str]) -> Callable[[str], None]:
-    """What has one adapter of a PEFT model compute all that comes, or the base alone for an empty name.
-
-    known: PEFT's names by the adapters' names.
-    """
-
-    def select(name: str) -> None:
-        if not name:
-            model.base_model.disable_adapter_layers()
-            return
-        model.base_model.enable_adapter_layers()
-        model.set_adapter(known[name])
-        model.requires_grad_(False)
-
-    return select

@@ -30,6 +30,7 @@ class OneByOne:
 
     def __init__(self, model: Any, chooser: Chooser, line: Line, *, slots: int, select: Select) -> None:
         self._model, self._chooser, self._line, self._select = model, chooser, line, select
+        self._selected: str | None = None
         self._courses: dict[int, _Course] = {}
         """By slot."""
         self._keeps_one = "logits_to_keep" in signature(model.forward).parameters
@@ -83,7 +84,9 @@ class OneByOne:
         """An answer after its next token, which the chooser has chosen."""
         answer, ids, state = course
         is_first = ids.shape[1] == len(answer.question.prompt)
-        self._select(answer.question.adapter)
+        if answer.question.adapter != self._selected:
+            self._selected = answer.question.adapter
+            self._select(self._selected)
         inputs = self._model.prepare_inputs_for_generation(
             ids, next_sequence_length=None if is_first else 1, is_first_iteration=is_first, **state
         )

@@ -1,6 +1,7 @@
 """Opens runs over one base, or a model, to answer many questions at once."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
@@ -10,15 +11,16 @@ from qdist.core.planning.plan import Plan
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.data.wording import usual_wording
 from qdist.runtime.infer.answerer import Answerer
-from qdist.runtime.infer.beside import add_run, require_one_base, switch_of
+from qdist.runtime.infer.beside import add_run, require_one_base
 from qdist.runtime.infer.choosing import Chooser
 from qdist.runtime.infer.decoder import Decoder, why_not
 from qdist.runtime.infer.decoding import ends_of
 from qdist.runtime.infer.line import PROMPT_TOKENS, Line
+from qdist.runtime.infer.linears import AdapterChoice, prepare_linears
 from qdist.runtime.infer.load import answering_plan, load_run, load_tokenizer, open_model, residence_of
 from qdist.runtime.infer.one_by_one import OneByOne
 from qdist.runtime.infer.prompts import Speech, speech_of
-from qdist.runtime.infer.scheduler import AdapterRows, Batched, Select
+from qdist.runtime.infer.scheduler import AdapterRows, Batched
 from qdist.runtime.infer.text import Script
 from qdist.runtime.model.skeleton import DTYPES
 
@@ -77,7 +79,7 @@ def open_answerer(
     answerer, how = _answerer(loaded, slots=slots, positions=positions, graphs=graphs)
     at_a_time = f"{slots} answers at a time" if slots > 1 else "an answer at a time"
     where = f"{loaded.where}; {at_a_time}, of up to {positions:,} tokens with their prompts"
-    return Ready(answerer, loaded.speeches, "; ".join(filter(None, (where, how))))
+    return Ready(answerer, loaded.speeches, _joined(where, how))
 
 
 def _runs(targets: Mapping[str, str]) -> dict[str, RunDir]:
@@ -147,30 +149,49 @@ def _load_plain(
 
 
 def _answerer(loaded: _Loaded, *, slots: int, positions: int, graphs: bool | None) -> tuple[Answerer, str]:
-    """What answers with a model, and why one by one if it does."""
+    """What answers with a model, and what is to be said of that."""
     model = loaded.model
     base = model.get_base_model() if loaded.known else model
     line = Line({name: _script(base, speech) for name, speech in loaded.speeches.items()}, positions)
     chooser = Chooser(slots, _vocabulary(base), base.device)
-    select: Select = switch_of(model, loaded.known) if loaded.known else _nothing
     reason = why_not(model, positions=positions)
-    if not reason:
-        numbers = {**dict.fromkeys(loaded.speeches, 0), **{name: n for n, name in enumerate(loaded.known, 1)}}
-        rows = AdapterRows(numbers, slots, base.device, select, None if loaded.known else _nothing)
-        decoder = Decoder(
-            model, slots=slots, positions=positions, choose=chooser, assign=rows, graphs=graphs,
-            variant=lambda: (chooser.variant, rows.variant),
-        )  # fmt: skip
-        rows.use(set(loaded.known) if rows.mixes and loaded.known else {next(iter(loaded.known), "")})
-        decoder.prepare()
-        return Batched(decoder, chooser, line, rows, slots=slots, tells_later=base.device.type == "cuda"), ""
-    if graphs:
+    choice = None if _is_dispatched(base) else prepare_linears(model)
+    select = partial(_select, choice, {"": "", **loaded.known})
+    if reason and graphs:
         raise SpecError(f"steps cannot be captured: {reason}", try_="graphs=None")
-    return OneByOne(base, chooser, line, slots=slots, select=select), f"each token by a pass of its own: {reason}"
+    if reason:
+        answerer = OneByOne(base, chooser, line, slots=slots, select=select)
+        return answerer, _joined(f"each token by a pass of its own: {reason}", choice.note if choice else "")
+    numbers = {**dict.fromkeys(loaded.speeches, 0), **{name: n for n, name in enumerate(loaded.known, 1)}}
+    mixes = choice is not None and not choice.reason
+    rows = AdapterRows(numbers, slots, base.device, select, choice.set_rows if choice and mixes else None)
+    decoder = Decoder(
+        model, slots=slots, positions=positions, choose=chooser, assign=rows,
+        variant=lambda: (chooser.variant, rows.variant),
+        graphs=False if len(loaded.known) > 1 and not mixes else graphs,
+    )  # fmt: skip
+    rows.use({next(iter(loaded.known), "")})
+    decoder.prepare()
+    later = base.device.type == "cuda"
+    how = f"adapters take turns: {choice.reason}" if choice and choice.reason and len(loaded.known) > 1 else ""
+    return Batched(decoder, chooser, line, rows, slots=slots, tells_later=later), _joined(
+        how, choice.note if choice else ""
+    )
 
 
-def _nothing(_: object) -> None:
-    """Selects the only adapter there is: none."""
+def _is_dispatched(base: Any) -> bool:
+    """Whether accelerate moves a model's tensors between devices: by hooks on the linears that are there."""
+    return len(set((getattr(base, "hf_device_map", None) or {}).values())) > 1
+
+
+def _select(choice: AdapterChoice | None, known: Mapping[str, str], name: str) -> None:
+    """Have one adapter compute all that comes."""
+    if choice:
+        choice.only(known.get(name, ""))
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(filter(None, parts))
 
 
 def _script(base: Any, speech: Speech) -> Script:

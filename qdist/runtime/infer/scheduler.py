@@ -48,8 +48,13 @@ class AdapterRows:
         self.use({""})
 
     def use(self, names: Collection[str]) -> None:
-        """Compute with these adapters from now on, with one alone faster than with several."""
-        only = next(iter(names)) if len(names) == 1 else None
+        """Compute with these adapters from now on, with one alone faster than with several.
+
+        One of several is never alone where rows may differ: its matrices would be copied, at another place each time,
+        and graphs know only the first.
+        """
+        is_alone = len(names) == 1 and (not self.mixes or max(self._numbers.values()) < 2)
+        only = next(iter(names)) if is_alone else None
         if only != self.variant:
             self.variant = only
             if only is not None:

@@ -214,7 +214,7 @@ def test_questions_of_several_adapters_are_computed_by_theirs(model: Any) -> Non
     for name in ("b", "", "a", "b"):
         answerer.submit(question(adapter=name), Heard())
     answerer.step()
-    assert selected == ["", "a", "b", "b"]
+    assert selected == ["", "a", "b"]
 
 
 class Shifted(ByAnswer):
@@ -254,7 +254,7 @@ def test_rows_are_computed_by_their_adapters_in_one_pass_or_where_they_cannot_on
             model, ShiftedChooser(decoder.numbers[name]), line_of("a", "b"), slots=1, select=lambda _: None
         )
         assert tokens == answered(alone, own)[0].tokens
-    assert decoder.selected == (["", "b", "a"] if mixes else ["", "a", "", "b", "a"])
+    assert decoder.selected == ([] if mixes else ["", "a", "", "b", "a"])
 
 
 class ShiftedChooser(Chooser):

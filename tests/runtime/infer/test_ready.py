@@ -58,6 +58,7 @@ def tokens_of(ready: Ready, *names: str) -> list[list[list[int]]]:
 
 def test_each_adapter_of_several_runs_and_their_base_answer_as_alone(runs: dict[str, RunDir]) -> None:
     ready = open_answerer({name: str(run.path) for name, run in runs.items()}, slots=4, tokens=64)
+    assert isinstance(ready.answerer, Batched)
     assert ready.answerer.adapters == ("wide.1", "narrow")
     assert (ready.answerer.slots, ready.answerer.positions) == (4, 64)
     assert list(ready.speeches) == ["", "wide.1", "narrow"]
