@@ -26,7 +26,7 @@ def trained(folder: str) -> str:
     data, run = Path(folder, "data.json"), Path(folder, "run")
     data.write_text(json.dumps([{"instruction": f"Count to {n}.", "output": "one two three"} for n in (3, 4)]))
     settings = {"steps": 3, "seq_len": 64, "global_batch": 2}
-    qdist.launch({"model": "smollm2-135m", "data": str(data), "run": str(run), **settings})
+    qdist.launch(model="smollm2-135m", data=str(data), run=str(run), **settings)
     return str(run)
 
 

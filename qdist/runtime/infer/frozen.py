@@ -10,22 +10,19 @@ from torch.nn import functional
 
 from qdist.core.text import format_bytes
 from qdist.host.machine.probe import host_memory
-from qdist.runtime.model.packed import PackedLinear, frozen_product, is_offloaded
+from qdist.runtime.kernels.small_product import (
+    MOST_TOKENS,
+    Gptq,
+    Member,
+    StackedAdapter,
+    has_kernel,
+    small_products,
+)
+from qdist.runtime.model.packed import Packed4bit, PackedLinear, frozen_product, is_offloaded
 from qdist.runtime.model.packed_gptq import PackedGptq
 
 _SHARE = 0.75
 """Share of the available host memory that unpacked weights may take; the rest is for keys, values and activations."""
-
-
-class StackedAdapter(NamedTuple):
-    """LoRA's matrices of linears that read one tensor, of one adapter or of several, in the compute dtype."""
-
-    down: torch.Tensor
-    """A of all linears, one below the other, [sum of ranks, in]."""
-    ups: tuple[torch.Tensor, ...]
-    """B of each linear with the scaling in it, [out, rank]; [out, 0] for one without an adapter."""
-    mask: torch.Tensor | None = None
-    """[tokens, sum of ranks], in the same dtype: 1 where a rank belongs to a token's adapter, else 0. None: all 1."""
 
 
 class Frozen(Protocol):
@@ -39,33 +36,51 @@ class Frozen(Protocol):
 
 
 class Held:
-    """Weights as the layers hold them."""
+    """Weights as the layers hold them; on a GPU, few tokens are multiplied with all of them in one launch."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self._layers = layers
         self.dtype = dtype_of(layers[0])
+        self._members = [member for member in map(member_of, layers) if member is not None]
+        alike = len({layer.bias is None for layer in layers}) == 1  # a launch adds the biases of all or of none
+        self._has_kernel = alike and len(self._members) == len(layers) and has_kernel(self._members)
 
     def products(self, inputs: torch.Tensor, adapter: StackedAdapter | None) -> Sequence[torch.Tensor]:
+        if self._has_kernel and inputs.is_cuda and len(inputs) <= MOST_TOKENS:
+            return small_products(inputs, self._members, adapter)
         products = [frozen_product(layer, inputs) for layer in self._layers]
         return products if adapter is None else add_adapter(products, inputs, adapter)
 
 
+def member_of(layer: nn.Linear) -> Member | None:
+    """A packed linear as the kernels for few tokens take it; None for one that they do not."""
+    if is_offloaded(layer):
+        return None
+    if isinstance(layer, Packed4bit):
+        return Member(layer.tensors_on(layer.weight.device), layer.bias)
+    if isinstance(layer, PackedGptq) and layer.shift is None:
+        shape = layer.shape
+        tensors = (layer.weight, layer.qzeros, layer.scales, layer.g_idx)
+        return Member(Gptq(*tensors, shape.bits, layer.offset, shape.group_size), layer.bias)
+    return None
+
+
 class Unpacked:
-    """Weights unpacked once, [sum of out, in], for one product."""
+    """Weights unpacked once, for one product; [in, sum of out], which a CPU reads faster for a few tokens."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.dtype = dtype_of(layers[0])
         self._sizes = [layer.out_features for layer in layers]
-        self._weight = torch.cat([_unpacked(layer, self.dtype) for layer in layers])
+        self._weight = torch.cat([_unpacked(layer, self.dtype) for layer in layers]).t().contiguous()
         self._bias = _biases(layers, self.dtype)
 
     @property
     def weights(self) -> Sequence[torch.Tensor]:
         """The weights of each linear, [out, in]: views."""
-        return self._weight.split(self._sizes)
+        return self._weight.t().split(self._sizes)
 
     def products(self, inputs: torch.Tensor, adapter: StackedAdapter | None) -> Sequence[torch.Tensor]:
-        products = functional.linear(inputs, self._weight, self._bias).split(self._sizes, dim=1)
+        products = functional.linear(inputs, self._weight.t(), self._bias).split(self._sizes, dim=1)
         return products if adapter is None else add_adapter(products, inputs, adapter)
 
 
@@ -74,7 +89,7 @@ class Reordered(Unpacked):
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__(layers)
-        self._ordered = torch.ops.mkldnn._reorder_linear_weight(self._weight, 1)
+        self._ordered = torch.ops.mkldnn._reorder_linear_weight(self._weight.t().contiguous(), 1)
         self._weight = self._weight.new_empty(0)
 
     @property

@@ -11,7 +11,8 @@ from torch import nn
 from qdist.core.errors import ModelError, SpecError, nearest
 from qdist.runtime.adapters.attach import FusedLora
 from qdist.runtime.adapters.sharing import readers_of_one_tensor
-from qdist.runtime.infer.frozen import Form, Frozen, StackedAdapter, Unpacked, choose_form, dtype_of
+from qdist.runtime.infer.frozen import Form, Frozen, Unpacked, choose_form, dtype_of
+from qdist.runtime.kernels.small_product import StackedAdapter
 from qdist.runtime.model.describe import facts_of
 from qdist.runtime.model.packed import PackedLinear, compute_dtype, is_offloaded
 
@@ -31,7 +32,7 @@ def prepare_linears(model: Any) -> "AdapterChoice":
     form = choose_form([_frozen_of(module) for group in _groups(model) for module in group.values()])
     choice = AdapterChoice(model, names, _why_one_adapter(model) if names else "", form.note)
     for members in list(_groups(model)):
-        if len(members) > 1 or any(_gains(module, form) for module in members.values()):
+        if len(members) > 1 or any(_gains(module) for module in members.values()):
             _replace(model, members, choice, form)
     choice.only(active[0] if active else "")
     return choice
@@ -186,8 +187,8 @@ class _Adapters:
             return self._stacked
         if not any(flat):
             return None
-        ups = tuple(up[:, places].contiguous() for up, places in zip(self._stacked.ups, kept, strict=True))
-        return StackedAdapter(self._stacked.down[torch.tensor(flat)], ups)
+        ups = tuple(_laid_out(up[:, places]) for up, places in zip(self._stacked.ups, kept, strict=True))
+        return StackedAdapter(_laid_out(self._stacked.down[torch.tensor(flat)]), ups)
 
 
 def _groups(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
@@ -233,9 +234,9 @@ def _frozen_of(module: nn.Module) -> nn.Linear:
     return layer
 
 
-def _gains(module: nn.Module, form: Form) -> bool:
-    """Whether a linear that reads its tensor alone is better off replaced."""
-    return isinstance(module, FusedLora) or (isinstance(module, PackedLinear) and form.unpacked)
+def _gains(module: nn.Module) -> bool:
+    """Whether a linear that reads its tensor alone is better off replaced: torch multiplies others as fast."""
+    return isinstance(module, FusedLora | PackedLinear)
 
 
 def _why_one_adapter(model: nn.Module) -> str:
@@ -269,12 +270,17 @@ def _adapters_of(modules: Sequence[nn.Module], layers: Sequence[nn.Linear], choi
                 downs.append(down.to(device, dtype))
                 own.append(up.to(device, dtype))
                 numbers += [number] * len(down)
-        ups.append(torch.cat(own, dim=1).contiguous())
+        ups.append(torch.cat(own, dim=1))
         owners.append(numbers)
     if not downs:
         return None
     mask = choice.mask_of([owner for each in owners for owner in each], dtype, device)
-    return _Adapters(StackedAdapter(torch.cat(downs), tuple(ups)), owners, mask)
+    return _Adapters(StackedAdapter(_laid_out(torch.cat(downs)), tuple(map(_laid_out, ups))), owners, mask)
+
+
+def _laid_out(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix in the order of memory in which it multiplies a few tokens fastest: on a CPU by columns."""
+    return matrix.contiguous() if matrix.is_cuda else matrix.t().contiguous().t()
 
 
 def _factors(module: FusedLora, name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ from qdist.core.model.gptq import Shape, WeightOffset
 from qdist.runtime.adapters.attach import FusedLora, adapt
 from qdist.runtime.infer import frozen
 from qdist.runtime.infer.linears import MOST_ROWS, AnsweringLinear, prepare_linears
+from qdist.runtime.kernels.small_product import torch_products
 from qdist.runtime.model.packed import Packed8bit, PackedLinear
 from qdist.runtime.model.packed_gptq import PackedGptq
 from tests.runtime.model.test_packed import INPUTS, OUTPUTS, filled, packed
@@ -239,3 +240,17 @@ def test_bfloat16_weights_give_the_same_products_in_onednns_order() -> None:
     inputs = torch.randn(3, INPUTS, dtype=torch.bfloat16)
     ordered, plain = (form(layers).products(inputs, None) for form in (frozen.Reordered, frozen.Unpacked))
     torch.testing.assert_close(tuple(ordered), tuple(plain), rtol=1e-2, atol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "gptq", "gptq with groups of scattered inputs"])
+def test_kernels_for_few_tokens_are_given_what_the_layer_multiplies(kind: str) -> None:
+    layer, inputs = KINDS[kind](), torch.randn(3, INPUTS)
+    member = frozen.member_of(layer)  # type: ignore[arg-type]
+    assert member is not None
+    torch.testing.assert_close(torch_products(inputs, [member], None)[0], layer(inputs), **EXACT)
+
+
+def test_layers_without_a_kernel_are_not_given_to_one() -> None:
+    layers = [gptq(shift=True), KINDS["int8"](), KINDS["16 bits"]()]
+    assert [frozen.member_of(layer) for layer in layers] == [None] * 3  # type: ignore[arg-type]
