@@ -25,6 +25,11 @@ from qdist.core.text import parse_bytes, quoted
 
 Kind = TypeVar("Kind", bound=msgspec.Struct)
 Bits = Literal[2, 3, 4, 8]
+GgufType = Literal[
+    "q3_k_s", "q3_k_m", "q3_k_l", "iq4_xs", "iq4_nl", "q4_0", "q4_k_s", "q4_k_m", "q4_1", "q5_0", "q5_k_s", "q5_k_m",
+    "q6_k", "q8_0", "f16",
+]  # fmt: skip
+"""Types of GGUF files, by llama.cpp's names and from the smallest."""
 Onto = Literal["dequantized", "original"]
 """A backbone as training sees it, or as it was before it was packed."""
 _KEPT = "the same command goes on from what is written"
@@ -121,14 +126,14 @@ class Export(Folding, frozen=True, kw_only=True):
             "zeros."
         ),
     ]
-    type: Annotated[
-        Literal["q4_1", "q8_0", "f16"] | None, _help("gguf.  [default: q4_1 where QA-LoRA's groups allow it, else f16]")
-    ] = None
+    type: Annotated[GgufType | None, _help("gguf.  [default: q4_1 where QA-LoRA's groups allow it, else f16]")] = None
     data: Annotated[str | None, _help("gptq: calibration data.  [default: the run's own]")] = None
     samples: Annotated[Positive | None, _help("gptq: of them.  [default: 128]")] = None
     bits: Annotated[Bits | None, _help("gptq.  [default: as the run's own, or 4]")] = None
     group_size: Annotated[int | None, _help("gptq.  [default: as the run's own, or 128]")] = None
     lossy: Annotated[bool, _help("zeros: write them, whatever is lost.")] = False
+    cached: bool = False
+    """Whether the file is for an engine of qdist's, which asks: nothing is said, and no Modelfile written."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
