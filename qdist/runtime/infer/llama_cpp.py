@@ -32,7 +32,8 @@ from qdist.runtime.infer.ready import Ready
 from qdist.runtime.infer.text import Script
 
 _TYPE: GgufType = "q8_0"
-"""Type of the file that is made of a run: SmolLM2's likeliest token is transformers' in 98.9 % of places."""
+"""Type of the file that is made of a run: SmolLM2's likeliest token is transformers' in 95 % of places, with q4_k_m in
+86 %."""
 _PATIENCE_S = 0.05
 """Seconds that a step waits for the next token of any answer before its caller may submit and cancel again."""
 _RANDOM_SEED = 2**32 - 1
