@@ -216,12 +216,13 @@ def of_the_others() -> Iterator[Work]:
 
 def of_small_products() -> Iterator[Work]:
     """Products of few tokens with packed weights and adapters, as a decoding step has them."""
-    shapes = (((4096, 4096, 4096), 4096), ((11008, 11008), 4096), ((4096,), 11008), ((576, 192, 192), 576))
-    for (outputs, inputs), tokens, dtype in product(shapes, (1, 2, 16, 32, 64), FLOATS):
-        masks = (None, absent(tokens, 64 * len(outputs), dtype=dtype))
+    large, small = ((11008, 11008), 4096), ((576, 192, 192), 576)
+    cases = [*product((large,), (1, 16, 64), HALVES[:1]), *product((small,), (1, 2), FLOATS)]
+    for (outputs, inputs), tokens, dtype in cases:
         given, down = absent(tokens, inputs, dtype=dtype), absent(64 * len(outputs), inputs, dtype=dtype)
         ups = tuple(absent(size, 64, dtype=dtype) for size in outputs)
-        for adapter in (None, *(small_product.StackedAdapter(down, ups, mask) for mask in masks)):
+        mask = absent(tokens, 64 * len(outputs), dtype=dtype)
+        for adapter in (None, small_product.StackedAdapter(down, ups, mask)):
             for name, members in packed_members(outputs, inputs):
                 work = partial(small_product.triton_products, given, members, adapter)
                 yield f"{name} {outputs} {inputs} {tokens} {dtype} {adapter is not None}", work

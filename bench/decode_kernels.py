@@ -5,11 +5,15 @@ The last column is 32 layers of them. Errors are against the product in float32 
 """
 
 import argparse
+import multiprocessing
 from collections.abc import Callable, Sequence
 from functools import partial
+from unittest.mock import patch
 
 import torch
+from compile_kernels import Absent
 from torch.nn import functional
+from triton.runtime import JITFunction, driver
 
 from qdist.core.model.storage import BLOCK, NESTED_BLOCK
 from qdist.runtime.kernels import four_bit, gptq
@@ -27,6 +31,7 @@ from qdist.runtime.kernels.small_product import (
 
 GROUPS = {"q,k,v": ((4096,) * 3, 4096), "o": ((4096,), 4096), "gate,up": ((11008,) * 2, 4096), "down": ((4096,), 11008)}
 """Outputs of linears that read the same inputs, and these inputs."""
+SWEPT = ("o", "gate,up")
 RANK, GROUP_SIZE = 64, 128
 Layer = tuple[list[Member], StackedAdapter]
 Product = Callable[[torch.Tensor, list[Member], StackedAdapter], Sequence[torch.Tensor]]
@@ -36,15 +41,16 @@ def main() -> None:
     """Print a line for each way and number of tokens."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=20)
-    parser.add_argument("--tokens", default="1,2,4,8,16,32,64")
+    parser.add_argument("--tokens", default="1,4,16,32,64")
     given = parser.parse_args()
     numbers = [int(number) for number in given.tokens.split(",")]
-    torch.cuda.init()
+    compile_ahead(numbers)
     device = torch.device("cuda", 0)
     groups = {
         kind: {name: [layer(kind, *shape, device) for _ in range(given.layers)] for name, shape in GROUPS.items()}
         for kind in ("nf4", "gptq")
     }
+    groups["nf4 flat"] = {name: [flat(*parts) for parts in layers] for name, layers in groups["nf4"].items()}
     print(torch.cuda.get_device_name(device), torch.__version__)
     print(f"{'microseconds':34}" + "".join(f"{name:>9}" for name in GROUPS) + f"{'GB/s':>7}{'ms/token':>9}{'error':>9}")
     for tokens in numbers:
@@ -53,10 +59,34 @@ def main() -> None:
     for kind, tokens, tiles in swept():
         name = f"{tokens:3} {kind} {tuple(tiles)}"
         product = partial(without_adapter, tiles=tiles)
-        print(row(name, groups[kind], tokens, product, errors=False), flush=True)
+        print(row(name, {group: groups[kind][group] for group in SWEPT}, tokens, product, errors=False), flush=True)
     for positions in (320, 4096):
         for rows in (1, 32):
             print(attention_row(positions, rows, given.layers, device), flush=True)
+
+
+def compile_ahead(numbers: Sequence[int]) -> None:
+    """Fill Triton's cache in as many processes as there are cores: one after the other takes minutes."""
+    major, minor = torch.cuda.get_device_capability()
+    cases = [(tokens, kind, None) for tokens in numbers for kind in ("nf4", "nf4 flat", "gptq")]
+    cases += [(tokens, kind, tiles) for kind, tokens, tiles in swept()]
+    with multiprocessing.get_context("fork").Pool() as pool:
+        pool.map(partial(compile_case, 10 * major + minor), cases, chunksize=1)
+
+
+def compile_case(capability: int, case: tuple[int, str, Tiles | None]) -> None:
+    """Compile what a case launches, for tensors without storage."""
+    tokens, kind, tiles = case
+    driver.set_active(Absent(capability))
+    with patch.object(JITFunction, "__getitem__", lambda kernel, grid: partial(kernel.warmup, grid=grid)):
+        for name in GROUPS if tiles is None else SWEPT:
+            members, adapter = layer(kind.split()[0], *GROUPS[name], torch.device("meta"))
+            if kind == "nf4 flat":
+                members, adapter = flat(members, adapter)
+            inputs = torch.empty(tokens, adapter.down.shape[1], dtype=torch.bfloat16, device="meta")
+            without_adapter(inputs, members, adapter, tiles=tiles)
+            if tiles is None:
+                triton_products(inputs, members, adapter)
 
 
 def ways(tokens: int) -> list[tuple[str, str, Product]]:
@@ -64,6 +94,7 @@ def ways(tokens: int) -> list[tuple[str, str, Product]]:
     found: list[tuple[str, str, Product]] = [
         ("nf4 ours", "nf4", without_adapter),
         ("nf4 ours + LoRA", "nf4", triton_products),
+        ("nf4 ours, absmax float32", "nf4 flat", without_adapter),
         ("gptq ours", "gptq", without_adapter),
         ("gptq ours + LoRA", "gptq", triton_products),
     ]
@@ -86,12 +117,12 @@ def swept() -> list[tuple[str, int, Tiles]]:
         (8, 32, 1, 4, 2),
     ]
     dots = [
-        (64, 1, 4, 4, 3),
-        (64, 1, 8, 4, 3),
-        (128, 1, 8, 4, 3),
-        (64, 1, 8, 4, 6),
-        (32, 1, 8, 2, 4),
-        (64, 1, 16, 4, 4),
+        (64, 1, 8, 4, 4, False),
+        (64, 1, 8, 4, 4, True),
+        (64, 1, 4, 4, 3, True),
+        (128, 1, 8, 4, 3, True),
+        (32, 1, 8, 2, 4, True),
+        (64, 1, 16, 4, 6, True),
     ]
     words = [(128, 16, 8, 4, 2), (128, 16, 4, 4, 3), (64, 16, 8, 4, 2), (256, 16, 8, 4, 2), (128, 16, 8, 4, 1)]
     word_dots = [(64, 16, 4, 4, 2), (64, 16, 8, 4, 3), (128, 16, 8, 4, 3), (64, 8, 8, 4, 3), (32, 16, 8, 4, 3)]
@@ -112,6 +143,17 @@ def layer(kind: str, outputs: tuple[int, ...], width: int, device: torch.device)
     down = torch.randn(RANK * len(outputs), width, device=device, dtype=torch.bfloat16) / 64
     ups = tuple(torch.randn(size, RANK, device=device, dtype=torch.bfloat16) / 64 for size in outputs)
     return members, StackedAdapter(down, ups, None)
+
+
+def flat(members: list[Member], adapter: StackedAdapter) -> Layer:
+    """The same linears with their absmaxes in float32."""
+    book = four_bit.absmax_code_book(adapter.down.device)
+    found = []
+    for weight, _ in members:
+        nested, offset = weight.nested
+        wide = book[weight.absmax.int()] * nested.repeat_interleave(NESTED_BLOCK)[: weight.absmax.numel()] + offset
+        found.append(Member(weight._replace(absmax=wide, nested=None)))
+    return found, adapter
 
 
 def random_nf4(outputs: int, width: int, device: torch.device) -> FourBit:
@@ -167,8 +209,9 @@ def gptq_before(inputs: torch.Tensor, members: list[Member], adapter: StackedAda
 
 def row(name: str, groups: dict[str, list[Layer]], tokens: int, product: Product, *, errors: bool) -> str:
     """Microseconds of each group of linears, GB/s of packed weights, a token's time and the error."""
-    times, worst = [], 0.0
+    times, worst, weights = [], 0.0, 0
     for layers in groups.values():
+        weights += sum(member.outputs for member in layers[0][0]) * layers[0][1].down.shape[1]
         width = layers[0][1].down.shape[1]
         inputs = torch.randn(tokens, width, device=layers[0][1].down.device, dtype=torch.bfloat16)
         times.append(microseconds([partial(product, inputs, *parts) for parts in layers]))
@@ -176,9 +219,8 @@ def row(name: str, groups: dict[str, list[Layer]], tokens: int, product: Product
             found = product(inputs, *layers[0])
             adapter = layers[0][1] if "LoRA" in name else None
             worst = max(worst, error(inputs, layers[0][0], adapter, found))
-    weights = sum(sum(outputs) * width for outputs, width in GROUPS.values())
     total = sum(times)
-    cells = "".join(f"{time:9.1f}" for time in times)
+    cells = "".join(f"{time:9.1f}" for time in times).ljust(36)
     return f"{name:34}{cells}{weights / 2 / total / 1e3:7.0f}{total * 32 / 1e3:9.3f}" + (
         f"{worst:9.1e}" if errors else ""
     )

@@ -45,6 +45,13 @@ def test_a_wheel_holds_what_a_report_is_made_of(unpacked: Path) -> None:
         assert (unpacked / "qdist/cli/assets" / name).read_bytes() == (assets / name).read_bytes(), name
 
 
+def test_a_wheel_holds_the_page(unpacked: Path) -> None:
+    page = ROOT / "qdist/runtime/serve/page"
+    names = {path.name for path in page.iterdir()}
+    assert {"index.html", "style.css", "app.js"} <= names
+    assert {path.name for path in (unpacked / "qdist/runtime/serve/page").iterdir()} == names
+
+
 def test_a_wheel_holds_every_module_and_no_test(unpacked: Path) -> None:
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "qdist").rglob("*.py")}
     assert {str(path.relative_to(unpacked)) for path in unpacked.rglob("*.py")} == modules

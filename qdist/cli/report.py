@@ -6,13 +6,12 @@ import click
 
 from qdist.cli.views.plan import plan_lines
 from qdist.cli.views.report_page import compare_page, page
-from qdist.core.errors import RunError, SpecError
-from qdist.core.telemetry.report import Found, Report, report_of
+from qdist.core.errors import SpecError
+from qdist.core.telemetry.report import Report, report_of
 from qdist.core.text import command, format_bytes
 from qdist.host.files import write_out
-from qdist.host.opening import read_bytes, read_typed
-from qdist.host.run.observer import RunObserver
-from qdist.host.run.rundir import RunDir, noted
+from qdist.host.run.reporting import read_found
+from qdist.host.run.rundir import RunDir
 from qdist.host.terminal import say
 
 
@@ -26,7 +25,7 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     names = [run.resolve().name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run) for run in runs]
-    found = [_found(RunDir(run), name) for run, name in zip(runs, names, strict=True)]
+    found = [read_found(RunDir(run), name) for run, name in zip(runs, names, strict=True)]
     reports = [report_of(own) for own in found]
     plans = [plan_lines(own.seen.plan) for own in found]
     text = page(reports[0], plans[0]) if len(runs) == 1 else compare_page(reports, plans)
@@ -37,25 +36,3 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 
 def _default_name(reports: list[Report]) -> str:
     return "report.html" if len(reports) == 1 else "comparison.html"
-
-
-def _found(run: RunDir, name: str) -> Found:
-    """Read a run's current state. Raises RunError if it is not a run or one of its files is broken."""
-    seen = RunObserver(run).snapshot()._replace(name=name)
-    return Found(
-        seen=seen,
-        result=run.result_of(seen.plan),
-        machine=run.machine(),
-        versions=_versions(run.path / "versions.json"),
-        recipe=_text(run.path / "recipe.toml"),
-        commands=noted(run),
-    )
-
-
-def _text(path: Path) -> str:
-    return read_bytes(path, RunError).decode(errors="replace") if path.is_file() else ""
-
-
-def _versions(path: Path) -> dict[str, str]:
-    away = "take the file out of the run"
-    return read_typed(path, dict[str, str], RunError, try_=away) if path.is_file() else {}

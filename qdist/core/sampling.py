@@ -28,7 +28,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Taken from the logit of each token that the answer has already (as OpenAI defines it)."""
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     """The same, times the number of times that it has it."""
-    seed: Annotated[int, Meta(ge=-(2**63), lt=2**63, description="Of the drawing.")] = 0
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1, description="Of the drawing.")] = 0
     """The draw of a token is a function of the seed and of its place in the answer, whatever else is in the batch."""
     stop: Annotated[tuple[str, ...], Meta(max_length=MOST_STOPS, description="Texts before which an answer ends.")] = ()
     logprobs: Annotated[int, Meta(ge=-1, le=MOST_LOGPROBS)] = -1

@@ -1,7 +1,6 @@
 """Does a report work in a browser: charts drawn, nothing fetched, nothing of a run executed, narrow and wide?"""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,36 +9,18 @@ import pytest
 from click.testing import CliRunner
 
 from qdist.cli.main import main
+from tests.browser import WHY_NONE, opened_browser, pretend, pretend_nothing
 from tests.cli.test_report import EVIL, run_of
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="chromium or chromedriver is not here (apt-get install chromium chromium-driver)"
-)
+pytestmark = pytest.mark.skipif(bool(WHY_NONE), reason=WHY_NONE)
 
 ANSWER = dict.fromkeys(("question", "before", "after", "expected"), EVIL.replace("alert(", "window.hit=("))
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--window-size=1200,900",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    yield driver
-    driver.quit()
+    with opened_browser() as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +121,7 @@ def test_hovering_says_the_values_of_a_step(opened: Any) -> None:
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (1400, "dark")])
 def test_no_screen_is_too_narrow_or_dark(opened: Any, width: int, scheme: str) -> None:
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    pretend(opened, width, 800, scheme)
     try:
         opened.refresh()
         assert opened.execute_script("return document.documentElement.scrollWidth") <= width
@@ -153,8 +131,7 @@ def test_no_screen_is_too_narrow_or_dark(opened: Any, width: int, scheme: str) -
         assert light == (scheme == "light")
         assert min(opened.execute_script(INK)) >= 3
     finally:
-        opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-        opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+        pretend_nothing(opened)
 
 
 def test_the_figures_are_there_without_scripts(opened: Any) -> None:

@@ -21,7 +21,9 @@ MOST_TOKENS = 64
 """Most tokens that are multiplied with packed weights; above, the whole matrix is unpacked first."""
 MOST_MEMBERS = 3
 """Most linears of one launch: queries, keys and values."""
-_MOST_TILES = 1 << 16
+_MOST_AHEAD = 32
+"""Absmaxes of a row that are read before a loop, at most: they stay in registers."""
+_MOST_TILES = 1 << 12
 """Tiles of a launch that is split, at most."""
 
 
@@ -75,6 +77,8 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     """Reads in flight."""
+    ahead: bool = False
+    """Whether a split reads its absmaxes before it begins."""
 
 
 def small_products(
@@ -82,7 +86,8 @@ def small_products(
 ) -> list[torch.Tensor]:
     """inputs [tokens, in] times each member's weights, plus bias and adapter: new tensors [tokens, out].
 
-    At most `MOST_TOKENS` tokens go through the kernels.
+    At most `MOST_TOKENS` tokens go through the kernels. Multiply once before a CUDA graph is captured: kernels are
+    compiled and tables made at the first call. Products of one device must follow each other: see `counters`.
     """
     given = inputs.contiguous()
     if given.is_cuda and given.shape[0] <= MOST_TOKENS and has_kernel(members):
@@ -181,12 +186,13 @@ def choose_tiles(members: Sequence[Member], tokens: int, width: int) -> Tiles:
         return Tiles(rows, depth, _splits(outputs, rows, width // (8 * depth), 4), 4, 3)
     if tokens == 1:
         return Tiles(rows=8, depth=min(32, _power(width // BLOCK)), splits=1, warps=4, stages=1)
-    return Tiles(64, 1, _splits(outputs, 64, width // BLOCK, 8), 4, 4)
+    splits = _splits(outputs, 64, width // BLOCK, 8)
+    return Tiles(64, 1, splits, 4, 4, ahead=width // BLOCK <= _MOST_AHEAD * splits)
 
 
 def _splits(outputs: int, rows: int, steps: int, least: int) -> int:
-    """Splits of `steps` steps, so that a large GPU is busy and each split has at least `least` steps."""
-    return max(1, min(1024 // -(-outputs // rows), steps // least, 16))
+    """Splits of `steps` steps, a power of two: enough for a large GPU, and each of `least` steps or more."""
+    return 1 << (max(1, min(1024 // -(-outputs // rows), steps // least, 16)).bit_length() - 1)
 
 
 def _power(count: int) -> int:
@@ -229,7 +235,7 @@ def _shared(
     nothing = [0] * (MOST_MEMBERS - len(members))
     mask = None if adapter is None else adapter.mask
     biases = [inputs if member.bias is None else member.bias for member in members]
-    sums = [inputs if narrow is None else narrow, inputs if mask is None else mask]
+    sums = [inputs if narrow is None else narrow, inputs if mask is None else mask.contiguous()]
     constants = {
         "THIN_SPLITS": 0 if narrow is None else narrow.shape[0], "MASKED": mask is not None,
         "BIASED": members[0].bias is not None, "TOKENS": _tokens(inputs.shape[0]),
@@ -263,7 +269,8 @@ def _four_bit(
         rounded_book(kind, inputs.dtype, device), *table_words(kind, inputs.dtype), *sums, out, parts,
         counters(device), *inputs.shape, *outputs, *ranks, NESTED=weights[0].nested is not None,
         NESTED_BLOCK=NESTED_BLOCK, SPLITS=tiles.splits, ROWS=tiles.rows, BLOCKS=tiles.depth,
-        PERMUTE=device.type != "cpu" and inputs.dtype != torch.float32, STAGES=tiles.stages, **constants,
+        PERMUTE=device.type != "cpu" and inputs.dtype != torch.float32, STAGES=tiles.stages,
+        AHEAD=_power(-(-inputs.shape[1] // (BLOCK * tiles.splits))) if tiles.ahead else 0, **constants,
         num_warps=tiles.warps,
     )  # fmt: skip
 
