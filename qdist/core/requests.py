@@ -15,7 +15,7 @@ from qdist.core import errors
 from qdist.core.errors import QdistError, SpecError, flag_of, nearest
 from qdist.core.model.gptq import BITS, WORD, Gptq, Override, Shape, usual_format
 from qdist.core.model.shapes import ModelFacts
-from qdist.core.model.storage import Packing
+from qdist.core.model.storage import GgufType, Packing
 from qdist.core.planning.plan import Prepared
 from qdist.core.spec.keys import choices
 from qdist.core.spec.run_spec import RunSpec
@@ -25,11 +25,6 @@ from qdist.core.text import parse_bytes, quoted
 
 Kind = TypeVar("Kind", bound=msgspec.Struct)
 Bits = Literal[2, 3, 4, 8]
-GgufType = Literal[
-    "q3_k_s", "q3_k_m", "q3_k_l", "iq4_xs", "iq4_nl", "q4_0", "q4_k_s", "q4_k_m", "q4_1", "q5_0", "q5_k_s", "q5_k_m",
-    "q6_k", "q8_0", "f16",
-]  # fmt: skip
-"""Types of GGUF files, by llama.cpp's names and from the smallest."""
 Onto = Literal["dequantized", "original"]
 """A backbone as training sees it, or as it was before it was packed."""
 _KEPT = "the same command goes on from what is written"

@@ -11,7 +11,8 @@ from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 from qdist.core.errors import DataError, JobError, MachineError, ModelError
-from qdist.core.requests import Export, GgufType
+from qdist.core.model.storage import GgufType
+from qdist.core.requests import Export
 from qdist.core.sampling import Sampling
 from qdist.core.text import counted
 from qdist.host.files import cache_dir, locked
@@ -107,7 +108,9 @@ def _speech(target: str, file: Path) -> Speech:
     from transformers import AutoTokenizer
 
     with told(str(file), ModelError, try_="a GGUF file with a vocabulary"):
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(file.parent), gguf_file=file.name, local_files_only=True, trust_remote_code=False
+        )
     for name, token in _special_tokens(file).items():  # transformers 5.17 takes other tokens for them
         setattr(tokenizer, f"{name}_id", token)
     return Speech(tokenizer, usual_wording(tokenizer), read_config(file).get("max_position_embeddings"))

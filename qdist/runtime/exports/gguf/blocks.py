@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from qdist.core.errors import ModelError
-from qdist.core.requests import GgufType
+from qdist.core.model.storage import GgufType
 from qdist.runtime.exports.gguf.quantizer import ROUNDED_BY_LLAMA_CPP, quantize
 
 Kind = GgufType

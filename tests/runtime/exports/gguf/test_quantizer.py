@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qdist.core.errors import MachineError
-from qdist.core.requests import GgufType
+from qdist.core.model.storage import GgufType
 from qdist.runtime.exports.gguf import quantizer
 from qdist.runtime.exports.gguf.export import check_gguf
 from qdist.runtime.exports.gguf.file import Kind, write_gguf
