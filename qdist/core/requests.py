@@ -15,7 +15,7 @@ from qdist.core import errors
 from qdist.core.errors import QdistError, SpecError, flag_of, nearest
 from qdist.core.model.gptq import BITS, WORD, Gptq, Override, Shape, usual_format
 from qdist.core.model.shapes import ModelFacts
-from qdist.core.model.storage import Packing
+from qdist.core.model.storage import GgufType, Packing
 from qdist.core.planning.plan import Prepared
 from qdist.core.spec.keys import choices
 from qdist.core.spec.run_spec import RunSpec
@@ -123,14 +123,14 @@ class Export(Folding, frozen=True, kw_only=True):
             "zeros."
         ),
     ]
-    type: Annotated[
-        Literal["q4_1", "q8_0", "f16"] | None, _help("gguf.  [default: q4_1 where QA-LoRA's groups allow it, else f16]")
-    ] = None
+    type: Annotated[GgufType | None, _help("gguf.  [default: q4_1 where QA-LoRA's groups allow it, else f16]")] = None
     data: Annotated[str | None, _help("gptq: calibration data.  [default: the run's own]")] = None
     samples: Annotated[Positive | None, _help("gptq: of them.  [default: 128]")] = None
     bits: Annotated[Bits | None, _help("gptq.  [default: as the run's own, or 4]")] = None
     group_size: Annotated[int | None, _help("gptq.  [default: as the run's own, or 128]")] = None
     lossy: Annotated[bool, _help("zeros: write them, whatever is lost.")] = False
+    cached: bool = False
+    """Whether the file is for an engine of qdist's, which asks: nothing is said, and no Modelfile written."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,6 +17,12 @@ BLOCK, NESTED_BLOCK = 64, 256
 MX_BLOCK = 32
 """MXFP4: inputs that share a scale, a power of two in one byte (OCP microscaling formats, e8m0)."""
 
+GgufType = Literal[
+    "q3_k_s", "q3_k_m", "q3_k_l", "iq4_xs", "iq4_nl", "q4_0", "q4_k_s", "q4_k_m", "q4_1", "q5_0", "q5_k_s", "q5_k_m",
+    "q6_k", "q8_0", "f16",
+]  # fmt: skip
+"""Types of GGUF files, by llama.cpp's names and from the smallest."""
+
 
 class Packing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the weights are packed."""

@@ -13,18 +13,22 @@ import msgspec
 from qdist.core.data import demo
 from qdist.core.errors import MachineError, RunError
 from qdist.core.model.storage import FORMAT, Packing
-from qdist.core.planning.plan import DataFacts, Prepared
+from qdist.core.planning.plan import DataFacts, Prepared, digest
 from qdist.core.spec.run_spec import RunSpec, flatten
 from qdist.host.data.records import source_digest
 from qdist.host.files import cache_dir, cache_path, write_atomic
 from qdist.host.machine import probe
 from qdist.host.opening import read_typed
+from qdist.host.run.rundir import RunDir
+from qdist.host.sources.targets import ADAPTER
 
 WEIGHTS = (".safetensors", ".bin")
 BESIDE = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 """Suffixes of the files that accompany weights: tokenizer, chat template, generation settings, the model's own code."""
 _CONVERSION = 2
 """Increment whenever the same GGUF file would convert to a different folder."""
+_EXPORT = 1
+"""Increment whenever the same run would be exported to a different GGUF file."""
 _DECIDING = (
     "model", "trust_remote_code", "method", "bits", "format", "load_format", "seq_len", "seed", "new_tokens", "quant.",
     "lora.targets", "lora.pool", "train.held_out", "train.train_on_source",
@@ -85,6 +89,18 @@ def _known_file(what: str, files: Sequence[Path]) -> Path:
     status = [(str(file.resolve()), file.stat()) for file in files]
     parts = [what, *([path, own.st_size, own.st_mtime_ns, own.st_ino] for path, own in status)]
     return cache_path() / "known" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def exported_file(run: RunDir, kind: str) -> Path:
+    """The GGUF file of a run's merged model that an engine reads, which need not exist.
+
+    kind: its type. Reads the adapter, once.
+    """
+    adapter = run.adapter / ADAPTER
+    contents = remembered_of("file", [adapter], lambda: _file_digest(adapter))
+    identity = f"{_EXPORT} {digest(run.plan())} {contents}"
+    stem = f"{run.path.resolve().name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    return cache_path() / "gguf" / f"{stem}-{kind}.gguf"
 
 
 def packed_folder(folder: Path, packing: Packing, *, name: str) -> Path:

@@ -1,18 +1,20 @@
-"""Encodes a tensor for a GGUF file as float32, float16, Q8_0 or Q4_1, a few rows at a time.
+"""Encodes a tensor for a GGUF file as float32, float16, Q8_0, Q4_1 or as llama.cpp rounds it, a few rows at a time.
 
 Blocks are those of ggml (ggml-common.h): Q8_0 is fp16 d and 32 int8, Q4_1 is fp16 d, fp16 m and 16 bytes of nibbles.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
 import torch
 
 from qdist.core.errors import ModelError
+from qdist.core.model.storage import GgufType
+from qdist.runtime.exports.gguf.quantizer import ROUNDED_BY_LLAMA_CPP, quantize
 
-Kind = Literal["q4_1", "f16", "q8_0"]
+Kind = GgufType
 """Type of most tensors in a file; norms and biases are float32 in all of them."""
 Type = gguf.GGMLQuantizationType
 BLOCK = 32
@@ -151,6 +153,8 @@ def encoded(stored: Stored, part: torch.Tensor | Affine) -> np.ndarray[Any, Any]
         return wide.numpy()
     if wide.numel() and float(wide.abs().max()) > 127 * LARGEST:
         raise _too_large(stored.source, wide)
+    if stored.type in ROUNDED_BY_LLAMA_CPP:
+        return quantize(wide.numpy(), stored.type)
     with np.errstate(over="ignore", invalid="ignore"):  # 1 / d of blocks below 1e-36, whose d is 0 in fp16
         blocks: np.ndarray[Any, Any] = gguf.quants.quantize(wide.numpy(), stored.type)
     return blocks

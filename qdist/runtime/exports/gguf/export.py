@@ -10,19 +10,24 @@ from typing import Any
 import gguf
 import torch
 
-from qdist.core.errors import ModelError, RunError
+from qdist.core.errors import MachineError, ModelError, RunError
 from qdist.core.planning.plan import Plan
 from qdist.core.requests import Export
 from qdist.core.text import format_bytes
 from qdist.host.files import require_space, sync
 from qdist.host.opening import told
 from qdist.host.progress import ProgressLine
+from qdist.host.sources.gguf_header import read_header
+from qdist.host.sources.models import locate
 from qdist.host.terminal import say
 from qdist.runtime.exports.backbone import Backbone
 from qdist.runtime.exports.gguf.blocks import Affine, Kind, Make, Stored, Type, dense, made, rows_of
 from qdist.runtime.exports.gguf.file import file_bytes, write_gguf
 from qdist.runtime.exports.gguf.metadata import rope_of
+from qdist.runtime.exports.gguf.ollama import worded_tokenizer, write_modelfile
+from qdist.runtime.exports.gguf.quantizer import MIXTURES, ROUNDED_BY_LLAMA_CPP, quantizer
 from qdist.runtime.exports.gguf.tensors import facts_of, stored_tensors
+from qdist.runtime.exports.gguf.tokenizer import templates_of
 from qdist.runtime.exports.merged_16bit import Merged
 from qdist.runtime.exports.update import Adapters
 from qdist.runtime.formats.work_folder import reserved
@@ -32,6 +37,9 @@ from qdist.runtime.model.packed_gptq import PackedGptq
 _U, _T, _FLOAT = 2.0**-11, 2.0**-25, 2.0**-24
 _ARITHMETIC = 1e-6
 """Relative error of float32 itself, to M or a bound, when weights are computed for the comparison."""
+_BITS = {kind: int(next(filter(str.isdecimal, kind.name))) for kind in ROUNDED_BY_LLAMA_CPP}
+"""Of a weight. llama.cpp rounds for the least sum of squares, not for the least largest error, which is up to a quarter
+of the bound for weights of a normal distribution."""
 
 
 def check_gguf(
@@ -96,6 +104,8 @@ def _bound(tensor: Stored, value: torch.Tensor | Affine, largest: float) -> floa
         return _U * largest + _T
     if tensor.type == Type.Q8_0:
         return largest / 254 + _U * largest + 127 * _T
+    if tensor.type in ROUNDED_BY_LLAMA_CPP:
+        return 4 * largest / 2 ** _BITS[tensor.type]
     assert isinstance(value, Affine)
     return 15 * _rounding(value.scales) + _rounding(value.minimums)
 
@@ -113,23 +123,28 @@ def run(request: Export) -> None:
     kind = request.type or ("f16" if reason else "q4_1")
     if kind == "q4_1" and reason:
         raise RunError(f"{adapters.runs[0].path} cannot be Q4_1: {reason}", try_="--type q8_0, or f16")
+    if kind in MIXTURES:
+        quantizer()  # raises, before anything is read, where it is not there
     model = _Model(Backbone(plan, onto=request.backbone), adapters, kind)
     tensors = dict(model.tensors())
     config = model.backbone.model.config.to_dict() | {"vocab_size": plan.source.vocab_rows or plan.facts.vocab}
-    tokenizer = Path(plan.source.tokenizer) if plan.source.tokenizer else None
+    tokenizer, worded = Path(plan.source.tokenizer) if plan.source.tokenizer else None, worded_tokenizer(plan)
     unchecked = out.with_name(f".{out.stem}.unchecked.gguf")
     with reserved(out):
         needed = file_bytes(tensors, config=config, name=plan.spec.model, kind=kind)
         require_space(out.parent, needed, purpose=f"writing {out.name}")
         try:
             report = write_gguf(
-                unchecked, tensors, config=config, tokenizer=tokenizer, name=plan.spec.model, kind=kind, ends=plan.ends
-            )
+                unchecked, tensors, config=config, tokenizer=tokenizer, name=_named(plan), kind=kind, ends=plan.ends,
+                chat_template=templates_of(worded),
+            )  # fmt: skip
             furthest = check_gguf(unchecked, tensors, config=config, kind=kind)
             os.replace(unchecked, out)
         finally:
             unchecked.unlink(missing_ok=True)
         sync(out.parent)
+    if request.cached:
+        return
     kinds = ", ".join(f"{count} {name}" for name, count in report.tensors.items())
     say(f"{out}: {format_bytes(report.bytes)}, tensors {kinds}")
     say(str(model.folded))
@@ -138,6 +153,18 @@ def run(request: Export) -> None:
         say(f"minimums in float16 take {model.lost:.1%} of the adapter")
     for note in (*([f"not Q4_1: {reason}"] if reason and not request.type else []), *report.notes):
         say(f"note  {note}")
+    if worded is not None:
+        say(write_modelfile(out, plan, worded))
+
+
+def _named(plan: Plan) -> str:
+    """general.name: as a GGUF base has it, or else as the user calls the base."""
+    try:
+        located = locate(plan.spec.model)
+    except (ModelError, MachineError):  # gone since
+        return plan.spec.model
+    said = read_header(Path(located.path)).metadata if located.kind == "gguf" else {}
+    return str(said.get("general.name") or plan.spec.model)
 
 
 def _why_not_q4_1(plan: Plan, adapters: Adapters) -> str:

@@ -17,7 +17,7 @@ from qdist.host.progress import ProgressLine
 from qdist.runtime.exports.gguf.blocks import Affine, Kind, Make, Stored, encoded, made, rows_of
 from qdist.runtime.exports.gguf.metadata import add_metadata, gguf_of, model_notes, rope_of
 from qdist.runtime.exports.gguf.tensors import facts_of, stored_tensors
-from qdist.runtime.exports.gguf.tokenizer import Vocabulary, add_vocabulary, read_vocabulary
+from qdist.runtime.exports.gguf.tokenizer import Templates, Vocabulary, add_vocabulary, read_vocabulary
 
 __all__ = ["Affine", "Kind", "Make", "Report", "file_bytes", "write_gguf"]
 _NO_VOCABULARY = "the file has no vocabulary: llama.cpp computes with token ids alone"
@@ -45,6 +45,7 @@ def write_gguf(
     name: str,
     kind: Kind,
     ends: tuple[int, ...] = (),
+    chat_template: Templates = None,
 ) -> Report:
     """Write a model of a family that has GGUF names to `out`, replacing an existing file.
 
@@ -54,8 +55,10 @@ def write_gguf(
     tokenizer: a folder with transformers' tokenizer files; None leaves the file without a vocabulary.
     name: general.name.
     ends: tokens that end an answer, beside the tokenizer's eos.
+    chat_template: what the file has in place of the tokenizer's own; None keeps that.
     kind: f16: matrices are F16. q8_0: matrices whose rows are multiples of 32 are Q8_0, others F16. q4_1: linears are
-        Q4_1, bit for bit but for minimums rounded to fp16, embedding and head F16. Vectors are F32 in all three.
+        Q4_1, bit for bit but for minimums rounded to fp16, embedding and head F16. Others: see `quantizer.MIXTURES`.
+        Vectors are F32 in all of them.
 
     Raises ModelError before anything is written for what the format cannot say, and, while writing, for numbers that
     fp16 cannot hold or a tensor that is not what `tensors` announces; then nothing is left of the new file.
@@ -69,7 +72,7 @@ def write_gguf(
     if vocabulary is None:
         writer.add_tokenizer_model("none")
     else:
-        add_vocabulary(writer, vocabulary)
+        add_vocabulary(writer, vocabulary._replace(chat_template=chat_template or vocabulary.chat_template))
     for tensor in stored:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, tensor.type)
     _publish(writer, stored, beside, out)

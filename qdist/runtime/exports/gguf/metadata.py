@@ -12,6 +12,7 @@ from qdist.core.model.families import FAMILIES
 from qdist.core.model.families.family import Gguf
 from qdist.core.model.shapes import ModelFacts
 from qdist.runtime.exports.gguf.blocks import Kind
+from qdist.runtime.exports.gguf.quantizer import MIXTURES
 
 _DEFAULTS = {"attention_factor": None, "mscale": None, "mscale_all_dim": None, "truncate": True,
              "beta_fast": 32, "beta_slow": 1}  # fmt: skip
@@ -98,6 +99,7 @@ _FILE_TYPES = {
     "f16": gguf.LlamaFileType.MOSTLY_F16,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
+    **{kind: mixture.file for kind, mixture in MIXTURES.items()},
 }
 _EPSILON = 1e-6
 """Default norm epsilon of transformers' Llama, Mistral and Qwen configurations."""

@@ -11,6 +11,7 @@ from qdist.core.model.families import FAMILIES, from_config
 from qdist.core.model.shapes import Linear, ModelFacts
 from qdist.runtime.exports.gguf.blocks import BLOCK, Kind, Make, Stored, Type
 from qdist.runtime.exports.gguf.metadata import Rope, gguf_of, rope_factors
+from qdist.runtime.exports.gguf.quantizer import MIXTURES, Place, mixed_type
 
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _REMADE = "rotary_emb.inv_freq"
@@ -56,17 +57,11 @@ def stored_tensors(tensors: Tensors, facts: ModelFacts, rope: Rope, kind: Kind) 
     _require_same(expected, given, facts.name)
     names = gguf.get_tensor_name_map(_architecture(facts), facts.layer_count)
     factors = rope_factors(rope, facts.shapes[0].head_dim)
-    stored = [
-        Stored(
-            name=names.get_name(source, try_suffixes=(".weight", ".bias")),
-            source=source,
-            shape=shape,
-            type=_type(source, shape, kind),
-            heads=_interleaved_heads(source, facts),
-            make=make,
-        )
-        for source, (shape, make) in given.items()
-    ]
+    stored = list[Stored]()
+    for source, (shape, make) in given.items():
+        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        heads = _interleaved_heads(source, facts)
+        stored.append(Stored(name, source, shape, _type(source, _place(name, facts), shape, kind), heads, make))
     if factors is not None:
         table = partial(type(factors).clone, factors)
         stored.insert(0, Stored("rope_freqs.weight", "rope scaling", tuple(factors.shape), Type.F32, 0, table))
@@ -114,10 +109,20 @@ def _first(sources: list[str]) -> str:
     return f"{sources[0]} and {len(sources) - 1} more" if len(sources) > 1 else sources[0]
 
 
-def _type(source: str, shape: tuple[int, ...], kind: Kind) -> Any:
-    """float32 for vectors; for matrices the file's kind if it can hold them, else fp16."""
+def _place(name: str, facts: ModelFacts) -> Place:
+    """Where in the model a tensor of the file is."""
+    *_, layer, part, _ = ("0", *name.split("."))
+    shape = facts.shapes[0]
+    number = int(layer) if layer.isdecimal() else 0
+    return Place(part, number, facts.layer_count, shape.heads // shape.kv_heads, facts.tied_embeddings)
+
+
+def _type(source: str, place: Place, shape: tuple[int, ...], kind: Kind) -> Any:
+    """float32 for vectors; for matrices what the file's kind has for them if it can hold them, else fp16."""
     if len(shape) == 1:
         return Type.F32
+    if kind in MIXTURES:
+        return mixed_type(kind, place, shape[1])
     if kind == "q8_0" and shape[1] % BLOCK == 0:
         return Type.Q8_0
     if kind == "q4_1" and source not in (_EMBEDDING, _HEAD):

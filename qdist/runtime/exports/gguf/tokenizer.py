@@ -87,6 +87,10 @@ _NO_SCORE = -1000.0
 _PROBE = "a"
 
 
+Templates = str | tuple[dict[str, str], ...] | None
+"""A chat template, or several by name."""
+
+
 class Vocabulary(NamedTuple):
     """A file's vocabulary."""
 
@@ -106,7 +110,7 @@ class Vocabulary(NamedTuple):
     add_eos: bool
     add_space: bool
     """Whether a text is prefixed with a space."""
-    chat_template: str | tuple[dict[str, str], ...] | None
+    chat_template: Templates
     notes: tuple[str, ...]
 
 
@@ -133,7 +137,7 @@ def read_vocabulary(folder: Path, *, rows: int, config: Mapping[str, Any], ends:
     return Vocabulary(
         model="gpt2" if bytewise else "llama", pre=pre, tokens=tokens, types=types,
         scores=() if bytewise else _scores(tokens, merges), merges=merges, ids=ids, add_bos=add_bos, add_eos=add_eos,
-        add_space=add_space, chat_template=_templates(tokenizer),
+        add_space=add_space, chat_template=templates_of(tokenizer),
         notes=(*notes, *space_notes, *_eos_notes(ids, tokens, config)),
     )  # fmt: skip
 
@@ -263,8 +267,9 @@ def _spaced(tokenizer: Any, text: str, *, place: int) -> bool:
     return len(pieces) > place and pieces[place].startswith("\u2581")
 
 
-def _templates(tokenizer: Any) -> str | tuple[dict[str, str], ...] | None:
-    template = tokenizer.chat_template
+def templates_of(tokenizer: Any) -> Templates:
+    """The chat template or templates of a tokenizer; None if there is none."""
+    template = tokenizer.chat_template if tokenizer is not None else None
     if isinstance(template, dict):
         return tuple({"name": name, "template": text} for name, text in template.items())
     return template or None
