@@ -17,7 +17,8 @@ from qdist.core.model.gptq import BITS, WORD, Gptq, Override, Shape, usual_forma
 from qdist.core.model.shapes import ModelFacts
 from qdist.core.model.storage import Packing
 from qdist.core.planning.plan import Prepared
-from qdist.core.spec.keys import choices
+from qdist.core.sampling import Sampling
+from qdist.core.spec.keys import choices, is_texts
 from qdist.core.spec.run_spec import RunSpec
 from qdist.core.spec.sections import Count, Positive
 from qdist.core.spec.suggest import not_among, of_another_kind
@@ -266,6 +267,12 @@ class Answering(Request, frozen=True, kw_only=True):
         return None if self.max_memory is None else parse_bytes(self.max_memory)
 
 
+Engine = Annotated[
+    Literal["auto", "qdist", "llama.cpp"],
+    _help("What multiplies. auto: what is fastest here; llama.cpp: on the CPU, from a GGUF file made in the cache."),
+]
+
+
 class Generate(Answering, frozen=True, kw_only=True):
     """Answer a file of prompts into JSONL."""
 
@@ -273,8 +280,33 @@ class Generate(Answering, frozen=True, kw_only=True):
 
     prompts: Annotated[str, _help("Text file with a prompt a line, or data with prompt or messages.")]
     out: Annotated[str, _help("JSONL file to write; must not be there yet.")]
-    max_new_tokens: Annotated[Positive, _help("Tokens of an answer, at most.")] = 256
-    batch: Annotated[Positive, _help("Prompts at a time.")] = 8
+    batch: Annotated[Positive, _help("Answers at a time, on each GPU.")] = 8
+    n: Annotated[Positive, _help("Answers a prompt, drawn with the seeds S, S + 1, ...")] = 1
+    beams: Annotated[Positive, _help("Beams of a search for the likeliest answer, in transformers.")] = 1
+    adapter: Annotated[Literal["run", "base"], _help("The run's, or the base alone.")] = "run"
+    engine: Engine = "auto"
+    gpus: Annotated[
+        Positive | None, _help("Copies of the model, each on a GPU of its own.  [default: one on each that holds it]")
+    ] = None
+    sampling: Sampling = Sampling()
+    share: tuple[int, int] | None = None
+    """(number, count): the part of the prompts that this process answers, as one of several; None: all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        greedy = self.sampling.is_greedy
+        if self.beams > 1 and not greedy:
+            raise SpecError(
+                f"--beams {self.beams} looks for the likeliest answer, and --temperature draws",
+                try_="one of them",
+            )
+        if self.beams > 1 and (self.engine == "llama.cpp" or self.sampling.ignore_end):
+            raise SpecError(f"--beams are transformers', not --engine {self.engine}'s", try_="--engine auto")
+        if self.n > 1 and greedy:
+            raise SpecError(
+                f"--n {self.n}: without a temperature all {self.n} answers of a prompt are the same",
+                try_="--temperature 0.7",
+            )
 
 
 class Chat(Answering, frozen=True, kw_only=True):
@@ -283,7 +315,10 @@ class Chat(Answering, frozen=True, kw_only=True):
     asks = True
 
     system: Annotated[str, _help("System message.")] = ""
-    max_new_tokens: Annotated[Positive, _help("Tokens of an answer, at most.")] = 512
+    compare: Annotated[bool, _help("Show the answers of base and adapter beside each other.")] = False
+    context: Annotated[Positive, _help("Tokens of a conversation, at most; the model may have fewer positions.")] = 4096
+    engine: Engine = "auto"
+    sampling: Sampling = Sampling(max_new_tokens=512)
 
 
 class MeasureRates(Request, frozen=True, kw_only=True):
@@ -347,6 +382,8 @@ def _value_error(kind: type[msgspec.Struct], message: str, given: Mapping[str, A
         return SpecError(f"{kind.__name__}: {message[:1].lower()}{message[1:]}")
     field = next(field for field in msgspec.structs.fields(kind) if field.encode_name == name)
     usual = None if field.default in (msgspec.NODEFAULT, ()) else field.default
+    if is_texts(kind, name):
+        return SpecError(f"{flag_of(name)}: {reason[:1].lower()}{reason[1:]}", try_="fewer of them")
     if isinstance(field.default, tuple):
         return SpecError(f"{name} cannot be {given[name]!r}", try_="numbers with commas between, such as 0.7,0.3")
     if among := choices(kind, name):
@@ -355,6 +392,41 @@ def _value_error(kind: type[msgspec.Struct], message: str, given: Mapping[str, A
         error = of_another_kind(name, given[name], reason, {} if usual is None else {name: usual})
     try_ = quoted(flag_of(name), *error.ways[0].values()) if error.ways else f"another {flag_of(name)}"
     return SpecError(error.message, try_=try_)
+
+
+Sampled = TypeVar("Sampled", Generate, Chat)
+
+
+def usual_sampling(kind: type[Generate] | type[Chat]) -> Sampling:
+    """What chooses tokens where no flag says otherwise."""
+    usual = next(field.default for field in msgspec.structs.fields(kind) if field.name == "sampling")
+    assert isinstance(usual, Sampling)
+    return usual
+
+
+def sampled_request_of(kind: type[Sampled], given: Mapping[str, Any]) -> Sampled:
+    """The request of `qdist generate` or `qdist chat`, of its flags, those of `Sampling` among them.
+
+    Raises SpecError as `request_of` does, and for flags of drawing without a temperature.
+    """
+    own = {field.encode_name for field in msgspec.structs.fields(Sampling)}
+    chosen = {name: value for name, value in given.items() if name in own and value is not None}
+    sampling = resampled(usual_sampling(kind), chosen)
+    if sampling.is_greedy and (idle := [flag_of(name) for name in _OF_DRAWING if name in chosen]):
+        raise SpecError(
+            f"{', '.join(idle)}: of answers that are drawn; at temperature 0 the likeliest token is taken",
+            try_="--temperature 0.7",
+        )
+    return request_of(kind, {**{name: value for name, value in given.items() if name not in own}, "sampling": sampling})
+
+
+_OF_DRAWING = ("top_p", "top_k", "min_p", "seed")
+"""Settings that change nothing where the likeliest token is taken."""
+
+
+def resampled(sampling: Sampling, changes: Mapping[str, Any]) -> Sampling:
+    """Sampling settings with some of them changed, to what was typed. Raises SpecError as `request_of` does."""
+    return request_of(Sampling, {**msgspec.structs.asdict(sampling), **changes})
 
 
 METHODS = ("nf4", "fp4", "int8", "gptq")

@@ -9,6 +9,8 @@ from qdist.core.spec.sections import Count, Positive
 
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
+_HALF = 2**63
+"""Seeds are from -2**63 to 2**63 - 1, and begin again behind that."""
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -28,7 +30,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Taken from the logit of each token that the answer has already (as OpenAI defines it)."""
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     """The same, times the number of times that it has it."""
-    seed: Annotated[int, Meta(ge=-(2**63), lt=2**63, description="Of the drawing.")] = 0
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1, description="Of the drawing.")] = 0
     """The draw of a token is a function of the seed and of its place in the answer, whatever else is in the batch."""
     stop: Annotated[tuple[str, ...], Meta(max_length=MOST_STOPS, description="Texts before which an answer ends.")] = ()
     logprobs: Annotated[int, Meta(ge=-1, le=MOST_LOGPROBS)] = -1
@@ -40,3 +42,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def is_greedy(self) -> bool:
         """Whether the likeliest token is taken."""
         return self.temperature == 0
+
+    def again(self, number: int) -> "Sampling":
+        """The same for another answer to one prompt: with the seed that is `number` higher."""
+        return msgspec.structs.replace(self, seed=(self.seed + number + _HALF) % (2 * _HALF) - _HALF)
