@@ -95,6 +95,7 @@ def footprint(
     mxfp4: bool = False,
     gptq: Gptq | None = None,
     tokens: int,
+    at_a_time: int | None = None,
     rank_r: int = 0,
     targets: tuple[str, ...] = (ALL_LINEAR,),
     adapter: LoraMethod = LORA,
@@ -103,6 +104,7 @@ def footprint(
     """Count a model in use.
 
     tokens: of all sequences together, prompts and answers, for whose keys and values there is to be room.
+    at_a_time: tokens that go through a layer together; None for all.
     rank_r: of the adapter, in float32; 0 without one.
     scored: tokens whose logits exist at a time, for a loss.
     """
@@ -112,9 +114,10 @@ def footprint(
     )  # fmt: skip
     parts = sizes(facts, job)
     cached = [2 * shape.kv_heads * shape.head_dim * compute_bytes * tokens for shape in facts.shapes]
+    together = tokens if at_a_time is None else min(tokens, at_a_time)
     work = max(
-        max((2 * shape.largest_matrix + tokens * (4 * facts.hidden + 3 * shape.intermediate)) * compute_bytes,
-            _experts_work(shape, tokens, compute_bytes))
+        max((2 * shape.largest_matrix + together * (4 * facts.hidden + 3 * shape.intermediate)) * compute_bytes,
+            _experts_work(shape, together, compute_bytes))
         for shape in facts.shapes
     )  # fmt: skip
     loss = scored * facts.vocab * _SCORED_BYTES

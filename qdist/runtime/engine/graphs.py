@@ -98,15 +98,11 @@ class Replayed:
             self._captured.clear()
             self._capture = self._new_pool()
         inputs = {name: value.clone() for name, value in self._moved(batch).items()}
-        try:
-            replay, loss = self._capture(self._passes, inputs)
-        except RuntimeError as error:  # what CUDA forbids in a capture; nothing has run, so nothing is lost
-            # No name for the first one: it would keep this frame and all that the passes had made.
-            if isinstance(_first_of(error), torch.OutOfMemoryError):
-                raise _first_of(error) from None
-            self._refuse(str(_first_of(error)).partition("\n")[0])
+        found = try_to_capture(self._capture, self._passes, inputs)
+        if isinstance(found, str):
+            self._refuse(found)
             return
-        self._captured[key] = _Captured(replay, inputs, loss)
+        self._captured[key] = _Captured(found[0], inputs, found[1])
 
     def _refuse(self, reason: str) -> None:
         """Capture no more. What is captured stays if there is room for launched passes beside it."""
@@ -140,6 +136,20 @@ class ReplayedWork:
     def _passes(self, batch: Batch) -> torch.Tensor:
         self._work()
         return torch.empty(0)
+
+
+def try_to_capture(capture: Capture, passes: Passes, inputs: Batch) -> tuple[Callable[[], None], torch.Tensor] | str:
+    """What `capture` returns of passes; or what CUDA forbids of them in a capture, where nothing of them has run.
+
+    Raises torch.OutOfMemoryError.
+    """
+    try:
+        return capture(passes, inputs)
+    except RuntimeError as error:
+        # No name for the first one: it would keep this frame and all that the passes had made.
+        if isinstance(_first_of(error), torch.OutOfMemoryError):
+            raise _first_of(error) from None
+        return str(_first_of(error)).partition("\n")[0]
 
 
 def pool_of_graphs(device: torch.device) -> Capture:

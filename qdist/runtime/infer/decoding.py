@@ -42,7 +42,7 @@ def complete(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
-            eos_token_id=_ends(model, tokenizer),
+            eos_token_id=ends_of(model, tokenizer),
             pad_token_id=pad,
             use_cache=True,
             stopping_criteria=[_EndText(tokenizer, texts, width)] if texts else None,
@@ -53,7 +53,7 @@ def complete(
 
 def _answer_of(model: Any, tokenizer: Any, written: list[int], texts: Sequence[str]) -> list[int]:
     """The generated tokens up to the end of the answer."""
-    ends = set(_ends(model, tokenizer))
+    ends = set(ends_of(model, tokenizer))
     stop = next((place for place, token in enumerate(written) if token in ends), len(written))
     answer = written[:stop]
     return min((_cut(answer, tokenizer, text) for text in texts), key=len, default=answer)
@@ -70,7 +70,8 @@ def as_written(tokenizer: Any, tokens: Sequence[int], **options: Any) -> str:
     return text
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int]:
+def ends_of(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer, of the model's settings and the tokenizer's."""
     configured = model.generation_config.eos_token_id
     ends = configured if isinstance(configured, list) else [configured]
     return sorted({token for token in [*ends, tokenizer.eos_token_id] if token is not None})

@@ -282,16 +282,19 @@ def residence_of(
     dtype: torch.dtype,
     *,
     tokens: int,
+    at_a_time: int | None = None,
     scored: int = 0,
     device: str | None = None,
     max_memory_bytes: int | None = None,
 ) -> Residence:
     """Where to place a run's backbone and adapter on this machine; see `footprint` and `choose`."""
-    parts = footprint_of(plan, dtype, tokens=tokens, scored=scored)
+    parts = footprint_of(plan, dtype, tokens=tokens, at_a_time=at_a_time, scored=scored)
     return choose(parts, device=device, max_memory_bytes=max_memory_bytes)
 
 
-def footprint_of(plan: Plan, dtype: torch.dtype, *, tokens: int, scored: int = 0) -> Footprint:
+def footprint_of(
+    plan: Plan, dtype: torch.dtype, *, tokens: int, at_a_time: int | None = None, scored: int = 0
+) -> Footprint:
     """Memory that a run's backbone and adapter take in use; see `footprint`."""
     spec = plan.spec
     return footprint(
@@ -302,6 +305,7 @@ def footprint_of(plan: Plan, dtype: torch.dtype, *, tokens: int, scored: int = 0
         gptq=plan.source.gptq,
         compute_bytes=dtype.itemsize,
         tokens=tokens,
+        at_a_time=at_a_time,
         rank_r=spec.lora.r,
         targets=spec.lora.targets,
         adapter=plan.adapter,
@@ -311,10 +315,6 @@ def footprint_of(plan: Plan, dtype: torch.dtype, *, tokens: int, scored: int = 0
 
 def load_run(run: RunDir, dtype: torch.dtype, residence: Residence) -> tuple[Any, Any]:
     """A run's backbone with its adapter, placed as given, and the run's tokenizer."""
-    from peft import PeftConfig
-
-    from qdist.runtime.data.tokenizer import align_config
-
     require_adapter(run.adapter)
     plan = plan_of(run)
     backbone = load_backbone(
@@ -326,11 +326,8 @@ def load_run(run: RunDir, dtype: torch.dtype, residence: Residence) -> tuple[Any
         facts=plan.facts,
         arrange=partial(arrange, residence=residence),
     )
-    again = command("gather", run.path)
-    require_files(run.adapter, RunError, try_=again)
-    with told(f"{run.adapter} cannot be read", RunError, try_=again):
-        config = PeftConfig.from_pretrained(str(run.adapter))
-    with told(f"{run.adapter} cannot be read", RunError, try_=again):
+    config = read_adapter_config(run)
+    with told(f"{run.adapter} cannot be read", RunError, try_=command("gather", run.path)):
         model = _with_adapter(backbone, run.adapter, config)
     model.eval()
     settle(model, residence)
@@ -339,6 +336,16 @@ def load_run(run: RunDir, dtype: torch.dtype, residence: Residence) -> tuple[Any
         align_config(model, tokenizer, plan.ends)
     model.config.use_cache = True
     return model, tokenizer
+
+
+def read_adapter_config(run: RunDir) -> Any:
+    """PEFT's configuration of a run's adapter."""
+    from peft import PeftConfig
+
+    again = command("gather", run.path)
+    require_files(run.adapter, RunError, try_=again)
+    with told(f"{run.adapter} cannot be read", RunError, try_=again):
+        return PeftConfig.from_pretrained(str(run.adapter))
 
 
 def _with_adapter(backbone: Any, folder: Path, config: Any) -> Any:

@@ -1,6 +1,6 @@
 """Thin products with dropout whose mask is never stored: a hash of seed, linear, token and input says what is kept.
 
-Each token and each input has a hash of its own (two rounds of `_mixed`); an element's is one more round over both.
+Each token and each input has a hash of its own (two rounds of `mixed`); an element's is one more round over both.
 Everything is int32 arithmetic that wraps, so that a CPU and a GPU draw the same mask to the bit. Values are not scaled
 by 1 / (1 - p) here: callers put that into a factor which they apply anyway.
 """
@@ -11,10 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qdist.runtime.kernels.hashing import FIRST, SECOND, as_int32, mixed
 from qdist.runtime.kernels.launching import on_device
-
-FIRST, SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
-"""Multipliers of lowbias32 (Wellons 2018), as int32."""
 
 
 class Mask(NamedTuple):
@@ -41,11 +39,11 @@ def constant_of(name: str) -> int:
 def kept(mask: Mask, tokens: int, width: int) -> torch.Tensor:
     """The mask written out, bool [tokens, width]: the reference of the kernels."""
     seed = mask.seed
-    first = _mixed(_mixed(_as_int32(seed)) ^ mask.constant)
-    second = _mixed(_as_int32(seed >> 32) ^ first)
+    first = mixed(mixed(as_int32(seed)) ^ mask.constant)
+    second = mixed(as_int32(seed >> 32) ^ first)
     token, column = (torch.arange(count, dtype=torch.int32, device=seed.device) for count in (tokens, width))
-    rows = _mixed(_mixed(token ^ first) + second)
-    columns = _mixed(_mixed(column ^ second) + first)
+    rows = mixed(mixed(token ^ first) + second)
+    columns = mixed(mixed(column ^ second) + first)
     value = (rows[:, None] ^ columns[None, :]).mul_(FIRST)  # in place: memory takes a CPU longer than arithmetic
     value.bitwise_xor_((value >> 15).bitwise_and_(0x1FFFF)).mul_(SECOND)
     return value < mask.threshold
@@ -178,19 +176,6 @@ def _split(length: int, programs: int) -> int:
     blocks = -(-length // _BLOCK)
     wanted = max(1, min(_PROGRAMS // programs, blocks // 4))
     return -(-blocks // wanted) * _BLOCK
-
-
-def _as_int32(values: torch.Tensor) -> torch.Tensor:
-    """The low 32 bits of int64 values."""
-    low = values & 0xFFFFFFFF
-    return torch.where(low >= 1 << 31, low - (1 << 32), low).to(torch.int32)
-
-
-def _mixed(value: torch.Tensor) -> torch.Tensor:
-    """lowbias32: a bijection of int32 in which each bit of the input reaches all of the output."""
-    value = (value ^ ((value >> 16) & 0xFFFF)) * FIRST
-    value = (value ^ ((value >> 15) & 0x1FFFF)) * SECOND
-    return value ^ ((value >> 16) & 0xFFFF)
 
 
 @cache

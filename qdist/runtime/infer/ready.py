@@ -1,0 +1,182 @@
+"""Opens runs over one base, or a model, to answer many questions at once."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from qdist.core.errors import SpecError
+from qdist.core.planning.plan import Plan
+from qdist.host.run.rundir import RunDir
+from qdist.runtime.data.wording import usual_wording
+from qdist.runtime.infer.answerer import Answerer
+from qdist.runtime.infer.beside import add_run, require_one_base, switch_of
+from qdist.runtime.infer.choosing import Chooser
+from qdist.runtime.infer.decoder import Decoder, why_not
+from qdist.runtime.infer.decoding import ends_of
+from qdist.runtime.infer.line import PROMPT_TOKENS, Line
+from qdist.runtime.infer.load import answering_plan, load_run, load_tokenizer, open_model, residence_of
+from qdist.runtime.infer.one_by_one import OneByOne
+from qdist.runtime.infer.prompts import Speech, speech_of
+from qdist.runtime.infer.scheduler import AdapterRows, Batched, Select
+from qdist.runtime.infer.text import Script
+from qdist.runtime.model.skeleton import DTYPES
+
+ENGINES = ("auto", "qdist", "llama.cpp")
+
+
+class Ready(NamedTuple):
+    """A model that answers."""
+
+    answerer: Answerer
+    speeches: Mapping[str, Speech]
+    """How to prompt each adapter, by its name, and the base under the empty name."""
+    where: str
+    """Where the model is and how it answers, as a line for people."""
+
+
+class _Loaded(NamedTuple):
+    model: Any
+    speeches: Mapping[str, Speech]
+    known: Mapping[str, str]
+    """PEFT's names by the adapters' names; empty for a model without adapters."""
+    where: str
+
+
+def open_answerer(
+    targets: Mapping[str, str],
+    *,
+    slots: int,
+    tokens: int,
+    engine: str = "auto",
+    max_memory_bytes: int | None = None,
+    graphs: bool | None = None,
+) -> Ready:
+    """An answerer with the adapters of runs over one base, which answers without an adapter too; or over a plain model.
+
+    targets: runs by the names that their adapters get; or one model, by any name or the empty one.
+    slots: answers that are worked on at a time.
+    tokens: of a prompt and its answer together, at most; the model may have fewer positions. Memory is left for
+    slots x tokens.
+    engine: of `ENGINES`. graphs: see `Decoder`.
+
+    Raises RunError for runs without adapters and over different bases, SpecError for settings that contradict each
+    other or the machine, PlanError where the model does not fit.
+    """
+    if engine not in ENGINES:
+        raise SpecError(f"there is no engine called {engine!r}", try_=", ".join(ENGINES))
+    if engine == "llama.cpp":
+        from qdist.runtime.infer.llama_cpp import open_llama_cpp
+
+        return open_llama_cpp(targets, slots=slots, tokens=tokens)
+    is_model = not _runs(targets)
+    speeches = {name: speech_of(target) for name, target in targets.items()}
+    positions = min(tokens, *(own.positions or tokens for own in speeches.values()))
+    load = _load_plain if is_model else _load_runs
+    loaded = load(targets, speeches, slots=slots, positions=positions, max_memory_bytes=max_memory_bytes)
+    answerer, how = _answerer(loaded, slots=slots, positions=positions, graphs=graphs)
+    at_a_time = f"{slots} answers at a time" if slots > 1 else "an answer at a time"
+    where = f"{loaded.where}; {at_a_time}, of up to {positions:,} tokens with their prompts"
+    return Ready(answerer, loaded.speeches, "; ".join(filter(None, (where, how))))
+
+
+def _runs(targets: Mapping[str, str]) -> dict[str, RunDir]:
+    """The targets as runs; none if they are one model."""
+    runs = {name: RunDir(target) for name, target in targets.items() if RunDir(target).exists()}
+    if not targets:
+        raise SpecError("there is nothing to answer with", try_="a run or a model")
+    if "" in runs:
+        raise SpecError(f"the adapter of {targets['']} has no name", try_="a name: without one the base is asked")
+    if len(targets) > 1 and (others := [target for name, target in targets.items() if name not in runs]):
+        raise SpecError(
+            f"{others[0]} is not a run, and several targets must be runs over one base",
+            try_="runs alone: their base answers too",
+        )
+    return runs
+
+
+def _load_runs(
+    targets: Mapping[str, str],
+    speeches: Mapping[str, Speech],
+    *,
+    slots: int,
+    positions: int,
+    max_memory_bytes: int | None,
+) -> _Loaded:
+    runs = _runs(targets)
+    plans = [answering_plan(run, needs_tokenizer=True) for run in runs.values()]
+    require_one_base(tuple(runs.values()), plans)
+    dtype = DTYPES[plans[0].compute_dtype]
+    residence = residence_of(
+        _with_all_adapters(plans), dtype, tokens=slots * positions, at_a_time=max(PROMPT_TOKENS, positions),
+        max_memory_bytes=max_memory_bytes,
+    )  # fmt: skip
+    (first, *others), known = runs.values(), dict(zip(runs, _peft_names(len(runs)), strict=True))
+    model, _ = load_run(first, dtype, residence)
+    for run, name in zip(others, tuple(known.values())[1:], strict=True):
+        add_run(model, run, name)
+    tokenizer = load_tokenizer(plans[0].source)
+    base = Speech(tokenizer, usual_wording(tokenizer), plans[0].facts.max_positions)
+    return _Loaded(model, {"": base, **speeches}, known, str(residence))
+
+
+def _peft_names(count: int) -> list[str]:
+    """PEFT's own names of adapters: those that people give may hold dots, which modules' names must not."""
+    return ["default", *(f"adapter_{number}" for number in range(2, count + 1))]
+
+
+def _with_all_adapters(plans: list[Plan]) -> Plan:
+    """A plan whose adapter takes as much memory as those of all."""
+    spec = plans[0].spec
+    rank = sum(plan.spec.lora.r for plan in plans)
+    lora = msgspec.structs.replace(spec.lora, r=rank)
+    return msgspec.structs.replace(plans[0], spec=msgspec.structs.replace(spec, lora=lora))
+
+
+def _load_plain(
+    targets: Mapping[str, str],
+    speeches: Mapping[str, Speech],
+    *,
+    slots: int,
+    positions: int,
+    max_memory_bytes: int | None,
+) -> _Loaded:
+    ((name, target),) = targets.items()
+    opened = open_model(target, tokens=slots * positions, max_memory_bytes=max_memory_bytes, needs_tokenizer=True)
+    return _Loaded(opened.model, {"": speeches[name], **speeches}, {}, opened.where)
+
+
+def _answerer(loaded: _Loaded, *, slots: int, positions: int, graphs: bool | None) -> tuple[Answerer, str]:
+    """What answers with a model, and why one by one if it does."""
+    model = loaded.model
+    base = model.get_base_model() if loaded.known else model
+    line = Line({name: _script(base, speech) for name, speech in loaded.speeches.items()}, positions)
+    chooser = Chooser(slots, _vocabulary(base), base.device)
+    select: Select = switch_of(model, loaded.known) if loaded.known else _nothing
+    reason = why_not(model)
+    if not reason:
+        numbers = {**dict.fromkeys(loaded.speeches, 0), **{name: n for n, name in enumerate(loaded.known, 1)}}
+        rows = AdapterRows(numbers, slots, base.device, select, None if loaded.known else _nothing)
+        decoder = Decoder(model, slots=slots, positions=positions, choose=chooser, graphs=graphs, assign=rows)
+        rows.use(set(loaded.known) if rows.mixes and loaded.known else {next(iter(loaded.known), "")})
+        decoder.prepare()
+        return Batched(decoder, chooser, line, rows, slots=slots), ""
+    if graphs:
+        raise SpecError(f"steps cannot be captured: {reason}", try_="graphs=None")
+    return OneByOne(base, chooser, line, slots=slots, select=select), f"each token by a pass of its own: {reason}"
+
+
+def _nothing(_: object) -> None:
+    """Selects the only adapter there is: none."""
+
+
+def _script(base: Any, speech: Speech) -> Script:
+    ends = {*ends_of(base, speech.tokenizer), *speech.wording.ends}
+    return Script(speech.tokenizer, ends, speech.wording.end_text)
+
+
+def _vocabulary(base: Any) -> int:
+    """Tokens that have a logit."""
+    head = base.get_output_embeddings()
+    width: int = getattr(head, "out_features", 0) or base.config.get_text_config(decoder=True).vocab_size
+    return width

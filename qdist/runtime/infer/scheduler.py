@@ -1,0 +1,147 @@
+"""Answers many questions in one batch, which they join and leave at any token."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from qdist.runtime.infer.answerer import Listener, Question
+from qdist.runtime.infer.choosing import Chooser
+from qdist.runtime.infer.line import Answer, Line
+
+
+class RowDecoder(Protocol):
+    """What `decoder.Decoder` does for rows of its cache; it calls a `Chooser` with the logits of each."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> None:
+        """Fill rows with prompts and choose what follows them."""
+
+    def step(self, rows: int) -> None:
+        """Bring the first rows one token on."""
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a row over another."""
+
+
+Select = Callable[[str], None]
+"""Has the adapter of this name compute all that comes, or the base alone if empty."""
+SetRows = Callable[[torch.Tensor], None]
+"""Has the adapters of these numbers compute the next tokens, int64 [tokens]. A graph may capture it."""
+
+
+class AdapterRows:
+    """Which adapter computes each row. A decoder calls it before each pass with the rows that tokens are of.
+
+    numbers: of the adapters by their names, and 0 of the base under the empty name.
+    set_rows: None where rows of one pass cannot have adapters of their own.
+    """
+
+    def __init__(
+        self, numbers: Mapping[str, int], slots: int, device: torch.device, select: Select, set_rows: SetRows | None
+    ) -> None:
+        self._numbers, self._select, self._set_rows = numbers, select, set_rows
+        self._of_row = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.mixes = set_rows is not None
+        """Whether the rows of one pass may have different adapters."""
+        self.variant: str | None = None
+        """The adapter of all rows, or None if each has its own: a graph is captured for each value."""
+        self.use({""})
+
+    def use(self, names: Collection[str]) -> None:
+        """Compute with these adapters from now on, with one alone faster than with several."""
+        only = next(iter(names)) if len(names) == 1 else None
+        if only != self.variant:
+            self.variant = only
+            if only is not None:
+                self._select(only)
+
+    def put(self, row: int, name: str) -> None:
+        """Give a row to an adapter."""
+        self._of_row[row] = self._numbers[name]
+
+    def move(self, source: int, target: int) -> None:
+        """Have an answer go on in another row."""
+        self._of_row[target] = self._of_row[source]
+
+    def __call__(self, rows: torch.Tensor) -> None:
+        """Choose the adapters of the next tokens by their rows, int64 [tokens]."""
+        if self.variant is None and self._set_rows:
+            self._set_rows(self._of_row[rows])
+
+
+class Batched:
+    """An `Answerer` whose answers at work are the first rows of a decoder's cache."""
+
+    def __init__(
+        self, decoder: RowDecoder, chooser: Chooser, line: Line, adapter_rows: AdapterRows, *, slots: int
+    ) -> None:
+        self._decoder, self._chooser, self._line, self._adapter_rows = decoder, chooser, line, adapter_rows
+        self._rows: list[Answer] = []
+        self.adapters, self.positions, self.slots = line.adapters, line.positions, slots
+
+    @property
+    def working(self) -> int:
+        """Answers at work."""
+        return sum(not answer.ended for answer in self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """Questions in the line."""
+        return self._line.waiting
+
+    def submit(self, question: Question, listener: Listener) -> int:
+        """Put a question into the line; see `Answerer`."""
+        return self._line.submit(question, listener)
+
+    def cancel(self, ticket: int) -> None:
+        """End an answer; see `Answerer`."""
+        self._line.cancel(ticket)
+
+    def step(self) -> bool:
+        """Bring each answer at work one token on, and let in whom there is a row for; see `Answerer`.
+
+        Both are launched before the host waits for either, and read in one copy.
+        """
+        self._compact()
+        if self._rows:
+            self._use()
+            self._decoder.step(len(self._rows))
+        self._let_in()
+        if not self._rows:
+            return False
+        answers = tuple(self._rows)
+        for answer, choice in zip(answers, self._chooser.read(len(answers)), strict=True):
+            answer.take(choice)
+        self._compact()
+        return True
+
+    def _let_in(self) -> None:
+        first, only = len(self._rows), None
+        if not self._adapter_rows.mixes:
+            only = self._rows[0].question.adapter if self._rows else self._line.next_adapter
+        admitted = self._line.admit(self.slots - first, only)
+        if not admitted:
+            return
+        rows = range(first, first + len(admitted))
+        for row, answer in zip(rows, admitted, strict=True):
+            self._chooser.admit(row, answer.question.sampling, answer.question.prompt)
+            self._adapter_rows.put(row, answer.question.adapter)
+        self._rows += admitted
+        self._use()
+        self._decoder.prefill([answer.question.prompt for answer in admitted], rows)
+
+    def _use(self) -> None:
+        self._chooser.use(answer.question.sampling for answer in self._rows)
+        self._adapter_rows.use({answer.question.adapter for answer in self._rows})
+
+    def _compact(self) -> None:
+        """Have the last rows take the places of answers that ended."""
+        for row in reversed(range(len(self._rows))):
+            if self._rows[row].ended:
+                self._line.forget(self._rows[row])
+                last = len(self._rows) - 1
+                if row < last:
+                    for part in (self._decoder, self._chooser, self._adapter_rows):
+                        part.move(last, row)
+                    self._rows[row] = self._rows[last]
+                self._rows.pop()
