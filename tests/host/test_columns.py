@@ -72,6 +72,6 @@ def test_columns_end_as_both_texts_beside_each_other(
     columns.end(0)
     screen.write(capsys.readouterr().out)
     assert screen.rows == [
-        "base       | run", "----       | ---", "one two    | short", "three four | text", "five six   |", "seven      |",
-        "",
+        "base       | run", "----       | ---", "one two    | short", "three four | text", "five six   |",
+        "seven      |", "",
     ]  # fmt: skip

@@ -148,16 +148,20 @@ def _room_beside_work(free: int, cap_bytes: int | None) -> int:
     return room(free, cap_bytes) - CUDA_CONTEXT_BYTES - _WORK_BYTES
 
 
-def holds_copy(target: str, free: int, *, tokens: int, max_memory_bytes: int | None) -> bool:
+def holds_copy(
+    target: str, free: int, *, tokens: int, at_a_time: int | None = None, max_memory_bytes: int | None
+) -> bool:
     """Whether a GPU with so many free bytes has room for all of a run or model, and for the tokens.
 
     tokens: prompts and answers of all sequences together; of a model that is no run they are not counted.
+    at_a_time: tokens that go through a layer together; None for all.
     """
     run = RunDir(target)
     if not run.exists():
         return _stored_bytes(materialize(locate(target))) <= _room_beside_work(free, max_memory_bytes)
     plan = answering_plan(run, needs_tokenizer=True)
-    return footprint_of(plan, DTYPES[plan.compute_dtype], tokens=tokens).alone <= room(free, max_memory_bytes)
+    parts = footprint_of(plan, DTYPES[plan.compute_dtype], tokens=tokens, at_a_time=at_a_time)
+    return parts.alone <= room(free, max_memory_bytes)
 
 
 def _stored_bytes(folder: Path) -> int:

@@ -65,7 +65,7 @@ def show(monkeypatch: pytest.MonkeyPatch, free: tuple[int, ...]) -> None:
         Card(uuid=f"GPU-{n}", position=n, name="H200", total_bytes=9, free_bytes=own) for n, own in enumerate(free)
     ]
     monkeypatch.setattr(copies, "shown_cards", lambda: cards)
-    monkeypatch.setattr(copies, "holds_copy", lambda target, free, *, tokens, max_memory_bytes: free > 5)
+    monkeypatch.setattr(copies, "holds_copy", lambda target, free, **_: free > 5)
     monkeypatch.setattr(copies.torch.cuda, "is_available", lambda: True)
 
 
@@ -147,6 +147,7 @@ def test_programs_side_by_side_end_together_when_one_fails() -> None:
     assert looks
 
 
+@pytest.mark.slow
 def test_two_copies_write_what_one_does_and_go_on_from_what_is_there(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
