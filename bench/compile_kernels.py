@@ -24,7 +24,19 @@ from triton.runtime.errors import PTXASError
 
 from qdist.core.model.gptq import Shape
 from qdist.core.model.storage import BLOCK, NESTED_BLOCK
-from qdist.runtime.kernels import cross_entropy, dropout, four_bit, fp8, gptq, gptq_solve, mxfp4, pooling, sums
+from qdist.runtime.kernels import (
+    cross_entropy,
+    decode_attention,
+    dropout,
+    four_bit,
+    fp8,
+    gptq,
+    gptq_solve,
+    mxfp4,
+    pooling,
+    small_product,
+    sums,
+)
 
 HALVES, BOTH = (torch.bfloat16, torch.float16), (False, True)
 FLOATS = (*HALVES, torch.float32)
@@ -70,6 +82,7 @@ def main() -> None:
     given = parser.parse_args()
     driver.set_active(Absent(given.capability))
     modules = [of_four_bits, of_gptq, of_solving, of_dropout, of_cross_entropy, of_the_others]
+    modules += [of_small_products, of_decode_attention]
     if given.capability >= 89:
         modules.append(of_fp8)
     failed = 0
@@ -199,6 +212,51 @@ def of_the_others() -> Iterator[Work]:
     for pool, dtype in product((16, 32, 128), FLOATS):
         yield f"means {pool} {dtype}", partial(pooling.triton_means, absent(1024, 4096, dtype=dtype), pool)
     yield "sums", partial(sums.word_sums, absent(1 << 20, dtype=torch.int32))
+
+
+def of_small_products() -> Iterator[Work]:
+    """Products of few tokens with packed weights and adapters, as a decoding step has them."""
+    shapes = (((4096, 4096, 4096), 4096), ((11008, 11008), 4096), ((4096,), 11008), ((576, 192, 192), 576))
+    for (outputs, inputs), tokens, dtype in product(shapes, (1, 2, 16, 32, 64), FLOATS):
+        masks = (None, absent(tokens, 64 * len(outputs), dtype=dtype))
+        given, down = absent(tokens, inputs, dtype=dtype), absent(64 * len(outputs), inputs, dtype=dtype)
+        ups = tuple(absent(size, 64, dtype=dtype) for size in outputs)
+        for adapter in (None, *(small_product.StackedAdapter(down, ups, mask) for mask in masks)):
+            for name, members in packed_members(outputs, inputs):
+                work = partial(small_product.triton_products, given, members, adapter)
+                yield f"{name} {outputs} {inputs} {tokens} {dtype} {adapter is not None}", work
+
+
+def packed_members(outputs: tuple[int, ...], inputs: int) -> Iterator[tuple[str, list[small_product.Member]]]:
+    """Linears that read the same inputs, in each packing."""
+    for kind, nested in (("nf4", True), ("fp4", False)):
+        packed = [fp8.FourBit(*nf4(size, inputs, nested=nested), kind, (size, inputs)) for size in outputs]
+        yield f"{kind}, nested {nested}", [small_product.Member(weight) for weight in packed]
+    for group_size in (32, 64, 128, -1):
+        if inputs % group_size:
+            continue
+        members = []
+        for size in outputs:
+            sizes = Shape(4, group_size).tensors(inputs, size)
+            words, zeros = (absent(*sizes[name], dtype=torch.int32) for name in ("qweight", "qzeros"))
+            weight = small_product.Gptq(words, zeros, absent(*sizes["scales"]).half(), None, 4, 1, group_size)
+            members.append(small_product.Member(weight, absent(size)))
+        yield f"GPTQ {group_size}", members
+
+
+def of_decode_attention() -> Iterator[Work]:
+    """Attention of one token a row, and the writing of its key and value."""
+    for (heads, shared, size), rows, dtype in product(
+        ((32, 32, 128), (9, 3, 64), (8, 4, 256), (12, 1, 80)), (1, 32), FLOATS
+    ):
+        query, new = absent(rows, heads, 1, size, dtype=dtype), absent(rows, shared, 1, size, dtype=dtype)
+        cache, lengths = absent(rows, shared, 4096, size, dtype=dtype), absent(rows, dtype=torch.int64)
+        name = f"{heads, shared, size} {rows} {dtype}"
+        yield f"write {name}", partial(decode_attention.triton_write, new, new, cache, cache, lengths)
+        for window, sinks, softcap in ((0, None, None), (1024, absent(heads, dtype=dtype), 30.0)):
+            attend = partial(decode_attention.triton_attention, query, cache, cache, lengths, 0.1, window)
+            for splits in (None, 1):
+                yield f"attend {name} {window}", partial(attend, sinks=sinks, softcap=softcap, splits=splits)
 
 
 if __name__ == "__main__":

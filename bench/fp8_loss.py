@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
@@ -27,14 +28,17 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--compute", nargs="+", choices=ARITHMETIC, default=list(ARITHMETIC))
+    parser.add_argument("--at-once", type=int, default=1, help="runs that share the GPU")
     given = parser.parse_args()
     print(f"{'data':20} {'seed':>4} " + " ".join(f"{name:>9}" for name in given.compute))
     for data in given.data:
-        losses: dict[str, list[float]] = {name: [] for name in given.compute}
+        pairs = [(seed, name) for seed in range(given.seeds) for name in given.compute]
+        with ThreadPoolExecutor(given.at_once) as pool:
+            runs = [pool.submit(held_out_loss, given, data, seed, ARITHMETIC[name]) for seed, name in pairs]
+            found = [each.result() for each in runs]
+        losses = {name: found[place :: len(given.compute)] for place, name in enumerate(given.compute)}
         for seed in range(given.seeds):
-            for name in given.compute:
-                losses[name].append(held_out_loss(given, data, seed, ARITHMETIC[name]))
-            print(f"{data.stem:20} {seed:4} " + " ".join(f"{own[-1]:9.5f}" for own in losses.values()), flush=True)
+            print(f"{data.stem:20} {seed:4} " + " ".join(f"{own[seed]:9.5f}" for own in losses.values()), flush=True)
         spread = {name: max(own) - min(own) for name, own in losses.items()}
         print(f"{data.stem:20} mean " + " ".join(f"{mean(own):9.5f}" for own in losses.values()))
         print(f"{data.stem:20}  max-min " + " ".join(f"{own:.5f}" for own in spread.values()))

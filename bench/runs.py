@@ -4,7 +4,7 @@
 
 Random weights, random tokens, nothing to download. Runs of one GPU are started side by side, one on each GPU; runs
 that need more GPUs than there are, are left out and named. Each run is one `qdist launch`, and its figures are those
-of its own result.json.
+of its own result.json. With `--at-once N` N runs share a GPU: its memory is theirs alone all the same, speeds are not.
 """
 
 import argparse
@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--match", default="", help="only runs whose name contains one of these words: WORD,WORD")
     parser.add_argument("--gpus", type=int, help="GPUs of this machine; by default as NVML counts them")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--at-once", type=int, default=1, help="runs that share a GPU: to measure memory alone")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--each", help="a run of one GPU, on every GPU at once: what they reach together at best")
     arguments = parser.parse_args()
@@ -158,8 +159,8 @@ def main() -> None:
     absent = [name for name in names if RUNS[name][0] > present]
     rows = []
     free: Queue[int] = Queue()
-    for index in range(present):
-        free.put(index)
+    for index in range(present * arguments.at_once):
+        free.put(index % present)
 
     def alone(name: str) -> dict:
         index = free.get()
@@ -168,7 +169,7 @@ def main() -> None:
         finally:
             free.put(index)
 
-    with ThreadPoolExecutor(present) as pool:
+    with ThreadPoolExecutor(present * arguments.at_once) as pool:
         for row in pool.map(alone, [name for name in names if RUNS[name][0] == 1]):
             rows.append(row)
             print(line(row), flush=True)

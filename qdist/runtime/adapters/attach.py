@@ -4,6 +4,7 @@ import copy
 import hashlib
 import re
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -73,6 +74,10 @@ class FusedLora(LoraLinear):
         """The frozen linear with the factor on B A."""
         scaling = _BY_VARIANT[type(self.lora_variant.get(name))].scaling(self, name)
         return Reader(self.get_base_layer(), scaling)
+
+    def is_low_rank(self) -> bool:
+        """Whether all its adapters add factor x B A, and nothing else."""
+        return all(type(self.lora_variant.get(name)) in _BY_VARIANT for name in self.lora_A)
 
     def mask(self, name: str, device: torch.device) -> Mask | None:
         """The dropout of an adapter's input in this micro-batch; None in evaluation."""
@@ -172,10 +177,17 @@ def adapt(model: Any, config: Any) -> Any:
     outside.target_parameters = sorted(linears) or None
     outside.target_modules = config.target_modules or (set() if linears else DUMMY_TARGET_MODULES)
     outside.exclude_modules = _without_packed_experts(model, outside)
-    adapted = get_peft_model(model, outside)
+    with _made_beside(model):
+        adapted = get_peft_model(model, outside)
     adapt_experts(adapted, config, tuple(sorted(experts)))
     give_masks(adapted)
     return adapted
+
+
+def _made_beside(model: nn.Module) -> AbstractContextManager[Any]:
+    """Make new matrices on a model's GPU: PEFT draws them twice before they are set, 2 s for a 7B's on a CPU."""
+    device = next(model.parameters()).device
+    return device if device.type == "cuda" else nullcontext()
 
 
 def _without_packed_experts(model: nn.Module, config: Any) -> Any:

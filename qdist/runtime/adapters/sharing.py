@@ -1,7 +1,7 @@
 """Which adapted linears read one tensor, and how do they share one pass over it?"""
 
 from collections import defaultdict
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -62,15 +62,22 @@ def share_reads(model: nn.Module, facts: ModelFacts, kind: type[nn.Module]) -> N
 
     They draw one dropout mask between them, also where one of them is computed alone.
     """
+    for what, members in readers_of_one_tensor(model, facts, kind).items():
+        if len(members) > 1:
+            _join(tuple(members.values()), constant_of(what))
+
+
+def readers_of_one_tensor(
+    model: nn.Module, facts: ModelFacts, kind: type[nn.Module] | tuple[type[nn.Module], ...]
+) -> dict[str, dict[str, nn.Module]]:
+    """The linears of `kind`, by their paths, that read each tensor of a decoder layer; none that are offloaded."""
     reads = {linear.name: linear.reads for shape in facts.shapes for linear in shape.linears}
-    groups = defaultdict[tuple[str, Reads, int], list[nn.Module]](list)
+    groups = defaultdict[tuple[str, Reads, Any], dict[str, nn.Module]](dict)
     for path, module in model.named_modules():
         parent, _, leaf = path.rpartition(".")
-        if isinstance(module, kind) and leaf in reads and not is_offloaded(module.get_base_layer()):
-            groups[parent, reads[leaf], module.in_features].append(module)
-    for (parent, what, _), members in groups.items():
-        if len(members) > 1:
-            _join(tuple(members), constant_of(f"{parent} {what}"))
+        if isinstance(module, kind) and leaf in reads and not is_offloaded(getattr(module, "base_layer", module)):
+            groups[parent, reads[leaf], module.in_features][path] = module
+    return {f"{parent} {what}": members for (parent, what, _), members in groups.items()}
 
 
 def _join(members: tuple[Shareable, ...], constant: int) -> None:

@@ -15,9 +15,12 @@ from torch import nn
 from torch.nn import functional
 
 from qdist.core.errors import ModelError
+from qdist.runtime.kernels.decode_attention import decode_attention
 
 NAME = "qdist_decode"
 """Of the attention in transformers' registries."""
+_BLOCK = 256
+"""Tokens of a prompt whose scores are written out at a time: of 64 heads over 2,048 keys they take 0.13 GiB."""
 
 
 class UndecodableError(ModelError):
@@ -125,20 +128,21 @@ def _of_prompts(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
     scale: float, extras: _Extras,
 ) -> torch.Tensor:  # fmt: skip
-    """Of whole prompts: torch's attention, or written out."""
+    """Of whole prompts: torch's attention, or written out for a block of tokens at a time."""
     if not extras:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         mixed: torch.Tensor = sdpa_attention_forward(module, query, key, value, mask, scaling=scale)[0]
         return mixed
-    width = query.shape[2]
+    width, heads = query.shape[2], key.shape[1]
     if mask is None:
-        mask = torch.ones((width, width), dtype=torch.bool, device=query.device).tril()
-    heads, groups = key.shape[1], query.shape[1] // key.shape[1]
-    grouped = query.unflatten(1, (heads, groups)).flatten(2, 3)
-    repeated = mask.expand(query.shape[0], 1, width, width).repeat(1, 1, groups, 1)
-    mixed = _written_out(grouped, key, value, repeated, scale, extras)
-    return mixed.unflatten(2, (groups, width)).flatten(1, 2).transpose(1, 2).contiguous()
+        mask = torch.ones((1, 1, width, width), dtype=torch.bool, device=query.device).tril()
+    groups, blocks = query.shape[1] // heads, []
+    for own, seen in zip(query.split(_BLOCK, dim=2), mask.split(_BLOCK, dim=2), strict=True):
+        grouped = own.unflatten(1, (heads, groups)).flatten(2, 3)
+        block = _written_out(grouped, key, value, seen.repeat(1, 1, groups, 1), scale, extras)
+        blocks.append(block.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2))
+    return torch.cat(blocks, dim=1)
 
 
 def _of_rows(
@@ -149,13 +153,15 @@ def _of_rows(
 
     Query heads that share a key head are computed as if they were the tokens of one: no key is repeated.
     """
-    heads = key.shape[1]
-    grouped = query.view(query.shape[0], heads, -1, query.shape[-1])
-    place = torch.arange(key.shape[2], device=key.device)
-    seen = place < lengths[:, None]
-    if window:
-        seen &= place >= lengths[:, None] - window
-    mask = seen[:, None, None]
+    if query.is_cuda and key.shape[-1] == value.shape[-1]:
+        return decode_attention(query, key, value, lengths, scale, window, sinks=extras.sinks, softcap=extras.softcap)
+    grouped = query.view(query.shape[0], key.shape[1], -1, query.shape[-1])
+    if not query.is_cuda and int(lengths.min()) == key.shape[2]:  # every row is as long: there is nothing to mask
+        key, value, mask = key[:, :, -window:], value[:, :, -window:], None
+    else:
+        place = torch.arange(key.shape[2], device=key.device)
+        seen = place < lengths[:, None]
+        mask = (seen & (place >= lengths[:, None] - window) if window else seen)[:, None, None]
     if extras:
         mixed = _written_out(grouped, key, value, mask, scale, extras)
     else:
@@ -164,13 +170,15 @@ def _of_rows(
 
 
 def _written_out(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float, extras: _Extras
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float,
+    extras: _Extras,
+) -> torch.Tensor:  # fmt: skip
     """Attention of query [rows, kv_heads, groups x width, head] whose scores are capped or have sinks beside them."""
     scores = (query @ key.transpose(2, 3)).float() * scale
     if extras.softcap is not None:
         scores = extras.softcap * torch.tanh(scores / extras.softcap)
-    scores = scores.masked_fill(~mask, float("-inf"))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
     if extras.sinks is None:
         return scores.softmax(-1).to(value.dtype) @ value
     heads, groups = query.shape[1], len(extras.sinks) // query.shape[1]

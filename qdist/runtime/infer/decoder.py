@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,16 +20,14 @@ from qdist.runtime.infer.attention import UndecodableError, attention_by_rows, c
 from qdist.runtime.infer.slots import Prefill, Slots, Step
 from qdist.runtime.model.packed import is_offloaded
 from qdist.runtime.model.parts import decoder_layers
+from qdist.runtime.placements.liger import take_liger
 
 Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(logits float32 [n, vocabulary], the rows that they are of, int64 [n]) -> the next tokens, int64 [n].
 
-In a step it is captured, once for each value of its attribute `variant` if it has one. There may be rows that hold no
-answer, and whose token nobody reads."""
+In a step it is captured; there may be rows among them that hold no answer, and whose token nobody reads."""
 Assign = Callable[[torch.Tensor], None]
-"""Is told before a pass of which row each of its tokens is, int64 [tokens]. It is captured as `Choose` is."""
-_Pass = tuple[int, Hashable, Hashable]
-"""Rows of a step, and the variants of what chooses and of what assigns."""
+"""Is told before a pass of which row each of its tokens is, int64 [tokens]. In a step it is captured."""
 PREFILL_TOKENS = 8192
 """Tokens of prompts in one pass, at most, padding among them; a longer prompt has one for itself."""
 _WIDTH_MULTIPLE = 64
@@ -43,7 +42,8 @@ class Decoder:
 
     model: of transformers, with or without PEFT around it, for which `why_not` is empty. One decoder at a time.
     positions: tokens of a prompt and its answer, at most. choose: what makes tokens of logits.
-    graphs: whether steps are captured; None for where they can be. assign: see `Assign`.
+    variant: what `choose` computes at present; steps are captured for each variant. assign: see `Assign`.
+    graphs: whether steps are captured; None for where they can be. new_pool: makes the pool that they are captured in.
 
     Raises SpecError for graphs that cannot be.
     """
@@ -55,14 +55,17 @@ class Decoder:
         slots: int,
         positions: int,
         choose: Choose,
-        graphs: bool | None = None,
+        variant: Callable[[], Hashable] = bool,
         assign: Assign | None = None,
+        graphs: bool | None = None,
         new_pool: NewPool | None = None,
     ) -> None:
-        self._model, self._choose, self._assign = _base_of(model), choose, assign
+        self._model, self._choose, self._variant, self._assign = _base_of(model), choose, variant, assign
         self.slots, self.positions = slots, max(positions, 2)
         self.device: torch.device = model.device
-        self._configurations = configurations_of(self._model)
+        if self.device.type == "cuda" and find_spec("liger_kernel"):
+            take_liger(self._model)  # as in training: their numbers are those that the adapter has learnt with
+        self._configurations, self._rotaries = configurations_of(self._model), _long_rotaries(self._model)
         self.cache = Slots(slots, self.positions)
         self.tokens = torch.zeros(slots, dtype=torch.int64, device=self.device)
         """The token of each row that is not in the cache yet, int64 [slots]."""
@@ -73,8 +76,8 @@ class Decoder:
         self._held = [0] * slots
         self._new_pool = new_pool or partial(pool_of_graphs, self.device)
         self._capture: Capture | None = None
-        self._replays: dict[_Pass, Callable[[], None]] = {}
-        self._launched: set[_Pass] = set()
+        self._replays: dict[tuple[int, Hashable], Callable[[], None]] = {}
+        self._launched: set[tuple[int, Hashable]] = set()
         self.refused = "not asked for" if graphs is False else _why_no_graph(self._model, new_pool)
         """Why steps are not captured, as a phrase; empty while they are."""
         if graphs and self.refused:
@@ -82,7 +85,7 @@ class Decoder:
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Allocate, compile and capture all that steps will need, before any answer is at work."""
+        """Allocate, compile and capture all that steps of the present variant need, while no answer is at work."""
         self.prefill([[0]], [0])
         self._held[0] = 0
         self._count.zero_()
@@ -164,19 +167,19 @@ class Decoder:
 
     def _run(self, bucket: int) -> None:
         """A step of so many rows: launched the first time, when things compile and allocate, then captured."""
-        own = (bucket, getattr(self._choose, "variant", None), getattr(self._assign, "variant", None))
-        if not self.refused and own in self._launched and own not in self._replays:
+        key = (bucket, self._variant())
+        if not self.refused and key in self._launched and key not in self._replays:
             self._capture = self._capture or self._new_pool()
             found = try_to_capture(self._capture, lambda _: self._pass(bucket), {})
             if isinstance(found, str):
                 self.refused = found
             else:
-                self._replays[own] = found[0]
-        if own in self._replays:
-            self._replays[own]()
+                self._replays[key] = found[0]
+        if key in self._replays:
+            self._replays[key]()
         else:
             self._pass(bucket)
-            self._launched.add(own)
+            self._launched.add(key)
 
     def _pass(self, bucket: int) -> torch.Tensor:
         """One token of the first rows, of which those from `_count` on hold nothing."""
@@ -194,17 +197,24 @@ class Decoder:
 
     def _logits(self, ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
         """Float32 logits [rows, vocabulary] of one token of each row. last: its index among the row's `ids`."""
-        with attention_by_rows(self._configurations), _only(self._model, last, ids.shape[1]):
+        with (
+            attention_by_rows(self._configurations),
+            _with_short_factors(self._rotaries),
+            _only(self._model, last, ids.shape[1]),
+        ):
             outputs = self._model(
                 input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True, return_dict=True
             )
         return _picked(outputs.logits, last)[:, 0].to(self.device, torch.float32)
 
 
-def why_not(model: Any) -> str:
-    """Why a model cannot be decoded by rows, as a phrase; empty if it can. Tries it on two tokens."""
+def why_not(model: Any, *, positions: int | None = None) -> str:
+    """Why a model cannot be decoded by rows, as a phrase; empty if it can. Tries it on two tokens.
+
+    positions: tokens of a prompt and its answer, at most; None for as many as the model has.
+    """
     base = _base_of(model)
-    if reason := _other_layers(base):
+    if reason := _other_layers(base) or _moving_rotary(base, positions):
         return reason
     decoder = Decoder(model, slots=1, positions=_TRIED, choose=lambda logits, _: logits.argmax(-1), graphs=False)
     try:
@@ -239,15 +249,38 @@ def _other_layers(base: Any) -> str:
     others = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
     if others:
         return f"it has layers of {' and '.join(others)}"
-    kinds = {str(kind) for module in base.modules() for kind in _rope_types(module)}
-    if any("dynamic" in kind or kind == "longrope" for kind in kinds):
-        return "its rotary frequencies depend on the longest row"
     return ""
 
 
-def _rope_types(module: nn.Module) -> Sequence[Any]:
-    kinds = getattr(module, "rope_type", ())
-    return tuple(kinds.values()) if isinstance(kinds, dict) else (kinds,)
+def _moving_rotary(base: Any, positions: int | None) -> str:
+    """Whether rotary frequencies change as texts grow: keys in the cache would be of others."""
+    for module in base.modules():
+        kinds = getattr(module, "rope_type", "")
+        kinds = {kinds} if isinstance(kinds, str) else set(kinds.values())
+        if any("dynamic" in kind for kind in kinds) or ("longrope" in kinds and len(kinds) > 1):
+            return "its rotary frequencies depend on the longest row"
+    for module in _long_rotaries(base):
+        short: int = module.config.rope_parameters["original_max_position_embeddings"]
+        if positions is None or positions > short:
+            return f"its rotary frequencies change after {short:,} tokens"
+    return ""
+
+
+def _long_rotaries(base: Any) -> list[Any]:
+    """Modules that have other rotary frequencies for long texts (`longrope`)."""
+    return [module for module in base.modules() if getattr(module, "rope_type", None) == "longrope"]
+
+
+@contextmanager
+def _with_short_factors(rotaries: Sequence[Any]) -> Iterator[None]:
+    """Have `longrope` not look at positions, which a graph cannot: all of them are those of short texts."""
+    for module in rotaries:
+        module.rope_type = "default"
+    try:
+        yield
+    finally:
+        for module in rotaries:
+            module.rope_type = "longrope"
 
 
 def _why_no_graph(base: Any, new_pool: NewPool | None) -> str:

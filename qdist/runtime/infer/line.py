@@ -40,8 +40,16 @@ class Answer:
         ends: Collection[int] = () if sampling.ignore_end else script.ends
         self._ends, own = frozenset(ends), () if sampling.ignore_end else (script.end_text,)
         self._text = AnswerText(script.tokenizer, (*sampling.stop, *own))
-        self._written = 0
+        self._chosen = self._written = 0
         self.ended = False
+        """Whether the listener has heard the end."""
+        self.needs_no_more = False
+        """Whether it ends with the last token that was noted, if not before."""
+
+    def note(self, choice: Choice) -> None:
+        """Look at the next token without telling of it: `take` does, in the same order, now or later."""
+        self._chosen += 1
+        self.needs_no_more = choice.token in self._ends or self._chosen >= self._most or not choice.is_finite
 
     def take(self, choice: Choice) -> None:
         """Tell the listener of the next token, or of the end that it brings. Raises JobError where logits are NaN."""

@@ -153,14 +153,17 @@ def _answerer(loaded: _Loaded, *, slots: int, positions: int, graphs: bool | Non
     line = Line({name: _script(base, speech) for name, speech in loaded.speeches.items()}, positions)
     chooser = Chooser(slots, _vocabulary(base), base.device)
     select: Select = switch_of(model, loaded.known) if loaded.known else _nothing
-    reason = why_not(model)
+    reason = why_not(model, positions=positions)
     if not reason:
         numbers = {**dict.fromkeys(loaded.speeches, 0), **{name: n for n, name in enumerate(loaded.known, 1)}}
         rows = AdapterRows(numbers, slots, base.device, select, None if loaded.known else _nothing)
-        decoder = Decoder(model, slots=slots, positions=positions, choose=chooser, graphs=graphs, assign=rows)
+        decoder = Decoder(
+            model, slots=slots, positions=positions, choose=chooser, assign=rows, graphs=graphs,
+            variant=lambda: (chooser.variant, rows.variant),
+        )  # fmt: skip
         rows.use(set(loaded.known) if rows.mixes and loaded.known else {next(iter(loaded.known), "")})
         decoder.prepare()
-        return Batched(decoder, chooser, line, rows, slots=slots), ""
+        return Batched(decoder, chooser, line, rows, slots=slots, tells_later=base.device.type == "cuda"), ""
     if graphs:
         raise SpecError(f"steps cannot be captured: {reason}", try_="graphs=None")
     return OneByOne(base, chooser, line, slots=slots, select=select), f"each token by a pass of its own: {reason}"

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 
 from qdist.runtime.infer.answerer import Listener, Question
-from qdist.runtime.infer.choosing import Chooser
+from qdist.runtime.infer.choosing import Choice, Chooser
 from qdist.runtime.infer.line import Answer, Line
 
 
@@ -70,13 +70,26 @@ class AdapterRows:
 
 
 class Batched:
-    """An `Answerer` whose answers at work are the first rows of a decoder's cache."""
+    """An `Answerer` whose answers at work are the first rows of a decoder's cache.
+
+    tells_later: tell of a step's tokens while the device computes the next one. Text costs the host 20 us a token.
+    For it an answer that a stop text ends is computed a token too far, which nobody hears.
+    """
 
     def __init__(
-        self, decoder: RowDecoder, chooser: Chooser, line: Line, adapter_rows: AdapterRows, *, slots: int
+        self,
+        decoder: RowDecoder,
+        chooser: Chooser,
+        line: Line,
+        adapter_rows: AdapterRows,
+        *,
+        slots: int,
+        tells_later: bool = False,
     ) -> None:
         self._decoder, self._chooser, self._line, self._adapter_rows = decoder, chooser, line, adapter_rows
+        self._tells_later = tells_later
         self._rows: list[Answer] = []
+        self._untold: list[tuple[Answer, Choice]] = []
         self.adapters, self.positions, self.slots = line.adapters, line.positions, slots
 
     @property
@@ -107,13 +120,21 @@ class Batched:
             self._use()
             self._decoder.step(len(self._rows))
         self._let_in()
+        self._tell()
         if not self._rows:
             return False
-        answers = tuple(self._rows)
-        for answer, choice in zip(answers, self._chooser.read(len(answers)), strict=True):
-            answer.take(choice)
+        self._untold = list(zip(self._rows, self._chooser.read(len(self._rows)), strict=True))
+        for answer, choice in self._untold:
+            answer.note(choice)
+        if not self._tells_later:
+            self._tell()
         self._compact()
         return True
+
+    def _tell(self) -> None:
+        untold, self._untold = self._untold, []
+        for answer, choice in untold:
+            answer.take(choice)
 
     def _let_in(self) -> None:
         first, only = len(self._rows), None
@@ -137,7 +158,7 @@ class Batched:
     def _compact(self) -> None:
         """Have the last rows take the places of answers that ended."""
         for row in reversed(range(len(self._rows))):
-            if self._rows[row].ended:
+            if self._rows[row].ended or self._rows[row].needs_no_more:
                 self._line.forget(self._rows[row])
                 last = len(self._rows) - 1
                 if row < last:

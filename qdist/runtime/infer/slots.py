@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from qdist.runtime.kernels.decode_attention import write_kv
+
 
 class Prefill(NamedTuple):
     """A pass over whole prompts, which are padded on the right."""
@@ -62,7 +64,14 @@ class SlotLayer(CacheLayerMixin):
             for kept, new in ((self.keys, key_states), (self.values, value_states)):
                 kept[:, :, :width].index_copy_(0, rows, new)
             return key_states, value_states
-        return tuple(_put(kept, new, now) for kept, new in ((self.keys, key_states), (self.values, value_states)))
+        if key_states.is_cuda and key_states.shape == value_states.shape:
+            write_kv(key_states, value_states, self.keys, self.values, now.places.to(key_states.device))
+        else:
+            for kept, new in ((self.keys, key_states), (self.values, value_states)):
+                places = now.places.to(new.device).view(-1, 1, 1, 1).expand(new.shape)
+                kept[: len(new)].scatter_(2, places, new)
+        keys, values = (kept[: len(key_states), :, : now.longest] for kept in (self.keys, self.values))
+        return keys, values
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copy the first tokens of a row over another."""
@@ -82,14 +91,6 @@ class SlotLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """Tokens of a row, at most."""
         return self._positions
-
-
-def _put(kept: torch.Tensor, new: torch.Tensor, step: Step) -> torch.Tensor:
-    """Write one token of each row; returns what of the rows is read."""
-    rows = kept[: new.shape[0]]
-    places = step.places.to(new.device).view(-1, 1, 1, 1).expand(new.shape)
-    rows.scatter_(2, places, new)
-    return rows[:, :, : step.longest]
 
 
 class Slots(Cache):

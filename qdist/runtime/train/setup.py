@@ -3,10 +3,8 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +28,11 @@ from qdist.runtime.engine.objective import Evaluate, Forward
 from qdist.runtime.engine.torch import Adapter, Engine
 from qdist.runtime.model.causal import take_whole_rows
 from qdist.runtime.model.dropout_seed import dropout_seed_of
-from qdist.runtime.model.experts import is_experts
 from qdist.runtime.model.packed import set_compute
-from qdist.runtime.model.parts import decoder_layers, decoder_of
+from qdist.runtime.model.parts import decoder_layers
 from qdist.runtime.model.skeleton import DTYPES, load_backbone
 from qdist.runtime.placements.base import PROCESS_GROUP_TIMEOUT, Placement
+from qdist.runtime.placements.liger import take_liger
 from qdist.runtime.train.checkpoint import load_tensors
 from qdist.runtime.train.measure import disk_read_bytes
 from qdist.runtime.train.result import check_adapter
@@ -194,52 +192,10 @@ def prepare_for_training(model: Any, plan: Plan) -> None:
     if plan.spec.compute:
         set_compute(base, plan.spec.compute)
     if plan.liger:
-        patch(base)
+        take_liger(base)
     if plan.checkpointing:
         checkpoint_layers(model, plan.checkpointed_layers, graphs=plan.graphs)
     model.train()
-
-
-def patch(model: Any) -> None:
-    """Have Liger's kernels compute norms and activations of a text model, if Liger knows its type.
-
-    The loss is fused in qdist.runtime.engine.objective, on learned tokens only. A wrapper is patched as the text model
-    in it, as Liger would look for the towers. `kernels_of` says what was patched.
-    """
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-
-    from qdist.runtime.placements.split.stages import only_present
-
-    config = model.config.get_text_config(decoder=True)
-    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(config.model_type)
-    if apply is None:
-        return
-    taken = signature(apply).parameters
-    wanted = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-    inner = model if config is model.config else decoder_of(model)
-    # It raises these for a class that it was not written for; norms that it did not reach are torch's.
-    with only_present(model), own_experts(model), suppress(AttributeError, TypeError):
-        apply(model=inner, **{name: value for name, value in wanted.items() if name in taken})
-
-
-@contextmanager
-def own_experts(model: nn.Module) -> Iterator[None]:
-    """Leave experts' forward passes as they are: Liger's read 3-D parameters, which are packed here."""
-    parts = [part for path, module in model.named_modules() if is_experts(module) for part in _around(model, path)]
-    before = [(part, vars(part).get("forward")) for part in parts]
-    yield
-    for part, forward in before:
-        vars(part).pop("forward", None)
-        if forward is not None:
-            part.forward = forward
-
-
-def _around(model: nn.Module, path: str) -> Iterator[nn.Module]:
-    """A module and the adapters around it."""
-    yield model.get_submodule(path)
-    while path.endswith(".base_layer"):
-        path = path.removesuffix(".base_layer")
-        yield model.get_submodule(path)
 
 
 def checkpoint_layers(model: Any, count: int, *, graphs: bool = False) -> None:

@@ -14,6 +14,7 @@ from qdist.runtime.infer.one_by_one import OneByOne
 from qdist.runtime.infer.scheduler import AdapterRows, Batched, RowDecoder
 from qdist.runtime.infer.text import Script
 from tests.runtime.data.test_tokenized import tiny_tokenizer
+from tests.runtime.infer.test_decoder import launched_anew
 from tests.runtime.tiny import VOCAB
 
 CPU = torch.device("cpu")
@@ -84,9 +85,30 @@ def by_rows(model: Any, *, slots: int = 4, line: Line | None = None) -> Batched:
     return _in_rows(lambda chooser: Decoder(model, slots=slots, positions=own.positions, choose=chooser), own, slots)
 
 
-def _in_rows(make: Callable[[Chooser], RowDecoder], line: Line, slots: int) -> Batched:
+def captured(model: Any, *, slots: int = 4, line: Line | None = None) -> Batched:
+    """As on a GPU, but for the graph: prompts are padded, and so are rows."""
+    own = line or line_of()
+
+    def make(chooser: Chooser) -> Decoder:
+        decoder = Decoder(
+            model, slots=slots, positions=own.positions, choose=chooser, new_pool=launched_anew,
+            variant=lambda: chooser.variant,
+        )  # fmt: skip
+        decoder.prepare()
+        return decoder
+
+    return _in_rows(make, own, slots, tells_later=True)
+
+
+def told_later(model: Any, *, slots: int = 4, line: Line | None = None) -> Batched:
+    """As on a GPU."""
+    line = line or line_of()
+    return _in_rows(lambda chooser: ByAnswer(model, chooser, slots), line, slots, tells_later=True)
+
+
+def _in_rows(make: Callable[[Chooser], RowDecoder], line: Line, slots: int, *, tells_later: bool = False) -> Batched:
     chooser = Chooser(slots, VOCAB, CPU)
-    return Batched(make(chooser), chooser, line, rows_of(line, slots), slots=slots)
+    return Batched(make(chooser), chooser, line, rows_of(line, slots), slots=slots, tells_later=tells_later)
 
 
 def rows_of(line: Line, slots: int) -> AdapterRows:
@@ -104,9 +126,14 @@ def answered(answerer: Answerer, *questions: Question) -> list[Heard]:
     heard = [Heard() for _ in questions]
     for question, listener in zip(questions, heard, strict=True):
         answerer.submit(question, listener)
+    finish(answerer)
+    return heard
+
+
+def finish(answerer: Answerer) -> None:
+    """Go on until all have ended."""
     while answerer.step():
         pass
-    return heard
 
 
 def question(*prompt: int, adapter: str = "", **sampling: Any) -> Question:

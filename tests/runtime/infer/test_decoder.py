@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils._pytree import tree_map_only
 
 from qdist.core.errors import DataError, SpecError
 from qdist.runtime.infer.attention import NAME
 from qdist.runtime.infer.decoder import Decoder, why_not
+from qdist.runtime.model.skeleton import offload
 from tests.runtime import every_model, tiny
 
 PROMPTS = ([5, 9, 30], [200, 7, 7, 41, 99, 3, 12, 150, 31], [77], [8, 6] * 10)
@@ -118,6 +121,21 @@ def test_a_step_is_captured_the_second_time_that_so_many_rows_are_at_work() -> N
     assert counts == [0, 1, 1, 1, 2, 2, 2, 3, 3]
 
 
+def test_each_variant_of_choosing_is_captured_by_itself() -> None:
+    captured, variant = [], ["greedy"]
+
+    def pool() -> Any:
+        return lambda passes, inputs: (captured.append(variant[0]) or (lambda: passes(inputs)), torch.empty(0))
+
+    decoder = Decoder(
+        model_of("llama"), slots=1, positions=40, choose=likeliest, new_pool=pool, variant=lambda: variant[0]
+    )
+    decoder.prefill([[5]], [0])
+    for variant[0] in ("greedy", "greedy", "drawn", "greedy", "drawn"):
+        decoder.step(1)
+    assert captured == ["greedy", "drawn"]
+
+
 def test_preparing_captures_every_number_of_rows() -> None:
     captured = []
 
@@ -178,6 +196,38 @@ def test_each_token_is_assigned_to_its_row() -> None:
     assert told == [[2, 2], [0], [0, 1, 2]]
 
 
+def test_an_adapter_answers_with_the_model() -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(model_of("llama"), config).eval()
+    decoder = Decoder(model, slots=4, positions=40, choose=likeliest)
+    found = answers(decoder)
+    assert found == [expected(model, prompt) for prompt in PROMPTS]
+    with model.disable_adapter():
+        base = answers(decoder)
+        assert base == [expected(model, prompt) for prompt in PROMPTS]
+    assert base != found
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_layers_on_other_devices_are_told_what_they_must_know(model_type: str) -> None:
+    """Each layer gets copies of its inputs, as behind `fetch_to`."""
+    model = model_of(model_type)
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(
+            lambda _, given, named: tree_map_only(torch.Tensor, torch.clone, (given, named)), with_kwargs=True
+        )
+    decoder = Decoder(model, slots=4, positions=40, choose=likeliest)
+    assert answers(decoder) == [expected(model, prompt) for prompt in PROMPTS]
+
+
+def test_offloaded_layers_answer_and_are_not_captured() -> None:
+    model = model_of("llama")
+    offload(model, [0])
+    decoder = Decoder(model, slots=4, positions=40, choose=likeliest)
+    assert decoder.refused == "layers are offloaded to host memory"
+    assert answers(decoder) == [expected(model, prompt) for prompt in PROMPTS]
+
+
 def test_a_prompt_without_a_position_for_an_answer_is_refused() -> None:
     decoder = Decoder(model_of("llama"), slots=1, positions=8, choose=likeliest)
     with pytest.raises(DataError, match="8 tokens, and there are 8 positions"):
@@ -208,3 +258,16 @@ def test_graphs_that_cannot_be_are_refused() -> None:
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_models_that_cannot_be_decoded_by_rows_say_why(model_type: str, changes: dict[str, Any], reason: str) -> None:
     assert why_not(every_model.tiny_model(model_type, **changes)) == reason
+
+
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 32, "factor": 4.0}  # fmt: skip
+
+
+def test_frequencies_of_long_texts_are_no_hindrance_to_short_ones() -> None:
+    model = tiny.tiny_model("llama", rope_parameters=LONG)
+    assert why_not(model) == why_not(model, positions=33) == "its rotary frequencies change after 32 tokens"
+    assert why_not(model, positions=32) == ""
+    decoder = Decoder(model, slots=4, positions=32, choose=likeliest)
+    assert answers(decoder) == [expected(model, prompt) for prompt in PROMPTS]
+    assert model.model.rotary_emb.rope_type == "longrope"
