@@ -5,7 +5,8 @@ from typing import Any
 import click
 
 from qdist.cli.flags import flags_of
-from qdist.core.requests import Chat, sampled_request_of, usual_sampling
+from qdist.core.composed import sampled_request_of, usual_sampling
+from qdist.core.requests import Chat
 from qdist.core.sampling import Sampling
 from qdist.host.sources.targets import check_adapter, check_target
 from qdist.host.tasks import run_task

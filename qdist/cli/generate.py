@@ -7,7 +7,8 @@ import click
 import msgspec
 
 from qdist.cli.flags import flags_of
-from qdist.core.requests import Generate, sampled_request_of
+from qdist.core.composed import sampled_request_of
+from qdist.core.requests import Generate
 from qdist.core.sampling import Sampling
 from qdist.host.data.records import read_prompts
 from qdist.host.files import stream_to_write

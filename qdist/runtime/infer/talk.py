@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import msgspec
 
+from qdist.core.composed import resampled
 from qdist.core.data.conversation import Conversation, Turn
 from qdist.core.errors import DataError, SpecError, flag_of, nearest
-from qdist.core.requests import resampled
 from qdist.core.sampling import Sampling
 from qdist.core.spec.keys import description, json_text
 from qdist.host.files import file_to_write, unwritable

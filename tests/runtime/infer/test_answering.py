@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from qdist.core.composed import sampled_request_of
 from qdist.core.data.conversation import Conversation, Turn, Wording
 from qdist.core.errors import SpecError
-from qdist.core.requests import Generate, sampled_request_of
+from qdist.core.requests import Generate
 from qdist.core.sampling import Sampling
 from qdist.runtime.infer import answering
 from qdist.runtime.infer.answering import Asked, Work, answer_with

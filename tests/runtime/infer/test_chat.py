@@ -283,7 +283,7 @@ def test_on_a_terminal_lines_are_edited_kept_for_the_next_chat_and_answers_count
     lines = history.read_text().splitlines()
     assert lines == ["an older line", "hello", "one \\", "two", "/show", '"""a', 'b"""', "/quit"]
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
-    assert "\x1b[2m4 tokens" in terminal.shown or "\x1b[2m" in terminal.shown
+    assert "\x1b[2m" in terminal.shown
 
 
 def test_prompts_are_read_back_from_what_was_saved(tmp_path: Path) -> None:
