@@ -1,10 +1,10 @@
 """How fast does a 7B with an adapter answer, by rows of one cache, with CUDA graphs and without?
 
-    python bench/decode.py [--profile]      # one GPU; `--tiny` tries it on a CPU
+    python bench/decode.py [--model llama-7b] [--method qlora] [--rows 1,8,32] [--profile]   # one GPU; --tiny: a CPU
 
-Random llama-7b in NF4 with an adapter of r=64 in bfloat16, greedy, 64 tokens in and 256 out. limit: tokens/s if a step
-read nothing but the weights once and the keys and values of its rows, at the card's bandwidth. --profile: which kernels
-a step at batch 1 spends its time in.
+A random model in 4 bits with an adapter of r=64 in bfloat16, greedy, 64 tokens in and 256 out. limit: tokens/s if a
+step read nothing but the weights once and the keys and values of its rows, at the card's bandwidth. --profile: which
+kernels a step at batch 1 spends its time in.
 """
 
 import argparse
@@ -34,12 +34,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--model", default="llama-7b")
+    parser.add_argument("--method", default="qlora")
+    parser.add_argument("--rows", default="1,8,32")
     arguments = parser.parse_args()
     device = torch.device("cpu" if arguments.tiny else "cuda")
     prompt, new, long = (8, 16, 64) if arguments.tiny else (64, 256, 2048)
-    model, linears = loaded(arguments.tiny, device)
+    model, linears = loaded(arguments, device)
     print(f"linears: {linears}; {weight_bytes(model) / 2**30:.2f} GiB of weights are read in a step")
-    for rows in (1, 8, 32):
+    for rows in map(int, arguments.rows.split(",")):
         ways = {way: measured(model, rows, prompt, new, graphs=way == "graph") for way in ways_on(device)}
         limit = rows * BANDWIDTH / (weight_bytes(model) + rows * (prompt + new / 2) * token_bytes(model))
         for way, (seconds, _, why) in ways.items():
@@ -64,17 +67,18 @@ def ways_on(device: torch.device) -> tuple[str, ...]:
     return ("graph", "launched") if device.type == "cuda" else ("launched",)
 
 
-def loaded(tiny: bool, device: torch.device):
+def loaded(arguments: argparse.Namespace, device: torch.device):
     """(a random model with its adapter, which linears compute it)."""
     from qdist.runtime.adapters.attach import add_adapter
     from qdist.runtime.placements.registry import placement_of
     from qdist.runtime.train.setup import load_part
 
-    name = "llama-7b"
-    if tiny:
+    name = arguments.model
+    if arguments.tiny:
         name = tempfile.mkdtemp(prefix="qdist-decode-")
         Path(name, "config.json").write_text(json.dumps(TINY))
     settings = {"seq_len": 64, "micro_batch": 1, "global_batch": 1, "steps": 2, "train.held_out": 0.0, "lora.r": 64}
+    settings["method"] = arguments.method
     plan = qdist.plan(model=name, **{"load_format": "dummy", "gpus": 1, "dtype": "bfloat16", **settings})
     model = add_adapter(load_part(placement_of(plan, 0, (device,))).backbone, plan).eval()
     for path, parameter in model.named_parameters():

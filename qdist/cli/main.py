@@ -25,6 +25,7 @@ COMMANDS = {
     "export": ("qdist.cli.export:export", "Write a run's model for other programs."),
     "generate": ("qdist.cli.generate:generate", "Complete prompts with a run's model."),
     "chat": ("qdist.cli.chat:chat", "Talk to a run's model."),
+    "serve": ("qdist.cli.serve:serve", "Answer programs in OpenAI's protocol."),
     "monitor": ("qdist.cli.monitor:monitor", "Watch a run: memory, speed, loss, warnings."),
     "stop": ("qdist.cli.stop:stop", "End a run from any terminal, with a checkpoint."),
     "runs": ("qdist.cli.runs:runs", "List runs: state, loss, speed, GPU hours."),

@@ -42,6 +42,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     asks: ClassVar[bool] = False
     """Whether it reads standard input and handles Ctrl-C itself."""
+    passes_on_sigterm: ClassVar[bool] = False
+    """Whether SIGTERM is for it to handle: it finishes what it is at."""
     when_stopped: ClassVar[str] = ""
     """Message for the user after Ctrl-C has ended it."""
 
@@ -247,11 +249,9 @@ class Convert(Request, frozen=True, kw_only=True):
     drop_bias: Annotated[bool, _help("Leave biases out, as alpaca-qlora's own training did.")] = False
 
 
-class Answering(Request, frozen=True, kw_only=True):
-    """Fields common to all processes that answer prompts."""
+class Opening(Request, frozen=True, kw_only=True):
+    """Fields common to all processes that open a model to answer with."""
 
-    run: str
-    """Path of a run, or any model."""
     max_memory: Annotated[str | None, _help("What to put on each GPU at most, such as 20GiB.")] = None
     trust_remote_code: Annotated[
         bool, _help("Run the Python files of the model's own repository where transformers has no class for it.")
@@ -271,6 +271,13 @@ Engine = Annotated[
     Literal["auto", "qdist", "llama.cpp"],
     _help("What multiplies. auto: what is fastest here; llama.cpp: on the CPU, from a GGUF file made in the cache."),
 ]
+
+
+class Answering(Opening, frozen=True, kw_only=True):
+    """Fields common to all processes that answer prompts by one model."""
+
+    run: str
+    """Path of a run, or any model."""
 
 
 class Generate(Answering, frozen=True, kw_only=True):
@@ -321,6 +328,37 @@ class Chat(Answering, frozen=True, kw_only=True):
     sampling: Sampling = Sampling(max_new_tokens=512)
 
 
+class Serve(Opening, frozen=True, kw_only=True):
+    """Answer requests in OpenAI's protocol."""
+
+    asks = True
+    passes_on_sigterm = True
+
+    runs: tuple[str, ...]
+    """Runs over one base, or one model; each may have a name before it, such as `legal=runs/3`."""
+    host: Annotated[str, _help("Address to serve on; 0.0.0.0 is every one of this machine.")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="Port to serve on; 0: any that is free.")] = 8000
+    slots: Annotated[Positive, _help("Answers at work at a time; others wait in line.")] = 16
+    context: Annotated[Positive, _help("Tokens of a prompt and its answer together, at most.")] = 4096
+    queue: Annotated[Count, _help("Questions in line, at most; more are told to come again.")] = 128
+    engine: Annotated[
+        Literal["auto", "qdist", "llama.cpp", "vllm"],
+        _help("What computes. vllm: export the adapters, and start vLLM, which has to be installed."),
+    ] = "auto"
+    out: Annotated[
+        str | None, _help("vllm: folder for adapters that vLLM needs in another form.  [default: beside each run]")
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.engine != "vllm" and self.out is not None:
+            raise SpecError("--out goes with --engine vllm: nothing else is written", try_="leave it out")
+        if self.engine == "vllm" and self.max_memory is not None:
+            raise SpecError(
+                "--max-memory is of qdist's own engine; vLLM takes a share of each GPU", try_="leave it out"
+            )
+
+
 class MeasureRates(Request, frozen=True, kw_only=True):
     """Measure one card and its links, together with the other ranks."""
 
@@ -331,7 +369,7 @@ class MeasureRates(Request, frozen=True, kw_only=True):
     device: Literal["cuda", "cpu"] = "cuda"
 
 
-Job = Prepare | Describe | Gather | Merge | Export | Pack | MakeGptq | Convert | Generate | Chat | MeasureRates
+Job = Prepare | Describe | Gather | Merge | Export | Pack | MakeGptq | Convert | Generate | Chat | Serve | MeasureRates
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -5,8 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,18 +71,21 @@ def _beginning() -> Callable[[], None]:
 
 
 def run(
-    command: Sequence[str], environment: Mapping[str, str], *, asks: bool = False, pass_fds: Sequence[int] = ()
-) -> int:
+    command: Sequence[str], environment: Mapping[str, str], *, asks: bool = False, pass_fds: Sequence[int] = (),
+    passes_on_sigterm: bool = False,
+) -> int:  # fmt: skip
     """Run a program on this terminal until it ends; its exit code. It ignores Ctrl-C until it calls `hear_ctrl_c`.
 
     asks: it reads what is typed. Otherwise its standard input is closed: no library can wait there for an answer.
     pass_fds: descriptors that it shares with this process, beside its standard streams.
+    passes_on_sigterm: SIGTERM does not end this process but is sent on to the program, whose end is waited for.
     Raises KeyboardInterrupt once it has ended by Ctrl-C, JobError when a signal killed it.
     """
     stdin = None if asks else subprocess.DEVNULL
     child = subprocess.Popen(command, env=environment, stdin=stdin, preexec_fn=_beginning(), pass_fds=pass_fds)
     try:
-        code = child.wait()
+        with _passed_on(child) if passes_on_sigterm else nullcontext():
+            code = child.wait()
     except KeyboardInterrupt:  # of the terminal, which the child has heard as well
         _end(child)
         raise
@@ -128,6 +131,15 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
     if child.poll() is None:
         child.terminate()
         _end(child)
+
+
+@contextmanager
+def _passed_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def killed_by(number: int) -> str:

@@ -67,7 +67,13 @@ def ask(request: Request, *, device: str | None = None) -> Answer:
     with handed_over(request) as task:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN) if request.asks else None
         try:
-            code = children.run(task.command, environment, asks=request.asks, pass_fds=task.descriptors)
+            code = children.run(
+                task.command,
+                environment,
+                asks=request.asks,
+                pass_fds=task.descriptors,
+                passes_on_sigterm=request.passes_on_sigterm,
+            )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(request.when_stopped) from None
         finally:

@@ -29,6 +29,7 @@ JOBS: Mapping[type[Request], str] = {
     requests.Convert: "qdist.runtime.quantize.sparsebit.convert:run",
     requests.Generate: "qdist.runtime.infer.generate:run",
     requests.Chat: "qdist.runtime.infer.chat:run",
+    requests.Serve: "qdist.runtime.serve.server:run",
     requests.MeasureRates: "qdist.runtime.gpu_rates:run",
 }
 """Request -> the function that handles it, imported on demand."""

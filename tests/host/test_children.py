@@ -207,3 +207,26 @@ def test_a_child_whose_parent_died_before_it_could_ask_the_kernel_ends_by_itself
     code = "from qdist.host.children import end_with_parent; end_with_parent(1 << 22); print('went on')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "")
+
+
+FINISHES = (
+    "import signal, sys; "
+    "signal.signal(signal.SIGTERM, lambda *_: sys.exit(open(sys.argv[1], 'a').write('done') and 7)); "
+    "open(sys.argv[1], 'w').write('ready '); signal.pause()"
+)
+
+
+def test_sigterm_is_passed_on_to_a_program_that_finishes_by_itself(tmp_path: Path) -> None:
+    note, code = (
+        tmp_path / "note",
+        (
+            "import os, sys; from qdist.host import children; "
+            "sys.exit(children.run(sys.argv[1:], os.environ, passes_on_sigterm=True))"
+        ),
+    )
+    words = [sys.executable, "-c", code, sys.executable, "-c", FINISHES, str(note)]
+    parent = subprocess.Popen(words, preexec_fn=hears_signals)
+    until(lambda: note.exists() and note.read_text() == "ready ")
+    parent.terminate()
+    assert parent.wait(30) == 7
+    assert note.read_text() == "ready done"

@@ -32,13 +32,17 @@ def exposition(run: str, plan: Plan, fold: RunHistory, pulses: Mapping[int, Hear
 
     run: what the series are called apart by, such as the run directory.
     """
+    return text_of((*_of_run(plan, state), *_of_training(plan, fold), *_of_ranks(plan, fold, pulses)), {"run": run})
+
+
+def text_of(metrics: Iterable[Metric], labels: Mapping[str, str]) -> str:
+    """Metrics as Prometheus reads them, without those that have no value. labels: of every value."""
     lines: list[str] = []
-    metrics = (*_of_run(plan, state), *_of_training(plan, fold), *_of_ranks(plan, fold, pulses))
     for name, kind, meaning, samples in metrics:
-        values = [(labels, value) for labels, value in samples if value is not None]
+        values = [({**labels, **own}, value) for own, value in samples if value is not None]
         if values:
             lines += [f"# HELP {name} {_help(meaning)}", f"# TYPE {name} {kind}"]
-            lines += [f"{name}{{{_labels({'run': run, **labels})}}} {_number(value)}" for labels, value in values]
+            lines += [f"{name}{_labels(named)} {_number(value)}" for named, value in values]
     return "\n".join(lines) + "\n"
 
 
@@ -50,31 +54,31 @@ def _of_run(plan: Plan, state: State) -> Iterator[Metric]:
     yield Metric("qdist_run_info", "gauge", "What the run is; always 1.", [(about, 1)])
     states = [({"state": each}, float(each == state)) for each in get_args(State)]
     yield Metric("qdist_run_state", "gauge", "1 for the state that the run is in, 0 for the others.", states)
-    yield _one("qdist_planned_steps", "Optimizer steps of the whole run.", plan.steps)
+    yield one("qdist_planned_steps", "Optimizer steps of the whole run.", plan.steps)
     predicted = plan.tokens_per_second or None
-    yield _one("qdist_predicted_tokens_per_second", "Predicted by the plan, all ranks together.", predicted)
+    yield one("qdist_predicted_tokens_per_second", "Predicted by the plan, all ranks together.", predicted)
 
 
 def _of_training(plan: Plan, fold: RunHistory) -> Iterator[Metric]:
-    yield _one("qdist_step", "Optimizer steps done; goes back when a killed run is resumed.", fold.step)
-    yield _one("qdist_loss", "Training loss of the last step.", fold.loss)
-    yield _one("qdist_smoothed_loss", "Mean training loss of the last 10 steps.", fold.smoothed_loss)
+    yield one("qdist_step", "Optimizer steps done; goes back when a killed run is resumed.", fold.step)
+    yield one("qdist_loss", "Training loss of the last step.", fold.loss)
+    yield one("qdist_smoothed_loss", "Mean training loss of the last 10 steps.", fold.smoothed_loss)
     held_out = fold.held_out[-1][1] if fold.held_out else None
-    yield _one("qdist_held_out_loss", "Loss on held-out records at the last evaluation.", held_out)
-    yield _one("qdist_learning_rate", "Learning rate of the last step.", fold.learning_rate)
-    yield _one("qdist_gradient_norm", "Global gradient norm of the last step, before clipping.", fold.gradient_norm)
-    yield _one("qdist_tokens_per_second", "Median of the last 10 steps, all ranks together.", fold.tokens_per_s)
+    yield one("qdist_held_out_loss", "Loss on held-out records at the last evaluation.", held_out)
+    yield one("qdist_learning_rate", "Learning rate of the last step.", fold.learning_rate)
+    yield one("qdist_gradient_norm", "Global gradient norm of the last step, before clipping.", fold.gradient_norm)
+    yield one("qdist_tokens_per_second", "Median of the last 10 steps, all ranks together.", fold.tokens_per_s)
     positions = "The same with padding: positions that were computed."
-    yield _one("qdist_positions_per_second", positions, fold.positions_per_s)
-    yield _one("qdist_tokens", "Tokens trained on so far; goes back with the step.", sum(fold.columns.tokens))
-    yield _one("qdist_padding_ratio", "Of all positions computed, those that held no token.", fold.padding_share)
-    yield _one("qdist_data_ratio", "Of the last steps' time, what rank 0 spent on making samples.", fold.data_share)
-    yield _one("qdist_skipped_steps", "Steps whose update was not made, gradients not being finite.", len(fold.skipped))
-    yield _one("qdist_seconds_left", "Until the last step, at the pace of the last 10.", fold.seconds_left)
+    yield one("qdist_positions_per_second", positions, fold.positions_per_s)
+    yield one("qdist_tokens", "Tokens trained on so far; goes back with the step.", sum(fold.columns.tokens))
+    yield one("qdist_padding_ratio", "Of all positions computed, those that held no token.", fold.padding_share)
+    yield one("qdist_data_ratio", "Of the last steps' time, what rank 0 spent on making samples.", fold.data_share)
+    yield one("qdist_skipped_steps", "Steps whose update was not made, gradients not being finite.", len(fold.skipped))
+    yield one("qdist_seconds_left", "Until the last step, at the pace of the last 10.", fold.seconds_left)
     saved = fold.checkpoints[-1][0] if fold.checkpoints else None
-    yield _one("qdist_checkpoint_step", "Step of the last checkpoint.", saved)
-    yield _one("qdist_trained_seconds_total", "Time that ranks were there, all launches.", fold.trained_s, "counter")
-    yield _one("qdist_resumes_total", "Times that the run went on from a checkpoint.", len(fold.resumed), "counter")
+    yield one("qdist_checkpoint_step", "Step of the last checkpoint.", saved)
+    yield one("qdist_trained_seconds_total", "Time that ranks were there, all launches.", fold.trained_s, "counter")
+    yield one("qdist_resumes_total", "Times that the run went on from a checkpoint.", len(fold.resumed), "counter")
 
 
 def _of_ranks(plan: Plan, fold: RunHistory, pulses: Mapping[int, Heartbeat]) -> Iterator[Metric]:
@@ -102,12 +106,14 @@ def _of_ranks(plan: Plan, fold: RunHistory, pulses: Mapping[int, Heartbeat]) -> 
     yield Metric("qdist_rank_phase", "gauge", "1 for what the rank was at in its last beat, 0 for the rest.", phases)
 
 
-def _one(name: str, meaning: str, value: float | None, kind: Literal["gauge", "counter"] = "gauge") -> Metric:
+def one(name: str, meaning: str, value: float | None, kind: Literal["gauge", "counter"] = "gauge") -> Metric:
+    """A metric of one value."""
     return Metric(name, kind, meaning, [({}, value)])
 
 
 def _labels(labels: Mapping[str, str | int]) -> str:
-    return ",".join(f'{name}="{_escaped(str(value))}"' for name, value in labels.items())
+    named = ",".join(f'{name}="{_escaped(str(value))}"' for name, value in labels.items())
+    return f"{{{named}}}" if named else ""
 
 
 def _escaped(text: str) -> str:

@@ -67,6 +67,11 @@ class _Config(msgspec.Struct):
         return ", ".join(name for name, there in has.items() if there)
 
 
+def adapter_rank(folder: Path) -> int:
+    """The rank that an adapter's configuration states."""
+    return read_typed(folder / ADAPTER_FOLDER, _Config, RunError, try_="an adapter that PEFT wrote").r
+
+
 def find_adapter(name: str) -> Path:
     """The folder of an adapter: a run's, or one that PEFT wrote. Raises RunError if there is none."""
     run, folder = RunDir(name), Path(name).expanduser()

@@ -1,14 +1,15 @@
 """What a name opens, and which step a run's adapter is from; read from small files before torch is loaded."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from qdist.core.errors import ModelError, RunError, SpecError
 from qdist.core.model.aliases import same_shape
 from qdist.core.model.families import require_library_class
-from qdist.core.text import command, counted, resuming
+from qdist.core.text import command, counted, quoted, resuming
 from qdist.host.files import cache_path
 from qdist.host.machine import probe
 from qdist.host.opening import require_file, told
@@ -50,6 +51,55 @@ def check_adapter(name: str) -> None:
     """Raise SpecError for a model that is no run, and so has no adapter to compare with its base."""
     if not RunDir(name).exists():
         raise SpecError(f"--compare is of a run's adapter and its base, and {name} is a model", try_="leave it out")
+
+
+class ServedTargets(NamedTuple):
+    """What a server answers with, by the names that clients give."""
+
+    paths: dict[str, str]
+    """Run by name of its adapter; or one model, by an empty name."""
+    base: str
+    """Name of the base, or of the model."""
+
+    @property
+    def title(self) -> str:
+        """'sql, legal', or the model's name."""
+        return ", ".join(filter(None, self.paths)) or self.base
+
+
+def targets_to_serve(words: Sequence[str]) -> ServedTargets:
+    """Runs over one base, or one model, each as typed: `PATH` or `NAME=PATH`.
+
+    Raises SpecError for names given twice, and for models beside others.
+    """
+    named = [_named(word) for word in words]
+    runs = [(name, path) for name, path in named if RunDir(path).exists()]
+    if not runs and len(named) == 1:
+        name, path = named[0]
+        return ServedTargets({"": path}, name or _model_name(path))
+    if models := [path for _, path in named if not RunDir(path).exists()]:
+        raise SpecError(
+            f"{models[0]} is no run, and a model is served alone: only runs share one base",
+            try_=command("serve", models[0]),
+        )
+    paths = {name or Path(path).resolve().name: path for name, path in runs}
+    if len(paths) < len(runs):
+        name, path = runs[-1][0] or Path(runs[-1][1]).resolve().name, runs[-1][1]
+        raise SpecError(f"several of the runs are called {name}", try_=quoted(f"{name}-2={path}"))
+    base = _model_name(RunDir(runs[0][1]).plan().spec.model)
+    return ServedTargets(paths, f"{base}-base" if base in paths else base)
+
+
+def _named(word: str) -> tuple[str, str]:
+    """The name, or none, and the path of a target as typed."""
+    name, found, path = word.partition("=")
+    return (name, path) if found and not Path(word).exists() else ("", word)
+
+
+def _model_name(model: str) -> str:
+    """An alias or a hub id as it is; of a folder or a file its own name."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else model
 
 
 def _no_target(folder: Path) -> RunError:

@@ -8,9 +8,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from qdist.core.errors import ModelError, QdistError, RunError
+from qdist.core.errors import ModelError, QdistError, RunError, SpecError
 from qdist.core.model.aliases import ALIASES, config_of
-from qdist.host.sources.targets import check_model, check_target
+from qdist.host.sources.targets import ServedTargets, check_model, check_target, targets_to_serve
 from tests.plans import CPU, planned
 
 
@@ -120,3 +120,23 @@ def test_a_command_refuses_a_name_without_torch_and_writes_nothing(arguments: tu
     assert done.stdout == "2 []\n"
     assert done.stderr.startswith("error: ")
     assert sorted(here.rglob("*")) == before
+
+
+def test_runs_are_served_by_their_own_names_or_those_before_them(here: Path) -> None:
+    paths = ["my runs/done", "sql=my runs/begun"]
+    found = targets_to_serve(paths)
+    assert found == ServedTargets({"done": "my runs/done", "sql": "my runs/begun"}, "llama-7b")
+    assert found.title == "done, sql"
+    assert targets_to_serve(["llama-7b=my runs/done"]).base == "llama-7b-base"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["my runs/done", "done=my runs/begun"], r"several of the runs are called done\n.*try: 'done-2=my runs/begun'"),
+        (["my runs/done", "tiny"], r"tiny is no run, and a model is served alone.*\n.*try: qdist serve tiny"),
+    ],
+)
+def test_names_given_twice_and_models_beside_runs_are_refused(words: list[str], message: str, here: Path) -> None:
+    with pytest.raises(SpecError, match=message):
+        targets_to_serve(words)
