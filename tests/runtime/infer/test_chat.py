@@ -236,17 +236,17 @@ class Terminal:
                 [sys.executable, "-m", "qdist", "chat", *options],
                 os.environ | {"TERM": "xterm", "COLUMNS": str(columns), "LINES": "24"} | environment,
             )
-        self._pid, self.shown = pid, ""
+        self._pid, self.shown, self._seen = pid, "", 0
         termios.tcsetwinsize(self._descriptor, (24, columns))
 
-    def until(self, text: str, timeout_s: float = 120) -> str:
-        """What is shown up to a text."""
-        start = len(self.shown)
-        while text not in self.shown[start:]:
-            ready, _, _ = select.select([self._descriptor], [], [], timeout_s)
-            assert ready, f"{text!r} did not come; there is {self.shown!r}"
+    def until(self, text: str, timeout_s: float = 120) -> None:
+        """Wait for a text after the one that was waited for before."""
+        while text not in self.shown[self._seen :]:
+            assert select.select([self._descriptor], [], [], timeout_s)[0], (
+                f"{text!r} did not come; there is {self.shown!r}"
+            )
             self.shown += os.read(self._descriptor, 65536).decode(errors="replace")
-        return self.shown[start:]
+        self._seen = self.shown.index(text, self._seen) + len(text)
 
     def type(self, text: str) -> None:
         os.write(self._descriptor, text.encode())
