@@ -8,7 +8,7 @@ import click
 import msgspec
 
 from qdist.core.errors import SpecError, flag_of, in_words
-from qdist.core.spec.keys import accepted, choices, description, kinds_of, known_keys
+from qdist.core.spec.keys import accepted, choices, description, is_texts, kinds_of, known_keys
 from qdist.core.spec.lookup import COMMON
 from qdist.core.spec.run_spec import RunSpec
 from qdist.core.spec.suggest import RELATED_NAMES, known_as, meant_by
@@ -48,26 +48,33 @@ def setting_flags(*names: str) -> Callable[[F], F]:
     return decorated
 
 
-def flags_of(kind: type[msgspec.Struct]) -> Callable[[F], F]:
-    """Give a command a flag for each field of a request that has a description. `request_of` checks their values."""
+def flags_of(kind: type[msgspec.Struct], usual: msgspec.Struct | None = None) -> Callable[[F], F]:
+    """Give a command a flag for each field of a request that has a description. `request_of` checks their values.
+
+    usual: holds the defaults, if they are not the kind's own.
+    """
 
     def decorated(command: F) -> F:
         for field in reversed(msgspec.structs.fields(kind)):
             if text := description(kind, field.encode_name):
-                command = _flag(kind, field, text)(command)
+                command = _flag(kind, field, text, getattr(usual, field.name, field.default))(command)
         return command
 
     return decorated
 
 
-def _flag(kind: type[msgspec.Struct], field: msgspec.structs.FieldInfo, text: str) -> Callable[[F], F]:
-    name, usual = field.encode_name, field.default
+def _flag(kind: type[msgspec.Struct], field: msgspec.structs.FieldInfo, text: str, usual: Any) -> Callable[[F], F]:
+    name = field.encode_name
     flag, kinds = flag_of(name), kinds_of(kind, name)
     if usual and not field.required and "[default: " not in text:
         text += f"  [default: {name if usual is True else usual}]"
     if msgspec.inspect.BoolType() in kinds:
         both = flag if usual is False else f"{flag}/--no-{flag[2:]}"
         return click.option(both, name, is_flag=True, default=None, help=text)
+    if is_texts(kind, name):
+        return click.option(
+            flag, name, multiple=True, callback=lambda *parts: parts[-1] or None, help=f"{text} May be repeated."
+        )
     number = any(isinstance(each, (msgspec.inspect.IntType, msgspec.inspect.FloatType)) for each in kinds)
     metavar = f"[{'|'.join(among)}]" if (among := choices(kind, name)) else "N" if number else None
     return click.option(

@@ -6,8 +6,9 @@ import click
 import msgspec
 
 from qdist.cli.flags import flags_of
+from qdist.core.composed import METHODS, quantization_of
 from qdist.core.data import demo
-from qdist.core.requests import METHODS, GptqSettings, MakeGptq, Pack, quantization_of
+from qdist.core.requests import GptqSettings, MakeGptq, Pack
 from qdist.host.data.files import is_plain_text
 from qdist.host.data.records import check_source
 from qdist.host.files import folder_to_write

@@ -5,19 +5,20 @@ them. What needs a file, a GPU or a model to be looked at is checked by the comm
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from qdist.core import errors
-from qdist.core.errors import QdistError, SpecError, flag_of, nearest
-from qdist.core.model.gptq import BITS, WORD, Gptq, Override, Shape, usual_format
+from qdist.core.errors import QdistError, SpecError, flag_of
+from qdist.core.model.gptq import WORD, Gptq, Override, Shape
 from qdist.core.model.shapes import ModelFacts
 from qdist.core.model.storage import GgufType, Packing
 from qdist.core.planning.plan import Prepared
-from qdist.core.spec.keys import choices
+from qdist.core.sampling import Sampling
+from qdist.core.spec.keys import choices, is_texts
 from qdist.core.spec.run_spec import RunSpec
 from qdist.core.spec.sections import Count, Positive
 from qdist.core.spec.suggest import not_among, of_another_kind
@@ -266,6 +267,12 @@ class Opening(Request, frozen=True, kw_only=True):
         return None if self.max_memory is None else parse_bytes(self.max_memory)
 
 
+Engine = Annotated[
+    Literal["auto", "qdist", "llama.cpp"],
+    _help("What multiplies. auto: what is fastest here; llama.cpp: on the CPU, from a GGUF file made in the cache."),
+]
+
+
 class Answering(Opening, frozen=True, kw_only=True):
     """Fields common to all processes that answer prompts by one model."""
 
@@ -280,8 +287,33 @@ class Generate(Answering, frozen=True, kw_only=True):
 
     prompts: Annotated[str, _help("Text file with a prompt a line, or data with prompt or messages.")]
     out: Annotated[str, _help("JSONL file to write; must not be there yet.")]
-    max_new_tokens: Annotated[Positive, _help("Tokens of an answer, at most.")] = 256
-    batch: Annotated[Positive, _help("Prompts at a time.")] = 8
+    batch: Annotated[Positive, _help("Answers at a time, on each GPU.")] = 8
+    n: Annotated[Positive, _help("Answers a prompt, drawn with the seeds S, S + 1, ...")] = 1
+    beams: Annotated[Positive, _help("Beams of a search for the likeliest answer, in transformers.")] = 1
+    adapter: Annotated[Literal["run", "base"], _help("The run's, or the base alone.")] = "run"
+    engine: Engine = "auto"
+    gpus: Annotated[
+        Positive | None, _help("Copies of the model, each on a GPU of its own.  [default: one on each that holds it]")
+    ] = None
+    sampling: Sampling = Sampling()
+    share: tuple[int, int] | None = None
+    """(number, count): the part of the prompts that this process answers, as one of several; None: all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        greedy = self.sampling.is_greedy
+        if self.beams > 1 and not greedy:
+            raise SpecError(
+                f"--beams {self.beams} looks for the likeliest answer, and --temperature draws",
+                try_="one of them",
+            )
+        if self.beams > 1 and (self.engine == "llama.cpp" or self.sampling.ignore_end):
+            raise SpecError(f"--beams are transformers', not --engine {self.engine}'s", try_="--engine auto")
+        if self.n > 1 and greedy:
+            raise SpecError(
+                f"--n {self.n}: without a temperature all {self.n} answers of a prompt are the same",
+                try_="--temperature 0.7",
+            )
 
 
 class Chat(Answering, frozen=True, kw_only=True):
@@ -290,7 +322,10 @@ class Chat(Answering, frozen=True, kw_only=True):
     asks = True
 
     system: Annotated[str, _help("System message.")] = ""
-    max_new_tokens: Annotated[Positive, _help("Tokens of an answer, at most.")] = 512
+    compare: Annotated[bool, _help("Show the answers of base and adapter beside each other.")] = False
+    context: Annotated[Positive, _help("Tokens of a conversation, at most; the model may have fewer positions.")] = 4096
+    engine: Engine = "auto"
+    sampling: Sampling = Sampling(max_new_tokens=512)
 
 
 class Serve(Opening, frozen=True, kw_only=True):
@@ -392,6 +427,8 @@ def _value_error(kind: type[msgspec.Struct], message: str, given: Mapping[str, A
         return SpecError(f"{kind.__name__}: {message[:1].lower()}{message[1:]}")
     field = next(field for field in msgspec.structs.fields(kind) if field.encode_name == name)
     usual = None if field.default in (msgspec.NODEFAULT, ()) else field.default
+    if is_texts(kind, name):
+        return SpecError(f"{flag_of(name)}: {reason[:1].lower()}{reason[1:]}", try_="fewer of them")
     if isinstance(field.default, tuple):
         return SpecError(f"{name} cannot be {given[name]!r}", try_="numbers with commas between, such as 0.7,0.3")
     if among := choices(kind, name):
@@ -400,47 +437,6 @@ def _value_error(kind: type[msgspec.Struct], message: str, given: Mapping[str, A
         error = of_another_kind(name, given[name], reason, {} if usual is None else {name: usual})
     try_ = quoted(flag_of(name), *error.ways[0].values()) if error.ways else f"another {flag_of(name)}"
     return SpecError(error.message, try_=try_)
-
-
-METHODS = ("nf4", "fp4", "int8", "gptq")
-"""Methods that `quantization_of` accepts."""
-
-
-def quantization_of(method: str, given: Mapping[str, Any]) -> Pack | MakeGptq:
-    """The request of `qdist quantize`, of its flags. Raises SpecError, also for flags of another method."""
-    if method not in METHODS:
-        raise SpecError(
-            f"method cannot be {method!r}: it is one of {', '.join(METHODS)}",
-            try_=f"--method {nearest(method, METHODS) or METHODS[0]}",
-        )
-    stated = {name: value for name, value in given.items() if value is not None}
-    of_gptq = (*(field.name for field in msgspec.structs.fields(GptqSettings)), "candidate_bits")
-    own = {"model", "out", *(of_gptq if method == "gptq" else _OF_PACK)}
-    if foreign := [flag_of(name) for name in stated if name not in own]:
-        owner = "nf4, fp4 and int8" if method == "gptq" else "gptq"
-        raise SpecError(f"{', '.join(foreign)}: {owner} alone, not {method}", try_="leave it out")
-    if method != "gptq":
-        return request_of(Pack, {**stated, "method": method})
-    model, out, mixed = stated.pop("model"), stated.pop("out"), stated.pop("candidate_bits", None)
-    widths = _widths(mixed, stated)
-    layout = {"format": usual_format(sym=stated.get("sym", True), widths=widths), **stated, "bits": widths}
-    return MakeGptq(model=model, out=out, settings=request_of(GptqSettings, layout))
-
-
-_OF_PACK = ("double", "dtype", "trust_remote_code")
-
-
-def _widths(mixed: str | None, given: Mapping[str, Any]) -> Collection[int]:
-    """The widths to try, narrowest first. mixed: `--candidate-bits` as it was typed."""
-    if mixed and "bits" in given:
-        raise SpecError("--bits and --candidate-bits both say how wide weights are", try_="one of them")
-    if bool(mixed) != ("max_error" in given):
-        raise SpecError("--candidate-bits and --max-error go together", try_="--candidate-bits 2,3,4 --max-error 0.05")
-    stated = mixed.split(",") if mixed else [str(given.get("bits", 4))]
-    if wrong := [width for width in stated if width.strip() not in map(str, BITS)]:
-        flag = "--candidate-bits 2,3,4" if mixed else "--bits 4"
-        raise SpecError(f"bits cannot be {wrong[0]}: GPTQ has 2, 3, 4 or 8", try_=flag)
-    return sorted({int(width) for width in stated})
 
 
 def _check_group_size(size: int | None) -> None:

@@ -9,6 +9,8 @@ from qdist.core.spec.sections import Count, Positive
 
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
+_HALF = 2**63
+"""Seeds are from -2**63 to 2**63 - 1, and begin again behind that."""
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -40,3 +42,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def is_greedy(self) -> bool:
         """Whether the likeliest token is taken."""
         return self.temperature == 0
+
+    def again(self, number: int) -> "Sampling":
+        """The same for another answer to one prompt: with the seed that is `number` higher."""
+        return msgspec.structs.replace(self, seed=(self.seed + number + _HALF) % (2 * _HALF) - _HALF)

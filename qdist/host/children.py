@@ -6,8 +6,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from qdist.core.errors import JobError
 from qdist.core.machine.environment import for_children
@@ -19,6 +20,10 @@ _USUAL: Mapping[int, str] = {
     signal.SIGPROF: ", which ends a chat template that nothing else could stop",
 }
 """The usual cause of a signal, by its number."""
+ENDED_BY = signal.SIGTERM
+"""What `run_together` ends programs with whose company has failed."""
+_TICK_S = 0.3
+"""Seconds between two looks at programs that run side by side."""
 _INTERRUPTED = 130
 """Exit code of a program that Ctrl-C ended."""
 
@@ -89,6 +94,43 @@ def run(
     if code < 0:
         raise JobError(f"the process that was at work {killed_by(-code)}", try_="the same command again")
     return code
+
+
+class Start(NamedTuple):
+    """A program to start."""
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    pass_fds: Sequence[int] = ()
+
+
+def run_together(starts: Sequence[Start], *, meanwhile: Callable[[], None] = lambda: None) -> list[int]:
+    """Run programs side by side until all have succeeded or one has failed, which ends the others; their exit codes.
+
+    They hear Ctrl-C as those of `run` do, and read no input. meanwhile: called while they run, a few times a second.
+    """
+    with ExitStack() as stack:
+        running = []
+        for own in starts:
+            child = subprocess.Popen(
+                own.command, env=own.environment, stdin=subprocess.DEVNULL, preexec_fn=_beginning(),
+                pass_fds=own.pass_fds,
+            )  # fmt: skip
+            stack.callback(_stop, child)
+            running.append(child)
+        codes: list[int | None] = [None for _ in running]
+        while None in codes and not any(codes):
+            with suppress(subprocess.TimeoutExpired):
+                running[codes.index(None)].wait(_TICK_S)
+            codes = [child.poll() for child in running]
+            meanwhile()
+    return [child.wait() for child in running]
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    if child.poll() is None:
+        child.terminate()
+        _end(child)
 
 
 @contextmanager

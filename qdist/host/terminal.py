@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 
 from qdist.core.errors import JobError, QdistError
 from qdist.core.text import fitted, printable
@@ -19,14 +20,27 @@ _ERASE = "\r\033[K"
 _UNSEEN = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u206f\ufeff]")
 
 
-def say(text: str = "", *, err: bool = False, end: str = "\n", over: bool = False) -> None:
+_DIM, _PLAIN = "\033[2m", "\033[0m"
+
+
+def say(text: str = "", *, err: bool = False, end: str = "\n", over: bool = False, dim: bool = False) -> None:
     """Print text without terminal control characters.
 
-    err: to standard error. over: in place of the line that stands there.
+    err: to standard error. over: in place of the line that stands there. dim: as an aside, where it is a terminal.
     """
     stream = sys.stderr if err else sys.stdout
-    stream.write((_ERASE if over else "") + printable(text) + end)
+    words = printable(text)
+    if dim and stream.isatty() and not os.environ.get("NO_COLOR"):
+        words = f"{_DIM}{words}{_PLAIN}"
+    stream.write((_ERASE if over else "") + words + end)
     stream.flush()
+
+
+def repaint(lines: Sequence[str], *, above: int) -> None:
+    """Print lines in place of the last ones on a terminal. above: how many those are."""
+    back = f"\033[{above}A" if above else ""
+    sys.stdout.write(f"{back}\r\033[J" + "".join(f"{printable(line)}\n" for line in lines))
+    sys.stdout.flush()
 
 
 def say_json(encoded: bytes) -> None:

@@ -13,7 +13,7 @@ from qdist.core.planning.process_memory import CUDA_CONTEXT_BYTES
 from qdist.core.text import GIB
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.infer import residence as places
-from qdist.runtime.infer.generate import complete
+from qdist.runtime.infer.decoding import complete
 from qdist.runtime.infer.load import _WORK_BYTES, load, load_run, open_model, open_plain
 from qdist.runtime.model.packed import is_offloaded
 from qdist.runtime.model.parts import decoder_layers

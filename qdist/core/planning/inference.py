@@ -80,6 +80,11 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """Bytes of the whole model, wherever its parts are."""
         return self.first + sum(self.layers) + self.last
 
+    @property
+    def alone(self) -> int:
+        """Bytes of one GPU that holds everything."""
+        return self.everywhere + self.model
+
 
 def footprint(
     facts: ModelFacts,
@@ -155,7 +160,7 @@ def reside(parts: Footprint, rooms: Sequence[int], *, host_bytes: int | None = N
 
     Raises PlanError where not even that fits.
     """
-    one, count = parts.everywhere + parts.model, len(parts.layers)
+    one, count = parts.alone, len(parts.layers)
     for gpu, own in enumerate(rooms):
         if one <= own:
             return Residence(layer_gpu=(gpu,) * count)

@@ -89,6 +89,12 @@ def is_list(kind: Kind, key: str) -> bool:
     return any(isinstance(each, msgspec.inspect.VarTupleType) for each in kinds_of(kind, key))
 
 
+def is_texts(kind: Kind, key: str) -> bool:
+    """Whether a setting takes several texts, which commas do not part."""
+    lists = [each for each in kinds_of(kind, key) if isinstance(each, msgspec.inspect.VarTupleType)]
+    return any(isinstance(each.item_type, msgspec.inspect.StrType) for each in lists)
+
+
 def _in_words(info: msgspec.inspect.Type) -> str:
     if isinstance(info, (msgspec.inspect.IntType, msgspec.inspect.FloatType)):
         bounds = ((">=", info.ge), (">", info.gt), ("<", info.lt))  # those above are the largest that are stored

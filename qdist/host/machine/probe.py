@@ -173,6 +173,12 @@ def visible_cards(cards: Sequence[nvml.Card], setting: str | None) -> list[nvml.
     return chosen
 
 
+def shown_cards(*, read_driver: ReadDriver = nvml.read, environment: Mapping[str, str] = os.environ) -> list[nvml.Card]:
+    """The GPUs that this process sees, in CUDA's numbering; empty without a driver."""
+    found = read_driver()
+    return visible_cards(found.cards, environment.get("CUDA_VISIBLE_DEVICES")) if found else []
+
+
 def _default(cards: Sequence[nvml.Card]) -> list[nvml.Card]:
     whole = [card for card in cards if card.position is not None]
     return whole or list(cards[:1])

@@ -9,7 +9,7 @@ import msgspec
 from qdist.core.errors import ModelError, RunError, SpecError
 from qdist.core.model.aliases import same_shape
 from qdist.core.model.families import require_library_class
-from qdist.core.text import command, quoted, resuming
+from qdist.core.text import command, counted, quoted, resuming
 from qdist.host.files import cache_path
 from qdist.host.machine import probe
 from qdist.host.opening import require_file, told
@@ -37,6 +37,20 @@ def check_target(name: str, *, max_memory: str | None = None, trusted: bool = Fa
         raise RunError(f"{name} is neither a run nor a model", try_=near)
     else:
         check_model(name, trusted=trusted)
+
+
+def check_gpus(wanted: int | None) -> None:
+    """Raise SpecError if more GPUs are to answer than this machine shows."""
+    count = len(probe.shown_cards()) if wanted is not None else 0
+    if wanted is not None and wanted > count:
+        there = counted(count, "GPU") if count else "none"
+        raise SpecError(f"--gpus {wanted} counts GPUs, and this machine has {there}", try_="leave it out")
+
+
+def check_adapter(name: str) -> None:
+    """Raise SpecError for a model that is no run, and so has no adapter to compare with its base."""
+    if not RunDir(name).exists():
+        raise SpecError(f"--compare is of a run's adapter and its base, and {name} is a model", try_="leave it out")
 
 
 class ServedTargets(NamedTuple):

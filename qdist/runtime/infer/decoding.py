@@ -21,14 +21,15 @@ def complete(
     *,
     max_new_tokens: int,
     end_text: str = "",
-    streamer: Any = None,
+    stop: Sequence[str] = (),
     **sampling: Any,
 ) -> list[list[int]]:
     """The new token ids after each prompt, excluding the end of the turn; greedy unless told otherwise.
 
     prompts: token ids; padded on the left, so that every row's next token is at the same place.
-    end_text: text before which an answer ends as well.
+    end_text: text before which an answer ends as well. stop: more of them.
     """
+    texts = tuple(filter(None, (end_text, *stop)))
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
@@ -44,18 +45,18 @@ def complete(
             eos_token_id=ends_of(model, tokenizer),
             pad_token_id=pad,
             use_cache=True,
-            streamer=streamer,
-            stopping_criteria=[_EndText(tokenizer, end_text, width)] if end_text else None,
+            stopping_criteria=[_EndText(tokenizer, texts, width)] if texts else None,
             **options,
         )
-    return [answer_of(model, tokenizer, row, end_text) for row in out[:, width:].tolist()]
+    return [_answer_of(model, tokenizer, row, texts) for row in out[:, width:].tolist()]
 
 
-def answer_of(model: Any, tokenizer: Any, written: list[int], end_text: str = "") -> list[int]:
+def _answer_of(model: Any, tokenizer: Any, written: list[int], texts: Sequence[str]) -> list[int]:
     """The generated tokens up to the end of the answer."""
     ends = set(ends_of(model, tokenizer))
     stop = next((place for place, token in enumerate(written) if token in ends), len(written))
-    return _cut(written[:stop], tokenizer, end_text)
+    answer = written[:stop]
+    return min((_cut(answer, tokenizer, text) for text in texts), key=len, default=answer)
 
 
 def text_of(tokenizer: Any, answer: list[int]) -> str:
@@ -77,22 +78,23 @@ def ends_of(model: Any, tokenizer: Any) -> list[int]:
 
 
 class _EndText:
-    """Which rows of a batch have produced the text that ends an answer, as a transformers stopping criterion."""
+    """Which rows of a batch have produced a text that ends an answer, as a transformers stopping criterion."""
 
-    def __init__(self, tokenizer: Any, end_text: str, width: int) -> None:
-        self._tokenizer, self._end_text, self._width = tokenizer, end_text, width
+    def __init__(self, tokenizer: Any, texts: Sequence[str], width: int) -> None:
+        self._tokenizer, self._texts, self._width = tokenizer, texts, width
         # A text may be written in more tokens than the tokenizer would take; none is empty.
-        self._tail = len(end_text.encode()) + 1
+        self._tail = max(len(text.encode()) for text in texts) + 1
 
     def __call__(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         tails = ids[:, max(self._width, ids.shape[1] - self._tail) :].tolist()
-        written = [self._end_text in as_written(self._tokenizer, tail) for tail in tails]
-        return torch.tensor(written, device=ids.device)
+        written = [as_written(self._tokenizer, tail) for tail in tails]
+        ended = [any(text in own for text in self._texts) for own in written]
+        return torch.tensor(ended, device=ids.device)
 
 
 def _cut(answer: list[int], tokenizer: Any, end_text: str) -> list[int]:
     """The part of an answer before the end text."""
-    before, found, _ = as_written(tokenizer, answer).partition(end_text) if end_text else ("", "", "")
+    before, found, _ = as_written(tokenizer, answer).partition(end_text)
     if not found:
         return answer
     counts = range(len(answer), -1, -1)

@@ -2,137 +2,112 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import msgspec
 
 from qdist.core.data.conversation import Conversation
-from qdist.core.errors import RunError
 from qdist.core.requests import Generate
 from qdist.host.data.records import read_prompts
-from qdist.host.files import sync, unwritable, write_atomic, write_out
-from qdist.host.opening import decoded, node_of, read_text
+from qdist.host.files import write_out
+from qdist.host.opening import node_of
 from qdist.host.progress import ProgressLine
 from qdist.host.run.rundir import PLAN, RunDir
 from qdist.host.terminal import say
 from qdist.runtime.formats.work_folder import reserved
-from qdist.runtime.infer.decoding import complete, text_of
-from qdist.runtime.infer.load import open_model
+from qdist.runtime.infer.answering import Asked, Work, answer_all
+from qdist.runtime.infer.copies import Copy, answer_in_copies, copies_for, dealt
+from qdist.runtime.infer.kept import Answered, Closing, Kept, closing
 from qdist.runtime.infer.prompts import Speech, encode_prompts, speech_of
 from qdist.runtime.quantize.materialize import trust
 
 
-def generate_file(
-    target: str, prompts: Path, out: Path, *, max_new_tokens: int, batch: int, max_memory_bytes: int | None = None
-) -> int:
-    """Answer a file of prompts into JSONL; returns their number.
+def run(request: Generate) -> None:
+    """Answer the prompts, and report how many there were and how long it took; or a share of them, silently."""
+    if request.trust_remote_code:
+        trust(request.run)
+    if request.share:
+        answer_share(request)
+    else:
+        say(f"{generate_file(request)}: {request.out}")
+
+
+def generate_file(request: Generate, copies: Sequence[Copy] | None = None) -> Closing:
+    """Answer a file of prompts into JSONL.
 
     `out` appears when all are answered. Answers are kept beside it as they come: killed, the same command goes on
     where it was.
+    copies: processes to answer in; by default one for each GPU that is worth one.
 
     Raises RunError if `out` is there or cannot be written, DataError for prompts that cannot be answered, both
     before weights are read.
     """
+    out = Path(request.out)
     if node_of(out):  # a device or a pipe, beside which nothing can be kept
         with TemporaryDirectory() as folder:
             whole = Path(folder, "answers.jsonl")
-            count = generate_file(
-                target, prompts, whole, max_new_tokens=max_new_tokens, batch=batch, max_memory_bytes=max_memory_bytes
-            )
+            found = generate_file(msgspec.structs.replace(request, out=str(whole)), copies)
             write_out(out, whole.read_text(encoding="utf-8"))
-            return count
+            return found
     with reserved(out):
-        conversations = read_prompts(prompts)
-        speech = speech_of(target)
-        encoded = encode_prompts(conversations, speech)
-        identity = [str(Path(target).resolve()), _stamp(target), encoded, max_new_tokens]
-        kept = _Kept(out, hashlib.sha256(json.dumps(identity).encode()).hexdigest())
-        if len(kept.answers) < len(encoded):
-            _answer(target, speech, encoded, kept, max_new_tokens=max_new_tokens, batch=batch, cap=max_memory_bytes)
-        lines = [
-            json.dumps({"messages": _messages(own), "answer": kept.answers[index]}, ensure_ascii=False)
-            for index, own in enumerate(conversations)
-        ]
-        with unwritable(out):
-            write_atomic(kept.path, "\n".join(lines) + "\n")
-            os.replace(kept.path, out)  # nothing is left beside it, whenever this process is killed
-            sync(out.parent)
-    return len(lines)
+        job = _job_of(request)
+        kept = Kept(out, job.identity)
+        kept.gather()
+        before = kept.answers
+        if order := _order(job, before):
+            _tell_of_positions(job)
+            _answer(job, kept, order, copies)
+            kept.gather()
+        kept.publish(out, _lines(job, kept))
+    return closing(before, kept.answers)
 
 
-def _answer(
-    target: str, speech: Speech, encoded: Sequence[list[int]], kept: "_Kept", *, max_new_tokens: int, batch: int,
-    cap: int | None,
-) -> None:  # fmt: skip
-    """Answer the remaining prompts, longest first, so that running out of memory costs least."""
-    order = sorted((i for i in range(len(encoded)) if i not in kept.answers), key=lambda index: -len(encoded[index]))
-    most = _most_new(speech, encoded, max_new_tokens)
-    tokens = batch * (max(map(len, encoded)) + most)
-    opened = open_model(target, tokens=tokens, max_memory_bytes=cap, needs_tokenizer=True)
-    for line in filter(None, (opened.where, speech.note)):
-        say(line, err=True)
-    if kept.answers:
-        say(f"{len(kept.answers)} of {len(encoded)} answers are there already", err=True)
-    with ProgressLine(len(encoded), "answered", done=len(kept.answers)) as progress:
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
-            found = complete(
-                opened.model, opened.tokenizer, [encoded[index] for index in chosen],
-                max_new_tokens=_room(speech, [encoded[index] for index in chosen], max_new_tokens),
-                end_text=speech.wording.end_text,
-            )  # fmt: skip
-            kept.add({index: text_of(opened.tokenizer, ids) for index, ids in zip(chosen, found, strict=True)})
-            progress.advance(len(chosen))
+def answer_share(request: Generate) -> None:
+    """Answer the share of a request that is this process's, into its part of what is kept."""
+    job = _job_of(request)
+    kept = Kept(Path(request.out), job.identity)
+    kept.read()
+    number, count = request.share or (0, 1)
+    with kept.adding(number) as adding:
+        answer_all(_work(job, dealt(_order(job, kept.answers), number, count)), adding.add)
 
 
-def _room(speech: Speech, prompts: Sequence[list[int]], wanted: int) -> int:
-    """New tokens that a batch has positions for."""
-    return wanted if speech.positions is None else min(wanted, speech.positions - max(map(len, prompts)))
+class _Job(NamedTuple):
+    """What there is to answer."""
+
+    request: Generate
+    conversations: Sequence[Conversation]
+    speech: Speech
+    encoded: Sequence[list[int]]
+    identity: str
+    """Of everything that decides the answers."""
+
+    @property
+    def most_new(self) -> int:
+        """The most tokens that an answer may have."""
+        return max(self.room(prompt) for prompt in self.encoded)
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a prompt and its answer together."""
+        return max(len(prompt) + self.room(prompt) for prompt in self.encoded)
+
+    def room(self, prompt: Sequence[int]) -> int:
+        """New tokens that a prompt has positions for."""
+        wanted, positions = self.request.sampling.max_new_tokens, self.speech.positions
+        return wanted if positions is None else min(wanted, positions - len(prompt))
 
 
-def _most_new(speech: Speech, encoded: Sequence[list[int]], wanted: int) -> int:
-    """The most tokens that an answer may have; warns if positions end some of them earlier."""
-    short = sum(_room(speech, [prompt], wanted) < wanted for prompt in encoded)
-    if short:
-        say(
-            f"note: {short} of {len(encoded)} prompts leave fewer than {wanted} of the model's {speech.positions:,} "
-            "positions: their answers are cut there",
-            err=True,
-        )
-    return max(_room(speech, [prompt], wanted) for prompt in encoded)
-
-
-class _Kept:
-    """Answers stored on disk as they are generated, next to the final file.
-
-    identity: of model, prompts and settings; answers to others are not taken over.
-    """
-
-    def __init__(self, out: Path, identity: str) -> None:
-        self.path = out.with_name(f".{out.name}.unfinished")
-        self.answers = _answers_in(self.path, identity)
-        self._write("w", "\n".join([identity, *([json.dumps(self.answers)] if self.answers else [])]))
-
-    def add(self, answers: dict[int, str]) -> None:
-        """Store more answers. A kill during this leaves an unterminated line, which is not read."""
-        self.answers |= answers
-        self._write("a", json.dumps(answers))
-
-    def _write(self, mode: str, text: str) -> None:
-        with unwritable(self.path), open(self.path, mode, encoding="utf-8") as file:
-            file.write(text + "\n")
-
-
-def _answers_in(path: Path, identity: str) -> dict[int, str]:
-    """The answers stored there; none if of another identity or if the file is damaged."""
-    try:
-        lines = read_text(path, RunError).split("\n")[:-1] if path.exists() else []
-        found = [decoded(line.encode(), dict[int, str], str(path), RunError) for line in lines[1:]]
-    except RunError:
-        return {}
-    return dict(chain.from_iterable(map(dict.items, found))) if lines[:1] == [identity] else {}
+def _job_of(request: Generate) -> _Job:
+    conversations = read_prompts(Path(request.prompts))
+    speech = speech_of(request.run)
+    encoded = encode_prompts(conversations, speech)
+    settings = (request.sampling, request.n, request.beams, request.adapter, request.engine)
+    identity = [str(Path(request.run).resolve()), _stamp(request.run), encoded, msgspec.to_builtins(settings)]
+    return _Job(request, conversations, speech, encoded, hashlib.sha256(json.dumps(identity).encode()).hexdigest())
 
 
 def _stamp(target: str) -> list[int]:
@@ -142,20 +117,72 @@ def _stamp(target: str) -> list[int]:
     return [file.stat().st_mtime_ns for file in files if file.is_file()]
 
 
-def _messages(conversation: Conversation) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.said} for turn in conversation.turns]
+def _order(job: _Job, there: Any) -> list[int]:
+    """Numbers of the answers that are not there yet, longest prompt first: running out of memory costs least then."""
+    count = len(job.encoded) * job.request.n
+    missing = (number for number in range(count) if number not in there)
+    return sorted(missing, key=lambda number: -len(job.encoded[number // job.request.n]))
 
 
-def run(request: Generate) -> None:
-    """Answer the prompts and report how many there were."""
-    if request.trust_remote_code:
-        trust(request.run)
-    count = generate_file(
-        request.run,
-        Path(request.prompts),
-        Path(request.out),
-        max_new_tokens=request.max_new_tokens,
-        batch=request.batch,
-        max_memory_bytes=request.max_memory_bytes,
-    )
-    say(f"{count} answers in {request.out}")
+def _work(job: _Job, numbers: Sequence[int]) -> Work:
+    """What one process is to answer."""
+    request, count = job.request, job.request.n
+    asked = [Asked(number, job.encoded[number // count], request.sampling.again(number % count)) for number in numbers]
+    return Work(request, job.speech, asked, job.longest)
+
+
+def _answer(job: _Job, kept: Kept, order: Sequence[int], copies: Sequence[Copy] | None) -> None:
+    """Answer in this process, or in several."""
+    request, total = job.request, len(job.encoded) * job.request.n
+    if kept.answers:
+        say(f"{len(kept.answers)} of {total} answers are there already", err=True)
+    chosen = copies_for(request, job.longest, len(order)) if copies is None else copies
+    with ProgressLine(total, "answered", done=len(kept.answers)) as progress:
+        if len(chosen) > 1:
+            answer_in_copies(request, chosen, kept, progress.advance)
+            return
+        with kept.adding(0) as adding:
+
+            def keep(answers: dict[int, Answered]) -> None:
+                adding.add(answers)
+                progress.advance(len(answers))
+
+            answer_all(_work(job, order), keep, say_where=True)
+
+
+def _tell_of_positions(job: _Job) -> None:
+    """Say if the model's positions end some answers earlier."""
+    wanted, count = job.request.sampling.max_new_tokens, len(job.encoded)
+    if short := sum(job.room(prompt) < wanted for prompt in job.encoded):
+        say(
+            f"note: {short} of {count} prompts leave fewer than {wanted} of the model's {job.speech.positions:,} "
+            "positions: their answers are cut there",
+            err=True,
+        )
+
+
+def _lines(job: _Job, kept: Kept) -> list[str]:
+    """The final file: a line a prompt."""
+    count = job.request.n
+    return [
+        _line(own, [kept.answers[index * count + draw] for draw in range(count)])
+        for index, own in enumerate(job.conversations)
+    ]
+
+
+def _line(conversation: Conversation, answers: Sequence[Answered]) -> str:
+    """A prompt with its answer and what that took, or with lists of them if there are several."""
+    messages = [{"role": turn.role, "content": turn.said} for turn in conversation.turns]
+    first, tokens = answers[0], answers[0].prompt_tokens
+    if len(answers) == 1:
+        told: dict[str, Any] = {
+            "answer": first.text, "prompt_tokens": tokens, "new_tokens": first.new_tokens, "finish": first.finish,
+        }  # fmt: skip
+    else:
+        told = {
+            "answers": [own.text for own in answers],
+            "prompt_tokens": tokens,
+            "new_tokens": [own.new_tokens for own in answers],
+            "finish": [own.finish for own in answers],
+        }
+    return json.dumps({"messages": messages, **told}, ensure_ascii=False)

@@ -113,7 +113,7 @@ def _on(folder: Path, dtype: torch.dtype | str, device: torch.device) -> tuple[A
 
 def _where_there_is_room(folder: Path, dtype: torch.dtype | str, cap_bytes: int | None) -> tuple[Any, str]:
     """On the first GPU with room for all of it, else spread over the GPUs with host memory as overflow."""
-    rooms = [room(free, cap_bytes) - CUDA_CONTEXT_BYTES - _WORK_BYTES for free in free_bytes()]
+    rooms = [_room_beside_work(free, cap_bytes) for free in free_bytes()]
     size = _stored_bytes(folder) * (2 if dtype == torch.float32 else 1)
     for gpu, own in enumerate(rooms):
         if size <= own:
@@ -142,6 +142,26 @@ def _where_there_is_room(folder: Path, dtype: torch.dtype | str, cap_bytes: int 
             try_="more free GPU memory",
         ) from error
     return model, str(_residence(model))
+
+
+def _room_beside_work(free: int, cap_bytes: int | None) -> int:
+    return room(free, cap_bytes) - CUDA_CONTEXT_BYTES - _WORK_BYTES
+
+
+def holds_copy(
+    target: str, free: int, *, tokens: int, at_a_time: int | None = None, max_memory_bytes: int | None
+) -> bool:
+    """Whether a GPU with so many free bytes has room for all of a run or model, and for the tokens.
+
+    tokens: prompts and answers of all sequences together; of a model that is no run they are not counted.
+    at_a_time: tokens that go through a layer together; None for all.
+    """
+    run = RunDir(target)
+    if not run.exists():
+        return _stored_bytes(materialize(locate(target))) <= _room_beside_work(free, max_memory_bytes)
+    plan = answering_plan(run, needs_tokenizer=True)
+    parts = footprint_of(plan, DTYPES[plan.compute_dtype], tokens=tokens, at_a_time=at_a_time)
+    return parts.alone <= room(free, max_memory_bytes)
 
 
 def _stored_bytes(folder: Path) -> int:

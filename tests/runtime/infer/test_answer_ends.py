@@ -10,7 +10,8 @@ import pytest
 import torch
 from gguf import GGUFReader
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, GenerationConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from qdist.core.errors import ModelError, RunError
 from qdist.core.requests import Export
@@ -77,6 +78,23 @@ def test_an_answer_is_over_before_a_text_that_ends_it_in_every_row_of_a_batch(ch
     force = forced(tokenizer, " hello there### Human: system user")
     answers = complete(model, tokenizer, [[5, 9], [9, 5]], max_new_tokens=40, end_text="### Human:", **force)
     assert [text_of(tokenizer, answer) for answer in answers] == ["hello there"] * 2
+
+
+def test_an_answer_is_over_before_the_first_of_several_texts(chat: RunDir) -> None:
+    model, tokenizer = load(chat.path)
+    force = forced(tokenizer, " hello there system user")
+    (answer,) = complete(
+        model, tokenizer, [[5, 9]], max_new_tokens=40, end_text="user", stop=("system", "", "never"), **force
+    )
+    assert text_of(tokenizer, answer) == "hello there"
+
+
+def test_spaces_before_points_stay_where_the_model_wrote_them() -> None:
+    core = Tokenizer(models.WordLevel({"code": 0, ".": 1, "end": 2}, unk_token="."))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    build: Any = PreTrainedTokenizerFast
+    tokenizer = build(tokenizer_object=core, clean_up_tokenization_spaces=True)
+    assert (tokenizer.decode([0, 1, 2]), text_of(tokenizer, [0, 1, 2])) == ("code. end", "code . end")
 
 
 def test_merged_models_and_gguf_files_end_where_the_run_did(chat: RunDir, tmp_path: Path) -> None:

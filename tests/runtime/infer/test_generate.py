@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from qdist.core.composed import sampled_request_of
 from qdist.core.data.conversation import Conversation
 from qdist.core.data.records import asked
 from qdist.core.errors import DataError, ModelError, RunError, SpecError
@@ -18,14 +19,22 @@ from qdist.host.run.rundir import RunDir
 from qdist.runtime import tasks
 from qdist.runtime.data.wording import encode_prompt, usual_wording
 from qdist.runtime.infer import generate
+from qdist.runtime.infer.answering import Keep, Work, answer_all
 from qdist.runtime.infer.decoding import complete
 from qdist.runtime.infer.generate import generate_file
+from qdist.runtime.infer.kept import Answered, Closing
 from qdist.runtime.infer.load import load
 from qdist.runtime.infer.prompts import Speech, encode_prompts, speech_of
 from tests.runtime.data.test_tokenized import CHATML, tiny_tokenizer
 from tests.runtime.tiny import FAMILIES, adapted_run, dummy_job, real_job, save_config, save_data, save_model
 
 PROMPTS = [[5, 9, 30], [200, 7, 7, 41, 99, 3, 12, 150, 31], [77], [8] * 20]
+
+
+def answered(target: Any, prompts: Path, out: Path, *, copies: Any = None, **more: Any) -> Closing:
+    """What `qdist generate` with these flags does."""
+    given = {"run": str(target), "prompts": str(prompts), "out": str(out), **more}
+    return generate_file(sampled_request_of(Generate, given), copies)
 
 
 def with_pad(**options: Any) -> Any:
@@ -148,12 +157,12 @@ def test_a_file_is_answered_in_its_order_whatever_the_batch(
     answers = []
     for batch in (1, 2, 8):
         out = tmp_path / f"{batch}.jsonl"
-        assert generate_file(str(run.path), prompts, out, max_new_tokens=6, batch=batch) == 3
+        assert answered(run.path, prompts, out, max_new_tokens=6, batch=batch).answers == 3
         answers.append([json.loads(line) for line in out.read_text().splitlines()])
     assert answers[0] == answers[1] == answers[2]
     assert [answer["messages"][0]["content"] for answer in answers[0]] == prompts.read_text().splitlines()
     said = capfd.readouterr().err
-    assert said.count("backbone on the CPU\n") == 3
+    assert said.count("backbone on the CPU; ") == 3
     assert "3 of 3 answered" in said
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
@@ -161,7 +170,7 @@ def test_a_file_is_answered_in_its_order_whatever_the_batch(
 def test_a_target_that_is_there_is_refused_before_anything_else(run: RunDir, tmp_path: Path) -> None:
     (tmp_path / "o.jsonl").write_text("mine\n")
     with pytest.raises(RunError, match=r"o\.jsonl exists"):
-        generate_file(str(run.path), tmp_path / "absent.txt", tmp_path / "o.jsonl", max_new_tokens=1, batch=1)
+        answered(run.path, tmp_path / "absent.txt", tmp_path / "o.jsonl", max_new_tokens=1, batch=1)
     assert (tmp_path / "o.jsonl").read_text() == "mine\n"
 
 
@@ -170,21 +179,24 @@ def test_a_killed_command_goes_on_where_it_was(
 ) -> None:
     prompts, whole, out = tmp_path / "p.txt", tmp_path / "whole.jsonl", tmp_path / "o.jsonl"
     prompts.write_text("hello\nhello there system assistant user\na\nb\n")
-    generate_file(str(run.path), prompts, whole, max_new_tokens=6, batch=2)
-    asked_for: list[int] = []
+    answered(run.path, prompts, whole, max_new_tokens=6, batch=2)
+    came: list[int] = []
 
-    def killed_after_one(*given: Any, **options: Any) -> Any:
-        asked_for.append(len(given[2]))
-        if len(asked_for) == 2:
-            raise KeyboardInterrupt
-        return complete(*given, **options)
+    def killed_after_two(work: Work, keep: Keep, **more: Any) -> None:
+        def kept(answers: dict[int, Answered]) -> None:
+            keep(answers)
+            came.extend(answers)
+            if len(came) == 2:
+                raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "complete", killed_after_one)
+        answer_all(work, kept, **more)
+
+    monkeypatch.setattr(generate, "answer_all", killed_after_two)
     with pytest.raises(KeyboardInterrupt):
-        generate_file(str(run.path), prompts, out, max_new_tokens=6, batch=2)
+        answered(run.path, prompts, out, max_new_tokens=6, batch=2)
     assert not out.exists()
-    assert generate_file(str(run.path), prompts, out, max_new_tokens=6, batch=2) == 4
-    assert asked_for == [2, 2, 2]
+    assert answered(run.path, prompts, out, max_new_tokens=6, batch=2).answers == 4
+    assert sorted(came) == [0, 1, 2, 3]
     assert "2 of 4 answers are there already" in capfd.readouterr().err
     assert out.read_bytes() == whole.read_bytes()
 
@@ -193,7 +205,7 @@ def test_answers_to_other_prompts_are_not_taken_over(run: RunDir, tmp_path: Path
     prompts, out = tmp_path / "p.txt", tmp_path / "o.jsonl"
     prompts.write_text("hello\n")
     (tmp_path / ".o.jsonl.unfinished").write_text('another command\n{"0": "WRONG"}\n')
-    generate_file(str(run.path), prompts, out, max_new_tokens=2, batch=2)
+    answered(run.path, prompts, out, max_new_tokens=2, batch=2)
     assert "WRONG" not in out.read_text()
 
 
@@ -204,9 +216,9 @@ def test_prompts_longer_than_the_models_positions_are_refused_and_longer_answers
     assert speech.positions == 128
     (tmp_path / "p.txt").write_text("a" * 400 + "\nhello\n")
     with pytest.raises(DataError, match=r"p\.txt:1 has \d+ tokens, and the model has 128 positions"):
-        generate_file(str(run.path), tmp_path / "p.txt", tmp_path / "o.jsonl", max_new_tokens=4, batch=1)
+        answered(run.path, tmp_path / "p.txt", tmp_path / "o.jsonl", max_new_tokens=4, batch=1)
     (tmp_path / "p.txt").write_text("hello\n")
-    generate_file(str(run.path), tmp_path / "p.txt", tmp_path / "o.jsonl", max_new_tokens=500, batch=1)
+    answered(run.path, tmp_path / "p.txt", tmp_path / "o.jsonl", max_new_tokens=500, batch=1)
     assert "1 of 1 prompts leave fewer than 500 of the model's 128 positions" in capfd.readouterr().err
 
 
@@ -218,7 +230,7 @@ def test_a_template_that_refuses_a_prompt_is_told_with_its_place_before_weights_
         '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]}\n'
     )
     with pytest.raises(DataError, match=r"p\.jsonl:1: the tokenizer's chat template refuses it: System role not supp"):
-        generate_file(str(model), tmp_path / "p.jsonl", tmp_path / "o.jsonl", max_new_tokens=1, batch=1)
+        answered(model, tmp_path / "p.jsonl", tmp_path / "o.jsonl", max_new_tokens=1, batch=1)
     assert not (tmp_path / ".o.jsonl.unfinished").exists()
 
 
@@ -239,7 +251,7 @@ def test_a_chat_goes_through_standard_input(run: RunDir) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[0] == "backbone on the CPU"
+    assert done.stderr.startswith("backbone on the CPU; an answer at a time")
     first, second = done.stdout.split("> ")[1], done.stdout.split("> ")[3]
     assert first.strip()
     assert first == second
@@ -249,7 +261,7 @@ def test_a_chat_goes_through_standard_input(run: RunDir) -> None:
 def test_words_with_a_slash_are_commands_and_are_told(run: RunDir) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "qdist", "chat", str(run.path), "--max-new-tokens", "5"],
-        input="/help\n/hlep\n/exit\n/quit\nnever read\n",
+        input="/help\n/hlep\n/zzz\n/quit\nnever read\n",
         capture_output=True,
         text=True,
         timeout=120,
@@ -257,10 +269,10 @@ def test_words_with_a_slash_are_commands_and_are_told(run: RunDir) -> None:
     )
     assert done.returncode == 0, done.stderr
     help_, mistyped, unknown = done.stdout.split("> ")[1:4]
-    assert "/new   start over" in help_
+    assert "/new              start over" in help_
     assert "Ctrl-C ends an answer" in help_
     assert mistyped == "no command /hlep; /help?\n"
-    assert unknown.startswith("no command /exit; ")
+    assert unknown.startswith("no command /zzz; ")
     assert done.stdout.count("> ") == 4
 
 
@@ -288,7 +300,7 @@ def test_a_run_over_random_weights_has_nothing_to_say(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("hello\n")
     run = adapted_run(dummy_job(save_config(tmp_path / "model"), tmp_path / "run"))[0]
     with pytest.raises(RunError, match="was trained on random weights and has no tokenizer") as caught:
-        generate_file(str(run.path), tmp_path / "p.txt", tmp_path / "o.jsonl", max_new_tokens=1, batch=1)
+        answered(run.path, tmp_path / "p.txt", tmp_path / "o.jsonl", max_new_tokens=1, batch=1)
     assert caught.value.try_
 
 

@@ -13,7 +13,7 @@ from qdist.host.machine.nvml import Card, Driver
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.adapters.attach import FusedLora
 from qdist.runtime.infer import residence as places
-from qdist.runtime.infer.generate import complete
+from qdist.runtime.infer.decoding import complete
 from qdist.runtime.infer.load import load, load_run
 from qdist.runtime.infer.residence import choose, free_bytes, move
 from tests.runtime.tiny import (

@@ -1,0 +1,86 @@
+"""Which request do the flags of a command make that takes those of several structs?"""
+
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from qdist.core.errors import SpecError, flag_of, nearest
+from qdist.core.model.gptq import BITS, usual_format
+from qdist.core.requests import Chat, Generate, GptqSettings, MakeGptq, Pack, request_of
+from qdist.core.sampling import Sampling
+
+Sampled = TypeVar("Sampled", Generate, Chat)
+
+
+def usual_sampling(kind: type[Generate] | type[Chat]) -> Sampling:
+    """What chooses tokens where no flag says otherwise."""
+    usual = next(field.default for field in msgspec.structs.fields(kind) if field.name == "sampling")
+    assert isinstance(usual, Sampling)
+    return usual
+
+
+def sampled_request_of(kind: type[Sampled], given: Mapping[str, Any]) -> Sampled:
+    """The request of `qdist generate` or `qdist chat`, of its flags, those of `Sampling` among them.
+
+    Raises SpecError as `request_of` does, and for flags of drawing without a temperature.
+    """
+    own = {field.encode_name for field in msgspec.structs.fields(Sampling)}
+    chosen = {name: value for name, value in given.items() if name in own and value is not None}
+    sampling = resampled(usual_sampling(kind), chosen)
+    if sampling.is_greedy and (idle := [flag_of(name) for name in _OF_DRAWING if name in chosen]):
+        raise SpecError(
+            f"{', '.join(idle)}: of answers that are drawn; at temperature 0 the likeliest token is taken",
+            try_="--temperature 0.7",
+        )
+    return request_of(kind, {**{name: value for name, value in given.items() if name not in own}, "sampling": sampling})
+
+
+_OF_DRAWING = ("top_p", "top_k", "min_p", "seed")
+"""Settings that change nothing where the likeliest token is taken."""
+
+
+def resampled(sampling: Sampling, changes: Mapping[str, Any]) -> Sampling:
+    """Sampling settings with some of them changed, to what was typed. Raises SpecError as `request_of` does."""
+    return request_of(Sampling, {**msgspec.structs.asdict(sampling), **changes})
+
+
+METHODS = ("nf4", "fp4", "int8", "gptq")
+"""Methods that `quantization_of` accepts."""
+
+
+def quantization_of(method: str, given: Mapping[str, Any]) -> Pack | MakeGptq:
+    """The request of `qdist quantize`, of its flags. Raises SpecError, also for flags of another method."""
+    if method not in METHODS:
+        raise SpecError(
+            f"method cannot be {method!r}: it is one of {', '.join(METHODS)}",
+            try_=f"--method {nearest(method, METHODS) or METHODS[0]}",
+        )
+    stated = {name: value for name, value in given.items() if value is not None}
+    of_gptq = (*(field.name for field in msgspec.structs.fields(GptqSettings)), "candidate_bits")
+    own = {"model", "out", *(of_gptq if method == "gptq" else _OF_PACK)}
+    if foreign := [flag_of(name) for name in stated if name not in own]:
+        owner = "nf4, fp4 and int8" if method == "gptq" else "gptq"
+        raise SpecError(f"{', '.join(foreign)}: {owner} alone, not {method}", try_="leave it out")
+    if method != "gptq":
+        return request_of(Pack, {**stated, "method": method})
+    model, out, mixed = stated.pop("model"), stated.pop("out"), stated.pop("candidate_bits", None)
+    widths = _widths(mixed, stated)
+    layout = {"format": usual_format(sym=stated.get("sym", True), widths=widths), **stated, "bits": widths}
+    return MakeGptq(model=model, out=out, settings=request_of(GptqSettings, layout))
+
+
+_OF_PACK = ("double", "dtype", "trust_remote_code")
+
+
+def _widths(mixed: str | None, given: Mapping[str, Any]) -> Collection[int]:
+    """The widths to try, narrowest first. mixed: `--candidate-bits` as it was typed."""
+    if mixed and "bits" in given:
+        raise SpecError("--bits and --candidate-bits both say how wide weights are", try_="one of them")
+    if bool(mixed) != ("max_error" in given):
+        raise SpecError("--candidate-bits and --max-error go together", try_="--candidate-bits 2,3,4 --max-error 0.05")
+    stated = mixed.split(",") if mixed else [str(given.get("bits", 4))]
+    if wrong := [width for width in stated if width.strip() not in map(str, BITS)]:
+        flag = "--candidate-bits 2,3,4" if mixed else "--bits 4"
+        raise SpecError(f"bits cannot be {wrong[0]}: GPTQ has 2, 3, 4 or 8", try_=flag)
+    return sorted({int(width) for width in stated})
