@@ -1,10 +1,13 @@
 """Which of Liger's kernels compute a model, or a stage of one?"""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import wraps
 from inspect import signature
 from typing import Any
 
+import torch
 from torch import nn
 
 from qdist.runtime.model.experts import is_experts
@@ -30,6 +33,32 @@ def take_liger(model: Any) -> None:
     # It raises these for a class that it was not written for; norms that it did not reach are torch's.
     with only_present(model), _own_experts(model), suppress(AttributeError, TypeError):
         apply(model=inner, **{name: value for name, value in wanted.items() if name in taken})
+    _mind_strides_of_rotations(model)
+
+
+def _mind_strides_of_rotations(model: nn.Module) -> None:
+    """Have Liger's rotary kernel rotate rows of one token each right, in the files of a model's classes."""
+    for source in {type(module).__module__ for module in model.modules()}:
+        rotate = getattr(sys.modules.get(source), "apply_rotary_pos_emb", None)
+        if rotate is not None and rotate.__module__.startswith("liger_kernel") and not hasattr(rotate, "__wrapped__"):
+            vars(sys.modules[source])["apply_rotary_pos_emb"] = by_rows(rotate)
+
+
+def by_rows(rotate: Callable[..., Any]) -> Callable[..., Any]:
+    """A rotary kernel that goes from row to row by a stride of queries and keys [rows, heads, tokens, size].
+
+    Liger's takes that from the dimension of tokens. With one token it means nothing to torch: behind a norm of the
+    heads (Gemma 3, Qwen3) it is that of a head, so that rows were rotated over each other, several times, in a race
+    (Liger 0.8.5).
+    """
+
+    @wraps(rotate)
+    def rotated(query: torch.Tensor, key: torch.Tensor, *given: Any, **named: Any) -> Any:
+        if query.shape[2] == 1:
+            query, key = (each.reshape(len(each), 1, each.shape[1], -1).transpose(1, 2) for each in (query, key))
+        return rotate(query, key, *given, **named)
+
+    return rotated
 
 
 @contextmanager
