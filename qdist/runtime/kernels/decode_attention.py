@@ -87,6 +87,7 @@ def triton_attention(
     rows, heads, _, size = query.shape
     shared, positions = keys.shape[1], keys.shape[2]
     query, keys, values = (value if value.stride(-1) == 1 else value.contiguous() for value in (query, keys, values))
+    lengths = lengths.contiguous()  # as a mask's they may be a view with steps
     chosen = choose_splits(rows * shared, positions if not window else min(window, positions))
     splits = chosen if splits is None else splits
     out = torch.empty((rows, 1, heads, size), dtype=query.dtype, device=query.device)

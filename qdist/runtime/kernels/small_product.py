@@ -21,8 +21,6 @@ MOST_TOKENS = 64
 """Most tokens that are multiplied with packed weights; above, the whole matrix is unpacked first."""
 MOST_MEMBERS = 3
 """Most linears of one launch: queries, keys and values."""
-_MOST_AHEAD = 32
-"""Absmaxes of a row that are read before a loop, at most: they stay in registers."""
 _MOST_TILES = 1 << 12
 """Tiles of a launch that is split, at most."""
 
@@ -77,8 +75,6 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     """Reads in flight."""
-    ahead: bool = False
-    """Whether a split reads its absmaxes before it begins."""
 
 
 def small_products(
@@ -186,13 +182,12 @@ def choose_tiles(members: Sequence[Member], tokens: int, width: int) -> Tiles:
         return Tiles(rows, depth, _splits(outputs, rows, width // (8 * depth), 4), 4, 3)
     if tokens == 1:
         return Tiles(rows=8, depth=min(32, _power(width // BLOCK)), splits=1, warps=4, stages=1)
-    splits = _splits(outputs, 64, width // BLOCK, 8)
-    return Tiles(64, 1, splits, 4, 4, ahead=width // BLOCK <= _MOST_AHEAD * splits)
+    return Tiles(64, 1, _splits(outputs, 64, width // BLOCK, 8), 4, 4)
 
 
 def _splits(outputs: int, rows: int, steps: int, least: int) -> int:
-    """Splits of `steps` steps, a power of two: enough for a large GPU, and each of `least` steps or more."""
-    return 1 << (max(1, min(1024 // -(-outputs // rows), steps // least, 16)).bit_length() - 1)
+    """Splits of `steps` steps, so that a large GPU is busy, and each split has `least` steps or more."""
+    return max(1, min(1024 // -(-outputs // rows), steps // least, 16))
 
 
 def _power(count: int) -> int:
@@ -269,8 +264,7 @@ def _four_bit(
         rounded_book(kind, inputs.dtype, device), *table_words(kind, inputs.dtype), *sums, out, parts,
         counters(device), *inputs.shape, *outputs, *ranks, NESTED=weights[0].nested is not None,
         NESTED_BLOCK=NESTED_BLOCK, SPLITS=tiles.splits, ROWS=tiles.rows, BLOCKS=tiles.depth,
-        PERMUTE=device.type != "cpu" and inputs.dtype != torch.float32, STAGES=tiles.stages,
-        AHEAD=_power(-(-inputs.shape[1] // (BLOCK * tiles.splits))) if tiles.ahead else 0, **constants,
+        PERMUTE=device.type != "cpu" and inputs.dtype != torch.float32, STAGES=tiles.stages, **constants,
         num_warps=tiles.warps,
     )  # fmt: skip
 

@@ -180,11 +180,10 @@ def four_bit_product(  # type: ignore[no-untyped-def]
     mask, out, parts, counters, tokens, width, outputs0, outputs1, outputs2, rank0, rank1, rank2,
     NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, SPLITS: tl.constexpr, THIN_SPLITS: tl.constexpr,
     MASKED: tl.constexpr, BIASED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    RANKS: tl.constexpr, PERMUTE: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    RANKS: tl.constexpr, PERMUTE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Members of NF4 or FP4 in blocks of 64. With TOKENS 1 by multiplying and adding, BLOCKS blocks of a row at a time;
-    else by tensor cores a block at a time, whose products are scaled: values would be rounded once more. AHEAD absmaxes
-    of a row are all of a split, read before its loop; 0: each is read where it is needed."""
+    else by tensor cores a block at a time, whose products are scaled: values would be rounded once more."""
     WORDS: tl.constexpr = 8 * BLOCKS
     tile, split = tl.program_id(0), tl.program_id(1)
     member, outputs, before, first = member_at(tile, outputs0, outputs1, outputs2, ROWS)
@@ -202,10 +201,6 @@ def four_bit_product(  # type: ignore[no-untyped-def]
         sums = tl.zeros((ROWS, BLOCKS), dtype=tl.float32)
     else:
         total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-    if AHEAD > 0:
-        ahead = split * each + tl.arange(0, AHEAD)
-        known = there[:, None] & (ahead < last)[None, :]
-        scales = absmax_of(absmax, scale_book, nested, offset, start + ahead[None, :], known, NESTED, NESTED_BLOCK)
     for begin in tl.range(split * each, last, BLOCKS, num_stages=STAGES):
         word, block = begin * 8 + tl.arange(0, WORDS), begin + tl.arange(0, BLOCKS)
         held = there[:, None] & (word < blocks * 8)[None, :]
@@ -213,11 +208,8 @@ def four_bit_product(  # type: ignore[no-untyped-def]
         values = four_bit_values(
             words, low0, low1, low2, low3, high0, high1, high2, high3, book, DTYPE, ROWS, WORDS, PERMUTE
         )
-        if AHEAD > 0:
-            scale = tl.sum(tl.where((ahead == begin)[None, :], scales, 0.0), 1)[:, None]
-        else:
-            held = there[:, None] & (block < blocks)[None, :]
-            scale = absmax_of(absmax, scale_book, nested, offset, start + block[None, :], held, NESTED, NESTED_BLOCK)
+        held = there[:, None] & (block < blocks)[None, :]
+        scale = absmax_of(absmax, scale_book, nested, offset, start + block[None, :], held, NESTED, NESTED_BLOCK)
         column = begin * 64 + tl.arange(0, 64 * BLOCKS)
         if TOKENS == 1:
             given = tl.load(inputs + column, mask=column < width, other=0.0).to(tl.float32)
