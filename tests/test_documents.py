@@ -46,6 +46,11 @@ def test_the_readme_is_read_in_minutes_and_names_every_command() -> None:
 
 
 @pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_has_no_marks_of_an_unfinished_merge(page: Path) -> None:
+    assert re.findall(r"^(?:<{7}|>{7}) .*|^={7}$", page.read_text(encoding="utf-8"), re.MULTILINE) == []
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_link_leads_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!https?://)([^)#]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8"))
     assert [link for link, anchor in links if not leads_somewhere(page, link, anchor)] == []
