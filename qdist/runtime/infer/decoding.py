@@ -48,11 +48,11 @@ def complete(
             stopping_criteria=[_EndText(tokenizer, texts, width)] if texts else None,
             **options,
         )
-    return [_answer_of(model, tokenizer, row, texts) for row in out[:, width:].tolist()]
+    return [answer_of(model, tokenizer, row, texts) for row in out[:, width:].tolist()]
 
 
-def _answer_of(model: Any, tokenizer: Any, written: list[int], texts: Sequence[str]) -> list[int]:
-    """The generated tokens up to the end of the answer."""
+def answer_of(model: Any, tokenizer: Any, written: list[int], texts: Sequence[str]) -> list[int]:
+    """The generated tokens up to the end of the answer: a token that ends it, or one of some texts."""
     ends = set(ends_of(model, tokenizer))
     stop = next((place for place, token in enumerate(written) if token in ends), len(written))
     answer = written[:stop]

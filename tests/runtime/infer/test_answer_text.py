@@ -113,4 +113,6 @@ def test_answers_are_those_of_the_commands() -> None:
     for text in ("hello there### Human: you", " hello there", "🦜 hello### Human:"):
         tokens = ids_of(tokenizer, text)
         found, rest = pieces(tokenizer, tokens, "### Human:")
-        assert ("".join(found) + rest).strip() == text_of(tokenizer, answer_of(Model, tokenizer, tokens, "### Human:"))
+        assert ("".join(found) + rest).strip() == text_of(
+            tokenizer, answer_of(Model, tokenizer, tokens, ("### Human:",))
+        )
