@@ -1,12 +1,14 @@
 """Opens runs over one base, or a model, to answer many questions at once."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
 
-from qdist.core.errors import SpecError
+from qdist.core.errors import PlanError, SpecError
+from qdist.core.planning.inference import Residence
 from qdist.core.planning.plan import Plan
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.data.wording import usual_wording
@@ -43,6 +45,7 @@ class _Loaded(NamedTuple):
     known: Mapping[str, str]
     """PEFT's names by the adapters' names; empty for a model without adapters."""
     where: str
+    slots: int
 
 
 def open_answerer(
@@ -57,7 +60,7 @@ def open_answerer(
     """An answerer with the adapters of runs over one base, which answers without an adapter too; or over a plain model.
 
     targets: runs by the names that their adapters get; or one model, by any name or the empty one.
-    slots: answers that are worked on at a time.
+    slots: answers that are worked on at a time; fewer where layers of a run would be offloaded for them.
     tokens: of a prompt and its answer together, at most; the model may have fewer positions. Memory is left for
     slots x tokens.
     engine: of `ENGINES`. graphs: see `Decoder`.
@@ -76,8 +79,10 @@ def open_answerer(
     positions = min(tokens, *(own.positions or tokens for own in speeches.values()))
     load = _load_plain if is_model else _load_runs
     loaded = load(targets, speeches, slots=slots, positions=positions, max_memory_bytes=max_memory_bytes)
-    answerer, how = _answerer(loaded, slots=slots, positions=positions, graphs=graphs)
-    at_a_time = f"{slots} answers at a time" if slots > 1 else "an answer at a time"
+    answerer, how = _answerer(loaded, slots=loaded.slots, positions=positions, graphs=graphs)
+    at_a_time = f"{loaded.slots} answers at a time" if loaded.slots > 1 else "an answer at a time"
+    if loaded.slots < slots:
+        at_a_time += f", since there is no memory for {slots}"
     where = f"{loaded.where}; {at_a_time}, of up to {positions:,} tokens with their prompts"
     return Ready(answerer, loaded.speeches, _joined(where, how))
 
@@ -109,17 +114,34 @@ def _load_runs(
     plans = [answering_plan(run, needs_tokenizer=True) for run in runs.values()]
     require_one_base(tuple(runs.values()), plans)
     dtype = DTYPES[plans[0].compute_dtype]
-    residence = residence_of(
-        _with_all_adapters(plans), dtype, tokens=slots * positions, at_a_time=max(PROMPT_TOKENS, positions),
+    place = partial(
+        residence_of, _with_all_adapters(plans), dtype, at_a_time=max(PROMPT_TOKENS, positions),
         max_memory_bytes=max_memory_bytes,
     )  # fmt: skip
+    slots, residence = slots_with_room(slots, lambda count: place(tokens=count * positions))
     (first, *others), known = runs.values(), dict(zip(runs, _peft_names(len(runs)), strict=True))
     model, _ = load_run(first, dtype, residence)
     for run, name in zip(others, tuple(known.values())[1:], strict=True):
         add_run(model, run, name)
     tokenizer = load_tokenizer(plans[0].source)
     base = Speech(tokenizer, usual_wording(tokenizer), plans[0].facts.max_positions)
-    return _Loaded(model, {"": base, **speeches}, known, str(residence))
+    return _Loaded(model, {"": base, **speeches}, known, str(residence), slots)
+
+
+def slots_with_room(slots: int, place: Callable[[int], Residence]) -> tuple[int, Residence]:
+    """(answers at a time, where the model then is): halved until no layer is offloaded for their keys and values.
+
+    place: says where the model is with so many. A layer that visits its GPU for each token takes more time than
+    half of the answers. Where even one answer needs layers offloaded, there are as many as were asked for.
+    """
+    count = slots
+    while count > 1:
+        with suppress(PlanError):
+            if not (found := place(count)).offloaded:
+                return count, found
+        count //= 2
+    alone = place(1)
+    return (1, alone) if not alone.offloaded else (slots, place(slots))
 
 
 def _peft_names(count: int) -> list[str]:
@@ -145,7 +167,7 @@ def _load_plain(
 ) -> _Loaded:
     ((name, target),) = targets.items()
     opened = open_model(target, tokens=slots * positions, max_memory_bytes=max_memory_bytes, needs_tokenizer=True)
-    return _Loaded(opened.model, {"": speeches[name], **speeches}, {}, opened.where)
+    return _Loaded(opened.model, {"": speeches[name], **speeches}, {}, opened.where, slots)
 
 
 def _answerer(loaded: _Loaded, *, slots: int, positions: int, graphs: bool | None) -> tuple[Answerer, str]:

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import qdist
-from qdist.core.errors import DataError, QdistError, RunError
+from qdist.core.errors import DataError, PlanError, QdistError, RunError
+from qdist.core.planning.inference import Residence
 from qdist.core.sampling import Sampling
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.infer.answerer import Question
-from qdist.runtime.infer.ready import Ready, open_answerer
+from qdist.runtime.infer.ready import Ready, open_answerer, slots_with_room
 from qdist.runtime.infer.scheduler import Batched
 from tests.runtime.data.test_tokenized import CHATML, tiny_tokenizer
 from tests.runtime.infer.answering import Heard, answered
@@ -119,3 +120,22 @@ def test_an_adapter_with_rows_of_the_vocabulary_answers_alone(tmp_path: Path) ->
         open_answerer({run.path.name: str(run.path) for run in pair}, slots=2, tokens=64)
     ready = open_answerer({"a": str(pair[0].path)}, slots=2, tokens=64)
     assert tokens_of(ready, "a") == [expected(qdist.load(pair[0].path)[0])]
+
+
+@pytest.mark.parametrize(
+    ("rooms", "asked", "expected", "offloaded"),
+    [(16, 16, 16, 0), (6, 16, 4, 0), (1, 16, 1, 0), (0, 16, 16, 3), (2, 1, 1, 0)],
+    ids=["enough", "some", "one", "none", "one asked for"],
+)
+def test_there_are_as_many_answers_at_a_time_as_need_no_layer_offloaded(
+    rooms: int, asked: int, expected: int, offloaded: int
+) -> None:
+    """rooms: answers that there is memory for; beyond three times as many there is none to offload to."""
+
+    def place(slots: int) -> Residence:
+        if rooms and slots > 3 * rooms:
+            raise PlanError("nowhere")
+        return Residence(layer_gpu=(0,) * 4, offloaded=(0, 1, 2) if slots > rooms else ())
+
+    slots, residence = slots_with_room(asked, place)
+    assert (slots, len(residence.offloaded)) == (expected, offloaded)
