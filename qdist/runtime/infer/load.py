@@ -11,7 +11,8 @@ from torch import nn
 from qdist.core.errors import MachineError, ModelError, PlanError, RunError, SpecError
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.storage import packing_of
-from qdist.core.planning.inference import Footprint, Residence, footprint, room
+from qdist.core.planning.inference import Footprint, Residence, count_in_use, footprint, room
+from qdist.core.planning.memory import Sizes, TrainingShape, sizes
 from qdist.core.planning.plan import Plan, Source
 from qdist.core.planning.process_memory import CUDA_CONTEXT_BYTES
 from qdist.core.spec.sections import Quant
@@ -286,35 +287,35 @@ def residence_of(
     dtype: torch.dtype,
     *,
     tokens: int,
-    at_a_time: int | None = None,
     scored: int = 0,
     device: str | None = None,
     max_memory_bytes: int | None = None,
 ) -> Residence:
     """Where to place a run's backbone and adapter on this machine; see `footprint` and `choose`."""
-    parts = footprint_of(plan, dtype, tokens=tokens, at_a_time=at_a_time, scored=scored)
+    parts = footprint_of(plan, dtype, tokens=tokens, scored=scored)
     return choose(parts, device=device, max_memory_bytes=max_memory_bytes)
 
 
-def footprint_of(
-    plan: Plan, dtype: torch.dtype, *, tokens: int, at_a_time: int | None = None, scored: int = 0
-) -> Footprint:
+def footprint_of(plan: Plan, dtype: torch.dtype, *, tokens: int, scored: int = 0) -> Footprint:
     """Memory that a run's backbone and adapter take in use; see `footprint`."""
+    return count_in_use(parts_of(plan, dtype), tokens=tokens, scored=scored)
+
+
+def parts_of(plan: Plan, dtype: torch.dtype, *, rank_r: int | None = None) -> Sizes:
+    """The parts of a run's backbone and adapter. rank_r: of all adapters on it, if not of the run's alone."""
     spec = plan.spec
-    return footprint(
-        plan.facts,
+    job = TrainingShape(
         bits=plan.packing.linear_bits if plan.packing else spec.bits,
         double_quant=spec.quant.double,
         mxfp4=plan.packing is not None and plan.packing.type == "mxfp4",
         gptq=plan.source.gptq,
         compute_bytes=dtype.itemsize,
-        tokens=tokens,
-        at_a_time=at_a_time,
-        rank_r=spec.lora.r,
+        rank_r=spec.lora.r if rank_r is None else rank_r,
         targets=spec.lora.targets,
         adapter=plan.adapter,
-        scored=scored,
+        seq_len=1,
     )
+    return sizes(plan.facts, job)
 
 
 def load_run(run: RunDir, dtype: torch.dtype, residence: Residence) -> tuple[Any, Any]:
