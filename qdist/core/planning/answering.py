@@ -34,6 +34,8 @@ PROMPT_TOKENS = 2048
 is let in alone."""
 UNPACKED_SHARE = 0.75
 """Share of a CPU's free memory that weights may take unpacked, in which form they multiply fastest there."""
+USUAL_CONTEXT = 2048
+"""Tokens of a prompt and its answer, unless told or the model has fewer positions."""
 SHORT_PROMPT = 512
 """Tokens of the prompt whose time is told beside that of the longest."""
 MOST_AT_A_TIME, MOST_ADAPTERS = 4096, 1024

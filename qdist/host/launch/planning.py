@@ -13,7 +13,7 @@ from qdist.core.errors import MACHINE, QUESTIONS, Change, QdistError, SpecError,
 from qdist.core.machine.cards import described
 from qdist.core.machine.cluster import Cluster
 from qdist.core.planning.advice import needs
-from qdist.core.planning.answering import AnsweringPlan, Questions, answers_in_words, plan_answers
+from qdist.core.planning.answering import USUAL_CONTEXT, AnsweringPlan, Questions, answers_in_words, plan_answers
 from qdist.core.planning.plan import Plan, Source
 from qdist.core.planning.planner import plan_once
 from qdist.core.planning.unsupported import require_supported
@@ -83,7 +83,8 @@ class AnsweringRequest(PlanRequest, frozen=True, kw_only=True):
     """What is to be answered, by which model, and on which machine."""
 
     batch: int = 1
-    context: int = 2048
+    context: int | None = None
+    """Tokens of a prompt and its answer; None for 2,048, or as many as the model has positions."""
     adapters: int = 1
 
 
@@ -171,9 +172,10 @@ def _has_liger(request: PlanRequest, spec: RunSpec) -> bool:
 def _answers_once(request: AnsweringRequest, spec: RunSpec, here: Here, facts_of: FactsOf) -> AnsweringPlan:
     config, facts, _, _ = _model_of(spec, facts_of)
     require_supported(spec, facts, config)
-    cluster = machine_of(request, spec.gpus, here)
+    cluster, context = machine_of(request, spec.gpus, here), request.context
+    context = min(USUAL_CONTEXT, facts.max_positions) if context is None else context
     return plan_answers(
-        spec, facts, cluster, Questions(request.batch, request.context, request.adapters), config=config,
+        spec, facts, cluster, Questions(request.batch, context, request.adapters), config=config,
         gptq=gptq_of(spec, config), has_liger=_has_liger(request, spec), no_fla=fla_problem(cluster),
     )  # fmt: skip
 
