@@ -22,7 +22,8 @@ def answering_lines(plan: AnsweringPlan, *, notes: tuple[str, ...] = ()) -> list
         f"adapters {plan.adapters} of r={spec.lora.r}" if plan.adapters else "adapters none",
         f"answers  {plan.batch:,} at a time, each of up to {plan.context:,} tokens with its prompt",
         f"place    {plan.residence}",
-        f"memory   {format_bytes(plan.memory.total)}{_places(plan)}: {_parts(plan)}",
+        f"memory   {format_bytes(plan.memory.total)}{_places(plan)}",
+        f"         at the peak: {_parts(plan)}",
         *_speed(plan),
         *_cards(plan),
         *(f"note     {note}" for note in (*notes, *plan.notes)),
@@ -73,8 +74,8 @@ def _cards(plan: AnsweringPlan) -> Iterator[str]:
         yield "cards    none holds it alone"
         return
     fastest = {card.gib: card for card in reversed(plan.cards)}  # of as large ones the fastest comes first
-    named = [fastest[gib] for gib in sorted(fastest)]
-    rows = [f"{card.title} ({card.gib} GiB, {_rate(card.tokens_per_second)})" for card in named[:_CARDS]]
-    others = len(plan.cards) - len(rows)
-    more = f" and {counted(others, 'more card')}" if others else ""
-    yield f"cards    alone, one answer at a time: {', '.join(rows)}{more}"
+    named = [fastest[gib] for gib in sorted(fastest)][:_CARDS]
+    for index, card in enumerate(named):
+        yield f"{'' if index else 'cards':8} {card.title}, {card.gib} GiB: one answer {_rate(card.tokens_per_second)}"
+    if others := len(plan.cards) - len(named):
+        yield f"         and {counted(others, 'more card')} that would do"

@@ -33,7 +33,8 @@ PROMPT_TOKENS = 2048
 """Tokens of prompts that are let in at a step: answers at work wait for as long as reading them takes. A longer prompt
 is let in alone."""
 UNPACKED_SHARE = 0.75
-"""Share of a CPU's free memory that weights may take unpacked, in which form they multiply fastest there."""
+"""Share of the available host memory that unpacked weights may take on a CPU, where they multiply fastest; the rest is
+for keys, values and activations."""
 USUAL_CONTEXT = 2048
 """Tokens of a prompt and its answer, unless told or the model has fewer positions."""
 SHORT_PROMPT = 512

@@ -8,10 +8,14 @@ import torch
 
 import qdist
 from qdist.core.errors import DataError, QdistError, RunError
+from qdist.core.planning.answering import Questions, answering_footprint
+from qdist.core.planning.inference import Footprint, Residence
 from qdist.core.sampling import Sampling
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.infer.answerer import Question
+from qdist.runtime.infer.load import parts_of
 from qdist.runtime.infer.ready import Ready, open_answerer
+from qdist.runtime.infer.residence import choose
 from qdist.runtime.infer.scheduler import Batched
 from tests.runtime.data.test_tokenized import CHATML, tiny_tokenizer
 from tests.runtime.infer.answering import Heard, answered
@@ -119,3 +123,19 @@ def test_an_adapter_with_rows_of_the_vocabulary_answers_alone(tmp_path: Path) ->
         open_answerer({run.path.name: str(run.path) for run in pair}, slots=2, tokens=64)
     ready = open_answerer({"a": str(pair[0].path)}, slots=2, tokens=64)
     assert tokens_of(ready, "a") == [expected(qdist.load(pair[0].path)[0])]
+
+
+def test_the_room_that_is_asked_for_is_what_a_plan_for_inference_counts(
+    runs: dict[str, RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[Footprint]()
+
+    def noted(parts: Footprint, **named: Any) -> Residence:
+        asked.append(parts)
+        return choose(parts, **named)
+
+    monkeypatch.setattr("qdist.runtime.infer.ready.choose", noted)
+    open_answerer({name: str(run.path) for name, run in runs.items()}, slots=4, tokens=64)
+    plan = runs["wide.1"].plan()
+    parts = parts_of(plan, torch.float32, rank_r=8 + 2)
+    assert asked == [answering_footprint(parts, Questions(batch=4, context=64, adapters=2))]
