@@ -196,7 +196,8 @@ def plan_answers(
     )  # fmt: skip
     parts = _as_kept(sizes(facts, job), cluster)
     memory = memory_of_answers(parts, questions, device=cluster.device)
-    residence = _residence(spec, parts, questions, cluster, rooms_of(spec, cluster, count), memory)
+    rooms = rooms_of(spec, cluster, count)
+    residence = _residence(spec, parts, questions, cluster, rooms, memory)
     rates, rate_notes = rates_for(cluster)
     speeds = _Speeds(parts, questions, residence)
     return AnsweringPlan(
@@ -208,7 +209,7 @@ def plan_answers(
         short_prompt_tokens=min(SHORT_PROMPT, questions.context - 1),
         short_prompt_s=speeds.prompt_s(rates, min(SHORT_PROMPT, questions.context - 1)),
         cards=cards_for(sizes(facts, job), questions) if cluster.device == "cuda" else (),
-        notes=(*rate_notes, *_notes(parts, residence, cluster)),
+        notes=(*rate_notes, *_notes(parts, questions, residence, rooms)),
     )  # fmt: skip
 
 
@@ -306,7 +307,7 @@ class _Speeds:
 
 def cards_for(parts: Sizes, questions: Questions) -> tuple[CardFit, ...]:
     """Cards of the table that hold all of it alone."""
-    need = memory_of_answers(parts, questions, device="cuda").total
+    need = answering_footprint(parts, questions).alone
     alone = _Speeds(parts, questions, Residence(layer_gpu=(0,) * parts.facts.layer_count))
     found = [
         CardFit(title=card.title, gib=card.gib, tokens_per_second=alone.tokens_per_second(rates_of(card.title), 1))
@@ -316,16 +317,19 @@ def cards_for(parts: Sizes, questions: Questions) -> tuple[CardFit, ...]:
     return tuple(sorted(found, key=lambda card: (card.gib, -card.tokens_per_second)))
 
 
-def _notes(parts: Sizes, residence: Residence, cluster: Cluster) -> list[str]:
-    """What makes it slower than it could be."""
-    facts = parts.facts
-    if reason := why_one_by_one(facts):
-        return [f"each answer has a pass of its own for every token: {reason}"]
-    if cluster.device == "cpu":
-        return ["on a CPU nobody predicts speed"]
+def _notes(parts: Sizes, questions: Questions, residence: Residence, rooms: tuple[int, ...] | None) -> list[str]:
+    """What makes it slower than it could be, and what further GPUs are for."""
+    reason = why_launched(parts.facts, parts.job)
+    if one_by_one := why_one_by_one(parts.facts):
+        found = [f"each answer has a pass of its own for every token: {one_by_one}"]
+    else:
+        found = [f"steps are launched kernel by kernel: {reason}"] if reason and rooms else []
+    if rooms is None:
+        return [*found, "on a CPU nobody predicts speed"]
     if residence.offloaded:
-        return ["offloaded layers are copied to the GPU for every token"]
-    if len(residence.gpus) > 1:
-        return [f"one GPU works at a time, and Python launches each kernel: {len(residence.gpus)} GPUs hold one model"]
-    reason = why_launched(facts, parts.job)
-    return [f"steps are launched kernel by kernel: {reason}"] if reason else []
+        return [*found, "offloaded layers are copied to the GPU for every token"]
+    if (count := len(residence.gpus)) > 1:
+        return [*found, f"{count} GPUs hold one model: one of them works at a time, launched kernel by kernel"]
+    alone = answering_footprint(parts, questions).alone
+    copies = sum(alone <= own for own in rooms)
+    return [*found, *[f"speeds are of one GPU; qdist generate deals prompts to {copies}"] * (copies > 1)]

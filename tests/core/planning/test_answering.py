@@ -201,8 +201,13 @@ def test_several_small_gpus_hold_one_model_and_a_single_one_fetches_layers() -> 
     assert not spread.residence.offloaded
     assert alone.tokens_per_second_alone < spread.tokens_per_second_alone < whole.tokens_per_second_alone
     assert alone.notes[-1] == "offloaded layers are copied to the GPU for every token"
-    assert spread.notes[-1].endswith("2 GPUs hold one model")
+    assert spread.notes[-1] == "2 GPUs hold one model: one of them works at a time, launched kernel by kernel"
     assert answers_in_words(spread).endswith(", layers 0-39 on GPU 0, 40-79 on GPU 1")
+
+
+def test_gpus_that_hold_a_copy_each_are_counted() -> None:
+    assert answers(gpus=4).notes[-1] == "speeds are of one GPU; qdist generate deals prompts to 4"
+    assert not any("qdist generate" in note for note in answers(gpus=1).notes)
 
 
 def test_int8_is_launched_kernel_by_kernel() -> None:
