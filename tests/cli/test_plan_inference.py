@@ -70,6 +70,11 @@ def test_settings_of_the_packing_and_the_adapter_count(bits: str) -> None:
     assert found["memory"]["adapters"] < 100e6
 
 
+def test_a_recipe_says_which_model_and_adapter() -> None:
+    found = decided("launch/guanaco-7b.toml", *CARD)
+    assert (found["spec"]["model"], found["spec"]["lora"]["r"]) == ("llama-7b", 64)
+
+
 def test_gptq_is_read_as_it_comes() -> None:
     assert decided("--model", "llama-7b", "--method", "gptq-lora", *CARD)["gptq"]["shape"]["bits"] == 4
 

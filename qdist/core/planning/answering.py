@@ -185,32 +185,35 @@ def plan_answers(
     Raises TooBigError, with the missing bytes, where it does not fit, and SpecError for what cannot be asked.
     """
     _require_sensible(facts, questions)
-    count, dtype = count_of(spec, cluster), dtype_of(spec, cluster)
-    job = shape_of(
+    rooms, dtype = rooms_of(spec, cluster, count_of(spec, cluster)), dtype_of(spec, cluster)
+    shape = shape_of(
         spec, facts, cluster, config=config, gptq=gptq, dtype=dtype, liger=liger_of(spec, cluster, has_liger),
         recurrence=recurrence_of(facts, cluster, fla=not no_fla),
     )  # fmt: skip
-    job = msgspec.structs.replace(
-        job, rank_r=spec.lora.r * questions.adapters, targets=spec.lora.targets if questions.adapters else (),
-        seq_len=questions.context,
-    )  # fmt: skip
-    parts = _as_kept(sizes(facts, job), cluster)
+    packed = sizes(facts, _with_adapters(shape, questions))
+    parts = _as_kept(packed, cluster)
     memory = memory_of_answers(parts, questions, device=cluster.device)
-    rooms = rooms_of(spec, cluster, count)
     residence = _residence(spec, parts, questions, cluster, rooms, memory)
     rates, rate_notes = rates_for(cluster)
-    speeds = _Speeds(parts, questions, residence)
+    speeds, longest = _Speeds(parts, questions, residence), questions.context - 1
     return AnsweringPlan(
-        spec=spec, facts=facts, gptq=gptq, mxfp4=job.mxfp4, **questions._asdict(), device=cluster.device,
-        compute_dtype=dtype, liger=job.fused_layers, residence=residence, memory=memory, filled=speeds.filled,
+        spec=spec, facts=facts, gptq=gptq, mxfp4=shape.mxfp4, **questions._asdict(), device=cluster.device,
+        compute_dtype=dtype, liger=shape.fused_layers, residence=residence, memory=memory, filled=speeds.filled,
         tokens_per_second_alone=speeds.tokens_per_second(rates, 1),
         tokens_per_second=speeds.tokens_per_second(rates, questions.batch),
-        prompt_s=speeds.prompt_s(rates, questions.context - 1),
-        short_prompt_tokens=min(SHORT_PROMPT, questions.context - 1),
-        short_prompt_s=speeds.prompt_s(rates, min(SHORT_PROMPT, questions.context - 1)),
-        cards=cards_for(sizes(facts, job), questions) if cluster.device == "cuda" else (),
+        prompt_s=speeds.prompt_s(rates, longest),
+        short_prompt_tokens=min(SHORT_PROMPT, longest),
+        short_prompt_s=speeds.prompt_s(rates, min(SHORT_PROMPT, longest)),
+        cards=cards_for(packed, questions) if rooms else (),
         notes=(*rate_notes, *_notes(parts, questions, residence, rooms)),
     )  # fmt: skip
+
+
+def _with_adapters(shape: TrainingShape, questions: Questions) -> TrainingShape:
+    """What is computed with all adapters on: their ranks together are one's."""
+    targets = shape.targets if questions.adapters else ()
+    rank_r = shape.rank_r * questions.adapters
+    return msgspec.structs.replace(shape, rank_r=rank_r, targets=targets, seq_len=questions.context)
 
 
 def _require_sensible(facts: ModelFacts, questions: Questions) -> None:
