@@ -124,6 +124,21 @@ def test_linears_of_a_7b_take_what_was_measured(tokens: int, gptq: bool, measure
     assert linears == pytest.approx(measured_ms / 1e3, rel=0.06)
 
 
+@pytest.mark.parametrize(
+    ("rows", "filled", "captured", "measured_ms"),
+    [(1, 192, True, 3.91), (8, 84, True, 5.66), (32, 84, True, 6.78), (1, 192, False, 58.8)],
+)
+def test_steps_of_a_7b_take_what_was_measured(rows: int, filled: int, captured: bool, measured_ms: float) -> None:
+    """NF4 with r=64 by bench/decode.py on an H200, 2026-11-30: 64 tokens in, 256 out at one row, 40 at several."""
+    predicted = step_seconds(parts_of("llama-7b"), H200, rows, filled=filled, captured=captured)
+    assert predicted == pytest.approx(measured_ms / 1e3, rel=0.05)
+
+
+def test_the_first_token_of_a_long_prompt_comes_about_when_it_did() -> None:
+    """2,048 tokens through the same model: 86 ms."""
+    assert prompt_seconds(parts_of("llama-7b"), H200, 2048) == pytest.approx(0.086, rel=0.15)
+
+
 @pytest.mark.parametrize("model", ["llama-7b", "qwen3-8b", "llama-65b", "qwen3-30b-a3b"])
 def test_a_step_takes_longer_with_more_rows_and_fuller_caches_and_gives_more_tokens(model: str) -> None:
     parts = parts_of(model)
