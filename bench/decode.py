@@ -1,10 +1,11 @@
 """How fast does a 7B with an adapter answer, by rows of one cache, with CUDA graphs and without?
 
-    python bench/decode.py [--model llama-7b] [--method qlora] [--rows 1,8,32] [--profile]   # one GPU; --tiny: a CPU
+    python bench/decode.py [--model llama-7b] [--method qlora] [--rows 1,8,32] [--profile] [--json FILE]   # one GPU
+    python bench/decode.py --tiny                                                                        # a CPU
 
 A random model in 4 bits with an adapter of r=64 in bfloat16, greedy, 64 tokens in and 256 out. limit: tokens/s if a
 step read nothing but the weights once and the keys and values of its rows, at the card's bandwidth. --profile: which
-kernels a step at batch 1 spends its time in.
+kernels a step at batch 1 spends its time in. --json: appends what bench/decode_predictions.py reads, a line a batch.
 """
 
 import argparse
@@ -37,12 +38,17 @@ def main() -> None:
     parser.add_argument("--model", default="llama-7b")
     parser.add_argument("--method", default="qlora")
     parser.add_argument("--rows", default="1,8,32")
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     device = torch.device("cpu" if arguments.tiny else "cuda")
     prompt, new, long = (8, 16, 64) if arguments.tiny else (64, 256, 2048)
     model, linears = loaded(arguments, device)
     print(f"linears: {linears}; {weight_bytes(model) / 2**30:.2f} GiB of weights are read in a step")
     for rows in map(int, arguments.rows.split(",")):
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         ways = {way: measured(model, rows, prompt, new, graphs=way == "graph") for way in ways_on(device)}
         limit = rows * BANDWIDTH / (weight_bytes(model) + rows * (prompt + new / 2) * token_bytes(model))
         for way, (seconds, _, why) in ways.items():
@@ -52,6 +58,10 @@ def main() -> None:
                 f"{100 * speed / limit:5.1f} % of the limit of {limit:,.0f}{f' ({why})' if why else ''}",
                 flush=True,
             )
+        if arguments.json:
+            best = min(seconds for seconds, _, _ in ways.values())
+            reserved = torch.cuda.max_memory_reserved() if device.type == "cuda" else 0
+            append(arguments, rows=rows, prompt=prompt, new=new, tokens_per_second=rows / best, reserved=reserved)
         tokens = [own for _, own, _ in ways.values()]
         same = (tokens[0] == tokens[-1]).float().mean()
         print(f"batch {rows:2} tokens with and without a graph: {100 * float(same):.2f} % the same", flush=True)
@@ -60,6 +70,12 @@ def main() -> None:
         print(f"{torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved at most")
     if arguments.profile:
         profile(model, prompt)
+
+
+def append(arguments: argparse.Namespace, **measured: float) -> None:
+    """Write a line of what was measured."""
+    with arguments.json.open("a") as file:
+        file.write(json.dumps({"model": arguments.model, "method": arguments.method, **measured}) + "\n")
 
 
 def ways_on(device: torch.device) -> tuple[str, ...]:

@@ -29,7 +29,11 @@ Say = Callable[[Change], str]
 
 MACHINE = ("gpu_memory", "gpu_name", "host_memory")
 """Flags of `qdist plan` that describe a machine; they are not settings."""
-_FLAGS = frozenset(("model", "method", "bits", "gpus", "placement", "gpus_per_group", "max_memory", *MACHINE))
+QUESTIONS = ("batch", "context", "adapters")
+"""Flags of `qdist plan --for inference` that are not settings."""
+_FLAGS = frozenset((
+    "model", "method", "bits", "gpus", "placement", "gpus_per_group", "max_memory", *MACHINE, *QUESTIONS
+))  # fmt: skip
 """Keys that have a flag."""
 _REMARKS = {"train.answers": "(and qdist generate RUN afterwards)"}
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 
+from qdist.core.model.gptq import Gptq
 from qdist.core.model.shapes import Kept, LayerShape, ModelFacts
 from qdist.core.planning.plan import Plan
+from qdist.core.spec.run_spec import RunSpec
 from qdist.core.text import counted, format_count
 
 _NAMED = 4
@@ -26,6 +28,15 @@ def experts_lines(facts: ModelFacts) -> Iterator[str]:
     )
     own, whole = format_count(facts.expert_parameters), format_count(facts.parameters)
     yield f"experts  {layers}: {own} of {whole} parameters; memory is the same however tokens are routed"
+
+
+def weights_in_words(spec: RunSpec, gptq: Gptq | None, *, mxfp4: bool) -> str:
+    """How the backbone is packed: '4 bits nf4, double quantization'."""
+    if gptq or spec.bits != 4:
+        return str(gptq or f"{spec.bits} bits")
+    if mxfp4:
+        return "experts in MXFP4 as they come, linears in 16 bits"
+    return f"4 bits {spec.quant.type}" + ", double quantization" * spec.quant.double
 
 
 def adapter_in_words(plan: Plan) -> str:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from qdist.cli.views.model_parts import adapter_in_words, experts_lines, kept_lines
+from qdist.cli.views.model_parts import adapter_in_words, experts_lines, kept_lines, weights_in_words
 from qdist.cli.views.text import loading
 from qdist.core.planning.disk import storage
 from qdist.core.planning.fill import has_padding
@@ -153,13 +153,8 @@ def _state(engine: str, zero_stage: int) -> str:
 
 
 def _weights(plan: Plan) -> str:
-    """How the backbone is packed."""
-    spec = plan.spec
-    if plan.source.gptq or spec.bits != 4:
-        return str(plan.source.gptq or f"{spec.bits} bits")
-    if plan.packing and plan.packing.type == "mxfp4":
-        return "experts in MXFP4 as they come, linears in 16 bits"
-    return f"4 bits {spec.quant.type}" + ", double quantization" * spec.quant.double
+    is_mxfp4 = plan.packing is not None and plan.packing.type == "mxfp4"
+    return weights_in_words(plan.spec, plan.source.gptq, mxfp4=is_mxfp4)
 
 
 def _engine(plan: Plan) -> str:

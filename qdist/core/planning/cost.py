@@ -81,7 +81,7 @@ class Kernels:
             return Cost(other_s=moved / self.memory_bytes_s + self.rates.product_s, launches=1)
         return Cost(dense_s=arithmetic, other_s=self.rates.product_s, launches=1)
 
-    def grouped(self, weights: int, pairs: int, matrices: int) -> Cost:
+    def grouped(self, weights: int, pairs: int, matrices: float) -> Cost:
         """A product of each of `pairs` rows with one of several matrices of so many weights."""
         arithmetic = 2 * pairs * weights / (self.rates.grouped_flops_s / self.slow)
         read = self.job.compute_bytes * matrices * weights / self.memory_bytes_s

@@ -19,7 +19,7 @@ LOOP_KERNELS = 3
 
 
 def routed(shape: LayerShape, own: LayerSizes, kernels: Kernels) -> tuple[Cost, Cost]:
-    """Forward and backward of the routed experts; all of them are unpacked and read."""
+    """Forward and backward of the routed experts; all of them are unpacked, and those that are visited are read."""
     experts = shape.experts
     if experts is None:
         return NOTHING, NOTHING
@@ -39,12 +39,17 @@ def routed(shape: LayerShape, own: LayerSizes, kernels: Kernels) -> tuple[Cost, 
     return there, back_again
 
 
+def visited_experts(experts: Experts, tokens: int) -> float:
+    """How many different experts so many tokens visit, if the router spreads them evenly."""
+    return experts.count * (1 - (1 - experts.active / experts.count) ** tokens)
+
+
 def _products(experts: Experts, own: LayerSizes, kernels: Kernels) -> Cost:
     """A pass's products, with all matrices unpacked."""
     job, pairs = kernels.job, kernels.tokens * experts.active
     cost = NOTHING
     for matrix in experts.matrices:
-        cost += kernels.grouped(matrix.weights, pairs, experts.count)
+        cost += kernels.grouped(matrix.weights, pairs, visited_experts(experts, kernels.tokens))
         if job.bits < 16 or job.mxfp4:
             packed = own.packed_experts * matrix.weights * experts.count / experts.weights
             cost += kernels.unpacked(matrix.weights * experts.count, packed)

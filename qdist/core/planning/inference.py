@@ -15,12 +15,12 @@ from qdist.core.model.shapes import ALL_LINEAR, LayerShape, ModelFacts
 from qdist.core.planning.activations import widths_of
 from qdist.core.planning.candidates import USABLE_SHARE
 from qdist.core.planning.layer_map import scattered, spread_layers
-from qdist.core.planning.memory import STAGED_LAYERS, TrainingShape, sizes
+from qdist.core.planning.memory import STAGED_LAYERS, Sizes, TrainingShape, sizes
 from qdist.core.planning.process_memory import CUDA_CONTEXT_BYTES
 from qdist.core.text import format_bytes
 
-_SCORED_BYTES = 12
-"""Bytes per logit that enters a loss: the logit and the output of log_softmax, in float32."""
+LOGIT_BYTES = 12
+"""Bytes per logit that enters a loss, the logit and the output of log_softmax in float32, or that chooses a token."""
 
 
 class Residence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -112,18 +112,26 @@ def footprint(
         bits=bits, double_quant=double_quant, compute_bytes=compute_bytes, mxfp4=mxfp4, gptq=gptq, rank_r=rank_r,
         targets=targets, adapter=adapter, seq_len=1,
     )  # fmt: skip
-    parts = sizes(facts, job)
-    cached = [2 * shape.kv_heads * shape.head_dim * compute_bytes * tokens for shape in facts.shapes]
+    return count_in_use(sizes(facts, job), tokens=tokens, at_a_time=at_a_time, scored=scored)
+
+
+def count_in_use(
+    parts: Sizes, *, tokens: int, at_a_time: int | None = None, scored: int = 0, adapters: Sequence[int] | None = None
+) -> Footprint:
+    """`footprint` of a model whose parts are counted.
+
+    adapters: bytes of the adapters of a layer of each run; None for one adapter in float32.
+    """
+    facts, job = parts.facts, parts.job
     together = tokens if at_a_time is None else min(tokens, at_a_time)
-    work = max(
-        max((2 * shape.largest_matrix + together * (4 * facts.hidden + 3 * shape.intermediate)) * compute_bytes,
-            _experts_work(shape, together, compute_bytes))
-        for shape in facts.shapes
-    )  # fmt: skip
-    loss = scored * facts.vocab * _SCORED_BYTES
-    layer = [own.packed + 4 * own.trained + kept for own, kept in zip(parts.layers, cached, strict=True)]
+    beside = adapters or [4 * own.trained for own in parts.layers]
+    loss = scored * facts.vocab * LOGIT_BYTES
+    layer = [
+        own.packed + adapter + cache_bytes(shape, job.compute_bytes, tokens)
+        for own, adapter, shape in zip(parts.layers, beside, facts.shapes, strict=True)
+    ]
     waiting = [
-        own.packed - (shape.parameters - shape.weights) * compute_bytes
+        own.packed - (shape.parameters - shape.weights) * job.compute_bytes
         for own, shape in zip(parts.layers, facts.shapes, strict=True)
     ]
     return Footprint(
@@ -132,9 +140,23 @@ def footprint(
         staged=STAGED_LAYERS * parts.widest_layer,
         first=parts.embedding + loss * facts.tied_embeddings,
         last=parts.head + loss * (not facts.tied_embeddings),
-        everywhere=CUDA_CONTEXT_BYTES + work,
+        everywhere=CUDA_CONTEXT_BYTES + work_bytes(facts, job.compute_bytes, together),
         uncut=bool(facts.unsplit) or facts.together_from is not None,
     )
+
+
+def cache_bytes(shape: LayerShape, compute_bytes: int, tokens: int) -> int:
+    """Bytes of the keys and values of so many tokens in a layer: with a window no fewer."""
+    return 2 * shape.kv_heads * shape.head_dim * compute_bytes * tokens
+
+
+def work_bytes(facts: ModelFacts, compute_bytes: int, tokens: int) -> int:
+    """Bytes of the activations of so many tokens in the widest layer, and of what it unpacks."""
+    return max(
+        max((2 * shape.largest_matrix + tokens * (4 * facts.hidden + 3 * shape.intermediate)) * compute_bytes,
+            _experts_work(shape, tokens, compute_bytes))
+        for shape in facts.shapes
+    )  # fmt: skip
 
 
 def _experts_work(shape: LayerShape, tokens: int, compute_bytes: int) -> int:

@@ -3,15 +3,15 @@
 import math
 from typing import Literal, NamedTuple
 
+import msgspec
+
 from qdist.core.errors import MACHINE, Change, SpecError
 from qdist.core.machine.calibration import Correction
 from qdist.core.machine.cards import rates_for
 from qdist.core.machine.cluster import Cluster, Rates
 from qdist.core.machine.cluster import changed as machine_changed
 from qdist.core.machine.world import Rank, checked_world
-from qdist.core.model.adapters.registry import ADAPTERS
 from qdist.core.model.shapes import ModelFacts
-from qdist.core.model.storage import packing_of
 from qdist.core.planning.activations import Recurrence
 from qdist.core.planning.advice import (
     NO_FLA,
@@ -30,7 +30,7 @@ from qdist.core.planning.advice import (
 from qdist.core.planning.candidates import USABLE_SHARE, Candidate, PlanningContext, arrange
 from qdist.core.planning.fill import MicroBatch
 from qdist.core.planning.graphs import require_captured, why_eager
-from qdist.core.planning.memory import MemoryBudget, TrainingShape, sizes
+from qdist.core.planning.memory import MemoryBudget, sizes
 from qdist.core.planning.packing import packs_samples
 from qdist.core.planning.placements.registry import layouts
 from qdist.core.planning.plan import Alternative, DataFacts, Plan, RankPlan, Source
@@ -53,6 +53,7 @@ from qdist.core.planning.resources import (
     recurrence_of,
     require_compute,
     rooms_of,
+    shape_of,
 )
 from qdist.core.planning.unsupported import require_supported
 from qdist.core.spec.run_spec import RunSpec, changed, flatten
@@ -250,25 +251,16 @@ def _setting(inputs: _Inputs, count: int) -> PlanningContext:
     spec, source = inputs.spec, inputs.source
     # Before a model is prepared nobody knows which of the tokens it has: they all count as new.
     new_rows = len(source.new_token_ids) or (len(spec.new_tokens) if source.kind == "dummy" else 0)
-    packing = None if source.gptq else packing_of(spec, source.config)
-    job = TrainingShape(
-        bits=packing.linear_bits if packing else 4,  # at any width GPTQ unpacks first, as NF4 does
-        mxfp4=packing is not None and packing.type == "mxfp4",
-        gptq=source.gptq,
-        double_quant=spec.quant.double,
-        compute_bytes=4 if inputs.dtype == "float32" else 2,
+    shape = shape_of(
+        spec, inputs.facts, inputs.cluster, config=source.config, gptq=source.gptq, dtype=inputs.dtype,
+        liger=inputs.liger, recurrence=inputs.recurrence,
+    )  # fmt: skip
+    job = msgspec.structs.replace(
+        shape,
         fp8=spec.compute == "fp8",
-        rank_r=spec.lora.r,
-        targets=spec.lora.targets,
-        adapter=ADAPTERS[spec.method].of_run(spec, source.gptq, inputs.facts),
         seq_len=inputs.longest,
         fused_loss=inputs.liger,
-        fused_layers=inputs.liger,
-        fused_lora=True,
         lora_dropout=spec.lora.dropout > 0,
-        shared_reads=True,
-        grouped=inputs.cluster.device == "cuda" and inputs.dtype == "bfloat16",
-        recurrence=inputs.recurrence or "torch",
         optimizer_on_gpu=spec.zero.offload == "none",
         paged=inputs.optimizer == "paged-adamw",
         eight_bit=inputs.optimizer == "adamw-8bit",

@@ -1,13 +1,18 @@
 """What may a run use of a machine: how many GPUs, which dtype, optimizer and kernels, how much of each memory?"""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from qdist.core.errors import PlanError, SpecError
 from qdist.core.machine.cards import has_bfloat16, has_fp8
 from qdist.core.machine.cluster import MOST_RANKS, Cluster
+from qdist.core.model.adapters.registry import ADAPTERS
+from qdist.core.model.gptq import Gptq
 from qdist.core.model.shapes import ModelFacts
+from qdist.core.model.storage import packing_of
 from qdist.core.planning.activations import Recurrence
 from qdist.core.planning.candidates import USABLE_SHARE
+from qdist.core.planning.memory import TrainingShape
 from qdist.core.spec.run_spec import RunSpec, memory_cap_of, memory_caps
 from qdist.core.spec.sections import Optimizer
 from qdist.core.text import GIB, counted, format_bytes
@@ -46,6 +51,40 @@ def require_compute(spec: RunSpec, cluster: Cluster) -> None:
             "as RTX 4090, L40S and H100",
             ways=[{"compute": None}],
         )
+
+
+def shape_of(
+    spec: RunSpec,
+    facts: ModelFacts,
+    cluster: Cluster,
+    *,
+    config: Mapping[str, Any],
+    gptq: Gptq | None,
+    dtype: Literal["bfloat16", "float16", "float32"],
+    liger: bool,
+    recurrence: Recurrence | None,
+) -> TrainingShape:
+    """What a spec says of backbone, adapter and kernels, whatever they are used for.
+
+    Raises SpecError for a packing or an adapter method that the model does not have.
+    """
+    packing = None if gptq else packing_of(spec, config)
+    return TrainingShape(
+        bits=packing.linear_bits if packing else 4,  # at any width GPTQ unpacks first, as NF4 does
+        mxfp4=packing is not None and packing.type == "mxfp4",
+        gptq=gptq,
+        double_quant=spec.quant.double,
+        compute_bytes=4 if dtype == "float32" else 2,
+        rank_r=spec.lora.r,
+        targets=spec.lora.targets,
+        adapter=ADAPTERS[spec.method].of_run(spec, gptq, facts),
+        seq_len=spec.seq_len,
+        fused_layers=liger,
+        fused_lora=True,
+        shared_reads=True,
+        grouped=cluster.device == "cuda" and dtype == "bfloat16",
+        recurrence=recurrence or "torch",
+    )
 
 
 def optimizer_of(spec: RunSpec, cluster: Cluster) -> Optimizer:

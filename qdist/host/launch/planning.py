@@ -4,17 +4,19 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from qdist.core.data.demo import NAME as DEMO
-from qdist.core.errors import MACHINE, Change, QdistError, SpecError, flags
+from qdist.core.errors import MACHINE, QUESTIONS, Change, QdistError, SpecError, flag_of, flags
 from qdist.core.machine.cards import described
 from qdist.core.machine.cluster import Cluster
 from qdist.core.planning.advice import needs
+from qdist.core.planning.answering import USUAL_CONTEXT, AnsweringPlan, Questions, answers_in_words, plan_answers
 from qdist.core.planning.plan import Plan, Source
 from qdist.core.planning.planner import plan_once
+from qdist.core.planning.unsupported import require_supported
 from qdist.core.spec.keys import known_keys
 from qdist.core.spec.lookup import typed_settings
 from qdist.core.spec.run_spec import RunSpec, given, merge, nest, resolve, settled
@@ -35,6 +37,11 @@ from qdist.host.sources.models import EMBEDDED, Shape, known_shape
 
 Here = Callable[[], Cluster]
 FactsOf = Callable[[str, bool], Shape]
+_OF_ANSWERS = (
+    "model", "trust_remote_code", "bits", "method", "gpus", "max_memory", "dtype", "liger", "lora.r", "lora.targets",
+    "lora.pool_group_size", "quant.type", "quant.double", "quant.group_size",
+)  # fmt: skip
+"""Settings that say how a model answers."""
 
 
 class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,29 +67,78 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
         return merge(*([templates.read_recipe(self.recipe)] if self.recipe is not None else []), own)
 
 
+Asked = TypeVar("Asked", bound=PlanRequest)
+Made = TypeVar("Made")
+_Made = TypeVar("_Made", covariant=True)
+_Asked = TypeVar("_Asked", contravariant=True)
+
+
+class Once(Protocol[_Asked, _Made]):
+    """Makes what is asked for of a spec; suggestions of a refusal are untried."""
+
+    def __call__(self, request: _Asked, spec: RunSpec, here: Here, facts_of: FactsOf, /) -> _Made: ...
+
+
+class AnsweringRequest(PlanRequest, frozen=True, kw_only=True):
+    """What is to be answered, by which model, and on which machine."""
+
+    batch: int = 1
+    context: int | None = None
+    """Tokens of a prompt and its answer; None for 2,048, or as many as the model has positions."""
+    adapters: int = 1
+
+
 def planned(request: PlanRequest, here: Here | None = None) -> Plan:
     """The requested plan. Raises QdistError with a suggested change to the command.
 
     here: finds out what this machine is.
     """
-    here = cache(here or probe.cluster)
+    return _planned(request, cache(here or probe.cluster), _plan_once, needs)
+
+
+def require_training(questions: Mapping[str, Any]) -> None:
+    """Raise SpecError for flags of inference, by their names, if they are typed where a run is planned."""
+    typed = [name for name, value in questions.items() if value is not None]
+    if typed:
+        raise SpecError(
+            f"{flag_of(typed[0])} is of plans for inference, and this one is for training",
+            try_=f"--for inference {flag_of(typed[0])} {questions[typed[0]]}",
+        )
+
+
+def planned_answers(request: AnsweringRequest, here: Here | None = None) -> AnsweringPlan:
+    """How a model would answer, as asked. Raises QdistError with a suggested change to the command.
+
+    here: finds out what this machine is.
+    """
+    typed = typed_settings(request.settings, request.assignments)
+    if needless := [key for key in typed if key not in _OF_ANSWERS]:
+        raise SpecError(
+            f"{needless[0]} is a setting of training, and the plan is --for inference",
+            try_=f"leave it out; settings of inference are {', '.join(_OF_ANSWERS)}",
+        )
+    return _planned(request, cache(here or probe.cluster), _answers_once, answers_in_words)
+
+
+def _planned(request: Asked, here: Here, once: Once[Asked, Made], remark: Callable[[Made], str]) -> Made:
+    """What was requested; where it is refused, with the smallest change that works."""
     try:
         merged = request.nested()
     except SpecError as error:
         raise _with_further_hint(error, request, here) if error.ways else error from None
     facts_of = cache(known_shape)
+    beside = {key: getattr(request, key) for key in (*MACHINE, *QUESTIONS) if hasattr(request, key)}
 
-    def attempt(change: Change) -> Plan:
-        own = msgspec.structs.replace(request, **{key: change[key] for key in MACHINE if key in change})
-        spec = settled(merged, {key: value for key, value in change.items() if key not in MACHINE})
-        return _plan_once(own, spec, here, facts_of)
+    def attempt(change: Change) -> Made:
+        own = msgspec.structs.replace(request, **{key: change[key] for key in beside if key in change})
+        spec = settled(merged, {key: value for key, value in change.items() if key not in beside})
+        return once(own, spec, here, facts_of)
 
     def say(change: Change) -> str:
         elsewhere = "gpu_memory" in change and not request.described
         return flags(change) + (", for GPUs that are not here" if elsewhere else "")
 
-    machine = {key: getattr(request, key) for key in MACHINE}
-    return or_tried_hint(attempt, {**given(merged), **machine}, say=say, remark=needs)
+    return or_tried_hint(attempt, {**given(merged), **beside}, say=say, remark=remark)
 
 
 def _with_further_hint(error: SpecError, request: PlanRequest, here: Here) -> SpecError:
@@ -101,22 +157,40 @@ def _with_further_hint(error: SpecError, request: PlanRequest, here: Here) -> Sp
     return error
 
 
-def _plan_once(request: PlanRequest, spec: RunSpec, here: Here, facts_of: FactsOf) -> Plan:
+def _model_of(spec: RunSpec, facts_of: FactsOf) -> Shape:
     if not spec.model:
         models = ("llama-65b", "llama-7b", EMBEDDED)
         raise SpecError("no model was named", ways=[{"model": model} for model in models])
+    return facts_of(spec.model, spec.trust_remote_code)
+
+
+def _has_liger(request: PlanRequest, spec: RunSpec) -> bool:
+    """Whether liger-kernel is installed: on another machine that is for the user to say."""
+    return find_spec("liger_kernel") is not None or (spec.liger is True and request.described)
+
+
+def _answers_once(request: AnsweringRequest, spec: RunSpec, here: Here, facts_of: FactsOf) -> AnsweringPlan:
+    config, facts, _, _ = _model_of(spec, facts_of)
+    require_supported(spec, facts, config)
+    cluster, context = machine_of(request, spec.gpus, here), request.context
+    context = min(USUAL_CONTEXT, facts.max_positions) if context is None else context
+    return plan_answers(
+        spec, facts, cluster, Questions(request.batch, context, request.adapters), config=config,
+        gptq=gptq_of(spec, config), has_liger=_has_liger(request, spec), no_fla=fla_problem(cluster),
+    )  # fmt: skip
+
+
+def _plan_once(request: PlanRequest, spec: RunSpec, here: Here, facts_of: FactsOf) -> Plan:
     # Epochs cannot be counted without the data, and steps have no weight.
     spec = spec if spec.steps else msgspec.structs.replace(spec, steps=1, epochs=None)
-    config, facts, _, code = facts_of(spec.model, spec.trust_remote_code)
+    config, facts, _, code = _model_of(spec, facts_of)
     cluster = machine_of(request, spec.gpus, here)
-    # What another machine has installed is for the user to say.
-    has_liger = find_spec("liger_kernel") is not None or (spec.liger is True and request.described)
     learnt = None
     if not request.described:
         learnt = calibration.correction_for(cluster, world_size=spec.gpus, bits=spec.bits, compute=spec.compute)
     source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=gptq_of(spec, config), own_code=code)
     plan = plan_once(
-        spec, source, facts, cluster, None, has_liger=has_liger, no_fla=fla_problem(cluster),
+        spec, source, facts, cluster, None, has_liger=_has_liger(request, spec), no_fla=fla_problem(cluster),
         correction=learnt,
     )  # fmt: skip
     require_fit(plan)

@@ -8,6 +8,7 @@ import msgspec
 import torch
 
 from qdist.core.errors import JobError, PlanError
+from qdist.core.planning.answering import Questions
 from qdist.core.requests import Generate
 from qdist.core.text import counted
 from qdist.host import children
@@ -15,7 +16,6 @@ from qdist.host.machine.probe import shown_cards
 from qdist.host.tasks import Task, handed_over
 from qdist.host.terminal import say
 from qdist.runtime.infer.kept import Kept
-from qdist.runtime.infer.line import PROMPT_TOKENS
 from qdist.runtime.infer.load import holds_copy
 
 Copy = Mapping[str, str]
@@ -37,12 +37,8 @@ def copies_for(request: Generate, longest: int, waiting: int) -> list[Copy]:
     if not torch.cuda.is_available():
         return []
     tokens, cap = request.batch * request.beams * longest, request.max_memory_bytes
-    at_a_time = max(PROMPT_TOKENS, longest) if request.beams == 1 else None
-    holding = [
-        card
-        for card in shown_cards()
-        if holds_copy(request.run, card.free_bytes, tokens=tokens, at_a_time=at_a_time, max_memory_bytes=cap)
-    ]
+    asked = Questions(request.batch, longest) if request.beams == 1 else tokens
+    holding = [card for card in shown_cards() if holds_copy(request.run, card.free_bytes, asked, max_memory_bytes=cap)]
     wanted = request.gpus
     if wanted is not None and len(holding) < wanted > 1:
         raise PlanError(

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from qdist.core.planning.answering import UNPACKED_SHARE
 from qdist.core.text import format_bytes
 from qdist.host.machine.probe import host_memory
 from qdist.runtime.kernels.small_product import (
@@ -20,9 +21,6 @@ from qdist.runtime.kernels.small_product import (
 )
 from qdist.runtime.model.packed import Packed4bit, PackedLinear, frozen_product, is_offloaded
 from qdist.runtime.model.packed_gptq import PackedGptq
-
-_SHARE = 0.75
-"""Share of the available host memory that unpacked weights may take; the rest is for keys, values and activations."""
 
 
 class Frozen(Protocol):
@@ -143,7 +141,7 @@ def choose_form(layers: Sequence[nn.Linear]) -> Form:
         return Form(False, "")
     need = sum(layer.in_features * layer.out_features * dtype_of(layer).itemsize for layer in packed)
     available = host_memory(Path("/"))[1]
-    if need > _SHARE * available:
+    if need > UNPACKED_SHARE * available:
         reason = f"unpacked they would take {format_bytes(need)} of {format_bytes(available)}"
         return Form(False, f"weights are unpacked for every product: {reason}")
     dtype = str(dtype_of(layers[0])).removeprefix("torch.")

@@ -5,14 +5,11 @@ from collections.abc import Collection, Mapping
 from itertools import count
 
 from qdist.core.errors import DataError, JobError, nearest
+from qdist.core.planning.answering import PROMPT_TOKENS
 from qdist.runtime.infer.answerer import Ended, Likely, Listener, Piece, Question, Reason
 from qdist.runtime.infer.choosing import Choice
 from qdist.runtime.infer.decoding import as_written
 from qdist.runtime.infer.text import AnswerText, Script
-
-PROMPT_TOKENS = 2048
-"""Tokens of prompts that are let in at a step: answers at work wait for as long as reading them takes. A longer prompt
-is let in alone."""
 
 
 def require_answerable(question: Question, *, positions: int, adapters: Collection[str]) -> None:

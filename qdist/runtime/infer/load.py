@@ -11,7 +11,9 @@ from torch import nn
 from qdist.core.errors import MachineError, ModelError, PlanError, RunError, SpecError
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.storage import packing_of
-from qdist.core.planning.inference import Footprint, Residence, footprint, room
+from qdist.core.planning.answering import Questions, answering_footprint
+from qdist.core.planning.inference import Footprint, Residence, count_in_use, footprint, room
+from qdist.core.planning.memory import Sizes, TrainingShape, sizes
 from qdist.core.planning.plan import Plan, Source
 from qdist.core.planning.process_memory import CUDA_CONTEXT_BYTES
 from qdist.core.spec.sections import Quant
@@ -148,20 +150,19 @@ def _room_beside_work(free: int, cap_bytes: int | None) -> int:
     return room(free, cap_bytes) - CUDA_CONTEXT_BYTES - _WORK_BYTES
 
 
-def holds_copy(
-    target: str, free: int, *, tokens: int, at_a_time: int | None = None, max_memory_bytes: int | None
-) -> bool:
-    """Whether a GPU with so many free bytes has room for all of a run or model, and for the tokens.
+def holds_copy(target: str, free: int, asked: Questions | int, *, max_memory_bytes: int | None) -> bool:
+    """Whether a GPU with so many free bytes has room for all of a run or model, and for what it is asked.
 
-    tokens: prompts and answers of all sequences together; of a model that is no run they are not counted.
-    at_a_time: tokens that go through a layer together; None for all.
+    asked: answers in rows of one cache; or tokens of all sequences together, where they have a cache each. Of a model
+    that is no run they are not counted.
     """
     run = RunDir(target)
     if not run.exists():
         return _stored_bytes(materialize(locate(target))) <= _room_beside_work(free, max_memory_bytes)
     plan = answering_plan(run, needs_tokenizer=True)
-    parts = footprint_of(plan, DTYPES[plan.compute_dtype], tokens=tokens, at_a_time=at_a_time)
-    return parts.alone <= room(free, max_memory_bytes)
+    parts = parts_of(plan, DTYPES[plan.compute_dtype])
+    counted = answering_footprint(parts, asked) if isinstance(asked, Questions) else count_in_use(parts, tokens=asked)
+    return counted.alone <= room(free, max_memory_bytes)
 
 
 def _stored_bytes(folder: Path) -> int:
@@ -286,35 +287,35 @@ def residence_of(
     dtype: torch.dtype,
     *,
     tokens: int,
-    at_a_time: int | None = None,
     scored: int = 0,
     device: str | None = None,
     max_memory_bytes: int | None = None,
 ) -> Residence:
     """Where to place a run's backbone and adapter on this machine; see `footprint` and `choose`."""
-    parts = footprint_of(plan, dtype, tokens=tokens, at_a_time=at_a_time, scored=scored)
+    parts = footprint_of(plan, dtype, tokens=tokens, scored=scored)
     return choose(parts, device=device, max_memory_bytes=max_memory_bytes)
 
 
-def footprint_of(
-    plan: Plan, dtype: torch.dtype, *, tokens: int, at_a_time: int | None = None, scored: int = 0
-) -> Footprint:
+def footprint_of(plan: Plan, dtype: torch.dtype, *, tokens: int, scored: int = 0) -> Footprint:
     """Memory that a run's backbone and adapter take in use; see `footprint`."""
+    return count_in_use(parts_of(plan, dtype), tokens=tokens, scored=scored)
+
+
+def parts_of(plan: Plan, dtype: torch.dtype, *, rank_r: int | None = None) -> Sizes:
+    """The parts of a run's backbone and adapter. rank_r: of all adapters on it, if not of the run's alone."""
     spec = plan.spec
-    return footprint(
-        plan.facts,
+    job = TrainingShape(
         bits=plan.packing.linear_bits if plan.packing else spec.bits,
         double_quant=spec.quant.double,
         mxfp4=plan.packing is not None and plan.packing.type == "mxfp4",
         gptq=plan.source.gptq,
         compute_bytes=dtype.itemsize,
-        tokens=tokens,
-        at_a_time=at_a_time,
-        rank_r=spec.lora.r,
+        rank_r=spec.lora.r if rank_r is None else rank_r,
         targets=spec.lora.targets,
         adapter=plan.adapter,
-        scored=scored,
+        seq_len=1,
     )
+    return sizes(plan.facts, job)
 
 
 def load_run(run: RunDir, dtype: torch.dtype, residence: Residence) -> tuple[Any, Any]:

@@ -5,11 +5,9 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
-import msgspec
-
 from qdist.core.errors import PlanError, SpecError
+from qdist.core.planning.answering import Questions, answering_footprint
 from qdist.core.planning.inference import Residence
-from qdist.core.planning.plan import Plan
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.data.wording import usual_wording
 from qdist.runtime.infer.answerer import Answerer
@@ -17,11 +15,12 @@ from qdist.runtime.infer.beside import add_run, require_one_base
 from qdist.runtime.infer.choosing import Chooser
 from qdist.runtime.infer.decoder import Decoder, why_not
 from qdist.runtime.infer.decoding import ends_of
-from qdist.runtime.infer.line import PROMPT_TOKENS, Line
+from qdist.runtime.infer.line import Line
 from qdist.runtime.infer.linears import AdapterChoice, prepare_linears
-from qdist.runtime.infer.load import answering_plan, load_run, load_tokenizer, open_model, residence_of
+from qdist.runtime.infer.load import answering_plan, load_run, load_tokenizer, open_model, parts_of
 from qdist.runtime.infer.one_by_one import OneByOne
 from qdist.runtime.infer.prompts import Speech, speech_of
+from qdist.runtime.infer.residence import choose
 from qdist.runtime.infer.scheduler import AdapterRows, Batched
 from qdist.runtime.infer.text import Script
 from qdist.runtime.model.skeleton import DTYPES
@@ -114,11 +113,13 @@ def _load_runs(
     plans = [answering_plan(run, needs_tokenizer=True) for run in runs.values()]
     require_one_base(tuple(runs.values()), plans)
     dtype = DTYPES[plans[0].compute_dtype]
-    place = partial(
-        residence_of, _with_all_adapters(plans), dtype, at_a_time=max(PROMPT_TOKENS, positions),
-        max_memory_bytes=max_memory_bytes,
-    )  # fmt: skip
-    slots, residence = slots_with_room(slots, lambda count: place(tokens=count * positions))
+    parts = parts_of(plans[0], dtype, rank_r=sum(plan.spec.lora.r for plan in plans))
+
+    def place(count: int) -> Residence:
+        asked = Questions(count, positions, len(runs))
+        return choose(answering_footprint(parts, asked), device=None, max_memory_bytes=max_memory_bytes)
+
+    slots, residence = slots_with_room(slots, place)
     (first, *others), known = runs.values(), dict(zip(runs, _peft_names(len(runs)), strict=True))
     model, _ = load_run(first, dtype, residence)
     for run, name in zip(others, tuple(known.values())[1:], strict=True):
@@ -147,14 +148,6 @@ def slots_with_room(slots: int, place: Callable[[int], Residence]) -> tuple[int,
 def _peft_names(count: int) -> list[str]:
     """PEFT's own names of adapters: those that people give may hold dots, which modules' names must not."""
     return ["default", *(f"adapter_{number}" for number in range(2, count + 1))]
-
-
-def _with_all_adapters(plans: list[Plan]) -> Plan:
-    """A plan whose adapter takes as much memory as those of all."""
-    spec = plans[0].spec
-    rank = sum(plan.spec.lora.r for plan in plans)
-    lora = msgspec.structs.replace(spec.lora, r=rank)
-    return msgspec.structs.replace(plans[0], spec=msgspec.structs.replace(spec, lora=lora))
 
 
 def _load_plain(

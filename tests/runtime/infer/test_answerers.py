@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from qdist.core.errors import DataError, JobError
+from qdist.core.planning.answering import PROMPT_TOKENS
 from qdist.core.sampling import Sampling
 from qdist.runtime.infer.answerer import Answerer, Ended, Likely, Question
 from qdist.runtime.infer.choosing import Chooser
-from qdist.runtime.infer.line import PROMPT_TOKENS
 from qdist.runtime.infer.one_by_one import OneByOne
 from qdist.runtime.infer.scheduler import AdapterRows, Batched
 from tests.runtime.infer.answering import (

@@ -65,7 +65,7 @@ def show(monkeypatch: pytest.MonkeyPatch, free: tuple[int, ...]) -> None:
         Card(uuid=f"GPU-{n}", position=n, name="H200", total_bytes=9, free_bytes=own) for n, own in enumerate(free)
     ]
     monkeypatch.setattr(copies, "shown_cards", lambda: cards)
-    monkeypatch.setattr(copies, "holds_copy", lambda target, free, **_: free > 5)
+    monkeypatch.setattr(copies, "holds_copy", lambda target, free, *_, **__: free > 5)
     monkeypatch.setattr(copies.torch.cuda, "is_available", lambda: True)
 
 

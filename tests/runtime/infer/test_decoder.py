@@ -9,6 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._pytree import tree_map_only
 
 from qdist.core.errors import DataError, SpecError
+from qdist.core.model.families import from_config
+from qdist.core.planning.inference import cache_bytes
 from qdist.runtime.infer.attention import NAME
 from qdist.runtime.infer.decoder import Decoder, why_not
 from qdist.runtime.model.skeleton import offload
@@ -271,3 +273,13 @@ def test_frequencies_of_long_texts_are_no_hindrance_to_short_ones() -> None:
     decoder = Decoder(model, slots=4, positions=32, choose=likeliest)
     assert answers(decoder) == [expected(model, prompt) for prompt in PROMPTS]
     assert model.model.rotary_emb.rope_type == "longrope"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt_oss", "mixtral"])
+def test_the_cache_takes_the_bytes_that_a_plan_counts(model_type: str) -> None:
+    model = model_of(model_type)
+    decoder = Decoder(model, slots=3, positions=24, choose=likeliest)
+    decoder.prefill([[5, 9]], [0])
+    facts = from_config(model.config.to_dict(), name=model_type)
+    counted = sum(run.count * cache_bytes(run.shape, 4, 3 * 24) for run in facts.layers)
+    assert decoder.cache.size_bytes == counted

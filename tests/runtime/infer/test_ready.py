@@ -8,11 +8,14 @@ import torch
 
 import qdist
 from qdist.core.errors import DataError, PlanError, QdistError, RunError
-from qdist.core.planning.inference import Residence
+from qdist.core.planning.answering import Questions, answering_footprint
+from qdist.core.planning.inference import Footprint, Residence
 from qdist.core.sampling import Sampling
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.infer.answerer import Question
+from qdist.runtime.infer.load import parts_of
 from qdist.runtime.infer.ready import Ready, open_answerer, slots_with_room
+from qdist.runtime.infer.residence import choose
 from qdist.runtime.infer.scheduler import Batched
 from tests.runtime.data.test_tokenized import CHATML, tiny_tokenizer
 from tests.runtime.infer.answering import Heard, answered
@@ -139,3 +142,19 @@ def test_there_are_as_many_answers_at_a_time_as_need_no_layer_offloaded(
 
     slots, residence = slots_with_room(asked, place)
     assert (slots, len(residence.offloaded)) == (expected, offloaded)
+
+
+def test_the_room_that_is_asked_for_is_what_a_plan_for_inference_counts(
+    runs: dict[str, RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[Footprint]()
+
+    def noted(parts: Footprint, **named: Any) -> Residence:
+        asked.append(parts)
+        return choose(parts, **named)
+
+    monkeypatch.setattr("qdist.runtime.infer.ready.choose", noted)
+    open_answerer({name: str(run.path) for name, run in runs.items()}, slots=4, tokens=64)
+    plan = runs["wide.1"].plan()
+    parts = parts_of(plan, torch.float32, rank_r=8 + 2)
+    assert asked == [answering_footprint(parts, Questions(batch=4, context=64, adapters=2))]
