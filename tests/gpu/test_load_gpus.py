@@ -171,7 +171,10 @@ def test_a_plain_model_that_does_not_fit_one_gpu_lies_on_two(folder: Path) -> No
     source = save_model(folder / "plain", **WIDE)
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     cap = int((CUDA_CONTEXT_BYTES + _WORK_BYTES + 0.75 * size) / USABLE_SHARE)
-    two, one = open_plain(str(source), "auto", None, cap), open_plain(str(source), "auto", None, None)
+    two, one = (
+        open_plain(str(source), "auto", None, cap, tokens=2048),
+        open_plain(str(source), "auto", None, None, tokens=2048),
+    )
     assert "on GPU 1" in two.where
     assert one.where == "backbone on GPU 0"
     torch.testing.assert_close(logits(two.model), logits(one.model), rtol=1e-3, atol=1e-3)

@@ -54,6 +54,11 @@ class Questions(NamedTuple):
     adapters: int = 1
     """Adapters of one base that are loaded; 0 for the base alone."""
 
+    @property
+    def tokens(self) -> int:
+        """Positions of all answers at a time."""
+        return self.batch * self.context
+
 
 class AnsweringBytes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Bytes of a model that answers, on all GPUs together, at the peak."""
@@ -128,7 +133,7 @@ def answering_footprint(parts: Sizes, questions: Questions) -> Footprint:
     """
     return count_in_use(
         parts,
-        tokens=questions.batch * questions.context,
+        tokens=questions.tokens,
         at_a_time=_at_a_time(questions),
         scored=questions.batch,
         adapters=[_adapter_bytes(*each, parts.job, questions) for each in _layers(parts)],
@@ -148,7 +153,7 @@ def _adapter_bytes(shape: LayerShape, own: LayerSizes, job: TrainingShape, quest
     linears = list(shape.targeted(job.targets))
     of_experts = own.trained - sum(job.adapter.parameters(linear, job.rank_r) for linear in linears)
     answering = adapter_bytes(linears, job) + 4 * of_experts
-    cached = cache_bytes(shape, job.compute_bytes, questions.batch * questions.context)
+    cached = cache_bytes(shape, job.compute_bytes, questions.tokens)
     return max(answering, 4 * own.trained - cached)
 
 

@@ -24,7 +24,15 @@ from qdist.runtime.exports.backbone import Backbone
 from qdist.runtime.exports.merged_16bit import Merged
 from qdist.runtime.exports.qalora_merge import merge_offsets
 from qdist.runtime.exports.update import Adapters
-from qdist.runtime.infer.load import footprint_of, load_run, load_tokenizer, open_plain, plan_of, residence_of
+from qdist.runtime.infer.load import (
+    ROOM_TOKENS,
+    footprint_of,
+    load_run,
+    load_tokenizer,
+    open_plain,
+    plan_of,
+    residence_of,
+)
 from qdist.runtime.infer.residence import arrange, choose, first_device, settle
 from qdist.runtime.model.skeleton import DTYPES, fill, skeleton
 from qdist.runtime.model.weights import Weights
@@ -115,7 +123,7 @@ class Evaluation:
         return self.held_out(model, dtype)
 
     def _checkpoint(self, folder: Path) -> float:
-        opened = open_plain(str(folder), self.plan.compute_dtype, None, None)
+        opened = open_plain(str(folder), self.plan.compute_dtype, None, None, tokens=ROOM_TOKENS)
         return self.held_out(opened.model, DTYPES[self.plan.compute_dtype])
 
     def _plain(self, source: Source, weights: Weights, dtype: torch.dtype) -> float:

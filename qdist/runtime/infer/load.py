@@ -12,7 +12,7 @@ from qdist.core.errors import MachineError, ModelError, PlanError, RunError, Spe
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.storage import packing_of
 from qdist.core.planning.answering import Questions, answering_footprint
-from qdist.core.planning.inference import Footprint, Residence, count_in_use, footprint, room
+from qdist.core.planning.inference import Footprint, Residence, cache_bytes, count_in_use, footprint, room
 from qdist.core.planning.memory import Sizes, TrainingShape, sizes
 from qdist.core.planning.plan import Plan, Source
 from qdist.core.planning.process_memory import CUDA_CONTEXT_BYTES
@@ -39,9 +39,7 @@ from qdist.runtime.quantize.gptq.check import checked
 from qdist.runtime.quantize.materialize import materialize
 
 _WORK_BYTES = GIB
-"""Bytes left free per GPU for keys, values and activations, for models that are no run: their shapes are not read."""
-_ROOM_TOKENS = 2048
-"""The same in tokens, for a GPTQ checkpoint, whose shapes are read."""
+"""Bytes left free per GPU for activations, for models that are no run."""
 
 
 class Plain(NamedTuple):
@@ -53,7 +51,13 @@ class Plain(NamedTuple):
 
 
 def open_plain(
-    name: str, dtype: str, device: str | None, max_memory_bytes: int | None, *, needs_tokenizer: bool = False
+    name: str,
+    dtype: str,
+    device: str | None,
+    max_memory_bytes: int | None,
+    *,
+    tokens: int,
+    needs_tokenizer: bool = False,
 ) -> Plain:
     """A model by alias, folder, GGUF file or hub id; see `qdist.runtime.infer.load.open_model`."""
     if max_memory_bytes is not None and (device is not None or not torch.cuda.is_available()):
@@ -65,11 +69,11 @@ def open_plain(
     if gptq is None:  # transformers reads it, which knows of no sums
         verify_folder(folder)
     if gptq is not None:
-        model, where = _gptq(folder, gptq, wanted, device, max_memory_bytes)
+        model, where = _gptq(folder, gptq, wanted, device, max_memory_bytes, tokens)
     elif device is not None or not torch.cuda.is_available():
         model, where = _on(folder, wanted, torch.device(device or "cpu"))
     else:
-        model, where = _where_there_is_room(folder, wanted, max_memory_bytes)
+        model, where = _where_there_is_room(folder, wanted, max_memory_bytes, tokens)
     model.eval()
     if tokenizer is not None:
         repair(tokenizer, model.config.to_dict())
@@ -86,7 +90,7 @@ def open_tokenizer_of(folder: Path, name: str) -> Any:
 
 
 def _gptq(
-    folder: Path, gptq: Gptq, dtype: torch.dtype | str, device: str | None, cap_bytes: int | None
+    folder: Path, gptq: Gptq, dtype: torch.dtype | str, device: str | None, cap_bytes: int | None, tokens: int
 ) -> tuple[Any, str]:
     """A GPTQ checkpoint in qdist's own layers; transformers would need GPTQModel for it."""
     shape, folder = blueprint(folder), in_safetensors(folder)
@@ -94,8 +98,9 @@ def _gptq(
     found = checked(folder, shape, gptq)
     chosen = dtype if isinstance(dtype, torch.dtype) else DTYPES[found.scales]
     parts = footprint(
-        facts, bits=4, double_quant=False, gptq=found, compute_bytes=chosen.itemsize, tokens=_ROOM_TOKENS, scored=0
-    )
+        facts, bits=4, double_quant=False, gptq=found, compute_bytes=chosen.itemsize, tokens=tokens,
+        at_a_time=ROOM_TOKENS, scored=0,
+    )  # fmt: skip
     residence = choose(parts, device=device, max_memory_bytes=cap_bytes)
     source = Source(
         kind="folder", path=str(folder), packed=str(folder), gptq=found, config=content_of(shape.config), tokenizer=""
@@ -113,12 +118,13 @@ def _on(folder: Path, dtype: torch.dtype | str, device: torch.device) -> tuple[A
     return load_plain(str(folder), dtype=dtype, device=device), str(on_device(device, layers=1))
 
 
-def _where_there_is_room(folder: Path, dtype: torch.dtype | str, cap_bytes: int | None) -> tuple[Any, str]:
+def _where_there_is_room(folder: Path, dtype: torch.dtype | str, cap_bytes: int | None, tokens: int) -> tuple[Any, str]:
     """On the first GPU with room for all of it, else spread over the GPUs with host memory as overflow."""
     rooms = [_room_beside_work(free, cap_bytes) for free in free_bytes()]
-    size = _stored_bytes(folder) * (2 if dtype == torch.float32 else 1)
+    wide = dtype == torch.float32
+    size = _stored_bytes(folder) * (2 if wide else 1)
     for gpu, own in enumerate(rooms):
-        if size <= own:
+        if size + _cached_bytes(folder, tokens, 4 if wide else 2) <= own:
             return _on(folder, dtype, torch.device("cuda", gpu))
     budgets: dict[int | str, int] = {gpu: own for gpu, own in enumerate(rooms) if own > 0}
     if not _is_quantized(folder):  # packed layers cannot compute where their weights are not
@@ -153,16 +159,25 @@ def _room_beside_work(free: int, cap_bytes: int | None) -> int:
 def holds_copy(target: str, free: int, asked: Questions | int, *, max_memory_bytes: int | None) -> bool:
     """Whether a GPU with so many free bytes has room for all of a run or model, and for what it is asked.
 
-    asked: answers in rows of one cache; or tokens of all sequences together, where they have a cache each. Of a model
-    that is no run they are not counted.
+    asked: answers in rows of one cache; or tokens of all sequences together, where they have a cache each.
     """
     run = RunDir(target)
     if not run.exists():
-        return _stored_bytes(materialize(locate(target))) <= _room_beside_work(free, max_memory_bytes)
+        folder, tokens = materialize(locate(target)), asked.tokens if isinstance(asked, Questions) else asked
+        return _stored_bytes(folder) + _cached_bytes(folder, tokens, 2) <= _room_beside_work(free, max_memory_bytes)
     plan = answering_plan(run, needs_tokenizer=True)
     parts = parts_of(plan, DTYPES[plan.compute_dtype])
     counted = answering_footprint(parts, asked) if isinstance(asked, Questions) else count_in_use(parts, tokens=asked)
     return counted.alone <= room(free, max_memory_bytes)
+
+
+def _cached_bytes(folder: Path, tokens: int, number_bytes: int) -> int:
+    """Bytes of keys and values of a model in a folder; 0 for a type whose shapes are not known."""
+    try:
+        facts = facts_of(read_json(folder / "config.json"), name=str(folder))
+    except ModelError:
+        return 0
+    return sum(cache_bytes(facts.shapes[run], number_bytes, tokens) for run in facts.run_of_layer)
 
 
 def _stored_bytes(folder: Path) -> int:
@@ -247,7 +262,9 @@ def open_model(
     run = RunDir(run_or_model)
     if not run.exists():
         name = str(run_or_model)
-        return Opened(*open_plain(name, dtype, device, max_memory_bytes, needs_tokenizer=needs_tokenizer))
+        return Opened(
+            *open_plain(name, dtype, device, max_memory_bytes, tokens=tokens, needs_tokenizer=needs_tokenizer)
+        )
     plan = answering_plan(run, needs_tokenizer=needs_tokenizer)
     chosen = DTYPES[plan.compute_dtype if dtype == "auto" else dtype]
     residence = residence_of(plan, chosen, device=device, max_memory_bytes=max_memory_bytes, tokens=tokens)

@@ -5,6 +5,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
+
 from qdist.core.errors import PlanError, SpecError
 from qdist.core.planning.answering import Questions, answering_footprint
 from qdist.core.planning.inference import Residence
@@ -17,10 +19,10 @@ from qdist.runtime.infer.decoder import Decoder, why_not
 from qdist.runtime.infer.decoding import ends_of
 from qdist.runtime.infer.line import Line
 from qdist.runtime.infer.linears import AdapterChoice, prepare_linears
-from qdist.runtime.infer.load import answering_plan, load_run, load_tokenizer, open_model, parts_of
+from qdist.runtime.infer.load import answering_plan, holds_copy, load_run, load_tokenizer, open_model, parts_of
 from qdist.runtime.infer.one_by_one import OneByOne
 from qdist.runtime.infer.prompts import Speech, speech_of
-from qdist.runtime.infer.residence import choose
+from qdist.runtime.infer.residence import choose, free_bytes
 from qdist.runtime.infer.scheduler import AdapterRows, Batched
 from qdist.runtime.infer.text import Script
 from qdist.runtime.model.skeleton import DTYPES
@@ -159,8 +161,20 @@ def _load_plain(
     max_memory_bytes: int | None,
 ) -> _Loaded:
     ((name, target),) = targets.items()
+    slots = slots_beside(target, slots, positions, max_memory_bytes)
     opened = open_model(target, tokens=slots * positions, max_memory_bytes=max_memory_bytes, needs_tokenizer=True)
     return _Loaded(opened.model, {"": speeches[name], **speeches}, {}, opened.where, slots)
+
+
+def slots_beside(target: str, slots: int, positions: int, max_memory_bytes: int | None) -> int:
+    """Answers at a time that a GPU has room for beside a whole model; as many as were asked for if there is none."""
+    rooms, count = free_bytes() if torch.cuda.is_available() else (), slots
+    while count and rooms:
+        asked = Questions(count, positions, 0)
+        if any(holds_copy(target, free, asked, max_memory_bytes=max_memory_bytes) for free in rooms):
+            return count
+        count //= 2
+    return slots
 
 
 def _answerer(loaded: _Loaded, *, slots: int, positions: int, graphs: bool | None) -> tuple[Answerer, str]:

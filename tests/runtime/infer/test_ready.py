@@ -11,10 +11,11 @@ from qdist.core.errors import DataError, PlanError, QdistError, RunError
 from qdist.core.planning.answering import Questions, answering_footprint
 from qdist.core.planning.inference import Footprint, Residence
 from qdist.core.sampling import Sampling
+from qdist.core.text import GIB
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.infer.answerer import Question
-from qdist.runtime.infer.load import parts_of
-from qdist.runtime.infer.ready import Ready, open_answerer, slots_with_room
+from qdist.runtime.infer.load import holds_copy, parts_of
+from qdist.runtime.infer.ready import Ready, open_answerer, slots_beside, slots_with_room
 from qdist.runtime.infer.residence import choose
 from qdist.runtime.infer.scheduler import Batched
 from tests.runtime.data.test_tokenized import CHATML, tiny_tokenizer
@@ -158,3 +159,24 @@ def test_the_room_that_is_asked_for_is_what_a_plan_for_inference_counts(
     plan = runs["wide.1"].plan()
     parts = parts_of(plan, torch.float32, rank_r=8 + 2)
     assert asked == [answering_footprint(parts, Questions(batch=4, context=64, adapters=2))]
+
+
+def test_a_plain_model_has_as_many_answers_at_a_time_as_a_gpu_has_room_for(
+    runs: dict[str, RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def holds(target: str, free: int, asked: Questions, **_: Any) -> bool:
+        return asked.tokens <= free
+
+    monkeypatch.setattr("qdist.runtime.infer.ready.holds_copy", holds)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for rooms, expected in (((100, 300), 4), ((5000,), 16), ((64,), 1), ((10,), 16)):
+        monkeypatch.setattr("qdist.runtime.infer.ready.free_bytes", lambda rooms=rooms: rooms)
+        assert slots_beside("model", 16, 64, None) == expected
+
+
+def test_a_copy_of_a_plain_model_needs_room_for_its_keys_and_values(runs: dict[str, RunDir]) -> None:
+    model = runs["narrow"].plan().source.path
+    free = 3 * GIB
+    assert holds_copy(model, free, Questions(1, 64, 0), max_memory_bytes=None)
+    assert not holds_copy(model, free, Questions(64, 10**6, 0), max_memory_bytes=None)
+    assert not holds_copy(model, free, 64 * 10**6, max_memory_bytes=None)

@@ -158,6 +158,6 @@ def test_asked_for_it_runs_in_every_process_of_a_run_and_is_recorded(
     merge(Merge(runs=(str(run.path),), out=str(out)))
     assert (out / "own.py").read_text() == OWN
     trust(str(out))
-    merged = open_plain(str(out), "float32", "cpu", None).model
+    merged = open_plain(str(out), "float32", "cpu", None, tokens=2048).model
     assert type(merged).__name__ == "Model"
     torch.testing.assert_close(logits_of(merged), logits_of(adapted), atol=0.05, rtol=0.05)
