@@ -177,9 +177,12 @@ def penalized(
 
 
 def filtered(scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
-    """Scores [n, vocab] with -inf for tokens that must not be drawn. Settings [n, 1]: 1 or more, above 0, 0 or more."""
+    """Scores [n, vocab] with -inf for tokens that must not be drawn. Settings [n, 1]: 1 or more, above 0, 0 or more.
+
+    Rows that hold no answer have zeros for settings, and must not point out of the vocabulary: CUDA would end for good.
+    """
     ordered = scores.sort(-1, descending=True).values
-    border = ordered.gather(-1, (top_k - 1).clamp(max=scores.shape[-1] - 1))
+    border = ordered.gather(-1, (top_k - 1).clamp(0, scores.shape[-1] - 1))
     shares = ordered.masked_fill(ordered < border, -torch.inf).softmax(-1)
     before = shares.cumsum(-1) - shares
     in_nucleus = (before < top_p) | (top_p >= 1)

@@ -67,6 +67,16 @@ def test_penalties_are_transformers_and_openais() -> None:
     assert torch.allclose(penalized(logits, written, prompted, torch.tensor([[1.3, 0.5, 0.25]])), wanted)
 
 
+@pytest.mark.parametrize("sampling", [Sampling(temperature=1.0, top_p=0.5), Sampling(top_k=2, repetition_penalty=1.5)])
+def test_rows_that_hold_no_answer_are_computed_harmlessly(sampling: Sampling) -> None:
+    chooser, logits = Chooser(4, VOCAB, CPU), logits_of(4)
+    chooser.admit(0, sampling, [1, 2])
+    chooser.use([sampling])
+    among = chosen(chooser, logits, 0, 1, 2, 3)
+    assert among[:1] == chosen(chooser_of(sampling), logits[:1], 0)
+    assert all(0 <= token < VOCAB for token in among)
+
+
 def test_a_greedy_answer_among_others_takes_the_likeliest() -> None:
     logits = logits_of(3)
     chooser = chooser_of(Sampling(), Sampling(temperature=2.0, seed=4), Sampling(top_k=3, min_p=0.5))
