@@ -3,10 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
+from qdist.core.errors import QdistError
 from qdist.core.sampling import Sampling
 
-Reason = Literal["stop", "length", "cancelled"]
-"""Why an answer ended: an end of turn or a stop text; `max_new_tokens` or the model's positions; `cancel`."""
+Reason = Literal["stop", "length", "cancelled", "error"]
+"""Why an answer ended: an end of turn or a stop text; `max_new_tokens` or the model's positions; `cancel`; an error that
+is this answer's alone."""
 
 
 class Question(NamedTuple):
@@ -47,6 +49,9 @@ class Ended(NamedTuple):
     """Text that was held back, without the stop text."""
     prompt_tokens: int
     new_tokens: int
+    error: QdistError | None = None
+    """Why no more can be answered, if the reason is an error: JobError for logits that are NaN, naming the token's
+    place; DataError for a question that cannot be answered."""
 
 
 Listener = Callable[[Piece | Ended], None]
@@ -72,7 +77,7 @@ class Answerer(Protocol):
     def step(self) -> bool:
         """Let in whom there is a slot for, and bring each answer at work one token on. False if there was none.
 
-        Raises JobError where logits are NaN, naming the token's place.
+        What is wrong with one answer ends that one; see `Ended.error`.
         """
 
     @property

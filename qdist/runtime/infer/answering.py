@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from qdist.core.errors import QdistError
 from qdist.core.requests import Generate
 from qdist.core.sampling import Sampling
 from qdist.host.run.rundir import RunDir
@@ -68,17 +69,19 @@ def adapter_of(target: str) -> str:
 def answer_with(
     answerer: Answerer, adapter: str, work: Work, keep: Keep, clock: Callable[[], float] = time.monotonic
 ) -> None:
-    """Put all prompts into an answerer's line, and step until all are answered."""
-    began = clock()
+    """Put all prompts into an answerer's line, and step until all are answered. Raises the error that ended one."""
+    began, errors = clock(), list[QdistError]()
 
     def elapsed_s() -> float:
         return clock() - began
 
     for own in work.asked:
         question = Question(own.prompt, ended_alike(own.sampling, work.speech, adapter), adapter)
-        answerer.submit(question, _listener(own.number, keep, elapsed_s))
-    while answerer.step():
+        answerer.submit(question, _listener(own.number, keep, elapsed_s, errors))
+    while answerer.step() and not errors:
         pass
+    if errors:
+        raise errors[0]
 
 
 def ended_alike(sampling: Sampling, speech: Speech, adapter: str) -> Sampling:
@@ -89,13 +92,15 @@ def ended_alike(sampling: Sampling, speech: Speech, adapter: str) -> Sampling:
     return msgspec.structs.replace(sampling, stop=(*sampling.stop, end_text))
 
 
-def _listener(number: int, keep: Keep, elapsed_s: Callable[[], float]) -> Listener:
-    """Hears the tokens of one answer, and keeps it when it has ended."""
+def _listener(number: int, keep: Keep, elapsed_s: Callable[[], float], errors: list[QdistError]) -> Listener:
+    """Hears the tokens of one answer, and keeps it when it has ended, or the error that ended it."""
     texts: list[str] = []
 
     def heard(told: Piece | Ended) -> None:
         texts.append(told.text)
-        if isinstance(told, Ended):
+        if isinstance(told, Ended) and told.error:
+            errors.append(told.error)
+        elif isinstance(told, Ended):
             found = Answered(
                 text="".join(texts).strip(), prompt_tokens=told.prompt_tokens, new_tokens=told.new_tokens,
                 finish=told.reason, after_s=elapsed_s(),

@@ -127,6 +127,11 @@ class Decoder:
             values[target] = values[source]
         self._held[target] = self._held[source]
 
+    def clear(self, row: int) -> None:
+        """Forget what a row held: a NaN in its keys or values would count beyond the end of the next answer in it."""
+        self.cache.clear(row)
+        self._held[row] = 0
+
     def _bucket(self, rows: int) -> int:
         """Rows of the step that computes so many: on a CPU no more, else as there are graphs."""
         return rows if self._is_exact else min(1 << (rows - 1).bit_length(), self.slots)

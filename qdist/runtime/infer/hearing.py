@@ -32,7 +32,7 @@ class Hearing:
     def answers(self) -> list[str]:
         """The answers, when they have ended; Ctrl-C ends them where they are.
 
-        Raises the QdistError for which the thread that answers has ended.
+        Raises the QdistError for which the thread that answers has ended, or an answer.
         """
         with _at_ctrl_c(lambda: self._told.put(None)):
             tickets = [
@@ -45,6 +45,9 @@ class Hearing:
                     continue
                 for ticket in tickets:
                     self._runner.cancel(ticket)
+        for ended in self._ended.values():
+            if ended.error:
+                raise ended.error
         return self._texts
 
     @property

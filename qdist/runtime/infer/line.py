@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Collection, Mapping
 from itertools import count
 
-from qdist.core.errors import DataError, JobError, nearest
+from qdist.core.errors import DataError, JobError, QdistError, nearest
 from qdist.core.planning.answering import PROMPT_TOKENS
 from qdist.runtime.infer.answerer import Ended, Likely, Listener, Piece, Question, Reason
 from qdist.runtime.infer.choosing import Choice
@@ -42,22 +42,28 @@ class Answer:
         """Whether the listener has heard the end."""
         self.needs_no_more = False
         """Whether it ends with the last token that was noted, if not before."""
+        self.spoiled = False
+        """Whether its logits were NaN: so may be what is kept of it."""
 
     def note(self, choice: Choice) -> None:
         """Look at the next token without telling of it: `take` does, in the same order, now or later."""
         self._chosen += 1
-        self.needs_no_more = choice.token in self._ends or self._chosen >= self._most or not choice.is_finite
+        self.spoiled = self.spoiled or not choice.is_finite
+        self.needs_no_more = choice.token in self._ends or self._chosen >= self._most or self.spoiled
 
     def take(self, choice: Choice) -> None:
-        """Tell the listener of the next token, or of the end that it brings. Raises JobError where logits are NaN."""
+        """Tell the listener of the next token, or of the end that it brings; logits that are NaN are one."""
         if self.ended:
             return
         if not choice.is_finite:
-            raise JobError(
-                f"logits are NaN or infinite at token {self._written + 1:,} of an answer (ticket {self.ticket}, after "
-                f"{len(self.question.prompt):,} tokens of prompt)",
-                try_="the base without the adapter, which tells whether the adapter is at fault",
+            self.fail(
+                JobError(
+                    f"logits are NaN or infinite at token {self._written + 1:,} of an answer (ticket {self.ticket}, "
+                    f"after {len(self.question.prompt):,} tokens of prompt)",
+                    try_="the base without the adapter, which tells whether the adapter is at fault",
+                )
             )
+            return
         if choice.token in self._ends:
             self.end("stop")
             return
@@ -68,12 +74,16 @@ class Answer:
         elif self._written >= self._most:
             self.end("length")
 
-    def end(self, reason: Reason) -> None:
+    def fail(self, error: QdistError) -> None:
+        """End it for an error that is this answer's alone."""
+        self.end("error", error)
+
+    def end(self, reason: Reason, error: QdistError | None = None) -> None:
         """Tell the listener that no more comes; nothing if it has heard that already."""
         if not self.ended:
             self.ended = True
             rest = self._text.finish()
-            self._listener(Ended(reason, rest, len(self.question.prompt), self._written))
+            self._listener(Ended(reason, rest, len(self.question.prompt), self._written, error))
 
     def _piece(self, choice: Choice) -> Piece:
         text, asked = self._text.add(choice.token), self.question.sampling.logprobs

@@ -251,12 +251,13 @@ class LlamaCpp:
 
     def _tell(self, answer: Answer, said: Mapping[str, Any]) -> None:
         if "error" in said:
-            raise JobError(f"llama.cpp cannot go on: {said['error'].get('message')}", try_="--engine qdist")
-        (piece,) = said["choices"]
-        for choice in choices_of(piece, self._scripts[answer.question.adapter].tokenizer):
-            answer.take(choice)
-        if piece["finish_reason"]:
-            answer.end("length" if piece["finish_reason"] == "length" else "stop")
+            answer.fail(JobError(f"llama.cpp cannot go on: {said['error'].get('message')}", try_="--engine qdist"))
+        else:
+            (piece,) = said["choices"]
+            for choice in choices_of(piece, self._scripts[answer.question.adapter].tokenizer):
+                answer.take(choice)
+            if piece["finish_reason"]:
+                answer.end("length" if piece["finish_reason"] == "length" else "stop")
         if answer.ended:
             self._line.forget(answer)
             self._at_work.pop(answer.ticket, None)

@@ -60,7 +60,7 @@ class Runner:
         """Put a question into the line; returns its ticket, which is the runner's and not the answerer's.
 
         Raises DataError for one that cannot be answered, JobError after `drain` or `close`, `failed` if it is set. What
-        only the answerer itself refuses, later, ends as cancelled.
+        only the answerer itself refuses, later, ends with that error.
         """
         require_answerable(question, positions=self.answerer.positions, adapters=self.answerer.adapters)
         with self._changed:
@@ -112,8 +112,8 @@ class Runner:
 
         try:
             self._own[ticket] = self.answerer.submit(question, heard)
-        except DataError:
-            listener(Ended("cancelled", "", len(question.prompt), 0))
+        except DataError as error:
+            listener(Ended("error", "", len(question.prompt), 0, error))
 
     def _cancel(self, ticket: int) -> None:
         if ticket in self._own:

@@ -22,6 +22,9 @@ class RowDecoder(Protocol):
     def move(self, source: int, target: int) -> None:
         """Copy a row over another."""
 
+    def clear(self, row: int) -> None:
+        """Forget what a row held, of which NaN would reach the answer that has it next."""
+
 
 Select = Callable[[str], None]
 """Has the adapter of this name compute all that comes, or the base alone if empty."""
@@ -165,6 +168,8 @@ class Batched:
         for row in reversed(range(len(self._rows))):
             if self._rows[row].ended or self._rows[row].needs_no_more:
                 self._line.forget(self._rows[row])
+                if self._rows[row].spoiled:
+                    self._decoder.clear(row)
                 last = len(self._rows) - 1
                 if row < last:
                     for part in (self._decoder, self._chooser, self._adapter_rows):

@@ -78,6 +78,11 @@ class SlotLayer(CacheLayerMixin):
         for kept in (self.keys, self.values):
             kept[target, :, :tokens] = kept[source, :, :tokens]
 
+    def clear(self, row: int) -> None:
+        """Fill a row with zeros."""
+        for kept in (self.keys, self.values):
+            kept[row].zero_()
+
     def get_seq_length(self) -> int:
         """Tokens before the pass, of the longest row."""
         now = self._turn.now
@@ -113,16 +118,19 @@ class Slots(Cache):
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copy the first tokens of a row over another, in every layer."""
-        for layer in self.layers:
-            if isinstance(layer, SlotLayer) and layer.is_initialized:
-                layer.move(source, target, tokens)
+        for layer in self._filled():
+            layer.move(source, target, tokens)
+
+    def clear(self, row: int) -> None:
+        """Fill a row with zeros, in every layer."""
+        for layer in self._filled():
+            layer.clear(row)
+
+    def _filled(self) -> list[SlotLayer]:
+        """The layers that have memory."""
+        return [layer for layer in self.layers if isinstance(layer, SlotLayer) and layer.is_initialized]
 
     @property
     def size_bytes(self) -> int:
         """Memory of keys and values that is allocated."""
-        return sum(
-            kept.nbytes
-            for layer in self.layers
-            for kept in (layer.keys, layer.values)
-            if isinstance(kept, torch.Tensor)
-        )
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._filled())

@@ -121,7 +121,7 @@ class Answers:
     def __init__(self, runner: Runner, place: Place, meters: Meters, count: int) -> None:
         self._runner, self._place, self._meters = runner, place, meters
         self._loop, self._heard = asyncio.get_running_loop(), asyncio.Queue[Told | QdistError]()
-        self._timers = [Timer() for _ in range(count)]
+        self._count, self._timers = count, [Timer() for _ in range(count)]
         self._tickets: dict[int, int] = {}
         """Of questions that have not ended, by index."""
         self.closing: list[Callable[[], object]] = []
@@ -133,22 +133,31 @@ class Answers:
 
     def _hear(self, told: Told) -> None:
         """Called on the runner's thread."""
-        self._loop.call_soon_threadsafe(self._heard.put_nowait, told)
+        self._loop.call_soon_threadsafe(self._take, told)
+
+    def _take(self, told: Told) -> None:
+        """An answer that has ended gives its place back, however slowly the client reads it."""
+        if isinstance(told.what, Piece):
+            self._timers[told.choice].token()
+        else:
+            self._end(told.choice)
+        self._heard.put_nowait(told)
 
     def fail(self, error: QdistError) -> None:
         """Wake who waits with an error."""
         self._heard.put_nowait(error)
 
     async def told(self) -> AsyncIterator[Told]:
-        """Everything that is heard, until the last answer has ended. Raises Refusal if the answerer fails."""
-        while self._tickets:
+        """Everything that is heard, until the last answer has ended. Raises Refusal if one or the answerer fails."""
+        left = self._count
+        while left:
             heard = await self._heard.get()
             if isinstance(heard, QdistError):
                 raise failure(heard)
-            if isinstance(heard.what, Piece):
-                self._timers[heard.choice].token()
-            else:
-                self._end(heard.choice)
+            if isinstance(heard.what, Ended):
+                left -= 1
+                if heard.what.error:
+                    raise _of_answer(heard.what.error)
             yield heard
 
     def _end(self, index: int) -> None:
@@ -164,6 +173,13 @@ class Answers:
         self._place.release()
         for each in self.closing:
             each()
+
+
+def _of_answer(error: QdistError) -> Refusal:
+    """What a request is told when one of its answers cannot go on; others do."""
+    if isinstance(error, DataError):
+        return Refusal(error.message, try_=error.try_)
+    return Refusal(error.message, try_=error.try_, status=500, code="answer_failed")
 
 
 def failure(error: QdistError) -> Refusal:

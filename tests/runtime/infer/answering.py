@@ -62,6 +62,9 @@ class ByAnswer:
     def move(self, source: int, target: int) -> None:
         self.rows[target] = list(self.rows[source])
 
+    def clear(self, row: int) -> None:
+        self.rows[row] = []
+
     def _go_on(self, rows: Sequence[int]) -> None:
         with torch.no_grad():
             logits = [self._model(input_ids=torch.tensor([self.rows[row]])).logits[0, -1] for row in rows]

@@ -149,9 +149,25 @@ def test_logits_that_are_nan_name_the_token_and_the_answer(kind: Any) -> None:
     assert heard.ended is None
     with torch.no_grad():
         model.lm_head.weight[7] = torch.nan
-    with pytest.raises(JobError, match=r"NaN or infinite at token 2 of an answer \(ticket 1, after 2 tokens"):
-        finish(answerer)
-    assert heard.ended is None
+    finish(answerer)
+    assert heard.ended
+    assert (heard.ended.reason, heard.ended.new_tokens) == ("error", 1)
+    assert isinstance(heard.ended.error, JobError)
+    assert "NaN or infinite at token 2 of an answer (ticket 1, after 2 tokens" in heard.ended.error.message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_with_logits_that_are_nan_harms_none_beside_or_after_it(kind: Any) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[66] = torch.nan
+    asked = [question(*[66] * 12), question(5, 9, max_new_tokens=16), question(6, 7), question(*[66] * 3), question(8)]
+    bad, *good = answered(kind(model, slots=2), *asked)
+    assert bad.ended
+    assert (bad.ended.reason, bad.tokens) == ("error", [])
+    alone = [answered(one_by_one(model), own)[0] for own in asked[1:]]
+    assert [own.tokens for own in good] == [own.tokens for own in alone]
+    assert [own.ended and own.ended.reason for own in good] == ["length", "length", "error", "length"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -153,11 +153,13 @@ def test_questions_that_cannot_be_answered_are_refused_at_once() -> None:
         answerer.may_step.set()
 
 
-def test_what_only_the_answerer_refuses_ends_as_cancelled() -> None:
+def test_what_only_the_answerer_refuses_ends_with_its_error() -> None:
     with Runner(Counting()) as runner:
         listener = Waited()
         runner.submit(question(13), listener)
-        assert listener.ended() == Ended("cancelled", "", 1, 0)
+        ended = listener.ended()
+        assert (ended.reason, ended.prompt_tokens, ended.new_tokens) == ("error", 1, 0)
+        assert isinstance(ended.error, DataError)
 
 
 def test_draining_finishes_what_was_asked_and_takes_nothing_new() -> None:

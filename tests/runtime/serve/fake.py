@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qdist.core.data.conversation import Wording
-from qdist.core.errors import JobError
+from qdist.core.errors import JobError, QdistError
 from qdist.runtime.infer.answerer import Ended, Likely, Listener, Piece, Question
 from qdist.runtime.infer.prompts import Speech
 from qdist.runtime.infer.runner import Runner
@@ -62,6 +62,8 @@ class Echo:
         self._tickets = count(1)
         self._line: dict[int, _Work] = {}
         self._steps = 0
+        self.errors: dict[str, QdistError] = {}
+        """What ends an answer that would say a letter."""
         self.seen: list[Question] = []
         self.closed = False
 
@@ -97,6 +99,8 @@ class Echo:
         if place == len(question.prompt):
             return self._end(ticket, "stop")
         token = question.prompt[place]
+        if (error := self.errors.get(TOKENIZER.decode([token]))) is not None:
+            return self._end(ticket, "error", error)
         said.append(token)
         text = TOKENIZER.decode([token])
         if text in question.sampling.stop:
@@ -108,9 +112,9 @@ class Echo:
             self._end(ticket, "length")
         return None
 
-    def _end(self, ticket: int, reason: Any) -> None:
+    def _end(self, ticket: int, reason: Any, error: QdistError | None = None) -> None:
         question, listener, said = self._line.pop(ticket)
-        listener(Ended(reason, "", len(question.prompt), len(said)))
+        listener(Ended(reason, "", len(question.prompt), len(said), error))
 
     @property
     def working(self) -> int:

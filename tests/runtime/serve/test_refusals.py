@@ -8,7 +8,8 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from qdist.core.errors import JobError
+from qdist.core.errors import DataError, JobError
+from qdist.runtime.infer.answerer import Question
 from qdist.runtime.serve import app
 from tests.runtime.serve.fake import Echo, Started, started, until
 
@@ -269,6 +270,33 @@ def test_who_waits_when_the_model_fails_is_told_so() -> None:
         assert (await client.post(CHAT, json=chat())).status_code == 503
 
     asking(test, echo=Echo(fail_at=3))
+
+
+def test_an_answer_that_cannot_go_on_is_told_so_and_others_go_on() -> None:
+    async def test(client: httpx.AsyncClient, server: Started) -> None:
+        server.echo.errors = {"!": JobError("logits are NaN at token 3"), "?": DataError("no", try_="yes")}
+        failed = await client.post(TEXT, json=text(prompt="hi!"))
+        assert (failed.status_code, failed.json()["error"]["code"]) == (500, "answer_failed")
+        assert (await client.post(TEXT, json=text(prompt=["ab?", "cd"]))).status_code == 400
+        stream = await client.post(TEXT, json=text(prompt="hi!", stream=True))
+        assert "logits are NaN" in stream.text
+        assert "[DONE]" not in stream.text
+        assert (await client.post(TEXT, json=text())).json()["choices"][0]["text"] == "hi"
+        await until(lambda: server.desk.idle)
+
+    asking(test)
+
+
+def test_an_answer_that_has_ended_has_no_place_however_slowly_it_is_read() -> None:
+    async def run() -> None:
+        async with started(most=1) as server:
+            place = server.desk.hold(1)
+            answers = server.desk.ask([Question([5, 6, 7])], place)
+            await until(lambda: server.desk.idle)
+            assert [type(heard.what).__name__ async for heard in answers.told()] == ["Piece"] * 3 + ["Ended"]
+            answers.close()
+
+    asyncio.run(run())
 
 
 def test_health_says_whether_there_is_a_model() -> None:
