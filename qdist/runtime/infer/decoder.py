@@ -80,6 +80,8 @@ class Decoder:
         self._launched: set[tuple[int, Hashable]] = set()
         self.refused = "not asked for" if graphs is False else _why_no_graph(self._model, new_pool)
         """Why steps are not captured, as a phrase; empty while they are."""
+        self.refused_variants: dict[Hashable, str] = {}
+        """The same of variants that cannot be captured where others can."""
         if graphs and self.refused:
             raise SpecError(f"steps cannot be captured: {self.refused}", try_="graphs=None")
 
@@ -173,18 +175,32 @@ class Decoder:
     def _run(self, bucket: int) -> None:
         """A step of so many rows: launched the first time, when things compile and allocate, then captured."""
         key = (bucket, self._variant())
-        if not self.refused and key in self._launched and key not in self._replays:
-            self._capture = self._capture or self._new_pool()
-            found = try_to_capture(self._capture, lambda _: self._pass(bucket), {})
-            if isinstance(found, str):
-                self.refused = found
-            else:
-                self._replays[key] = found[0]
+        refused = self.refused or self.refused_variants.get(key[1])
+        if not refused and key in self._launched and key not in self._replays:
+            self._try_to_capture(key)
         if key in self._replays:
             self._replays[key]()
         else:
             self._pass(bucket)
             self._launched.add(key)
+
+    def _try_to_capture(self, key: tuple[int, Hashable]) -> None:
+        """Capture a step, or note why not: of this variant alone if there are graphs of others."""
+        self._capture = self._capture or self._new_pool()
+        try:
+            found = try_to_capture(self._capture, lambda _: self._pass(key[0]), {})
+        except torch.OutOfMemoryError:
+            if not self._replays:
+                raise
+            found = "there is no memory for another graph"
+        if not isinstance(found, str):
+            self._replays[key] = found[0]
+            return
+        self._capture = None  # CUDA records no more into a pool in which a capture has failed
+        if self._replays:
+            self.refused_variants[key[1]] = found
+        else:
+            self.refused = found
 
     def _pass(self, bucket: int) -> torch.Tensor:
         """One token of the first rows, of which those from `_count` on hold nothing."""

@@ -164,6 +164,34 @@ def test_where_a_step_cannot_be_captured_it_is_launched_and_says_why() -> None:
     assert decoder.refused == "operation not permitted when stream is capturing"
 
 
+@pytest.mark.parametrize("error", [RuntimeError("not permitted"), torch.OutOfMemoryError("none left")])
+def test_a_variant_that_cannot_be_captured_is_launched_and_leaves_the_graphs_of_others(error: RuntimeError) -> None:
+    captured, variant, pools = [], ["greedy"], []
+
+    def pool() -> Any:
+        pools.append(1)
+
+        def capture(passes: Any, inputs: Any) -> Any:
+            if variant[0] == "odd":
+                raise error
+            captured.append(variant[0])
+            return lambda: passes(inputs), torch.empty(0)
+
+        return capture
+
+    model = model_of("llama")
+    decoder = Decoder(model, slots=1, positions=40, choose=likeliest, new_pool=pool, variant=lambda: variant[0])
+    decoder.prefill([PROMPTS[0]], [0])
+    found = [decoder.tokens[0].item()]
+    for variant[0] in ("greedy", "greedy", "odd", "odd", "odd", "drawn", "drawn", "greedy"):
+        decoder.step(1)
+        found.append(decoder.tokens[0].item())
+    assert found == expected(model, PROMPTS[0], len(found))
+    assert (captured, len(pools)) == (["greedy", "drawn"], 2)
+    assert decoder.refused == ""
+    assert list(decoder.refused_variants) == ["odd"]
+
+
 def test_a_row_without_positions_left_harms_no_other() -> None:
     model = model_of("llama")
     decoder = Decoder(model, slots=2, positions=20, choose=likeliest)
