@@ -7,8 +7,8 @@ from qdist.core.errors import QdistError
 from qdist.core.sampling import Sampling
 
 Reason = Literal["stop", "length", "cancelled", "error"]
-"""Why an answer ended: an end of turn or a stop text; `max_new_tokens` or the model's positions; `cancel`; an error that
-is this answer's alone."""
+"""Why an answer ended: an end of turn or a stop text; `max_new_tokens` or the model's positions; `cancel`; an error
+that is this answer's alone."""
 
 
 class Question(NamedTuple):

@@ -99,8 +99,12 @@ class Answer:
 class Line:
     """Tickets, and the questions that wait for a place."""
 
-    def __init__(self, scripts: Mapping[str, Script], positions: int) -> None:
-        """scripts: of each adapter by its name, and of the base under the empty name."""
+    def __init__(self, scripts: Mapping[str, Script], positions: int, vocabulary: int | None = None) -> None:
+        """scripts: of each adapter by its name, and of the base under the empty name.
+
+        vocabulary: tokens that the model reads; None if unknown. A GPU that looks up another one ends for good.
+        """
+        self._vocabulary = vocabulary
         self.adapters = tuple(filter(None, scripts))
         self.positions = positions
         self._scripts, self._tickets = scripts, count(1)
@@ -114,6 +118,12 @@ class Line:
     def submit(self, question: Question, listener: Listener) -> int:
         """Put a question at the end; returns its ticket. Raises DataError for one that cannot be answered."""
         require_answerable(question, positions=self.positions, adapters=self.adapters)
+        if self._vocabulary is not None and not 0 <= min(question.prompt) <= max(question.prompt) < self._vocabulary:
+            token = max(question.prompt) if min(question.prompt) >= 0 else min(question.prompt)
+            raise DataError(
+                f"the prompt has the token {token:,}, and the model reads {self._vocabulary:,} of them",
+                try_="a prompt without special tokens that the model has no row for",
+            )
         ticket = next(self._tickets)
         answer = Answer(ticket, question, listener, self._scripts[question.adapter], self.positions)
         self._waiting.append(answer)

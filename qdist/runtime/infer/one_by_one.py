@@ -39,7 +39,8 @@ class OneByOne:
     @property
     def working(self) -> int:
         """Answers at work."""
-        return sum(not course.answer.ended for course in self._courses.values())
+        courses = tuple(self._courses.values())  # a server's metrics are read on another thread
+        return sum(not course.answer.ended for course in courses)
 
     @property
     def waiting(self) -> int:

@@ -11,8 +11,10 @@ from qdist.core.planning.answering import PROMPT_TOKENS
 from qdist.core.sampling import Sampling
 from qdist.runtime.infer.answerer import Answerer, Ended, Likely, Question
 from qdist.runtime.infer.choosing import Chooser
+from qdist.runtime.infer.line import Line
 from qdist.runtime.infer.one_by_one import OneByOne
 from qdist.runtime.infer.scheduler import AdapterRows, Batched
+from qdist.runtime.infer.text import Script
 from tests.runtime.infer.answering import (
     ByAnswer,
     Heard,
@@ -182,6 +184,13 @@ def test_questions_that_cannot_be_answered_are_refused(kind: Any, model: Any) ->
             answerer.submit(asked, Heard())
         assert caught.value.try_
     assert not answerer.step()
+
+
+def test_a_token_that_the_model_does_not_read_is_refused() -> None:
+    line = Line({"": Script(None)}, 8, VOCAB)
+    for token in (VOCAB, -1):
+        with pytest.raises(DataError, match=f"has the token {token}, and the model reads {VOCAB}"):
+            line.submit(question(5, token), Heard())
 
 
 @pytest.mark.parametrize("kind", [batched, one_by_one])
