@@ -54,7 +54,7 @@ def answer_all(work: Work, keep: Keep, *, say_where: bool = False) -> None:
     request, name = work.request, adapter_of(work.request.run)
     ready = open_answerer(
         {name: request.run}, slots=min(request.batch, len(work.asked)), tokens=work.longest, engine=request.engine,
-        max_memory_bytes=request.max_memory_bytes,
+        max_memory_bytes=request.max_memory_bytes, ahead=(request.sampling,),
     )  # fmt: skip
     if say_where:
         _say_where(ready.where, work.speech)

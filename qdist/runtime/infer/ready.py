@@ -1,6 +1,6 @@
 """Opens runs over one base, or a model, to answer many questions at once."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ import torch
 from qdist.core.errors import PlanError, SpecError
 from qdist.core.planning.answering import Questions, answering_footprint
 from qdist.core.planning.inference import Residence
+from qdist.core.sampling import Sampling
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.data.wording import usual_wording
 from qdist.runtime.infer.answerer import Answerer
@@ -57,6 +58,7 @@ def open_answerer(
     engine: str = "auto",
     max_memory_bytes: int | None = None,
     graphs: bool | None = None,
+    ahead: Sequence[Sampling] = (Sampling(),),
 ) -> Ready:
     """An answerer with the adapters of runs over one base, which answers without an adapter too; or over a plain model.
 
@@ -64,7 +66,7 @@ def open_answerer(
     slots: answers that are worked on at a time; fewer where layers of a run would be offloaded for them.
     tokens: of a prompt and its answer together, at most; the model may have fewer positions. Memory is left for
     slots x tokens.
-    engine: of `ENGINES`. graphs: see `Decoder`.
+    engine: of `ENGINES`. graphs: see `Decoder`. ahead: what is compiled and captured before the first question.
 
     Raises RunError for runs without adapters and over different bases, SpecError for settings that contradict each
     other or the machine, PlanError where the model does not fit.
@@ -72,6 +74,8 @@ def open_answerer(
     if engine not in ENGINES:
         raise SpecError(f"there is no engine called {engine!r}", try_=", ".join(ENGINES))
     if engine == "llama.cpp":
+        if max_memory_bytes is not None or graphs:
+            raise SpecError("max_memory and graphs are of GPUs, and llama.cpp computes on CPUs", try_="engine='qdist'")
         from qdist.runtime.infer.llama_cpp import open_llama_cpp
 
         return open_llama_cpp(targets, slots=slots, tokens=tokens)
@@ -80,7 +84,7 @@ def open_answerer(
     positions = min(tokens, *(own.positions or tokens for own in speeches.values()))
     load = _load_plain if is_model else _load_runs
     loaded = load(targets, speeches, slots=slots, positions=positions, max_memory_bytes=max_memory_bytes)
-    answerer, how = _answerer(loaded, slots=loaded.slots, positions=positions, graphs=graphs)
+    answerer, how = _answerer(loaded, slots=loaded.slots, positions=positions, graphs=graphs, ahead=ahead)
     at_a_time = f"{loaded.slots} answers at a time" if loaded.slots > 1 else "an answer at a time"
     if loaded.slots < slots:
         at_a_time += f", since there is no memory for {slots}"
@@ -177,12 +181,14 @@ def slots_beside(target: str, slots: int, positions: int, max_memory_bytes: int 
     return slots
 
 
-def _answerer(loaded: _Loaded, *, slots: int, positions: int, graphs: bool | None) -> tuple[Answerer, str]:
+def _answerer(
+    loaded: _Loaded, *, slots: int, positions: int, graphs: bool | None, ahead: Sequence[Sampling]
+) -> tuple[Answerer, str]:
     """What answers with a model, and what is to be said of that."""
     model = loaded.model
     base = model.get_base_model() if loaded.known else model
-    line = Line({name: _script(base, speech) for name, speech in loaded.speeches.items()}, positions)
-    chooser = Chooser(slots, _vocabulary(base), base.device)
+    scripts, vocabulary = {name: _script(base, own) for name, own in loaded.speeches.items()}, _vocabulary(base)
+    line, chooser = Line(scripts, positions, vocabulary), Chooser(slots, vocabulary, base.device)
     reason = why_not(model, positions=positions)
     choice = None if _is_dispatched(base) else prepare_linears(model)
     select = partial(_select, choice, {"": "", **loaded.known})
@@ -200,12 +206,26 @@ def _answerer(loaded: _Loaded, *, slots: int, positions: int, graphs: bool | Non
         graphs=False if len(loaded.known) > 1 and not mixes else graphs,
     )  # fmt: skip
     rows.use({next(iter(loaded.known), "")})
-    decoder.prepare()
+    _prepare(decoder, chooser, ahead)
     later = base.device.type == "cuda"
     how = f"adapters take turns: {choice.reason}" if choice and choice.reason and len(loaded.known) > 1 else ""
+    launched = f"steps are launched without CUDA graphs: {decoder.refused}" if later and decoder.refused else ""
     return Batched(decoder, chooser, line, rows, slots=slots, tells_later=later), _joined(
-        how, choice.note if choice else ""
+        how or launched, choice.note if choice else ""
     )
+
+
+def _prepare(decoder: Decoder, chooser: Chooser, ahead: Sequence[Sampling]) -> None:
+    """Have steps compiled and captured for these settings. Raises PlanError if there is no memory for the cache."""
+    try:
+        for sampling in ahead:
+            chooser.use([sampling])
+            decoder.prepare()
+    except torch.OutOfMemoryError as error:
+        raise PlanError(
+            f"keys and values of {decoder.slots} answers of {decoder.positions:,} tokens do not fit beside the model",
+            try_="fewer of either: --slots or --batch, --context or --max-new-tokens",
+        ) from error
 
 
 def _is_dispatched(base: Any) -> bool:

@@ -19,6 +19,7 @@ from starlette.routing import Route
 
 from qdist.core.errors import JobError, MachineError, QdistError
 from qdist.core.requests import Serve, Web
+from qdist.core.sampling import Sampling
 from qdist.host.run.rundir import RunDir
 from qdist.host.sources.targets import ServedTargets, targets_to_serve
 from qdist.host.terminal import say
@@ -33,6 +34,8 @@ from qdist.runtime.serve.web import announce_page, page_routes
 
 KEY = "QDIST_API_KEY"
 """Environment variable with the key that clients must send."""
+_AHEAD = (Sampling(), Sampling(temperature=1))
+"""What clients ask for most: the likeliest tokens, and OpenAI's default."""
 _GLANCE_S = 0.1
 _ONE_SIGNAL_S = 0.5
 """Seconds within which signals are one: systemd and `timeout` send theirs to this process and to its parent, which
@@ -75,6 +78,7 @@ def _run(
             tokens=request.context,
             engine=request.engine,
             max_memory_bytes=request.max_memory_bytes,
+            ahead=_AHEAD,
         )
 
     with bound_to(request.host, request.port) as listening:

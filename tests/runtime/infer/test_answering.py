@@ -8,10 +8,11 @@ import pytest
 
 from qdist.core.composed import sampled_request_of
 from qdist.core.data.conversation import Conversation, Turn, Wording
-from qdist.core.errors import SpecError
+from qdist.core.errors import JobError, SpecError
 from qdist.core.requests import Generate
 from qdist.core.sampling import Sampling
 from qdist.runtime.infer import answering
+from qdist.runtime.infer.answerer import Ended
 from qdist.runtime.infer.answering import Asked, Work, answer_with
 from qdist.runtime.infer.generate import _line
 from qdist.runtime.infer.kept import Answered
@@ -37,6 +38,25 @@ def test_answers_are_kept_one_by_one_with_their_counts_and_why_they_ended() -> N
     assert kept[1][2] == Answered(text="a b", prompt_tokens=2, new_tokens=2, finish="stop", after_s=2)
     assert answerer.most_working == 2
     assert {question.adapter for question in answerer.questions} == {"adapter"}
+
+
+def test_the_error_that_ends_an_answer_is_raised_and_others_before_it_are_kept() -> None:
+    error, kept = JobError("logits are NaN at token 2"), list[dict[int, Answered]]()
+
+    class Failing(Scripted):
+        def cancel(self, ticket: int) -> None:
+            question, listener, _ = self._line.pop(ticket)
+            listener(Ended("error", "", len(question.prompt), 1, error))
+
+        def step(self) -> bool:
+            if 2 in self._line and self._said[2]:
+                self.cancel(2)
+            return super().step()
+
+    asked = [Asked(number, [1], Sampling(max_new_tokens=number + 1)) for number in (0, 3)]
+    with pytest.raises(JobError, match="NaN at token 2"):
+        answer_with(Failing(lambda _: "abcd"), "adapter", Work(Generate(**FILES), SPEECH, asked, 9), kept.append)
+    assert [list(answers) for answers in kept] == [[0]]
 
 
 def test_a_line_has_the_answer_or_lists_of_several() -> None:

@@ -14,6 +14,7 @@ from qdist.core.sampling import Sampling
 from qdist.core.text import GIB
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.infer.answerer import Question
+from qdist.runtime.infer.decoder import Decoder
 from qdist.runtime.infer.load import holds_copy, parts_of
 from qdist.runtime.infer.ready import Ready, open_answerer, slots_beside, slots_with_room
 from qdist.runtime.infer.residence import choose
@@ -82,6 +83,15 @@ def test_one_run_answers_with_its_adapter_and_without(runs: dict[str, RunDir]) -
     model, _ = qdist.load(runs["narrow"].path)
     assert tokens_of(ready, "a") == [expected(model)]
     assert ready.speeches["a"].wording.ends == (3,)
+
+
+def test_a_cache_without_room_is_told_with_its_size(runs: dict[str, RunDir], monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(_: Decoder) -> None:
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(Decoder, "prepare", prepare)
+    with pytest.raises(PlanError, match="keys and values of 2 answers of 64 tokens do not fit"):
+        open_answerer({"a": str(runs["narrow"].path)}, slots=2, tokens=64)
 
 
 @pytest.mark.parametrize("name", ["", "tiny"])
