@@ -126,7 +126,7 @@ class _Guard:
                 try_="the address that qdist serve printed, or QDIST_API_KEY behind a proxy",
                 status=403,
             )
-        path, key = request.url.path, self._service.key
+        path, key = request.scope["path"], self._service.key  # a URL is made of the Host header, too
         if key and any(path.startswith(own) for own in self._paths):
             given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
             if not hmac.compare_digest(given.encode(), key.encode()):

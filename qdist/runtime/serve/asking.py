@@ -4,8 +4,6 @@ import secrets
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from msgspec import structs
-
 from qdist.core.errors import nearest
 from qdist.runtime.infer.answerer import Question
 from qdist.runtime.infer.prompts import Speech
@@ -72,16 +70,8 @@ def asked_of(body: Body, model: Served, positions: int) -> Asked:
         most = _most_new(body, field, len(prompt), positions, usual)
         sampling = sampling_of(body, seed=seed, logprobs=logprobs, most_tokens=most)
         # Answers to one prompt differ by their seeds; the first is what n = 1 gives.
-        questions += [
-            Question(prompt, structs.replace(sampling, seed=_wrapped(seed + index)), model.adapter)
-            for index in range(body.n)
-        ]
+        questions += [Question(prompt, sampling.again(index), model.adapter) for index in range(body.n)]
     return Asked(tuple(questions), sum(map(len, prompts)))
-
-
-def _wrapped(seed: int) -> int:
-    """The seed within 64 bits."""
-    return (seed + 2**63) % 2**64 - 2**63
 
 
 def _most_new(body: Body, field: str, prompt_tokens: int, positions: int, usual: int) -> int:

@@ -12,6 +12,8 @@ MOST_CHOICES = 16
 MOST_PROMPTS = 256
 """Prompts of one request for completions, at most."""
 MOST_TOOLS = 128
+MOST_MESSAGES = 4096
+"""Messages of one request, at most: chat templates loop over them, some over all for each."""
 
 
 class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -136,7 +138,7 @@ class Body(_Strict, frozen=True, kw_only=True):
 class ChatBody(Body, frozen=True, kw_only=True):
     """A request for an answer in a conversation."""
 
-    messages: Annotated[list[Message], Meta(min_length=1)]
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, Meta(ge=1)] | UnsetType = UNSET
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)] = 0

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Self, TypeVar
+from typing import NamedTuple, TypeVar
 
 from qdist.core.errors import DataError, QdistError
 from qdist.runtime.infer.answerer import Ended, Piece, Question
@@ -107,12 +107,6 @@ class Place:
         back = self._left if count is None else min(count, self._left)
         self._left -= back
         self._release(back)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
 
 
 class Answers:

@@ -45,6 +45,7 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"messages": MESSAGES}, "model", "model is missing"),
     (CHAT, {"model": "sql"}, "messages", "messages is missing"),
     (CHAT, chat(messages=[]), "messages", "cannot be an empty list: it is a list of length >= 1"),
+    (CHAT, chat(messages=MESSAGES * 4097), "messages", "cannot be a list of 4,097: it is a list of length <= 4096"),
     (CHAT, chat(messages="hi"), "messages", 'cannot be "hi": it is a list'),
     (CHAT, chat(messages=[{"role": "bot", "content": ""}]), "messages[0].role", "it is system, developer, user"),
     (CHAT, of_user(3), "messages[0].content", "it is text or a list"),
