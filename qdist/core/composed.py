@@ -23,14 +23,18 @@ def usual_sampling(kind: type[Generate] | type[Chat]) -> Sampling:
 def sampled_request_of(kind: type[Sampled], given: Mapping[str, Any]) -> Sampled:
     """The request of `qdist generate` or `qdist chat`, of its flags, those of `Sampling` among them.
 
-    Raises SpecError as `request_of` does, and for flags of drawing without a temperature.
+    Raises SpecError as `request_of` does, for flags of drawing without a temperature, and for an empty stop text.
     """
     own = {field.encode_name for field in msgspec.structs.fields(Sampling)}
     chosen = {name: value for name, value in given.items() if name in own and value is not None}
+    if stops := chosen.get("stop"):
+        if "" in stops:
+            raise SpecError("--stop '' has no text to stop at", try_=r"--stop '\n' for the end of a line")
+        chosen["stop"] = tuple(map(unescaped, stops))
     sampling = resampled(usual_sampling(kind), chosen)
     if sampling.is_greedy and (idle := [flag_of(name) for name in _OF_DRAWING if name in chosen]):
         raise SpecError(
-            f"{', '.join(idle)}: of answers that are drawn; at temperature 0 the likeliest token is taken",
+            f"{', '.join(idle)} would change nothing: at temperature 0 the likeliest token is taken",
             try_="--temperature 0.7",
         )
     return request_of(kind, {**{name: value for name, value in given.items() if name not in own}, "sampling": sampling})
@@ -38,6 +42,11 @@ def sampled_request_of(kind: type[Sampled], given: Mapping[str, Any]) -> Sampled
 
 _OF_DRAWING = ("top_p", "top_k", "min_p", "seed")
 """Settings that change nothing where the likeliest token is taken."""
+
+
+def unescaped(typed: str) -> str:
+    r"""A text to stop at, of what was typed on one line: `\n` is the end of a line, `\t` a tab."""
+    return typed.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def resampled(sampling: Sampling, changes: Mapping[str, Any]) -> Sampling:

@@ -309,6 +309,11 @@ class Generate(Answering, frozen=True, kw_only=True):
             )
         if self.beams > 1 and (self.engine == "llama.cpp" or self.sampling.ignore_end):
             raise SpecError(f"--beams are transformers', not --engine {self.engine}'s", try_="--engine auto")
+        if self.beams > 1 and self.n > 1:
+            raise SpecError(
+                f"--beams {self.beams} looks for the one likeliest answer, and --n {self.n} asks for {self.n}",
+                try_="one of them, --n with --temperature 0.7",
+            )
         if self.n > 1 and greedy:
             raise SpecError(
                 f"--n {self.n}: without a temperature all {self.n} answers of a prompt are the same",

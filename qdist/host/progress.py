@@ -43,6 +43,10 @@ class ProgressLine:
         if self._open:  # what is said next, an error perhaps, has a line of its own
             say(err=True)
 
+    def restart(self) -> None:
+        """Count the rate from now on: what came before, such as loading a model, was no part of the job."""
+        self._began = self._told = self._clock()
+
     def advance(self, parts: int, where: str = "") -> None:
         """Count more parts as done. where: the last of them, such as 'layer 3 of 24'."""
         self._done += parts

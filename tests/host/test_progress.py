@@ -50,6 +50,18 @@ def test_a_log_gets_a_line_for_each_tenth_or_every_ten_seconds(
     assert work(io.StringIO(), parts, total) == [f"  {line}" for line in lines]
 
 
+def test_the_rate_leaves_out_what_came_before_a_restart() -> None:
+    now, stream = [100.0], io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        with ProgressLine(4, "answered", clock=lambda: now[0]) as progress:
+            now[0] += 60  # a model is loaded
+            progress.restart()
+            now[0] += 8
+            progress.advance(4)
+    assert stream.getvalue() == "  4 of 4 answered, 2.0 s each\n"
+
+
 def test_what_an_earlier_process_did_is_no_part_of_the_rate() -> None:
     parts = [(5.0, 500 << 20), (5.0, 500 << 20)]
     assert work(io.StringIO(), parts, 3000 << 20, done=2000 << 20, in_bytes=True) == [

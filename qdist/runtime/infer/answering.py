@@ -11,7 +11,6 @@ from qdist.core.errors import QdistError
 from qdist.core.requests import Generate
 from qdist.core.sampling import Sampling
 from qdist.host.run.rundir import RunDir
-from qdist.host.terminal import say
 from qdist.runtime.infer.answerer import Answerer, Ended, Listener, Piece, Question
 from qdist.runtime.infer.decoding import complete, text_of
 from qdist.runtime.infer.kept import Answered
@@ -44,20 +43,19 @@ class Work(NamedTuple):
     """The most tokens of a prompt and its answer together."""
 
 
-def answer_all(work: Work, keep: Keep, *, say_where: bool = False) -> None:
-    """Answer everything. say_where: tell where the model lies."""
+def answer_all(work: Work, keep: Keep, opened: Callable[[str], None] = lambda where: None) -> None:
+    """Answer everything. opened: called once the model is loaded, with where it lies."""
     if not work.asked:
         return
     if work.request.beams > 1:
-        _search(work, keep, say_where=say_where)
+        _search(work, keep, opened)
         return
     request, name = work.request, adapter_of(work.request.run)
     ready = open_answerer(
         {name: request.run}, slots=min(request.batch, len(work.asked)), tokens=work.longest, engine=request.engine,
         max_memory_bytes=request.max_memory_bytes, ahead=(request.sampling,),
     )  # fmt: skip
-    if say_where:
-        _say_where(ready.where, work.speech)
+    opened(ready.where)
     answer_with(ready.answerer, "" if request.adapter == "base" else name, work, keep)
 
 
@@ -110,37 +108,31 @@ def _listener(number: int, keep: Keep, elapsed_s: Callable[[], float], errors: l
     return heard
 
 
-def _search(work: Work, keep: Keep, *, say_where: bool) -> None:
+def _search(work: Work, keep: Keep, opened: Callable[[str], None]) -> None:
     """Answer by beam search, a batch of prompts after the other."""
     request, size = work.request, work.request.batch
-    opened = open_model(
+    loaded = open_model(
         request.run, tokens=size * request.beams * work.longest, max_memory_bytes=request.max_memory_bytes,
         needs_tokenizer=True,
     )  # fmt: skip
-    if say_where:
-        _say_where(opened.where, work.speech)
+    opened(loaded.where)
     began = time.monotonic()
     alone = request.adapter == "base" and RunDir(request.run).exists()
-    with opened.model.disable_adapter() if alone else nullcontext():
+    with loaded.model.disable_adapter() if alone else nullcontext():
         for start in range(0, len(work.asked), size):
             chosen = work.asked[start : start + size]
             most = min(own.sampling.max_new_tokens for own in chosen)
             most = min(most, work.longest - max(len(own.prompt) for own in chosen))
             found = complete(
-                opened.model, opened.tokenizer, [own.prompt for own in chosen], max_new_tokens=most,
+                loaded.model, loaded.tokenizer, [own.prompt for own in chosen], max_new_tokens=most,
                 end_text=work.speech.wording.end_text, stop=request.sampling.stop, num_beams=request.beams,
                 repetition_penalty=request.sampling.repetition_penalty,
             )  # fmt: skip
             after_s = time.monotonic() - began
             keep({
                 own.number: Answered(
-                    text=text_of(opened.tokenizer, ids), prompt_tokens=len(own.prompt), new_tokens=len(ids),
+                    text=text_of(loaded.tokenizer, ids), prompt_tokens=len(own.prompt), new_tokens=len(ids),
                     finish="length" if len(ids) == most else "stop", after_s=after_s,
                 )
                 for own, ids in zip(chosen, found, strict=True)
             })  # fmt: skip
-
-
-def _say_where(where: str, speech: Speech) -> None:
-    for line in filter(None, (where, speech.note)):
-        say(line, err=True)

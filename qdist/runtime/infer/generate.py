@@ -147,7 +147,12 @@ def _answer(job: _Job, kept: Kept, order: Sequence[int], copies: Sequence[Copy] 
                 adding.add(answers)
                 progress.advance(len(answers))
 
-            answer_all(_work(job, order), keep, say_where=True)
+            def opened(where: str) -> None:
+                for line in filter(None, (where, job.speech.note)):
+                    say(line, err=True)
+                progress.restart()
+
+            answer_all(_work(job, order), keep, opened)
 
 
 def _tell_of_positions(job: _Job) -> None:

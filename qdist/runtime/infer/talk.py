@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from qdist.core.composed import resampled
+from qdist.core.composed import resampled, unescaped
 from qdist.core.data.conversation import Conversation, Turn
-from qdist.core.errors import DataError, SpecError, flag_of, nearest
+from qdist.core.errors import DataError, RunError, SpecError, flag_of, nearest
 from qdist.core.sampling import Sampling
 from qdist.core.spec.keys import description, json_text
 from qdist.host.files import file_to_write, unwritable
@@ -119,17 +119,17 @@ class Talk:
             self._show("")
             return
         if name not in _SETTINGS:
-            raise SpecError(f"there is no {name}", try_=nearest(name, _SETTINGS) or ", ".join(_SETTINGS))
+            close = nearest(name, _SETTINGS)
+            raise SpecError(f"there is no setting {name}", try_=f"/set {close}" if close else ", ".join(_SETTINGS))
         if name == "stop":
-            text = value.replace("\\n", "\n").replace("\\t", "\t")
-            self._sampling = resampled(self._sampling, {name: (text,) if text else ()})
+            self._sampling = resampled(self._sampling, {name: (unescaped(value),) if value else ()})
             return
         try:
             self._sampling = resampled(self._sampling, {name: value})
         except SpecError as error:
             raise SpecError(error.message, try_=error.try_.replace(f"{flag_of(name)} ", f"/set {name} ")) from None
         if self._sampling.is_greedy and name in ("top_p", "top_k", "min_p", "seed"):
-            say(f"{name} is of answers that are drawn: /set temperature 0.7")
+            say(f"{name} changes nothing at temperature 0: /set temperature 0.7")
 
     def _show(self, _: str) -> None:
         shown = {name: getattr(self._sampling, name) for name in _SETTINGS}
@@ -151,7 +151,10 @@ class Talk:
             raise SpecError("/save needs the name of a file", try_="/save chat.jsonl")
         if not self._turns[-1]:
             raise SpecError("nothing was said yet")
-        path = Path(file_to_write(str(Path(given).expanduser())))
+        try:
+            path = Path(file_to_write(str(Path(given).expanduser())))
+        except RunError as error:
+            raise RunError(error.message, try_="/save another name") from None
         messages = [{"role": turn.role, "content": turn.said} for turn in self.turns()]
         with unwritable(path), path.open("x", encoding="utf-8") as file:
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")

@@ -79,7 +79,7 @@ def _convert(file: Path, folder: Path) -> None:
 def _download(hub_id: str, *, trusted: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    other = "a local folder, --load-format dummy, or HF_TOKEN for a gated model"
+    other = "the path of a run or of a model's folder, or HF_TOKEN for a gated model"
     with told(f"{hub_id} cannot be fetched from the hub", ModelError, try_=other):
         told_of = Path(snapshot_download(hub_id, allow_patterns=["config.json"]))
         if not trusted:

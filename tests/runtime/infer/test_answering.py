@@ -78,13 +78,19 @@ def test_each_answer_of_a_prompt_has_the_next_seed() -> None:
     assert [request.sampling.again(draw).seed for draw in range(3)] == [2**63 - 2, 2**63 - 1, -(2**63)]
 
 
+def test_stop_texts_are_typed_on_one_line() -> None:
+    assert sampled_request_of(Generate, FILES | {"stop": (r"\n\n", "a\tb")}).sampling.stop == ("\n\n", "a\tb")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"top_p": "0.9"}, "--top-p: of answers that are drawn"),
-        ({"min_p": "0.1", "top_k": "4", "seed": "1", "temperature": "0"}, "--top-k, --min-p, --seed: of answers"),
+        ({"top_p": "0.9"}, "--top-p would change nothing: at temperature 0"),
+        ({"min_p": "0.1", "top_k": "4", "seed": "1", "temperature": "0"}, "--top-k, --min-p, --seed would change"),
         ({"n": "2"}, "--n 2: without a temperature all 2 answers"),
         ({"beams": "2", "temperature": "1"}, "--beams 2 looks for the likeliest answer"),
+        ({"beams": "2", "n": "3"}, "--beams 2 looks for the one likeliest answer, and --n 3 asks for 3"),
+        ({"stop": ("a", "")}, "--stop '' has no text to stop at"),
         ({"beams": "2", "engine": "llama.cpp"}, "--beams are transformers'"),
         ({"adapter": "other"}, "adapter cannot be 'other': it is"),
         ({"temperature": "nan"}, "temperature cannot be 'nan'"),

@@ -106,9 +106,9 @@ def test_a_system_message_that_the_template_refuses_is_told_and_not_set(capsys: 
     ("lines", "printed"),
     [
         (["/set temperature warm"], "temperature cannot be 'warm': expected a number; /set temperature"),
-        (["/set temprature 1"], "there is no temprature; temperature"),
+        (["/set temprature 1"], "there is no setting temprature; /set temperature"),
         (["/set top-p 2"], "top_p cannot be '2'"),
-        (["/set top_p 0.9"], "top_p is of answers that are drawn: /set temperature 0.7"),
+        (["/set top_p 0.9"], "top_p changes nothing at temperature 0: /set temperature 0.7"),
         (["/regenerate"], "nothing was asked yet"),
         (["hi", "/regenerate"], "at temperature 0 the answer is the same again; /set temperature 0.7"),
         (["/save"], "/save needs the name of a file; /save chat.jsonl"),
@@ -158,7 +158,7 @@ def test_a_saved_conversation_is_data_and_nothing_is_overwritten(
         assert f"3 turns in {path}" in capsys.readouterr().out
         before = path.read_bytes()
         seen.hear(f"/save {path}")
-        assert capsys.readouterr().out == f"{path} exists; another --out\n"
+        assert capsys.readouterr().out == f"{path} exists; /save another name\n"
     assert path.read_bytes() == before
     roles = [turn["role"] for turn in json.loads(before)["messages"]]
     assert roles == ["system", "user", "assistant"]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -182,14 +183,14 @@ def test_a_killed_command_goes_on_where_it_was(
     answered(run.path, prompts, whole, max_new_tokens=6, batch=2)
     came: list[int] = []
 
-    def killed_after_two(work: Work, keep: Keep, **more: Any) -> None:
+    def killed_after_two(work: Work, keep: Keep, opened: Callable[[str], None]) -> None:
         def kept(answers: dict[int, Answered]) -> None:
             keep(answers)
             came.extend(answers)
             if len(came) == 2:
                 raise KeyboardInterrupt
 
-        answer_all(work, kept, **more)
+        answer_all(work, kept, opened)
 
     monkeypatch.setattr(generate, "answer_all", killed_after_two)
     with pytest.raises(KeyboardInterrupt):
