@@ -55,7 +55,7 @@ def flags_of(kind: type[msgspec.Struct], usual: msgspec.Struct | None = None) ->
     """
 
     def decorated(command: F) -> F:
-        for field in reversed(msgspec.structs.fields(kind)):
+        for field in reversed(_in_order(kind)):
             if text := description(kind, field.encode_name):
                 command = _flag(kind, field, text, getattr(usual, field.name, field.default))(command)
         return command
@@ -63,11 +63,21 @@ def flags_of(kind: type[msgspec.Struct], usual: msgspec.Struct | None = None) ->
     return decorated
 
 
+def _in_order(kind: type[msgspec.Struct]) -> list[msgspec.structs.FieldInfo]:
+    """Its fields as a help page lists them: required ones, its own, then what it shares with other requests."""
+
+    def place(field: msgspec.structs.FieldInfo) -> tuple[bool, int]:
+        return not field.required, sum(hasattr(each, field.name) for each in kind.__mro__)
+
+    return sorted(msgspec.structs.fields(kind), key=place)
+
+
 def _flag(kind: type[msgspec.Struct], field: msgspec.structs.FieldInfo, text: str, usual: Any) -> Callable[[F], F]:
     name = field.encode_name
     flag, kinds = flag_of(name), kinds_of(kind, name)
-    if usual and not field.required and "[default: " not in text:
-        text += f"  [default: {name if usual is True else usual}]"
+    is_number = isinstance(usual, (int, float)) and not isinstance(usual, bool)
+    if (usual or is_number) and not field.required and "[default: " not in text:
+        text += f"  [default: {name if usual is True else f'{usual:g}' if is_number else usual}]"
     if msgspec.inspect.BoolType() in kinds:
         both = flag if usual is False else f"{flag}/--no-{flag[2:]}"
         return click.option(both, name, is_flag=True, default=None, help=text)

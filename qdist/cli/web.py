@@ -6,7 +6,6 @@ import click
 
 from qdist.cli.flags import flags_of
 from qdist.cli.serve import require_server
-from qdist.core.errors import SpecError
 from qdist.core.requests import Web, request_of
 from qdist.host.sources.targets import check_target, targets_to_serve
 from qdist.host.tasks import run_task
@@ -22,8 +21,6 @@ def web(**given: Any) -> None:
     server. Ctrl-C ends it.
     """
     request = request_of(Web, given)
-    if request.engine == "vllm":
-        raise SpecError("the page is of qdist's own server, which vLLM replaces", try_="leave --engine out")
     for path in targets_to_serve(request.runs).paths.values():
         check_target(path, max_memory=request.max_memory, trusted=request.trust_remote_code)
     require_server()

@@ -269,7 +269,7 @@ class Opening(Request, frozen=True, kw_only=True):
 
 Engine = Annotated[
     Literal["auto", "qdist", "llama.cpp"],
-    _help("What multiplies. auto: what is fastest here; llama.cpp: on the CPU, from a GGUF file made in the cache."),
+    _help("Program that answers. auto: the fastest here; llama.cpp: on the CPU, from a GGUF file made in the cache."),
 ]
 
 
@@ -290,7 +290,7 @@ class Generate(Answering, frozen=True, kw_only=True):
     batch: Annotated[Positive, _help("Answers at a time, on each GPU.")] = 8
     n: Annotated[Positive, _help("Answers a prompt, drawn with the seeds S, S + 1, ...")] = 1
     beams: Annotated[Positive, _help("Beams of a search for the likeliest answer, in transformers.")] = 1
-    adapter: Annotated[Literal["run", "base"], _help("The run's, or the base alone.")] = "run"
+    adapter: Annotated[Literal["run", "base"], _help("Answer with the run's adapter, or the base alone.")] = "run"
     engine: Engine = "auto"
     gpus: Annotated[
         Positive | None, _help("Copies of the model, each on a GPU of its own.  [default: one on each that holds it]")
@@ -333,8 +333,8 @@ class Chat(Answering, frozen=True, kw_only=True):
     sampling: Sampling = Sampling(max_new_tokens=512)
 
 
-class Serve(Opening, frozen=True, kw_only=True):
-    """Answer requests in OpenAI's protocol."""
+class Serving(Opening, frozen=True, kw_only=True):
+    """Fields common to all servers."""
 
     asks = True
     passes_on_sigterm = True
@@ -346,9 +346,14 @@ class Serve(Opening, frozen=True, kw_only=True):
     slots: Annotated[Positive, _help("Answers at work at a time; others wait in line.")] = 16
     context: Annotated[Positive, _help("Tokens of a prompt and its answer together, at most.")] = 4096
     queue: Annotated[Count, _help("Questions in line, at most; more are told to come again.")] = 128
+
+
+class Serve(Serving, frozen=True, kw_only=True):
+    """Answer requests in OpenAI's protocol."""
+
     engine: Annotated[
         Literal["auto", "qdist", "llama.cpp", "vllm"],
-        _help("What computes. vllm: export the adapters, and start vLLM, which has to be installed."),
+        _help("Program that answers. vllm: export the adapters, and start vLLM, which has to be installed."),
     ] = "auto"
     out: Annotated[
         str | None, _help("vllm: folder for adapters that vLLM needs in another form.  [default: beside each run]")
@@ -364,9 +369,10 @@ class Serve(Opening, frozen=True, kw_only=True):
             )
 
 
-class Web(Serve, frozen=True, kw_only=True):
+class Web(Serving, frozen=True, kw_only=True):
     """The same, with a page to talk to the models."""
 
+    engine: Engine = "auto"
     opens: Annotated[bool, _help("Open it in a browser, given a screen.")] = msgspec.field(default=True, name="open")
 
 

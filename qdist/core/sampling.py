@@ -17,7 +17,9 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What chooses the tokens of one answer. The default is greedy."""
 
     max_new_tokens: Annotated[Positive, Meta(description="Tokens of an answer, at most.")] = 256
-    temperature: Annotated[float, Meta(ge=0, le=100, description="What logits are divided by; 0: the likeliest.")] = 0.0
+    temperature: Annotated[
+        float, Meta(ge=0, le=100, description="Logits are divided by it before a draw; 0: the likeliest token.")
+    ] = 0.0
     top_p: Annotated[float, Meta(gt=0, le=1, description="Draw from the likeliest tokens of this sum.")] = 1.0
     top_k: Annotated[Count, Meta(description="Draw from this many of the likeliest tokens; 0: from all.")] = 0
     min_p: Annotated[
@@ -30,9 +32,12 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Taken from the logit of each token that the answer has already (as OpenAI defines it)."""
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     """The same, times the number of times that it has it."""
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1, description="Of the drawing.")] = 0
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1, description="Seed of the draws.")] = 0
     """The draw of a token is a function of the seed and of its place in the answer, whatever else is in the batch."""
-    stop: Annotated[tuple[str, ...], Meta(max_length=MOST_STOPS, description="Texts before which an answer ends.")] = ()
+    stop: Annotated[
+        tuple[str, ...],
+        Meta(max_length=MOST_STOPS, description="Text before which an answer ends; \\n: the end of a line."),
+    ] = ()
     logprobs: Annotated[int, Meta(ge=-1, le=MOST_LOGPROBS)] = -1
     """Likeliest tokens to report at each place beside the chosen one's log-probability; -1: report none."""
     ignore_end: bool = False

@@ -103,3 +103,17 @@ def test_a_name_of_others_with_other_values_leads_to_what_it_is_here(theirs: str
     result = CliRunner().invoke(main, ["launch", theirs, "true"], prog_name="qdist")
     assert result.exit_code == 2
     assert f"try: qdist settings {theirs[2:]}" in result.stderr
+
+
+def test_a_help_page_begins_with_what_is_required_and_shows_defaults_of_zero() -> None:
+    page = CliRunner().invoke(main, ["generate", "--help"], prog_name="qdist").stdout
+    flags = [line.split()[0] for line in page.splitlines() if line.startswith("  --")]
+    assert flags[:3] == ["--prompts", "--out", "--batch"]
+    assert flags.index("--gpus") < flags.index("--max-memory")
+    assert " ".join(page.split()).count("[default: 0]") == 4  # temperature, top-k, min-p, seed
+
+
+def test_the_page_takes_no_flags_of_vllm() -> None:
+    page = CliRunner().invoke(main, ["web", "--help"], prog_name="qdist").stdout
+    assert "vllm" not in page
+    assert "--out" not in page

@@ -63,7 +63,7 @@ def run_page(request: Web) -> None:
 
 
 def _run(
-    request: Serve, targets: ServedTargets, pages: Sequence[Route] = (), *,
+    request: Serve | Web, targets: ServedTargets, pages: Sequence[Route] = (), *,
     announce: Callable[[str], None] = lambda address: None,
 ) -> None:  # fmt: skip
     """announce: called with the server's address once it is bound."""

@@ -175,9 +175,12 @@ def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) 
 
 def test_other_addresses_and_methods_are_refused_in_json() -> None:
     async def test(client: httpx.AsyncClient, _: Started) -> None:
-        for method, path, status in (("GET", "/v2", 404), ("GET", CHAT, 405), ("DELETE", "/v1/models", 405)):
+        others = "/v1/models, /v1/chat/completions, /v1/completions"
+        refused = (("GET", "/v2", 404, others), ("GET", CHAT, 405, "POST"), ("DELETE", "/v1/models", 405, "GET"))
+        for method, path, status, try_ in refused:
             found = await client.request(method, path)
-            assert (found.status_code, path in found.json()["error"]["message"]) == (status, True)
+            told = found.json()["error"]["message"]
+            assert (found.status_code, path in told, told.partition("; try: ")[2]) == (status, True, try_)
         assert (await client.get("/v1/models/none")).status_code == 404
 
     asking(test)
