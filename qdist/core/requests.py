@@ -332,6 +332,13 @@ class Chat(Answering, frozen=True, kw_only=True):
     engine: Engine = "auto"
     sampling: Sampling = Sampling(max_new_tokens=512)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compare and self.engine == "llama.cpp":
+            raise SpecError(
+                "--compare asks the base too, and llama.cpp has the adapter merged into it", try_="--engine qdist"
+            )
+
 
 class Serving(Opening, frozen=True, kw_only=True):
     """Fields common to all servers."""

@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from qdist.cli import chat, generate
+from qdist.cli.main import main
 from qdist.core.errors import SpecError
 from qdist.core.requests import Answering, Chat, Generate
 from qdist.core.text import GIB
@@ -63,3 +64,10 @@ def test_help_says_where_the_model_goes(command: object) -> None:
     shown = CliRunner().invoke(command, ["--help"]).output  # type: ignore[arg-type]
     assert "A line says where it lies" in " ".join(shown.split())
     assert "--max-memory" in shown
+
+
+def test_base_and_adapter_are_not_compared_where_llama_cpp_has_them_merged() -> None:
+    result = CliRunner().invoke(main, ["chat", "run", "--compare", "--engine", "llama.cpp"], prog_name="qdist")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: --compare asks the base too, and llama.cpp has the adapter merged")
+    assert result.stderr.endswith("try: --engine qdist\n")

@@ -84,7 +84,7 @@ def test_a_cpu_has_no_speed_and_no_cards(monkeypatch: pytest.MonkeyPatch) -> Non
     result = plan("--model", "smollm2-135m")
     found = lines(result.stdout)
     assert set(found) == {"model", "adapters", "answers", "place", "memory", "", "note"}
-    assert (found["place"], found["note"]) == ("backbone on the CPU", "on a CPU nobody predicts speed")
+    assert (found["place"], found["note"]) == ("backbone on the CPU", "speed is not predicted on a CPU")
     assert found["memory"].endswith(" of host memory")
 
 

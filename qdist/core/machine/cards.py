@@ -123,7 +123,7 @@ def rates_of(name: str) -> Rates | None:
 def rates_for(cluster: Cluster) -> tuple[Rates | None, tuple[str, ...]]:
     """What a plan calculates with, and what to say of it: measured, of the slowest card in the table, or a guess.
 
-    None for CPU ranks, whose speed nobody predicts.
+    None for CPU ranks, whose speed is not predicted.
     """
     if cluster.device == "cpu":
         return None, ()

@@ -333,7 +333,7 @@ def _notes(parts: Sizes, questions: Questions, residence: Residence, rooms: tupl
     else:
         found = [f"steps are launched kernel by kernel: {reason}"] if reason and rooms else []
     if rooms is None:
-        return [*found, "on a CPU nobody predicts speed"]
+        return [*found, "speed is not predicted on a CPU"]
     if residence.offloaded:
         return [*found, "offloaded layers are copied to the GPU for every token"]
     if (count := len(residence.gpus)) > 1:

@@ -156,7 +156,7 @@ async def _not_found(request: Request, error: Exception) -> Response:
     path = request.url.path[:80]
     what = f"{request.method[:20]} is not taken at {path!r}" if error.status_code == 405 else f"nothing is at {path!r}"
     headers = error.headers or {}
-    taken = headers.get("Allow", "").split(", ")[-1] if error.status_code == 405 else ""
+    taken = ", ".join(method for method in headers.get("Allow", "").split(", ") if method != "HEAD")
     answer = Refusal(
         what, try_=taken or "/v1/models, /v1/chat/completions, /v1/completions", status=error.status_code
     ).response()

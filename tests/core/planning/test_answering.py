@@ -237,7 +237,7 @@ def test_a_cpu_keeps_weights_unpacked_if_it_has_the_memory() -> None:
     for plan in (roomy, tight):
         assert (plan.tokens_per_second, plan.prompt_s, plan.cards) == (0, 0, ())
         assert plan.residence.gpus == ()
-        assert plan.notes[-1] == "on a CPU nobody predicts speed"
+        assert plan.notes[-1] == "speed is not predicted on a CPU"
 
 
 def test_cards_that_would_do_hold_all_of_it_and_the_smallest_comes_first() -> None:
