@@ -23,7 +23,7 @@ def usual_sampling(kind: type[Generate] | type[Chat]) -> Sampling:
 def sampled_request_of(kind: type[Sampled], given: Mapping[str, Any]) -> Sampled:
     """The request of `qdist generate` or `qdist chat`, of its flags, those of `Sampling` among them.
 
-    Raises SpecError as `request_of` does, for flags of drawing without a temperature, and for an empty stop text.
+    Raises SpecError as `request_of` does, also for flags that contradict each other or would change nothing.
     """
     own = {field.encode_name for field in msgspec.structs.fields(Sampling)}
     chosen = {name: value for name, value in given.items() if name in own and value is not None}
@@ -37,7 +37,34 @@ def sampled_request_of(kind: type[Sampled], given: Mapping[str, Any]) -> Sampled
             f"{', '.join(idle)} would change nothing: at temperature 0 the likeliest token is taken",
             try_="--temperature 0.7",
         )
-    return request_of(kind, {**{name: value for name, value in given.items() if name not in own}, "sampling": sampling})
+    rest = {name: value for name, value in given.items() if name not in own}
+    found = request_of(kind, {**rest, "sampling": sampling})
+    if isinstance(found, Generate):
+        _require_answers(found)
+    elif found.compare and found.engine == "llama.cpp":
+        raise SpecError(
+            "--compare asks the base too, and llama.cpp has the adapter merged into it", try_="--engine qdist"
+        )
+    return found
+
+
+def _require_answers(request: Generate) -> None:
+    """Raise SpecError for numbers of beams and of answers that contradict other flags."""
+    count, beams, greedy = request.n, request.beams, request.sampling.is_greedy
+    if beams > 1 and not greedy:
+        raise SpecError(f"--beams {beams} looks for the likeliest answer, and --temperature draws", try_="one of them")
+    if beams > 1 and request.engine == "llama.cpp":
+        raise SpecError(f"--beams are transformers', not --engine {request.engine}'s", try_="--engine auto")
+    if beams > 1 and count > 1:
+        raise SpecError(
+            f"--beams {beams} looks for the one likeliest answer, and --n {count} asks for {count}",
+            try_="one of them, --n with --temperature 0.7",
+        )
+    if count > 1 and greedy:
+        raise SpecError(
+            f"--n {count}: without a temperature all {count} answers of a prompt are the same",
+            try_="--temperature 0.7",
+        )
 
 
 _OF_DRAWING = ("top_p", "top_k", "min_p", "seed")

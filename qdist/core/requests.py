@@ -299,27 +299,6 @@ class Generate(Answering, frozen=True, kw_only=True):
     share: tuple[int, int] | None = None
     """(number, count): the part of the prompts that this process answers, as one of several; None: all."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        greedy = self.sampling.is_greedy
-        if self.beams > 1 and not greedy:
-            raise SpecError(
-                f"--beams {self.beams} looks for the likeliest answer, and --temperature draws",
-                try_="one of them",
-            )
-        if self.beams > 1 and (self.engine == "llama.cpp" or self.sampling.ignore_end):
-            raise SpecError(f"--beams are transformers', not --engine {self.engine}'s", try_="--engine auto")
-        if self.beams > 1 and self.n > 1:
-            raise SpecError(
-                f"--beams {self.beams} looks for the one likeliest answer, and --n {self.n} asks for {self.n}",
-                try_="one of them, --n with --temperature 0.7",
-            )
-        if self.n > 1 and greedy:
-            raise SpecError(
-                f"--n {self.n}: without a temperature all {self.n} answers of a prompt are the same",
-                try_="--temperature 0.7",
-            )
-
 
 class Chat(Answering, frozen=True, kw_only=True):
     """Talk to a model on a terminal."""
@@ -331,13 +310,6 @@ class Chat(Answering, frozen=True, kw_only=True):
     context: Annotated[Positive, _help("Tokens of a conversation, at most; the model may have fewer positions.")] = 4096
     engine: Engine = "auto"
     sampling: Sampling = Sampling(max_new_tokens=512)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.compare and self.engine == "llama.cpp":
-            raise SpecError(
-                "--compare asks the base too, and llama.cpp has the adapter merged into it", try_="--engine qdist"
-            )
 
 
 class Serving(Opening, frozen=True, kw_only=True):
