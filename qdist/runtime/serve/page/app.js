@@ -202,8 +202,8 @@ function drawingOf(place, answer) {
 function sampling(seed) {
   const given = {};
   for (const name of ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens"]) {
-    const value = Number($(name).value);
-    if (NEUTRAL[name] !== value) given[name] = value;
+    const text = $(name).value, value = Number(text);
+    if (text !== "" && NEUTRAL[name] !== value) given[name] = value;
   }
   return { ...given, seed };
 }
