@@ -269,7 +269,7 @@ class Opening(Request, frozen=True, kw_only=True):
 
 Engine = Annotated[
     Literal["auto", "qdist", "llama.cpp"],
-    _help("Program that answers. auto: the fastest here; llama.cpp: on the CPU, from a GGUF file made in the cache."),
+    _help("What answers. auto: qdist; llama.cpp: on the CPU, from a GGUF file made in the cache, in 8 bits."),
 ]
 
 

@@ -62,10 +62,10 @@ def open_llama_cpp(targets: Mapping[str, str], *, slots: int, tokens: int) -> Re
     scripts = {name: _script(speech, files[name]) for name, speech in speeches.items()}
     first = next(iter(files))
     if not RunDir(targets[first]).exists():  # a model's own name and the base's mean the same
-        servers[""], scripts[""] = servers[first], scripts[first]
+        servers[""], scripts[""], speeches[""] = servers[first], scripts[first], speeches[first]
     answerer = LlamaCpp(servers, scripts, slots=slots, positions=positions)
     where = f"llama.cpp on {counted(threads, 'CPU thread')}, {', '.join(file.name for file in files.values())}"
-    return Ready(answerer, {"": speeches[first], **speeches}, where)
+    return Ready(answerer, speeches, where)
 
 
 def import_llama_cpp() -> Any:
