@@ -16,7 +16,10 @@ import torch
 from transformers import StaticCache
 
 import qdist
+from qdist.core.sampling import Sampling
+from qdist.runtime.infer.answerer import Question
 from qdist.runtime.infer.linears import prepare_linears
+from qdist.runtime.infer.ready import open_answerer
 
 PROMPT = "Tell me a long story about a lighthouse keeper who writes letters to the sea."
 
@@ -62,6 +65,20 @@ def speed(answer: Callable[[Any, torch.Tensor, int], list[int]], model: Any, ids
     return count / min(seconds)
 
 
+def answerer_speed(run: str, dtype: str, ids: torch.Tensor, count: int) -> float:
+    """Tokens/s of what generate, chat and serve answer with, from the second token on, the best of three."""
+    ready = open_answerer({"run": run}, slots=1, tokens=ids.shape[1] + count, dtype=dtype)
+    asked = Question(ids[0].tolist(), Sampling(max_new_tokens=count, ignore_end=True), "run")
+    found = []
+    for _ in range(4):
+        times = list[float]()
+        ready.answerer.submit(asked, lambda _, times=times: times.append(time.perf_counter()))
+        while ready.answerer.step():
+            pass
+        found.append((len(times) - 2) / (times[-2] - times[0]))
+    return max(found[1:])
+
+
 def encoded(tokenizer: Any, text: str) -> torch.Tensor:
     """Token ids [1, tokens]."""
     ids: torch.Tensor = tokenizer(text, return_tensors="pt").input_ids
@@ -90,6 +107,7 @@ def measure(run: str, dtype: str, threads: int, count: int, prompts: list[str]) 
     print(f"{'a loop over a static cache':32}{loop:8.1f} tok/s")
     print(f"{'the same, prepared linears':32}{prepared:8.1f} tok/s")
     print(f"{'the same, base alone':32}{bare:8.1f} tok/s")
+    print(f"{'the answerer':32}{answerer_speed(run, dtype, ids, count):8.1f} tok/s")
     if prompts:
         print(f"{same} of {len(prompts)} greedy answers are PEFT's")
 

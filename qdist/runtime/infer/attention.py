@@ -2,8 +2,8 @@
 
 transformers' model asks for a mask and hands it on to each layer's attention. Of a step, the mask that it gets here is
 no mask but numbers, int64 [rows, 1, 1, seen]: its values are the keys that each row has, its last dimension is how many
-of the latest of them a token sees, by the layer's window. So it says all that attention must know, whatever the model
-passes on, and on whichever device a layer is.
+of the latest of them a token sees, by the layer's window. They are int32 where every row has all keys: nothing is
+masked then. So it says all that attention must know, whatever the model passes on, and on whichever device a layer is.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,6 +19,7 @@ from qdist.runtime.kernels.decode_attention import decode_attention
 
 NAME = "qdist_decode"
 """Of the attention in transformers' registries."""
+_NUMBERS = (torch.int64, torch.int32)
 _BLOCK = 256
 """Tokens of a prompt whose scores are written out at a time: of 64 heads over 2,048 keys they take 0.13 GiB."""
 
@@ -79,6 +80,8 @@ def mask_of_rows(
     if use_vmap or not allow_is_causal_skip:
         raise UndecodableError("its tokens do not see just those before them", try_="--engine transformers")
     seen = min(local_size or kv_length, kv_length)
+    if not q_offset.is_cuda and int(q_offset.min()) == kv_length:  # once a pass, not in each layer
+        q_offset = q_offset.to(torch.int32)
     return q_offset.view(-1, 1, 1, 1).expand(-1, 1, 1, seen)
 
 
@@ -116,12 +119,13 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.shape[2] == key.shape[2]:
         return _of_prompts(module, query, key, value, attention_mask, scale, extras), None
-    if attention_mask is None or attention_mask.dtype != torch.int64 or query.shape[2] != 1:
+    if attention_mask is None or attention_mask.dtype not in _NUMBERS or query.shape[2] != 1:
         raise UndecodableError(f"{type(module).__name__} makes a mask of its own", try_="--engine transformers")
     if not getattr(module, "attends_by_rows", False):
         module.attends_by_rows = True
     window = attention_mask.shape[-1] if attention_mask.shape[-1] < key.shape[2] else 0
-    return _of_rows(query, key, value, attention_mask[:, 0, 0, 0], scale, window, extras), None
+    has_all = attention_mask.dtype == torch.int32
+    return _of_rows(query, key, value, attention_mask[:, 0, 0, 0], scale, window, extras, has_all=has_all), None
 
 
 def _of_prompts(
@@ -147,16 +151,16 @@ def _of_prompts(
 
 def _of_rows(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor, scale: float, window: int,
-    extras: _Extras,
+    extras: _Extras, *, has_all: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """Of one token of each row; [rows, 1, heads, head].
+    """Of one token of each row; [rows, 1, heads, head]. has_all: every row has all keys, so there is nothing to mask.
 
     Query heads that share a key head are computed as if they were the tokens of one: no key is repeated.
     """
     if query.is_cuda and key.shape[-1] == value.shape[-1]:
         return decode_attention(query, key, value, lengths, scale, window, sinks=extras.sinks, softcap=extras.softcap)
     grouped = query.view(query.shape[0], key.shape[1], -1, query.shape[-1])
-    if not query.is_cuda and int(lengths.min()) == key.shape[2]:  # every row is as long: there is nothing to mask
+    if has_all:
         key, value, mask = key[:, :, -window:], value[:, :, -window:], None
     else:
         place = torch.arange(key.shape[2], device=key.device)

@@ -6,7 +6,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from qdist.core.planning.answering import UNPACKED_SHARE
 from qdist.core.text import format_bytes
@@ -78,7 +77,9 @@ class Unpacked:
         return self._weight.t().split(self._sizes)
 
     def products(self, inputs: torch.Tensor, adapter: StackedAdapter | None) -> Sequence[torch.Tensor]:
-        products = functional.linear(inputs, self._weight.t(), self._bias).split(self._sizes, dim=1)
+        bias = self._bias
+        product = torch.mm(inputs, self._weight) if bias is None else torch.addmm(bias, inputs, self._weight)
+        products = _split(product, self._sizes)
         return products if adapter is None else add_adapter(products, inputs, adapter)
 
 
@@ -96,7 +97,7 @@ class Reordered(Unpacked):
 
     def products(self, inputs: torch.Tensor, adapter: StackedAdapter | None) -> Sequence[torch.Tensor]:
         product = torch.ops.mkldnn._linear_pointwise(inputs, self._ordered, self._bias, "none", [], "")
-        products = product.split(self._sizes, dim=1)
+        products = _split(product, self._sizes)
         return products if adapter is None else add_adapter(products, inputs, adapter)
 
 
@@ -104,14 +105,19 @@ def add_adapter(
     products: Sequence[torch.Tensor], inputs: torch.Tensor, adapter: StackedAdapter
 ) -> Sequence[torch.Tensor]:
     """The products [tokens, out], with the adapter's added in place."""
-    narrow = inputs @ adapter.down.t()
+    narrow = torch.mm(inputs, adapter.down.t())
     if adapter.mask is not None:
         narrow = narrow.mul_(adapter.mask)
-    parts = narrow.split([up.shape[1] for up in adapter.ups], dim=1)
+    parts = _split(narrow, [up.shape[1] for up in adapter.ups])
     for product, part, up in zip(products, parts, adapter.ups, strict=True):
         if up.shape[1]:
             product.addmm_(part, up.t())
     return products
+
+
+def _split(product: torch.Tensor, sizes: Sequence[int]) -> Sequence[torch.Tensor]:
+    """Views of some columns each. Not `Tensor.split`, which is written in Python: there are 240 a token in SmolLM2."""
+    return [product] if len(sizes) == 1 else torch.split_with_sizes(product, sizes, dim=1)
 
 
 def dtype_of(layer: nn.Linear) -> torch.dtype:

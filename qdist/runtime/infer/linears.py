@@ -160,13 +160,15 @@ class _Group:
 
     def _products(self, inputs: torch.Tensor) -> list[torch.Tensor]:
         dtype = self.frozen.dtype
-        flat = inputs.reshape(-1, inputs.shape[-1]).to(dtype)
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        if flat.dtype != dtype:
+            flat = flat.to(dtype)
         adapter = self._one
         if self._masked and self._adapters is not None:
             adapter = self._adapters.masked(len(flat))
         wanted, leading = compute_dtype(inputs), inputs.shape[:-1]
-        products = self.frozen.products(flat, adapter)
-        return [product.view(*leading, product.shape[1]).to(wanted) for product in products]
+        products = [product.view(*leading, product.shape[1]) for product in self.frozen.products(flat, adapter)]
+        return products if dtype == wanted else [product.to(wanted) for product in products]
 
 
 class _Adapters:

@@ -257,8 +257,7 @@ def open_model(
     tokens: prompts and answers of all sequences together, for whose keys and values room is left.
     needs_tokenizer: refuse a model without one, before its weights are read.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise SpecError(f"dtype cannot be {dtype!r}", try_="auto, bfloat16, float16 or float32")
+    require_dtype(dtype)
     run = RunDir(run_or_model)
     if not run.exists():
         name = str(run_or_model)
@@ -270,6 +269,12 @@ def open_model(
     residence = residence_of(plan, chosen, device=device, max_memory_bytes=max_memory_bytes, tokens=tokens)
     model, tokenizer = load_run(run, chosen, residence)
     return Opened(model, tokenizer, str(residence))
+
+
+def require_dtype(dtype: str) -> None:
+    """Raise SpecError for what is no dtype to compute in, and not auto."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise SpecError(f"dtype cannot be {dtype!r}", try_="auto, bfloat16, float16 or float32")
 
 
 def answering_plan(run: RunDir, *, needs_tokenizer: bool) -> Plan:

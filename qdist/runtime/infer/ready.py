@@ -20,7 +20,15 @@ from qdist.runtime.infer.decoder import Decoder, why_not
 from qdist.runtime.infer.decoding import ends_of
 from qdist.runtime.infer.line import Line
 from qdist.runtime.infer.linears import AdapterChoice, prepare_linears
-from qdist.runtime.infer.load import answering_plan, holds_copy, load_run, load_tokenizer, open_model, parts_of
+from qdist.runtime.infer.load import (
+    answering_plan,
+    holds_copy,
+    load_run,
+    load_tokenizer,
+    open_model,
+    parts_of,
+    require_dtype,
+)
 from qdist.runtime.infer.one_by_one import OneByOne
 from qdist.runtime.infer.prompts import Speech, speech_of
 from qdist.runtime.infer.residence import choose, free_bytes
@@ -56,6 +64,7 @@ def open_answerer(
     slots: int,
     tokens: int,
     engine: str = "auto",
+    dtype: str = "auto",
     max_memory_bytes: int | None = None,
     graphs: bool | None = None,
     ahead: Sequence[Sampling] = (Sampling(),),
@@ -67,15 +76,19 @@ def open_answerer(
     tokens: of a prompt and its answer together, at most; the model may have fewer positions. Memory is left for
     slots x tokens.
     engine: of `ENGINES`. graphs: see `Decoder`. ahead: what is compiled and captured before the first question.
+    dtype: what is computed in; auto, bfloat16, float16 or float32, as for `qdist.load`.
 
     Raises RunError for runs without adapters and over different bases, SpecError for settings that contradict each
     other or the machine, PlanError where the model does not fit.
     """
     if engine not in ENGINES:
         raise SpecError(f"there is no engine called {engine!r}", try_=", ".join(ENGINES))
+    require_dtype(dtype)
     if engine == "llama.cpp":
         if max_memory_bytes is not None or graphs:
             raise SpecError("max_memory and graphs are of GPUs, and llama.cpp computes on CPUs", try_="engine='qdist'")
+        if dtype != "auto":
+            raise SpecError(f"llama.cpp computes in a dtype of its own, not in {dtype}", try_="dtype='auto'")
         from qdist.runtime.infer.llama_cpp import open_llama_cpp
 
         return open_llama_cpp(targets, slots=slots, tokens=tokens)
@@ -83,7 +96,7 @@ def open_answerer(
     speeches = {name: speech_of(target) for name, target in targets.items()}
     positions = min(tokens, *(own.positions or tokens for own in speeches.values()))
     load = _load_plain if is_model else _load_runs
-    loaded = load(targets, speeches, slots=slots, positions=positions, max_memory_bytes=max_memory_bytes)
+    loaded = load(targets, speeches, dtype, slots=slots, positions=positions, max_memory_bytes=max_memory_bytes)
     answerer, how = _answerer(loaded, slots=loaded.slots, positions=positions, graphs=graphs, ahead=ahead)
     at_a_time = f"{loaded.slots} answers at a time" if loaded.slots > 1 else "an answer at a time"
     if loaded.slots < slots:
@@ -110,6 +123,7 @@ def _runs(targets: Mapping[str, str]) -> dict[str, RunDir]:
 def _load_runs(
     targets: Mapping[str, str],
     speeches: Mapping[str, Speech],
+    wanted: str,
     *,
     slots: int,
     positions: int,
@@ -118,7 +132,7 @@ def _load_runs(
     runs = _runs(targets)
     plans = [answering_plan(run, needs_tokenizer=True) for run in runs.values()]
     require_one_base(tuple(runs.values()), plans)
-    dtype = DTYPES[plans[0].compute_dtype]
+    dtype = DTYPES[plans[0].compute_dtype if wanted == "auto" else wanted]
     parts = parts_of(plans[0], dtype, rank_r=sum(plan.spec.lora.r for plan in plans))
 
     def place(count: int) -> Residence:
@@ -159,6 +173,7 @@ def _peft_names(count: int) -> list[str]:
 def _load_plain(
     targets: Mapping[str, str],
     speeches: Mapping[str, Speech],
+    dtype: str,
     *,
     slots: int,
     positions: int,
@@ -166,7 +181,9 @@ def _load_plain(
 ) -> _Loaded:
     ((name, target),) = targets.items()
     slots = slots_beside(target, slots, positions, max_memory_bytes)
-    opened = open_model(target, tokens=slots * positions, max_memory_bytes=max_memory_bytes, needs_tokenizer=True)
+    opened = open_model(
+        target, dtype=dtype, tokens=slots * positions, max_memory_bytes=max_memory_bytes, needs_tokenizer=True
+    )
     return _Loaded(opened.model, {"": speeches[name], **speeches}, {}, opened.where, slots)
 
 

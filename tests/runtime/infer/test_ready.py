@@ -94,6 +94,17 @@ def test_a_cache_without_room_is_told_with_its_size(runs: dict[str, RunDir], mon
         open_answerer({"a": str(runs["narrow"].path)}, slots=2, tokens=64)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_model_and_a_run_compute_in_the_dtype_that_is_asked_for(runs: dict[str, RunDir], dtype: str) -> None:
+    run = runs["narrow"].path
+    ready = open_answerer({"a": str(run)}, slots=1, tokens=64, dtype=dtype)
+    assert f"nf4 weights unpacked to {dtype}" in ready.where
+    model, _ = qdist.load(run, dtype=dtype)
+    assert tokens_of(ready, "a") == [expected(model)]
+    plain = open_answerer({"": str(run.parent / "model")}, slots=1, tokens=64, dtype=dtype)
+    assert tokens_of(plain, "") == [expected(qdist.load(run.parent / "model", dtype=dtype)[0])]
+
+
 @pytest.mark.parametrize("name", ["", "tiny"])
 def test_a_plain_model_answers_in_a_batch_by_any_name(runs: dict[str, RunDir], name: str) -> None:
     folder = runs["narrow"].path.parent / "model"
@@ -119,6 +130,8 @@ def test_what_cannot_answer_together_is_refused_before_weights_are_read(
         ({"a": own["narrow"], "b": model}, {}, "is not a run"),
         ({**own, "c": str(stranger.path)}, {}, "have different bases: weights with digest"),
         (own, {"engine": "vllm"}, "no engine called 'vllm'"),
+        (own, {"dtype": "int4"}, "dtype cannot be 'int4'"),
+        (own, {"engine": "llama.cpp", "dtype": "float32"}, "a dtype of its own, not in float32"),
     ]
     for asked, options, said in targets:
         with pytest.raises(QdistError, match=said) as caught:

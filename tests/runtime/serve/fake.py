@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qdist.core.data.conversation import Wording
 from qdist.core.errors import JobError, QdistError
-from qdist.runtime.infer.answerer import Ended, Likely, Listener, Piece, Question
+from qdist.runtime.infer.answerer import Answerer, Ended, Likely, Listener, Piece, Question
 from qdist.runtime.infer.prompts import Speech
 from qdist.runtime.infer.runner import Runner
 from qdist.runtime.serve.app import Service, application
@@ -139,26 +139,42 @@ def models_served(speech: Speech = SPEECH) -> Mapping[str, Served]:
     return {"sql": Served("sql", "sql", speech), "base": Served("base", "", speech)}
 
 
+class Desks(NamedTuple):
+    """A service over an answerer."""
+
+    app: ASGIApp
+    service: Service
+    runner: Runner
+    desk: Desk
+
+
 @asynccontextmanager
-async def started(
-    echo: Echo | None = None, *, most: int = 64, key: str = "", hosts: Sequence[str] = (), speech: Speech = SPEECH
-) -> AsyncIterator[Started]:
-    """An application that is ready."""
-    echo = echo or Echo()
+async def answering(
+    answerer: Answerer, models: Mapping[str, Served], *, most: int = 64, key: str = "", hosts: Sequence[str] = ()
+) -> AsyncIterator[Desks]:
+    """An application that is ready, over any answerer."""
     loop, desks = asyncio.get_running_loop(), list[Desk]()
     service = Service(key=key, hosts=hosts, started=7)
 
     def failed(error: Any) -> None:
         loop.call_soon_threadsafe(desks[0].fail, error)
 
-    with Runner(echo, when_failed=failed) as runner:
-        desk = Desk(runner, models_served(speech), service.meters, most=most)
+    with Runner(answerer, when_failed=failed) as runner:
+        desk = Desk(runner, models, service.meters, most=most)
         desks.append(desk)
         service.open(desk)
         try:
-            yield Started(application(service), service, echo, runner, desk)
+            yield Desks(application(service), service, runner, desk)
         finally:
             desk.close()
+
+
+@asynccontextmanager
+async def started(echo: Echo | None = None, *, speech: Speech = SPEECH, **given: Any) -> AsyncIterator[Started]:
+    """An application that is ready, over the fake."""
+    echo = echo or Echo()
+    async with answering(echo, models_served(speech), **given) as (app, service, runner, desk):
+        yield Started(app, service, echo, runner, desk)
 
 
 async def until(met: Callable[[], bool]) -> None:
