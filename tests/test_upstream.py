@@ -20,7 +20,7 @@ PUBLIC = {"_replace", "_asdict", "_fields", "_make", "_exit"}
 """Of named tuples and `os`, whose documentation has them."""
 PYTHONS = {
     "__version__", "__stdout__", "__stderr__", "__cause__", "__context__", "__file__", "__path__", "__traceback__",
-    "__annotations__",
+    "__annotations__", "__wrapped__",
     *(name for kind in (object, type, types.FunctionType, types.ModuleType, list, Path) for name in dir(kind)),
 }  # fmt: skip
 

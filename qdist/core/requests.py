@@ -253,6 +253,10 @@ class Opening(Request, frozen=True, kw_only=True):
     """Fields common to all processes that open a model to answer with."""
 
     max_memory: Annotated[str | None, _help("What to put on each GPU at most, such as 20GiB.")] = None
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        _help("What is computed in. auto: as in training, or as the model is stored."),
+    ] = "auto"
     trust_remote_code: Annotated[
         bool, _help("Run the Python files of the model's own repository where transformers has no class for it.")
     ] = False

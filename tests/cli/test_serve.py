@@ -29,6 +29,8 @@ def typed(*words: str) -> Result:
 def test_flags_become_the_request(handed_on: list[Serve]) -> None:
     assert typed("smollm2-135m", "--port", "0", "--slots", "4", "--context", "512", "--queue", "9").exit_code == 0
     assert handed_on == [Serve(runs=("smollm2-135m",), port=0, slots=4, context=512, queue=9)]
+    assert typed("smollm2-135m", "--dtype", "float32").exit_code == 0
+    assert handed_on[1] == Serve(runs=("smollm2-135m",), dtype="float32")
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,8 @@ def vllm_command(
     ]  # fmt: skip
     if request.trust_remote_code:
         words.append("--trust-remote-code")
+    if request.dtype != "auto":
+        words += ["--dtype", request.dtype]
     if adapters:
         allowed = next((each for each in _RANKS if each >= rank), None)
         if allowed is None:

@@ -53,7 +53,7 @@ def answer_all(work: Work, keep: Keep, opened: Callable[[str], None] = lambda wh
     request, name = work.request, adapter_of(work.request.run)
     ready = open_answerer(
         {name: request.run}, slots=min(request.batch, len(work.asked)), tokens=work.longest, engine=request.engine,
-        max_memory_bytes=request.max_memory_bytes, ahead=(request.sampling,),
+        max_memory_bytes=request.max_memory_bytes, dtype=request.dtype, ahead=(request.sampling,),
     )  # fmt: skip
     opened(ready.where)
     answer_with(ready.answerer, "" if request.adapter == "base" else name, work, keep)
@@ -112,8 +112,8 @@ def _search(work: Work, keep: Keep, opened: Callable[[str], None]) -> None:
     """Answer by beam search, a batch of prompts after the other."""
     request, size = work.request, work.request.batch
     loaded = open_model(
-        request.run, tokens=size * request.beams * work.longest, max_memory_bytes=request.max_memory_bytes,
-        needs_tokenizer=True,
+        request.run, dtype=request.dtype, tokens=size * request.beams * work.longest,
+        max_memory_bytes=request.max_memory_bytes, needs_tokenizer=True,
     )  # fmt: skip
     opened(loaded.where)
     began = time.monotonic()

@@ -40,7 +40,8 @@ def run(request: Chat) -> None:
         voices.insert(0, Voice("", "base"))
     ready = open_answerer(
         {name: request.run}, slots=len(voices), tokens=min(request.context, speech.positions or request.context),
-        engine=request.engine, max_memory_bytes=request.max_memory_bytes, ahead=(request.sampling,),
+        engine=request.engine, max_memory_bytes=request.max_memory_bytes, dtype=request.dtype,
+        ahead=(request.sampling,),
     )  # fmt: skip
     for line in filter(None, (ready.where, speech.note)):
         say(line, err=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -38,7 +39,8 @@ def copies_for(request: Generate, longest: int, waiting: int) -> list[Copy]:
         return []
     tokens, cap = request.batch * request.beams * longest, request.max_memory_bytes
     asked = Questions(request.batch, longest) if request.beams == 1 else tokens
-    holding = [card for card in shown_cards() if holds_copy(request.run, card.free_bytes, asked, max_memory_bytes=cap)]
+    holds = partial(holds_copy, request.run, asked=asked, dtype=request.dtype, max_memory_bytes=cap)
+    holding = [card for card in shown_cards() if holds(card.free_bytes)]
     wanted = request.gpus
     if wanted is not None and len(holding) < wanted > 1:
         raise PlanError(

@@ -15,8 +15,10 @@ from qdist.runtime.kernels.small_product import (
     Gptq,
     Member,
     StackedAdapter,
+    add_adapter,
     has_kernel,
     small_products,
+    split_columns,
 )
 from qdist.runtime.model.packed import Packed4bit, PackedLinear, frozen_product, is_offloaded
 from qdist.runtime.model.packed_gptq import PackedGptq
@@ -79,7 +81,7 @@ class Unpacked:
     def products(self, inputs: torch.Tensor, adapter: StackedAdapter | None) -> Sequence[torch.Tensor]:
         bias = self._bias
         product = torch.mm(inputs, self._weight) if bias is None else torch.addmm(bias, inputs, self._weight)
-        products = _split(product, self._sizes)
+        products = split_columns(product, self._sizes)
         return products if adapter is None else add_adapter(products, inputs, adapter)
 
 
@@ -97,27 +99,8 @@ class Reordered(Unpacked):
 
     def products(self, inputs: torch.Tensor, adapter: StackedAdapter | None) -> Sequence[torch.Tensor]:
         product = torch.ops.mkldnn._linear_pointwise(inputs, self._ordered, self._bias, "none", [], "")
-        products = _split(product, self._sizes)
+        products = split_columns(product, self._sizes)
         return products if adapter is None else add_adapter(products, inputs, adapter)
-
-
-def add_adapter(
-    products: Sequence[torch.Tensor], inputs: torch.Tensor, adapter: StackedAdapter
-) -> Sequence[torch.Tensor]:
-    """The products [tokens, out], with the adapter's added in place."""
-    narrow = torch.mm(inputs, adapter.down.t())
-    if adapter.mask is not None:
-        narrow = narrow.mul_(adapter.mask)
-    parts = _split(narrow, [up.shape[1] for up in adapter.ups])
-    for product, part, up in zip(products, parts, adapter.ups, strict=True):
-        if up.shape[1]:
-            product.addmm_(part, up.t())
-    return products
-
-
-def _split(product: torch.Tensor, sizes: Sequence[int]) -> Sequence[torch.Tensor]:
-    """Views of some columns each. Not `Tensor.split`, which is written in Python: there are 240 a token in SmolLM2."""
-    return [product] if len(sizes) == 1 else torch.split_with_sizes(product, sizes, dim=1)
 
 
 def dtype_of(layer: nn.Linear) -> torch.dtype:

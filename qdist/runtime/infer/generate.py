@@ -105,7 +105,7 @@ def _job_of(request: Generate) -> _Job:
     conversations = read_prompts(Path(request.prompts))
     speech = speech_of(request.run)
     encoded = encode_prompts(conversations, speech)
-    settings = (request.sampling, request.n, request.beams, request.adapter, request.engine)
+    settings = (request.sampling, request.n, request.beams, request.adapter, request.engine, request.dtype)
     identity = [str(Path(request.run).resolve()), _stamp(request.run), encoded, msgspec.to_builtins(settings)]
     return _Job(request, conversations, speech, encoded, hashlib.sha256(json.dumps(identity).encode()).hexdigest())
 

@@ -121,10 +121,9 @@ def _on(folder: Path, dtype: torch.dtype | str, device: torch.device) -> tuple[A
 def _where_there_is_room(folder: Path, dtype: torch.dtype | str, cap_bytes: int | None, tokens: int) -> tuple[Any, str]:
     """On the first GPU with room for all of it, else spread over the GPUs with host memory as overflow."""
     rooms = [_room_beside_work(free, cap_bytes) for free in free_bytes()]
-    wide = dtype == torch.float32
-    size = _stored_bytes(folder) * (2 if wide else 1)
+    size, cached = _plain_bytes(folder, dtype, 0), _plain_bytes(folder, dtype, tokens)
     for gpu, own in enumerate(rooms):
-        if size + _cached_bytes(folder, tokens, 4 if wide else 2) <= own:
+        if cached <= own:
             return _on(folder, dtype, torch.device("cuda", gpu))
     budgets: dict[int | str, int] = {gpu: own for gpu, own in enumerate(rooms) if own > 0}
     if not _is_quantized(folder):  # packed layers cannot compute where their weights are not
@@ -156,7 +155,9 @@ def _room_beside_work(free: int, cap_bytes: int | None) -> int:
     return room(free, cap_bytes) - CUDA_CONTEXT_BYTES - _WORK_BYTES
 
 
-def holds_copy(target: str, free: int, asked: Questions | int, *, max_memory_bytes: int | None) -> bool:
+def holds_copy(
+    target: str, free: int, asked: Questions | int, *, dtype: str = "auto", max_memory_bytes: int | None
+) -> bool:
     """Whether a GPU with so many free bytes has room for all of a run or model, and for what it is asked.
 
     asked: answers in rows of one cache; or tokens of all sequences together, where they have a cache each.
@@ -164,20 +165,26 @@ def holds_copy(target: str, free: int, asked: Questions | int, *, max_memory_byt
     run = RunDir(target)
     if not run.exists():
         folder, tokens = materialize(locate(target)), asked.tokens if isinstance(asked, Questions) else asked
-        return _stored_bytes(folder) + _cached_bytes(folder, tokens, 2) <= _room_beside_work(free, max_memory_bytes)
+        own = _plain_bytes(folder, DTYPES.get(dtype, dtype), tokens)
+        return own <= _room_beside_work(free, max_memory_bytes)
     plan = answering_plan(run, needs_tokenizer=True)
-    parts = parts_of(plan, DTYPES[plan.compute_dtype])
+    parts = parts_of(plan, DTYPES[plan.compute_dtype if dtype == "auto" else dtype])
     counted = answering_footprint(parts, asked) if isinstance(asked, Questions) else count_in_use(parts, tokens=asked)
     return counted.alone <= room(free, max_memory_bytes)
 
 
-def _cached_bytes(folder: Path, tokens: int, number_bytes: int) -> int:
-    """Bytes of keys and values of a model in a folder; 0 for a type whose shapes are not known."""
+def _plain_bytes(folder: Path, dtype: torch.dtype | str, tokens: int) -> int:
+    """Bytes of a model that is no run, with the keys and values of so many tokens.
+
+    Those are not counted for a type whose shapes are not known.
+    """
+    is_wide = dtype == torch.float32
+    size = _stored_bytes(folder) * (2 if is_wide else 1)
     try:
         facts = facts_of(read_json(folder / "config.json"), name=str(folder))
     except ModelError:
-        return 0
-    return sum(cache_bytes(facts.shapes[run], number_bytes, tokens) for run in facts.run_of_layer)
+        return size
+    return size + sum(cache_bytes(facts.shapes[run], 4 if is_wide else 2, tokens) for run in facts.run_of_layer)
 
 
 def _stored_bytes(folder: Path) -> int:

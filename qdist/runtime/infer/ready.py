@@ -180,19 +180,19 @@ def _load_plain(
     max_memory_bytes: int | None,
 ) -> _Loaded:
     ((name, target),) = targets.items()
-    slots = slots_beside(target, slots, positions, max_memory_bytes)
+    slots = slots_beside(target, slots, positions, dtype, max_memory_bytes)
     opened = open_model(
         target, dtype=dtype, tokens=slots * positions, max_memory_bytes=max_memory_bytes, needs_tokenizer=True
     )
     return _Loaded(opened.model, {"": speeches[name], **speeches}, {}, opened.where, slots)
 
 
-def slots_beside(target: str, slots: int, positions: int, max_memory_bytes: int | None) -> int:
+def slots_beside(target: str, slots: int, positions: int, dtype: str, max_memory_bytes: int | None) -> int:
     """Answers at a time that a GPU has room for beside a whole model; as many as were asked for if there is none."""
     rooms, count = free_bytes() if torch.cuda.is_available() else (), slots
     while count and rooms:
         asked = Questions(count, positions, 0)
-        if any(holds_copy(target, free, asked, max_memory_bytes=max_memory_bytes) for free in rooms):
+        if any(holds_copy(target, free, asked, dtype=dtype, max_memory_bytes=max_memory_bytes) for free in rooms):
             return count
         count //= 2
     return slots

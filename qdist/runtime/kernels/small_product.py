@@ -101,14 +101,24 @@ def torch_products(
         products.append(functional.linear(inputs, matrix_of(member.weight, inputs.dtype), bias))
     if adapter is None:
         return products
-    narrow = inputs @ adapter.down.t()
+    return add_adapter(products, inputs, adapter)
+
+
+def add_adapter(products: Sequence[torch.Tensor], inputs: torch.Tensor, adapter: StackedAdapter) -> list[torch.Tensor]:
+    """The products [tokens, out] with inputs [tokens, in], with the adapter's added in place."""
+    narrow = torch.mm(inputs, adapter.down.t())
     if adapter.mask is not None:
-        narrow = narrow * adapter.mask[: len(inputs)].to(narrow.dtype)
-    begin = 0
-    for product, up in zip(products, adapter.ups, strict=True):
-        product.addmm_(narrow[:, begin : begin + up.shape[1]], up.t())
-        begin += up.shape[1]
-    return products
+        narrow = narrow.mul_(adapter.mask[: len(inputs)])
+    parts = split_columns(narrow, [up.shape[1] for up in adapter.ups])
+    for product, part, up in zip(products, parts, adapter.ups, strict=True):
+        if up.shape[1]:
+            product.addmm_(part, up.t())
+    return list(products)
+
+
+def split_columns(product: torch.Tensor, sizes: Sequence[int]) -> Sequence[torch.Tensor]:
+    """Views of some columns each. Not `Tensor.split`, which is written in Python: there are 240 a token in SmolLM2."""
+    return [product] if len(sizes) == 1 else torch.split_with_sizes(product, sizes, dim=1)
 
 
 def matrix_of(weight: FourBit | Gptq | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

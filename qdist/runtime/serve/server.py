@@ -78,6 +78,7 @@ def _run(
             tokens=request.context,
             engine=request.engine,
             max_memory_bytes=request.max_memory_bytes,
+            dtype=request.dtype,
             ahead=_AHEAD,
         )
 

@@ -33,6 +33,11 @@ def test_a_model_alone_needs_no_more_than_its_bounds() -> None:
     assert vllm.vllm_command(SERVE, "/m", "base", {}, 0, []) == [*HEAD, *BOUNDS]
 
 
+def test_the_dtype_is_handed_on() -> None:
+    in_half = msgspec.structs.replace(SERVE, dtype="float16")
+    assert vllm.vllm_command(in_half, "/m", "base", {}, 0, []) == [*HEAD, *BOUNDS, "--dtype", "float16"]
+
+
 def test_adapters_are_named_and_the_rank_is_one_that_vllm_takes() -> None:
     words = vllm.vllm_command(
         SERVE, "/m", "base", {"a": Path("/a"), "b": Path("/b")}, 20, ["--quantization", "bitsandbytes"]

@@ -19,6 +19,7 @@ from qdist.host.data.records import read_prompts
 from qdist.host.run.rundir import RunDir
 from qdist.runtime import tasks
 from qdist.runtime.data.wording import encode_prompt, usual_wording
+from qdist.runtime.infer import answering as answers
 from qdist.runtime.infer import generate
 from qdist.runtime.infer.answering import Keep, Work, answer_all
 from qdist.runtime.infer.decoding import complete
@@ -60,6 +61,34 @@ def test_an_answer_ends_before_the_end_of_the_turn(tmp_path: Path) -> None:
     answer = complete(model, tokenizer, PROMPTS[:1], max_new_tokens=12)[0]
     model.generation_config.eos_token_id = [answer[4], 319]
     assert complete(model, tokenizer, PROMPTS[:1], max_new_tokens=12)[0] == answer[: answer.index(answer[4])]
+
+
+def test_answers_and_beams_are_computed_in_the_dtype_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[str]()
+
+    def noting(opens: Any) -> Any:
+        def opened(*given: Any, **named: Any) -> Any:
+            asked.append(named["dtype"])
+            return opens(*given, **named)
+
+        return opened
+
+    for name in ("open_answerer", "open_model"):
+        monkeypatch.setattr(answers, name, noting(getattr(answers, name)))
+    model = save_model(tmp_path / "model", tokenizer=tiny_tokenizer(CHATML, bos=False))
+    (tmp_path / "prompts.txt").write_text("hello\n")
+    for beams in (1, 2):
+        answered(
+            model,
+            tmp_path / "prompts.txt",
+            tmp_path / f"{beams}.jsonl",
+            beams=beams,
+            dtype="bfloat16",
+            max_new_tokens=4,
+        )
+    assert asked == ["bfloat16", "bfloat16"]
 
 
 def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:

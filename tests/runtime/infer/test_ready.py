@@ -194,7 +194,7 @@ def test_a_plain_model_has_as_many_answers_at_a_time_as_a_gpu_has_room_for(
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     for rooms, expected in (((100, 300), 4), ((5000,), 16), ((64,), 1), ((10,), 16)):
         monkeypatch.setattr("qdist.runtime.infer.ready.free_bytes", lambda rooms=rooms: rooms)
-        assert slots_beside("model", 16, 64, None) == expected
+        assert slots_beside("model", 16, 64, "auto", None) == expected
 
 
 def test_a_copy_of_a_plain_model_needs_room_for_its_keys_and_values(runs: dict[str, RunDir]) -> None:
@@ -203,3 +203,7 @@ def test_a_copy_of_a_plain_model_needs_room_for_its_keys_and_values(runs: dict[s
     assert holds_copy(model, free, Questions(1, 64, 0), max_memory_bytes=None)
     assert not holds_copy(model, free, Questions(64, 10**6, 0), max_memory_bytes=None)
     assert not holds_copy(model, free, 64 * 10**6, max_memory_bytes=None)
+    most = next(
+        count for count in range(10**5, 10**8, 10**5) if not holds_copy(model, free, count, max_memory_bytes=None)
+    )
+    assert not holds_copy(model, free, most // 2 + 10**5, dtype="float32", max_memory_bytes=None)
