@@ -1,4 +1,5 @@
-"""Does the server keep its head under load? `python bench/load_server.py [--model smollm2-135m] [--requests 500]`.
+"""Does the server keep its head under load? `python bench/load_server.py [--model smollm2-135m] [--requests 500]
+[--rounds 1]`.
 
 Starts `qdist serve` on CPU; 64 clients send 500 good requests by OpenAI's own client, whole and streamed, while 50
 others go away in the middle, 50 send what is malformed and 10 what is too large. Then prints what was answered, what
@@ -122,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=1, help="how often all of it, to see whether anything grows")
     parser.add_argument("--port", type=int, default=8765)
     parser.add_argument("--log", type=Path, default=Path("/tmp/load_server.log"))
     given = parser.parse_args()
@@ -133,7 +135,10 @@ def main() -> None:
             pid = child_of(server.pid)
             asyncio.run(load(given.port, given.model, CLIENTS))  # first, so that what is allocated once is
             before, begun = held_by(pid), time.monotonic()
-            outcomes = asyncio.run(load(given.port, given.model, given.requests))
+            outcomes = Counter[str]()
+            for number in range(given.rounds):
+                outcomes += asyncio.run(load(given.port, given.model, given.requests))
+                print(f"round {number + 1}, {time.monotonic() - begun:.0f} s: {held_by(pid)}", flush=True)
             seconds = time.monotonic() - begun
             time.sleep(1)
             after = held_by(pid)
@@ -148,7 +153,7 @@ def main() -> None:
     for name, held in (("before", before), ("after", after)):
         print(f"{name:7} {held.rss_mib:8,.0f} MiB  {held.descriptors:4} descriptors  {held.threads:4} threads")
     print(*(line for line in metrics.splitlines() if re.match("qdist_serve_(answers|requests)", line)), sep="\n")
-    unanswered = given.requests - outcomes["good: answered"]
+    unanswered = given.rounds * given.requests - outcomes["good: answered"]
     raise SystemExit(unanswered + written.count("Traceback") + max(0, after.descriptors - before.descriptors) + code)
 
 
