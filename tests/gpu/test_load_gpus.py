@@ -14,7 +14,8 @@ from qdist.core.text import GIB
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.infer import residence as places
 from qdist.runtime.infer.decoding import complete
-from qdist.runtime.infer.load import _WORK_BYTES, load, load_run, open_model, open_plain
+from qdist.runtime.infer.load import load, load_run, open_model
+from qdist.runtime.infer.plain import _WORK_BYTES, open_plain
 from qdist.runtime.model.packed import is_offloaded
 from qdist.runtime.model.parts import decoder_layers
 from tests.runtime.merging import merge

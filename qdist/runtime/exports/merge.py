@@ -24,15 +24,8 @@ from qdist.runtime.exports.backbone import Backbone
 from qdist.runtime.exports.merged_16bit import Merged
 from qdist.runtime.exports.qalora_merge import merge_offsets
 from qdist.runtime.exports.update import Adapters
-from qdist.runtime.infer.load import (
-    ROOM_TOKENS,
-    footprint_of,
-    load_run,
-    load_tokenizer,
-    open_plain,
-    plan_of,
-    residence_of,
-)
+from qdist.runtime.infer.load import footprint_of, load_run, load_tokenizer, plan_of, residence_of
+from qdist.runtime.infer.plain import ROOM_TOKENS, open_plain
 from qdist.runtime.infer.residence import arrange, choose, first_device, settle
 from qdist.runtime.model.skeleton import DTYPES, fill, skeleton
 from qdist.runtime.model.weights import Weights

@@ -11,7 +11,8 @@ from qdist.host.sources.models import locate, read_json
 from qdist.host.sources.targets import step_note
 from qdist.runtime.data.tokenizer import repair
 from qdist.runtime.data.wording import encode_prompt, usual_wording
-from qdist.runtime.infer.load import answering_plan, load_tokenizer, open_tokenizer_of
+from qdist.runtime.infer.load import answering_plan, load_tokenizer
+from qdist.runtime.infer.plain import open_tokenizer_of
 from qdist.runtime.model.describe import facts_of
 from qdist.runtime.quantize.materialize import materialize
 

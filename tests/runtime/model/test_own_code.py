@@ -18,7 +18,8 @@ from qdist.host.run.rundir import RunDir
 from qdist.host.sources.models import locate
 from qdist.runtime.data.tokenizer import open_tokenizer
 from qdist.runtime.exports.merge import merge
-from qdist.runtime.infer.load import load, open_plain
+from qdist.runtime.infer.load import load
+from qdist.runtime.infer.plain import open_plain
 from qdist.runtime.quantize.blueprint import blueprint
 from qdist.runtime.quantize.materialize import materialize, trust
 from tests.runtime.tiny import logits_of, real_job, save_data, save_model, tiny_config
