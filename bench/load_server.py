@@ -37,7 +37,7 @@ class Held(NamedTuple):
 def held_by(pid: int) -> Held:
     """What a process holds now."""
     status = Path(f"/proc/{pid}/status").read_text()
-    rss, threads = (int(re.search(rf"^{name}:\s+(\d+)", status, re.M)[1]) for name in ("VmRSS", "Threads"))  # type: ignore[index]
+    rss, threads = (int(re.search(rf"^{name}:\s+(\d+)", status, re.M)[1]) for name in ("VmRSS", "Threads"))
     return Held(rss / 1024, len(os.listdir(f"/proc/{pid}/fd")), threads)
 
 

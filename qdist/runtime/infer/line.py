@@ -161,3 +161,24 @@ class Line:
     def forget(self, answer: Answer) -> None:
         """Drop an answer that has ended."""
         self._known.pop(answer.ticket, None)
+
+
+class AtLine:
+    """What every answerer with a `Line` does alike."""
+
+    def __init__(self, line: Line, slots: int) -> None:
+        self.line, self.slots = line, slots
+        self.adapters, self.positions = line.adapters, line.positions
+
+    @property
+    def waiting(self) -> int:
+        """Questions in the line."""
+        return self.line.waiting
+
+    def submit(self, question: Question, listener: Listener) -> int:
+        """Put a question into the line; see `Answerer`."""
+        return self.line.submit(question, listener)
+
+    def cancel(self, ticket: int) -> None:
+        """End an answer; see `Answerer`."""
+        self.line.cancel(ticket)

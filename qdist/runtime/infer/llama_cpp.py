@@ -27,7 +27,7 @@ from qdist.runtime.data.wording import usual_wording
 from qdist.runtime.infer.answerer import Listener, Question
 from qdist.runtime.infer.choosing import Choice
 from qdist.runtime.infer.decoding import as_written
-from qdist.runtime.infer.line import Answer, Line
+from qdist.runtime.infer.line import Answer, AtLine, Line
 from qdist.runtime.infer.prompts import Speech, speech_of
 from qdist.runtime.infer.ready import Ready
 from qdist.runtime.infer.text import Script
@@ -166,7 +166,7 @@ class _Course(NamedTuple):
     asking: Future[None]
 
 
-class LlamaCpp:
+class LlamaCpp(AtLine):
     """An `Answerer` over llama.cpp's servers, one a model: its own threads compute, and `step` tells what they say.
 
     What is drawn is a function of the seed as well, but not the same that qdist draws. Of several tokens that make one
@@ -177,21 +177,16 @@ class LlamaCpp:
         self, servers: Mapping[str, Any], scripts: Mapping[str, Script], *, slots: int, positions: int
     ) -> None:
         """servers, scripts: by the names of their adapters. slots: answers at a time, of all models together."""
-        self._servers, self._scripts, self._line = servers, scripts, Line(scripts, positions)
+        super().__init__(Line(scripts, positions), slots)
+        self._servers, self._scripts = servers, scripts
         self._pool = ThreadPoolExecutor(slots, thread_name_prefix="llama.cpp")
         self._heard = SimpleQueue[_Heard]()
         self._at_work = dict[int, _Course]()
-        self.adapters, self.positions, self.slots = self._line.adapters, positions, slots
 
     @property
     def working(self) -> int:
         """Answers at work."""
         return len(self._at_work)
-
-    @property
-    def waiting(self) -> int:
-        """Questions in the line."""
-        return self._line.waiting
 
     def submit(self, question: Question, listener: Listener) -> int:
         """Put a question into the line; see `Answerer`. Raises DataError for settings that llama.cpp has otherwise."""
@@ -204,16 +199,16 @@ class LlamaCpp:
             raise DataError(
                 "llama.cpp takes presence and frequency penalties for tokens of the prompt, too", try_="--engine qdist"
             )
-        return self._line.submit(question, listener)
+        return self.line.submit(question, listener)
 
     def cancel(self, ticket: int) -> None:
         """End an answer; see `Answerer`. llama.cpp hears of it at its next token."""
-        self._line.cancel(ticket)
+        self.line.cancel(ticket)
         self._at_work.pop(ticket, None)
 
     def step(self) -> bool:
         """Let in whom there is a slot for, and tell what llama.cpp has said since; see `Answerer`."""
-        for answer in self._line.admit(self.slots - len(self._at_work)):
+        for answer in self.line.admit(self.slots - len(self._at_work)):
             self._at_work[answer.ticket] = _Course(answer, self._pool.submit(self._ask, answer))
         if not self._at_work:
             return False
@@ -259,7 +254,7 @@ class LlamaCpp:
             if piece["finish_reason"]:
                 answer.end("length" if piece["finish_reason"] == "length" else "stop")
         if answer.ended:
-            self._line.forget(answer)
+            self.line.forget(answer)
             self._at_work.pop(answer.ticket, None)
 
 

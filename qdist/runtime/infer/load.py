@@ -24,7 +24,7 @@ from qdist.host.terminal import say
 from qdist.runtime.data.tokenizer import align_config, open_tokenizer
 from qdist.runtime.formats.gptq_folder import in_safetensors
 from qdist.runtime.formats.recorded_sums import digest_of_folder, require_adapter
-from qdist.runtime.infer.plain import ROOM_TOKENS, open_plain, plain_bytes, room_beside_work
+from qdist.runtime.infer.plain import ROOM_TOKENS, has_room, open_plain
 from qdist.runtime.infer.residence import arrange, choose, first_device, settle
 from qdist.runtime.model.own_code import run_code_for
 from qdist.runtime.model.skeleton import DTYPES, load_backbone
@@ -41,9 +41,8 @@ def holds_copy(
     """
     run = RunDir(target)
     if not run.exists():
-        folder, tokens = materialize(locate(target)), asked.tokens if isinstance(asked, Questions) else asked
-        own = plain_bytes(folder, DTYPES.get(dtype, dtype), tokens)
-        return own <= room_beside_work(free, max_memory_bytes)
+        tokens = asked.tokens if isinstance(asked, Questions) else asked
+        return has_room(materialize(locate(target)), dtype, tokens, free, max_memory_bytes)
     plan = answering_plan(run, needs_tokenizer=True)
     parts = parts_of(plan, DTYPES[plan.compute_dtype if dtype == "auto" else dtype])
     counted = answering_footprint(parts, asked) if isinstance(asked, Questions) else count_in_use(parts, tokens=asked)

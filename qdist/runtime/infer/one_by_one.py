@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers.generation import GenerationMode
 
-from qdist.runtime.infer.answerer import Listener, Question
 from qdist.runtime.infer.choosing import Chooser
-from qdist.runtime.infer.line import Answer, Line
+from qdist.runtime.infer.line import Answer, AtLine, Line
 from qdist.runtime.infer.scheduler import Select
 
 
@@ -22,38 +21,25 @@ class _Course(NamedTuple):
     """What transformers passes from one token to the next: cache, mask."""
 
 
-class OneByOne:
+class OneByOne(AtLine):
     """An `Answerer` for models that no decoder of rows takes: recurrences, own code, offloaded or spread layers.
 
     model: of transformers, without PEFT around it. slots: answers at a time; more of them are not faster, but fair.
     """
 
     def __init__(self, model: Any, chooser: Chooser, line: Line, *, slots: int, select: Select) -> None:
-        self._model, self._chooser, self._line, self._select = model, chooser, line, select
+        super().__init__(line, slots)
+        self._model, self._chooser, self._select = model, chooser, select
         self._selected: str | None = None
         self._courses: dict[int, _Course] = {}
         """By slot."""
         self._keeps_one = "logits_to_keep" in signature(model.forward).parameters
-        self.adapters, self.positions, self.slots = line.adapters, line.positions, slots
 
     @property
     def working(self) -> int:
         """Answers at work."""
         courses = tuple(self._courses.values())  # a server's metrics are read on another thread
         return sum(not course.answer.ended for course in courses)
-
-    @property
-    def waiting(self) -> int:
-        """Questions in the line."""
-        return self._line.waiting
-
-    def submit(self, question: Question, listener: Listener) -> int:
-        """Put a question into the line; see `Answerer`."""
-        return self._line.submit(question, listener)
-
-    def cancel(self, ticket: int) -> None:
-        """End an answer; see `Answerer`."""
-        self._line.cancel(ticket)
 
     @torch.no_grad()
     def step(self) -> bool:
@@ -73,7 +59,7 @@ class OneByOne:
 
     def _let_in(self) -> None:
         free = [slot for slot in range(self.slots) if slot not in self._courses]
-        for slot, answer in zip(free, self._line.admit(len(free)), strict=False):
+        for slot, answer in zip(free, self.line.admit(len(free)), strict=False):
             self._chooser.admit(slot, answer.question.sampling, answer.question.prompt)
             ids = torch.tensor([list(answer.question.prompt)], device=self._model.device)
             state: dict[str, Any] = {"use_cache": True, "attention_mask": torch.ones_like(ids)}
@@ -102,5 +88,5 @@ class OneByOne:
     def _drop_ended(self) -> None:
         for slot, course in tuple(self._courses.items()):
             if course.answer.ended:
-                self._line.forget(course.answer)
+                self.line.forget(course.answer)
                 del self._courses[slot]

@@ -115,8 +115,8 @@ def _on(folder: Path, dtype: torch.dtype | str, device: torch.device) -> tuple[A
 
 def _where_there_is_room(folder: Path, dtype: torch.dtype | str, cap_bytes: int | None, tokens: int) -> tuple[Any, str]:
     """On the first GPU with room for all of it, else spread over the GPUs with host memory as overflow."""
-    rooms = [room_beside_work(free, cap_bytes) for free in free_bytes()]
-    size, cached = plain_bytes(folder, dtype, 0), plain_bytes(folder, dtype, tokens)
+    rooms = [_room_beside_work(free, cap_bytes) for free in free_bytes()]
+    size, cached = _bytes_in_use(folder, dtype, 0), _bytes_in_use(folder, dtype, tokens)
     for gpu, own in enumerate(rooms):
         if cached <= own:
             return _on(folder, dtype, torch.device("cuda", gpu))
@@ -146,12 +146,17 @@ def _where_there_is_room(folder: Path, dtype: torch.dtype | str, cap_bytes: int 
     return model, str(_residence(model))
 
 
-def room_beside_work(free: int, cap_bytes: int | None) -> int:
+def _room_beside_work(free: int, cap_bytes: int | None) -> int:
     """Bytes of a GPU that a model may fill, with its keys and values."""
     return room(free, cap_bytes) - CUDA_CONTEXT_BYTES - _WORK_BYTES
 
 
-def plain_bytes(folder: Path, dtype: torch.dtype | str, tokens: int) -> int:
+def has_room(folder: Path, dtype: str, tokens: int, free: int, cap_bytes: int | None) -> bool:
+    """Whether a GPU with so many free bytes has room for a model, and for the keys and values of so many tokens."""
+    return _bytes_in_use(folder, DTYPES.get(dtype, dtype), tokens) <= _room_beside_work(free, cap_bytes)
+
+
+def _bytes_in_use(folder: Path, dtype: torch.dtype | str, tokens: int) -> int:
     """Bytes of a model that is no run, with the keys and values of so many tokens.
 
     Those are not counted for a type whose shapes are not known.

@@ -1,7 +1,7 @@
 """Opens runs over one base, or a model, to answer many questions at once."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from qdist.core.planning.answering import Questions, answering_footprint
 from qdist.core.planning.inference import Residence
 from qdist.core.sampling import Sampling
 from qdist.host.run.rundir import RunDir
+from qdist.host.sources.models import locate
 from qdist.runtime.data.wording import usual_wording
 from qdist.runtime.infer.answerer import Answerer
 from qdist.runtime.infer.beside import add_run, require_one_base
@@ -22,7 +23,6 @@ from qdist.runtime.infer.line import Line
 from qdist.runtime.infer.linears import AdapterChoice, prepare_linears
 from qdist.runtime.infer.load import (
     answering_plan,
-    holds_copy,
     load_run,
     load_tokenizer,
     open_model,
@@ -30,11 +30,13 @@ from qdist.runtime.infer.load import (
     require_dtype,
 )
 from qdist.runtime.infer.one_by_one import OneByOne
+from qdist.runtime.infer.plain import has_room
 from qdist.runtime.infer.prompts import Speech, speech_of
 from qdist.runtime.infer.residence import choose, free_bytes
 from qdist.runtime.infer.scheduler import AdapterRows, Batched
 from qdist.runtime.infer.text import Script
 from qdist.runtime.model.skeleton import DTYPES
+from qdist.runtime.quantize.materialize import materialize
 
 ENGINES = ("auto", "qdist", "llama.cpp")
 
@@ -155,14 +157,18 @@ def slots_with_room(slots: int, place: Callable[[int], Residence]) -> tuple[int,
     place: says where the model is with so many. A layer that visits its GPU for each token takes more time than
     half of the answers. Where even one answer needs layers offloaded, there are as many as were asked for.
     """
-    count = slots
-    while count > 1:
-        with suppress(PlanError):
+    for count in _halves(slots):
+        with suppress(PlanError) if count > 1 else nullcontext():
             if not (found := place(count)).offloaded:
                 return count, found
-        count //= 2
-    alone = place(1)
-    return (1, alone) if not alone.offloaded else (slots, place(slots))
+    return slots, place(slots)
+
+
+def _halves(slots: int) -> Iterator[int]:
+    """Numbers of answers at a time to try, down to one."""
+    while slots:
+        yield slots
+        slots //= 2
 
 
 def _peft_names(count: int) -> list[str]:
@@ -189,13 +195,14 @@ def _load_plain(
 
 def slots_beside(target: str, slots: int, positions: int, dtype: str, max_memory_bytes: int | None) -> int:
     """Answers at a time that a GPU has room for beside a whole model; as many as were asked for if there is none."""
-    rooms, count = free_bytes() if torch.cuda.is_available() else (), slots
-    while count and rooms:
-        asked = Questions(count, positions, 0)
-        if any(holds_copy(target, free, asked, dtype=dtype, max_memory_bytes=max_memory_bytes) for free in rooms):
-            return count
-        count //= 2
-    return slots
+    if not torch.cuda.is_available():
+        return slots
+    folder, rooms = materialize(locate(target)), free_bytes()
+
+    def fit(count: int) -> bool:
+        return any(has_room(folder, dtype, count * positions, free, max_memory_bytes) for free in rooms)
+
+    return next(filter(fit, _halves(slots)), slots)
 
 
 def _answerer(

@@ -5,9 +5,8 @@ from typing import Protocol
 
 import torch
 
-from qdist.runtime.infer.answerer import Listener, Question
 from qdist.runtime.infer.choosing import Choice, Chooser
-from qdist.runtime.infer.line import Answer, Line
+from qdist.runtime.infer.line import Answer, AtLine, Line
 
 
 class RowDecoder(Protocol):
@@ -77,7 +76,7 @@ class AdapterRows:
             self._set_rows(self._of_row[rows])
 
 
-class Batched:
+class Batched(AtLine):
     """An `Answerer` whose answers at work are the first rows of a decoder's cache.
 
     tells_later: tell of a step's tokens while the device computes the next one. Text costs the host 20 us a token.
@@ -94,29 +93,16 @@ class Batched:
         slots: int,
         tells_later: bool = False,
     ) -> None:
-        self._decoder, self._chooser, self._line, self._adapter_rows = decoder, chooser, line, adapter_rows
+        super().__init__(line, slots)
+        self._decoder, self._chooser, self._adapter_rows = decoder, chooser, adapter_rows
         self._tells_later = tells_later
         self._rows: list[Answer] = []
         self._untold: list[tuple[Answer, Choice]] = []
-        self.adapters, self.positions, self.slots = line.adapters, line.positions, slots
 
     @property
     def working(self) -> int:
         """Answers at work."""
         return sum(not answer.ended for answer in self._rows)
-
-    @property
-    def waiting(self) -> int:
-        """Questions in the line."""
-        return self._line.waiting
-
-    def submit(self, question: Question, listener: Listener) -> int:
-        """Put a question into the line; see `Answerer`."""
-        return self._line.submit(question, listener)
-
-    def cancel(self, ticket: int) -> None:
-        """End an answer; see `Answerer`."""
-        self._line.cancel(ticket)
 
     def step(self) -> bool:
         """Bring each answer at work one token on, and let in whom there is a row for; see `Answerer`.
@@ -147,8 +133,8 @@ class Batched:
     def _let_in(self) -> None:
         first, only = len(self._rows), None
         if not self._adapter_rows.mixes:
-            only = self._rows[0].question.adapter if self._rows else self._line.next_adapter
-        admitted = self._line.admit(self.slots - first, only)
+            only = self._rows[0].question.adapter if self._rows else self.line.next_adapter
+        admitted = self.line.admit(self.slots - first, only)
         if not admitted:
             return
         rows = range(first, first + len(admitted))
@@ -167,7 +153,7 @@ class Batched:
         """Have the last rows take the places of answers that ended."""
         for row in reversed(range(len(self._rows))):
             if self._rows[row].ended or self._rows[row].needs_no_more:
-                self._line.forget(self._rows[row])
+                self.line.forget(self._rows[row])
                 if self._rows[row].spoiled:
                     self._decoder.clear(row)
                 last = len(self._rows) - 1

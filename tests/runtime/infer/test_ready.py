@@ -187,14 +187,15 @@ def test_the_room_that_is_asked_for_is_what_a_plan_for_inference_counts(
 def test_a_plain_model_has_as_many_answers_at_a_time_as_a_gpu_has_room_for(
     runs: dict[str, RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def holds(target: str, free: int, asked: Questions, **_: Any) -> bool:
-        return asked.tokens <= free
+    def holds(folder: Path, dtype: str, tokens: int, free: int, cap_bytes: int | None) -> bool:
+        return tokens <= free
 
-    monkeypatch.setattr("qdist.runtime.infer.ready.holds_copy", holds)
+    monkeypatch.setattr("qdist.runtime.infer.ready.has_room", holds)
+    model = runs["narrow"].plan().source.path
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     for rooms, expected in (((100, 300), 4), ((5000,), 16), ((64,), 1), ((10,), 16)):
         monkeypatch.setattr("qdist.runtime.infer.ready.free_bytes", lambda rooms=rooms: rooms)
-        assert slots_beside("model", 16, 64, "auto", None) == expected
+        assert slots_beside(model, 16, 64, "auto", None) == expected
 
 
 def test_a_copy_of_a_plain_model_needs_room_for_its_keys_and_values(runs: dict[str, RunDir]) -> None:
