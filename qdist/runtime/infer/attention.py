@@ -78,7 +78,7 @@ def mask_of_rows(
         )
         return mask
     if use_vmap or not allow_is_causal_skip:
-        raise UndecodableError("its tokens do not see just those before them", try_="--engine transformers")
+        raise UndecodableError("its tokens do not see just those before them")
     seen = min(local_size or kv_length, kv_length)
     if not q_offset.is_cuda and int(q_offset.min()) == kv_length:  # once a pass, not in each layer
         q_offset = q_offset.to(torch.int32)
@@ -114,13 +114,13 @@ def attend(
     softcap: of Gemma 2's scores. s_aux: gpt-oss's sinks, [heads].
     """
     if position_bias is not None:
-        raise UndecodableError("its attention adds a bias to scores", try_="--engine transformers")
+        raise UndecodableError("its attention adds a bias to scores")
     extras = _Extras(softcap, s_aux)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.shape[2] == key.shape[2]:
         return _of_prompts(module, query, key, value, attention_mask, scale, extras), None
     if attention_mask is None or attention_mask.dtype not in _NUMBERS or query.shape[2] != 1:
-        raise UndecodableError(f"{type(module).__name__} makes a mask of its own", try_="--engine transformers")
+        raise UndecodableError(f"{type(module).__name__} makes a mask of its own")
     if not getattr(module, "attends_by_rows", False):
         module.attends_by_rows = True
     window = attention_mask.shape[-1] if attention_mask.shape[-1] < key.shape[2] else 0
