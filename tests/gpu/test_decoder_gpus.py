@@ -71,6 +71,7 @@ def test_logits_of_steps_are_those_of_the_whole_text(model_type: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_a_step_waits_for_nothing() -> None:
     decoder = Decoder(
         model_of("llama", torch.bfloat16), slots=4, positions=60, choose=lambda logits, _: logits.argmax(-1)
