@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from bench.readme_commands import Written, cases_of, pages, read_commands
 from qdist.cli.main import COMMANDS, main
 from qdist.core.spec.lookup import all_settings
+from qdist.core.spec.run_spec import whole_key
 from qdist.host.machine import probe
 from tests.plans import CPU
 
@@ -100,7 +101,7 @@ def test_a_command_has_the_flags_and_settings_that_documents_show(words: list[st
     flags = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)} | {"--help"}
     assert [word for word in arguments if word.startswith("--") and word.partition("=")[0] not in flags] == []
     given = {after.partition("=")[0] for flag, after in pairwise(arguments) if flag == "--set"}
-    assert given - {each.key for each in all_settings()} == set()
+    assert set(map(whole_key, given)) - {each.key for each in all_settings()} == set()
 
 
 @pytest.mark.parametrize("written", [each for each in SHOWN if each.shown], ids=lambda each: each.text)

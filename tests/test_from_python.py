@@ -34,7 +34,7 @@ def test_a_plan_is_the_one_of_the_command_line() -> None:
         ({"optim.lr": 1e-4, "seq_len": 64}, {"optim.lr": 1e-4, "seq_len": 64}),
         ({"lr": 1e-4, "batch_size": 8, "lora_r": 4}, {"optim.lr": 1e-4, "global_batch": 8, "lora.r": 4}),
         ({"dropout": 0.1, "targets": ["q_proj"]}, {"lora.dropout": 0.1, "lora.targets": ["q_proj"]}),
-        ({"data": Path("a") / "b.jsonl", "steps": None}, {"data": "a/b.jsonl", "steps": None}),
+        ({"data": Path("a") / "b.jsonl", "steps": None}, {"data.path": "a/b.jsonl", "steps": None}),
     ],
 )
 def test_settings_are_named_as_keys_as_their_last_parts_or_as_flags(

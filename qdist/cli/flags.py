@@ -9,17 +9,17 @@ import msgspec
 
 from qdist.core.errors import SpecError, flag_of, in_words
 from qdist.core.spec.keys import accepted, choices, description, is_texts, kinds_of, known_keys
-from qdist.core.spec.lookup import COMMON
+from qdist.core.spec.lookup import COMMON, VERBATIM
 from qdist.core.spec.run_spec import RunSpec
 from qdist.core.spec.suggest import RELATED_NAMES, known_as, meant_by
 from qdist.core.text import command, quoted
 
 F = TypeVar("F", bound=Callable[..., Any])
 _LIKE_THEIR_SETTINGS = (
-    "model", "bits", "method", "data", "gpus", "placement", "gpus_per_group", "max_memory", "load_format", "adapter",
+    "model", "bits", "method", "gpus", "placement", "gpus_per_group", "max_memory", "load_format", "adapter",
     "run", "trust_remote_code",
 )  # fmt: skip
-FLAGS = {**{name: name for name in _LIKE_THEIR_SETTINGS}, **COMMON}
+FLAGS = {**{name: name for name in _LIKE_THEIR_SETTINGS}, **COMMON, **VERBATIM}
 """Every parameter of a command that is a setting."""
 
 

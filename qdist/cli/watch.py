@@ -131,7 +131,7 @@ def ending(run: RunDir, plan: Plan) -> None:
         f"\nadapter  {run.adapter}: {format_count(result['adapter_parameters'])} parameters, "
         f"{format_bytes(result['adapter_bytes'])}{speed}"
     )
-    system = ("--system", demo.SYSTEM) if plan.spec.data == demo.NAME else ()
+    system = ("--system", demo.SYSTEM) if plan.spec.data.path == demo.NAME else ()
     if plan.source.tokenizer:
         say(f"chat     {command('chat', run.path, *system)}")
     say(f"merge    {command('merge', run.path, '--out', run.path / 'merged')}")

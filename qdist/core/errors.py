@@ -34,7 +34,8 @@ QUESTIONS = ("batch", "context", "adapters")
 _FLAGS = frozenset((
     "model", "method", "bits", "gpus", "placement", "gpus_per_group", "max_memory", *MACHINE, *QUESTIONS
 ))  # fmt: skip
-"""Keys that have a flag."""
+"""Keys that have a flag of their name."""
+_OTHER_FLAGS = {"data.path": "data", "data.eval": "eval_data"}
 _REMARKS = {"train.answers": "(and qdist generate RUN afterwards)"}
 
 
@@ -46,8 +47,8 @@ def flag_of(name: str) -> str:
 def typed(key: str, value: object) -> str:
     """A setting as typed: '--bits 4', '--set lora.r=16', '--placement auto'."""
     text = value_text(value)
-    if key in _FLAGS:
-        return f"{flag_of(key)} {shlex.quote(text)}"
+    if key in _FLAGS or key in _OTHER_FLAGS:
+        return f"{flag_of(_OTHER_FLAGS.get(key, key))} {shlex.quote(text)}"
     return f"--set {shlex.quote(f'{key}={text}')}"
 
 

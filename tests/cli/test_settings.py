@@ -54,5 +54,5 @@ def test_the_help_of_a_flag_is_the_text_of_its_setting(command: str) -> None:
     shown = "".join(qdist(command, "--help").stdout.split())
     texts = {each.key: "".join(each.text.split()) for each in all_settings()}
     told = [name for name, key in FLAGS.items() if flag_of(name) in shown and texts[key] in shown]
-    of_runs = ("data", "load_format", "adapter", "run")
+    of_runs = ("data", "eval_data", "load_format", "adapter", "run")
     assert told == [name for name in FLAGS if command == "launch" or name not in of_runs]

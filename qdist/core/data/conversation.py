@@ -1,10 +1,10 @@
 """What a conversation is, and its text when there is no chat template."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 Style = Literal["headings", "alpaca", "plain"]
 """Text without a chat template. headings: turns under `### Human:` and `### Assistant:`. alpaca: the prompt of Stanford
 Alpaca. plain: one text after the other."""
@@ -26,6 +26,15 @@ class Turn(msgspec.Struct, frozen=True):
     learn: bool
     extra: str = ""
     """Input of an instruction."""
+    thoughts: str = ""
+    """Reasoning that comes before the text of an answer."""
+    calls: tuple[dict[str, Any], ...] = ()
+    """Tools that an answer calls, as OpenAI has them: {"type": "function", "function": {"name": ..., "arguments":
+    {...}}}, with the "id" if the record has one."""
+    tool: str = ""
+    """Name of the tool whose result this is."""
+    call_id: str = ""
+    """The call that it is the result of."""
 
     @property
     def said(self) -> str:
@@ -60,6 +69,9 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the text is complete as it is: no chat template, even if the tokenizer has one."""
     unused: tuple[str, ...] = ()
     """Keys of the record that were not used."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """Tools that may be called, as OpenAI has them: {"type": "function", "function": {"name": ..., "parameters":
+    {...}}}."""
 
     @property
     def learns(self) -> bool:

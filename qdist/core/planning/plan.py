@@ -20,7 +20,7 @@ from qdist.core.planning.memory import MemoryBudget
 from qdist.core.spec.run_spec import RunSpec
 from qdist.core.spec.sections import Optimizer, Placement, Schedule
 
-VERSION = 4
+VERSION = 5
 
 
 class Fullest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -297,8 +297,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 def upgraded(found: Mapping[str, Any]) -> dict[str, Any]:
     """A plan of an earlier version, as read from its JSON, in the fields of this one; any other as it is."""
-    if found.get("version") not in (2, 3):
+    if found.get("version") not in (2, 3, 4):
         return dict(found)
+    found = {**found, "spec": _with_section_of_data(found.get("spec"))}
+    if found["version"] == 4:
+        return {**found, "version": VERSION}
     fields = {key: value for key, value in found.items() if key != "memory_cap_bytes"}  # spec.max_memory says it
     facts = found.get("facts")
     if isinstance(facts, Mapping):
@@ -306,6 +309,12 @@ def upgraded(found: Mapping[str, Any]) -> dict[str, Any]:
         own = FAMILIES.get(str(facts.get("family")))
         facts = {**facts, **({"modules": own.modules} if own else {})}
     return {**fields, "version": VERSION, "facts": facts}
+
+
+def _with_section_of_data(spec: Any) -> Any:
+    """A spec from before `data` had settings of its own."""
+    data = spec.get("data") if isinstance(spec, Mapping) else None
+    return {**spec, "data": {"path": data}} if isinstance(data, str) else spec
 
 
 def _facts_in_runs(facts: Mapping[str, Any]) -> Any:

@@ -15,6 +15,8 @@ COMMON = {
     "lora_r": "lora.r", "seed": "seed",
 }  # fmt: skip
 """Flags for the most used settings -> the names of these settings."""
+VERBATIM = {"data": "data.path", "eval_data": "data.eval"}
+"""Flags for settings whose value is taken as typed, quotes and brackets too: names of files."""
 
 
 class Setting(NamedTuple):
@@ -39,7 +41,7 @@ def typed_settings(flags: Mapping[str, Any], assignments: Iterable[str]) -> dict
     The last --set of a key wins, also over its flag: what an error says to try is typed behind the same command.
     Raises SpecError for what is not a setting.
     """
-    own = {name: value for name, value in flags.items() if value is not None and name not in COMMON}
+    own = {VERBATIM.get(name, name): flags[name] for name in flags if flags[name] is not None and name not in COMMON}
     common = [f"{key}={flags[name]}" for name, key in COMMON.items() if flags.get(name) is not None]
     return own | dict(map(parse_assignment, (*common, *assignments)))
 
@@ -52,7 +54,7 @@ def named_settings(named: Mapping[str, Any]) -> dict[str, Any]:
     settings = [key for key, section in known_keys(RunSpec).items() if section is None]
     leaves = Counter(key.rpartition(".")[2] for key in settings)
     names = {leaf: key for key in settings if leaves[leaf := key.rpartition(".")[2]] == 1}
-    names |= COMMON | {key: key for key in settings}
+    names |= COMMON | VERBATIM | {key: key for key in settings}
     for name in named:
         if name not in names:
             raise unknown_key(name)

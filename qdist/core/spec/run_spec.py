@@ -15,6 +15,7 @@ from qdist.core.spec.sections import (
     MOST_STEPS,
     Compute,
     Count,
+    Data,
     Lora,
     Optim,
     Placement,
@@ -27,6 +28,9 @@ from qdist.core.spec.sections import (
 )
 from qdist.core.spec.suggest import not_among, of_another_kind, or_tried_hint, unknown
 from qdist.core.text import parse_bytes
+
+SHORT = {"data": "data.path"}
+"""Sections that may be given as one value, and the setting that it is."""
 
 
 class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,9 +55,6 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             "where transformers has no class for the model."
         ),
     ] = False
-    data: Annotated[
-        str, Meta(description="Records: a JSON, JSONL, CSV, TSV, Parquet or Arrow file, a folder, a hub id, or demo.")
-    ] = ""
     format: Annotated[
         Literal["auto", "alpaca", "input-output", "oasst", "sharegpt", "messages", "self-instruct", "text"],
         Meta(description="Format of the records. Auto: detected."),
@@ -146,6 +147,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...],
         Meta(description="Trackers that receive the figures of every step as well."),
     ] = ()
+    data: Data = Data()
     lora: Lora = Lora()
     quant: Quant = Quant()
     optim: Optim = Optim()
@@ -224,6 +226,7 @@ def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     keys = known_keys(RunSpec)
     for key, value in dotted.items():
+        key = whole_key(key, value)
         if key not in keys:
             raise unknown_key(key)
         if keys[key] is not None:
@@ -236,13 +239,18 @@ def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
+def whole_key(key: str, value: Any = "") -> str:
+    """The setting that a key is short for, unless its value is a whole section; any other key as it is."""
+    return key if isinstance(value, Mapping) else SHORT.get(key, key)
+
+
 def parse_assignment(text: str) -> tuple[str, Any]:
     """'lora.r=32' -> ('lora.r', '32'). The value is read as `read_value` has it.
 
     Raises SpecError for what is not an assignment, and for an unknown key.
     """
     key, separator, value = text.partition("=")
-    key, value = key.strip(), value.strip()
+    key, value = whole_key(key.strip()), value.strip()
     if not separator or not key:
         raise SpecError(f"{text!r} is not key=value", try_="--set lora.r=32")
     if key not in known_keys(RunSpec):
@@ -265,6 +273,8 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any], prefix: str) -> dic
     merged = dict(base)
     for name, value in over.items():
         key = prefix + name
+        if key in SHORT and not isinstance(value, Mapping):
+            value = {SHORT[key].rpartition(".")[2]: value}
         if key not in keys:
             raise unknown_key(key)
         if keys[key] is None:

@@ -35,6 +35,47 @@ GPTQ_METHODS = ("gptq-lora", "qa-lora")
 """Methods whose backbone is a GPTQ checkpoint."""
 
 
+class Data(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is trained and evaluated on, and how its records are read. `data` alone stands for `data.path`."""
+
+    path: Annotated[
+        str,
+        Meta(
+            description="Records: a JSON, JSONL, CSV, TSV, Parquet or Arrow file, a folder, a data set by name, a hub "
+            "id, or demo. Several with commas: a.jsonl:0.7,b.parquet:0.3 draws by weight, b.parquet#2000 takes 2,000 "
+            "records."
+        ),
+    ] = ""
+    eval: Annotated[
+        str | None,
+        Meta(description="Records to evaluate on, instead of a share held out of the data."),
+    ] = None
+    columns: Annotated[
+        tuple[str, ...],
+        Meta(description="Names of the data's columns for ours, as instruction=question,output=answer."),
+    ] = ()
+    roles: Annotated[
+        tuple[str, ...],
+        Meta(description="Names of the data's roles for ours, as user=Customer,assistant=Agent."),
+    ] = ()
+    template: Annotated[
+        str | None,
+        Meta(
+            description="Chat template, by name or as a Jinja file, in place of the tokenizer's own. Auto: the "
+            "tokenizer's; without one, the format's own wording."
+        ),
+    ] = None
+    skip_bad: Annotated[
+        Count, Meta(description="Records that cannot be used and may be left out; more are an error.")
+    ] = 0
+    source_max_len: Annotated[
+        Positive | None, Meta(description="Longest prompt, in tokens; longer ones are cut, as in Guanaco's recipes.")
+    ] = None
+    target_max_len: Annotated[
+        Positive | None, Meta(description="Longest answer, in tokens; longer ones are cut, as in Guanaco's recipes.")
+    ] = None
+
+
 class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The adapter (Hu et al. 2021): W + alpha / r * B A, or what `variant` puts in place of r."""
 
@@ -156,9 +197,22 @@ class Train(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             "as necessary."
         ),
     ] = None
-    held_out: Annotated[Fraction, Meta(description="Share of the records held out for evaluation.")] = 0.1
+    held_out: Annotated[
+        Amount, Meta(description="Records held out for evaluation: a share below 1, or a number of them.")
+    ] = 0.1
     eval_steps: Annotated[
         Count, Meta(description="Steps between evaluations; 0: only before the first step and after the last.")
+    ] = 0
+    tasks: Annotated[
+        tuple[str, ...],
+        Meta(description="Tasks of `qdist evaluate` that every evaluation measures too, such as mmlu:FILE."),
+    ] = ()
+    best: Annotated[
+        str | None,
+        Meta(description="Figure by which the best checkpoint is chosen: loss, or one of train.tasks. Auto: loss."),
+    ] = None
+    patience: Annotated[
+        Count, Meta(description="Evaluations without a better figure after which the run ends; 0: never.")
     ] = 0
     save_steps: Annotated[Positive, Meta(description="Steps between checkpoints.")] = 50
     keep: Annotated[Positive, Meta(description="Checkpoints kept beside the best one.")] = 2

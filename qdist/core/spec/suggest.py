@@ -26,7 +26,9 @@ OTHER_NAMES = {
     "lora_model_dir": "adapter", "val_set_size": "train.held_out", "train_on_inputs": "train.train_on_source",
     "loraplus_lr_ratio": "optim.lr_ratio_b",
     # LLaMA-Factory
-    "model_name_or_path": "model", "dataset": "data", "cutoff_len": "seq_len", "quantization_bit": "bits",
+    "model_name_or_path": "model", "dataset": "data.path",
+    "eval_dataset": "data.eval", "data": "data.path", "eval_data": "data.eval",
+    "cutoff_len": "seq_len", "quantization_bit": "bits",
     "adapter_name_or_path": "adapter", "lora_rank": "lora.r", "lora_target": "lora.targets",
     "val_size": "train.held_out", "train_on_prompt": "train.train_on_source",
     # Unsloth
@@ -36,7 +38,7 @@ OTHER_NAMES = {
     # and what people call CUDA graphs and LoRA+
     "cuda_graphs": "graphs", "cudagraphs": "graphs", "use_cuda_graphs": "graphs", "loraplus": "optim.lr_ratio_b",
     # QLoRA's script, DeepSpeed, and what people say
-    "source_max_len": "seq_len", "quant_type": "quant.type", "double_quant": "quant.double", "stage": "zero.stage",
+    "quant_type": "quant.type", "double_quant": "quant.double", "stage": "zero.stage",
     "zero_stage": "zero.stage", "batch_size": "global_batch", "rank": "lora.r", "warmup": "optim.warmup_steps",
 }  # fmt: skip
 """Other programs' names for a qdist setting that takes the same values."""
@@ -45,7 +47,7 @@ RELATED_NAMES = {
     "fp16": "dtype", "fp8": "compute", "fsdp": "placement", "device_map": "placement", "deepspeed": "zero.stage",
     "optim": "optim.name", "optimizer": "optim.name", "lora_target_linear": "lora.targets",
     "use_gradient_checkpointing": "train.checkpointing", "finetuning_type": "method",
-    "datasets": "data", "tensor_parallel": "placement", "warmup_ratio": "optim.warmup_steps",
+    "datasets": "data.path", "tensor_parallel": "placement", "warmup_ratio": "optim.warmup_steps",
     "evals_per_epoch": "train.eval_steps", "saves_per_epoch": "train.save_steps", "use_rslora": "lora.variant",
     "peft_use_rslora": "lora.variant", "group_by_length": "pack",
 }  # fmt: skip

@@ -173,7 +173,7 @@ def _data(plan: Plan) -> str:
         return f"random tokens, samples of {plan.seq_len}"
     data = plan.data
     return (
-        f"{plan.spec.data}: {data.train_samples:,} samples and {data.held_out_samples:,} held out, "
+        f"{plan.spec.data.path}: {data.train_samples:,} samples and {data.held_out_samples:,} held out, "
         f"{data.tokens:,} tokens, the longest {data.longest:,}"
     )
 

@@ -196,7 +196,7 @@ def _known(spec: RunSpec, found: Survey) -> Prepared | None:
 
     None for what a hub may have anew, and for weights that differ from those which were prepared.
     """
-    from_hub = any(work.action == "fetch" for work in found.work) or not cache.is_local(spec.data)
+    from_hub = any(work.action == "fetch" for work in found.work) or not cache.is_local(spec.data.path)
     if found.folder is None or from_hub:
         return None
     known = cache.remembered(spec, found.folder, to_the_letter=True)
@@ -245,7 +245,7 @@ def _resumed(run: RunDir, changes: Mapping[str, Any]) -> _Asked:
 
 def _changed_since(old: Plan) -> tuple[str, ...]:
     """Notes on data files that have changed since the run tokenized them."""
-    data, source = old.data, old.spec.data
+    data, source = old.data, old.spec.data.path
     now = cache.files_digest(source) if data and data.digest and os.path.exists(data.path) else ""
     if data is None or now in ("", data.digest):
         return ()
@@ -288,10 +288,10 @@ def _started(asked: _Asked, plan: Plan) -> Plan:
 def _surveyed(asked: _Asked) -> Survey:
     """What exists of a run's model, once all errors visible in the recipe and the file system have been raised."""
     spec = asked.spec
-    if not spec.data:
+    if not spec.data.path:
         raise SpecError("no data was named", try_="--data FILE, a hub id, or --data demo")
-    if spec.data != demo.NAME:
-        check_source(spec.data)
+    if spec.data.path != demo.NAME:
+        check_source(spec.data.path)
     count_of(spec, asked.here)
     refuse_unwritable_cache()
     found = survey(spec)
@@ -313,9 +313,9 @@ def _rehearse(asked: _Asked, found: Survey) -> None:
 
 def _estimate_notes(spec: RunSpec, found: Survey, data: DataFacts | None) -> tuple[str, ...]:
     """Notes on where the shape is from, what is left out of a folder, and what tokenizing will determine."""
-    left_out = () if spec.data == demo.NAME else source_notes(spec.data)
+    left_out = () if spec.data.path == demo.NAME else source_notes(spec.data.path)
     if data is None:
-        open_ = f"steps and the longest sample are known once {spec.data} is fetched and tokenized"
+        open_ = f"steps and the longest sample are known once {spec.data.path} is fetched and tokenized"
     else:
         guess = f"{data.samples:,} samples of {data.longest} tokens"
         open_ = f"steps and the longest sample are known once the data are tokenized: this is for {guess}"
@@ -344,8 +344,8 @@ def _planned(asked: _Asked, source: Source, facts: ModelFacts, data: DataFacts |
 
 def _synthetic(spec: RunSpec) -> Prepared:
     """Random weights and random tokens, which need no conversion or tokenizing."""
-    if spec.data:
-        raise SpecError(f"random weights train on random tokens, not on {spec.data!r}", try_="leave --data out")
+    if spec.data.path:
+        raise SpecError(f"random weights train on random tokens, not on {spec.data.path!r}", try_="leave --data out")
     if spec.train.answers or spec.new_tokens:
         raise SpecError("train.answers and new_tokens need a tokenizer, and random weights have none")
     config, _, _, code = known_shape(spec.model, spec.trust_remote_code)
@@ -368,7 +368,7 @@ def _stem(spec: RunSpec) -> str:
     model = re.sub(
         r"[^\w.-]+", "-", Path(spec.model).stem if spec.model.lower().endswith(".gguf") else Path(spec.model).name
     )
-    data = re.sub(r"[^\w.-]+", "-", Path(spec.data).stem) if spec.data else "dummy"
+    data = re.sub(r"[^\w.-]+", "-", Path(spec.data.path).stem) if spec.data.path else "dummy"
     return f"{model}-{spec.method}-{data}".lower()
 
 

@@ -106,7 +106,7 @@ def refuse_other_files(old: Plan, run: RunDir) -> None:
     """Raise RunError if a run's model or data are known to differ from those it was started with."""
     if Path(old.source.path).is_dir():
         require_same_original(old.source, run=str(run.path))
-    data, now = old.data, files_digest(old.spec.data)
+    data, now = old.data, files_digest(old.spec.data.path)
     if data is not None and data.digest and now not in ("", data.digest):
         raise _other_data(old, run, f"{counted(old.spec):,} records now")
 
@@ -130,8 +130,8 @@ def refuse_other_data(old: Plan, now: DataFacts | None, run: RunDir) -> None:
         return
     if old.data.digest and now.digest == old.data.digest:
         raise RunError(
-            f"{old.spec.data} is as {run.path} was started with, and gives other tokens now: {_size(old.data)} then, "
-            f"{_size(now)} now",
+            f"{old.spec.data.path} is as {run.path} was started with, and gives other tokens now: {_size(old.data)} "
+            f"then, {_size(now)} now",
             try_="the versions of qdist and transformers in its versions.json, or a new run",
         )
     raise _other_data(old, run, f"{_size(now)} now")
@@ -140,7 +140,7 @@ def refuse_other_data(old: Plan, now: DataFacts | None, run: RunDir) -> None:
 def _other_data(old: Plan, run: RunDir, now: str) -> RunError:
     assert old.data is not None
     return RunError(
-        f"{old.spec.data} is not what {run.path} was started with: {_size(old.data)} then, {now}",
+        f"{old.spec.data.path} is not what {run.path} was started with: {_size(old.data)} then, {now}",
         try_="put the file back, or start a new run",
     )
 

@@ -91,9 +91,9 @@ def require_room(spec: RunSpec, work: tuple[Work, ...]) -> None:
 
 def counted(spec: RunSpec) -> int | None:
     """Number of a run's records; None if they are on a hub. Raises DataError for unusable ones."""
-    if not cached.is_local(spec.data):
+    if not cached.is_local(spec.data.path):
         return None
-    return count_conversations(spec.data, data_format=None if spec.format == "auto" else spec.format)
+    return count_conversations(spec.data.path, data_format=None if spec.format == "auto" else spec.format)
 
 
 def expected(spec: RunSpec, facts: ModelFacts, records: int) -> DataFacts:
@@ -114,11 +114,11 @@ def tokenizing(spec: RunSpec, records: int | None, before: Prepared | None) -> t
     """The remaining work on the data. before: what an earlier launch prepared from the same data."""
     there = Path(before.data.path) if before and before.data else None
     size = there.stat().st_size if there else None
-    what = spec.data + (f" ({records:,} records)" if records is not None else "")
+    what = spec.data.path + (f" ({records:,} records)" if records is not None else "")
     tokenize = Work("tokenize", what, "", cache_path() / "tokens", size, there)
-    if there or cached.is_local(spec.data):
+    if there or cached.is_local(spec.data.path):
         return (tokenize,)
-    return Work("fetch", spec.data, "", Path(), None), tokenize
+    return Work("fetch", spec.data.path, "", Path(), None), tokenize
 
 
 def _folder_of(located: Located) -> tuple[Path | None, list[Work]]:

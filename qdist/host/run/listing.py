@@ -102,7 +102,7 @@ def _row(run: RunDir, plan: Plan, planned: float) -> Listed:
         model=plan.spec.model,
         method=plan.spec.method,
         bits=plan.spec.bits,
-        data=plan.spec.data,
+        data=plan.spec.data.path,
         step=fold.step,
         steps=plan.steps,
         loss=fold.smoothed_loss,

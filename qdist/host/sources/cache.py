@@ -172,8 +172,8 @@ def _record(spec: RunSpec, folder: Path, *, to_the_letter: bool) -> Path:
         [versions.get(name) for name in ("qdist", "transformers", "bitsandbytes")],
         tuple(field.name for field in msgspec.structs.fields(DataFacts)),  # of a qdist that prepares less, or more
         source_identity(folder, Packing(bits=16)),
-        spec.data,
-        files_digest(spec.data),
+        spec.data.path,
+        files_digest(spec.data.path),
         {key: value for key, value in flatten(spec).items() if key.startswith(deciding)},
     ]
     key = hashlib.sha256(json.dumps(parts, default=msgspec.to_builtins).encode()).hexdigest()

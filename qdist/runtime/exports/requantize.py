@@ -85,7 +85,7 @@ def wanted(request: Export, plan: Plan) -> GptqSettings:
     own = plan.source.gptq or Gptq(shape=Shape(4, 128))
     bits = request.bits or own.shape.bits
     return GptqSettings(
-        data=request.data or plan.spec.data,
+        data=request.data or plan.spec.data.path,
         bits=(bits,),
         group_size=request.group_size or own.shape.group_size,
         sym=own.sym,

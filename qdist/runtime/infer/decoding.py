@@ -132,7 +132,7 @@ def before_and_after(plan: Plan, model: Any, tokenizer: Any, samples: Samples) -
 def _questions(plan: Plan, tokenizer: Any, samples: Samples) -> list[tuple[str, list[int], str]]:
     """(question, prompt tokens, expected answer): the demo's fixed questions, else the first held-out samples."""
     count = plan.spec.train.answers
-    if plan.spec.data == demo.NAME:
+    if plan.spec.data.path == demo.NAME:
         wording = plan.wording or usual_wording(tokenizer)
         return [
             (

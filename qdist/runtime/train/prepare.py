@@ -49,7 +49,7 @@ def prepare(spec: RunSpec) -> Prepared:
     require_template(tokenizer)
     repaired = repair(tokenizer, config, new_tokens=spec.new_tokens)
     tokenized, path = cached_tokenize(
-        spec.data,
+        spec.data.path,
         tokenizer,
         seq_len=spec.seq_len,
         train_on_source=spec.train.train_on_source,
@@ -88,7 +88,7 @@ def prepare(spec: RunSpec) -> Prepared:
             attended=float(lengths.double().square().sum() / lengths.sum()),
             records=summary.records,
             wording=summary.wording,
-            digest=files_digest(spec.data),
+            digest=files_digest(spec.data.path),
             fullest=fullest(tokenized, train, spec),
             fills=(*fills(tokenized, train, spec), *row_fills(tokenized, train, spec)),
         ),
@@ -122,7 +122,7 @@ def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple
 
 def _left_out(spec: RunSpec) -> tuple[str, ...]:
     """Notes on files of a data folder that are not used."""
-    return () if spec.data == demo.NAME else source_notes(spec.data)
+    return () if spec.data.path == demo.NAME else source_notes(spec.data.path)
 
 
 def _keep_tokenizer(tokenizer: Any) -> Path:

@@ -9,14 +9,18 @@ import pytest
 from qdist.core.errors import SpecError
 from qdist.core.spec.recipe import to_toml
 from qdist.core.spec.run_spec import RunSpec, known_keys, memory_cap_of, nest, parse_assignment, resolve, unknown_key
-from qdist.core.spec.sections import Lora, Optim, Quant, Split, Train, Zero
+from qdist.core.spec.sections import Data, Lora, Optim, Quant, Split, Train, Zero
 from qdist.core.text import GIB
 
 OTHER = RunSpec(
     trust_remote_code=True,
     model='a "quoted" \\ folder/Modèle 模型\t',
     bits=4,
-    data="C:\\data\nfile\u007f.jsonl",
+    data=Data(
+        path="C:\\data\nfile\u007f.jsonl", eval="b.jsonl", columns=("instruction=q",), roles=("user=A b",),
+        template="zephyr",
+        skip_bad=2, source_max_len=16, target_max_len=512,
+    ),
     format="sharegpt",
     adapter="runs/one, two",
     run="runs/naïve 'one'",
@@ -46,7 +50,8 @@ OTHER = RunSpec(
     zero=Zero(stage=2, offload="cpu"),
     split=Split(schedule="sequential", offload_layers=3),
     train=Train(
-        checkpointing=False, held_out=0.25, eval_steps=11, save_steps=13, keep=5, train_on_source=True, answers=3
+        tasks=("mmlu:a b.jsonl",), best="loss", patience=3, checkpointing=False, held_out=0.25,
+        eval_steps=11, save_steps=13, keep=5, train_on_source=True, answers=3
     ),
 )  # fmt: skip
 """Every field is another than its default, but for `epochs`, which contradicts `steps`, those of GPTQ, which go without
@@ -106,7 +111,7 @@ def test_layers_are_left_as_they_were() -> None:
         ("learning_rate", "optim.lr"), ("batch_size", "global_batch"), ("per_device_train_batch_size", "micro_batch"),
         ("lora_r", "lora.r"), ("rank", "lora.r"), ("lora_dropout", "lora.dropout"), ("max_grad_norm", "optim.clip"),
         ("max_steps", "steps"), ("num_train_epochs", "epochs"), ("max_seq_length", "seq_len"),
-        ("cutoff_len", "seq_len"), ("source_max_len", "seq_len"), ("target_modules", "lora.targets"),
+        ("cutoff_len", "seq_len"), ("target_modules", "lora.targets"),
         ("gradient_checkpointing", "train.checkpointing"), ("lr_scheduler_type", "optim.schedule"),
         ("quant_type", "quant.type"), ("double_quant", "quant.double"), ("adam_beta2", "optim.beta2"),
         ("warmup", "optim.warmup_steps"), ("val_set_size", "train.held_out"), ("report_to", "trackers"),
@@ -289,7 +294,7 @@ def test_a_recipe_reads_back_as_the_spec_it_was_written_from(spec: RunSpec) -> N
 
 @pytest.mark.parametrize("key", settings())
 def test_every_setting_can_be_assigned(key: str) -> None:
-    simple = {"epochs": 1.5, "bits": 8, "data": "a.jsonl", "model": "m=1", "train.verify_steps": 7}
+    simple = {"epochs": 1.5, "bits": 8, "data.path": "a.jsonl", "model": "m=1", "train.verify_steps": 7}
     value = simple.get(key, dotted(OTHER)[key])
     text = ",".join(value) if isinstance(value, tuple) else str(value)
     base = {"optim.warmup_steps": {"optim": {"schedule": "linear"}}, "train.verify_steps": {"placement": "shard"}}
@@ -309,7 +314,7 @@ def test_every_setting_can_be_given_its_default_again(key: str) -> None:
     [
         ("lora.r=32", ("lora.r", "32")),
         (" lora.r = 32 ", ("lora.r", "32")),
-        ("data=a=b.jsonl", ("data", "a=b.jsonl")),
+        ("data=a=b.jsonl", ("data.path", "a=b.jsonl")),
         ("micro_batch=auto", ("micro_batch", None)),
         ("optim.name=None", ("optim.name", None)),
         ("format=auto", ("format", "auto")),
@@ -322,11 +327,11 @@ def test_every_setting_can_be_given_its_default_again(key: str) -> None:
         ('new_tokens=["<a,b>"]', ("new_tokens", ["<a,b>"])),
         ("new_tokens=[INST],[/INST]", ("new_tokens", ["[INST]", "[/INST]"])),
         ("trackers=[]", ("trackers", [])),
-        ('data="a b.jsonl"', ("data", "a b.jsonl")),
-        (r'data="a\tb.jsonl"', ("data", "a\tb.jsonl")),
-        ("data='a\\b.jsonl'", ("data", "a\\b.jsonl")),
-        ("data=[2024] a.jsonl", ("data", "[2024] a.jsonl")),
-        ("data=2_024", ("data", "2_024")),
+        ('data="a b.jsonl"', ("data.path", "a b.jsonl")),
+        (r'data="a\tb.jsonl"', ("data.path", "a\tb.jsonl")),
+        ("data='a\\b.jsonl'", ("data.path", "a\\b.jsonl")),
+        ("data=[2024] a.jsonl", ("data.path", "[2024] a.jsonl")),
+        ("data=2_024", ("data.path", "2_024")),
         ("global_batch=1_024", ("global_batch", 1024)),
         ("seq_len=0x200", ("seq_len", 512)),
         ("seq_len=1__0", ("seq_len", "1__0")),
@@ -353,11 +358,11 @@ def test_what_is_no_assignment_is_refused(text: str) -> None:
         ("lora.targets=[q_proj, v_proj]",
          "lora.targets cannot be '[q_proj, v_proj]': it is neither names with commas nor a whole TOML list or string",
          "--set lora.targets=q_proj,v_proj"),
-        ('data="a b.jsonl', """data cannot be '"a b.jsonl': it is not a whole TOML string""",
-         "--set 'data=a b.jsonl'"),
-        ('data="', """data cannot be '"': it is not a whole TOML string""", "another data"),
-        ('data="a"\nseed=1', """data cannot be '"a"\\nseed=1': it is not a whole TOML string""",
-         "--set 'data=a\"\nseed=1'"),
+        ('data="a b.jsonl', """data.path cannot be '"a b.jsonl': it is not a whole TOML string""",
+         "--data 'a b.jsonl'"),
+        ('data="', """data.path cannot be '"': it is not a whole TOML string""", "another data.path"),
+        ('data="a"\nseed=1', """data.path cannot be '"a"\\nseed=1': it is not a whole TOML string""",
+         "--data 'a\"\nseed=1'"),
     ],
 )  # fmt: skip
 def test_a_value_that_is_half_of_toml_is_refused_with_one_that_works(text: str, message: str, attempt: str) -> None:

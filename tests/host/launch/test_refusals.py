@@ -11,6 +11,7 @@ import pytest
 from qdist.core.errors import PlanError, RunError
 from qdist.core.planning.plan import DataFacts, Plan
 from qdist.core.spec.run_spec import resolve
+from qdist.core.spec.sections import Data
 from qdist.host import files
 from qdist.host.launch import claim, prepare, refusals
 from qdist.host.launch.refusals import (
@@ -101,7 +102,7 @@ def trained_on(run: RunDir, **changes: Any) -> Plan:
     """The run's plan as if it had been started with `data.jsonl`, which is written here."""
     Path("data.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     plan = run.plan()
-    spec = msgspec.structs.replace(plan.spec, data="data.jsonl")
+    spec = msgspec.structs.replace(plan.spec, data=Data(path="data.jsonl"))
     return msgspec.structs.replace(plan, spec=spec, data=msgspec.structs.replace(FACTS, **changes))
 
 

@@ -52,7 +52,7 @@ def test_a_rank_that_reads_a_flipped_bit_ends_the_run_with_its_name(
 ) -> None:
     plan = job.plan
     again = real_job(
-        Path(plan.source.path), Path(plan.spec.data), tmp_path / "run", gpus=2, micro_batch=1,
+        Path(plan.source.path), Path(plan.spec.data.path), tmp_path / "run", gpus=2, micro_batch=1,
         **{key.replace(".", "__"): value for key, value in layout.items()},
     )  # fmt: skip
     packed = Path(again.plan.source.packed)

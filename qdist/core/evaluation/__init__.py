@@ -1,0 +1,1 @@
+"""What is measured of a model, and how sure one can be of it."""

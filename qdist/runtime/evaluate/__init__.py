@@ -1,0 +1,1 @@
+"""Tasks that measure a model, on every placement."""
