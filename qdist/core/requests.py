@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from qdist.core import errors
+from qdist.core.data.overview import Overview
 from qdist.core.errors import QdistError, SpecError, flag_of
 from qdist.core.model.gptq import WORD, Gptq, Override, Shape
 from qdist.core.model.shapes import ModelFacts
@@ -359,6 +360,14 @@ class Web(Serving, frozen=True, kw_only=True):
     opens: Annotated[bool, _help("Open it in a browser, given a screen.")] = msgspec.field(default=True, name="open")
 
 
+class ShowData(Request, frozen=True, kw_only=True):
+    """Read a data set as training would; answered with an `Overview`."""
+
+    spec: RunSpec
+    samples: Annotated[Count, _help("Samples to show.")] = 3
+    limit: Annotated[Positive | None, _help("Records to look at, instead of all.")] = None
+
+
 class MeasureRates(Request, frozen=True, kw_only=True):
     """Measure one card and its links, together with the other ranks."""
 
@@ -370,7 +379,7 @@ class MeasureRates(Request, frozen=True, kw_only=True):
 
 
 _Answers = Generate | Chat | Serve | Web
-Job = Prepare | Describe | Gather | Merge | Export | Pack | MakeGptq | Convert | _Answers | MeasureRates
+Job = Prepare | Describe | Gather | Merge | Export | Pack | MakeGptq | Convert | _Answers | ShowData | MeasureRates
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -378,6 +387,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     prepared: Prepared | None = None
     facts: ModelFacts | None = None
+    overview: Overview | None = None
     kind: str = ""
     """Name of a class of `qdist.core.errors`."""
     message: str = ""

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from qdist.core import requests
+from qdist.core.data.overview import Overview
 from qdist.core.errors import QdistError
 from qdist.core.model.shapes import ModelFacts
 from qdist.core.requests import Answer, Request
@@ -31,6 +32,7 @@ JOBS: Mapping[type[Request], str] = {
     requests.Chat: "qdist.runtime.infer.chat:run",
     requests.Serve: "qdist.runtime.serve.server:run",
     requests.Web: "qdist.runtime.serve.server:run_page",
+    requests.ShowData: "qdist.runtime.train.overview:run",
     requests.MeasureRates: "qdist.runtime.gpu_rates:run",
 }
 """Request -> the function that handles it, imported on demand."""
@@ -48,7 +50,7 @@ TARGETS: Mapping[str, str] = {
 def perform(request: Request) -> Any:
     """Do the job; returns what `Prepare` and `Describe` are asked for. Raises QdistError for what the user can fix."""
     quiet()
-    if not isinstance(request, requests.Prepare | requests.Describe):
+    if not isinstance(request, requests.Prepare | requests.Describe | requests.ShowData):
         _import_early()
     place = TARGETS[request.to] if isinstance(request, requests.Export) else JOBS[type(request)]
     module, _, function = place.partition(":")
@@ -78,7 +80,12 @@ def answer_to(request: Request) -> Answer:
             sys.stdout.flush()
     except QdistError as error:
         return Answer.refusing(error)
-    return Answer(facts=found) if isinstance(found, ModelFacts) else Answer(prepared=found)
+    match found:
+        case ModelFacts():
+            return Answer(facts=found)
+        case Overview():
+            return Answer(overview=found)
+    return Answer(prepared=found)
 
 
 def main() -> None:

@@ -223,6 +223,11 @@ class BadRecords:
         if len(self._first) < _NAMED:
             self._first.append(error)
 
+    @property
+    def first(self) -> tuple[DataError, ...]:
+        """The first three."""
+        return tuple(self._first)
+
     def raise_any(self, total: int, *, what: str = "records") -> None:
         """Raise DataError where there was one: itself if it is alone, else how many there are and the first three.
 

@@ -227,7 +227,7 @@ def job_of(
             )
         changes = {key: value for key, value in given.items() if key != "run"}
         return _rest_of(RunDir(Path(given["run"])), changes, dry_run=dry_run, say=say)
-    recipe = recipe or (DEMO if given.get("data") == DEMO else None)
+    recipe = recipe or (DEMO if (given.get("data") or {}).get("path") == DEMO else None)
     spec = resolve(*([templates.read_recipe(recipe)] if recipe else []), given)
     job = prepare.preview(spec) if dry_run else prepare.prepare(spec)
     if recipe:

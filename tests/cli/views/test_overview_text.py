@@ -1,0 +1,45 @@
+"""Does a person see what is learned, how long samples are, and what is wrong with the data?"""
+
+from qdist.cli.views.overview import overview_text
+from qdist.core.data.overview import Bar, Overview, Piece, Shown
+
+FOUND = Overview(
+    source="d.jsonl", records=5, samples=4, formats=(("alpaca", 3), ("text", 1)), wording="alpaca, chat template",
+    tokenizer="tiny", seq_len=8, median=5, longest=11, length=24, learned=6, cut=1, cut_median=3, cut_most=3,
+    shown=(
+        Shown(where="d.jsonl:1", tokens=11, learned=2, cut=3, pieces=(Piece("ask\x1b[2J", False), Piece("so", True))),
+    ),
+    lengths=(Bar(4, 8, 3), Bar(8, 12, 1)), dropped=(("the answer is empty", 1),), duplicates=1,
+    first_duplicates=(("d.jsonl:3", "d.jsonl:1"),), held_out=1, overlap=1, bad=1, first_bad=("d.jsonl:5: no text",),
+    notes=("not used: id",),
+)  # fmt: skip
+
+
+def test_an_overview_names_everything_that_was_found() -> None:
+    assert overview_text(FOUND, marks=True).plain.split("\n") == [
+        "data     d.jsonl: 5 records, alpaca (3), text (1)",
+        "worded   alpaca, chat template",
+        "tokens   of tiny, up to seq_len=8 a sample",
+        "",
+        "d.jsonl:1   11 tokens, 2 learned, 3 cut",
+        "ask⟦so⟧",
+        "",
+        "lengths   tokens of 4 samples: 5 in the median, 11 at most",
+        " 4 to  7  ████████████████████████████████████████ 3",
+        " 8 to 11  ██████████████                           1",
+        "learned  6 of 24 tokens (25 %)",
+        "cut      1 of 4 samples at seq_len=8, by 3 tokens in the median, 3 at most",
+        "",
+        "dropped  1 of 5: the answer is empty",
+        "twice    1 record with the words of an earlier one: d.jsonl:3 = d.jsonl:1",
+        "held out 1 sample; 1 with the words of a training sample",
+        "note     not used: id",
+        "bad      1 record cannot be used:",
+        "         d.jsonl:5: no text",
+    ]
+
+
+def test_what_is_learned_is_coloured_where_colours_are_shown() -> None:
+    text = overview_text(FOUND, marks=False)
+    assert "⟦" not in text.plain
+    assert [str(span.style) for span in text.spans if text.plain[span.start : span.end] == "so"] == ["green"]
