@@ -223,16 +223,25 @@ class BadRecords:
         if len(self._first) < _NAMED:
             self._first.append(error)
 
-    def raise_any(self, total: int, *, what: str = "records") -> None:
-        """Raise DataError where there was one: itself if it is alone, else how many there are and the first three.
+    def raise_any(self, total: int, *, what: str = "records", allowed: int = 0) -> None:
+        """Raise DataError where there were more than are allowed: the one error, or how many and the first three.
 
-        total: records of the pass, the bad ones included.
+        total: records of the pass, the bad ones included. allowed: `data.skip_bad`.
         """
-        if not self.count:
+        if self.count <= allowed:
             return
         if self.count == 1:
             raise self._first[0]
-        lines = [f"{self.count:,} of {total:,} {what} cannot be used", *(error.message for error in self._first)]
+        more = f", and data.skip_bad={allowed:,} leaves out no more than that" if allowed else ""
+        lines = [f"{self.count:,} of {total:,} {what} cannot be used{more}", *(error.message for error in self._first)]
         if self.count > len(self._first):
             lines.append(f"and {self.count - len(self._first):,} more")
         raise DataError("\n  ".join(lines), try_=next((error.try_ for error in self._first if error.try_), ""))
+
+    def notes(self, total: int) -> tuple[str, ...]:
+        """What was left out, and the first three reasons; empty if nothing was."""
+        if not self.count:
+            return ()
+        reasons = "; ".join(error.message for error in self._first)
+        more = f"; and {self.count - len(self._first):,} more" if self.count > len(self._first) else ""
+        return (f"{self.count:,} of {total:,} records cannot be used and were left out: {reasons}{more}",)
