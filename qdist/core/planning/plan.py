@@ -1,12 +1,13 @@
 """Every decision of a run, made once by `qdist.core.planning.planner`; the rest derives from it."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from qdist.core.data.conversation import Wording
+from qdist.core.data.sources import epoch_of
 from qdist.core.machine.calibration import Correction
 from qdist.core.machine.world import World, world_of
 from qdist.core.model.adapters.lora import LoraMethod
@@ -117,6 +118,15 @@ def held_out_of(samples: int, held_out: float) -> int:
     """
     wanted = held_out if held_out >= 1 else samples * held_out
     return min(max(round(wanted), 1), samples - 1) if held_out else 0
+
+
+def mixture_of(parts: Sequence[Part], train_samples: Sequence[int]) -> int:
+    """Samples of an epoch of weighted sources, for `DataFacts.mixture`; 0 if they have no weights.
+
+    train_samples: of each source that is trained on.
+    """
+    weights = [part.weight for part in parts if part.weight is not None]
+    return epoch_of(train_samples, weights) if weights else 0
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -147,16 +147,6 @@ def _names(now: Flat, _: Flat) -> Iterator[SpecError]:
         yield error
 
 
-def _random(now: Flat, usual: Flat) -> Iterator[SpecError]:
-    """Settings of records where there are none: `data.path` has an error of its own."""
-    keys = tuple(key for key in usual if key.startswith("data.") and key != "data.path")
-    if now["load_format"] == "dummy" and (plain := _as_usual(keys, now, usual)):
-        yield SpecError(
-            f"random weights train on random tokens, of which {' and '.join(plain)} say nothing",
-            ways=[plain, {"load_format": usual["load_format"]}],
-        )
-
-
 def _as_usual(keys: tuple[str, ...], now: Flat, usual: Flat) -> Change:
     """Changes to the defaults of settings that have another value; empty if none has."""
     return {key: usual[key] for key in keys if now[key] != usual[key]}
@@ -164,5 +154,5 @@ def _as_usual(keys: tuple[str, ...], now: Flat, usual: Flat) -> Change:
 
 _RULES: tuple[Callable[[Flat, Flat], Iterator[SpecError]], ...] = (
     _width, _arithmetic, _packing, _pooling, _length, _batch, _state, _moments, _warmup, verified, _held_out,
-    _names, _random,
+    _names,
 )  # fmt: skip

@@ -1,10 +1,8 @@
 """A data file is told by what is in it, and whatever is in it ends in records or in sentences."""
 
-import bz2
 import gzip
 import io
 import json
-import lzma
 import pickle
 import random
 import shutil
