@@ -20,7 +20,7 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
 
 
 AS_FOUND = Reading()
-"""Nothing is said: formats, columns and roles are told from the records."""
+"""Everything told from the records."""
 
 
 class _Names(Protocol):

@@ -173,7 +173,7 @@ def conversations_in(located: Iterable[Located], reading: Reading) -> Iterator[C
             yield record
             continue
         try:
-            found = conversations(record, where=where, data_format=reading.format)
+            found = conversations(record, where=where, reading=reading)
         except DataError as error:
             yield error
             continue
