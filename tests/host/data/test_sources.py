@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from qdist.core.data.conversation import Conversation
 from qdist.core.data.reading import AS_FOUND, Reading
 from qdist.core.data.sources import SourcePart
 from qdist.core.errors import DataError, SpecError
@@ -128,3 +129,20 @@ def test_a_known_name_is_not_taken_for_a_mistyped_file() -> None:
 def test_calibration_reads_sources_without_their_weights() -> None:
     assert unweighted("a.jsonl:0.7,b.jsonl#5:0.3") == "a.jsonl,b.jsonl#5"
     assert split_sources("demo") == (SourcePart("demo"),)
+
+
+def test_columns_and_roles_are_those_that_the_user_names() -> None:
+    Path("a.jsonl").write_text('{"question": "Why?", "reply": "So."}\n')
+    Path("b.jsonl").write_text(
+        '{"messages": [{"role": "Customer", "content": "Hi"}, {"role": "Agent", "content": "Hello"}]}\n'
+    )
+    named = Reading(columns={"instruction": "question", "output": "reply"})
+    (found,) = read_source(sources_of(Data(path="a.jsonl"))[0], named, seed=0)
+    assert isinstance(found, Conversation)
+    assert [(turn.role, turn.text) for turn in found.turns] == [("user", "Why?"), ("assistant", "So.")]
+    spoken = Reading(roles={"user": "Customer", "assistant": "Agent"})
+    (found,) = read_source(sources_of(Data(path="b.jsonl"))[0], spoken, seed=0)
+    assert isinstance(found, Conversation)
+    assert [turn.role for turn in found.turns] == ["user", "assistant"]
+    with pytest.raises(DataError, match="Customer"):
+        count_records(Data(path="b.jsonl"), AS_FOUND, seed=0)

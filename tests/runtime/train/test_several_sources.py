@@ -95,6 +95,16 @@ def test_bad_records_that_are_left_out_are_counted_in_the_plan(model: Path, here
         planned(model, "bad.jsonl")
 
 
+def test_columns_of_other_names_are_read_by_every_step(model: Path, here: Path) -> None:
+    (here / "d.jsonl").write_text("".join(f'{{"q": "how {n}", "a": "so {n}"}}\n' for n in range(9)))
+    job = planned(model, "d.jsonl", data__columns=("instruction=q", "output=a"))
+    assert job.plan.data is not None
+    assert (job.plan.data.samples, str(job.plan.wording)) == (9, "alpaca, Alpaca's prompt")
+    shutil.rmtree(cache_path())
+    preview = launcher.preview(msgspec.structs.replace(job.plan.spec, run="other"))
+    assert preview.work[-1].what == "d.jsonl (9 records)"
+
+
 def test_a_run_over_standard_input_goes_on_without_it(model: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = io.BytesIO((here / "a.jsonl").read_bytes())
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=content, isatty=lambda: False))
