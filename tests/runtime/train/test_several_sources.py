@@ -97,9 +97,9 @@ def test_bad_records_that_are_left_out_are_counted_in_the_plan(model: Path, here
 
 def test_columns_of_other_names_are_read_by_every_step(model: Path, here: Path) -> None:
     (here / "d.jsonl").write_text("".join(f'{{"q": "how {n}", "a": "so {n}"}}\n' for n in range(9)))
-    job = planned(model, "d.jsonl", data__columns=("instruction=q", "output=a"))
+    job = planned(model, "d.jsonl", data__columns=("prompt=q", "completion=a"))
     assert job.plan.data is not None
-    assert (job.plan.data.samples, str(job.plan.wording)) == (9, "alpaca, Alpaca's prompt")
+    assert (job.plan.data.samples, str(job.plan.wording)) == (9, "input-output, prompts as they are")
     shutil.rmtree(cache_path())
     preview = launcher.preview(msgspec.structs.replace(job.plan.spec, run="other"))
     assert preview.work[-1].what == "d.jsonl (9 records)"
