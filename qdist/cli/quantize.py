@@ -1,5 +1,6 @@
 """`qdist quantize`: pack a model's weights once, as a folder that plain transformers loads too."""
 
+from shlex import quote
 from typing import Any
 
 import click
@@ -7,10 +8,12 @@ import msgspec
 
 from qdist.cli.flags import flags_of
 from qdist.core.composed import METHODS, quantization_of
-from qdist.core.data import demo
+from qdist.core.data.sources import written
+from qdist.core.errors import SpecError
 from qdist.core.requests import GptqSettings, MakeGptq, Pack
-from qdist.host.data.files import is_plain_text
-from qdist.host.data.records import check_source
+from qdist.core.spec.sections import Data
+from qdist.host.data.sources import check_data as check_sources
+from qdist.host.data.sources import split_sources, unweighted
 from qdist.host.files import folder_to_write
 from qdist.host.sources.targets import check_model
 from qdist.host.tasks import run_task
@@ -38,7 +41,8 @@ def quantize(method: str, **given: Any) -> None:
     run_task(msgspec.structs.replace(request, out=folder_to_write(request.out)))
 
 
-def check_data(source: str) -> None:
-    """Check calibration data: plain text is cut into samples as it is, anything else is read as for training."""
-    if source != demo.NAME and not is_plain_text(source):
-        check_source(source)
+def check_data(text: str) -> None:
+    """Check calibration data, which are read as for training. Raises SpecError for weights: each is read once."""
+    if unweighted(text) != written(split_sources(text)):
+        raise SpecError("calibration reads each record once, without weights", try_=f"--data {quote(unweighted(text))}")
+    check_sources(Data(path=text))

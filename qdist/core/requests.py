@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from qdist.core import errors
 from qdist.core.data.overview import Overview
+from qdist.core.data.reading import Reading
 from qdist.core.errors import QdistError, SpecError, flag_of
 from qdist.core.model.gptq import WORD, Gptq, Override, Shape
 from qdist.core.model.shapes import ModelFacts
@@ -193,6 +194,10 @@ class GptqSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How GPTQ is to quantize."""
 
     data: Annotated[str, _help("GPTQ: calibration data, a .txt file or what `launch --data` takes.")] = ""
+    reading: Reading = Reading()
+    """How the records of `data` are read."""
+    skip_bad: int = 0
+    """Records that cannot be used and may be left out."""
     bits: tuple[Bits, ...] = (4,)
     """Widths to try for each linear, narrowest first; the last is used if none meets `max_error`."""
     max_error: Annotated[float, _help("GPTQ: relative squared error of outputs, for --candidate-bits.")] = 0.0

@@ -13,6 +13,7 @@ from qdist.core.planning.memory import MemoryBudget
 from qdist.core.planning.placements.base import unit_of
 from qdist.core.planning.placements.registry import layout_of
 from qdist.core.planning.plan import Alternative, Plan
+from qdist.core.planning.sources import epoch_in_words, sources_in_words
 from qdist.core.telemetry.memory_report import shown_error
 from qdist.core.text import counted, fitted, format_bytes, format_count, format_duration
 from qdist.host.launch.prepare import Preview
@@ -42,7 +43,7 @@ def plan_lines(plan: Plan, *, notes: tuple[str, ...] = ()) -> list[str]:
         + (", Liger kernels" if plan.liger else ""),
         *_data(plan),
         f"steps    {plan.steps:,}"
-        + (f" over {plan.data.train_samples:,} samples, {plan.data.held_out_samples:,} held out" if plan.data else ""),
+        + (f" over {epoch_in_words(plan.data)}, {plan.data.held_out_samples:,} held out" if plan.data else ""),
         *_speed(plan),
         *_memory(plan),
         *_lost(plan),
@@ -51,9 +52,14 @@ def plan_lines(plan: Plan, *, notes: tuple[str, ...] = ()) -> list[str]:
 
 
 def _data(plan: Plan) -> Iterator[str]:
-    """How many samples, of which format, and how they became text."""
-    if plan.data is not None and plan.data.wording is not None:
-        yield f"data     {counted(plan.data.records or plan.data.samples, 'record')}, {plan.data.wording}"
+    """How many samples, of which format, how they became text, and what each of several sources gives."""
+    data = plan.data
+    if data is None:
+        return
+    lines = list(sources_in_words(data))
+    if data.wording is not None:
+        lines.insert(0, f"{counted(data.records or data.samples, 'record')}, {data.wording}")
+    yield from (f"{_MARGIN if number else 'data     '}{line}" for number, line in enumerate(lines))
 
 
 def shown(lines: Sequence[str]) -> str:

@@ -1,12 +1,13 @@
 """Every decision of a run, made once by `qdist.core.planning.planner`; the rest derives from it."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from qdist.core.data.conversation import Wording
+from qdist.core.data.sources import epoch_of
 from qdist.core.machine.calibration import Correction
 from qdist.core.machine.world import World, world_of
 from qdist.core.model.adapters.lora import LoraMethod
@@ -49,6 +50,27 @@ class Fill(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     micro-batch."""
 
 
+class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The samples of one source of the tokenized data set, which lie behind one another."""
+
+    name: str
+    """The source as typed, without weight and count."""
+    first: int
+    """Index of its first sample."""
+    samples: int
+    weight: float | None = None
+    """Its share of the samples of a step, in proportion to the others' weights; None to take each once an epoch."""
+    held_out: bool = False
+    """Whether it is evaluated on instead of trained on: `data.eval`."""
+    digest: str = ""
+    """Digest of its files; empty if they are on a hub or it was not kept."""
+
+    @property
+    def stop(self) -> int:
+        """Index behind its last sample."""
+        return self.first + self.samples
+
+
 class DataFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The tokenized data set. Lengths are in tokens."""
 
@@ -67,10 +89,21 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """How its records, and prompts, become text; None for synthetic data."""
     digest: str = ""
     """Digest of the tokenized files; empty if they are on a hub or it was not kept."""
+    parts: tuple[Part, ...] = ()
+    """Its sources, in order; empty if it was not kept."""
+    mixture: int = 0
+    """Samples of an epoch of weighted sources; 0 if they have no weights, and an epoch has each sample once."""
+    bad: int = 0
+    """Records that could not be used and were left out, as `data.skip_bad` allows."""
     fullest: tuple[Fullest, ...] = ()
     """Fullest micro-batch for each possible micro-batch size and number of ranks; empty if not counted."""
     fills: tuple[Fill, ...] = ()
     """How full micro-batches are, by size and number of ranks, packed and not; empty if not counted."""
+
+    @property
+    def epoch(self) -> int:
+        """Samples of an epoch."""
+        return self.mixture or self.train_samples
 
 
 def mean_length(data: DataFacts | None, *, longest: int) -> float:
@@ -78,9 +111,22 @@ def mean_length(data: DataFacts | None, *, longest: int) -> float:
     return min(data.tokens / data.samples, longest) if data and data.path and data.tokens else float(longest)
 
 
-def held_out_of(samples: int, share: float) -> int:
-    """Number of held-out samples: at least one if the share is above 0, and never all."""
-    return min(max(round(samples * share), 1), samples - 1) if share else 0
+def held_out_of(samples: int, held_out: float) -> int:
+    """Number of held-out samples: at least one if any are held out, and never all.
+
+    held_out: a share below 1, or a number of samples.
+    """
+    wanted = held_out if held_out >= 1 else samples * held_out
+    return min(max(round(wanted), 1), samples - 1) if held_out else 0
+
+
+def mixture_of(parts: Sequence[Part], train_samples: Sequence[int]) -> int:
+    """Samples of an epoch of weighted sources, for `DataFacts.mixture`; 0 if they have no weights.
+
+    train_samples: of each source that is trained on.
+    """
+    weights = [part.weight for part in parts if part.weight is not None]
+    return epoch_of(train_samples, weights) if weights else 0
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -318,12 +318,12 @@ def _steps(spec: RunSpec, data: DataFacts | None) -> int:
     """Steps of the run: as set, or the epochs (one by default) over the training samples, rounded up."""
     if spec.steps is not None:
         return spec.steps
-    if data is None or data.train_samples == 0:
+    if data is None or data.epoch == 0:
         raise SpecError("synthetic data have no epochs", ways=[{"steps": 20, "epochs": None}])
-    steps = math.ceil((spec.epochs or 1.0) * data.train_samples / spec.global_batch)
+    steps = math.ceil((spec.epochs or 1.0) * data.epoch / spec.global_batch)
     if steps > MOST_STEPS:
         raise SpecError(
-            f"epochs={spec.epochs:g} over {data.train_samples:,} samples are more steps than can be counted",
+            f"epochs={spec.epochs:g} over {data.epoch:,} samples are more steps than can be counted",
             ways=[{"epochs": None}],
         )
     return steps

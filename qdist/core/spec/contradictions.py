@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from qdist.core.data.reading import reading_of
 from qdist.core.errors import Change, SpecError
 from qdist.core.spec.placements import verified
+from qdist.core.spec.sections import Data
 
 Flat = Mapping[str, Any]
 """Every setting by its dotted key."""
@@ -118,11 +120,31 @@ def _warmup(now: Flat, _: Flat) -> Iterator[SpecError]:
 
 
 def _held_out(now: Flat, usual: Flat) -> Iterator[SpecError]:
-    if now["train.held_out"] == 0 and (now["train.eval_steps"] or now["train.answers"]):
+    held_out, usually = now["train.held_out"], {"train.held_out": usual["train.held_out"]}
+    if held_out >= 1 and held_out != int(held_out):
+        yield SpecError(
+            f"train.held_out={held_out:g} is neither a share below 1 nor a whole number of records",
+            ways=[{"train.held_out": int(held_out)}, usually],
+        )
+    if now["data.eval"] is not None and held_out not in (0, usual["train.held_out"]):
+        yield SpecError(
+            f"data.eval={now['data.eval']} is evaluated on, so train.held_out={held_out:g} holds out nothing",
+            ways=[usually, {"data.eval": None}],
+        )
+    if held_out == 0 and now["data.eval"] is None and (now["train.eval_steps"] or now["train.answers"]):
         yield SpecError(
             "train.eval_steps and train.answers need held-out records",
-            ways=[{"train.held_out": usual["train.held_out"]}],
+            ways=[usually],
         )
+
+
+def _names(now: Flat, _: Flat) -> Iterator[SpecError]:
+    """Columns and roles that are not named as OURS=THEIRS."""
+    data = Data(columns=tuple(now["data.columns"]), roles=tuple(now["data.roles"]))
+    try:
+        reading_of(data, now["format"])
+    except SpecError as error:
+        yield error
 
 
 def _as_usual(keys: tuple[str, ...], now: Flat, usual: Flat) -> Change:
@@ -132,4 +154,5 @@ def _as_usual(keys: tuple[str, ...], now: Flat, usual: Flat) -> Change:
 
 _RULES: tuple[Callable[[Flat, Flat], Iterator[SpecError]], ...] = (
     _width, _arithmetic, _packing, _pooling, _length, _batch, _state, _moments, _warmup, verified, _held_out,
+    _names,
 )  # fmt: skip

@@ -7,6 +7,7 @@ import msgspec
 
 from qdist.core.machine.cluster import Cluster
 from qdist.core.planning.plan import Plan
+from qdist.core.planning.sources import sources_in_words
 from qdist.core.telemetry.curves import Chart, Marks, charts, marks
 from qdist.core.telemetry.history import RunHistory
 from qdist.core.telemetry.inventory import rows_of
@@ -172,10 +173,12 @@ def _data(plan: Plan) -> str:
     if plan.data is None:
         return f"random tokens, samples of {plan.seq_len}"
     data = plan.data
-    return (
+    left_out = f", {data.bad:,} bad records left out" if data.bad else ""
+    whole = (
         f"{plan.spec.data.path}: {data.train_samples:,} samples and {data.held_out_samples:,} held out, "
-        f"{data.tokens:,} tokens, the longest {data.longest:,}"
+        f"{data.tokens:,} tokens, the longest {data.longest:,}{left_out}"
     )
+    return "; ".join((whole, *sources_in_words(data)))
 
 
 _METRICS: dict[str, tuple[str, Callable[[float], str]]] = {

@@ -10,12 +10,15 @@ from shlex import quote
 from typing import Literal, NamedTuple
 
 from qdist.core.errors import DataError
+from qdist.host.data.compressed import Compression, bare_name, can_read, compression_of, open_bytes
 from qdist.host.data.json_records import holds_json, json_records
 from qdist.host.data.tables import arrow_records, csv_records, delimiter_of, parquet_records, told_delimiter
-from qdist.host.data.text import Located, from_encoding, lines
+from qdist.host.data.text import Located, from_encoding, lines, open_text
 from qdist.host.opening import UTF8, encoding_of, readable
 
 READ = "JSON, JSON lines, CSV, TSV, Parquet or Arrow"
+PLAIN_TEXT = ".txt"
+"""Suffix of plain text, which is one document, unless it holds records."""
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 TABLE_SUFFIXES = (".csv", ".tsv")
 SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES, ".parquet", ".arrow")
@@ -30,12 +33,6 @@ _CHECKED_BYTES = 4 << 20
 _MAGIC: tuple[tuple[bytes, Literal["parquet", "arrow", "arrow-stream"]], ...] = (
     (b"PAR1", "parquet"), (b"ARROW1", "arrow"), (b"\xff\xff\xff\xff", "arrow-stream"),
 )  # fmt: skip
-_PACKED = (
-    (b"\x1f\x8b", "gzip", ".gz", "gunzip"),
-    (b"\x28\xb5\x2f\xfd", "zstd", ".zst", "unzstd"),
-    (b"\xfd7zXZ\x00", "xz", ".xz", "unxz"),
-    (b"BZh", "bzip2", ".bz2", "bunzip2"),
-)
 _FOREIGN = (
     (b"\x89HDF", "an HDF5 file"), (b"SQLite format 3\0", "an SQLite database"), (b"%PDF", "a PDF document"),
     (b"\x93NUMPY", "a NumPy array"), (b"PARE", "an encrypted Parquet file"), (b"FEA1", "a Feather file of version 1"),
@@ -51,7 +48,7 @@ _SURE_JSON = re.compile(r'\s*(\{\s*["}]|\[\s*[{"\[\]])')
 class Form(NamedTuple):
     """The format in which a file holds its records."""
 
-    kind: Literal["json", "table", "parquet", "arrow", "arrow-stream"]
+    kind: Literal["json", "table", "parquet", "arrow", "arrow-stream", "text"]
     delimiter: str = ""
     """What separates the fields of a table."""
 
@@ -63,11 +60,12 @@ def form_of(path: Path) -> Form:
         raise DataError(f"{path} holds no record ({path.stat().st_size} bytes)", try_="a file with records")
     for magic, kind in _MAGIC:
         if head.startswith(magic):
+            _refuse_compressed(path, kind)
             if kind != "arrow-stream":
                 _check_end(path, kind)
             return Form(kind)
     _refuse_foreign(path, head)
-    text, suffix = _decoded(head), path.suffix.lower()
+    text, suffix = _decoded(head), bare_name(path).suffix.lower()
     if suffix in TABLE_SUFFIXES and not _SURE_JSON.match(text):
         return Form("table", delimiter_of(_first_line(text), usual="\t" if suffix == ".tsv" else ","))
     bracket = suffix in JSON_SUFFIXES and text.lstrip()[:1] in ("{", "[")
@@ -77,6 +75,8 @@ def form_of(path: Path) -> Form:
         return Form("table", delimiter)
     if suffix in JSON_SUFFIXES:
         return Form("json")
+    if suffix == PLAIN_TEXT:
+        return Form("text")
     raise _no_form(path, text)
 
 
@@ -123,7 +123,7 @@ def holds_records(path: Path) -> bool:
     if any(head.startswith(magic) for magic, _ in _MAGIC):
         return True
     _refuse_foreign(path, head)
-    return path.suffix.lower() in SUFFIXES or _holds_json(head)
+    return bare_name(path).suffix.lower() in SUFFIXES or _holds_json(head)
 
 
 def is_plain_text(source: str) -> bool:
@@ -156,8 +156,16 @@ def _located(path: Path, form: Form) -> Iterator[Located]:
             return csv_records(path, delimiter=form.delimiter)
         case "parquet":
             return parquet_records(path)
+        case "text":
+            return _document(path)
         case _:
             return arrow_records(path, stream=form.kind == "arrow-stream")
+
+
+def _document(path: Path) -> Iterator[Located]:
+    """A plain text as one record."""
+    with open_text(path) as stream:
+        yield str(path), {"text": stream.read()}
 
 
 def _none_good(path: Path, bad: list[Located]) -> DataError:
@@ -172,8 +180,18 @@ def _none_good(path: Path, bad: list[Located]) -> DataError:
 
 def _head(path: Path) -> bytes:
     refuse_special(path)
-    with readable(path, DataError), path.open("rb") as stream:
+    _refuse_packed(path)
+    with open_bytes(path) as stream:
         return stream.read(_HEAD_BYTES)
+
+
+def _refuse_compressed(path: Path, kind: str) -> None:
+    """Parquet and Arrow are read by offset, which a compressed file does not have."""
+    if compression := compression_of(path):
+        raise DataError(
+            f"{path} is {kind.capitalize()} compressed with {compression.name}, and cannot be read by offset",
+            try_=_unpacking(path, compression),
+        )
 
 
 def _check_end(path: Path, kind: str) -> None:
@@ -185,7 +203,7 @@ def _check_end(path: Path, kind: str) -> None:
 
 
 def _refuse_foreign(path: Path, head: bytes) -> None:
-    _refuse_packed(path, head)
+    _refuse_archive(path, head)
     for magic, what in _FOREIGN:
         if head.startswith(magic):
             raise DataError(f"{path} is {what}, not {READ}", try_="write its records as JSON lines")
@@ -201,14 +219,24 @@ def _refuse_foreign(path: Path, head: bytes) -> None:
         _refuse_binary(path, head)
 
 
-def _refuse_packed(path: Path, head: bytes) -> None:
+def _refuse_packed(path: Path) -> None:
+    """Refuse compressions that are not read here, and archives of several files."""
+    compression = compression_of(path)
+    archive = compression is not None and _ARCHIVE.search(path.name)
+    if compression is not None and (archive or not can_read(compression)):
+        unpack = f"tar -xf {quote(str(path))}" if archive else _unpacking(path, compression)
+        raise DataError(f"{path} is compressed with {compression.name}", try_=unpack)
+
+
+def _unpacking(path: Path, compression: Compression) -> str:
+    """A command that decompresses a file, and keeps it."""
+    name, out = quote(str(path)), quote(str(path.with_name(f"{path.name}.unpacked")))
+    there = path.suffix == compression.suffix
+    return f"{compression.unpack} -k {name}" if there else f"{compression.unpack} < {name} > {out}"
+
+
+def _refuse_archive(path: Path, head: bytes) -> None:
     name = quote(str(path))
-    for magic, what, suffix, unpack in _PACKED:
-        if head.startswith(magic):
-            out = quote(str(path.with_name(f"{path.name}.unpacked")))
-            command = f"{unpack} -k {name}" if path.suffix == suffix else f"{unpack} < {name} > {out}"
-            archive = _ARCHIVE.search(path.name)
-            raise DataError(f"{path} is compressed with {what}", try_=f"tar -xf {name}" if archive else command)
     if head.startswith(b"PK\x03\x04"):
         sheet = path.suffix.lower() in (".xlsx", ".ods")
         what, command = ("spreadsheet", "save it as CSV in UTF-8") if sheet else ("zip archive", f"unzip {name}")

@@ -79,7 +79,10 @@ def _refuse_first(unread: Sequence[Path]) -> None:
 
 
 def _entries(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
-    """A folder's data files, its subfolders that have some, and unread candidates; each sorted."""
+    """A folder's data files, its subfolders that have some, and unread candidates; each sorted.
+
+    Plain text is data where there is nothing else: beside records it is about them.
+    """
     files, folders, unread = list[Path](), list[Path](), list[Path]()
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name.lower() in _NO_DATA or path.stem.lower() in _PAPERS:
@@ -89,8 +92,10 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
         elif path.suffix.lower() in SUFFIXES:
             files.append(path)
         elif path.suffix.lower() in _MAYBE:
-            (files if _has_form(path) else unread).append(path)
-    return files, folders, unread
+            (files if _kind_of(path) not in (None, "text") else unread).append(path)
+    if not files and not folders:
+        files = [path for path in unread if _kind_of(path) == "text"]
+    return files, folders, [path for path in unread if path not in files]
 
 
 def _may_hold_data(folder: Path, depth: int = 1) -> bool:
@@ -104,11 +109,11 @@ def _may_hold_data(folder: Path, depth: int = 1) -> bool:
         return True
 
 
-def _has_form(path: Path) -> bool:
+def _kind_of(path: Path) -> str | None:
+    """The kind of a file's form; None if it has none."""
     with suppress(DataError):
-        form_of(path)
-        return True
-    return False
+        return form_of(path).kind
+    return None
 
 
 def _split(path: Path) -> str | None:

@@ -1,21 +1,21 @@
-"""Where raw records, conversations and prompts come from: files, folders, and the hub."""
+"""The records, conversations and prompts of one source: a file, a folder, a data set on the hub, or the demo."""
 
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
 from qdist.core.data import demo
 from qdist.core.data.conversation import Conversation, Turn
+from qdist.core.data.reading import AS_FOUND, Reading
 from qdist.core.data.records import BadRecords, asked, conversations
-from qdist.core.errors import DataError, MachineError, nearest
+from qdist.core.errors import DataError, nearest
 from qdist.host.data.files import (
+    PLAIN_TEXT,
     SUFFIXES,
     check_file,
     file_digest,
@@ -25,10 +25,10 @@ from qdist.host.data.files import (
     refuse_special,
 )
 from qdist.host.data.folders import Chosen, choose_files
+from qdist.host.data.hub import hub_data, hub_identity, hub_records, is_known, may_be_hub_id
 from qdist.host.data.text import Located
-from qdist.host.opening import readable, told
+from qdist.host.opening import readable
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^/\s]+)?")
 _WEB = re.compile(r"(https?|hf|s3|gs)://(\S+)")
 _HUB_PAGE = re.compile(r"(?:huggingface\.co/)?datasets/([\w.-]+/[\w.-]+)/?")
 _VERY_CLOSE = 0.8
@@ -36,40 +36,57 @@ _VERY_CLOSE = 0.8
 
 
 def read_records(source: str) -> Iterator[Located]:
-    """The records of a file, of a folder of files, or of a hub data set ('owner/name' or 'owner/name:split').
+    """The records of a file, of a folder of files, of a data set on the hub, as `hub_data` takes it, or of the demo.
 
     A record that cannot be read comes as a DataError in its place, and the next follows. Raises DataError when the
     source is missing or empty, or a file cannot be read as a whole or has no good record.
     """
+    if source == demo.NAME:
+        return ((f"demo, record {number}", dict(record)) for number, record in enumerate(demo.records(), 1))
     chosen = _chosen(source)
     if chosen is None:
-        return _hub_records(source)
+        return hub_records(hub_data(source))
     return (located for path in chosen.files for located in file_records(path))
 
 
 def check_source(source: str) -> None:
     """Raise DataError for problems visible at the beginnings of the files; a hub data set is checked later."""
-    for path in (_chosen(source) or Chosen(())).files:
+    for path in _files(source):
         check_file(path)
 
 
 def source_notes(source: str) -> tuple[str, ...]:
-    """Which of a folder's files are read and which are skipped; empty for a single file or a hub data set."""
+    """Which of a folder's files are read and which are skipped, and what a known name stands for; else nothing."""
+    if source == demo.NAME:
+        return ()
     chosen, folder = _chosen(source), _path(source)
-    return chosen.notes(folder) if chosen and folder.is_dir() else ()
+    if chosen is None:
+        known = hub_data(source).known
+        return tuple(filter(None, (f"{source} is {known.hub} on the hub" * is_known(source), known.note)))
+    return chosen.notes(folder) if folder.is_dir() else ()
 
 
 def source_digest(source: str) -> str:
     """SHA-256 of the files' contents, or of the hub data set's name and revision: equal means equal records."""
     digest = hashlib.sha256()
-    chosen = _chosen(source)
-    if chosen is None:
-        name, split = _hub_name(source)
-        digest.update(json.dumps([name, split, _hub_revision(name)]).encode())
-        return digest.hexdigest()
-    for path in chosen.files:
+    if source == demo.NAME:
+        digest.update(json.dumps(list(demo.records()), sort_keys=True).encode())
+    elif _chosen(source) is None:
+        digest.update(json.dumps(hub_identity(hub_data(source))).encode())
+    for path in _files(source):
         digest.update(f"{file_digest(path)}\n".encode())
     return digest.hexdigest()
+
+
+def is_local(source: str) -> bool:
+    """Whether a source can be read without asking a hub."""
+    return source == demo.NAME or os.path.lexists(_path(source))
+
+
+def _files(source: str) -> tuple[Path, ...]:
+    """The files that a source names; none for the demo and for a hub data set."""
+    chosen = None if source == demo.NAME else _chosen(source)
+    return chosen.files if chosen else ()
 
 
 def _path(source: str) -> Path:
@@ -102,9 +119,11 @@ def _on_the_web(source: str, address: str) -> DataError:
 
 def _means_a_file(source: str, path: Path) -> bool:
     """Whether a nonexistent name was meant as a file rather than as 'owner/name' on the hub."""
-    rooted = source.startswith(("/", ".", "~")) or not _HUB_NAME.fullmatch(source)
+    if is_known(source):
+        return False
+    rooted = source.startswith(("/", ".", "~")) or not may_be_hub_id(source)
     in_a_folder = path.parent != Path() and path.parent.exists()
-    suffixed = path.suffix.lower() in SUFFIXES or ("/" not in source and path.suffix != "")
+    suffixed = path.suffix.lower() in (*SUFFIXES, PLAIN_TEXT) or ("/" not in source and path.suffix != "")
     return rooted or in_a_folder or suffixed or _like_a_file_here(path)
 
 
@@ -139,72 +158,38 @@ def _nearest_path(path: Path) -> str:
     return str(found)
 
 
-def _hub_name(source: str) -> tuple[str, str]:
-    name, _, split = source.partition(":")
-    return name, split or "train"
-
-
-def _hub_records(source: str) -> Iterator[Located]:
-    name, split = _hub_name(source)
-    with _hub(name) as datasets:
-        number = 0
-        for number, row in enumerate(datasets.load_dataset(name, split=split), 1):
-            yield f"{source}, record {number}", dict(row)
-        if not number:
-            raise DataError(f"{source} holds no record", try_="another split, as in owner/name:split")
-
-
-def _hub_revision(name: str) -> str:
-    """Commit of a data set on the hub, or in the hub's cache without network."""
-    with _hub(name) as datasets:
-        return str(datasets.load_dataset_builder(name).hash)
-
-
-@contextmanager
-def _hub(name: str) -> Iterator[Any]:
-    """The datasets package, with its errors and its HTTP client's about `name` raised as DataError."""
-    try:
-        import datasets
-    except ImportError as error:
-        message = f"{name} is no file here, and the hub needs the package datasets"
-        raise MachineError(message, try_="pip install datasets") from error
-    message = f"{name} is no file here, and the hub did not give it"
-    with told(message, DataError, try_="a file or folder, or owner/name:split"):
-        yield datasets
-
-
-def read_conversations(source: str, *, data_format: str | None = None) -> Iterator[Conversation | DataError]:
+def read_conversations(source: str, *, reading: Reading = AS_FOUND) -> Iterator[Conversation | DataError]:
     """The conversations of a source, in order, with the reason in place of each unusable record.
 
     Raises DataError if the source itself cannot be read.
     """
-    if source == demo.NAME:
-        located: Iterable[tuple[str, Any]] = (
-            (f"demo, record {number}", record) for number, record in enumerate(demo.records(), 1)
-        )
-    else:
-        located = read_records(source)
+    return conversations_in(read_records(source), reading_for(source, reading))
+
+
+def conversations_in(located: Iterable[Located], reading: Reading) -> Iterator[Conversation | DataError]:
+    """The conversations of records, in order, with the reason in place of each unusable record."""
     for where, record in located:
         if isinstance(record, DataError):
             yield record
             continue
         try:
-            found = conversations(record, where=where, data_format=data_format)
+            found = conversations(record, where=where, reading=reading)
         except DataError as error:
             yield error
             continue
         yield from found
 
 
-def count_conversations(source: str, *, data_format: str | None = None) -> int:
-    """Number of conversations. Raises DataError like `read_conversations`, and once for all unusable records."""
-    bad, count = BadRecords(), 0
-    for found in read_conversations(source, data_format=data_format):
-        if isinstance(found, DataError):
-            bad.add(found)
-        count += 1
-    bad.raise_any(count)
-    return count
+def reading_for(source: str, reading: Reading) -> Reading:
+    """How a source is read: as the user says, and where nothing is said as is known of a data set of that name."""
+    if not is_known(source) or is_local(source):
+        return reading
+    known = hub_data(source).known.reading
+    return Reading(
+        format=reading.format or known.format,
+        columns={**known.columns, **reading.columns},
+        roles={**known.roles, **reading.roles},
+    )
 
 
 def read_prompts(path: Path) -> list[Conversation]:

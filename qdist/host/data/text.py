@@ -1,6 +1,7 @@
 """The text of a data file: its encoding, its lines, and the position of a byte that is not text."""
 
 import codecs
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ from shlex import quote
 from typing import NamedTuple, TextIO
 
 from qdist.core.errors import DataError
+from qdist.host.data.compressed import open_bytes
 from qdist.host.opening import UTF8, encoding_of, readable
 
 
@@ -18,9 +20,9 @@ def open_text(path: Path) -> Iterator[TextIO]:
     Raises DataError for what cannot be read or is not text in its encoding.
     """
     with readable(path, DataError):
-        with path.open("rb") as file:
+        with open_bytes(path) as file:
             encoding = encoding_of(file.read(4))
-        with path.open(encoding=encoding, newline="\n") as stream:
+        with open_bytes(path) as file, io.TextIOWrapper(file, encoding=encoding, newline="\n") as stream:
             try:
                 yield stream
             except UnicodeDecodeError as error:
@@ -68,7 +70,7 @@ def _undecodable(path: Path, encoding: str, reason: str) -> DataError:
 
 def _fault(path: Path) -> _Fault | None:
     before, after_utf8 = 0, False
-    with path.open("rb") as stream:
+    with open_bytes(path) as stream:
         for number, raw in enumerate(stream, 1):
             try:
                 raw.decode()
@@ -82,7 +84,7 @@ def _fault(path: Path) -> _Fault | None:
 
 def _is_windows_1252(path: Path) -> bool:
     """Whether every byte is a character in Windows-1252; in ISO-8859-1 every byte is, but quotes and dashes differ."""
-    with path.open("rb") as stream:
+    with open_bytes(path) as stream:
         try:
             while chunk := stream.read(1 << 20):
                 chunk.decode("cp1252")
@@ -97,6 +99,6 @@ Located = tuple[str, Record | DataError]
 
 FIELDS = frozenset((
     "messages", "conversations", "conversation", "instances", "instruction", "input", "output", "prompt", "completion",
-    "question", "answer", "response", "text",
+    "question", "answer", "response", "chosen", "text",
 ))  # fmt: skip
 """Field names that identify a record or a table header when the file's suffix does not."""

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from qdist.core.data import demo
 from qdist.core.errors import SpecError
 from qdist.core.machine.cluster import Cluster
 from qdist.core.model.families import require_library_class
@@ -32,8 +31,10 @@ from qdist.core.planning.render import (
 from qdist.core.planning.resources import count_of
 from qdist.core.spec.recipe import to_toml
 from qdist.core.spec.run_spec import RunSpec, flatten, resolve
+from qdist.core.spec.sections import Data
 from qdist.host import tasks, templates
-from qdist.host.data.records import check_source, source_notes
+from qdist.host.data import stdin
+from qdist.host.data.sources import changed_sources, check_data, data_notes, is_local, split_sources
 from qdist.host.launch.refusals import (
     of_the_same,
     refuse_done,
@@ -65,6 +66,8 @@ RESUMABLE = frozenset((
 
 
 _RUNS = Path("runs")
+_LONGEST_STEM = 60
+"""Characters of the data's names in the name of a run."""
 
 
 class Launch(NamedTuple):
@@ -196,7 +199,7 @@ def _known(spec: RunSpec, found: Survey) -> Prepared | None:
 
     None for what a hub may have anew, and for weights that differ from those which were prepared.
     """
-    from_hub = any(work.action == "fetch" for work in found.work) or not cache.is_local(spec.data.path)
+    from_hub = any(work.action == "fetch" for work in found.work) or not is_local(spec.data)
     if found.folder is None or from_hub:
         return None
     known = cache.remembered(spec, found.folder, to_the_letter=True)
@@ -214,6 +217,7 @@ def _new_run(spec: RunSpec) -> _Asked:
     """A new run, whose directory need not exist yet. Raises RunError if there is something in the way."""
     if not spec.model:
         raise SpecError("no model was named", try_="--model smollm2-135m")
+    spec = msgspec.structs.replace(spec, data=stdin.kept(spec.data))
     run = RunDir(spec.run) if spec.run else RunDir(free_name(_RUNS, _stem(spec)))
     refuse_used(run)
     refuse_unwritable(run)
@@ -245,11 +249,15 @@ def _resumed(run: RunDir, changes: Mapping[str, Any]) -> _Asked:
 
 def _changed_since(old: Plan) -> tuple[str, ...]:
     """Notes on data files that have changed since the run tokenized them."""
-    data, source = old.data, old.spec.data.path
-    now = cache.files_digest(source) if data and data.digest and os.path.exists(data.path) else ""
-    if data is None or now in ("", data.digest):
+    data = old.data
+    names = changed_sources(old.spec.data, data) if data and os.path.exists(data.path) else ()
+    if data is None or not names:
         return ()
-    return (f"{source} has changed since: the run goes on with the {data.samples:,} samples it was started with",)
+    have = "has" if len(names) == 1 else "have"
+    return (
+        f"{' and '.join(names)} {have} changed since: the run goes on with the {data.samples:,} samples it was started "
+        "with",
+    )
 
 
 def _job(asked: _Asked, prepared: Prepared) -> Launch:
@@ -290,8 +298,7 @@ def _surveyed(asked: _Asked) -> Survey:
     spec = asked.spec
     if not spec.data.path:
         raise SpecError("no data was named", try_="--data FILE, a hub id, or --data demo")
-    if spec.data.path != demo.NAME:
-        check_source(spec.data.path)
+    check_data(spec.data)
     count_of(spec, asked.here)
     refuse_unwritable_cache()
     found = survey(spec)
@@ -313,7 +320,7 @@ def _rehearse(asked: _Asked, found: Survey) -> None:
 
 def _estimate_notes(spec: RunSpec, found: Survey, data: DataFacts | None) -> tuple[str, ...]:
     """Notes on where the shape is from, what is left out of a folder, and what tokenizing will determine."""
-    left_out = () if spec.data.path == demo.NAME else source_notes(spec.data.path)
+    left_out = data_notes(spec.data)
     if data is None:
         open_ = f"steps and the longest sample are known once {spec.data.path} is fetched and tokenized"
     else:
@@ -346,6 +353,13 @@ def _synthetic(spec: RunSpec) -> Prepared:
     """Random weights and random tokens, which need no conversion or tokenizing."""
     if spec.data.path:
         raise SpecError(f"random weights train on random tokens, not on {spec.data.path!r}", try_="leave --data out")
+    if spec.data != Data():
+        now, usual = flatten(spec), flatten(RunSpec())
+        keys = [key for key in usual if key.startswith("data.") and now[key] != usual[key]]
+        raise SpecError(
+            f"random weights train on random tokens, of which {' and '.join(keys)} say nothing",
+            try_=f"leave {' and '.join(keys)} out",
+        )
     if spec.train.answers or spec.new_tokens:
         raise SpecError("train.answers and new_tokens need a tokenizer, and random weights have none")
     config, _, _, code = known_shape(spec.model, spec.trust_remote_code)
@@ -368,7 +382,8 @@ def _stem(spec: RunSpec) -> str:
     model = re.sub(
         r"[^\w.-]+", "-", Path(spec.model).stem if spec.model.lower().endswith(".gguf") else Path(spec.model).name
     )
-    data = re.sub(r"[^\w.-]+", "-", Path(spec.data.path).stem) if spec.data.path else "dummy"
+    stems = "-".join(Path(part.path).stem for part in split_sources(spec.data.path))
+    data = re.sub(r"[^\w.-]+", "-", stems)[:_LONGEST_STEM] if spec.data.path else "dummy"
     return f"{model}-{spec.method}-{data}".lower()
 
 

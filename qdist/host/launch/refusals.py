@@ -11,11 +11,11 @@ from qdist.core.errors import RunError
 from qdist.core.planning.disk import storage
 from qdist.core.planning.plan import DataFacts, Plan, Prepared
 from qdist.core.text import command, format_bytes, resuming
+from qdist.host.data.sources import changed_sources
 from qdist.host.files import cache_path, free_bytes, obstacle, require_space, unusable_cache
 from qdist.host.launch.survey import counted
 from qdist.host.run.rundir import RunDir
 from qdist.host.run.state import launcher_is_gone, state_of
-from qdist.host.sources.cache import files_digest
 from qdist.host.sources.model_folder import require_same_model, require_same_original
 
 ELSEWHERE = "a --run folder that you may write to, on a disk with room"
@@ -106,9 +106,10 @@ def refuse_other_files(old: Plan, run: RunDir) -> None:
     """Raise RunError if a run's model or data are known to differ from those it was started with."""
     if Path(old.source.path).is_dir():
         require_same_original(old.source, run=str(run.path))
-    data, now = old.data, files_digest(old.spec.data.path)
-    if data is not None and data.digest and now not in ("", data.digest):
-        raise _other_data(old, run, f"{counted(old.spec):,} records now")
+    names = changed_sources(old.spec.data, old.data) if old.data else ()
+    if names:
+        records = counted(old.spec)
+        raise _other_data(old, run, names, "other records now" if records is None else f"{sum(records):,} records now")
 
 
 def of_the_same(old: Plan, prepared: Prepared, run: RunDir) -> Prepared:
@@ -134,13 +135,16 @@ def refuse_other_data(old: Plan, now: DataFacts | None, run: RunDir) -> None:
             f"then, {_size(now)} now",
             try_="the versions of qdist and transformers in its versions.json, or a new run",
         )
-    raise _other_data(old, run, f"{_size(now)} now")
+    both = zip(old.data.parts, now.parts, strict=False)
+    names = tuple(one.name for one, other in both if one.digest != other.digest)
+    raise _other_data(old, run, names or (old.spec.data.path,), f"{_size(now)} now")
 
 
-def _other_data(old: Plan, run: RunDir, now: str) -> RunError:
+def _other_data(old: Plan, run: RunDir, names: tuple[str, ...], now: str) -> RunError:
     assert old.data is not None
+    is_not = "is not" if len(names) == 1 else "are not"
     return RunError(
-        f"{old.spec.data.path} is not what {run.path} was started with: {_size(old.data)} then, {now}",
+        f"{' and '.join(names)} {is_not} what {run.path} was started with: {_size(old.data)} then, {now}",
         try_="put the file back, or start a new run",
     )
 

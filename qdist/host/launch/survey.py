@@ -3,17 +3,20 @@
 import os
 from collections import defaultdict
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from qdist.core.data.reading import reading_of
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.shapes import ModelFacts
 from qdist.core.model.storage import packing_of
 from qdist.core.planning.disk import packed_bytes
-from qdist.core.planning.plan import DataFacts, Prepared, Source, held_out_of
+from qdist.core.planning.plan import DataFacts, Prepared, Source, held_out_of, mixture_of
 from qdist.core.spec.run_spec import RunSpec
 from qdist.host import files
-from qdist.host.data.records import count_conversations
+from qdist.host.data.records import is_local as is_local_source
+from qdist.host.data.sources import count_records, is_local, parts_of, sources_of
 from qdist.host.files import cache_path
 from qdist.host.sources import cache as cached
 from qdist.host.sources.facts import facts_of, shape_note
@@ -89,36 +92,44 @@ def require_room(spec: RunSpec, work: tuple[Work, ...]) -> None:
         )
 
 
-def counted(spec: RunSpec) -> int | None:
-    """Number of a run's records; None if they are on a hub. Raises DataError for unusable ones."""
-    if not cached.is_local(spec.data.path):
+def counted(spec: RunSpec) -> tuple[int, ...] | None:
+    """Number of usable records of each source of a run; None if one is on a hub. Raises DataError for bad ones."""
+    if not is_local(spec.data):
         return None
-    return count_conversations(spec.data.path, data_format=None if spec.format == "auto" else spec.format)
+    return count_records(spec.data, reading_of(spec.data, spec.format), seed=spec.seed)
 
 
-def expected(spec: RunSpec, facts: ModelFacts, records: int) -> DataFacts:
-    """The data if every record were a sample of maximal length: what to plan with until they are tokenized."""
-    longest = min(spec.seq_len, facts.max_positions)
-    held_out = held_out_of(records, spec.train.held_out)
+def expected(spec: RunSpec, facts: ModelFacts, records: tuple[int, ...]) -> DataFacts:
+    """The data if every record were a sample of maximal length: what to plan with until they are tokenized.
+
+    records: of each source, as `counted` gives them.
+    """
+    longest, samples = min(spec.seq_len, facts.max_positions), sum(records)
+    parts = parts_of(sources_of(spec.data), (0, *accumulate(records)))
+    held_out = sum(part.samples for part in parts if part.held_out) or held_out_of(samples, spec.train.held_out)
+    share = 1.0 if spec.data.eval else (samples - held_out) / max(1, samples)
     return DataFacts(
         path="",
-        samples=records,
-        train_samples=records - held_out,
+        samples=samples,
+        train_samples=samples - held_out,
         held_out_samples=held_out,
-        tokens=records * longest,
+        tokens=samples * longest,
         longest=longest,
+        parts=parts,
+        mixture=mixture_of(parts, [round(part.samples * share) for part in parts if not part.held_out]),
     )
 
 
-def tokenizing(spec: RunSpec, records: int | None, before: Prepared | None) -> tuple[Work, ...]:
+def tokenizing(spec: RunSpec, records: tuple[int, ...] | None, before: Prepared | None) -> tuple[Work, ...]:
     """The remaining work on the data. before: what an earlier launch prepared from the same data."""
     there = Path(before.data.path) if before and before.data else None
     size = there.stat().st_size if there else None
-    what = spec.data.path + (f" ({records:,} records)" if records is not None else "")
+    sources = sources_of(spec.data)
+    names = ", ".join(str(source.part) for source in sources)
+    what = names + (f" ({sum(records):,} records)" if records is not None else "")
     tokenize = Work("tokenize", what, "", cache_path() / "tokens", size, there)
-    if there or cached.is_local(spec.data.path):
-        return (tokenize,)
-    return Work("fetch", spec.data.path, "", Path(), None), tokenize
+    fetched = () if there else tuple(source.name for source in sources if not is_local_source(source.name))
+    return (*(Work("fetch", name, "", Path(), None) for name in fetched), tokenize)
 
 
 def _folder_of(located: Located) -> tuple[Path | None, list[Work]]:

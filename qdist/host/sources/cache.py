@@ -10,12 +10,11 @@ from pathlib import Path
 
 import msgspec
 
-from qdist.core.data import demo
 from qdist.core.errors import MachineError, RunError
 from qdist.core.model.storage import FORMAT, Packing
 from qdist.core.planning.plan import DataFacts, Prepared, digest
 from qdist.core.spec.run_spec import RunSpec, flatten
-from qdist.host.data.records import source_digest
+from qdist.host.data.sources import digests_of
 from qdist.host.files import cache_dir, cache_path, write_atomic
 from qdist.host.machine import probe
 from qdist.host.opening import read_typed
@@ -31,7 +30,7 @@ _EXPORT = 1
 """Increment whenever the same run would be exported to a different GGUF file."""
 _DECIDING = (
     "model", "trust_remote_code", "method", "bits", "format", "load_format", "seq_len", "seed", "new_tokens", "quant.",
-    "lora.targets", "lora.pool", "train.held_out", "train.train_on_source",
+    "lora.targets", "lora.pool", "train.held_out", "train.train_on_source", "data.",
 )  # fmt: skip
 """Settings that affect preparation."""
 _COUNTED = ("global_batch", "steps", "epochs")
@@ -125,16 +124,6 @@ def source_identity(folder: Path, packing: Packing) -> str:
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
-def files_digest(data: str) -> str:
-    """`source_digest` of local data; empty for others, which would require asking a hub."""
-    return source_digest(data) if data != demo.NAME and is_local(data) else ""
-
-
-def is_local(data: str) -> bool:
-    """Whether data can be read without asking a hub."""
-    return data == demo.NAME or Path(data).expanduser().exists()
-
-
 def remembered(spec: RunSpec, folder: Path, *, to_the_letter: bool = False) -> Prepared | None:
     """What an earlier launch prepared from the same model and data, if all of it still exists.
 
@@ -172,8 +161,7 @@ def _record(spec: RunSpec, folder: Path, *, to_the_letter: bool) -> Path:
         [versions.get(name) for name in ("qdist", "transformers", "bitsandbytes")],
         tuple(field.name for field in msgspec.structs.fields(DataFacts)),  # of a qdist that prepares less, or more
         source_identity(folder, Packing(bits=16)),
-        spec.data.path,
-        files_digest(spec.data.path),
+        digests_of(spec.data),
         {key: value for key, value in flatten(spec).items() if key.startswith(deciding)},
     ]
     key = hashlib.sha256(json.dumps(parts, default=msgspec.to_builtins).encode()).hexdigest()

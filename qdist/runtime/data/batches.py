@@ -11,7 +11,7 @@ from torch.nn import functional
 from qdist.core.planning.plan import Plan
 from qdist.runtime.data.bins import BinSize, bin_size, cut, deal, pack
 from qdist.runtime.data.sizes import few_sizes, padded, size_for
-from qdist.runtime.data.stream import SampleStream, ShuffledEpochs, split
+from qdist.runtime.data.stream import SampleStream, divide, stream_of
 from qdist.runtime.data.tokenized import IGNORED, Summary, TokenizedSet, learned_tokens, load
 
 _MOST_MEASURED = 1 << 13
@@ -94,8 +94,9 @@ class Samples:
 
     def __init__(self, plan: Plan, tokenized: TokenizedSet, *, pad_id: int) -> None:
         self.plan, self.tokenized, self.pad_id = plan, tokenized, pad_id
-        train, held_out = split(len(tokenized), held_out=plan.spec.train.held_out, seed=plan.spec.seed)
-        self.stream: SampleStream = ShuffledEpochs(train, seed=plan.spec.seed)
+        parts, seed = plan.data.parts if plan.data else (), plan.spec.seed
+        train, held_out = divide(len(tokenized), parts, held_out=plan.spec.train.held_out, seed=seed)
+        self.stream: SampleStream = stream_of(train, parts, seed=seed)
         self.held_out: list[int] = held_out.tolist()
         self.bin_size = bin_size(
             micro_batch=plan.micro_batch,

@@ -10,7 +10,7 @@ from qdist.core.planning.plan import Fill, Fullest
 from qdist.core.spec.run_spec import RunSpec
 from qdist.runtime.data.bins import bin_size, pack
 from qdist.runtime.data.sizes import padded
-from qdist.runtime.data.stream import sample_order
+from qdist.runtime.data.stream import SampleStream
 from qdist.runtime.data.tokenized import IGNORED, TokenizedSet
 
 _MOST_RANKS = 8
@@ -21,13 +21,13 @@ _MOST_STEPS = 200
 """Samples and steps that are packed for a mean: each size packs them anew, 8,192 samples in some 10 ms."""
 
 
-def fullest(tokenized: TokenizedSet, train: torch.Tensor, spec: RunSpec) -> tuple[Fullest, ...]:
+def fullest(tokenized: TokenizedSet, stream: SampleStream, spec: RunSpec) -> tuple[Fullest, ...]:
     """The fullest micro-batch of each size that divides the global batch, by data-parallel rank, of up to 8 ranks.
 
-    train: the samples to train on, as `stream.split` gives them.
+    stream: the samples to train on, as `stream_of` gives them.
     """
     size = spec.global_batch
-    order = _first(train, spec, _MOST_SAMPLES)
+    order = _first(stream, spec, _MOST_SAMPLES)
     lengths, learned = tokenized.offsets.diff()[order], _learned(tokenized)[order]
     return tuple(
         _of(lengths.view(-1, ranks, each), learned.view(-1, ranks, each))
@@ -37,12 +37,12 @@ def fullest(tokenized: TokenizedSet, train: torch.Tensor, spec: RunSpec) -> tupl
     )
 
 
-def fills(tokenized: TokenizedSet, train: torch.Tensor, spec: RunSpec) -> tuple[Fill, ...]:
+def fills(tokenized: TokenizedSet, stream: SampleStream, spec: RunSpec) -> tuple[Fill, ...]:
     """How full packed micro-batches of 1 to 16 sequences are, for up to 8 ranks; none larger than a step needs.
 
-    train: as for `fullest`.
+    stream: as for `fullest`.
     """
-    order = _first(train, spec, min(_MOST_PACKED, _MOST_STEPS * spec.global_batch))
+    order = _first(stream, spec, min(_MOST_PACKED, _MOST_STEPS * spec.global_batch))
     steps: list[list[int]] = tokenized.offsets.diff()[order].view(-1, spec.global_batch).tolist()
     seq_len = min(spec.seq_len, int(tokenized.offsets.diff().max()))
     mean, tokens = len(tokenized.tokens) / len(tokenized), sum(map(sum, steps)) / len(steps)
@@ -59,13 +59,13 @@ def fills(tokenized: TokenizedSet, train: torch.Tensor, spec: RunSpec) -> tuple[
     return tuple(found)
 
 
-def row_fills(tokenized: TokenizedSet, train: torch.Tensor, spec: RunSpec) -> tuple[Fill, ...]:
+def row_fills(tokenized: TokenizedSet, stream: SampleStream, spec: RunSpec) -> tuple[Fill, ...]:
     """How full micro-batches with a row a sample are, for each size that divides the global batch and any ranks.
 
-    train: as for `fullest`. Rows are as wide as they must be; few widths, where passes are captured, pad them further.
+    stream: as for `fullest`. Rows are as wide as they must be; few widths, where passes are captured, pad them further.
     """
     size = spec.global_batch
-    lengths = tokenized.offsets.diff()[_first(train, spec, _MOST_SAMPLES)]
+    lengths = tokenized.offsets.diff()[_first(stream, spec, _MOST_SAMPLES)]
     tokens, positions = int(lengths.sum()), {each: _row_positions(lengths.view(-1, each)) for each in _divisors(size)}
     return tuple(
         Fill(samples=each, ranks=1, micro_batches=size / each, share=tokens / count, packed=False)
@@ -78,12 +78,12 @@ def _row_positions(lengths: torch.Tensor) -> int:
     return lengths.shape[1] * sum(map(padded, lengths.amax(dim=1).tolist()))
 
 
-def _first(train: torch.Tensor, spec: RunSpec, most: int) -> torch.Tensor:
+def _first(stream: SampleStream, spec: RunSpec, most: int) -> torch.Tensor:
     """The samples of a run's first steps, in order: of as many whole steps as have `most` samples, at least one."""
     size = spec.global_batch
-    steps = spec.steps or math.ceil((spec.epochs or 1.0) * len(train) / size)
+    steps = spec.steps or math.ceil((spec.epochs or 1.0) * stream.epoch / size)
     count = size * max(1, min(steps, most // size))
-    return train[sample_order(len(train), seed=spec.seed, position=0, count=count)]
+    return torch.tensor(stream.take(0, count))
 
 
 def _of(lengths: torch.Tensor, learned: torch.Tensor) -> Fullest:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +11,14 @@ import msgspec
 import torch
 from safetensors import safe_open
 
-from qdist.core.data import demo
 from qdist.core.data.conversation import Conversation, Wording
+from qdist.core.data.reading import Reading
 from qdist.core.data.records import BadRecords, check_format
 from qdist.core.errors import DataError
+from qdist.core.spec.sections import Data
 from qdist.core.text import quoted
-from qdist.host.data.records import read_conversations, source_digest
+from qdist.host.data.records import reading_for, source_digest
+from qdist.host.data.sources import read_source, sources_of
 from qdist.host.files import replacing, sync
 from qdist.host.opening import require_file, told
 from qdist.runtime.data.encode import Encoder, Sample
@@ -44,6 +46,10 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """None for random tokens."""
     notes: tuple[str, ...] = ()
     """What was dropped, cut or written differently, for the user."""
+    firsts: tuple[int, ...] = (0,)
+    """Index of the first sample of each source."""
+    bad: int = 0
+    """Records that could not be used and were left out."""
 
 
 class TokenizedSet(NamedTuple):
@@ -102,48 +108,54 @@ def load(path: Path, *, key: str) -> TokenizedSet:
     return TokenizedSet(arrays["tokens"], arrays["labels"], arrays["offsets"], summary)
 
 
-DEMO = demo.NAME
-"""Source name of the generated data set of `qdist.core.data.demo`."""
-
-_VERSION = 3
+_VERSION = 4
 """Increment whenever the same records would give other tokens or labels."""
 
 
 def cached_tokenize(
-    source: str,
+    data: Data,
     tokenizer: Any,
     *,
+    reading: Reading,
+    seed: int,
     seq_len: int,
     train_on_source: bool,
     folder: Path,
-    data_format: str | None = None,
     rows: int | None = None,
 ) -> tuple[TokenizedSet, Path]:
-    """The tokenized set of `source` and its file in `folder`, written if missing.
+    """The tokenized set of all sources of a run, one behind another, and its file in `folder`, written if missing.
 
-    source: 'demo', a file, a folder or a hub data set, as `read_records` takes them.
+    seed: chooses the records of sources with a count.
     folder: where sets are kept, each under its key; ranks may race for it, the files are equal.
     rows: see `tokenize`.
     """
-    if data_format is not None:
-        check_format(data_format)
-    key = cache_key(source, tokenizer, seq_len=seq_len, train_on_source=train_on_source, data_format=data_format)
+    if reading.format is not None:
+        check_format(reading.format)
+    key = cache_key(data, tokenizer, reading=reading, seed=seed, seq_len=seq_len, train_on_source=train_on_source)
     path = folder / f"{key}.safetensors"
     if path.is_file():
-        return load(path, key=key), path
-    found = read_conversations(source, data_format=data_format)
-    tokenized = tokenize(found, tokenizer, seq_len=seq_len, train_on_source=train_on_source, rows=rows)
+        found = load(path, key=key)
+        if found.summary.bad <= data.skip_bad:
+            return found, path
+    sources = [read_source(source, reading, seed=seed) for source in sources_of(data)]
+    tokenized = tokenize_sources(
+        sources, tokenizer, seq_len=seq_len, train_on_source=train_on_source, rows=rows, skip_bad=data.skip_bad
+    )
     save(tokenized, path, key=key)
     return tokenized, path
 
 
-def cache_key(
-    source: str, tokenizer: Any, *, seq_len: int, train_on_source: bool, data_format: str | None = None
-) -> str:
+def cache_key(data: Data, tokenizer: Any, *, reading: Reading, seed: int, seq_len: int, train_on_source: bool) -> str:
     """SHA-256 of everything that determines a tokenized set."""
-    records = _digest(demo.records()) if source == DEMO else source_digest(source)
-    parts = [_VERSION, records, tokenizer_digest(tokenizer), data_format, seq_len, train_on_source]
-    return _digest(parts)
+    sources = [
+        (
+            source_digest(source.name),
+            source.part.count and [source.part.count, seed],
+            msgspec.to_builtins(reading_for(source.name, reading)),
+        )
+        for source in sources_of(data)
+    ]
+    return _digest([_VERSION, sources, tokenizer_digest(tokenizer), seq_len, train_on_source])
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -176,10 +188,28 @@ def tokenize(
 
     Raises DataError when nothing is left at all, and once for all records that cannot be used.
     """
+    return tokenize_sources((found,), tokenizer, seq_len=seq_len, train_on_source=train_on_source, rows=rows)
+
+
+def tokenize_sources(
+    sources: Sequence[Iterable[Conversation | DataError]],
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    train_on_source: bool,
+    rows: int | None = None,
+    skip_bad: int = 0,
+) -> TokenizedSet:
+    """Tokenize several sources as `tokenize` does one; their samples lie one behind another.
+
+    skip_bad: records that cannot be used and may be left out.
+    """
     reader = _Pass(tokenizer, seq_len=seq_len, train_on_source=train_on_source, rows=rows)
-    for conversation in found:
-        reader.add(conversation)
-    return reader.tokenized()
+    for found in sources:
+        reader.begin_source()
+        for conversation in found:
+            reader.add(conversation)
+    return reader.tokenized(skip_bad)
 
 
 class _Pass:
@@ -189,8 +219,13 @@ class _Pass:
         self._tokenizer, self._seq_len, self._all, self._rows = tokenizer, seq_len, train_on_source, rows
         self._tokens, self._labels, self._offsets = array("i"), array("i"), array("q", [0])
         self._records = self._truncated = self._learned = self._longest_prompt = self._whole = 0
+        self._firsts = list[int]()
         self._dropped: dict[str, int] = {}
         self._bad, self._told, self._encoder = BadRecords(), Told(tokenizer), Encoder(tokenizer)
+
+    def begin_source(self) -> None:
+        """Note that the next sample is the first of another source."""
+        self._firsts.append(len(self._offsets) - 1)
 
     def add(self, conversation: Conversation | DataError) -> None:
         """Process the next record."""
@@ -222,9 +257,9 @@ class _Pass:
         # A sample's first token never has a loss.
         self._whole += bool(kept) and self._learned - learned == len(self._tokens) - tokens - kept
 
-    def tokenized(self) -> TokenizedSet:
+    def tokenized(self, skip_bad: int) -> TokenizedSet:
         """The set of all kept samples. Raises DataError as `tokenize` does."""
-        self._bad.raise_any(self._records)
+        self._bad.raise_any(self._records, allowed=skip_bad)
         if len(self._offsets) == 1:
             raise self._nothing_left()
         wording, notes = self._told.summed_up(self._records)
@@ -236,7 +271,9 @@ class _Pass:
             learned_tokens=self._learned,
             whole=self._whole,
             wording=wording,
-            notes=(*self._counts(), *notes),
+            notes=(*self._bad.notes(self._records), *self._counts(), *notes),
+            firsts=tuple(self._firsts),
+            bad=self._bad.count,
         )
         return TokenizedSet(
             torch.frombuffer(self._tokens, dtype=torch.int32),

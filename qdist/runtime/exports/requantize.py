@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
+from qdist.core.data.reading import Reading, reading_of
 from qdist.core.errors import RunError
 from qdist.core.model.gptq import Gptq, Shape, usual_format
 from qdist.core.planning.plan import Plan
 from qdist.core.requests import Export, GptqSettings
 from qdist.core.text import format_bytes
+from qdist.host.data.sources import unweighted
 from qdist.host.terminal import say
 from qdist.runtime.exports import merged_16bit
 from qdist.runtime.exports.backbone import Backbone
@@ -38,7 +40,7 @@ def run(request: Export) -> None:
         raise RunError("random weights have no data to calibrate on", try_="--to 16bit")
     asked = wanted(request, plan)
     tokenizer = load_tokenizer(plan.source)
-    pieces(asked.data, tokenizer, samples=asked.samples, seq_len=asked.seq_len, seed=asked.seed)
+    pieces(asked, tokenizer, seq_len=asked.seq_len)
     prefix = f"{out.name}.16bit-"
     with reserved(out.with_name(f".{prefix}lock")):
         between = out.with_name(f".{prefix}{_stamp(request, adapters)}")
@@ -83,9 +85,11 @@ def _stamp(request: Export, adapters: Adapters) -> str:
 def wanted(request: Export, plan: Plan) -> GptqSettings:
     """The quantization settings of the run's checkpoint; calibrated on the training data unless told otherwise."""
     own = plan.source.gptq or Gptq(shape=Shape(4, 128))
-    bits = request.bits or own.shape.bits
+    bits, own_data = request.bits or own.shape.bits, plan.spec.data
     return GptqSettings(
-        data=request.data or plan.spec.data.path,
+        data=request.data or unweighted(own_data.path),
+        reading=Reading() if request.data else reading_of(own_data, plan.spec.format),
+        skip_bad=0 if request.data else own_data.skip_bad,
         bits=(bits,),
         group_size=request.group_size or own.shape.group_size,
         sym=own.sym,

@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdist.core.data import demo
+from qdist.core.data.reading import reading_of
 from qdist.core.model.adapters.registry import ADAPTERS
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.storage import packing_of
 from qdist.core.planning.plan import DataFacts, Prepared, Source
 from qdist.core.requests import Prepare
 from qdist.core.spec.run_spec import RunSpec
-from qdist.host.data.records import source_notes
+from qdist.host.data.sources import data_notes, digest_over, digests_of, parts_of, sources_of
 from qdist.host.files import cache_dir, locked, publish_folder
-from qdist.host.sources.cache import files_digest
 from qdist.host.sources.model_folder import fingerprint, gptq_of
 from qdist.host.sources.models import locate
 
@@ -32,7 +31,8 @@ def prepare(spec: RunSpec) -> Prepared:
     """The model as a packed local folder, its tokenizer repaired, the data tokenized; all of it cached."""
     from qdist.runtime.data.chat_template import require_template
     from qdist.runtime.data.fullness import fills, fullest, row_fills
-    from qdist.runtime.data.stream import split
+    from qdist.runtime.data.overlap import overlap_note
+    from qdist.runtime.data.stream import divide, stream_of
     from qdist.runtime.data.tokenized import cached_tokenize
     from qdist.runtime.data.tokenizer import open_tokenizer, repair, text_settings
     from qdist.runtime.data.wording import keep_wording
@@ -49,17 +49,21 @@ def prepare(spec: RunSpec) -> Prepared:
     require_template(tokenizer)
     repaired = repair(tokenizer, config, new_tokens=spec.new_tokens)
     tokenized, path = cached_tokenize(
-        spec.data.path,
+        spec.data,
         tokenizer,
+        reading=reading_of(spec.data, spec.format),
+        seed=spec.seed,
         seq_len=spec.seq_len,
         train_on_source=spec.train.train_on_source,
         folder=cache_dir("tokens"),
-        data_format=None if spec.format == "auto" else spec.format,
         rows=repaired.rows or int(text_settings(config)["vocab_size"]),
     )
     summary = tokenized.summary
     kept_note = keep_wording(tokenizer, summary.wording) if summary.wording else ""
-    train, held_out = split(len(tokenized), held_out=spec.train.held_out, seed=spec.seed)
+    digests = digests_of(spec.data)
+    parts = parts_of(sources_of(spec.data), (*summary.firsts, len(tokenized)), digests)
+    train, held_out = divide(len(tokenized), parts, held_out=spec.train.held_out, seed=spec.seed)
+    stream = stream_of(train, parts, seed=spec.seed)
     lengths = tokenized.offsets.diff()
     gptq, packed = _packed(spec, folder, config)
     as_it_came = located.kind != "gguf" and (gptq is not None or packed.folder == folder)
@@ -88,16 +92,19 @@ def prepare(spec: RunSpec) -> Prepared:
             attended=float(lengths.double().square().sum() / lengths.sum()),
             records=summary.records,
             wording=summary.wording,
-            digest=files_digest(spec.data.path),
-            fullest=fullest(tokenized, train, spec),
-            fills=(*fills(tokenized, train, spec), *row_fills(tokenized, train, spec)),
+            digest=digest_over(digests),
+            parts=parts,
+            mixture=stream.epoch if any(part.weight is not None for part in parts) else 0,
+            bad=summary.bad,
+            fullest=fullest(tokenized, stream, spec),
+            fills=(*fills(tokenized, stream, spec), *row_fills(tokenized, stream, spec)),
         ),
         notes=(
-            *_left_out(spec),
+            *data_notes(spec.data),
             *repaired.notes,
             *filter(None, (packed.note,)),
             *summary.notes,
-            *filter(None, (kept_note,)),
+            *filter(None, (kept_note, overlap_note(tokenized, parts))),
         ),
     )
 
@@ -118,11 +125,6 @@ def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple
     facts = facts_of(config, name=spec.model)
     ADAPTERS[spec.method].require_packed(spec, gptq, facts, paths)
     return check.checked(packed, shape, gptq), Packed(packed)
-
-
-def _left_out(spec: RunSpec) -> tuple[str, ...]:
-    """Notes on files of a data folder that are not used."""
-    return () if spec.data.path == demo.NAME else source_notes(spec.data.path)
 
 
 def _keep_tokenizer(tokenizer: Any) -> Path:

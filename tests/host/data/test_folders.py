@@ -1,5 +1,6 @@
 """Of a folder what is meant for training is read, and what is left out is named."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -154,7 +155,19 @@ def test_a_folder_without_a_clear_choice_is_refused(tmp_path: Path, names: list[
 def test_the_test_file_is_not_taken_for_packed_training_data(tmp_path: Path) -> None:
     fill(tmp_path, "test.jsonl")
     (tmp_path / "train.jsonl.gz").write_bytes(b"\x1f\x8b and so on")
-    assert refusal(tmp_path).try_ == f"gunzip -k {tmp_path}/train.jsonl.gz"
+    assert refusal(tmp_path).message.startswith(f"{tmp_path}/train.jsonl.gz is damaged: gzip cannot decompress it")
+
+
+def test_compressed_files_of_a_folder_are_read_as_they_are(tmp_path: Path) -> None:
+    fill(tmp_path, "test.jsonl")
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(b'{"text": "packed"}'))
+    assert read(tmp_path) == ["packed"]
+
+
+def test_plain_text_alone_in_a_folder_is_its_data(tmp_path: Path) -> None:
+    for name in ("train.txt", "valid.txt"):
+        (tmp_path / name).write_text(f"the text of {name}\n")
+    assert read(tmp_path) == ["the text of train.txt\n"]
 
 
 def test_a_broken_link_or_an_empty_file_in_a_folder_is_told(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -129,20 +130,23 @@ def test_a_device_is_refused_and_not_waited_for() -> None:
 
 
 class FakeHub(types.ModuleType):
-    """The two functions of the package datasets that are used, over one data set."""
+    """The functions of the package datasets that are used, over one data set with a subset `code`."""
 
     def __init__(self) -> None:
         super().__init__("datasets")
         self.revision = "c0ffee"
         self.exceptions = types.SimpleNamespace(DatasetsError=RuntimeError)
 
-    def load_dataset(self, name: str, *, split: str) -> Iterator[dict[str, str]]:
-        if name == "owner/other":
-            raise ConnectionError(f"Couldn't reach {name}\nmore")
-        return iter([] if split == "empty" else [{"text": split}])
+    def load_dataset(self, path: str, *, split: str, **options: Any) -> Iterator[dict[str, str]]:
+        if path == "owner/other":
+            raise ConnectionError(f"Couldn't reach {path}\nmore")
+        return iter([] if split == "empty" else [{"text": " ".join([split, *map(str, options.values())])}])
 
-    def load_dataset_builder(self, name: str) -> types.SimpleNamespace:
-        return types.SimpleNamespace(hash=f"{name}@{self.revision}")
+    def load_dataset_builder(self, path: str, **options: Any) -> types.SimpleNamespace:
+        return types.SimpleNamespace(hash=f"{path} {options}@{self.revision}")
+
+    def get_dataset_config_names(self, path: str) -> list[str]:
+        return ["code"]
 
 
 @pytest.fixture
@@ -153,7 +157,21 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 
 
 @pytest.mark.parametrize(
-    ("source", "split"), [("owner/data-2.5", "train"), ("owner/data-2.5:test", "test"), ("owner/data.v2", "train")]
+    ("source", "split"),
+    [
+        ("owner/data-2.5", "train"),
+        ("owner/data-2.5:test", "test"),
+        ("owner/data.v2", "train"),
+        ("owner/name:code", "train code"),
+        ("owner/name:code@test", "test code"),
+        ("owner/name:test@code", "code test"),
+        ("owner/name@train[:1%]", "train[:1%]"),
+        ("owner/name:train[:1%]", "train[:1%]"),
+        ("alpaca", "train"),
+        ("alpaca@train[10:20]", "train[10:20]"),
+        ("self-instruct", "train self_instruct"),
+        ("chip2", "train ['unified_chip2.jsonl']"),
+    ],
 )
 def test_another_name_is_asked_of_the_hub(hub: FakeHub, source: str, split: str) -> None:
     assert list(read_records(source)) == [(f"{source}, record 1", {"text": split})]
@@ -172,6 +190,19 @@ def test_a_hub_data_set_without_rows_is_refused(hub: FakeHub) -> None:
 
 def test_nothing_is_noted_of_one_file_or_a_hub_data_set(tmp_path: Path, hub: FakeHub) -> None:
     assert source_notes(str(write(tmp_path / "d.jsonl", "{}"))) == source_notes("owner/name") == ()
+
+
+def test_what_a_known_name_stands_for_is_noted() -> None:
+    assert source_notes("alpaca") == ("alpaca is tatsu-lab/alpaca on the hub",)
+    (place, remark) = source_notes("vicuna")
+    assert place == "vicuna is anon8231489123/ShareGPT_Vicuna_unfiltered on the hub"
+    assert "never released" in remark
+
+
+def test_a_file_goes_before_a_known_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("alpaca"), '{"text": "mine"}')
+    assert [record for _, record in read_records("alpaca")] == [{"text": "mine"}]
 
 
 def test_the_digest_follows_the_contents_and_not_the_name(tmp_path: Path) -> None:
@@ -193,5 +224,6 @@ def test_the_digest_of_a_folder_follows_the_files_that_are_read(tmp_path: Path) 
 def test_the_digest_of_a_hub_data_set_follows_its_revision(hub: FakeHub) -> None:
     before = source_digest("owner/data-2.5")
     assert source_digest("owner/data-2.5:train") == before != source_digest("owner/data-2.5:test")
+    assert before != source_digest("owner/data-2.5:code") == source_digest("owner/data-2.5:code@train")
     hub.revision = "decaf"
     assert source_digest("owner/data-2.5") != before

@@ -13,6 +13,8 @@ from qdist.core.planning.plan import DataFacts, Plan
 from qdist.core.spec.run_spec import resolve
 from qdist.core.spec.sections import Data
 from qdist.host import files
+from qdist.host.data.records import source_digest
+from qdist.host.data.sources import digest_over, digests_of, parts_of, sources_of
 from qdist.host.launch import claim, prepare, refusals
 from qdist.host.launch.refusals import (
     await_ranks,
@@ -24,7 +26,6 @@ from qdist.host.launch.refusals import (
 )
 from qdist.host.run.rundir import LOCK, RunDir
 from qdist.host.run.state import Holder, launcher_is_gone, sign
-from qdist.host.sources.cache import files_digest
 
 FACTS = DataFacts(path="cache/one.safetensors", samples=9, train_samples=8, held_out_samples=1, tokens=1200, longest=64)
 
@@ -107,7 +108,8 @@ def trained_on(run: RunDir, **changes: Any) -> Plan:
 
 
 def test_the_same_data_under_another_cache_are_the_same(run: RunDir) -> None:
-    old = trained_on(run, digest=files_digest("data.jsonl"))
+    trained_on(run)
+    old = trained_on(run, digest=source_digest("data.jsonl"))
     refuse_other_files(old, run)
     refuse_other_data(old, msgspec.structs.replace(FACTS, path="elsewhere/one.safetensors"), run)
 
@@ -118,6 +120,26 @@ def test_files_that_changed_are_refused_before_they_are_tokenized(run: RunDir) -
         refuse_other_files(old, run)
     assert caught.value.message.startswith("data.jsonl is not what run was started with: ")
     assert caught.value.try_ == "put the file back, or start a new run"
+
+
+def test_of_several_sources_those_that_changed_are_named(run: RunDir) -> None:
+    old = trained_on(run)
+    for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
+        Path(name).write_text(f'{{"text": "{name}"}}\n')
+    data = Data(path="a.jsonl:0.7,b.jsonl:0.3", eval="c.jsonl")
+    parts = parts_of(sources_of(data), (0, 5, 8, 9), digests_of(data))
+    facts = msgspec.structs.replace(FACTS, parts=parts, digest=digest_over(digests_of(data)))
+    spec = msgspec.structs.replace(old.spec, data=data)
+    old = msgspec.structs.replace(old, spec=spec, data=facts)
+    refuse_other_files(old, run)
+    for name in ("b.jsonl", "c.jsonl"):
+        Path(name).write_text('{"text": "another"}\n')
+    with pytest.raises(RunError, match=r"^b\.jsonl and c\.jsonl are not what run was started with: .*, 3 records now"):
+        refuse_other_files(old, run)
+    changed = parts_of(sources_of(data), (0, 5, 8, 9), digests_of(data))
+    now = msgspec.structs.replace(facts, path="cache/two.safetensors", parts=changed, digest="another")
+    with pytest.raises(RunError, match=r"^b\.jsonl and c\.jsonl are not what run was started with"):
+        refuse_other_data(old, now, run)
 
 
 def test_data_that_were_tokenized_to_something_else_are_refused_with_both_counts(run: RunDir) -> None:

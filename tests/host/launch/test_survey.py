@@ -154,8 +154,17 @@ def test_room_is_wanted_for_everything_on_a_disk_together(
     require_room(spec(), tuple(each._replace(size_bytes=None) for each in work))
 
 
-@pytest.mark.parametrize(("data", "records"), [("data.jsonl", 3), ("demo", 640), ("owner/name", None)])
-def test_records_are_counted_where_they_are(data: str, records: int | None) -> None:
+@pytest.mark.parametrize(
+    ("data", "records"),
+    [
+        ("data.jsonl", (3,)),
+        ("demo", (640,)),
+        ("owner/name", None),
+        ("data.jsonl:0.5,demo#40:0.5", (3, 40)),
+        ("data.jsonl,owner/name", None),
+    ],
+)
+def test_records_are_counted_where_they_are(data: str, records: tuple[int, ...] | None) -> None:
     assert counted(spec(data=data)) == records
 
 
@@ -172,9 +181,9 @@ def test_data_are_expected_to_be_as_long_as_may_be(here: Path) -> None:
     save(here / "mine")
     facts = survey(spec()).facts
     assert facts is not None
-    data = expected(spec(seq_len=64), facts, 20)
+    data = expected(spec(seq_len=64), facts, (20,))
     assert (data.samples, data.train_samples, data.held_out_samples, data.longest) == (20, 18, 2, 64)
-    assert expected(spec(seq_len=4096), facts, 20).longest == 2048
+    assert expected(spec(seq_len=4096), facts, (20,)).longest == 2048
 
 
 def prepared(here: Path) -> Prepared:

@@ -4,8 +4,10 @@ import msgspec
 import pytest
 
 from qdist.core.planning.plan import Plan
+from qdist.core.spec.run_spec import RunSpec
 from qdist.runtime.data.fullness import fills, fullest, row_fills
-from qdist.runtime.data.stream import split
+from qdist.runtime.data.stream import SampleStream, split, stream_of
+from qdist.runtime.data.tokenized import TokenizedSet
 from tests.runtime.data.test_samples import LENGTHS, samples_with
 from tests.runtime.tiny import plan_of, samples_of, save_config
 
@@ -16,12 +18,17 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     return plan_of(save_config(folder / "model"), folder / "run", global_batch=8)
 
 
+def stream_over(tokenized: TokenizedSet, spec: RunSpec) -> SampleStream:
+    train, _ = split(len(tokenized), held_out=spec.train.held_out, seed=spec.seed)
+    return stream_of(train, (), seed=spec.seed)
+
+
 def test_the_fullest_micro_batch_of_each_size_is_told_before_the_run(plan: Plan) -> None:
     """By what a plan counts with, against a walk over all that the run will see."""
     tokenized = samples_of(LENGTHS)
     spec = msgspec.structs.replace(plan.spec, steps=7)
-    train, _ = split(len(tokenized), held_out=spec.train.held_out, seed=spec.seed)
-    found = fullest(tokenized, train, spec)
+    stream = stream_over(tokenized, spec)
+    found = fullest(tokenized, stream, spec)
     assert [(own.samples, len(own.learned)) for own in found] == [
         (1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1),
     ]  # fmt: skip
@@ -36,8 +43,8 @@ def test_the_fullest_micro_batch_of_each_size_is_told_before_the_run(plan: Plan)
 def test_how_full_bins_will_be_is_told_before_the_run(plan: Plan) -> None:
     tokenized = samples_of(LENGTHS)
     spec = msgspec.structs.replace(plan.spec, steps=7)
-    train, _ = split(len(tokenized), held_out=spec.train.held_out, seed=spec.seed)
-    found = fills(tokenized, train, spec)
+    stream = stream_over(tokenized, spec)
+    found = fills(tokenized, stream, spec)
     assert {own.ranks for own in found} == set(range(1, 9))
     assert [own.samples for own in found if own.ranks == 1] == list(range(1, max(own.samples for own in found) + 1))
     assert found[-1].micro_batches == 1.0  # a larger bin would be no fuller
@@ -52,8 +59,8 @@ def test_how_full_bins_will_be_is_told_before_the_run(plan: Plan) -> None:
 def test_how_full_rows_of_one_sample_will_be_is_told_before_the_run(plan: Plan) -> None:
     tokenized = samples_of(LENGTHS)
     spec = msgspec.structs.replace(plan.spec, steps=7)
-    train, _ = split(len(tokenized), held_out=spec.train.held_out, seed=spec.seed)
-    found = row_fills(tokenized, train, spec)
+    stream = stream_over(tokenized, spec)
+    found = row_fills(tokenized, stream, spec)
     assert [(own.samples, own.ranks, own.micro_batches, own.packed) for own in found] == [
         (1, 1, 8.0, False), (2, 1, 4.0, False), (4, 1, 2.0, False), (8, 1, 1.0, False),
     ]  # fmt: skip

@@ -9,8 +9,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from qdist.core.data.conversation import Conversation
+from qdist.core.data.reading import AS_FOUND, Reading
 from qdist.core.data.records import conversations
 from qdist.core.errors import DataError, ModelError, QdistError
+from qdist.core.spec.sections import Data
 from qdist.runtime.data.tokenized import (
     IGNORED,
     TokenizedSet,
@@ -227,6 +229,9 @@ def test_an_answer_that_is_an_end_of_turn_alone_is_empty() -> None:
     assert learned_text(tokenized, tokenizer) == "b<|im_end|>"
 
 
+USUAL: dict[str, Any] = {"reading": AS_FOUND, "seed": 0, "train_on_source": False}
+
+
 def source_file(tmp_path: Path, text: str = '{"input": "a", "output": "b"}\n') -> str:
     path = tmp_path / "d.jsonl"
     path.write_text(text)
@@ -234,8 +239,8 @@ def source_file(tmp_path: Path, text: str = '{"input": "a", "output": "b"}\n') -
 
 
 def test_a_set_is_tokenized_once_and_mapped_afterwards(tmp_path: Path) -> None:
-    source, tokenizer = source_file(tmp_path), tiny_tokenizer()
-    options: dict[str, Any] = {"seq_len": 16, "train_on_source": False, "folder": tmp_path / "cache"}
+    source, tokenizer = Data(path=source_file(tmp_path)), tiny_tokenizer()
+    options: dict[str, Any] = {**USUAL, "seq_len": 16, "folder": tmp_path / "cache"}
     first, path = cached_tokenize(source, tokenizer, **options)
     written = path.stat().st_mtime_ns
     second, again = cached_tokenize(source, tokenizer, **options)
@@ -247,17 +252,21 @@ def test_a_set_is_tokenized_once_and_mapped_afterwards(tmp_path: Path) -> None:
 
 
 def test_the_key_follows_all_that_decides_the_tokens(tmp_path: Path) -> None:
-    source, plain = source_file(tmp_path), tiny_tokenizer()
-    usual: dict[str, Any] = {"seq_len": 16, "train_on_source": False}
+    source, plain = Data(path=source_file(tmp_path)), tiny_tokenizer()
+    usual: dict[str, Any] = {**USUAL, "seq_len": 16}
     keys = [
         cache_key(source, plain, **usual),
-        cache_key("demo", plain, **usual),
+        cache_key(Data(path="demo"), plain, **usual),
         cache_key(source, tiny_tokenizer(CHATML), **usual),
         cache_key(source, tiny_tokenizer(eos="<|im_end|>"), **usual),
         cache_key(source, plain, **{**usual, "seq_len": 17}),
         cache_key(source, plain, **{**usual, "train_on_source": True}),
-        cache_key(source, plain, **usual, data_format="oasst"),
-        cache_key(source_file(tmp_path, '{"input": "a", "output": "c"}\n'), plain, **usual),
+        cache_key(source, plain, **{**usual, "reading": Reading(format="oasst")}),
+        cache_key(source, plain, **{**usual, "reading": Reading(roles={"user": "Q"})}),
+        cache_key(Data(path=f"{source.path},{source.path}"), plain, **usual),
+        cache_key(Data(path=f"{source.path}#1"), plain, **usual),
+        cache_key(Data(path=f"{source.path}#1"), plain, **{**usual, "seed": 1}),
+        cache_key(Data(path=source_file(tmp_path, '{"input": "a", "output": "c"}\n')), plain, **usual),
     ]
     assert len(set(keys)) == len(keys)
 
@@ -281,7 +290,7 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path) -> None:
 
 def test_the_demo_loses_no_record(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(CHATML)
-    tokenized, _ = cached_tokenize("demo", tokenizer, seq_len=512, train_on_source=False, folder=tmp_path)
+    tokenized, _ = cached_tokenize(Data(path="demo"), tokenizer, **USUAL, seq_len=512, folder=tmp_path)
     assert (len(tokenized), tokenized.summary.dropped, tokenized.summary.truncated) == (640, 0, 0)
 
 
@@ -293,11 +302,48 @@ def test_the_demo_loses_no_record(tmp_path: Path) -> None:
 def test_published_data_is_taken_without_loss(tmp_path: Path, name: str, samples: int, template: str | None) -> None:
     if not (SHARED / name).is_file():
         pytest.skip(f"{SHARED / name} is missing")
-    options: dict[str, Any] = {"seq_len": 1 << 20, "train_on_source": False, "folder": tmp_path}
-    tokenized, _ = cached_tokenize(str(SHARED / name), tiny_tokenizer(template), **options)
+    options: dict[str, Any] = {**USUAL, "seq_len": 1 << 20, "folder": tmp_path}
+    tokenized, _ = cached_tokenize(Data(path=str(SHARED / name)), tiny_tokenizer(template), **options)
     assert (len(tokenized), tokenized.summary.truncated) == (samples, 0)
 
 
 def test_an_unknown_format_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    unknown = {**USUAL, "reading": Reading(format="alpacca")}
     with pytest.raises(QdistError, match="'alpacca' is not a record format"):
-        cached_tokenize("nowhere.jsonl", None, seq_len=8, train_on_source=False, folder=tmp_path, data_format="alpacca")
+        cached_tokenize(Data(path="nowhere.jsonl"), None, **unknown, seq_len=8, folder=tmp_path)
+
+
+def written(tmp_path: Path, name: str, *pairs: str) -> str:
+    """A file of pairs: 'ab' asks a and answers b; '?' cannot be used."""
+    lines = (f'{{"input": "{pair[0]}", "output": "{pair[1]}"}}' if pair != "?" else '{"words": 1}' for pair in pairs)
+    (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
+    return str(tmp_path / name)
+
+
+def test_samples_of_several_sources_lie_one_behind_another(tmp_path: Path) -> None:
+    a, b, c = (written(tmp_path, *own) for own in (("a", "ab", "cd"), ("b", "ef", "gh", "ij"), ("c", "kl")))
+    tokenizer = tiny_tokenizer()
+    options: dict[str, Any] = {**USUAL, "seq_len": 16, "folder": tmp_path / "cache"}
+    whole, _ = cached_tokenize(Data(path=f"{a}:0.7,{b}#2:0.3", eval=c), tokenizer, **options)
+    assert whole.summary.firsts == (0, 2, 4)
+    assert len(whole) == 5
+    assert learned_text(whole, tokenizer).startswith("b")
+    alone, _ = cached_tokenize(Data(path=c), tokenizer, **options)
+    assert torch.equal(whole.tokens[whole.span(4)], alone.tokens)
+
+
+def test_weights_do_not_decide_the_tokens(tmp_path: Path) -> None:
+    a, b = written(tmp_path, "a", "ab"), written(tmp_path, "b", "cd")
+    keys = [cache_key(Data(path=text), tiny_tokenizer(), **USUAL, seq_len=16) for text in (f"{a},{b}", f"{a}:1,{b}:3")]
+    assert keys[0] == keys[1]
+
+
+def test_records_that_may_be_left_out_are_counted_and_named(tmp_path: Path) -> None:
+    a = written(tmp_path, "a", "ab", "?", "cd", "?")
+    options: dict[str, Any] = {**USUAL, "seq_len": 16, "folder": tmp_path / "cache"}
+    found, _ = cached_tokenize(Data(path=a, skip_bad=2), tiny_tokenizer(), **options)
+    assert (len(found), found.summary.bad, found.summary.records) == (2, 2, 4)
+    assert found.summary.notes[0].startswith(f"2 of 4 records cannot be used and were left out: {a}:2: keys words")
+    for allowed in (0, 1):  # though the set is in the cache
+        with pytest.raises(DataError, match="2 of 4 records cannot be used"):
+            cached_tokenize(Data(path=a, skip_bad=allowed), tiny_tokenizer(), **options)

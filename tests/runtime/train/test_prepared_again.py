@@ -153,7 +153,7 @@ def test_a_run_whose_data_changed_is_refused_and_goes_on_once_they_are_put_back(
     job = started(model, here)
     assert job.plan.data is not None
     if not has_digest:
-        data = msgspec.structs.replace(job.plan.data, digest="")
+        data = msgspec.structs.replace(job.plan.data, digest="", parts=())
         plan = msgspec.structs.replace(job.plan, data=data)
         files = {**job.files, "plan.json": msgspec.json.encode(plan).decode()}
         claim.write(job._replace(files=files, resumes=digest(job.plan)))

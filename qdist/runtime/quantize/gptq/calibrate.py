@@ -13,8 +13,10 @@ from torch import nn
 
 from qdist.core.data.records import BadRecords
 from qdist.core.errors import DataError
+from qdist.core.requests import GptqSettings
+from qdist.core.spec.sections import Data
 from qdist.host.data.files import is_plain_text
-from qdist.host.data.records import read_conversations
+from qdist.host.data.sources import read_source, sources_of
 from qdist.host.data.text import open_text
 from qdist.runtime.data.encode import Encoder
 from qdist.runtime.quantize.gptq.decoder import Reached, Start, moved
@@ -130,42 +132,45 @@ _TOKENS_AT_ONCE = 1 << 13
 the threads that launch on several GPUs take turns."""
 
 
-def pieces(source: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int) -> torch.Tensor:
-    """Calibration samples, int64 [samples, seq_len]: random pieces of the source's concatenated tokens.
+def pieces(wanted: GptqSettings, tokenizer: Any, *, seq_len: int) -> torch.Tensor:
+    """Calibration samples, int64 [samples, seq_len]: random pieces of the data's concatenated tokens.
 
-    source: a `.txt` file, or whatever `launch --data` takes.
-    Raises DataError if it holds too few tokens.
+    Raises DataError if they are too few, or records cannot be used.
     """
-    read = _text_tokens if is_plain_text(source) else _record_tokens
-    tokens = array("q")
-    for part in read(source, tokenizer):
+    tokens, samples = array("q"), wanted.samples
+    for part in _tokens(wanted, tokenizer):
         tokens.extend(part)
     there = len(tokens) // seq_len
     if there < samples:
         shorter = len(tokens) // samples
         more = f"more data, or --seq-len {shorter}" if shorter >= _FEWEST_TOKENS else "more data"
         raise DataError(
-            f"{source} has {len(tokens)} tokens, which make {there} samples of {seq_len} tokens; {samples} are wanted",
+            f"{wanted.data} has {len(tokens)} tokens, which make {there} samples of {seq_len} tokens; {samples} are "
+            "wanted",
             try_=f"--samples {there}" if there else more,
         )
-    chosen = torch.randperm(there, generator=torch.Generator().manual_seed(seed))[:samples].sort().values
+    chosen = torch.randperm(there, generator=torch.Generator().manual_seed(wanted.seed))[:samples].sort().values
     return torch.frombuffer(tokens, dtype=torch.int64)[: there * seq_len].reshape(there, seq_len)[chosen]
 
 
-def _record_tokens(source: str, tokenizer: Any) -> Iterator[list[int]]:
-    """Tokens of each record. Raises DataError, once for all unusable records."""
+def _tokens(wanted: GptqSettings, tokenizer: Any) -> Iterator[list[int]]:
+    """Tokens of each record, or of pieces of a plain text. Raises DataError, once for all unusable records."""
     bad, total, encoder = BadRecords(), 0, Encoder(tokenizer)
-    for conversation in read_conversations(source):
-        total += 1
-        try:
-            if isinstance(conversation, DataError):
-                raise conversation
-            samples = encoder.encode(conversation).samples
-        except DataError as error:
-            bad.add(error)
+    for source in sources_of(Data(path=wanted.data)):
+        if is_plain_text(source.name):
+            yield from _text_tokens(source.name, tokenizer)
             continue
-        yield from (sample.tokens for sample in samples)
-    bad.raise_any(total)
+        for conversation in read_source(source, wanted.reading, seed=wanted.seed):
+            total += 1
+            try:
+                if isinstance(conversation, DataError):
+                    raise conversation
+                samples = encoder.encode(conversation).samples
+            except DataError as error:
+                bad.add(error)
+                continue
+            yield from (sample.tokens for sample in samples)
+    bad.raise_any(total, allowed=wanted.skip_bad)
 
 
 def _text_tokens(source: str, tokenizer: Any) -> Iterator[list[int]]:

@@ -97,7 +97,7 @@ def read_job(name: str, folder: Path, wanted: GptqSettings, devices: tuple[torch
                         try_=f"--seq-len {most}")  # fmt: skip
     tokens = wanted.seq_len or min(_MOST_TOKENS, most)
     tokenizer = open_tokenizer(folder, f"{name} has no tokenizer to read calibration data with")
-    samples = pieces(wanted.data, tokenizer, samples=wanted.samples, seq_len=tokens, seed=wanted.seed)
+    samples = pieces(wanted, tokenizer, seq_len=tokens)
     if int(samples.max()) >= decoder.facts.vocab:
         raise ModelError(
             f"the tokenizer of {name} gives token {int(samples.max())}, of {decoder.facts.vocab} that it has"

@@ -136,7 +136,7 @@ def layer_of(decoder: Decoder, position: int) -> Any:
 
 
 def started(decoder: Decoder, text: str, devices: tuple[torch.device, ...]) -> Calibration:
-    samples = pieces(text, tiny_tokenizer(bos=False), samples=8, seq_len=64, seed=0)
+    samples = pieces(wanted(text, samples=8), tiny_tokenizer(bos=False), seq_len=64)
     return Calibration(decoder.start(batches(samples), torch.float32), devices)
 
 
@@ -291,7 +291,7 @@ def test_hidden_states_are_those_of_the_model_and_only_one_layer_has_weights(
     source = save_model(tmp_path / "model", family)
     shape = blueprint(source)
     decoder = Decoder(shape, tensors_of(source, shape))
-    samples = pieces(text, tiny_tokenizer(bos=False), samples=count, seq_len=64, seed=0)
+    samples = pieces(wanted(text, samples=count), tiny_tokenizer(bos=False), seq_len=64)
     calibration = Calibration(decoder.start(batches(samples), torch.float32), (CPU,))
     whole, expected = AutoModel.from_pretrained(source).eval(), list[torch.Tensor]()
     for position in range(2):
@@ -503,7 +503,7 @@ def test_samples_of_a_few_tokens_are_not_advised(tmp_path: Path, length: int, ad
     path = tmp_path / "short.txt"
     path.write_text("a" * length)
     with pytest.raises(DataError) as caught:
-        pieces(str(path), tiny_tokenizer(bos=False), samples=10, seq_len=1024, seed=0)
+        pieces(wanted(str(path), samples=10), tiny_tokenizer(bos=False), seq_len=1024)
     assert caught.value.try_ == advice
 
 
@@ -511,7 +511,7 @@ def test_records_and_text_make_samples_drawn_by_a_seed(tmp_path: Path, text: str
     tokenizer = tiny_tokenizer(bos=False)
     data = str(save_data(tmp_path / "data.jsonl"))
     for source in (data, text):
-        drawn = [pieces(source, tokenizer, samples=4, seq_len=32, seed=seed) for seed in (0, 0, 1)]
+        drawn = [pieces(wanted(source, samples=4, seed=seed), tokenizer, seq_len=32) for seed in (0, 0, 1)]
         assert drawn[0].shape == (4, 32)
         assert torch.equal(drawn[0], drawn[1])
         assert not torch.equal(drawn[0], drawn[2])
