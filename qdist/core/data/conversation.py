@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from qdist.core.errors import DataError
+
 Role = Literal["system", "user", "assistant", "tool"]
 Style = Literal["headings", "alpaca", "plain"]
 """Text without a chat template. headings: turns under `### Human:` and `### Assistant:`. alpaca: the prompt of Stanford
@@ -41,6 +43,16 @@ class Turn(msgspec.Struct, frozen=True):
         """The whole text, as passed to a chat template."""
         return f"{self.text}\n\n{self.extra}" if self.extra else self.text
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether an answer says nothing: no text, no thoughts, no call."""
+        return not (self.text.strip() or self.thoughts or self.calls)
+
+    @property
+    def answered(self) -> str:
+        """An answer as plain text, behind its thoughts."""
+        return f"<think>\n{self.thoughts.strip()}\n</think>\n\n{self.text}" if self.thoughts else self.text
+
 
 class Segment(msgspec.Struct, frozen=True):
     """A piece of a conversation as plain text; `learn` pieces are followed by the end-of-text token.
@@ -69,6 +81,8 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the text is complete as it is: no chat template, even if the tokenizer has one."""
     unused: tuple[str, ...] = ()
     """Keys of the record that were not used."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about how the record was read, such as that an answer of two was left out."""
     tools: tuple[dict[str, Any], ...] = ()
     """Tools that may be called, as OpenAI has them: {"type": "function", "function": {"name": ..., "parameters":
     {...}}}."""
@@ -81,14 +95,22 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def why_nothing(self) -> str:
         """The reason why nothing is learned, for one of which that is true."""
-        empty = any(turn.role == "assistant" and not turn.text.strip() for turn in self.turns)
-        return "the answer is empty" if empty else "no turn is marked to be learned"
+        if any(turn.role == "assistant" and turn.is_empty for turn in self.turns):
+            return "the answer is empty"
+        disliked = self.format == "preference"
+        return "the answer is labelled as a bad one" if disliked else "no turn is marked to be learned"
 
     def segments(self) -> tuple[Segment, ...]:
         """The text without a chat template, in pieces that are tokenized one by one (as QLoRA does).
 
-        A conversation that ends with a user's turn gives the prompt that asks for the next reply.
+        A conversation that ends with a user's turn gives the prompt that asks for the next reply. Raises DataError
+        for one with tools: plain text has no words for them.
         """
+        if self.tools or any(turn.calls or turn.role == "tool" for turn in self.turns):
+            raise DataError(
+                f"{self.where} has tools, and only a chat template can write them, which the tokenizer does not have",
+                try_="a model whose tokenizer has a chat template that writes tools",
+            )
         return segments(self.turns, "plain" if self.verbatim else self.style, gap=self.gap)
 
 
@@ -106,7 +128,7 @@ def segments(turns: tuple[Turn, ...], style: Style, *, gap: str = "\n") -> tuple
 
 def _under_heading(turn: Turn, before: tuple[Turn, ...], gap: str) -> str:
     if turn.role == "assistant":
-        return f" {turn.text}"
+        return f" {turn.answered}"
     if turn.role == "system":
         return f"{turn.text}\n"
     return f"{gap if before else ''}{HUMAN} {turn.said}{gap}{ASSISTANT}"
@@ -114,7 +136,7 @@ def _under_heading(turn: Turn, before: tuple[Turn, ...], gap: str) -> str:
 
 def _as_alpaca(turn: Turn, before: tuple[Turn, ...], gap: str) -> str:
     if turn.role == "assistant":
-        return turn.text
+        return turn.answered
     if turn.role == "system":
         return f"{turn.text}\n\n"
     paired = ", paired with an input that provides further context" if turn.extra else ""
@@ -125,6 +147,8 @@ def _as_alpaca(turn: Turn, before: tuple[Turn, ...], gap: str) -> str:
 
 
 def _as_is(turn: Turn, before: tuple[Turn, ...], gap: str) -> str:
+    if turn.role == "assistant":
+        return turn.answered
     return f"{turn.text}\n\n" if turn.role == "system" else turn.said
 
 

@@ -19,6 +19,10 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     """Names of the data's roles by ours: {"user": "Customer"}."""
 
 
+AS_FOUND = Reading()
+"""Everything told from the records."""
+
+
 class _Names(Protocol):
     """The settings that name things: those of `spec.sections.Data`, which is above this room."""
 

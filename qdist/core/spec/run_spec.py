@@ -56,7 +56,18 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         ),
     ] = False
     format: Annotated[
-        Literal["auto", "alpaca", "input-output", "oasst", "sharegpt", "messages", "self-instruct", "text"],
+        Literal[
+            "auto",
+            "alpaca",
+            "input-output",
+            "oasst",
+            "sharegpt",
+            "messages",
+            "self-instruct",
+            "preference",
+            "transcript",
+            "text",
+        ],
         Meta(description="Format of the records. Auto: detected."),
     ] = "auto"
     adapter: Annotated[

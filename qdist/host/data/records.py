@@ -13,6 +13,7 @@ from typing import Any
 
 from qdist.core.data import demo
 from qdist.core.data.conversation import Conversation, Turn
+from qdist.core.data.reading import Reading
 from qdist.core.data.records import BadRecords, asked, conversations
 from qdist.core.errors import DataError, MachineError, nearest
 from qdist.host.data.files import (
@@ -189,7 +190,7 @@ def read_conversations(source: str, *, data_format: str | None = None) -> Iterat
             yield record
             continue
         try:
-            found = conversations(record, where=where, data_format=data_format)
+            found = conversations(record, where=where, reading=Reading(format=data_format))
         except DataError as error:
             yield error
             continue

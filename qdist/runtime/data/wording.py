@@ -23,12 +23,13 @@ class Told:
         self.unused: dict[str, None] = {}
         self._formats, self._ways = Counter[str](), Counter[tuple[Way, str, bool]]()
         self._answer_ends, self._leads = Counter[End](), Counter[str]()
-        self._left_out = Counter[str]()
+        self._left_out, self._read = Counter[str](), Counter[str]()
         self._thoughts = self._doubled = self._apart = 0
 
     def add(self, conversation: Conversation, encoded: Encoded) -> None:
         """Count a record that is used."""
         self._formats[conversation.format] += 1
+        self._read.update(conversation.notes)
         style: Way = "chat" if encoded.chat else conversation.style
         self._ways[style, "\n" if encoded.chat else conversation.gap, conversation.verbatim] += 1
         self._answer_ends.update(encoded.ends)
@@ -81,6 +82,8 @@ class Told:
         total = f"of {records:,} records"
         if self.unused:
             yield f"not used: {', '.join(self.unused)}"
+        for note, count in self._read.items():
+            yield f"{note}: in {count:,} {total}"
         if len(self._ways) > 1:
             ways = ", ".join(
                 f"{count:,} {Wording(style=style, gap=gap, raw=raw)}" for (style, gap, raw), count in self._ways.items()

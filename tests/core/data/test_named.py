@@ -15,5 +15,6 @@ def test_the_eleven_names_of_the_predecessors_are_known() -> None:
 @pytest.mark.parametrize("name", NAMED)
 def test_a_name_is_a_repository_of_the_hub(name: str) -> None:
     owner, slash, repository = NAMED[name].hub.partition("/")
-    assert owner and slash and repository and "/" not in repository
+    assert all((owner, slash, repository))
+    assert "/" not in repository
     assert NAMED[name].split == "train"

@@ -3,6 +3,7 @@
 import pytest
 
 from qdist.core.data.conversation import Conversation, Turn
+from qdist.core.data.reading import Reading
 from qdist.core.data.records import FORMATS, conversations, detect
 from qdist.core.errors import DataError
 
@@ -22,7 +23,7 @@ def exchange(user: str, assistant: str) -> tuple[Turn, ...]:
 
 
 def only(record: dict[str, object], data_format: str | None = None) -> Conversation:
-    (conversation,) = conversations(record, where="f.jsonl:3", data_format=data_format)
+    (conversation,) = conversations(record, where="f.jsonl:3", reading=Reading(format=data_format))
     return conversation
 
 
@@ -115,6 +116,8 @@ def test_every_format_has_a_record_that_shows_it() -> None:
         "sharegpt": {"conversations": []},
         "messages": {"messages": []},
         "self-instruct": {"instruction": "", "instances": []},
+        "preference": {"chosen": ""},
+        "transcript": {"text": "<human>: a\n<bot>: b"},
         "text": {"text": ""},
     }
     assert {name: detect(record, where="") for name, record in shown.items()} == {name: name for name in FORMATS}
@@ -129,11 +132,11 @@ def test_every_format_has_a_record_that_shows_it() -> None:
         ({}, "f.jsonl:3: keys none fit no known record format"),
         ({"text": 5}, "f.jsonl:3: 'text' must be text, not a number"),
         ({"messages": []}, "f.jsonl:3: 'messages' must be a list with at least one object, not an empty list"),
-        ({"messages": ["a"]}, "f.jsonl:3: 'messages' item 1 must be an object, not str"),
+        ({"messages": ["a"]}, "f.jsonl:3: 'messages' item 1 must be an object, not text"),
         ({"messages": [{"role": "user"}]}, "f.jsonl:3, turn 1: 'content' is missing; keys found: role"),
         (
             {"messages": [{"role": "tool", "content": "a"}]},
-            "f.jsonl:3, turn 1 is of 'role' 'tool', and tool calls are not",
+            "f.jsonl:3: the first turn is the tool's, so nothing asks for it",
         ),
         ({"messages": [{"role": "user", "content": "a"}]}, "f.jsonl:3: 1 turns, none of them the assistant's"),
         ({"conversations": [{"from": "gpt", "value": "a"}]}, "f.jsonl:3: the first turn is the assistant's"),
