@@ -9,6 +9,7 @@ from qdist.core.data.record_fields import Fields, Record, found_in
 from qdist.core.data.record_turns import (
     MESSAGES,
     SHARED,
+    SPEAKERS,
     answer_of,
     holder_of,
     opening_of,
@@ -27,12 +28,20 @@ CHOSEN = "'chosen' is learned, and 'rejected' is not used"
 def is_preference(record: Record) -> bool:
     """Whether a record has a chosen answer, or one that is labelled as good or bad.
 
-    Turns that hold the answer already, with chosen and rejected ones beside them, are read as they are.
+    Turns that end with an answer already, with chosen and rejected ones beside them, are read as they are.
     """
-    chosen, whole = record.get("chosen"), holder_of(record, *MESSAGES, *SHARED)
-    if chosen is not None:
-        return whole is None or isinstance(chosen, Mapping)
+    if record.get("chosen") is not None:
+        return holder_of(record, *MESSAGES, *SHARED) is None or _context(record) is not None
     return verdict_key(record) is not None
+
+
+def _context(record: Record) -> str | None:
+    """The key of a list of turns that await an answer."""
+    holder = holder_of(record, *MESSAGES, *SHARED, "prompt")
+    turns = record.get(holder) if holder else None
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    said_by = last.get("role", last.get("from")) if isinstance(last, Mapping) else None
+    return None if SPEAKERS.get(str(said_by).lower()) == "assistant" else holder
 
 
 def verdict_key(record: Record) -> str | None:
@@ -63,7 +72,7 @@ def preferred(fields: Fields) -> Conversation:
 
 def _given(fields: Fields) -> tuple[tuple[Turn, ...], Style]:
     """What is asked beside the chosen answer, and how it would be written without a chat template."""
-    holder, key = holder_of(fields.record, *MESSAGES, *SHARED, "prompt"), fields.chosen(*_ASKED)
+    holder, key = _context(fields.record), fields.chosen(*_ASKED)
     if holder:
         return tuple(replace(turn, learn=False) for turn in turns_of(fields, holder)), "headings"
     if key is None:
