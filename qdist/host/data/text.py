@@ -97,6 +97,6 @@ Located = tuple[str, Record | DataError]
 
 FIELDS = frozenset((
     "messages", "conversations", "conversation", "instances", "instruction", "input", "output", "prompt", "completion",
-    "question", "answer", "response", "text",
+    "question", "answer", "response", "chosen", "text",
 ))  # fmt: skip
 """Field names that identify a record or a table header when the file's suffix does not."""

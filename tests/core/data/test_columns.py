@@ -92,9 +92,7 @@ def test_an_unknown_role_names_the_setting() -> None:
 
 
 def test_a_role_that_is_not_ours_is_refused() -> None:
-    with pytest.raises(
-        DataError, match="data.roles: 'usr' is none of the roles system, user, assistant, tool"
-    ) as caught:
+    with pytest.raises(DataError, match="'usr' is none of the roles system, user, assistant, tool") as caught:
         conversations(TALK, where="", reading=Reading(roles={"usr": "Customer"}))
     assert caught.value.try_ == "user"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qdist.core.data.conversation import Conversation, Turn
 from qdist.core.errors import DataError
 from qdist.host.data.records import read_conversations, read_prompts, source_notes
 from qdist.runtime.data.tokenized import Summary, tokenize
@@ -41,15 +42,21 @@ def test_systems_and_histories_are_kept() -> None:
     texts, _, whole = read("alpaca-system-history/data.jsonl")
     assert texts[0] == f"Welcome to the zoo.<|im_end|>|{ANSWER}<|im_end|>"
     assert whole[0].startswith("<|im_start|>system\nAnswer like a zookeeper.<|im_end|>")
-    with pytest.raises(DataError, match="has 'tools', and tool calls are not trained yet"):
-        read("sharegpt-system-tools/data.jsonl")
+    first = next(read_conversations(str(CASES / "sharegpt-system-tools/data.jsonl")))
+    assert isinstance(first, Conversation)
+    assert first.turns[0] == Turn("system", "Answer like a zookeeper.", False)
+    assert first.tools == ({"type": "function", "function": {"name": "feed", "parameters": {}}},)
     assert read("sharegpt-system-tools/without.jsonl")[0][0] == f"{ANSWER}<|im_end|>"
 
 
 @pytest.mark.parametrize("name", ["empty_content.jsonl", "null_content.jsonl"])
-def test_tool_calls_are_refused(name: str) -> None:
-    with pytest.raises(DataError, match="turn 2 calls tools"):
-        read(f"tool-calls/{name}")
+def test_calls_without_words_are_learned(name: str) -> None:
+    first = next(read_conversations(str(CASES / "tool-calls" / name)))
+    assert isinstance(first, Conversation)
+    called = {"name": "feed", "arguments": {"n": 1}}
+    call = {"type": "function", "id": "c1", "function": called}
+    assert first.turns[1] == Turn("assistant", "", True, calls=(call,))
+    assert first.tools[0]["function"]["name"] == "feed"
 
 
 def test_reasoning_is_learned() -> None:
@@ -106,10 +113,17 @@ def test_names_of_roles_are_known(name: str) -> None:
     assert read(f"role-names/{name}.jsonl")[0]
 
 
-@pytest.mark.parametrize("name", ["function_call", "observation", "tool"])
-def test_roles_of_tools_are_refused(name: str) -> None:
-    with pytest.raises(DataError, match="tool calls are not trained yet"):
-        read(f"role-names/{name}.jsonl")
+@pytest.mark.parametrize("name", ["observation", "tool"])
+def test_what_a_tool_returns_is_context(name: str) -> None:
+    (found,) = read_conversations(str(CASES / "role-names" / f"{name}.jsonl"))
+    assert isinstance(found, Conversation)
+    assert found.turns[1:] == (Turn("tool", "x", False), Turn("assistant", "yo", True))
+
+
+def test_a_call_that_is_not_json_is_refused() -> None:
+    (found,) = read_conversations(str(CASES / "role-names" / "function_call.jsonl"))
+    assert isinstance(found, DataError)
+    assert "function_call.jsonl:1, turn 2: 'content' is text that is not JSON" in found.message
 
 
 def test_a_template_that_refuses_a_system_message_refuses_the_record() -> None:
