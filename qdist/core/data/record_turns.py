@@ -193,6 +193,8 @@ def _words(fields: Fields) -> tuple[str, str]:
     key, said, thought = str(fields.chosen(*_WORDS)), list[str](), list[str]()
     for part in value:
         kind, text = _part(fields, key, part)
+        if kind in _REASONS and any(said):
+            raise DataError(f"{fields.where} holds reasoning behind text", try_="reasoning before the text")
         (thought if kind in _REASONS else said).append(text)
     return "".join(said), "".join(thought)
 
