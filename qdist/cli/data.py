@@ -14,7 +14,7 @@ from qdist.core.requests import ShowData, request_of
 from qdist.core.spec.lookup import typed_settings
 from qdist.core.spec.run_spec import nest, resolve
 from qdist.core.text import command, counted
-from qdist.host.data.records import check_source
+from qdist.host.data.sources import check_data
 from qdist.host.tasks import ask
 from qdist.host.terminal import say_json
 
@@ -87,7 +87,7 @@ def _what_to_try(found: Overview) -> str:
 
 def _found(source: str, assignments: tuple[str, ...], flags: dict[str, Any], own: dict[str, Any]) -> Overview:
     spec = resolve(nest(typed_settings({**flags, "data": source}, assignments)))
-    check_source(spec.data.path)
+    check_data(spec.data)
     overview = ask(request_of(ShowData, {**own, "spec": msgspec.to_builtins(spec)})).overview
     if overview is None:
         raise JobError("nothing was found out", try_="the same command again")

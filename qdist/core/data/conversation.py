@@ -109,7 +109,7 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
         if self.tools or any(turn.calls or turn.role == "tool" for turn in self.turns):
             raise DataError(
                 f"{self.where} has tools, and only a chat template can write them, which the tokenizer does not have",
-                try_="a model whose tokenizer has a chat template that writes tools",
+                try_="--set data.template=chatml, which writes tools, calls and results",
             )
         return segments(self.turns, "plain" if self.verbatim else self.style, gap=self.gap)
 

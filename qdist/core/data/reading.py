@@ -5,6 +5,7 @@ from typing import Protocol
 
 import msgspec
 
+from qdist.core.data.record_turns import speakers_with
 from qdist.core.errors import SpecError
 
 
@@ -20,7 +21,7 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
 
 
 AS_FOUND = Reading()
-"""Everything told from the records."""
+"""Nothing is said: formats, columns and roles are told from the records."""
 
 
 class _Names(Protocol):
@@ -37,12 +38,14 @@ def reading_of(data: _Names, record_format: str) -> Reading:
     """How a run's records are read.
 
     data: `spec.data`. record_format: `spec.format`, a name of `records.FORMATS` or auto.
-    Raises SpecError for names that are not OURS=THEIRS.
+    Raises SpecError for names that are not OURS=THEIRS, and for a role that is not ours.
     """
+    roles = _named(data.roles, "data.roles", "user=Customer")
+    speakers_with(roles)
     return Reading(
         format=None if record_format == "auto" else record_format,
         columns=_named(data.columns, "data.columns", "instruction=question"),
-        roles=_named(data.roles, "data.roles", "user=Customer"),
+        roles=roles,
     )
 
 

@@ -51,7 +51,11 @@ class Fields:
 
     def optional(self, key: str) -> object:
         """Value of the key; None if it is missing or has no value."""
-        return self.value(key) if says_something(self.record.get(key)) else None
+        value = self.record.get(key)
+        if value is None or not says_something(value):
+            return None
+        self._read.add(key)
+        return value
 
     def text(self, *keys: str) -> str:
         """`value` as text. Raises DataError if it is missing or not text."""
@@ -62,7 +66,7 @@ class Fields:
 
     def optional_text(self, *keys: str) -> str:
         """`text`, or empty if there is none. Of several keys with the same text, all count as read."""
-        if all(is_empty(self.record.get(key)) for key in keys):
+        if not any(key in self.record and not is_empty(self.record[key]) for key in keys):
             return ""
         text = self.text(*keys)
         self._read |= {key for key in keys if self.record.get(key) == text}
@@ -81,7 +85,8 @@ class Fields:
 
     def chosen(self, *keys: str) -> str | None:
         """The first of the keys that has a value, else the first present, or None."""
-        return next((key for key in keys if not is_empty(self.record.get(key))), self.has(*keys))
+        there = [key for key in keys if key in self.record]
+        return next((key for key in there if not is_empty(self.record[key])), there[0] if there else None)
 
 
 def mark_of(fields: Fields) -> bool | None:
@@ -114,9 +119,9 @@ def items_of(fields: Fields, key: str) -> list[tuple[int, Record]]:
 
 def is_empty(value: object) -> bool:
     """Whether dropping the value would lose nothing."""
-    if isinstance(value, str):
-        return not value.strip()
-    return value is None or (isinstance(value, list | tuple | Mapping) and not value)
+    if value is None or isinstance(value, str):
+        return not (value and value.strip())
+    return isinstance(value, list | tuple | Mapping) and not value
 
 
 def says_something(value: object) -> bool:

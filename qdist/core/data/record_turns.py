@@ -20,7 +20,7 @@ from qdist.core.data.record_fields import (
     says_something,
 )
 from qdist.core.data.tool_calls import Call, calls_in, calls_of, name_of
-from qdist.core.errors import DataError, nearest
+from qdist.core.errors import DataError, SpecError, nearest
 
 Speaker = Role | Literal["function_call"]
 """Who says a turn; function_call is the assistant, in a turn that is nothing but calls."""
@@ -48,13 +48,16 @@ _MEDIA = ("image", "image_url", "input_image", "audio", "input_audio", "video", 
 def speakers_with(roles: Mapping[str, str]) -> Mapping[str, Speaker]:
     """`SPEAKERS` with the data's own names. roles: the data's names by ours.
 
-    Raises DataError for a role that is not ours.
+    Raises SpecError for a role that is not ours.
     """
-    for ours in roles:
+    if not roles:
+        return SPEAKERS
+    for ours, theirs in roles.items():
         if ours not in SPEAKERS:
             known = ("system", "user", "assistant", "tool", "function_call")
-            raise DataError(
-                f"data.roles: {ours!r} is none of the roles {', '.join(known)}", try_=nearest(ours, known) or "user"
+            raise SpecError(
+                f"data.roles names {ours!r}, which is none of {', '.join(known)}",
+                try_=f"--set data.roles={nearest(ours, known) or 'user'}={theirs}",
             )
     return {**SPEAKERS, **{theirs.strip().lower(): SPEAKERS[ours] for ours, theirs in roles.items()}}
 
@@ -130,7 +133,8 @@ def turn_of(fields: Fields) -> Turn:
             f"{fields.where} is {whose(role)} and is marked to be learned; the loss is taken on the assistant's turns",
             try_="remove the mark, or train on everything: --set train.train_on_source=true",
         )
-    if key := next((key for key in (*CALLS, *_THOUGHTS) if says_something(fields.record.get(key))), None):
+    there = [key for key in (*CALLS, *_THOUGHTS) if key in fields.record]
+    if key := next((key for key in there if says_something(fields.record[key])), None):
         raise DataError(f"{fields.where} is {whose(role)} and has {key!r}", try_=f"{key!r} in the assistant's turns")
     if role == "tool":
         name, call_id = fields.optional_text("name", "tool_name"), fields.optional_text("tool_call_id")
@@ -189,6 +193,8 @@ def _words(fields: Fields) -> tuple[str, str]:
     key, said, thought = str(fields.chosen(*_WORDS)), list[str](), list[str]()
     for part in value:
         kind, text = _part(fields, key, part)
+        if kind in _REASONS and any(said):
+            raise DataError(f"{fields.where} holds reasoning behind text", try_="reasoning before the text")
         (thought if kind in _REASONS else said).append(text)
     return "".join(said), "".join(thought)
 

@@ -85,7 +85,8 @@ def detect(record: Record, *, where: str) -> str:
 
 def _detected(record: Record, reading: Reading, where: str) -> str:
     """The format that the renamed columns show by themselves, else that of the whole record."""
-    return _shown({key: record[key] for key in reading.columns if key in record}) or detect(record, where=where)
+    named = {key: record[key] for key in reading.columns if key in record}
+    return (_shown(named) if named else None) or detect(record, where=where)
 
 
 def _shown(record: Record) -> str | None:
@@ -135,7 +136,7 @@ def asked(record: Record, *, where: str, reading: Reading = AS_FOUND) -> Convers
 
 def require_whole_characters(conversation: Conversation) -> None:
     """Raise DataError for text that no tokenizer accepts."""
-    texts = [text for turn in conversation.turns for text in (turn.said, turn.thoughts, turn.tool)]
+    texts = [text for turn in conversation.turns for text in (turn.said, turn.thoughts, turn.tool) if text]
     of_tools = [*conversation.tools, *(call for turn in conversation.turns for call in turn.calls)]
     texts += [json.dumps(each, ensure_ascii=False) for each in of_tools]
     for text in texts:

@@ -48,7 +48,7 @@ def name_of(call: Call) -> str:
 
 def _only(fields: Fields, keys: Iterable[str]) -> str | None:
     """The key that says something. Raises DataError where several say different things."""
-    said = [key for key in keys if says_something(fields.record.get(key))]
+    said = [key for key in keys if key in fields.record and says_something(fields.record[key])]
     if any(fields.record[key] != fields.record[said[0]] for key in said):
         raise DataError(f"{fields.where} has {' and '.join(map(repr, said))}", try_="one of them")
     for key in said:

@@ -21,6 +21,7 @@ class Told:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.unused: dict[str, None] = {}
+        self._read = Counter[str]()
         self._formats, self._ways = Counter[str](), Counter[tuple[Way, str, bool]]()
         self._answer_ends, self._leads = Counter[End](), Counter[str]()
         self._left_out, self._read = Counter[str](), Counter[str]()

@@ -12,15 +12,16 @@ import msgspec
 
 from qdist.core.data.conversation import Conversation
 from qdist.core.data.overview import Overview, Piece, Shown, histogram
+from qdist.core.data.reading import reading_of
 from qdist.core.data.records import BadRecords
 from qdist.core.errors import DataError
 from qdist.core.requests import ShowData
 from qdist.core.spec.run_spec import RunSpec
-from qdist.host.data.records import read_conversations, source_notes
+from qdist.host.data.sources import DataSource, data_notes, parts_of, read_source, sources_of
 from qdist.host.sources.models import locate
 from qdist.runtime.data.chat_template import require_template
 from qdist.runtime.data.encode import Encoded, Encoder, Sample
-from qdist.runtime.data.stream import split
+from qdist.runtime.data.stream import divide
 from qdist.runtime.data.tokenizer import open_tokenizer, repair
 from qdist.runtime.data.wording import Told
 from qdist.runtime.model.classes import content_of
@@ -50,13 +51,14 @@ def overview(spec: RunSpec, tokenizer: Any, *, samples: int, limit: int | None) 
 
     tokenizer: None to count characters. samples: how many to show. limit: records to look at; None for all.
     """
-    found = _Pass(spec, tokenizer, samples)
-    conversations = read_conversations(spec.data.path, data_format=None if spec.format == "auto" else spec.format)
-    for number, conversation in enumerate(conversations):
-        if number == limit:
-            found.whole = False
-            break
-        found.add(conversation)
+    found, reading = _Pass(spec, tokenizer, samples), reading_of(spec.data, spec.format)
+    for source in sources_of(spec.data):
+        found.begin(source)
+        for number, conversation in enumerate(read_source(source, reading, seed=spec.seed)):
+            if number == limit:
+                found.whole = False
+                break
+            found.add(conversation)
     return found.told()
 
 
@@ -73,7 +75,14 @@ class _Pass:
         self._twice = list[tuple[str, str]]()
         self._shown, self._lengths, self._cut_by, self._digests = list[Shown](), list[int](), list[int](), list[bytes]()
         self._records = self._learned = self._duplicates = 0
+        self._sources, self._firsts = list[DataSource](), list[int]()
         self.whole = True
+        self._bad_split = ""
+
+    def begin(self, source: DataSource) -> None:
+        """Go on to the records of the next source."""
+        self._sources.append(source)
+        self._firsts.append(len(self._lengths))
 
     def add(self, conversation: Conversation | DataError) -> None:
         """Look at the next record."""
@@ -192,16 +201,21 @@ class _Pass:
 
     def _overlap(self) -> tuple[int, int]:
         """(held-out samples, those of them that say what a training sample says)."""
-        count, share = len(self._digests), self._spec.train.held_out
-        if not share or count < 2 or share >= count:
+        parts = parts_of(self._sources, (*self._firsts, len(self._digests)))
+        try:
+            train, held_out = divide(
+                len(self._digests), parts, held_out=self._spec.train.held_out, seed=self._spec.seed
+            )
+        except DataError as error:
+            self._bad_split = error.message
             return 0, 0
-        train, held_out = split(count, held_out=share, seed=self._spec.seed)
         trained = {self._digests[index] for index in train.tolist()}
         return len(held_out), sum(self._digests[index] in trained for index in held_out.tolist())
 
     def _notes(self, of_wording: Iterable[str]) -> Iterator[str]:
-        if Path(self._spec.data.path).exists():
-            yield from source_notes(self._spec.data.path)
+        yield from data_notes(self._spec.data)
+        if self._bad_split:
+            yield self._bad_split
         if self._unused:
             yield f"not used: {', '.join(islice(self._unused, 20))}"
         yield from of_wording

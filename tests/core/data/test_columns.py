@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 
 from qdist.core.data.conversation import Turn
-from qdist.core.data.reading import Reading
+from qdist.core.data.reading import Reading, reading_of
 from qdist.core.data.records import asked, conversations
-from qdist.core.errors import DataError
+from qdist.core.errors import DataError, SpecError
+from qdist.core.spec.sections import Data
 
 ANSWERED = (Turn("user", "q", False), Turn("assistant", "a", True))
 
@@ -91,10 +92,10 @@ def test_an_unknown_role_names_the_setting() -> None:
     assert "--set data.roles=user=Customer" in caught.value.try_
 
 
-def test_a_role_that_is_not_ours_is_refused() -> None:
-    with pytest.raises(DataError, match="'usr' is none of the roles system, user, assistant, tool") as caught:
-        conversations(TALK, where="", reading=Reading(roles={"usr": "Customer"}))
-    assert caught.value.try_ == "user"
+def test_a_role_that_is_not_ours_is_refused_before_any_record_is_read() -> None:
+    with pytest.raises(SpecError, match="names 'usr', which is none of system, user, assistant, tool") as caught:
+        reading_of(Data(roles=("usr=Customer",)), "auto")
+    assert caught.value.try_ == "--set data.roles=user=Customer"
 
 
 def test_prompts_are_read_under_other_names_too() -> None:

@@ -73,6 +73,7 @@ def test_no_reasoning_is_none(nothing: str | None) -> None:
             talk({"content": [part("thinking", "Hm."), "a"], "reasoning": "So."}),
             "turn 2 has reasoning beside",
         ),
+        (talk({"content": ["a", part("thinking", "Hm.")]}), "turn 2 holds reasoning behind text"),
         (talk({"content": "a", "reasoning_content": ["Hm."]}), "turn 2: 'reasoning_content' must be text, not a list"),
         (talk({"content": "a"}, [part("thinking", "Hm.")]), "turn 1 is the user's and holds reasoning"),
         (talk({"content": [{"type": "redacted_thinking", "data": "x"}]}), "a part of type 'redacted_thinking'"),

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from qdist.core.data.conversation import Conversation
-from qdist.core.data.records import conversations
+from qdist.core.data.preferences import CHOSEN
+from qdist.core.data.records import UNASKED, conversations
 from qdist.host.data.records import read_records
 from qdist.runtime.data.encode import Encoder
+from qdist.runtime.data.wording import Told
 from tests.core.data.published import PUBLISHED, Published
 from tests.runtime.data.test_tokenized import tiny_tokenizer
 from tests.runtime.family_templates import family_tokenizer
@@ -56,3 +58,17 @@ def test_without_a_chat_template_answers_end_with_the_text(own: Published, tmp_p
     found = from_file(own, tmp_path)
     before = " " if found.style == "headings" and not found.verbatim else ""
     assert learned(found, plain) == [f"{before}{text}</s>" for text in own.learned]
+
+
+def test_what_was_left_out_of_records_is_told_once_with_their_number(plain: Any) -> None:
+    chosen = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    said = (("gpt", "a"), ("human", "q"), ("gpt", "b"))
+    cut = {"conversations": [{"from": name, "value": text} for name, text in said]}
+    told = Told(plain)
+    for record in (chosen, chosen, cut):
+        (found,) = conversations(record, where="f.jsonl:1")
+        told.add(found, Encoder(plain).encode(found))
+    wording, notes = told.summed_up(3)
+    assert wording.format == "preference, sharegpt"
+    assert f"{CHOSEN}: in 2 of 3 records" in notes
+    assert f"{UNASKED}: in 1 of 3 records" in notes
