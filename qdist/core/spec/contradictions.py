@@ -125,6 +125,17 @@ def _held_out(now: Flat, usual: Flat) -> Iterator[SpecError]:
         )
 
 
+def _template(now: Flat, _: Flat) -> Iterator[SpecError]:
+    named, without = now["data.template"], {"data.template": None}
+    if named is None:
+        return
+    if now["format"] in ("oasst", "text"):
+        yield SpecError(
+            f"format={now['format']} is text as it stands, which data.template={named} does not word",
+            ways=[without, {"format": "auto"}],
+        )
+
+
 def _as_usual(keys: tuple[str, ...], now: Flat, usual: Flat) -> Change:
     """Changes to the defaults of settings that have another value; empty if none has."""
     return {key: usual[key] for key in keys if now[key] != usual[key]}
@@ -132,4 +143,5 @@ def _as_usual(keys: tuple[str, ...], now: Flat, usual: Flat) -> Change:
 
 _RULES: tuple[Callable[[Flat, Flat], Iterator[SpecError]], ...] = (
     _width, _arithmetic, _packing, _pooling, _length, _batch, _state, _moments, _warmup, verified, _held_out,
+    _template,
 )  # fmt: skip

@@ -33,6 +33,7 @@ from qdist.core.planning.resources import count_of
 from qdist.core.spec.recipe import to_toml
 from qdist.core.spec.run_spec import RunSpec, flatten, resolve
 from qdist.host import tasks, templates
+from qdist.host.data.chat_templates import find_template
 from qdist.host.data.records import check_source, source_notes
 from qdist.host.launch.refusals import (
     of_the_same,
@@ -292,6 +293,8 @@ def _surveyed(asked: _Asked) -> Survey:
         raise SpecError("no data was named", try_="--data FILE, a hub id, or --data demo")
     if spec.data.path != demo.NAME:
         check_source(spec.data.path)
+    if spec.data.template is not None:
+        find_template(spec.data.template)
     count_of(spec, asked.here)
     refuse_unwritable_cache()
     found = survey(spec)
@@ -346,8 +349,8 @@ def _synthetic(spec: RunSpec) -> Prepared:
     """Random weights and random tokens, which need no conversion or tokenizing."""
     if spec.data.path:
         raise SpecError(f"random weights train on random tokens, not on {spec.data.path!r}", try_="leave --data out")
-    if spec.train.answers or spec.new_tokens:
-        raise SpecError("train.answers and new_tokens need a tokenizer, and random weights have none")
+    if spec.train.answers or spec.new_tokens or spec.data.template:
+        raise SpecError("train.answers, new_tokens and data.template need a tokenizer, and random weights have none")
     config, _, _, code = known_shape(spec.model, spec.trust_remote_code)
     require_library_class(config, name=spec.model, trusted=bool(code))
     source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=of_run(spec, config), own_code=code)
