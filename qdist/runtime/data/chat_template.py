@@ -193,7 +193,7 @@ class _Writer:
             through = before + _white_end(written).removeprefix(_white_end(before)) + through[len(written) :]
             written = before
         lead = self._given(written.removeprefix(before)) if written.startswith(before) else ""
-        lead = lead if through.startswith(before + lead) else ""
+        lead = next((own for own in (lead, lead.rstrip()) if through.startswith(before + own)), "")
         if through.endswith(tail):
             answer = _answer(through, before, lead, tail)
         else:

@@ -52,8 +52,8 @@ def with_thoughts_in_text(turn: Turn) -> Turn:
     """A turn with its reasoning before its text, between the tags that most models think in."""
     if not turn.thoughts:
         return turn
-    text = f"{THOUGHT}\n{turn.thoughts.strip()}\n{THOUGHT_END}\n\n{turn.text}"
-    return replace(turn, text=text, thoughts="")
+    thought = f"{THOUGHT}\n{turn.thoughts.strip()}\n{THOUGHT_END}"
+    return replace(turn, text=f"{thought}\n\n{turn.text}" if turn.text.strip() else thought, thoughts="")
 
 
 def messages_of(turns: Sequence[Turn], template: Template, *, as_text: bool = False) -> list[dict[str, Any]]:
@@ -98,8 +98,13 @@ def missing_of_call(call: Mapping[str, Any], text: str) -> str:
 
 
 def is_written(value: object, text: str) -> bool:
-    """Whether a value stands in a text, as it is or as JSON or Python write it."""
-    return any(form in text for form in _forms(value))
+    """Whether a value stands in a text, as it is or as JSON or Python write it, and not as a part of a word."""
+    return any(re.search(_apart(form), text) for form in _forms(value))
+
+
+def _apart(form: str) -> str:
+    before, after = r"(?<!\w)" if form[:1].isalnum() else "", r"(?!\w)" if form[-1:].isalnum() else ""
+    return f"{before}{re.escape(form)}{after}"
 
 
 def _parts(arguments: object) -> Iterator[object]:
