@@ -15,10 +15,10 @@ def find_template(named: str) -> NamedTemplate:
         return TEMPLATES[named]
     path = Path(named).expanduser()
     if not path.is_file():
-        known = ", ".join(sorted(TEMPLATES))
+        known, close = ", ".join(sorted(TEMPLATES)), nearest(named, TEMPLATES)
         raise SpecError(
             f"data.template={named} is neither a template known by name nor a file",
-            try_=nearest(named, TEMPLATES) or f"a Jinja file, or one of {known}",
+            try_=f"--set data.template={close}" if close else f"a Jinja file, or one of {known}",
         )
     if path.stat().st_size > _MOST_BYTES:
         raise SpecError(f"{path} has {path.stat().st_size:,} bytes, and is no chat template", try_="a Jinja file")

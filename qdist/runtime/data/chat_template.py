@@ -105,7 +105,7 @@ def render(conversation: Conversation, tokenizer: Any) -> Rendered:
         parts: tuple[Rendering, ...] = (Rendering(whole, tuple(answer for answer in shared if answer)),)
     else:
         parts = tuple(Rendering(text, (answer,)) for text, answer in own)
-    writer.require_results()
+    writer.require_context(whole)
     context = [turn for turn in turns[: learned[-1] if learned else None] if not turn.learn and turn.role != "tool"]
     left_out = frozenset(turn.role for turn in context if turn.said.strip() not in parts[-1].text)
     return Rendered(parts, left_out, thoughts=writer.thoughts, toolless=writer.leaves_out_tools(whole))
@@ -133,7 +133,7 @@ class _Writer:
             self._messages = self._with_readable_arguments()
         self._begins_in_ways = bool(self._tools) or any(turn.calls or turn.thoughts for turn in self.turns)
         self.thoughts = 0
-        self._through = dict[int, str]()
+        self._through = dict[int, Marked]()
 
     def before(self, count: int) -> str:
         """The first `count` turns and the header that asks for a reply."""
@@ -142,8 +142,12 @@ class _Writer:
     def through(self, index: int) -> str:
         """The turns up to and including `index`."""
         if index not in self._through:
-            self._through[index] = self._written(self._messages[: index + 1], reply=False)
-        return self._through[index]
+            messages = self._messages[: index + 1]
+            if self._template.marks_answers:
+                self._through[index] = self._limited(partial(self._marked, messages))
+            else:
+                self._through[index] = Marked(self._written(messages, reply=False), ())
+        return self._through[index].text
 
     def answered(self, index: int) -> tuple[str, LearnedAnswer]:
         """The turns up to and including a learned one, with its position."""
@@ -228,17 +232,24 @@ class _Writer:
                     try_=f"records without it, or {_WITH_TOOLS}",
                 )
             rest = rest.replace(said, "", 1) if said else rest
-        for call in turn.calls:
-            if missing := missing_of_call(call, rest):
+        self._require_calls(index, rest)
+
+    def _require_calls(self, index: int, text: str) -> None:
+        for call in self.turns[index].calls:
+            if missing := missing_of_call(call, text):
                 name = call["function"]["name"]
                 what = "the call" if missing == name else f"{missing[:40]!r} in the call"
                 raise DataError(
-                    f"{where}: the tokenizer's chat template does not write {what} of turn {index + 1}, {name!r}",
+                    f"{self._conversation.where}: the tokenizer's chat template does not write {what} of turn "
+                    f"{index + 1}, {name!r}",
                     try_=_WITH_TOOLS,
                 )
 
-    def require_results(self) -> None:
-        """Raise DataError if the template leaves out what a tool returned, of which answers are made."""
+    def require_context(self, whole: str) -> None:
+        """Raise DataError if the template leaves out a call that is not learned, or what a tool returned."""
+        for index, turn in enumerate(self.turns):
+            if not turn.learn:
+                self._require_calls(index, whole)
         results = [index for index, turn in enumerate(self.turns) if turn.role == "tool"]
         if not results:
             return
@@ -278,28 +289,30 @@ class _Writer:
 
     def _require_same_mask(self, index: int, answer: LearnedAnswer) -> None:
         """Raise DataError where the template's own mark of what is learned differs."""
-        through = self.through(index)
-        began = len(_common(self.through(index - 1), through)) if index else 0
-        earlier = [at for at, turn in enumerate(self.turns[:index]) if turn.role == "assistant"]
-        ended = self.through(earlier[-1]).rstrip() if earlier else ""
-        since = len(ended) if through.startswith(ended) else began
-        text, spans = self._limited(partial(self._marked, index))
-        marked = Marked(text, spans, since=since, header=began)
-        require_same_mask(marked, (answer.start, answer.end), where=self._conversation.where, turn=index + 1)
+        through, found = self.through(index), self._through[index]
+        earlier = next((at for at in range(index - 1, -1, -1) if self.turns[at].role == "assistant"), None)
+        ended = "" if earlier is None else self.through(earlier).rstrip()
+        known = len(ended) if through.startswith(ended) else None
+        header = answer.start
+        if index and found.marks_before(header, since=known or 0):
+            header = len(_common(self.through(index - 1), through))
+        since = header if known is None else known
+        where = self._conversation.where
+        require_same_mask(found, (answer.start, answer.end), since=since, header=header, where=where, turn=index + 1)
 
-    def _marked(self, index: int) -> tuple[str, tuple[tuple[int, int], ...]]:
-        """The turns through `index`, and the ranges that the template marks as a model's."""
+    def _marked(self, messages: Sequence[dict[str, Any]]) -> Marked:
+        """Turns as the template writes them, and the ranges that it marks as a model's."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         render: Any = render_jinja_template  # its annotation knows of one result
         rendered, spans = render(
-            [self._messages[: index + 1]],
+            [messages],
             tools=self._tools,
             chat_template=self._template.source,
             return_assistant_tokens_mask=True,
             **self._tokenizer.special_tokens_map,
         )
-        return rendered[0], tuple(map(tuple, spans[0]))
+        return Marked(self._bounded(rendered[0]), tuple(map(tuple, spans[0])))
 
     def _around(self, index: int) -> tuple[str, str]:
         """What the template writes before and after an answer, as far as it does not depend on the answer."""
@@ -340,7 +353,9 @@ class _Writer:
     def _written(self, messages: Sequence[dict[str, Any]], *, reply: bool, toolless: bool = False) -> str:
         tools, apply = None if toolless else self._tools, self._tokenizer.apply_chat_template
         call = partial(apply, list(messages), tools=tools, tokenize=False, add_generation_prompt=reply)
-        rendered: str = self._limited(call)
+        return self._bounded(self._limited(call))
+
+    def _bounded(self, rendered: str) -> str:
         if len(rendered) > _MOST_CHARACTERS:
             raise _endless(f"wrote {len(rendered):,} characters", self._conversation.where)
         return rendered

@@ -17,20 +17,24 @@ class Marked(NamedTuple):
     text: str
     spans: tuple[tuple[int, ...], ...]
     """Ranges of characters that the template marks as a model's."""
-    since: int
-    """Where the turns begin that are to be compared: behind an earlier answer."""
-    header: int
-    """Where the answer's own turn begins."""
+
+    def marks_before(self, place: int, *, since: int) -> bool:
+        """Whether it marks anything but white space between two places."""
+        parts = (_cut(span, since, place) for span in self.spans)
+        return any(self.text[slice(*part)].strip() for part in parts if part)
 
 
-def require_same_mask(marked: Marked, learned: tuple[int, int], *, where: str, turn: int) -> None:
+def require_same_mask(
+    marked: Marked, learned: tuple[int, int], *, since: int, header: int, where: str, turn: int
+) -> None:
     """Raise DataError, with the first text that differs, unless the template marks just what is learned of an answer.
 
-    learned: range of characters. turn: number of the answer, counted from 1.
+    learned: range of characters. since: where the turns begin that are to be compared, behind an earlier answer.
+    header: where the answer's own turn begins. turn: number of the answer, counted from 1.
     """
     start, end = learned
     missing = _outside(marked.text, (start, end), marked.spans)
-    before = [own for span in marked.spans if (own := _cut(span, marked.since, marked.header))]
+    before = [own for span in marked.spans if (own := _cut(span, since, header))]
     behind = [own for span in marked.spans if (own := _cut(span, end, len(marked.text)))]
     more = next((text for first, last in (*before, *behind) if (text := marked.text[first:last].strip())), "")
     if missing or more:

@@ -252,6 +252,14 @@ def test_arguments_of_every_kind_are_found_in_the_call(family: str) -> None:
     assert learned(trained(tokenizer, found), tokenizer)
 
 
+def test_a_call_that_is_not_learned_must_be_written_too() -> None:
+    found = said(u("q"), replace(a("", calls=(CALL,)), learn=False), RESULT, a("d"), tools=(TOOL,))
+    with pytest.raises(DataError, match="does not write the call of turn 2, 'feed'"):
+        trained(family_tokenizer("chatml"), found)
+    tokenizer = tool_tokenizer("qwen2.5", marked=True)
+    assert learned(trained(tokenizer, found), tokenizer) == ["d<|im_end|>"]
+
+
 def test_arguments_are_never_learned_as_python_prints_them() -> None:
     """A template that writes what it is given wants text."""
     tokenizer = with_source("qwen2.5", "c.function.arguments | tojson", "c.function.arguments")
