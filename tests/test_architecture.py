@@ -139,7 +139,7 @@ OTHERS_WORDS = (
     "qdist.runtime.exports.gguf.tokenizer",
     "qdist.core.data.templates",
 )
-"""Sparsebit packs Llama alone; llama.cpp calls kinds of tokenizers by names of families, and users call templates so."""
+"""Sparsebit packs Llama alone; kinds of tokenizers in llama.cpp, and chat templates, have names of families."""
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if path.parent.name != "families"], ids=named)
