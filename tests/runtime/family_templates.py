@@ -114,7 +114,11 @@ def family_tokenizer(name: str, *, swallowing: bool = False) -> Any:
 
     swallowing: special tokens take in the white space behind them, as Phi-3's do.
     """
-    family = FAMILIES[name]
+    return tokenizer_of(FAMILIES[name], swallowing=swallowing)
+
+
+def tokenizer_of(family: Family, *, swallowing: bool = False) -> Any:
+    """The same for any family."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()

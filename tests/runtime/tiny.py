@@ -111,7 +111,7 @@ def dummy_job(model: Path, run: Path, **settings: Any) -> launcher.Launch:
 
 def real_job(model: Path, data: Path, run: Path, **settings: Any) -> launcher.Launch:
     """A run over a saved model and data, prepared in this process."""
-    spec = _spec(settings, model=str(model), run=str(run), data=str(data))
+    spec = _spec(settings, model=str(model), run=str(run), **{"data.path": str(data)})
     with mock.patch.object(tasks, "prepare", _prepared):
         return launcher.prepare(spec)
 

@@ -16,6 +16,7 @@ Way = Literal["chat", "headings", "alpaca", "plain"]
 
 HUMAN, ASSISTANT = "### Human:", "### Assistant:"
 _ALPACA_HEAD = "Below is an instruction that describes a task"
+_ALPACA_PAIRED = ", paired with an input that provides further context"
 _ALPACA_TAIL = "Write a response that appropriately completes the request.\n\n"
 """The prompt of https://github.com/tatsu-lab/stanford_alpaca, `PROMPT_DICT` in train.py."""
 
@@ -139,7 +140,7 @@ def _as_alpaca(turn: Turn, before: tuple[Turn, ...], gap: str) -> str:
         return turn.answered
     if turn.role == "system":
         return f"{turn.text}\n\n"
-    paired = ", paired with an input that provides further context" if turn.extra else ""
+    paired = _ALPACA_PAIRED if turn.extra else ""
     again = any(earlier.role == "user" for earlier in before)
     head = "\n\n" if again else f"{_ALPACA_HEAD}{paired}. {_ALPACA_TAIL}"
     given = f"\n\n### Input:\n{turn.extra}" if turn.extra else ""
@@ -183,23 +184,28 @@ class Wording(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 def template_of(style: Style, gap: str, *, opening: bool) -> str:
     """A chat template that writes what `segments` does, so that other programs prompt a model as it was trained.
 
-    opening: begin with the begin-of-text token.
+    opening: begin with the begin-of-text token. Alpaca's prompt has the input of an instruction apart, where a message
+    has it under `input` beside its `instruction`.
     """
     first, ended = "{{ bos_token }}" if opening else "", "{{ eos_token }}"
     text = "{{ m.content }}"
-    system = {"headings": text + _written("\n"), "alpaca": text + _written("\n\n"), "plain": text + _written("\n\n")}
-    answer = {"headings": f"{_written(' ')}{text}", "alpaca": text, "plain": text}[style] + ended
+    system = {"headings": text + written("\n"), "alpaca": text + written("\n\n"), "plain": text + written("\n\n")}
+    answer = {"headings": f"{written(' ')}{text}", "alpaca": text, "plain": text}[style] + ended
     asked = {
-        "headings": f"{{% if not loop.first %}}{_written(gap)}{{% endif %}}"
-        + _written(f"{HUMAN} ")
+        "headings": f"{{% if not loop.first %}}{written(gap)}{{% endif %}}"
+        + written(f"{HUMAN} ")
         + text
-        + _written(f"{gap}{ASSISTANT}"),
-        "alpaca": f"{{% if seen.user %}}{_written(chr(10) * 2)}{{% else %}}"
-        + _written(f"{_ALPACA_HEAD}. {_ALPACA_TAIL}")
+        + written(f"{gap}{ASSISTANT}"),
+        "alpaca": f"{{% if seen.user %}}{written(chr(10) * 2)}{{% else %}}"
+        + written(_ALPACA_HEAD)
+        + f"{{% if m.input %}}{written(_ALPACA_PAIRED)}{{% endif %}}"
+        + written(f". {_ALPACA_TAIL}")
         + "{% endif %}"
-        + _written("### Instruction:\n")
-        + text
-        + _written("\n\n### Response:"),
+        + written("### Instruction:\n")
+        + "{{ m.instruction if m.input else m.content }}{% if m.input %}"
+        + written("\n\n### Input:\n")
+        + "{{ m.input }}{% endif %}"
+        + written("\n\n### Response:"),
         "plain": text,
     }[style]
     body = (
@@ -209,6 +215,6 @@ def template_of(style: Style, gap: str, *, opening: bool) -> str:
     return f"{first}{{% set seen = namespace(user=false) %}}{{% for m in messages %}}{body}{{% endfor %}}"
 
 
-def _written(text: str) -> str:
+def written(text: str) -> str:
     """Text as an expression: Jinja's trimming of white space around blocks must not reach it."""
     return "{{ " + msgspec.json.encode(text).decode() + " }}" if text else ""

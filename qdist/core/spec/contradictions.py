@@ -147,6 +147,17 @@ def _names(now: Flat, _: Flat) -> Iterator[SpecError]:
         yield error
 
 
+def _template(now: Flat, _: Flat) -> Iterator[SpecError]:
+    named, without = now["data.template"], {"data.template": None}
+    if named is None:
+        return
+    if now["format"] in ("oasst", "text"):
+        yield SpecError(
+            f"format={now['format']} is text as it stands, which data.template={named} does not word",
+            ways=[without, {"format": "auto"}],
+        )
+
+
 def _as_usual(keys: tuple[str, ...], now: Flat, usual: Flat) -> Change:
     """Changes to the defaults of settings that have another value; empty if none has."""
     return {key: usual[key] for key in keys if now[key] != usual[key]}
@@ -154,5 +165,5 @@ def _as_usual(keys: tuple[str, ...], now: Flat, usual: Flat) -> Change:
 
 _RULES: tuple[Callable[[Flat, Flat], Iterator[SpecError]], ...] = (
     _width, _arithmetic, _packing, _pooling, _length, _batch, _state, _moments, _warmup, verified, _held_out,
-    _names,
+    _names, _template,
 )  # fmt: skip

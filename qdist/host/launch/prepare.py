@@ -34,6 +34,7 @@ from qdist.core.spec.run_spec import RunSpec, flatten, resolve
 from qdist.core.spec.sections import Data
 from qdist.host import tasks, templates
 from qdist.host.data import stdin
+from qdist.host.data.chat_templates import find_template
 from qdist.host.data.sources import changed_sources, check_data, data_notes, is_local, split_sources
 from qdist.host.launch.refusals import (
     of_the_same,
@@ -299,6 +300,8 @@ def _surveyed(asked: _Asked) -> Survey:
     if not spec.data.path:
         raise SpecError("no data was named", try_="--data FILE, a hub id, or --data demo")
     check_data(spec.data)
+    if spec.data.template is not None:
+        find_template(spec.data.template)
     count_of(spec, asked.here)
     refuse_unwritable_cache()
     found = survey(spec)

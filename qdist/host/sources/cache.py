@@ -14,6 +14,7 @@ from qdist.core.errors import MachineError, RunError
 from qdist.core.model.storage import FORMAT, Packing
 from qdist.core.planning.plan import DataFacts, Prepared, digest
 from qdist.core.spec.run_spec import RunSpec, flatten
+from qdist.host.data.chat_templates import find_template
 from qdist.host.data.sources import digests_of
 from qdist.host.files import cache_dir, cache_path, write_atomic
 from qdist.host.machine import probe
@@ -163,6 +164,7 @@ def _record(spec: RunSpec, folder: Path, *, to_the_letter: bool) -> Path:
         source_identity(folder, Packing(bits=16)),
         digests_of(spec.data),
         {key: value for key, value in flatten(spec).items() if key.startswith(deciding)},
+        find_template(spec.data.template) if spec.data.template else None,
     ]
     key = hashlib.sha256(json.dumps(parts, default=msgspec.to_builtins).encode()).hexdigest()
     return cache_path() / "prepared" / f"{key[:32]}.json"

@@ -1,85 +1,36 @@
 """Renders conversations with a chat template, within time and memory limits, and compares with the record."""
 
-import resource
-import signal
-import sys
-import threading
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from msgspec.structs import replace
 
-from qdist.core.data.conversation import Conversation, Role
+from qdist.core.data.conversation import Conversation, Role, Turn
 from qdist.core.errors import DataError, ModelError
 from qdist.core.text import format_bytes
 from qdist.host.opening import told
+from qdist.runtime.data import limits
+from qdist.runtime.data.messages import (
+    THOUGHT,
+    THOUGHT_END,
+    messages_of,
+    missing_of_call,
+    readable_turns,
+    template_of,
+    tools_of,
+    with_thoughts_in_text,
+    writes_python,
+)
+from qdist.runtime.data.template_mask import Marked, require_same_mask
 
 T = TypeVar("T")
-
-MOST_S = 10.0
-MOST_BYTES = 1 << 30
-_KILLED_S = 30.0
-
-
-class TooLong(BaseException):
-    """A call took longer than `MOST_S`. Not an Exception, so that the interrupted code does not catch it."""
-
-
-def limited(call: Callable[[], T]) -> T:
-    """The result of a call. Raises TooLong, MemoryError, and whatever the call raises.
-
-    Signals are the main thread's alone: in others there is the limit of memory, and that on Linux.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return _small(call)
-    _listen()
-    signal.setitimer(signal.ITIMER_VIRTUAL, MOST_S)
-    signal.setitimer(signal.ITIMER_PROF, _KILLED_S)
-    try:
-        return _small(call)
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-
-
-@cache
-def _listen() -> None:
-    """Install the handler, once: that takes as long as rendering a short conversation."""
-    signal.signal(signal.SIGVTALRM, _ring)
-
-
-def _ring(*_: object) -> None:
-    raise TooLong
-
-
-def _small(call: Callable[[], T]) -> T:
-    if sys.platform != "linux":
-        return call()
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    most = _address_space(int(time.monotonic())) + MOST_BYTES
-    if limits[0] == resource.RLIM_INFINITY or most < limits[0]:
-        resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
-    try:
-        return call()
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-
-
-@lru_cache(maxsize=1)
-def _address_space(_second: int) -> int:
-    """Bytes mapped by this process, looked up at most once a second."""
-    return int(Path("/proc/self/statm").read_bytes().split()[0]) * resource.getpagesize()
-
-
-_THOUGHT, _THOUGHT_END = "<think>", "</think>"
 _TOGETHER = "records, or a chat_template, that go together"
 _MOST_CHARACTERS = 1 << 26
 _STAND_IN = "qdist-stands-in"
 """Placeholder answer that reveals what a template puts around an answer."""
+_WITH_TOOLS = "--set data.template=chatml, which writes tools, calls and results; or records without them"
 
 
 class LearnedAnswer(NamedTuple):
@@ -112,6 +63,8 @@ class Rendered(NamedTuple):
     """Number of answers whose reasoning the template omits; they are written as in the record."""
     doubled: int = 0
     """Number of answers that already ended with the end-of-turn marker, which is written once."""
+    toolless: bool = False
+    """Whether the template omits the definitions of the tools that the conversation has."""
 
 
 def require_template(tokenizer: Any) -> None:
@@ -128,18 +81,21 @@ def render(conversation: Conversation, tokenizer: Any) -> Rendered:
     """The conversation through the chat template, with the position of each learned turn.
 
     An answer begins behind the rendering of the turns before it with the header that asks for a reply, which is what
-    a model will be given, and ends where the template ends the turn. Its text must stand there, once.
+    a model will be given, and ends where the template ends the turn. Its text must stand there, once, and so must the
+    calls of tools and the reasoning that it has.
 
-    Raises DataError when the template refuses the conversation, changes an answer or leaves out a part of it.
+    Raises DataError when the template refuses the conversation, changes an answer or leaves out a part of it or the
+    result of a call, and when its own mark of what is learned is another.
     """
-    writer, turns = _Writer(conversation, tokenizer), conversation.turns
+    writer = _Writer(conversation, tokenizer)
+    turns = writer.turns
     learned = [index for index, turn in enumerate(turns) if turn.learn]
     own = [writer.answered(index) for index in learned]
     bare = {index: _bare(turns[index].text, answer.mark) for index, (_, answer) in zip(learned, own, strict=True)}
     again = {index: text for index, text in bare.items() if text != turns[index].text}
     if again:
         once = (
-            replace(turn, text=again[index], learn=bool(again[index].strip())) if index in again else turn
+            replace(turn, text=again[index], learn=_says_something(turn, again[index])) if index in again else turn
             for index, turn in enumerate(turns)
         )
         return render(replace(conversation, turns=tuple(once)), tokenizer)._replace(doubled=len(again))
@@ -149,9 +105,14 @@ def render(conversation: Conversation, tokenizer: Any) -> Rendered:
         parts: tuple[Rendering, ...] = (Rendering(whole, tuple(answer for answer in shared if answer)),)
     else:
         parts = tuple(Rendering(text, (answer,)) for text, answer in own)
-    context = [turn for turn in turns[: learned[-1] if learned else None] if not turn.learn]
+    writer.require_context(whole)
+    context = [turn for turn in turns[: learned[-1] if learned else None] if not turn.learn and turn.role != "tool"]
     left_out = frozenset(turn.role for turn in context if turn.said.strip() not in parts[-1].text)
-    return Rendered(parts, left_out, thoughts=writer.thoughts)
+    return Rendered(parts, left_out, thoughts=writer.thoughts, toolless=writer.leaves_out_tools(whole))
+
+
+def _says_something(turn: Turn, text: str) -> bool:
+    return bool(text.strip() or turn.thoughts.strip() or turn.calls)
 
 
 def prompt_text(conversation: Conversation, tokenizer: Any) -> str:
@@ -164,8 +125,15 @@ class _Writer:
 
     def __init__(self, conversation: Conversation, tokenizer: Any) -> None:
         self._conversation, self._tokenizer = conversation, tokenizer
-        self._messages = [{"role": turn.role, "content": turn.said} for turn in conversation.turns]
+        self._template = template_of(tokenizer, conversation)
+        self.turns = readable_turns(conversation, self._template)
+        self._tools = tools_of(conversation)
+        self._messages = messages_of(self.turns, self._template)
+        if any(turn.calls for turn in self.turns):
+            self._messages = self._with_readable_arguments()
+        self._begins_in_ways = bool(self._tools) or any(turn.calls or turn.thoughts for turn in self.turns)
         self.thoughts = 0
+        self._through = dict[int, Marked]()
 
     def before(self, count: int) -> str:
         """The first `count` turns and the header that asks for a reply."""
@@ -173,11 +141,27 @@ class _Writer:
 
     def through(self, index: int) -> str:
         """The turns up to and including `index`."""
-        return self._written(self._messages[: index + 1], reply=False)
+        if index not in self._through:
+            messages = self._messages[: index + 1]
+            if self._template.marks_answers:
+                self._through[index] = self._limited(partial(self._marked, messages))
+            else:
+                self._through[index] = Marked(self._written(messages, reply=False), ())
+        return self._through[index].text
 
     def answered(self, index: int) -> tuple[str, LearnedAnswer]:
         """The turns up to and including a learned one, with its position."""
-        said, before, through = self._conversation.turns[index].text.strip(), self.before(index), self.through(index)
+        before, through = self.before(index), self.through(index)
+        turn = self.turns[index]
+        find = self._composed if turn.calls or turn.thoughts else self._spoken
+        text, answer = find(index, before, through)
+        if text == through and self._template.marks_answers:
+            self._require_same_mask(index, answer)
+        return text, answer
+
+    def _spoken(self, index: int, before: str, through: str) -> tuple[str, LearnedAnswer]:
+        """An answer that is text alone."""
+        said = self.turns[index].text.strip()
         ahead, found, tail = through.removeprefix(before).partition(said)
         if through.startswith(before) and found and said not in tail and not ahead.strip():
             return through, _answer(through, before, "", tail)
@@ -185,23 +169,154 @@ class _Writer:
         own = through[len(written) : len(through) - len(tail)]
         kept = through == written + own + tail and own.strip() == said
         if kept and written.startswith(before):
-            return through, _answer(through, before, written.removeprefix(before), tail)
+            return through, _answer(through, before, self._given(written.removeprefix(before)), tail)
         if kept and self._is_asked_alike(index, before, written):
             # Such as Mistral's, which writes the system's message before the last question alone.
             text = before + _white_end(written).removeprefix(_white_end(before)) + own + tail
             return text, _answer(text, before, "", tail)
-        opened = before.rstrip().endswith(_THOUGHT)
-        spoken = said.rpartition(_THOUGHT_END)[2].strip()
-        if _THOUGHT_END in said and spoken in through and (opened or written.startswith(before)):
+        opened = before.rstrip().endswith(THOUGHT)
+        spoken = said.rpartition(THOUGHT_END)[2].strip()
+        if THOUGHT_END in said and spoken in through and (opened or written.startswith(before)):
             # Templates drop or rewrite what was thought.
-            text = before + (said.removeprefix(_THOUGHT).lstrip() if opened else said) + tail
+            text = before + (said.removeprefix(THOUGHT).lstrip() if opened else said) + tail
             self.thoughts += text != through
             return text, _answer(text, before, "", tail)
         raise self._changed(index, before, through, said)
 
+    def _composed(self, index: int, before: str, through: str) -> tuple[str, LearnedAnswer]:
+        """An answer with calls of tools, or with reasoning that the template writes itself."""
+        turn, (written, tail) = self.turns[index], self._around(index)
+        if turn.thoughts and not turn.calls and turn.thoughts.strip() not in through[len(_common(before, through)) :]:
+            # A template that knows reasoning and drops it here, as it would if that were within the text.
+            own = with_thoughts_in_text(turn)
+            self.turns = (*self.turns[:index], own, *self.turns[index + 1 :])
+            return self._spoken(index, before, through)
+        if not through.startswith(before):
+            if not (through.startswith(written) and self._is_asked_alike(index, before, written)):
+                raise self._changed(index, before, through, "")
+            through = before + _white_end(written).removeprefix(_white_end(before)) + through[len(written) :]
+            written = before
+        lead = self._given(written.removeprefix(before)) if written.startswith(before) else ""
+        lead = next((own for own in (lead, lead.rstrip()) if through.startswith(before + own)), "")
+        if through.endswith(tail):
+            answer = _answer(through, before, lead, tail)
+        else:
+            answer = _answer(through, before, lead, self._closing(through))
+        self._require_whole(index, through[answer.start : answer.end])
+        return through, answer
+
+    def _given(self, lead: str) -> str:
+        """What stands before an answer and is not learned.
+
+        Where answers begin in several ways, with a call or a thought as well, a model has to choose between them, and
+        only a thought that is closed at once is no choice of its own.
+        """
+        return lead if THOUGHT_END in lead or not self._begins_in_ways else ""
+
+    def _closing(self, through: str) -> str:
+        """The special token at the very end, and white space behind it; empty if there is none."""
+        bare = through.rstrip()
+        known = (str(token) for token in self._tokenizer.get_added_vocab())
+        mark = max((token for token in known if bare.endswith(token)), key=len, default="")
+        return mark + through[len(bare) :] if mark else ""
+
+    def _require_whole(self, index: int, learned: str) -> None:
+        """Raise DataError unless all of an answer is in its learned text: reasoning, text, and calls beside them."""
+        turn, where = self.turns[index], self._conversation.where
+        rest = learned
+        for said, what in ((turn.thoughts.strip(), "reasoning"), (turn.text.strip(), "text")):
+            if said not in rest:
+                raise DataError(
+                    f"{where}: the tokenizer's chat template does not write the {what} of turn {index + 1}, "
+                    f"{said[:20]!r}..., beside its calls",
+                    try_=f"records without it, or {_WITH_TOOLS}",
+                )
+            rest = rest.replace(said, "", 1) if said else rest
+        self._require_calls(index, rest)
+
+    def _require_calls(self, index: int, text: str) -> None:
+        for call in self.turns[index].calls:
+            if missing := missing_of_call(call, text):
+                name = call["function"]["name"]
+                what = "the call" if missing == name else f"{missing[:40]!r} in the call"
+                raise DataError(
+                    f"{self._conversation.where}: the tokenizer's chat template does not write {what} of turn "
+                    f"{index + 1}, {name!r}",
+                    try_=_WITH_TOOLS,
+                )
+
+    def require_context(self, whole: str) -> None:
+        """Raise DataError if the template leaves out a call that is not learned, or what a tool returned."""
+        for index, turn in enumerate(self.turns):
+            if not turn.learn:
+                self._require_calls(index, whole)
+        results = [index for index, turn in enumerate(self.turns) if turn.role == "tool"]
+        if not results:
+            return
+        marks = {index: f"{_STAND_IN}-{index}-" for index in results}
+        messages = [
+            {**own, "content": marks[index]} if index in marks else own for index, own in enumerate(self._messages)
+        ]
+        text = self._written(messages, reply=False)
+        if lost := next((index for index, mark in marks.items() if mark not in text), None):
+            raise DataError(
+                f"{self._conversation.where}: the tokenizer's chat template does not write the result of a tool, turn "
+                f"{lost + 1}",
+                try_=_WITH_TOOLS,
+            )
+
+    def leaves_out_tools(self, whole: str) -> bool:
+        """Whether the template writes nothing of which tools there are."""
+        if self._tools is None:
+            return False
+        names = [str(tool.get("function", tool).get("name", "")) for tool in self._tools]
+        if not all(name in whole for name in names):
+            return True
+        return self.through(len(self.turns) - 1) == self._written(self._messages, reply=False, toolless=True)
+
+    def _with_readable_arguments(self) -> list[dict[str, Any]]:
+        """Messages with arguments as an object; as text, if the template wants that or would print Python's."""
+        objects, texts = self._messages, messages_of(self.turns, self._template, as_text=True)
+        try:
+            if not writes_python(self.turns, self._written(objects, reply=False)):
+                return objects
+        except DataError:
+            try:
+                self._written(texts, reply=False)
+            except DataError:
+                return objects  # whose refusal is the one to tell
+        return texts
+
+    def _require_same_mask(self, index: int, answer: LearnedAnswer) -> None:
+        """Raise DataError where the template's own mark of what is learned differs."""
+        through, found = self.through(index), self._through[index]
+        earlier = next((at for at in range(index - 1, -1, -1) if self.turns[at].role == "assistant"), None)
+        ended = "" if earlier is None else self.through(earlier).rstrip()
+        known = len(ended) if through.startswith(ended) else None
+        header = answer.start
+        if index and found.marks_before(header, since=known or 0):
+            header = len(_common(self.through(index - 1), through))
+        since = header if known is None else known
+        where = self._conversation.where
+        require_same_mask(found, (answer.start, answer.end), since=since, header=header, where=where, turn=index + 1)
+
+    def _marked(self, messages: Sequence[dict[str, Any]]) -> Marked:
+        """Turns as the template writes them, and the ranges that it marks as a model's."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        render: Any = render_jinja_template  # its annotation knows of one result
+        rendered, spans = render(
+            [messages],
+            tools=self._tools,
+            chat_template=self._template.source,
+            return_assistant_tokens_mask=True,
+            **self._tokenizer.special_tokens_map,
+        )
+        return Marked(self._bounded(rendered[0]), tuple(map(tuple, spans[0])))
+
     def _around(self, index: int) -> tuple[str, str]:
         """What the template writes before and after an answer, as far as it does not depend on the answer."""
-        stand_in = {**self._messages[index], "content": _STAND_IN}
+        stand_in = {"role": self._messages[index]["role"], "content": _STAND_IN}
         text = self._written([*self._messages[:index], stand_in], reply=False)
         if text.count(_STAND_IN) > 1:
             raise DataError(
@@ -213,7 +328,7 @@ class _Writer:
 
     def _is_asked_alike(self, index: int, before: str, written: str) -> bool:
         """Whether the question and the header after it are unchanged even though earlier text differs."""
-        question = self._conversation.turns[index - 1].said.strip()
+        question = self.turns[index - 1].said.strip()
         shared = _common(before.rstrip()[::-1], written.rstrip()[::-1])[::-1]
         return bool(question) and question in shared
 
@@ -235,21 +350,28 @@ class _Writer:
             try_="a chat_template that writes answers as they are",
         )
 
-    def _written(self, messages: Sequence[dict[str, str]], *, reply: bool) -> str:
-        where, apply = self._conversation.where, self._tokenizer.apply_chat_template
-        call = partial(apply, list(messages), tokenize=False, add_generation_prompt=reply)
+    def _written(self, messages: Sequence[dict[str, Any]], *, reply: bool, toolless: bool = False) -> str:
+        tools, apply = None if toolless else self._tools, self._tokenizer.apply_chat_template
+        call = partial(apply, list(messages), tools=tools, tokenize=False, add_generation_prompt=reply)
+        return self._bounded(self._limited(call))
+
+    def _bounded(self, rendered: str) -> str:
+        if len(rendered) > _MOST_CHARACTERS:
+            raise _endless(f"wrote {len(rendered):,} characters", self._conversation.where)
+        return rendered
+
+    def _limited(self, call: Callable[[], T]) -> T:
+        """What the template gives. Raises DataError if it refuses, ModelError if it never ends."""
+        where = self._conversation.where
         try:
             with told(f"{where}: the tokenizer's chat template refuses it", DataError, try_=_TOGETHER):
-                rendered: str = limited(call)
-        except TooLong:
-            raise _endless(f"took longer than {MOST_S:g} s", where) from None
+                return limits.limited(call)
+        except limits.TooLong:
+            raise _endless(f"took longer than {limits.MOST_S:g} s", where) from None
         except DataError as error:
             if isinstance(error.__cause__, MemoryError):
-                raise _endless(f"took more than {format_bytes(MOST_BYTES)} of memory", where) from None
+                raise _endless(f"took more than {format_bytes(limits.MOST_BYTES)} of memory", where) from None
             raise
-        if len(rendered) > _MOST_CHARACTERS:
-            raise _endless(f"wrote {len(rendered):,} characters", where)
-        return rendered
 
 
 def _endless(what: str, where: str) -> ModelError:

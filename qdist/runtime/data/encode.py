@@ -41,6 +41,7 @@ class Encoded(NamedTuple):
     """Roles whose turns the chat template omits."""
     thoughts: int = 0
     doubled: int = 0
+    toolless: bool = False
     """See `Rendered`."""
 
 
@@ -76,6 +77,7 @@ class Encoder:
             left_out=rendered.left_out,
             thoughts=rendered.thoughts,
             doubled=rendered.doubled,
+            toolless=rendered.toolless,
         )
 
     def _of_rendering(self, part: Rendering, *, where: str) -> list[tuple[Sample, tuple[End, ...]]]:

@@ -7,10 +7,12 @@ from typing import Any
 from msgspec.structs import replace
 
 from qdist.core.data.conversation import HUMAN, Conversation, Style, Turn, Way, Wording, template_of
-from qdist.core.errors import DataError
+from qdist.core.data.templates import NamedTemplate, jinja_of
+from qdist.core.errors import DataError, ModelError
 from qdist.core.text import counted
 from qdist.runtime.data.chat_template import prompt_text, require_template
 from qdist.runtime.data.encode import Encoded, End, opening, prompt_of_segments
+from qdist.runtime.data.messages import THOUGHT_END
 
 _MARKED, _NEXT = "qdist-one-answer", "qdist-next-question"
 
@@ -24,8 +26,8 @@ class Told:
         self._read = Counter[str]()
         self._formats, self._ways = Counter[str](), Counter[tuple[Way, str, bool]]()
         self._answer_ends, self._leads = Counter[End](), Counter[str]()
-        self._left_out, self._read = Counter[str](), Counter[str]()
-        self._thoughts = self._doubled = self._apart = 0
+        self._left_out = Counter[str]()
+        self._thoughts = self._doubled = self._apart = self._toolless = 0
 
     def add(self, conversation: Conversation, encoded: Encoded) -> None:
         """Count a record that is used."""
@@ -38,6 +40,7 @@ class Told:
         self._left_out.update(encoded.left_out)
         self._thoughts += encoded.thoughts
         self._doubled += encoded.doubled
+        self._toolless += encoded.toolless
         self._apart += len(encoded.samples) > 1
 
     def summed_up(self, records: int) -> tuple[Wording, tuple[str, ...]]:
@@ -50,11 +53,19 @@ class Told:
             style=style,
             gap=gap,
             raw=raw,
-            lead=self._leads.most_common(1)[0][0] if self._leads else "",
+            lead=self._lead(),
             ends=tuple(sorted(ends)),
             end_text=end_text,
         )
         return wording, tuple(self._notes(wording, records))
+
+    def _lead(self) -> str:
+        """What prompts have behind the header of an answer.
+
+        Nothing, if answers begin in several ways and a model has to choose one: only a closed thought is no choice.
+        """
+        lead = self._leads.most_common(1)[0][0] if self._leads else ""
+        return lead if len(self._leads) == 1 or THOUGHT_END in lead else ""
 
     def _ends(self) -> tuple[set[int], str]:
         """Tokens that end answers, and the text that does if it is not a single token."""
@@ -97,6 +108,11 @@ class Told:
             yield (
                 f"the chat template leaves out the reasoning of {counted(self._thoughts, 'answer')}, which is learned "
                 "as the records have it"
+            )
+        if self._toolless:
+            yield (
+                f"the chat template does not write which tools there are: in {self._toolless:,} {total}, whose calls "
+                "are learned without; --set data.template=chatml writes them"
             )
         if self._doubled:
             yield f"{counted(self._doubled, 'answer')} held the end of the turn already: it is written once"
@@ -145,6 +161,42 @@ def worded(conversation: Conversation, wording: Wording) -> Conversation:
     """A conversation in the style of a wording; raw text is unchanged."""
     style: Style = "headings" if wording.style == "chat" else wording.style
     return replace(conversation, style=style, gap=wording.gap)
+
+
+def give_template(tokenizer: Any, template: NamedTemplate) -> tuple[str, ...]:
+    """Give a tokenizer a chat template that the user names, in place of its own; returns notes about it.
+
+    Raises ModelError where nothing could end a turn.
+    """
+    had, end = tokenizer.chat_template, template.end
+    ends = bool(end) and _is_token(tokenizer, end)
+    if tokenizer.eos_token is None and not ends and not template.complete:
+        raise ModelError(
+            f"the tokenizer has no end-of-text token, by which {template.name} would end an answer",
+            try_="an eos_token in its tokenizer_config.json",
+        )
+    tokenizer.chat_template = jinja_of(template, opening=bool(opening(tokenizer)), end_is_token=ends)
+    instead = " in place of the tokenizer's own" if had else ""
+    notes = [f"chat template {template.name}{instead}: it is saved with the adapter"]
+    if texts := [mark for mark in template.marks if not _is_token(tokenizer, mark)]:
+        notes.append(f"{', '.join(texts)}: not tokens of this vocabulary, so they are written as text")
+    if end and not ends:
+        notes.append(f"turns end with {tokenizer.eos_token}: {end} is not a token of this vocabulary")
+    return tuple(notes)
+
+
+def require_worded(wording: Wording | None, template: NamedTemplate) -> None:
+    """Raise DataError if the records are text as it stands, which no template words."""
+    if wording is not None and wording.style != "chat":
+        raise DataError(
+            f"data.template={template.name} words conversations, and these records are {wording}",
+            try_="leave data.template out",
+        )
+
+
+def _is_token(tokenizer: Any, mark: str) -> bool:
+    """Whether a marker becomes one token."""
+    return len(tokenizer(mark, add_special_tokens=False)["input_ids"]) == 1 and mark in tokenizer.get_vocab()
 
 
 def keep_wording(tokenizer: Any, wording: Wording) -> str:

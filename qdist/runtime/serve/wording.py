@@ -81,7 +81,7 @@ def _checked(ids: list[int], field: str, speech: Speech) -> list[int]:
 def _rendered(messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]], speech: Speech) -> str:
     """The conversation through the chat template, which may refuse it.
 
-    Not within the limits of `chat_template.limited`: those are the process's, and other threads are at work.
+    Not within the limits of `limits.limited`: those are the process's, and other threads are at work.
     """
     apply, given = speech.tokenizer.apply_chat_template, [dict(tool) for tool in tools] or None
     try:

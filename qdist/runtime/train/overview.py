@@ -17,13 +17,14 @@ from qdist.core.data.records import BadRecords
 from qdist.core.errors import DataError
 from qdist.core.requests import ShowData
 from qdist.core.spec.run_spec import RunSpec
+from qdist.host.data.chat_templates import find_template
 from qdist.host.data.sources import DataSource, data_notes, parts_of, read_source, sources_of
 from qdist.host.sources.models import locate
 from qdist.runtime.data.chat_template import require_template
 from qdist.runtime.data.encode import Encoded, Encoder, Sample
 from qdist.runtime.data.stream import divide
 from qdist.runtime.data.tokenizer import open_tokenizer, repair
-from qdist.runtime.data.wording import Told
+from qdist.runtime.data.wording import Told, give_template
 from qdist.runtime.model.classes import content_of
 from qdist.runtime.model.skeleton import open_config
 from qdist.runtime.quantize.materialize import materialize
@@ -41,8 +42,10 @@ def _tokenizer_of(spec: RunSpec) -> Any:
     """The tokenizer that training would use. Raises ModelError as `prepare` does."""
     folder: Path = materialize(locate(spec.model), trusted=spec.trust_remote_code)
     tokenizer = open_tokenizer(folder, f"{spec.model} has no tokenizer to read data with")
-    require_template(tokenizer)
     repair(tokenizer, content_of(open_config(folder)), new_tokens=spec.new_tokens)
+    if spec.data.template:
+        give_template(tokenizer, find_template(spec.data.template))
+    require_template(tokenizer)
     return tokenizer
 
 

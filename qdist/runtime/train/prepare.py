@@ -13,6 +13,7 @@ from qdist.core.model.storage import packing_of
 from qdist.core.planning.plan import DataFacts, Prepared, Source
 from qdist.core.requests import Prepare
 from qdist.core.spec.run_spec import RunSpec
+from qdist.host.data.chat_templates import find_template
 from qdist.host.data.sources import data_notes, digest_over, digests_of, parts_of, sources_of
 from qdist.host.files import cache_dir, locked, publish_folder
 from qdist.host.sources.model_folder import fingerprint, gptq_of
@@ -35,7 +36,7 @@ def prepare(spec: RunSpec) -> Prepared:
     from qdist.runtime.data.stream import divide, stream_of
     from qdist.runtime.data.tokenized import cached_tokenize
     from qdist.runtime.data.tokenizer import open_tokenizer, repair, text_settings
-    from qdist.runtime.data.wording import keep_wording
+    from qdist.runtime.data.wording import give_template, keep_wording, require_worded
     from qdist.runtime.formats.recorded_sums import digest_of_folder
     from qdist.runtime.model.classes import content_of
     from qdist.runtime.model.own_code import needs_code
@@ -46,8 +47,10 @@ def prepare(spec: RunSpec) -> Prepared:
     folder = materialize(located, trusted=spec.trust_remote_code)
     config: dict[str, Any] = content_of(open_config(folder))
     tokenizer = open_tokenizer(folder, f"{spec.model} has no tokenizer to read data with")
-    require_template(tokenizer)
     repaired = repair(tokenizer, config, new_tokens=spec.new_tokens)
+    template = find_template(spec.data.template) if spec.data.template else None
+    template_notes = give_template(tokenizer, template) if template else ()
+    require_template(tokenizer)
     tokenized, path = cached_tokenize(
         spec.data,
         tokenizer,
@@ -59,6 +62,8 @@ def prepare(spec: RunSpec) -> Prepared:
         rows=repaired.rows or int(text_settings(config)["vocab_size"]),
     )
     summary = tokenized.summary
+    if template:
+        require_worded(summary.wording, template)
     kept_note = keep_wording(tokenizer, summary.wording) if summary.wording else ""
     digests = digests_of(spec.data)
     parts = parts_of(sources_of(spec.data), (*summary.firsts, len(tokenized)), digests)
@@ -102,6 +107,7 @@ def prepare(spec: RunSpec) -> Prepared:
         notes=(
             *data_notes(spec.data),
             *repaired.notes,
+            *template_notes,
             *filter(None, (packed.note,)),
             *summary.notes,
             *filter(None, (kept_note, overlap_note(tokenized, parts))),

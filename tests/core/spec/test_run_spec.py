@@ -258,6 +258,8 @@ def test_a_bad_value_is_refused_with_its_key_and_the_choices(layer: dict[str, An
          "train.verify_steps=10 compares the bytes of a sharded backbone", "--set train.verify_steps=0"),
         ({"train": {"held_out": 0, "eval_steps": 3}}, "train.eval_steps and train.answers need held-out records",
          "--set train.held_out=0.1"),
+        ({"format": "text", "data": {"template": "ziya"}},
+         "format=text is text as it stands, which data.template=ziya does not word", "--set data.template=auto"),
     ],
 )  # fmt: skip
 def test_settings_that_contradict_each_other_are_refused(layer: dict[str, Any], message: str, attempt: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from qdist.core.data.conversation import Conversation, Turn
 from qdist.core.errors import DataError, ModelError
-from qdist.runtime.data import chat_template
+from qdist.runtime.data import limits
 from qdist.runtime.data.chat_template import prompt_text
 from qdist.runtime.data.tokenizer import open_tokenizer
 from tests.runtime.data.test_tokenized import tiny_tokenizer
@@ -32,7 +32,7 @@ def rendered(tokenizer: Any, template: str) -> str:
 
 
 def test_a_template_without_end_is_stopped(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "MOST_S", 0.05)
+    monkeypatch.setattr(limits, "MOST_S", 0.05)
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(ModelError, match=r"the tokenizer's chat template took longer than 0.05 s on data.jsonl:3"):
         rendered(tokenizer, loops)
@@ -72,15 +72,15 @@ def test_a_template_that_fails_is_told_with_the_record(template: str, why: str, 
 
 
 def test_nothing_of_a_limit_is_left() -> None:
-    assert chat_template.limited(lambda: 3) == 3
+    assert limits.limited(lambda: 3) == 3
     with pytest.raises(KeyError):
-        chat_template.limited(lambda: {}["x"])
+        limits.limited(lambda: {}["x"])
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
 
 
 def test_time_is_that_of_the_processor_and_so_of_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a crowded machine a harmless template takes long by the clock."""
-    monkeypatch.setattr(chat_template, "MOST_S", 0.02)
+    monkeypatch.setattr(limits, "MOST_S", 0.02)
 
     def busy() -> float:
         end = time.process_time() + 10
@@ -88,5 +88,5 @@ def test_time_is_that_of_the_processor_and_so_of_the_call_alone(monkeypatch: pyt
             pass
         return end
 
-    with pytest.raises(chat_template.TooLong):
-        chat_template.limited(busy)
+    with pytest.raises(limits.TooLong):
+        limits.limited(busy)

@@ -90,6 +90,38 @@ def test_what_is_there_already_is_not_prepared_by_another_process(model: Path, h
     assert (job.plan.source, job.plan.data) == (first.plan.source, first.plan.data)
 
 
+def test_another_chat_template_gives_other_tokens_and_is_saved(model: Path, here: Path) -> None:
+    file = here / "own.jinja"
+    file.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}{{ 'assistant: ' }}"
+    )
+    own, named = (
+        started(model, here),
+        real_job(model, here / "data.jsonl", here / "named", seq_len=64, data__template="ziya"),
+    )
+    filed = real_job(model, here / "data.jsonl", here / "filed", seq_len=64, data__template=str(file))
+    paths = [job.plan.data.path for job in (own, named, filed) if job.plan.data]
+    assert len(set(paths)) == 3
+    assert "<human>:" in (Path(named.plan.source.tokenizer) / "chat_template.jinja").read_text()
+    assert (Path(filed.plan.source.tokenizer) / "chat_template.jinja").read_text() == file.read_text()
+    assert "chat template ziya" in " ".join(named.notes)
+    file.write_text(file.read_text().replace("assistant: ", "answer: ").replace("{{ m.role }}", "answer"))
+    changed = real_job(model, here / "data.jsonl", here / "changed", seq_len=64, data__template=str(file))
+    assert changed.plan.data is not None
+    assert changed.plan.data.path not in paths
+
+
+def test_a_run_goes_on_without_the_file_of_its_chat_template(model: Path, here: Path) -> None:
+    file = here / "own.jinja"
+    file.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}{{ 'assistant: ' }}"
+    )
+    job = real_job(model, save_data(here / "data.jsonl"), here / "run", seq_len=64, data__template=str(file))
+    claim.write(job)
+    file.unlink()
+    assert resumed(job).plan.data == job.plan.data
+
+
 def test_weights_that_changed_within_the_same_size_and_time_are_prepared(model: Path, here: Path) -> None:
     mine = here / "mine"
     shutil.copytree(model, mine)
