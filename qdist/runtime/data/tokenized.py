@@ -105,7 +105,7 @@ def load(path: Path, *, key: str) -> TokenizedSet:
 DEMO = demo.NAME
 """Source name of the generated data set of `qdist.core.data.demo`."""
 
-_VERSION = 3
+_VERSION = 4
 """Increment whenever the same records would give other tokens or labels."""
 
 
