@@ -33,8 +33,9 @@ def prepare(spec: RunSpec) -> Prepared:
     from qdist.runtime.data.fullness import fills, fullest, row_fills
     from qdist.runtime.data.overlap import overlap_note
     from qdist.runtime.data.stream import divide, stream_of
-    from qdist.runtime.data.tokenized import cached_tokenize
+    from qdist.runtime.data.token_cache import cached_tokenize
     from qdist.runtime.data.tokenizer import open_tokenizer, repair, text_settings
+    from qdist.runtime.data.tokenizing import SampleRules
     from qdist.runtime.data.wording import keep_wording
     from qdist.runtime.formats.recorded_sums import digest_of_folder
     from qdist.runtime.model.classes import content_of
@@ -51,12 +52,16 @@ def prepare(spec: RunSpec) -> Prepared:
     tokenized, path = cached_tokenize(
         spec.data,
         tokenizer,
+        SampleRules(
+            seq_len=spec.seq_len,
+            train_on_source=spec.train.train_on_source,
+            rows=repaired.rows or int(text_settings(config)["vocab_size"]),
+            source_max_len=spec.data.source_max_len,
+            target_max_len=spec.data.target_max_len,
+        ),
         reading=reading_of(spec.data, spec.format),
         seed=spec.seed,
-        seq_len=spec.seq_len,
-        train_on_source=spec.train.train_on_source,
         folder=cache_dir("tokens"),
-        rows=repaired.rows or int(text_settings(config)["vocab_size"]),
     )
     summary = tokenized.summary
     kept_note = keep_wording(tokenizer, summary.wording) if summary.wording else ""
