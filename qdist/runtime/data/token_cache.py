@@ -76,7 +76,7 @@ def _tokenize_in_parts(path: Path, job: Job, sources: Sequence[Read], workers: W
         if _known(path, job.key, skip_bad):
             return
         try:
-            with workers(os.cpu_count() or 1, job, sources) as started:
+            with workers(len(os.sched_getaffinity(0)), job, sources) as started:
                 count = tokenize_parts(sources, job, started)
             assemble(path, job, count, sources=len(sources), skip_bad=skip_bad)
         except DataError:
