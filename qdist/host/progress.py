@@ -28,7 +28,10 @@ class ProgressLine:
         in_bytes: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """total: parts or bytes. what: the verb for them, such as 'answered'. done: by an earlier process."""
+        """total: parts or bytes; 0 until it is known. what: the verb for them, such as 'answered'.
+
+        done: by an earlier process.
+        """
         self._total, self._what, self._in_bytes, self._clock = total, what, in_bytes, clock
         self._before = self._done = done
         self._began = self._told = clock()
@@ -47,10 +50,15 @@ class ProgressLine:
         """Count the rate from now on: what came before, such as loading a model, was no part of the job."""
         self._began = self._told = self._clock()
 
+    def expect(self, total: int) -> None:
+        """Say how many parts there are, once that is known."""
+        self._total = total
+
     def advance(self, parts: int, where: str = "") -> None:
         """Count more parts as done. where: the last of them, such as 'layer 3 of 24'."""
         self._done += parts
-        now, tenth, last = self._clock(), 10 * self._done // max(1, self._total), self._done >= self._total
+        now, tenth = self._clock(), 10 * self._done // self._total if self._total else 0
+        last = 0 < self._total <= self._done
         waited = now - self._told
         if self._live or last or waited >= _LATE_S or (tenth > self._tenth and waited >= _SOON_S):
             self._told, self._tenth, self._open = now, tenth, self._live and not last
@@ -62,7 +70,8 @@ class ProgressLine:
     def _line(self, seconds: float, where: str) -> str:
         """'  layer 3 of 24, 1.2 GiB of 3.4 GiB read, 312 MB/s, 7 s left'."""
         shown = format_bytes if self._in_bytes else "{:,}".format
-        words = [where, f"{shown(self._done)} of {shown(self._total)} {self._what}"]
+        of = f" of {shown(self._total)}" if self._total else ""
+        words = [where, f"{shown(self._done)}{of} {self._what}"]
         own, left = self._done - self._before, self._total - self._done
         if own > 0 and seconds > 0:
             words.append(_rate(own / seconds, in_bytes=self._in_bytes))

@@ -62,6 +62,20 @@ def test_the_rate_leaves_out_what_came_before_a_restart() -> None:
     assert stream.getvalue() == "  4 of 4 answered, 2.0 s each\n"
 
 
+def test_a_total_that_becomes_known_is_told_from_then_on() -> None:
+    now, stream = [100.0], io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        with ProgressLine(0, "tokenized", done=10, clock=lambda: now[0]) as progress:
+            for total in (0, 0, 60):
+                now[0] += 10
+                progress.expect(total)
+                progress.advance(10)
+    assert stream.getvalue().splitlines() == [
+        "  20 tokenized, 1.0/s", "  30 tokenized, 1.0/s", "  40 of 60 tokenized, 1.0/s, 20 s left",
+    ]  # fmt: skip
+
+
 def test_what_an_earlier_process_did_is_no_part_of_the_rate() -> None:
     parts = [(5.0, 500 << 20), (5.0, 500 << 20)]
     assert work(io.StringIO(), parts, 3000 << 20, done=2000 << 20, in_bytes=True) == [

@@ -72,8 +72,8 @@ def _lengths(found: Overview) -> Iterator[Text]:
     if found.cut:
         yield _named(
             "cut",
-            f"{found.cut:,} of {found.samples:,} samples at seq_len={found.seq_len}, by {found.cut_median:,} tokens in "
-            f"the median, {found.cut_most:,} at most",
+            f"{counted(found.cut, 'record')}: {found.cut_median:,} tokens lost in the median, "
+            f"{found.cut_most:,} at most",
         )
 
 

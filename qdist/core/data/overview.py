@@ -56,12 +56,12 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     """Of all samples together, before they are cut."""
     learned: int = 0
     cut: int = 0
-    """Samples longer than seq_len."""
+    """Records longer than seq_len, which lose their end."""
     cut_median: int = 0
     """Tokens that these lose, in the median."""
     cut_most: int = 0
     dropped: tuple[tuple[str, int], ...] = ()
-    """Why records are left out, and how many."""
+    """Why records are left out, and how many, where no tokenizer reads them; else notes say it."""
     duplicates: int = 0
     """Records that say what an earlier one says."""
     first_duplicates: tuple[tuple[str, str], ...] = ()

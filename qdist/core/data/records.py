@@ -286,16 +286,19 @@ class BadRecords:
         self.count = 0
         self._first: list[DataError] = []
 
-    def add(self, error: DataError) -> None:
-        """Count a record that cannot be used."""
-        self.count += 1
-        if len(self._first) < _NAMED:
-            self._first.append(error)
-
     @property
     def first(self) -> tuple[DataError, ...]:
-        """The first three."""
+        """The errors that are kept."""
         return tuple(self._first)
+
+    def add(self, error: DataError) -> None:
+        """Count a record that cannot be used."""
+        self.extend(1, (error,))
+
+    def extend(self, count: int, first: Iterable[DataError]) -> None:
+        """Count records that follow, of which these are the first errors."""
+        self.count += count
+        self._first = [*self._first, *first][:_NAMED]
 
     def raise_any(self, total: int, *, what: str = "records", allowed: int = 0) -> None:
         """Raise DataError where there were more than are allowed: the one error, or how many and the first three.

@@ -83,6 +83,17 @@ def _length(now: Flat, _: Flat) -> Iterator[SpecError]:
         )
 
 
+def _lengths(now: Flat, _: Flat) -> Iterator[SpecError]:
+    """Prompts and answers that, each of its greatest length, would be cut once more as a whole."""
+    parts = {key: now[key] for key in ("data.source_max_len", "data.target_max_len") if now[key] is not None}
+    if (most := sum(parts.values())) > now["seq_len"]:
+        named = " and ".join(f"{key}={value}" for key, value in parts.items())
+        yield SpecError(
+            f"{named} give samples of up to {most} tokens, and seq_len={now['seq_len']} cuts them before that",
+            ways=[{"seq_len": most}, dict.fromkeys(parts)],
+        )
+
+
 def _batch(now: Flat, _: Flat) -> Iterator[SpecError]:
     batch, size = now["global_batch"], now["micro_batch"]
     if size is not None and batch % size and not now["pack"]:
@@ -164,6 +175,6 @@ def _as_usual(keys: tuple[str, ...], now: Flat, usual: Flat) -> Change:
 
 
 _RULES: tuple[Callable[[Flat, Flat], Iterator[SpecError]], ...] = (
-    _width, _arithmetic, _packing, _pooling, _length, _batch, _state, _moments, _warmup, verified, _held_out,
+    _width, _arithmetic, _packing, _pooling, _length, _lengths, _batch, _state, _moments, _warmup, verified, _held_out,
     _names, _template,
 )  # fmt: skip

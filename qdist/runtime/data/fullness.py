@@ -11,7 +11,7 @@ from qdist.core.spec.run_spec import RunSpec
 from qdist.runtime.data.bins import bin_size, pack
 from qdist.runtime.data.sizes import padded
 from qdist.runtime.data.stream import SampleStream
-from qdist.runtime.data.tokenized import IGNORED, TokenizedSet
+from qdist.runtime.data.tokenized import TokenizedSet, learned_of_each
 
 _MOST_RANKS = 8
 _MOST_SAMPLES = 1 << 18
@@ -28,7 +28,7 @@ def fullest(tokenized: TokenizedSet, stream: SampleStream, spec: RunSpec) -> tup
     """
     size = spec.global_batch
     order = _first(stream, spec, _MOST_SAMPLES)
-    lengths, learned = tokenized.offsets.diff()[order], _learned(tokenized)[order]
+    lengths, learned = tokenized.offsets.diff()[order], learned_of_each(tokenized)[order].long()
     return tuple(
         _of(lengths.view(-1, ranks, each), learned.view(-1, ranks, each))
         for each in _divisors(size)
@@ -43,8 +43,9 @@ def fills(tokenized: TokenizedSet, stream: SampleStream, spec: RunSpec) -> tuple
     stream: as for `fullest`.
     """
     order = _first(stream, spec, min(_MOST_PACKED, _MOST_STEPS * spec.global_batch))
-    steps: list[list[int]] = tokenized.offsets.diff()[order].view(-1, spec.global_batch).tolist()
-    seq_len = min(spec.seq_len, int(tokenized.offsets.diff().max()))
+    lengths_of_all = tokenized.offsets.diff()
+    steps: list[list[int]] = lengths_of_all[order].view(-1, spec.global_batch).tolist()
+    seq_len = min(spec.seq_len, int(lengths_of_all.max()))
     mean, tokens = len(tokenized.tokens) / len(tokenized), sum(map(sum, steps)) / len(steps)
     found: list[Fill] = []
     for samples in range(1, MOST_COUNTED + 1):
@@ -94,14 +95,6 @@ def _of(lengths: torch.Tensor, learned: torch.Tensor) -> Fullest:
         positions=tuple(samples * padded(longest) for longest in lengths.amax(dim=(0, 2)).tolist()),
         learned=tuple(learned.sum(dim=2).amax(dim=0).tolist()),
     )
-
-
-def _learned(tokenized: TokenizedSet) -> torch.Tensor:
-    """Number of tokens with a loss in each sample; a sample's first token never has one."""
-    counts = (tokenized.labels != IGNORED).to(torch.int64)
-    counts[tokenized.offsets[:-1]] = 0
-    before = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return before[tokenized.offsets[1:]] - before[tokenized.offsets[:-1]]
 
 
 def _divisors(number: int) -> Iterator[int]:

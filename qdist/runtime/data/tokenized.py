@@ -1,30 +1,19 @@
 """A tokenized data set, in memory and as a file that later runs with the same contents memory-map."""
 
-import hashlib
-import json
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import torch
 from safetensors import safe_open
 
-from qdist.core.data.conversation import Conversation, Wording
-from qdist.core.data.reading import Reading
-from qdist.core.data.records import BadRecords, check_format
+from qdist.core.data.conversation import Wording
 from qdist.core.errors import DataError
-from qdist.core.spec.sections import Data
 from qdist.core.text import quoted
-from qdist.host.data.records import reading_for, source_digest
-from qdist.host.data.sources import read_source, sources_of
 from qdist.host.files import replacing, sync
 from qdist.host.opening import require_file, told
-from qdist.runtime.data.encode import Encoder, Sample
-from qdist.runtime.data.wording import Told
-from qdist.runtime.formats.packed_folder import entries_of, write_safetensors
-from qdist.runtime.formats.recorded_sums import is_intact, sealed
+from qdist.runtime.formats.streamed import Stream, is_file_intact, stream_of, write_streams
 
 IGNORED = -100
 """Label of tokens without a loss, as in transformers and torch."""
@@ -64,6 +53,8 @@ class TokenizedSet(NamedTuple):
     labels: torch.Tensor
     offsets: torch.Tensor
     summary: Summary
+    learned: torch.Tensor | None = None
+    """int32 [samples]: how many tokens of each have a loss; None in sets of an older qdist."""
 
     def __len__(self) -> int:
         return self.offsets.numel() - 1
@@ -75,18 +66,36 @@ class TokenizedSet(NamedTuple):
 
 def learned_tokens(tokenized: TokenizedSet, indices: Iterable[int]) -> int:
     """Number of tokens of these samples that have a loss: a sample's first token has nothing to predict it."""
+    if tokenized.learned is not None:
+        return int(tokenized.learned[list(indices)].sum())
     spans = (tokenized.span(index) for index in indices)
     return sum(int((tokenized.labels[span.start + 1 : span.stop] != IGNORED).sum()) for span in spans)
 
 
+def learned_of_each(tokenized: TokenizedSet) -> torch.Tensor:
+    """Number of tokens with a loss in each sample, int32 or int64 [samples]."""
+    if tokenized.learned is not None:
+        return tokenized.learned
+    counts = (tokenized.labels != IGNORED).to(torch.int64)
+    counts[tokenized.offsets[:-1]] = 0
+    before = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return before[tokenized.offsets[1:]] - before[tokenized.offsets[:-1]]
+
+
 def save(tokenized: TokenizedSet, path: Path, *, key: str) -> None:
     """Write the set to a temporary file and rename it to `path`, so that no reader sees a partial one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {"tokens": tokenized.tokens, "labels": tokenized.labels, "offsets": tokenized.offsets}
+    if tokenized.learned is not None:
+        arrays["learned"] = tokenized.learned
     summary = msgspec.json.encode(tokenized.summary).decode()
-    metadata = sealed(arrays, {"key": key, "summary": summary})
+    publish(path, {name: stream_of(own) for name, own in arrays.items()}, {"key": key, "summary": summary})
+
+
+def publish(path: Path, streams: Mapping[str, Stream], metadata: Mapping[str, str]) -> None:
+    """Write a file of tensors beside `path`, a part at a time, and rename it to that."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as (descriptor, _), open(descriptor, "wb", closefd=False) as file:
-        write_safetensors(file, entries_of(arrays), metadata=metadata)
+        write_streams(file, streams, metadata)
     sync(path.parent)
 
 
@@ -96,261 +105,25 @@ def load(path: Path, *, key: str) -> TokenizedSet:
     Raises DataError when the file is damaged or was written for another key.
     """
     gone = quoted("rm", path)
-    require_file(path, DataError, try_=gone)
-    with told(f"{path} is damaged", DataError, try_=gone), safe_open(path, framework="pt", device="cpu") as stored:
-        found = stored.metadata() or {}
-        arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (a handle is not a dict)
-        if not is_intact(arrays, found):
-            raise DataError(f"{path} is damaged: it does not hold the tokens that were written", try_=gone)
-        if found.get("key") != key:
-            raise DataError(f"{path} holds key {found.get('key')}, not {key}", try_=gone)
-        summary = msgspec.json.decode(found["summary"], type=Summary)
-    return TokenizedSet(arrays["tokens"], arrays["labels"], arrays["offsets"], summary)
+    metadata, arrays = read_arrays(path, try_=gone)
+    if metadata.get("key") != key:
+        raise DataError(f"{path} holds key {metadata.get('key')}, not {key}", try_=gone)
+    with told(f"{path} is damaged", DataError, try_=gone):
+        summary = msgspec.json.decode(metadata["summary"], type=Summary)
+    return TokenizedSet(arrays["tokens"], arrays["labels"], arrays["offsets"], summary, arrays.get("learned"))
 
 
-_VERSION = 4
-"""Increment whenever the same records would give other tokens or labels."""
+def read_arrays(path: Path, *, try_: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """The metadata of a file, and its tensors, memory-mapped. Raises DataError if it is damaged."""
+    require_file(path, DataError, try_=try_)
+    with told(f"{path} is damaged", DataError, try_=try_), safe_open(path, framework="pt", device="cpu") as stored:
+        metadata = stored.metadata() or {}
+        if not is_file_intact(path, metadata):
+            raise DataError(f"{path} is damaged: it does not hold the tokens that were written", try_=try_)
+        return metadata, {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (a handle is not a dict)
 
 
-def cached_tokenize(
-    data: Data,
-    tokenizer: Any,
-    *,
-    reading: Reading,
-    seed: int,
-    seq_len: int,
-    train_on_source: bool,
-    folder: Path,
-    rows: int | None = None,
-) -> tuple[TokenizedSet, Path]:
-    """The tokenized set of all sources of a run, one behind another, and its file in `folder`, written if missing.
-
-    seed: chooses the records of sources with a count.
-    folder: where sets are kept, each under its key; ranks may race for it, the files are equal.
-    rows: see `tokenize`.
-    """
-    if reading.format is not None:
-        check_format(reading.format)
-    key = cache_key(data, tokenizer, reading=reading, seed=seed, seq_len=seq_len, train_on_source=train_on_source)
-    path = folder / f"{key}.safetensors"
-    if path.is_file():
-        found = load(path, key=key)
-        if found.summary.bad <= data.skip_bad:
-            return found, path
-    sources = [read_source(source, reading, seed=seed) for source in sources_of(data)]
-    tokenized = tokenize_sources(
-        sources, tokenizer, seq_len=seq_len, train_on_source=train_on_source, rows=rows, skip_bad=data.skip_bad
-    )
-    save(tokenized, path, key=key)
-    return tokenized, path
-
-
-def cache_key(data: Data, tokenizer: Any, *, reading: Reading, seed: int, seq_len: int, train_on_source: bool) -> str:
-    """SHA-256 of everything that determines a tokenized set."""
-    sources = [
-        (
-            source_digest(source.name),
-            source.part.count and [source.part.count, seed],
-            msgspec.to_builtins(reading_for(source.name, reading)),
-        )
-        for source in sources_of(data)
-    ]
-    return _digest([_VERSION, sources, tokenizer_digest(tokenizer), seq_len, train_on_source])
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 of a tokenizer's vocabulary, rules, special tokens and chat template.
-
-    The padding and truncation that a fast tokenizer keeps from its last call are left out.
-    """
-    if tokenizer.is_fast:
-        rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        rules.update(padding=None, truncation=None)
-    else:
-        rules = tokenizer.get_vocab()
-    return _digest([rules, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template])
-
-
-def tokenize(
-    found: Iterable[Conversation | DataError],
-    tokenizer: Any,
-    *,
-    seq_len: int,
-    train_on_source: bool,
-    rows: int | None = None,
-) -> TokenizedSet:
-    """Tokenize for causal training, with the loss on the assistant's turns, or on all with `train_on_source`.
-
-    found: conversations, and errors in place of those that could not be read.
-    tokenizer: a transformers tokenizer; the chat template, where it has one, needs a fast one.
-    seq_len: samples are cut there, on the right. One that has nothing left to learn is dropped and counted.
-    rows: of the embedding; a token behind them has no place in the model.
-
-    Raises DataError when nothing is left at all, and once for all records that cannot be used.
-    """
-    return tokenize_sources((found,), tokenizer, seq_len=seq_len, train_on_source=train_on_source, rows=rows)
-
-
-def tokenize_sources(
-    sources: Sequence[Iterable[Conversation | DataError]],
-    tokenizer: Any,
-    *,
-    seq_len: int,
-    train_on_source: bool,
-    rows: int | None = None,
-    skip_bad: int = 0,
-) -> TokenizedSet:
-    """Tokenize several sources as `tokenize` does one; their samples lie one behind another.
-
-    skip_bad: records that cannot be used and may be left out.
-    """
-    reader = _Pass(tokenizer, seq_len=seq_len, train_on_source=train_on_source, rows=rows)
-    for found in sources:
-        reader.begin_source()
-        for conversation in found:
-            reader.add(conversation)
-    return reader.tokenized(skip_bad)
-
-
-class _Pass:
-    """One pass over all records."""
-
-    def __init__(self, tokenizer: Any, *, seq_len: int, train_on_source: bool, rows: int | None) -> None:
-        self._tokenizer, self._seq_len, self._all, self._rows = tokenizer, seq_len, train_on_source, rows
-        self._tokens, self._labels, self._offsets = array("i"), array("i"), array("q", [0])
-        self._records = self._truncated = self._learned = self._longest_prompt = self._whole = 0
-        self._firsts = list[int]()
-        self._dropped: dict[str, int] = {}
-        self._bad, self._told, self._encoder = BadRecords(), Told(tokenizer), Encoder(tokenizer)
-
-    def begin_source(self) -> None:
-        """Note that the next sample is the first of another source."""
-        self._firsts.append(len(self._offsets) - 1)
-
-    def add(self, conversation: Conversation | DataError) -> None:
-        """Process the next record."""
-        self._records += 1
-        if isinstance(conversation, DataError):
-            self._bad.add(conversation)
-            return
-        self._told.unused |= dict.fromkeys(conversation.unused)
-        if not conversation.learns and not self._all:
-            self._drop(conversation.why_nothing)
-            return
-        try:
-            self._require_no_marks(conversation)
-            encoded = self._encoder.encode(conversation)
-            self._require_rows(conversation, encoded.samples)
-            self._require_one_sample(conversation, encoded.samples)
-        except DataError as error:
-            self._bad.add(error)
-            return
-        if not self._all and not any(True in sample.learn for sample in encoded.samples):
-            self._drop("the answer is empty")  # but for the end of the turn
-            return
-        self._told.add(conversation, encoded)
-        self._truncated += any(len(sample.tokens) > self._seq_len for sample in encoded.samples)
-        learned, tokens = self._learned, len(self._tokens)
-        kept = sum(map(self._keep, encoded.samples))
-        if not kept:
-            self._drop(f"nothing to learn within seq_len={self._seq_len}")
-        # A sample's first token never has a loss.
-        self._whole += bool(kept) and self._learned - learned == len(self._tokens) - tokens - kept
-
-    def tokenized(self, skip_bad: int) -> TokenizedSet:
-        """The set of all kept samples. Raises DataError as `tokenize` does."""
-        self._bad.raise_any(self._records, allowed=skip_bad)
-        if len(self._offsets) == 1:
-            raise self._nothing_left()
-        wording, notes = self._told.summed_up(self._records)
-        summary = Summary(
-            records=self._records,
-            dropped=sum(self._dropped.values()),
-            truncated=self._truncated,
-            tokens=len(self._tokens),
-            learned_tokens=self._learned,
-            whole=self._whole,
-            wording=wording,
-            notes=(*self._bad.notes(self._records), *self._counts(), *notes),
-            firsts=tuple(self._firsts),
-            bad=self._bad.count,
-        )
-        return TokenizedSet(
-            torch.frombuffer(self._tokens, dtype=torch.int32),
-            torch.frombuffer(self._labels, dtype=torch.int32),
-            torch.frombuffer(self._offsets, dtype=torch.int64),
-            summary,
-        )
-
-    def _keep(self, sample: Sample) -> bool:
-        """Truncate and add a sample; whether anything was left to learn."""
-        prompt = sample.learn.index(True) if True in sample.learn else len(sample.tokens)
-        self._longest_prompt = max(self._longest_prompt, prompt)
-        tokens = sample.tokens[: self._seq_len]
-        labels = [token if learn or self._all else IGNORED for token, learn in zip(tokens, sample.learn, strict=False)]
-        count = len(labels[1:]) - labels[1:].count(IGNORED)
-        if count:
-            self._tokens.extend(tokens)
-            self._labels.extend(labels)
-            self._offsets.append(len(self._tokens))
-            self._learned += count
-        return bool(count)
-
-    def _drop(self, reason: str) -> None:
-        self._dropped[reason] = self._dropped.get(reason, 0) + 1
-
-    def _require_no_marks(self, conversation: Conversation) -> None:
-        """Refuse turns that are marked as not learned, because with `train_on_source` everything is."""
-        marked = any(turn.role == "assistant" and not turn.learn and turn.text.strip() for turn in conversation.turns)
-        if self._all and marked:
-            raise DataError(
-                f"{conversation.where}: an answer is marked as not to be learned, and train.train_on_source=true "
-                "learns every token",
-                try_="--set train.train_on_source=false",
-            )
-
-    def _require_one_sample(self, conversation: Conversation, samples: tuple[Sample, ...]) -> None:
-        if self._all and len(samples) > 1:
-            raise DataError(
-                f"{conversation.where}: earlier answers become other text or tokens once later ones follow, so each is "
-                "a sample of its own, and train.train_on_source=true would learn questions twice",
-                try_="--set train.train_on_source=false",
-            )
-
-    def _require_rows(self, conversation: Conversation, samples: tuple[Sample, ...]) -> None:
-        for sample in samples:
-            largest = max(sample.tokens, default=0)
-            if self._rows is not None and largest >= self._rows:
-                token = self._tokenizer.convert_ids_to_tokens(largest)
-                raise DataError(
-                    f"{conversation.where}: {token!r} is token {largest:,}, and the model has {self._rows:,} rows",
-                    try_=f"records without {token!r}, or the tokenizer that belongs to these weights",
-                )
-
-    def _counts(self) -> Iterator[str]:
-        if self._truncated:
-            yield f"{self._truncated:,} of {self._records:,} records were cut at seq_len={self._seq_len}"
-        for reason, count in self._dropped.items():
-            yield f"{count:,} of {self._records:,} records were dropped: {reason}"
-        if self._whole and not self._all:
-            yield f"every token of {self._whole:,} of {self._records:,} records has a loss: nothing in them is given"
-
-    def _nothing_left(self) -> DataError:
-        if not self._records:
-            return DataError("the data holds no conversation")
-        cut = f"nothing to learn within seq_len={self._seq_len}"
-        if self._dropped.get(cut) == self._records:
-            return DataError(
-                f"all {self._records} records were dropped: none has a token to learn within seq_len={self._seq_len}; "
-                f"the longest prompt has {self._longest_prompt} tokens",
-                try_=f"seq_len above {self._longest_prompt}",
-            )
-        reasons = ", ".join(f"{reason} ({count:,})" for reason, count in self._dropped.items())
-        alone = next(iter(self._dropped)) if len(self._dropped) == 1 else reasons
-        return DataError(
-            f"all {self._records} records were dropped: {alone}", try_="records with an answer that is to be learned"
-        )
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def metadata_of(path: Path) -> dict[str, str]:
+    """The metadata of a file, which is not read any further."""
+    with told(f"{path} is damaged", DataError, try_=quoted("rm", path)), safe_open(path, framework="pt") as stored:
+        return stored.metadata() or {}

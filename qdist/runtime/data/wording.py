@@ -1,12 +1,12 @@
 """How records were worded, collected over a pass; and prompts written in the same way."""
 
-from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Hashable, Iterable, Iterator
+from typing import Any, TypeVar
 
+import msgspec
 from msgspec.structs import replace
 
-from qdist.core.data.conversation import HUMAN, Conversation, Style, Turn, Way, Wording, template_of
+from qdist.core.data.conversation import HUMAN, Conversation, Role, Style, Turn, Way, Wording, template_of
 from qdist.core.data.templates import NamedTemplate, jinja_of
 from qdist.core.errors import DataError, ModelError
 from qdist.core.text import counted
@@ -14,42 +14,66 @@ from qdist.runtime.data.chat_template import prompt_text, require_template
 from qdist.runtime.data.encode import Encoded, End, opening, prompt_of_segments
 from qdist.runtime.data.messages import THOUGHT_END
 
+Key = TypeVar("Key", bound=Hashable)
+
 _MARKED, _NEXT = "qdist-one-answer", "qdist-next-question"
+
+
+class WordingCounts(msgspec.Struct):
+    """What the records of a pass have in common, counted; keys are in the order of the first record that has them."""
+
+    unused: dict[str, int] = {}
+    """Records by keys of theirs that are not used."""
+    formats: dict[str, int] = {}
+    ways: dict[tuple[Way, str, bool], int] = {}
+    """Records by style, gap, and whether they hold the whole text."""
+    ends: dict[End, int] = {}
+    leads: dict[str, int] = {}
+    left_out: dict[Role, int] = {}
+    notes: dict[str, int] = {}
+    """Records by what is to be said of how they were read."""
+    thoughts: int = 0
+    doubled: int = 0
+    toolless: int = 0
+    """Records whose tools the chat template does not write."""
+    apart: int = 0
+    """Records that give several samples."""
 
 
 class Told:
     """What the records of a pass have in common, and what to tell the user about their wording."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self.unused: dict[str, None] = {}
-        self._read = Counter[str]()
-        self._formats, self._ways = Counter[str](), Counter[tuple[Way, str, bool]]()
-        self._answer_ends, self._leads = Counter[End](), Counter[str]()
-        self._left_out = Counter[str]()
-        self._thoughts = self._doubled = self._apart = self._toolless = 0
+    def __init__(self, tokenizer: Any, counts: WordingCounts | None = None) -> None:
+        """counts: of earlier records."""
+        self._tokenizer, self.counts = tokenizer, counts or WordingCounts()
+
+    def add_unused(self, conversation: Conversation) -> None:
+        """Count the keys of a record, used or not, that are not used."""
+        count_up(self.counts.unused, conversation.unused)
 
     def add(self, conversation: Conversation, encoded: Encoded) -> None:
         """Count a record that is used."""
-        self._formats[conversation.format] += 1
-        self._read.update(conversation.notes)
+        counts = self.counts
         style: Way = "chat" if encoded.chat else conversation.style
-        self._ways[style, "\n" if encoded.chat else conversation.gap, conversation.verbatim] += 1
-        self._answer_ends.update(encoded.ends)
-        self._leads.update(encoded.leads)
-        self._left_out.update(encoded.left_out)
-        self._thoughts += encoded.thoughts
-        self._doubled += encoded.doubled
-        self._toolless += encoded.toolless
-        self._apart += len(encoded.samples) > 1
+        count_up(counts.formats, (conversation.format,))
+        count_up(counts.notes, conversation.notes)
+        count_up(counts.ways, ((style, "\n" if encoded.chat else conversation.gap, conversation.verbatim),))
+        count_up(counts.ends, encoded.ends)
+        count_up(counts.leads, encoded.leads)
+        count_up(counts.left_out, sorted(encoded.left_out))
+        counts.thoughts += encoded.thoughts
+        counts.doubled += encoded.doubled
+        counts.toolless += encoded.toolless
+        counts.apart += len(encoded.samples) > 1
 
     def summed_up(self, records: int) -> tuple[Wording, tuple[str, ...]]:
         """The wording of most records, and notes."""
-        style, gap, raw = self._ways.most_common(1)[0][0]
+        counts = self.counts
+        style, gap, raw = _by_number(counts.ways)[0]
         heading = HUMAN if raw and style == "headings" else ""
         ends, end_text = self._ends() if style == "chat" else ({self._tokenizer.eos_token_id}, heading)
         wording = Wording(
-            format=", ".join(name for name, _ in self._formats.most_common()),
+            format=", ".join(_by_number(counts.formats)),
             style=style,
             gap=gap,
             raw=raw,
@@ -64,13 +88,14 @@ class Told:
 
         Nothing, if answers begin in several ways and a model has to choose one: only a closed thought is no choice.
         """
-        lead = self._leads.most_common(1)[0][0] if self._leads else ""
-        return lead if len(self._leads) == 1 or THOUGHT_END in lead else ""
+        leads = self.counts.leads
+        lead = _by_number(leads)[0] if leads else ""
+        return lead if len(leads) == 1 or THOUGHT_END in lead else ""
 
     def _ends(self) -> tuple[set[int], str]:
         """Tokens that end answers, and the text that does if it is not a single token."""
-        ends, text = {own.token for own in self._answer_ends if own.token is not None}, ""
-        for own, _ in self._answer_ends.most_common():
+        ends, text = {own.token for own in self.counts.ends if own.token is not None}, ""
+        for own in _by_number(self.counts.ends):
             if own.token is None:
                 text = text or own.mark or self._next_header()
         if self._is_unmarked():
@@ -79,7 +104,7 @@ class Told:
 
     def _is_unmarked(self) -> bool:
         """Whether answers end with only white space."""
-        return any(not own.mark for own in self._answer_ends)
+        return any(not own.mark for own in self.counts.ends)
 
     def _next_header(self) -> str:
         """What the template writes between an answer and the next question, if answers end with white space."""
@@ -91,37 +116,38 @@ class Told:
         return text.partition(_MARKED)[2].partition(_NEXT)[0].strip()
 
     def _notes(self, wording: Wording, records: int) -> Iterator[str]:
-        total = f"of {records:,} records"
-        if self.unused:
-            yield f"not used: {', '.join(self.unused)}"
-        for note, count in self._read.items():
+        counts, total = self.counts, f"of {records:,} records"
+        if counts.unused:
+            yield f"not used: {', '.join(counts.unused)}"
+        for note, count in counts.notes.items():
             yield f"{note}: in {count:,} {total}"
-        if len(self._ways) > 1:
+        if len(counts.ways) > 1:
             ways = ", ".join(
-                f"{count:,} {Wording(style=style, gap=gap, raw=raw)}" for (style, gap, raw), count in self._ways.items()
+                f"{count:,} {Wording(style=style, gap=gap, raw=raw)}"
+                for (style, gap, raw), count in counts.ways.items()
             )
             yield f"records are worded in several ways ({ways}); prompts will be in the first: {wording}"
         yield from self._end_notes(wording)
-        for role, count in self._left_out.items():
+        for role, count in counts.left_out.items():
             yield f"the chat template leaves out turns of the {role}'s: in {count:,} {total}"
-        if self._thoughts:
+        if counts.thoughts:
             yield (
-                f"the chat template leaves out the reasoning of {counted(self._thoughts, 'answer')}, which is learned "
+                f"the chat template leaves out the reasoning of {counted(counts.thoughts, 'answer')}, which is learned "
                 "as the records have it"
             )
-        if self._toolless:
+        if counts.toolless:
             yield (
-                f"the chat template does not write which tools there are: in {self._toolless:,} {total}, whose calls "
+                f"the chat template does not write which tools there are: in {counts.toolless:,} {total}, whose calls "
                 "are learned without; --set data.template=chatml writes them"
             )
-        if self._doubled:
-            yield f"{counted(self._doubled, 'answer')} held the end of the turn already: it is written once"
-        if self._apart:
+        if counts.doubled:
+            yield f"{counted(counts.doubled, 'answer')} held the end of the turn already: it is written once"
+        if counts.apart:
             yield (
-                f"{self._apart:,} {total} give a sample for each answer: earlier answers become other text or tokens "
+                f"{counts.apart:,} {total} give a sample for each answer: earlier answers become other text or tokens "
                 "once later ones follow"
             )
-        for lead, count in self._leads.items():
+        for lead, count in counts.leads.items():
             if lead:
                 yield f"{lead!r} stands before {counted(count, 'answer')}: it is given, not learned"
 
@@ -137,6 +163,17 @@ class Told:
                 f"answers also end where {wording.end_text!r} follows, which is not a single token: generation stops "
                 "there, other programs need it as a stop string"
             )
+
+
+def count_up(counts: dict[Key, int], keys: Iterable[Key]) -> None:
+    """Count each of the keys once more."""
+    for key in keys:
+        counts[key] = counts.get(key, 0) + 1
+
+
+def _by_number(counts: dict[Key, int]) -> list[Key]:
+    """The keys, those counted most often first."""
+    return sorted(counts, key=lambda key: -counts[key])
 
 
 def usual_wording(tokenizer: Any) -> Wording:

@@ -9,7 +9,7 @@ tokenizer and generation files      as the source has them
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,10 +28,11 @@ from qdist.host.terminal import say
 from qdist.runtime.formats.checksum import Sums, require_sums, tensor_checksum
 
 MANIFEST = "qdist.json"
-_NAMES = {
+NAMES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.uint8: "U8",
     torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
 }  # fmt: skip
+"""safetensors' names of types."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -91,7 +92,7 @@ def entries_of(tensors: Mapping[str, torch.Tensor]) -> list[Entry]:
 
 def stored_entries(folder: Path, file: str, sums: Sums | None = None) -> list[Entry]:
     """The tensors of a file, each read when it is written. sums: see `read_tensor`."""
-    kinds = {name: dtype for dtype, name in _NAMES.items()}
+    kinds = {name: dtype for dtype, name in NAMES.items()}
     with opened(folder / file) as handle:
         parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  (a handle is not a dict)
         return [
@@ -177,8 +178,8 @@ def write_safetensors(
     safetensors' own `save_file` first copies every tensor into memory, puts metadata in an order of chance, and writes
     into a file of a name of its own beside, which a kill leaves there.
     """
-    ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
-    header, checksums = _header(ordered, {"format": "pt", **(metadata or {})}), {}
+    ordered = in_order(entries)
+    header, checksums = header_of(ordered, {"format": "pt", **(metadata or {})}), {}
     file.write(header)
     for entry in ordered:
         value = entry.make().detach().to("cpu", entry.dtype).contiguous()
@@ -192,13 +193,21 @@ def write_safetensors(
     return Written(len(header) + tensor_bytes, tensor_bytes, checksums)
 
 
-def _header(entries: list[Entry], metadata: Mapping[str, str]) -> bytes:
-    """safetensors' header: its length in 8 bytes, then JSON padded with spaces to a multiple of 8 bytes."""
+def in_order(entries: Iterable[Entry]) -> list[Entry]:
+    """The order in which a file has its tensors: those of wide types first, so that each begins at a multiple."""
+    return sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
+
+
+def header_of(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+    """safetensors' header of tensors in this order.
+
+    It is its length in 8 bytes, then JSON padded with spaces to a multiple of 8 bytes.
+    """
     table: dict[str, object] = {"__metadata__": metadata}
     start = 0
     for entry in entries:
         offsets = [start, start + entry.bytes]
-        table[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+        table[entry.name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
         start += entry.bytes
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -138,9 +139,23 @@ _WRITTEN_BY_ALL = "format"
 """Metadata key that safetensors readers expect, whoever wrote the file."""
 
 
+class Held(NamedTuple):
+    """What a file holds of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    sums: tuple[int, int]
+    """`qdist.runtime.formats.checksum` of its bytes."""
+
+
 def sealed(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """The metadata of a file with these tensors, including a digest of both."""
-    return {**metadata, _SEAL: _digest(tensors, metadata)}
+    return sealed_by_sums(_held(tensors), metadata)
+
+
+def sealed_by_sums(held: Mapping[str, Held], metadata: Mapping[str, str]) -> dict[str, str]:
+    """`sealed` for tensors that are not in memory."""
+    return {**metadata, _SEAL: _digest(held, metadata)}
 
 
 def is_intact(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bool:
@@ -148,7 +163,12 @@ def is_intact(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) 
 
     metadata: its own.
     """
-    return _SEAL not in metadata or metadata[_SEAL] == _digest(tensors, metadata)
+    return is_intact_by_sums(_held(tensors), metadata)
+
+
+def is_intact_by_sums(held: Mapping[str, Held], metadata: Mapping[str, str]) -> bool:
+    """`is_intact` for tensors that are not in memory."""
+    return _SEAL not in metadata or metadata[_SEAL] == _digest(held, metadata)
 
 
 def config_seal(config: str) -> dict[str, str]:
@@ -174,7 +194,11 @@ def require_adapter(folder: Path, *, run: Path | None = None) -> None:
         raise RunError(f"{folder / ADAPTER_CONFIG} does not say what was gathered", try_=gather)
 
 
-def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+def _held(tensors: Mapping[str, torch.Tensor]) -> dict[str, Held]:
+    return {name: Held(own.dtype, tuple(own.shape), tensor_checksum(own)) for name, own in tensors.items()}
+
+
+def _digest(tensors: Mapping[str, Held], metadata: Mapping[str, str]) -> str:
     said = sorted((key, value) for key, value in metadata.items() if key not in (_SEAL, _WRITTEN_BY_ALL))
-    held = [(name, str(own.dtype), list(own.shape), tensor_checksum(own)) for name, own in sorted(tensors.items())]
+    held = [(name, str(own.dtype), list(own.shape), own.sums) for name, own in sorted(tensors.items())]
     return hashlib.sha256(json.dumps([said, held]).encode()).hexdigest()

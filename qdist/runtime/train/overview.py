@@ -1,10 +1,10 @@
 """Reads a data set as training would, and tells what is in it."""
 
 import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import groupby, islice
-from pathlib import Path
+from itertools import groupby
 from statistics import median
 from typing import Any
 
@@ -21,9 +21,10 @@ from qdist.host.data.chat_templates import find_template
 from qdist.host.data.sources import DataSource, data_notes, parts_of, read_source, sources_of
 from qdist.host.sources.models import locate
 from qdist.runtime.data.chat_template import require_template
-from qdist.runtime.data.encode import Encoded, Encoder, Sample
 from qdist.runtime.data.stream import divide
-from qdist.runtime.data.tokenizer import open_tokenizer, repair
+from qdist.runtime.data.tokenized import IGNORED
+from qdist.runtime.data.tokenizer import open_tokenizer, repair, text_settings
+from qdist.runtime.data.tokenizing import RecordPass, SampleArrays, SampleRules, Tally, notes_of, sample_rules
 from qdist.runtime.data.wording import Told, give_template
 from qdist.runtime.model.classes import content_of
 from qdist.runtime.model.skeleton import open_config
@@ -34,27 +35,30 @@ _NAMED = 3
 
 def run(request: ShowData) -> Overview:
     """Handle a request to show data."""
-    tokenizer = _tokenizer_of(request.spec) if request.spec.model else None
-    return overview(request.spec, tokenizer, samples=request.samples, limit=request.limit)
+    spec = request.spec
+    tokenizer, rules = _tokenizer_of(spec) if spec.model else (None, None)
+    return overview(spec, tokenizer, rules, samples=request.samples, limit=request.limit)
 
 
-def _tokenizer_of(spec: RunSpec) -> Any:
-    """The tokenizer that training would use. Raises ModelError as `prepare` does."""
-    folder: Path = materialize(locate(spec.model), trusted=spec.trust_remote_code)
+def _tokenizer_of(spec: RunSpec) -> tuple[Any, SampleRules]:
+    """The tokenizer that training would use, and what decides its samples. Raises ModelError as `prepare` does."""
+    folder = materialize(locate(spec.model), trusted=spec.trust_remote_code)
+    config: dict[str, Any] = content_of(open_config(folder))
     tokenizer = open_tokenizer(folder, f"{spec.model} has no tokenizer to read data with")
-    repair(tokenizer, content_of(open_config(folder)), new_tokens=spec.new_tokens)
+    repaired = repair(tokenizer, config, new_tokens=spec.new_tokens)
     if spec.data.template:
         give_template(tokenizer, find_template(spec.data.template))
     require_template(tokenizer)
-    return tokenizer
+    return tokenizer, sample_rules(spec, rows=repaired.rows or int(text_settings(config)["vocab_size"]))
 
 
-def overview(spec: RunSpec, tokenizer: Any, *, samples: int, limit: int | None) -> Overview:
+def overview(spec: RunSpec, tokenizer: Any, rules: SampleRules | None, *, samples: int, limit: int | None) -> Overview:
     """What the records of a spec's data come to.
 
-    tokenizer: None to count characters. samples: how many to show. limit: records to look at; None for all.
+    tokenizer, rules: None to count characters. samples: how many to show. limit: records of a source to look at; None
+    for all.
     """
-    found, reading = _Pass(spec, tokenizer, samples), reading_of(spec.data, spec.format)
+    found, reading = _Look(spec, tokenizer, rules, samples), reading_of(spec.data, spec.format)
     for source in sources_of(spec.data):
         found.begin(source)
         for number, conversation in enumerate(read_source(source, reading, seed=spec.seed)):
@@ -65,18 +69,16 @@ def overview(spec: RunSpec, tokenizer: Any, *, samples: int, limit: int | None) 
     return found.told()
 
 
-class _Pass:
-    """One pass over the records."""
+class _Look:
+    """One look at all records."""
 
-    def __init__(self, spec: RunSpec, tokenizer: Any, samples: int) -> None:
-        self._spec, self._tokenizer, self._wanted = spec, tokenizer, samples
-        self._encoder = Encoder(tokenizer) if tokenizer else None
-        self._wording = Told(tokenizer) if tokenizer else None
-        self._bad, self._formats, self._dropped = BadRecords(), Counter[str](), Counter[str]()
-        self._unused: dict[str, None] = {}
+    def __init__(self, spec: RunSpec, tokenizer: Any, rules: SampleRules | None, samples: int) -> None:
+        self._spec, self._tokenizer, self._rules, self._wanted = spec, tokenizer, rules, samples
+        self._reader = RecordPass(tokenizer, rules) if rules else None
+        self._bad, self._formats, self._unread = BadRecords(), Counter[str](), Counter[str]()
         self._first: dict[bytes, str] = {}
         self._twice = list[tuple[str, str]]()
-        self._shown, self._lengths, self._cut_by, self._digests = list[Shown](), list[int](), list[int](), list[bytes]()
+        self._shown, self._lengths, self._digests = list[Shown](), array("q"), list[bytes]()
         self._records = self._learned = self._duplicates = 0
         self._sources, self._firsts = list[DataSource](), list[int]()
         self.whole = True
@@ -90,31 +92,20 @@ class _Pass:
     def add(self, conversation: Conversation | DataError) -> None:
         """Look at the next record."""
         self._records += 1
-        if isinstance(conversation, DataError):
+        bad = self._reader.tally.bad if self._reader else 0
+        if self._reader:
+            self._reader.add(conversation)
+        elif isinstance(conversation, DataError):
             self._bad.add(conversation)
+        if isinstance(conversation, DataError) or (self._reader and self._reader.tally.bad > bad):
             return
-        try:
-            encoded = self._encoded(conversation)
-        except DataError as error:
-            self._bad.add(error)
-            return
-        self._formats[conversation.format] += 1
-        self._unused |= dict.fromkeys(conversation.unused)
         digest = _digest(conversation)
         self._compare(digest, conversation.where)
-        if not conversation.learns and not self._spec.train.train_on_source:
-            self._dropped[conversation.why_nothing] += 1
-            return
-        if encoded is None:
+        self._formats[conversation.format] += 1
+        if self._reader:
+            self._add_samples(self._reader, conversation, digest)
+        else:
             self._add_text(conversation, digest)
-            return
-        if self._wording:
-            self._wording.add(conversation, encoded)
-        for sample in encoded.samples:
-            self._add_sample(conversation, sample, digest)
-
-    def _encoded(self, conversation: Conversation) -> Encoded | None:
-        return self._encoder.encode(conversation) if self._encoder else None
 
     def _compare(self, digest: bytes, where: str) -> None:
         before = self._first.setdefault(digest, where)
@@ -123,32 +114,30 @@ class _Pass:
             if len(self._twice) < _NAMED:
                 self._twice.append((where, before))
 
-    def _add_sample(self, conversation: Conversation, sample: Sample, digest: bytes) -> None:
-        length, most = len(sample.tokens), self._spec.seq_len
-        learn = [True] * length if self._spec.train.train_on_source else sample.learn
-        learned = sum(learn[1:most])  # a sample's first token never has a loss
-        if not learned:
-            self._dropped[f"nothing to learn within seq_len={most}"] += 1
-            return
-        self._count(length, learned, digest)
-        if length > most:
-            self._cut_by.append(length - most)
-        if len(self._shown) < self._wanted:
-            pieces = tuple(self._pieces(sample.tokens[:most], learn))
-            self._shown.append(
-                Shown(
-                    where=conversation.where, tokens=length, learned=learned, pieces=pieces, cut=max(0, length - most)
-                )
-            )
+    def _add_samples(self, reader: RecordPass, conversation: Conversation, digest: bytes) -> None:
+        """Count and show the samples of a record, which the reader then forgets."""
+        found, stop = reader.samples, 0
+        reader.samples = SampleArrays()
+        for length, learned in zip(found.lengths, found.learned, strict=True):
+            start, stop = stop, stop + length
+            own = digest if len(found.lengths) == 1 else _digest_of(found.tokens[start:stop])
+            self._count(length, learned, own)
+            if len(self._shown) < self._wanted:
+                learn = [label != IGNORED for label in found.labels[start:stop]]
+                pieces = tuple(self._pieces(found.tokens[start:stop].tolist(), learn))
+                self._shown.append(Shown(where=conversation.where, tokens=length, learned=learned, pieces=pieces))
 
     def _add_text(self, conversation: Conversation, digest: bytes) -> None:
         """Count a record in characters, worded without a chat template."""
+        if conversation.tools or any(turn.calls or turn.role == "tool" for turn in conversation.turns):
+            self._unread["tools are written by chat templates alone: --model shows them"] += 1
+            return
         pieces = tuple(Piece(part.text, part.learn) for part in conversation.segments())
-        self._count(
-            sum(len(piece.text) for piece in pieces),
-            sum(len(piece.text) for piece in pieces if piece.learned),
-            digest,
-        )
+        learned = sum(len(piece.text) for piece in pieces if piece.learned)
+        if not learned:
+            self._unread[conversation.why_nothing] += 1
+            return
+        self._count(sum(len(piece.text) for piece in pieces), learned, digest)
         if len(self._shown) < self._wanted:
             self._shown.append(Shown(where=conversation.where, tokens=0, learned=0, pieces=pieces))
 
@@ -160,7 +149,7 @@ class _Pass:
     def _pieces(self, tokens: list[int], learn: list[bool]) -> Iterator[Piece]:
         """Text of runs of tokens that are alike; a character of several tokens is of the run that it ends in."""
         at, before = 0, ""
-        for learned, group in groupby(learn[: len(tokens)]):
+        for learned, group in groupby(learn):
             at += len(list(group))
             text = self._tokenizer.decode(tokens[:at], clean_up_tokenization_spaces=False)
             whole = text.rstrip("\ufffd") if at < len(tokens) else text
@@ -170,8 +159,12 @@ class _Pass:
     def told(self) -> Overview:
         """What was seen."""
         held_out, overlap = self._overlap()
-        wording, notes = self._wording.summed_up(self._records) if self._wording and self._lengths else (None, ())
-        errors = self._bad.first
+        tally = self._reader.tally if self._reader else Tally()
+        lost = self._reader.lost if self._reader else array("q")
+        bad = tally.bad_records() if self._reader else self._bad
+        wording, notes = (
+            Told(self._tokenizer, tally.wording).summed_up(tally.records) if tally.wording.ways else (None, ())
+        )
         return Overview(
             source=self._spec.data.path,
             records=self._records,
@@ -187,19 +180,19 @@ class _Pass:
             longest=max(self._lengths, default=0),
             length=sum(self._lengths),
             learned=self._learned,
-            cut=len(self._cut_by),
-            cut_median=round(median(self._cut_by)) if self._cut_by else 0,
-            cut_most=max(self._cut_by, default=0),
-            dropped=tuple(self._dropped.most_common()),
+            cut=len(lost),
+            cut_median=round(median(lost)) if lost else 0,
+            cut_most=max(lost, default=0),
+            dropped=tuple(self._unread.most_common()),
             duplicates=self._duplicates,
             first_duplicates=tuple(self._twice),
             held_out=held_out,
             overlap=overlap,
-            bad=self._bad.count,
-            first_bad=tuple(error.message for error in errors),
-            bad_try=next((error.try_ for error in errors if error.try_), ""),
+            bad=bad.count,
+            first_bad=tuple(error.message for error in bad.first),
+            bad_try=next((error.try_ for error in bad.first if error.try_), ""),
             allowed_bad=self._spec.data.skip_bad,
-            notes=tuple(self._notes(notes)),
+            notes=tuple(self._notes((*(notes_of(tally, self._rules) if self._rules else ()), *notes))),
         )
 
     def _overlap(self) -> tuple[int, int]:
@@ -219,11 +212,13 @@ class _Pass:
         yield from data_notes(self._spec.data)
         if self._bad_split:
             yield self._bad_split
-        if self._unused:
-            yield f"not used: {', '.join(islice(self._unused, 20))}"
         yield from of_wording
 
 
 def _digest(conversation: Conversation) -> bytes:
     """Equal for conversations that say the same in the same turns, wherever they come from."""
-    return hashlib.blake2b(msgspec.json.encode((conversation.turns, conversation.tools)), digest_size=8).digest()
+    return _digest_of(msgspec.json.encode((conversation.turns, conversation.tools)))
+
+
+def _digest_of(content: "bytes | array[int]") -> bytes:
+    return hashlib.blake2b(content, digest_size=8).digest()

@@ -34,8 +34,9 @@ def prepare(spec: RunSpec) -> Prepared:
     from qdist.runtime.data.fullness import fills, fullest, row_fills
     from qdist.runtime.data.overlap import overlap_note
     from qdist.runtime.data.stream import divide, stream_of
-    from qdist.runtime.data.tokenized import cached_tokenize
+    from qdist.runtime.data.token_cache import cached_tokenize
     from qdist.runtime.data.tokenizer import open_tokenizer, repair, text_settings
+    from qdist.runtime.data.tokenizing import sample_rules
     from qdist.runtime.data.wording import give_template, keep_wording, require_worded
     from qdist.runtime.formats.recorded_sums import digest_of_folder
     from qdist.runtime.model.classes import content_of
@@ -54,12 +55,10 @@ def prepare(spec: RunSpec) -> Prepared:
     tokenized, path = cached_tokenize(
         spec.data,
         tokenizer,
+        sample_rules(spec, rows=repaired.rows or int(text_settings(config)["vocab_size"])),
         reading=reading_of(spec.data, spec.format),
         seed=spec.seed,
-        seq_len=spec.seq_len,
-        train_on_source=spec.train.train_on_source,
         folder=cache_dir("tokens"),
-        rows=repaired.rows or int(text_settings(config)["vocab_size"]),
     )
     summary = tokenized.summary
     if template:

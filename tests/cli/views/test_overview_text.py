@@ -28,7 +28,7 @@ def test_an_overview_names_everything_that_was_found() -> None:
         " 4 to  7  ████████████████████████████████████████ 3",
         " 8 to 11  ██████████████                           1",
         "learned  6 of 24 tokens (25 %)",
-        "cut      1 of 4 samples at seq_len=8, by 3 tokens in the median, 3 at most",
+        "cut      1 record: 3 tokens lost in the median, 3 at most",
         "",
         "dropped  1 of 5: the answer is empty",
         "twice    1 record with the words of an earlier one: d.jsonl:3 = d.jsonl:1",

@@ -230,6 +230,12 @@ def test_a_bad_value_is_refused_with_its_key_and_the_choices(layer: dict[str, An
         ({"compute": "fp8", "bits": 16}, "compute=fp8 is for 4-bit and GPTQ backbones, not for one of 16 bits, whose "
          "weights would be rounded anew for every product", "--bits 4"),
         ({"steps": 10, "epochs": 3}, "steps=10 and epochs=3 both say how long to train", "--set epochs=auto"),
+        ({"seq_len": 512, "data": {"source_max_len": 16, "target_max_len": 512}},
+         "data.source_max_len=16 and data.target_max_len=512 give samples of up to 528 tokens, and seq_len=512 cuts "
+         "them before that", "--set seq_len=528"),
+        ({"seq_len": 512, "data": {"target_max_len": 600}},
+         "data.target_max_len=600 give samples of up to 600 tokens, and seq_len=512 cuts them before that",
+         "--set seq_len=600"),
         ({"micro_batch": 5, "global_batch": 16}, "global_batch=16 is not a multiple of micro_batch=5",
          "--set micro_batch=4"),
         ({"zero": {"stage": 3, "offload": "cpu"}}, "zero.offload=cpu comes with ZeRO stage 2, not 3",
@@ -273,6 +279,7 @@ def test_settings_that_contradict_each_other_are_refused(layer: dict[str, Any], 
 @pytest.mark.parametrize(
     "layer",
     [
+        {"seq_len": 528, "data": {"source_max_len": 16, "target_max_len": 512}},
         {"bits": 8, "quant": {"type": "nf4", "double": True}},
         {"zero": {"offload": "cpu"}},
         {"zero": {"stage": 2, "offload": "cpu"}},

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from qdist.core.errors import DataError
+from qdist.host.data import files
 from qdist.host.data.compressed import COMPRESSIONS, can_read
 from qdist.host.data.files import check_file, file_records, form_of
 
@@ -81,3 +82,17 @@ def test_text_is_a_document_unless_it_holds_records(tmp_path: Path, content: str
     path = tmp_path / "d.txt"
     path.write_text(content)
     assert form_of(path).kind == kind
+
+
+def test_a_long_text_is_several_documents_each_up_to_the_end_of_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_LONGEST_TEXT", 8)
+    path = tmp_path / "d.txt"
+    path.write_text("one two three\nfour\nfive and one line of words\n")
+    located = [(where.removeprefix(str(path)), record) for where, record in file_records(path)]
+    assert located == [
+        ("", {"text": "one two three\n"}),
+        (", part 2", {"text": "four\nfive and on"}),
+        (", part 3", {"text": "e line of words\n"}),
+    ]

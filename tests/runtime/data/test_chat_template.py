@@ -9,7 +9,8 @@ from qdist.core.data.conversation import Conversation
 from qdist.core.data.records import conversations
 from qdist.core.errors import DataError, ModelError
 from qdist.runtime.data.chat_template import prompt_text, require_template
-from qdist.runtime.data.tokenized import IGNORED, TokenizedSet, tokenize
+from qdist.runtime.data.tokenized import IGNORED, TokenizedSet
+from qdist.runtime.data.tokenizing import SampleRules, tokenize
 from qdist.runtime.data.wording import encode_prompt
 from tests.runtime.family_templates import FAMILIES, family_tokenizer, pieces_tokenizer
 
@@ -27,7 +28,7 @@ def conversation(*messages: dict[str, Any], **beside: Any) -> Conversation:
 
 
 def trained(tokenizer: Any, *found: Conversation) -> TokenizedSet:
-    return tokenize(found, tokenizer, seq_len=4096, train_on_source=False)
+    return tokenize(found, tokenizer, SampleRules(seq_len=4096))
 
 
 def learned(tokenized: TokenizedSet, tokenizer: Any) -> list[str]:
@@ -435,9 +436,10 @@ def test_all_records_that_cannot_be_used_are_counted_and_three_are_named() -> No
     good = conversation(*ONE)
     with pytest.raises(DataError) as caught:
         tokenize(
-            [*bad, good, DataError("d.jsonl:9: invalid JSON")], family_tokenizer("gemma"), seq_len=64,
-            train_on_source=False,
-        )  # fmt: skip
+            [*bad, good, DataError("d.jsonl:9: invalid JSON")],
+            family_tokenizer("gemma"),
+            SampleRules(seq_len=64),
+        )
     lines = caught.value.message.split("\n  ")
     assert lines[0] == "8 of 9 records cannot be used"
     assert [line.partition(": ")[0] for line in lines[1:4]] == ["d.jsonl:1", "d.jsonl:2", "d.jsonl:3"]
@@ -446,19 +448,17 @@ def test_all_records_that_cannot_be_used_are_counted_and_three_are_named() -> No
 
 def test_learning_everything_never_learns_what_is_marked_not_to_be() -> None:
     with pytest.raises(DataError, match="an answer is marked as not to be learned"):
-        tokenize([conversation(*MARKED)], family_tokenizer("chatml"), seq_len=64, train_on_source=True)
+        tokenize([conversation(*MARKED)], family_tokenizer("chatml"), SampleRules(seq_len=64, train_on_source=True))
     with pytest.raises(DataError, match="each is a sample of its own"):
-        tokenize([conversation(*TWO)], family_tokenizer("qwen3"), seq_len=64, train_on_source=True)
+        tokenize([conversation(*TWO)], family_tokenizer("qwen3"), SampleRules(seq_len=64, train_on_source=True))
 
 
 def test_a_token_that_the_model_has_no_row_for_is_refused() -> None:
     tokenizer = family_tokenizer("chatml")
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    rules = SampleRules(seq_len=64, rows=len(tokenizer) - 1)
     with pytest.raises(DataError, match=r"d\.jsonl:1: '<pad>' is token \d+, and the model has \d+ rows"):
-        tokenize(
-            [conversation(u("q"), a("A <pad> meal"))], tokenizer, seq_len=64, train_on_source=False,
-            rows=len(tokenizer) - 1,
-        )  # fmt: skip
+        tokenize([conversation(u("q"), a("A <pad> meal"))], tokenizer, rules)
 
 
 def test_with_pad_as_end_of_text_the_end_is_learned() -> None:

@@ -11,7 +11,8 @@ from qdist.core.data.templates import TEMPLATES, NamedTemplate
 from qdist.core.errors import DataError, ModelError, SpecError
 from qdist.core.spec.sections import Data
 from qdist.host.data.chat_templates import find_template
-from qdist.runtime.data.tokenized import cache_key
+from qdist.runtime.data.token_cache import cache_key
+from qdist.runtime.data.tokenizing import SampleRules
 from qdist.runtime.data.wording import encode_prompt, give_template, require_worded
 from tests.runtime.data.test_chat_template import learned, trained
 from tests.runtime.data.test_tokenized import tiny_tokenizer
@@ -101,7 +102,7 @@ def test_the_cached_tokens_are_of_one_template(tmp_path: Path) -> None:
     for name in ("belle", "ziya"):
         tokenizer = given(name)[0]
         data = Data(path=str(source))
-        keys.add(cache_key(data, tokenizer, reading=Reading(), seed=0, seq_len=16, train_on_source=False))
+        keys.add(cache_key(data, tokenizer, SampleRules(seq_len=16), reading=Reading(), seed=0))
     assert len(keys) == 2
 
 

@@ -11,7 +11,8 @@ import pytest
 from qdist.core.data.conversation import Conversation, Turn
 from qdist.core.errors import DataError
 from qdist.host.data.records import read_conversations, read_prompts, source_notes
-from qdist.runtime.data.tokenized import Summary, tokenize
+from qdist.runtime.data.tokenized import Summary
+from qdist.runtime.data.tokenizing import SampleRules, tokenize
 from tests.runtime.data.test_chat_template import learned
 from tests.runtime.family_templates import family_tokenizer
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(not CASES.is_dir(), reason=f"{CASES} is missing"
 def read(name: str, family: str = "chatml") -> tuple[list[str], Summary, list[str]]:
     """Learned texts, what the pass says, and the whole text of each sample."""
     tokenizer = family_tokenizer(family)
-    tokenized = tokenize(read_conversations(str(CASES / name)), tokenizer, seq_len=4096, train_on_source=False)
+    tokenized = tokenize(read_conversations(str(CASES / name)), tokenizer, SampleRules(seq_len=4096))
     whole = [tokenizer.decode(tokenized.tokens[tokenized.span(index)].tolist()) for index in range(len(tokenized))]
     return learned(tokenized, tokenizer), tokenized.summary, whole
 

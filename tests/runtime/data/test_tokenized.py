@@ -13,16 +13,9 @@ from qdist.core.data.reading import AS_FOUND, Reading
 from qdist.core.data.records import conversations
 from qdist.core.errors import DataError, ModelError, QdistError
 from qdist.core.spec.sections import Data
-from qdist.runtime.data.tokenized import (
-    IGNORED,
-    TokenizedSet,
-    cache_key,
-    cached_tokenize,
-    load,
-    save,
-    tokenize,
-    tokenizer_digest,
-)
+from qdist.runtime.data.token_cache import cache_key, cached_tokenize, tokenizer_digest
+from qdist.runtime.data.tokenized import IGNORED, TokenizedSet, learned_of_each, learned_tokens, load, save
+from qdist.runtime.data.tokenizing import SampleRules, tokenize
 
 SHARED = Path(__file__).parents[3].parent / "shared" / "data"
 CHATML = (
@@ -73,7 +66,7 @@ def pair(source: str, target: str) -> Conversation:
 
 
 def encoded(*samples: Conversation, tokenizer: Any, seq_len: int = 512, train_on_source: bool = False) -> TokenizedSet:
-    return tokenize(samples, tokenizer, seq_len=seq_len, train_on_source=train_on_source)
+    return tokenize(samples, tokenizer, SampleRules(seq_len=seq_len, train_on_source=train_on_source))
 
 
 def learned_text(tokenized: TokenizedSet, tokenizer: Any) -> str:
@@ -187,6 +180,79 @@ def test_long_samples_are_cut_and_ones_with_nothing_to_learn_are_dropped_and_cou
     assert tokenized.offsets.tolist() == [0, 4, 10]
 
 
+def document(text: str) -> Conversation:
+    return conversations({"text": text}, where="d.jsonl:3")[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "bos", "pieces"),
+    [
+        ("abcdefg", True, ["<s>abc", "<s>def", "<s>g</s>"]),
+        ("abcdef", True, ["<s>abc", "<s>def", "<s></s>"]),
+        ("abc", True, ["<s>abc", "<s></s>"]),
+        ("ab", True, ["<s>ab</s>"]),
+        ("abcdefg", False, ["abcd", "efg</s>"]),
+        ("abcdefgh", False, ["abcd", "efgh", "h</s>"]),
+        ("abc", False, ["abc</s>"]),
+    ],
+)
+def test_a_document_longer_than_a_sample_is_cut_into_pieces(text: str, bos: bool, pieces: list[str]) -> None:
+    tokenizer = tiny_tokenizer(CHATML, bos=bos)
+    tokenized = encoded(document(text), tokenizer=tokenizer, seq_len=4)
+    said = [tokenizer.decode(tokenized.tokens[tokenized.span(index)].tolist()) for index in range(len(tokenized))]
+    assert said == pieces
+    assert tokenized.summary.truncated == 0
+    note = f"1 document became {len(pieces)} pieces of at most 4 tokens"
+    assert (note in tokenized.summary.notes) == (len(pieces) > 1)
+    learned = tokenizer.decode(tokenized.labels[tokenized.labels != IGNORED].tolist())
+    assert learned.replace("hh", "h") == f"{text}</s>"
+
+
+def test_a_transcript_is_cut_off_as_records_are() -> None:
+    """A piece from the middle of it would begin with half an answer."""
+    tokenizer = tiny_tokenizer()
+    tokenized = encoded(document("### Human: abc### Assistant: de"), tokenizer=tokenizer, seq_len=8)
+    assert (len(tokenized), tokenized.summary.truncated) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "said", "notes"),
+    [
+        (3, 4, "<s>abefg</s>", ["1 of 1 records had their prompt cut at source_max_len=3, on the right: what asks for "
+                                "the answer goes first"]),
+        (None, 2, "<s>abcdef", ["1 of 1 records had their answer cut at target_max_len=2"]),
+        (5, 4, "<s>abcdefg</s>", []),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("train_on_source", [False, True])
+def test_prompts_and_answers_are_cut_at_lengths_of_their_own(
+    source: int | None, target: int | None, said: str, notes: list[str], train_on_source: bool
+) -> None:
+    """As QLoRA's script does: the begin of text counts as the prompt's, the end of text as the answer's."""
+    rules = SampleRules(seq_len=32, source_max_len=source, target_max_len=target, train_on_source=train_on_source)
+    tokenizer = tiny_tokenizer()
+    tokenized = tokenize([pair("abcd", "efg")], tokenizer, rules)
+    assert tokenizer.decode(tokenized.tokens.tolist()) == said
+    assert [note for note in tokenized.summary.notes if "max_len" in note] == notes
+    if not train_on_source:
+        assert learned_text(tokenized, tokenizer) == said[said.index("e") :]
+
+
+def test_several_answers_have_no_lengths_of_their_own() -> None:
+    with pytest.raises(DataError, match=r"d\.jsonl:1 has 2 answers, and data\.source_max_len and data\.target_max_len"):
+        tokenize([TALK], tiny_tokenizer(CHATML), SampleRules(seq_len=64, target_max_len=8))
+
+
+def test_learned_tokens_are_counted_alike_with_and_without_the_counts_in_the_file() -> None:
+    tokenizer = tiny_tokenizer()
+    made = encoded(pair("a", "b"), TALK, document("abc"), pair("", "bb"), tokenizer=tokenizer)
+    older = TokenizedSet(made.tokens, made.labels, made.offsets, made.summary)
+    assert made.learned is not None
+    assert learned_of_each(older).tolist() == learned_of_each(made).tolist() == made.learned.tolist()
+    assert learned_tokens(older, (0, 2, 2)) == learned_tokens(made, (0, 2, 2))
+    assert learned_tokens(made, ()) == learned_tokens(older, ()) == 0
+
+
 def test_records_of_which_every_token_is_learned_are_counted_and_told() -> None:
     """One of them has no prompt, of the other the first token alone is given, which never has a loss."""
     tokenizer = tiny_tokenizer(bos=False)
@@ -229,7 +295,7 @@ def test_an_answer_that_is_an_end_of_turn_alone_is_empty() -> None:
     assert learned_text(tokenized, tokenizer) == "b<|im_end|>"
 
 
-USUAL: dict[str, Any] = {"reading": AS_FOUND, "seed": 0, "train_on_source": False}
+USUAL: dict[str, Any] = {"reading": AS_FOUND, "seed": 0}
 
 
 def source_file(tmp_path: Path, text: str = '{"input": "a", "output": "b"}\n') -> str:
@@ -240,7 +306,7 @@ def source_file(tmp_path: Path, text: str = '{"input": "a", "output": "b"}\n') -
 
 def test_a_set_is_tokenized_once_and_mapped_afterwards(tmp_path: Path) -> None:
     source, tokenizer = Data(path=source_file(tmp_path)), tiny_tokenizer()
-    options: dict[str, Any] = {**USUAL, "seq_len": 16, "folder": tmp_path / "cache"}
+    options: dict[str, Any] = {**USUAL, "rules": SampleRules(seq_len=16), "folder": tmp_path / "cache"}
     first, path = cached_tokenize(source, tokenizer, **options)
     written = path.stat().st_mtime_ns
     second, again = cached_tokenize(source, tokenizer, **options)
@@ -253,14 +319,21 @@ def test_a_set_is_tokenized_once_and_mapped_afterwards(tmp_path: Path) -> None:
 
 def test_the_key_follows_all_that_decides_the_tokens(tmp_path: Path) -> None:
     source, plain = Data(path=source_file(tmp_path)), tiny_tokenizer()
-    usual: dict[str, Any] = {**USUAL, "seq_len": 16}
+    usual: dict[str, Any] = {**USUAL, "rules": SampleRules(seq_len=16)}
     keys = [
         cache_key(source, plain, **usual),
         cache_key(Data(path="demo"), plain, **usual),
         cache_key(source, tiny_tokenizer(CHATML), **usual),
         cache_key(source, tiny_tokenizer(eos="<|im_end|>"), **usual),
-        cache_key(source, plain, **{**usual, "seq_len": 17}),
-        cache_key(source, plain, **{**usual, "train_on_source": True}),
+        *(
+            cache_key(source, plain, **USUAL, rules=rules)
+            for rules in (
+                SampleRules(seq_len=17),
+                SampleRules(seq_len=16, train_on_source=True),
+                SampleRules(seq_len=16, source_max_len=8),
+                SampleRules(seq_len=16, target_max_len=8),
+            )
+        ),
         cache_key(source, plain, **{**usual, "reading": Reading(format="oasst")}),
         cache_key(source, plain, **{**usual, "reading": Reading(roles={"user": "Q"})}),
         cache_key(Data(path=f"{source.path},{source.path}"), plain, **usual),
@@ -290,7 +363,9 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path) -> None:
 
 def test_the_demo_loses_no_record(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(CHATML)
-    tokenized, _ = cached_tokenize(Data(path="demo"), tokenizer, **USUAL, seq_len=512, folder=tmp_path)
+    tokenized, _ = cached_tokenize(
+        Data(path="demo"), tokenizer, **USUAL, rules=SampleRules(seq_len=512), folder=tmp_path
+    )
     assert (len(tokenized), tokenized.summary.dropped, tokenized.summary.truncated) == (640, 0, 0)
 
 
@@ -302,7 +377,7 @@ def test_the_demo_loses_no_record(tmp_path: Path) -> None:
 def test_published_data_is_taken_without_loss(tmp_path: Path, name: str, samples: int, template: str | None) -> None:
     if not (SHARED / name).is_file():
         pytest.skip(f"{SHARED / name} is missing")
-    options: dict[str, Any] = {**USUAL, "seq_len": 1 << 20, "folder": tmp_path}
+    options: dict[str, Any] = {**USUAL, "rules": SampleRules(seq_len=1 << 20), "folder": tmp_path}
     tokenized, _ = cached_tokenize(Data(path=str(SHARED / name)), tiny_tokenizer(template), **options)
     assert (len(tokenized), tokenized.summary.truncated) == (samples, 0)
 
@@ -310,7 +385,7 @@ def test_published_data_is_taken_without_loss(tmp_path: Path, name: str, samples
 def test_an_unknown_format_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     unknown = {**USUAL, "reading": Reading(format="alpacca")}
     with pytest.raises(QdistError, match="'alpacca' is not a record format"):
-        cached_tokenize(Data(path="nowhere.jsonl"), None, **unknown, seq_len=8, folder=tmp_path)
+        cached_tokenize(Data(path="nowhere.jsonl"), None, **unknown, rules=SampleRules(seq_len=8), folder=tmp_path)
 
 
 def written(tmp_path: Path, name: str, *pairs: str) -> str:
@@ -323,7 +398,7 @@ def written(tmp_path: Path, name: str, *pairs: str) -> str:
 def test_samples_of_several_sources_lie_one_behind_another(tmp_path: Path) -> None:
     a, b, c = (written(tmp_path, *own) for own in (("a", "ab", "cd"), ("b", "ef", "gh", "ij"), ("c", "kl")))
     tokenizer = tiny_tokenizer()
-    options: dict[str, Any] = {**USUAL, "seq_len": 16, "folder": tmp_path / "cache"}
+    options: dict[str, Any] = {**USUAL, "rules": SampleRules(seq_len=16), "folder": tmp_path / "cache"}
     whole, _ = cached_tokenize(Data(path=f"{a}:0.7,{b}#2:0.3", eval=c), tokenizer, **options)
     assert whole.summary.firsts == (0, 2, 4)
     assert len(whole) == 5
@@ -334,13 +409,16 @@ def test_samples_of_several_sources_lie_one_behind_another(tmp_path: Path) -> No
 
 def test_weights_do_not_decide_the_tokens(tmp_path: Path) -> None:
     a, b = written(tmp_path, "a", "ab"), written(tmp_path, "b", "cd")
-    keys = [cache_key(Data(path=text), tiny_tokenizer(), **USUAL, seq_len=16) for text in (f"{a},{b}", f"{a}:1,{b}:3")]
+    keys = [
+        cache_key(Data(path=text), tiny_tokenizer(), **USUAL, rules=SampleRules(seq_len=16))
+        for text in (f"{a},{b}", f"{a}:1,{b}:3")
+    ]
     assert keys[0] == keys[1]
 
 
 def test_records_that_may_be_left_out_are_counted_and_named(tmp_path: Path) -> None:
     a = written(tmp_path, "a", "ab", "?", "cd", "?")
-    options: dict[str, Any] = {**USUAL, "seq_len": 16, "folder": tmp_path / "cache"}
+    options: dict[str, Any] = {**USUAL, "rules": SampleRules(seq_len=16), "folder": tmp_path / "cache"}
     found, _ = cached_tokenize(Data(path=a, skip_bad=2), tiny_tokenizer(), **options)
     assert (len(found), found.summary.bad, found.summary.records) == (2, 2, 4)
     assert found.summary.notes[0].startswith(f"2 of 4 records cannot be used and were left out: {a}:2: keys words")

@@ -12,7 +12,8 @@ from msgspec.structs import replace
 from qdist.core.data.conversation import Conversation, Turn
 from qdist.core.errors import DataError
 from qdist.runtime.data.messages import messages_of, template_of, tools_of
-from qdist.runtime.data.tokenized import IGNORED, TokenizedSet, tokenize
+from qdist.runtime.data.tokenized import IGNORED, TokenizedSet
+from qdist.runtime.data.tokenizing import SampleRules, tokenize
 from qdist.runtime.data.wording import encode_prompt
 from tests.runtime.data.test_chat_template import before_each, learned, trained
 from tests.runtime.family_templates import family_tokenizer
@@ -305,6 +306,6 @@ def test_a_call_that_ends_otherwise_than_an_answer_ends_with_its_own_marker() ->
 
 
 def test_everything_is_learned_of_an_answer_that_only_calls() -> None:
-    found = tokenize([TALKS["tools"]], tool_tokenizer("qwen2.5"), seq_len=4096, train_on_source=False)
+    found = tokenize([TALKS["tools"]], tool_tokenizer("qwen2.5"), SampleRules(seq_len=4096))
     assert found.summary.dropped == 0
     assert set(TOOL_FAMILIES) == set(BY_HAND)
