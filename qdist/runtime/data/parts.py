@@ -94,12 +94,14 @@ def tokenize_parts(sources: Sequence[Read], job: Job, started: Sequence["Worker"
     if before:
         of = f" of {total:,}" if total else ""
         say(f"{before:,}{of} records were tokenized before", err=True)
-    number = -1
+    number, records = -1, 0
     with ProgressLine(total, "records tokenized", done=before) as progress:
         team = _Team(job, started, progress)
         for number, part in enumerate(parts_of(sources)):
+            records += len(part.records)
             if not job.file(number).is_file():
                 team.give(number, part)
+        progress.expect(records)
         team.finish()
     return number + 1
 
@@ -139,7 +141,8 @@ class _Team:
             worker, records = self._busy.pop(pipe)
             _require_done(worker)
             self._free.append(worker)
-            self._progress.expect(_known_count(self._job))
+            if total := _known_count(self._job):
+                self._progress.expect(total)
             self._progress.advance(records)
 
 
