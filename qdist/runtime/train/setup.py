@@ -24,7 +24,7 @@ from qdist.host.sources.adapters import digest_of
 from qdist.host.sources.targets import ADAPTER
 from qdist.runtime.adapters.attach import add_adapter, fill_adapter
 from qdist.runtime.data.batches import read_samples
-from qdist.runtime.engine.objective import Evaluate, Forward
+from qdist.runtime.engine.objective import Evaluate, Forward, ScoreBatches
 from qdist.runtime.engine.torch import Adapter, Engine
 from qdist.runtime.model.causal import take_whole_rows
 from qdist.runtime.model.dropout_seed import dropout_seed_of
@@ -140,6 +140,7 @@ class Assembled(NamedTuple):
     adapter: Adapter
     engine: Engine
     evaluate: Evaluate
+    score: ScoreBatches
 
 
 def load_part(place: Placement) -> Loaded:
