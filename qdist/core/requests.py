@@ -54,6 +54,12 @@ class Prepare(Request, frozen=True, kw_only=True):
     spec: RunSpec
 
 
+class PrepareModel(Request, frozen=True, kw_only=True):
+    """Convert, repair and pack a model alone; answered with `Prepared` without data."""
+
+    spec: RunSpec
+
+
 class Describe(Request, frozen=True, kw_only=True):
     """Read a model's facts from transformers' class for it; answered with `ModelFacts`."""
 
@@ -370,7 +376,7 @@ class MeasureRates(Request, frozen=True, kw_only=True):
 
 
 _Answers = Generate | Chat | Serve | Web
-Job = Prepare | Describe | Gather | Merge | Export | Pack | MakeGptq | Convert | _Answers | MeasureRates
+Job = Prepare | PrepareModel | Describe | Gather | Merge | Export | Pack | MakeGptq | Convert | _Answers | MeasureRates
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

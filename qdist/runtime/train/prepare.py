@@ -4,14 +4,14 @@ import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qdist.core.data import demo
 from qdist.core.model.adapters.registry import ADAPTERS
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.storage import packing_of
 from qdist.core.planning.plan import DataFacts, Prepared, Source
-from qdist.core.requests import Prepare
+from qdist.core.requests import Prepare, PrepareModel
 from qdist.core.spec.run_spec import RunSpec
 from qdist.host.data.records import source_notes
 from qdist.host.files import cache_dir, locked, publish_folder
@@ -28,56 +28,40 @@ def run(request: Prepare) -> Prepared:
     return prepare(request.spec)
 
 
+def run_model(request: PrepareModel) -> Prepared:
+    """Handle a request to prepare a model alone."""
+    made = _opened_model(request.spec)
+    source, note = _source_of(request.spec, made)
+    return Prepared(source=source, data=None, notes=(*made.notes, *filter(None, (note,))))
+
+
 def prepare(spec: RunSpec) -> Prepared:
     """The model as a packed local folder, its tokenizer repaired, the data tokenized; all of it cached."""
     from qdist.runtime.data.chat_template import require_template
     from qdist.runtime.data.fullness import fills, fullest, row_fills
     from qdist.runtime.data.stream import split
     from qdist.runtime.data.tokenized import cached_tokenize
-    from qdist.runtime.data.tokenizer import open_tokenizer, repair, text_settings
+    from qdist.runtime.data.tokenizer import text_settings
     from qdist.runtime.data.wording import keep_wording
-    from qdist.runtime.formats.recorded_sums import digest_of_folder
-    from qdist.runtime.model.classes import content_of
-    from qdist.runtime.model.own_code import needs_code
-    from qdist.runtime.model.skeleton import open_config
-    from qdist.runtime.quantize.materialize import materialize
 
-    located = locate(spec.model)
-    folder = materialize(located, trusted=spec.trust_remote_code)
-    config: dict[str, Any] = content_of(open_config(folder))
-    tokenizer = open_tokenizer(folder, f"{spec.model} has no tokenizer to read data with")
-    require_template(tokenizer)
-    repaired = repair(tokenizer, config, new_tokens=spec.new_tokens)
+    made = _opened_model(spec)
+    require_template(made.tokenizer)
     tokenized, path = cached_tokenize(
         spec.data.path,
-        tokenizer,
+        made.tokenizer,
         seq_len=spec.seq_len,
         train_on_source=spec.train.train_on_source,
         folder=cache_dir("tokens"),
         data_format=None if spec.format == "auto" else spec.format,
-        rows=repaired.rows or int(text_settings(config)["vocab_size"]),
+        rows=made.rows or int(text_settings(made.config)["vocab_size"]),
     )
     summary = tokenized.summary
-    kept_note = keep_wording(tokenizer, summary.wording) if summary.wording else ""
+    kept_note = keep_wording(made.tokenizer, summary.wording) if summary.wording else ""
     train, held_out = split(len(tokenized), held_out=spec.train.held_out, seed=spec.seed)
     lengths = tokenized.offsets.diff()
-    gptq, packed = _packed(spec, folder, config)
-    as_it_came = located.kind != "gguf" and (gptq is not None or packed.folder == folder)
+    source, packed_note = _source_of(spec, made)
     return Prepared(
-        source=Source(
-            kind="folder",
-            path=str(folder),
-            packed=str(packed.folder),
-            fingerprint=fingerprint(packed.folder) if as_it_came else "",
-            original=fingerprint(folder),
-            digest=digest_of_folder(packed.folder),
-            gptq=gptq,
-            config=config,
-            tokenizer=str(_keep_tokenizer(tokenizer)),
-            new_token_ids=repaired.new_ids,
-            vocab_rows=repaired.rows,
-            own_code=str(folder) if needs_code(config) else "",
-        ),
+        source=source,
         data=DataFacts(
             path=str(path),
             samples=len(tokenized),
@@ -94,12 +78,66 @@ def prepare(spec: RunSpec) -> Prepared:
         ),
         notes=(
             *_left_out(spec),
-            *repaired.notes,
-            *filter(None, (packed.note,)),
+            *made.notes,
+            *filter(None, (packed_note,)),
             *summary.notes,
             *filter(None, (kept_note,)),
         ),
     )
+
+
+class _Opened(NamedTuple):
+    """A model's folder with its tokenizer repaired."""
+
+    folder: Path
+    as_it_came: bool
+    """Whether the folder is the user's own, or the hub's: nothing was converted."""
+    config: dict[str, Any]
+    tokenizer: Any
+    new_ids: tuple[int, ...]
+    rows: int | None
+    notes: tuple[str, ...]
+
+
+def _opened_model(spec: RunSpec) -> _Opened:
+    from qdist.runtime.data.tokenizer import open_tokenizer, repair
+    from qdist.runtime.model.classes import content_of
+    from qdist.runtime.model.skeleton import open_config
+    from qdist.runtime.quantize.materialize import materialize
+
+    located = locate(spec.model)
+    folder = materialize(located, trusted=spec.trust_remote_code)
+    config: dict[str, Any] = content_of(open_config(folder))
+    tokenizer = open_tokenizer(folder, f"{spec.model} has no tokenizer to read data with")
+    repaired = repair(tokenizer, config, new_tokens=spec.new_tokens)
+    return _Opened(
+        folder, located.kind != "gguf", config, tokenizer, repaired.new_ids, repaired.rows, tuple(repaired.notes)
+    )
+
+
+def _source_of(spec: RunSpec, made: _Opened) -> tuple[Source, str]:
+    """The packed model, with the tokenizer as it is now kept; and a note, or none, on what was packed."""
+    from qdist.runtime.formats.recorded_sums import digest_of_folder
+    from qdist.runtime.model.own_code import needs_code
+
+    folder, config = made.folder, made.config
+    gptq, packed = _packed(spec, folder, config)
+    as_it_came = made.as_it_came and (gptq is not None or packed.folder == folder)
+    source = Source(
+        kind="folder",
+        path=str(folder),
+        packed=str(packed.folder),
+        fingerprint=fingerprint(packed.folder) if as_it_came else "",
+        original=fingerprint(folder),
+        digest=digest_of_folder(packed.folder),
+        gptq=gptq,
+        config=config,
+        tokenizer=str(_keep_tokenizer(made.tokenizer)),
+        new_token_ids=made.new_ids,
+        vocab_rows=made.rows,
+        own_code=str(folder) if needs_code(config) else "",
+    )
+    return source, packed.note
 
 
 def _packed(spec: RunSpec, folder: Path, config: Mapping[str, object]) -> "tuple[Gptq | None, Packed]":

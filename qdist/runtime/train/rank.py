@@ -70,7 +70,8 @@ def _arguments() -> tuple[RunDir, str]:
     match sys.argv[1:]:
         case [run, "--digest", planned]:
             return RunDir(run), planned
-    raise SystemExit(f"usage: python -m qdist.runtime.train.{Path(sys.argv[0]).stem} RUN --digest DIGEST; launch.sh of the run has them")
+    module = f"qdist.runtime.train.{Path(sys.argv[0]).stem}"
+    raise SystemExit(f"usage: python -m {module} RUN --digest DIGEST; launch.sh of the run has them")
 
 
 class StartClock:
