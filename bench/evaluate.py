@@ -3,8 +3,8 @@
     python -m bench.evaluate mmlu --limit 100       # SmolLM2, 1, 2 and 3 ranks, every placement
     python -m bench.evaluate perplexity --limit 8   # SmolLM2 at 16, 8 and 4 bits, and a GPTQ checkpoint in --gptq
 
-The plain loops are of transformers' own class at batch 1, without padding: in float32 on the dequantized GGUF file, in
-8 and 4 bits through transformers' integration of bitsandbytes, and for GPTQ over the model that `qdist.load` opens.
+The plain loops are of transformers' own class at batch 1, without padding, in float32: on the dequantized GGUF file; in
+8 and 4 bits on the packed folder, which transformers reads and multiplies out; for GPTQ over what `qdist.load` opens.
 """
 
 import argparse
@@ -19,10 +19,13 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qdist
+from qdist.core.model.storage import packing_of
+from qdist.core.spec.run_spec import nest, parse_assignment, resolve
 from qdist.host.sources.models import locate
+from qdist.runtime.quantize.bitsandbytes import packed_folder
 from qdist.runtime.quantize.materialize import materialize
 
 WINDOW = 512
@@ -85,33 +88,39 @@ def compare_perplexity(path: Path, limit: int, gptq: str | None) -> None:
     """Every width against the plain loop over windows."""
     folder = materialize(locate("smollm2-135m"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    cases: dict[str, tuple[list[str], Any]] = {
-        "16 bits": (["smollm2-135m"], None),
-        "8 bits": (["smollm2-135m", "--bits", "8"], BitsAndBytesConfig(load_in_8bit=True)),
-        "nf4": (["smollm2-135m", "--bits", "4"], _four_bits("nf4")),
-        "fp4": (["smollm2-135m", "--bits", "4", "--set", "quant.type=fp4"], _four_bits("fp4")),
+    cases = {
+        "16 bits": [],
+        "8 bits": ["--bits", "8"],
+        "nf4": ["--bits", "4"],
+        "fp4": ["--bits", "4", "--set", "quant.type=fp4"],
     }
+    for name, flags in cases.items():
+        found = evaluated("smollm2-135m", f"perplexity:{path}", limit, "--window", str(WINDOW), *flags)
+        spec = resolve(nest({"model": "smollm2-135m", "bits": 16, **typed(flags)}))
+        packed = packed_folder(folder, packing_of(spec), name="smollm2-135m").folder
+        plain = plain_perplexity(dequantized(packed), tokenizer, path, limit)
+        print_case(name, found["figures"][0]["value"], plain)
     if gptq:
-        cases["gptq"] = ([gptq], "load")
-    for name, (words, config) in cases.items():
-        if config == "load":
-            model, _ = qdist.load(words[0], dtype="float32", device="cpu")
-        else:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
-        plain = plain_perplexity(model.eval(), tokenizer, path, limit)
-        del model
-        target, *flags = words
-        found = evaluated(target, f"perplexity:{path}", limit, "--window", str(WINDOW), *flags)["figures"][0]["value"]
-        print(f"{name}: qdist {found:.6f}, plain {plain:.6f}, relative difference {abs(found / plain - 1):.1e}")
+        found = evaluated(gptq, f"perplexity:{path}", limit, "--window", str(WINDOW))
+        model, _ = qdist.load(gptq, dtype="float32", device="cpu")
+        print_case("gptq", found["figures"][0]["value"], plain_perplexity(model.eval(), tokenizer, path, limit))
 
 
-def _four_bits(kind: str) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=kind,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
+def typed(flags: list[str]) -> dict[str, Any]:
+    """Settings by key, of flags."""
+    words = " ".join(flags).replace("--bits ", "bits=").replace("--set ", "").split()
+    return dict(map(parse_assignment, words))
+
+
+def print_case(name: str, found: float, plain: float) -> None:
+    """A line of the table."""
+    print(f"{name}: qdist {found:.6f}, plain {plain:.6f}, relative difference {abs(found / plain - 1):.1e}", flush=True)
+
+
+def dequantized(packed: Path) -> Any:
+    """transformers' own class over a packed folder, its weights multiplied out to float32."""
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
+    return (model.dequantize().float() if hasattr(model, "hf_quantizer") else model).eval()
 
 
 def plain_perplexity(model: Any, tokenizer: Any, path: Path, limit: int) -> float:
@@ -122,7 +131,7 @@ def plain_perplexity(model: Any, tokenizer: Any, path: Path, limit: int) -> floa
         own = ids[start : start + WINDOW][None]
         with torch.no_grad():
             logits = model(input_ids=own).logits[0, :-1].float()
-        losses += float(torch.nn.functional.cross_entropy(logits, own[0, 1:], reduction="sum").double())
+        losses += float(torch.nn.functional.cross_entropy(logits, own[0, 1:], reduction="none").double().sum())
         count += own.shape[1] - 1
     return math.exp(losses / count)
 

@@ -15,6 +15,7 @@ from qdist.core.evaluation.job import FOUND, JOB, EvaluationJob, Subject
 from qdist.core.evaluation.results import Evaluation
 from qdist.core.evaluation.words import TaskWord, task_words
 from qdist.core.machine.cluster import Cluster
+from qdist.core.model.storage import Packing, quantized_as
 from qdist.core.planning.plan import DataFacts, Plan, Prepared, Source
 from qdist.core.planning.planner import make_plan, plan_once
 from qdist.core.planning.render import launch_script
@@ -35,6 +36,7 @@ from qdist.host.run.rundir import PLAN, RunDir, free_name
 from qdist.host.sources import cache
 from qdist.host.sources.facts import facts_of
 from qdist.host.sources.model_folder import require_same_tensors, stated
+from qdist.host.sources.models import read_json
 from qdist.host.sources.targets import adapter_step, check_target
 
 EVALUATIONS, MERGED = "evaluations.jsonl", "merged"
@@ -131,11 +133,20 @@ def _of_run(settings: Mapping[str, Any], target: str) -> Iterator[tuple[str, Any
 
 
 def _model_spec(name: str, settings: Mapping[str, Any]) -> RunSpec:
-    """The spec of a plain model: at 16 bits, or as a GPTQ checkpoint has it."""
+    """The spec of a plain model: at 16 bits, or as its folder was quantized."""
     folder = Path(name).expanduser()
-    gptq = stated(folder) if (folder / "config.json").is_file() else None
-    usual = {"bits": 16} if gptq is None else {"method": "gptq-lora", "bits": gptq.shape.bits}
-    return resolve(nest({"model": name, **usual, **settings}))
+    as_it_is = _as_stored(folder) if (folder / "config.json").is_file() else {"bits": 16}
+    return resolve(nest({"model": name, **as_it_is, **settings}))
+
+
+def _as_stored(folder: Path) -> dict[str, Any]:
+    """Settings of a folder that is read as it is: GPTQ's, bitsandbytes' or 16 bits."""
+    if gptq := stated(folder):
+        return {"method": "gptq-lora", "bits": gptq.shape.bits}
+    packing = quantized_as(read_json(folder / "config.json"), name=str(folder)) or Packing(bits=16)
+    if packing.bits != 4 or packing.type == "mxfp4":
+        return {"bits": packing.bits}
+    return {"bits": 4, "quant.type": packing.type, "quant.double": packing.double}
 
 
 def _kept(run: RunDir, plan: Plan) -> Source | None:
