@@ -25,8 +25,7 @@ _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 def main() -> None:
     """Start the ranks, wait for them, and exit as they did: 0 if all ended well, 1 if one failed."""
-    count, arguments = int(sys.argv[1]), [word for word in sys.argv[2:] if word != EVALUATE]
-    worker = EVALUATOR if EVALUATE in sys.argv else WORKER
+    count, (worker, *arguments) = int(sys.argv[1]), started_with(sys.argv[2:])
     asked: list[int] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -47,6 +46,11 @@ def main() -> None:
     if failed is not None:
         say(describe_failure(failed, ranks[failed].returncode), err=True)
     raise SystemExit(1 if any(rank.returncode for rank in ranks) else 0)
+
+
+def started_with(words: Sequence[str]) -> list[str]:
+    """The module that ranks run, and its arguments."""
+    return [EVALUATOR if EVALUATE in words else WORKER, *(word for word in words if word != EVALUATE)]
 
 
 def _reserved() -> socket.socket:

@@ -177,7 +177,7 @@ def _evaluate(
     """Have ranks evaluate the models of a group."""
     source = group.source or tasks.prepare_model(group.spec, device=here.device).source
     plan = evaluation_plan(group.spec, source, here, data=group.data, window=asked.window)
-    task = EvaluationJob(
+    job = EvaluationJob(
         subjects=group.subjects,
         tasks=tuple(map(str, words)),
         limit=asked.limit,
@@ -185,22 +185,36 @@ def _evaluate(
         stride=asked.stride,
         longest=plan.seq_len,
     )
-    stem = "-".join(dict.fromkeys(word.kind for word in words))
     parent = group.run.path / "evaluations" if group.run else Path(tempfile.mkdtemp(prefix="qdist-evaluation-"))
-    launch = Launch(RunDir(free_name(parent, stem)), plan, _files(plan, task), (), stem)
-    with claimed(launch) as own:
-        run = own.job.run
-        try:
-            attend(own, backend, show=show, say=say, done=(run.path / FOUND).is_file, loses="stopped; nothing was kept")
-        except JobError as error:
-            raise JobError(error.message, try_=_again(error.try_)) from error
-        found = read_typed(run.path / FOUND, list[Evaluation], RunError)
-    if group.run is None:
-        shutil.rmtree(parent)
-    else:
+    stem = "-".join(dict.fromkeys(word.kind for word in words))
+    launch = Launch(RunDir(free_name(parent, stem)), plan, _files(plan, job), (), stem)
+    try:
+        found = _found(launch, show=show, say=say, backend=backend)
+    except KeyboardInterrupt:
+        _tidy(group, parent)
+        raise
+    _tidy(group, parent)
+    if group.run is not None:
         with open(group.run.path / EVALUATIONS, "ab") as file:
             file.write(b"".join(msgspec.json.encode(each) + b"\n" for each in found))
     return found
+
+
+def _found(launch: Launch, *, show: Show, say: Callable[[str], None], backend: Backend) -> list[Evaluation]:
+    """What the ranks of an evaluation found, once they have ended."""
+    with claimed(launch) as own:
+        found = own.job.run.path / FOUND
+        try:
+            attend(own, backend, show=show, say=say, done=found.is_file, loses="stopped; nothing was kept")
+        except JobError as error:
+            raise JobError(error.message, try_=_again(error.try_)) from error
+        return read_typed(found, list[Evaluation], RunError)
+
+
+def _tidy(group: Group, parent: Path) -> None:
+    """Remove the directory that was made for a model without a run; after a failure its logs are needed."""
+    if group.run is None:
+        shutil.rmtree(parent, ignore_errors=True)
 
 
 def _again(way: str) -> str:

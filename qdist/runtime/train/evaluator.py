@@ -59,8 +59,8 @@ def _work(plan: Plan, run: RunDir, clock: StartClock) -> None:
         raise RunError("the ranks read different plans", try_="a directory that all nodes share")
     run_code_for(plan.source)
     job = read_typed(run.path / JOB, EvaluationJob, RunError)
-    work = _Work(plan, job, place, comm, load_tokenizer(plan.source))
-    work.beat, work.report = beat, Reporter(run, comm.rank, devices)
+    report = Reporter(run, comm.rank, devices)
+    work = _Work(plan, job, place, comm, load_tokenizer(plan.source), beat=beat, report=report)
     try:
         found = list(work.evaluations())
     except torch.OutOfMemoryError as error:
@@ -79,11 +79,19 @@ def _work(plan: Plan, run: RunDir, clock: StartClock) -> None:
 class _Work:
     """The models of a job on this rank, one after the other on the same backbone."""
 
-    beat: HeartbeatThread
-    report: Reporter
-
-    def __init__(self, plan: Plan, job: EvaluationJob, place: Any, comm: Any, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        job: EvaluationJob,
+        place: Any,
+        comm: Any,
+        tokenizer: Any,
+        *,
+        beat: HeartbeatThread,
+        report: Reporter,
+    ) -> None:
         self._plan, self._job, self._place, self._comm, self._tokenizer = plan, job, place, comm, tokenizer
+        self._beat, self._report = beat, report
 
     def evaluations(self) -> Iterator[Evaluation]:
         """What was found of each model. Collective."""
@@ -148,10 +156,10 @@ class _Work:
         items, began = task.items(), time.monotonic()
 
         def came_to(count: int) -> None:
-            self.beat.move("evaluating", 0, count, len(items))
+            self._beat.move("evaluating", 0, count, len(items))
             if self._comm.rank == 0:
                 note = f"{task.name}, {what}"
-                self.report(Event(kind="scored", step=count, total_steps=len(items), note=note))
+                self._report(Event(kind="scored", step=count, total_steps=len(items), note=note))
 
         found = task.result(scorer.score(items, came_to))
         return msgspec.structs.replace(found, seconds=round(time.monotonic() - began, 3))

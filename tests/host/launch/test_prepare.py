@@ -26,6 +26,7 @@ from qdist.core.text import GIB
 from qdist.host import children
 from qdist.host.files import locked
 from qdist.host.launch import claim, prepare, ranks
+from qdist.host.launch.local import LocalRanks
 from qdist.host.launch.prepare import Launch
 from qdist.host.launch.survey import survey
 from qdist.host.machine import probe
@@ -565,6 +566,35 @@ def test_ctrl_c_before_the_first_step_ends_at_once_and_the_run_can_go_on() -> No
     assert not job.run.stop_requested()
     assert state_of(job.run) == "stopped"
     assert prepare.prepare_resume(job.run, {}).plan == job.plan
+
+
+def attended(script: str, show: Callable[[list[Event]], None] = lambda events: None) -> list[str]:
+    """Ranks that do something else than train, until they left the file `found`; what was said to the user."""
+    said: list[str] = []
+    job = job_with_script(script)
+    with claim.claimed(job) as own:
+        done = (job.run.path / "found").is_file
+        ranks.attend(own, LocalRanks, show=show, say=said.append, done=done, loses="nothing was kept")
+    return said
+
+
+def test_ranks_that_do_not_train_have_ended_well_once_they_left_what_they_were_for() -> None:
+    assert attended("touch found") == []
+
+
+def test_ranks_that_do_not_train_and_leave_nothing_have_failed() -> None:
+    with pytest.raises(JobError, match="without finishing"):
+        attended("true")
+
+
+def test_ctrl_c_ends_ranks_that_do_not_train_at_once() -> None:
+    def show(events: list[Event]) -> None:
+        if has_begun():
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        attended("echo $$ > pid; sleep 60", show)
+    assert not is_running("run/pid")
 
 
 def test_ctrl_c_before_the_next_step_of_a_resumed_run_leaves_its_checkpoint() -> None:
