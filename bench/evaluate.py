@@ -40,13 +40,14 @@ def main() -> None:
     parser.add_argument(
         "--laid", nargs="*", help="such as shard:2", default=[f"{name}:{count}" for name, count in LAID]
     )
+    parser.add_argument("--only", nargs="*", help="perplexity: some of its cases, such as nf4 gptq")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the files")
     parser.add_argument("--gptq", help="a GPTQ folder of SmolLM2, made by qdist quantize")
     given = parser.parse_args()
     if given.what == "mmlu":
         compare_mmlu(given.data / "mmlu_1000.jsonl", given.limit, given.laid)
     else:
-        compare_perplexity(given.data / "wikitext2_valid.txt", given.limit, given.gptq)
+        compare_perplexity(given.data / "wikitext2_valid.txt", given.limit, given.gptq, given.only)
 
 
 def compare_mmlu(path: Path, limit: int, laid: list[str]) -> None:
@@ -84,7 +85,7 @@ def plain_mmlu(path: Path, limit: int) -> dict[str, Any]:
     return {"subjects": subjects, "macro": fmean(subjects.values()), "micro": fmean(every)}
 
 
-def compare_perplexity(path: Path, limit: int, gptq: str | None) -> None:
+def compare_perplexity(path: Path, limit: int, gptq: str | None, only: list[str] | None) -> None:
     """Every width against the plain loop over windows."""
     folder = materialize(locate("smollm2-135m"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -95,6 +96,8 @@ def compare_perplexity(path: Path, limit: int, gptq: str | None) -> None:
         "fp4": ["--bits", "4", "--set", "quant.type=fp4"],
     }
     for name, flags in cases.items():
+        if only and name not in only:
+            continue
         found = evaluated("smollm2-135m", f"perplexity:{path}", limit, "--window", str(WINDOW), *flags)
         spec = resolve(nest({"model": "smollm2-135m", "bits": 16, **typed(flags)}))
         packed = packed_folder(folder, packing_of(spec), name="smollm2-135m").folder
@@ -120,6 +123,10 @@ def print_case(name: str, found: float, plain: float) -> None:
 def dequantized(packed: Path) -> Any:
     """transformers' own class over a packed folder, its weights multiplied out to float32."""
     model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            state.dtype = torch.float32  # or products of scales and codes are rounded to bfloat16
     return (model.dequantize().float() if hasattr(model, "hf_quantizer") else model).eval()
 
 
