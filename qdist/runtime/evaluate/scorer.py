@@ -71,12 +71,12 @@ class PlacedScorer:
         mine = {number: answer.tolist() for number, answer in zip(own, answers, strict=False)}
         scored: dict[int, Scored] = {}
         for found in self._comm.gather(mine):
-            scored.update(_answers(found, batches, items))
+            scored.update(answers_by_item(found, batches, items))
         came_to(len(items))
         return [scored[index] for index in range(len(items))]
 
 
-def _answers(
+def answers_by_item(
     found: Mapping[int, list[list[float]]], batches: Sequence[Sequence[int]], items: Sequence[Item]
 ) -> Iterator[tuple[int, Scored]]:
     """The answers of batches by number, as those of items by index."""

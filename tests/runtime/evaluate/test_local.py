@@ -7,9 +7,9 @@ import torch
 
 from qdist.core.errors import SpecError
 from qdist.core.evaluation.scoring import Item, continuation
+from qdist.runtime.engine import objective
 from qdist.runtime.engine.objective import unseen
-from qdist.runtime.evaluate import local
-from qdist.runtime.evaluate.local import LocalScorer, batches_by_length
+from qdist.runtime.evaluate.local import LocalScorer
 from tests.runtime.tiny import tiny_model
 
 ITEMS = [
@@ -34,16 +34,16 @@ def plain(model: Any, item: Item) -> list[tuple[float, bool]]:
 
 
 @pytest.mark.parametrize("changes", [{}, {"family": "gemma2", "final_logit_softcapping": 2.0}, {"family": "granite"}])
-@pytest.mark.parametrize("batch_tokens", [0, 64, 4096])
+@pytest.mark.parametrize("positions", [1, 64, 4096])
 def test_items_are_answered_in_their_order_as_by_transformers_one_by_one(
-    changes: dict[str, Any], batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], positions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "_CHUNK_BYTES", 4 * 320 * 3)
+    monkeypatch.setattr(objective, "_AT_A_TIME", 3)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     more = {"num_key_value_heads": 2, "head_dim": 16, "logits_scaling": 4.0} if changes else {}
     model = tiny_model(**({**sizes, **more, **changes} if changes else {}))
     done: list[int] = []
-    scored = LocalScorer(model, longest=64, batch_tokens=batch_tokens).score(ITEMS, done.append)
+    scored = LocalScorer(model, longest=64, positions=positions).score(ITEMS, done.append)
     for item, found in zip(ITEMS, scored, strict=True):
         wanted = plain(model, item)
         assert found.logprobs == pytest.approx([logprob for logprob, _ in wanted], abs=1e-5)
@@ -66,9 +66,3 @@ def test_an_item_longer_than_the_model_takes_is_refused() -> None:
 
 def test_nothing_asked_is_nothing_answered() -> None:
     assert LocalScorer(tiny_model(), longest=8).score([], unseen) == []
-
-
-def test_batches_hold_as_many_tokens_as_they_may_and_the_longest_come_first() -> None:
-    items = [Item(tuple(range(length)), (0,), (0,)) for length in (2, 10, 3, 4, 4)]
-    assert list(batches_by_length(items, 8)) == [[1], [3, 4], [2, 0]]
-    assert list(batches_by_length(items, 0)) == [[1], [3], [4], [2], [0]]
