@@ -44,6 +44,12 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     total_steps: Count = 0
     loss: float | None = None
     held_out_loss: float | None = None
+    task: str = ""
+    """For `eval`: the task of `figure`; empty for the held-out loss."""
+    figure: float | None = None
+    """What a task that is measured in training came to."""
+    rises: bool = False
+    """Whether more of `figure` is better."""
     learning_rate: float | None = None
     gradient_norm: float | None = None
     tokens: Count = 0

@@ -23,12 +23,11 @@ from qdist.core.planning.resources import count_of
 from qdist.core.spec.run_spec import RunSpec, changed, nest, resolve
 from qdist.core.text import command
 from qdist.host import tasks
-from qdist.host.data.files import holds_records
-from qdist.host.data.records import check_source
 from qdist.host.launch.claim import claimed
 from qdist.host.launch.local import LocalRanks
 from qdist.host.launch.prepare import Launch
 from qdist.host.launch.ranks import Backend, Show, attend
+from qdist.host.launch.refusals import refuse_unreadable
 from qdist.host.machine import probe
 from qdist.host.machine.recurrence import fla_problem
 from qdist.host.opening import read_typed
@@ -74,21 +73,13 @@ def evaluate(
     Raises QdistError for what cannot be evaluated, before anything is started; KeyboardInterrupt when stopped.
     """
     words = task_words(asked.tasks)
-    for word in words:
-        _require_readable(word)
+    refuse_unreadable(words)
     here = probe.cluster()
     groups = [group for target in asked.targets for group in groups_of(target, asked, settings)]
     found: list[Evaluation] = []
     for group in groups:
         found += _evaluate(group, asked, words, here, show=show, say=say, backend=backend)
     return found
-
-
-def _require_readable(word: TaskWord) -> None:
-    path = Path(word.argument).expanduser()
-    is_text = word.kind == "perplexity" and path.is_file() and not holds_records(path)
-    if word.argument and not is_text:
-        check_source(word.argument)
 
 
 def groups_of(target: str, asked: Asked, settings: Mapping[str, Any]) -> Iterator[Group]:

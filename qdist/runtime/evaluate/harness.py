@@ -72,7 +72,10 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
         """Answers up to the first of some texts."""
-        asked = [self._question(*request.args, number) for number, request in enumerate(requests)]
+        asked = [
+            self._question(context, settings, number)
+            for number, (context, settings) in enumerate(request.args for request in requests)
+        ]
         answers = self._answer([question for question, _ in asked])
         return [
             postprocess_generated_text(self.tokenizer.decode(tokens, skip_special_tokens=True), until, None)

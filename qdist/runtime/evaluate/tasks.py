@@ -14,6 +14,7 @@ from qdist.host.data.records import read_conversations, read_records
 from qdist.host.opening import read_text
 from qdist.runtime.data.batches import Samples
 from qdist.runtime.data.tokenized import tokenize
+from qdist.runtime.evaluate.lm_task import LmTask
 from qdist.runtime.evaluate.mmlu import Mmlu
 from qdist.runtime.evaluate.perplexity import LogLikelihood, held_out, perplexity
 
@@ -62,6 +63,11 @@ def open_task(
         return _held_out(word, tokenizer, limit, basis)
     if word.kind in ("mmlu", "mmlu5"):
         return _mmlu(word, tokenizer, limit, basis)
+    if word.kind == "lm":
+        task = LmTask(word.argument, tokenizer, longest=basis.longest, limit=limit)
+        if task.generates:
+            raise SpecError(f"{name} wants answers, and only probabilities are measured here", try_="another task")
+        return task
     raise SpecError(f"{name} is not a task that is scored", try_=", ".join(KINDS.values()))
 
 

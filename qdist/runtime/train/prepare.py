@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qdist.core.data import demo
+from qdist.core.data.conversation import Wording
 from qdist.core.model.adapters.registry import ADAPTERS
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.storage import packing_of
@@ -59,6 +60,7 @@ def prepare(spec: RunSpec) -> Prepared:
     kept_note = keep_wording(made.tokenizer, summary.wording) if summary.wording else ""
     train, held_out = split(len(tokenized), held_out=spec.train.held_out, seed=spec.seed)
     lengths = tokenized.offsets.diff()
+    costs = _tasks(spec, made, summary.wording)
     source, packed_note = _source_of(spec, made)
     return Prepared(
         source=source,
@@ -82,8 +84,20 @@ def prepare(spec: RunSpec) -> Prepared:
             *filter(None, (packed_note,)),
             *summary.notes,
             *filter(None, (kept_note,)),
+            *costs,
         ),
     )
+
+
+def _tasks(spec: RunSpec, made: "_Opened", wording: Wording | None) -> list[str]:
+    """What evaluations will compute for `train.tasks`; their files are read here first, before ranks need them."""
+    if not spec.train.tasks:
+        return []
+    from qdist.runtime.model.describe import facts_of
+    from qdist.runtime.train.tasks import cost_notes, longest_scored, open_tasks
+
+    longest = longest_scored(spec, facts_of(made.config, name=spec.model).max_positions)
+    return cost_notes(spec, open_tasks(spec, made.tokenizer, wording, longest=longest), steps=spec.steps)
 
 
 class _Opened(NamedTuple):

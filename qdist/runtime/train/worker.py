@@ -46,6 +46,7 @@ def _work(plan: Plan, run: RunDir, clock: StartClock) -> None:
     from qdist.runtime.train.measure import load_peak, memory_now, parts, peak
     from qdist.runtime.train.result import adapter_checksum, gather, rehearse, write_result
     from qdist.runtime.train.setup import assemble, load_part, make_accelerator, pick_devices
+    from qdist.runtime.train.tasks import longest_scored, open_tasks
 
     logging.disable_progress_bar()
     # DeepSpeed 0.19's calls, under torch 2.13: the first and often the only words of every rank's log.
@@ -64,6 +65,12 @@ def _work(plan: Plan, run: RunDir, clock: StartClock) -> None:
     tokenizer = load_tokenizer(plan.source)
     if comm.rank == 0:
         rehearse(run)
+    tasks = open_tasks(
+        plan.spec,
+        tokenizer,
+        plan.data.wording if plan.data else None,
+        longest=longest_scored(plan.spec, plan.facts.max_positions),
+    )
     clock.mark("tokenizer")
     try:
         loaded = load_part(place)
@@ -101,6 +108,7 @@ def _work(plan: Plan, run: RunDir, clock: StartClock) -> None:
             move=beat.move,
             stopping=stop,
             gradients=GradientWatch(built.adapter.named(), plan.facts, compute_dtype=plan.compute_dtype),
+            measure=_meter(plan, tasks, built, place, comm, pad_id) if tasks else None,
         )
         stop.listen()
         finished = trainer.train()
@@ -113,19 +121,29 @@ def _work(plan: Plan, run: RunDir, clock: StartClock) -> None:
         beat.move("finishing", plan.steps)
         peaks, held = comm.gather(reached), comm.gather(parts(built.model, built.engine))
         answering = place.can_answer and plan.spec.train.answers
+        step = trainer.settle()
         if comm.rank == 0:
-            gather(run, step=plan.steps)
+            gather(run, step=step)
         answers = before_and_after(plan, built.model, tokenizer, built.forward.samples) if answering else []
         if comm.rank == 0:
-            write_result(
-                run, plan, held_out=trainer.held_out, answers=answers, peaks=peaks, held=held, inventory=inventory
-            )
+            write_result(run, plan, trainer.outcome, answers=answers, peaks=peaks, held=held, inventory=inventory)
         comm.barrier()
-        report(Event(kind="end", step=plan.steps, total_steps=plan.steps))
+        reached_step = trainer.outcome.steps
+        report(Event(kind="end", step=reached_step, total_steps=plan.steps, note=trainer.outcome.ended_early))
     accelerator.end_training()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     beat.end()
+
+
+def _meter(plan: Plan, tasks: Any, built: Any, place: Any, comm: Any, pad_id: int) -> Any:
+    """What measures a run's tasks, in passes of no more positions than a training step's, unless one item has more."""
+    from qdist.runtime.evaluate.scorer import PlacedScorer
+    from qdist.runtime.train.tasks import TaskMeter, longest_scored
+
+    longest = longest_scored(plan.spec, plan.facts.max_positions)
+    positions = plan.micro_batch * plan.seq_len
+    return TaskMeter(tasks, PlacedScorer(built.score, place, comm, longest=longest, pad_id=pad_id, positions=positions))
 
 
 def _verified(count: int, *, summed: bool) -> str:
