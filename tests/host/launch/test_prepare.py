@@ -315,6 +315,21 @@ def test_a_run_goes_on_to_more_steps_than_it_has_done(
     assert (caught.value.message, caught.value.try_) == (message, attempt)
 
 
+def test_a_run_that_ended_early_goes_on_only_with_more_patience() -> None:
+    train = {"eval_steps": 1, "patience": 2}
+    run = claim.write(prepare.prepare(spec(train=train, optim={"schedule": "linear"})))
+    run.checkpoint(3).mkdir(parents=True)
+    (run.checkpoint(3) / "DONE").touch()
+    why = "stopped early at step 3 of 5: the held-out loss has not fallen for 2 evaluations (2 at step 1)"
+    Path("run/result.json").write_text(json.dumps({"steps": 3, "ended_early": why}))
+    with pytest.raises(RunError) as caught:
+        prepare.prepare_resume(run, nest({"train.keep": 1}))
+    assert caught.value.message == f"run {why}; with train.patience=2 it would end again at once"
+    assert caught.value.try_ == "qdist launch --resume --run run --set train.patience=0"
+    for patience in (0, 3):
+        assert prepare.prepare_resume(run, nest({"train.patience": patience})).plan.spec.train.patience == patience
+
+
 @pytest.mark.parametrize("changes", [{"steps": 9}, {"train.keep": 1}])
 def test_a_run_with_a_decaying_learning_rate_keeps_its_length(changes: dict[str, Any]) -> None:
     run = claim.write(prepare.prepare(spec(optim={"schedule": "linear"})))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from qdist.core.errors import RunError
 from qdist.host.run.rundir import RunDir
@@ -212,6 +213,22 @@ def test_an_evaluation_after_a_checkpoint_is_added_to_it_and_decides_what_is_kep
     assert run.checkpoint_steps() == [3]
     progress, _ = load(run.checkpoint(3))
     assert (progress.step, progress.best_step, progress.held_out[-1]) == (3, 3, (3, 4.0))
+
+
+def test_an_evaluation_of_tasks_is_added_with_what_the_best_is_chosen_by(run: RunDir) -> None:
+    task = "mmlu:a.jsonl"
+    for step in (1, 2, 3):
+        points = tuple((own, 0.5 if own == 1 else 0.25) for own in range(1, step + 1))
+        progress = Progress(step=step, samples=0, tasks={task: points}, best=task, rising=(task,))
+        before = replace(progress, tasks={task: points[:-1]})
+        save(run, before, state_of(step), keep=1)
+        note(run, progress, keep=1)
+        assert load(run.checkpoint(step))[0] == progress
+    assert run.checkpoint_steps() == [1, 3]
+    folder = run.checkpoint(3)
+    (folder / "held_out.json").write_bytes((folder / "held_out.json").read_bytes().replace(b"0.25", b"0.75"))
+    with pytest.raises(RunError, match="not as it was saved"):
+        load(folder)
 
 
 def test_a_broken_one_is_named_and_the_one_before_offered(run: RunDir) -> None:
