@@ -34,6 +34,8 @@ class Basis(NamedTuple):
     """Tokens of a sample, as in training."""
     train_on_source: bool = False
     format: str | None = None
+    answers: bool = False
+    """Whether tasks of lm_eval may want texts, beside probabilities."""
     samples: Samples | None = None
     """Those of the run, of which some are held out."""
 
@@ -65,8 +67,12 @@ def open_task(
         return _mmlu(word, tokenizer, limit, basis)
     if word.kind == "lm":
         task = LmTask(word.argument, tokenizer, longest=basis.longest, limit=limit)
-        if task.generates:
-            raise SpecError(f"{name} wants answers, and only probabilities are measured here", try_="another task")
+        if task.generates and not basis.answers:
+            raise SpecError(
+                f"{name} wants answers: they are not measured while a run trains, nor where no rank holds the whole "
+                "model",
+                try_="`qdist evaluate` with --placement replicate",
+            )
         return task
     raise SpecError(f"{name} is not a task that is scored", try_=", ".join(KINDS.values()))
 

@@ -96,6 +96,7 @@ class _Work:
     def evaluations(self) -> Iterator[Evaluation]:
         """What was found of each model. Collective."""
         from qdist.runtime.engine.objective import Passes
+        from qdist.runtime.evaluate.placed_answers import PlacedAnswers
         from qdist.runtime.evaluate.scorer import PlacedScorer
         from qdist.runtime.model.causal import take_whole_rows
         from qdist.runtime.model.skeleton import DTYPES
@@ -110,10 +111,12 @@ class _Work:
         score = self._place.scoring(Passes(backbone, dtype=DTYPES[plan.compute_dtype]))
         pad_id = (self._tokenizer.pad_token_id if self._tokenizer else 0) or 0
         scorer = PlacedScorer(score, self._place, self._comm, longest=job.longest, pad_id=pad_id)
+        dtype, ranks = DTYPES[plan.compute_dtype], plan.data_parallel
+        answering = PlacedAnswers(backbone, self._tokenizer, self._comm, dtype=dtype, ranks=ranks)
         for subject in job.subjects:
             if subject.adapter:
                 put_on(Path(subject.adapter), backbone, plan)
-            results = tuple(self._result(task, scorer, subject.what) for task in tasks)
+            results = tuple(self._result(task, scorer, answering, subject.what) for task in tasks)
             where = layout_of(plan).in_words(plan)
             yield Evaluation(
                 target=subject.target,
@@ -139,6 +142,7 @@ class _Work:
             seq_len=plan.spec.seq_len,
             train_on_source=plan.spec.train.train_on_source,
             format=None if plan.spec.format == "auto" else plan.spec.format,
+            answers=plan.placement == "replicate",
             samples=self._samples(),
         )
         wording = stored or usual_wording(self._tokenizer)
@@ -151,17 +155,26 @@ class _Work:
         data = self._plan.data
         return read_samples(self._plan, pad_id=0) if data and data.path and Path(data.path).is_file() else None
 
-    def _result(self, task: ScoredTask, scorer: Any, what: str) -> TaskResult:
+    def _result(self, task: ScoredTask, scorer: Any, answering: Any, what: str) -> TaskResult:
         """A task's result. Collective."""
+        from qdist.runtime.evaluate.lm_task import LmTask
+
         items, began = task.items(), time.monotonic()
+        questions = task.questions() if isinstance(task, LmTask) else []
+        total = len(items) + len(questions)
 
         def came_to(count: int) -> None:
-            self._beat.move("evaluating", 0, count, len(items))
+            self._beat.move("evaluating", 0, count, total)
             if self._comm.rank == 0:
                 note = f"{task.name}, {what}"
-                self._report(Event(kind="scored", step=count, total_steps=len(items), note=note))
+                self._report(Event(kind="scored", step=count, total_steps=total, note=note))
 
-        found = task.result(scorer.score(items, came_to))
+        scored = scorer.score(items, came_to)
+        if isinstance(task, LmTask):
+            answers = answering.answer(questions, lambda count: came_to(len(items) + count)) if questions else []
+            found = task.result(scored, answers)
+        else:
+            found = task.result(scored)
         return msgspec.structs.replace(found, seconds=round(time.monotonic() - began, 3))
 
 
