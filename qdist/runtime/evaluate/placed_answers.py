@@ -20,8 +20,10 @@ _AT_A_TIME = 8
 class PlacedAnswers:
     """Answers questions on all ranks together, each a share of them, by transformers' own generation.
 
-    So no second copy of the model is read. `open_answerer` is several times as fast on a GPU, and holds a model of its
-    own. Greedy answers do not depend on the number of ranks; draws do. model: whole, on this rank. dtype: what is computed in, where the adapter is wider.
+    So no second copy of the model is read; `open_answerer` is faster, and holds a model of its own. Greedy answers do
+    not depend on the number of ranks; draws do.
+
+    model: whole, on this rank. dtype: what is computed in, where the adapter is wider.
     """
 
     def __init__(self, model: Any, tokenizer: Any, comm: Comm, *, dtype: torch.dtype, ranks: int) -> None:
