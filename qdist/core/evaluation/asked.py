@@ -19,7 +19,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         str,
         Meta(
             description="Tasks with commas between: perplexity:FILE, loss (the run's held-out samples) or loss:FILE, "
-            "mmlu:FILE, mmlu5:FILE (five examples before each question)."
+            "mmlu:FILE, mmlu5:FILE (five examples before each question), lm:TASK (by lm-evaluation-harness's "
+            "name or as a YAML file)."
         ),
     ]
     beside: Annotated[
@@ -35,5 +36,6 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     stride: Annotated[
         Positive | None, Meta(description="perplexity: tokens from one window to the next.  [default: the window]")
     ] = None
+    chat: Annotated[bool, Meta(description="lm: word examples and questions by the model's chat template.")] = False
     json: Annotated[bool, Meta(description="Print JSON instead of a table.")] = False
     out: Annotated[str | None, Meta(description="A file for the JSON.")] = None

@@ -30,5 +30,7 @@ class EvaluationJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Questions, samples or windows of each task, from the first; None for all."""
     window: int | None = None
     stride: int | None = None
+    chat: bool = False
+    """Whether tasks of lm_eval are worded by the chat template."""
     longest: int
     """Most tokens of an item."""

@@ -174,6 +174,7 @@ def _evaluate(
         limit=asked.limit,
         window=asked.window,
         stride=asked.stride,
+        chat=asked.chat,
         longest=plan.seq_len,
     )
     parent = group.run.path / "evaluations" if group.run else Path(tempfile.mkdtemp(prefix="qdist-evaluation-"))

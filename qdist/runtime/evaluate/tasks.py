@@ -36,6 +36,8 @@ class Basis(NamedTuple):
     format: str | None = None
     answers: bool = False
     """Whether tasks of lm_eval may want texts, beside probabilities."""
+    chat: bool = False
+    """Whether tasks of lm_eval are worded by the tokenizer's chat template."""
     samples: Samples | None = None
     """Those of the run, of which some are held out."""
 
@@ -66,7 +68,7 @@ def open_task(
     if word.kind in ("mmlu", "mmlu5"):
         return _mmlu(word, tokenizer, limit, basis)
     if word.kind == "lm":
-        task = LmTask(word.argument, tokenizer, longest=basis.longest, limit=limit)
+        task = LmTask(word.argument, tokenizer, longest=basis.longest, limit=limit, chat=basis.chat)
         if task.generates and not basis.answers:
             raise SpecError(
                 f"{name} wants answers: they are not measured while a run trains, nor where no rank holds the whole "

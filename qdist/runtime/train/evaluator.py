@@ -143,6 +143,7 @@ class _Work:
             train_on_source=plan.spec.train.train_on_source,
             format=None if plan.spec.format == "auto" else plan.spec.format,
             answers=plan.placement == "replicate",
+            chat=job.chat,
             samples=self._samples(),
         )
         wording = stored or usual_wording(self._tokenizer)
