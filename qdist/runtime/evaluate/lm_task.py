@@ -243,7 +243,7 @@ def _interval(value: float, each: Sequence[Any]) -> tuple[float | None, float | 
         return None, None
     variance = sum((own - value) ** 2 for own in numbers) / (len(numbers) - 1)
     around = _TWO_SIDED_95 * math.sqrt(variance / len(numbers))
-    return value - around, value + around
+    return max(min(numbers), value - around), min(max(numbers), value + around)
 
 
 def _outcomes(samples: Sequence[Mapping[str, Any]], figure: Figure) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -25,6 +25,7 @@ from qdist.host.run.rundir import RunDir
 from qdist.runtime.data.batches import read_samples
 from qdist.runtime.data.tokenized import IGNORED
 from qdist.runtime.train.prepare import run_model
+from tests.runtime.evaluate.lm_bodies import CHOICES, GENERATED, write_task
 from tests.runtime.placements.test_conformance import LAID
 from tests.runtime.tiny import adapted_run, real_job, save_data, save_model
 
@@ -188,3 +189,12 @@ def test_what_a_run_cannot_be_evaluated_as_is_refused(
 def test_a_model_has_nothing_beside_it(model: Path) -> None:
     with pytest.raises(SpecError, match="--beside is of runs"):
         list(groups_of(str(model), Asked(targets=(str(model),), tasks="loss", beside=("base",)), {}))
+
+
+def test_tasks_of_lm_eval_are_measured_and_answered_by_ranks(fork_ranks: ForkRanks, trained: Any, folder: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'qdist[lm-eval]'")
+    words = f"lm:{write_task(folder, CHOICES, 'chosen')},lm:{write_task(folder, GENERATED, 'written')}"
+    laid = [{"gpus": gpus, "placement": "replicate"} for gpus in (1, 2)]
+    one, two = (evaluated(fork_ranks, trained[0].path, words, settings)[0][0].results for settings in laid)
+    assert [result.figures[0].name for result in one] == ["acc", "exact_match"]
+    assert [result.figures for result in one] == [result.figures for result in two]

@@ -12,7 +12,7 @@ from qdist.runtime.data.wording import usual_wording
 from qdist.runtime.evaluate.lm_task import LmTask
 from qdist.runtime.evaluate.tasks import Basis, open_task
 from tests.runtime.data.test_tokenized import CHATML, tiny_tokenizer
-from tests.runtime.evaluate.test_lm_task import CHOICES, GENERATED, write_task
+from tests.runtime.evaluate.lm_bodies import CHOICES, GENERATED, write_task
 
 
 def test_a_word_opens_a_task_of_as_many_documents_as_wanted(tmp_path: Path) -> None:
