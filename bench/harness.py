@@ -7,7 +7,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from lm_eval.tasks import TaskManager
 from qdist.host.sources.models import locate
 from qdist.runtime.data.tokenizer import open_tokenizer
 from qdist.runtime.engine.objective import unseen
-from qdist.runtime.evaluate.lm_answers import answer_with
 from qdist.runtime.evaluate.lm_task import LmTask
 from qdist.runtime.evaluate.local import LocalScorer
+from qdist.runtime.infer.answerer import Answerer, Ended, Piece, Question
 from qdist.runtime.infer.ready import open_answerer
 from qdist.runtime.model.skeleton import load_plain
 from qdist.runtime.quantize.materialize import materialize
@@ -89,8 +89,23 @@ def own(file: str, model: Any, tokenizer: Any, limit: int) -> dict[str, float]:
     answers: list[list[int]] = []
     if task.generates:
         ready = open_answerer({"": MODEL}, slots=8, tokens=LONGEST, dtype="float32")
-        answers = answer_with(ready.answerer, task.questions(), unseen)
+        answers = answers_of(ready.answerer, task.questions())
     return {figure.name: figure.value for figure in task.result(scored, answers).figures}
+
+
+def answers_of(answerer: Answerer, questions: Sequence[Question]) -> list[list[int]]:
+    """The new tokens of each answer."""
+    tokens: list[list[int]] = [[] for _ in questions]
+    for own, question in zip(tokens, questions, strict=True):
+
+        def heard(told: Piece | Ended, own: list[int] = own) -> None:
+            if isinstance(told, Piece):
+                own.append(told.token)
+
+        answerer.submit(question, heard)
+    while answerer.step():
+        pass
+    return tokens
 
 
 def reference(file: str, model: Any, tokenizer: Any, limit: int) -> dict[str, float]:
