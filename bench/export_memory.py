@@ -16,9 +16,10 @@ from unittest.mock import patch
 
 import torch
 
+from qdist.core.composed import request_of
 from qdist.core.machine.cluster import hypothetical
 from qdist.core.model.aliases import config_of
-from qdist.core.requests import Export, Folding, Merge, request_of
+from qdist.core.requests import Export, Folding, Merge
 from qdist.core.spec.run_spec import nest, resolve
 from qdist.core.text import GIB, format_bytes
 from qdist.host.launch import claim, prepare

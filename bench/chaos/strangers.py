@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from bench.chaos.mutations import Form
+from qdist.core.evaluation.course import Outcome
 from qdist.core.spec.run_spec import nest, parse_assignment, resolve
 from qdist.core.telemetry.events import Event, encode
 from qdist.core.telemetry.heartbeat import Heartbeat
@@ -151,7 +152,7 @@ def _write_run(world: Path) -> None:
     run.pulse_file(0).write_bytes(encode_pulse(beat))
     run.log_file(0).write_text("hello\n")
     write_result(
-        run, job.plan, held_out=((0, 3.0), (4, 2.0)),
+        run, job.plan, Outcome(4, ((0, 3.0), (4, 2.0))),
         answers=[{"question": "q", "before": "b", "after": "a", "expected": "e"}],
         peaks=[[Peak(1, 2)]], held=[HeldMemory(1, 2, 3, 4)],
     )  # fmt: skip
@@ -355,13 +356,13 @@ def _events(world: Path) -> None:
 
 
 def _checkpoint(world: Path) -> None:
-    from qdist.runtime.train.checkpoint import load, note
+    from qdist.runtime.train.checkpoint import Progress, load, note
     from qdist.runtime.train.result import choose_step
 
     run = RunDir(world / "run")
     choose_step(run, "last")
     load(run.checkpoint(4))
-    note(run, 4, ((4, 1.0),), keep=1)
+    note(run, Progress(step=4, samples=16, held_out=((4, 1.0),)), keep=1)
 
 
 def _adapter(world: Path) -> None:

@@ -7,8 +7,9 @@ import click
 import msgspec
 
 from qdist.cli.flags import flags_of
+from qdist.core.composed import request_of
 from qdist.core.errors import ModelError
-from qdist.core.requests import Convert, request_of
+from qdist.core.requests import Convert
 from qdist.host.files import folder_to_write
 from qdist.host.tasks import run_task
 

@@ -8,9 +8,10 @@ from rich.console import Console
 
 from qdist.cli.flags import SettingsCommand, flags_of, setting_flags
 from qdist.cli.views.overview import overview_text
+from qdist.core.composed import request_of
 from qdist.core.data.overview import Overview
 from qdist.core.errors import JobError, SpecError
-from qdist.core.requests import ShowData, request_of
+from qdist.core.requests import ShowData
 from qdist.core.spec.lookup import typed_settings
 from qdist.core.spec.run_spec import nest, resolve
 from qdist.core.text import command, counted

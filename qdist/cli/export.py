@@ -7,7 +7,8 @@ import msgspec
 
 from qdist.cli.flags import flags_of
 from qdist.cli.quantize import check_data
-from qdist.core.requests import Export, Folding, request_of
+from qdist.core.composed import request_of
+from qdist.core.requests import Export, Folding
 from qdist.host.files import file_to_write, folder_to_write
 from qdist.host.run.rundir import RunDir
 from qdist.host.sources.targets import require_adapter, require_base, step_note

@@ -6,8 +6,9 @@ import click
 import msgspec
 
 from qdist.cli.flags import flags_of
+from qdist.core.composed import request_of
 from qdist.core.errors import RunError
-from qdist.core.requests import Gather, request_of
+from qdist.core.requests import Gather
 from qdist.host.files import folder_to_write, obstacle
 from qdist.host.run.rundir import RunDir
 from qdist.host.sources.targets import require_checkpoint, step_of

@@ -6,8 +6,9 @@ import click
 
 from qdist.cli.export import with_runs_checked
 from qdist.cli.flags import flags_of
+from qdist.core.composed import request_of
 from qdist.core.errors import SpecError
-from qdist.core.requests import Merge, request_of
+from qdist.core.requests import Merge
 from qdist.host.run.rundir import RunDir
 from qdist.host.tasks import run_task
 

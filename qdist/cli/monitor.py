@@ -135,6 +135,11 @@ def as_json(snapshot: Snapshot) -> dict[str, Any]:
         "loss": fold.loss,
         "smoothed_loss": fold.smoothed_loss,
         "held_out": [{"step": step, "loss": _number(loss)} for step, loss in fold.held_out],
+        "tasks": {
+            task: [{"step": step, "figure": _number(value)} for step, value in points]
+            for task, points in fold.tasks.items()
+        },
+        "ended_early": fold.ended_early,
         "learning_rate": fold.learning_rate,
         "gradient_norm": fold.gradient_norm,
         "skipped_updates": len(fold.skipped),

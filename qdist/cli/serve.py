@@ -6,8 +6,9 @@ from typing import Any
 import click
 
 from qdist.cli.flags import flags_of
+from qdist.core.composed import request_of
 from qdist.core.errors import MachineError
-from qdist.core.requests import Serve, request_of
+from qdist.core.requests import Serve
 from qdist.host.launch import vllm
 from qdist.host.sources.targets import check_target, targets_to_serve
 from qdist.host.tasks import run_task

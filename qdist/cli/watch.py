@@ -110,6 +110,10 @@ def ending(run: RunDir, plan: Plan) -> None:
     if len(result.get("held_out", [])) > 1:
         (_, before), (_, after) = result["held_out"][0], result["held_out"][-1]
         rows.append(("held-out loss", f"{before:.3f}", f"{after:.3f}"))
+    for task, points in result.get("tasks", {}).items():
+        rows.append((task, f"{points[0][1]:.4g}", f"{points[-1][1]:.4g}"))
+    if result.get("ended_early"):
+        say(result["ended_early"])
     if rows:
         console.print()
         console.print(comparison(rows, ("", "before", "after")))

@@ -6,7 +6,8 @@ import click
 
 from qdist.cli.flags import flags_of
 from qdist.cli.serve import require_server
-from qdist.core.requests import Web, request_of
+from qdist.core.composed import request_of
+from qdist.core.requests import Web
 from qdist.host.sources.targets import check_target, targets_to_serve
 from qdist.host.tasks import run_task
 

@@ -1,4 +1,4 @@
-"""Which request do the flags of a command make that takes those of several structs?"""
+"""Which request do the flags of a command make, those of one struct or of several?"""
 
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
@@ -7,10 +7,50 @@ import msgspec
 
 from qdist.core.errors import SpecError, flag_of, nearest
 from qdist.core.model.gptq import BITS, usual_format
-from qdist.core.requests import Chat, Generate, GptqSettings, MakeGptq, Pack, request_of
+from qdist.core.requests import Chat, Generate, GptqSettings, Kind, MakeGptq, Pack
 from qdist.core.sampling import Sampling
+from qdist.core.spec.keys import choices, is_texts
+from qdist.core.spec.suggest import not_among, of_another_kind
+from qdist.core.text import quoted
 
 Sampled = TypeVar("Sampled", Generate, Chat)
+
+
+def request_of(kind: type[Kind], given: Mapping[str, Any]) -> Kind:
+    """A request of what was typed, by the names of its flags: text becomes numbers, what is None is left out.
+
+    Raises SpecError naming the flag, what is wrong with its value, and one that is right.
+    """
+    lists = [field.encode_name for field in msgspec.structs.fields(kind) if isinstance(field.default, tuple)]
+    stated = {
+        name: value.split(",") if name in lists and isinstance(value, str) else value
+        for name, value in given.items()
+        if value is not None
+    }
+    try:
+        return msgspec.convert(stated, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _value_error(kind, str(error), given) from None
+
+
+def _value_error(kind: type[msgspec.Struct], message: str, given: Mapping[str, Any]) -> SpecError:
+    """msgspec's 'Expected ... - at `$.samples`' with the value that was given and one to try."""
+    reason, _, where = message.partition(" - at `$.")
+    name = where.rstrip("`").partition("[")[0]
+    if name not in given:
+        return SpecError(f"{kind.__name__}: {message[:1].lower()}{message[1:]}")
+    field = next(field for field in msgspec.structs.fields(kind) if field.encode_name == name)
+    usual = None if field.default in (msgspec.NODEFAULT, ()) else field.default
+    if is_texts(kind, name):
+        return SpecError(f"{flag_of(name)}: {reason[:1].lower()}{reason[1:]}", try_="fewer of them")
+    if isinstance(field.default, tuple):
+        return SpecError(f"{name} cannot be {given[name]!r}", try_="numbers with commas between, such as 0.7,0.3")
+    if among := choices(kind, name):
+        error = not_among(name, given[name], among, "" if usual is None else str(usual))
+    else:
+        error = of_another_kind(name, given[name], reason, {} if usual is None else {name: usual})
+    try_ = quoted(flag_of(name), *error.ways[0].values()) if error.ways else f"another {flag_of(name)}"
+    return SpecError(error.message, try_=try_)
 
 
 def usual_sampling(kind: type[Generate] | type[Chat]) -> Sampling:

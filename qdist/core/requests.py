@@ -20,10 +20,8 @@ from qdist.core.model.shapes import ModelFacts
 from qdist.core.model.storage import GgufType, Packing
 from qdist.core.planning.plan import Prepared
 from qdist.core.sampling import Sampling
-from qdist.core.spec.keys import choices, is_texts
 from qdist.core.spec.run_spec import RunSpec
 from qdist.core.spec.sections import Count, Positive
-from qdist.core.spec.suggest import not_among, of_another_kind
 from qdist.core.text import parse_bytes, quoted
 
 Kind = TypeVar("Kind", bound=msgspec.Struct)
@@ -40,7 +38,7 @@ def _help(text: str) -> Meta:
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True, tag_field="job"):
-    """One job for a process of its own. `request_of` makes one of flags or keywords."""
+    """One job for a process of its own. `composed.request_of` makes one of flags or keywords."""
 
     asks: ClassVar[bool] = False
     """Whether it reads standard input and handles Ctrl-C itself."""
@@ -52,6 +50,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 class Prepare(Request, frozen=True, kw_only=True):
     """Convert, repair, pack and tokenize what a run needs; answered with `Prepared`."""
+
+    spec: RunSpec
+
+
+class PrepareModel(Request, frozen=True, kw_only=True):
+    """Convert, repair and pack a model alone; answered with `Prepared` without data."""
 
     spec: RunSpec
 
@@ -384,7 +388,8 @@ class MeasureRates(Request, frozen=True, kw_only=True):
 
 
 _Answers = Generate | Chat | Serve | Web
-Job = Prepare | Describe | Gather | Merge | Export | Pack | MakeGptq | Convert | _Answers | ShowData | MeasureRates
+_Prepared = Prepare | PrepareModel | Describe | ShowData
+Job = _Prepared | Gather | Merge | Export | Pack | MakeGptq | Convert | _Answers | MeasureRates
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -409,43 +414,6 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """The error, in its original class."""
         error: QdistError | None = getattr(errors, self.kind)(self.message, try_=self.try_) if self.kind else None
         return error
-
-
-def request_of(kind: type[Kind], given: Mapping[str, Any]) -> Kind:
-    """A request of what was typed, by the names of its flags: text becomes numbers, what is None is left out.
-
-    Raises SpecError naming the flag, what is wrong with its value, and one that is right.
-    """
-    lists = [field.encode_name for field in msgspec.structs.fields(kind) if isinstance(field.default, tuple)]
-    stated = {
-        name: value.split(",") if name in lists and isinstance(value, str) else value
-        for name, value in given.items()
-        if value is not None
-    }
-    try:
-        return msgspec.convert(stated, kind, strict=False)
-    except msgspec.ValidationError as error:
-        raise _value_error(kind, str(error), given) from None
-
-
-def _value_error(kind: type[msgspec.Struct], message: str, given: Mapping[str, Any]) -> SpecError:
-    """msgspec's 'Expected ... - at `$.samples`' with the value that was given and one to try."""
-    reason, _, where = message.partition(" - at `$.")
-    name = where.rstrip("`").partition("[")[0]
-    if name not in given:
-        return SpecError(f"{kind.__name__}: {message[:1].lower()}{message[1:]}")
-    field = next(field for field in msgspec.structs.fields(kind) if field.encode_name == name)
-    usual = None if field.default in (msgspec.NODEFAULT, ()) else field.default
-    if is_texts(kind, name):
-        return SpecError(f"{flag_of(name)}: {reason[:1].lower()}{reason[1:]}", try_="fewer of them")
-    if isinstance(field.default, tuple):
-        return SpecError(f"{name} cannot be {given[name]!r}", try_="numbers with commas between, such as 0.7,0.3")
-    if among := choices(kind, name):
-        error = not_among(name, given[name], among, "" if usual is None else str(usual))
-    else:
-        error = of_another_kind(name, given[name], reason, {} if usual is None else {name: usual})
-    try_ = quoted(flag_of(name), *error.ways[0].values()) if error.ways else f"another {flag_of(name)}"
-    return SpecError(error.message, try_=try_)
 
 
 def _check_group_size(size: int | None) -> None:

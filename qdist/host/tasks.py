@@ -12,7 +12,7 @@ import msgspec
 from qdist.core.errors import JobError
 from qdist.core.planning.plan import Prepared
 from qdist.core.planning.render import PASSIVE
-from qdist.core.requests import Answer, Prepare, Request
+from qdist.core.requests import Answer, Prepare, PrepareModel, Request
 from qdist.core.spec.run_spec import RunSpec
 from qdist.host import children
 from qdist.host.machine import probe
@@ -49,7 +49,7 @@ def handed_over(request: Request) -> Iterator[Task]:
 
 
 def run_task(request: Request, *, device: str | None = None) -> Prepared | None:
-    """`ask` for a job whose answer is what was prepared, for `Prepare`, or nothing."""
+    """`ask` for a job whose answer is what was prepared, or nothing."""
     return ask(request, device=device).prepared
 
 
@@ -94,7 +94,16 @@ def ask(request: Request, *, device: str | None = None) -> Answer:
 
 def prepare(spec: RunSpec, *, device: str | None = None) -> Prepared:
     """Convert, repair and tokenize in a child process, which keeps the launcher free of torch."""
-    prepared = run_task(Prepare(spec=spec), device=device)
+    return _prepared(Prepare(spec=spec), device)
+
+
+def prepare_model(spec: RunSpec, *, device: str | None = None) -> Prepared:
+    """The same for a model without data."""
+    return _prepared(PrepareModel(spec=spec), device)
+
+
+def _prepared(request: Prepare | PrepareModel, device: str | None) -> Prepared:
+    prepared = run_task(request, device=device)
     if prepared is None:
         raise JobError("nothing was prepared", try_="the same command again")
     return prepared

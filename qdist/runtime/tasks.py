@@ -22,6 +22,7 @@ from qdist.host.terminal import guard_output
 
 JOBS: Mapping[type[Request], str] = {
     requests.Prepare: "qdist.runtime.train.prepare:run",
+    requests.PrepareModel: "qdist.runtime.train.prepare:run_model",
     requests.Describe: "qdist.runtime.model.describe:run",
     requests.Gather: "qdist.runtime.train.result:run",
     requests.Merge: "qdist.runtime.exports.merge:run",

@@ -261,6 +261,16 @@ def test_a_finished_run_is_not_resumed() -> None:
     assert (result.exit_code, result.stdout) == (0, "run is finished: 5 steps, adapter in run/adapter\n")
 
 
+def test_a_run_that_ended_early_is_not_resumed_silently() -> None:
+    job = written("run")
+    (job.run.path / "result.json").write_text('{"steps": 5, "ended_early": "stopped early at step 5 of 9"}')
+    result = qdist("launch", "--resume", "--run", "run")
+    assert (result.exit_code, result.stdout.splitlines()) == (0, [
+        "run is finished: 5 steps, adapter in run/adapter; it stopped early at step 5 of 9",
+        "  to go on all the same: qdist launch --resume --run run --set train.patience=0",
+    ])  # fmt: skip
+
+
 def test_a_run_in_training_is_not_planned_anew(here: Path) -> None:
     job = written("run")
     before = (job.run.path / "plan.json").stat().st_mtime_ns

@@ -97,6 +97,7 @@ def _losses(snapshot: Snapshot) -> list[str]:
     if fold.held_out:
         (_, first), (last_step, last) = fold.held_out[0], fold.held_out[-1]
         parts.append(f"held-out {first:.3f}" + (f" to {last:.3f} (step {last_step})" if last_step else ""))
+    parts += [f"{task} {points[0][1]:.4g} to {points[-1][1]:.4g}" for task, points in fold.tasks.items() if points]
     if _number(fold.learning_rate):
         parts.append(f"lr {fold.learning_rate:.1e}")
     if _number(fold.gradient_norm):
@@ -154,7 +155,8 @@ def _messages(snapshot: Snapshot, width: int, *, most: int) -> list[Text]:
     if snapshot.state == "planned":
         lines.append(Text("planned; waiting for the ranks to start", style="yellow"))
     elif snapshot.state == "finished":
-        lines.append(Text(f"finished after {snapshot.fold.step:,} steps", style="green"))
+        early = snapshot.fold.ended_early
+        lines += _wrapped(early or f"finished after {snapshot.fold.step:,} steps", width, "green")
     elif snapshot.state in ("failed", "stopped", "killed"):
         # The first line says what happened; lines of a log may follow, which the log pane shows.
         said = snapshot.message.partition("\n")[0].rstrip(":")

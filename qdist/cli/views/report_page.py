@@ -285,7 +285,7 @@ def _charts(reports: Sequence[Report]) -> str:
     if not keys:
         return "<p>No step was done yet.</p>"
     figures = [
-        f'<figure data-chart="{key}"><figcaption>{escape(title)}</figcaption>'
+        f'<figure data-chart="{escape(key)}"><figcaption>{escape(title)}</figcaption>'
         f'<div class="plot" role="img" aria-label="{escape(title)} over steps"></div></figure>'
         for key, title in keys.items()
     ]

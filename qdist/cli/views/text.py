@@ -32,6 +32,8 @@ def plain_line(event: Event, *, left_s: float | None = None) -> str:
         parts.append(f"loss {event.loss:.3f}")
     if event.held_out_loss is not None:
         parts.append(f"held-out {event.held_out_loss:.3f}")
+    if event.figure is not None:
+        parts.append(f"{event.task} {event.figure:.4g}")
     if event.learning_rate is not None:
         parts.append(f"lr {event.learning_rate:.1e}")
     if event.tokens and event.seconds > 0:

@@ -18,6 +18,8 @@ FOREIGN = f"({'|'.join(_LAUNCHERS)})_[A-Za-z0-9_]*|{'|'.join(_ALONE)}"
 torchrun, accelerate, DeepSpeed and transformers each would follow some of them instead."""
 LAUNCH, AGENT = "QDIST_LAUNCH", "QDIST_AGENT"
 """The id of the launch that a rank is of; the process that started it."""
+EVALUATE = "--evaluate"
+"""Argument of the agent whose ranks evaluate instead of training."""
 
 
 def for_children(environment: Mapping[str, str], *, root: str = "") -> dict[str, str]:

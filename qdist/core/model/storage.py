@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from qdist.core.errors import SpecError
+from qdist.core.errors import ModelError, SpecError
+from qdist.core.model.gptq import method_of
 from qdist.core.model.shapes import Experts, Linear
 from qdist.core.spec.run_spec import RunSpec
 
@@ -95,6 +96,29 @@ def stores_mxfp4(config: Mapping[str, Any]) -> bool:
     """Whether a checkpoint stores its experts in MXFP4. config: the content of its config.json."""
     stored = config.get("quantization_config")
     return isinstance(stored, Mapping) and stored.get("quant_method") == "mxfp4"
+
+
+def quantized_as(config: Mapping[str, Any], *, name: str) -> Packing | None:
+    """How a model is already packed, from its config.json; None if it is not.
+
+    FP8 is read as if it were 16 bits. Raises ModelError for another packing than bitsandbytes' and MXFP4.
+    """
+    stored = config.get("quantization_config")
+    if not stored:
+        return None
+    method = method_of(stored) or "bitsandbytes"
+    if method == "mxfp4":
+        return Packing(bits=4, type="mxfp4", double=False)
+    if method == "fp8":
+        return None
+    if method != "bitsandbytes":
+        raise ModelError(f"{name} is quantized with {method}, which qdist does not read yet", try_="a 16-bit model")
+    if stored.get("load_in_8bit"):
+        return Packing(bits=8)
+    kind, storage = stored.get("bnb_4bit_quant_type", "fp4"), stored.get("bnb_4bit_quant_storage", "uint8")
+    if storage != "uint8":
+        raise ModelError(f"{name} stores its packed weights as {storage}, not uint8", try_="a 16-bit model")
+    return Packing(bits=4, type=kind, double=bool(stored.get("bnb_4bit_use_double_quant")))
 
 
 def packing_of(spec: RunSpec, config: Mapping[str, Any] | None = None) -> Packing:

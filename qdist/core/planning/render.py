@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qdist.core.errors import SpecError
-from qdist.core.machine.environment import AGENT, FOREIGN
+from qdist.core.machine.environment import AGENT, EVALUATE, FOREIGN
 from qdist.core.planning.placements.registry import layout_of
 from qdist.core.planning.plan import Plan, digest
 
@@ -77,11 +77,12 @@ small for the next tensor of the same size, and the heap grows instead. SmolLM2'
 set of a rank: 1,331 MiB with the cache, 835 without; at 8, 1,457 and 1,285; no slower (23.5 and 24.1 s of CPU time)."""
 
 
-def launch_script(plan: Plan, *, python: str) -> str:
+def launch_script(plan: Plan, *, python: str, evaluates: bool = False) -> str:
     """The shell script that starts the ranks; it finds its run directory beside itself.
 
-    python: the interpreter of the environment that planned the run.
+    python: the interpreter of the environment that planned the run. evaluates: instead of training.
     """
+    agent = f'-P -m qdist.host.launch.agent {plan.world_size} "$run" --digest {digest(plan)}'
     exports = {
         "OMP_NUM_THREADS": str(plan.threads_per_rank),
         "TOKENIZERS_PARALLELISM": "false",
@@ -106,7 +107,7 @@ def launch_script(plan: Plan, *, python: str) -> str:
         f"export {AGENT}=$$",
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
         *(f'export {name}="${{{name}:-{value}}}"' for name, value in usual.items()),
-        f'exec {shlex.quote(python)} -P -m qdist.host.launch.agent {plan.world_size} "$run" --digest {digest(plan)}',
+        f"exec {shlex.quote(python)} {agent}{f' {EVALUATE}' * evaluates}",
     ]
     return "\n".join(lines) + "\n"
 

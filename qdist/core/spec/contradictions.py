@@ -6,13 +6,15 @@ from typing import Any
 from qdist.core.data.reading import reading_of
 from qdist.core.errors import Change, SpecError
 from qdist.core.spec.placements import verified
-from qdist.core.spec.sections import Data
+from qdist.core.spec.sections import LOSS, Data
 
 Flat = Mapping[str, Any]
 """Every setting by its dotted key."""
 
 _MOST_SAMPLES = 8192
 """Most samples in a suggested micro-batch."""
+_GENERATED = ("generate", "judge", "elo")
+"""Kinds of tasks that are of answers, not of probabilities."""
 _WIDTHS = {"qlora": (4, 8, 16), "gptq-lora": (2, 3, 4, 8), "qa-lora": (2, 3, 4, 8)}
 
 
@@ -142,11 +144,14 @@ def _held_out(now: Flat, usual: Flat) -> Iterator[SpecError]:
             f"data.eval={now['data.eval']} is evaluated on, so train.held_out={held_out:g} holds out nothing",
             ways=[usually, {"data.eval": None}],
         )
-    if held_out == 0 and now["data.eval"] is None and (now["train.eval_steps"] or now["train.answers"]):
-        yield SpecError(
-            "train.eval_steps and train.answers need held-out records",
-            ways=[usually],
-        )
+    if held_out or now["data.eval"]:
+        return
+    if now["train.answers"] or (now["train.eval_steps"] and not now["train.tasks"]):
+        yield SpecError("train.eval_steps and train.answers need held-out records", ways=[usually])
+    if now["train.patience"] and not now["train.tasks"]:
+        yield SpecError("train.patience needs held-out records, or train.tasks", ways=[usually, {"train.patience": 0}])
+    if now["train.best"] == LOSS:
+        yield SpecError("train.best=loss needs held-out records", ways=[usually, {"train.best": None}])
 
 
 def _names(now: Flat, _: Flat) -> Iterator[SpecError]:
@@ -169,6 +174,32 @@ def _template(now: Flat, _: Flat) -> Iterator[SpecError]:
         )
 
 
+def _tasks(now: Flat, _: Flat) -> Iterator[SpecError]:
+    tasks, best = now["train.tasks"], now["train.best"]
+    for task in tasks:
+        if task.partition(":")[0] in _GENERATED:
+            yield SpecError(
+                f"train.tasks has {task}, which is of answers: while a run trains, only probabilities are measured",
+                try_=f"`qdist evaluate RUN --tasks {task}` once it is trained",
+            )
+        if task == LOSS:
+            yield SpecError("train.tasks has loss, which every evaluation measures", try_=f"{LOSS}:FILE, or without it")
+    if best not in (None, LOSS, *tasks):
+        yield SpecError(
+            f"train.best={best} is not measured: it is {LOSS} or one of train.tasks",
+            ways=[{"train.best": None}, {"train.tasks": (*tasks, best)}],
+        )
+
+
+def _patience(now: Flat, usual: Flat) -> Iterator[SpecError]:
+    if now["train.patience"] and not now["train.eval_steps"]:
+        yield SpecError(
+            f"train.patience={now['train.patience']} counts evaluations, and without train.eval_steps there is none "
+            "between the first step and the last",
+            ways=[{"train.eval_steps": now["train.save_steps"]}, {"train.patience": 0}],
+        )
+
+
 def _as_usual(keys: tuple[str, ...], now: Flat, usual: Flat) -> Change:
     """Changes to the defaults of settings that have another value; empty if none has."""
     return {key: usual[key] for key in keys if now[key] != usual[key]}
@@ -176,5 +207,5 @@ def _as_usual(keys: tuple[str, ...], now: Flat, usual: Flat) -> Change:
 
 _RULES: tuple[Callable[[Flat, Flat], Iterator[SpecError]], ...] = (
     _width, _arithmetic, _packing, _pooling, _length, _lengths, _batch, _state, _moments, _warmup, verified, _held_out,
-    _names, _template,
+    _names, _template, _tasks, _patience,
 )  # fmt: skip

@@ -31,6 +31,8 @@ OPTIMIZERS_ELSEWHERE: dict[str, dict[str, object]] = {
 """What transformers, Axolotl, Unsloth and bitsandbytes call a form of AdamW."""
 Compute = Literal["fp8"]
 """Arithmetic of the backbone's products in training, where it is not `dtype`."""
+LOSS = "loss"
+"""What `train.best` calls the held-out loss."""
 GPTQ_METHODS = ("gptq-lora", "qa-lora")
 """Methods whose backbone is a GPTQ checkpoint."""
 

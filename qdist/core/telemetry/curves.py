@@ -3,7 +3,7 @@
 import math
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Literal
 
@@ -56,20 +56,25 @@ def charts(fold: RunHistory) -> tuple[Chart, ...]:
         Series(name="smoothed", style="line", x=smoothed_x, y=_rounded(smoothed_y)),
     ]
     if held_out:
-        loss.append(
-            Series(
-                name="held-out",
-                style="points",
-                x=[step for step, _ in held_out],
-                y=_rounded([value for _, value in held_out]),
-            )
-        )
+        loss.append(_points("held-out", held_out))
     return (
         Chart(key="loss", title="Loss", series=tuple(loss)),
+        *_tasks(fold),
         _single("speed", "Tokens/s", "tokens/s", columns.step, tokens_per_s(fold)),
         _single("gradient", "Gradient norm", "gradient norm", columns.step, columns.gradient_norm),
         _single("rate", "Learning rate", "learning rate", columns.step, columns.learning_rate),
     )
+
+
+def _tasks(fold: RunHistory) -> Iterator[Chart]:
+    """A chart for each task that evaluations measured."""
+    for task, points in fold.tasks.items():
+        yield Chart(key=task, title=task, series=(_points(task, sorted(points)),))
+
+
+def _points(name: str, points: Sequence[tuple[int, float]]) -> Series:
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    return Series(name=name, style="points", x=steps, y=_rounded(values))
 
 
 def marks(fold: RunHistory) -> Marks:

@@ -12,7 +12,18 @@ import msgspec
 State = Literal["planned", "running", "finished", "stopped", "failed", "killed"]
 """State of a run, read from its files: see `qdist.host.run.state`."""
 Kind = Literal[
-    "load", "start", "step", "eval", "verify", "checkpoint", "resume", "end", "inventory", "gradients", "starting"
+    "load",
+    "start",
+    "step",
+    "eval",
+    "verify",
+    "checkpoint",
+    "resume",
+    "end",
+    "inventory",
+    "gradients",
+    "starting",
+    "scored",
 ]
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
@@ -28,10 +39,17 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     kind: Kind
     step: Count = 0
-    """Optimizer steps finished so far. For `start` and `resume`: the step that the run goes on from."""
+    """Optimizer steps finished so far. For `start` and `resume`: the step that the run goes on from. For `scored`:
+    items of the task in `note`, of `total_steps`."""
     total_steps: Count = 0
     loss: float | None = None
     held_out_loss: float | None = None
+    task: str = ""
+    """For `eval`: the task of `figure`; empty for the held-out loss."""
+    figure: float | None = None
+    """What a task that is measured in training came to."""
+    rises: bool = False
+    """Whether more of `figure` is better."""
     learning_rate: float | None = None
     gradient_norm: float | None = None
     tokens: Count = 0

@@ -108,6 +108,12 @@ class RunHistory:
         self.columns = Columns()
         self.held_out: list[tuple[int, float]] = []
         """(step, loss) of each evaluation."""
+        self.tasks: dict[str, list[tuple[int, float]]] = {}
+        """(step, figure) of each evaluation, by task."""
+        self.rising: set[str] = set()
+        """Tasks of whose figure more is better."""
+        self.ended_early = ""
+        """Why the run ended before its last step, as a sentence; empty if it did not."""
         self.skipped: list[int] = []
         """Steps whose update was not made."""
         self.checkpoints: list[tuple[int, float]] = []
@@ -157,10 +163,14 @@ class RunHistory:
         elif event.kind == "eval" and event.held_out_loss is not None:
             self.held_out = [point for point in self.held_out if point[0] != event.step]
             self.held_out.append((event.step, event.held_out_loss))
+        elif event.kind == "eval" and event.figure is not None:
+            points = [point for point in self.tasks.get(event.task, ()) if point[0] != event.step]
+            self.tasks[event.task] = [*points, (event.step, event.figure)]
+            self.rising |= {event.task} if event.rises else set()
         elif event.kind == "checkpoint":
             self.checkpoints.append((event.step, event.time))
         elif event.kind == "end":
-            self.finished = True
+            self.finished, self.ended_early = True, event.note
         elif event.kind == "inventory":
             self.inventory = event.note
         elif event.kind == "gradients":
@@ -194,10 +204,13 @@ class RunHistory:
         self._lengthen(events[-1].time)
 
     def _go_back(self, event: Event) -> None:
-        self.step, self.finished = event.step, False
+        self.step, self.finished, self.ended_early = event.step, False, ""
         self.columns.cut(bisect_right(self.columns.step, event.step))
         self._since = len(self.columns)
         self.held_out = [point for point in self.held_out if point[0] <= event.step]
+        self.tasks = {
+            task: [point for point in points if point[0] <= event.step] for task, points in self.tasks.items()
+        }
         self.skipped = [step for step in self.skipped if step <= event.step]
         self.checkpoints = [point for point in self.checkpoints if point[0] <= event.step]
         if event.kind == "resume":

@@ -65,6 +65,8 @@ def _of_training(plan: Plan, fold: RunHistory) -> Iterator[Metric]:
     yield one("qdist_smoothed_loss", "Mean training loss of the last 10 steps.", fold.smoothed_loss)
     held_out = fold.held_out[-1][1] if fold.held_out else None
     yield one("qdist_held_out_loss", "Loss on held-out records at the last evaluation.", held_out)
+    figures = [({"task": task}, points[-1][1]) for task, points in fold.tasks.items() if points]
+    yield Metric("qdist_task", "gauge", "What a task came to at the last evaluation.", figures)
     yield one("qdist_learning_rate", "Learning rate of the last step.", fold.learning_rate)
     yield one("qdist_gradient_norm", "Global gradient norm of the last step, before clipping.", fold.gradient_norm)
     yield one("qdist_tokens_per_second", "Median of the last 10 steps, all ranks together.", fold.tokens_per_s)

@@ -132,7 +132,8 @@ def _headline(seen: Snapshot) -> str:
     fold, total = seen.fold, seen.fold.total_steps or seen.plan.steps
     done = f"step {fold.step:,} of {total:,}"
     if seen.state == "finished":
-        return f"Finished all {counted_steps(total)}."
+        early = fold.ended_early
+        return f"{early[0].upper()}{early[1:]}." if early else f"Finished all {counted_steps(total)}."
     if seen.state == "running":
         left = fold.seconds_left
         return f"Running, {done}" + (f", about {format_duration(left)} left." if left is not None else ".")

@@ -160,17 +160,20 @@ def ranks_table(fold: RunHistory) -> Table:
 
 
 def held_out_table(fold: RunHistory) -> Table:
-    """Evaluations; of very many, evenly chosen ones and the best."""
-    points = sorted(fold.held_out)
-    best = min((loss for _, loss in points if math.isfinite(loss)), default=math.nan)
-    chosen = {points[index][0] for index in evenly(range(len(points)), _MOST_ROWS)}
+    """Evaluations with their tasks; of very many, evenly chosen ones and those with the lowest loss."""
+    losses, tasks = dict(sorted(fold.held_out)), {task: dict(points) for task, points in fold.tasks.items()}
+    steps = sorted({*losses, *(step for points in tasks.values() for step in points)})
+    best = min(filter(math.isfinite, losses.values()), default=math.nan)
+    chosen = {steps[index] for index in evenly(range(len(steps)), _MOST_ROWS)}
+
+    def row(step: int, loss: float) -> tuple[str, ...]:
+        figures = (number(points.get(step, math.nan)) for points in tasks.values())
+        return f"{step:,}", number(loss), number(math.exp(min(loss, 700))), *figures, "best" if loss == best else ""
+
+    rows = ((step, losses.get(step, math.nan)) for step in steps)
     return Table(
-        headers=("step", "held-out loss", "perplexity", ""),
-        rows=tuple(
-            (f"{step:,}", number(loss), number(math.exp(min(loss, 700))), "best" if loss == best else "")
-            for step, loss in points
-            if step in chosen or loss == best
-        ),
+        headers=("step", "held-out loss", "perplexity", *tasks, ""),
+        rows=tuple(row(step, loss) for step, loss in rows if step in chosen or loss == best),
     )
 
 

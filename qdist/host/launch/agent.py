@@ -13,9 +13,10 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
+from qdist.core.machine.environment import EVALUATE
 from qdist.host.terminal import say
 
-WORKER = "qdist.runtime.train.worker"
+WORKER, EVALUATOR = "qdist.runtime.train.worker", "qdist.runtime.train.evaluator"
 _PATIENCE_S = 30.0
 """Seconds that ranks get to save and end once they were asked to; torch.distributed.run's."""
 _LOOK_S = 0.05
@@ -24,7 +25,7 @@ _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 def main() -> None:
     """Start the ranks, wait for them, and exit as they did: 0 if all ended well, 1 if one failed."""
-    count, arguments = int(sys.argv[1]), sys.argv[2:]
+    count, (worker, *arguments) = int(sys.argv[1]), started_with(sys.argv[2:])
     asked: list[int] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -33,7 +34,7 @@ def main() -> None:
     for number in _ASKING:
         signal.signal(number, ask)
     with _reserved() as kept:
-        command = [sys.executable, "-u", "-P", "-m", WORKER, *arguments]
+        command = [sys.executable, "-u", "-P", "-m", worker, *arguments]
         address = kept.getsockname()
         ranks = [
             subprocess.Popen(command, env={**os.environ, **variables_of(rank, count, address)}) for rank in range(count)
@@ -45,6 +46,11 @@ def main() -> None:
     if failed is not None:
         say(describe_failure(failed, ranks[failed].returncode), err=True)
     raise SystemExit(1 if any(rank.returncode for rank in ranks) else 0)
+
+
+def started_with(words: Sequence[str]) -> list[str]:
+    """The module that ranks run, and its arguments."""
+    return [EVALUATOR if EVALUATE in words else WORKER, *(word for word in words if word != EVALUATE)]
 
 
 def _reserved() -> socket.socket:

@@ -21,7 +21,7 @@ from qdist.core.spec.keys import known_keys
 from qdist.core.spec.lookup import typed_settings
 from qdist.core.spec.run_spec import RunSpec, given, merge, nest, resolve, settled
 from qdist.core.spec.suggest import or_tried_hint
-from qdist.core.text import parse_bytes
+from qdist.core.text import parse_bytes, resuming
 from qdist.host import templates
 from qdist.host.launch import prepare
 from qdist.host.launch.claim import tidy
@@ -242,7 +242,10 @@ def _rest_of(
     if result is not None and not changes:
         tidy(run)
         send_rest(run, say=say)
-        say(f"{run.path} is finished: {result.get('steps', 'all')} steps, adapter in {run.adapter}")
+        why = f"; it {early}" if (early := result.get("ended_early")) else ""
+        say(f"{run.path} is finished: {result.get('steps', 'all')} steps, adapter in {run.adapter}{why}")
+        if why:
+            say(f"  to go on all the same: {resuming(run.path, '--set', 'train.patience=0')}")
         return run
     await_ranks(run, say=say)
     refuse_running(run)

@@ -41,6 +41,7 @@ from qdist.host.launch.refusals import (
     refuse_done,
     refuse_other_files,
     refuse_small_disk,
+    refuse_tasks,
     refuse_unwritable,
     refuse_unwritable_cache,
     refuse_used,
@@ -61,7 +62,7 @@ RESUMABLE = frozenset((
     "run", "gpus", "placement", "gpus_per_group", "split.schedule", "split.offload_layers", "micro_batch",
     "pack", "graphs", "max_memory", "trackers", "liger", "zero.stage", "zero.offload",
     "train.checkpointing", "train.eval_steps", "train.save_steps", "train.keep", "train.answers",
-    "train.verify_steps", "train.stuck_seconds",
+    "train.verify_steps", "train.stuck_seconds", "train.tasks", "train.best", "train.patience",
 ))  # fmt: skip
 """Settings that may change on resume, because they do not affect what a step computes."""
 
@@ -223,6 +224,7 @@ def _new_run(spec: RunSpec) -> _Asked:
     refuse_used(run)
     refuse_unwritable(run)
     refuse_missing(spec.trackers)
+    refuse_tasks(spec)
     if spec.adapter:
         find_adapter(spec.adapter)
     return _Asked(run, spec, probe.cluster())
@@ -245,6 +247,7 @@ def _resumed(run: RunDir, changes: Mapping[str, Any]) -> _Asked:
             )
     refuse_unwritable(run)
     refuse_missing(spec.trackers)
+    refuse_tasks(spec)
     return _Asked(run, spec, probe.cluster(), old)
 
 
@@ -363,8 +366,8 @@ def _synthetic(spec: RunSpec) -> Prepared:
             f"random weights train on random tokens, of which {' and '.join(keys)} say nothing",
             try_=f"leave {' and '.join(keys)} out",
         )
-    if spec.train.answers or spec.new_tokens:
-        raise SpecError("train.answers and new_tokens need a tokenizer, and random weights have none")
+    if spec.train.answers or spec.new_tokens or spec.train.tasks:
+        raise SpecError("train.answers, train.tasks and new_tokens need a tokenizer, and random weights have none")
     config, _, _, code = known_shape(spec.model, spec.trust_remote_code)
     require_library_class(config, name=spec.model, trusted=bool(code))
     source = Source(kind="dummy", path="", config=config, tokenizer="", gptq=of_run(spec, config), own_code=code)

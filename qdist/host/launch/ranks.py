@@ -56,19 +56,32 @@ def start(
     say: called with a line for the user.
     Raises KeyboardInterrupt when the run was stopped and saved, JobError when a rank died or the directory was lost.
     """
-    with Tracking(own.job.run, own.job.plan.spec.trackers, say=say) as tracking:
-        _start(own, tracking, backend, show=show, say=say, recall=recall)
+    run = own.job.run
+    with Tracking(run, own.job.plan.spec.trackers, say=say) as tracking:
+        attend(
+            own, backend, show=show, say=say, recall=recall, look=tracking.look, done=lambda: run.result() is not None
+        )
+    with contextlib.suppress(OSError):  # a cache that cannot be written to makes no run fail
+        calibration.learn(run)
 
 
-def _start(
+def attend(
     own: Claim,
-    tracking: Tracking,
     backend: Backend,
     *,
     show: Show,
     say: Callable[[str], None],
-    recall: Show | None,
+    done: Callable[[], bool],
+    recall: Show | None = None,
+    look: Callable[[], None] = lambda: None,
+    loses: str = "",
 ) -> None:
+    """Start the ranks of a claimed directory, whatever they do, and stay until they have ended.
+
+    done: whether they have left what they were started for. look: called a few times a second.
+    loses: what is told when they are stopped before a first step; empty for what a run says.
+    Raises as `start` does.
+    """
     run = own.job.run
     follower = Follower(run.path, say=say)
     past = follower.new_events()
@@ -78,13 +91,11 @@ def _start(
     plan = own.job.plan
     watchdog = Watchdog(run, plan.spec.train.stuck_seconds, ranks=plan.world_size, launch=own.launch)
     ranks = backend(own)
-    stopped, hung = _watch(own, ranks, follower, watchdog, tracking, show, say)
+    stopped, hung = _watch(own, ranks, follower, watchdog, look, show, say, loses)
     code = ranks.wait()
     if own.is_lost():
         raise lost(run)
-    if run.result() is not None and code == 0:
-        with contextlib.suppress(OSError):  # a cache that cannot be written to makes no run fail
-            calibration.learn(run)
+    if done() and code == 0:
         return
     if stopped and not hung and code in (0, -signal.SIGKILL):
         note(run, Ended(state="stopped", time=time.time()))
@@ -99,9 +110,10 @@ def _watch(
     ranks: Ranks,
     follower: Follower,
     watchdog: Watchdog,
-    tracking: Tracking,
+    look: Callable[[], None],
     show: Show,
     say: Callable[[str], None],
+    loses: str,
 ) -> tuple[bool, str]:
     """Follow the ranks to their end: whether the user or a scheduler stopped them, and which rank was stuck in what."""
     run, asked, stuck, stepped, answered = own.job.run, 0, "", False, False
@@ -123,10 +135,10 @@ def _watch(
         while ranks.poll() is None and not own.is_lost():
             wanted = asked
             readable = readable and _shown_what_is_new(follower, show_and_note, say)
-            tracking.look()
+            look()
             if wanted and not answered:
                 answered = True
-                _stop(run, ranks, say, has_stepped=stepped or not readable)
+                _stop(run, ranks, say, has_stepped=not loses and (stepped or not readable), loses=loses)
             elif not answered and run.stop_requested():
                 answered = True
                 say("stopping after this step, with a checkpoint: qdist stop asked for it")
@@ -145,14 +157,17 @@ def _watch(
     return asked > 0 or elsewhere, stuck
 
 
-def _stop(run: RunDir, ranks: Ranks, say: Callable[[str], None], *, has_stepped: bool) -> None:
-    """Have the ranks save and exit; before their first step there is nothing to save."""
+def _stop(run: RunDir, ranks: Ranks, say: Callable[[str], None], *, has_stepped: bool, loses: str) -> None:
+    """Have the ranks save and exit; before their first step there is nothing to save.
+
+    loses: what is told then; empty for what a run says.
+    """
     if has_stepped:
         ranks.stop()
         say("stopping after this step, with a checkpoint; a second Ctrl-C stops at once")
     else:
         which = "next" if run.checkpoint_steps() else "first"
-        say(f"stopped before the {which} step; nothing to save")
+        say(loses or f"stopped before the {which} step; nothing to save")
         ranks.kill()
 
 

@@ -2,15 +2,19 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
 
-from qdist.core.errors import RunError
+from qdist.core.errors import RunError, SpecError
+from qdist.core.evaluation.words import TaskWord, task_words
 from qdist.core.planning.disk import storage
 from qdist.core.planning.plan import DataFacts, Plan, Prepared
+from qdist.core.spec.run_spec import RunSpec
 from qdist.core.text import command, format_bytes, resuming
+from qdist.host.data.files import holds_records
+from qdist.host.data.records import check_source
 from qdist.host.data.sources import changed_sources
 from qdist.host.files import cache_path, free_bytes, obstacle, require_space, unusable_cache
 from qdist.host.launch.survey import counted
@@ -58,7 +62,10 @@ def refuse_used(run: RunDir, *, held: bool = False) -> None:
 
 
 def refuse_done(plan: Plan, run: RunDir) -> None:
-    """Raise RunError if a run has done all steps of the new plan; a finished run resumes only for more steps."""
+    """Raise RunError if a run has done all steps of the new plan; a finished run resumes only for more steps.
+
+    One that ended early resumes only with more patience, or none.
+    """
     result, saved = run.result(), run.checkpoint_steps()
     if result is None:
         if saved and plan.steps < saved[-1]:
@@ -69,11 +76,39 @@ def refuse_done(plan: Plan, run: RunDir) -> None:
     finished = f"{run.path} is finished after {done:,} steps"
     if not saved:
         raise RunError(f"{finished}, and no checkpoint of it is left to go on from", try_="a new run")
-    if schedule != "constant":
+    if why := result.get("ended_early"):
+        _refuse_impatient(plan, run, why)
+    elif schedule != "constant":
         raise RunError(f"{finished}: its {schedule} learning rate has ended with them", try_="a new run")
     if plan.steps <= done:
         more = resuming(run.path, "--steps", 2 * done)
         raise RunError(f"{finished}: it can only go on to more steps, not to {plan.steps:,}", try_=more)
+
+
+def _refuse_impatient(plan: Plan, run: RunDir, why: str) -> None:
+    """Raise RunError if a run that ended early would end again with the first look at its evaluations."""
+    before, now = run.plan().spec.train.patience, plan.spec.train.patience
+    if now and now <= before:
+        raise RunError(
+            f"{run.path} {why}; with train.patience={now} it would end again at once",
+            try_=resuming(run.path, "--set", "train.patience=0"),
+        )
+
+
+def refuse_unreadable(words: Iterable[TaskWord]) -> None:
+    """Raise DataError or SpecError for a task whose file is not there or cannot be read."""
+    for word in words:
+        path = Path(word.argument).expanduser()
+        if word.kind == "lm":
+            if path.suffix in (".yaml", ".yml") and not path.is_file():
+                raise SpecError(f"there is no file {word.argument}", try_="lm:TASK.yaml, or a name that lm_eval knows")
+        elif word.argument and not (word.kind == "perplexity" and path.is_file() and not holds_records(path)):
+            check_source(word.argument)
+
+
+def refuse_tasks(spec: RunSpec) -> None:
+    """Raise SpecError or DataError for tasks of a run that are not there or cannot be read."""
+    refuse_unreadable(word for text in spec.train.tasks for word in task_words(text))
 
 
 def refuse_unwritable(run: RunDir, *, probe: bool = False) -> None:

@@ -75,7 +75,9 @@ class _Result(msgspec.Struct):
     """The types of the fields of `result.json`."""
 
     steps: Count = 0
+    ended_early: str = ""
     held_out: list[tuple[Count, float]] = []
+    tasks: dict[str, list[tuple[Count, float]]] = {}
     answers: list[_Answer] = []
     adapter_bytes: Count = 0
     adapter_parameters: Count = 0

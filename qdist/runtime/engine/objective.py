@@ -1,7 +1,7 @@
 """The training objective: cross entropy summed over learned tokens, computing logits only for those."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -59,14 +59,46 @@ def loss_of(model: Any, hidden: torch.Tensor, batch: Mapping[str, torch.Tensor],
     `labels`, to find them in.
     """
     head, rule = head_of(model), head_rule(model)
-    device = next(head.parameters()).device  # of a model spread over GPUs, not always where the hidden states are
-    learned = batch if "picked" in batch else pick(batch["labels"])
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    picked = flat.index_select(0, learned["picked"].to(hidden.device, non_blocking=True)).to(device)
-    wanted = learned["targets"].to(device, non_blocking=True)
+    picked, wanted = _picked(head, hidden, batch if "picked" in batch else pick(batch["labels"]))
     if not rule.plain:
         return functional.cross_entropy(class_logits(model, picked[None])[0].float(), wanted, reduction="sum")
     return cross_entropy(head, picked, wanted, rule, fused=fused)
+
+
+def _picked(head: Any, hidden: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden states at a batch's picked positions, [n, hidden], and its targets, where the head is."""
+    device = next(head.parameters()).device  # of a model spread over GPUs, not always where the hidden states are
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    picked = flat.index_select(0, batch["picked"].to(hidden.device, non_blocking=True)).to(device)
+    return picked, batch["targets"].to(device, non_blocking=True)
+
+
+def scores_of(model: Any, hidden: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Each target's log-probability, and 1 where no token is more probable, else 0: float32 [n, 2].
+
+    hidden: states after the final norm, [batch, length, hidden]. batch: `picked` and `targets`, as for `loss_of`.
+    Logits are float32, of so many positions at a time that they take no more than some MB.
+    """
+    picked, wanted = _picked(head_of(model), hidden, batch)
+    found = []
+    for states, targets in zip(picked.split(_AT_A_TIME), wanted.split(_AT_A_TIME), strict=True):
+        logits = _logits(model, states)
+        chosen = logits.gather(1, targets[:, None])[:, 0]
+        found.append(torch.stack([chosen - logits.logsumexp(1), (chosen >= logits.amax(1)).float()], 1))
+    return torch.cat(found) if found else picked.new_zeros((0, 2), dtype=torch.float32)
+
+
+_AT_A_TIME = 128
+"""Positions whose logits exist at a time: 64 MiB for a vocabulary of 128 thousand."""
+
+
+def _logits(model: Any, picked: torch.Tensor) -> torch.Tensor:
+    """Logits of hidden states [n, hidden], float32 [n, vocabulary]."""
+    rule = head_rule(model)
+    if not rule.plain:
+        own: torch.Tensor = class_logits(model, picked[None])[0].float()
+        return own
+    return rule.of(head_of(model)(rule.into(picked)).float())
 
 
 def cross_entropy(
@@ -88,18 +120,73 @@ CameTo = Callable[[int], None]
 """Called with the number of each micro-batch, from 1, before it is computed."""
 Evaluate = Callable[[list[list[int]], CameTo], tuple[float, int]]
 """A rank's (summed loss, learned tokens) over micro-batches of sample indices."""
+Batch = Mapping[str, torch.Tensor]
+ScoreBatches = Callable[[Iterable[Batch], CameTo], list[torch.Tensor]]
+"""What `scores_of` gives for each of a rank's batches, in host memory; nothing on ranks without the head."""
 
 
 def unseen(count: int) -> None:
     """The default callback of an evaluation: does nothing."""
 
 
-class Forward:
-    """Losses of a PEFT model. The adapter is float32; autocast casts it to the backbone's precision."""
+class Passes:
+    """Forward passes of a model, or of a stage of one, with an adapter or without.
+
+    The adapter is float32; autocast casts it to the backbone's precision.
+    """
+
+    def __init__(self, model: Any, *, dtype: torch.dtype, longest: int = 0) -> None:
+        """longest: tokens of the longest sample in a packed row; 0 where no row is packed."""
+        self.model, self.dtype, self._longest = model, dtype, longest
+        self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def part(self, inputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The decoder layers on this rank: from token ids, or the previous stage's hidden states, to hidden states.
+
+        batch: the micro-batch that they are of, for its boundaries.
+        """
+        boundaries = boundaries_of(batch, inputs.device, longest=self._longest)
+        with self._autocast():
+            return hidden_states(self._base, inputs, boundaries)
+
+    def scores_of(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The last stage's final step of an evaluation: answers from the output of `part`."""
+        with self._autocast():
+            return scores_of(self._base, hidden, batch)
+
+    @torch.no_grad()
+    def score(self, batches: Iterable[Batch], came_to: CameTo = unseen) -> list[torch.Tensor]:
+        """`ScoreBatches` of a rank that computes its passes alone, without dropout."""
+        found = []
+        with self.without_dropout():
+            for count, batch in enumerate(batches, 1):
+                came_to(count)
+                hidden = self.part(batch["input_ids"].to(self._base.device, non_blocking=True), batch)
+                found.append(self.scores_of(hidden, batch).cpu())
+        return found
+
+    @contextlib.contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """A context with the model in evaluation mode; restores its mode afterwards."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self._base.device.type, dtype=self.dtype)
+
+
+class Forward(Passes):
+    """Losses of a PEFT model on a run's samples."""
 
     def __init__(self, model: Any, samples: Samples, *, dtype: torch.dtype, fused: bool) -> None:
-        self.model, self.samples, self.dtype, self.fused = model, samples, dtype, fused
-        self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        super().__init__(model, dtype=dtype, longest=samples.plan.seq_len)
+        self.samples, self.fused = samples, fused
         if samples.plan.packed:
             keep_samples_apart(self._base)
 
@@ -107,15 +194,6 @@ class Forward:
         """Cross entropy summed over a micro-batch's learned tokens."""
         with self._autocast():
             return summed_loss(self._base, batch, fused=self.fused, longest=self.samples.plan.seq_len)
-
-    def part(self, inputs: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The decoder layers on this rank: from token ids, or the previous stage's hidden states, to hidden states.
-
-        batch: the micro-batch that they are of, for its boundaries.
-        """
-        boundaries = boundaries_of(batch, inputs.device, longest=self.samples.plan.seq_len)
-        with self._autocast():
-            return hidden_states(self._base, inputs, boundaries)
 
     def loss_of(self, hidden: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The last stage's final step: the summed loss from the output of `part`."""
@@ -153,18 +231,3 @@ class Forward:
                 came_to(count)
                 losses.append(self.loss(self.samples.batch(indices)).double())
         return float(sum(losses)), sum(map(self.samples.learned, batches))
-
-    @contextlib.contextmanager
-    def without_dropout(self) -> Iterator[None]:
-        """A context with the model in evaluation mode; restores its mode afterwards."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            yield
-        finally:
-            self.model.train(training)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self._base.device.type, dtype=self.dtype)

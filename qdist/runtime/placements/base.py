@@ -14,7 +14,7 @@ import torch
 from qdist.core.planning.plan import Plan
 from qdist.runtime.engine.adamw import build_optimizer
 from qdist.runtime.engine.deepspeed import DeepSpeedEngine
-from qdist.runtime.engine.objective import Evaluate, Forward
+from qdist.runtime.engine.objective import Evaluate, Forward, Passes, ScoreBatches
 from qdist.runtime.engine.torch import Adapter, Engine, TorchEngine
 
 PROCESS_GROUP_TIMEOUT = datetime.timedelta(minutes=30)
@@ -22,10 +22,11 @@ PROCESS_GROUP_TIMEOUT = datetime.timedelta(minutes=30)
 
 
 class Built(NamedTuple):
-    """The engine and evaluation that the training loop uses."""
+    """The engine and evaluations that the training loop uses."""
 
     engine: Engine
     evaluate: Evaluate
+    score: ScoreBatches
 
 
 class Placement(Protocol):
@@ -68,9 +69,15 @@ class Placement(Protocol):
         """(index, count): the share of the recorded checksums that this rank verifies."""
 
     def build(self, accelerator: Any, adapter: Adapter, forward: Forward) -> Built:
-        """The engine over this rank's adapter parameters, and its evaluation. Collective.
+        """The engine over this rank's adapter parameters, and its evaluations. Collective.
 
         accelerator: as `setup.make_accelerator` makes it. forward: over a model that was arranged by this placement.
+        """
+
+    def scoring(self, passes: Passes) -> ScoreBatches:
+        """What scores batches with a model that was arranged by this placement, without training it. Collective.
+
+        The ranks with the same `data_rank` must be given the same batches; and where ranks are `in_step`, all as many.
         """
 
 
@@ -107,7 +114,10 @@ class LoneRank:
         return 0, 1
 
     def build(self, accelerator: Any, adapter: Adapter, forward: Forward) -> Built:
-        return Built(make_engine(self.plan, accelerator, adapter), forward.evaluate)
+        return Built(make_engine(self.plan, accelerator, adapter), forward.evaluate, self.scoring(forward))
+
+    def scoring(self, passes: Passes) -> ScoreBatches:
+        return passes.score
 
 
 def make_engine(plan: Plan, accelerator: Any, adapter: Adapter) -> Engine:

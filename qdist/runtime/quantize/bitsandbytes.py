@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qdist.core.errors import ModelError, RunError
-from qdist.core.model.storage import Packing
+from qdist.core.model.storage import Packing, quantized_as
 from qdist.core.requests import Pack
 from qdist.core.text import command, format_bytes, format_duration, quoted
 from qdist.host.files import cache_dir, locked
@@ -21,7 +21,7 @@ from qdist.runtime.formats.packed_folder import Manifest, read_manifest
 from qdist.runtime.quantize.blueprint import blueprint
 from qdist.runtime.quantize.materialize import materialize, trust
 from qdist.runtime.quantize.pack import pack
-from qdist.runtime.quantize.source import check_packed, quantized_as
+from qdist.runtime.quantize.source import check_packed
 from qdist.runtime.quantize.tensors import streamed
 
 

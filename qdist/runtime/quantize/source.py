@@ -1,15 +1,13 @@
 """Originals and packed folders: how a model folder is packed, and the 16-bit weights that a run came from."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from qdist.core.errors import ModelError, RunError
-from qdist.core.model.gptq import method_of
-from qdist.core.model.storage import Packing
+from qdist.core.model.storage import Packing, quantized_as
 from qdist.core.planning.plan import Source
 from qdist.core.text import counted
 from qdist.host.sources.cache import source_identity
@@ -19,29 +17,6 @@ from qdist.runtime.formats.packed_folder import Manifest, read_manifest, tensor_
 from qdist.runtime.formats.packing import expert_suffixes
 from qdist.runtime.quantize.blueprint import Blueprint, blueprint
 from qdist.runtime.quantize.tensors import Tensors, outlines, require_layers, require_shapes, tensors_of
-
-
-def quantized_as(config: Mapping[str, Any], *, name: str) -> Packing | None:
-    """How a model is already packed, from its config.json; None if it is not.
-
-    FP8 is read as if it were 16 bits. Raises ModelError for another packing than bitsandbytes' and MXFP4.
-    """
-    stored = config.get("quantization_config")
-    if not stored:
-        return None
-    method = method_of(stored) or "bitsandbytes"
-    if method == "mxfp4":
-        return Packing(bits=4, type="mxfp4", double=False)
-    if method == "fp8":
-        return None
-    if method != "bitsandbytes":
-        raise ModelError(f"{name} is quantized with {method}, which qdist does not read yet", try_="a 16-bit model")
-    if stored.get("load_in_8bit"):
-        return Packing(bits=8)
-    kind, storage = stored.get("bnb_4bit_quant_type", "fp4"), stored.get("bnb_4bit_quant_storage", "uint8")
-    if storage != "uint8":
-        raise ModelError(f"{name} stores its packed weights as {storage}, not uint8", try_="a 16-bit model")
-    return Packing(bits=4, type=kind, double=bool(stored.get("bnb_4bit_use_double_quant")))
 
 
 def check_packed(folder: Path, shape: Blueprint, packing: Packing) -> None:

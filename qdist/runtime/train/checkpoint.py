@@ -8,9 +8,12 @@ from pathlib import Path
 
 import msgspec
 import torch
+from msgspec.structs import replace
 from safetensors import SafetensorError
 
 from qdist.core.errors import JobError, RunError
+from qdist.core.evaluation.course import Points, best_step, points_of
+from qdist.core.spec.sections import LOSS
 from qdist.core.text import quoted, resuming
 from qdist.host.files import publish_folder, write_atomic
 from qdist.host.opening import read_typed, require_file, told
@@ -32,12 +35,15 @@ class _Closed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     files: dict[str, tuple[int, int, int]]
 
 
-class _HeldOut(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _HeldOut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The contents of `held_out.json`."""
 
-    held_out: tuple[tuple[int, float], ...]
+    held_out: Points
     sha256: str
     """SHA-256 of the points as JSON."""
+    tasks: dict[str, Points] = {}
+    best: str = LOSS
+    rising: tuple[str, ...] = ()
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -50,14 +56,19 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     loss_scale: float = 1.0
     finite_steps: int = 0
     """Steps since the loss scale last changed."""
-    held_out: tuple[tuple[int, float], ...] = ()
+    held_out: Points = ()
     """(step, loss) of every evaluation so far."""
+    tasks: dict[str, Points] = {}
+    """(step, figure) of every evaluation so far, by task."""
+    best: str = LOSS
+    """What the best checkpoint is chosen by: loss, or one of the tasks."""
+    rising: tuple[str, ...] = ()
+    """Tasks of whose figure more is better."""
 
     @property
     def best_step(self) -> int | None:
-        """The evaluated step with the lowest held-out loss, excluding the start of the run."""
-        trained = [(loss, step) for step, loss in self.held_out if step > 0]
-        return min(trained)[1] if trained else None
+        """The evaluated step with the best figure, excluding the start of the run."""
+        return best_step(points_of(self.best, self.held_out, self.tasks), rises=self.best in self.rising)
 
 
 def save(run: RunDir, progress: Progress, state: State, *, keep: int) -> Path:
@@ -84,16 +95,18 @@ def save(run: RunDir, progress: Progress, state: State, *, keep: int) -> Path:
     return final
 
 
-def note(run: RunDir, step: int, held_out: tuple[tuple[int, float], ...], *, keep: int) -> None:
-    """Add to a checkpoint the evaluation that followed it, then keep only the new best beyond `keep`."""
+def note(run: RunDir, progress: Progress, *, keep: int) -> None:
+    """Add to a step's checkpoint the evaluation that followed it, then keep only the new best beyond `keep`."""
     # A file of its own: DONE holds the sums of the others, and two files cannot be replaced at the same moment.
-    content = msgspec.json.encode(_HeldOut(held_out, _digest(held_out)))
-    write_atomic(run.checkpoint(step) / _HELD_OUT, content, inside=run.checkpoints)
-    prune(run, keep=keep, best=Progress(step=step, samples=0, held_out=held_out).best_step)
+    found = _HeldOut(progress.held_out, "", progress.tasks, progress.best, progress.rising)
+    content = msgspec.json.encode(replace(found, sha256=_digest(found)))
+    write_atomic(run.checkpoint(progress.step) / _HELD_OUT, content, inside=run.checkpoints)
+    prune(run, keep=keep, best=progress.best_step)
 
 
-def _digest(held_out: tuple[tuple[int, float], ...]) -> str:
-    return hashlib.sha256(msgspec.json.encode(held_out)).hexdigest()
+def _digest(found: _HeldOut) -> str:
+    parts = [found.held_out, found.tasks, found.best, found.rising] if found.tasks else found.held_out
+    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
 
 
 def _encoded(progress: Progress) -> bytes:
@@ -121,9 +134,9 @@ def load(path: Path) -> tuple[Progress, State]:
     progress = read_typed(path / "state.json", Progress, RunError, try_=_other(path))
     if (path / _HELD_OUT).is_file():
         said = read_typed(path / _HELD_OUT, _HeldOut, RunError, try_=_other(path))
-        if said.sha256 != _digest(said.held_out):
+        if said.sha256 != _digest(said):
             raise RunError(f"{path / _HELD_OUT} is not as it was saved", try_=_other(path))
-        progress = msgspec.structs.replace(progress, held_out=said.held_out)
+        progress = replace(progress, held_out=said.held_out, tasks=said.tasks, best=said.best, rising=said.rising)
     moments: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in load_tensors(path / "optimizer.safetensors").items():
         moment, _, name = key.partition(".")

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from qdist.core.errors import JobError
+from qdist.core.evaluation.course import Outcome, Points, best_figure, points_of, reason_to_stop
+from qdist.core.evaluation.results import Figure
 from qdist.core.planning.plan import Plan
 from qdist.core.spec.sections import Optim
 from qdist.core.telemetry.events import Event
@@ -90,6 +92,8 @@ def _what(loss: float) -> str:
     return "gradients are NaN or infinite" if math.isfinite(loss) else f"the loss is {loss}"
 
 
+Measure = Callable[[Callable[[int, int], None]], Mapping[str, Figure]]
+"""The figure of each of `train.tasks`, from all ranks; told how many items are done of how many."""
 Report = Callable[[Event], None]
 """Writes an event, filling in this rank, the time and its memory."""
 
@@ -98,7 +102,8 @@ class Trainer:
     """One rank's part of a run.
 
     place: this rank's side of the placement. verify: compares gathered bytes once more and says so in words.
-    gradients: watches those of the first updates; None for a run that does without.
+    gradients: watches those of the first updates; None for a run that does without. measure: the tasks that every
+    evaluation measures too; None for a run without.
     """
 
     def __init__(
@@ -117,13 +122,18 @@ class Trainer:
         move: Move = silent,
         stopping: Callable[[], bool],
         gradients: GradientWatch | None = None,
+        measure: Measure | None = None,
     ) -> None:
         self.plan, self.run, self.engine, self.samples, self.comm, self.place = plan, run, engine, samples, comm, place
         self._evaluate, self._checksum, self._verify = evaluate, checksum, verify
         self._report, self._stopping, self._move, self._gradients = report, stopping, move, gradients
         self.scale = LossScale(dynamic=plan.compute_dtype == "float16")
-        self.held_out: tuple[tuple[int, float], ...] = ()
-        self._told_eager = False
+        self.held_out: Points = ()
+        self.tasks: dict[str, Points] = {}
+        """(step, figure) of each evaluation, by task."""
+        self.ended_early = ""
+        """Why the run ended before its last step, as a sentence; empty for one that did not."""
+        self._measure, self._rising, self._told_eager = measure, set[str](), False
 
     def train(self) -> bool:
         """Train from the newest checkpoint to the last step. False if asked to stop before that."""
@@ -131,11 +141,11 @@ class Trainer:
         step = self._resume()
         if self._gradients is None:
             self._capture_passes()
-        if not self.held_out or (self._judged_at(step) and self.held_out[-1][0] != step):
+        if self._judged is None or (self._judged_at(step) and self._judged != step):
             self._judge(step)
             if step:  # it was killed in this evaluation
                 self._note(step)
-        while step < plan.steps:
+        while step < plan.steps and not self._ends_early():
             stop = self._step(step)
             step += 1
             if train.verify_steps and step % train.verify_steps == 0:
@@ -148,7 +158,7 @@ class Trainer:
                 self._judge(step)
                 if saved:
                     self._note(step)
-                elif self._is_best(step):
+                elif self._is_best(step) or self._ends_early():
                     self._save(step)
             if stop and step < plan.steps:
                 return False
@@ -250,17 +260,80 @@ class Trainer:
         with clock.data():
             return self.samples.batch(indices, beside)
 
+    @property
+    def _best(self) -> str:
+        train = self.plan.spec.train
+        return best_figure(train.best, train.tasks, holds_out=bool(self.samples.held_out))
+
+    @property
+    def _evaluates(self) -> bool:
+        return bool(self.samples.held_out) or self._measure is not None
+
+    @property
+    def _judged(self) -> int | None:
+        """The step of the last evaluation; None before the first."""
+        return max((points[-1][0] for points in (self.held_out, *self.tasks.values()) if points), default=None)
+
     def _judged_at(self, step: int) -> bool:
         every = self.plan.spec.train.eval_steps
-        return bool(self.samples.held_out) and (step == self.plan.steps or (every > 0 and step % every == 0))
+        return self._evaluates and (step == self.plan.steps or (every > 0 and step % every == 0))
 
     def _judge(self, step: int) -> None:
-        """Evaluate the held-out loss, weighted by tokens over all ranks."""
-        if not self.samples.held_out:
+        """Evaluate the held-out loss and the tasks, on all ranks together."""
+        if not self._evaluates:
             return
         self._move("evaluating", step)
         if self.engine.replayed:
             self.engine.replayed.make_room()  # a plan has room for either
+        if self.samples.held_out:
+            self._judge_held_out(step)
+        if self._measure is not None:
+            self._judge_tasks(step, self._measure)
+
+    def _judge_tasks(self, step: int, measure: Measure) -> None:
+        """Measure the tasks; all ranks come to the same figures."""
+        for task, figure in measure(lambda done, of: self._move("evaluating", step, done, of)).items():
+            self.tasks[task] = (*self.tasks.get(task, ()), (step, figure.value))
+            if figure.more_is_better:
+                self._rising.add(task)
+            self._report(
+                Event(
+                    kind="eval",
+                    step=step,
+                    total_steps=self.plan.steps,
+                    task=task,
+                    figure=figure.value,
+                    rises=figure.more_is_better,
+                )
+            )
+
+    def _ends_early(self) -> bool:
+        """Whether `train.patience` has ended the run with its last evaluation."""
+        self.ended_early = reason_to_stop(
+            self._best,
+            points_of(self._best, self.held_out, self.tasks),
+            rises=self._best in self._rising,
+            patience=self.plan.spec.train.patience,
+            steps=self.plan.steps,
+        )
+        return bool(self.ended_early)
+
+    @property
+    def outcome(self) -> Outcome:
+        """How far a finished run came."""
+        steps = self._judged or 0 if self.ended_early else self.plan.steps
+        return Outcome(steps, self.held_out, self.tasks, self.ended_early)
+
+    def settle(self) -> int:
+        """The step whose adapter is the run's: the last one; of a run that ended early the best, which is loaded."""
+        best = self._progress(self._judged or 0).best_step
+        if not self.ended_early or best is None:
+            return self.plan.steps
+        self.engine.restore(checkpoint.load(self.run.checkpoint(best))[1])
+        return best
+
+    def _judge_held_out(self, step: int) -> None:
+        """Evaluate the held-out loss, weighted by tokens over all ranks."""
         batches = self.samples.held_out_batches()
         mine = batches[self.place.data_rank :: self.plan.data_parallel]
         own = self._evaluate(mine, lambda count: self._move("evaluating", step, count, len(mine)))
@@ -273,7 +346,7 @@ class Trainer:
             raise before_training("the held-out loss", loss / tokens, fp16=self.scale.dynamic)
 
     def _is_best(self, step: int) -> bool:
-        return bool(step and self.held_out and self.held_out[-1][0] == step and self._progress(step).best_step == step)
+        return bool(step and self._judged == step and self._progress(step).best_step == step)
 
     def _progress(self, step: int, *, optimizer_steps: int = 0) -> Progress:
         return Progress(
@@ -283,6 +356,9 @@ class Trainer:
             loss_scale=self.scale.value,
             finite_steps=self.scale.finite_steps,
             held_out=self.held_out,
+            tasks=self.tasks,
+            best=self._best,
+            rising=tuple(sorted(self._rising)),
         )
 
     def _save(self, step: int) -> Path:
@@ -306,7 +382,7 @@ class Trainer:
     def _note(self, step: int) -> None:
         """Record a step's evaluation in its checkpoint."""
         if self.comm.rank == 0:
-            checkpoint.note(self.run, step, self.held_out, keep=self.plan.spec.train.keep)
+            checkpoint.note(self.run, self._progress(step), keep=self.plan.spec.train.keep)
 
     def _resume(self) -> int:
         """Load the newest complete checkpoint; returns the step to resume from."""
@@ -317,7 +393,8 @@ class Trainer:
         progress, state = checkpoint.load(self.run.checkpoint(steps[-1]))
         self.engine.restore(state)
         self.scale.value, self.scale.finite_steps = progress.loss_scale, progress.finite_steps
-        self.held_out = progress.held_out
+        self.held_out, self.tasks = progress.held_out, dict(progress.tasks)
+        self._rising = set(progress.rising)
         if self._gradients is not None and progress.optimizer_steps >= UPDATES:  # they were checked then
             self._gradients.close()
             self._gradients = None

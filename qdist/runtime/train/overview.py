@@ -17,18 +17,14 @@ from qdist.core.data.records import BadRecords
 from qdist.core.errors import DataError
 from qdist.core.requests import ShowData
 from qdist.core.spec.run_spec import RunSpec
-from qdist.host.data.chat_templates import find_template
 from qdist.host.data.sources import DataSource, data_notes, parts_of, read_source, sources_of
-from qdist.host.sources.models import locate
 from qdist.runtime.data.chat_template import require_template
 from qdist.runtime.data.stream import divide
 from qdist.runtime.data.tokenized import IGNORED
-from qdist.runtime.data.tokenizer import open_tokenizer, repair, text_settings
+from qdist.runtime.data.tokenizer import text_settings
 from qdist.runtime.data.tokenizing import RecordPass, SampleArrays, SampleRules, Tally, notes_of, sample_rules
-from qdist.runtime.data.wording import Told, give_template
-from qdist.runtime.model.classes import content_of
-from qdist.runtime.model.skeleton import open_config
-from qdist.runtime.quantize.materialize import materialize
+from qdist.runtime.data.wording import Told
+from qdist.runtime.train.prepare import opened_model
 
 _NAMED = 3
 
@@ -42,14 +38,9 @@ def run(request: ShowData) -> Overview:
 
 def _tokenizer_of(spec: RunSpec) -> tuple[Any, SampleRules]:
     """The tokenizer that training would use, and what decides its samples. Raises ModelError as `prepare` does."""
-    folder = materialize(locate(spec.model), trusted=spec.trust_remote_code)
-    config: dict[str, Any] = content_of(open_config(folder))
-    tokenizer = open_tokenizer(folder, f"{spec.model} has no tokenizer to read data with")
-    repaired = repair(tokenizer, config, new_tokens=spec.new_tokens)
-    if spec.data.template:
-        give_template(tokenizer, find_template(spec.data.template))
-    require_template(tokenizer)
-    return tokenizer, sample_rules(spec, rows=repaired.rows or int(text_settings(config)["vocab_size"]))
+    made = opened_model(spec)
+    require_template(made.tokenizer)
+    return made.tokenizer, sample_rules(spec, rows=made.rows or int(text_settings(made.config)["vocab_size"]))
 
 
 def overview(spec: RunSpec, tokenizer: Any, rules: SampleRules | None, *, samples: int, limit: int | None) -> Overview:

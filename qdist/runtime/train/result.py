@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from qdist.core.errors import RunError
+from qdist.core.evaluation.course import Outcome
 from qdist.core.planning.plan import Plan
 from qdist.core.requests import Gather
 from qdist.core.telemetry.events import start_of, steady_speed
@@ -181,8 +182,8 @@ def _adapter_config(plan: Plan) -> str:
 def write_result(
     run: RunDir,
     plan: Plan,
+    outcome: Outcome,
     *,
-    held_out: tuple[tuple[int, float], ...],
     answers: list[dict[str, str]],
     peaks: Sequence[Sequence[Peak]],
     held: Sequence[HeldMemory],
@@ -190,7 +191,7 @@ def write_result(
 ) -> None:
     """Write `result.json`, which marks the run as finished.
 
-    peaks: of each rank, on each of its GPUs. held: of each rank, after the last step.
+    outcome: how training went. peaks: of each rank, on each of its GPUs. held: of each rank, after the last step.
     inventory: of the launch that finished the run.
     """
     with _alone(run):
@@ -200,8 +201,10 @@ def write_result(
     start = start_of(events, planned_at=(run.path / PLAN).stat().st_mtime)
     speed = steady_speed(event for event in events if event.rank == 0)
     result = {
-        "steps": plan.steps,
-        "held_out": [list(point) for point in held_out],
+        "steps": outcome.steps,
+        "ended_early": outcome.ended_early,
+        "held_out": [list(point) for point in outcome.held_out],
+        "tasks": {task: [list(point) for point in points] for task, points in outcome.tasks.items()},
         "answers": answers,
         "adapter_bytes": size,
         "adapter_parameters": sum(tensor.numel() for tensor in tensors.values()),

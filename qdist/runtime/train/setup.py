@@ -24,7 +24,7 @@ from qdist.host.sources.adapters import digest_of
 from qdist.host.sources.targets import ADAPTER
 from qdist.runtime.adapters.attach import add_adapter, fill_adapter
 from qdist.runtime.data.batches import read_samples
-from qdist.runtime.engine.objective import Evaluate, Forward
+from qdist.runtime.engine.objective import Evaluate, Forward, ScoreBatches
 from qdist.runtime.engine.torch import Adapter, Engine
 from qdist.runtime.model.causal import take_whole_rows
 from qdist.runtime.model.dropout_seed import dropout_seed_of
@@ -111,13 +111,30 @@ def _start_from(start: Start, model: Any) -> None:
     Rows of new tokens that the other lacks stay as they are. Raises RunError if it is not the planned one any more.
     """
     folder = Path(start.path)
-    tensors = load_tensors(folder / ADAPTER)
     if digest_of(folder) != start.digest:
         raise RunError(f"{folder} has changed since the run was planned", try_="put that adapter back, and --resume")
+    _fill_from(folder, model)
+
+
+def _fill_from(folder: Path, model: Any) -> None:
+    tensors = load_tensors(folder / ADAPTER)
     check_adapter(tensors, where=str(folder))
     lacking, _ = fill_adapter(model, tensors)
     if lacking:
         raise RunError(f"{folder} has no tensor {lacking[0]}", try_="another --adapter, in a new run")
+
+
+def put_on(folder: Path, backbone: Any, plan: Plan) -> None:
+    """Put a finished adapter, or the part of it on this rank, on a loaded backbone, in place."""
+    _fill_from(folder, add_adapter(backbone, plan))
+    backbone.eval()
+
+
+def join_group(plan: Plan) -> None:
+    """Join the process group of ranks that have no engine; a rank alone needs none. Collective."""
+    if plan.world_size > 1:
+        backend = "gloo" if plan.device == "cpu" else "nccl"
+        torch.distributed.init_process_group(backend, timeout=PROCESS_GROUP_TIMEOUT)
 
 
 class Loaded(NamedTuple):
@@ -140,6 +157,7 @@ class Assembled(NamedTuple):
     adapter: Adapter
     engine: Engine
     evaluate: Evaluate
+    score: ScoreBatches
 
 
 def load_part(place: Placement) -> Loaded:

@@ -165,6 +165,8 @@ def values_of(event: Event, *, fullest_bytes: int = 0) -> dict[str, float]:
         return {}
     names = ("loss", "held_out_loss", "learning_rate", "gradient_norm")
     values = {name: getattr(event, name) for name in names if getattr(event, name) is not None}
+    if event.figure is not None:
+        values[event.task] = event.figure
     if event.kind == "step":
         values |= {"seconds": event.seconds, "data_seconds": event.data_s}
     if event.tokens and event.seconds > 0:

@@ -1,88 +1,32 @@
 """One rank of a run: `python -m qdist.runtime.train.worker RUN --digest D`, started by `qdist.host.launch.agent`."""
 
-import errno
 import os
 import signal
-import sys
-import time
 import warnings
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from qdist.core.errors import PlanError, QdistError, RunError
-from qdist.core.machine.environment import AGENT
-from qdist.core.machine.world import LocalRank, Rank
+from qdist.core.errors import PlanError, RunError
 from qdist.core.planning.plan import Plan, digest
-from qdist.core.telemetry.events import Event, encode, whole_length, write_phases
+from qdist.core.telemetry.events import Event, write_phases
 from qdist.core.telemetry.inventory import lines_of
 from qdist.core.text import format_bytes, resuming
-from qdist.host.children import end_with_parent
-from qdist.host.files import told_of_disks
-from qdist.host.run.rundir import PLAN, RunDir
+from qdist.host.run.rundir import RunDir
 from qdist.runtime.train.heartbeat import HeartbeatThread
+from qdist.runtime.train.rank import Reporter, StartClock, leave_out_fla, own_rank, run_rank
 from qdist.runtime.train.warm_up import warm_up
 
 
 def main() -> None:
-    """Redirect output to the rank's log, train, and exit with 0 only if everything was written."""
-    run, planned = _arguments()
-    clock = StartClock(began=(run.path / PLAN).stat().st_mtime)
-    clock.mark("launch")
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    _log_to(run.log_file(rank))
-    # Of launch.sh's shell, which became the agent; by hand, of whatever started this.
-    end_with_parent(int(os.environ.get(AGENT) or os.getppid()), signal.SIGKILL)
-    try:
-        plan = run.checked_plan(planned)
-        if plan.world_size != world_size:
-            raise RunError(
-                f"planned for {plan.world_size} ranks, started with {world_size}",
-                try_=f"sh {run.path}/launch.sh, which starts them",
-            )
-        with told_of_disks():
-            _work(plan, run, clock)
-    except QdistError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        # Other ranks may be inside a collective that never ends: leave without their goodbye.
-        os._exit(1)
+    """Train, as one rank of a run."""
+    run_rank(_work)
 
 
-def _leave_out_fla(plan: Plan) -> None:
-    """Have transformers take its own operations for recurrent layers where the plan says so.
-
-    It takes flash-linear-attention's wherever that can be imported, when a model's class is first imported.
-    """
-    if plan.recurrence == "torch" and "fla" not in sys.modules:
-        hidden: Any = None  # Python's way to say that there is no such module
-        sys.modules["fla"] = hidden
-
-
-def _own_rank(plan: Plan) -> Rank:
-    """This process' number in the run. Raises RunError where the agent has put it on another place of its node."""
-    rank, local_rank = Rank(int(os.environ["RANK"])), LocalRank(int(os.environ["LOCAL_RANK"]))
-    if plan.world.local_rank_of(rank) != local_rank:
-        raise RunError(
-            f"rank {rank} is planned as number {plan.world.local_rank_of(rank)} of its node, and was started as "
-            f"number {local_rank}",
-            try_="launch.sh of the run, which starts them in order",
-        )
-    return rank
-
-
-def _arguments() -> tuple[RunDir, str]:
-    """The run, and the digest of its launcher's plan."""
-    match sys.argv[1:]:
-        case [run, "--digest", planned]:
-            return RunDir(run), planned
-    raise SystemExit("usage: python -m qdist.runtime.train.worker RUN --digest DIGEST; launch.sh of the run has them")
-
-
-def _work(plan: Plan, run: RunDir, clock: "StartClock") -> None:
+def _work(plan: Plan, run: RunDir, clock: StartClock) -> None:
     beat = HeartbeatThread(run, int(os.environ["RANK"]))
     stop = _StopRequest(run)
-    _leave_out_fla(plan)
-    number = _own_rank(plan)
+    leave_out_fla(plan)
+    number = own_rank(plan)
     warm_up(plan, plan.world.local_rank_of(number))
     import torch
 
@@ -102,6 +46,7 @@ def _work(plan: Plan, run: RunDir, clock: "StartClock") -> None:
     from qdist.runtime.train.measure import load_peak, memory_now, parts, peak
     from qdist.runtime.train.result import adapter_checksum, gather, rehearse, write_result
     from qdist.runtime.train.setup import assemble, load_part, make_accelerator, pick_devices
+    from qdist.runtime.train.tasks import longest_scored, open_tasks
 
     logging.disable_progress_bar()
     # DeepSpeed 0.19's calls, under torch 2.13: the first and often the only words of every rank's log.
@@ -115,11 +60,17 @@ def _work(plan: Plan, run: RunDir, clock: "StartClock") -> None:
     place = placement_of(plan, comm.rank, devices)
     if len(set(comm.gather(digest(plan)))) > 1:
         raise RunError("the ranks of this run read different plans", try_="a run directory that all nodes share")
-    report = _Reporter(run, comm.rank, devices)
+    report = Reporter(run, comm.rank, devices)
     run_code_for(plan.source)
     tokenizer = load_tokenizer(plan.source)
     if comm.rank == 0:
         rehearse(run)
+    tasks = open_tasks(
+        plan.spec,
+        tokenizer,
+        plan.data.wording if plan.data else None,
+        longest=longest_scored(plan.spec, plan.facts.max_positions),
+    )
     clock.mark("tokenizer")
     try:
         loaded = load_part(place)
@@ -157,6 +108,7 @@ def _work(plan: Plan, run: RunDir, clock: "StartClock") -> None:
             move=beat.move,
             stopping=stop,
             gradients=GradientWatch(built.adapter.named(), plan.facts, compute_dtype=plan.compute_dtype),
+            measure=_meter(plan, tasks, built, place, comm, pad_id) if tasks else None,
         )
         stop.listen()
         finished = trainer.train()
@@ -169,19 +121,29 @@ def _work(plan: Plan, run: RunDir, clock: "StartClock") -> None:
         beat.move("finishing", plan.steps)
         peaks, held = comm.gather(reached), comm.gather(parts(built.model, built.engine))
         answering = place.can_answer and plan.spec.train.answers
+        step = trainer.settle()
         if comm.rank == 0:
-            gather(run, step=plan.steps)
+            gather(run, step=step)
         answers = before_and_after(plan, built.model, tokenizer, built.forward.samples) if answering else []
         if comm.rank == 0:
-            write_result(
-                run, plan, held_out=trainer.held_out, answers=answers, peaks=peaks, held=held, inventory=inventory
-            )
+            write_result(run, plan, trainer.outcome, answers=answers, peaks=peaks, held=held, inventory=inventory)
         comm.barrier()
-        report(Event(kind="end", step=plan.steps, total_steps=plan.steps))
+        reached_step = trainer.outcome.steps
+        report(Event(kind="end", step=reached_step, total_steps=plan.steps, note=trainer.outcome.ended_early))
     accelerator.end_training()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     beat.end()
+
+
+def _meter(plan: Plan, tasks: Any, built: Any, place: Any, comm: Any, pad_id: int) -> Any:
+    """What measures a run's tasks, in passes of no more positions than a training step's, unless one item has more."""
+    from qdist.runtime.evaluate.scorer import PlacedScorer
+    from qdist.runtime.train.tasks import TaskMeter, longest_scored
+
+    longest = longest_scored(plan.spec, plan.facts.max_positions)
+    positions = plan.micro_batch * plan.seq_len
+    return TaskMeter(tasks, PlacedScorer(built.score, place, comm, longest=longest, pad_id=pad_id, positions=positions))
 
 
 def _verified(count: int, *, summed: bool) -> str:
@@ -203,20 +165,6 @@ def _out_of_memory(plan: Plan, run: RunDir, rank: int, reached_bytes: int, error
     )
 
 
-class StartClock:
-    """Where the time up to a rank's first step goes: seconds by what was done, one phase after the other."""
-
-    def __init__(self, *, began: float) -> None:
-        """began: seconds since the epoch at which the run's plan was written."""
-        self._last = began
-        self.seconds: dict[str, float] = {}
-
-    def mark(self, phase: str) -> None:
-        """End a phase now."""
-        now = time.time()
-        self.seconds[phase], self._last = max(0.0, now - self._last), now
-
-
 class _StopRequest:
     """True once the launcher left a stop file or the scheduler sent SIGTERM; the loop then saves and exits.
 
@@ -235,43 +183,6 @@ class _StopRequest:
 
     def __call__(self) -> bool:
         return self._signalled or self._run.stop_requested()
-
-
-class _Reporter:
-    """Appends events to this rank's file, in one write per line."""
-
-    def __init__(self, run: RunDir, rank: int, devices: tuple[Any, ...]) -> None:
-        self._rank, self._devices = rank, devices
-        path = run.event_file(rank)
-        path.parent.mkdir(exist_ok=True)
-        # A killed rank may have left half a line behind.
-        if path.exists():
-            with open(path, "r+b") as torn:
-                torn.truncate(whole_length(torn.read()))
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-
-    def __call__(self, event: Event) -> None:
-        import msgspec
-
-        from qdist.runtime.train.measure import peak
-
-        complete = msgspec.structs.replace(
-            event,
-            rank=self._rank,
-            time=time.time(),
-            memory_bytes=max(peak(device).total for device in self._devices),
-        )
-        line = encode(complete)
-        if os.write(self._descriptor, line) < len(line):  # the next line would be glued to half of this one
-            raise OSError(errno.ENOSPC, f"no room for the events of rank {self._rank}")
-
-
-def _log_to(path: Path) -> None:
-    """Redirect everything that this process and its libraries print to the rank's log."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ STEP = Event(
         (STEP, "step 12/60  loss 1.234  lr 2.0e-04  812 tok/s  rank0 1.9 GiB  3 min 20 s left"),
         (Event(kind="start", total_steps=60, note="nf4"), "started at step 0/60  nf4"),
         (Event(kind="eval", step=12, total_steps=60, held_out_loss=1.5), "step 12/60  held-out 1.500"),
+        (Event(kind="eval", step=12, total_steps=60, task="mmlu:a", figure=0.31249), "step 12/60  mmlu:a 0.3125"),
+        (Event(kind="end", step=6, total_steps=60, note="stopped early"), "finished at step 6/60  stopped early"),
         (Event(kind="verify", step=12, total_steps=60, note="1.9 GiB"), "step 12/60  backbone verified  1.9 GiB"),
         (Event(kind="checkpoint", step=12), "step 12  checkpoint written"),
         (Event(kind="load", seconds=31.2, read_bytes=36 * 10**9, memory_bytes=9 * GIB),

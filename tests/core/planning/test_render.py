@@ -94,6 +94,7 @@ def test_a_policy_with_auto_is_refused(given: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", list(PLANS))
 def test_the_script_carries_the_plans_digest(name: str) -> None:
     assert f" --digest {digest(PLANS[name])}\n" in launch_script(PLANS[name], python=PYTHON)
+    assert f" --digest {digest(PLANS[name])} --evaluate\n" in launch_script(PLANS[name], python=PYTHON, evaluates=True)
 
 
 @pytest.mark.parametrize("name", list(PLANS))

@@ -315,7 +315,11 @@ def test_every_setting_can_be_assigned(key: str) -> None:
     simple = {"epochs": 1.5, "bits": 8, "data.path": "a.jsonl", "model": "m=1", "train.verify_steps": 7}
     value = simple.get(key, dotted(OTHER)[key])
     text = ",".join(value) if isinstance(value, tuple) else str(value)
-    base = {"optim.warmup_steps": {"optim": {"schedule": "linear"}}, "train.verify_steps": {"placement": "shard"}}
+    base = {
+        "optim.warmup_steps": {"optim": {"schedule": "linear"}},
+        "train.verify_steps": {"placement": "shard"},
+        "train.patience": {"train": {"eval_steps": 5}},
+    }
     spec = resolve(base.get(key, {}), nest(dict([parse_assignment(f"{key}={text}")])))
     assert dotted(spec)[key] == (value.strip() if isinstance(value, str) else value)
 

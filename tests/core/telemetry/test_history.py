@@ -99,6 +99,18 @@ def test_held_out_losses_and_skipped_steps_are_kept() -> None:
     assert state.skipped == [1]
 
 
+def test_figures_of_tasks_are_kept_by_task_and_taken_back_by_a_resume() -> None:
+    def measured(step: int, figure: float) -> Event:
+        return Event(kind="eval", step=step, task="mmlu:a", figure=figure, rises=True)
+
+    events = [measured(0, 0.25), measured(2, 0.5), measured(4, 0.3), measured(4, 0.4)]
+    state = folded([*events, Event(kind="end", step=4, note="stopped early at step 4 of 9")])
+    assert state.tasks == {"mmlu:a": [(0, 0.25), (2, 0.5), (4, 0.4)]}
+    assert (state.rising, state.held_out, state.ended_early) == ({"mmlu:a"}, [], "stopped early at step 4 of 9")
+    state.add([Event(kind="resume", step=2)])
+    assert (state.tasks, state.ended_early) == ({"mmlu:a": [(0, 0.25), (2, 0.5)]}, "")
+
+
 def test_time_is_counted_from_loading_to_the_last_word_of_each_launch() -> None:
     def launch(began: float, first: str, at: int) -> list[Event]:
         return [

@@ -101,6 +101,27 @@ def test_a_state_is_told_in_words(state: str, headline: str) -> None:
     assert report(folded(step(1), step(2)), state=state).headline == headline
 
 
+def test_tasks_stand_beside_the_held_out_loss_and_have_charts() -> None:
+    early = "stopped early at step 2 of 60: mmlu:a has not risen for 1 evaluation (0.25 at step 0)"
+    found = report(
+        folded(
+            Event(kind="eval", step=0, held_out_loss=2.0),
+            Event(kind="eval", step=0, task="mmlu:a", figure=0.25),
+            step(1),
+            step(2),
+            Event(kind="eval", step=2, task="mmlu:a", figure=0.125),
+            Event(kind="end", step=2, note=early),
+        ),
+        state="finished",
+    )
+    assert found.held_out.headers == ("step", "held-out loss", "perplexity", "mmlu:a", "")
+    assert found.held_out.rows == (("0", "2", "7.389", "0.25", "best"), ("2", "-", "-", "0.125", ""))
+    assert [(chart.title, chart.series[0].y) for chart in found.charts if chart.key == "mmlu:a"] == [
+        ("mmlu:a", [0.25, 0.125])
+    ]
+    assert found.headline == f"S{early[1:]}."
+
+
 def test_a_run_that_never_started_has_a_report() -> None:
     own = report(RunHistory(total_steps=60), state="planned")
     assert (own.charts, own.step, own.warnings, own.numbers.rows) == ((), (), (), ())

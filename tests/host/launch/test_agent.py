@@ -60,6 +60,12 @@ def test_ranks_know_their_places_and_end_well(tmp_path: Path) -> None:
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["0 0 2 2 127.0.0.1", "1 1 2 2 127.0.0.1"]
 
 
+def test_ranks_train_unless_they_are_to_evaluate() -> None:
+    words = ["run", "--digest", "d"]
+    assert agent.started_with(words) == [agent.WORKER, *words]
+    assert agent.started_with([*words, "--evaluate"]) == [agent.EVALUATOR, *words]
+
+
 @pytest.mark.parametrize(
     ("way", "said"),
     [

@@ -26,6 +26,7 @@ from qdist.core.text import GIB
 from qdist.host import children
 from qdist.host.files import locked
 from qdist.host.launch import claim, prepare, ranks
+from qdist.host.launch.local import LocalRanks
 from qdist.host.launch.prepare import Launch
 from qdist.host.launch.survey import survey
 from qdist.host.machine import probe
@@ -314,6 +315,21 @@ def test_a_run_goes_on_to_more_steps_than_it_has_done(
     assert (caught.value.message, caught.value.try_) == (message, attempt)
 
 
+def test_a_run_that_ended_early_goes_on_only_with_more_patience() -> None:
+    train = {"eval_steps": 1, "patience": 2}
+    run = claim.write(prepare.prepare(spec(train=train, optim={"schedule": "linear"})))
+    run.checkpoint(3).mkdir(parents=True)
+    (run.checkpoint(3) / "DONE").touch()
+    why = "stopped early at step 3 of 5: the held-out loss has not fallen for 2 evaluations (2 at step 1)"
+    Path("run/result.json").write_text(json.dumps({"steps": 3, "ended_early": why}))
+    with pytest.raises(RunError) as caught:
+        prepare.prepare_resume(run, nest({"train.keep": 1}))
+    assert caught.value.message == f"run {why}; with train.patience=2 it would end again at once"
+    assert caught.value.try_ == "qdist launch --resume --run run --set train.patience=0"
+    for patience in (0, 3):
+        assert prepare.prepare_resume(run, nest({"train.patience": patience})).plan.spec.train.patience == patience
+
+
 @pytest.mark.parametrize("changes", [{"steps": 9}, {"train.keep": 1}])
 def test_a_run_with_a_decaying_learning_rate_keeps_its_length(changes: dict[str, Any]) -> None:
     run = claim.write(prepare.prepare(spec(optim={"schedule": "linear"})))
@@ -565,6 +581,35 @@ def test_ctrl_c_before_the_first_step_ends_at_once_and_the_run_can_go_on() -> No
     assert not job.run.stop_requested()
     assert state_of(job.run) == "stopped"
     assert prepare.prepare_resume(job.run, {}).plan == job.plan
+
+
+def attended(script: str, show: Callable[[list[Event]], None] = lambda events: None) -> list[str]:
+    """Ranks that do something else than train, until they left the file `found`; what was said to the user."""
+    said: list[str] = []
+    job = job_with_script(script)
+    with claim.claimed(job) as own:
+        done = (job.run.path / "found").is_file
+        ranks.attend(own, LocalRanks, show=show, say=said.append, done=done, loses="nothing was kept")
+    return said
+
+
+def test_ranks_that_do_not_train_have_ended_well_once_they_left_what_they_were_for() -> None:
+    assert attended("touch found") == []
+
+
+def test_ranks_that_do_not_train_and_leave_nothing_have_failed() -> None:
+    with pytest.raises(JobError, match="without finishing"):
+        attended("true")
+
+
+def test_ctrl_c_ends_ranks_that_do_not_train_at_once() -> None:
+    def show(events: list[Event]) -> None:
+        if has_begun():
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        attended("echo $$ > pid; sleep 60", show)
+    assert not is_running("run/pid")
 
 
 def test_ctrl_c_before_the_next_step_of_a_resumed_run_leaves_its_checkpoint() -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from qdist.core.composed import sampled_request_of
+from qdist.core.composed import request_of, sampled_request_of
 from qdist.core.data.conversation import Conversation
 from qdist.core.data.records import asked
 from qdist.core.errors import DataError, ModelError, RunError, SpecError
-from qdist.core.requests import Answering, Chat, Generate, request_of
+from qdist.core.requests import Answering, Chat, Generate
 from qdist.host.data.records import read_prompts
 from qdist.host.run.rundir import RunDir
 from qdist.runtime import tasks

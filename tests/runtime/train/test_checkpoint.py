@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from qdist.core.errors import RunError
 from qdist.host.run.rundir import RunDir
@@ -183,7 +184,7 @@ def test_an_evaluation_is_never_half_written_inside_a_checkpoint(run: RunDir, mo
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            note(run, 2, ((2, 1.5),), keep=1)
+            note(run, progress_of(2, ((2, 1.5),)), keep=1)
 
 
 def test_one_that_cannot_be_written_leaves_nothing_and_says_where_a_run_goes_on(
@@ -208,10 +209,26 @@ def test_an_evaluation_after_a_checkpoint_is_added_to_it_and_decides_what_is_kep
     for step in (1, 2, 3):
         save(run, progress_of(step, ((0, 9.0), (1, 5.0))), state_of(step), keep=1)
     assert run.checkpoint_steps() == [1, 3]
-    note(run, 3, ((0, 9.0), (1, 5.0), (3, 4.0)), keep=1)
+    note(run, progress_of(3, ((0, 9.0), (1, 5.0), (3, 4.0))), keep=1)
     assert run.checkpoint_steps() == [3]
     progress, _ = load(run.checkpoint(3))
     assert (progress.step, progress.best_step, progress.held_out[-1]) == (3, 3, (3, 4.0))
+
+
+def test_an_evaluation_of_tasks_is_added_with_what_the_best_is_chosen_by(run: RunDir) -> None:
+    task = "mmlu:a.jsonl"
+    for step in (1, 2, 3):
+        points = tuple((own, 0.5 if own == 1 else 0.25) for own in range(1, step + 1))
+        progress = Progress(step=step, samples=0, tasks={task: points}, best=task, rising=(task,))
+        before = replace(progress, tasks={task: points[:-1]})
+        save(run, before, state_of(step), keep=1)
+        note(run, progress, keep=1)
+        assert load(run.checkpoint(step))[0] == progress
+    assert run.checkpoint_steps() == [1, 3]
+    folder = run.checkpoint(3)
+    (folder / "held_out.json").write_bytes((folder / "held_out.json").read_bytes().replace(b"0.25", b"0.75"))
+    with pytest.raises(RunError, match="not as it was saved"):
+        load(folder)
 
 
 def test_a_broken_one_is_named_and_the_one_before_offered(run: RunDir) -> None:
@@ -237,7 +254,7 @@ def test_a_broken_one_is_named_and_the_one_before_offered(run: RunDir) -> None:
 def test_one_of_a_qdist_that_kept_no_sums_is_taken_as_it_is(run: RunDir) -> None:
     folder = save(run, progress_of(2), state_of(2), keep=5)
     (folder / "DONE").write_bytes(b"")
-    note(run, 2, ((2, 1.5),), keep=5)
+    note(run, progress_of(2, ((2, 1.5),)), keep=5)
     assert load(folder)[0].held_out == ((2, 1.5),)
 
 
@@ -255,17 +272,17 @@ def test_a_kill_around_the_note_of_an_evaluation_leaves_a_whole_checkpoint(
 
     monkeypatch.setattr("os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        note(run, 2, ((0, 9.0), (2, 1.5)), keep=5)
+        note(run, progress_of(2, ((0, 9.0), (2, 1.5))), keep=5)
     monkeypatch.undo()
     assert load(folder)[0].held_out == (((0, 9.0), (2, 1.5)) if moment == "after" else ((0, 9.0),))
     (run.checkpoints / ".held_out.json.0a1b2c3d.tmp").touch()  # as SIGKILL leaves it, beside the checkpoint
-    note(run, 2, ((0, 9.0), (2, 1.5)), keep=5)
+    note(run, progress_of(2, ((0, 9.0), (2, 1.5))), keep=5)
     assert [path.name for path in run.checkpoints.iterdir()] == [folder.name]
 
 
 def test_of_300_single_bit_flips_each_is_named(run: RunDir) -> None:
     folder = save(run, progress_of(2), state_of(2), keep=5)
-    note(run, 2, ((0, 9.0), (2, 1 / 3)), keep=5)
+    note(run, progress_of(2, ((0, 9.0), (2, 1 / 3))), keep=5)
     draw = random.Random(7)
     files = sorted(folder.iterdir())
     for number in range(300):

@@ -12,6 +12,7 @@ from torch import nn
 
 import qdist
 from qdist.core.errors import RunError
+from qdist.core.evaluation.course import Outcome
 from qdist.core.telemetry.events import Event, encode, write_phases
 from qdist.host.files import locked
 from qdist.host.run.rundir import PLAN, RunDir
@@ -207,7 +208,7 @@ def test_a_result_holds_every_ranks_peaks_and_speed_and_start_beside_the_predict
         ]  # fmt: skip
         run.event_file(rank).write_bytes(b"".join(map(encode, said)))
     peaks = [[Peak(100, 20, 130, 90)], [Peak(101, 21, 131, 91)]]
-    write_result(run, run.plan(), held_out=((0, 2.0),), answers=[], peaks=peaks, held=[HeldMemory(9, 8, 7, 6)] * 2)
+    write_result(run, run.plan(), Outcome(4, ((0, 2.0),)), answers=[], peaks=peaks, held=[HeldMemory(9, 8, 7, 6)] * 2)
     result = run.result()
     assert result is not None
     assert result["adapter_parameters"] == 6

@@ -48,7 +48,7 @@ def test_a_rank_moves_with_each_micro_batch_of_an_evaluation() -> None:
         held_out_batches=lambda: batches,
         batch=lambda indices: indices,
         learned=len,
-        plan=SimpleNamespace(packed=False),
+        plan=SimpleNamespace(packed=False, seq_len=8),
     )
     forward = Forward(torch.nn.Identity(), samples, dtype=torch.float32, fused=False)
     forward.loss = lambda batch: torch.tensor(float(batch[0]))  # type: ignore[assignment,method-assign]

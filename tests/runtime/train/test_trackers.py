@@ -123,6 +123,7 @@ def test_a_step_has_loss_speed_padding_data_time_and_memory() -> None:
 def test_an_evaluation_has_its_loss_and_other_events_nothing() -> None:
     event = Event(kind="eval", step=3, held_out_loss=1.5, memory_bytes=GIB)
     assert values_of(event) == {"held_out_loss": 1.5, "memory_peak_gib": 1.0, "memory_peak_fullest_gib": 1.0}
+    assert values_of(Event(kind="eval", step=3, task="mmlu:a", figure=0.5)) == {"mmlu:a": 0.5}
     assert values_of(Event(kind="checkpoint", step=3, memory_bytes=GIB)) == {}
 
 

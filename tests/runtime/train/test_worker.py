@@ -9,7 +9,7 @@ import torch
 
 from qdist.core.telemetry.events import Event, decode_lines
 from qdist.host.run.rundir import RunDir
-from qdist.runtime.train.worker import _Reporter
+from qdist.runtime.train.rank import Reporter
 
 
 def test_half_a_line_on_a_full_disk_ends_the_rank_and_is_cut_off_when_it_goes_on(
@@ -19,7 +19,7 @@ def test_half_a_line_on_a_full_disk_ends_the_rank_and_is_cut_off_when_it_goes_on
     write = os.write
 
     def reporter() -> Any:
-        return _Reporter(run, 0, (torch.device("cpu"),))
+        return Reporter(run, 0, (torch.device("cpu"),))
 
     report = reporter()
     report(Event(kind="step", step=1))

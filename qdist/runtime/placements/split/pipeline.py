@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.nn import functional
@@ -14,9 +13,10 @@ from qdist.core.errors import PlanError
 from qdist.core.planning.memory import STAGE_WIDTH
 from qdist.runtime.data.batches import pick
 from qdist.runtime.data.tokenized import IGNORED
-from qdist.runtime.engine.objective import CameTo, Forward, unseen
+from qdist.runtime.engine.objective import Batch, CameTo, Forward, unseen
 from qdist.runtime.engine.torch import MicroBatch
 from qdist.runtime.model.dropout_seed import dropout_seed_of
+from qdist.runtime.placements.split.line import Line
 from qdist.runtime.placements.split.stages import Grid
 
 
@@ -26,6 +26,7 @@ class Pipeline:
     def __init__(self, forward: Forward, grid: Grid, *, hidden_size: int, pad_id: int, device: torch.device) -> None:
         self.forward, self.grid, self.device = forward, grid, device
         self._hidden_size, self._pad_id = hidden_size, pad_id
+        self.line = Line(forward, grid, hidden_size=hidden_size, device=device)
         self._stage = _StageModule(forward, grid, device)
         self._schedules: dict[tuple[int, int, int], Schedule1F1B] = {}
 
@@ -69,35 +70,13 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, batches: list[list[int]], came_to: CameTo = unseen) -> tuple[float, int]:
-        """(summed loss, learned tokens) over micro-batches, without dropout; (0, 0) except on the last stage.
-
-        One micro-batch behind the other; a stage goes on with the next while its successor has this one.
-        """
-        samples, losses = self.forward.samples, []
-        sent: list[Any] = []
-        with self.forward.without_dropout():
-            for count, batch in enumerate(map(samples.batch, batches), 1):
-                came_to(count)
-                hidden = self.forward.part(self._received(batch), batch)
-                if self.grid.last:
-                    losses.append(self.forward.loss_of(hidden, batch).double())
-                    continue
-                _wait(sent)
-                sent = self._exchange(dist.isend, hidden.to(self.forward.dtype).contiguous(), +1)
-            _wait(sent)
+        """(summed loss, learned tokens) over micro-batches, without dropout; (0, 0) except on the last stage."""
+        samples = self.forward.samples
+        losses = self.line.pass_on(map(samples.batch, batches), self._loss_of, came_to)
         return (float(sum(losses)), sum(map(samples.learned, batches))) if self.grid.last else (0.0, 0)
 
-    def _received(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        if self.grid.first:
-            return batch["input_ids"].to(self.device)
-        shape = (*batch["input_ids"].shape, self._hidden_size)
-        hidden = torch.empty(shape, dtype=self.forward.dtype, device=self.device)
-        _wait(self._exchange(dist.irecv, hidden, -1))
-        return hidden
-
-    def _exchange(self, operation: Any, tensor: torch.Tensor, neighbour: int) -> list[Any]:
-        peer = dist.get_rank() + neighbour
-        return [*dist.batch_isend_irecv([dist.P2POp(operation, tensor, peer, self.grid.mates)]), tensor]
+    def _loss_of(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return self.forward.loss_of(hidden, batch).double()
 
     def _schedule(self, count: int, rows: int, width: int) -> Schedule1F1B:
         """The schedule for one shape, with shapes and dtypes given so that stages need not exchange them."""
@@ -203,9 +182,3 @@ def widened(tensor: torch.Tensor, width: int, value: int) -> torch.Tensor:
 
 def _already_a_loss(output: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     return output
-
-
-def _wait(works: list[Any]) -> None:
-    """Wait for transfers; the list's last entry is the tensor, kept alive until now."""
-    for work in works[:-1]:
-        work.wait()

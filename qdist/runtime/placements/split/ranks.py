@@ -7,11 +7,12 @@ import torch
 from qdist.core.errors import PlanError
 from qdist.core.planning.plan import Plan
 from qdist.runtime.engine.deepspeed import DeepSpeedEngine
-from qdist.runtime.engine.objective import Forward
+from qdist.runtime.engine.objective import Forward, Passes, ScoreBatches
 from qdist.runtime.engine.torch import Adapter, TorchEngine
 from qdist.runtime.model.skeleton import offload
 from qdist.runtime.placements.base import PROCESS_GROUP_TIMEOUT, Built, LoneRank, Placement, optimizer_maker
 from qdist.runtime.placements.split.engine import PipelineEngine, deepspeed_over_stage
+from qdist.runtime.placements.split.line import Line
 from qdist.runtime.placements.split.pipeline import Pipeline
 from qdist.runtime.placements.split.stages import arrange_stage, make_grid, spread
 
@@ -63,4 +64,8 @@ class Stage(LoneRank):
             twins, engine = deepspeed_over_stage(adapter, optimizer_of, config, grid)
             inner = DeepSpeedEngine(twins, engine, clip=clip, group=grid.peers, across=grid.over_stages)
         engine = PipelineEngine(pipeline, adapter, inner)
-        return Built(engine, engine.evaluate)
+        return Built(engine, engine.evaluate, pipeline.line.score)
+
+    def scoring(self, passes: Passes) -> ScoreBatches:
+        grid = make_grid(self.plan, timeout=PROCESS_GROUP_TIMEOUT)
+        return Line(passes, grid, hidden_size=self.plan.facts.hidden, device=self.devices[0]).score

@@ -1,0 +1,277 @@
+"""Evaluates runs and models: a plan for ranks that only score, a directory for them, and what they found."""
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from qdist.core.errors import JobError, PlanError, QdistError, RunError, SpecError
+from qdist.core.evaluation.asked import Asked
+from qdist.core.evaluation.job import FOUND, JOB, EvaluationJob, Subject
+from qdist.core.evaluation.results import Evaluation
+from qdist.core.evaluation.words import TaskWord, task_words
+from qdist.core.machine.cluster import Cluster
+from qdist.core.model.storage import Packing, quantized_as
+from qdist.core.planning.plan import DataFacts, Plan, Prepared, Source
+from qdist.core.planning.planner import make_plan, plan_once
+from qdist.core.planning.render import launch_script
+from qdist.core.planning.resources import count_of
+from qdist.core.spec.run_spec import RunSpec, changed, nest, resolve
+from qdist.core.text import command
+from qdist.host import tasks
+from qdist.host.launch.claim import claimed
+from qdist.host.launch.local import LocalRanks
+from qdist.host.launch.prepare import Launch
+from qdist.host.launch.ranks import Backend, Show, attend
+from qdist.host.launch.refusals import refuse_unreadable
+from qdist.host.machine import probe
+from qdist.host.machine.recurrence import fla_problem
+from qdist.host.opening import read_typed
+from qdist.host.run.rundir import PLAN, RunDir, free_name
+from qdist.host.sources import cache
+from qdist.host.sources.facts import facts_of
+from qdist.host.sources.model_folder import require_same_tensors, stated
+from qdist.host.sources.models import read_json
+from qdist.host.sources.targets import adapter_step, check_target
+
+EVALUATIONS, MERGED = "evaluations.jsonl", "merged"
+"""In a run: what was found of it, an `Evaluation` a line; and its merged model, if `qdist merge` wrote one there."""
+_OWN = ("gpus", "placement", "gpus_per_group", "max_memory", "dtype", "trust_remote_code")
+"""Settings that may be given for a run: those that say where its model lies, not what it is."""
+_MICRO_BATCHES = (8, 4, 2, 1)
+"""Sequences at a time that room is looked for on GPUs, in this order."""
+_LONGEST = 2048
+
+
+class Group(NamedTuple):
+    """Models on one backbone, to be evaluated by the same ranks."""
+
+    spec: RunSpec
+    subjects: tuple[Subject, ...]
+    run: RunDir | None
+    source: Source | None
+    """The backbone, if it is prepared; None for a model that must be."""
+    data: DataFacts | None
+    """The run's, for how its records were worded, and what was held out."""
+
+
+def evaluate(
+    asked: Asked,
+    settings: Mapping[str, Any],
+    *,
+    show: Show,
+    say: Callable[[str], None],
+    backend: Backend = LocalRanks,
+) -> list[Evaluation]:
+    """Evaluate all targets, one backbone after the other; each run keeps what was found of it.
+
+    settings: by dotted keys, as typed. show: called with what the ranks report.
+    Raises QdistError for what cannot be evaluated, before anything is started; KeyboardInterrupt when stopped.
+    """
+    words = task_words(asked.tasks)
+    refuse_unreadable(words)
+    here = probe.cluster()
+    groups = [group for target in asked.targets for group in groups_of(target, asked, settings)]
+    found: list[Evaluation] = []
+    for group in groups:
+        found += _evaluate(group, asked, words, here, show=show, say=say, backend=backend)
+    return found
+
+
+def groups_of(target: str, asked: Asked, settings: Mapping[str, Any]) -> Iterator[Group]:
+    """What is evaluated of a target. Raises QdistError for one that cannot be."""
+    run = RunDir(target)
+    if not run.exists():
+        if asked.beside:
+            raise SpecError(f"--beside is of runs, and {target} is a model", try_="leave it out")
+        check_target(target, trusted=bool(settings.get("trust_remote_code")))
+        yield Group(_model_spec(target, settings), (Subject(target=target, what="model"),), None, None, None)
+        return
+    check_target(target)
+    merged = run.path / MERGED
+    if "merged" in asked.beside and not (merged / "config.json").is_file():
+        raise RunError(
+            f"{target} has no merged model in {merged}", try_=command("merge", run.path, "--out", str(merged))
+        )
+    plan = run.plan()
+    spec = changed(plan.spec, dict(_of_run(settings, target)))
+    step = adapter_step(run)
+    own = Subject(target=target, what="adapter", adapter=str(run.adapter.resolve()), step=step[0] if step else None)
+    base = (Subject(target=target, what="base"),) if "base" in asked.beside else ()
+    yield Group(spec, (*base, own), run, _kept(run, plan), plan.data)
+    if "merged" in asked.beside:
+        like: dict[str, Any] = {
+            "seq_len": spec.seq_len,
+            "format": spec.format,
+            "train.train_on_source": spec.train.train_on_source,
+            "data.columns": spec.data.columns,
+            "data.roles": spec.data.roles,
+            "data.template": spec.data.template,
+        }
+        like |= {"train.held_out": spec.train.held_out, "seed": spec.seed}
+        alone = _model_spec(str(merged), {**like, **settings})
+        yield Group(alone, (Subject(target=target, what="merged"),), run, None, plan.data)
+
+
+def _of_run(settings: Mapping[str, Any], target: str) -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if key not in _OWN:
+            raise SpecError(
+                f"{key} is of {target} already, which was trained with it", try_=f"without {key}, or a model"
+            )
+        yield key, value
+
+
+def _model_spec(name: str, settings: Mapping[str, Any]) -> RunSpec:
+    """The spec of a plain model: at 16 bits, or as its folder was quantized."""
+    folder = Path(name).expanduser()
+    as_it_is = _as_stored(folder) if (folder / "config.json").is_file() else {"bits": 16}
+    return resolve(nest({"model": name, **as_it_is, **settings}))
+
+
+def _as_stored(folder: Path) -> dict[str, Any]:
+    """Settings of a folder that is read as it is: GPTQ's, bitsandbytes' or 16 bits."""
+    if gptq := stated(folder):
+        return {"method": "gptq-lora", "bits": gptq.shape.bits}
+    packing = quantized_as(read_json(folder / "config.json"), name=str(folder)) or Packing(bits=16)
+    if packing.bits != 4 or packing.type == "mxfp4":
+        return {"bits": packing.bits}
+    return {"bits": 4, "quant.type": packing.type, "quant.double": packing.double}
+
+
+def _kept(run: RunDir, plan: Plan) -> Source | None:
+    """What the run was prepared from, if it is still there. Raises RunError if another is in its place."""
+    source = plan.source
+    if not source.tokenizer:
+        raise RunError(
+            f"{run.path} was trained on random weights and has no tokenizer", try_="a run without --load-format dummy"
+        )
+    if not Path(source.tokenizer).is_dir() and (run.path / "tokenizer").is_dir():
+        source = msgspec.structs.replace(source, tokenizer=str((run.path / "tokenizer").resolve()))
+    if not cache.all_there(Prepared(source=source, data=None)):
+        return None
+    require_same_tensors(source, source.packed, run=str(run.path))
+    return source
+
+
+def _evaluate(
+    group: Group,
+    asked: Asked,
+    words: Sequence[TaskWord],
+    here: Cluster,
+    *,
+    show: Show,
+    say: Callable[[str], None],
+    backend: Backend,
+) -> list[Evaluation]:
+    """Have ranks evaluate the models of a group."""
+    source = group.source or tasks.prepare_model(group.spec, device=here.device).source
+    plan = evaluation_plan(group.spec, source, here, data=group.data, window=asked.window)
+    job = EvaluationJob(
+        subjects=group.subjects,
+        tasks=tuple(map(str, words)),
+        limit=asked.limit,
+        window=asked.window,
+        stride=asked.stride,
+        chat=asked.chat,
+        longest=plan.seq_len,
+    )
+    parent = group.run.path / "evaluations" if group.run else Path(tempfile.mkdtemp(prefix="qdist-evaluation-"))
+    stem = "-".join(dict.fromkeys(word.kind for word in words))
+    launch = Launch(RunDir(free_name(parent, stem)), plan, _files(plan, job), (), stem)
+    try:
+        found = _found(launch, show=show, say=say, backend=backend)
+    except KeyboardInterrupt:
+        _tidy(group, parent)
+        raise
+    _tidy(group, parent)
+    if group.run is not None:
+        with open(group.run.path / EVALUATIONS, "ab") as file:
+            file.write(b"".join(msgspec.json.encode(each) + b"\n" for each in found))
+    return found
+
+
+def _found(launch: Launch, *, show: Show, say: Callable[[str], None], backend: Backend) -> list[Evaluation]:
+    """What the ranks of an evaluation found, once they have ended."""
+    with claimed(launch) as own:
+        found = own.job.run.path / FOUND
+        try:
+            attend(own, backend, show=show, say=say, done=found.is_file, loses="stopped; nothing was kept")
+        except JobError as error:
+            raise JobError(error.message, try_=_again(error.try_)) from error
+        return read_typed(found, list[Evaluation], RunError)
+
+
+def _tidy(group: Group, parent: Path) -> None:
+    """Remove the directory that was made for a model without a run; after a failure its logs are needed."""
+    if group.run is None:
+        shutil.rmtree(parent, ignore_errors=True)
+
+
+def _again(way: str) -> str:
+    """What to try, but for what resumes a run: evaluations are done again."""
+    return "the same command again" if "--resume" in way else way
+
+
+def _files(plan: Plan, task: EvaluationJob) -> dict[str, str]:
+    def text(value: object) -> str:
+        return msgspec.json.format(msgspec.json.encode(value), indent=1).decode() + "\n"
+
+    script = launch_script(plan, python=sys.executable, evaluates=True)
+    return {JOB: text(task), "launch.sh": script, PLAN: text(plan)}
+
+
+def evaluation_plan(
+    spec: RunSpec, source: Source, here: Cluster, *, data: DataFacts | None = None, window: int | None = None
+) -> Plan:
+    """Where a model lies for evaluation: a copy on each GPU if that fits, else in shards, else split.
+
+    Room is looked for as for training short of what that keeps: with all layers recomputed, and the most sequences at a
+    time that fit. window: tokens of the longest text; None for the usual.
+    Raises PlanError where nothing fits, SpecError for settings that do not go together.
+    """
+    facts = facts_of(source.config, name=spec.model, code=source.own_code)
+    usual = min(max(spec.seq_len, _LONGEST), facts.max_positions)
+    longest = window or usual
+    if longest > facts.max_positions:
+        raise SpecError(
+            f"a window of {longest:,} tokens, and {spec.model} has {facts.max_positions:,} positions",
+            try_=f"--window {usual}",
+        )
+    wanted = _scoring_spec(spec, max(longest, usual))
+    count, no_fla = count_of(wanted, here), fla_problem(here)
+    first: QdistError | None = None
+    for change in _ways(wanted, count, here.device):
+        own = changed(wanted, change)
+        try:
+            plan = plan_once(own, source, facts, here, None, no_fla=no_fla)
+        except (PlanError, SpecError) as error:
+            first = first or error
+            continue
+        return msgspec.structs.replace(plan, data=data)
+    last: dict[str, Any] = {"micro_batch": 1, "global_batch": count}
+    return make_plan(changed(wanted, last), source, facts, here, None, no_fla=no_fla)
+
+
+def _ways(spec: RunSpec, count: int, device: str) -> Iterator[dict[str, Any]]:
+    """Placements and sequences at a time, the best first."""
+    for placement in (spec.placement,) if spec.placement else ("replicate", "shard", "split"):
+        for size in _MICRO_BATCHES if device == "cuda" else (1,):
+            yield {"placement": placement, "micro_batch": size, "global_batch": size * count}
+
+
+def _scoring_spec(spec: RunSpec, seq_len: int) -> RunSpec:
+    """A run's spec without what is of training alone."""
+    return changed(
+        spec,
+        {
+            "seq_len": seq_len, "steps": 1, "epochs": None, "micro_batch": None, "pack": False, "graphs": False,
+            "trackers": (), "adapter": None, "run": None, "zero.stage": 0, "zero.offload": "none",
+            "optim.name": None, "split.schedule": None, "split.offload_layers": None, "compute": None, "liger": False,
+            "train.checkpointing": True, "train.verify_steps": 0, "train.answers": 0,
+        },
+    )  # fmt: skip
