@@ -6,7 +6,7 @@ two verdicts disagree is a tie (Zheng et al. 2023, section 3.4).
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
@@ -178,18 +178,14 @@ def _score(said: Said) -> float:
 
 def pair_result(task: str, names: Sequence[str], settled: Settled, *, settings: Mapping[str, str]) -> TaskResult:
     """How often the first file wins, a tie as half a win, and the Elo ratings of all. Needs a game of the first."""
-    games = settled.games
-    outcomes = tuple(
-        game.score if game.first == names[0] else 1 - game.score
-        for game in games
-        if names[0] in (game.first, game.second)
-    )
+    games, against = settled.games, dict[str, list[float]]()
+    for game in games:
+        if game.first == names[0]:  # as it is in all that it takes part in
+            against.setdefault(game.second, []).append(game.score)
+    outcomes = tuple(chain.from_iterable(against.values()))
     own = _share(f"win rate of {names[0]}", outcomes)
-    beside = {
-        other: _share(f"win rate against {other}", [game.score for game in games if game.second == other])
-        for other in names[1:]
-        if len(names) > 2 and any(game.first == names[0] and game.second == other for game in games)
-    }
+    apart = against if len(names) > 2 else {}
+    beside = {other: _share(f"win rate against {other}", scores) for other, scores in apart.items()}
     notes = (*_notes_of(settled), *_notes_of_games(games))
     shift = shift_of_means([0.5] * len(outcomes), outcomes)
     sure = () if shift is None else (f"by chance a win rate as far from 0.5 has a probability of {shift.chance:.2g}",)

@@ -197,7 +197,7 @@ def _result(
         found = grade_result(task, verdicts, settings=told)
     else:
         settled = settle(verdicts, names)
-        if not any(names[0] in (game.first, game.second) for game in settled.games):
+        if not any(game.first == names[0] for game in settled.games):
             raise RunError(f"none of {len(verdicts)} verdicts in {place} makes a comparison of {names[0]}", try_=again)
         found = pair_result(task, names, settled, settings=told)
     left = wanted - len(verdicts)
