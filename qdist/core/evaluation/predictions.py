@@ -26,6 +26,8 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The answer in the data; empty if there is none."""
     figures: Mapping[str, float] = {}
     """What is measured of this prediction alone, such as rouge1."""
+    finish: str = ""
+    """Why the answer ended: stop or length; empty if it is not known."""
 
     @property
     def question(self) -> str:

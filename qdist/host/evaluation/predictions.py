@@ -63,9 +63,18 @@ def _prediction_of(record: Any, where: str) -> Prediction:
             f"{where} is not a prediction; keys found: {', '.join(record)}",
             try_='a file of generate:FILE, or {"prompt": "...", "prediction": "..."}',
         )
-    prompt = tuple(Message(own["role"], own["content"]) for own in asked)
-    reference = record.get("reference")
-    return Prediction(prompt=prompt, prediction=answer, reference=reference if isinstance(reference, str) else "")
+    figures = record.get("figures")
+    return Prediction(
+        prompt=tuple(Message(own["role"], own["content"]) for own in asked), prediction=answer,
+        reference=_text(record, "reference"), finish=_text(record, "finish"),
+        figures={key: float(value) for key, value in figures.items()} if isinstance(figures, dict) else {},
+    )  # fmt: skip
+
+
+def _text(record: dict[str, Any], key: str) -> str:
+    """What a record has there; empty for nothing, and for what is no text."""
+    found = record.get(key)
+    return found if isinstance(found, str) else ""
 
 
 def _is_dialogue(found: Any) -> bool:
