@@ -1,13 +1,13 @@
 """Did a model get better than another by some task, and is that more than chance?"""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
 import msgspec
 
-from qdist.core.evaluation.results import Evaluation, TaskResult, What
-from qdist.core.evaluation.statistics import Shift, shift_of_means
+from qdist.core.evaluation.results import Evaluation, Figure, TaskResult, What
+from qdist.core.evaluation.statistics import Shift, interval_of_mean, mean_of, shift_of_means, wilson
 
 Word = Literal["better", "worse", "no difference beyond chance"]
 CHANCE = 0.05
@@ -42,16 +42,61 @@ class Column(msgspec.Struct, frozen=True, kw_only=True):
     results: tuple[TaskResult, ...]
 
 
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """Models beside each other, for programs."""
+
+    evaluations: tuple[Evaluation, ...]
+    differences: tuple[Difference, ...]
+
+
+def comparison_of(evaluations: Sequence[Evaluation]) -> Comparison:
+    """Evaluations with their intervals, and the differences between their models."""
+    whole = tuple(msgspec.structs.replace(own, results=tuple(map(with_intervals, own.results))) for own in evaluations)
+    return Comparison(evaluations=whole, differences=differences_of(columns_of(whole)))
+
+
+def with_intervals(result: TaskResult) -> TaskResult:
+    """The same with an interval for each figure that what is known allows one for: the first, and all accuracies."""
+    first, *others = result.figures
+    return msgspec.structs.replace(
+        result,
+        figures=(_with_interval_of(first, result), *map(_as_share, others)),
+        groups={name: _as_share(figure) for name, figure in result.groups.items()},
+    )
+
+
+def _with_interval_of(figure: Figure, result: TaskResult) -> Figure:
+    """The interval of a mean of outcomes; none for a figure that is something else."""
+    if figure.low is not None or not result.outcomes:
+        return figure
+    logarithmic, mean = figure.name in LOGARITHMIC, mean_of(result.outcomes, result.weights)
+    sure = interval_of_mean(result.outcomes, result.weights)
+    value = math.exp(mean) if logarithmic else mean
+    if sure is None or not math.isclose(value, figure.value, rel_tol=1e-6, abs_tol=1e-9):
+        return figure
+    low, high = (math.exp(end) if logarithmic else end for end in sure)
+    return msgspec.structs.replace(figure, low=low, high=high)
+
+
+def _as_share(figure: Figure) -> Figure:
+    if figure.low is not None or not figure.name.startswith("accuracy") or not 0 <= figure.value <= 1:
+        return figure
+    low, high = wilson(figure.value * figure.count, figure.count)
+    return msgspec.structs.replace(figure, low=low, high=high)
+
+
 def columns_of(evaluations: Sequence[Evaluation]) -> tuple[Column, ...]:
     """The models of some evaluations, the base first, each task as it was last found."""
-    targets = {own.target for own in evaluations}
+    targets = _short_names({own.target for own in evaluations})
     found: dict[tuple[int, str], dict[str, TaskResult]] = {}
     kinds: dict[str, What] = {}
     for own in sorted(evaluations, key=lambda own: own.time):
-        name = own.what if len(targets) == 1 and own.what != "model" else _named(own)
+        short = targets[own.target]
+        alone = own.what if len(targets) == 1 else f"{own.what} of {short}"
+        name = short if own.what == "model" else alone
         kinds[name] = own.what
         results = found.setdefault((_ORDER.index(own.what), name), {})
-        results.update({result.task: result for result in own.results})
+        results.update({result.task: with_intervals(result) for result in own.results})
     return tuple(
         Column(name=name, what=kinds[name], results=tuple(results.values()))
         for (_, name), results in sorted(found.items(), key=lambda item: item[0][0])
@@ -61,8 +106,10 @@ def columns_of(evaluations: Sequence[Evaluation]) -> tuple[Column, ...]:
 _ORDER: tuple[What, ...] = ("base", "adapter", "merged", "model")
 
 
-def _named(evaluation: Evaluation) -> str:
-    return evaluation.target if evaluation.what == "model" else f"{evaluation.what} of {evaluation.target}"
+def _short_names(targets: Collection[str]) -> dict[str, str]:
+    """Targets by the last part of their paths, where that tells them apart."""
+    last = {target: target.rstrip("/").rpartition("/")[2] or target for target in targets}
+    return last if len(set(last.values())) == len(last) else {target: target for target in targets}
 
 
 def differences_of(columns: Sequence[Column]) -> tuple[Difference, ...]:

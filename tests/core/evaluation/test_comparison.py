@@ -36,10 +36,15 @@ def test_the_base_comes_first_and_the_latest_result_counts() -> None:
 
 def test_models_of_several_targets_have_their_names() -> None:
     columns = columns_of([
-        evaluation("adapter", accuracy(50)), evaluation("model", accuracy(40), target="smollm2"),
+        evaluation("adapter", accuracy(50)), evaluation("model", accuracy(40), target="models/smollm2"),
         evaluation("adapter", accuracy(40), target="runs/2"),
     ])  # fmt: skip
-    assert [column.name for column in columns] == ["adapter of runs/1", "adapter of runs/2", "smollm2"]
+    assert [column.name for column in columns] == ["adapter of 1", "adapter of 2", "smollm2"]
+
+
+def test_targets_that_end_alike_keep_their_paths() -> None:
+    columns = columns_of([evaluation("adapter", accuracy(50)), evaluation("adapter", accuracy(40), target="old/1")])
+    assert [column.name for column in columns] == ["adapter of runs/1", "adapter of old/1"]
 
 
 @pytest.mark.parametrize(
