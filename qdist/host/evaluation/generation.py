@@ -25,18 +25,21 @@ FOLDER = "predictions"
 """Of a run, or here for a model that has none."""
 
 
-def run_generate(request: Generate, *, answer: Callable[[Generate], Any] = run_task) -> TaskResult:
+def run_generate(
+    request: Generate, *, folder: Path | None = None, answer: Callable[[Generate], Any] = run_task
+) -> TaskResult:
     """ROUGE and BLEU of a model's greedy answers, which are written beside what was asked and expected.
 
-    request: `prompts` are records that end with an answer; `out` is the file of predictions, or empty for one in the
-    run's own folder, named for the data and everything else that decides the answers: it is used if it is there.
-    Killed, the same request goes on where it was.
+    request: `prompts` are records that end with an answer; `out` is the file of predictions, or empty for one in
+    `folder`, named for the data and everything else that decides the answers: it is used if it is there. Killed, the
+    same request goes on where it was.
+    folder: `predictions` in the run, or here for a model that has none, if it is not given.
     answer: has a `Generate` request answered; by default in a process of its own, or one on each GPU.
 
     Raises RunError if a named `out` is there, MachineError where ROUGE's or BLEU's library is missing, and what
     `qdist generate` does.
     """
-    out = Path(request.out) if request.out else _usual_place(request)
+    out = Path(request.out) if request.out else _usual_place(request, folder)
     if request.out and out.exists():
         raise RunError(f"{out} exists", try_="another file")
     if not out.exists():
@@ -53,16 +56,16 @@ def run_generate(request: Generate, *, answer: Callable[[Generate], Any] = run_t
     return replace(found, notes=(*found.notes, f"predictions: {out}"))
 
 
-def _usual_place(request: Generate) -> Path:
+def _usual_place(request: Generate, folder: Path | None) -> Path:
     """A file of its own for everything that decides the answers."""
     run = RunDir(request.run)
     settings = (request.adapter, request.sampling, request.limit, request.dtype, request.engine, request.beams)
     target, data = str(Path(request.run).resolve()), source_digest(request.prompts)
     identity = [target, run.training_stamp(), data, msgspec.to_builtins(settings)]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
-    folder = run.path / FOLDER if run.exists() else Path(FOLDER)
+    usual = run.path / FOLDER if run.exists() else Path(FOLDER)
     which = request.adapter if run.exists() else Path(request.run).name
-    return folder / f"{Path(request.prompts).stem}-{'adapter' if which == 'run' else which}-{digest}.jsonl"
+    return (folder or usual) / f"{Path(request.prompts).stem}-{'adapter' if which == 'run' else which}-{digest}.jsonl"
 
 
 def _scored(predictions: Sequence[Prediction]) -> list[str]:

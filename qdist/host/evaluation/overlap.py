@@ -73,7 +73,7 @@ def corpus_bleu(pairs: Sequence[Pair]) -> Figure:
         score = BLEU(tokenize="none", force=True).corpus_score(
             [own.prediction for own in cut], [[own.reference for own in cut]], n_bootstrap=_DRAWS if len(cut) > 1 else 1
         )
-    low, high = (score._mean - score._ci, score._mean + score._ci) if len(cut) > 1 else (None, None)
+    low, high = (max(0.0, score._mean - score._ci), score._mean + score._ci) if len(cut) > 1 else (None, None)
     return Figure(name="bleu", value=score.score, count=len(pairs), low=low, high=high)
 
 
