@@ -190,16 +190,16 @@ def _result(
 ) -> TaskResult:
     """What the verdicts amount to, with a note where a limit left some out."""
     told = {"judge": settings.judge_model or ""}
-    again = "the same command again, which goes on"
+    left, again = wanted - len(verdicts), "the same command again, which goes on"
+    way = again if left else "--judge-model with a model that ends its verdict as it is told to"
     if len(names) == 1:
         if not any(own.grade is not None for own in verdicts):
-            raise RunError(f"none of {len(verdicts)} verdicts in {place} has a grade", try_=again)
+            raise RunError(f"none of {len(verdicts)} verdicts in {place} has a grade", try_=way)
         found = grade_result(task, verdicts, settings=told)
     else:
         settled = settle(verdicts, names)
         if not any(game.first == names[0] for game in settled.games):
-            raise RunError(f"none of {len(verdicts)} verdicts in {place} makes a comparison of {names[0]}", try_=again)
+            raise RunError(f"none of {len(verdicts)} verdicts in {place} makes a comparison of {names[0]}", try_=way)
         found = pair_result(task, names, settled, settings=told)
-    left = wanted - len(verdicts)
     limited = (f"{left} of {wanted} verdicts were not asked for, by the limit; {again}",) if left else ()
     return msgspec.structs.replace(found, notes=(*limited, *found.notes, f"verdicts: {place}"))

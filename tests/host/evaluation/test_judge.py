@@ -138,8 +138,16 @@ def test_tokens_are_limited(tmp_path: Path, judge: Judge) -> None:
 
 def test_a_limit_that_allows_no_comparison_says_what_to_do(tmp_path: Path, judge: Judge) -> None:
     files = [predictions(tmp_path, name, [name]) for name in ("one", "other")]
-    with pytest.raises(RunError, match="none of 1 verdicts"):
+    with pytest.raises(RunError, match="none of 1 verdicts") as caught:
         run_judge(",".join(map(str, files)), settings(judge, judge_limit=1))
+    assert "goes on" in caught.value.try_
+
+
+def test_a_judge_that_never_comes_to_a_verdict_is_to_be_another(tmp_path: Path, judge: Judge) -> None:
+    judge.answer = lambda body: said("Both have their merits.")
+    with pytest.raises(RunError, match="none of 1 verdicts") as caught:
+        run_judge(str(predictions(tmp_path, "one", ["a"])), settings(judge))
+    assert "--judge-model" in caught.value.try_
 
 
 def test_one_file_is_graded(tmp_path: Path, judge: Judge) -> None:
