@@ -5,8 +5,15 @@ from typing import Any
 
 import pytest
 
-from qdist.core.evaluation.comparison import columns_of, differences_of, incomparable
+from qdist.core.evaluation.comparison import (
+    columns_of,
+    comparison_of,
+    differences_of,
+    incomparable,
+    with_intervals,
+)
 from qdist.core.evaluation.results import Evaluation, Figure, TaskResult, What
+from qdist.core.evaluation.statistics import wilson
 
 
 def accuracy(right: int, count: int = 100, **more: Any) -> TaskResult:
@@ -77,3 +84,19 @@ def test_what_was_not_asked_alike_is_not_compared(other: TaskResult) -> None:
     columns = columns_of([evaluation("base", accuracy(50)), evaluation("adapter", other)])
     assert differences_of(columns) == ()
     assert list(incomparable(columns)) == ["mmlu:FILE: adapter and base were not asked the same, and are not compared"]
+
+
+def test_programs_get_intervals_and_differences_too() -> None:
+    losses, weights = [3.0, 3.2, 3.4, 2.9], (10.0, 10.0, 20.0, 10.0)
+    found = comparison_of([
+        evaluation("base", accuracy(50), perplexity(losses, weights)), evaluation("adapter", accuracy(70)),
+    ])  # fmt: skip
+    assert [(own.task, own.word) for own in found.differences] == [("mmlu:FILE", "better")]
+    right, wondering = (result.figures[0] for result in found.evaluations[0].results)
+    assert (right.low, right.high) == pytest.approx(wilson(50, 100))
+    assert (wondering.low or 0) < wondering.value < (wondering.high or 0)
+
+
+def test_a_figure_that_is_not_the_mean_of_its_outcomes_gets_no_interval() -> None:
+    result = TaskResult(task="x", figures=(Figure(name="f1", value=0.9, count=3),), outcomes=(0.0, 1.0, 0.0))
+    assert with_intervals(result) == result
