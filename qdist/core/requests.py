@@ -312,6 +312,10 @@ class Generate(Answering, frozen=True, kw_only=True):
     sampling: Sampling = Sampling()
     share: tuple[int, int] | None = None
     """(number, count): the part of the prompts that this process answers, as one of several; None: all."""
+    references: bool = False
+    """Whether the prompts are records that end with an answer: it is not shown, and written beside the model's."""
+    limit: Positive | None = None
+    """Records to take, from the first, where they have references; None: all."""
 
 
 class Chat(Answering, frozen=True, kw_only=True):

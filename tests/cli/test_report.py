@@ -12,7 +12,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qdist.cli.main import main
+from qdist.core.evaluation.results import Evaluation, Figure, TaskResult, What
 from qdist.core.telemetry.events import Event, encode
+from qdist.host.run.evaluations import add_evaluation
 from qdist.host.run.rundir import RunDir, note, noted
 from tests.plans import CPU, planned
 
@@ -52,7 +54,7 @@ def invoke(*arguments: object) -> Result:
 def written(*arguments: object) -> str:
     done = invoke(*arguments)
     assert done.exit_code == 0, done.output
-    return Path(done.output.rpartition(":")[0]).read_text()
+    return Path(done.output.splitlines()[-1].rpartition(":")[0]).read_text()
 
 
 class Page(HTMLParser):
@@ -166,3 +168,36 @@ def test_a_launch_keeps_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     done = CliRunner().invoke(main, [*arguments, str(tmp_path / "r")])
     assert "no ranks today" in done.output
     assert noted(RunDir(tmp_path / "r")) == (f"qdist {' '.join(arguments)} r",)
+
+
+def evaluated(run: Path, what: What, right: int) -> None:
+    result = TaskResult(
+        task=f"mmlu:data/{EVIL}.jsonl",
+        figures=(Figure(name="accuracy", value=right / 100, count=100),),
+        groups={f"law {EVIL}": Figure(name="accuracy", value=0.5, count=100)},
+        outcomes=(1.0,) * right + (0.0,) * (100 - right),
+        notes=(EVIL,),
+    )
+    add_evaluation(run, Evaluation(target=str(run), what=what, results=(result,)))
+
+
+def test_what_tasks_found_is_on_the_page_and_printed(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run")
+    evaluated(run, "base", 30)
+    evaluated(run, "adapter", 60)
+    done = invoke(run)
+    assert done.exit_code == 0, done.output
+    assert "accuracy  0.3 (0.219 to 0.396)  0.6 (0.502 to 0.691)" in done.output
+    text = (run / "report.html").read_text()
+    assert "<td>better</td>" in text
+    assert "0.6 (0.502 to 0.691)" in text
+    assert EVIL not in text
+
+
+def test_two_runs_are_compared_by_tasks_too(tmp_path: Path) -> None:
+    runs = [run_of(tmp_path / name) for name in "ab"]
+    for run, right in zip(runs, (30, 60), strict=True):
+        evaluated(run, "adapter", right)
+    text = written(*runs)
+    assert "What tasks found" in text
+    assert "adapter of b against adapter of a" in text

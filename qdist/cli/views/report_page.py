@@ -9,6 +9,8 @@ from string import Template
 
 import msgspec
 
+from qdist.core.evaluation.results import Evaluation
+from qdist.core.telemetry.evaluations import evaluation_tables
 from qdist.core.telemetry.memory_report import MEANING, PARTS, REST, TOTAL, WORKING, MemoryParts, shown_error
 from qdist.core.telemetry.report import Report, SampleAnswer, differences, metrics_beside
 from qdist.core.telemetry.report_sections import Rows, Table, took
@@ -191,11 +193,13 @@ def compare_page(reports: Sequence[Report], plan_lines: Sequence[Sequence[str]])
     named = [msgspec.structs.replace(own, name=f"{tag} {own.name}") for tag, own in zip("AB", reports, strict=True)]
     a, b = named
     difference = differences(a, b)
+    both = tasks([*a.evaluations, *b.evaluations]) if a.evaluations and b.evaluations else ""
     comparison = _section(
         "comparison",
         "Comparison",
         f'<div class="tables"><div><h3>What came of it</h3>{table(metrics_beside(a, b), figures=True)}</div>',
         f"<div><h3>What differs</h3>{_differing(difference)}</div></div>",
+        f"<h3>What tasks found</h3>{both}" if both else "",
     )
     headers = f'<div class="beside">{"".join(map(_header, named))}</div>'
     return _document(
@@ -310,7 +314,22 @@ def _time(report: Report) -> str:
 
 
 def _evaluation(report: Report) -> str:
-    return table(report.held_out, figures=True) if report.held_out.rows else "<p>Nothing was evaluated.</p>"
+    losses = table(report.held_out, figures=True) if report.held_out.rows else ""
+    return losses + tasks(report.evaluations) or "<p>Nothing was evaluated.</p>"
+
+
+def tasks(evaluations: Sequence[Evaluation]) -> str:
+    """What tasks found of models: side by side, their differences, subjects and notes; empty without any."""
+    if not evaluations:
+        return ""
+    found = evaluation_tables(evaluations)
+    differences = table(found.differences) if found.differences.rows else ""
+    groups = "".join(
+        f"<details><summary>{escape(task)}, in parts</summary>{table(content, figures=True)}</details>"
+        for task, content in found.groups
+    )
+    notes = "".join(f"<li>{escape(note)}</li>" for note in found.notes)
+    return table(found.figures) + differences + groups + (f'<ul class="note">{notes}</ul>' if notes else "")
 
 
 def _command(report: Report) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from qdist.core.evaluation.results import Evaluation
 from qdist.core.machine.cluster import Cluster
 from qdist.core.planning.plan import Plan
 from qdist.core.planning.sources import sources_in_words
@@ -57,6 +58,8 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     """Contents of `recipe.toml`."""
     commands: tuple[str, ...] = ()
     """Each launch command as typed; empty if the run kept none."""
+    evaluations: tuple[Evaluation, ...] = ()
+    """What `qdist evaluate` found of the run's models."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,6 +86,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What was trained on, and whether all of it got gradients."""
     ranks: Table
     held_out: Table
+    evaluations: tuple[Evaluation, ...]
+    """What tasks found of the run's models."""
     answers: tuple[SampleAnswer, ...]
     settings: Table
     """Settings that differ from their defaults."""
@@ -119,6 +124,7 @@ def report_of(found: Found) -> Report:
         inventory=(*rows_of(fold.inventory), *((("gradients", fold.gradients),) if fold.gradients else ())),
         ranks=ranks_table(fold),
         held_out=held_out_table(fold),
+        evaluations=found.evaluations,
         answers=tuple(msgspec.convert(answer, SampleAnswer) for answer in (result or {}).get("answers", ())),
         settings=settings_table(plan.spec),
         machine=tuple(machine_rows(found.machine)),

@@ -5,6 +5,7 @@ from pathlib import Path
 from qdist.core.errors import RunError
 from qdist.core.telemetry.report import Found
 from qdist.host.opening import read_bytes, read_typed
+from qdist.host.run.evaluations import read_evaluations
 from qdist.host.run.observer import RunObserver
 from qdist.host.run.rundir import RunDir, noted
 
@@ -19,6 +20,7 @@ def read_found(run: RunDir, name: str) -> Found:
         versions=_versions(run.path / "versions.json"),
         recipe=_text(run.path / "recipe.toml"),
         commands=noted(run),
+        evaluations=read_evaluations(run.path),
     )
 
 

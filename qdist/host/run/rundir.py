@@ -176,6 +176,11 @@ class RunDir:
             )
         return plan
 
+    def training_stamp(self) -> list[int]:
+        """Distinguishes one training of the run from another, by when its files were written; empty for no run."""
+        files = (self.path / PLAN, self.adapter / "adapter_model.safetensors")
+        return [file.stat().st_mtime_ns for file in files if file.is_file()]
+
     def checkpoint_steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending; one without DONE does not count."""
         if not self.checkpoints.is_dir():

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import msgspec
 
 from qdist.core.data.conversation import Conversation
+from qdist.core.evaluation.predictions import Exchange
 from qdist.core.requests import Generate
 from qdist.host.data.records import read_prompts
+from qdist.host.evaluation.predictions import read_exchanges
 from qdist.host.files import write_out
 from qdist.host.opening import node_of
 from qdist.host.progress import ProgressLine
-from qdist.host.run.rundir import PLAN, RunDir
+from qdist.host.run.rundir import RunDir
 from qdist.host.terminal import say
 from qdist.runtime.formats.work_folder import reserved
 from qdist.runtime.infer.answering import Asked, Work, answer_all
@@ -84,6 +86,8 @@ class _Job(NamedTuple):
     encoded: Sequence[list[int]]
     identity: str
     """Of everything that decides the answers."""
+    references: Sequence[str] = ()
+    """The answers that the data has; empty if they were not asked for."""
 
     @property
     def most_new(self) -> int:
@@ -102,19 +106,27 @@ class _Job(NamedTuple):
 
 
 def _job_of(request: Generate) -> _Job:
-    conversations = read_prompts(Path(request.prompts))
+    exchanges = _exchanges(request)
+    conversations = [own.prompt for own in exchanges]
+    references = [own.reference for own in exchanges] if request.references else []
     speech = speech_of(request.run)
     encoded = encode_prompts(conversations, speech)
     settings = (request.sampling, request.n, request.beams, request.adapter, request.engine, request.dtype)
-    identity = [str(Path(request.run).resolve()), _stamp(request.run), encoded, msgspec.to_builtins(settings)]
-    return _Job(request, conversations, speech, encoded, hashlib.sha256(json.dumps(identity).encode()).hexdigest())
+    identity = [
+        str(Path(request.run).resolve()),
+        RunDir(request.run).training_stamp(),
+        encoded,
+        msgspec.to_builtins(settings),
+    ]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    return _Job(request, conversations, speech, encoded, digest, references)
 
 
-def _stamp(target: str) -> list[int]:
-    """Distinguishes one training of a run from another."""
-    run = RunDir(target)
-    files = (run.path / PLAN, run.adapter / "adapter_model.safetensors")
-    return [file.stat().st_mtime_ns for file in files if file.is_file()]
+def _exchanges(request: Generate) -> list[Exchange]:
+    """What is asked, with the answers that the data has if those are wanted."""
+    if request.references:
+        return read_exchanges(request.prompts, limit=request.limit)
+    return [Exchange(prompt, "") for prompt in read_prompts(Path(request.prompts))]
 
 
 def _order(job: _Job, there: Any) -> list[int]:
@@ -169,14 +181,18 @@ def _tell_of_positions(job: _Job) -> None:
 def _lines(job: _Job, kept: Kept) -> list[str]:
     """The final file: a line a prompt."""
     count = job.request.n
+    expected: list[dict[str, str]] = [{"reference": own} for own in job.references] or [{}] * len(job.conversations)
     return [
-        _line(own, [kept.answers[index * count + draw] for draw in range(count)])
+        _line(own, [kept.answers[index * count + draw] for draw in range(count)], expected[index])
         for index, own in enumerate(job.conversations)
     ]
 
 
-def _line(conversation: Conversation, answers: Sequence[Answered]) -> str:
-    """A prompt with its answer and what that took, or with lists of them if there are several."""
+def _line(conversation: Conversation, answers: Sequence[Answered], expected: Mapping[str, str]) -> str:
+    """A prompt with its answer and what that took, or with lists of them if there are several.
+
+    expected: the reference, if there is one.
+    """
     messages = [{"role": turn.role, "content": turn.said} for turn in conversation.turns]
     first, tokens = answers[0], answers[0].prompt_tokens
     if len(answers) == 1:
@@ -190,4 +206,4 @@ def _line(conversation: Conversation, answers: Sequence[Answered]) -> str:
             "new_tokens": [own.new_tokens for own in answers],
             "finish": [own.finish for own in answers],
         }
-    return json.dumps({"messages": messages, **told}, ensure_ascii=False)
+    return json.dumps({"messages": messages, **told, **expected}, ensure_ascii=False)

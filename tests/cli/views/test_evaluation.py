@@ -1,41 +1,24 @@
-"""The table of an evaluation."""
+"""Is a comparison of models legible on a terminal?"""
 
 from qdist.cli.views.evaluation import evaluation_lines
-from qdist.core.evaluation.results import Evaluation, Figure, TaskResult, What
+from tests.core.telemetry.test_evaluations import evaluation
 
 
-def evaluation(what: What, value: float, *, target: str = "runs/a", task: str = "mmlu:f") -> Evaluation:
-    figures = (
-        Figure(name="accuracy", value=value, count=3),
-        Figure(name="accuracy of all questions", value=0.5, count=3),
-    )
-    group = Figure(name="accuracy", value=0.25, count=2, low=0.2, high=0.3)
-    result = TaskResult(task=task, figures=figures, groups={"art": group}, settings={"shots": 0}, notes=("cut",))
-    return Evaluation(target=target, what=what, results=(result,), where="replicate: one rank")
+def test_words_stand_at_the_left_and_numbers_at_the_right() -> None:
+    lines = evaluation_lines([evaluation("base", 80, law=0.5), evaluation("adapter", 120, law=0.625)])
+    assert lines[0] == "task             figure                    base               adapter"
+    assert lines[1] == "mmlu:mmlu.jsonl  accuracy  0.4 (0.335 to 0.469)  0.6 (0.531 to 0.665)"
+    assert lines[3].split() == ["task", "model", "difference", "95", "%", "interval", "by", "chance"]
+    assert lines[4].startswith("mmlu:mmlu.jsonl  adapter against base        +0.2  ")
+    assert lines[4].endswith("better")
+    assert lines[6] == "mmlu:mmlu.jsonl"
+    assert lines[8].split()[:3] == ["law", "50", "0.5"]
+    assert lines[-1] == "note: mmlu:mmlu.jsonl, adapter: adapter was cut"
 
 
-def test_models_stand_side_by_side() -> None:
-    assert list(evaluation_lines([evaluation("base", 0.5), evaluation("adapter", 0.75)])) == [
-        "mmlu:f                                          base                    adapter",
-        "accuracy                                      0.5000                     0.7500",
-        "accuracy of all questions                     0.5000                     0.5000",
-        "  art                      0.2500 (0.2000 to 0.3000)  0.2500 (0.2000 to 0.3000)",
-        "  of 3, shots 0",
-        "  note: cut",
-        "\nreplicate: one rank",
-    ]
+def test_subjects_may_be_left_out() -> None:
+    assert not any("law" in line for line in evaluation_lines([evaluation("base", 80, law=0.5)], groups=False))
 
 
-def test_several_targets_are_named() -> None:
-    found = [
-        evaluation("adapter", 0.5),
-        evaluation("adapter", 0.75, target="runs/b"),
-        evaluation("model", 1, target="m"),
-    ]
-    head = next(evaluation_lines(found))
-    assert all(title in head for title in ("runs/a adapter", "runs/b adapter", "m"))
-
-
-def test_other_tasks_are_a_table_of_their_own() -> None:
-    lines = list(evaluation_lines([evaluation("base", 0.5), evaluation("model", 0.75, task="loss")]))
-    assert [line.split()[0] for line in lines if line.startswith(("mmlu", "loss"))] == ["mmlu:f", "loss"]
+def test_nothing_evaluated_is_nothing_said() -> None:
+    assert evaluation_lines([]) == []

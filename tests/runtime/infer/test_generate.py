@@ -15,7 +15,9 @@ from qdist.core.data.conversation import Conversation
 from qdist.core.data.records import asked
 from qdist.core.errors import DataError, ModelError, RunError, SpecError
 from qdist.core.requests import Answering, Chat, Generate
+from qdist.core.sampling import Sampling
 from qdist.host.data.records import read_prompts
+from qdist.host.evaluation.generation import run_generate
 from qdist.host.run.rundir import RunDir
 from qdist.runtime import tasks
 from qdist.runtime.data.wording import encode_prompt, usual_wording
@@ -286,6 +288,30 @@ def test_a_chat_goes_through_standard_input(run: RunDir) -> None:
     assert first.strip()
     assert first == second
     assert done.stdout.count("> ") == 4
+
+
+def test_answers_to_records_are_those_to_their_prompts_and_stand_beside_the_references(
+    run: RunDir, tmp_path: Path
+) -> None:
+    records = [
+        {"instruction": "hello there", "input": "system", "output": "a user"},
+        {"instruction": "user", "output": "hello"},
+        {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}]},
+    ]
+    data, prompts = tmp_path / "data.jsonl", tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    asked_alone = [*({**own, "output": None} for own in records[:2]), {"messages": records[2]["messages"][:1]}]
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in asked_alone))
+    request = Generate(run=str(run.path), prompts=str(data), out="", sampling=Sampling(max_new_tokens=6))
+    result = run_generate(request, answer=generate_file)
+    answered(run.path, prompts, tmp_path / "o.jsonl", max_new_tokens=6)
+    alone = [json.loads(line)["answer"] for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    (written,) = (run.path / "predictions").iterdir()
+    lines = [json.loads(line) for line in written.read_text().splitlines()]
+    assert [line["prediction"] for line in lines] == alone
+    assert [line["reference"] for line in lines] == ["a user", "hello", "there"]
+    assert written.name.startswith("data-adapter-")
+    assert result.figures[0].count == 3
 
 
 def test_words_with_a_slash_are_commands_and_are_told(run: RunDir) -> None:

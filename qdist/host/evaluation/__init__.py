@@ -1,0 +1,1 @@
+"""Evaluations that need no model of ours: judges behind an address, ratings, files of predictions."""
