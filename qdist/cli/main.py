@@ -19,7 +19,7 @@ COMMANDS = {
     "settings": ("qdist.cli.settings:settings", "List every setting, its values and default."),
     "models": ("qdist.cli.models:models", "List the models known by a short name."),
     "quantize": ("qdist.cli.quantize:quantize", "Pack a model once, for launch and for transformers."),
-    "convert": ("qdist.cli.convert:convert", "Turn another project's packed checkpoint into a GPTQ folder."),
+    "convert": ("qdist.cli.convert:convert", "Turn another project's checkpoint or recipe into ours."),
     "gather": ("qdist.cli.gather:gather", "Write a run's adapter from its last checkpoint."),
     "merge": ("qdist.cli.merge:merge", "Merge an adapter into its quantized model."),
     "export": ("qdist.cli.export:export", "Write a run's model for other programs."),
