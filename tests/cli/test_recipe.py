@@ -150,7 +150,7 @@ finetuning_type: lora
 quantization_bit: 4
 quantization_type: fp4
 double_quantization: false
-dataset: DATA
+dataset: TEXTS
 cutoff_len: 64
 lora_rank: 16
 lora_alpha: 8
@@ -243,7 +243,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "optim.lr": 5e-5, "trackers": ["tensorboard"], "train.train_on_source": True,
     }),
     "factory-text": (FACTORY_TEXT, "llama-factory", {
-        "quant.type": "fp4", "quant.double": False, "format": "text", "lora.dropout": 0.1, "pack": True, "optim.lr_ratio_b": 4.0,
+        "quant.type": "fp4", "quant.double": False, "format": "text",
+        "lora.dropout": 0.1, "pack": True, "optim.lr_ratio_b": 4.0,
     }),
     "trl-sft": (TRL_SFT, "trl", {
         "lora.r": 32, "lora.dropout": 0.05, "global_batch": 16, "quant.double": False, "train.held_out": 0.0,
@@ -275,6 +276,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "data.jsonl").write_text((json.dumps(record) + "\n") * 20)
     turns = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "It."}]
     (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 20)
+    (tmp_path / "texts.jsonl").write_text((json.dumps({"text": "Say it."}) + "\n") * 20)
     (tmp_path / "sets").mkdir()
     asked = {"question": "Say it.", "reply": "It."}
     (tmp_path / "sets/mine.jsonl").write_text((json.dumps(asked) + "\n") * 20)
@@ -286,7 +288,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def written(here: Path, text: str, name: str = "theirs.yml") -> str:
-    for word, path in (("MODEL", "model"), ("DATA", "data.jsonl"), ("CHATS", "chats.jsonl"), ("SETS", "sets")):
+    for word, path in (
+        ("MODEL", "model"),
+        ("DATA", "data.jsonl"),
+        ("CHATS", "chats.jsonl"),
+        ("TEXTS", "texts.jsonl"),
+        ("SETS", "sets"),
+    ):
         text = text.replace(word, path)
     (here / name).write_text(text)
     return name
