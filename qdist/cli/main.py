@@ -23,6 +23,7 @@ COMMANDS = {
     "gather": ("qdist.cli.gather:gather", "Write a run's adapter from its last checkpoint."),
     "merge": ("qdist.cli.merge:merge", "Merge an adapter into its quantized model."),
     "export": ("qdist.cli.export:export", "Write a run's model for other programs."),
+    "push": ("qdist.cli.push:push", "Upload a run's adapter or merged model to the hub."),
     "generate": ("qdist.cli.generate:generate", "Complete prompts with a run's model."),
     "chat": ("qdist.cli.chat:chat", "Talk to a run's model."),
     "serve": ("qdist.cli.serve:serve", "Answer programs in OpenAI's protocol."),

@@ -249,6 +249,20 @@ class Convert(Request, frozen=True, kw_only=True):
     drop_bias: Annotated[bool, _help("Leave biases out, as alpaca-qlora's own training did.")] = False
 
 
+class Push(Request, frozen=True, kw_only=True):
+    """Upload a run's adapter or merged model to the hub."""
+
+    when_stopped = "nothing was published; the same command sends again what had not arrived"
+
+    run: str
+    """A run, or a folder with an adapter or a merged model."""
+    repo: str
+    """`owner/name` on the hub."""
+    what: Annotated[Literal["adapter", "merged"], _help("What of a run; merged: what is in RUN/merged.")] = "adapter"
+    private: Annotated[bool, _help("Only you see it. A repository that is there and public is refused.")] = False
+    revision: Annotated[str, _help("Branch to write; is made if it is not there.")] = "main"
+
+
 class Opening(Request, frozen=True, kw_only=True):
     """Fields common to all processes that open a model to answer with."""
 
@@ -370,7 +384,7 @@ class MeasureRates(Request, frozen=True, kw_only=True):
 
 
 _Answers = Generate | Chat | Serve | Web
-Job = Prepare | Describe | Gather | Merge | Export | Pack | MakeGptq | Convert | _Answers | MeasureRates
+Job = Prepare | Describe | Gather | Merge | Export | Pack | MakeGptq | Convert | Push | _Answers | MeasureRates
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
