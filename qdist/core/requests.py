@@ -250,14 +250,11 @@ class Convert(Request, frozen=True, kw_only=True):
 
 
 class Push(Request, frozen=True, kw_only=True):
-    """Upload a run's adapter or merged model to the hub."""
+    """Upload from `run`, or a folder with an adapter or a merged model, to `repo`: `owner/name` on the hub."""
 
     when_stopped = "nothing was published; the same command sends again what had not arrived"
-
     run: str
-    """A run, or a folder with an adapter or a merged model."""
     repo: str
-    """`owner/name` on the hub."""
     what: Annotated[Literal["adapter", "merged"], _help("What of a run; merged: what is in RUN/merged.")] = "adapter"
     private: Annotated[bool, _help("Only you see it. A repository that is there and public is refused.")] = False
     revision: Annotated[str, _help("Branch to write; is made if it is not there.")] = "main"

@@ -22,6 +22,7 @@ Of = Literal["adapter", "merged"]
 _MARK = re.compile(r"<!-- Written by qdist, which replaces it while it is as written: ([0-9a-f]{64}) -->\n\Z")
 _MOST_ROWS = 8
 """Most rows of the table of losses."""
+_SOFTWARE = ("qdist", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed")
 
 
 class Card(NamedTuple):
@@ -178,7 +179,7 @@ def _training(card: Card) -> Iterator[str]:
             ("Arithmetic", plan.compute_dtype + (f", products in {spec.compute}" if spec.compute else "")),
             ("Layout", f"{plan.placement}, {counted(plan.groups, 'group')} of {plan.gpus_per_group} on {where}"),
             ("Seed", str(spec.seed)),
-            ("Software", ", ".join(f"{name} {version}" for name, version in card.versions.items())),
+            ("Software", ", ".join(f"{name} {card.versions[name]}" for name in _SOFTWARE if name in card.versions)),
         ],
     )
 
@@ -253,13 +254,19 @@ def _figures(card: Card) -> Iterator[str]:
 
 
 def _again(card: Card) -> Iterator[str]:
-    commands = [found for each in card.commands if (found := without_folders(each))]
+    commands = [found for each in card.commands if (found := _as_typed(each))]
     if commands:
         yield "## Command"
         yield ""
         yield "```"
         yield from commands
         yield "```"
+
+
+def _as_typed(command: str) -> str:
+    """A recorded launch, whatever file the program was started from."""
+    words = without_folders(command).partition(" ")[2]
+    return f"qdist {words}" if words else ""
 
 
 def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -100,7 +100,9 @@ def test_no_folder_of_the_machine_is_named() -> None:
     )
     text = card(
         msgspec.structs.replace(PLAN, spec=spec),
-        commands=("qdist launch --model /home/me/models/tiny --data '/home/me/my data/a.jsonl' --run ../../secret/r",),
+        commands=(
+            "__main__.py launch --model /home/me/models/tiny --data '/home/me/my data/a.jsonl' --run ../../secret/r",
+        ),
     )
     assert "A LoRA adapter (r=64 alpha=16) for tiny." in text
     assert "a.jsonl:0.7, b.jsonl#200: 90 samples" in text
