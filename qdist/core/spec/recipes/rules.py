@@ -1,5 +1,6 @@
 """What can be said of a key of another program's recipe: settings of ours, and what of it is not honoured?"""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -105,9 +106,12 @@ def lost(why: str) -> Outcome:
 def number(value: Any) -> float:
     """A number; YAML reads 2e-4, without a point, as text. Raises SpecError for what is none."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise SpecError(f"{value!r} is not a number", try_="a number such as 0.0002") from None
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise SpecError(f"{str(value)[:40]!r} is not a number", try_="a number such as 0.0002")
+    return found
 
 
 def whole(value: Any) -> int:

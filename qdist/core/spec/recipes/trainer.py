@@ -116,10 +116,10 @@ def targets(value: Any, _: Values) -> Outcome:
     """Modules that get an adapter."""
     if isinstance(value, str) and re.search(r"[*+?()|^$\\\[\]]", value):
         return lost("lora.targets names modules by their last name, not by a regular expression")
-    names = listed(value)
+    names = [str(name) for name in listed(value)]
     if set(names) & {"all", "all-linear"}:
         return Outcome({"lora.targets": ["all-linear"]})
-    short = list(dict.fromkeys(str(name).rpartition(".")[2] for name in names))
+    short = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     apart = Remark("altered", "lora.targets goes by last names: modules of that name in every layer get an adapter")
     return Outcome({"lora.targets": short}, (apart,) if short != names else ())
 
