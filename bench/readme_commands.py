@@ -242,6 +242,8 @@ def case_of(written: Written) -> Case:
     here = not elsewhere and {"--max-memory", "liger=true", "plan"} & set(words)
     if here or words == ["qdist", "doctor", "--gpus"]:
         return Case(written.text, shown, code=2, why="needs a GPU")
+    if words[1:2] == ["push"]:
+        return Case(written.text, code=2, why="needs a token of the hub")
     if "--serve" in words:
         return Case(written.text, code=130, why="fetched once, then Ctrl-C")
     if "guanaco-65b" in words or (written.text in BEFOREHAND and "steps=60" in words):

@@ -34,6 +34,8 @@ def furnish(here: Path) -> None:
     talks = [f"### Human: {order}### Assistant: {answer}" for order, answer in orders]
     _write_lines(here / TALKS / "openassistant_best_replies_train.jsonl", [{"text": talk} for talk in talks])
     (here / QUESTIONS).write_text("Say 3 in words\nSay ü in words\n", encoding="utf-8")
+    theirs = "base_model: llama-7b\nadapter: qlora\ndatasets: [{path: my.jsonl, type: alpaca}]\nwarmup_steps: 0\n"
+    (here / "theirs.yml").write_text(theirs)
     recipe = f'model = "llama-7b"\ndata = "my.jsonl"\nrun = "{RUN}"\nseq_len = 256\n'
     (here / RECIPE).write_text(recipe, encoding="utf-8")
 

@@ -138,6 +138,8 @@ OTHERS_WORDS = (
     "qdist.runtime.quantize.sparsebit.convert",
     "qdist.runtime.exports.gguf.tokenizer",
     "qdist.core.data.templates",
+    "qdist.core.spec.recipes.axolotl",
+    "qdist.core.spec.recipes.llama_factory",
 )
 """Sparsebit packs Llama alone; kinds of tokenizers in llama.cpp, and chat templates, have names of families."""
 

@@ -259,6 +259,17 @@ class Convert(Request, frozen=True, kw_only=True):
     drop_bias: Annotated[bool, _help("Leave biases out, as alpaca-qlora's own training did.")] = False
 
 
+class Push(Request, frozen=True, kw_only=True):
+    """Upload from `run`, or a folder with an adapter or a merged model, to `repo`: `owner/name` on the hub."""
+
+    when_stopped = "nothing was published; the same command sends again what had not arrived"
+    run: str
+    repo: str
+    what: Annotated[Literal["adapter", "merged"], _help("What of a run; merged: what is in RUN/merged.")] = "adapter"
+    private: Annotated[bool, _help("Only you see it. A repository that is there and public is refused.")] = False
+    revision: Annotated[str, _help("Branch to write; is made if it is not there.")] = "main"
+
+
 class Opening(Request, frozen=True, kw_only=True):
     """Fields common to all processes that open a model to answer with."""
 
@@ -393,7 +404,7 @@ class MeasureRates(Request, frozen=True, kw_only=True):
 
 _Answers = Generate | Chat | Serve | Web
 _Prepared = Prepare | PrepareModel | Describe | ShowData
-Job = _Prepared | Gather | Merge | Export | Pack | MakeGptq | Convert | _Answers | MeasureRates
+Job = _Prepared | Gather | Merge | Export | Pack | MakeGptq | Convert | Push | _Answers | MeasureRates
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

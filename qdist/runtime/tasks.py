@@ -29,6 +29,7 @@ JOBS: Mapping[type[Request], str] = {
     requests.Pack: "qdist.runtime.quantize.bitsandbytes:run",
     requests.MakeGptq: "qdist.runtime.quantize.gptq.make:run",
     requests.Convert: "qdist.runtime.quantize.sparsebit.convert:run",
+    requests.Push: "qdist.runtime.exports.push:run",
     requests.Generate: "qdist.runtime.infer.generate:run",
     requests.Chat: "qdist.runtime.infer.chat:run",
     requests.Serve: "qdist.runtime.serve.server:run",

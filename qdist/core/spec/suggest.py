@@ -7,49 +7,28 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from qdist.core.errors import Change, PlanError, QdistError, Say, SpecError, in_words, nearest, typed
 from qdist.core.spec.placements import CALLED_ELSEWHERE
+from qdist.core.spec.recipes import axolotl, llama_factory, trl
+from qdist.core.spec.recipes.rules import Rule
 from qdist.core.spec.sections import OPTIMIZERS_ELSEWHERE
 
 __all__ = ["OTHER_NAMES", "RELATED_NAMES", "known_as", "meant_by", "not_among", "of_another_kind", "typed", "unknown"]
 
+_RULES: dict[str, Rule] = {**axolotl.TABLE, **llama_factory.TABLE, **trl.TABLE}
 OTHER_NAMES = {
-    # transformers, PEFT, TRL, bitsandbytes
-    "learning_rate": "optim.lr", "per_device_train_batch_size": "micro_batch", "max_grad_norm": "optim.clip",
-    "max_steps": "steps", "num_train_epochs": "epochs", "lr_scheduler_type": "optim.schedule",
-    "adam_beta1": "optim.beta1", "adam_beta2": "optim.beta2", "adam_epsilon": "optim.eps", "report_to": "trackers",
-    "gradient_checkpointing": "train.checkpointing", "output_dir": "run", "save_total_limit": "train.keep",
-    "use_liger_kernel": "liger", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout",
-    "target_modules": "lora.targets", "max_length": "seq_len", "bnb_4bit_quant_type": "quant.type",
-    "bnb_4bit_use_double_quant": "quant.double", "bnb_4bit_compute_dtype": "dtype", "torch_dtype": "dtype",
-    # Axolotl
-    "base_model": "model", "micro_batch_size": "micro_batch", "sequence_len": "seq_len", "num_epochs": "epochs",
-    "lora_r": "lora.r", "lora_target_modules": "lora.targets", "lr_scheduler": "optim.schedule",
-    "lora_model_dir": "adapter", "val_set_size": "train.held_out", "train_on_inputs": "train.train_on_source",
-    "loraplus_lr_ratio": "optim.lr_ratio_b",
-    # LLaMA-Factory
-    "model_name_or_path": "model", "dataset": "data.path",
-    "eval_dataset": "data.eval", "data": "data.path", "eval_data": "data.eval",
-    "cutoff_len": "seq_len", "quantization_bit": "bits",
-    "adapter_name_or_path": "adapter", "lora_rank": "lora.r", "lora_target": "lora.targets",
-    "val_size": "train.held_out", "train_on_prompt": "train.train_on_source",
+    **{name: rule.setting for name, rule in _RULES.items() if rule.setting and rule.is_same},
+    "data": "data.path", "eval_data": "data.eval",
     # Unsloth
-    "model_name": "model", "max_seq_length": "seq_len", "random_state": "seed",
-    # what all of them call several samples in a row
-    "packing": "pack", "sample_packing": "pack", "neat_packing": "pack",
-    # and what people call CUDA graphs and LoRA+
+    "model_name": "model", "random_state": "seed",
+    # what people call CUDA graphs and LoRA+
     "cuda_graphs": "graphs", "cudagraphs": "graphs", "use_cuda_graphs": "graphs", "loraplus": "optim.lr_ratio_b",
     # QLoRA's script, DeepSpeed, and what people say
     "quant_type": "quant.type", "double_quant": "quant.double", "stage": "zero.stage",
-    "zero_stage": "zero.stage", "batch_size": "global_batch", "rank": "lora.r", "warmup": "optim.warmup_steps",
+    "zero_stage": "zero.stage", "rank": "lora.r", "warmup": "optim.warmup_steps",
 }  # fmt: skip
-"""Other programs' names for a qdist setting that takes the same values."""
+"""Other programs' names for a qdist setting that takes the same values: of their recipes, and of what has none."""
 RELATED_NAMES = {
-    "gradient_accumulation_steps": "global_batch", "load_in_4bit": "bits", "load_in_8bit": "bits", "bf16": "dtype",
-    "fp16": "dtype", "fp8": "compute", "fsdp": "placement", "device_map": "placement", "deepspeed": "zero.stage",
-    "optim": "optim.name", "optimizer": "optim.name", "lora_target_linear": "lora.targets",
-    "use_gradient_checkpointing": "train.checkpointing", "finetuning_type": "method",
-    "datasets": "data.path", "tensor_parallel": "placement", "warmup_ratio": "optim.warmup_steps",
-    "evals_per_epoch": "train.eval_steps", "saves_per_epoch": "train.save_steps", "use_rslora": "lora.variant",
-    "peft_use_rslora": "lora.variant", "group_by_length": "pack",
+    **{name: rule.setting for name, rule in _RULES.items() if rule.setting and not rule.is_same},
+    "tensor_parallel": "placement", "use_gradient_checkpointing": "train.checkpointing",
 }  # fmt: skip
 """Other programs' names for a setting whose values differ from qdist's: where to look, not what to type."""
 

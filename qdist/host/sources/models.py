@@ -117,7 +117,7 @@ def locate(name: str) -> Located:
         return Located(kind="gguf", path=str(_embedded_file()), config=known)
     if path.suffix.lower() == ".gguf":
         raise ModelError(f"no file {name}", try_=nearest_model(name) or "the path of a .gguf file")
-    if re.fullmatch(_HUB_ID, name):
+    if is_hub_id(name):
         config = _cached_config(name)
         if config or same_shape(name) or not path.parent.is_dir():
             return Located(kind="hub", path=name, config=config)
@@ -196,6 +196,11 @@ def public_name(name: str, folder: str) -> str:
     if _is_word(name) and not path.is_dir() and folded(name) == folded(EMBEDDED):
         return EMBEDDED_HUB_ID
     return folder
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form `owner/name`; a path may have it too."""
+    return re.fullmatch(_HUB_ID, name) is not None
 
 
 def _is_word(name: str) -> bool:

@@ -13,6 +13,7 @@ from qdist.core.planning.inference import Footprint, Residence, footprint
 from qdist.core.planning.plan import Plan, Source
 from qdist.core.requests import Folding, Merge, Onto
 from qdist.core.text import counted, format_bytes
+from qdist.host.hub.card import write_merged_card
 from qdist.host.machine import probe
 from qdist.host.progress import ProgressLine
 from qdist.host.run.rundir import RunDir
@@ -225,4 +226,10 @@ def merge_exactly(request: Folding) -> str:
 
 def run(request: Merge) -> None:
     """Merge as the method allows, and report the cost."""
-    say(merge_exactly(request) if Adapters.named_in(request).pool > 1 else report(merge(request)))
+    is_exact = Adapters.named_in(request).pool > 1
+    text = merge_exactly(request) if is_exact else report(merge(request))
+    how = (
+        "exactly, as offsets of its groups" if is_exact else f"onto the {request.backbone} weights, in {request.stored}"
+    )
+    write_merged_card(Path(request.out), [RunDir(run) for run in request.runs], f"It was merged {how}.")
+    say(text)

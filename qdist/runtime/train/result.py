@@ -18,6 +18,7 @@ from qdist.core.requests import Gather
 from qdist.core.telemetry.events import start_of, steady_speed
 from qdist.core.telemetry.inventory import Inventory, plain
 from qdist.host.files import locked, publish_folder, replace_folder, write_atomic
+from qdist.host.hub.card import write_card
 from qdist.host.run.observer import Follower
 from qdist.host.run.rundir import PLAN, RESULT, RunDir
 from qdist.host.sources.targets import ADAPTER, step_metadata, step_of
@@ -78,6 +79,7 @@ def gather_named(run: RunDir, which: str, *, out: Path | None = None) -> tuple[P
     step = choose_step(run, which)
     with built(out, f"adapter of step {step} of {run.path.resolve()}") as work:
         _write_adapter(run, step, work, named=named)
+        write_card(run, work, step=step)
     return out, step
 
 
@@ -98,6 +100,7 @@ def _gather_here(run: RunDir, step: int, *, named: str = "") -> None:
     beside.mkdir()
     try:
         _write_adapter(run, step, beside, named=named)
+        write_card(run, beside, step=step, before=run.adapter)
     except BaseException:
         shutil.rmtree(beside)
         raise
@@ -225,6 +228,8 @@ def write_result(
         "gradients": next((event.note for event in reversed(events) if event.kind == "gradients"), ""),
     }
     write_atomic(run.path / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    with _alone(run):
+        write_card(run, run.adapter)  # with what was measured
 
 
 def choose_step(run: RunDir, which: str) -> int:
