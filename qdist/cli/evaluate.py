@@ -11,19 +11,22 @@ from qdist.cli.flags import SettingsCommand, flags_of, setting_flags
 from qdist.cli.views.evaluation import evaluation_lines
 from qdist.core.composed import request_of
 from qdist.core.evaluation.asked import Asked
+from qdist.core.evaluation.comparison import comparison_of
+from qdist.core.evaluation.judging import JudgeSettings
 from qdist.core.spec.lookup import typed_settings
 from qdist.core.telemetry.events import Event
 from qdist.host.files import file_to_write, write_out
 from qdist.host.launch.evaluating import evaluate as evaluate_all
 from qdist.host.progress import ProgressLine
-from qdist.host.terminal import say
+from qdist.host.terminal import say, say_json
 
 SETTINGS = ("gpus", "placement", "gpus_per_group", "max_memory", "bits", "method", "trust_remote_code")
 
 
 @click.command(cls=SettingsCommand)
-@click.argument("targets", nargs=-1, required=True, metavar="TARGET...")
+@click.argument("targets", nargs=-1, metavar="[TARGET...]")
 @flags_of(Asked)
+@flags_of(JudgeSettings)
 @setting_flags(*SETTINGS)
 @click.option(
     "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Another setting, such as dtype=float32."
@@ -35,14 +38,19 @@ def evaluate(targets: tuple[str, ...], assignments: tuple[str, ...], **given: An
     them. The figures do not depend on it. Those of a run are added to RUN/evaluations.jsonl.
     """
     settings = typed_settings({name: given.pop(name) for name in SETTINGS}, assignments)
+    judging = {name: given.pop(name) for name in JudgeSettings.__struct_fields__}
+    judge = request_of(JudgeSettings, judging)
     asked = request_of(Asked, {**given, "targets": targets})
     out = Path(file_to_write(asked.out)) if asked.out is not None else None
     with _Progress() as progress:
-        found = evaluate_all(asked, settings, show=progress.show, say=lambda line: say(line, err=True))
-    text = msgspec.json.format(msgspec.json.encode(found), indent=1).decode() + "\n"
+        found = evaluate_all(asked, settings, judge, show=progress.show, say=lambda line: say(line, err=True))
+    text = msgspec.json.format(msgspec.json.encode(comparison_of(found)), indent=1).decode() + "\n"
     if out is not None:
         write_out(out, text)
-    say(text.rstrip("\n") if asked.json else "\n".join(evaluation_lines(found)))
+    if asked.json:
+        say_json(text.rstrip("\n").encode())
+    else:
+        say("\n".join(evaluation_lines(found)))
 
 
 class _Progress:

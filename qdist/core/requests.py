@@ -327,6 +327,8 @@ class Generate(Answering, frozen=True, kw_only=True):
     """Whether the prompts are records that end with an answer: it is not shown, and written beside the model's."""
     limit: Positive | None = None
     """Records to take, from the first, where they have references; None: all."""
+    reading: Reading = Reading()
+    """How those records are read."""
 
 
 class Chat(Answering, frozen=True, kw_only=True):

@@ -62,8 +62,3 @@ def exchange_of(conversation: Conversation) -> Exchange:
         )
     prompt = replace(conversation, turns=tuple(replace(turn, learn=False) for turn in asked))
     return Exchange(prompt, last.text.strip())
-
-
-def messages_of(conversation: Conversation) -> tuple[Message, ...]:
-    """The turns of a prompt as they are written to a file."""
-    return tuple(Message(turn.role, turn.said) for turn in conversation.turns)

@@ -12,6 +12,7 @@ KINDS = {
     "mmlu5": "mmlu5:FILE",
     "generate": "generate:FILE",
     "judge": "judge:FILE_A,FILE_B",
+    "elo": "elo:FILE",
     "lm": "lm:TASK",
 }
 """Kinds of tasks, and how each is written."""

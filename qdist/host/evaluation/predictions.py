@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qdist.core.data.reading import AS_FOUND, Reading
 from qdist.core.data.records import BadRecords
 from qdist.core.errors import DataError
 from qdist.core.evaluation.elo import Game
@@ -14,13 +15,13 @@ from qdist.host.data.records import read_conversations, read_records
 _ANSWERS = ("prediction", "answer", "generation", "output", "response")
 
 
-def read_exchanges(source: str, *, limit: int | None = None) -> list[Exchange]:
+def read_exchanges(source: str, *, limit: int | None = None, reading: Reading = AS_FOUND) -> list[Exchange]:
     """The prompts of a file or data set, each with the answer that ends its record; the first `limit` of them.
 
     Raises DataError, once for all records that cannot be used, and for a source without any.
     """
     found, bad, total = list[Exchange](), BadRecords(), 0
-    for conversation in read_conversations(source):
+    for conversation in read_conversations(source, reading=reading):
         total += 1
         try:
             if isinstance(conversation, DataError):

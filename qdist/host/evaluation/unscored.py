@@ -3,10 +3,11 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from msgspec.structs import replace
 
+from qdist.core.data.reading import AS_FOUND, Reading
 from qdist.core.evaluation.judging import JudgeSettings
 from qdist.core.evaluation.results import Evaluation, TaskResult, What
 from qdist.core.requests import Generate
@@ -29,6 +30,8 @@ class Model(NamedTuple):
     """What is opened: the run for its adapter and its base, else a model, such as the run's merged one."""
     step: int | None = None
     """Of the adapter's checkpoint."""
+    reading: Reading = AS_FOUND
+    """How records are read, as in the run's training."""
 
 
 def evaluate_models(
@@ -42,7 +45,8 @@ def evaluate_models(
     files = [argument for kind, argument in tasks if kind in OF_MODELS]
     for model in models if files else ():
         run = RunDir(model.target)
-        request = replace(usual, run=model.opened, adapter="base" if model.what == "base" else "run", out="")
+        adapter: Literal["run", "base"] = "base" if model.what == "base" else "run"
+        request = replace(usual, run=model.opened, adapter=adapter, out="", reading=model.reading)
         folder = run.path / FOLDER if run.exists() else None
 
         def measure(file: str, request: Generate = request, folder: Path | None = folder) -> TaskResult:

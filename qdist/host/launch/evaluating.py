@@ -4,14 +4,18 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
+from qdist.core.composed import request_of
+from qdist.core.data.reading import reading_of
 from qdist.core.errors import JobError, PlanError, QdistError, RunError, SpecError
 from qdist.core.evaluation.asked import Asked
 from qdist.core.evaluation.job import FOUND, JOB, EvaluationJob, Subject
+from qdist.core.evaluation.judging import JudgeSettings
 from qdist.core.evaluation.results import Evaluation
 from qdist.core.evaluation.words import TaskWord, task_words
 from qdist.core.machine.cluster import Cluster
@@ -20,9 +24,12 @@ from qdist.core.planning.plan import DataFacts, Plan, Prepared, Source
 from qdist.core.planning.planner import make_plan, plan_once
 from qdist.core.planning.render import launch_script
 from qdist.core.planning.resources import count_of
+from qdist.core.requests import Generate
+from qdist.core.sampling import Sampling
 from qdist.core.spec.run_spec import RunSpec, changed, nest, resolve
 from qdist.core.text import command
 from qdist.host import tasks
+from qdist.host.evaluation.unscored import OF_FILES, OF_MODELS, Model, evaluate_files, evaluate_models
 from qdist.host.launch.claim import claimed
 from qdist.host.launch.local import LocalRanks
 from qdist.host.launch.prepare import Launch
@@ -31,6 +38,7 @@ from qdist.host.launch.refusals import refuse_unreadable
 from qdist.host.machine import probe
 from qdist.host.machine.recurrence import fla_problem
 from qdist.host.opening import read_typed
+from qdist.host.run.evaluations import add_evaluation
 from qdist.host.run.rundir import PLAN, RunDir, free_name
 from qdist.host.sources import cache
 from qdist.host.sources.facts import facts_of
@@ -38,8 +46,10 @@ from qdist.host.sources.model_folder import require_same_tensors, stated
 from qdist.host.sources.models import read_json
 from qdist.host.sources.targets import adapter_step, check_target
 
-EVALUATIONS, MERGED = "evaluations.jsonl", "merged"
-"""In a run: what was found of it, an `Evaluation` a line; and its merged model, if `qdist merge` wrote one there."""
+MERGED = "merged"
+"""In a run, its merged model, if `qdist merge` wrote one there."""
+_ANSWERED = ("gpus", "max_memory", "dtype", "trust_remote_code")
+"""Settings that go with models that answer."""
 _OWN = ("gpus", "placement", "gpus_per_group", "max_memory", "dtype", "trust_remote_code")
 """Settings that may be given for a run: those that say where its model lies, not what it is."""
 _MICRO_BATCHES = (8, 4, 2, 1)
@@ -62,6 +72,7 @@ class Group(NamedTuple):
 def evaluate(
     asked: Asked,
     settings: Mapping[str, Any],
+    judge: JudgeSettings,
     *,
     show: Show,
     say: Callable[[str], None],
@@ -69,17 +80,62 @@ def evaluate(
 ) -> list[Evaluation]:
     """Evaluate all targets, one backbone after the other; each run keeps what was found of it.
 
-    settings: by dotted keys, as typed. show: called with what the ranks report.
+    settings: by dotted keys, as typed. judge: of `judge` tasks. show: called with what the ranks report.
     Raises QdistError for what cannot be evaluated, before anything is started; KeyboardInterrupt when stopped.
     """
     words = task_words(asked.tasks)
     refuse_unreadable(words)
-    here = probe.cluster()
+    _refuse_unfit(words, asked, settings, judge)
+    scored = [word for word in words if word.kind not in (*OF_MODELS, *OF_FILES)]
     groups = [group for target in asked.targets for group in groups_of(target, asked, settings)]
-    found: list[Evaluation] = []
+    here, found = probe.cluster(), list[Evaluation]()
     for group in groups:
-        found += _evaluate(group, asked, words, here, show=show, say=say, backend=backend)
-    return found
+        own = _evaluate(group, asked, scored, here, show=show, say=say, backend=backend) if scored else []
+        for evaluation in chain(own, evaluate_models(words, _models_of(group), _answering(asked, settings))):
+            found.append(evaluation)
+            if group.run is not None:
+                add_evaluation(group.run.path, evaluation)
+    return [*found, *evaluate_files(words, judge)]
+
+
+def _refuse_unfit(words: Sequence[TaskWord], asked: Asked, settings: Mapping[str, Any], judge: JudgeSettings) -> None:
+    """Raise SpecError for tasks without what they need, and for what none of them uses."""
+    of_models = [word for word in words if word.kind not in OF_FILES]
+    if of_models and not asked.targets:
+        raise SpecError(f"{of_models[0]} is asked of a model, and none is named", try_="qdist evaluate RUN --tasks ...")
+    if asked.targets and not of_models:
+        raise SpecError(
+            f"{' and '.join(map(str, words))} is of files, which {asked.targets[0]} has no part in",
+            try_="qdist evaluate --tasks ..., without it",
+        )
+    if judge.judge_model is None and any(word.kind == "judge" for word in words):
+        raise SpecError("judge: asks a model, and none is named", try_="--judge-model NAME")
+    kept = [key for key in settings if key not in _ANSWERED]
+    if kept and any(word.kind in OF_MODELS for word in words):
+        raise SpecError(
+            f"generate: has models answer as they lie, and {kept[0]} is not for that",
+            try_=f"generate: in a command of its own, without {kept[0]}",
+        )
+
+
+def _models_of(group: Group) -> list[Model]:
+    """Those of a group, as `qdist generate` opens them."""
+    reading = reading_of(group.spec.data, group.spec.format)
+    return [
+        Model(
+            own.target, own.what, str(group.run.path) if group.run and own.what != "merged" else group.spec.model,
+            own.step, reading,
+        )
+        for own in group.subjects
+    ]  # fmt: skip
+
+
+def _answering(asked: Asked, settings: Mapping[str, Any]) -> Generate:
+    """The request for answers, but for model and prompts."""
+    own = {key: value for key, value in settings.items() if key in _ANSWERED}
+    request = request_of(Generate, {"run": "", "prompts": "", "out": "", "batch": asked.batch, **own})
+    sampling = Sampling(max_new_tokens=asked.max_new_tokens)
+    return msgspec.structs.replace(request, limit=asked.limit, sampling=sampling)
 
 
 def groups_of(target: str, asked: Asked, settings: Mapping[str, Any]) -> Iterator[Group]:
@@ -189,9 +245,6 @@ def _evaluate(
         _tidy(group, parent)
         raise
     _tidy(group, parent)
-    if group.run is not None:
-        with open(group.run.path / EVALUATIONS, "ab") as file:
-            file.write(b"".join(msgspec.json.encode(each) + b"\n" for each in found))
     return found
 
 

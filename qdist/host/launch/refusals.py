@@ -16,6 +16,7 @@ from qdist.core.text import command, format_bytes, resuming
 from qdist.host.data.files import holds_records
 from qdist.host.data.records import check_source
 from qdist.host.data.sources import changed_sources
+from qdist.host.evaluation.unscored import OF_FILES
 from qdist.host.files import cache_path, free_bytes, obstacle, require_space, unusable_cache
 from qdist.host.launch.survey import counted
 from qdist.host.run.rundir import RunDir
@@ -98,6 +99,10 @@ def _refuse_impatient(plan: Plan, run: RunDir, why: str) -> None:
 def refuse_unreadable(words: Iterable[TaskWord]) -> None:
     """Raise DataError or SpecError for a task whose file is not there or cannot be read."""
     for word in words:
+        if word.kind in OF_FILES:
+            for part in word.argument.split(","):
+                check_source(part)
+            continue
         path = Path(word.argument).expanduser()
         if word.kind == "lm":
             if path.suffix in (".yaml", ".yml") and not path.is_file():

@@ -125,7 +125,7 @@ def _job_of(request: Generate) -> _Job:
 def _exchanges(request: Generate) -> list[Exchange]:
     """What is asked, with the answers that the data has if those are wanted."""
     if request.references:
-        return read_exchanges(request.prompts, limit=request.limit)
+        return read_exchanges(request.prompts, limit=request.limit, reading=request.reading)
     return [Exchange(prompt, "") for prompt in read_prompts(Path(request.prompts))]
 
 
