@@ -42,23 +42,24 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="*", help="perplexity: some of its cases, such as nf4 gptq")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the files")
+    parser.add_argument("--model", default="smollm2-135m", help="SmolLM2, or its GGUF file")
     parser.add_argument("--gptq", help="a GPTQ folder of SmolLM2, made by qdist quantize")
     given = parser.parse_args()
     if given.what == "mmlu":
-        compare_mmlu(given.data / "mmlu_1000.jsonl", given.limit, given.laid)
+        compare_mmlu(given.model, given.data / "mmlu_1000.jsonl", given.limit, given.laid)
     else:
         compare_perplexity(given.data / "wikitext2_valid.txt", given.limit, given.gptq, given.only)
 
 
-def compare_mmlu(path: Path, limit: int, laid: list[str]) -> None:
+def compare_mmlu(model: str, path: Path, limit: int, laid: list[str]) -> None:
     """Every placement and number of ranks against the plain loop, each subject too."""
     began = time.monotonic()
-    plain = plain_mmlu(path, limit)
+    plain = plain_mmlu(model, path, limit)
     print(f"plain loop: {plain['macro']:.6f} macro, {plain['micro']:.6f} micro, {time.monotonic() - began:.0f} s")
     for each in laid:
         placement, count = each.split(":")
         began = time.monotonic()
-        found = evaluated("smollm2-135m", f"mmlu:{path}", limit, "--placement", placement, "--gpus", count)
+        found = evaluated(model, f"mmlu:{path}", limit, "--placement", placement, "--gpus", count)
         subjects = {name: figure["value"] for name, figure in found["groups"].items()}
         macro, micro = (figure["value"] for figure in found["figures"])
         same = subjects == plain["subjects"] and (macro, micro) == (plain["macro"], plain["micro"])
@@ -67,9 +68,9 @@ def compare_mmlu(path: Path, limit: int, laid: list[str]) -> None:
               f"{len(subjects)} subjects, {alone:.0f} s of {took:.0f}")  # fmt: skip
 
 
-def plain_mmlu(path: Path, limit: int) -> dict[str, Any]:
+def plain_mmlu(name: str, path: Path, limit: int) -> dict[str, Any]:
     """Accuracy by subject, macro and micro, one question at a time."""
-    folder = materialize(locate("smollm2-135m"))
+    folder = materialize(locate(name))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     letters = [tokenizer(f"Answer: {letter}")["input_ids"][-1] for letter in "ABCD"]
@@ -147,7 +148,7 @@ def evaluated(target: str, task: str, limit: int, *flags: str) -> dict[str, Any]
     """The result of the only task of the only model."""
     command = [sys.executable, "-m", "qdist", "evaluate", target, "--tasks", task, "--limit", str(limit), "--json"]
     done = subprocess.run([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
-    found: dict[str, Any] = json.loads(done.stdout)[0]["results"][0]
+    found: dict[str, Any] = json.loads(done.stdout)["evaluations"][0]["results"][0]
     return found
 
 

@@ -21,6 +21,7 @@ from unittest import mock
 
 import msgspec
 import torch
+from msgspec.structs import replace
 from safetensors import SafetensorError
 
 from bench.chaos.ground import Ground, has_traceback, qdist, table
@@ -233,7 +234,7 @@ def _plain_run(ground: Ground) -> RunDir:
         moments = {moment: {name: torch.rand_like(own) for name, own in state.parameters.items()} for moment in MOMENTS}
         shutil.rmtree(run.checkpoint(steps))
         checkpoint.save(run, progress, State(state.parameters, moments, steps), keep=1)
-        checkpoint.note(run, steps, ((0, 2.0), (steps, 1.5)), keep=1)
+        checkpoint.note(run, replace(progress, held_out=((0, 2.0), (steps, 1.5))), keep=1)
         gather(run, step=steps)
     return run
 

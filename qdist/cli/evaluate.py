@@ -38,7 +38,7 @@ def evaluate(targets: tuple[str, ...], assignments: tuple[str, ...], **given: An
     them. The figures do not depend on it. Those of a run are added to RUN/evaluations.jsonl.
     """
     settings = typed_settings({name: given.pop(name) for name in SETTINGS}, assignments)
-    judging = {name: given.pop(name) for name in JudgeSettings.__struct_fields__}
+    judging = {name: given.pop(name) for name in msgspec.structs.asdict(JudgeSettings())}
     judge = request_of(JudgeSettings, judging)
     asked = request_of(Asked, {**given, "targets": targets})
     out = Path(file_to_write(asked.out)) if asked.out is not None else None

@@ -4,6 +4,7 @@ Chinese, which neither library's usual tokenizer can divide, is cut into words b
 own tokenizer for BLEU. Whether a pair is in Chinese is told by its characters.
 """
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,10 +71,12 @@ def corpus_bleu(pairs: Sequence[Pair]) -> Figure:
 
         cut = list(map(_bleu_tokens, pairs))
         # Tokens are joined by spaces, which sacrebleu warns of unless it is told that they are meant.
-        score = BLEU(tokenize="none", force=True).corpus_score(
-            [own.prediction for own in cut], [[own.reference for own in cut]], n_bootstrap=_DRAWS if len(cut) > 1 else 1
-        )
-    low, high = (max(0.0, score._mean - score._ci), score._mean + score._ci) if len(cut) > 1 else (None, None)
+        bleu, draws = BLEU(tokenize="none", force=True), _DRAWS if len(cut) > 1 else 1
+        score = bleu.corpus_score([own.prediction for own in cut], [[own.reference for own in cut]], n_bootstrap=draws)
+        # The interval is in what is printed alone.
+        printed = json.loads(score.format(width=9, is_json=True, signature=str(bleu.get_signature())))
+    middle, wide = printed.get("confidence_mean"), printed.get("confidence_var", 0.0)
+    low, high = (None, None) if middle is None else (max(0.0, middle - wide), middle + wide)
     return Figure(name="bleu", value=score.score, count=len(pairs), low=low, high=high)
 
 

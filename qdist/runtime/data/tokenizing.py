@@ -84,7 +84,7 @@ class Tally(msgspec.Struct):
 
 def _add_counts(into: msgspec.Struct, more: msgspec.Struct) -> None:
     """Add numbers to numbers, those of keys to those of the same keys, and lists to lists."""
-    for name in into.__struct_fields__:
+    for name in (field.name for field in msgspec.structs.fields(into)):
         own, other = getattr(into, name), getattr(more, name)
         if isinstance(own, dict):
             own.update({key: own.get(key, 0) + count for key, count in other.items()})

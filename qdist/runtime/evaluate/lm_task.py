@@ -153,9 +153,12 @@ def _require_runnable(name: str, task: Any) -> None:
         raise SpecError(f"{name} asks about images or sound, and models here read text", try_="another task")
     if getattr(task, "UNSAFE_CODE", False):
         raise SpecError(f"{name} executes the code that a model writes", try_="lm_eval itself, in a container")
-    for metric, function in getattr(task, "_metric_fn_list", {}).items():
-        if function is None:
-            raise SpecError(f"{name}: lm_eval finds no metric called {metric!r}", try_="acc or exact_match")
+    from lm_eval.api.registry import metric_registry
+
+    for metric in getattr(task.config, "metric_list", None) or ():
+        called = metric["metric"]
+        if isinstance(called, str) and not metric.get("hf_evaluate") and called not in metric_registry:
+            raise SpecError(f"{name}: lm_eval finds no metric called {called!r}", try_="acc or exact_match")
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ class LocalScorer:
             came_to(sum(sizes[:number]))
 
         made = (collate_items([items[index] for index in own], pad_id=0) for own in batches)
-        answers = dict(enumerate(answer.tolist() for answer in self._passes.score(made, count)))
+        answers = dict(enumerate(answer.cpu().numpy() for answer in self._passes.score(made, count)))
         scored = dict(answers_by_item(answers, batches, items))
         came_to(len(items))
         return [scored[index] for index in range(len(items))]

@@ -64,10 +64,10 @@ def test_a_line_has_the_answer_or_lists_of_several() -> None:
     one = Answered(text="a", prompt_tokens=3, new_tokens=1, finish="stop", after_s=0)
     two = Answered(text="ü", prompt_tokens=3, new_tokens=9, finish="length", after_s=0)
     messages = [{"role": "user", "content": "hi"}]
-    assert json.loads(_line(own, [one])) == {
+    assert json.loads(_line(own, [one], {})) == {
         "messages": messages, "answer": "a", "prompt_tokens": 3, "new_tokens": 1, "finish": "stop",
     }  # fmt: skip
-    assert json.loads(_line(own, [one, two])) == {
+    assert json.loads(_line(own, [one, two], {})) == {
         "messages": messages, "answers": ["a", "ü"], "prompt_tokens": 3, "new_tokens": [1, 9],
         "finish": ["stop", "length"],
     }  # fmt: skip

@@ -48,7 +48,7 @@ class Run:
 
     def trainer(self) -> Trainer:
         place, forward = placement_of(self.plan, 0, (CPU,)), self.adapter
-        engine, _ = place.build(None, self.adapter, self)  # type: ignore[arg-type]
+        engine = place.build(None, self.adapter, self).engine  # type: ignore[arg-type]
         return Trainer(
             self.plan, self.run, engine, self.samples, Comm(CPU), place, evaluate=self.evaluate,
             checksum=tuple, verify=str, report=self.events.append, stopping=bool,
@@ -57,6 +57,9 @@ class Run:
 
     def evaluate(self, *_: Any) -> tuple[float, int]:
         return 1.0, 1
+
+    def score(self, *_: Any) -> list[Any]:
+        return []
 
     def train(self) -> list[str]:
         """Train; what was said of the gradients."""
