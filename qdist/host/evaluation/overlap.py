@@ -76,7 +76,9 @@ def corpus_bleu(pairs: Sequence[Pair]) -> Figure:
         # The interval is in what is printed alone.
         printed = json.loads(score.format(width=9, is_json=True, signature=str(bleu.get_signature())))
     middle, wide = printed.get("confidence_mean"), printed.get("confidence_var", 0.0)
-    low, high = (None, None) if middle is None else (max(0.0, middle - wide), middle + wide)
+    low, high = None, None
+    if middle is not None:  # it is around the mean of the draws, which is not the score of all
+        low, high = max(0.0, min(score.score, middle - wide)), max(score.score, middle + wide)
     return Figure(name="bleu", value=score.score, count=len(pairs), low=low, high=high)
 
 

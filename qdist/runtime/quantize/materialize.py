@@ -55,7 +55,7 @@ def _convert(file: Path, folder: Path) -> None:
 
     from qdist.runtime.formats.recorded_sums import keep_computed_sums
 
-    say(f"converting {file.name}, once: the result is cached")
+    say(f"converting {file.name}, once: the result is cached", err=True)
     beside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
     with (
