@@ -12,6 +12,7 @@ from qdist.cli import evaluate
 from qdist.cli.evaluate import _Progress
 from qdist.core.errors import SpecError
 from qdist.core.evaluation.asked import Asked
+from qdist.core.evaluation.judging import JudgeSettings
 from qdist.core.evaluation.results import Evaluation, Figure, TaskResult
 from qdist.core.telemetry.events import Event
 
@@ -27,8 +28,10 @@ class Invoked:
     """What came of a command line, and what it handed on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
-        def evaluate_all(asked: Asked, settings: dict[str, Any], *, show: Any, say: Callable[[str], None]) -> Any:
-            self.asked, self.settings = asked, settings
+        def evaluate_all(
+            asked: Asked, settings: dict[str, Any], judge: JudgeSettings, *, show: Any, say: Callable[[str], None]
+        ) -> Any:
+            self.asked, self.settings, self.judge = asked, settings, judge
             return [FOUND]
 
         monkeypatch.setattr(evaluate, "evaluate_all", evaluate_all)
@@ -41,19 +44,20 @@ class Invoked:
 def test_flags_are_what_is_asked_or_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = Invoked(
         monkeypatch, "runs/a", "b", "--tasks", "loss,mmlu:f", "--beside", "base,merged", "--limit", "5", "--gpus", "2",
-        "--placement", "shard", "--set", "quant.type=fp4",
+        "--placement", "shard", "--set", "quant.type=fp4", "--judge-model", "them",
     )  # fmt: skip
     assert ran.asked == Asked(targets=("runs/a", "b"), tasks="loss,mmlu:f", beside=("base", "merged"), limit=5)
     assert {key: str(value) for key, value in ran.settings.items()} == {
         "gpus": "2", "placement": "shard", "quant.type": "fp4",
     }  # fmt: skip
+    assert ran.judge == JudgeSettings(judge_model="them")
     assert "loss" in ran.output
-    assert "1.5000" in ran.output
+    assert ran.output.splitlines()[1].split() == ["loss", "loss", "1.5"]
 
 
 def test_json_is_all_of_standard_output_and_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ran = Invoked(monkeypatch, "runs/a", "--tasks", "loss", "--json", "--out", str(tmp_path / "o.json"))
-    assert json.loads(ran.output)[0]["results"][0]["figures"][0]["value"] == 1.5
+    assert json.loads(ran.output)["evaluations"][0]["results"][0]["figures"][0]["value"] == 1.5
     assert json.loads((tmp_path / "o.json").read_text()) == json.loads(ran.output)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from qdist.core.errors import JobError, RunError, SpecError
 from qdist.core.evaluation.asked import Asked
+from qdist.core.evaluation.judging import JudgeSettings
 from qdist.core.evaluation.results import Evaluation
 from qdist.core.planning.plan import Prepared, digest
 from qdist.core.requests import PrepareModel
@@ -20,7 +21,8 @@ from qdist.core.telemetry.events import Event
 from qdist.host import tasks
 from qdist.host.launch.agent import EVALUATOR
 from qdist.host.launch.claim import Claim
-from qdist.host.launch.evaluating import EVALUATIONS, evaluate, groups_of
+from qdist.host.launch.evaluating import evaluate, groups_of
+from qdist.host.run.evaluations import read_evaluations
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.data.batches import read_samples
 from qdist.runtime.data.tokenized import IGNORED
@@ -91,6 +93,7 @@ def evaluated(
     found = evaluate(
         Asked(targets=(str(target),), tasks=words, **asked),
         settings,
+        JudgeSettings(),
         show=events.extend,
         say=lambda line: None,
         backend=lambda own: Forked(fork_ranks, own),
@@ -146,8 +149,7 @@ def test_figures_do_not_depend_on_placement_and_ranks(
 
 
 def test_a_run_keeps_what_was_found_of_it(alone: list[Evaluation], trained: Any) -> None:
-    lines = (trained[0].path / EVALUATIONS).read_bytes().splitlines()
-    assert [msgspec.json.decode(line, type=Evaluation) for line in lines[: len(alone)]] == alone
+    assert list(read_evaluations(trained[0].path)[: len(alone)]) == alone
 
 
 def test_a_model_is_evaluated_as_it_lies(
