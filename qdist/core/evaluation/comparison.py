@@ -12,8 +12,6 @@ from qdist.core.evaluation.statistics import Shift, interval_of_mean, mean_of, s
 Word = Literal["better", "worse", "no difference beyond chance"]
 CHANCE = 0.05
 """Probability below which a difference is not put down to chance."""
-LOGARITHMIC = ("perplexity",)
-"""Figures that are the exponential of the mean of their outcomes."""
 
 
 class Difference(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,13 +67,24 @@ def _with_interval_of(figure: Figure, result: TaskResult) -> Figure:
     """The interval of a mean of outcomes; none for a figure that is something else."""
     if figure.low is not None or not result.outcomes:
         return figure
-    logarithmic, mean = figure.name in LOGARITHMIC, mean_of(result.outcomes, result.weights)
     sure = interval_of_mean(result.outcomes, result.weights)
-    value = math.exp(mean) if logarithmic else mean
-    if sure is None or not math.isclose(value, figure.value, rel_tol=1e-6, abs_tol=1e-9):
+    if sure is None or not is_of_mean(figure, mean_of(result.outcomes, result.weights)):
         return figure
-    low, high = (math.exp(end) if logarithmic else end for end in sure)
+    low, high = (math.exp(end) if _is_logarithmic(figure) else end for end in sure)
     return msgspec.structs.replace(figure, low=low, high=high)
+
+
+def is_of_mean(figure: Figure, mean: float) -> bool:
+    """Whether a figure is the mean of its outcomes, or for a perplexity the exponential of that."""
+    value = figure.value
+    if _is_logarithmic(figure):
+        value = math.log(value) if value > 0 else math.nan
+    return math.isclose(value, mean, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def _is_logarithmic(figure: Figure) -> bool:
+    """Whether it is the exponential of the mean of its outcomes: perplexity, and word_perplexity of lm_eval."""
+    return "perplexity" in figure.name
 
 
 def _as_share(figure: Figure) -> Figure:
@@ -133,7 +142,7 @@ def _difference(first: str, result: TaskResult, second: str, other: TaskResult) 
     if shift is None:
         return None
     figure, its = result.figures[0], other.figures[0]
-    low, high = sorted(_in_unit(end, figure.name, figure.value) for end in shift.interval)
+    low, high = sorted(_in_unit(end, figure) for end in shift.interval)
     return Difference(
         task=result.task, figure=figure.name, model=second, against=first, value=its.value - figure.value, low=low,
         high=high, chance=shift.chance, count=len(result.outcomes),
@@ -141,9 +150,9 @@ def _difference(first: str, result: TaskResult, second: str, other: TaskResult) 
     )  # fmt: skip
 
 
-def _in_unit(shift: float, name: str, start: float) -> float:
+def _in_unit(shift: float, figure: Figure) -> float:
     """A shift of the mean outcome as one of the figure."""
-    return start * math.expm1(shift) if name in LOGARITHMIC else shift
+    return figure.value * math.expm1(shift) if _is_logarithmic(figure) else shift
 
 
 def _word(shift: Shift, *, more_is_better: bool) -> Word:

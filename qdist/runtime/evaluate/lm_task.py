@@ -14,14 +14,15 @@ from typing import Any
 import torch
 
 from qdist.core.errors import MachineError, SpecError
+from qdist.core.evaluation.comparison import is_of_mean
 from qdist.core.evaluation.results import Figure, TaskResult
 from qdist.core.evaluation.scoring import Item, Scored
+from qdist.core.evaluation.statistics import Interval, interval_of_mean, mean_of
 from qdist.host.opening import told
 from qdist.runtime.infer.answerer import Question
 
 _FEWSHOT_SEED, _PYTHON_SEED, _NUMPY_SEED, _TORCH_SEED = 1234, 0, 1234, 1234
 """lm_eval's own, so that examples are drawn as in its command line."""
-_TWO_SIDED_95 = 1.959964
 _OF_SCORES = "loglikelihood", "loglikelihood_rolling"
 
 
@@ -228,36 +229,53 @@ def _figures(task: str, found: Mapping[str, Any]) -> tuple[Figure, ...]:
 
 def _figure(key: str, value: float, samples: Sequence[Any], better: Mapping[str, bool], count: int) -> Figure:
     metric, _, filter_name = key.partition(",")
-    low, high = _interval(value, [own[metric] for own in samples if own["filter"] == filter_name and metric in own])
+    sure = _interval(value, [own[metric] for own in samples if own["filter"] == filter_name and metric in own])
     return Figure(
         name=metric if filter_name == "none" else key,
         value=value,
         count=count,
-        low=low,
-        high=high,
+        low=sure and sure.low,
+        high=sure and sure.high,
         more_is_better=better.get(metric) is not False,
     )
 
 
-def _interval(value: float, each: Sequence[Any]) -> tuple[float | None, float | None]:
-    """The normal 95 % interval of a mean; none of a figure that is no mean of the documents' own."""
+def _interval(value: float, each: Sequence[Any]) -> Interval | None:
+    """The 95 % interval of a mean; None for a figure that is not the mean of the documents' own."""
     numbers = [float(own) for own in each if isinstance(own, int | float)]
-    if len(numbers) < 2 or len(numbers) != len(each) or not math.isclose(sum(numbers) / len(numbers), value):
-        return None, None
-    variance = sum((own - value) ** 2 for own in numbers) / (len(numbers) - 1)
-    around = _TWO_SIDED_95 * math.sqrt(variance / len(numbers))
-    return max(min(numbers), value - around), min(max(numbers), value + around)
+    if not numbers or len(numbers) != len(each) or not math.isclose(mean_of(numbers), value):
+        return None
+    return interval_of_mean(numbers)
 
 
 def _outcomes(samples: Sequence[Mapping[str, Any]], figure: Figure) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(what each document contributes to a figure, its weight): nats a unit and units where it is a perplexity."""
+    """(what each document contributes to a figure, its weight), such as nats a word and words.
+
+    Nothing where the figure is neither their mean nor its exponential.
+    """
     metric, _, filter_name = figure.name.partition(",")
     each = [own[metric] for own in samples if own["filter"] == (filter_name or "none") and metric in own]
-    if all(isinstance(own, int | float) for own in each):
-        return tuple(map(float, each)), ()
-    if all(isinstance(own, tuple) and len(own) == 2 and own[1] for own in each):
-        return tuple(-total / units for total, units in each), tuple(float(units) for _, units in each)
+    for outcomes, weights in _readings(each):
+        if is_of_mean(figure, mean_of(outcomes, weights)):
+            return outcomes, weights
     return (), ()
+
+
+def _readings(each: Sequence[Any]) -> Iterator[tuple[tuple[float, ...], tuple[float, ...]]]:
+    """What documents' own figures may contribute: themselves, log-probabilities, or those of so many words or bytes."""
+    if each and all(isinstance(own, int | float) for own in each):
+        yield tuple(map(float, each)), ()
+        yield tuple(-float(own) for own in each), ()
+    elif each and all(_is_rate(own) for own in each):
+        weights = tuple(float(units) for _, units in each)
+        yield tuple(-total / units for total, units in each), weights
+        yield tuple(-total / units / math.log(2) for total, units in each), weights  # bits, not nats
+
+
+def _is_rate(own: Any) -> bool:
+    """Whether it is a number of so many units."""
+    numbers = isinstance(own, tuple) and len(own) == 2 and all(isinstance(part, int | float) for part in own)
+    return numbers and own[1] > 0
 
 
 def _mean(figures: Sequence[Figure]) -> Figure:

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import msgspec
 import pytest
 
 from qdist.core.evaluation.comparison import (
@@ -75,6 +76,19 @@ def test_a_lower_perplexity_is_better_and_its_difference_is_in_its_own_unit() ->
     assert found.word == "better"
     assert found.value == pytest.approx(adapter.figures[0].value - base.figures[0].value)
     assert found.low < found.value < found.high < 0
+
+
+def test_perplexities_of_words_are_compared_in_their_own_unit_too() -> None:
+    weights = tuple(100.0 + number for number in range(40))
+    results = [perplexity([3.0 - shift + 0.01 * (n % 7) for n in range(40)], weights) for shift in (0.0, 0.2)]
+    named = [
+        msgspec.structs.replace(own, figures=(msgspec.structs.replace(own.figures[0], name="word_perplexity"),))
+        for own in results
+    ]
+    (found,) = differences_of(
+        columns_of([evaluation(what, own) for what, own in zip(("base", "adapter"), named, strict=True)])
+    )
+    assert (found.low, found.high) == pytest.approx((found.value, found.value))
 
 
 @pytest.mark.parametrize(

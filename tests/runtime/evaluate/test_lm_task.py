@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from qdist.core.errors import DataError, MachineError, SpecError
-from qdist.core.evaluation.results import TaskResult
+from qdist.core.evaluation.results import Figure, TaskResult
 from qdist.runtime.engine.objective import unseen
 from qdist.runtime.evaluate import lm_task
 from qdist.runtime.evaluate.harness import HarnessModel
@@ -119,6 +119,28 @@ def test_a_perplexity_is_the_exponential_of_its_weighted_outcomes(tmp_path: Path
     nats = sum(own * weight for own, weight in zip(found.outcomes, found.weights, strict=True)) / sum(found.weights)
     assert math.exp(nats) == pytest.approx(found.figures[0].value)
     assert not found.figures[0].more_is_better
+
+
+def sample(**figures: Any) -> dict[str, Any]:
+    return {"filter": "none", **figures}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "each", "outcomes"),
+    [
+        ("perplexity", math.exp(2.0), (-1.0, -3.0), (1.0, 3.0)),
+        ("bits_per_byte", 1.0 / math.log(2), ((-2.0, 2), (-4.0, 4)), (1 / math.log(2), 1 / math.log(2))),
+        ("acc", 0.5, (1, 0), (1.0, 0.0)),
+        ("f1", 0.8, ((1, 1), (1, 2)), ()),
+        ("bleu", 12.0, (("a", "b"), ("c", "d")), ()),
+    ],
+    ids=["log-probabilities", "bits", "right or wrong", "pairs of labels", "pairs of texts"],
+)
+def test_outcomes_are_those_whose_mean_the_figure_is(
+    name: str, value: float, each: tuple[Any, ...], outcomes: tuple[float, ...]
+) -> None:
+    figure = Figure(name=name, value=value, count=2)
+    assert lm_task._outcomes([sample(**{name: own}) for own in each], figure)[0] == pytest.approx(outcomes)
 
 
 def test_a_group_shows_each_task_and_their_mean(tmp_path: Path) -> None:
