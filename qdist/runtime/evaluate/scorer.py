@@ -1,11 +1,14 @@
 """Scores items on all ranks of a run, whatever their placement."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
+from qdist.core.errors import JobError
 from qdist.core.evaluation.scoring import CameTo, Item, Scored
+from qdist.core.planning.plan import Plan
 from qdist.runtime.engine.objective import ScoreBatches
 from qdist.runtime.engine.torch import Comm
 from qdist.runtime.placements.base import Placement
@@ -38,6 +41,23 @@ def collate_items(items: Sequence[Item], *, pad_id: int) -> dict[str, torch.Tens
     picked = [row * width + position for row, item in enumerate(items) for position in item.positions]
     targets = [target for item in items for target in item.targets]
     return {"input_ids": inputs, "picked": torch.tensor(picked, dtype=torch.int64), "targets": torch.tensor(targets)}
+
+
+def positions_of(plan: Plan) -> int:
+    """Positions of a batch in an evaluation: the usual, or fewer where the plan found room for less on the GPUs."""
+    if plan.device == "cpu":
+        return CPU_POSITIONS
+    return min(GPU_POSITIONS, plan.micro_batch * plan.seq_len)
+
+
+def require_numbers(scored: Sequence[Scored], task: str) -> None:
+    """Raise JobError if a model's answers are not finite, of which any figure would mislead."""
+    bad = sum(not all(map(math.isfinite, own.logprobs)) for own in scored)
+    if bad:
+        raise JobError(
+            f"{task}: the model's answers to {bad:,} of {len(scored):,} items are NaN or infinite",
+            try_="--set dtype=float32, or another checkpoint",
+        )
 
 
 class PlacedScorer:

@@ -97,7 +97,7 @@ class _Work:
         """What was found of each model. Collective."""
         from qdist.runtime.engine.objective import Passes
         from qdist.runtime.evaluate.placed_answers import PlacedAnswers
-        from qdist.runtime.evaluate.scorer import PlacedScorer
+        from qdist.runtime.evaluate.scorer import PlacedScorer, positions_of
         from qdist.runtime.model.causal import take_whole_rows
         from qdist.runtime.model.skeleton import DTYPES
         from qdist.runtime.train.setup import load_part, put_on
@@ -110,7 +110,9 @@ class _Work:
         backbone.eval()
         score = self._place.scoring(Passes(backbone, dtype=DTYPES[plan.compute_dtype]))
         pad_id = (self._tokenizer.pad_token_id if self._tokenizer else 0) or 0
-        scorer = PlacedScorer(score, self._place, self._comm, longest=job.longest, pad_id=pad_id)
+        scorer = PlacedScorer(
+            score, self._place, self._comm, longest=job.longest, pad_id=pad_id, positions=positions_of(plan)
+        )
         dtype, ranks = DTYPES[plan.compute_dtype], plan.data_parallel
         answering = PlacedAnswers(backbone, self._tokenizer, self._comm, dtype=dtype, ranks=ranks)
         for subject in job.subjects:
@@ -155,6 +157,7 @@ class _Work:
     def _result(self, task: ScoredTask, scorer: Any, answering: Any, what: str) -> TaskResult:
         """A task's result. Collective."""
         from qdist.runtime.evaluate.lm_task import LmTask
+        from qdist.runtime.evaluate.scorer import require_numbers
 
         items, began = task.items(), time.monotonic()
         questions = task.questions() if isinstance(task, LmTask) else []
@@ -167,6 +170,7 @@ class _Work:
                 self._report(Event(kind="scored", step=count, total_steps=total, note=note))
 
         scored = scorer.score(items, came_to)
+        require_numbers(scored, task.name)
         if isinstance(task, LmTask):
             answers = answering.answer(questions, lambda count: came_to(len(items) + count)) if questions else []
             found = task.result(scored, answers)

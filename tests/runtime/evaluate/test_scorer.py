@@ -1,16 +1,19 @@
 """Items in batches, and their answers from one process."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from qdist.core.errors import JobError
 from qdist.core.evaluation.scoring import Item, Scored, continuation
 from qdist.runtime.engine.objective import Passes
 from qdist.runtime.engine.torch import Comm
-from qdist.runtime.evaluate.scorer import PlacedScorer, batches_of, collate_items
+from qdist.runtime.evaluate.scorer import PlacedScorer, batches_of, collate_items, positions_of, require_numbers
 from qdist.runtime.placements.registry import placement_of
+from tests.plans import gpus, planned
 from tests.runtime.tiny import plan_of, save_config, tiny_model
 
 CPU = torch.device("cpu")
@@ -33,6 +36,20 @@ def test_items_of_like_length_share_a_batch_of_a_bounded_size() -> None:
         assert widths == sorted(widths, reverse=True)
     assert batches_of([ITEMS[-1]], 8) == [[0]], "an item longer than a batch has one of its own"
     assert batches_of([], 8) == []
+
+
+@pytest.mark.parametrize(("micro_batch", "positions"), [(1, 2048), (4, 8192), (16, 16384)])
+def test_a_batch_has_no_more_positions_than_the_plan_found_room_for(micro_batch: int, positions: int) -> None:
+    settings = {"micro_batch": micro_batch, "global_batch": micro_batch, "seq_len": 2048}
+    assert positions_of(planned("llama-7b", gpus(1, 80), settings)) == positions
+
+
+@pytest.mark.parametrize("wrong", [math.nan, -math.inf])
+def test_answers_that_are_no_numbers_have_no_figure(wrong: float) -> None:
+    right = Scored((-1.0, -2.0), (True, False))
+    require_numbers([right], "loss")
+    with pytest.raises(JobError, match="loss: the model's answers to 1 of 2 items are NaN or infinite"):
+        require_numbers([right, Scored((-1.0, wrong), (True, False))], "loss")
 
 
 def test_positions_count_through_the_padded_rows() -> None:
