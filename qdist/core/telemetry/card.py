@@ -90,8 +90,8 @@ def without_folders(command: str) -> str:
 
 
 def _name_of(text: str) -> str:
-    """'/home/me/data.jsonl' -> 'data.jsonl', behind `=` and commas too."""
-    return re.sub(r"(?<![^=,])(?:~[^/,=]*/|\.\./|/)(?:[^/,=]*/)*(?=[^/,=])", "", text)
+    """'/home/me/data.jsonl' -> 'data.jsonl', behind `=`, commas, colons, brackets and quotation marks too."""
+    return re.sub(r"(?<![^=,:\[\]()'\" ])(?:~[^/,=:]*/|\.\.?/|/)(?:[^/,=:]*/)*(?=[^/,=:])", "", text)
 
 
 def _is_file(name: str) -> bool:

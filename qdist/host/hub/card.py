@@ -4,19 +4,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qdist.core.errors import QdistError, RunError
-from qdist.core.evaluation.results import Evaluation
 from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.card import README, Card, card_text, hub_ids, is_ours, license_of
 from qdist.core.telemetry.history import RunHistory
 from qdist.host.files import write_atomic
-from qdist.host.opening import decoded, read_bytes, read_typed
+from qdist.host.opening import read_bytes, read_typed
+from qdist.host.run.evaluations import read_evaluations
 from qdist.host.run.observer import Follower
 from qdist.host.run.rundir import RunDir, noted
 from qdist.host.sources.models import is_hub_id, locate, public_name
 from qdist.host.sources.targets import adapter_step
 from qdist.host.terminal import say
 
-EVALUATIONS = "evaluations.jsonl"
 _VERSIONS = "versions.json"
 _MOST_BYTES = 1 << 20
 
@@ -77,7 +76,7 @@ def card_of(run: RunDir, *, step: int | None = None) -> Card:
         data_sets=tuple(name for name in hub_ids(plan.spec.data.path) if not Path(name).exists()),
         commands=noted(run),
         versions=read_typed(versions, dict[str, str], RunError) if versions.is_file() else {},
-        evaluations=_evaluations(run),
+        evaluations=read_evaluations(run.path),
     )
 
 
@@ -103,9 +102,3 @@ def _license(plan: Plan) -> str:
     if not plan.source.path or not path.is_file() or path.stat().st_size > _MOST_BYTES:
         return ""
     return license_of(path.read_text(errors="replace"))
-
-
-def _evaluations(run: RunDir) -> tuple[Evaluation, ...]:
-    path = run.path / EVALUATIONS
-    lines = read_bytes(path, RunError).splitlines() if path.is_file() else []
-    return tuple(decoded(line, Evaluation, f"{path}, line {at}", RunError) for at, line in enumerate(lines, 1) if line)

@@ -142,6 +142,10 @@ def test_hub_ids_are_found_among_the_data(path: str, ids: tuple[str, ...]) -> No
         ("qdist launch /x/r.toml --data=/y/a.jsonl,/z/b.jsonl", "qdist launch r.toml --data=a.jsonl,b.jsonl"),
         ("qdist launch --model meta-llama/Llama-3.2-1B", "qdist launch --model meta-llama/Llama-3.2-1B"),
         ("qdist launch --set data.eval=~me/e.jsonl --run runs/1", "qdist launch --set data.eval=e.jsonl --run runs/1"),
+        ("qdist launch --set train.tasks=mmlu:/home/me/m.jsonl", "qdist launch --set train.tasks=mmlu:m.jsonl"),
+        ('qdist launch --set \'data.columns={"a":"/home/me/x"}\'', 'qdist launch --set \'data.columns={"a":"x"}\''),
+        ("qdist launch --data file:///home/me/a.jsonl:0.7", "qdist launch --data file:a.jsonl:0.7"),
+        ("qdist launch --model ./models/mine", "qdist launch --model mine"),
         ("qdist launch 'open quote", ""),
     ],
 )
