@@ -4,6 +4,17 @@ from collections.abc import Iterator, Sequence
 
 from qdist.core.evaluation.scoring import Item
 
+USUAL_WINDOW = 2048
+"""Tokens of a window, where none is set and the model has as many positions."""
+
+
+def longest_scored(seq_len: int, positions: int) -> int:
+    """Most tokens of an item where no window is set: the same while a run trains and in `qdist evaluate` of it.
+
+    seq_len: tokens of the run's samples, at most. positions: of the model.
+    """
+    return min(max(seq_len, USUAL_WINDOW), positions)
+
 
 def windows(tokens: Sequence[int], *, window: int, stride: int) -> Iterator[Item]:
     """The windows of a text, each with the positions that no earlier one has predicted.

@@ -6,15 +6,13 @@ from typing import Any
 from qdist.core.data.reading import reading_of
 from qdist.core.errors import Change, SpecError
 from qdist.core.spec.placements import verified
-from qdist.core.spec.sections import LOSS, Data
+from qdist.core.spec.sections import LOSS, OF_FILES, OF_MODELS, Data
 
 Flat = Mapping[str, Any]
 """Every setting by its dotted key."""
 
 _MOST_SAMPLES = 8192
 """Most samples in a suggested micro-batch."""
-_GENERATED = ("generate", "judge", "elo")
-"""Kinds of tasks that are of answers, not of probabilities."""
 _WIDTHS = {"qlora": (4, 8, 16), "gptq-lora": (2, 3, 4, 8), "qa-lora": (2, 3, 4, 8)}
 
 
@@ -177,7 +175,7 @@ def _template(now: Flat, _: Flat) -> Iterator[SpecError]:
 def _tasks(now: Flat, _: Flat) -> Iterator[SpecError]:
     tasks, best = now["train.tasks"], now["train.best"]
     for task in tasks:
-        if task.partition(":")[0] in _GENERATED:
+        if task.partition(":")[0] in (*OF_MODELS, *OF_FILES):
             yield SpecError(
                 f"train.tasks has {task}, which is of answers: while a run trains, only probabilities are measured",
                 try_=f"`qdist evaluate RUN --tasks {task}` once it is trained",

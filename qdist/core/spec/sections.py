@@ -33,6 +33,8 @@ Compute = Literal["fp8"]
 """Arithmetic of the backbone's products in training, where it is not `dtype`."""
 LOSS = "loss"
 """What `train.best` calls the held-out loss."""
+OF_MODELS, OF_FILES = ("generate",), ("judge", "elo")
+"""Kinds of tasks that are of answers, not of probabilities: those that models give, and those that files hold."""
 GPTQ_METHODS = ("gptq-lora", "qa-lora")
 """Methods whose backbone is a GPTQ checkpoint."""
 

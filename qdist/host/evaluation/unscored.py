@@ -11,13 +11,11 @@ from qdist.core.data.reading import AS_FOUND, Reading
 from qdist.core.evaluation.judging import JudgeSettings
 from qdist.core.evaluation.results import Evaluation, TaskResult, What
 from qdist.core.requests import Generate
+from qdist.core.spec.sections import OF_MODELS
 from qdist.host.evaluation.generation import FOLDER, run_generate
 from qdist.host.evaluation.judge import run_elo, run_judge
 from qdist.host.run.rundir import RunDir
 from qdist.host.tasks import run_task
-
-OF_MODELS, OF_FILES = ("generate",), ("judge", "elo")
-"""Kinds of tasks: those that each model is asked, and those that are of files and need no model."""
 
 
 class Model(NamedTuple):

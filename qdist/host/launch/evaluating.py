@@ -4,6 +4,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,49 +13,52 @@ import msgspec
 
 from qdist.core.composed import request_of
 from qdist.core.data.reading import reading_of
-from qdist.core.errors import JobError, PlanError, QdistError, RunError, SpecError
+from qdist.core.errors import JobError, RunError, SpecError
 from qdist.core.evaluation.asked import Asked
 from qdist.core.evaluation.job import FOUND, JOB, EvaluationJob, Subject
 from qdist.core.evaluation.judging import JudgeSettings
 from qdist.core.evaluation.results import Evaluation
-from qdist.core.evaluation.words import TaskWord, task_words
+from qdist.core.evaluation.words import KINDS, TaskWord, task_words
 from qdist.core.machine.cluster import Cluster
 from qdist.core.model.storage import Packing, quantized_as
 from qdist.core.planning.plan import DataFacts, Plan, Prepared, Source
-from qdist.core.planning.planner import make_plan, plan_once
 from qdist.core.planning.render import launch_script
-from qdist.core.planning.resources import count_of
 from qdist.core.requests import Generate
 from qdist.core.sampling import Sampling
 from qdist.core.spec.run_spec import RunSpec, changed, nest, resolve
+from qdist.core.spec.sections import OF_FILES, OF_MODELS
 from qdist.core.text import command
 from qdist.host import tasks
-from qdist.host.evaluation.unscored import OF_FILES, OF_MODELS, Model, evaluate_files, evaluate_models
+from qdist.host.evaluation.unscored import Model, evaluate_files, evaluate_models
+from qdist.host.hub.card import write_card
+from qdist.host.hub.push import MERGED
 from qdist.host.launch.claim import claimed
+from qdist.host.launch.evaluation_plan import evaluation_plan
 from qdist.host.launch.local import LocalRanks
 from qdist.host.launch.prepare import Launch
 from qdist.host.launch.ranks import Backend, Show, attend
 from qdist.host.launch.refusals import refuse_unreadable
 from qdist.host.machine import probe
-from qdist.host.machine.recurrence import fla_problem
 from qdist.host.opening import read_typed
 from qdist.host.run.evaluations import add_evaluation
 from qdist.host.run.rundir import PLAN, RunDir, free_name
 from qdist.host.sources import cache
-from qdist.host.sources.facts import facts_of
 from qdist.host.sources.model_folder import require_same_tensors, stated
 from qdist.host.sources.models import read_json
 from qdist.host.sources.targets import adapter_step, check_target
 
-MERGED = "merged"
-"""In a run, its merged model, if `qdist merge` wrote one there."""
 _ANSWERED = ("gpus", "max_memory", "dtype", "trust_remote_code")
 """Settings that go with models that answer."""
 _OWN = ("gpus", "placement", "gpus_per_group", "max_memory", "dtype", "trust_remote_code")
 """Settings that may be given for a run: those that say where its model lies, not what it is."""
-_MICRO_BATCHES = (8, 4, 2, 1)
-"""Sequences at a time that room is looked for on GPUs, in this order."""
-_LONGEST = 2048
+_USED_BY: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("window", "stride"), ("perplexity",)),
+    **dict.fromkeys(("beside", "limit"), tuple(kind for kind in KINDS if kind not in OF_FILES)),
+    "chat": ("lm",),
+    **dict.fromkeys(("max_new_tokens", "batch"), OF_MODELS),
+    **dict.fromkeys(JudgeSettings.__struct_fields__, ("judge",)),
+}
+"""Kinds of tasks that use a flag, of those that not all do."""
 
 
 class Group(NamedTuple):
@@ -77,10 +81,12 @@ def evaluate(
     show: Show,
     say: Callable[[str], None],
     backend: Backend = LocalRanks,
+    answer: Callable[[Generate], Any] = tasks.run_task,
 ) -> list[Evaluation]:
     """Evaluate all targets, one backbone after the other; each run keeps what was found of it.
 
     settings: by dotted keys, as typed. judge: of `judge` tasks. show: called with what the ranks report.
+    answer: has the models of `generate` tasks answer.
     Raises QdistError for what cannot be evaluated, before anything is started; KeyboardInterrupt when stopped.
     """
     words = task_words(asked.tasks)
@@ -88,14 +94,24 @@ def evaluate(
     _refuse_unfit(words, asked, settings, judge)
     scored = [word for word in words if word.kind not in (*OF_MODELS, *OF_FILES)]
     groups = [group for target in asked.targets for group in groups_of(target, asked, settings)]
+    for group in groups:
+        _refuse_loss(group, scored)
     here, found = probe.cluster(), list[Evaluation]()
     for group in groups:
         own = _evaluate(group, asked, scored, here, show=show, say=say, backend=backend) if scored else []
-        for evaluation in chain(own, evaluate_models(words, _models_of(group), _answering(asked, settings))):
+        answered = evaluate_models(words, _models_of(group), _answering(asked, settings), answer=answer)
+        for evaluation in chain(own, answered):
             found.append(evaluation)
             if group.run is not None:
-                add_evaluation(group.run.path, evaluation)
+                _keep(group.run, evaluation)
     return [*found, *evaluate_files(words, judge)]
+
+
+def _keep(run: RunDir, evaluation: Evaluation) -> None:
+    """Add an evaluation to those of a run, and to the card of its adapter."""
+    add_evaluation(run.path, evaluation)
+    if run.adapter.is_dir():
+        write_card(run, run.adapter)
 
 
 def _refuse_unfit(words: Sequence[TaskWord], asked: Asked, settings: Mapping[str, Any], judge: JudgeSettings) -> None:
@@ -110,12 +126,40 @@ def _refuse_unfit(words: Sequence[TaskWord], asked: Asked, settings: Mapping[str
         )
     if judge.judge_model is None and any(word.kind == "judge" for word in words):
         raise SpecError("judge: asks a model, and none is named", try_="--judge-model NAME")
+    if settings and not of_models:
+        raise SpecError(f"{next(iter(settings))} is of models, and {words[0]} asks none", try_="the command without it")
+    for name, kinds in _unused(words, asked, judge):
+        raise SpecError(
+            f"--{name.replace('_', '-')} is of {', '.join(kinds)}, and the tasks are {', '.join(map(str, words))}",
+            try_="the command without it",
+        )
     kept = [key for key in settings if key not in _ANSWERED]
     if kept and any(word.kind in OF_MODELS for word in words):
         raise SpecError(
             f"generate: has models answer as they lie, and {kept[0]} is not for that",
             try_=f"generate: in a command of its own, without {kept[0]}",
         )
+
+
+def _unused(words: Sequence[TaskWord], asked: Asked, judge: JudgeSettings) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Flags that were given and that no task uses, each with the kinds of tasks that would."""
+    there = {word.kind for word in words}
+    given = {**msgspec.structs.asdict(asked), **msgspec.structs.asdict(judge)}
+    usual = {**msgspec.structs.asdict(Asked(tasks="")), **msgspec.structs.asdict(JudgeSettings())}
+    for name, kinds in _USED_BY.items():
+        if given[name] != usual[name] and not there.intersection(kinds):
+            yield name, kinds
+
+
+def _refuse_loss(group: Group, words: Sequence[TaskWord]) -> None:
+    """Raise SpecError for the held-out loss of a model without held-out samples, or whose tokens are gone."""
+    if TaskWord("loss") not in words:
+        return
+    target, data = group.subjects[0].target, group.data
+    if data is None or not data.held_out_samples:
+        raise SpecError(f"{target} has no held-out samples, which the task loss is of", try_="loss:FILE")
+    if not Path(data.path).is_file():
+        raise SpecError(f"the tokens of {target} are not in {data.path} any more", try_="loss:FILE")
 
 
 def _models_of(group: Group) -> list[Model]:
@@ -239,13 +283,8 @@ def _evaluate(
     parent = group.run.path / "evaluations" if group.run else Path(tempfile.mkdtemp(prefix="qdist-evaluation-"))
     stem = "-".join(dict.fromkeys(word.kind for word in words))
     launch = Launch(RunDir(free_name(parent, stem)), plan, _files(plan, job), (), stem)
-    try:
-        found = _found(launch, show=show, say=say, backend=backend)
-    except KeyboardInterrupt:
-        _tidy(group, parent)
-        raise
-    _tidy(group, parent)
-    return found
+    with _tidied(group, parent):
+        return _found(launch, show=show, say=say, backend=backend)
 
 
 def _found(launch: Launch, *, show: Show, say: Callable[[str], None], backend: Backend) -> list[Evaluation]:
@@ -254,15 +293,31 @@ def _found(launch: Launch, *, show: Show, say: Callable[[str], None], backend: B
         found = own.job.run.path / FOUND
         try:
             attend(own, backend, show=show, say=say, done=found.is_file, loses="stopped; nothing was kept")
+        except KeyboardInterrupt:
+            shutil.rmtree(own.job.run.path, ignore_errors=True)
+            raise
         except JobError as error:
             raise JobError(error.message, try_=_again(error.try_)) from error
         return read_typed(found, list[Evaluation], RunError)
 
 
-def _tidy(group: Group, parent: Path) -> None:
-    """Remove the directory that was made for a model without a run; after a failure its logs are needed."""
+@contextmanager
+def _tidied(group: Group, parent: Path) -> Iterator[None]:
+    """Remove what was made for a model without a run, or is empty; after a failure the logs in it are needed."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _remove_made(group, parent)
+        raise
+    _remove_made(group, parent)
+
+
+def _remove_made(group: Group, parent: Path) -> None:
     if group.run is None:
         shutil.rmtree(parent, ignore_errors=True)
+    else:
+        with suppress(OSError):  # other evaluations of the run are kept there
+            parent.rmdir()
 
 
 def _again(way: str) -> str:
@@ -276,55 +331,3 @@ def _files(plan: Plan, task: EvaluationJob) -> dict[str, str]:
 
     script = launch_script(plan, python=sys.executable, evaluates=True)
     return {JOB: text(task), "launch.sh": script, PLAN: text(plan)}
-
-
-def evaluation_plan(
-    spec: RunSpec, source: Source, here: Cluster, *, data: DataFacts | None = None, window: int | None = None
-) -> Plan:
-    """Where a model lies for evaluation: a copy on each GPU if that fits, else in shards, else split.
-
-    Room is looked for as for training short of what that keeps: with all layers recomputed, and the most sequences at a
-    time that fit. window: tokens of the longest text; None for the usual.
-    Raises PlanError where nothing fits, SpecError for settings that do not go together.
-    """
-    facts = facts_of(source.config, name=spec.model, code=source.own_code)
-    usual = min(max(spec.seq_len, _LONGEST), facts.max_positions)
-    longest = window or usual
-    if longest > facts.max_positions:
-        raise SpecError(
-            f"a window of {longest:,} tokens, and {spec.model} has {facts.max_positions:,} positions",
-            try_=f"--window {usual}",
-        )
-    wanted = _scoring_spec(spec, max(longest, usual))
-    count, no_fla = count_of(wanted, here), fla_problem(here)
-    first: QdistError | None = None
-    for change in _ways(wanted, count, here.device):
-        own = changed(wanted, change)
-        try:
-            plan = plan_once(own, source, facts, here, None, no_fla=no_fla)
-        except (PlanError, SpecError) as error:
-            first = first or error
-            continue
-        return msgspec.structs.replace(plan, data=data)
-    last: dict[str, Any] = {"micro_batch": 1, "global_batch": count}
-    return make_plan(changed(wanted, last), source, facts, here, None, no_fla=no_fla)
-
-
-def _ways(spec: RunSpec, count: int, device: str) -> Iterator[dict[str, Any]]:
-    """Placements and sequences at a time, the best first."""
-    for placement in (spec.placement,) if spec.placement else ("replicate", "shard", "split"):
-        for size in _MICRO_BATCHES if device == "cuda" else (1,):
-            yield {"placement": placement, "micro_batch": size, "global_batch": size * count}
-
-
-def _scoring_spec(spec: RunSpec, seq_len: int) -> RunSpec:
-    """A run's spec without what is of training alone."""
-    return changed(
-        spec,
-        {
-            "seq_len": seq_len, "steps": 1, "epochs": None, "micro_batch": None, "pack": False, "graphs": False,
-            "trackers": (), "adapter": None, "run": None, "zero.stage": 0, "zero.offload": "none",
-            "optim.name": None, "split.schedule": None, "split.offload_layers": None, "compute": None, "liger": False,
-            "train.checkpointing": True, "train.verify_steps": 0, "train.answers": 0,
-        },
-    )  # fmt: skip

@@ -12,11 +12,11 @@ from qdist.core.evaluation.words import TaskWord, task_words
 from qdist.core.planning.disk import storage
 from qdist.core.planning.plan import DataFacts, Plan, Prepared
 from qdist.core.spec.run_spec import RunSpec
+from qdist.core.spec.sections import OF_FILES
 from qdist.core.text import command, format_bytes, resuming
 from qdist.host.data.files import holds_records
 from qdist.host.data.records import check_source
 from qdist.host.data.sources import changed_sources
-from qdist.host.evaluation.unscored import OF_FILES
 from qdist.host.files import cache_path, free_bytes, obstacle, require_space, unusable_cache
 from qdist.host.launch.survey import counted
 from qdist.host.run.rundir import RunDir

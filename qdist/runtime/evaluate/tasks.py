@@ -9,6 +9,7 @@ from qdist.core.data.records import BadRecords
 from qdist.core.errors import DataError, SpecError
 from qdist.core.evaluation.multiple_choice import SHOTS, Question, exam_of, question_of
 from qdist.core.evaluation.results import ScoredTask
+from qdist.core.evaluation.windows import USUAL_WINDOW
 from qdist.core.evaluation.words import KINDS, TaskWord
 from qdist.core.spec.run_spec import RunSpec
 from qdist.host.data.files import holds_records
@@ -19,8 +20,6 @@ from qdist.runtime.data.tokenizing import SampleRules, tokenize
 from qdist.runtime.evaluate.lm_task import LmTask
 from qdist.runtime.evaluate.mmlu import Mmlu
 from qdist.runtime.evaluate.perplexity import LogLikelihood, held_out, perplexity
-
-USUAL_WINDOW = 2048
 
 
 class Basis(NamedTuple):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qdist.core.data.conversation import Wording
 from qdist.core.data.reading import reading_of
 from qdist.core.data.templates import NamedTemplate
+from qdist.core.evaluation.windows import longest_scored
 from qdist.core.model.adapters.registry import ADAPTERS
 from qdist.core.model.gptq import Gptq
 from qdist.core.model.storage import packing_of
@@ -104,9 +105,9 @@ def _tasks(spec: RunSpec, made: "OpenedModel", wording: Wording | None) -> list[
     if not spec.train.tasks:
         return []
     from qdist.runtime.model.describe import facts_of
-    from qdist.runtime.train.tasks import cost_notes, longest_scored, open_tasks
+    from qdist.runtime.train.tasks import cost_notes, open_tasks
 
-    longest = longest_scored(spec, facts_of(made.config, name=spec.model).max_positions)
+    longest = longest_scored(spec.seq_len, facts_of(made.config, name=spec.model).max_positions)
     return cost_notes(spec, open_tasks(spec, made.tokenizer, wording, longest=longest), steps=spec.steps)
 
 

@@ -11,18 +11,10 @@ from qdist.core.evaluation.words import task_words
 from qdist.core.spec.run_spec import RunSpec
 from qdist.core.text import counted
 from qdist.runtime.data.wording import usual_wording
-from qdist.runtime.evaluate.tasks import USUAL_WINDOW, basis_of, open_task
+from qdist.runtime.evaluate.tasks import basis_of, open_task
 
 Tasks = Mapping[str, ScoredTask]
 """Tasks by their words in `train.tasks`."""
-
-
-def longest_scored(spec: RunSpec, positions: int) -> int:
-    """Most tokens of an item: as for `qdist evaluate` of the run, so that figures are the same.
-
-    positions: of the model.
-    """
-    return min(max(spec.seq_len, USUAL_WINDOW), positions)
 
 
 def open_tasks(spec: RunSpec, tokenizer: Any, wording: Wording | None, *, longest: int) -> Tasks:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from qdist.core.errors import PlanError, RunError
+from qdist.core.evaluation.windows import longest_scored
 from qdist.core.planning.plan import Plan, digest
 from qdist.core.telemetry.events import Event, write_phases
 from qdist.core.telemetry.inventory import lines_of
@@ -46,7 +47,7 @@ def _work(plan: Plan, run: RunDir, clock: StartClock) -> None:
     from qdist.runtime.train.measure import load_peak, memory_now, parts, peak
     from qdist.runtime.train.result import adapter_checksum, gather, rehearse, write_result
     from qdist.runtime.train.setup import assemble, load_part, make_accelerator, pick_devices
-    from qdist.runtime.train.tasks import longest_scored, open_tasks
+    from qdist.runtime.train.tasks import open_tasks
 
     logging.disable_progress_bar()
     # DeepSpeed 0.19's calls, under torch 2.13: the first and often the only words of every rank's log.
@@ -69,7 +70,7 @@ def _work(plan: Plan, run: RunDir, clock: StartClock) -> None:
         plan.spec,
         tokenizer,
         plan.data.wording if plan.data else None,
-        longest=longest_scored(plan.spec, plan.facts.max_positions),
+        longest=longest_scored(plan.spec.seq_len, plan.facts.max_positions),
     )
     clock.mark("tokenizer")
     try:
@@ -139,9 +140,9 @@ def _work(plan: Plan, run: RunDir, clock: StartClock) -> None:
 def _meter(plan: Plan, tasks: Any, built: Any, place: Any, comm: Any, pad_id: int) -> Any:
     """What measures a run's tasks, in passes of no more positions than a training step's, unless one item has more."""
     from qdist.runtime.evaluate.scorer import PlacedScorer
-    from qdist.runtime.train.tasks import TaskMeter, longest_scored
+    from qdist.runtime.train.tasks import TaskMeter
 
-    longest = longest_scored(plan.spec, plan.facts.max_positions)
+    longest = longest_scored(plan.spec.seq_len, plan.facts.max_positions)
     positions = plan.micro_batch * plan.seq_len
     return TaskMeter(tasks, PlacedScorer(built.score, place, comm, longest=longest, pad_id=pad_id, positions=positions))
 

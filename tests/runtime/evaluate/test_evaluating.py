@@ -2,6 +2,9 @@
 
 import json
 import math
+import shutil
+import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,9 @@ import torch
 
 from qdist.core.errors import JobError, RunError, SpecError
 from qdist.core.evaluation.asked import Asked
+from qdist.core.evaluation.job import FOUND, JOB, EvaluationJob
 from qdist.core.evaluation.judging import JudgeSettings
-from qdist.core.evaluation.results import Evaluation
+from qdist.core.evaluation.results import Evaluation, Figure, TaskResult
 from qdist.core.planning.plan import Prepared, digest
 from qdist.core.requests import PrepareModel
 from qdist.core.spec.run_spec import RunSpec
@@ -22,17 +26,69 @@ from qdist.host import tasks
 from qdist.host.launch.agent import EVALUATOR
 from qdist.host.launch.claim import Claim
 from qdist.host.launch.evaluating import evaluate, groups_of
+from qdist.host.opening import read_typed
 from qdist.host.run.evaluations import read_evaluations
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.data.batches import read_samples
 from qdist.runtime.data.tokenized import IGNORED
 from qdist.runtime.train.prepare import run_model
+from tests.host.evaluation.test_generation import answering, data
 from tests.runtime.evaluate.lm_bodies import CHOICES, GENERATED, write_task
+from tests.runtime.merging import merge
 from tests.runtime.placements.test_conformance import LAID
 from tests.runtime.tiny import adapted_run, real_job, save_data, save_model
 
 ForkRanks = Callable[..., list[int]]
 WORDS = "hello there system user assistant Human "
+
+
+class Found:
+    """Ranks that have ended, and left a made-up result of each model."""
+
+    def __init__(self, own: Claim) -> None:
+        job = read_typed(own.job.run.path / JOB, EvaluationJob, RunError)
+        figure = Figure(name="loss", value=1.5, count=2)
+        found = [
+            Evaluation(
+                target=each.target,
+                what=each.what,
+                results=(TaskResult(task="loss", figures=(figure,)),),
+                step=each.step,
+            )
+            for each in job.subjects
+        ]
+        (own.job.run.path / FOUND).write_bytes(msgspec.json.encode(found))
+
+    def poll(self) -> int | None:
+        return 0
+
+    def stop(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def wait(self) -> int:
+        return 0
+
+
+class Interrupted:
+    """Ranks that work until Ctrl-C, and then end at once."""
+
+    def __init__(self, own: Claim) -> None:
+        self.folder, self._ended = own.job.run.path, False
+
+    def poll(self) -> int | None:
+        if not self._ended:
+            signal.raise_signal(signal.SIGINT)
+        return 0 if self._ended else None
+
+    def stop(self) -> None:
+        self._ended = True
+
+    def kill(self) -> None:
+        self._ended = True
+
+    def wait(self) -> int:
+        return 0
 
 
 class Forked:
@@ -51,6 +107,11 @@ class Forked:
 
     def wait(self) -> int:
         return self._code
+
+
+def prepared(spec: RunSpec, *, device: str | None = None) -> Prepared:
+    """A model prepared in this process."""
+    return msgspec.json.decode(msgspec.json.encode(run_model(PrepareModel(spec=spec))), type=Prepared)
 
 
 @pytest.fixture(scope="module")
@@ -155,15 +216,79 @@ def test_a_run_keeps_what_was_found_of_it(alone: list[Evaluation], trained: Any)
 def test_a_model_is_evaluated_as_it_lies(
     fork_ranks: ForkRanks, model: Path, asked_tasks: str, alone: list[Evaluation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def prepared(spec: RunSpec, *, device: str | None = None) -> Prepared:
-        return msgspec.json.decode(msgspec.json.encode(run_model(PrepareModel(spec=spec))), type=Prepared)
-
     monkeypatch.setattr(tasks, "prepare_model", prepared)
     words = asked_tasks.partition(",")[2].partition(",")[2]  # without losses, which a run words
     (found,), _ = evaluated(fork_ranks, model, words, {}, window=48, stride=32)
     assert found.what == "model"
     for result, expected in zip(found.results, alone[0].results[2:], strict=True):
         assert result.figures[0].value == pytest.approx(expected.figures[0].value, rel=1e-6)
+
+
+@pytest.fixture
+def another(trained: Any, tmp_path: Path) -> RunDir:
+    """A copy of the run, to which a test may add."""
+    shutil.copytree(trained[0].path, tmp_path / "run", ignore=shutil.ignore_patterns("evaluations*"))
+    return RunDir(tmp_path / "run")
+
+
+def test_answers_stand_beside_scores_and_all_are_kept_and_on_the_card(another: RunDir, folder: Path) -> None:
+    answer, asked = answering(["hello"] * 3)
+    asking = Asked(targets=(str(another.path),), tasks=f"loss,generate:{data(folder)}", beside=("base",), batch=2)
+    found = evaluate(
+        asking, {"gpus": 1}, JudgeSettings(), show=lambda events: None, say=lambda line: None, backend=Found,
+        answer=answer,
+    )  # fmt: skip
+    assert [(own.what, own.results[0].task.partition(":")[0]) for own in found] == [
+        ("base", "loss"), ("adapter", "loss"), ("base", "generate"), ("adapter", "generate"),
+    ]  # fmt: skip
+    assert [(own.adapter, own.batch, own.gpus) for own in asked] == [("base", 2, 1), ("run", 2, 1)]
+    assert list(read_evaluations(another.path)) == found
+    card = (another.adapter / "README.md").read_text()
+    assert "| loss | loss | adapter | 1.5" in card
+    assert "| generate:test.jsonl | rouge1 | adapter |" in card
+
+
+def test_ctrl_c_leaves_nothing_behind(
+    another: RunDir, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tasks, "prepare_model", prepared)
+    before = sorted(another.path.rglob("*"))
+    text = tmp_path / "text.txt"
+    text.write_text(WORDS)
+    for target in (another.path, model):
+        asking = Asked(targets=(str(target),), tasks=f"perplexity:{text}")
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(asking, {}, JudgeSettings(), show=lambda events: None, say=lambda line: None, backend=Interrupted)
+    assert sorted(another.path.rglob("*")) == before
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_a_merged_model_stands_beside_its_adapter(
+    fork_ranks: ForkRanks, another: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge(another, another.path / "merged", onto="original", dtype=torch.float32)
+    monkeypatch.setattr(tasks, "prepare_model", prepared)
+    found, _ = evaluated(fork_ranks, another.path, "loss", {}, beside=("merged",))
+    assert [own.what for own in found] == ["adapter", "merged"]
+    adapter, merged = (own.results[0] for own in found)
+    assert merged.outcomes == pytest.approx(adapter.outcomes, abs=1e-3)
+    assert merged.weights == adapter.weights
+    assert list(read_evaluations(another.path)) == found
+
+
+def test_the_loss_is_of_held_out_samples(model: Path, another: RunDir) -> None:
+    for target, message in ((model, "has no held-out samples"), (another.path, "the tokens of .* are not in")):
+        if target == another.path:
+            plan = another.plan()
+            gone = msgspec.structs.replace(plan, data=msgspec.structs.replace(plan.data, path="/gone"))
+            (another.path / "plan.json").write_bytes(msgspec.json.encode(gone))
+        with pytest.raises(SpecError, match=message):
+            evaluate(
+                Asked(targets=(str(target),), tasks="loss"), {}, JudgeSettings(), show=lambda events: None,
+                say=lambda line: None, backend=Found,
+            )  # fmt: skip
 
 
 def test_ranks_that_fail_are_told_by_their_log(fork_ranks: ForkRanks, trained: Any, folder: Path) -> None:
