@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from random import Random
+from statistics import NormalDist
 from typing import NamedTuple
 
 _DRAWS = 1000
@@ -95,7 +96,7 @@ def _blocks(outcomes: Sequence[float], weights: Sequence[float]) -> list[_Block]
 
 
 def _bootstrapped(blocks: Sequence[_Block]) -> Interval:
-    """Percentiles of the means of samples drawn with replacement (Efron 1979)."""
+    """Percentiles of the means of samples drawn with replacement (Efron 1979), further out where blocks are few."""
     random = Random(_SEED)
     alike = len({own.weight for own in blocks}) == 1
     if alike:
@@ -104,13 +105,24 @@ def _bootstrapped(blocks: Sequence[_Block]) -> Interval:
     else:
         drawn = (random.choices(blocks, k=len(blocks)) for _ in range(_DRAWS))
         means = [sum(own.total for own in sample) / sum(own.weight for own in sample) for sample in drawn]
-    return percentiles(means)
+    return percentiles(means, beyond=_share_beyond(len(blocks)))
 
 
-def percentiles(draws: Sequence[float]) -> Interval:
-    """The middle 95 % of draws."""
+def _share_beyond(count: int) -> float:
+    """Share of draws beyond each end of the interval of a mean of `count` outcomes (Hesterberg 2015, section 4.2).
+
+    Plain percentiles are too narrow for few: they hold the truth 89 times of 100 where `count` is 8, these 95 times.
+    """
+    freedom, z = count - 1, _Z
+    # Student's quantile, by the first terms of Cornish and Fisher's expansion.
+    student = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    return NormalDist().cdf(-student * math.sqrt(count / freedom))
+
+
+def percentiles(draws: Sequence[float], *, beyond: float = (1 - _LEVEL) / 2) -> Interval:
+    """The middle 95 % of draws. beyond: share of them beyond each end."""
     ordered = sorted(draws)
-    cut = round((1 - _LEVEL) / 2 * (len(ordered) - 1))
+    cut = round(beyond * (len(ordered) - 1))
     return Interval(ordered[cut], ordered[-1 - cut])
 
 

@@ -52,6 +52,14 @@ def test_intervals_hold_the_truth_19_times_of_20() -> None:
     assert 88 <= held <= 99
 
 
+def test_intervals_of_few_outcomes_are_as_wide_as_they_have_to_be() -> None:
+    random, held = Random(3), 0
+    for _ in range(100):
+        low, high = interval_of_mean([random.gauss(1, 1) for _ in range(8)]) or (0, 0)
+        held += low <= 1 <= high
+    assert held >= 93
+
+
 def test_nothing_is_said_of_a_single_outcome() -> None:
     assert interval_of_mean([1.0]) is None
     assert shift_of_means([1.0], [0.0]) is None
