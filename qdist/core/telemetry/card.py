@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from qdist.core.evaluation.comparison import with_intervals
 from qdist.core.evaluation.results import Evaluation, Figure
 from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.curves import evenly
@@ -209,7 +210,7 @@ def _evaluations(card: Card) -> Iterator[str]:
     """The last figures of each task, of each model that it was measured of."""
     last: dict[tuple[str, str, str], tuple[Figure, Mapping[str, Any]]] = {}
     for evaluation in card.evaluations:
-        for result in evaluation.results:
+        for result in map(with_intervals, evaluation.results):
             for figure in result.figures:
                 last[_task_name(result.task), figure.name, evaluation.what] = figure, result.settings
     rows = [

@@ -92,6 +92,13 @@ def test_the_last_figures_of_each_task_are_told() -> None:
     assert "| 0.3 |" not in text
 
 
+def test_figures_have_the_intervals_of_the_report() -> None:
+    figure = Figure(name="accuracy", value=0.5, count=10)
+    result = TaskResult(task="mmlu:m.jsonl", figures=(figure,), outcomes=(1.0,) * 5 + (0.0,) * 5)
+    text = card(evaluations=(Evaluation(target="runs/alpaca", what="adapter", results=(result,)),))
+    assert "| mmlu:m.jsonl | accuracy | adapter | 0.5 | 0.2366 to 0.7634 | 10 |  |" in text
+
+
 def test_no_folder_of_the_machine_is_named() -> None:
     spec = msgspec.structs.replace(
         PLAN.spec,
