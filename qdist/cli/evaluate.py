@@ -58,7 +58,7 @@ class _Progress:
 
     def __init__(self) -> None:
         self._line: ProgressLine | None = None
-        self._task, self._done = "", 0
+        self._task, self._done, self._time = "", 0, 0.0
 
     def __enter__(self) -> "_Progress":
         return self
@@ -73,12 +73,16 @@ class _Progress:
                 self._show(event)
 
     def _show(self, event: Event) -> None:
+        self._time = event.time  # rates are the ranks' own, of whom several events may come at once
         if event.note != self._task or self._line is None:
             self._close()
-            self._task, self._done, self._line = event.note, 0, ProgressLine(event.total_steps, "scored")
+            self._task, self._done, self._line = event.note, 0, self._line_of(event)
         if event.step > self._done:
             self._line.advance(event.step - self._done, event.note)
             self._done = event.step
+
+    def _line_of(self, event: Event) -> ProgressLine:
+        return ProgressLine(event.total_steps, "scored", clock=lambda: self._time)
 
     def _close(self) -> None:
         if self._line is not None:

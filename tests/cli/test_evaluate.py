@@ -71,8 +71,7 @@ def test_a_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, flags: list[str
 
 def test_each_task_has_a_line_of_progress(capsys: pytest.CaptureFixture[str]) -> None:
     with _Progress() as progress:
-        progress.show([Event(kind="load"), Event(kind="scored", step=0, total_steps=4, note="loss, base")])
-        progress.show([Event(kind="scored", step=4, total_steps=4, note="loss, base")])
-        progress.show([Event(kind="scored", step=4, total_steps=4, note="loss, adapter")])
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.strip().partition(" scored")[0] for line in lines] == ["loss, base, 4 of 4", "loss, adapter, 4 of 4"]
+        progress.show([Event(kind="load"), Event(kind="scored", step=0, total_steps=4, note="loss, base", time=5.0)])
+        progress.show([Event(kind="scored", step=4, total_steps=4, note="loss, base", time=7.0)])
+        progress.show([Event(kind="scored", step=4, total_steps=4, note="loss, adapter", time=9.0)])
+    assert capsys.readouterr().err == "  loss, base, 4 of 4 scored, 2.0/s\n  loss, adapter, 4 of 4 scored\n"
