@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qdist.core.errors import JobError, MachineError, ModelError, QdistError, RunError, SpecError
 from qdist.core.telemetry.card import README
@@ -29,8 +29,9 @@ _BESIDE = frozenset((
     "LICENSE.txt", "NOTICE", "USE_POLICY.md",
 ))  # fmt: skip
 """Files that go up with the weights, where they are there."""
-_PLACES = ("base_model_name_or_path", "_name_or_path", "name_or_path")
-"""Keys of configurations that may hold a place on this machine."""
+_BASE = "base_model_name_or_path"
+_PLACES = (_BASE, "_name_or_path", "name_or_path", "model_name_or_path")
+"""Keys of configurations, at any depth, that may hold a place on this machine."""
 _NAME = r"[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9])?"
 
 
@@ -136,14 +137,22 @@ def push(upload: Upload, repo: str, *, private: bool, revision: str, base: str) 
 
 def _contents(path: Path, base: str) -> str | bytes:
     """A file's path, or its contents without places on this machine."""
-    if path.name not in (ADAPTER_CONFIG, CONFIG, "tokenizer_config.json"):
+    if not path.name.endswith(CONFIG):
         return str(path)
     found = read_object(path, RunError)
-    named = {key: found[key] for key in _PLACES if isinstance(found.get(key), str) and Path(found[key]).is_absolute()}
-    if not named:
-        return str(path)
-    public = {key: base if base and key == _PLACES[0] else Path(place).name for key, place in named.items()}
-    return (json.dumps({**found, **public}, indent=2) + "\n").encode()
+    public = _public(found, base)
+    return str(path) if public == found else (json.dumps(public, indent=2) + "\n").encode()
+
+
+def _public(found: Any, base: str, key: str = "") -> Any:
+    """A part of a configuration, with names in the place of places."""
+    if isinstance(found, dict):
+        return {name: _public(value, base, name) for name, value in found.items()}
+    if isinstance(found, list):
+        return [_public(value, base) for value in found]
+    if key in _PLACES and isinstance(found, str) and found.startswith(("/", "~", ".")):
+        return base if base and key == _BASE else Path(found).name
+    return found
 
 
 @contextmanager

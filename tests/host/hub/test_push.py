@@ -62,6 +62,24 @@ def test_no_place_on_this_machine_goes_up(hub: FakeHub, adapter: Path) -> None:
     assert "/home/me" in (adapter / "adapter_config.json").read_text()  # what is here stays as it is
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "public"),
+    [
+        ("quantize_config.json", {"model_name_or_path": "/home/me/tiny"}, {"model_name_or_path": "tiny"}),
+        ("tokenizer_config.json", {"name_or_path": "../me/tiny"}, {"name_or_path": "tiny"}),
+        ("generation_config.json", {"_name_or_path": "~/tiny"}, {"_name_or_path": "tiny"}),
+        ("tokenizer_config.json", {"a": [{"_name_or_path": "/home/me/t"}]}, {"a": [{"_name_or_path": "t"}]}),
+        ("tokenizer_config.json", {"added": {"content": "/"}}, {"added": {"content": "/"}}),
+    ],
+)  # fmt: skip
+def test_no_place_goes_up_in_any_configuration(
+    hub: FakeHub, adapter: Path, name: str, content: dict[str, object], public: dict[str, object]
+) -> None:
+    (adapter / name).write_text(json.dumps(content))
+    pushed(adapter)
+    assert json.loads(hub.files["me/alpaca"]["main"][name]) == public
+
+
 def test_a_merged_model_goes_up_with_the_files_that_its_index_names(hub: FakeHub, tmp_path: Path) -> None:
     weights = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
