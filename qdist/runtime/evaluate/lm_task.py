@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qdist.core.errors import MachineError, SpecError
+from qdist.core.errors import DataError, MachineError, SpecError
 from qdist.core.evaluation.comparison import is_of_mean
 from qdist.core.evaluation.results import Figure, TaskResult
 from qdist.core.evaluation.scoring import Item, Scored
@@ -217,14 +217,22 @@ def _result(name: str, found: Mapping[str, Any]) -> TaskResult:
 
 
 def _figures(task: str, found: Mapping[str, Any]) -> tuple[Figure, ...]:
-    """A task's or group's metrics, in lm_eval's order; a filter's name behind a comma, unless it is `none`."""
+    """A task's or group's metrics, in lm_eval's order; a filter's name behind a comma, unless it is `none`.
+
+    Raises DataError for one that is NaN or infinite.
+    """
     samples = found["samples"].get(task, [])
     better = found["higher_is_better"].get(task, {})
-    return tuple(
-        _figure(key, float(value), samples, better, int(found["results"][task].get("sample_len", len(samples))))
+    values = {
+        key: float(value)
         for key, value in found["results"][task].items()
         if "," in key and "_stderr," not in key and isinstance(value, int | float)
-    )
+    }
+    for key, value in values.items():
+        if not math.isfinite(value):
+            raise DataError(f"lm_eval finds {key} of {task} to be {value}", try_="more documents, or another metric")
+    count = int(found["results"][task].get("sample_len", len(samples)))
+    return tuple(_figure(key, value, samples, better, count) for key, value in values.items())
 
 
 def _figure(key: str, value: float, samples: Sequence[Any], better: Mapping[str, bool], count: int) -> Figure:

@@ -158,6 +158,12 @@ def test_a_group_shows_each_task_and_their_mean(tmp_path: Path) -> None:
     assert result.notes == ("one: 5 examples",)
 
 
+def test_a_metric_that_is_no_number_is_named() -> None:
+    found = {"results": {"one": {"f1,none": math.nan}}, "samples": {"one": []}, "higher_is_better": {}}
+    with pytest.raises(DataError, match="finds f1,none of one to be nan"):
+        lm_task._figures("one", found)
+
+
 def test_questions_may_be_worded_by_the_chat_template(tmp_path: Path) -> None:
     file, tokenizer = write_task(tmp_path, GENERATED), tiny_tokenizer(CHATML, bos=False)
     plain = LmTask(file, tokenizer, longest=LONGEST).questions()[0]
