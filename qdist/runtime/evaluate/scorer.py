@@ -50,13 +50,13 @@ def positions_of(plan: Plan) -> int:
     return min(GPU_POSITIONS, plan.micro_batch * plan.seq_len)
 
 
-def require_numbers(scored: Sequence[Scored], task: str) -> None:
+def _require_numbers(scored: Sequence[Scored]) -> None:
     """Raise JobError if a model's answers are not finite, of which any figure would mislead."""
     bad = sum(not all(map(math.isfinite, own.logprobs)) for own in scored)
     if bad:
         raise JobError(
-            f"{task}: the model's answers to {bad:,} of {len(scored):,} items are NaN or infinite",
-            try_="--set dtype=float32, or another checkpoint",
+            f"the model's answers to {bad:,} of {len(scored):,} items are NaN or infinite",
+            try_="--set dtype=float32",
         )
 
 
@@ -72,7 +72,10 @@ class PlacedScorer:
         self._positions = positions or (CPU_POSITIONS if place.plan.device == "cpu" else GPU_POSITIONS)
 
     def score(self, items: Sequence[Item], came_to: CameTo) -> list[Scored]:
-        """The answers to all items, in their order, on every rank. Collective."""
+        """The answers to all items, in their order, on every rank. Collective.
+
+        Raises JobError, on every rank, where answers are NaN or infinite.
+        """
         batches = batches_of(items, self._positions)
         ranks = self._place.plan.data_parallel
         own = range(self._place.data_rank, len(batches), ranks)
@@ -94,7 +97,9 @@ class PlacedScorer:
         for found in self._comm.gather(mine):
             scored.update(answers_by_item(found, batches, items))
         came_to(len(items))
-        return [scored[index] for index in range(len(items))]
+        ordered = [scored[index] for index in range(len(items))]
+        _require_numbers(ordered)
+        return ordered
 
 
 def answers_by_item(

@@ -157,7 +157,6 @@ class _Work:
     def _result(self, task: ScoredTask, scorer: Any, answering: Any, what: str) -> TaskResult:
         """A task's result. Collective."""
         from qdist.runtime.evaluate.lm_task import LmTask
-        from qdist.runtime.evaluate.scorer import require_numbers
 
         items, began = task.items(), time.monotonic()
         questions = task.questions() if isinstance(task, LmTask) else []
@@ -170,7 +169,6 @@ class _Work:
                 self._report(Event(kind="scored", step=count, total_steps=total, note=note))
 
         scored = scorer.score(items, came_to)
-        require_numbers(scored, task.name)
         if isinstance(task, LmTask):
             answers = answering.answer(questions, lambda count: came_to(len(items) + count)) if questions else []
             found = task.result(scored, answers)

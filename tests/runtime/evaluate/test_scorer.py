@@ -1,6 +1,7 @@
 """Items in batches, and their answers from one process."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 
 from qdist.core.errors import JobError
 from qdist.core.evaluation.scoring import Item, Scored, continuation
-from qdist.runtime.engine.objective import Passes
+from qdist.runtime.engine.objective import Batch, CameTo, Passes, unseen
 from qdist.runtime.engine.torch import Comm
-from qdist.runtime.evaluate.scorer import PlacedScorer, batches_of, collate_items, positions_of, require_numbers
+from qdist.runtime.evaluate.scorer import PlacedScorer, batches_of, collate_items, positions_of
 from qdist.runtime.placements.registry import placement_of
 from tests.plans import gpus, planned
 from tests.runtime.tiny import plan_of, save_config, tiny_model
@@ -44,14 +45,6 @@ def test_a_batch_has_no_more_positions_than_the_plan_found_room_for(micro_batch:
     assert positions_of(planned("llama-7b", gpus(1, 80), settings)) == positions
 
 
-@pytest.mark.parametrize("wrong", [math.nan, -math.inf])
-def test_answers_that_are_no_numbers_have_no_figure(wrong: float) -> None:
-    right = Scored((-1.0, -2.0), (True, False))
-    require_numbers([right], "loss")
-    with pytest.raises(JobError, match="loss: the model's answers to 1 of 2 items are NaN or infinite"):
-        require_numbers([right, Scored((-1.0, wrong), (True, False))], "loss")
-
-
 def test_positions_count_through_the_padded_rows() -> None:
     batch = collate_items([Item((5, 6, 7), (1, 1), (8, 9)), Item((4,), (0,), (3,))], pad_id=2)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [4, 2, 2]]
@@ -68,6 +61,17 @@ def scorer_of(model: Any, folder: Path, positions: int) -> PlacedScorer:
     plan = plan_of(save_config(folder / "model"), folder / "run")
     score = Passes(model, dtype=torch.float32).score
     return PlacedScorer(score, placement_of(plan, 0, (CPU,)), Comm(CPU), longest=64, pad_id=0, positions=positions)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, -math.inf])
+def test_answers_that_are_no_numbers_have_no_figure(tmp_path: Path, wrong: float) -> None:
+    def score(batches: Iterable[Batch], came_to: CameTo) -> list[torch.Tensor]:
+        return [torch.tensor([[-1.0, 1.0], [wrong, 0.0], [-2.0, 0.0]]) for _ in batches]
+
+    place = placement_of(plan_of(save_config(tmp_path / "model"), tmp_path / "run"), 0, (CPU,))
+    scorer = PlacedScorer(score, place, Comm(CPU), longest=64, pad_id=0)
+    with pytest.raises(JobError, match="the model's answers to 1 of 1 items are NaN or infinite"):
+        scorer.score(ITEMS[:1], unseen)
 
 
 @pytest.mark.parametrize("positions", [1, 40, 4096])
