@@ -1,6 +1,6 @@
 """MMLU: which of the letters A to D does a model find most probable behind a question?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from statistics import fmean
 from typing import Any
@@ -9,6 +9,7 @@ from qdist.core.errors import DataError
 from qdist.core.evaluation.multiple_choice import LETTERS, Exam, Question, prompt_of
 from qdist.core.evaluation.results import Figure, TaskResult
 from qdist.core.evaluation.scoring import Item, Scored
+from qdist.core.text import counted
 from qdist.runtime.data.encode import opening
 
 _BETWEEN = (" ", "")
@@ -18,7 +19,9 @@ _BETWEEN = (" ", "")
 class Mmlu:
     """Accuracy by subject, their mean, and that over all questions."""
 
-    def __init__(self, name: str, exam: Exam, tokenizer: Any, *, longest: int, shots: int) -> None:
+    def __init__(
+        self, name: str, exam: Exam, tokenizer: Any, *, longest: int, shots: int, notes: tuple[str, ...] = ()
+    ) -> None:
         """longest: tokens of a prompt; longer ones lose examples, then their beginning.
 
         Raises DataError where there is nothing to ask, or the letters are not single tokens behind a prompt.
@@ -26,6 +29,7 @@ class Mmlu:
         if not exam.questions:
             raise DataError(f"{name}: there is no question left beside the examples", try_="a file with more questions")
         self.name, self._exam, self._tokenizer, self._longest, self._shots = name, exam, tokenizer, longest, shots
+        self._notes = notes
         self._opening = opening(tokenizer)
         self._letters = _letter_tokens(tokenizer, prompt_of(exam.questions[0]), name)
         self._shortened = 0
@@ -73,8 +77,12 @@ class Mmlu:
             outcomes=tuple(right),
             weights=_weights(self._exam.questions, by_subject),
             settings={"shots": self._shots, "subjects": len(groups)},
-            notes=(f"{self._shortened:,} prompts were shortened to {self._longest:,} tokens",) * bool(self._shortened),
+            notes=(*self._notes, *self._told_of_shortened()),
         )
+
+    def _told_of_shortened(self) -> Iterator[str]:
+        if self._shortened:
+            yield f"{counted(self._shortened, 'prompt')} shortened to {self._longest:,} tokens"
 
 
 def _accuracy(name: str, outcomes: Sequence[float]) -> Figure:

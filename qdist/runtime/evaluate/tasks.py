@@ -128,8 +128,11 @@ def _mmlu(word: TaskWord, tokenizer: Any, limit: int | None, basis: Basis) -> Mm
     beside = Path(word.argument).expanduser().parent / "dev.jsonl"
     dev = _questions(str(beside)) if shots and beside.is_file() else []
     exam = exam_of(_questions(word.argument), dev, shots=shots)
-    exam = exam._replace(questions=exam.questions[:limit])
-    return Mmlu(str(word), exam, tokenizer, longest=basis.longest, shots=shots)
+    asked = exam.questions[:limit]
+    fewer = len(asked) < len(exam.questions)
+    notes = (f"the first {len(asked):,} of {len(exam.questions):,} questions",) if fewer else ()
+    exam = exam._replace(questions=asked)
+    return Mmlu(str(word), exam, tokenizer, longest=basis.longest, shots=shots, notes=notes)
 
 
 def _questions(source: str) -> list[Question]:

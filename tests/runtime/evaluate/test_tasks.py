@@ -140,6 +140,12 @@ def test_accuracy_is_the_mean_of_the_subjects(tokenizer: Any, tmp_path: Path) ->
     assert result.settings == {"shots": 0, "subjects": 2}
 
 
+def test_questions_beyond_the_limit_are_told(tokenizer: Any, tmp_path: Path) -> None:
+    task = opened(f"mmlu:{mmlu_file(tmp_path)}", tokenizer, limit=2)
+    assert task.result([answering(0)] * 2).notes == ("the first 2 of 6 questions",)
+    assert opened(f"mmlu:{mmlu_file(tmp_path)}", tokenizer, limit=6).result([answering(0)] * 6).notes == ()
+
+
 def test_five_examples_are_shown_of_a_dev_file_beside(tokenizer: Any, tmp_path: Path) -> None:
     path = mmlu_file(tmp_path, 2)
     mmlu_file(tmp_path, 12, "dev.jsonl")
