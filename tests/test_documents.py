@@ -99,6 +99,8 @@ def test_a_command_has_the_flags_and_settings_that_documents_show(words: list[st
     module, _, attribute = COMMANDS[name][0].partition(":")
     named: click.Command = getattr(import_module(module), attribute)
     command = named.make_context(name, [*arguments], resilient_parsing=True).command  # of `convert recipe`: recipe
+    if isinstance(command, click.Group):  # of `data show`: show
+        command = command.commands[arguments[0]]
     flags = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)} | {"--help"}
     assert [word for word in arguments if word.startswith("--") and word.partition("=")[0] not in flags] == []
     given = {after.partition("=")[0] for flag, after in pairwise(arguments) if flag == "--set"}
