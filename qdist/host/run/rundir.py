@@ -177,8 +177,12 @@ class RunDir:
         return plan
 
     def training_stamp(self) -> list[int]:
-        """Distinguishes one training of the run from another, by when its files were written; empty for no run."""
-        files = (self.path / PLAN, self.adapter / "adapter_model.safetensors")
+        """Distinguishes one training of the run from another, by when its files were written.
+
+        Of a model's folder in place of a run's, one writing of it; empty for what is neither.
+        """
+        weights = sorted(self.path.glob("*.safetensors"))
+        files = (self.path / PLAN, self.adapter / "adapter_model.safetensors", *weights)
         return [file.stat().st_mtime_ns for file in files if file.is_file()]
 
     def checkpoint_steps(self) -> list[int]:

@@ -1,6 +1,7 @@
 """Are answers measured against the ones in the data, written with them, and given once only?"""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,18 @@ def test_what_was_answered_is_measured_without_answering_again(tmp_path: Path, m
     data(tmp_path, [*RECORDS, RECORDS[0]])
     run_generate(request, answer=answer)
     assert len(asked) == 3
+
+
+def test_a_model_that_was_merged_anew_answers_anew(tmp_path: Path) -> None:
+    merged, (answer, asked) = tmp_path / "merged", answering(["It is 4.", "the end", "yes"])
+    merged.mkdir()
+    request = Generate(run=str(merged), prompts=data(tmp_path), out="")
+    for time_ns in (1, 1, 2):
+        weights = merged / "model.safetensors"
+        weights.write_bytes(b"")
+        os.utime(weights, ns=(time_ns, time_ns))
+        run_generate(request, folder=tmp_path / "predictions", answer=answer)
+    assert len(asked) == 2
 
 
 def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
