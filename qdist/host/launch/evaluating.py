@@ -45,7 +45,7 @@ from qdist.host.run.rundir import PLAN, RunDir, free_name
 from qdist.host.sources import cache
 from qdist.host.sources.model_folder import require_same_tensors, stated
 from qdist.host.sources.models import read_json
-from qdist.host.sources.targets import adapter_step, check_target
+from qdist.host.sources.targets import adapter_step, check_gpus, check_target
 
 _ANSWERED = ("gpus", "max_memory", "dtype", "trust_remote_code")
 """Settings that go with models that answer."""
@@ -133,8 +133,11 @@ def _refuse_unfit(words: Sequence[TaskWord], asked: Asked, settings: Mapping[str
             f"--{name.replace('_', '-')} is of {', '.join(kinds)}, and the tasks are {', '.join(map(str, words))}",
             try_="the command without it",
         )
+    if not any(word.kind in OF_MODELS for word in words):
+        return
+    check_gpus(_answering(asked, settings).gpus)
     kept = [key for key in settings if key not in _ANSWERED]
-    if kept and any(word.kind in OF_MODELS for word in words):
+    if kept:
         raise SpecError(
             f"generate: has models answer as they lie, and {kept[0]} is not for that",
             try_=f"generate: in a command of its own, without {kept[0]}",

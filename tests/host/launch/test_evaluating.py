@@ -40,6 +40,7 @@ def evaluated(
         ("elo:a.jsonl", {"targets": ("m",)}, {}, "elo:a.jsonl is of files, which m has no part in"),
         ("judge:a.jsonl,b.jsonl", {}, {}, "judge: asks a model, and none is named"),
         ("generate:a.jsonl", {"targets": ("m",)}, {"placement": "shard"}, "placement is not for that"),
+        ("generate:a.jsonl", {"targets": ("m",)}, {"gpus": 2}, "--gpus 2 counts GPUs, and this machine has none"),
         ("elo:a.jsonl", {}, {"gpus": 2}, "gpus is of models, and elo:a.jsonl asks none"),
         ("elo:a.jsonl", {"limit": 2}, {}, "--limit is of"),
         ("elo:a.jsonl", {"beside": ("base",)}, {}, "--beside is of"),

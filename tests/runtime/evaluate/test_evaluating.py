@@ -235,13 +235,13 @@ def test_answers_stand_beside_scores_and_all_are_kept_and_on_the_card(another: R
     answer, asked = answering(["hello"] * 3)
     asking = Asked(targets=(str(another.path),), tasks=f"loss,generate:{data(folder)}", beside=("base",), batch=2)
     found = evaluate(
-        asking, {"gpus": 1}, JudgeSettings(), show=lambda events: None, say=lambda line: None, backend=Found,
+        asking, {}, JudgeSettings(), show=lambda events: None, say=lambda line: None, backend=Found,
         answer=answer,
     )  # fmt: skip
     assert [(own.what, own.results[0].task.partition(":")[0]) for own in found] == [
         ("base", "loss"), ("adapter", "loss"), ("base", "generate"), ("adapter", "generate"),
     ]  # fmt: skip
-    assert [(own.adapter, own.batch, own.gpus) for own in asked] == [("base", 2, 1), ("run", 2, 1)]
+    assert [(own.adapter, own.batch) for own in asked] == [("base", 2), ("run", 2)]
     assert list(read_evaluations(another.path)) == found
     card = (another.adapter / "README.md").read_text()
     assert "| loss | loss | adapter | 1.5" in card
