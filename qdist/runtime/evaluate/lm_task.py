@@ -154,12 +154,22 @@ def _require_runnable(name: str, task: Any) -> None:
         raise SpecError(f"{name} asks about images or sound, and models here read text", try_="another task")
     if getattr(task, "UNSAFE_CODE", False):
         raise SpecError(f"{name} executes the code that a model writes", try_="lm_eval itself, in a container")
-    from lm_eval.api.registry import metric_registry
+    with _quiet(name):
+        unknown = list(_unknown_metrics(task))
+    if unknown:
+        raise SpecError(f"{name}: lm_eval finds no metric called {unknown[0]!r}", try_="acc or exact_match")
 
-    for metric in getattr(task.config, "metric_list", None) or ():
-        called = metric["metric"]
-        if isinstance(called, str) and not metric.get("hf_evaluate") and called not in metric_registry:
-            raise SpecError(f"{name}: lm_eval finds no metric called {called!r}", try_="acc or exact_match")
+
+def _unknown_metrics(task: Any) -> Iterator[str]:
+    """Metrics that lm_eval finds nowhere. A task with its own `process_results` computes its metrics itself."""
+    from lm_eval.api.registry import get_metric
+
+    if task.config.process_results is not None:
+        return
+    for own in task.config.metric_list or ():
+        name = own["metric"]
+        if isinstance(name, str) and get_metric(name, own.get("hf_evaluate") is True) is None:
+            yield name
 
 
 @contextlib.contextmanager

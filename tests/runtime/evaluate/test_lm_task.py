@@ -158,6 +158,16 @@ def test_a_group_shows_each_task_and_their_mean(tmp_path: Path) -> None:
     assert result.notes == ("one: 5 examples",)
 
 
+def test_a_task_may_compute_its_metrics_itself(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def process(doc, results):\n    return {'own': float(doc['answer'])}\n")
+    shared, _ = CHOICES.split("metric_list:")
+    body = f"{shared}process_results: !function own.process\nmetric_list:\n  - {{metric: own, aggregation: mean}}\n"
+    task = LmTask(write_task(tmp_path, body), tiny_tokenizer(), longest=LONGEST)
+    found = own_result(task, tiny_model(max_position_embeddings=LONGEST))
+    assert found.figures[0].name == "own"
+    assert found.figures[0].value == pytest.approx(6 / 7)
+
+
 def test_a_metric_that_is_no_number_is_named() -> None:
     found = {"results": {"one": {"f1,none": math.nan}}, "samples": {"one": []}, "higher_is_better": {}}
     with pytest.raises(DataError, match="finds f1,none of one to be nan"):
