@@ -56,7 +56,7 @@ _USED_BY: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("beside", "limit"), tuple(kind for kind in KINDS if kind not in OF_FILES)),
     "chat": ("lm",),
     **dict.fromkeys(("max_new_tokens", "batch"), OF_MODELS),
-    **dict.fromkeys(JudgeSettings.__struct_fields__, ("judge",)),
+    **dict.fromkeys(msgspec.structs.asdict(JudgeSettings()), ("judge",)),
 }
 """Kinds of tasks that use a flag, of those that not all do."""
 
