@@ -15,6 +15,10 @@ Way = Literal["chat", "headings", "alpaca", "plain"]
 """A style, or chat for the tokenizer's chat template."""
 
 HUMAN, ASSISTANT = "### Human:", "### Assistant:"
+THOUGHT, THOUGHT_END = "<think>", "</think>"
+"""Tags that most models think between."""
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""What records and chat templates call the reasoning of an answer: most the first, gpt-oss and Command A the last."""
 _ALPACA_HEAD = "Below is an instruction that describes a task"
 _ALPACA_PAIRED = ", paired with an input that provides further context"
 _ALPACA_TAIL = "Write a response that appropriately completes the request.\n\n"
@@ -52,7 +56,10 @@ class Turn(msgspec.Struct, frozen=True):
     @property
     def answered(self) -> str:
         """An answer as plain text, behind its thoughts."""
-        return f"<think>\n{self.thoughts.strip()}\n</think>\n\n{self.text}" if self.thoughts else self.text
+        if not self.thoughts:
+            return self.text
+        thought = f"{THOUGHT}\n{self.thoughts.strip()}\n{THOUGHT_END}"
+        return f"{thought}\n\n{self.text}" if self.text.strip() else thought
 
 
 class Segment(msgspec.Struct, frozen=True):

@@ -6,7 +6,7 @@ from typing import Literal, cast
 
 from msgspec.structs import replace
 
-from qdist.core.data.conversation import Role, Turn
+from qdist.core.data.conversation import THOUGHT, THOUGHT_END, THOUGHT_KEYS, Role, Turn
 from qdist.core.data.record_fields import (
     CALLS,
     SYSTEM,
@@ -38,8 +38,6 @@ SPEAKERS: dict[str, Speaker] = {
 }  # fmt: skip
 """Names that turns are said by, in lower case."""
 _SPEAKER, _WORDS = ("role", "from"), ("content", "value", "text")
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_THINK, _THINK_END = "<think>", "</think>"
 _TEXTS, _REASONS = ("text", "input_text", "output_text"), ("thinking", "reasoning")
 _MEDIA = ("image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file")
 """Types of the parts of a content."""
@@ -133,7 +131,7 @@ def turn_of(fields: Fields) -> Turn:
             f"{fields.where} is {whose(role)} and is marked to be learned; the loss is taken on the assistant's turns",
             try_="remove the mark, or train on everything: --set train.train_on_source=true",
         )
-    there = [key for key in (*CALLS, *_THOUGHTS) if key in fields.record]
+    there = [key for key in (*CALLS, *THOUGHT_KEYS) if key in fields.record]
     if key := next((key for key in there if says_something(fields.record[key])), None):
         raise DataError(f"{fields.where} is {whose(role)} and has {key!r}", try_=f"{key!r} in the assistant's turns")
     if role == "tool":
@@ -164,7 +162,7 @@ def _answered(fields: Fields, mark: bool | None) -> Turn:
     calls, beside, key = calls_of(fields), thoughts_of(fields), fields.chosen(*_WORDS)
     silent = key is None or is_empty(fields.record[key])
     text, inside = ("", "") if silent and (calls or beside) else _words(fields)
-    if beside and (inside or text.lstrip().startswith(_THINK)):
+    if beside and (inside or text.lstrip().startswith(THOUGHT)):
         raise DataError(f"{fields.where} has reasoning beside the content and in it", try_="one of the two")
     return answer_of(text, mark, thoughts=beside or inside, calls=calls)
 
@@ -174,15 +172,15 @@ def _called(fields: Fields, mark: bool | None) -> Turn:
     if calls := calls_of(fields):
         return answer_of("", mark, thoughts=thoughts_of(fields), calls=calls)
     key, value, thoughts = str(fields.chosen(*_WORDS)), fields.value(*_WORDS), thoughts_of(fields)
-    if isinstance(value, str) and value.lstrip().startswith(_THINK) and _THINK_END in value and not thoughts:
-        inside, _, value = value.lstrip().removeprefix(_THINK).partition(_THINK_END)
+    if isinstance(value, str) and value.lstrip().startswith(THOUGHT) and THOUGHT_END in value and not thoughts:
+        inside, _, value = value.lstrip().removeprefix(THOUGHT).partition(THOUGHT_END)
         thoughts = inside.strip()
     return answer_of("", mark, thoughts=thoughts, calls=calls_in(fields, key, value))
 
 
 def thoughts_of(fields: Fields) -> str:
     """The reasoning beside an answer; empty if there is none."""
-    return fields.optional_text(*_THOUGHTS)
+    return fields.optional_text(*THOUGHT_KEYS)
 
 
 def _words(fields: Fields) -> tuple[str, str]:

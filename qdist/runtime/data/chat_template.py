@@ -7,21 +7,18 @@ from typing import Any, NamedTuple, TypeVar
 
 from msgspec.structs import replace
 
-from qdist.core.data.conversation import Conversation, Role, Turn
+from qdist.core.data.conversation import THOUGHT, THOUGHT_END, Conversation, Role, Turn
 from qdist.core.errors import DataError, ModelError
 from qdist.core.text import format_bytes
 from qdist.host.opening import told
 from qdist.runtime.data import limits
 from qdist.runtime.data.messages import (
-    THOUGHT,
-    THOUGHT_END,
-    messages_of,
     missing_of_call,
+    readable_messages,
     readable_turns,
     template_of,
     tools_of,
     with_thoughts_in_text,
-    writes_python,
 )
 from qdist.runtime.data.template_mask import Marked, require_same_mask
 
@@ -94,10 +91,7 @@ def render(conversation: Conversation, tokenizer: Any) -> Rendered:
     bare = {index: _bare(turns[index].text, answer.mark) for index, (_, answer) in zip(learned, own, strict=True)}
     again = {index: text for index, text in bare.items() if text != turns[index].text}
     if again:
-        once = (
-            replace(turn, text=again[index], learn=_says_something(turn, again[index])) if index in again else turn
-            for index, turn in enumerate(turns)
-        )
+        once = (_without_end(turn, again[index]) if index in again else turn for index, turn in enumerate(turns))
         return render(replace(conversation, turns=tuple(once)), tokenizer)._replace(doubled=len(again))
     whole = own[-1][0] if turns[-1].learn else writer.through(len(turns) - 1)
     shared = [_within(whole, text, answer) for text, answer in own]
@@ -111,8 +105,10 @@ def render(conversation: Conversation, tokenizer: Any) -> Rendered:
     return Rendered(parts, left_out, thoughts=writer.thoughts, toolless=writer.leaves_out_tools(whole))
 
 
-def _says_something(turn: Turn, text: str) -> bool:
-    return bool(text.strip() or turn.thoughts.strip() or turn.calls)
+def _without_end(turn: Turn, text: str) -> Turn:
+    """A learned turn with the text that is left of it; not learned if it then says nothing."""
+    left = replace(turn, text=text)
+    return replace(left, learn=not left.is_empty)
 
 
 def prompt_text(conversation: Conversation, tokenizer: Any) -> str:
@@ -128,9 +124,7 @@ class _Writer:
         self._template = template_of(tokenizer, conversation)
         self.turns = readable_turns(conversation, self._template)
         self._tools = tools_of(conversation)
-        self._messages = messages_of(self.turns, self._template)
-        if any(turn.calls for turn in self.turns):
-            self._messages = self._with_readable_arguments()
+        self._messages = readable_messages(self.turns, self._template, partial(self._written, reply=False))
         self._begins_in_ways = bool(self._tools) or any(turn.calls or turn.thoughts for turn in self.turns)
         self.thoughts = 0
         self._through = dict[int, Marked]()
@@ -273,19 +267,6 @@ class _Writer:
         if not all(name in whole for name in names):
             return True
         return self.through(len(self.turns) - 1) == self._written(self._messages, reply=False, toolless=True)
-
-    def _with_readable_arguments(self) -> list[dict[str, Any]]:
-        """Messages with arguments as an object; as text, if the template wants that or would print Python's."""
-        objects, texts = self._messages, messages_of(self.turns, self._template, as_text=True)
-        try:
-            if not writes_python(self.turns, self._written(objects, reply=False)):
-                return objects
-        except DataError:
-            try:
-                self._written(texts, reply=False)
-            except DataError:
-                return objects  # whose refusal is the one to tell
-        return texts
 
     def _require_same_mask(self, index: int, answer: LearnedAnswer) -> None:
         """Raise DataError where the template's own mark of what is learned differs."""

@@ -2,16 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
-from qdist.core.data.conversation import Conversation, Turn
+from qdist.core.data.conversation import THOUGHT_KEYS, Conversation, Turn
+from qdist.core.errors import DataError
 
-THOUGHT, THOUGHT_END = "<think>", "</think>"
-THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""What templates call the reasoning of an answer: most the first, gpt-oss and Command A the last."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -50,10 +48,7 @@ def readable_turns(conversation: Conversation, template: Template) -> tuple[Turn
 
 def with_thoughts_in_text(turn: Turn) -> Turn:
     """A turn with its reasoning before its text, between the tags that most models think in."""
-    if not turn.thoughts:
-        return turn
-    thought = f"{THOUGHT}\n{turn.thoughts.strip()}\n{THOUGHT_END}"
-    return replace(turn, text=f"{thought}\n\n{turn.text}" if turn.text.strip() else thought, thoughts="")
+    return replace(turn, text=turn.answered, thoughts="") if turn.thoughts else turn
 
 
 def messages_of(turns: Sequence[Turn], template: Template, *, as_text: bool = False) -> list[dict[str, Any]]:
@@ -62,6 +57,27 @@ def messages_of(turns: Sequence[Turn], template: Template, *, as_text: bool = Fa
     as_text: arguments of calls as JSON text rather than as an object.
     """
     return [_message(turn, template, as_text=as_text) for turn in turns]
+
+
+def readable_messages(
+    turns: Sequence[Turn], template: Template, write: Callable[[list[dict[str, Any]]], str]
+) -> list[dict[str, Any]]:
+    """Messages with arguments of calls as an object; as text, if the template wants that or would print Python's.
+
+    write: renders messages, and raises DataError where the template refuses them.
+    """
+    objects, texts = messages_of(turns, template), messages_of(turns, template, as_text=True)
+    if not any(turn.calls for turn in turns):
+        return objects
+    try:
+        if not _writes_python(turns, write(objects)):
+            return objects
+    except DataError:
+        try:
+            write(texts)
+        except DataError:
+            return objects  # whose refusal is the one to tell
+    return texts
 
 
 def _message(turn: Turn, template: Template, *, as_text: bool) -> dict[str, Any]:
@@ -84,7 +100,7 @@ def _with_text(call: Mapping[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
-def writes_python(turns: Sequence[Turn], text: str) -> bool:
+def _writes_python(turns: Sequence[Turn], text: str) -> bool:
     """Whether arguments of a call stand in a text as Python prints an object, and not as JSON."""
     given = [call["function"]["arguments"] for turn in turns for call in turn.calls]
     return any(str(own) in text and str(own) not in _forms(own) for own in given)

@@ -6,13 +6,12 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from qdist.core.data.conversation import HUMAN, Conversation, Role, Style, Turn, Way, Wording, template_of
+from qdist.core.data.conversation import HUMAN, THOUGHT_END, Conversation, Role, Style, Turn, Way, Wording, template_of
 from qdist.core.data.templates import NamedTemplate, jinja_of
 from qdist.core.errors import DataError, ModelError
 from qdist.core.text import counted
 from qdist.runtime.data.chat_template import prompt_text, require_template
 from qdist.runtime.data.encode import Encoded, End, opening, prompt_of_segments
-from qdist.runtime.data.messages import THOUGHT_END
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -80,8 +80,8 @@ class ToolMessage(_Strict, frozen=True, kw_only=True, tag_field="role", tag="too
 Message = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
 
 
-class Function(_Strict, frozen=True, kw_only=True):
-    """A function that an answer may call."""
+class Function(_Strict, frozen=True, kw_only=True, omit_defaults=True):
+    """A function that an answer may call. What a request leaves out, the chat template is not given either."""
 
     name: Annotated[str, Meta(min_length=1)]
     description: str = ""

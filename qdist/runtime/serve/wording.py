@@ -1,15 +1,16 @@
 """Which tokens does a request ask the model to go on from? In the wording that it was trained with."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
-from msgspec import UNSET, structs
+from msgspec import UNSET
 
 from qdist.core.data.conversation import Conversation, Turn
 from qdist.core.errors import DataError
 from qdist.host.opening import told
 from qdist.runtime.data.encode import opening
+from qdist.runtime.data.messages import readable_messages, readable_turns, template_of, tools_of
 from qdist.runtime.data.wording import encode_prompt
 from qdist.runtime.infer.prompts import Speech
 from qdist.runtime.serve.bodies import (
@@ -29,12 +30,12 @@ from qdist.runtime.serve.refusals import Refusal, unfit
 
 def chat_tokens(body: ChatBody, speech: Speech) -> list[int]:
     """The tokens of a conversation, up to where the answer begins. Raises Refusal for one that cannot be worded."""
+    conversation = _conversation(body)
     if speech.wording.style != "chat":
-        return _worded(body, speech)
-    tools = [structs.asdict(tool) | {"type": "function"} for tool in body.tools] if body.tool_choice == "auto" else []
-    messages = [_as_template_reads(each, f"messages[{index}]") for index, each in enumerate(body.messages)]
-    text = _rendered(messages, tools, speech)
-    if tools and text == _rendered(messages, [], speech):
+        return _worded(conversation, speech)
+    tools = tools_of(conversation)
+    text = _rendered(conversation, tools, speech)
+    if tools and text == _rendered(conversation, None, speech):
         raise unfit("tools", tools, "this model's chat template writes none", try_="another model, or no tools")
     ids: list[int] = speech.tokenizer(text + speech.wording.lead, add_special_tokens=False)["input_ids"]
     return _checked(ids, "messages", speech)
@@ -78,27 +79,45 @@ def _checked(ids: list[int], field: str, speech: Speech) -> list[int]:
     return ids
 
 
-def _rendered(messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]], speech: Speech) -> str:
-    """The conversation through the chat template, which may refuse it.
+def _rendered(conversation: Conversation, tools: list[dict[str, Any]] | None, speech: Speech) -> str:
+    """The conversation through the chat template, which may refuse it. tools: those that it is given.
 
     Not within the limits of `limits.limited`: those are the process's, and other threads are at work.
     """
-    apply, given = speech.tokenizer.apply_chat_template, [dict(tool) for tool in tools] or None
-    try:
+
+    def write(messages: list[dict[str, Any]]) -> str:
         with told("this model's chat template refuses the messages", DataError):
-            text: str = apply(messages, tools=given, tokenize=False, add_generation_prompt=True)
+            text: str = speech.tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=True
+            )
+        return text
+
+    template = template_of(speech.tokenizer, conversation)
+    try:
+        return write(readable_messages(readable_turns(conversation, template), template, write))
     except DataError as error:
         raise Refusal(error.message, try_="messages in the order that it expects", field="messages") from error
-    return text
 
 
-def _worded(body: ChatBody, speech: Speech) -> list[int]:
-    """The conversation in the words of a run that was trained without a chat template."""
-    if body.tools and body.tool_choice == "auto":
+def _worded(conversation: Conversation, speech: Speech) -> list[int]:
+    """The tokens of a conversation in the words of a run that was trained without a chat template."""
+    if conversation.tools:
         raise unfit("tools", [], "this model was trained without a chat template, which alone writes tools")
+    for index, turn in enumerate(conversation.turns):
+        if turn.calls or turn.role == "tool":
+            raise Refusal(
+                f"messages[{index}] is of a tool, and this model was trained without a chat template, which alone "
+                "writes tools",
+                try_="system, user and assistant",
+                field=f"messages[{index}]",
+            )
+    return _checked(encode_prompt(conversation, speech.tokenizer, speech.wording), "messages", speech)
+
+
+def _conversation(body: ChatBody) -> Conversation:
     turns = tuple(_turn(each, f"messages[{index}]") for index, each in enumerate(body.messages))
-    ids = encode_prompt(Conversation(turns=turns, where="messages"), speech.tokenizer, speech.wording)
-    return _checked(ids, "messages", speech)
+    tools = msgspec.to_builtins(body.tools) if body.tool_choice == "auto" else ()
+    return Conversation(turns=turns, where="messages", tools=tuple(tools))
 
 
 def _turn(message: Message, field: str) -> Turn:
@@ -107,29 +126,12 @@ def _turn(message: Message, field: str) -> Turn:
             return Turn("system", _text(message.content), False)
         case UserMessage():
             return Turn("user", _text(message.content), False)
-        case AssistantMessage(tool_calls=()):
-            return Turn("assistant", _text(_content(message, field)), False)
-    raise Refusal(
-        f"{field} is of a tool, and this model was trained without a chat template, which alone writes tools",
-        try_="system, user and assistant",
-        field=field,
-    )
-
-
-def _as_template_reads(message: Message, field: str) -> dict[str, Any]:
-    """A message as chat templates of the hub expect it: text, and arguments of calls as objects."""
-    match message:
-        case SystemMessage() | DeveloperMessage():
-            return {"role": "system", "content": _text(message.content)}
-        case UserMessage():
-            return {"role": "user", "content": _text(message.content)}
         case ToolMessage():
-            about = {"tool_call_id": message.tool_call_id, "name": message.name}
-            return {"role": "tool", "content": _text(message.content)} | {k: v for k, v in about.items() if v}
-    calls = [
+            return Turn("tool", _text(message.content), False, tool=message.name, call_id=message.tool_call_id)
+    calls = (
         _call(each, f"{field}.tool_calls[{index}].function.arguments") for index, each in enumerate(message.tool_calls)
-    ]
-    return {"role": "assistant", "content": _text(_content(message, field))} | ({"tool_calls": calls} if calls else {})
+    )
+    return Turn("assistant", _text(_content(message, field)), False, calls=tuple(calls))
 
 
 def _call(call: ToolCall, field: str) -> dict[str, Any]:

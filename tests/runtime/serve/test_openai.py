@@ -1,6 +1,7 @@
 """Does OpenAI's own client get what it expects, whole and streamed?"""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -161,6 +162,25 @@ def test_tools_and_their_messages_reach_the_chat_template() -> None:
         assert none.choices[0].message.content == ANSWER
 
     asking(test)
+
+
+@pytest.mark.parametrize(
+    ("template", "wanted"),
+    [
+        ("{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{{ c.function.arguments | tojson }}", '{"x": 3}'),
+        ("{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{{ '<' + c.function.arguments + '>' }}", '<{"x": 3}>'),
+        ("{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{{ c.function.arguments }}", '{"x": 3}'),
+    ],
+)
+def test_templates_get_tools_and_arguments_as_they_can_write_them(template: str, wanted: str) -> None:
+    async def test(client: openai.AsyncOpenAI, _: Started) -> None:
+        call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"x": 3}'}}
+        talk: Any = [*ASK, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "9"}]
+        found = await client.chat.completions.create(model="sql", messages=talk, tools=[TOOL], max_tokens=120)
+        assert found.choices[0].message.content == json.dumps(TOOL) + wanted
+
+    whole = f"{{% for m in messages %}}{{% for c in m.tool_calls or [] %}}{template}{{% endfor %}}{{% endfor %}}"
+    asking(test, speech=Speech(byte_tokenizer(whole), Wording(style="chat"), 500))
 
 
 def test_tools_that_a_template_leaves_out_are_refused() -> None:
