@@ -113,7 +113,7 @@ dataset: mine
 dataset_dir: SETS
 template: llama3
 cutoff_len: 128
-max_samples: 1000
+max_samples: 10
 overwrite_cache: true
 preprocessing_num_workers: 16
 ### output
@@ -136,7 +136,7 @@ eval_steps: 10
 """
 FACTORY_JSON = json.dumps(
     {
-        "model_name_or_path": "MODEL", "finetuning_type": "lora", "quantization_bit": 8, "dataset": "mine,chats",
+        "model_name_or_path": "MODEL", "finetuning_type": "lora", "quantization_bit": 8, "dataset": "asked,chats",
         "dataset_dir": "SETS", "mix_strategy": "interleave_over", "interleave_probs": "0.7,0.3", "template": "qwen3",
         "lora_target": "q_proj,v_proj", "lora_rank": 4, "cutoff_len": 64, "num_train_epochs": 1, "optim": "adamw_torch",
         "use_rslora": True, "report_to": "tensorboard", "train_on_prompt": True,
@@ -280,10 +280,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "sets").mkdir()
     asked = {"question": "Say it.", "reply": "It."}
     (tmp_path / "sets/mine.jsonl").write_text((json.dumps(asked) + "\n") * 20)
+    (tmp_path / "sets/asked.jsonl").write_text((tmp_path / "data.jsonl").read_text())
     (tmp_path / "sets/chats.jsonl").write_text((tmp_path / "chats.jsonl").read_text())
     mine = {"file_name": "mine.jsonl", "columns": {"prompt": "question", "response": "reply"}}
     chats = {"file_name": "chats.jsonl", "formatting": "sharegpt", "columns": {"messages": "messages"}}
-    (tmp_path / "sets/dataset_info.json").write_text(json.dumps({"mine": mine, "chats": chats}))
+    (tmp_path / "sets/dataset_info.json").write_text(
+        json.dumps({"mine": mine, "chats": chats, "asked": {"file_name": "asked.jsonl"}})
+    )
     return tmp_path
 
 
@@ -316,8 +319,7 @@ def test_a_recipe_of_another_program_is_converted_and_planned(case: str, here: P
     ours = flat(tomllib.loads((here / "ours.toml").read_text()))
     assert {key: ours.get(key) for key in expected} == expected
     assert ours["model"] == "model"
-    several = ("--data", "data.jsonl") if set(",#") & set(ours["data.path"]) else ()
-    planned = qdist("launch", "ours.toml", "--dry-run", *several)
+    planned = qdist("launch", "ours.toml", "--dry-run")
     assert planned.exit_code == 0, planned.output
     assert "adapter" in planned.output
 
@@ -406,9 +408,16 @@ def test_data_sets_of_llama_factory_keep_their_weights_and_places(here: Path) ->
     written(here, FACTORY_JSON, "theirs.json")
     result = qdist("convert", "recipe", "theirs.json")
     data = tomllib.loads(result.stdout)["data"]
-    assert data["path"] == "sets/mine.jsonl:0.7,sets/chats.jsonl:0.3"
+    assert data["path"] == "sets/asked.jsonl:0.7,sets/chats.jsonl:0.3"
     assert "altered" not in result.stdout
     assert "#   line 9, template: the tokenizer's own chat template is used" in result.stdout
+
+
+def test_columns_that_only_some_data_sets_of_llama_factory_have_are_named(here: Path) -> None:
+    written(here, FACTORY_JSON.replace("asked,chats", "mine,chats"), "theirs.json")
+    result = qdist("convert", "recipe", "theirs.json")
+    assert result.exit_code == 2
+    assert "chats has other columns or roles than mine, whose are those of all" in result.stderr
 
 
 def test_a_data_set_that_no_list_has_is_named(here: Path) -> None:

@@ -77,8 +77,8 @@ def _data(value: Any, recipe: Values, *, key: str = "data.path") -> Outcome:
     names, known = [str(name) for name in listed(value)], recipe.get(DATA_SETS)
     weights = [str(weight) for weight in listed(recipe.get("interleave_probs") or [])]
     count, sources = recipe.get("max_samples"), []
-    settings: dict[str, Any] = {}
-    remarks: list[Remark] = []
+    readings = list[dict[str, Any]]()
+    remarks = list[Remark]()
     for place, name in enumerate(names):
         entry = known.get(name) if isinstance(known, Mapping) else None
         if not isinstance(entry, Mapping):
@@ -90,10 +90,14 @@ def _data(value: Any, recipe: Values, *, key: str = "data.path") -> Outcome:
         source = _source(entry, recipe)
         weight = weights[place] if len(weights) == len(names) else ""
         sources.append(str(source._replace(weight=weight, most=str(entry.get("num_samples") or count or ""))))
-        settings |= _columns(entry, is_text=recipe.get("stage") == "pt")
+        readings.append(_columns(entry, is_text=recipe.get("stage") == "pt"))
+        if readings[-1] != readings[0]:
+            remarks.append(Remark("lost", f"{name} has other columns or roles than {names[0]}, whose are those of all"))
         if entry.get("ranking") is True:
             remarks.append(Remark("altered", f"{name} has preferences: the chosen answers are learned"))
-    return Outcome({key: ",".join(sources), **settings}, tuple(remarks))
+    if count:
+        remarks.append(Remark("altered", f"a set with fewer than {count} records is refused, and is taken whole there"))
+    return Outcome({key: ",".join(sources), **(readings[0] if readings else {})}, tuple(remarks))
 
 
 def _source(entry: Mapping[str, Any], recipe: Values) -> Source:
