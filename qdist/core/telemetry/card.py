@@ -68,12 +68,6 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def hub_ids(path: str) -> tuple[str, ...]:
-    """What may be hub ids of data sets in data.path, which the caller looks for among files first."""
-    parts = (re.split(r"[:@#]", part.strip())[0] for part in path.split(","))
-    return tuple(part for part in parts if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", part) and not _is_file(part))
-
-
 def license_of(text: str) -> str:
     """The license in another card's front matter; empty if it has none."""
     front = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
@@ -93,10 +87,6 @@ def without_folders(command: str) -> str:
 def _name_of(text: str) -> str:
     """'/home/me/data.jsonl' -> 'data.jsonl', behind `=`, commas, colons, brackets and quotation marks too."""
     return re.sub(r"(?<![^=,:\[\]()'\" ])(?:~[^/,=:]*/|\.\.?/|/)(?:[^/,=:]*/)*(?=[^/,=:])", "", text)
-
-
-def _is_file(name: str) -> bool:
-    return re.search(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst)$", name, re.IGNORECASE) is not None
 
 
 def _base_name(card: Card) -> str:

@@ -132,7 +132,7 @@ def holds_records(path: Path) -> bool:
 def is_plain_text(source: str) -> bool:
     """Whether a name is that of a `.txt` file: plain text without records."""
     path = Path(source).expanduser()
-    return path.suffix.lower() == ".txt" and path.is_file() and not holds_records(path)
+    return bare_name(path).suffix.lower() == PLAIN_TEXT and path.is_file() and not holds_records(path)
 
 
 def read_text_lines(path: Path) -> list[tuple[str, str]]:

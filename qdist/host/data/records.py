@@ -14,6 +14,7 @@ from qdist.core.data.conversation import Conversation, Turn
 from qdist.core.data.reading import AS_FOUND, Reading
 from qdist.core.data.records import BadRecords, asked, conversations
 from qdist.core.errors import DataError, nearest
+from qdist.host.data.compressed import bare_name
 from qdist.host.data.files import (
     PLAIN_TEXT,
     SUFFIXES,
@@ -83,6 +84,11 @@ def is_local(source: str) -> bool:
     return source == demo.NAME or os.path.lexists(_path(source))
 
 
+def hub_id(source: str) -> str:
+    """The id of a data set on the hub; empty for the demo and for a file or folder, which may be gone by now."""
+    return "" if is_local(source) or _means_a_file(source, _path(source)) else hub_data(source).known.hub
+
+
 def _files(source: str) -> tuple[Path, ...]:
     """The files that a source names; none for the demo and for a hub data set."""
     chosen = None if source == demo.NAME else _chosen(source)
@@ -123,7 +129,9 @@ def _means_a_file(source: str, path: Path) -> bool:
         return False
     rooted = source.startswith(("/", ".", "~")) or not may_be_hub_id(source)
     in_a_folder = path.parent != Path() and path.parent.exists()
-    suffixed = path.suffix.lower() in (*SUFFIXES, PLAIN_TEXT) or ("/" not in source and path.suffix != "")
+    bare = bare_name(path)
+    known = bare != path or bare.suffix.lower() in (*SUFFIXES, PLAIN_TEXT)
+    suffixed = known or ("/" not in source and path.suffix != "")
     return rooted or in_a_folder or suffixed or _like_a_file_here(path)
 
 

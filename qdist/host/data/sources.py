@@ -74,6 +74,11 @@ def is_local(data: Data) -> bool:
     return all(records.is_local(source.name) for source in sources_of(data))
 
 
+def hub_ids(text: str) -> tuple[str, ...]:
+    """Hub ids of the sources that a text names, those behind known names included; files have none."""
+    return tuple(dict.fromkeys(filter(None, (records.hub_id(part.path) for part in split_sources(text)))))
+
+
 def digests_of(data: Data) -> tuple[str, ...]:
     """`source_digest` of each source; empty for the demo, and for one on a hub, which would have to be asked."""
     names = [source.name for source in sources_of(data)]

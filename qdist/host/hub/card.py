@@ -5,8 +5,9 @@ from pathlib import Path
 
 from qdist.core.errors import QdistError, RunError
 from qdist.core.planning.plan import Plan
-from qdist.core.telemetry.card import README, Card, card_text, hub_ids, is_ours, license_of
+from qdist.core.telemetry.card import README, Card, card_text, is_ours, license_of
 from qdist.core.telemetry.history import RunHistory
+from qdist.host.data.sources import hub_ids
 from qdist.host.files import write_atomic
 from qdist.host.opening import read_bytes, read_typed
 from qdist.host.run.evaluations import read_evaluations
@@ -73,7 +74,7 @@ def card_of(run: RunDir, *, step: int | None = None) -> Card:
         result=run.result_of(plan),
         base=base_id(plan),
         license=_license(plan),
-        data_sets=tuple(name for name in hub_ids(plan.spec.data.path) if not Path(name).exists()),
+        data_sets=hub_ids(plan.spec.data.path),
         commands=noted(run),
         versions=read_typed(versions, dict[str, str], RunError) if versions.is_file() else {},
         evaluations=read_evaluations(run.path),

@@ -8,7 +8,7 @@ import yaml
 
 from qdist.core.evaluation.results import Evaluation, Figure, TaskResult
 from qdist.core.planning.plan import DataFacts, Plan
-from qdist.core.telemetry.card import Card, card_text, hub_ids, is_ours, license_of, without_folders
+from qdist.core.telemetry.card import Card, card_text, is_ours, license_of, without_folders
 from qdist.core.telemetry.events import Event
 from qdist.core.telemetry.history import RunHistory
 from tests.core.telemetry.test_report import result_of
@@ -129,18 +129,6 @@ def test_a_card_is_known_until_somebody_changes_it() -> None:
     assert not is_ours(text + "More.\n")
     assert not is_ours("# Mine\n")
     assert not is_ours("")
-
-
-@pytest.mark.parametrize(
-    ("path", "ids"),
-    [
-        ("tatsu-lab/alpaca", ("tatsu-lab/alpaca",)),
-        ("a/b:main@train#200,c/d:0.3", ("a/b", "c/d")),
-        ("data/a.jsonl,/home/a/b,demo,../a/b,a/b/c,~/a", ()),
-    ],
-)
-def test_hub_ids_are_found_among_the_data(path: str, ids: tuple[str, ...]) -> None:
-    assert hub_ids(path) == ids
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from qdist.core.planning.plan import Plan
+from qdist.core.planning.plan import DataFacts, Plan
 from qdist.core.telemetry.curves import evenly, smoothed, thinned
 from qdist.core.telemetry.events import Event
 from qdist.core.telemetry.history import RunHistory
@@ -226,6 +226,16 @@ def test_what_is_odd_is_said(events: list[Event], words: str) -> None:
 def test_settings_that_differ_from_their_defaults_are_listed() -> None:
     plan = planned("smollm2-135m", gpus(1, 140), {"lora.r": 8})
     assert ("lora.r", "8", "64") in report(RunHistory(), plan).settings.rows
+
+
+@pytest.mark.parametrize(("bad", "said"), [(0, "128"), (1_200, "128, 1,200 bad records left out")])
+def test_bad_records_that_were_left_out_are_counted(bad: int, said: str) -> None:
+    data = DataFacts(
+        path="cache", samples=100, train_samples=90, held_out_samples=10, tokens=5000, longest=128, bad=bad
+    )
+    rows = report(RunHistory(), planned("smollm2-135m", gpus(1, 140), {"data": "d.jsonl"}, data=data)).summary
+    told = f"d.jsonl: 90 samples and 10 held out, 5,000 tokens, the longest {said}"
+    assert ("Data", told) in rows
 
 
 def test_two_runs_are_told_apart_by_settings_and_figures() -> None:

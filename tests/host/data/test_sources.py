@@ -15,6 +15,7 @@ from qdist.host.data.sources import (
     count_records,
     data_notes,
     digests_of,
+    hub_ids,
     is_local,
     read_source,
     sources_of,
@@ -124,6 +125,26 @@ def test_a_known_name_is_not_taken_for_a_mistyped_file() -> None:
     lines("alpaca.jsonl", "one")
     assert not is_local(Data(path="alpaca"))
     check_data(Data(path="alpaca"))
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("tatsu-lab/alpaca", ("tatsu-lab/alpaca",)),
+        ("a/b:main@train#200:0.7,c/d:0.3", ("a/b", "c/d")),
+        ("alpaca,alpaca@train[:1%],chip2", ("tatsu-lab/alpaca", "laion/OIG")),
+        ("here/a.jsonl,/home/a/b,demo,../a/b,a/b/c,~/a", ()),
+        ("gone/a.jsonl,gone/a.jsonl.gz,gone/b.txt,gone/b.parquet", ()),
+    ],
+)
+def test_hub_ids_are_found_among_the_sources(text: str, ids: tuple[str, ...]) -> None:
+    Path("here").mkdir()
+    assert hub_ids(text) == ids
+
+
+def test_a_local_file_of_a_known_name_is_no_data_set_of_the_hub() -> None:
+    lines("alpaca", '{"text": "a"}')
+    assert hub_ids("alpaca") == ()
 
 
 def test_calibration_reads_sources_without_their_weights() -> None:
