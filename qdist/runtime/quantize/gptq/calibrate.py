@@ -157,7 +157,7 @@ def _tokens(wanted: GptqSettings, tokenizer: Any) -> Iterator[list[int]]:
     """Tokens of each record, or of pieces of a plain text. Raises DataError, once for all unusable records."""
     bad, total, encoder = BadRecords(), 0, Encoder(tokenizer)
     for source in sources_of(Data(path=wanted.data)):
-        if is_plain_text(source.name):
+        if source.part.count is None and is_plain_text(source.name):
             yield from _text_tokens(source.name, tokenizer)
             continue
         for conversation in read_source(source, wanted.reading, seed=wanted.seed):
@@ -174,7 +174,7 @@ def _tokens(wanted: GptqSettings, tokenizer: Any) -> Iterator[list[int]]:
 
 
 def _text_tokens(source: str, tokenizer: Any) -> Iterator[list[int]]:
-    with open_text(Path(source)) as file:
+    with open_text(Path(source).expanduser()) as file:
         while lines := file.readlines(_TEXT_PIECE):
             yield tokenizer("".join(lines), add_special_tokens=False, verbose=False)["input_ids"]
 
