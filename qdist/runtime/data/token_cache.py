@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import msgspec
 
 from qdist.core.data.reading import Reading
 from qdist.core.data.records import check_format
-from qdist.core.errors import DataError
+from qdist.core.errors import DataError, RunError
 from qdist.core.spec.sections import Data
 from qdist.host.data.records import reading_for, source_digest
 from qdist.host.data.sources import read_source, sources_of
@@ -25,6 +26,10 @@ from qdist.runtime.data.tokenizing import SampleRules, tokenize_sources
 
 _VERSION = 4
 """Increment whenever the same records would give other tokens or labels."""
+
+_KEPT_S = 7 * 24 * 3600
+"""Seconds that the parts of a set are kept after the last of them was written."""
+_LOCK = "lock"
 
 Workers = Callable[[int, Job, Sequence[Read]], AbstractContextManager[list[Worker]]]
 
@@ -44,7 +49,7 @@ def cached_tokenize(
     seed: chooses the records of sources with a count.
     folder: where sets are kept, each under its key; ranks may race for it, the files are equal.
     workers: who tokenizes a large one, part by part. The parts are kept beside the set until it is whole, or found to
-    be of no use, so that a killed process is gone on from.
+    be of no use, so that a killed process is gone on from; those of a set that was given up are removed after a week.
     """
     if reading.format is not None:
         check_format(reading.format)
@@ -52,6 +57,7 @@ def cached_tokenize(
     path = folder / f"{key}.safetensors"
     if found := _known(path, key, data.skip_bad):
         return found, path
+    sweep_parts(folder)
     sources = [partial(read_source, source, reading, seed=seed) for source in sources_of(data)]
     job = Job(folder / f"{key}.parts", key, tokenizer, rules)
     few = None if job.folder.is_dir() else few_or_more(sources)
@@ -71,8 +77,7 @@ def _known(path: Path, key: str, skip_bad: int) -> TokenizedSet | None:
 
 def _tokenize_in_parts(path: Path, job: Job, sources: Sequence[Read], workers: Workers, *, skip_bad: int) -> None:
     """Write a large set, unless another process has done so by the time that this one may."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    with locked(job.folder / "lock"):
+    with _holding(job.folder):
         if _known(path, job.key, skip_bad):
             return
         try:
@@ -83,6 +88,35 @@ def _tokenize_in_parts(path: Path, job: Job, sources: Sequence[Read], workers: W
             shutil.rmtree(job.folder)
             raise
         shutil.rmtree(job.folder)
+
+
+@contextmanager
+def _holding(folder: Path) -> Iterator[None]:
+    """Hold a folder of parts, made if missing, while the block runs; waits for whoever holds it."""
+    with ExitStack() as stack:
+        while not _is_held(folder, stack):
+            pass
+        yield
+
+
+def _is_held(folder: Path, stack: ExitStack) -> bool:
+    """Lock a folder; false if whoever held it before has removed it meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / _LOCK
+    try:
+        return os.path.samestat(os.fstat(stack.enter_context(locked(lock))), lock.stat())
+    except FileNotFoundError:
+        return False
+
+
+def sweep_parts(folder: Path) -> None:
+    """Remove the parts of sets that nobody has tokenized for a week, unless a process holds them."""
+    oldest = time.time() - _KEPT_S
+    for parts in folder.glob("*.parts"):
+        with suppress(OSError, RunError):  # held, removed by another process, or another user's
+            if parts.stat().st_mtime < oldest:
+                with locked(parts / _LOCK, busy=f"{parts} is being written"):
+                    shutil.rmtree(parts)
 
 
 def cache_key(data: Data, tokenizer: Any, rules: SampleRules, *, reading: Reading, seed: int) -> str:

@@ -1,9 +1,12 @@
 """A large data set is tokenized part by part, by several workers, and becomes what one pass gives."""
 
 import json
+import os
+import shutil
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from multiprocessing import Pipe
 from pathlib import Path
@@ -15,7 +18,8 @@ import torch
 from qdist.core.errors import DataError, JobError
 from qdist.core.spec.sections import Data
 from qdist.host.data.records import read_conversations
-from qdist.runtime.data import parts
+from qdist.host.files import locked
+from qdist.runtime.data import parts, token_cache
 from qdist.runtime.data.parts import Job, Read, Worker, assemble, parts_of, processes, tokenize_parts, work
 from qdist.runtime.data.token_cache import Workers, cached_tokenize
 from qdist.runtime.data.tokenized import TokenizedSet, load
@@ -148,6 +152,38 @@ def test_what_a_killed_one_has_done_is_not_done_again(
     made, _ = tokenized_by(listening, source, tokenizer, tmp_path)
     assert_same(made, in_one_pass(source, tokenizer))
     assert "9 of 23 records were tokenized before" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("days", "held", "stays"), [(6, False, True), (8, False, False), (8, True, True)])
+def test_parts_of_a_set_that_was_given_up_are_removed_after_a_week(
+    source: str, tmp_path: Path, days: int, held: bool, stays: bool
+) -> None:
+    abandoned = tmp_path / "other.parts"
+    abandoned.mkdir()
+    (abandoned / "00000.safetensors").touch()
+    with locked(abandoned / "lock") if held else nullcontext():
+        then = time.time() - days * 24 * 3600
+        os.utime(abandoned, (then, then))
+        tokenized_by(threads, source, tiny_tokenizer(), tmp_path)
+    assert abandoned.exists() is stays
+
+
+def test_who_waits_for_parts_that_their_holder_removes_begins_anew(source: str, tmp_path: Path) -> None:
+    tokenizer, taken = tiny_tokenizer(), list[int]()
+
+    @contextmanager
+    def taken_once(path: Path, *, busy: str = "") -> Iterator[int]:
+        with locked(path, busy=busy) as descriptor:
+            taken.append(descriptor)
+            if len(taken) == 1:  # as whoever held it until now leaves it
+                shutil.rmtree(path.parent)
+            yield descriptor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_cache, "locked", taken_once)
+        made, _ = tokenized_by(threads, source, tokenizer, tmp_path)
+    assert len(taken) == 2
+    assert_same(made, in_one_pass(source, tokenizer))
 
 
 def test_a_damaged_part_is_told_with_what_to_remove(source: str, tmp_path: Path) -> None:
