@@ -16,6 +16,7 @@ from qdist.core.spec.lookup import typed_settings
 from qdist.core.spec.run_spec import nest, resolve
 from qdist.core.text import command, counted
 from qdist.host.data.sources import check_data
+from qdist.host.data.stdin import kept
 from qdist.host.tasks import ask
 from qdist.host.terminal import say_json
 
@@ -72,22 +73,27 @@ def check(source: str, assignments: tuple[str, ...], as_json: bool, **given: Any
     found = _found(source, assignments, given, {"samples": 0})
     _print(found, as_json=as_json)
     if found.refused:
-        wrong = (
-            f"{counted(found.bad, 'record')} of {found.records:,} cannot be used"
-            if found.bad
-            else f"nothing in {found.records:,} records is to be learned"
-        )
-        raise JobError(f"training would refuse {source}: {wrong}", try_=_what_to_try(found))
+        wrong, try_ = _why_refused(found)
+        raise JobError(f"training would refuse {source}: {wrong}", try_=try_)
 
 
-def _what_to_try(found: Overview) -> str:
-    if found.bad and found.bad < found.records:
-        return f"{found.bad_try}; or leave them out: --set data.skip_bad={found.bad}".removeprefix("; or ")
-    return found.bad_try or "records with an answer that is to be learned"
+def _why_refused(found: Overview) -> tuple[str, str]:
+    """What is wrong with the data, and what to try."""
+    if found.bad > found.allowed_bad:
+        leave = f"leave them out: --set data.skip_bad={found.bad}" if found.samples else ""
+        wrong = f"{counted(found.bad, 'record')} of {found.records:,} cannot be used"
+        return wrong, "; or ".join(filter(None, (found.bad_try, leave)))
+    if found.refusal:
+        return found.refusal, found.refusal_try
+    return (
+        f"nothing in {counted(found.records, 'record')} is to be learned",
+        "records with an answer that is to be learned",
+    )
 
 
 def _found(source: str, assignments: tuple[str, ...], flags: dict[str, Any], own: dict[str, Any]) -> Overview:
     spec = resolve(nest(typed_settings({**flags, "data": source}, assignments)))
+    spec = msgspec.structs.replace(spec, data=kept(spec.data))
     check_data(spec.data)
     overview = ask(request_of(ShowData, {**own, "spec": msgspec.to_builtins(spec)})).overview
     if overview is None:

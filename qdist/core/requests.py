@@ -391,7 +391,7 @@ class ShowData(Request, frozen=True, kw_only=True):
 
     spec: RunSpec
     samples: Annotated[Count, _help("Samples to show.")] = 3
-    limit: Annotated[Positive | None, _help("Records to look at, instead of all.")] = None
+    limit: Annotated[Positive | None, _help("Records of each source to look at, instead of the first 20,000.")] = None
 
 
 class MeasureRates(Request, frozen=True, kw_only=True):

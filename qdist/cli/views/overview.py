@@ -26,14 +26,27 @@ def overview_text(found: Overview, *, marks: bool) -> Text:
 
 def _head(found: Overview) -> Iterator[Text]:
     count = counted(found.records, "record") + ("" if found.whole else ", the first ones")
-    formats = ", ".join(f"{name} ({number:,})" if found.formats[1:] else name for name, number in found.formats)
-    yield _named("data", f"{found.source}: {count}{f', {formats}' if formats else ''}")
+    if not found.sources[1:]:
+        yield _named("data", f"{found.source}: {count}{_formats(found.formats)}")
+    else:
+        yield _named("data", f"{count} of {len(found.sources)} sources")
+        yield from _sources(found)
     if found.wording:
         yield _named("worded", found.wording)
     if found.tokenizer:
         yield _named("tokens", f"of {found.tokenizer}, up to seq_len={found.seq_len} a sample")
     else:
         yield _named("tokens", "none: --model says whose; lengths are characters, without a chat template")
+
+
+def _sources(found: Overview) -> Iterator[Text]:
+    for source in found.sources:
+        use = ", evaluated on" if source.held_out else ""
+        yield _named("", f"{source.name}: {counted(source.records, 'record')}{_formats(source.formats)}{use}")
+
+
+def _formats(formats: tuple[tuple[str, int], ...]) -> str:
+    return "".join(f", {name} ({number:,})" if formats[1:] else f", {name}" for name, number in formats)
 
 
 def _named(name: str, text: str) -> Text:
@@ -46,10 +59,12 @@ def _sample(shown: Shown, *, marks: bool) -> Iterator[Text]:
     yield Text.assemble((printable(shown.where), _HEAD), size + (f", {shown.cut:,} cut" if shown.cut else ""))
     text, left = Text(), _MOST_CHARACTERS
     for piece in shown.pieces:
+        if not left:
+            break
         words = printable(piece.text[:left])
         left -= len(piece.text[:left])
         text.append(f"⟦{words}⟧" if piece.learned and marks else words, _LEARNED if piece.learned else "")
-    if not left:
+    if sum(len(piece.text) for piece in shown.pieces) > _MOST_CHARACTERS:
         text.append("...", "dim")
     yield text
 
@@ -85,6 +100,9 @@ def _faults(found: Overview) -> Iterator[Text]:
     yield Text()
     for reason, count in found.dropped:
         yield _named("dropped", f"{count:,} of {found.records:,}: {reason}")
+    if found.unread:
+        what = counted(found.unread, "record")
+        yield _named("tools", f"{what} of {found.records:,} with tools, which only a chat template writes: --model M")
     if found.duplicates:
         pairs = first_few([f"{where} = {before}" for where, before in found.first_duplicates])
         yield _named("twice", f"{counted(found.duplicates, 'record')} with the words of an earlier one: {pairs}")
@@ -93,6 +111,8 @@ def _faults(found: Overview) -> Iterator[Text]:
         yield _named("held out", counted(found.held_out, "sample") + same)
     for note in found.notes:
         yield _named("note", note)
+    if found.refusal:
+        yield Text.assemble((f"{'refused':9}", _FAULT), printable(found.refusal))
     if found.bad:
         allowed = f" (data.skip_bad={found.allowed_bad} are left out)" if found.allowed_bad >= found.bad else ""
         yield Text.assemble((f"{'bad':9}", _FAULT), f"{counted(found.bad, 'record')} cannot be used{allowed}:")

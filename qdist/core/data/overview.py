@@ -22,7 +22,7 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
     learned: int
     pieces: tuple[Piece, ...]
     cut: int = 0
-    """Tokens behind seq_len, which are left out."""
+    """Tokens behind seq_len of its record, which are left out."""
 
 
 class Bar(msgspec.Struct, frozen=True):
@@ -31,6 +31,17 @@ class Bar(msgspec.Struct, frozen=True):
     low: int
     high: int
     count: int
+
+
+class SourceSeen(msgspec.Struct, frozen=True, kw_only=True):
+    """What was seen of one of several sources."""
+
+    name: str
+    records: int
+    formats: tuple[tuple[str, int], ...]
+    """As `Overview.formats`."""
+    held_out: bool = False
+    """Whether it is evaluated on instead of trained on."""
 
 
 class Overview(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,6 +54,8 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     samples: int = 0
     formats: tuple[tuple[str, int], ...] = ()
     """How many records are of each format, the most frequent first."""
+    sources: tuple[SourceSeen, ...] = ()
+    """Each source; there may be one alone."""
     wording: str = ""
     """How records become text."""
     tokenizer: str = ""
@@ -53,8 +66,9 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     median: int = 0
     longest: int = 0
     length: int = 0
-    """Of all samples together, before they are cut."""
+    """Tokens of all samples together, once they are cut; characters without a tokenizer."""
     learned: int = 0
+    """Of these, how many have a loss."""
     cut: int = 0
     """Records longer than seq_len, which lose their end."""
     cut_median: int = 0
@@ -62,6 +76,8 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     cut_most: int = 0
     dropped: tuple[tuple[str, int], ...] = ()
     """Why records are left out, and how many, where no tokenizer reads them; else notes say it."""
+    unread: int = 0
+    """Records of which only a chat template tells whether they can be used."""
     duplicates: int = 0
     """Records that say what an earlier one says."""
     first_duplicates: tuple[tuple[str, str], ...] = ()
@@ -74,11 +90,14 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     bad_try: str = ""
     allowed_bad: int = 0
     notes: tuple[str, ...] = ()
+    refusal: str = ""
+    """Why training would refuse the data although it can use the records; empty if it would not."""
+    refusal_try: str = ""
 
     @property
     def refused(self) -> bool:
         """Whether training would refuse the data."""
-        return self.bad > self.allowed_bad or not self.samples
+        return self.bad > self.allowed_bad or not (self.samples or self.unread) or bool(self.refusal)
 
 
 _BARS = 12

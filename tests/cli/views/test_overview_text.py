@@ -1,7 +1,9 @@
 """Does a person see what is learned, how long samples are, and what is wrong with the data?"""
 
+import pytest
+
 from qdist.cli.views.overview import overview_text
-from qdist.core.data.overview import Bar, Overview, Piece, Shown
+from qdist.core.data.overview import Bar, Overview, Piece, Shown, SourceSeen
 
 FOUND = Overview(
     source="d.jsonl", records=5, samples=4, formats=(("alpaca", 3), ("text", 1)), wording="alpaca, chat template",
@@ -37,6 +39,34 @@ def test_an_overview_names_everything_that_was_found() -> None:
         "bad      1 record cannot be used:",
         "         d.jsonl:5: no text",
     ]
+
+
+def test_several_sources_have_a_line_each() -> None:
+    sources = (
+        SourceSeen(name="a.jsonl:0.7", records=3, formats=(("alpaca", 2), ("text", 1))),
+        SourceSeen(name="b.jsonl", records=1, formats=(("text", 1),), held_out=True),
+    )
+    found = Overview(source="a.jsonl:0.7,c.jsonl:0.3", records=4, formats=(("alpaca", 4),), sources=sources)
+    assert overview_text(found, marks=True).plain.split("\n")[:3] == [
+        "data     4 records of 2 sources",
+        "         a.jsonl:0.7: 3 records, alpaca (2), text (1)",
+        "         b.jsonl: 1 record, text, evaluated on",
+    ]
+
+
+def test_what_only_a_model_shows_and_why_training_would_refuse_it_is_told() -> None:
+    found = Overview(source="d", records=4, unread=2, refusal="1 sample cannot be split")
+    lines = overview_text(found, marks=True).plain.split("\n")
+    assert "tools    2 records of 4 with tools, which only a chat template writes: --model M" in lines
+    assert "refused  1 sample cannot be split" in lines
+
+
+@pytest.mark.parametrize(("given", "end"), [(3997, "a⟦yes⟧"), (3998, "a⟦ye⟧..."), (4000, "aa..."), (9000, "aa...")])
+def test_a_long_sample_is_shown_up_to_some_characters(given: int, end: str) -> None:
+    shown = Shown(where="d:1", tokens=9, learned=1, pieces=(Piece("a" * given, False), Piece("yes", True)))
+    lines = overview_text(Overview(source="d", records=1, shown=(shown,)), marks=True).plain.split("\n")
+    assert lines[4].endswith(end)
+    assert "⟦⟧" not in lines[4]
 
 
 def test_what_is_learned_is_coloured_where_colours_are_shown() -> None:

@@ -1,5 +1,7 @@
 """Are lengths counted into few bars, and is it told what training would refuse?"""
 
+from typing import Any
+
 import pytest
 
 from qdist.core.data.overview import Bar, Overview, histogram
@@ -20,9 +22,15 @@ def test_lengths_are_counted_into_at_most_twelve_bars(lengths: list[int], bars: 
 
 
 @pytest.mark.parametrize(
-    ("bad", "allowed", "samples", "refused"), [(0, 0, 3, False), (1, 0, 3, True), (2, 2, 1, False), (0, 0, 0, True)]
+    ("more", "refused"),
+    [
+        ({"samples": 3}, False),
+        ({"samples": 3, "bad": 1}, True),
+        ({"samples": 1, "bad": 2, "allowed_bad": 2}, False),
+        ({"samples": 0}, True),
+        ({"samples": 0, "unread": 4}, False),
+        ({"samples": 1, "refusal": "1 sample cannot be split"}, True),
+    ],
 )
-def test_data_with_more_bad_records_than_allowed_or_nothing_to_learn_are_refused(
-    bad: int, allowed: int, samples: int, refused: bool
-) -> None:
-    assert Overview(source="d", records=4, bad=bad, allowed_bad=allowed, samples=samples).refused is refused
+def test_data_that_training_would_refuse_are_known(more: dict[str, Any], refused: bool) -> None:
+    assert Overview(source="d", records=4, **more).refused is refused
