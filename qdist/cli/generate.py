@@ -12,7 +12,7 @@ from qdist.core.requests import Generate
 from qdist.core.sampling import Sampling
 from qdist.host.data.records import read_prompts
 from qdist.host.files import stream_to_write
-from qdist.host.sources.targets import check_gpus, check_target
+from qdist.host.sources.targets import check_gpus, check_target, reading_of_target
 from qdist.host.tasks import run_task
 
 
@@ -28,8 +28,9 @@ def generate(**given: Any) -> None:
     come: killed, the same command goes on where it was.
     """
     request = sampled_request_of(Generate, given)
-    request = msgspec.structs.replace(request, out=stream_to_write(request.out))
-    read_prompts(Path(request.prompts))
+    out, reading = stream_to_write(request.out), reading_of_target(request.run)
+    request = msgspec.structs.replace(request, out=out, reading=reading)
+    read_prompts(Path(request.prompts), reading=reading)
     check_target(request.run, max_memory=request.max_memory, trusted=request.trust_remote_code)
     check_gpus(request.gpus)
     run_task(request)

@@ -328,7 +328,7 @@ class Generate(Answering, frozen=True, kw_only=True):
     limit: Positive | None = None
     """Records to take, from the first, where they have references; None: all."""
     reading: Reading = Reading()
-    """How those records are read."""
+    """How records of a file of prompts are read."""
 
 
 class Chat(Answering, frozen=True, kw_only=True):

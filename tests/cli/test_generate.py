@@ -24,7 +24,7 @@ def handed_on(monkeypatch: pytest.MonkeyPatch, command: str, *options: str) -> A
     for module in (chat, generate):
         monkeypatch.setattr(module, "run_task", seen.append)
         monkeypatch.setattr(targets, "check_model", lambda name, *, trusted: None)
-    monkeypatch.setattr(generate, "read_prompts", lambda path: [])
+    monkeypatch.setattr(generate, "read_prompts", lambda path, *, reading: [])
     if command == "chat":
         result = CliRunner().invoke(chat.chat, ["run", *options])
     else:

@@ -1,6 +1,7 @@
 """The keys of a record under our names, where the data has others for them."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 from qdist.core.data.record_fields import Record, found_in
 from qdist.core.errors import DataError, nearest
@@ -27,6 +28,16 @@ def renamed(record: Record, columns: Mapping[str, str], where: str) -> Record:
         if dot:
             named[holder] = _in_turns(named.get(holder), key, theirs, f"{where}: {holder!r}")
     return named
+
+
+def columns_in(record: Record, columns: Mapping[str, str]) -> dict[str, str]:
+    """Those of the columns that a record has: a prompt has no answer, and may have our names already."""
+    found: dict[str, str] = {}
+    for ours, theirs in sorted(columns.items(), key=lambda pair: "." in pair[0]):  # lists before keys of their turns
+        with suppress(DataError):
+            renamed(record, {**found, ours: theirs}, "")
+            found[ours] = theirs
+    return found
 
 
 def _at(record: Record, path: str, ours: str, where: str) -> object:

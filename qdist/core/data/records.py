@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from msgspec.structs import replace
 
-from qdist.core.data.columns import renamed
+from qdist.core.data.columns import columns_in, renamed
 from qdist.core.data.conversation import ASSISTANT, HUMAN, Conversation, Style, Turn
 from qdist.core.data.preferences import is_preference, preferred, verdict_key
 from qdist.core.data.reading import AS_FOUND, Reading
@@ -108,11 +108,11 @@ def _shown(record: Record) -> str | None:
 def asked(record: Record, *, where: str, reading: Reading = AS_FOUND) -> Conversation:
     """What a prompt asks: `messages` or `conversations` that wait for a reply, `prompt`, `instruction`, `question`...
 
-    reading: names of columns and roles.
+    reading: names of columns, of which a prompt may lack any, and roles.
 
     Raises DataError as `conversations` does, and for one that waits for nothing.
     """
-    fields = _fields(record, where, reading)
+    fields = _fields(record, where, replace(reading, columns=columns_in(record, reading.columns)))
     if holder := holder_of(fields.record, *MESSAGES, *SHARED, "prompt"):
         turns = with_system(fields, turns_of(fields, holder))
     elif key := fields.has(*_ASKING):

@@ -200,8 +200,10 @@ def reading_for(source: str, reading: Reading) -> Reading:
     )
 
 
-def read_prompts(path: Path) -> list[Conversation]:
+def read_prompts(path: Path, *, reading: Reading = AS_FOUND) -> list[Conversation]:
     """A file's prompts: each line of a text file; each record with `prompt`, `messages` or similar of a data file.
+
+    reading: names of columns and roles.
 
     Raises DataError naming file and line; once for all prompts that cannot be used.
     """
@@ -209,7 +211,7 @@ def read_prompts(path: Path) -> list[Conversation]:
         wrong = f"{path} is a folder, not a file" if path.is_dir() else f"no file {path}"
         raise DataError(wrong, try_="a text file with one prompt a line, or JSONL with prompt or messages")
     found, bad, total = list[Conversation](), BadRecords(), 0
-    for prompt in _prompts(path):
+    for prompt in _prompts(path, reading):
         total += 1
         if isinstance(prompt, DataError):
             bad.add(prompt)
@@ -221,7 +223,7 @@ def read_prompts(path: Path) -> list[Conversation]:
     return found
 
 
-def _prompts(path: Path) -> Iterator[Conversation | DataError]:
+def _prompts(path: Path, reading: Reading) -> Iterator[Conversation | DataError]:
     if not holds_records(path):
         for where, line in read_text_lines(path):
             if line.strip():
@@ -232,6 +234,6 @@ def _prompts(path: Path) -> Iterator[Conversation | DataError]:
             yield record
             continue
         try:
-            yield asked(record, where=where)
+            yield asked(record, where=where, reading=reading)
         except DataError as error:
             yield error

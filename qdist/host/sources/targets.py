@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from qdist.core.data.reading import AS_FOUND, Reading, reading_of
 from qdist.core.errors import ModelError, RunError, SpecError
 from qdist.core.model.aliases import same_shape
 from qdist.core.model.families import require_library_class
@@ -37,6 +38,15 @@ def check_target(name: str, *, max_memory: str | None = None, trusted: bool = Fa
         raise RunError(f"{name} is neither a run nor a model", try_=near)
     else:
         check_model(name, trusted=trusted)
+
+
+def reading_of_target(target: str) -> Reading:
+    """How the records of a run are read, and so prompts to it; nothing is said for any other model."""
+    run = RunDir(target)
+    if not run.exists():
+        return AS_FOUND
+    spec = run.plan().spec
+    return reading_of(spec.data, spec.format)
 
 
 def check_gpus(wanted: int | None) -> None:

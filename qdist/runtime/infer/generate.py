@@ -126,7 +126,7 @@ def _exchanges(request: Generate) -> list[Exchange]:
     """What is asked, with the answers that the data has if those are wanted."""
     if request.references:
         return read_exchanges(request.prompts, limit=request.limit, reading=request.reading)
-    return [Exchange(prompt, "") for prompt in read_prompts(Path(request.prompts))]
+    return [Exchange(prompt, "") for prompt in read_prompts(Path(request.prompts), reading=request.reading)]
 
 
 def _order(job: _Job, there: Any) -> list[int]:

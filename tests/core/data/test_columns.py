@@ -98,6 +98,14 @@ def test_a_role_that_is_not_ours_is_refused_before_any_record_is_read() -> None:
     assert caught.value.try_ == "--set data.roles=user=Customer"
 
 
+@pytest.mark.parametrize(
+    "record", [{"question": "q"}, {"instruction": "q"}, {"prompt": "q"}, {"log": [{"who": "user", "content": "q"}]}]
+)
+def test_a_prompt_may_lack_columns_and_have_our_names(record: dict[str, Any]) -> None:
+    columns = {"instruction": "question", "output": "reply", "messages.role": "who", "messages": "log"}
+    assert asked(record, where="p.jsonl:1", reading=Reading(columns=columns)).turns == (Turn("user", "q", False),)
+
+
 def test_prompts_are_read_under_other_names_too() -> None:
     reading = Reading(columns={"messages": "log"}, roles={"user": "Customer"})
     found = asked({"log": [{"role": "Customer", "content": "q"}]}, where="p.jsonl:1", reading=reading)

@@ -8,9 +8,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from qdist.core.data.reading import Reading
 from qdist.core.errors import ModelError, QdistError, RunError, SpecError
 from qdist.core.model.aliases import ALIASES, config_of
-from qdist.host.sources.targets import ServedTargets, check_model, check_target, targets_to_serve
+from qdist.host.sources.targets import ServedTargets, check_model, check_target, reading_of_target, targets_to_serve
 from tests.plans import CPU, planned
 
 
@@ -33,6 +34,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("name", ["my runs/done", "tiny", "llama-7b", "owner/unheard-of"])
 def test_a_run_with_an_adapter_and_any_model_can_be_opened(name: str, here: Path) -> None:
     check_target(name)
+
+
+def test_prompts_to_a_run_are_read_as_its_records_are(here: Path) -> None:
+    plan = planned("llama-7b", CPU, {"data.columns": ["instruction=question"], "data.roles": ["user=Customer"]})
+    (here / "my runs/done/plan.json").write_bytes(msgspec.json.encode(plan))
+    assert reading_of_target("my runs/done") == Reading(columns={"instruction": "question"}, roles={"user": "Customer"})
+    assert reading_of_target("tiny") == Reading()
 
 
 def over(here: Path, base: Path, packed: str = "") -> None:
