@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from qdist.core.planning.plan import DataFacts
+from qdist.core.text import counted
 
 
 def sources_in_words(data: DataFacts) -> tuple[str, ...]:
@@ -19,7 +20,7 @@ def epoch_in_words(data: DataFacts) -> str:
 def _each(data: DataFacts) -> Iterator[str]:
     total = sum(part.weight or 0.0 for part in data.parts)
     for part in data.parts:
-        samples = f"{part.samples:,} sample{'' if part.samples == 1 else 's'}"
+        samples = counted(part.samples, "sample")
         if part.held_out:
             yield f"{part.name}: {samples}, evaluated on"
         elif part.weight is not None:

@@ -69,7 +69,7 @@ def parts_of(sources: Sequence[Read]) -> Iterator[Part]:
         for each in read():
             records.append(each)
             if isinstance(each, Conversation):
-                characters += sum(len(turn.said) for turn in each.turns)
+                characters += sum(len(turn.said) + len(turn.thoughts) for turn in each.turns)
             if len(records) >= _MOST_RECORDS or characters >= _MOST_CHARACTERS:
                 yield Part(number, records)
                 records, characters = [], 0

@@ -24,8 +24,8 @@ from qdist.runtime.data.parts import Job, Read, Worker, assemble, few_or_more, p
 from qdist.runtime.data.tokenized import TokenizedSet, load, save
 from qdist.runtime.data.tokenizing import SampleRules, tokenize_sources
 
-_VERSION = 4
-"""Increment whenever the same records would give other tokens or labels."""
+_VERSION = 5
+"""Increment whenever the same records would give other tokens or labels, or their parts would end elsewhere."""
 
 _KEPT_S = 7 * 24 * 3600
 """Seconds that the parts of a set are kept after the last of them was written."""

@@ -373,17 +373,23 @@ def notes_of(tally: Tally, rules: SampleRules) -> Iterator[str]:
 
 
 def _nothing_left(tally: Tally, rules: SampleRules) -> DataError:
+    """The error for data of which no sample is left."""
     if not tally.records:
         return DataError("the data holds no conversation")
+    if tally.bad == tally.records:
+        first, try_ = tally.first_bad[0]
+        none = f"all {tally.records:,} records cannot be used, and data.skip_bad left out every one"
+        return DataError(f"{none}: {first}", try_=try_)
     cut = f"nothing to learn within seq_len={rules.seq_len}"
     if tally.dropped.get(cut) == tally.records:
         return DataError(
-            f"all {tally.records} records were dropped: none has a token to learn within seq_len={rules.seq_len}; "
-            f"the longest prompt has {tally.longest_prompt} tokens",
-            try_=f"seq_len above {tally.longest_prompt}",
+            f"all {tally.records:,} records were dropped: none has a token to learn within seq_len={rules.seq_len}; "
+            f"the longest prompt has {tally.longest_prompt:,} tokens",
+            try_=f"--seq-len {2 * tally.longest_prompt}",
         )
-    reasons = ", ".join(f"{reason} ({count:,})" for reason, count in tally.dropped.items())
-    alone = next(iter(tally.dropped)) if len(tally.dropped) == 1 else reasons
+    dropped = {**tally.dropped, **({"it cannot be used": tally.bad} if tally.bad else {})}
+    reasons = ", ".join(f"{reason} ({count:,})" for reason, count in dropped.items())
+    alone = next(iter(dropped)) if len(dropped) == 1 else reasons
     return DataError(
-        f"all {tally.records} records were dropped: {alone}", try_="records with an answer that is to be learned"
+        f"all {tally.records:,} records were dropped: {alone}", try_="records with an answer that is to be learned"
     )

@@ -243,6 +243,13 @@ def test_parts_end_after_many_characters_too(monkeypatch: pytest.MonkeyPatch, so
     assert (max(lengths), sum(lengths), lengths[-2]) == (3, 23, 1)
 
 
+def test_reasoning_counts_among_the_characters_of_a_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(parts, "_MOST_CHARACTERS", 100)
+    path = tmp_path / "thoughts.jsonl"
+    path.write_text((json.dumps({"input": "a", "output": "b", "reasoning_content": "c" * 98}) + "\n") * 3)
+    assert [len(part.records) for part in parts_of([partial(read_conversations, str(path))])] == [1, 1, 1]
+
+
 def test_several_sources_lie_one_behind_another_and_no_part_is_of_two(source: str, tmp_path: Path) -> None:
     path, tokenizer = tmp_path / "set.safetensors", tiny_tokenizer()
     sources: list[Read] = [partial(read_conversations, source), list, partial(read_conversations, source)]

@@ -389,8 +389,8 @@ def test_an_unknown_format_is_refused_before_anything_is_read(tmp_path: Path) ->
 
 
 def written(tmp_path: Path, name: str, *pairs: str) -> str:
-    """A file of pairs: 'ab' asks a and answers b; '?' cannot be used."""
-    lines = (f'{{"input": "{pair[0]}", "output": "{pair[1]}"}}' if pair != "?" else '{"words": 1}' for pair in pairs)
+    """A file of pairs: 'ab' asks a and answers b, 'a' has an empty answer, '?' cannot be used."""
+    lines = (f'{{"input": "{pair[0]}", "output": "{pair[1:]}"}}' if pair != "?" else '{"words": 1}' for pair in pairs)
     (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
     return str(tmp_path / name)
 
@@ -414,6 +414,21 @@ def test_weights_do_not_decide_the_tokens(tmp_path: Path) -> None:
         for text in (f"{a},{b}", f"{a}:1,{b}:3")
     ]
     assert keys[0] == keys[1]
+
+
+@pytest.mark.parametrize(
+    ("texts", "why"),
+    [
+        (("?", "?"), "all 2 records cannot be used, and data.skip_bad left out every one: .*a:1: keys words"),
+        (("a", "?"), r"all 2 records were dropped: the answer is empty \(1\), it cannot be used \(1\)"),
+    ],
+)
+def test_where_nothing_is_left_the_records_that_were_left_out_are_a_reason(
+    tmp_path: Path, texts: tuple[str, ...], why: str
+) -> None:
+    data = Data(path=written(tmp_path, "a", *texts), skip_bad=2)
+    with pytest.raises(DataError, match=why):
+        cached_tokenize(data, tiny_tokenizer(), **USUAL, rules=SampleRules(seq_len=16), folder=tmp_path / "cache")
 
 
 def test_records_that_may_be_left_out_are_counted_and_named(tmp_path: Path) -> None:
