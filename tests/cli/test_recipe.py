@@ -231,7 +231,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "trackers": ["tensorboard"], "optim.name": "adamw",
     }),
     "axolotl-chat": (AXOLOTL_CHAT, "axolotl", {
-        "pack": True, "global_batch": 2, "data.roles": ["tool=function"], "train.eval_steps": 4, "train.patience": 2,
+        "pack": True, "global_batch": 2, "train.eval_steps": 4, "train.patience": 2,
         "optim.name": "adamw-8bit", "optim.schedule": "linear", "optim.warmup_steps": 3,
     }),
     "factory-sft": (FACTORY_SFT, "llama-factory", {
@@ -418,6 +418,66 @@ def test_columns_that_only_some_data_sets_of_llama_factory_have_are_named(here: 
     result = qdist("convert", "recipe", "theirs.json")
     assert result.exit_code == 2
     assert "chats has other columns or roles than mine, whose are those of all" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("entry", "data"),
+    [
+        ("message_property_mappings: {role: who, content: value}", {"columns": ["messages.role=who"]}),
+        ("message_field_content: said", {"columns": ["messages.content=said"]}),
+        ("roles: {user: [human, user], assistant: [Agent, gpt]}", {"roles": ["assistant=Agent"]}),
+        ("roles: {tool: [function], user: [user]}", {}),
+    ],
+)
+def test_turns_of_axolotl_keep_their_keys_and_roles(entry: str, data: dict[str, Any], here: Path) -> None:
+    first, second = "message_property_mappings: {role: role", "    roles: {user: [human]"
+    lines = [line for line in AXOLOTL_CHAT.splitlines() if not line.startswith(("test_datasets", second))]
+    lines.remove("early_stopping_patience: 2")
+    lines = [f"    {entry}" if line.strip().startswith(first) else line for line in lines]
+    result = qdist("convert", "recipe", written(here, "\n".join(lines)))
+    assert result.exit_code == 0, result.output
+    found = tomllib.loads(result.stdout)["data"]
+    assert {key: found.get(key) for key in ("columns", "roles") if key in found} == data
+
+
+OTHER = "t.jsonl has another format or other columns than chats.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "lost"),
+    [
+        (
+            "{user: [human]",
+            "{user: [Customer, Client]",
+            "user has the names Customer, Client, and data.roles takes one",
+        ),
+        ("[{path: CHATS, type: chat_template}]", "[{path: t.jsonl, type: alpaca}]", OTHER),
+        ("test_datasets", "  - {path: t.jsonl, type: chat_template, field_messages: log}\ntest_datasets", OTHER),
+    ],
+)
+def test_what_only_some_sets_of_axolotl_have_is_named(before: str, after: str, lost: str, here: Path) -> None:
+    result = qdist("convert", "recipe", written(here, AXOLOTL_CHAT.replace(before, after)))
+    assert result.exit_code == 2
+    assert lost in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("messages", "columns"),
+    [
+        ({}, ["conversations.role=who", "conversations.content=said"]),
+        ({"columns": {"messages": "log"}}, ["messages=log", "messages.role=who", "messages.content=said"]),
+    ],
+)
+def test_turns_of_llama_factory_keep_their_keys_and_roles(
+    messages: dict[str, Any], columns: list[str], here: Path
+) -> None:
+    tags = {"role_tag": "who", "content_tag": "said", "user_tag": "Customer", "function_tag": "act"}
+    entry = {"file_name": "mine.jsonl", "formatting": "sharegpt", "tags": tags, **messages}
+    (here / "sets/dataset_info.json").write_text(json.dumps({"mine": entry}))
+    result = qdist("convert", "recipe", written(here, FACTORY_SFT))
+    assert result.exit_code == 0, result.output
+    data = tomllib.loads(result.stdout)["data"]
+    assert (data["columns"], data["roles"]) == (columns, ["user=Customer", "function_call=act"])
 
 
 def test_a_data_set_that_no_list_has_is_named(here: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from qdist.core.data.record_turns import SPEAKERS
 from qdist.core.spec.recipes.rules import (
     ACCUMULATION,
     EVALS,
@@ -82,17 +83,22 @@ def refusal(recipe: Values) -> str:
 def _entries(value: Any, *, key: str) -> Outcome:
     """A list of data sets, all of one format."""
     sets = entries(value, "datasets")
-    settings: dict[str, Any] = {key: ",".join(str(_source(each)) for each in sets)}
-    remarks: list[Remark] = []
-    for each in sets:
-        said = _format(each)
-        if any(settings.get(name, own) != own for name, own in said.settings.items()):
+    read, paths = [_format(each) for each in sets], ",".join(str(_source(each)) for each in sets)
+    remarks = [remark for own in read for remark in own.remarks]
+    for each, own in zip(sets, read, strict=True):
+        if own.settings != read[0].settings:
             remarks.append(
-                Remark("lost", f"{each.get('path')} has another format or other columns than the set before it")
+                Remark("lost", f"{each.get('path')} has another format or other columns than {sets[0].get('path')}")
             )
-        settings |= said.settings
-        remarks += said.remarks
-    return Outcome(settings, tuple(remarks))
+    return Outcome({key: paths, **(read[0].settings if read else {})}, tuple(remarks))
+
+
+def _tests(value: Any, recipe: Values) -> Outcome:
+    """`test_datasets`, which are read as the sets that are trained on."""
+    key, trained = "data.eval", entries(recipe.get("datasets") or [], "datasets")
+    remarks = _entries([*trained, *entries(value, "test_datasets")], key=key).remarks
+    before = len(_entries(trained, key=key).remarks)
+    return Outcome({key: _entries(value, key=key).settings[key]}, remarks[before:])
 
 
 def _source(entry: Mapping[str, Any]) -> Source:
@@ -128,12 +134,16 @@ def _turns(entry: Mapping[str, Any], settings: dict[str, Any]) -> list[Remark]:
     known = {"role": ("role", "from"), "content": ("content", "value", "text")}
     mapped = {**mapping(entry.get("message_property_mappings"), "message_property_mappings")}
     mapped |= {own: entry[f"message_field_{own}"] for own in known if entry.get(f"message_field_{own}")}
-    if columns := pairs({own: theirs for own, theirs in mapped.items() if theirs not in known.get(own, ())}):
+    if columns := pairs(
+        {f"messages.{own}": theirs for own, theirs in mapped.items() if theirs not in known.get(own, (own,))}
+    ):
         settings["data.columns"] = [*settings.get("data.columns", ()), *columns]
-    roles = {own: theirs for own, several in mapping(entry.get("roles"), "roles").items() for theirs in listed(several)}
-    usual = {"user": "human", "assistant": "gpt"}
-    if own := pairs({name: said for name, said in roles.items() if said != usual.get(name)}):
-        settings["data.roles"] = own
+    roles = {own: _unknown(own, names) for own, names in mapping(entry.get("roles"), "roles").items()}
+    if own_roles := pairs({own: names[0] for own, names in roles.items() if names}):
+        settings["data.roles"] = own_roles
+    for own, names in roles.items():
+        if names[1:]:
+            remarks.append(Remark("lost", f"{own} has the names {', '.join(names)}, and data.roles takes one"))
     if entry.get("chat_template"):
         said = _template(entry["chat_template"], {})
         settings |= said.settings
@@ -145,6 +155,11 @@ def _turns(entry: Mapping[str, Any], settings: dict[str, Any]) -> list[Remark]:
     if entry.get("shards"):
         remarks.append(Remark("lost", "a part of a set is a count: PATH#2000"))
     return remarks
+
+
+def _unknown(role: str, names: Any) -> list[str]:
+    """Names of a role that are not detected."""
+    return [name for name in map(str, listed(names)) if SPEAKERS.get(name.strip().lower()) != SPEAKERS.get(role, role)]
 
 
 def _template(value: Any, _: Values) -> Outcome:
@@ -259,9 +274,7 @@ TABLE: dict[str, Rule] = {
     "qat": off("training with rounded weights is not there"),
     "quantization": off("qdist quantize, for a model"),
     "datasets": related("data.path", lambda value, _: _entries(value, key="data.path")),
-    "test_datasets": related(
-        "data.eval", lambda value, _: Outcome({"data.eval": _entries(value, key="data.eval").settings["data.eval"]})
-    ),
+    "test_datasets": related("data.eval", _tests),
     "pretraining_dataset": related("data.path", lambda value, _: _entries(value, key="data.path")),
     "dataset_exact_deduplication": off("every record is learned; qdist data show counts duplicates"),
     "chat_template": related("data.template", _template),

@@ -57,9 +57,13 @@ _COLUMNS = {
 """Its name of a column -> ours."""
 _ROLES = {
     "user_tag": ("user", "human"), "assistant_tag": ("assistant", "gpt"), "system_tag": ("system", "system"),
-    "observation_tag": ("tool", "observation"),
+    "observation_tag": ("tool", "observation"), "function_tag": ("function_call", "function_call"),
 }  # fmt: skip
 """Its name of a role -> ours, and what it takes where none is given."""
+
+
+_TURNS = {"role_tag": ("role", ("from", "role")), "content_tag": ("content", ("value", "content"))}
+"""Its name of a key of turns -> ours, and those that are detected."""
 
 
 def refusal(recipe: Values) -> str:
@@ -118,6 +122,11 @@ def _columns(entry: Mapping[str, Any], *, is_text: bool) -> dict[str, Any]:
     columns, tags = mapping(entry.get("columns"), "columns"), mapping(entry.get("tags"), "tags")
     names = {"prompt": "text"} if is_text else _COLUMNS
     ours = pairs({own: columns.get(theirs) for theirs, own in names.items()})
+    holder = "messages" if columns.get("messages") else "conversations"
+    named = {
+        f"{holder}.{own}": tags[tag] for tag, (own, known) in _TURNS.items() if tags.get(tag, known[0]) not in known
+    }
+    ours += pairs(named)
     roles = pairs({own: tags[tag] for tag, (own, usual) in _ROLES.items() if tags.get(tag, usual) != usual})
     return {**({"data.columns": ours} if ours else {}), **({"data.roles": roles} if roles else {})}
 
