@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qdist.core.errors import DataError
+from qdist.host.data.compressed import bare_name
 from qdist.host.data.files import READ, SUFFIXES, form_of
 from qdist.host.opening import read_value, readable
 
@@ -102,7 +103,7 @@ def _may_hold_data(folder: Path, depth: int = 1) -> bool:
     """Whether a folder holds files with a data suffix; True for a folder that may not be listed."""
     try:
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-        if any(entry.is_file() and Path(entry.name).suffix.lower() in SUFFIXES for entry in entries):
+        if any(entry.is_file() and bare_name(Path(entry.name)).suffix.lower() in SUFFIXES for entry in entries):
             return True
         return depth < _DEEPEST and any(entry.is_dir() and _may_hold_data(Path(entry), depth + 1) for entry in entries)
     except OSError:

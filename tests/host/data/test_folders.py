@@ -164,6 +164,12 @@ def test_compressed_files_of_a_folder_are_read_as_they_are(tmp_path: Path) -> No
     assert read(tmp_path) == ["packed"]
 
 
+def test_a_folder_of_compressed_files_within_another_is_read(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner/records.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n'))
+    assert read(tmp_path) == ["one"]
+
+
 def test_plain_text_alone_in_a_folder_is_its_data(tmp_path: Path) -> None:
     for name in ("train.txt", "valid.txt"):
         (tmp_path / name).write_text(f"the text of {name}\n")
