@@ -17,7 +17,7 @@ from qdist.core.spec.run_spec import nest, resolve
 from qdist.core.text import command, counted
 from qdist.host.data.sources import check_data
 from qdist.host.tasks import ask
-from qdist.host.terminal import say_json
+from qdist.host.terminal import say, say_json
 
 _WHOLE = 20_000
 """Records that `show` looks at, unless told otherwise: seconds of work."""
@@ -59,7 +59,10 @@ def show(source: str, assignments: tuple[str, ...], as_json: bool, **given: Any)
     """
     own = {name: given.pop(name) for name in ("samples", "limit")}
     own["limit"] = own["limit"] or _WHOLE
-    _print(_found(source, assignments, given, own), as_json=as_json)
+    found = _found(source, assignments, given, own)
+    _print(found, as_json=as_json)
+    if found.bad > found.allowed_bad:
+        say(f"  try: {_what_to_try(found)}", err=True)
 
 
 @data.command(cls=SettingsCommand)
@@ -78,6 +81,7 @@ def check(source: str, assignments: tuple[str, ...], as_json: bool, **given: Any
             else f"nothing in {found.records:,} records is to be learned"
         )
         raise JobError(f"training would refuse {source}: {wrong}", try_=_what_to_try(found))
+    say(f"training would take {source}", err=True)
 
 
 def _what_to_try(found: Overview) -> str:

@@ -188,6 +188,8 @@ class _Look:
 
     def _overlap(self) -> tuple[int, int]:
         """(held-out samples, those of them that say what a training sample says)."""
+        if not self._digests:
+            return 0, 0
         parts = parts_of(self._sources, (*self._firsts, len(self._digests)))
         try:
             train, held_out = divide(

@@ -100,6 +100,15 @@ def test_what_was_not_asked_alike_is_not_compared(other: TaskResult) -> None:
     assert list(incomparable(columns)) == ["mmlu:FILE: adapter and base were not asked the same, and are not compared"]
 
 
+def test_a_single_outcome_each_is_not_told_as_another_question() -> None:
+    columns = columns_of(
+        [evaluation("base", perplexity([2.0], (9.0,))), evaluation("adapter", perplexity([1.9], (9.0,)))]
+    )
+    assert differences_of(columns) == ()
+    (why,) = incomparable(columns)
+    assert "adapter and base have a single outcome each" in why
+
+
 def test_programs_get_intervals_and_differences_too() -> None:
     losses, weights = [3.0, 3.2, 3.4, 2.9], (10.0, 10.0, 20.0, 10.0)
     found = comparison_of([
