@@ -65,7 +65,9 @@ def _lengths(found: Overview) -> Iterator[Text]:
     for bar in found.lengths:
         blocks = "█" * -(-bar.count * _BAR // most)
         late = bool(found.tokenizer) and bar.low >= found.seq_len
-        yield Text.assemble(_range(bar, found.longest, digits), (f"{blocks:{_BAR}}", _FAULT if late else "cyan"), f" {bar.count:,}")
+        yield Text.assemble(
+            _range(bar, found.longest, digits), (f"{blocks:{_BAR}}", _FAULT if late else "cyan"), f" {bar.count:,}"
+        )
     share = f"{found.learned / found.length:.0%}" if found.length else "0 %"
     yield _named("learned", f"{found.learned:,} of {found.length:,} {unit} ({share.replace('%', ' %')})")
     if found.cut:

@@ -116,9 +116,13 @@ _ORDER: tuple[What, ...] = ("base", "adapter", "merged", "model")
 
 
 def _short_names(targets: Collection[str]) -> dict[str, str]:
-    """Targets by the last part of their paths, where that tells them apart."""
-    last = {target: target.rstrip("/").rpartition("/")[2] or target for target in targets}
+    """Targets by the last part of their paths, where that tells them apart; of files that are judged, by each's."""
+    last = {target: ",".join(map(_last_part, target.split(","))) for target in targets}
     return last if len(set(last.values())) == len(last) else {target: target for target in targets}
+
+
+def _last_part(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2] or path
 
 
 def differences_of(columns: Sequence[Column]) -> tuple[Difference, ...]:

@@ -50,6 +50,11 @@ def test_models_of_several_targets_have_their_names() -> None:
     assert [column.name for column in columns] == ["adapter of 1", "adapter of 2", "smollm2"]
 
 
+def test_files_that_are_judged_together_have_all_their_names() -> None:
+    (column,) = columns_of([evaluation("model", accuracy(1), target="runs/1/a.jsonl,runs/1/b.jsonl")])
+    assert column.name == "a.jsonl,b.jsonl"
+
+
 def test_targets_that_end_alike_keep_their_paths() -> None:
     columns = columns_of([evaluation("adapter", accuracy(50)), evaluation("adapter", accuracy(40), target="old/1")])
     assert [column.name for column in columns] == ["adapter of runs/1", "adapter of old/1"]
