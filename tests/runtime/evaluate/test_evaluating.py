@@ -302,9 +302,10 @@ def test_a_file_without_questions_is_refused_before_anything_is_started(
     fork_ranks: ForkRanks, trained: Any, folder: Path
 ) -> None:
     bad = folder / "none.jsonl"
-    bad.write_text('{"text": "no question"}\n')
-    with pytest.raises(DataError, match=r"none\.jsonl:1"):
+    bad.write_text('{"input": "Why?", "output": "Because."}\n')
+    with pytest.raises(DataError, match=r"none\.jsonl:1: the answer is 'Because\.'") as caught:
         evaluated(fork_ranks, trained[0].path, f"mmlu:{bad}", {})
+    assert caught.value.try_.startswith("records with ")
 
 
 @pytest.mark.parametrize(
