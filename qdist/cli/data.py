@@ -18,7 +18,7 @@ from qdist.core.text import command, counted
 from qdist.host.data.sources import check_data
 from qdist.host.data.stdin import kept
 from qdist.host.tasks import ask
-from qdist.host.terminal import say_json
+from qdist.host.terminal import say, say_json
 
 _WHOLE = 20_000
 """Records that `show` looks at, unless told otherwise: seconds of work."""
@@ -60,7 +60,10 @@ def show(source: str, assignments: tuple[str, ...], as_json: bool, **given: Any)
     """
     own = {name: given.pop(name) for name in ("samples", "limit")}
     own["limit"] = own["limit"] or _WHOLE
-    _print(_found(source, assignments, given, own), as_json=as_json)
+    found = _found(source, assignments, given, own)
+    _print(found, as_json=as_json)
+    if found.bad > found.allowed_bad:
+        say(f"  try: {_why_refused(found)[1]}", err=True)
 
 
 @data.command(cls=SettingsCommand)
@@ -75,6 +78,7 @@ def check(source: str, assignments: tuple[str, ...], as_json: bool, **given: Any
     if found.refused:
         wrong, try_ = _why_refused(found)
         raise JobError(f"training would refuse {source}: {wrong}", try_=try_)
+    say(f"training would take {source}", err=True)
 
 
 def _why_refused(found: Overview) -> tuple[str, str]:

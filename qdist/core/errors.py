@@ -131,10 +131,13 @@ class MachineError(QdistError):
     """A package, driver or device is missing."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name closest to a mistyped one, or None when nothing is close."""
+def nearest(name: str, known: Iterable[str], *, alike: float = 0.5) -> str | None:
+    """The known name closest to a mistyped one, or None when nothing is close.
+
+    alike: the share of the characters of both names that must be the same, in order.
+    """
     from difflib import get_close_matches
 
     folded = {candidate.lower().replace("-", "_"): candidate for candidate in known}
-    close = get_close_matches(name.lower().replace("-", "_"), folded, n=1, cutoff=0.5)
+    close = get_close_matches(name.lower().replace("-", "_"), folded, n=1, cutoff=alike)
     return folded[close[0]] if close else None

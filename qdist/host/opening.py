@@ -77,9 +77,10 @@ def reason_of(error: BaseException) -> str:
             return "it asks for more memory than there is"
         case ValueError() if "integer string conversion" in str(error):
             return "a number of more than 4,300 digits"
-        case KeyError() if error.args:
+        case KeyError() if error.args and " " not in str(error.args[0]):
             return f"no {error.args[0]!r}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # which quotes it
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
     return said if len(said) <= _LONGEST_REASON else f"{said[:_LONGEST_REASON]}..."
 

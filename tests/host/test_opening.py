@@ -120,6 +120,7 @@ def test_what_ends_the_process_and_errors_of_ours_pass(error: BaseException) -> 
     ("error", "reason"),
     [
         (KeyError("rows"), "no 'rows'"),
+        (KeyError("'x' is not a known task"), "'x' is not a known task"),
         (ValueError(""), "ValueError"),
         (ValueError("first\nsecond"), "first"),
         (ValueError("Unrecognized:\n  the model"), "Unrecognized: the model"),

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from rich.text import Text
 
-from qdist.core.data.overview import Overview, Shown
+from qdist.core.data.overview import Bar, Overview, Shown
 from qdist.core.text import counted, first_few, printable
 
 _LEARNED, _HEAD, _FAULT = "green", "bold", "red"
@@ -76,12 +76,13 @@ def _lengths(found: Overview) -> Iterator[Text]:
     yield Text()
     yield Text.assemble(("lengths", _HEAD), f"   {unit} of {counted(found.samples, 'sample')}: ", _spread(found))
     most = max(bar.count for bar in found.lengths)
-    digits = len(f"{found.lengths[-1].high:,}")
+    digits = len(f"{found.longest:,}")
     for bar in found.lengths:
         blocks = "█" * -(-bar.count * _BAR // most)
         late = bool(found.tokenizer) and bar.low >= found.seq_len
-        row = f"{bar.low:{digits},} to {bar.high - 1:{digits},}  "
-        yield Text.assemble(row, (f"{blocks:{_BAR}}", _FAULT if late else "cyan"), f" {bar.count:,}")
+        yield Text.assemble(
+            _range(bar, found.longest, digits), (f"{blocks:{_BAR}}", _FAULT if late else "cyan"), f" {bar.count:,}"
+        )
     share = f"{found.learned / found.length:.0%}" if found.length else "0 %"
     yield _named("learned", f"{found.learned:,} of {found.length:,} {unit} ({share.replace('%', ' %')})")
     if found.cut:
@@ -90,6 +91,13 @@ def _lengths(found: Overview) -> Iterator[Text]:
             f"{counted(found.cut, 'record')}: {found.cut_median:,} tokens lost in the median, "
             f"{found.cut_most:,} at most",
         )
+
+
+def _range(bar: Bar, longest: int, digits: int) -> str:
+    """The lengths that a bar counts, none above the longest there is."""
+    last = min(bar.high - 1, longest)
+    first = "" if last == bar.low else f"{bar.low:,} to "
+    return f"{first:>{digits + len(' to ')}}{last:{digits},}  "
 
 
 def _spread(found: Overview) -> str:
@@ -104,7 +112,9 @@ def _faults(found: Overview) -> Iterator[Text]:
         what = counted(found.unread, "record")
         yield _named("tools", f"{what} of {found.records:,} with tools, which only a chat template writes: --model M")
     if found.duplicates:
-        pairs = first_few([f"{where} = {before}" for where, before in found.first_duplicates])
+        pairs = first_few(
+            [" = ".join(place.removeprefix(f"{found.source}, ") for place in two) for two in found.first_duplicates]
+        )
         yield _named("twice", f"{counted(found.duplicates, 'record')} with the words of an earlier one: {pairs}")
     if found.held_out:
         same = f"; {found.overlap:,} with the words of a training sample" if found.overlap else ", none in training"

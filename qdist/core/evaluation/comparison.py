@@ -116,9 +116,13 @@ _ORDER: tuple[What, ...] = ("base", "adapter", "merged", "model")
 
 
 def _short_names(targets: Collection[str]) -> dict[str, str]:
-    """Targets by the last part of their paths, where that tells them apart."""
-    last = {target: target.rstrip("/").rpartition("/")[2] or target for target in targets}
+    """Targets by the last part of their paths, where that tells them apart; of files that are judged, by each's."""
+    last = {target: ",".join(map(_last_part, target.split(","))) for target in targets}
     return last if len(set(last.values())) == len(last) else {target: target for target in targets}
+
+
+def _last_part(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2] or path
 
 
 def differences_of(columns: Sequence[Column]) -> tuple[Difference, ...]:
@@ -134,9 +138,8 @@ def differences_of(columns: Sequence[Column]) -> tuple[Difference, ...]:
 
 
 def _difference(first: str, result: TaskResult, second: str, other: TaskResult) -> Difference | None:
-    """None where the two were not asked the same items."""
-    alike = len(result.outcomes) == len(other.outcomes) and result.weights == other.weights
-    if not alike or result.settings != other.settings:
+    """None where the two were not asked the same items, or a single one."""
+    if not _asked_alike(result, other):
         return None
     shift = shift_of_means(result.outcomes, other.outcomes, result.weights)
     if shift is None:
@@ -148,6 +151,11 @@ def _difference(first: str, result: TaskResult, second: str, other: TaskResult) 
         high=high, chance=shift.chance, count=len(result.outcomes),
         word=_word(shift, more_is_better=figure.more_is_better),
     )  # fmt: skip
+
+
+def _asked_alike(result: TaskResult, other: TaskResult) -> bool:
+    same_items = len(result.outcomes) == len(other.outcomes) and result.weights == other.weights
+    return same_items and result.settings == other.settings
 
 
 def _in_unit(shift: float, figure: Figure) -> float:
@@ -169,4 +177,6 @@ def incomparable(columns: Sequence[Column]) -> Iterator[str]:
         for second in columns[1:]:
             for other in second.results:
                 if other.task in tasks and (other.task, second.name) not in compared and other.outcomes:
-                    yield f"{other.task}: {second.name} and {first.name} were not asked the same, and are not compared"
+                    alike = _asked_alike(tasks[other.task], other)
+                    why = "have a single outcome each" if alike else "were not asked the same"
+                    yield f"{other.task}: {second.name} and {first.name} {why}, and are not compared"

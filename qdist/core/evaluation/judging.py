@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from qdist.core.evaluation.elo import Game, Rating, rate, unconnected
+from qdist.core.evaluation.elo import Game, rate, unconnected
 from qdist.core.evaluation.predictions import Prediction
 from qdist.core.evaluation.results import Figure, TaskResult
 from qdist.core.evaluation.statistics import interval_of_mean, mean_of, shift_of_means
@@ -190,14 +190,14 @@ def pair_result(task: str, names: Sequence[str], settled: Settled, *, settings: 
     shift = shift_of_means([0.5] * len(outcomes), outcomes)
     sure = () if shift is None else (f"by chance a win rate as far from 0.5 has a probability of {shift.chance:.2g}",)
     return TaskResult(
-        task=task, figures=(own, *map(_elo_figure, rate(games))), groups=beside, outcomes=outcomes, settings=settings,
+        task=task, figures=(own, *_elo_figures(games)), groups=beside, outcomes=outcomes, settings=settings,
         notes=(*sure, *notes),
     )  # fmt: skip
 
 
 def elo_result(task: str, games: Sequence[Game]) -> TaskResult:
     """The ratings of all models in some games, the strongest first. Needs a game."""
-    return TaskResult(task=task, figures=tuple(map(_elo_figure, rate(games))), notes=tuple(_notes_of_games(games)))
+    return TaskResult(task=task, figures=_elo_figures(games), notes=tuple(_notes_of_games(games)))
 
 
 def grade_result(task: str, verdicts: Sequence[Verdict], *, settings: Mapping[str, str]) -> TaskResult:
@@ -219,9 +219,16 @@ def _share(name: str, outcomes: Sequence[float]) -> Figure:
     )
 
 
-def _elo_figure(rating: Rating) -> Figure:
-    low, high = rating.interval
-    return Figure(name=f"Elo of {rating.name}", value=rating.elo, count=rating.games, low=low, high=high)
+def _elo_figures(games: Sequence[Game]) -> tuple[Figure, ...]:
+    """Ratings, with an interval where there are several questions to draw from."""
+    several = len({game.question or place for place, game in enumerate(games)}) > 1
+    return tuple(
+        Figure(
+            name=f"Elo of {own.name}", value=own.elo, count=own.games,
+            low=own.interval.low if several else None, high=own.interval.high if several else None,
+        )
+        for own in rate(games)
+    )  # fmt: skip
 
 
 def _notes_of(settled: Settled) -> list[str]:

@@ -65,7 +65,9 @@ def _answer(stated: object, where: str) -> int:
         return LETTERS.index(text)
     if re.fullmatch("[0-3]", text):
         return int(text)
-    raise DataError(f"{where}: the answer is {stated!r}, and not one of A to D or 0 to 3")
+    raise DataError(
+        f"{where}: the answer is {stated!r}, and not one of A to D or 0 to 3", try_=f"records with {_FORMATS}"
+    )
 
 
 def prompt_of(question: Question, examples: Sequence[Question] = ()) -> str:

@@ -58,7 +58,8 @@ def wilson(right: float, count: int) -> Interval:
     """95 % interval of a share. right: how many of `count` are; half ones are ties."""
     share, z2 = right / count, _Z * _Z / count
     middle, half = share + z2 / 2, _Z * math.sqrt(share * (1 - share) / count + z2 / (4 * count))
-    return Interval(max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2)))
+    low, high = (middle - half) / (1 + z2), (middle + half) / (1 + z2)
+    return Interval(low if right > 0 else 0.0, high if right < count else 1.0)
 
 
 def shift_of_means(first: Sequence[float], second: Sequence[float], weights: Sequence[float] = ()) -> Shift | None:

@@ -192,8 +192,10 @@ def _losses(card: Card) -> Iterator[str]:
     chosen = [table.rows[index][0] for index in evenly(range(len(table.rows)), _MOST_ROWS)]
     losses = {f"{step:,}": loss for step, loss in zip(columns.step, columns.loss, strict=True)}
     names = sorted({*(f"{step:,}" for step in steps), *chosen}, key=lambda name: int(name.replace(",", "")))
-    rows = [(name, number(losses.get(name, math.nan)), *held_out.get(name, ("", "-", "-", ""))[1:]) for name in names]
-    yield from _table("Loss", ("step", "training loss", "held-out loss", "perplexity", ""), rows)
+    tasks = [_task_name(task) for task in table.headers[3:-1]]
+    missing = ("-",) * (2 + len(tasks)) + ("",)
+    rows = [(name, number(losses.get(name, math.nan)), *held_out.get(name, ("", *missing))[1:]) for name in names]
+    yield from _table("Loss", ("step", "training loss", "held-out loss", "perplexity", *tasks, ""), rows)
 
 
 def _evaluations(card: Card) -> Iterator[str]:

@@ -97,5 +97,6 @@ def _notes(columns: Sequence[Column]) -> Iterator[str]:
             if result.settings:
                 stated = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in result.settings.items())
                 yield f"{shortened(result.task)}: {stated}"
+            of_whom = f", {column.name}" if columns[1:] else ""
             for note in result.notes:
-                yield f"{shortened(result.task)}, {column.name}: {note}"
+                yield f"{shortened(result.task)}{of_whom}: {note}"

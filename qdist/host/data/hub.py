@@ -1,5 +1,6 @@
 """Records of data sets on the hub: by id, with a subset and a split, or by a known name."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from msgspec.structs import replace
 from qdist.core.data.named import NAMED, NamedData
 from qdist.core.errors import DataError, MachineError
 from qdist.host.data.text import Located
-from qdist.host.opening import told
+from qdist.host.opening import reason_of, told
 
 _ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<subset>[^@/\s]+))?(@(?P<split>\S+))?")
 """'owner/name:subset@split'."""
@@ -99,4 +100,19 @@ def _hub(data: HubData) -> Iterator[Any]:
         raise MachineError(message, try_="pip install datasets") from error
     message = f"{data.asked} is no file here, and the hub did not give it"
     with told(message, DataError, try_="a file or folder, or owner/name:subset@split"):
-        yield datasets
+        try:
+            yield datasets
+        except ConnectionError as error:
+            raise DataError(
+                f"{data.asked} is no file here, and the hub cannot be reached: {reason_of(error)}", try_=_how_to_reach()
+            ) from error
+
+
+def _how_to_reach() -> str:
+    """What leads to the hub from a machine that does not reach it."""
+    unset = [name for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(name)]
+    return (
+        f"unset {unset[0]}"
+        if unset
+        else "a connection to huggingface.co, a mirror named by HF_ENDPOINT, or a file here"
+    )

@@ -9,6 +9,7 @@ from shlex import quote
 from typing import Any, Literal, TextIO
 
 from qdist.core.errors import DataError
+from qdist.core.text import first_few
 from qdist.host.data.text import FIELDS, Located, Record, lines, open_text
 from qdist.host.opening import JSON_KINDS, holds_half_pair
 
@@ -167,7 +168,7 @@ def _records_in(found: Record, path: Path) -> list[object]:
     lists = {key: value for key, value in found.items() if isinstance(value, list) and _has_objects(value)}
     if len(lists) == 1:
         return next(iter(lists.values()))
-    keys = f"keys {', '.join(found)}" if found else "no keys"
+    keys = f"keys {first_few(tuple(found), most=8)}" if found else "no keys"
     first = next((key for key in lists if key.startswith("train")), next(iter(lists), ""))
     made = table or (f"d[{_literal(first)}]" if lists else "")
     raise DataError(

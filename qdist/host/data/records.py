@@ -159,11 +159,17 @@ def _nearest_path(path: Path) -> str:
     for part in path.relative_to(path.anchor).parts:
         if (found / part).exists():
             found /= part
-        elif found.is_dir() and (close := nearest(part, (sibling.name for sibling in found.iterdir()))):
+        elif found.is_dir() and (close := _nearest_file(part, found)):
             found /= close
         else:
             return ""
     return str(found)
+
+
+def _nearest_file(name: str, folder: Path) -> str | None:
+    """The file or folder with the closest name; an equal suffix alone brings no two names together."""
+    stem = Path(name).stem
+    return nearest(name, (there.name for there in folder.iterdir() if nearest(stem, [there.stem], alike=0.6)))
 
 
 def read_conversations(source: str, *, reading: Reading = AS_FOUND) -> Iterator[Conversation | DataError]:

@@ -90,8 +90,8 @@ def evaluate(
     Raises QdistError for what cannot be evaluated, before anything is started; KeyboardInterrupt when stopped.
     """
     words = task_words(asked.tasks)
-    refuse_unreadable(words)
     _refuse_unfit(words, asked, settings, judge)
+    refuse_unreadable(words)
     scored = [word for word in words if word.kind not in (*OF_MODELS, *OF_FILES)]
     groups = [group for target in asked.targets for group in groups_of(target, asked, settings)]
     for group in groups:

@@ -116,11 +116,14 @@ def prepare(spec: RunSpec) -> Launch:
 
 
 def preview(spec: RunSpec) -> Preview:
-    """The first half of `prepare`: existing files are inspected, the rest is estimated. Writes nothing at all.
+    """The first half of `prepare`: existing files are inspected, the rest is estimated.
+
+    Writes nothing, but for what standard input says, which cannot be read twice.
 
     Raises as `prepare` does.
     """
     asked = _new_run(spec)
+    spec = asked.spec
     if spec.load_format == "dummy":
         return Preview(asked.run, _job(asked, _synthetic(spec)))
     found = _surveyed(asked)

@@ -17,6 +17,7 @@ from qdist.core.text import command, format_bytes, resuming
 from qdist.host.data.files import holds_records
 from qdist.host.data.records import check_source
 from qdist.host.data.sources import changed_sources
+from qdist.host.evaluation.questions import read_questions
 from qdist.host.files import cache_path, free_bytes, obstacle, require_space, unusable_cache
 from qdist.host.launch.survey import counted
 from qdist.host.run.rundir import RunDir
@@ -109,6 +110,8 @@ def refuse_unreadable(words: Iterable[TaskWord]) -> None:
                 raise SpecError(f"there is no file {word.argument}", try_="lm:TASK.yaml, or a name that lm_eval knows")
         elif word.argument and not (word.kind == "perplexity" and path.is_file() and not holds_records(path)):
             check_source(word.argument)
+            if word.kind.startswith("mmlu") and path.is_file():
+                read_questions(word.argument)
 
 
 def refuse_tasks(spec: RunSpec) -> None:

@@ -182,7 +182,7 @@ def _quiet(name: str) -> Iterator[None]:
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
         torch.random.fork_rng(devices=[]),
-        told(name, SpecError, try_="`lm_eval run`, which says more"),
+        told(name, SpecError, try_="`lm_eval ls tasks` for names, `lm_eval validate --tasks NAME` for more"),
     ):
         random.seed(_PYTHON_SEED)
         numpy.random.seed(_NUMPY_SEED)

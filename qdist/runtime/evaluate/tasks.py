@@ -7,13 +7,14 @@ from qdist.core.data.conversation import Wording
 from qdist.core.data.reading import AS_FOUND, Reading, reading_of
 from qdist.core.data.records import BadRecords
 from qdist.core.errors import DataError, SpecError
-from qdist.core.evaluation.multiple_choice import SHOTS, Question, exam_of, question_of
+from qdist.core.evaluation.multiple_choice import SHOTS, exam_of
 from qdist.core.evaluation.results import ScoredTask
 from qdist.core.evaluation.windows import USUAL_WINDOW
 from qdist.core.evaluation.words import KINDS, TaskWord
 from qdist.core.spec.run_spec import RunSpec
 from qdist.host.data.files import holds_records
-from qdist.host.data.records import read_conversations, read_records
+from qdist.host.data.records import read_conversations
+from qdist.host.evaluation.questions import read_questions
 from qdist.host.opening import read_text
 from qdist.runtime.data.batches import Samples
 from qdist.runtime.data.tokenizing import SampleRules, tokenize
@@ -126,25 +127,10 @@ def _held_out(word: TaskWord, tokenizer: Any, limit: int | None, basis: Basis) -
 def _mmlu(word: TaskWord, tokenizer: Any, limit: int | None, basis: Basis) -> Mmlu:
     shots = SHOTS if word.kind == "mmlu5" else 0
     beside = Path(word.argument).expanduser().parent / "dev.jsonl"
-    dev = _questions(str(beside)) if shots and beside.is_file() else []
-    exam = exam_of(_questions(word.argument), dev, shots=shots)
+    dev = read_questions(str(beside)) if shots and beside.is_file() else []
+    exam = exam_of(read_questions(word.argument), dev, shots=shots)
     asked = exam.questions[:limit]
     fewer = len(asked) < len(exam.questions)
     notes = (f"the first {len(asked):,} of {len(exam.questions):,} questions",) if fewer else ()
     exam = exam._replace(questions=asked)
     return Mmlu(str(word), exam, tokenizer, longest=basis.longest, shots=shots, notes=notes)
-
-
-def _questions(source: str) -> list[Question]:
-    """All questions of a file. Raises DataError, once, for all records that hold none."""
-    bad, found = BadRecords(), list[Question]()
-    for where, record in read_records(source):
-        if isinstance(record, DataError):
-            bad.add(record)
-            continue
-        try:
-            found.append(question_of(record, where))
-        except DataError as error:
-            bad.add(error)
-    bad.raise_any(len(found) + bad.count)
-    return found

@@ -69,6 +69,21 @@ def test_a_long_sample_is_shown_up_to_some_characters(given: int, end: str) -> N
     assert "⟦⟧" not in lines[4]
 
 
+def test_no_length_is_told_that_no_sample_can_have() -> None:
+    found = Overview(
+        source="d", records=9, samples=9, tokenizer="tiny", seq_len=512, longest=512,
+        lengths=(Bar(448, 512, 6), Bar(512, 576, 3)),
+    )  # fmt: skip
+    rows = [line.partition("█")[0] for line in overview_text(found, marks=False).plain.split("\n") if "█" in line]
+    assert rows == ["448 to 511  ", "       512  "]
+
+
+def test_repeated_records_are_told_without_the_path_that_is_told_above() -> None:
+    pair = ("/a/long/path.json, record 7", "/a/long/path.json, record 2")
+    found = Overview(source="/a/long/path.json", records=9, duplicates=1, first_duplicates=(pair,))
+    assert "with the words of an earlier one: record 7 = record 2" in overview_text(found, marks=False).plain
+
+
 def test_what_is_learned_is_coloured_where_colours_are_shown() -> None:
     text = overview_text(FOUND, marks=False)
     assert "⟦" not in text.plain

@@ -50,6 +50,11 @@ def test_models_of_several_targets_have_their_names() -> None:
     assert [column.name for column in columns] == ["adapter of 1", "adapter of 2", "smollm2"]
 
 
+def test_files_that_are_judged_together_have_all_their_names() -> None:
+    (column,) = columns_of([evaluation("model", accuracy(1), target="runs/1/a.jsonl,runs/1/b.jsonl")])
+    assert column.name == "a.jsonl,b.jsonl"
+
+
 def test_targets_that_end_alike_keep_their_paths() -> None:
     columns = columns_of([evaluation("adapter", accuracy(50)), evaluation("adapter", accuracy(40), target="old/1")])
     assert [column.name for column in columns] == ["adapter of runs/1", "adapter of old/1"]
@@ -98,6 +103,15 @@ def test_what_was_not_asked_alike_is_not_compared(other: TaskResult) -> None:
     columns = columns_of([evaluation("base", accuracy(50)), evaluation("adapter", other)])
     assert differences_of(columns) == ()
     assert list(incomparable(columns)) == ["mmlu:FILE: adapter and base were not asked the same, and are not compared"]
+
+
+def test_a_single_outcome_each_is_not_told_as_another_question() -> None:
+    columns = columns_of(
+        [evaluation("base", perplexity([2.0], (9.0,))), evaluation("adapter", perplexity([1.9], (9.0,)))]
+    )
+    assert differences_of(columns) == ()
+    (why,) = incomparable(columns)
+    assert "adapter and base have a single outcome each" in why
 
 
 def test_programs_get_intervals_and_differences_too() -> None:

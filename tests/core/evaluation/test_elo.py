@@ -5,6 +5,7 @@ from random import Random
 import pytest
 
 from qdist.core.evaluation.elo import MEAN, Game, rate, unconnected
+from qdist.core.evaluation.judging import elo_result
 
 TRUTH = {"guanaco-65b": 1150.0, "guanaco-33b": 1080.0, "vicuna-13b": 1000.0, "alpaca-13b": 920.0, "base": 850.0}
 
@@ -62,3 +63,9 @@ def test_models_between_which_no_game_was_are_told() -> None:
     games = [Game(first=a, second=b, score=1.0) for a, b in ("ab", "cd", "bc", "xy")]
     assert unconnected(games) == (("a", "b", "c", "d"), ("x", "y"))
     assert unconnected(games[:3]) == ()
+
+
+@pytest.mark.parametrize(("questions", "sure"), [(1, False), (2, True)])
+def test_ratings_of_a_single_question_have_no_interval(questions: int, sure: bool) -> None:
+    games = [Game(first="a", second="b", score=0.5, question=str(number)) for number in range(questions) for _ in "xy"]
+    assert [figure.low is not None for figure in elo_result("elo:f", games).figures] == [sure, sure]

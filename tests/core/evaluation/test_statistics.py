@@ -113,3 +113,9 @@ def test_two_items_never_show_more_than_chance() -> None:
 def test_the_same_is_said_each_time() -> None:
     outcomes = [0.1 * number for number in range(40)]
     assert interval_of_mean(outcomes) == interval_of_mean(outcomes)
+
+
+@pytest.mark.parametrize("count", range(1, 60))
+def test_an_interval_of_no_or_all_right_answers_ends_at_them_exactly(count: int) -> None:
+    assert wilson(0, count).low == 0.0
+    assert wilson(count, count).high == 1.0

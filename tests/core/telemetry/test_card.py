@@ -75,6 +75,24 @@ def test_losses_memory_and_speed_are_told() -> None:
     assert "| 4,684 | 4,000 | +17.1 % |" in text
 
 
+def test_every_row_of_losses_has_a_cell_for_each_task() -> None:
+    fold = folded()
+    fold.add([Event(kind="eval", step=5, task="mmlu:/home/me/mmlu.jsonl", figure=0.25, time=6.0)])
+    header, _, *rows = card(fold=fold).partition("## Loss\n\n")[2].partition("\n\n")[0].splitlines()
+    assert header == "| step | training loss | held-out loss | perplexity | mmlu:mmlu.jsonl |  |"
+    assert {row.count("|") for row in rows} == {header.count("|")}
+    assert rows[-1] == "| 5 | 2 | 2 | 7.389 | 0.25 | best |"
+
+
+def test_figures_have_the_intervals_of_the_table() -> None:
+    result = TaskResult(
+        task="loss", figures=(Figure(name="loss", value=1.5, count=20),), outcomes=(1.0, 2.0) * 10, settings={}
+    )
+    text = card(evaluations=(Evaluation(target="r", what="adapter", results=(result,)),))
+    (row,) = [line for line in text.splitlines() if line.startswith("| loss | loss | adapter | 1.5 |")]
+    assert " to " in row
+
+
 def test_an_adapter_of_an_earlier_step_says_so() -> None:
     assert "It is the checkpoint of step 3 of 5." in card(step=3)
     assert "It is the checkpoint" not in card(step=5)

@@ -44,6 +44,10 @@ def test_one_model_has_no_differences() -> None:
     assert evaluation_tables([evaluation("base", 80)]).differences.rows == ()
 
 
+def test_a_note_on_the_only_model_does_not_name_it() -> None:
+    assert evaluation_tables([evaluation("base", 80)]).notes[1] == "mmlu:mmlu.jsonl: base was cut"
+
+
 def test_a_figure_without_an_interval_stands_alone() -> None:
     assert in_words(Figure(name="loss", value=2.0, count=3)) == "2"
     assert in_words(None) == "-"

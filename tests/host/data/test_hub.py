@@ -70,12 +70,22 @@ def test_subsets_splits_and_slices_are_those_of_the_package(source: str, first: 
     assert (found[0], len(found)) == (first, count)
 
 
-@pytest.mark.parametrize("source", ["owner/name:nothing", "owner/name@nothing", "owner/name:nothing@train", "a/b"])
+@pytest.mark.parametrize("source", ["owner/name:nothing", "owner/name@nothing", "owner/name:nothing@train"])
 def test_what_is_not_there_is_told_in_a_sentence(source: str) -> None:
     with pytest.raises(DataError) as caught:
         texts(source)
     assert caught.value.message.startswith(f"{source} is no file here, and the hub did not give it: ")
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(("offline", "tried"), [("", "a connection to huggingface.co"), ("1", "unset HF_HUB_OFFLINE")])
+def test_a_hub_that_is_not_reached_is_not_said_to_lack_the_data(
+    offline: str, tried: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    with pytest.raises(DataError, match=r"^a/b is no file here, and the hub cannot be reached: ") as caught:
+        texts("a/b")
+    assert caught.value.try_.startswith(tried)
 
 
 def test_a_data_set_is_known_by_its_subset_and_split() -> None:

@@ -184,6 +184,7 @@ def test_a_quote_that_is_never_closed_is_told_where_its_row_starts(tmp_path: Pat
         ("d.jsonl", "plain\ntext\n", "none of its first 2 can be read; the first: {}:1:1: invalid JSON"),
         ("d.jsonl", "plain\n" * 5000, "none of its first 1000 can be read"),
         ("d.json", '{"version": 1, "data": "x"}', "is one JSON object with keys version, data; a list of records is "),
+        ("d.json", json.dumps(dict.fromkeys("abcdefghijk", 1)), "with keys a, b, c, d, e, f, g, h and 3 more; a list"),
         ("d.json", "{}", "is one JSON object with no keys; a list of records is wanted"),
         ("d.json", '{"data": []}', "is one JSON object with keys data; a list of records is wanted"),
         ("d.json", "", "d.json holds no record (0 bytes)"),

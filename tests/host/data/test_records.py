@@ -77,6 +77,7 @@ def test_a_damaged_parquet_file_is_refused_without_its_package(tmp_path: Path, m
         ("train", "train does not exist", "train.jsonl"),
         ("trainn", "trainn does not exist", "train.jsonl"),
         ("dat", "dat does not exist", "data"),
+        ("x.jsonl", "x.jsonl does not exist", "ls ."),
         ("absent.txt", "absent.txt does not exist", "ls ."),
         ("./absent", "absent does not exist", "ls ."),
         ("nowhere/at/all.jsonl", "nowhere/at/all.jsonl does not exist, nor does its folder nowhere/at", "ls ."),
@@ -180,7 +181,7 @@ def test_another_name_is_asked_of_the_hub(hub: FakeHub, source: str, split: str)
 def test_what_the_hub_does_not_have_is_refused_with_its_reason(hub: FakeHub) -> None:
     with pytest.raises(DataError) as caught:
         list(read_records("owner/other"))
-    assert caught.value.message.endswith("the hub did not give it: Couldn't reach owner/other")
+    assert caught.value.message.endswith("the hub cannot be reached: Couldn't reach owner/other")
 
 
 def test_a_hub_data_set_without_rows_is_refused(hub: FakeHub) -> None:

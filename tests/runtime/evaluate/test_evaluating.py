@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import torch
 
-from qdist.core.errors import JobError, RunError, SpecError
+from qdist.core.errors import DataError, JobError, RunError, SpecError
 from qdist.core.evaluation.asked import Asked
 from qdist.core.evaluation.job import FOUND, JOB, EvaluationJob
 from qdist.core.evaluation.judging import JudgeSettings
@@ -293,9 +293,19 @@ def test_the_loss_is_of_held_out_samples(model: Path, another: RunDir) -> None:
 
 def test_ranks_that_fail_are_told_by_their_log(fork_ranks: ForkRanks, trained: Any, folder: Path) -> None:
     bad = folder / "bad.jsonl"
-    bad.write_text('{"text": "no question"}\n')
+    bad.write_text('{"no": "text"}\n' * 2)
     with pytest.raises(JobError, match="the ranks ended"):
+        evaluated(fork_ranks, trained[0].path, f"perplexity:{bad}", {})
+
+
+def test_a_file_without_questions_is_refused_before_anything_is_started(
+    fork_ranks: ForkRanks, trained: Any, folder: Path
+) -> None:
+    bad = folder / "none.jsonl"
+    bad.write_text('{"input": "Why?", "output": "Because."}\n')
+    with pytest.raises(DataError, match=r"none\.jsonl:1: the answer is 'Because\.'") as caught:
         evaluated(fork_ranks, trained[0].path, f"mmlu:{bad}", {})
+    assert caught.value.try_.startswith("records with ")
 
 
 @pytest.mark.parametrize(

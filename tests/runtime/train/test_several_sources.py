@@ -138,3 +138,12 @@ def test_random_tokens_have_no_records_to_be_set(model: Path, data: dict[str, An
     spec = resolve({"model": str(model), "load_format": "dummy", "steps": 2, "run": "run", "data": data})
     with pytest.raises(SpecError, match=f"random weights train on random tokens, of which {key}"):
         launcher.preview(spec)
+
+
+def test_a_dry_run_counts_what_standard_input_says(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stdin = SimpleNamespace(buffer=io.BytesIO(Path("a.jsonl").read_bytes()), isatty=lambda: False)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    preview = launcher.preview(resolve({"model": str(model), "data": "-", "seq_len": 64, "run": "run"}))
+    assert preview.knows_steps
+    assert [work.what.partition(" ")[2] for work in preview.work if work.action == "tokenize"] == ["(21 records)"]
+    assert not [work for work in preview.work if work.action == "fetch"]
