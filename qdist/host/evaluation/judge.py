@@ -144,7 +144,11 @@ def _adding(out: Path) -> Iterator[tuple[TextIO, dict[str, Verdict]]]:
         known = _written(out)
         with unwritable(out):
             file = stack.enter_context(out.open("a", encoding="utf-8"))
-        yield file, known
+        try:
+            yield file, known
+        finally:
+            if not out.stat().st_size:  # nothing was said, and an empty file would be in the way
+                out.unlink()
 
 
 def _written(out: Path) -> dict[str, Verdict]:

@@ -210,6 +210,14 @@ def test_models_that_take_neither_temperature_nor_max_tokens_are_asked_without(j
     assert judge.asked[-1]["max_completion_tokens"] == 5
 
 
+def test_a_judge_that_says_nothing_leaves_no_file(tmp_path: Path, judge: Judge) -> None:
+    judge.answer = lambda body: (400, "no", {})
+    path = predictions(tmp_path, "one", ["a"])
+    with pytest.raises(JobError):
+        run_judge(str(path), JudgeSettings(judge_url=judge.url, judge_model="m"))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
 def test_verdicts_that_came_beside_an_error_are_kept(tmp_path: Path, judge: Judge) -> None:
     judge.answer = lambda body: (400, "no", {}) if "Question 1" in body["messages"][1]["content"] else said("[[5]]")
     path = predictions(tmp_path, "one", ["a"] * 2)
