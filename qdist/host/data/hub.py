@@ -15,6 +15,8 @@ from qdist.host.opening import reason_of, told
 
 _ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<subset>[^@/\s]+))?(@(?P<split>\S+))?")
 """'owner/name:subset@split'."""
+_PATIENCE_S = 5.0
+"""Seconds that an answer of the hub is waited for, to know whether it is there."""
 
 
 class HubData(NamedTuple):
@@ -101,11 +103,43 @@ def _hub(data: HubData) -> Iterator[Any]:
     message = f"{data.asked} is no file here, and the hub did not give it"
     with told(message, DataError, try_="a file or folder, or owner/name:subset@split"):
         try:
-            yield datasets
+            with _without_waiting(datasets):
+                yield datasets
         except ConnectionError as error:
             raise DataError(
                 f"{data.asked} is no file here, and the hub cannot be reached: {reason_of(error)}", try_=_how_to_reach()
             ) from error
+
+
+@contextmanager
+def _without_waiting(datasets: Any) -> Iterator[None]:
+    """Have the packages look into their caches at once while the hub is out of reach.
+
+    They try each request for half a minute otherwise, on every launch of a machine without network.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if not any(before) and is_out_of_reach(constants.ENDPOINT):
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def is_out_of_reach(address: str) -> bool:
+    """Whether nothing can be connected to there, through proxies too; a slow answer is one."""
+    import httpx
+    from huggingface_hub import get_session
+
+    try:
+        get_session().head(address, timeout=_PATIENCE_S)
+    except httpx.ConnectError:
+        return True
+    except httpx.HTTPError:
+        return False
+    return False
 
 
 def _how_to_reach() -> str:

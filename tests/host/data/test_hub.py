@@ -1,6 +1,7 @@
 """Data sets of a hub, as the package datasets itself loads them: here from a folder in place of the hub."""
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from qdist.core.errors import DataError
-from qdist.host.data.hub import hub_data, hub_identity, hub_records
+from qdist.host.data.hub import hub_data, hub_identity, hub_records, is_out_of_reach
 
 datasets = pytest.importorskip("datasets")
 CARD = """---
@@ -36,6 +37,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for name in ("load_dataset", "load_dataset_builder", "get_dataset_config_names"):
         monkeypatch.setattr(datasets, name, there(getattr(datasets, name), folder))
+    monkeypatch.setattr("qdist.host.data.hub.is_out_of_reach", lambda address: False)
     datasets.disable_progress_bars()
     return folder
 
@@ -92,3 +94,27 @@ def test_a_data_set_is_known_by_its_subset_and_split() -> None:
     names = ("owner/name", "owner/name:code", "owner/name@test", "owner/name@train[:1%]")
     assert len({hub_identity(hub_data(name)) for name in names}) == len(names)
     assert hub_identity(hub_data("owner/name")) == hub_identity(hub_data("owner/name@train"))
+
+
+@pytest.mark.parametrize("away", [True, False])
+def test_a_hub_out_of_reach_is_not_waited_for(away: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    seen: list[tuple[bool, bool]] = []
+
+    def load_dataset(name: str, **_: Any) -> list[dict[str, str]]:
+        seen.append((constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE))
+        return [{"text": "a"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("qdist.host.data.hub.is_out_of_reach", lambda address: away)
+    assert len(list(hub_records(hub_data("owner/name")))) == 1
+    assert seen == [(away, away)]
+    assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == (False, False)
+
+
+def test_an_address_where_nobody_listens_is_out_of_reach() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    assert is_out_of_reach(f"http://127.0.0.1:{port}")
