@@ -8,7 +8,7 @@ import click
 import msgspec
 
 from qdist.cli.flags import SettingsCommand, flags_of, setting_flags
-from qdist.cli.views.evaluation import evaluation_lines
+from qdist.cli.views.evaluation import evaluation_lines, terminal_width
 from qdist.core.composed import request_of
 from qdist.core.evaluation.asked import Asked
 from qdist.core.evaluation.comparison import comparison_of
@@ -50,7 +50,7 @@ def evaluate(targets: tuple[str, ...], assignments: tuple[str, ...], **given: An
     if asked.json:
         say_json(text.rstrip("\n").encode())
     else:
-        say("\n".join(evaluation_lines(found)))
+        say("\n".join(evaluation_lines(found, width=terminal_width())))
 
 
 class _Progress:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from qdist.cli.views.evaluation import evaluation_lines
+from qdist.cli.views.evaluation import evaluation_lines, terminal_width
 from qdist.cli.views.plan import plan_lines
 from qdist.cli.views.report_page import compare_page, page
 from qdist.core.errors import SpecError
@@ -33,7 +33,9 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     reports = [report_of(own) for own in found]
     plans = [plan_lines(own.seen.plan) for own in found]
     text = page(reports[0], plans[0]) if len(runs) == 1 else compare_page(reports, plans)
-    for line in evaluation_lines([one for own in found for one in own.evaluations], groups=False):
+    for line in evaluation_lines(
+        [one for own in found for one in own.evaluations], groups=False, width=terminal_width()
+    ):
         say(line)
     path = out or runs[0] / _default_name(reports)
     write_out(path, text)

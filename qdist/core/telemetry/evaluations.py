@@ -9,6 +9,9 @@ from qdist.core.evaluation.comparison import Column, Difference, columns_of, dif
 from qdist.core.evaluation.results import Evaluation, Figure, TaskResult
 from qdist.core.telemetry.report_sections import Table, number
 
+_NOTHING = 1e-9
+"""What is less than this is shown as 0: sacrebleu smooths BLEU, which is then never 0."""
+
 
 class EvaluationTables(msgspec.Struct, frozen=True, kw_only=True):
     """What a person reads of some evaluations. A table without rows has nothing to say."""
@@ -61,9 +64,10 @@ def in_words(figure: Figure | None) -> str:
     """'0.3124 (0.291 to 0.333)', or '-' for none."""
     if figure is None:
         return "-"
+    value = number(0.0 if abs(figure.value) < _NOTHING else figure.value)
     if figure.low is None or figure.high is None:
-        return number(figure.value)
-    return f"{number(figure.value)} ({_end(figure.low)} to {_end(figure.high)})"
+        return value
+    return f"{value} ({_end(figure.low)} to {_end(figure.high)})"
 
 
 def _end(value: float) -> str:

@@ -22,3 +22,15 @@ def test_subjects_may_be_left_out() -> None:
 
 def test_nothing_evaluated_is_nothing_said() -> None:
     assert evaluation_lines([]) == []
+
+
+def test_a_table_that_is_too_wide_is_stacked() -> None:
+    lines = evaluation_lines([evaluation("base", 80, law=0.5), evaluation("adapter", 120, law=0.625)], width=60)
+    assert lines[:3] == [
+        "mmlu:mmlu.jsonl  accuracy",
+        "  base     0.4 (0.335 to 0.469)",
+        "  adapter  0.6 (0.531 to 0.665)",
+    ]
+    assert lines[4:6] == ["mmlu:mmlu.jsonl  adapter against base", "  difference     +0.2"]
+    assert lines[8] == "                 better"
+    assert max(map(len, lines)) <= 60
