@@ -135,6 +135,7 @@ class FakeHub(types.ModuleType):
 
     def __init__(self) -> None:
         super().__init__("datasets")
+        self.config = types.SimpleNamespace(HF_HUB_OFFLINE=False)
         self.revision = "c0ffee"
         self.exceptions = types.SimpleNamespace(DatasetsError=RuntimeError)
 
@@ -154,6 +155,7 @@ class FakeHub(types.ModuleType):
 def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     fake = FakeHub()
     monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.setattr("qdist.host.data.hub.is_out_of_reach", lambda address: False)
     return fake
 
 
