@@ -20,11 +20,11 @@ from qdist.host.sources.models import locate
 from qdist.runtime.data.tokenizer import open_tokenizer
 from qdist.runtime.engine.objective import unseen
 from qdist.runtime.evaluate.lm_task import LmTask
-from qdist.runtime.evaluate.local import LocalScorer
 from qdist.runtime.infer.answerer import Answerer, Ended, Piece, Question
 from qdist.runtime.infer.ready import open_answerer
 from qdist.runtime.model.skeleton import load_plain
 from qdist.runtime.quantize.materialize import materialize
+from tests.runtime.evaluate.local_scorer import LocalScorer
 
 MODEL, LONGEST = "smollm2-135m", 2048
 BODIES = {

@@ -8,7 +8,8 @@ import click
 import msgspec
 
 from qdist.cli.flags import SettingsCommand, flags_of, setting_flags
-from qdist.cli.views.evaluation import evaluation_lines, terminal_width
+from qdist.cli.views.evaluation import evaluation_lines
+from qdist.cli.views.text import terminal_width
 from qdist.core.composed import request_of
 from qdist.core.evaluation.asked import Asked
 from qdist.core.evaluation.comparison import comparison_of

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import click
 
-from qdist.cli.views.evaluation import evaluation_lines, terminal_width
+from qdist.cli.views.evaluation import evaluation_lines
 from qdist.cli.views.plan import plan_lines
 from qdist.cli.views.report_page import compare_page, page
+from qdist.cli.views.text import terminal_width
 from qdist.core.errors import SpecError
 from qdist.core.telemetry.report import Report, report_of
 from qdist.core.text import command, format_bytes

@@ -1,7 +1,5 @@
 """Models side by side, as lines of text: their figures, what they differ by, subjects and notes."""
 
-import shutil
-import sys
 from collections.abc import Iterator, Sequence
 
 from qdist.cli.views.text import cell
@@ -27,11 +25,6 @@ def evaluation_lines(evaluations: Sequence[Evaluation], *, groups: bool = True, 
     for task, table in tables.groups if groups else ():
         lines += ["", cell(task), *_fitted(table, width)]
     return lines + [""] * bool(tables.notes) + [f"note: {cell(note)}" for note in tables.notes]
-
-
-def terminal_width() -> int | None:
-    """Cells of a line of standard output; None where that is no terminal."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _fitted(table: Table, width: int | None) -> list[str]:

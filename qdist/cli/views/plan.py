@@ -1,12 +1,10 @@
 """A plan, what a launch would do, and what a finished run was predicted to take and took, as lines for a person."""
 
-import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from qdist.cli.views.model_parts import adapter_in_words, experts_lines, kept_lines, weights_in_words
-from qdist.cli.views.text import loading
+from qdist.cli.views.text import loading, terminal_width
 from qdist.core.planning.disk import storage
 from qdist.core.planning.fill import has_padding
 from qdist.core.planning.memory import MemoryBudget
@@ -64,7 +62,8 @@ def _data(plan: Plan) -> Iterator[str]:
 
 def shown(lines: Sequence[str]) -> str:
     """Lines for standard output, fitted to its width if it is a terminal."""
-    return "\n".join(wrapped(lines, shutil.get_terminal_size().columns) if sys.stdout.isatty() else lines)
+    width = terminal_width()
+    return "\n".join(lines if width is None else wrapped(lines, width))
 
 
 def wrapped(lines: Sequence[str], width: int) -> list[str]:

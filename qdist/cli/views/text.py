@@ -1,5 +1,7 @@
 """Text about a run for the user: an event as a line, values and answers side by side."""
 
+import shutil
+import sys
 from collections.abc import Iterator, Sequence
 
 import click
@@ -12,6 +14,11 @@ from qdist.core.text import format_bytes, format_count, format_duration, printab
 
 _SLOW_GB_S = 0.1
 """What is read slower is told in MB/s; below as many of those, pages lay in memory and no rate says anything."""
+
+
+def terminal_width() -> int | None:
+    """Cells of a line of standard output; None where that is no terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def plain_lines(event: Event, *, left_s: float | None = None) -> Iterator[str]:

@@ -23,7 +23,6 @@ from qdist.runtime.infer.answerer import Question
 
 _FEWSHOT_SEED, _PYTHON_SEED, _NUMPY_SEED, _TORCH_SEED = 1234, 0, 1234, 1234
 """lm_eval's own, so that examples are drawn as in its command line."""
-_OF_SCORES = "loglikelihood", "loglikelihood_rolling"
 
 
 class LmTask:

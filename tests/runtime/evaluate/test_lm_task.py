@@ -20,10 +20,10 @@ from qdist.runtime.engine.objective import unseen
 from qdist.runtime.evaluate import lm_task
 from qdist.runtime.evaluate.harness import HarnessModel
 from qdist.runtime.evaluate.lm_task import LmTask
-from qdist.runtime.evaluate.local import LocalScorer
 from qdist.runtime.infer.answerer import Question
 from tests.runtime.data.test_tokenized import CHATML, tiny_tokenizer
 from tests.runtime.evaluate.lm_bodies import CHOICES, ENDINGS, GENERATED, ROLLING, write_task
+from tests.runtime.evaluate.local_scorer import LocalScorer
 from tests.runtime.infer.answering import answered, line_of, one_by_one
 from tests.runtime.tiny import tiny_model
 

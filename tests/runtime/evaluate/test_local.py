@@ -9,7 +9,7 @@ from qdist.core.errors import SpecError
 from qdist.core.evaluation.scoring import Item, continuation
 from qdist.runtime.engine import objective
 from qdist.runtime.engine.objective import unseen
-from qdist.runtime.evaluate.local import LocalScorer
+from tests.runtime.evaluate.local_scorer import LocalScorer
 from tests.runtime.tiny import tiny_model
 
 ITEMS = [
