@@ -96,6 +96,11 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
     {...}}}."""
 
     @property
+    def has_tools(self) -> bool:
+        """Whether it names tools, calls one or holds a result, which chat templates alone can write."""
+        return bool(self.tools) or any(turn.calls or turn.role == "tool" for turn in self.turns)
+
+    @property
     def learns(self) -> bool:
         """Whether the loss is computed on any turn."""
         return any(turn.learn for turn in self.turns)
@@ -114,7 +119,7 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
         A conversation that ends with a user's turn gives the prompt that asks for the next reply. Raises DataError
         for one with tools: plain text has no words for them.
         """
-        if self.tools or any(turn.calls or turn.role == "tool" for turn in self.turns):
+        if self.has_tools:
             raise DataError(
                 f"{self.where} has tools, and only a chat template can write them, which the tokenizer does not have",
                 try_="--set data.template=chatml, which writes tools, calls and results",

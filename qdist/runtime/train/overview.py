@@ -134,7 +134,7 @@ class _Look:
 
     def _add_text(self, conversation: Conversation, digest: bytes) -> None:
         """Count a record in characters, worded without a chat template."""
-        if conversation.tools or any(turn.calls or turn.role == "tool" for turn in conversation.turns):
+        if conversation.has_tools:
             self._tools += 1
             return
         everything = self._spec.train.train_on_source
