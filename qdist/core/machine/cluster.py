@@ -55,8 +55,31 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """CUDA compute capability; None if the driver does not say, and of cards that are only described."""
 
 
+class Network(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The network between the nodes of a run."""
+
+    bytes_s: float
+    """Bytes/s that a node sends to another while it receives as many."""
+    latency_s: float
+    """Seconds from one node to another, one way."""
+    source: str
+    """Where the figures come from: 'measured' and the date, 'given', or 'assumed'."""
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One node of several."""
+
+    name: str
+    gpus: int
+    """GPUs of it that the run may use; CPU ranks where there are no GPUs."""
+
+
 class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One machine. `gpus` is empty exactly when `device` is 'cpu'."""
+    """One machine, or several nodes of one kind of device. `gpus` is empty exactly when `device` is 'cpu'.
+
+    Of several nodes, `gpus` are those of all, node by node, numbered on their nodes; cores and host memory are those
+    of the node that has least.
+    """
 
     device: Literal["cuda", "cpu"]
     gpus: tuple[Gpu, ...]
@@ -69,6 +92,10 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Rates of the slowest GPU; None on CPU and for an unknown card."""
     described: bool = False
     """Whether it is a machine to plan for, not this one."""
+    nodes: tuple[Machine, ...] = ()
+    """The nodes, in order; empty for one machine."""
+    network: Network | None = None
+    """The network between them; None for one machine."""
 
 
 def hypothetical(
@@ -129,3 +156,32 @@ def changed(cluster: Cluster, change: Change, gpus: int | None) -> Cluster:
     if "host_memory" in change:
         cluster = msgspec.structs.replace(cluster, memory_bytes=parse_bytes(change["host_memory"], "host_memory"))
     return cluster
+
+
+def joined(
+    clusters: Sequence[Cluster], names: Sequence[str], gpus: Sequence[int | None], network: Network | None
+) -> Cluster:
+    """Machines as nodes of one run. gpus: that each may use; None for all, or for one CPU rank.
+
+    Raises SpecError where some have GPUs and others have none, or one lacks the GPUs asked of it.
+    """
+    devices = {cluster.device for cluster in clusters}
+    if len(devices) > 1:
+        lacking = next(name for name, own in zip(names, clusters, strict=True) if own.device == "cpu")
+        raise SpecError(f"{lacking} has no GPU, and other nodes have", try_=f"leave {lacking} out")
+    counts = [wanted or len(own.gpus) or 1 for wanted, own in zip(gpus, clusters, strict=True)]
+    for name, own, count in zip(names, clusters, counts, strict=True):
+        if own.device == "cuda" and count > len(own.gpus):
+            raise SpecError(f"{name} has {len(own.gpus)} GPUs, and the run is to use {count} there", try_="fewer GPUs")
+    slowest = min((own.rates for own in clusters if own.rates), key=lambda rates: rates.matmul_flops_s, default=None)
+    return Cluster(
+        device=clusters[0].device,
+        gpus=tuple(gpu for own, count in zip(clusters, counts, strict=True) for gpu in own.gpus[:count]),
+        cpu_count=min(own.cpu_count for own in clusters),
+        memory_bytes=min(own.memory_bytes for own in clusters),
+        memory_free_bytes=min(own.memory_free_bytes for own in clusters),
+        rates=slowest,
+        described=clusters[0].described,
+        nodes=tuple(Machine(name=name, gpus=count) for name, count in zip(names, counts, strict=True)),
+        network=network,
+    )

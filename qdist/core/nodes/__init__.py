@@ -1,0 +1,1 @@
+"""Runs of several machines: who takes part, what must agree, who goes on after a failure. Pure."""
