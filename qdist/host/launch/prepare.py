@@ -67,7 +67,7 @@ RESUMABLE = frozenset((
 """Settings that may change on resume, because they do not affect what a step computes."""
 
 
-_RUNS = Path("runs")
+RUNS = Path("runs")
 _LONGEST_STEM = 60
 """Characters of the data's names in the name of a run."""
 
@@ -223,7 +223,7 @@ def _new_run(spec: RunSpec) -> _Asked:
     if not spec.model:
         raise SpecError("no model was named", try_="--model smollm2-135m")
     spec = msgspec.structs.replace(spec, data=stdin.kept(spec.data))
-    run = RunDir(spec.run) if spec.run else RunDir(free_name(_RUNS, _stem(spec)))
+    run = RunDir(spec.run) if spec.run else RunDir(free_name(RUNS, stem_of(spec)))
     refuse_used(run)
     refuse_unwritable(run)
     refuse_missing(spec.trackers)
@@ -285,7 +285,7 @@ def _job(asked: _Asked, prepared: Prepared) -> Launch:
     files[PLAN] = msgspec.json.format(msgspec.json.encode(plan), indent=1).decode() + "\n"
     begins = plan.start.path if plan.start and not run.checkpoint_steps() else ""
     notes = (f"the adapter begins as that in {begins}",) if begins else ()
-    stem, resumes = ("", digest(old)) if old else ("" if spec.run else _stem(spec), "")
+    stem, resumes = ("", digest(old)) if old else ("" if spec.run else stem_of(spec), "")
     return Launch(run, plan, files, prepared.notes + notes, stem, resumes)
 
 
@@ -387,7 +387,8 @@ def _because(key: str, spec: RunSpec) -> str:
     return f": its {spec.optim.schedule} learning rate ends with them" if key in ("steps", "epochs") else ""
 
 
-def _stem(spec: RunSpec) -> str:
+def stem_of(spec: RunSpec) -> str:
+    """How a run is called that was given no name: by its model, method and data."""
     model = re.sub(
         r"[^\w.-]+", "-", Path(spec.model).stem if spec.model.lower().endswith(".gguf") else Path(spec.model).name
     )
