@@ -8,10 +8,9 @@ import click
 
 from qdist.cli.flags import FLAGS, SettingsCommand, setting_flags
 from qdist.cli.views.plan import plan_lines, preview_lines, shown
-from qdist.cli.watch import Watch, ending
+from qdist.cli.watch import Watch, ending, how_to_go_on
 from qdist.core.spec.lookup import typed_settings
 from qdist.core.spec.run_spec import nest
-from qdist.core.text import resuming
 from qdist.host.launch import prepare, ranks
 from qdist.host.launch.claim import claimed
 from qdist.host.launch.planning import job_of
@@ -52,11 +51,5 @@ def launch(recipe: str | None, assignments: tuple[str, ...], resume: bool, dry_r
             with Watch(job.plan, run, width=shutil.get_terminal_size().columns) as watch:
                 ranks.start(own, show=watch.show, say=watch.say, recall=watch.recall)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(_how_to_go_on(run)) from None
+            raise KeyboardInterrupt(how_to_go_on(run)) from None
     ending(run, job.plan)
-
-
-def _how_to_go_on(run: RunDir) -> str:
-    steps = run.checkpoint_steps()
-    kept = f"the checkpoint of step {steps[-1]} is saved" if steps else "there is no checkpoint yet"
-    return f"{kept}\n  go on: {resuming(run.path)}"
