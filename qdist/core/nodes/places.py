@@ -14,6 +14,8 @@ _OF_MPI = frozenset(("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS", "PMIX_RANK"))
 """Variables that SLURM and Open MPI set as well, for the libraries of MPI."""
 _FIRST_NODE = frozenset(("MASTER_ADDR", "MASTER_PORT"))
 """Variables with which a user of MPI names the first node."""
+FLAGS = "--node-rank"
+"""Who gives a place that no launcher does."""
 _HAND = "--node-rank R --rendezvous HOST:PORT on each node"
 
 
@@ -30,8 +32,16 @@ class Place(NamedTuple):
     of: str
     """Who says so: 'SLURM', '--node-rank'."""
 
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The words with which this machine takes the same place again; none where a launcher gives it."""
+        if self.of != FLAGS:
+            return ()
+        nodes = _written(self.least, self.nodes)
+        return ("--nnodes", nodes, "--node-rank", f"{self.node}", "--rendezvous", self.rendezvous)
 
-class Asked(NamedTuple):
+
+class NodeFlags(NamedTuple):
     """What the flags say of nodes, checked one by one."""
 
     least: int | None = None
@@ -40,7 +50,7 @@ class Asked(NamedTuple):
     rendezvous: str = ""
 
 
-def asked(nnodes: str | None, node_rank: int | None, rendezvous: str | None) -> Asked:
+def read_flags(nnodes: str | None, node_rank: int | None, rendezvous: str | None) -> NodeFlags:
     """Read `--nnodes MIN:MAX`, `--node-rank R` and `--rendezvous HOST:PORT`; None for those that are not typed.
 
     Raises SpecError for values that cannot be.
@@ -56,7 +66,7 @@ def asked(nnodes: str | None, node_rank: int | None, rendezvous: str | None) -> 
             f"--node-rank {node_rank} is not a node: they are numbered from 0 to {last}",
             try_=f"--node-rank 0 to {last}" if last else "--node-rank 0",
         )
-    return Asked(least, nodes, node_rank, rendezvous or "")
+    return NodeFlags(least, nodes, node_rank, rendezvous or "")
 
 
 def _range(text: str) -> tuple[int, int]:
@@ -86,7 +96,7 @@ def host_and_port(text: str) -> tuple[str, int]:
 
 
 def place_of(
-    asked: Asked, environ: Mapping[str, str], ancestors: Sequence[frozenset[str]], *, host: str
+    flags: NodeFlags, environ: Mapping[str, str], ancestors: Sequence[frozenset[str]], *, host: str
 ) -> Place | None:
     """Where this process is in a run of several nodes; None for a run on this machine alone.
 
@@ -96,19 +106,19 @@ def place_of(
     ancestors: names of each ancestor, the parent's first. host: this machine's name.
     Raises SpecError for flags and variables that contradict each other, or don't suffice.
     """
-    if asked.nodes == 1 and asked.node is None and not asked.rendezvous:
+    if flags.nodes == 1 and flags.node is None and not flags.rendezvous:
         return None
-    if asked.node is not None and asked.rendezvous and asked.nodes is not None:
-        return Place(asked.node, asked.nodes, asked.least or asked.nodes, asked.rendezvous, "--node-rank")
-    found = _found(environ, ancestors, host=host, trusts=asked.nodes is not None and not asked.rendezvous)
+    if flags.node is not None and flags.rendezvous and flags.nodes is not None:
+        return Place(flags.node, flags.nodes, flags.least or flags.nodes, flags.rendezvous, FLAGS)
+    found = _found(environ, ancestors, host=host, trusts=flags.nodes is not None and not flags.rendezvous)
     if found is None:
-        if asked == Asked():
+        if flags == NodeFlags():
             return None
-        raise _insufficient(asked, environ, ancestors)
+        raise _insufficient(flags, environ, ancestors)
     name, task = found
-    if task.nodes < 2 and asked == Asked() and name != "PMIx":
+    if task.nodes < 2 and flags == NodeFlags() and name != "PMIx":
         return None
-    return _joined(asked, name, task)
+    return _joined(flags, name, task)
 
 
 def _found(
@@ -140,47 +150,48 @@ def _alive(environ: Mapping[str, str], ancestors: Sequence[frozenset[str]]) -> l
     ]
 
 
-def _insufficient(asked: Asked, environ: Mapping[str, str], ancestors: Sequence[frozenset[str]]) -> SpecError:
+def _insufficient(flags: NodeFlags, environ: Mapping[str, str], ancestors: Sequence[frozenset[str]]) -> SpecError:
     """The error for flags that lack others."""
-    if asked.nodes is None:
-        given = "--rendezvous" if asked.rendezvous else "--node-rank"
+    if flags.nodes is None:
+        given = "--rendezvous" if flags.rendezvous else "--node-rank"
         return SpecError(f"{given} is of a run on several nodes, and --nnodes does not say how many", try_="--nnodes 2")
-    if asked.rendezvous:
+    if flags.rendezvous:
         return SpecError(
             "--rendezvous does not say which node this is", try_="--node-rank 0 on the first, 1 on the next"
         )
     stale = stale_names(environ, ancestors)
     but = f"; {listed(stale)} of this shell are not of a launcher that runs" if stale else ""
     return SpecError(
-        f"--nnodes {_written(asked)} does not say where the nodes meet{but}", try_=f"{_HAND}, or --hosts FILE"
+        f"--nnodes {_written(flags.least, flags.nodes)} does not say where the nodes meet{but}",
+        try_=f"{_HAND}, or --hosts FILE",
     )
 
 
-def _written(asked: Asked) -> str:
-    return f"{asked.nodes}" if asked.least == asked.nodes else f"{asked.least}:{asked.nodes}"
+def _written(least: int | None, most: int | None) -> str:
+    return f"{most}" if least == most else f"{least}:{most}"
 
 
-def _joined(asked: Asked, name: str, task: Task) -> Place:
+def _joined(flags: NodeFlags, name: str, task: Task) -> Place:
     """The place that a launcher gives, with what is typed over it."""
-    nodes = asked.nodes or task.nodes
+    nodes = flags.nodes or task.nodes
     if not nodes:
         raise SpecError(f"{name} does not say how many nodes there are", try_="--nnodes N")
-    if asked.nodes is not None and task.nodes and not (asked.least or 1) <= task.nodes <= asked.nodes:
+    if flags.nodes is not None and task.nodes and not (flags.least or 1) <= task.nodes <= flags.nodes:
         raise SpecError(
-            f"--nnodes {_written(asked)}, and {name} started qdist on {task.nodes}",
+            f"--nnodes {_written(flags.least, flags.nodes)}, and {name} started qdist on {task.nodes}",
             try_=f"--nnodes {task.nodes}, or leave it out",
         )
-    node = task.node if asked.node is None else asked.node
+    node = task.node if flags.node is None else flags.node
     if not 0 <= node < nodes:
         raise SpecError(f"{name} says that this is node {node}, of {nodes} numbered from 0", try_=_HAND)
-    rendezvous = asked.rendezvous or task.rendezvous
+    rendezvous = flags.rendezvous or task.rendezvous
     if not rendezvous:
         raise SpecError(
             f"{name} does not say which machine the first node is",
             try_=f"--rendezvous HOST:{PORT}, of the first node" + ", or mpirun -x MASTER_ADDR=HOST" * ("MPI" in name),
         )
     host_and_port(rendezvous)
-    return Place(node, nodes, asked.least or nodes, rendezvous, name)
+    return Place(node, nodes, flags.least or nodes, rendezvous, name)
 
 
 def stale_names(environ: Mapping[str, str], ancestors: Sequence[frozenset[str]]) -> tuple[str, ...]:

@@ -39,5 +39,5 @@ def asked_of(recipe: str | None, given: Mapping[str, Any], *, resume: bool) -> A
         raise SpecError("no model was named", try_="--model smollm2-135m")
     if any(part.path == STDIN for part in split_sources(spec.data.path) + split_sources(spec.data.eval or "")):
         raise SpecError(f"standard input ({STDIN}) is one node's, and each node reads the data", try_="--data FILE")
-    run = Path(spec.run) if spec.run else RUNS / stem_of(spec)
-    return Asked(run.absolute(), {key: value for key, value in settings.items() if key != "run"}, False, spec.gpus)
+    path = Path(spec.run) if spec.run else RUNS / stem_of(spec)
+    return Asked(path.absolute(), {key: value for key, value in settings.items() if key != "run"}, False, spec.gpus)

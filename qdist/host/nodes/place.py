@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from qdist.core.errors import RunError
-from qdist.core.nodes.places import Asked, Place, host_and_port, place_of, program_names, stale_line, stale_names
+from qdist.core.nodes.places import NodeFlags, Place, host_and_port, place_of, program_names, stale_line, stale_names
 
 PATIENCE_S = 60.0
 """Seconds to wait for the name of the first node: in a cluster it is known once that node has started."""
@@ -41,11 +41,16 @@ def _named(stat: Path) -> tuple[str, str]:
     return text[first + 1 : last], text[last + 1 :].split()[1]
 
 
-def place_here(asked: Asked, environ: Mapping[str, str], *, proc: Path = PROC) -> tuple[Place | None, str]:
+def place_here(flags: NodeFlags, environ: Mapping[str, str], *, proc: Path = PROC) -> tuple[Place | None, str]:
     """Where this process is in a run of several nodes, or None; and a line on variables that are not obeyed, if any."""
     above = ancestors(proc)
-    place = place_of(asked, environ, above, host=socket.gethostname())
+    place = place_of(flags, environ, above, host=socket.gethostname())
     return place, stale_line(stale_names(environ, above), place)
+
+
+def stale_here(environ: Mapping[str, str], *, proc: Path = PROC) -> str:
+    """A line on variables that a run on this machine alone does not obey; empty if there are none."""
+    return stale_line(stale_names(environ, ancestors(proc)), None)
 
 
 def meeting(

@@ -5,12 +5,12 @@ import pytest
 from qdist.core.errors import SpecError
 from qdist.core.nodes.launchers import expand_nodes
 from qdist.core.nodes.places import (
-    Asked,
+    NodeFlags,
     Place,
-    asked,
     host_and_port,
     place_of,
     program_names,
+    read_flags,
     stale_line,
     stale_names,
 )
@@ -30,7 +30,7 @@ UNDER_SLURM = [frozenset(("bash",)), frozenset(("slurmstepd",))]
 UNDER_TORCHRUN = [frozenset(("python3", "torchrun")), frozenset(("bash",))]
 UNDER_MPI = [frozenset(("orted",))]
 SHELL = [frozenset(("bash",)), frozenset(("sshd",))]
-NOTHING = Asked()
+NOTHING = NodeFlags()
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_launcher_with_one_node_is_one_machine(environ: dict[str, str], ancest
 
 
 def test_one_node_asked_for_is_one_machine_under_any_launcher() -> None:
-    assert place_of(asked("1", None, None), SLURM, UNDER_SLURM, host="gpu03") is None
+    assert place_of(read_flags("1", None, None), SLURM, UNDER_SLURM, host="gpu03") is None
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_flags_go_over_a_launchers_variables(
     ancestors: list[frozenset[str]],
     wanted: Place,
 ) -> None:
-    assert place_of(asked(*typed), environ, ancestors, host="gpu03.cluster.example") == wanted
+    assert place_of(read_flags(*typed), environ, ancestors, host="gpu03.cluster.example") == wanted
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_what_does_not_suffice_or_contradicts_is_refused_with_what_to_type(
     way: str,
 ) -> None:
     with pytest.raises(SpecError, match=wanted) as error:
-        place_of(asked(*typed), environ, ancestors, host="gpu03")
+        place_of(read_flags(*typed), environ, ancestors, host="gpu03")
     assert way in error.value.try_
 
 
@@ -176,7 +176,7 @@ def test_values_that_cannot_be_are_refused(
     typed: tuple[str | None, int | None, str | None], wanted: str, way: str
 ) -> None:
     with pytest.raises(SpecError, match=wanted) as error:
-        asked(*typed)
+        read_flags(*typed)
     assert way in error.value.try_
 
 

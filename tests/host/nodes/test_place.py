@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qdist.core.errors import RunError
-from qdist.core.nodes.places import Asked, Place
+from qdist.core.nodes.places import NodeFlags, Place
 from qdist.host.nodes.place import ancestors, is_local, meeting, place_here
 
 
@@ -53,7 +53,7 @@ def test_a_process_under_srun_knows_its_node(proc: Path) -> None:
         "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NNODES": "2", "SLURM_NODEID": "1", "RANK": "3",
         "SLURM_JOB_NODELIST": "a[1-2]",
     }  # fmt: skip
-    found, line = place_here(Asked(), environ, proc=proc)
+    found, line = place_here(NodeFlags(), environ, proc=proc)
     assert found == Place(1, 2, 2, "a1:29407", "SLURM")
     assert line == "RANK of this shell is not obeyed: SLURM says which node this is"
 
