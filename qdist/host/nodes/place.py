@@ -8,7 +8,7 @@ from pathlib import Path
 from qdist.core.errors import RunError
 from qdist.core.nodes.places import NodeFlags, Place, host_and_port, place_of, program_names, stale_line, stale_names
 
-PATIENCE_S = 60.0
+PATIENCE_S = 300.0
 """Seconds to wait for the name of the first node: in a cluster it is known once that node has started."""
 _AGAIN_S = 1.0
 _ELSEWHERE = "192.0.2.1"
