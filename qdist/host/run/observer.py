@@ -1,5 +1,6 @@
 """What a run's ranks have reported since the last call, and a snapshot of the run at any time."""
 
+import contextlib
 import os
 import socket
 import time
@@ -20,9 +21,10 @@ from qdist.core.text import resuming
 from qdist.host.machine.probe import ranks_per_gpu
 from qdist.host.machine.readings import Readings
 from qdist.host.opening import readable, require_file
+from qdist.host.run.nodes import nodes_now
 from qdist.host.run.rundir import PLAN, RunDir, of_ranks
 from qdist.host.run.state import state_of
-from qdist.host.run.watchdog import SILENT_S, environment_of, read_pulses, troubles
+from qdist.host.run.watchdog import SILENT_S, PulseReader, environment_of, troubles
 
 _TAIL_BYTES = 1 << 18
 
@@ -102,6 +104,7 @@ class Follower:
 _STILL_S, _STILL_STEPS = 30.0, 5
 """How long a live rank may stand still: seconds, and multiples of the step time."""
 _LOG_BYTES = 1 << 16
+_MOST_LOGS = 64
 
 
 class RunObserver:
@@ -112,12 +115,15 @@ class RunObserver:
         self._planned = _written(run)
         self._fold = fold or RunHistory(total_steps=self.plan.steps)
         self._follower = None if fold else Follower(run.path)
-        self._machine = run.machine()
+        self._machine, self._pulses = run.machine(), PulseReader(run)
         self._readings: Readings | None = None
         self._shown: str | None = None
 
-    def snapshot(self, *, log_rank: int | None = None, log_lines: int = 200) -> Snapshot:
-        """The run as of now. log_rank: the rank whose log to include, if any. Raises RunError for invalid events."""
+    def snapshot(self, *, log_rank: int | None = None, all_logs: bool = False, log_lines: int = 200) -> Snapshot:
+        """The run as of now. Raises RunError for invalid events.
+
+        log_rank: the rank whose log to include, if any. all_logs: whether to include those of all ranks instead.
+        """
         if (written := _written(self.run)) != self._planned:  # a resumed run may lie on other GPUs
             self.plan, self._planned, self._machine = self.run.plan(), written, self.run.machine()
         # State before events: a finished run is never shown without its last ones.
@@ -126,7 +132,7 @@ class RunObserver:
             self._follower.fold_into(self._fold)
         pulses = {
             rank: pulse
-            for rank, pulse in read_pulses(self.run).items()
+            for rank, pulse in self._pulses.read(now).items()
             # Beats from before the plan are of an earlier launch.
             if rank < self.plan.world_size and pulse.time >= self._planned / 1e9
         }
@@ -144,9 +150,13 @@ class RunObserver:
             stopping=state == "running" and self.run.stop_requested(),
             cards=self._cards(pulses) if state == "running" else {},
             card_bytes=tuple(gpu.total_bytes for gpu in self._machine.gpus) if self._machine else (),
+            first_cards=_first_cards(self._machine),
             matmul_flops_s=_matmul_flops_s(self._machine),
             log_rank=log_rank or 0,
-            log=() if log_rank is None else last_lines(self.run, log_rank, log_lines),
+            log=() if log_rank is None or all_logs else last_lines(self.run, log_rank, log_lines),
+            all_logs=all_logs,
+            logs=latest_logs(self.run, self.plan.world_size, log_lines) if all_logs else {},
+            nodes=nodes_now(self.run),
         )
 
     def _troubles(self, pulses: Mapping[int, Heartbeat], now: float) -> tuple[str, ...]:
@@ -193,6 +203,22 @@ def last_lines(run: RunDir, rank: int, count: int) -> tuple[str, ...]:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - _LOG_BYTES))
         return tuple(file.read().decode(errors="replace").splitlines()[-count:])
+
+
+def latest_logs(run: RunDir, ranks: int, count: int) -> dict[int, tuple[str, ...]]:
+    """The last lines of the ranks' logs by rank, those first that were written to last; of very many only these."""
+    written = {}
+    for rank in range(ranks):
+        with contextlib.suppress(FileNotFoundError):
+            written[rank] = run.log_file(rank).stat().st_mtime_ns
+    latest = sorted(written, key=lambda rank: -written[rank])[:_MOST_LOGS]
+    return {rank: last_lines(run, rank, count) for rank in latest}
+
+
+def _first_cards(machine: Cluster | None) -> tuple[int, ...]:
+    """Position of each node's first GPU among those of all nodes."""
+    counts = [node.gpus for node in machine.nodes] if machine and machine.gpus else []
+    return tuple(sum(counts[:node]) for node in range(len(counts)))
 
 
 def _matmul_flops_s(machine: Cluster | None) -> float | None:

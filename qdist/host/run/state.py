@@ -17,7 +17,7 @@ from qdist.core.text import resuming
 from qdist.host.children import killed_by
 from qdist.host.files import write_atomic
 from qdist.host.opening import read_typed
-from qdist.host.run.rundir import ENDED, LOCK, Ended, RunDir, of_ranks
+from qdist.host.run.rundir import AGENT_LOCK, ENDED, LOCK, Ended, RunDir, of_ranks
 from qdist.host.run.watchdog import stat_of
 
 _BEGAN = 19
@@ -36,10 +36,13 @@ class Holder(msgspec.Struct, frozen=True):
 
 
 def state_of(run: RunDir) -> State:
-    """The run's state. planned: never started. killed: its launcher recorded no reason and no longer holds the lock."""
+    """The run's state. planned: never started. killed: its launcher recorded no reason and no longer holds the lock.
+
+    A run of several nodes is running wherever an agent takes part in it.
+    """
     if run.result() is not None:
         return "finished"
-    if _held(run):
+    if _held(run.path / LOCK) or agent_is_here(run):
         return "running"
     if run.result() is not None:  # written since the first look, and the lock let go
         return "finished"
@@ -49,14 +52,19 @@ def state_of(run: RunDir) -> State:
     return "killed" if of_ranks(run.events, ".jsonl") or of_ranks(run.pulses, ".json") else "planned"
 
 
-def _held(run: RunDir) -> bool:
-    """Whether a launcher, or a rank that outlived it, holds the run's lock."""
+def agent_is_here(run: RunDir) -> bool:
+    """Whether the agent of a node takes part in the run on this machine, or on one that shares its locks."""
+    return _held(run.path / AGENT_LOCK)
+
+
+def _held(lock: Path) -> bool:
+    """Whether a process holds a lock: of the launcher's, the launcher or a rank that outlived it."""
     try:
-        descriptor = os.open(run.path / LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise RunError(f"{run.path / LOCK} cannot be read: {error.strerror}", try_="another --run") from None
+        raise RunError(f"{lock} cannot be read: {error.strerror}", try_="another --run") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

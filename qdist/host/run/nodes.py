@@ -1,0 +1,36 @@
+"""What has happened to a run's nodes, as this node's run directory has it."""
+
+from collections.abc import Iterator
+
+import msgspec
+
+from qdist.core.errors import RunError
+from qdist.core.telemetry.nodes import NodeEvent, NodesNow, fold_nodes
+from qdist.host.opening import readable
+from qdist.host.run.rundir import NODES, RunDir
+
+
+def node_events(run: RunDir) -> list[NodeEvent]:
+    """Every event in the order of the file; none for a run of one machine.
+
+    Lines that are no events are left out: the last one may be torn, and a later qdist may write other kinds.
+    """
+    path = run.path / NODES
+    if not path.is_file():
+        return []
+    with readable(path, RunError):
+        return list(_decoded(path.read_bytes()))
+
+
+def _decoded(data: bytes) -> Iterator[NodeEvent]:
+    decoder = msgspec.json.Decoder(NodeEvent)
+    for line in data.splitlines():
+        try:
+            yield decoder.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            continue
+
+
+def nodes_now(run: RunDir) -> NodesNow | None:
+    """The run's nodes as far as known; None for a run of one machine."""
+    return fold_nodes(node_events(run))
