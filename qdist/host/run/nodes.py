@@ -25,8 +25,10 @@ def node_events(run: RunDir) -> list[NodeEvent]:
 def _decoded(data: bytes) -> Iterator[NodeEvent]:
     decoder = msgspec.json.Decoder(NodeEvent)
     for line in data.splitlines():
+        # An agent that was killed may have left half a line, which the next one went on behind.
+        start = max(0, line.rfind(b'{"kind":'))
         try:
-            yield decoder.decode(line)
+            yield decoder.decode(line[start:])
         except (msgspec.DecodeError, UnicodeDecodeError):
             continue
 
