@@ -7,8 +7,9 @@ import click
 from qdist.core.errors import RunError
 from qdist.core.text import command, first_few, resuming
 from qdist.host.run.nodes import nodes_now
+from qdist.host.run.presence import agent_is_here
 from qdist.host.run.rundir import STOP, RunDir
-from qdist.host.run.state import agent_is_here, state_of
+from qdist.host.run.state import state_of
 from qdist.host.terminal import say
 
 

@@ -15,7 +15,8 @@ from qdist.cli.main import main
 from qdist.core.telemetry.events import Event, encode
 from qdist.core.telemetry.nodes import NodeEvent
 from qdist.host.files import locked
-from qdist.host.run.rundir import AGENT_LOCK, NODES, RunDir
+from qdist.host.run.presence import lock_of
+from qdist.host.run.rundir import NODES, RunDir
 from tests.core.telemetry.test_nodes import LOST, REGROWN, formed
 from tests.plans import CPU, planned
 
@@ -50,7 +51,7 @@ def just_lost(*, generation: int = 1) -> NodeEvent:
 
 def test_the_monitor_groups_ranks_by_node_and_names_one_that_is_lost(tmp_path: Path) -> None:
     run = run_of(tmp_path, formed("abc"), just_lost())
-    with locked(run.path / AGENT_LOCK, busy=""):
+    with locked(lock_of(run, 1), busy=""):
         lines = qdist("monitor", run.path, "--once").output.splitlines()
     assert "3 CPU ranks on 3 nodes" in lines[0]
     head = next(index for index, line in enumerate(lines) if line.split()[:2] == ["node", "rank"])
@@ -147,7 +148,7 @@ import sys, time
 from pathlib import Path
 from qdist.host.files import locked
 run = Path(sys.argv[1])
-with locked(run / "agent.lock", busy="x"):
+with locked(run / "agent001.lock", busy="x"):
     print("here", flush=True)
     while not (run / "stop").exists():
         time.sleep(0.02)

@@ -41,6 +41,10 @@ class NodeEvent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """The sentence for the user."""
 
 
+_SAME_S = 60.0
+"""Seconds by which the clocks of a run's nodes may differ."""
+
+
 class Generation(NamedTuple):
     """Nodes, plan and ranks from one forming to the loss or return of a node."""
 
@@ -73,8 +77,8 @@ class NodesNow(NamedTuple):
     """Absences that last."""
     waiting: str = ""
     """Why nobody goes on, as a sentence; empty while ranks work or the run has ended."""
-    returning: tuple[str, ...] = ()
-    """Names of nodes that are back, and not members yet."""
+    returning: str = ""
+    """That a node is back and not a member yet, as a sentence; empty if none is."""
     paused_s: float = 0.0
     """Seconds from the last sign of a lost node, or the return of one, to the next generation; all together."""
     ended: Literal["stopped", "finished", "failed", ""] = ""
@@ -116,6 +120,8 @@ def fold_nodes(events: Iterable[NodeEvent]) -> NodesNow | None:
 
 
 def _formed(seen: NodesNow, event: NodeEvent) -> NodesNow:
+    if seen.now and not seen.ended and _is_told_again(seen.now, event):
+        return seen
     generation = Generation(event.generation, event.time, event.step, event.members)
     names = {member.name for member in event.members}
     back = {one: one._replace(back=generation) for one in seen.missing if one.name in names}
@@ -125,11 +131,17 @@ def _formed(seen: NodesNow, event: NodeEvent) -> NodesNow:
         absences=tuple(back.get(one, one) for one in seen.absences),
         missing=tuple(one for one in seen.missing if one not in back),
         waiting="",
-        returning=(),
+        returning="",
         paused_s=seen.paused_s + paused_s,
         ended="",
         since=None,
     )
+
+
+def _is_told_again(known: Generation, event: NodeEvent) -> bool:
+    """Whether another node, by its own clock, has noted the same generation."""
+    same = (known.number, known.step, known.members) == (event.generation, event.step, event.members)
+    return same and abs(known.time - event.time) < _SAME_S
 
 
 def _lost(seen: NodesNow, event: NodeEvent) -> NodesNow:
@@ -139,7 +151,6 @@ def _lost(seen: NodesNow, event: NodeEvent) -> NodesNow:
     return seen._replace(
         absences=(*seen.absences, absence),
         missing=(*seen.missing, absence),
-        returning=tuple(name for name in seen.returning if name != event.name),
         since=event.time - event.seconds if seen.since is None else seen.since,
     )
 
@@ -153,16 +164,16 @@ def _waiting(seen: NodesNow, event: NodeEvent) -> NodesNow:
 
 
 def _returned(seen: NodesNow, event: NodeEvent) -> NodesNow:
-    if _is_stale(seen, event) or event.name in seen.returning:
+    if _is_stale(seen, event):
         return seen
-    since = event.time if seen.since is None else seen.since
-    return seen._replace(returning=(*seen.returning, event.name), since=since)
+    sentence = event.note or f"{event.name or 'a node'} is back, and the run is about to grow"
+    return seen._replace(returning=sentence, since=event.time if seen.since is None else seen.since)
 
 
 def _ended(seen: NodesNow, event: NodeEvent) -> NodesNow:
     assert event.kind in ("stopped", "finished", "failed")
     # Whom a later launch does without is not missed there.
-    return seen._replace(missing=(), waiting="", returning=(), ended=event.kind, since=None)
+    return seen._replace(missing=(), waiting="", returning="", ended=event.kind, since=None)
 
 
 def _is_stale(seen: NodesNow, event: NodeEvent) -> bool:
@@ -183,12 +194,10 @@ def nodes_in_words(seen: NodesNow, now: float) -> list[str]:
     going_on = [member.name for member in seen.members if member.name not in seen.down]
     others = f": the run goes on with {first_few(going_on)}" if not seen.down and not seen.waiting else ""
     said = [seen.waiting] if seen.waiting else []
-    for one in seen.missing:
-        if one.name in seen.returning:
-            continue
+    for one in () if seen.returning else seen.missing:
         for_how_long = format_duration(max(0.0, now - one.time + one.seconds))
         said.append(f"{one.name} has not been heard of for {for_how_long}{others}")
-    return [*said, *(f"{name} is back, and the run is about to grow" for name in seen.returning)]
+    return [*said, seen.returning] if seen.returning else said
 
 
 def generations_in_words(seen: NodesNow, history: RunHistory) -> str:

@@ -137,6 +137,7 @@ class RunObserver:
             if rank < self.plan.world_size and pulse.time >= self._planned / 1e9
         }
         message, attempt = _ending(self.run, state)
+        nodes = nodes_now(self.run)
         return Snapshot(
             name=self.run.path.name or str(self.run.path),
             plan=self.plan,
@@ -147,7 +148,8 @@ class RunObserver:
             troubles=self._troubles(pulses, now) if state == "running" else (),
             message=message,
             try_=attempt,
-            stopping=state == "running" and self.run.stop_requested(),
+            # Ranks are asked to save and end as well where the run is about to grow.
+            stopping=state == "running" and self.run.stop_requested() and not (nodes and nodes.returning),
             cards=self._cards(pulses) if state == "running" else {},
             card_bytes=tuple(gpu.total_bytes for gpu in self._machine.gpus) if self._machine else (),
             first_cards=_first_cards(self._machine),
@@ -156,7 +158,7 @@ class RunObserver:
             log=() if log_rank is None or all_logs else last_lines(self.run, log_rank, log_lines),
             all_logs=all_logs,
             logs=latest_logs(self.run, self.plan.world_size, log_lines) if all_logs else {},
-            nodes=nodes_now(self.run),
+            nodes=nodes,
         )
 
     def _troubles(self, pulses: Mapping[int, Heartbeat], now: float) -> tuple[str, ...]:

@@ -19,13 +19,13 @@ from qdist.host.opening import converted, read_bytes, read_object
 
 PLAN, RESULT, STOP, LOCK = "plan.json", "result.json", "stop", ".lock"
 ENDED, MACHINE = "ended.json", "machine.json"
-NODES, AGENT_LOCK = "nodes.jsonl", "agent.lock"
-"""What happened to the nodes of a run of several; the file that the agent of a node holds locked while it works."""
+NODES = "nodes.jsonl"
+"""What happened to the nodes of a run of several."""
 _AGAIN = "start the run again"
 _WRITTEN = ("steps", "adapter_bytes", "adapter_parameters", "peaks", "tokens_per_s", "start_seconds")
 T = TypeVar("T")
 _AT_FIRST = re.compile(
-    rf"(agent)?\.lock|(recipe\.toml|(machine|versions|deepspeed|accelerate)\.json|launch\.sh)|{BESIDE}"
+    rf"(agent\d+)?\.lock|(recipe\.toml|(machine|versions|deepspeed|accelerate)\.json|launch\.sh)|{BESIDE}"
 )
 """Names of files that are written before the plan."""
 

@@ -1,7 +1,6 @@
 """A run's state and how a launch of it ended: as a word, as an error, and as a file for later."""
 
 import contextlib
-import fcntl
 import os
 import re
 import secrets
@@ -17,7 +16,8 @@ from qdist.core.text import resuming
 from qdist.host.children import killed_by
 from qdist.host.files import write_atomic
 from qdist.host.opening import read_typed
-from qdist.host.run.rundir import AGENT_LOCK, ENDED, LOCK, Ended, RunDir, of_ranks
+from qdist.host.run.presence import agent_is_here, is_held
+from qdist.host.run.rundir import ENDED, LOCK, Ended, RunDir, of_ranks
 from qdist.host.run.watchdog import stat_of
 
 _BEGAN = 19
@@ -42,7 +42,7 @@ def state_of(run: RunDir) -> State:
     """
     if run.result() is not None:
         return "finished"
-    if _held(run.path / LOCK) or agent_is_here(run):
+    if is_held(run.path / LOCK) or agent_is_here(run):  # a rank that outlived its launcher holds the lock as well
         return "running"
     if run.result() is not None:  # written since the first look, and the lock let go
         return "finished"
@@ -50,28 +50,6 @@ def state_of(run: RunDir) -> State:
     if ended is not None:
         return ended.state
     return "killed" if of_ranks(run.events, ".jsonl") or of_ranks(run.pulses, ".json") else "planned"
-
-
-def agent_is_here(run: RunDir) -> bool:
-    """Whether the agent of a node takes part in the run on this machine, or on one that shares its locks."""
-    return _held(run.path / AGENT_LOCK)
-
-
-def _held(lock: Path) -> bool:
-    """Whether a process holds a lock: of the launcher's, the launcher or a rank that outlived it."""
-    try:
-        descriptor = os.open(lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise RunError(f"{lock} cannot be read: {error.strerror}", try_="another --run") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def sign(lock: int) -> str:

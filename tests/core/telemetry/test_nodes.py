@@ -3,6 +3,7 @@
 import random
 from typing import Any, Literal
 
+import msgspec
 import pytest
 
 from qdist.core.telemetry.events import Event
@@ -86,6 +87,17 @@ def test_a_line_that_was_copied_twice_counts_once() -> None:
     assert folded(*REGROWN, *REGROWN) == folded(*REGROWN)
 
 
+def test_a_generation_that_several_nodes_note_counts_once() -> None:
+    again = msgspec.structs.replace(REGROWN[-1], time=343.0)
+    assert folded(*REGROWN, again) == folded(*REGROWN)
+    assert folded(*REGROWN[:3], LOST, msgspec.structs.replace(REGROWN[2], time=228.0)) == folded(*REGROWN[:3])
+
+
+def test_a_node_that_is_back_may_be_told_without_its_name() -> None:
+    back = told("returned", generation=2, note="another node is there: the run saves, and goes on with it")
+    assert nodes_in_words(folded(*REGROWN[:3], back), 320.0) == [back.note]
+
+
 def test_a_launch_after_the_end_misses_nobody() -> None:
     seen = folded(formed("ab"), LOST, told("stopped"), formed("a", generation=1, time=900.0))
     assert (seen.missing, seen.ended, names(seen), seen.paused_s) == ((), "", "a", 0.0)
@@ -153,7 +165,7 @@ def check(seen: NodesNow) -> None:
     assert set(seen.missing) <= set(seen.absences)
     assert all(one.back is None for one in seen.missing)
     assert seen.down == set(missing) & set(names(seen))
-    assert not set(missing) & set(seen.returning) or seen.since is not None
+    assert not (seen.returning or seen.waiting) or seen.since is not None
     if seen.ended:
-        assert (missing, seen.waiting, seen.returning, seen.since) == ([], "", (), None)
+        assert (missing, seen.waiting, seen.returning, seen.since) == ([], "", "", None)
     generations_in_words(seen, RunHistory())

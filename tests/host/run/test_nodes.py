@@ -13,8 +13,9 @@ from qdist.host.files import locked
 from qdist.host.run.listing import find, listed
 from qdist.host.run.nodes import node_events
 from qdist.host.run.observer import RunObserver
-from qdist.host.run.rundir import AGENT_LOCK, NODES, RunDir
-from qdist.host.run.state import agent_is_here, state_of
+from qdist.host.run.presence import agent_is_here, lock_of
+from qdist.host.run.rundir import NODES, RunDir
+from qdist.host.run.state import state_of
 from qdist.host.run.watchdog import PulseReader
 from tests.core.telemetry.test_nodes import LOST, REGROWN, formed
 from tests.plans import CPU, planned
@@ -67,14 +68,15 @@ def test_the_first_line_of_an_agent_after_one_that_was_killed_in_a_line_is_read(
 def test_a_run_is_running_where_the_agent_of_a_node_takes_part(run: RunDir) -> None:
     run.event_file(0).touch()
     assert (agent_is_here(run), state_of(run)) == (False, "killed")
-    with locked(run.path / AGENT_LOCK, busy=""):
+    with locked(lock_of(run, 1), busy=""):
         assert (agent_is_here(run), state_of(run)) == (True, "running")
     assert (agent_is_here(run), state_of(run)) == (False, "killed")
 
 
 def test_a_folder_with_no_more_than_an_agents_lock_is_bare(tmp_path: Path) -> None:
-    (tmp_path / AGENT_LOCK).touch()
-    assert RunDir(tmp_path).is_bare()
+    run = RunDir(tmp_path)
+    lock_of(run, 1).touch()
+    assert run.is_bare()
 
 
 @pytest.mark.parametrize("skew", [-3600.0, -5.0, 5.0, 3600.0])
@@ -102,7 +104,7 @@ def test_a_rank_here_is_judged_by_its_own_word(run: RunDir, monkeypatch: pytest.
 @pytest.mark.parametrize("skew", [-60.0, 60.0])
 def test_clocks_that_differ_make_no_rank_silent(run: RunDir, skew: float) -> None:
     beat(run, time_there=time.time() + skew)
-    with locked(run.path / AGENT_LOCK, busy=""):
+    with locked(lock_of(run, 1), busy=""):
         assert RunObserver(run).snapshot().troubles == ()
         beat(run, time_there=time.time() + skew, heard=time.time() - 15)
         (trouble,) = RunObserver(run).snapshot().troubles
@@ -125,9 +127,18 @@ def test_logs_of_all_ranks_come_together_those_first_that_were_written_last(run:
     assert list(snapshot.logs.items()) == [(2, ("two", "three")), (0, ("two", "three"))]
 
 
+def test_a_run_that_is_about_to_grow_is_not_stopping(run: RunDir) -> None:
+    write(run, *REGROWN[:3])
+    (run.path / "stop").touch()
+    with locked(lock_of(run, 1), busy=""):
+        assert RunObserver(run).snapshot().stopping
+        write(run, REGROWN[3])
+        assert not RunObserver(run).snapshot().stopping
+
+
 def test_a_list_of_runs_names_nodes_and_who_is_missing(run: RunDir) -> None:
     write(run, formed("abc"), msgspec.structs.replace(LOST, time=time.time(), seconds=15.0))
-    with locked(run.path / AGENT_LOCK, busy=""):
+    with locked(lock_of(run, 1), busy=""):
         (row,) = listed(find([run.path]))
     assert (row.nodes, row.why) == (("a", "b", "c"), "b has not been heard of for 15 s")
     (row,) = listed(find([run.path]))
