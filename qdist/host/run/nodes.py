@@ -36,3 +36,22 @@ def _decoded(data: bytes) -> Iterator[NodeEvent]:
 def nodes_now(run: RunDir) -> NodesNow | None:
     """The run's nodes as far as known; None for a run of one machine."""
     return fold_nodes(node_events(run))
+
+
+class NodesReader:
+    """Knows a run's nodes at any time, and reads their file only when it has changed: that of many nodes is long."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._stamp: tuple[int, int] | None = None
+        self._known: NodesNow | None = None
+
+    def now(self) -> NodesNow | None:
+        """The run's nodes; None for a run of one machine."""
+        try:
+            there = (self._run.path / NODES).stat()
+        except FileNotFoundError:
+            return None
+        if (stamp := (there.st_mtime_ns, there.st_size)) != self._stamp:
+            self._stamp, self._known = stamp, nodes_now(self._run)
+        return self._known

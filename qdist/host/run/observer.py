@@ -6,13 +6,14 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from heapq import merge
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from statistics import median
 
 from qdist.core.errors import MachineError, RunError
 from qdist.core.machine.cards import rates_of
 from qdist.core.machine.cluster import Cluster
+from qdist.core.planning.plan import RankPlan
 from qdist.core.telemetry.events import Event, State, decode_blocks, whole_length
 from qdist.core.telemetry.heartbeat import Heartbeat
 from qdist.core.telemetry.history import RunHistory
@@ -21,7 +22,7 @@ from qdist.core.text import resuming
 from qdist.host.machine.probe import ranks_per_gpu
 from qdist.host.machine.readings import Readings
 from qdist.host.opening import readable, require_file
-from qdist.host.run.nodes import nodes_now
+from qdist.host.run.nodes import NodesReader
 from qdist.host.run.rundir import PLAN, RunDir, of_ranks
 from qdist.host.run.state import state_of
 from qdist.host.run.watchdog import SILENT_S, PulseReader, environment_of, troubles
@@ -116,8 +117,9 @@ class RunObserver:
         self._fold = fold or RunHistory(total_steps=self.plan.steps)
         self._follower = None if fold else Follower(run.path)
         self._machine, self._pulses = run.machine(), PulseReader(run)
-        self._readings: Readings | None = None
-        self._shown: str | None = None
+        self._readings: dict[str | None, Readings] = {}
+        """By the GPUs that CUDA_VISIBLE_DEVICES shows."""
+        self._nodes = NodesReader(run)
 
     def snapshot(self, *, log_rank: int | None = None, all_logs: bool = False, log_lines: int = 200) -> Snapshot:
         """The run as of now. Raises RunError for invalid events.
@@ -137,7 +139,7 @@ class RunObserver:
             if rank < self.plan.world_size and pulse.time >= self._planned / 1e9
         }
         message, attempt = _ending(self.run, state)
-        nodes = nodes_now(self.run)
+        nodes = self._nodes.now()
         return Snapshot(
             name=self.run.path.name or str(self.run.path),
             plan=self.plan,
@@ -174,21 +176,30 @@ class RunObserver:
         here = {rank: pulse for rank, pulse in pulses.items() if pulse.host == socket.gethostname()}
         if self.plan.device != "cuda" or not here:
             return {}
-        environment = _environment(here.values())
+        found: dict[int, tuple[Reading, ...]] = {}
+        # Several nodes of a run may share a machine, each with GPUs of its own that it numbers from 0.
+        for _, ranks in groupby(self.plan.ranks, key=lambda rank: rank.node):
+            own = [rank for rank in ranks if rank.rank in here]
+            if own:
+                found |= self._cards_of(own, _environment(here[rank.rank] for rank in own))
+        return found
+
+    def _cards_of(self, ranks: Sequence[RankPlan], environment: Mapping[str, str]) -> dict[int, tuple[Reading, ...]]:
+        """Readings of the GPUs of a node's ranks, which `environment` shows them."""
+        shown = environment.get("CUDA_VISIBLE_DEVICES")
         try:
-            if self._readings is None or self._shown != environment.get("CUDA_VISIBLE_DEVICES"):
-                self._readings = Readings(environment=environment)
-                self._shown = environment.get("CUDA_VISIBLE_DEVICES")
+            if shown not in self._readings:
+                self._readings[shown] = Readings(environment=environment)
             share = ranks_per_gpu(environment)
         except MachineError:
             return {}  # a run is watched all the same
-        read = self._readings.read()
-        found = {}
-        for rank in self.plan.ranks:
-            positions = [gpu // share for gpu in rank.gpus]
-            if rank.rank in here and all(position < len(read) for position in positions):
-                found[rank.rank] = tuple(read[position] for position in positions)
-        return found
+        read = self._readings[shown].read()
+        positions = {rank.rank: [gpu // share for gpu in rank.gpus] for rank in ranks}
+        return {
+            rank: tuple(read[position] for position in own)
+            for rank, own in positions.items()
+            if all(position < len(read) for position in own)
+        }
 
 
 def _environment(pulses: Iterable[Heartbeat]) -> Mapping[str, str]:

@@ -1,6 +1,7 @@
 """Does a node know its run's nodes from its own folder, whatever the clocks of the others say?"""
 
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 
 from qdist.core.telemetry.heartbeat import Heartbeat, encode
 from qdist.core.telemetry.nodes import NodeEvent
+from qdist.core.telemetry.snapshot import Reading
 from qdist.host.files import locked
+from qdist.host.run import observer
 from qdist.host.run.listing import find, listed
 from qdist.host.run.nodes import node_events
 from qdist.host.run.observer import RunObserver
@@ -18,7 +21,7 @@ from qdist.host.run.rundir import NODES, RunDir
 from qdist.host.run.state import state_of
 from qdist.host.run.watchdog import PulseReader
 from tests.core.telemetry.test_nodes import LOST, REGROWN, formed
-from tests.plans import CPU, planned
+from tests.plans import CPU, gpus, planned
 
 
 @pytest.fixture
@@ -134,6 +137,38 @@ def test_a_run_that_is_about_to_grow_is_not_stopping(run: RunDir) -> None:
         assert RunObserver(run).snapshot().stopping
         write(run, REGROWN[3])
         assert not RunObserver(run).snapshot().stopping
+
+
+def test_a_monitor_sees_what_happens_to_nodes_while_it_watches(run: RunDir) -> None:
+    look = RunObserver(run)
+    seen = []
+    for event in REGROWN[:3]:
+        write(run, event)
+        nodes = look.snapshot().nodes
+        seen.append(nodes and (len(nodes.generations), len(nodes.missing)))
+    assert seen == [(1, 0), (1, 1), (2, 1)]
+
+
+def test_two_nodes_on_one_machine_have_each_their_own_gpus(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cards:
+        def __init__(self, environment: dict[str, str]) -> None:
+            self._name = f"GPU {environment['CUDA_VISIBLE_DEVICES']}"
+
+        def read(self) -> tuple[Reading]:
+            return (Reading(self._name, 1, 9),)
+
+    monkeypatch.setattr(observer, "Readings", Cards)
+    monkeypatch.setattr(observer, "environment_of", lambda pulse: {"CUDA_VISIBLE_DEVICES": str(5 + pulse.rank)})
+    plan = planned("smollm2-135m", gpus(2, 80), {"gpus": 2})
+    ranks = tuple(msgspec.structs.replace(rank, node=rank.rank, gpus=(0,)) for rank in plan.ranks)
+    (run.path / "plan.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(plan, ranks=ranks)))
+    os.utime(run.path / "plan.json", (1, 1))
+    for rank in (0, 1):
+        pulse = Heartbeat(rank=rank, pid=os.getpid(), host=socket.gethostname(), time=time.time())
+        run.pulse_file(rank).write_bytes(encode(pulse))
+    with locked(lock_of(run, 1), busy=""):
+        cards = RunObserver(run).snapshot().cards
+    assert {rank: own[0].name for rank, own in cards.items()} == {0: "GPU 5", 1: "GPU 6"}
 
 
 def test_a_list_of_runs_names_nodes_and_who_is_missing(run: RunDir) -> None:
