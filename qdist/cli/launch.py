@@ -1,19 +1,27 @@
 """`qdist launch`: plan a run, write its directory, start the ranks, watch them to the end."""
 
+import os
 import shutil
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
 from qdist.cli.flags import FLAGS, SettingsCommand, setting_flags
+from qdist.cli.nodes import follow
 from qdist.cli.views.plan import plan_lines, preview_lines, shown
 from qdist.cli.watch import Watch, ending, how_to_go_on
+from qdist.core.errors import SpecError
+from qdist.core.nodes.places import Place, read_flags
 from qdist.core.spec.lookup import typed_settings
 from qdist.core.spec.run_spec import nest
 from qdist.host.launch import prepare, ranks
 from qdist.host.launch.claim import claimed
 from qdist.host.launch.planning import job_of
+from qdist.host.nodes.asked import Asked, asked_of
+from qdist.host.nodes.joining import joining
+from qdist.host.nodes.place import place_here
 from qdist.host.run import rundir
 from qdist.host.run.rundir import RunDir
 from qdist.host.terminal import say
@@ -31,9 +39,47 @@ from qdist.host.terminal import say
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in --run from its newest checkpoint.")
 @click.option("--dry-run", is_flag=True, help="Plan and print; start nothing.")
-def launch(recipe: str | None, assignments: tuple[str, ...], resume: bool, dry_run: bool, **flags: Any) -> None:
+@click.option("--nnodes", metavar="MIN:MAX", help="Run on so many machines, on each of which this command is started.")
+@click.option("--node-rank", type=int, metavar="R", help="Number of this machine among them, from 0.")
+@click.option("--rendezvous", metavar="HOST:PORT", help="Where they meet: an address of machine 0, and a free port.")
+def launch(
+    recipe: str | None,
+    assignments: tuple[str, ...],
+    resume: bool,
+    dry_run: bool,
+    nnodes: str | None,
+    node_rank: int | None,
+    rendezvous: str | None,
+    **flags: Any,
+) -> None:
     """Fine-tune a quantized model: flags over RECIPE (a TOML file) over QLoRA's defaults."""
     given = nest(typed_settings(flags, assignments))
+    place, stale = place_here(read_flags(nnodes, node_rank, rendezvous), os.environ)
+    if stale:
+        say(stale)
+    if place is None:
+        _launch_here(recipe, given, resume=resume, dry_run=dry_run)
+    else:
+        _refuse_dry_run(dry_run)
+        _launch_at(place, asked_of(recipe, given, resume=resume))
+
+
+def _refuse_dry_run(dry_run: bool) -> None:
+    if dry_run:
+        raise SpecError(
+            "--dry-run is of one machine: what several have is known once they are asked",
+            try_="qdist plan with --nodes N; or --nnodes 1, to plan this machine",
+        )
+
+
+def _launch_at(place: Place, asked: Asked) -> None:
+    """Run this machine's part in a run of several, and watch the run to its end."""
+    with joining(asked, place, os.environ, say=say) as agents:
+        follow(RunDir(asked.run), agents, tracks=place.node == 0, flags=place.flags)
+
+
+def _launch_here(recipe: str | None, given: Mapping[str, Any], *, resume: bool, dry_run: bool) -> None:
+    """Run on this machine alone, and watch the run to its end."""
     job = job_of(recipe, given, resume=resume, dry_run=dry_run, say=say)
     if isinstance(job, RunDir):
         return

@@ -16,14 +16,16 @@ from qdist.host.terminal import say
 def follow(run: RunDir, agents: Agents, *, tracks: bool = True, flags: tuple[str, ...] = ()) -> None:
     """Start a run's agents and show the run as `qdist launch` shows one of this machine, to its end.
 
-    tracks: whether its figures are sent to trackers from here; of several launchers of a run one does.
+    tracks: whether this launch is noted in the run and its figures sent to trackers from here; of several launchers of
+    a run one does.
     flags: with which the run is resumed on these nodes, such as `--hosts FILE`.
     Raises as `attend` does.
     """
 
     def view(plan: Plan) -> Watch:
         say(shown(plan_lines(plan, notes=())))
-        rundir.note(run, sys.argv)
+        if tracks:
+            rundir.note(run, sys.argv)
         say(f"run      {run.path}")
         return Watch(plan, run, width=shutil.get_terminal_size().columns)
 
