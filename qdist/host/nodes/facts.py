@@ -4,7 +4,6 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from qdist.host.files import cache_path, free_bytes
 from qdist.host.launch.refusals import refuse_unwritable, refuse_unwritable_cache
 from qdist.host.machine import probe
 from qdist.host.opening import read_text
+from qdist.host.run.presence import is_held, lock_of
 from qdist.host.run.rundir import PLAN, RunDir
 from qdist.host.terminal import say_json
 
@@ -39,6 +39,7 @@ def facts_here(job: NodeJob) -> NodeFacts:
         name=job.name,
         address=job.address,
         versions=computing_versions(),
+        busy=is_held(lock_of(run, job.node)),
         clock=time.time(),
         free_bytes=free_bytes(run.path),
         cache_free_bytes=free_bytes(cache_path()),
@@ -49,7 +50,7 @@ def facts_here(job: NodeJob) -> NodeFacts:
     )
 
 
-def computing_versions() -> Mapping[str, str]:
+def computing_versions() -> dict[str, str]:
     """Versions of what computes, and a digest of qdist's own files."""
     found = probe.versions(also=COMPUTING)
     return {name: found[name] for name in ("python", *COMPUTING) if name in found} | {CODE: _code_digest()}
