@@ -2,14 +2,15 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from qdist.core.errors import SpecError, nearest
 from qdist.core.nodes.job import REJOIN_S
-from qdist.core.spec.keys import accepted, known_keys
+from qdist.core.spec.keys import known_keys
+from qdist.core.spec.suggest import of_another_kind
 from qdist.core.text import first_few
 
 MOST_HOSTS = 1024
@@ -17,6 +18,7 @@ MOST_HOSTS = 1024
 _PORT = 29400
 """Port of the rendezvous, as torchrun has it."""
 _EXAMPLE = '[[host]] and name = "10.0.0.1" below it'
+T = TypeVar("T")
 _Text = Annotated[str, Meta(min_length=1)]
 _Port = Annotated[int, Meta(ge=1, le=65535)]
 
@@ -64,8 +66,8 @@ def read_hosts(found: Mapping[str, Any], *, where: str) -> Hosts:
     if len(listed) > MOST_HOSTS:
         raise SpecError(f"{where} names {len(listed):,} hosts, and a run has at most {MOST_HOSTS:,}", try_="fewer")
     hosts = _converted(found, where)
-    _refuse_twice([host.name for host in hosts.host], "named", where)
-    _refuse_twice([host.address for host in hosts.host if host.address], "the address of", where)
+    _refuse_twice([host.name for host in hosts.host], "name", where)
+    _refuse_twice([host.address for host in hosts.host if host.address], "address", where)
     if odd := next((name for host in hosts.host for name in (host.name, host.user) if name and _is_odd(name)), None):
         raise SpecError(f"{odd!r} in {where} is not a name that ssh takes", try_="a name without spaces or a leading -")
     if hosts.least > len(hosts.host):
@@ -88,27 +90,23 @@ def _refuse_unknown(found: Mapping[str, Any], kind: type[msgspec.Struct], where:
 
 
 def _converted(found: Mapping[str, Any], where: str) -> Hosts:
+    for number, host in enumerate(found["host"], start=1):
+        if "name" not in host:
+            raise SpecError(f"host {number} of {where} has no name", try_='name = "10.0.0.1"')
+        _convert(host, Host, f"of host {number} in {where}")
+    return _convert(found, Hosts, f"in {where}")
+
+
+def _convert(found: Mapping[str, Any], kind: type[T], where: str) -> T:
     try:
-        return msgspec.convert(found, Hosts)
+        return msgspec.convert(found, kind)
     except msgspec.ValidationError as error:
-        reason, _, place = str(error).partition(" - at `$.")
-        raise _value_error(found, where, reason, place.rstrip("`")) from None
-
-
-def _value_error(found: Mapping[str, Any], where: str, reason: str, place: str) -> SpecError:
-    """The error for a value of another kind. place: 'host[...].port' or 'least'; msgspec does not say of which host."""
-    leaf = place.rpartition(".")[2]
-    kind = Host if place.startswith("host") else Hosts
-    if "missing required field" in reason:
-        number = next(number for number, host in enumerate(found["host"], start=1) if "name" not in host)
-        return SpecError(f"host {number} of {where} has no name", try_='name = "10.0.0.1"')
-    return SpecError(
-        f"{leaf} in {where} cannot be that: {reason[:1].lower()}{reason[1:]}",
-        try_=f"{leaf} = VALUE, of {accepted(kind, leaf)}",
-    )
+        reason, _, key = str(error).partition(" - at `$.")
+        name = key.rstrip("`")
+        raise of_another_kind(f"{name} {where}", found[name], reason, {}) from None
 
 
 def _refuse_twice(names: list[str], what: str, where: str) -> None:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise SpecError(f"{first_few(twice)} is {what} two hosts in {where}", try_="each host once")
+        raise SpecError(f"{first_few(twice)} is the {what} of two hosts in {where}", try_="each host once")

@@ -115,14 +115,15 @@ def prepare(spec: RunSpec) -> Launch:
     return _prepared(new_run(spec))
 
 
-def preview(spec: RunSpec) -> Preview:
+def preview(spec: RunSpec, here: Cluster | None = None) -> Preview:
     """The first half of `prepare`: existing files are inspected, the rest is estimated.
 
     Writes nothing, but for what standard input says, which cannot be read twice.
+    here: what it is planned for; by default this machine.
 
     Raises as `prepare` does.
     """
-    asked = new_run(spec)
+    asked = new_run(spec, here)
     spec = asked.spec
     if spec.load_format == "dummy":
         return Preview(asked.run, job_of(asked, _synthetic(spec)))
@@ -151,9 +152,9 @@ def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Launch:
     return _prepared(resumed(run, changes))
 
 
-def preview_resume(run: RunDir, changes: Mapping[str, Any]) -> Preview:
+def preview_resume(run: RunDir, changes: Mapping[str, Any], here: Cluster | None = None) -> Preview:
     """What `prepare_resume` would do; see `preview`."""
-    asked = resumed(run, changes)
+    asked = resumed(run, changes, here)
     kept = _kept(asked)
     if kept is not None:
         return Preview(run, job_of(asked, kept))

@@ -81,13 +81,12 @@ def _runs(module: str, process: int) -> str:
     return f"grep -qs {module} /proc/{process}/cmdline"
 
 
-def ask(host: Host, module: str, job: NodeJob, *, local: bool, timeout_s: float = ASKED_S) -> bytes:
-    """What a module of qdist prints that gets a job on its standard input, on a host or here.
+def ask(host: Host, module: str, job: NodeJob, *, timeout_s: float = ASKED_S) -> bytes:
+    """What a module of qdist prints on a host that gets a job on its standard input.
 
     Raises RunError or MachineError, naming the host, if it cannot be reached or ends with an error.
     """
-    own = [sys.executable, "-u", "-P", "-m", module]
-    command = own if local else ssh_command(host, script(host, module))
+    command = ssh_command(host, script(host, module))
     # A master connection that ssh leaves in the background keeps the standard error open: it is no pipe.
     with tempfile.TemporaryFile() as errors:
         try:
@@ -117,9 +116,11 @@ def explain(host: Host, code: int, errors: Sequence[str]) -> QdistError:
         return _unreached(host, errors, last)
     if code in _MISSING:
         return MachineError(f"{name} has no {python}: {last}", try_=f'python = "PATH" of the host {name} in the file')
-    if "No module named" in last and "qdist" in last:
+    if "No module named 'qdist'" in last:
         install = quoted("ssh", name, python, "-m", "pip", "install", "qdist")
         return MachineError(f"{python} on {name} has no qdist: {last}", try_=install)
+    if "No module named 'qdist." in last:
+        return MachineError(f"{name} has another qdist than this: {last}", try_=f"the same version on {name} and here")
     why = find_reason(errors) or last
     return JobError(f"{name} ended with exit code {code}" + (f": {why}" if why else ""), try_=quoted("ssh", name))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 FAKE_SSH = """#!/bin/sh
+if [ "$1" = -G ]; then echo "hostname 127.0.0.9"; exit; fi
 echo "$@" >> "$FAKE_SSH_LOG"
 if [ -f "$FAKE_SSH_DOWN" ]; then cat "$FAKE_SSH_DOWN" >&2; exit 255; fi
 for last; do :; done
