@@ -245,6 +245,8 @@ def _decide(inputs: _Inputs, counts: tuple[int, ...]) -> _Decision:
     refused = too_many_offloaded(spec, cluster, winner, setting.sizes)
     if cluster.device == "cpu":
         refused = too_many_ranks(setting, cluster, winner)
+    if not cluster.nodes:  # a run of several nodes that is left with one goes on
+        refused = refused or winner.layout.nothing_crosses(spec)
     if refused:
         raise refused
     return _Decision(setting, winner, rows, nonexistent(setting, found))

@@ -149,7 +149,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """The layout with ZeRO's stage and engine: 2 if the adapter's state can be partitioned, torch if nothing is."""
         stage, offload, many = spec.zero.stage, spec.zero.offload == "cpu", self.data_parallel > 1
         if stage is None:
-            stage = 2 if (many or offload) and spec.optim.name != "adamw-8bit" else 0
+            whole = spec.optim.name == "adamw-8bit" or spec.optim.reduce_dtype != "float32"
+            stage = 2 if (many or offload) and not whole else 0
         # Stages of several groups are DeepSpeed's whatever the stage; elsewhere torch adds up undivided gradients.
         divides = stage or offload or (many and self.stages > 1)
         return msgspec.structs.replace(self, zero_stage=stage, engine="deepspeed" if divides else "torch")
@@ -162,7 +163,23 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def impossible(self, spec: RunSpec, facts: ModelFacts) -> SpecError | None:
         """Why this layout is impossible for a model with such layers, or None."""
-        return None
+        if self.engine == "torch" or spec.optim.reduce_dtype == "float32":
+            return None
+        return SpecError(
+            f"optim.reduce_dtype={spec.optim.reduce_dtype} is for gradients that torch adds up, and those of "
+            f"{self.groups} groups of stages are DeepSpeed's",
+            ways=[{"optim.reduce_dtype": "float32"}, OPEN],
+        )
+
+    def nothing_crosses(self, spec: RunSpec) -> SpecError | None:
+        """The error for an asked way of adding gradients up where no other rank has any; None if that is so."""
+        if self.data_parallel > 1 or spec.optim.reduce_dtype == "float32":
+            return None
+        return SpecError(
+            f"optim.reduce_dtype={spec.optim.reduce_dtype} is for gradients that cross between ranks, and here is one "
+            "rank, or one group of stages, that has them all",
+            ways=[{"optim.reduce_dtype": "float32"}, {"gpus": 2}],
+        )
 
     def unable(self, spec: RunSpec, new_rows: int) -> SpecError | None:
         """The error for what the run wants but the ranks cannot do, or None. new_rows: vocabulary rows to train."""

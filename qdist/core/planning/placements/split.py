@@ -42,11 +42,9 @@ class _OfLayers(Layout, frozen=True):
 
     def impossible(self, spec: RunSpec, facts: ModelFacts) -> SpecError | None:
         """The error if the decoder cannot be cut at all, or not into so many parts."""
-        if self.positions == 1:
-            return None
-        if facts.unsplit:
+        if self.positions > 1 and facts.unsplit:
             return SpecError(f"{spec.model} cannot be split: the model {facts.unsplit}", ways=[_sharded(spec), OPEN])
-        return None
+        return super().impossible(spec, facts)
 
     def state_ways(self, spec: RunSpec) -> tuple[Layout, ...]:
         return (self,)
