@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from qdist.core.errors import MACHINE, Change, SpecError
+from qdist.core.errors import MACHINE, Change, QdistError, SpecError
 from qdist.core.machine.calibration import Correction
 from qdist.core.machine.cards import rates_for
-from qdist.core.machine.cluster import Cluster, Rates
+from qdist.core.machine.cluster import Cluster, Machine, Rates
 from qdist.core.machine.cluster import changed as machine_changed
 from qdist.core.machine.world import Rank, checked_world
 from qdist.core.model.shapes import ModelFacts
@@ -32,6 +32,7 @@ from qdist.core.planning.candidates import USABLE_SHARE, Candidate, PlanningCont
 from qdist.core.planning.fill import MicroBatch
 from qdist.core.planning.graphs import require_captured, why_eager
 from qdist.core.planning.memory import MemoryBudget, sizes
+from qdist.core.planning.network import ASSUMED
 from qdist.core.planning.packing import packs_samples
 from qdist.core.planning.placements.registry import layouts
 from qdist.core.planning.plan import Alternative, DataFacts, Plan, RankPlan, Source
@@ -215,6 +216,10 @@ def plan_once(
         ranks=_ranks(setting, winner, cluster.device),
         tokens_per_second=round(tokens_s(winner), 1),
         load_peak_bytes=max(winner.load_peaks),
+        nodes=_machines(cluster, counts),
+        network=setting.network if setting.nodes else None,
+        network_bytes=round(winner.network_bytes),
+        network_seconds=winner.network_s,
         alternatives=(*alternatives(setting, winner, decision.rows, tokens_s), *decision.nonexistent),
         correction=correction,
         notes=(
@@ -242,7 +247,7 @@ def _decide(inputs: _Inputs, counts: tuple[int, ...]) -> _Decision:
     winner = winner or choose(tried) or last_resort(setting, count)
     if winner is None:
         raise too_big(spec, cluster, closest(tried), host_memory_wanted(setting, count))
-    refused = too_many_offloaded(spec, cluster, winner, setting.sizes)
+    refused: QdistError | None = too_many_offloaded(spec, cluster, winner, setting.sizes)
     if cluster.device == "cpu":
         refused = too_many_ranks(setting, cluster, winner)
     if not cluster.nodes:  # a run of several nodes that is left with one goes on
@@ -275,6 +280,7 @@ def _setting(inputs: _Inputs, counts: tuple[int, ...]) -> PlanningContext:
         sizes=sizes(inputs.facts, job),
         rooms=rooms_of(spec, inputs.cluster, counts),
         nodes=counts if len(counts) > 1 else (),
+        network=inputs.cluster.network or ASSUMED,
         host_bytes=inputs.cluster.memory_bytes,
         rates=inputs.rates,
         whole_tables=source.vocab_rows is not None or new_rows > 0,
@@ -287,6 +293,13 @@ def _setting(inputs: _Inputs, counts: tuple[int, ...]) -> PlanningContext:
         dtype=inputs.dtype,
         config=source.config,
     )
+
+
+def _machines(cluster: Cluster, counts: tuple[int, ...]) -> tuple[Machine, ...]:
+    """The nodes with what the run uses of them; none for one machine."""
+    if len(cluster.nodes) < 2:
+        return ()
+    return tuple(Machine(name=node.name, gpus=count) for node, count in zip(cluster.nodes, counts, strict=True))
 
 
 def _ranks(setting: PlanningContext, winner: Candidate, device: str) -> tuple[RankPlan, ...]:

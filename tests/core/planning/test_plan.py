@@ -8,8 +8,9 @@ import pytest
 
 from qdist.core.errors import PlanError, QdistError, SpecError
 from qdist.core.machine.calibration import Correction
-from qdist.core.machine.cluster import Cluster, Gpu, hypothetical, joined
+from qdist.core.machine.cluster import Cluster, Gpu, Machine, hypothetical, joined
 from qdist.core.planning.memory import Share, TrainingShape, budget, sizes
+from qdist.core.planning.network import ASSUMED
 from qdist.core.planning.plan import DataFacts, Plan, Start, digest
 from qdist.core.planning.planner import USABLE_SHARE
 from qdist.core.planning.process_memory import CUDA_CONTEXT_BYTES, graph_bytes
@@ -403,6 +404,7 @@ def test_the_digest_changes_with_every_field() -> None:
         "layer_map": (0, 1), "offloaded_layers": (1,), "alternatives": (), "correction": Correction(speed=0.5),
         "liger": not plan.liger, "recurrence": "fla", "start": Start(path="an adapter", digest="ab"),
         "ranks": plan.ranks[:1], "notes": ("a note",), "fill": None,
+        "nodes": (Machine(name="a", gpus=2),), "network": ASSUMED,
     }  # fmt: skip
     fields = [field.name for field in msgspec.structs.fields(Plan)]
     other |= {name: getattr(plan, name) + 1 for name in fields if name not in other}
