@@ -70,7 +70,7 @@ class PlanningContext(NamedTuple):
     def batches(self, layout: Layout) -> Batches:
         """The samples of a step, as a layout's ranks share them."""
         longest = self.sizes.job.seq_len
-        return Batches(self.data, self.spec.global_batch, layout.data_parallel, longest, least=layout.stages)
+        return Batches(self.data, self.spec.batch, layout.data_parallel, longest, least=layout.stages)
 
     def world(self, layout: Layout) -> World:
         """A layout's ranks on their nodes."""
@@ -181,7 +181,7 @@ def offloading(setting: PlanningContext, layout: Layout) -> Iterator[Candidate]:
 def micro_batches(setting: PlanningContext, layout: Layout) -> list[MicroBatch]:
     """Micro-batches to try. A pipeline needs at least as many as it has stages."""
     spec, stages, packed = setting.spec, layout.stages, setting.packs(layout)
-    each = spec.global_batch // layout.data_parallel
+    each = spec.batch // layout.data_parallel
     if spec.micro_batch:
         return [MicroBatch(spec.micro_batch, packed)]
     usual = setting.usual
@@ -248,7 +248,7 @@ class _Arrangement:
         # Unpacked rows of a pipeline's step are all as wide as its longest.
         counted = layout.stages == 1 or self.packed
         self.fill = self.batches.fill_of(size) if counted else self.batches.estimate(size)
-        whole = setting.spec.global_batch // (self.size * layout.data_parallel)
+        whole = setting.spec.batch // (self.size * layout.data_parallel)
         self.mean_micro_batches = max(1, self.fill.micro_batches if self.fill else whole)
         self.micro_batches = ceil(self.mean_micro_batches)
         self.positions = layout.positions

@@ -293,7 +293,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     @property
     def step_tokens(self) -> float:
         """Expected tokens of an optimizer step, without padding."""
-        return self.spec.global_batch * mean_length(self.data if self.fill else None, longest=self.seq_len)
+        return self.spec.batch * mean_length(self.data if self.fill else None, longest=self.seq_len)
 
     @property
     def wording(self) -> Wording | None:

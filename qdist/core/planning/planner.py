@@ -28,6 +28,7 @@ from qdist.core.planning.advice import (
     too_many_ranks,
     warmup_notes,
 )
+from qdist.core.planning.batch import cheap_batch, first_batch, network_notes, uncounted, with_batch
 from qdist.core.planning.candidates import USABLE_SHARE, Candidate, PlanningContext, arrange
 from qdist.core.planning.fill import MicroBatch
 from qdist.core.planning.graphs import require_captured, why_eager
@@ -157,6 +158,7 @@ def plan_once(
             f"split.offload_layers={spec.split.offload_layers}, but {spec.model} has {facts.layer_count} layers",
             ways=[{"split.offload_layers": facts.layer_count}, {"split.offload_layers": None}],
         )
+    auto = spec.global_batch is None
     rates, rate_notes = rates_for(cluster)
     inputs = _Inputs(
         spec=spec,
@@ -173,7 +175,8 @@ def plan_once(
         usual=usual,
         data=data,
     )
-    decision = _decide(inputs, counts)
+    inputs, decision = _with_batch(inputs, counts)
+    spec = inputs.spec
     setting, winner, layout = decision.setting, decision.winner, decision.winner.layout
     eager = why_eager(
         spec, facts, layout, device=cluster.device, compute_dtype=inputs.dtype, config=source.config,
@@ -229,10 +232,30 @@ def plan_once(
             *dtype_notes(inputs.dtype, cluster),
             *graph_notes(spec, cluster.device, eager),
             *rate_notes,
+            *network_notes(setting, winner, cluster, auto=auto),
             *correction_notes(correction),
             *(warmup_notes(spec.optim, _steps(spec, data)) if data else ()),
         ),
     )
+
+
+_MOST_TRIES = 5
+"""Batches that are tried where the planner decides: a larger one may have room for larger micro-batches."""
+
+
+def _with_batch(inputs: _Inputs, counts: tuple[int, ...]) -> tuple[_Inputs, _Decision]:
+    """The decision, with the global batch as it is set; or as it makes the network cheap."""
+    if inputs.spec.global_batch is not None:
+        return inputs, _decide(inputs, counts)
+    batch = first_batch(inputs.spec, counts)
+    for _ in range(_MOST_TRIES):
+        own = inputs._replace(spec=with_batch(inputs.spec, batch), data=uncounted(inputs.data, batch))
+        decision = _decide(own, counts)
+        cheap = cheap_batch(decision.setting, decision.winner)
+        if not cheap:
+            break
+        batch = cheap
+    return own, decision
 
 
 def _decide(inputs: _Inputs, counts: tuple[int, ...]) -> _Decision:
@@ -343,7 +366,7 @@ def _steps(spec: RunSpec, data: DataFacts | None) -> int:
         return spec.steps
     if data is None or data.epoch == 0:
         raise SpecError("synthetic data have no epochs", ways=[{"steps": 20, "epochs": None}])
-    steps = math.ceil((spec.epochs or 1.0) * data.epoch / spec.global_batch)
+    steps = math.ceil((spec.epochs or 1.0) * data.epoch / spec.batch)
     if steps > MOST_STEPS:
         raise SpecError(
             f"epochs={spec.epochs:g} over {data.epoch:,} samples are more steps than can be counted",

@@ -21,28 +21,28 @@ def check_batches(setting: PlanningContext, layout: Layout) -> None:
     spec, ranks = setting.spec, layout.data_parallel
     noun = "group" if layout.stages > 1 else "rank"
     size = spec.micro_batch or 1
-    if spec.global_batch % ranks:
+    if spec.batch % ranks:
         raise SpecError(
-            f"global_batch={spec.global_batch} cannot be spread over {counted(ranks, noun)}",
-            ways=[_rounded(spec.global_batch, ranks * size), *_fewer(spec, layout)],
+            f"global_batch={spec.batch} cannot be spread over {counted(ranks, noun)}",
+            ways=[_rounded(spec.batch, ranks * size), *_fewer(spec, layout)],
         )
     if setting.packs(layout):
         return
-    each = spec.global_batch // ranks
+    each = spec.batch // ranks
     if each % size:
         raise SpecError(
-            f"{counted(ranks, noun)} x micro_batch={size} does not divide global_batch={spec.global_batch}",
+            f"{counted(ranks, noun)} x micro_batch={size} does not divide global_batch={spec.batch}",
             ways=[
                 {"micro_batch": largest_divisor(each, size)},
                 {"micro_batch": None},
-                _rounded(spec.global_batch, ranks * size),
+                _rounded(spec.batch, ranks * size),
             ],
         )
     stages = layout.stages
     if each // size < stages:
         smaller = [{"micro_batch": largest_divisor(each, each // stages)}] if each >= stages else []
         raise SpecError(
-            f"{stages} stages need at least {stages} micro-batches a step; global_batch={spec.global_batch} has "
+            f"{stages} stages need at least {stages} micro-batches a step; global_batch={spec.batch} has "
             f"{each // size} of {size} for each group",
             ways=[*smaller, {"global_batch": stages * ranks * size}, *_fewer(spec, layout)],
         )
@@ -55,7 +55,7 @@ def _rounded(batch: int, multiple: int) -> Change:
 def _fewer(spec: RunSpec, layout: Layout) -> list[Change]:
     """Changes to fewer GPUs that keep the batch as it is."""
     count = layout.groups * layout.gpus_per_group
-    dividing = [number for number in range(count - 1, 0, -1) if spec.global_batch % number == 0]
+    dividing = [number for number in range(count - 1, 0, -1) if spec.batch % number == 0]
     return [{"gpus": number} for number in dividing[:2]]
 
 

@@ -162,7 +162,7 @@ def _summary(plan: Plan, fold: RunHistory) -> Iterator[tuple[str, str]]:
     where = f"{count} {unit}{'' if count == 1 else 'es' if unit.endswith('s') else 's'}"
     yield "Ranks", f"{plan.world_size} on {where}, {engine}, {plan.optimizer}, {plan.compute_dtype}"
     yield "Data", _data(plan)
-    yield "Batch", f"{spec.global_batch} samples a step, {_at_a_time(plan)} at a time on a rank"
+    yield "Batch", f"{spec.batch} samples a step, {_at_a_time(plan)} at a time on a rank"
     yield "Steps", f"{fold.step:,} of {fold.total_steps or plan.steps:,}"
     if fold.trained_s:
         yield "Duration", format_duration(fold.trained_s)

@@ -66,7 +66,7 @@ def test_every_plan_keeps_the_global_batch_and_its_place_in_memory(
     model: str, cards: int, gib: float, settings: dict[str, Any], _: object
 ) -> None:
     plan = planned(model, gpus(cards, gib) if cards else CPU, settings)
-    assert plan.micro_batch * plan.gradient_accumulation * plan.world_size == plan.spec.global_batch
+    assert plan.micro_batch * plan.gradient_accumulation * plan.world_size == plan.spec.batch
     assert [rank.rank for rank in plan.ranks] == list(range(plan.world_size))
     assert [rank.gpus for rank in plan.ranks] == [(rank,) if cards else () for rank in range(plan.world_size)]
     if cards:
