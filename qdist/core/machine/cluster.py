@@ -97,6 +97,11 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     network: Network | None = None
     """The network between them; None for one machine."""
 
+    @property
+    def kinds(self) -> tuple[Gpu, ...]:
+        """One GPU of each name and compute capability."""
+        return tuple({(gpu.name, gpu.capability): gpu for gpu in self.gpus}.values())
+
 
 def hypothetical(
     gpus: int, gpu_memory_bytes: int, *, name: str = UNNAMED, host_memory_bytes: int | None = None
@@ -151,8 +156,9 @@ def changed(cluster: Cluster, change: Change, gpus: int | None) -> Cluster:
         larger = tuple(msgspec.structs.replace(gpu, total_bytes=each, free_bytes=each) for gpu in cluster.gpus)
         cluster = msgspec.structs.replace(cluster, gpus=larger) if larger else hypothetical(gpus or 1, each)
     if cluster.described and "gpus" in change:
-        many = tuple(msgspec.structs.replace(cluster.gpus[0], index=index) for index in range(gpus or 1))
-        cluster = msgspec.structs.replace(cluster, gpus=many)
+        nodes = tuple(msgspec.structs.replace(node, gpus=gpus or 1) for node in cluster.nodes)
+        many = [msgspec.structs.replace(cluster.gpus[0], index=index) for index in range(gpus or 1)]
+        cluster = msgspec.structs.replace(cluster, gpus=tuple(many * max(1, len(nodes))), nodes=nodes)
     if "host_memory" in change:
         cluster = msgspec.structs.replace(cluster, memory_bytes=parse_bytes(change["host_memory"], "host_memory"))
     return cluster

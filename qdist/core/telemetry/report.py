@@ -169,7 +169,7 @@ def _summary(plan: Plan, fold: RunHistory, nodes: NodesNow | None) -> Iterator[t
     if nodes and nodes.members:
         yield "Nodes", ", ".join(member.name for member in nodes.members)
     yield "Data", _data(plan)
-    yield "Batch", f"{spec.global_batch} samples a step, {_at_a_time(plan)} at a time on a rank"
+    yield "Batch", f"{spec.batch} samples a step, {_at_a_time(plan)} at a time on a rank"
     yield "Steps", f"{fold.step:,} of {fold.total_steps or plan.steps:,}"
     if fold.trained_s:
         yield "Duration", format_duration(fold.trained_s)

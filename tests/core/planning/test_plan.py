@@ -8,8 +8,9 @@ import pytest
 
 from qdist.core.errors import PlanError, QdistError, SpecError
 from qdist.core.machine.calibration import Correction
-from qdist.core.machine.cluster import Cluster, Gpu, hypothetical
+from qdist.core.machine.cluster import Cluster, Gpu, Machine, hypothetical, joined
 from qdist.core.planning.memory import Share, TrainingShape, budget, sizes
+from qdist.core.planning.network import ASSUMED
 from qdist.core.planning.plan import DataFacts, Plan, Start, digest
 from qdist.core.planning.planner import USABLE_SHARE
 from qdist.core.planning.process_memory import CUDA_CONTEXT_BYTES, graph_bytes
@@ -65,7 +66,7 @@ def test_every_plan_keeps_the_global_batch_and_its_place_in_memory(
     model: str, cards: int, gib: float, settings: dict[str, Any], _: object
 ) -> None:
     plan = planned(model, gpus(cards, gib) if cards else CPU, settings)
-    assert plan.micro_batch * plan.gradient_accumulation * plan.world_size == plan.spec.global_batch
+    assert plan.micro_batch * plan.gradient_accumulation * plan.world_size == plan.spec.batch
     assert [rank.rank for rank in plan.ranks] == list(range(plan.world_size))
     assert [rank.gpus for rank in plan.ranks] == [(rank,) if cards else () for rank in range(plan.world_size)]
     if cards:
@@ -209,6 +210,35 @@ def test_8_bit_moments_lie_whole_on_every_rank(settings: dict[str, Any]) -> None
     plan = planned("llama-7b", gpus(2, 24), {"optim.name": "adamw-8bit", **settings})
     assert (plan.optimizer, plan.zero_stage, plan.engine) == ("adamw-8bit", 0, "torch")
     assert all(budget.pageable == 0 < budget.optimizer for rank in plan.ranks for budget in rank.expected)
+
+
+NARROW = {"optim.reduce_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"placement": "shard", "gpus_per_group": 2}, {"placement": "replicate"}])
+def test_gradients_that_cross_in_16_bits_are_added_up_by_torch(settings: dict[str, Any]) -> None:
+    plan = planned("llama-7b", gpus(4, 24), {**NARROW, **settings})
+    assert (plan.zero_stage, plan.engine) == (0, "torch")
+
+
+@pytest.mark.parametrize(
+    ("count", "settings", "why"),
+    [
+        (1, {}, "one rank, or one group of stages, that has them all"),
+        (2, {"placement": "split"}, "one rank, or one group of stages, that has them all"),
+        (4, {"placement": "split", "gpus_per_group": 2}, "those of 2 groups of stages are DeepSpeed's"),
+    ],
+)
+def test_gradients_in_16_bits_are_refused_where_torch_adds_none_up(count: int, settings: Any, why: str) -> None:
+    with pytest.raises(SpecError, match=f"optim.reduce_dtype=bfloat16 is for gradients .* {why}") as caught:
+        planned("llama-7b", gpus(count, 24), {**NARROW, **settings})
+    assert caught.value.try_ == "--set optim.reduce_dtype=float32"
+    planned("llama-7b", gpus(count, 24), {**NARROW, **settings, "optim.reduce_dtype": "float32"})
+
+
+def test_a_run_that_is_left_with_one_of_its_nodes_goes_on_with_gradients_in_16_bits() -> None:
+    left = joined([gpus(1, 24)], ["one"], [None], None)
+    assert planned("llama-7b", left, NARROW).spec.optim.reduce_dtype == "bfloat16"
 
 
 def test_liger_that_is_not_installed_is_refused() -> None:
@@ -374,6 +404,7 @@ def test_the_digest_changes_with_every_field() -> None:
         "layer_map": (0, 1), "offloaded_layers": (1,), "alternatives": (), "correction": Correction(speed=0.5),
         "liger": not plan.liger, "recurrence": "fla", "start": Start(path="an adapter", digest="ab"),
         "ranks": plan.ranks[:1], "notes": ("a note",), "fill": None,
+        "nodes": (Machine(name="a", gpus=2),), "network": ASSUMED,
     }  # fmt: skip
     fields = [field.name for field in msgspec.structs.fields(Plan)]
     other |= {name: getattr(plan, name) + 1 for name in fields if name not in other}
