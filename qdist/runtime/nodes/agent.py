@@ -1,0 +1,266 @@
+"""One node's agent: `python -m qdist.runtime.nodes.agent`, with a NodeJob as a line of JSON on its standard input.
+
+It meets the other nodes, agrees with them on a plan, runs this node's ranks, and begins again where a node is lost or
+returns, until the run has ended. Further lines of its input: `stop` ends the run with a checkpoint, `end` at once.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import msgspec
+
+from qdist.core.errors import QdistError, RunError
+from qdist.core.nodes.job import STOPPED, AgentLine, NodeJob
+from qdist.core.telemetry.nodes import NodeEvent, NodeMember
+from qdist.core.text import format_duration
+from qdist.host.children import end_with_parent
+from qdist.host.files import locked
+from qdist.host.nodes.presence import lock_of
+from qdist.host.run.rundir import Ended, RunDir
+from qdist.host.run.state import note
+from qdist.runtime.nodes.agreeing import Agreed, Agreement, Memory, Waiting
+from qdist.runtime.nodes.board import Board, CutOff, Disrupted
+from qdist.runtime.nodes.meeting import GENERATION, Meeting, endpoint_of, meet, own_place, reachable
+from qdist.runtime.nodes.telling import Teller
+from qdist.runtime.nodes.working import Work, describe_start, require_folder
+
+_FIRST_CALL_S, _LAST_CALL_S = 20.0, 3.0
+"""Seconds for further nodes to join once there are enough: at the start of a run, and after a failure."""
+_KEEP_ALIVE_S, _KEEP_ALIVES = 2.0, 4
+_LOOK_S, _LOOK_ELSEWHERE_S = 0.2, 5.0
+FAILED = 1
+_ENDED = "ended"
+"""Key of the store that is set where the run ends while its nodes wait."""
+
+
+class Asked(Exception):
+    """The user or a scheduler has asked to end the run while nothing of it worked."""
+
+
+class Agent:
+    """The agent of one node. lines: of its standard input after the job."""
+
+    def __init__(self, job: NodeJob, lines: Any) -> None:
+        self._job, self._run = job, RunDir(job.run)
+        self._teller, self._memory = Teller(self._run), Memory()
+        self._asked = 0
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._ask)
+        threading.Thread(target=self._hear, args=(lines,), daemon=True, name="input").start()
+
+    def work(self) -> int:
+        """Take part to the end; the exit code."""
+        require_folder(self._run.path)
+        busy = f"an agent of {self._job.name} is at work in {self._run.path} already"
+        with locked(lock_of(self._run, self._job.node), busy=busy):
+            try:
+                return self._meetings()
+            except QdistError as error:
+                self._end("failed", error.message, error.try_)
+                self._teller.line(AgentLine(kind="error", text=error.message, try_=error.try_))
+                return FAILED
+            except (KeyboardInterrupt, Asked):
+                self._end("stopped", "")
+                return STOPPED
+
+    def _meetings(self) -> int:
+        """Meet the others, as often as it takes."""
+        alone_since = time.monotonic()
+        while True:
+            before = self._memory.active
+            may_serve = before or not self._job.resume or self._run.exists()
+            with meet(
+                self._job, before=before, may_serve=may_serve, check=self._check, say=self._teller.say
+            ) as meeting:
+                try:
+                    return self._generations(meeting, alone_since)
+                except CutOff:
+                    meeting.cut()
+                    alone_since = time.monotonic()
+                    self._teller.say(f"{self._job.name} does not reach the others any more, and looks for them")
+
+    def _generations(self, meeting: Meeting, since: float) -> int:
+        """Generations of nodes that one store brings together."""
+        rendezvous = _rendezvous(self._job, meeting, begun=self._memory.active)
+        while True:
+            info = self._interruptible(meeting, rendezvous.next_rendezvous)
+            board = Board(info.store, lambda: self._look(meeting))
+            try:
+                agreement = Agreement(self._job, meeting, board, self._memory, place=info.rank, size=info.world_size)
+                agreed = self._formed(agreement.reach(), meeting)
+                since = time.monotonic()
+                work = Work(self._job, meeting, board, agreed, rendezvous, self._teller, lambda: self._asked)
+                outcome = work.finish()
+            except Disrupted:
+                since = time.monotonic()
+                continue
+            except Waiting as reason:
+                self._wait(meeting, rendezvous, str(reason), since)
+                continue
+            if outcome == "grow":
+                continue
+            self._tell_end(outcome)
+            return 0 if outcome == "finished" else STOPPED
+
+    def _formed(self, agreed: Agreed, meeting: Meeting) -> Agreed:
+        """Note that a generation begins."""
+        verdict = agreed.verdict
+        self._memory = Memory(verdict.generation, verdict.members, active=True, prepared=agreed.prepared)
+        self._teller.writes = agreed.leads or agreed.keeps
+        if agreed.leads:
+            meeting.store.set(GENERATION, str(verdict.generation))
+        members = tuple(
+            NodeMember(
+                node=node, name=agreed.facts[node].name, address=agreed.facts[node].address,
+                ranks=tuple(rank.rank for rank in agreed.plan.ranks if rank.node == place),
+            )
+            for place, node in enumerate(verdict.members)
+        )  # fmt: skip
+        self._teller.line(AgentLine(kind="planned", generation=verdict.generation))
+        self._teller.event(
+            NodeEvent(
+                kind="formed", time=0.0, generation=verdict.generation, step=verdict.step or 0, members=members,
+                note=describe_start(agreed, self._run),
+            )
+        )  # fmt: skip
+        return agreed
+
+    def _wait(self, meeting: Meeting, rendezvous: Any, reason: str, since: float) -> None:
+        """Wait for a node that is missing. Raises CutOff where there is a better place to wait, RunError in the end."""
+        limit = format_duration(self._job.rejoin_s)
+        note = f"waiting up to {limit} for the other nodes: {reason}"
+        self._teller.event(NodeEvent(kind="waiting", time=0.0, generation=self._memory.generation, note=note))
+        looked = time.monotonic()
+        while rendezvous.num_nodes_waiting() == 0:
+            self._look(meeting, at_nodes=False)
+            now = time.monotonic()
+            if now - since > self._job.rejoin_s:
+                raise RunError(
+                    f"waited {limit} for the other nodes: {reason}; {self._run.last_saved()}",
+                    try_="start them again, and this run with --resume",
+                )
+            if meeting.serves and now - looked > _LOOK_ELSEWHERE_S:
+                looked = now
+                if _is_better_elsewhere(self._job, self._memory.generation):
+                    raise CutOff
+            if meeting.beats.silent():
+                return
+            time.sleep(_LOOK_S)
+
+    def _interruptible(self, meeting: Meeting, ask: Callable[[], Any]) -> Any:
+        """What a call that may take long gives, unless the run is to end meanwhile or the store goes away."""
+        waiting = ThreadPoolExecutor(1).submit(ask)
+        looked = time.monotonic()
+        while True:
+            with suppress(TimeoutError):
+                try:
+                    return waiting.result(_LOOK_S)
+                except RuntimeError as error:  # of torch's stores, and of a rendezvous whose store is gone
+                    raise CutOff(str(error)) from error
+            self._look(meeting, at_nodes=False)
+            if meeting.serves and time.monotonic() - looked > _LOOK_ELSEWHERE_S:
+                looked = time.monotonic()
+                if _is_better_elsewhere(self._job, self._memory.generation):
+                    raise CutOff
+
+    def _look(self, meeting: Meeting, *, at_nodes: bool = True) -> None:
+        """While others are waited for: end with the run, or with a node that is lost."""
+        if meeting.beats.cut_off:
+            raise CutOff
+        try:
+            if self._asked or self._run.stop_requested():
+                meeting.store.set(_ENDED, "1")
+                raise Asked
+            if meeting.store.check([_ENDED]):
+                raise Asked
+        except RuntimeError as error:
+            raise CutOff(str(error)) from error
+        if at_nodes and meeting.beats.silent():
+            raise Disrupted
+
+    def _check(self) -> None:
+        if self._asked or self._run.stop_requested():
+            raise Asked
+
+    def _ask(self, *_: int | FrameType | None) -> None:
+        self._asked += 1
+
+    def _hear(self, lines: Any) -> None:
+        for line in lines:
+            if word := {b"stop": 1, b"end": 2}.get(line.strip()):
+                self._asked = max(self._asked, word)
+
+    def _tell_end(self, outcome: Any) -> None:
+        if outcome == "finished":
+            self._teller.event(NodeEvent(kind="finished", time=0.0, generation=self._memory.generation))
+            self._teller.line(AgentLine(kind="ended"))
+        else:
+            self._end("stopped", "")
+
+    def _end(self, state: Any, message: str, attempt: str = "") -> None:
+        """Note how the run ended before its last step."""
+        if self._teller.writes and self._run.exists():
+            note(self._run, Ended(state=state, message=message, try_=attempt, time=time.time()))
+            self._teller.writes, writes = True, self._teller.writes
+            self._teller.event(NodeEvent(kind=state, time=0.0, generation=self._memory.generation, note=message))
+            self._teller.writes = writes
+
+
+def _rendezvous(job: NodeJob, meeting: Meeting, *, begun: bool) -> Any:
+    """torch's elastic rendezvous over the run's store."""
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
+
+    store = meeting.store
+    call = _LAST_CALL_S if begun else _FIRST_CALL_S
+    timeout = RendezvousTimeout(
+        join=timedelta(seconds=job.rejoin_s),
+        last_call=timedelta(seconds=call),
+        close=timedelta(seconds=5),
+        heartbeat=timedelta(seconds=5),
+    )
+    return DynamicRendezvousHandler.from_backend(
+        "qdist", store, C10dRendezvousBackend(store, "qdist"), job.least, job.most, local_addr="127.0.0.1",
+        timeout=timeout, keep_alive_interval=_KEEP_ALIVE_S, keep_alive_max_attempt=_KEEP_ALIVES,
+    )  # fmt: skip
+
+
+def _is_better_elsewhere(job: NodeJob, generation: int) -> bool:
+    """Whether another node serves a store where the run is at work, or is to be waited for rather than here."""
+    own = own_place(job)
+    found = reachable(job, own)
+    if found is None:
+        return False
+    place = [endpoint_of(text) for text in job.endpoints].index(found)
+    return own is None or place < own or _generation_at(job, found) > generation
+
+
+def _generation_at(job: NodeJob, server: tuple[str, int]) -> int:
+    """The generation that works in another node's store; 0 if none does."""
+    with suppress(RuntimeError, OSError, QdistError), Meeting(job, server, say=lambda _: None) as other:
+        return other.generation()
+    return 0
+
+
+def main() -> None:
+    """Read the job, take part in the run, and exit as `qdist.core.nodes.job` says."""
+    job = msgspec.json.decode(sys.stdin.buffer.readline(), type=NodeJob)
+    if job.attached:
+        end_with_parent(os.getppid(), signal.SIGKILL)
+    code = Agent(job, sys.stdin.buffer).work()
+    # Threads of a store that nobody serves any more would hold the process.
+    sys.stdout.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

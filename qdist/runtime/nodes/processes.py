@@ -1,0 +1,108 @@
+"""The processes of one node's ranks: started with their place in the run, ended together."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+
+import psutil
+
+from qdist.core.errors import JobError
+from qdist.core.machine.environment import AGENT
+from qdist.core.nodes.job import KEEPS
+from qdist.core.planning.plan import Plan, RankPlan, digest
+from qdist.core.planning.render import rank_environment
+from qdist.host import children
+from qdist.host.launch.agent import WORKER, describe_failure
+from qdist.host.run.rundir import STOP, RunDir
+from qdist.host.run.state import died, log_lengths
+
+
+def interface_of(address: str) -> str:
+    """Name of the network interface that has an address; empty if none has."""
+    for name, found in psutil.net_if_addrs().items():
+        if any(own.address.partition("%")[0] == address for own in found):
+            return name
+    return ""
+
+
+class OwnRanks:
+    """The ranks of a plan on this node.
+
+    place: of this node among the plan's. port: of the run's store, on loopback. keeps: whether the run directory is
+    this node's own, so that one of its ranks keeps the checkpoints there.
+    """
+
+    def __init__(
+        self, plan: Plan, run: RunDir, *, generation: int, place: int, port: int, address: str, keeps: bool
+    ) -> None:
+        self._run = run
+        own = [rank for rank in plan.ranks if rank.node == place]
+        self.ranks = tuple(rank.rank for rank in own)
+        (run.path / STOP).unlink(missing_ok=True)
+        self._before = log_lengths(run)
+        command = [sys.executable, "-u", "-P", "-m", WORKER, str(run.path), "--digest", digest(plan)]
+        shared = _environment(plan, address) | {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            # Ranks are clients of the run's store, each generation under its own names; see torch.distributed.elastic.
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": str(generation),
+            "WORLD_SIZE": str(plan.world_size),
+            "LOCAL_WORLD_SIZE": str(len(own)),
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+            AGENT: str(os.getpid()),
+        }
+        with open(run.logs / "launcher.log", "ab") as log:
+            self._processes = [
+                subprocess.Popen(
+                    command,
+                    env=shared | _place(plan, rank, keeps=keeps),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    preexec_fn=children.ending_with_this(),
+                )
+                for rank in own
+            ]
+
+    def stop(self) -> None:
+        """Ask the ranks to save after this step and exit."""
+        (self._run.path / STOP).touch()
+
+    def ended(self) -> bool:
+        """Whether all have ended well."""
+        return all(process.poll() == 0 for process in self._processes)
+
+    def failure(self) -> JobError | None:
+        """How the first that failed did."""
+        for rank, process in zip(self.ranks, self._processes, strict=True):
+            if code := process.poll():
+                with open(self._run.logs / "launcher.log", "a") as log:
+                    log.write(describe_failure(rank, code) + "\n")
+                return died(self._run, self._before, code)
+        return None
+
+    def kill(self) -> None:
+        """End what still runs, at once, and wait for it."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+        for process in self._processes:
+            process.wait()
+
+
+def _environment(plan: Plan, address: str) -> dict[str, str]:
+    exports, usual = rank_environment(plan)
+    kept = children.environment()
+    interface = interface_of(address)
+    # Sockets for data listen on the interface of the node's address, not on the first that a library finds.
+    sockets = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
+    return {**usual, **sockets, **kept, **exports}
+
+
+def _place(plan: Plan, rank: RankPlan, *, keeps: bool) -> Mapping[str, str]:
+    local = plan.world.local_rank_of(plan.world.ranks[rank.rank])
+    own = {"RANK": str(rank.rank), "LOCAL_RANK": str(local)}
+    return own | ({KEEPS: "1"} if keeps and local == 0 and rank.rank else {})
