@@ -151,8 +151,9 @@ def changed(cluster: Cluster, change: Change, gpus: int | None) -> Cluster:
         larger = tuple(msgspec.structs.replace(gpu, total_bytes=each, free_bytes=each) for gpu in cluster.gpus)
         cluster = msgspec.structs.replace(cluster, gpus=larger) if larger else hypothetical(gpus or 1, each)
     if cluster.described and "gpus" in change:
-        many = tuple(msgspec.structs.replace(cluster.gpus[0], index=index) for index in range(gpus or 1))
-        cluster = msgspec.structs.replace(cluster, gpus=many)
+        nodes = tuple(msgspec.structs.replace(node, gpus=gpus or 1) for node in cluster.nodes)
+        many = [msgspec.structs.replace(cluster.gpus[0], index=index) for index in range(gpus or 1)]
+        cluster = msgspec.structs.replace(cluster, gpus=tuple(many * max(1, len(nodes))), nodes=nodes)
     if "host_memory" in change:
         cluster = msgspec.structs.replace(cluster, memory_bytes=parse_bytes(change["host_memory"], "host_memory"))
     return cluster

@@ -1,8 +1,12 @@
 """Which rank is where: groups of GPUs over the nodes of a run, and their arithmetic in one place.
 
-A run has one node today. Rank, local rank and node are types of their own, so that mypy tells one from another.
+Ranks are numbered node by node, and group by group within one, so that a group lies within a node wherever it can.
+Rank, local rank and node are types of their own, so that mypy tells one from another.
 """
 
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple, NewType
 
 from qdist.core.errors import PlanError
@@ -17,12 +21,13 @@ Node = NewType("Node", int)
 
 
 class World(NamedTuple):
-    """`groups` of `gpus_per_group` GPUs, `gpus_per_rank` of them to a rank, on `nodes` machines of as many GPUs."""
+    """`groups` of `gpus_per_group` GPUs, `gpus_per_rank` of them to a rank, on one machine or several nodes."""
 
     groups: int
     gpus_per_group: int
     gpus_per_rank: int = 1
-    nodes: int = 1
+    nodes: tuple[int, ...] = ()
+    """Ranks of each node, which may differ; empty for one machine, which has them all."""
 
     @property
     def size(self) -> int:
@@ -30,21 +35,32 @@ class World(NamedTuple):
         return self.groups * self.gpus_per_group // self.gpus_per_rank
 
     @property
-    def ranks_per_node(self) -> int:
-        return self.size // self.nodes
-
-    @property
     def ranks(self) -> tuple[Rank, ...]:
         return tuple(map(Rank, range(self.size)))
 
+    @property
+    def ranks_of_nodes(self) -> tuple[int, ...]:
+        """Ranks of each node; of one machine, all of them."""
+        return self.nodes or (self.size,)
+
+    @property
+    def spanning(self) -> bool:
+        """Whether a group has ranks on several nodes, which exchange weights or activations in every layer."""
+        return any(end * self.gpus_per_rank % self.gpus_per_group for end in accumulate(self.ranks_of_nodes))
+
+    def ranks_on(self, node: Node) -> tuple[Rank, ...]:
+        """The ranks of a node, in the order of their local ranks."""
+        first = self._first_of(node)
+        return tuple(map(Rank, range(first, first + self.ranks_of_nodes[node])))
+
     def node_of(self, rank: Rank) -> Node:
-        return Node(rank // self.ranks_per_node)
+        return Node(bisect_right(tuple(accumulate(self.ranks_of_nodes)), rank))
 
     def local_rank_of(self, rank: Rank) -> LocalRank:
-        return LocalRank(rank % self.ranks_per_node)
+        return LocalRank(rank - self._first_of(self.node_of(rank)))
 
     def rank_of(self, node: Node, local_rank: LocalRank) -> Rank:
-        return Rank(node * self.ranks_per_node + local_rank)
+        return Rank(self._first_of(node) + local_rank)
 
     def group_of(self, rank: Rank) -> int:
         return rank * self.gpus_per_rank // self.gpus_per_group
@@ -58,24 +74,37 @@ class World(NamedTuple):
         first = self.local_rank_of(rank) * self.gpus_per_rank
         return tuple(range(first, first + self.gpus_per_rank))
 
+    def _first_of(self, node: Node) -> int:
+        return sum(self.nodes[:node])
 
-def world_of(groups: int, gpus_per_group: int, *, size: int, nodes: int = 1) -> World:
-    """The world of `size` ranks that share out the GPUs of all groups."""
-    return World(groups, gpus_per_group, groups * gpus_per_group // size, nodes)
+
+def used_gpus(groups: int, gpus_per_group: int, gpus: Sequence[int]) -> tuple[int, ...]:
+    """GPUs that groups take of each node, of the `gpus` that it has.
+
+    Groups stay within nodes where as many of them fit there, and what is left over of a node is idle; otherwise they
+    span nodes and take all GPUs.
+    """
+    within = tuple(count // gpus_per_group * gpus_per_group for count in gpus)
+    return within if sum(within) == groups * gpus_per_group else tuple(gpus)
+
+
+def world_of(groups: int, gpus_per_group: int, *, size: int, nodes: Sequence[int] = ()) -> World:
+    """The world of `size` ranks that share out the GPUs of all groups. nodes: ranks of each; empty for one machine."""
+    return World(groups, gpus_per_group, groups * gpus_per_group // size, tuple(nodes))
 
 
 def checked_world(world: World) -> World:
-    """The world, if groups, ranks and nodes go into each other.
+    """The world, if groups, ranks and nodes go into each other. Groups may span nodes: `spanning` says whether.
 
-    Raises PlanError where ranks share a GPU group that their number of GPUs does not divide, or a group would span
-    nodes: its ranks exchange weights or activations in every layer.
+    Raises PlanError where ranks share a GPU group that their number of GPUs does not divide, or the nodes have other
+    ranks than the groups.
     """
     groups, size, own, nodes = world
-    if min(world) < 1 or size % own:
+    if min(groups, size, own) < 1 or size % own:
         raise PlanError(f"{counted(size, 'GPU')} of a group cannot be shared out to ranks of {own}")
-    if groups % nodes:
+    if nodes and (min(nodes) < 1 or sum(nodes) != world.size):
         raise PlanError(
-            f"{counted(groups, 'group')} of {counted(size, 'GPU')} cannot be divided over {counted(nodes, 'node')}",
-            try_=f"{groups * nodes} groups, or groups of {max(1, size // nodes)}",
+            f"{counted(groups, 'group')} of {counted(size, 'GPU')} cannot be divided over nodes of "
+            f"{', '.join(map(str, nodes))} ranks"
         )
     return world

@@ -8,6 +8,7 @@ from qdist.core.errors import Change, SpecError
 from qdist.core.machine.calibration import Correction
 from qdist.core.machine.cards import has_bfloat16
 from qdist.core.machine.cluster import Cluster
+from qdist.core.machine.world import Node
 from qdist.core.model.shapes import ModelFacts
 from qdist.core.planning.activations import Recurrence
 from qdist.core.planning.candidates import USABLE_SHARE, Candidate, PlanningContext
@@ -58,15 +59,20 @@ def too_many_offloaded(spec: RunSpec, cluster: Cluster, winner: Candidate, sizes
     return TooBigError(message, ways=[*fewer, *_ways(spec, cluster, needed)])
 
 
-def too_many_ranks(spec: RunSpec, cluster: Cluster, winner: Candidate) -> TooBigError | None:
-    """The error if there is no GPU and host memory cannot hold all ranks; None if it can."""
-    ranks = winner.layout.world_size
-    own = [winner.budgets[rank % len(winner.budgets)].total for rank in range(ranks)]
+def too_many_ranks(setting: PlanningContext, cluster: Cluster, winner: Candidate) -> TooBigError | None:
+    """The error if there is no GPU and a machine's memory cannot hold all its ranks; None if it can."""
+    spec, world = setting.spec, setting.world(winner.layout)
+    of_nodes = [
+        [winner.budgets[rank % len(winner.budgets)].total for rank in world.ranks_on(Node(node))]
+        for node in range(len(world.ranks_of_nodes))
+    ]
+    node, own = max(enumerate(of_nodes), key=lambda each: sum(each[1]))
     if sum(own) <= cluster.memory_bytes:
         return None
+    ranks, where = len(own), cluster.nodes[node].name if setting.nodes else "this machine"
     message = (
         f"{spec.model} at {spec.bits} bits on {counted(ranks, 'CPU rank')} needs {format_bytes(sum(own))}; "
-        f"this machine has {format_bytes(cluster.memory_bytes)}, no GPU"
+        f"{where} has {format_bytes(cluster.memory_bytes)}, no GPU"
     )
     fitting = min(cluster.memory_bytes // max(own), ranks - 1)
     whole = not (spec.placement and winner.layer_map)  # else fewer ranks hold more layers each

@@ -24,7 +24,7 @@ from qdist.core.planning.inference import (
 )
 from qdist.core.planning.memory import LayerSizes, Sizes, TrainingShape, sizes
 from qdist.core.planning.process_memory import CUDA_CONTEXT_BYTES, LIBRARIES_BYTES
-from qdist.core.planning.resources import count_of, dtype_of, liger_of, recurrence_of, rooms_of, shape_of
+from qdist.core.planning.resources import counts_of, dtype_of, liger_of, recurrence_of, rooms_of, shape_of
 from qdist.core.spec.run_spec import RunSpec
 from qdist.core.spec.suggest import TooBigError
 from qdist.core.text import GIB, format_bytes
@@ -190,7 +190,7 @@ def plan_answers(
     Raises TooBigError, with the missing bytes, where it does not fit, and SpecError for what cannot be asked.
     """
     _require_sensible(facts, questions)
-    rooms, dtype = rooms_of(spec, cluster, count_of(spec, cluster)), dtype_of(spec, cluster)
+    rooms, dtype = rooms_of(spec, cluster, counts_of(spec, cluster)), dtype_of(spec, cluster)
     shape = shape_of(
         spec, facts, cluster, config=config, gptq=gptq, dtype=dtype, liger=liger_of(spec, cluster, has_liger),
         recurrence=recurrence_of(facts, cluster, fla=not no_fla),

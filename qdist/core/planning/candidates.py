@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from qdist.core.machine.calibration import Correction
 from qdist.core.machine.cluster import Rates
+from qdist.core.machine.world import World, used_gpus
 from qdist.core.planning.fill import Batches, MicroBatch
 from qdist.core.planning.graphs import why_eager
 from qdist.core.planning.layer_map import least, scattered
@@ -56,6 +57,8 @@ class PlanningContext(NamedTuple):
     """What products are computed in."""
     config: Mapping[str, Any] = MappingProxyType({})
     """Content of the model's config.json."""
+    nodes: tuple[int, ...] = ()
+    """GPUs or CPU ranks of each node; empty for one machine."""
     rank: int | None = None
     """Data-parallel rank whose micro-batches to take from `fullest`; None for the fullest of all ranks."""
 
@@ -63,6 +66,20 @@ class PlanningContext(NamedTuple):
         """The samples of a step, as a layout's ranks share them."""
         longest = self.sizes.job.seq_len
         return Batches(self.data, self.spec.global_batch, layout.data_parallel, longest, least=layout.stages)
+
+    def world(self, layout: Layout) -> World:
+        """A layout's ranks on their nodes."""
+        return layout.world_on(self.nodes)
+
+    def used(self, layout: Layout, rooms: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of the GPUs' rooms that a layout uses."""
+        if not self.nodes:
+            return rooms[: layout.groups * layout.gpus_per_group]
+        counts = used_gpus(layout.groups, layout.gpus_per_group, self.nodes)
+        starts = accumulate(self.nodes, initial=0)
+        return tuple(
+            room for start, count in zip(starts, counts, strict=False) for room in rooms[start : start + count]
+        )
 
     def packs(self, layout: Layout) -> bool:
         """Whether a layout's micro-batches are packed: as set, as before a resume, or where that is worth it."""
@@ -264,7 +281,7 @@ class _Arrangement:
         rooms = self.setting.rooms
         if rooms is None:
             return None
-        used = rooms[: self.layout.groups * self.layout.gpus_per_group]
+        used = self.setting.used(self.layout, rooms)
         return tuple(min(used[at :: self.positions]) for at in range(self.positions))
 
     def _counts(self, layer_map: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -1,6 +1,7 @@
 """Every decision of a run, made once by `qdist.core.planning.planner`; the rest derives from it."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -266,7 +267,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     @property
     def world(self) -> World:
         """Its ranks on their nodes."""
-        nodes = 1 + max(rank.node for rank in self.ranks)
+        numbers = Counter(rank.node for rank in self.ranks)
+        nodes = tuple(numbers[node] for node in sorted(numbers)) if len(numbers) > 1 else ()
         return world_of(self.groups, self.gpus_per_group, size=self.world_size, nodes=nodes)
 
     @property

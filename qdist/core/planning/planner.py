@@ -1,6 +1,7 @@
 """Makes the plan from what the user wants and what the machine is. Pure."""
 
 import math
+from functools import cache
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -46,7 +47,7 @@ from qdist.core.planning.ranking import (
     nonexistent,
 )
 from qdist.core.planning.resources import (
-    count_of,
+    counts_of,
     dtype_of,
     liger_of,
     optimizer_of,
@@ -143,7 +144,7 @@ def plan_once(
     """Like `make_plan`, but the suggestions of a refusal are untried."""
     require_supported(spec, facts, source.config)
     require_compute(spec, cluster)
-    count = count_of(spec, cluster)
+    counts = counts_of(spec, cluster)
     longest = min(spec.seq_len, data.longest) if data else spec.seq_len
     if longest > facts.max_positions:
         raise SpecError(
@@ -171,7 +172,7 @@ def plan_once(
         usual=usual,
         data=data,
     )
-    decision = _decide(inputs, count)
+    decision = _decide(inputs, counts)
     setting, winner, layout = decision.setting, decision.winner, decision.winner.layout
     eager = why_eager(
         spec, facts, layout, device=cluster.device, compute_dtype=inputs.dtype, config=source.config,
@@ -210,7 +211,7 @@ def plan_once(
         zero_stage=layout.zero_stage,
         liger=inputs.liger,
         recurrence=inputs.recurrence,
-        threads_per_rank=max(1, cluster.cpu_count // layout.world_size),
+        threads_per_rank=max(1, cluster.cpu_count // max(setting.world(layout).ranks_of_nodes)),
         ranks=_ranks(setting, winner, cluster.device),
         tokens_per_second=round(tokens_s(winner), 1),
         load_peak_bytes=max(winner.load_peaks),
@@ -229,25 +230,29 @@ def plan_once(
     )
 
 
-def _decide(inputs: _Inputs, count: int) -> _Decision:
+def _decide(inputs: _Inputs, counts: tuple[int, ...]) -> _Decision:
     """The best candidate, and all that were tried. Raises PlanError when none fits."""
-    spec, cluster = inputs.spec, inputs.cluster
-    setting = _setting(inputs, count)
-    found = layouts(spec, count, device=cluster.device)
+    spec, cluster, count = inputs.spec, inputs.cluster, sum(counts)
+    setting = _setting(inputs, counts)
+    found = layouts(spec, count, device=cluster.device, nodes=setting.nodes)
     rows = contenders(setting, found)
     tried = eligible(setting, rows)
-    winner = choose(tried) or last_resort(setting, count)
+    # Groups span nodes only where none within a node fits.
+    winner = choose(own for own in tried if not setting.world(own.layout).spanning)
+    winner = winner or choose(tried) or last_resort(setting, count)
     if winner is None:
         raise too_big(spec, cluster, closest(tried), host_memory_wanted(setting, count))
     refused = too_many_offloaded(spec, cluster, winner, setting.sizes)
     if cluster.device == "cpu":
-        refused = too_many_ranks(spec, cluster, winner)
+        refused = too_many_ranks(setting, cluster, winner)
+    if not cluster.nodes:  # a run of several nodes that is left with one goes on
+        refused = refused or winner.layout.nothing_crosses(spec)
     if refused:
         raise refused
     return _Decision(setting, winner, rows, nonexistent(setting, found))
 
 
-def _setting(inputs: _Inputs, count: int) -> PlanningContext:
+def _setting(inputs: _Inputs, counts: tuple[int, ...]) -> PlanningContext:
     spec, source = inputs.spec, inputs.source
     # Before a model is prepared nobody knows which of the tokens it has: they all count as new.
     new_rows = len(source.new_token_ids) or (len(spec.new_tokens) if source.kind == "dummy" else 0)
@@ -268,7 +273,8 @@ def _setting(inputs: _Inputs, count: int) -> PlanningContext:
     return PlanningContext(
         spec=spec,
         sizes=sizes(inputs.facts, job),
-        rooms=rooms_of(spec, inputs.cluster, count),
+        rooms=rooms_of(spec, inputs.cluster, counts),
+        nodes=counts if len(counts) > 1 else (),
         host_bytes=inputs.cluster.memory_bytes,
         rates=inputs.rates,
         whole_tables=source.vocab_rows is not None or new_rows > 0,
@@ -285,12 +291,16 @@ def _setting(inputs: _Inputs, count: int) -> PlanningContext:
 
 def _ranks(setting: PlanningContext, winner: Candidate, device: str) -> tuple[RankPlan, ...]:
     """The grid's processes, group by group."""
-    layout, world = winner.layout, checked_world(winner.layout.world)
+    layout, world = winner.layout, checked_world(setting.world(winner.layout))
     own = world.gpus_per_rank
+
+    @cache
+    def of_group(data_rank: int) -> tuple[MemoryBudget, ...]:
+        return _budgets(setting, winner, data_rank)
 
     def budgets(rank: Rank) -> tuple[MemoryBudget, ...]:
         data_rank, stage = divmod(rank, layout.stages)
-        return _budgets(setting, winner, data_rank)[stage * own : (stage + 1) * own]
+        return of_group(data_rank)[stage * own : (stage + 1) * own]
 
     return tuple(
         RankPlan(

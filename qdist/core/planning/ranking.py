@@ -111,7 +111,7 @@ def host_memory_wanted(setting: PlanningContext, count: int) -> tuple[int, int] 
 
 def _offloading(setting: PlanningContext, count: int) -> list[Candidate]:
     """Candidates with layers offloaded to host memory; none if the user decided otherwise."""
-    found = last_resorts(setting.spec, count) if setting.rooms is not None else []
+    found = last_resorts(setting.spec, count, nodes=setting.nodes) if setting.rooms is not None else []
     able = (layout for layout in found if _works(setting, layout) and not layout.unable(setting.spec, setting.new_rows))
     return [own for layout in able for own in offloading(setting, layout)]
 

@@ -1,6 +1,7 @@
 """What may a run use of a machine: how many GPUs, which dtype, optimizer and kernels, how much of each memory?"""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 from qdist.core.errors import PlanError, SpecError
@@ -20,12 +21,40 @@ from qdist.core.text import GIB, counted, format_bytes
 
 def count_of(spec: RunSpec, cluster: Cluster) -> int:
     """Number of GPUs, or of CPU ranks, of the run."""
+    return sum(counts_of(spec, cluster))
+
+
+def counts_of(spec: RunSpec, cluster: Cluster) -> tuple[int, ...]:
+    """Number of GPUs, or of CPU ranks, that the run uses of each node; of one machine, a single number.
+
+    `spec.gpus` are those of each node. Raises SpecError for too many ranks, PlanError for GPUs that are not there.
+    """
+    if not cluster.nodes:
+        return (_count_of_machine(spec, cluster),)
+    if spec.gpus is None:
+        return tuple(node.gpus for node in cluster.nodes)
+    fewest = min(cluster.nodes, key=lambda node: node.gpus)
+    if cluster.device == "cuda" and spec.gpus > fewest.gpus:
+        raise PlanError(
+            f"--gpus {spec.gpus} of each node, but {fewest.name} has {fewest.gpus}",
+            ways=[{"gpus": fewest.gpus}, {"gpus": None}],
+        )
+    _require_possible(spec, cluster)
+    return (spec.gpus,) * len(cluster.nodes)
+
+
+def _require_possible(spec: RunSpec, cluster: Cluster) -> None:
+    """Raise SpecError for more ranks of a machine than there can be."""
+    if spec.gpus is not None and spec.gpus > MOST_RANKS:
+        raise SpecError(
+            f"a machine has at most {MOST_RANKS:,} ranks, not {spec.gpus:,}",
+            ways=[{"gpus": ranks} for ranks in (cluster.cpu_count, 2, 1)],
+        )
+
+
+def _count_of_machine(spec: RunSpec, cluster: Cluster) -> int:
     if cluster.device == "cpu":
-        if spec.gpus is not None and spec.gpus > MOST_RANKS:
-            raise SpecError(
-                f"a machine has at most {MOST_RANKS:,} ranks, not {spec.gpus:,}",
-                ways=[{"gpus": ranks} for ranks in (cluster.cpu_count, 2, 1)],
-            )
+        _require_possible(spec, cluster)
         return spec.gpus or 1
     if spec.gpus is not None and spec.gpus > len(cluster.gpus):
         raise PlanError(
@@ -120,26 +149,41 @@ def recurrence_of(facts: ModelFacts, cluster: Cluster, *, fla: bool) -> Recurren
     return "fla" if fla and cluster.device == "cuda" else "torch"
 
 
-def rooms_of(spec: RunSpec, cluster: Cluster, count: int) -> tuple[int, ...] | None:
-    """Bytes of each GPU that the plan may fill; None on CPU, where ranks share the machine's memory."""
+def rooms_of(spec: RunSpec, cluster: Cluster, counts: Sequence[int]) -> tuple[int, ...] | None:
+    """Bytes of each GPU that the plan may fill; None on CPU, where ranks share the machine's memory.
+
+    counts: GPUs of each node, whose caps are by their numbers there.
+    """
     caps = memory_caps(spec)
     if cluster.device == "cpu":
         if caps:
             raise SpecError("--max-memory caps GPUs, and this machine has none", ways=[{"max_memory": None}])
         return None
-    totals = [gpu.total_bytes for gpu in cluster.gpus[:count]]
+    used = _used(cluster, counts)
+    totals, count = [size for _, size in used], max(counts)
     if (last := max((gpu for gpu in caps if gpu is not None), default=0)) >= count:
         raise PlanError(
             f"--max-memory caps GPU {last}, and the last of {counted(count, 'GPU')} is GPU {count - 1}",
             ways=[{"max_memory": spec.max_memory.rpartition("=")[2]}] if spec.max_memory else [],
         )
     for gpu, cap in caps.items():
-        most = max(totals) if gpu is None else totals[gpu]
+        most = max(size for number, size in used if gpu in (None, number))
         if cap > most:
             own, which = ("", "the largest GPU") if gpu is None else (f"{gpu}=", f"GPU {gpu}")
             raise PlanError(
                 f"--max-memory {own}{format_bytes(cap)}, but {which} has {format_bytes(most)}",
                 ways=[{"max_memory": f"{max(totals) // GIB}GiB"}, {"max_memory": None}],
             )
-    usable = (min(memory_cap_of(spec, gpu) or total, total) for gpu, total in enumerate(totals))
+    usable = (min(memory_cap_of(spec, gpu) or total, total) for gpu, total in used)
     return tuple(int(USABLE_SHARE * size) for size in usable)
+
+
+def _used(cluster: Cluster, counts: Sequence[int]) -> list[tuple[int, int]]:
+    """(number on its node, bytes) of each GPU of the run, node by node."""
+    there = [node.gpus for node in cluster.nodes] or [len(cluster.gpus)]
+    starts = accumulate(there, initial=0)
+    return [
+        (number, cluster.gpus[start + number].total_bytes)
+        for start, count in zip(starts, counts, strict=False)
+        for number in range(count)
+    ]

@@ -122,6 +122,20 @@ def _moments(now: Flat, usual: Flat) -> Iterator[SpecError]:
     )
 
 
+def _reduction(now: Flat, usual: Flat) -> Iterator[SpecError]:
+    if now["optim.reduce_dtype"] == "float32" or not (now["zero.stage"] or now["zero.offload"] == "cpu"):
+        return
+    what = f"zero.stage={now['zero.stage']}" if now["zero.stage"] else "zero.offload=cpu"
+    yield SpecError(
+        f"optim.reduce_dtype={now['optim.reduce_dtype']} does not go with {what}: DeepSpeed adds gradients up by "
+        "itself, in float32, and keeps nothing of what a rounding leaves",
+        ways=[
+            {"zero.stage": None, "zero.offload": usual["zero.offload"]},
+            {"optim.reduce_dtype": usual["optim.reduce_dtype"]},
+        ],
+    )
+
+
 def _warmup(now: Flat, _: Flat) -> Iterator[SpecError]:
     if now["optim.warmup_steps"] and now["optim.schedule"] == "constant":
         yield SpecError(
@@ -204,6 +218,6 @@ def _as_usual(keys: tuple[str, ...], now: Flat, usual: Flat) -> Change:
 
 
 _RULES: tuple[Callable[[Flat, Flat], Iterator[SpecError]], ...] = (
-    _width, _arithmetic, _packing, _pooling, _length, _lengths, _batch, _state, _moments, _warmup, verified, _held_out,
-    _names, _template, _tasks, _patience,
+    _width, _arithmetic, _packing, _pooling, _length, _lengths, _batch, _state, _moments, _reduction, _warmup, verified,
+    _held_out, _names, _template, _tasks, _patience,
 )  # fmt: skip

@@ -12,4 +12,5 @@ class Replicate(LoneRank):
         if self.plan.device == "cuda":
             return 0, 1
         world = self.plan.world
-        return world.local_rank_of(Rank(self.rank)), world.ranks_per_node
+        rank = Rank(self.rank)
+        return world.local_rank_of(rank), len(world.ranks_on(world.node_of(rank)))

@@ -92,7 +92,7 @@ def test_every_grid_that_is_offered_uses_all_gpus(count: int, device: Any, specs
         found, _ = offered(spec, count, device)
         assert [simplicity(layout) for layout in found] == sorted(map(simplicity, found))
         for layout in found:
-            assert layout.groups * layout.gpus_per_group == count == layout.world_size * layout.world.gpus_per_rank
+            assert layout.groups * layout.gpus_per_group == count == layout.world_size * layout.world_on().gpus_per_rank
             assert spec.gpus_per_group in (None, layout.gpus_per_group)
             assert spec.placement in (None, layout.placement)
             assert layout.world_size == layout.data_parallel * layout.stages

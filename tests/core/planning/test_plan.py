@@ -8,7 +8,7 @@ import pytest
 
 from qdist.core.errors import PlanError, QdistError, SpecError
 from qdist.core.machine.calibration import Correction
-from qdist.core.machine.cluster import Cluster, Gpu, hypothetical
+from qdist.core.machine.cluster import Cluster, Gpu, hypothetical, joined
 from qdist.core.planning.memory import Share, TrainingShape, budget, sizes
 from qdist.core.planning.plan import DataFacts, Plan, Start, digest
 from qdist.core.planning.planner import USABLE_SHARE
@@ -209,6 +209,35 @@ def test_8_bit_moments_lie_whole_on_every_rank(settings: dict[str, Any]) -> None
     plan = planned("llama-7b", gpus(2, 24), {"optim.name": "adamw-8bit", **settings})
     assert (plan.optimizer, plan.zero_stage, plan.engine) == ("adamw-8bit", 0, "torch")
     assert all(budget.pageable == 0 < budget.optimizer for rank in plan.ranks for budget in rank.expected)
+
+
+NARROW = {"optim.reduce_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"placement": "shard", "gpus_per_group": 2}, {"placement": "replicate"}])
+def test_gradients_that_cross_in_16_bits_are_added_up_by_torch(settings: dict[str, Any]) -> None:
+    plan = planned("llama-7b", gpus(4, 24), {**NARROW, **settings})
+    assert (plan.zero_stage, plan.engine) == (0, "torch")
+
+
+@pytest.mark.parametrize(
+    ("count", "settings", "why"),
+    [
+        (1, {}, "one rank, or one group of stages, that has them all"),
+        (2, {"placement": "split"}, "one rank, or one group of stages, that has them all"),
+        (4, {"placement": "split", "gpus_per_group": 2}, "those of 2 groups of stages are DeepSpeed's"),
+    ],
+)
+def test_gradients_in_16_bits_are_refused_where_torch_adds_none_up(count: int, settings: Any, why: str) -> None:
+    with pytest.raises(SpecError, match=f"optim.reduce_dtype=bfloat16 is for gradients .* {why}") as caught:
+        planned("llama-7b", gpus(count, 24), {**NARROW, **settings})
+    assert caught.value.try_ == "--set optim.reduce_dtype=float32"
+    planned("llama-7b", gpus(count, 24), {**NARROW, **settings, "optim.reduce_dtype": "float32"})
+
+
+def test_a_run_that_is_left_with_one_of_its_nodes_goes_on_with_gradients_in_16_bits() -> None:
+    left = joined([gpus(1, 24)], ["one"], [None], None)
+    assert planned("llama-7b", left, NARROW).spec.optim.reduce_dtype == "bfloat16"
 
 
 def test_liger_that_is_not_installed_is_refused() -> None:

@@ -248,6 +248,12 @@ def test_a_bad_value_is_refused_with_its_key_and_the_choices(layer: dict[str, An
         ({"optim": {"name": "adamw-8bit"}, "zero": {"offload": "cpu"}},
          "optim.name=adamw-8bit does not go with zero.offload=cpu: ZeRO cuts the adapter's state into equal shares, "
          "and so cuts through the blocks of 256 numbers that share a scale", "--set zero.offload=none"),
+        ({"optim": {"reduce_dtype": "bfloat16"}, "zero": {"stage": 2}},
+         "optim.reduce_dtype=bfloat16 does not go with zero.stage=2: DeepSpeed adds gradients up by itself, in "
+         "float32, and keeps nothing of what a rounding leaves", "--set zero.stage=auto"),
+        ({"optim": {"reduce_dtype": "bfloat16"}, "zero": {"offload": "cpu"}},
+         "optim.reduce_dtype=bfloat16 does not go with zero.offload=cpu: DeepSpeed adds gradients up by itself, in "
+         "float32, and keeps nothing of what a rounding leaves", "--set zero.offload=none"),
         ({"optim": {"warmup_steps": 3}}, "optim.warmup_steps=3 has no effect on a constant schedule",
          "--set optim.schedule=linear"),
         ({"train": {"held_out": 0, "answers": 3}}, "train.eval_steps and train.answers need held-out records",
@@ -281,6 +287,8 @@ def test_settings_that_contradict_each_other_are_refused(layer: dict[str, Any], 
     [
         {"seq_len": 528, "data": {"source_max_len": 16, "target_max_len": 512}},
         {"bits": 8, "quant": {"type": "nf4", "double": True}},
+        {"optim": {"reduce_dtype": "bfloat16"}},
+        {"optim": {"reduce_dtype": "bfloat16"}, "zero": {"stage": 0}},
         {"zero": {"offload": "cpu"}},
         {"zero": {"stage": 2, "offload": "cpu"}},
         {"optim": {"warmup_steps": 3, "schedule": "linear"}},
@@ -302,7 +310,7 @@ def test_the_spec_with_other_values_leaves_nothing_out() -> None:
     default, other = dotted(RunSpec()), dotted(OTHER)
     same = {key for key in default if default[key] == other[key]}
     gptq = {"method", "quant.group_size", "lora.pool", "lora.pool_group_size"}
-    assert same == {"bits", "epochs", "train.verify_steps", "train.stuck_seconds", *gptq}
+    assert same == {"bits", "epochs", "train.verify_steps", "train.stuck_seconds", "optim.reduce_dtype", *gptq}
 
 
 @pytest.mark.parametrize("spec", [RunSpec(), OTHER, RunSpec(epochs=2.5, bits=16, zero=Zero(stage=0))])

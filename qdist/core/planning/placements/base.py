@@ -4,13 +4,14 @@ A placement is one module here, and one module or folder in `qdist.runtime.place
 layout has. tests/core/planning/test_placements.py runs all of them through these promises.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import gcd
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import msgspec
 
 from qdist.core.errors import Change, SpecError
-from qdist.core.machine.world import World, world_of
+from qdist.core.machine.world import World, used_gpus, world_of
 from qdist.core.model.shapes import ModelFacts
 from qdist.core.planning.memory import Share, Sizes
 from qdist.core.planning.plan import Plan
@@ -32,6 +33,8 @@ class Wanted(NamedTuple):
     device: Literal["cuda", "cpu"]
     named: bool = False
     """Whether the spec asks for this placement and no other."""
+    nodes: tuple[int, ...] = ()
+    """GPUs or CPU ranks of each node; empty for one machine, which has them all."""
 
     @property
     def unit(self) -> str:
@@ -43,7 +46,21 @@ class Wanted(NamedTuple):
         """GPUs per group worth trying if a group shares a backbone."""
         if self.spec.gpus_per_group:
             return [self.spec.gpus_per_group]
+        if len(self.nodes) > 1:
+            return self._sizes_over_nodes()
         return [self.total] if self.named else divisors_of(self.total)
+
+    def _sizes_over_nodes(self) -> list[int]:
+        """Those that divide every node, then those that leave some of a node's idle, then those that span nodes."""
+        evenly = divisors_of(gcd(*self.nodes))
+        within = evenly[-1:] if self.named and evenly else list(range(2, min(self.nodes) + 1))
+        spanning = [size for size in divisors_of(self.total) if size not in within and size not in evenly]
+        return [*within, *spanning]
+
+    def groups_of(self, size: int) -> int:
+        """Groups of a size, within nodes where it goes into them."""
+        within = sum(count // size for count in self.nodes) if self.nodes and size <= min(self.nodes) else 0
+        return within or self.total // size
 
     def too_few(self, what: str) -> SpecError:
         """The error for groups of one."""
@@ -114,10 +131,10 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Micro-batches computed at a time on different samples; ZeRO partitions among this many ranks."""
         return self.world_size // self.stages
 
-    @property
-    def world(self) -> World:
-        """Its ranks on their GPUs."""
-        return world_of(self.groups, self.gpus_per_group, size=self.world_size)
+    def world_on(self, gpus: Sequence[int] = ()) -> World:
+        """Its ranks on their GPUs. gpus: of each node; empty for one machine."""
+        nodes = used_gpus(self.groups, self.gpus_per_group, gpus) if len(gpus) > 1 else ()
+        return world_of(self.groups, self.gpus_per_group, size=self.world_size, nodes=nodes)
 
     @property
     def one_communicator(self) -> bool:
@@ -132,7 +149,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """The layout with ZeRO's stage and engine: 2 if the adapter's state can be partitioned, torch if nothing is."""
         stage, offload, many = spec.zero.stage, spec.zero.offload == "cpu", self.data_parallel > 1
         if stage is None:
-            stage = 2 if (many or offload) and spec.optim.name != "adamw-8bit" else 0
+            whole = spec.optim.name == "adamw-8bit" or spec.optim.reduce_dtype != "float32"
+            stage = 2 if (many or offload) and not whole else 0
         # Stages of several groups are DeepSpeed's whatever the stage; elsewhere torch adds up undivided gradients.
         divides = stage or offload or (many and self.stages > 1)
         return msgspec.structs.replace(self, zero_stage=stage, engine="deepspeed" if divides else "torch")
@@ -145,7 +163,23 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def impossible(self, spec: RunSpec, facts: ModelFacts) -> SpecError | None:
         """Why this layout is impossible for a model with such layers, or None."""
-        return None
+        if self.engine == "torch" or spec.optim.reduce_dtype == "float32":
+            return None
+        return SpecError(
+            f"optim.reduce_dtype={spec.optim.reduce_dtype} is for gradients that torch adds up, and those of "
+            f"{self.groups} groups of stages are DeepSpeed's",
+            ways=[{"optim.reduce_dtype": "float32"}, OPEN],
+        )
+
+    def nothing_crosses(self, spec: RunSpec) -> SpecError | None:
+        """The error for an asked way of adding gradients up where no other rank has any; None if that is so."""
+        if self.data_parallel > 1 or spec.optim.reduce_dtype == "float32":
+            return None
+        return SpecError(
+            f"optim.reduce_dtype={spec.optim.reduce_dtype} is for gradients that cross between ranks, and here is one "
+            "rank, or one group of stages, that has them all",
+            ways=[{"optim.reduce_dtype": "float32"}, {"gpus": 2}],
+        )
 
     def unable(self, spec: RunSpec, new_rows: int) -> SpecError | None:
         """The error for what the run wants but the ranks cannot do, or None. new_rows: vocabulary rows to train."""

@@ -16,14 +16,17 @@ PLACEMENTS: tuple[Placement, ...] = (Replicate(), Shard(), SplitLayers())
 _KINDS = [kind for placement in PLACEMENTS for kind in placement.kinds]
 
 
-def layouts(spec: RunSpec, count: int, *, device: Literal["cuda", "cpu"]) -> tuple[Layout, ...]:
+def layouts(
+    spec: RunSpec, count: int, *, device: Literal["cuda", "cpu"], nodes: tuple[int, ...] = ()
+) -> tuple[Layout, ...]:
     """Every layout of `count` GPUs or CPU ranks that the spec allows, the simplest first.
 
+    nodes: how many of them each node has; empty for one machine.
     CPU ranks share their memory: nothing is gained by spreading a backbone, unless one asks for it.
 
     Raises SpecError where settings contradict each other or the number of GPUs.
     """
-    wanted = Wanted(spec, count, device)
+    wanted = Wanted(spec, count, device, nodes=nodes)
     _check_size(wanted)
     for placement in PLACEMENTS:
         placement.check(wanted)
@@ -41,9 +44,9 @@ def layouts(spec: RunSpec, count: int, *, device: Literal["cuda", "cpu"]) -> tup
     return tuple(sorted(found, key=simplicity))
 
 
-def last_resorts(spec: RunSpec, count: int) -> list[Layout]:
+def last_resorts(spec: RunSpec, count: int, *, nodes: tuple[int, ...] = ()) -> list[Layout]:
     """Layouts of GPUs that offload layers to host memory, if the user left that open."""
-    wanted = Wanted(spec, count, "cuda")
+    wanted = Wanted(spec, count, "cuda", nodes=nodes)
     return [layout for placement in PLACEMENTS for layout in placement.last_resorts(wanted)]
 
 
@@ -60,7 +63,7 @@ def layout_of(plan: Plan) -> Layout:
 
 def _check_size(wanted: Wanted) -> None:
     size, count = wanted.spec.gpus_per_group, wanted.total
-    if size is None or (size <= count and count % size == 0):
+    if size is None or (size <= count and count % size == 0) or size <= min(wanted.nodes, default=0):
         return
     smaller = next(number for number in range(min(size, count), 0, -1) if count % number == 0)
     raise SpecError(

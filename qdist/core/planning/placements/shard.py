@@ -43,6 +43,6 @@ class Shard(Placement):
     def layouts(self, wanted: Wanted) -> Iterator[Layout]:
         for size in wanted.sizes:
             if size > 1:
-                yield Sharded(groups=wanted.total // size, gpus_per_group=size).with_state(wanted.spec)
+                yield Sharded(groups=wanted.groups_of(size), gpus_per_group=size).with_state(wanted.spec)
             elif wanted.named:
                 raise wanted.too_few("placement=shard")

@@ -42,11 +42,9 @@ class _OfLayers(Layout, frozen=True):
 
     def impossible(self, spec: RunSpec, facts: ModelFacts) -> SpecError | None:
         """The error if the decoder cannot be cut at all, or not into so many parts."""
-        if self.positions == 1:
-            return None
-        if facts.unsplit:
+        if self.positions > 1 and facts.unsplit:
             return SpecError(f"{spec.model} cannot be split: the model {facts.unsplit}", ways=[_sharded(spec), OPEN])
-        return None
+        return super().impossible(spec, facts)
 
     def state_ways(self, spec: RunSpec) -> tuple[Layout, ...]:
         return (self,)
@@ -199,7 +197,9 @@ class SplitLayers(Placement):
 
     def last_resorts(self, wanted: Wanted) -> Iterator[Layout]:
         spec = wanted.spec
-        if spec.placement not in (None, self.name) or spec.gpus_per_group not in (None, wanted.total):
+        if len(wanted.nodes) > 1 or spec.placement not in (None, self.name):
+            return
+        if spec.gpus_per_group not in (None, wanted.total):
             return
         if spec.split.schedule == "1f1b" or spec.split.offload_layers is not None:
             return
@@ -227,14 +227,19 @@ def _grid(wanted: Wanted) -> Iterator[tuple[type[Layout], int]]:
     for size in wanted.sizes:
         if split.schedule == "1f1b" or (split.schedule is None and not split.offload_layers and size > 1):
             yield Pipeline, size
-        single = split.schedule is None and (wanted.named or size == count > 1)
+        single = split.schedule is None and (wanted.named or size == count > 1) and len(wanted.nodes) < 2
         if wanted.device == "cuda" and (split.schedule == "sequential" or single):
             yield OneProcess, size
 
 
 def _laid(kind: type[Layout], size: int, wanted: Wanted) -> Layout:
     """A layout with its adapter's state. Raises SpecError where its groups or its state cannot be."""
-    groups = wanted.total // size
+    groups = wanted.groups_of(size)
+    if kind is OneProcess and len(wanted.nodes) > 1:
+        raise SpecError(
+            f"split.schedule=sequential is one process, and the run is on {len(wanted.nodes)} nodes",
+            ways=[{"split.schedule": None}, OPEN],
+        )
     if kind is OneProcess and groups > 1:
         raise SpecError(
             f"split.schedule=sequential is one process over all {wanted.unit}s, not {groups} groups of {size}",
