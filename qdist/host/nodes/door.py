@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,9 @@ from qdist.host.nodes.words import Ask, Reply
 
 REACH_S = 5.0
 """Usual seconds to wait for a gate."""
-_PROC = Path("/proc/net/tcp")
+_PROC = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
+_MAPPED = "0000000000000000FFFF0000"
+"""How /proc/net/tcp6 begins an IPv4 address: torch's stores connect by sockets of IPv6."""
 
 
 class WrongToken(RunError):
@@ -148,16 +151,17 @@ class Door:
                 await splice(sock, upstream)
 
 
-def owner_of(sock: socket.socket, *, table: Path = _PROC) -> int | None:
+def owner_of(sock: socket.socket, *, tables: Sequence[Path] = _PROC) -> int | None:
     """The user of the process at the other end of a loopback connection; None if it is gone.
 
-    table: the kernel's (proc_net_tcp(5)): addresses and ports in hexadecimal digits, and the state, 01 of a connection.
+    tables: the kernel's (proc_net_tcp(5)): addresses and ports in hexadecimal digits, and the state, 01 of a connection.
     """
     ends = [_kernels(*end) for end in (sock.getpeername(), sock.getsockname())]
-    for line in table.read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[1:4] == [*ends, "01"]:
-            return int(fields[7])
+    for table in filter(Path.exists, tables):
+        for line in table.read_text().splitlines()[1:]:
+            fields = line.split()
+            if [end.removeprefix(_MAPPED) for end in fields[1:3]] == ends and fields[3] == "01":
+                return int(fields[7])
     return None
 
 

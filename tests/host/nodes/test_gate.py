@@ -235,7 +235,7 @@ def test_the_owner_of_a_connection_is_found_in_the_kernels_table(tmp_path: Path)
             line = "  1: 0100007F:{:04X} 0100007F:{:04X} {} 00000000:00000000 00:00000000 00000000 {}  0 1\n"
             table = tmp_path / "tcp"
             table.write_text("  sl\n" + line.format(there, here, "01", 1) + line.format(here, there, "01", 1234))
-            assert owner_of(sock, table=table) == 1234
+            assert owner_of(sock, tables=[table]) == 1234
             table.write_text("  sl\n" + line.format(here, there, "06", 0))
-            assert owner_of(sock, table=table) is None, "one that is closed has no owner any more"
+            assert owner_of(sock, tables=[table]) is None, "one that is closed has no owner any more"
             assert owner_of(sock) is not None
