@@ -28,7 +28,7 @@ from qdist.host.nodes.presence import lock_of
 from qdist.host.run.rundir import Ended, RunDir
 from qdist.host.run.state import note
 from qdist.runtime.nodes.agreeing import Agreed, Agreement, Memory, Waiting
-from qdist.runtime.nodes.board import Board, CutOff, Disrupted
+from qdist.runtime.nodes.board import Board, CutOff, Disrupted, RunEnded
 from qdist.runtime.nodes.meeting import GENERATION, Meeting, endpoint_of, meet, own_place, reachable
 from qdist.runtime.nodes.telling import Teller
 from qdist.runtime.nodes.working import Work, describe_start, require_folder
@@ -38,8 +38,6 @@ _FIRST_CALL_S, _LAST_CALL_S = 20.0, 3.0
 _KEEP_ALIVE_S, _KEEP_ALIVES = 2.0, 4
 _LOOK_S, _LOOK_ELSEWHERE_S = 0.2, 5.0
 FAILED = 1
-_ENDED = "ended"
-"""Key of the store that is set where the run ends while its nodes wait."""
 
 
 class Asked(Exception):
@@ -52,7 +50,7 @@ class Agent:
     def __init__(self, job: NodeJob, lines: Any) -> None:
         self._job, self._run = job, RunDir(job.run)
         self._teller, self._memory = Teller(self._run), Memory()
-        self._asked = 0
+        self._asked, self._began = 0, time.monotonic()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._ask)
         threading.Thread(target=self._hear, args=(lines,), daemon=True, name="input").start()
@@ -65,12 +63,9 @@ class Agent:
             try:
                 return self._meetings()
             except QdistError as error:
-                self._end("failed", error.message, error.try_)
-                self._teller.line(AgentLine(kind="error", text=error.message, try_=error.try_))
-                return FAILED
+                return self._end(_failed(error))
             except (KeyboardInterrupt, Asked):
-                self._end("stopped", "")
-                return STOPPED
+                return self._end(_stopped())
 
     def _meetings(self) -> int:
         """Meet the others, as often as it takes."""
@@ -82,19 +77,37 @@ class Agent:
                 self._job, before=before, may_serve=may_serve, check=self._check, say=self._teller.say
             ) as meeting:
                 try:
-                    return self._generations(meeting, alone_since)
+                    return self._to_the_end(meeting, alone_since)
                 except CutOff:
                     meeting.cut()
                     alone_since = time.monotonic()
                     self._teller.say(f"{self._job.name} does not reach the others any more, and looks for them")
 
-    def _generations(self, meeting: Meeting, since: float) -> int:
-        """Generations of nodes that one store brings together."""
-        rendezvous = _rendezvous(self._job, meeting, begun=self._memory.active)
+    def _to_the_end(self, meeting: Meeting, since: float) -> int:
+        """See the run to its end, and have the other nodes know it. Raises CutOff."""
+        try:
+            ended = self._generations(meeting, since)
+        except RunEnded as told:
+            ended = told.ended
+        except QdistError as error:
+            ended = _failed(error)
+        except (KeyboardInterrupt, Asked):
+            ended = _stopped()
+        if ended is None:
+            return 0
+        meeting.end(ended)
+        return self._end(ended)
+
+    def _generations(self, meeting: Meeting, since: float) -> Ended | None:
+        """Generations of nodes that one store brings together; None once the run is finished."""
+        rendezvous = _rendezvous(self._job, meeting)
         while True:
             info = self._interruptible(meeting, rendezvous.next_rendezvous)
+            meeting.beats.watch(())  # whoever is lost took no part in this rendezvous
             board = Board(info.store, lambda: self._look(meeting))
             try:
+                if self._calls_again(meeting, board, rendezvous, there=info.world_size):
+                    continue
                 agreement = Agreement(self._job, meeting, board, self._memory, place=info.rank, size=info.world_size)
                 agreed = self._formed(agreement.reach(), meeting)
                 since = time.monotonic()
@@ -108,8 +121,22 @@ class Agent:
                 continue
             if outcome == "grow":
                 continue
-            self._tell_end(outcome)
-            return 0 if outcome == "finished" else STOPPED
+            if outcome == "finished":
+                self._teller.event(NodeEvent(kind="finished", time=0.0, generation=self._memory.generation))
+                self._teller.line(AgentLine(kind="ended"))
+                return None
+            return _stopped()
+
+    def _calls_again(self, meeting: Meeting, board: Board, rendezvous: Any, *, there: int) -> bool:
+        """Whether more nodes have come while a run that is to begin waited for those that it may have."""
+        if meeting.serves:
+            until = self._began + (0.0 if self._memory.active else _FIRST_CALL_S)
+            more = 0
+            while there < self._job.most and not (more := rendezvous.num_nodes_waiting()) and time.monotonic() < until:
+                self._look(meeting)
+                time.sleep(_LOOK_S)
+            board.put("call", there < self._job.most and bool(more))
+        return board.take("call", bool, limit_s=2 * _FIRST_CALL_S)
 
     def _formed(self, agreed: Agreed, meeting: Meeting) -> Agreed:
         """Note that a generation begins."""
@@ -129,7 +156,7 @@ class Agent:
         self._teller.event(
             NodeEvent(
                 kind="formed", time=0.0, generation=verdict.generation, step=verdict.step or 0, members=members,
-                note=describe_start(agreed, self._run),
+                note=describe_start(agreed),
             )
         )  # fmt: skip
         return agreed
@@ -176,14 +203,13 @@ class Agent:
         """While others are waited for: end with the run, or with a node that is lost."""
         if meeting.beats.cut_off:
             raise CutOff
+        self._check()
         try:
-            if self._asked or self._run.stop_requested():
-                meeting.store.set(_ENDED, "1")
-                raise Asked
-            if meeting.store.check([_ENDED]):
-                raise Asked
+            ended = meeting.ended()
         except RuntimeError as error:
             raise CutOff(str(error)) from error
+        if ended is not None:
+            raise RunEnded(ended)
         if at_nodes and meeting.beats.silent():
             raise Disrupted
 
@@ -199,32 +225,37 @@ class Agent:
             if word := {b"stop": 1, b"end": 2}.get(line.strip()):
                 self._asked = max(self._asked, word)
 
-    def _tell_end(self, outcome: Any) -> None:
-        if outcome == "finished":
-            self._teller.event(NodeEvent(kind="finished", time=0.0, generation=self._memory.generation))
-            self._teller.line(AgentLine(kind="ended"))
-        else:
-            self._end("stopped", "")
-
-    def _end(self, state: Any, message: str, attempt: str = "") -> None:
-        """Note how the run ended before its last step."""
+    def _end(self, ended: Ended) -> int:
+        """Note how the run ended before its last step; the exit code."""
         if self._teller.writes and self._run.exists():
-            note(self._run, Ended(state=state, message=message, try_=attempt, time=time.time()))
-            self._teller.writes, writes = True, self._teller.writes
-            self._teller.event(NodeEvent(kind=state, time=0.0, generation=self._memory.generation, note=message))
-            self._teller.writes = writes
+            note(self._run, ended)
+            event = NodeEvent(kind=ended.state, time=0.0, generation=self._memory.generation, note=ended.message)
+            self._teller.event(event)
+        if ended.state == "stopped":
+            return STOPPED
+        self._teller.line(AgentLine(kind="error", text=ended.message, try_=ended.try_))
+        return FAILED
 
 
-def _rendezvous(job: NodeJob, meeting: Meeting, *, begun: bool) -> Any:
+def _failed(error: QdistError) -> Ended:
+    return Ended(state="failed", message=error.message, try_=error.try_, time=time.time())
+
+
+def _stopped() -> Ended:
+    return Ended(state="stopped", time=time.time())
+
+
+def _rendezvous(job: NodeJob, meeting: Meeting) -> Any:
     """torch's elastic rendezvous over the run's store."""
     from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
+    # Otherwise its first node serves one more store, which listens on all addresses.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     store = meeting.store
-    call = _LAST_CALL_S if begun else _FIRST_CALL_S
     timeout = RendezvousTimeout(
         join=timedelta(seconds=job.rejoin_s),
-        last_call=timedelta(seconds=call),
+        last_call=timedelta(seconds=_LAST_CALL_S),
         close=timedelta(seconds=5),
         heartbeat=timedelta(seconds=5),
     )

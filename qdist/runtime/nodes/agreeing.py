@@ -1,4 +1,4 @@
-"""How the nodes of one rendezvous come to a plan: facts, the leader's verdict, what each prepares, the files of the run."""
+"""How the nodes of one rendezvous come to a plan: facts, the verdict, what each prepares, the files of the run."""
 
 import json
 import secrets
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from qdist.core.errors import PlanError, QdistError, RunError
+from qdist.core.errors import PlanError, QdistError, RunError, SpecError
 from qdist.core.machine.cluster import Cluster, joined
 from qdist.core.nodes.agreement import require_agreement, require_same_prepared
 from qdist.core.nodes.facts import NodeFacts, PreparedFacts, Verdict, Written
@@ -86,7 +86,7 @@ class Agreement:
         here = _cluster(verdict.members, facts)
         prepared = self._prepare(verdict, here)
         keeps = not self._meeting.serves and not facts[self._job.node].sees_shared
-        files = self._written(verdict, here, prepared, keeps=keeps)
+        files = self._written(verdict, facts, prepared, keeps=keeps)
         plan = msgspec.json.decode(files[PLAN], type=Plan)
         return Agreed(plan, verdict, facts, prepared, self._meeting.serves, keeps)
 
@@ -182,10 +182,12 @@ class Agreement:
         """Settings given again with --resume; those of a run that only goes on are in its plan."""
         return {} if self._memory.active or not self._job.resume else self._job.settings
 
-    def _written(self, verdict: Verdict, here: Cluster, prepared: Prepared, *, keeps: bool) -> dict[str, str]:
+    def _written(
+        self, verdict: Verdict, facts: Mapping[int, NodeFacts], prepared: Prepared, *, keeps: bool
+    ) -> dict[str, str]:
         """Have the leader plan, and write its files on every node that has a run directory of its own."""
         if self._meeting.serves:
-            self._board.put("files", self._planned(verdict, here, prepared))
+            self._board.put("files", self._planned(verdict, facts, prepared))
         written = self._board.take("files", Written)
         if written.refuse:
             raise RunError(written.refuse, try_=written.try_)
@@ -203,16 +205,23 @@ class Agreement:
             self._board.take(f"written/{place}", bool, limit_s=_QUICK_S)
         return written.files
 
-    def _planned(self, verdict: Verdict, here: Cluster, prepared: Prepared) -> Written:
-        asked = self._asked(verdict, here)
-        try:
-            return Written(files=prepare.job_of(asked, prepared).files)
-        except PlanError as error:
-            if self._memory.active:  # it fitted on more nodes
-                return Written(wait=error.message)
-            return Written(refuse=error.message, try_=error.try_)
-        except QdistError as error:
-            return Written(refuse=error.message, try_=error.try_)
+    def _planned(self, verdict: Verdict, facts: Mapping[int, NodeFacts], prepared: Prepared) -> Written:
+        """The run on all nodes; or on fewer of them, where its samples cannot be spread over all."""
+        first: QdistError | None = None
+        for count in range(len(verdict.members), 0, -1):
+            asked = self._asked(verdict, _cluster(verdict.members[:count], facts))
+            try:
+                return Written(files=prepare.job_of(asked, prepared).files)
+            except SpecError as error:
+                first = first or error
+            except PlanError as error:
+                if self._memory.active:  # it fitted on more nodes
+                    return Written(wait=error.message)
+                return Written(refuse=error.message, try_=error.try_)
+            except QdistError as error:
+                return Written(refuse=error.message, try_=error.try_)
+        assert first is not None
+        return Written(refuse=first.message, try_=first.try_)
 
 
 def judged(facts: Mapping[int, NodeFacts], leader: int, job: NodeJob, run: RunDir) -> Verdict:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 BEAT_S = 1.0
+CLOCK = "clock"
 LOST_S = 10.0
 """Seconds without a beat after which a node is lost: stopped, dead or cut off."""
 
@@ -16,11 +17,12 @@ class Beats:
 
     Silence is counted in own beats, so that a node which was stopped itself takes nobody for lost when it wakes.
 
-    store: a client of the run's store that nobody else uses.
+    store: a client of the run's store that nobody else uses. serves: whether others compare their clocks with this
+    node's.
     """
 
-    def __init__(self, store: Any, node: int) -> None:
-        self._store, self._node = store, node
+    def __init__(self, store: Any, node: int, *, serves: bool) -> None:
+        self._store, self._node, self._serves = store, node, serves
         self._heard: dict[int, tuple[bytes, int]] = {}
         self._count, self._last, self._broken = 0, time.monotonic(), False
         self._ended = threading.Event()
@@ -30,6 +32,9 @@ class Beats:
     def watch(self, nodes: Iterable[int]) -> None:
         """From now on, listen to these nodes."""
         self._heard = {node: (b"", self._count) for node in nodes if node != self._node}
+
+    def watched(self) -> set[int]:
+        return set(self._heard)
 
     def silent(self) -> dict[int, float]:
         """Watched nodes that are lost, with the seconds since they were last heard of."""
@@ -45,8 +50,10 @@ class Beats:
         self._ended.set()
 
     def _beat(self) -> None:
-        while not self._ended.wait(BEAT_S):
+        while True:
             try:
+                if self._serves:
+                    self._store.set(CLOCK, repr(time.time()))
                 self._store.set(f"beat/{self._node}", f"{os.getpid()}.{self._count}")
                 heard = {node: self._of(node) for node in list(self._heard)}
             except RuntimeError:  # of torch's stores, whose connection is gone
@@ -57,6 +64,8 @@ class Beats:
                 if beat and node in self._heard and beat != self._heard[node][0]:
                     self._heard[node] = (beat, self._count)
             self._last = time.monotonic()
+            if self._ended.wait(BEAT_S):
+                return
 
     def _of(self, node: int) -> bytes:
         key = f"beat/{node}"

@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from qdist.host.run.rundir import Ended
+
 T = TypeVar("T")
 _LOOK_S = 0.1
 
@@ -16,6 +18,14 @@ class Disrupted(Exception):
 
 class CutOff(Exception):
     """This node does not reach the store any more."""
+
+
+class RunEnded(Exception):
+    """The run has ended, as one of its nodes said."""
+
+    def __init__(self, ended: Ended) -> None:
+        super().__init__(ended.message)
+        self.ended = ended
 
 
 class Board:

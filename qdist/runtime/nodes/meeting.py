@@ -5,10 +5,13 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import msgspec
 
 from qdist.core.errors import RunError
 from qdist.core.nodes.job import NodeJob
@@ -16,10 +19,16 @@ from qdist.core.text import format_duration
 from qdist.host.nodes.door import Door, WrongToken, connect
 from qdist.host.nodes.gate import Gate
 from qdist.host.nodes.mirror import Files
-from qdist.runtime.nodes.beats import Beats
+from qdist.host.run.rundir import Ended
+from qdist.runtime.nodes.beats import CLOCK, Beats
 
 MOST_SERVERS = 16
 """Nodes, from the first, that may serve the store."""
+_ENDED, _SERVER = "ended", "server"
+_SKEW_S = 5.0
+"""Seconds that clocks may differ: torch's rendezvous counts nodes as dead by the times that they write."""
+_PART_S = 20.0
+"""Seconds that who serves the store waits for others to hear of the end."""
 _STORE_S = 20.0
 """Seconds that an operation of the store may take."""
 _REACH_S = 2.0
@@ -45,6 +54,7 @@ class Meeting:
     """
 
     def __init__(self, job: NodeJob, server: Endpoint | None, *, say: Callable[[str], None]) -> None:
+        self._node = job.node
         self._gate: Gate | None = None
         self._door: Door | None = None
         self.files: Files | None = None
@@ -60,7 +70,18 @@ class Meeting:
             self._door = Door(server, job.token)
             self.port, self.files = self._door.port, Files(server, job.token)
         self.store = self.client()
-        self.beats = Beats(self.client(), job.node)
+        if self.serves:
+            self.store.set(_SERVER, job.name)
+        self.beats = Beats(self.client(), job.node, serves=self.serves)
+        if not self.serves:
+            self._checked(job.name)
+
+    def _checked(self, name: str) -> None:
+        try:
+            _require_same_clock(name, self.store)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
 
     def client(self) -> Any:
         """A new connection to the store."""
@@ -71,6 +92,23 @@ class Meeting:
     def generation(self) -> int:
         """The generation at work in this store; 0 before the first. Raises RuntimeError where the store is gone."""
         return int(self.store.get(GENERATION)) if self.store.check([GENERATION]) else 0
+
+    def ended(self) -> Ended | None:
+        """How the run has ended, as one of its nodes said. Raises RuntimeError where the store is gone."""
+        return msgspec.json.decode(self.store.get(_ENDED), type=Ended) if self.store.check([_ENDED]) else None
+
+    def end(self, ended: Ended) -> None:
+        """Tell all nodes that the run has ended, and leave once they know it, if they meet here."""
+        with suppress(RuntimeError):
+            self.store.compare_set(_ENDED, "", msgspec.json.encode(ended).decode())
+            self.store.set(f"gone/{self._node}", "1")
+            until = time.monotonic() + _PART_S
+            while self.serves and not self._all_gone() and time.monotonic() < until:
+                time.sleep(0.1)
+
+    def _all_gone(self) -> bool:
+        there = self.beats.watched() - self.beats.silent().keys()
+        return all(self.store.check([f"gone/{node}"]) for node in there)
 
     def cut(self) -> None:
         """End all connections to the store at once, so that nothing waits in one of them."""
@@ -142,6 +180,17 @@ def _answers(endpoint: Endpoint, token: str) -> bool | WrongToken:
     except RunError:
         return False
     return True
+
+
+def _require_same_clock(name: str, store: Any) -> None:
+    """Raise RunError where this node's clock is not that of who serves: the rendezvous drops nodes of another time."""
+    ahead = time.time() - float(store.get(CLOCK))
+    if abs(ahead) > _SKEW_S:
+        how = f"{format_duration(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'}"
+        server = bytes(store.get(_SERVER)).decode()
+        raise RunError(
+            f"the clock of {name} is {how} that of {server}", try_=f"timedatectl set-ntp true, on {name} or {server}"
+        )
 
 
 def own_place(job: NodeJob) -> int | None:

@@ -1,12 +1,12 @@
 """The processes of one node's ranks: started with their place in the run, ended together."""
 
+import fcntl
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
-from collections.abc import Mapping
-
-import psutil
 
 from qdist.core.errors import JobError
 from qdist.core.machine.environment import AGENT
@@ -18,13 +18,22 @@ from qdist.host.launch.agent import WORKER, describe_failure
 from qdist.host.run.rundir import STOP, RunDir
 from qdist.host.run.state import died, log_lengths
 
+_SIOCGIFADDR = 0x8915
+
 
 def interface_of(address: str) -> str:
-    """Name of the network interface that has an address; empty if none has."""
-    for name, found in psutil.net_if_addrs().items():
-        if any(own.address.partition("%")[0] == address for own in found):
-            return name
-    return ""
+    """Name of the network interface that has an IPv4 address; empty if none has."""
+    return next((name for _, name in socket.if_nameindex() if _address_of(name) == address), "")
+
+
+def _address_of(interface: str) -> str:
+    """The first IPv4 address of an interface (netdevice(7), SIOCGIFADDR); empty if it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        try:
+            found = fcntl.ioctl(asked, _SIOCGIFADDR, struct.pack("256s", interface.encode()))
+        except OSError:
+            return ""
+    return socket.inet_ntoa(found[20:24])
 
 
 class OwnRanks:
@@ -102,7 +111,7 @@ def _environment(plan: Plan, address: str) -> dict[str, str]:
     return {**usual, **sockets, **kept, **exports}
 
 
-def _place(plan: Plan, rank: RankPlan, *, keeps: bool) -> Mapping[str, str]:
+def _place(plan: Plan, rank: RankPlan, *, keeps: bool) -> dict[str, str]:
     local = plan.world.local_rank_of(plan.world.ranks[rank.rank])
     own = {"RANK": str(rank.rank), "LOCAL_RANK": str(local)}
     return own | ({KEEPS: "1"} if keeps and local == 0 and rank.rank else {})

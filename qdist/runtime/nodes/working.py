@@ -1,10 +1,9 @@
 """One generation at work: this node's ranks from their start to the word that all nodes end it by."""
 
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from qdist.core.errors import JobError, RunError
 from qdist.core.nodes.facts import Failure
@@ -14,7 +13,7 @@ from qdist.core.text import counted, resuming
 from qdist.host.nodes.mirror import Mirror
 from qdist.host.run.rundir import STOP, RunDir
 from qdist.runtime.nodes.agreeing import Agreed
-from qdist.runtime.nodes.board import Board, CutOff, Disrupted
+from qdist.runtime.nodes.board import Board, CutOff, Disrupted, RunEnded
 from qdist.runtime.nodes.meeting import Meeting
 from qdist.runtime.nodes.processes import OwnRanks
 from qdist.runtime.nodes.telling import Teller
@@ -92,9 +91,11 @@ class Work:
         if beats.cut_off:
             raise CutOff
         try:
-            now = self._meeting.generation()
+            now, ended = self._meeting.generation(), self._meeting.ended()
         except RuntimeError as error:
             raise CutOff(str(error)) from error
+        if ended is not None:
+            raise RunEnded(ended)
         if now > self._agreed.verdict.generation:  # this node was stopped meanwhile, and others went on
             raise Disrupted
         if lost := beats.silent():
@@ -114,8 +115,6 @@ class Work:
         """Have a request to end, made on any node, heard on all; and let newcomers in."""
         board = self._board
         if self._asked() > 1:
-            board.put("end", True)
-        if board.has("end"):
             raise KeyboardInterrupt
         if not board.has("word") and (self._asked() or self._run.stop_requested()):
             board.put("word", "stop")
@@ -169,14 +168,14 @@ class Work:
         """The outcome, by the leader; files that it has are fetched."""
         if self._meeting.serves:
             self._board.put("outcome", self._outcome())
-        outcome: Outcome = self._board.take("outcome", Any)
+        outcome = cast(Outcome, self._board.take("outcome", str))
         if outcome == "finished" and mirror is not None:
             mirror.stop()
         self._board.put(f"bye/{self._job.node}", True)
         if self._meeting.serves and outcome != "grow":
-            with suppress(Disrupted, CutOff):
-                for node in self._agreed.verdict.members:
-                    self._board.take(f"bye/{node}", bool, limit_s=_GOODBYE_S)
+            # They copy the run's last files first.
+            for node in self._agreed.verdict.members:
+                self._board.take(f"bye/{node}", bool, limit_s=_GOODBYE_S)
         if outcome == "failed":
             raise JobError("the ranks ended without finishing the run", try_=f"read {self._run.logs}")
         return outcome
@@ -190,15 +189,22 @@ class Work:
         return "stopped" if word else "failed"
 
 
-def describe_start(agreed: Agreed, run: RunDir) -> str:
-    """'a, b and c work from step 40'."""
+def describe_start(agreed: Agreed) -> str:
+    """'a, b and c go on from step 40, 3 ranks'; nodes without ranks stand by, and are named."""
+    used = 1 + max(rank.node for rank in agreed.plan.ranks)
     names = [agreed.facts[node].name for node in agreed.verdict.members]
-    step = agreed.verdict.step
-    whole = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
-    start = "begin" if len(names) > 1 else "begins"
-    goes = "go on" if len(names) > 1 else "goes on"
-    count = counted(agreed.plan.world_size, "rank")
-    return f"{whole} {goes} from step {step}, {count}" if step is not None else f"{whole} {start}, {count}"
+    step, ranks = agreed.verdict.step, counted(agreed.plan.world_size, "rank")
+    many = used > 1
+    start = ("begin" if many else "begins") if step is None else f"{'go' if many else 'goes'} on from step {step}"
+    idle = names[used:]
+    stand = f"; {listed(idle)} {'stand' if len(idle) > 1 else 'stands'} by" if idle else ""
+    why = f": the {agreed.plan.spec.global_batch} samples of a step are not spread over more" if idle else ""
+    return f"{listed(names[:used])} {start}, {ranks}{stand}{why}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """'a, b and c'."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def require_folder(run: Path) -> None:

@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def measured_network(addresses):
+    return None
