@@ -80,6 +80,12 @@ class OwnRanks:
         """Ask the ranks to save after this step and exit."""
         (self._run.path / STOP).touch()
 
+    def make_way(self) -> None:
+        """Have the ranks save and exit, or just exit before their first step, for others to go on from there."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.terminate()
+
     def ended(self) -> bool:
         """Whether all have ended well."""
         return all(process.poll() == 0 for process in self._processes)
@@ -92,6 +98,10 @@ class OwnRanks:
                     log.write(describe_failure(rank, code) + "\n")
                 return died(self._run, self._before, code)
         return None
+
+    def forget(self) -> None:
+        """Count those that were killed as ended."""
+        self._processes = []
 
     def kill(self) -> None:
         """End what still runs, at once, and wait for it."""

@@ -39,7 +39,7 @@ class Work:
     ) -> None:  # fmt: skip
         self._job, self._meeting, self._board, self._agreed = job, meeting, board, agreed
         self._rendezvous, self._teller, self._asked = rendezvous, teller, asked
-        self._run, self._failed_at, self._looked = RunDir(job.run), 0.0, 0.0
+        self._run, self._failed_at, self._looked, self._grows = RunDir(job.run), 0.0, 0.0, False
 
     def finish(self) -> Outcome:
         """Work to the end of the generation; nothing of it runs any more then, however it ends.
@@ -75,6 +75,10 @@ class Work:
             self._look_at_others()
             self._pass_on_requests(ranks)
             if (error := ranks.failure()) is not None:
+                if self._grows:  # before their first step, or with others that were
+                    ranks.kill()
+                    ranks.forget()
+                    continue
                 self._blame(error)
             elif ranks.ended():
                 if not said:
@@ -126,8 +130,12 @@ class Work:
                 )
             )  # fmt: skip
             board.put("word", "grow")
-        if board.has("word") and not self._run.stop_requested():
+        word = board.find("word", str)
+        if word == "stop" and not self._run.stop_requested():
             ranks.stop()
+        if word == "grow" and not self._grows:
+            self._grows = True
+            ranks.make_way()
 
     def _are_newcomers(self) -> bool:
         now = time.monotonic()
