@@ -4,7 +4,6 @@ import asyncio
 import errno
 import os
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,8 +22,8 @@ from qdist.host.nodes.words import Ask, Reply
 REACH_S = 5.0
 """Usual seconds to wait for a gate."""
 _PROC = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
-_MAPPED = "0000000000000000FFFF0000"
-"""How /proc/net/tcp6 begins an IPv4 address: torch's stores connect by sockets of IPv6."""
+_MAPPED = bytes(10) + b"\xff\xff"
+"""What precedes an address of IPv4 as one of IPv6."""
 
 
 class WrongToken(RunError):
@@ -154,16 +153,20 @@ class Door:
 def owner_of(sock: socket.socket, *, tables: Sequence[Path] = _PROC) -> int | None:
     """The user of the process at the other end of a loopback connection; None if it is gone.
 
-    tables: the kernel's (proc_net_tcp(5)): addresses and ports in hexadecimal digits, and the state, 01 of a connection.
+    tables: the kernel's (proc_net_tcp(5)), with addresses, ports and the state, 01 of a connection, in hexadecimal
+    digits. A connection that torch makes is in that of IPv6, with mapped addresses.
     """
-    ends = [_kernels(*end) for end in (sock.getpeername(), sock.getsockname())]
-    for table in filter(Path.exists, tables):
-        for line in table.read_text().splitlines()[1:]:
+    peer, own = sock.getpeername(), sock.getsockname()
+    both = [[_kernels(prefix, *end) for end in (peer, own)] + ["01"] for prefix in (b"", _MAPPED)]
+    for table in tables:
+        for line in table.read_text().splitlines()[1:] if table.exists() else ():
             fields = line.split()
-            if [end.removeprefix(_MAPPED) for end in fields[1:3]] == ends and fields[3] == "01":
+            if fields[1:4] in both:
                 return int(fields[7])
     return None
 
 
-def _kernels(host: str, port: int) -> str:
-    return f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{port:04X}"
+def _kernels(prefix: bytes, host: str, port: int) -> str:
+    """An address and a port as in the kernel's tables: words of four bytes, each as a number of this machine."""
+    words = memoryview(prefix + socket.inet_aton(host)).cast("I")
+    return "".join(f"{word:08X}" for word in words) + f":{port:04X}"
