@@ -15,6 +15,7 @@ from qdist.core.errors import MachineError, QdistError
 from qdist.core.telemetry.history import RunHistory
 from qdist.core.telemetry.prometheus import CONTENT_TYPE, exposition
 from qdist.host.files import write_out
+from qdist.host.run.nodes import nodes_now
 from qdist.host.run.observer import Follower
 from qdist.host.run.rundir import RunDir
 from qdist.host.run.state import state_of
@@ -60,7 +61,8 @@ class Source:
             plan = self._run.plan()  # a resumed run has another
             self._follower.fold_into(self._fold)
             self._fold.total_steps = plan.steps
-            return exposition(self._name, plan, self._fold, read_pulses(self._run), state_of(self._run))
+            pulses, nodes = read_pulses(self._run), nodes_now(self._run)
+            return exposition(self._name, plan, self._fold, pulses, state_of(self._run), nodes)
 
 
 class _Server(ThreadingHTTPServer):

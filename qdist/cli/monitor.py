@@ -15,6 +15,8 @@ from rich.console import Console
 from qdist.cli.views.dashboard import KEYS, PANES, Pane, dashboard
 from qdist.cli.views.screen import Keys, Painter
 from qdist.core.errors import RunError
+from qdist.core.telemetry.history import RunHistory
+from qdist.core.telemetry.nodes import NodesNow
 from qdist.core.telemetry.snapshot import Row, Snapshot, mfu, rows
 from qdist.core.telemetry.warnings import find_warnings
 from qdist.host.run.observer import RunObserver
@@ -30,13 +32,15 @@ class Screen:
 
     pane: Pane = "overview"
     rank: int = 0
+    every: bool = False
+    """Whether the pane of logs shows those of all ranks."""
     paused: bool = False
     quit: bool = False
 
     def press(self, key: str, ranks: int) -> None:
         """Take note of what was typed; keys that mean nothing do nothing.
 
-        `l` shows the log of a rank, and in it that of the next; a digit that of its rank.
+        `l` shows the log of a rank, and in it that of the next; a digit that of its rank; `a` those of all ranks.
         """
         for one in (key,) if key.startswith("\x1b") else key:
             if one in ("q", "Q"):
@@ -47,15 +51,17 @@ class Screen:
                 step = 1 if one == "\t" else -1
                 self.pane = PANES[(PANES.index(self.pane) + step) % len(PANES)]
             elif one == "l":
-                self.rank = (self.rank + 1) % ranks if self.pane == "log" else self.rank
-                self.pane = "log"
+                self.rank = (self.rank + 1) % ranks if self.pane == "log" and not self.every else self.rank
+                self.pane, self.every = "log", False
+            elif one == "a" and self.pane == "log":
+                self.every = True
             elif one.isdecimal() and self.pane == "log" and int(one) < ranks:
-                self.rank = int(one)
+                self.rank, self.every = int(one), False
 
     @property
     def foot(self) -> str:
         """Text of the last line."""
-        keys = "q quit  p pause  tab panes  l next rank  0-9 rank" if self.pane == "log" else KEYS
+        keys = "q quit  p pause  tab panes  l next rank  0-9 rank  a all ranks" if self.pane == "log" else KEYS
         return ("PAUSED  " if self.paused else "") + f"{self.pane}   {keys}"
 
 
@@ -64,14 +70,17 @@ class Screen:
 @click.option("--once", is_flag=True, help="Print one view and end.")
 @click.option("--json", "as_object", is_flag=True, help="Print one JSON object and end.")
 @click.option("--rank", type=click.IntRange(min=0), help="Show the log of this rank.")
-def monitor(run: Path, once: bool, as_object: bool, rank: int | None) -> None:
+@click.option("--logs", is_flag=True, help="Show the ends of all ranks' logs.")
+def monitor(run: Path, once: bool, as_object: bool, rank: int | None, logs: bool) -> None:
     """Watch RUN: memory, speed, loss, warnings. Keys: q, p (pause), tab (panes), l (logs)."""
-    if as_object and rank is not None:
-        raise click.UsageError("--json tells of all ranks: leave --rank out")
+    if as_object and (rank is not None or logs):
+        raise click.UsageError(f"--json tells of all ranks: leave {'--logs' if logs else '--rank'} out")
+    if logs and rank is not None:
+        raise click.UsageError("--logs shows all ranks and --rank one: give one of the two")
     look = RunObserver(RunDir(run))
     if rank is not None and rank >= look.plan.world_size:
         raise RunError(f"{run} has no rank {rank}", try_=f"--rank 0 to {look.plan.world_size - 1}")
-    screen = Screen(pane="overview" if rank is None else "log", rank=rank or 0)
+    screen = Screen(pane="overview" if rank is None and not logs else "log", rank=rank or 0, every=logs)
     if as_object:
         say_json(msgspec.json.format(msgspec.json.encode(as_json(look.snapshot())), indent=2))
         return
@@ -89,7 +98,8 @@ def monitor(run: Path, once: bool, as_object: bool, rank: int | None) -> None:
 
 
 def _seen(look: RunObserver, screen: Screen) -> Snapshot:
-    return look.snapshot(log_rank=screen.rank if screen.pane == "log" else None)
+    shown = screen.pane == "log"
+    return look.snapshot(log_rank=screen.rank if shown else None, all_logs=shown and screen.every)
 
 
 def _watch(look: RunObserver, screen: Screen, console: Console) -> None:
@@ -106,7 +116,7 @@ def _watch(look: RunObserver, screen: Screen, console: Console) -> None:
         while not screen.quit:
             size = console.size
             clock = int(time.time() / _DRAW_S) if snapshot.state in ("running", "planned") else 0
-            drawn = (size, screen.pane, screen.rank, screen.paused, snapshot.state, snapshot.fold.step)
+            drawn = (size, screen.pane, screen.rank, screen.every, screen.paused, snapshot.state, snapshot.fold.step)
             if (drawn, clock if not screen.paused else 0) != shown:
                 painter.draw(dashboard(snapshot, size.width, size.height, screen.pane, foot=screen.foot))
                 shown = (drawn, clock if not screen.paused else 0)
@@ -160,13 +170,41 @@ def as_json(snapshot: Snapshot) -> dict[str, Any]:
         "ranks": [_row(row) for row in rows(snapshot)],
         "warnings": [warning.text for warning in find_warnings(snapshot)],
     }
+    if snapshot.nodes:
+        found |= _nodes(snapshot.nodes, fold)
     return {key: _number(value) for key, value in found.items()}
 
 
 def _row(row: Row) -> dict[str, Any]:
     found = row._asdict()
+    if not row.node:
+        del found["node"]
     found["card"] = None if row.card is None else row.card._asdict()
     return {key: _number(value) for key, value in found.items()}
+
+
+def _nodes(nodes: NodesNow, fold: RunHistory) -> dict[str, Any]:
+    """Of a run of several machines: its nodes by name, and what their losses cost."""
+    members = {
+        member.name: {
+            "address": member.address,
+            "ranks": member.ranks,
+            "state": "lost" if member.name in nodes.down else "member",
+        }
+        for member in nodes.members
+    }
+    gone = {one.name: {"address": "", "ranks": [], "state": "lost"} for one in nodes.missing if one.name not in members}
+    return {
+        "nodes": members | gone,
+        "waiting": nodes.waiting,
+        "generation": nodes.now.number if nodes.now else None,
+        "generations": [
+            {"number": one.number, "time": one.time, "step": one.step, "nodes": [member.name for member in one.members]}
+            for one in nodes.generations
+        ],
+        "repeated_s": fold.repeated_s,
+        "paused_s": nodes.paused_s,
+    }
 
 
 def _number(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """`qdist plan`: what launch would do, or how a model would answer, on any machine, without torch and the weights."""
 
+import os
 from typing import Any
 
 import click
@@ -21,6 +22,7 @@ from qdist.host.launch.planning import (
     require_training,
 )
 from qdist.host.machine import probe
+from qdist.host.nodes.place import stale_here
 from qdist.host.sources.models import known_shape
 from qdist.host.terminal import say, say_json
 
@@ -67,6 +69,7 @@ def plan(form: str | None, purpose: str, **asked: Any) -> None:
     notes = _notes_on_model(decided.spec.model, trusted=decided.spec.trust_remote_code)
     notes += [_NO_LIGER] if plain else []
     notes += _notes_on_host(request, decided.spec.gpus) if decided.offloaded_layers else []
+    notes += [] if request.described else list(filter(None, [stale_here(os.environ)]))
     lines = plan_lines(decided, notes=tuple(notes))
     say(shown([line for line in lines if not line.startswith("steps")]))
 

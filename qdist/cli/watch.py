@@ -18,7 +18,7 @@ from qdist.core.telemetry.history import RunHistory
 from qdist.core.telemetry.memory_report import MEANING
 from qdist.core.telemetry.snapshot import Snapshot
 from qdist.core.telemetry.warnings import held_out_warnings
-from qdist.core.text import command, format_bytes, format_count
+from qdist.core.text import command, format_bytes, format_count, resuming
 from qdist.host.run.observer import RunObserver
 from qdist.host.run.rundir import RunDir
 from qdist.host.terminal import say
@@ -100,6 +100,13 @@ class Watch:
         self._look = self._look or RunObserver(self._run, fold=self._state)
         # What ended it is said below the view.
         return self._look.snapshot()._replace(message="", try_="")
+
+
+def how_to_go_on(run: RunDir, *flags: object) -> str:
+    """What is kept of a run that was stopped, and the command that goes on with it. flags: further words of that."""
+    steps = run.checkpoint_steps()
+    kept = f"the checkpoint of step {steps[-1]} is saved" if steps else "there is no checkpoint yet"
+    return f"{kept}\n  go on: {resuming(run.path, *flags)}"
 
 
 def ending(run: RunDir, plan: Plan) -> None:

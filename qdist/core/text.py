@@ -65,6 +65,11 @@ def first_few(names: Sequence[str], *, most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
+def listed(names: Sequence[str]) -> str:
+    """'a', 'a and b', 'a, b and c'."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
 def format_duration(seconds: float) -> str:
     """'42 s', '3 min 20 s', '5 h 07 min'."""
     whole = max(0, round(seconds))

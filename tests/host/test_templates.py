@@ -41,7 +41,7 @@ def test_every_recipe_is_valid_and_fits_its_hardware(name: str) -> None:
     assert facts.family == config["model_type"]
     source = Source(kind="dummy", path="", config=config, tokenizer="")
     plan = make_plan(spec, source, facts, HARDWARE[name], None, has_liger=True)
-    assert plan.micro_batch * plan.gradient_accumulation == spec.global_batch
+    assert plan.micro_batch * plan.gradient_accumulation == spec.batch
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -55,7 +55,7 @@ def test_every_recipe_says_first_what_it_is(name: str) -> None:
 def test_guanaco_recipes_have_the_published_numbers(name: str, model: str, lr: float, dropout: float) -> None:
     spec = recipe(name)
     assert (spec.model, spec.optim.lr, spec.lora.dropout) == (model, lr, dropout)
-    assert (spec.steps, spec.global_batch, spec.optim.beta2, spec.optim.clip) == (1875, 16, 0.999, 0.3)
+    assert (spec.steps, spec.batch, spec.optim.beta2, spec.optim.clip) == (1875, 16, 0.999, 0.3)
     assert (spec.lora.r, spec.lora.alpha, spec.lora.targets) == (64, 16, ("all-linear",))
     assert (spec.bits, spec.quant.type, spec.quant.double, spec.optim.schedule) == (4, "nf4", True, "constant")
     assert spec.seq_len == 512

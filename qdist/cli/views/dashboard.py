@@ -16,7 +16,7 @@ from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.curves import tokens_per_s
 from qdist.core.telemetry.snapshot import Snapshot, mfu
 from qdist.core.telemetry.warnings import find_warnings
-from qdist.core.text import fitted, format_count, format_duration
+from qdist.core.text import counted, fitted, format_count, format_duration
 
 Pane = Literal["overview", "ranks", "curves", "log"]
 PANES: tuple[Pane, ...] = ("overview", "ranks", "curves", "log")
@@ -59,8 +59,9 @@ def _header(snapshot: Snapshot, width: int) -> list[Text]:
         ends = f"  {format_duration(left)} left" if left is not None else ""
     else:
         ends = ""
+    nodes = f" on {counted(len(snapshot.nodes.members), 'node')}" if snapshot.node_of_rank and snapshot.nodes else ""
     title = _spread(
-        Text(cell(f"{snapshot.name}  {header_of(snapshot.plan)}"), style="bold"),
+        Text(cell(f"{snapshot.name}  {header_of(snapshot.plan)}{nodes}"), style="bold"),
         Text.assemble((state, _STYLES.get(snapshot.state, "")), ends),
         width,
     )
@@ -211,9 +212,28 @@ def _curves(snapshot: Snapshot, width: int, room: int) -> list[Text]:
 
 
 def _log(snapshot: Snapshot, width: int, room: int) -> list[Text]:
+    if snapshot.all_logs:
+        return _all_logs(snapshot, room)
     title = Text(f"log of rank {snapshot.log_rank}, its end", style="bold")
     lines = [Text(cell(line.expandtabs(4))) for line in snapshot.log]
     return [title, *(lines or [Text("nothing yet", style="dim")])[-max(0, room - 1) :]] if room > 1 else [title]
+
+
+def _all_logs(snapshot: Snapshot, room: int) -> list[Text]:
+    """As many of each rank's last lines as there is room for, rank by rank; of too many, the ranks that wrote last."""
+    title, nodes = "ends of all logs", snapshot.node_of_rank
+    most = max(1, (room - 1) // max(1, len(snapshot.logs)))
+    shown = sorted([*snapshot.logs][: max(0, room - 1)])
+    if len(shown) < snapshot.plan.world_size:
+        title += f", of {len(shown)} of {counted(snapshot.plan.world_size, 'rank')}"
+    heads = {rank: cell(" ".join(filter(None, (nodes.get(rank, ""), f"rank {rank}")))) for rank in shown}
+    margin = max(map(len, heads.values()), default=0)
+    lines = [
+        Text.assemble((f"{heads[rank]:{margin}}  ", "dim"), cell(line.expandtabs(4)))
+        for rank in shown
+        for line in snapshot.logs[rank][-most:]
+    ]
+    return [Text(title, style="bold"), *(lines or [Text("nothing yet", style="dim")])]
 
 
 def _loss_plot(snapshot: Snapshot, width: int, height: int) -> list[Text]:

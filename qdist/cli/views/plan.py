@@ -36,7 +36,7 @@ def plan_lines(plan: Plan, *, notes: tuple[str, ...] = ()) -> list[str]:
         f"ranks    {_where(plan)}",
         f"layout   {layout_of(plan).in_words(plan)}",
         f"engine   {_engine(plan)}, {plan.optimizer}",
-        f"batch    {spec.global_batch} = {layout_of(plan).batch_in_words(plan)} of up to {plan.seq_len} tokens"
+        f"batch    {spec.batch} = {layout_of(plan).batch_in_words(plan)} of up to {plan.seq_len} tokens"
         + _checkpointing(plan)
         + (", Liger kernels" if plan.liger else ""),
         *_data(plan),

@@ -3,6 +3,7 @@
 from rich.text import Text
 
 from qdist.cli.views.plot import bar
+from qdist.cli.views.text import cell
 from qdist.core.telemetry.snapshot import Row, Snapshot, rows
 from qdist.core.text import format_bytes, format_count, format_duration
 
@@ -10,6 +11,8 @@ _BAR_WIDTHS = (24, 16, 12, 8, 0)
 _HEADINGS = ("peak of predicted", "of predicted")
 """Headings of the bars; the first one that fits is used."""
 _BYTES = len("1,023 MiB")
+_NODE = 12
+"""Most cells of a node's name."""
 
 
 def rank_table(snapshot: Snapshot, width: int, most: int, *, whole: bool = False) -> list[Text]:
@@ -64,7 +67,8 @@ def _total(widths: list[int]) -> int:
 
 
 def _cells(shown: list[Row], head: str, *, whole: bool) -> tuple[list[str], list[list[str]]]:
-    columns: dict[str, list[str]] = {
+    columns: dict[str, list[str]] = {} if not any(row.node for row in shown) else {"node": _nodes(shown)}
+    columns |= {
         head: [_where(row) for row in shown],
         # As wide as they can get: a column that changes its width moves all others.
         f"{'memory':>{_BYTES}}": [_bytes(row.now_bytes) for row in shown],
@@ -99,6 +103,13 @@ def _fullness(row: Row, width: int) -> Text:
     share = held / row.expected_bytes
     style = "red" if share > 1.1 else "yellow" if share > 1 else "green"
     return bar(share, width, style) + Text(f" {share:>4.0%}" if share < 10 else " >10x", style=style)
+
+
+def _nodes(shown: list[Row]) -> list[str]:
+    """The name of each node beside its first row."""
+    whole = [cell(row.node) for row in shown]
+    names = [name if len(name) <= _NODE else f"{name[: _NODE - 1]}…" for name in whole]
+    return [name if index == 0 or name != names[index - 1] else "" for index, name in enumerate(names)]
 
 
 def _where(row: Row) -> str:

@@ -257,6 +257,8 @@ def _sections(reports: Sequence[Report], plans: Sequence[Sequence[str]]) -> Iter
     yield _each(reports, "memory", "Memory, predicted against measured", [memory(own) for own in reports])
     yield _each(reports, "inventory", "What was trained on", [rows_table(own.inventory) for own in reports])
     yield _each(reports, "time", "Where the time went", [_time(own) for own in reports])
+    if any(own.generations.rows for own in reports):
+        yield _each(reports, "nodes", "Nodes", [table(own.generations) for own in reports])
     yield _each(reports, "evaluation", "Evaluation", [_evaluation(own) for own in reports])
     yield _each(reports, "samples", "Samples", [answers(own.answers) for own in reports])
     yield _each(reports, "command", "How to run it again", [_command(own) for own in reports])

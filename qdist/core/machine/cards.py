@@ -129,12 +129,12 @@ def rates_for(cluster: Cluster) -> tuple[Rates | None, tuple[str, ...]]:
         return None, ()
     if cluster.rates is not None and not cluster.rates.source.startswith(TABLE):
         return cluster.rates, ()
-    known = [rates for gpu in cluster.gpus if (rates := rates_of(gpu.name)) is not None]
-    if len(known) == len(cluster.gpus):
+    known = [rates for gpu in cluster.kinds if (rates := rates_of(gpu.name)) is not None]
+    if len(known) == len(cluster.kinds):
         slowest = least(sorted(known, key=lambda rates: rates.matmul_flops_s))
         return slowest, (f"speed is predicted from the {slowest.source}; qdist doctor --gpus measures it",)
     card = usual_card(min(gpu.total_bytes for gpu in cluster.gpus))
-    unknown = next(gpu.name for gpu in cluster.gpus if rates_of(gpu.name) is None)
+    unknown = next(gpu.name for gpu in cluster.kinds if rates_of(gpu.name) is None)
     why = "no card was named" if unknown == UNNAMED else f"nothing is known of {unknown}"
     return rates_of(card), (f"{why}: speed is predicted as of the {card}",)
 

@@ -97,6 +97,11 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     network: Network | None = None
     """The network between them; None for one machine."""
 
+    @property
+    def kinds(self) -> tuple[Gpu, ...]:
+        """One GPU of each name and compute capability."""
+        return tuple({(gpu.name, gpu.capability): gpu for gpu in self.gpus}.values())
+
 
 def hypothetical(
     gpus: int, gpu_memory_bytes: int, *, name: str = UNNAMED, host_memory_bytes: int | None = None

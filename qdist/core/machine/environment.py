@@ -18,6 +18,8 @@ FOREIGN = f"({'|'.join(_LAUNCHERS)})_[A-Za-z0-9_]*|{'|'.join(_ALONE)}"
 torchrun, accelerate, DeepSpeed and transformers each would follow some of them instead."""
 LAUNCH, AGENT = "QDIST_LAUNCH", "QDIST_AGENT"
 """The id of the launch that a rank is of; the process that started it."""
+_SECRET = "QDIST_TOKEN(_FILE)?"
+"""The token of a run of several nodes, which only their agents need: those are told it on their standard input."""
 EVALUATE = "--evaluate"
 """Argument of the agent whose ranks evaluate instead of training."""
 
@@ -27,7 +29,8 @@ def for_children(environment: Mapping[str, str], *, root: str = "") -> dict[str,
 
     root: the folder of this package where nothing else leads to it, as in a checkout that is not installed.
     """
-    kept = {name: value for name, value in environment.items() if not re.fullmatch(f"{FOREIGN}|{LAUNCH}|{AGENT}", name)}
+    left_out = re.compile(f"{FOREIGN}|{LAUNCH}|{AGENT}|{_SECRET}")
+    kept = {name: value for name, value in environment.items() if not left_out.fullmatch(name)}
     # An empty entry, as of `PYTHONPATH=$PYTHONPATH:/more`, stands for the working directory.
     path = [entry for entry in kept.pop("PYTHONPATH", "").split(":") if entry] + [root] * bool(root)
     return {**kept, "PYTHONSAFEPATH": "1", **({"PYTHONPATH": ":".join(path)} if path else {})}

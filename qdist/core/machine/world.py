@@ -6,6 +6,7 @@ Rank, local rank and node are types of their own, so that mypy tells one from an
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple, NewType
 
@@ -46,7 +47,7 @@ class World(NamedTuple):
     @property
     def spanning(self) -> bool:
         """Whether a group has ranks on several nodes, which exchange weights or activations in every layer."""
-        return any(end * self.gpus_per_rank % self.gpus_per_group for end in accumulate(self.ranks_of_nodes))
+        return any(first * self.gpus_per_rank % self.gpus_per_group for first in _firsts(self.nodes))
 
     def ranks_on(self, node: Node) -> tuple[Rank, ...]:
         """The ranks of a node, in the order of their local ranks."""
@@ -54,7 +55,7 @@ class World(NamedTuple):
         return tuple(map(Rank, range(first, first + self.ranks_of_nodes[node])))
 
     def node_of(self, rank: Rank) -> Node:
-        return Node(bisect_right(tuple(accumulate(self.ranks_of_nodes)), rank))
+        return Node(bisect_right(_firsts(self.nodes), rank) - 1)
 
     def local_rank_of(self, rank: Rank) -> LocalRank:
         return LocalRank(rank - self._first_of(self.node_of(rank)))
@@ -75,7 +76,13 @@ class World(NamedTuple):
         return tuple(range(first, first + self.gpus_per_rank))
 
     def _first_of(self, node: Node) -> int:
-        return sum(self.nodes[:node])
+        return _firsts(self.nodes)[node]
+
+
+@lru_cache(maxsize=8)
+def _firsts(nodes: tuple[int, ...]) -> tuple[int, ...]:
+    """The first rank of each node."""
+    return tuple(accumulate(nodes[:-1], initial=0))
 
 
 def used_gpus(groups: int, gpus_per_group: int, gpus: Sequence[int]) -> tuple[int, ...]:

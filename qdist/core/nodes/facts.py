@@ -24,6 +24,8 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """GPUs (CPU ranks) that the run may use there."""
     run_id: str = ""
     """Id of the run whose files are in its run directory; empty if there are none."""
+    busy: bool = False
+    """Whether an agent of its node is at work in its run directory."""
     sees_shared: bool = False
     """Whether its run directory is the one that the first node writes to."""
     steps: tuple[int, ...] = ()

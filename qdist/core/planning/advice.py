@@ -238,7 +238,7 @@ def model_notes(facts: ModelFacts, recurrence: Recurrence | None, no_fla: str) -
 
 def dtype_notes(dtype: str, cluster: Cluster) -> Iterator[str]:
     """Notes on an arithmetic that the card was not built for."""
-    slow = next((gpu.name for gpu in cluster.gpus if not has_bfloat16(gpu.name)), None)
+    slow = next((gpu.name for gpu in cluster.kinds if not has_bfloat16(gpu.name)), None)
     if dtype == "bfloat16" and slow:
         yield f"a {slow} emulates bfloat16, which is slow: --set dtype=float16 uses its matrix units"
 

@@ -7,13 +7,16 @@ from math import ceil
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+import msgspec
+
 from qdist.core.machine.calibration import Correction
-from qdist.core.machine.cluster import Rates
+from qdist.core.machine.cluster import Network, Rates
 from qdist.core.machine.world import World, used_gpus
 from qdist.core.planning.fill import Batches, MicroBatch
 from qdist.core.planning.graphs import why_eager
 from qdist.core.planning.layer_map import least, scattered
 from qdist.core.planning.memory import STAGE_WIDTH, MemoryBudget, Share, Sizes, budget, load_peak_bytes, resident
+from qdist.core.planning.network import ASSUMED, Crossing, Exchanged, crossing_of
 from qdist.core.planning.placements.base import Layout
 from qdist.core.planning.plan import DataFacts, Fill, Fullest
 from qdist.core.planning.process_memory import (
@@ -59,13 +62,15 @@ class PlanningContext(NamedTuple):
     """Content of the model's config.json."""
     nodes: tuple[int, ...] = ()
     """GPUs or CPU ranks of each node; empty for one machine."""
+    network: Network = ASSUMED
+    """The network between nodes, where there are several."""
     rank: int | None = None
     """Data-parallel rank whose micro-batches to take from `fullest`; None for the fullest of all ranks."""
 
     def batches(self, layout: Layout) -> Batches:
         """The samples of a step, as a layout's ranks share them."""
         longest = self.sizes.job.seq_len
-        return Batches(self.data, self.spec.global_batch, layout.data_parallel, longest, least=layout.stages)
+        return Batches(self.data, self.spec.batch, layout.data_parallel, longest, least=layout.stages)
 
     def world(self, layout: Layout) -> World:
         """A layout's ranks on their nodes."""
@@ -113,6 +118,15 @@ class Candidate(NamedTuple):
     packed: bool = False
     fill: Fill | None = None
     """How full its micro-batches are; None if all samples count as the longest."""
+    network_bytes: float = 0.0
+    """Bytes that a node sends to others in a step; 0 on one machine."""
+    network_s: float = 0.0
+    """Seconds that the network adds to a step: those of `seconds`, or of CPU ranks, whose speed is unknown, besides."""
+
+    @property
+    def network_share(self) -> float:
+        """Share of a step that the network adds; 0 if the device's speed is unknown."""
+        return self.network_s / self.seconds if self.seconds else 0.0
 
     @property
     def required_bytes(self) -> int:
@@ -167,7 +181,7 @@ def offloading(setting: PlanningContext, layout: Layout) -> Iterator[Candidate]:
 def micro_batches(setting: PlanningContext, layout: Layout) -> list[MicroBatch]:
     """Micro-batches to try. A pipeline needs at least as many as it has stages."""
     spec, stages, packed = setting.spec, layout.stages, setting.packs(layout)
-    each = spec.global_batch // layout.data_parallel
+    each = spec.batch // layout.data_parallel
     if spec.micro_batch:
         return [MicroBatch(spec.micro_batch, packed)]
     usual = setting.usual
@@ -234,7 +248,7 @@ class _Arrangement:
         # Unpacked rows of a pipeline's step are all as wide as its longest.
         counted = layout.stages == 1 or self.packed
         self.fill = self.batches.fill_of(size) if counted else self.batches.estimate(size)
-        whole = setting.spec.global_batch // (self.size * layout.data_parallel)
+        whole = setting.spec.batch // (self.size * layout.data_parallel)
         self.mean_micro_batches = max(1, self.fill.micro_batches if self.fill else whole)
         self.micro_batches = ceil(self.mean_micro_batches)
         self.positions = layout.positions
@@ -249,6 +263,7 @@ class _Arrangement:
         paged = self.setting.sizes.job.paged
         if paged and self.setting.spec.optim.name is None and _hold(self.rooms, budgets):
             budgets, paged = tuple(map(resident, budgets)), False
+        seconds, network_s = self._seconds(shares, budgets, paged=paged)
         return Candidate(
             layout=self.layout,
             micro_batch=self.size,
@@ -261,8 +276,10 @@ class _Arrangement:
             budgets=budgets,
             load_peaks=tuple(load_peak_bytes(self.setting.sizes, share) for share in shares),
             rooms=self.rooms,
-            seconds=self._seconds(shares, budgets, paged=paged),
+            seconds=seconds,
             paged=paged,
+            network_bytes=self.crossing.bytes,
+            network_s=network_s,
         )
 
     @cached_property
@@ -376,10 +393,38 @@ class _Arrangement:
         width = round(mean / self.fill.share)
         return passes(self.sizes, rates, self.size, tokens=self.size * width, attended=width, graphs=self.graphs)
 
-    def _seconds(self, shares: list[Share], budgets: tuple[MemoryBudget, ...], *, paged: bool) -> float:
-        rates, layout = self.setting.rates, self.layout
+    @cached_property
+    def crossing(self) -> Crossing:
+        """What a step sends between nodes."""
+        layout, sizes = self.layout, self.setting.sizes
+        tables = 0 if self.setting.whole_tables or self.facts.tied_embeddings else sizes.embedding + sizes.head
+        # Two buffers take turns: the backward pass finds the last two layers where the forward pass left them.
+        again = self.facts.counts(0, max(0, self.layers - 2))
+        every = self.facts.counts(0, self.layers)
+        width = round(self.batches.mean_length / self.fill.share) if self.fill else sizes.job.seq_len
+        return crossing_of(
+            Exchanged(
+                world=self.setting.world(layout),
+                data_parallel=layout.data_parallel,
+                stages=layout.stages,
+                engine=layout.engine,
+                zero_stage=layout.zero_stage,
+                micro_batches=self.mean_micro_batches,
+                trained=sizes.trained(every),
+                narrow=self.setting.spec.optim.reduce_dtype != "float32",
+                on_gpus=self.setting.rooms is not None,
+                gathered_bytes=sizes.packed(every) + sizes.packed(again) + tables,
+                gathers=sum(every) + sum(again) + 2 * (tables > 0),
+                token_bytes=self.size * (sizes.job.seq_len if self.packed else width) * sizes.entering_token,
+            )
+        )
+
+    def _seconds(self, shares: list[Share], budgets: tuple[MemoryBudget, ...], *, paged: bool) -> tuple[float, float]:
+        """Seconds of a step, and those of them that the network adds; of CPU ranks only the latter are known."""
+        rates, layout, network = self.setting.rates, self.layout, self.setting.network
+        across = self.crossing.gradient_seconds(network)
         if rates is None or self.rooms is None:
-            return 0.0
+            return 0.0, across + self.crossing.group_seconds(network)
         over = max(own.total - int(room / USABLE_SHARE) for own, room in zip(budgets, self.rooms, strict=True))
         step = Step(
             counts=tuple(share.layers for share in shares),
@@ -397,4 +442,8 @@ class _Arrangement:
         one = self._passes(rates)
         correction = self.setting.correction
         learnt = correction.speed_of(layout.placement) if correction else 1.0
-        return step_seconds(self.setting.sizes, rates, one, step) / learnt
+        local = step_seconds(self.setting.sizes, rates, one, step) / learnt
+        if self.setting.world(layout).spanning:
+            spanning = msgspec.structs.replace(step, network=network)
+            across += step_seconds(self.setting.sizes, rates, one, spanning) / learnt - local
+        return local + across, across

@@ -10,6 +10,7 @@ import msgspec
 from qdist.core.data.conversation import Wording
 from qdist.core.data.sources import epoch_of
 from qdist.core.machine.calibration import Correction
+from qdist.core.machine.cluster import Machine, Network
 from qdist.core.machine.world import World, world_of
 from qdist.core.model.adapters.lora import LoraMethod
 from qdist.core.model.adapters.registry import ADAPTERS, adapter_parameters, beside_experts, expert_adapter_parameters
@@ -258,6 +259,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Predicted tokens/s of all ranks together, without padding; 0 if the device's speed is unknown."""
     load_peak_bytes: int = 0
     """Predicted peak bytes of a GPU while the backbone is loaded."""
+    nodes: tuple[Machine, ...] = ()
+    """Nodes with the GPUs (CPU ranks) that the run may use of each; empty for one machine."""
+    network: Network | None = None
+    """The network between them that the predictions assume; None for one machine."""
+    network_bytes: int = 0
+    """Bytes that a node sends to others in an optimizer step: of the node that sends most."""
+    network_seconds: float = 0.0
+    """Seconds that the network adds to an optimizer step, also where the device's speed is unknown."""
     alternatives: tuple[Alternative, ...] = ()
     correction: Correction | None = None
     """Correction learnt from earlier runs on this machine, already applied to the predictions."""
@@ -284,7 +293,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     @property
     def step_tokens(self) -> float:
         """Expected tokens of an optimizer step, without padding."""
-        return self.spec.global_batch * mean_length(self.data if self.fill else None, longest=self.seq_len)
+        return self.spec.batch * mean_length(self.data if self.fill else None, longest=self.seq_len)
 
     @property
     def wording(self) -> Wording | None:

@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from qdist.core.errors import MACHINE, Change, SpecError
+from qdist.core.errors import MACHINE, Change, QdistError, SpecError
 from qdist.core.machine.calibration import Correction
 from qdist.core.machine.cards import rates_for
-from qdist.core.machine.cluster import Cluster, Rates
+from qdist.core.machine.cluster import Cluster, Machine, Rates
 from qdist.core.machine.cluster import changed as machine_changed
 from qdist.core.machine.world import Rank, checked_world
 from qdist.core.model.shapes import ModelFacts
@@ -28,10 +28,12 @@ from qdist.core.planning.advice import (
     too_many_ranks,
     warmup_notes,
 )
+from qdist.core.planning.batch import cheap_batch, first_batch, network_notes, uncounted, with_batch
 from qdist.core.planning.candidates import USABLE_SHARE, Candidate, PlanningContext, arrange
 from qdist.core.planning.fill import MicroBatch
 from qdist.core.planning.graphs import require_captured, why_eager
 from qdist.core.planning.memory import MemoryBudget, sizes
+from qdist.core.planning.network import ASSUMED
 from qdist.core.planning.packing import packs_samples
 from qdist.core.planning.placements.registry import layouts
 from qdist.core.planning.plan import Alternative, DataFacts, Plan, RankPlan, Source
@@ -156,6 +158,7 @@ def plan_once(
             f"split.offload_layers={spec.split.offload_layers}, but {spec.model} has {facts.layer_count} layers",
             ways=[{"split.offload_layers": facts.layer_count}, {"split.offload_layers": None}],
         )
+    auto = spec.global_batch is None
     rates, rate_notes = rates_for(cluster)
     inputs = _Inputs(
         spec=spec,
@@ -172,7 +175,8 @@ def plan_once(
         usual=usual,
         data=data,
     )
-    decision = _decide(inputs, counts)
+    inputs, decision = _with_batch(inputs, counts)
+    spec = inputs.spec
     setting, winner, layout = decision.setting, decision.winner, decision.winner.layout
     eager = why_eager(
         spec, facts, layout, device=cluster.device, compute_dtype=inputs.dtype, config=source.config,
@@ -215,6 +219,10 @@ def plan_once(
         ranks=_ranks(setting, winner, cluster.device),
         tokens_per_second=round(tokens_s(winner), 1),
         load_peak_bytes=max(winner.load_peaks),
+        nodes=_machines(cluster, counts),
+        network=setting.network if setting.nodes else None,
+        network_bytes=round(winner.network_bytes),
+        network_seconds=winner.network_s,
         alternatives=(*alternatives(setting, winner, decision.rows, tokens_s), *decision.nonexistent),
         correction=correction,
         notes=(
@@ -224,10 +232,30 @@ def plan_once(
             *dtype_notes(inputs.dtype, cluster),
             *graph_notes(spec, cluster.device, eager),
             *rate_notes,
+            *network_notes(setting, winner, cluster, auto=auto),
             *correction_notes(correction),
             *(warmup_notes(spec.optim, _steps(spec, data)) if data else ()),
         ),
     )
+
+
+_MOST_TRIES = 5
+"""Batches that are tried where the planner decides: a larger one may have room for larger micro-batches."""
+
+
+def _with_batch(inputs: _Inputs, counts: tuple[int, ...]) -> tuple[_Inputs, _Decision]:
+    """The decision, with the global batch as it is set; or as it makes the network cheap."""
+    if inputs.spec.global_batch is not None:
+        return inputs, _decide(inputs, counts)
+    batch = first_batch(inputs.spec, counts)
+    for _ in range(_MOST_TRIES):
+        own = inputs._replace(spec=with_batch(inputs.spec, batch), data=uncounted(inputs.data, batch))
+        decision = _decide(own, counts)
+        cheap = cheap_batch(decision.setting, decision.winner)
+        if not cheap:
+            break
+        batch = cheap
+    return own, decision
 
 
 def _decide(inputs: _Inputs, counts: tuple[int, ...]) -> _Decision:
@@ -242,7 +270,7 @@ def _decide(inputs: _Inputs, counts: tuple[int, ...]) -> _Decision:
     winner = winner or choose(tried) or last_resort(setting, count)
     if winner is None:
         raise too_big(spec, cluster, closest(tried), host_memory_wanted(setting, count))
-    refused = too_many_offloaded(spec, cluster, winner, setting.sizes)
+    refused: QdistError | None = too_many_offloaded(spec, cluster, winner, setting.sizes)
     if cluster.device == "cpu":
         refused = too_many_ranks(setting, cluster, winner)
     if not cluster.nodes:  # a run of several nodes that is left with one goes on
@@ -275,6 +303,7 @@ def _setting(inputs: _Inputs, counts: tuple[int, ...]) -> PlanningContext:
         sizes=sizes(inputs.facts, job),
         rooms=rooms_of(spec, inputs.cluster, counts),
         nodes=counts if len(counts) > 1 else (),
+        network=inputs.cluster.network or ASSUMED,
         host_bytes=inputs.cluster.memory_bytes,
         rates=inputs.rates,
         whole_tables=source.vocab_rows is not None or new_rows > 0,
@@ -287,6 +316,13 @@ def _setting(inputs: _Inputs, counts: tuple[int, ...]) -> PlanningContext:
         dtype=inputs.dtype,
         config=source.config,
     )
+
+
+def _machines(cluster: Cluster, counts: tuple[int, ...]) -> tuple[Machine, ...]:
+    """The nodes with what the run uses of them; none for one machine."""
+    if len(cluster.nodes) < 2:
+        return ()
+    return tuple(Machine(name=node.name, gpus=count) for node, count in zip(cluster.nodes, counts, strict=True))
 
 
 def _ranks(setting: PlanningContext, winner: Candidate, device: str) -> tuple[RankPlan, ...]:
@@ -330,7 +366,7 @@ def _steps(spec: RunSpec, data: DataFacts | None) -> int:
         return spec.steps
     if data is None or data.epoch == 0:
         raise SpecError("synthetic data have no epochs", ways=[{"steps": 20, "epochs": None}])
-    steps = math.ceil((spec.epochs or 1.0) * data.epoch / spec.global_batch)
+    steps = math.ceil((spec.epochs or 1.0) * data.epoch / spec.batch)
     if steps > MOST_STEPS:
         raise SpecError(
             f"epochs={spec.epochs:g} over {data.epoch:,} samples are more steps than can be counted",

@@ -21,28 +21,28 @@ def check_batches(setting: PlanningContext, layout: Layout) -> None:
     spec, ranks = setting.spec, layout.data_parallel
     noun = "group" if layout.stages > 1 else "rank"
     size = spec.micro_batch or 1
-    if spec.global_batch % ranks:
+    if spec.batch % ranks:
         raise SpecError(
-            f"global_batch={spec.global_batch} cannot be spread over {counted(ranks, noun)}",
-            ways=[_rounded(spec.global_batch, ranks * size), *_fewer(spec, layout)],
+            f"global_batch={spec.batch} cannot be spread over {counted(ranks, noun)}",
+            ways=[_rounded(spec.batch, ranks * size), *_fewer(spec, layout)],
         )
     if setting.packs(layout):
         return
-    each = spec.global_batch // ranks
+    each = spec.batch // ranks
     if each % size:
         raise SpecError(
-            f"{counted(ranks, noun)} x micro_batch={size} does not divide global_batch={spec.global_batch}",
+            f"{counted(ranks, noun)} x micro_batch={size} does not divide global_batch={spec.batch}",
             ways=[
                 {"micro_batch": largest_divisor(each, size)},
                 {"micro_batch": None},
-                _rounded(spec.global_batch, ranks * size),
+                _rounded(spec.batch, ranks * size),
             ],
         )
     stages = layout.stages
     if each // size < stages:
         smaller = [{"micro_batch": largest_divisor(each, each // stages)}] if each >= stages else []
         raise SpecError(
-            f"{stages} stages need at least {stages} micro-batches a step; global_batch={spec.global_batch} has "
+            f"{stages} stages need at least {stages} micro-batches a step; global_batch={spec.batch} has "
             f"{each // size} of {size} for each group",
             ways=[*smaller, {"global_batch": stages * ranks * size}, *_fewer(spec, layout)],
         )
@@ -55,7 +55,7 @@ def _rounded(batch: int, multiple: int) -> Change:
 def _fewer(spec: RunSpec, layout: Layout) -> list[Change]:
     """Changes to fewer GPUs that keep the batch as it is."""
     count = layout.groups * layout.gpus_per_group
-    dividing = [number for number in range(count - 1, 0, -1) if spec.global_batch % number == 0]
+    dividing = [number for number in range(count - 1, 0, -1) if spec.batch % number == 0]
     return [{"gpus": number} for number in dividing[:2]]
 
 
@@ -87,13 +87,24 @@ def eligible(setting: PlanningContext, rows: Iterable[Iterable[Candidate]]) -> l
 
 
 def choose(candidates: Iterable[Candidate]) -> Candidate | None:
-    """The fastest that fits; if speed is unknown, the first: the simplest layout with the largest micro-batch."""
+    """The fastest that fits; if speed is unknown, the first: the simplest layout with the largest micro-batch.
+
+    On nodes of unknown speed it is the way of keeping the adapter's state for which a step waits least.
+    """
     fitting = [candidate for candidate in candidates if candidate.fits]
-    if not fitting or not fitting[0].seconds:
-        return fitting[0] if fitting else None
+    if not fitting:
+        return None
+    if not (first := fitting[0]).seconds:
+        alike = (own for own in fitting if _without_state(own) == _without_state(first))
+        return min(alike, key=lambda own: own.network_s)
     fastest = min(candidate.seconds for candidate in fitting)
     tied = [candidate for candidate in fitting if candidate.seconds * (1 - TIE) <= fastest]
     return min(tied, key=lambda own: (simplicity(own.layout), own.paged, own.layout.zero_stage, own.required_bytes))
+
+
+def _without_state(own: Candidate) -> tuple[object, ...]:
+    layout = own.layout
+    return type(layout), layout.groups, layout.gpus_per_group, own.micro_batch, own.packed, own.checkpointed
 
 
 def last_resort(setting: PlanningContext, count: int) -> Candidate | None:
@@ -158,7 +169,7 @@ def alternatives(
                 required_bytes=own.required_bytes,
                 engine=own.layout.engine,
                 zero_stage=own.layout.zero_stage,
-                reason=shortage(own) if not best else refused.message if refused else _slower(own, winner),
+                reason=shortage(own) if not best else refused.message if refused else _lost(setting, own, winner),
             )
         )
     return tuple(lost)
@@ -199,6 +210,18 @@ def shortage(candidate: Candidate) -> str:
     )
 
 
+def _lost(setting: PlanningContext, own: Candidate, winner: Candidate) -> str:
+    """Why a candidate that fits was not chosen."""
+    if setting.world(winner.layout).spanning or not setting.world(own.layout).spanning:
+        return _slower(own, winner)
+    how = f"predicted {winner.seconds / own.seconds:.1f} times as fast" if own.seconds < winner.seconds else ""
+    if not how and own.seconds:
+        how = f"{1 - winner.seconds / own.seconds:.0%} slower".replace("%", " %")
+    size = own.layout.gpus_per_group
+    named = f"--placement {own.layout.placement} --gpus-per-group {size} asks for it"
+    return f"groups of {size} span nodes, and others fit{f'; {how}' if how else ''}; {named}"
+
+
 def _slower(own: Candidate, winner: Candidate) -> str:
     if not own.seconds:
         return "not known to be faster, and less simple"
@@ -213,6 +236,8 @@ def _slower(own: Candidate, winner: Candidate) -> str:
 
 
 def _why_slower(own: Candidate, winner: Candidate) -> str:
+    if own.network_s - winner.network_s > (own.seconds - winner.seconds) / 2:
+        return f"the network adds {own.network_s:.2g} s a step where it adds {winner.network_s:.2g} s"
     if why := own.layout.why_slower(winner.layout, own.micro_batches):
         return why
     if own.checkpointed > winner.checkpointed:

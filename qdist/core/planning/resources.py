@@ -67,12 +67,12 @@ def dtype_of(spec: RunSpec, cluster: Cluster) -> Literal["bfloat16", "float16", 
     """Compute dtype: the 16-bit one that all GPUs have; float32 on CPUs, which emulate bfloat16 (docs/decisions.md)."""
     if spec.dtype or cluster.device == "cpu":
         return spec.dtype or "float32"
-    return "bfloat16" if all(has_bfloat16(gpu.name) for gpu in cluster.gpus) else "float16"
+    return "bfloat16" if all(has_bfloat16(gpu.name) for gpu in cluster.kinds) else "float16"
 
 
 def require_compute(spec: RunSpec, cluster: Cluster) -> None:
     """Raise SpecError where GPUs do not multiply in the arithmetic that is asked for."""
-    lacking = next((gpu.name for gpu in cluster.gpus if not has_fp8(gpu)), None)
+    lacking = next((gpu.name for gpu in cluster.kinds if not has_fp8(gpu)), None)
     if spec.compute and (lacking or cluster.device == "cpu"):
         who = f"which the {lacking} does not have" if lacking else "and this machine has no GPU"
         raise SpecError(

@@ -10,7 +10,7 @@ from math import ceil
 
 import msgspec
 
-from qdist.core.machine.cluster import Rates
+from qdist.core.machine.cluster import Network, Rates
 from qdist.core.model.shapes import LayerShape
 from qdist.core.planning.cost import LINEAR_LAUNCHES, Cost, Kernels, clock, total
 from qdist.core.planning.elementwise import others
@@ -181,6 +181,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     offloaded: tuple[int, ...] = ()
     graphs: bool = False
     """Whether a micro-batch's passes are one CUDA graph, for which gradients lie in one buffer."""
+    network: Network | None = None
+    """Between the GPUs of a group that spans nodes; None if links within a machine are."""
     paged: bool = False
     paged_out_bytes: int = 0
     """Bytes of the fullest GPU's moments that do not fit there and cross the bus twice per step."""
@@ -196,7 +198,7 @@ def step_seconds(sizes: Sizes, rates: Rates, one: Passes, step: Step) -> float:
         )
         for own in (step.counts if step.pipelined else (layers,))
     ) + 2 * step.paged_out_bytes / rates.host_bytes_s  # fmt: skip
-    gathered = _gathering(sizes, rates, one, step.shards)
+    gathered = _gathering(sizes, rates, one, step)
     recomputed = first_of(layers, step.checkpointed)
     shares = [anew / count if count else 0.0 for anew, count in zip(recomputed, layers, strict=True)]
     if step.pipelined:
@@ -204,7 +206,7 @@ def step_seconds(sizes: Sizes, rates: Rates, one: Passes, step: Step) -> float:
         each = [there + back + anew * again for (there, back, again), anew in zip(gathered, shares, strict=True)]
         times = [sum(count * own for count, own in zip(counts, each, strict=True)) for counts in step.counts]
         times[-1] += one.head_s
-        return slots * (max(times) + 2 * one.token_bytes / rates.link_bytes_s) + end
+        return slots * (max(times) + 2 * _sending_s(one.token_bytes, rates, step.network)) + end
     copied = sizes.packed(step.offloaded) / rates.host_bytes_s
     there = sum(count * own for count, (own, _, _) in zip(layers, gathered, strict=True))
     back = sum(
@@ -215,12 +217,22 @@ def step_seconds(sizes: Sizes, rates: Rates, one: Passes, step: Step) -> float:
     return step.micro_batches * (max(there, copied) + back + one.head_s) + end
 
 
-def _gathering(sizes: Sizes, rates: Rates, one: Passes, shards: int) -> list[tuple[float, float, float]]:
+def _sending_s(count: float, rates: Rates, network: Network | None, *, hops: int = 1) -> float:
+    """Seconds for so many bytes from each GPU to the next, over the slowest link between them."""
+    if network is None:
+        return count / rates.link_bytes_s
+    return count / min(rates.link_bytes_s, network.bytes_s) + hops * network.latency_s
+
+
+def _gathering(sizes: Sizes, rates: Rates, one: Passes, step: Step) -> list[tuple[float, float, float]]:
     """Seconds of each pass through a layer of each run, forward, backward and anew, if weights are gathered for it."""
+    shards = step.shards
     times = list(zip(one.forward_s, one.backward_s, one.recomputed_s, strict=True))
     if shards == 1:
         return times
-    gathers = [own.packed * (shards - 1) / shards / rates.link_bytes_s for own in sizes.layers]
+    gathers = [
+        _sending_s(own.packed * (shards - 1) / shards, rates, step.network, hops=shards - 1) for own in sizes.layers
+    ]
     slower = [GATHER_ACCESSES * own.packed / rates.memory_bytes_s for own in sizes.layers]
     return [
         (max(there, gather) + more, max(back, gather) + more, again)  # gathered for the backward pass, and recomputed

@@ -96,7 +96,7 @@ def _lengths(now: Flat, _: Flat) -> Iterator[SpecError]:
 
 def _batch(now: Flat, _: Flat) -> Iterator[SpecError]:
     batch, size = now["global_batch"], now["micro_batch"]
-    if size is not None and batch % size and not now["pack"]:
+    if size is not None and batch is not None and batch % size and not now["pack"]:
         yield SpecError(
             f"global_batch={batch} is not a multiple of micro_batch={size}",
             ways=[{"micro_batch": largest_divisor(batch, size)}, {"global_batch": -(-batch // size) * size}],

@@ -29,6 +29,8 @@ from qdist.core.spec.sections import (
 from qdist.core.spec.suggest import not_among, of_another_kind, or_tried_hint, unknown
 from qdist.core.text import parse_bytes
 
+USUAL_BATCH = 16
+"""Samples per optimizer step, unless told."""
 SHORT = {"data": "data.path"}
 """Sections that may be given as one value, and the setting that it is."""
 
@@ -125,7 +127,13 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Positive | None,
         Meta(description="Samples at a time on one rank; packed, the samples of seq_len that a row has room for."),
     ] = None
-    global_batch: Annotated[Positive, Meta(description="Samples per optimizer step, over all ranks.")] = 16
+    global_batch: Annotated[
+        Positive | None,
+        Meta(
+            description="Samples per optimizer step, over all ranks. Auto: 16, or on several nodes as many as bring "
+            "what the network takes of a step to 5 %; a run keeps its number."
+        ),
+    ] = USUAL_BATCH
     pack: Annotated[
         bool | None,
         Meta(
@@ -165,6 +173,11 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     zero: Zero = Zero()
     split: Split = Split()
     train: Train = Train()
+
+    @property
+    def batch(self) -> int:
+        """Samples per optimizer step; of a spec that leaves them to the planner what is usual. A plan's is decided."""
+        return self.global_batch or USUAL_BATCH
 
 
 def memory_caps(spec: RunSpec) -> dict[int | None, int]:

@@ -161,7 +161,7 @@ def _training(card: Card) -> Iterator[str]:
             ("Base", f"{_base_name(card)}, {format_count(plan.facts.parameters)} parameters"),
             ("Data", _data(card)),
             ("Adapter", f"{spec.lora} on {', '.join(spec.lora.targets)}, dropout {spec.lora.dropout:g}"),
-            ("Batch", f"{spec.global_batch} samples a step, of {plan.seq_len:,} tokens at most"),
+            ("Batch", f"{spec.batch} samples a step, of {plan.seq_len:,} tokens at most"),
             ("Steps", f"{fold.step or plan.steps:,}"),
             (
                 "Optimizer",

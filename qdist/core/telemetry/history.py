@@ -52,6 +52,16 @@ class Stretch(NamedTuple):
     """False while the backbone is loaded."""
 
 
+class Restart(NamedTuple):
+    """The ranks began to train at `step`, after `reached` steps had been done before."""
+
+    time: float
+    reached: int
+    step: int
+    repeated_s: float
+    """Seconds of the steps that have to be done again."""
+
+
 class RankFold:
     """History of one rank, from its events."""
 
@@ -120,6 +130,8 @@ class RunHistory:
         """(step, seconds since the epoch) of each checkpoint."""
         self.resumed: list[tuple[int, float]] = []
         """(step, seconds since the epoch) of each resume."""
+        self.restarts: list[Restart] = []
+        """Every start of the ranks, the first one too."""
         self.inventory, self.gradients = "", ""
         """Lines of what is trained on, counted before the first step; and what was found of the gradients."""
         self.notes: list[tuple[int, str]] = []
@@ -204,8 +216,10 @@ class RunHistory:
         self._lengthen(events[-1].time)
 
     def _go_back(self, event: Event) -> None:
+        kept = bisect_right(self.columns.step, event.step)
+        self.restarts.append(Restart(event.time, self.step, event.step, sum(self.columns.seconds[kept:])))
         self.step, self.finished, self.ended_early = event.step, False, ""
-        self.columns.cut(bisect_right(self.columns.step, event.step))
+        self.columns.cut(kept)
         self._since = len(self.columns)
         self.held_out = [point for point in self.held_out if point[0] <= event.step]
         self.tasks = {
@@ -233,6 +247,15 @@ class RunHistory:
     def trained_s(self) -> float:
         """Seconds that ranks were running, all launches together."""
         return sum(stretch.ended - stretch.began for stretch in self.stretches)
+
+    @property
+    def repeated_s(self) -> float:
+        """Seconds of steps that were done again after a restart, all launches together."""
+        return sum(restart.repeated_s for restart in self.restarts)
+
+    def step_reached(self, time: float) -> int:
+        """The step at which work was broken off at some time, or soon after it: seconds since the epoch."""
+        return next((restart.reached for restart in self.restarts if restart.time >= time), self.step)
 
     @property
     def loss(self) -> float | None:

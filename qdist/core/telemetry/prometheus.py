@@ -11,6 +11,7 @@ from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.events import State
 from qdist.core.telemetry.heartbeat import Heartbeat, Phase
 from qdist.core.telemetry.history import RunHistory
+from qdist.core.telemetry.nodes import NodesNow
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -27,12 +28,23 @@ class Metric(NamedTuple):
     samples: Iterable[Sample]
 
 
-def exposition(run: str, plan: Plan, fold: RunHistory, pulses: Mapping[int, Heartbeat], state: State) -> str:
+def exposition(
+    run: str,
+    plan: Plan,
+    fold: RunHistory,
+    pulses: Mapping[int, Heartbeat],
+    state: State,
+    nodes: NodesNow | None = None,
+) -> str:
     """The text of all metrics, each value labelled with `run`. A metric without a value is left out.
 
-    run: what the series are called apart by, such as the run directory.
+    run: what the series are called apart by, such as the run directory. nodes: of a run of several machines, whose
+    ranks have a label `node`.
     """
-    return text_of((*_of_run(plan, state), *_of_training(plan, fold), *_of_ranks(plan, fold, pulses)), {"run": run})
+    of_ranks = [*_of_ranks(plan, fold, pulses)]
+    if nodes:
+        of_ranks = [*_of_nodes(nodes, fold), *_on_nodes(of_ranks, nodes.name_of_rank)]
+    return text_of((*_of_run(plan, state), *_of_training(plan, fold), *of_ranks), {"run": run})
 
 
 def text_of(metrics: Iterable[Metric], labels: Mapping[str, str]) -> str:
@@ -106,6 +118,28 @@ def _of_ranks(plan: Plan, fold: RunHistory, pulses: Mapping[int, Heartbeat]) -> 
         for phase in get_args(Phase)
     ]
     yield Metric("qdist_rank_phase", "gauge", "1 for what the rank was at in its last beat, 0 for the rest.", phases)
+
+
+def _on_nodes(metrics: Iterable[Metric], nodes: Mapping[int, str]) -> Iterator[Metric]:
+    """The same with the name of each rank's node. nodes: by rank."""
+    for metric in metrics:
+        samples = [({**labels, "node": nodes.get(int(labels["rank"]), "")}, value) for labels, value in metric.samples]
+        yield metric._replace(samples=samples)
+
+
+def _of_nodes(nodes: NodesNow, fold: RunHistory) -> Iterator[Metric]:
+    names = dict.fromkeys((member.name for one in nodes.generations for member in one.members), 0.0)
+    names |= {member.name: float(member.name not in nodes.down and not nodes.ended) for member in nodes.members}
+    up = [({"node": name}, value) for name, value in names.items()]
+    yield Metric("qdist_node_up", "gauge", "1 for a node that takes part, 0 for one that is lost or left.", up)
+    number = nodes.now.number if nodes.now else None
+    yield one("qdist_generation", "Number of the formation of nodes that works.", number)
+    lost = "Times that a node was lost, all launches."
+    yield one("qdist_nodes_lost_total", lost, len(nodes.absences), "counter")
+    twice = "Time of steps that were done again after a restart, all launches."
+    yield one("qdist_repeated_seconds_total", twice, fold.repeated_s, "counter")
+    without = "Time without ranks while nodes were lost or returned, all launches."
+    yield one("qdist_paused_seconds_total", without, nodes.paused_s, "counter")
 
 
 def one(name: str, meaning: str, value: float | None, kind: Literal["gauge", "counter"] = "gauge") -> Metric:

@@ -13,12 +13,14 @@ from qdist.core.telemetry.curves import Chart, Marks, charts, marks
 from qdist.core.telemetry.history import RunHistory
 from qdist.core.telemetry.inventory import rows_of
 from qdist.core.telemetry.memory_report import MemoryParts, memory_of, shown
+from qdist.core.telemetry.nodes import NodesNow
 from qdist.core.telemetry.report_sections import (
     Rows,
     StepPart,
     Table,
     choices_of,
     counted_steps,
+    generations_table,
     held_out_table,
     machine_rows,
     measured_speed,
@@ -85,6 +87,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     inventory: Rows
     """What was trained on, and whether all of it got gradients."""
     ranks: Table
+    generations: Table
+    """Generations of the nodes of a run of several; without rows for one machine."""
     held_out: Table
     evaluations: tuple[Evaluation, ...]
     """What tasks found of the run's models."""
@@ -110,7 +114,7 @@ def report_of(found: Found) -> Report:
         headline=_headline(seen),
         message=seen.message,
         try_=seen.try_,
-        summary=tuple(_summary(plan, fold)),
+        summary=tuple(_summary(plan, fold, seen.nodes)),
         commands=found.commands,
         recipe=found.recipe,
         warnings=tuple(one.sentence for one in find_warnings(seen, result=result, whole=True)),
@@ -122,7 +126,8 @@ def report_of(found: Found) -> Report:
         step=step_parts(fold),
         pace=tuple(pace_rows(plan, fold, result, speed)),
         inventory=(*rows_of(fold.inventory), *((("gradients", fold.gradients),) if fold.gradients else ())),
-        ranks=ranks_table(fold),
+        ranks=ranks_table(fold, seen.node_of_rank),
+        generations=generations_table(seen.nodes),
         held_out=held_out_table(fold),
         evaluations=found.evaluations,
         answers=tuple(msgspec.convert(answer, SampleAnswer) for answer in (result or {}).get("answers", ())),
@@ -151,7 +156,7 @@ def _headline(seen: Snapshot) -> str:
     }[seen.state]
 
 
-def _summary(plan: Plan, fold: RunHistory) -> Iterator[tuple[str, str]]:
+def _summary(plan: Plan, fold: RunHistory, nodes: NodesNow | None) -> Iterator[tuple[str, str]]:
     spec, unit = plan.spec, "CPU process" if plan.device == "cpu" else "GPU"
     count = processors(plan)
     yield "Model", f"{spec.model}, {format_count(plan.facts.parameters)} parameters"
@@ -161,8 +166,10 @@ def _summary(plan: Plan, fold: RunHistory) -> Iterator[tuple[str, str]]:
     engine = f"DeepSpeed ZeRO-{plan.zero_stage}" if plan.engine == "deepspeed" else "torch"
     where = f"{count} {unit}{'' if count == 1 else 'es' if unit.endswith('s') else 's'}"
     yield "Ranks", f"{plan.world_size} on {where}, {engine}, {plan.optimizer}, {plan.compute_dtype}"
+    if nodes and nodes.members:
+        yield "Nodes", ", ".join(member.name for member in nodes.members)
     yield "Data", _data(plan)
-    yield "Batch", f"{spec.global_batch} samples a step, {_at_a_time(plan)} at a time on a rank"
+    yield "Batch", f"{spec.batch} samples a step, {_at_a_time(plan)} at a time on a rank"
     yield "Steps", f"{fold.step:,} of {fold.total_steps or plan.steps:,}"
     if fold.trained_s:
         yield "Duration", format_duration(fold.trained_s)

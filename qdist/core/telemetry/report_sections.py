@@ -15,6 +15,7 @@ from qdist.core.spec.run_spec import RunSpec, flatten
 from qdist.core.telemetry.curves import Chart, evenly, value_at
 from qdist.core.telemetry.history import RunHistory
 from qdist.core.telemetry.memory_report import MEANING, MemoryParts, shown_error
+from qdist.core.telemetry.nodes import NodeMember, NodesNow
 from qdist.core.text import format_bytes, format_count, format_duration
 
 _MOST_ROWS = 24
@@ -144,10 +145,11 @@ def took(seconds: float) -> str:
     return f"{1000 * seconds:,.1f} ms" if seconds < 10 else f"{seconds:,.1f} s"
 
 
-def ranks_table(fold: RunHistory) -> Table:
-    """Last values from each rank."""
+def ranks_table(fold: RunHistory, nodes: Mapping[int, str]) -> Table:
+    """Last values from each rank. nodes: the name of each rank's node; empty for one machine."""
     rows = tuple(
         (
+            *((nodes.get(rank, "-"),) if nodes else ()),
             str(rank),
             f"{own.last_step:,}",
             "-" if own.tokens_per_s is None else format_count(own.tokens_per_s),
@@ -156,7 +158,33 @@ def ranks_table(fold: RunHistory) -> Table:
         )
         for rank, own in sorted(fold.present.items())
     )
-    return Table(headers=("rank", "last step", "own tokens/s while busy", "busy a step", "peak memory"), rows=rows)
+    headers = ("rank", "last step", "own tokens/s while busy", "busy a step", "peak memory")
+    return Table(headers=("node", *headers) if nodes else headers, rows=rows)
+
+
+def generations_table(nodes: NodesNow | None) -> Table:
+    """When each generation of a run's nodes was formed, from which step, and of whom; of very many the last ones."""
+    kept = nodes.generations[-_MOST_ROWS:] if nodes else ()
+    rows = tuple(
+        (
+            f"{one.number}",
+            f"after {format_duration(one.time - nodes.generations[0].time)}",
+            f"{one.step:,}",
+            ", ".join(map(_member, one.members)),
+        )
+        for one in kept
+        if nodes
+    )
+    return Table(headers=("generation", "formed", "from step", "nodes"), rows=rows)
+
+
+def _member(member: NodeMember) -> str:
+    """'b (ranks 2, 3)', 'c (ranks 4 to 11)'."""
+    if not member.ranks:
+        return member.name
+    several = len(member.ranks) > 2
+    shown = f"{member.ranks[0]} to {member.ranks[-1]}" if several else ", ".join(map(str, member.ranks))
+    return f"{member.name} (rank{'s' if len(member.ranks) > 1 else ''} {shown})"
 
 
 def held_out_table(fold: RunHistory) -> Table:

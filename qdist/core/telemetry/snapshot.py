@@ -7,6 +7,7 @@ from qdist.core.planning.plan import Plan, RankPlan
 from qdist.core.spec.run_spec import memory_cap_of
 from qdist.core.telemetry.heartbeat import Heartbeat
 from qdist.core.telemetry.history import RunHistory
+from qdist.core.telemetry.nodes import NodesNow
 
 
 class Reading(NamedTuple):
@@ -45,12 +46,26 @@ class Snapshot(NamedTuple):
     cards: Mapping[int, tuple[Reading, ...]] = {}
     """Driver readings of each rank on this machine, aligned with its GPUs."""
     card_bytes: tuple[int, ...] = ()
-    """Bytes of each GPU as detected at launch."""
+    """Bytes of each GPU as detected at launch, node by node."""
+    first_cards: tuple[int, ...] = ()
+    """Position in `card_bytes` of each node's first GPU; empty for one machine."""
     matmul_flops_s: float | None = None
     """16-bit matmul FLOP/s of the slowest GPU; None on CPU and for an unknown card."""
     log_rank: int = 0
     log: tuple[str, ...] = ()
     """The last lines of that rank's log."""
+    all_logs: bool = False
+    """Whether the logs of all ranks were asked for."""
+    logs: Mapping[int, tuple[str, ...]] = {}
+    """The last lines of their logs, by rank, those first that were written to last."""
+    nodes: NodesNow | None = None
+    """The run's nodes; None for a run of one machine."""
+
+    @property
+    def node_of_rank(self) -> Mapping[int, str]:
+        """Name of each rank's node; empty for a run of one machine, and for one that was resumed on one."""
+        names = self.nodes.name_of_rank if self.nodes else {}
+        return names if len(names) == self.plan.world_size else {}
 
 
 class Row(NamedTuple):
@@ -71,21 +86,27 @@ class Row(NamedTuple):
     """Seconds since its last heartbeat."""
     at: str
     card: Reading | None
+    node: str = ""
+    """Name of its node; empty for a run of one machine."""
 
     @property
     def label(self) -> str:
-        """'rank 1', or 'GPU 3 of rank 1' where the numbers differ."""
-        return f"rank {self.rank}" if self.gpu in (None, self.rank) else f"GPU {self.gpu} of rank {self.rank}"
+        """'rank 1', or 'GPU 3 of rank 1' where the numbers differ; 'rank 1 on b' in a run of several nodes."""
+        where = f" on {self.node}" if self.node else ""
+        gpu = "" if self.node or self.gpu in (None, self.rank) else f"GPU {self.gpu} of "
+        return f"{gpu}rank {self.rank}{where}"
 
 
 def rows(snapshot: Snapshot) -> list[Row]:
     """A row per GPU, or per CPU rank, in rank order."""
-    return [row for rank in snapshot.plan.ranks for row in _rows_of(snapshot, rank)]
+    names = snapshot.node_of_rank
+    return [row for rank in snapshot.plan.ranks for row in _rows_of(snapshot, rank, names.get(rank.rank, ""))]
 
 
-def _rows_of(snapshot: Snapshot, rank: RankPlan) -> Iterator[Row]:
+def _rows_of(snapshot: Snapshot, rank: RankPlan, node: str) -> Iterator[Row]:
     said, pulse = snapshot.fold.ranks.get(rank.rank), snapshot.pulses.get(rank.rank)
     readings = snapshot.cards.get(rank.rank, ())
+    down = snapshot.nodes.down if snapshot.nodes and snapshot.state == "running" else ()
     # A process on several GPUs says the peak of the fullest, and the sum of what it holds now.
     fullest = max(range(len(rank.expected)), key=lambda index: rank.expected[index].total)
     for index, expected in enumerate(rank.expected):
@@ -95,7 +116,7 @@ def _rows_of(snapshot: Snapshot, rank: RankPlan) -> Iterator[Row]:
         else:
             held = card.used_bytes if card else 0
         gpu = rank.gpus[index] if rank.gpus else None
-        total = snapshot.card_bytes[gpu] if gpu is not None and gpu < len(snapshot.card_bytes) else None
+        total = _card_bytes(snapshot, rank, gpu)
         yield Row(
             rank=rank.rank,
             gpu=gpu,
@@ -106,9 +127,18 @@ def _rows_of(snapshot: Snapshot, rank: RankPlan) -> Iterator[Row]:
             tokens_per_s=said.tokens_per_s if said and index == 0 else None,
             busy_s=said.busy_s if said and index == 0 else None,
             beat_s=max(0.0, snapshot.now - pulse.time) if pulse else None,
-            at=str(pulse) if pulse else "no sign of life yet",
+            at="its node is lost" if node in down else str(pulse) if pulse else "no sign of life yet",
             card=card,
+            node=node,
         )
+
+
+def _card_bytes(snapshot: Snapshot, rank: RankPlan, gpu: int | None) -> int | None:
+    """Bytes of a rank's GPU, which its node numbers from 0; None on CPU, and if that is unknown."""
+    if gpu is None:
+        return None
+    first = snapshot.first_cards[rank.node] if rank.node < len(snapshot.first_cards) else 0
+    return snapshot.card_bytes[first + gpu] if first + gpu < len(snapshot.card_bytes) else None
 
 
 def model_flops_per_token(plan: Plan) -> float:

@@ -11,13 +11,14 @@ from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.curves import thinned
 from qdist.core.telemetry.history import RunHistory
 from qdist.core.telemetry.memory_report import memory_of
+from qdist.core.telemetry.nodes import generations_in_words, nodes_in_words
 from qdist.core.telemetry.report_sections import measured_speed
 from qdist.core.telemetry.snapshot import Snapshot, rows
 from qdist.core.text import counted, format_bytes, format_count
 
 Kind = Literal[
-    "stuck", "loss", "skipped", "held-out", "memory", "throttled", "skew", "data", "padding", "speed", "events",
-    "resumed",
+    "nodes", "stuck", "loss", "skipped", "held-out", "memory", "throttled", "skew", "data", "padding", "speed",
+    "events", "resumed", "generations",
 ]  # fmt: skip
 
 _BEFORE = 10
@@ -74,6 +75,7 @@ def find_warnings(seen: Snapshot, *, result: Mapping[str, Any] | None = None, wh
         *_pace(seen.plan, fold, span, result),
         *([RunWarning("events", f"events were left out: {fold.unread}")] if fold.unread else ()),
         *(_resumes(fold) if whole else ()),
+        *(_generations(seen) if whole else ()),
     ]
 
 
@@ -91,7 +93,9 @@ def _all_steps(fold: RunHistory) -> _Span:
 
 
 def _alive(seen: Snapshot) -> Iterator[RunWarning]:
-    """Warnings of stuck ranks, memory near its limit and throttled GPUs: only while a run is running."""
+    """Warnings of lost nodes, stuck ranks, memory near its limit and throttled GPUs: only while a run is running."""
+    if seen.nodes:
+        yield from (RunWarning("nodes", sentence) for sentence in nodes_in_words(seen.nodes, seen.now))
     yield from (RunWarning("stuck", trouble) for trouble in seen.troubles)
     for row in rows(seen):
         held = max(row.now_bytes or 0, row.peak_bytes or 0)
@@ -227,6 +231,11 @@ def _resumes(fold: RunHistory) -> Iterator[RunWarning]:
     if fold.resumed:
         steps = [step for step, _ in fold.resumed]
         yield RunWarning("resumed", f"the run was resumed {counted(len(steps), 'time')}: from {_named(steps)}")
+
+
+def _generations(seen: Snapshot) -> Iterator[RunWarning]:
+    if seen.nodes and (words := generations_in_words(seen.nodes, seen.fold)):
+        yield RunWarning("generations", words)
 
 
 def _named(steps: Sequence[int]) -> str:

@@ -220,19 +220,30 @@ def job_of(
     cannot be resumed.
     """
     if resume:
-        if recipe or not given.get("run"):
-            raise SpecError(
-                "--resume goes with --run DIR alone: the run knows its recipe",
-                try_="qdist launch --resume --run runs/NAME",
-            )
-        changes = {key: value for key, value in given.items() if key != "run"}
-        return _rest_of(RunDir(Path(given["run"])), changes, dry_run=dry_run, say=say)
-    recipe = recipe or (DEMO if (given.get("data") or {}).get("path") == DEMO else None)
-    spec = resolve(*([templates.read_recipe(recipe)] if recipe else []), given)
+        run, changes = changes_of(recipe, given)
+        return _rest_of(run, changes, dry_run=dry_run, say=say)
+    recipe, settings = settings_of(recipe, given)
+    spec = resolve(settings)
     job = prepare.preview(spec) if dry_run else prepare.prepare(spec)
     if recipe:
         say(f"recipe   {recipe}" + (" (chosen because of --data demo)" if recipe == DEMO else ""))
     return job
+
+
+def settings_of(recipe: str | None, given: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """The recipe of a new run, if it has one, and its nested settings with the recipe's. Raises SpecError."""
+    recipe = recipe or (DEMO if (given.get("data") or {}).get("path") == DEMO else None)
+    return recipe, merge(*([templates.read_recipe(recipe)] if recipe else []), given)
+
+
+def changes_of(recipe: str | None, given: Mapping[str, Any]) -> tuple[RunDir, dict[str, Any]]:
+    """The run that is to be resumed, and the changes to its settings. Raises SpecError if none is named."""
+    if recipe or not given.get("run"):
+        raise SpecError(
+            "--resume goes with --run DIR alone: the run knows its recipe",
+            try_="qdist launch --resume --run runs/NAME",
+        )
+    return RunDir(Path(given["run"])), {key: value for key, value in given.items() if key != "run"}
 
 
 def _rest_of(

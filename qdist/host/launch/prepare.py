@@ -67,7 +67,7 @@ RESUMABLE = frozenset((
 """Settings that may change on resume, because they do not affect what a step computes."""
 
 
-_RUNS = Path("runs")
+RUNS = Path("runs")
 _LONGEST_STEM = 60
 """Characters of the data's names in the name of a run."""
 
@@ -115,14 +115,15 @@ def prepare(spec: RunSpec) -> Launch:
     return _prepared(new_run(spec))
 
 
-def preview(spec: RunSpec) -> Preview:
+def preview(spec: RunSpec, here: Cluster | None = None) -> Preview:
     """The first half of `prepare`: existing files are inspected, the rest is estimated.
 
     Writes nothing, but for what standard input says, which cannot be read twice.
+    here: what it is planned for; by default this machine.
 
     Raises as `prepare` does.
     """
-    asked = new_run(spec)
+    asked = new_run(spec, here)
     spec = asked.spec
     if spec.load_format == "dummy":
         return Preview(asked.run, job_of(asked, _synthetic(spec)))
@@ -151,9 +152,9 @@ def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Launch:
     return _prepared(resumed(run, changes))
 
 
-def preview_resume(run: RunDir, changes: Mapping[str, Any]) -> Preview:
+def preview_resume(run: RunDir, changes: Mapping[str, Any], here: Cluster | None = None) -> Preview:
     """What `prepare_resume` would do; see `preview`."""
-    asked = resumed(run, changes)
+    asked = resumed(run, changes, here)
     kept = _kept(asked)
     if kept is not None:
         return Preview(run, job_of(asked, kept))
@@ -231,7 +232,7 @@ def new_run(spec: RunSpec, here: Cluster | None = None) -> Asked:
     if not spec.model:
         raise SpecError("no model was named", try_="--model smollm2-135m")
     spec = msgspec.structs.replace(spec, data=stdin.kept(spec.data))
-    run = RunDir(spec.run) if spec.run else RunDir(free_name(_RUNS, _stem(spec)))
+    run = RunDir(spec.run) if spec.run else RunDir(free_name(RUNS, stem_of(spec)))
     refuse_used(run)
     refuse_unwritable(run)
     refuse_missing(spec.trackers)
@@ -294,7 +295,7 @@ def job_of(asked: Asked, prepared: Prepared) -> Launch:
     files[PLAN] = msgspec.json.format(msgspec.json.encode(plan), indent=1).decode() + "\n"
     begins = plan.start.path if plan.start and not run.checkpoint_steps() else ""
     notes = (f"the adapter begins as that in {begins}",) if begins else ()
-    stem, resumes = ("", digest(old)) if old else ("" if spec.run else _stem(spec), "")
+    stem, resumes = ("", digest(old)) if old else ("" if spec.run else stem_of(spec), "")
     return Launch(run, plan, files, prepared.notes + notes, stem, resumes)
 
 
@@ -396,7 +397,8 @@ def _because(key: str, spec: RunSpec) -> str:
     return f": its {spec.optim.schedule} learning rate ends with them" if key in ("steps", "epochs") else ""
 
 
-def _stem(spec: RunSpec) -> str:
+def stem_of(spec: RunSpec) -> str:
+    """How a run is called that was given no name: by its model, method and data."""
     model = re.sub(
         r"[^\w.-]+", "-", Path(spec.model).stem if spec.model.lower().endswith(".gguf") else Path(spec.model).name
     )

@@ -134,11 +134,11 @@ def _watch(
         readable = True
         while ranks.poll() is None and not own.is_lost():
             wanted = asked
-            readable = readable and _shown_what_is_new(follower, show_and_note, say)
+            readable = readable and show_new(follower, show_and_note, say)
             look()
             if wanted and not answered:
                 answered = True
-                _stop(run, ranks, say, has_stepped=not loses and (stepped or not readable), loses=loses)
+                ask_to_stop(run, ranks, say, has_stepped=not loses and (stepped or not readable), loses=loses)
             elif not answered and run.stop_requested():
                 answered = True
                 say("stopping after this step, with a checkpoint: qdist stop asked for it")
@@ -146,7 +146,7 @@ def _watch(
                 break
             time.sleep(0.2)
         if readable and not own.is_lost():
-            _shown_what_is_new(follower, show_and_note, say)
+            show_new(follower, show_and_note, say)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -157,7 +157,7 @@ def _watch(
     return asked > 0 or elsewhere, stuck
 
 
-def _stop(run: RunDir, ranks: Ranks, say: Callable[[str], None], *, has_stepped: bool, loses: str) -> None:
+def ask_to_stop(run: RunDir, ranks: Ranks, say: Callable[[str], None], *, has_stepped: bool, loses: str) -> None:
     """Have the ranks save and exit; before their first step there is nothing to save.
 
     loses: what is told then; empty for what a run says.
@@ -171,7 +171,7 @@ def _stop(run: RunDir, ranks: Ranks, say: Callable[[str], None], *, has_stepped:
         ranks.kill()
 
 
-def _shown_what_is_new(follower: Follower, show: Show, say: Callable[[str], None]) -> bool:
+def show_new(follower: Follower, show: Show, say: Callable[[str], None]) -> bool:
     """Show new events; whether they can be read. If not, say so, and the ranks go on unseen."""
     try:
         events = follower.new_events()

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from qdist.core.errors import QdistError, RunError
 from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.events import State, decode_lines
 from qdist.core.telemetry.history import RunHistory
+from qdist.core.telemetry.nodes import NodesNow, nodes_in_words
+from qdist.host.run.nodes import nodes_now
 from qdist.host.run.rundir import PLAN, RunDir
 from qdist.host.run.state import state_of
 
@@ -28,7 +31,7 @@ class Listed(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     state: State | Literal["unreadable"]
     why: str = ""
-    """First line of the error that ended the run, or of why it is unreadable."""
+    """First line of the error that ended the run, or of why it is unreadable; which nodes a running one misses."""
     model: str = ""
     method: str = ""
     bits: int = 0
@@ -49,6 +52,8 @@ class Listed(msgspec.Struct, frozen=True, kw_only=True):
     """First launch, in seconds since the epoch; None for a run that was only planned."""
     planned: float
     """When its plan was last written, in seconds since the epoch."""
+    nodes: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Names of its nodes; unset for a run of one machine."""
 
 
 def find(folders: Iterable[Path]) -> list[Path]:
@@ -95,10 +100,11 @@ def _row(run: RunDir, plan: Plan, planned: float) -> Listed:
     rank_hours = fold.trained_s / 3600 if fold.stretches else None
     on_gpus = plan.device == "cuda"
     gpus = sum(len(rank.gpus) for rank in plan.ranks)
+    nodes, running = nodes_now(run), state == "running"
     return Listed(
         path=str(run.path),
         state=state,
-        why=_first_line(ended.message) if ended and state == "failed" else "",
+        why=_first_line(ended.message) if ended and state == "failed" else _of_nodes(nodes) if running else "",
         model=plan.spec.model,
         method=plan.spec.method,
         bits=plan.spec.bits,
@@ -113,7 +119,13 @@ def _row(run: RunDir, plan: Plan, planned: float) -> Listed:
         cpu_rank_hours=rank_hours * plan.world_size if not on_gpus and rank_hours is not None else None,
         started=fold.stretches[0].began if fold.stretches else None,
         planned=planned,
+        nodes=tuple(member.name for member in nodes.members) if nodes else msgspec.UNSET,
     )
+
+
+def _of_nodes(nodes: NodesNow | None) -> str:
+    """'b has not been heard of for 42 s: the run goes on with a, c'; empty if no node is missing."""
+    return "; ".join(nodes_in_words(nodes, time.time())) if nodes else ""
 
 
 def skim(run: RunDir) -> RunHistory:

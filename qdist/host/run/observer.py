@@ -1,17 +1,19 @@
 """What a run's ranks have reported since the last call, and a snapshot of the run at any time."""
 
+import contextlib
 import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from heapq import merge
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from statistics import median
 
 from qdist.core.errors import MachineError, RunError
 from qdist.core.machine.cards import rates_of
 from qdist.core.machine.cluster import Cluster
+from qdist.core.planning.plan import RankPlan
 from qdist.core.telemetry.events import Event, State, decode_blocks, whole_length
 from qdist.core.telemetry.heartbeat import Heartbeat
 from qdist.core.telemetry.history import RunHistory
@@ -20,9 +22,10 @@ from qdist.core.text import resuming
 from qdist.host.machine.probe import ranks_per_gpu
 from qdist.host.machine.readings import Readings
 from qdist.host.opening import readable, require_file
+from qdist.host.run.nodes import NodesReader
 from qdist.host.run.rundir import PLAN, RunDir, of_ranks
 from qdist.host.run.state import state_of
-from qdist.host.run.watchdog import SILENT_S, environment_of, read_pulses, troubles
+from qdist.host.run.watchdog import SILENT_S, PulseReader, environment_of, troubles
 
 _TAIL_BYTES = 1 << 18
 
@@ -102,6 +105,7 @@ class Follower:
 _STILL_S, _STILL_STEPS = 30.0, 5
 """How long a live rank may stand still: seconds, and multiples of the step time."""
 _LOG_BYTES = 1 << 16
+_MOST_LOGS = 64
 
 
 class RunObserver:
@@ -112,12 +116,16 @@ class RunObserver:
         self._planned = _written(run)
         self._fold = fold or RunHistory(total_steps=self.plan.steps)
         self._follower = None if fold else Follower(run.path)
-        self._machine = run.machine()
-        self._readings: Readings | None = None
-        self._shown: str | None = None
+        self._machine, self._pulses = run.machine(), PulseReader(run)
+        self._readings: dict[str | None, Readings] = {}
+        """By the GPUs that CUDA_VISIBLE_DEVICES shows."""
+        self._nodes = NodesReader(run)
 
-    def snapshot(self, *, log_rank: int | None = None, log_lines: int = 200) -> Snapshot:
-        """The run as of now. log_rank: the rank whose log to include, if any. Raises RunError for invalid events."""
+    def snapshot(self, *, log_rank: int | None = None, all_logs: bool = False, log_lines: int = 200) -> Snapshot:
+        """The run as of now. Raises RunError for invalid events.
+
+        log_rank: the rank whose log to include, if any. all_logs: whether to include those of all ranks instead.
+        """
         if (written := _written(self.run)) != self._planned:  # a resumed run may lie on other GPUs
             self.plan, self._planned, self._machine = self.run.plan(), written, self.run.machine()
         # State before events: a finished run is never shown without its last ones.
@@ -126,11 +134,12 @@ class RunObserver:
             self._follower.fold_into(self._fold)
         pulses = {
             rank: pulse
-            for rank, pulse in read_pulses(self.run).items()
+            for rank, pulse in self._pulses.read(now).items()
             # Beats from before the plan are of an earlier launch.
             if rank < self.plan.world_size and pulse.time >= self._planned / 1e9
         }
         message, attempt = _ending(self.run, state)
+        nodes = self._nodes.now()
         return Snapshot(
             name=self.run.path.name or str(self.run.path),
             plan=self.plan,
@@ -141,12 +150,17 @@ class RunObserver:
             troubles=self._troubles(pulses, now) if state == "running" else (),
             message=message,
             try_=attempt,
-            stopping=state == "running" and self.run.stop_requested(),
+            # Ranks are asked to save and end as well where the run is about to grow.
+            stopping=state == "running" and self.run.stop_requested() and not (nodes and nodes.returning),
             cards=self._cards(pulses) if state == "running" else {},
             card_bytes=tuple(gpu.total_bytes for gpu in self._machine.gpus) if self._machine else (),
+            first_cards=_first_cards(self._machine),
             matmul_flops_s=_matmul_flops_s(self._machine),
             log_rank=log_rank or 0,
-            log=() if log_rank is None else last_lines(self.run, log_rank, log_lines),
+            log=() if log_rank is None or all_logs else last_lines(self.run, log_rank, log_lines),
+            all_logs=all_logs,
+            logs=latest_logs(self.run, self.plan.world_size, log_lines) if all_logs else {},
+            nodes=nodes,
         )
 
     def _troubles(self, pulses: Mapping[int, Heartbeat], now: float) -> tuple[str, ...]:
@@ -162,21 +176,30 @@ class RunObserver:
         here = {rank: pulse for rank, pulse in pulses.items() if pulse.host == socket.gethostname()}
         if self.plan.device != "cuda" or not here:
             return {}
-        environment = _environment(here.values())
+        found: dict[int, tuple[Reading, ...]] = {}
+        # Several nodes of a run may share a machine, each with GPUs of its own that it numbers from 0.
+        for _, ranks in groupby(self.plan.ranks, key=lambda rank: rank.node):
+            own = [rank for rank in ranks if rank.rank in here]
+            if own:
+                found |= self._cards_of(own, _environment(here[rank.rank] for rank in own))
+        return found
+
+    def _cards_of(self, ranks: Sequence[RankPlan], environment: Mapping[str, str]) -> dict[int, tuple[Reading, ...]]:
+        """Readings of the GPUs of a node's ranks, which `environment` shows them."""
+        shown = environment.get("CUDA_VISIBLE_DEVICES")
         try:
-            if self._readings is None or self._shown != environment.get("CUDA_VISIBLE_DEVICES"):
-                self._readings = Readings(environment=environment)
-                self._shown = environment.get("CUDA_VISIBLE_DEVICES")
+            if shown not in self._readings:
+                self._readings[shown] = Readings(environment=environment)
             share = ranks_per_gpu(environment)
         except MachineError:
             return {}  # a run is watched all the same
-        read = self._readings.read()
-        found = {}
-        for rank in self.plan.ranks:
-            positions = [gpu // share for gpu in rank.gpus]
-            if rank.rank in here and all(position < len(read) for position in positions):
-                found[rank.rank] = tuple(read[position] for position in positions)
-        return found
+        read = self._readings[shown].read()
+        positions = {rank.rank: [gpu // share for gpu in rank.gpus] for rank in ranks}
+        return {
+            rank: tuple(read[position] for position in own)
+            for rank, own in positions.items()
+            if all(position < len(read) for position in own)
+        }
 
 
 def _environment(pulses: Iterable[Heartbeat]) -> Mapping[str, str]:
@@ -193,6 +216,22 @@ def last_lines(run: RunDir, rank: int, count: int) -> tuple[str, ...]:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - _LOG_BYTES))
         return tuple(file.read().decode(errors="replace").splitlines()[-count:])
+
+
+def latest_logs(run: RunDir, ranks: int, count: int) -> dict[int, tuple[str, ...]]:
+    """The last lines of the ranks' logs by rank, those first that were written to last; of very many only these."""
+    written = {}
+    for rank in range(ranks):
+        with contextlib.suppress(FileNotFoundError):
+            written[rank] = run.log_file(rank).stat().st_mtime_ns
+    latest = sorted(written, key=lambda rank: -written[rank])[:_MOST_LOGS]
+    return {rank: last_lines(run, rank, count) for rank in latest}
+
+
+def _first_cards(machine: Cluster | None) -> tuple[int, ...]:
+    """Position of each node's first GPU among those of all nodes."""
+    counts = [node.gpus for node in machine.nodes] if machine and machine.gpus else []
+    return tuple(sum(counts[:node]) for node in range(len(counts)))
 
 
 def _matmul_flops_s(machine: Cluster | None) -> float | None:

@@ -19,10 +19,14 @@ from qdist.host.opening import converted, read_bytes, read_object
 
 PLAN, RESULT, STOP, LOCK = "plan.json", "result.json", "stop", ".lock"
 ENDED, MACHINE = "ended.json", "machine.json"
+NODES = "nodes.jsonl"
+"""What happened to the nodes of a run of several."""
 _AGAIN = "start the run again"
 _WRITTEN = ("steps", "adapter_bytes", "adapter_parameters", "peaks", "tokens_per_s", "start_seconds")
 T = TypeVar("T")
-_AT_FIRST = re.compile(rf"\.lock|(recipe\.toml|(machine|versions|deepspeed|accelerate)\.json|launch\.sh)|{BESIDE}")
+_AT_FIRST = re.compile(
+    rf"(agent\d+)?\.lock|(recipe\.toml|(machine|versions|deepspeed|accelerate)\.json|launch\.sh)|{BESIDE}"
+)
 """Names of files that are written before the plan."""
 
 

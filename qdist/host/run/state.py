@@ -1,7 +1,6 @@
 """A run's state and how a launch of it ended: as a word, as an error, and as a file for later."""
 
 import contextlib
-import fcntl
 import os
 import re
 import secrets
@@ -17,6 +16,7 @@ from qdist.core.text import resuming
 from qdist.host.children import killed_by
 from qdist.host.files import write_atomic
 from qdist.host.opening import read_typed
+from qdist.host.run.presence import agent_is_here, is_held
 from qdist.host.run.rundir import ENDED, LOCK, Ended, RunDir, of_ranks
 from qdist.host.run.watchdog import stat_of
 
@@ -36,10 +36,13 @@ class Holder(msgspec.Struct, frozen=True):
 
 
 def state_of(run: RunDir) -> State:
-    """The run's state. planned: never started. killed: its launcher recorded no reason and no longer holds the lock."""
+    """The run's state. planned: never started. killed: its launcher recorded no reason and no longer holds the lock.
+
+    A run of several nodes is running wherever an agent takes part in it.
+    """
     if run.result() is not None:
         return "finished"
-    if _held(run):
+    if is_held(run.path / LOCK) or agent_is_here(run):  # a rank that outlived its launcher holds the lock as well
         return "running"
     if run.result() is not None:  # written since the first look, and the lock let go
         return "finished"
@@ -47,23 +50,6 @@ def state_of(run: RunDir) -> State:
     if ended is not None:
         return ended.state
     return "killed" if of_ranks(run.events, ".jsonl") or of_ranks(run.pulses, ".json") else "planned"
-
-
-def _held(run: RunDir) -> bool:
-    """Whether a launcher, or a rank that outlived it, holds the run's lock."""
-    try:
-        descriptor = os.open(run.path / LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise RunError(f"{run.path / LOCK} cannot be read: {error.strerror}", try_="another --run") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def sign(lock: int) -> str:

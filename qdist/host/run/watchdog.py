@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import msgspec
+
 from qdist.core.errors import RunError
 from qdist.core.telemetry.heartbeat import UNMEASURED, Heartbeat
 from qdist.core.text import format_duration
@@ -28,6 +30,39 @@ def read_pulses(run: RunDir) -> dict[int, Heartbeat]:
             continue
         found[pulse.rank] = pulse
     return found
+
+
+class PulseReader:
+    """Reads a run's heartbeats, with their times by the clock of this machine.
+
+    Clocks of nodes differ. A rank elsewhere was last heard of when its heartbeat was seen to change; at the first look,
+    when its file was written.
+    """
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._heard: dict[int, tuple[float, float]] = {}
+        """By rank: the time in its last heartbeat, and when that was heard here."""
+
+    def read(self, now: float) -> dict[int, Heartbeat]:
+        """The last heartbeat of each rank that has one. now: seconds since the epoch."""
+        here = socket.gethostname()
+        pulses = read_pulses(self._run)
+        return {rank: pulse if pulse.host == here else self._as_heard(pulse, now) for rank, pulse in pulses.items()}
+
+    def _as_heard(self, pulse: Heartbeat, now: float) -> Heartbeat:
+        before = self._heard.get(pulse.rank)
+        if before is None:
+            heard = min(now, self._written(pulse.rank, now))
+        else:
+            heard = before[1] if before[0] == pulse.time else now
+        self._heard[pulse.rank] = pulse.time, heard
+        return msgspec.structs.replace(pulse, time=heard, moved=heard - (pulse.time - pulse.moved))
+
+    def _written(self, rank: int, otherwise: float) -> float:
+        with contextlib.suppress(FileNotFoundError):
+            return self._run.pulse_file(rank).stat().st_mtime
+        return otherwise
 
 
 def process_of(pulse: Heartbeat, *, proc: Path = Path("/proc")) -> Process:
@@ -158,6 +193,7 @@ class Watchdog:
 
     def __init__(self, run: RunDir, after_s: float, *, ranks: int, launch: str) -> None:
         self._run, self._after_s, self._ranks, self._launch = run, after_s, frozenset(range(ranks)), launch
+        self._reader = PulseReader(run)
         self._awake, self._last = time.time(), 0.0
 
     def stuck(self) -> str:
@@ -169,7 +205,7 @@ class Watchdog:
             # It was away itself, with a suspended job or machine: the ranks may have been as well.
             self._awake = now
         self._last = now
-        pulses = {rank: pulse for rank, pulse in read_pulses(self._run).items() if pulse.launch == self._launch}
+        pulses = {rank: pulse for rank, pulse in self._reader.read(now).items() if pulse.launch == self._launch}
         if (never := sorted(self._ranks - pulses.keys())) and now - self._awake >= max(self._after_s, _START_S):
             return f"{_ranks(never)} gave no sign of life within {format_duration(now - self._awake)} of the start"
         found = troubles(pulses, now=now, after_s=self._after_s, since=self._awake)

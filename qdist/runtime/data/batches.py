@@ -109,7 +109,7 @@ class Samples:
 
         Packed, as many for each rank, of which some may be empty.
         """
-        plan, size = self.plan, self.plan.spec.global_batch
+        plan, size = self.plan, self.plan.spec.batch
         chosen = self.stream.take(step * size, size)
         if not plan.packed:
             return cut(chosen, plan.micro_batch)
@@ -192,7 +192,7 @@ class Samples:
 
     def _measured(self) -> Iterator[list[int]]:
         """Micro-batches of the first steps, which the sizes of all are chosen for."""
-        size = self.plan.spec.global_batch
+        size = self.plan.spec.batch
         for step in range(max(1, min(self.plan.steps, _MOST_MEASURED // size))):
             yield from self.step(step)
 
@@ -207,7 +207,7 @@ def read_samples(plan: Plan, *, pad_id: int) -> Samples:
 
 def _random_tokens(plan: Plan) -> TokenizedSet:
     """Full-length random samples, enough for 8 different steps, to try a model's shape without data."""
-    count, length = 8 * plan.spec.global_batch, plan.spec.seq_len
+    count, length = 8 * plan.spec.batch, plan.spec.seq_len
     tokens = torch.randint(
         0,
         plan.facts.vocab,

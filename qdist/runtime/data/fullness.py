@@ -26,7 +26,7 @@ def fullest(tokenized: TokenizedSet, stream: SampleStream, spec: RunSpec) -> tup
 
     stream: the samples to train on, as `stream_of` gives them.
     """
-    size = spec.global_batch
+    size = spec.batch
     order = _first(stream, spec, _MOST_SAMPLES)
     lengths, learned = tokenized.offsets.diff()[order], learned_of_each(tokenized)[order].long()
     return tuple(
@@ -42,9 +42,9 @@ def fills(tokenized: TokenizedSet, stream: SampleStream, spec: RunSpec) -> tuple
 
     stream: as for `fullest`.
     """
-    order = _first(stream, spec, min(_MOST_PACKED, _MOST_STEPS * spec.global_batch))
+    order = _first(stream, spec, min(_MOST_PACKED, _MOST_STEPS * spec.batch))
     lengths_of_all = tokenized.offsets.diff()
-    steps: list[list[int]] = lengths_of_all[order].view(-1, spec.global_batch).tolist()
+    steps: list[list[int]] = lengths_of_all[order].view(-1, spec.batch).tolist()
     seq_len = min(spec.seq_len, int(lengths_of_all.max()))
     mean, tokens = len(tokenized.tokens) / len(tokenized), sum(map(sum, steps)) / len(steps)
     found: list[Fill] = []
@@ -65,7 +65,7 @@ def row_fills(tokenized: TokenizedSet, stream: SampleStream, spec: RunSpec) -> t
 
     stream: as for `fullest`. Rows are as wide as they must be; few widths, where passes are captured, pad them further.
     """
-    size = spec.global_batch
+    size = spec.batch
     lengths = tokenized.offsets.diff()[_first(stream, spec, _MOST_SAMPLES)]
     tokens, positions = int(lengths.sum()), {each: _row_positions(lengths.view(-1, each)) for each in _divisors(size)}
     return tuple(
@@ -81,7 +81,7 @@ def _row_positions(lengths: torch.Tensor) -> int:
 
 def _first(stream: SampleStream, spec: RunSpec, most: int) -> torch.Tensor:
     """The samples of a run's first steps, in order: of as many whole steps as have `most` samples, at least one."""
-    size = spec.global_batch
+    size = spec.batch
     steps = spec.steps or math.ceil((spec.epochs or 1.0) * stream.epoch / size)
     count = size * max(1, min(steps, most // size))
     return torch.tensor(stream.take(0, count))

@@ -351,7 +351,7 @@ class Trainer:
     def _progress(self, step: int, *, optimizer_steps: int = 0) -> Progress:
         return Progress(
             step=step,
-            samples=step * self.plan.spec.global_batch,
+            samples=step * self.plan.spec.batch,
             optimizer_steps=optimizer_steps,
             loss_scale=self.scale.value,
             finite_steps=self.scale.finite_steps,
@@ -401,4 +401,4 @@ class Trainer:
         if self.comm.rank == 0:  # a killed run may have come no further than to write it
             checkpoint.prune(self.run, keep=self.plan.spec.train.keep, best=progress.best_step)
         self._report(Event(kind="resume", step=progress.step, total_steps=self.plan.steps))
-        return progress.samples // self.plan.spec.global_batch
+        return progress.samples // self.plan.spec.batch

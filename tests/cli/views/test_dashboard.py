@@ -14,6 +14,7 @@ from qdist.cli.views.plot import plot
 from qdist.core.telemetry.events import Event
 from qdist.core.telemetry.heartbeat import Heartbeat
 from qdist.core.telemetry.history import RunHistory
+from qdist.core.telemetry.nodes import NodeEvent, NodeMember, NodesNow, fold_nodes
 from qdist.core.telemetry.snapshot import Reading, Snapshot
 from qdist.core.text import GIB, MIB
 from tests.plans import CPU, machine, planned
@@ -61,6 +62,48 @@ def test_a_screen_fills_its_terminal_exactly(ranks: int, size: tuple[int, int], 
     lines = drawn(run_of(ranks, troubles=("rank 1 has been silent " * 9,)), *size, pane).splitlines()
     assert len(lines) == size[1]
     assert max(map(len, lines)) <= size[0]
+
+
+@pytest.mark.parametrize("pane", PANES)
+@pytest.mark.parametrize("nodes", [2, 3, 64])
+@pytest.mark.parametrize("size", [(80, 24), (200, 50), (40, 10), (20, 5), (1, 1)])
+def test_a_screen_of_several_nodes_fills_its_terminal_exactly(nodes: int, size: tuple[int, int], pane: Pane) -> None:
+    names = [f"qdist-{node}.qdist.default.svc.cluster.local" for node in range(nodes)]
+    logs = dict.fromkeys(range(nodes), ("one line\x1b[2J " * 30,) * 40)
+    snapshot = run_of(nodes, nodes=nodes_named(names), logs=logs, all_logs=True)
+    lines = drawn(snapshot, *size, pane).splitlines()
+    assert len(lines) == size[1]
+    assert max(map(len, lines)) <= size[0]
+
+
+def nodes_named(names: list[str]) -> NodesNow:
+    """A generation of these, a rank each, the last of which is lost."""
+    members = tuple(
+        NodeMember(node=node, name=name, address="10.0.0.1", ranks=(node,)) for node, name in enumerate(names)
+    )
+    seen = fold_nodes([
+        NodeEvent(kind="formed", time=900.0, generation=1, members=members),
+        NodeEvent(kind="lost", time=980.0, generation=1, name=names[-1], seconds=11.0),
+    ])  # fmt: skip
+    assert seen is not None
+    return seen
+
+
+def test_ranks_are_shown_by_node_and_those_of_a_lost_one_say_so() -> None:
+    lines = drawn(run_of(2, nodes=nodes_named(["left", "right"])), 120, 24, "ranks").splitlines()
+    assert "2 GPU ranks on 2 nodes" in lines[0]
+    (left,) = [line for line in lines if line.lstrip().startswith("left ")]
+    (right,) = [line for line in lines if line.lstrip().startswith("right ")]
+    assert "in forward and backward passes of step 13" in left
+    assert right.rstrip().endswith("its node is lost")
+    assert any(line.startswith("! right has not been heard of for 31 s") for line in lines)
+
+
+def test_logs_of_all_ranks_share_the_pane() -> None:
+    logs = {1: ("a", "b", "c"), 0: ("d", "e", "f")}
+    view = drawn(run_of(2, nodes=nodes_named(["left", "right"]), logs=logs, all_logs=True), 80, 14, "log")
+    shown = [line.rstrip() for line in view.splitlines() if line.startswith(("left rank", "right rank"))]
+    assert shown == ["left rank 0   e", "left rank 0   f", "right rank 1  b", "right rank 1  c"]
 
 
 def test_the_overview_of_a_run_on_gpus_has_its_figures() -> None:

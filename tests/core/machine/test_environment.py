@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from qdist.core.machine.environment import AGENT, FOREIGN, LAUNCH, for_children
+from qdist.core.nodes.job import TOKEN, TOKEN_FILE
 
 FOREIGNERS = [
     "PET_NNODES", "PET_NO_PYTHON", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE", "ACCELERATE_MIXED_PRECISION",
@@ -18,6 +19,11 @@ OURS = ["NCCL_NVLS_ENABLE", "CUDA_VISIBLE_DEVICES", "HF_HOME", "MY_RANK", "RANKE
 @pytest.mark.parametrize("name", [*FOREIGNERS, LAUNCH, AGENT])
 def test_what_another_launcher_said_is_left_out(name: str) -> None:
     assert name not in for_children({name: "2", "PATH": "/bin"})
+
+
+@pytest.mark.parametrize("name", [TOKEN, TOKEN_FILE])
+def test_no_rank_is_told_the_token_of_its_run(name: str) -> None:
+    assert name not in for_children({name: "0123456789abcdef"})
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -31,7 +31,7 @@ MODELS = ["llama-7b", "llama-65b", "llama3-8b", "bloom-7b1", "opt-6.7b", "pythia
 
 def check(plan: Plan, cluster: Cluster) -> None:
     """What must hold of any plan."""
-    assert plan.micro_batch * plan.gradient_accumulation * plan.data_parallel == plan.spec.global_batch
+    assert plan.micro_batch * plan.gradient_accumulation * plan.data_parallel == plan.spec.batch
     assert [rank.rank for rank in plan.ranks] == list(range(plan.world_size))
     size = plan.gpus_per_group
     if plan.schedule == "sequential":

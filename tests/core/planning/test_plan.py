@@ -8,8 +8,9 @@ import pytest
 
 from qdist.core.errors import PlanError, QdistError, SpecError
 from qdist.core.machine.calibration import Correction
-from qdist.core.machine.cluster import Cluster, Gpu, hypothetical, joined
+from qdist.core.machine.cluster import Cluster, Gpu, Machine, hypothetical, joined
 from qdist.core.planning.memory import Share, TrainingShape, budget, sizes
+from qdist.core.planning.network import ASSUMED
 from qdist.core.planning.plan import DataFacts, Plan, Start, digest
 from qdist.core.planning.planner import USABLE_SHARE
 from qdist.core.planning.process_memory import CUDA_CONTEXT_BYTES, graph_bytes
@@ -65,7 +66,7 @@ def test_every_plan_keeps_the_global_batch_and_its_place_in_memory(
     model: str, cards: int, gib: float, settings: dict[str, Any], _: object
 ) -> None:
     plan = planned(model, gpus(cards, gib) if cards else CPU, settings)
-    assert plan.micro_batch * plan.gradient_accumulation * plan.world_size == plan.spec.global_batch
+    assert plan.micro_batch * plan.gradient_accumulation * plan.world_size == plan.spec.batch
     assert [rank.rank for rank in plan.ranks] == list(range(plan.world_size))
     assert [rank.gpus for rank in plan.ranks] == [(rank,) if cards else () for rank in range(plan.world_size)]
     if cards:
@@ -403,6 +404,7 @@ def test_the_digest_changes_with_every_field() -> None:
         "layer_map": (0, 1), "offloaded_layers": (1,), "alternatives": (), "correction": Correction(speed=0.5),
         "liger": not plan.liger, "recurrence": "fla", "start": Start(path="an adapter", digest="ab"),
         "ranks": plan.ranks[:1], "notes": ("a note",), "fill": None,
+        "nodes": (Machine(name="a", gpus=2),), "network": ASSUMED,
     }  # fmt: skip
     fields = [field.name for field in msgspec.structs.fields(Plan)]
     other |= {name: getattr(plan, name) + 1 for name in fields if name not in other}

@@ -81,7 +81,7 @@ def test_a_policy_is_of_the_stage_and_offload_in_its_name(name: str) -> None:
 def test_deepspeed_gets_the_plans_batches(name: str) -> None:
     plan = for_policy(name)
     config = deepspeed_config(plan, {})
-    assert config["train_batch_size"] == plan.spec.global_batch
+    assert config["train_batch_size"] == plan.spec.batch
     assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 2 == 16
 
 

@@ -22,6 +22,8 @@ from qdist.core.text import counted
 
 OPEN: Change = {"placement": None, "gpus_per_group": None, "split.schedule": None, "split.offload_layers": None}
 """Change that leaves the layout to the planner."""
+MOST_SPANNING = 64
+"""Largest groups over several nodes that are tried unless a size is named."""
 _UNITS = {"cuda": "GPU", "cpu": "CPU rank"}
 
 
@@ -51,10 +53,11 @@ class Wanted(NamedTuple):
         return [self.total] if self.named else divisors_of(self.total)
 
     def _sizes_over_nodes(self) -> list[int]:
-        """Those that divide every node, then those that leave some of a node's idle, then those that span nodes."""
-        evenly = divisors_of(gcd(*self.nodes))
-        within = evenly[-1:] if self.named and evenly else list(range(2, min(self.nodes) + 1))
-        spanning = [size for size in divisors_of(self.total) if size not in within and size not in evenly]
+        """Those that divide every node, those that leave GPUs of some node idle, and those that span nodes."""
+        evenly, least = divisors_of(gcd(*self.nodes)), min(self.nodes)
+        of_some = {size for count in set(self.nodes) for size in divisors_of(count) if size <= least}
+        within = evenly[-1:] if self.named and evenly else sorted(of_some)
+        spanning = [size for size in divisors_of(self.total) if size <= MOST_SPANNING and size not in of_some]
         return [*within, *spanning]
 
     def groups_of(self, size: int) -> int:
