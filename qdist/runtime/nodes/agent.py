@@ -24,7 +24,7 @@ from qdist.core.telemetry.nodes import NodeEvent, NodeMember
 from qdist.core.text import format_duration
 from qdist.host.children import end_with_parent
 from qdist.host.files import locked
-from qdist.host.nodes.presence import lock_of
+from qdist.host.run.presence import lock_of
 from qdist.host.run.rundir import Ended, RunDir
 from qdist.host.run.state import note
 from qdist.runtime.nodes.agreeing import Agreed, Agreement, Memory, Waiting

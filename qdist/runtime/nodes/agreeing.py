@@ -10,7 +10,7 @@ import msgspec
 
 from qdist.core.errors import PlanError, QdistError, RunError, SpecError
 from qdist.core.machine.cluster import Cluster, joined
-from qdist.core.nodes.agreement import require_agreement, require_same_prepared
+from qdist.core.nodes.agreement import require_agreement, require_one_run, require_same_prepared
 from qdist.core.nodes.facts import NodeFacts, PreparedFacts, Verdict, Written
 from qdist.core.nodes.job import NodeJob
 from qdist.core.nodes.membership import why_waiting
@@ -21,7 +21,8 @@ from qdist.host.files import write_atomic
 from qdist.host.launch import prepare
 from qdist.host.launch.claim import clear, write_files
 from qdist.host.nodes.facts import RUN_ID, facts_here
-from qdist.host.nodes.mirror import fetch_checkpoint, send_checkpoint
+from qdist.host.nodes.checkpoints import fetch_checkpoint, send_checkpoint
+from qdist.host.nodes.mirror import send_history
 from qdist.host.nodes.network import measured_network
 from qdist.host.run.rundir import PLAN, RESULT, RunDir
 from qdist.runtime.nodes.board import Board
@@ -141,6 +142,7 @@ class Agreement:
                     files.put(name, (self._run.path / name).read_bytes())
             if verdict.step is not None:
                 send_checkpoint(files, self._run, verdict.step)
+            send_history(files, self._run)
             self._board.put("brought", True)
         if verdict.source is not None:
             self._board.take("brought", bool)
@@ -234,7 +236,7 @@ def judged(facts: Mapping[int, NodeFacts], leader: int, job: NodeJob, run: RunDi
     going = any(each.active for each in everyone)
     try:
         require_one_run(holders, going=going, resume=job.resume, run=str(run.path))
-        require_agreement(everyone, needed_bytes=0, cache_bytes=0)
+        require_agreement(everyone)
         newest = max(holders, key=lambda each: (max(each.steps, default=-1), each.node == leader), default=None)
         spec = "" if newest else msgspec.json.encode(_own_run(resolve(job.settings), run)).decode()
     except QdistError as error:
@@ -254,23 +256,6 @@ def judged(facts: Mapping[int, NodeFacts], leader: int, job: NodeJob, run: RunDi
 
 def _own_run(spec: RunSpec, run: RunDir) -> RunSpec:
     return msgspec.structs.replace(spec, run=str(run.path))
-
-
-def require_one_run(holders: Sequence[NodeFacts], *, going: bool, resume: bool, run: str) -> None:
-    """Raise RunError where nodes hold different runs, or one that nobody has said to go on with."""
-    if not holders:
-        if resume and not going:
-            raise RunError(f"no node has a run in {run} to go on with", try_="leave --resume out")
-        return
-    first = holders[0]
-    if other := next((each for each in holders if each.run_id != first.run_id), None):
-        raise RunError(
-            f"{run} on {other.name} holds another run (of id {other.run_id[:8]}) than on {first.name} "
-            f"({first.run_id[:8]})",
-            try_=f"another --run, or move that of {other.name} away",
-        )
-    if not going and not resume:
-        raise RunError(f"{run} on {first.name} holds a run", try_=f"{resuming(Path(run))}, or another --run")
 
 
 def _cluster(members: Sequence[int], facts: Mapping[int, NodeFacts]) -> Cluster:

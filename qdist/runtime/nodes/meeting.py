@@ -18,7 +18,7 @@ from qdist.core.nodes.job import NodeJob
 from qdist.core.text import format_duration
 from qdist.host.nodes.door import Door, WrongToken, connect
 from qdist.host.nodes.gate import Gate
-from qdist.host.nodes.mirror import Files
+from qdist.host.nodes.remote import Files
 from qdist.host.run.rundir import Ended
 from qdist.runtime.nodes.beats import CLOCK, Beats
 
