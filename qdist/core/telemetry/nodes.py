@@ -124,12 +124,12 @@ def _formed(seen: NodesNow, event: NodeEvent) -> NodesNow:
         return seen
     generation = Generation(event.generation, event.time, event.step, event.members)
     names = {member.name for member in event.members}
-    back = {one: one._replace(back=generation) for one in seen.missing if one.name in names}
-    paused_s = 0.0 if seen.since is None else max(0.0, event.time - seen.since)
+    back = {(one.name, one.time) for one in seen.missing if one.name in names}
+    paused_s = max(0.0, event.time - seen.since) if seen.generations and seen.since is not None else 0.0
     return seen._replace(
         generations=(*seen.generations, generation),
-        absences=tuple(back.get(one, one) for one in seen.absences),
-        missing=tuple(one for one in seen.missing if one not in back),
+        absences=tuple(one._replace(back=generation) if (one.name, one.time) in back else one for one in seen.absences),
+        missing=tuple(one for one in seen.missing if one.name not in names),
         waiting="",
         returning="",
         paused_s=seen.paused_s + paused_s,
@@ -156,11 +156,13 @@ def _lost(seen: NodesNow, event: NodeEvent) -> NodesNow:
 
 
 def _waiting(seen: NodesNow, event: NodeEvent) -> NodesNow:
-    if _is_stale(seen, event):
+    of_next_launch = seen.ended and not event.generation
+    if _is_stale(seen, event) and not of_next_launch:
         return seen
     names = first_few([one.name for one in seen.missing])
     why = f"too few nodes are left: waiting for {names or 'others'}"
-    return seen._replace(waiting=event.note or why, since=event.time if seen.since is None else seen.since)
+    since = event.time if seen.since is None else seen.since
+    return seen._replace(waiting=event.note or why, since=since, ended="")
 
 
 def _returned(seen: NodesNow, event: NodeEvent) -> NodesNow:
