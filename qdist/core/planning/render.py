@@ -77,12 +77,8 @@ small for the next tensor of the same size, and the heap grows instead. SmolLM2'
 set of a rank: 1,331 MiB with the cache, 835 without; at 8, 1,457 and 1,285; no slower (23.5 and 24.1 s of CPU time)."""
 
 
-def launch_script(plan: Plan, *, python: str, evaluates: bool = False) -> str:
-    """The shell script that starts the ranks; it finds its run directory beside itself.
-
-    python: the interpreter of the environment that planned the run. evaluates: instead of training.
-    """
-    agent = f'-P -m qdist.host.launch.agent {plan.world_size} "$run" --digest {digest(plan)}'
+def rank_environment(plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
+    """Variables of every rank; and those that hold unless the environment says otherwise."""
     exports = {
         "OMP_NUM_THREADS": str(plan.threads_per_rank),
         "TOKENIZERS_PARALLELISM": "false",
@@ -94,10 +90,19 @@ def launch_script(plan: Plan, *, python: str, evaluates: bool = False) -> str:
     else:
         # NVML numbers cards by bus, CUDA fastest first unless told; the plan speaks NVML.
         exports |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    # Unless the environment says otherwise.
     usual = {CHANNELS: str(STAGE_CHANNELS)} if layout_of(plan).stages > 1 else {}
     if plan.device == "cpu":
         usual |= {"OMP_WAIT_POLICY": PASSIVE, "GLIBC_TUNABLES": COALESCE}
+    return exports, usual
+
+
+def launch_script(plan: Plan, *, python: str, evaluates: bool = False) -> str:
+    """The shell script that starts the ranks; it finds its run directory beside itself.
+
+    python: the interpreter of the environment that planned the run. evaluates: instead of training.
+    """
+    agent = f'-P -m qdist.host.launch.agent {plan.world_size} "$run" --digest {digest(plan)}'
+    exports, usual = rank_environment(plan)
     lines = [
         "#!/bin/sh",
         f"# {' '.join(plan.spec.model.split())}: {plan.world_size} {plan.device} rank(s), written by qdist",

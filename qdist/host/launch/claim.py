@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -51,12 +51,12 @@ def claimed(job: Launch) -> Iterator[Claim]:
             busy = f"{job.run.path} is being trained by another process"
             lock = stack.enter_context(locked(job.run.path / LOCK, busy=busy))
             _look_again(job)
-            _clear(job.run)
+            clear(job.run)
             (job.run.path / RESULT).unlink(
                 missing_ok=True
             )  # of a run that goes on; before its plan tells of more steps
             launch = sign(lock)
-            _write_files(job)
+            write_files(job.run, job.files)
         except OSError as error:
             if created:
                 shutil.rmtree(job.run.path, ignore_errors=True)
@@ -67,7 +67,7 @@ def claimed(job: Launch) -> Iterator[Claim]:
 def tidy(run: RunDir) -> None:
     """Remove what a killed launch left in a run that has ended; does nothing if the run is locked or read-only."""
     with contextlib.suppress(RunError, OSError), locked(run.path / LOCK, busy="held"):
-        _clear(run)
+        clear(run)
 
 
 def write(job: Launch) -> RunDir:
@@ -109,7 +109,7 @@ def _look_again(job: Launch) -> None:
         raise RunError(f"another launch has gone on with {run.path} meanwhile", try_=resuming(run.path))
 
 
-def _clear(run: RunDir) -> None:
+def clear(run: RunDir) -> None:
     """Remove the record of how an earlier launch ended, and files that a kill left half-written."""
     for leftover in (STOP, ENDED):
         (run.path / leftover).unlink(missing_ok=True)
@@ -121,9 +121,9 @@ def _clear(run: RunDir) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_files(job: Launch) -> None:
-    """Write the run's files, the plan last: a directory without a plan is not a run."""
-    for folder in (job.run.events, job.run.logs, job.run.checkpoints):
+def write_files(run: RunDir, files: Mapping[str, str]) -> None:
+    """Write a run's files, the plan last: a directory without a plan is not a run."""
+    for folder in (run.events, run.logs, run.checkpoints):
         folder.mkdir(exist_ok=True)
-    for name, text in job.files.items():
-        write_atomic(job.run.path / name, text)
+    for name, text in files.items():
+        write_atomic(run.path / name, text)

@@ -97,7 +97,7 @@ class Preview(NamedTuple):
     """Whether the plan's step count is exact: epochs cannot be counted over data on a hub."""
 
 
-class _Asked(NamedTuple):
+class Asked(NamedTuple):
     """One launch: the request, and the machine it is planned for, probed once."""
 
     run: RunDir
@@ -112,7 +112,7 @@ def prepare(spec: RunSpec) -> Launch:
 
     Raises SpecError, ModelError, DataError or PlanError for what the user can put right.
     """
-    return _prepared(_new_run(spec))
+    return _prepared(new_run(spec))
 
 
 def preview(spec: RunSpec) -> Preview:
@@ -122,22 +122,22 @@ def preview(spec: RunSpec) -> Preview:
 
     Raises as `prepare` does.
     """
-    asked = _new_run(spec)
+    asked = new_run(spec)
     spec = asked.spec
     if spec.load_format == "dummy":
-        return Preview(asked.run, _job(asked, _synthetic(spec)))
+        return Preview(asked.run, job_of(asked, _synthetic(spec)))
     found = _surveyed(asked)
     before = cache.remembered(spec, found.folder) if found.folder else None
     records = None if before else counted(spec)
     work = (*found.work, *tokenizing(spec, records, before))
     if before:
-        return Preview(asked.run, _job(asked, before), work)
+        return Preview(asked.run, job_of(asked, before), work)
     if found.facts is None or found.source is None:
         return Preview(asked.run, None, work)
     data = None if records is None else expected(spec, found.facts, records)
     known = data is not None or spec.steps is not None
     estimate = Prepared(source=found.source, data=data, notes=_estimate_notes(spec, found, data))
-    return Preview(asked.run, _job(asked if known else _one_step(asked), estimate), work, known)
+    return Preview(asked.run, job_of(asked if known else _one_step(asked), estimate), work, known)
 
 
 def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Launch:
@@ -148,30 +148,35 @@ def prepare_resume(run: RunDir, changes: Mapping[str, Any]) -> Launch:
     changes: settings given again, nested. Raises SpecError when one of them would make it another run, RunError when
     its model or data are others now, or it has done its steps.
     """
-    return _prepared(_resumed(run, changes))
+    return _prepared(resumed(run, changes))
 
 
 def preview_resume(run: RunDir, changes: Mapping[str, Any]) -> Preview:
     """What `prepare_resume` would do; see `preview`."""
-    asked = _resumed(run, changes)
+    asked = resumed(run, changes)
     kept = _kept(asked)
     if kept is not None:
-        return Preview(run, _job(asked, kept))
+        return Preview(run, job_of(asked, kept))
     found, before = _surveyed(asked), _of(run.plan())
     tokenized = before if before.data and os.path.exists(before.data.path) else None
     work = (*found.work, *tokenizing(asked.spec, None, tokenized))
-    return Preview(run, _job(asked, before), work)
+    return Preview(run, job_of(asked, before), work)
 
 
-def _prepared(asked: _Asked) -> Launch:
+def _prepared(asked: Asked) -> Launch:
     """The common part of both kinds of launch: reuse what is prepared, make the rest, and plan all of it."""
+    return job_of(asked, prepared_for(asked))
+
+
+def prepared_for(asked: Asked) -> Prepared:
+    """What a launch needs first: what is prepared already, or made now. Raises as `prepare` does."""
     refuse_unwritable(asked.run, probe=True)
     if asked.old is None and asked.spec.load_format == "dummy":
-        return _job(asked, _synthetic(asked.spec))
-    return _job(asked, _kept(asked) or _made(asked))
+        return _synthetic(asked.spec)
+    return _kept(asked) or _made(asked)
 
 
-def _kept(asked: _Asked) -> Prepared | None:
+def _kept(asked: Asked) -> Prepared | None:
     """What a resumed run was prepared from, if it is complete and unchanged. Raises RunError if it is not."""
     old = asked.old
     if old is None:
@@ -184,7 +189,7 @@ def _kept(asked: _Asked) -> Prepared | None:
     return before
 
 
-def _made(asked: _Asked) -> Prepared:
+def _made(asked: Asked) -> Prepared:
     """Convert, repair, tokenize and pack in a child process. Raises RunError if a resumed run would get other data."""
     found = _surveyed(asked)
     refuse_unwritable_cache(probe=True)
@@ -218,8 +223,11 @@ def _of(old: Plan) -> Prepared:
     return Prepared(source=old.source, data=old.data, notes=_changed_since(old))
 
 
-def _new_run(spec: RunSpec) -> _Asked:
-    """A new run, whose directory need not exist yet. Raises RunError if there is something in the way."""
+def new_run(spec: RunSpec, here: Cluster | None = None) -> Asked:
+    """A new run, whose directory need not exist yet. Raises RunError if there is something in the way.
+
+    here: what it is planned for; by default this machine.
+    """
     if not spec.model:
         raise SpecError("no model was named", try_="--model smollm2-135m")
     spec = msgspec.structs.replace(spec, data=stdin.kept(spec.data))
@@ -230,11 +238,11 @@ def _new_run(spec: RunSpec) -> _Asked:
     refuse_tasks(spec)
     if spec.adapter:
         find_adapter(spec.adapter)
-    return _Asked(run, spec, probe.cluster())
+    return Asked(run, spec, here or probe.cluster())
 
 
-def _resumed(run: RunDir, changes: Mapping[str, Any]) -> _Asked:
-    """The rest of an existing run."""
+def resumed(run: RunDir, changes: Mapping[str, Any], here: Cluster | None = None) -> Asked:
+    """The rest of an existing run. here: what it is planned for; by default this machine."""
     old = run.plan()
     before = msgspec.to_builtins(old.spec)
     if "steps" in changes or "epochs" in changes:  # two ways to say how long: the newer one counts
@@ -251,7 +259,7 @@ def _resumed(run: RunDir, changes: Mapping[str, Any]) -> _Asked:
     refuse_unwritable(run)
     refuse_missing(spec.trackers)
     refuse_tasks(spec)
-    return _Asked(run, spec, probe.cluster(), old)
+    return Asked(run, spec, here or probe.cluster(), old)
 
 
 def _changed_since(old: Plan) -> tuple[str, ...]:
@@ -267,7 +275,8 @@ def _changed_since(old: Plan) -> tuple[str, ...]:
     )
 
 
-def _job(asked: _Asked, prepared: Prepared) -> Launch:
+def job_of(asked: Asked, prepared: Prepared) -> Launch:
+    """The planned run and its files. Raises as `prepare` does."""
     run, spec, here, old = asked
     facts = facts_of(prepared.source.config, name=spec.model, code=prepared.source.own_code)
     plan = _started(asked, _planned(asked, prepared.source, facts, prepared.data))
@@ -289,7 +298,7 @@ def _job(asked: _Asked, prepared: Prepared) -> Launch:
     return Launch(run, plan, files, prepared.notes + notes, stem, resumes)
 
 
-def _started(asked: _Asked, plan: Plan) -> Plan:
+def _started(asked: Asked, plan: Plan) -> Plan:
     """The plan with the adapter it starts from. Raises RunError if that is gone or no steps are left."""
     run, old = asked.run, asked.old
     if old is None:
@@ -300,7 +309,7 @@ def _started(asked: _Asked, plan: Plan) -> Plan:
     return msgspec.structs.replace(plan, start=old.start)
 
 
-def _surveyed(asked: _Asked) -> Survey:
+def _surveyed(asked: Asked) -> Survey:
     """What exists of a run's model, once all errors visible in the recipe and the file system have been raised."""
     spec = asked.spec
     if not spec.data.path:
@@ -316,7 +325,7 @@ def _surveyed(asked: _Asked) -> Survey:
     return found
 
 
-def _rehearse(asked: _Asked, found: Survey) -> None:
+def _rehearse(asked: Asked, found: Survey) -> None:
     """Plan with the shortest possible data, so that impossible runs fail before a download or conversion."""
     if found.source is None or found.facts is None:
         return
@@ -338,11 +347,11 @@ def _estimate_notes(spec: RunSpec, found: Survey, data: DataFacts | None) -> tup
     return tuple(filter(None, (found.note, *left_out, open_)))
 
 
-def _one_step(asked: _Asked) -> _Asked:
+def _one_step(asked: Asked) -> Asked:
     return asked._replace(spec=msgspec.structs.replace(asked.spec, steps=1, epochs=None))
 
 
-def _planned(asked: _Asked, source: Source, facts: ModelFacts, data: DataFacts | None) -> Plan:
+def _planned(asked: Asked, source: Source, facts: ModelFacts, data: DataFacts | None) -> Plan:
     """The plan for this machine, corrected by what earlier runs here have taught."""
     spec, here = asked.spec, asked.here
     return make_plan(

@@ -85,10 +85,10 @@ def is_running(pid_file: str) -> bool:
 
 def test_the_rehearsal_knows_what_runs_here_have_taught(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = resolve({"model": "llama-7b", "data": "demo", "placement": "replicate"})
-    prepare._rehearse(prepare._Asked(RunDir("run"), wanted, hypothetical(1, 24 * GIB)), survey(wanted))
+    prepare._rehearse(prepare.Asked(RunDir("run"), wanted, hypothetical(1, 24 * GIB)), survey(wanted))
     monkeypatch.setattr(calibration, "correction_for", lambda *_, **__: Correction(context_bytes=23 * GIB))
     with pytest.raises(PlanError, match="llama-7b at 4 bits needs"):
-        prepare._rehearse(prepare._Asked(RunDir("run"), wanted, hypothetical(1, 24 * GIB)), survey(wanted))
+        prepare._rehearse(prepare.Asked(RunDir("run"), wanted, hypothetical(1, 24 * GIB)), survey(wanted))
 
 
 def test_preparing_random_weights_writes_nothing(here: Path) -> None:
