@@ -1,6 +1,6 @@
 """What happens to a run's nodes: lines of `RUN/nodes.jsonl`, which every node keeps, and what they come to."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -124,6 +124,7 @@ def _formed(seen: NodesNow, event: NodeEvent) -> NodesNow:
         return seen
     generation = Generation(event.generation, event.time, event.step, event.members)
     names = {member.name for member in event.members}
+    seen = _with_unnoted_losses(seen, names, event.time)
     back = {(one.name, one.time) for one in seen.missing if one.name in names}
     paused_s = max(0.0, event.time - seen.since) if seen.generations and seen.since is not None else 0.0
     return seen._replace(
@@ -136,6 +137,14 @@ def _formed(seen: NodesNow, event: NodeEvent) -> NodesNow:
         ended="",
         since=None,
     )
+
+
+def _with_unnoted_losses(seen: NodesNow, names: Set[str], time: float) -> NodesNow:
+    """Count members that are not in the next generation as lost: the node that should have noted it may be the one."""
+    known = {one.name for one in seen.missing}
+    gone = [member.name for member in seen.members if member.name not in names | known] if not seen.ended else []
+    absences = tuple(Absence(name, time, 0.0) for name in gone)
+    return seen._replace(absences=seen.absences + absences, missing=seen.missing + absences)
 
 
 def _is_told_again(known: Generation, event: NodeEvent) -> bool:

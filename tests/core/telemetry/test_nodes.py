@@ -93,6 +93,13 @@ def test_a_generation_that_several_nodes_note_counts_once() -> None:
     assert folded(*REGROWN[:3], LOST, msgspec.structs.replace(REGROWN[2], time=228.0)) == folded(*REGROWN[:3])
 
 
+def test_a_node_whose_loss_nobody_noted_is_missing_all_the_same() -> None:
+    """On a shared disk the first node writes the events: none that it is gone."""
+    seen = folded(formed("abc"), formed("bc", generation=2, time=230.0, step=40))
+    assert nodes_in_words(seen, 250.0) == ["a has not been heard of for 20 s: the run goes on with b, c"]
+    assert generations_in_words(seen, history()).startswith("2 generations; a lost at step 45; ")
+
+
 def test_a_node_that_is_back_may_be_told_without_its_name() -> None:
     back = told("returned", generation=2, note="another node is there: the run saves, and goes on with it")
     assert nodes_in_words(folded(*REGROWN[:3], back), 320.0) == [back.note]
