@@ -143,7 +143,7 @@ def slurm_script(template: str, job: SubmittedRun, own: Slurm) -> str:
         "options": "\n".join(f"#SBATCH {_directive(option)}" for option in options),
         "warning_s": str(WARNING_S),
         "run": named,
-        "start": shlex.join(job.started_as(job.recipe)),
+        "start": " ".join(map(_in_array, job.started_as(job.recipe))),
         "setup": own.setup,
         "srun": "".join(f" {word}" for word in srun),
         "program": shlex.join(own.program),
@@ -243,6 +243,11 @@ def _filled(template: str, values: Mapping[str, str]) -> str:
 
 def _indented(lines: Sequence[str], spaces: int) -> str:
     return "\n".join(" " * spaces + line for line in lines)
+
+
+def _in_array(word: str) -> str:
+    """A word of a shell's array, where a bare comma looks like a mistake to shellcheck (SC2054)."""
+    return f"'{word}'" if "," in word and shlex.quote(word) == word else shlex.quote(word)
 
 
 def _directive(option: str) -> str:
