@@ -336,12 +336,12 @@ class Bed:
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", keys / name], check=True)
 
 
-def wait_for(found: Callable[[], T], *, seconds: float) -> T:
-    """The first answer that is true; TimeoutError where there is none in time."""
+def wait_for(found: Callable[[], T], *, seconds: float, what: str) -> T:
+    """The first answer that is true; TimeoutError, saying what was waited for, where there is none in time."""
     end = time.monotonic() + seconds
     while not (answer := found()):
         if time.monotonic() > end:
-            raise TimeoutError(f"nothing for {seconds:g} s")
+            raise TimeoutError(f"no {what.removeprefix('a ').removeprefix('an ')} within {seconds:g} s")
         time.sleep(0.05)
     return answer
 
