@@ -3,7 +3,6 @@
 import fcntl
 import os
 import stat
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,7 +165,7 @@ def _put(wire: Wire, ask: Ask, place: Path) -> None:
         with replacing(place) as (descriptor, _), open(descriptor, "wb", closefd=False) as file:
             file.writelines(wire.blocks())
     elif ask.size <= MOST_BYTES:
-        beside = place.with_name(f".{place.name}.{threading.get_ident()}")
+        beside = place.with_suffix(".new")  # the same each time: none are left by kills
         beside.write_bytes(b"".join(wire.blocks()))
         os.replace(beside, place)
     else:

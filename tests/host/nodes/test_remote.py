@@ -158,43 +158,32 @@ def test_a_sender_that_ends_in_the_middle_leaves_nothing_behind(gate: Gate, run:
     assert (run / "plan.json").read_text() == "{}"
 
 
-SERVER = """
-import sys
-from pathlib import Path
-from qdist.host.nodes.gate import Gate
-with Gate(("127.0.0.1", 0), sys.argv[2], store=None, folder=Path(sys.argv[1])) as gate:
-    print(gate.port, flush=True)
-    sys.stdin.read()
-"""
-
-
-def write_for_ever(files: Files, size: int, large: Path) -> None:
-    while True:
-        size = files.append("events/rank001.jsonl", size, (b"l" * 999 + b"\n") * 50)
-        files.put("file", large)
-
-
-def test_a_gate_that_is_killed_while_it_writes_leaves_the_old_file_or_the_new(run: Path, tmp_path: Path) -> None:
-    draw, large = random.Random(11), tmp_path / "large"
-    large.write_bytes(b"new" * 3_000_000)
-    (run / "file").write_bytes(b"old")
-    for _ in range(6):
-        with subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(run), TOKEN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as server:
+def test_a_gate_killed_while_it_writes_leaves_the_old_file_or_the_new(run: Path) -> None:
+    """Killed before every access to a file, from the first to the last."""
+    script, number, killed = Path(__file__).with_name("killed.py"), 0, True
+    while killed:
+        number += 1
+        (run / "file").write_bytes(b"old")
+        (run / "events" / "rank001.jsonl").write_bytes(b"one\nha")
+        words = (sys.executable, str(script), "serve", str(run), str(number))
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
             assert server.stdout
-            files = Files((HERE, int(server.stdout.readline())), TOKEN)
-            size = files.append("events/rank001.jsonl", -1, b"")
-            timer = subprocess.Popen(["sh", "-c", f"sleep {draw.random() * 0.03:.4f}; kill -9 {server.pid}"])
-            with pytest.raises(RunError):
-                write_for_ever(files, size, large)
-            assert timer.wait() == 0
-            assert server.wait() == -signal.SIGKILL
-            files.close()
-        assert (run / "file").stat().st_size in (3, 9_000_000)
-    with Gate((HERE, 0), TOKEN, store=None, folder=run) as gate:
-        files = Files((HERE, gate.port), TOKEN)
-        assert files.append("events/rank001.jsonl", -1, b"") % 1000 == 0
-        files.put("file", b"x")
+            killed = is_lost(Files((HERE, int(server.stdout.readline())), TOKEN))
+        assert server.returncode == (-signal.SIGKILL if killed else 0)
+        assert (run / "file").read_bytes() in (b"old", b"new file")
+        assert (run / "events" / "rank001.jsonl").read_bytes() in (b"one\nha", b"one\n", b"one\ntwo\n")
+    assert number > 3
+    assert sorted(path.name for path in run.iterdir() if path.is_file()) == ["file", "plan.json"], "no remains"
+    assert (run / "file").read_bytes() == b"new file"
+
+
+def is_lost(files: Files) -> bool:
+    """Whether the gate was killed while it was written to."""
+    try:
+        files.put("file", b"new file")
+        files.append("events/rank001.jsonl", 4, b"two\n")
+    except RunError:
+        return True
+    finally:
         files.close()
-    assert sorted(path.name for path in run.iterdir() if path.is_file()) == ["file", "plan.json"], "and no remains"
+    return False
