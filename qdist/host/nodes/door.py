@@ -157,12 +157,13 @@ def owner_of(sock: socket.socket, *, tables: Sequence[Path] = _PROC) -> int | No
     digits. A connection that torch makes is in that of IPv6, with mapped addresses.
     """
     peer, own = sock.getpeername(), sock.getsockname()
-    both = [[_kernels(prefix, *end) for end in (peer, own)] + ["01"] for prefix in (b"", _MAPPED)]
-    for table in tables:
-        for line in table.read_text().splitlines()[1:] if table.exists() else ():
-            fields = line.split()
-            if fields[1:4] in both:
-                return int(fields[7])
+    for table in (*tables, *tables):  # a line may be passed over while the table changes
+        content = table.read_text() if table.exists() else ""
+        for prefix in (b"", _MAPPED):
+            ends = f": {_kernels(prefix, *peer)} {_kernels(prefix, *own)} 01 "
+            _, found, rest = content.partition(ends)
+            if found:
+                return int(rest.split(maxsplit=4)[3])
     return None
 
 
