@@ -18,10 +18,9 @@ from qdist.host.files import replace_folder, write_atomic
 from qdist.host.nodes.checkpoints import fetch_checkpoint, send_checkpoint
 from qdist.host.nodes.remote import Files, Missing, Refused
 from qdist.host.nodes.serving import add, opened_to_append, place_in
-from qdist.host.run.rundir import RESULT, RunDir
+from qdist.host.run.rundir import NODES, RESULT, RunDir
 
 __all__ = ["Files", "Mirror", "fetch_checkpoint", "send_checkpoint", "send_history"]
-NODES = "nodes.jsonl"
 EVERY_S = 1.0
 _LAST_S = 10.0
 """Seconds that `Mirror.stop` waits for the last round."""

@@ -19,12 +19,12 @@ from typing import Any
 import msgspec
 
 from qdist.core.errors import QdistError, RunError
-from qdist.core.nodes.job import STOPPED, AgentLine, NodeJob
+from qdist.core.nodes.job import STILL_THERE, STOPPED, AgentLine, NodeJob
 from qdist.core.telemetry.nodes import NodeEvent, NodeMember
 from qdist.core.text import format_duration
 from qdist.host.children import end_with_parent
 from qdist.host.files import locked
-from qdist.host.run.presence import lock_of
+from qdist.host.run.presence import is_held, lock_of
 from qdist.host.run.rundir import Ended, RunDir
 from qdist.host.run.state import note
 from qdist.runtime.nodes.agreeing import Agreed, Agreement, Memory, Waiting
@@ -58,8 +58,10 @@ class Agent:
     def work(self) -> int:
         """Take part to the end; the exit code."""
         require_folder(self._run.path)
-        busy = f"an agent of {self._job.name} is at work in {self._run.path} already"
-        with locked(lock_of(self._run, self._job.node), busy=busy):
+        lock = lock_of(self._run, self._job.node)
+        if is_held(lock):
+            return STILL_THERE
+        with locked(lock, busy=f"an agent of {self._job.name} is at work in {self._run.path} already"):
             try:
                 return self._meetings()
             except QdistError as error:
@@ -142,7 +144,7 @@ class Agent:
         """Note that a generation begins."""
         verdict = agreed.verdict
         self._memory = Memory(verdict.generation, verdict.members, active=True, prepared=agreed.prepared)
-        self._teller.writes = agreed.leads or agreed.keeps
+        self._teller.writes = agreed.leads
         if agreed.leads:
             meeting.store.set(GENERATION, str(verdict.generation))
         members = tuple(

@@ -3,7 +3,6 @@
 import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -16,12 +15,11 @@ from qdist.core.nodes.job import NodeJob
 from qdist.core.nodes.membership import why_waiting
 from qdist.core.planning.plan import Plan, Prepared
 from qdist.core.spec.run_spec import RunSpec, resolve
-from qdist.core.text import resuming
 from qdist.host.files import write_atomic
 from qdist.host.launch import prepare
 from qdist.host.launch.claim import clear, write_files
-from qdist.host.nodes.facts import RUN_ID, facts_here
 from qdist.host.nodes.checkpoints import fetch_checkpoint, send_checkpoint
+from qdist.host.nodes.facts import RUN_ID, facts_here
 from qdist.host.nodes.mirror import send_history
 from qdist.host.nodes.network import measured_network
 from qdist.host.run.rundir import PLAN, RESULT, RunDir

@@ -9,9 +9,7 @@ import msgspec
 
 from qdist.core.nodes.job import AgentLine
 from qdist.core.telemetry.nodes import NodeEvent
-from qdist.host.run.rundir import RunDir
-
-NODES = "nodes.jsonl"
+from qdist.host.run.rundir import NODES, RunDir
 
 
 class Teller:
@@ -20,7 +18,7 @@ class Teller:
     def __init__(self, run: RunDir) -> None:
         self._run = run
         self.writes = True
-        """Whether events go to the run directory: on a shared disk one node writes them."""
+        """Whether events go to the run directory: those of a generation are its leader's to write."""
 
     def say(self, text: str) -> None:
         self.line(AgentLine(kind="say", text=text))

@@ -1,7 +1,7 @@
 """One generation at work: this node's ranks from their start to the word that all nodes end it by."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -103,6 +103,7 @@ class Work:
         if now > self._agreed.verdict.generation:  # this node was stopped meanwhile, and others went on
             raise Disrupted
         if lost := beats.silent():
+            self._teller.writes = self._speaks_of(lost)
             for node, seconds in lost.items():
                 name = self._agreed.facts[node].name
                 self._teller.event(
@@ -114,6 +115,10 @@ class Work:
                     )
                 )  # fmt: skip
             raise Disrupted
+
+    def _speaks_of(self, lost: Collection[int]) -> bool:
+        """Whether this node is the first that is left, which notes who is lost."""
+        return next(node for node in self._agreed.verdict.members if node not in lost) == self._job.node
 
     def _pass_on_requests(self, ranks: OwnRanks) -> None:
         """Have a request to end, made on any node, heard on all; and let newcomers in."""
