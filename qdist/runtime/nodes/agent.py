@@ -83,7 +83,23 @@ class Agent:
                 except CutOff:
                     meeting.cut()
                     alone_since = time.monotonic()
-                    self._teller.say(f"{self._job.name} does not reach the others any more, and looks for them")
+                    self._tell_cut_off(meeting)
+
+    def _tell_cut_off(self, meeting: Meeting) -> None:
+        """Name the node that served the store: it is gone, or this one is cut off from it."""
+        if meeting.serves or meeting.server_name == "":
+            self._teller.say(f"{self._job.name} looks for the other nodes")
+            return
+        name, last = meeting.server_name, self._run.last_saved()
+        self._teller.writes = True
+        self._teller.event(
+            NodeEvent(
+                kind="lost", time=0.0, generation=self._memory.generation, node=meeting.server_node, name=name,
+                seconds=meeting.beats.unreached_s(),
+                note=f"{self._job.name} does not reach {name} any more: {name} is down or stopped, or the link is cut; "
+                f"{last}",
+            )
+        )  # fmt: skip
 
     def _to_the_end(self, meeting: Meeting, since: float) -> int:
         """See the run to its end, and have the other nodes know it. Raises CutOff."""

@@ -46,6 +46,10 @@ class Beats:
         """Whether this node itself does not reach the store."""
         return self._broken or time.monotonic() - self._last > LOST_S
 
+    def unreached_s(self) -> float:
+        """Seconds since this node last reached the store."""
+        return time.monotonic() - self._last
+
     def end(self) -> None:
         self._ended.set()
 

@@ -70,15 +70,19 @@ class Meeting:
             self._door = Door(server, job.token)
             self.port, self.files = self._door.port, Files(server, job.token)
         self.store = self.client()
+        self.server_node: int | None = None
+        self.server_name = ""
         if self.serves:
-            self.store.set(_SERVER, job.name)
+            self.store.set(_SERVER, f"{job.node} {job.name}")
         self.beats = Beats(self.client(), job.node, serves=self.serves)
         if not self.serves:
             self._checked(job.name)
 
     def _checked(self, name: str) -> None:
         try:
-            _require_same_clock(name, self.store)
+            number, _, self.server_name = bytes(self.store.get(_SERVER)).decode().partition(" ")
+            self.server_node = int(number)
+            _require_same_clock(name, self.store, self.server_name)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -182,12 +186,11 @@ def _answers(endpoint: Endpoint, token: str) -> bool | WrongToken:
     return True
 
 
-def _require_same_clock(name: str, store: Any) -> None:
+def _require_same_clock(name: str, store: Any, server: str) -> None:
     """Raise RunError where this node's clock is not that of who serves: the rendezvous drops nodes of another time."""
     ahead = time.time() - float(store.get(CLOCK))
     if abs(ahead) > _SKEW_S:
         how = f"{format_duration(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'}"
-        server = bytes(store.get(_SERVER)).decode()
         raise RunError(
             f"the clock of {name} is {how} that of {server}", try_=f"timedatectl set-ntp true, on {name} or {server}"
         )
