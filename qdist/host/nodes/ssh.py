@@ -11,9 +11,9 @@ import msgspec
 
 from qdist.core.errors import JobError, MachineError, QdistError, RunError
 from qdist.core.nodes.hosts import Host
-from qdist.core.nodes.job import NodeJob
+from qdist.core.nodes.job import STILL_THERE, NodeJob
 from qdist.core.text import quoted
-from qdist.host.nodes.agents import AGENT, STILL_THERE, UNREACHED, started
+from qdist.host.nodes.agents import AGENT, UNREACHED, started
 from qdist.host.run.state import find_reason
 
 ASKED_S = 20.0
