@@ -77,7 +77,7 @@ def _measure_network(file: str) -> None:
 
 def network_table(pairs: Sequence[Pair], names: Mapping[str, str]) -> str:
     """Table with one row per pair of hosts. names: of the addresses."""
-    rows = [("hosts", "latency", "1 connection", "back", f"{STREAMS} connections", "back")]
+    rows: list[Sequence[str]] = [("hosts", "latency", "1 connection", "back", f"{STREAMS} connections", "back")]
     for pair in pairs:
         rates = (*pair.one_bytes_s, *pair.four_bytes_s)
         between = " - ".join(names[address] for address in pair.addresses)
