@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DATA = {
     f"qdist/_data/{folder}/{path.name}": path
-    for folder, kind in (("launch", "*.toml"), ("ds_configs", "*.json"))
+    for folder, kind in (("launch", "*.toml"), ("launch", "*.in"), ("ds_configs", "*.json"))
     for path in (ROOT / folder).glob(kind)
 }
 

@@ -40,7 +40,9 @@ def own_names(tree: ast.Module) -> Counter[str]:
     found: Counter[str] = Counter()
     for node in ast.walk(tree):
         match node:
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                found[name] += 1
+            case ast.Name(id=name, ctx=ast.Store()):
                 found[name] += 1
             case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name, ctx=ast.Store()):
                 found[name] += 1

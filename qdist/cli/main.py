@@ -16,6 +16,7 @@ from qdist.host.terminal import error_text, guard_output, say
 COMMANDS = {
     "launch": ("qdist.cli.launch:launch", "Fine-tune a quantized model on the GPUs that are here."),
     "plan": ("qdist.cli.plan:plan", "Show what launch would do, for this machine or another."),
+    "submit": ("qdist.cli.submit:submit", "Give a run of several nodes to SLURM, Kubernetes or SkyPilot."),
     "data": ("qdist.cli.data:data", "Show how records become tokens, or check them."),
     "settings": ("qdist.cli.settings:settings", "List every setting, its values and default."),
     "models": ("qdist.cli.models:models", "List the models known by a short name."),

@@ -25,12 +25,22 @@ def policy(name: str) -> dict[str, Any]:
     return loaded
 
 
+def job_template(name: str) -> str:
+    """One of the files in `launch/` from which jobs of schedulers are made: 'slurm.sh'."""
+    return (folder("launch") / f"{name}.in").read_text(encoding="utf-8")
+
+
 def read_recipe(name: str) -> dict[str, Any]:
     """A recipe's settings, from a TOML file or by the name of a shipped recipe.
 
     Raises SpecError naming the line of a syntax error, or what was meant: the flag of a model or of data, or the
     nearest recipe.
     """
+    return read_toml(recipe_path(name), SpecError, try_="TOML: key = value, sections in [brackets]")
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe, by its path or by the name of a shipped one. Raises SpecError if there is none."""
     path = Path(name)
     if not path.is_file():
         shipped = {file.stem: file for file in sorted(folder("launch").glob("*.toml"))}
@@ -40,7 +50,7 @@ def read_recipe(name: str) -> dict[str, Any]:
             raise SpecError(f"no recipe {name!r}", try_=_meant(path, shipped))
     if path.suffix.lower() in SUFFIXES:
         raise SpecError(f"{path} is data, not a recipe", try_=quoted("--data", path))
-    return read_toml(path, SpecError, try_="TOML: key = value, sections in [brackets]")
+    return path
 
 
 def _meant(path: Path, shipped: Collection[str]) -> str:

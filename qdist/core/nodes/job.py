@@ -11,6 +11,8 @@ KEEPS = "QDIST_KEEPS_CHECKPOINTS"
 """Environment variable of a rank that writes checkpoints into a run directory of its own node: '1' or absent."""
 REJOIN_S = 600.0
 """Usual seconds that nodes wait for others which they cannot go on without."""
+STILL_THERE = 75
+"""Exit code of an agent that found another of its node at work in the run directory."""
 STOPPED = 3
 """Exit code of an agent whose run was stopped with a checkpoint; 0 if the run is finished, 1 if it failed."""
 

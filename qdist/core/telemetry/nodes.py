@@ -1,6 +1,6 @@
 """What happens to a run's nodes: lines of `RUN/nodes.jsonl`, which every node keeps, and what they come to."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -124,18 +124,27 @@ def _formed(seen: NodesNow, event: NodeEvent) -> NodesNow:
         return seen
     generation = Generation(event.generation, event.time, event.step, event.members)
     names = {member.name for member in event.members}
-    back = {one: one._replace(back=generation) for one in seen.missing if one.name in names}
-    paused_s = 0.0 if seen.since is None else max(0.0, event.time - seen.since)
+    seen = _with_unnoted_losses(seen, names, event.time)
+    back = {(one.name, one.time) for one in seen.missing if one.name in names}
+    paused_s = max(0.0, event.time - seen.since) if seen.generations and seen.since is not None else 0.0
     return seen._replace(
         generations=(*seen.generations, generation),
-        absences=tuple(back.get(one, one) for one in seen.absences),
-        missing=tuple(one for one in seen.missing if one not in back),
+        absences=tuple(one._replace(back=generation) if (one.name, one.time) in back else one for one in seen.absences),
+        missing=tuple(one for one in seen.missing if one.name not in names),
         waiting="",
         returning="",
         paused_s=seen.paused_s + paused_s,
         ended="",
         since=None,
     )
+
+
+def _with_unnoted_losses(seen: NodesNow, names: Set[str], time: float) -> NodesNow:
+    """Count members that are not in the next generation as lost: the node that should have noted it may be the one."""
+    known = {one.name for one in seen.missing}
+    gone = [member.name for member in seen.members if member.name not in names | known] if not seen.ended else []
+    absences = tuple(Absence(name, time, 0.0) for name in gone)
+    return seen._replace(absences=seen.absences + absences, missing=seen.missing + absences)
 
 
 def _is_told_again(known: Generation, event: NodeEvent) -> bool:
@@ -156,11 +165,13 @@ def _lost(seen: NodesNow, event: NodeEvent) -> NodesNow:
 
 
 def _waiting(seen: NodesNow, event: NodeEvent) -> NodesNow:
-    if _is_stale(seen, event):
+    of_next_launch = seen.ended and not event.generation
+    if _is_stale(seen, event) and not of_next_launch:
         return seen
     names = first_few([one.name for one in seen.missing])
     why = f"too few nodes are left: waiting for {names or 'others'}"
-    return seen._replace(waiting=event.note or why, since=event.time if seen.since is None else seen.since)
+    since = event.time if seen.since is None else seen.since
+    return seen._replace(waiting=event.note or why, since=since, ended="")
 
 
 def _returned(seen: NodesNow, event: NodeEvent) -> NodesNow:

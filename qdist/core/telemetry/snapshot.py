@@ -93,20 +93,24 @@ class Row(NamedTuple):
     def label(self) -> str:
         """'rank 1', or 'GPU 3 of rank 1' where the numbers differ; 'rank 1 on b' in a run of several nodes."""
         where = f" on {self.node}" if self.node else ""
-        gpu = "" if self.node or self.gpu in (None, self.rank) else f"GPU {self.gpu} of "
+        gpu = "" if self.gpu in (None, self.rank) else f"GPU {self.gpu} of "
         return f"{gpu}rank {self.rank}{where}"
 
 
 def rows(snapshot: Snapshot) -> list[Row]:
     """A row per GPU, or per CPU rank, in rank order."""
     names = snapshot.node_of_rank
-    return [row for rank in snapshot.plan.ranks for row in _rows_of(snapshot, rank, names.get(rank.rank, ""))]
+    down = snapshot.nodes.down if snapshot.nodes and snapshot.state == "running" else ()
+    found: list[Row] = []
+    for rank in snapshot.plan.ranks:
+        node = names.get(rank.rank, "")
+        found += _rows_of(snapshot, rank, node=node, is_lost=node in down)
+    return found
 
 
-def _rows_of(snapshot: Snapshot, rank: RankPlan, node: str) -> Iterator[Row]:
+def _rows_of(snapshot: Snapshot, rank: RankPlan, *, node: str, is_lost: bool) -> Iterator[Row]:
     said, pulse = snapshot.fold.ranks.get(rank.rank), snapshot.pulses.get(rank.rank)
     readings = snapshot.cards.get(rank.rank, ())
-    down = snapshot.nodes.down if snapshot.nodes and snapshot.state == "running" else ()
     # A process on several GPUs says the peak of the fullest, and the sum of what it holds now.
     fullest = max(range(len(rank.expected)), key=lambda index: rank.expected[index].total)
     for index, expected in enumerate(rank.expected):
@@ -127,7 +131,7 @@ def _rows_of(snapshot: Snapshot, rank: RankPlan, node: str) -> Iterator[Row]:
             tokens_per_s=said.tokens_per_s if said and index == 0 else None,
             busy_s=said.busy_s if said and index == 0 else None,
             beat_s=max(0.0, snapshot.now - pulse.time) if pulse else None,
-            at="its node is lost" if node in down else str(pulse) if pulse else "no sign of life yet",
+            at="its node is lost" if is_lost else str(pulse) if pulse else "no sign of life yet",
             card=card,
             node=node,
         )

@@ -13,14 +13,12 @@ from typing import Protocol
 import msgspec
 
 from qdist.core.errors import JobError, QdistError
-from qdist.core.nodes.job import STOPPED, AgentLine, NodeJob
+from qdist.core.nodes.job import STILL_THERE, STOPPED, AgentLine, NodeJob
 from qdist.host import children
 from qdist.host.run.rundir import STOP, RunDir
 from qdist.host.run.state import find_reason
 
 AGENT = "qdist.runtime.nodes.agent"
-STILL_THERE = 75
-"""Exit code of a start that found the agent before at work still."""
 UNREACHED = 255
 """Exit code of ssh when a host could not be reached, or its connection ended."""
 _AGAIN_S = 5.0

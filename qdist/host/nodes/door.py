@@ -4,8 +4,8 @@ import asyncio
 import errno
 import os
 import socket
-import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,9 @@ from qdist.host.nodes.words import Ask, Reply
 
 REACH_S = 5.0
 """Usual seconds to wait for a gate."""
-_PROC = Path("/proc/net/tcp")
+_PROC = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
+_MAPPED = bytes(10) + b"\xff\xff"
+"""What precedes an address of IPv4 as one of IPv6."""
 
 
 class WrongToken(RunError):
@@ -148,18 +150,24 @@ class Door:
                 await splice(sock, upstream)
 
 
-def owner_of(sock: socket.socket, *, table: Path = _PROC) -> int | None:
+def owner_of(sock: socket.socket, *, tables: Sequence[Path] = _PROC) -> int | None:
     """The user of the process at the other end of a loopback connection; None if it is gone.
 
-    table: the kernel's (proc_net_tcp(5)): addresses and ports in hexadecimal digits, and the state, 01 of a connection.
+    tables: the kernel's (proc_net_tcp(5)), with addresses, ports and the state, 01 of a connection, in hexadecimal
+    digits. A connection that torch makes is in that of IPv6, with mapped addresses.
     """
-    ends = [_kernels(*end) for end in (sock.getpeername(), sock.getsockname())]
-    for line in table.read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[1:4] == [*ends, "01"]:
-            return int(fields[7])
+    peer, own = sock.getpeername(), sock.getsockname()
+    for table in (*tables, *tables):  # a line may be passed over while the table changes
+        content = table.read_text() if table.exists() else ""
+        for prefix in (b"", _MAPPED):
+            ends = f": {_kernels(prefix, *peer)} {_kernels(prefix, *own)} 01 "
+            _, found, rest = content.partition(ends)
+            if found:
+                return int(rest.split(maxsplit=4)[3])
     return None
 
 
-def _kernels(host: str, port: int) -> str:
-    return f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{port:04X}"
+def _kernels(prefix: bytes, host: str, port: int) -> str:
+    """An address and a port as in the kernel's tables: words of four bytes, each as a number of this machine."""
+    words = memoryview(prefix + socket.inet_aton(host)).cast("I")
+    return "".join(f"{word:08X}" for word in words) + f":{port:04X}"

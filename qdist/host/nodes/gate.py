@@ -5,7 +5,7 @@ import errno
 import socket
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from contextlib import closing, suppress
 from pathlib import Path
 from threading import Thread
@@ -140,7 +140,7 @@ class Gate:
                 sock.settimeout(None)  # an idle connection is kept; the kernel ends a dead one
                 serve_files(Wire(sock, rest), ask, self._folder, self._who)
         finally:
-            with suppress(asyncio.InvalidStateError):
+            with suppress(InvalidStateError):  # the gate was closed meanwhile
                 done.set_result(None)
 
 

@@ -3,7 +3,8 @@
 import fcntl
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -118,30 +119,32 @@ def _append(wire: Wire, ask: Ask, place: Path) -> None:
     if ask.size > MOST_BYTES:
         raise RunError(f"{ask.size:,} bytes at once; {MOST_BYTES:,} are possible")
     data = b"".join(wire.blocks())
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with _open(place, os.O_RDWR | os.O_CREAT) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        size = append_to(file, ask.offset, data, lines=place.suffix == ".jsonl")
+    with opened_to_append(place) as (file, size):
+        if size == ask.offset:
+            add(file, size, data)
+            size += len(data)
     wire.send(Reply(size=size))
 
 
-def append_to(file: BinaryIO, offset: int, data: bytes, *, lines: bool) -> int:
-    """Add bytes to a file if it has `offset` bytes; its size afterwards.
+@contextmanager
+def opened_to_append(place: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """A file, locked, and its size. Half a line of events, which a kill within a write leaves, is cut off first."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with _open(place, os.O_RDWR | os.O_CREAT) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file, _without_half_line(file) if place.suffix == ".jsonl" else os.fstat(file.fileno()).st_size
 
-    lines: half a line at its end, which a kill in the middle of a write leaves, is cut off first.
-    """
-    size = _without_half_line(file) if lines else os.fstat(file.fileno()).st_size
-    if size != offset:
-        return size
+
+def add(file: BinaryIO, size: int, data: bytes) -> None:
+    """Write all of `data` at the end of a file of `size` bytes, or nothing: a full disk leaves no half line."""
+    rest = memoryview(data)
     try:
         file.seek(size)
-        rest = memoryview(data)
         while rest:
             rest = rest[file.write(rest) :]
     except OSError:
         file.truncate(size)
         raise
-    return size + len(data)
 
 
 def _without_half_line(file: BinaryIO) -> int:
@@ -158,9 +161,15 @@ def _without_half_line(file: BinaryIO) -> int:
 
 def _put(wire: Wire, ask: Ask, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(place) as (descriptor, _), open(descriptor, "wb", closefd=False) as file:
-        for block in wire.blocks():
-            file.write(block)
+    if ask.flush:
+        with replacing(place) as (descriptor, _), open(descriptor, "wb", closefd=False) as file:
+            file.writelines(wire.blocks())
+    elif ask.size <= MOST_BYTES:
+        beside = place.with_suffix(".new")  # the same each time: none are left by kills
+        beside.write_bytes(b"".join(wire.blocks()))
+        os.replace(beside, place)
+    else:
+        raise RunError(f"{ask.size:,} bytes without flushing; {MOST_BYTES:,} are possible")
     wire.send(Reply(size=ask.size))
 
 

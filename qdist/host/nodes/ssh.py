@@ -12,9 +12,9 @@ import msgspec
 
 from qdist.core.errors import JobError, MachineError, QdistError, RunError
 from qdist.core.nodes.hosts import Host
-from qdist.core.nodes.job import AgentLine, NodeJob
+from qdist.core.nodes.job import STILL_THERE, AgentLine, NodeJob
 from qdist.core.text import quoted
-from qdist.host.nodes.agents import AGENT, STILL_THERE, UNREACHED, started
+from qdist.host.nodes.agents import AGENT, UNREACHED, started
 from qdist.host.run.state import find_reason
 
 T = TypeVar("T")

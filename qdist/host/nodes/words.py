@@ -13,8 +13,8 @@ class Ask(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields
 
     store: everything after the reply goes to the store and back. hello: who is there. list: files below `path`.
     get: `length` bytes from `offset`, by default to the end. append: `size` bytes follow, which are added if the file
-    has `offset` bytes. put: `size` bytes follow, which replace the file. publish: the finished folder `path` gets the
-    name `to`.
+    has `offset` bytes. put: `size` bytes follow, which replace the file; `flush`: once they are on the disk.
+    publish: the finished folder `path` gets the name `to`.
     """
 
     verb: Literal["store", "hello", "list", "get", "append", "put", "publish"]
@@ -23,6 +23,7 @@ class Ask(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields
     offset: int = 0
     length: int | None = None
     size: int = 0
+    flush: bool = True
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -17,8 +17,9 @@ from qdist.core.planning.plan import RankPlan
 from qdist.core.telemetry.events import Event, State, decode_blocks, whole_length
 from qdist.core.telemetry.heartbeat import Heartbeat
 from qdist.core.telemetry.history import RunHistory
+from qdist.core.telemetry.nodes import NodesNow
 from qdist.core.telemetry.snapshot import Reading, Snapshot
-from qdist.core.text import resuming
+from qdist.core.text import command, first_few, resuming
 from qdist.host.machine.probe import ranks_per_gpu
 from qdist.host.machine.readings import Readings
 from qdist.host.opening import readable, require_file
@@ -138,8 +139,8 @@ class RunObserver:
             # Beats from before the plan are of an earlier launch.
             if rank < self.plan.world_size and pulse.time >= self._planned / 1e9
         }
-        message, attempt = _ending(self.run, state)
         nodes = self._nodes.now()
+        message, attempt = _ending(self.run, state, nodes)
         return Snapshot(
             name=self.run.path.name or str(self.run.path),
             plan=self.plan,
@@ -243,9 +244,12 @@ def _matmul_flops_s(machine: Cluster | None) -> float | None:
     return min(known, default=None)
 
 
-def _ending(run: RunDir, state: State) -> tuple[str, str]:
+def _ending(run: RunDir, state: State, nodes: NodesNow | None) -> tuple[str, str]:
     """(what ended a run before its last step, what to try); empty strings if it did not end early."""
     resume = resuming(run.path)
+    if state == "killed" and nodes and nodes.members and not nodes.ended:
+        names = first_few([member.name for member in nodes.members])
+        return f"no agent works here any more; its nodes were {names}", f"{command('monitor', run.path)} on one of them"
     if state == "killed":
         return "its launcher recorded no reason", resume
     ended = run.ended() if state in ("failed", "stopped") else None

@@ -93,6 +93,13 @@ def test_a_generation_that_several_nodes_note_counts_once() -> None:
     assert folded(*REGROWN[:3], LOST, msgspec.structs.replace(REGROWN[2], time=228.0)) == folded(*REGROWN[:3])
 
 
+def test_a_node_whose_loss_nobody_noted_is_missing_all_the_same() -> None:
+    """On a shared disk the first node writes the events: none that it is gone."""
+    seen = folded(formed("abc"), formed("bc", generation=2, time=230.0, step=40))
+    assert nodes_in_words(seen, 250.0) == ["a has not been heard of for 20 s: the run goes on with b, c"]
+    assert generations_in_words(seen, history()).startswith("2 generations; a lost at step 45; ")
+
+
 def test_a_node_that_is_back_may_be_told_without_its_name() -> None:
     back = told("returned", generation=2, note="another node is there: the run saves, and goes on with it")
     assert nodes_in_words(folded(*REGROWN[:3], back), 320.0) == [back.note]
@@ -101,6 +108,16 @@ def test_a_node_that_is_back_may_be_told_without_its_name() -> None:
 def test_a_launch_after_the_end_misses_nobody() -> None:
     seen = folded(formed("ab"), LOST, told("stopped"), formed("a", generation=1, time=900.0))
     assert (seen.missing, seen.ended, names(seen), seen.paused_s) == ((), "", "a", 0.0)
+
+
+def test_a_launch_after_the_end_that_waits_for_nodes_says_so() -> None:
+    end, late = told("stopped"), told("waiting", generation=1, note="too late")
+    assert nodes_in_words(folded(formed("ab"), end, late), 220.0) == []
+    assert nodes_in_words(folded(formed("ab"), end, told("waiting", generation=0, note="waits")), 220.0) == ["waits"]
+
+
+def test_what_a_run_waits_for_before_it_begins_is_no_time_without_ranks() -> None:
+    assert folded(told("waiting", generation=0, time=50.0), formed("ab")).paused_s == 0.0
 
 
 def test_time_without_ranks_runs_from_the_last_sign_of_a_node_to_the_next_generation() -> None:
@@ -162,7 +179,7 @@ def check(seen: NodesNow) -> None:
     """What holds at any time."""
     missing = [one.name for one in seen.missing]
     assert len(missing) == len(set(missing))
-    assert set(seen.missing) <= set(seen.absences)
+    assert all(one in seen.absences for one in seen.missing)
     assert all(one.back is None for one in seen.missing)
     assert seen.down == set(missing) & set(names(seen))
     assert not (seen.returning or seen.waiting) or seen.since is not None

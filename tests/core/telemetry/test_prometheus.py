@@ -9,6 +9,7 @@ from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.events import Event, State
 from qdist.core.telemetry.heartbeat import Heartbeat
 from qdist.core.telemetry.history import RunHistory
+from qdist.core.telemetry.nodes import NodeEvent, NodeMember, fold_nodes
 from qdist.core.telemetry.prometheus import exposition
 from tests.plans import CPU, planned
 
@@ -121,6 +122,25 @@ def test_labels_are_escaped() -> None:
     exposed = text(run='a"b\\c\nd')
     assert 'qdist_step{run="a\\"b\\\\c\\nd"} 0\n' in exposed
     parsed(exposed)
+
+
+def test_figures_of_ranks_have_their_node_and_those_of_the_run_have_none() -> None:
+    members = tuple(NodeMember(node=node, name=name, address="", ranks=(node,)) for node, name in enumerate('a"'))
+    nodes = fold_nodes([
+        NodeEvent(kind="formed", time=1.0, generation=4, members=members),
+        NodeEvent(kind="lost", time=9.0, generation=4, name='"', seconds=5.0),
+    ])  # fmt: skip
+    beats = {rank: Heartbeat(rank=rank, pid=1, host="h", time=12.5) for rank in (0, 1)}
+    fold = fold_of(Event(kind="start", time=0.5), step(1), step(1, rank=1), Event(kind="start", time=9.0))
+    exposed = exposition("r", PLAN, fold, beats, "running", nodes)
+    figures = parsed(exposed)
+    assert all(("node" in dict(labels)) == name.startswith(("qdist_rank", "qdist_node_up")) for name, labels in figures)
+    assert value(exposed, "qdist_rank_step", rank="1", node='\\"') == 1
+    assert value(exposed, "qdist_node_up", node="a") == 1
+    assert value(exposed, "qdist_node_up", node='\\"') == 0
+    assert value(exposed, "qdist_repeated_seconds_total") == 0.5
+    without = {(name, labels - {("node", "a"), ("node", '\\"')}) for name, labels in figures}
+    assert parsed(text(fold, **{f"of{rank}": beat for rank, beat in beats.items()})).keys() <= without
 
 
 def test_prometheus_own_parser_reads_all_of_it() -> None:

@@ -235,7 +235,14 @@ def test_the_owner_of_a_connection_is_found_in_the_kernels_table(tmp_path: Path)
             line = "  1: 0100007F:{:04X} 0100007F:{:04X} {} 00000000:00000000 00:00000000 00000000 {}  0 1\n"
             table = tmp_path / "tcp"
             table.write_text("  sl\n" + line.format(there, here, "01", 1) + line.format(here, there, "01", 1234))
-            assert owner_of(sock, table=table) == 1234
+            assert owner_of(sock, tables=[table, tmp_path / "none"]) == 1234
             table.write_text("  sl\n" + line.format(here, there, "06", 0))
-            assert owner_of(sock, table=table) is None, "one that is closed has no owner any more"
+            assert owner_of(sock, tables=[table, tmp_path / "none"]) is None, "one that is closed has no owner any more"
             assert owner_of(sock) is not None
+
+
+def test_a_door_also_opens_to_sockets_of_ipv6_as_torch_makes_them(gate: Gate) -> None:
+    with Door((HERE, gate.port), TOKEN) as door, socket.socket(socket.AF_INET6) as sock:
+        sock.connect((f"::ffff:{HERE}", door.port))
+        sock.sendall(b"x")
+        assert exactly(sock, 1) == b"X"

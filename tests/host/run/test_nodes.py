@@ -149,6 +149,19 @@ def test_a_monitor_sees_what_happens_to_nodes_while_it_watches(run: RunDir) -> N
     assert seen == [(1, 0), (1, 1), (2, 1)]
 
 
+def test_a_node_that_takes_no_part_any_more_does_not_speak_for_the_others(run: RunDir) -> None:
+    run.event_file(0).touch()
+    write(run, *REGROWN)
+    snapshot = RunObserver(run).snapshot()
+    assert (snapshot.state, snapshot.message, snapshot.try_) == (
+        "killed",
+        "no agent works here any more; its nodes were a, b, c",
+        f"qdist monitor {run.path} on one of them",
+    )
+    write(run, NodeEvent(kind="failed", time=900.0, generation=3))
+    assert RunObserver(run).snapshot().message == "its launcher recorded no reason"
+
+
 def test_two_nodes_on_one_machine_have_each_their_own_gpus(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     class Cards:
         def __init__(self, environment: dict[str, str]) -> None:

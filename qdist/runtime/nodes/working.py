@@ -1,0 +1,230 @@
+"""One generation at work: this node's ranks from their start to the word that all nodes end it by."""
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from qdist.core.errors import JobError, RunError
+from qdist.core.nodes.facts import Failure
+from qdist.core.nodes.job import NodeJob
+from qdist.core.telemetry.nodes import NodeEvent
+from qdist.core.text import counted, resuming
+from qdist.host.nodes.mirror import Mirror
+from qdist.host.run.rundir import STOP, RunDir
+from qdist.runtime.nodes.agreeing import Agreed
+from qdist.runtime.nodes.board import Board, CutOff, Disrupted, RunEnded
+from qdist.runtime.nodes.meeting import Meeting
+from qdist.runtime.nodes.processes import OwnRanks
+from qdist.runtime.nodes.telling import Teller
+
+Outcome = Literal["finished", "stopped", "grow", "failed"]
+_LOOK_S, _NEWCOMERS_S = 0.2, 1.0
+_BLAME_S = 14.0
+"""Seconds until a failed rank is its own fault, and not that of a node that turns out to be lost."""
+_OF_OTHERS = ("connection", "peer", "nccl", "gloo", "socket", "timed out", "broken pipe")
+"""Words of errors of a rank that lost another one."""
+_GOODBYE_S = 60.0
+
+
+class Work:
+    """The part of this node in a generation.
+
+    asked: how often the user or a scheduler has asked to end the run: once to save first.
+    """
+
+    def __init__(
+        self, job: NodeJob, meeting: Meeting, board: Board, agreed: Agreed, rendezvous: Any, teller: Teller,
+        asked: Callable[[], int],
+    ) -> None:  # fmt: skip
+        self._job, self._meeting, self._board, self._agreed = job, meeting, board, agreed
+        self._rendezvous, self._teller, self._asked = rendezvous, teller, asked
+        self._run, self._failed_at, self._looked, self._grows = RunDir(job.run), 0.0, 0.0, False
+
+    def finish(self) -> Outcome:
+        """Work to the end of the generation; nothing of it runs any more then, however it ends.
+
+        Raises Disrupted where a node is lost, CutOff where this one is, JobError where ranks fail, KeyboardInterrupt
+        where all is to end at once.
+        """
+        agreed, job = self._agreed, self._job
+        ranks = OwnRanks(
+            agreed.plan, self._run, generation=agreed.verdict.generation,
+            place=agreed.verdict.members.index(job.node), port=self._meeting.port, address=job.address,
+            keeps=agreed.keeps,
+        )  # fmt: skip
+        mirror = None
+        if self._meeting.files is not None and agreed.keeps:
+            mirror = Mirror(self._run, self._meeting.files, ranks.ranks)
+            mirror.start()
+        try:
+            self._attend(ranks)
+            ranks.kill()
+            return self._conclude(mirror)
+        finally:
+            ranks.kill()
+            if mirror is not None:
+                mirror.stop()
+            if self._meeting.serves or agreed.keeps:
+                (self._run.path / STOP).unlink(missing_ok=True)
+
+    def _attend(self, ranks: OwnRanks) -> None:
+        """Follow this node's ranks until they and all others have ended well."""
+        said = False
+        while True:
+            self._look_at_others()
+            self._pass_on_requests(ranks)
+            if (error := ranks.failure()) is not None:
+                if self._grows:  # before their first step, or with others that were
+                    ranks.kill()
+                    ranks.forget()
+                    continue
+                self._blame(error)
+            elif ranks.ended():
+                if not said:
+                    self._board.put(f"done/{self._job.node}", True)
+                    said = True
+                if all(self._board.has(f"done/{node}") for node in self._agreed.verdict.members):
+                    return
+            if not self._failed_at:
+                self._hear_of_failures()
+            time.sleep(_LOOK_S)
+
+    def _look_at_others(self) -> None:
+        beats = self._meeting.beats
+        if beats.cut_off:
+            raise CutOff
+        try:
+            now, ended = self._meeting.generation(), self._meeting.ended()
+        except RuntimeError as error:
+            raise CutOff(str(error)) from error
+        if ended is not None:
+            raise RunEnded(ended)
+        if now > self._agreed.verdict.generation:  # this node was stopped meanwhile, and others went on
+            raise Disrupted
+        if lost := beats.silent():
+            self._teller.writes = self._speaks_of(lost)
+            for node, seconds in lost.items():
+                name = self._agreed.facts[node].name
+                self._teller.event(
+                    NodeEvent(
+                        kind="lost", time=0.0, generation=self._agreed.verdict.generation, node=node, name=name,
+                        seconds=seconds,
+                        note=f"{name} has not been heard of for {seconds:.0f} s: it is down, stopped or cut off; "
+                        f"{self._run.last_saved()}",
+                    )
+                )  # fmt: skip
+            raise Disrupted
+
+    def _speaks_of(self, lost: Collection[int]) -> bool:
+        """Whether this node is the first that is left, which notes who is lost."""
+        return next(node for node in self._agreed.verdict.members if node not in lost) == self._job.node
+
+    def _pass_on_requests(self, ranks: OwnRanks) -> None:
+        """Have a request to end, made on any node, heard on all; and let newcomers in."""
+        board = self._board
+        if self._asked() > 1:
+            raise KeyboardInterrupt
+        if not board.has("word") and (self._asked() or self._run.stop_requested()):
+            board.put("word", "stop")
+        if not board.has("word") and self._meeting.serves and self._are_newcomers():
+            self._teller.event(
+                NodeEvent(
+                    kind="returned", time=0.0, generation=self._agreed.verdict.generation,
+                    note="another node is there: the run saves, and goes on with it",
+                )
+            )  # fmt: skip
+            board.put("word", "grow")
+        word = board.find("word", str)
+        if word == "stop" and not self._run.stop_requested():
+            ranks.stop()
+        if word == "grow" and not self._grows:
+            self._grows = True
+            ranks.make_way()
+
+    def _are_newcomers(self) -> bool:
+        now = time.monotonic()
+        if now - self._looked < _NEWCOMERS_S:
+            return False
+        self._looked = now
+        return bool(self._rendezvous.num_nodes_waiting() > 0)
+
+    def _blame(self, error: JobError) -> None:
+        """Wait for a moment whether a failure is a lost node's; then tell the others and raise what failed first."""
+        now = time.monotonic()
+        if not self._failed_at:
+            self._failed_at = now
+            of_others = any(word in error.message.splitlines()[0].lower() for word in _OF_OTHERS)
+            own = Failure(name=self._job.name, message=error.message, try_=error.try_, of_others=of_others)
+            self._board.put(f"failed/{self._job.node}", own)
+        if now - self._failed_at >= _BLAME_S or not self._failures()[0].of_others:
+            self._raise_failure()
+
+    def _hear_of_failures(self) -> None:
+        """End with others whose ranks have failed by their own fault."""
+        found = self._failures()
+        if found and not found[0].of_others:
+            self._raise_failure()
+
+    def _failures(self) -> list[Failure]:
+        """Failures known so far, those first that are no consequence of another."""
+        keys = [f"failed/{node}" for node in self._agreed.verdict.members]
+        found = [each for key in keys if (each := self._board.find(key, Failure)) is not None]
+        return sorted(found, key=lambda each: each.of_others)
+
+    def _raise_failure(self) -> None:
+        first = self._failures()[0]
+        where = "" if len(self._agreed.facts) == 1 else f"{first.name}: "
+        raise JobError(f"{where}{first.message}", try_=first.try_)
+
+    def _conclude(self, mirror: Mirror | None) -> Outcome:
+        """The outcome, by the leader; files that it has are fetched."""
+        if self._meeting.serves:
+            self._board.put("outcome", self._outcome())
+        outcome = cast(Outcome, self._board.take("outcome", str))
+        if outcome == "finished" and mirror is not None:
+            mirror.stop()
+        self._board.put(f"bye/{self._job.node}", True)
+        if self._meeting.serves and outcome != "grow":
+            # They copy the run's last files first.
+            for node in self._agreed.verdict.members:
+                self._board.take(f"bye/{node}", bool, limit_s=_GOODBYE_S)
+        if outcome == "failed":
+            raise JobError("the ranks ended without finishing the run", try_=f"read {self._run.logs}")
+        return outcome
+
+    def _outcome(self) -> Outcome:
+        if self._run.result() is not None:
+            return "finished"
+        word = self._board.find("word", str)
+        if word == "grow":
+            return "grow"
+        return "stopped" if word else "failed"
+
+
+def describe_start(agreed: Agreed) -> str:
+    """'a, b and c go on from step 40, 3 ranks'; nodes without ranks stand by, and are named."""
+    used = 1 + max(rank.node for rank in agreed.plan.ranks)
+    names = [agreed.facts[node].name for node in agreed.verdict.members]
+    step, ranks = agreed.verdict.step, counted(agreed.plan.world_size, "rank")
+    many = used > 1
+    start = ("begin" if many else "begins") if step is None else f"{'go' if many else 'goes'} on from step {step}"
+    idle = names[used:]
+    stand = f"; {listed(idle)} {'stand' if len(idle) > 1 else 'stands'} by" if idle else ""
+    why = f": the {agreed.plan.spec.global_batch} samples of a step are not spread over more" if idle else ""
+    return f"{listed(names[:used])} {start}, {ranks}{stand}{why}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """'a, b and c'."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def require_folder(run: Path) -> None:
+    """Create the run directory if it is missing. Raises RunError where that cannot be."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"{run} cannot be written: {error.strerror}", try_=f"another --run than {resuming(run)}"
+        ) from None
