@@ -58,6 +58,8 @@ def test_one_node_is_this_machine() -> None:
     ("words", "wanted", "way"),
     [
         (("--nnodes", "2"), "--nnodes 2 does not say where the nodes meet", "--rendezvous HOST:PORT on each node"),
+        (("--hosts", "hosts.toml", "--node-rank", "0"), "--hosts starts all machines from here",
+         "leave --node-rank out"),
         (("--nnodes", "2:1"), "--nnodes 2:1 begins with the larger number", "--nnodes 1:2"),
         (("--nnodes", "2", "--node-rank", "2", "--rendezvous", "a:1"), "--node-rank 2 is not a node", "0 to 1"),
         (("--nnodes", "2", "--node-rank", "0", "--rendezvous", "a"), "'a' is not HOST:PORT", "--rendezvous a:29400"),

@@ -137,7 +137,9 @@ def _number(environ: Mapping[str, str], name: str, usual: int) -> int:
 
 LAUNCHERS = (
     Launcher(
-        "torchrun", frozenset(("torchrun", "torch.distributed.run", "torch.distributed.launch")), "TORCHELASTIC_RUN_ID",
+        "torchrun",
+        frozenset(("torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "accelerate-launch")),
+        "TORCHELASTIC_RUN_ID",
         ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RANK",
          "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"),
         _torchrun,

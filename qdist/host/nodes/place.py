@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qdist.core.errors import RunError
 from qdist.core.nodes.places import NodeFlags, Place, host_and_port, place_of, program_names, stale_line, stale_names
+from qdist.host.nodes.addresses import is_own
 
 PATIENCE_S = 300.0
 """Seconds to wait for the name of the first node: in a cluster it is known once that node has started."""
@@ -68,7 +69,7 @@ def meeting(
     """
     host, port = host_and_port(place.rendezvous)
     there = _resolved(host, port, say=say, patience_s=patience_s, wait=wait)
-    if not is_local(there):
+    if not is_own(there):
         return _towards_others(there, port, place), place.rendezvous
     if there.startswith("127.") and host not in (there, "localhost") and place.nodes > 1:
         outward = _address_towards(_ELSEWHERE) or "ADDRESS"
@@ -105,16 +106,6 @@ def _on_the_first_machine(there: str, place: Place) -> str:
         f"{place.rendezvous} is on this machine, which is node {place.node}: node 0 is where the nodes meet",
         try_="--node-rank 0 here; or --rendezvous 127.0.0.1:PORT if all nodes are on one machine",
     )
-
-
-def is_local(address: str) -> bool:
-    """Whether an address is one of this machine's."""
-    with socket.socket(_family(address), socket.SOCK_DGRAM) as own:
-        try:
-            own.bind((address, 0))
-        except OSError:
-            return False
-    return True
 
 
 def written(host: str, port: int) -> str:

@@ -18,7 +18,7 @@ import qdist
 from qdist.cli.main import main
 from qdist.core.errors import JobError, PlanError, QdistError, RunError, SpecError
 from qdist.core.machine.calibration import Correction
-from qdist.core.machine.cluster import Cluster, hypothetical
+from qdist.core.machine.cluster import Cluster, hypothetical, joined
 from qdist.core.planning.plan import Plan, digest
 from qdist.core.spec.run_spec import RunSpec, nest, resolve
 from qdist.core.telemetry.events import Event, encode
@@ -259,6 +259,17 @@ def test_a_resumed_run_may_change_what_no_step_computes(changes: dict[str, Any])
     assert new.plan.source == old.plan.source
     claim.write(new)
     assert new.run.plan() == new.plan
+
+
+def test_a_run_of_several_nodes_goes_on_with_this_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = probe.cluster()
+    with monkeypatch.context() as patched:
+        patched.setattr(probe, "cluster", lambda: joined((here, here), ("a", "b"), (2, 2), None))
+        old = prepare.prepare(spec())
+    claim.write(old)
+    new = prepare.prepare_resume(old.run, {})
+    assert (old.plan.world.nodes, new.plan.world.nodes) == ((2, 2), (2,))
+    assert new.plan.spec == old.plan.spec
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from qdist.core.errors import RunError
 from qdist.core.nodes.places import NodeFlags, Place
-from qdist.host.nodes.place import ancestors, is_local, meeting, place_here
+from qdist.host.nodes.place import ancestors, meeting, place_here
 
 
 def process(proc: Path, number: str, parent: str, name: str, *words: str) -> None:
@@ -90,8 +90,3 @@ def test_a_name_that_is_loopback_here_is_of_no_use_to_others(monkeypatch: pytest
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
     with pytest.raises(RunError, match=r"desk is 127\.0\.1\.1 on this machine, where other"):
         heard([], 0, "desk:29400")
-
-
-def test_addresses_of_this_machine_are_known() -> None:
-    assert is_local("127.0.0.1")
-    assert not is_local("192.0.2.7")
