@@ -330,6 +330,7 @@ class _Arrangement:
             whole_tables=self.setting.whole_tables,
             zero_stage=self.layout.zero_stage,
             data_parallel=self.layout.data_parallel,
+            narrow=self.layout.data_parallel > 1 and self.setting.spec.optim.reduce_dtype == "bfloat16",
             persistent_gradients=self.graphs,
             offloaded=away,
             context_bytes=self._context_bytes(position),

@@ -131,6 +131,8 @@ class Share(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     zero_stage: int = 0
     data_parallel: int = 1
     """Ranks between which ZeRO divides the state of this share's adapter."""
+    narrow: bool = False
+    """Whether gradients are added up in 16 bits, and what that leaves of them is kept."""
     pipelined: bool = False
     """Whether it is a pipeline stage: gradients accumulate over all micro-batches before ZeRO divides anything."""
     persistent_gradients: bool = False
@@ -334,6 +336,7 @@ def budget(sizes: Sizes, share: Share) -> MemoryBudget:
         gathers=staged
         + gather_buffer_bytes(sizes, share)
         + (4 * min(_REDUCE_BUCKET, trained) if share.zero_stage >= 2 else 0)
+        + (4 * (trained + ceil(trained / share.data_parallel)) if share.narrow else 0)
         + share.received * tokens * sizes.entering_token,
         context=share.context_bytes,
         margin=0 if facts.measured else int(UNMEASURED_SHARE * (kept + work)),

@@ -15,6 +15,7 @@ from qdist.runtime.engine.adamw import (
     update_parameters,
 )
 from qdist.runtime.engine.graphs import Batch, Passes, Replayed, ReplayedWork, never_room
+from qdist.runtime.engine.reduction import NarrowSum
 from qdist.runtime.engine.update import Across, DeviceUpdate, StepResult, finish_gradients
 from qdist.runtime.model.dropout_seed import dropout_seed_of
 
@@ -109,6 +110,7 @@ class TorchEngine:
     step. The gradients lie in one flat buffer then: DDP, which adds them up during the backward pass, holds them twice
     as soon as a step has several micro-batches. graphs: whether to replay the passes of a micro-batch as CUDA graphs,
     for which gradients lie so too. alike: ranks work together within passes, so all of them must launch, or all replay.
+    narrow: whether gradients cross between ranks in bfloat16.
     """
 
     def __init__(
@@ -119,12 +121,16 @@ class TorchEngine:
         clip: float,
         across: Across | None = None,
         ranks: int = 1,
+        narrow: bool = False,
         graphs: bool = False,
         alike: bool = False,
     ) -> None:
         self.adapter, self.optimizer, self.clip, self.across, self.ranks = adapter, optimizer, clip, across, ranks
         own = list(adapter.parameters())
         self.gradients = _flat_gradients(own) if ranks > 1 or graphs else None
+        self._narrow: NarrowSum | None = None
+        if narrow and ranks > 1 and self.gradients is not None:
+            self._narrow = NarrowSum(self.gradients.numel(), self.gradients.device)
         self.update: DeviceUpdate | None = None
         """The update as device work alone; None where it has to wait for the norm."""
         if optimizer.defaults.get("capturable"):
@@ -152,7 +158,9 @@ class TorchEngine:
             self.adapter.dropout_seed.write(micro_batch.seed)
             losses.append(run(micro_batch.load()).double())
         computed()
-        if self.ranks > 1:
+        if self._narrow is not None and self.gradients is not None:
+            self._narrow.add_up(self.gradients, scale=loss_scale)
+        elif self.ranks > 1:
             dist.all_reduce(self.gradients)
         return torch.stack(losses).sum()
 
@@ -171,6 +179,12 @@ class TorchEngine:
 
     def step(self, learning_rate: float, loss_scale: float) -> StepResult:
         self._gradient_bytes = bytes_of(parameter.grad for parameter in self.adapter.parameters())
+        result = self._apply_gradients(learning_rate, loss_scale)
+        if result.skipped and self._narrow is not None:
+            self._narrow.forget()
+        return result
+
+    def _apply_gradients(self, learning_rate: float, loss_scale: float) -> StepResult:
         if self.update is not None:
             self.update.prepare(learning_rate, loss_scale)
             self._update()

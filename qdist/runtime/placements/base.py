@@ -124,8 +124,15 @@ def make_engine(plan: Plan, accelerator: Any, adapter: Adapter) -> Engine:
     """The engine named in the plan, over only a whole adapter's parameters."""
     clip, optimizer = plan.spec.optim.clip, optimizer_maker(plan)(adapter)
     if plan.engine == "torch":
-        alike = plan.placement == "shard"
-        return TorchEngine(adapter, optimizer, clip=clip, ranks=plan.data_parallel, graphs=plan.graphs, alike=alike)
+        return TorchEngine(
+            adapter,
+            optimizer,
+            clip=clip,
+            ranks=plan.data_parallel,
+            narrow=plan.spec.optim.reduce_dtype == "bfloat16",
+            graphs=plan.graphs,
+            alike=plan.placement == "shard",
+        )
     engine, _ = accelerator.prepare(adapter, optimizer)
     return DeepSpeedEngine(adapter, engine, clip=clip)
 

@@ -116,6 +116,11 @@ def test_zero_divides_what_its_stage_divides(stage: int, gradients: float, optim
     assert (own.optimizer, own.gathers) == (optimizer * trained, bucket)
 
 
+def test_gradients_in_16_bits_leave_rests_that_are_kept_in_32() -> None:
+    plain, narrow = predict("llama-7b", data_parallel=4), predict("llama-7b", data_parallel=4, narrow=True)
+    assert narrow.gathers == plain.gathers + 5 * plain.adapter // 4
+
+
 def test_gradients_count_in_full_when_they_outlive_a_micro_batch() -> None:
     """Alone on a GPU they replace activations as the backward pass goes; accumulated, they stand beside them."""
     once, accumulated = predict("llama-7b"), predict("llama-7b", gradient_accumulation=2)

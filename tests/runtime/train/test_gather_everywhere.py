@@ -43,6 +43,7 @@ def contents(run: RunDir) -> tuple[dict[str, str], tuple[dict[str, Any], bytes]]
     [
         {"gpus": 1},
         {"gpus": 2, "zero.stage": 0},
+        {"gpus": 2, "optim.reduce_dtype": "bfloat16"},
         {"gpus": 2, "zero.stage": 1},
         {"gpus": 4, "zero.stage": 2},
         {"gpus": 2, "zero.stage": 3},
