@@ -4,8 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -16,6 +17,20 @@ from qdist.host.run.rundir import RunDir
 
 TrainRun = Callable[[prepare.Launch], RunDir]
 ForkRanks = Callable[..., list[int]]
+
+
+class OnNode(NamedTuple):
+    """Ranks of one node."""
+
+    ranks: int
+    arguments: tuple[str, ...] = ()
+    environment: Mapping[str, str] = {}
+    keeps: bool = False
+    """Whether its first rank writes checkpoints, into a run directory of the node's own."""
+
+
+ForkNodes = Callable[[str, Sequence[OnNode]], list[int]]
+TrainOnNodes = Callable[[prepare.Launch, Sequence[RunDir]], None]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -38,8 +53,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def fork_ranks() -> Iterator[ForkRanks]:
-    """Has `main` of a module called by forked CPU ranks, with arguments; their exit codes."""
+def fork_nodes() -> Iterator[ForkNodes]:
+    """Has `main` of a module called by forked CPU ranks of nodes; their exit codes."""
     script = Path(__file__).with_name("ranks.py")
     server = subprocess.Popen(
         [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ}
@@ -48,8 +63,8 @@ def fork_ranks() -> Iterator[ForkRanks]:
     assert server.stdout is not None
     asked, answers = server.stdin, server.stdout
 
-    def fork(module: str, world_size: int, *arguments: str | Path) -> list[int]:
-        order = {"module": module, "arguments": [str(each) for each in arguments], "world_size": world_size}
+    def fork(module: str, nodes: Sequence[OnNode]) -> list[int]:
+        order = {"module": module, "nodes": [node._asdict() for node in nodes]}
         asked.write(json.dumps(order) + "\n")
         asked.flush()
         codes: list[int] = json.loads(answers.readline())
@@ -62,6 +77,12 @@ def fork_ranks() -> Iterator[ForkRanks]:
 
 
 @pytest.fixture(scope="session")
+def fork_ranks(fork_nodes: ForkNodes) -> ForkRanks:
+    """Has `main` of a module called by forked CPU ranks of one machine, with arguments; their exit codes."""
+    return lambda module, ranks, *arguments: fork_nodes(module, [OnNode(ranks, tuple(map(str, arguments)))])
+
+
+@pytest.fixture(scope="session")
 def train(fork_ranks: ForkRanks) -> TrainRun:
     """Writes a job's run directory and trains it on forked CPU ranks; every rank must end well."""
 
@@ -71,5 +92,24 @@ def train(fork_ranks: ForkRanks) -> TrainRun:
         logs = "\n".join(job.run.log_file(rank).read_text()[-2000:] for rank, code in enumerate(codes) if code)
         assert not any(codes), f"ranks ended with {codes}\n{logs}"
         return job.run
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def train_on_nodes(fork_nodes: ForkNodes) -> TrainOnNodes:
+    """Trains a job on forked CPU ranks of its plan's nodes, each with a run directory of its own."""
+
+    def run(job: prepare.Launch, folders: Sequence[RunDir]) -> None:
+        world, nodes = job.plan.world, []
+        for node, folder in enumerate(folders):
+            claim.write(job._replace(run=folder))
+            words = (str(folder.path), "--digest", digest(job.plan))
+            nodes.append(OnNode(world.ranks_of_nodes[node], words, keeps=True))
+        codes = fork_nodes(WORKER, nodes)
+        logs = "\n".join(
+            folders[world.node_of(rank)].log_file(rank).read_text()[-2000:] for rank in world.ranks if codes[rank]
+        )
+        assert not any(codes), f"ranks ended with {codes}\n{logs}"
 
     return run

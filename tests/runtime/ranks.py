@@ -1,7 +1,7 @@
 """A process that has imported everything once and forks ranks: what a rank's imports cost is paid once a suite.
 
-Reads one JSON job a line, {"module": ..., "arguments": [...], "world_size": ...}: each rank calls `main` of the module.
-Writes the exit codes of its ranks.
+Reads one JSON job a line, {"module": ..., "nodes": [{"ranks": ..., ...}, ...]} with the fields of `conftest.OnNode`: each
+rank calls `main` of the module, with what its node has. Writes the exit codes of the ranks.
 """
 
 import gc
@@ -12,6 +12,8 @@ import sys
 import traceback
 from importlib import import_module
 from typing import Any
+
+from qdist.core.nodes.job import KEEPS
 
 IMPORTED = (
     "bitsandbytes",
@@ -51,26 +53,30 @@ def main() -> None:
 
 
 def _run(job: dict[str, Any]) -> list[int]:
-    world_size = job["world_size"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = [_fork(job, rank, world_size, port) for rank in range(world_size)]
+    places = [(node, local) for node in job["nodes"] for local in range(node["ranks"])]
+    children = [
+        _fork(job["module"], node, port, rank=rank, local_rank=local, world_size=len(places))
+        for rank, (node, local) in enumerate(places)
+    ]
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def _fork(job: dict[str, Any], rank: int, world_size: int, port: int) -> int:
+def _fork(module: str, node: dict[str, Any], port: int, *, rank: int, local_rank: int, world_size: int) -> int:
     child = os.fork()
     if child:
         return child
     os.environ |= {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
         "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(node["ranks"]),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-    }
+        KEEPS: "1" if node["keeps"] and local_rank == 0 else "0",
+    } | node["environment"]
     code = 1
     try:
         import torch
@@ -78,8 +84,8 @@ def _fork(job: dict[str, Any], rank: int, world_size: int, port: int) -> int:
         # What a plan gives one rank is all cores, and other tests run on them: threads would wait for each other many
         # times longer than they work.
         torch.set_num_threads = lambda count: None
-        sys.argv = [job["module"], *job["arguments"]]
-        import_module(job["module"]).main()
+        sys.argv = [module, *node["arguments"]]
+        import_module(module).main()
         code = 0
     finally:
         if code:

@@ -1,7 +1,7 @@
 """Models of two narrow layers, made in a moment, and runs over them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -9,11 +9,13 @@ from unittest import mock
 import msgspec
 import torch
 
+from qdist.core.machine.cluster import Cluster, joined
 from qdist.core.planning.plan import Plan, Prepared
 from qdist.core.spec.run_spec import RunSpec, nest, resolve
 from qdist.host import tasks
 from qdist.host.launch import claim
 from qdist.host.launch import prepare as launcher
+from qdist.host.machine import probe
 from qdist.host.run.rundir import RunDir
 from qdist.runtime.adapters.attach import add_adapter
 from qdist.runtime.data.batches import Samples, collate, read_samples
@@ -104,16 +106,30 @@ def save_data(path: Path, count: int = 40) -> Path:
     return path
 
 
-def dummy_job(model: Path, run: Path, **settings: Any) -> launcher.Launch:
-    """A run over random weights and tokens, planned and not yet written. Settings are dotted, with `__` for the dot."""
-    return launcher.prepare(_spec(settings, model=str(model), run=str(run), load_format="dummy"))
+def dummy_job(model: Path, run: Path, *, nodes: Sequence[int] = (), **settings: Any) -> launcher.Launch:
+    """A run over random weights and tokens, planned and not yet written. Settings are dotted, with `__` for the dot.
+
+    nodes: CPU ranks of each node; empty for this machine alone.
+    """
+    return _job(_spec(settings, model=str(model), run=str(run), load_format="dummy"), nodes)
 
 
-def real_job(model: Path, data: Path, run: Path, **settings: Any) -> launcher.Launch:
-    """A run over a saved model and data, prepared in this process."""
+def real_job(model: Path, data: Path, run: Path, *, nodes: Sequence[int] = (), **settings: Any) -> launcher.Launch:
+    """A run over a saved model and data, prepared in this process. nodes: as for `dummy_job`."""
     spec = _spec(settings, model=str(model), run=str(run), **{"data.path": str(data)})
     with mock.patch.object(tasks, "prepare", _prepared):
-        return launcher.prepare(spec)
+        return _job(spec, nodes)
+
+
+def _job(spec: RunSpec, nodes: Sequence[int]) -> launcher.Launch:
+    asked = launcher.new_run(spec, here=machines(nodes) if nodes else None)
+    return launcher.job_of(asked, launcher.prepared_for(asked))
+
+
+def machines(nodes: Sequence[int]) -> Cluster:
+    """Nodes like this machine, with a number of CPU ranks each."""
+    names = [f"node{number}" for number in range(len(nodes))]
+    return joined([probe.cluster()] * len(nodes), names, nodes, None)
 
 
 def _prepared(spec: RunSpec, *, device: str) -> Prepared:

@@ -60,11 +60,11 @@ from qdist.host.sources.models import known_shape
 
 RESUMABLE = frozenset((
     "run", "gpus", "placement", "gpus_per_group", "split.schedule", "split.offload_layers", "micro_batch",
-    "pack", "graphs", "max_memory", "trackers", "liger", "zero.stage", "zero.offload",
+    "pack", "graphs", "max_memory", "trackers", "liger", "zero.stage", "zero.offload", "optim.reduce_dtype",
     "train.checkpointing", "train.eval_steps", "train.save_steps", "train.keep", "train.answers",
     "train.verify_steps", "train.stuck_seconds", "train.tasks", "train.best", "train.patience",
 ))  # fmt: skip
-"""Settings that may change on resume, because they do not affect what a step computes."""
+"""Settings that may change on resume, because they do not affect what a step computes, beyond its rounding."""
 
 
 _RUNS = Path("runs")

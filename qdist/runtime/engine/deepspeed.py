@@ -115,7 +115,7 @@ class DeepSpeedEngine:
             for group in self.engine.optimizer.averaged_gradients.values():
                 yield from group or ()
 
-    def state(self) -> State:
+    def state(self, *, wanted: bool = True) -> State:
         named = self.adapter.named()
         moments: dict[str, dict[str, torch.Tensor]] = {}
         if self.stage == 0:

@@ -77,8 +77,8 @@ class Engine(Protocol):
     def held(self) -> Held:
         """Bytes of gradients and optimizer state on this rank."""
 
-    def state(self) -> State:
-        """The full state, on the CPU. Collective: every rank must call it."""
+    def state(self, *, wanted: bool = True) -> State:
+        """The full state, on the CPU, if wanted here; otherwise what costs nothing. Collective: all ranks call it."""
 
     def restore(self, state: State) -> None:
         """Load a full state. Collective."""
@@ -219,7 +219,7 @@ class TorchEngine:
     def held(self) -> Held:
         return Held(self._gradient_bytes, moment_bytes(self.optimizer))
 
-    def state(self) -> State:
+    def state(self, *, wanted: bool = True) -> State:
         named = self.adapter.named()
         moments = {
             moment: {name: to_cpu(value) for name, value in values.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from qdist.core.errors import JobError
+from qdist.core.errors import JobError, RunError
 from qdist.core.evaluation.course import Outcome, Points, best_figure, points_of, reason_to_stop
 from qdist.core.evaluation.results import Figure
 from qdist.core.planning.plan import Plan
@@ -103,7 +103,8 @@ class Trainer:
 
     place: this rank's side of the placement. verify: compares gathered bytes once more and says so in words.
     gradients: watches those of the first updates; None for a run that does without. measure: the tasks that every
-    evaluation measures too; None for a run without.
+    evaluation measures too; None for a run without. keeps: whether this rank writes checkpoints as rank 0 does, into a
+    run directory of its own node.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class Trainer:
         stopping: Callable[[], bool],
         gradients: GradientWatch | None = None,
         measure: Measure | None = None,
+        keeps: bool = False,
     ) -> None:
         self.plan, self.run, self.engine, self.samples, self.comm, self.place = plan, run, engine, samples, comm, place
         self._evaluate, self._checksum, self._verify = evaluate, checksum, verify
@@ -133,6 +135,7 @@ class Trainer:
         """(step, figure) of each evaluation, by task."""
         self.ended_early = ""
         """Why the run ended before its last step, as a sentence; empty for one that did not."""
+        self._keeps = keeps or comm.rank == 0
         self._measure, self._rising, self._told_eager = measure, set[str](), False
 
     def train(self) -> bool:
@@ -371,22 +374,34 @@ class Trainer:
                 f"the adapter of rank(s) {differing} differs from that of the first {parts} rank(s) at step {step}",
                 try_="--resume",
             )
-        state = self.engine.state()
-        if self.comm.rank == 0:
+        state = self.engine.state(wanted=self._keeps)
+        if self._keeps:
             progress = self._progress(step, optimizer_steps=state.optimizer_steps)
             checkpoint.save(self.run, progress, state, keep=self.plan.spec.train.keep)
+        if self.comm.rank == 0:
             self._report(Event(kind="checkpoint", step=step, total_steps=self.plan.steps))
         self.comm.barrier()
         return self.run.checkpoint(step)
 
     def _note(self, step: int) -> None:
         """Record a step's evaluation in its checkpoint."""
-        if self.comm.rank == 0:
+        if self._keeps:
             checkpoint.note(self.run, self._progress(step), keep=self.plan.spec.train.keep)
+
+    def _require_one_start(self, step: int) -> None:
+        """Raise RunError where ranks, of run directories of their own, would go on from different steps."""
+        newest = self.comm.gather(step)
+        if differing := [rank for rank, other in enumerate(newest) if other != newest[0]]:
+            raise RunError(
+                f"rank 0 has a checkpoint of step {newest[0]}, and rank {differing[0]} one of step "
+                f"{newest[differing[0]]}: their nodes' run directories differ",
+                try_=f"copy {self.run.checkpoints} of the node with the newest one to the others, and --resume",
+            )
 
     def _resume(self) -> int:
         """Load the newest complete checkpoint; returns the step to resume from."""
         steps = self.run.checkpoint_steps()
+        self._require_one_start(steps[-1] if steps else 0)
         if not steps:
             self._report(Event(kind="start", step=0, total_steps=self.plan.steps))
             return 0
@@ -398,7 +413,7 @@ class Trainer:
         if self._gradients is not None and progress.optimizer_steps >= UPDATES:  # they were checked then
             self._gradients.close()
             self._gradients = None
-        if self.comm.rank == 0:  # a killed run may have come no further than to write it
+        if self._keeps:  # a killed run may have come no further than to write it
             checkpoint.prune(self.run, keep=self.plan.spec.train.keep, best=progress.best_step)
         self._report(Event(kind="resume", step=progress.step, total_steps=self.plan.steps))
         return progress.samples // self.plan.spec.batch

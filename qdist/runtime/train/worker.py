@@ -8,6 +8,7 @@ from typing import Any
 
 from qdist.core.errors import PlanError, RunError
 from qdist.core.evaluation.windows import longest_scored
+from qdist.core.nodes.job import KEEPS
 from qdist.core.planning.plan import Plan, digest
 from qdist.core.telemetry.events import Event, write_phases
 from qdist.core.telemetry.inventory import lines_of
@@ -110,6 +111,7 @@ def _work(plan: Plan, run: RunDir, clock: StartClock) -> None:
             stopping=stop,
             gradients=GradientWatch(built.adapter.named(), plan.facts, compute_dtype=plan.compute_dtype),
             measure=_meter(plan, tasks, built, place, comm, pad_id) if tasks else None,
+            keeps=os.environ.get(KEEPS) == "1",
         )
         stop.listen()
         finished = trainer.train()

@@ -51,8 +51,8 @@ class PipelineEngine:
     def held(self) -> Held:
         return self.inner.held()
 
-    def state(self) -> State:
-        return gather_state(self.inner.state(), self.pipeline.grid, self.pipeline.device)
+    def state(self, *, wanted: bool = True) -> State:
+        return gather_state(self.inner.state(), self.pipeline.grid, self.pipeline.device, wanted=wanted)
 
     def restore(self, state: State) -> None:
         self.inner.restore(state)
@@ -108,29 +108,41 @@ def deepspeed_over_stage(adapter: Adapter, optimizer_of: Any, config: dict[str, 
     return twins, engine
 
 
-def gather_state(own: State, grid: Grid, device: torch.device) -> State:
-    """The states of all stages merged, on rank 0; the others get back their own. Collective.
+def gather_state(own: State, grid: Grid, device: torch.device, *, wanted: bool) -> State:
+    """The states of all stages merged, on each rank that wants them; the others get back their own. Collective.
 
-    Tensors travel one at a time: pickled together they would be on GPU 0 all at once.
+    Tensors travel one at a time: pickled together they would be on one GPU all at once.
     """
-    if grid.group > 0 or grid.stages == 1:
-        return own
     flat = _flat(own)
-    shapes: list[Any] = [None] * grid.stages
-    dist.all_gather_object(shapes, {key: (value.shape, value.dtype) for key, value in flat.items()}, group=grid.mates)
-    if grid.position > 0:
-        for value in flat.values():
-            dist.send(value.to(device), 0, group=grid.mates)
-        return own
-    for position in range(1, grid.stages):
-        for key, (shape, dtype) in shapes[position].items():
-            part = torch.empty(shape, dtype=dtype, device=device)
-            dist.recv(part, position, group=grid.mates)
-            flat[key] = part.cpu()
+    mates: list[Any] = [None] * grid.stages
+    shapes = {key: (value.shape, value.dtype) for key, value in flat.items()}
+    dist.all_gather_object(mates, (wanted, shapes), group=grid.mates)
+    whole: dict[tuple[str, str], torch.Tensor] = {}
+    for taker in (position for position, (wants, _) in enumerate(mates) if wants):
+        for giver, (_, theirs) in enumerate(mates):
+            if grid.position == taker:
+                whole |= flat if giver == taker else _received(theirs, grid, giver, device)
+            elif grid.position == giver:
+                for value in flat.values():
+                    dist.send(value.to(device), grid.rank_at(taker), group=grid.mates)
+    return _unflattened(whole, own.optimizer_steps) if wanted else own
+
+
+def _received(shapes: dict[Any, Any], grid: Grid, giver: int, device: torch.device) -> dict[Any, torch.Tensor]:
+    """The tensors that another stage of the group sends, in its order."""
+    parts = {}
+    for key, (shape, dtype) in shapes.items():
+        part = torch.empty(shape, dtype=dtype, device=device)
+        dist.recv(part, grid.rank_at(giver), group=grid.mates)
+        parts[key] = part.cpu()
+    return parts
+
+
+def _unflattened(flat: dict[tuple[str, str], torch.Tensor], optimizer_steps: int) -> State:
     parameters = {name: value for (kind, name), value in flat.items() if not kind}
     kinds = dict.fromkeys(kind for kind, _ in flat if kind)  # of another stage too: small tensors have no scales
     moments = {moment: {name: value for (kind, name), value in flat.items() if kind == moment} for moment in kinds}
-    return State(parameters, moments, own.optimizer_steps)
+    return State(parameters, moments, optimizer_steps)
 
 
 def _flat(state: State) -> dict[tuple[str, str], torch.Tensor]:

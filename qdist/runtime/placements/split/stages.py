@@ -232,6 +232,10 @@ class Grid(NamedTuple):
         """Whether this stage computes the loss."""
         return self.position == self.stages - 1
 
+    def rank_at(self, position: int) -> int:
+        """The rank with another stage of this group."""
+        return self.group * self.stages + position
+
     def over_stages(self, value: torch.Tensor) -> torch.Tensor:
         """A scalar summed over the stages of this group."""
         total = value.clone()
