@@ -1,7 +1,7 @@
 """A process that has imported everything once and forks ranks: what a rank's imports cost is paid once a suite.
 
-Reads one JSON job a line, {"module": ..., "nodes": [{"ranks": ..., ...}, ...]} with the fields of `conftest.OnNode`: each
-rank calls `main` of the module, with what its node has. Writes the exit codes of the ranks.
+Reads one JSON job a line, {"module": ..., "nodes": [{"ranks": ..., ...}, ...]} with the fields of `conftest.OnNode`:
+each rank calls `main` of the module, with what its node has. Writes the exit codes of the ranks.
 """
 
 import gc

@@ -20,6 +20,8 @@ WORKER, EVALUATOR = "qdist.runtime.train.worker", "qdist.runtime.train.evaluator
 _PATIENCE_S = 30.0
 """Seconds that ranks get to save and end once they were asked to; torch.distributed.run's."""
 _LOOK_S = 0.05
+LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
+"""The loopback interface."""
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -56,7 +58,7 @@ def started_with(words: Sequence[str]) -> list[str]:
 def _reserved() -> socket.socket:
     """A port for rank 0 to listen on. It stays bound here, so that nobody else gets it meanwhile.
 
-    Linux lets a second socket listen on a port that is only bound, if both set SO_REUSEADDR, as torch's store does.
+    Linux lets a second socket listen on a port that is only bound, if both set SO_REUSEADDR, as rank 0 does.
     """
     kept = socket.socket()
     kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -74,6 +76,8 @@ def variables_of(rank: int, count: int, address: tuple[str, int]) -> Mapping[str
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": host,
         "MASTER_PORT": str(port),
+        # What CPU ranks of one machine send each other stays on it, and nobody else can connect to them.
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", LOOPBACK),
         # A collective that fails ends its rank, instead of leaving it in wait; as torch.distributed.run has it.
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
     }

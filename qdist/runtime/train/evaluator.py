@@ -46,7 +46,8 @@ def _work(plan: Plan, run: RunDir, clock: StartClock) -> None:
     from qdist.runtime.infer.load import load_tokenizer
     from qdist.runtime.model.own_code import run_code_for
     from qdist.runtime.placements.registry import placement_of
-    from qdist.runtime.train.setup import join_group, pick_devices
+    from qdist.runtime.train.group import join_group
+    from qdist.runtime.train.setup import pick_devices
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # of texts that are longer than the model, which are cut into windows

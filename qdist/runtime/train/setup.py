@@ -34,6 +34,7 @@ from qdist.runtime.model.skeleton import DTYPES, load_backbone
 from qdist.runtime.placements.base import PROCESS_GROUP_TIMEOUT, Placement
 from qdist.runtime.placements.liger import take_liger
 from qdist.runtime.train.checkpoint import load_tensors
+from qdist.runtime.train.group import join_group
 from qdist.runtime.train.measure import disk_read_bytes
 from qdist.runtime.train.result import check_adapter
 
@@ -65,6 +66,7 @@ def make_accelerator(plan: Plan, run: RunDir) -> Any:
     if config.num_processes > 1:
         backend = "gloo" if config.use_cpu else "nccl"
         options["kwargs_handlers"] = [InitProcessGroupKwargs(backend=backend, timeout=PROCESS_GROUP_TIMEOUT)]
+    join_group(plan)
     accelerator = Accelerator(**options)
     # ZeRO-3 partitions the adapter alone: transformers, told of it, would partition the backbone while loading.
     unset_hf_deepspeed_config()
@@ -128,13 +130,6 @@ def put_on(folder: Path, backbone: Any, plan: Plan) -> None:
     """Put a finished adapter, or the part of it on this rank, on a loaded backbone, in place."""
     _fill_from(folder, add_adapter(backbone, plan))
     backbone.eval()
-
-
-def join_group(plan: Plan) -> None:
-    """Join the process group of ranks that have no engine; a rank alone needs none. Collective."""
-    if plan.world_size > 1:
-        backend = "gloo" if plan.device == "cpu" else "nccl"
-        torch.distributed.init_process_group(backend, timeout=PROCESS_GROUP_TIMEOUT)
 
 
 class Loaded(NamedTuple):

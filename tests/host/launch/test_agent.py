@@ -53,6 +53,16 @@ def wait_for(*paths: Path) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize(("said", "wanted"), [(None, agent.LOOPBACK), ("eth7", "eth7")])
+def test_ranks_of_one_machine_speak_over_loopback_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, said: str | None, wanted: str
+) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    if said:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", said)
+    assert agent.variables_of(0, 2, ("127.0.0.1", 1))["GLOO_SOCKET_IFNAME"] == wanted
+
+
 def test_ranks_know_their_places_and_end_well(tmp_path: Path) -> None:
     with running(tmp_path, "") as process:
         assert process.communicate(timeout=30)[1] == ""
