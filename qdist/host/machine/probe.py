@@ -81,7 +81,8 @@ def divided(gpus: Sequence[Gpu], count: int) -> tuple[Gpu, ...]:
 def take_turns(rank: int, count: int, environment: MutableMapping[str, str] = os.environ) -> None:
     """Prepare this process to share its GPU with `count` - 1 others; does nothing for a count of 1.
 
-    Called before any library looks at the environment for a device or makes a communicator.
+    Called before any library looks at the environment for a device or makes a communicator. rank: of the run, as NCCL
+    takes each for a host of its own, also where nodes of it are on one machine.
     """
     if count > 1:
         environment["LOCAL_RANK"] = str(int(environment["LOCAL_RANK"]) // count)

@@ -110,7 +110,7 @@ class TorchEngine:
     step. The gradients lie in one flat buffer then: DDP, which adds them up during the backward pass, holds them twice
     as soon as a step has several micro-batches. graphs: whether to replay the passes of a micro-batch as CUDA graphs,
     for which gradients lie so too. alike: ranks work together within passes, so all of them must launch, or all replay.
-    narrow: whether gradients cross between ranks in bfloat16.
+    narrow: ranks of each node, between all of which gradients cross in bfloat16; empty where they do in float32.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class TorchEngine:
         clip: float,
         across: Across | None = None,
         ranks: int = 1,
-        narrow: bool = False,
+        narrow: Sequence[int] = (),
         graphs: bool = False,
         alike: bool = False,
     ) -> None:
@@ -130,7 +130,7 @@ class TorchEngine:
         self.gradients = _flat_gradients(own) if ranks > 1 or graphs else None
         self._narrow: NarrowSum | None = None
         if narrow and ranks > 1 and self.gradients is not None:
-            self._narrow = NarrowSum(self.gradients.numel(), self.gradients.device)
+            self._narrow = NarrowSum(self.gradients.numel(), self.gradients.device, nodes=narrow)
         self.update: DeviceUpdate | None = None
         """The update as device work alone; None where it has to wait for the norm."""
         if optimizer.defaults.get("capturable"):

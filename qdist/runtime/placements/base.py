@@ -129,7 +129,7 @@ def make_engine(plan: Plan, accelerator: Any, adapter: Adapter) -> Engine:
             optimizer,
             clip=clip,
             ranks=plan.data_parallel,
-            narrow=plan.spec.optim.reduce_dtype == "bfloat16",
+            narrow=plan.world.ranks_of_nodes if plan.spec.optim.reduce_dtype == "bfloat16" else (),
             graphs=plan.graphs,
             alike=plan.placement == "shard",
         )

@@ -94,7 +94,7 @@ def pick_devices(plan: Plan, number: Rank) -> tuple[torch.device, ...]:
         return (torch.device("cpu"),)
     torch.backends.cuda.matmul.allow_tf32 = True
     sharing = probe.ranks_per_gpu()
-    probe.take_turns(plan.world.local_rank_of(number), sharing)
+    probe.take_turns(number, sharing)
     rank = plan.ranks[number]
     devices = tuple(torch.device("cuda", gpu // sharing) for gpu in rank.gpus)
     torch.cuda.set_device(devices[0])

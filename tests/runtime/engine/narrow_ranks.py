@@ -1,4 +1,4 @@
-"""A rank that adds numbers up with others in 16 bits, and writes what it got; arguments: a folder."""
+"""A rank that adds numbers up with others in 16 bits, and writes what it got; arguments: a folder, ranks of nodes."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ def numbers_of(rank: int, step: int) -> torch.Tensor:
 def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    narrow = NarrowSum(COUNT, torch.device("cpu"))
+    narrow = NarrowSum(COUNT, torch.device("cpu"), nodes=[int(each) for each in sys.argv[2:]])
     got = []
     for step in range(STEPS):
         scale = SCALES[step % len(SCALES)]

@@ -9,9 +9,12 @@ from tests.runtime.conftest import ForkRanks
 from tests.runtime.engine.narrow_ranks import COUNT, STEPS, numbers_of
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_sums_in_16_bits_lose_nothing_over_the_steps(fork_ranks: ForkRanks, tmp_path: Path, ranks: int) -> None:
-    assert not any(fork_ranks("tests.runtime.engine.narrow_ranks", ranks, tmp_path))
+@pytest.mark.parametrize("nodes", [(2,), (3,), (1, 1), (2, 1), (2, 2)])
+def test_sums_in_16_bits_lose_nothing_over_the_steps(
+    fork_ranks: ForkRanks, tmp_path: Path, nodes: tuple[int, ...]
+) -> None:
+    ranks = sum(nodes)
+    assert not any(fork_ranks("tests.runtime.engine.narrow_ranks", ranks, tmp_path, *nodes))
     got = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
     assert all(torch.equal(got[0][0], sums) for sums, _ in got[1:])
     exact = sum(numbers_of(rank, step) for rank in range(ranks) for step in range(STEPS))

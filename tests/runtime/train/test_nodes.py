@@ -32,6 +32,7 @@ def contents(run: RunDir) -> dict[str, bytes]:
     [
         ((1, 1), {"zero.stage": 0}),
         ((1, 1), {"optim.reduce_dtype": "bfloat16"}),
+        ((2, 1), {"optim.reduce_dtype": "bfloat16", "global_batch": 6}),
         ((1, 1), {"zero.stage": 1}),
         ((1, 1), {"zero.stage": 2}),
         ((1, 1), {"zero.stage": 3}),
@@ -46,8 +47,8 @@ def contents(run: RunDir) -> dict[str, bytes]:
 def test_nodes_train_the_adapter_of_one_machine_and_each_keeps_its_checkpoints(
     train: TrainRun, train_on_nodes: TrainOnNodes, model: Path, tmp_path: Path, nodes: tuple[int, ...], grid: Any
 ) -> None:
-    alone = train(dummy_job(model, tmp_path / "alone", gpus=sum(nodes), **SHAPE, **grid))
-    job = dummy_job(model, tmp_path / "node0", nodes=nodes, **SHAPE, **grid)
+    alone = train(dummy_job(model, tmp_path / "alone", gpus=sum(nodes), **SHAPE | grid))
+    job = dummy_job(model, tmp_path / "node0", nodes=nodes, **SHAPE | grid)
     assert job.plan.world.nodes == nodes
     folders = [RunDir(tmp_path / f"node{number}") for number in range(len(nodes))]
     train_on_nodes(job, folders)
