@@ -84,7 +84,8 @@ def _gradients(own: Exchanged) -> tuple[float, float]:
     if ranks == 1:
         return 0.0, scalars
     if own.narrow:
-        return _narrow(own), scalars + ranks  # parts to all others at once, then a ring
+        sent, exchanging = _narrow(own)
+        return sent, scalars + exchanging  # shares to all others at once, then a ring
     summed, passed_on = _waits_of_sum(own, ranks), ranks - 1
     one_way = 4 * own.trained * passed_on / ranks
     # The same stages of all groups sum up, and a node may hold some stages, or those of one group.
@@ -100,10 +101,14 @@ def _gradients(own: Exchanged) -> tuple[float, float]:
     return (times * each + one_way) * held, scalars + (times * waits + passed_on) * buckets
 
 
-def _narrow(own: Exchanged) -> float:
-    """Bytes that a node sends in 16 bits: each rank its parts to all others, then the sums in a ring."""
-    ranks, there = own.data_parallel, max(own.world.ranks_of_nodes)
-    return 2 * own.trained * (there * (ranks - there) + ranks - 1) / ranks
+def _narrow(own: Exchanged) -> tuple[float, int]:
+    """Bytes that a node sends in 16 bits, and how many exchange: each sends its shares to all others, then the sums.
+
+    Nodes of as many ranks each are one to the others: what their ranks hold is added up before, each for its part.
+    """
+    nodes = own.world.ranks_of_nodes
+    ranks, there = (len(nodes), 1) if len(set(nodes)) == 1 else (own.data_parallel, max(nodes))
+    return 2 * own.trained * (there * (ranks - there) + ranks - 1) / ranks, ranks
 
 
 def _waits_of_sum(own: Exchanged, ranks: int) -> int:

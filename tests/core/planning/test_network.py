@@ -35,9 +35,10 @@ def test_nothing_crosses_on_one_machine() -> None:
         # A ring of 4 ranks leaves each node once, whatever there is on it.
         (World(4, 1, 1, (2, 2)), {}, 1.5 * 4 * P, 6 + 6),
         (World(4, 1, 1, (3, 1)), {}, 1.5 * 4 * P, 6 + 6),
-        # In 16 bits each rank sends its parts to all others: half the bytes from nodes of one rank, more from others.
+        # In 16 bits nodes of as many ranks each send half the bytes of nodes of one; others exchange rank by rank.
         (World(2, 1, 1, (1, 1)), {"narrow": True}, 2 * P, 2 + 2),
-        (World(4, 1, 1, (2, 2)), {"narrow": True}, (4 + 3) / 4 * 2 * P, 6 + 4),
+        (World(4, 1, 1, (2, 2)), {"narrow": True}, 2 * P, 6 + 2),
+        (World(4, 1, 1, (3, 1)), {"narrow": True}, (3 + 3) / 4 * 2 * P, 6 + 4),
         # ZeRO 1 sums up once, ZeRO 2 every micro-batch, and both pass the parameters on; ZeRO 3 sums parts.
         (World(2, 1, 1, (1, 1)), {"engine": "deepspeed", "zero_stage": 1}, 4 * P + 2 * P, 6 + 3),
         (World(2, 1, 1, (1, 1)), {"engine": "deepspeed", "zero_stage": 2}, 4 * 4 * P + 2 * P, 6 + 9),
