@@ -31,12 +31,15 @@ def plan(
     gpu_memory: str | None = None,
     gpu_name: str | None = None,
     host_memory: str | None = None,
+    nodes: int | str | None = None,
+    network: str | None = None,
     **settings: Any,
 ) -> "Plan":
     """How a run would lie in memory and how fast it would go: `qdist.plan(model="smollm2-135m", gpus=2)`.
 
     recipe: a TOML file, or the name of one that is shipped; settings win over it.
     gpu_memory, gpu_name, host_memory: of another machine than this one, such as '48GiB' and 'RTX 4090'.
+    nodes: of that machine, a number or a TOML file of them; network: between them, such as '25Gbit,0.1ms'.
 
     Raises SpecError for what is not a setting, with the nearest, or contradicts another; PlanError for what does not
     fit.
@@ -51,6 +54,8 @@ def plan(
             gpu_memory=gpu_memory,
             gpu_name=gpu_name,
             host_memory=host_memory,
+            nodes=nodes,
+            network=network,
         )
     )
 

@@ -2,16 +2,21 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import click
 
 from qdist.cli.views.text import say_styled
-from qdist.core.errors import MachineError
+from qdist.core.errors import MachineError, SpecError
 from qdist.core.machine.measured import CardRates, slowest
+from qdist.core.nodes.pairs import Pair, slowest_of
+from qdist.core.text import counted
 from qdist.host.launch import measuring
 from qdist.host.machine import links, nvml, probe
 from qdist.host.machine.doctor import Check, diagnose, look
+from qdist.host.nodes.launching import party_of
+from qdist.host.nodes.measuring import measured_pairs
+from qdist.host.nodes.speed import STREAMS
 from qdist.host.terminal import say
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -19,9 +24,15 @@ _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 @click.command()
 @click.option("--gpus", is_flag=True, help="Measure the GPUs and their links, for the planner. Under a minute.")
+@click.option("--hosts", metavar="FILE", help="Measure the network between the machines of FILE, for the planner.")
 @click.pass_context
-def doctor(context: click.Context, gpus: bool) -> None:
+def doctor(context: click.Context, gpus: bool, hosts: str | None) -> None:
     """Check driver, GPUs, packages, memory and disk; exit 1 when a run cannot work."""
+    if hosts is not None:
+        if gpus:
+            raise SpecError("--hosts measures the network, and --gpus the cards of this machine", try_="one at a time")
+        _measure_network(hosts)
+        return
     checks = diagnose(look())
     failed = tuple(check for check in checks if check.status == "fail")
     if gpus and not failed:
@@ -50,6 +61,34 @@ def _measure() -> tuple[Check, ...]:
         path = probe.keep_rates([card.name for card in chosen], driver.version, kept)
         say(f"plans use these rates from now on: {path}")
     return checks
+
+
+def _measure_network(file: str) -> None:
+    """Measure the network between hosts, and print what each pair found."""
+    party = party_of(file)
+    names = [host.name for host in party.hosts.host]
+    say(f"measuring the network between {counted(len(names), 'host')}")
+    pairs = measured_pairs(party)
+    named = dict(zip(party.addresses, names, strict=True))
+    say("\n" + network_table(pairs, named) + "\n")
+    one, other = (named[address] for address in slowest_of(pairs).addresses)
+    say(f"the slowest pair is {one} and {other}; plans of these hosts use its figures from now on, on each of them")
+
+
+def network_table(pairs: Sequence[Pair], names: Mapping[str, str]) -> str:
+    """Table with one row per pair of hosts. names: of the addresses."""
+    rows: list[Sequence[str]] = [("hosts", "latency", "1 connection", "back", f"{STREAMS} connections", "back")]
+    for pair in pairs:
+        rates = (*pair.one_bytes_s, *pair.four_bytes_s)
+        between = " - ".join(names[address] for address in pair.addresses)
+        rows.append((between, f"{pair.latency_s * 1e3:.2f} ms", *(f"{rate * 8e-9:.2f} Gbit/s" for rate in rates)))
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows with their columns aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def rates_table(cards: Sequence[CardRates]) -> str:
@@ -85,9 +124,7 @@ def rates_table(cards: Sequence[CardRates]) -> str:
             f"{kernels.kernel_s * 1e6:.1f} us a kernel" if kernels else "-",
         ))  # fmt: skip
     shown = [column for column in zip(*rows, strict=True) if set(column[1:]) != {"-"}]
-    widths = [max(map(len, column)) for column in shown]
-    lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in zip(*shown, strict=True)]
-    return "\n".join("  ".join(line) for line in lines)
+    return _aligned([*zip(*shown, strict=True)])
 
 
 def _kind(dtype: str) -> str:

@@ -45,6 +45,8 @@ _SETTINGS = ("model", "trust_remote_code", "bits", "method", "gpus", "placement"
 @click.option("--gpu-memory", help="Memory of each: 48GiB, or '2 x 24GiB + 48GiB'; by default that of the card.")
 @click.option("--gpu-name", help="The card where it is not this machine's: 'RTX 4090', or 'RTX 3090 + RTX 4090'.")
 @click.option("--host-memory", help="Host memory of the machine; where it is not this one, 64GiB or twice its GPUs'.")
+@click.option("--nodes", metavar="N|FILE", help="Nodes of that machine, or a TOML file with a [[node]] table for each.")
+@click.option("--network", metavar="TEXT", help="The network between nodes: 25Gbit, or 25Gbit,0.1ms.")
 @click.option(
     "--set", "assignments", multiple=True, metavar="KEY=VALUE",
     help="Any setting of `qdist settings`, such as lora.alpha=32.",

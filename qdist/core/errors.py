@@ -27,7 +27,7 @@ Change = Mapping[str, Any]
 setting to the plan."""
 Say = Callable[[Change], str]
 
-MACHINE = ("gpu_memory", "gpu_name", "host_memory")
+MACHINE = ("gpu_memory", "gpu_name", "host_memory", "nodes", "network")
 """Flags of `qdist plan` that describe a machine; they are not settings."""
 QUESTIONS = ("batch", "context", "adapters")
 """Flags of `qdist plan --for inference` that are not settings."""

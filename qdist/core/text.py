@@ -44,6 +44,67 @@ def _no_amount(message: str, number: str, key: str) -> SpecError:
     return SpecError(message, try_="" if key else f"{meant}GiB", ways=[{key: f"{meant}GiB"}] if key else [])
 
 
+_BIT_FACTORS = {"kbit": 10**3, "mbit": 10**6, "gbit": 10**9, "tbit": 10**12}
+_SECONDS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
+_USUAL_RATE, USUAL_DELAY = "25Gbit", "0.1ms"
+_RATES, _DELAYS = (1e4, 1e13), (0.0, 10.0)
+"""Bytes/s and seconds that a network between machines may have."""
+
+
+def parse_rate(text: str, key: str = "") -> float:
+    """Bytes/s from '25Gbit', '100 Mbit/s', '1.2GiB/s'. A Gbit is 10**9 bits.
+
+    key: the setting or flag that is read, for the hint.
+    Raises SpecError when the text is not a rate that a network may have.
+    """
+    count, unit = _quantity(text.strip().removesuffix("/s"))
+    each = _BIT_FACTORS[unit] / 8 if unit in _BIT_FACTORS else _FACTORS.get(unit or "?", 0)
+    if not _RATES[0] <= count * each <= _RATES[1]:
+        meant = f"{count:g}Gbit" if each == 0 and 1 <= count <= 1000 else _USUAL_RATE
+        raise SpecError(
+            f"{text.strip()!r} is not the rate of a network such as 25Gbit, 100Mbit or 1.2GiB/s",
+            try_="" if key else meant,
+            ways=[{key: meant}] if key else [],
+        )
+    return count * each
+
+
+def parse_delay(text: str) -> float:
+    """Seconds from '0.1ms', '50us', '0.02 s'.
+
+    Raises SpecError when the text is not a time that a message may take.
+    """
+    count, unit = _quantity(text)
+    if unit not in _SECONDS or not _DELAYS[0] <= count * _SECONDS[unit] <= _DELAYS[1]:
+        raise SpecError(
+            f"{text.strip()!r} is not the latency of a network such as 0.1ms or 50us",
+            try_=USUAL_DELAY,
+        )
+    return count * _SECONDS[unit]
+
+
+def _quantity(text: str) -> tuple[float, str]:
+    """(number, unit in lower case) of a text; a negative number where it is none."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-zµ]*)\s*", text)
+    return (float(match[1]), match[2].lower()) if match else (-1.0, "")
+
+
+def format_rate(bytes_s: float) -> str:
+    """'25 Gbit/s', '100 Mbit/s', of bytes/s: as networks are sold."""
+    for unit, factor in (("Gbit/s", 10**9), ("Mbit/s", 10**6)):
+        if bytes_s * 8 >= factor:
+            return f"{bytes_s * 8 / factor:.3g} {unit}"
+    return f"{bytes_s * 8 / 1000:.3g} kbit/s"
+
+
+def format_delay(seconds: float) -> str:
+    """'0.1 ms', '50 us', '1.2 s'."""
+    for unit, factor in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= factor or (unit == "ms" and seconds >= 0.1 * factor):
+            return f"{seconds / factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
 def format_bytes(count: float) -> str:
     """'21.4 GiB', '312 MiB', '900 B': three significant digits, binary units."""
     size = abs(count)

@@ -8,17 +8,28 @@ from qdist.cli.views.text import loading, terminal_width
 from qdist.core.planning.disk import storage
 from qdist.core.planning.fill import has_padding
 from qdist.core.planning.memory import MemoryBudget
-from qdist.core.planning.placements.base import unit_of
+from qdist.core.planning.placements.base import nodes_in_words, unit_of
 from qdist.core.planning.placements.registry import layout_of
 from qdist.core.planning.plan import Alternative, Plan
 from qdist.core.planning.sources import epoch_in_words, sources_in_words
 from qdist.core.telemetry.memory_report import shown_error
-from qdist.core.text import counted, fitted, format_bytes, format_count, format_duration
+from qdist.core.text import (
+    counted,
+    first_few,
+    fitted,
+    format_bytes,
+    format_count,
+    format_delay,
+    format_duration,
+    format_rate,
+)
 from qdist.host.launch.prepare import Preview
 from qdist.host.launch.survey import Work
 
 _MARGIN = " " * 9
 """Indent of a line that continues the named line above it."""
+_MOST_NUMBERS = 8
+"""GPUs or ranks that are named of those that hold the same."""
 _SHORT_S = 0.1
 """Seconds a step below which milliseconds are shown."""
 _PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "gathers", "context", "margin")
@@ -43,6 +54,7 @@ def plan_lines(plan: Plan, *, notes: tuple[str, ...] = ()) -> list[str]:
         f"steps    {plan.steps:,}"
         + (f" over {epoch_in_words(plan.data)}, {plan.data.held_out_samples:,} held out" if plan.data else ""),
         *_speed(plan),
+        *_network(plan),
         *_memory(plan),
         *_lost(plan),
         *(f"note     {note}" for note in (*notes, *plan.notes)),
@@ -83,8 +95,28 @@ def wrapped(lines: Sequence[str], width: int) -> list[str]:
 def _where(plan: Plan) -> str:
     if plan.device == "cpu":
         threads = counted(plan.threads_per_rank, "thread")
-        return f"{counted(plan.world_size, 'CPU process', 'es')} of {threads}: no GPU here"
-    return layout_of(plan).gpus_in_words
+        where = f" on {nodes_in_words(plan)}" if plan.nodes else ""
+        return f"{counted(plan.world_size, 'CPU process', 'es')} of {threads}{where}: no GPU here"
+    return nodes_in_words(plan) if plan.nodes else layout_of(plan).gpus_in_words
+
+
+def _network(plan: Plan) -> Iterator[str]:
+    """What a step sends between nodes, and the time that this adds to it."""
+    if plan.network is None:
+        return
+    network, seconds = plan.network, plan.network_seconds
+    sent = f"a node sends {format_bytes(plan.network_bytes)} a step, which adds {_step(seconds)}"
+    if plan.tokens_per_second:
+        sent += f", {100 * seconds * plan.tokens_per_second / plan.step_tokens:.2g} % of it"
+    rate, delay = format_rate(network.bytes_s), format_delay(network.latency_s)
+    yield f"network  {rate}, {delay} ({network.source}): {sent}"
+
+
+def _step(seconds: float) -> str:
+    """Seconds of a step, or of a part of one."""
+    if seconds < _SHORT_S:
+        return f"{1000 * seconds:.3g} ms"
+    return f"{seconds:.1f} s" if seconds < 60 else format_duration(seconds)
 
 
 def _checkpointing(plan: Plan) -> str:
@@ -96,10 +128,7 @@ def _checkpointing(plan: Plan) -> str:
 
 def _speed(plan: Plan) -> Iterator[str]:
     if plan.tokens_per_second:
-        seconds = plan.step_tokens / plan.tokens_per_second
-        took = f"{seconds:.1f} s" if seconds < 60 else format_duration(seconds)
-        if seconds < _SHORT_S:
-            took = f"{1000 * seconds:.0f} ms"
+        took = _step(plan.step_tokens / plan.tokens_per_second)
         speed = f"{format_count(plan.tokens_per_second)} tokens/s"
         if has_padding(plan.useful_share):
             all_of_them = format_count(plan.positions_per_second)
@@ -111,11 +140,14 @@ def _memory(plan: Plan) -> Iterator[str]:
     """Peak memory of each GPU, equal GPUs grouped together."""
     held: dict[MemoryBudget, list[int]] = {}
     for rank in plan.ranks:
-        for gpu, budget in zip(rank.gpus or (rank.rank,), rank.expected, strict=True):
-            held.setdefault(budget, []).append(gpu)
+        numbers = rank.gpus if rank.gpus and not plan.nodes else (rank.rank,)
+        for number, budget in zip(numbers, rank.expected, strict=True):
+            held.setdefault(budget, []).append(number)
     unit = unit_of(plan)
-    for index, (budget, gpus) in enumerate(held.items()):
-        where = f"a {unit}" if len(held) == 1 else f"on {unit} {', '.join(map(str, gpus))}"
+    named = "rank" if plan.nodes else unit  # GPUs are numbered on each node
+    for index, (budget, numbers_of_it) in enumerate(held.items()):
+        several = first_few([str(number) for number in numbers_of_it], most=_MOST_NUMBERS)
+        where = f"a {unit}" if len(held) == 1 else f"on {named} {several}"
         yield (
             f"{'' if index else 'memory':8} {format_bytes(budget.required)} {where}"
             + (

@@ -85,6 +85,11 @@ def _firsts(nodes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(accumulate(nodes[:-1], initial=0))
 
 
+def is_even(nodes: Sequence[int]) -> bool:
+    """Whether there are several nodes of several ranks each, and of equally many. nodes: ranks of each."""
+    return len(nodes) > 1 and nodes[0] > 1 and len(set(nodes)) == 1
+
+
 def used_gpus(groups: int, gpus_per_group: int, gpus: Sequence[int]) -> tuple[int, ...]:
     """GPUs that groups take of each node, of the `gpus` that it has.
 

@@ -25,6 +25,7 @@ from qdist.core.planning.process_memory import (
     graph_bytes,
     hole_bytes,
     library_bytes,
+    narrow_context_bytes,
     resident_set,
 )
 from qdist.core.planning.speed import Passes, Step, passes, step_seconds
@@ -330,12 +331,17 @@ class _Arrangement:
             whole_tables=self.setting.whole_tables,
             zero_stage=self.layout.zero_stage,
             data_parallel=self.layout.data_parallel,
-            narrow=self.layout.data_parallel > 1 and self.setting.spec.optim.reduce_dtype == "bfloat16",
+            narrow=self._is_narrow,
             persistent_gradients=self.graphs,
             offloaded=away,
             context_bytes=self._context_bytes(position),
         )
         return self.layout.share(own, position)
+
+    @property
+    def _is_narrow(self) -> bool:
+        """Whether gradients cross between ranks in 16 bits."""
+        return self.layout.data_parallel > 1 and self.setting.spec.optim.reduce_dtype != "float32"
 
     @cached_property
     def fullest(self) -> tuple[int, int]:
@@ -369,6 +375,8 @@ class _Arrangement:
             return library_bytes(self.layout)
         learnt = self.setting.correction.context_bytes if self.setting.correction else None
         context = cuda_context_bytes(self.layout, position) if learnt is None else learnt
+        if self._is_narrow:
+            context += narrow_context_bytes(self.setting.world(self.layout))
         return context + self.graphs * graph_bytes(self.layers)
 
     def _away(self, layer_map: tuple[int, ...], position: int) -> tuple[int, ...]:
@@ -412,7 +420,7 @@ class _Arrangement:
                 zero_stage=layout.zero_stage,
                 micro_batches=self.mean_micro_batches,
                 trained=sizes.trained(every),
-                narrow=self.setting.spec.optim.reduce_dtype != "float32",
+                narrow=self._is_narrow,
                 on_gpus=self.setting.rooms is not None,
                 gathered_bytes=sizes.packed(every) + sizes.packed(again) + tables,
                 gathers=sum(every) + sum(again) + 2 * (tables > 0),

@@ -8,7 +8,7 @@ from math import ceil, log2
 from typing import Literal, NamedTuple
 
 from qdist.core.machine.cluster import Network
-from qdist.core.machine.world import Node, Rank, World
+from qdist.core.machine.world import Node, Rank, World, is_even
 
 ASSUMED = Network(bytes_s=1.25e9, latency_s=1e-4, source="assumed")
 """The network between nodes of which nothing is known: 10 Gbit/s, 0.1 ms."""
@@ -107,7 +107,7 @@ def _narrow(own: Exchanged) -> tuple[float, int]:
     Nodes of as many ranks each are one to the others: what their ranks hold is added up before, each for its part.
     """
     nodes = own.world.ranks_of_nodes
-    ranks, there = (len(nodes), 1) if len(set(nodes)) == 1 else (own.data_parallel, max(nodes))
+    ranks, there = (len(nodes), 1) if is_even(nodes) else (own.data_parallel, max(nodes))
     return 2 * own.trained * (there * (ranks - there) + ranks - 1) / ranks, ranks
 
 

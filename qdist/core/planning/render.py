@@ -1,11 +1,12 @@
 """The plan as the files that the ranks use: DeepSpeed, Accelerate, the launch script. Pure text and dicts."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qdist.core.errors import SpecError
 from qdist.core.machine.environment import AGENT, EVALUATE, FOREIGN
+from qdist.core.machine.world import Node
 from qdist.core.planning.placements.registry import layout_of
 from qdist.core.planning.plan import Plan, digest
 
@@ -41,7 +42,10 @@ def deepspeed_config(plan: Plan, policy: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def accelerate_config(plan: Plan) -> dict[str, Any]:
-    """Accelerate's configuration file, as `accelerate config` would write it for this run."""
+    """Accelerate's configuration file, as `accelerate config` would write it for this run.
+
+    Of several nodes it is that of any: their agents find each other, and say who is the first.
+    """
     config: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
         "debug": False,
@@ -50,9 +54,9 @@ def accelerate_config(plan: Plan) -> dict[str, Any]:
         "machine_rank": 0,
         "main_training_function": "main",
         "mixed_precision": "no",
-        "num_machines": 1,
+        "num_machines": max(1, len(plan.nodes)),
         "num_processes": plan.world_size,
-        "rdzv_backend": "static",
+        "rdzv_backend": "c10d" if plan.nodes else "static",
         "same_network": True,
         "use_cpu": plan.device == "cpu",
     }
@@ -96,17 +100,23 @@ def rank_environment(plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
     return exports, usual
 
 
+_FIND_RUN = 'run=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)'
+
+
 def launch_script(plan: Plan, *, python: str, evaluates: bool = False) -> str:
     """The shell script that starts the ranks; it finds its run directory beside itself.
 
+    Of several nodes it says how they are started: the nodes' agents start the ranks, and no node those of another.
     python: the interpreter of the environment that planned the run. evaluates: instead of training.
     """
+    if plan.nodes:
+        return _script_of_nodes(plan)
     agent = f'-P -m qdist.host.launch.agent {plan.world_size} "$run" --digest {digest(plan)}'
     exports, usual = rank_environment(plan)
     lines = [
         "#!/bin/sh",
         f"# {' '.join(plan.spec.model.split())}: {plan.world_size} {plan.device} rank(s), written by qdist",
-        'run=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)',
+        _FIND_RUN,
         "# What other launchers say of ranks, in the shell that this is started from, is not of this run.",
         f"unset $(env | sed -nE 's/^({FOREIGN})=.*/\\1/p')",
         f"export {AGENT}=$$",
@@ -115,6 +125,40 @@ def launch_script(plan: Plan, *, python: str, evaluates: bool = False) -> str:
         f"exec {shlex.quote(python)} {agent}{f' {EVALUATE}' * evaluates}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _script_of_nodes(plan: Plan) -> str:
+    count = len(plan.nodes)
+    lines = [
+        "#!/bin/sh",
+        f"# {' '.join(plan.spec.model.split())}: {plan.world_size} {plan.device} rank(s) on {count} nodes, written by "
+        "qdist",
+        *(f"# {line}" for line in _places(plan)),
+        _FIND_RUN,
+        "# A node starts its own ranks only, once it has met the others.",
+        "cat >&2 <<END",
+        f"This run is on {count} nodes. Start it from one of them, over ssh,",
+        '  qdist launch --resume --run "$run" --hosts hosts.toml',
+        "or on each with the run's token in QDIST_TOKEN, or in a file that QDIST_TOKEN_FILE names, R from 0,",
+        f'  qdist launch --resume --run "$run" --nnodes {count} --node-rank R --rendezvous FIRST_NODE:29400',
+        "END",
+        "exit 2",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _places(plan: Plan) -> Iterator[str]:
+    """'node 0, a: ranks 0 to 3 on GPUs 0 to 3', for each node."""
+    world = plan.world
+    for node, machine in enumerate(plan.nodes):
+        ranks = world.ranks_on(Node(node))
+        gpus = [gpu for rank in ranks for gpu in plan.ranks[rank].gpus]
+        on = f" on GPU{_first_to_last(gpus)}" if gpus else ""
+        yield f"node {node}, {' '.join(machine.name.split())}: rank{_first_to_last(ranks)}{on}"
+
+
+def _first_to_last(numbers: Sequence[int]) -> str:
+    return f"s {numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f" {numbers[0]}"
 
 
 def _leaves(value: Any) -> list[Any]:

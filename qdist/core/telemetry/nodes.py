@@ -102,6 +102,12 @@ class NodesNow(NamedTuple):
         return {rank: member.name for member in self.members for rank in member.ranks}
 
     @property
+    def lost_ranks(self) -> frozenset[int]:
+        """Ranks of the members that are lost."""
+        down = self.down
+        return frozenset(rank for member in self.members if member.name in down for rank in member.ranks)
+
+    @property
     def down(self) -> frozenset[str]:
         """Names of the members that are lost."""
         return frozenset(one.name for one in self.missing) & {member.name for member in self.members}
@@ -219,8 +225,8 @@ def generations_in_words(seen: NodesNow, history: RunHistory) -> str:
     for one in seen.absences:
         back = f", back at step {one.back.step:,}" if one.back else ""
         parts.append(f"{one.name} lost at step {history.step_reached(one.time - one.seconds):,}{back}")
-    if history.repeated_s:
+    if round(history.repeated_s):
         parts.append(f"{format_duration(history.repeated_s)} of work done twice")
-    if seen.paused_s:
-        parts.append(f"{format_duration(seen.paused_s)} without ranks")
+    if round(seen.paused_s):
+        parts.append(f"{format_duration(seen.paused_s)} until ranks were started again")
     return "; ".join(parts)

@@ -138,7 +138,7 @@ def _of_nodes(nodes: NodesNow, fold: RunHistory) -> Iterator[Metric]:
     yield one("qdist_nodes_lost_total", lost, len(nodes.absences), "counter")
     twice = "Time of steps that were done again after a restart, all launches."
     yield one("qdist_repeated_seconds_total", twice, fold.repeated_s, "counter")
-    without = "Time without ranks while nodes were lost or returned, all launches."
+    without = "Time until ranks were started again after nodes were lost or returned, all launches."
     yield one("qdist_paused_seconds_total", without, nodes.paused_s, "counter")
 
 

@@ -1,5 +1,6 @@
 """Turns a request, by flags or keywords, into a plan for this or another machine, or into a run ready to start."""
 
+import tomllib
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from qdist.core.data.demo import NAME as DEMO
 from qdist.core.errors import MACHINE, QUESTIONS, Change, QdistError, SpecError, flag_of, flags
 from qdist.core.machine.cards import described
 from qdist.core.machine.cluster import Cluster
+from qdist.core.machine.nodes import DescribedNode, alike, described_nodes, network_of, number_of_nodes
 from qdist.core.planning.advice import needs
 from qdist.core.planning.answering import USUAL_CONTEXT, AnsweringPlan, Questions, answers_in_words, plan_answers
 from qdist.core.planning.plan import Plan, Source
@@ -55,6 +57,10 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory: str | None = None
     gpu_name: str | None = None
     host_memory: str | None = None
+    nodes: str | int | None = None
+    """Number of nodes of that machine, or a TOML file with a table for each; None for one machine."""
+    network: str | None = None
+    """The network between nodes: '25Gbit', or '25Gbit,0.1ms'."""
 
     @property
     def described(self) -> bool:
@@ -170,6 +176,9 @@ def _has_liger(request: PlanRequest, spec: RunSpec) -> bool:
 
 
 def _answers_once(request: AnsweringRequest, spec: RunSpec, here: Here, facts_of: FactsOf) -> AnsweringPlan:
+    for flag, value in (("--nodes", request.nodes), ("--network", request.network)):
+        if value is not None:
+            raise SpecError(f"{flag} is of plans for training: a model answers on one machine", try_="leave it out")
     config, facts, _, _ = _model_of(spec, facts_of)
     require_supported(spec, facts, config)
     cluster, context = machine_of(request, spec.gpus, here), request.context
@@ -198,6 +207,42 @@ def _plan_once(request: PlanRequest, spec: RunSpec, here: Here, facts_of: FactsO
 
 
 def machine_of(request: PlanRequest, gpus: int | None, here: Here) -> Cluster:
+    """The machine or the nodes that the request describes, or this machine.
+
+    gpus: of each node, where the request has them described.
+    Raises SpecError for what cannot be a machine, a file of nodes or a network.
+    """
+    network = None if request.network is None else network_of(request.network)
+    if request.nodes is None:
+        if network:
+            raise SpecError("--network is between nodes, and the plan is for one machine", ways=[{"nodes": 2}])
+        return _one_machine(request, gpus, here)
+    count = number_of_nodes(str(request.nodes))
+    if count is not None:
+        return alike(_one_machine(request, gpus, here), count, gpus, network)
+
+    def described_as(node: DescribedNode) -> Cluster:
+        own = {key: value for key in ("gpu_name", "gpu_memory", "host_memory") if (value := getattr(node, key))}
+        if node.gpu_name:  # whose memory is its own
+            own = {"gpu_memory": None, **own}
+        return _one_machine(msgspec.structs.replace(request, **own), node.gpus or gpus, here)
+
+    return described_nodes(_tables(str(request.nodes)), str(request.nodes), described_as, network)
+
+
+def _tables(file: str) -> dict[str, Any]:
+    """What a TOML file holds. Raises SpecError for what cannot be read."""
+    try:
+        with Path(file).open("rb") as opened:
+            return tomllib.load(opened)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SpecError(
+            f"--nodes {file} is neither a number nor a readable TOML file: {why}", ways=[{"nodes": 2}]
+        ) from None
+
+
+def _one_machine(request: PlanRequest, gpus: int | None, here: Here) -> Cluster:
     """The described machine, or this one; with the host memory overridden if it was given."""
     host_bytes = None if request.host_memory is None else parse_bytes(request.host_memory, "host_memory")
     if not request.described:

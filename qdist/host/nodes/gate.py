@@ -146,13 +146,13 @@ class Gate:
 
 def _listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises RunError, naming address and port."""
-    if host in ("", "0.0.0.0", "::"):
-        raise RunError(f"{host or 'no address'} is every address of this machine", try_="the address of one interface")
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, kind)
+        family, kind, _, _, address = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise RunError(f"{host} is not a known host: {error.strerror}", try_="the numeric address") from error
+    if address[0] in ("0.0.0.0", "::"):
+        raise RunError(f"{host or 'no address'} is every address of this machine", try_="the address of one interface")
+    sock = socket.socket(family, kind)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)

@@ -14,7 +14,7 @@ from qdist.core.machine.cluster import joined
 from qdist.core.nodes.agreement import require_agreement, require_one_run
 from qdist.core.nodes.facts import NodeFacts
 from qdist.core.nodes.hosts import Host, Hosts, read_hosts
-from qdist.core.nodes.job import AgentLine, NodeJob
+from qdist.core.nodes.job import NodeJob
 from qdist.core.spec.run_spec import resolve
 from qdist.core.text import command, counted, first_few, format_bytes, quoted
 from qdist.host.files import locked
@@ -24,7 +24,7 @@ from qdist.host.nodes.addresses import addresses_of, own_place
 from qdist.host.nodes.agents import AGENT, Agent, Agents, Here, Place
 from qdist.host.nodes.asked import Asked
 from qdist.host.nodes.network import measured_network
-from qdist.host.nodes.ssh import Ssh, ask
+from qdist.host.nodes.ssh import Ssh, ask, read_answer
 from qdist.host.nodes.token import new_token
 from qdist.host.opening import read_toml
 from qdist.host.run.rundir import LOCK, RunDir
@@ -134,21 +134,7 @@ def _heard(host: Host, job: NodeJob, *, here: bool) -> Heard:
     if here:
         return facts.facts_here(job), (asked, time.time())
     printed = ask(host, facts.__name__, msgspec.structs.replace(job, token=""))
-    return _read_facts(host, printed), (asked, time.time())
-
-
-def _read_facts(host: Host, printed: bytes) -> NodeFacts:
-    """The facts among what a login shell may have printed besides. Raises RunError where there is an error instead."""
-    line = next((line for line in reversed(printed.splitlines()) if line.startswith(b"{")), b"")
-    try:
-        if b'"kind":"error"' in line:
-            said = msgspec.json.decode(line, type=AgentLine)
-            raise RunError(f"{host.name}: {said.text}", try_=said.try_)
-        return msgspec.json.decode(line, type=NodeFacts)
-    except msgspec.DecodeError:
-        raise RunError(
-            f"{host.name} does not answer as this qdist does", try_=f"the same version of qdist on {host.name} and here"
-        ) from None
+    return read_answer(host, printed, NodeFacts), (asked, time.time())
 
 
 def require_ready(found: Sequence[NodeFacts], asked: Sequence[tuple[float, float]], wanted: Asked) -> None:

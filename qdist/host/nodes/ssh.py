@@ -6,16 +6,18 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from qdist.core.errors import JobError, MachineError, QdistError, RunError
 from qdist.core.nodes.hosts import Host
-from qdist.core.nodes.job import STILL_THERE, NodeJob
+from qdist.core.nodes.job import STILL_THERE, AgentLine, NodeJob
 from qdist.core.text import quoted
 from qdist.host.nodes.agents import AGENT, UNREACHED, started
 from qdist.host.run.state import find_reason
 
+T = TypeVar("T")
 ASKED_S = 20.0
 """Seconds that a host gets to answer a question."""
 _OPTIONS = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=3")
@@ -81,18 +83,24 @@ def _runs(module: str, process: int) -> str:
     return f"grep -qs {module} /proc/{process}/cmdline"
 
 
-def ask(host: Host, module: str, job: NodeJob, *, timeout_s: float = ASKED_S) -> bytes:
-    """What a module of qdist prints on a host that gets a job on its standard input.
+def command_of(host: Host, module: str, *, here: bool) -> list[str]:
+    """The command line that runs a module of qdist on a host, or on this machine as there."""
+    commands = script(host, module)
+    return ["/bin/sh", "-c", commands] if here else ssh_command(host, commands)
+
+
+def ask(host: Host, module: str, words: msgspec.Struct, *, here: bool = False, timeout_s: float = ASKED_S) -> bytes:
+    """What a module of qdist prints on a host that gets these words on a line of its standard input.
 
     Raises RunError or MachineError, naming the host, if it cannot be reached or ends with an error.
     """
-    command = ssh_command(host, script(host, module))
+    command = command_of(host, module, here=here)
     # A master connection that ssh leaves in the background keeps the standard error open: it is no pipe.
     with tempfile.TemporaryFile() as errors:
         try:
             done = subprocess.run(
-                command, input=msgspec.json.encode(job), stdout=subprocess.PIPE, stderr=errors, timeout=timeout_s,
-                check=False,
+                command, input=msgspec.json.encode(words) + b"\n", stdout=subprocess.PIPE, stderr=errors,
+                timeout=timeout_s, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise RunError(
@@ -104,6 +112,23 @@ def ask(host: Host, module: str, job: NodeJob, *, timeout_s: float = ASKED_S) ->
             return done.stdout
         errors.seek(0)
         raise explain(host, done.returncode, errors.read().decode(errors="replace").splitlines())
+
+
+def read_answer(host: Host, printed: bytes, kind: type[T]) -> T:
+    """What a module of qdist answered, among what a login shell may have printed besides.
+
+    Raises RunError, naming the host, where it answered with an error or in other words than these.
+    """
+    line = next((line for line in reversed(printed.splitlines()) if line[:1] in (b"{", b'"')), b"")
+    try:
+        if b'"kind":"error"' in line:
+            said = msgspec.json.decode(line, type=AgentLine)
+            raise RunError(f"{host.name}: {said.text}", try_=said.try_)
+        return msgspec.json.decode(line, type=kind)
+    except msgspec.DecodeError:
+        raise RunError(
+            f"{host.name} does not answer as this qdist does", try_=f"the same version of qdist on {host.name} and here"
+        ) from None
 
 
 def explain(host: Host, code: int, errors: Sequence[str]) -> QdistError:

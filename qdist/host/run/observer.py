@@ -148,7 +148,7 @@ class RunObserver:
             state=state,
             now=now,
             pulses=pulses,
-            troubles=self._troubles(pulses, now) if state == "running" else (),
+            troubles=self._troubles(pulses, now, nodes) if state == "running" else (),
             message=message,
             try_=attempt,
             # Ranks are asked to save and end as well where the run is about to grow.
@@ -164,8 +164,10 @@ class RunObserver:
             nodes=nodes,
         )
 
-    def _troubles(self, pulses: Mapping[int, Heartbeat], now: float) -> tuple[str, ...]:
-        found = troubles(pulses, now=now, after_s=SILENT_S)
+    def _troubles(self, pulses: Mapping[int, Heartbeat], now: float, nodes: NodesNow | None) -> tuple[str, ...]:
+        # That its ranks are silent is no news of a node that is lost.
+        lost = nodes.lost_ranks if nodes else ()
+        found = troubles({rank: own for rank, own in pulses.items() if rank not in lost}, now=now, after_s=SILENT_S)
         recent = self._fold.columns.seconds[-10:]
         still_s = max(_STILL_S, _STILL_STEPS * median(recent)) if recent else _STILL_S
         silent = [one for one in found if one.silent]

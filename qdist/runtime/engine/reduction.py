@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from qdist.core.machine.world import is_even
+
 
 class NarrowSum:
     """Adds float32 numbers up over all ranks, which send each other bfloat16.
@@ -68,9 +70,9 @@ class NarrowSum:
 
 def _groups_over(nodes: Sequence[int]) -> tuple[Any, Any]:
     """(the ranks of this node, those of the same place on all nodes); (None, all ranks) where that makes no sense."""
-    count = nodes[0]
-    if count == 1 or len(set(nodes)) > 1 or len(nodes) == 1:
+    if not is_even(nodes):
         return None, dist.group.WORLD
+    count = nodes[0]
     mates, _ = dist.new_subgroups(count)
     same_place = [[node * count + place for node in range(len(nodes))] for place in range(count)]
     peers, _ = dist.new_subgroups_by_enumeration(same_place)

@@ -26,8 +26,10 @@ class Beats:
         self._heard: dict[int, tuple[bytes, int]] = {}
         self._count, self._last, self._broken = 0, time.monotonic(), False
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True, name="node beats")
-        self._thread.start()
+
+    def start(self) -> None:
+        """Beat from a thread of its own."""
+        threading.Thread(target=self._beat, daemon=True, name="node beats").start()
 
     def watch(self, nodes: Iterable[int]) -> None:
         """From now on, listen to these nodes."""
@@ -53,21 +55,25 @@ class Beats:
     def end(self) -> None:
         self._ended.set()
 
+    def beat_once(self) -> None:
+        """Set the own count and look at the others'. Raises RuntimeError where the store is gone."""
+        if self._serves:
+            self._store.set(CLOCK, repr(time.time()))
+        self._store.set(f"beat/{self._node}", f"{os.getpid()}.{self._count}")
+        heard = {node: self._of(node) for node in list(self._heard)}
+        self._count += 1
+        for node, beat in heard.items():
+            if beat and node in self._heard and beat != self._heard[node][0]:
+                self._heard[node] = (beat, self._count)
+        self._last = time.monotonic()
+
     def _beat(self) -> None:
         while True:
             try:
-                if self._serves:
-                    self._store.set(CLOCK, repr(time.time()))
-                self._store.set(f"beat/{self._node}", f"{os.getpid()}.{self._count}")
-                heard = {node: self._of(node) for node in list(self._heard)}
+                self.beat_once()
             except RuntimeError:  # of torch's stores, whose connection is gone
                 self._broken = True
                 return
-            self._count += 1
-            for node, beat in heard.items():
-                if beat and node in self._heard and beat != self._heard[node][0]:
-                    self._heard[node] = (beat, self._count)
-            self._last = time.monotonic()
             if self._ended.wait(BEAT_S):
                 return
 

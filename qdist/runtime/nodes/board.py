@@ -1,6 +1,7 @@
 """What nodes of one rendezvous tell each other in its store; waiting ends when one of them is lost."""
 
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -39,7 +40,8 @@ class Board:
 
     def put(self, key: str, value: object) -> None:
         """Raises CutOff where the store is gone, as all methods do."""
-        self._told(lambda: self._store.set(key, msgspec.json.encode(value)))
+        # A store takes no more than 8 MiB at a time, and a plan for 512 nodes is long.
+        self._told(lambda: self._store.set(key, zlib.compress(msgspec.json.encode(value), level=1)))
 
     def has(self, key: str) -> bool:
         return bool(self._told(lambda: self._store.check([key])))
@@ -52,7 +54,7 @@ class Board:
             if limit_s is not None and time.monotonic() - began > limit_s:
                 raise Disrupted(key)
             time.sleep(_LOOK_S)
-        return msgspec.json.decode(self._told(lambda: self._store.get(key)), type=kind)
+        return msgspec.json.decode(zlib.decompress(self._told(lambda: self._store.get(key))), type=kind)
 
     def find(self, key: str, kind: type[T]) -> T | None:
         """The value if it is there."""

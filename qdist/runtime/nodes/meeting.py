@@ -75,6 +75,7 @@ class Meeting:
         if self.serves:
             self.store.set(_SERVER, f"{job.node} {job.name}")
         self.beats = Beats(self.client(), job.node, serves=self.serves)
+        self.beats.start()
         if not self.serves:
             self._checked(job.name)
 

@@ -12,6 +12,8 @@ from qdist.core.telemetry.nodes import NodeEvent
 from qdist.core.text import counted, resuming
 from qdist.host.nodes.mirror import Mirror
 from qdist.host.run.rundir import STOP, RunDir
+from qdist.host.run.state import stuck
+from qdist.host.run.watchdog import Watchdog
 from qdist.runtime.nodes.agreeing import Agreed
 from qdist.runtime.nodes.board import Board, CutOff, Disrupted, RunEnded
 from qdist.runtime.nodes.meeting import Meeting
@@ -40,6 +42,10 @@ class Work:
         self._job, self._meeting, self._board, self._agreed = job, meeting, board, agreed
         self._rendezvous, self._teller, self._asked = rendezvous, teller, asked
         self._run, self._failed_at, self._looked, self._grows = RunDir(job.run), 0.0, 0.0, False
+        self._watchdog: Watchdog | None = None
+        if meeting.serves:  # the others' heartbeats come here
+            plan = agreed.plan
+            self._watchdog = Watchdog(self._run, plan.spec.train.stuck_seconds, ranks=plan.world_size, launch="")
 
     def finish(self) -> Outcome:
         """Work to the end of the generation; nothing of it runs any more then, however it ends.
@@ -88,6 +94,8 @@ class Work:
                     return
             if not self._failed_at:
                 self._hear_of_failures()
+            if self._watchdog and (hung := self._watchdog.stuck()):
+                raise stuck(self._run, hung)
             time.sleep(_LOOK_S)
 
     def _look_at_others(self) -> None:

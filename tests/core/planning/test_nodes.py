@@ -8,6 +8,7 @@ from qdist.core.errors import PlanError, QdistError, SpecError
 from qdist.core.machine.cluster import Cluster, Network, joined
 from qdist.core.machine.world import Node
 from qdist.core.planning.plan import Plan
+from qdist.core.planning.process_memory import SECOND_COMMUNICATOR_BYTES, STAGE_LINK_BYTES
 from qdist.core.text import GIB
 from tests.plans import CPU, gpus, planned
 
@@ -109,3 +110,15 @@ def test_rooms_are_those_of_the_gpus_that_are_used() -> None:
     plan = planned("llama-7b", mixed, {"placement": "shard", "gpus_per_group": 2, "global_batch": 8})
     assert plan.world.nodes == (2, 2)
     assert all(each.expected[0].required < 24 * GIB for each in plan.ranks)
+
+
+@pytest.mark.parametrize(("counts", "communicators"), [((1, 1), 0), ((2, 2), 2), ((3, 1), 0)])
+def test_gradients_in_16_bits_take_links_and_on_even_nodes_communicators(
+    counts: tuple[int, ...], communicators: int
+) -> None:
+    plain, narrow = (
+        laid(*counts, placement="replicate", zero__stage=0, optim__reduce_dtype=dtype).ranks[0].expected[0]
+        for dtype in ("float32", "bfloat16")
+    )
+    links = STAGE_LINK_BYTES + communicators * SECOND_COMMUNICATOR_BYTES
+    assert narrow.context - plain.context == links

@@ -11,9 +11,11 @@ import msgspec
 import pytest
 
 from qdist.core.errors import SpecError
+from qdist.core.machine.cluster import Machine
 from qdist.core.planning.plan import Plan, digest
 from qdist.core.planning.render import accelerate_config, deepspeed_config, deepspeed_policy, launch_script
 from qdist.host.templates import folder, policy
+from tests.core.planning.test_nodes import nodes
 from tests.plans import CPU, gpus, planned
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -29,6 +31,11 @@ PLANS = {
     "gpu": planned("llama-65b", gpus(4, 48)),
     "one_gpu": planned("llama-7b", gpus(1, 24)),
 }
+OVER_NODES = {
+    "nodes": planned("llama-7b", nodes(2, 2), {"placement": "shard", "micro_batch": 4}),
+    "mixed_nodes": planned("llama-7b", nodes(3, 1), {"placement": "replicate", "zero.stage": 0}),
+    "cpu_nodes": planned("smollm2-135m", nodes(1, 1, 1, gib=0), {"global_batch": 6, "seq_len": 64}),
+}
 PYTHON = "/opt/my venv/bin/python"
 
 
@@ -42,7 +49,7 @@ def rendered() -> dict[str, str]:
         f"deepspeed_{name}.json": pretty(deepspeed_config(for_policy(name), policy(f"{name}.json")))
         for name in POLICIES
     }
-    for name, plan in PLANS.items():
+    for name, plan in (PLANS | OVER_NODES).items():
         texts[f"accelerate_{name}.json"] = pretty(accelerate_config(plan))
         texts[f"launch_{name}.sh"] = launch_script(plan, python=PYTHON).replace(digest(plan), "DIGEST")
     return texts
@@ -112,6 +119,32 @@ def test_the_script_is_shell_and_starts_the_ranks_beside_it(name: str, tmp_path:
     words = done.stdout.split("|")[:-1]
     ranks, run = str(PLANS[name].world_size), str(tmp_path / "a run")
     assert words == ["-P", "-m", "qdist.host.launch.agent", ranks, run, "--digest", digest(PLANS[name])]
+
+
+@pytest.mark.parametrize("name", list(OVER_NODES))
+def test_the_script_of_several_nodes_says_how_they_are_started(name: str, tmp_path: Path) -> None:
+    run = tmp_path / "a run"
+    run.mkdir()
+    (run / "launch.sh").write_text(launch_script(OVER_NODES[name], python=PYTHON))
+    done = subprocess.run(["sh", run / "launch.sh"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    count = len(OVER_NODES[name].nodes)
+    assert f'qdist launch --resume --run "{run}" --nnodes {count} --node-rank R --rendezvous' in done.stderr
+
+
+def test_a_nodes_name_cannot_add_a_line_to_the_script() -> None:
+    own = OVER_NODES["nodes"]
+    named = msgspec.structs.replace(own, nodes=(Machine(name="a\ntouch oops", gpus=2), own.nodes[1]))
+    assert "# node 0, a touch oops: ranks 0 to 1 on GPUs 0 to 1\n" in launch_script(named, python=PYTHON)
+
+
+def test_accelerate_accepts_the_file_of_several_nodes() -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for name, plan in OVER_NODES.items():
+        config = load_config_from_file(str(GOLDEN / f"accelerate_{name}.json"))
+        assert (config.num_machines, config.num_processes) == (len(plan.nodes), plan.world_size)
+        assert (config.rdzv_backend, config.main_process_ip) == ("c10d", None)
 
 
 def test_a_models_name_cannot_add_a_line_to_the_script() -> None:

@@ -140,7 +140,8 @@ def history() -> RunHistory:
 
 def test_a_report_says_what_generations_cost() -> None:
     assert generations_in_words(folded(*REGROWN), history()) == (
-        "3 generations; b lost at step 45, back at step 120; 10 s of work done twice; 1 min 22 s without ranks"
+        "3 generations; b lost at step 45, back at step 120; 10 s of work done twice; "
+        "1 min 22 s until ranks were started again"
     )
     assert generations_in_words(folded(formed("abc")), RunHistory()) == ""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from qdist.core.nodes.job import KEEPS
 from qdist.host.launch import agent
 from qdist.host.run.rundir import RunDir
 from qdist.host.run.state import died
@@ -61,6 +62,11 @@ def test_ranks_of_one_machine_speak_over_loopback_unless_told_otherwise(
     if said:
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", said)
     assert agent.variables_of(0, 2, ("127.0.0.1", 1))["GLOO_SOCKET_IFNAME"] == wanted
+
+
+def test_one_rank_of_a_machine_keeps_checkpoints_whatever_the_shell_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEEPS, "1")
+    assert [agent.variables_of(rank, 2, ("127.0.0.1", 1))[KEEPS] for rank in range(2)] == ["0", "0"]
 
 
 def test_ranks_know_their_places_and_end_well(tmp_path: Path) -> None:

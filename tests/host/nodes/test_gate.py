@@ -161,7 +161,7 @@ def test_a_port_in_use_and_a_foreign_address_are_named(gate: Gate, tmp_path: Pat
         Gate(("host.invalid", 29400), TOKEN, store=None, folder=tmp_path)
 
 
-@pytest.mark.parametrize("address", ["", "0.0.0.0", "::"])
+@pytest.mark.parametrize("address", ["", "0", "0.0.0.0", "::"])
 def test_a_gate_never_listens_on_all_addresses(tmp_path: Path, address: str) -> None:
     with pytest.raises(RunError, match="every address of this machine"):
         Gate((address, 0), TOKEN, store=None, folder=tmp_path)

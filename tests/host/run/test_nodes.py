@@ -162,6 +162,15 @@ def test_a_node_that_takes_no_part_any_more_does_not_speak_for_the_others(run: R
     assert RunObserver(run).snapshot().message == "its launcher recorded no reason"
 
 
+def test_ranks_of_a_lost_node_are_not_named_one_by_one(run: RunDir) -> None:
+    write(run, formed("bac"))
+    beat(run, time_there=5.0, heard=time.time() - 15)
+    with locked(lock_of(run, 1), busy=""):
+        assert len(RunObserver(run).snapshot().troubles) == 1
+        write(run, LOST)
+        assert RunObserver(run).snapshot().troubles == ()
+
+
 def test_two_nodes_on_one_machine_have_each_their_own_gpus(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     class Cards:
         def __init__(self, environment: dict[str, str]) -> None:

@@ -1,5 +1,6 @@
 """Runs on several nodes: the adapter of one machine's run, and the same checkpoints in every node's own directory."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,13 @@ def test_a_run_goes_on_from_what_its_nodes_keep(
     train_on_nodes(prepare.job_of(asked, prepare.prepared_for(asked)), folders)
     assert (folders[0].adapter / ADAPTER).read_bytes() == (whole.adapter / ADAPTER).read_bytes()
     assert contents(folders[1]) == contents(folders[0])
+
+
+def test_nodes_whose_checkpoints_differ_are_refused(train_on_nodes: TrainOnNodes, model: Path, tmp_path: Path) -> None:
+    folders = [RunDir(tmp_path / f"node{number}") for number in range(2)]
+    train_on_nodes(dummy_job(model, folders[0].path, nodes=(1, 1), **{**SHAPE, "steps": 2}), folders)
+    shutil.rmtree(folders[1].checkpoint(2))
+    asked = prepare.resumed(folders[0], {"steps": 4}, here=machines((1, 1)))
+    job = prepare.job_of(asked, prepare.prepared_for(asked))
+    with pytest.raises(AssertionError, match="rank 0 has a checkpoint of step 2, and rank 1 one of step 0"):
+        train_on_nodes(job, folders)

@@ -24,6 +24,8 @@ OPEN: Change = {"placement": None, "gpus_per_group": None, "split.schedule": Non
 """Change that leaves the layout to the planner."""
 MOST_SPANNING = 64
 """Largest groups over several nodes that are tried unless a size is named."""
+_FEW = 6
+"""Nodes up to which the GPUs of each are told."""
 _UNITS = {"cuda": "GPU", "cpu": "CPU rank"}
 
 
@@ -237,6 +239,16 @@ def groups_in_words(plan: Plan) -> str:
     """'2 groups of 4', 'the 4 GPUs'."""
     size = plan.gpus_per_group
     return f"{plan.groups} groups of {size}" if plan.groups > 1 else f"the {size} {unit_of(plan)}s"
+
+
+def nodes_in_words(plan: Plan) -> str:
+    """'2 nodes x 4 GPUs', '3 nodes of 8, 6 and 6 GPUs', of what the run uses."""
+    used, unit = plan.world.ranks_of_nodes, unit_of(plan)
+    each = sorted(set(used), reverse=True)
+    if len(each) == 1:
+        return f"{len(used)} nodes x {counted(each[0], unit)}"
+    several = f"{', '.join(map(str, used[:-1]))} and {used[-1]}" if len(used) <= _FEW else f"{each[-1]} to {each[0]}"
+    return f"{len(used)} nodes of {several} {unit}s"
 
 
 def unit_of(plan: Plan) -> str:
