@@ -127,14 +127,14 @@ class Trial:
 
     def outcome(self) -> Outcome:
         """Raises TimeoutError, saying what did not happen."""
-        reached, since = self._run.last_step(), time.monotonic()
+        before, since = self._resumes(), time.monotonic()
         self._disturb()
         self._await("lost", lambda event: event.name == self._victim.name)
         self._named = time.monotonic() - since
         if self._kind == "waits":
             self._await("waiting", lambda event: True)
         self._give_back()
-        wait_for(lambda: self._run.last_step() > reached, seconds=_ENDS_S, what="a step afterwards")
+        wait_for(lambda: self._has_stepped_again(before), seconds=_ENDS_S, what="a step afterwards")
         self._again = time.monotonic() - since
         ends_well = self._others if self._kind not in ("returns", "waits", "cut-returns") else list(self._hosts())
         finish(self._run, ends_well)
@@ -150,6 +150,13 @@ class Trial:
             self._kind, tuple(self._faults), self._named, self._again, self._run.done_twice(), difference, equal,
             generations, 0.0,
         )  # fmt: skip
+
+    def _resumes(self) -> int:
+        return sum(event["kind"] == "resume" for event in self._run.steps(self._others))
+
+    def _has_stepped_again(self, before: int) -> bool:
+        kinds = [event["kind"] for event in self._run.steps(self._others)]
+        return self._resumes() > before and "step" in kinds[len(kinds) - kinds[::-1].index("resume") :]
 
     def _hosts(self) -> list[Host]:
         return list(self._run.bed.hosts.values())
