@@ -5,6 +5,7 @@ returns, until the run has ended. Further lines of its input: `stop` ends the ru
 """
 
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
+from ipaddress import IPv4Address
 from types import FrameType
 from typing import Any
 
@@ -278,9 +280,18 @@ def _rendezvous(job: NodeJob, meeting: Meeting) -> Any:
         heartbeat=timedelta(seconds=5),
     )
     return DynamicRendezvousHandler.from_backend(
-        "qdist", store, C10dRendezvousBackend(store, "qdist"), job.least, job.most, local_addr="127.0.0.1",
-        timeout=timeout, keep_alive_interval=_KEEP_ALIVE_S, keep_alive_max_attempt=_KEEP_ALIVES,
+        "qdist", store, C10dRendezvousBackend(store, "qdist"), job.least, job.most,
+        local_addr=unique_loopback(job.node), timeout=timeout,
+        keep_alive_interval=_KEEP_ALIVE_S, keep_alive_max_attempt=_KEEP_ALIVES,
     )  # fmt: skip
+
+
+def unique_loopback(node: int) -> str:
+    """A loopback address that no other node of a run, and no other start of this one, is likely to have.
+
+    torch 2.13 tells nodes apart by address and process id, which are equal for agents in containers.
+    """
+    return str(IPv4Address("127.0.0.0") + ((1 + secrets.randbelow(4094)) << 12) + node % 4096)
 
 
 def _is_better_elsewhere(job: NodeJob, generation: int) -> bool:
