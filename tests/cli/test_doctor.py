@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from qdist.cli import doctor
 from qdist.cli.main import main
 from qdist.core.machine.cluster import Cluster
+from qdist.core.nodes.pairs import Pair
 from qdist.core.text import GIB
 from qdist.host.launch import measuring
 from qdist.host.machine import links, nvml, probe
@@ -95,3 +96,11 @@ def test_what_a_machine_without_gpus_is_told_to_try_is_a_plan() -> None:
     program, *words = shlex.split(next(check.remedy for check in checks if check.name == "driver"))
     result = CliRunner().invoke(main, words, prog_name=program)
     assert result.exit_code == 0, result.output
+
+
+def test_the_network_of_hosts_is_a_table_with_a_row_for_each_pair() -> None:
+    pair = Pair(addresses=("1", "2"), latency_s=0.0005, one_bytes_s=(125e6, 1e9), four_bytes_s=(250e6, 2e9))
+    assert doctor.network_table([pair], {"1": "ash", "2": "birch"}) == (
+        "      hosts  latency  1 connection         back  4 connections          back\n"
+        "ash - birch  0.50 ms   1.00 Gbit/s  8.00 Gbit/s    2.00 Gbit/s  16.00 Gbit/s"
+    )

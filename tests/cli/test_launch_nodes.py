@@ -99,3 +99,16 @@ def test_a_process_sees_by_its_ancestors_who_started_it(
         env={**os.environ, **environ}, capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert wanted in done.stdout + done.stderr
+
+
+def test_hosts_do_not_go_with_flags_of_a_single_node() -> None:
+    result = qdist("launch", *SMALL, "--hosts", "hosts.toml", "--nnodes", "2")
+    assert result.exit_code == 2
+    assert "--hosts starts all machines from here, and --nnodes is for starting each by itself" in result.output
+
+
+def test_a_file_of_hosts_that_is_not_there_is_told(here: Path) -> None:
+    result = qdist("launch", *SMALL, "--hosts", "hosts.toml")
+    assert result.exit_code == 2
+    assert "hosts.toml does not exist" in result.output
+    assert not (here / "runs").exists()

@@ -93,8 +93,9 @@ def _waiting(host: Host, part: Part, *, here: bool) -> Iterator[_Waiter]:
         assert process.stdin is not None
         with process:
             try:
-                process.stdin.write(msgspec.json.encode(part) + b"\n")
-                process.stdin.flush()
+                with suppress(BrokenPipeError):  # it has ended: `port` tells why
+                    process.stdin.write(msgspec.json.encode(part) + b"\n")
+                    process.stdin.flush()
                 yield _Waiter(host, process, errors)
             finally:
                 _end(process)
