@@ -11,7 +11,7 @@ import msgspec
 
 from qdist.core.machine.calibration import Correction
 from qdist.core.machine.cluster import Network, Rates
-from qdist.core.machine.world import World, used_gpus
+from qdist.core.machine.world import World, used_of
 from qdist.core.planning.fill import Batches, MicroBatch
 from qdist.core.planning.graphs import why_eager
 from qdist.core.planning.layer_map import least, scattered
@@ -76,16 +76,6 @@ class PlanningContext(NamedTuple):
     def world(self, layout: Layout) -> World:
         """A layout's ranks on their nodes."""
         return layout.world_on(self.nodes)
-
-    def used(self, layout: Layout, rooms: tuple[int, ...]) -> tuple[int, ...]:
-        """Those of the GPUs' rooms that a layout uses."""
-        if not self.nodes:
-            return rooms[: layout.groups * layout.gpus_per_group]
-        counts = used_gpus(layout.groups, layout.gpus_per_group, self.nodes)
-        starts = accumulate(self.nodes, initial=0)
-        return tuple(
-            room for start, count in zip(starts, counts, strict=False) for room in rooms[start : start + count]
-        )
 
     def packs(self, layout: Layout) -> bool:
         """Whether a layout's micro-batches are packed: as set, as before a resume, or where that is worth it."""
@@ -299,7 +289,7 @@ class _Arrangement:
         rooms = self.setting.rooms
         if rooms is None:
             return None
-        used = self.setting.used(self.layout, rooms)
+        used = used_of(rooms, self.layout.groups, self.layout.gpus_per_group, self.setting.nodes or (len(rooms),))
         return tuple(min(used[at :: self.positions]) for at in range(self.positions))
 
     def _counts(self, layer_map: tuple[int, ...]) -> list[tuple[int, ...]]:
