@@ -100,6 +100,12 @@ def used_gpus(groups: int, gpus_per_group: int, gpus: Sequence[int]) -> tuple[in
     return within if sum(within) == groups * gpus_per_group else tuple(gpus)
 
 
+def used_of(rooms: Sequence[int], groups: int, gpus_per_group: int, gpus: Sequence[int]) -> tuple[int, ...]:
+    """Those of the GPUs' rooms, node by node, that groups use. gpus: of each node, as for `used_gpus`."""
+    counts = zip(accumulate(gpus, initial=0), used_gpus(groups, gpus_per_group, gpus), strict=False)
+    return tuple(room for start, count in counts for room in rooms[start : start + count])
+
+
 def world_of(groups: int, gpus_per_group: int, *, size: int, nodes: Sequence[int] = ()) -> World:
     """The world of `size` ranks that share out the GPUs of all groups. nodes: ranks of each; empty for one machine."""
     return World(groups, gpus_per_group, groups * gpus_per_group // size, tuple(nodes))

@@ -197,7 +197,7 @@ class _Arrangement:
         rooms = self.setting.rooms
         if rooms is None:
             return None
-        used = self.setting.used(self.layout, rooms)
+        used = used_of(rooms, self.layout.groups, self.layout.gpus_per_group, self.setting.nodes or (len(rooms),))
         return tuple(min(used[at :: self.positions]) for at in range(self.positions))
 
     def _counts(self, layer_map: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -1,13 +1,12 @@
 """What do all candidates of a run have in common, and which micro-batches are worth trying?"""
 
 from collections.abc import Mapping
-from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from qdist.core.machine.calibration import Correction
 from qdist.core.machine.cluster import Network, Rates
-from qdist.core.machine.world import World, used_gpus
+from qdist.core.machine.world import World
 from qdist.core.planning.fill import Batches, MicroBatch
 from qdist.core.planning.memory import Sizes
 from qdist.core.planning.network import ASSUMED
@@ -58,16 +57,6 @@ class PlanningContext(NamedTuple):
     def world(self, layout: Layout) -> World:
         """A layout's ranks on their nodes."""
         return layout.world_on(self.nodes)
-
-    def used(self, layout: Layout, rooms: tuple[int, ...]) -> tuple[int, ...]:
-        """Those of the GPUs' rooms that a layout uses."""
-        if not self.nodes:
-            return rooms[: layout.groups * layout.gpus_per_group]
-        counts = used_gpus(layout.groups, layout.gpus_per_group, self.nodes)
-        starts = accumulate(self.nodes, initial=0)
-        return tuple(
-            room for start, count in zip(starts, counts, strict=False) for room in rooms[start : start + count]
-        )
 
     def packs(self, layout: Layout) -> bool:
         """Whether a layout's micro-batches are packed: as set, as before a resume, or where that is worth it."""

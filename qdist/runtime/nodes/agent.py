@@ -191,10 +191,7 @@ class Agent:
             self._look(meeting, at_nodes=False)
             now = time.monotonic()
             if now - since > self._job.rejoin_s:
-                raise RunError(
-                    f"waited {limit} for the other nodes: {reason}; {self._run.last_saved()}",
-                    try_="start them again, and this run with --resume",
-                )
+                raise self._too_late(reason)
             if meeting.serves and now - looked > _LOOK_ELSEWHERE_S:
                 looked = now
                 if _is_better_elsewhere(self._job, self._memory.generation):
@@ -202,6 +199,13 @@ class Agent:
             if meeting.beats.silent():
                 return
             time.sleep(_LOOK_S)
+
+    def _too_late(self, reason: str) -> RunError:
+        return RunError(
+            f"{self._job.name} waited {format_duration(self._job.rejoin_s)} for the other nodes: {reason}; "
+            f"{self._run.last_saved()}",
+            try_="start them again, and this run with --resume",
+        )
 
     def _interruptible(self, meeting: Meeting, ask: Callable[[], Any]) -> Any:
         """What a call that may take long gives, unless the run is to end meanwhile or the store goes away."""
@@ -211,8 +215,10 @@ class Agent:
             with suppress(TimeoutError):
                 try:
                     return waiting.result(_LOOK_S)
-                except RuntimeError as error:  # of torch's stores, and of a rendezvous whose store is gone
-                    raise CutOff(str(error)) from error
+                except (RuntimeError, RendezvousConnectionError, RendezvousStateError) as error:
+                    raise CutOff(str(error)) from error  # the store is gone
+                except RendezvousTimeoutError:
+                    raise self._too_late(f"{self._job.least} of {self._job.most} nodes are needed") from None
             self._look(meeting, at_nodes=False)
             if meeting.serves and time.monotonic() - looked > _LOOK_ELSEWHERE_S:
                 looked = time.monotonic()
@@ -313,13 +319,15 @@ def _generation_at(job: NodeJob, server: tuple[str, int]) -> int:
 
 def main() -> None:
     """Read the job, take part in the run, and exit as `qdist.core.nodes.job` says."""
-    job = msgspec.json.decode(sys.stdin.buffer.readline(), type=NodeJob)
-    if job.attached:
-        end_with_parent(os.getppid(), signal.SIGKILL)
-    code = Agent(job, sys.stdin.buffer).work()
-    # Threads of a store that nobody serves any more would hold the process.
-    sys.stdout.flush()
-    os._exit(code)
+    # Unbuffered: a thread that waits in a buffered reader would end the interpreter with an error.
+    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as lines:
+        job = msgspec.json.decode(lines.readline(), type=NodeJob)
+        if job.attached:
+            end_with_parent(os.getppid(), signal.SIGKILL)
+        code = Agent(job, lines).work()
+        # Threads of a store that nobody serves any more would hold the process.
+        sys.stdout.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

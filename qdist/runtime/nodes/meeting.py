@@ -173,7 +173,7 @@ def reachable(job: NodeJob, own: int | None) -> Endpoint | None:
     with ThreadPoolExecutor(len(others)) as pool:
         answers = list(pool.map(lambda endpoint: _answers(endpoint, job.token), others))
     if wrong := next((answer for answer in answers if isinstance(answer, WrongToken)), None):
-        raise wrong
+        raise RunError(f"{job.name} was not let in: {wrong.message}", try_=wrong.try_)
     return next((endpoint for endpoint, answer in zip(others, answers, strict=True) if answer is True), None)
 
 

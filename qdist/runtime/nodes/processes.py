@@ -64,7 +64,7 @@ class OwnRanks:
             AGENT: str(os.getpid()),
         }
         with open(run.logs / "launcher.log", "ab") as log:
-            self._processes = [
+            started = [
                 subprocess.Popen(
                     command,
                     env=shared | _place(plan, rank, keeps=keeps),
@@ -75,6 +75,7 @@ class OwnRanks:
                 )
                 for rank in own
             ]
+        self._processes = dict(zip(self.ranks, started, strict=True))
 
     def stop(self) -> None:
         """Ask the ranks to save after this step and exit."""
@@ -82,17 +83,17 @@ class OwnRanks:
 
     def make_way(self) -> None:
         """Have the ranks save and exit, or just exit before their first step, for others to go on from there."""
-        for process in self._processes:
+        for process in self._processes.values():
             if process.poll() is None:
                 process.terminate()
 
     def ended(self) -> bool:
         """Whether all have ended well."""
-        return all(process.poll() == 0 for process in self._processes)
+        return all(process.poll() == 0 for process in self._processes.values())
 
     def failure(self) -> JobError | None:
         """How the first that failed did."""
-        for rank, process in zip(self.ranks, self._processes, strict=True):
+        for rank, process in self._processes.items():
             if code := process.poll():
                 with open(self._run.logs / "launcher.log", "a") as log:
                     log.write(describe_failure(rank, code) + "\n")
@@ -101,14 +102,14 @@ class OwnRanks:
 
     def forget(self) -> None:
         """Count those that were killed as ended."""
-        self._processes = []
+        self._processes = {}
 
     def kill(self) -> None:
         """End what still runs, at once, and wait for it."""
-        for process in self._processes:
+        for process in self._processes.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
-        for process in self._processes:
+        for process in self._processes.values():
             process.wait()
 
 
