@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from qdist.core.machine.cluster import Rates
+from qdist.core.machine.world import used_of
 from qdist.core.planning.context import PlanningContext, micro_batches
 from qdist.core.planning.fill import MicroBatch
 from qdist.core.planning.graphs import why_eager

@@ -209,6 +209,12 @@ class Agent:
 
     def _interruptible(self, meeting: Meeting, ask: Callable[[], Any]) -> Any:
         """What a call that may take long gives, unless the run is to end meanwhile or the store goes away."""
+        from torch.distributed.elastic.rendezvous import (
+            RendezvousConnectionError,
+            RendezvousStateError,
+            RendezvousTimeoutError,
+        )
+
         waiting = ThreadPoolExecutor(1).submit(ask)
         looked = time.monotonic()
         while True:
