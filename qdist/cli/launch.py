@@ -104,7 +104,7 @@ def _refuse_dry_run(dry_run: bool) -> None:
 def _launch_at(place: Place, asked: Asked) -> None:
     """Run this machine's part in a run of several, and watch the run to its end."""
     with joining(asked, place, os.environ, say=say) as agents:
-        follow(RunDir(asked.run), agents, tracks=place.node == 0, flags=place.flags)
+        follow(RunDir(asked.run), agents, tracks=place.node == 0, leaves=True, flags=place.flags)
 
 
 def _launch_here(recipe: str | None, given: Mapping[str, Any], *, resume: bool, dry_run: bool) -> None:

@@ -13,11 +13,14 @@ from qdist.host.run.rundir import RunDir
 from qdist.host.terminal import say
 
 
-def follow(run: RunDir, agents: Agents, *, tracks: bool = True, flags: tuple[str, ...] = ()) -> None:
+def follow(
+    run: RunDir, agents: Agents, *, tracks: bool = True, leaves: bool = False, flags: tuple[str, ...] = ()
+) -> None:
     """Start a run's agents and show the run as `qdist launch` shows one of this machine, to its end.
 
     tracks: whether this launch is noted in the run and its figures sent to trackers from here; of several launchers of
     a run one does.
+    leaves: whether SIGTERM has this node leave the run to the others.
     flags: with which the run is resumed on these nodes, such as `--hosts FILE`.
     Raises as `attend` does.
     """
@@ -30,7 +33,7 @@ def follow(run: RunDir, agents: Agents, *, tracks: bool = True, flags: tuple[str
         return Watch(plan, run, width=shutil.get_terminal_size().columns)
 
     try:
-        attend(run, agents, view=view, say=say, tracks=tracks)
+        attend(run, agents, view=view, say=say, tracks=tracks, leaves=leaves)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(how_to_go_on(run, *flags)) from None
     if run.result() is None:  # another node has it, and could not send it

@@ -13,6 +13,8 @@ REJOIN_S = 600.0
 """Usual seconds that nodes wait for others which they cannot go on without."""
 STILL_THERE = 75
 """Exit code of an agent that found another of its node at work in the run directory."""
+LEFT = 4
+"""Exit code of an agent that was told by SIGTERM to leave the run, which goes on without it where it may."""
 STOPPED = 3
 """Exit code of an agent whose run was stopped with a checkpoint; 0 if the run is finished, 1 if it failed."""
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import msgspec
 
 from qdist.core.errors import JobError, QdistError
-from qdist.core.nodes.job import STILL_THERE, STOPPED, AgentLine, NodeJob
+from qdist.core.nodes.job import LEFT, STILL_THERE, STOPPED, AgentLine, NodeJob
 from qdist.host import children
 from qdist.host.run.rundir import STOP, RunDir
 from qdist.host.run.state import find_reason
@@ -150,7 +150,7 @@ class Agent:
         lines = self._read()
         if code is not None:
             self.code, self.ended_at = code, time.monotonic()
-            if code not in (0, STOPPED) and self.error is None and not self.is_lost:
+            if code not in (0, STOPPED, LEFT) and self.error is None and not self.is_lost:
                 self.error = self.why()
         return lines
 
@@ -158,6 +158,11 @@ class Agent:
         """Why it ended, from what it left on its standard error."""
         assert self.code is not None
         return self.error or self.place.explain(self.code, self._last_errors())
+
+    def terminate(self) -> None:
+        """Send SIGTERM to it if it runs here."""
+        if self.place.here and self._process is not None:
+            self._process.terminate()
 
     def kill(self) -> "subprocess.Popen[bytes] | None":
         """Kill it and its ranks, wherever they are; what does it, if that takes a moment."""
@@ -263,6 +268,11 @@ class Agents:
     def stop(self) -> None:
         """Ask the ranks to save and end: the agent of this machine sees the file and tells the others."""
         (self._run.path / STOP).touch()
+
+    def leave(self) -> None:
+        """Have this machine's agent leave the run to the others."""
+        for agent in self._agents:
+            agent.terminate()
 
     def kill(self) -> None:
         """Kill all agents and their ranks, on all hosts, without waiting."""

@@ -5,10 +5,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from qdist.core.errors import JobError
-from qdist.core.nodes.job import STOPPED
+from qdist.core.nodes.job import LEFT, STOPPED
 from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.events import Event
 from qdist.host.launch.ranks import ask_to_stop, show_new
@@ -41,22 +41,25 @@ def attend(
     view: Callable[[Plan], AbstractContextManager[View]],
     say: Callable[[str], None],
     tracks: bool = True,
+    leaves: bool = False,
 ) -> None:
     """Start agents that are not started yet, and stay until they have ended; none of them is left then.
 
     view: called with the first plan that the nodes agree on. say: called with a line for the user before that.
     tracks: whether this process sends the run's figures to its trackers; one of the nodes' launchers does.
+    leaves: whether SIGTERM has this node leave the run to the others, instead of stopping all of it.
     Raises KeyboardInterrupt when the run was stopped and saved, JobError when it failed.
     """
     follower = Follower(run.path, say=say)
     past = follower.new_events()
     with agents, _hearing(agents) as asked:
-        plan = _awaited_plan(run, agents, asked, say)
+        request = _Request(run, agents, asked, leaves=leaves)
+        plan = _awaited_plan(run, agents, request, say)
         if plan is not None:
             names = plan.spec.trackers if tracks else ()
             with view(plan) as shown, Tracking(run, names, say=shown.say) as tracking:
                 shown.recall(past)
-                _follow(run, agents, asked, follower, shown, tracking.look)
+                _follow(run, agents, request, follower, shown, tracking.look)
         code = agents.wait()
     _conclude(run, agents, code, asked=bool(asked))
 
@@ -79,21 +82,39 @@ def _hearing(agents: Agents) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _awaited_plan(run: RunDir, agents: Agents, asked: list[int], say: Callable[[str], None]) -> Plan | None:
+class _Request(NamedTuple):
+    """What signals ask for. asked: those that came."""
+
+    run: RunDir
+    agents: Agents
+    asked: list[int]
+    leaves: bool
+
+    def pass_on(self, say: Callable[[str], None], *, has_stepped: bool) -> None:
+        """Have all nodes save and end; or this one leave, where SIGTERM takes this machine away."""
+        if self.leaves and self.asked[0] == signal.SIGTERM:
+            say("leaving the run after this step, with a checkpoint; the others go on where they may")
+            self.agents.leave()
+        else:
+            ask_to_stop(self.run, self.agents, say, has_stepped=has_stepped, loses="")
+
+
+def _awaited_plan(run: RunDir, agents: Agents, request: _Request, say: Callable[[str], None]) -> Plan | None:
     """The first plan that the nodes agree on; None if the agents ended, or were told to, before there was one."""
+    asked = request.asked
     while agents.poll() is None and not agents.generation and not asked:
         _tell(agents, say)
         time.sleep(_LOOK_S)
     _tell(agents, say)
     if asked:
-        ask_to_stop(run, agents, say, has_stepped=False, loses="")
+        request.pass_on(say, has_stepped=False)
     return run.plan() if agents.generation and not asked else None
 
 
 def _follow(
     run: RunDir,
     agents: Agents,
-    asked: list[int],
+    request: _Request,
     follower: Follower,
     shown: View,
     look: Callable[[], None],
@@ -107,13 +128,13 @@ def _follow(
         shown.show(events)
 
     while agents.poll() is None:
-        wanted = bool(asked)
+        wanted = bool(request.asked)
         readable = readable and show_new(follower, show, shown.say)
         _tell(agents, shown.say)
         look()
         if wanted and not answered:
             answered = True
-            ask_to_stop(run, agents, shown.say, has_stepped=stepped or not readable, loses="")
+            request.pass_on(shown.say, has_stepped=stepped or not readable)
         elif not answered and run.stop_requested():
             answered = True
             shown.say("stopping after this step, with a checkpoint: qdist stop asked for it")
@@ -134,6 +155,8 @@ def _conclude(run: RunDir, agents: Agents, code: int, *, asked: bool) -> None:
         (run.path / STOP).unlink(missing_ok=True)
     if code == 0:
         return
+    if code == LEFT:
+        raise JobError(f"this node has left {run.path}, as SIGTERM asked", try_="the same command, to join it again")
     known = run.ended()
     if code == STOPPED or (asked and code == -signal.SIGKILL):
         if known is None:

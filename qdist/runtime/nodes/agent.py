@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from qdist.core.errors import QdistError, RunError
-from qdist.core.nodes.job import STILL_THERE, STOPPED, AgentLine, NodeJob
+from qdist.core.nodes.job import LEFT, STILL_THERE, STOPPED, AgentLine, NodeJob
 from qdist.core.telemetry.nodes import NodeEvent, NodeMember
 from qdist.core.text import format_duration
 from qdist.host.children import end_with_parent
@@ -30,7 +30,7 @@ from qdist.host.run.presence import is_held, lock_of
 from qdist.host.run.rundir import Ended, RunDir
 from qdist.host.run.state import note
 from qdist.runtime.nodes.agreeing import Agreed, Agreement, Memory, Waiting
-from qdist.runtime.nodes.board import Board, CutOff, Disrupted, RunEnded
+from qdist.runtime.nodes.board import Board, CutOff, Disrupted, Left, RunEnded
 from qdist.runtime.nodes.meeting import GENERATION, Meeting, endpoint_of, meet, own_place, reachable
 from qdist.runtime.nodes.telling import Teller
 from qdist.runtime.nodes.working import Work, describe_start, require_folder
@@ -53,8 +53,10 @@ class Agent:
         self._job, self._run = job, RunDir(job.run)
         self._teller, self._memory = Teller(self._run), Memory()
         self._asked, self._began = 0, time.monotonic()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._ask)
+        self._leaving = False
+        signal.signal(signal.SIGINT, self._ask)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._leave)
         threading.Thread(target=self._hear, args=(lines,), daemon=True, name="input").start()
 
     def work(self) -> int:
@@ -70,6 +72,9 @@ class Agent:
                 return self._end(_failed(error))
             except (KeyboardInterrupt, Asked):
                 return self._end(_stopped())
+            except Left:
+                self._teller.say(f"{self._job.name} leaves the run, as SIGTERM asked; {self._run.last_saved()}")
+                return LEFT
 
     def _meetings(self) -> int:
         """Meet the others, as often as it takes."""
@@ -131,7 +136,7 @@ class Agent:
                 agreement = Agreement(self._job, meeting, board, self._memory, place=info.rank, size=info.world_size)
                 agreed = self._formed(agreement.reach(), meeting)
                 since = time.monotonic()
-                work = Work(self._job, meeting, board, agreed, rendezvous, self._teller, lambda: self._asked)
+                work = Work(self._job, meeting, board, agreed, rendezvous, self._teller, lambda: self._asked, lambda: self._leaving)
                 outcome = work.finish()
             except Disrupted:
                 since = time.monotonic()
@@ -139,7 +144,7 @@ class Agent:
             except Waiting as reason:
                 self._wait(meeting, rendezvous, str(reason), since)
                 continue
-            if outcome == "grow":
+            if outcome == "again":
                 continue
             if outcome == "finished":
                 self._teller.event(NodeEvent(kind="finished", time=0.0, generation=self._memory.generation))
@@ -246,8 +251,13 @@ class Agent:
             raise Disrupted
 
     def _check(self) -> None:
+        if self._leaving:
+            raise Left
         if self._asked or self._run.stop_requested():
             raise Asked
+
+    def _leave(self, *_: int | FrameType | None) -> None:
+        self._leaving = True
 
     def _ask(self, *_: int | FrameType | None) -> None:
         self._asked += 1

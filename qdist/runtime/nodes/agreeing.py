@@ -13,6 +13,7 @@ from qdist.core.nodes.agreement import require_agreement, require_one_run, requi
 from qdist.core.nodes.facts import NodeFacts, PreparedFacts, Verdict, Written
 from qdist.core.nodes.job import NodeJob
 from qdist.core.nodes.membership import why_waiting
+from qdist.core.planning.disk import storage
 from qdist.core.planning.plan import Plan, Prepared
 from qdist.core.spec.run_spec import RunSpec, resolve
 from qdist.host.files import write_atomic
@@ -23,7 +24,7 @@ from qdist.host.nodes.facts import RUN_ID, facts_here
 from qdist.host.nodes.mirror import send_history
 from qdist.host.nodes.network import measured_network
 from qdist.host.run.rundir import PLAN, RESULT, RunDir
-from qdist.runtime.nodes.board import Board
+from qdist.runtime.nodes.board import Board, Disrupted
 from qdist.runtime.nodes.meeting import Meeting
 
 _QUICK_S = 60.0
@@ -75,7 +76,9 @@ class Agreement:
         """Raises QdistError where the run cannot go on, Waiting where it is to wait for other nodes."""
         facts = self._all_facts()
         self._meeting.beats.watch(facts)
-        leader = next(node for node in facts if self._leads(node, facts))
+        leader = self._board.take("leader", int, limit_s=_QUICK_S)
+        if leader not in facts:  # it was too slow to be counted in: all have to meet again
+            raise Disrupted
         verdict = self._verdict(facts, leader)
         if verdict.refuse:
             raise RunError(verdict.refuse, try_=verdict.try_)
@@ -123,9 +126,6 @@ class Agreement:
         self._board.put(f"looked/{self._place}", there)
         return there
 
-    def _leads(self, node: int, facts: Mapping[int, NodeFacts]) -> bool:
-        return node == self._board.take("leader", int, limit_s=_QUICK_S)
-
     def _verdict(self, facts: Mapping[int, NodeFacts], leader: int) -> Verdict:
         if self._meeting.serves:
             self._board.put("verdict", judged(facts, leader, self._job, self._run))
@@ -169,7 +169,10 @@ class Agreement:
         everyone = [self._board.take(f"prepared/{place}", PreparedFacts) for place in range(self._size)]
         if error is not None and len(everyone) == 1:
             raise error
-        require_same_prepared(sorted(everyone, key=lambda each: each.node))
+        spec = self._asked(verdict, here).spec
+        require_same_prepared(
+            sorted(everyone, key=lambda each: each.node), model=spec.model, data=spec.data.path or ""
+        )
         assert prepared is not None
         return prepared
 
@@ -211,7 +214,10 @@ class Agreement:
         for count in range(len(verdict.members), 0, -1):
             asked = self._asked(verdict, _cluster(verdict.members[:count], facts))
             try:
-                return Written(files=prepare.job_of(asked, prepared).files)
+                job = prepare.job_of(asked, prepared)
+                if verdict.spec:  # those of a run that goes on have most of it there
+                    require_agreement(list(facts.values()), needed_bytes=storage(job.plan).total)
+                return Written(files=job.files)
             except SpecError as error:
                 first = first or error
             except PlanError as error:

@@ -21,6 +21,10 @@ class CutOff(Exception):
     """This node does not reach the store any more."""
 
 
+class Left(Exception):
+    """This node was told to leave the run to the others."""
+
+
 class RunEnded(Exception):
     """The run has ended, as one of its nodes said."""
 

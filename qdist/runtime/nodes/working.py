@@ -15,12 +15,12 @@ from qdist.host.run.rundir import STOP, RunDir
 from qdist.host.run.state import stuck
 from qdist.host.run.watchdog import Watchdog
 from qdist.runtime.nodes.agreeing import Agreed
-from qdist.runtime.nodes.board import Board, CutOff, Disrupted, RunEnded
+from qdist.runtime.nodes.board import Board, CutOff, Disrupted, Left, RunEnded
 from qdist.runtime.nodes.meeting import Meeting
 from qdist.runtime.nodes.processes import OwnRanks
 from qdist.runtime.nodes.telling import Teller
 
-Outcome = Literal["finished", "stopped", "grow", "failed"]
+Outcome = Literal["finished", "stopped", "again", "failed"]
 _LOOK_S, _NEWCOMERS_S = 0.2, 1.0
 _BLAME_S = 14.0
 """Seconds until a failed rank is its own fault, and not that of a node that turns out to be lost."""
@@ -32,16 +32,17 @@ _GOODBYE_S = 60.0
 class Work:
     """The part of this node in a generation.
 
-    asked: how often the user or a scheduler has asked to end the run: once to save first.
+    asked: how often the user has asked to end the run: once to save first. leaving: whether this node was told to
+    leave it, as by a scheduler that takes the machine back.
     """
 
     def __init__(
         self, job: NodeJob, meeting: Meeting, board: Board, agreed: Agreed, rendezvous: Any, teller: Teller,
-        asked: Callable[[], int],
+        asked: Callable[[], int], leaving: Callable[[], bool],
     ) -> None:  # fmt: skip
         self._job, self._meeting, self._board, self._agreed = job, meeting, board, agreed
-        self._rendezvous, self._teller, self._asked = rendezvous, teller, asked
-        self._run, self._failed_at, self._looked, self._grows = RunDir(job.run), 0.0, 0.0, False
+        self._rendezvous, self._teller, self._asked, self._leaving = rendezvous, teller, asked, leaving
+        self._run, self._failed_at, self._looked, self._yields = RunDir(job.run), 0.0, 0.0, False
         self._watchdog: Watchdog | None = None
         if meeting.serves:  # the others' heartbeats come here
             plan = agreed.plan
@@ -81,7 +82,7 @@ class Work:
             self._look_at_others()
             self._pass_on_requests(ranks)
             if (error := ranks.failure()) is not None:
-                if self._grows:  # before their first step, or with others that were
+                if self._yields:  # before their first step, or with others that were
                     ranks.kill()
                     ranks.forget()
                     continue
@@ -133,22 +134,25 @@ class Work:
         board = self._board
         if self._asked() > 1:
             raise KeyboardInterrupt
-        if not board.has("word") and (self._asked() or self._run.stop_requested()):
-            board.put("word", "stop")
-        if not board.has("word") and self._meeting.serves and self._are_newcomers():
-            self._teller.event(
-                NodeEvent(
-                    kind="returned", time=0.0, generation=self._agreed.verdict.generation,
-                    note="another node is there: the run saves, and goes on with it",
-                )
-            )  # fmt: skip
-            board.put("word", "grow")
-        word = board.find("word", str)
-        if word == "stop" and not self._run.stop_requested():
+        if self._asked() or self._run.stop_requested():
+            self._put_once("stop")
+        if self._leaving():
+            self._put_once(f"leaves/{self._job.node}")
+            self._put_once("yield")
+        if self._meeting.serves and not board.has("yield") and self._are_newcomers():
+            note = "another node is there: the run saves, and goes on with it"
+            number = self._agreed.verdict.generation
+            self._teller.event(NodeEvent(kind="returned", time=0.0, generation=number, note=note))
+            board.put("yield", True)
+        if board.has("stop") and not self._run.stop_requested():
             ranks.stop()
-        if word == "grow" and not self._grows:
-            self._grows = True
+        if board.has("yield") and not self._yields:
+            self._yields = True
             ranks.make_way()
+
+    def _put_once(self, word: str) -> None:
+        if not self._board.has(word):
+            self._board.put(word, True)
 
     def _are_newcomers(self) -> bool:
         now = time.monotonic()
@@ -193,21 +197,29 @@ class Work:
         if outcome == "finished" and mirror is not None:
             mirror.stop()
         self._board.put(f"bye/{self._job.node}", True)
-        if self._meeting.serves and outcome != "grow":
+        leaves = outcome == "again" and self._job.node not in self._stay()
+        if self._meeting.serves and (outcome != "again" or leaves):
             # They copy the run's last files first.
             for node in self._agreed.verdict.members:
                 self._board.take(f"bye/{node}", bool, limit_s=_GOODBYE_S)
+        if leaves:
+            raise Left
         if outcome == "failed":
             raise JobError("the ranks ended without finishing the run", try_=f"read {self._run.logs}")
         return outcome
 
     def _outcome(self) -> Outcome:
+        board = self._board
         if self._run.result() is not None:
             return "finished"
-        word = self._board.find("word", str)
-        if word == "grow":
-            return "grow"
-        return "stopped" if word else "failed"
+        if board.has("stop"):
+            return "stopped"
+        if not board.has("yield"):
+            return "failed"
+        return "again" if self._stay() else "stopped"
+
+    def _stay(self) -> list[int]:
+        return [node for node in self._agreed.verdict.members if not self._board.has(f"leaves/{node}")]
 
 
 def describe_start(agreed: Agreed) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from qdist.core.nodes.job import STILL_THERE, STOPPED, AgentLine, NodeJob
+from qdist.core.nodes.job import LEFT, STILL_THERE, STOPPED, AgentLine, NodeJob
 from qdist.core.telemetry.nodes import NodeEvent
 from qdist.host import children
 from qdist.host.run.nodes import node_events
@@ -123,7 +123,9 @@ def test_a_request_to_stop_on_any_node_ends_all_with_a_checkpoint(
     run = RunDir(tmp_path / "run")
     agents = [start(node, nodes=2, steps=100_000) for node in range(2)]
     until(lambda: losses(run))
-    agents[1].terminate()  # as a scheduler does; qdist stop leaves a file, which both see on a shared disk
+    assert agents[1].stdin is not None
+    agents[1].stdin.write(b"stop\n")  # qdist stop leaves a file, which both see on a shared disk
+    agents[1].stdin.flush()
     for agent in agents:
         assert agent.wait(PATIENCE_S) == STOPPED
     assert kinds(node_events(run)) == ["formed", "stopped"]
@@ -131,6 +133,22 @@ def test_a_request_to_stop_on_any_node_ends_all_with_a_checkpoint(
     ended = run.ended()
     assert ended is not None
     assert ended.state == "stopped"
+
+
+@pytest.mark.slow
+def test_a_node_that_is_told_to_leave_saves_first_and_the_other_goes_on(
+    tmp_path: Path, start: Callable[..., "subprocess.Popen[bytes]"]
+) -> None:
+    run = RunDir(tmp_path / "run")
+    first, second = (start(node, nodes=2, steps=150) for node in range(2))
+    until(lambda: losses(run))
+    second.terminate()  # as a scheduler does that takes the machine back
+    assert second.wait(PATIENCE_S) == LEFT
+    assert first.wait(PATIENCE_S) == 0
+    before, after, _ = node_events(run)
+    assert (before.kind, after.kind, [member.name for member in after.members]) == ("formed", "formed", ["a"])
+    found = losses(run)
+    assert {step: len(each) for step, each in found.items()} == dict.fromkeys(range(1, 151), 1), "nothing is done twice"
 
 
 @pytest.mark.slow
