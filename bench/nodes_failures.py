@@ -23,7 +23,7 @@ from tests.nodes.hosts_run import HostsRun, largest_difference, save_tiny
 
 KINDS = ("killed", "cut", "stopped", "first-killed", "returns", "waits", "cut-returns")
 NAMED_S, CLOSE, SAVE_STEPS = 30.0, 1e-5, 20
-_STARTS_S, _ENDS_S, _REJOIN_S = 120.0, 240.0, 40.0
+_STARTS_S, _HAPPENS_S, _ENDS_S, _REJOIN_S = 120.0, 90.0, 180.0, 40.0
 SETTINGS = {
     "load_format": "dummy", "method": "qlora", "bits": 16, "seq_len": 64, "global_batch": 12, "lora.r": 4,
     "train.save_steps": SAVE_STEPS, "train.held_out": 0.0,
@@ -64,7 +64,7 @@ def main() -> None:
     dice, rows = random.Random(given.seed), []
     print(f"{'kind':14} {'good':>7} {'named s':>8} {'again s':>8} {'twice':>6} {'loss off':>9} {'equal':>6}  faults")
     for kind in given.kinds.split(","):
-        outcomes = [disturbed(kind, given, wanted, dice.uniform(0, 0.8 * lasted)) for _ in range(given.times)]
+        outcomes = [disturbed(kind, given, wanted, dice.uniform(1, 0.8 * given.steps)) for _ in range(given.times)]
         rows += outcomes
         print(line(kind, outcomes), flush=True)
         if given.json:
@@ -96,11 +96,12 @@ def undisturbed(given: argparse.Namespace) -> tuple[dict[int, float], float]:
 
 
 def disturbed(kind: str, given: argparse.Namespace, wanted: dict[int, float], moment: float) -> Outcome:
-    """One run that something happens to, `moment` seconds after its first step."""
+    """One run that something happens to. moment: the step at which, with a fraction."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="qdist-nodes-") as folder, hosts(Path(folder), given) as bed:
         run = begun(bed, Path(folder), given, least=3 if kind == "waits" else 1)
-        time.sleep(moment)
+        wait_for(lambda: run.last_step() >= int(moment), seconds=_ENDS_S, what=f"step {int(moment)}")
+        time.sleep(moment % 1 / 5)
         names = list(bed.hosts)
         victim = bed.hosts[names[0] if kind == "first-killed" else names[1 + int(moment * 1000) % 2]]
         try:
@@ -110,7 +111,7 @@ def disturbed(kind: str, given: argparse.Namespace, wanted: dict[int, float], mo
         if outcome.faults and given.keep:
             given.keep.mkdir(parents=True, exist_ok=True)
             events = "\n".join(map(str, run.events()))
-            said = f"{outcome}\nvictim {victim.name} after {moment:.2f} s\n{events}\n{run.said()}\n"
+            said = f"{outcome}\nvictim {victim.name} at step {moment:.2f}\n{events}\n{run.said()}\n"
             (given.keep / f"{kind}-{moment:.2f}.txt").write_text(said)
     return outcome._replace(wall_s=time.monotonic() - began)
 
@@ -126,14 +127,14 @@ class Trial:
 
     def outcome(self) -> Outcome:
         """Raises TimeoutError, saying what did not happen."""
-        reached, since = self._run.last_step(), time.monotonic()
+        before, since = self._resumes(), time.monotonic()
         self._disturb()
         self._await("lost", lambda event: event.name == self._victim.name)
         self._named = time.monotonic() - since
         if self._kind == "waits":
             self._await("waiting", lambda event: True)
         self._give_back()
-        wait_for(lambda: self._run.last_step() > reached, seconds=_ENDS_S, what="a step afterwards")
+        wait_for(lambda: self._has_stepped_again(before), seconds=_ENDS_S, what="a step afterwards")
         self._again = time.monotonic() - since
         ends_well = self._others if self._kind not in ("returns", "waits", "cut-returns") else list(self._hosts())
         finish(self._run, ends_well)
@@ -149,6 +150,13 @@ class Trial:
             self._kind, tuple(self._faults), self._named, self._again, self._run.done_twice(), difference, equal,
             generations, 0.0,
         )  # fmt: skip
+
+    def _resumes(self) -> int:
+        return sum(event["kind"] == "resume" for event in self._run.steps(self._others))
+
+    def _has_stepped_again(self, before: int) -> bool:
+        kinds = [event["kind"] for event in self._run.steps(self._others)]
+        return self._resumes() > before and "step" in kinds[len(kinds) - kinds[::-1].index("resume") :]
 
     def _hosts(self) -> list[Host]:
         return list(self._run.bed.hosts.values())
@@ -178,7 +186,7 @@ class Trial:
     def _await(self, kind: str, fits: Callable[[NodeEvent], bool]) -> None:
         wait_for(
             lambda: any(event.kind == kind and fits(event) for event in self._run.events(self._others)),
-            seconds=_ENDS_S,
+            seconds=_HAPPENS_S,
             what=f"{kind!r} in nodes.jsonl",
         )
 

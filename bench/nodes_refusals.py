@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from tests.nodes.bed import Bed, Host, why_not
 from tests.nodes.hosts_run import PORT, HostsRun, save_tiny
+from tests.runtime.tiny import save_data, save_model
 
 _SETTINGS = {
     "load_format": "dummy", "bits": 16, "seq_len": 16, "global_batch": 4, "lora.r": 4, "steps": 3,
@@ -51,20 +52,32 @@ def late_clock(folder: Path) -> Mapping[str, str]:
 
 
 def other_model(run: HostsRun, ash: Host, birch: Host, stack: ExitStack) -> None:
-    """A folder of the same name, whose model is wider."""
-    folder = run.run.parent / "model"
-    save_tiny(ash.disk(folder))
-    save_tiny(birch.disk(folder), intermediate_size=192)
-    run.settings["model"] = str(folder)
+    """A folder of the same name with other weights."""
+    real_run(run, ash, birch, seeds=(0, 1), counts=(40, 40))
+
+
+def other_data(run: HostsRun, ash: Host, birch: Host, stack: ExitStack) -> None:
+    """A file of the same name with one line less."""
+    real_run(run, ash, birch, seeds=(0, 0), counts=(40, 39))
+
+
+def real_run(run: HostsRun, *hosts: Host, seeds: tuple[int, int], counts: tuple[int, int]) -> None:
+    """Over weights and data that each host has on its own disk."""
+    folder = run.run.parent
+    for host, seed, count in zip(hosts, seeds, counts, strict=True):
+        save_model(host.disk(folder / "model"), seed=seed)
+        save_data(host.disk(folder / "data.jsonl"), count)
+    run.settings |= {"model": str(folder / "model"), "data.path": str(folder / "data.jsonl"), "load_format": "auto"}
 
 
 def no_room(run: HostsRun, ash: Host, birch: Host, stack: ExitStack) -> None:
-    """A disk of 1 MiB under the run."""
-    birch.fill(run.run, 1 << 20)
+    """A disk of 64 KiB under the run."""
+    birch.fill(run.run, 1 << 16)
 
 
 def no_cache(run: HostsRun, ash: Host, birch: Host, stack: ExitStack) -> None:
-    """A disk of 64 KiB under the cache."""
+    """A disk of 64 KiB under the cache of packed weights and tokens."""
+    real_run(run, ash, birch, seeds=(0, 0), counts=(40, 40))
     birch.fill(run.run.parent / "cache", 1 << 16)
 
 
@@ -93,9 +106,10 @@ def nothing(run: HostsRun, ash: Host, birch: Host, stack: ExitStack) -> None:
 WRONG = {
     "versions that differ": Wrong("birch", nothing, other_versions),
     "another model on one host": Wrong("birch", other_model),
+    "other data on one host": Wrong("birch", other_data),
     "no room for the run": Wrong("birch", no_room),
     "no room for the cache": Wrong("birch", no_cache),
-    "a wrong token": Wrong("birch", nothing, by_hand=True),
+    "a wrong token": Wrong("10.77.0.11", nothing, by_hand=True),
     "a port in use": Wrong("10.77.0.11", port_in_use),
     "an unreachable host": Wrong("birch", unreachable),
     "a host key that is not known": Wrong("birch", unknown_key),
@@ -146,7 +160,7 @@ def refusal(wrong: Wrong) -> tuple[list[str], str]:
         log = sorted(bed.folder.glob("birch.[0-9]*" if wrong.by_hand else "launch.[0-9]*"))[-1]
         lines = [line for line in log.read_text().splitlines() if line.strip()]
         left = {} if wrong.by_hand or wrong.make is port_in_use else run.left()
-        return lines[-4:], ", ".join(left)
+        return lines[-2:], ", ".join(left)
 
 
 if __name__ == "__main__":

@@ -66,13 +66,14 @@ class Traffic(NamedTuple):
 class Host:
     """One of a bed's hosts."""
 
-    def __init__(self, bed: "Bed", number: int, name: str, environ: Mapping[str, str]) -> None:
+    def __init__(self, bed: "Bed", number: int, name: str, environ: Mapping[str, str], cores: Sequence[int]) -> None:
         self.name, self.address, self.port = name, f"{NETWORK}.{FIRST + number}", f"port{number}"
         self.folder, self._bed = bed.folder / name, bed
         self.environ = {
             "PATH": _PATH, "HOME": str(self.folder / "home"), "LANG": "C.UTF-8",
             "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1", **environ,
         }  # fmt: skip
+        self._cores = ["taskset", "-c", ",".join(map(str, cores))] if cores else []
         self._started: list[subprocess.Popen[str]] = []
         self.keeper = 0
         """Id of its first process, seen from outside."""
@@ -88,7 +89,7 @@ class Host:
         """Start a command there. log: takes all that it says; otherwise it is said through pipes."""
         out = subprocess.PIPE if log is None else log.open("w")
         started = subprocess.Popen(
-            [*self._bed.entered(self.keeper, "-n", "-m", "-u", "-i", "-p"), *map(str, command)],
+            [*self._bed.entered(self.keeper, "-n", "-m", "-u", "-i", "-p"), *self._cores, *map(str, command)],
             stdin=subprocess.PIPE,
             stdout=out,
             stderr=subprocess.PIPE if log is None else subprocess.STDOUT,
@@ -236,7 +237,8 @@ class Bed:
     """Hosts beside each other at a switch, with an ssh that lets each into every other.
 
     folder: for all that the hosts keep; absolute. own: folders of which each host has one of its own at that path; all
-    else is shared. environ: variables of every command on a host, by its name; those of "" are all hosts'.
+    else is shared. environ: variables of every command on a host, by its name; those of "" are all hosts'. cores: of
+    each host, which may lack the machine's others.
     """
 
     def __init__(
@@ -246,10 +248,11 @@ class Bed:
         *,
         own: Sequence[Path] = (),
         environ: Mapping[str, Mapping[str, str]] | None = None,
+        cores: Sequence[Sequence[int]] = (),
     ) -> None:
         self.folder, self.own, given = folder, tuple(own), environ or {}
         self.hosts = {
-            name: Host(self, number, name, {**given.get("", {}), **given.get(name, {})})
+            name: Host(self, number, name, {**given.get("", {}), **given.get(name, {})}, cores[number] if cores else ())
             for number, name in enumerate(names)
         }
         self._stack, self._switch = ExitStack(), 0

@@ -1,5 +1,6 @@
 """One run over two hosts, started over ssh, beside the same run on one of them."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ def model(tmp_path: Path) -> str:
 
 
 def bed_of(folder: Path) -> Bed:
-    """Two hosts with a disk each."""
+    """Two hosts with a disk and a core each: sums of floats depend on the threads of a rank."""
+    core = min(os.sched_getaffinity(0))
     own = {"": {"QDIST_CACHE": str(folder / "own/cache"), "CUDA_VISIBLE_DEVICES": ""}}
-    return Bed(folder / "bed", ["ash", "birch"], own=[folder / "own"], environ=own)
+    return Bed(folder / "bed", ["ash", "birch"], own=[folder / "own"], environ=own, cores=[[core], [core]])
 
 
 def adapter_of_one_host(host: Host, run: Path, settings: dict[str, Any]) -> bytes:

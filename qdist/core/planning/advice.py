@@ -11,7 +11,8 @@ from qdist.core.machine.cluster import Cluster
 from qdist.core.machine.world import Node
 from qdist.core.model.shapes import ModelFacts
 from qdist.core.planning.activations import Recurrence
-from qdist.core.planning.candidates import USABLE_SHARE, Candidate, PlanningContext
+from qdist.core.planning.candidates import USABLE_SHARE, Candidate
+from qdist.core.planning.context import PlanningContext
 from qdist.core.planning.fill import WORTH
 from qdist.core.planning.memory import UNMEASURED_SHARE, MemoryBudget, Sizes
 from qdist.core.planning.placements.base import OPEN, Placement, unit_of

@@ -7,7 +7,8 @@ import msgspec
 
 from qdist.core.machine.cluster import Cluster
 from qdist.core.machine.world import used_gpus
-from qdist.core.planning.candidates import Candidate, PlanningContext, arrange
+from qdist.core.planning.candidates import Candidate, arrange
+from qdist.core.planning.context import PlanningContext
 from qdist.core.planning.fill import MicroBatch
 from qdist.core.planning.layer_map import least
 from qdist.core.planning.network import WORTH_SAYING

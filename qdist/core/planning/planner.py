@@ -29,7 +29,8 @@ from qdist.core.planning.advice import (
     warmup_notes,
 )
 from qdist.core.planning.batch import cheap_batch, first_batch, network_notes, uncounted, with_batch
-from qdist.core.planning.candidates import USABLE_SHARE, Candidate, PlanningContext, arrange
+from qdist.core.planning.candidates import USABLE_SHARE, Candidate, arrange
+from qdist.core.planning.context import PlanningContext
 from qdist.core.planning.fill import MicroBatch
 from qdist.core.planning.graphs import require_captured, why_eager
 from qdist.core.planning.memory import MemoryBudget, sizes

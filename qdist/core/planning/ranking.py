@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from qdist.core.errors import Change, SpecError
-from qdist.core.planning.candidates import USABLE_SHARE, Candidate, PlanningContext, offloading, options
+from qdist.core.planning.candidates import USABLE_SHARE, Candidate, offloading, options
+from qdist.core.planning.context import PlanningContext
 from qdist.core.planning.placements.base import Layout
 from qdist.core.planning.placements.registry import last_resorts, simplicity
 from qdist.core.planning.plan import Alternative

@@ -268,7 +268,7 @@ def test_a_run_of_several_nodes_goes_on_with_this_machine_alone(monkeypatch: pyt
         old = prepare.prepare(spec())
     claim.write(old)
     new = prepare.prepare_resume(old.run, {})
-    assert (old.plan.world.nodes, new.plan.world.nodes) == ((2, 2), (2,))
+    assert (old.plan.world.nodes, new.plan.world.nodes, new.plan.world_size) == ((2, 2), (), 2)
     assert new.plan.spec == old.plan.spec
 
 

@@ -17,6 +17,9 @@ SHAPE: dict[str, Any] = {
     "lora.dropout": 0.1, "micro_batch": 1,
 }  # fmt: skip
 
+WHOLE = {"zero.stage": 0}
+"""The adapter's state whole on every rank: left to itself, a plan chooses by what the network costs."""
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -38,7 +41,8 @@ def contents(run: RunDir) -> dict[str, bytes]:
         ((1, 1), {"zero.stage": 2}),
         ((1, 1), {"zero.stage": 3}),
         ((1, 1), {"placement": "shard", "zero.stage": 0}),
-        ((2, 2), {"placement": "shard", "gpus_per_group": 2}),
+        ((2, 2), {"placement": "shard", "gpus_per_group": 2, "zero.stage": 0}),
+        ((2, 2), {"placement": "shard", "gpus_per_group": 2, "zero.stage": 2}),
         ((1, 1), {"placement": "split", "gpus_per_group": 2}),
         ((2, 2), {"placement": "split", "gpus_per_group": 2}),
         ((1, 1, 2), {"placement": "split", "gpus_per_group": 2}),
@@ -63,9 +67,9 @@ def test_nodes_train_the_adapter_of_one_machine_and_each_keeps_its_checkpoints(
 def test_a_run_goes_on_from_what_its_nodes_keep(
     train: TrainRun, train_on_nodes: TrainOnNodes, model: Path, tmp_path: Path
 ) -> None:
-    whole = train(dummy_job(model, tmp_path / "whole", gpus=2, **SHAPE))
+    whole = train(dummy_job(model, tmp_path / "whole", gpus=2, **SHAPE | WHOLE))
     folders = [RunDir(tmp_path / f"node{number}") for number in range(2)]
-    train_on_nodes(dummy_job(model, folders[0].path, nodes=(1, 1), **{**SHAPE, "steps": 2}), folders)
+    train_on_nodes(dummy_job(model, folders[0].path, nodes=(1, 1), **SHAPE | WHOLE | {"steps": 2}), folders)
     asked = prepare.resumed(folders[0], {"steps": 4}, here=machines((1, 1)))
     train_on_nodes(prepare.job_of(asked, prepare.prepared_for(asked)), folders)
     assert (folders[0].adapter / ADAPTER).read_bytes() == (whole.adapter / ADAPTER).read_bytes()
@@ -74,7 +78,7 @@ def test_a_run_goes_on_from_what_its_nodes_keep(
 
 def test_nodes_whose_checkpoints_differ_are_refused(train_on_nodes: TrainOnNodes, model: Path, tmp_path: Path) -> None:
     folders = [RunDir(tmp_path / f"node{number}") for number in range(2)]
-    train_on_nodes(dummy_job(model, folders[0].path, nodes=(1, 1), **{**SHAPE, "steps": 2}), folders)
+    train_on_nodes(dummy_job(model, folders[0].path, nodes=(1, 1), **SHAPE | WHOLE | {"steps": 2}), folders)
     shutil.rmtree(folders[1].checkpoint(2))
     asked = prepare.resumed(folders[0], {"steps": 4}, here=machines((1, 1)))
     job = prepare.job_of(asked, prepare.prepared_for(asked))
