@@ -14,6 +14,7 @@ from qdist.core.errors import JobError, MachineError, QdistError, RunError
 from qdist.core.nodes.hosts import Host
 from qdist.core.nodes.job import STILL_THERE, AgentLine, NodeJob
 from qdist.core.text import quoted
+from qdist.host import children
 from qdist.host.nodes.agents import AGENT, UNREACHED, started
 from qdist.host.run.state import find_reason
 
@@ -37,7 +38,8 @@ class Ssh:
 
     def start(self, job: NodeJob, errors: int, before: int | None) -> "subprocess.Popen[bytes]":
         """Start an agent, unless the one before is still there."""
-        return started(ssh_command(self._host, script(self._host, self._module, before=before)), job, errors)
+        command = ssh_command(self._host, script(self._host, self._module, before=before))
+        return started(command, job, errors, begin=children.ending_with_this())
 
     def kill(self, process: "subprocess.Popen[bytes] | None", there: int | None) -> "subprocess.Popen[bytes] | None":
         """End the connection, and the agent through a new one; its ranks end with it."""

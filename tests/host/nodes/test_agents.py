@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,3 +72,27 @@ def test_a_lost_agent_is_started_again_and_that_is_said_once(bed: Path, monkeypa
         assert agents.wait() == 0
     assert starts(bed, "b")[1].endswith("again")
     assert len([line for line in lines if "it is tried again every" in line]) == 1
+
+
+def test_no_ssh_outlives_a_launcher_that_is_killed(bed: Path) -> None:
+    code = (
+        "from pathlib import Path; from tests.host.nodes.fakes import agents_of, until\n"
+        f"with agents_of(Path({str(bed)!r}), a='wait', b='wait') as agents: until(agents, lambda: False)"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        started = wait_for_starts(bed, "ab")
+    finally:
+        launcher.kill()
+        launcher.wait()
+    end = time.monotonic() + 20
+    while any(map(is_running, started)):
+        assert time.monotonic() < end
+
+
+def wait_for_starts(bed: Path, names: str) -> list[str]:
+    """The first start of each agent."""
+    end = time.monotonic() + 20
+    while not all(starts(bed, name) for name in names):
+        assert time.monotonic() < end
+    return [starts(bed, name)[0] for name in names]
