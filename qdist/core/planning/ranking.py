@@ -9,7 +9,6 @@ from qdist.core.planning.placements.base import Layout
 from qdist.core.planning.placements.registry import last_resorts, simplicity
 from qdist.core.planning.plan import Alternative
 from qdist.core.spec.contradictions import largest_divisor
-from qdist.core.spec.run_spec import RunSpec
 from qdist.core.text import counted, format_bytes
 
 TIE = 0.02
@@ -25,7 +24,7 @@ def check_batches(setting: PlanningContext, layout: Layout) -> None:
     if spec.batch % ranks:
         raise SpecError(
             f"global_batch={spec.batch} cannot be spread over {counted(ranks, noun)}",
-            ways=[_rounded(spec.batch, ranks * size), *_fewer(spec, layout)],
+            ways=[_rounded(spec.batch, ranks * size), *_fewer(setting, layout)],
         )
     if setting.packs(layout):
         return
@@ -45,7 +44,7 @@ def check_batches(setting: PlanningContext, layout: Layout) -> None:
         raise SpecError(
             f"{stages} stages need at least {stages} micro-batches a step; global_batch={spec.batch} has "
             f"{each // size} of {size} for each group",
-            ways=[*smaller, {"global_batch": stages * ranks * size}, *_fewer(spec, layout)],
+            ways=[*smaller, {"global_batch": stages * ranks * size}, *_fewer(setting, layout)],
         )
 
 
@@ -53,10 +52,11 @@ def _rounded(batch: int, multiple: int) -> Change:
     return {"global_batch": -(-batch // multiple) * multiple}
 
 
-def _fewer(spec: RunSpec, layout: Layout) -> list[Change]:
-    """Changes to fewer GPUs that keep the batch as it is."""
-    count = layout.groups * layout.gpus_per_group
-    dividing = [number for number in range(count - 1, 0, -1) if spec.batch % number == 0]
+def _fewer(setting: PlanningContext, layout: Layout) -> list[Change]:
+    """Changes to fewer GPUs, on several nodes of each, that keep the batch as it is."""
+    batch, nodes = setting.spec.batch, len(setting.nodes) or 1
+    count = min(setting.nodes, default=layout.groups * layout.gpus_per_group)
+    dividing = [number for number in range(count - 1, 0, -1) if batch % (number * nodes) == 0]
     return [{"gpus": number} for number in dividing[:2]]
 
 

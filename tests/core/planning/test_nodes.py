@@ -7,8 +7,12 @@ import pytest
 from qdist.core.errors import PlanError, QdistError, SpecError
 from qdist.core.machine.cluster import Cluster, Network, joined
 from qdist.core.machine.world import Node
-from qdist.core.planning.plan import Plan
+from qdist.core.model.aliases import config_of
+from qdist.core.model.families import from_config
+from qdist.core.planning.plan import Plan, Source
+from qdist.core.planning.planner import plan_once
 from qdist.core.planning.process_memory import SECOND_COMMUNICATOR_BYTES, STAGE_LINK_BYTES
+from qdist.core.spec.run_spec import nest, resolve
 from qdist.core.text import GIB
 from tests.plans import CPU, gpus, planned
 
@@ -26,6 +30,14 @@ def laid(*counts: int, gib: float = 80, model: str = "llama-7b", **settings: Any
     """A plan on such nodes."""
     own = {"global_batch": 2 * sum(counts)} | {key.replace("__", "."): value for key, value in settings.items()}
     return planned(model, nodes(*counts, gib=gib), own)
+
+
+def plan_once_on(cluster: Cluster, settings: dict[str, Any]) -> Plan:
+    """A plan whose refusal has untried ways."""
+    config = config_of("llama-7b")
+    source = Source(kind="dummy", path="", config=config, tokenizer="")
+    spec = resolve({"steps": 5, "model": "llama-7b"}, nest(settings))
+    return plan_once(spec, source, from_config(config, name="llama-7b"), cluster, None)
 
 
 def test_ranks_are_numbered_node_by_node() -> None:
@@ -52,6 +64,12 @@ def test_gpus_are_those_of_each_node() -> None:
     with pytest.raises(PlanError, match="--gpus 3 of each node, but node1 has 2") as refused:
         laid(4, 2, gpus=3)
     assert refused.value.try_ == "--gpus 2"
+
+
+def test_fewer_gpus_of_each_node_are_suggested_where_a_batch_cannot_be_spread_over_all() -> None:
+    with pytest.raises(SpecError, match="global_batch=16 cannot be spread over 12 ranks") as refused:
+        plan_once_on(nodes(6, 6), {"global_batch": 16})
+    assert refused.value.ways == ({"global_batch": 24}, {"gpus": 4}, {"gpus": 2})
 
 
 def test_cores_are_shared_by_the_ranks_of_a_node() -> None:
