@@ -22,6 +22,8 @@ from tests.nodes.bed import Bed, Host, wait_for, why_not
 from tests.nodes.hosts_run import HostsRun, largest_difference, save_tiny
 
 KINDS = ("killed", "cut", "stopped", "first-killed", "returns", "waits", "cut-returns")
+GROWS = ("returns", "cut-returns")
+"""Kinds whose host has to be back before the others have ended."""
 NAMED_S, CLOSE, SAVE_STEPS = 30.0, 1e-5, 20
 _STARTS_S, _HAPPENS_S, _ENDS_S, _REJOIN_S = 120.0, 90.0, 180.0, 40.0
 SETTINGS = {
@@ -50,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--times", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shared", action="store_true", help="one disk for all hosts")
     parser.add_argument("--launch", action="store_true", help="start them by qdist launch --hosts")
@@ -64,7 +66,8 @@ def main() -> None:
     dice, rows = random.Random(given.seed), []
     print(f"{'kind':14} {'good':>7} {'named s':>8} {'again s':>8} {'twice':>6} {'loss off':>9} {'equal':>6}  faults")
     for kind in given.kinds.split(","):
-        outcomes = [disturbed(kind, given, wanted, dice.uniform(1, 0.8 * given.steps)) for _ in range(given.times)]
+        latest = (0.3 if kind in GROWS else 0.8) * given.steps
+        outcomes = [disturbed(kind, given, wanted, dice.uniform(1, latest)) for _ in range(given.times)]
         rows += outcomes
         print(line(kind, outcomes), flush=True)
         if given.json:
@@ -136,7 +139,7 @@ class Trial:
         self._give_back()
         wait_for(lambda: self._has_stepped_again(before), seconds=_ENDS_S, what="a step afterwards")
         self._again = time.monotonic() - since
-        ends_well = self._others if self._kind not in ("returns", "waits", "cut-returns") else list(self._hosts())
+        ends_well = self._others if self._kind not in (*GROWS, "waits") else list(self._hosts())
         finish(self._run, ends_well)
         self._check_end()
         losses = self._run.losses(ends_well)
@@ -179,7 +182,7 @@ class Trial:
         if self._kind == "cut-returns":
             self._await("formed", lambda event: len(event.members) == 2)
             self._victim.mend()
-        if self._kind in ("returns", "cut-returns"):
+        if self._kind in GROWS:
             grown = lambda event: event.generation > 2 and len(event.members) == 3  # noqa: E731
             self._await("formed", grown)
 

@@ -27,6 +27,8 @@ _BLAME_S = 14.0
 _OF_OTHERS = ("connection", "peer", "nccl", "gloo", "socket", "timed out", "broken pipe")
 """Words of errors of a rank that lost another one."""
 _GOODBYE_S = 60.0
+_LOST = "lost"
+"""Key of the board for the nodes that are lost."""
 
 
 class Work:
@@ -111,7 +113,7 @@ class Work:
             raise RunEnded(ended)
         if now > self._agreed.verdict.generation:  # this node was stopped meanwhile, and others went on
             raise Disrupted
-        if lost := beats.silent():
+        if lost := self._lost():
             self._teller.writes = self._speaks_of(lost)
             for node, seconds in lost.items():
                 name = self._agreed.facts[node].name
@@ -124,6 +126,16 @@ class Work:
                     )
                 )  # fmt: skip
             raise Disrupted
+
+    def _lost(self) -> dict[int, float]:
+        """Nodes that are lost, with the seconds since they were last heard of: those that a first node finds so.
+
+        It tells the others before it leaves this generation, lest they take it for a newcomer.
+        """
+        found = self._board.find(_LOST, dict[int, float])
+        if found is None and (found := self._meeting.beats.silent()):
+            self._board.put(_LOST, found)
+        return found
 
     def _speaks_of(self, lost: Collection[int]) -> bool:
         """Whether this node is the first that is left, which notes who is lost."""
@@ -159,7 +171,7 @@ class Work:
         if now - self._looked < _NEWCOMERS_S:
             return False
         self._looked = now
-        return bool(self._rendezvous.num_nodes_waiting() > 0)
+        return bool(self._rendezvous.num_nodes_waiting() > 0) and not self._board.has(_LOST)
 
     def _blame(self, error: JobError) -> None:
         """Wait for a moment whether a failure is a lost node's; then tell the others and raise what failed first."""
