@@ -136,7 +136,16 @@ class Agent:
                 agreement = Agreement(self._job, meeting, board, self._memory, place=info.rank, size=info.world_size)
                 agreed = self._formed(agreement.reach(), meeting)
                 since = time.monotonic()
-                work = Work(self._job, meeting, board, agreed, rendezvous, self._teller, lambda: self._asked, lambda: self._leaving)
+                work = Work(
+                    self._job,
+                    meeting,
+                    board,
+                    agreed,
+                    rendezvous,
+                    self._teller,
+                    lambda: self._asked,
+                    lambda: self._leaving,
+                )
                 outcome = work.finish()
             except Disrupted:
                 since = time.monotonic()

@@ -170,9 +170,7 @@ class Agreement:
         if error is not None and len(everyone) == 1:
             raise error
         spec = self._asked(verdict, here).spec
-        require_same_prepared(
-            sorted(everyone, key=lambda each: each.node), model=spec.model, data=spec.data.path or ""
-        )
+        require_same_prepared(sorted(everyone, key=lambda each: each.node), model=spec.model, data=spec.data.path or "")
         assert prepared is not None
         return prepared
 

@@ -133,8 +133,10 @@ class Work:
         It tells the others before it leaves this generation, lest they take it for a newcomer.
         """
         found = self._board.find(_LOST, dict[int, float])
-        if found is None and (found := self._meeting.beats.silent()):
-            self._board.put(_LOST, found)
+        if found is None:
+            found = self._meeting.beats.silent()
+            if found:
+                self._board.put(_LOST, found)
         return found
 
     def _speaks_of(self, lost: Collection[int]) -> bool:

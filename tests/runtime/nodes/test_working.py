@@ -67,7 +67,7 @@ def work_of(run: Path, node: int, store: MemoryStore, silent: list[dict[int, flo
     teller: Any = SimpleNamespace(writes=True, event=events.append)
     rendezvous = SimpleNamespace(num_nodes_waiting=lambda: 1)
     run.mkdir(exist_ok=True)
-    return Work(job, meeting, Board(store, lambda: None), agreed, rendezvous, teller, lambda: 0), events
+    return Work(job, meeting, Board(store, lambda: None), agreed, rendezvous, teller, lambda: 0, lambda: False), events
 
 
 def test_a_node_that_leaves_as_another_is_lost_is_no_newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
