@@ -22,7 +22,8 @@ _SIOCGIFADDR = 0x8915
 
 
 def interface_of(address: str) -> str:
-    """Name of the network interface that has an IPv4 address; empty if none has."""
+    """Name of the network interface that has an IPv4 address; empty if none has. Loopback has all of 127.0.0.0/8."""
+    address = "127.0.0.1" if address.startswith("127.") else address
     return next((name for _, name in socket.if_nameindex() if _address_of(name) == address), "")
 
 
