@@ -10,7 +10,7 @@ from qdist.core.planning.fill import has_padding
 from qdist.core.planning.memory import MemoryBudget
 from qdist.core.planning.placements.base import nodes_in_words, unit_of
 from qdist.core.planning.placements.registry import layout_of
-from qdist.core.planning.plan import Alternative, Plan
+from qdist.core.planning.plan import Alternative, Plan, RankPlan
 from qdist.core.planning.sources import epoch_in_words, sources_in_words
 from qdist.core.telemetry.memory_report import shown_error
 from qdist.core.text import (
@@ -288,10 +288,15 @@ def start_line(result: dict[str, Any]) -> str:
     return f"first step after {format_duration(first)}{of_these}; loading {loading(own['seconds'], own['read_bytes'])}"
 
 
+def _of_node(plan: Plan, rank: RankPlan) -> str:
+    """' of b': GPUs are numbered on their nodes."""
+    return f" of {plan.nodes[rank.node].name}" if rank.gpus and len(plan.nodes) > 1 else ""
+
+
 def _memories(plan: Plan, result: dict[str, Any]) -> list[_Memory]:
     return [
         _Memory(
-            f"memory of {unit_of(plan)} {rank.gpus[position] if rank.gpus else rank.rank}",
+            f"memory of {unit_of(plan)} {rank.gpus[position] if rank.gpus else rank.rank}{_of_node(plan, rank)}",
             expected.total,
             peak["allocated"] + peak["context"],
         )

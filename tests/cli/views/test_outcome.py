@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from qdist.cli.views.plan import outcome_rows, start_line
+from qdist.core.machine.cluster import Machine
 from qdist.core.planning.plan import Plan, RankPlan
 from qdist.core.text import GIB
 from tests.plans import CPU, gpus, planned
@@ -105,3 +106,11 @@ def test_the_way_to_the_first_step_is_one_line(first: float | None, seconds: flo
         "start_seconds": {"load": 40.0, "first_step": first},
         "loading": {"seconds": seconds, "read_bytes": read_bytes},
     }) == line  # fmt: skip
+
+
+def test_gpus_of_several_nodes_are_named_with_their_nodes() -> None:
+    own = plan_of(20.0, 30.0)
+    ranks = tuple(msgspec.structs.replace(rank, node=rank.rank, gpus=(0,)) for rank in own.ranks)
+    plan = msgspec.structs.replace(own, ranks=ranks, nodes=(Machine(name="a", gpus=1), Machine(name="b", gpus=1)))
+    labels = [label for label, *_ in outcome_rows(plan, result_of(20.0, 30.0))]
+    assert labels[:2] == ["memory of GPU 0 of a", "memory of GPU 0 of b"]
