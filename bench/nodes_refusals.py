@@ -76,9 +76,9 @@ def no_room(run: HostsRun, ash: Host, birch: Host, stack: ExitStack) -> None:
 
 
 def no_cache(run: HostsRun, ash: Host, birch: Host, stack: ExitStack) -> None:
-    """A disk of 64 KiB under the cache of packed weights and tokens."""
+    """A disk of 8 KiB under the cache of packed weights and tokens."""
     real_run(run, ash, birch, seeds=(0, 0), counts=(40, 40))
-    birch.fill(run.run.parent / "cache", 1 << 16)
+    birch.fill(run.run.parent / "cache", 1 << 13)
 
 
 def port_in_use(run: HostsRun, ash: Host, birch: Host, stack: ExitStack) -> None:

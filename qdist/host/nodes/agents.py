@@ -27,6 +27,8 @@ _ALONE_S = 5.0
 """Seconds that a failed agent waits for the others to fail with it, before it is said that it failed alone."""
 _GRACE_S = 60.0
 """Seconds that agents get to end once another has ended the run: they copy its last files."""
+_UNBEGUN_S = 5.0
+"""The same before there is a plan: no host has files to copy, and those that wait for the others wait in vain."""
 _KILL_S = 15.0
 """Seconds that a host gets to have its agent killed."""
 _TAIL_BYTES = 1 << 14
@@ -312,7 +314,8 @@ class Agents:
     def _end_late(self) -> None:
         """Kill agents that have not ended in time after another has ended the run."""
         ended = min(agent.ended_at for agent in self._agents if agent.code is not None and not agent.is_lost)
-        if time.monotonic() - ended > _GRACE_S:
+        grace = _GRACE_S if any(agent.generation for agent in self._agents) else _UNBEGUN_S
+        if time.monotonic() - ended > grace:
             self.kill()
 
     def _start_lost_again(self) -> None:

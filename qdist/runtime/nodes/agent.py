@@ -38,6 +38,8 @@ from qdist.runtime.nodes.working import Work, describe_start, require_folder
 _FIRST_CALL_S, _LAST_CALL_S = 20.0, 3.0
 """Seconds for further nodes to join once there are enough: at the start of a run, and after a failure."""
 _KEEP_ALIVE_S, _KEEP_ALIVES = 2.0, 4
+_MEET_S = 15.0
+"""Seconds within which nodes that are left have met again: torch takes 8 of them to forget one that is lost."""
 _LOOK_S, _LOOK_ELSEWHERE_S = 0.2, 5.0
 FAILED = 1
 
@@ -197,9 +199,7 @@ class Agent:
 
     def _wait(self, meeting: Meeting, rendezvous: Any, reason: str, since: float) -> None:
         """Wait for a node that is missing. Raises CutOff where there is a better place to wait, RunError in the end."""
-        limit = format_duration(self._job.rejoin_s)
-        note = f"waiting up to {limit} for the other nodes: {reason}"
-        self._teller.event(NodeEvent(kind="waiting", time=0.0, generation=self._memory.generation, note=note))
+        self._tell_of_waiting(reason)
         looked = time.monotonic()
         while rendezvous.num_nodes_waiting() == 0:
             self._look(meeting, at_nodes=False)
@@ -213,6 +213,10 @@ class Agent:
             if meeting.beats.silent():
                 return
             time.sleep(_LOOK_S)
+
+    def _tell_of_waiting(self, reason: str) -> None:
+        note = f"waiting up to {format_duration(self._job.rejoin_s)} for the other nodes: {reason}"
+        self._teller.event(NodeEvent(kind="waiting", time=0.0, generation=self._memory.generation, note=note))
 
     def _too_late(self, reason: str) -> RunError:
         return RunError(
@@ -229,8 +233,9 @@ class Agent:
             RendezvousTimeoutError,
         )
 
-        waiting = ThreadPoolExecutor(1).submit(ask)
-        looked = time.monotonic()
+        waiting, needed = ThreadPoolExecutor(1).submit(ask), f"{self._job.least} of {self._job.most} nodes are needed"
+        began = looked = time.monotonic()
+        told = not self._memory.active
         while True:
             with suppress(TimeoutError):
                 try:
@@ -238,8 +243,11 @@ class Agent:
                 except (RuntimeError, RendezvousConnectionError, RendezvousStateError) as error:
                     raise CutOff(str(error)) from error  # the store is gone
                 except RendezvousTimeoutError:
-                    raise self._too_late(f"{self._job.least} of {self._job.most} nodes are needed") from None
+                    raise self._too_late(needed) from None
             self._look(meeting, at_nodes=False)
+            if not told and time.monotonic() - began > _MEET_S:
+                told = True
+                self._tell_of_waiting(needed)
             if meeting.serves and time.monotonic() - looked > _LOOK_ELSEWHERE_S:
                 looked = time.monotonic()
                 if _is_better_elsewhere(self._job, self._memory.generation):

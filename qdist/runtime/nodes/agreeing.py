@@ -1,5 +1,6 @@
 """How the nodes of one rendezvous come to a plan: facts, the verdict, what each prepares, the files of the run."""
 
+import hashlib
 import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -274,5 +275,6 @@ def _digests(job: NodeJob, prepared: Prepared | None, error: QdistError | None) 
         return PreparedFacts(node=job.node, name=job.name, weights="", data="", error=message, try_=attempt)
     source, data = prepared.source, prepared.data
     weights = source.digest or source.original or source.fingerprint
-    content = json.dumps([data.digest, data.samples, data.tokens, data.longest]) if data else ""
+    counts = json.dumps([data.digest, data.samples, data.tokens, data.longest]) if data else ""
+    content = hashlib.sha256(counts.encode()).hexdigest() if counts else ""
     return PreparedFacts(node=job.node, name=job.name, weights=weights, data=content)

@@ -27,6 +27,8 @@ def main() -> None:
         raise SystemExit(1)
     if does == "crash":
         raise ValueError("a bug")
+    while does == "hang":
+        time.sleep(0.01)
     tell(kind="planned", generation=1)
     if does == "die":
         os.kill(os.getpid(), 9)

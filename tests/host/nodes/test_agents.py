@@ -43,6 +43,16 @@ def test_the_error_is_that_of_the_agent_that_failed(bed: Path) -> None:
     assert str(agents.error) == "no room on b\n  try: make room there"
 
 
+def test_an_agent_that_fails_before_there_is_a_plan_ends_those_that_wait_for_it(
+    bed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agents_module, "_UNBEGUN_S", 0.0)
+    with agents_of(bed, a="fail", b="hang") as agents:
+        agents.wait()
+    assert agents.error
+    assert agents.error.message == "no room on a"
+
+
 def test_an_agent_that_crashes_is_told_with_its_last_line(bed: Path) -> None:
     with agents_of(bed, a="crash") as agents:
         assert agents.wait() == 1
