@@ -2,7 +2,8 @@
 
     python -m bench.nodes_gpus [--model llama-7b] [--steps 20] [--out DIR]
 
-Two `qdist launch --nnodes 2` with an agent and a GPU each, against one `qdist launch --gpus 2`, with equal samples a step.
+Two `qdist launch --nnodes 2` with an agent and a GPU each, against one `qdist launch --gpus 2`, with equal samples a
+step.
 On a machine of one GPU its two ranks share it (QDIST_RANKS_PER_GPU=2) in all rows, and NCCL takes sockets between them.
 With two GPUs, a last row has the two nodes exchange by sockets as well, as machines without a common bus do.
 """
@@ -81,6 +82,7 @@ def two(settings: Sequence[str], run: Path, more: Mapping[str, str]) -> RunDir:
 
 
 def started(arguments: Sequence[str], log: Path, more: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    """A launch whose output goes to a file beside its run."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log.with_suffix(".txt"), "wb") as said:
         return subprocess.Popen(
@@ -89,6 +91,7 @@ def started(arguments: Sequence[str], log: Path, more: Mapping[str, str]) -> "su
 
 
 def finished(launches: "Sequence[subprocess.Popen[bytes]]") -> None:
+    """Wait for launches that depend on each other."""
     if any(launch.wait() for launch in launches):
         raise SystemExit("a launch failed: see the .txt files of --out")
 
