@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--global-batch", type=int, default=16)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a further setting of all runs")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     out = asked.out or Path(tempfile.mkdtemp())
@@ -41,6 +42,7 @@ def main() -> None:
         "--model", asked.model, "--load-format", "dummy", "--seq-len", str(asked.seq_len),
         "--set", f"global_batch={asked.global_batch}", "--set", f"steps={asked.steps}", "--set", "zero.stage=0",
         "--set", "train.held_out=0", "--set", "train.verify_steps=0",
+        *(word for each in asked.set for word in ("--set", each)),
     ]  # fmt: skip
     gpus = len(probe.cluster().gpus)
     shared = {probe.VARIABLE: "2"} if gpus == 1 else {}
