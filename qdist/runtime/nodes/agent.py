@@ -5,7 +5,6 @@ returns, until the run has ended. Further lines of its input: `stop` ends the ru
 """
 
 import os
-import secrets
 import signal
 import sys
 import threading
@@ -13,8 +12,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from datetime import timedelta
-from ipaddress import IPv4Address
 from types import FrameType
 from typing import Any
 
@@ -26,18 +23,19 @@ from qdist.core.telemetry.nodes import NodeEvent, NodeMember
 from qdist.core.text import format_duration
 from qdist.host.children import end_with_parent
 from qdist.host.files import locked
-from qdist.host.run.presence import is_held, lock_of
+from qdist.host.run.presence import agent_is_here, is_held, lock_of
 from qdist.host.run.rundir import Ended, RunDir
 from qdist.host.run.state import note
 from qdist.runtime.nodes.agreeing import Agreed, Agreement, Memory, Waiting
 from qdist.runtime.nodes.board import Board, CutOff, Disrupted, Left, RunEnded
+from qdist.runtime.nodes.folder import forget_old_stop, require_folder, unusable
 from qdist.runtime.nodes.meeting import GENERATION, Meeting, endpoint_of, meet, own_place, reachable
+from qdist.runtime.nodes.rounds import newcomers, rendezvous_of
 from qdist.runtime.nodes.telling import Teller
-from qdist.runtime.nodes.working import Work, describe_start, require_folder
+from qdist.runtime.nodes.working import Outcome, Work, describe_start
 
-_FIRST_CALL_S, _LAST_CALL_S = 20.0, 3.0
-"""Seconds for further nodes to join once there are enough: at the start of a run, and after a failure."""
-_KEEP_ALIVE_S, _KEEP_ALIVES = 2.0, 4
+_FIRST_CALL_S = 20.0
+"""Seconds that a run which begins waits for more nodes once there are enough."""
 _MEET_S = 15.0
 """Seconds within which nodes that are left have met again: torch takes 8 of them to forget one that is lost."""
 _LOOK_S, _LOOK_ELSEWHERE_S = 0.2, 5.0
@@ -63,20 +61,37 @@ class Agent:
 
     def work(self) -> int:
         """Take part to the end; the exit code."""
-        require_folder(self._run.path)
-        lock = lock_of(self._run, self._job.node)
-        if is_held(lock):
-            return STILL_THERE
-        with locked(lock, busy=f"an agent of {self._job.name} is at work in {self._run.path} already"):
-            try:
-                return self._meetings()
-            except QdistError as error:
-                return self._end(_failed(error))
-            except (KeyboardInterrupt, Asked):
-                return self._end(_stopped())
-            except Left:
-                self._teller.say(f"{self._job.name} leaves the run, as SIGTERM asked; {self._run.last_saved()}")
-                return LEFT
+        try:
+            require_folder(self._run.path)
+            lock = lock_of(self._run, self._job.node)
+            if is_held(lock):
+                return STILL_THERE
+            if not agent_is_here(self._run):
+                forget_old_stop(self._run)
+            with locked(lock, busy=f"an agent of {self._job.name} is at work in {self._run.path} already"):
+                return self._ended_meetings()
+        except (QdistError, OSError) as error:
+            self._teller.writes = False  # the run is not this agent's yet
+            return self._end(self._failed(error))
+
+    def _ended_meetings(self) -> int:
+        """Meet the others to the end; the exit code."""
+        try:
+            return self._meetings()
+        except QdistError as error:
+            # One that was not let in ends alone: it notes no end of a run that others are at work on here.
+            self._teller.writes &= self._memory.active or not self._are_others_here()
+            return self._end(self._failed(error))
+        except (KeyboardInterrupt, Asked):
+            return self._end(_stopped())
+        except Left:
+            self._teller.say(f"{self._job.name} leaves the run, as SIGTERM asked; {self._run.last_saved()}")
+            return LEFT
+
+    def _are_others_here(self) -> bool:
+        """Whether agents of other nodes are at work in this run directory."""
+        own = lock_of(self._run, self._job.node)
+        return any(is_held(lock) for lock in self._run.path.glob("agent*.lock") if lock != own)
 
     def _meetings(self) -> int:
         """Meet the others, as often as it takes."""
@@ -91,6 +106,8 @@ class Agent:
                     return self._to_the_end(meeting, alone_since)
                 except CutOff:
                     meeting.cut()
+                    if self._is_finished():
+                        return self._finish()
                     alone_since = time.monotonic()
                     self._tell_cut_off(meeting)
 
@@ -116,59 +133,61 @@ class Agent:
             ended = self._generations(meeting, since)
         except RunEnded as told:
             ended = told.ended
-        except QdistError as error:
-            ended = _failed(error)
+        except (QdistError, OSError) as error:
+            ended = self._failed(error)
         except (KeyboardInterrupt, Asked):
             ended = _stopped()
         if ended is None:
-            return 0
+            return self._finish()
         meeting.end(ended)
         return self._end(ended)
 
     def _generations(self, meeting: Meeting, since: float) -> Ended | None:
         """Generations of nodes that one store brings together; None once the run is finished."""
-        rendezvous = _rendezvous(self._job, meeting)
+        rendezvous = rendezvous_of(self._job, meeting)
         while True:
-            info = self._interruptible(meeting, rendezvous.next_rendezvous)
-            meeting.beats.watch(())  # whoever is lost took no part in this rendezvous
-            board = Board(info.store, lambda: self._look(meeting))
             try:
-                if self._calls_again(meeting, board, rendezvous, there=info.world_size):
-                    continue
-                agreement = Agreement(self._job, meeting, board, self._memory, place=info.rank, size=info.world_size)
-                agreed = self._formed(agreement.reach(), meeting)
-                since = time.monotonic()
-                work = Work(
-                    self._job,
-                    meeting,
-                    board,
-                    agreed,
-                    rendezvous,
-                    self._teller,
-                    lambda: self._asked,
-                    lambda: self._leaving,
-                )
-                outcome = work.finish()
+                outcome = self._generation(meeting, rendezvous)
             except Disrupted:
-                since = time.monotonic()
-                continue
+                # Who is lost after the last step is not missed: without it the run would be planned with none left.
+                outcome = "finished" if self._is_finished() else "again"
             except Waiting as reason:
                 self._wait(meeting, rendezvous, str(reason), since)
                 continue
-            if outcome == "again":
-                continue
-            if outcome == "finished":
-                self._teller.event(NodeEvent(kind="finished", time=0.0, generation=self._memory.generation))
-                self._teller.line(AgentLine(kind="ended"))
-                return None
-            return _stopped()
+            if outcome != "again":
+                return None if outcome == "finished" else _stopped()
+            since = time.monotonic()
+
+    def _generation(self, meeting: Meeting, rendezvous: Any) -> Outcome:
+        """Meet for a generation, agree, and work to its end. Raises Disrupted, Waiting, CutOff."""
+        info = self._interruptible(meeting, rendezvous.next_rendezvous)
+        meeting.beats.watch(())  # whoever is lost took no part in this rendezvous
+        board = Board(info.store, lambda: self._look(meeting))
+        if self._calls_again(meeting, board, rendezvous, there=info.world_size):
+            return "again"
+        agreement = Agreement(self._job, meeting, board, self._memory, place=info.rank, size=info.world_size)
+        agreed = self._formed(agreement.reach(), meeting)
+        work = Work(
+            self._job, meeting, board, agreed, rendezvous, self._teller, lambda: self._asked, lambda: self._leaving
+        )
+        return work.finish()
+
+    def _is_finished(self) -> bool:
+        """Whether the run has its result: that of an earlier end is removed as a generation is written."""
+        return self._memory.active and self._run.result() is not None
+
+    def _finish(self) -> int:
+        """Note that the run is finished; the exit code."""
+        self._teller.event(NodeEvent(kind="finished", time=0.0, generation=self._memory.generation))
+        self._teller.line(AgentLine(kind="ended"))
+        return 0
 
     def _calls_again(self, meeting: Meeting, board: Board, rendezvous: Any, *, there: int) -> bool:
         """Whether more nodes have come while a run that is to begin waited for those that it may have."""
         if meeting.serves:
             until = self._began + (0.0 if self._memory.active else _FIRST_CALL_S)
             more = 0
-            while there < self._job.most and not (more := rendezvous.num_nodes_waiting()) and time.monotonic() < until:
+            while there < self._job.most and not (more := newcomers(rendezvous)) and time.monotonic() < until:
                 self._look(meeting)
                 time.sleep(_LOOK_S)
             board.put("call", there < self._job.most and bool(more))
@@ -201,7 +220,7 @@ class Agent:
         """Wait for a node that is missing. Raises CutOff where there is a better place to wait, RunError in the end."""
         self._tell_of_waiting(reason)
         looked = time.monotonic()
-        while rendezvous.num_nodes_waiting() == 0:
+        while newcomers(rendezvous) == 0:
             self._look(meeting, at_nodes=False)
             now = time.monotonic()
             if now - since > self._job.rejoin_s:
@@ -284,6 +303,11 @@ class Agent:
             if word := {b"stop": 1, b"end": 2}.get(line.strip()):
                 self._asked = max(self._asked, word)
 
+    def _failed(self, error: QdistError | OSError) -> Ended:
+        if isinstance(error, OSError):
+            error = unusable(self._job.name, self._run.path, error)
+        return Ended(state="failed", message=error.message, try_=error.try_, time=time.time())
+
     def _end(self, ended: Ended) -> int:
         """Note how the run ended before its last step; the exit code."""
         if self._teller.writes and self._run.exists():
@@ -296,41 +320,8 @@ class Agent:
         return FAILED
 
 
-def _failed(error: QdistError) -> Ended:
-    return Ended(state="failed", message=error.message, try_=error.try_, time=time.time())
-
-
 def _stopped() -> Ended:
     return Ended(state="stopped", time=time.time())
-
-
-def _rendezvous(job: NodeJob, meeting: Meeting) -> Any:
-    """torch's elastic rendezvous over the run's store."""
-    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
-    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
-
-    # Otherwise its first node serves one more store, which listens on all addresses.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    store = meeting.store
-    timeout = RendezvousTimeout(
-        join=timedelta(seconds=job.rejoin_s),
-        last_call=timedelta(seconds=_LAST_CALL_S),
-        close=timedelta(seconds=5),
-        heartbeat=timedelta(seconds=5),
-    )
-    return DynamicRendezvousHandler.from_backend(
-        "qdist", store, C10dRendezvousBackend(store, "qdist"), job.least, job.most,
-        local_addr=unique_loopback(job.node), timeout=timeout,
-        keep_alive_interval=_KEEP_ALIVE_S, keep_alive_max_attempt=_KEEP_ALIVES,
-    )  # fmt: skip
-
-
-def unique_loopback(node: int) -> str:
-    """A loopback address that no other node of a run, and no other start of this one, is likely to have.
-
-    torch 2.13 tells nodes apart by address and process id, which are equal for agents in containers.
-    """
-    return str(IPv4Address("127.0.0.0") + ((1 + secrets.randbelow(4094)) << 12) + node % 4096)
 
 
 def _is_better_elsewhere(job: NodeJob, generation: int) -> bool:

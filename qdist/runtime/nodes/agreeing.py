@@ -24,8 +24,9 @@ from qdist.host.nodes.checkpoints import fetch_checkpoint, send_checkpoint
 from qdist.host.nodes.facts import RUN_ID, facts_here
 from qdist.host.nodes.mirror import send_history
 from qdist.host.nodes.network import measured_network
+from qdist.host.nodes.remote import Files
 from qdist.host.run.rundir import PLAN, RESULT, RunDir
-from qdist.runtime.nodes.board import Board, Disrupted
+from qdist.runtime.nodes.board import Board, CutOff, Disrupted
 from qdist.runtime.nodes.meeting import Meeting
 
 _QUICK_S = 60.0
@@ -85,7 +86,7 @@ class Agreement:
             raise RunError(verdict.refuse, try_=verdict.try_)
         if verdict.wait:
             raise Waiting(verdict.wait)
-        self._bring_run(verdict, facts)
+        self._brought_run(verdict, facts)
         here = _cluster(verdict.members, facts)
         prepared = self._prepare(verdict, here)
         keeps = not self._meeting.serves and not facts[self._job.node].sees_shared
@@ -131,6 +132,15 @@ class Agreement:
         if self._meeting.serves:
             self._board.put("verdict", judged(facts, leader, self._job, self._run))
         return self._board.take("verdict", Verdict, limit_s=_QUICK_S)
+
+    def _brought_run(self, verdict: Verdict, facts: Mapping[int, NodeFacts]) -> None:
+        """Bring the run here. Raises CutOff where that fails because the leader is gone."""
+        try:
+            self._bring_run(verdict, facts)
+        except RunError as error:
+            if self._meeting.files is not None and not _answers(self._meeting.files):
+                raise CutOff(error.message) from error
+            raise
 
     def _bring_run(self, verdict: Verdict, facts: Mapping[int, NodeFacts]) -> None:
         """See that this node has the run's last checkpoint in its own directory, if there is one."""
@@ -227,6 +237,14 @@ class Agreement:
                 return Written(refuse=error.message, try_=error.try_)
         assert first is not None
         return Written(refuse=first.message, try_=first.try_)
+
+
+def _answers(files: Files) -> bool:
+    try:
+        files.hello()
+    except RunError:
+        return False
+    return True
 
 
 def judged(facts: Mapping[int, NodeFacts], leader: int, job: NodeJob, run: RunDir) -> Verdict:

@@ -54,7 +54,7 @@ class Meeting:
     """
 
     def __init__(self, job: NodeJob, server: Endpoint | None, *, say: Callable[[str], None]) -> None:
-        self._node = job.node
+        self._node, self._most = job.node, job.most
         self._gate: Gate | None = None
         self._door: Door | None = None
         self.files: Files | None = None
@@ -107,9 +107,15 @@ class Meeting:
         with suppress(RuntimeError):
             self.store.compare_set(_ENDED, "", msgspec.json.encode(ended).decode())
             self.store.set(f"gone/{self._node}", "1")
+            if self.serves:
+                self.beats.watch(self._present())
             until = time.monotonic() + _PART_S
             while self.serves and not self._all_gone() and time.monotonic() < until:
                 time.sleep(0.1)
+
+    def _present(self) -> list[int]:
+        """Nodes that have ever met here: also who only waits to be let in is told of the end."""
+        return [node for node in range(self._most) if self.store.check([f"beat/{node}"])]
 
     def _all_gone(self) -> bool:
         there = self.beats.watched() - self.beats.silent().keys()

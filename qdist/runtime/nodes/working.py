@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
+from contextlib import suppress
 from typing import Any, Literal, cast
 
-from qdist.core.errors import JobError, RunError
+from qdist.core.errors import JobError
 from qdist.core.nodes.facts import Failure
 from qdist.core.nodes.job import NodeJob
 from qdist.core.telemetry.nodes import NodeEvent
-from qdist.core.text import counted, resuming
+from qdist.core.text import counted
 from qdist.host.nodes.mirror import Mirror
 from qdist.host.run.rundir import STOP, RunDir
 from qdist.host.run.state import stuck
@@ -18,6 +18,7 @@ from qdist.runtime.nodes.agreeing import Agreed
 from qdist.runtime.nodes.board import Board, CutOff, Disrupted, Left, RunEnded
 from qdist.runtime.nodes.meeting import Meeting
 from qdist.runtime.nodes.processes import OwnRanks
+from qdist.runtime.nodes.rounds import newcomers
 from qdist.runtime.nodes.telling import Teller
 
 Outcome = Literal["finished", "stopped", "again", "failed"]
@@ -173,7 +174,7 @@ class Work:
         if now - self._looked < _NEWCOMERS_S:
             return False
         self._looked = now
-        return bool(self._rendezvous.num_nodes_waiting() > 0) and not self._board.has(_LOST)
+        return newcomers(self._rendezvous) > 0 and not self._board.has(_LOST)
 
     def _blame(self, error: JobError) -> None:
         """Wait for a moment whether a failure is a lost node's; then tell the others and raise what failed first."""
@@ -210,17 +211,20 @@ class Work:
         outcome = cast(Outcome, self._board.take("outcome", str))
         if outcome == "finished" and mirror is not None:
             mirror.stop()
-        self._board.put(f"bye/{self._job.node}", True)
         leaves = outcome == "again" and self._job.node not in self._stay()
-        if self._meeting.serves and (outcome != "again" or leaves):
-            # They copy the run's last files first.
-            for node in self._agreed.verdict.members:
-                self._board.take(f"bye/{node}", bool, limit_s=_GOODBYE_S)
+        with suppress(Disrupted, CutOff):  # who is lost by now changes nothing of the outcome
+            self._say_goodbye(waits=self._meeting.serves and (outcome != "again" or leaves))
         if leaves:
             raise Left
         if outcome == "failed":
             raise JobError("the ranks ended without finishing the run", try_=f"read {self._run.logs}")
         return outcome
+
+    def _say_goodbye(self, *, waits: bool) -> None:
+        """waits: whether to stay until all have said it: they copy the run's last files first."""
+        self._board.put(f"bye/{self._job.node}", True)
+        for node in self._agreed.verdict.members if waits else ():
+            self._board.take(f"bye/{node}", bool, limit_s=_GOODBYE_S)
 
     def _outcome(self) -> Outcome:
         board = self._board
@@ -252,13 +256,3 @@ def describe_start(agreed: Agreed) -> str:
 def listed(names: Sequence[str]) -> str:
     """'a, b and c'."""
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-
-
-def require_folder(run: Path) -> None:
-    """Create the run directory if it is missing. Raises RunError where that cannot be."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(
-            f"{run} cannot be written: {error.strerror}", try_=f"another --run than {resuming(run)}"
-        ) from None

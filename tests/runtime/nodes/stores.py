@@ -12,6 +12,10 @@ class MemoryStore:
         self._look()
         self.values[key] = value if isinstance(value, bytes) else value.encode()
 
+    def compare_set(self, key: str, expected: str, value: str) -> None:
+        if self.values.get(key, b"") == expected.encode():
+            self.set(key, value)
+
     def get(self, key: str) -> bytes:
         self._look()
         return self.values[key]

@@ -1,15 +1,19 @@
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
+from qdist.core.errors import RunError
 from qdist.core.machine.cluster import Cluster
-from qdist.core.nodes.facts import NodeFacts
+from qdist.core.nodes.facts import NodeFacts, Verdict
 from qdist.core.nodes.job import NodeJob
 from qdist.core.spec.run_spec import RunSpec
 from qdist.host.run.rundir import RunDir
-from qdist.runtime.nodes.agreeing import judged
+from qdist.runtime.nodes.agreeing import Agreement, Memory, judged
+from qdist.runtime.nodes.board import Board, CutOff
+from tests.runtime.nodes.stores import MemoryStore
 
 HERE = Cluster(device="cpu", gpus=(), cpu_count=2, memory_bytes=8 << 30, memory_free_bytes=8 << 30)
 
@@ -83,3 +87,36 @@ def test_what_does_not_agree_is_refused_with_the_name_of_a_node(
 def test_a_run_that_is_asked_to_go_on_goes_on_after_all_agents_were_started_anew(tmp_path: Path) -> None:
     found = verdict(tmp_path, [facts(0, run_id="x", steps=(7,)), facts(1, run_id="x", steps=(7,))], resume=True)
     assert (found.step, found.run_id, found.refuse) == (7, "x", "")
+
+
+@pytest.mark.parametrize(("hello", "raised"), [(None, RunError), (RunError("nothing listens there"), CutOff)])
+def test_a_leader_that_is_gone_while_it_gives_the_run_is_no_failure_of_the_run(
+    tmp_path: Path, hello: Exception | None, raised: type[Exception]
+) -> None:
+    store = MemoryStore()
+    board = Board(store, lambda: None)
+    board.put("plan", "{}")
+    meeting: Any = SimpleNamespace(serves=False, files=Leader(hello))
+    job = NodeJob(
+        run=str(tmp_path), node=1, name="b", address="10.0.0.2", endpoints=("10.0.0.1:1",), least=1, most=2,
+        token="0" * 16,
+    )  # fmt: skip
+    agreement = Agreement(job, meeting, board, Memory(), place=1, size=2)
+    verdict = Verdict(generation=1, members=(0, 1), run_id="x", step=5)
+    with pytest.raises(raised):
+        agreement._brought_run(verdict, {0: facts(0), 1: facts(1)})
+
+
+class Leader:
+    """Files of a leader whose connection breaks. hello: what comes of asking it again."""
+
+    def __init__(self, hello: Exception | None) -> None:
+        self._hello = hello
+
+    def list(self, below: str) -> dict[str, int]:
+        raise RunError("the connection broke")
+
+    def hello(self) -> tuple[str, str]:
+        if self._hello:
+            raise self._hello
+        return "", ""

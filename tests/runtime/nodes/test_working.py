@@ -1,3 +1,5 @@
+import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +11,7 @@ from qdist.core.nodes.facts import NodeFacts, Verdict
 from qdist.core.nodes.job import NodeJob
 from qdist.core.planning.plan import Prepared
 from qdist.core.telemetry.nodes import NodeEvent
+from qdist.host.run.rundir import RESULT
 from qdist.runtime.nodes import working
 from qdist.runtime.nodes.agreeing import Agreed
 from qdist.runtime.nodes.board import Board, Disrupted
@@ -41,7 +44,9 @@ class Ranks:
         self.made_way = True
 
 
-def work_of(run: Path, node: int, store: MemoryStore, silent: list[dict[int, float]]) -> tuple[Work, list[NodeEvent]]:
+def work_of(
+    run: Path, node: int, store: MemoryStore, silent: list[dict[int, float]], *, look: Callable[[], None] = lambda: None
+) -> tuple[Work, list[NodeEvent]]:
     """One of three nodes, the first of which leads; another waits to be let in. silent: who is lost, look by look."""
     facts = {
         each: NodeFacts(
@@ -67,7 +72,7 @@ def work_of(run: Path, node: int, store: MemoryStore, silent: list[dict[int, flo
     teller: Any = SimpleNamespace(writes=True, event=events.append)
     rendezvous = SimpleNamespace(num_nodes_waiting=lambda: 1)
     run.mkdir(exist_ok=True)
-    return Work(job, meeting, Board(store, lambda: None), agreed, rendezvous, teller, lambda: 0, lambda: False), events
+    return Work(job, meeting, Board(store, look), agreed, rendezvous, teller, lambda: 0, lambda: False), events
 
 
 def test_a_node_that_leaves_as_another_is_lost_is_no_newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,3 +85,23 @@ def test_a_node_that_leaves_as_another_is_lost_is_no_newcomer(tmp_path: Path, mo
     with pytest.raises(Disrupted):
         leader.finish()
     assert [(event.kind, event.name, event.seconds) for event in events] == [("lost", "cedar", 10.0)]
+
+
+def test_who_is_lost_after_the_last_step_leaves_the_run_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ended(Ranks):
+        def ended(self) -> bool:
+            return True
+
+    monkeypatch.setattr(working, "OwnRanks", Ended)
+    store = MemoryStore()
+    for node in (1, 2):
+        Board(store, lambda: None).put(f"done/{node}", True)
+    leader, _ = work_of(tmp_path / "run", 0, store, [{}], look=_lost)
+    (tmp_path / "run" / RESULT).write_text(json.dumps({"steps": 3}))
+    assert leader.finish() == "finished"
+
+
+def _lost() -> None:
+    raise Disrupted
