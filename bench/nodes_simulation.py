@@ -1,10 +1,11 @@
 """How often should a run of many nodes that fail save? By the plan's model, without any machine:
-`python -m bench.nodes_simulation [--days 300] [--seed 0] [--network 25] [--disk 1]`.
+`python -m bench.nodes_simulation [--days 300] [--seed 0] [--network 25] [--disk 1] [--let-in-every 15]`.
 
 LLaMA 65B, 8 x A100 80 GB a node, 16 samples of 512 tokens a GPU and step. A node fails at random, once in 30 days or,
 on spot instances, once in 3; it is back after 10 minutes. A failure is noticed after 10 to 30 s and costs the steps
 since the last checkpoint; the others start again, which takes 60 s and the reading of weights and adapter, and share
-the same batch. When a node is back the run saves, and starts again with it.
+the same batch. When a node is back the run saves, and starts again with it: at once, as the agents
+do, or with all that are back at fixed times (`--let-in-every MINUTES`).
 """
 
 import argparse
@@ -46,10 +47,16 @@ class Costs(NamedTuple):
     """Mean seconds between failures of one node; infinite for none."""
     away_s: float = 600.0
     noticed_s: tuple[float, float] = (10.0, 30.0)
+    let_in_s: float = 0.0
+    """Seconds between the times at which nodes that are back are let in; 0 for at once."""
 
     def step_on(self, nodes: int) -> float:
         """Seconds per step on fewer nodes, which share the same batch."""
         return (self.step_s - self.network_s) * self.nodes / nodes + (self.network_s if nodes > 1 else 0.0)
+
+    def let_in(self, time: float) -> float:
+        """When a node is let in that is back at some time."""
+        return math.ceil(time / self.let_in_s) * self.let_in_s if self.let_in_s else time
 
     @property
     def best_interval_s(self) -> float:
@@ -98,7 +105,7 @@ class Nodes:
         if back:
             self._fail_after(time)
         else:
-            heapq.heappush(self._events, (time + self._costs.away_s, True))
+            heapq.heappush(self._events, (self._costs.let_in(time + self._costs.away_s), True))
         return back
 
     def noticed_s(self) -> float:
@@ -153,7 +160,7 @@ def plan_of(nodes: int, network: Network) -> Plan:
     return make_plan(resolve(settings), source, from_config(config, name="llama-65b"), cluster, None, has_liger=True)
 
 
-def costs_of(plan: Plan, *, nodes: int, mean_s: float, disk_bytes_s: float) -> Costs:
+def costs_of(plan: Plan, *, nodes: int, mean_s: float, disk_bytes_s: float, let_in_s: float = 0.0) -> Costs:
     """Each node reads the weights once, and the checkpoint; one rank writes it while the others wait."""
     copies = plan.groups / nodes
     weights = sum(budget.weights for rank in plan.ranks[:GPUS] for budget in rank.expected) / copies
@@ -161,6 +168,7 @@ def costs_of(plan: Plan, *, nodes: int, mean_s: float, disk_bytes_s: float) -> C
     return Costs(
         nodes=nodes, step_s=plan.step_tokens / plan.tokens_per_second, network_s=plan.network_seconds,
         save_s=state / disk_bytes_s, start_s=RESTART_S + (weights + state) / disk_bytes_s, mean_s=mean_s,
+        let_in_s=let_in_s,
     )  # fmt: skip
 
 
@@ -191,12 +199,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--network", type=float, default=25.0, help="Gbit/s")
     parser.add_argument("--disk", type=float, default=1.0, help="GB/s")
+    parser.add_argument("--let-in-every", type=float, default=0.0, metavar="MINUTES")
     asked = parser.parse_args()
     network = Network(bytes_s=asked.network * 1e9 / 8, latency_s=1e-4, source="given")
     plans = {nodes: plan_of(nodes, network) for nodes in NODES}
     rows = [
         row(
-            name, costs_of(plan, nodes=nodes, mean_s=days * DAY_S, disk_bytes_s=asked.disk * 1e9),
+            name,
+            costs_of(
+                plan, nodes=nodes, mean_s=days * DAY_S, disk_bytes_s=asked.disk * 1e9, let_in_s=60 * asked.let_in_every
+            ),
             seconds=asked.days * DAY_S, seed=asked.seed,
         )
         for name, days in MEAN_DAYS.items()

@@ -20,13 +20,15 @@ from qdist.core.nodes.submit import (
 )
 from qdist.core.text import quoted
 from qdist.host.launch.planning import PlanRequest
-from qdist.host.nodes.submitting import FROM_FILE, new_token, planned_run, write_private
+from qdist.host.nodes.submitting import FROM_FILE, planned_run, write_private
 from qdist.host.nodes.submitting import submit as hand_over
+from qdist.host.nodes.token import new_token
 from qdist.host.templates import job_template
 from qdist.host.terminal import say
 
 F = TypeVar("F", bound=Callable[..., Any])
-_GPUS = {"gpu_name": None, "gpu_memory": None}
+_DESCRIBED = ("gpu_name", "gpu_memory", "network")
+"""What is said of the nodes for the plan alone."""
 
 
 @click.group()
@@ -50,6 +52,7 @@ def _shared(command: F) -> F:
         click.option("--name", help="Of the job; by default that of the recipe."),
         click.option("--gpu-name", help="The card of the nodes: the run is planned before it is submitted."),
         click.option("--gpu-memory", help="Memory of each, if it is not the card's usual."),
+        click.option("--network", metavar="TEXT", help="Between the nodes, for the plan: 25Gbit, or 25Gbit,0.1ms."),
         click.option("--dry-run", is_flag=True, help="Print the job; submit nothing."),
         click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the job; submit nothing."),
     )):  # fmt: skip
@@ -119,8 +122,8 @@ def _job(asked: dict[str, Any]) -> SubmittedRun:
     """The run that is to be started; its plan, if there is one, is shown on standard error."""
     nodes, name = asked.pop("nodes"), asked.pop("name")
     recipe, assignments = asked.pop("recipe"), asked.pop("assignments")
-    cards = {key: asked.pop(key) for key in _GPUS}
-    request = PlanRequest(recipe=recipe, settings=asked, assignments=assignments, **cards)
+    described = {key: asked.pop(key) for key in _DESCRIBED}
+    request = PlanRequest(recipe=recipe, settings=asked, assignments=assignments, **described)
     job, plan = planned_run(request, nodes=nodes, name=name, flags=asked)
     if plan:
         say(shown(plan_lines(plan)), err=True)

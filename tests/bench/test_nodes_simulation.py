@@ -42,6 +42,11 @@ def test_a_seed_gives_the_same_failures_whatever_the_interval_and_another_others
     assert 0.5 < first.share < 1.0
 
 
+@pytest.mark.parametrize(("every", "at"), [(0.0, 1234.0), (900.0, 1800.0), (617.0, 1234.0)])
+def test_nodes_that_are_back_are_let_in_at_once_or_at_the_next_time_for_it(every: float, at: float) -> None:
+    assert CALM._replace(let_in_s=every).let_in(1234.0) == at
+
+
 def test_a_single_node_does_nothing_while_it_is_away() -> None:
     alone = CALM._replace(nodes=1, network_s=0.0, mean_s=DAY_S, noticed_s=(0.0, 0.0))
     outcome = simulate(alone, interval=1, seconds=200 * DAY_S, seed=3)

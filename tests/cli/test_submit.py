@@ -12,6 +12,8 @@ from qdist.cli.main import main
 SLURM = ("slurm", "guanaco-65b", "--nodes", "2:4", "--gpus", "8")
 KUBERNETES = ("kubernetes", "guanaco-65b", "--nodes", "4", "--gpus", "8", "--image", "me/qdist:1")
 SKYPILOT = ("skypilot", "guanaco-65b", "--nodes", "4", "--gpus", "8", "--accelerators", "A100:8")
+BATCH = ("--set", "global_batch=32")
+"""The recipe's 16 are too few for 32 ranks."""
 
 
 def qdist(*arguments: str) -> Result:
@@ -88,12 +90,23 @@ def test_the_file_of_a_job_is_written_with_what_submits_it(tmp_path: Path, sched
 
 
 def test_a_run_on_named_cards_is_planned_first(schedulers: Path) -> None:
-    result = qdist(*SKYPILOT[:6], "--gpu-name", "RTX 4090", "--gpu-memory", "24GiB", "--dry-run")
+    result = qdist(*SKYPILOT[:6], "--gpu-name", "RTX 4090", "--gpu-memory", "24GiB", *BATCH, "--dry-run")
     assert (result.exit_code, yaml.safe_load(result.stdout)["resources"]) == (0, {"accelerators": "RTX4090:8"})
     assert "model    llama-65b" in result.stderr
-    refused = qdist(*SLURM, "--gpu-name", "RTX 4090", "--placement", "replicate")
+    refused = qdist(*SLURM, "--gpu-name", "RTX 4090", *BATCH, "--placement", "replicate")
     assert (refused.exit_code, "needs" in refused.stderr) == (2, True)
     assert list(schedulers.glob("*.words")) == []
+
+
+def test_the_plan_of_a_job_is_that_of_all_of_its_nodes() -> None:
+    result = qdist(*SLURM, "--gpu-name", "A100-SXM4-80GB", "--network", "25Gbit", *BATCH, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "--network" not in result.stdout
+    said = {line.split()[0]: line for line in result.stderr.splitlines() if line[:1].isalpha()}
+    assert "4 nodes x 8 GPUs" in said["ranks"]
+    assert "25 Gbit/s" in said["network"]
+    refused = qdist(*SLURM, "--gpu-name", "A100-SXM4-80GB", "--dry-run")
+    assert "global_batch=16 cannot be spread over 32 ranks" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -103,8 +116,10 @@ def test_a_run_on_named_cards_is_planned_first(schedulers: Path) -> None:
         (("slurm", "guanaco-65b", "--nodes", "2", "--set", "lora.ranks=2"), "unknown setting"),
         (("slurm", "guanaco-65b", "--nodes", "2", "--bits", "5"), "bits"),
         (("slurm", "guanaco-65b", "--nodes", "2", "--model", "lama-7b"), "lama-7b"),
-        (("slurm", "guanaco-65b", "--nodes", "0"), "a run cannot have 0 nodes"),
-        (("slurm", "guanaco-65b", "--nodes", "two"), "'two' is not a number of nodes"),
+        (("slurm", "guanaco-65b", "--nodes", "0"), "--nodes 0: a run has 1 to 1,024 nodes"),
+        (("slurm", "guanaco-65b", "--nodes", "two"), "--nodes 'two' is neither a number nor MIN:MAX"),
+        (("slurm", "guanaco-65b", "--nodes", "2", "--network", "25Gbit"), "--network is for the plan of the nodes"),
+        (("slurm", "guanaco-65b", "--nodes", "1", "--gpu-name", "A100", "--network", "25Gbit"), "for one machine"),
         (("slurm", "guanaco-65b"), "missing option '--nodes'"),
         (("slurm", "guanaco-65b", "--nodes", "2", "--name", "A B"), "'A B' is not a name for a job"),
         (("slurm", "guanaco-65b", "--nodes", "2", "--partition", "a b"), "cannot stand in a job script"),

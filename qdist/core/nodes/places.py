@@ -55,7 +55,7 @@ def read_flags(nnodes: str | None, node_rank: int | None, rendezvous: str | None
 
     Raises SpecError for values that cannot be.
     """
-    least, nodes = _range(nnodes) if nnodes is not None else (None, None)
+    least, nodes = node_range(nnodes, "--nnodes") if nnodes is not None else (None, None)
     if rendezvous is not None:
         host_and_port(rendezvous)
     if node_rank is not None and nodes is None and rendezvous is not None:
@@ -69,16 +69,20 @@ def read_flags(nnodes: str | None, node_rank: int | None, rendezvous: str | None
     return NodeFlags(least, nodes, node_rank, rendezvous or "")
 
 
-def _range(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([0-9]{1,9})(?::([0-9]{1,9}))?", text.strip())
+def node_range(text: str, flag: str) -> tuple[int, int]:
+    """Fewest and most nodes from '4' or '2:4'. flag: what gives them, for errors.
+
+    Raises SpecError for what is neither, and for numbers that no run has.
+    """
+    match = re.fullmatch(r"([0-9]{1,9})(?::([0-9]{1,9}))?", text.strip(), re.ASCII)
     if match is None:
-        raise SpecError(f"--nnodes {text!r} is neither a number nor MIN:MAX", try_="--nnodes 2 or --nnodes 1:4")
+        raise SpecError(f"{flag} {text!r} is neither a number nor MIN:MAX", try_=f"{flag} 2 or {flag} 1:4")
     least, most = int(match[1]), int(match[2] or match[1])
+    low, high = (min(max(end, 1), MOST_NODES) for end in sorted((least, most)))
     if least > most:
-        raise SpecError(f"--nnodes {text} begins with the larger number", try_=f"--nnodes {most}:{least}")
-    if least < 1 or most > MOST_NODES:
-        way = f"--nnodes {min(max(least, 1), MOST_NODES)}:{min(max(most, 1), MOST_NODES)}"
-        raise SpecError(f"--nnodes {text}: a run has 1 to {MOST_NODES:,} nodes", try_=way)
+        raise SpecError(f"{flag} {text} begins with the larger number", try_=f"{flag} {_written(low, high)}")
+    if (least, most) != (low, high):
+        raise SpecError(f"{flag} {text}: a run has 1 to {MOST_NODES:,} nodes", try_=f"{flag} {_written(low, high)}")
     return least, most
 
 

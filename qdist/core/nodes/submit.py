@@ -18,7 +18,6 @@ WORK = "/work"
 RECIPE_FILE = "recipe.toml"
 _RECIPE_FOLDER = "/etc/qdist"
 _SKY_RECIPE = f"/tmp/qdist-{RECIPE_FILE}"
-_MOST_NODES = 4096
 _RETRIES_PER_NODE = 3
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,48}[a-z0-9])?")
 _DIRECTIVE = re.compile(r"[\w.,:@/+=%\[\]-]+", re.ASCII)
@@ -91,21 +90,6 @@ class SkyPilot(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     setup: str = "pip install qdist"
     mounts: tuple[str, ...] = ()
     """PATH=SOURCE of files, folders and buckets that every node sees."""
-
-
-def node_range(text: str) -> tuple[int, int]:
-    """Fewest and most nodes from '4' or '2:4'. Raises SpecError for what is neither."""
-    match = re.fullmatch(r"([0-9]{1,6})(?::([0-9]{1,6}))?", text, re.ASCII)
-    if not match:
-        raise SpecError(f"{text!r} is not a number of nodes, or MIN:MAX", try_="--nodes 2, or --nodes 2:4")
-    least, most = int(match[1]), int(match[2] or match[1])
-    if least < 1 or least > most:
-        raise SpecError(
-            f"a run cannot have {text} nodes", try_=f"--nodes {max(1, min(least, most))}:{max(1, least, most)}"
-        )
-    if most > _MOST_NODES:
-        raise SpecError(f"a job has at most {_MOST_NODES:,} nodes, not {most:,}", try_=f"--nodes {_MOST_NODES}")
-    return least, most
 
 
 def job_name(wanted: str) -> str:

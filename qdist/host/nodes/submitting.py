@@ -5,13 +5,15 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from secrets import token_hex
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import msgspec
+
 from qdist.core.errors import JobError, MachineError, SpecError, flag_of
 from qdist.core.nodes.job import TOKEN
-from qdist.core.nodes.submit import SubmittedRun, checked_name, job_name, node_range
+from qdist.core.nodes.places import node_range
+from qdist.core.nodes.submit import SubmittedRun, checked_name, job_name
 from qdist.core.planning.plan import Plan
 from qdist.core.spec.run_spec import resolve
 from qdist.core.text import quoted
@@ -27,18 +29,21 @@ FROM_FILE = "FILE"
 def planned_run(
     request: PlanRequest, *, nodes: str, name: str | None, flags: Mapping[str, Any]
 ) -> tuple[SubmittedRun, Plan | None]:
-    """The run that a job is to start, checked, and its plan if the nodes' GPUs are named.
+    """The run that a job is to start, checked, and its plan for all of its nodes if their GPUs are named.
 
     flags: settings as typed by the names of launch's flags; None for those that were not.
     Raises what launch and plan raise for settings that cannot be, SpecError for names and numbers of nodes.
     """
     if request.recipe is None:
         raise SpecError("no recipe was named", try_="a TOML file, or the name of a shipped one: guanaco-65b")
-    least, most = node_range(nodes)
+    least, most = node_range(nodes, "--nodes")
+    if request.network is not None and not request.described:
+        raise SpecError("--network is for the plan of the nodes, which needs their card", ways=[{"gpu_name": "A100"}])
     spec = resolve(request.nested())
     if not spec.model:
         raise SpecError("no model was named", ways=[{"model": "llama-65b"}])
-    plan = planned(request) if request.described else None
+    of_nodes = msgspec.structs.replace(request, nodes=most if most > 1 else None)
+    plan = planned(of_nodes) if request.described else None
     if plan is None:
         find_shape(spec.model, trusted=spec.trust_remote_code)
     path = recipe_path(request.recipe)
@@ -57,11 +62,6 @@ def _words(flags: Mapping[str, Any], assignments: Sequence[str]) -> tuple[str, .
     typed = {name: value for name, value in flags.items() if value is not None and name not in ("run", "gpus")}
     words = [flag_of(name) if value is True else f"{flag_of(name)}={value}" for name, value in typed.items()]
     return (*words, *(f"--set={each}" for each in assignments))
-
-
-def new_token() -> str:
-    """A token for one run: 128 random bits."""
-    return token_hex(16)
 
 
 def submit(command: Sequence[str], job: str, *, token: str = "") -> None:

@@ -159,8 +159,10 @@ def test_what_does_not_suffice_or_contradicts_is_refused_with_what_to_type(
     ("typed", "wanted", "way"),
     [
         (("two", None, None), "neither a number nor MIN:MAX", "--nnodes 2"),
+        (("1:2:3", None, None), "neither a number nor MIN:MAX", "--nnodes 2"),
+        (("4:0", None, None), "begins with the larger number", "--nnodes 1:4"),
         (("4:2", None, None), "begins with the larger number", "--nnodes 2:4"),
-        (("0", None, None), "a run has 1 to 1,024 nodes", "--nnodes 1:1"),
+        (("0", None, None), "a run has 1 to 1,024 nodes", "--nnodes 1"),
         (("2:5000", None, None), "a run has 1 to 1,024 nodes", "--nnodes 2:1024"),
         (("2", 2, "a:1"), "--node-rank 2 is not a node", "--node-rank 0 to 1"),
         (("2", -1, "a:1"), "--node-rank -1 is not a node", "--node-rank 0 to 1"),

@@ -21,7 +21,6 @@ from qdist.core.nodes.submit import (
     checked_name,
     job_name,
     kubernetes_manifest,
-    node_range,
     skypilot_task,
     slurm_script,
     yaml_block,
@@ -300,24 +299,6 @@ def test_a_volume_that_is_none_is_refused(volume: str) -> None:
 def test_a_mount_that_is_none_is_refused(mount: str) -> None:
     with pytest.raises(SpecError, match="is not PATH=SOURCE"):
         skypilot(SHIPPED, mounts=(mount,))
-
-
-@pytest.mark.parametrize(("text", "nodes"), [("1", (1, 1)), ("4", (4, 4)), ("2:4", (2, 4)), ("1:4096", (1, 4096))])
-def test_nodes_are_a_number_or_two(text: str, nodes: tuple[int, int]) -> None:
-    assert node_range(text) == nodes
-
-
-@pytest.mark.parametrize(
-    ("text", "try_"),
-    [
-        ("0", "--nodes 1:1"), ("4:2", "--nodes 2:4"), ("0:3", "--nodes 1:3"), ("a", "--nodes 2, or --nodes 2:4"),
-        ("-1", "--nodes 2, or --nodes 2:4"), ("1:2:3", "--nodes 2, or --nodes 2:4"), ("5000", "--nodes 4096"),
-    ],
-)  # fmt: skip
-def test_other_nodes_are_refused_with_what_works(text: str, try_: str) -> None:
-    with pytest.raises(SpecError) as raised:
-        node_range(text)
-    assert raised.value.try_ == try_
 
 
 @pytest.mark.parametrize(
