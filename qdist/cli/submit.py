@@ -20,8 +20,9 @@ from qdist.core.nodes.submit import (
 )
 from qdist.core.text import quoted
 from qdist.host.launch.planning import PlanRequest
-from qdist.host.nodes.submitting import FROM_FILE, new_token, planned_run, write_private
+from qdist.host.nodes.submitting import FROM_FILE, planned_run, write_private
 from qdist.host.nodes.submitting import submit as hand_over
+from qdist.host.nodes.token import new_token
 from qdist.host.templates import job_template
 from qdist.host.terminal import say
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from qdist.core.errors import SpecError
+from qdist.core.nodes.places import MOST_NODES
 
 PORT = 29400
 """Port of the rendezvous where a job's nodes have their addresses to themselves."""
@@ -18,7 +19,6 @@ WORK = "/work"
 RECIPE_FILE = "recipe.toml"
 _RECIPE_FOLDER = "/etc/qdist"
 _SKY_RECIPE = f"/tmp/qdist-{RECIPE_FILE}"
-_MOST_NODES = 4096
 _RETRIES_PER_NODE = 3
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,48}[a-z0-9])?")
 _DIRECTIVE = re.compile(r"[\w.,:@/+=%\[\]-]+", re.ASCII)
@@ -103,8 +103,8 @@ def node_range(text: str) -> tuple[int, int]:
         raise SpecError(
             f"a run cannot have {text} nodes", try_=f"--nodes {max(1, min(least, most))}:{max(1, least, most)}"
         )
-    if most > _MOST_NODES:
-        raise SpecError(f"a job has at most {_MOST_NODES:,} nodes, not {most:,}", try_=f"--nodes {_MOST_NODES}")
+    if most > MOST_NODES:
+        raise SpecError(f"a run has at most {MOST_NODES:,} nodes, not {most:,}", try_=f"--nodes {MOST_NODES}")
     return least, most
 
 

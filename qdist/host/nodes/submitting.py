@@ -5,9 +5,10 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from secrets import token_hex
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import msgspec
 
 from qdist.core.errors import JobError, MachineError, SpecError, flag_of
 from qdist.core.nodes.job import TOKEN
@@ -38,7 +39,7 @@ def planned_run(
     spec = resolve(request.nested())
     if not spec.model:
         raise SpecError("no model was named", ways=[{"model": "llama-65b"}])
-    plan = planned(request) if request.described else None
+    plan = planned(msgspec.structs.replace(request, nodes=most)) if request.described else None
     if plan is None:
         find_shape(spec.model, trusted=spec.trust_remote_code)
     path = recipe_path(request.recipe)
@@ -57,11 +58,6 @@ def _words(flags: Mapping[str, Any], assignments: Sequence[str]) -> tuple[str, .
     typed = {name: value for name, value in flags.items() if value is not None and name not in ("run", "gpus")}
     words = [flag_of(name) if value is True else f"{flag_of(name)}={value}" for name, value in typed.items()]
     return (*words, *(f"--set={each}" for each in assignments))
-
-
-def new_token() -> str:
-    """A token for one run: 128 random bits."""
-    return token_hex(16)
 
 
 def submit(command: Sequence[str], job: str, *, token: str = "") -> None:

@@ -26,6 +26,7 @@ from qdist.core.telemetry.nodes import NodeEvent, NodeMember
 from qdist.core.text import format_duration
 from qdist.host.children import end_with_parent
 from qdist.host.files import locked
+from qdist.host.nodes.descriptors import allow_descriptors
 from qdist.host.run.presence import is_held, lock_of
 from qdist.host.run.rundir import Ended, RunDir
 from qdist.host.run.state import note
@@ -357,6 +358,7 @@ def main() -> None:
         job = msgspec.json.decode(lines.readline(), type=NodeJob)
         if job.attached:
             end_with_parent(os.getppid(), signal.SIGKILL)
+        allow_descriptors()
         code = Agent(job, lines).work()
         # Threads of a store that nobody serves any more would hold the process.
         sys.stdout.flush()
