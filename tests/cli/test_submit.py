@@ -142,3 +142,12 @@ def test_a_scheduler_that_is_not_here_is_named(tmp_path: Path, monkeypatch: pyte
         result = qdist(*words)
         assert (result.exit_code, f"{name} is not on the PATH of this machine" in result.stderr) == (2, True)
         assert "try: --dry-run, or --out FILE" in result.stderr
+
+
+def test_what_is_planned_before_is_the_run_on_all_its_nodes(schedulers: Path) -> None:
+    words = ("slurm", "guanaco-65b", "--nodes", "2:4", "--gpus", "8", "--gpu-name", "H200", "--dry-run")
+    result = qdist(*words, "--batch-size", "64")
+    assert (result.exit_code, "4 nodes x 8 GPUs" in result.stderr) == (0, True)
+    refused = qdist(*words, "--batch-size", "16")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "global_batch=16 cannot be spread over 32 ranks" in refused.stderr

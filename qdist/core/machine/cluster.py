@@ -179,7 +179,9 @@ def joined(
     for name, own, count in zip(names, clusters, counts, strict=True):
         if own.device == "cuda" and count > len(own.gpus):
             raise SpecError(f"{name} has {len(own.gpus)} GPUs, and the run is to use {count} there", try_="fewer GPUs")
-    slowest = min((own.rates for own in clusters if own.rates), key=lambda rates: rates.matmul_flops_s, default=None)
+    rates = [own.rates for own in clusters if own.rates]
+    known = len(rates) == len(clusters)  # a card of which nothing is known may be slower than all others
+    slowest = min(rates, key=lambda each: each.matmul_flops_s) if known else None
     return Cluster(
         device=clusters[0].device,
         gpus=tuple(gpu for own, count in zip(clusters, counts, strict=True) for gpu in own.gpus[:count]),

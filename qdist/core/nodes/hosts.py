@@ -18,6 +18,9 @@ MOST_HOSTS = 1024
 _PORT = 29400
 """Port of the rendezvous, as torchrun has it."""
 _EXAMPLE = '[[host]] and name = "10.0.0.1" below it'
+_SHELL = frozenset("'`\"$;&<>|(){}")
+"""What ssh 9.6 and newer refuse in names: ssh before that hands them to the shell of a ProxyCommand with %h or %r."""
+_PLAIN = "a name without spaces, quotes, signs of a shell or a leading -"
 T = TypeVar("T")
 _Text = Annotated[str, Meta(min_length=1)]
 _Port = Annotated[int, Meta(ge=1, le=65535)]
@@ -69,7 +72,7 @@ def read_hosts(found: Mapping[str, Any], *, where: str) -> Hosts:
     _refuse_twice([host.name for host in hosts.host], "name", where)
     _refuse_twice([host.address for host in hosts.host if host.address], "address", where)
     if odd := next((name for host in hosts.host for name in (host.name, host.user) if name and _is_odd(name)), None):
-        raise SpecError(f"{odd!r} in {where} is not a name that ssh takes", try_="a name without spaces or a leading -")
+        raise SpecError(f"{odd!r} in {where} is not a name that ssh takes", try_=_PLAIN)
     if hosts.least > len(hosts.host):
         raise SpecError(
             f"least={hosts.least} in {where}, which names {len(hosts.host)} hosts", try_=f"least = {len(hosts.host)}"
@@ -79,7 +82,7 @@ def read_hosts(found: Mapping[str, Any], *, where: str) -> Hosts:
 
 def _is_odd(name: str) -> bool:
     """Whether ssh would take a name for a flag, or a shell or terminal for something else."""
-    return name.startswith("-") or not name.isprintable() or any(sign.isspace() for sign in name)
+    return name.startswith("-") or not name.isprintable() or any(sign.isspace() or sign in _SHELL for sign in name)
 
 
 def _refuse_unknown(found: Mapping[str, Any], kind: type[msgspec.Struct], where: str) -> None:

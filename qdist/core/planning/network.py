@@ -3,6 +3,8 @@
 Ranks are numbered node by node, so a ring over them leaves each node once: what a rank sends is what its node sends.
 """
 
+from collections import Counter, defaultdict
+from functools import lru_cache
 from itertools import accumulate
 from math import ceil, log2
 from typing import Literal, NamedTuple
@@ -88,8 +90,7 @@ def _gradients(own: Exchanged) -> tuple[float, float]:
         return sent, scalars + exchanging  # shares to all others at once, then a ring
     summed, passed_on = _waits_of_sum(own, ranks), ranks - 1
     one_way = 4 * own.trained * passed_on / ranks
-    # The same stages of all groups sum up, and a node may hold some stages, or those of one group.
-    held = max(own.world.ranks_of_nodes) / own.stages if own.world.spanning and own.stages > 1 else 1.0
+    held = _share_that_leaves(own.world) if own.world.spanning and own.stages > 1 else 1.0
     if own.engine == "torch":
         return 2 * one_way * held, scalars + summed
     buckets = ceil(own.trained / BUCKET)
@@ -99,6 +100,16 @@ def _gradients(own: Exchanged) -> tuple[float, float]:
     times = own.micro_batches if own.zero_stage > 1 and own.stages == 1 else 1
     each, waits = (one_way, passed_on) if own.zero_stage == 3 else (2 * one_way, summed)
     return (times * each + one_way) * held, scalars + (times * waits + passed_on) * buckets
+
+
+@lru_cache(maxsize=64)
+def _share_that_leaves(world: World) -> float:
+    """Share of the stages whose sums over all groups leave the node that sends most; a node may hold all of one."""
+    nodes = defaultdict(set)
+    for rank in world.ranks:
+        nodes[world.position_of(rank)].add(world.node_of(rank))
+    shared = Counter(node for there in nodes.values() if len(there) > 1 for node in there)
+    return max(shared.values(), default=0) / len(nodes)
 
 
 def _narrow(own: Exchanged) -> tuple[float, int]:

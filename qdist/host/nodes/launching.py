@@ -23,6 +23,7 @@ from qdist.host.nodes import facts
 from qdist.host.nodes.addresses import addresses_of, own_place
 from qdist.host.nodes.agents import AGENT, Agent, Agents, Here, Place
 from qdist.host.nodes.asked import Asked
+from qdist.host.nodes.descriptors import allow_descriptors
 from qdist.host.nodes.network import measured_network
 from qdist.host.nodes.ssh import Ssh, ask, read_answer
 from qdist.host.nodes.token import new_token
@@ -58,6 +59,7 @@ def on_hosts(party: Party, asked: Asked, *, say: Callable[[str], None], agent: s
     say: called with a line for the user. agent: the module that they run.
     Raises QdistError naming the host that cannot take part.
     """
+    allow_descriptors()
     jobs = jobs_of(party, asked, new_token())
     for found in agreeing(party, jobs, asked):
         say(_line(found))

@@ -15,6 +15,7 @@ from qdist.core.errors import RunError
 from qdist.core.nodes.hosts import Host
 from qdist.core.nodes.pairs import Pair, rounds_of
 from qdist.host.nodes import speed
+from qdist.host.nodes.descriptors import allow_descriptors
 from qdist.host.nodes.launching import Party
 from qdist.host.nodes.network import keep_pairs
 from qdist.host.nodes.speed import TOKEN_BYTES, Part, Waits
@@ -33,6 +34,7 @@ def measured_pairs(party: Party, *, seconds: float = speed.SECONDS) -> tuple[Pai
     """
     if len(party.addresses) < 2:
         raise RunError("there is no network between the hosts: there is one", try_="two hosts or more in the file")
+    allow_descriptors()
     token = secrets.token_hex(TOKEN_BYTES // 2)
     with ExitStack() as stack, ThreadPoolExecutor(len(party.addresses)) as pool:
         waiting = [

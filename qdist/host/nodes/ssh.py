@@ -59,9 +59,22 @@ class Ssh:
 def ssh_command(host: Host, command: str) -> list[str]:
     """The command line of one ssh process that runs a shell command on a host."""
     options = [word for option in _OPTIONS for word in ("-o", option)]
-    user = ("-l", host.user) if host.user else ()
+    return ["ssh", "-T", *options, *_chosen(host), "--", host.name, quoted("/bin/sh", "-c", command)]
+
+
+def _chosen(host: Host) -> tuple[str, ...]:
+    """The user and the port that the file gives a host."""
+    return (*(("-l", host.user) if host.user else ()), *(("-p", str(host.port)) if host.port else ()))
+
+
+def _login(host: Host, *words: str) -> str:
+    """The command with which the user runs words on a host, or logs in there."""
+    return quoted("ssh", *_chosen(host), host.name, *words)
+
+
+def _copy_key(host: Host) -> str:
     port = ("-p", str(host.port)) if host.port else ()
-    return ["ssh", "-T", *options, *user, *port, "--", host.name, quoted("/bin/sh", "-c", command)]
+    return quoted("ssh-copy-id", *port, f"{host.user}@{host.name}" if host.user else host.name)
 
 
 def script(host: Host, module: str, *, before: int | None = None) -> str:
@@ -77,7 +90,8 @@ def script(host: Host, module: str, *, before: int | None = None) -> str:
         path = f"PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}; export PYTHONPATH"
         lines.append(f"if [ -f {root}/qdist/__init__.py ]; then {path}; fi")
     python = quoted(host.python or sys.executable)
-    return "\n".join((*lines, "echo qdist agent $$", f"exec {python} -u -P -m {module}"))
+    # On one line: csh, as the login shell there, ends a quoted text at the end of its line.
+    return "; ".join((*lines, "echo qdist agent $$", f"exec {python} -u -P -m {module}"))
 
 
 def _runs(module: str, process: int) -> str:
@@ -105,9 +119,7 @@ def ask(host: Host, module: str, words: msgspec.Struct, *, here: bool = False, t
                 timeout=timeout_s, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            raise RunError(
-                f"{host.name} has not answered within {timeout_s:g} s", try_=quoted("ssh", host.name, "true")
-            ) from None
+            raise RunError(f"{host.name} has not answered within {timeout_s:g} s", try_=_login(host, "true")) from None
         except FileNotFoundError:
             raise MachineError("there is no ssh on this machine", try_="install openssh-client") from None
         if done.returncode == 0:
@@ -138,30 +150,30 @@ def explain(host: Host, code: int, errors: Sequence[str]) -> QdistError:
     name, last = host.name, next((line.strip() for line in reversed(errors) if line.strip()), "")
     python = host.python or sys.executable
     if code == STILL_THERE:
-        return JobError(f"the agent of {name} is at work, and its connection is broken", try_=f"ssh {name}")
+        return JobError(f"the agent of {name} is at work, and its connection is broken", try_=_login(host))
     if code == UNREACHED or code < 0:
         return _unreached(host, errors, last)
     if code in _MISSING:
         return MachineError(f"{name} has no {python}: {last}", try_=f'python = "PATH" of the host {name} in the file')
     if "No module named 'qdist'" in last:
-        install = quoted("ssh", name, python, "-m", "pip", "install", "qdist")
+        install = _login(host, python, "-m", "pip", "install", "qdist")
         return MachineError(f"{python} on {name} has no qdist: {last}", try_=install)
     if "No module named 'qdist." in last:
         return MachineError(f"{name} has another qdist than this: {last}", try_=f"the same version on {name} and here")
     why = find_reason(errors) or last
-    return JobError(f"{name} ended with exit code {code}" + (f": {why}" if why else ""), try_=quoted("ssh", name))
+    return JobError(f"{name} ended with exit code {code}" + (f": {why}" if why else ""), try_=_login(host))
 
 
 def _unreached(host: Host, errors: Sequence[str], last: str) -> QdistError:
     """The error for an ssh that ended with 255: what it says is the only thing that tells why."""
     name, said = host.name, "\n".join(errors)
-    login = quoted("ssh", name, "true")
+    check = _login(host, "true")
     if "IDENTIFICATION HAS CHANGED" in said:
-        return RunError(f"{name} has another host key than ssh knows: {last}", try_=f"why it has, then {login}")
+        return RunError(f"{name} has another host key than ssh knows: {last}", try_=f"why it has, then {check}")
     if "Host key verification failed" in said:
-        return RunError(f"ssh does not know the host key of {name}: {last}", try_=f"{login}, once, and compare the key")
+        return RunError(f"ssh does not know the host key of {name}: {last}", try_=f"{check}, once, and compare the key")
     if "Permission denied" in said:
-        return RunError(f"{name} refuses ssh's keys: {last}", try_=quoted("ssh-copy-id", name))
+        return RunError(f"{name} refuses ssh's keys: {last}", try_=_copy_key(host))
     if not last:
-        return RunError(f"the agent of {name} was killed, or its connection ended", try_=login)
-    return RunError(f"{name} cannot be reached by ssh: {last}", try_=login)
+        return RunError(f"the agent of {name} was killed, or its connection ended", try_=check)
+    return RunError(f"{name} cannot be reached by ssh: {last}", try_=check)

@@ -24,6 +24,8 @@ from qdist.core.text import format_duration
 from qdist.host.children import end_with_parent
 from qdist.host.files import locked
 from qdist.host.run.presence import agent_is_here, is_held, lock_of
+from qdist.host.nodes.descriptors import allow_descriptors
+from qdist.host.run.presence import is_held, lock_of
 from qdist.host.run.rundir import Ended, RunDir
 from qdist.host.run.state import note
 from qdist.runtime.nodes.agreeing import Agreed, Agreement, Memory, Waiting
@@ -348,6 +350,7 @@ def main() -> None:
         job = msgspec.json.decode(lines.readline(), type=NodeJob)
         if job.attached:
             end_with_parent(os.getppid(), signal.SIGKILL)
+        allow_descriptors()
         code = Agent(job, lines).work()
         # Threads of a store that nobody serves any more would hold the process.
         sys.stdout.flush()

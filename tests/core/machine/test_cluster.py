@@ -1,7 +1,8 @@
+import msgspec
 import pytest
 
 from qdist.core.errors import SpecError
-from qdist.core.machine.cluster import hypothetical
+from qdist.core.machine.cluster import Rates, hypothetical, joined
 from qdist.core.text import GIB
 
 
@@ -21,3 +22,16 @@ def test_its_host_memory_is_what_such_machines_have_unless_told(count: int, gib:
 def test_a_machine_without_gpus_or_memory_is_refused(gpus: int, memory: int) -> None:
     with pytest.raises(SpecError):
         hypothetical(gpus, memory)
+
+
+def test_nodes_are_as_fast_as_the_slowest_and_unknown_if_one_of_them_is() -> None:
+    plain = hypothetical(1, 24 * GIB)
+    slow, fast = (
+        msgspec.structs.replace(
+            plain,
+            rates=Rates(matmul_flops_s=flops, memory_bytes_s=1, link_bytes_s=1, host_bytes_s=1, source="measured"),
+        )
+        for flops in (1, 2)
+    )
+    assert joined([fast, slow], ["a", "b"], [None, None], None).rates == slow.rates
+    assert joined([fast, plain], ["a", "b"], [None, None], None).rates is None

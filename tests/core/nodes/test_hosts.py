@@ -54,7 +54,17 @@ def test_every_key_is_read() -> None:
         (
             '[[host]]\nname = "-oProxyCommand=x"',
             "'-oProxyCommand=x' in hosts.toml is not a name that ssh takes",
-            "a name without spaces or a leading -",
+            "a name without spaces, quotes, signs of a shell or a leading -",
+        ),
+        (
+            "[[host]]\nname = 'b$(id)'",
+            "'b$(id)' in hosts.toml is not a name that ssh takes",
+            "a name without spaces, quotes, signs of a shell or a leading -",
+        ),
+        (
+            "[[host]]\nname = 'b'\nuser = 'me;id'",
+            "'me;id' in hosts.toml is not a name that ssh takes",
+            "a name without spaces, quotes, signs of a shell or a leading -",
         ),
         ("least = 3\n" + TWO, "least=3 in hosts.toml, which names 2 hosts", "least = 2"),
     ],

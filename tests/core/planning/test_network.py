@@ -56,6 +56,24 @@ def test_gradients_cross_between_nodes(world: World, more: dict[str, Any], sent:
 
 
 @pytest.mark.parametrize(
+    ("world", "share"),
+    [
+        # Three stages over two nodes, twice: the first two lie on both, the last one's sum stays on the second.
+        (World(2, 3, 1, (2, 4)), 2 / 3),
+        # The second group begins on the first node, which has the first two stages of both groups to itself.
+        (World(2, 6, 1, (8, 4)), 4 / 6),
+        # All stages lie on several nodes, some twice on one: each leaves it once.
+        (World(4, 6, 1, (8, 8, 8)), 1.0),
+    ],
+)
+def test_sums_of_a_stage_leave_a_node_once_and_only_where_others_have_it(world: World, share: float) -> None:
+    stages = world.gpus_per_group
+    found = crossing(world, stages=stages, data_parallel=world.groups)
+    whole = 2 * (world.groups - 1) / world.groups * 4 * P
+    assert found.gradient_bytes == pytest.approx(whole * share)
+
+
+@pytest.mark.parametrize(
     ("world", "more", "sent", "waits"),
     [
         # A shard over 2 nodes gathers the other's half in each micro-batch.

@@ -57,6 +57,22 @@ def test_what_ended_it_is_told(code: int, last: str, message: str, advice: str) 
     assert (error.message, error.try_) == (message, advice)
 
 
+@pytest.mark.parametrize(
+    ("code", "last", "advice"),
+    [
+        (255, "No route to host", "ssh -l me -p 2222 b true"),
+        (255, "Permission denied (publickey).", "ssh-copy-id -p 2222 me@b"),
+        (1, "ValueError: a bug", "ssh -l me -p 2222 b"),
+    ],
+)
+def test_what_is_to_be_tried_logs_in_as_the_file_says(code: int, last: str, advice: str) -> None:
+    assert explain(Host(name="b", user="me", port=2222), code, [last]).try_ == advice
+
+
+def test_a_login_shell_that_quotes_single_lines_alone_can_start_the_module() -> None:
+    assert "\n" not in script(Host(name="b"), "some.module", before=12)
+
+
 def test_ssh_is_used_as_it_is_configured() -> None:
     command = ssh_command(Host(name="b", user="me", port=2222), "true")
     assert command[command.index("-l") :] == ["-l", "me", "-p", "2222", "--", "b", "/bin/sh -c true"]
@@ -68,6 +84,6 @@ def test_the_shell_of_a_host_becomes_the_module_in_the_same_folder(
 ) -> None:
     (tmp_path / "a folder").mkdir()
     monkeypatch.chdir(tmp_path / "a folder")
-    lines = script(Host(name="b"), "some.module").splitlines()
+    lines = script(Host(name="b"), "some.module").split("; ")
     assert f"cd '{tmp_path / 'a folder'}' 2>/dev/null" in lines
     assert lines[-1] == f"exec {sys.executable} -u -P -m some.module"
