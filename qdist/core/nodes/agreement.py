@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from qdist.core.errors import RunError
 from qdist.core.nodes.facts import NodeFacts, PreparedFacts
-from qdist.core.text import counted, first_few, format_bytes, format_duration, resuming
+from qdist.core.text import counted, first_few, format_bytes, format_duration
 
 COMPUTING = ("qdist", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed", "triton")
 """Packages whose versions decide what a step computes."""
@@ -124,7 +124,7 @@ def require_one_run(holders: Sequence[NodeFacts], *, going: bool, resume: bool, 
             try_=f"another --run, or move that of {odd[0]} away",
         )
     if not going and not resume:
-        raise RunError(f"{run} on {holders[0].name} holds a run", try_=f"{resuming(run)}, or another --run")
+        raise RunError(f"{run} on {holders[0].name} holds a run", try_="--resume with the same --run, or another --run")
 
 
 def _require_room(one: NodeFacts, free_bytes: int, needed_bytes: int, where: str, what: str) -> None:

@@ -322,7 +322,7 @@ class Agents:
         for agent in filter(lambda agent: agent.is_lost, self._agents):
             if agent.name not in self._told_lost:
                 self._told_lost.add(agent.name)
-                self._lines.append(f"{agent.why().message}; it is tried again every {_AGAIN_S:.0f} s")
+                self._lines.append(f"{agent.why().message.removesuffix('.')}; it is tried again every {_AGAIN_S:.0f} s")
             if time.monotonic() - agent.ended_at >= _AGAIN_S:
                 agent.start()
 

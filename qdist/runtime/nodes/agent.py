@@ -106,7 +106,7 @@ class Agent:
                 kind="lost", time=0.0, generation=self._memory.generation, node=meeting.server_node, name=name,
                 seconds=meeting.beats.unreached_s(),
                 note=f"{self._job.name} does not reach {name} any more: {name} is down or stopped, or the link is cut; "
-                f"{last}",
+                f"on {self._job.name} {last}",
             )
         )  # fmt: skip
 
@@ -286,8 +286,9 @@ class Agent:
 
     def _end(self, ended: Ended) -> int:
         """Note how the run ended before its last step; the exit code."""
+        if self._run.exists() and (self._teller.writes or self._run.ended() is None):
+            note(self._run, ended)  # on a disk of its own too, where otherwise the run would look killed
         if self._teller.writes and self._run.exists():
-            note(self._run, ended)
             event = NodeEvent(kind=ended.state, time=0.0, generation=self._memory.generation, note=ended.message)
             self._teller.event(event)
         if ended.state == "stopped":

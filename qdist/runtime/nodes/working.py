@@ -122,7 +122,7 @@ class Work:
                         kind="lost", time=0.0, generation=self._agreed.verdict.generation, node=node, name=name,
                         seconds=seconds,
                         note=f"{name} has not been heard of for {seconds:.0f} s: it is down, stopped or cut off; "
-                        f"{self._run.last_saved()}",
+                        f"on {self._job.name} {self._run.last_saved()}",
                     )
                 )  # fmt: skip
             raise Disrupted

@@ -107,7 +107,7 @@ def test_a_slow_answer_is_no_wrong_clock() -> None:
     [
         (
             (node("b", run_id=RUN),), False,
-            "runs/x on b holds a run", "qdist launch --resume --run runs/x, or another --run",
+            "runs/x on b holds a run", "--resume with the same --run, or another --run",
         ),
         (
             (node("a", run_id=RUN), node("b", run_id="fedcba98ff")), True,
