@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from qdist.core.errors import RunError
 from qdist.core.nodes.facts import NodeFacts, PreparedFacts
-from qdist.core.text import counted, first_few, format_bytes, format_duration
+from qdist.core.text import counted, first_few, format_bytes, format_duration, listed
 
 COMPUTING = ("qdist", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed", "triton")
 """Packages whose versions decide what a step computes."""
@@ -106,6 +106,20 @@ def _require_gpus(facts: Sequence[NodeFacts]) -> None:
                 f"{one.name} has {counted(there, 'GPU')}, and the run is to use {one.gpus} there",
                 try_=f"gpus = {there} for {one.name} in the hosts file, or --gpus {there}",
             )
+
+
+def require_own_numbers(facts: Sequence[NodeFacts]) -> None:
+    """Raise RunError where two nodes of a run that is about to begin have one number.
+
+    A run that is at work is not ended for a newcomer's mistake.
+    """
+    if any(one.active for one in facts):
+        return
+    numbers = Counter(one.node for one in facts)
+    twice = next((node for node, count in numbers.items() if count > 1), None)
+    if twice is not None:
+        names = listed([one.name for one in facts if one.node == twice])
+        raise RunError(f"{names} are both node {twice} of this run", try_="another --node-rank on one of them")
 
 
 def require_one_run(holders: Sequence[NodeFacts], *, going: bool, resume: bool, run: str) -> None:
