@@ -87,10 +87,17 @@ def _launch_on_hosts(file: str, recipe: str | None, given: Mapping[str, Any], *,
         asked = asked._replace(run=free_name(asked.run.parent, asked.run.name))
     party = launching.party_of(file)
     if dry_run:
-        say(shown(preview_lines(launching.previewed(party, asked, say=say))))
+        _show(launching.previewed(party, asked, say=say))
         return
     with launching.on_hosts(party, asked, say=say) as agents:
         follow(RunDir(asked.run), agents, flags=("--hosts", file))
+
+
+def _show(preview: prepare.Preview) -> None:
+    """What a launch would do, and the script that it would leave."""
+    say(shown(preview_lines(preview)))
+    if preview.job:
+        say("\n" + preview.job.files["launch.sh"])
 
 
 def _refuse_dry_run(dry_run: bool) -> None:
@@ -113,9 +120,7 @@ def _launch_here(recipe: str | None, given: Mapping[str, Any], *, resume: bool, 
     if isinstance(job, RunDir):
         return
     if isinstance(job, prepare.Preview):
-        say(shown(preview_lines(job)))
-        if job.job:
-            say("\n" + job.job.files["launch.sh"])
+        _show(job)
         return
     say(shown(plan_lines(job.plan, notes=job.notes)))
     with claimed(job) as own:

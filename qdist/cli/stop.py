@@ -5,8 +5,8 @@ import time
 import click
 
 from qdist.core.errors import RunError
-from qdist.core.text import command, first_few, resuming
-from qdist.host.run.nodes import nodes_now
+from qdist.core.text import command, first_few
+from qdist.host.run.nodes import how_to_resume, nodes_now
 from qdist.host.run.presence import agent_is_here
 from qdist.host.run.rundir import STOP, RunDir
 from qdist.host.run.state import state_of
@@ -44,4 +44,4 @@ def stop(run: str) -> None:
         say("it had come to its end before")
         return
     say(f"stopped; {folder.last_saved()}")
-    say(f"  go on: {resuming(folder.path)}")
+    say(f"  go on: {how_to_resume(folder, nodes)}")

@@ -162,9 +162,10 @@ def test_a_run_is_stopped_from_any_node_that_takes_part(tmp_path: Path) -> None:
         assert agent.stdout is not None
         assert agent.stdout.readline() == "here\n"
         said = qdist("stop", run.path).output.splitlines()
-    assert said[:2] == [
+    assert said == [
         f"{run.path} saves a checkpoint after this step and ends on a, b, c",
         "stopped; there is no checkpoint yet",
+        f"  go on: qdist launch --resume --run {run.path}, with --hosts or --nnodes as it was launched",
     ]
     assert run.stop_requested()
 

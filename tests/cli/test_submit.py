@@ -41,6 +41,13 @@ def test_a_dry_run_prints_the_job_and_submits_nothing(words: tuple[str, ...], sc
     assert list(schedulers.glob("*.words")) == []
 
 
+@pytest.mark.parametrize("words", [SLURM, KUBERNETES, SKYPILOT], ids=lambda words: words[0])
+def test_data_from_standard_input_is_refused_before_a_job_waits_for_it(words: tuple[str, ...]) -> None:
+    result = qdist(*words, "--data", "-", "--dry-run")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "standard input (-) is one node's, and each node reads the data" in result.stderr
+
+
 def test_sbatch_reads_the_script(schedulers: Path) -> None:
     assert qdist(*SLURM, "--time", "2:00:00", "--lr", "1e-4", "--set", "lora.r=16").exit_code == 0
     script = (schedulers / "sbatch.job").read_text()

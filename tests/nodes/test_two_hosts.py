@@ -1,5 +1,6 @@
 """One run over two hosts, started over ssh, beside the same run on one of them."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -52,3 +53,18 @@ def test_two_hosts_come_to_the_adapter_of_one_bit_for_bit(tmp_path: Path, model:
         adapters = [(host.disk(run.run) / ADAPTER).read_bytes() for host in (ash, birch)]
         wait_for(lambda: not run.left(), seconds=20, what="end of all processes")
         assert adapters == [adapter_of_one_host(ash, tmp_path / "own/alone", settings)] * 2
+
+
+def test_a_run_that_one_host_stops_is_stopped_on_the_other_too(tmp_path: Path, model: str):
+    """Each has a run directory of its own, in which a run that nobody ended would look killed."""
+    with bed_of(tmp_path) as bed:
+        ash, birch = bed.hosts.values()
+        run = HostsRun(bed, tmp_path / "own/run", {**SETTINGS, "model": model, "steps": 100_000})
+        with run.launch() as launch:
+            wait_for(run.last_step, seconds=120, what="step")
+            said = birch.done(sys.executable, "-P", "-m", "qdist", "stop", run.run)
+            assert launch.wait(60) == 130, run.said()
+        assert "with --hosts or --nnodes as it was launched" in said
+        wait_for(lambda: not run.left(), seconds=20, what="end of all processes")
+        states = [json.loads((host.disk(run.run) / "ended.json").read_text())["state"] for host in (ash, birch)]
+        assert states == ["stopped", "stopped"]

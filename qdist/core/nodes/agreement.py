@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from qdist.core.errors import RunError
 from qdist.core.nodes.facts import NodeFacts, PreparedFacts
-from qdist.core.text import counted, first_few, format_bytes, format_duration, resuming
+from qdist.core.text import counted, first_few, format_bytes, format_duration, listed
 
 COMPUTING = ("qdist", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed", "triton")
 """Packages whose versions decide what a step computes."""
@@ -108,6 +108,20 @@ def _require_gpus(facts: Sequence[NodeFacts]) -> None:
             )
 
 
+def require_own_numbers(facts: Sequence[NodeFacts]) -> None:
+    """Raise RunError where two nodes of a run that is about to begin have one number.
+
+    A run that is at work is not ended for a newcomer's mistake.
+    """
+    if any(one.active for one in facts):
+        return
+    numbers = Counter(one.node for one in facts)
+    twice = next((node for node, count in numbers.items() if count > 1), None)
+    if twice is not None:
+        names = listed([one.name for one in facts if one.node == twice])
+        raise RunError(f"{names} are both node {twice} of this run", try_="another --node-rank on one of them")
+
+
 def require_one_run(holders: Sequence[NodeFacts], *, going: bool, resume: bool, run: str) -> None:
     """Raise RunError where nodes hold different runs, or one that nobody has said to go on with.
 
@@ -124,7 +138,7 @@ def require_one_run(holders: Sequence[NodeFacts], *, going: bool, resume: bool, 
             try_=f"another --run, or move that of {odd[0]} away",
         )
     if not going and not resume:
-        raise RunError(f"{run} on {holders[0].name} holds a run", try_=f"{resuming(run)}, or another --run")
+        raise RunError(f"{run} on {holders[0].name} holds a run", try_="--resume with the same --run, or another --run")
 
 
 def _require_room(one: NodeFacts, free_bytes: int, needed_bytes: int, where: str, what: str) -> None:

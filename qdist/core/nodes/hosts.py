@@ -17,7 +17,7 @@ MOST_HOSTS = 1024
 """Most hosts of a run."""
 _PORT = 29400
 """Port of the rendezvous, as torchrun has it."""
-_EXAMPLE = '[[host]] and name = "10.0.0.1" below it'
+EXAMPLE = '[[host]] and name = "10.0.0.1" below it'
 _SHELL = frozenset("'`\"$;&<>|(){}")
 """What ssh 9.6 and newer refuse in names: ssh before that hands them to the shell of a ProxyCommand with %h or %r."""
 _PLAIN = "a name without spaces, quotes, signs of a shell or a leading -"
@@ -63,7 +63,7 @@ def read_hosts(found: Mapping[str, Any], *, where: str) -> Hosts:
     _refuse_unknown(found, Hosts, where)
     listed = found.get("host")
     if not isinstance(listed, list) or not listed or not all(isinstance(host, Mapping) for host in listed):
-        raise SpecError(f"{where} names no hosts", try_=_EXAMPLE)
+        raise SpecError(f"{where} names no hosts", try_=EXAMPLE)
     for number, host in enumerate(listed, start=1):
         _refuse_unknown(host, Host, f"host {number} of {where}")
     if len(listed) > MOST_HOSTS:

@@ -20,7 +20,7 @@ def why_waiting(there: Collection[int], before: Sequence[int], least: int) -> st
     if 2 * len(left) > len(before) or (2 * len(left) == len(before) and (not before or before[0] in there)):
         return ""
     whole = f"{len(left)} of the {counted(len(before), 'node')} that worked last {_are(left)} there"
-    return f"{whole}: the others may be at work where these cannot see them"
+    return f"{whole}, and the others may be at work where these cannot see them"
 
 
 def _are(nodes: Collection[int]) -> str:

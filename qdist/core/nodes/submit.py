@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from qdist.core.errors import SpecError
-from qdist.core.nodes.places import MOST_NODES
 
 PORT = 29400
 """Port of the rendezvous where a job's nodes have their addresses to themselves."""

@@ -79,6 +79,12 @@ class Here:
 
     def explain(self, code: int, errors: Sequence[str]) -> QdistError:
         """The signal that ended it, or the reason in its last lines."""
+        if code == STILL_THERE:
+            return JobError(
+                f"{self._name} has the number of an agent that is at work in the run directory: another node's, or one "
+                "of an earlier launch",
+                try_="another --node-rank, or qdist stop of that run",
+            )
         how = children.killed_by(-code) if code < 0 else f"ended with exit code {code}"
         why = find_reason(errors)
         return JobError(f"the agent of {self._name} {how}" + (f": {why}" if why else ""), try_="the same command again")
@@ -322,7 +328,7 @@ class Agents:
         for agent in filter(lambda agent: agent.is_lost, self._agents):
             if agent.name not in self._told_lost:
                 self._told_lost.add(agent.name)
-                self._lines.append(f"{agent.why().message}; it is tried again every {_AGAIN_S:.0f} s")
+                self._lines.append(f"{agent.why().message.removesuffix('.')}; it is tried again every {_AGAIN_S:.0f} s")
             if time.monotonic() - agent.ended_at >= _AGAIN_S:
                 agent.start()
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from qdist.core.data.sources import STDIN
 from qdist.core.errors import SpecError
-from qdist.core.spec.run_spec import resolve
+from qdist.core.spec.run_spec import RunSpec, resolve
 from qdist.host.data.sources import split_sources
 from qdist.host.launch.planning import changes_of, settings_of
 from qdist.host.launch.prepare import RUNS, stem_of
@@ -24,6 +24,12 @@ class Asked(NamedTuple):
     """GPUs (CPU ranks) of each node; None for all (one)."""
 
 
+def refuse_standard_input(spec: RunSpec) -> None:
+    """Raise SpecError for data that only the process which is typed to can read."""
+    if any(part.path == STDIN for part in split_sources(spec.data.path) + split_sources(spec.data.eval or "")):
+        raise SpecError(f"standard input ({STDIN}) is one node's, and each node reads the data", try_="--data FILE")
+
+
 def asked_of(recipe: str | None, given: Mapping[str, Any], *, resume: bool) -> Asked:
     """The run that flags and recipe ask for. Its name depends on these alone, so that all nodes find the same.
 
@@ -37,7 +43,6 @@ def asked_of(recipe: str | None, given: Mapping[str, Any], *, resume: bool) -> A
     spec = resolve(settings)
     if not spec.model:
         raise SpecError("no model was named", try_="--model smollm2-135m")
-    if any(part.path == STDIN for part in split_sources(spec.data.path) + split_sources(spec.data.eval or "")):
-        raise SpecError(f"standard input ({STDIN}) is one node's, and each node reads the data", try_="--data FILE")
+    refuse_standard_input(spec)
     path = Path(spec.run) if spec.run else RUNS / stem_of(spec)
     return Asked(path.absolute(), {key: value for key, value in settings.items() if key != "run"}, False, spec.gpus)

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import NamedTuple, Protocol
 
-from qdist.core.errors import JobError
+from qdist.core.errors import JobError, QdistError
 from qdist.core.nodes.job import LEFT, STOPPED
 from qdist.core.planning.plan import Plan
 from qdist.core.telemetry.events import Event
@@ -61,7 +61,8 @@ def attend(
                 shown.recall(past)
                 _follow(run, agents, request, follower, shown, tracking.look)
         code = agents.wait()
-    _conclude(run, agents, code, asked=bool(asked))
+        error = agents.error  # of one that was killed it is read from what it left, which is closed after this
+    _conclude(run, error, code, asked=bool(asked))
 
 
 @contextmanager
@@ -93,7 +94,8 @@ class _Request(NamedTuple):
     def pass_on(self, say: Callable[[str], None], *, has_stepped: bool) -> None:
         """Have all nodes save and end; or this one leave, where SIGTERM takes this machine away."""
         if self.leaves and self.asked[0] == signal.SIGTERM:
-            say("leaving the run after this step, with a checkpoint; the others go on where they may")
+            when = "after this step, with a checkpoint" if has_stepped else "before its first step here"
+            say(f"leaving the run {when}; the others go on where they may")
             self.agents.leave()
         else:
             ask_to_stop(self.run, self.agents, say, has_stepped=has_stepped, loses="")
@@ -149,7 +151,7 @@ def _tell(agents: Agents, say: Callable[[str], None]) -> None:
         say(line)
 
 
-def _conclude(run: RunDir, agents: Agents, code: int, *, asked: bool) -> None:
+def _conclude(run: RunDir, error: QdistError | None, code: int, *, asked: bool) -> None:
     """Record how the run ended, unless an agent has; raise what its launcher ends with."""
     if code in (0, STOPPED):
         (run.path / STOP).unlink(missing_ok=True)
@@ -162,7 +164,7 @@ def _conclude(run: RunDir, agents: Agents, code: int, *, asked: bool) -> None:
         if known is None:
             note(run, Ended(state="stopped", time=time.time()))
         raise KeyboardInterrupt
-    error = agents.error or JobError(f"the agents ended with exit code {code}", try_=f"read {run.logs}")
+    error = error or JobError(f"the agents ended with exit code {code}", try_=f"read {run.logs}")
     if known is None:
         note(run, Ended(state="failed", message=error.message, try_=error.try_, time=time.time()))
     raise error

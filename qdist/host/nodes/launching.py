@@ -13,10 +13,10 @@ from qdist.core.errors import QdistError, RunError, SpecError
 from qdist.core.machine.cluster import joined
 from qdist.core.nodes.agreement import require_agreement, require_one_run
 from qdist.core.nodes.facts import NodeFacts
-from qdist.core.nodes.hosts import Host, Hosts, read_hosts
+from qdist.core.nodes.hosts import EXAMPLE, Host, Hosts, read_hosts
 from qdist.core.nodes.job import NodeJob
 from qdist.core.spec.run_spec import resolve
-from qdist.core.text import command, counted, first_few, format_bytes, quoted
+from qdist.core.text import command, counted, first_few, format_bytes
 from qdist.host.files import locked
 from qdist.host.launch import prepare
 from qdist.host.nodes import facts
@@ -47,7 +47,7 @@ class Party(NamedTuple):
 
 def party_of(file: str) -> Party:
     """The hosts that a file names. Raises SpecError or RunError if it is wrong, or this machine is none of them."""
-    hosts = read_hosts(read_toml(Path(file), SpecError, try_='[[host]], name = "10.0.0.1"'), where=file)
+    hosts = read_hosts(read_toml(Path(file), SpecError, try_=f"a file with {EXAMPLE}"), where=file)
     addresses = addresses_of(hosts.host, where=file)
     return Party(hosts, addresses, own_place(hosts.host, addresses, where=file))
 
@@ -146,7 +146,7 @@ def require_ready(found: Sequence[NodeFacts], asked: Sequence[tuple[float, float
     if busy:
         raise RunError(
             f"an agent of an earlier launch is at work in {run} on {busy.name}",
-            try_=quoted("ssh", busy.name, command("stop", run)),
+            try_=f"on {busy.name}: {command('stop', run)}",
         )
     require_one_run([one for one in found if one.run_id], going=False, resume=wanted.resume, run=run)
     require_agreement(found, asked=asked)

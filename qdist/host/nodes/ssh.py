@@ -1,6 +1,7 @@
 """Runs a part of qdist on another host through the user's own ssh, and tells why where that fails."""
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ _OPTIONS = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5", "Serv
 _ROOT = Path(__file__).resolve().parents[3]
 _MISSING = (126, 127)
 """Exit codes of a shell that cannot run a program, and that finds none."""
+_NO_MODULE = re.compile(r"No module named '([\w.]+)'")
 
 
 class Ssh:
@@ -67,14 +69,10 @@ def _chosen(host: Host) -> tuple[str, ...]:
     return (*(("-l", host.user) if host.user else ()), *(("-p", str(host.port)) if host.port else ()))
 
 
-def _login(host: Host, *words: str) -> str:
-    """The command with which the user runs words on a host, or logs in there."""
-    return quoted("ssh", *_chosen(host), host.name, *words)
-
-
-def _copy_key(host: Host) -> str:
+def _typed(host: Host, *words: str, program: str = "ssh") -> str:
+    """What a person types to log in to a host as this does, or to run words there."""
     port = ("-p", str(host.port)) if host.port else ()
-    return quoted("ssh-copy-id", *port, f"{host.user}@{host.name}" if host.user else host.name)
+    return quoted(program, *port, f"{host.user}@{host.name}" if host.user else host.name, *words)
 
 
 def script(host: Host, module: str, *, before: int | None = None) -> str:
@@ -89,9 +87,14 @@ def script(host: Host, module: str, *, before: int | None = None) -> str:
     if (_ROOT / "pyproject.toml").is_file():
         path = f"PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}; export PYTHONPATH"
         lines.append(f"if [ -f {root}/qdist/__init__.py ]; then {path}; fi")
-    python = quoted(host.python or sys.executable)
+    python = _path_for_shell(host.python or sys.executable)
     # On one line: csh, as the login shell there, ends a quoted text at the end of its line.
     return "; ".join((*lines, "echo qdist agent $$", f"exec {python} -u -P -m {module}"))
+
+
+def _path_for_shell(path: str) -> str:
+    """A path as a shell on a host takes it; ~/ is the home of the user there."""
+    return '"$HOME"/' + quoted(path.removeprefix("~/")) if path.startswith("~/") else quoted(path)
 
 
 def _runs(module: str, process: int) -> str:
@@ -119,7 +122,7 @@ def ask(host: Host, module: str, words: msgspec.Struct, *, here: bool = False, t
                 timeout=timeout_s, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            raise RunError(f"{host.name} has not answered within {timeout_s:g} s", try_=_login(host, "true")) from None
+            raise RunError(f"{host.name} has not answered within {timeout_s:g} s", try_=_typed(host, "true")) from None
         except FileNotFoundError:
             raise MachineError("there is no ssh on this machine", try_="install openssh-client") from None
         if done.returncode == 0:
@@ -150,30 +153,35 @@ def explain(host: Host, code: int, errors: Sequence[str]) -> QdistError:
     name, last = host.name, next((line.strip() for line in reversed(errors) if line.strip()), "")
     python = host.python or sys.executable
     if code == STILL_THERE:
-        return JobError(f"the agent of {name} is at work, and its connection is broken", try_=_login(host))
+        return JobError(f"the agent of {name} is at work, and its connection is broken", try_=_typed(host))
     if code == UNREACHED or code < 0:
         return _unreached(host, errors, last)
     if code in _MISSING:
         return MachineError(f"{name} has no {python}: {last}", try_=f'python = "PATH" of the host {name} in the file')
     if "No module named 'qdist'" in last:
-        install = _login(host, python, "-m", "pip", "install", "qdist")
+        install = _typed(host, python, "-m", "pip", "install", "qdist")
         return MachineError(f"{python} on {name} has no qdist: {last}", try_=install)
     if "No module named 'qdist." in last:
         return MachineError(f"{name} has another qdist than this: {last}", try_=f"the same version on {name} and here")
     why = find_reason(errors) or last
-    return JobError(f"{name} ended with exit code {code}" + (f": {why}" if why else ""), try_=_login(host))
+    if missing := _NO_MODULE.search(why):
+        return MachineError(
+            f"{python} on {name} has no {missing[1]}, which qdist needs: {why}",
+            try_=f'python = "PATH" of the host {name} in the file, of the environment where qdist is installed',
+        )
+    return JobError(f"{name} ended with exit code {code}" + (f": {why}" if why else ""), try_=_typed(host))
 
 
 def _unreached(host: Host, errors: Sequence[str], last: str) -> QdistError:
     """The error for an ssh that ended with 255: what it says is the only thing that tells why."""
     name, said = host.name, "\n".join(errors)
-    check = _login(host, "true")
+    check = _typed(host, "true")
     if "IDENTIFICATION HAS CHANGED" in said:
         return RunError(f"{name} has another host key than ssh knows: {last}", try_=f"why it has, then {check}")
     if "Host key verification failed" in said:
         return RunError(f"ssh does not know the host key of {name}: {last}", try_=f"{check}, once, and compare the key")
     if "Permission denied" in said:
-        return RunError(f"{name} refuses ssh's keys: {last}", try_=_copy_key(host))
+        return RunError(f"{name} refuses ssh's keys: {last}", try_=_typed(host, program="ssh-copy-id"))
     if not last:
         return RunError(f"the agent of {name} was killed, or its connection ended", try_=check)
     return RunError(f"{name} cannot be reached by ssh: {last}", try_=check)

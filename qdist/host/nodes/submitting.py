@@ -19,6 +19,7 @@ from qdist.core.spec.run_spec import resolve
 from qdist.core.text import quoted
 from qdist.host.files import replacing, unwritable
 from qdist.host.launch.planning import PlanRequest, planned
+from qdist.host.nodes.asked import refuse_standard_input
 from qdist.host.sources.models import find_shape
 from qdist.host.templates import folder, recipe_path
 
@@ -42,6 +43,7 @@ def planned_run(
     spec = resolve(request.nested())
     if not spec.model:
         raise SpecError("no model was named", ways=[{"model": "llama-65b"}])
+    refuse_standard_input(spec)
     of_nodes = msgspec.structs.replace(request, nodes=most if most > 1 else None)
     plan = planned(of_nodes) if request.described else None
     if plan is None:

@@ -6,6 +6,7 @@ import msgspec
 
 from qdist.core.errors import RunError
 from qdist.core.telemetry.nodes import NodeEvent, NodesNow, fold_nodes
+from qdist.core.text import resuming
 from qdist.host.opening import readable
 from qdist.host.run.rundir import NODES, RunDir
 
@@ -36,6 +37,12 @@ def _decoded(data: bytes) -> Iterator[NodeEvent]:
 def nodes_now(run: RunDir) -> NodesNow | None:
     """The run's nodes as far as known; None for a run of one machine."""
     return fold_nodes(node_events(run))
+
+
+def how_to_resume(run: RunDir, nodes: NodesNow | None) -> str:
+    """The command that goes on with a run, and what one of several nodes needs besides: alone it is of one machine."""
+    again = resuming(run.path)
+    return f"{again}, with --hosts or --nnodes as it was launched" if nodes and nodes.members else again
 
 
 class NodesReader:

@@ -19,11 +19,11 @@ from qdist.core.telemetry.heartbeat import Heartbeat
 from qdist.core.telemetry.history import RunHistory
 from qdist.core.telemetry.nodes import NodesNow
 from qdist.core.telemetry.snapshot import Reading, Snapshot
-from qdist.core.text import command, first_few, resuming
+from qdist.core.text import command, first_few
 from qdist.host.machine.probe import ranks_per_gpu
 from qdist.host.machine.readings import Readings
 from qdist.host.opening import readable, require_file
-from qdist.host.run.nodes import NodesReader
+from qdist.host.run.nodes import NodesReader, how_to_resume
 from qdist.host.run.rundir import PLAN, RunDir, of_ranks
 from qdist.host.run.state import state_of
 from qdist.host.run.watchdog import SILENT_S, PulseReader, environment_of, troubles
@@ -248,7 +248,7 @@ def _matmul_flops_s(machine: Cluster | None) -> float | None:
 
 def _ending(run: RunDir, state: State, nodes: NodesNow | None) -> tuple[str, str]:
     """(what ended a run before its last step, what to try); empty strings if it did not end early."""
-    resume = resuming(run.path)
+    resume = how_to_resume(run, nodes)
     if state == "killed" and nodes and nodes.members and not nodes.ended:
         names = first_few([member.name for member in nodes.members])
         return f"no agent works here any more; its nodes were {names}", f"{command('monitor', run.path)} on one of them"

@@ -23,9 +23,8 @@ from qdist.core.telemetry.nodes import NodeEvent, NodeMember
 from qdist.core.text import format_duration
 from qdist.host.children import end_with_parent
 from qdist.host.files import locked
-from qdist.host.run.presence import agent_is_here, is_held, lock_of
 from qdist.host.nodes.descriptors import allow_descriptors
-from qdist.host.run.presence import is_held, lock_of
+from qdist.host.run.presence import agent_is_here, is_held, lock_of
 from qdist.host.run.rundir import Ended, RunDir
 from qdist.host.run.state import note
 from qdist.runtime.nodes.agreeing import Agreed, Agreement, Memory, Waiting
@@ -125,7 +124,7 @@ class Agent:
                 kind="lost", time=0.0, generation=self._memory.generation, node=meeting.server_node, name=name,
                 seconds=meeting.beats.unreached_s(),
                 note=f"{self._job.name} does not reach {name} any more: {name} is down or stopped, or the link is cut; "
-                f"{last}",
+                f"on {self._job.name} {last}",
             )
         )  # fmt: skip
 
@@ -312,8 +311,9 @@ class Agent:
 
     def _end(self, ended: Ended) -> int:
         """Note how the run ended before its last step; the exit code."""
+        if self._run.exists() and (self._teller.writes or self._run.ended() is None):
+            note(self._run, ended)  # on a disk of its own too, where otherwise the run would look killed
         if self._teller.writes and self._run.exists():
-            note(self._run, ended)
             event = NodeEvent(kind=ended.state, time=0.0, generation=self._memory.generation, note=ended.message)
             self._teller.event(event)
         if ended.state == "stopped":

@@ -10,7 +10,12 @@ import msgspec
 
 from qdist.core.errors import PlanError, QdistError, RunError, SpecError
 from qdist.core.machine.cluster import Cluster, joined
-from qdist.core.nodes.agreement import require_agreement, require_one_run, require_same_prepared
+from qdist.core.nodes.agreement import (
+    require_agreement,
+    require_one_run,
+    require_own_numbers,
+    require_same_prepared,
+)
 from qdist.core.nodes.facts import NodeFacts, PreparedFacts, Verdict, Written
 from qdist.core.nodes.job import NodeJob
 from qdist.core.nodes.membership import why_waiting
@@ -77,7 +82,6 @@ class Agreement:
     def reach(self) -> Agreed:
         """Raises QdistError where the run cannot go on, Waiting where it is to wait for other nodes."""
         facts = self._all_facts()
-        self._meeting.beats.watch(facts)
         leader = self._board.take("leader", int, limit_s=_QUICK_S)
         if leader not in facts:  # it was too slow to be counted in: all have to meet again
             raise Disrupted
@@ -107,7 +111,10 @@ class Agreement:
         )
         self._board.put(f"facts/{self._place}", own)
         found = [self._board.take(f"facts/{place}", NodeFacts, limit_s=_QUICK_S) for place in range(self._size)]
-        return {each.node: each for each in sorted(found, key=lambda each: each.node)}
+        everyone = {each.node: each for each in sorted(found, key=lambda each: each.node)}
+        self._meeting.beats.watch(everyone)  # whose leader stays until they know how it ended
+        require_own_numbers(found)
+        return everyone
 
     def _sees_shared(self) -> bool:
         """Whether this node's run directory is the leader's: it sees the file that the leader made there."""

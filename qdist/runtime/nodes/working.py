@@ -1,7 +1,7 @@
 """One generation at work: this node's ranks from their start to the word that all nodes end it by."""
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any, Literal, cast
 
@@ -9,7 +9,7 @@ from qdist.core.errors import JobError
 from qdist.core.nodes.facts import Failure
 from qdist.core.nodes.job import NodeJob
 from qdist.core.telemetry.nodes import NodeEvent
-from qdist.core.text import counted
+from qdist.core.text import counted, listed
 from qdist.host.nodes.mirror import Mirror
 from qdist.host.run.rundir import STOP, RunDir
 from qdist.host.run.state import stuck
@@ -123,7 +123,7 @@ class Work:
                         kind="lost", time=0.0, generation=self._agreed.verdict.generation, node=node, name=name,
                         seconds=seconds,
                         note=f"{name} has not been heard of for {seconds:.0f} s: it is down, stopped or cut off; "
-                        f"{self._run.last_saved()}",
+                        f"on {self._job.name} {self._run.last_saved()}",
                     )
                 )  # fmt: skip
             raise Disrupted
@@ -248,11 +248,15 @@ def describe_start(agreed: Agreed) -> str:
     many = used > 1
     start = ("begin" if many else "begins") if step is None else f"{'go' if many else 'goes'} on from step {step}"
     idle = names[used:]
-    stand = f"; {listed(idle)} {'stand' if len(idle) > 1 else 'stands'} by" if idle else ""
-    why = f": the {agreed.plan.spec.global_batch} samples of a step are not spread over more" if idle else ""
-    return f"{listed(names[:used])} {start}, {ranks}{stand}{why}"
+    by = f"; {listed(idle)} {'stand' if len(idle) > 1 else 'stands'} by: {_why_idle(agreed)}" if idle else ""
+    return f"{listed(names[:used])} {start}, {ranks}{by}"
 
 
-def listed(names: Sequence[str]) -> str:
-    """'a, b and c'."""
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+def _why_idle(agreed: Agreed) -> str:
+    """Why nodes stand by; of a run that begins, with the samples of a step that would have all of them work."""
+    spec = agreed.plan.spec
+    why = f"the {spec.batch} samples of a step are not spread over more"
+    if agreed.verdict.step is not None:
+        return why
+    each = sum(agreed.facts[node].gpus for node in agreed.verdict.members) * (spec.micro_batch or 1)
+    return f"{why}; global_batch={-(-spec.batch // each) * each} would be"

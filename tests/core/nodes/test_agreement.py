@@ -6,7 +6,12 @@ import msgspec
 import pytest
 
 from qdist.core.errors import RunError
-from qdist.core.nodes.agreement import require_agreement, require_one_run, require_same_prepared
+from qdist.core.nodes.agreement import (
+    require_agreement,
+    require_one_run,
+    require_own_numbers,
+    require_same_prepared,
+)
 from qdist.core.nodes.facts import NodeFacts, PreparedFacts
 from qdist.core.text import GIB
 from tests.plans import CPU, gpus
@@ -26,6 +31,14 @@ def node(name: str, **words: Any) -> NodeFacts:
 
 A = node("a")
 THREE = (A, node("b"), node("c"))
+
+
+def test_two_nodes_of_one_number_are_named_unless_the_run_is_at_work_without_one_of_them() -> None:
+    with pytest.raises(RunError, match="b and c are both node 0 of this run") as refused:
+        require_own_numbers((node("b", node=0), node("c", node=0), node("d")))
+    assert refused.value.try_ == "another --node-rank on one of them"
+    require_own_numbers((node("b", active=True), node("c", node=1)))
+    require_own_numbers(THREE)
 
 
 def test_equal_nodes_agree() -> None:
@@ -107,7 +120,7 @@ def test_a_slow_answer_is_no_wrong_clock() -> None:
     [
         (
             (node("b", run_id=RUN),), False,
-            "runs/x on b holds a run", "qdist launch --resume --run runs/x, or another --run",
+            "runs/x on b holds a run", "--resume with the same --run, or another --run",
         ),
         (
             (node("a", run_id=RUN), node("b", run_id="fedcba98ff")), True,

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from qdist.core.nodes.job import STOPPED
+from qdist.core.nodes.job import STILL_THERE, STOPPED
 from qdist.host.nodes import agents as agents_module
+from qdist.host.nodes.agents import Here
 from tests.host.nodes.fakes import agents_of, is_running, starts, until
 
 
@@ -106,3 +107,9 @@ def wait_for_starts(bed: Path, names: str) -> list[str]:
     while not all(starts(bed, name) for name in names):
         assert time.monotonic() < end
     return [starts(bed, name)[0] for name in names]
+
+
+def test_two_nodes_of_one_number_in_one_run_directory_are_told() -> None:
+    error = Here("b").explain(STILL_THERE, [])
+    assert "b has the number of an agent that is at work in the run directory" in error.message
+    assert error.try_ == "another --node-rank, or qdist stop of that run"

@@ -71,6 +71,14 @@ def test_ctrl_c_before_the_first_step_kills_all_at_once(run: RunDir) -> None:
     assert not any(is_running(line) for name in "ab" for line in starts(run.path.parent, name))
 
 
+def test_a_node_that_leaves_before_the_first_step_promises_no_checkpoint(run: RunDir) -> None:
+    seen = Seen(at_show=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    agents = agents_of(run.path.parent, a="wait")
+    with pytest.raises(JobError):
+        attend(run, agents, view=lambda plan: nullcontext(seen), say=seen.say, leaves=True)
+    assert "leaving the run before its first step here; the others go on where they may" in seen.lines
+
+
 def test_a_failed_run_is_told_with_the_name_of_the_host_and_recorded(run: RunDir) -> None:
     with pytest.raises(JobError, match="no room on a"):
         attended(run, Seen(), [], a="fail")

@@ -97,7 +97,7 @@ def test_an_agent_of_an_earlier_launch_is_told_with_how_it_is_stopped(asked: Ask
     with locked(lock_of(RunDir(asked.run), 1)):
         told = refusal(asked)
     assert f"an agent of an earlier launch is at work in {asked.run} on b" in told
-    assert f"try: ssh b 'qdist stop {asked.run}'" in told
+    assert f"try: on b: qdist stop {asked.run}" in told
 
 
 def test_several_that_fail_are_told_with_the_first(asked: Asked) -> None:

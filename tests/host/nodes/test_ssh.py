@@ -49,6 +49,11 @@ B = Host(name="b", python=PYTHON)
             "b has another qdist than this: /opt/python: No module named 'qdist.host.nodes'",
             "the same version on b and here",
         ),
+        (
+            1, "Traceback\nModuleNotFoundError: No module named 'msgspec'",
+            "/opt/python on b has no msgspec, which qdist needs: ModuleNotFoundError: No module named 'msgspec'",
+            'python = "PATH" of the host b in the file, of the environment where qdist is installed',
+        ),
         (1, "Traceback\nValueError: a bug", "b ended with exit code 1: ValueError: a bug", "ssh b"),
     ],
 )  # fmt: skip
@@ -60,13 +65,18 @@ def test_what_ended_it_is_told(code: int, last: str, message: str, advice: str) 
 @pytest.mark.parametrize(
     ("code", "last", "advice"),
     [
-        (255, "No route to host", "ssh -l me -p 2222 b true"),
-        (255, "Permission denied (publickey).", "ssh-copy-id -p 2222 me@b"),
-        (1, "ValueError: a bug", "ssh -l me -p 2222 b"),
+        (255, "me@b: Permission denied (publickey).", "ssh-copy-id -p 2222 me@b"),
+        (255, "No route to host", "ssh -p 2222 me@b true"),
+        (1, "ValueError: a bug", "ssh -p 2222 me@b"),
     ],
 )
-def test_what_is_to_be_tried_logs_in_as_the_file_says(code: int, last: str, advice: str) -> None:
+def test_what_to_try_logs_in_with_the_user_and_port_of_the_file(code: int, last: str, advice: str) -> None:
     assert explain(Host(name="b", user="me", port=2222), code, [last]).try_ == advice
+
+
+def test_an_interpreter_in_the_home_there_is_found_by_the_shell_there() -> None:
+    commands = script(Host(name="b", python="~/my venv/bin/python"), "some.module").split("; ")
+    assert commands[-1] == "exec \"$HOME\"/'my venv/bin/python' -u -P -m some.module"
 
 
 def test_a_login_shell_that_quotes_single_lines_alone_can_start_the_module() -> None:

@@ -17,8 +17,8 @@ from qdist.host.run.listing import find, listed
 from qdist.host.run.nodes import node_events
 from qdist.host.run.observer import RunObserver
 from qdist.host.run.presence import agent_is_here, lock_of
-from qdist.host.run.rundir import NODES, RunDir
-from qdist.host.run.state import state_of
+from qdist.host.run.rundir import NODES, Ended, RunDir
+from qdist.host.run.state import note, state_of
 from qdist.host.run.watchdog import PulseReader
 from tests.core.telemetry.test_nodes import LOST, REGROWN, formed
 from tests.plans import CPU, gpus, planned
@@ -53,6 +53,13 @@ def beat(run: RunDir, *, time_there: float, host: str = "far", moved: float = 0.
 def test_a_run_of_one_machine_has_no_events_of_nodes(run: RunDir) -> None:
     assert node_events(run) == []
     assert RunObserver(run).snapshot().nodes is None
+
+
+def test_a_run_of_several_machines_is_resumed_with_the_flags_that_name_them(run: RunDir) -> None:
+    write(run, formed("ab"))
+    note(run, Ended(state="stopped", time=20.0))
+    advice = f"qdist launch --resume --run {run.path}, with --hosts or --nnodes as it was launched"
+    assert RunObserver(run).snapshot().try_ == advice
 
 
 def test_a_torn_last_line_is_left_out_and_so_is_one_that_is_no_event(run: RunDir) -> None:

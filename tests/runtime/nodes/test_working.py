@@ -1,5 +1,4 @@
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,10 +43,8 @@ class Ranks:
         self.made_way = True
 
 
-def work_of(
-    run: Path, node: int, store: MemoryStore, silent: list[dict[int, float]], *, look: Callable[[], None] = lambda: None
-) -> tuple[Work, list[NodeEvent]]:
-    """One of three nodes, the first of which leads; another waits to be let in. silent: who is lost, look by look."""
+def agreed_of(run: Path, *, leads: bool = True, step: int | None = None, **settings: Any) -> Agreed:
+    """Three nodes of a rank each, of which the first works."""
     facts = {
         each: NodeFacts(
             node=each, name=name, address=f"10.0.0.{each}", versions={}, clock=0.0, free_bytes=1, cache_free_bytes=1,
@@ -55,15 +52,22 @@ def work_of(
         )
         for each, name in enumerate(NAMES)
     }  # fmt: skip
+    plan = plan_of(save_config(run.parent / "model"), run, **settings)
+    return Agreed(
+        plan, Verdict(generation=1, members=(0, 1, 2), step=step), facts, Prepared(source=plan.source, data=None),
+        leads=leads, keeps=False,
+    )  # fmt: skip
+
+
+def work_of(
+    run: Path, node: int, store: MemoryStore, silent: list[dict[int, float]], *, look: Callable[[], None] = lambda: None
+) -> tuple[Work, list[NodeEvent]]:
+    """One of three nodes, the first of which leads; another waits to be let in. silent: who is lost, look by look."""
     job = NodeJob(
         run=str(run), node=node, name=NAMES[node], address=f"10.0.0.{node}", endpoints=("10.0.0.0:1",), least=1, most=3,
         token="a token of tests",
     )  # fmt: skip
-    plan = plan_of(save_config(run.parent / "model"), run)
-    agreed = Agreed(
-        plan, Verdict(generation=1, members=(0, 1, 2)), facts, Prepared(source=plan.source, data=None),
-        leads=node == 0, keeps=False,
-    )  # fmt: skip
+    agreed = agreed_of(run, leads=node == 0)
     meeting: Any = SimpleNamespace(
         serves=node == 0, port=1, files=None, generation=lambda: 1, ended=lambda: None,
         beats=SimpleNamespace(cut_off=False, silent=lambda: silent.pop(0)),
@@ -73,6 +77,18 @@ def work_of(
     rendezvous = SimpleNamespace(num_nodes_waiting=lambda: 1)
     run.mkdir(exist_ok=True)
     return Work(job, meeting, Board(store, look), agreed, rendezvous, teller, lambda: 0, lambda: False), events
+
+
+@pytest.mark.parametrize(
+    ("step", "start", "more"),
+    [(None, "ash begins, 1 rank", "; global_batch=6 would be"), (7, "ash goes on from step 7, 1 rank", "")],
+)
+def test_nodes_that_stand_by_are_named_with_the_batch_that_would_use_them(
+    tmp_path: Path, step: int | None, start: str, more: str
+) -> None:
+    why = "birch and cedar stand by: the 4 samples of a step are not spread over more"
+    agreed = agreed_of(tmp_path / "run", step=step, global_batch=4, micro_batch=2)
+    assert working.describe_start(agreed) == f"{start}; {why}{more}"
 
 
 def test_a_node_that_leaves_as_another_is_lost_is_no_newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
