@@ -143,9 +143,12 @@ class Trial:
         finish(self._run, ends_well)
         self._check_end()
         losses = self._run.losses(ends_well)
-        difference = largest_difference(losses, self._wanted)
+        missing = len(self._wanted.keys() - losses.keys())
+        difference = largest_difference(losses, {step: self._wanted[step] for step in losses})
         equal = sum(losses.get(step) == loss for step, loss in self._wanted.items())
         self._check(difference <= CLOSE, f"losses differ by {difference:.1e}")
+        # Hosts with disks of their own copy the first rank's events once a second: its last ones end with its disk.
+        self._check(not missing or self._kind == "first-killed", f"{missing} steps are not in the events")
         self._check(self._run.done_twice() <= SAVE_STEPS, f"{self._run.done_twice()} steps done twice")
         self._check(self._named <= NAMED_S, f"named after {self._named:.0f} s")
         generations = max(event.generation for event in self._run.events())
