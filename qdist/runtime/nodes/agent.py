@@ -27,10 +27,10 @@ from qdist.host.nodes.descriptors import allow_descriptors
 from qdist.host.run.presence import agent_is_here, is_held, lock_of
 from qdist.host.run.rundir import Ended, RunDir
 from qdist.host.run.state import note
-from qdist.runtime.nodes.agreeing import Agreed, Agreement, Memory, Waiting
+from qdist.runtime.nodes.agreeing import Agreed, Agreement, Memory, Waiting, require_fit
 from qdist.runtime.nodes.board import Board, CutOff, Disrupted, Left, RunEnded
 from qdist.runtime.nodes.folder import forget_old_stop, require_folder, unusable
-from qdist.runtime.nodes.meeting import GENERATION, Meeting, endpoint_of, meet, own_place, reachable
+from qdist.runtime.nodes.meeting import Meeting, endpoint_of, meet, own_place, reachable
 from qdist.runtime.nodes.rounds import newcomers, rendezvous_of
 from qdist.runtime.nodes.telling import Teller
 from qdist.runtime.nodes.working import Outcome, Work, describe_start
@@ -103,6 +103,8 @@ class Agent:
             with meet(
                 self._job, before=before, may_serve=may_serve, check=self._check, say=self._teller.say
             ) as meeting:
+                if not before:
+                    require_fit(self._job, meeting)
                 try:
                     return self._to_the_end(meeting, alone_since)
                 except CutOff:
@@ -171,7 +173,10 @@ class Agent:
         work = Work(
             self._job, meeting, board, agreed, rendezvous, self._teller, lambda: self._asked, lambda: self._leaving
         )
-        return work.finish()
+        outcome = work.finish()
+        if outcome == "again":  # who has left is not missed
+            self._memory = self._memory._replace(members=tuple(work.staying()))
+        return outcome
 
     def _is_finished(self) -> bool:
         """Whether the run has its result: that of an earlier end is removed as a generation is written."""
@@ -200,7 +205,8 @@ class Agent:
         self._memory = Memory(verdict.generation, verdict.members, active=True, prepared=agreed.prepared)
         self._teller.writes = agreed.leads
         if agreed.leads:
-            meeting.store.set(GENERATION, str(verdict.generation))
+            own = msgspec.structs.replace(agreed.facts[self._job.node], run_id=verdict.run_id)
+            meeting.begin(verdict.generation, own)
         members = tuple(
             NodeMember(
                 node=node, name=agreed.facts[node].name, address=agreed.facts[node].address,

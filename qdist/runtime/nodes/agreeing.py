@@ -170,8 +170,7 @@ class Agreement:
         if facts[own].sees_shared:
             return
         plan = self._board.take("plan", str)
-        if not self._run.exists():
-            write_atomic(self._run.path / PLAN, plan)
+        write_atomic(self._run.path / PLAN, plan)  # one that is there may be of before this node was lost
         if verdict.step is not None and verdict.step not in facts[own].steps:
             fetch_checkpoint(files, self._run, verdict.step)
 
@@ -252,6 +251,15 @@ def _answers(files: Files) -> bool:
     except RunError:
         return False
     return True
+
+
+def require_fit(job: NodeJob, meeting: Meeting) -> None:
+    """Raise RunError where this node does not fit a run at work that it comes to: it ends alone, and disturbs nobody."""
+    if meeting.serves or (leader := meeting.facts()) is None:
+        return
+    own = facts_here(job)
+    require_agreement([leader, own])
+    require_one_run([each for each in (leader, own) if each.run_id], going=True, resume=job.resume, run=job.run)
 
 
 def judged(facts: Mapping[int, NodeFacts], leader: int, job: NodeJob, run: RunDir) -> Verdict:

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from qdist.core.errors import RunError
+from qdist.core.nodes.facts import NodeFacts
 from qdist.core.nodes.job import NodeJob
 from qdist.core.text import format_duration
 from qdist.host.nodes.door import Door, WrongToken, connect
@@ -24,7 +25,7 @@ from qdist.runtime.nodes.beats import CLOCK, Beats
 
 MOST_SERVERS = 16
 """Nodes, from the first, that may serve the store."""
-_ENDED, _SERVER = "ended", "server"
+_ENDED, _SERVER, _FACTS = "ended", "server", "facts"
 _SKEW_S = 5.0
 """Seconds that clocks may differ: torch's rendezvous counts nodes as dead by the times that they write."""
 _PART_S = 20.0
@@ -97,6 +98,15 @@ class Meeting:
     def generation(self) -> int:
         """The generation at work in this store; 0 before the first. Raises RuntimeError where the store is gone."""
         return int(self.store.get(GENERATION)) if self.store.check([GENERATION]) else 0
+
+    def begin(self, generation: int, facts: NodeFacts) -> None:
+        """Say that a generation is at work, and what its leader is: newcomers compare themselves with it."""
+        self.store.set(_FACTS, msgspec.json.encode(facts))
+        self.store.set(GENERATION, str(generation))
+
+    def facts(self) -> NodeFacts | None:
+        """The leader of the generation at work; None before the first."""
+        return msgspec.json.decode(self.store.get(_FACTS), type=NodeFacts) if self.store.check([_FACTS]) else None
 
     def ended(self) -> Ended | None:
         """How the run has ended, as one of its nodes said. Raises RuntimeError where the store is gone."""

@@ -211,7 +211,7 @@ class Work:
         outcome = cast(Outcome, self._board.take("outcome", str))
         if outcome == "finished" and mirror is not None:
             mirror.stop()
-        leaves = outcome == "again" and self._job.node not in self._stay()
+        leaves = outcome == "again" and self._job.node not in self.staying()
         with suppress(Disrupted, CutOff):  # who is lost by now changes nothing of the outcome
             self._say_goodbye(waits=self._meeting.serves and (outcome != "again" or leaves))
         if leaves:
@@ -234,9 +234,10 @@ class Work:
             return "stopped"
         if not board.has("yield"):
             return "failed"
-        return "again" if self._stay() else "stopped"
+        return "again" if self.staying() else "stopped"
 
-    def _stay(self) -> list[int]:
+    def staying(self) -> list[int]:
+        """Nodes of the generation that were not told to leave."""
         return [node for node in self._agreed.verdict.members if not self._board.has(f"leaves/{node}")]
 
 

@@ -11,6 +11,7 @@ from qdist.core.nodes.facts import NodeFacts, Verdict
 from qdist.core.nodes.job import NodeJob
 from qdist.core.spec.run_spec import RunSpec
 from qdist.host.run.rundir import RunDir
+from qdist.runtime.nodes import agreeing
 from qdist.runtime.nodes.agreeing import Agreement, Memory, judged
 from qdist.runtime.nodes.board import Board, CutOff
 from tests.runtime.nodes.stores import MemoryStore
@@ -120,3 +121,49 @@ class Leader:
         if self._hello:
             raise self._hello
         return "", ""
+
+
+@pytest.mark.parametrize(
+    ("here", "words"),
+    [
+        ({"versions": {"python": "3.12.1"}}, "b has Python 3.12"),
+        ({"run_id": "another"}, "another run"),
+        ({"run_id": "x"}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_newcomer_that_does_not_fit_a_run_at_work_ends_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, here: dict[str, Any], words: str
+) -> None:
+    monkeypatch.setattr(agreeing, "facts_here", lambda job: facts(1, **here))
+    at_work: Any = SimpleNamespace(serves=False, facts=lambda: facts(0, run_id="x"))
+    job = NodeJob(
+        run=str(tmp_path),
+        node=1,
+        name="b",
+        address="10.0.0.2",
+        endpoints=("10.0.0.1:1",),
+        least=1,
+        most=2,
+        token="0" * 16,
+    )
+    if not words:
+        agreeing.require_fit(job, at_work)
+        return
+    with pytest.raises(RunError, match=words):
+        agreeing.require_fit(job, at_work)
+
+
+def test_a_run_that_has_not_begun_is_joined_unseen(tmp_path: Path) -> None:
+    job = NodeJob(
+        run=str(tmp_path),
+        node=1,
+        name="b",
+        address="10.0.0.2",
+        endpoints=("10.0.0.1:1",),
+        least=1,
+        most=2,
+        token="0" * 16,
+    )
+    not_yet: Any = SimpleNamespace(serves=False, facts=lambda: None)
+    agreeing.require_fit(job, not_yet)
