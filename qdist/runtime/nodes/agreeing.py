@@ -254,7 +254,7 @@ def _answers(files: Files) -> bool:
 
 
 def require_fit(job: NodeJob, meeting: Meeting) -> None:
-    """Raise RunError where this node does not fit a run at work that it comes to: it ends alone, and disturbs nobody."""
+    """Raise RunError where this node does not fit a run at work: it ends alone, and disturbs nobody."""
     if meeting.serves or (leader := meeting.facts()) is None:
         return
     own = facts_here(job)
