@@ -1,6 +1,6 @@
 """Is the adapter of several hosts that of one host, bit for bit? A row for each model, number of hosts and placement.
 
-    python bench/nodes_equal.py [--only WORD,WORD] [--json FILE]
+    python bench/nodes_equal.py [--only "WORDS;WORDS"] [--json FILE]
 
 Hosts are namespaces with disks of their own (tests/nodes/bed.py), started over ssh by `qdist launch --hosts`; beside
 them the same run by `qdist launch --gpus N` on one host. All ranks have one thread, which sums of floats depend on.
@@ -71,7 +71,7 @@ def main() -> None:
     for model in ("tiny", "smollm2"):
         for grid in _GRIDS:
             name = f"{model}, {grid.hosts} hosts x {grid.each}, {grid.placement}"
-            if any(word in name for word in given.only.split(",")):
+            if any(word in name for word in given.only.split(";")):
                 found = compared(model, grid, given.data)
                 rows.append({"name": name, **found})
                 print(f"{name:36} {json.dumps(found)}", flush=True)
