@@ -9,6 +9,8 @@ TOKEN, TOKEN_FILE = "QDIST_TOKEN", "QDIST_TOKEN_FILE"
 """Environment variables that hold the run's token, or the path of a file that does; it is on no command line."""
 KEEPS = "QDIST_KEEPS_CHECKPOINTS"
 """Environment variable of a rank that writes checkpoints into a run directory of its own node: '1' or absent."""
+PREPARED = "QDIST_PREPARED"
+"""Environment variable of a rank: file of what its node has prepared; absent where that lies as the plan says."""
 REJOIN_S = 600.0
 """Usual seconds that nodes wait for others which they cannot go on without."""
 STILL_THERE = 75

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 
 from qdist.core.machine.environment import EVALUATE
-from qdist.core.nodes.job import KEEPS
+from qdist.core.nodes.job import KEEPS, PREPARED
 from qdist.host.terminal import say
 
 WORKER, EVALUATOR = "qdist.runtime.train.worker", "qdist.runtime.train.evaluator"
@@ -80,6 +80,7 @@ def variables_of(rank: int, count: int, address: tuple[str, int]) -> Mapping[str
         # What CPU ranks of one machine send each other stays on it, and nobody else can connect to them.
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", LOOPBACK),
         KEEPS: "0",  # whatever a shell has: one rank writes a machine's checkpoints
+        PREPARED: "",
         # A collective that fails ends its rank, instead of leaving it in wait; as torch.distributed.run has it.
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
     }

@@ -25,7 +25,7 @@ _AGAIN = "start the run again"
 _WRITTEN = ("steps", "adapter_bytes", "adapter_parameters", "peaks", "tokens_per_s", "start_seconds")
 T = TypeVar("T")
 _AT_FIRST = re.compile(
-    rf"(agent\d+)?\.lock|(recipe\.toml|(machine|versions|deepspeed|accelerate)\.json|launch\.sh)|{BESIDE}"
+    rf"(agent\d+)?\.lock|prepared\d+\.json|(recipe\.toml|(machine|versions|deepspeed|accelerate)\.json|launch\.sh)|{BESIDE}"
 )
 """Names of files that are written before the plan."""
 

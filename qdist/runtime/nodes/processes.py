@@ -7,10 +7,11 @@ import socket
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 from qdist.core.errors import JobError
 from qdist.core.machine.environment import AGENT
-from qdist.core.nodes.job import KEEPS
+from qdist.core.nodes.job import KEEPS, PREPARED
 from qdist.core.planning.plan import Plan, RankPlan, digest
 from qdist.core.planning.render import rank_environment
 from qdist.host import children
@@ -41,11 +42,21 @@ class OwnRanks:
     """The ranks of a plan on this node.
 
     place: of this node among the plan's. port: of the run's store, on loopback. keeps: whether the run directory is
-    this node's own, so that one of its ranks keeps the checkpoints there.
+    this node's own, so that one of its ranks keeps the checkpoints there. prepared: file of what this node has
+    prepared, unless that lies where the plan says.
     """
 
     def __init__(
-        self, plan: Plan, run: RunDir, *, generation: int, place: int, port: int, address: str, keeps: bool
+        self,
+        plan: Plan,
+        run: RunDir,
+        *,
+        generation: int,
+        place: int,
+        port: int,
+        address: str,
+        keeps: bool,
+        prepared: Path | None = None,
     ) -> None:
         self._run = run
         own = [rank for rank in plan.ranks if rank.node == place]
@@ -63,6 +74,7 @@ class OwnRanks:
             "LOCAL_WORLD_SIZE": str(len(own)),
             "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
             AGENT: str(os.getpid()),
+            PREPARED: str(prepared or ""),
         }
         with open(run.logs / "launcher.log", "ab") as log:
             started = [

@@ -3,13 +3,17 @@
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal, cast
+
+import msgspec
 
 from qdist.core.errors import JobError
 from qdist.core.nodes.facts import Failure
 from qdist.core.nodes.job import NodeJob
 from qdist.core.telemetry.nodes import NodeEvent
 from qdist.core.text import counted, listed
+from qdist.host.files import write_atomic
 from qdist.host.nodes.mirror import Mirror
 from qdist.host.run.rundir import STOP, RunDir
 from qdist.host.run.state import stuck
@@ -61,7 +65,7 @@ class Work:
         ranks = OwnRanks(
             agreed.plan, self._run, generation=agreed.verdict.generation,
             place=agreed.verdict.members.index(job.node), port=self._meeting.port, address=job.address,
-            keeps=agreed.keeps,
+            keeps=agreed.keeps, prepared=None if self._meeting.serves else self._prepared(),
         )  # fmt: skip
         mirror = None
         if self._meeting.files is not None and agreed.keeps:
@@ -77,6 +81,12 @@ class Work:
                 mirror.stop()
             if self._meeting.serves or agreed.keeps:
                 (self._run.path / STOP).unlink(missing_ok=True)
+
+    def _prepared(self) -> Path:
+        """The file that tells ranks where model and data lie here: the plan says where they lie on the leader."""
+        path = self._run.path / f"prepared{self._job.node:03d}.json"
+        write_atomic(path, msgspec.json.encode(self._agreed.prepared))
+        return path
 
     def _attend(self, ranks: OwnRanks) -> None:
         """Follow this node's ranks until they and all others have ended well."""

@@ -56,7 +56,7 @@ def _work(plan: Plan, run: RunDir, clock: StartClock) -> None:
     join_group(plan)
     comm = Comm(devices[0])
     place = placement_of(plan, comm.rank, devices)
-    if len(set(comm.gather(digest(plan)))) > 1:
+    if len(set(comm.gather(digest(run.plan())))) > 1:
         raise RunError("the ranks read different plans", try_="a directory that all nodes share")
     run_code_for(plan.source)
     job = read_typed(run.path / JOB, EvaluationJob, RunError)

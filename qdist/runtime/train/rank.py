@@ -9,13 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from qdist.core.errors import QdistError, RunError
 from qdist.core.machine.environment import AGENT
 from qdist.core.machine.world import LocalRank, Rank
-from qdist.core.planning.plan import Plan
+from qdist.core.nodes.job import PREPARED
+from qdist.core.planning.plan import Plan, Prepared
 from qdist.core.telemetry.events import Event, encode, whole_length
 from qdist.host.children import end_with_parent
 from qdist.host.files import told_of_disks
+from qdist.host.opening import read_typed
 from qdist.host.run.rundir import PLAN, RunDir
 
 
@@ -29,7 +33,7 @@ def run_rank(work: Callable[[Plan, RunDir, "StartClock"], None]) -> None:
     # Of launch.sh's shell, which became the agent; by hand, of whatever started this.
     end_with_parent(int(os.environ.get(AGENT) or os.getppid()), signal.SIGKILL)
     try:
-        plan = run.checked_plan(planned)
+        plan = as_prepared_here(run.checked_plan(planned), os.environ.get(PREPARED, ""))
         if plan.world_size != world_size:
             raise RunError(
                 f"planned for {plan.world_size} ranks, started with {world_size}",
@@ -41,6 +45,18 @@ def run_rank(work: Callable[[Plan, RunDir, "StartClock"], None]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # Other ranks may be inside a collective that never ends: leave without their goodbye.
         os._exit(1)
+
+
+def as_prepared_here(plan: Plan, file: str) -> Plan:
+    """The plan with model and data where this node has prepared them; digests were compared before ranks started.
+
+    file: of a `Prepared`; empty where they lie as the plan says.
+    """
+    if not file:
+        return plan
+    own = read_typed(Path(file), Prepared, RunError, try_="launch.sh of the run, or the same launch again")
+    data = plan.data and own.data and msgspec.structs.replace(plan.data, path=own.data.path)
+    return msgspec.structs.replace(plan, source=own.source, data=data)
 
 
 def leave_out_fla(plan: Plan) -> None:
@@ -102,8 +118,6 @@ class Reporter:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def __call__(self, event: Event) -> None:
-        import msgspec
-
         from qdist.runtime.train.measure import peak
 
         complete = msgspec.structs.replace(

@@ -60,7 +60,7 @@ def _work(plan: Plan, run: RunDir, clock: StartClock) -> None:
     comm = Comm(devices[0])
     clock.mark("devices")
     place = placement_of(plan, comm.rank, devices)
-    if len(set(comm.gather(digest(plan)))) > 1:
+    if len(set(comm.gather(digest(run.plan())))) > 1:
         raise RunError("the ranks of this run read different plans", try_="a run directory that all nodes share")
     report = Reporter(run, comm.rank, devices)
     run_code_for(plan.source)
