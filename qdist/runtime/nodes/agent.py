@@ -137,6 +137,8 @@ class Agent:
         except RunEnded as told:
             ended = told.ended
         except (QdistError, OSError) as error:
+            if not self._memory.active and meeting.is_at_work():
+                raise  # one that was not let in ends alone
             ended = self._failed(error)
         except (KeyboardInterrupt, Asked):
             ended = _stopped()
@@ -175,7 +177,7 @@ class Agent:
         )
         outcome = work.finish()
         if outcome == "again":  # who has left is not missed
-            self._memory = self._memory._replace(members=tuple(work.staying()))
+            self._memory = self._memory._replace(members=work.stays)
         return outcome
 
     def _is_finished(self) -> bool:

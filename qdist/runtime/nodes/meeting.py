@@ -99,6 +99,12 @@ class Meeting:
         """The generation at work in this store; 0 before the first. Raises RuntimeError where the store is gone."""
         return int(self.store.get(GENERATION)) if self.store.check([GENERATION]) else 0
 
+    def is_at_work(self) -> bool:
+        """Whether a generation works here; not if the store is gone."""
+        with suppress(RuntimeError):
+            return self.generation() > 0
+        return False
+
     def begin(self, generation: int, facts: NodeFacts) -> None:
         """Say that a generation is at work, and what its leader is: newcomers compare themselves with it."""
         self.store.set(_FACTS, msgspec.json.encode(facts))

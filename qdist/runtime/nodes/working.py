@@ -50,6 +50,8 @@ class Work:
         self._job, self._meeting, self._board, self._agreed = job, meeting, board, agreed
         self._rendezvous, self._teller, self._asked, self._leaving = rendezvous, teller, asked, leaving
         self._run, self._failed_at, self._looked, self._yields = RunDir(job.run), 0.0, 0.0, False
+        self.stays: tuple[int, ...] = agreed.verdict.members
+        """Once the generation has ended, those of its nodes that were not told to leave."""
         self._watchdog: Watchdog | None = None
         if meeting.serves:  # the others' heartbeats come here
             plan = agreed.plan
@@ -221,7 +223,8 @@ class Work:
         outcome = cast(Outcome, self._board.take("outcome", str))
         if outcome == "finished" and mirror is not None:
             mirror.stop()
-        leaves = outcome == "again" and self._job.node not in self.staying()
+        self.stays = tuple(self._staying())  # the store may go with its leader
+        leaves = outcome == "again" and self._job.node not in self.stays
         with suppress(Disrupted, CutOff):  # who is lost by now changes nothing of the outcome
             self._say_goodbye(waits=self._meeting.serves and (outcome != "again" or leaves))
         if leaves:
@@ -244,9 +247,9 @@ class Work:
             return "stopped"
         if not board.has("yield"):
             return "failed"
-        return "again" if self.staying() else "stopped"
+        return "again" if self._staying() else "stopped"
 
-    def staying(self) -> list[int]:
+    def _staying(self) -> list[int]:
         """Nodes of the generation that were not told to leave."""
         return [node for node in self._agreed.verdict.members if not self._board.has(f"leaves/{node}")]
 
