@@ -236,8 +236,12 @@ class Work:
     def _say_goodbye(self, *, waits: bool) -> None:
         """waits: whether to stay until all have said it: they copy the run's last files first."""
         self._board.put(f"bye/{self._job.node}", True)
-        for node in self._agreed.verdict.members if waits else ():
-            self._board.take(f"bye/{node}", bool, limit_s=_GOODBYE_S)
+        until, keys = time.monotonic() + _GOODBYE_S, [f"bye/{node}" for node in self._agreed.verdict.members]
+        # Not as others are waited for elsewhere: who leaves would leave before they have heard it.
+        while waits and not all(map(self._board.has, keys)) and time.monotonic() < until:
+            if self._meeting.beats.silent():
+                return
+            time.sleep(_LOOK_S)
 
     def _outcome(self) -> Outcome:
         board = self._board

@@ -115,7 +115,7 @@ def test_who_is_lost_after_the_last_step_leaves_the_run_finished(
     store = MemoryStore()
     for node in (1, 2):
         Board(store, lambda: None).put(f"done/{node}", True)
-    leader, _ = work_of(tmp_path / "run", 0, store, [{}], look=_lost)
+    leader, _ = work_of(tmp_path / "run", 0, store, [{}, {2: 10.0}], look=_lost)
     (tmp_path / "run" / RESULT).write_text(json.dumps({"steps": 3}))
     assert leader.finish() == "finished"
 
