@@ -186,7 +186,10 @@ class Trial:
             self._await("formed", lambda event: len(event.members) == 2)
             self._victim.mend()
         if self._kind in GROWS:
-            grown = lambda event: event.generation > 2 and len(event.members) == 3  # noqa: E731
+
+            def grown(event: NodeEvent) -> bool:
+                return event.generation > 2 and len(event.members) == 3
+
             self._await("formed", grown)
 
     def _await(self, kind: str, fits: Callable[[NodeEvent], bool]) -> None:

@@ -85,7 +85,7 @@ def slurm(dry_run: bool, out: Path | None, **asked: Any) -> None:
 @click.option("--namespace", help="Of the cluster; by default kubectl's.")
 @click.option(
     "--volume", "volumes", multiple=True, metavar="CLAIM[:PATH]",
-    help="Persistent volume claim; /work has run and cache, and is each pod's own without one.",
+    help="Persistent volume claim; /qdist has run and cache, and is each pod's own without one.",
 )  # fmt: skip
 def kubernetes(
     dry_run: bool, out: Path | None, image: str, namespace: str | None, volumes: tuple[str, ...], **asked: Any

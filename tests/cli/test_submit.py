@@ -73,13 +73,13 @@ def test_sky_launches_a_file_and_takes_the_token_from_its_environment(schedulers
 
 def test_a_recipe_of_ones_own_goes_with_the_job(schedulers: Path) -> None:
     recipe = schedulers / "My recipe.toml"
-    recipe.write_text('model = "llama-7b"\ndata = "/data/mine.jsonl"\nrun = "/work/runs/mine"\n')
+    recipe.write_text('model = "llama-7b"\ndata = "/data/mine.jsonl"\nrun = "/qdist/runs/mine"\n')
     assert qdist("kubernetes", str(recipe), *KUBERNETES[2:]).exit_code == 0
     documents = {each["kind"]: each for each in yaml.safe_load_all((schedulers / "kubectl.job").read_text())}
     assert documents["ConfigMap"]["data"] == {"recipe.toml": recipe.read_text()}
     pod = documents["Job"]["spec"]["template"]["spec"]
     assert pod["containers"][0]["args"][1:] == ["qdist", "/etc/qdist/recipe.toml", "--gpus=8"]
-    assert {"name": "RUN", "value": "/work/runs/mine"} in pod["containers"][0]["env"]
+    assert {"name": "RUN", "value": "/qdist/runs/mine"} in pod["containers"][0]["env"]
     assert documents["Job"]["metadata"]["name"] == "my-recipe"
 
 

@@ -13,7 +13,7 @@ PORT = 29400
 """Port of the rendezvous where a job's nodes have their addresses to themselves."""
 WARNING_S = 120
 """Seconds before the end of a job's time in which its run saves a checkpoint and ends."""
-WORK = "/work"
+WORK = "/qdist"
 """Where a pod has its run and cache."""
 RECIPE_FILE = "recipe.toml"
 _RECIPE_FOLDER = "/etc/qdist"
@@ -78,7 +78,7 @@ class Kubernetes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     image: str
     volumes: tuple[str, ...] = ()
-    """CLAIM:PATH of persistent volumes; a CLAIM alone is mounted at /work, where run and cache are."""
+    """CLAIM:PATH of persistent volumes; a CLAIM alone is mounted at /qdist, where run and cache are."""
 
 
 class SkyPilot(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -66,7 +66,6 @@ class Meeting:
             self._gate = Gate(
                 _own_endpoint(job), job.token, store=("127.0.0.1", self.port), folder=Path(job.run), say=say
             )
-            self._gate.__enter__()
         else:
             self._door = Door(server, job.token)
             self.port, self.files = self._door.port, Files(server, job.token)
@@ -153,7 +152,7 @@ class Meeting:
         if self.files is not None:
             self.files.close()
         if self._gate is not None:
-            self._gate.__exit__(kind, error, trace)
+            self._gate.close()
         self.store = self._owned = None
 
 

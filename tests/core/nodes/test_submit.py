@@ -205,7 +205,7 @@ def test_every_volume_of_a_pod_is_mounted_and_every_mount_is_of_a_volume() -> No
         pod = list(yaml.safe_load_all(manifest))[-1]["spec"]["template"]["spec"]
         mounted = {mount["name"]: mount["mountPath"] for mount in container(manifest)["volumeMounts"]}
         assert set(mounted) == {volume["name"] for volume in pod["volumes"]}
-        assert {"/work", "/dev/shm"} <= set(mounted.values())
+        assert {"/qdist", "/dev/shm"} <= set(mounted.values())
 
 
 @pytest.mark.parametrize("name", [name for name in RENDERED if "skypilot" in name])
@@ -232,7 +232,7 @@ def test_a_shell_gives_back_every_word_of_a_job(value: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("value", HOSTILE)
 def test_a_pod_gives_back_every_word_of_a_job(value: str, tmp_path: Path) -> None:
-    job = msgspec.structs.replace(SHIPPED, words=(f"--set=x={value}",), run=f"/work/{value}")
+    job = msgspec.structs.replace(SHIPPED, words=(f"--set=x={value}",), run=f"/qdist/{value}")
     pod = container(kubernetes(job, image=value))
     assert pod["image"] == value
     script, *arguments = map(as_the_kubelet_does, pod["args"])

@@ -123,6 +123,20 @@ class Leader:
         return "", ""
 
 
+def second(run: Path) -> NodeJob:
+    """The job of a node that comes to the first one."""
+    return NodeJob(
+        run=str(run),
+        node=1,
+        name="b",
+        address="10.0.0.2",
+        endpoints=("10.0.0.1:1",),
+        least=1,
+        most=2,
+        token="0" * 16,
+    )
+
+
 @pytest.mark.parametrize(
     ("here", "words"),
     [
@@ -137,16 +151,7 @@ def test_a_newcomer_that_does_not_fit_a_run_at_work_ends_alone(
 ) -> None:
     monkeypatch.setattr(agreeing, "facts_here", lambda job: facts(1, **here))
     at_work: Any = SimpleNamespace(serves=False, facts=lambda: facts(0, run_id="x"))
-    job = NodeJob(
-        run=str(tmp_path),
-        node=1,
-        name="b",
-        address="10.0.0.2",
-        endpoints=("10.0.0.1:1",),
-        least=1,
-        most=2,
-        token="0" * 16,
-    )
+    job = second(tmp_path)
     if not words:
         agreeing.require_fit(job, at_work)
         return
@@ -155,15 +160,6 @@ def test_a_newcomer_that_does_not_fit_a_run_at_work_ends_alone(
 
 
 def test_a_run_that_has_not_begun_is_joined_unseen(tmp_path: Path) -> None:
-    job = NodeJob(
-        run=str(tmp_path),
-        node=1,
-        name="b",
-        address="10.0.0.2",
-        endpoints=("10.0.0.1:1",),
-        least=1,
-        most=2,
-        token="0" * 16,
-    )
+    job = second(tmp_path)
     not_yet: Any = SimpleNamespace(serves=False, facts=lambda: None)
     agreeing.require_fit(job, not_yet)
