@@ -60,7 +60,7 @@ class Beats:
         if self._serves:
             self._store.set(CLOCK, repr(time.time()))
         self._store.set(f"beat/{self._node}", f"{os.getpid()}.{self._count}")
-        heard = {node: self._of(node) for node in list(self._heard)}
+        heard = self._beats_of(list(self._heard))
         self._count += 1
         for node, beat in heard.items():
             if beat and node in self._heard and beat != self._heard[node][0]:
@@ -76,6 +76,14 @@ class Beats:
                 return
             if self._ended.wait(BEAT_S):
                 return
+
+    def _beats_of(self, nodes: list[int]) -> dict[int, bytes]:
+        """The nodes' last beats; empty of those that never beat. Two questions to the store where all have."""
+        keys = [f"beat/{node}" for node in nodes]
+        if not nodes or self._store.check(keys):
+            values = self._store.multi_get(keys) if nodes else []
+            return dict(zip(nodes, map(bytes, values), strict=True))
+        return {node: self._of(node) for node in nodes}
 
     def _of(self, node: int) -> bytes:
         key = f"beat/{node}"

@@ -47,8 +47,9 @@ class Board:
         # A store takes no more than 8 MiB at a time, and a plan for 512 nodes is long.
         self._told(lambda: self._store.set(key, zlib.compress(msgspec.json.encode(value), level=1)))
 
-    def has(self, key: str) -> bool:
-        return bool(self._told(lambda: self._store.check([key])))
+    def has(self, *keys: str) -> bool:
+        """Whether all of these are there: one question to the store, however many nodes they are of."""
+        return bool(self._told(lambda: self._store.check(list(keys))))
 
     def take(self, key: str, kind: type[T], *, limit_s: float | None = None) -> T:
         """The value, once it is there. Raises Disrupted after `limit_s` seconds; None waits as long as all live."""

@@ -34,6 +34,8 @@ _OF_OTHERS = ("connection", "peer", "nccl", "gloo", "socket", "timed out", "brok
 _GOODBYE_S = 60.0
 _LOST = "lost"
 """Key of the board for the nodes that are lost."""
+_FAILED = "failed"
+"""Key of the board that says that a node has failed, and how stands under its own."""
 
 
 class Work:
@@ -106,7 +108,7 @@ class Work:
                 if not said:
                     self._board.put(f"done/{self._job.node}", True)
                     said = True
-                if all(self._board.has(f"done/{node}") for node in self._agreed.verdict.members):
+                if self._board.has(*(f"done/{node}" for node in self._agreed.verdict.members)):
                     return
             if not self._failed_at:
                 self._hear_of_failures()
@@ -196,12 +198,13 @@ class Work:
             of_others = any(word in error.message.splitlines()[0].lower() for word in _OF_OTHERS)
             own = Failure(name=self._job.name, message=error.message, try_=error.try_, of_others=of_others)
             self._board.put(f"failed/{self._job.node}", own)
+            self._put_once(_FAILED)
         if now - self._failed_at >= _BLAME_S or not self._failures()[0].of_others:
             self._raise_failure()
 
     def _hear_of_failures(self) -> None:
         """End with others whose ranks have failed by their own fault."""
-        found = self._failures()
+        found = self._failures() if self._board.has(_FAILED) else []  # looked at often, and there are many nodes
         if found and not found[0].of_others:
             self._raise_failure()
 
@@ -238,7 +241,7 @@ class Work:
         self._board.put(f"bye/{self._job.node}", True)
         until, keys = time.monotonic() + _GOODBYE_S, [f"bye/{node}" for node in self._agreed.verdict.members]
         # Not as others are waited for elsewhere: who leaves would leave before they have heard it.
-        while waits and not all(map(self._board.has, keys)) and time.monotonic() < until:
+        while waits and not self._board.has(*keys) and time.monotonic() < until:
             if self._meeting.beats.silent():
                 return
             time.sleep(_LOOK_S)

@@ -20,6 +20,10 @@ class MemoryStore:
         self._look()
         return self.values[key]
 
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        self._look()
+        return [self.values[key] for key in keys]
+
     def check(self, keys: list[str]) -> bool:
         self._look()
         return all(key in self.values for key in keys)
